@@ -1,0 +1,92 @@
+"""What travels from the data to the training step: samples, prompt embeddings, batches.
+
+These are plain containers. They hold tensors of any device and know nothing of families, files or losses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Crop:
+    """How a picture becomes pixels: resize to `intermediate`, cut `target` out at (`top`, `left`). All in pixels."""
+
+    intermediate_height: int
+    intermediate_width: int
+    top: int
+    left: int
+    height: int
+    width: int
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One usable picture of a dataset.
+
+    Args:
+        dataset_id: `id` of the dataset entry.
+        path: path relative to the dataset's root, `/`-separated.
+        digest: sha256 of the file's bytes (hex); the identity of the content.
+        width: pixels after EXIF orientation.
+        height: pixels after EXIF orientation.
+        captions: every caption variant that the caption strategy found; at least one.
+        crop: what is cut out of the picture.
+        references: paths of reference pictures for edit training, relative like `path`.
+    """
+
+    dataset_id: str
+    path: str
+    digest: str
+    width: int
+    height: int
+    captions: tuple[str, ...]
+    crop: Crop
+    references: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class PromptEmbeds:
+    """What one prompt became: named tensors of one sample, without a batch axis, unpadded, so that it can be cached.
+
+    Families choose the names: OmniGen `input_ids` (L,), SDXL `prompt_embeds` (L, D) and `pooled_prompt_embeds` (D,).
+    """
+
+    tensors: Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch of one process.
+
+    Args:
+        latents: (B, C, h, w) float32, scaled and shifted; or a list of B tensors (C, h, w).
+        prompt_embeds: B entries.
+        references: per sample the latents of its reference pictures, (C, h, w) each; empty where there are none.
+        slots: index of each sample in the global batch of its optimizer step; keys its noise and timestep.
+        digests: content digest of each sample; keys the fixed noise of the eval loss.
+        loss_weights: (B,) float32; 0 for a sample that only fills up a short batch.
+        masks: (B, 1, h, w) in [0, 1] or None: where the loss counts.
+        dataset_id: all samples of a batch come from one dataset.
+        is_regularisation: the target is the base model's own prediction (prior preservation).
+        captions: the caption that was drawn for each sample, for reports.
+    """
+
+    latents: torch.Tensor | list[torch.Tensor]
+    prompt_embeds: Sequence[PromptEmbeds]
+    slots: Sequence[int]
+    digests: Sequence[str]
+    loss_weights: torch.Tensor
+    dataset_id: str
+    references: Sequence[Sequence[torch.Tensor]] = field(default_factory=list)
+    masks: torch.Tensor | None = None
+    is_regularisation: bool = False
+    captions: Sequence[str] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.slots)

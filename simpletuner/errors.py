@@ -1,0 +1,100 @@
+"""Errors that a user can mend, and the exit code that each kind ends the program with.
+
+Every such error prints as a block of text without a traceback: what was given, what is allowed, which key of which
+file, what to do. `assert` and the built-in exceptions stay for our own mistakes, which do print a traceback.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+EXIT_OK = 0
+EXIT_CONFIG = 2
+EXIT_DATA = 3
+EXIT_DIVERGED = 4
+EXIT_UPLOAD = 5
+EXIT_INTERRUPTED = 130
+EXIT_TERMINATED = 143
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong, and how to mend it.
+
+    Args:
+        message: what was given and why it cannot be used, one or two sentences.
+        key: the option or dataset key at fault, as the user writes it; a dataset key carries its path
+            (`pseudo-camera-10k.crop_style`).
+        file: the file that the value came from, as the user can open it.
+        line: line in that file, 1-based, where known.
+        allowed: what would be accepted.
+        fix: what to do, as an instruction.
+    """
+
+    message: str
+    key: str | None = None
+    file: str | None = None
+    line: int | None = None
+    allowed: str | None = None
+    fix: str | None = None
+
+    def render(self) -> str:
+        place = self.file or ""
+        if self.file and self.line is not None:
+            place = f"{self.file}:{self.line}"
+        head = ": ".join(part for part in (place, self.key, self.message) if part)
+        tail = [f"  allowed: {self.allowed}"] if self.allowed else []
+        tail += [f"  to mend it: {self.fix}"] if self.fix else []
+        return "\n".join([head, *tail])
+
+
+class SimpleTunerError(Exception):
+    """Base of all errors that are shown without a traceback."""
+
+    exit_code = 1
+
+    def __init__(self, problems: Problem | str | Sequence[Problem]):
+        if isinstance(problems, str):
+            problems = Problem(problems)
+        self.problems: list[Problem] = [problems] if isinstance(problems, Problem) else list(problems)
+        super().__init__(self.render())
+
+    def render(self) -> str:
+        return "\n".join(problem.render() for problem in self.problems)
+
+
+class ConfigError(SimpleTunerError):
+    """A configuration that cannot be used; found before anything is loaded or cached."""
+
+    exit_code = EXIT_CONFIG
+
+
+class MissingDependency(ConfigError):
+    """An optional package that a chosen setting needs; names the extra to install."""
+
+
+class DataError(SimpleTunerError):
+    """Pictures, captions, caches, model files or disk space that stop the run."""
+
+    exit_code = EXIT_DATA
+
+
+class DivergedError(SimpleTunerError):
+    """Training produced non-finite numbers several times in a row; the last checkpoint is untouched."""
+
+    exit_code = EXIT_DIVERGED
+
+
+class UploadError(SimpleTunerError):
+    """An upload that the configuration requires did not succeed."""
+
+    exit_code = EXIT_UPLOAD
+
+
+class Interrupted(SimpleTunerError):
+    """A signal asked the run to stop; it saved and left."""
+
+    def __init__(self, message: str, exit_code: int = EXIT_INTERRUPTED):
+        super().__init__(message)
+        self.exit_code = exit_code

@@ -1,0 +1,137 @@
+"""Where a model's parts are, and loading one of them. Shared by all families.
+
+A model is a folder in diffusers layout or a hub id. Only safetensors are read, never pickles.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from simpletuner.errors import DataError, Problem
+from simpletuner.models.spec import Component, FamilySpec
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model folder or hub id, and the options that choose within it.
+
+    Args:
+        model: folder or hub id (`pretrained_model_name_or_path`).
+        vae: folder or hub id of another VAE (`pretrained_vae_model_name_or_path`), or None.
+        revision: hub revision.
+        variant: weight file variant (`fp16`).
+    """
+
+    model: str
+    vae: str | None = None
+    revision: str | None = None
+    variant: str | None = None
+
+    @property
+    def is_local(self) -> bool:
+        return Path(self.model).is_dir()
+
+
+def check_local_model(source: ModelSource, spec: FamilySpec, file: str | None = None) -> list[Problem]:
+    """What is missing in a local model folder, before anything is loaded; empty for a hub id."""
+    if not source.is_local:
+        return _missing_folder(source, file)
+    root = Path(source.model)
+    problems = []
+    for component in spec.components:
+        if component.role == "vae" and source.vae:
+            continue
+        if not (root / component.name / component.config_file).is_file():
+            problems.append(
+                Problem(
+                    f"the model folder {root} has no {component.name}/{component.config_file}",
+                    key="pretrained_model_name_or_path",
+                    file=file,
+                    allowed=f"a diffusers folder with {', '.join(c.name + '/' for c in spec.components)}",
+                    fix="complete the folder, or name another model"
+                    + (", or set pretrained_vae_model_name_or_path" if component.role == "vae" else ""),
+                )
+            )
+    return problems
+
+
+def _missing_folder(source: ModelSource, file: str | None) -> list[Problem]:
+    """A path that looks like a folder and is not there; hub ids have exactly one slash and no leading dot."""
+    looks_like_path = source.model.startswith((".", "/", "~")) or source.model.count("/") != 1
+    if not looks_like_path:
+        return []
+    return [
+        Problem(
+            f"there is no model folder at {source.model}",
+            key="pretrained_model_name_or_path",
+            file=file,
+            allowed="a folder in diffusers layout, or a hub id (owner/name)",
+            fix="correct the path",
+        )
+    ]
+
+
+def component_config(source: ModelSource, component: Component) -> dict[str, Any]:
+    """The JSON configuration of a component, without loading weights."""
+    return json.loads(component_file(source, component, component.config_file).read_text())
+
+
+def component_file(source: ModelSource, component: Component, name: str) -> Path:
+    """Path of one file of a component; fetched from the hub where the model is a hub id.
+
+    Raises:
+        DataError: the file is not there or cannot be fetched.
+    """
+    if component.role == "vae" and source.vae:
+        root = Path(source.vae)
+        return root / name if (root / name).is_file() else root / component.name / name
+    if source.is_local:
+        return Path(source.model) / component.name / name
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(source.model, f"{component.name}/{name}", revision=source.revision))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise DataError(
+            Problem(
+                f"cannot fetch {component.name}/{name} of {source.model}: {error}",
+                key="pretrained_model_name_or_path",
+                fix="check the connection and HF_ENDPOINT; for a gated model accept its licence, then `hf auth login`",
+            )
+        ) from error
+
+
+def load_component(source: ModelSource, component: Component, dtype: torch.dtype) -> nn.Module:
+    """Load one part with its public class, in `dtype`.
+
+    Raises:
+        DataError: the weights are missing, damaged, or do not fit the configuration.
+    """
+    module, _, name = component.class_name.rpartition(".")
+    cls = getattr(importlib.import_module(module), name)
+    where, options = source.model, {"subfolder": component.name}
+    if component.role == "vae" and source.vae:
+        where = source.vae
+        if not (Path(where) / component.name).is_dir() and Path(where).is_dir():
+            options = {}
+    try:
+        return cls.from_pretrained(
+            where, torch_dtype=dtype, revision=source.revision, variant=source.variant, use_safetensors=True, **options
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise DataError(
+            Problem(
+                f"cannot load {component.name} of {where}: {error}",
+                key="pretrained_model_name_or_path",
+                allowed="a diffusers folder or hub id with safetensors weights",
+            )
+        ) from error

@@ -1,0 +1,153 @@
+"""The contract between the shared trainer and a model family.
+
+A family writes three methods (`encode_prompts`, `predict`, `pipeline`) and may override the defaults below them. The
+shared trainer owns everything else: accumulation, clipping, EMA, masks, eval loss, checkpoints, validation.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from simpletuner.batch import Batch, PromptEmbeds
+from simpletuner.diffusion.loss import Latents
+from simpletuner.diffusion import flow_matching, timesteps
+from simpletuner.models.components import ModelSource, load_component
+from simpletuner.models.spec import FamilySpec
+
+Conditioning = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class LatentMoments:
+    """What the VAE says about one picture, before scaling: the cache keeps this, so a new scale asks for no re-encode.
+
+    Args:
+        mean: (C, h, w) float32.
+        std: (C, h, w) float32, or None for a deterministic encoder.
+    """
+
+    mean: Tensor
+    std: Tensor | None = None
+
+
+class ModelFamily(ABC):
+    """One model family, bound to a model folder or hub id.
+
+    Args:
+        spec: the facts of the family.
+        source: where the weights are.
+        device: where the denoiser works.
+        dtype: of the denoiser's weights and of its inputs (`mixed_precision`).
+    """
+
+    def __init__(self, spec: FamilySpec, source: ModelSource, device: torch.device, dtype: torch.dtype):
+        self.spec = spec
+        self.source = source
+        self.device = device
+        self.dtype = dtype
+
+    # ---- what each family writes -----------------------------------------------------------------------------------
+
+    @abstractmethod
+    def encode_prompts(
+        self, prompts: Sequence[str], references: Sequence[Sequence[tuple[int, int]]] | None = None
+    ) -> list[PromptEmbeds]:
+        """Turn prompts into what the denoiser reads: one entry per prompt, unpadded.
+
+        Loads the tokenizer and text encoders on first use (`free_prompt_encoders` drops them).
+
+        Args:
+            references: per prompt the (height, width) in pixels of each reference picture.
+        """
+
+    @abstractmethod
+    def predict(
+        self, denoiser: nn.Module, noisy_latents: Latents, sigmas: Tensor, conditioning: Conditioning
+    ) -> Latents:
+        """The denoiser's output in the canonical sign: for flow families the velocity `noise - latents`.
+
+        Args:
+            noisy_latents: (B, C, h, w), or a list of B tensors (C, h, w).
+            sigmas: (B,) float32 in [0, 1]; 0 is data.
+            conditioning: what `collate` returned.
+        """
+
+    @abstractmethod
+    def pipeline(self, denoiser: nn.Module, vae: nn.Module | None = None) -> Any:
+        """A diffusers-like pipeline around live weights, for validation and `simpletuner generate`.
+
+        Called as `pipeline(prompt=..., negative_prompt=..., height=..., width=..., num_inference_steps=...,
+        guidance_scale=..., generator=..., callback_on_step_end=...)`; returns an object with `.images` (PIL).
+        """
+
+    # ---- defaults a family may override ----------------------------------------------------------------------------
+
+    def load_denoiser(self) -> nn.Module:
+        """The denoiser in `self.dtype` on the CPU, in eval mode, without gradients."""
+        denoiser = load_component(self.source, self.spec.component("denoiser"), self.dtype)
+        return denoiser.eval().requires_grad_(False)
+
+    def load_vae(self) -> nn.Module:
+        """The VAE in float32 (half precision adds noise to latents), in eval mode, on `self.device`."""
+        vae = load_component(self.source, self.spec.component("vae"), torch.float32)
+        return vae.eval().requires_grad_(False).to(self.device)
+
+    def free_prompt_encoders(self) -> None:  # noqa: B027 - most families have something to drop, tokenisers do not
+        """Drop what `encode_prompts` loaded. Nothing by default."""
+
+    def encode_images(self, vae: nn.Module, pixel_values: Tensor) -> list[LatentMoments]:
+        """(B, 3, H, W) in [-1, 1] -> the moments of the posterior of each picture, unscaled, on the CPU."""
+        with torch.no_grad():
+            posterior = vae.encode(pixel_values.to(vae.device, vae.dtype)).latent_dist
+        means, stds = posterior.mean.float().cpu(), posterior.std.float().cpu()
+        return [LatentMoments(mean, std) for mean, std in zip(means, stds, strict=True)]
+
+    def latents_from_moments(
+        self, moments: LatentMoments, generator: torch.Generator, vae_config: Mapping[str, Any]
+    ) -> Tensor:
+        """Draw from the posterior, shift and scale once: (C, h, w) float32.
+
+        Args:
+            generator: keyed by (seed, content).
+            vae_config: the VAE's configuration; `scaling_factor` and, where not null, `shift_factor` are read.
+        """
+        latents = moments.mean
+        if moments.std is not None:
+            latents = latents + moments.std * torch.randn(latents.shape, generator=generator)
+        return (latents - (vae_config.get("shift_factor") or 0.0)) * vae_config["scaling_factor"]
+
+    def decode_latents(self, vae: nn.Module, latents: Tensor) -> Tensor:
+        """(B, C, h, w) scaled latents -> (B, 3, H, W) in [-1, 1]; the inverse of `latents_from_moments`."""
+        raw = latents / vae.config.scaling_factor + (getattr(vae.config, "shift_factor", None) or 0.0)
+        with torch.no_grad():
+            return vae.decode(raw.to(vae.device, vae.dtype), return_dict=False)[0]
+
+    def collate(self, batch: Batch) -> Conditioning:
+        """Pad and stack a batch's prompt embeddings on `self.device`, under the names of the family's PromptEmbeds."""
+        names = batch.prompt_embeds[0].tensors.keys()
+        stacked = {name: [embeds.tensors[name] for embeds in batch.prompt_embeds] for name in names}
+        return {
+            name: nn.utils.rnn.pad_sequence(rows, batch_first=True).to(self.device) for name, rows in stacked.items()
+        }
+
+    def sigmas_at(self, quantiles: Tensor, latents: Latents) -> Tensor:
+        """(B,) quantiles in [0, 1) -> (B,) sigmas: the family's training distribution, by its quantile function.
+
+        Args:
+            latents: for distributions that depend on the picture's size.
+        """
+        return timesteps.logit_normal_sigmas(quantiles)
+
+    def make_noisy(self, latents: Tensor, noise: Tensor, sigmas: Tensor) -> Tensor:
+        """(B, C, h, w) noisy latents at `sigmas`."""
+        return flow_matching.make_noisy_latents(latents, noise, sigmas)
+
+    def make_target(self, latents: Tensor, noise: Tensor, sigmas: Tensor) -> Tensor:
+        """(B, C, h, w) what `predict` is compared with."""
+        return flow_matching.velocity_target(latents, noise)

@@ -1,0 +1,118 @@
+"""What is known of a model family without loading it: facts as data.
+
+Everything here is read before torch is imported: by the configuration's checks, the wizard, `simpletuner models`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+PredictionType = Literal["flow", "epsilon", "v_prediction"]
+
+
+@dataclass(frozen=True)
+class Flavour:
+    """One published checkpoint of a family."""
+
+    name: str
+    hub_id: str
+    description: str = ""
+    licence: str = ""
+
+
+@dataclass(frozen=True)
+class Component:
+    """One folder of a model in diffusers layout.
+
+    Args:
+        name: folder and pipeline attribute (`vae`, `transformer`, `text_encoder_2`).
+        class_name: dotted path of the class that loads it.
+        role: what the trainer uses it for.
+        config_file: the file that shows that the folder is there.
+    """
+
+    name: str
+    class_name: str
+    role: Literal["denoiser", "vae", "text_encoder", "tokenizer", "scheduler", "processor"]
+    config_file: str = "config.json"
+
+
+@dataclass(frozen=True)
+class AdaptableModule:
+    """A class of layers inside the denoiser that an adapter can be attached to.
+
+    Args:
+        class_name: exact class, as presets name it.
+        names: fnmatch patterns of the module paths of that class, relative to the denoiser.
+    """
+
+    class_name: str
+    names: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class FamilySpec:
+    """Facts of a family.
+
+    Args:
+        name: `model_family` in the configuration.
+        title: how people call it.
+        family_class: dotted path `package.module:Class` of the `ModelFamily`.
+        components: table of the model folder.
+        latent_channels: C of the latents.
+        vae_factor: pixels per latent, one side.
+        patch_size: latents per token, one side; sizes are multiples of `vae_factor * patch_size`.
+        max_size: largest picture side in pixels that the family takes, None if unbounded.
+        max_prompt_tokens: tokens that reach the denoiser; longer prompts are cut and counted.
+        max_references: input pictures for editing; 0 where the family has none.
+        caches_prompt_embeds: False where the prompt is only tokenised (nothing worth caching).
+        dropped_caption: what a dropped caption becomes.
+        default_flavour: used where `model_flavour` is not set.
+        adaptable: what adapters can be attached to.
+        class_aliases: preset class names that mean a class of this family (`FeedForward` -> `OmniGenFeedForward`).
+        default_lora_targets: fnmatch patterns of the linears that standard LoRA adapts by default.
+        block_classes: repeated blocks, for checkpointing, FSDP and compile.
+        pipeline_class: name written to `model_index.json`.
+        preview_decoder: hub id of the tiny autoencoder that decodes previews; a model folder may carry its own in
+            `preview_decoder/`.
+        defaults: option -> default that differs for this family.
+        unusable_options: option -> (neutral values, reason): refused unless they hold a neutral value.
+    """
+
+    name: str
+    title: str
+    family_class: str
+    flavours: Mapping[str, Flavour]
+    default_flavour: str
+    components: tuple[Component, ...]
+    prediction_type: PredictionType
+    latent_channels: int
+    vae_factor: int
+    patch_size: int
+    max_prompt_tokens: int
+    pipeline_class: str
+    adaptable: tuple[AdaptableModule, ...]
+    block_classes: tuple[str, ...]
+    default_lora_targets: tuple[str, ...]
+    class_aliases: Mapping[str, str] = field(default_factory=dict)
+    max_size: int | None = None
+    max_references: int = 0
+    caches_prompt_embeds: bool = True
+    dropped_caption: str = ""
+    preview_decoder: str | None = None
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    unusable_options: Mapping[str, tuple[tuple[Any, ...], str]] = field(default_factory=dict)
+
+    @property
+    def size_multiple(self) -> int:
+        """Pixels: every side of a training picture is a multiple of this."""
+        return self.vae_factor * self.patch_size
+
+    def component(self, role: str) -> Component:
+        """The one component of a role; KeyError where there is none."""
+        found = [component for component in self.components if component.role == role]
+        if len(found) != 1:
+            raise KeyError(f"{self.name} has {len(found)} components of role {role}")
+        return found[0]
