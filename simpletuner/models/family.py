@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from simpletuner.batch import Batch, PromptEmbeds
-from simpletuner.diffusion.loss import Latents
 from simpletuner.diffusion import flow_matching, timesteps
+from simpletuner.diffusion.loss import Latents
 from simpletuner.models.components import ModelSource, load_component
 from simpletuner.models.spec import FamilySpec
 
