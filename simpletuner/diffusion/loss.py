@@ -1,7 +1,7 @@
 """Losses as a sum and a weight, so that any grouping of samples into micro-batches or ranks gives the same gradient.
 
 A sample's loss is the mean over its elements (over the masked ones, where there is a mask); the loss of an optimizer
-step is the weighted mean over all samples of its whole accumulation window. Callers divide by the window's weight.
+step is the weighted mean over all samples of its accumulation window. Callers divide by the window's weight.
 """
 
 from __future__ import annotations
