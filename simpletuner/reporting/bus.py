@@ -1,0 +1,61 @@
+"""Carries events from training to the sinks. A sink that breaks is dropped with a warning; training goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Protocol
+
+from simpletuner.reporting.events import Event, Notice
+
+
+class Sink(Protocol):
+    """Shows or keeps events.
+
+    `failures` are the exceptions that the outside world can cause (disk full, connection lost): they cost the sink, not
+    the run. Anything else is a mistake in the sink and is raised.
+    """
+
+    name: str
+    failures: tuple[type[Exception], ...]
+
+    def handle(self, event: Event) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class EventBus:
+    """Hands each event to each sink, in the order of the sinks. Works as a context manager that closes them.
+
+    Args:
+        sinks: only the main process has any; an empty bus is the silence of the others.
+    """
+
+    def __init__(self, sinks: Iterable[Sink] = ()):
+        self._sinks = list(sinks)
+
+    def emit(self, event: Event) -> None:
+        """Show and keep `event`. Never raises for a sink's own failure."""
+        for sink in list(self._sinks):
+            try:
+                sink.handle(event)
+            except sink.failures as error:
+                self._drop(sink, error)
+
+    def close(self) -> None:
+        """Flush and close all sinks, the last one first, so that the first can still tell of the others' failures."""
+        while self._sinks:
+            sink = self._sinks.pop()
+            try:
+                sink.close()
+            except sink.failures as error:
+                self.emit(Notice("warning", f"{sink.name} could not be closed ({error})"))
+
+    def _drop(self, sink: Sink, error: Exception) -> None:
+        self._sinks.remove(sink)
+        self.emit(Notice("warning", f"{sink.name} stopped working ({error}); the run goes on without it"))
+
+    def __enter__(self) -> EventBus:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()

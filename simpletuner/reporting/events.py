@@ -1,0 +1,203 @@
+"""What happens in a run, as data. Training emits these and knows nothing of terminals, files or dashboards.
+
+Every event is a frozen dataclass of plain values, so that any sink can show it and JSON can keep it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+Severity = Literal["info", "warning", "error"]
+
+
+@dataclass(frozen=True)
+class Event:
+    """Base of all events."""
+
+
+@dataclass(frozen=True)
+class RunStarted(Event):
+    """A run begins, or goes on.
+
+    Args:
+        run_name: what trackers call the run.
+        output_dir: folder of everything that the run writes.
+        total_steps: optimizer steps at which the run ends.
+        start_step: optimizer steps already done; 0 for a new run. Metrics after it are drawn anew.
+        details: facts worth a line each (model, datasets, adapter, device), in the order to print.
+        options: the resolved configuration, for trackers.
+    """
+
+    run_name: str
+    output_dir: Path
+    total_steps: int
+    start_step: int = 0
+    details: Mapping[str, str] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class PhaseStarted(Event):
+    """A stretch of work before, between or after the steps ("encoding pictures"); `total` items, None if unknown."""
+
+    name: str
+    total: int | None = None
+
+
+@dataclass(frozen=True)
+class PhaseProgress(Event):
+    """`done` of the phase's items are finished (a running total, not a difference)."""
+
+    name: str
+    done: int
+
+
+@dataclass(frozen=True)
+class PhaseDone(Event):
+    """The phase `name` ended after `seconds`; `summary` is one short clause for people ("40 pictures, 12 reused")."""
+
+    name: str
+    seconds: float
+    summary: str = ""
+
+
+@dataclass(frozen=True)
+class StepDone(Event):
+    """One optimizer step.
+
+    Args:
+        step: optimizer steps done, counting this one.
+        total_steps: optimizer steps at which the run ends.
+        loss: mean over the samples of the step.
+        learning_rate: that the step used.
+        grad_norm: before clipping; None where it was not computed.
+        seconds: wall time of the whole step.
+        samples: samples seen in this step, all processes together.
+        epoch: the epoch that the step belongs to, counted from 1.
+        memory_gb: peak of the device; of the process where there is no accelerator.
+        extra: further scalars by name (`ema_decay`, `regularisation_loss`).
+    """
+
+    step: int
+    total_steps: int
+    loss: float
+    learning_rate: float
+    grad_norm: float | None
+    seconds: float
+    samples: int
+    epoch: int
+    memory_gb: float | None = None
+    extra: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class EvalDone(Event):
+    """Loss on held-out pictures, with the same noise and timesteps each time.
+
+    Args:
+        losses: dataset id -> mean loss.
+        pooled: mean over all eval samples.
+        per_quantile: quantile of the timestep distribution ("0.25") -> mean loss there.
+    """
+
+    step: int
+    losses: Mapping[str, float]
+    pooled: float
+    per_quantile: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class CheckpointSaved(Event):
+    """A checkpoint is complete and verified at `path`."""
+
+    step: int
+    path: Path
+
+
+@dataclass(frozen=True)
+class SavedPicture:
+    """A validation picture on disk.
+
+    Args:
+        kind: which weights drew it: `base` (adapter off), `live`, `ema`; `grid` for a sheet made of several.
+    """
+
+    path: Path
+    shortname: str
+    prompt: str
+    width: int
+    height: int
+    seed: int | None
+    kind: Literal["base", "live", "ema", "grid"]
+
+
+@dataclass(frozen=True)
+class PicturesMade(Event):
+    """Validation pictures were written."""
+
+    step: int
+    pictures: tuple[SavedPicture, ...]
+
+
+@dataclass(frozen=True)
+class Notice(Event):
+    """Something worth one line that did not stop the run."""
+
+    severity: Severity
+    text: str
+
+
+@dataclass(frozen=True)
+class RunFinished(Event):
+    """The run ended as planned.
+
+    Args:
+        step: optimizer steps done.
+        seconds: wall time of this process's run.
+        outputs: what was written, by what it is ("adapter" -> path), in the order to print.
+        commands: shell commands worth trying now, each on a line of its own.
+    """
+
+    step: int
+    seconds: float
+    outputs: Mapping[str, Path] = field(default_factory=dict)
+    commands: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class RunFailed(Event):
+    """The run ended early; `exit_code` is what the process leaves with."""
+
+    step: int
+    message: str
+    exit_code: int = 1
+
+
+def event_name(event: Event) -> str:
+    """`StepDone` -> `step_done`: how records and trackers name an event."""
+    return re.sub(r"(?<!^)(?=[A-Z])", "_", type(event).__name__).lower()
+
+
+def to_record(event: Event) -> dict[str, Any]:
+    """The event as JSON can hold it; a number that is not finite becomes its name ("nan"): JSON has no NaN."""
+    return {"event": event_name(event), **{f.name: _plain(getattr(event, f.name)) for f in dataclasses.fields(event)}}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_plain(item) for item in value]
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    return str(value)
