@@ -1,0 +1,60 @@
+"""Numbers of a run as people read them: durations, pace, time left, one line per step."""
+
+from __future__ import annotations
+
+from collections import deque
+from statistics import median
+
+from simpletuner.reporting.events import StepDone
+
+
+class Pace:
+    """Seconds per step: the median of the last steps, which one slow step (the first, a checkpoint) does not move."""
+
+    def __init__(self, window: int = 50):
+        self._seconds: deque[float] = deque(maxlen=window)
+
+    def add(self, seconds: float) -> None:
+        self._seconds.append(seconds)
+
+    @property
+    def seconds_per_step(self) -> float:
+        return median(self._seconds) if self._seconds else 0.0
+
+
+def step_facts(event: StepDone, pace: Pace) -> str:
+    """Loss, rate, pace, time left and memory of a step, without its number."""
+    left = (event.total_steps - event.step) * pace.seconds_per_step
+    parts = [f"loss {event.loss:.4f}", f"lr {event.learning_rate:.2e}"]
+    if event.grad_norm is not None:
+        parts.append(f"grad {event.grad_norm:.3g}")
+    parts += [f"{pace.seconds_per_step:.3g} s/step", f"{duration_text(left)} left"]
+    if event.memory_gb is not None:
+        parts.append(f"{event.memory_gb:.1f} GB")
+    return "  ".join(parts)
+
+
+def step_line(event: StepDone, pace: Pace) -> str:
+    """One line of steady width, so that a log reads as a table."""
+    digits = len(str(event.total_steps))
+    return f"step {event.step:>{digits}}/{event.total_steps}  {step_facts(event, pace)}"
+
+
+def duration_text(seconds: float) -> str:
+    """`0.4 s`, `42 s`, `3 min 12 s`, `2 h 05 min`."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min"
+
+
+def clock_text(seconds: float) -> str:
+    """Time since the start as `H:MM:SS`."""
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}"

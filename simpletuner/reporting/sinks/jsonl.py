@@ -1,0 +1,93 @@
+"""`metrics.jsonl`: one JSON object per event, appended and flushed, so that a killed run keeps its curve.
+
+A resumed run draws the steps after its checkpoint anew; their old records are dropped first, so no step is in the file
+twice. A run that starts at step 0 beside an older file sets that file aside and never mixes the two.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import IO, Any
+
+from simpletuner.reporting.events import Event, PhaseProgress, RunStarted, to_record
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class JsonlSink:
+    """Keeps all events but the progress of phases.
+
+    Args:
+        output_dir: folder of the run; the file is `metrics.jsonl` in it.
+    """
+
+    name = METRICS_FILE
+    failures: tuple[type[Exception], ...] = (OSError,)
+
+    def __init__(self, output_dir: Path):
+        self.path = Path(output_dir) / METRICS_FILE
+        self._file: IO[str] | None = None
+
+    def handle(self, event: Event) -> None:
+        if isinstance(event, PhaseProgress):
+            return
+        if isinstance(event, RunStarted):
+            self.close()
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            start_from(self.path, event.start_step)
+        if self._file is None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self.path.open("a", encoding="utf-8")
+        record = {"time": round(time.time(), 3), **to_record(event)}
+        self._file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """All whole records of a metrics file, in order; a line that a crash cut short is left out."""
+    if not path.is_file():
+        return []
+    records = []
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for line in file:
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError:
+                continue
+            if isinstance(record, dict):
+                records.append(record)
+    return records
+
+
+def start_from(path: Path, start_step: int) -> None:
+    """Leave only what a run that goes on after `start_step` will not write again.
+
+    At step 0 the whole old file is another run's: it is renamed to the next free `metrics.<n>.jsonl`.
+    """
+    if not path.is_file():
+        return
+    if start_step == 0:
+        path.rename(_free_name(path))
+        return
+    kept = [record for record in read_records(path) if record.get("step", 0) <= start_step]
+    temporary = path.with_suffix(".jsonl.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in kept)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def _free_name(path: Path) -> Path:
+    number = 1
+    while (candidate := path.with_name(f"{path.stem}.{number}{path.suffix}")).exists():
+        number += 1
+    return candidate

@@ -1,0 +1,88 @@
+"""TensorBoard: scalars per step, eval losses, validation pictures. Written under `output_dir/logs/<run name>`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from simpletuner.reporting.events import EvalDone, Event, PicturesMade, RunStarted, StepDone
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+
+class TensorBoardSink:
+    """Writes event files; the writer is made when the first number arrives, which keeps the start of a run quick."""
+
+    name = "TensorBoard"
+    failures: tuple[type[Exception], ...] = (OSError,)
+
+    def __init__(self, output_dir: Path):
+        self._log_dir = Path(output_dir) / "logs"
+        self._run: RunStarted | None = None
+        self._writer: SummaryWriter | None = None
+
+    def handle(self, event: Event) -> None:
+        if isinstance(event, RunStarted):
+            self.close()
+            self._run = event
+        elif isinstance(event, StepDone):
+            self._add_step(event)
+        elif isinstance(event, EvalDone):
+            self._add_eval(event)
+        elif isinstance(event, PicturesMade):
+            self._add_pictures(event)
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+    def writer(self) -> SummaryWriter:
+        """The open writer. What an earlier run logged after the resumed step is marked as superseded."""
+        if self._writer is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            run_name = self._run.run_name if self._run else "run"
+            start_step = self._run.start_step if self._run else 0
+            purge_step = start_step + 1 if start_step else None
+            self._writer = SummaryWriter(str(self._log_dir / run_name), purge_step=purge_step)
+            if self._run and self._run.options:
+                text = json.dumps(dict(self._run.options), indent=2, default=str)
+                self._writer.add_text("options", f"```json\n{text}\n```", start_step)
+        return self._writer
+
+    def _add_step(self, event: StepDone) -> None:
+        scalars = {
+            "train/loss": event.loss,
+            "train/learning_rate": event.learning_rate,
+            "train/grad_norm": event.grad_norm,
+            "train/epoch": event.epoch,
+            "speed/seconds_per_step": event.seconds,
+            "speed/samples_per_second": event.samples / event.seconds if event.seconds > 0 else None,
+            "memory/gb": event.memory_gb,
+            **{f"train/{name}": value for name, value in event.extra.items()},
+        }
+        for name, value in scalars.items():
+            if value is not None:
+                self.writer().add_scalar(name, value, event.step)
+
+    def _add_eval(self, event: EvalDone) -> None:
+        for dataset, loss in event.losses.items():
+            self.writer().add_scalar(f"loss/val/{dataset}", loss, event.step)
+        self.writer().add_scalar("loss/val/pooled", event.pooled, event.step)
+        for quantile, loss in event.per_quantile.items():
+            self.writer().add_scalar(f"loss_by_quantile/{quantile}", loss, event.step)
+        self.writer().flush()
+
+    def _add_pictures(self, event: PicturesMade) -> None:
+        import numpy
+        from PIL import Image
+
+        for picture in event.pictures:
+            with Image.open(picture.path) as image:
+                pixels = numpy.asarray(image.convert("RGB"))
+            tag = f"{picture.kind}/{picture.shortname}_{picture.width}x{picture.height}"
+            self.writer().add_image(tag, pixels, event.step, dataformats="HWC")
+        self.writer().flush()

@@ -1,0 +1,204 @@
+"""What a person at the terminal sees: a live bar in a terminal, plain timed lines into a pipe or log.
+
+Lines into a pipe carry no colour codes and come at intervals of seconds, not of steps, so that a fast run does not
+flood a log and a slow one still shows that it lives.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from typing import IO
+
+from simpletuner.reporting import progress
+from simpletuner.reporting.events import (
+    CheckpointSaved,
+    EvalDone,
+    Event,
+    Notice,
+    PhaseDone,
+    PhaseProgress,
+    PhaseStarted,
+    PicturesMade,
+    RunFailed,
+    RunFinished,
+    RunStarted,
+    StepDone,
+)
+
+
+def terminal_sink(stream: IO[str] | None = None) -> PlainSink | LiveSink:
+    """The live display where `stream` (stdout by default) is a terminal, plain lines elsewhere."""
+    stream = stream or sys.stdout
+    return LiveSink(stream) if stream.isatty() else PlainSink(stream)
+
+
+class PlainSink:
+    """One line per event, steps at most every `interval` seconds, each with the time since the start.
+
+    Args:
+        clock: monotonic seconds; a test gives its own.
+    """
+
+    name = "the terminal"
+    # A closed pipe (`simpletuner train | head`) costs the display, not the run.
+    failures: tuple[type[Exception], ...] = (OSError,)
+
+    def __init__(self, stream: IO[str], interval: float = 10.0, clock: Callable[[], float] = time.monotonic):
+        self._stream = stream
+        self._interval = interval
+        self._clock = clock
+        self._start = clock()
+        self._last_line = -interval
+        self._phase: PhaseStarted | None = None
+        self._pace = progress.Pace()
+
+    def handle(self, event: Event) -> None:
+        if isinstance(event, StepDone):
+            self._step(event)
+        elif isinstance(event, PhaseProgress):
+            self._phase_progress(event)
+        else:
+            if isinstance(event, PhaseStarted):
+                self._phase, self._last_line = event, self._clock()
+            for line in describe(event):
+                self._write(line)
+
+    def close(self) -> None:
+        self._stream.flush()
+
+    def _step(self, event: StepDone) -> None:
+        self._pace.add(event.seconds)
+        is_edge = event.step in (1, event.total_steps)
+        if is_edge or self._clock() - self._last_line >= self._interval:
+            self._last_line = self._clock()
+            self._write(progress.step_line(event, self._pace))
+
+    def _phase_progress(self, event: PhaseProgress) -> None:
+        if self._clock() - self._last_line < self._interval:
+            return
+        self._last_line = self._clock()
+        total = self._phase.total if self._phase and self._phase.name == event.name else None
+        self._write(f"{event.name}: {event.done}" + (f" of {total}" if total else ""))
+
+    def _write(self, line: str) -> None:
+        self._stream.write(f"[{progress.clock_text(self._clock() - self._start)}] {line}\n")
+        self._stream.flush()
+
+
+class LiveSink:
+    """A progress bar that stays at the bottom, with the events of note scrolling above it."""
+
+    name = "the terminal"
+    failures: tuple[type[Exception], ...] = (OSError,)
+
+    def __init__(self, stream: IO[str]):
+        from rich.console import Console
+
+        self._console = Console(file=stream, highlight=False, soft_wrap=True)
+        self._bar = self._make_bar()
+        self._task = None
+        self._task_name = ""
+        self._pace = progress.Pace()
+
+    def _make_bar(self):
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+        columns = (
+            TextColumn("[bold]{task.description}", markup=True),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[facts]}", markup=False),
+            TimeElapsedColumn(),
+        )
+        return Progress(*columns, console=self._console, refresh_per_second=4, transient=True, expand=True)
+
+    def handle(self, event: Event) -> None:
+        if isinstance(event, StepDone):
+            self._pace.add(event.seconds)
+            self._show("training", event.step, event.total_steps, progress.step_facts(event, self._pace))
+        elif isinstance(event, PhaseStarted):
+            self._show(event.name, 0, event.total, "")
+        elif isinstance(event, PhaseProgress):
+            self._show(event.name, event.done, None, "")
+        else:
+            if isinstance(event, PhaseDone | RunFinished | RunFailed):
+                self._clear()
+            style = _style_of(event)
+            for line in describe(event):
+                self._console.print(line, style=style, markup=False)
+
+    def close(self) -> None:
+        self._clear()
+
+    def _show(self, name: str, done: int, total: int | None, facts: str) -> None:
+        """Move the bar; a new name begins a new bar, so that there is one at a time."""
+        if self._task is None or name != self._task_name:
+            self._clear()
+            self._bar = self._make_bar()
+            self._task = self._bar.add_task(name, total=total, facts=facts)
+            self._task_name = name
+            self._bar.start()
+        if total is None:
+            self._bar.update(self._task, completed=done, facts=facts)
+        else:
+            self._bar.update(self._task, completed=done, total=total, facts=facts)
+
+    def _clear(self) -> None:
+        if self._task is not None:
+            self._bar.stop()
+            self._task = None
+
+
+def describe(event: Event) -> list[str]:
+    """The lines that an event is told in; none for what only the bar shows."""
+    if isinstance(event, RunStarted):
+        return _describe_start(event)
+    if isinstance(event, PhaseStarted):
+        return [event.name + (f" ({event.total})" if event.total else "")]
+    if isinstance(event, PhaseDone):
+        summary = f": {event.summary}" if event.summary else ""
+        return [f"{event.name} done in {progress.duration_text(event.seconds)}{summary}"]
+    if isinstance(event, EvalDone):
+        each = ", ".join(f"{name} {loss:.4f}" for name, loss in event.losses.items())
+        return [f"eval loss at step {event.step}: {event.pooled:.4f}" + (f" ({each})" if len(event.losses) > 1 else "")]
+    if isinstance(event, CheckpointSaved):
+        return [f"checkpoint saved at step {event.step}: {event.path}"]
+    if isinstance(event, PicturesMade):
+        folders = sorted({str(picture.path.parent) for picture in event.pictures})
+        return [f"{len(event.pictures)} pictures at step {event.step}: {', '.join(folders)}"]
+    if isinstance(event, Notice):
+        return [event.text if event.severity == "info" else f"{event.severity}: {event.text}"]
+    if isinstance(event, RunFinished):
+        return _describe_finish(event)
+    if isinstance(event, RunFailed):
+        return [f"the run ended at step {event.step}: {event.message}"]
+    return []
+
+
+def _describe_start(event: RunStarted) -> list[str]:
+    width = max((len(name) for name in event.details), default=0)
+    lines = [f"run {event.run_name}: {event.total_steps} steps, output in {event.output_dir}"]
+    if event.start_step:
+        lines.append(f"goes on after step {event.start_step}")
+    return lines + [f"  {name:<{width}}  {text}" for name, text in event.details.items()]
+
+
+def _describe_finish(event: RunFinished) -> list[str]:
+    width = max((len(name) for name in event.outputs), default=0)
+    lines = [f"finished {event.step} steps in {progress.duration_text(event.seconds)}"]
+    lines += [f"  {name:<{width}}  {path}" for name, path in event.outputs.items()]
+    if event.commands:
+        lines += ["to go on:", *(f"  {command}" for command in event.commands)]
+    return lines
+
+
+def _style_of(event: Event) -> str | None:
+    if isinstance(event, RunFailed) or (isinstance(event, Notice) and event.severity == "error"):
+        return "red"
+    if isinstance(event, Notice) and event.severity == "warning":
+        return "yellow"
+    if isinstance(event, RunStarted | RunFinished):
+        return "bold"
+    return None
