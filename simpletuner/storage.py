@@ -1,0 +1,498 @@
+"""The one way in which anything becomes a file or folder that counts.
+
+Write into a temporary sibling, fsync, write the manifest with a sha256 of each file last, fsync the folder, rename,
+fsync the parent; only then remove what is older. So a kill or a full disk at any instant leaves the previous state or
+the new one. A folder counts if and only if its manifest verifies, which also holds where rename is not atomic and
+after a copy.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+import socket
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from simpletuner.errors import DataError, Problem
+
+if TYPE_CHECKING:
+    import torch
+
+MANIFEST = "manifest.json"
+FORMAT_VERSION = 1
+
+_TEMPORARY = ".tmp-"
+_TRASH = ".trash-"
+_ASIDE = ".aside-"
+_LEFT_OVER = re.compile(r"^\.(tmp|trash|aside)-([0-9a-f]{8})-(\d+)-(\d+)-[0-9a-f]{8}(?:-(.+))?$")
+_FOREIGN_HOST_SECONDS = 24 * 3600
+_CHUNK_BYTES = 8 << 20
+_QUICK_CHECK_BYTES = 1 << 20
+
+_DISK_ERRORS = {
+    errno.ENOSPC: ("the disk is full", "free some space, then start again: what was committed before is untouched"),
+    errno.EDQUOT: ("the disk quota is used up", "free some space, then start again: what was committed is untouched"),
+    errno.EROFS: ("the file system is read-only", "choose another folder, or mount it writable"),
+    errno.EACCES: ("permission denied", "choose another folder, or change its permissions"),
+    errno.EPERM: ("the operation is not permitted", "choose another folder, or change its permissions"),
+}
+
+
+def _step(name: str) -> None:
+    """Called before each I/O operation that changes the disk: where tests kill the process or fill the disk."""
+
+
+# ---- single files --------------------------------------------------------------------------------------------------
+
+
+def write_bytes(path: str | Path, data: bytes) -> None:
+    """Replace `path` by a file holding `data`: a reader sees the old content or the new, never a part.
+
+    Raises:
+        DataError: the disk is full, over quota, read-only or not writable.
+    """
+    path = Path(path)
+    temporary = path.with_name(_own_name(_TEMPORARY))
+    with _disk_errors(path):
+        try:
+            _step("create")
+            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+            try:
+                _write_all(descriptor, data)
+                _step("fsync")
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+            _step("rename")
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        _fsync_dir(path.parent)
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Replace `path` by `value` as readable JSON. NaN and infinities are refused, since no other reader takes them."""
+    write_bytes(path, _json_bytes(value))
+
+
+def read_json(path: str | Path) -> Any:
+    """The value in a JSON file.
+
+    Raises:
+        DataError: the file is missing, unreadable or not JSON; names file and line.
+    """
+    path = Path(path)
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise DataError(Problem(f"is not valid JSON: {error.msg}", file=str(path), line=error.lineno)) from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(Problem(f"cannot be read: {error}", file=str(path))) from error
+
+
+def save_tensors(
+    path: str | Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Replace `path` by a safetensors file: atomic, on disk when this returns, with the mode that the umask asks for.
+
+    The same tensors and metadata give the same bytes.
+
+    Raises:
+        DataError: the disk is full, over quota, read-only or not writable.
+    """
+    from safetensors.torch import save_file
+
+    path = Path(path)
+    # safetensors writes through a temporary file of its own, so it gets a folder that `sweep` knows.
+    temporary = path.with_name(_own_name(_TEMPORARY))
+    with _disk_errors(path):
+        try:
+            _step("mkdir")
+            temporary.mkdir()
+            written = temporary / "tensors"
+            _step("write")
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, written, dict(metadata or {}))
+            _sort_metadata(written)
+            written.chmod(temporary.stat().st_mode & 0o666)
+            _fsync_file(written)
+            _step("rename")
+            written.replace(path)
+            _step("rmdir")
+            temporary.rmdir()
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        _fsync_dir(path.parent)
+
+
+def file_digest(path: str | Path) -> str:
+    """sha256 of a file's bytes, in hex."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# ---- folders -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a committed folder holds.
+
+    Args:
+        files: path relative to the folder -> (bytes, sha256 in hex).
+        metadata: what the writer of the folder noted; JSON.
+        version: of this format.
+    """
+
+    files: Mapping[str, tuple[int, str]]
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    version: int = FORMAT_VERSION
+
+    def to_json(self) -> dict[str, Any]:
+        files = {name: {"size": size, "sha256": sha256} for name, (size, sha256) in sorted(self.files.items())}
+        body = {"format_version": self.version, "files": files, "metadata": dict(self.metadata)}
+        return {**body, "sha256": hashlib.sha256(_json_bytes(body)).hexdigest()}
+
+
+@contextlib.contextmanager
+def commit_dir(final_path: str | Path, metadata: Mapping[str, Any] | None = None) -> Iterator[Path]:
+    """Yield an empty temporary folder to write into; it becomes `final_path` when the block ends without an error.
+
+    If a committed folder of equal content is already there, it stays. A folder of other content is moved aside first
+    and removed last; `sweep` puts it back if the process dies in between.
+
+    Args:
+        metadata: noted in the manifest; read when the block ends, so the block may still fill it in.
+
+    Raises:
+        DataError: the disk is full, over quota, read-only or not writable; nothing is left behind.
+    """
+    final_path = Path(final_path)
+    temporary = final_path.with_name(_own_name(_TEMPORARY))
+    with _disk_errors(final_path):
+        try:
+            _step("mkdir")
+            temporary.mkdir(parents=True)
+            yield temporary
+            manifest = _seal(temporary, metadata or {})
+            _publish(temporary, final_path, manifest)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+
+
+def read_manifest(path: str | Path) -> Manifest:
+    """The manifest of a committed folder.
+
+    Raises:
+        DataError: there is none, it is damaged, or a newer version of this program wrote it.
+    """
+    file = Path(path) / MANIFEST
+    raw = read_json(file)
+    if not isinstance(raw, dict) or not isinstance(raw.get("format_version"), int):
+        raise DataError(Problem("is not a manifest of this program", file=str(file)))
+    if raw["format_version"] > FORMAT_VERSION:
+        raise DataError(
+            Problem(
+                f"was written in format {raw['format_version']}",
+                file=str(file),
+                allowed=f"formats up to {FORMAT_VERSION}",
+                fix="use the version of simpletuner that wrote it, or a newer one",
+            )
+        )
+    try:
+        files = {name: (int(entry["size"]), str(entry["sha256"])) for name, entry in raw["files"].items()}
+        manifest = Manifest(files, raw["metadata"], raw["format_version"])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise DataError(Problem(f"is damaged: {error!r}", file=str(file))) from error
+    if manifest.to_json()["sha256"] != raw.get("sha256"):
+        raise DataError(Problem("is damaged: its own sha256 does not fit", file=str(file)))
+    return manifest
+
+
+def verify_dir(path: str | Path, full: bool = True) -> list[str]:
+    """What is wrong with a committed folder, one sentence each; empty if it is whole.
+
+    Files that the manifest does not name are ignored.
+
+    Args:
+        full: read and compare every file; else sizes, and the content of files up to 1 MiB.
+    """
+    path = Path(path)
+    try:
+        manifest = read_manifest(path)
+    except DataError as error:
+        return [error.render()]
+    problems = []
+    for name, (size, sha256) in manifest.files.items():
+        file = path / name
+        try:
+            actual = file.stat().st_size
+            if actual != size:
+                problems.append(f"{file} has {actual} bytes, not {size}")
+            elif (full or size <= _QUICK_CHECK_BYTES) and file_digest(file) != sha256:
+                problems.append(f"{file} is damaged: its sha256 does not fit the manifest")
+        except OSError as error:
+            problems.append(f"{file} cannot be read: {error.strerror}")
+    return problems
+
+
+def remove_dir(path: str | Path) -> None:
+    """Remove a folder so that a kill half-way never leaves a part under its name.
+
+    Raises:
+        DataError: the file system is read-only or not writable.
+    """
+    path = Path(path)
+    trash = path.with_name(_own_name(_TRASH))
+    with _disk_errors(path):
+        _step("rename")
+        path.rename(trash)
+        _step("rmtree")
+        shutil.rmtree(trash)
+        _fsync_dir(path.parent)
+
+
+def sweep(parent: str | Path) -> list[Path]:
+    """Clear up in `parent` after processes that died: remove what they left half-written, put back what they had moved
+    aside and not replaced. Call it before looking for committed folders.
+
+    What living processes work on stays; so does, for a day, what comes from another machine.
+
+    Returns:
+        What was removed or put back, by its left-over path.
+    """
+    parent = Path(parent)
+    if not parent.is_dir():
+        return []
+    handled = []
+    for left_over in sorted(parent.iterdir()):
+        match = _LEFT_OVER.match(left_over.name)
+        if match is None or _is_owner_alive(left_over, match):
+            continue
+        final_name = match.group(5)
+        if match.group(1) == "aside" and final_name and not (parent / final_name).exists():
+            left_over.rename(parent / final_name)
+        elif left_over.is_dir():
+            shutil.rmtree(left_over, ignore_errors=True)
+        else:
+            left_over.unlink(missing_ok=True)
+        handled.append(left_over)
+    return handled
+
+
+# ---- sharing a disk ------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def exclusive_lock(path: str | Path, purpose: str) -> Iterator[None]:
+    """Hold a lock file; the kernel frees it when the process dies.
+
+    Args:
+        path: the lock file; it stays. `<path>.holder` tells who holds it.
+        purpose: what the lock protects, for the message: `training into outputs/run1`.
+
+    Raises:
+        DataError: another process holds it; names its pid and host.
+    """
+    import filelock
+
+    path = Path(path)
+    holder = path.with_name(path.name + ".holder")
+    lock = filelock.FileLock(path, timeout=0)
+    try:
+        with _disk_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lock.acquire()
+    except filelock.Timeout:
+        raise DataError(_held_by_another(path, holder, purpose)) from None
+    try:
+        write_json(holder, {"pid": os.getpid(), "host": socket.gethostname(), "purpose": purpose})
+        yield
+    finally:
+        holder.unlink(missing_ok=True)
+        lock.release()
+
+
+def require_free_space(path: str | Path, num_bytes: int, what: str) -> None:
+    """Check before writing that the disk of `path` (which need not exist yet) has room.
+
+    Args:
+        what: what needs the room, for the message: `the VAE cache`.
+
+    Raises:
+        DataError: it has not; names needed and free bytes.
+    """
+    existing = Path(path).absolute()
+    while not existing.exists():
+        existing = existing.parent
+    free = shutil.disk_usage(existing).free
+    if free < num_bytes:
+        raise DataError(
+            Problem(
+                f"{what} needs {num_bytes:,} bytes, and only {free:,} are free",
+                file=str(path),
+                fix="free some space or choose a folder on another disk",
+            )
+        )
+
+
+# ---- the steps of the protocol -------------------------------------------------------------------------------------
+
+
+def _seal(folder: Path, metadata: Mapping[str, Any]) -> Manifest:
+    """Bring all files of a folder to the disk, then write its manifest as the last one."""
+    files = {}
+    folders = [folder]
+    for path in sorted(folder.rglob("*")):
+        if path.is_dir():
+            folders.append(path)
+            continue
+        _fsync_file(path)
+        files[path.relative_to(folder).as_posix()] = (path.stat().st_size, file_digest(path))
+    manifest = Manifest(files, json.loads(_json_bytes(dict(metadata))))
+    write_json(folder / MANIFEST, manifest.to_json())
+    for each in reversed(folders):
+        _fsync_dir(each)
+    return manifest
+
+
+def _publish(temporary: Path, final_path: Path, manifest: Manifest) -> None:
+    """Give a sealed folder its name."""
+    aside = None
+    if final_path.exists():
+        if not verify_dir(final_path) and read_manifest(final_path) == manifest:
+            shutil.rmtree(temporary)
+            return
+        aside = final_path.with_name(f"{_own_name(_ASIDE)}-{final_path.name}")
+        _step("rename")
+        final_path.rename(aside)
+    try:
+        _step("rename")
+        temporary.rename(final_path)
+    except OSError:
+        if aside is not None:
+            aside.rename(final_path)
+        raise
+    _fsync_dir(final_path.parent)
+    if aside is not None:
+        _step("rmtree")
+        shutil.rmtree(aside)
+
+
+def _write_all(descriptor: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        _step("write")
+        view = view[os.write(descriptor, view[:_CHUNK_BYTES]) :]
+
+
+def _fsync_file(path: Path) -> None:
+    _step("fsync")
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _fsync_dir(path: Path) -> None:
+    _step("fsync folder")
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sort_metadata(path: Path) -> None:
+    """Sort the metadata in a safetensors header in place: safetensors writes it in a random order."""
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        if "__metadata__" not in header:
+            return
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) <= size:
+            file.seek(8)
+            file.write(text.ljust(size))
+
+
+def _json_bytes(value: Any) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+@contextlib.contextmanager
+def _disk_errors(path: Path) -> Iterator[None]:
+    """Turn what the disk refuses into a message for the user; everything else passes."""
+    try:
+        yield
+    except Exception as error:  # every branch raises; safetensors wraps I/O errors in a class of its own
+        number = error.errno if isinstance(error, OSError) else _wrapped_errno(error)
+        place = getattr(error, "filename", None)
+        is_elsewhere = place is not None and not Path(place).is_relative_to(path.parent)
+        if number not in _DISK_ERRORS or is_elsewhere:
+            raise
+        message, fix = _DISK_ERRORS[number]
+        raise DataError(Problem(f"cannot be written: {message}", file=str(path), fix=fix)) from error
+
+
+def _wrapped_errno(error: Exception) -> int | None:
+    """The errno inside a safetensors error, which tells it in words only: `... (os error 28)`."""
+    match = re.search(r"\(os error (\d+)\)", str(error)) if type(error).__name__ == "SafetensorError" else None
+    return int(match.group(1)) if match else None
+
+
+# ---- who owns what is left over ------------------------------------------------------------------------------------
+
+
+def _own_name(prefix: str) -> str:
+    """A new name that tells `sweep` who works on it: host, pid, start time of the process."""
+    pid = os.getpid()
+    return f"{prefix}{_host_digest()}-{pid}-{_start_second(pid)}-{uuid.uuid4().hex[:8]}"
+
+
+def _host_digest() -> str:
+    return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
+
+
+def _start_second(pid: int) -> int | None:
+    """When a process started, in whole seconds since 1970; None if there is no such process."""
+    import psutil
+
+    try:
+        return int(psutil.Process(pid).create_time())
+    except psutil.NoSuchProcess:
+        return None
+
+
+def _is_owner_alive(left_over: Path, match: re.Match[str]) -> bool:
+    if match.group(2) != _host_digest():
+        try:
+            return time.time() - left_over.stat().st_mtime < _FOREIGN_HOST_SECONDS
+        except FileNotFoundError:
+            return True
+    started = _start_second(int(match.group(3)))
+    # Pids come again, in containers most of all; two seconds allow for a clock that was set in between.
+    return started is not None and abs(started - int(match.group(4))) <= 2
+
+
+def _held_by_another(path: Path, holder: Path, purpose: str) -> Problem:
+    who = "another process"
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        info = json.loads(holder.read_text())
+        who = f"process {info['pid']} on {info['host']} ({info['purpose']})"
+    return Problem(
+        f"{purpose}: {who} already does this",
+        file=str(path),
+        fix="wait until it has ended, or stop it; the lock is freed when that process ends",
+    )
