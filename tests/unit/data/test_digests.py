@@ -1,0 +1,120 @@
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from simpletuner.data import digests
+from simpletuner.data.digests import DigestMemo
+
+
+def _old_file(path, content: bytes):
+    """A file old enough to be remembered."""
+    path.write_bytes(content)
+    os.utime(path, ns=(10**9 + 1, 10**9 + 1))
+    time.sleep(0.06)
+    return path
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    """Paths whose bytes were really read."""
+    seen = []
+    real = digests.file_digest
+
+    def counting(path):
+        seen.append(str(path))
+        return real(path)
+
+    monkeypatch.setattr(digests, "file_digest", counting)
+    return seen
+
+
+def test_an_unchanged_file_is_read_once_even_after_reopening(tmp_path, reads):
+    file = _old_file(tmp_path / "a", b"abc")
+    with DigestMemo(tmp_path / "memo.sqlite") as memo:
+        assert memo.digest(file) == hashlib.sha256(b"abc").hexdigest()
+        assert memo.digest(file) == hashlib.sha256(b"abc").hexdigest()
+    with DigestMemo(tmp_path / "memo.sqlite") as memo:
+        assert memo.digest(file) == hashlib.sha256(b"abc").hexdigest()
+    assert reads == [str(file)]
+
+
+def test_a_change_of_same_size_and_restored_mtime_is_found(tmp_path):
+    file = _old_file(tmp_path / "a", b"abc")
+    stat = file.stat()
+    with DigestMemo(tmp_path / "memo.sqlite") as memo:
+        memo.digest(file)
+        file.write_bytes(b"xyz")
+        os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+        assert (file.stat().st_size, file.stat().st_mtime_ns) == (stat.st_size, stat.st_mtime_ns)
+        assert memo.digest(file) == hashlib.sha256(b"xyz").hexdigest()
+
+
+def test_a_file_changed_just_now_is_not_remembered(tmp_path, reads):
+    file = tmp_path / "a"
+    file.write_bytes(b"abc")
+    with DigestMemo(tmp_path / "memo.sqlite") as memo:
+        memo.digest(file)
+        memo.digest(file)
+    assert len(reads) == 2
+
+
+def test_a_damaged_memory_is_made_anew(tmp_path, reads):
+    file = _old_file(tmp_path / "a", b"abc")
+    database = tmp_path / "memo.sqlite"
+    database.write_bytes(b"this is no database" * 100)
+    for _ in range(2):
+        with DigestMemo(database) as memo:
+            assert memo.digest(file) == hashlib.sha256(b"abc").hexdigest()
+    assert len(reads) == 1
+
+
+def test_a_memory_damaged_inside_costs_a_read_and_no_error(tmp_path):
+    files = [_old_file(tmp_path / f"{i}", b"%d" % i) for i in range(3)]
+    database = tmp_path / "memo.sqlite"
+    with DigestMemo(database) as memo:
+        list(memo.digest_many(files))
+    data = bytearray(database.read_bytes())
+    data[4096:] = b"\xff" * (len(data) - 4096)
+    database.write_bytes(data)
+    with DigestMemo(database) as memo:
+        assert [digest for _, digest in memo.digest_many(files)] == [
+            hashlib.sha256(b"%d" % i).hexdigest() for i in range(3)
+        ]
+
+
+def test_without_a_place_to_write_the_memory_lasts_as_long_as_the_object(tmp_path, reads):
+    file = _old_file(tmp_path / "a", b"abc")
+    with DigestMemo("/proc/no/such/place/memo.sqlite") as memo:
+        assert memo.digest(file) == memo.digest(file)
+    assert len(reads) == 1
+
+
+def test_many_files_keep_their_order_and_their_errors(tmp_path):
+    good = tmp_path / "good"
+    good.write_bytes(b"1")
+    with DigestMemo(tmp_path / "memo.sqlite") as memo:
+        results = list(memo.digest_many([tmp_path / "missing", good]))
+    assert [path.name for path, _ in results] == ["missing", "good"]
+    assert isinstance(results[0][1], FileNotFoundError)
+    assert results[1][1] == hashlib.sha256(b"1").hexdigest()
+
+
+def test_threads_and_a_second_memo_share_one_database(tmp_path):
+    files = [tmp_path / f"{i}" for i in range(200)]
+    for i, file in enumerate(files):
+        file.write_bytes(b"%d" % i)
+    expected = [hashlib.sha256(b"%d" % i).hexdigest() for i in range(200)]
+    time.sleep(0.06)
+    with DigestMemo(tmp_path / "m") as first, DigestMemo(tmp_path / "m") as second, ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(first.digest, files)) == expected
+        assert list(pool.map(second.digest, files)) == expected
+
+
+def test_inodes_with_the_top_bit_fit_into_the_database():
+    assert digests._signed((1 << 64) - 1) == -1
+    assert digests._signed(5) == 5
