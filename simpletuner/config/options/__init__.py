@@ -1,0 +1,8 @@
+"""The options of `config.json`: one declaration each, grouped by what they concern."""
+
+from __future__ import annotations
+
+from simpletuner.config.options.catalogue import GROUPS, TrainConfig, all_options, planned_options
+from simpletuner.config.options.declare import OptionInfo
+
+__all__ = ["GROUPS", "OptionInfo", "TrainConfig", "all_options", "planned_options"]

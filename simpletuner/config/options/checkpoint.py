@@ -1,0 +1,43 @@
+"""What is saved, when, and how a run continues."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from simpletuner.config.options.declare import OptionGroup, option
+from simpletuner.config.values import FilePath, Int, Text
+
+
+class CheckpointOptions(OptionGroup):
+    """Checkpoints"""
+
+    output_dir: FilePath = option(
+        Path("simpletuner-results"),
+        help="Folder for checkpoints, pictures, logs and the final weights.",
+        level="basic",
+        path="output",
+    )
+    checkpoint_step_interval: Int = option(
+        500, help="Save every n steps; 0 only at the end.", unit="optimizer steps", ge=0, level="basic"
+    )
+    checkpoint_epoch_interval: Int | None = option(None, help="Save every n epochs.", unit="epochs", ge=1)
+    checkpoints_total_limit: Int | None = option(
+        5,
+        help="Checkpoints that are kept; the oldest goes after a new one is complete. 0 or unset keeps all.",
+        unit="checkpoints",
+        ge=0,
+        level="basic",
+    )
+    resume_from_checkpoint: Text = option(
+        "latest",
+        help="`latest` continues from the newest valid checkpoint in `output_dir` and starts afresh where there is "
+        "none; a checkpoint's name or path continues from it; `none` or an empty text starts afresh.",
+        level="basic",
+        empty_is_value=True,
+    )
+    checkpointing_rolling_steps: Int = option(
+        0, help="Save a passing checkpoint every n steps.", planned="use checkpoint_step_interval", ge=0
+    )
+    checkpoints_rolling_total_limit: Int = option(
+        1, help="Passing checkpoints that are kept.", planned="use checkpoints_total_limit", ge=1
+    )

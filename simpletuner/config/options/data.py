@@ -1,0 +1,104 @@
+"""Where the pictures are listed, and the defaults that dataset entries fall back to."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from simpletuner.config.options.declare import OptionGroup, option
+from simpletuner.config.values import Bool, FilePath, Float, Int, Text
+
+ALWAYS_KEPT = "files of yours are never deleted; unusable ones are set aside and reported"
+
+
+class DataOptions(OptionGroup):
+    """Data"""
+
+    data_backend_config: FilePath | None = option(
+        None,
+        help="JSON file with the list of datasets. Unset: `multidatabackend.json` beside the configuration file.",
+        level="basic",
+        path="input",
+    )
+    resolution: Float = option(
+        1024.0,
+        help="Size of training pictures, as `resolution_type` measures it; a dataset entry may say otherwise.",
+        unit="pixels, or megapixels for `area`",
+        gt=0,
+        level="basic",
+    )
+    resolution_type: Literal["pixel", "area", "pixel_area"] = option(
+        "pixel_area",
+        help="`pixel`: length of the shorter side. `area`: megapixels. `pixel_area`: side in pixels of a square of "
+        "the same area.",
+        level="basic",
+    )
+    minimum_image_size: Float | None = option(
+        None, help="Leave out pictures that are smaller, measured like `resolution`; 0 takes all.", ge=0
+    )
+    maximum_image_size: Float | None = option(
+        None, help="Larger pictures are first downsampled to `target_downsample_size`.", gt=0
+    )
+    target_downsample_size: Float | None = option(None, help="See `maximum_image_size`.", gt=0)
+    aspect_bucket_rounding: Int = option(
+        2, help="Decimal places of the aspect ratio that names a bucket.", unit="decimal places", ge=1, le=9
+    )
+    aspect_bucket_alignment: Int | None = option(
+        None,
+        help="Sides of training pictures are multiples of this. Unset: what the family needs.",
+        unit="pixels",
+        ge=8,
+        le=64,
+    )
+    caption_strategy: Literal["filename", "textfile", "instanceprompt", "parquet", "csv", "huggingface"] = option(
+        "filename",
+        help="Where captions come from, for datasets that do not say: the file's name, a text file beside it, or "
+        "`instance_prompt`.",
+        planned_values=dict.fromkeys(("parquet", "csv", "huggingface"), "this caption strategy is not built"),
+    )
+    instance_prompt: Text | None = option(
+        None, help="Caption of `caption_strategy: instanceprompt`, for datasets that do not have their own."
+    )
+    cache_dir: FilePath = option(
+        Path("cache"), help="Folder of the caches and of the index of each dataset.", path="output"
+    )
+    vae_batch_size: Int = option(
+        4, help="Pictures that the VAE encodes at once when the cache is filled.", unit="pictures", ge=1, le=1024
+    )
+    vae_cache_ondemand: Bool = option(
+        False, help="Encode pictures when training first needs them; start-up is quicker, the VAE stays in memory."
+    )
+    vae_cache_disable: Bool = option(
+        False, help="Encode without writing latents to disk.", planned="use vae_cache_ondemand, which writes them"
+    )
+    vae_cache_clear_each_epoch: Bool = option(
+        False, help="Draw new crops each epoch.", planned="crops stay the same in all epochs"
+    )
+    text_cache_ondemand: Bool = option(
+        False, help="Encode captions when training first needs them.", planned="captions are encoded before training"
+    )
+    text_cache_disable: Bool = option(
+        False, help="Keep encoded captions in memory only.", planned="captions are encoded before training"
+    )
+    write_batch_size: Int = option(
+        128, help="Entries that are written to a cache at once.", planned="the cache chooses it", ge=1
+    )
+    allow_dataset_oversubscription: Bool = option(
+        False,
+        help="Repeat small buckets until they fill a batch.",
+        planned="no bucket is too small: a short batch is trained as it is",
+    )
+    disable_bucket_pruning: Bool = option(
+        False, help="Keep buckets smaller than a batch.", planned="they are always kept", neutral=(True,)
+    )
+    data_backend_sampling: Literal["auto-weighting", "uniform"] = option(
+        "auto-weighting",
+        help="How datasets are mixed: `auto-weighting` in proportion to their size with repeats.",
+        planned_values={"uniform": "datasets are mixed in proportion to their size"},
+    )
+    max_upscale_threshold: Float | None = option(
+        None, help="Leave out pictures that would be enlarged more.", planned="use minimum_image_size", gt=0
+    )
+    delete_unwanted_images: Bool = option(False, help="Delete pictures that are too small.", planned=ALWAYS_KEPT)
+    delete_problematic_images: Bool = option(False, help="Delete pictures that cannot be read.", planned=ALWAYS_KEPT)
+    caption_shuffle: Bool = option(False, help="Shuffle the tags of captions.", planned="captions are used as they are")

@@ -1,0 +1,43 @@
+"""Where the run is reported: progress, trackers, hub, webhooks."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator
+
+from simpletuner.config.options.declare import OptionGroup, option
+from simpletuner.config.values import Bool, Int, Text, read_words
+
+TRACKER = "this tracker is not built; tensorboard is, and metrics.jsonl is always written"
+HUB = "uploads are not built"
+WEBHOOK = "webhooks are not built"
+
+Tracker = Literal["tensorboard", "none", "wandb", "swanlab", "comet_ml", "simpletuner", "custom-tracker", "all"]
+
+
+class ReportingOptions(OptionGroup):
+    """Reporting"""
+
+    report_to: Annotated[tuple[Tracker, ...], BeforeValidator(read_words)] = option(
+        ("none",),
+        help="Trackers, with commas between them. `metrics.jsonl` in `output_dir` is always written.",
+        level="basic",
+        planned_values=dict.fromkeys(("wandb", "swanlab", "comet_ml", "simpletuner", "custom-tracker", "all"), TRACKER),
+    )
+    tracker_run_name: Text | None = option(None, help="Name of this run in trackers. Unset: the name of `output_dir`.")
+    tracker_project_name: Text | None = option(
+        None, help="Project of this run in trackers.", planned="TensorBoard has no projects"
+    )
+    push_to_hub: Bool = option(False, help="Upload the result to the Hugging Face Hub.", planned=HUB)
+    push_checkpoints_to_hub: Bool = option(False, help="Upload each checkpoint.", planned=HUB)
+    push_to_hub_background: Bool = option(False, help="Upload while training goes on.", planned=HUB)
+    hub_model_id: Text | None = option(None, help="Name of the repository on the Hub.", planned=HUB)
+    model_card_private: Bool = option(True, help="Make the repository private.", planned=HUB)
+    model_card_safe_for_work: Bool = option(False, help="Mark the model card as safe for work.", planned=HUB)
+    model_card_note: Text | None = option(None, help="Note on the model card.", planned=HUB)
+    publishing_config: Any = option(None, help="Upload to S3 and other stores.", planned=HUB)
+    webhook_config: Any = option(None, help="Where progress is sent.", planned=WEBHOOK)
+    webhook_reporting_interval: Int | None = option(
+        None, help="Send every n-th step.", unit="optimizer steps", planned=WEBHOOK, ge=1
+    )

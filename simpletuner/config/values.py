@@ -1,0 +1,169 @@
+"""Kinds of values that options and dataset keys share: how text becomes a number, a truth value, a list or a size.
+
+Files and command lines give many values as text ("4e-5", "20", "true"). These types say once how such text is read.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+from pydantic import BeforeValidator, Field
+
+TRUE_WORDS = ("true", "yes", "on", "1")
+FALSE_WORDS = ("false", "no", "off", "0")
+
+
+class Size(NamedTuple):
+    """A picture's size in pixels, height first as tensors have it."""
+
+    height: int
+    width: int
+
+    def __str__(self) -> str:
+        return f"{self.width}x{self.height}"
+
+
+def read_bool(value: Any) -> Any:
+    """Text that means yes or no becomes a bool; numbers other than 0 and 1 are not truth values."""
+    if isinstance(value, str):
+        word = value.strip().lower()
+        if word in TRUE_WORDS:
+            return True
+        if word in FALSE_WORDS:
+            return False
+    if isinstance(value, bool) or (isinstance(value, int) and value in (0, 1)):
+        return bool(value)
+    raise ValueError("must be true or false")
+
+
+def read_int(value: Any) -> Any:
+    """Whole numbers, also written "20", 20.0 or "1e3"; truth values are not numbers."""
+    if isinstance(value, bool):
+        raise ValueError("must be a whole number")
+    if isinstance(value, str):
+        try:
+            value = int(value.strip())
+        except ValueError:
+            value = read_float(value)
+    if isinstance(value, float) and math.isfinite(value) and value == int(value):
+        return int(value)
+    if not isinstance(value, int):
+        raise ValueError("must be a whole number")
+    return value
+
+
+def read_float(value: Any) -> Any:
+    """Finite numbers, also written "4e-5"; truth values are not numbers."""
+    if isinstance(value, str):
+        try:
+            value = float(value.strip())
+        except ValueError:
+            raise ValueError("must be a number") from None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError("must be a number")
+    if not math.isfinite(value):
+        raise ValueError("must be a finite number")
+    return float(value)
+
+
+def read_text(value: Any) -> Any:
+    """Text; a bare number is taken as its text (`validation_resolution: 1024`)."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return str(value)
+    if not isinstance(value, str):
+        raise ValueError("must be text")
+    return value
+
+
+def read_words(value: Any) -> Any:
+    """A list of words, also written as one text with commas or blanks between them."""
+    if isinstance(value, str):
+        return tuple(value.replace(",", " ").split())
+    if isinstance(value, list | tuple):
+        return tuple(value)
+    raise ValueError("must be a list, or one text with commas")
+
+
+def read_text_or_list(value: Any) -> Any:
+    """One text, or a list of texts -> a tuple of texts."""
+    if isinstance(value, list | tuple):
+        return tuple(read_text(item) for item in value)
+    return (read_text(value),)
+
+
+def read_arguments(value: Any) -> Any:
+    """`"eps=1e-8,weight_decay=0.1"` or an object -> a dict; numbers and truth values in the text are recognised."""
+    if isinstance(value, dict):
+        return value
+    if not isinstance(value, str):
+        raise ValueError('must be text such as "weight_decay=0.1,eps=1e-8", or an object')
+    arguments: dict[str, Any] = {}
+    for part in filter(None, (part.strip() for part in value.split(","))):
+        name, equals, text = part.partition("=")
+        if not equals or not name.strip():
+            raise ValueError(f'"{part}" is not of the form name=value')
+        arguments[name.strip().removeprefix("--")] = _read_scalar(text.strip())
+    return arguments
+
+
+def _read_scalar(text: str) -> Any:
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def read_path(value: Any) -> Any:
+    """A path as text; `~` is the home folder."""
+    if isinstance(value, Path):
+        return value
+    if not isinstance(value, str):
+        raise ValueError("must be a path, as text")
+    if "\0" in value:
+        raise ValueError("must be a path without a NUL character")
+    return Path(value).expanduser()
+
+
+def parse_sizes(text: str) -> list[Size]:
+    """Picture sizes from `"1024"`, `"1280x768"` (width x height) or several of them with commas.
+
+    Raises:
+        ValueError: a part is neither, or not positive.
+    """
+    sizes = []
+    for part in filter(None, (part.strip().lower() for part in text.split(","))):
+        width, times, height = part.partition("x")
+        try:
+            size = Size(int(height if times else width), int(width))
+        except ValueError:
+            raise ValueError(f'"{part}" is not a size such as 1024 or 1280x768') from None
+        if min(size) < 8 or max(size) > 16384:
+            raise ValueError(f'"{part}" is outside of 8 to 16384 pixels')
+        sizes.append(size)
+    if not sizes:
+        raise ValueError("names no size")
+    return sizes
+
+
+def read_sizes(value: Any) -> Any:
+    """The text that `parse_sizes` takes, checked."""
+    text = read_text(value)
+    parse_sizes(text)
+    return text
+
+
+Bool = Annotated[bool, BeforeValidator(read_bool)]
+Int = Annotated[int, BeforeValidator(read_int)]
+Float = Annotated[float, BeforeValidator(read_float)]
+Text = Annotated[str, BeforeValidator(read_text)]
+Sizes = Annotated[str, BeforeValidator(read_sizes)]
+FilePath = Annotated[Path, BeforeValidator(read_path)]
+Arguments = Annotated[dict[str, Any], BeforeValidator(read_arguments)]
+Fraction = Annotated[float, BeforeValidator(read_float), Field(ge=0.0, le=1.0)]
+TextOrList = Annotated[tuple[str, ...], BeforeValidator(read_text_or_list)]
