@@ -1,0 +1,180 @@
+"""OmniGen's attention without a dense mask, and rotary angles that belong to each row.
+
+Text and time tokens are causal and the drawn picture sees everything, so two attention calls (one causal, one open)
+give the result of one call under a dense mask, and leave the fast kernels usable. The public implementation turns every
+row of a batch by the angles of row 0 (`OmniGenSuScaledRotaryEmbedding.forward` keeps `emb[0]`); here each row has its
+own positions and its own choice of the short or long factors.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+from simpletuner.models.omnigen.tokens import TokenRows
+
+KeysValues = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class AttentionLayout:
+    """What the attention layers need to know of a batch; goes through the blocks in the place of a mask.
+
+    A plain object on purpose: FSDP casts tensors and tuples that enter a block to its compute dtype, and angles in
+    bfloat16 are wrong at far positions.
+
+    Args:
+        cos: (B or 1, 1, S, D) float32, for the tokens that ask.
+        sin: like `cos`.
+        num_condition: leading tokens that may not see the drawn picture: text and time, or time alone.
+        condition_mask: (B, 1, num_condition, keys) bool for these; None: causal.
+        image_mask: (B, 1, 1, keys) bool for the patches of the drawn picture; None: they see everything.
+        cached: per layer the keys and values of the text, where the text has run before.
+        record: takes the keys and values of each layer; None outside the text's own run.
+    """
+
+    cos: Tensor
+    sin: Tensor
+    num_condition: int
+    condition_mask: Tensor | None = None
+    image_mask: Tensor | None = None
+    cached: tuple[KeysValues, ...] | None = None
+    record: list[KeysValues] | None = None
+
+
+@dataclass(frozen=True)
+class TextCache:
+    """The text's keys and values in every layer: the same at each denoising step, for text sees no time and no noise.
+
+    Args:
+        keys_values: per layer (B, heads, T, D) each, keys turned.
+        layout: the layout of the tokens that follow: time and the drawn picture.
+    """
+
+    keys_values: tuple[KeysValues, ...]
+    layout: AttentionLayout
+
+
+class OmniGenAttention:
+    """Attention processor of one layer; takes an `AttentionLayout` as `attention_mask`."""
+
+    def __init__(self, layer: int):
+        self.layer = layer
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        attention_mask: AttentionLayout,
+        image_rotary_emb: None = None,
+    ) -> Tensor:
+        layout = attention_mask
+        query = rotate(split_heads(attn.to_q(hidden_states), attn.heads), layout.cos, layout.sin)
+        key = rotate(split_heads(attn.to_k(hidden_states), attn.heads), layout.cos, layout.sin)
+        value = split_heads(attn.to_v(hidden_states), attn.heads)
+        if layout.record is not None:
+            layout.record.append((key, value))
+        if layout.cached is not None:
+            text_key, text_value = layout.cached[self.layer]
+            key, value = torch.cat([text_key, key], dim=2), torch.cat([text_value, value], dim=2)
+        attended = attend(query, key, value, layout).transpose(1, 2).flatten(2)
+        return attn.to_out[0](attended)
+
+
+def split_heads(projected: Tensor, num_heads: int) -> Tensor:
+    """(B, S, heads * D) -> (B, heads, S, D)."""
+    return projected.unflatten(2, (num_heads, -1)).transpose(1, 2)
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, layout: AttentionLayout) -> Tensor:
+    """(B, heads, S, D): the leading tokens among themselves, then the drawn picture over all keys."""
+    split, num_tokens = layout.num_condition, query.shape[2]
+    num_keys = key.shape[2] - (num_tokens - split)
+    # Time alone after a cached text sees all of its keys, which is what causality means for a last token.
+    is_causal = layout.condition_mask is None and layout.cached is None
+    condition = scaled_dot_product_attention(
+        query[:, :, :split],
+        key[:, :, :num_keys],
+        value[:, :, :num_keys],
+        attn_mask=layout.condition_mask,
+        is_causal=is_causal,
+    )
+    if split == num_tokens:
+        return condition
+    image = scaled_dot_product_attention(query[:, :, split:], key, value, attn_mask=layout.image_mask)
+    return torch.cat([condition, image], dim=2)
+
+
+def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding over halves, in float32, returned in the dtype of `states` (B, heads, S, D)."""
+    first, second = states.chunk(2, dim=-1)
+    turned = torch.cat([-second, first], dim=-1)
+    return (states.float() * cos + turned.float() * sin).to(states.dtype)
+
+
+def rotary_angles(rope: nn.Module, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, 1, S, D) float32 cosines and sines of each row's own positions.
+
+    The frequencies are Phi-3's scaled ones ("su", arXiv 2404.14219): a row whose positions exceed
+    `original_max_position_embeddings` uses the long factors, all of it, and others the short ones.
+
+    Args:
+        rope: diffusers' `OmniGenSuScaledRotaryEmbedding`, for its constants.
+        position_ids: (B, S) int64.
+    """
+    device = position_ids.device
+    short, long = (torch.tensor(f, dtype=torch.float32, device=device) for f in (rope.short_factor, rope.long_factor))
+    is_long = position_ids.amax(dim=1, keepdim=True) + 1 > rope.original_max_position_embeddings
+    factors = torch.where(is_long, long, short)  # (B, D / 2)
+    exponents = torch.arange(0, rope.dim, 2, dtype=torch.int64, device=device).float() / rope.dim
+    frequencies = 1.0 / (factors * rope.base**exponents)
+    angles = position_ids[:, :, None].float() * frequencies[:, None]
+    angles = torch.cat([angles, angles], dim=-1)[:, None]
+    ratio = rope.max_position_embeddings / rope.original_max_position_embeddings
+    scale = math.sqrt(1 + math.log(ratio) / math.log(rope.original_max_position_embeddings)) if ratio > 1 else 1.0
+    return angles.cos() * scale, angles.sin() * scale
+
+
+def make_layout(rows: TokenRows, num_image_tokens: int, rope: nn.Module) -> AttentionLayout:
+    """The layout of whole rows: text, time, drawn picture."""
+    position_ids = rows.position_ids(num_image_tokens)
+    if rows.text_visible is None:
+        position_ids = position_ids[:1]
+    cos, sin = rotary_angles(rope, position_ids)
+    image_mask = None
+    if rows.text_visible is not None:
+        image_mask = nn.functional.pad(rows.text_visible, (0, 1 + num_image_tokens), value=True)[:, None, None]
+    return AttentionLayout(cos, sin, rows.num_text + 1, rows.condition_mask, image_mask)
+
+
+def text_part(layout: AttentionLayout) -> AttentionLayout:
+    """The layout of the text alone, recording its keys and values."""
+    num_text = layout.num_condition - 1
+    mask = layout.condition_mask
+    return AttentionLayout(
+        layout.cos[:, :, :num_text],
+        layout.sin[:, :, :num_text],
+        num_text,
+        None if mask is None else mask[:, :, :num_text, :num_text],
+        record=[],
+    )
+
+
+def part_behind_text(layout: AttentionLayout, keys_values: tuple[KeysValues, ...]) -> AttentionLayout:
+    """The layout of time and drawn picture, on the recorded keys and values of the text."""
+    num_text = layout.num_condition - 1
+    mask = layout.condition_mask
+    return replace(
+        layout,
+        cos=layout.cos[:, :, num_text:],
+        sin=layout.sin[:, :, num_text:],
+        num_condition=1,
+        condition_mask=None if mask is None else mask[:, :, num_text:],
+        cached=keys_values,
+    )

@@ -1,0 +1,204 @@
+"""Drawing with OmniGen: diffusers' pipeline without torchvision, with a negative prompt, and with the text run once.
+
+The class keeps diffusers' name, since a saved `model_index.json` carries the name of its class and must load there.
+Source: diffusers' `pipelines/omnigen/pipeline_omnigen.py`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.pipelines.omnigen.pipeline_omnigen import OmniGenPipeline as DiffusersOmniGenPipeline
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
+from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor, nn
+
+from simpletuner.errors import DataError, Problem
+from simpletuner.models.components import component_file
+from simpletuner.models.family import ModelFamily
+from simpletuner.models.omnigen.attention import TextCache
+from simpletuner.models.omnigen.tokens import PIXELS_PER_TOKEN, collate_tokens
+
+# What diffusers' processor uses for everybody (`processor_omnigen.py`), so that a picture drawn there is the same.
+DEFAULT_NEGATIVE_PROMPT = (
+    "low quality, jpeg artifacts, ugly, duplicate, morbid, mutilated, extra fingers, mutated hands, poorly drawn hands, "
+    "poorly drawn face, mutation, deformed, blurry, dehydrated, bad anatomy, bad proportions, extra limbs, cloned face, "
+    "disfigured, gross proportions, malformed limbs, missing arms, missing legs, extra arms, extra legs, fused fingers, "
+    "too many fingers."
+)
+Generators = torch.Generator | list[torch.Generator] | None
+
+
+class OmniGenPipeline(DiffusersOmniGenPipeline):
+    """Text to image around live weights.
+
+    Args:
+        transformer: a denoiser from `OmniGen.load_denoiser`, adapters and wrappers included.
+        scheduler: OmniGen's own, which counts from noise to data.
+        vae: for `output_type="pil"`; None where only latents are asked for.
+        tokenizer: leave it None; `save_pretrained` loads the one of the model folder.
+        family: turns prompts into token rows, and knows device and dtype.
+    """
+
+    def __init__(
+        self,
+        transformer: nn.Module,
+        scheduler: FlowMatchEulerDiscreteScheduler,
+        vae: nn.Module | None,
+        tokenizer: Any = None,
+        family: ModelFamily | None = None,
+    ):
+        # Not diffusers' own __init__: it builds a processor from torchvision.
+        DiffusionPipeline.__init__(self)
+        self.register_modules(vae=vae, tokenizer=tokenizer, transformer=transformer, scheduler=scheduler)
+        self.family = family
+        self.vae_scale_factor = family.spec.vae_factor
+        self.image_processor = VaeImageProcessor(vae_scale_factor=PIXELS_PER_TOKEN)
+        self.default_sample_size = 128
+        self.set_progress_bar_config(disable=True)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        negative_prompt: str | Sequence[str] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int = 50,
+        guidance_scale: float = 2.5,
+        generator: Generators = None,
+        latents: Tensor | None = None,
+        callback_on_step_end: Callable[[Any, int, Tensor, dict[str, Tensor]], dict[str, Tensor]] | None = None,
+        output_type: str = "pil",
+    ) -> ImagePipelineOutput:
+        """Draw one picture per prompt.
+
+        Args:
+            negative_prompt: one for all or one per prompt; None is diffusers' default for OmniGen.
+            height: pixels, a multiple of 16; 1024 where not given.
+            width: like `height`.
+            guidance_scale: 1 leaves the negative prompt out.
+            generator: one for all pictures, or one per picture.
+            latents: (B, 4, h, w) the noise to begin with.
+            callback_on_step_end: called as (pipeline, step, timestep, {"latents": latents}); what it returns under
+                `latents` is used from there on.
+            output_type: `pil`, `np`, `pt`, or `latent` for scaled latents.
+        """
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        height, width = self._check_size(height, width)
+        self._guidance_scale = guidance_scale
+        latents = self._initial_latents(len(prompts), height, width, generator, latents)
+        rows = prompts + ([] if guidance_scale == 1 else _negative_prompts(negative_prompt, len(prompts)))
+        num_image_tokens = height * width // PIXELS_PER_TOKEN**2
+        with eval_mode(self.transformer):
+            text = self._run_text(rows, num_image_tokens)
+            latents = self._denoise(latents, text, num_inference_steps, guidance_scale, callback_on_step_end)
+        if output_type == "latent":
+            return ImagePipelineOutput(images=latents)
+        pixels = self.family.decode_latents(self.vae, latents)
+        return ImagePipelineOutput(images=self.image_processor.postprocess(pixels, output_type=output_type))
+
+    def _check_size(self, height: int | None, width: int | None) -> tuple[int, int]:
+        default = self.default_sample_size * self.vae_scale_factor
+        height, width = height or default, width or default
+        if height % PIXELS_PER_TOKEN or width % PIXELS_PER_TOKEN:
+            raise ValueError(f"height and width must be multiples of {PIXELS_PER_TOKEN}, not {height} and {width}")
+        return height, width
+
+    def _initial_latents(
+        self, num_pictures: int, height: int, width: int, generator: Generators, latents: Tensor | None
+    ) -> Tensor:
+        if latents is not None:
+            return latents.to(self.family.device, torch.float32)
+        factor = self.vae_scale_factor
+        shape = (num_pictures, self.family.spec.latent_channels, height // factor, width // factor)
+        return randn_tensor(shape, generator=generator, device=self.family.device, dtype=torch.float32)
+
+    def _run_text(self, prompts: Sequence[str], num_image_tokens: int) -> TextCache:
+        rows = collate_tokens(self.family.encode_prompts(prompts), [], self.family.device)
+        return self.transformer(None, None, rows, num_image_tokens=num_image_tokens)
+
+    def _denoise(
+        self,
+        latents: Tensor,
+        text: TextCache,
+        num_inference_steps: int,
+        guidance_scale: float,
+        callback: Callable[..., dict[str, Tensor]] | None,
+    ) -> Tensor:
+        self.scheduler.set_timesteps(sigmas=np.linspace(1, 0, num_inference_steps + 1)[:-1], device=latents.device)
+        self._num_timesteps = len(self.scheduler.timesteps)
+        num_rows = len(latents) if guidance_scale == 1 else 2 * len(latents)
+        with self.progress_bar(total=self._num_timesteps) as progress_bar:
+            for step, timestep in enumerate(self.scheduler.timesteps):
+                inputs = latents.repeat(num_rows // len(latents), 1, 1, 1).to(self.family.dtype)
+                prediction = self.transformer(inputs, timestep.expand(num_rows), text)
+                if num_rows > len(latents):
+                    positive, negative = prediction.chunk(2)
+                    prediction = negative + guidance_scale * (positive - negative)
+                latents = self.scheduler.step(prediction, timestep, latents, return_dict=False)[0]
+                if callback is not None:
+                    latents = callback(self, step, timestep, {"latents": latents}).pop("latents", latents)
+                progress_bar.update()
+        return latents
+
+    def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
+        """Write the whole model in diffusers' layout, tokenizer included; diffusers' own class loads it."""
+        if self.tokenizer is None:
+            from transformers import AutoTokenizer
+
+            source, component = self.family.source, self.family.spec.component("tokenizer")
+            folder = component_file(source, component, component.config_file).parent
+            component_file(source, component, "tokenizer.json")
+            self.register_modules(tokenizer=AutoTokenizer.from_pretrained(str(folder)))
+        super().save_pretrained(save_directory, **kwargs)
+
+
+def build_pipeline(family: ModelFamily, denoiser: nn.Module, vae: nn.Module | None) -> OmniGenPipeline:
+    """A pipeline on live weights, with the scheduler of the model folder.
+
+    Raises:
+        DataError: the folder's scheduler counts time from data to noise, which OmniGen does not.
+    """
+    component = family.spec.component("scheduler")
+    path = component_file(family.source, component, component.config_file)
+    config = json.loads(path.read_text())
+    if config.get("invert_sigmas") is not True or config.get("num_train_timesteps") != 1:
+        raise DataError(
+            Problem(
+                "the model's scheduler does not count time as OmniGen does, from 0 on noise to 1 on data",
+                key="pretrained_model_name_or_path",
+                file=str(path),
+                allowed='"invert_sigmas": true and "num_train_timesteps": 1',
+                fix="take the scheduler folder of Shitao/OmniGen-v1-diffusers",
+            )
+        )
+    return OmniGenPipeline(denoiser, FlowMatchEulerDiscreteScheduler.from_config(config), vae, family=family)
+
+
+@contextlib.contextmanager
+def eval_mode(module: nn.Module) -> Iterator[None]:
+    """Eval mode within, and afterwards exactly the mode that each submodule had."""
+    training = [part for part in module.modules() if part.training]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True
+
+
+def _negative_prompts(negative_prompt: str | Sequence[str] | None, count: int) -> list[str]:
+    if negative_prompt is None:
+        negative_prompt = DEFAULT_NEGATIVE_PROMPT
+    prompts = [negative_prompt] * count if isinstance(negative_prompt, str) else list(negative_prompt)
+    if len(prompts) != count:
+        raise ValueError(f"{len(prompts)} negative prompts for {count} prompts")
+    return prompts

@@ -1,0 +1,259 @@
+"""Prompts as OmniGen reads them: token ids in the chat template, and the layout of a batch of them.
+
+diffusers' processor needs torchvision; this one needs the `tokenizers` library only, and gives the same ids. The layout
+of a row is `[padding][text, with input pictures in it][time][patches of the picture that is drawn]`. Text and time are
+causal, an input picture sees all of itself, the drawn picture sees everything but padding.
+
+Source: diffusers' `pipelines/omnigen/processor_omnigen.py`; arXiv 2409.11340, section 2.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad as pad_left
+
+from simpletuner.batch import PromptEmbeds
+from simpletuner.errors import DataError, Problem
+from simpletuner.models.components import ModelSource, component_file
+from simpletuner.models.spec import FamilySpec
+
+PREFIX = "<|user|>\nGenerate an image according to the following instructions\n"
+SUFFIX = "<|end|>\n<|assistant|>\n<|diffusion|>"
+PAD_ID = 2
+PIXELS_PER_TOKEN = 16  # one side: 8 pixels per latent, 2 latents per patch
+
+_IMAGE_TAG = re.compile(r"<\|image_(\d+)\|>")
+
+
+@dataclass(frozen=True)
+class PromptTokens:
+    """One prompt: its ids, and where input pictures stand in them.
+
+    Args:
+        input_ids: template and prompt, with zeros where an input picture's patches go.
+        reference_spans: (start, end, index of the reference picture) of each placeholder.
+        is_cut: the prompt was longer than the limit.
+    """
+
+    input_ids: list[int]
+    reference_spans: list[tuple[int, int, int]]
+    is_cut: bool
+
+
+class PromptTokenizer:
+    """Turns prompts into ids as `tokenizer.json` states it.
+
+    The file's own normaliser rules, as when the weights were trained: transformers 5 rebuilds Llama tokenisers from
+    their vocabulary, which drops a `Prepend` normaliser.
+
+    Args:
+        backend: a `tokenizers.Tokenizer`.
+        adds_bos: `add_bos_token` of `tokenizer_config.json`; None leaves it to the file's post-processor.
+        bos_token: the token that is added.
+        max_tokens: limit of the text tokens of a prompt, template included.
+    """
+
+    def __init__(self, backend: Any, adds_bos: bool | None, bos_token: str, max_tokens: int):
+        self.backend = backend
+        self.adds_bos = adds_bos
+        self.bos_id = backend.token_to_id(bos_token)
+        self.max_tokens = max_tokens
+
+    @classmethod
+    def from_source(cls, source: ModelSource, spec: FamilySpec) -> PromptTokenizer:
+        """Read the tokenizer folder of a model.
+
+        Raises:
+            DataError: there is no readable `tokenizer.json`.
+        """
+        from tokenizers import Tokenizer
+
+        component = spec.component("tokenizer")
+        path = component_file(source, component, "tokenizer.json")
+        if not path.is_file():
+            raise DataError(
+                Problem(
+                    f"the model has no tokenizer/tokenizer.json ({path})",
+                    key="pretrained_model_name_or_path",
+                    fix="save the tokenizer with transformers' AutoTokenizer(...).save_pretrained, which writes it",
+                )
+            )
+        config_path = component_file(source, component, component.config_file)
+        config = json.loads(config_path.read_text()) if config_path.is_file() else {}
+        bos_token = config.get("bos_token") or "<s>"
+        if isinstance(bos_token, dict):
+            bos_token = bos_token["content"]
+        return cls(Tokenizer.from_file(str(path)), config.get("add_bos_token"), bos_token, spec.max_prompt_tokens)
+
+    def __call__(self, prompt: str, reference_sizes: Sequence[tuple[int, int]] = ()) -> PromptTokens:
+        """Tokenise one prompt; `reference_sizes` are the (height, width) in pixels of its input pictures.
+
+        Raises:
+            DataError: the placeholders `<img><|image_1|></img>` do not fit the input pictures.
+        """
+        text = PREFIX + prompt + SUFFIX
+        tags = [int(number) for number in _IMAGE_TAG.findall(text)]
+        _check_placeholders(prompt, tags, len(reference_sizes))
+        chunks = [self._encode(chunk, is_first=i == 0) for i, chunk in enumerate(_split_at_images(text, bool(tags)))]
+        num_text = sum(len(chunk) for chunk in chunks)
+        if num_text > self.max_tokens:
+            chunks[-1] = self._cut(chunks[-1], num_text - self.max_tokens, prompt)
+
+        ids, spans = list(chunks[0]), []
+        for tag, chunk in zip(tags, chunks[1:], strict=True):
+            height, width = reference_sizes[tag - 1]
+            num_patches = height * width // PIXELS_PER_TOKEN**2
+            spans.append((len(ids), len(ids) + num_patches, tag - 1))
+            ids += [0] * num_patches + chunk
+        return PromptTokens(ids, spans, is_cut=num_text > self.max_tokens)
+
+    def _encode(self, text: str, is_first: bool) -> list[int]:
+        """Ids of a chunk; only the first one begins with BOS."""
+        if is_first and self.adds_bos is None:
+            return self.backend.encode(text).ids
+        ids = self.backend.encode(text, add_special_tokens=False).ids
+        return [self.bos_id, *ids] if is_first and self.adds_bos else ids
+
+    def _cut(self, chunk: list[int], excess: int, prompt: str) -> list[int]:
+        """Take `excess` ids from the end of the prompt, keeping the template behind it."""
+        tail = self._encode(SUFFIX, is_first=False)
+        room = len(chunk) - len(tail)
+        if excess > room:
+            raise DataError(
+                Problem(
+                    f"the prompt is {excess} tokens too long, with {room} behind its last picture to cut: {prompt!r}",
+                    allowed=f"{self.max_tokens} tokens of text",
+                    fix="shorten the prompt",
+                )
+            )
+        return chunk[: room - excess] + tail
+
+
+def _split_at_images(text: str, has_images: bool) -> list[str]:
+    return re.split(r"<\|image_\d+\|>", text) if has_images else [text]
+
+
+def _check_placeholders(prompt: str, tags: list[int], num_references: int) -> None:
+    if sorted(set(tags)) == list(range(1, num_references + 1)):
+        return
+    raise DataError(
+        Problem(
+            f"the prompt names the input pictures {sorted(set(tags)) or 'none'}, but has {num_references}: {prompt!r}",
+            allowed="<img><|image_1|></img>, <img><|image_2|></img>, ... once or more for each input picture",
+            fix="correct the prompt, or the number of reference pictures",
+        )
+    )
+
+
+def embeds_from_tokens(tokens: PromptTokens) -> PromptEmbeds:
+    """`input_ids` (L,) int64; with input pictures also `reference_spans` (R, 3) int64."""
+    tensors = {"input_ids": torch.tensor(tokens.input_ids, dtype=torch.int64)}
+    if tokens.reference_spans:
+        tensors["reference_spans"] = torch.tensor(tokens.reference_spans, dtype=torch.int64)
+    return PromptEmbeds(tensors)
+
+
+@dataclass(frozen=True)
+class TokenRows:
+    """The prompts of a batch, padded on the left, and what each token may see.
+
+    Args:
+        input_ids: (B, T) int64.
+        lengths: (B,) int64, real tokens of each row.
+        reference_spans: per row (start, end, index of the reference), counted in the padded row.
+        reference_latents: per row its reference latents, (C, h, w) each, scaled.
+        text_visible: (B, T) bool, False on padding; None where no row is padded.
+        condition_mask: (B, 1, T + 1, T + 1) bool, which text and time tokens (rows) see which (columns); None where
+            plain causality says it all.
+    """
+
+    input_ids: Tensor
+    lengths: Tensor
+    reference_spans: tuple[tuple[tuple[int, int, int], ...], ...]
+    reference_latents: tuple[tuple[Tensor, ...], ...]
+    text_visible: Tensor | None
+    condition_mask: Tensor | None
+
+    @property
+    def num_text(self) -> int:
+        return self.input_ids.shape[1]
+
+    def position_ids(self, num_image_tokens: int) -> Tensor:
+        """(B, T + 1 + N) int64: 0 on padding, then counted through text, time and patches."""
+        num_tokens = self.num_text + 1 + num_image_tokens
+        padding = (self.num_text - self.lengths)[:, None]
+        return (torch.arange(num_tokens, device=self.lengths.device)[None] - padding).clamp_min(0)
+
+    def row(self, index: int) -> TokenRows:
+        """One row as a batch of its own, with its padding."""
+        one = slice(index, index + 1)
+        return replace(
+            self,
+            input_ids=self.input_ids[one],
+            lengths=self.lengths[one],
+            reference_spans=self.reference_spans[one],
+            reference_latents=self.reference_latents[one],
+            text_visible=None if self.text_visible is None else self.text_visible[one],
+            condition_mask=None if self.condition_mask is None else self.condition_mask[one],
+        )
+
+
+def collate_tokens(
+    prompt_embeds: Sequence[PromptEmbeds], references: Sequence[Sequence[Tensor]], device: torch.device
+) -> TokenRows:
+    """Pad a batch of prompts on the left.
+
+    Args:
+        references: per prompt its reference latents; an empty sequence where no prompt has any.
+    """
+    rows = [embeds.tensors["input_ids"] for embeds in prompt_embeds]
+    lengths = [len(row) for row in rows]
+    num_text = max(lengths)
+    padding = [num_text - length for length in lengths]
+    padded = [pad_left(row, (pad, 0), value=PAD_ID) for row, pad in zip(rows, padding, strict=True)]
+    spans = tuple(
+        tuple((start + pad, end + pad, index) for start, end, index in _spans_of(embeds))
+        for embeds, pad in zip(prompt_embeds, padding, strict=True)
+    )
+    latents = tuple(tuple(latent.to(device) for latent in row) for row in references) or ((),) * len(rows)
+    visible = None
+    if any(padding):
+        visible = torch.arange(num_text)[None] >= torch.tensor(padding)[:, None]
+    mask = make_condition_mask(padding, spans, num_text) if any(padding) or any(spans) else None
+    return TokenRows(
+        torch.stack(padded).to(device),
+        torch.tensor(lengths, device=device),
+        spans,
+        latents,
+        None if visible is None else visible.to(device),
+        None if mask is None else mask.to(device),
+    )
+
+
+def _spans_of(embeds: PromptEmbeds) -> list[list[int]]:
+    spans = embeds.tensors.get("reference_spans")
+    return [] if spans is None else spans.tolist()
+
+
+def make_condition_mask(
+    padding: Sequence[int], spans: Sequence[Sequence[tuple[int, int, int]]], num_text: int
+) -> Tensor:
+    """(B, 1, T + 1, T + 1) bool: causal, without padding, input pictures open within themselves.
+
+    A padding token sees itself alone: a row that sees nothing would be NaN, and nobody looks at padding.
+    """
+    num_tokens = num_text + 1
+    masks = torch.ones(len(padding), num_tokens, num_tokens, dtype=torch.bool).tril()
+    for mask, pad, row_spans in zip(masks, padding, spans, strict=True):
+        mask[:, :pad] = False
+        for start, end, _ in row_spans:
+            mask[start:end, start:end] = True
+        mask.diagonal().fill_(True)
+    return masks[:, None]
