@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -79,7 +79,7 @@ class StepDone(Event):
         grad_norm: before clipping; None where it was not computed.
         seconds: wall time of the whole step.
         samples: samples seen in this step, all processes together.
-        epoch: the epoch that the step belongs to, counted from 1.
+        epoch: the epoch that the step belongs to.
         memory_gb: peak of the device; of the process where there is no accelerator.
         extra: further scalars by name (`ema_decay`, `regularisation_loss`).
     """
@@ -103,13 +103,15 @@ class EvalDone(Event):
     Args:
         losses: dataset id -> mean loss.
         pooled: mean over all eval samples.
-        per_quantile: quantile of the timestep distribution ("0.25") -> mean loss there.
+        per_quantile: (quantile of the family's distribution of sigmas, mean loss there).
+        seconds: wall time of the evaluation.
     """
 
     step: int
     losses: Mapping[str, float]
     pooled: float
-    per_quantile: Mapping[str, float] = field(default_factory=dict)
+    per_quantile: Sequence[tuple[float, float]] = ()
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -117,7 +119,7 @@ class CheckpointSaved(Event):
     """A checkpoint is complete and verified at `path`."""
 
     step: int
-    path: Path
+    path: Path | str
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from simpletuner.errors import ConfigError, Problem
 from simpletuner.reporting.bus import Sink
@@ -14,24 +14,24 @@ from simpletuner.reporting.sinks.terminal import terminal_sink
 TRACKERS = ("tensorboard",)
 
 
-def build_sinks(output_dir: Path, report_to: str | None, stream: IO[str] | None = None) -> list[Sink]:
+def build_sinks(config: Any, output_dir: Path, stream: IO[str] | None = None) -> list[Sink]:
     """The sinks of a main process: the terminal and `metrics.jsonl` always, trackers as `report_to` asks.
 
     Args:
-        report_to: `tensorboard`, `none`, `all`, or a comma list; `simpletuner` means the local metrics, always kept.
+        config: read is `report_to`.
         stream: where the terminal's lines go; stdout where not given.
 
     Raises:
         ConfigError: a tracker that is not known.
     """
     sinks: list[Sink] = [terminal_sink(stream), JsonlSink(output_dir)]
-    if "tensorboard" in tracker_names(report_to):
+    if "tensorboard" in tracker_names(config.report_to):
         sinks.append(TensorBoardSink(output_dir))
     return sinks
 
 
 def tracker_names(report_to: str | None) -> set[str]:
-    """The trackers that `report_to` names, without `none` and `simpletuner`."""
+    """The trackers that `report_to` names: a comma list, `all` or `none`; `simpletuner` is the metrics always kept."""
     asked = {word.strip().lower() for word in (report_to or "").split(",")} - {"", "none", "simpletuner"}
     if "all" in asked:
         asked = asked - {"all"} | set(TRACKERS)

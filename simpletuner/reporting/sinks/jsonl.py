@@ -30,22 +30,38 @@ class JsonlSink:
     def __init__(self, output_dir: Path):
         self.path = Path(output_dir) / METRICS_FILE
         self._file: IO[str] | None = None
+        # Where the run starts is known only after its data is looked at: until then lines wait here.
+        self._waiting: list[str] = []
 
     def handle(self, event: Event) -> None:
         if isinstance(event, PhaseProgress):
             return
-        if isinstance(event, RunStarted):
-            self.close()
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            start_from(self.path, event.start_step)
-        if self._file is None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self.path.open("a", encoding="utf-8")
         record = {"time": round(time.time(), 3), **to_record(event)}
-        self._file.write(json.dumps(record, ensure_ascii=False) + "\n")
-        self._file.flush()
+        self._waiting.append(json.dumps(record, ensure_ascii=False) + "\n")
+        if isinstance(event, RunStarted):
+            self._close_file()
+            start_from(self.path, event.start_step)
+            self._open()
+        if self._file is not None:
+            self._flush(self._file)
 
     def close(self) -> None:
+        """Write what still waits: a run that failed before it started leaves its reasons in the file."""
+        if self._waiting:
+            self._flush(self._file or self._open())
+        self._close_file()
+
+    def _open(self) -> IO[str]:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = self.path.open("a", encoding="utf-8")
+        return self._file
+
+    def _flush(self, file: IO[str]) -> None:
+        file.writelines(self._waiting)
+        file.flush()
+        self._waiting.clear()
+
+    def _close_file(self) -> None:
         if self._file is not None:
             self._file.close()
             self._file = None

@@ -72,8 +72,8 @@ class TensorBoardSink:
         for dataset, loss in event.losses.items():
             self.writer().add_scalar(f"loss/val/{dataset}", loss, event.step)
         self.writer().add_scalar("loss/val/pooled", event.pooled, event.step)
-        for quantile, loss in event.per_quantile.items():
-            self.writer().add_scalar(f"loss_by_quantile/{quantile}", loss, event.step)
+        for quantile, loss in event.per_quantile:
+            self.writer().add_scalar(f"loss_by_quantile/{quantile:.2f}", loss, event.step)
         self.writer().flush()
 
     def _add_pictures(self, event: PicturesMade) -> None:

@@ -1,0 +1,131 @@
+"""Where validation pictures are kept and how their sheets are put together.
+
+Names are those that SimpleTuner's users know: `validation_images/step_<step>_<shortname>_<index>_<W>x<H>.png` and
+`benchmarks/base_model/<shortname>_<W>x<H>.png`. The benchmark carries a note of what it was drawn with, so that one of
+another model, prompt or seed is drawn again and not compared with.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from PIL import Image
+
+from simpletuner.reporting.events import SavedPicture
+from simpletuner.storage import write_json
+from simpletuner.validation.grids import Row, comparison_sheet
+from simpletuner.validation.prompts import PictureRequest
+from simpletuner.validation.sampling import Picture
+
+MOST_COLUMNS = 6
+
+
+class PictureFiles:
+    """The picture files of one run.
+
+    Args:
+        output_dir: of the run.
+        requests: what one validation draws.
+        settings: everything else that decides how a base picture looks (model, steps, guidance, ...).
+    """
+
+    def __init__(self, output_dir: Path, requests: Sequence[PictureRequest], settings: Mapping[str, Any]):
+        self.output_dir = output_dir
+        self.images_dir = output_dir / "validation_images"
+        self.benchmark_dir = output_dir / "benchmarks" / "base_model"
+        self.requests = requests
+        self._note = {
+            "settings": {name: value for name, value in settings.items()},
+            "pictures": [[r.shortname, r.prompt, r.width, r.height, r.seed] for r in requests],
+        }
+
+    def path(self, request: PictureRequest, step: int, kind: Literal["live", "ema"]) -> Path:
+        suffix = "_ema" if kind == "ema" else ""
+        name = f"step_{step}_{request.file_stem}_{request.index}_{request.size_text}{suffix}.png"
+        return self.images_dir / name
+
+    def benchmark_path(self, request: PictureRequest) -> Path:
+        return self.benchmark_dir / f"{request.file_stem}_{request.size_text}.png"
+
+    def has_benchmark(self) -> bool:
+        """Whether all base pictures are there and were drawn with today's settings."""
+        note = self.benchmark_dir / "benchmark.json"
+        if not note.is_file() or not all(self.benchmark_path(request).is_file() for request in self.requests):
+            return False
+        try:
+            return json.loads(note.read_text(encoding="utf-8")) == self._note
+        except ValueError:
+            return False
+
+    def save_benchmark(self, pictures: Sequence[Picture]) -> list[SavedPicture]:
+        saved = [self._save(picture, self.benchmark_path(picture.request), "base") for picture in pictures]
+        write_json(self.benchmark_dir / "benchmark.json", self._note)
+        return saved
+
+    def save(self, pictures: Sequence[Picture], step: int, kind: Literal["live", "ema"]) -> list[SavedPicture]:
+        return [self._save(picture, self.path(picture.request, step, kind), kind) for picture in pictures]
+
+    def save_sheet(self, step: int) -> SavedPicture:
+        """base | step | EMA, a row per request, as `step_<step>_sheet.png`."""
+        path = self.images_dir / f"step_{step}_sheet.png"
+        self._sheet([step], f"step {step}").save(path)
+        return SavedPicture(path, "sheet", "", 0, 0, None, "grid")
+
+    def write_before_after(self, step: int) -> Path | None:
+        """base | some steps between | `step` | EMA, as `before_after.png`; None where `step` has no pictures."""
+        steps = [known for known in self.steps_with_pictures() if known <= step]
+        if step not in steps:
+            return None
+        path = self.output_dir / "before_after.png"
+        self._sheet(spread(steps, MOST_COLUMNS - 2), "before and after").save(path)
+        return path
+
+    def steps_with_pictures(self) -> list[int]:
+        """Steps, ascending, at which every request has its picture (live or EMA)."""
+        steps = {int(path.name.split("_")[1]) for path in self.images_dir.glob("step_*_*.png")}
+        complete = [
+            step
+            for step in steps
+            if all(self.path(r, step, "live").is_file() or self.path(r, step, "ema").is_file() for r in self.requests)
+        ]
+        return sorted(complete)
+
+    def _save(self, picture: Picture, path: Path, kind: Literal["base", "live", "ema"]) -> SavedPicture:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture.image.save(path)
+        request = picture.request
+        return SavedPicture(path, request.shortname, request.prompt, request.width, request.height, request.seed, kind)
+
+    def _sheet(self, steps: Sequence[int], title: str) -> Image.Image:
+        sources = [("base model", self.benchmark_path)] if self.has_benchmark() else []
+        sources += [(f"step {step}", lambda r, step=step: self.path(r, step, "live")) for step in steps]
+        sources += [(f"step {steps[-1]}, EMA", lambda r: self.path(r, steps[-1], "ema"))]
+        kept = [(title, find) for title, find in sources if any(find(request).is_file() for request in self.requests)]
+        rows = [
+            Row(
+                f"{request.shortname} ({request.size_text}): {request.prompt}",
+                [_read(find(request)) for _, find in kept],
+            )
+            for request in self.requests
+        ]
+        return comparison_sheet([heading for heading, _ in kept], rows, title)
+
+
+def spread(steps: Sequence[int], count: int) -> list[int]:
+    """At most `count` of the steps, evenly over the run, the last always among them."""
+    if len(steps) <= count:
+        return list(steps)
+    places = (
+        [round(index * (len(steps) - 1) / (count - 1)) for index in range(count)] if count > 1 else [len(steps) - 1]
+    )
+    return [steps[place] for place in dict.fromkeys(places)]
+
+
+def _read(path: Path) -> Image.Image | None:
+    if not path.is_file():
+        return None
+    with Image.open(path) as image:
+        return image.convert("RGB")
