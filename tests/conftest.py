@@ -1,0 +1,33 @@
+"""Settings for all tests: one thread, and no network."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["HF_HUB_OFFLINE"] = "1"
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--ci", action="store_true", help="also run the long tests marked ci")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--ci"):
+        return
+    for item in items:
+        if "ci" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="long: runs with --ci"))
+
+
+@pytest.fixture(scope="session")
+def omnigen_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random OmniGen in diffusers layout, made once; do not write into it."""
+    from tests.tiny import tiny_omnigen_folder
+
+    return tiny_omnigen_folder(tmp_path_factory.mktemp("omnigen"))
