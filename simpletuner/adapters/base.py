@@ -1,0 +1,125 @@
+"""The interface of everything that can be trained, so that the training loop treats adapters and full tuning alike."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from simpletuner.errors import DataError, Problem
+
+# The adapter is a registered child of the denoiser under this name: outside of it, DDP raises and the gradients of
+# FSDP differ by rank.
+ADAPTER_CHILD = "adapter"
+
+
+@dataclass(frozen=True)
+class MatchCount:
+    """How many layers one entry of an adapter's configuration adapts.
+
+    Args:
+        entry: as the user wrote it (`FeedForward`).
+        class_name: the class or classes it means in this denoiser (`OmniGenFeedForward`).
+        modules: adapted layers.
+    """
+
+    entry: str
+    class_name: str
+    modules: int
+
+
+class Adapter(ABC):
+    """What is trained on top of, or instead of, a frozen denoiser.
+
+    Args:
+        report: how many layers each entry of the configuration adapts.
+    """
+
+    file_name: str  # of the weights inside a checkpoint or an output folder
+
+    def __init__(self, report: list[MatchCount]):
+        self.report = report
+
+    @abstractmethod
+    def trainable_parameters(self) -> dict[str, nn.Parameter]:
+        """The trained parameters by name; names and order are the same in every run with the same configuration."""
+
+    @abstractmethod
+    def disabled(self) -> AbstractContextManager[None]:
+        """Inside the context the denoiser computes exactly what the base computes."""
+
+    @abstractmethod
+    def save(self, path: Path, extra_metadata: Mapping[str, str], state: Mapping[str, Tensor] | None = None) -> None:
+        """Write the weights as safetensors to `path`; committing the file is the caller's task.
+
+        Args:
+            extra_metadata: added to the file's own metadata; its values win.
+            state: values to write in place of the live parameters, by their names: the EMA. The live parameters are
+                the same before and after.
+        """
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The trained parameters, detached, sharing memory with the live ones."""
+        return {name: parameter.detach() for name, parameter in self.trainable_parameters().items()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Copy `state` into the live parameters, bit for bit where the dtype is the same.
+
+        Raises:
+            DataError: names or shapes are not those of this adapter.
+        """
+        copy_into(self.trainable_parameters(), state)
+
+
+def copy_into(parameters: Mapping[str, nn.Parameter], state: Mapping[str, Tensor]) -> None:
+    """Copy tensors into parameters of the same names and shapes; DataError otherwise, before anything is changed."""
+    problems = [Problem(f"there is no weight for {name}") for name in parameters if name not in state]
+    problems += [Problem(f"the weight {name} belongs to no trained parameter") for name in state.keys() - parameters]
+    problems += [
+        Problem(f"the weight {name} has shape {tuple(state[name].shape)}; the parameter has {tuple(parameter.shape)}")
+        for name, parameter in parameters.items()
+        if name in state and state[name].shape != parameter.shape
+    ]
+    if problems:
+        raise DataError(problems)
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(state[name])
+
+
+@contextmanager
+def values_replaced(parameters: Mapping[str, nn.Parameter], state: Mapping[str, Tensor] | None) -> Iterator[None]:
+    """Inside the context the parameters hold `state`; afterwards they hold their own values again, bit for bit."""
+    if state is None:
+        yield
+        return
+    kept = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    try:
+        copy_into(parameters, state)
+        yield
+    finally:
+        copy_into(parameters, kept)
+
+
+def base_state_dict(denoiser: nn.Module) -> dict[str, Tensor]:
+    """The denoiser's own weights, without those of an attached adapter."""
+    return {name: tensor for name, tensor in denoiser.state_dict().items() if not name.startswith(f"{ADAPTER_CHILD}.")}
+
+
+def modelspec_metadata(architecture: str, title: str) -> dict[str, str]:
+    """The header fields that model managers read (github.com/Stability-AI/ModelSpec).
+
+    No date is written, so that equal runs give equal files.
+    """
+    return {
+        "format": "pt",
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.architecture": architecture,
+        "modelspec.implementation": "https://github.com/huggingface/diffusers",
+        "modelspec.title": title,
+    }

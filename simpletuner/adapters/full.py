@@ -1,0 +1,63 @@
+"""Full fine-tuning behind the adapter's interface: every parameter of the denoiser trains."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from simpletuner.adapters.base import Adapter, MatchCount, modelspec_metadata, values_replaced
+from simpletuner.errors import ConfigError, Problem
+from simpletuner.models.spec import FamilySpec
+
+
+class FullAdapter(Adapter):
+    """The denoiser itself.
+
+    Args:
+        denoiser: in the dtype in which it trains.
+        spec: for the metadata of the saved file.
+    """
+
+    # The name that diffusers' `from_pretrained` looks for beside a config.json.
+    file_name = "diffusion_pytorch_model.safetensors"
+
+    def __init__(self, denoiser: nn.Module, spec: FamilySpec):
+        denoiser.requires_grad_(True)
+        self.denoiser = denoiser
+        self.spec = spec
+        count = sum(1 for _ in denoiser.parameters())
+        super().__init__([MatchCount("all parameters", type(denoiser).__name__, count)])
+
+    def trainable_parameters(self) -> dict[str, nn.Parameter]:
+        return dict(self.denoiser.named_parameters())
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Always raises: nothing of the base is left to compute with.
+
+        Raises:
+            ConfigError: always.
+        """
+        raise ConfigError(
+            Problem(
+                "prior preservation takes its target from the base model, which full fine-tuning overwrites",
+                key="is_regularisation_data",
+                allowed="regularisation datasets with model_type lora",
+                fix="remove is_regularisation_data from the dataset, or train an adapter",
+            )
+        )
+        yield
+
+    def save(self, path: Path, extra_metadata: Mapping[str, str], state: Mapping[str, Tensor] | None = None) -> None:
+        """Write the denoiser's weights to `path`, and its `config.json` beside it, as diffusers loads them."""
+        from safetensors.torch import save_file
+
+        metadata = modelspec_metadata(self.spec.name, self.spec.title) | dict(extra_metadata)
+        with values_replaced(self.trainable_parameters(), state):
+            tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.denoiser.state_dict().items()}
+            save_file(tensors, path, metadata)
+        if hasattr(self.denoiser, "save_config"):
+            self.denoiser.save_config(path.parent)

@@ -1,0 +1,267 @@
+"""LyCORIS adapters: attach one to a frozen denoiser as `lycoris_config.json` says, train it, switch it off, save it."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from simpletuner.adapters.base import (
+    ADAPTER_CHILD,
+    Adapter,
+    MatchCount,
+    modelspec_metadata,
+    values_replaced,
+)
+from simpletuner.adapters.lokr import use_structured_forward
+from simpletuner.adapters.lycoris_config import KEY, LycorisTargets, check_lycoris_config, resolve_targets
+from simpletuner.adapters.targets import count_matches, require_matches
+from simpletuner.errors import ConfigError, Problem
+from simpletuner.models.spec import FamilySpec
+from simpletuner.randomness import keyed_seed
+
+if TYPE_CHECKING:
+    from lycoris.modules.base import LycorisBaseModule
+    from lycoris.wrapper import LycorisNetwork
+
+PREFIX = "lycoris"  # of every key in the file
+
+
+class LycorisAdapter(Adapter):
+    """A LyCORIS network that is applied to a denoiser.
+
+    Args:
+        network: applied, and a registered child of the denoiser.
+        lycoris: the configuration as the user wrote it; goes into the file's metadata.
+        spec: the family, for the metadata.
+        report: adapted layers per entry.
+    """
+
+    file_name = "pytorch_lora_weights.safetensors"
+
+    def __init__(self, network: LycorisNetwork, lycoris: Mapping[str, Any], spec: FamilySpec, report: list[MatchCount]):
+        super().__init__(report)
+        self.network = network
+        self.lycoris = lycoris
+        self.spec = spec
+
+    def trainable_parameters(self) -> dict[str, nn.Parameter]:
+        """Names are those of the network: `lycoris_layers_0_self_attn_to_q.lokr_w1`."""
+        return dict(self.network.named_parameters())
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Put the layers' own `forward` back for a while, so that nothing is added, not even zeros."""
+        layers = [module.org_module[0] for module in self.network.loras]
+        adapted = [layer.forward for layer in layers]
+        try:
+            for layer in layers:
+                layer.forward = layer._lycoris_original_forward
+            yield
+        finally:
+            for layer, forward in zip(layers, adapted, strict=True):
+                layer.forward = forward
+
+    def save(self, path: Path, extra_metadata: Mapping[str, str], state: Mapping[str, Tensor] | None = None) -> None:
+        """Write the file that LyCORIS itself would write, plus metadata: its configuration and the ModelSpec header."""
+        from safetensors.torch import save_file
+
+        metadata = modelspec_metadata(f"{self.spec.name}/lycoris", f"{self.spec.title} {self.lycoris.get('algo')}")
+        metadata |= {KEY: json.dumps(self.lycoris)} | dict(extra_metadata)
+        with torch.no_grad(), values_replaced(self.trainable_parameters(), state):
+            tensors = {
+                name: tensor.detach().to("cpu", copy=True).contiguous()
+                for name, tensor in self.network.state_dict().items()
+            }
+        save_file(tensors, path, metadata)
+
+
+def attach_lycoris(
+    denoiser: nn.Module,
+    lycoris: Mapping[str, Any],
+    spec: FamilySpec,
+    dtype: torch.dtype,
+    seed: int,
+    file: str | None = None,
+) -> LycorisAdapter:
+    """Freeze the denoiser and attach a new adapter to it, as `lycoris` says.
+
+    The adapter starts as no change at all. Equal seeds give equal weights. A quantised base is quantised before this.
+
+    Args:
+        denoiser: gets the adapter as its child `adapter`.
+        lycoris: the parsed `lycoris_config.json`.
+        dtype: of the adapter's weights.
+        seed: of the run.
+        file: path of the configuration, for messages.
+
+    Raises:
+        ConfigError: the configuration cannot be used, an entry adapts nothing, or the adapter turns out dead.
+    """
+    if problems := check_lycoris_config(lycoris, spec, file):
+        raise ConfigError(problems)
+    targets = resolve_targets(lycoris, spec, {type(module).__name__ for module in denoiser.modules()})
+    paths = {f"{PREFIX}_{name}".replace(".", "_"): name for name, _ in denoiser.named_modules()}
+    network = _create_network(denoiser, lycoris, targets, seed, file)
+    report = count_matches(denoiser, (paths[module.lora_name] for module in network.loras), targets)
+    require_matches(report, denoiser, targets, file)
+    for module in network.loras:
+        if lycoris.get("bypass_mode", True) and _entry_allows_bypass(module, paths, targets):
+            prefer_bypass(module)
+    register_network(denoiser, network, dtype)
+    _require_live(network, file)
+    return LycorisAdapter(network, lycoris, spec, report)
+
+
+def register_network(denoiser: nn.Module, network: LycorisNetwork, dtype: torch.dtype) -> None:
+    """Apply a network to its layers and make it the denoiser's child; only the network trains afterwards."""
+    denoiser.requires_grad_(False)
+    network.apply_to()
+    device = next(denoiser.parameters()).device
+    # alpha is not trained, and bfloat16 would turn 10000 into 9984.
+    alphas = {module: module.alpha.clone() for module in network.loras if hasattr(module, "alpha")}
+    network.to(device=device, dtype=dtype)
+    for module, alpha in alphas.items():
+        module.alpha = alpha.to(device)
+    network.requires_grad_(True)
+    network.train()
+    denoiser.add_module(ADAPTER_CHILD, network)
+
+
+def prefer_bypass(module: LycorisBaseModule) -> None:
+    """Add the adapter's output to the layer's instead of building a merged weight, where the result is the same.
+
+    It is the same for LoKr, LoHa and LoCon without weight decomposition and rank dropout, which are defined on the
+    merged weight, and not for grouped convolutions. It is faster, and small changes survive in bfloat16, where adding
+    them to a weight first would round them away.
+    """
+    from lycoris.modules.locon import LoConModule
+    from lycoris.modules.loha import LohaModule
+    from lycoris.modules.lokr import LokrModule
+
+    if not isinstance(module, LokrModule | LohaModule | LoConModule) or module.wd or module.rank_dropout:
+        return
+    if getattr(module.org_module[0], "groups", 1) != 1:
+        return
+    module.bypass_mode = True
+    if isinstance(module, LokrModule) and module.module_type == "linear":
+        use_structured_forward(module)
+
+
+@contextmanager
+def isolated_lycoris() -> Iterator[None]:
+    """LyCORIS keeps presets in class attributes and a dict, and writes to the terminal; all of it ends here."""
+    from lycoris.config import PRESET
+    from lycoris.logging import logger
+    from lycoris.wrapper import LycorisNetwork
+
+    names = (
+        "ENABLE_CONV", "TARGET_REPLACE_MODULE", "TARGET_REPLACE_NAME", "LORA_PREFIX", "MODULE_ALGO_MAP",
+        "NAME_ALGO_MAP", "USE_FNMATCH", "TARGET_EXCLUDE_NAME",
+    )  # fmt: skip
+    attributes = {name: getattr(LycorisNetwork, name) for name in names}
+    presets, level = dict(PRESET), logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        logger.setLevel(level)
+        PRESET.clear()
+        PRESET.update(presets)
+        for name, value in attributes.items():
+            setattr(LycorisNetwork, name, value)
+
+
+def _create_network(
+    denoiser: nn.Module, lycoris: Mapping[str, Any], targets: LycorisTargets, seed: int, file: str | None
+) -> LycorisNetwork:
+    from lycoris.config import PRESET
+    from lycoris.wrapper import create_lycoris
+
+    options = {key: value for key, value in lycoris.items() if key != "apply_preset"}
+    with isolated_lycoris(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(keyed_seed(seed, "adapter"))
+        # create_lycoris overwrites what apply_preset set with a preset of its own unless it is given one by name.
+        PRESET["from_config"] = {
+            "enable_conv": targets.enable_conv,
+            "target_module": list(targets.classes.values()),
+            "target_name": list(targets.names),
+            "module_algo_map": targets.module_algo_map,
+            "name_algo_map": targets.name_algo_map,
+            "lora_prefix": PREFIX,
+            "use_fnmatch": targets.use_fnmatch,
+            "exclude_name": list(targets.exclude),
+        }
+        try:
+            return create_lycoris(denoiser, **options, preset="from_config")
+        except (TypeError, ValueError, KeyError, NotImplementedError) as error:
+            raise ConfigError(Problem(f"LyCORIS refuses this configuration: {error}", key=KEY, file=file)) from error
+
+
+def _entry_allows_bypass(module: LycorisBaseModule, paths: Mapping[str, str], targets: LycorisTargets) -> bool:
+    """False where an entry that applies to the layer sets `bypass_mode` to false; the module then says so itself."""
+    maps = [*targets.module_algo_map.values(), *targets.name_algo_map.values()]
+    if not any("bypass_mode" in settings for settings in maps):
+        return True
+    return bool(module.bypass_mode)
+
+
+def _require_live(network: LycorisNetwork, file: str | None) -> None:
+    """Perturb one module of each kind: its layer's output must change and its weights must get gradients.
+
+    An adapter on a layer that was replaced afterwards, or whose weights are packed, trains nothing without any error.
+    """
+    first_of_kind = {type(module): module for module in reversed(network.loras)}
+    for kind, module in first_of_kind.items():
+        layer = module.org_module[0]
+        # In a fork, because a later draw of the run must not depend on this check.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            if not _reacts(layer, module):
+                raise ConfigError(
+                    Problem(
+                        f"a {kind.__name__} on {type(layer).__name__} changes nothing and would train nothing",
+                        key=KEY,
+                        file=file,
+                        fix="choose another algo, or leave this layer out",
+                    )
+                )
+
+
+def _reacts(layer: nn.Module, module: LycorisBaseModule) -> bool:
+    parameters = list(module.parameters())
+    kept = [parameter.detach().clone() for parameter in parameters]
+    x = _example_input(layer, layer.weight.device)
+    was_training = module.training
+    module.eval()  # dropout could hide or fake a change
+    try:
+        before = layer(x).detach()
+        with torch.no_grad():
+            for parameter in parameters:
+                parameter.add_(torch.randn(parameter.shape).to(parameter) * 0.1)
+        after = layer(x)
+        gradients = torch.autograd.grad(after.float().square().sum(), parameters, allow_unused=True)
+        has_gradient = any(gradient is not None and bool(gradient.any()) for gradient in gradients)
+        return has_gradient and not torch.equal(before, after.detach())
+    finally:
+        module.train(was_training)
+        with torch.no_grad():
+            for parameter, value in zip(parameters, kept, strict=True):
+                parameter.copy_(value)
+
+
+def _example_input(layer: nn.Module, device: torch.device) -> Tensor:
+    """A small input of the layer's dtype; bfloat16 where its weights are packed."""
+    dtype = layer.weight.dtype if layer.weight.dtype.is_floating_point else torch.bfloat16
+    if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        return torch.randn(1, layer.in_channels, *(2 * size for size in layer.kernel_size)).to(device, dtype)
+    return torch.randn(2, layer.in_features).to(device, dtype)

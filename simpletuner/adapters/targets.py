@@ -1,0 +1,121 @@
+"""Which layers each entry of a LyCORIS configuration adapts, and what could be named instead.
+
+LyCORIS only warns when an entry matches nothing, and says nothing when a module class takes a layer before a name
+pattern sees it. Counting what was created, per entry, finds both.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections import Counter
+from collections.abc import Iterable
+
+from torch import nn
+
+from simpletuner.adapters.base import MatchCount
+from simpletuner.adapters.lycoris_config import LycorisTargets
+from simpletuner.errors import ConfigError, Problem
+
+ADAPTABLE_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def count_matches(denoiser: nn.Module, adapted: Iterable[str], targets: LycorisTargets) -> list[MatchCount]:
+    """Adapted layers per entry, in the order of the configuration.
+
+    Args:
+        adapted: paths of the adapted layers.
+    """
+    class_of = {name: type(module).__name__ for name, module in denoiser.named_modules()}
+    counts: Counter[str] = Counter()
+    classes_of_pattern: dict[str, set[str]] = {}
+    for path in adapted:
+        taken_by = _classes_that_take(path, class_of, targets)
+        counts.update(entry for entry, class_name in targets.classes.items() if class_name in taken_by)
+        if not taken_by:
+            for pattern in _patterns_that_take(path, targets):
+                counts[pattern] += 1
+                classes_of_pattern.setdefault(pattern, set()).add(class_of[path])
+    report = [MatchCount(entry, class_name, counts[entry]) for entry, class_name in targets.classes.items()]
+    report += [
+        MatchCount(pattern, ", ".join(sorted(classes_of_pattern.get(pattern, ()))), counts[pattern])
+        for pattern in targets.names
+    ]
+    return report
+
+
+def require_matches(
+    report: list[MatchCount], denoiser: nn.Module, targets: LycorisTargets, file: str | None = None
+) -> None:
+    """Refuse entries that adapt nothing.
+
+    Raises:
+        ConfigError: one problem per such entry; lists what could be matched.
+    """
+    if not report:
+        raise ConfigError(Problem("names no layer to adapt", key="apply_preset", file=file))
+    problems = []
+    for match in report:
+        if match.modules:
+            continue
+        is_class = match.entry in targets.classes
+        problems.append(
+            Problem(
+                f'"{match.entry}" adapts no layer of {type(denoiser).__name__}',
+                key="apply_preset." + ("target_module" if is_class else "target_name"),
+                file=file,
+                allowed=", ".join(adaptable_classes(denoiser) if is_class else adaptable_paths(denoiser)),
+                fix="name one of these"
+                if is_class
+                else "name one of these, without a layer that an entry of target_module already takes",
+            )
+        )
+    if problems:
+        raise ConfigError(problems)
+
+
+def adaptable_classes(denoiser: nn.Module) -> list[str]:
+    """Classes of modules that are or contain a linear or convolutional layer, sorted."""
+    found = set()
+    for name, module in denoiser.named_modules():
+        if name and any(isinstance(child, ADAPTABLE_LAYERS) for child in module.modules()):
+            found.add(type(module).__name__)
+    return sorted(found)
+
+
+def adaptable_paths(denoiser: nn.Module) -> list[str]:
+    """Paths of the adaptable layers with `*` for numbers, each with how many layers it stands for."""
+    counts = Counter(
+        ".".join("*" if part.isdigit() else part for part in name.split("."))
+        for name, module in denoiser.named_modules()
+        if isinstance(module, ADAPTABLE_LAYERS)
+    )
+    return [f"{path} ({count})" for path, count in counts.items()]
+
+
+def _classes_that_take(path: str, class_of: dict[str, str], targets: LycorisTargets) -> set[str]:
+    """Targeted classes among a layer and the modules around it. A module that a name pattern matches is left to it."""
+    parts = path.split(".")
+    around = [".".join(parts[: end + 1]) for end in range(len(parts))]
+    wanted = set(targets.classes.values())
+    return {
+        class_of[name]
+        for name in around
+        if class_of[name] in wanted and not any(_matches(pattern, name, targets) for pattern in targets.names)
+    }
+
+
+def _patterns_that_take(path: str, targets: LycorisTargets) -> list[str]:
+    """Patterns whose settings apply: of a map only the first that matches, as in LyCORIS, and an exact name first."""
+    in_map = [path] if path in targets.name_algo_map else []
+    in_map += [pattern for pattern in targets.name_algo_map if _matches(pattern, path, targets)]
+    plain = [name for name in targets.names if name not in targets.name_algo_map and _matches(name, path, targets)]
+    return in_map[:1] + plain
+
+
+def _matches(pattern: str, name: str, targets: LycorisTargets) -> bool:
+    if pattern == name:
+        return True
+    if targets.use_fnmatch:
+        return fnmatch.fnmatch(name, pattern)
+    return re.match(pattern, name) is not None
