@@ -28,10 +28,10 @@ from simpletuner.models.omnigen.tokens import PIXELS_PER_TOKEN, collate_tokens
 
 # What diffusers' processor uses for everybody (`processor_omnigen.py`), so that a picture drawn there is the same.
 DEFAULT_NEGATIVE_PROMPT = (
-    "low quality, jpeg artifacts, ugly, duplicate, morbid, mutilated, extra fingers, mutated hands, poorly drawn hands, "
-    "poorly drawn face, mutation, deformed, blurry, dehydrated, bad anatomy, bad proportions, extra limbs, cloned face, "
-    "disfigured, gross proportions, malformed limbs, missing arms, missing legs, extra arms, extra legs, fused fingers, "
-    "too many fingers."
+    "low quality, jpeg artifacts, ugly, duplicate, morbid, mutilated, extra fingers, mutated hands, "
+    "poorly drawn hands, poorly drawn face, mutation, deformed, blurry, dehydrated, bad anatomy, bad "
+    "proportions, extra limbs, cloned face, disfigured, gross proportions, malformed limbs, missing arms, "
+    "missing legs, extra arms, extra legs, fused fingers, too many fingers."
 )
 Generators = torch.Generator | list[torch.Generator] | None
 
@@ -43,7 +43,7 @@ class OmniGenPipeline(DiffusersOmniGenPipeline):
         transformer: a denoiser from `OmniGen.load_denoiser`, adapters and wrappers included.
         scheduler: OmniGen's own, which counts from noise to data.
         vae: for `output_type="pil"`; None where only latents are asked for.
-        tokenizer: leave it None; `save_pretrained` loads the one of the model folder.
+        tokenizer: None; `save_pretrained` loads the one of the model folder.
         family: turns prompts into token rows, and knows device and dtype.
     """
 
@@ -52,9 +52,10 @@ class OmniGenPipeline(DiffusersOmniGenPipeline):
         transformer: nn.Module,
         scheduler: FlowMatchEulerDiscreteScheduler,
         vae: nn.Module | None,
-        tokenizer: Any = None,
+        tokenizer: Any,
         family: ModelFamily | None = None,
     ):
+        assert family is not None, "family has a default only so that diffusers does not take it for a component"
         # Not diffusers' own __init__: it builds a processor from torchvision.
         DiffusionPipeline.__init__(self)
         self.register_modules(vae=vae, tokenizer=tokenizer, transformer=transformer, scheduler=scheduler)
@@ -180,7 +181,7 @@ def build_pipeline(family: ModelFamily, denoiser: nn.Module, vae: nn.Module | No
                 fix="take the scheduler folder of Shitao/OmniGen-v1-diffusers",
             )
         )
-    return OmniGenPipeline(denoiser, FlowMatchEulerDiscreteScheduler.from_config(config), vae, family=family)
+    return OmniGenPipeline(denoiser, FlowMatchEulerDiscreteScheduler.from_config(config), vae, None, family=family)
 
 
 @contextlib.contextmanager

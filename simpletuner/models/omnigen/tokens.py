@@ -9,7 +9,6 @@ Source: diffusers' `pipelines/omnigen/processor_omnigen.py`; arXiv 2409.11340, s
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -50,20 +49,16 @@ class PromptTokens:
 class PromptTokenizer:
     """Turns prompts into ids as `tokenizer.json` states it.
 
-    The file's own normaliser rules, as when the weights were trained: transformers 5 rebuilds Llama tokenisers from
-    their vocabulary, which drops a `Prepend` normaliser.
+    Its post-processor decides about BOS, as in transformers. Its normaliser rules too, as when the weights were
+    trained: transformers 5 rebuilds Llama tokenisers from their vocabulary, and then a `Prepend` is lost.
 
     Args:
         backend: a `tokenizers.Tokenizer`.
-        adds_bos: `add_bos_token` of `tokenizer_config.json`; None leaves it to the file's post-processor.
-        bos_token: the token that is added.
         max_tokens: limit of the text tokens of a prompt, template included.
     """
 
-    def __init__(self, backend: Any, adds_bos: bool | None, bos_token: str, max_tokens: int):
+    def __init__(self, backend: Any, max_tokens: int):
         self.backend = backend
-        self.adds_bos = adds_bos
-        self.bos_id = backend.token_to_id(bos_token)
         self.max_tokens = max_tokens
 
     @classmethod
@@ -75,8 +70,7 @@ class PromptTokenizer:
         """
         from tokenizers import Tokenizer
 
-        component = spec.component("tokenizer")
-        path = component_file(source, component, "tokenizer.json")
+        path = component_file(source, spec.component("tokenizer"), "tokenizer.json")
         if not path.is_file():
             raise DataError(
                 Problem(
@@ -85,12 +79,7 @@ class PromptTokenizer:
                     fix="save the tokenizer with transformers' AutoTokenizer(...).save_pretrained, which writes it",
                 )
             )
-        config_path = component_file(source, component, component.config_file)
-        config = json.loads(config_path.read_text()) if config_path.is_file() else {}
-        bos_token = config.get("bos_token") or "<s>"
-        if isinstance(bos_token, dict):
-            bos_token = bos_token["content"]
-        return cls(Tokenizer.from_file(str(path)), config.get("add_bos_token"), bos_token, spec.max_prompt_tokens)
+        return cls(Tokenizer.from_file(str(path)), spec.max_prompt_tokens)
 
     def __call__(self, prompt: str, reference_sizes: Sequence[tuple[int, int]] = ()) -> PromptTokens:
         """Tokenise one prompt; `reference_sizes` are the (height, width) in pixels of its input pictures.
@@ -116,10 +105,7 @@ class PromptTokenizer:
 
     def _encode(self, text: str, is_first: bool) -> list[int]:
         """Ids of a chunk; only the first one begins with BOS."""
-        if is_first and self.adds_bos is None:
-            return self.backend.encode(text).ids
-        ids = self.backend.encode(text, add_special_tokens=False).ids
-        return [self.bos_id, *ids] if is_first and self.adds_bos else ids
+        return self.backend.encode(text, add_special_tokens=is_first).ids
 
     def _cut(self, chunk: list[int], excess: int, prompt: str) -> list[int]:
         """Take `excess` ids from the end of the prompt, keeping the template behind it."""
