@@ -38,13 +38,14 @@ _LEFT_OVER = re.compile(r"^\.(tmp|trash|aside)-([0-9a-f]{8})-(\d+)-(\d+)-[0-9a-f
 _FOREIGN_HOST_SECONDS = 24 * 3600
 _CHUNK_BYTES = 8 << 20
 _QUICK_CHECK_BYTES = 1 << 20
-
+_FREE_SPACE = "free some space, then start again: what was committed before is untouched"
+_OTHER_FOLDER = "choose another folder, or make this one writable"
 _DISK_ERRORS = {
-    errno.ENOSPC: ("the disk is full", "free some space, then start again: what was committed before is untouched"),
-    errno.EDQUOT: ("the disk quota is used up", "free some space, then start again: what was committed is untouched"),
-    errno.EROFS: ("the file system is read-only", "choose another folder, or mount it writable"),
-    errno.EACCES: ("permission denied", "choose another folder, or change its permissions"),
-    errno.EPERM: ("the operation is not permitted", "choose another folder, or change its permissions"),
+    errno.ENOSPC: ("the disk is full", _FREE_SPACE),
+    errno.EDQUOT: ("the disk quota is used up", _FREE_SPACE),
+    errno.EROFS: ("the file system is read-only", _OTHER_FOLDER),
+    errno.EACCES: ("permission denied", _OTHER_FOLDER),
+    errno.EPERM: ("the operation is not permitted", _OTHER_FOLDER),
 }
 
 
@@ -63,7 +64,7 @@ def write_bytes(path: str | Path, data: bytes) -> None:
     """
     path = Path(path)
     temporary = path.with_name(_own_name(_TEMPORARY))
-    with _disk_errors(path):
+    with disk_errors(path):
         try:
             _step("create")
             descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
@@ -116,7 +117,7 @@ def save_tensors(
     path = Path(path)
     # safetensors writes through a temporary file of its own, so it gets a folder that `sweep` knows.
     temporary = path.with_name(_own_name(_TEMPORARY))
-    with _disk_errors(path):
+    with disk_errors(path):
         try:
             _step("mkdir")
             temporary.mkdir()
@@ -180,7 +181,7 @@ def commit_dir(final_path: str | Path, metadata: Mapping[str, Any] | None = None
     """
     final_path = Path(final_path)
     temporary = final_path.with_name(_own_name(_TEMPORARY))
-    with _disk_errors(final_path):
+    with disk_errors(final_path):
         try:
             _step("mkdir")
             temporary.mkdir(parents=True)
@@ -203,14 +204,8 @@ def read_manifest(path: str | Path) -> Manifest:
     if not isinstance(raw, dict) or not isinstance(raw.get("format_version"), int):
         raise DataError(Problem("is not a manifest of this program", file=str(file)))
     if raw["format_version"] > FORMAT_VERSION:
-        raise DataError(
-            Problem(
-                f"was written in format {raw['format_version']}",
-                file=str(file),
-                allowed=f"formats up to {FORMAT_VERSION}",
-                fix="use the version of simpletuner that wrote it, or a newer one",
-            )
-        )
+        message, allowed = f"was written in format {raw['format_version']}", f"formats up to {FORMAT_VERSION}"
+        raise DataError(Problem(message, file=str(file), allowed=allowed, fix="use a newer version of simpletuner"))
     try:
         files = {name: (int(entry["size"]), str(entry["sha256"])) for name, entry in raw["files"].items()}
         manifest = Manifest(files, raw["metadata"], raw["format_version"])
@@ -256,7 +251,7 @@ def remove_dir(path: str | Path) -> None:
     """
     path = Path(path)
     trash = path.with_name(_own_name(_TRASH))
-    with _disk_errors(path):
+    with disk_errors(path):
         _step("rename")
         path.rename(trash)
         _step("rmtree")
@@ -282,12 +277,15 @@ def sweep(parent: str | Path) -> list[Path]:
         if match is None or _is_owner_alive(left_over, match):
             continue
         final_name = match.group(5)
-        if match.group(1) == "aside" and final_name and not (parent / final_name).exists():
-            left_over.rename(parent / final_name)
-        elif left_over.is_dir():
-            shutil.rmtree(left_over, ignore_errors=True)
-        else:
-            left_over.unlink(missing_ok=True)
+        try:
+            if match.group(1) == "aside" and final_name and not (parent / final_name).exists():
+                left_over.rename(parent / final_name)
+            elif left_over.is_dir():
+                shutil.rmtree(left_over)
+            else:
+                left_over.unlink()
+        except OSError:  # another process clears up as well, or the folder cannot be written: no harm in its staying
+            continue
         handled.append(left_over)
     return handled
 
@@ -312,7 +310,7 @@ def exclusive_lock(path: str | Path, purpose: str) -> Iterator[None]:
     holder = path.with_name(path.name + ".holder")
     lock = filelock.FileLock(path, timeout=0)
     try:
-        with _disk_errors(path):
+        with disk_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             lock.acquire()
     except filelock.Timeout:
@@ -346,6 +344,21 @@ def require_free_space(path: str | Path, num_bytes: int, what: str) -> None:
                 fix="free some space or choose a folder on another disk",
             )
         )
+
+
+@contextlib.contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn what the disk refuses while `path` is written into a DataError; everything else passes."""
+    try:
+        yield
+    except Exception as error:  # every branch raises; safetensors wraps I/O errors in a class of its own
+        number = error.errno if isinstance(error, OSError) else _wrapped_errno(error)
+        place = getattr(error, "filename", None)
+        is_elsewhere = place is not None and not Path(place).is_relative_to(path.parent)
+        if number not in _DISK_ERRORS or is_elsewhere:
+            raise
+        message, fix = _DISK_ERRORS[number]
+        raise DataError(Problem(f"cannot be written: {message}", file=str(path), fix=fix)) from error
 
 
 # ---- the steps of the protocol -------------------------------------------------------------------------------------
@@ -431,21 +444,6 @@ def _json_bytes(value: Any) -> bytes:
     return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
-@contextlib.contextmanager
-def _disk_errors(path: Path) -> Iterator[None]:
-    """Turn what the disk refuses into a message for the user; everything else passes."""
-    try:
-        yield
-    except Exception as error:  # every branch raises; safetensors wraps I/O errors in a class of its own
-        number = error.errno if isinstance(error, OSError) else _wrapped_errno(error)
-        place = getattr(error, "filename", None)
-        is_elsewhere = place is not None and not Path(place).is_relative_to(path.parent)
-        if number not in _DISK_ERRORS or is_elsewhere:
-            raise
-        message, fix = _DISK_ERRORS[number]
-        raise DataError(Problem(f"cannot be written: {message}", file=str(path), fix=fix)) from error
-
-
 def _wrapped_errno(error: Exception) -> int | None:
     """The errno inside a safetensors error, which tells it in words only: `... (os error 28)`."""
     match = re.search(r"\(os error (\d+)\)", str(error)) if type(error).__name__ == "SafetensorError" else None
@@ -466,7 +464,7 @@ def _host_digest() -> str:
 
 
 def _start_second(pid: int) -> int | None:
-    """When a process started, in whole seconds since 1970; None if there is no such process."""
+    """When a process started, in seconds since 1970; None if there is no such process."""
     import psutil
 
     try:

@@ -1,0 +1,1 @@
+"""What is computed once and kept: tensors by content, latents, prompt embeddings."""

@@ -1,0 +1,190 @@
+"""The file that cached tensors are kept in: a safetensors file with a sha256 of each entry in its metadata.
+
+safetensors loads flipped bits without a word, hence the digests. They live in the file that they protect, so that a
+shard is committed by one rename. Entries are read by position, not through a memory map: a file that is cut short
+while it is mapped kills the process.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from simpletuner import storage
+from simpletuner.errors import DataError, Problem
+
+if TYPE_CHECKING:
+    import torch
+
+FORMAT = "simpletuner-cache"
+FORMAT_VERSION = 1
+_MAX_HEADER_BYTES = 256 << 20
+
+# safetensors' names of element types -> torch's.
+_DTYPES = {
+    "BOOL": "bool",
+    "U8": "uint8",
+    "I8": "int8",
+    "I16": "int16",
+    "I32": "int32",
+    "I64": "int64",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F32": "float32",
+    "F64": "float64",
+}
+
+
+class DamagedShard(Exception):
+    """A shard, or one entry of it, whose bytes are not what was written."""
+
+
+@dataclass(frozen=True)
+class TensorPlace:
+    """Where one tensor lies in a shard; `start` and `end` in bytes from the start of the file."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where the tensors of one key lie, and the sha256 that `entry_digest` must give."""
+
+    digest: str
+    tensors: tuple[TensorPlace, ...]
+
+    def to_json(self) -> str:
+        rows = [[place.name, place.dtype, place.shape, place.start, place.end] for place in self.tensors]
+        return json.dumps([self.digest, rows], separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str) -> Entry:
+        digest, rows = json.loads(text)
+        return cls(digest, tuple(TensorPlace(n, d, tuple(shape), start, end) for n, d, shape, start, end in rows))
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(place.end - place.start for place in self.tensors)
+
+
+def write_shard(folder: Path, entries: Mapping[str, Mapping[str, torch.Tensor]]) -> Path:
+    """Commit `key -> name -> tensor` as a new file in `folder`; its name is unique, so writers cannot meet.
+
+    Raises:
+        DataError: the disk is full, over quota or read-only; nothing is left behind.
+    """
+    path = folder / f"shard-{uuid.uuid4().hex}.safetensors"
+    tensors = {f"{key}/{name}": tensor for key, named in entries.items() for name, tensor in named.items()}
+    digests = {key: _digest_of_tensors(key, named) for key, named in entries.items()}
+    metadata = {"format": FORMAT, "version": str(FORMAT_VERSION), "digests": json.dumps(digests, separators=(",", ":"))}
+    storage.save_tensors(path, tensors, metadata)
+    return path
+
+
+def read_entries(path: Path) -> dict[str, Entry]:
+    """The table of a shard, from its header alone.
+
+    Raises:
+        DamagedShard: the header is not one of ours, or names bytes that the file does not have.
+        DataError: a newer version of this program wrote the shard.
+    """
+    header, data_start, size = _read_header(path)
+    metadata = header.pop("__metadata__", None)
+    if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
+        raise DamagedShard(f"{path} has no header of this cache")
+    try:
+        version, digests = int(metadata["version"]), json.loads(metadata["digests"])
+        if version > FORMAT_VERSION:
+            raise DataError(
+                Problem(
+                    f"was written in cache format {version}",
+                    file=str(path),
+                    allowed=f"formats up to {FORMAT_VERSION}",
+                    fix="use a newer version of simpletuner, or another cache folder",
+                )
+            )
+        places: dict[str, list[TensorPlace]] = {key: [] for key in digests}
+        for full_name, info in sorted(header.items()):
+            key, _, name = full_name.partition("/")
+            start, end = (data_start + int(offset) for offset in info["data_offsets"])
+            if not data_start <= start <= end <= size:
+                raise DamagedShard(f"{path} is cut short")
+            places[key].append(TensorPlace(name, info["dtype"], tuple(info["shape"]), start, end))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise DamagedShard(f"{path} has a damaged header: {error!r}") from error
+    return {key: Entry(digests[key], tuple(places[key])) for key in digests}
+
+
+def load_entry(descriptor: int, key: str, entry: Entry) -> dict[str, torch.Tensor]:
+    """Read the tensors of one key from an open shard and compare them with their digest.
+
+    Raises:
+        DamagedShard: they differ.
+    """
+    import torch
+
+    digest = _start_digest(key)
+    tensors = {}
+    for place in sorted(entry.tensors, key=lambda each: each.name):
+        data = bytearray(place.end - place.start)
+        if os.preadv(descriptor, [data], place.start) != len(data):
+            raise DamagedShard(f"entry {key} is cut short")
+        _add_to_digest(digest, place.name, place.dtype, place.shape, data)
+        if place.dtype not in _DTYPES:
+            raise DamagedShard(f"entry {key} has elements of an unknown type {place.dtype}")
+        dtype = getattr(torch, _DTYPES[place.dtype])
+        flat = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
+        tensors[place.name] = (flat, place.shape)
+    if digest.hexdigest() != entry.digest:
+        raise DamagedShard(f"entry {key} does not fit its sha256")
+    return {name: flat.reshape(shape) for name, (flat, shape) in tensors.items()}
+
+
+def _read_header(path: Path) -> tuple[dict, int, int]:
+    """The JSON header of a safetensors file, where the data starts, and the size of the file."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if not 2 <= length <= min(size - 8, _MAX_HEADER_BYTES):
+            raise DamagedShard(f"{path} is cut short or has a damaged header")
+        try:
+            header = json.loads(file.read(length))
+        except ValueError as error:
+            raise DamagedShard(f"{path} has a damaged header: {error}") from error
+    if not isinstance(header, dict):
+        raise DamagedShard(f"{path} has a damaged header")
+    return header, 8 + length, size
+
+
+def _digest_of_tensors(key: str, tensors: Mapping[str, torch.Tensor]) -> str:
+    import torch
+
+    names = {getattr(torch, torch_name): name for name, torch_name in _DTYPES.items()}
+    digest = _start_digest(key)
+    for name, tensor in sorted(tensors.items()):
+        if tensor.dtype not in names:
+            raise TypeError(f"tensors of {tensor.dtype} cannot be cached ({name})")
+        data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        _add_to_digest(digest, name, names[tensor.dtype], tuple(tensor.shape), data.data)
+    return digest.hexdigest()
+
+
+def _start_digest(key: str) -> hashlib._Hash:
+    return hashlib.sha256(key.encode())
+
+
+def _add_to_digest(
+    digest: hashlib._Hash, name: str, dtype: str, shape: tuple[int, ...], data: bytearray | memoryview
+) -> None:
+    digest.update(json.dumps([name, dtype, list(shape)]).encode())
+    digest.update(data)
