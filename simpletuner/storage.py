@@ -114,22 +114,38 @@ def save_tensors(
     """
     from safetensors.torch import save_file
 
+    with replacing_file(path) as temporary:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, dict(metadata or {}))
+        _sort_metadata(temporary)
+
+
+@contextlib.contextmanager
+def replacing_file(path: str | Path) -> Iterator[Path]:
+    """Give a path to write a file to; it replaces `path` when the block ends, and is removed when the block raises.
+
+    For writers that open files themselves. The file is on disk when this returns, with the mode that the umask asks for.
+
+    Raises:
+        DataError: the disk is full, over quota, read-only or not writable.
+    """
     path = Path(path)
-    # safetensors writes through a temporary file of its own, so it gets a folder that `sweep` knows.
+    # Such writers may go through temporary files of their own, so they get a folder that `sweep` knows.
     temporary = path.with_name(_own_name(_TEMPORARY))
     with disk_errors(path):
         try:
             _step("mkdir")
             temporary.mkdir()
-            written = temporary / "tensors"
+            written = temporary / path.name
             _step("write")
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, written, dict(metadata or {}))
-            _sort_metadata(written)
+            yield written
             written.chmod(temporary.stat().st_mode & 0o666)
             _fsync_file(written)
             _step("rename")
             written.replace(path)
             _step("rmdir")
+            # Whatever else the writer left beside its file (a config.json) goes along.
+            for extra in temporary.iterdir():
+                extra.replace(path.with_name(extra.name))
             temporary.rmdir()
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
