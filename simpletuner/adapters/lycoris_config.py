@@ -18,7 +18,7 @@ ALGORITHMS = ("lokr", "loha", "locon", "lora", "glora", "diag-oft", "boft")
 
 # Of LyCORIS' own algorithms, those that this version does not train, and why.
 UNUSABLE_ALGORITHMS = {
-    "full": "it takes the weights out of the base, which prior preservation and checks need (model_type full trains all)",
+    "full": "it takes the weights out of the base; model_type full trains everything",
     "dylora": "it draws a random rank at each step, so a saved file cannot be checked against the training output",
     "ia3": "it replaces the layers in a way that cannot be switched off",
     "tlora": "it needs the timestep inside each layer",

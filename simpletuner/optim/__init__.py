@@ -1,0 +1,1 @@
+"""How weights move: optimizers by name, their state without pickle, schedules, EMA, clipping."""
