@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from simpletuner.config.values import parse_sizes
 from simpletuner.errors import ConfigError, Problem
 
 MAIN_SHORTNAME = "validation"
-DEFAULT_SEED = 42
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def requests_from_config(
     """Every prompt at every size of `validation_resolution`.
 
     Args:
-        config: read are `validation_prompt`, `validation_resolution`, `validation_seed`, `seed`.
+        config: read are `validation_disable`, `validation_prompt`, `validation_resolution`, `validation_seed`, `seed`.
         prompt_library: nickname -> prompt.
         size_multiple: pixels; sides are rounded to it.
         max_size: pixels; largest side that the family takes.
@@ -57,12 +57,14 @@ def requests_from_config(
         The requests (none where there is no prompt), and what a person should know of them.
 
     Raises:
-        ConfigError: a size that cannot be read or is too large.
+        ConfigError: a size that is too large for the family.
     """
+    if config.validation_disable:
+        return [], []
     prompts = {MAIN_SHORTNAME: config.validation_prompt} if config.validation_prompt else {}
     prompts.update(prompt_library or {})
     sizes, notices = rounded_sizes(parse_sizes(config.validation_resolution), size_multiple, max_size)
-    seed = next((value for value in (config.validation_seed, config.seed) if value is not None), DEFAULT_SEED)
+    seed = config.seed if config.validation_seed is None else config.validation_seed
     requests = [
         PictureRequest(shortname, prompt, height, width, seed)
         for shortname, prompt in prompts.items()
@@ -71,31 +73,10 @@ def requests_from_config(
     return requests, notices
 
 
-def parse_sizes(text: str | int) -> list[tuple[int, int]]:
-    """`"1024x1024,1280x768"` (width x height) or `64` -> [(height, width), ...] in pixels, without doubles."""
-    sizes = [_parse_size(part.strip(), text) for part in str(text).split(",")]
-    return list(dict.fromkeys(sizes))
-
-
-def _parse_size(part: str, whole: str | int) -> tuple[int, int]:
-    match = re.fullmatch(r"(\d+)(?:\s*[xX×]\s*(\d+))?", part)  # noqa: RUF001 - people do type the sign
-    width = int(match[1]) if match else 0
-    height = int(match[2] or match[1]) if match else 0
-    if not width or not height:
-        raise ConfigError(
-            Problem(
-                f'"{whole}" is not a size, or a list of sizes',
-                key="validation_resolution",
-                allowed="a number of pixels (1024), WIDTHxHEIGHT (1280x768), or several with commas between",
-            )
-        )
-    return height, width
-
-
 def rounded_sizes(
-    sizes: list[tuple[int, int]], multiple: int, max_size: int | None
+    sizes: Sequence[tuple[int, int]], multiple: int, max_size: int | None
 ) -> tuple[list[tuple[int, int]], list[str]]:
-    """Sizes that the family can draw, and one notice for each that had to change.
+    """(height, width) pairs that the family can draw, without doubles, and one notice for each that had to change.
 
     Raises:
         ConfigError: a side above `max_size`.
@@ -113,8 +94,7 @@ def rounded_sizes(
             )
         if (new_height, new_width) != (height, width):
             notices.append(
-                f"validation_resolution {width}x{height} is drawn at {new_width}x{new_height}: "
-                f"this model's sides are multiples of {multiple}"
+                f"{width}x{height} is drawn at {new_width}x{new_height}: this model's sides are multiples of {multiple}"
             )
         rounded.append((new_height, new_width))
     return list(dict.fromkeys(rounded)), notices

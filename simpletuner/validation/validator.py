@@ -33,7 +33,7 @@ class Validator:
     """Validation of one run.
 
     Args:
-        config: the validation options, `disable_benchmark`, `use_ema`, `ema_validation`, `mixed_precision`.
+        config: the validation options, `model_type`, `mixed_precision`.
         prompt_library: nickname -> prompt, or None.
         output_dir: pictures go to `validation_images/` and `benchmarks/base_model/` in it.
 
@@ -41,7 +41,7 @@ class Validator:
         requests: the pictures of one validation; empty where no prompt is set.
 
     Raises:
-        ConfigError: `validation_resolution` cannot be read.
+        ConfigError: `validation_resolution` is too large for the family.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class Validator:
     def _draw_all(self, denoiser: nn.Module, adapter: Any, ema: Any | None, step: int, name: str) -> list[SavedPicture]:
         mode = self.config.ema_validation if ema is not None else "none"
         draws_live = (step > 0 or self.config.validation_on_startup) and mode != "ema_only"
-        draws_base = not self.config.disable_benchmark and not self.files.has_benchmark() and _has_base(adapter, step)
+        draws_base = not (self.config.disable_benchmark or self.files.has_benchmark()) and self._has_base(step)
         draws_ema = mode != "none" and (step > 0 or self.config.validation_on_startup)
         if not (draws_live or draws_base or draws_ema):
             return []
@@ -110,7 +110,7 @@ class Validator:
         pipeline = self.family.pipeline(denoiser, self._load_vae())
         saved, done = [], 0
         if draws_base:
-            with _base_weights(adapter, step):
+            with nullcontext() if self._is_full else adapter.disabled():
                 saved += self.files.save_benchmark(self._draw(pipeline, name, done))
             done += len(self.requests)
         if draws_live:
@@ -154,6 +154,14 @@ class Validator:
             return nullcontext()
         return torch.autocast(self.family.device.type, dtype=torch.bfloat16)
 
+    @property
+    def _is_full(self) -> bool:
+        return self.config.model_type == "full"
+
+    def _has_base(self, step: int) -> bool:
+        """Whether the base model can still be drawn: full training only has it before its first step."""
+        return step == 0 or not self._is_full
+
     def _load_vae(self) -> nn.Module:
         if self._vae is None:
             self._vae = self.family.load_vae()
@@ -169,12 +177,3 @@ class Validator:
         self._vae = None
         if self.family.device.type == "cuda":
             torch.cuda.empty_cache()
-
-
-def _has_base(adapter: Any, step: int) -> bool:
-    """Whether the base model can still be drawn: full training only has it before its first step."""
-    return step == 0 or adapter.can_be_disabled
-
-
-def _base_weights(adapter: Any, step: int) -> AbstractContextManager[Any]:
-    return adapter.disabled() if adapter.can_be_disabled else nullcontext()

@@ -1,0 +1,207 @@
+"""The command line: `simpletuner train`, `generate`, `options`, `examples`.
+
+Everything heavy is imported inside the verb that needs it, so that `--help` answers at once. Only this module reads
+`sys.argv` and turns errors into exit codes.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from simpletuner import __version__
+from simpletuner.errors import EXIT_INTERRUPTED, ConfigError, Problem, SimpleTunerError
+
+# Options of a run are declared in config/, not here: what typer does not know is passed on as it was typed.
+PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": ["-h", "--help"]}
+
+app = typer.Typer(
+    name="simpletuner",
+    help="Train image diffusion models: LoKr, LoRA and full fine-tuning.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # or "[example=NAME]" would be taken for markup
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+examples_app = typer.Typer(
+    help="List or copy the shipped examples.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+app.add_typer(examples_app, name="examples")
+
+
+def main() -> None:
+    """Run the command line; errors that a user can mend print without a traceback."""
+    try:
+        app()
+    except SimpleTunerError as error:
+        print(error.render(), file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(EXIT_INTERRUPTED)
+    except Exception as error:  # the last boundary: says what happened and ends the program
+        if os.environ.get("SIMPLETUNER_DEBUG") == "1":
+            raise
+        print(_report_unexpected(error), file=sys.stderr)
+        sys.exit(1)
+
+
+@app.callback(invoke_without_command=True)
+def root(version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False) -> None:
+    if version:
+        print(f"simpletuner {__version__}")
+        raise typer.Exit
+
+
+@app.command(context_settings=PASS_ON, short_help="Train as config.json says.")
+def train(context: typer.Context) -> None:
+    """Train as the configuration says: simpletuner train [example=NAME] [env=NAME] [--key=value ...]
+
+    The configuration is config/config.json or config.json of this folder; env=NAME takes config/NAME/config.json,
+    example=NAME one that is shipped. With none of them the example omnigen-tiny is trained. Every option of the
+    configuration can be given here as --key=value; `simpletuner options` lists them.
+    """
+    from simpletuner.launch import load_arguments
+
+    loaded = load_arguments(context.args, os.environ, Path.cwd(), say=print)
+
+    from simpletuner.training.trainer import train as run_training
+
+    run_training(loaded)
+
+
+@app.command(context_settings=PASS_ON, short_help="Explain options, or print those of this folder's run.")
+def options(
+    context: typer.Context,
+    key: Annotated[str | None, typer.Argument(help="Explain this option.", show_default=False)] = None,
+    search: Annotated[str | None, typer.Option(help="List options that mention this word.")] = None,
+    resolved: Annotated[
+        bool, typer.Option("--resolved", help="Print every option of this folder's run, its value and its origin.")
+    ] = False,
+    json_schema: Annotated[bool, typer.Option("--json-schema", help="Print a JSON Schema for editors.")] = False,
+) -> None:
+    """Explain the options of config.json: simpletuner options [KEY] [--search WORD] [--resolved] [--json-schema]
+
+    --resolved also takes example=NAME, env=NAME and --key=value, as `train` does.
+    """
+    from simpletuner.config.reference import run_options_command
+
+    if key and "=" in key:  # example=NAME or env=NAME, which typer cannot tell from a key
+        context.args.insert(0, key)
+        key = None
+    if resolved:
+        from simpletuner.launch import load_arguments
+
+        run = load_arguments(context.args, os.environ, Path.cwd(), say=lambda line: print(line, file=sys.stderr))
+        print(run_options_command(resolved=run))
+        return
+    if context.args:
+        raise ConfigError(
+            Problem(
+                f'"{context.args[0]}" is not understood here', allowed="KEY, --search WORD, --resolved, --json-schema"
+            )
+        )
+    print(run_options_command(key=key, search=search, json_schema=json_schema))
+
+
+@app.command(context_settings=PASS_ON, short_help="Draw pictures with a model and an adapter.")
+def generate(
+    context: typer.Context,
+    prompt: Annotated[list[str], typer.Option(help="What to draw; may be given several times.")],
+    model: Annotated[str | None, typer.Option(help="Model folder or hub id.")] = None,
+    model_family: Annotated[str | None, typer.Option(help="Of --model, where its folder does not tell.")] = None,
+    config: Annotated[Path | None, typer.Option(help="config.json of a run: its model and its validation_*.")] = None,
+    adapter: Annotated[Path | None, typer.Option(help="LyCORIS file (.safetensors) to draw with.")] = None,
+    negative_prompt: Annotated[str | None, typer.Option(help="What guidance leads away from.")] = None,
+    width: Annotated[int | None, typer.Option(help="Pixels.", min=8)] = None,
+    height: Annotated[int | None, typer.Option(help="Pixels.", min=8)] = None,
+    steps: Annotated[int | None, typer.Option(help="Sampling steps.", min=1)] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale; 1 is none.", min=0)] = None,
+    seed: Annotated[int, typer.Option(help="Of the first picture; each further one counts up.", min=0)] = 42,
+    count: Annotated[int, typer.Option(help="Pictures per prompt.", min=1)] = 1,
+    output: Annotated[Path, typer.Option(help="Folder, or a .png file for a single picture.")] = Path("generated"),
+) -> None:
+    """Draw: simpletuner generate --prompt "..." [--model FOLDER | --config FILE | example=NAME] [--adapter FILE]
+
+    Without --model, the model is that of a configuration, found as `train` finds it, and its validation_* options are
+    the defaults of what is not given here; --key=value overrides its options.
+    """
+    from simpletuner import launch
+
+    def say(line: str) -> None:
+        print(line, file=sys.stderr)
+
+    if model is not None:
+        if config is not None or context.args:
+            raise ConfigError(
+                Problem(
+                    "--model needs no configuration", key="--model", fix="give --model, or --config with --key=value"
+                )
+            )
+        family = launch.family_of_model(model, model_family)
+        defaults = launch.drawing_defaults(family.spec)
+    else:
+        loaded = launch.load_arguments(context.args, os.environ, Path.cwd(), say, config_file=config)
+        family = launch.family_of_run(loaded)
+        defaults = launch.drawing_defaults(family.spec, loaded.config)
+
+    from simpletuner.validation.generate import Drawing, generate_pictures
+
+    drawing = Drawing(
+        prompts=tuple(prompt),
+        negative_prompt=defaults.negative_prompt if negative_prompt is None else negative_prompt,
+        height=height or width or defaults.height,
+        width=width or height or defaults.width,
+        steps=steps or defaults.steps,
+        guidance=defaults.guidance if guidance is None else guidance,
+        seed=seed,
+        count=count,
+    )
+    for path in generate_pictures(family, drawing, adapter, output, say):
+        print(path)
+
+
+@examples_app.command("list")
+def list_examples() -> None:
+    """List the shipped examples."""
+    from simpletuner.examples import example_names, example_summary
+
+    for name in example_names():
+        print(f"{name}  ({example_summary(name)})")
+
+
+@examples_app.command("copy")
+def copy_example(
+    name: Annotated[str, typer.Argument(help="As `simpletuner examples list` prints it.")],
+    folder: Annotated[Path | None, typer.Argument(help="New folder; ./NAME if not given.", show_default=False)] = None,
+) -> None:
+    """Copy an example to a folder of your own, to change it."""
+    from simpletuner.examples import copy_example as copy
+
+    destination = copy(name, folder or Path(name))
+    print(f"copied to {destination}; train it with")
+    print(f"  CONFIG_PATH={destination / 'config.json'} simpletuner train")
+
+
+def _report_unexpected(error: Exception) -> str:
+    """Keep the traceback in a file and name it in one line: it is a fault of ours, not of the user's."""
+    import tempfile
+    import traceback
+
+    text = "".join(traceback.format_exception(error))
+    summary = f"unexpected {type(error).__name__}: {error}"
+    try:
+        with tempfile.NamedTemporaryFile(
+            "w", prefix="simpletuner-error-", suffix=".log", delete=False, encoding="utf-8"
+        ) as file:
+            file.write(f"simpletuner {__version__}, {' '.join(sys.argv)}\n\n{text}")
+    except OSError:
+        return f"{summary}\n{text}"
+    return f"{summary}\n  the traceback is in {file.name}; please report it with your configuration"

@@ -1,0 +1,70 @@
+"""The examples that are shipped with the package: whole runs with model, data and configuration, ready to train."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import shutil
+from pathlib import Path
+
+from simpletuner.errors import ConfigError, DataError, Problem
+
+DEFAULT_EXAMPLE = "omnigen-tiny"
+
+
+def example_names() -> list[str]:
+    """Names of the shipped examples, sorted."""
+    return sorted(path.parent.name for path in _root().glob("*/config.json"))
+
+
+def example_dir(name: str) -> Path:
+    """The folder of an example.
+
+    Raises:
+        ConfigError: there is none of that name; suggests the nearest.
+    """
+    if name not in example_names():
+        near = difflib.get_close_matches(name, example_names(), n=1)
+        raise ConfigError(
+            Problem(
+                f'there is no example "{name}"',
+                key="example",
+                allowed=", ".join(example_names()),
+                fix=f'did you mean "{near[0]}"?' if near else None,
+            )
+        )
+    return _root() / name
+
+
+def example_summary(name: str) -> str:
+    """One line on what an example trains, from its configuration."""
+    config = json.loads((example_dir(name) / "config.json").read_text(encoding="utf-8"))
+    what = config["lora_type"] if config["model_type"] == "lora" else "full"
+    return f"{config['model_family']}, {what}, {config['max_train_steps']} steps"
+
+
+def copy_example(name: str, destination: Path) -> Path:
+    """Copy an example to a folder of one's own, which must not exist or be empty; returns it.
+
+    Raises:
+        ConfigError: unknown name, or the folder holds something.
+        DataError: it cannot be written.
+    """
+    source = example_dir(name)
+    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
+        raise ConfigError(
+            Problem(
+                f"{destination} already holds something; nothing was copied",
+                allowed="a new or empty folder",
+                fix="name another folder, or empty this one",
+            )
+        )
+    try:
+        shutil.copytree(source, destination, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
+    except OSError as error:
+        raise DataError(Problem(f"cannot copy the example to {destination}: {error}")) from error
+    return destination
+
+
+def _root() -> Path:
+    return Path(__file__).resolve().parent

@@ -1,0 +1,178 @@
+"""Between the command line and the library: which configuration or model a verb works on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from simpletuner.config.discovery import find_config
+from simpletuner.errors import ConfigError, Problem
+from simpletuner.examples import DEFAULT_EXAMPLE, example_dir
+from simpletuner.models.registry import FAMILIES, get_family_class, get_spec, load_dotted
+
+if TYPE_CHECKING:
+    from simpletuner.config.loading import LoadedRun
+    from simpletuner.config.options import TrainConfig
+    from simpletuner.models.components import ModelSource
+    from simpletuner.models.family import ModelFamily
+    from simpletuner.models.spec import FamilySpec
+
+# What chooses a configuration file; one given on the command line replaces all of them.
+_CHOICES = ("CONFIG_PATH", "ENV", "SIMPLETUNER_ENV", "SIMPLETUNER_ENVIRONMENT")
+_BACKENDS = ("SIMPLETUNER_CONFIG_BACKEND", "CONFIG_BACKEND", "CONFIG_TYPE")
+
+
+def load_arguments(
+    arguments: Sequence[str],
+    environment: Mapping[str, str],
+    working_dir: Path,
+    say: Callable[[str], None],
+    config_file: Path | None = None,
+) -> LoadedRun:
+    """The run that the command line means; without any configuration, the shipped example.
+
+    Args:
+        arguments: `example=NAME`, `env=NAME`, `--key=value`.
+        say: told which configuration is used where nobody chose one.
+        config_file: chosen by an option of the verb.
+
+    Raises:
+        ConfigError: anything that cannot be used, all of it at once.
+    """
+    from simpletuner.config.loading import load_run
+
+    chosen, options = split_arguments(arguments)
+    if config_file is not None:
+        chosen["config"] = str(config_file)
+    environment = chosen_environment(chosen, environment)
+    if find_config(environment, working_dir) is None:
+        say(f"no configuration found here: using the shipped example {DEFAULT_EXAMPLE}")
+        environment = chosen_environment({"example": DEFAULT_EXAMPLE}, environment)
+    return load_run(options, environment, working_dir, get_spec)
+
+
+def split_arguments(arguments: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """`example=` and `env=` apart from the options of the run.
+
+    Raises:
+        ConfigError: a word that is neither; an option without its dashes is the usual reason.
+    """
+    chosen: dict[str, str] = {}
+    options: list[str] = []
+    may_be_value = False  # of an option before it: --validation_prompt "1 + 1 = 2"
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        if equals and name in ("example", "env"):
+            chosen[name] = value
+        elif equals and not argument.startswith("-") and not may_be_value:
+            raise ConfigError(
+                Problem(
+                    f'"{argument}" is not understood',
+                    allowed="example=NAME, env=NAME, --key=value",
+                    fix=f"to set an option, write --{argument}",
+                )
+            )
+        else:
+            options.append(argument)
+        may_be_value = argument.startswith("--") and not equals
+    if len(chosen) > 1:
+        raise ConfigError(Problem("example= and env= both choose a configuration", fix="give one of them"))
+    return chosen, options
+
+
+def chosen_environment(chosen: Mapping[str, str], environment: Mapping[str, str]) -> dict[str, str]:
+    """The environment with the command line's choice of a configuration in place of its own."""
+    if not chosen:
+        return dict(environment)
+    kept = {name: value for name, value in environment.items() if name not in (*_CHOICES, *_BACKENDS)}
+    if "example" in chosen:
+        return kept | {"CONFIG_PATH": str(example_dir(chosen["example"]) / "config.json")}
+    if "config" in chosen:
+        return kept | {"CONFIG_PATH": chosen["config"]}
+    return kept | {"ENV": chosen["env"]}
+
+
+def family_of_run(loaded: LoadedRun) -> ModelFamily:
+    """The model of a configuration, on this machine's device."""
+    from simpletuner.training.devices import pick_device, weight_dtype
+    from simpletuner.training.preflight import check_model_folder, model_source
+
+    check_model_folder(loaded)
+    spec = get_spec(loaded.config.model_family)
+    return get_family_class(spec)(spec, model_source(loaded), pick_device(), weight_dtype(loaded.config))
+
+
+def family_of_model(model: str, family_name: str | None) -> ModelFamily:
+    """A model folder or hub id, on this machine's device; bfloat16 where there is an accelerator.
+
+    Raises:
+        ConfigError: the folder is incomplete, or its family is not known.
+    """
+    from simpletuner.models.components import ModelSource, check_local_model
+
+    source = ModelSource(model)
+    spec = get_spec(family_name) if family_name else spec_of_model(source)
+    problems = check_local_model(source, spec)
+    if problems:
+        raise ConfigError(problems)
+    import torch
+
+    from simpletuner.training.devices import pick_device
+
+    device = pick_device()
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    return get_family_class(spec)(spec, source, device, dtype)
+
+
+def spec_of_model(source: ModelSource) -> FamilySpec:
+    """The family whose pipeline `model_index.json` names.
+
+    Raises:
+        ConfigError: not a local folder, or no family of ours has that pipeline.
+    """
+    index = Path(source.model) / "model_index.json"
+    pipeline = json.loads(index.read_text(encoding="utf-8")).get("_class_name") if index.is_file() else None
+    for path in FAMILIES.values():
+        spec: FamilySpec = load_dotted(path)
+        if spec.pipeline_class == pipeline:
+            return spec
+    raise ConfigError(
+        Problem(
+            f"cannot tell the family of {source.model} from its model_index.json",
+            key="--model-family",
+            allowed=", ".join(sorted(FAMILIES)),
+            fix="add --model-family",
+        )
+    )
+
+
+@dataclass(frozen=True)
+class DrawingDefaults:
+    """How pictures are drawn where the command line does not say: the `validation_*` options."""
+
+    negative_prompt: str | None
+    height: int
+    width: int
+    steps: int
+    guidance: float
+
+
+def drawing_defaults(spec: FamilySpec, config: TrainConfig | None = None) -> DrawingDefaults:
+    """From a configuration, or where there is none from the family's and the declared defaults."""
+    from simpletuner.config.options import all_options
+    from simpletuner.config.values import parse_sizes
+
+    def value(name: str) -> Any:
+        return getattr(config, name) if config else spec.defaults.get(name, all_options()[name].default)
+
+    size = parse_sizes(value("validation_resolution"))[0]
+    return DrawingDefaults(
+        negative_prompt=value("validation_negative_prompt"),
+        height=size.height,
+        width=size.width,
+        steps=value("validation_num_inference_steps"),
+        guidance=value("validation_guidance"),
+    )

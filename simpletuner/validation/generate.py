@@ -1,0 +1,105 @@
+"""Draws pictures outside of a run: a model, optionally a LyCORIS file on top, and what to draw."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from simpletuner.adapters.files import load_lycoris_file
+from simpletuner.errors import DataError, Problem
+from simpletuner.validation.prompts import PictureRequest, rounded_sizes
+from simpletuner.validation.sampling import batch_size_for, make_pictures
+
+if TYPE_CHECKING:
+    from simpletuner.models.family import ModelFamily
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """What to draw.
+
+    Args:
+        prompts: at least one.
+        negative_prompt: None is the family's own.
+        height: pixels; rounded to the family's multiple.
+        width: pixels; rounded to the family's multiple.
+        steps: inference steps.
+        guidance: classifier-free guidance scale.
+        seed: of each prompt's first picture; its further ones count up.
+        count: pictures per prompt.
+    """
+
+    prompts: tuple[str, ...]
+    negative_prompt: str | None
+    height: int
+    width: int
+    steps: int
+    guidance: float
+    seed: int = 42
+    count: int = 1
+
+
+def generate_pictures(
+    family: ModelFamily,
+    drawing: Drawing,
+    adapter_file: Path | None,
+    output: Path,
+    say: Callable[[str], None] = print,
+) -> list[Path]:
+    """Draw, and write PNG files; returns their paths in the order of prompts.
+
+    Args:
+        adapter_file: LyCORIS safetensors, or None for the model alone.
+        output: a `.png` file for a single picture, else a folder, where no file is overwritten.
+        say: told what a person should know.
+
+    Raises:
+        DataError: the adapter does not fit, or the pictures cannot be written.
+        ConfigError: a size that the family cannot draw.
+    """
+    requests = requests_of(drawing, family, say)
+    denoiser = family.load_denoiser()
+    if adapter_file is not None:
+        load_lycoris_file(denoiser, adapter_file, family.spec)
+    denoiser.to(family.device).eval()
+    pictures = make_pictures(
+        family.pipeline(denoiser, family.load_vae()),
+        requests,
+        steps=drawing.steps,
+        guidance=drawing.guidance,
+        negative_prompt=drawing.negative_prompt,
+        batch_size=batch_size_for(requests),
+    )
+    paths = output_paths(output, len(pictures))
+    try:
+        for picture, path in zip(pictures, paths, strict=True):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            picture.image.save(path)
+    except OSError as error:
+        raise DataError(Problem(f"cannot write to {output}: {error}", key="--output")) from error
+    return paths
+
+
+def requests_of(drawing: Drawing, family: ModelFamily, say: Callable[[str], None]) -> list[PictureRequest]:
+    """One request per prompt and seed, at a size that the family can draw."""
+    spec = family.spec
+    [(height, width)], notices = rounded_sizes([(drawing.height, drawing.width)], spec.size_multiple, spec.max_size)
+    for line in notices:
+        say(line)
+    return [
+        PictureRequest(f"picture-{number}", prompt, height, width, drawing.seed + index, index)
+        for number, prompt in enumerate(drawing.prompts)
+        for index in range(drawing.count)
+    ]
+
+
+def output_paths(output: Path, count: int) -> list[Path]:
+    """`output` itself if it is a PNG for one picture, else the next free `<number>.png` of a folder."""
+    if output.suffix.lower() == ".png" and count == 1:
+        return [output]
+    folder = output.with_suffix("") if output.suffix.lower() == ".png" else output
+    taken = [int(path.stem) for path in folder.glob("*.png") if path.stem.isdecimal()]
+    first = max(taken, default=-1) + 1
+    return [folder / f"{number:04d}.png" for number in range(first, first + count)]
