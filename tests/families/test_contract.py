@@ -1,0 +1,183 @@
+"""What every registered family must keep to, on tiny random weights: registering a family is enrolling it here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from simpletuner.batch import Batch
+from simpletuner.diffusion.loss import sample_means, squared_error
+from simpletuner.models.components import ModelSource, check_local_model
+from simpletuner.models.family import LatentMoments, ModelFamily
+from simpletuner.models.registry import family_names, get_family_class, get_spec
+from tests.tiny import TINY_FOLDERS
+
+PROMPTS = ["a cat", "a green star on a white background"]
+
+
+@pytest.fixture(scope="module", params=family_names())
+def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ModelFamily:
+    assert request.param in TINY_FOLDERS, f"tests/tiny.py makes no tiny {request.param}"
+    spec = get_spec(request.param)
+    folder = TINY_FOLDERS[request.param](tmp_path_factory.mktemp(request.param))
+    return get_family_class(spec)(spec, ModelSource(str(folder)), torch.device("cpu"), torch.float32)
+
+
+def batch_of(family: ModelFamily, latents: Tensor, prompts: list[str]) -> Batch:
+    return Batch(
+        latents=latents,
+        prompt_embeds=family.encode_prompts(prompts),
+        slots=list(range(len(prompts))),
+        digests=[""] * len(prompts),
+        loss_weights=torch.ones(len(prompts)),
+        dataset_id="test",
+    )
+
+
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def latent_shape(family: ModelFamily, count: int) -> tuple[int, int, int, int]:
+    return count, family.spec.latent_channels, 8, 12
+
+
+def test_the_tiny_folder_has_every_component(family: ModelFamily):
+    assert check_local_model(family.source, family.spec) == []
+
+
+def test_a_batch_of_two_equals_two_batches_of_one(family: ModelFamily):
+    denoiser = family.load_denoiser()
+    latents, sigmas = randn(*latent_shape(family, 2)), torch.tensor([0.2, 0.7])
+    with torch.no_grad():
+        together = family.predict(denoiser, latents, sigmas, family.collate(batch_of(family, latents, PROMPTS)))
+        for i, prompt in enumerate(PROMPTS):
+            one = slice(i, i + 1)
+            conditioning = family.collate(batch_of(family, latents[one], [prompt]))
+            alone = family.predict(denoiser, latents[one], sigmas[one], conditioning)
+            torch.testing.assert_close(together[one], alone, rtol=0, atol=1e-5)
+
+
+def test_the_prompt_and_sigma_reach_the_denoiser(family: ModelFamily):
+    denoiser, latents = family.load_denoiser(), randn(*latent_shape(family, 1))
+
+    def predict(prompt: str, sigma: float) -> Tensor:
+        conditioning = family.collate(batch_of(family, latents, [prompt]))
+        with torch.no_grad():
+            return family.predict(denoiser, latents, torch.tensor([sigma]), conditioning)
+
+    first = predict(PROMPTS[0], 0.3)
+    assert first.shape == latents.shape
+    assert (first - predict(PROMPTS[1], 0.3)).abs().max() > 1e-4
+    assert (first - predict(PROMPTS[0], 0.6)).abs().max() > 1e-4
+
+
+def test_the_loss_and_its_gradients_are_finite_with_and_without_checkpointing(family: ModelFamily):
+    latents, noise = randn(*latent_shape(family, 2)), randn(*latent_shape(family, 2), seed=1)
+    sigmas = family.sigmas_at(torch.tensor([0.3, 0.8], dtype=torch.float64), latents)
+    gradients = []
+    for uses_checkpointing in (False, True):
+        denoiser = family.load_denoiser().train().requires_grad_(True)
+        if uses_checkpointing:
+            denoiser.enable_gradient_checkpointing()
+        noisy_latents, target = (make(latents, noise, sigmas) for make in (family.make_noisy, family.make_target))
+        conditioning = family.collate(batch_of(family, latents, PROMPTS))
+        prediction = family.predict(denoiser, noisy_latents, sigmas, conditioning)
+        loss = sample_means(squared_error(prediction, target)).mean()
+        loss.backward()
+        assert loss.isfinite()
+        gradients.append({name: p.grad for name, p in denoiser.named_parameters() if p.grad is not None})
+    plain, checkpointed = gradients
+    assert len(plain) > 0.9 * len(list(denoiser.parameters()))
+    assert plain.keys() == checkpointed.keys()
+    for name, gradient in plain.items():
+        assert gradient.isfinite().all()
+        torch.testing.assert_close(gradient, checkpointed[name], rtol=0, atol=1e-6)
+
+
+class ExactAnswer(nn.Module):
+    """Wraps a denoiser so that its raw output is the one answer that `predict` turns into `noise - data`."""
+
+    def __init__(self, denoiser: nn.Module, sign: float, velocity: Tensor):
+        super().__init__()
+        self.denoiser, self.sign, self.velocity = denoiser, sign, velocity
+
+    def forward(self, hidden_states: Tensor | None, *args: object, **kwargs: object) -> object:
+        output = self.denoiser(hidden_states, *args, **kwargs)
+        if hidden_states is None:
+            return output
+        return self.sign * self.velocity.expand_as(output)
+
+
+def test_an_exact_denoiser_lands_on_the_data_through_the_familys_own_pipeline(family: ModelFamily):
+    """The direction oracle: the sign comes from `predict`, the steps from the family's scheduler; both must agree."""
+    data, noise = randn(*latent_shape(family, 1), seed=5), randn(*latent_shape(family, 1), seed=6)
+    velocity = noise - data
+    denoiser = family.load_denoiser()
+    conditioning = family.collate(batch_of(family, data, PROMPTS[:1]))
+    seen = family.predict(ExactAnswer(denoiser, 1.0, velocity), noise, torch.tensor([1.0]), conditioning)
+    sign = 1.0 if torch.allclose(seen, velocity) else -1.0
+    assert torch.allclose(sign * seen, velocity)
+
+    oracle = ExactAnswer(denoiser, sign, velocity)
+    height, width = (side * family.spec.vae_factor for side in data.shape[-2:])
+    drawn = family.pipeline(oracle)(
+        PROMPTS[0], height=height, width=width, num_inference_steps=20, latents=noise, output_type="latent"
+    )
+    torch.testing.assert_close(drawn.images, data, rtol=0, atol=1e-5)
+
+
+def test_latents_are_normalised_as_the_vae_of_the_pipeline_expects(family: ModelFamily):
+    """Encode, scale once, decode by diffusers' recipe `latents / scaling_factor (+ shift_factor)`: the same picture."""
+    vae = family.load_vae()
+    pixel_values = randn(2, 3, 64, 96).clamp(-1, 1)
+    moments = family.encode_images(vae, pixel_values)
+    means = [LatentMoments(each.mean) for each in moments]
+    latents = torch.stack([family.latents_from_moments(each, torch.Generator(), vae.config) for each in means])
+    factor, shift = vae.config.scaling_factor, getattr(vae.config, "shift_factor", None) or 0.0
+    with torch.no_grad():
+        posterior = vae.encode(pixel_values).latent_dist
+        expected = vae.decode(posterior.mean).sample
+        theirs = vae.decode(latents / factor + shift).sample
+    torch.testing.assert_close(latents, (posterior.mean - shift) * factor, rtol=0, atol=1e-6)
+    torch.testing.assert_close(theirs, expected, rtol=0, atol=1e-4)
+    torch.testing.assert_close(family.decode_latents(vae, latents), expected, rtol=0, atol=1e-4)
+    assert next(vae.parameters()).dtype == torch.float32
+
+
+def test_a_draw_from_the_posterior_has_its_mean_and_deviation(family: ModelFamily):
+    mean, std = torch.full((4, 64, 64), 3.0), torch.full((4, 64, 64), 0.5)
+    config = {"scaling_factor": 0.5, "shift_factor": 1.0}
+    latents = family.latents_from_moments(LatentMoments(mean, std), torch.Generator().manual_seed(0), config)
+    assert latents.mean().item() == pytest.approx((3.0 - 1.0) * 0.5, abs=0.01)
+    assert latents.std().item() == pytest.approx(0.25, abs=0.01)
+
+
+def test_the_pipeline_draws_pictures_of_the_asked_size(family: ModelFamily):
+    side = 4 * family.spec.size_multiple
+    pipeline = family.pipeline(family.load_denoiser(), family.load_vae())
+    generators = [torch.Generator().manual_seed(seed) for seed in range(2)]
+    images = pipeline(
+        prompt=PROMPTS,
+        negative_prompt=family.spec.dropped_caption,
+        height=side,
+        width=side,
+        num_inference_steps=2,
+        guidance_scale=2.0,
+        generator=generators,
+    ).images
+    assert [image.size for image in images] == [(side, side)] * 2
+
+
+def test_prompts_survive_a_round_trip_through_a_safetensors_file(family: ModelFamily, tmp_path: Path):
+    from safetensors.torch import load_file, save_file
+
+    [embeds] = family.encode_prompts(PROMPTS[:1])
+    save_file(dict(embeds.tensors), tmp_path / "prompt.safetensors")
+    loaded = load_file(tmp_path / "prompt.safetensors")
+    assert loaded.keys() == embeds.tensors.keys()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in embeds.tensors.items())
+    assert all(loaded[name].dtype == tensor.dtype for name, tensor in embeds.tensors.items())
