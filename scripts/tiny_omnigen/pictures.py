@@ -33,7 +33,9 @@ def draw_anything(height: int, width: int, rng: random.Random) -> Image.Image:
         if kind == "polygon":
             pen.polygon(reach, fill=_random_colour(rng))
         elif kind == "stroke":
-            pen.line(reach, fill=_random_colour(rng), width=max(scale, int(side * rng.uniform(0.03, 0.1))), joint="curve")
+            pen.line(
+                reach, fill=_random_colour(rng), width=max(scale, int(side * rng.uniform(0.03, 0.1))), joint="curve"
+            )
         else:
             flat = rng.uniform(0.4, 1.0)
             box = (x - radius, y - radius * flat, x + radius, y + radius * flat)
@@ -60,8 +62,13 @@ def draw_world_batch(batch_size: int, side: int, rng: random.Random) -> torch.Te
     return to_pixel_values([draw(sample_scene(rng, SHAPES), side, rng=rng) for _ in range(batch_size)])
 
 
+def num_world(batch_size: int) -> int:
+    """How many pictures of a training batch are of the tiny world."""
+    return round(0.6 * batch_size)
+
+
 def draw_training_batch(batch_size: int, side: int, rng: random.Random) -> torch.Tensor:
-    """The first half is of the tiny world, the rest is anything, (B, 3, side, side)."""
-    num_world = batch_size // 2
-    anything = to_pixel_values([draw_anything(side, side, rng) for _ in range(batch_size - num_world)])
-    return torch.cat([draw_world_batch(num_world, side, rng), anything])
+    """The first `num_world` pictures are of the tiny world, the rest is anything, (B, 3, side, side)."""
+    world = draw_world_batch(num_world(batch_size), side, rng)
+    anything = [draw_anything(side, side, rng) for _ in range(batch_size - len(world))]
+    return torch.cat([world, to_pixel_values(anything)])

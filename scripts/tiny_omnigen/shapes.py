@@ -84,7 +84,9 @@ def parse_caption(caption: str) -> Scene:
     size = parts.pop(0) if parts and parts[0] in SIZES else ""
     known = separator and len(parts) == 2 and parts[0] in COLOURS and parts[1] in SHAPES and background in BACKGROUNDS
     if not known:
-        raise ValueError(f'"{caption}" is not a caption of the tiny world, such as "a red circle on a white background"')
+        raise ValueError(
+            f'"{caption}" is not a caption of the tiny world, such as "a red circle on a white background"'
+        )
     return Scene(parts[1], parts[0], background, size, position)
 
 

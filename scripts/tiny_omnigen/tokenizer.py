@@ -32,7 +32,7 @@ FURTHER_WORDS = (
     "and the of in with under over next to picture photo drawing image same but replace change remove add make "
     "it shape object thing two three hexagon pentagon oval heart arrow moon sun house tree flower fish cat dog "
     "letter wheel drop cloud leaf bolt gold silver violet dark light bright left right top bottom middle centre"
-).split()
+)
 TEMPLATE = "<|user|>\n" + INSTRUCTION + "\n{prompt}<|end|>\n<|assistant|>\n<|diffusion|>"
 
 
@@ -54,7 +54,7 @@ def build_merges(words: list[str]) -> list[tuple[str, str]]:
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    merges = build_merges([*world_words(), *FURTHER_WORDS])
+    merges = build_merges([*world_words(), *FURTHER_WORDS.split()])
     pieces = [*SPECIAL_TOKENS, INSTRUCTION, *sorted(pre_tokenizers.ByteLevel.alphabet())]
     pieces += [left + right for left, right in merges]
     vocabulary = {piece: index for index, piece in enumerate(pieces)}

@@ -24,18 +24,28 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tiny_omnigen.pictures import draw_anything, draw_training_batch, draw_world_batch, to_pictures, to_pixel_values
+from tiny_omnigen.muon import Muon
+from tiny_omnigen.pictures import (
+    draw_anything,
+    draw_training_batch,
+    draw_world_batch,
+    num_world,
+    to_pictures,
+    to_pixel_values,
+)
 
 # (side, batch size, share of the steps): about the same number of pixels in each step.
 SIZES = ((64, 16, 0.6), (96, 8, 0.2), (128, 4, 0.2))
-LATENT_NOISE = 0.25
+LATENT_NOISE = 0.2
 KL_WEIGHT = 1e-4
 MOMENT_WEIGHT = 0.02
 EDGE_WEIGHT = 1.0
 WARMUP_STEPS = 100
+LEARNING_RATE = 2e-3
+MUON_LEARNING_RATE = 0.012
 # The VAE starts on small pictures, many to a batch, and for a while its first three channels are pulled to the
 # local mean colour; both only shorten the way to colours.
-SMALL_SIZE, SMALL_STEPS = (32, 64), 1000
+SMALL_SIZE, SMALL_STEPS = (32, 64), 800
 GUIDE_STEPS = 400
 
 
@@ -46,7 +56,7 @@ def build_vae() -> AutoencoderKL:
     unit-gain convolutions and quiet residual branches learn colours in 200 steps instead of several thousand.
     """
     vae = AutoencoderKL(
-        block_out_channels=(24, 32, 48, 64),
+        block_out_channels=(32, 32, 48, 64),
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
         layers_per_block=1,
@@ -115,29 +125,40 @@ def vae_step_loss(vae: AutoencoderKL, pixel_values: torch.Tensor, step: int) -> 
         drawn = vae.decode(latents).sample
     pixels = picture_loss(drawn.float(), pixel_values)
     divergence = 0.5 * (mean.square() + std.square() - 1 - 2 * std.log()).mean()
-    world_mean = mean[: len(mean) // 2]
+    world_mean = mean[: num_world(len(mean))]
     guide = F.mse_loss(mean[:, :3], 1.5 * F.avg_pool2d(pixel_values, 8))
     return pixels + KL_WEIGHT * divergence + MOMENT_WEIGHT * moment_loss(world_mean) + guided * guide, pixels
 
 
-def train_vae(vae: AutoencoderKL, num_steps: int, learning_rate: float, seed: int, output: Path) -> None:
+def build_optimizers(vae: AutoencoderKL) -> list[torch.optim.Optimizer]:
+    """Muon for the weights inside the networks, AdamW for the layers at their ends, norms and biases."""
+    ends = ("conv_in", "conv_out", "quant_conv")
+    inner = {n: p for n, p in vae.named_parameters() if p.ndim > 1 and not any(end in n for end in ends)}
+    rest = [p for n, p in vae.named_parameters() if n not in inner]
+    adam = torch.optim.AdamW(rest, lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01)
+    return [Muon(inner.values(), lr=MUON_LEARNING_RATE), adam]
+
+
+def train_vae(vae: AutoencoderKL, num_steps: int, seed: int, output: Path) -> None:
     rng = random.Random(seed)
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
+    optimizers = build_optimizers(vae)
+    rates = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
     started, running = time.monotonic(), 0.0
     for step in range(num_steps):
         side, batch_size = SMALL_SIZE if step < SMALL_STEPS else sample_size(rng)
-        optimizer.param_groups[0]["lr"] = learning_rate * schedule(step, num_steps)
         loss, pixels = vae_step_loss(vae, draw_training_batch(batch_size, side, rng), step)
-        optimizer.zero_grad(set_to_none=True)
+        vae.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimizer.step()
+        for optimizer, rate in zip(optimizers, rates, strict=True):
+            optimizer.param_groups[0]["lr"] = rate * schedule(step, num_steps)
+            optimizer.step()
         running += pixels.item()
         if (step + 1) % 100 == 0:
             seconds = (time.monotonic() - started) / (step + 1)
             print(f"vae {step + 1}/{num_steps} loss {running / 100:.4f}, {seconds:.3f} s/step", flush=True)
             running = 0.0
-        if (step + 1) % 1000 == 0:
+        if (step + 1) % 500 == 0:
             write_sheet(vae, None, output / "sheet.png")
 
 
@@ -155,16 +176,14 @@ def measure_latents(vae: AutoencoderKL, seed: int) -> dict[str, list[float]]:
     }
 
 
-def train_preview_decoder(
-    preview: AutoencoderTiny, vae: AutoencoderKL, num_steps: int, learning_rate: float, seed: int
-) -> None:
+def train_preview_decoder(preview: AutoencoderTiny, vae: AutoencoderKL, num_steps: int, seed: int) -> None:
     """Scaled latents to pixels for the decoder, pixels to scaled latents for the encoder; the VAE stays as it is."""
     rng = random.Random(seed)
-    optimizer = torch.optim.AdamW(preview.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(preview.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01)
     running = 0.0
     for step in range(num_steps):
         side, batch_size = sample_size(rng)
-        optimizer.param_groups[0]["lr"] = learning_rate * schedule(step, num_steps)
+        optimizer.param_groups[0]["lr"] = LEARNING_RATE * schedule(step, num_steps)
         pixel_values = draw_training_batch(batch_size, side, rng)
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
             latents = vae.encode(pixel_values).latent_dist.mode().float() * vae.config.scaling_factor
@@ -222,22 +241,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("build/tiny_omnigen/autoencoders"))
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=6500)
-    parser.add_argument("--preview-steps", type=int, default=1500)
-    parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--steps", type=int, default=4500)
+    parser.add_argument("--preview-steps", type=int, default=1200)
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)
 
     torch.manual_seed(arguments.seed)
     vae = build_vae()
-    train_vae(vae, arguments.steps, arguments.learning_rate, arguments.seed, arguments.output)
+    train_vae(vae, arguments.steps, arguments.seed, arguments.output)
     vae.eval().requires_grad_(False)
     moments = measure_latents(vae, arguments.seed + 1)
     vae.register_to_config(scaling_factor=round(1 / moments["latent_std_all"][0], 4))
     vae.save_pretrained(arguments.output / "vae")
 
     preview = build_preview_decoder()
-    train_preview_decoder(preview, vae, arguments.preview_steps, arguments.learning_rate, arguments.seed + 2)
+    train_preview_decoder(preview, vae, arguments.preview_steps, arguments.seed + 2)
     preview.eval().save_pretrained(arguments.output / "preview_decoder")
     write_sheet(vae, preview, arguments.output / "sheet.png")
 
