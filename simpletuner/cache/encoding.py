@@ -1,0 +1,136 @@
+"""Pictures through a VAE, in batches of one fixed size, while the next ones are read.
+
+A VAE's results differ in the last bits with the size of the batch. So every batch has the same size, short ones are
+filled up, and a picture encoded again, alone or in other company, gives the same bits.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor, Future
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from simpletuner.batch import Sample
+from simpletuner.data.transforms import UnusablePicture
+from simpletuner.errors import DataError, Problem
+from simpletuner.models.family import LatentMoments, ModelFamily
+
+UNREADABLE = (UnusablePicture, DataError, OSError)
+NOT_FINITE = "the VAE gives NaN or infinite latents for it"
+
+
+class PictureSource(Protocol):
+    """What is needed of a dataset."""
+
+    @property
+    def samples(self) -> Sequence[Sample]: ...
+
+    def read_pixels(self, sample: Sample) -> Tensor:
+        """(3, H, W) float32 in [-1, 1]; called from several threads."""
+        ...
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A sample with its pixels (3, H, W), or with the reason why there are none."""
+
+    sample: Sample
+    pixels: Tensor | None
+    reason: str = ""
+
+
+class BatchEncoder:
+    """A loaded VAE that always sees `batch_size` pictures."""
+
+    def __init__(self, family: ModelFamily, vae: nn.Module, batch_size: int):
+        self.family = family
+        self.vae = vae
+        self.batch_size = batch_size
+
+    def encode(self, pictures: Sequence[Tensor]) -> list[LatentMoments | None]:
+        """Encode up to `batch_size` pictures (3, H, W) of one size; None where the VAE gives NaN or infinities.
+
+        Raises:
+            DataError: the device has not enough memory.
+        """
+        pixel_values = torch.stack([*pictures, *[pictures[-1]] * (self.batch_size - len(pictures))])  # (B, 3, H, W)
+        try:
+            moments = self._encode_again_if_infinite(pixel_values, len(pictures))
+        except torch.OutOfMemoryError as error:
+            height, width = pixel_values.shape[-2:]
+            raise DataError(
+                Problem(
+                    f"not enough memory on {self.vae.device} to encode {self.batch_size} pictures of {width}x{height}",
+                    key="vae_batch_size",
+                    fix="lower vae_batch_size",
+                )
+            ) from error
+        return [each if _is_finite(each) else None for each in moments]
+
+    def _encode_again_if_infinite(self, pixel_values: Tensor, num_pictures: int) -> list[LatentMoments]:
+        """Half precision overflows in some VAEs; float32 is tried once before a picture is given up."""
+        moments = self.family.encode_images(self.vae, pixel_values)[:num_pictures]
+        dtype = next(self.vae.parameters()).dtype
+        if dtype == torch.float32 or all(map(_is_finite, moments)):
+            return moments
+        try:
+            exact = self.family.encode_images(self.vae.to(torch.float32), pixel_values)
+        finally:
+            self.vae.to(dtype)
+        return [first if _is_finite(first) else again for first, again in zip(moments, exact, strict=False)]
+
+
+def read_ahead(
+    samples: Iterable[Sample], read_pixels: Callable[[Sample], Tensor], pool: Executor, num_ahead: int
+) -> Iterator[Picture]:
+    """Pictures in the order of `samples`, read in `pool`, at most `num_ahead` of them waiting."""
+    waiting: deque[Future[Picture]] = deque()
+    for sample in samples:
+        waiting.append(pool.submit(read_picture, sample, read_pixels))
+        if len(waiting) > num_ahead:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
+
+
+def read_picture(sample: Sample, read_pixels: Callable[[Sample], Tensor]) -> Picture:
+    """Read one picture; what cannot be read is told, not raised."""
+    try:
+        return Picture(sample, read_pixels(sample))
+    except UNREADABLE as error:
+        return Picture(sample, None, str(error))
+
+
+def batches_of_one_size(pictures: Iterable[Picture], batch_size: int) -> Iterator[list[Picture]]:
+    """Group readable pictures that follow each other and have one size; an unreadable one comes alone."""
+    batch: list[Picture] = []
+    shape = None
+    for picture in pictures:
+        if picture.pixels is None:
+            yield [picture]
+            continue
+        if batch and (len(batch) == batch_size or shape != picture.pixels.shape):
+            yield batch
+            batch = []
+        batch.append(picture)
+        shape = picture.pixels.shape
+    if batch:
+        yield batch
+
+
+def encode_pictures(encoder: BatchEncoder, batch: Sequence[Picture]) -> Iterator[tuple[Picture, LatentMoments | str]]:
+    """Each picture of a batch of `batches_of_one_size` with its moments, or with the reason why there are none."""
+    pixels = [picture.pixels for picture in batch if picture.pixels is not None]
+    results = iter(encoder.encode(pixels) if pixels else [])
+    for picture in batch:
+        yield picture, picture.reason if picture.pixels is None else next(results) or NOT_FINITE
+
+
+def _is_finite(moments: LatentMoments) -> bool:
+    tensors = [moments.mean] if moments.std is None else [moments.mean, moments.std]
+    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)

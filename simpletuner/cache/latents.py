@@ -1,0 +1,293 @@
+"""Latents of pictures, encoded once: what the VAE says before scaling, under a key of everything that made it.
+
+The key holds the content of the picture, its crop, the way it becomes pixels and the VAE's fingerprint, so nothing that
+changes can meet a stale entry, and what a change did not touch stays.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from simpletuner import storage
+from simpletuner.batch import Sample
+from simpletuner.cache.encoding import (
+    BatchEncoder,
+    Picture,
+    PictureSource,
+    batches_of_one_size,
+    encode_pictures,
+    read_ahead,
+    read_picture,
+)
+from simpletuner.cache.store import DamagedEntry, StoreWriter, TensorStore
+from simpletuner.data.transforms import TRANSFORM_VERSION
+from simpletuner.errors import DataError, Problem
+from simpletuner.models.family import LatentMoments, ModelFamily
+
+# Raise it when the same inputs would be stored in another way.
+SCHEMA_VERSION = 1
+_BATCHES_AHEAD = 2
+_BATCHES_UNWRITTEN = 4
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class UnusableSample:
+    """A sample that has no latents, and why."""
+
+    sample: Sample
+    reason: str
+
+
+@dataclass(frozen=True)
+class FillReport:
+    """What filling the cache did. A picture that several samples cut in the same way counts once.
+
+    Args:
+        num_encoded: encoded now.
+        num_cached: found in the cache.
+        unusable: samples of the dataset that must not be trained on.
+        seconds: wall clock.
+    """
+
+    num_encoded: int
+    num_cached: int
+    unusable: tuple[UnusableSample, ...] = ()
+    seconds: float = 0.0
+
+
+class LatentCache:
+    """The latents of one VAE in a store.
+
+    Args:
+        store: may be shared with other caches: keys tell all.
+        family: its `encode_images` is used.
+        fingerprint: of the VAE, from `vae_fingerprint`.
+    """
+
+    def __init__(self, store: TensorStore, family: ModelFamily, fingerprint: str):
+        self.store = store
+        self.family = family
+        self.fingerprint = fingerprint
+
+    def key(self, sample: Sample) -> str:
+        """sha256 in hex over everything that decides the latents of `sample`."""
+        parts = {
+            "schema": SCHEMA_VERSION,
+            "picture": sample.digest,
+            "crop": vars(sample.crop),
+            "transform": TRANSFORM_VERSION,
+            "vae": self.fingerprint,
+        }
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+    def get(self, sample: Sample) -> LatentMoments:
+        """What the VAE said about `sample`, unscaled: `family.latents_from_moments` makes latents of it.
+
+        Raises:
+            DataError: it is not in the cache, or damaged (`DamagedEntry`).
+        """
+        try:
+            return _to_moments(self.store.get(self.key(sample)))
+        except KeyError:
+            raise DataError(
+                Problem(
+                    f"the latents of {sample.path} (dataset {sample.dataset_id}) are no longer in the cache",
+                    file=str(self.store.folder),
+                    fix="start again: what is missing is encoded again",
+                )
+            ) from None
+
+    def fill(
+        self,
+        dataset: PictureSource,
+        load_vae: Callable[[], nn.Module],
+        batch_size: int,
+        report: Progress | None = None,
+        num_threads: int = 2,
+    ) -> FillReport:
+        """Encode what is missing; reading, encoding and writing overlap.
+
+        Args:
+            load_vae: called only if something is missing.
+            batch_size: pictures in every batch that the VAE sees.
+            report: called as `report(done, total)` after each batch. What it raises, as a signal does, stops the work;
+                what was encoded stays.
+            num_threads: that decode pictures.
+
+        Raises:
+            DataError: the disk has no room, or the device no memory for a batch.
+        """
+        started = time.monotonic()
+        keys = [self.key(sample) for sample in dataset.samples]
+        samples = dict(zip(keys, dataset.samples, strict=True))
+        todo = {key: samples[key] for key in self.store.missing(samples)}
+        num_cached = len(samples) - len(todo)
+        if not todo:
+            return FillReport(0, num_cached, (), time.monotonic() - started)
+        self._require_space(todo.values())
+        filling = _Filling(self, BatchEncoder(self.family, load_vae(), batch_size))
+        progress = (lambda num_done: report(num_cached + num_done, len(samples))) if report else (lambda num_done: None)
+        filling.run(todo, dataset.read_pixels, num_threads, progress)
+        unusable = [
+            UnusableSample(sample, filling.reasons[key])
+            for key, sample in zip(keys, dataset.samples, strict=True)
+            if key in filling.reasons
+        ]
+        num_encoded = len(todo) - len(filling.reasons)
+        return FillReport(num_encoded, num_cached, tuple(unusable), time.monotonic() - started)
+
+    def _require_space(self, samples: Iterable[Sample]) -> None:
+        spec = self.family.spec
+        num_pixels = sum(sample.crop.height * sample.crop.width for sample in samples)
+        # Mean and std in float32.
+        num_bytes = num_pixels // spec.vae_factor**2 * spec.latent_channels * 2 * 4
+        storage.require_free_space(self.store.folder, num_bytes, "the latent cache")
+
+
+class OnDemandLatents:
+    """Latents encoded when they are first asked for, then kept in the cache like any others.
+
+    The values are those of `LatentCache.fill` with the same `batch_size`. Safe to use from several threads.
+
+    Args:
+        dataset: reads the pictures.
+        vae: stays loaded.
+        batch_size: pictures in every batch that the VAE sees.
+    """
+
+    def __init__(self, cache: LatentCache, dataset: PictureSource, vae: nn.Module, batch_size: int):
+        self.cache = cache
+        self.dataset = dataset
+        self._encoder = BatchEncoder(cache.family, vae, batch_size)
+        self._writer = StoreWriter(cache.store)
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> OnDemandLatents:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Write what was encoded and is not written yet."""
+        self._writer.flush()
+
+    def get(self, sample: Sample) -> LatentMoments:
+        """As `LatentCache.get`, encoding what is missing or damaged.
+
+        Raises:
+            DataError: the picture cannot be read or encoded.
+        """
+        return self.get_many([sample])[0]
+
+    def get_many(self, samples: Sequence[Sample]) -> list[LatentMoments]:
+        """`get` for each of `samples`; what is missing is encoded together."""
+        with self._lock:
+            wanted = {self.cache.key(sample): sample for sample in samples}
+            found = {key: moments for key in wanted if (moments := self._find(key)) is not None}
+            missing = {key: sample for key, sample in wanted.items() if key not in found}
+            pictures = (read_picture(sample, self.dataset.read_pixels) for sample in missing.values())
+            for batch in batches_of_one_size(pictures, self._encoder.batch_size):
+                for picture, result in encode_pictures(self._encoder, batch):
+                    if isinstance(result, str):
+                        raise _unusable(picture.sample, result)
+                    key = self.cache.key(picture.sample)
+                    found[key] = result
+                    self._writer.put(key, _to_tensors(result))
+        return [found[self.cache.key(sample)] for sample in samples]
+
+    def _find(self, key: str) -> LatentMoments | None:
+        tensors = self._writer.waiting(key)
+        if tensors is None:
+            try:
+                tensors = self.cache.store.get(key)
+            except (KeyError, DamagedEntry):
+                return None
+        return _to_moments(tensors)
+
+
+class _Filling:
+    """One pass over what is missing in a cache.
+
+    Attributes:
+        reasons: key -> why that picture has no latents.
+    """
+
+    def __init__(self, cache: LatentCache, encoder: BatchEncoder):
+        self.cache = cache
+        self.encoder = encoder
+        self.reasons: dict[str, str] = {}
+
+    def run(
+        self,
+        todo: Mapping[str, Sample],
+        read_pixels: Callable[[Sample], Tensor],
+        num_threads: int,
+        progress: Callable[[int], None],
+    ) -> None:
+        """Encode and write; `progress` is told how many samples are done."""
+        # Batches hold one size; within a size the order of the dataset stays.
+        samples = sorted(todo.values(), key=lambda sample: (sample.crop.height, sample.crop.width))
+        num_ahead = num_threads + _BATCHES_AHEAD * self.encoder.batch_size
+        unwritten: deque[Future[None]] = deque()
+        num_done = 0
+        with (
+            StoreWriter(self.cache.store) as writer,
+            ThreadPoolExecutor(1, "latents-write") as writing,
+            ThreadPoolExecutor(num_threads, "pictures-read") as reading,
+        ):
+            pictures = read_ahead(samples, read_pixels, reading, num_ahead)
+            for batch in batches_of_one_size(pictures, self.encoder.batch_size):
+                unwritten.append(writing.submit(_put_all, writer, self._encode(batch)))
+                if len(unwritten) > _BATCHES_UNWRITTEN:
+                    unwritten.popleft().result()
+                num_done += len(batch)
+                progress(num_done)
+            for each in unwritten:
+                each.result()
+
+    def _encode(self, batch: Sequence[Picture]) -> dict[str, Mapping[str, Tensor]]:
+        entries: dict[str, Mapping[str, Tensor]] = {}
+        for picture, result in encode_pictures(self.encoder, batch):
+            key = self.cache.key(picture.sample)
+            if isinstance(result, str):
+                self.reasons[key] = result
+            else:
+                entries[key] = _to_tensors(result)
+        return entries
+
+
+def _put_all(writer: StoreWriter, entries: Mapping[str, Mapping[str, Tensor]]) -> None:
+    for key, tensors in entries.items():
+        writer.put(key, tensors)
+
+
+def _to_tensors(moments: LatentMoments) -> dict[str, Tensor]:
+    # Copies: a row of a batch would keep the whole batch in memory until it is written.
+    tensors = {"mean": moments.mean.clone()}
+    return tensors if moments.std is None else {**tensors, "std": moments.std.clone()}
+
+
+def _to_moments(tensors: Mapping[str, Tensor]) -> LatentMoments:
+    return LatentMoments(tensors["mean"], tensors.get("std"))
+
+
+def _unusable(sample: Sample, reason: str) -> DataError:
+    return DataError(
+        Problem(
+            f"the picture {sample.path} cannot be encoded: {reason}",
+            key=sample.dataset_id,
+            fix="repair the picture or take it out of the data set",
+        )
+    )
