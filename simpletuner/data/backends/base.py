@@ -1,0 +1,74 @@
+"""What the index asks of the place where files are: list folders, list a folder's files, read one.
+
+A million files must be listed at each start, so the walk yields one digest per folder: the index looks at single files
+only where a folder's digest differs from the one it remembers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+
+class FileStat(NamedTuple):
+    """One file: if any part differs, its content is looked at again.
+
+    Args:
+        name: within its folder, as bytes: file names need not be text.
+        size: bytes; -1 for what cannot be read as a file (a pipe, a link to nothing).
+        mtime_ns: time of the last write.
+        ctime_ns: time of the last change of content or attributes, which programs cannot set back; 0 where unknown.
+        inode: number of the file, or 0; tells a replaced file from the one that it replaced.
+    """
+
+    name: bytes
+    size: int
+    mtime_ns: int
+    ctime_ns: int
+    inode: int
+
+
+@dataclass(frozen=True)
+class Folder:
+    """One folder of a dataset.
+
+    Args:
+        path: relative to the dataset's root, `/`-separated bytes, empty for the root.
+        listing: digest of the names and signatures of its files; equal listings mean nothing changed.
+        error: why it cannot be listed.
+    """
+
+    path: bytes
+    listing: bytes = b""
+    error: str | None = None
+
+
+class Backend(Protocol):
+    """A tree of files that is only ever read."""
+
+    @property
+    def location(self) -> str:
+        """The root, as the user knows it."""
+        ...
+
+    def folders(self) -> Iterator[Folder]:
+        """Every folder below the root and the root itself, each once, in no particular order."""
+        ...
+
+    def files(self, folder: bytes) -> Iterator[FileStat]:
+        """The pictures and caption files directly in a folder, in no particular order."""
+        ...
+
+    def read(self, path: bytes) -> bytes:
+        """Content of a file.
+
+        Raises:
+            OSError: it cannot be read, or it changed while it was read.
+        """
+        ...
+
+
+def join(folder: bytes, name: bytes) -> bytes:
+    """Path of a file from its folder's path and its name."""
+    return folder + b"/" + name if folder else name

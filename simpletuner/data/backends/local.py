@@ -1,0 +1,141 @@
+"""A folder on this machine.
+
+Links are followed, to files and to folders, since link farms are how people make subsets; a folder that is reached a
+second time is not entered again, which also ends loops. Names that begin with a dot are not looked at: other programs
+keep thumbnails and resource forks there.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import stat
+import time
+from array import array
+from collections.abc import Iterator
+from pathlib import Path
+
+from simpletuner.data.backends.base import FileStat, Folder, join
+from simpletuner.data.transforms import SUFFIXES, UNREAD_SUFFIXES
+
+CAPTION_SUFFIX = ".txt"
+_SUFFIXES = SUFFIXES | UNREAD_SUFFIXES.keys() | {CAPTION_SUFFIX}
+# Passing faults of network mounts; anything else is answered at once.
+_RETRIED = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN)
+_ATTEMPTS = 3
+_PAUSE_SECONDS = 0.5
+# Files per update of a listing's digest.
+_CHUNK = 4096
+_INT64_MAX = 2**63 - 1
+
+
+class LocalBackend:
+    """See `Backend`.
+
+    Args:
+        root: the folder; it must exist.
+    """
+
+    def __init__(self, root: str | Path):
+        self._root = os.fsencode(Path(root).resolve())
+        self.location = str(root)
+
+    def folders(self) -> Iterator[Folder]:
+        pending, entered = [b""], set()
+        while pending:
+            path = pending.pop()
+            try:
+                status = os.stat(self._absolute(path))  # noqa: PTH116 - names are bytes, Path is text
+                if (status.st_dev, status.st_ino) in entered:
+                    continue
+                entered.add((status.st_dev, status.st_ino))
+                listing, subfolders = self._list(path)
+            except OSError as error:
+                yield Folder(path, error=error.strerror or str(error))
+                continue
+            # Sorted: which of two ways to one folder is taken must not depend on the order of the listing.
+            pending.extend(join(path, name) for name in sorted(subfolders, reverse=True))
+            yield Folder(path, listing)
+
+    def files(self, folder: bytes) -> Iterator[FileStat]:
+        with os.scandir(os.fsdecode(self._absolute(folder))) as entries:
+            for entry in entries:
+                if _is_wanted(entry.name) and not entry.is_dir():
+                    yield _file_stat(entry)
+
+    def read(self, path: bytes) -> bytes:
+        for attempt in range(_ATTEMPTS):
+            try:
+                return self._read_once(path)
+            except OSError as error:
+                if error.errno not in _RETRIED or attempt == _ATTEMPTS - 1:
+                    raise
+                time.sleep(_PAUSE_SECONDS * 2**attempt)
+        raise AssertionError("unreachable: the last attempt returns or raises")
+
+    def _read_once(self, path: bytes) -> bytes:
+        # Not blocking: opening a pipe that took a picture's name would wait for a writer forever.
+        descriptor = os.open(self._absolute(path), os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+        with os.fdopen(descriptor, "rb") as file:
+            before = os.fstat(file.fileno())
+            data = file.read()
+            after = os.fstat(file.fileno())
+        if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns) or len(data) != after.st_size:
+            raise OSError(errno.EAGAIN, "it changed while it was read")
+        return data
+
+    def _absolute(self, path: bytes) -> bytes:
+        return os.path.join(self._root, path)  # noqa: PTH118 - names are bytes, Path is text
+
+    def _list(self, folder: bytes) -> tuple[bytes, list[bytes]]:
+        """Digest of a folder's listing, and the names of its subfolders.
+
+        The digest follows the order in which the system lists: another order only costs a look at each file. Every
+        file of a dataset passes here at each start, so this is written for speed.
+        """
+        digest = hashlib.blake2b(digest_size=16)
+        names: list[str] = []
+        numbers: list[int] = []
+        subfolders: list[bytes] = []
+        with os.scandir(os.fsdecode(self._absolute(folder))) as entries:
+            for entry in entries:
+                if not _is_wanted(entry.name) or entry.is_dir():
+                    if entry.is_dir() and not entry.name.startswith("."):
+                        subfolders.append(os.fsencode(entry.name))
+                    continue
+                names.append(entry.name)
+                numbers += _numbers(entry)
+                if len(names) == _CHUNK:
+                    _update(digest, names, numbers)
+        _update(digest, names, numbers)
+        return digest.digest(), subfolders
+
+
+def _is_wanted(name: str) -> bool:
+    return name[name.rfind(".") :].lower() in _SUFFIXES and name[0] != "."
+
+
+def _numbers(entry: os.DirEntry[str]) -> tuple[int, int, int, int]:
+    """Size, mtime_ns, ctime_ns and inode, as in `FileStat`."""
+    try:
+        status = entry.stat()
+    except OSError:  # a link to nothing, or gone since it was listed
+        return -1, 0, 0, 0
+    if not stat.S_ISREG(status.st_mode):
+        return -1, 0, 0, 0
+    # Inodes of some network file systems, and absurd times, are beyond what SQLite's signed integers hold.
+    mtime_ns, ctime_ns = status.st_mtime_ns & _INT64_MAX, status.st_ctime_ns & _INT64_MAX
+    return status.st_size, mtime_ns, ctime_ns, status.st_ino & _INT64_MAX
+
+
+def _file_stat(entry: os.DirEntry[str]) -> FileStat:
+    return FileStat(os.fsencode(entry.name), *_numbers(entry))
+
+
+def _update(digest: hashlib.blake2b, names: list[str], numbers: list[int]) -> None:
+    """Feed a chunk of a listing to `digest`, and empty it."""
+    digest.update("\0".join(names).encode("utf-8", "surrogateescape") + b"\0\0")
+    digest.update(array("q", numbers))
+    names.clear()
+    numbers.clear()

@@ -1,0 +1,163 @@
+"""From the size of a picture to the size it is trained at, and the part of it that is cut out.
+
+Pictures of one batch must have one size, so each picture is given to a bucket: a (height, width) whose sides are
+multiples of `alignment`, whose area (or shorter side) follows `resolution`, and whose aspect follows the picture's or
+is prescribed. Everything here is arithmetic on integers and keyed draws; no picture is opened. Rounding is half up,
+never to even, so that sizes can be checked by hand.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from simpletuner.batch import Crop
+from simpletuner.randomness import keyed_uniform
+
+ResolutionType = Literal["pixel", "area", "pixel_area"]
+CropAspect = Literal["square", "preserve", "closest", "random"]
+CropStyle = Literal["center", "corner", "random"]
+
+
+@dataclass(frozen=True)
+class BucketRules:
+    """How one dataset turns picture sizes into training sizes.
+
+    Args:
+        resolution: shorter side in pixels (`pixel`), megapixels (`area`), or side in pixels of the square of equal
+            area (`pixel_area`). The three sizes below are in the same unit.
+        resolution_type: what `resolution` measures.
+        crop: False keeps the picture's aspect; only what rounding to `alignment` leaves over is cut off, centred.
+        crop_aspect: aspect of what is cut out; read only where `crop` is True.
+        crop_style: where it is cut out; `corner` is the top left one.
+        aspect_buckets: (aspect, weight) to choose from, for `closest` and `random`; aspect is width / height.
+        minimum_size: smaller pictures are not used; 0 takes all.
+        maximum_size: larger pictures are first reduced to `target_size`, then cut; None reduces every picture as far
+            as the cut allows.
+        target_size: see `maximum_size`.
+        alignment: pixels; every side is a multiple of it.
+        aspect_decimals: the aspect is rounded to so many places, so that nearly equal aspects share a bucket.
+    """
+
+    resolution: float
+    resolution_type: ResolutionType
+    crop: bool = True
+    crop_aspect: CropAspect = "square"
+    crop_style: CropStyle = "center"
+    aspect_buckets: tuple[tuple[float, float], ...] = ()
+    minimum_size: float = 0
+    maximum_size: float | None = None
+    target_size: float | None = None
+    alignment: int = 64
+    aspect_decimals: int = 2
+
+    @property
+    def needs_content(self) -> bool:
+        """True where the crop depends on the picture's digest, not on its size alone."""
+        return self.crop and (self.crop_aspect == "random" or self.crop_style == "random")
+
+
+def size_measure(height: int, width: int, resolution_type: ResolutionType) -> float:
+    """What `resolution` is compared with: shorter side, megapixels, or side of the square of equal area."""
+    if resolution_type == "pixel":
+        return min(height, width)
+    if resolution_type == "area":
+        return height * width / 1e6
+    return math.sqrt(height * width)
+
+
+def is_large_enough(height: int, width: int, rules: BucketRules) -> bool:
+    # Compared as products: the root of a picture of exactly the minimum area may come out one ulp too small.
+    if rules.resolution_type == "pixel_area":
+        return height * width >= rules.minimum_size**2
+    return size_measure(height, width, rules.resolution_type) >= rules.minimum_size
+
+
+def bucket_size(aspect: float, rules: BucketRules) -> tuple[int, int]:
+    """(height, width) of the bucket for an aspect (width / height).
+
+    By area: the side of the aligned square is e, width e * sqrt(aspect), height e / sqrt(aspect), each aligned.
+    By `pixel`: the shorter side is the aligned resolution, the other follows the aspect, aligned.
+    """
+    if rules.resolution_type == "pixel":
+        short = _align(rules.resolution, rules.alignment)
+        if aspect >= 1:
+            return short, _align(short * aspect, rules.alignment)
+        return _align(short / aspect, rules.alignment), short
+    side = rules.resolution if rules.resolution_type == "pixel_area" else math.sqrt(rules.resolution * 1e6)
+    edge = _align(side, rules.alignment)
+    root = math.sqrt(aspect)
+    return _align(edge / root, rules.alignment), _align(edge * root, rules.alignment)
+
+
+def choose_aspect(height: int, width: int, rules: BucketRules, *key: int | str) -> float:
+    """Aspect (width / height) that the picture is trained at.
+
+    Args:
+        key: (seed, dataset id, content digest); read for `random` only.
+    """
+    own = width / height
+    if not rules.crop or rules.crop_aspect == "preserve":
+        # Rounding a very tall picture to 0.00 would ask for an endless bucket.
+        return max(_round_half_up(own, rules.aspect_decimals), 10.0**-rules.aspect_decimals)
+    if rules.crop_aspect == "square":
+        return 1.0
+    if rules.crop_aspect == "closest":
+        return min((aspect for aspect, _ in rules.aspect_buckets), key=lambda aspect: abs(math.log(aspect / own)))
+    return _weighted_choice(rules.aspect_buckets, keyed_uniform(*key, "aspect"))
+
+
+def plan_crop(height: int, width: int, rules: BucketRules, *key: int | str) -> Crop:
+    """What becomes of a picture of `height` x `width` pixels.
+
+    The picture is resized with its own aspect to the smallest size that covers the bucket; where it is larger than
+    `maximum_size`, to `target_size` if that covers the bucket too. Then the bucket's size is cut out.
+
+    Args:
+        key: (seed, dataset id, content digest); read for random aspects and random crops only.
+    """
+    target_height, target_width = bucket_size(choose_aspect(height, width, rules, *key), rules)
+    scale = max(target_height / height, target_width / width)
+    if rules.crop and rules.maximum_size is not None and rules.target_size is not None:
+        size = size_measure(height, width, rules.resolution_type)
+        if size > rules.maximum_size:
+            scale = max(scale, _scale_to(size, rules.target_size, rules.resolution_type))
+    # The side that decides the scale must come out exact; `max` guards the last bit of the multiplication.
+    resized_height = max(target_height, math.floor(height * scale + 0.5))
+    resized_width = max(target_width, math.floor(width * scale + 0.5))
+    top, left = _crop_corner(resized_height - target_height, resized_width - target_width, rules, *key)
+    return Crop(resized_height, resized_width, top, left, target_height, target_width)
+
+
+def _scale_to(size: float, target: float, resolution_type: ResolutionType) -> float:
+    return math.sqrt(target / size) if resolution_type == "area" else target / size
+
+
+def _crop_corner(spare_height: int, spare_width: int, rules: BucketRules, *key: int | str) -> tuple[int, int]:
+    """(top, left) of the cut, given how many pixels are left over on each axis."""
+    if not rules.crop or rules.crop_style == "center":
+        return spare_height // 2, spare_width // 2
+    if rules.crop_style == "corner":
+        return 0, 0
+    top = math.floor(keyed_uniform(*key, "top") * (spare_height + 1))
+    left = math.floor(keyed_uniform(*key, "left") * (spare_width + 1))
+    return top, left
+
+
+def _weighted_choice(choices: tuple[tuple[float, float], ...], uniform: float) -> float:
+    left = uniform * sum(weight for _, weight in choices)
+    for value, weight in choices:
+        left -= weight
+        if left < 0:
+            return value
+    return choices[-1][0]
+
+
+def _align(pixels: float, alignment: int) -> int:
+    """The nearest multiple of `alignment`, at least one."""
+    return max(alignment, math.floor(pixels / alignment + 0.5) * alignment)
+
+
+def _round_half_up(value: float, decimals: int) -> float:
+    return math.floor(value * 10**decimals + 0.5) / 10**decimals

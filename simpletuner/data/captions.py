@@ -1,0 +1,92 @@
+"""What a dataset says about each picture: the caption strategies.
+
+A strategy gives every variant that it found; one of them is drawn when the picture is used (`Dataset.caption_for`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Literal
+
+CaptionStrategy = Literal["filename", "textfile", "instanceprompt"]
+
+# A longer text file is not a caption: no text encoder reads more than a few thousand tokens.
+MAX_CAPTION_BYTES = 1_000_000
+
+
+@dataclass(frozen=True)
+class CaptionRules:
+    """How one dataset gets its captions.
+
+    Args:
+        strategy: `filename`, `textfile` (a `.txt` beside the picture) or `instanceprompt`.
+        instance_prompts: one prompt or several to draw from.
+        only_instance_prompt: the instance prompts replace what the strategy finds.
+        prepend_instance_prompt: an instance prompt and a space stand before what the strategy finds.
+        splits_lines: each line of a text file is a variant; otherwise the whole file is one caption.
+    """
+
+    strategy: CaptionStrategy
+    instance_prompts: tuple[str, ...] = ()
+    only_instance_prompt: bool = False
+    prepend_instance_prompt: bool = False
+    splits_lines: bool = True
+
+    @property
+    def reads_text_files(self) -> bool:
+        return self.strategy == "textfile" and not self.only_instance_prompt
+
+    @property
+    def reads_file_names(self) -> bool:
+        return self.strategy == "filename" and not self.only_instance_prompt
+
+
+def captions_of(path: str, text: str | None, rules: CaptionRules) -> tuple[str, ...]:
+    """Every caption variant of a picture; empty where the strategy finds none.
+
+    Args:
+        path: of the picture, `/`-separated.
+        text: content of its caption file, None where there is none.
+    """
+    if rules.strategy == "instanceprompt" or rules.only_instance_prompt:
+        return rules.instance_prompts
+    if rules.strategy == "filename":
+        name = caption_from_name(path)
+        found: Sequence[str] = [name] if name else []
+    else:
+        found = caption_variants(text or "", rules.splits_lines)
+    if rules.prepend_instance_prompt:
+        return tuple(f"{prompt} {caption}" for prompt in rules.instance_prompts for caption in found)
+    return tuple(found)
+
+
+def caption_from_name(path: str) -> str:
+    """The file's name without folder and extension, underscores as spaces (as SimpleTuner does)."""
+    return _encodable(" ".join(PurePosixPath(path).stem.replace("_", " ").split()))
+
+
+def caption_variants(text: str, splits_lines: bool) -> list[str]:
+    """The captions in the text of a caption file; blank lines are no captions."""
+    if not splits_lines:
+        return [text.strip()] if text.strip() else []
+    return [line.strip() for line in text.splitlines() if line.strip()]
+
+
+def decode_caption(data: bytes) -> str:
+    """Text of a caption file: UTF-8, or UTF-16 where it begins with that mark; bytes that are neither become U+FFFD."""
+    encoding = "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+    return data.decode(encoding, errors="replace")
+
+
+def printable(text: str) -> str:
+    """`text` on one line, for terminals and logs: control characters and undecodable bytes as escapes."""
+    return "".join(
+        char if char.isprintable() else char.encode("unicode_escape", "backslashreplace").decode() for char in text
+    )
+
+
+def _encodable(text: str) -> str:
+    """Bytes of a file name that are no UTF-8 come as lone surrogates, which no tokenizer takes."""
+    return text.encode("utf-8", "replace").decode()

@@ -1,0 +1,242 @@
+"""The datasets of a run: from the entries of the data file and what their folders hold."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from simpletuner.config.datasets import ImageDataset, with_defaults
+from simpletuner.data.backends.local import LocalBackend
+from simpletuner.data.buckets import BucketRules, CropStyle
+from simpletuner.data.captions import CaptionRules, CaptionStrategy, printable
+from simpletuner.data.dataset import Dataset, Samples, dataset_fingerprint
+from simpletuner.data.index import Catalogue, Index
+from simpletuner.data.report import Funnel, ProgressReport, SetAside
+from simpletuner.data.selection import first_paths, group_by_size, select_large_enough, select_sizes
+from simpletuner.errors import ConfigError, DataError, Problem
+from simpletuner.models.spec import FamilySpec
+
+if TYPE_CHECKING:
+    from simpletuner.config.options.catalogue import TrainConfig
+
+__all__ = ["Dataset", "build_datasets"]
+
+_UNSAFE = re.compile(r"[^A-Za-z0-9._-]+")
+
+
+def build_datasets(
+    entries: Sequence[object],
+    config: TrainConfig,
+    spec: FamilySpec,
+    work_dir: Path,
+    report: ProgressReport | None = None,
+    data_file: str | None = None,
+) -> list[Dataset]:
+    """The image and eval datasets of a run, in the order of the data file.
+
+    Args:
+        entries: of the data file; disabled ones and those without pictures are passed over.
+        work_dir: the indexes are kept in its folder `index`.
+        report: told how far each scan has come.
+        data_file: named in errors.
+
+    Raises:
+        ConfigError: a folder that is not there, or settings that give no training size or caption.
+        DataError: a dataset without a usable picture, or pictures without captions.
+    """
+    pictures = [
+        cast(ImageDataset, with_defaults(entry, config))
+        for entry in entries
+        if isinstance(entry, ImageDataset) and not entry.disabled
+    ]
+    problems = [problem for entry in pictures for problem in check_entry(entry, config, spec, data_file)]
+    if problems:
+        raise ConfigError(problems)
+    scanned: dict[str, tuple[Index, Catalogue]] = {}
+    datasets = []
+    for entry in pictures:
+        root = str(Path(entry.instance_data_dir).resolve())
+        if root not in scanned:
+            index = Index(work_dir / "index" / _index_name(root), LocalBackend(entry.instance_data_dir))
+            scanned[root] = index, index.scan(_scan_progress(entry.id, report))
+        try:
+            datasets.append(build_dataset(entry, config, spec, *scanned[root], data_file))
+        except DataError as error:
+            problems += error.problems
+    if problems:
+        raise DataError(problems)
+    return datasets
+
+
+def _scan_progress(dataset_id: str, report: ProgressReport | None) -> Callable[[int], None] | None:
+    if report is None:
+        return None
+    return lambda num_files: report(f"scanning {dataset_id}", num_files, None)
+
+
+def check_entry(entry: ImageDataset, config: TrainConfig, spec: FamilySpec, data_file: str | None) -> list[Problem]:
+    """What makes an entry unusable before any file is read."""
+
+    def problem(key: str, message: str, allowed: str | None = None, fix: str | None = None) -> Problem:
+        return Problem(message, key=f"{entry.id}.{key}", file=data_file, allowed=allowed, fix=fix)
+
+    problems = []
+    folder = Path(entry.instance_data_dir)
+    if not folder.is_dir():
+        what = "is a file" if folder.exists() else "does not exist"
+        problems.append(problem("instance_data_dir", f"{folder} {what}", "a folder with pictures", "correct the path"))
+    if entry.resolution is None:
+        problems.append(problem("resolution", "there is no resolution in this unit", fix="set it in this entry"))
+    if entry.crop and entry.crop_aspect in ("closest", "random") and not entry.crop_aspect_buckets:
+        problems.append(
+            problem(
+                "crop_aspect_buckets", f"crop_aspect {entry.crop_aspect} needs aspects to choose from", "[1.0, 0.75]"
+            )
+        )
+    needs_prompt = entry.caption_strategy == "instanceprompt" or entry.only_instance_prompt
+    if (needs_prompt or entry.prepend_instance_prompt) and not entry.instance_prompt:
+        problems.append(problem("instance_prompt", "the captions need a prompt", "a text, or a list of texts"))
+    alignment = config.aspect_bucket_alignment
+    if alignment is not None and alignment % spec.size_multiple:
+        problems.append(
+            Problem(
+                f"sides of pictures would be multiples of {alignment} pixels",
+                key="aspect_bucket_alignment",
+                allowed=f"multiples of {spec.size_multiple}, as {spec.title} needs",
+            )
+        )
+    return problems
+
+
+def bucket_rules(entry: ImageDataset, config: TrainConfig, spec: FamilySpec) -> BucketRules:
+    """The sizes of a dataset; the entry has passed `check_entry`."""
+    assert entry.resolution is not None
+    assert entry.resolution_type is not None
+    return BucketRules(
+        resolution=entry.resolution,
+        resolution_type=entry.resolution_type,
+        crop=entry.crop,
+        crop_aspect=entry.crop_aspect,
+        crop_style=cast(CropStyle, entry.crop_style),  # "face" is refused with the file
+        aspect_buckets=tuple((aspect, 1.0) for aspect in entry.crop_aspect_buckets or ()),
+        minimum_size=entry.minimum_image_size or 0,
+        maximum_size=entry.maximum_image_size,
+        target_size=entry.target_downsample_size,
+        alignment=config.aspect_bucket_alignment or spec.size_multiple,
+        aspect_decimals=config.aspect_bucket_rounding,
+    )
+
+
+def caption_rules(entry: ImageDataset) -> CaptionRules:
+    """The captions of a dataset; the entry has passed `check_entry`."""
+    return CaptionRules(
+        strategy=cast(CaptionStrategy, entry.caption_strategy),  # the others are refused with the file
+        instance_prompts=tuple(entry.instance_prompt or ()),
+        only_instance_prompt=entry.only_instance_prompt,
+        prepend_instance_prompt=entry.prepend_instance_prompt,
+        splits_lines=not entry.disable_multiline_split,
+    )
+
+
+def build_dataset(
+    entry: ImageDataset,
+    config: TrainConfig,
+    spec: FamilySpec,
+    index: Index,
+    catalogue: Catalogue,
+    data_file: str | None = None,
+) -> Dataset:
+    """One dataset from the pictures that its folder holds.
+
+    Raises:
+        DataError: no picture is left, or some have no caption.
+    """
+    sizes, captions = bucket_rules(entry, config, spec), caption_rules(entry)
+    set_aside = index.set_aside(with_texts=captions.reads_text_files)
+    large_enough = select_large_enough(catalogue, sizes, index, set_aside)
+    _require_captions(entry, catalogue, large_enough, captions, index, set_aside, data_file)
+    used = select_sizes(entry.id, config.seed, catalogue, large_enough, sizes, spec, index, set_aside)
+    if not len(used.positions):
+        raise DataError(_nothing_left(entry, index, set_aside, data_file))
+    buckets = group_by_size(used)
+    funnel = Funnel(
+        dataset_id=entry.id,
+        found=index.num_pictures(),
+        readable=len(catalogue),
+        large_enough=len(large_enough),
+        captioned=len(large_enough),
+        bucketed=len(used.positions),
+        per_epoch=len(used.positions) * (entry.repeats + 1),
+        duplicates=catalogue.num_duplicates,
+        buckets={size: len(members) for size, members in buckets.items()},
+        set_aside=set_aside,
+    )
+    content = [catalogue.pictures_digest, *([catalogue.texts_digest] if captions.reads_text_files else [])]
+    ids, texts = catalogue.ids[used.positions], catalogue.texts[used.positions]
+    return Dataset(
+        entry=entry,
+        samples=Samples(entry.id, config.seed, index, ids, texts, sizes, captions),
+        buckets=buckets,
+        fingerprint=dataset_fingerprint(content, sizes, captions, config.seed),
+        funnel=funnel,
+        backend=index.backend,
+    )
+
+
+def _require_captions(
+    entry: ImageDataset,
+    catalogue: Catalogue,
+    positions: NDArray[np.int64],
+    rules: CaptionRules,
+    index: Index,
+    set_aside: SetAside,
+    data_file: str | None,
+) -> None:
+    if rules.reads_text_files:
+        missing, what = positions[catalogue.texts[positions] < 0], "have no text file (same name, .txt) with text in it"
+    elif rules.reads_file_names:
+        missing, what = positions[~catalogue.is_named[positions]], "have no words in their file names"
+    else:
+        return
+    if not len(missing):
+        return
+    names = ", ".join(printable(path) for path in first_paths(missing, catalogue, index))
+    faulty = {reason: count for reason, count in set_aside.counts.items() if reason.startswith("caption file")}
+    notes = f" ({SetAside(faulty).summary()})" if faulty else ""
+    raise DataError(
+        Problem(
+            f"{len(missing)} of {len(positions)} pictures {what}{notes}: {names}{', ...' if len(missing) > 10 else ''}",
+            key=f"{entry.id}.caption_strategy",
+            file=data_file,
+            fix="add the captions, move these pictures away, or set another caption_strategy",
+        )
+    )
+
+
+def _nothing_left(entry: ImageDataset, index: Index, set_aside: SetAside, data_file: str | None) -> Problem:
+    folder = entry.instance_data_dir
+    if set_aside.counts:
+        message = f"none of the {index.num_pictures()} pictures in {folder} can be used: {set_aside.summary()}"
+        fix = "replace the files, or change the setting that the reason names"
+    else:
+        message, fix = f"there are no pictures in {folder}", "put pictures there, or correct the path"
+    return Problem(
+        message,
+        key=f"{entry.id}.instance_data_dir",
+        file=data_file,
+        allowed="a folder with pictures (png, jpg, webp, bmp, gif, tiff, avif)",
+        fix=fix,
+    )
+
+
+def _index_name(root: str) -> str:
+    """A readable file name that differs for each folder."""
+    digest = hashlib.sha256(os.fsencode(root)).hexdigest()[:16]
+    return f"{_UNSAFE.sub('-', Path(root).name)[:40]}-{digest}.sqlite"

@@ -1,0 +1,273 @@
+"""What is known of every file of a folder, kept in SQLite, so that a start looks only at what changed.
+
+One index serves every dataset that reads the same folder, at whatever resolution. Rows are facts about one state of a
+file and are never altered: a file that changes gets a new row and the old one is retired, so a run that began before
+the change keeps resolving its samples while another process scans (`scan.py`). The order of pictures is that of the
+bytes of their paths, never the order in which the system lists them.
+
+The usable pictures are also kept as a few arrays (`Catalogue`), from which a start reads a million pictures at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import sqlite3
+import threading
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from simpletuner.data.backends.base import Backend
+from simpletuner.data.captions import caption_from_name
+from simpletuner.data.report import SetAside
+from simpletuner.data.scan import Progress, update_files
+from simpletuner.errors import DataError, Problem
+
+# Raised when the tables or the meaning of a column change; an index of another version is made anew.
+INDEX_VERSION = 1
+
+_BUSY_SECONDS = 120.0
+_QUERY_ROWS = 500
+
+_TABLES = """
+CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value TEXT) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS folders (id INTEGER PRIMARY KEY, path BLOB UNIQUE, listing BLOB, error TEXT);
+CREATE TABLE IF NOT EXISTS files (
+    id INTEGER PRIMARY KEY, live INTEGER, folder INTEGER, path BLOB, stem BLOB, is_text INTEGER,
+    size INTEGER, mtime_ns INTEGER, ctime_ns INTEGER, inode INTEGER,
+    status TEXT, reason TEXT, digest BLOB, height INTEGER, width INTEGER, text TEXT
+);
+CREATE UNIQUE INDEX IF NOT EXISTS live_paths ON files (path) WHERE live;
+CREATE INDEX IF NOT EXISTS live_folders ON files (folder) WHERE live;
+CREATE INDEX IF NOT EXISTS live_texts ON files (stem) WHERE live AND is_text;
+CREATE INDEX IF NOT EXISTS live_failures ON files (status) WHERE live AND status != 'ok';
+CREATE TABLE IF NOT EXISTS catalogue (
+    id INTEGER PRIMARY KEY CHECK (id = 0), ids BLOB, texts BLOB, heights BLOB, widths BLOB, named BLOB,
+    pictures_digest TEXT, texts_digest TEXT, duplicates INTEGER
+);
+"""
+
+_USABLE_PICTURES = """
+SELECT picture.id, picture.path, picture.digest, picture.height, picture.width, text.id, text.digest
+FROM files AS picture
+LEFT JOIN files AS text ON text.live AND text.is_text AND text.status = 'ok' AND text.stem = picture.stem
+WHERE picture.live AND NOT picture.is_text AND picture.status = 'ok'
+ORDER BY picture.path, text.path
+"""
+_DISTINCT_CONTENTS = "SELECT count(DISTINCT digest) FROM files WHERE live AND NOT is_text AND status = 'ok'"
+
+
+@dataclass(frozen=True)
+class Catalogue:
+    """The usable pictures of a folder in the order of their paths, as arrays of N.
+
+    Args:
+        ids: row of each picture.
+        texts: row of the caption file with the picture's stem, -1 where there is none.
+        heights: pixels, upright.
+        widths: pixels, upright.
+        is_named: whether the file's name gives a caption.
+        pictures_digest: changes when a path, a content or the order does.
+        texts_digest: changes when a caption file does.
+        num_duplicates: pictures whose bytes an earlier one has too.
+    """
+
+    ids: NDArray[np.int64]
+    texts: NDArray[np.int64]
+    heights: NDArray[np.int32]
+    widths: NDArray[np.int32]
+    is_named: NDArray[np.bool_]
+    pictures_digest: str
+    texts_digest: str
+    num_duplicates: int
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+@dataclass(frozen=True)
+class PictureRow:
+    """What the index knows of one picture: path relative to the root, sha256 of the file, upright size in pixels."""
+
+    path: str
+    digest: str
+    height: int
+    width: int
+
+
+class Index:
+    """The index of one folder. Safe to read from several threads.
+
+    Args:
+        path: of the SQLite file; made where it is missing. Never inside a user's folder.
+        backend: the folder.
+
+    Raises:
+        DataError: the file cannot be opened, read or written (from any method).
+    """
+
+    def __init__(self, path: Path, backend: Backend):
+        self.path = path
+        self.backend = backend
+        self._lock = threading.Lock()
+        with self._explained():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._db = _open(path)
+
+    def close(self) -> None:
+        self._db.close()
+
+    def scan(self, progress: Progress | None = None) -> Catalogue:
+        """Look at what is new or changed since the last scan; the usable pictures after it.
+
+        Args:
+            progress: called with the number of files looked at so far.
+        """
+        with self._lock, self._explained():
+            update_files(self._db, self.backend, progress)
+            stored = self._db.execute("SELECT * FROM catalogue").fetchone()
+            if stored is None:
+                catalogue = self._build_catalogue()
+                self._keep(catalogue)
+                return catalogue
+            _, ids, texts, heights, widths, named, *rest = stored
+            return Catalogue(
+                np.frombuffer(ids, dtype="<i8"),
+                np.frombuffer(texts, dtype="<i8"),
+                np.frombuffer(heights, dtype="<i4"),
+                np.frombuffer(widths, dtype="<i4"),
+                np.frombuffer(named, dtype=np.bool_),
+                *rest,
+            )
+
+    def pictures(self, ids: Sequence[int]) -> list[PictureRow]:
+        """Rows of pictures, in the order of `ids`."""
+        rows = self._select("SELECT id, path, digest, height, width FROM files WHERE id IN", ids)
+        found = {row[0]: PictureRow(os.fsdecode(row[1]), row[2].hex(), row[3], row[4]) for row in rows}
+        return [found[key] for key in ids]
+
+    def texts(self, ids: Sequence[int]) -> list[str | None]:
+        """Content of caption files, in the order of `ids`; None for -1."""
+        rows = self._select("SELECT id, text FROM files WHERE id IN", sorted({key for key in ids if key >= 0}))
+        found = {row[0]: row[1] for row in rows}
+        return [found.get(key) for key in ids]
+
+    def set_aside(self, with_texts: bool = False) -> SetAside:
+        """The pictures and folders that cannot be used; caption files too where asked."""
+        result = SetAside()
+        with self._lock, self._explained():
+            for path, error in self._db.execute(
+                "SELECT path, error FROM folders WHERE error IS NOT NULL ORDER BY path"
+            ):
+                result.add(f"folder: {error}", os.fsdecode(path) or ".")
+            failures = self._db.execute(
+                "SELECT path, is_text, reason FROM files WHERE live AND status != 'ok' ORDER BY path"
+            )
+            for path, is_text, reason in failures:
+                if with_texts or not is_text:
+                    result.add(f"caption file: {reason}" if is_text else reason, os.fsdecode(path))
+        return result
+
+    def num_pictures(self) -> int:
+        """Pictures found, usable or not."""
+        with self._lock, self._explained():
+            usable = self._db.execute("SELECT length(ids) / 8 FROM catalogue").fetchone()
+            failed = self._db.execute("SELECT count(*) FROM files WHERE live AND status != 'ok' AND NOT is_text")
+            return (usable[0] if usable else 0) + failed.fetchone()[0]
+
+    def _select(self, query: str, ids: Sequence[int]) -> list[tuple]:
+        rows: list[tuple] = []
+        with self._lock, self._explained():
+            for start in range(0, len(ids), _QUERY_ROWS):
+                part = [int(key) for key in ids[start : start + _QUERY_ROWS]]
+                rows += self._db.execute(f"{query} ({','.join('?' * len(part))})", part).fetchall()
+        return rows
+
+    def _build_catalogue(self) -> Catalogue:
+        ids, texts, heights, widths, named = array("q"), array("q"), array("i"), array("i"), bytearray()
+        pictures, captions = hashlib.sha256(), hashlib.sha256()
+        last = None
+        for key, path, digest, height, width, text, text_digest in self._db.execute(_USABLE_PICTURES):
+            if key == last:  # a.txt and a.TXT: the first one counts
+                continue
+            last = key
+            ids.append(key)
+            texts.append(-1 if text is None else text)
+            heights.append(height)
+            widths.append(width)
+            named.append(bool(caption_from_name(os.fsdecode(path))))
+            pictures.update(b"%d %d %d %b%b" % (len(path), height, width, digest, path))
+            captions.update(text_digest or bytes(32))
+        return Catalogue(
+            np.array(ids, dtype="<i8"),
+            np.array(texts, dtype="<i8"),
+            np.array(heights, dtype="<i4"),
+            np.array(widths, dtype="<i4"),
+            np.array(named, dtype=np.bool_),
+            pictures.hexdigest(),
+            captions.hexdigest(),
+            len(ids) - self._db.execute(_DISTINCT_CONTENTS).fetchone()[0],
+        )
+
+    def _keep(self, catalogue: Catalogue) -> None:
+        arrays = (catalogue.ids, catalogue.texts, catalogue.heights, catalogue.widths, catalogue.is_named)
+        with self._db:
+            self._db.execute(
+                "INSERT OR REPLACE INTO catalogue VALUES (0, ?, ?, ?, ?, ?, ?, ?, ?)",
+                [
+                    *(values.tobytes() for values in arrays),
+                    catalogue.pictures_digest,
+                    catalogue.texts_digest,
+                    catalogue.num_duplicates,
+                ],
+            )
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Failures of the index file as errors for the user."""
+        try:
+            yield
+        except (sqlite3.Error, OSError) as error:
+            raise DataError(
+                Problem(
+                    f"the index of {self.backend.location} at {self.path} cannot be used: {error}",
+                    fix="make room on the disk and the folder writable; the index may be removed, it is made anew",
+                )
+            ) from error
+
+
+def _open(path: Path) -> sqlite3.Connection:
+    """An index of this version at `path`. One that is damaged or of another version is replaced: nothing is lost."""
+    database = _connect(path)
+    try:
+        version = database.execute("PRAGMA user_version").fetchone()[0]
+        if version in (0, INDEX_VERSION):
+            _make_tables(database)
+            return database
+    except sqlite3.OperationalError:  # locked, read-only or full: not the fault of the file's content
+        raise
+    except sqlite3.DatabaseError:
+        pass
+    database.close()
+    path.unlink()
+    database = _connect(path)
+    _make_tables(database)
+    return database
+
+
+def _connect(path: Path) -> sqlite3.Connection:
+    # One connection, guarded by the index's lock; samples are read from prefetch threads too.
+    return sqlite3.connect(path, timeout=_BUSY_SECONDS, check_same_thread=False)
+
+
+def _make_tables(database: sqlite3.Connection) -> None:
+    database.execute("PRAGMA synchronous = NORMAL")
+    database.execute("PRAGMA temp_store = FILE")
+    database.executescript(_TABLES)
+    database.execute(f"PRAGMA user_version = {INDEX_VERSION}")

@@ -1,0 +1,242 @@
+"""Bringing an index up to date with its folder: only what is new or changed is read.
+
+The walk yields one digest per folder; files are compared one by one only in folders whose digest differs. New and
+changed files are read once, in a thread pool: hashed, decoded to the last pixel, and measured. Whatever cannot be used
+gets a row with the reason; files are never touched. Work is committed as it goes, so a scan that is killed goes on
+from there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sqlite3
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+from simpletuner.data.backends.base import Backend, Folder, join
+from simpletuner.data.captions import MAX_CAPTION_BYTES, decode_caption
+from simpletuner.data.transforms import UNREAD_SUFFIXES, UnusablePicture, decoder_version, picture_size
+
+# A picture that decodes; one that does not, until it or the decoder changes; one to be tried again at each scan.
+OK, BROKEN, UNREADABLE = "ok", "broken", "unreadable"
+
+Progress = Callable[[int], None]
+
+# Files per task of the pool (a task costs as much as decoding a small picture), and per transaction.
+_TASK_FILES = 16
+_COMMIT_FILES = 1024
+_TEXT_SUFFIX = ".txt"
+
+
+@dataclass(frozen=True)
+class FileState:
+    """A path relative to the root, and the signature under which it was seen (`FileStat`)."""
+
+    path: bytes
+    size: int
+    mtime_ns: int
+    ctime_ns: int
+    inode: int
+
+    @property
+    def stem(self) -> bytes:
+        return os.path.splitext(self.path)[0]  # noqa: PTH122 - names are bytes, Path is text
+
+    @property
+    def suffix(self) -> str:
+        return os.path.splitext(os.fsdecode(self.path))[1].lower()  # noqa: PTH122 - as above
+
+    @property
+    def is_text(self) -> bool:
+        return self.suffix == _TEXT_SUFFIX
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What looking at one file gave.
+
+    Args:
+        status: `OK`, `BROKEN` or `UNREADABLE`.
+        reason: why it is not `OK`.
+        digest: sha256 of the content.
+        height: of a picture, pixels, upright.
+        width: of a picture, pixels, upright.
+        text: of a caption file.
+    """
+
+    file: FileState
+    status: str
+    reason: str | None = None
+    digest: bytes | None = None
+    height: int | None = None
+    width: int | None = None
+    text: str | None = None
+
+
+def update_files(database: sqlite3.Connection, backend: Backend, progress: Progress | None = None) -> None:
+    """Bring `folders` and `files` up to date; the catalogue is dropped where anything changed.
+
+    Args:
+        progress: called with the number of files looked at so far.
+    """
+    _retry_failures(database)
+    known = {path: (key, listing) for key, path, listing in database.execute("SELECT id, path, listing FROM folders")}
+    num_done = 0
+    # Pillow warns of large pictures and odd metadata on stderr; the report says what matters.
+    with warnings.catch_warnings(), ThreadPoolExecutor(_num_threads(), thread_name_prefix="scan") as pool:
+        warnings.simplefilter("ignore")
+        for folder in backend.folders():
+            key, listing = known.pop(folder.path, (None, None))
+            if folder.error is None and listing == folder.listing:
+                continue
+            for num_files in _update_folder(database, backend, pool, key, folder):
+                num_done += num_files
+                if progress:
+                    progress(num_done)
+    if known:
+        _forget_folders(database, [key for key, _ in known.values()])
+
+
+def _retry_failures(database: sqlite3.Connection) -> None:
+    """Make the scan look again at files that may be readable now."""
+    statuses = [UNREADABLE]
+    stored = database.execute("SELECT value FROM facts WHERE name = 'decoder'").fetchone()
+    if stored != (decoder_version(),):
+        statuses.append(BROKEN)
+    with database:
+        for status in statuses:
+            failed = "FROM files WHERE live AND status != 'ok' AND status = ?"
+            database.execute(f"UPDATE folders SET listing = NULL WHERE id IN (SELECT folder {failed})", [status])
+            # Retired, they are new to the comparison with the disk.
+            database.execute(f"UPDATE files SET live = 0 WHERE id IN (SELECT id {failed})", [status])
+        database.execute("INSERT OR REPLACE INTO facts VALUES ('decoder', ?)", [decoder_version()])
+
+
+def _update_folder(
+    database: sqlite3.Connection, backend: Backend, pool: ThreadPoolExecutor, key: int | None, folder: Folder
+) -> Iterator[int]:
+    """Bring one folder up to date; yields the number of files looked at since the last time.
+
+    The listing is remembered last: after a kill the folder is compared again, and finds the rows that were committed.
+    """
+    with database:
+        database.execute("DELETE FROM catalogue")
+        if key is None:
+            key = database.execute("INSERT INTO folders (path) VALUES (?)", [folder.path]).lastrowid
+        database.execute("UPDATE folders SET listing = NULL, error = ? WHERE id = ?", [folder.error, key])
+        if folder.error is not None:
+            database.execute("UPDATE files SET live = 0 WHERE live AND folder = ?", [key])
+            return
+        _compare(database, backend, key, folder.path)
+    findings: list[Finding] = []
+    for part in _look_at(backend, pool, _changed_files(database)):
+        findings += part
+        if len(findings) >= _COMMIT_FILES:
+            _store(database, key, findings)
+            yield len(findings)
+            findings = []
+    _store(database, key, findings)
+    yield len(findings)
+    with database:
+        database.execute("UPDATE folders SET listing = ? WHERE id = ?", [folder.listing, key])
+
+
+def _compare(database: sqlite3.Connection, backend: Backend, key: int | None, folder: bytes) -> None:
+    """Leave the new and changed files of a folder in the table `changed`; retire the rows of files that are gone."""
+    columns = "path, size, mtime_ns, ctime_ns, inode"
+    database.execute(f"CREATE TEMP TABLE IF NOT EXISTS changed (path BLOB PRIMARY KEY, {columns[6:]}) WITHOUT ROWID")
+    database.execute("DELETE FROM changed")
+    database.executemany(
+        "INSERT OR REPLACE INTO changed VALUES (?, ?, ?, ?, ?)",
+        ((join(folder, file.name), *file[1:]) for file in backend.files(folder)),
+    )
+    gone = "live AND folder = ? AND path NOT IN (SELECT path FROM changed)"
+    database.execute(f"UPDATE files SET live = 0 WHERE {gone}", [key])
+    same = f"({columns}) IN (SELECT {columns} FROM files WHERE live AND folder = ?)"
+    database.execute(f"DELETE FROM changed WHERE {same}", [key])
+
+
+def _changed_files(database: sqlite3.Connection) -> Iterator[list[FileState]]:
+    """What `_compare` left, in tasks; paged, since rows are written while this reads on."""
+    last = b""
+    while True:
+        query = "SELECT * FROM changed WHERE path > ? ORDER BY path LIMIT ?"
+        page = [FileState(*row) for row in database.execute(query, [last, _COMMIT_FILES])]
+        if not page:
+            return
+        last = page[-1].path
+        yield from (page[start : start + _TASK_FILES] for start in range(0, len(page), _TASK_FILES))
+
+
+def _look_at(backend: Backend, pool: ThreadPoolExecutor, tasks: Iterator[list[FileState]]) -> Iterator[list[Finding]]:
+    """Findings in the order of the files; a bounded number of tasks waits at any time."""
+    pending: deque[Future[list[Finding]]] = deque()
+    for files in tasks:
+        pending.append(pool.submit(_look_at_each, backend, files))
+        if len(pending) >= 4 * _num_threads():
+            yield pending.popleft().result()
+    while pending:
+        yield pending.popleft().result()
+
+
+def _look_at_each(backend: Backend, files: list[FileState]) -> list[Finding]:
+    return [look_at(backend, file) for file in files]
+
+
+def look_at(backend: Backend, file: FileState) -> Finding:
+    """Read one file and say what it is."""
+    if file.size < 0:
+        return Finding(file, BROKEN, "not a regular file, or a link to nothing")
+    if file.suffix in UNREAD_SUFFIXES:
+        return Finding(file, BROKEN, UNREAD_SUFFIXES[file.suffix])
+    if file.is_text and file.size > MAX_CAPTION_BYTES:
+        return Finding(file, BROKEN, f"larger than {MAX_CAPTION_BYTES} bytes")
+    try:
+        data = backend.read(file.path)
+    except OSError as error:
+        return Finding(file, UNREADABLE, f"cannot be read: {error.strerror or error}")
+    digest = hashlib.sha256(data).digest()
+    if file.is_text:
+        text = decode_caption(data)
+        if not text.strip():
+            return Finding(file, BROKEN, "holds no text")
+        return Finding(file, OK, digest=digest, text=text)
+    try:
+        height, width = picture_size(data)
+    except UnusablePicture as error:
+        return Finding(file, BROKEN, str(error))
+    return Finding(file, OK, digest=digest, height=height, width=width)
+
+
+def _store(database: sqlite3.Connection, key: int | None, findings: Sequence[Finding]) -> None:
+    with database:
+        database.executemany("UPDATE files SET live = 0 WHERE live AND path = ?", [(f.file.path,) for f in findings])
+        database.executemany(
+            "INSERT INTO files (live, folder, path, stem, is_text, size, mtime_ns, ctime_ns, inode, "
+            "status, reason, digest, height, width, text) VALUES (1, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            [_row(key, finding) for finding in findings],
+        )
+
+
+def _row(key: int | None, finding: Finding) -> tuple[object, ...]:
+    file = finding.file
+    signature = (file.size, file.mtime_ns, file.ctime_ns, file.inode)
+    content = (finding.digest, finding.height, finding.width, finding.text)
+    return (key, file.path, file.stem, file.is_text, *signature, finding.status, finding.reason, *content)
+
+
+def _forget_folders(database: sqlite3.Connection, keys: Sequence[int]) -> None:
+    with database:
+        database.execute("DELETE FROM catalogue")
+        database.executemany("UPDATE files SET live = 0 WHERE live AND folder = ?", [(key,) for key in keys])
+        database.executemany("DELETE FROM folders WHERE id = ?", [(key,) for key in keys])
+
+
+def _num_threads() -> int:
+    """Decoding and hashing leave the interpreter's lock; two more than there are cores hide waits for the disk."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores + 2, 32)

@@ -1,0 +1,111 @@
+"""Which pictures of a folder a dataset uses, and the bucket of each: arithmetic on arrays.
+
+A million pictures have few different sizes, so each rule is asked once per size. What is left out is counted with its
+reason.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from simpletuner.data.buckets import BucketRules, bucket_size, choose_aspect, is_large_enough, plan_crop
+from simpletuner.data.index import Catalogue, Index
+from simpletuner.data.report import SetAside
+from simpletuner.data.transforms import MAX_PIXELS
+from simpletuner.models.spec import FamilySpec
+
+Size = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Pictures that are used: positions in the catalogue, and the bucket of each."""
+
+    positions: NDArray[np.int64]
+    heights: NDArray[np.int64]
+    widths: NDArray[np.int64]
+
+
+def select_large_enough(
+    catalogue: Catalogue, rules: BucketRules, index: Index, set_aside: SetAside
+) -> NDArray[np.int64]:
+    unique, inverse = _unique_sizes(catalogue, np.arange(len(catalogue)))
+    kept = np.array([is_large_enough(*size, rules) for size in unique], dtype=np.bool_)[inverse]
+    unit = {"pixel": "pixels on the shorter side", "area": "megapixels", "pixel_area": "pixels squared"}
+    reason = f"smaller than minimum_image_size ({rules.minimum_size:g} {unit[rules.resolution_type]})"
+    _put_aside(reason, np.flatnonzero(~kept), catalogue, index, set_aside)
+    return np.flatnonzero(kept)
+
+
+def select_sizes(
+    dataset_id: str,
+    seed: int,
+    catalogue: Catalogue,
+    positions: NDArray[np.int64],
+    rules: BucketRules,
+    spec: FamilySpec,
+    index: Index,
+    set_aside: SetAside,
+) -> Selection:
+    """The bucket of each picture; those whose bucket is too large for the family or for memory are put aside."""
+    unique, inverse = _unique_sizes(catalogue, positions)
+    fits = np.array([_fits(*size, rules, spec) for size in unique], dtype=np.bool_)[inverse]
+    _put_aside("its aspect gives a training size that is too large", positions[~fits], catalogue, index, set_aside)
+    positions, inverse = positions[fits], inverse[fits]
+    if rules.crop and rules.crop_aspect == "random":
+        chosen = _random_sizes(dataset_id, seed, catalogue, positions, rules, index)
+    else:
+        # No key: only random aspects are drawn by content.
+        table = np.array([bucket_size(choose_aspect(*size, rules), rules) for size in unique], dtype=np.int64)
+        chosen = table.reshape(-1, 2)[inverse]
+    return Selection(positions, chosen[:, 0], chosen[:, 1])
+
+
+def _fits(height: int, width: int, rules: BucketRules, spec: FamilySpec) -> bool:
+    # For random aspects any key serves: a picture that one draw would spoil is better left out whatever the draw.
+    crop = plan_crop(height, width, rules, 0)
+    longest = max(crop.height, crop.width)
+    resized = crop.intermediate_height * crop.intermediate_width
+    return resized <= MAX_PIXELS and (spec.max_size is None or longest <= spec.max_size)
+
+
+def _random_sizes(
+    dataset_id: str, seed: int, catalogue: Catalogue, positions: NDArray[np.int64], rules: BucketRules, index: Index
+) -> NDArray[np.int64]:
+    """(N, 2) height and width where the aspect is drawn by content."""
+    sizes = np.empty((len(positions), 2), dtype=np.int64)
+    for start in range(0, len(positions), 512):
+        ids = catalogue.ids[positions[start : start + 512]].tolist()
+        for offset, row in enumerate(index.pictures(ids)):
+            aspect = choose_aspect(row.height, row.width, rules, seed, dataset_id, row.digest)
+            sizes[start + offset] = bucket_size(aspect, rules)
+    return sizes
+
+
+def _unique_sizes(catalogue: Catalogue, positions: NDArray[np.int64]) -> tuple[list[Size], NDArray[np.int64]]:
+    """The different (height, width) among pictures, and which of them each picture has: a million pictures have few."""
+    packed = catalogue.heights[positions].astype(np.int64) << 32 | catalogue.widths[positions]
+    unique, inverse = np.unique(packed, return_inverse=True)
+    return [(int(value) >> 32, int(value) & 0xFFFFFFFF) for value in unique], inverse
+
+
+def group_by_size(used: Selection) -> dict[Size, NDArray[np.int64]]:
+    """(height, width) -> indices into the used pictures, ascending."""
+    packed = used.heights << 32 | used.widths
+    order = np.argsort(packed, kind="stable")
+    starts = np.flatnonzero(np.diff(packed[order], prepend=-1))
+    groups = np.split(order, starts[1:])
+    return {(int(used.heights[group[0]]), int(used.widths[group[0]])): group for group in groups}
+
+
+def _put_aside(
+    reason: str, positions: NDArray[np.int64], catalogue: Catalogue, index: Index, set_aside: SetAside
+) -> None:
+    set_aside.add_many(reason, len(positions), first_paths(positions, catalogue, index))
+
+
+def first_paths(positions: NDArray[np.int64], catalogue: Catalogue, index: Index) -> list[str]:
+    return [row.path for row in index.pictures(catalogue.ids[positions].tolist())]

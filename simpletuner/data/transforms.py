@@ -1,0 +1,202 @@
+"""From the bytes of a picture file to pixels, and what makes a file unusable.
+
+Pillow is lenient where a trainer must not be: it opens truncated files, clips 16-bit values, shows the colours hidden
+under transparency and ignores the camera's orientation. Each of these is settled here, once, for the scan that checks
+a dataset and for the read that feeds the VAE.
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+from typing import TYPE_CHECKING
+
+from simpletuner.batch import Crop
+
+if TYPE_CHECKING:
+    import torch
+    from PIL import Image
+
+# Part of every cache key: raise it when the same file and crop would give other pixels.
+TRANSFORM_VERSION = 1
+
+# Vector and script formats (SVG, EPS, PDF) are left out: their readers run programs.
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "PPM")
+SUFFIXES = frozenset(
+    (".png", ".apng", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".ppm", ".pgm")
+)
+# Pictures to a user, but not to the readers here: found and reported, never skipped silently.
+UNREAD_SUFFIXES = {
+    ".heic": "HEIF pictures are not read; convert them to PNG, JPEG or WebP",
+    ".heif": "HEIF pictures are not read; convert them to PNG, JPEG or WebP",
+    ".jxl": "JPEG XL pictures are not read; convert them to PNG, JPEG or WebP",
+}
+
+# Pillow's own limit for an error; at three bytes a pixel, half a gigabyte.
+MAX_PIXELS = 178_956_970
+# What shows through transparent parts.
+BACKGROUND = (255, 255, 255)
+
+# Orientation tag of EXIF -> how to turn the picture upright (names of PIL.Image.Transpose).
+_UPRIGHT = {
+    2: "FLIP_LEFT_RIGHT",
+    3: "ROTATE_180",
+    4: "FLIP_TOP_BOTTOM",
+    5: "TRANSPOSE",
+    6: "ROTATE_270",
+    7: "TRANSVERSE",
+    8: "ROTATE_90",
+}
+_ORIENTATION_TAG = 0x0112
+
+# What Pillow's readers raise on damaged files; there is no common base class, and each of these has been seen.
+_DECODE_ERRORS = (
+    *(OSError, ValueError, SyntaxError, EOFError, IndexError, TypeError, ArithmeticError, RuntimeError),
+    *(AttributeError, AssertionError, struct.error, zlib.error),
+)
+
+
+class UnusablePicture(Exception):
+    """A file that cannot be trained on; `str` of it is the reason, without the file's name."""
+
+
+def decoder_version() -> str:
+    """Changes when files that could not be read before may be readable now."""
+    import PIL
+
+    return f"pillow {PIL.__version__}, formats {'+'.join(FORMATS)}, transforms {TRANSFORM_VERSION}"
+
+
+def picture_size(data: bytes) -> tuple[int, int]:
+    """(height, width) of an upright picture, after decoding all of it.
+
+    Raises:
+        UnusablePicture: it cannot be decoded to its last pixel.
+    """
+    image = _decode(data)
+    return image.height, image.width
+
+
+def load_picture(data: bytes) -> Image.Image:
+    """The first frame, upright, 8-bit sRGB, transparency laid on `BACKGROUND`.
+
+    Raises:
+        UnusablePicture: as `picture_size`.
+    """
+    return _to_srgb(_decode(data))
+
+
+def to_pixels(image: Image.Image, crop: Crop) -> torch.Tensor:
+    """Resize and cut out: (3, H, W) float32 in [-1, 1].
+
+    Lanczos; Pillow widens its window with the reduction, so that nothing aliases.
+    """
+    import numpy as np
+    import torch
+    from PIL import Image
+
+    size = (crop.intermediate_width, crop.intermediate_height)
+    if image.size != size:
+        image = image.resize(size, Image.Resampling.LANCZOS)
+    image = image.crop((crop.left, crop.top, crop.left + crop.width, crop.top + crop.height))
+    values = np.asarray(image, dtype=np.float32) / 127.5 - 1.0
+    return torch.from_numpy(np.ascontiguousarray(values.transpose(2, 0, 1)))  # (3, H, W)
+
+
+def _decode(data: bytes) -> Image.Image:
+    # Importing a reader registers it; Image.init() would import all of Pillow's.
+    from PIL import (  # noqa: F401
+        AvifImagePlugin,
+        BmpImagePlugin,
+        GifImagePlugin,
+        Image,
+        JpegImagePlugin,
+        PngImagePlugin,
+        PpmImagePlugin,
+        TiffImagePlugin,
+        WebPImagePlugin,
+    )
+
+    if not data:
+        raise UnusablePicture("the file is empty")
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except Image.UnidentifiedImageError:
+        raise UnusablePicture("not a picture, or of a format that is not read") from None
+    except Image.DecompressionBombError:
+        raise UnusablePicture(f"more than {MAX_PIXELS} pixels") from None
+    except _DECODE_ERRORS as error:
+        raise UnusablePicture(f"damaged: {_one_line(error)}") from None
+    if image.width * image.height > MAX_PIXELS:  # from the header, before memory is taken
+        raise UnusablePicture(f"{image.width}x{image.height} is more than {MAX_PIXELS} pixels")
+    if image.mode == "F":
+        raise UnusablePicture("floating-point values have no agreed range; save it with 8 or 16 bits")
+    try:
+        image.load()
+    except _DECODE_ERRORS as error:
+        raise UnusablePicture(f"damaged: {_one_line(error)}") from None
+    return _upright(image)
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Turn as the camera says. Malformed EXIF says nothing: the picture itself is sound."""
+    from PIL import Image
+
+    try:
+        orientation = image.getexif().get(_ORIENTATION_TAG)
+    except _DECODE_ERRORS:
+        return image
+    name = _UPRIGHT.get(orientation) if isinstance(orientation, int) else None
+    if name is None:
+        return image
+    return image.transpose(Image.Transpose[name])
+
+
+def _to_srgb(image: Image.Image) -> Image.Image:
+    from PIL import Image
+
+    profile = image.info.get("icc_profile")
+    if image.mode.startswith("I"):
+        image = _scale_to_8_bits(image)
+    if image.mode in ("LA", "La", "PA", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+    elif image.mode in ("P", "1"):
+        image = image.convert("RGB")
+    image = _apply_profile(image, profile)
+    if image.mode == "RGBA":
+        background = Image.new("RGBA", image.size, (*BACKGROUND, 255))
+        image = Image.alpha_composite(background, image)
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _apply_profile(image: Image.Image, profile: bytes | None) -> Image.Image:
+    """Convert to sRGB by the embedded profile; a damaged profile, or one of another colour space, says nothing."""
+    from PIL import ImageCms
+
+    if not profile and image.mode != "LAB":
+        return image
+    mode = "RGBA" if image.mode == "RGBA" else "RGB"
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile) if profile else ImageCms.createProfile("LAB"))
+        # The common case, and the transform would be the identity up to rounding.
+        if image.mode == mode and "sRGB" in ImageCms.getProfileDescription(source):
+            return image
+        converted = ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode=mode)
+    except (ImageCms.PyCMSError, OSError, ValueError):
+        return image
+    assert converted is not None  # it is None only for conversions in place
+    return converted
+
+
+def _scale_to_8_bits(image: Image.Image) -> Image.Image:
+    """16-bit grey to 8 bits by scale; Pillow's own conversion clips everything above 255."""
+    import numpy as np
+    from PIL import Image
+
+    values = np.clip(np.asarray(image).astype(np.float64), 0, 65535)
+    return Image.fromarray(np.round(values / 257).astype(np.uint8))
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
