@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from simpletuner.reporting.events import EvalDone, Notice, PhaseProgress, RunStarted, StepDone
+from simpletuner.reporting.loss_plot import read_curves
+from simpletuner.reporting.sinks.jsonl import JsonlSink, read_records
+
+
+def step(number: int, loss: float) -> StepDone:
+    return StepDone(number, 10, loss, 1e-4, None, 0.1, 4, 1)
+
+
+def write_run(folder: Path, start: int, end: int, loss: float) -> None:
+    """A run that is killed after step `end`: its sink is never closed."""
+    sink = JsonlSink(folder)
+    sink.handle(Notice("info", "before the start"))
+    sink.handle(RunStarted("run", folder, 10, start))
+    for number in range(start + 1, end + 1):
+        sink.handle(step(number, loss))
+        if number % 2 == 0:
+            sink.handle(EvalDone(number, {"held-out": loss}, loss))
+
+
+def test_a_killed_run_keeps_every_step_it_made(tmp_path: Path):
+    write_run(tmp_path, 0, 5, 1.0)
+    assert [step for step, _ in read_curves(tmp_path / "metrics.jsonl").train] == [1, 2, 3, 4, 5]
+
+
+def test_a_resumed_run_has_no_step_twice_and_keeps_the_earlier_ones(tmp_path: Path):
+    write_run(tmp_path, 0, 7, 1.0)
+    write_run(tmp_path, 4, 6, 0.5)
+    records = read_records(tmp_path / "metrics.jsonl")
+    steps = [(r["step"], r["loss"]) for r in records if r["event"] == "step_done"]
+    assert steps == [(1, 1.0), (2, 1.0), (3, 1.0), (4, 1.0), (5, 0.5), (6, 0.5)]
+    assert [r["step"] for r in records if r["event"] == "eval_done"] == [2, 4, 6]
+
+
+def test_a_new_run_sets_an_older_file_aside(tmp_path: Path):
+    write_run(tmp_path, 0, 3, 1.0)
+    write_run(tmp_path, 0, 1, 0.5)
+    write_run(tmp_path, 0, 2, 0.25)
+    assert [loss for _, loss in read_curves(tmp_path / "metrics.jsonl").train] == [0.25, 0.25]
+    assert [loss for _, loss in read_curves(tmp_path / "metrics.1.jsonl").train] == [1.0, 1.0, 1.0]
+    assert [loss for _, loss in read_curves(tmp_path / "metrics.2.jsonl").train] == [0.5]
+
+
+def test_what_came_before_the_start_is_in_the_file_of_the_run(tmp_path: Path):
+    write_run(tmp_path, 0, 1, 1.0)
+    events = [record["event"] for record in read_records(tmp_path / "metrics.jsonl")]
+    assert events == ["notice", "run_started", "step_done"]
+    assert not (tmp_path / "metrics.1.jsonl").exists()
+
+
+def test_a_run_that_fails_before_its_start_leaves_its_reason_and_the_old_curve(tmp_path: Path):
+    write_run(tmp_path, 0, 2, 1.0)
+    sink = JsonlSink(tmp_path)
+    sink.handle(Notice("error", "no pictures"))
+    sink.close()
+    records = read_records(tmp_path / "metrics.jsonl")
+    assert records[-1]["text"] == "no pictures"
+    assert len(read_curves(tmp_path / "metrics.jsonl").train) == 2
+
+
+def test_a_line_that_was_cut_short_is_left_out(tmp_path: Path):
+    write_run(tmp_path, 0, 2, 1.0)
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(path.read_text() + '{"event": "step_done", "step": 3, "lo')
+    write_run(tmp_path, 2, 3, 0.5)
+    assert [step for step, _ in read_curves(path).train] == [1, 2, 3]
+    assert all(json.loads(line) for line in path.read_text().splitlines())
+
+
+def test_progress_of_phases_is_not_kept(tmp_path: Path):
+    sink = JsonlSink(tmp_path)
+    sink.handle(PhaseProgress("encoding pictures", 3))
+    sink.close()
+    assert not (tmp_path / "metrics.jsonl").exists()

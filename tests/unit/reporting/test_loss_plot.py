@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from simpletuner.reporting.events import EvalDone, RunStarted, StepDone
+from simpletuner.reporting.loss_plot import EVAL, draw_loss_plot, nice_ticks, smoothed
+from simpletuner.reporting.sinks.jsonl import JsonlSink
+
+
+def write_metrics(folder: Path, train: list[float], evaluation: dict[int, float]) -> Path:
+    sink = JsonlSink(folder)
+    sink.handle(RunStarted("trial", folder, len(train)))
+    for number, loss in enumerate(train, start=1):
+        sink.handle(StepDone(number, len(train), loss, 1e-4, None, 0.1, 4, 1))
+    for number, loss in evaluation.items():
+        sink.handle(EvalDone(number, {"a": loss}, loss))
+    sink.close()
+    return sink.path
+
+
+def colour_columns(image: Image.Image, colour: str, below: int) -> list[int]:
+    """x of the pixels of one colour, beneath the legend."""
+    wanted = tuple(int(colour[i : i + 2], 16) for i in (1, 3, 5))
+    pixels = image.load()
+    return [x for x in range(image.width) for y in range(below, image.height) if pixels[x, y] == wanted]
+
+
+def test_the_eval_curve_spans_the_run_and_falls(tmp_path: Path):
+    metrics = write_metrics(tmp_path, [1.0] * 100, {0: 1.0, 50: 0.75, 100: 0.5})
+    path = draw_loss_plot(metrics, tmp_path / "loss.png")
+    assert path is not None
+    with Image.open(path) as image:
+        columns = colour_columns(image.convert("RGB"), EVAL, below=60)
+        assert (image.width, image.height) == (1200, 720)
+        # The first and last dots are centred on the ends of the axis.
+        assert min(columns) == pytest.approx(96, abs=6)
+        assert max(columns) == pytest.approx(1164, abs=6)
+
+
+def test_a_run_without_losses_draws_nothing(tmp_path: Path):
+    assert draw_loss_plot(write_metrics(tmp_path, [], {}), tmp_path / "loss.png") is None
+    assert not (tmp_path / "loss.png").exists()
+
+
+@pytest.mark.parametrize("train", [[0.5], [0.5, 0.5], [0.0, 0.0], [float("nan"), 0.5, 0.25]])
+def test_short_flat_and_broken_runs_are_drawn(tmp_path: Path, train: list[float]):
+    assert draw_loss_plot(write_metrics(tmp_path, train, {0: 0.5}), tmp_path / "loss.png") is not None
+
+
+def test_smoothing_a_constant_changes_nothing():
+    assert [value for _, value in smoothed([(step, 0.3) for step in range(200)])] == pytest.approx([0.3] * 200)
+
+
+def test_ticks_are_round_and_inside():
+    assert nice_ticks(0.13, 1.04, 6) == [0.2, 0.4, 0.6, 0.8, 1.0]
+    assert nice_ticks(0, 400, 8) == [0, 50, 100, 150, 200, 250, 300, 350, 400]
+    assert nice_ticks(3, 3, 5) == [3]

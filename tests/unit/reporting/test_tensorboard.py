@@ -1,0 +1,61 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from simpletuner.reporting.events import EvalDone, PicturesMade, RunStarted, SavedPicture, StepDone
+from simpletuner.reporting.sinks.tensorboard import TensorBoardSink
+
+
+def step(number: int, loss: float) -> StepDone:
+    return StepDone(number, 10, loss, 1e-4, 2.0, 0.5, 4, 1, None, {"ema_decay": 0.9})
+
+
+def test_tensorboard_reads_back_scalars_and_pictures(tmp_path: Path):
+    Image.new("RGB", (8, 6), "red").save(tmp_path / "a.png")
+    sink = TensorBoardSink(tmp_path)
+    sink.handle(RunStarted("trial", tmp_path, 10, options={"seed": 42}))
+    sink.handle(step(1, 0.75))
+    sink.handle(EvalDone(1, {"held-out": 0.5}, 0.5, ((0.25, 0.125),)))
+    sink.handle(PicturesMade(1, (SavedPicture(tmp_path / "a.png", "cat", "a cat", 8, 6, 1, "live"),)))
+    sink.close()
+
+    read = EventAccumulator(str(tmp_path / "logs" / "trial")).Reload()
+    assert {
+        tag: read.Scalars(tag)[0].value for tag in ("train/loss", "loss/val/held-out", "loss_by_quantile/0.25")
+    } == {
+        "train/loss": 0.75,
+        "loss/val/held-out": 0.5,
+        "loss_by_quantile/0.25": 0.125,
+    }
+    assert read.Scalars("train/ema_decay")[0].value == pytest.approx(0.9)
+    assert read.Scalars("speed/samples_per_second")[0].value == 8.0
+    assert (read.Images("live/cat_8x6")[0].width, read.Images("live/cat_8x6")[0].height) == (8, 6)
+
+
+def test_a_resumed_run_supersedes_the_steps_it_draws_anew(tmp_path: Path):
+    for start, end, loss in ((0, 6, 1.0), (4, 6, 0.5)):
+        sink = TensorBoardSink(tmp_path)
+        sink.handle(RunStarted("trial", tmp_path, 10, start))
+        for number in range(start + 1, end + 1):
+            sink.handle(step(number, loss))
+        sink.close()
+    read = EventAccumulator(str(tmp_path / "logs" / "trial")).Reload()
+    assert [(point.step, point.value) for point in read.Scalars("train/loss")] == [
+        (1, 1.0),
+        (2, 1.0),
+        (3, 1.0),
+        (4, 1.0),
+        (5, 0.5),
+        (6, 0.5),
+    ]
+
+
+def test_nothing_is_written_before_the_first_number(tmp_path: Path):
+    sink = TensorBoardSink(tmp_path)
+    sink.handle(RunStarted("trial", tmp_path, 10))
+    sink.close()
+    assert not (tmp_path / "logs").exists()

@@ -1,0 +1,119 @@
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+from simpletuner.reporting.events import (
+    EvalDone,
+    Notice,
+    PhaseDone,
+    PhaseProgress,
+    PhaseStarted,
+    RunFinished,
+    RunStarted,
+    StepDone,
+)
+from simpletuner.reporting.progress import Pace, clock_text, duration_text
+from simpletuner.reporting.sinks.terminal import LiveSink, PlainSink, terminal_sink
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def __call__(self) -> float:
+        return self.seconds
+
+
+class FakeTerminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def step(number: int, seconds: float = 2.0) -> StepDone:
+    return StepDone(number, 100, 0.5, 1e-4, 1.5, seconds, 4, 1, 3.25)
+
+
+def test_a_pipe_gets_plain_lines_without_colour_codes():
+    stream = io.StringIO()
+    sink = terminal_sink(stream)
+    sink.handle(RunStarted("run", Path("out"), 100, 0, {"model": "tiny"}))
+    sink.handle(Notice("warning", "look [here]"))
+    sink.handle(step(1))
+    sink.handle(RunFinished(100, 65.0, {"adapter": Path("out/a.safetensors")}, ("simpletuner generate",)))
+    sink.close()
+    text = stream.getvalue()
+    assert isinstance(sink, PlainSink)
+    assert "\x1b" not in text
+    assert "[0:00:00] warning: look [here]" in text
+    assert "adapter  out/a.safetensors" in text
+    assert "finished 100 steps in 1 min 05 s" in text
+
+
+def test_a_step_line_shows_loss_pace_time_left_and_memory():
+    stream, clock = io.StringIO(), Clock()
+    sink = PlainSink(stream, clock=clock)
+    clock.seconds = 3723.0
+    sink.handle(step(1))
+    line = stream.getvalue()
+    assert line == "[1:02:03] step   1/100  loss 0.5000  lr 1.00e-04  grad 1.5  2 s/step  3 min 18 s left  3.2 GB\n"
+
+
+def test_steps_come_at_intervals_of_time_with_the_first_and_the_last():
+    stream, clock = io.StringIO(), Clock()
+    sink = PlainSink(stream, interval=10.0, clock=clock)
+    for number in range(1, 101):
+        clock.seconds = float(number)
+        sink.handle(step(number, 1.0))
+    shown = [int(line.split("step")[1].split("/")[0]) for line in stream.getvalue().splitlines()]
+    assert shown == [1, 11, 21, 31, 41, 51, 61, 71, 81, 91, 100]
+
+
+def test_a_phase_shows_its_count_only_when_it_takes_long():
+    stream, clock = io.StringIO(), Clock()
+    sink = PlainSink(stream, interval=10.0, clock=clock)
+    sink.handle(PhaseStarted("encoding pictures", 40))
+    for done in (10, 20, 30):
+        clock.seconds += 6.0
+        sink.handle(PhaseProgress("encoding pictures", done))
+    sink.handle(PhaseDone("encoding pictures", 18.0, "40 pictures"))
+    assert [line.split("] ")[1] for line in stream.getvalue().splitlines()] == [
+        "encoding pictures (40)",
+        "encoding pictures: 20 of 40",
+        "encoding pictures done in 18 s: 40 pictures",
+    ]
+
+
+def test_a_terminal_gets_a_bar_and_the_lines_of_note():
+    stream = FakeTerminal()
+    sink = terminal_sink(stream)
+    assert isinstance(sink, LiveSink)
+    sink.handle(RunStarted("run", Path("out"), 100))
+    sink.handle(PhaseStarted("encoding pictures", 2))
+    sink.handle(PhaseProgress("encoding pictures", 2))
+    sink.handle(PhaseDone("encoding pictures", 1.0))
+    sink.handle(step(1))
+    sink.handle(EvalDone(1, {"a": 0.25, "b": 0.75}, 0.5))
+    sink.close()
+    text = stream.getvalue()
+    assert "encoding pictures done in 1.0 s" in text
+    assert "eval loss at step 1: 0.5000 (a 0.2500, b 0.7500)" in text
+    assert "training" in text
+
+
+def test_one_slow_step_does_not_move_the_pace():
+    pace = Pace()
+    for seconds in (30.0, 1.0, 1.0, 1.0, 1.0):
+        pace.add(seconds)
+    assert pace.seconds_per_step == 1.0
+
+
+def test_durations_read_as_people_say_them():
+    assert [duration_text(s) for s in (0.42, 42.4, 192, 3599.6, 7500)] == [
+        "0.4 s",
+        "42 s",
+        "3 min 12 s",
+        "1 h 00 min",
+        "2 h 05 min",
+    ]
+    assert clock_text(3661.9) == "1:01:01"
