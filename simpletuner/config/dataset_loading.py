@@ -1,0 +1,146 @@
+"""`multidatabackend.json` -> typed entries, with every fault as a `Problem` that names entry, key and line."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from simpletuner.config.checking import check_settings, refuse_planned, show_value
+from simpletuner.config.datasets import (
+    DATASET_CLASSES,
+    KEY_ALIASES,
+    NO_LONGER_READ,
+    PLANNED_DATASET_TYPES,
+    VALUE_ALIASES,
+    Dataset,
+    dataset_options,
+    with_defaults,
+)
+from simpletuner.config.json_reader import Document
+from simpletuner.config.layers import Origin, Setting
+from simpletuner.config.merging import unknown_key
+from simpletuner.config.names import nearest
+from simpletuner.config.options import TrainConfig
+from simpletuner.config.values import read_bool
+from simpletuner.errors import Problem
+
+
+@dataclass
+class LoadedDatasets:
+    """The entries that take part, the lines of their keys, and what was wrong.
+
+    Args:
+        is_read: False where the file could not be read, so that nothing can be said of the datasets.
+    """
+
+    entries: list[Dataset] = field(default_factory=list)
+    origins: dict[tuple[str, str], Origin] = field(default_factory=dict)
+    problems: list[Problem] = field(default_factory=list)
+    disabled: list[str] = field(default_factory=list)
+    is_read: bool = True
+
+    def place(self, dataset_id: str, key: str) -> Origin:
+        """Where a key of an entry stands; for a key that is not written, where the entry stands."""
+        return self.origins.get((dataset_id, key)) or self.origins[(dataset_id, "")]
+
+
+def read_datasets(document: Document, config: TrainConfig) -> LoadedDatasets:
+    """Every enabled entry with its defaults filled in; entries at fault are left out and reported."""
+    loaded = LoadedDatasets()
+    entries = document.value
+    if not isinstance(entries, list):
+        message = "is not a list of datasets"
+        loaded.problems.append(Problem(message, file=document.file, line=1, allowed='[{"id": ..., ...}, ...]'))
+        return loaded
+    for index, raw in enumerate(entries):
+        place = Origin("file", document.file, document.line(index))
+        if not isinstance(raw, dict):
+            message = f"entry {index + 1} is {show_value(raw)} and not an object"
+            loaded.problems.append(place.problem(message, key=f"[{index}]", allowed='{"id": ..., ...}'))
+            continue
+        _read_entry(raw, index, document, config, loaded)
+    return loaded
+
+
+def _read_entry(
+    raw: Mapping[str, Any], index: int, document: Document, config: TrainConfig, loaded: LoadedDatasets
+) -> None:
+    origin = Origin("file", document.file, document.line(index))
+    name = str(raw.get("id") or f"[{index}]")
+    written = _settings(raw, index, document, name, loaded.problems)
+    if _is_disabled(written):
+        loaded.disabled.append(name)
+        return
+    kind = _dataset_type(written, name, loaded.problems)
+    if kind is None:
+        return
+    infos = dataset_options(kind)
+    for key in [key for key in written if key not in infos]:
+        loaded.problems.append(_unknown_dataset_key(written.pop(key), kind, name))
+    entry, problems = check_settings(DATASET_CLASSES[kind], infos, written, origin, f"{name}.")
+    if entry is not None:
+        problems += refuse_planned(
+            entry, infos, lambda key: written[key].origin if key in written else origin, f"{name}."
+        )
+    loaded.problems += problems
+    if entry is None:
+        return
+    if any(entry.id == other.id for other in loaded.entries):
+        message = f'the id "{entry.id}" is used twice'
+        loaded.problems.append(
+            written["id"].origin.problem(message, key=f"{name}.id", fix="give each entry its own id")
+        )
+        return
+    loaded.origins[(entry.id, "")] = origin
+    loaded.origins.update({(entry.id, key): setting.origin for key, setting in written.items()})
+    loaded.entries.append(with_defaults(entry, config))  # type: ignore[arg-type]
+
+
+def _settings(
+    raw: Mapping[str, Any], index: int, document: Document, name: str, problems: list[Problem]
+) -> dict[str, Setting]:
+    """Keys and values under their present names; unset ones left out."""
+    settings: dict[str, Setting] = {}
+    for key, value in raw.items():
+        present = KEY_ALIASES.get(key, key)
+        setting = Setting(present, value, Origin("file", document.file, document.line(index, key)))
+        if key in ("comment", "_comment") or value is None or (value == "" and present != "skip_file_discovery"):
+            continue
+        if present in settings:
+            message = f'is given twice, once as "{key}"'
+            problems.append(setting.origin.problem(message, key=f"{name}.{present}"))
+            continue
+        alias = VALUE_ALIASES.get((present, value)) if isinstance(value, str) else None
+        settings[present] = replace(setting, value=alias) if alias else setting
+    return settings
+
+
+def _is_disabled(settings: Mapping[str, Setting]) -> bool:
+    try:
+        return "disabled" in settings and bool(read_bool(settings["disabled"].value))
+    except ValueError:
+        return False
+
+
+def _dataset_type(settings: Mapping[str, Setting], name: str, problems: list[Problem]) -> str | None:
+    setting = settings.get("dataset_type")
+    kind = setting.value if setting else "image"
+    if kind in DATASET_CLASSES:
+        return kind
+    assert setting is not None
+    reason = PLANNED_DATASET_TYPES.get(str(kind))
+    message = f"{show_value(kind)} cannot be used: {reason}" if reason else f"{show_value(kind)} is no kind of dataset"
+    near = nearest(str(kind), DATASET_CLASSES)
+    fix = f'did you mean "{near}"?' if near and not reason else None
+    problems.append(
+        setting.origin.problem(message, key=f"{name}.dataset_type", allowed=", ".join(DATASET_CLASSES), fix=fix)
+    )
+    return None
+
+
+def _unknown_dataset_key(setting: Setting, kind: str, name: str) -> Problem:
+    if setting.key in NO_LONGER_READ:
+        fix = f'write "{NO_LONGER_READ[setting.key]}"'
+        return setting.origin.problem("is no longer read", key=f"{name}.{setting.key}", fix=fix)
+    return unknown_key(setting, [*dataset_options(kind), *KEY_ALIASES], f"{name}.", KEY_ALIASES)

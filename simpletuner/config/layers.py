@@ -1,0 +1,253 @@
+"""The layers of a configuration: settings as they are written in a file, the environment, and the command line.
+
+A setting keeps its raw value and where it comes from. Nothing is checked here but the form of each source.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+import tomllib
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from simpletuner.config.discovery import BACKEND_NAMES, ENVIRONMENT_NAMES, ConfigSource
+from simpletuner.config.json_reader import parse_json, read_text_file
+from simpletuner.config.names import ENV_FILE_NAMES, EXTRA_ARGUMENTS, nearest
+from simpletuner.errors import ConfigError, Problem
+
+OriginKind = Literal["default", "family", "file", "environment", "command line"]
+
+ENVIRONMENT_PREFIX = "SIMPLETUNER_"
+# Variables of that prefix that are not options: they choose files, or serve other parts of the program.
+OTHER_VARIABLES = frozenset({*ENVIRONMENT_NAMES, *BACKEND_NAMES, "SIMPLETUNER_DEBUG", "SIMPLETUNER_LOG_LEVEL"})
+
+_REFERENCE = re.compile(r"\$(?:\{(\w+)\}|(\w+))")
+_ASSIGNMENT = re.compile(r"^\s*(?:export\s+)?(\w+)(\+?=)(.*)$")
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a value comes from.
+
+    Args:
+        kind: the layer.
+        file: for `file`: its name as shown; for `environment`: the variable.
+        line: 1-based line in the file.
+    """
+
+    kind: OriginKind
+    file: str | None = None
+    line: int | None = None
+
+    def __str__(self) -> str:
+        if self.kind == "file":
+            return f"{self.file}:{self.line}" if self.line else f"{self.file}"
+        return f"environment ({self.file})" if self.kind == "environment" else self.kind
+
+    def problem(self, message: str, key: str, allowed: str | None = None, fix: str | None = None) -> Problem:
+        """A problem with the value that comes from here."""
+        if self.kind == "file":
+            return Problem(message, key=key, file=self.file, line=self.line, allowed=allowed, fix=fix)
+        place = {
+            "environment": f"environment variable {self.file}",
+            "command line": "command line",
+            "family": "family defaults",
+            "default": None,
+        }
+        return Problem(message, key=key, file=place[self.kind], allowed=allowed, fix=fix)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One key as it was written, without leading dashes, with its raw value."""
+
+    key: str
+    value: Any
+    origin: Origin
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What one source says; `warnings` are about its form."""
+
+    settings: Sequence[Setting]
+    warnings: Sequence[str] = ()
+
+
+def clean_key(key: str) -> str:
+    """`--learning-rate` and `learning_rate` are the same option."""
+    return key.lstrip("-").replace("-", "_")
+
+
+def read_file_layer(source: ConfigSource, shown: str, known: Collection[str]) -> Layer:
+    """The settings of a configuration file.
+
+    Args:
+        shown: the file's name in errors.
+        known: every name that means an option; a `config.env` file may set other variables too.
+
+    Raises:
+        ConfigError: the file cannot be read or is not what its ending says.
+    """
+    if source.path is None:
+        return Layer([])
+    if source.backend == "env":
+        return _read_env(source.path, shown, known)
+    return _read_toml(source.path, shown) if source.backend == "toml" else _read_json(source.path, shown)
+
+
+def _read_json(path: Path, shown: str) -> Layer:
+    document = parse_json(read_text_file(path, shown), shown)
+    if not isinstance(document.value, dict):
+        message = f"holds a {_kind_of(document.value)} where an object with options was expected"
+        fix = "this looks like a list of datasets: name it in data_backend_config" if document.value else None
+        raise ConfigError(Problem(message, file=shown, line=1, allowed='{"option": value, ...}', fix=fix))
+    settings: list[Setting] = []
+    warnings: list[str] = []
+    seen: dict[str, str] = {}
+    for key, value in document.value.items():
+        origin = Origin("file", shown, document.line(key))
+        name = clean_key(key)
+        if name == "$schema":
+            continue
+        if name in seen:
+            raise ConfigError(origin.problem(f'is given twice, as "{seen[name]}" and as "{key}"', key=name))
+        seen[name] = key
+        if name == EXTRA_ARGUMENTS:
+            warnings.append(f'{origin}: {name}: in JSON, add each option as a key of its own: "--option": value')
+            settings += _extra_arguments(str(value or ""), origin)
+        else:
+            settings.append(Setting(name, value, origin))
+    return Layer(settings, warnings)
+
+
+def _kind_of(value: Any) -> str:
+    return {list: "list", str: "text", bool: "truth value", type(None): "null"}.get(type(value), "number")
+
+
+def _read_toml(path: Path, shown: str) -> Layer:
+    text = read_text_file(path, shown)
+    try:
+        values = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        found = re.search(r"at line (\d+)", str(error))
+        raise ConfigError(
+            Problem(f"is not TOML: {error}", file=shown, line=int(found.group(1)) if found else None)
+        ) from error
+    if not values:
+        raise ConfigError(Problem("the file is empty", file=shown, allowed="option = value"))
+    lines = {
+        clean_key(match.group(1)): number
+        for number, line in enumerate(text.splitlines(), 1)
+        if (match := re.match(r'\s*"?([\w-]+)"?\s*=', line))
+    }
+    return Layer(
+        [
+            Setting(clean_key(key), value, Origin("file", shown, lines.get(clean_key(key))))
+            for key, value in values.items()
+        ]
+    )
+
+
+def _read_env(path: Path, shown: str, known: Collection[str]) -> Layer:
+    """`NAME=value` lines as a shell reads them: quotes, comments, `export`, `+=`, `$NAME`; no commands are run."""
+    variables: dict[str, tuple[str, Origin]] = {}
+    for number, line in enumerate(read_text_file(path, shown).splitlines(), 1):
+        if not line.strip() or line.lstrip().startswith("#"):
+            continue
+        origin = Origin("file", shown, number)
+        match = _ASSIGNMENT.match(line)
+        if not match:
+            raise ConfigError(
+                Problem(f'"{line.strip()}" is not an assignment', file=shown, line=number, allowed="NAME=value")
+            )
+        name, operator, text = match.groups()
+        value = _shell_value(text, {key: known for key, (known, _) in variables.items()}, origin, name)
+        if operator == "+=" and name in variables:
+            value = variables[name][0] + value
+        variables[name] = (value, origin)
+    settings: list[Setting] = []
+    warnings: list[str] = []
+    for name, (value, origin) in variables.items():
+        option = env_file_option(name)
+        if name == EXTRA_ARGUMENTS:
+            settings += _extra_arguments(value, origin)
+        elif option in known or nearest(option, known):
+            settings.append(Setting(option, value, origin))
+        else:
+            warnings.append(f"{origin}: {name} names no option and is not read")
+    return Layer(settings, warnings)
+
+
+def env_file_option(name: str) -> str:
+    """The option that a variable of a `config.env` file sets."""
+    bare = name.removeprefix(ENVIRONMENT_PREFIX)
+    return ENV_FILE_NAMES.get(bare, bare.lower())
+
+
+def _shell_value(text: str, known: Mapping[str, str], origin: Origin, name: str) -> str:
+    if "$(" in text or "`" in text:
+        raise ConfigError(origin.problem("holds a command, which is not run", key=name, fix="write the value itself"))
+    if "'" not in text:
+        text = _REFERENCE.sub(lambda match: known.get(match.group(1) or match.group(2), ""), text)
+    try:
+        return " ".join(shlex.split(text, comments=True))
+    except ValueError as error:
+        raise ConfigError(origin.problem(f"has unbalanced quotes ({error})", key=name)) from error
+
+
+def _extra_arguments(text: str, origin: Origin) -> list[Setting]:
+    return [
+        Setting(setting.key, setting.value, origin) for setting in parse_arguments(shlex.split(text), origin).settings
+    ]
+
+
+def environment_layer(environment: Mapping[str, str], known: Iterable[str]) -> Layer:
+    """`SIMPLETUNER_<OPTION>` variables, and `TRAINER_EXTRA_ARGS`. Unknown ones of that prefix only warn.
+
+    Args:
+        known: every name that means an option, old names included.
+    """
+    names = set(known)
+    settings, warnings = [], []
+    for variable, value in sorted(environment.items()):
+        if not variable.startswith(ENVIRONMENT_PREFIX) or variable in OTHER_VARIABLES:
+            continue
+        name = variable.removeprefix(ENVIRONMENT_PREFIX).lower()
+        if name in names:
+            settings.append(Setting(name, value, Origin("environment", variable)))
+        else:
+            warnings.append(f"environment variable {variable}: names no option and is not read")
+    if environment.get(EXTRA_ARGUMENTS):
+        settings += _extra_arguments(environment[EXTRA_ARGUMENTS], Origin("environment", EXTRA_ARGUMENTS))
+    for variable in ("TRAINING_NUM_PROCESSES", "TRAINING_NUM_MACHINES"):
+        if environment.get(variable, "1").strip() not in ("", "1"):
+            warnings.append(f"environment variable {variable}: training runs in one process; it is not read")
+    return Layer(settings, warnings)
+
+
+def parse_arguments(arguments: Sequence[str], origin: Origin | None = None) -> Layer:
+    """`--key=value`, `--key value`, and `--flag` alone, which means true. A repeated key: the last one counts.
+
+    Raises:
+        ConfigError: an argument that is none of these.
+    """
+    origin = origin or Origin("command line")
+    settings: list[Setting] = []
+    problems: list[Problem] = []
+    rest = list(arguments)
+    while rest:
+        argument = rest.pop(0)
+        key, equals, value = argument.partition("=")
+        if not re.fullmatch(r"--[A-Za-z][\w.-]*", key):
+            problems.append(origin.problem(f'"{argument}" is not an option', key=argument, allowed="--option=value"))
+            continue
+        if not equals:
+            value = rest.pop(0) if rest and not rest[0].startswith("--") else "true"
+        settings.append(Setting(clean_key(key), value, origin))
+    if problems:
+        raise ConfigError(problems)
+    return Layer(settings)

@@ -1,0 +1,264 @@
+"""From files, environment and command line to one checked run: the only way in which a configuration is made.
+
+Everything that can be wrong is looked at before anything is raised, so that one start shows all faults. No torch is
+imported, so that they show within a second.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from simpletuner.config.checking import check_settings, refuse_planned
+from simpletuner.config.dataset_loading import LoadedDatasets, read_datasets
+from simpletuner.config.datasets import Dataset, ImageDataset
+from simpletuner.config.discovery import ConfigSource, find_config, no_config_error
+from simpletuner.config.draft import Draft, FamilyFacts
+from simpletuner.config.file_rules import broken_file_rules
+from simpletuner.config.json_reader import Document, read_json_file
+from simpletuner.config.layers import Layer, Origin, Setting, environment_layer, parse_arguments, read_file_layer
+from simpletuner.config.lycoris import check_lycoris
+from simpletuner.config.merging import Merged, merge_layers, option_names
+from simpletuner.config.options import TrainConfig, all_options
+from simpletuner.config.paths import Folders, looks_like_path
+from simpletuner.config.prompt_library import read_prompt_library
+from simpletuner.config.rules import broken_rules, notices
+from simpletuner.errors import ConfigError, Problem
+
+DEFAULT_DATA_FILE = "multidatabackend.json"
+
+
+@dataclass(frozen=True)
+class LoadedRun:
+    """A run that can be started.
+
+    Args:
+        config: every option; paths are absolute.
+        datasets: the enabled entries, with defaults from `config` and absolute paths.
+        lycoris: the parsed `lycoris_config.json`, None for a run without.
+        prompt_library: nickname -> prompt, None where there is none.
+        origins: where each value that is not a default comes from.
+        warnings: what is allowed but perhaps not meant, one line each.
+        config_file: None where everything came from the command line.
+    """
+
+    config: TrainConfig
+    datasets: tuple[Dataset, ...]
+    lycoris: Mapping[str, Any] | None
+    prompt_library: Mapping[str, str] | None
+    origins: Mapping[str, Origin]
+    warnings: tuple[str, ...] = ()
+    config_file: Path | None = None
+    data_file: Path | None = None
+    lycoris_file: Path | None = None
+
+    def origin(self, key: str) -> Origin:
+        """Where the value of an option comes from."""
+        return self.origins.get(key, Origin("default"))
+
+    def resolved(self) -> dict[str, Any]:
+        """Every option with its value, as it can be written to a JSON file and read back."""
+        return self.config.model_dump(mode="json")
+
+
+def load_run(
+    arguments: Sequence[str],
+    environment: Mapping[str, str],
+    working_dir: Path,
+    get_spec: Callable[[str], FamilyFacts],
+    check_files: bool = True,
+) -> LoadedRun:
+    """Read and check a whole configuration.
+
+    Args:
+        arguments: options of the command line, `--key=value` and the like.
+        environment: `SIMPLETUNER_<OPTION>` variables count, and those that choose the file.
+        working_dir: where relative paths are looked up first.
+        get_spec: name of a family -> its facts; raises ConfigError for an unknown one.
+        check_files: whether pictures, model and output folder must be there; `options --resolved` needs none of them.
+
+    Raises:
+        ConfigError: everything that is wrong, at once.
+    """
+    working_dir = Path(os.path.abspath(working_dir))
+    source = find_config(environment, working_dir)
+    if source is None:
+        raise no_config_error(working_dir)
+    reader = _RunReader(source, working_dir, check_files)
+    reader.read_layers(arguments, environment, get_spec)
+    config = reader.make_config()
+    datasets = reader.read_datasets(config)
+    lycoris = reader.read_lycoris(config)
+    prompts = reader.read_prompts(config)
+    draft = Draft(
+        config=config,
+        spec=reader.spec,
+        datasets=datasets,
+        origins={key: setting.origin for key, setting in reader.merged.settings.items()},
+        folders=reader.folders,
+        lycoris=lycoris,
+        prompt_library=prompts,
+        faulty=frozenset(problem.key for problem in reader.problems if problem.key),
+    )
+    problems = [*reader.problems, *broken_rules(draft), *(broken_file_rules(draft) if check_files else [])]
+    if problems:
+        raise ConfigError(list(dict.fromkeys(problems)))
+    return LoadedRun(
+        config=config,
+        datasets=tuple(datasets.entries),
+        lycoris=lycoris,
+        prompt_library=prompts,
+        origins=draft.origins,
+        warnings=tuple(dict.fromkeys([*reader.merged.warnings, *notices(draft)])),
+        config_file=source.path,
+        data_file=config.data_backend_config,
+        lycoris_file=config.lycoris_config if lycoris is not None else None,
+    )
+
+
+class _RunReader:
+    """Reads one source after the other and gathers what is wrong with each."""
+
+    def __init__(self, source: ConfigSource, working_dir: Path, check_files: bool):
+        self.source = source
+        self.check_files = check_files
+        self.folders = Folders(working_dir, Path(os.path.abspath(source.path)).parent if source.path else None)
+        self.shown = self.folders.shown(Path(os.path.abspath(source.path))) if source.path else "command line"
+        self.problems: list[Problem] = []
+        self.merged = Merged()
+        self.spec: FamilyFacts | None = None
+
+    def read_layers(
+        self, arguments: Sequence[str], environment: Mapping[str, str], get_spec: Callable[[str], FamilyFacts]
+    ) -> None:
+        """Defaults < family < file < environment < command line; defaults are the declarations' own."""
+        known = option_names()
+        layers = []
+        for read in (
+            lambda: read_file_layer(self.source, self.shown, known),
+            lambda: environment_layer(environment, known),
+            lambda: parse_arguments(arguments),
+        ):
+            try:
+                layers.append(read())
+            except ConfigError as error:
+                self.problems += error.problems
+        if self.problems:
+            raise ConfigError(self.problems)
+        self.merged = merge_layers(layers)
+        self.spec = self.find_spec(get_spec)
+        if self.spec:
+            defaults = Layer([Setting(key, value, Origin("family")) for key, value in self.spec.defaults.items()])
+            self.merged = merge_layers([defaults, *layers])
+        self.problems += self.merged.problems
+
+    def find_spec(self, get_spec: Callable[[str], FamilyFacts]) -> FamilyFacts | None:
+        family = self.merged.settings.get("model_family")
+        if family is None:
+            return None
+        try:
+            return get_spec(str(family.value))
+        except ConfigError as error:
+            first = error.problems[0]
+            self.problems.append(family.origin.problem(first.message, "model_family", first.allowed, first.fix))
+            return None
+
+    def origin(self, key: str) -> Origin:
+        setting = self.merged.settings.get(key)
+        return setting.origin if setting else Origin("default")
+
+    def make_config(self) -> TrainConfig:
+        """The typed options with absolute paths.
+
+        Raises:
+            ConfigError: the family is missing, without which nothing else can be judged.
+        """
+        infos = all_options()
+        place = Origin("file" if self.source.path else "command line", self.shown)
+        config, problems = check_settings(TrainConfig, infos, self.merged.settings, place)
+        self.problems += problems
+        if config is None:
+            raise ConfigError(self.problems)
+        answered_for = self.spec.unusable_options if self.spec else ()
+        self.problems += refuse_planned(config, infos, self.origin, skip=answered_for)
+        updates: dict[str, Any] = {}
+        for key, info in infos.items():
+            path = getattr(config, key)
+            if info.path and path is not None:
+                found = self.folders.find(path) if info.path == "input" else None
+                updates[key] = found or self.folders.output(path)
+        if config.data_backend_config is None:
+            folder = self.folders.config_dir or self.folders.working_dir
+            updates["data_backend_config"] = folder / DEFAULT_DATA_FILE
+        for key in ("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path"):
+            updates[key] = self.find_model(key, getattr(config, key))
+        return config.model_copy(update=updates)
+
+    def find_model(self, key: str, text: str | None) -> str | None:
+        """A model's folder as an absolute path; hub ids stay as they are."""
+        if text is None:
+            return None
+        path = Path(text).expanduser()
+        found = self.folders.find(path)
+        if found is None and self.check_files and looks_like_path(text):
+            self.problems.append(self.folders.missing(path, key, self.origin(key), "model folder"))
+        return str(found) if found else text
+
+    def read_named_file(self, key: str, path: Path) -> Document | None:
+        """The JSON file that an option names; None, and a problem, where it cannot be read."""
+        if not path.exists():
+            written = self.merged.settings.get(key)
+            relative = Path(str(written.value)).expanduser() if written else path
+            if self.check_files:
+                self.problems.append(self.folders.missing(relative, key, self.origin(key), "file"))
+            else:
+                self.merged.warnings.append(f"{self.origin(key)}: {key}: {relative} is not there")
+            return None
+        try:
+            return read_json_file(path, self.folders.shown(path), key)
+        except ConfigError as error:
+            self.problems += error.problems
+            return None
+
+    def read_datasets(self, config: TrainConfig) -> LoadedDatasets:
+        assert config.data_backend_config is not None
+        document = self.read_named_file("data_backend_config", config.data_backend_config)
+        if document is None:
+            return LoadedDatasets(is_read=False)
+        datasets = read_datasets(document, config)
+        self.problems += datasets.problems
+        datasets.entries = [self.with_absolute_paths(entry) for entry in datasets.entries]
+        return datasets
+
+    def with_absolute_paths(self, entry: Dataset) -> Dataset:
+        updates: dict[str, Any] = {}
+        if isinstance(entry, ImageDataset):
+            folder = entry.instance_data_dir
+            updates["instance_data_dir"] = self.folders.find(folder) or self.folders.output(folder)
+        for key in ("cache_dir_vae", "cache_dir"):
+            if getattr(entry, key, None) is not None:
+                updates[key] = self.folders.output(getattr(entry, key))
+        return entry.model_copy(update=updates)
+
+    def read_lycoris(self, config: TrainConfig) -> Mapping[str, Any] | None:
+        if config.lycoris_config is None or config.model_type != "lora":
+            return None
+        document = self.read_named_file("lycoris_config", config.lycoris_config)
+        if document is None:
+            return None
+        if self.spec:
+            self.problems += check_lycoris(document, self.spec.adaptable, self.spec.class_aliases)
+        return document.value
+
+    def read_prompts(self, config: TrainConfig) -> Mapping[str, str] | None:
+        if config.user_prompt_library is None:
+            return None
+        document = self.read_named_file("user_prompt_library", config.user_prompt_library)
+        if document is None:
+            return None
+        prompts, problems = read_prompt_library(document)
+        self.problems += problems
+        return prompts

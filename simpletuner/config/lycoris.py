@@ -1,0 +1,216 @@
+"""`lycoris_config.json`, checked without torch: known keys, sound values, and targets that exist in the family.
+
+LyCORIS itself takes any keyword, drops those it does not know, and only logs targets that match nothing.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Protocol
+
+from simpletuner.config.checking import show_value
+from simpletuner.config.json_reader import Document, JsonPath
+from simpletuner.config.names import nearest
+from simpletuner.errors import Problem
+
+ALGORITHMS = ("lokr", "loha", "locon", "lora", "glora", "diag-oft", "boft")
+UNUSABLE_ALGORITHMS = {
+    "full": "it takes the weights out of the base, which prior preservation needs; model_type full trains all weights",
+    "dylora": "it draws a random rank at each step, so that a saved file cannot be checked against the training output",
+    "ia3": "it replaces the layers in a way that cannot be switched off",
+    "tlora": "it needs the timestep inside each layer",
+}
+
+NUMBERS = (
+    *("multiplier", "linear_dim", "linear_alpha", "conv_dim", "conv_alpha", "factor", "dropout", "rank_dropout"),
+    *("module_dropout", "block_size", "constraint"),
+)
+SWITCHES = (
+    *("use_tucker", "use_cp", "use_conv_cp", "disable_conv_cp", "use_scalar", "decompose_both", "full_matrix"),
+    *("rescaled", "dora_wd", "wd_on_output", "bypass_mode", "unbalanced_factorization"),
+)
+TOP_LEVEL_KEYS = ("algo", "apply_preset", *NUMBERS, *SWITCHES)
+NAME_LISTS = ("target_module", "target_name", "exclude_name")
+ALGO_MAPS = ("module_algo_map", "name_algo_map")
+PRESET_KEYS = (*NAME_LISTS, *ALGO_MAPS, "enable_conv", "use_fnmatch")
+# Inside an algo map LyCORIS hands the keys to the module's constructor, which calls some things by other names.
+ENTRY_KEYS = (
+    *("algo", "dim", "alpha", "factor", "use_tucker", "use_scalar", "decompose_both", "full_matrix", "block_size"),
+    *("constraint", "rescaled", "weight_decompose", "wd_on_out", "bypass_mode", "unbalanced_factorization"),
+    *("rs_lora", "rank_dropout_scale", "train_on_input"),
+)
+ENTRY_NAMES_FOR = {
+    "linear_dim": "dim",
+    "linear_alpha": "alpha",
+    "dora_wd": "weight_decompose",
+    "wd_on_output": "wd_on_out",
+}
+
+# A module path such as `layers.*.mlp` stands for as many blocks; patterns are tried on this many of each.
+_TRIED_INDICES = 128
+
+
+class Adaptable(Protocol):
+    """A class of layers, as `FamilySpec.adaptable` lists them."""
+
+    @property
+    def class_name(self) -> str: ...
+
+    @property
+    def names(self) -> tuple[str, ...]: ...
+
+
+def check_lycoris(document: Document, adaptable: Sequence[Adaptable], aliases: Mapping[str, str]) -> list[Problem]:
+    """Everything that is wrong with a `lycoris_config.json`."""
+    lycoris = document.value
+    if not isinstance(lycoris, dict):
+        return [Problem("is not a JSON object", file=document.file, line=1, allowed='{"algo": "lokr", ...}')]
+    problems = [*_unknown_keys(document, (), TOP_LEVEL_KEYS), *_bad_algorithm(document, ("algo",), lycoris)]
+    problems += _bad_scalars(document, lycoris)
+    preset = lycoris.get("apply_preset", {})
+    if not isinstance(preset, dict):
+        return [*problems, _problem(document, ("apply_preset",), "is not a JSON object")]
+    problems += _unknown_keys(document, ("apply_preset",), PRESET_KEYS)
+    for key in NAME_LISTS:
+        if not _is_name_list(preset.get(key, [])):
+            message = f"{show_value(preset[key])} is not a list of names"
+            problems.append(_problem(document, ("apply_preset", key), message, allowed='["Attention", ...]'))
+    for key in ALGO_MAPS:
+        problems += _bad_algo_map(document, ("apply_preset", key), preset.get(key, {}))
+    return problems or check_targets(document, adaptable, aliases)
+
+
+def check_targets(document: Document, adaptable: Sequence[Adaptable], aliases: Mapping[str, str]) -> list[Problem]:
+    """Entries of `apply_preset` that match nothing in the family; lists what could be matched."""
+    preset = document.value.get("apply_preset", {})
+    use_fnmatch = preset.get("use_fnmatch", False) is True
+    classes = {module.class_name for module in adaptable} | set(aliases)
+    paths = list(module_paths(adaptable))
+    problems = []
+    for key in ("target_module", "module_algo_map"):
+        for place, name in _entries(preset, key):
+            if name in classes:
+                continue
+            near = nearest(name, classes)
+            problems.append(
+                _problem(
+                    document,
+                    ("apply_preset", key, place),
+                    f'"{name}" matches nothing that an adapter can be attached to',
+                    allowed=", ".join(sorted(classes)),
+                    fix=f'did you mean "{near}"?' if near else "use a class of this list, or target_name with paths",
+                )
+            )
+    for key in ("target_name", "name_algo_map", "exclude_name"):
+        for place, pattern in _entries(preset, key):
+            at: JsonPath = ("apply_preset", key, place)
+            problems += _pattern_problems(document, at, pattern, use_fnmatch, paths, adaptable)
+    return problems
+
+
+def module_paths(adaptable: Sequence[Adaptable]) -> Iterable[str]:
+    """Paths that modules of the family may have; each `*` of a pattern stands for a number."""
+    for module in adaptable:
+        for pattern in module.names:
+            if "*" not in pattern:
+                yield pattern
+            else:
+                yield from (pattern.replace("*", str(index)) for index in range(_TRIED_INDICES))
+
+
+def _entries(preset: Mapping[str, Any], key: str) -> list[tuple[str | int, str]]:
+    """(place in the JSON, name) of each entry of a list or map."""
+    entries = preset.get(key, [])
+    return list(enumerate(entries)) if isinstance(entries, list) else [(name, name) for name in entries]
+
+
+def _pattern_problems(
+    document: Document,
+    at: JsonPath,
+    pattern: str,
+    use_fnmatch: bool,
+    paths: Sequence[str],
+    adaptable: Sequence[Adaptable],
+) -> list[Problem]:
+    if use_fnmatch:
+        matches = any(fnmatch.fnmatchcase(path, pattern) for path in paths)
+    else:
+        try:
+            compiled = re.compile(pattern)
+        except re.error as error:
+            fix = 'correct it, or set "use_fnmatch": true for patterns with * and ?'
+            return [_problem(document, at, f'"{pattern}" is not a regular expression: {error}', fix=fix)]
+        matches = any(compiled.match(path) for path in paths)
+    if matches:
+        return []
+    known = ", ".join(dict.fromkeys(name for module in adaptable for name in module.names))
+    return [_problem(document, at, f'"{pattern}" matches no module', allowed=known)]
+
+
+def _problem(
+    document: Document, at: JsonPath, message: str, allowed: str | None = None, fix: str | None = None
+) -> Problem:
+    key = ".".join(str(part) for part in at)
+    return Problem(message, key=key, file=document.file, line=document.line(*at), allowed=allowed, fix=fix)
+
+
+def _value_at(document: Document, at: JsonPath) -> Any:
+    value = document.value
+    for part in at:
+        value = value[part]
+    return value
+
+
+def _unknown_keys(document: Document, at: JsonPath, known: Sequence[str]) -> list[Problem]:
+    problems = []
+    for key in _value_at(document, at):
+        if key in known:
+            continue
+        near = (ENTRY_NAMES_FOR.get(key) if known is ENTRY_KEYS else None) or nearest(key, known)
+        fix = f'did you mean "{near}"?' if near else "remove it"
+        message = "there is no setting of this name here"
+        problems.append(_problem(document, (*at, key), message, allowed=", ".join(sorted(known)), fix=fix))
+    return problems
+
+
+def _bad_algorithm(document: Document, at: JsonPath, settings: Mapping[str, Any]) -> list[Problem]:
+    algo = settings.get("algo", "lokr")
+    if algo in ALGORITHMS:
+        return []
+    reason = UNUSABLE_ALGORITHMS.get(str(algo))
+    near = nearest(str(algo), ALGORITHMS)
+    message = f"{show_value(algo)} cannot be trained: {reason}" if reason else f"{show_value(algo)} is no algorithm"
+    fix = f'did you mean "{near}"?' if near and not reason else None
+    return [_problem(document, at, message, allowed=", ".join(ALGORITHMS), fix=fix)]
+
+
+def _bad_scalars(document: Document, lycoris: Mapping[str, Any]) -> list[Problem]:
+    problems = []
+    for key, value in lycoris.items():
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if key in NUMBERS and not is_number:
+            problems.append(_problem(document, (key,), f"{show_value(value)} is not a number"))
+        elif key in SWITCHES and not isinstance(value, bool):
+            problems.append(_problem(document, (key,), f"{show_value(value)} is not true or false"))
+        elif key == "linear_dim" and value < 1:
+            problems.append(_problem(document, (key,), f"{value} adapts no layer", allowed="at least 1"))
+    return problems
+
+
+def _is_name_list(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) and item for item in value)
+
+
+def _bad_algo_map(document: Document, at: JsonPath, value: Any) -> list[Problem]:
+    if not isinstance(value, dict):
+        return [_problem(document, at, "is not a JSON object", allowed='{"Attention": {"factor": 16}}')]
+    problems = []
+    for entry, settings in value.items():
+        if not isinstance(settings, dict):
+            problems.append(_problem(document, (*at, entry), "is not a JSON object", allowed='{"factor": 16}'))
+            continue
+        problems += _unknown_keys(document, (*at, entry), ENTRY_KEYS)
+        problems += _bad_algorithm(document, (*at, entry, "algo"), settings)
+    return problems

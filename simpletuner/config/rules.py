@@ -1,0 +1,266 @@
+"""What must hold between keys: each rule is a function named like a sentence, and all of them are asked.
+
+A rule looks at a draft and yields problems. Rules that need the file system are in `file_rules`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from simpletuner.config.checking import is_neutral, show_value
+from simpletuner.config.datasets import ImageDataset, TextEmbedsDataset
+from simpletuner.config.draft import Draft
+from simpletuner.config.names import nearest
+from simpletuner.errors import Problem
+
+Rule = Callable[[Draft], Iterator[Problem]]
+Notice = Callable[[Draft], Iterator[str]]
+
+# In the unit of `area`: larger numbers are pixels by mistake.
+MAX_MEGAPIXELS = 20
+
+
+def exactly_one_length_is_set(draft: Draft) -> Iterator[Problem]:
+    steps, epochs = draft.config.max_train_steps, draft.config.num_train_epochs
+    if steps > 0 and epochs > 0:
+        message = f"{steps} steps and {epochs:g} epochs (num_train_epochs) are both set"
+        yield draft.problem(message, "max_train_steps", fix="set one of them to 0")
+    if steps == 0 and epochs == 0:
+        allowed = "exactly one of max_train_steps and num_train_epochs above 0"
+        yield draft.problem("the run has no length", "max_train_steps", allowed, fix="set max_train_steps")
+
+
+def flavour_belongs_to_the_family(draft: Draft) -> Iterator[Problem]:
+    flavour, spec = draft.config.model_flavour, draft.spec
+    if spec and flavour and flavour not in spec.flavours:
+        near = nearest(flavour, spec.flavours)
+        message = f'"{flavour}" is no flavour of {spec.title}'
+        fix = f'did you mean "{near}"?' if near else None
+        yield draft.problem(message, "model_flavour", ", ".join(spec.flavours), fix)
+
+
+def family_takes_its_options(draft: Draft) -> Iterator[Problem]:
+    for key, (neutral, reason) in (draft.spec.unusable_options if draft.spec else {}).items():
+        value = getattr(draft.config, key, None)
+        if value is not None and not is_neutral(value, neutral):
+            allowed = "only " + ", ".join(show_value(item) for item in neutral if item is not None)
+            message = f"{show_value(value)} cannot be used with {draft.config.model_family}: {reason}"
+            yield draft.problem(message, key, allowed, fix="remove the key")
+
+
+def adapter_has_its_configuration(draft: Draft) -> Iterator[Problem]:
+    config = draft.config
+    if config.model_type == "lora" and config.lora_type == "lycoris" and config.lycoris_config is None:
+        fix = "write the path of one, for example config/lycoris_config.json"
+        yield draft.problem("lora_type lycoris needs this file", "lycoris_config", "a JSON file", fix)
+    if config.model_type == "full" and config.lycoris_config is not None:
+        message = f'"{config.lycoris_config}" has no use: model_type is "full", which trains without an adapter'
+        yield draft.problem(message, "lycoris_config", fix='remove the key, or set model_type to "lora"')
+
+
+def regularisation_has_an_adapter(draft: Draft) -> Iterator[Problem]:
+    for entry in draft.pictures:
+        if entry.is_regularisation_data and draft.config.model_type == "full":
+            message = "prior preservation compares with the model without its adapter, and model_type is full"
+            yield draft.dataset_problem(entry, "is_regularisation_data", message, fix="set it to false")
+        if entry.is_regularisation_data and entry.dataset_type == "eval":
+            message = "an eval dataset is never trained on"
+            yield draft.dataset_problem(entry, "is_regularisation_data", message, fix="set it to false")
+
+
+def a_falling_schedule_falls(draft: Draft) -> Iterator[Problem]:
+    config = draft.config
+    if config.lr_scheduler == "polynomial" and config.lr_end >= config.learning_rate:
+        message = f"{config.lr_end:g} is not below learning_rate, which is {config.learning_rate:g}"
+        yield draft.problem(message, "lr_end", f"less than {config.learning_rate:g}")
+
+
+def trackers_are_not_contradictory(draft: Draft) -> Iterator[Problem]:
+    trackers = draft.config.report_to
+    if "none" in trackers and len(trackers) > 1:
+        yield draft.problem(f"{', '.join(trackers)}: none and another one", "report_to", "none, or the others")
+
+
+def alignment_fits_the_family(draft: Draft) -> Iterator[Problem]:
+    alignment = draft.config.aspect_bucket_alignment
+    if draft.spec and alignment and alignment % draft.spec.size_multiple:
+        multiple = draft.spec.size_multiple
+        message = f"{alignment} is not a multiple of {multiple}, which {draft.spec.title} needs"
+        yield draft.problem(message, "aspect_bucket_alignment", f"a multiple of {multiple}")
+
+
+def validation_sizes_fit_the_family(draft: Draft) -> Iterator[Problem]:
+    spec = draft.spec
+    for size in draft.config.validation_sizes if spec and spec.max_size else ():
+        if spec and spec.max_size and max(size) > spec.max_size:
+            message = f"{size} is larger than {spec.title} takes"
+            yield draft.problem(message, "validation_resolution", f"at most {spec.max_size} pixels a side")
+
+
+def resolution_fits_the_family(draft: Draft) -> Iterator[Problem]:
+    for entry in draft.pictures:
+        resolution, unit = entry.resolution, entry.resolution_type
+        if resolution is None:
+            message = f'is missing; that of config.json is of another resolution_type than "{unit}"'
+            yield draft.dataset_problem(entry, "resolution", message, fix="set it in the entry")
+            continue
+        if unit == "area":
+            if resolution > MAX_MEGAPIXELS:
+                message = f"{resolution:g} megapixels are no picture size"
+                fix = 'for pixels set resolution_type to "pixel_area"'
+                yield draft.dataset_problem(entry, "resolution", message, f"at most {MAX_MEGAPIXELS}", fix)
+            continue
+        if resolution != int(resolution):
+            message = f"{resolution:g} is not a whole number of pixels"
+            fix = 'for megapixels set resolution_type to "area"'
+            yield draft.dataset_problem(entry, "resolution", message, "a whole number", fix)
+        yield from _sides_fit(draft, entry, resolution)
+
+
+def _sides_fit(draft: Draft, entry: ImageDataset, resolution: float) -> Iterator[Problem]:
+    if draft.spec is None:
+        return
+    smallest, largest = draft.spec.size_multiple, draft.spec.max_size
+    if resolution < smallest or (largest and resolution > largest):
+        allowed = f"{smallest} to {largest} pixels" if largest else f"at least {smallest} pixels"
+        message = f"{resolution:g} pixels are outside of what {draft.spec.title} takes"
+        yield draft.dataset_problem(entry, "resolution", message, allowed)
+
+
+def size_limits_go_together(draft: Draft) -> Iterator[Problem]:
+    for entry in draft.pictures:
+        smallest, largest, target = entry.minimum_image_size, entry.maximum_image_size, entry.target_downsample_size
+        if largest is not None and target is None:
+            message = "is missing: maximum_image_size is set, and larger pictures need a size to go to"
+            yield draft.dataset_problem(entry, "target_downsample_size", message, fix="set it, or remove the other")
+        if target is not None and largest is None:
+            message = "has no effect without maximum_image_size"
+            yield draft.dataset_problem(entry, "target_downsample_size", message, fix="set both, or none")
+        if largest is not None and target is not None and target > largest:
+            message = f"{target:g} is above maximum_image_size, which is {largest:g}"
+            yield draft.dataset_problem(entry, "target_downsample_size", message, f"at most {largest:g}")
+        if smallest is not None and largest is not None and smallest > largest:
+            message = f"{smallest:g} is above maximum_image_size, which is {largest:g}: no picture would be left"
+            yield draft.dataset_problem(entry, "minimum_image_size", message, f"at most {largest:g}")
+
+
+def captions_have_their_source(draft: Draft) -> Iterator[Problem]:
+    for entry in draft.pictures:
+        prompts = [prompt for prompt in entry.instance_prompt or () if prompt.strip()]
+        if prompts:
+            continue
+        wanted = [name for name in ("only_instance_prompt", "prepend_instance_prompt") if getattr(entry, name)] + (
+            [f"caption_strategy {entry.caption_strategy}"] if entry.caption_strategy == "instanceprompt" else []
+        )
+        if wanted:
+            message = f"is missing: {wanted[0]} needs it"
+            yield draft.dataset_problem(entry, "instance_prompt", message, "a text, or a list of texts")
+
+
+def crops_have_their_shapes(draft: Draft) -> Iterator[Problem]:
+    for entry in draft.pictures:
+        if entry.crop and entry.crop_aspect in ("closest", "random") and not entry.crop_aspect_buckets:
+            message = f"is missing: crop_aspect {entry.crop_aspect} chooses from it"
+            yield draft.dataset_problem(entry, "crop_aspect_buckets", message, "a list such as [1.0, 0.75, 1.5]")
+        if any(ratio <= 0 for ratio in entry.crop_aspect_buckets or ()):
+            message = "holds an aspect ratio that is not above 0"
+            yield draft.dataset_problem(entry, "crop_aspect_buckets", message, "numbers above 0")
+
+
+def dataset_ids_are_names(draft: Draft) -> Iterator[Problem]:
+    for entry in draft.datasets.entries:
+        is_name = entry.id.strip() == entry.id and not set(entry.id) & set('/\\:*?"<>|') and entry.id.isprintable()
+        if not is_name or entry.id.startswith(".") or len(entry.id) > 100:
+            message = f'"{entry.id}" cannot name a file'
+            yield draft.dataset_problem(entry, "id", message, 'up to 100 letters, without / \\ : * ? " < > |')
+
+
+def there_are_pictures_to_train_on(draft: Draft) -> Iterator[Problem]:
+    if draft.datasets.problems or not draft.datasets.is_read:
+        return
+    if any(entry.dataset_type == "image" for entry in draft.datasets.entries):
+        return
+    disabled = f" ({', '.join(draft.datasets.disabled)} disabled)" if draft.datasets.disabled else ""
+    message = f"names no dataset of dataset_type image{disabled}: there is nothing to train on"
+    yield draft.problem(message, "data_backend_config", fix="add an entry with id and instance_data_dir")
+
+
+def one_text_cache_is_the_default(draft: Draft) -> Iterator[Problem]:
+    defaults = [entry for entry in draft.datasets.entries if isinstance(entry, TextEmbedsDataset) and entry.default]
+    for entry in defaults[1:]:
+        message = f'"{defaults[0].id}" is the default already'
+        yield draft.dataset_problem(entry, "default", message, "true in one text_embeds entry")
+
+
+RULES: tuple[Rule, ...] = (
+    exactly_one_length_is_set,
+    flavour_belongs_to_the_family,
+    family_takes_its_options,
+    adapter_has_its_configuration,
+    regularisation_has_an_adapter,
+    a_falling_schedule_falls,
+    trackers_are_not_contradictory,
+    alignment_fits_the_family,
+    validation_sizes_fit_the_family,
+    resolution_fits_the_family,
+    size_limits_go_together,
+    captions_have_their_source,
+    crops_have_their_shapes,
+    dataset_ids_are_names,
+    there_are_pictures_to_train_on,
+    one_text_cache_is_the_default,
+)
+
+
+def warm_up_is_shorter_than_the_run(draft: Draft) -> Iterator[str]:
+    config = draft.config
+    if 0 < config.max_train_steps <= config.lr_warmup_steps:
+        yield (
+            f"{draft.origin('lr_warmup_steps')}: lr_warmup_steps: {config.lr_warmup_steps} steps of warm-up in a "
+            f"run of {config.max_train_steps}: the learning rate never reaches {config.learning_rate:g}"
+        )
+
+
+def eval_intervals_have_pictures(draft: Draft) -> Iterator[str]:
+    config = draft.config
+    has_interval = bool(config.eval_steps_interval or config.eval_epoch_interval) and not config.eval_loss_disable
+    has_pictures = any(entry.dataset_type == "eval" for entry in draft.datasets.entries)
+    if has_interval and not has_pictures and draft.datasets.is_read:
+        key = "eval_steps_interval" if config.eval_steps_interval else "eval_epoch_interval"
+        yield f"{draft.origin(key)}: {key}: there is no dataset of dataset_type eval, so no eval loss is computed"
+    if has_pictures and not has_interval and not config.eval_loss_disable:
+        yield "there is an eval dataset, but no eval_steps_interval or eval_epoch_interval: no eval loss is computed"
+
+
+def validation_has_prompts(draft: Draft) -> Iterator[str]:
+    config = draft.config
+    has_interval = config.validation_step_interval or config.validation_epoch_interval
+    if has_interval and not config.validation_disable and not (config.validation_prompt or draft.prompt_library):
+        yield "there is no validation_prompt and no user_prompt_library: no validation pictures are made"
+
+
+def dropped_captions_serve_guidance(draft: Draft) -> Iterator[str]:
+    if draft.config.caption_dropout_probability == 0 and "caption_dropout_probability" in draft.origins:
+        yield (
+            f"{draft.origin('caption_dropout_probability')}: caption_dropout_probability: 0 never trains the empty "
+            "caption that guidance uses; long runs do better with 0.05 to 0.1"
+        )
+
+
+NOTICES: tuple[Notice, ...] = (
+    warm_up_is_shorter_than_the_run,
+    eval_intervals_have_pictures,
+    validation_has_prompts,
+    dropped_captions_serve_guidance,
+)
+
+
+def broken_rules(draft: Draft) -> list[Problem]:
+    """The problems of all rules, but for options whose value was refused already."""
+    problems = [problem for rule in RULES for problem in rule(draft)]
+    return [problem for problem in problems if problem.key not in draft.faulty]
+
+
+def notices(draft: Draft) -> list[str]:
+    """What is allowed but perhaps not meant; each is said once."""
+    return [line for notice in NOTICES for line in notice(draft)]
