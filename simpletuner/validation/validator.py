@@ -94,7 +94,7 @@ class Validator:
             self.bus.emit(PicturesMade(step, tuple(saved)))
         return [picture.path for picture in saved]
 
-    def before_after(self, step: int) -> Path | None:
+    def before_after_grid(self, step: int) -> Path | None:
         """Write the sheet base | steps between | last step (| EMA) to `before_after.png`; None without pictures."""
         return self.files.write_before_after(step)
 

@@ -1,0 +1,203 @@
+"""Validation of a run with a real family, adapter and EMA, all tiny."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from simpletuner.adapters.lycoris import LycorisAdapter, attach_lycoris
+from simpletuner.models.components import ModelSource
+from simpletuner.models.omnigen.family import OmniGen
+from simpletuner.models.omnigen.spec import OMNIGEN
+from simpletuner.optim.ema import EMA
+from simpletuner.reporting.bus import EventBus
+from simpletuner.reporting.events import Event, Notice, PhaseDone, PhaseProgress, PhaseStarted, PicturesMade
+from simpletuner.validation.sampling import make_pictures
+from simpletuner.validation.validator import Validator
+
+LOKR = {"algo": "lokr", "linear_dim": 10000, "factor": 4, "apply_preset": {"target_module": ["Attention"]}}
+
+
+class Recorder:
+    name = "recorder"
+    failures: tuple[type[Exception], ...] = ()
+
+    def __init__(self) -> None:
+        self.events: list[Event] = []
+
+    def handle(self, event: Event) -> None:
+        self.events.append(event)
+
+    def close(self) -> None: ...
+
+    def of(self, kind: type[Event]) -> list[Any]:
+        return [event for event in self.events if isinstance(event, kind)]
+
+
+class Setup:
+    """A denoiser with an adapter that has learned something, and the options of a run."""
+
+    def __init__(self, folder: Path, output_dir: Path):
+        self.family = OmniGen(OMNIGEN, ModelSource(str(folder)), torch.device("cpu"), torch.float32)
+        self.denoiser: nn.Module = self.family.load_denoiser()
+        self.adapter: LycorisAdapter = attach_lycoris(self.denoiser, LOKR, OMNIGEN, torch.float32, 0)
+        self.ema = EMA(self.adapter.trainable_parameters(), 0.9)
+        with torch.no_grad():
+            for parameter in self.adapter.trainable_parameters().values():
+                parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+        self.output_dir = output_dir
+        self.recorder = Recorder()
+
+    def validator(self, **changes: object) -> Validator:
+        options = {
+            "model_type": "lora",
+            "mixed_precision": "no",
+            "validation_disable": False,
+            "validation_prompt": "a star",
+            "validation_resolution": "32x32",
+            "validation_seed": 7,
+            "seed": 42,
+            "validation_num_inference_steps": 2,
+            "validation_guidance": 2.0,
+            "validation_negative_prompt": "<cfg>",
+            "validation_on_startup": False,
+            "disable_benchmark": False,
+            "ema_validation": "comparison",
+        }
+        config = SimpleNamespace(**{**options, **changes})
+        library = {"circle": "a red circle"}
+        return Validator(config, self.family, library, self.output_dir, EventBus([self.recorder]))
+
+    def run(self, step: int, ema: EMA | None = None, **changes: object) -> list[str]:
+        paths = self.validator(**changes).run(self.denoiser, self.adapter, ema, step)
+        return [path.relative_to(self.output_dir).as_posix() for path in paths]
+
+
+@pytest.fixture
+def setup(omnigen_folder: Path, tmp_path: Path) -> Setup:
+    return Setup(omnigen_folder, tmp_path)
+
+
+def pixels(path: Path) -> np.ndarray:
+    with Image.open(path) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+def test_files_have_the_names_that_users_know(setup: Setup):
+    assert setup.run(0) == ["benchmarks/base_model/validation_32x32.png", "benchmarks/base_model/circle_32x32.png"]
+    assert setup.run(20) == [
+        "validation_images/step_20_validation_0_32x32.png",
+        "validation_images/step_20_circle_0_32x32.png",
+        "validation_images/step_20_sheet.png",
+    ]
+
+
+def test_the_benchmark_is_the_base_model_even_when_drawn_late(setup: Setup, omnigen_folder: Path):
+    setup.run(20)
+    plain = setup.family.load_denoiser()
+    validator = setup.validator()
+    expected = make_pictures(
+        setup.family.pipeline(plain, setup.family.load_vae()), validator.requests, 2, 2.0, "<cfg>", 16
+    )
+    base = pixels(setup.output_dir / "benchmarks/base_model/validation_32x32.png")
+    live = pixels(setup.output_dir / "validation_images/step_20_validation_0_32x32.png")
+    assert np.array_equal(base, np.asarray(expected[0].image))
+    assert not np.array_equal(base, live)
+
+
+def test_the_benchmark_is_drawn_once_and_again_when_its_settings_change(setup: Setup):
+    setup.run(0)
+    assert setup.run(0) == []
+    assert len(setup.run(0, validation_guidance=3.0)) == 2
+    note = json.loads((setup.output_dir / "benchmarks/base_model/benchmark.json").read_text())
+    assert note["settings"]["guidance"] == 3.0
+
+
+def test_full_training_draws_its_base_before_the_first_step_only(setup: Setup):
+    assert setup.run(5, model_type="full")[0].startswith("validation_images/")
+    assert setup.run(0, model_type="full")[0].startswith("benchmarks/")
+
+
+def test_ema_pictures_stand_beside_the_live_ones_and_leave_the_weights_as_they_were(setup: Setup):
+    before = {name: value.clone() for name, value in setup.adapter.state_dict().items()}
+    names = setup.run(20, setup.ema, disable_benchmark=True)
+    assert names == [
+        "validation_images/step_20_validation_0_32x32.png",
+        "validation_images/step_20_circle_0_32x32.png",
+        "validation_images/step_20_validation_0_32x32_ema.png",
+        "validation_images/step_20_circle_0_32x32_ema.png",
+        "validation_images/step_20_sheet.png",
+    ]
+    assert not np.array_equal(pixels(setup.output_dir / names[0]), pixels(setup.output_dir / names[2]))
+    assert all(torch.equal(before[name], value) for name, value in setup.adapter.state_dict().items())
+
+
+@pytest.mark.parametrize(("mode", "kinds"), [("none", {"live", "grid"}), ("ema_only", {"ema", "grid"})])
+def test_ema_validation_chooses_the_weights(setup: Setup, mode: str, kinds: set[str]):
+    setup.run(20, setup.ema, ema_validation=mode, disable_benchmark=True)
+    [made] = setup.recorder.of(PicturesMade)
+    assert {picture.kind for picture in made.pictures} == kinds
+
+
+def test_training_goes_on_as_if_nothing_had_been_drawn(setup: Setup):
+    setup.denoiser.train()
+    next(setup.denoiser.children()).eval()
+    modes = [module.training for module in setup.denoiser.modules()]
+    torch.manual_seed(3)
+    expected = torch.rand(4)
+    torch.manual_seed(3)
+    setup.run(20, setup.ema)
+    assert torch.equal(torch.rand(4), expected)
+    assert [module.training for module in setup.denoiser.modules()] == modes
+    assert all(parameter.requires_grad for parameter in setup.adapter.trainable_parameters().values())
+
+
+def test_progress_counts_every_picture(setup: Setup):
+    setup.run(20, setup.ema)
+    assert setup.recorder.of(PhaseStarted)[0].total == 6
+    assert setup.recorder.of(PhaseProgress)[-1].done == 6
+    assert len(setup.recorder.of(PhaseDone)) == 1
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("out of memory"), OSError(28, "No space left on device")])
+def test_a_failure_costs_the_pictures_and_not_the_run(setup: Setup, monkeypatch: pytest.MonkeyPatch, error: Exception):
+    def fail(*arguments: object, **options: object) -> Callable[..., object]:
+        raise error
+
+    monkeypatch.setattr(setup.family, "pipeline", fail)
+    setup.denoiser.train()
+    assert setup.run(20) == []
+    [notice] = setup.recorder.of(Notice)
+    assert notice.severity == "error"
+    assert "training goes on" in notice.text
+    assert setup.denoiser.training
+
+
+def test_a_mistake_of_ours_is_not_hidden(setup: Setup, monkeypatch: pytest.MonkeyPatch):
+    def fail(*arguments: object, **options: object) -> None:
+        raise AttributeError("no such thing")
+
+    monkeypatch.setattr(setup.family, "pipeline", fail)
+    with pytest.raises(AttributeError):
+        setup.run(20)
+
+
+def test_before_and_after_shows_base_and_last_step(setup: Setup):
+    setup.run(0)
+    for step in (10, 20):
+        setup.run(step)
+    path = setup.validator().before_after_grid(20)
+    assert path == setup.output_dir / "before_after.png"
+    sheet = pixels(path)
+    width_of_three_columns = 3 * 192 + 2 * 12 + 2 * 20
+    assert sheet.shape[1] == width_of_three_columns
+    assert setup.validator().before_after_grid(30) is None
