@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from simpletuner.adapters.lycoris import attach_lycoris
 from simpletuner.batch import Batch
 from simpletuner.diffusion.loss import sample_means, squared_error
 from simpletuner.models.components import ModelSource, check_local_model
@@ -96,6 +97,22 @@ def test_the_loss_and_its_gradients_are_finite_with_and_without_checkpointing(fa
     for name, gradient in plain.items():
         assert gradient.isfinite().all()
         torch.testing.assert_close(gradient, checkpointed[name], rtol=0, atol=1e-6)
+
+
+def test_with_an_adapter_only_the_adapter_gets_gradients(family: ModelFamily):
+    denoiser = family.load_denoiser().train()
+    target = family.spec.adaptable[0].class_name
+    lycoris = {"algo": "lokr", "linear_dim": 10000, "factor": 2, "apply_preset": {"target_module": [target]}}
+    adapter = attach_lycoris(denoiser, lycoris, family.spec, torch.float32, seed=0)
+    latents = randn(*latent_shape(family, 2))
+    conditioning = family.collate(batch_of(family, latents, PROMPTS))
+    family.predict(denoiser, latents, torch.tensor([0.2, 0.7]), conditioning).square().mean().backward()
+    own = {id(parameter) for parameter in adapter.trainable_parameters().values()}
+    assert own
+    assert {id(parameter) for parameter in denoiser.parameters() if parameter.grad is not None} == own
+    gradients = [parameter.grad for parameter in adapter.trainable_parameters().values()]
+    assert all(gradient.isfinite().all() for gradient in gradients)
+    assert any(gradient.abs().max() > 0 for gradient in gradients)
 
 
 class ExactAnswer(nn.Module):

@@ -10,13 +10,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from simpletuner.models.omnigen.tokens import TokenRows
+
+if TYPE_CHECKING:
+    from diffusers.models.transformers.transformer_omnigen import OmniGenSuScaledRotaryEmbedding
 
 KeysValues = tuple[Tensor, Tensor]
 
@@ -118,14 +121,14 @@ def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return (states.float() * cos + turned.float() * sin).to(states.dtype)
 
 
-def rotary_angles(rope: nn.Module, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+def rotary_angles(rope: OmniGenSuScaledRotaryEmbedding, position_ids: Tensor) -> tuple[Tensor, Tensor]:
     """(B, 1, S, D) float32 cosines and sines of each row's own positions.
 
     The frequencies are Phi-3's scaled ones ("su", arXiv 2404.14219): a row whose positions exceed
     `original_max_position_embeddings` uses the long factors, all of it, and others the short ones.
 
     Args:
-        rope: diffusers' `OmniGenSuScaledRotaryEmbedding`, for its constants.
+        rope: diffusers' own module, for its constants.
         position_ids: (B, S) int64.
     """
     device = position_ids.device
@@ -141,7 +144,7 @@ def rotary_angles(rope: nn.Module, position_ids: Tensor) -> tuple[Tensor, Tensor
     return angles.cos() * scale, angles.sin() * scale
 
 
-def make_layout(rows: TokenRows, num_image_tokens: int, rope: nn.Module) -> AttentionLayout:
+def make_layout(rows: TokenRows, num_image_tokens: int, rope: OmniGenSuScaledRotaryEmbedding) -> AttentionLayout:
     """The layout of whole rows: text, time, drawn picture."""
     position_ids = rows.position_ids(num_image_tokens)
     if rows.text_visible is None:

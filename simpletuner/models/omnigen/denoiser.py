@@ -7,9 +7,10 @@ Only the instance's `forward` and its attention processors are replaced, togethe
 from __future__ import annotations
 
 from types import MethodType
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from simpletuner.models.omnigen.attention import (
     AttentionLayout,
@@ -21,9 +22,12 @@ from simpletuner.models.omnigen.attention import (
 )
 from simpletuner.models.omnigen.tokens import TokenRows
 
+if TYPE_CHECKING:
+    from diffusers.models.transformers.transformer_omnigen import OmniGenTransformer2DModel
 
-def install(transformer: nn.Module) -> nn.Module:
-    """Give a stock `OmniGenTransformer2DModel` this forward pass; returns it."""
+
+def install(transformer: OmniGenTransformer2DModel) -> OmniGenTransformer2DModel:
+    """Give a stock transformer this forward pass; returns it."""
     for layer, block in enumerate(transformer.layers):
         block.self_attn.set_processor(OmniGenAttention(layer))
     transformer.forward = MethodType(forward, transformer)
@@ -31,7 +35,7 @@ def install(transformer: nn.Module) -> nn.Module:
 
 
 def forward(
-    self: nn.Module,
+    self: OmniGenTransformer2DModel,
     hidden_states: Tensor | None,
     timestep: Tensor | None,
     condition: TokenRows | TextCache,
@@ -47,30 +51,32 @@ def forward(
             whole row chooses its rotary factors.
     """
     if hidden_states is None:
+        assert isinstance(condition, TokenRows)
         return _run_text(self, condition, num_image_tokens)
     patches = self.patch_embedding(hidden_states, is_input_image=False)
     time_projection = self.time_proj(timestep).type_as(patches)
-    tokens = [self.time_token(time_projection).unsqueeze(1), patches]
+    parts = [self.time_token(time_projection).unsqueeze(1), patches]
     if isinstance(condition, TextCache):
         layout = condition.layout
     else:
         layout = make_layout(condition, patches.shape[1], self.rope)
-        tokens.insert(0, _embed_text(self, condition))
-    tokens = _run_blocks(self, torch.cat(tokens, dim=1), layout)
+        parts.insert(0, _embed_text(self, condition))
+    tokens = _run_blocks(self, torch.cat(parts, dim=1), layout)
     patches = self.norm(tokens[:, -patches.shape[1] :])
     patches = self.proj_out(self.norm_out(patches, temb=self.t_embedder(time_projection)))
-    return _unpatchify(patches, *hidden_states.shape[-2:], self.config.patch_size)
+    height, width = hidden_states.shape[-2:]
+    return _unpatchify(patches, height, width, self.config.patch_size)
 
 
-def _run_text(self: nn.Module, rows: TokenRows, num_image_tokens: int) -> TextCache:
+def _run_text(self: OmniGenTransformer2DModel, rows: TokenRows, num_image_tokens: int) -> TextCache:
     layout = make_layout(rows, num_image_tokens, self.rope)
     text_layout = text_part(layout)
     _run_blocks(self, _embed_text(self, rows), text_layout)
-    keys_values = tuple(text_layout.record)
+    keys_values = tuple(text_layout.record or ())
     return TextCache(keys_values, part_behind_text(layout, keys_values))
 
 
-def _run_blocks(self: nn.Module, tokens: Tensor, layout: AttentionLayout) -> Tensor:
+def _run_blocks(self: OmniGenTransformer2DModel, tokens: Tensor, layout: AttentionLayout) -> Tensor:
     """(B, S, hidden) through all blocks; the layout travels as their `attention_mask`."""
     for block in self.layers:
         if torch.is_grad_enabled() and self.gradient_checkpointing:
@@ -80,7 +86,7 @@ def _run_blocks(self: nn.Module, tokens: Tensor, layout: AttentionLayout) -> Ten
     return tokens
 
 
-def _embed_text(self: nn.Module, rows: TokenRows) -> Tensor:
+def _embed_text(self: OmniGenTransformer2DModel, rows: TokenRows) -> Tensor:
     """(B, T, hidden): embedded ids, with the patches of input pictures in their places."""
     embedded = self.embed_tokens(rows.input_ids)
     if not any(rows.reference_spans):

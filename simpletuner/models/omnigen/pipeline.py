@@ -92,6 +92,8 @@ class OmniGenPipeline(DiffusersOmniGenPipeline):
                 `latents` is used from there on.
             output_type: `pil`, `np`, `pt`, or `latent` for scaled latents.
         """
+        if self.vae is None and output_type != "latent":
+            raise ValueError(f'this pipeline has no VAE, so output_type must be "latent", not "{output_type}"')
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         height, width = self._check_size(height, width)
         self._guidance_scale = guidance_scale
@@ -140,7 +142,8 @@ class OmniGenPipeline(DiffusersOmniGenPipeline):
         with self.progress_bar(total=self._num_timesteps) as progress_bar:
             for step, timestep in enumerate(self.scheduler.timesteps):
                 inputs = latents.repeat(num_rows // len(latents), 1, 1, 1).to(self.family.dtype)
-                prediction = self.transformer(inputs, timestep.expand(num_rows), text)
+                # In float32, or the scheduler would hand back latents rounded to the denoiser's dtype.
+                prediction = self.transformer(inputs, timestep.expand(num_rows), text).float()
                 if num_rows > len(latents):
                     positive, negative = prediction.chunk(2)
                     prediction = negative + guidance_scale * (positive - negative)
@@ -155,10 +158,11 @@ class OmniGenPipeline(DiffusersOmniGenPipeline):
         if self.tokenizer is None:
             from transformers import AutoTokenizer
 
-            source, component = self.family.source, self.family.spec.component("tokenizer")
-            folder = component_file(source, component, component.config_file).parent
-            component_file(source, component, "tokenizer.json")
-            self.register_modules(tokenizer=AutoTokenizer.from_pretrained(str(folder)))
+            component = self.family.spec.component("tokenizer")
+            files = [
+                component_file(self.family.source, component, n) for n in (component.config_file, "tokenizer.json")
+            ]
+            self.register_modules(tokenizer=AutoTokenizer.from_pretrained(str(files[0].parent)))
         super().save_pretrained(save_directory, **kwargs)
 
 

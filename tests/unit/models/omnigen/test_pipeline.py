@@ -118,6 +118,17 @@ def test_drawing_leaves_the_training_denoiser_as_it_was(family: OmniGen):
     assert denoiser.is_gradient_checkpointing
 
 
+def test_a_bfloat16_denoiser_draws_nearly_the_same_and_keeps_float32_latents(omnigen_folder: Path):
+    drawn = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        family = OmniGen(OMNIGEN, ModelSource(str(omnigen_folder)), torch.device("cpu"), dtype)
+        options = {"height": 64, "width": 64, "num_inference_steps": 4, "output_type": "latent"}
+        drawn[dtype] = family.pipeline(family.load_denoiser())(PROMPTS, generator=generators(1, 2), **options).images
+    assert drawn[torch.bfloat16].dtype == torch.float32
+    torch.testing.assert_close(drawn[torch.bfloat16], drawn[torch.float32], rtol=0, atol=0.1)
+    assert drawn[torch.float32].std() > 0.5
+
+
 def test_the_text_runs_once_for_a_picture(family: OmniGen):
     denoiser = family.load_denoiser()
     lengths = []
@@ -131,6 +142,11 @@ def test_the_text_runs_once_for_a_picture(family: OmniGen):
 def test_sizes_that_do_not_fit_the_patches_are_refused(pipeline: OmniGenPipeline, size: dict[str, int]):
     with pytest.raises(ValueError, match="multiples of 16"):
         pipeline("a cat", num_inference_steps=1, **{"height": 64, "width": 64, **size})
+
+
+def test_pictures_without_a_vae_are_refused(family: OmniGen):
+    with pytest.raises(ValueError, match="no VAE"):
+        family.pipeline(family.load_denoiser())("a cat", height=64, width=64, num_inference_steps=1)
 
 
 def test_a_scheduler_that_counts_the_other_way_is_refused(tmp_path: Path):
