@@ -6,7 +6,6 @@ imported, so that they show within a second.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,7 +82,7 @@ def load_run(
     Raises:
         ConfigError: everything that is wrong, at once.
     """
-    working_dir = Path(os.path.abspath(working_dir))
+    working_dir = working_dir.absolute()
     source = find_config(environment, working_dir)
     if source is None:
         raise no_config_error(working_dir)
@@ -125,8 +124,9 @@ class _RunReader:
     def __init__(self, source: ConfigSource, working_dir: Path, check_files: bool):
         self.source = source
         self.check_files = check_files
-        self.folders = Folders(working_dir, Path(os.path.abspath(source.path)).parent if source.path else None)
-        self.shown = self.folders.shown(Path(os.path.abspath(source.path))) if source.path else "command line"
+        path = source.path.absolute() if source.path else None
+        self.folders = Folders(working_dir, path.parent if path else None)
+        self.shown = self.folders.shown(path) if path else "command line"
         self.problems: list[Problem] = []
         self.merged = Merged()
         self.spec: FamilyFacts | None = None

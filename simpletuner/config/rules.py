@@ -43,7 +43,7 @@ def family_takes_its_options(draft: Draft) -> Iterator[Problem]:
     for key, (neutral, reason) in (draft.spec.unusable_options if draft.spec else {}).items():
         value = getattr(draft.config, key, None)
         if value is not None and not is_neutral(value, neutral):
-            allowed = "only " + ", ".join(show_value(item) for item in neutral if item is not None)
+            allowed = f"only {show_value(next((item for item in neutral if item is not None), None))}"
             message = f"{show_value(value)} cannot be used with {draft.config.model_family}: {reason}"
             yield draft.problem(message, key, allowed, fix="remove the key")
 

@@ -14,7 +14,7 @@ class ModelOptions(OptionGroup):
     """Model"""
 
     model_family: Text = option(
-        REQUIRED, help="Name of the model family; `simpletuner models` lists them.", level="basic"
+        REQUIRED, help="Name of the model family; a wrong one is answered with the list of all.", level="basic"
     )
     model_flavour: Text | None = option(
         None,

@@ -44,7 +44,6 @@ class TrainingOptions(OptionGroup):
         help="Decides adapter initialisation, order, crops, noise, timesteps and caption dropout. The same seed and "
         "data give the same run.",
         ge=0,
-        le=2**63 - 1,
     )
     caption_dropout_probability: Fraction = option(
         0.0,

@@ -49,7 +49,7 @@ class ValidationOptions(OptionGroup):
         unit="pixels",
         level="basic",
     )
-    validation_seed: Int | None = option(None, help="Seed of the pictures' noise. Unset: `seed`.", ge=0, le=2**63 - 1)
+    validation_seed: Int | None = option(None, help="Seed of the pictures' noise. Unset: `seed`.", ge=0)
     validation_seed_source: Literal["cpu", "gpu"] = option(
         "cpu",
         help="Device that draws the noise.",

@@ -1,0 +1,79 @@
+"""The generated page `documentation/OPTIONS.md`. A test compares the file with what is generated here."""
+
+from __future__ import annotations
+
+from simpletuner.config.names import RENAMED, RETIRED
+from simpletuner.config.options import all_options
+from simpletuner.config.reference import option_rows, planned_values_text
+
+INTRODUCTION = """\
+# Options
+
+This page is generated from the declarations in `simpletuner/config/options/`; a test compares it with them.
+`simpletuner options KEY` prints one of these rows, `simpletuner options --search WORD` finds some,
+`simpletuner options --resolved` prints the value of each in your run and where it comes from, and
+`simpletuner options --json-schema` prints a schema that editors complete and check `config.json` with.
+
+## How values are read
+
+`config.json` is one flat object. Keys may begin with `--`; `//` and `/* */` comments are allowed. Numbers and truth
+values may stand in quotes (`"4e-5"`, `"false"`). `null` and `""` leave a key unset. A key that is not known is an
+error that names the nearest one, and so is a key that cannot act yet (*not built* below) unless it holds its default.
+
+A value counts from the last of these that sets it: the default, the family's default, the file, the environment
+(`SIMPLETUNER_LEARNING_RATE=1e-4`), the command line (`--learning_rate=1e-4`; a flag alone means `true`).
+
+Relative paths are looked up in the working folder first, then in the folder of the configuration file. What the run
+writes goes into the working folder.
+
+## Environment configuration variables
+
+| variable | meaning |
+|---|---|
+| `CONFIG_PATH` | The configuration: a file, a file without its ending, or a folder that holds `config.json`. |
+| `ENV`, `SIMPLETUNER_ENV`, `SIMPLETUNER_ENVIRONMENT` | Name of a folder in `config/` (or a path); `default` is `config/` itself. |
+| `CONFIG_BACKEND`, `SIMPLETUNER_CONFIG_BACKEND`, `CONFIG_TYPE` | `json`, `toml` or `env`: which kind of file is looked for; `cmd`: none, all options are on the command line. |
+| `SIMPLETUNER_<OPTION>` | Sets an option; a name that is no option is told and not read. |
+| `TRAINER_EXTRA_ARGS` | Further options as on a command line. In `config.json` add the keys themselves instead. |
+| `TRAINING_NUM_PROCESSES`, `TRAINING_NUM_MACHINES` | Training runs in one process on one device; other numbers are told and not read. |
+| `CUDA_VISIBLE_DEVICES` | Which GPU is used; it is read by CUDA itself. |
+| `HF_ENDPOINT`, `HF_HOME`, `HF_TOKEN` | Read by the Hugging Face libraries: a mirror, the folder of downloads, the login. |
+| `SIMPLETUNER_DEBUG` | `1` shows a traceback for errors of the program itself. |
+
+Without any of them, `config/config.json` is read, then `config.json`, then the same names with `.toml` and `.env`.
+A `config.env` file holds `NAME=value` lines with the options' names in capitals.
+"""  # noqa: E501 - rows of a table
+
+
+def options_markdown() -> str:
+    """The whole page."""
+    infos = all_options()
+    built = [info for info in infos.values() if not info.planned]
+    planned = [info for info in infos.values() if info.planned]
+    parts = [INTRODUCTION]
+    for group in dict.fromkeys(info.group for info in built):
+        rows = option_rows(info for info in built if info.group == group)
+        parts.append(f"## {group}\n\n" + "\n".join(rows) + "\n")
+    parts.append(_planned_values())
+    parts.append(
+        "## Not built\n\nKnown, and refused unless they hold their default.\n\n"
+        + "\n".join(option_rows(planned))
+        + "\n"
+    )
+    renamed = "\n".join(f"| `{old}` | `{new}` |" for old, new in RENAMED.items())
+    parts.append(f"## Renamed keys\n\nRead with a warning.\n\n| old | new |\n|---|---|\n{renamed}\n")
+    retired = "\n".join(f"| `{old}` | {why} |" for old, why in RETIRED.items())
+    parts.append(
+        f"## Retired keys\n\nAccepted with a warning; they have no effect.\n\n| key | why |\n|---|---|\n{retired}\n"
+    )
+    return "\n".join(parts)
+
+
+def _planned_values() -> str:
+    rows = [
+        f"| `{info.name}` | {planned_values_text(info)} |"
+        for info in all_options().values()
+        if info.planned_values and not info.planned
+    ]
+    table = "\n".join(["| key | values |", "|---|---|", *rows])
+    return f"## Values that are not built\n\nKnown, and refused by name.\n\n{table}\n"

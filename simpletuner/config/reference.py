@@ -1,0 +1,141 @@
+"""What `simpletuner options` prints, and the generated page `documentation/OPTIONS.md`: all from the declarations."""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from collections.abc import Iterable
+from typing import Any
+
+from simpletuner.config.checking import show_value
+from simpletuner.config.loading import LoadedRun
+from simpletuner.config.names import RENAMED, RETIRED, nearest
+from simpletuner.config.options import OptionInfo, all_options
+from simpletuner.config.schema import config_schema
+from simpletuner.errors import ConfigError, Problem
+
+WIDTH = 100
+
+
+def run_options_command(
+    key: str | None = None,
+    search: str | None = None,
+    json_schema: bool = False,
+    resolved: LoadedRun | None = None,
+) -> str:
+    """The text that `simpletuner options` prints; without arguments, the list of all options.
+
+    Raises:
+        ConfigError: an option of that name does not exist.
+    """
+    if resolved is not None:
+        return resolved_text(resolved)
+    if json_schema:
+        return json.dumps(config_schema(), indent=2, ensure_ascii=False)
+    if search is not None:
+        return search_text(search)
+    return describe(key) if key else overview()
+
+
+def describe(key: str) -> str:
+    """Everything that is known of one option.
+
+    Raises:
+        ConfigError: unknown name; suggests the nearest.
+    """
+    name = key.lstrip("-").replace("-", "_")
+    if name in RENAMED:
+        return f"{name} is now called {RENAMED[name]}.\n\n{describe(RENAMED[name])}"
+    if name in RETIRED:
+        return f"{name} has no effect: {RETIRED[name]}."
+    infos = all_options()
+    if name not in infos:
+        near = nearest(name, [*infos, *RENAMED, *RETIRED])
+        fix = f'did you mean "{near}"?' if near else "`simpletuner options --search WORD` finds options"
+        raise ConfigError(Problem("there is no option of this name", key=name, fix=fix))
+    info = infos[name]
+    lines = [f"{name} ({info.group})", *textwrap.wrap(info.help, WIDTH), ""]
+    facts = {
+        "default": "none, it must be set" if info.is_required else shown_default(info),
+        "allowed": info.allowed,
+        "unit": info.unit,
+        "old names": ", ".join(old for old, new in RENAMED.items() if new == name),
+        "not built": info.planned or planned_values_text(info),
+    }
+    for title, fact in facts.items():
+        if fact:
+            lines += textwrap.wrap(fact, WIDTH, initial_indent=f"  {title:<10} ", subsequent_indent=" " * 13)
+    return "\n".join(lines)
+
+
+def planned_values_text(info: OptionInfo) -> str:
+    """Values that are known and not built, grouped by reason."""
+    reasons = dict.fromkeys(info.planned_values.values())
+    groups = [(why, [value for value, other in info.planned_values.items() if other == why]) for why in reasons]
+    return "; ".join(f"{', '.join(values)} ({why})" for why, values in groups)
+
+
+def search_text(word: str) -> str:
+    """One line for each option whose name or help mentions the word."""
+    folded = word.lower()
+    found = [info for info in all_options().values() if folded in f"{info.name} {info.help}".lower()]
+    return _table(found) if found else f'no option mentions "{word}"'
+
+
+def overview() -> str:
+    """One line for each option that is built, by group."""
+    infos = [info for info in all_options().values() if not info.planned]
+    groups = dict.fromkeys(info.group for info in infos)
+    parts = [f"{group}\n{_table([info for info in infos if info.group == group])}" for group in groups]
+    return "\n\n".join([*parts, "`simpletuner options KEY` explains one of them."])
+
+
+def _table(infos: list[OptionInfo]) -> str:
+    width = max(len(info.name) for info in infos)
+    lines = []
+    for info in infos:
+        text = f"not built: {info.planned}" if info.planned else info.help
+        lines.append(f"  {info.name:<{width}}  {textwrap.shorten(text, WIDTH - width, placeholder=' ...')}")
+    return "\n".join(lines)
+
+
+def resolved_text(run: LoadedRun) -> str:
+    """Every option with its effective value and where it comes from, one aligned line each; then the datasets."""
+    values = run.resolved()
+    rows = [(name, _shown_value(values[name]), str(run.origin(name))) for name in all_options()]
+    name_width = max(len(name) for name, _, _ in rows)
+    value_width = min(60, max(len(value) for _, value, _ in rows))
+    lines = [f"{name:<{name_width}}  {value:<{value_width}}  {origin}" for name, value, origin in rows]
+    lines += ["", f"datasets of {run.data_file}:"]
+    lines += [f"  {entry.id}: {entry.dataset_type}" for entry in run.datasets] or ["  none"]
+    return "\n".join([*lines, *(["", *(f"note: {line}" for line in run.warnings)] if run.warnings else [])])
+
+
+def _shown_value(value: Any) -> str:
+    return "-" if value is None else show_value(value)
+
+
+def shown_default(info: OptionInfo) -> str:
+    """A default as it would stand in a file; words for "unset"."""
+    if info.default is None:
+        return "unset"
+    return ", ".join(info.default) if isinstance(info.default, tuple) else _plain(info.default)
+
+
+def _plain(value: Any) -> str:
+    return (
+        value if isinstance(value, str) else show_value(value if isinstance(value, bool | int | float) else str(value))
+    )
+
+
+def option_rows(infos: Iterable[OptionInfo]) -> list[str]:
+    """Rows of a Markdown table: key, type or choices, default, unit, meaning."""
+    rows = ["| key | type | default | unit | meaning |", "|---|---|---|---|---|"]
+    for info in infos:
+        default = "**required**" if info.is_required else f"`{shown_default(info)}`"
+        kind = info.allowed.replace("|", "\\|")
+        meaning = info.help.replace("|", "\\|")
+        if info.planned:
+            meaning += f" **Not built:** {info.planned}."
+        rows.append(f"| `{info.name}` | {kind} | {default} | {info.unit or ''} | {meaning} |")
+    return rows
