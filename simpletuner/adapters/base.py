@@ -41,6 +41,7 @@ class Adapter(ABC):
     """
 
     file_name: str  # of the weights inside a checkpoint or an output folder
+    can_be_disabled: bool = True  # whether the base is still there to compute with
 
     def __init__(self, report: list[MatchCount]):
         self.report = report

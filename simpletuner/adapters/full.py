@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ class FullAdapter(Adapter):
         spec: for the metadata of the saved file.
     """
 
+    can_be_disabled = False
     # The name that diffusers' `from_pretrained` looks for beside a config.json.
     file_name = "diffusion_pytorch_model.safetensors"
 
@@ -34,8 +35,7 @@ class FullAdapter(Adapter):
     def trainable_parameters(self) -> dict[str, nn.Parameter]:
         return dict(self.denoiser.named_parameters())
 
-    @contextmanager
-    def disabled(self) -> Iterator[None]:
+    def disabled(self) -> AbstractContextManager[None]:
         """Always raises: nothing of the base is left to compute with.
 
         Raises:
@@ -49,7 +49,6 @@ class FullAdapter(Adapter):
                 fix="remove is_regularisation_data from the dataset, or train an adapter",
             )
         )
-        yield
 
     def save(self, path: Path, extra_metadata: Mapping[str, str], state: Mapping[str, Tensor] | None = None) -> None:
         """Write the denoiser's weights to `path`, and its `config.json` beside it, as diffusers loads them."""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 if TYPE_CHECKING:
     from lycoris.modules.lokr import LokrModule
@@ -45,12 +45,10 @@ def lokr_delta(module: LokrModule, x: Tensor, scale: float = 1.0) -> Tensor:
     """What a LoKr module on a linear layer adds to that layer's output; replaces `bypass_forward_diff`."""
     w1 = module.lokr_w1 if module.use_w1 else module.lokr_w1_a @ module.lokr_w1_b
     w2_chain = (module.lokr_w2,) if module.use_w2 else (module.lokr_w2_b, module.lokr_w2_a)
-    # All factors of scale go into w1, the smallest tensor.
+    # Scaled here, because w1 is the smallest tensor.
     scale = module.scale * scale
     if scale != 1:
         w1 = w1 * scale
-    if isinstance(module.scalar, nn.Parameter):
-        w1 = w1 * module.scalar
     return module.drop(kron_linear(x, w1.to(x.dtype), *(factor.to(x.dtype) for factor in w2_chain)))
 
 

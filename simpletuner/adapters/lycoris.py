@@ -113,8 +113,8 @@ def attach_lycoris(
     network = _create_network(denoiser, lycoris, targets, seed, file)
     report = count_matches(denoiser, (paths[module.lora_name] for module in network.loras), targets)
     require_matches(report, denoiser, targets, file)
-    for module in network.loras:
-        if lycoris.get("bypass_mode", True) and _entry_allows_bypass(module, paths, targets):
+    if lycoris.get("bypass_mode", True):
+        for module in network.loras:
             prefer_bypass(module)
     register_network(denoiser, network, dtype)
     _require_live(network, file)
@@ -207,14 +207,6 @@ def _create_network(
             raise ConfigError(Problem(f"LyCORIS refuses this configuration: {error}", key=KEY, file=file)) from error
 
 
-def _entry_allows_bypass(module: LycorisBaseModule, paths: Mapping[str, str], targets: LycorisTargets) -> bool:
-    """False where an entry that applies to the layer sets `bypass_mode` to false; the module then says so itself."""
-    maps = [*targets.module_algo_map.values(), *targets.name_algo_map.values()]
-    if not any("bypass_mode" in settings for settings in maps):
-        return True
-    return bool(module.bypass_mode)
-
-
 def _require_live(network: LycorisNetwork, file: str | None) -> None:
     """Perturb one module of each kind: its layer's output must change and its weights must get gradients.
 
@@ -249,6 +241,8 @@ def _reacts(layer: nn.Module, module: LycorisBaseModule) -> bool:
             for parameter in parameters:
                 parameter.add_(torch.randn(parameter.shape).to(parameter) * 0.1)
         after = layer(x)
+        if not after.requires_grad:
+            return False
         gradients = torch.autograd.grad(after.float().square().sum(), parameters, allow_unused=True)
         has_gradient = any(gradient is not None and bool(gradient.any()) for gradient in gradients)
         return has_gradient and not torch.equal(before, after.detach())

@@ -24,12 +24,20 @@ UNUSABLE_ALGORITHMS = {
     "tlora": "it needs the timestep inside each layer",
 }
 
+UNUSABLE_KEYS = {
+    "use_scalar": "LyCORIS folds the scalar into the weights of the file, which a resumed run would need apart",
+    "train_norm": "only linear and convolutional layers are adapted",
+    "train_llm_adapter": "no family here has one",
+    "preset": "apply_preset says which layers",
+    "lora_prefix": "files carry the prefix that LyCORIS loads, lycoris",
+}
+
 NUMBERS = {
     "multiplier", "linear_dim", "linear_alpha", "conv_dim", "conv_alpha", "factor", "dropout", "rank_dropout",
     "module_dropout", "block_size", "constraint",
 }  # fmt: skip
 SWITCHES = {
-    "use_tucker", "use_cp", "use_conv_cp", "disable_conv_cp", "use_scalar", "decompose_both", "full_matrix", "rescaled",
+    "use_tucker", "use_cp", "use_conv_cp", "disable_conv_cp", "decompose_both", "full_matrix", "rescaled",
     "dora_wd", "wd_on_output", "bypass_mode", "unbalanced_factorization",
 }  # fmt: skip
 TOP_LEVEL_KEYS = {"algo", "apply_preset"} | NUMBERS | SWITCHES
@@ -40,8 +48,8 @@ PRESET_KEYS = {
 
 # Inside an algo map LyCORIS hands the keys to the module's constructor, which calls some things by other names.
 ENTRY_KEYS = {
-    "algo", "dim", "alpha", "factor", "use_tucker", "use_scalar", "decompose_both", "full_matrix", "block_size",
-    "constraint", "rescaled", "weight_decompose", "wd_on_out", "bypass_mode", "unbalanced_factorization", "rs_lora",
+    "algo", "dim", "alpha", "factor", "use_tucker", "decompose_both", "full_matrix", "block_size",
+    "constraint", "rescaled", "weight_decompose", "wd_on_out", "unbalanced_factorization", "rs_lora",
     "rank_dropout_scale", "train_on_input",
 }  # fmt: skip
 ENTRY_NAMES_FOR = {
@@ -132,6 +140,9 @@ def _unknown_keys(values: Mapping[str, Any], known: set[str], place: str, file: 
     problems = []
     for key in values:
         if key in known:
+            continue
+        if key in UNUSABLE_KEYS:
+            problems.append(Problem(f"cannot be used: {UNUSABLE_KEYS[key]}", key=f"{place}{key}", file=file))
             continue
         near = ENTRY_NAMES_FOR.get(key) if known is ENTRY_KEYS else None
         near = near or next(iter(difflib.get_close_matches(key, known, n=1)), None)

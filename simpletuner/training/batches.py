@@ -1,0 +1,129 @@
+"""From the sampler's plan to batches of tensors, one accumulation window at a time.
+
+A window is a pure function of (epoch, position, optimizer step): it can be prepared ahead of time in a thread without
+changing what the model sees.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from simpletuner.batch import Batch, Sample
+from simpletuner.data.dataset import Dataset
+from simpletuner.data.sampler import BatchPlan, Sampler
+from simpletuner.diffusion.loss import sample_weights
+from simpletuner.models.family import ModelFamily
+from simpletuner.randomness import keyed_uniform
+
+
+class LatentSource(Protocol):
+    """Gives the scaled latents of a sample; the VAE cache, on disk or on demand."""
+
+    def latents(self, samples: Sequence[Sample]) -> list[torch.Tensor]:
+        """(C, h, w) float32 of each sample, scaled and shifted."""
+
+
+@dataclass(frozen=True)
+class Window:
+    """The micro-batches of one optimizer step, and where the data stand after it."""
+
+    step: int
+    batches: list[Batch]
+    next_epoch: int
+    next_position: int
+
+    @property
+    def weight(self) -> float:
+        """What all samples of the window count together; the loss of the step is normalised by it."""
+        weights = [sample_weights(batch.loss_weights, batch.masks).sum() for batch in self.batches]
+        return max(float(sum(weights)), 1e-12)
+
+    @property
+    def num_samples(self) -> int:
+        return sum(len(batch) for batch in self.batches)
+
+
+class BatchSource:
+    """Builds windows in the sampler's order and prepares the next one while the model works.
+
+    Args:
+        sources: dataset id -> where its latents come from.
+        accumulation: micro-batches per optimizer step.
+        dropout: probability that a caption becomes `family.spec.dropped_caption`.
+    """
+
+    def __init__(
+        self,
+        family: ModelFamily,
+        datasets: Sequence[Dataset],
+        sources: Mapping[str, LatentSource],
+        sampler: Sampler,
+        seed: int,
+        accumulation: int = 1,
+        dropout: float = 0.0,
+    ):
+        self.family = family
+        self.datasets = {dataset.id: dataset for dataset in datasets}
+        self.sources = sources
+        self.sampler = sampler
+        self.seed = seed
+        self.accumulation = accumulation
+        self.dropout = dropout
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="batches")
+        self._ahead: tuple[tuple[int, int, int], Future[Window]] | None = None
+
+    def window(self, step: int, epoch: int, position: int) -> Window:
+        """The window that starts at (epoch, position); the one after it is begun in the background."""
+        key = (step, epoch, position)
+        if self._ahead is not None and self._ahead[0] == key:
+            window = self._ahead[1].result()
+        else:
+            window = self.build_window(*key)
+        ahead = (step + 1, window.next_epoch, window.next_position)
+        self._ahead = (ahead, self._executor.submit(self.build_window, *ahead))
+        return window
+
+    def build_window(self, step: int, epoch: int, position: int) -> Window:
+        """Build a window without looking ahead."""
+        batches: list[Batch] = []
+        slot = 0
+        for _ in range(self.accumulation):
+            plan = self.sampler.batch(epoch, position)
+            batches.append(self.build_batch(plan, step, slot))
+            slot += len(plan.sample_indices)
+            position += 1
+            if position == self.sampler.batches_per_epoch:
+                epoch, position = epoch + 1, 0
+        return Window(step, batches, epoch, position)
+
+    def build_batch(self, plan: BatchPlan, step: int, first_slot: int) -> Batch:
+        """Latents, captions and prompt embeddings of a plan."""
+        dataset = self.datasets[plan.dataset_id]
+        samples = [dataset.samples[index] for index in plan.sample_indices]
+        slots = list(range(first_slot, first_slot + len(samples)))
+        captions = [self.caption(dataset, sample, step, slot) for sample, slot in zip(samples, slots, strict=True)]
+        return Batch(
+            latents=torch.stack(self.sources[dataset.id].latents(samples)),
+            prompt_embeds=self.family.encode_prompts(captions),
+            slots=slots,
+            digests=[sample.digest for sample in samples],
+            loss_weights=torch.tensor(plan.loss_weights),
+            dataset_id=dataset.id,
+            is_regularisation=dataset.is_regularisation,
+            captions=captions,
+        )
+
+    def caption(self, dataset: Dataset, sample: Sample, step: int, slot: int) -> str:
+        """One caption variant, or the family's empty caption where it is dropped; keyed like the noise."""
+        if self.dropout and keyed_uniform(self.seed, "caption dropout", step, slot) < self.dropout:
+            return self.family.spec.dropped_caption
+        return dataset.caption_for(sample, self.seed, step, slot)
+
+    def close(self) -> None:
+        """Stop preparing windows; nothing is lost, for windows hold no state."""
+        self._executor.shutdown(wait=True, cancel_futures=True)

@@ -1,0 +1,191 @@
+"""Checkpoints: committed whole or not at all, found by name and manifest, rotated only after the new one is safe.
+
+A checkpoint holds what `TrainState` and the configuration cannot give back: trainable weights, optimizer state and EMA.
+Names are matched strictly, so that a stray `checkpoint-best` or `checkpoint-1 (copy)` is never taken for one.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from simpletuner import __version__, storage
+from simpletuner.errors import ConfigError, DataError, Problem
+from simpletuner.optim.ema import EMA
+from simpletuner.optim.state import load_optimizer_tensors, optimizer_tensors
+from simpletuner.reporting.events import Notice
+from simpletuner.training.identity import compare_identity, run_identity
+from simpletuner.training.state import TrainState
+
+if TYPE_CHECKING:
+    from simpletuner.training.run import Run
+
+NAME = re.compile(r"^checkpoint-(\d+)$")
+STATE_FILE = "training_state.json"
+OPTIMIZER_FILE = "optimizer.safetensors"
+EMA_FILE = "ema.safetensors"
+
+
+class Checkpoints:
+    """The checkpoints of one output folder.
+
+    Args:
+        output_dir: they are its `checkpoint-<step>` folders.
+        limit: how many are kept; None or 0 keeps all.
+    """
+
+    def __init__(self, output_dir: Path, limit: int | None):
+        self.output_dir = output_dir
+        self.limit = limit
+
+    def found(self) -> list[Path]:
+        """Folders named like checkpoints, oldest step first; says nothing of whether they are valid."""
+        if not self.output_dir.is_dir():
+            return []
+        folders = [path for path in self.output_dir.iterdir() if NAME.match(path.name) and path.is_dir()]
+        return sorted(folders, key=checkpoint_step)
+
+    def save(self, run: Run) -> Path:
+        """Commit the current state, then rotate. A checkpoint of this step that is already valid is left as it is.
+
+        Raises:
+            DataError: the disk is full or cannot be written; earlier checkpoints stay.
+        """
+        path = self.output_dir / f"checkpoint-{run.state.global_step}"
+        if path.is_dir() and not storage.verify_dir(path, full=False):
+            return path
+        with storage.commit_dir(path, metadata={"global_step": run.state.global_step}) as folder:
+            write_checkpoint(run, folder)
+        self.rotate(keep=path)
+        return path
+
+    def rotate(self, keep: Path) -> None:
+        """Remove the oldest checkpoints beyond the limit; only valid ones count, `keep` is never removed."""
+        if not self.limit:
+            return
+        valid = [path for path in self.found() if not storage.verify_dir(path, full=False)]
+        for path in valid[: max(len(valid) - self.limit, 0)]:
+            if path != keep:
+                storage.remove_dir(path)
+
+    def choose(self, wanted: str | None) -> tuple[Path | None, list[str]]:
+        """The checkpoint to resume from, and what there is to tell about it.
+
+        Args:
+            wanted: `latest`, a folder name, a path, or None / "" for a fresh start.
+
+        Raises:
+            ConfigError: a named checkpoint is not there, or the folder holds only damaged ones.
+        """
+        storage.sweep(self.output_dir)
+        if not wanted:
+            return None, []
+        if wanted != "latest":
+            return self._named(wanted), []
+        return self._latest()
+
+    def _named(self, wanted: str) -> Path:
+        for path in (self.output_dir / Path(wanted).name, Path(wanted)):
+            if path.is_dir():
+                damage = storage.verify_dir(path)
+                if damage:
+                    raise ConfigError(_resume_problem(f"{path} is damaged: {damage[0]}", self.found()))
+                return path
+        raise ConfigError(_resume_problem(f"there is no checkpoint {wanted} in {self.output_dir}", self.found()))
+
+    def _latest(self) -> tuple[Path | None, list[str]]:
+        notices = []
+        for path in reversed(self.found()):
+            damage = storage.verify_dir(path)
+            if not damage:
+                return path, notices
+            aside = path.with_name(f"damaged-{path.name}")
+            path.rename(aside)
+            notices.append(f"{path.name} is damaged ({damage[0]}); it was set aside as {aside.name}")
+        if notices:
+            raise ConfigError(_resume_problem(f"no valid checkpoint is left in {self.output_dir}: {notices[0]}", []))
+        return None, []
+
+
+def checkpoint_step(path: Path) -> int:
+    match = NAME.match(path.name)
+    assert match is not None
+    return int(match.group(1))
+
+
+def _resume_problem(message: str, found: list[Path]) -> Problem:
+    names = ", ".join(path.name for path in found) or "none"
+    return Problem(
+        message,
+        key="resume_from_checkpoint",
+        allowed=f"latest, or one of: {names}",
+        fix="name another checkpoint, or choose another output_dir for a fresh start",
+    )
+
+
+def write_checkpoint(run: Run, folder: Path) -> None:
+    """Write all files of a checkpoint into `folder` (not yet committed)."""
+    parameters = run.adapter.trainable_parameters()
+    metadata = {"global_step": str(run.state.global_step)}
+    run.adapter.save(folder / run.adapter.file_name, metadata)
+    tensors, plain = optimizer_tensors(run.optimizer, parameters)
+    storage.save_tensors(folder / OPTIMIZER_FILE, tensors)
+    if run.ema is not None:
+        storage.save_tensors(folder / EMA_FILE, run.ema.state_tensors())
+        (folder / "ema").mkdir()
+        run.adapter.save(folder / "ema" / run.adapter.file_name, metadata, state=run.ema.state_dict())
+    storage.write_json(
+        folder / STATE_FILE,
+        {
+            "version": __version__,
+            "state": run.state.to_json(),
+            "optimizer": plain,
+            "identity": run_identity(run),
+            "eval_losses": {str(step): loss for step, loss in run.eval_losses.items()},
+        },
+    )
+    storage.write_json(folder / "config.json", run.loaded.resolved())
+
+
+def load_checkpoint(run: Run, path: Path) -> None:
+    """Put a verified checkpoint into a built run.
+
+    Raises:
+        ConfigError: the run differs in what cannot be changed on resume (model, adapter, optimizer).
+        DataError: the checkpoint was made by a version that this one cannot read.
+    """
+    saved = read_state(path)
+    for change in compare_identity(saved["identity"], run_identity(run), path):
+        run.bus.emit(Notice("warning", change))
+    from safetensors.torch import load_file
+
+    parameters = run.adapter.trainable_parameters()
+    weights = load_file(path / run.adapter.file_name)
+    run.adapter.load_state_dict({name: tensor for name, tensor in weights.items() if name in parameters})
+    load_optimizer_tensors(run.optimizer, parameters, load_file(path / OPTIMIZER_FILE), saved["optimizer"])
+    if run.ema is not None:
+        if (path / EMA_FILE).is_file():
+            run.ema.load_state_tensors(load_file(path / EMA_FILE))
+        else:
+            run.bus.emit(Notice("warning", f"{path.name} has no EMA; the average starts from its weights"))
+            run.ema = EMA(parameters, run.ema.decay, run.ema.update_interval)
+    run.state = TrainState.from_json(saved["state"])
+    run.eval_losses.update({int(step): loss for step, loss in saved["eval_losses"].items()})
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """`training_state.json` of a checkpoint."""
+    try:
+        saved = json.loads((path / STATE_FILE).read_text())
+        saved["state"], saved["identity"], saved["optimizer"], saved["eval_losses"]
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(
+            Problem(
+                f"{path / STATE_FILE} cannot be read ({error!r}); this is simpletuner {__version__}",
+                key="resume_from_checkpoint",
+                fix="use the version that wrote it, or another checkpoint",
+            )
+        ) from error
+    return saved

@@ -1,0 +1,36 @@
+"""Which device and number formats a run uses."""
+
+from __future__ import annotations
+
+import torch
+
+from simpletuner.config.options import TrainConfig
+
+
+def pick_device() -> torch.device:
+    """The accelerator of this process, or the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    if torch.backends.mps.is_available():
+        return torch.device("mps")
+    return torch.device("cpu")
+
+
+def weight_dtype(config: TrainConfig) -> torch.dtype:
+    """Dtype of the denoiser's weights.
+
+    Full training with an optimizer that does not round stochastically keeps float32 weights and computes in
+    `mixed_precision`: in bfloat16 its updates would vanish.
+    """
+    if config.mixed_precision == "no":
+        return torch.float32
+    if config.model_type == "full" and config.optimizer != "adamw_bf16":
+        return torch.float32
+    return torch.bfloat16
+
+
+def adapter_dtype(config: TrainConfig) -> torch.dtype:
+    """Dtype of an adapter's weights: bfloat16 only where the optimizer rounds stochastically, else float32."""
+    if config.mixed_precision == "bf16" and config.optimizer == "adamw_bf16":
+        return torch.bfloat16
+    return torch.float32

@@ -1,0 +1,125 @@
+"""The stable eval loss: held-out pictures, fixed noise, fixed timesteps.
+
+Training loss is mostly the luck of which timestep was drawn. Here each picture is noised at the same quantiles of the
+family's distribution with the same noise every time, so that two evaluations differ only by the weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from simpletuner.batch import Batch, Sample
+from simpletuner.data.dataset import Dataset
+from simpletuner.diffusion.timesteps import fixed_quantiles
+from simpletuner.models.family import ModelFamily
+from simpletuner.randomness import keyed_generator
+from simpletuner.training.batches import LatentSource
+from simpletuner.training.step import compute_losses
+
+EVAL_SEED = 0
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """Losses of one evaluation.
+
+    Args:
+        by_dataset: dataset id -> mean over its pictures and timesteps.
+        pooled: mean over all pictures of all datasets.
+        by_quantile: (quantile, mean loss) over all pictures; quantiles of the family's distribution of sigmas.
+    """
+
+    by_dataset: Mapping[str, float]
+    pooled: float
+    by_quantile: Sequence[tuple[float, float]]
+
+
+class Evaluator:
+    """Evaluates live weights without touching training's randomness or mode.
+
+    Args:
+        datasets: the entries of dataset_type eval.
+        sources: dataset id -> latents.
+        num_images: pictures used of each dataset, in path order.
+        num_timesteps: quantiles per picture (`eval_timesteps`).
+        batch_size: rows per forward pass; part of what is fixed, since it may change the last bits.
+    """
+
+    def __init__(
+        self,
+        family: ModelFamily,
+        datasets: Sequence[Dataset],
+        sources: Mapping[str, LatentSource],
+        num_images: int,
+        num_timesteps: int,
+        batch_size: int,
+    ):
+        self.family = family
+        self.datasets = list(datasets)
+        self.sources = sources
+        self.num_images = num_images
+        self.quantiles = fixed_quantiles(num_timesteps)
+        self.batch_size = batch_size
+
+    def run(self, denoiser: nn.Module) -> EvalResult:
+        """Evaluate; raises what the denoiser raises."""
+        was_training = denoiser.training
+        denoiser.eval()
+        try:
+            with torch.no_grad():
+                losses = {dataset.id: self._dataset_losses(denoiser, dataset) for dataset in self.datasets}
+        finally:
+            denoiser.train(was_training)
+        pooled = torch.cat(list(losses.values()))
+        by_quantile = pooled.mean(dim=0).tolist()
+        return EvalResult(
+            by_dataset={dataset_id: float(rows.mean()) for dataset_id, rows in losses.items()},
+            pooled=float(pooled.mean()),
+            by_quantile=list(zip(self.quantiles.tolist(), by_quantile, strict=True)),
+        )
+
+    def _dataset_losses(self, denoiser: nn.Module, dataset: Dataset) -> Tensor:
+        """(pictures, timesteps) loss of each picture at each quantile."""
+        usable = sorted(int(index) for members in dataset.buckets.values() for index in members)
+        samples = [dataset.samples[index] for index in usable[: self.num_images]]
+        rows = [(sample, index) for sample in samples for index in range(len(self.quantiles))]
+        losses: list[float] = []
+        start = 0
+        while start < len(rows):
+            chunk = _same_size_run(rows[start : start + self.batch_size])
+            losses += self._chunk_losses(denoiser, dataset, chunk)
+            start += len(chunk)
+        return torch.tensor(losses, dtype=torch.float64).reshape(len(samples), len(self.quantiles))
+
+    def _chunk_losses(self, denoiser: nn.Module, dataset: Dataset, rows: list[tuple[Sample, int]]) -> list[float]:
+        latents = torch.stack(self.sources[dataset.id].latents([sample for sample, _ in rows]))
+        noise = torch.stack(
+            [
+                torch.randn(latents.shape[1:], generator=keyed_generator(EVAL_SEED, "eval noise", sample.digest, index))
+                for sample, index in rows
+            ]
+        )
+        batch = Batch(
+            latents=latents,
+            prompt_embeds=self.family.encode_prompts([sample.captions[0] for sample, _ in rows]),
+            slots=range(len(rows)),
+            digests=[sample.digest for sample, _ in rows],
+            loss_weights=torch.ones(len(rows)),
+            dataset_id=dataset.id,
+        )
+        quantiles = self.quantiles[[index for _, index in rows]]
+        return compute_losses(self.family, denoiser, batch, noise, quantiles).per_sample.tolist()
+
+
+def _same_size_run(rows: list[tuple[Sample, int]]) -> list[tuple[Sample, int]]:
+    """The leading rows whose pictures have one size, since a batch has one."""
+    first = rows[0][0].crop
+    size = (first.height, first.width)
+    count = 0
+    while count < len(rows) and (rows[count][0].crop.height, rows[count][0].crop.width) == size:
+        count += 1
+    return rows[:count]

@@ -1,0 +1,72 @@
+"""The end of a run: weights where people look for them, pictures before and after, the curve, the next command."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+from simpletuner import storage
+from simpletuner.config.loading import LoadedRun
+from simpletuner.reporting.events import RunFinished
+from simpletuner.reporting.loss_plot import draw_loss_plot
+from simpletuner.training.phases import phase
+from simpletuner.training.proof import prove_weights
+from simpletuner.training.run import Run
+
+METRICS_FILE = "metrics.jsonl"
+
+
+def finish_run(run: Run, seconds: float) -> None:
+    """Write and check the final weights, draw the summary, and say what to do next."""
+    outputs = save_weights(run)
+    if run.validator is not None:
+        sheet = run.validator.before_after_grid(run.state.global_step)
+        if sheet is not None:
+            outputs["pictures before and after"] = sheet
+    plot = draw_loss_plot(run.output_dir / METRICS_FILE, run.output_dir / "loss.png")
+    if plot is not None:
+        outputs["loss curve"] = plot
+    command = generate_command(run.loaded, run.family.source.model, outputs)
+    run.bus.emit(RunFinished(step=run.state.global_step, seconds=seconds, outputs=outputs, commands=(command,)))
+
+
+def save_weights(run: Run) -> dict[str, Path]:
+    """Final weights in the output folder, and their EMA; each file is proved before it counts."""
+    outputs = {}
+    with phase(run.bus, "saving and checking the weights"):
+        name = "adapter" if run.adapter.can_be_disabled else "model"
+        folder = (
+            run.output_dir
+            if run.adapter.can_be_disabled
+            else run.output_dir / run.family.spec.component("denoiser").name
+        )
+        outputs[name] = save_weight_file(run, folder)
+        if run.ema is not None:
+            with run.ema.swapped_in(run.adapter.trainable_parameters()):
+                outputs[f"{name} (EMA)"] = save_weight_file(run, run.output_dir / "ema")
+    return outputs
+
+
+def save_weight_file(run: Run, folder: Path) -> Path:
+    """Write the live weights to `folder` under a temporary name, prove them, then give them their name."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / run.adapter.file_name
+    with storage.replacing_file(path) as temporary:
+        run.adapter.save(temporary, {"global_step": str(run.state.global_step)})
+        prove_weights(run, temporary)
+    return path
+
+
+def generate_command(loaded: LoadedRun, model: str, outputs: dict[str, Path]) -> str:
+    """The shell command that draws with what was trained."""
+    config = loaded.config
+    prompt = config.validation_prompt or next(iter((loaded.prompt_library or {}).values()), "a photo")
+    height, width = config.validation_sizes[0]
+    words = ["simpletuner", "generate", "--model-family", config.model_family, "--model", model]
+    if "adapter" in outputs:
+        words += ["--adapter", str(outputs["adapter"])]
+    words += ["--prompt", prompt, "--width", str(width), "--height", str(height)]
+    words += ["--steps", str(config.validation_num_inference_steps), "--guidance", str(config.validation_guidance)]
+    if config.validation_negative_prompt is not None:
+        words += ["--negative-prompt", config.validation_negative_prompt]
+    return shlex.join(words)

@@ -1,0 +1,193 @@
+"""Where the latents of each dataset come from: filled caches, or a VAE that stays for what is missing.
+
+Caches are filled before the denoiser is loaded, and the VAE is freed in between; `vae_cache_ondemand` keeps it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from simpletuner.batch import Sample
+from simpletuner.cache.fingerprints import vae_fingerprint
+from simpletuner.cache.latents import FillReport, LatentCache, OnDemandLatents
+from simpletuner.cache.store import DamagedEntry, TensorStore
+from simpletuner.config.loading import LoadedRun
+from simpletuner.data.dataset import Dataset
+from simpletuner.data.digests import DigestMemo
+from simpletuner.errors import DataError, Problem
+from simpletuner.models.components import component_config
+from simpletuner.models.family import LatentMoments, ModelFamily
+from simpletuner.randomness import keyed_generator
+from simpletuner.reporting.bus import EventBus
+from simpletuner.reporting.events import Notice
+from simpletuner.training.phases import Phase, phase
+from simpletuner.training.signals import StopRequest
+
+# Ready latents of small sets stay in memory: reading and drawing them again takes longer than a tiny model's step.
+MEMO_BYTES = 256 * 2**20
+
+
+class DatasetLatents:
+    """Scaled latents of one dataset.
+
+    Args:
+        cache: holds the moments.
+        load_vae: called when something must be encoded during training: on demand, or because an entry is damaged.
+        batch_size: pictures in every batch that the VAE sees (`vae_batch_size`).
+    """
+
+    def __init__(
+        self, cache: LatentCache, dataset: Dataset, load_vae: Callable[[], nn.Module], batch_size: int, seed: int
+    ):
+        self.cache = cache
+        self.family = cache.family
+        self.dataset = dataset
+        self.load_vae = load_vae
+        self.batch_size = batch_size
+        self.seed = seed
+        self.vae_config = component_config(self.family.source, self.family.spec.component("vae"))
+        self._on_demand: OnDemandLatents | None = None
+        self._memo: dict[str, Tensor] = {}
+        self._memo_bytes = 0
+
+    def latents(self, samples: Sequence[Sample]) -> list[Tensor]:
+        """(C, h, w) float32 of each sample, scaled and shifted; the posterior's draw is keyed by (seed, content)."""
+        names = [f"{sample.digest}/{sample.crop}" for sample in samples]
+        missing = [sample for name, sample in zip(names, samples, strict=True) if name not in self._memo]
+        fresh = dict(zip((f"{s.digest}/{s.crop}" for s in missing), self._moments(missing), strict=True))
+        rows = []
+        for name in names:
+            if name not in self._memo:
+                generator = keyed_generator(self.seed, "posterior", name)
+                row = self.family.latents_from_moments(fresh[name], generator, self.vae_config)
+                self._remember(name, row)
+            else:
+                row = self._memo[name]
+            rows.append(row)
+        return rows
+
+    def encode_on_demand(self) -> OnDemandLatents:
+        """The encoder for what the cache lacks; loads the VAE on first use and keeps it."""
+        if self._on_demand is None:
+            self._on_demand = OnDemandLatents(self.cache, self.dataset, self.load_vae(), self.batch_size)
+        return self._on_demand
+
+    def close(self) -> None:
+        """Write what was encoded on demand."""
+        if self._on_demand is not None:
+            self._on_demand.close()
+
+    def _moments(self, samples: Sequence[Sample]) -> list[LatentMoments]:
+        if not samples:
+            return []
+        if self._on_demand is not None:
+            return self._on_demand.get_many(samples)
+        try:
+            return [self.cache.get(sample) for sample in samples]
+        except DamagedEntry:
+            return self.encode_on_demand().get_many(samples)
+
+    def _remember(self, name: str, row: Tensor) -> None:
+        size = row.numel() * row.element_size()
+        if self._memo_bytes + size <= MEMO_BYTES:
+            self._memo[name] = row
+            self._memo_bytes += size
+
+
+LatentSources = Mapping[str, DatasetLatents]
+
+
+class SharedVae:
+    """Loads the VAE once for all datasets, and lets go of it."""
+
+    def __init__(self, family: ModelFamily):
+        self.family = family
+        self._vae: nn.Module | None = None
+
+    def load(self) -> nn.Module:
+        if self._vae is None:
+            self._vae = self.family.load_vae()
+        return self._vae
+
+    def free(self) -> None:
+        self._vae = None
+        if self.family.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def prepare_latents(
+    loaded: LoadedRun, family: ModelFamily, datasets: Sequence[Dataset], bus: EventBus, stop: StopRequest
+) -> tuple[list[Dataset], LatentSources]:
+    """Fill the caches, or get ready to fill them on demand.
+
+    Returns:
+        The datasets without the pictures that cannot be encoded, and the sources by dataset id.
+
+    Raises:
+        DataError: nothing usable is left of a dataset, no disk space, no memory.
+        Interrupted: a signal came; what was encoded stays.
+    """
+    config = loaded.config
+    cache_dir = Path(config.cache_dir)
+    memo = DigestMemo(cache_dir / "digests.sqlite")
+    fingerprint = vae_fingerprint(family.source, family.spec, memo, family.device, torch.float32)
+    vae = SharedVae(family)
+    kept, sources = [], {}
+    for dataset in datasets:
+        folder = Path(dataset.entry.cache_dir_vae or cache_dir / "vae" / family.spec.name / dataset.id)
+        cache = LatentCache(TensorStore(folder), family, fingerprint)
+        if not config.vae_cache_ondemand:
+            dataset = fill_cache(cache, dataset, vae, config.vae_batch_size, bus, stop)
+        kept.append(dataset)
+        sources[dataset.id] = DatasetLatents(cache, dataset, vae.load, config.vae_batch_size, config.seed)
+        if config.vae_cache_ondemand:
+            sources[dataset.id].encode_on_demand()
+    if not config.vae_cache_ondemand:
+        vae.free()
+    return kept, sources
+
+
+def fill_cache(
+    cache: LatentCache, dataset: Dataset, vae: SharedVae, batch_size: int, bus: EventBus, stop: StopRequest
+) -> Dataset:
+    """Encode what is missing of one dataset; gives it back without the pictures that cannot be encoded."""
+    with phase(bus, f"caching latents of {dataset.id}", len(dataset.samples)) as progress:
+        report = cache.fill(dataset, vae.load, batch_size, report=_teller(progress, stop))
+        progress.summary = f"{report.num_encoded} encoded, {report.num_cached} cached before"
+    if not report.unusable:
+        return dataset
+    for bad in report.unusable:
+        bus.emit(Notice("warning", f"{dataset.id}: {bad.sample.path} is left out: {bad.reason}"))
+    return without(dataset, report)
+
+
+def without(dataset: Dataset, report: FillReport) -> Dataset:
+    """The dataset without unusable samples: they keep their index but belong to no bucket."""
+    bad = {sample.sample.path for sample in report.unusable}
+    buckets = {}
+    for size, members in dataset.buckets.items():
+        good = [int(index) for index in members if dataset.samples[int(index)].path not in bad]
+        if good:
+            buckets[size] = members[[int(index) in set(good) for index in members]]
+    if not buckets:
+        raise DataError(
+            Problem(
+                f"no picture of dataset {dataset.id} can be encoded; the first: {report.unusable[0].reason}",
+                key=f"{dataset.id}.instance_data_dir",
+                fix="repair the pictures or take the dataset out",
+            )
+        )
+    return replace(dataset, buckets=buckets)
+
+
+def _teller(progress: Phase, stop: StopRequest) -> Callable[[int, int], None]:
+    def tell(done: int, total: int) -> None:
+        progress.advance(done - progress.done)
+        stop.check()
+
+    return tell

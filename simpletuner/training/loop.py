@@ -1,0 +1,216 @@
+"""The training loop. The order of a step is written here, once, with its reasons.
+
+1. data      the window of micro-batches that makes one optimizer step
+2. losses    each micro-batch forward and backward, divided by the whole window's weight
+3. update    check finite -> clip -> schedule -> optimizer -> EMA -> global_step + 1
+4. report    numbers of this step
+5. checkpoint before evaluation and pictures: a crash in those loses nothing
+6. evaluate  eval loss on fixed noise
+7. validate  pictures from the live weights
+
+Nothing in 4 to 7 touches weights or randomness of training, so they can be switched on or off without changing a bit
+of the result. A signal is answered between windows: parameters are then those of a whole number of steps.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from simpletuner.errors import DivergedError, Problem
+from simpletuner.optim.clipping import clip_by_norm, clip_by_value, gradient_norm
+from simpletuner.randomness import reseed_global
+from simpletuner.reporting.events import CheckpointSaved, EvalDone, Notice, StepDone
+from simpletuner.training.batches import Window
+from simpletuner.training.memory import memory_gb
+from simpletuner.training.run import Run
+from simpletuner.training.step import Losses, compute_losses, draw_noise, draw_quantiles
+
+MAX_SKIPPED_STEPS = 5
+
+
+@dataclass(frozen=True)
+class StepOutcome:
+    """Numbers of one optimizer step; `loss` is not finite where the step was skipped."""
+
+    loss: float
+    grad_norm: float
+    learning_rate: float
+    regularisation_loss: float | None
+
+
+def run_training(run: Run) -> None:
+    """Train until `run.max_train_steps`, from wherever `run.state` stands.
+
+    Raises:
+        DivergedError: too many steps in a row without finite gradients.
+        Interrupted: a signal came; the state is saved.
+    """
+    run.denoiser.train()
+    if run.state.global_step == 0:
+        maybe_evaluate(run, always=True)
+        maybe_validate(run, always=True)
+
+    while run.state.global_step < run.max_train_steps:
+        started = time.perf_counter()
+        epoch = run.state.epoch
+        window = run.batches.window(run.state.global_step, epoch, run.state.position)
+        outcome = train_window(run, window)
+        report_step(run, window, outcome, epoch, time.perf_counter() - started)
+
+        maybe_checkpoint(run)
+        maybe_evaluate(run)
+        maybe_validate(run)
+        if run.stop:
+            raise run.stop.error(saved=str(save_checkpoint(run)))
+
+
+def train_window(run: Run, window: Window) -> StepOutcome:
+    """One optimizer step: all micro-batches of the window, then the update."""
+    step = window.step
+    losses = [backward_micro_batch(run, window, micro_step) for micro_step in range(len(window.batches))]
+    outcome = summarise(run, window, losses)
+    state = run.state
+    if math.isfinite(outcome.loss) and math.isfinite(outcome.grad_norm):
+        run.set_learning_rate(outcome.learning_rate)
+        run.optimizer.step()
+        if run.ema is not None:
+            run.ema.update(run.adapter.trainable_parameters(), step + 1)
+        state.skipped_steps = 0
+    else:
+        state.skipped_steps += 1
+    run.optimizer.zero_grad(set_to_none=True)
+    state.global_step, state.epoch, state.position = step + 1, window.next_epoch, window.next_position
+    if state.skipped_steps >= MAX_SKIPPED_STEPS:
+        raise diverged(run, window)
+    return outcome
+
+
+def backward_micro_batch(run: Run, window: Window, micro_step: int) -> Losses:
+    """Forward and backward of one micro-batch, its loss divided by the weight of the whole window."""
+    batch = window.batches[micro_step]
+    step = window.step
+    noise, quantiles = draw_noise(batch, run.seed, step), draw_quantiles(batch, run.seed, step)
+    # Dropout inside an adapter draws from the global generator.
+    reseed_global(run.seed, "denoiser", step, micro_step)
+    with run.autocast():
+        losses = compute_losses(run.family, run.denoiser, batch, noise, quantiles, run.adapter.disabled)
+    (losses.weighted_sum / window.weight).backward()
+    return losses
+
+
+def summarise(run: Run, window: Window, losses: list[Losses]) -> StepOutcome:
+    """Clip the gradients and gather the step's numbers: the one place where the host waits for the device."""
+    config = run.config
+    grad_norm = clip_gradients(run)
+    loss, regularisation_loss = weighted_means(window, losses)
+    learning_rate = config.learning_rate * run.lr_factor(window.step)
+    return StepOutcome(loss, float(grad_norm), learning_rate, regularisation_loss)
+
+
+def clip_gradients(run: Run) -> Tensor:
+    """() the joint norm of the gradients (largest absolute value where clipping is by value), before clipping."""
+    config = run.config
+    if not config.max_grad_norm:
+        return gradient_norm(run.trainable)
+    clip = clip_by_value if config.grad_clip_method == "value" else clip_by_norm
+    return clip(run.trainable, config.max_grad_norm)
+
+
+def weighted_means(window: Window, losses: list[Losses]) -> tuple[float, float | None]:
+    """(mean over all samples of the window, mean over its regularisation samples or None)."""
+    sums = torch.stack([micro.weighted_sum.detach() for micro in losses]).tolist()
+    weights = torch.stack([micro.weights.sum() for micro in losses]).tolist()
+    kept = [index for index, batch in enumerate(window.batches) if batch.is_regularisation]
+    regularisation = sum(sums[i] for i in kept) / max(sum(weights[i] for i in kept), 1e-12) if kept else None
+    return sum(sums) / max(sum(weights), 1e-12), regularisation
+
+
+def diverged(run: Run, window: Window) -> DivergedError:
+    """The error of a run whose numbers are no longer finite; names the last samples."""
+    captions = [caption for batch in window.batches for caption in batch.captions]
+    return DivergedError(
+        Problem(
+            f"loss or gradients were not finite for {MAX_SKIPPED_STEPS} steps in a row, up to step "
+            f"{run.state.global_step}; the checkpoints are untouched. Captions of the last one: {captions[:4]}",
+            key="learning_rate",
+            fix="lower learning_rate or max_grad_norm, or use mixed_precision bf16 instead of fp16, and resume",
+        )
+    )
+
+
+def report_step(run: Run, window: Window, outcome: StepOutcome, epoch: int, seconds: float) -> None:
+    """Emit the numbers of a step."""
+    extra = {"regularisation_loss": outcome.regularisation_loss} if outcome.regularisation_loss is not None else {}
+    if run.ema is not None:
+        extra["ema_decay"] = run.ema.decay_at(window.step + 1)
+    run.bus.emit(
+        StepDone(
+            step=run.state.global_step,
+            total_steps=run.max_train_steps,
+            loss=outcome.loss,
+            learning_rate=outcome.learning_rate,
+            grad_norm=outcome.grad_norm,
+            seconds=seconds,
+            samples=window.num_samples,
+            epoch=epoch + 1,
+            memory_gb=memory_gb(run.family.device),
+            extra=extra,
+        )
+    )
+    if run.state.skipped_steps:
+        run.bus.emit(Notice("warning", f"step {run.state.global_step}: loss or gradients not finite, step skipped"))
+
+
+def is_due(run: Run, step_interval: int | None, epoch_interval: float | None = None) -> bool:
+    """Whether the step just taken ends an interval of steps, or crossed an interval of epochs."""
+    step = run.state.global_step
+    if step_interval and step % step_interval == 0:
+        return True
+    return (
+        bool(epoch_interval) and run.epochs_done(step) // epoch_interval > run.epochs_done(step - 1) // epoch_interval
+    )
+
+
+def save_checkpoint(run: Run) -> str:
+    """Commit a checkpoint of the current state and tell; returns its path."""
+    path = run.checkpoints.save(run)
+    run.bus.emit(CheckpointSaved(step=run.state.global_step, path=path))
+    return str(path)
+
+
+def maybe_checkpoint(run: Run) -> None:
+    config = run.config
+    if is_due(run, config.checkpoint_step_interval, config.checkpoint_epoch_interval) or run.is_finished:
+        save_checkpoint(run)
+
+
+def maybe_evaluate(run: Run, always: bool = False) -> None:
+    config = run.config
+    if run.evaluator is None:
+        return
+    if always or is_due(run, config.eval_steps_interval, config.eval_epoch_interval) or run.is_finished:
+        with run.autocast():
+            result = run.evaluator.run(run.denoiser)
+        run.eval_losses[run.state.global_step] = result.pooled
+        run.bus.emit(
+            EvalDone(
+                step=run.state.global_step,
+                losses=dict(result.by_dataset),
+                pooled=result.pooled,
+                per_quantile=tuple(result.by_quantile),
+            )
+        )
+
+
+def maybe_validate(run: Run, always: bool = False) -> None:
+    config = run.config
+    if run.validator is None:
+        return
+    if always or is_due(run, config.validation_step_interval, config.validation_epoch_interval) or run.is_finished:
+        run.validator.run(run.denoiser, run.adapter, run.ema, run.state.global_step)
+        run.denoiser.train()

@@ -1,0 +1,34 @@
+"""Checks of the outside world that need no torch: made before anything heavy is imported or loaded."""
+
+from __future__ import annotations
+
+from simpletuner.config.loading import LoadedRun
+from simpletuner.errors import ConfigError
+from simpletuner.models.components import ModelSource, check_local_model
+from simpletuner.models.registry import get_spec
+
+
+def model_source(loaded: LoadedRun) -> ModelSource:
+    """Where the weights are: the configured folder or hub id, else the hub id of the flavour."""
+    config = loaded.config
+    spec = get_spec(config.model_family)
+    flavour = spec.flavours[config.model_flavour or spec.default_flavour]
+    return ModelSource(
+        model=config.pretrained_model_name_or_path or flavour.hub_id,
+        vae=config.pretrained_vae_model_name_or_path,
+        revision=config.revision,
+        variant=config.variant,
+    )
+
+
+def check_model_folder(loaded: LoadedRun) -> None:
+    """Raise where a local model folder is missing or incomplete.
+
+    Raises:
+        ConfigError: names the missing part and the key.
+    """
+    origin = loaded.origins.get("pretrained_model_name_or_path")
+    file = str(origin.file) if origin is not None and origin.file else None
+    problems = check_local_model(model_source(loaded), get_spec(loaded.config.model_family), file)
+    if problems:
+        raise ConfigError(problems)

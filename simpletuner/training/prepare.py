@@ -1,0 +1,51 @@
+"""The datasets of a run: scanned, reported, and checked for being enough to train on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from simpletuner import storage
+from simpletuner.config.loading import LoadedRun
+from simpletuner.data.dataset import Dataset
+from simpletuner.data.datasets import build_datasets
+from simpletuner.errors import DataError, Problem
+from simpletuner.models.spec import FamilySpec
+from simpletuner.reporting.bus import EventBus
+from simpletuner.reporting.events import Notice
+from simpletuner.training.phases import phase
+from simpletuner.training.signals import StopRequest
+
+REPORT_FILE = "dataset_report.json"
+
+
+def prepare_datasets(
+    loaded: LoadedRun, spec: FamilySpec, output_dir: Path, bus: EventBus, stop: StopRequest
+) -> list[Dataset]:
+    """Scan the folders, tell what is used of them and why the rest is not, and keep that as a file.
+
+    Raises:
+        DataError: a dataset without usable pictures, or no dataset to train on.
+    """
+    data_file = str(loaded.data_file) if loaded.data_file else None
+    with phase(bus, "reading the data sets") as progress:
+
+        def tell(label: str, done: int, total: int | None) -> None:
+            progress.advance(max(done - progress.done, 0))
+            stop.check()
+
+        datasets = build_datasets(loaded.datasets, loaded.config, spec, Path(loaded.config.cache_dir), tell, data_file)
+        progress.summary = f"{sum(dataset.funnel.bucketed for dataset in datasets)} pictures"
+    for dataset in datasets:
+        for line in dataset.funnel.lines():
+            bus.emit(Notice("info", line))
+    storage.write_json(output_dir / REPORT_FILE, [dataset.funnel.as_json() for dataset in datasets])
+    if not any(dataset.kind == "image" for dataset in datasets):
+        raise DataError(
+            Problem(
+                "there is nothing to train on: no entry has dataset_type image",
+                key="dataset_type",
+                file=data_file,
+                fix="add a dataset of dataset_type image, or enable one",
+            )
+        )
+    return datasets

@@ -1,0 +1,92 @@
+"""The parts of a run, built by `trainer.py` and used by `loop.py`: one place to see what a run consists of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from simpletuner.adapters.base import Adapter
+from simpletuner.config.loading import LoadedRun
+from simpletuner.config.options import TrainConfig
+from simpletuner.models.family import ModelFamily
+from simpletuner.optim.ema import EMA
+from simpletuner.reporting.bus import EventBus
+from simpletuner.training.batches import BatchSource
+from simpletuner.training.checkpoint import Checkpoints
+from simpletuner.training.evaluation import Evaluator
+from simpletuner.training.signals import StopRequest
+from simpletuner.training.state import TrainState
+from simpletuner.validation.validator import Validator
+
+
+@dataclass
+class Run:
+    """Everything that a step of training touches.
+
+    Args:
+        loaded: the configuration and where it came from.
+        seed: of all keyed randomness.
+        family: the model family, bound to its weights.
+        denoiser: the network; the adapter is a registered child of it.
+        adapter: what trains; for full training the denoiser's own parameters.
+        optimizer: over `adapter.trainable_parameters()`.
+        lr_factor: optimizer step -> multiple of `learning_rate`; a pure function.
+        ema: average of the trainable parameters, or None.
+        batches: windows of micro-batches.
+        evaluator: None where there is no eval dataset or no interval.
+        validator: None where validation is off.
+        state: where the run stands.
+        max_train_steps: optimizer steps at which the run ends.
+        eval_losses: global_step -> pooled eval loss of this process's run.
+    """
+
+    loaded: LoadedRun
+    seed: int
+    output_dir: Path
+    family: ModelFamily
+    denoiser: nn.Module
+    adapter: Adapter
+    optimizer: torch.optim.Optimizer
+    lr_factor: Callable[[int], float]
+    ema: EMA | None
+    batches: BatchSource
+    evaluator: Evaluator | None
+    validator: Validator | None
+    checkpoints: Checkpoints
+    bus: EventBus
+    stop: StopRequest
+    state: TrainState
+    max_train_steps: int
+    batches_per_epoch: int
+    eval_losses: dict[int, float] = field(default_factory=dict)
+
+    @property
+    def config(self) -> TrainConfig:
+        return self.loaded.config
+
+    @property
+    def trainable(self) -> list[nn.Parameter]:
+        return list(self.adapter.trainable_parameters().values())
+
+    @property
+    def is_finished(self) -> bool:
+        return self.state.global_step >= self.max_train_steps
+
+    def epochs_done(self, step: int) -> float:
+        """Epochs that `step` optimizer steps amount to."""
+        return step * self.config.gradient_accumulation_steps / self.batches_per_epoch
+
+    def set_learning_rate(self, learning_rate: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+
+    def autocast(self) -> AbstractContextManager[None]:
+        """Matrix products in `mixed_precision`; a no-op where it is `no`."""
+        if self.config.mixed_precision == "no":
+            return nullcontext()
+        return torch.autocast(self.family.device.type, dtype=torch.bfloat16)

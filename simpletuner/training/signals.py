@@ -1,0 +1,56 @@
+"""SIGTERM and SIGINT ask a run to save and leave; a second SIGINT ends it at once.
+
+The handler only sets a number. Everything that takes time (saving, logging) happens where the loop polls it.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType
+
+from simpletuner.errors import EXIT_INTERRUPTED, EXIT_TERMINATED, Interrupted
+
+EXIT_CODES = {signal.SIGINT: EXIT_INTERRUPTED, signal.SIGTERM: EXIT_TERMINATED}
+
+
+class StopRequest:
+    """Listens for signals while it is entered; handlers are restored on the way out."""
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+        self._previous: dict[signal.Signals, object] = {}
+
+    def __enter__(self) -> StopRequest:
+        if threading.current_thread() is threading.main_thread():
+            for number in EXIT_CODES:
+                self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.received is not None and number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            raise KeyboardInterrupt
+        self.received = signal.Signals(number)
+
+    def __bool__(self) -> bool:
+        return self.received is not None
+
+    def error(self, saved: str | None) -> Interrupted:
+        """The error that ends the run, with the shell's exit code for the signal."""
+        assert self.received is not None
+        kept = f"saved {saved}; the same command goes on from there" if saved else "nothing was trained yet"
+        return Interrupted(f"stopped by {self.received.name}: {kept}", EXIT_CODES[self.received])
+
+    def check(self) -> None:
+        """Raise where no optimizer step has been taken yet: during caching and set-up there is nothing to save.
+
+        Raises:
+            Interrupted: a signal arrived.
+        """
+        if self:
+            raise self.error(saved=None)

@@ -1,0 +1,224 @@
+"""Builds the parts of a run in a named order, runs the loop, and closes what it opened.
+
+Order: data -> latent caches (VAE loaded, used, freed) -> denoiser -> adapter -> optimizer and EMA -> evaluation and
+validation -> resume. What can fail cheaply comes before what is dear.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+from simpletuner import storage
+from simpletuner.adapters.build import build_adapter
+from simpletuner.config.loading import LoadedRun
+from simpletuner.data.dataset import Dataset
+from simpletuner.data.sampler import Sampler
+from simpletuner.errors import SimpleTunerError
+from simpletuner.models.family import ModelFamily
+from simpletuner.models.registry import get_family_class, get_spec
+from simpletuner.optim.ema import EMA
+from simpletuner.optim.optimizers import build_optimizer
+from simpletuner.optim.schedules import LrFactor, build_schedule
+from simpletuner.reporting.bus import EventBus
+from simpletuner.reporting.events import Notice, RunFailed, RunStarted
+from simpletuner.reporting.sinks import build_sinks
+from simpletuner.training.batches import BatchSource
+from simpletuner.training.checkpoint import Checkpoints, load_checkpoint, read_state
+from simpletuner.training.devices import adapter_dtype, pick_device, weight_dtype
+from simpletuner.training.evaluation import Evaluator
+from simpletuner.training.finish import finish_run
+from simpletuner.training.latents import LatentSources, prepare_latents
+from simpletuner.training.loop import run_training
+from simpletuner.training.phases import phase
+from simpletuner.training.preflight import model_source
+from simpletuner.training.prepare import prepare_datasets
+from simpletuner.training.run import Run
+from simpletuner.training.signals import StopRequest
+from simpletuner.training.state import TrainState
+from simpletuner.validation.validator import Validator
+
+
+def train(loaded: LoadedRun) -> None:
+    """Train as configured, from the start or from the newest checkpoint.
+
+    Raises:
+        SimpleTunerError: anything that a user can mend; it carries the exit code.
+    """
+    output_dir = Path(loaded.config.output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        stack.enter_context(storage.exclusive_lock(output_dir / ".lock", f"training into {output_dir}"))
+        stop = stack.enter_context(StopRequest())
+        bus = stack.enter_context(EventBus(build_sinks(loaded.config, output_dir)))
+        run: Run | None = None
+        try:
+            run = build_run(loaded, output_dir, bus, stop)
+            stack.callback(run.batches.close)
+            started = time.monotonic()
+            if run.is_finished:
+                bus.emit(
+                    Notice("info", f"{output_dir} is complete: step {run.state.global_step} of {run.max_train_steps}")
+                )
+                return
+            run_training(run)
+            finish_run(run, time.monotonic() - started)
+        except SimpleTunerError as error:
+            step = run.state.global_step if run is not None else 0
+            bus.emit(RunFailed(step=step, message=error.render(), exit_code=error.exit_code))
+            raise
+
+
+def build_run(loaded: LoadedRun, output_dir: Path, bus: EventBus, stop: StopRequest) -> Run:
+    """All parts of the run, resumed where there is something to resume from."""
+    config = loaded.config
+    checkpoints = Checkpoints(output_dir, config.checkpoints_total_limit)
+    resume_from, notices = checkpoints.choose(config.resume_from_checkpoint)
+    for line in [*loaded.warnings, *notices]:
+        bus.emit(Notice("warning", line))
+
+    family = build_family(loaded)
+    datasets = prepare_datasets(loaded, family.spec, output_dir, bus, stop)
+    datasets, sources = prepare_latents(loaded, family, datasets, bus, stop)
+    training = [dataset for dataset in datasets if dataset.kind == "image"]
+    sampler = Sampler(training, config.train_batch_size, config.seed)
+    total_steps = total_train_steps(loaded, sampler.batches_per_epoch)
+    announce(loaded, family, datasets, output_dir, resume_from, total_steps, bus)
+
+    with phase(bus, "loading the denoiser"):
+        denoiser = family.load_denoiser()
+        adapter = build_adapter(
+            denoiser,
+            family.spec,
+            model_type=config.model_type,
+            lora_type=config.lora_type,
+            lycoris=loaded.lycoris,
+            dtype=adapter_dtype(config),
+            seed=config.seed,
+            lycoris_file=str(loaded.lycoris_file) if loaded.lycoris_file else None,
+        )
+        for match in adapter.report:
+            bus.emit(Notice("info", f"{match.entry} ({match.class_name}): {match.modules} modules"))
+        denoiser.to(family.device)
+        if config.gradient_checkpointing:
+            denoiser.enable_gradient_checkpointing()
+    parameters = adapter.trainable_parameters()
+    run = Run(
+        loaded=loaded,
+        seed=config.seed,
+        output_dir=output_dir,
+        family=family,
+        denoiser=denoiser,
+        adapter=adapter,
+        optimizer=build_optimizer(config.optimizer, parameters, config.model_dump(), config.seed),
+        lr_factor=build_lr_factor(loaded, total_steps),
+        ema=EMA(parameters, config.ema_decay, config.ema_update_interval) if config.use_ema else None,
+        batches=build_batches(loaded, family, training, sources, sampler),
+        evaluator=build_evaluator(loaded, family, datasets, sources, bus),
+        validator=build_validator(loaded, family, output_dir, bus),
+        checkpoints=checkpoints,
+        bus=bus,
+        stop=stop,
+        state=TrainState(),
+        max_train_steps=total_steps,
+        batches_per_epoch=sampler.batches_per_epoch,
+    )
+    if resume_from is not None:
+        load_checkpoint(run, resume_from)
+        bus.emit(Notice("info", f"resumed {resume_from.name}: step {run.state.global_step} of {total_steps}"))
+    return run
+
+
+def build_family(loaded: LoadedRun) -> ModelFamily:
+    """The family class of the configuration, bound to its weights, device and dtype."""
+    spec = get_spec(loaded.config.model_family)
+    device = pick_device()
+    return get_family_class(spec)(spec, model_source(loaded), device, weight_dtype(loaded.config))
+
+
+def total_train_steps(loaded: LoadedRun, batches_per_epoch: int) -> int:
+    """Optimizer steps at which the run ends, from `max_train_steps` or `num_train_epochs`."""
+    config = loaded.config
+    if config.max_train_steps:
+        return config.max_train_steps
+    return max(math.ceil(config.num_train_epochs * batches_per_epoch / config.gradient_accumulation_steps), 1)
+
+
+def build_lr_factor(loaded: LoadedRun, total_steps: int) -> LrFactor:
+    config = loaded.config
+    return build_schedule(
+        config.lr_scheduler,
+        learning_rate=config.learning_rate,
+        num_training_steps=total_steps,
+        num_warmup_steps=config.lr_warmup_steps,
+        lr_end=config.lr_end,
+        lr_power=config.lr_power,
+        lr_num_cycles=config.lr_num_cycles,
+    )
+
+
+def build_batches(
+    loaded: LoadedRun, family: ModelFamily, datasets: Sequence[Dataset], sources: LatentSources, sampler: Sampler
+) -> BatchSource:
+    config = loaded.config
+    return BatchSource(
+        family,
+        datasets,
+        sources,
+        sampler,
+        config.seed,
+        accumulation=config.gradient_accumulation_steps,
+        dropout=config.caption_dropout_probability or 0.0,
+    )
+
+
+def build_evaluator(
+    loaded: LoadedRun, family: ModelFamily, datasets: Sequence[Dataset], sources: LatentSources, bus: EventBus
+) -> Evaluator | None:
+    """None where there is nothing to evaluate; an interval without an eval dataset is said once and is no error."""
+    config = loaded.config
+    held_out = [dataset for dataset in datasets if dataset.kind == "eval"]
+    if config.eval_loss_disable or not (config.eval_steps_interval or config.eval_epoch_interval):
+        return None
+    if not held_out:
+        bus.emit(Notice("info", "eval_steps_interval is set, but no dataset has dataset_type eval: no eval loss"))
+        return None
+    return Evaluator(family, held_out, sources, config.num_eval_images, config.eval_timesteps, config.train_batch_size)
+
+
+def build_validator(loaded: LoadedRun, family: ModelFamily, output_dir: Path, bus: EventBus) -> Validator | None:
+    validator = Validator(loaded.config, family, loaded.prompt_library, output_dir, bus)
+    return validator if validator.requests else None
+
+
+def announce(
+    loaded: LoadedRun,
+    family: ModelFamily,
+    datasets: Sequence[Dataset],
+    output_dir: Path,
+    resume_from: Path | None,
+    total_steps: int,
+    bus: EventBus,
+) -> None:
+    """Say what is about to run; the sinks open their files for it."""
+    config = loaded.config
+    start_step = read_state(resume_from)["state"]["global_step"] if resume_from is not None else 0
+    details = {
+        "model": f"{family.spec.title} ({family.source.model})",
+        "training": f"{config.model_type} {config.lora_type if config.model_type == 'lora' else ''}".strip(),
+        "device": f"{family.device} in {str(family.dtype).removeprefix('torch.')}",
+        "pictures": ", ".join(f"{dataset.id}: {len(dataset.samples)}" for dataset in datasets),
+    }
+    bus.emit(
+        RunStarted(
+            run_name=config.tracker_run_name or output_dir.name,
+            output_dir=output_dir,
+            total_steps=total_steps,
+            start_step=start_step,
+            details=details,
+            options=loaded.resolved(),
+        )
+    )

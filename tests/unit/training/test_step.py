@@ -1,0 +1,101 @@
+"""The step: keyed draws, and losses that do not depend on how samples are grouped."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from simpletuner.batch import Batch
+from simpletuner.models.components import ModelSource
+from simpletuner.models.family import ModelFamily
+from simpletuner.models.registry import get_family_class, get_spec
+from simpletuner.training.step import compute_losses, draw_noise, draw_quantiles
+
+
+@pytest.fixture(scope="module")
+def family(omnigen_folder: Path) -> ModelFamily:
+    spec = get_spec("omnigen")
+    return get_family_class(spec)(spec, ModelSource(str(omnigen_folder)), torch.device("cpu"), torch.float32)
+
+
+def batch_of(family: ModelFamily, slots: list[int], is_regularisation: bool = False) -> Batch:
+    captions = ["a cat", "a green star on a white background", "a red circle", "b"]
+    latents = [torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(slot)) for slot in slots]
+    return Batch(
+        latents=torch.stack(latents),
+        prompt_embeds=family.encode_prompts([captions[slot] for slot in slots]),
+        slots=slots,
+        digests=[str(slot) for slot in slots],
+        loss_weights=torch.ones(len(slots)),
+        dataset_id="d",
+        is_regularisation=is_regularisation,
+    )
+
+
+def losses_of(family: ModelFamily, denoiser: torch.nn.Module, batch: Batch):
+    return compute_losses(family, denoiser, batch, draw_noise(batch, 1, 5), draw_quantiles(batch, 1, 5))
+
+
+def test_noise_depends_on_the_slot_and_not_on_the_batch_it_is_drawn_in(family):
+    whole = draw_noise(batch_of(family, [0, 1, 2, 3]), seed=1, step=5)
+    second_half = draw_noise(batch_of(family, [2, 3]), seed=1, step=5)
+    assert torch.equal(whole[2:], second_half)
+
+
+@pytest.mark.parametrize("seed_and_step", [(1, 6), (2, 5)])
+def test_noise_and_quantiles_differ_by_seed_and_by_step(family, seed_and_step):
+    batch = batch_of(family, [0, 1])
+    assert not torch.equal(draw_noise(batch, 1, 5), draw_noise(batch, *seed_and_step))
+    assert not torch.equal(draw_quantiles(batch, 1, 5), draw_quantiles(batch, *seed_and_step))
+
+
+def test_two_micro_batches_give_the_losses_and_gradients_of_one_batch(family):
+    denoiser = family.load_denoiser().requires_grad_(True)
+    whole = losses_of(family, denoiser, batch_of(family, [0, 1, 2, 3]))
+    (whole.weighted_sum / 4).backward()
+    expected = {name: p.grad.clone() for name, p in denoiser.named_parameters() if p.grad is not None}
+    denoiser.zero_grad()
+    parts = []
+    for slots in ([0, 1], [2, 3]):
+        part = losses_of(family, denoiser, batch_of(family, slots))
+        (part.weighted_sum / 4).backward()
+        parts.append(part.per_sample)
+    torch.testing.assert_close(torch.cat(parts), whole.per_sample)
+    for name, parameter in denoiser.named_parameters():
+        if name in expected:
+            torch.testing.assert_close(parameter.grad, expected[name], atol=1e-6, rtol=1e-4)
+
+
+def test_a_denoiser_that_knows_the_answer_has_no_loss(family):
+    batch = batch_of(family, [0, 1])
+    noise = draw_noise(batch, 1, 5)
+
+    class Oracle(type(family)):
+        def predict(self, denoiser, noisy_latents, sigmas, conditioning):
+            return noise - batch.latents
+
+    oracle = Oracle(family.spec, family.source, family.device, family.dtype)
+    assert losses_of(oracle, torch.nn.Identity(), batch).per_sample.tolist() == [0.0, 0.0]
+
+
+def test_the_target_of_a_regularisation_batch_is_the_prediction_without_the_adapter(family):
+    from contextlib import contextmanager
+
+    denoiser = family.load_denoiser()
+    batch = batch_of(family, [0, 1], is_regularisation=True)
+    noise, quantiles = draw_noise(batch, 1, 5), draw_quantiles(batch, 1, 5)
+    same = compute_losses(family, denoiser, batch, noise, quantiles, lambda: torch.no_grad())
+    assert same.per_sample.tolist() == [0.0, 0.0]
+
+    @contextmanager
+    def without_adapter():
+        with torch.no_grad():
+            denoiser.proj_out.bias.sub_(1.0)  # what the "adapter" adds to each output
+        yield
+        with torch.no_grad():
+            denoiser.proj_out.bias.add_(1.0)
+
+    changed = compute_losses(family, denoiser, batch, noise, quantiles, without_adapter)
+    torch.testing.assert_close(changed.per_sample, torch.ones(2), atol=1e-4, rtol=0)
