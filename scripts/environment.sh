@@ -31,7 +31,7 @@ ensure_environment() {
         "$python" -m venv "$VENV"
     fi
     echo "installing simpletuner${extras:+ with $extras}; the first time this takes some minutes"
-    "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check \
+    "$VENV/bin/python" -m pip install -qq --disable-pip-version-check \
         --constraint "$root/constraints.txt" --editable "$root${extras:+[$extras]}"
     # Extras that were installed from other sources may be out of date: only lines of the same sources stay.
     { grep -F "$sources [" "$stamp" 2>/dev/null || true; echo "$sources [$extras]"; } >"$stamp.new"

@@ -99,7 +99,7 @@ def options(
     if resolved:
         from simpletuner.launch import load_arguments
 
-        run = load_arguments(context.args, os.environ, Path.cwd(), say=lambda line: print(line, file=sys.stderr))
+        run = load_arguments(context.args, os.environ, Path.cwd(), _say_aside, check_files=False)
         print(run_options_command(resolved=run))
         return
     if context.args:
@@ -135,9 +135,6 @@ def generate(
     """
     from simpletuner import launch
 
-    def say(line: str) -> None:
-        print(line, file=sys.stderr)
-
     if model is not None:
         if config is not None or context.args:
             raise ConfigError(
@@ -148,7 +145,7 @@ def generate(
         family = launch.family_of_model(model, model_family)
         defaults = launch.drawing_defaults(family.spec)
     else:
-        loaded = launch.load_arguments(context.args, os.environ, Path.cwd(), say, config_file=config)
+        loaded = launch.load_arguments(context.args, os.environ, Path.cwd(), _say_aside, config, check_files=False)
         family = launch.family_of_run(loaded)
         defaults = launch.drawing_defaults(family.spec, loaded.config)
 
@@ -164,7 +161,7 @@ def generate(
         seed=seed,
         count=count,
     )
-    for path in generate_pictures(family, drawing, adapter, output, say):
+    for path in generate_pictures(family, drawing, adapter, output, _say_aside):
         print(path)
 
 
@@ -188,6 +185,11 @@ def copy_example(
     destination = copy(name, folder or Path(name))
     print(f"copied to {destination}; train it with")
     print(f"  CONFIG_PATH={destination / 'config.json'} simpletuner train")
+
+
+def _say_aside(line: str) -> None:
+    """To stderr: stdout holds what was asked for, and nothing else."""
+    print(line, file=sys.stderr)
 
 
 def _report_unexpected(error: Exception) -> str:

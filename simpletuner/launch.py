@@ -31,6 +31,7 @@ def load_arguments(
     working_dir: Path,
     say: Callable[[str], None],
     config_file: Path | None = None,
+    check_files: bool = True,
 ) -> LoadedRun:
     """The run that the command line means; without any configuration, the shipped example.
 
@@ -38,6 +39,7 @@ def load_arguments(
         arguments: `example=NAME`, `env=NAME`, `--key=value`.
         say: told which configuration is used where nobody chose one.
         config_file: chosen by an option of the verb.
+        check_files: whether pictures and output folder must be there; only training needs them.
 
     Raises:
         ConfigError: anything that cannot be used, all of it at once.
@@ -51,7 +53,7 @@ def load_arguments(
     if find_config(environment, working_dir) is None:
         say(f"no configuration found here: using the shipped example {DEFAULT_EXAMPLE}")
         environment = chosen_environment({"example": DEFAULT_EXAMPLE}, environment)
-    return load_run(options, environment, working_dir, get_spec)
+    return load_run(options, environment, working_dir, get_spec, check_files)
 
 
 def split_arguments(arguments: Sequence[str]) -> tuple[dict[str, str], list[str]]:

@@ -1,0 +1,151 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from simpletuner import __version__, cli
+from simpletuner.errors import DataError, Interrupted, Problem
+
+PROGRAM = [sys.executable, "-c", "from simpletuner.cli import main; main()"]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    """Calls the command line in an empty folder; returns exit code, stdout, stderr."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("CONFIG_PATH", "ENV", "SIMPLETUNER_ENV", "SIMPLETUNER_ENVIRONMENT", "SIMPLETUNER_DEBUG"):
+        monkeypatch.delenv(name, raising=False)
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["simpletuner", *arguments])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as leaving:
+            code = leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+def test_help_answers_within_a_third_of_a_second():
+    seconds = []
+    for _ in range(3):
+        started = time.perf_counter()
+        result = subprocess.run([*PROGRAM, "--help"], capture_output=True, text=True, check=True)
+        seconds.append(time.perf_counter() - started)
+    assert min(seconds) < 0.35
+    assert all(verb in result.stdout for verb in ("train", "options", "generate", "examples"))
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["examples", "list"], ["options", "learning_rate"]])
+def test_quick_verbs_import_no_torch(arguments: list[str]):
+    program = (
+        "import sys; from simpletuner.cli import app; app(sys.argv[1:], standalone_mode=False)\n"
+        "print(sorted({'torch', 'diffusers', 'transformers', 'numpy'} & set(sys.modules)))"
+    )
+    result = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=True)
+    assert result.stdout.splitlines()[-1] == "[]"
+
+
+def test_the_version_is_the_package_s(run):
+    assert run("--version") == (0, f"simpletuner {__version__}\n", "")
+
+
+def test_a_misspelt_verb_ends_with_a_suggestion(run):
+    code, _, errors = run("trian")
+    assert code == 2
+    assert "train" in errors
+
+
+def test_a_misspelt_option_of_a_run_is_a_configuration_error_without_traceback(run):
+    code, _, errors = run("train", "example=omnigen-tiny", "--learning_rat=1e-4")
+    assert code == 2
+    assert 'did you mean "learning_rate"?' in errors
+    assert "Traceback" not in errors
+
+
+def test_an_option_without_dashes_is_explained(run):
+    code, _, errors = run("train", "learning_rate=1e-4")
+    assert code == 2
+    assert "--learning_rate=1e-4" in errors
+
+
+def test_without_any_configuration_the_example_is_used_and_said(run):
+    code, out, _ = run("train", "--learning_rat=1e-4")
+    assert code == 2
+    assert "using the shipped example omnigen-tiny" in out
+
+
+def test_resolved_options_show_a_value_from_the_command_line_and_its_origin(run):
+    code, out, errors = run("options", "--resolved", "example=omnigen-tiny", "--learning_rate=0.125")
+    assert (code, errors) == (0, "")
+    [line] = [line for line in out.splitlines() if line.split()[:1] == ["learning_rate"]]
+    assert "0.125" in line
+    assert "command line" in line
+
+
+def test_the_json_schema_is_json(run):
+    code, out, _ = run("options", "--json-schema")
+    assert code == 0
+    assert "learning_rate" in json.loads(out)["properties"]
+
+
+def test_an_option_is_explained_by_name(run):
+    code, out, _ = run("options", "lr_warmup_steps")
+    assert code == 0
+    assert "lr_warmup_steps" in out
+
+
+def test_generate_takes_a_model_or_a_configuration_but_not_both(run):
+    code, _, errors = run("generate", "--prompt", "a cat", "--model", "somewhere", "--seed=3", "example=omnigen-tiny")
+    assert code == 2
+    assert "--model" in errors
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "text"),
+    [
+        (
+            DataError(Problem("no pictures", key="instance_data_dir", file="data.json")),
+            3,
+            "data.json: instance_data_dir",
+        ),
+        (Interrupted("saved", exit_code=143), 143, "saved"),
+        (KeyboardInterrupt(), 130, ""),
+    ],
+)
+def test_errors_become_exit_codes(run, monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int, text: str):
+    def fail(name: str) -> None:
+        raise error
+
+    monkeypatch.setattr("simpletuner.examples.example_summary", fail)
+    result, _, errors = run("examples", "list")
+    assert result == code
+    assert text in errors
+    assert "Traceback" not in errors
+
+
+def test_a_fault_of_ours_is_one_line_and_a_file_with_the_traceback(
+    run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    def fail(name: str) -> None:
+        raise KeyError("lost")
+
+    monkeypatch.setattr("simpletuner.examples.example_summary", fail)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    code, _, errors = run("examples", "list")
+    assert code == 1
+    assert "Traceback" not in errors
+    [log] = tmp_path.glob("simpletuner-error-*.log")
+    assert str(log) in errors
+    assert "KeyError: 'lost'" in log.read_text()
+    monkeypatch.setenv("SIMPLETUNER_DEBUG", "1")
+    with pytest.raises(KeyError):
+        run("examples", "list")
