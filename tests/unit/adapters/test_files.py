@@ -1,0 +1,152 @@
+"""Adapter files: read by LyCORIS alone, complete, honest about their configuration."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from simpletuner.adapters.files import check_saved_adapter, load_lycoris_file
+from simpletuner.adapters.lycoris import LycorisAdapter, attach_lycoris
+from simpletuner.errors import DataError
+from simpletuner.models.omnigen.spec import OMNIGEN
+from tests.tiny import tiny_omnigen_transformer
+from tests.unit.adapters.conftest import perturb, run_stock
+
+
+def trained(lycoris: dict[str, Any]) -> tuple[LycorisAdapter, torch.Tensor]:
+    denoiser = tiny_omnigen_transformer()
+    adapter = attach_lycoris(denoiser, lycoris, OMNIGEN, torch.float32, 1)
+    perturb(adapter.trainable_parameters())
+    with torch.no_grad():
+        return adapter, run_stock(denoiser)
+
+
+TARGETS = {"apply_preset": {"target_module": ["Attention", "FeedForward"]}}
+CONFIGS = {
+    "lokr low rank": {"algo": "lokr", "linear_dim": 2, "linear_alpha": 4, "factor": 4},
+    "lokr both": {"algo": "lokr", "linear_dim": 1, "linear_alpha": 2, "factor": 4, "decompose_both": True},
+    "lokr multiplier": {"algo": "lokr", "linear_dim": 10000, "factor": 4, "multiplier": 0.5},
+    "lokr decomposed": {"algo": "lokr", "linear_dim": 10000, "factor": 4, "dora_wd": True},
+    "loha": {"algo": "loha", "linear_dim": 4, "linear_alpha": 2},
+    "locon": {"algo": "locon", "linear_dim": 4, "linear_alpha": 2},
+    "glora": {"algo": "glora", "linear_dim": 4, "linear_alpha": 2},
+    "diag-oft": {"algo": "diag-oft", "linear_dim": 4},
+    "boft": {"algo": "boft", "linear_dim": 4},
+}
+
+
+def test_the_quickstart_file_gives_the_same_output_through_lycoris_alone(quickstart, tmp_path: Path) -> None:
+    adapter, output = trained(quickstart)
+    path = tmp_path / adapter.file_name
+    adapter.save(path, {"global_step": "7"})
+    fresh = tiny_omnigen_transformer()
+    assert check_saved_adapter(path, fresh, run_stock, output) <= 1e-5
+    with torch.no_grad():
+        assert not torch.allclose(output, run_stock(tiny_omnigen_transformer()), atol=1e-3)
+
+
+def test_the_file_carries_lycoris_keys_and_its_configuration(quickstart, tmp_path: Path) -> None:
+    adapter, _ = trained(quickstart)
+    adapter.save(tmp_path / "a.safetensors", {"global_step": "7"})
+    with safe_open(tmp_path / "a.safetensors", framework="pt") as file:
+        keys, metadata = set(file.keys()), file.metadata()
+    of_one_layer = {key for key in keys if key.startswith("lycoris_layers_0_self_attn_to_q.")}
+    assert {key.split(".")[1] for key in of_one_layer} == {"alpha", "lokr_w1", "lokr_w2"}
+    assert len(keys) == 12 * 3
+    assert json.loads(metadata["lycoris_config"]) == quickstart
+    assert metadata["global_step"] == "7"
+    assert metadata["modelspec.architecture"] == "omnigen/lycoris"
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_algorithm_survives_saving_and_loading(name: str, tmp_path: Path) -> None:
+    adapter, output = trained(CONFIGS[name] | TARGETS)
+    path = tmp_path / "a.safetensors"
+    adapter.save(path, {})
+    check_saved_adapter(path, tiny_omnigen_transformer(), run_stock, output)
+
+    drawing = tiny_omnigen_transformer()
+    load_lycoris_file(drawing, path, OMNIGEN)
+    with torch.no_grad():
+        torch.testing.assert_close(run_stock(drawing), output, rtol=0, atol=1e-5)
+    # A resume reads the live parameters from this file.
+    saved = load_file(path)
+    assert all(torch.equal(saved[key], value) for key, value in adapter.state_dict().items())
+
+
+def test_strength_scales_what_the_file_changes(quickstart, tmp_path: Path) -> None:
+    adapter, output = trained(quickstart)
+    adapter.save(tmp_path / "a.safetensors", {})
+    plain, silent = tiny_omnigen_transformer(), tiny_omnigen_transformer()
+    load_lycoris_file(silent, tmp_path / "a.safetensors", OMNIGEN, strength=0.0)
+    with torch.no_grad():
+        assert torch.equal(run_stock(silent), run_stock(plain))
+        assert not torch.allclose(run_stock(silent), output, atol=1e-3)
+
+
+def test_other_values_can_be_saved_without_touching_the_live_ones(quickstart, tmp_path: Path) -> None:
+    adapter, _ = trained(quickstart)
+    before = {name: value.clone() for name, value in adapter.state_dict().items()}
+    average = {name: value * 0.5 for name, value in before.items()}
+    adapter.save(tmp_path / "ema.safetensors", {}, state=average)
+    saved = load_file(tmp_path / "ema.safetensors")
+    assert all(torch.equal(saved[name], average[name]) for name in average)
+    assert all(torch.equal(value, before[name]) for name, value in adapter.state_dict().items())
+
+
+def test_a_bfloat16_adapter_is_written_in_bfloat16(quickstart, tmp_path: Path) -> None:
+    adapter = attach_lycoris(tiny_omnigen_transformer(), quickstart, OMNIGEN, torch.bfloat16, 1)
+    adapter.save(tmp_path / "a.safetensors", {})
+    weights = {key: value.dtype for key, value in load_file(tmp_path / "a.safetensors").items() if "lokr" in key}
+    assert set(weights.values()) == {torch.bfloat16}
+
+
+def rewritten(path: Path, change) -> Path:
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+    return path
+
+
+def rename_one(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["lycoris_layers_9_self_attn_to_q.lokr_w1"] = tensors.pop("lycoris_layers_0_self_attn_to_q.lokr_w1")
+
+
+def add_unknown_part(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["lycoris_layers_0_self_attn_to_q.lokr_w9"] = torch.ones(2)
+
+
+def change_one(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["lycoris_layers_0_self_attn_to_q.lokr_w2"] += 0.1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [(rename_one, "layers_9"), (add_unknown_part, "lokr_w9"), (change_one, "another output")],
+)
+def test_a_file_that_does_not_carry_the_adapter_is_refused(quickstart, tmp_path: Path, change, message: str) -> None:
+    adapter, output = trained(quickstart)
+    adapter.save(tmp_path / "a.safetensors", {})
+    path = rewritten(tmp_path / "a.safetensors", change)
+    with pytest.raises(DataError, match=message):
+        check_saved_adapter(path, tiny_omnigen_transformer(), run_stock, output)
+
+
+def test_an_output_that_is_not_a_number_is_refused(quickstart, tmp_path: Path) -> None:
+    adapter, output = trained(quickstart)
+    adapter.save(tmp_path / "a.safetensors", {})
+    with pytest.raises(DataError, match="another output"):
+        check_saved_adapter(tmp_path / "a.safetensors", tiny_omnigen_transformer(), run_stock, output * float("nan"))
+
+
+def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
+    (tmp_path / "text.safetensors").write_text("not tensors at all")
+    for name in ("text.safetensors", "missing.safetensors"):
+        with pytest.raises(DataError, match=name):
+            load_lycoris_file(tiny_omnigen_transformer(), tmp_path / name, OMNIGEN)

@@ -1,0 +1,234 @@
+"""Attaching, switching off and training LyCORIS adapters on a stock transformer."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from lycoris.config import PRESET
+from lycoris.logging import logger
+from lycoris.wrapper import LycorisNetwork, create_lycoris
+
+from simpletuner.adapters.base import MatchCount, base_state_dict
+from simpletuner.adapters.lycoris import attach_lycoris
+from simpletuner.errors import ConfigError
+from simpletuner.models.omnigen.spec import OMNIGEN
+from tests.tiny import tiny_omnigen_transformer
+from tests.unit.adapters.conftest import perturb, run_stock
+
+
+def attach(lycoris: dict[str, Any], dtype: torch.dtype = torch.float32, seed: int = 1):
+    denoiser = tiny_omnigen_transformer()
+    return denoiser, attach_lycoris(denoiser, lycoris, OMNIGEN, dtype, seed, "config/lycoris_config.json")
+
+
+def with_preset(**preset: Any) -> dict[str, Any]:
+    return {"algo": "lokr", "linear_dim": 10000, "linear_alpha": 1, "factor": 4, "apply_preset": preset}
+
+
+def test_the_quickstart_adapts_attention_and_the_familys_mlp(quickstart) -> None:
+    denoiser, adapter = attach(quickstart)
+    assert adapter.report == [
+        MatchCount("Attention", "Attention", 8),
+        MatchCount("FeedForward", "OmniGenFeedForward", 4),
+    ]
+    shapes = {name: tuple(p.shape) for name, p in adapter.trainable_parameters().items()}
+    # Factor 16 splits 32 into 2 x 16, factor 8 splits 128 rows into 8 x 16; the smaller one goes to w1.
+    assert shapes["lycoris_layers_1_self_attn_to_q.lokr_w1"] == (2, 2)
+    assert shapes["lycoris_layers_1_self_attn_to_q.lokr_w2"] == (16, 16)
+    assert shapes["lycoris_layers_1_mlp_gate_up_proj.lokr_w1"] == (8, 4)
+    assert shapes["lycoris_layers_1_mlp_gate_up_proj.lokr_w2"] == (16, 8)
+    assert len(shapes) == 24
+    assert {name for name, p in denoiser.named_parameters() if p.requires_grad} == {
+        f"adapter.{name}" for name in shapes
+    }
+
+
+def test_a_new_adapter_changes_nothing_and_a_perturbed_one_does(quickstart) -> None:
+    base = run_stock(tiny_omnigen_transformer())
+    denoiser, adapter = attach(quickstart)
+    assert torch.equal(run_stock(denoiser), base)
+    perturb(adapter.trainable_parameters())
+    assert (run_stock(denoiser) - base).abs().max() > 1e-3
+
+
+def test_disabled_is_the_base_bit_for_bit_even_with_broken_weights(quickstart) -> None:
+    base = run_stock(tiny_omnigen_transformer())
+    denoiser, adapter = attach(quickstart)
+    with torch.no_grad():
+        for parameter in adapter.trainable_parameters().values():
+            parameter.fill_(float("nan"))
+    with adapter.disabled():
+        assert torch.equal(run_stock(denoiser), base)
+    assert run_stock(denoiser).isnan().all()
+
+
+def test_disabled_comes_back_after_an_error(quickstart) -> None:
+    denoiser, adapter = attach(quickstart)
+    perturb(adapter.trainable_parameters())
+    adapted = run_stock(denoiser)
+    with pytest.raises(RuntimeError, match="inside"), adapter.disabled():
+        raise RuntimeError("inside")
+    assert torch.equal(run_stock(denoiser), adapted)
+
+
+def test_equal_seeds_attach_equal_weights_whatever_the_global_generator_says(quickstart) -> None:
+    first = attach(quickstart, seed=7)[1].state_dict()
+    torch.manual_seed(99)
+    second = attach(quickstart, seed=7)[1].state_dict()
+    other = attach(quickstart, seed=8)[1].state_dict()
+    assert list(first) == list(second)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert not all(torch.equal(first[name], other[name]) for name in first)
+
+
+def test_attaching_draws_nothing_from_the_global_generator(quickstart) -> None:
+    denoiser = tiny_omnigen_transformer()
+    torch.manual_seed(4)
+    attach_lycoris(denoiser, quickstart, OMNIGEN, torch.float32, 1)
+    drawn = torch.rand(3)
+    torch.manual_seed(4)
+    assert torch.equal(drawn, torch.rand(3))
+
+
+def test_lycoris_globals_and_terminal_stay_as_they_were(quickstart, capsys) -> None:
+    names = [name for name in vars(LycorisNetwork) if name.isupper()]
+    before = {name: copy.deepcopy(getattr(LycorisNetwork, name)) for name in names}
+    presets, level = set(PRESET), logger.level
+    attach(quickstart | {"dropout": 0.1})
+    assert {name: getattr(LycorisNetwork, name) for name in names} == before
+    assert (set(PRESET), logger.level) == (presets, level)
+    assert capsys.readouterr().out == ""
+
+
+def test_gradients_reach_the_adapter_only(quickstart) -> None:
+    denoiser, adapter = attach(quickstart)
+    perturb(adapter.trainable_parameters())
+    run_stock(denoiser).square().mean().backward()
+    assert all(p.grad is not None and p.grad.any() for p in adapter.trainable_parameters().values())
+    assert all(p.grad is None for name, p in denoiser.named_parameters() if not name.startswith("adapter."))
+
+
+def test_the_output_is_that_of_lycoris_default_forward(quickstart) -> None:
+    """The same weights through a network that LyCORIS makes by itself, which builds the Kronecker products."""
+    denoiser, adapter = attach(quickstart)
+    perturb(adapter.trainable_parameters())
+
+    stock = tiny_omnigen_transformer()
+    preset = quickstart["apply_preset"]
+    saved = {name: getattr(LycorisNetwork, name) for name in ("TARGET_REPLACE_MODULE", "MODULE_ALGO_MAP")}
+    try:
+        LycorisNetwork.apply_preset(
+            {
+                "target_module": ["Attention", "OmniGenFeedForward"],
+                "module_algo_map": {
+                    "Attention": preset["module_algo_map"]["Attention"],
+                    "OmniGenFeedForward": preset["module_algo_map"]["FeedForward"],
+                },
+            }
+        )
+        network = create_lycoris(stock, 1.0, linear_dim=10000, linear_alpha=1, algo="lokr", factor=16)
+    finally:
+        for name, value in saved.items():
+            setattr(LycorisNetwork, name, value)
+    network.apply_to()
+    assert set(network.state_dict()) == set(adapter.network.state_dict())
+    network.load_state_dict(adapter.network.state_dict())
+    torch.testing.assert_close(run_stock(denoiser), run_stock(stock), rtol=0, atol=1e-5)
+
+
+def test_the_base_is_saved_without_the_adapter(quickstart) -> None:
+    denoiser, _ = attach(quickstart)
+    assert set(base_state_dict(denoiser)) == set(tiny_omnigen_transformer().state_dict())
+    assert any(name.startswith("adapter.") for name in denoiser.state_dict())
+
+
+def test_a_bfloat16_adapter_keeps_alpha_exact() -> None:
+    lycoris = {"algo": "lora", "linear_dim": 2, "linear_alpha": 10000, "apply_preset": {"target_module": ["Attention"]}}
+    _, adapter = attach(lycoris, dtype=torch.bfloat16)
+    assert {p.dtype for p in adapter.trainable_parameters().values()} == {torch.bfloat16}
+    assert {float(module.alpha) for module in adapter.network.loras} == {10000.0}
+
+
+def test_names_by_fnmatch_and_by_regular_expression_are_counted() -> None:
+    _, adapter = attach(with_preset(target_name=["layers.*.to_q", "proj_out"], use_fnmatch=True))
+    assert adapter.report == [MatchCount("layers.*.to_q", "Linear", 2), MatchCount("proj_out", "Linear", 1)]
+    _, adapter = attach(with_preset(target_name=[r"layers\.\d+\.mlp\.down_proj$"]))
+    assert adapter.report == [MatchCount(r"layers\.\d+\.mlp\.down_proj$", "Linear", 2)]
+    assert len(adapter.network.loras) == 2
+
+
+def test_a_name_map_sets_the_factor_of_its_layers() -> None:
+    _, adapter = attach(
+        with_preset(name_algo_map={"layers.*.to_q": {"factor": 2}, "layers.*.to_k": {}}, use_fnmatch=True)
+    )
+    shapes = {name: tuple(p.shape) for name, p in adapter.trainable_parameters().items()}
+    assert shapes["lycoris_layers_0_self_attn_to_q.lokr_w1"] == (2, 2)
+    assert shapes["lycoris_layers_0_self_attn_to_k.lokr_w1"] == (4, 4)
+
+
+def test_excluded_names_are_left_alone() -> None:
+    _, adapter = attach(with_preset(target_module=["Attention"], exclude_name=["layers.0.*"], use_fnmatch=True))
+    assert adapter.report == [MatchCount("Attention", "Attention", 4)]
+
+
+def test_without_a_preset_all_linear_and_convolutional_layers_are_adapted() -> None:
+    denoiser = tiny_omnigen_transformer()
+    kinds = {"Linear": torch.nn.Linear, "Conv2d": torch.nn.Conv2d}
+    expected = {name: sum(isinstance(m, kind) for m in denoiser.modules()) for name, kind in kinds.items()}
+    _, adapter = attach({"algo": "lokr", "linear_dim": 10000, "factor": 4})
+    assert {match.entry: match.modules for match in adapter.report} == expected
+
+
+@pytest.mark.parametrize(
+    ("preset", "key", "listed"),
+    [
+        ({"target_name": ["layers.9.self_attn.to_q"]}, "target_name", "layers.*.self_attn.to_q (2)"),
+        ({"target_name": ["layers.0.self_attn"], "use_fnmatch": True}, "target_name", "layers.*.self_attn.to_q (2)"),
+        ({"target_module": ["Attention", "LabelEmbedding"]}, "target_module", "OmniGenFeedForward"),
+    ],
+)
+def test_an_entry_that_matches_nothing_lists_what_could_match(preset, key: str, listed: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        attach(with_preset(**preset))
+    (problem,) = caught.value.problems
+    assert problem.key == f"apply_preset.{key}"
+    assert problem.file == "config/lycoris_config.json"
+    assert listed in problem.allowed
+
+
+def test_a_name_inside_a_targeted_class_is_refused_because_its_settings_never_apply() -> None:
+    preset = {"target_module": ["Attention"], "name_algo_map": {"*.to_q": {"factor": 2}}, "use_fnmatch": True}
+    with pytest.raises(ConfigError) as caught:
+        attach(with_preset(**preset))
+    assert '"*.to_q" adapts no layer' in caught.value.render()
+
+
+def test_an_adapter_whose_layer_ignores_it_is_refused(quickstart, monkeypatch) -> None:
+    def apply_nowhere(self) -> None:
+        for module in self.loras:
+            self.add_module(module.lora_name, module)
+
+    monkeypatch.setattr(LycorisNetwork, "apply_to", apply_nowhere)
+    with pytest.raises(ConfigError, match="changes nothing"):
+        attach(quickstart)
+
+
+@pytest.mark.parametrize(
+    ("lycoris", "bypasses"),
+    [({}, True), ({"dora_wd": True}, False), ({"rank_dropout": 0.1}, False), ({"bypass_mode": False}, False)],
+)
+def test_bypass_is_used_only_where_the_result_is_the_same(quickstart, lycoris, bypasses: bool) -> None:
+    _, adapter = attach(quickstart | lycoris)
+    assert {bool(module.bypass_mode) for module in adapter.network.loras} == {bypasses}
+
+
+def test_state_goes_back_bit_for_bit(quickstart) -> None:
+    _, adapter = attach(quickstart, dtype=torch.bfloat16)
+    perturb(adapter.trainable_parameters())
+    state = {name: tensor.clone() for name, tensor in adapter.state_dict().items()}
+    _, other = attach(quickstart, dtype=torch.bfloat16, seed=2)
+    other.load_state_dict(state)
+    assert all(torch.equal(other.state_dict()[name], state[name]) for name in state)
