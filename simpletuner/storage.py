@@ -16,14 +16,13 @@ import os
 import re
 import shutil
 import socket
-import time
-import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from simpletuner.errors import DataError, Problem
+from simpletuner.leftovers import new_sibling, parse_name
 
 if TYPE_CHECKING:
     import torch
@@ -31,11 +30,6 @@ if TYPE_CHECKING:
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
 
-_TEMPORARY = ".tmp-"
-_TRASH = ".trash-"
-_ASIDE = ".aside-"
-_LEFT_OVER = re.compile(r"^\.(tmp|trash|aside)-([0-9a-f]{8})-(\d+)-(\d+)-[0-9a-f]{8}(?:-(.+))?$")
-_FOREIGN_HOST_SECONDS = 24 * 3600
 _CHUNK_BYTES = 8 << 20
 _QUICK_CHECK_BYTES = 1 << 20
 _FREE_SPACE = "free some space, then start again: what was committed before is untouched"
@@ -63,7 +57,7 @@ def write_bytes(path: str | Path, data: bytes) -> None:
         DataError: the disk is full, over quota, read-only or not writable.
     """
     path = Path(path)
-    temporary = path.with_name(_own_name(_TEMPORARY))
+    temporary = new_sibling(path, "tmp")
     with disk_errors(path):
         try:
             _step("create")
@@ -123,14 +117,15 @@ def save_tensors(
 def replacing_file(path: str | Path) -> Iterator[Path]:
     """Give a path to write a file to; it replaces `path` when the block ends, and is removed when the block raises.
 
-    For writers that open files themselves. The file is on disk when this returns, with the mode that the umask asks for.
+    For writers that open files themselves. The file is on disk when this returns, with the mode that the umask asks
+    for; files that the writer left beside it (a `config.json`) go along, before it.
 
     Raises:
         DataError: the disk is full, over quota, read-only or not writable.
     """
     path = Path(path)
     # Such writers may go through temporary files of their own, so they get a folder that `sweep` knows.
-    temporary = path.with_name(_own_name(_TEMPORARY))
+    temporary = new_sibling(path, "tmp")
     with disk_errors(path):
         try:
             _step("mkdir")
@@ -138,14 +133,13 @@ def replacing_file(path: str | Path) -> Iterator[Path]:
             written = temporary / path.name
             _step("write")
             yield written
-            written.chmod(temporary.stat().st_mode & 0o666)
-            _fsync_file(written)
-            _step("rename")
-            written.replace(path)
+            mode = temporary.stat().st_mode & 0o666
+            for file in sorted(temporary.iterdir(), key=lambda each: each == written):
+                file.chmod(mode)
+                _fsync_file(file)
+                _step("rename")
+                file.replace(path.with_name(file.name))
             _step("rmdir")
-            # Whatever else the writer left beside its file (a config.json) goes along.
-            for extra in temporary.iterdir():
-                extra.replace(path.with_name(extra.name))
             temporary.rmdir()
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -196,7 +190,7 @@ def commit_dir(final_path: str | Path, metadata: Mapping[str, Any] | None = None
         DataError: the disk is full, over quota, read-only or not writable; nothing is left behind.
     """
     final_path = Path(final_path)
-    temporary = final_path.with_name(_own_name(_TEMPORARY))
+    temporary = new_sibling(final_path, "tmp")
     with disk_errors(final_path):
         try:
             _step("mkdir")
@@ -266,7 +260,7 @@ def remove_dir(path: str | Path) -> None:
         DataError: the file system is read-only or not writable.
     """
     path = Path(path)
-    trash = path.with_name(_own_name(_TRASH))
+    trash = new_sibling(path, "trash")
     with disk_errors(path):
         _step("rename")
         path.rename(trash)
@@ -289,13 +283,12 @@ def sweep(parent: str | Path) -> list[Path]:
         return []
     handled = []
     for left_over in sorted(parent.iterdir()):
-        match = _LEFT_OVER.match(left_over.name)
-        if match is None or _is_owner_alive(left_over, match):
+        told = parse_name(left_over.name)
+        if told is None or told.is_owner_alive(left_over):
             continue
-        final_name = match.group(5)
         try:
-            if match.group(1) == "aside" and final_name and not (parent / final_name).exists():
-                left_over.rename(parent / final_name)
+            if told.final_name is not None and not (parent / told.final_name).exists():
+                left_over.rename(parent / told.final_name)
             elif left_over.is_dir():
                 shutil.rmtree(left_over)
             else:
@@ -371,7 +364,9 @@ def disk_errors(path: Path) -> Iterator[None]:
         number = error.errno if isinstance(error, OSError) else _wrapped_errno(error)
         place = getattr(error, "filename", None)
         is_elsewhere = place is not None and not Path(place).is_relative_to(path.parent)
-        if number not in _DISK_ERRORS or is_elsewhere:
+        # Inside of a folder that is being written, `commit_dir` tells it with the name that the user knows.
+        is_inside = any(parse_name(part) for part in path.parts)
+        if number not in _DISK_ERRORS or is_elsewhere or is_inside:
             raise
         message, fix = _DISK_ERRORS[number]
         raise DataError(Problem(f"cannot be written: {message}", file=str(path), fix=fix)) from error
@@ -404,7 +399,7 @@ def _publish(temporary: Path, final_path: Path, manifest: Manifest) -> None:
         if not verify_dir(final_path) and read_manifest(final_path) == manifest:
             shutil.rmtree(temporary)
             return
-        aside = final_path.with_name(f"{_own_name(_ASIDE)}-{final_path.name}")
+        aside = new_sibling(final_path, "aside")
         _step("rename")
         final_path.rename(aside)
     try:
@@ -464,40 +459,6 @@ def _wrapped_errno(error: Exception) -> int | None:
     """The errno inside a safetensors error, which tells it in words only: `... (os error 28)`."""
     match = re.search(r"\(os error (\d+)\)", str(error)) if type(error).__name__ == "SafetensorError" else None
     return int(match.group(1)) if match else None
-
-
-# ---- who owns what is left over ------------------------------------------------------------------------------------
-
-
-def _own_name(prefix: str) -> str:
-    """A new name that tells `sweep` who works on it: host, pid, start time of the process."""
-    pid = os.getpid()
-    return f"{prefix}{_host_digest()}-{pid}-{_start_second(pid)}-{uuid.uuid4().hex[:8]}"
-
-
-def _host_digest() -> str:
-    return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
-
-
-def _start_second(pid: int) -> int | None:
-    """When a process started, in seconds since 1970; None if there is no such process."""
-    import psutil
-
-    try:
-        return int(psutil.Process(pid).create_time())
-    except psutil.NoSuchProcess:
-        return None
-
-
-def _is_owner_alive(left_over: Path, match: re.Match[str]) -> bool:
-    if match.group(2) != _host_digest():
-        try:
-            return time.time() - left_over.stat().st_mtime < _FOREIGN_HOST_SECONDS
-        except FileNotFoundError:
-            return True
-    started = _start_second(int(match.group(3)))
-    # Pids come again, in containers most of all; two seconds allow for a clock that was set in between.
-    return started is not None and abs(started - int(match.group(4))) <= 2
 
 
 def _held_by_another(path: Path, holder: Path, purpose: str) -> Problem:

@@ -154,6 +154,8 @@ class TensorStore:
         with self._own_files():
             absent = set(self.missing(entries))
             if absent:
+                with storage.disk_errors(self.folder):
+                    self.folder.mkdir(parents=True, exist_ok=True)
                 path = write_shard(self.folder, {key: entries[key] for key in entries if key in absent})
                 self._index.add(path.name)
 

@@ -1,0 +1,81 @@
+"""Names of what is half-written, from which anybody can tell later whether its writer still lives.
+
+`.tmp-` is being written, `.trash-` is being removed, `.aside-` was moved out of the way of its successor and ends with
+the name that it had. Host, pid and start time of the process follow, since pids come again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import socket
+import time
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+Kind = Literal["tmp", "trash", "aside"]
+
+_PATTERN = re.compile(
+    r"\.(?P<kind>tmp|trash|aside)-(?P<host>\w{8})-(?P<pid>\d+)-(?P<second>\d+)-\w{8}(?:-(?P<name>.+))?"
+)
+_OTHER_HOST_SECONDS = 24 * 3600
+# Allows for a clock that was set in between.
+_CLOCK_SECONDS = 2
+
+
+@dataclass(frozen=True)
+class LeftOver:
+    """What the name of a left-over tells.
+
+    Args:
+        final_name: what an `aside` was called, else None.
+    """
+
+    host: str
+    pid: int
+    start_second: int
+    final_name: str | None
+
+    def is_owner_alive(self, path: Path) -> bool:
+        """Whether its writer may still work on it; another machine's counts as alive for a day."""
+        if self.host != host_digest():
+            try:
+                return time.time() - path.stat().st_mtime < _OTHER_HOST_SECONDS
+            except FileNotFoundError:
+                return True
+        started = _start_second(self.pid)
+        return started is not None and abs(started - self.start_second) <= _CLOCK_SECONDS
+
+
+def new_sibling(path: Path, kind: Kind) -> Path:
+    """A name beside `path` that this process has never used."""
+    pid = os.getpid()
+    name = f".{kind}-{host_digest()}-{pid}-{_start_second(pid)}-{uuid.uuid4().hex[:8]}"
+    return path.with_name(f"{name}-{path.name}" if kind == "aside" else name)
+
+
+def parse_name(name: str) -> LeftOver | None:
+    """None for a name that is not ours."""
+    match = _PATTERN.fullmatch(name)
+    if match is None:
+        return None
+    kind, host, pid, second, final_name = match.group("kind", "host", "pid", "second", "name")
+    return LeftOver(host, int(pid), int(second), final_name if kind == "aside" else None)
+
+
+def host_digest() -> str:
+    """Eight characters for the name of this machine."""
+    return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
+
+
+def _start_second(pid: int) -> int | None:
+    """When a process started, in seconds since 1970; None if there is no such process."""
+    import psutil
+
+    try:
+        return int(psutil.Process(pid).create_time())
+    except psutil.NoSuchProcess:
+        return None
