@@ -129,13 +129,12 @@ def write_checkpoint(run: Run, folder: Path) -> None:
     """Write all files of a checkpoint into `folder` (not yet committed)."""
     parameters = run.adapter.trainable_parameters()
     metadata = {"global_step": str(run.state.global_step)}
-    run.adapter.save(folder / run.adapter.file_name, metadata)
+    run.adapter.save(weights_file(run, folder), metadata)
     tensors, plain = optimizer_tensors(run.optimizer, parameters)
     storage.save_tensors(folder / OPTIMIZER_FILE, tensors)
     if run.ema is not None:
         storage.save_tensors(folder / EMA_FILE, run.ema.state_tensors())
-        (folder / "ema").mkdir()
-        run.adapter.save(folder / "ema" / run.adapter.file_name, metadata, state=run.ema.state_dict())
+        run.adapter.save(weights_file(run, folder / "ema"), metadata, state=run.ema.state_dict())
     storage.write_json(
         folder / STATE_FILE,
         {
@@ -147,6 +146,14 @@ def write_checkpoint(run: Run, folder: Path) -> None:
         },
     )
     storage.write_json(folder / "config.json", run.loaded.resolved())
+
+
+def weights_file(run: Run, folder: Path) -> Path:
+    """Where the weights are in a checkpoint: an adapter at the top, a denoiser in the folder that diffusers reads."""
+    if not run.adapter.can_be_disabled:
+        folder = folder / run.family.spec.component("denoiser").name
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / run.adapter.file_name
 
 
 def load_checkpoint(run: Run, path: Path) -> None:
@@ -162,7 +169,7 @@ def load_checkpoint(run: Run, path: Path) -> None:
     from safetensors.torch import load_file
 
     parameters = run.adapter.trainable_parameters()
-    weights = load_file(path / run.adapter.file_name)
+    weights = load_file(weights_file(run, path))
     run.adapter.load_state_dict({name: tensor for name, tensor in weights.items() if name in parameters})
     load_optimizer_tensors(run.optimizer, parameters, load_file(path / OPTIMIZER_FILE), saved["optimizer"])
     if run.ema is not None:

@@ -10,7 +10,7 @@ from simpletuner.config.loading import LoadedRun
 from simpletuner.reporting.events import RunFinished
 from simpletuner.reporting.loss_plot import draw_loss_plot
 from simpletuner.training.phases import phase
-from simpletuner.training.proof import prove_weights
+from simpletuner.training.proof import prove_adapter
 from simpletuner.training.run import Run
 
 METRICS_FILE = "metrics.jsonl"
@@ -31,29 +31,32 @@ def finish_run(run: Run, seconds: float) -> None:
 
 
 def save_weights(run: Run) -> dict[str, Path]:
-    """Final weights in the output folder, and their EMA; each file is proved before it counts."""
-    outputs = {}
+    """Final weights in the output folder, and their EMA; an adapter is proved before it counts."""
+    name, save = ("adapter", save_adapter) if run.adapter.can_be_disabled else ("model", save_model)
     with phase(run.bus, "saving and checking the weights"):
-        name = "adapter" if run.adapter.can_be_disabled else "model"
-        folder = (
-            run.output_dir
-            if run.adapter.can_be_disabled
-            else run.output_dir / run.family.spec.component("denoiser").name
-        )
-        outputs[name] = save_weight_file(run, folder)
+        outputs = {name: save(run, run.output_dir)}
         if run.ema is not None:
             with run.ema.swapped_in(run.adapter.trainable_parameters()):
-                outputs[f"{name} (EMA)"] = save_weight_file(run, run.output_dir / "ema")
+                outputs[f"{name} (EMA)"] = save(run, run.output_dir / "ema")
     return outputs
 
 
-def save_weight_file(run: Run, folder: Path) -> Path:
-    """Write the live weights to `folder` under a temporary name, prove them, then give them their name."""
+def save_model(run: Run, folder: Path) -> Path:
+    """Write the live weights as a whole model folder: `pipeline` in `folder`."""
+    path = folder / "pipeline"
+    folder.mkdir(parents=True, exist_ok=True)
+    with storage.commit_dir(path) as temporary:
+        run.family.pipeline(run.denoiser, run.family.load_vae()).save_pretrained(temporary)
+    return path
+
+
+def save_adapter(run: Run, folder: Path) -> Path:
+    """Write the live adapter to `folder` under a temporary name, prove it, then give it its name."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / run.adapter.file_name
     with storage.replacing_file(path) as temporary:
         run.adapter.save(temporary, {"global_step": str(run.state.global_step)})
-        prove_weights(run, temporary)
+        prove_adapter(run, temporary)
     return path
 
 
@@ -62,6 +65,7 @@ def generate_command(loaded: LoadedRun, model: str, outputs: dict[str, Path]) ->
     config = loaded.config
     prompt = config.validation_prompt or next(iter((loaded.prompt_library or {}).values()), "a photo")
     height, width = config.validation_sizes[0]
+    model = str(outputs.get("model", model))
     words = ["simpletuner", "generate", "--model-family", config.model_family, "--model", model]
     if "adapter" in outputs:
         words += ["--adapter", str(outputs["adapter"])]

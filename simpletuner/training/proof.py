@@ -1,4 +1,4 @@
-"""Proof that a written weight file is what was trained: read it back onto fresh weights and compare outputs."""
+"""Proof that a written adapter file is what was trained: read it back onto fresh weights and compare outputs."""
 
 from __future__ import annotations
 
@@ -20,16 +20,14 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 PROBE_TOKENS = 4
 
 
-def prove_weights(run: Run, path: Path) -> None:
+def prove_adapter(run: Run, path: Path) -> None:
     """Reload an adapter file through its public loader onto freshly loaded base weights; outputs must be equal.
 
-    Full weights are only read back. Where the machine has no memory for a second copy of the model, that is said.
+    Where the machine has no memory for a second copy of the model, that is said instead.
 
     Raises:
         DataError: the file is not what was trained.
     """
-    if not run.adapter.can_be_disabled:
-        return
     size = sum(parameter.numel() * parameter.element_size() for parameter in run.denoiser.parameters())
     if psutil.virtual_memory().available < 1.5 * size:
         run.bus.emit(
