@@ -25,6 +25,8 @@ ENVIRONMENT_PREFIX = "SIMPLETUNER_"
 OTHER_VARIABLES = frozenset({*ENVIRONMENT_NAMES, *BACKEND_NAMES, "SIMPLETUNER_DEBUG", "SIMPLETUNER_LOG_LEVEL"})
 
 _REFERENCE = re.compile(r"\$(?:\{(\w+)\}|(\w+))")
+# Text in double quotes, in single quotes (where a shell replaces nothing), or without quotes.
+_QUOTED = re.compile(r""""(?:[^"\\]|\\.)*"|'[^']*'|[^"']+|["']""")
 _ASSIGNMENT = re.compile(r"^\s*(?:export\s+)?(\w+)(\+?=)(.*)$")
 
 
@@ -106,6 +108,7 @@ def _read_json(path: Path, shown: str) -> Layer:
         fix = "this looks like a list of datasets: name it in data_backend_config" if document.value else None
         raise ConfigError(Problem(message, file=shown, line=1, allowed='{"option": value, ...}', fix=fix))
     settings: list[Setting] = []
+    extra: list[Setting] = []
     warnings: list[str] = []
     seen: dict[str, str] = {}
     for key, value in document.value.items():
@@ -118,10 +121,10 @@ def _read_json(path: Path, shown: str) -> Layer:
         seen[name] = key
         if name == EXTRA_ARGUMENTS:
             warnings.append(f'{origin}: {name}: in JSON, add each option as a key of its own: "--option": value')
-            settings += _extra_arguments(str(value or ""), origin)
+            extra += _extra_arguments(str(value or ""), origin)
         else:
             settings.append(Setting(name, value, origin))
-    return Layer(settings, warnings)
+    return Layer([*settings, *extra], warnings)
 
 
 def _kind_of(value: Any) -> str:
@@ -170,16 +173,17 @@ def _read_env(path: Path, shown: str, known: Collection[str]) -> Layer:
             value = variables[name][0] + value
         variables[name] = (value, origin)
     settings: list[Setting] = []
+    extra: list[Setting] = []
     warnings: list[str] = []
     for name, (value, origin) in variables.items():
         option = env_file_option(name)
         if name == EXTRA_ARGUMENTS:
-            settings += _extra_arguments(value, origin)
+            extra += _extra_arguments(value, origin)
         elif option in known or nearest(option, known):
             settings.append(Setting(option, value, origin))
         else:
             warnings.append(f"{origin}: {name} names no option and is not read")
-    return Layer(settings, warnings)
+    return Layer([*settings, *extra], warnings)
 
 
 def env_file_option(name: str) -> str:
@@ -191,8 +195,11 @@ def env_file_option(name: str) -> str:
 def _shell_value(text: str, known: Mapping[str, str], origin: Origin, name: str) -> str:
     if "$(" in text or "`" in text:
         raise ConfigError(origin.problem("holds a command, which is not run", key=name, fix="write the value itself"))
-    if "'" not in text:
-        text = _REFERENCE.sub(lambda match: known.get(match.group(1) or match.group(2), ""), text)
+    parts = [
+        part if part.startswith("'") else _REFERENCE.sub(lambda found: known.get(found[1] or found[2], ""), part)
+        for part in _QUOTED.findall(text)
+    ]
+    text = "".join(parts)
     try:
         return " ".join(shlex.split(text, comments=True))
     except ValueError as error:
@@ -200,6 +207,7 @@ def _shell_value(text: str, known: Mapping[str, str], origin: Origin, name: str)
 
 
 def _extra_arguments(text: str, origin: Origin) -> list[Setting]:
+    """Options in `TRAINER_EXTRA_ARGS`; as at the end of a command line, they win over the file's own."""
     return [
         Setting(setting.key, setting.value, origin) for setting in parse_arguments(shlex.split(text), origin).settings
     ]

@@ -67,12 +67,12 @@ def check_lycoris(document: Document, adaptable: Sequence[Adaptable], aliases: M
     lycoris = document.value
     if not isinstance(lycoris, dict):
         return [Problem("is not a JSON object", file=document.file, line=1, allowed='{"algo": "lokr", ...}')]
-    problems = [*_unknown_keys(document, (), TOP_LEVEL_KEYS), *_bad_algorithm(document, ("algo",), lycoris)]
+    problems = [*_unknown_keys(document, (), lycoris, TOP_LEVEL_KEYS), *_bad_algorithm(document, ("algo",), lycoris)]
     problems += _bad_scalars(document, lycoris)
     preset = lycoris.get("apply_preset", {})
     if not isinstance(preset, dict):
         return [*problems, _problem(document, ("apply_preset",), "is not a JSON object")]
-    problems += _unknown_keys(document, ("apply_preset",), PRESET_KEYS)
+    problems += _unknown_keys(document, ("apply_preset",), preset, PRESET_KEYS)
     for key in NAME_LISTS:
         if not _is_name_list(preset.get(key, [])):
             message = f"{show_value(preset[key])} is not a list of names"
@@ -143,7 +143,8 @@ def _pattern_problems(
             fix = 'correct it, or set "use_fnmatch": true for patterns with * and ?'
             return [_problem(document, at, f'"{pattern}" is not a regular expression: {error}', fix=fix)]
         matches = any(compiled.match(path) for path in paths)
-    if matches:
+    # Leaving out what is not there is harmless; attaching to it is not.
+    if matches or "exclude_name" in at:
         return []
     known = ", ".join(dict.fromkeys(name for module in adaptable for name in module.names))
     return [_problem(document, at, f'"{pattern}" matches no module', allowed=known)]
@@ -156,16 +157,9 @@ def _problem(
     return Problem(message, key=key, file=document.file, line=document.line(*at), allowed=allowed, fix=fix)
 
 
-def _value_at(document: Document, at: JsonPath) -> Any:
-    value = document.value
-    for part in at:
-        value = value[part]
-    return value
-
-
-def _unknown_keys(document: Document, at: JsonPath, known: Sequence[str]) -> list[Problem]:
+def _unknown_keys(document: Document, at: JsonPath, settings: Mapping[str, Any], known: Sequence[str]) -> list[Problem]:
     problems = []
-    for key in _value_at(document, at):
+    for key in settings:
         if key in known:
             continue
         near = (ENTRY_NAMES_FOR.get(key) if known is ENTRY_KEYS else None) or nearest(key, known)
@@ -211,6 +205,6 @@ def _bad_algo_map(document: Document, at: JsonPath, value: Any) -> list[Problem]
         if not isinstance(settings, dict):
             problems.append(_problem(document, (*at, entry), "is not a JSON object", allowed='{"factor": 16}'))
             continue
-        problems += _unknown_keys(document, (*at, entry), ENTRY_KEYS)
+        problems += _unknown_keys(document, (*at, entry), settings, ENTRY_KEYS)
         problems += _bad_algorithm(document, (*at, entry, "algo"), settings)
     return problems

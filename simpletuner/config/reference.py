@@ -64,7 +64,9 @@ def describe(key: str) -> str:
     }
     for title, fact in facts.items():
         if fact:
-            lines += textwrap.wrap(fact, WIDTH, initial_indent=f"  {title:<10} ", subsequent_indent=" " * 13)
+            lines += textwrap.wrap(
+                fact, WIDTH, initial_indent=f"  {title:<10} ", subsequent_indent=" " * 13, break_on_hyphens=False
+            )
     return "\n".join(lines)
 
 

@@ -1,0 +1,79 @@
+"""Targets of a LyCORIS file are held against the family before anything is loaded."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from simpletuner.config.json_reader import parse_json
+from simpletuner.config.lycoris import check_lycoris, module_paths
+from simpletuner.errors import Problem
+
+from .conftest import FAMILY
+
+
+def check(lycoris: Any) -> list[Problem]:
+    return check_lycoris(parse_json(json.dumps(lycoris, indent=1), "l.json"), FAMILY.adaptable, FAMILY.class_aliases)
+
+
+def preset(**values: Any) -> dict[str, Any]:
+    return {"algo": "lokr", "apply_preset": values}
+
+
+@pytest.mark.parametrize(
+    "lycoris",
+    [
+        {"algo": "lokr"},
+        preset(target_module=["Attention", "FeedForward"], module_algo_map={"FeedForward": {"factor": 8}}),
+        preset(target_module=["ToyFeedForward"]),
+        preset(target_name=["layers.3.self_attn.to_q", "proj_out"]),
+        preset(target_name=[r"layers\.(5|7)\..*"]),
+        preset(target_name=["layers.*.self_attn"], use_fnmatch=True),
+        preset(name_algo_map={"layers.1?.mlp": {"algo": "loha", "dim": 4}}, use_fnmatch=True),
+        preset(target_module=["Attention"], exclude_name=["layers.0.self_attn", "gone"]),
+    ],
+)
+def test_targets_of_the_family_are_accepted(lycoris: dict[str, Any]) -> None:
+    assert check(lycoris) == []
+
+
+@pytest.mark.parametrize(
+    ("lycoris", "key", "words"),
+    [
+        (preset(target_module=["Attention", "Atention"]), "apply_preset.target_module.1", 'did you mean "Attention"?'),
+        (preset(module_algo_map={"Nothing": {}}), "apply_preset.module_algo_map.Nothing", "FeedForward, Linear"),
+        (preset(target_name=["blocks.0"]), "apply_preset.target_name.0", "layers.*.self_attn"),
+        (preset(target_name=["("]), "apply_preset.target_name.0", "not a regular expression"),
+        (preset(name_algo_map={"block*": {}}, use_fnmatch=True), "apply_preset.name_algo_map.block*", "matches no"),
+        (preset(exclude_name=["["]), "apply_preset.exclude_name.0", "not a regular expression"),
+        (preset(target_modules=["Attention"]), "apply_preset.target_modules", 'did you mean "target_module"?'),
+        (preset(target_module="Attention"), "apply_preset.target_module", "list of names"),
+        (
+            preset(module_algo_map={"Attention": {"linear_dim": 4}}),
+            "apply_preset.module_algo_map.Attention.linear_dim",
+            '"dim"',
+        ),
+        (preset(module_algo_map={"Attention": 4}), "apply_preset.module_algo_map.Attention", "not a JSON object"),
+        ({"algo": "lokrr"}, "algo", 'did you mean "lokr"?'),
+        ({"algo": "dylora"}, "algo", "cannot be trained"),
+        ({"algo": "lokr", "factr": 4}, "factr", 'did you mean "factor"?'),
+        ({"algo": "lokr", "factor": "four"}, "factor", "not a number"),
+        ({"algo": "lokr", "linear_dim": 0}, "linear_dim", "at least 1"),
+        ({"algo": "lokr", "use_scalar": 1}, "use_scalar", "true or false"),
+        ({"apply_preset": []}, "apply_preset", "not a JSON object"),
+        ([], None, "not a JSON object"),
+    ],
+)
+def test_faults_name_key_line_and_what_could_be_matched(lycoris: Any, key: str | None, words: str) -> None:
+    (problem,) = check(lycoris)
+    assert problem.key == key
+    assert problem.file == "l.json"
+    assert problem.line is not None
+    assert words in problem.render()
+
+
+def test_patterns_are_tried_on_many_blocks() -> None:
+    paths = set(module_paths(FAMILY.adaptable))
+    assert {"layers.0.mlp", "layers.99.self_attn.to_q", "proj_out"} <= paths
