@@ -33,6 +33,7 @@ from simpletuner.errors import DataError, Problem
 INDEX_VERSION = 1
 
 _BUSY_SECONDS = 120.0
+_WAIT_SECONDS = 0.5
 _QUERY_ROWS = 500
 
 _TABLES = """
@@ -126,10 +127,13 @@ class Index:
     def scan(self, progress: Progress | None = None) -> Catalogue:
         """Look at what is new or changed since the last scan; the usable pictures after it.
 
+        Of several processes that scan one folder, one does the work and the others wait for it.
+
         Args:
-            progress: called with the number of files looked at so far.
+            progress: called with the number of files looked at so far, also while waiting. What it raises ends the
+                scan.
         """
-        with self._lock, self._explained():
+        with self._lock, self._explained(), self._only_scan(progress):
             update_files(self._db, self.backend, progress)
             stored = self._db.execute("SELECT * FROM catalogue").fetchone()
             if stored is None:
@@ -229,6 +233,22 @@ class Index:
             )
 
     @contextlib.contextmanager
+    def _only_scan(self, progress: Progress | None) -> Iterator[None]:
+        from filelock import FileLock, Timeout
+
+        lock = FileLock(f"{self.path}.lock")
+        while not lock.is_locked:
+            try:
+                lock.acquire(timeout=_WAIT_SECONDS)
+            except Timeout:
+                if progress:
+                    progress(0)
+        try:
+            yield
+        finally:
+            lock.release()
+
+    @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:
         """Failures of the index file as errors for the user."""
         try:
@@ -247,7 +267,9 @@ def _open(path: Path) -> sqlite3.Connection:
     database = _connect(path)
     try:
         version = database.execute("PRAGMA user_version").fetchone()[0]
-        if version in (0, INDEX_VERSION):
+        if version == INDEX_VERSION:
+            return database
+        if version == 0:
             _make_tables(database)
             return database
     except sqlite3.OperationalError:  # locked, read-only or full: not the fault of the file's content
@@ -263,11 +285,10 @@ def _open(path: Path) -> sqlite3.Connection:
 
 def _connect(path: Path) -> sqlite3.Connection:
     # One connection, guarded by the index's lock; samples are read from prefetch threads too.
-    return sqlite3.connect(path, timeout=_BUSY_SECONDS, check_same_thread=False)
+    database = sqlite3.connect(path, timeout=_BUSY_SECONDS, check_same_thread=False)
+    database.execute("PRAGMA temp_store = FILE")
+    return database
 
 
 def _make_tables(database: sqlite3.Connection) -> None:
-    database.execute("PRAGMA synchronous = NORMAL")
-    database.execute("PRAGMA temp_store = FILE")
-    database.executescript(_TABLES)
-    database.execute(f"PRAGMA user_version = {INDEX_VERSION}")
+    database.executescript(f"BEGIN; {_TABLES} PRAGMA user_version = {INDEX_VERSION}; COMMIT;")

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import os
 import sqlite3
+import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -26,9 +27,11 @@ OK, BROKEN, UNREADABLE = "ok", "broken", "unreadable"
 
 Progress = Callable[[int], None]
 
-# Files per task of the pool (a task costs as much as decoding a small picture), and per transaction.
+# Files per task of the pool: handing over a task costs as much as decoding a small picture.
 _TASK_FILES = 16
+# A transaction ends with so many files, or after so long with large ones.
 _COMMIT_FILES = 1024
+_COMMIT_SECONDS = 5.0
 _TEXT_SUFFIX = ".txt"
 
 
@@ -103,16 +106,16 @@ def update_files(database: sqlite3.Connection, backend: Backend, progress: Progr
 
 def _retry_failures(database: sqlite3.Connection) -> None:
     """Make the scan look again at files that may be readable now."""
-    statuses = [UNREADABLE]
     stored = database.execute("SELECT value FROM facts WHERE name = 'decoder'").fetchone()
-    if stored != (decoder_version(),):
-        statuses.append(BROKEN)
+    is_same_decoder = stored == (decoder_version(),)
+    parameters = (UNREADABLE, UNREADABLE if is_same_decoder else BROKEN)
+    failed = "FROM files WHERE live AND status != 'ok' AND status IN (?, ?)"
+    if is_same_decoder and database.execute(f"SELECT 1 {failed} LIMIT 1", parameters).fetchone() is None:
+        return  # the usual start writes nothing
     with database:
-        for status in statuses:
-            failed = "FROM files WHERE live AND status != 'ok' AND status = ?"
-            database.execute(f"UPDATE folders SET listing = NULL WHERE id IN (SELECT folder {failed})", [status])
-            # Retired, they are new to the comparison with the disk.
-            database.execute(f"UPDATE files SET live = 0 WHERE id IN (SELECT id {failed})", [status])
+        database.execute(f"UPDATE folders SET listing = NULL WHERE id IN (SELECT folder {failed})", parameters)
+        # Retired, they are new to the comparison with the disk.
+        database.execute(f"UPDATE files SET live = 0 WHERE id IN (SELECT id {failed})", parameters)
         database.execute("INSERT OR REPLACE INTO facts VALUES ('decoder', ?)", [decoder_version()])
 
 
@@ -133,14 +136,14 @@ def _update_folder(
             return
         _compare(database, backend, key, folder.path)
     findings: list[Finding] = []
+    committed = time.monotonic()
     for part in _look_at(backend, pool, _changed_files(database)):
         findings += part
-        if len(findings) >= _COMMIT_FILES:
+        if len(findings) >= _COMMIT_FILES or time.monotonic() > committed + _COMMIT_SECONDS:
             _store(database, key, findings)
-            yield len(findings)
-            findings = []
+            findings, committed = [], time.monotonic()
+        yield len(part)
     _store(database, key, findings)
-    yield len(findings)
     with database:
         database.execute("UPDATE folders SET listing = ? WHERE id = ?", [folder.listing, key])
 

@@ -1,0 +1,45 @@
+"""Folders of small pictures for the tests of this package."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+from PIL import Image
+
+
+def write_picture(path: Path, width: int = 64, height: int = 64, seed: int = 0) -> Path:
+    """A picture of noise; equal arguments give equal bytes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    values = np.random.default_rng(seed).integers(0, 255, (height, width, 3), np.uint8)
+    Image.fromarray(values).save(path)
+    return path
+
+
+def tree_digest(root: Path) -> str:
+    """Digest of every path, content and time of last change below `root`."""
+    digest = hashlib.sha256()
+    for path in sorted(root.rglob("*")):
+        status = path.lstat()
+        content = path.read_bytes() if path.is_file() and status.st_mode & 0o400 else b""
+        digest.update(repr((str(path), status.st_mtime_ns, status.st_mode, content)).encode())
+    return digest.hexdigest()
+
+
+def options(**changes) -> SimpleNamespace:
+    """The options of config.json that datasets read."""
+    defaults = {
+        "seed": 42,
+        "aspect_bucket_rounding": 2,
+        "aspect_bucket_alignment": None,
+        "resolution": 64.0,
+        "resolution_type": "pixel_area",
+        "minimum_image_size": None,
+        "maximum_image_size": None,
+        "target_downsample_size": None,
+        "caption_strategy": "filename",
+        "instance_prompt": None,
+    }
+    return SimpleNamespace(**(defaults | changes))

@@ -1,0 +1,136 @@
+"""Bucket arithmetic against numbers worked out by hand."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+
+from simpletuner.batch import Crop
+from simpletuner.data.buckets import BucketRules, bucket_size, choose_aspect, is_large_enough, plan_crop
+
+SQUARE_512 = BucketRules(resolution=512, resolution_type="pixel_area", alignment=64)
+
+
+@pytest.mark.parametrize("alignment", [8, 16, 64])
+def test_a_resolution_of_64_pixels_gives_64_by_64(alignment: int) -> None:
+    rules = BucketRules(resolution=64, resolution_type="pixel_area", alignment=alignment)
+    assert plan_crop(64, 64, rules) == Crop(64, 64, 0, 0, 64, 64)
+
+
+@pytest.mark.parametrize(
+    ("resolution", "resolution_type", "alignment", "aspect", "expected"),
+    [
+        (1024, "pixel_area", 64, 1.0, (1024, 1024)),
+        # 1024 * sqrt(1.5) = 1254.1 -> 19.6 * 64 -> 1280; 1024 / sqrt(1.5) = 836.1 -> 13.06 * 64 -> 832
+        (1024, "pixel_area", 64, 1.5, (832, 1280)),
+        (1024, "pixel_area", 64, 0.67, (1280, 832)),
+        # sqrt(1.0 * 10^6) = 1000 -> 15.6 * 64 -> 1024
+        (1.0, "area", 64, 1.0, (1024, 1024)),
+        # 1000 / 16 = 62.5, half up -> 63 * 16
+        (1.0, "area", 16, 1.0, (1008, 1008)),
+        # sqrt(0.25 * 10^6) = 500 -> 7.8 * 64 -> 512; 512 * sqrt(2) = 724 -> 704; 512 / sqrt(2) = 362 -> 384
+        (0.25, "area", 64, 2.0, (384, 704)),
+        (512, "pixel", 64, 1.5, (512, 768)),
+        # 512 / 0.75 = 682.7 -> 10.67 * 64 -> 704
+        (512, "pixel", 64, 0.75, (704, 512)),
+        (500, "pixel", 16, 1.0, (496, 496)),
+    ],
+)
+def test_bucket_sizes(resolution, resolution_type, alignment, aspect, expected) -> None:
+    rules = BucketRules(resolution=resolution, resolution_type=resolution_type, alignment=alignment)
+    assert bucket_size(aspect, rules) == expected
+
+
+def test_a_picture_is_resized_to_cover_its_bucket_and_cut_in_the_centre() -> None:
+    # 768 high -> 512: factor 2/3; 1024 wide -> 682.67 -> 683; 683 - 512 = 171 left over, half of it 85.
+    assert plan_crop(768, 1024, SQUARE_512) == Crop(512, 683, 0, 85, 512, 512)
+    # 300 high must become 512: factor 1.7067; 200 wide would be 341, so the width decides: 512 / 200 = 2.56 -> 768
+    assert plan_crop(300, 200, SQUARE_512) == Crop(768, 512, 128, 0, 512, 512)
+
+
+def test_the_corner_is_the_top_left_one() -> None:
+    rules = replace(SQUARE_512, crop_style="corner")
+    assert plan_crop(768, 1024, rules) == Crop(512, 683, 0, 0, 512, 512)
+
+
+def test_without_crop_the_aspect_stays_but_for_rounding() -> None:
+    rules = replace(SQUARE_512, crop=False, crop_aspect="square", crop_style="corner", alignment=16)
+    # aspect 1.33; 512 * sqrt(1.33) = 590.5 -> 592; 512 / sqrt(1.33) = 443.96 -> 448
+    # 448 / 768 = 0.58333 and 592 / 1024 = 0.578: height decides; 1024 * 0.58333 = 597.3 -> 597; 5 left over, half 2
+    assert plan_crop(768, 1024, rules) == Crop(448, 597, 0, 2, 448, 592)
+
+
+def test_larger_pictures_are_reduced_to_the_target_before_the_cut() -> None:
+    rules = replace(SQUARE_512, maximum_size=1024, target_size=768)
+    # equal-area side of 2048 x 2048 is 2048 > 1024: reduced to 768, of which 512 is cut; (768 - 512) / 2 = 128
+    assert plan_crop(2048, 2048, rules) == Crop(768, 768, 128, 128, 512, 512)
+    # 1000 is not above the maximum: reduced as far as the cut allows
+    assert plan_crop(1000, 1000, rules) == Crop(512, 512, 0, 0, 512, 512)
+
+
+def test_the_target_never_leaves_less_than_the_cut() -> None:
+    """The quickstart: resolution, maximum and target are all 512; 1024 x 768 of equal area would be 443 high."""
+    rules = replace(SQUARE_512, maximum_size=512, target_size=512)
+    assert plan_crop(768, 1024, rules) == Crop(512, 683, 0, 85, 512, 512)
+
+
+def test_target_in_megapixels_scales_by_the_root() -> None:
+    rules = BucketRules(
+        resolution=0.25, resolution_type="area", alignment=64, maximum_size=1.0, target_size=1.0, crop_style="corner"
+    )
+    # 4 MP -> 1 MP halves the sides: 2000 -> 1000
+    assert plan_crop(2000, 2000, rules) == Crop(1000, 1000, 0, 0, 512, 512)
+
+
+@pytest.mark.parametrize(
+    ("resolution_type", "minimum", "large", "small"),
+    [
+        ("pixel", 512, (512, 900), (511, 900)),
+        ("area", 0.5, (1000, 500), (999, 500)),
+        ("pixel_area", 512, (256, 1024), (256, 1023)),
+        ("pixel_area", 0, (1, 1), None),
+    ],
+)
+def test_minimum_size(resolution_type, minimum, large, small) -> None:
+    rules = BucketRules(resolution=64, resolution_type=resolution_type, minimum_size=minimum)
+    assert is_large_enough(*large, rules)
+    assert small is None or not is_large_enough(*small, rules)
+
+
+def test_closest_takes_the_aspect_of_least_ratio() -> None:
+    rules = replace(SQUARE_512, crop_aspect="closest", aspect_buckets=((0.5, 1.0), (1.0, 1.0), (2.0, 1.0)))
+    assert choose_aspect(100, 145, rules) == 2.0  # sqrt(2) = 1.414 is the middle between 1 and 2
+    assert choose_aspect(100, 138, rules) == 1.0
+    assert choose_aspect(100, 60, rules) == 0.5
+
+
+def test_random_aspects_follow_their_weights_and_their_key() -> None:
+    rules = replace(SQUARE_512, crop_aspect="random", aspect_buckets=((0.5, 1.0), (1.0, 0.0), (2.0, 3.0)))
+    drawn = [choose_aspect(100, 100, rules, 1, "id", f"digest {number}") for number in range(4000)]
+    counts = Counter(drawn)
+    assert counts[1.0] == 0
+    assert 0.72 < counts[2.0] / 4000 < 0.78  # 3/4, standard deviation 0.007
+    assert drawn == [choose_aspect(100, 100, rules, 1, "id", f"digest {number}") for number in range(4000)]
+
+
+def test_random_crops_lie_inside_reach_both_ends_and_depend_on_the_content() -> None:
+    rules = BucketRules(resolution=64, resolution_type="pixel_area", crop_style="random", alignment=16)
+    crops = [plan_crop(64, 67, rules, 7, "id", f"digest {number}") for number in range(300)]
+    assert {crop.left for crop in crops} == {0, 1, 2, 3}
+    assert {crop.top for crop in crops} == {0}
+    assert plan_crop(64, 67, rules, 7, "id", "digest 5") == crops[5]
+
+
+@pytest.mark.parametrize("crop", [True, False])
+@pytest.mark.parametrize("resolution_type", ["pixel", "area", "pixel_area"])
+def test_every_crop_lies_inside_the_resized_picture(crop: bool, resolution_type) -> None:
+    resolution = 0.3 if resolution_type == "area" else 500
+    rules = BucketRules(resolution, resolution_type, crop=crop, crop_aspect="preserve", crop_style="random")
+    for height in range(1, 2000, 97):
+        for width in range(1, 2000, 83):
+            cut = plan_crop(height, width, rules, 1, "id", "digest")
+            assert cut.height % 64 == cut.width % 64 == 0
+            assert 0 <= cut.top <= cut.intermediate_height - cut.height
+            assert 0 <= cut.left <= cut.intermediate_width - cut.width

@@ -1,0 +1,254 @@
+"""From entries and folders to samples, buckets and errors that name the key."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from simpletuner.batch import Crop
+from simpletuner.config.datasets import EvalDataset, ImageDataset, TextEmbedsDataset
+from simpletuner.data.datasets import Dataset, build_datasets
+from simpletuner.data.sampler import Sampler
+from simpletuner.errors import EXIT_CONFIG, EXIT_DATA, ConfigError, DataError
+from simpletuner.models.omnigen.spec import OMNIGEN
+from tests.unit.data.pictures import options, tree_digest, write_picture
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    root = tmp_path / "pictures"
+    for number, (width, height) in enumerate([(64, 64), (128, 64), (130, 66), (64, 128), (30, 30)]):
+        write_picture(root / f"a_thing_{number}.png", width, height, seed=number)
+    return root
+
+
+def build(root: Path, tmp_path: Path, **changes) -> Dataset:
+    """One dataset; `changes` are keys of its entry."""
+    entry = ImageDataset(id="things", instance_data_dir=root, **changes)
+    (dataset,) = build_datasets([entry], options(), OMNIGEN, tmp_path / "work", data_file="data.json")
+    return dataset
+
+
+def sizes(dataset: Dataset) -> dict[tuple[int, int], int]:
+    return {size: len(members) for size, members in dataset.buckets.items()}
+
+
+def test_square_crops_make_one_bucket(folder: Path, tmp_path: Path) -> None:
+    dataset = build(folder, tmp_path)
+    assert sizes(dataset) == {(64, 64): 5}
+    assert dataset.kind == "image"
+    assert dataset.samples[1].crop == Crop(64, 128, 0, 32, 64, 64)
+    assert dataset.samples[-1].captions == ("a thing 4",)
+
+
+def test_preserved_aspects_share_buckets(folder: Path, tmp_path: Path) -> None:
+    dataset = build(folder, tmp_path, crop=False)
+    # aspect 2: 64 * sqrt(2) = 90.5 -> 96, 64 / sqrt(2) = 45.3 -> 48; 130 x 66 is 1.97: 89.8 -> 96, 45.6 -> 48
+    assert sizes(dataset) == {(64, 64): 2, (48, 96): 2, (96, 48): 1}
+    assert dataset.buckets[(48, 96)].tolist() == [1, 2]
+    for size, members in dataset.buckets.items():
+        assert {(sample.crop.height, sample.crop.width) for sample in dataset.samples.take(members)} == {size}
+
+
+def test_pixels_are_those_of_the_crop(folder: Path, tmp_path: Path) -> None:
+    dataset = build(folder, tmp_path)
+    pixels = dataset.read_pixels(dataset.samples[1])
+    picture = np.asarray(Image.open(folder / "a_thing_1.png"), dtype=np.float64)
+    assert pixels.shape == (3, 64, 64)
+    assert np.allclose(pixels.numpy(), picture[:, 32:96].transpose(2, 0, 1) / 255 * 2 - 1, atol=1e-6)
+
+
+def test_small_pictures_are_left_out_and_counted(folder: Path, tmp_path: Path) -> None:
+    dataset = build(folder, tmp_path, minimum_image_size=64, repeats=2)
+    funnel = dataset.funnel
+    assert (funnel.found, funnel.readable, funnel.large_enough, funnel.bucketed, funnel.per_epoch) == (5, 5, 4, 4, 12)
+    assert [sample.path for sample in dataset.samples] == [f"a_thing_{number}.png" for number in range(4)]
+    (reason,) = funnel.set_aside.counts
+    assert "minimum_image_size (64" in reason
+    assert funnel.set_aside.examples[reason] == ["a_thing_4.png"]
+    assert any("a_thing_4.png" in line for line in funnel.lines())
+    assert funnel.as_json()["set_aside"][0]["count"] == 1
+
+
+def test_broken_pictures_are_counted_and_left_alone(folder: Path, tmp_path: Path) -> None:
+    (folder / "a_text\x1b[31m.png").write_text("hello")
+    before = tree_digest(folder)
+    dataset = build(folder, tmp_path)
+    assert len(dataset.samples) == 5
+    assert dataset.funnel.found == 6
+    assert not any("\x1b" in line for line in dataset.funnel.lines())
+    assert tree_digest(folder) == before
+
+
+def test_an_extreme_aspect_does_not_ask_for_a_huge_picture(folder: Path, tmp_path: Path) -> None:
+    write_picture(folder / "a_line.png", 20_000, 1)
+    dataset = build(folder, tmp_path, crop=False, resolution=512, resolution_type="pixel")
+    assert [path for path in dataset.funnel.set_aside.examples.popitem()[1]] == ["a_line.png"]
+    assert len(dataset.samples) == 5
+
+
+def test_two_entries_on_one_folder_read_it_once(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from simpletuner.data.backends.local import LocalBackend
+
+    opened, read = Counter(), LocalBackend.read
+    monkeypatch.setattr(LocalBackend, "read", lambda self, path: (opened.update([path]), read(self, path))[1])
+    entries = [
+        ImageDataset(id="large", instance_data_dir=folder, resolution=128, crop=False),
+        TextEmbedsDataset(id="text", dataset_type="text_embeds"),
+        ImageDataset(id="off", instance_data_dir=tmp_path / "nowhere", disabled=True),
+        EvalDataset(id="small", dataset_type="eval", instance_data_dir=folder, resolution=64),
+    ]
+    datasets = build_datasets(entries, options(), OMNIGEN, tmp_path / "work")
+    assert [(dataset.id, dataset.kind) for dataset in datasets] == [("large", "image"), ("small", "eval")]
+    assert set(opened.values()) == {1}
+    assert (128, 128) in datasets[0].buckets
+    assert (64, 64) in datasets[1].buckets
+
+
+def test_text_files_give_variants_and_one_is_drawn_by_key(folder: Path, tmp_path: Path) -> None:
+    for number in range(5):
+        (folder / f"a_thing_{number}.txt").write_text(f"one {number}\ntwo {number}\nthree {number}\n")
+    dataset = build(folder, tmp_path, caption_strategy="textfile")
+    sample = dataset.samples[2]
+    assert sample.captions == ("one 2", "two 2", "three 2")
+    drawn = Counter(dataset.caption_for(sample, 42, step, 0) for step in range(900))
+    assert set(drawn) == set(sample.captions)
+    assert min(drawn.values()) > 240  # 300 each, standard deviation 14
+    assert dataset.caption_for(sample, 42, 7, 0) == dataset.caption_for(dataset.samples[2], 42, 7, 0)
+
+
+def test_missing_captions_are_listed(folder: Path, tmp_path: Path) -> None:
+    (folder / "a_thing_0.txt").write_text("one")
+    (folder / "a_thing_1.txt").write_text("  \n")
+    with pytest.raises(DataError) as caught:
+        build(folder, tmp_path, caption_strategy="textfile")
+    text = str(caught.value)
+    assert caught.value.exit_code == EXIT_DATA
+    assert "data.json: things.caption_strategy: 4 of 5 pictures have no text file" in text
+    assert "a_thing_1.png" in text
+    assert "holds no text" in text
+
+
+def test_names_without_words_are_missing_captions(folder: Path, tmp_path: Path) -> None:
+    write_picture(folder / "___.png")
+    with pytest.raises(DataError, match="1 of 6 pictures have no words"):
+        build(folder, tmp_path)
+    assert build(folder, tmp_path, only_instance_prompt=True, instance_prompt="x").samples[0].captions == ("x",)
+
+
+def test_an_instance_prompt_serves_all(folder: Path, tmp_path: Path) -> None:
+    dataset = build(folder, tmp_path, caption_strategy="instanceprompt", instance_prompt=["a dog", "my dog"])
+    assert {sample.captions for sample in dataset.samples} == {("a dog", "my dog")}
+
+
+def test_a_missing_folder_names_key_and_file(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        build(tmp_path / "nowhere", tmp_path)
+    assert caught.value.exit_code == EXIT_CONFIG
+    assert str(caught.value).startswith("data.json: things.instance_data_dir: ")
+    assert str(tmp_path / "nowhere") in str(caught.value)
+
+
+def test_an_empty_folder_names_key_and_file(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match=r"data\.json: things\.instance_data_dir: there are no pictures in"):
+        build(tmp_path / "empty", tmp_path)
+
+
+def test_nothing_usable_lists_the_reasons(tmp_path: Path) -> None:
+    root = tmp_path / "bad"
+    root.mkdir()
+    for number in range(3):
+        (root / f"text_{number}.png").write_text("hello")
+    (root / "zero.png").write_bytes(b"")
+    with pytest.raises(DataError) as caught:
+        build(root, tmp_path)
+    assert "none of the 4 pictures" in str(caught.value)
+    assert "3 x not a picture" in str(caught.value)
+    assert "1 x the file is empty" in str(caught.value)
+
+
+def test_all_faulty_entries_are_told_at_once(tmp_path: Path) -> None:
+    entries = [
+        ImageDataset(id="one", instance_data_dir=tmp_path / "a"),
+        ImageDataset(id="two", instance_data_dir=tmp_path / "b", crop_aspect="closest"),
+    ]
+    with pytest.raises(ConfigError) as caught:
+        build_datasets(entries, options(aspect_bucket_alignment=24), OMNIGEN, tmp_path / "work")
+    keys = {problem.key for problem in caught.value.problems}
+    assert keys >= {"one.instance_data_dir", "two.instance_data_dir", "two.crop_aspect_buckets"}
+    assert "aspect_bucket_alignment" in keys
+
+
+def test_the_fingerprint_follows_content_crops_and_captions(folder: Path, tmp_path: Path) -> None:
+    for number in range(5):
+        (folder / f"a_thing_{number}.txt").write_text("one")
+
+    def fingerprint(**changes) -> str:
+        return build(folder, tmp_path, caption_strategy="textfile", **changes).fingerprint
+
+    first = fingerprint()
+    assert fingerprint() == first
+    seen = {first, fingerprint(crop=False), fingerprint(crop_style="corner"), fingerprint(disable_multiline_split=True)}
+    (folder / "a_thing_3.txt").write_text("two")
+    seen.add(fingerprint())
+    write_picture(folder / "a_thing_0.png", seed=99)
+    seen.add(fingerprint())
+    (folder / "a_thing_4.png").rename(folder / "a_thing_9.png")
+    (folder / "a_thing_4.txt").rename(folder / "a_thing_9.txt")
+    seen.add(fingerprint())
+    assert len(seen) == 7
+
+
+def test_a_dataset_that_moves_keeps_its_fingerprint(folder: Path, tmp_path: Path) -> None:
+    before = build(folder, tmp_path).fingerprint
+    folder.rename(tmp_path / "moved")
+    assert build(tmp_path / "moved", tmp_path).fingerprint == before
+
+
+def test_a_picture_that_changed_since_the_scan_is_not_read_as_the_old_one(folder: Path, tmp_path: Path) -> None:
+    dataset = build(folder, tmp_path)
+    sample = dataset.samples[0]
+    write_picture(folder / sample.path, seed=99)
+    with pytest.raises(DataError, match="changed since"):
+        dataset.read_pixels(sample)
+    (folder / sample.path).unlink()
+    with pytest.raises(DataError, match="cannot be read"):
+        dataset.read_pixels(sample)
+
+
+def test_random_crops_are_keyed_by_content_not_by_name(folder: Path, tmp_path: Path) -> None:
+    before = {sample.digest: sample.crop for sample in build(folder, tmp_path, crop_style="random").samples}
+    (folder / "a_thing_1.png").rename(folder / "z.png")
+    after = {sample.digest: sample.crop for sample in build(folder, tmp_path, crop_style="random").samples}
+    assert after == before
+
+
+def test_random_aspects_fill_the_buckets_that_their_samples_are_cut_to(folder: Path, tmp_path: Path) -> None:
+    for number in range(20):
+        write_picture(folder / f"more_{number}.png", seed=100 + number)
+    dataset = build(folder, tmp_path, crop_aspect="random", crop_aspect_buckets=(0.5, 1.0, 2.0))
+    assert len(dataset.buckets) == 3
+    for size, members in dataset.buckets.items():
+        assert {(sample.crop.height, sample.crop.width) for sample in dataset.samples.take(members)} == {size}
+
+
+def test_the_sampler_sees_every_sample_of_a_dataset(folder: Path, tmp_path: Path) -> None:
+    dataset = build(folder, tmp_path, crop=False, repeats=3)
+    sampler = Sampler([dataset], 2, seed=1)
+    seen = Counter(
+        index for position in range(sampler.batches_per_epoch) for index in sampler.batch(0, position).sample_indices
+    )
+    assert seen == dict.fromkeys(range(5), 4)
+
+
+def test_slices_and_iteration_give_the_same_samples(folder: Path, tmp_path: Path) -> None:
+    samples = build(folder, tmp_path).samples
+    assert list(samples) == samples[:] == [samples[index] for index in range(5)]
+    assert samples[-2:] == [samples[3], samples[4]]
+    with pytest.raises(IndexError):
+        samples[5]

@@ -1,0 +1,326 @@
+"""The index looks at each state of a file once, whatever happens between scans."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sqlite3
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from simpletuner.data.backends.base import FileStat, Folder
+from simpletuner.data.backends.local import LocalBackend
+from simpletuner.data.index import Catalogue, Index
+from simpletuner.errors import DataError
+from tests.unit.data.pictures import tree_digest, write_picture
+
+
+class Counting(LocalBackend):
+    """A local folder that remembers which files were read."""
+
+    def __init__(self, root: Path):
+        super().__init__(root)
+        self.opened: list[bytes] = []
+
+    def read(self, path: bytes) -> bytes:
+        self.opened.append(path)
+        return super().read(path)
+
+
+class Shuffled(LocalBackend):
+    """A local folder that is listed backwards."""
+
+    def folders(self) -> Iterator[Folder]:
+        return reversed(list(super().folders()))
+
+    def files(self, folder: bytes) -> Iterator[FileStat]:
+        return reversed(list(super().files(folder)))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    root = tmp_path / "pictures"
+    for number in range(5):
+        write_picture(root / f"p{number}.png", 64 + number, 48, seed=number)
+    write_picture(root / "sub" / "p0.png", 32, 32, seed=9)
+    return root
+
+
+def scan(root: Path, tmp_path: Path) -> tuple[Index, Catalogue, list[str]]:
+    """Scan with one index file; also the names of the files that were read."""
+    backend = Counting(root)
+    index = Index(tmp_path / "index.sqlite", backend)
+    catalogue = index.scan()
+    return index, catalogue, sorted(os.fsdecode(path) for path in backend.opened)
+
+
+def paths(index: Index, catalogue: Catalogue) -> list[str]:
+    return [row.path for row in index.pictures(catalogue.ids.tolist())]
+
+
+def test_pictures_come_in_the_order_of_their_paths_bytes(folder: Path, tmp_path: Path) -> None:
+    for name in ("Z.png", "ä.png", "a.jpg", "-dash.png", "new\nline.png", "%s 'quote'.png"):
+        write_picture(folder / name)
+    index, catalogue, _ = scan(folder, tmp_path)
+    found = paths(index, catalogue)
+    assert len(found) == 12
+    assert found == sorted(found, key=os.fsencode)
+
+
+def test_sizes_and_digests_are_those_of_the_files(folder: Path, tmp_path: Path) -> None:
+    index, catalogue, _ = scan(folder, tmp_path)
+    row = index.pictures([int(catalogue.ids[2])])[0]
+    expected = subprocess.run(["sha256sum", folder / "p2.png"], capture_output=True, text=True, check=True).stdout
+    assert (row.path, row.height, row.width, row.digest) == ("p2.png", 48, 66, expected.split()[0])
+
+
+def test_a_second_scan_reads_nothing(folder: Path, tmp_path: Path) -> None:
+    _, first, opened = scan(folder, tmp_path)
+    assert len(opened) == 6
+    _, second, opened = scan(folder, tmp_path)
+    assert opened == []
+    assert second.pictures_digest == first.pictures_digest
+    assert second.ids.tolist() == first.ids.tolist()
+
+
+def test_the_order_of_listing_does_not_matter(folder: Path, tmp_path: Path) -> None:
+    _, straight, _ = scan(folder, tmp_path)
+    backwards = Index(tmp_path / "other.sqlite", Shuffled(folder)).scan()
+    assert backwards.pictures_digest == straight.pictures_digest
+
+
+def test_only_what_changed_is_read_again(folder: Path, tmp_path: Path) -> None:
+    _, before, _ = scan(folder, tmp_path)
+    write_picture(folder / "p1.png", 70, 70, seed=77)
+    write_picture(folder / "new.png")
+    (folder / "p3.png").unlink()
+    index, after, opened = scan(folder, tmp_path)
+    assert opened == ["new.png", "p1.png"]
+    assert paths(index, after) == ["new.png", "p0.png", "p1.png", "p2.png", "p4.png", "sub/p0.png"]
+    assert after.pictures_digest != before.pictures_digest
+
+
+def test_other_bytes_of_equal_size_and_time_are_seen(folder: Path, tmp_path: Path) -> None:
+    _, before, _ = scan(folder, tmp_path)
+    path = folder / "p1.png"
+    status = path.stat()
+    data = bytearray(path.read_bytes())
+    data[-20] ^= 1  # in the checksum of the last chunk: only a decoder that looks notices
+    path.write_bytes(data)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert path.stat().st_size == status.st_size
+    assert path.stat().st_mtime_ns == status.st_mtime_ns
+    _, after, opened = scan(folder, tmp_path)
+    assert opened == ["p1.png"]
+    assert after.pictures_digest != before.pictures_digest
+
+
+def test_a_removed_folder_leaves_the_order_of_the_rest(folder: Path, tmp_path: Path) -> None:
+    scan(folder, tmp_path)
+    shutil.rmtree(folder / "sub")
+    index, catalogue, opened = scan(folder, tmp_path)
+    assert opened == []
+    assert paths(index, catalogue) == ["p0.png", "p1.png", "p2.png", "p3.png", "p4.png"]
+
+
+def test_a_run_that_began_before_a_change_keeps_its_pictures(folder: Path, tmp_path: Path) -> None:
+    running, catalogue, _ = scan(folder, tmp_path)
+    before = running.pictures(catalogue.ids.tolist())
+    write_picture(folder / "p1.png", 70, 70, seed=77)
+    (folder / "p2.png").unlink()
+    scan(folder, tmp_path)
+    assert running.pictures(catalogue.ids.tolist()) == before
+
+
+def test_same_stem_and_other_extension_are_two_pictures(tmp_path: Path) -> None:
+    root = tmp_path / "pictures"
+    write_picture(root / "a.png", seed=1)
+    write_picture(root / "a.jpg", seed=2)
+    (root / "a.txt").write_text("one caption for both")
+    index, catalogue, _ = scan(root, tmp_path)
+    assert paths(index, catalogue) == ["a.jpg", "a.png"]
+    assert index.texts(catalogue.texts.tolist()) == ["one caption for both"] * 2
+
+
+def test_caption_files_are_found_changed_and_removed(folder: Path, tmp_path: Path) -> None:
+    (folder / "p0.txt").write_text("first")
+    (folder / "p1.TXT").write_text("capitals")
+    (folder / "p2.txt").write_text(" \n ")
+    index, before, _ = scan(folder, tmp_path)
+    assert index.texts(before.texts.tolist()) == ["first", "capitals", None, None, None, None]
+    (folder / "p0.txt").write_text("second")
+    (folder / "p1.TXT").unlink()
+    index, after, opened = scan(folder, tmp_path)
+    assert opened == ["p0.txt"]
+    assert index.texts(after.texts.tolist()) == ["second", None, None, None, None, None]
+    assert after.texts_digest != before.texts_digest
+    assert after.pictures_digest == before.pictures_digest
+
+
+def test_files_that_cannot_be_used_are_set_aside_and_never_touched(folder: Path, tmp_path: Path) -> None:
+    (folder / "text.png").write_text("hello")
+    (folder / "zero.jpg").write_bytes(b"")
+    (folder / "cut.png").write_bytes((folder / "p0.png").read_bytes()[:500])
+    (folder / "phone.heic").write_bytes(b"....ftypheic")
+    (folder / "nowhere.png").symlink_to("/does/not/exist.png")
+    os.mkfifo(folder / "pipe.png")
+    (folder / "sub" / "loop").symlink_to("..")
+    (folder / "folder.png").mkdir()
+    (folder / "notes.md").write_text("not a picture, and not named like one")
+    (folder / "._p0.png").write_bytes(b"resource fork")
+    before = tree_digest(folder)
+    index, catalogue, _ = scan(folder, tmp_path)
+    assert len(catalogue) == 6
+    assert index.num_pictures() == 12
+    aside = index.set_aside()
+    assert sum(aside.counts.values()) == 6
+    by_path = {path: reason for reason, examples in aside.examples.items() for path in examples}
+    assert "not a picture" in by_path["text.png"]
+    assert "empty" in by_path["zero.jpg"]
+    assert "damaged" in by_path["cut.png"]
+    assert "HEIF" in by_path["phone.heic"]
+    assert "link to nothing" in by_path["nowhere.png"]
+    assert "not a regular file" in by_path["pipe.png"]
+    assert tree_digest(folder) == before
+    assert scan(folder, tmp_path)[2] == []
+
+
+def test_links_to_pictures_and_folders_are_followed_once(folder: Path, tmp_path: Path) -> None:
+    elsewhere = write_picture(tmp_path / "elsewhere" / "q.png", seed=5).parent
+    (folder / "linked.png").symlink_to(elsewhere / "q.png")
+    (folder / "linked").symlink_to(elsewhere)
+    (folder / "again").symlink_to(elsewhere)
+    index, catalogue, _ = scan(folder, tmp_path)
+    found = paths(index, catalogue)
+    assert "linked.png" in found
+    assert [path for path in found if path.endswith("q.png")] == ["again/q.png"]
+
+
+def test_a_name_that_is_not_text_works(tmp_path: Path) -> None:
+    root = tmp_path / "pictures"
+    data = write_picture(root / "p.png").read_bytes()
+    name = os.fsencode(root) + b"/caf\xe9.png"
+    Path(os.fsdecode(name)).write_bytes(data)
+    index, catalogue, _ = scan(root, tmp_path)
+    assert [os.fsencode(path) for path in paths(index, catalogue)] == [b"caf\xe9.png", b"p.png"]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_a_file_without_permission_is_tried_again(folder: Path, tmp_path: Path) -> None:
+    (folder / "p0.png").chmod(0)
+    index, catalogue, _ = scan(folder, tmp_path)
+    assert len(catalogue) == 5
+    assert "cannot be read: Permission denied" in index.set_aside().counts
+    (folder / "p0.png").chmod(0o600)
+    assert len(scan(folder, tmp_path)[1]) == 6
+
+
+def test_a_passing_fault_is_tried_again_at_the_next_scan(folder: Path, tmp_path: Path) -> None:
+    class Faulty(LocalBackend):
+        def read(self, path: bytes) -> bytes:
+            if path == b"p1.png":
+                raise PermissionError(13, "Permission denied")
+            return super().read(path)
+
+    index = Index(tmp_path / "index.sqlite", Faulty(folder))
+    assert len(index.scan()) == 5
+    assert index.set_aside().counts == {"cannot be read: Permission denied": 1}
+    index.close()
+    _, catalogue, opened = scan(folder, tmp_path)
+    assert opened == ["p1.png"]
+    assert len(catalogue) == 6
+
+
+def test_another_decoder_looks_again_at_what_failed(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "text.png").write_text("hello")
+    scan(folder, tmp_path)
+    assert scan(folder, tmp_path)[2] == []
+    monkeypatch.setattr("simpletuner.data.scan.decoder_version", lambda: "a newer one")
+    assert scan(folder, tmp_path)[2] == ["text.png"]
+    assert scan(folder, tmp_path)[2] == []
+
+
+def test_a_killed_scan_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    root = tmp_path / "pictures"
+    for number in range(100):
+        write_picture(root / f"p{number:03d}.png", 16, 16, seed=number)
+    program = textwrap.dedent(
+        """
+        import os, signal, sys
+        from pathlib import Path
+        import simpletuner.data.scan as scan
+        from simpletuner.data.backends.local import LocalBackend
+        from simpletuner.data.index import Index
+
+        scan._COMMIT_FILES = 10
+        stop = lambda done: os.kill(os.getpid(), signal.SIGKILL) if done >= 48 else None
+        Index(Path(sys.argv[2]), LocalBackend(sys.argv[1])).scan(stop)
+        """
+    )
+    killed = subprocess.run([sys.executable, "-c", program, root, tmp_path / "index.sqlite"], check=False)
+    assert killed.returncode == -9
+    _, catalogue, opened = scan(root, tmp_path)
+    assert len(catalogue) == 100
+    assert 0 < len(opened) < 70
+    whole = Index(tmp_path / "whole.sqlite", LocalBackend(root)).scan()
+    assert catalogue.pictures_digest == whole.pictures_digest
+
+
+def test_a_damaged_index_is_made_anew(folder: Path, tmp_path: Path) -> None:
+    scan(folder, tmp_path)[0].close()
+    (tmp_path / "index.sqlite").write_bytes(b"this is no database" * 1000)
+    _, catalogue, opened = scan(folder, tmp_path)
+    assert (len(catalogue), len(opened)) == (6, 6)
+
+
+def test_an_index_of_another_version_is_made_anew(folder: Path, tmp_path: Path) -> None:
+    scan(folder, tmp_path)[0].close()
+    database = sqlite3.connect(tmp_path / "index.sqlite")
+    database.execute("PRAGMA user_version = 999")
+    database.execute("DROP TABLE catalogue")
+    database.commit()
+    database.close()
+    assert len(scan(folder, tmp_path)[1]) == 6
+
+
+def test_an_index_that_cannot_be_written_is_a_data_error(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(DataError, match="cannot be used"):
+        Index(tmp_path / "file" / "index.sqlite", LocalBackend(folder))
+
+
+def test_two_scans_at_once_agree(folder: Path, tmp_path: Path) -> None:
+    program = (
+        "import sys; from pathlib import Path; from simpletuner.data.backends.local import LocalBackend; "
+        "from simpletuner.data.index import Index; "
+        "print(Index(Path(sys.argv[2]), LocalBackend(sys.argv[1])).scan().pictures_digest)"
+    )
+    command = [sys.executable, "-c", program, str(folder), str(tmp_path / "index.sqlite")]
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    printed = [process.communicate()[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0]
+    assert printed[0] == printed[1] == scan(folder, tmp_path)[1].pictures_digest + "\n"
+
+
+def test_a_file_that_changes_while_it_is_read_is_not_believed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = LocalBackend(folder)
+    monkeypatch.setattr("simpletuner.data.backends.local._PAUSE_SECONDS", 0.0)
+    real_fstat, calls = os.fstat, []
+
+    def fstat(descriptor: int) -> os.stat_result:
+        calls.append(descriptor)
+        if len(calls) == 2:  # between the two looks of the first attempt
+            with (folder / "p0.png").open("ab") as file:
+                file.write(b"more")
+        return real_fstat(descriptor)
+
+    monkeypatch.setattr("simpletuner.data.backends.local.os.fstat", fstat)
+    assert backend.read(b"p0.png").endswith(b"more")
+    assert len(calls) == 4

@@ -1,0 +1,173 @@
+"""The order of samples: counts, mixing, random access, ranks, and its cost."""
+
+from __future__ import annotations
+
+import time
+import tracemalloc
+from collections import Counter
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+
+from simpletuner.data.sampler import BatchPlan, Sampler, range_for_rank, slice_for_rank
+
+
+@dataclass
+class Fake:
+    id: str
+    sizes: dict[tuple[int, int], int]
+    repeats: int = 0
+    buckets: dict[tuple[int, int], np.ndarray] = field(init=False)
+
+    def __post_init__(self) -> None:
+        start, self.buckets = 0, {}
+        for size, count in self.sizes.items():
+            self.buckets[size] = np.arange(start, start + count)
+            start += count
+
+
+MIXED = [
+    Fake("a", {(64, 64): 7, (48, 80): 1, (80, 48): 13}, repeats=2),
+    Fake("b", {(64, 64): 5}, repeats=0),
+    Fake("c", {(128, 128): 3}, repeats=40),
+]
+
+
+def epoch_of(sampler: Sampler, epoch: int = 0, pad_to: int | None = None) -> list[BatchPlan]:
+    return [sampler.batch(epoch, position, pad_to) for position in range(sampler.batches_per_epoch)]
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 4, 5, 64])
+def test_each_sample_is_seen_exactly_once_more_than_its_repeats(batch_size: int) -> None:
+    for epoch in (0, 3):
+        seen = Counter(
+            (plan.dataset_id, index)
+            for plan in epoch_of(Sampler(MIXED, batch_size, seed=1), epoch)
+            for index in plan.sample_indices
+        )
+        expected = {
+            (dataset.id, index): dataset.repeats + 1
+            for dataset in MIXED
+            for index in range(sum(dataset.sizes.values()))
+        }
+        assert seen == expected
+
+
+def test_a_batch_holds_one_dataset_and_one_size() -> None:
+    for plan in epoch_of(Sampler(MIXED, 4, seed=1)):
+        dataset = MIXED[plan.dataset_index]
+        assert dataset.id == plan.dataset_id
+        assert set(plan.sample_indices) <= set(dataset.buckets[plan.size].tolist())
+
+
+def test_number_of_batches_by_hand() -> None:
+    # a: 21/4 -> 6, 3/4 -> 1, 39/4 -> 10; b: 5/4 -> 2; c: 123/4 -> 31
+    assert Sampler(MIXED, 4, seed=1).batches_per_epoch == 6 + 1 + 10 + 2 + 31
+
+
+def test_random_access_equals_going_through() -> None:
+    straight = epoch_of(Sampler(MIXED, 3, seed=9), epoch=2)
+    jumping = Sampler(MIXED, 3, seed=9)
+    for position in np.random.default_rng(0).permutation(len(straight)).tolist():
+        jumping.batch(5, position)
+        assert jumping.batch(2, position) == straight[position]
+
+
+def test_epochs_and_seeds_give_other_orders() -> None:
+    orders = [
+        [plan.sample_indices for plan in epoch_of(Sampler(MIXED, 3, seed), epoch)]
+        for seed, epoch in [(1, 0), (1, 1), (2, 0)]
+    ]
+    assert orders[0] != orders[1] != orders[2] != orders[0]
+
+
+def test_within_a_pass_no_sample_comes_twice() -> None:
+    sampler = Sampler([Fake("a", {(64, 64): 10}, repeats=4)], 1, seed=3)
+    seen = [plan.sample_indices[0] for plan in epoch_of(sampler)]
+    passes = [seen[start : start + 10] for start in range(0, 50, 10)]
+    assert all(sorted(one) == list(range(10)) for one in passes)
+    assert passes[0] != passes[1]
+
+
+def test_datasets_mix_in_proportion_all_along_the_epoch() -> None:
+    sampler = Sampler([Fake("large", {(64, 64): 30_000}), Fake("small", {(64, 64): 3_000})], 1, seed=1)
+    ids = np.array([plan.dataset_id == "small" for plan in epoch_of(sampler)])
+    assert ids.sum() == 3_000
+    counts = ids[:32_768].reshape(-1, 1024).sum(axis=1)  # 1/11 of 1024 is 93.1; cut to segments it varies by few
+    assert counts.min() >= 85
+    assert counts.max() <= 101
+
+
+def test_streams_of_one_batch_are_spread_over_the_epoch() -> None:
+    sizes = {(64, 64): 20_000} | {(64, 64 + number): 1 for number in range(1, 400)}
+    sampler = Sampler([Fake("a", sizes)], 1, seed=1)
+    places = [plan.position for plan in epoch_of(sampler) if plan.size != (64, 64)]
+    assert 0.45 < np.mean(places) / sampler.batches_per_epoch < 0.55  # uniform: 0.5, standard deviation 0.015
+
+
+def test_a_short_batch_says_how_many_count() -> None:
+    sampler = Sampler([Fake("a", {(64, 64): 5})], 4, seed=1)
+    plain, padded = epoch_of(sampler), epoch_of(sampler, pad_to=4)
+    assert [len(plan.sample_indices) for plan in plain] == [4, 1]
+    assert [len(plan.sample_indices) for plan in padded] == [4, 4]
+    assert [plan.num_real for plan in padded] == [4, 1]
+    assert padded[1].loss_weights == (1.0, 0.0, 0.0, 0.0)
+    assert padded[1].sample_indices[:1] == plain[1].sample_indices
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_ranks_together_make_the_same_global_batch(world_size: int) -> None:
+    for plan in epoch_of(Sampler(MIXED, 8, seed=4)):
+        parts = [slice_for_rank(plan.sample_indices, rank, world_size) for rank in range(world_size)]
+        assert sum(parts, ()) == plan.sample_indices
+        slots = [
+            slot for rank in range(world_size) for slot in range_for_rank(len(plan.sample_indices), rank, world_size)
+        ]
+        assert slots == list(range(len(plan.sample_indices)))
+        assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+def test_the_order_does_not_follow_the_order_of_buckets_in_memory() -> None:
+    turned = Fake("a", {(64, 64): 9, (48, 80): 4})
+    turned.buckets = dict(reversed(turned.buckets.items()))
+    assert epoch_of(Sampler([turned], 2, 1)) == epoch_of(Sampler([Fake("a", {(64, 64): 9, (48, 80): 4})], 2, 1))
+
+
+def test_a_thousand_repeats_cost_no_memory() -> None:
+    dataset = Fake("a", {(64, 64): 10_000}, repeats=1000)
+    sampler = Sampler([dataset], 4, seed=1)
+    assert sampler.batches_per_epoch == 10_010_000 // 4
+    tracemalloc.start()
+    for position in (0, 1_234_567, sampler.batches_per_epoch - 1):
+        sampler.batch(0, position)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1_000_000  # two permutations of 10 000 are 160 kB; ten million occurrences would be 80 MB
+
+
+def test_one_picture_with_repeats_fills_batches() -> None:
+    plan = Sampler([Fake("a", {(64, 64): 1}, repeats=9)], 4, seed=1).batch(0, 0)
+    assert plan.sample_indices == (0, 0, 0, 0)
+
+
+def test_the_cost_of_a_batch_does_not_grow_with_the_dataset() -> None:
+    def seconds_per_batch(num_samples: int) -> float:
+        sampler = Sampler([Fake("a", {(64, 64): num_samples}, repeats=1000)], 4, seed=1)
+        sampler.batch(0, 0)  # the permutation of the pass
+        start = time.perf_counter()
+        for position in range(1, 600):
+            sampler.batch(0, position)
+        return time.perf_counter() - start
+
+    small = min(seconds_per_batch(2_400) for _ in range(3))
+    large = min(seconds_per_batch(1_000_000) for _ in range(3))
+    assert large < 5 * small  # by size it would be 400 times
+
+
+def test_positions_outside_the_epoch_are_refused() -> None:
+    sampler = Sampler(MIXED, 4, seed=1)
+    assert sampler.locate(sampler.batches_per_epoch + 3) == (1, 3)
+    for position in (-1, sampler.batches_per_epoch):
+        with pytest.raises(IndexError):
+            sampler.batch(0, position)

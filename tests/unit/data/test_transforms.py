@@ -1,0 +1,189 @@
+"""Every kind of file becomes upright 8-bit sRGB pixels, or says why it cannot."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image, ImageCms
+
+from simpletuner.batch import Crop
+from simpletuner.data.transforms import UnusablePicture, load_picture, picture_size, to_pixels
+
+
+def encode(image: Image.Image, file_format: str = "PNG", **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, file_format, **options)
+    return buffer.getvalue()
+
+
+def one_colour(data: bytes) -> tuple[int, ...]:
+    image = load_picture(data)
+    assert image.mode == "RGB"
+    return image.getpixel((0, 0))
+
+
+@pytest.mark.parametrize("file_format", ["PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "PPM"])
+def test_each_format_is_read(file_format: str) -> None:
+    data = encode(Image.new("RGB", (40, 24), (200, 40, 40)), file_format)
+    assert picture_size(data) == (24, 40)
+    assert np.allclose(one_colour(data), (200, 40, 40), atol=6)
+
+
+def test_a_phone_picture_with_two_frames_is_read() -> None:
+    first, second = Image.new("RGB", (40, 24), (200, 40, 40)), Image.new("RGB", (40, 24), (0, 0, 0))
+    assert np.allclose(one_colour(encode(first, "MPO", save_all=True, append_images=[second])), (200, 40, 40), atol=6)
+
+
+def test_the_orientation_of_the_camera_is_applied_before_the_size_is_taken() -> None:
+    image = Image.new("RGB", (64, 48), (0, 0, 255))
+    image.paste((255, 0, 0), (0, 0, 64, 8))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the top of the stored picture belongs on the right
+    data = encode(image, "PNG", exif=exif)
+    assert picture_size(data) == (64, 48)
+    upright = load_picture(data)
+    assert upright.getpixel((47, 30)) == (255, 0, 0)
+    assert upright.getpixel((0, 30)) == (0, 0, 255)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_malformed_exif_is_ignored() -> None:
+    data = encode(Image.new("RGB", (64, 48)), "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\x7f")
+    assert picture_size(data) == (48, 64)
+
+
+def test_16_bits_are_scaled_not_clipped() -> None:
+    grey = Image.fromarray(np.full((4, 4), 40000, np.uint16))
+    assert one_colour(encode(grey)) == (156, 156, 156)  # 40000 / 65535 * 255 = 155.6
+
+
+def test_colours_hidden_under_transparency_stay_hidden() -> None:
+    hidden = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
+    half = Image.new("RGBA", (4, 4), (255, 0, 0, 128))
+    assert one_colour(encode(hidden)) == (255, 255, 255)
+    assert one_colour(encode(half)) == (255, 127, 127)  # 255 * (1 - 128 / 255)
+
+
+def test_a_transparent_palette_colour_shows_the_background() -> None:
+    image = Image.new("P", (4, 4), 1)
+    image.putpalette([0, 0, 0, 9, 8, 7])
+    assert one_colour(encode(image)) == (9, 8, 7)
+    assert one_colour(encode(image, transparency=1)) == (255, 255, 255)
+
+
+def test_grey_with_alpha_is_laid_on_the_background() -> None:
+    assert one_colour(encode(Image.new("LA", (4, 4), (10, 0)))) == (255, 255, 255)
+    assert one_colour(encode(Image.new("LA", (4, 4), (10, 255)))) == (10, 10, 10)
+
+
+def test_cmyk_becomes_rgb() -> None:
+    assert np.allclose(one_colour(encode(Image.new("CMYK", (16, 16), (0, 255, 255, 0)), "JPEG")), (255, 0, 0), atol=3)
+
+
+def test_the_first_frame_of_an_animation_counts() -> None:
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "lime", "blue")]
+    for file_format in ("GIF", "PNG", "WEBP"):
+        data = encode(frames[0], file_format, save_all=True, append_images=frames[1:], duration=100)
+        assert np.allclose(one_colour(data), (255, 0, 0), atol=8), file_format
+
+
+def test_an_embedded_profile_is_applied() -> None:
+    """L* = 50 is 18.4 % luminance, which sRGB encodes as 0.4663 * 255 = 118.9."""
+    lab = Image.new("LAB", (4, 4), (128, 128, 128))
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB", 5000)).tobytes()
+    red, green, blue = one_colour(encode(lab, "TIFF", icc_profile=profile))
+    assert max(abs(red - 119), abs(green - 119), abs(blue - 119)) <= 2
+
+
+def test_a_damaged_profile_is_ignored() -> None:
+    assert one_colour(encode(Image.new("RGB", (4, 4), (1, 2, 3)), icc_profile=b"no profile at all")) == (1, 2, 3)
+
+
+def png_header(width: int, height: int) -> bytes:
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+def truncated(file_format: str) -> bytes:
+    noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)
+    data = encode(Image.fromarray(noise), file_format)
+    return data[: len(data) // 2]
+
+
+UNUSABLE = {
+    "empty": (b"", "empty"),
+    "text": (b"hello, I am a picture\n", "not a picture"),
+    "zeros": (bytes(4096), "not a picture"),
+    "html": (b"<html><body>404</body></html>", "not a picture"),
+    "svg": (b'<svg xmlns="http://www.w3.org/2000/svg"/>', "not a picture"),
+    "eps": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n", "not a picture"),
+    "pdf": (b"%PDF-1.4\n", "not a picture"),
+    "png magic only": (b"\x89PNG\r\n\x1a\n", "not a picture|damaged"),
+    "jpeg magic only": (b"\xff\xd8\xff\xe0", "not a picture|damaged"),
+    "half a png": (truncated("PNG"), "damaged"),
+    "half a jpeg": (truncated("JPEG"), "damaged"),
+    "half a webp": (truncated("WEBP"), "not a picture|damaged"),
+    "half a gif": (truncated("GIF"), "damaged"),
+    "half a bmp": (truncated("BMP"), "damaged"),
+    "half a tiff": (truncated("TIFF"), "damaged"),
+    "half an avif": (truncated("AVIF"), "not a picture|damaged"),
+    "no image data": (png_header(64, 64), "damaged"),
+    "a bomb that Pillow refuses": (png_header(60_000, 60_000), "more than"),
+    "a huge picture": (png_header(15_000, 12_000), "more than"),
+    "floating point": (encode(Image.new("F", (4, 4), 0.5), "TIFF"), "floating-point"),
+}
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("name", UNUSABLE)
+def test_unusable_files_say_why(name: str) -> None:
+    data, reason = UNUSABLE[name]
+    with pytest.raises(UnusablePicture, match=reason) as caught:
+        picture_size(data)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_single_damaged_bytes_never_crash() -> None:
+    """A thousand random bit flips in each format: a picture or a reason, nothing else."""
+    rng = np.random.default_rng(1)
+    noise = Image.fromarray(rng.integers(0, 255, (8, 8, 3), np.uint8))
+    for file_format in ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"):
+        original = encode(noise, file_format)
+        for _ in range(170):
+            data = bytearray(original)
+            data[rng.integers(len(data))] ^= 1 << rng.integers(8)
+            try:
+                size = picture_size(bytes(data))
+            except UnusablePicture:
+                continue
+            assert min(size) >= 1
+
+
+def test_pixels_are_resized_cut_and_scaled() -> None:
+    image = Image.new("RGB", (8, 4), (0, 0, 0))
+    image.paste((255, 255, 255), (4, 0, 8, 4))
+    pixels = to_pixels(image, Crop(4, 8, 1, 3, 2, 4))
+    assert pixels.shape == (3, 2, 4)
+    assert pixels.dtype.is_floating_point
+    assert pixels[0, 0].tolist() == [-1.0, 1.0, 1.0, 1.0]  # columns 3 to 6
+
+
+def test_a_grey_value_by_hand() -> None:
+    pixels = to_pixels(Image.new("RGB", (4, 4), (51, 102, 204)), Crop(4, 4, 0, 0, 4, 4))
+    assert pixels[:, 0, 0].tolist() == pytest.approx([-0.6, -0.2, 0.6], abs=1e-6)
+
+
+def test_reduction_does_not_alias() -> None:
+    """Columns of black and white, reduced four times: their mean, not a moire of either."""
+    columns = np.zeros((64, 64, 3), np.uint8)
+    columns[:, ::2] = 255
+    pixels = to_pixels(Image.fromarray(columns), Crop(16, 16, 0, 0, 16, 16))
+    assert pixels[:, 2:-2, 2:-2].abs().max() < 0.05
