@@ -58,5 +58,6 @@ class FullAdapter(Adapter):
         with values_replaced(self.trainable_parameters(), state):
             tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.denoiser.state_dict().items()}
             save_file(tensors, path, metadata)
-        if hasattr(self.denoiser, "save_config"):
-            self.denoiser.save_config(path.parent)
+        save_config = getattr(self.denoiser, "save_config", None)
+        if save_config is not None:
+            save_config(path.parent)

@@ -232,7 +232,7 @@ def _require_live(network: LycorisNetwork, file: str | None) -> None:
 def _reacts(layer: nn.Module, module: LycorisBaseModule) -> bool:
     parameters = list(module.parameters())
     kept = [parameter.detach().clone() for parameter in parameters]
-    x = _example_input(layer, layer.weight.device)
+    x = _example_input(layer)
     was_training = module.training
     module.eval()  # dropout could hide or fake a change
     try:
@@ -253,8 +253,9 @@ def _reacts(layer: nn.Module, module: LycorisBaseModule) -> bool:
                 parameter.copy_(value)
 
 
-def _example_input(layer: nn.Module, device: torch.device) -> Tensor:
+def _example_input(layer: Any) -> Tensor:
     """A small input of the layer's dtype; bfloat16 where its weights are packed."""
+    device = layer.weight.device
     dtype = layer.weight.dtype if layer.weight.dtype.is_floating_point else torch.bfloat16
     if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d):
         return torch.randn(1, layer.in_channels, *(2 * size for size in layer.kernel_size)).to(device, dtype)

@@ -120,7 +120,7 @@ class AdamWBF16(torch.optim.Optimizer):
         flat = torch.cat([tensor.reshape(-1) for tensor in live]).float()
         copies = [piece.view_as(tensor) for piece, tensor in zip(flat.split(sizes), live, strict=True)]
         count = len(params)
-        grads = [param.grad.float() for param in params]
+        grads = [param.grad.float() for param in params if param.grad is not None]
         self._update(group, copies[:count], grads, copies[count : 2 * count], copies[2 * count :], steps)
         generator = torch.Generator(flat.device)
         generator.manual_seed(keyed_seed("stochastic rounding", self.seed, int(steps[0]), chunk_index))

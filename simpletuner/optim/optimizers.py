@@ -36,7 +36,7 @@ class OptimizerEntry:
 
 _TORCH_ADAMW = OptimizerEntry(
     target="torch.optim:AdamW",
-    # One kernel for all weights, on the CPU too; ten times the speed of the default for many small ones.
+    # One kernel for all weights, on the CPU too; five times as fast as the default for many small ones.
     defaults={"fused": True},
     notes="torch's AdamW; for float32 weights",
 )

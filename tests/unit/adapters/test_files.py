@@ -64,6 +64,18 @@ def test_the_file_carries_lycoris_keys_and_its_configuration(quickstart, tmp_pat
     assert metadata["modelspec.architecture"] == "omnigen/lycoris"
 
 
+CONVOLUTION = {"apply_preset": {"target_name": ["patch_embedding.output_image_proj"]}}
+
+
+@pytest.mark.parametrize("algo", ["lokr", "loha", "locon"])
+def test_an_adapted_convolution_gives_the_same_output_through_lycoris_alone(algo: str, tmp_path: Path) -> None:
+    adapter, output = trained({"algo": algo, "linear_dim": 2, "linear_alpha": 1, **CONVOLUTION})
+    adapter.save(tmp_path / "a.safetensors", {})
+    check_saved_adapter(tmp_path / "a.safetensors", tiny_omnigen_transformer(), run_stock, output)
+    with torch.no_grad():
+        assert not torch.allclose(output, run_stock(tiny_omnigen_transformer()), atol=1e-4)
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_algorithm_survives_saving_and_loading(name: str, tmp_path: Path) -> None:
     adapter, output = trained(CONFIGS[name] | TARGETS)
