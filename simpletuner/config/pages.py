@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 from simpletuner.config.names import RENAMED, RETIRED
 from simpletuner.config.options import all_options
 from simpletuner.config.reference import option_rows, planned_values_text
@@ -77,3 +80,7 @@ def _planned_values() -> str:
     ]
     table = "\n".join(["| key | values |", "|---|---|", *rows])
     return f"## Values that are not built\n\nKnown, and refused by name.\n\n{table}\n"
+
+
+if __name__ == "__main__":
+    Path(sys.argv[1]).write_text(options_markdown(), encoding="utf-8")

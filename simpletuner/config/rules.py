@@ -114,6 +114,7 @@ def resolution_fits_the_family(draft: Draft) -> Iterator[Problem]:
             message = f"{resolution:g} is not a whole number of pixels"
             fix = 'for megapixels set resolution_type to "area"'
             yield draft.dataset_problem(entry, "resolution", message, "a whole number", fix)
+            continue
         yield from _sides_fit(draft, entry, resolution)
 
 

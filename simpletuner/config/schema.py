@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -62,8 +63,10 @@ def _properties(infos: Mapping[str, OptionInfo]) -> dict[str, Any]:
 def _property(info: OptionInfo) -> dict[str, Any]:
     """What a file may write for an option; pydantic's own schema knows neither quoted numbers nor what is not built."""
     if info.planned:
-        allowed = [info.default, *info.neutral]
-        return {"description": f"{info.help} Not built: {info.planned}.", "deprecated": True, "enum": _json(allowed)}
+        values = [_json(value) for value in (info.default, *info.neutral, None, "")]
+        quoted = [json.dumps(value) for value in values if isinstance(value, bool | int | float)]
+        allowed = [value for index, value in enumerate([*values, *quoted]) if value not in [*values, *quoted][:index]]
+        return {"description": f"{info.help} Not built: {info.planned}.", "deprecated": True, "enum": allowed}
     description = f"{info.help} Unit: {info.unit}." if info.unit else info.help
     default = {} if info.is_required or info.default is None else {"default": _json(info.default)}
     return {"description": description, **default, **_shape(info)}

@@ -1,0 +1,124 @@
+"""Dataset entries: aliases, defaults from config.json, and keys that are refused by name."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from simpletuner.config.dataset_loading import LoadedDatasets, read_datasets
+from simpletuner.config.datasets import EvalDataset, ImageDataset, TextEmbedsDataset
+from simpletuner.config.json_reader import parse_json
+from simpletuner.config.options import TrainConfig
+
+CONFIG = TrainConfig.model_validate({"model_family": "toy", "resolution": 512, "minimum_image_size": 64})
+
+
+def read(*entries: Any) -> LoadedDatasets:
+    return read_datasets(parse_json(json.dumps(list(entries), indent=1), "data.json"), CONFIG)
+
+
+def read_one(**keys: Any) -> Any:
+    loaded = read({"id": "a", "instance_data_dir": "x", **keys})
+    assert loaded.problems == []
+    return loaded.entries[0]
+
+
+def fault(**keys: Any) -> str:
+    (problem,) = read({"id": "a", "instance_data_dir": "x", **keys}).problems
+    assert problem.file == "data.json"
+    assert problem.line is not None
+    return problem.render()
+
+
+def test_kinds_are_told_apart_by_dataset_type() -> None:
+    loaded = read(
+        {"id": "a", "instance_data_dir": "x"},
+        {"id": "b", "instance_data_dir": "x", "dataset_type": "eval"},
+        {"id": "c", "dataset_type": "text_embeds", "default": True, "cache_dir": "y"},
+    )
+    assert [type(entry) for entry in loaded.entries] == [ImageDataset, EvalDataset, TextEmbedsDataset]
+
+
+def test_what_an_entry_leaves_out_comes_from_the_configuration() -> None:
+    entry = read_one()
+    assert (entry.resolution, entry.resolution_type, entry.minimum_image_size) == (512, "pixel_area", 64)
+    assert entry.caption_strategy == "filename"
+    assert read_one(resolution=256, minimum_image_size=0).minimum_image_size == 0
+
+
+def test_sizes_in_another_unit_are_not_taken_over() -> None:
+    entry = read_one(resolution_type="area", resolution=1)
+    assert (entry.resolution, entry.minimum_image_size) == (1, None)
+
+
+@pytest.mark.parametrize(
+    ("written", "key", "value"),
+    [
+        ({"crop_style": "centre"}, "crop_style", "center"),
+        ({"metadata_backend": "json"}, "metadata_backend", "discovery"),
+        ({"is_regularization_data": "true"}, "is_regularisation_data", True),
+        ({"caption_strategy": "instance_prompt", "instance_prompt": "a"}, "caption_strategy", "instanceprompt"),
+        ({"instance_prompt": "one"}, "instance_prompt", ("one",)),
+        ({"instance_prompt": ["one", "two"]}, "instance_prompt", ("one", "two")),
+        ({"skip_file_discovery": ""}, "skip_file_discovery", ""),
+        ({"repeats": "3"}, "repeats", 3),
+        ({"crop_aspect": "closest", "crop_aspect_buckets": [1, 1.5]}, "crop_aspect_buckets", (1.0, 1.5)),
+        ({"cache_dir_vae": None}, "cache_dir_vae", None),
+    ],
+)
+def test_values_and_other_spellings(written: dict[str, Any], key: str, value: Any) -> None:
+    assert getattr(read_one(**written), key) == value
+
+
+@pytest.mark.parametrize("key", ["disabled", "disable"])
+def test_a_disabled_entry_takes_no_part_whatever_is_in_it(key: str) -> None:
+    loaded = read({"id": "a", key: True, "type": "aws", "anything": 1}, {"id": "b", "instance_data_dir": "x"})
+    assert (loaded.problems, loaded.disabled) == ([], ["a"])
+    assert [entry.id for entry in loaded.entries] == ["b"]
+
+
+@pytest.mark.parametrize(
+    ("written", "words"),
+    [
+        ({"type": "aws"}, '"aws" cannot be used: only local folders'),
+        ({"dataset_type": "conditioning"}, "masks and reference pictures are not built"),
+        ({"dataset_type": "evaluation"}, "image, eval, text_embeds"),
+        ({"dataset_type": "evl"}, 'did you mean "eval"?'),
+        ({"caption_strategy": "parquet"}, "only filename, textfile and instanceprompt"),
+        ({"crop_style": "face"}, "face detection"),
+        ({"crop_style": "middle"}, "center, corner, random"),
+        ({"conditioning_data": "masks"}, "conditioning datasets are not built"),
+        ({"probability": 0.5}, "in proportion to their size"),
+        ({"skip_file_discovery": "vae"}, "a.skip_file_discovery"),
+        ({"repeets": 3}, 'did you mean "repeats"?'),
+        ({"disable_vae_cache": True}, 'write "vae_cache_disable"'),
+        ({"repeats": -1}, "whole number >= 0"),
+        ({"repeats": True}, "must be a whole number"),
+        ({"crop": "perhaps"}, "must be true or false"),
+        ({"is_regularisation_data": True, "is_regularization_data": False}, "given twice"),
+        ({"instance_prompt": {"a": 1}}, "must be text"),
+        ({"delete_unwanted_images": True}, "never deleted"),
+    ],
+)
+def test_faults_name_the_entry_and_the_key(written: dict[str, Any], words: str) -> None:
+    text = fault(**written)
+    assert words in text
+    assert f"a.{next(iter(written))}" in text or "given twice" in text
+
+
+def test_what_is_missing_is_named() -> None:
+    loaded = read({"instance_data_dir": "x"}, {"id": "b"}, 7)
+    assert [problem.key for problem in loaded.problems] == ["[0].id", "b.instance_data_dir", "[2]"]
+    assert [problem.line for problem in loaded.problems] == [2, 5, 8]
+
+
+def test_an_id_is_used_once() -> None:
+    loaded = read({"id": "a", "instance_data_dir": "x"}, {"id": "a", "instance_data_dir": "y"})
+    assert "used twice" in loaded.problems[0].render()
+
+
+def test_an_object_on_top_is_refused() -> None:
+    loaded = read_datasets(parse_json("{}", "data.json"), CONFIG)
+    assert "is not a list of datasets" in loaded.problems[0].render()

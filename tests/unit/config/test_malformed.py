@@ -1,0 +1,139 @@
+"""Every generated malformed configuration ends in one error that names file and key, with the right suggestion."""
+
+from __future__ import annotations
+
+import random
+import re
+import string
+from typing import Any
+
+import pytest
+
+from simpletuner.config.datasets import dataset_options
+from simpletuner.config.names import RENAMED, RETIRED, nearest
+from simpletuner.config.options import OptionInfo, all_options
+from simpletuner.errors import EXIT_CONFIG
+
+from .conftest import Workspace
+
+KNOWN = {*all_options(), *RENAMED, *RETIRED}
+LETTERS = string.ascii_lowercase + "_"
+
+
+def misspelt(word: str, draw: random.Random) -> str:
+    """The word with one letter left out, put in, replaced, or exchanged with its neighbour."""
+    while True:
+        at = draw.randrange(len(word))
+        letter = draw.choice(LETTERS)
+        edits = [
+            word[:at] + word[at + 1 :],
+            word[:at] + letter + word[at:],
+            word[:at] + letter + word[at + 1 :],
+            word[:at] + word[at : at + 2][::-1] + word[at + 2 :],
+        ]
+        result = draw.choice(edits)
+        if result not in KNOWN and result.strip("_") and not result.startswith("_"):
+            return result
+
+
+@pytest.mark.parametrize("key", sorted(all_options()))
+def test_a_misspelt_option_is_named_with_its_file(workspace: Workspace, key: str) -> None:
+    wrong = misspelt(key, random.Random(key))
+    workspace.config[wrong] = "1"
+    error = workspace.fails_written()
+    assert error.exit_code == EXIT_CONFIG
+    (problem,) = error.problems
+    assert (problem.key, problem.file, problem.line) == (wrong, "config/config.json", 10)
+
+
+def test_suggestions_are_right() -> None:
+    draw = random.Random(7)
+    trials = [(key, misspelt(key, draw)) for key in sorted(all_options()) for _ in range(3)]
+    right = sum(nearest(wrong, KNOWN) == key for key, wrong in trials)
+    assert right / len(trials) >= 0.95, f"{right} of {len(trials)}"
+    dataset_keys = dataset_options("image")
+    trials = [(key, misspelt(key, draw)) for key in sorted(dataset_keys) for _ in range(3)]
+    right = sum(nearest(wrong, dataset_keys) == key or wrong in dataset_keys for key, wrong in trials)
+    assert right / len(trials) >= 0.95, f"{right} of {len(trials)}"
+
+
+def test_a_word_that_is_near_nothing_gets_no_suggestion() -> None:
+    assert nearest("zzzzqqqq", KNOWN) is None
+    assert nearest("LEARNING-RATE", KNOWN) == "learning_rate"
+
+
+def wrong_values(info: OptionInfo) -> list[Any]:
+    """Values that a declaration refuses: of another type, or out of range."""
+    kind = info.type_name
+    values: list[Any] = [["a"]] if kind not in ("list", "object") else []
+    if kind in ("whole number", "number"):
+        values += ["abc", True]
+        values += [info.bounds["ge"] - 1] if "ge" in info.bounds else []
+        values += [info.bounds["gt"]] if "gt" in info.bounds else []
+        values += [info.bounds["le"] + 1] if "le" in info.bounds else []
+    if kind == "whole number":
+        values.append(1.5)
+    if kind == "true or false":
+        values += ["perhaps", 3]
+    if kind == "choice":
+        values += ["nothing_of_this_name", 17]
+    if kind in ("text", "path"):
+        values.append(True)
+    return values
+
+
+CASES = [(name, value) for name, info in all_options().items() for value in wrong_values(info)]
+
+
+@pytest.mark.parametrize(("key", "value"), CASES, ids=[f"{key}={value}" for key, value in CASES])
+def test_a_wrong_value_is_named_with_its_file(workspace: Workspace, key: str, value: Any) -> None:
+    workspace.config[key] = value
+    error = workspace.fails_written()
+    assert error.exit_code == EXIT_CONFIG
+    problem = next(problem for problem in error.problems if problem.key == key)
+    assert problem.file == "config/config.json"
+    assert problem.line == 2 + list(workspace.config).index(key)
+    assert problem.allowed
+    assert not re.search(r"Traceback|pydantic|ValidationError|Input should", error.render())
+
+
+def test_there_are_enough_of_them() -> None:
+    assert len(CASES) + len(all_options()) >= 150
+
+
+SOUND = '{"model_family": "toy", "max_train_steps": 5}'
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "empty"),
+        ("[]", "list"),
+        ('"text"', "text"),
+        ("null", "null"),
+        (SOUND[:-1] + ",}", "remove the comma"),
+        (SOUND.replace('"', "'"), "single quotes"),
+        ("\ufeff" + SOUND, "byte order mark"),
+        (SOUND[:-1], "end of the file"),
+        (SOUND[:-1] + ', "max_train_steps": 6}', "given twice"),
+        (SOUND[:-1] + ', "--max_train_steps": 6}', "given twice"),
+        (SOUND[:-1] + ', "seed": 1 "x": 2}', "expected"),
+    ],
+)
+def test_a_broken_file_is_placed(workspace: Workspace, text: str, words: str) -> None:
+    workspace.write()
+    workspace.put("config/config.json", text)
+    error = workspace.fails()
+    assert error.exit_code == EXIT_CONFIG
+    assert error.problems[0].file == "config/config.json"
+    assert error.problems[0].line == 1
+    assert words in error.render()
+
+
+def test_a_missing_family_is_asked_for(workspace: Workspace) -> None:
+    del workspace.config["model_family"]
+    assert "config/config.json: model_family: is missing" in workspace.fails_written().render()
+    workspace.config["model_family"] = "omnigenn"
+    text = workspace.fails_written().render()
+    assert 'config/config.json:9: model_family: "omnigenn"' in text
+    assert 'did you mean "omnigen"?' in text

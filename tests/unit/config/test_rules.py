@@ -1,0 +1,180 @@
+"""Each rule across keys refuses what breaks it and lets the rest pass; all faults show at once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from simpletuner.config.json_reader import parse_json
+from simpletuner.config.prompt_library import read_prompt_library
+
+from .conftest import Workspace
+
+
+def test_the_sound_configuration_breaks_no_rule(workspace: Workspace) -> None:
+    run = workspace.load_written()
+    assert run.warnings == ()
+    assert [entry.id for entry in run.datasets] == ["pictures"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "key", "words"),
+    [
+        ({"num_train_epochs": 2}, "max_train_steps", "2 epochs (num_train_epochs) are both set"),
+        ({"max_train_steps": 0}, "max_train_steps", "no length"),
+        ({"model_flavour": "lage"}, "model_flavour", 'did you mean "large"?'),
+        ({"validation_guidance_rescale": 0.5}, "validation_guidance_rescale", "its sampler has no rescale"),
+        ({"lycoris_config": None}, "lycoris_config", "lora_type lycoris needs"),
+        ({"model_type": "full"}, "lycoris_config", "trains without an adapter"),
+        ({"lr_scheduler": "polynomial", "lr_end": 1}, "lr_end", "not below learning_rate"),
+        ({"report_to": "none,tensorboard"}, "report_to", "none and another"),
+        ({"aspect_bucket_alignment": 24}, "aspect_bucket_alignment", "a multiple of 16"),
+        ({"validation_resolution": "4096x512"}, "validation_resolution", "at most 2048 pixels"),
+        ({"resume_from_checkpoint": "checkpoint-7"}, "resume_from_checkpoint", "output/run/checkpoint-7"),
+        ({"output_dir": "datasets/pictures/out"}, "output_dir", 'lies in the pictures of dataset "pictures"'),
+        ({"output_dir": "config/config.json/x"}, "output_dir", "is a file"),
+        ({"pretrained_model_name_or_path": "./gone"}, "pretrained_model_name_or_path", "there is no model folder"),
+        ({"push_to_hub": True}, "push_to_hub", "uploads are not built"),
+        ({"optimizer": "prodigy"}, "optimizer", "not built yet"),
+        ({"report_to": "wandb"}, "report_to", "this tracker is not built"),
+        ({"webhook_config": {"webhook_type": "raw"}}, "webhook_config", "webhooks are not built"),
+        ({"base_model_precision": "int8-quanto"}, "base_model_precision", "quantised"),
+        ({"lora_type": "standard"}, "lora_type", "standard LoRA is not built"),
+        ({"evaluation_type": "clip"}, "evaluation_type", "CLIP"),
+        ({"scheduled_sampling_probability": 0.5}, "scheduled_sampling_probability", "not built"),
+        ({"validation_preview_steps": 3}, "validation_preview_steps", "webhook"),
+    ],
+)
+def test_options_that_do_not_go_together(workspace: Workspace, changes: dict[str, Any], key: str, words: str) -> None:
+    workspace.config |= changes
+    (problem,) = workspace.fails_written().problems
+    assert problem.key == key
+    assert words in problem.render()
+    if changes.get(key) is not None:
+        assert problem.file == "config/config.json"
+        assert problem.line is not None
+
+
+@pytest.mark.parametrize(
+    ("changes", "key", "words"),
+    [
+        ({"instance_data_dir": "datasets/gone"}, "instance_data_dir", "there is no folder of this name"),
+        ({"instance_data_dir": "config/config.json"}, "instance_data_dir", "is not a folder"),
+        ({"resolution": 8}, "resolution", "16 to 2048 pixels"),
+        ({"resolution": 4096}, "resolution", "16 to 2048 pixels"),
+        ({"resolution": 0.5}, "resolution", 'set resolution_type to "area"'),
+        ({"resolution": 1024, "resolution_type": "area"}, "resolution", 'set resolution_type to "pixel_area"'),
+        ({"resolution_type": "area"}, "resolution", "is missing"),
+        ({"maximum_image_size": 512}, "target_downsample_size", "is missing"),
+        ({"target_downsample_size": 512}, "target_downsample_size", "without maximum_image_size"),
+        ({"maximum_image_size": 512, "target_downsample_size": 600}, "target_downsample_size", "at most 512"),
+        (
+            {"minimum_image_size": 600, "maximum_image_size": 512, "target_downsample_size": 512},
+            "minimum_image_size",
+            "no picture would be left",
+        ),
+        ({"caption_strategy": "instanceprompt"}, "instance_prompt", "caption_strategy instanceprompt needs it"),
+        ({"only_instance_prompt": True}, "instance_prompt", "only_instance_prompt needs it"),
+        ({"crop_aspect": "random"}, "crop_aspect_buckets", "crop_aspect random chooses from it"),
+        ({"crop_aspect": "random", "crop_aspect_buckets": [1, 0]}, "crop_aspect_buckets", "not above 0"),
+    ],
+)
+def test_dataset_keys_that_do_not_go_together(
+    workspace: Workspace, changes: dict[str, Any], key: str, words: str
+) -> None:
+    workspace.datasets[0] |= changes
+    (problem,) = workspace.fails_written().problems
+    assert problem.key == f"pictures.{key}"
+    assert problem.file == "config/multidatabackend.json"
+    assert words in problem.render()
+
+
+def test_prior_preservation_needs_an_adapter(workspace: Workspace) -> None:
+    workspace.config |= {"model_type": "full", "lycoris_config": None}
+    workspace.datasets[0]["is_regularisation_data"] = True
+    (problem,) = workspace.fails_written().problems
+    assert problem.key == "pictures.is_regularisation_data"
+
+
+def test_there_is_something_to_train_on(workspace: Workspace) -> None:
+    workspace.datasets[0]["disabled"] = True
+    assert "(pictures disabled)" in workspace.fails_written().render()
+    workspace.datasets = []
+    assert "names no dataset of dataset_type image" in workspace.fails_written().render()
+
+
+@pytest.mark.parametrize("name", ["a/b", "a b ", ".hidden", "x" * 101, "a:b"])
+def test_ids_can_name_files(workspace: Workspace, name: str) -> None:
+    workspace.datasets[0]["id"] = name
+    assert "cannot name a file" in workspace.fails_written().render()
+
+
+def test_one_text_cache_is_the_default(workspace: Workspace) -> None:
+    workspace.datasets += [{"id": name, "dataset_type": "text_embeds", "default": True} for name in ("t", "u")]
+    (problem,) = workspace.fails_written().problems
+    assert (problem.key, problem.line) == ("u.default", 14)
+
+
+def test_a_named_checkpoint_may_be_a_name_or_a_path(workspace: Workspace) -> None:
+    (workspace.root / "output/run/checkpoint-7").mkdir(parents=True)
+    for name in ("checkpoint-7", "output/run/checkpoint-7", "latest", "none", ""):
+        assert workspace.load_written(f"--resume_from_checkpoint={name}").config.resume_from_checkpoint == name
+    assert not workspace.load("--resume_from_checkpoint=none").config.resumes
+
+
+def test_notices_are_said_once_and_stop_nothing(workspace: Workspace) -> None:
+    workspace.config |= {"eval_steps_interval": 5, "lr_warmup_steps": 400000, "caption_dropout_probability": 0}
+    del workspace.config["validation_prompt"]
+    warnings = "\n".join(workspace.load_written().warnings)
+    for words in (
+        "no dataset of dataset_type eval",
+        "400000 steps of warm-up",
+        "0 never trains",
+        "no validation pictures",
+    ):
+        assert warnings.count(words) == 1
+
+
+def test_all_faults_show_at_once(workspace: Workspace) -> None:
+    workspace.config |= {"learning_rte": 1, "seed": "x", "push_to_hub": True, "num_train_epochs": 3}
+    workspace.datasets[0] |= {"repeats": -1, "cropp": True}
+    workspace.lycoris["apply_preset"]["target_module"] = ["Nothing"]
+    problems = workspace.fails_written("--train_batch_size=0").problems
+    assert {problem.key for problem in problems} == {
+        *("learning_rte", "seed", "push_to_hub", "max_train_steps", "train_batch_size"),
+        *("pictures.repeats", "pictures.cropp", "apply_preset.target_module.0"),
+    }
+    assert all(problem.file for problem in problems)
+
+
+def test_a_value_that_was_refused_is_not_judged_again(workspace: Workspace) -> None:
+    workspace.config["max_train_steps"] = "many"
+    assert [problem.key for problem in workspace.fails_written().problems] == ["max_train_steps"]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('{"a/b": "x"}', "cannot name a file"),
+        ('{"": "x"}', "is empty"),
+        ('{" a": "x"}', "blanks around"),
+        ('{"a": ""}', "is not a prompt"),
+        ('{"a": 3}', "is not a prompt"),
+        ('{"Cat": "x", "cat": "y"}', "in capitals only"),
+        ('{"validation": "x"}', "that of validation_prompt"),
+        ("{}", "holds no prompts"),
+        ('["a"]', "is not a JSON object"),
+        ('{"' + "a" * 200 + '": "x"}', "200 letters"),
+    ],
+)
+def test_nicknames_can_name_files(text: str, words: str) -> None:
+    prompts, (problem,) = read_prompt_library(parse_json(text, "library.json"))
+    assert prompts == {}
+    assert words in problem.render()
+    assert problem.line == 1
+
+
+def test_a_library_with_placeholders_is_read() -> None:
+    prompts, problems = read_prompt_library(parse_json('{"anime_<token>": "a portrait"}', "library.json"))
+    assert (dict(prompts), problems) == ({"anime_<token>": "a portrait"}, [])
