@@ -61,6 +61,8 @@ LEFT JOIN files AS text ON text.live AND text.is_text AND text.status = 'ok' AND
 WHERE picture.live AND NOT picture.is_text AND picture.status = 'ok'
 ORDER BY picture.path, text.path
 """
+# Named, since SQLite would otherwise walk all files to find none that failed.
+_FAILURES = "files INDEXED BY live_failures WHERE live AND status != 'ok'"
 _DISTINCT_CONTENTS = "SELECT count(DISTINCT digest) FROM files WHERE live AND NOT is_text AND status = 'ok'"
 
 
@@ -170,9 +172,7 @@ class Index:
                 "SELECT path, error FROM folders WHERE error IS NOT NULL ORDER BY path"
             ):
                 result.add(f"folder: {error}", os.fsdecode(path) or ".")
-            failures = self._db.execute(
-                "SELECT path, is_text, reason FROM files WHERE live AND status != 'ok' ORDER BY path"
-            )
+            failures = self._db.execute(f"SELECT path, is_text, reason FROM {_FAILURES} ORDER BY path")
             for path, is_text, reason in failures:
                 if with_texts or not is_text:
                     result.add(f"caption file: {reason}" if is_text else reason, os.fsdecode(path))
@@ -182,7 +182,7 @@ class Index:
         """Pictures found, usable or not."""
         with self._lock, self._explained():
             usable = self._db.execute("SELECT length(ids) / 8 FROM catalogue").fetchone()
-            failed = self._db.execute("SELECT count(*) FROM files WHERE live AND status != 'ok' AND NOT is_text")
+            failed = self._db.execute(f"SELECT count(*) FROM {_FAILURES} AND NOT is_text")
             return (usable[0] if usable else 0) + failed.fetchone()[0]
 
     def _select(self, query: str, ids: Sequence[int]) -> list[tuple]:
