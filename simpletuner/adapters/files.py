@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from simpletuner.adapters.base import MatchCount
-from simpletuner.adapters.lycoris import PREFIX, LycorisAdapter, isolated_lycoris, prefer_bypass, register_network
-from simpletuner.adapters.lycoris_config import KEY
+from simpletuner.adapters.lycoris import KEY, PREFIX, LycorisAdapter, isolated_lycoris, prefer_bypass, register_network
 from simpletuner.errors import DataError, Problem
 from simpletuner.models.spec import FamilySpec
 

@@ -22,8 +22,9 @@ from simpletuner.adapters.base import (
     values_replaced,
 )
 from simpletuner.adapters.lokr import use_structured_forward
-from simpletuner.adapters.lycoris_config import KEY, LycorisTargets, check_lycoris_config, resolve_targets
-from simpletuner.adapters.targets import count_matches, require_matches
+from simpletuner.adapters.targets import LycorisTargets, count_matches, require_matches, resolve_targets
+from simpletuner.config.json_reader import Document
+from simpletuner.config.lycoris import check_lycoris
 from simpletuner.errors import ConfigError, Problem
 from simpletuner.models.spec import FamilySpec
 from simpletuner.randomness import keyed_seed
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from lycoris.wrapper import LycorisNetwork
 
 PREFIX = "lycoris"  # of every key in the file
+KEY = "lycoris_config"  # the option, and the metadata entry of the file
 
 
 class LycorisAdapter(Adapter):
@@ -106,7 +108,7 @@ def attach_lycoris(
     Raises:
         ConfigError: the configuration cannot be used, an entry adapts nothing, or the adapter turns out dead.
     """
-    if problems := check_lycoris_config(lycoris, spec, file):
+    if problems := check_lycoris(Document(file or KEY, lycoris), spec.adaptable, spec.class_aliases):
         raise ConfigError(problems)
     targets = resolve_targets(lycoris, spec, {type(module).__name__ for module in denoiser.modules()})
     paths = {f"{PREFIX}_{name}".replace(".", "_"): name for name, _ in denoiser.named_modules()}

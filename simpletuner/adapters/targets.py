@@ -1,4 +1,4 @@
-"""Which layers each entry of a LyCORIS configuration adapts, and what could be named instead.
+"""What a LyCORIS configuration asks for in a denoiser, what each entry then adapts, and what could be named instead.
 
 LyCORIS only warns when an entry matches nothing, and says nothing when a module class takes a layer before a name
 pattern sees it. Counting what was created, per entry, finds both.
@@ -9,15 +9,67 @@ from __future__ import annotations
 import fnmatch
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 
 from simpletuner.adapters.base import MatchCount
-from simpletuner.adapters.lycoris_config import LycorisTargets
 from simpletuner.errors import ConfigError, Problem
+from simpletuner.models.spec import FamilySpec
 
 ADAPTABLE_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+@dataclass(frozen=True)
+class LycorisTargets:
+    """Which layers an `apply_preset` block asks for, with class names of the denoiser.
+
+    Args:
+        classes: entry as written -> class name in the denoiser.
+        names: entries of `target_name` and `name_algo_map`.
+        module_algo_map: class name in the denoiser -> settings.
+        name_algo_map: pattern -> settings.
+        exclude: patterns of module paths that are left alone.
+        use_fnmatch: patterns are fnmatch patterns; else regular expressions, matched from the start.
+        enable_conv: whether convolutions larger than 1x1 are adapted.
+    """
+
+    classes: Mapping[str, str]
+    names: tuple[str, ...] = ()
+    module_algo_map: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    name_algo_map: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    exclude: tuple[str, ...] = ()
+    use_fnmatch: bool = False
+    enable_conv: bool = True
+
+
+def resolve_targets(lycoris: Mapping[str, Any], spec: FamilySpec, present_classes: set[str]) -> LycorisTargets:
+    """What the configuration asks for in a denoiser that has `present_classes`.
+
+    An alias of the family is used where the denoiser has no class of the name that was written. Without
+    `apply_preset`, all linear and convolutional layers are adapted, as LyCORIS does.
+    """
+    preset = lycoris.get("apply_preset") or {}
+    module_map = preset.get("module_algo_map", {})
+    written = list(dict.fromkeys([*preset.get("target_module", []), *module_map]))
+    names = tuple(dict.fromkeys([*preset.get("target_name", []), *preset.get("name_algo_map", {})]))
+    if not written and not names:
+        written = [name for name in ("Linear", "Conv1d", "Conv2d", "Conv3d") if name in present_classes]
+
+    def in_denoiser(name: str) -> str:
+        return name if name in present_classes else spec.class_aliases.get(name, name)
+
+    return LycorisTargets(
+        classes={name: in_denoiser(name) for name in written},
+        names=names,
+        module_algo_map={in_denoiser(name): settings for name, settings in module_map.items()},
+        name_algo_map=dict(preset.get("name_algo_map", {})),
+        exclude=tuple(preset.get("exclude_name", [])),
+        use_fnmatch=bool(preset.get("use_fnmatch", False)),
+        enable_conv=bool(preset.get("enable_conv", True)),
+    )
 
 
 def count_matches(denoiser: nn.Module, adapted: Iterable[str], targets: LycorisTargets) -> list[MatchCount]:

@@ -23,12 +23,20 @@ UNUSABLE_ALGORITHMS = {
     "tlora": "it needs the timestep inside each layer",
 }
 
+# Settings of LyCORIS that this program refuses, and why.
+UNUSABLE_KEYS = {
+    "use_scalar": "LyCORIS folds the scalar into the weights of the file, and a resumed run would need it apart",
+    "train_norm": "only linear and convolutional layers are adapted",
+    "preset": "apply_preset says which layers",
+    "lora_prefix": "files carry the prefix that LyCORIS loads, lycoris",
+}
+
 NUMBERS = (
     *("multiplier", "linear_dim", "linear_alpha", "conv_dim", "conv_alpha", "factor", "dropout", "rank_dropout"),
     *("module_dropout", "block_size", "constraint"),
 )
 SWITCHES = (
-    *("use_tucker", "use_cp", "use_conv_cp", "disable_conv_cp", "use_scalar", "decompose_both", "full_matrix"),
+    *("use_tucker", "use_cp", "use_conv_cp", "disable_conv_cp", "decompose_both", "full_matrix"),
     *("rescaled", "dora_wd", "wd_on_output", "bypass_mode", "unbalanced_factorization"),
 )
 TOP_LEVEL_KEYS = ("algo", "apply_preset", *NUMBERS, *SWITCHES)
@@ -37,8 +45,8 @@ ALGO_MAPS = ("module_algo_map", "name_algo_map")
 PRESET_KEYS = (*NAME_LISTS, *ALGO_MAPS, "enable_conv", "use_fnmatch")
 # Inside an algo map LyCORIS hands the keys to the module's constructor, which calls some things by other names.
 ENTRY_KEYS = (
-    *("algo", "dim", "alpha", "factor", "use_tucker", "use_scalar", "decompose_both", "full_matrix", "block_size"),
-    *("constraint", "rescaled", "weight_decompose", "wd_on_out", "bypass_mode", "unbalanced_factorization"),
+    *("algo", "dim", "alpha", "factor", "use_tucker", "decompose_both", "full_matrix", "block_size"),
+    *("constraint", "rescaled", "weight_decompose", "wd_on_out", "unbalanced_factorization"),
     *("rs_lora", "rank_dropout_scale", "train_on_input"),
 )
 ENTRY_NAMES_FOR = {
@@ -161,6 +169,9 @@ def _unknown_keys(document: Document, at: JsonPath, settings: Mapping[str, Any],
     problems = []
     for key in settings:
         if key in known:
+            continue
+        if key in UNUSABLE_KEYS:
+            problems.append(_problem(document, (*at, key), f"cannot be used: {UNUSABLE_KEYS[key]}"))
             continue
         near = (ENTRY_NAMES_FOR.get(key) if known is ENTRY_KEYS else None) or nearest(key, known)
         fix = f'did you mean "{near}"?' if near else "remove it"

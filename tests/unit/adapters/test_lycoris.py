@@ -13,6 +13,7 @@ from lycoris.wrapper import LycorisNetwork, create_lycoris
 
 from simpletuner.adapters.base import MatchCount, base_state_dict
 from simpletuner.adapters.lycoris import attach_lycoris
+from simpletuner.adapters.targets import resolve_targets
 from simpletuner.errors import ConfigError
 from simpletuner.models.omnigen.spec import OMNIGEN
 from tests.tiny import tiny_omnigen_transformer
@@ -187,7 +188,7 @@ def test_without_a_preset_all_linear_and_convolutional_layers_are_adapted() -> N
     [
         ({"target_name": ["layers.9.self_attn.to_q"]}, "target_name", "layers.*.self_attn.to_q (2)"),
         ({"target_name": ["layers.0.self_attn"], "use_fnmatch": True}, "target_name", "layers.*.self_attn.to_q (2)"),
-        ({"target_module": ["Attention", "LabelEmbedding"]}, "target_module", "OmniGenFeedForward"),
+        ({"target_module": ["Attention", "LabelEmbedding"]}, "target_module.1", "OmniGenFeedForward"),
     ],
 )
 def test_an_entry_that_matches_nothing_lists_what_could_match(preset, key: str, listed: str) -> None:
@@ -232,3 +233,10 @@ def test_state_goes_back_bit_for_bit(quickstart) -> None:
     _, other = attach(quickstart, dtype=torch.bfloat16, seed=2)
     other.load_state_dict(state)
     assert all(torch.equal(other.state_dict()[name], state[name]) for name in state)
+
+
+def test_an_alias_gives_way_to_a_class_of_that_name(quickstart) -> None:
+    targets = resolve_targets(quickstart, OMNIGEN, {"Attention", "OmniGenFeedForward"})
+    assert targets.classes == {"Attention": "Attention", "FeedForward": "OmniGenFeedForward"}
+    assert targets.module_algo_map["OmniGenFeedForward"] == {"factor": 8}
+    assert resolve_targets(quickstart, OMNIGEN, {"FeedForward"}).classes["FeedForward"] == "FeedForward"
