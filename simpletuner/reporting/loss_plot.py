@@ -1,6 +1,7 @@
 """The loss curve of a run as a PNG, drawn from `metrics.jsonl` with Pillow alone.
 
-Training loss is noisy (each step sees other timesteps), so its smoothed course is drawn over the raw one; the eval
+Training loss is noisy (each step sees other timesteps), so its smoothed course is drawn over the raw one. Steps on
+regularisation data alone have a loss of another kind (distance from the base model) and a curve of their own. The eval
 loss, which sees the same noise each time, is drawn point by point and is the curve to trust.
 """
 
@@ -24,15 +25,16 @@ LEFT, RIGHT, TOP, BOTTOM = 96, 36, 88, 84
 OVERSAMPLE = 2  # Pillow draws hard edges: draw at twice the size, then shrink.
 
 INK, MUTED, GRID, PAPER = "#1f2933", "#6b7785", "#e6e9ed", "#ffffff"
-RAW, SMOOTH, EVAL = "#c5d7ee", "#2a6fbb", "#d9582b"
+RAW, SMOOTH, PRIOR, EVAL = "#c5d7ee", "#2a6fbb", "#3a9d6e", "#d9582b"
 
 
 @dataclass(frozen=True)
 class Curves:
-    """What is drawn: (step, loss) pairs in order of step."""
+    """What is drawn: (step, loss) pairs in order of step; `prior` are the steps on regularisation data alone."""
 
     run_name: str = ""
     train: Points = field(default_factory=list)
+    prior: Points = field(default_factory=list)
     evaluation: Points = field(default_factory=list)
 
 
@@ -43,7 +45,7 @@ def draw_loss_plot(metrics: Path, destination: Path) -> Path | None:
         OSError: the file cannot be written.
     """
     curves = read_curves(metrics)
-    if not curves.train and not curves.evaluation:
+    if not (curves.train or curves.prior or curves.evaluation):
         return None
     from PIL import Image, ImageDraw
 
@@ -57,6 +59,7 @@ def draw_loss_plot(metrics: Path, destination: Path) -> Path | None:
 def read_curves(metrics: Path) -> Curves:
     """The losses of a metrics file. Where a resume evaluated a step twice, the later record counts."""
     train: dict[int, float] = {}
+    prior: dict[int, float] = {}
     evaluation: dict[int, float] = {}
     run_name = ""
     for record in read_records(metrics):
@@ -64,10 +67,11 @@ def read_curves(metrics: Path) -> Curves:
         if kind == "run_started":
             run_name = str(record.get("run_name", ""))
         elif kind == "step_done" and isinstance(record.get("loss"), int | float):
-            train[int(step)] = float(record["loss"])
+            is_prior = record.get("extra", {}).get("regularisation_loss") == record["loss"]
+            (prior if is_prior else train)[int(step)] = float(record["loss"])
         elif kind == "eval_done" and isinstance(record.get("pooled"), int | float):
             evaluation[int(step)] = float(record["pooled"])
-    return Curves(run_name, sorted(train.items()), sorted(evaluation.items()))
+    return Curves(run_name, sorted(train.items()), sorted(prior.items()), sorted(evaluation.items()))
 
 
 def smoothed(points: Points) -> Points:
@@ -110,26 +114,26 @@ class _Axes:
 def _draw(draw: ImageDraw, curves: Curves) -> None:
     axes = _axes(curves)
     _draw_frame(draw, axes, curves)
-    smooth = smoothed(curves.train)
-    if len(curves.train) > 1:
-        _line(draw, axes, curves.train, RAW, 1.5)
-        _line(draw, axes, smooth, SMOOTH, 3)
+    _line(draw, axes, curves.train, RAW, 1.5)
+    _line(draw, axes, smoothed(curves.train), SMOOTH, 3)
+    _line(draw, axes, smoothed(curves.prior), PRIOR, 2.5)
     _line(draw, axes, curves.evaluation, EVAL, 2.5)
     for step, loss in curves.evaluation:
         x, y = axes.point(step, loss)
         radius = 5 * OVERSAMPLE
         draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=EVAL, outline=PAPER, width=2 * OVERSAMPLE)
-    _draw_legend(draw, curves, smooth)
+    _draw_legend(draw, curves)
 
 
 def _axes(curves: Curves) -> _Axes:
     """Room for the smoothed and eval curves and nearly all raw steps; a few wild steps may touch the edge."""
     raw = sorted(loss for _, loss in curves.train)
     shown = raw[len(raw) // 100 : max(1, len(raw) - len(raw) // 100)]
-    values = [*shown, *(loss for _, loss in smoothed(curves.train)), *(loss for _, loss in curves.evaluation)]
+    drawn = [*smoothed(curves.train), *smoothed(curves.prior), *curves.evaluation]
+    values = [*shown, *(loss for _, loss in drawn)]
     low, high = min(values), max(values)
     margin = (high - low) * 0.06 or max(abs(high) * 0.1, 0.1)
-    last_step = max([step for step, _ in [*curves.train, *curves.evaluation]])
+    last_step = max(step for step, _ in drawn)
     return _Axes(last_step, max(0.0, low - margin) if low >= 0 else low - margin, high + margin)
 
 
@@ -150,15 +154,17 @@ def _draw_frame(draw: ImageDraw, axes: _Axes, curves: Curves) -> None:
     _text(draw, ((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 22), "optimizer step", MUTED, 17, "mb")
 
 
-def _draw_legend(draw: ImageDraw, curves: Curves, smooth: Points) -> None:
+def _draw_legend(draw: ImageDraw, curves: Curves) -> None:
     """Right-aligned above the plot, with the last value of each curve."""
     entries = []
     if curves.evaluation:
         first, last = curves.evaluation[0][1], curves.evaluation[-1][1]
         change = f", {100 * (last / first - 1):+.0f} %" if len(curves.evaluation) > 1 and first else ""
         entries.append((EVAL, f"eval loss {last:.3f}{change}"))
-    if smooth:
-        entries.append((SMOOTH, f"training loss, smoothed {smooth[-1][1]:.3f}"))
+    if curves.train:
+        entries.append((SMOOTH, f"training loss {smoothed(curves.train)[-1][1]:.3f}"))
+    if curves.prior:
+        entries.append((PRIOR, f"distance from the base {smoothed(curves.prior)[-1][1]:.3f}"))
     right = float(WIDTH - RIGHT)
     for colour, label in entries:
         _text(draw, (right, 40), label, INK, 17, "rm")

@@ -90,7 +90,7 @@ class Validator:
             self.bus.emit(Notice("error", f"no {name}: {error}; training goes on"))
             return []
         if saved:
-            self.bus.emit(PhaseDone(name, time.monotonic() - started))
+            self.bus.emit(PhaseDone(name, time.monotonic() - started, f"in {saved[-1].path.parent}"))
             self.bus.emit(PicturesMade(step, tuple(saved)))
         return [picture.path for picture in saved]
 

@@ -20,7 +20,6 @@ from simpletuner.reporting.events import (
     PhaseDone,
     PhaseProgress,
     PhaseStarted,
-    PicturesMade,
     RunFailed,
     RunFinished,
     RunStarted,
@@ -100,15 +99,16 @@ class LiveSink:
         self._bar = self._make_bar()
         self._task = None
         self._task_name = ""
+        self._total: int | None = None
         self._pace = progress.Pace()
 
     def _make_bar(self):
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
         columns = (
             TextColumn("[bold]{task.description}", markup=True),
             BarColumn(bar_width=None),
-            MofNCompleteColumn(),
+            TextColumn("{task.fields[count]}", markup=False),
             TextColumn("{task.fields[facts]}", markup=False),
             TimeElapsedColumn(),
         )
@@ -137,13 +137,11 @@ class LiveSink:
         if self._task is None or name != self._task_name:
             self._clear()
             self._bar = self._make_bar()
-            self._task = self._bar.add_task(name, total=total, facts=facts)
-            self._task_name = name
+            self._task = self._bar.add_task(name, total=total, count="", facts="")
+            self._task_name, self._total = name, total
             self._bar.start()
-        if total is None:
-            self._bar.update(self._task, completed=done, facts=facts)
-        else:
-            self._bar.update(self._task, completed=done, total=total, facts=facts)
+        count = f"{done}/{self._total}" if self._total else ""
+        self._bar.update(self._task, completed=done, count=count, facts=facts)
 
     def _clear(self) -> None:
         if self._task is not None:
@@ -152,7 +150,7 @@ class LiveSink:
 
 
 def describe(event: Event) -> list[str]:
-    """The lines that an event is told in; none for what only the bar shows."""
+    """The lines that an event is told in; none for what only the bar shows, or what the end of its phase tells."""
     if isinstance(event, RunStarted):
         return _describe_start(event)
     if isinstance(event, PhaseStarted):
@@ -165,15 +163,13 @@ def describe(event: Event) -> list[str]:
         return [f"eval loss at step {event.step}: {event.pooled:.4f}" + (f" ({each})" if len(event.losses) > 1 else "")]
     if isinstance(event, CheckpointSaved):
         return [f"checkpoint saved at step {event.step}: {event.path}"]
-    if isinstance(event, PicturesMade):
-        folders = sorted({str(picture.path.parent) for picture in event.pictures})
-        return [f"{len(event.pictures)} pictures at step {event.step}: {', '.join(folders)}"]
     if isinstance(event, Notice):
         return [event.text if event.severity == "info" else f"{event.severity}: {event.text}"]
     if isinstance(event, RunFinished):
         return _describe_finish(event)
     if isinstance(event, RunFailed):
-        return [f"the run ended at step {event.step}: {event.message}"]
+        # The message itself goes to stderr, where the program tells why it leaves.
+        return [f"the run ended early at step {event.step} (exit code {event.exit_code})"]
     return []
 
 

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from simpletuner.reporting.events import EvalDone, RunStarted, StepDone
-from simpletuner.reporting.loss_plot import EVAL, draw_loss_plot, nice_ticks, smoothed
+from simpletuner.reporting.loss_plot import EVAL, draw_loss_plot, nice_ticks, read_curves, smoothed
 from simpletuner.reporting.sinks.jsonl import JsonlSink
 
 
@@ -48,6 +48,17 @@ def test_a_run_without_losses_draws_nothing(tmp_path: Path):
 @pytest.mark.parametrize("train", [[0.5], [0.5, 0.5], [0.0, 0.0], [float("nan"), 0.5, 0.25]])
 def test_short_flat_and_broken_runs_are_drawn(tmp_path: Path, train: list[float]):
     assert draw_loss_plot(write_metrics(tmp_path, train, {0: 0.5}), tmp_path / "loss.png") is not None
+
+
+def test_steps_on_regularisation_data_have_a_curve_of_their_own(tmp_path: Path):
+    sink = JsonlSink(tmp_path)
+    sink.handle(StepDone(1, 3, 0.75, 1e-4, None, 0.1, 4, 1))
+    sink.handle(StepDone(2, 3, 0.01, 1e-4, None, 0.1, 4, 1, extra={"regularisation_loss": 0.01}))
+    sink.handle(StepDone(3, 3, 0.5, 1e-4, None, 0.1, 4, 1, extra={"regularisation_loss": 0.02}))
+    sink.close()
+    curves = read_curves(sink.path)
+    assert curves.train == [(1, 0.75), (3, 0.5)]
+    assert curves.prior == [(2, 0.01)]
 
 
 def test_smoothing_a_constant_changes_nothing():
