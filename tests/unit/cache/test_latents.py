@@ -1,0 +1,429 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from simpletuner.batch import Crop, Sample
+from simpletuner.cache import latents as latents_module
+from simpletuner.cache.fingerprints import vae_fingerprint
+from simpletuner.cache.latents import LatentCache, OnDemandLatents
+from simpletuner.cache.store import DamagedEntry, TensorStore
+from simpletuner.data.digests import DigestMemo
+from simpletuner.data.transforms import UnusablePicture
+from simpletuner.errors import DataError, Interrupted
+from simpletuner.models.components import ModelSource
+from simpletuner.models.registry import get_family_class, get_spec
+from simpletuner.randomness import keyed_generator
+from tests.tiny import tiny_vae
+
+CPU = torch.device("cpu")
+SPEC = get_spec("omnigen")
+
+
+def make_family(model: str = "unused"):
+    return get_family_class(SPEC)(SPEC, ModelSource(model), CPU, torch.float32)
+
+
+class Pictures:
+    """A dataset of random pictures that counts what is read."""
+
+    def __init__(self, count: int, sizes: tuple[tuple[int, int], ...] = ((32, 32),), broken: tuple[int, ...] = ()):
+        self.samples = []
+        for i in range(count):
+            height, width = sizes[i % len(sizes)]
+            crop = Crop(height + 8, width + 8, 4, 4, height, width)
+            self.samples.append(Sample("set", f"{i}.png", f"{i:064x}", width, height, ("a picture",), crop))
+        self.broken = {f"{i}.png" for i in broken}
+        self.read: list[str] = []
+
+    def read_pixels(self, sample: Sample) -> torch.Tensor:
+        self.read.append(sample.path)
+        if sample.path in self.broken:
+            raise UnusablePicture("damaged: cut short")
+        shape = (3, sample.crop.height, sample.crop.width)
+        return torch.rand(shape, generator=keyed_generator(sample.digest)) * 2 - 1
+
+
+@pytest.fixture
+def cache(tmp_path):
+    with TensorStore(tmp_path / "cache") as store:
+        yield LatentCache(store, make_family(), "fingerprint")
+
+
+def no_vae():
+    raise AssertionError("the VAE was loaded although nothing is missing")
+
+
+def test_the_cache_holds_what_the_vae_says_unscaled(cache):
+    pictures = Pictures(3)
+    report = cache.fill(pictures, tiny_vae, batch_size=1)
+    assert (report.num_encoded, report.num_cached, report.unusable) == (3, 0, ())
+    with torch.no_grad():
+        posterior = tiny_vae().encode(pictures.read_pixels(pictures.samples[1])[None]).latent_dist
+    moments = cache.get(pictures.samples[1])
+    assert torch.equal(moments.mean, posterior.mean[0])
+    assert torch.equal(moments.std, posterior.std[0])
+    assert moments.mean.shape == (4, 4, 4)
+
+
+def test_a_full_cache_loads_no_vae_and_reads_no_picture(cache):
+    cache.fill(Pictures(3), tiny_vae, batch_size=2)
+    pictures = Pictures(3)
+    report = cache.fill(pictures, no_vae, batch_size=2)
+    assert (report.num_encoded, report.num_cached) == (0, 3)
+    assert pictures.read == []
+
+
+def test_the_same_picture_and_crop_is_encoded_once(cache):
+    pictures = Pictures(2)
+    pictures.samples.append(dataclasses.replace(pictures.samples[0], dataset_id="other", path="copy.png"))
+    report = cache.fill(pictures, tiny_vae, batch_size=2)
+    assert report.num_encoded == 2
+    assert torch.equal(cache.get(pictures.samples[2]).mean, cache.get(pictures.samples[0]).mean)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 4])
+def test_latents_do_not_depend_on_order_company_or_time_of_encoding(tmp_path, batch_size):
+    """Bit for bit: filled in one go, in reverse, a few at a time, and on demand."""
+    sizes = ((32, 32), (32, 48))
+    pictures, backwards, part = Pictures(11, sizes), Pictures(11, sizes), Pictures(11, sizes)
+    backwards.samples.reverse()
+    part.samples = part.samples[3:5]
+    caches = [LatentCache(TensorStore(tmp_path / name), make_family(), "f") for name in "abcd"]
+    caches[0].fill(pictures, tiny_vae, batch_size)
+    caches[1].fill(backwards, tiny_vae, batch_size)
+    caches[2].fill(part, tiny_vae, batch_size)
+    caches[2].fill(pictures, tiny_vae, batch_size)
+    with OnDemandLatents(caches[3], pictures, tiny_vae(), batch_size) as on_demand:
+        on_demand.get(pictures.samples[6])
+        on_demand.get_many([pictures.samples[i] for i in (1, 6, 4)])
+        for sample in pictures.samples:
+            on_demand.get(sample)
+    for sample in pictures.samples:
+        first, *others = [each.get(sample) for each in caches]
+        assert all(torch.equal(first.mean, other.mean) and torch.equal(first.std, other.std) for other in others)
+
+
+def test_every_batch_has_the_same_size(cache, monkeypatch):
+    shapes = []
+    family = cache.family
+    real = family.encode_images
+    monkeypatch.setattr(family, "encode_images", lambda vae, x: shapes.append(tuple(x.shape)) or real(vae, x))
+    cache.fill(Pictures(5, ((32, 32), (16, 32))), tiny_vae, batch_size=4)
+    assert shapes == [(4, 3, 16, 32), (4, 3, 32, 32)]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"digest": "f" * 64},
+        {"crop": {"intermediate_height": 41}},
+        {"crop": {"intermediate_width": 41}},
+        {"crop": {"top": 5}},
+        {"crop": {"left": 5}},
+        {"crop": {"height": 24}},
+        {"crop": {"width": 24}},
+        {"fingerprint": "another vae"},
+        {"transform": 999},
+        {"schema": 999},
+    ],
+    ids=lambda change: "-".join(map(str, change)),
+)
+def test_any_change_of_what_makes_latents_gives_another_key(cache, monkeypatch, change):
+    sample = Pictures(1).samples[0]
+    before = cache.key(sample)
+    if "digest" in change:
+        sample = dataclasses.replace(sample, digest=change["digest"])
+    if "crop" in change:
+        sample = dataclasses.replace(sample, crop=dataclasses.replace(sample.crop, **change["crop"]))
+    cache.fingerprint = change.get("fingerprint", cache.fingerprint)
+    if "transform" in change:
+        monkeypatch.setattr(latents_module, "TRANSFORM_VERSION", change["transform"])
+    if "schema" in change:
+        monkeypatch.setattr(latents_module, "SCHEMA_VERSION", change["schema"])
+    assert cache.key(sample) != before
+
+
+def test_name_caption_and_data_set_do_not_touch_the_key(cache):
+    sample = Pictures(1).samples[0]
+    other = dataclasses.replace(sample, path="renamed.png", captions=("new",), dataset_id="other")
+    assert cache.key(other) == cache.key(sample)
+
+
+def test_what_cannot_be_read_or_encoded_is_reported_and_the_rest_is_cached(cache, monkeypatch):
+    pictures = Pictures(6, broken=(2,))
+    family = cache.family
+    real = family.encode_images
+
+    def encode(vae, pixel_values):
+        moments = real(vae, pixel_values)
+        poisoned = pictures.read_pixels(pictures.samples[4])
+        return [
+            dataclasses.replace(each, mean=each.mean * float("nan")) if torch.equal(pixels, poisoned) else each
+            for each, pixels in zip(moments, pixel_values, strict=True)
+        ]
+
+    monkeypatch.setattr(family, "encode_images", encode)
+    pictures.samples.append(dataclasses.replace(pictures.samples[2], path="2.png", dataset_id="again"))
+    report = cache.fill(pictures, tiny_vae, batch_size=4)
+    assert report.num_encoded == 4
+    told = {(each.sample.path, each.sample.dataset_id): each.reason for each in report.unusable}
+    assert told.keys() == {("2.png", "set"), ("2.png", "again"), ("4.png", "set")}
+    assert told[("2.png", "set")] == "damaged: cut short"
+    assert "NaN" in told[("4.png", "set")]
+    assert cache.get(pictures.samples[5]).mean.isfinite().all()
+    with pytest.raises(DataError, match=r"4\.png"):
+        cache.get(pictures.samples[4])
+
+
+def test_latents_that_overflow_in_half_precision_are_tried_once_in_float32(cache):
+    class Overflowing(torch.nn.Module):
+        """Says infinity unless it is in float32, like VAEs whose activations leave half precision's range."""
+
+        def __init__(self):
+            super().__init__()
+            self.scale = torch.nn.Parameter(torch.ones(()))
+
+        @property
+        def dtype(self):
+            return self.scale.dtype
+
+        @property
+        def device(self):
+            return self.scale.device
+
+        def encode(self, x):
+            mean = x[:, :, ::8, ::8] * self.scale * (1.0 if self.dtype == torch.float32 else float("inf"))
+            posterior = type("Posterior", (), {"mean": mean, "std": torch.ones_like(mean)})
+            return type("Output", (), {"latent_dist": posterior})
+
+    vae = Overflowing().to(torch.bfloat16)
+    pictures = Pictures(3)
+    report = cache.fill(pictures, lambda: vae, batch_size=2)
+    assert (report.num_encoded, report.unusable) == (3, ())
+    pixels = pictures.read_pixels(pictures.samples[2])
+    assert torch.equal(cache.get(pictures.samples[2]).mean, pixels[:, ::8, ::8])
+    assert vae.dtype == torch.bfloat16
+
+
+def test_too_little_memory_names_the_key_to_change(cache, monkeypatch):
+    def encode(vae, pixel_values):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(cache.family, "encode_images", encode)
+    with pytest.raises(DataError, match="vae_batch_size"):
+        cache.fill(Pictures(2), tiny_vae, batch_size=2)
+
+
+def test_progress_counts_everything_and_may_stop_the_work(cache):
+    cache.fill(Pictures(2), tiny_vae, batch_size=2)
+    seen = []
+
+    def report(done: int, total: int) -> None:
+        seen.append((done, total))
+        if done == 6:
+            raise Interrupted("stopped by a signal")
+
+    with pytest.raises(Interrupted):
+        cache.fill(Pictures(9), tiny_vae, batch_size=2, report=report)
+    assert seen == [(4, 9), (6, 9)]
+    assert len(cache.store.keys()) == 6
+
+
+def test_a_full_disk_is_told_before_anything_is_encoded(cache, monkeypatch):
+    usage = shutil.disk_usage("/")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    with pytest.raises(DataError, match=r"the latent cache needs 1,536 bytes, and only 1,000 are free"):
+        cache.fill(Pictures(3), no_vae, batch_size=2)
+
+
+def _damage(cache: LatentCache) -> None:
+    (shard,) = cache.store.folder.glob("shard-*.safetensors")
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data)
+
+
+def test_a_flipped_bit_is_encoded_again_by_the_next_fill(cache):
+    pictures = Pictures(3)
+    cache.fill(pictures, tiny_vae, batch_size=2)
+    before = [cache.get(sample) for sample in pictures.samples]
+    _damage(cache)
+    damaged = cache.store.verify()
+    assert len(damaged) == 1
+    pictures.read.clear()
+    assert cache.fill(pictures, tiny_vae, batch_size=2).num_encoded == 1
+    assert len(pictures.read) == 1
+    for sample, moments in zip(pictures.samples, before, strict=True):
+        assert torch.equal(cache.get(sample).std, moments.std)
+
+
+def test_on_demand_encodes_a_damaged_entry_again_and_keeps_what_it_encodes(cache):
+    pictures = Pictures(3)
+    cache.fill(pictures, tiny_vae, batch_size=2)
+    before = [cache.get(sample).std for sample in pictures.samples]
+    _damage(cache)
+    with OnDemandLatents(cache, pictures, tiny_vae(), batch_size=2) as on_demand:
+        after = [on_demand.get(sample).std for sample in pictures.samples]
+    assert all(map(torch.equal, before, after))
+    assert [torch.equal(cache.get(sample).std, std) for sample, std in zip(pictures.samples, before, strict=True)]
+    pictures.read.clear()
+    with OnDemandLatents(cache, pictures, tiny_vae(), batch_size=2) as on_demand:
+        on_demand.get_many(pictures.samples)
+    assert pictures.read == []
+
+
+def test_damage_met_in_training_says_that_a_new_start_mends_it(cache):
+    pictures = Pictures(1)
+    cache.fill(pictures, tiny_vae, batch_size=1)
+    _damage(cache)
+    with pytest.raises(DamagedEntry, match="start again"):
+        cache.get(pictures.samples[0])
+
+
+def test_on_demand_names_the_picture_that_cannot_be_read(cache):
+    pictures = Pictures(2, broken=(1,))
+    with (
+        OnDemandLatents(cache, pictures, tiny_vae(), batch_size=2) as on_demand,
+        pytest.raises(DataError, match=r"1\.png cannot be encoded: damaged"),
+    ):
+        on_demand.get(pictures.samples[1])
+
+
+def test_what_on_demand_has_not_written_yet_is_not_encoded_twice(cache):
+    pictures = Pictures(1)
+    with OnDemandLatents(cache, pictures, tiny_vae(), batch_size=2) as on_demand:
+        on_demand.get(pictures.samples[0])
+        on_demand.get(pictures.samples[0])
+        assert pictures.read == ["0.png"]
+
+
+# ---- kill -9 and company -------------------------------------------------------------------------------------------
+
+FILL_PROGRAM = """
+import sys, time
+from simpletuner.cache import latents, store
+from tests.unit.cache.test_latents import LatentCache, Pictures, TensorStore, make_family, tiny_vae
+folder, mode = sys.argv[1:]
+class Eager(store.StoreWriter):
+    def __init__(self, tensors):
+        super().__init__(tensors, max_entries=4)
+latents.StoreWriter = Eager
+def report(done, total):
+    print(done, flush=True)
+    if mode == "slow":
+        time.sleep(0.05)
+with TensorStore(folder) as tensors:
+    LatentCache(tensors, make_family(), "fingerprint").fill(Pictures(24), tiny_vae, 2, report)
+"""
+
+
+def _start_filling(folder: Path, mode: str) -> subprocess.Popen:
+    root = Path(__file__).parents[3]
+    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", FILL_PROGRAM, str(folder), mode]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment, cwd=root)
+
+
+@pytest.mark.slow
+def test_kill_9_while_filling_loses_nothing_that_was_written(cache):
+    with _start_filling(cache.store.folder, "slow") as filling:
+        while int(filling.stdout.readline()) < 14:
+            pass
+        filling.send_signal(signal.SIGKILL)
+    pictures = Pictures(24)
+    there = 24 - len(cache.store.missing(map(cache.key, pictures.samples)))
+    assert 4 <= there < 24
+    assert cache.store.verify() == []
+    report = cache.fill(pictures, tiny_vae, batch_size=2)
+    assert (report.num_cached, report.num_encoded) == (there, 24 - there)
+    assert len(pictures.read) == 24 - there
+    with TensorStore(cache.store.folder):
+        assert not list(cache.store.folder.glob(".tmp-*"))
+
+
+@pytest.mark.slow
+def test_two_processes_fill_one_cache_at_once(cache, tmp_path):
+    both = [_start_filling(cache.store.folder, "fast") for _ in range(2)]
+    for each in both:
+        each.communicate(timeout=120)
+        assert each.returncode == 0
+    assert cache.fill(Pictures(24), no_vae, batch_size=2).num_cached == 24
+    assert cache.store.verify() == []
+    alone = LatentCache(TensorStore(tmp_path / "alone"), make_family(), "fingerprint")
+    alone.fill(Pictures(24), tiny_vae, batch_size=2)
+    for sample in Pictures(24).samples:
+        assert torch.equal(cache.get(sample).mean, alone.get(sample).mean)
+
+
+# ---- the fingerprint -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def model(tmp_path):
+    tiny_vae().save_pretrained(tmp_path / "model" / "vae")
+    return tmp_path / "model"
+
+
+def _fingerprint(model: Path, memo: DigestMemo, device: torch.device = CPU, dtype: torch.dtype = torch.float32) -> str:
+    return vae_fingerprint(ModelSource(str(model)), SPEC, memo, device, dtype)
+
+
+@pytest.fixture
+def memo(tmp_path):
+    with DigestMemo(tmp_path / "memo.sqlite") as memo:
+        yield memo
+
+
+def _edit_config(model: Path, **changes: object) -> None:
+    path = model / "vae" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def test_other_weights_and_other_ways_to_encode_give_another_fingerprint(model, memo, monkeypatch):
+    seen = {_fingerprint(model, memo), _fingerprint(model, memo, dtype=torch.bfloat16)}
+    seen.add(_fingerprint(model, memo, device=torch.device("cuda")))
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads + 1)
+    seen.add(_fingerprint(model, memo))
+    monkeypatch.undo()
+    _edit_config(model, norm_num_groups=2)
+    seen.add(_fingerprint(model, memo))
+    _edit_config(model, _class_name="AnotherAutoencoder")
+    seen.add(_fingerprint(model, memo))
+    weights = model / "vae" / "diffusion_pytorch_model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    time.sleep(0.01)
+    seen.add(_fingerprint(model, memo))
+    assert len(seen) == 7
+
+
+def test_scale_shift_and_notes_leave_the_fingerprint_alone(model, memo):
+    before = _fingerprint(model, memo)
+    _edit_config(model, scaling_factor=0.5, shift_factor=0.1, _diffusers_version="9.9", _name_or_path="elsewhere")
+    assert _fingerprint(model, memo) == before
+
+
+def test_on_a_gpu_the_number_of_threads_does_not_matter(model, memo, monkeypatch):
+    before = _fingerprint(model, memo, device=torch.device("cuda"))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 99)
+    assert _fingerprint(model, memo, device=torch.device("cuda")) == before
+
+
+def test_a_vae_without_safetensors_is_told(model, memo):
+    weights = model / "vae" / "diffusion_pytorch_model.safetensors"
+    weights.rename(weights.with_suffix(".bin"))
+    with pytest.raises(DataError, match="holds no safetensors weights"):
+        _fingerprint(model, memo)

@@ -1,0 +1,373 @@
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import multiprocessing
+import os
+import pickle
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from simpletuner import storage
+from simpletuner.cache.index import INDEX_NAME
+from simpletuner.cache.shards import DamagedShard, load_entry, read_entries
+from simpletuner.cache.store import QUARANTINE, DamagedEntry, StoreWriter, TensorStore
+from simpletuner.errors import DataError
+
+
+def _entry(number: int) -> dict[str, torch.Tensor]:
+    return {"mean": torch.full((2, 3), float(number)), "std": torch.full((2, 3), number + 0.5)}
+
+
+def _entries(count: int, start: int = 0) -> dict[str, dict[str, torch.Tensor]]:
+    return {f"key{i}": _entry(i) for i in range(start, start + count)}
+
+
+def _shards(folder: Path) -> list[Path]:
+    return sorted(folder.glob("shard-*.safetensors"))
+
+
+def _flip_in_entry(shard: Path, key: str) -> None:
+    """Flip one bit of the first byte of an entry's `mean`, at the place that the file's own header gives."""
+    data = bytearray(shard.read_bytes())
+    length = int.from_bytes(data[:8], "little")
+    start = json.loads(data[8 : 8 + length])[f"{key}/mean"]["data_offsets"][0]
+    data[8 + length + start] ^= 1
+    stat = shard.stat()
+    shard.write_bytes(data)
+    os.utime(shard, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return tmp_path / "store"
+
+
+def test_tensors_of_every_kind_come_back_bit_for_bit(folder):
+    tensors = {
+        "scalar": torch.tensor(3),
+        "empty": torch.zeros(0, 4),
+        "bool": torch.tensor([True, False, True]),
+        "half": torch.randn(3, 5, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16),
+        "ids": torch.arange(7),
+        "strided": torch.arange(12.0).reshape(3, 4).T,
+        "nan": torch.tensor([float("nan"), float("-inf"), -0.0]),
+    }
+    with TensorStore(folder) as store:
+        store.put_many({"key": tensors})
+    with TensorStore(folder) as store:
+        loaded = store.get("key")
+    assert loaded.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert (loaded[name].dtype, loaded[name].shape) == (tensor.dtype, tensor.shape)
+        same_bits = [each.contiguous().reshape(-1).view(torch.uint8) for each in (loaded[name], tensor)]
+        assert torch.equal(*same_bits)
+
+
+def test_the_public_library_reads_a_shard_and_the_digest_is_there(folder):
+    with TensorStore(folder) as store:
+        store.put_many({"abc": {"mean": torch.tensor([1.0, 2.0])}})
+    (shard,) = _shards(folder)
+    with safe_open(shard, "pt") as file:
+        assert torch.equal(file.get_tensor("abc/mean"), torch.tensor([1.0, 2.0]))
+        digests = json.loads(file.metadata()["digests"])
+    # Key, then name, type and shape, then the bytes: 1.0 and 2.0 in little-endian float32.
+    expected = hashlib.sha256(b"abc" + b'["mean", "F32", [2]]' + bytes.fromhex("0000803f00000040")).hexdigest()
+    assert digests == {"abc": expected}
+
+
+def test_missing_keys_keep_their_order_and_appear_once(folder):
+    with TensorStore(folder) as store:
+        store.put_many(_entries(2))
+        assert store.missing(["z", "key1", "a", "z", "key0"]) == ["z", "a"]
+        assert "key1" in store
+        assert "z" not in store
+        assert store.keys() == ["key0", "key1"]
+        with pytest.raises(KeyError):
+            store.get("z")
+
+
+def test_what_is_there_keeps_its_value_and_is_not_written_twice(folder):
+    with TensorStore(folder) as store:
+        store.put_many(_entries(2))
+        store.put_many({**_entries(3), "key0": _entry(99)})
+        assert store.get("key0")["mean"][0, 0] == 0
+        assert store.stats().num_entries == 3
+    names = [name for shard in _shards(folder) for name in safe_open(shard, "pt").keys()]  # noqa: SIM118
+    assert len(names) == len(set(names)) == 6
+
+
+def test_the_writer_commits_by_count_by_bytes_by_time_and_at_the_end(folder, monkeypatch):
+    with TensorStore(folder) as store:
+        with StoreWriter(store, max_entries=3) as writer:
+            for key, tensors in _entries(4).items():
+                writer.put(key, tensors)
+            assert len(_shards(folder)) == 1
+            assert writer.waiting("key3") is not None
+            assert writer.waiting("key0") is None
+        assert len(_shards(folder)) == 2
+        with StoreWriter(store, max_bytes=48) as writer:
+            writer.put("bytes", _entry(0))
+            assert "bytes" in store
+        with StoreWriter(store, max_seconds=0.0) as writer:
+            writer.put("time", _entry(0))
+            assert "time" in store
+        assert store.stats().num_entries == 6
+
+
+def test_what_was_put_before_an_error_stays(folder):
+    def fail() -> None:
+        with StoreWriter(store) as writer:
+            writer.put("key0", _entry(0))
+            raise KeyboardInterrupt
+
+    with TensorStore(folder) as store:
+        with pytest.raises(KeyboardInterrupt):
+            fail()
+        assert "key0" in store
+
+
+def test_a_full_disk_is_told_and_what_was_there_stays(folder, monkeypatch):
+    def full(name: str) -> None:
+        raise OSError(28, "No space left on device")
+
+    with TensorStore(folder) as store:
+        store.put_many(_entries(2))
+        with monkeypatch.context() as patch:
+            patch.setattr(storage, "_step", full)
+            writer = StoreWriter(store)
+            writer.put("new", _entry(5))
+            with pytest.raises(DataError, match="disk is full"):
+                writer.flush()
+            writer.flush()  # does not try the same again
+        assert store.keys() == ["key0", "key1"]
+        assert store.verify() == []
+
+
+def test_a_flipped_bit_is_found_in_get_and_costs_only_its_entry(folder):
+    with TensorStore(folder) as store:
+        store.put_many(_entries(5))
+    _flip_in_entry(_shards(folder)[0], "key3")
+    with TensorStore(folder) as store:
+        assert torch.equal(store.get("key2")["mean"], _entry(2)["mean"])
+        with pytest.raises(DamagedEntry) as caught:
+            store.get("key3")
+        assert caught.value.key == "key3"
+        assert store.missing(_entries(5)) == ["key3"]
+        assert all(torch.equal(store.get(f"key{i}")["std"], _entry(i)["std"]) for i in (0, 1, 2, 4))
+        assert len(list((folder / QUARANTINE).iterdir())) == 1
+        store.put_many({"key3": _entry(3)})
+        assert store.verify() == []
+
+
+def test_no_flipped_bit_anywhere_in_a_shard_gives_a_wrong_value(folder):
+    """Every bit of a small shard, header included: an entry reads as it was, or is missing, or is damaged."""
+    values = {"k": [1.0, 2.0], "m": [3.0]}
+    with TensorStore(folder) as store:
+        store.put_many({key: {"a": torch.tensor(value)} for key, value in values.items()})
+    (shard,) = _shards(folder)
+    data = shard.read_bytes()
+    data_start = 8 + int.from_bytes(data[:8], "little")
+    for bit in range(8 * len(data)):
+        flipped = bytearray(data)
+        flipped[bit // 8] ^= 1 << bit % 8
+        shard.write_bytes(flipped)
+        found = _read_all(shard)
+        assert all(found[key]["a"].tolist() == value for key, value in values.items() if key in found), bit
+        if bit >= 8 * data_start:
+            assert len(found) == 1, bit
+
+
+def _read_all(shard: Path) -> dict[str, dict[str, torch.Tensor]]:
+    """The entries of a shard that are sound."""
+    found = {}
+    try:
+        entries = read_entries(shard)
+    except (DamagedShard, DataError):
+        return {}
+    with shard.open("rb") as file:
+        for key, entry in entries.items():
+            with contextlib.suppress(DamagedShard):
+                found[key] = load_entry(file.fileno(), key, entry)
+    return found
+
+
+def test_a_cut_shard_is_found_and_what_is_left_of_it_is_kept(folder):
+    with TensorStore(folder) as store:
+        store.put_many(_entries(4))
+    (shard,) = _shards(folder)
+    os.truncate(shard, shard.stat().st_size - 30)
+    with TensorStore(folder) as store:
+        missing = store.missing(_entries(4))
+        assert 1 <= len(missing) < 4
+        assert store.verify() == []
+        store.put_many({key: _entries(4)[key] for key in missing})
+        assert all(torch.equal(store.get(key)["std"], tensors["std"]) for key, tensors in _entries(4).items())
+
+
+def test_a_shard_cut_while_the_store_is_open_is_damage_and_no_crash(folder):
+    with TensorStore(folder) as store:
+        store.put_many(_entries(4))
+        store.get("key0")
+        os.truncate(_shards(folder)[0], 20)
+        with pytest.raises(DamagedEntry):
+            store.get("key1")
+        assert len(store.missing(_entries(4))) == 4
+
+
+@pytest.mark.parametrize("damage", ["missing", "garbage", "inside", "older", "lying"])
+def test_the_index_is_made_anew_where_it_cannot_be_trusted(folder, damage):
+    with TensorStore(folder) as store:
+        store.put_many(_entries(50))
+    index = folder / INDEX_NAME
+    if damage == "missing":
+        index.unlink()
+    elif damage == "garbage":
+        index.write_bytes(b"not a database" * 1000)
+    elif damage == "inside":
+        data = bytearray(index.read_bytes())
+        data[4096:] = b"\xff" * (len(data) - 4096)
+        index.write_bytes(data)
+    elif damage == "older":
+        with sqlite3.connect(index) as database:
+            database.execute("PRAGMA user_version = 77")
+    else:
+        with sqlite3.connect(index) as database:
+            database.execute("UPDATE entries SET entry = (SELECT entry FROM entries WHERE key = 'key9')")
+    with TensorStore(folder) as store:
+        assert all(torch.equal(store.get(key)["mean"], each["mean"]) for key, each in _entries(50).items())
+        assert store.missing(_entries(51)) == ["key50"]
+    assert not (folder / QUARANTINE).exists()
+
+
+def test_a_second_start_reads_no_shard(folder, monkeypatch):
+    with TensorStore(folder) as store:
+        store.put_many(_entries(3))
+
+    def unexpected(path: Path) -> None:
+        raise AssertionError(f"{path} was read")
+
+    monkeypatch.setattr("simpletuner.cache.index.read_entries", unexpected)
+    with TensorStore(folder) as store:
+        assert store.missing(_entries(3)) == []
+
+
+def test_a_pickle_and_other_files_in_the_folder_are_never_touched(folder, tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "exploded",))
+
+    with TensorStore(folder) as store:
+        store.put_many(_entries(1))
+        (folder / "latents.pt").write_bytes(pickle.dumps(Bomb()))
+        (folder / "notes.safetensors").write_text("mine")
+        store.refresh()
+        store.verify()
+        store.prune([])
+        assert store.keys() == []
+    assert sorted(path.name for path in folder.iterdir()) == [INDEX_NAME, "latents.pt", "notes.safetensors"]
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_a_shard_of_a_newer_version_is_told_and_left_alone(folder):
+    folder.mkdir()
+    shard = folder / f"shard-{'0' * 32}.safetensors"
+    storage.save_tensors(
+        shard, {"k/a": torch.ones(1)}, {"format": "simpletuner-cache", "version": "2", "digests": "{}"}
+    )
+    with pytest.raises(DataError, match="cache format 2"):
+        TensorStore(folder)
+    assert shard.exists()
+
+
+def test_prune_keeps_what_it_is_told_and_frees_the_rest(folder):
+    with TensorStore(folder) as store:
+        store.put_many(_entries(4))
+        store.put_many(_entries(4, start=4))
+        before = sum(shard.stat().st_size for shard in _shards(folder))
+        freed = store.prune(["key1", "key2"])
+        assert freed == before - sum(shard.stat().st_size for shard in _shards(folder))
+        assert freed > 0
+        assert store.keys() == ["key1", "key2"]
+        assert torch.equal(store.get("key2")["std"], _entry(2)["std"])
+
+
+def test_a_reader_survives_a_prune_by_somebody_else(folder):
+    with TensorStore(folder) as reader, TensorStore(folder) as other:
+        other.put_many(_entries(4))
+        assert reader.missing(_entries(4)) == []
+        other.prune(["key1"])
+        assert torch.equal(reader.get("key1")["mean"], _entry(1)["mean"])
+        with pytest.raises(KeyError):
+            reader.get("key0")
+
+
+def test_a_folder_that_cannot_be_written_is_read_all_the_same(folder, monkeypatch):
+    with TensorStore(folder) as store:
+        store.put_many(_entries(3))
+    _flip_in_entry(_shards(folder)[0], "key1")
+
+    def refuse(*args: object) -> sqlite3.Connection:
+        raise sqlite3.OperationalError("attempt to write a readonly database")
+
+    def read_only(name: str) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr("simpletuner.cache.index._connect", refuse)
+    monkeypatch.setattr(storage, "_step", read_only)
+    files = sorted(path.name for path in folder.iterdir())
+    with TensorStore(folder) as store:
+        assert torch.equal(store.get("key0")["mean"], _entry(0)["mean"])
+        with pytest.raises(DamagedEntry):
+            store.get("key1")
+        assert store.missing(_entries(3)) == ["key1"]
+        assert torch.equal(store.get("key2")["mean"], _entry(2)["mean"])
+        with pytest.raises(DataError, match="read-only"):
+            store.put_many(_entries(1, start=9))
+    assert sorted(path.name for path in folder.iterdir()) == files
+
+
+def _fill(folder: Path, start: int, count: int) -> None:
+    with TensorStore(folder) as store, StoreWriter(store, max_entries=7) as writer:
+        for key, tensors in _entries(count, start).items():
+            writer.put(key, tensors)
+
+
+def test_two_processes_fill_one_store_at_once(folder):
+    context = multiprocessing.get_context("spawn")
+    writers = [context.Process(target=_fill, args=(folder, start, 120)) for start in (0, 60)]
+    for writer in writers:
+        writer.start()
+    with TensorStore(folder) as reader:
+        while any(writer.is_alive() for writer in writers):
+            for key in reader.keys():  # noqa: SIM118
+                assert torch.equal(reader.get(key)["mean"], _entry(int(key[3:]))["mean"])
+        for writer in writers:
+            writer.join()
+            assert writer.exitcode == 0
+        assert len(reader.keys()) == reader.stats().num_entries == 180
+        assert reader.verify() == []
+
+
+def test_a_forked_child_reads_with_files_of_its_own(folder):
+    code = f"""
+import os, sys
+from simpletuner.cache.store import TensorStore
+store = TensorStore({str(folder)!r})
+pid = os.fork()
+if pid == 0:
+    os._exit(0 if store.get("key0")["mean"].shape == (2, 3) and "key1" in store else 1)
+status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+assert store.get("key1")["mean"][0, 0] == 1
+sys.exit(status)
+"""
+    with TensorStore(folder) as store:
+        store.put_many(_entries(2))
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
