@@ -125,9 +125,7 @@ def shown_default(info: OptionInfo) -> str:
 
 
 def _plain(value: Any) -> str:
-    return (
-        value if isinstance(value, str) else show_value(value if isinstance(value, bool | int | float) else str(value))
-    )
+    return show_value(value) if isinstance(value, bool | int | float) else str(value)
 
 
 def option_rows(infos: Iterable[OptionInfo]) -> list[str]:

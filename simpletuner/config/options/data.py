@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from simpletuner.config.options.declare import OptionGroup, option
-from simpletuner.config.values import Bool, FilePath, Float, Int, Text
+from simpletuner.config.values import Bool, FilePath, Float, Int, TextOrList
 
 ALWAYS_KEPT = "files of yours are never deleted; unusable ones are set aside and reported"
 
@@ -56,8 +56,9 @@ class DataOptions(OptionGroup):
         "`instance_prompt`.",
         planned_values=dict.fromkeys(("parquet", "csv", "huggingface"), "this caption strategy is not built"),
     )
-    instance_prompt: Text | None = option(
-        None, help="Caption of `caption_strategy: instanceprompt`, for datasets that do not have their own."
+    instance_prompt: TextOrList | None = option(
+        None,
+        help="Caption of `caption_strategy: instanceprompt`, or a list to draw from, for datasets without their own.",
     )
     cache_dir: FilePath = option(
         Path("cache"), help="Folder of the caches and of the index of each dataset.", path="output"

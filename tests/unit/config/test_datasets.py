@@ -48,6 +48,15 @@ def test_what_an_entry_leaves_out_comes_from_the_configuration() -> None:
     assert read_one(resolution=256, minimum_image_size=0).minimum_image_size == 0
 
 
+def test_the_prompt_of_the_configuration_is_one_caption() -> None:
+    config = CONFIG.model_validate({**CONFIG.model_dump(), "instance_prompt": "a red cat"})
+    entries = '[{"id": "a", "instance_data_dir": "x"}, {"id": "b", "instance_data_dir": "x", "instance_prompt": "c"}]'
+    first, second = read_datasets(parse_json(entries, "data.json"), config).entries
+    assert isinstance(first, ImageDataset)
+    assert isinstance(second, ImageDataset)
+    assert (first.instance_prompt, second.instance_prompt) == (("a red cat",), ("c",))
+
+
 def test_sizes_in_another_unit_are_not_taken_over() -> None:
     entry = read_one(resolution_type="area", resolution=1)
     assert (entry.resolution, entry.minimum_image_size) == (1, None)
