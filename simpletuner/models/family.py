@@ -123,9 +123,12 @@ class ModelFamily(ABC):
         return (latents - (vae_config.get("shift_factor") or 0.0)) * vae_config["scaling_factor"]
 
     def decode_latents(self, vae: nn.Module, latents: Tensor) -> Tensor:
-        """(B, C, h, w) scaled latents -> (B, 3, H, W) in [-1, 1]; the inverse of `latents_from_moments`."""
+        """(B, C, h, w) scaled latents -> (B, 3, H, W) in [-1, 1]; the inverse of `latents_from_moments`.
+
+        In the VAE's own dtype, even where validation draws under autocast.
+        """
         raw = latents / vae.config.scaling_factor + (getattr(vae.config, "shift_factor", None) or 0.0)
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(vae.device.type, enabled=False):
             return vae.decode(raw.to(vae.device, vae.dtype), return_dict=False)[0]
 
     def collate(self, batch: Batch) -> Conditioning:

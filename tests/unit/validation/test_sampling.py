@@ -74,3 +74,10 @@ def test_a_real_pipeline_draws_the_same_picture_alone_and_in_a_batch(family: Omn
     assert np.abs(difference).max() <= 1  # matrix products of other batch sizes differ in the last bits
     assert np.asarray(together[0].image).std() > 0
     assert not np.array_equal(np.asarray(together[0].image), np.asarray(together[2].image))
+
+
+def test_the_vae_decodes_in_float32_even_under_autocast(family: OmniGen):
+    vae, latents = family.load_vae(), torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    expected = family.decode_latents(vae, latents)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(family.decode_latents(vae, latents), expected)
