@@ -84,7 +84,8 @@ def write_shard(folder: Path, entries: Mapping[str, Mapping[str, torch.Tensor]])
         DataError: the disk is full, over quota or read-only; nothing is left behind.
     """
     path = folder / f"shard-{uuid.uuid4().hex}.safetensors"
-    tensors = {f"{key}/{name}": tensor for key, named in entries.items() for name, tensor in named.items()}
+    # Copies, since safetensors refuses tensors that share memory, as the rows of a batch do.
+    tensors = {f"{key}/{name}": tensor.clone() for key, named in entries.items() for name, tensor in named.items()}
     digests = {key: _digest_of_tensors(key, named) for key, named in entries.items()}
     metadata = {"format": FORMAT, "version": str(FORMAT_VERSION), "digests": json.dumps(digests, separators=(",", ":"))}
     storage.save_tensors(path, tensors, metadata)

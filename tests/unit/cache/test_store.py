@@ -83,6 +83,15 @@ def test_the_public_library_reads_a_shard_and_the_digest_is_there(folder):
     assert digests == {"abc": expected}
 
 
+def test_rows_of_one_batch_may_be_kept_under_their_own_keys(folder):
+    batch = torch.arange(6.0).reshape(3, 2)
+    with TensorStore(folder) as store:
+        store.put_many({"a": {"x": batch[0], "y": batch[0]}, "b": {"x": batch[2]}})
+        assert store.get("a")["y"].tolist() == [0.0, 1.0]
+        assert store.get("b")["x"].tolist() == [4.0, 5.0]
+    assert sum(shard.stat().st_size for shard in _shards(folder)) < 1000
+
+
 def test_missing_keys_keep_their_order_and_appear_once(folder):
     with TensorStore(folder) as store:
         store.put_many(_entries(2))
