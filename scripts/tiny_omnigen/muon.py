@@ -1,8 +1,8 @@
 """Muon: momentum whose update matrices are orthogonalised (K. Jordan et al., 2024).
 
-On the small VAE it needs a fifth of AdamW's steps for the same error (32 px, batch 32, 300 steps: 0.081 against
-0.158), which is the difference between minutes and hours on two cores. The optimizer that ships with torch takes
-matrices only; most weights of a VAE are convolutions, seen here as matrices of one row per output channel.
+On the small VAE it reached after 1,100 steps the training loss (0.115) that a similar run with AdamW had after 3,000,
+and the pictures were clearer. The optimizer that ships with torch takes matrices only; most weights of a VAE are
+convolutions, seen here as matrices of one row per output channel.
 """
 
 from __future__ import annotations
