@@ -176,6 +176,7 @@ def test_a_flipped_bit_is_found_in_get_and_costs_only_its_entry(folder):
         assert store.verify() == []
 
 
+@pytest.mark.slow
 def test_no_flipped_bit_anywhere_in_a_shard_gives_a_wrong_value(folder):
     """Every bit of a small shard, header included: an entry reads as it was, or is missing, or is damaged."""
     values = {"k": [1.0, 2.0], "m": [3.0]}
@@ -349,6 +350,7 @@ def _fill(folder: Path, start: int, count: int) -> None:
             writer.put(key, tensors)
 
 
+@pytest.mark.slow
 def test_two_processes_fill_one_store_at_once(folder):
     context = multiprocessing.get_context("spawn")
     writers = [context.Process(target=_fill, args=(folder, start, 120)) for start in (0, 60)]
@@ -365,6 +367,7 @@ def test_two_processes_fill_one_store_at_once(folder):
         assert reader.verify() == []
 
 
+@pytest.mark.slow
 def test_a_forked_child_reads_with_files_of_its_own(folder):
     code = f"""
 import os, sys
