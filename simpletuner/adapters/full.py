@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from simpletuner.adapters.base import Adapter, MatchCount, modelspec_metadata, values_replaced
 from simpletuner.errors import ConfigError, Problem
 from simpletuner.models.spec import FamilySpec
+from simpletuner.storage import save_tensors
 
 
 class FullAdapter(Adapter):
@@ -52,12 +53,10 @@ class FullAdapter(Adapter):
 
     def save(self, path: Path, extra_metadata: Mapping[str, str], state: Mapping[str, Tensor] | None = None) -> None:
         """Write the denoiser's weights to `path`, and its `config.json` beside it, as diffusers loads them."""
-        from safetensors.torch import save_file
-
         metadata = modelspec_metadata(self.spec.name, self.spec.title) | dict(extra_metadata)
         with values_replaced(self.trainable_parameters(), state):
             tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.denoiser.state_dict().items()}
-            save_file(tensors, path, metadata)
+            save_tensors(path, tensors, metadata)
         save_config = getattr(self.denoiser, "save_config", None)
         if save_config is not None:
             save_config(path.parent)

@@ -28,6 +28,7 @@ from simpletuner.config.lycoris import check_lycoris
 from simpletuner.errors import ConfigError, Problem
 from simpletuner.models.spec import FamilySpec
 from simpletuner.randomness import keyed_seed
+from simpletuner.storage import save_tensors
 
 if TYPE_CHECKING:
     from lycoris.modules.base import LycorisBaseModule
@@ -74,8 +75,6 @@ class LycorisAdapter(Adapter):
 
     def save(self, path: Path, extra_metadata: Mapping[str, str], state: Mapping[str, Tensor] | None = None) -> None:
         """Write the file that LyCORIS itself would write, plus metadata: its configuration and the ModelSpec header."""
-        from safetensors.torch import save_file
-
         metadata = modelspec_metadata(f"{self.spec.name}/lycoris", f"{self.spec.title} {self.lycoris.get('algo')}")
         metadata |= {KEY: json.dumps(self.lycoris)} | dict(extra_metadata)
         with torch.no_grad(), values_replaced(self.trainable_parameters(), state):
@@ -83,7 +82,7 @@ class LycorisAdapter(Adapter):
                 name: tensor.detach().to("cpu", copy=True).contiguous()
                 for name, tensor in self.network.state_dict().items()
             }
-        save_file(tensors, path, metadata)
+        save_tensors(path, tensors, metadata)
 
 
 def attach_lycoris(

@@ -1,0 +1,186 @@
+"""A run that was interrupted ends with the bits of one that was not."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from simpletuner.errors import ConfigError, Interrupted
+from simpletuner.training import loop
+from tests.runs import cli, metrics, run_cli, train_here, write_run
+
+COMPARED = ("*.safetensors", "ema/**/*.safetensors", "transformer/*.safetensors")
+VARIANTS = {
+    "lokr": {},
+    "lokr, bf16, stochastic rounding": {"optimizer": "adamw_bf16", "mixed_precision": "bf16"},
+    "lokr, accumulation, EMA, clip by value": {
+        "gradient_accumulation_steps": 3,
+        "use_ema": True,
+        "grad_clip_method": "value",
+        "max_grad_norm": 0.01,
+    },
+    "full, cosine, EMA, clip by norm": {
+        "model_type": "full",
+        "use_ema": True,
+        "lr_scheduler": "cosine",
+        "learning_rate": 1e-3,
+        "grad_clip_method": "norm",
+    },
+    "lokr, latents encoded on demand": {"vae_cache_ondemand": True},
+}
+
+
+def weights_of(checkpoint: Path) -> dict[str, bytes]:
+    """Every weight file of a checkpoint by its relative name."""
+    files = {path for pattern in COMPARED for path in checkpoint.glob(pattern)}
+    return {str(path.relative_to(checkpoint)): path.read_bytes() for path in files}
+
+
+@pytest.fixture
+def stop_after(monkeypatch: pytest.MonkeyPatch):
+    """Makes the next run in this process answer a SIGTERM after the given step."""
+
+    def arrange(step: int) -> None:
+        report = loop.report_step
+
+        def report_and_signal(run, *arguments):
+            report(run, *arguments)
+            if run.state.global_step == step:
+                run.stop.received = signal.SIGTERM
+
+        monkeypatch.setattr(loop, "report_step", report_and_signal)
+
+    yield arrange
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_run_stopped_by_sigterm_and_resumed_ends_with_the_same_bits(
+    tmp_path, omnigen_folder, stop_after, monkeypatch, variant
+):
+    straight = train_here(write_run(tmp_path / "straight", omnigen_folder, **VARIANTS[variant]))
+    folder = write_run(tmp_path / "stopped", omnigen_folder, **VARIANTS[variant])
+    stop_after(5)
+    with pytest.raises(Interrupted) as caught:
+        train_here(folder)
+    assert caught.value.exit_code == 143
+    monkeypatch.undo()
+    resumed = train_here(folder)
+
+    expected = weights_of(straight / "checkpoint-8")
+    assert expected
+    assert weights_of(resumed / "checkpoint-8") == expected
+    losses = [record["loss"] for record in metrics(straight, "step_done")]
+    assert [record["loss"] for record in metrics(resumed, "step_done")] == losses
+    assert len(losses) == 8
+
+
+def test_evaluation_validation_and_trackers_do_not_change_a_bit(tmp_path, omnigen_folder):
+    plain = train_here(write_run(tmp_path / "plain", omnigen_folder))
+    watched = train_here(
+        write_run(
+            tmp_path / "watched",
+            omnigen_folder,
+            validation_disable=False,
+            validation_prompt="a cat",
+            validation_resolution="64x64",
+            validation_step_interval=3,
+            validation_num_inference_steps=2,
+            eval_steps_interval=2,
+            report_to="tensorboard",
+        )
+    )
+    assert weights_of(watched / "checkpoint-8") == weights_of(plain / "checkpoint-8")
+
+
+def test_a_damaged_latest_checkpoint_is_set_aside_and_the_one_before_is_used(tmp_path, omnigen_folder):
+    folder = write_run(tmp_path / "run", omnigen_folder)
+    output = train_here(folder)
+    expected = weights_of(output / "checkpoint-8")
+    damaged = output / "checkpoint-8" / "optimizer.safetensors"
+    data = bytearray(damaged.read_bytes())
+    data[-1] ^= 1
+    damaged.write_bytes(data)
+    train_here(folder)
+    assert (output / "damaged-checkpoint-8").is_dir()
+    assert weights_of(output / "checkpoint-8") == expected
+
+
+def test_a_folder_of_damaged_checkpoints_is_an_error_and_never_a_fresh_start(tmp_path, omnigen_folder):
+    folder = write_run(tmp_path / "run", omnigen_folder, checkpoints_total_limit=1)
+    output = train_here(folder)
+    (output / "checkpoint-8" / "manifest.json").unlink()
+    with pytest.raises(ConfigError, match="resume_from_checkpoint"):
+        train_here(folder)
+
+
+def test_stray_folders_are_never_taken_for_checkpoints(tmp_path, omnigen_folder):
+    folder = write_run(tmp_path / "run", omnigen_folder, max_train_steps=2)
+    output = train_here(folder)
+    for name in ("checkpoint-best", "checkpoint-99 (copy)", "checkpoint-", "xcheckpoint-50"):
+        (output / name).mkdir()
+    train_here(folder, "--max_train_steps=4")
+    assert [record["step"] for record in metrics(output, "step_done")] == [1, 2, 3, 4]
+
+
+def test_a_finished_run_started_again_writes_no_checkpoint(tmp_path, omnigen_folder, capsys):
+    folder = write_run(tmp_path / "run", omnigen_folder, max_train_steps=2)
+    output = train_here(folder)
+    before = (output / "checkpoint-2" / "manifest.json").stat().st_mtime_ns
+    train_here(folder)
+    assert "complete" in capsys.readouterr().out
+    assert (output / "checkpoint-2" / "manifest.json").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("change", [{"optimizer": "adamw_bf16"}, {"model_type": "full"}])
+def test_resuming_with_another_optimizer_or_kind_of_training_is_refused_by_key(tmp_path, omnigen_folder, change):
+    folder = write_run(tmp_path / "run", omnigen_folder, max_train_steps=2)
+    train_here(folder)
+    changed = write_run(tmp_path / "changed", omnigen_folder, max_train_steps=4, **change)
+    with pytest.raises(ConfigError, match=next(iter(change))):
+        train_here(changed, f"--output_dir={folder / 'output'}")
+
+
+def test_a_named_checkpoint_that_is_not_there_is_an_error(tmp_path, omnigen_folder):
+    folder = write_run(tmp_path / "run", omnigen_folder)
+    with pytest.raises(ConfigError, match="checkpoint-77"):
+        train_here(folder, "--resume_from_checkpoint=checkpoint-77")
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_once_resumes_to_the_same_bits(tmp_path, omnigen_folder):
+    straight = train_here(write_run(tmp_path / "straight", omnigen_folder))
+    folder = write_run(tmp_path / "killed", omnigen_folder)
+    process = subprocess.Popen(cli("train"), cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait_for(folder / "output" / "checkpoint-4", process)
+    process.kill()
+    process.wait()
+    again = run_cli(folder, "train")
+    assert again.returncode == 0, again.stderr
+    assert weights_of(folder / "output" / "checkpoint-8") == weights_of(straight / "checkpoint-8")
+
+
+@pytest.mark.slow
+def test_sigterm_saves_and_leaves_with_143(tmp_path, omnigen_folder):
+    folder = write_run(tmp_path / "run", omnigen_folder, max_train_steps=100000, checkpoint_step_interval=0)
+    process = subprocess.Popen(cli("train"), cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    wait_for(folder / "output" / "metrics.jsonl", process, containing='"step_done"')
+    process.terminate()
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert "Traceback" not in errors
+    assert list((folder / "output").glob("checkpoint-*/manifest.json"))
+
+
+def wait_for(path: Path, process: subprocess.Popen, containing: str = "", seconds: float = 120.0) -> None:
+    """Wait until `path` is there (and holds a text); fail when the process ends first."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if path.exists() and (not containing or containing in path.read_text()):
+            return
+        assert process.poll() is None, "the run ended before it came so far"
+        time.sleep(0.02)
+    raise AssertionError(f"{path} did not appear")

@@ -1,0 +1,122 @@
+"""Small complete runs for tests: a model folder, a few drawn pictures, and the two JSON files."""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageDraw
+
+from simpletuner.config.loading import LoadedRun, load_run
+from simpletuner.models.registry import get_spec
+from simpletuner.training.trainer import train
+
+LYCORIS = {
+    "algo": "lokr",
+    "multiplier": 1.0,
+    "linear_dim": 10000,
+    "linear_alpha": 1,
+    "factor": 4,
+    "apply_preset": {
+        "target_module": ["Attention", "FeedForward"],
+        "module_algo_map": {"Attention": {"factor": 4}, "FeedForward": {"factor": 2}},
+    },
+}
+
+
+def draw_pictures(folder: Path, count: int, seed: int, side: int = 64) -> Path:
+    """`count` PNGs of one rectangle each, with a caption file beside it."""
+    folder.mkdir(parents=True)
+    rng = random.Random(seed)
+    for index in range(count):
+        colour, ground = (tuple(rng.randrange(256) for _ in range(3)) for _ in range(2))
+        image = Image.new("RGB", (side, side), ground)
+        left, top = rng.randrange(side // 2), rng.randrange(side // 2)
+        ImageDraw.Draw(image).rectangle((left, top, left + side // 3, top + side // 3), fill=colour)
+        image.save(folder / f"{index:03d}.png")
+        (folder / f"{index:03d}.txt").write_text(f"picture {index} of set {seed}\n")
+    return folder
+
+
+def write_run(folder: Path, model: Path, data: list[dict[str, Any]] | None = None, **options: Any) -> Path:
+    """Write config.json, multidatabackend.json and lycoris_config.json for a tiny run; returns the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if data is None:
+        draw_pictures(folder / "pictures", 7, seed=1)
+        draw_pictures(folder / "held_out", 2, seed=2)
+        draw_pictures(folder / "regularisation", 3, seed=3)
+        data = [
+            dataset("pictures", repeats=1),
+            dataset("regularisation", is_regularisation_data=options.get("model_type") != "full"),
+            dataset("held_out", dataset_type="eval"),
+        ]
+    config = {
+        "model_family": "omnigen",
+        "pretrained_model_name_or_path": str(model),
+        "output_dir": "output",
+        "cache_dir": "cache",
+        "data_backend_config": "multidatabackend.json",
+        "lycoris_config": "lycoris_config.json",
+        "seed": 3,
+        "resolution": 64,
+        "resolution_type": "pixel_area",
+        "train_batch_size": 2,
+        "max_train_steps": 8,
+        "num_train_epochs": 0,
+        "mixed_precision": "no",
+        "optimizer": "adamw",
+        "gradient_checkpointing": False,
+        "learning_rate": 1e-2,
+        "caption_dropout_probability": 0.3,
+        "validation_disable": True,
+        "checkpoint_step_interval": 2,
+        "checkpoints_total_limit": 3,
+        "report_to": "none",
+        "eval_timesteps": 3,
+    }
+    config.update(options)
+    if config.get("model_type") == "full":
+        del config["lycoris_config"]
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
+    (folder / "multidatabackend.json").write_text(json.dumps(data, indent=2))
+    (folder / "lycoris_config.json").write_text(json.dumps(LYCORIS))
+    return folder
+
+
+def dataset(name: str, **keys: Any) -> dict[str, Any]:
+    """One entry over the folder `name`, captions beside the pictures."""
+    entry = {"id": name, "type": "local", "instance_data_dir": name, "caption_strategy": "textfile", "resolution": 64}
+    return entry | keys
+
+
+def load_here(folder: Path, *arguments: str) -> LoadedRun:
+    """Load the run of `folder` in this process."""
+    return load_run(arguments, {}, folder, get_spec)
+
+
+def train_here(folder: Path, *arguments: str) -> Path:
+    """Train the run of `folder` in this process; returns the output folder."""
+    loaded = load_here(folder, *arguments)
+    train(loaded)
+    return Path(loaded.config.output_dir)
+
+
+def run_cli(folder: Path, *arguments: str, environment: Mapping[str, str] | None = None) -> subprocess.CompletedProcess:
+    """`simpletuner ARGUMENTS` in `folder`, as its own process."""
+    return subprocess.run(cli(*arguments), cwd=folder, env=environment, capture_output=True, text=True, check=False)
+
+
+def cli(*arguments: str) -> list[str]:
+    """The command line of `simpletuner ARGUMENTS` with this Python."""
+    return [sys.executable, "-m", "simpletuner", *arguments]
+
+
+def metrics(output: Path, event: str) -> list[dict[str, Any]]:
+    """The records of one kind of event, in order."""
+    records = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [record for record in records if record["event"] == event]
