@@ -51,6 +51,8 @@ def main() -> None:
             raise
         print(_report_unexpected(error), file=sys.stderr)
         sys.exit(1)
+    finally:
+        _let_go_of_stdout()
 
 
 @app.callback(invoke_without_command=True)
@@ -190,6 +192,14 @@ def copy_example(
 def _say_aside(line: str) -> None:
     """To stderr: stdout holds what was asked for, and nothing else."""
     print(line, file=sys.stderr)
+
+
+def _let_go_of_stdout() -> None:
+    """`simpletuner train | head` ends as the run did: otherwise Python's own flush at exit fails with code 120."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _report_unexpected(error: Exception) -> str:

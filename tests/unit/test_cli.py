@@ -149,3 +149,28 @@ def test_a_fault_of_ours_is_one_line_and_a_file_with_the_traceback(
     monkeypatch.setenv("SIMPLETUNER_DEBUG", "1")
     with pytest.raises(KeyError):
         run("examples", "list")
+
+
+def test_a_reader_that_leaves_early_does_not_change_the_exit_code():
+    program = (
+        "import sys, types, simpletuner.launch as launch\n"
+        "from simpletuner.reporting.bus import EventBus\n"
+        "from simpletuner.reporting.events import Notice\n"
+        "from simpletuner.reporting.sinks.terminal import PlainSink\n"
+        "def train(loaded):\n"
+        "    bus = EventBus([PlainSink(sys.stdout)])\n"
+        "    for number in range(100_000): bus.emit(Notice('info', str(number)))\n"
+        "launch.load_arguments = lambda *arguments, **options: None\n"
+        "sys.modules['simpletuner.training.trainer'] = trainer = types.ModuleType('trainer')\n"
+        "trainer.train = train\n"
+        "sys.argv = ['simpletuner', 'train']\n"
+        "from simpletuner.cli import main; main()"
+    )
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.wait(timeout=60) == 0
+    assert process.stderr is not None
+    assert process.stderr.read() == b""
+    process.stderr.close()
