@@ -36,7 +36,7 @@ class JsonlSink:
     def handle(self, event: Event) -> None:
         if isinstance(event, PhaseProgress):
             return
-        record = {"time": round(time.time(), 3), **to_record(event)}
+        record = {"time": round(time.time(), 6), **to_record(event)}
         self._waiting.append(json.dumps(record, ensure_ascii=False) + "\n")
         if isinstance(event, RunStarted):
             self._close_file()
