@@ -16,12 +16,14 @@ from simpletuner.batch import Sample
 from simpletuner.cache.fingerprints import vae_fingerprint
 from simpletuner.cache.latents import FillReport, LatentCache, OnDemandLatents
 from simpletuner.cache.store import DamagedEntry, TensorStore
+from simpletuner.config.datasets import ImageDataset
 from simpletuner.config.loading import LoadedRun
 from simpletuner.data.dataset import Dataset
 from simpletuner.data.digests import DigestMemo
 from simpletuner.errors import DataError, Problem
 from simpletuner.models.components import component_config
 from simpletuner.models.family import LatentMoments, ModelFamily
+from simpletuner.models.spec import FamilySpec
 from simpletuner.randomness import keyed_generator
 from simpletuner.reporting.bus import EventBus
 from simpletuner.reporting.events import Notice
@@ -139,7 +141,7 @@ def prepare_latents(
     vae = SharedVae(family)
     kept, sources = [], {}
     for dataset in datasets:
-        folder = Path(dataset.entry.cache_dir_vae or cache_dir / "vae" / family.spec.name / dataset.id)
+        folder = latents_folder(dataset.entry, cache_dir, family.spec)
         cache = LatentCache(TensorStore(folder), family, fingerprint)
         if not config.vae_cache_ondemand:
             dataset = fill_cache(cache, dataset, vae, config.vae_batch_size, bus, stop)
@@ -150,6 +152,11 @@ def prepare_latents(
     if not config.vae_cache_ondemand:
         vae.free()
     return kept, sources
+
+
+def latents_folder(entry: ImageDataset, cache_dir: Path, spec: FamilySpec) -> Path:
+    """Where the latents of a dataset are kept."""
+    return Path(entry.cache_dir_vae or cache_dir / "vae" / spec.name / entry.id)
 
 
 def fill_cache(
