@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from simpletuner.errors import ConfigError, Problem
 
@@ -25,13 +25,27 @@ _ESCAPES = {'"': '"', "\\": "\\", "/": "/", "b": "\b", "f": "\f", "n": "\n", "r"
 _MAX_DEPTH = 100
 
 
+class Span(NamedTuple):
+    """Where a value stands, as positions in the text; `start` is its key where it is an object's member."""
+
+    start: int
+    value: int
+    end: int
+
+
 @dataclass(frozen=True)
 class Document:
-    """A JSON file's content. `lines` has the 1-based line of each value (for objects' members: of their key)."""
+    """A JSON file's content.
+
+    Args:
+        lines: 1-based line of each value (for objects' members: of their key).
+        spans: where each value stands, for those who change the text.
+    """
 
     file: str
     value: Any
     lines: Mapping[JsonPath, int] = field(default_factory=dict)
+    spans: Mapping[JsonPath, Span] = field(default_factory=dict)
 
     def line(self, *path: str | int) -> int | None:
         """Line of the value at `path`, or of the nearest value around it."""
@@ -87,6 +101,7 @@ class _Reader:
         self.file = file
         self.position = 0
         self.lines: dict[JsonPath, int] = {}
+        self.spans: dict[JsonPath, Span] = {}
         self.line_ends = [match.start() for match in re.finditer("\n", text)]
 
     def read(self) -> Document:
@@ -97,7 +112,7 @@ class _Reader:
         self.skip_blank()
         if self.position < len(self.text):
             self.fail(f"{self.here()} after the end of the JSON value")
-        return Document(self.file, value, self.lines)
+        return Document(self.file, value, self.lines, self.spans)
 
     def fail(self, message: str, fix: str | None = None, at: int | None = None) -> NoReturn:
         at = self.position if at is None else at
@@ -124,14 +139,16 @@ class _Reader:
         if len(path) > _MAX_DEPTH:
             self.fail(f"more than {_MAX_DEPTH} levels of nesting")
         self.lines.setdefault(path, self.line_of(self.position))
-        start = self.text[self.position : self.position + 1]
+        at = self.position
+        start = self.text[at : at + 1]
         if start == "{":
-            return self.read_object(path)
-        if start == "[":
-            return self.read_list(path)
-        if start == '"':
-            return self.read_string()
-        return self.read_scalar()
+            value: Any = self.read_object(path)
+        elif start == "[":
+            value = self.read_list(path)
+        else:
+            value = self.read_string() if start == '"' else self.read_scalar()
+        self.spans[path] = Span(at, at, self.position)
+        return value
 
     def read_object(self, path: JsonPath) -> dict[str, Any]:
         members: dict[str, Any] = {}
@@ -153,6 +170,7 @@ class _Reader:
             self.position += 1
             self.skip_blank()
             members[key] = self.read_value((*path, key))
+            self.spans[(*path, key)] = self.spans[(*path, key)]._replace(start=at)
             self.next_item("}")
         self.position += 1
         return members

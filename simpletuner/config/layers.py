@@ -98,11 +98,18 @@ def read_file_layer(source: ConfigSource, shown: str, known: Collection[str]) ->
         return Layer([])
     if source.backend == "env":
         return _read_env(source.path, shown, known)
-    return _read_toml(source.path, shown) if source.backend == "toml" else _read_json(source.path, shown)
+    if source.backend == "toml":
+        return _read_toml(source.path, shown)
+    return json_layer(read_text_file(source.path, shown), shown)
 
 
-def _read_json(path: Path, shown: str) -> Layer:
-    document = parse_json(read_text_file(path, shown), shown)
+def json_layer(text: str, shown: str) -> Layer:
+    """The settings of a JSON text; `shown` names it in errors.
+
+    Raises:
+        ConfigError: it is not a JSON object, or sets a key twice.
+    """
+    document = parse_json(text, shown)
     if not isinstance(document.value, dict):
         message = f"holds a {_kind_of(document.value)} where an object with options was expected"
         fix = "this looks like a list of datasets: name it in data_backend_config" if document.value else None

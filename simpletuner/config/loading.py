@@ -17,8 +17,16 @@ from simpletuner.config.datasets import Dataset, ImageDataset
 from simpletuner.config.discovery import ConfigSource, find_config, no_config_error
 from simpletuner.config.draft import Draft, FamilyFacts
 from simpletuner.config.file_rules import broken_file_rules
-from simpletuner.config.json_reader import Document, read_json_file
-from simpletuner.config.layers import Layer, Origin, Setting, environment_layer, parse_arguments, read_file_layer
+from simpletuner.config.json_reader import Document, parse_json, read_json_file
+from simpletuner.config.layers import (
+    Layer,
+    Origin,
+    Setting,
+    environment_layer,
+    json_layer,
+    parse_arguments,
+    read_file_layer,
+)
 from simpletuner.config.lycoris import check_lycoris
 from simpletuner.config.merging import Merged, merge_layers, option_names
 from simpletuner.config.options import TrainConfig, all_options
@@ -82,11 +90,31 @@ def load_run(
     Raises:
         ConfigError: everything that is wrong, at once.
     """
-    working_dir = working_dir.absolute()
-    source = find_config(environment, working_dir)
+    source = find_config(environment, working_dir.absolute())
     if source is None:
-        raise no_config_error(working_dir)
-    reader = _RunReader(source, working_dir, check_files)
+        raise no_config_error(working_dir.absolute())
+    return load_source(source, arguments, environment, working_dir, get_spec, check_files)
+
+
+def load_source(
+    source: ConfigSource,
+    arguments: Sequence[str],
+    environment: Mapping[str, str],
+    working_dir: Path,
+    get_spec: Callable[[str], FamilyFacts],
+    check_files: bool = True,
+    unsaved: Mapping[Path, str] | None = None,
+) -> LoadedRun:
+    """As `load_run`, from a configuration file that is chosen already.
+
+    Args:
+        unsaved: absolute path -> text that stands for the JSON file of that name: what an editor holds and the disk
+            does not.
+
+    Raises:
+        ConfigError: everything that is wrong, at once.
+    """
+    reader = _RunReader(source, working_dir.absolute(), check_files, unsaved or {})
     reader.read_layers(arguments, environment, get_spec)
     config = reader.make_config()
     datasets = reader.read_datasets(config)
@@ -121,8 +149,9 @@ def load_run(
 class _RunReader:
     """Reads one source after the other and gathers what is wrong with each."""
 
-    def __init__(self, source: ConfigSource, working_dir: Path, check_files: bool):
+    def __init__(self, source: ConfigSource, working_dir: Path, check_files: bool, unsaved: Mapping[Path, str]):
         self.source = source
+        self.unsaved = unsaved
         self.check_files = check_files
         path = source.path.absolute() if source.path else None
         self.folders = Folders(working_dir, path.parent if path else None)
@@ -138,7 +167,7 @@ class _RunReader:
         known = option_names()
         layers = []
         for read in (
-            lambda: read_file_layer(self.source, self.shown, known),
+            lambda: self.read_file(known),
             lambda: environment_layer(environment, known),
             lambda: parse_arguments(arguments),
         ):
@@ -154,6 +183,12 @@ class _RunReader:
             defaults = Layer([Setting(key, value, Origin("family")) for key, value in self.spec.defaults.items()])
             self.merged = merge_layers([defaults, *layers])
         self.problems += self.merged.problems
+
+    def read_file(self, known: Sequence[str]) -> Layer:
+        path = self.source.path
+        if path is not None and path.absolute() in self.unsaved:
+            return json_layer(self.unsaved[path.absolute()], self.shown)
+        return read_file_layer(self.source, self.shown, known)
 
     def find_spec(self, get_spec: Callable[[str], FamilyFacts]) -> FamilyFacts | None:
         family = self.merged.settings.get("model_family")
@@ -209,7 +244,8 @@ class _RunReader:
 
     def read_named_file(self, key: str, path: Path) -> Document | None:
         """The JSON file that an option names; None, and a problem, where it cannot be read."""
-        if not path.exists():
+        shown = self.folders.shown(path)
+        if path not in self.unsaved and not path.exists():
             written = self.merged.settings.get(key)
             relative = Path(str(written.value)).expanduser() if written else path
             if self.check_files:
@@ -218,7 +254,9 @@ class _RunReader:
                 self.merged.warnings.append(f"{self.origin(key)}: {key}: {relative} is not there")
             return None
         try:
-            return read_json_file(path, self.folders.shown(path), key)
+            if path in self.unsaved:
+                return parse_json(self.unsaved[path], shown)
+            return read_json_file(path, shown, key)
         except ConfigError as error:
             self.problems += error.problems
             return None
