@@ -186,7 +186,7 @@ class TextEmbedsDataset(DatasetEntry):
     cache_dir: FilePath | None = option(
         None, help="Folder of the cache. Unset: a folder in `cache_dir`.", path="output"
     )
-    write_batch_size: Int = option(128, help="Captions that are written at once.", ge=1)
+    write_batch_size: Int = option(128, help="Captions that are written at once.", planned="the cache chooses it", ge=1)
     caption_filter_list: Any = option(None, help="Edits of captions.", planned="captions are used as they are")
     preserve_data_backend_cache: Bool = option(
         False, help="Keep the list of files.", planned="the cache is always kept", neutral=(True,)

@@ -248,11 +248,22 @@ def dropped_captions_serve_guidance(draft: Draft) -> Iterator[str]:
         )
 
 
+def text_caches_have_a_use(draft: Draft) -> Iterator[str]:
+    if draft.spec is None or draft.spec.caches_prompt_embeds:
+        return
+    for entry in draft.datasets.entries:
+        if isinstance(entry, TextEmbedsDataset):
+            place = draft.datasets.place(entry.id, "dataset_type")
+            reads = f"{draft.spec.title} reads the tokens of captions"
+            yield f"{place}: {entry.id}: a text_embeds entry has no use: {reads}, and nothing is kept there"
+
+
 NOTICES: tuple[Notice, ...] = (
     warm_up_is_shorter_than_the_run,
     eval_intervals_have_pictures,
     validation_has_prompts,
     dropped_captions_serve_guidance,
+    text_caches_have_a_use,
 )
 
 

@@ -101,7 +101,7 @@ class EvalDone(Event):
     """Loss on held-out pictures, with the same noise and timesteps each time.
 
     Args:
-        losses: dataset id -> mean loss.
+        losses: dataset id -> mean loss; empty with `eval_dataset_pooling`.
         pooled: mean over all eval samples.
         per_quantile: (quantile of the family's distribution of sigmas, mean loss there).
         seconds: wall time of the evaluation.

@@ -200,7 +200,7 @@ def maybe_evaluate(run: Run, always: bool = False) -> None:
         run.bus.emit(
             EvalDone(
                 step=run.state.global_step,
-                losses=dict(result.by_dataset),
+                losses={} if config.eval_dataset_pooling else dict(result.by_dataset),
                 pooled=result.pooled,
                 per_quantile=tuple(result.by_quantile),
             )

@@ -33,7 +33,9 @@ class EvaluationOptions(OptionGroup):
     eval_timesteps: Int = option(
         28, help="Timesteps at which each eval picture is judged; fixed, spread over the training distribution.", ge=1
     )
-    eval_dataset_pooling: Bool = option(False, help="One eval loss over all eval datasets instead of one for each.")
+    eval_dataset_pooling: Bool = option(
+        False, help="Report only the loss over all eval datasets together, and none for each of them."
+    )
     eval_loss_disable: Bool = option(False, help="Compute no eval loss, whatever the intervals say.")
     eval_dataset_id: Text | None = option(
         None, help="Use only this eval dataset.", planned="all eval datasets are used; set disabled on the others"

@@ -1,0 +1,107 @@
+"""No key is accepted and then forgotten: each built one is read outside of `config/`, or says here where it acts."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import simpletuner
+from simpletuner.config.datasets import FROM_CONFIG, dataset_options, dataset_types
+from simpletuner.config.options import OptionInfo, all_options
+
+from .conftest import Workspace
+
+PACKAGE = Path(simpletuner.__file__).parent
+
+# Keys that act without being read as `config.<key>` or `entry.<key>`: where they do, and words that must stand there.
+ELSEWHERE = {
+    "data_backend_config": ("training/prepare.py", "loaded.datasets"),
+    "lycoris_config": ("training/trainer.py", "lycoris=loaded.lycoris"),
+    "user_prompt_library": ("training/trainer.py", "loaded.prompt_library"),
+    "optimizer_config": ("optim/optimizers.py", 'config.get("optimizer_config")'),
+    "adam_beta1": ("optim/optimizers.py", 'config.get(f"adam_beta{index}")'),
+    "adam_beta2": ("optim/optimizers.py", 'config.get(f"adam_beta{index}")'),
+    "adam_weight_decay": ("optim/optimizers.py", 'config.get("adam_weight_decay")'),
+    "adam_epsilon": ("optim/optimizers.py", 'config.get("adam_epsilon")'),
+}
+# Keys of dataset entries that act while the file is read.
+WHILE_READING = {
+    "disabled": ("config/dataset_loading.py", "_is_disabled(written)"),
+    "dataset_type": ("config/dataset_loading.py", "_dataset_type(written"),
+    "metadata_backend": ("config/datasets.py", '("metadata_backend", "json"): "discovery"'),
+}
+
+
+def keys_read_of(holder: str) -> set[str]:
+    """Attributes that any module outside of `config/` reads of something called `holder`."""
+    return {
+        node.attr
+        for path in PACKAGE.rglob("*.py")
+        if "config" not in path.relative_to(PACKAGE).parts
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Attribute) and _last_name(node.value) == holder
+    }
+
+
+def _last_name(node: ast.expr) -> str | None:
+    if isinstance(node, ast.Name):
+        return node.id
+    return node.attr if isinstance(node, ast.Attribute) else None
+
+
+def built(infos: Iterator[OptionInfo]) -> list[OptionInfo]:
+    """Options that can be set to something: a choice with one built value is decided already."""
+    return [info for info in infos if not info.planned and len(info.choices) != 1]
+
+
+def stands_in(place: tuple[str, str]) -> bool:
+    file, words = place
+    return words in (PACKAGE / file).read_text(encoding="utf-8")
+
+
+def test_every_built_option_acts() -> None:
+    read, entry_read = keys_read_of("config"), keys_read_of("entry")
+    forgotten = [
+        info.name
+        for info in built(iter(all_options().values()))
+        if info.name not in read
+        and not (info.name in FROM_CONFIG and info.name in entry_read)
+        and info.name not in ELSEWHERE
+    ]
+    assert forgotten == []
+
+
+@pytest.mark.parametrize("kind", sorted(set(dataset_types()) - {"text_embeds"}))
+def test_every_built_dataset_key_acts(kind: str) -> None:
+    read = keys_read_of("entry")
+    infos = dataset_options(kind)
+    forgotten = [i.name for i in built(iter(infos.values())) if i.name not in read and i.name not in WHILE_READING]
+    assert forgotten == []
+
+
+@pytest.mark.parametrize("key", sorted(ELSEWHERE))
+def test_an_option_that_acts_elsewhere_does(key: str) -> None:
+    assert key in all_options()
+    assert stands_in(ELSEWHERE[key])
+
+
+@pytest.mark.parametrize("key", sorted(WHILE_READING))
+def test_a_dataset_key_that_acts_while_reading_does(key: str) -> None:
+    assert key in dataset_options("image")
+    assert stands_in(WHILE_READING[key])
+
+
+def test_the_walk_finds_a_forgotten_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "module.py").write_text("def f(run):\n    return run.config.seed\n")
+    monkeypatch.setattr(f"{__name__}.PACKAGE", tmp_path)
+    assert keys_read_of("config") == {"seed"}
+
+
+def test_a_text_cache_that_nothing_is_kept_in_is_told(workspace: Workspace) -> None:
+    workspace.config["model_family"] = "omnigen"
+    workspace.datasets.append({"id": "text", "dataset_type": "text_embeds", "default": True, "cache_dir": "cache/text"})
+    warnings = workspace.load_written().warnings
+    assert [line for line in warnings if "text: a text_embeds entry has no use: OmniGen" in line]
