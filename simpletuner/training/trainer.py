@@ -32,6 +32,7 @@ from simpletuner.training.devices import adapter_dtype, pick_device, weight_dtyp
 from simpletuner.training.evaluation import Evaluator
 from simpletuner.training.finish import finish_run
 from simpletuner.training.latents import LatentSources, prepare_latents
+from simpletuner.training.lock import write_lock
 from simpletuner.training.loop import run_training
 from simpletuner.training.phases import phase
 from simpletuner.training.preflight import model_source
@@ -105,6 +106,7 @@ def build_run(loaded: LoadedRun, output_dir: Path, bus: EventBus, stop: StopRequ
         denoiser.to(family.device)
         if config.gradient_checkpointing:
             denoiser.enable_gradient_checkpointing()
+    write_lock(loaded, family, datasets, output_dir, bus, resumes=resume_from is not None)
     parameters = adapter.trainable_parameters()
     run = Run(
         loaded=loaded,
