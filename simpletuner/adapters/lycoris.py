@@ -216,6 +216,8 @@ def _require_live(network: LycorisNetwork, file: str | None) -> None:
     first_of_kind = {type(module): module for module in reversed(network.loras)}
     for kind, module in first_of_kind.items():
         layer = module.org_module[0]
+        if layer.weight.is_meta:  # `simpletuner plan` counts parameters of a model without values
+            continue
         # In a fork, because a later draw of the run must not depend on this check.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
