@@ -17,7 +17,7 @@ from simpletuner.errors import ConfigError, Problem
 
 JsonPath = tuple[str | int, ...]
 
-_BLANK = re.compile(r"(?:[ \t\r\n]+|//[^\n]*|/\*.*?\*/)*", re.DOTALL)
+BLANK = re.compile(r"(?:[ \t\r\n]+|//[^\n]*|/\*.*?\*/)*", re.DOTALL)
 _NUMBER = re.compile(r"-?(?:0|[1-9]\d*)(\.\d+)?([eE][+-]?\d+)?")
 _PLAIN_TEXT = re.compile(r'[^"\\\x00-\x1f]*')
 _WORDS = {"true": True, "false": False, "null": None}
@@ -130,7 +130,7 @@ class _Reader:
         return repr(self.text[self.position])
 
     def skip_blank(self) -> None:
-        match = _BLANK.match(self.text, self.position)
+        match = BLANK.match(self.text, self.position)
         self.position = match.end() if match else self.position
         if self.text.startswith("/*", self.position):
             self.fail("a comment that starts with /* is not closed")
