@@ -1,4 +1,4 @@
-"""The datasets of a run: scanned, reported, and checked for being enough to train on."""
+"""What comes before the denoiser: the datasets, scanned and checked for being enough to train on, and their caches."""
 
 from __future__ import annotations
 
@@ -9,13 +9,28 @@ from simpletuner.config.loading import LoadedRun
 from simpletuner.data.dataset import Dataset
 from simpletuner.data.datasets import build_datasets
 from simpletuner.errors import DataError, Problem
+from simpletuner.models.family import ModelFamily
 from simpletuner.models.spec import FamilySpec
 from simpletuner.reporting.bus import EventBus
 from simpletuner.reporting.events import Notice
+from simpletuner.training.latents import LatentSources, prepare_latents
 from simpletuner.training.phases import phase
 from simpletuner.training.signals import StopRequest
 
 REPORT_FILE = "dataset_report.json"
+
+
+def prepare_data(
+    loaded: LoadedRun, family: ModelFamily, output_dir: Path, bus: EventBus, stop: StopRequest
+) -> tuple[list[Dataset], LatentSources]:
+    """All that happens before the denoiser is loaded: `simpletuner cache build` does this and no more.
+
+    Raises:
+        DataError: as `prepare_datasets` and `prepare_latents`.
+        Interrupted: a signal came; what was encoded stays.
+    """
+    datasets = prepare_datasets(loaded, family.spec, output_dir, bus, stop)
+    return prepare_latents(loaded, family, datasets, bus, stop)
 
 
 def prepare_datasets(

@@ -31,12 +31,12 @@ from simpletuner.training.checkpoint import Checkpoints, load_checkpoint, read_s
 from simpletuner.training.devices import adapter_dtype, pick_device, weight_dtype
 from simpletuner.training.evaluation import Evaluator
 from simpletuner.training.finish import finish_run
-from simpletuner.training.latents import LatentSources, prepare_latents
+from simpletuner.training.latents import LatentSources
 from simpletuner.training.lock import write_lock
 from simpletuner.training.loop import run_training
 from simpletuner.training.phases import phase
 from simpletuner.training.preflight import model_source
-from simpletuner.training.prepare import prepare_datasets
+from simpletuner.training.prepare import prepare_data
 from simpletuner.training.run import Run
 from simpletuner.training.signals import StopRequest
 from simpletuner.training.state import TrainState
@@ -82,8 +82,7 @@ def build_run(loaded: LoadedRun, output_dir: Path, bus: EventBus, stop: StopRequ
         bus.emit(Notice("warning", line))
 
     family = build_family(loaded)
-    datasets = prepare_datasets(loaded, family.spec, output_dir, bus, stop)
-    datasets, sources = prepare_latents(loaded, family, datasets, bus, stop)
+    datasets, sources = prepare_data(loaded, family, output_dir, bus, stop)
     training = [dataset for dataset in datasets if dataset.kind == "image"]
     sampler = Sampler(training, config.train_batch_size, config.seed)
     total_steps = total_train_steps(loaded, sampler.batches_per_epoch)
