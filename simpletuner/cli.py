@@ -9,12 +9,15 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from simpletuner import __version__
-from simpletuner.errors import EXIT_INTERRUPTED, ConfigError, Problem, SimpleTunerError
+from simpletuner.errors import EXIT_DATA, EXIT_INTERRUPTED, ConfigError, Problem, SimpleTunerError
+
+if TYPE_CHECKING:
+    from simpletuner.config.loading import LoadedRun
 
 # Options of a run are declared in config/, not here: what typer does not know is passed on as it was typed.
 PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": ["-h", "--help"]}
@@ -34,6 +37,12 @@ examples_app = typer.Typer(
     rich_markup_mode=None,
 )
 app.add_typer(examples_app, name="examples")
+cache_app = typer.Typer(
+    help="Build, verify, prune or count the caches of a configuration.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+app.add_typer(cache_app, name="cache")
 
 
 def main() -> None:
@@ -167,6 +176,49 @@ def generate(
         print(path)
 
 
+@cache_app.command("build", context_settings=PASS_ON)
+def build_cache(context: typer.Context) -> None:
+    """Encode what is missing, as `train` does before its first step: simpletuner cache build [as for train]"""
+    loaded = _load(context)
+    from simpletuner.commands import cache
+
+    cache.build(loaded)
+
+
+@cache_app.command("verify", context_settings=PASS_ON)
+def verify_cache(context: typer.Context) -> None:
+    """Read every entry and compare it with its sha256; damaged ones are set aside, and the exit code is 3."""
+    loaded = _load(context)
+    from simpletuner.commands import cache
+
+    if cache.verify(loaded, print):
+        raise typer.Exit(EXIT_DATA)
+
+
+@cache_app.command("prune", context_settings=PASS_ON)
+def prune_cache(
+    context: typer.Context,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be removed.")] = False,
+    others: Annotated[
+        bool, typer.Option("--others", help="Also empty cache folders that no dataset of this configuration uses.")
+    ] = False,
+) -> None:
+    """Remove entries that no configured dataset uses, and files that were set aside as damaged."""
+    loaded = _load(context)
+    from simpletuner.commands import cache
+
+    cache.prune(loaded, print, dry_run, others)
+
+
+@cache_app.command("stats", context_settings=PASS_ON)
+def count_cache(context: typer.Context) -> None:
+    """Say what the caches hold, how much of it is in use, and what is still to be encoded."""
+    loaded = _load(context)
+    from simpletuner.commands import cache
+
+    cache.stats(loaded, print)
+
+
 @examples_app.command("list")
 def list_examples() -> None:
     """List the shipped examples."""
@@ -187,6 +239,13 @@ def copy_example(
     destination = copy(name, folder or Path(name))
     print(f"copied to {destination}; train it with")
     print(f"  CONFIG_PATH={destination / 'config.json'} simpletuner train")
+
+
+def _load(context: typer.Context) -> LoadedRun:
+    """The run that example=NAME, env=NAME and --key=value mean."""
+    from simpletuner.launch import load_arguments
+
+    return load_arguments(context.args, os.environ, Path.cwd(), _say_aside)
 
 
 def _say_aside(line: str) -> None:

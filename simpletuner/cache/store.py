@@ -72,6 +72,7 @@ class TensorStore:
         self._lock = threading.RLock()
         self._open_shards: OrderedDict[str, int] = OrderedDict()
         self._pid = os.getpid()
+        self._lost: set[str] = set()
         storage.sweep(self.folder)
         self._index = ShardIndex(self.folder)
         self.refresh()
@@ -160,14 +161,17 @@ class TensorStore:
                 self._index.add(path.name)
 
     def verify(self) -> list[str]:
-        """Read everything and compare; damaged entries are set aside and their keys returned."""
+        """Read everything and compare; damaged entries are set aside.
+
+        Returns:
+            Keys that were lost to damage since the store was opened and have not been written again.
+        """
         with self._own_files():
-            before = set(self._index.keys())
             self.refresh()
             for shard in self._index.shards():
                 if self._damaged_keys(shard):
                     self._set_aside(shard)
-            return sorted(before - set(self._index.keys()))
+            return sorted(self._lost - self._index.present(self._lost))
 
     def prune(self, keep_keys: Iterable[str]) -> int:
         """Remove all entries but `keep_keys`; shards that hold both kinds are rewritten.
@@ -197,6 +201,7 @@ class TensorStore:
 
         Where the folder cannot be written, its entries (or `damaged_key` alone) only become missing in the index.
         """
+        self._lost.update(self._index.keys_of(shard))
         if not self._index.is_writable:
             path = self.folder / shard
             entries = {} if damaged_key is None else self._entries_of(shard)

@@ -1,0 +1,188 @@
+"""`simpletuner cache`: fill the caches before a run, prove them, clear them out, and say what they hold."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from simpletuner.cache.fingerprints import vae_fingerprint
+from simpletuner.cache.latents import LatentCache
+from simpletuner.cache.store import QUARANTINE, TensorStore
+from simpletuner.commands.text import bytes_text, count_text
+from simpletuner.config.datasets import ImageDataset
+from simpletuner.config.loading import LoadedRun
+from simpletuner.data.datasets import build_datasets
+from simpletuner.data.digests import DigestMemo
+from simpletuner.models.registry import get_spec
+from simpletuner.reporting.bus import EventBus
+from simpletuner.reporting.events import Notice
+from simpletuner.reporting.sinks.terminal import terminal_sink
+from simpletuner.training.latents import latents_folder
+from simpletuner.training.preflight import check_model_folder
+from simpletuner.training.prepare import prepare_data
+from simpletuner.training.signals import StopRequest
+from simpletuner.training.trainer import build_family
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class CacheFolder:
+    """A folder of cached tensors.
+
+    Args:
+        datasets: ids of the configured datasets that use it; empty where none does.
+    """
+
+    path: Path
+    datasets: tuple[str, ...]
+
+    @property
+    def label(self) -> str:
+        return f"{self.path} ({', '.join(self.datasets) or 'no dataset of this configuration'})"
+
+    @property
+    def quarantined(self) -> list[Path]:
+        """Damaged files that were set aside."""
+        folder = self.path / QUARANTINE
+        return sorted(path for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
+
+
+def cache_folders(loaded: LoadedRun) -> list[CacheFolder]:
+    """Those of the configured datasets that are there, and every other one in `cache_dir`."""
+    spec, cache_dir = get_spec(loaded.config.model_family), Path(loaded.config.cache_dir)
+    users: dict[Path, list[str]] = {}
+    for entry in loaded.datasets:
+        if isinstance(entry, ImageDataset) and not entry.disabled:
+            users.setdefault(latents_folder(entry, cache_dir, spec).resolve(), []).append(entry.id)
+    found = {path.parent.resolve() for path in cache_dir.rglob("shard-*.safetensors") if path.parent.name != QUARANTINE}
+    there = found | {path for path in users if path.is_dir()}
+    return [CacheFolder(path, tuple(users.get(path, ()))) for path in sorted(there)]
+
+
+def build(loaded: LoadedRun) -> None:
+    """Do what training does before it loads the denoiser; what is encoded on demand otherwise is encoded too.
+
+    Raises:
+        SimpleTunerError: as training would.
+    """
+    check_model_folder(loaded)
+    output_dir = Path(loaded.config.output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    with EventBus([terminal_sink()]) as bus, StopRequest() as stop:
+        for line in loaded.warnings:
+            bus.emit(Notice("warning", line))
+        _, sources = prepare_data(_without_on_demand(loaded), build_family(loaded), output_dir, bus, stop)
+        folders = {source.cache.store.folder: source.cache.store for source in sources.values()}
+        for folder, store in folders.items():
+            stats = store.stats()
+            bus.emit(Notice("info", f"{folder}: {stats.num_entries} entries, {bytes_text(stats.num_bytes)}"))
+            store.close()
+
+
+def verify(loaded: LoadedRun, say: Say) -> int:
+    """Compare every entry with its sha256; damaged ones are set aside.
+
+    Returns:
+        Number of damaged entries.
+    """
+    num_damaged = 0
+    for folder, store in _stores(loaded, say):
+        damaged = store.verify()
+        num_damaged += len(damaged)
+        sound = f"{count_text(store.stats().num_entries, 'entry', 'entries')} sound"
+        say(f"{folder.label}: {sound}, {len(damaged)} damaged")
+        for key in damaged:
+            say(f"  damaged: {key}")
+        if damaged:
+            say(f"  the damaged files are in {folder.path / QUARANTINE}; the next start encodes what is missing")
+    return num_damaged
+
+
+def prune(loaded: LoadedRun, say: Say, dry_run: bool = False, others: bool = False) -> int:
+    """Remove entries that no configured dataset uses, and what was set aside as damaged.
+
+    Args:
+        dry_run: only say what would be removed.
+        others: also empty the folders that no dataset of this configuration uses; other configurations may.
+
+    Returns:
+        How many bytes became free on the disk.
+    """
+    wanted = used_keys(loaded)
+    num_bytes, would = 0, "would remove" if dry_run else "removed"
+    for folder, store in _stores(loaded, say):
+        held = store.stats()
+        if not folder.datasets and not others:
+            say(f"{folder.label}: left alone, {bytes_text(held.num_bytes)}; --others empties it")
+            continue
+        keep = wanted.get(folder.path, set())
+        num_unused = len(set(store.keys()) - keep)
+        if not dry_run:
+            num_bytes += store.prune(keep) + _remove(folder.quarantined)
+        aside = f" and {count_text(len(folder.quarantined), 'damaged file')}" if dry_run and folder.quarantined else ""
+        say(f"{folder.label}: {would} {num_unused} of {held.num_entries} entries{aside}")
+    if not dry_run:
+        say(f"{bytes_text(num_bytes)} freed")
+    return num_bytes
+
+
+def stats(loaded: LoadedRun, say: Say) -> None:
+    """Print what each folder holds and how much of it the configuration uses."""
+    wanted = used_keys(loaded)
+    total = 0
+    for folder, store in _stores(loaded, say):
+        held = store.stats()
+        total += held.num_bytes
+        say(folder.label)
+        shards = count_text(held.num_shards, "file")
+        say(f"  {count_text(held.num_entries, 'entry', 'entries')} in {shards}, {bytes_text(held.num_bytes)}")
+        if folder.datasets:
+            keys, used = set(store.keys()), wanted[folder.path]
+            say(f"  in use: {len(keys & used)}, unused: {len(keys - used)}, still to encode: {len(used - keys)}")
+        if folder.quarantined:
+            size = bytes_text(sum(path.stat().st_size for path in folder.quarantined))
+            say(f"  set aside as damaged: {count_text(len(folder.quarantined), 'file')}, {size}")
+    say(f"{bytes_text(total)} in all")
+
+
+def used_keys(loaded: LoadedRun) -> dict[Path, set[str]]:
+    """Folder -> keys of every picture that a configured dataset uses, at this VAE and these settings."""
+    config = loaded.config
+    check_model_folder(loaded)
+    family = build_family(loaded)
+    cache_dir = Path(config.cache_dir)
+    with DigestMemo(cache_dir / "digests.sqlite") as memo:
+        fingerprint = vae_fingerprint(family.source, family.spec, memo, family.device, torch.float32)
+    data_file = str(loaded.data_file) if loaded.data_file else None
+    keys: dict[Path, set[str]] = {}
+    for dataset in build_datasets(loaded.datasets, config, family.spec, cache_dir, data_file=data_file):
+        folder = latents_folder(dataset.entry, cache_dir, family.spec)
+        with TensorStore(folder) as store:
+            cache = LatentCache(store, family, fingerprint)
+            keys.setdefault(folder.resolve(), set()).update(cache.key(sample) for sample in dataset.samples)
+    return keys
+
+
+def _stores(loaded: LoadedRun, say: Say) -> Iterator[tuple[CacheFolder, TensorStore]]:
+    folders = cache_folders(loaded)
+    if not folders:
+        say(f"there is no cache yet in {loaded.config.cache_dir}; `simpletuner cache build` makes it")
+    for folder in folders:
+        with closing(TensorStore(folder.path)) as store:
+            yield folder, store
+
+
+def _remove(paths: list[Path]) -> int:
+    num_bytes = sum(path.stat().st_size for path in paths)
+    for path in paths:
+        path.unlink()
+    return num_bytes
+
+
+def _without_on_demand(loaded: LoadedRun) -> LoadedRun:
+    return replace(loaded, config=loaded.config.model_copy(update={"vae_cache_ondemand": False}))

@@ -1,0 +1,55 @@
+"""Numbers as people read them, and columns that line up."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def bytes_text(num_bytes: float) -> str:
+    """1536 -> `1.5 KiB`; three digits at most before the unit."""
+    for unit in ("bytes", "KiB", "MiB", "GiB"):
+        if abs(num_bytes) < 1024:
+            return f"{num_bytes:.0f} {unit}" if unit == "bytes" else f"{num_bytes:.1f} {unit}"
+        num_bytes /= 1024
+    return f"{num_bytes:.1f} TiB"
+
+
+def count_text(count: int, one: str, many: str | None = None) -> str:
+    """3, `file` -> `3 files`."""
+    return f"{count:,} {one if count == 1 else many or one + 's'}"
+
+
+def duration_text(seconds: float) -> str:
+    """`4.2 s`, `4 min 10 s`, `3 h 20 min`, `2 d 4 h`: two units at most."""
+    if seconds < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    parts = [(days, "d"), (hours, "h"), (minutes, "min"), (rest, "s")]
+    first = next(index for index, (number, _) in enumerate(parts) if number)
+    return " ".join(f"{number} {unit}" for number, unit in parts[first : first + 2] if number)
+
+
+def short_count(count: float) -> str:
+    """3.76e9 -> `3.76 B`: parameters."""
+    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if count >= size:
+            return f"{count / size:.2f} {unit}"
+    return f"{count:.0f}"
+
+
+def columns(rows: Sequence[Sequence[str]], indent: str = "  ") -> list[str]:
+    """Lines of left-aligned columns; numbers that start a cell are aligned on the right."""
+    if not rows:
+        return []
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = [_padded(cell, width) for cell, width in zip(row, widths, strict=True)]
+        lines.append((indent + "  ".join(cells)).rstrip())
+    return lines
+
+
+def _padded(cell: str, width: int) -> str:
+    return cell.rjust(width) if cell[:1].isdigit() else cell.ljust(width)

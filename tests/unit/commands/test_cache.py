@@ -1,0 +1,107 @@
+"""`simpletuner cache` on a small run: what is built, found damaged, and removed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from simpletuner.commands import cache
+from tests.runs import dataset, draw_pictures, load_here, write_run
+
+
+@pytest.fixture
+def folder(tmp_path: Path, omnigen_folder: Path) -> Path:
+    return write_run(tmp_path / "run", omnigen_folder)
+
+
+def lines_of(verb, folder: Path, *arguments: object) -> str:
+    said: list[str] = []
+    verb(load_here(folder), said.append, *arguments)
+    return "\n".join(said)
+
+
+def shards(folder: Path, name: str = "pictures") -> list[Path]:
+    return sorted((folder / "cache/vae/omnigen" / name).glob("*.safetensors"))
+
+
+def test_build_encodes_everything_once_and_loads_no_denoiser(folder, monkeypatch, capsys):
+    def refuse(self):
+        raise AssertionError("the denoiser is not part of the caches")
+
+    monkeypatch.setattr("simpletuner.models.omnigen.family.OmniGen.load_denoiser", refuse)
+    cache.build(load_here(folder, "--vae_cache_ondemand=true"))
+    assert "7 encoded, 0 cached before" in capsys.readouterr().out
+    monkeypatch.setattr("simpletuner.models.omnigen.family.OmniGen.load_vae", refuse)
+    cache.build(load_here(folder))
+    assert "0 encoded, 7 cached before" in capsys.readouterr().out
+    assert not (folder / "output/metrics.jsonl").exists()
+
+
+def test_verify_counts_flipped_and_cut_entries_and_a_build_makes_them_anew(folder, capsys):
+    cache.build(load_here(folder))
+    assert cache.verify(load_here(folder), print) == 0
+    [flipped], [cut] = shards(folder), shards(folder, "regularisation")
+    damaged = bytearray(flipped.read_bytes())
+    damaged[-1] ^= 1
+    flipped.write_bytes(damaged)
+    cut.write_bytes(cut.read_bytes()[:-8])
+    capsys.readouterr()
+    assert cache.verify(load_here(folder), print) == 2  # one entry of each: the last one of its file
+    assert "set aside" not in capsys.readouterr().err
+    cache.build(load_here(folder))
+    out = capsys.readouterr().out
+    assert "1 encoded, 6 cached before" in out
+    assert "1 encoded, 2 cached before" in out
+    assert cache.verify(load_here(folder), print) == 0
+
+
+def test_prune_removes_what_no_dataset_uses_and_nothing_else(folder, capsys):
+    cache.build(load_here(folder))
+    (folder / "pictures/003.png").unlink()
+    assert "would remove 1 of 7" in lines_of(cache.prune, folder, True)
+    assert len(shards(folder)) == 1
+    assert "removed 1 of 7" in lines_of(cache.prune, folder)
+    assert "in use: 6, unused: 0, still to encode: 0" in lines_of(cache.stats, folder)
+    capsys.readouterr()
+    cache.build(load_here(folder))
+    assert "0 encoded, 6 cached before" in capsys.readouterr().out
+
+
+def test_prune_leaves_folders_of_other_configurations_unless_told(folder):
+    cache.build(load_here(folder))
+    data = json.loads((folder / "multidatabackend.json").read_text())
+    (folder / "multidatabackend.json").write_text(json.dumps([data[0]]))
+    assert lines_of(cache.prune, folder).count("left alone") == 2
+    assert shards(folder, "held_out")
+    lines_of(cache.prune, folder, False, True)
+    assert not shards(folder, "held_out")
+    assert not shards(folder, "regularisation")
+    assert shards(folder)
+
+
+def test_prune_removes_files_that_were_set_aside(folder):
+    cache.build(load_here(folder))
+    [shard] = shards(folder)
+    shard.write_bytes(shard.read_bytes()[:-8])
+    cache.verify(load_here(folder), print)
+    assert "set aside as damaged: 1 file" in lines_of(cache.stats, folder)
+    lines_of(cache.prune, folder)
+    assert "set aside" not in lines_of(cache.stats, folder)
+
+
+def test_two_datasets_in_one_folder_keep_each_others_entries(tmp_path, omnigen_folder, capsys):
+    folder = tmp_path / "run"
+    for seed, name in enumerate(("one", "two")):
+        draw_pictures(folder / name, 3, seed=seed)
+    shared = str(folder / "shared")
+    write_run(folder, omnigen_folder, [dataset(name, cache_dir_vae=shared) for name in ("one", "two")])
+    cache.build(load_here(folder))
+    assert "removed 0 of 6" in lines_of(cache.prune, folder)
+
+
+def test_without_any_cache_the_verb_that_makes_it_is_named(folder):
+    said: list[str] = []
+    cache.verify(load_here(folder), said.append)
+    assert "cache build" in said[0]
