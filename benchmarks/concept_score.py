@@ -40,6 +40,8 @@ LARGEST_BASE_SHARE = 0.2
 SMALLEST_ADAPTER_SHARE = 0.8
 LARGEST_LOSS_OF_OLD = 0.1
 BATCH_SIZE = 16
+# What captions are dropped to in training; the model has never seen the words of a usual negative prompt.
+UNCONDITIONAL = "<cfg>"
 
 Drawer = Callable[[Sequence[str], Sequence[int]], list[Image.Image]]
 
@@ -61,13 +63,13 @@ def make_drawer(model: Path, adapter: Path | None, steps: int, guidance: float) 
         network, _ = create_lycoris_from_weights(1.0, str(adapter), denoiser)
         network.apply_to()
         network.eval()
-    pipeline = family.pipeline(denoiser)
+    pipeline = family.pipeline(denoiser, family.load_vae())
 
     def draw(prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
         requests = [
             PictureRequest("score", prompt, SIDE, SIDE, seed) for prompt, seed in zip(prompts, seeds, strict=True)
         ]
-        pictures = make_pictures(pipeline, requests, steps, guidance, batch_size=BATCH_SIZE)
+        pictures = make_pictures(pipeline, requests, steps, guidance, UNCONDITIONAL, BATCH_SIZE)
         return [picture.image for picture in pictures]
 
     return draw

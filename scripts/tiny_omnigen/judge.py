@@ -33,13 +33,15 @@ from tiny_omnigen.shapes import (
     shape_layers,
 )
 
-# Intersection over union with the true shape.
-OVERLAP_THRESHOLD = 0.8
+# Intersection over union with the true shape. Measured at 64 px: real drawings 0.92 and more, redrawn by the VAE 0.86
+# and more, from latents with 30 % noise 0.81 and more, old shapes taken for the new one 0.66 at most.
+OVERLAP_THRESHOLD = 0.75
 # Euclidean distance in 8-bit RGB from the palette's colour; neighbours in the palette are 68 or more apart.
 COLOUR_DISTANCE = 45.0
 # Below this distance from the background a pixel is never part of a shape.
 SMALLEST_CONTRAST = 40.0
-RADII = np.geomspace(0.8 * min(SIZES.values()), 1.2 * max(SIZES.values()), 28)
+# Radii at which the true shapes are laid over a picture, as shares of its side.
+RADII = np.geomspace(0.7 * min(SIZES.values()), 1.2 * max(SIZES.values()), 28)
 
 
 @dataclass(frozen=True)

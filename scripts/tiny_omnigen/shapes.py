@@ -40,7 +40,7 @@ NEW_SHAPE = "star"
 SHAPES = (*OLD_SHAPES, NEW_SHAPE)
 
 # Radius of the circumscribed circle as a share of the picture's side; "" is the medium size, which has no word.
-SIZES = {"small": 0.18, "": 0.25, "large": 0.34}
+SIZES = {"small": 0.22, "": 0.28, "large": 0.36}
 # Direction of the offset from the centre; "" is the centre, which has no words.
 POSITIONS = {
     "": (0, 0),

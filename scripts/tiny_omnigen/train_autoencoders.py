@@ -15,6 +15,7 @@ import math
 import random
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -82,7 +83,7 @@ def build_preview_decoder() -> AutoencoderTiny:
         encoder_block_out_channels=(16, 16, 16, 16),
         decoder_block_out_channels=(32, 32, 32, 32),
         num_encoder_blocks=(1, 1, 1, 1),
-        num_decoder_blocks=(2, 1, 1, 1),
+        num_decoder_blocks=(3, 3, 2, 1),
     )
 
 
@@ -130,36 +131,56 @@ def vae_step_loss(vae: AutoencoderKL, pixel_values: torch.Tensor, step: int) -> 
     return pixels + KL_WEIGHT * divergence + MOMENT_WEIGHT * moment_loss(world_mean) + guided * guide, pixels
 
 
-def build_optimizers(vae: AutoencoderKL) -> list[torch.optim.Optimizer]:
-    """Muon for the weights inside the networks, AdamW for the layers at their ends, norms and biases."""
-    ends = ("conv_in", "conv_out", "quant_conv")
-    inner = {n: p for n, p in vae.named_parameters() if p.ndim > 1 and not any(end in n for end in ends)}
-    rest = [p for n, p in vae.named_parameters() if n not in inner]
+def build_optimizers(model: torch.nn.Module) -> list[torch.optim.Optimizer]:
+    """Muon for the weights inside the networks, AdamW for the layers at their ends, norms and biases.
+
+    The ends are where pixels or moments go in or out: layers of at most eight channels on one side.
+    """
+    inner = {name: p for name, p in model.named_parameters() if p.ndim > 1 and min(p.shape[:2]) > 8}
+    rest = [p for name, p in model.named_parameters() if name not in inner]
     adam = torch.optim.AdamW(rest, lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01)
     return [Muon(inner.values(), lr=MUON_LEARNING_RATE), adam]
 
 
-def train_vae(vae: AutoencoderKL, num_steps: int, seed: int, output: Path) -> None:
-    rng = random.Random(seed)
-    optimizers = build_optimizers(vae)
+def optimise(
+    model: torch.nn.Module,
+    optimizers: list[torch.optim.Optimizer],
+    num_steps: int,
+    step_loss: Callable[[int], tuple[torch.Tensor, torch.Tensor]],
+    after: Callable[[int], None] = lambda step: None,
+) -> None:
+    """Runs the steps. `step_loss` gives the loss and, of it, what is printed."""
     rates = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
     started, running = time.monotonic(), 0.0
     for step in range(num_steps):
-        side, batch_size = SMALL_SIZE if step < SMALL_STEPS else sample_size(rng)
-        loss, pixels = vae_step_loss(vae, draw_training_batch(batch_size, side, rng), step)
-        vae.zero_grad(set_to_none=True)
+        loss, shown = step_loss(step)
+        model.zero_grad(set_to_none=True)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer, rate in zip(optimizers, rates, strict=True):
             optimizer.param_groups[0]["lr"] = rate * schedule(step, num_steps)
             optimizer.step()
-        running += pixels.item()
+        running += shown.item()
         if (step + 1) % 100 == 0:
             seconds = (time.monotonic() - started) / (step + 1)
-            print(f"vae {step + 1}/{num_steps} loss {running / 100:.4f}, {seconds:.3f} s/step", flush=True)
+            name = type(model).__name__
+            print(f"{name} {step + 1}/{num_steps} loss {running / 100:.4f}, {seconds:.3f} s/step", flush=True)
             running = 0.0
-        if (step + 1) % 500 == 0:
+        after(step + 1)
+
+
+def train_vae(vae: AutoencoderKL, num_steps: int, seed: int, output: Path) -> None:
+    rng = random.Random(seed)
+
+    def step_loss(step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        side, batch_size = SMALL_SIZE if step < SMALL_STEPS else sample_size(rng)
+        return vae_step_loss(vae, draw_training_batch(batch_size, side, rng), step)
+
+    def show(step: int) -> None:
+        if step % 500 == 0:
             write_sheet(vae, None, output / "sheet.png")
+
+    optimise(vae, build_optimizers(vae), num_steps, step_loss, show)
 
 
 @torch.no_grad()
@@ -179,26 +200,19 @@ def measure_latents(vae: AutoencoderKL, seed: int) -> dict[str, list[float]]:
 def train_preview_decoder(preview: AutoencoderTiny, vae: AutoencoderKL, num_steps: int, seed: int) -> None:
     """Scaled latents to pixels for the decoder, pixels to scaled latents for the encoder; the VAE stays as it is."""
     rng = random.Random(seed)
-    optimizer = torch.optim.AdamW(preview.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01)
-    running = 0.0
-    for step in range(num_steps):
+
+    def step_loss(step: int) -> tuple[torch.Tensor, torch.Tensor]:
         side, batch_size = sample_size(rng)
-        optimizer.param_groups[0]["lr"] = LEARNING_RATE * schedule(step, num_steps)
         pixel_values = draw_training_batch(batch_size, side, rng)
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
             latents = vae.encode(pixel_values).latent_dist.mode().float() * vae.config.scaling_factor
         noisy_latents = latents + LATENT_NOISE * torch.rand(len(latents), 1, 1, 1) * torch.randn_like(latents)
         with torch.autocast("cpu", torch.bfloat16):
             drawn, encoded = preview.decode(noisy_latents).sample, preview.encode(pixel_values).latents
-        loss = picture_loss(drawn.float(), pixel_values) + F.mse_loss(encoded.float(), latents)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(preview.parameters(), 1.0)
-        optimizer.step()
-        running += loss.item()
-        if (step + 1) % 100 == 0:
-            print(f"preview {step + 1}/{num_steps} loss {running / 100:.4f}", flush=True)
-            running = 0.0
+        pixels = picture_loss(drawn.float(), pixel_values)
+        return pixels + F.mse_loss(encoded.float(), latents), pixels
+
+    optimise(preview, build_optimizers(preview), num_steps, step_loss)
 
 
 def redraw(vae: AutoencoderKL, preview: AutoencoderTiny | None, pixel_values: torch.Tensor, noise: float) -> list:
@@ -242,24 +256,29 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("build/tiny_omnigen/autoencoders"))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=4500)
-    parser.add_argument("--preview-steps", type=int, default=1200)
+    parser.add_argument("--vae", type=Path, help="a trained VAE folder: trains the preview decoder alone")
+    parser.add_argument("--preview-steps", type=int, default=2000)
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)
 
     torch.manual_seed(arguments.seed)
-    vae = build_vae()
-    train_vae(vae, arguments.steps, arguments.seed, arguments.output)
-    vae.eval().requires_grad_(False)
-    moments = measure_latents(vae, arguments.seed + 1)
-    vae.register_to_config(scaling_factor=round(1 / moments["latent_std_all"][0], 4))
-    vae.save_pretrained(arguments.output / "vae")
+    if arguments.vae is None:
+        vae = build_vae()
+        train_vae(vae, arguments.steps, arguments.seed, arguments.output)
+        vae.eval().requires_grad_(False)
+        deviation = measure_latents(vae, arguments.seed + 1)["latent_std_all"][0]
+        vae.register_to_config(scaling_factor=round(1 / deviation, 4))
+        vae.save_pretrained(arguments.output / "vae")
+    else:
+        vae = AutoencoderKL.from_pretrained(arguments.vae).eval().requires_grad_(False)
 
+    torch.manual_seed(arguments.seed)
     preview = build_preview_decoder()
     train_preview_decoder(preview, vae, arguments.preview_steps, arguments.seed + 2)
     preview.eval().save_pretrained(arguments.output / "preview_decoder")
     write_sheet(vae, preview, arguments.output / "sheet.png")
 
-    metrics = {"scaling_factor": vae.config.scaling_factor, **moments}
+    metrics = {"scaling_factor": vae.config.scaling_factor, **measure_latents(vae, arguments.seed + 1)}
     metrics |= measure_errors(vae, preview, arguments.seed + 3)
     (arguments.output / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(metrics))
