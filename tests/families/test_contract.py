@@ -116,16 +116,24 @@ def test_with_an_adapter_only_the_adapter_gets_gradients(family: ModelFamily):
 
 
 class ExactAnswer(nn.Module):
-    """Wraps a denoiser so that its raw output is the one answer that `predict` turns into `noise - data`."""
+    """Wraps a denoiser so that its raw output is the one answer that `predict` turns into `noise - data`.
+
+    A denoiser of diffusers answers with a tuple, and its pipeline reads its `config`, `device` and `dtype`.
+    """
 
     def __init__(self, denoiser: nn.Module, sign: float, velocity: Tensor):
         super().__init__()
         self.denoiser, self.sign, self.velocity = denoiser, sign, velocity
 
+    def __getattr__(self, name: str) -> object:
+        return super().__getattr__(name) if name == "denoiser" else getattr(self.denoiser, name)
+
     def forward(self, hidden_states: Tensor | None, *args: object, **kwargs: object) -> object:
         output = self.denoiser(hidden_states, *args, **kwargs)
         if hidden_states is None:
             return output
+        if isinstance(output, tuple):
+            return (self.sign * self.velocity.expand_as(output[0]),)
         return self.sign * self.velocity.expand_as(output)
 
 
