@@ -217,7 +217,7 @@ def test_a_cut_shard_is_found_and_what_is_left_of_it_is_kept(folder):
     with TensorStore(folder) as store:
         missing = store.missing(_entries(4))
         assert 1 <= len(missing) < 4
-            assert store.verify() == missing
+        assert store.verify() == missing
         store.put_many({key: _entries(4)[key] for key in missing})
         assert all(torch.equal(store.get(key)["std"], tensors["std"]) for key, tensors in _entries(4).items())
 
