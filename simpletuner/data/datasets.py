@@ -64,7 +64,7 @@ def build_datasets(
     for entry in pictures:
         root = str(Path(entry.instance_data_dir).resolve())
         if root not in scanned:
-            index = Index(work_dir / "index" / _index_name(root), LocalBackend(entry.instance_data_dir))
+            index = Index(index_path(work_dir, root), LocalBackend(entry.instance_data_dir))
             scanned[root] = index, index.scan(_scan_progress(entry.id, report))
         try:
             datasets.append(build_dataset(entry, config, spec, *scanned[root], data_file))
@@ -236,7 +236,11 @@ def _nothing_left(entry: ImageDataset, index: Index, set_aside: SetAside, data_f
     )
 
 
-def _index_name(root: str) -> str:
-    """A readable file name that differs for each folder."""
+def index_path(work_dir: Path, root: str) -> Path:
+    """The index of a folder: a readable file name that differs for each.
+
+    Args:
+        root: the folder, resolved.
+    """
     digest = hashlib.sha256(os.fsencode(root)).hexdigest()[:16]
-    return f"{_UNSAFE.sub('-', Path(root).name)[:40]}-{digest}.sqlite"
+    return work_dir / "index" / f"{_UNSAFE.sub('-', Path(root).name)[:40]}-{digest}.sqlite"
