@@ -83,6 +83,10 @@ def train(context: typer.Context) -> None:
 
     loaded = load_arguments(context.args, os.environ, Path.cwd(), say=print)
 
+    from simpletuner.training.preflight import check_model_folder
+
+    check_model_folder(loaded)
+
     from simpletuner.training.trainer import train as run_training
 
     run_training(loaded)

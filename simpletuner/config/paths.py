@@ -1,4 +1,8 @@
-"""Where relative paths lead: the working folder first, then the configuration file's folder."""
+"""Where relative paths lead: the working folder first, then the configuration file's folder.
+
+For a configuration that is shipped with the package it is the other way round: its pictures and model belong to it,
+and a folder `model` that happens to be where somebody starts it does not.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,8 @@ from pathlib import Path
 
 from simpletuner.config.layers import Origin
 from simpletuner.errors import Problem
+
+PACKAGE = Path(__file__).resolve().parents[1]
 
 
 @dataclass(frozen=True)
@@ -20,6 +26,8 @@ class Folders:
     def places(self, path: Path) -> list[Path]:
         """Where `path` may lead, in order."""
         roots = [self.working_dir, self.config_dir] if self.config_dir else [self.working_dir]
+        if self.config_dir is not None and self.config_dir.is_relative_to(PACKAGE):
+            roots.reverse()
         return list(dict.fromkeys(Path(os.path.normpath(root / path)) for root in roots))
 
     def find(self, path: Path) -> Path | None:
@@ -28,7 +36,7 @@ class Folders:
 
     def output(self, path: Path) -> Path:
         """A path that is made on demand: always in the working folder."""
-        return self.places(path)[0]
+        return Path(os.path.normpath(self.working_dir / path))
 
     def shown(self, path: Path) -> str:
         """A file's name in messages: short inside the working folder, else absolute."""

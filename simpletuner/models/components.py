@@ -91,23 +91,58 @@ def component_file(source: ModelSource, component: Component, name: str) -> Path
         DataError: the file is not there or cannot be fetched.
     """
     if component.role == "vae" and source.vae:
-        root = Path(source.vae)
-        return root / name if (root / name).is_file() else root / component.name / name
+        return other_vae_file(source.vae, component, name)
     if source.is_local:
         return Path(source.model) / component.name / name
+    return fetch(source.model, f"{component.name}/{name}", source.revision, "pretrained_model_name_or_path")
+
+
+def other_vae_file(vae: str, component: Component, name: str) -> Path:
+    """A file of `pretrained_vae_model_name_or_path`: a VAE's own folder or repository, or a whole model's."""
+    if Path(vae).is_dir():
+        root = Path(vae)
+        return root / name if (root / component.config_file).is_file() else root / component.name / name
+    return fetch(vae, name, None, "pretrained_vae_model_name_or_path")
+
+
+def fetch(repository: str, name: str, revision: str | None, key: str) -> Path:
+    """Download one file from the hub, or find it in the local hub cache.
+
+    Raises:
+        DataError: it is not there or cannot be reached.
+    """
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(hf_hub_download(source.model, f"{component.name}/{name}", revision=source.revision))
+        return Path(hf_hub_download(repository, name, revision=revision))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise DataError(
             Problem(
-                f"cannot fetch {component.name}/{name} of {source.model}: {error}",
-                key="pretrained_model_name_or_path",
+                f"cannot fetch {name} of {repository}: {error}",
+                key=key,
                 fix="check the connection and HF_ENDPOINT; for a gated model accept its licence, then `hf auth login`",
             )
         ) from error
+
+
+def make_empty_component(source: ModelSource, component: Component, dtype: torch.dtype) -> nn.Module:
+    """One part from its configuration alone, on the `meta` device: shapes without values.
+
+    Raises:
+        DataError: the configuration is missing or cannot be fetched.
+    """
+    import torch
+
+    module, _, name = component.class_name.rpartition(".")
+    cls = getattr(importlib.import_module(module), name)
+    config = component_config(source, component)
+    with torch.device("meta"):
+        model = cls.from_config(config)
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(dtype)
+    return model.eval().requires_grad_(False)
 
 
 def load_component(source: ModelSource, component: Component, dtype: torch.dtype) -> nn.Module:
@@ -118,15 +153,14 @@ def load_component(source: ModelSource, component: Component, dtype: torch.dtype
     """
     module, _, name = component.class_name.rpartition(".")
     cls = getattr(importlib.import_module(module), name)
-    where, options = source.model, {"subfolder": component.name}
+    where: str | Path = source.model
+    options: dict[str, Any] = {"subfolder": component.name, "revision": source.revision, "variant": source.variant}
     if component.role == "vae" and source.vae:
-        where = source.vae
-        if not (Path(where) / component.name).is_dir() and Path(where).is_dir():
-            options = {}
+        where, options = source.vae, {}
+        if Path(where).is_dir():
+            where = other_vae_file(source.vae, component, component.config_file).parent
     try:
-        return cls.from_pretrained(
-            where, torch_dtype=dtype, revision=source.revision, variant=source.variant, use_safetensors=True, **options
-        )
+        return cls.from_pretrained(where, torch_dtype=dtype, use_safetensors=True, **options)
     except (OSError, ValueError, RuntimeError) as error:
         raise DataError(
             Problem(

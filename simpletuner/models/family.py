@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from simpletuner.batch import Batch, PromptEmbeds
 from simpletuner.diffusion import flow_matching, timesteps
 from simpletuner.diffusion.loss import Latents
-from simpletuner.models.components import ModelSource, load_component
+from simpletuner.models.components import ModelSource, load_component, make_empty_component
 from simpletuner.models.spec import FamilySpec
 
 Conditioning = Mapping[str, Any]
@@ -97,6 +97,17 @@ class ModelFamily(ABC):
         """The VAE in float32 (half precision adds noise to latents), in eval mode, on `self.device`."""
         vae = load_component(self.source, self.spec.component("vae"), torch.float32)
         return vae.eval().requires_grad_(False).to(self.device)
+
+    def empty_denoiser(self) -> nn.Module:
+        """The denoiser without values, on torch's `meta` device in `self.dtype`: shapes to count, no weights read.
+
+        What `load_denoiser` does after loading is done here too.
+        """
+        return make_empty_component(self.source, self.spec.component("denoiser"), self.dtype)
+
+    def count_prompt_tokens(self, prompts: Sequence[str]) -> list[int] | None:
+        """Tokens of each prompt before anything is cut, template included; None where the family cannot tell."""
+        return None
 
     def free_prompt_encoders(self) -> None:  # noqa: B027 - most families have something to drop, tokenisers do not
         """Drop what `encode_prompts` loaded. Nothing by default."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+from typing import Any
 
 from simpletuner.errors import ConfigError, Problem
 from simpletuner.models.spec import FamilySpec
@@ -34,12 +35,12 @@ def get_spec(name: str) -> FamilySpec:
     return load_dotted(FAMILIES[name])
 
 
-def get_family_class(spec: FamilySpec):
+def get_family_class(spec: FamilySpec) -> Any:
     """The `ModelFamily` subclass of a spec; imports torch and the family's code."""
     return load_dotted(spec.family_class)
 
 
-def load_dotted(path: str):
+def load_dotted(path: str) -> Any:
     """The object at `package.module:name`."""
     module, _, name = path.partition(":")
     return getattr(importlib.import_module(module), name)

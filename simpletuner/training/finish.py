@@ -9,11 +9,10 @@ from simpletuner import storage
 from simpletuner.config.loading import LoadedRun
 from simpletuner.reporting.events import RunFinished
 from simpletuner.reporting.loss_plot import draw_loss_plot
+from simpletuner.reporting.sinks.jsonl import METRICS_FILE
 from simpletuner.training.phases import phase
 from simpletuner.training.proof import prove_adapter
 from simpletuner.training.run import Run
-
-METRICS_FILE = "metrics.jsonl"
 
 
 def finish_run(run: Run, seconds: float) -> None:

@@ -54,7 +54,7 @@ def stop_after(monkeypatch: pytest.MonkeyPatch):
 
         monkeypatch.setattr(loop, "report_step", report_and_signal)
 
-    yield arrange
+    return arrange
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -35,6 +35,12 @@ class OmniGen(ModelFamily):
     def load_denoiser(self) -> nn.Module:
         return install(super().load_denoiser())
 
+    def empty_denoiser(self) -> nn.Module:
+        return install(super().empty_denoiser())
+
+    def count_prompt_tokens(self, prompts: Sequence[str]) -> list[int]:
+        return [self._prompt_tokenizer().count(prompt) for prompt in prompts]
+
     def encode_prompts(
         self, prompts: Sequence[str], references: Sequence[Sequence[tuple[int, int]]] | None = None
     ) -> list[PromptEmbeds]:
@@ -43,12 +49,16 @@ class OmniGen(ModelFamily):
         Raises:
             DataError: the placeholders of a prompt do not fit its references.
         """
-        if self._tokenizer is None:
-            self._tokenizer = PromptTokenizer.from_source(self.source, self.spec)
+        tokenizer = self._prompt_tokenizer()
         sizes = references if references is not None else [()] * len(prompts)
-        tokens = [self._tokenizer(prompt, row) for prompt, row in zip(prompts, sizes, strict=True)]
+        tokens = [tokenizer(prompt, row) for prompt, row in zip(prompts, sizes, strict=True)]
         self.num_cut_prompts += sum(each.is_cut for each in tokens)
         return [embeds_from_tokens(each) for each in tokens]
+
+    def _prompt_tokenizer(self) -> PromptTokenizer:
+        if self._tokenizer is None:
+            self._tokenizer = PromptTokenizer.from_source(self.source, self.spec)
+        return self._tokenizer
 
     def collate(self, batch: Batch) -> Conditioning:
         """`{"rows": TokenRows}` on `self.device`."""

@@ -103,6 +103,12 @@ class PromptTokenizer:
             ids += [0] * num_patches + chunk
         return PromptTokens(ids, spans, is_cut=num_text > self.max_tokens)
 
+    def count(self, prompt: str) -> int:
+        """Text tokens of a prompt, template included, before anything is cut."""
+        text = PREFIX + prompt + SUFFIX
+        chunks = _split_at_images(text, bool(_IMAGE_TAG.search(text)))
+        return sum(len(self._encode(chunk, is_first=i == 0)) for i, chunk in enumerate(chunks))
+
     def _encode(self, text: str, is_first: bool) -> list[int]:
         """Ids of a chunk; only the first one begins with BOS."""
         return self.backend.encode(text, add_special_tokens=is_first).ids
