@@ -147,12 +147,13 @@ class LatentCache:
         num_encoded = len(todo) - len(filling.reasons)
         return FillReport(num_encoded, num_cached, tuple(unusable), time.monotonic() - started)
 
-    def _require_space(self, samples: Iterable[Sample]) -> None:
+    def num_bytes(self, sample: Sample) -> int:
+        """What the latents of `sample` take on the disk: mean and std in float32."""
         spec = self.family.spec
-        num_pixels = sum(sample.crop.height * sample.crop.width for sample in samples)
-        # Mean and std in float32.
-        num_bytes = num_pixels // spec.vae_factor**2 * spec.latent_channels * 2 * 4
-        storage.require_free_space(self.store.folder, num_bytes, "the latent cache")
+        return sample.crop.height * sample.crop.width // spec.vae_factor**2 * spec.latent_channels * 2 * 4
+
+    def _require_space(self, samples: Iterable[Sample]) -> None:
+        storage.require_free_space(self.store.folder, sum(map(self.num_bytes, samples)), "the latent cache")
 
 
 class OnDemandLatents:
