@@ -85,21 +85,38 @@ def write_model_index(output: Path) -> None:
     (output / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
+def choose_transformer(
+    trained: Path | None, num_tokens: int, pad_token_id: int, seed: int
+) -> OmniGenTransformer2DModel:
+    if trained is not None:
+        return OmniGenTransformer2DModel.from_pretrained(trained, torch_dtype=torch.bfloat16)
+    vocab_size = -(-num_tokens // 32) * 32
+    return build_transformer(vocab_size, pad_token_id, seed).to(torch.bfloat16)
+
+
+def tidy_configurations(output: Path) -> None:
+    """Takes out the folder that a configuration was loaded from, and what diffusers writes but warns of on reading."""
+    for path in output.glob("*/config.json"):
+        entries = json.loads(path.read_text(encoding="utf-8"))
+        entries.pop("_name_or_path", None)
+        if entries["_class_name"] == "AutoencoderTiny":
+            entries.pop("block_out_channels", None)
+        path.write_text(json.dumps(entries, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
 def build_model(output: Path, autoencoders: Path, trained_transformer: Path | None, seed: int) -> None:
     output.mkdir(parents=True, exist_ok=True)
     tokenizer = build_tokenizer()
     tokenizer.save_pretrained(output / "tokenizer")
     FlowMatchEulerDiscreteScheduler(invert_sigmas=True, num_train_timesteps=1).save_pretrained(output / "scheduler")
     AutoencoderKL.from_pretrained(autoencoders / "vae").save_pretrained(output / "vae")
-    preview = AutoencoderTiny.from_pretrained(autoencoders / "preview_decoder")
+    # Half precision is plenty for a glance, and the shipped folder has to stay below 16 MB.
+    preview = AutoencoderTiny.from_pretrained(autoencoders / "preview_decoder", torch_dtype=torch.float16)
     preview.save_pretrained(output / "preview_decoder")
-    if trained_transformer is None:
-        vocab_size = -(-len(tokenizer) // 32) * 32
-        transformer = build_transformer(vocab_size, tokenizer.pad_token_id, seed)
-    else:
-        transformer = OmniGenTransformer2DModel.from_pretrained(trained_transformer)
-    transformer.to(torch.bfloat16).save_pretrained(output / "transformer")
+    transformer = choose_transformer(trained_transformer, len(tokenizer), tokenizer.pad_token_id, seed)
+    transformer.save_pretrained(output / "transformer")
     write_model_index(output)
+    tidy_configurations(output)
 
 
 def main() -> None:
