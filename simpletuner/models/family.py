@@ -88,6 +88,13 @@ class ModelFamily(ABC):
 
     # ---- defaults a family may override ----------------------------------------------------------------------------
 
+    # Prompts so far that were longer than `spec.max_prompt_tokens` and were cut; `encode_prompts` counts them.
+    num_cut_prompts: int = 0
+
+    def largest_side(self) -> int | None:
+        """Pixels: the longest side of a picture that these weights take; None where there is no limit."""
+        return self.spec.max_size
+
     def load_denoiser(self) -> nn.Module:
         """The denoiser in `self.dtype` on the CPU, in eval mode, without gradients."""
         denoiser = load_component(self.source, self.spec.component("denoiser"), self.dtype)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from simpletuner import storage
 from simpletuner.config.loading import LoadedRun
-from simpletuner.reporting.events import RunFinished
+from simpletuner.reporting.events import Notice, RunFinished
 from simpletuner.reporting.loss_plot import draw_loss_plot
 from simpletuner.reporting.sinks.jsonl import METRICS_FILE
 from simpletuner.training.phases import phase
@@ -17,6 +17,10 @@ from simpletuner.training.run import Run
 
 def finish_run(run: Run, seconds: float) -> None:
     """Write and check the final weights, draw the summary, and say what to do next."""
+    if run.family.num_cut_prompts:
+        limit = run.family.spec.max_prompt_tokens
+        text = f"{run.family.num_cut_prompts} prompts were longer than {limit} tokens and were cut"
+        run.bus.emit(Notice("warning", text))
     outputs = save_weights(run)
     if run.validator is not None:
         sheet = run.validator.before_after_grid(run.state.global_step)

@@ -56,7 +56,7 @@ class Validator:
         self.family = family
         self.bus = bus
         self.requests, notices = requests_from_config(
-            config, prompt_library, family.spec.size_multiple, family.spec.max_size
+            config, prompt_library, family.spec.size_multiple, family.largest_side()
         )
         settings = {
             "model": family.source.model,

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from simpletuner.batch import Batch, PromptEmbeds
 from simpletuner.diffusion.loss import Latents
+from simpletuner.models.components import component_config
 from simpletuner.models.family import Conditioning, ModelFamily
 from simpletuner.models.omnigen.denoiser import install
 from simpletuner.models.omnigen.tokens import PromptTokenizer, collate_tokens, embeds_from_tokens
@@ -31,6 +32,11 @@ class OmniGen(ModelFamily):
         super().__init__(*args, **kwargs)
         self.num_cut_prompts = 0
         self._tokenizer: PromptTokenizer | None = None
+
+    def largest_side(self) -> int | None:
+        """The position table has `pos_embed_max_size` rows of patches: 3072 px in the released model."""
+        config = component_config(self.source, self.spec.component("denoiser"))
+        return config["pos_embed_max_size"] * self.spec.size_multiple
 
     def load_denoiser(self) -> nn.Module:
         return install(super().load_denoiser())
