@@ -8,9 +8,8 @@ from simpletuner import storage
 from simpletuner.config.loading import LoadedRun
 from simpletuner.data.dataset import Dataset
 from simpletuner.data.datasets import build_datasets
-from simpletuner.errors import DataError, Problem
+from simpletuner.errors import ConfigError, DataError, Problem
 from simpletuner.models.family import ModelFamily
-from simpletuner.models.spec import FamilySpec
 from simpletuner.reporting.bus import EventBus
 from simpletuner.reporting.events import Notice
 from simpletuner.training.latents import LatentSources, prepare_latents
@@ -29,12 +28,12 @@ def prepare_data(
         DataError: as `prepare_datasets` and `prepare_latents`.
         Interrupted: a signal came; what was encoded stays.
     """
-    datasets = prepare_datasets(loaded, family.spec, output_dir, bus, stop)
+    datasets = prepare_datasets(loaded, family, output_dir, bus, stop)
     return prepare_latents(loaded, family, datasets, bus, stop)
 
 
 def prepare_datasets(
-    loaded: LoadedRun, spec: FamilySpec, output_dir: Path, bus: EventBus, stop: StopRequest
+    loaded: LoadedRun, family: ModelFamily, output_dir: Path, bus: EventBus, stop: StopRequest
 ) -> list[Dataset]:
     """Scan the folders, tell what is used of them and why the rest is not, and keep that as a file.
 
@@ -48,7 +47,9 @@ def prepare_datasets(
             progress.advance(max(done - progress.done, 0))
             stop.check()
 
-        datasets = build_datasets(loaded.datasets, loaded.config, spec, Path(loaded.config.cache_dir), tell, data_file)
+        datasets = build_datasets(
+            loaded.datasets, loaded.config, family.spec, Path(loaded.config.cache_dir), tell, data_file
+        )
         progress.summary = f"{sum(dataset.funnel.bucketed for dataset in datasets)} pictures"
     for dataset in datasets:
         for line in dataset.funnel.lines():
@@ -63,4 +64,27 @@ def prepare_datasets(
                 fix="add a dataset of dataset_type image, or enable one",
             )
         )
+    check_sizes(family, datasets, data_file)
     return datasets
+
+
+def check_sizes(family: ModelFamily, datasets: list[Dataset], data_file: str | None) -> None:
+    """Refuse training sizes that the weights cannot take.
+
+    Raises:
+        ConfigError: names each dataset with such a size.
+    """
+    limit = family.largest_side()
+    problems = [
+        Problem(
+            f"pictures would have sides of {max(map(max, dataset.buckets))} px, too large for {family.source.model}",
+            key=f"{dataset.id}.resolution",
+            file=data_file,
+            allowed=f"sides up to {limit} px",
+            fix="lower resolution, or choose a squarer crop_aspect",
+        )
+        for dataset in datasets
+        if limit is not None and max(map(max, dataset.buckets)) > limit
+    ]
+    if problems:
+        raise ConfigError(problems)
