@@ -223,6 +223,26 @@ def count_cache(context: typer.Context) -> None:
     cache.stats(loaded, print)
 
 
+@app.command(context_settings=PASS_ON, short_help="Look at configuration and data before training.")
+def check(
+    context: typer.Context,
+    output: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the contact sheet; OUTPUT_DIR/check if not given.", show_default=False),
+    ] = None,
+    pictures: Annotated[int, typer.Option(help="Of each dataset on the contact sheet.", min=1, max=500)] = 21,
+) -> None:
+    """Show what a run would see of its data: simpletuner check [example=NAME] [env=NAME] [--key=value ...]
+
+    Prints what becomes of the files, sizes, steps, captions and caches, and draws the real crops with their captions
+    as contact_sheet.png and check.html.
+    """
+    loaded = _load(context)
+    from simpletuner.commands.check import check as run_check
+
+    run_check(loaded, print, output, pictures)
+
+
 @examples_app.command("list")
 def list_examples() -> None:
     """List the shipped examples."""

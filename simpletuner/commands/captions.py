@@ -1,0 +1,67 @@
+"""What the captions of a dataset look like to the model: examples, and how many tokens each one is."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from simpletuner.batch import Sample
+from simpletuner.models.family import ModelFamily
+
+# Enough to find long captions in any set; a tokenizer does so many in seconds.
+MAX_COUNTED = 20_000
+
+
+@dataclass(frozen=True)
+class CaptionCheck:
+    """The captions of one dataset.
+
+    Args:
+        num_captions: all variants of all pictures.
+        num_different: texts that differ.
+        counted: captions that were tokenised, evenly spread where there are more.
+        tokens: (least, median, most) tokens with the model's template; None where the family cannot tell.
+        limit: tokens that reach the denoiser.
+        num_cut: of the counted ones, those that are longer.
+        longest: the caption of most tokens.
+    """
+
+    num_captions: int
+    num_different: int
+    counted: int = 0
+    tokens: tuple[int, int, int] | None = None
+    limit: int = 0
+    num_cut: int = 0
+    longest: str = ""
+
+    def lines(self) -> list[str]:
+        lines = [f"{self.num_captions:,} captions, {self.num_different:,} different"]
+        if self.tokens is not None:
+            least, median, most = self.tokens
+            of_all = "" if self.counted == self.num_captions else f" (of {self.counted:,} that were counted)"
+            cut = f"{self.num_cut:,} cut" if self.num_cut else "none cut"
+            lines.append(f"{least} to {most} tokens, half of them up to {median}; {self.limit} fit, {cut}{of_all}")
+        return lines
+
+
+def check_captions(samples: Sequence[Sample], family: ModelFamily) -> CaptionCheck:
+    """Count captions and their tokens."""
+    captions = [caption for sample in samples for caption in sample.captions]
+    step = -(-len(captions) // MAX_COUNTED) or 1
+    counted = captions[::step]
+    lengths = family.count_prompt_tokens(counted)
+    different = len(set(captions))
+    if not lengths:
+        return CaptionCheck(len(captions), different)
+    limit = family.spec.max_prompt_tokens
+    most = max(range(len(lengths)), key=lengths.__getitem__)
+    return CaptionCheck(
+        num_captions=len(captions),
+        num_different=different,
+        counted=len(counted),
+        tokens=(min(lengths), int(statistics.median(lengths)), lengths[most]),
+        limit=limit,
+        num_cut=sum(length > limit for length in lengths),
+        longest=counted[most],
+    )

@@ -1,0 +1,259 @@
+"""`simpletuner check`: what a run would see of its data, before anything is trained.
+
+Funnel, sizes, steps, captions and caches as text, and the very crops that the VAE would get as a contact sheet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from simpletuner import storage
+from simpletuner.cache.fingerprints import vae_fingerprint
+from simpletuner.cache.latents import LatentCache
+from simpletuner.cache.store import TensorStore
+from simpletuner.commands.captions import CaptionCheck, check_captions
+from simpletuner.commands.contact_sheet import NOTICEABLE, choose_pictures, draw_sheet, enlargement, write_sheet
+from simpletuner.commands.remedies import remedies_of
+from simpletuner.commands.text import bytes_text, columns, count_text
+from simpletuner.config.loading import LoadedRun
+from simpletuner.data.captions import printable
+from simpletuner.data.dataset import Dataset
+from simpletuner.data.datasets import build_datasets
+from simpletuner.data.digests import DigestMemo
+from simpletuner.data.sampler import Sampler
+from simpletuner.models.family import ModelFamily
+from simpletuner.training.latents import latents_folder
+from simpletuner.training.preflight import check_model_folder
+from simpletuner.training.trainer import build_family, total_train_steps
+
+Say = Callable[[str], None]
+
+BAR_WIDTH = 30
+KINDS = {"image": "training", "eval": "evaluation"}
+SHEET, PAGE, REPORT = "contact_sheet.png", "check.html", "check.json"
+
+
+@dataclass(frozen=True)
+class CacheNeed:
+    """The latents of one dataset: where, how many are there, and what is to come."""
+
+    folder: Path
+    num_present: int
+    num_missing: int
+    bytes_missing: int
+
+    def line(self) -> str:
+        if not self.num_missing:
+            return f"all {count_text(self.num_present, 'latent')} in {self.folder}"
+        to_come = f"{self.num_missing:,} to encode, {bytes_text(self.bytes_missing)}"
+        return f"{self.num_present:,} of {self.num_present + self.num_missing:,} in {self.folder}; {to_come}"
+
+
+@dataclass(frozen=True)
+class DatasetCheck:
+    """What is to be told of one dataset."""
+
+    dataset: Dataset
+    captions: CaptionCheck
+    cache: CacheNeed
+    num_enlarged: int
+    largest_factor: float
+    remedies: tuple[str, ...]
+
+    @property
+    def title(self) -> str:
+        kind = "regularisation" if self.dataset.is_regularisation else KINDS[self.dataset.kind]
+        return f"{self.dataset.id} ({kind}, {count_text(len(self.dataset.samples), 'picture')})"
+
+    @property
+    def stages(self) -> list[tuple[str, int]]:
+        """The funnel, from the folder to what is used."""
+        funnel = self.dataset.funnel
+        return [
+            ("found", funnel.found),
+            ("readable", funnel.readable),
+            ("large enough", funnel.large_enough),
+            ("captioned", funnel.captioned),
+            ("used", funnel.bucketed),
+        ]
+
+
+@dataclass(frozen=True)
+class Steps:
+    """How long the run is.
+
+    Args:
+        batches_per_epoch: micro-batches over all datasets that are trained on.
+        per_epoch: optimizer steps in an epoch.
+        total: optimizer steps of the run.
+        epochs: that the run amounts to.
+    """
+
+    batches_per_epoch: int
+    per_epoch: float
+    total: int
+    epochs: float
+
+    def line(self, batch_size: int, accumulation: int) -> str:
+        batches = f"{count_text(self.batches_per_epoch, 'batch', 'batches')} of up to {batch_size} in an epoch"
+        accumulated = f", {accumulation} to a step" if accumulation > 1 else ""
+        return f"{batches}{accumulated}; {count_text(self.total, 'step')} are {self.epochs:.1f} epochs"
+
+
+@dataclass(frozen=True)
+class Check:
+    """Everything that was found out."""
+
+    name: str
+    datasets: tuple[DatasetCheck, ...]
+    steps: Steps
+    steps_line: str
+    warnings: tuple[str, ...]
+
+
+def check(loaded: LoadedRun, say: Say, output: Path | None, pictures: int) -> Path:
+    """Look at configuration and data, tell, and draw the contact sheet.
+
+    Args:
+        output: folder of the sheet, the page and the report; by default `check` in the output folder.
+        pictures: of each dataset on the sheet, at most.
+
+    Returns:
+        The page.
+
+    Raises:
+        SimpleTunerError: what training would raise before it loads the denoiser.
+    """
+    from simpletuner.commands.check_page import write_page
+
+    found = gather(loaded)
+    for line in report_lines(found):
+        say(line)
+    folder = output or Path(loaded.config.output_dir) / "check"
+    folder.mkdir(parents=True, exist_ok=True)
+    shown = [(each, choose_pictures(each.dataset, pictures)) for each in found.datasets]
+    write_sheet(
+        folder / SHEET,
+        draw_sheet(f"{found.name}: the crops that are trained on", [(each.title, tiles) for each, tiles in shown]),
+    )
+    write_page(folder / PAGE, found, [tiles for _, tiles in shown])
+    storage.write_json(folder / REPORT, as_json(found))
+    for name in (SHEET, PAGE, REPORT):
+        say(f"{name}: {folder / name}")
+    return folder / PAGE
+
+
+def gather(loaded: LoadedRun) -> Check:
+    """Scan, and find out; nothing is encoded."""
+    check_model_folder(loaded)
+    config, family = loaded.config, build_family(loaded)
+    data_file = str(loaded.data_file) if loaded.data_file else None
+    cache_dir = Path(config.cache_dir)
+    datasets = build_datasets(loaded.datasets, config, family.spec, cache_dir, data_file=data_file)
+    with DigestMemo(cache_dir / "digests.sqlite") as memo:
+        fingerprint = vae_fingerprint(family.source, family.spec, memo, family.device, torch.float32)
+    checks = tuple(check_dataset(loaded, family, dataset, fingerprint) for dataset in datasets)
+    steps = count_steps(loaded, [dataset for dataset in datasets if dataset.kind == "image"])
+    line = steps.line(config.train_batch_size, config.gradient_accumulation_steps)
+    name = config.tracker_run_name or Path(config.output_dir).name
+    return Check(name, checks, steps, line, loaded.warnings)
+
+
+def check_dataset(loaded: LoadedRun, family: ModelFamily, dataset: Dataset, fingerprint: str) -> DatasetCheck:
+    samples = list(dataset.samples)
+    factors = [enlargement(sample) for sample in samples]
+    enlarged = [factor for factor in factors if factor > NOTICEABLE]
+    captions = check_captions(samples, family)
+    return DatasetCheck(
+        dataset=dataset,
+        captions=captions,
+        cache=cache_need(loaded, family, dataset, fingerprint),
+        num_enlarged=len(enlarged),
+        largest_factor=max(factors, default=1.0),
+        remedies=tuple(remedies_of(dataset, loaded.config, captions, enlarged)),
+    )
+
+
+def cache_need(loaded: LoadedRun, family: ModelFamily, dataset: Dataset, fingerprint: str) -> CacheNeed:
+    """Which latents are there and how large the others will be, from their shapes."""
+    folder = latents_folder(dataset.entry, Path(loaded.config.cache_dir), family.spec)
+    with TensorStore(folder) as store:
+        cache = LatentCache(store, family, fingerprint)
+        samples = {cache.key(sample): sample for sample in dataset.samples}
+        missing = store.missing(samples)
+    num_bytes = sum(cache.num_bytes(samples[key]) for key in missing)
+    return CacheNeed(folder, len(samples) - len(missing), len(missing), num_bytes)
+
+
+def count_steps(loaded: LoadedRun, training: Sequence[Dataset]) -> Steps:
+    if not training:
+        return Steps(0, 0, 0, 0)
+    config = loaded.config
+    batches = Sampler(training, config.train_batch_size, config.seed).batches_per_epoch
+    accumulation = config.gradient_accumulation_steps
+    total = total_train_steps(loaded, batches)
+    return Steps(batches, batches / accumulation, total, total * accumulation / batches)
+
+
+def report_lines(found: Check) -> list[str]:
+    """For the terminal."""
+    lines = [f"warning: {line}" for line in found.warnings]
+    for each in found.datasets:
+        lines += ["", each.title, *funnel_lines(each)]
+        sizes = [(f"{width}x{height}", f"{count:,}") for (height, width), count in sorted_sizes(each)]
+        lines.append(
+            f"  sizes: {', '.join(f'{size}: {count}' for size, count in sizes[:8])}{' ...' * (len(sizes) > 8)}"
+        )
+        lines += [f"  captions: {line}" for line in each.captions.lines()]
+        lines += [f"    {printable(caption)[:110]}" for caption in example_captions(each.dataset)]
+        lines.append(f"  latents: {each.cache.line()}")
+        lines += [f"  ! {remedy}" for remedy in each.remedies]
+    return [*lines, "", found.steps_line]
+
+
+def funnel_lines(each: DatasetCheck) -> list[str]:
+    most = max(each.dataset.funnel.found, 1)
+    rows = [(f"{count:,}", name, "█" * round(BAR_WIDTH * count / most)) for name, count in each.stages]
+    funnel = each.dataset.funnel
+    return [*columns(rows), f"  {funnel.per_epoch:,} in each epoch (repeats {each.dataset.repeats})"]
+
+
+def sorted_sizes(each: DatasetCheck) -> list[tuple[tuple[int, int], int]]:
+    """((height, width), pictures), most pictures first."""
+    return sorted(each.dataset.funnel.buckets.items(), key=lambda item: (-item[1], item[0]))
+
+
+def example_captions(dataset: Dataset, count: int = 3) -> list[str]:
+    """One caption of some pictures, spread over the dataset."""
+    positions = sorted({index * (len(dataset.samples) - 1) // max(count - 1, 1) for index in range(count)})
+    return [dataset.samples[position].captions[0] for position in positions]
+
+
+def as_json(found: Check) -> dict[str, Any]:
+    """`check.json`: the same numbers for programs."""
+    return {
+        "run": found.name,
+        "batches_per_epoch": found.steps.batches_per_epoch,
+        "steps": found.steps.total,
+        "epochs": found.steps.epochs,
+        "warnings": list(found.warnings),
+        "datasets": [
+            {
+                **each.dataset.funnel.as_json(),
+                "kind": each.dataset.kind,
+                "captions": vars(each.captions),
+                "latents_present": each.cache.num_present,
+                "latents_missing": each.cache.num_missing,
+                "bytes_missing": each.cache.bytes_missing,
+                "enlarged": each.num_enlarged,
+                "largest_factor": each.largest_factor,
+                "remedies": list(each.remedies),
+            }
+            for each in found.datasets
+        ],
+    }

@@ -1,0 +1,165 @@
+"""The contact sheet of `simpletuner check`: the very crops that the VAE gets, each with its caption under it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from simpletuner.batch import Sample
+from simpletuner.data.dataset import Dataset
+from simpletuner.storage import replacing_file
+from simpletuner.validation.grids import EMPTY, INK, MUTED, PAPER, elided, scaled_to_side
+
+CELL, GAP, MARGIN, COLUMNS = 192, 16, 28, 7
+TITLE_SIZE, HEADING_SIZE, CAPTION_SIZE, NOTE_SIZE = 26, 19, 14, 12
+CAPTION_LINES = 3
+LINE = CAPTION_SIZE + 4
+WARNING = "#b45309"
+# Rounding to the alignment enlarges nearly everything by a little, which nobody sees.
+NOTICEABLE = 1.05
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One picture as it is trained on.
+
+    Args:
+        image: the crop, at its training size.
+        caption: one of its captions.
+        path: of the file, relative to its folder.
+        note: sizes and what the crop leaves, one line.
+        is_enlarged: noticeably.
+        mask: where the loss counts, at the size of the crop; None where there is none.
+    """
+
+    image: Image.Image
+    caption: str
+    path: str
+    note: str
+    is_enlarged: bool
+    mask: Image.Image | None = None
+
+
+def choose_pictures(dataset: Dataset, count: int) -> list[Tile]:
+    """Up to `count` pictures spread over the sizes, and within a size over the paths."""
+    tiles = []
+    for position in spread(dataset, count):
+        sample = dataset.samples[position]
+        image = to_image(dataset.read_pixels(sample))
+        factor = enlargement(sample)
+        tiles.append(Tile(image, sample.captions[0], sample.path, size_note(sample), factor > NOTICEABLE))
+    return tiles
+
+
+def spread(dataset: Dataset, count: int) -> list[int]:
+    """Positions of samples: each size gets its share, and at least one picture while there is room."""
+    buckets = sorted(dataset.buckets.items(), key=lambda item: (-len(item[1]), item[0]))[:count]
+    total = sum(len(members) for _, members in buckets)
+    room, chosen = min(count, total), []
+    for index, (_, members) in enumerate(buckets):
+        others = len(buckets) - index - 1
+        share = max(1, round(count * len(members) / total))
+        number = min(share, len(members), room - others)
+        chosen += [int(members[place * len(members) // number]) for place in range(number)]
+        room -= number
+    return chosen
+
+
+def to_image(pixels: Tensor) -> Image.Image:
+    """(3, H, W) in [-1, 1] -> the picture."""
+    values = ((pixels + 1) * 127.5).round().clamp(0, 255).permute(1, 2, 0).numpy()
+    return Image.fromarray(values.astype(np.uint8))
+
+
+def enlargement(sample: Sample) -> float:
+    return max(sample.crop.intermediate_height / sample.height, sample.crop.intermediate_width / sample.width)
+
+
+def size_note(sample: Sample) -> str:
+    """`640x480 > 512x384, 8 % cut off`: the file's size, the training size, and what happens between them."""
+    crop = sample.crop
+    notes = [f"{sample.width}x{sample.height} > {crop.width}x{crop.height}"]
+    if enlargement(sample) > NOTICEABLE:
+        notes.append(f"{enlargement(sample):.1f}x larger")
+    cut_off = 1 - crop.height * crop.width / (crop.intermediate_height * crop.intermediate_width)
+    if cut_off >= 0.01:
+        notes.append(f"{100 * cut_off:.0f} % cut off")
+    return ", ".join(notes)
+
+
+def draw_sheet(title: str, sections: Sequence[tuple[str, Sequence[Tile]]]) -> Image.Image:
+    """All tiles under the headings of their datasets."""
+    widest = max([1, *(len(tiles) for _, tiles in sections)])
+    num_columns = max(4, min(COLUMNS, widest))
+    width = 2 * MARGIN + num_columns * CELL + (num_columns - 1) * GAP
+    heights = [_section_height(tiles, num_columns) for _, tiles in sections]
+    top = MARGIN + TITLE_SIZE + 20
+    sheet = Image.new("RGB", (width, top + sum(heights) + MARGIN - GAP), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    draw.text((MARGIN, MARGIN), elided(title, TITLE_SIZE, width - 2 * MARGIN), INK, _font(TITLE_SIZE))
+    for (heading, tiles), height in zip(sections, heights, strict=True):
+        _draw_section(sheet, draw, heading, tiles, top, num_columns)
+        top += height
+    return sheet
+
+
+def write_sheet(path: Path, sheet: Image.Image) -> None:
+    with replacing_file(path) as temporary:
+        sheet.save(temporary, format="PNG")
+
+
+def wrapped(text: str, size: int, width: float, num_lines: int) -> list[str]:
+    """`text` in at most `num_lines` lines of `width` pixels; the last one ends in an ellipsis where text is left."""
+    font, words, lines = _font(size), text.split(), []
+    while words and len(lines) < num_lines - 1:
+        taken = 1
+        while taken < len(words) and font.getlength(" ".join(words[: taken + 1])) <= width:
+            taken += 1
+        lines.append(elided(" ".join(words[:taken]), size, width))
+        words = words[taken:]
+    if words:
+        lines.append(elided(" ".join(words), size, width))
+    return lines
+
+
+def _tile_height(tiles: Sequence[Tile]) -> int:
+    pictures = 2 if any(tile.mask is not None for tile in tiles) else 1
+    return pictures * CELL + (pictures - 1) * 4 + 8 + CAPTION_LINES * LINE + NOTE_SIZE + 8
+
+
+def _section_height(tiles: Sequence[Tile], num_columns: int) -> int:
+    rows = -(-len(tiles) // num_columns)
+    return HEADING_SIZE + 18 + rows * (_tile_height(tiles) + GAP)
+
+
+def _draw_section(
+    sheet: Image.Image, draw: ImageDraw.ImageDraw, heading: str, tiles: Sequence[Tile], top: int, num_columns: int
+) -> None:
+    draw.text((MARGIN, top), elided(heading, HEADING_SIZE, sheet.width - 2 * MARGIN), INK, _font(HEADING_SIZE))
+    top += HEADING_SIZE + 14
+    for index, tile in enumerate(tiles):
+        left = MARGIN + (index % num_columns) * (CELL + GAP)
+        _draw_tile(sheet, draw, tile, left, top + (index // num_columns) * (_tile_height(tiles) + GAP))
+
+
+def _draw_tile(sheet: Image.Image, draw: ImageDraw.ImageDraw, tile: Tile, left: int, top: int) -> None:
+    for image in [tile.image] if tile.mask is None else [tile.image, tile.mask]:
+        draw.rectangle((left, top, left + CELL - 1, top + CELL - 1), fill=EMPTY)
+        shown = scaled_to_side(image, CELL)
+        sheet.paste(shown, (left + (CELL - shown.width) // 2, top + (CELL - shown.height) // 2))
+        top += CELL + 4
+    top += 4
+    for line in wrapped(tile.caption, CAPTION_SIZE, CELL, CAPTION_LINES):
+        draw.text((left, top), line, INK, _font(CAPTION_SIZE))
+        top += LINE
+    colour = WARNING if tile.is_enlarged else MUTED
+    draw.text((left, top + 2), elided(tile.note, NOTE_SIZE, CELL), colour, _font(NOTE_SIZE))
+
+
+def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    return ImageFont.load_default(size)

@@ -1,0 +1,76 @@
+"""What is lost or odd in a dataset, each with the one thing to do about it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from simpletuner.commands.captions import CaptionCheck
+from simpletuner.commands.text import count_text
+from simpletuner.data.captions import printable
+from simpletuner.data.dataset import Dataset
+
+MANY_ENLARGED = 0.1
+
+
+def remedies_of(dataset: Dataset, config: Any, captions: CaptionCheck, enlarged: Sequence[float]) -> Iterator[str]:
+    """One line per finding.
+
+    Args:
+        config: the options of the run.
+        enlarged: factors of the pictures that are enlarged noticeably.
+    """
+    yield from _losses(dataset)
+    if dataset.kind == "image":
+        yield from _small_buckets(dataset, config.train_batch_size)
+    if captions.num_cut:
+        yield (
+            f"{count_text(captions.num_cut, 'caption')} longer than {captions.limit} tokens lose their end: "
+            f"shorten them; the longest begins: {printable(captions.longest)[:60]}"
+        )
+    if len(enlarged) > MANY_ENLARGED * len(dataset.samples):
+        yield (
+            f"{count_text(len(enlarged), 'picture')} enlarged, up to {max(enlarged):.1f} times, which trains blur: "
+            "lower resolution, or set minimum_image_size"
+        )
+    if dataset.funnel.duplicates:
+        yield (
+            f"{count_text(dataset.funnel.duplicates, 'picture')} with the bytes of another one count twice: "
+            "remove them, unless that is meant"
+        )
+
+
+def _losses(dataset: Dataset) -> Iterator[str]:
+    """Why files are not used, most frequent first."""
+    set_aside = dataset.funnel.set_aside
+    for reason, count in sorted(set_aside.counts.items(), key=lambda item: -item[1]):
+        names = ", ".join(printable(path) for path in set_aside.examples[reason][:3])
+        more = ", ..." if count > 3 else ""
+        yield f"{count:,} not used, {printable(reason)}: {_what_to_do(reason)} ({names}{more})"
+
+
+def _what_to_do(reason: str) -> str:
+    if reason.startswith("smaller than"):
+        return "lower minimum_image_size, or take larger pictures"
+    if reason.startswith("its aspect"):
+        return "cut it, or set crop with crop_aspect square"
+    if reason.startswith("caption file"):
+        return "write the caption again as UTF-8 text"
+    if reason.startswith("folder"):
+        return "make it readable"
+    if "convert" in reason or "save it" in reason:
+        return "do so, or move it away"
+    return "replace the file, or move it away"
+
+
+def _small_buckets(dataset: Dataset, batch_size: int) -> Iterator[str]:
+    passes = dataset.repeats + 1
+    small = {size: count for size, count in dataset.funnel.buckets.items() if count * passes < batch_size}
+    if not small:
+        return
+    repeats = max(-(-batch_size // count) - 1 for count in small.values())
+    sizes = ", ".join(f"{width}x{height}: {count}" for (height, width), count in list(small.items())[:4])
+    yield (
+        f"{count_text(len(small), 'size')} with fewer pictures than a batch of {batch_size} ({sizes}): "
+        f"repeats {repeats} fills it, or use fewer sizes (crop_aspect square, aspect_bucket_rounding 1)"
+    )

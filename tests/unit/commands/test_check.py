@@ -1,0 +1,191 @@
+"""`simpletuner check`: numbers against a hand count, pictures against Pillow's own crop, text escaped."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from simpletuner.commands.captions import check_captions
+from simpletuner.commands.check import check, gather
+from simpletuner.commands.contact_sheet import choose_pictures, spread, wrapped
+from simpletuner.models.omnigen.tokens import PREFIX, SUFFIX
+from tests.runs import dataset, draw_pictures, load_here, write_run
+
+
+@pytest.fixture
+def folder(tmp_path: Path, omnigen_folder: Path) -> Path:
+    return write_run(tmp_path / "run", omnigen_folder)
+
+
+def picture(path: Path, width: int, height: int, caption: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    ramp = np.linspace(0, 255, width * height * 3).reshape(height, width, 3)
+    Image.fromarray(ramp.astype(np.uint8)).save(path)
+    path.with_suffix(".txt").write_text(caption, encoding="utf-8")
+
+
+def checked(folder: Path, *arguments: str) -> tuple[str, dict]:
+    said: list[str] = []
+    check(load_here(folder, *arguments), said.append, None, 5)
+    report = json.loads((folder / "output/check/check.json").read_text())
+    return "\n".join(said), report
+
+
+def test_steps_and_funnel_are_those_of_a_hand_count(folder):
+    text, report = checked(folder)
+    # 7 pictures twice in batches of 2, and 3 pictures once: 7 + 2.
+    assert report["batches_per_epoch"] == 9
+    assert report["steps"] == 8
+    assert [entry["found"] for entry in report["datasets"]] == [7, 3, 2]
+    assert "9 batches of up to 2 in an epoch; 8 steps are 0.9 epochs" in text
+
+
+def test_nothing_is_encoded_and_the_bytes_to_come_are_those_that_come(folder):
+    from simpletuner.cache.store import TensorStore
+    from simpletuner.commands import cache
+
+    _, before = checked(folder)
+    assert [entry["latents_missing"] for entry in before["datasets"]] == [7, 3, 2]
+    cache.build(load_here(folder))
+    _, after = checked(folder)
+    assert [entry["latents_missing"] for entry in after["datasets"]] == [0, 0, 0]
+    with TensorStore(folder / "cache/vae/omnigen/pictures") as store:
+        keys = store.keys()
+        tensors = [tensor for key in keys for tensor in store.get(key).values()]
+    assert before["datasets"][0]["bytes_missing"] == sum(tensor.nbytes for tensor in tensors)
+
+
+def test_each_loss_has_its_remedy(tmp_path, omnigen_folder):
+    folder = tmp_path / "run"
+    draw_pictures(folder / "pictures", 5, seed=1)
+    picture(folder / "pictures/small.png", 16, 16, "small")
+    (folder / "pictures/broken.png").write_bytes(b"not a picture")
+    picture(folder / "pictures/tiny.png", 40, 40, "enlarged")
+    data = [dataset("pictures", minimum_image_size=32, crop=True, crop_aspect="preserve")]
+    write_run(folder, omnigen_folder, data, train_batch_size=4)
+    text, report = checked(folder)
+    [entry] = report["datasets"]
+    assert (entry["found"], entry["readable"], entry["large_enough"]) == (8, 7, 6)
+    remedies = "\n".join(entry["remedies"])
+    assert "broken.png" in remedies
+    assert "lower minimum_image_size" in remedies
+    assert "1 picture enlarged, up to 1.6 times" in remedies
+    assert all(f"! {line}" in text for line in entry["remedies"])
+
+
+def test_a_size_with_too_few_pictures_names_the_repeats_that_fill_a_batch(tmp_path, omnigen_folder):
+    folder = tmp_path / "run"
+    draw_pictures(folder / "pictures", 4, seed=1)
+    picture(folder / "pictures/wide.png", 128, 64, "wide")
+    write_run(folder, omnigen_folder, [dataset("pictures", crop_aspect="preserve")], train_batch_size=4)
+    text, _ = checked(folder)
+    assert "1 size with fewer pictures than a batch of 4" in text
+    assert "repeats 3 fills it" in text
+
+
+def test_tokens_are_counted_as_the_tokenizer_counts_them_and_cuts_are_told(tmp_path, omnigen_folder):
+    from tokenizers import Tokenizer
+
+    folder = tmp_path / "run"
+    long = "word " * 1200
+    picture(folder / "pictures/a.png", 64, 64, "short")
+    picture(folder / "pictures/b.png", 64, 64, long)
+    write_run(folder, omnigen_folder, [dataset("pictures")])
+    tokenizer = Tokenizer.from_file(str(omnigen_folder / "tokenizer/tokenizer.json"))
+    expected = [len(tokenizer.encode(PREFIX + caption + SUFFIX).ids) for caption in ("short", long.strip())]
+    text, report = checked(folder)
+    captions = report["datasets"][0]["captions"]
+    assert [captions["tokens"][0], captions["tokens"][2]] == expected
+    assert captions["num_cut"] == 1
+    assert "1 caption longer than 1024 tokens" in text
+
+
+def test_the_counted_limit_is_where_encoding_cuts(tmp_path, omnigen_folder):
+    """A caption that just fits is not cut, one token more is."""
+    folder = tmp_path / "run"
+    picture(folder / "pictures/a.png", 64, 64, "x")
+    write_run(folder, omnigen_folder, [dataset("pictures")])
+    from simpletuner.training.trainer import build_family
+
+    family = build_family(load_here(folder))
+    for length in range(1, 1200):
+        [count] = family.count_prompt_tokens(["z" * length])
+        if count > family.spec.max_prompt_tokens:
+            break
+    assert len(family.encode_prompts(["z" * length])[0].tensors["input_ids"]) == family.spec.max_prompt_tokens
+    assert family.num_cut_prompts == 1
+    family.encode_prompts(["z" * (length - 1)])
+    assert family.num_cut_prompts == 1
+
+
+def test_the_sheet_shows_the_crop_that_the_vae_gets(tmp_path, omnigen_folder):
+    folder = tmp_path / "run"
+    picture(folder / "pictures/wide.png", 200, 100, "a ramp")
+    write_run(folder, omnigen_folder, [dataset("pictures", crop=True, crop_style="center")])
+    [tile] = choose_pictures(gather(load_here(folder)).datasets[0].dataset, 5)
+    with Image.open(folder / "pictures/wide.png") as image:
+        expected = image.resize((128, 64), Image.Resampling.LANCZOS).crop((32, 0, 96, 64))
+    assert np.abs(np.asarray(tile.image, np.int16) - np.asarray(expected, np.int16)).max() <= 1
+    assert tile.note == "200x100 > 64x64, 50 % cut off"
+
+
+def test_pictures_are_spread_over_all_sizes(tmp_path, omnigen_folder):
+    folder = tmp_path / "run"
+    draw_pictures(folder / "pictures", 20, seed=1)
+    for index, width in enumerate((96, 128, 192)):
+        picture(folder / f"pictures/wide{index}.png", width, 64, "wide")
+    write_run(folder, omnigen_folder, [dataset("pictures", crop_aspect="preserve")])
+    [each] = gather(load_here(folder)).datasets
+    shown = [each.dataset.samples[position] for position in spread(each.dataset, 6)]
+    assert len(shown) == len({sample.path for sample in shown}) == 6
+    assert len({(sample.crop.height, sample.crop.width) for sample in shown}) == len(each.dataset.buckets)
+
+
+def test_the_page_stands_alone_and_what_captions_say_stays_text(tmp_path, omnigen_folder):
+    folder = tmp_path / "run"
+    picture(folder / "pictures/a<script>.png", 64, 64, "<script>alert(1)</script> ünï 漢字 & \x1b[31m")
+    write_run(folder, omnigen_folder, [dataset("pictures")])
+    text, _ = checked(folder)
+    assert "\x1b" not in text
+    page = (folder / "output/check/check.html").read_text(encoding="utf-8")
+    tags: set[str] = set()
+    parser = HTMLParser()
+    parser.handle_starttag = lambda tag, attributes: tags.add(tag)  # type: ignore[method-assign]
+    parser.feed(page)
+    assert "script" not in tags
+    assert "link" not in tags
+    assert "漢字" in page
+    assert not re.findall(r'(?:src|href)="(?!data:)', page)
+    [data] = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
+    assert Image.open(io.BytesIO(base64.b64decode(data))).size == (64, 64)
+
+
+def test_captions_wrap_within_the_width_and_end_in_an_ellipsis():
+    from PIL import ImageFont
+
+    font = ImageFont.load_default(14)
+    lines = wrapped("one two three four five six seven eight " * 5, 14, 192, 3)
+    assert len(lines) == 3
+    assert all(font.getlength(line) <= 192 for line in lines)
+    assert lines[-1].endswith("…")
+    assert wrapped("short", 14, 192, 3) == ["short"]
+    assert font.getlength(wrapped("w" * 300, 14, 192, 3)[0]) <= 192
+
+
+def test_many_captions_are_counted_in_part_and_that_is_said(folder, monkeypatch):
+    monkeypatch.setattr("simpletuner.commands.captions.MAX_COUNTED", 3)
+    loaded = load_here(folder)
+    from simpletuner.training.trainer import build_family
+
+    samples = gather(loaded).datasets[0].dataset.samples
+    captions = check_captions(samples, build_family(loaded))
+    assert captions.counted == 3
+    assert "of 3 that were counted" in "\n".join(captions.lines())
