@@ -1,0 +1,97 @@
+"""What the wizard is told: the answers that both of its fronts, the screens and the command line, fill in.
+
+What nobody answers is proposed (`proposals.py`) from the goal, the model, the pictures and the machine; what somebody
+chose is never changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+from simpletuner.errors import ConfigError, Problem
+from simpletuner.models.registry import get_spec
+from simpletuner.models.spec import FamilySpec
+from simpletuner.wizard.hardware import Hardware
+
+Goal = Literal["subject", "style", "full"]
+
+GOALS: Mapping[Goal, str] = {
+    "subject": "one person, animal or thing, from a few pictures",
+    "style": "a way of drawing or photographing, from captioned pictures",
+    "full": "train the whole model instead of an adapter: many pictures, much memory",
+}
+NO_EDIT = "pairs of pictures (before, after) are not set up here"
+
+
+@dataclass(frozen=True)
+class PictureFacts:
+    """What a scan found in a folder.
+
+    Args:
+        usable: pictures that decode.
+        with_text: usable ones with a text file beside them.
+        with_name: usable ones whose file name has words.
+        side: median of the side of the square of equal area, in pixels.
+    """
+
+    usable: int
+    with_text: int
+    with_name: int
+    side: int
+
+    @property
+    def captions(self) -> str:
+        """The caption strategy that serves every picture."""
+        return "textfile" if self.usable and self.with_text == self.usable else "filename"
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What somebody said, and what was found out.
+
+    Args:
+        hardware: of this machine.
+        family: name in the registry.
+        flavour: of the family; None is its default.
+        model: folder or hub id in place of the flavour's.
+        pictures: folder to train on, as typed; `eval_pictures` and `regularisation_pictures` likewise, or empty.
+        dataset: keys of the first folder's entry that were chosen.
+        factor: of LoKr: the larger, the smaller the adapter; None is proposed.
+        prompts: drawn while training; None is proposed, () draws nothing.
+        options: options of config.json that were chosen, typed.
+        seen: folder -> what its scan found.
+    """
+
+    hardware: Hardware
+    goal: Goal = "subject"
+    family: str = ""
+    flavour: str | None = None
+    model: str | None = None
+    pictures: str = ""
+    eval_pictures: str = ""
+    regularisation_pictures: str = ""
+    dataset: Mapping[str, Any] = field(default_factory=dict)
+    factor: int | None = None
+    prompts: tuple[str, ...] | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    seen: Mapping[str, PictureFacts] = field(default_factory=dict)
+
+    @property
+    def spec(self) -> FamilySpec:
+        return get_spec(self.family)
+
+
+def read_goal(text: str) -> Goal:
+    """A goal by its name.
+
+    Raises:
+        ConfigError: it is none, or cannot be taught.
+    """
+    if text == "edit":
+        raise ConfigError(Problem(f'"edit" cannot be chosen: {NO_EDIT}', key="--goal", allowed=", ".join(GOALS)))
+    for goal in get_args(Goal):
+        if text == goal:
+            return goal
+    raise ConfigError(Problem(f'"{text}" is not a goal', key="--goal", allowed=", ".join(GOALS)))

@@ -1,0 +1,187 @@
+"""`simpletuner configure` on the command line: the same answers as the screens ask for, given as options."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from simpletuner.config.discovery import find_config
+from simpletuner.config.layers import parse_arguments
+from simpletuner.config.merging import merge_layers
+from simpletuner.errors import ConfigError, Problem
+from simpletuner.launch import chosen_environment, split_arguments
+from simpletuner.models.registry import get_spec
+from simpletuner.wizard.answers import Answers, read_goal
+from simpletuner.wizard.files import diff_lines, judge, save, start_command, texts_for
+from simpletuner.wizard.hardware import Hardware
+from simpletuner.wizard.project import ANSWERED, Project, open_project, typed_options
+
+USUAL_PLACE = Path("config/config.json")
+
+
+@dataclass(frozen=True)
+class Given:
+    """What the command line says; None where it says nothing.
+
+    Args:
+        arguments: `env=NAME` and options of the run, `--key=value`.
+        yes: existing files may be changed.
+    """
+
+    goal: str | None = None
+    family: str | None = None
+    flavour: str | None = None
+    model: str | None = None
+    data: str | None = None
+    eval_data: str | None = None
+    regularisation_data: str | None = None
+    captions: str | None = None
+    instance_prompt: str | None = None
+    prompts: tuple[str, ...] | None = None
+    output_dir: str | None = None
+    config: Path | None = None
+    yes: bool = False
+    arguments: tuple[str, ...] = ()
+
+    @property
+    def has_answers(self) -> bool:
+        """Whether more than the place of the files was said, so that nothing needs to be asked."""
+        _, options = split_arguments(self.arguments)
+        answers = (self.goal, self.family, self.flavour, self.model, self.data, self.eval_data, self.captions)
+        more = (self.regularisation_data, self.instance_prompt, self.prompts, self.output_dir, *options)
+        return self.yes or any(answer is not None for answer in (*answers, *more))
+
+
+def find_project(given: Given, environment: Mapping[str, str], working_dir: Path, hardware: Hardware) -> Project:
+    """The files that are to be edited or made: --config, env=NAME, those of this folder, config/config.json.
+
+    Raises:
+        ConfigError: a file cannot be read or edited.
+    """
+    chosen, _ = split_arguments(given.arguments)
+    if "example" in chosen:
+        fix = f"simpletuner examples copy {chosen['example']} makes a folder of your own"
+        raise ConfigError(Problem("shipped examples are not edited", key="example", fix=fix))
+    if given.config is not None:
+        return open_project(given.config, working_dir, hardware)
+    if "env" in chosen and not (working_dir / "config" / chosen["env"]).exists():
+        return open_project(Path("config", chosen["env"], "config.json"), working_dir, hardware)
+    source = find_config(chosen_environment(chosen, environment), working_dir)
+    return open_project(source.path if source and source.path else USUAL_PLACE, working_dir, hardware)
+
+
+def configure_without_screens(project: Project, given: Given, say: Callable[[str], None]) -> Project:
+    """Write the files from what the command line says, and say what was written.
+
+    Raises:
+        ConfigError: an answer is missing or wrong, the checks of a start refuse the result, or existing files would
+            be changed and `yes` was not given. Nothing is written then.
+    """
+    answers = apply(project, given)
+    answers = look_at_pictures(project, answers, say)
+    texts = texts_for(project, answers)
+    if not texts:
+        say("nothing to change")
+        return project
+    for line in diff_lines(project, texts):
+        say(line)
+    verdict = judge(project, texts, answers)
+    if verdict.problems:
+        raise ConfigError(verdict.problems)
+    changed = [project.places.shown(path) for path in texts if path in project.texts]
+    if changed and not given.yes:
+        raise ConfigError(Problem(f"{', '.join(changed)} would be changed; nothing was written", fix="add --yes"))
+    saved = save(project, texts, answers)
+    for warning in verdict.warnings:
+        say(f"note: {warning}")
+    say(f"saved {', '.join(project.places.shown(path) for path in texts)}; start with: {start_command(project)}")
+    return saved
+
+
+def apply(project: Project, given: Given) -> Answers:
+    """The answers of the files with those of the command line in place.
+
+    Raises:
+        ConfigError: an answer is wrong, or pictures are not named anywhere.
+    """
+    answers = project.answers
+    goal = read_goal(given.goal) if given.goal else answers.goal
+    family = get_spec(given.family).name if given.family else answers.family
+    dataset = dict(answers.dataset)
+    if given.captions:
+        dataset["caption_strategy"] = given.captions
+    if given.instance_prompt:
+        dataset["instance_prompt"] = given.instance_prompt
+    options = {**answers.options, **_run_options(given.arguments)}
+    if given.output_dir:
+        options["output_dir"] = given.output_dir
+    pictures = given.data or answers.pictures
+    if not pictures:
+        raise ConfigError(Problem("is missing: which pictures are to be learned?", key="--data", allowed="a folder"))
+    if goal == "subject" and project.is_new and not given.captions and not dataset.get("instance_prompt"):
+        # Whether captions are there shows the scan; then the name of the subject is not needed.
+        goal_needs_prompt = not _has_text_files(project.places.working_dir / Path(pictures).expanduser())
+        if goal_needs_prompt:
+            message = "is missing: what is the subject called?"
+            fix = 'for example --instance-prompt "ohwx dog"; or put a text file with a caption beside each picture'
+            raise ConfigError(Problem(message, key="--instance-prompt", allowed="a text", fix=fix))
+    is_other_family = family != answers.family
+    return replace(
+        answers,
+        goal=goal,
+        family=family,
+        flavour=given.flavour or (None if is_other_family else answers.flavour),
+        model=given.model or (None if is_other_family or given.flavour else answers.model),
+        pictures=pictures,
+        eval_pictures=given.eval_data or answers.eval_pictures,
+        regularisation_pictures=given.regularisation_data or answers.regularisation_pictures,
+        dataset=dataset,
+        prompts=given.prompts if given.prompts is not None else answers.prompts,
+        options=options,
+    )
+
+
+def look_at_pictures(project: Project, answers: Answers, say: Callable[[str], None]) -> Answers:
+    """The answers with what a scan of each folder found; folders that are not there are left to the checks."""
+    from simpletuner.wizard.pictures import look_at_folder
+
+    seen = dict(answers.seen)
+    for folder in dict.fromkeys((answers.pictures, answers.eval_pictures, answers.regularisation_pictures)):
+        if folder and (project.places.working_dir / Path(folder).expanduser()).is_dir():
+            report = look_at_folder(folder, project.places.working_dir, cache_dir(project, answers), _no_progress)
+            seen[folder] = report.facts
+            say(f"{folder}: " + "; ".join(report.lines()))
+    return replace(answers, seen=seen)
+
+
+def cache_dir(project: Project, answers: Answers) -> Path:
+    """Where the run keeps its index."""
+    return project.places.working_dir / Path(str(answers.options.get("cache_dir", "cache"))).expanduser()
+
+
+def _run_options(arguments: Sequence[str]) -> dict[str, Any]:
+    """Options of the run, typed.
+
+    Raises:
+        ConfigError: an option is unknown, has a wrong value, or has an option of this verb.
+    """
+    _, options = split_arguments(arguments)
+    merged = merge_layers([parse_arguments(options)])
+    values, problems = typed_options(merged.settings)
+    for key in merged.settings:
+        if key in ANSWERED:
+            fix = "--goal, --family, --flavour, --model and --prompt say it"
+            problems.append(Problem("follows from other answers here", key=f"--{key}", fix=fix))
+    if merged.problems or problems:
+        raise ConfigError([*merged.problems, *problems])
+    return {key: values[key] for key in merged.settings}
+
+
+def _has_text_files(folder: Path) -> bool:
+    return any(folder.rglob("*.txt"))
+
+
+def _no_progress(num_files: int) -> None:
+    """The command line waits without a word: a scan of a folder of usual size takes seconds."""

@@ -1,0 +1,271 @@
+"""From answers to the texts of the files: new ones are written with headings, existing ones only where answers changed.
+
+What a file says and no question asks for stays as it is, comments included.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from simpletuner.config.discovery import ConfigSource
+from simpletuner.config.json_reader import JsonPath
+from simpletuner.config.json_writer import INDENT, json_text, remove_value, set_value
+from simpletuner.config.loading import LoadedRun, load_source
+from simpletuner.errors import ConfigError, DataError, Problem
+from simpletuner.models.registry import get_spec
+from simpletuner.storage import write_bytes
+from simpletuner.wizard.answers import Answers
+from simpletuner.wizard.plan import Plan, make_plan, nicknames
+from simpletuner.wizard.project import ANSWERED, Project
+
+_HEAD = "`simpletuner options KEY` explains a key, `simpletuner configure` asks again."
+_HEADINGS: Mapping[str, tuple[str, ...]] = {
+    "What is trained.": (
+        *("model_family", "model_flavour", "pretrained_model_name_or_path", "model_type", "lora_type"),
+        "lycoris_config",
+    ),
+    "The pictures, and where the results go.": (
+        *("data_backend_config", "output_dir", "resolution", "resolution_type"),
+    ),
+    "How long, and how fast it learns. Exactly one of the two lengths is above 0.": (
+        *("max_train_steps", "num_train_epochs", "train_batch_size", "gradient_accumulation_steps", "optimizer"),
+        *("learning_rate", "lr_scheduler", "lr_warmup_steps", "grad_clip_method", "max_grad_norm"),
+        *("caption_dropout_probability", "use_ema", "seed"),
+    ),
+    "Memory.": ("mixed_precision", "base_model_precision", "gradient_checkpointing"),
+    "Pictures that are drawn while training.": (
+        *("validation_prompt", "user_prompt_library", "validation_step_interval", "validation_resolution"),
+        *("validation_num_inference_steps", "validation_guidance", "validation_seed"),
+    ),
+    "The loss on held-out pictures.": ("eval_steps_interval",),
+    "Checkpoints and logs.": (
+        *("checkpoint_step_interval", "checkpoints_total_limit", "resume_from_checkpoint", "report_to"),
+        "tracker_run_name",
+    ),
+}
+_MISSING = object()
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the checks of a start say of texts: `run` is None where there are problems."""
+
+    run: LoadedRun | None
+    problems: tuple[Problem, ...]
+    warnings: tuple[str, ...]
+
+
+def texts_for(project: Project, answers: Answers) -> dict[Path, str]:
+    """The text of every file that is new or different.
+
+    Raises:
+        ConfigError: the family is unknown.
+    """
+    plan, places = make_plan(answers), project.places
+    if project.is_new:
+        texts = {places.data: json_text(list(plan.entries.values())) + "\n"}
+        if plan.lycoris is not None:
+            texts[places.lycoris] = json_text(plan.lycoris) + "\n"
+        if plan.prompts:
+            texts[places.prompts] = json_text(plan.prompts) + "\n"
+        texts[places.config] = _new_config(_with_places(plan, project))
+    else:
+        before = make_plan(project.answers)
+        texts = {
+            places.lycoris: _edited_lycoris(project, before, plan),
+            places.prompts: _edited_prompts(project, before, plan),
+            places.data: _edited_data(project, before, plan),
+            places.config: _edited_config(project, answers, before, plan),
+        }
+    return {path: text for path, text in texts.items() if text and text != project.texts.get(path)}
+
+
+def diff_lines(project: Project, texts: Mapping[Path, str]) -> Iterator[str]:
+    """What saving would change, as a unified diff."""
+    for path, text in texts.items():
+        before, name = project.texts.get(path), project.places.shown(path)
+        yield from difflib.unified_diff(
+            before.splitlines() if before is not None else [],
+            text.splitlines(),
+            name if before is not None else "(new file)",
+            name,
+            lineterm="",
+        )
+
+
+def judge(project: Project, texts: Mapping[Path, str], answers: Answers) -> Verdict:
+    """The checks that `simpletuner train` makes before it loads anything, on texts that need not be saved."""
+    from simpletuner.training.preflight import check_model_folder
+
+    places = project.places
+    try:
+        source, unsaved = ConfigSource(places.config, "json"), {**project.texts, **texts}
+        run = load_source(source, (), {}, places.working_dir, get_spec, unsaved=unsaved)
+        check_model_folder(run)
+    except ConfigError as error:
+        return Verdict(None, tuple(error.problems), ())
+    missing = tuple(_missing_captions(project, answers))
+    return Verdict(None if missing else run, missing, run.warnings)
+
+
+def save(project: Project, texts: Mapping[Path, str], answers: Answers) -> Project:
+    """Write the files, config.json last; the project as it is then.
+
+    Raises:
+        ConfigError: a file is not what it was when it was opened.
+        DataError: the disk refuses.
+    """
+    for path in texts:
+        on_disk = path.read_text(encoding="utf-8") if path.exists() else None
+        if on_disk != project.texts.get(path):
+            message, fix = "was changed by something else in the meantime; nothing was saved", "open it again"
+            raise ConfigError(Problem(message, file=project.places.shown(path), fix=fix))
+    for path, text in texts.items():
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise DataError(Problem(f"cannot be made: {error.strerror}", file=str(path.parent))) from error
+        write_bytes(path, text.encode())
+    return replace(project, texts={**project.texts, **texts}, answers=answers)
+
+
+def start_command(project: Project) -> str:
+    """What starts the run from its working folder."""
+    shown = project.places.shown(project.places.config)
+    usual = (os.path.join("config", "config.json"), "config.json")  # noqa: PTH118 - compared with text
+    return "simpletuner train" if shown in usual else f"CONFIG_PATH={shown} simpletuner train"
+
+
+# ---- new files -----------------------------------------------------------------------------------------------------
+
+
+def _with_places(plan: Plan, project: Project) -> dict[str, Any]:
+    """The options, the names of the other files among them."""
+    places = project.places
+    named = {"data_backend_config": places.shown(places.data)}
+    if plan.lycoris is not None:
+        named["lycoris_config"] = places.shown(places.lycoris)
+    if plan.prompts:
+        named["user_prompt_library"] = places.shown(places.prompts)
+    return {**plan.config, **named}
+
+
+def _new_config(options: Mapping[str, Any]) -> str:
+    rest = [key for key in options if not any(key in keys for keys in _HEADINGS.values())]
+    groups = [*_HEADINGS.items(), ("Further options.", rest)]
+    parts = []
+    for heading, keys in groups:
+        members = [f"{INDENT}{json_text(key)}: {json_text(options[key], 1)}" for key in keys if key in options]
+        if members:
+            parts.append(f"{INDENT}// {heading}\n" + ",\n".join(members))
+    return f"{{\n{INDENT}// {_HEAD}\n\n" + ",\n\n".join(parts) + "\n}\n"
+
+
+# ---- existing files ------------------------------------------------------------------------------------------------
+
+
+def _edited_config(project: Project, answers: Answers, before: Plan, plan: Plan) -> str:
+    text = project.texts[project.places.config]
+    old, new = _with_places(before, project), _with_places(plan, project)
+    # What no key of the file says and nobody chose is not written just because a proposal moved.
+    unwritten = {key for key in old if key not in project.keys and key not in answers.options} - set(ANSWERED)
+    is_missing = {"lycoris_config"} & set(new) - set(project.keys)
+    for key, value in new.items():
+        if key in is_missing or (key not in unwritten and old.get(key, _MISSING) != value):
+            text = set_value(text, (project.keys.get(key, key),), value)
+    for key in old:
+        if key not in new and key in project.keys:
+            text = remove_value(text, (project.keys[key],))
+    return text
+
+
+def _edited_data(project: Project, before: Plan, plan: Plan) -> str:
+    path = project.places.data
+    text = project.texts.get(path, "[\n]\n")
+    document = project.document(path)
+    entries = document.value if document else []
+    position = len(entries)
+    for role, entry in plan.entries.items():
+        if role not in project.roles:
+            if role not in before.entries or path not in project.texts:
+                text = set_value(text, (position,), entry)
+                position += 1
+            continue
+        place = project.roles[role]
+        for key, value in entry.items():
+            old = before.entries[role].get(key, _MISSING)
+            is_own = role == "pictures" or key == "instance_data_dir" or entries[place].get(key, _MISSING) == old
+            if old != value and is_own:
+                text = set_value(text, (place, key), value)
+        for key in before.entries[role]:
+            if key not in entry and key in entries[place]:
+                text = remove_value(text, (place, key))
+    gone = [place for role, place in project.roles.items() if role not in plan.entries]
+    for place in sorted(gone, reverse=True):
+        text = remove_value(text, (place,))
+    return text
+
+
+def _edited_lycoris(project: Project, before: Plan, plan: Plan) -> str:
+    path = project.places.lycoris
+    if plan.lycoris is None:
+        return project.texts.get(path, "")
+    if path not in project.texts:
+        return json_text(plan.lycoris) + "\n"
+    if before.lycoris is None:
+        return project.texts[path]
+    text, document = project.texts[path], project.document(path)
+    old = dict(_leaves(before.lycoris, ()))
+    for place, value in _leaves(plan.lycoris, ()):
+        if old.get(place) != value and document and place in document.spans:
+            text = set_value(text, place, value)
+    return text
+
+
+def _edited_prompts(project: Project, before: Plan, plan: Plan) -> str:
+    path = project.places.prompts
+    document = project.document(path)
+    known = document.value if document and isinstance(document.value, dict) else {}
+    old, new = (nicknames(tuple(each.prompts.values()), known) for each in (before, plan))
+    if not new:
+        return project.texts.get(path, "")
+    text = project.texts.get(path, "{\n}\n")
+    for nickname, prompt in new.items():
+        if nickname not in old and nickname not in known:
+            text = set_value(text, (nickname,), prompt)
+    for nickname in old:
+        if nickname not in new and nickname in known:
+            text = remove_value(text, (nickname,))
+    return text
+
+
+def _leaves(value: Any, place: JsonPath) -> Iterator[tuple[JsonPath, Any]]:
+    if not isinstance(value, dict):
+        yield place, value
+        return
+    for key, item in value.items():
+        yield from _leaves(item, (*place, key))
+
+
+def _missing_captions(project: Project, answers: Answers) -> Iterator[Problem]:
+    """What the scan knows and the configuration alone does not: pictures without captions."""
+    from simpletuner.wizard.pictures import missing_captions
+
+    for entry in make_plan(answers).entries.values():
+        facts = answers.seen.get(str(entry["instance_data_dir"]))
+        if facts is None or entry.get("only_instance_prompt"):
+            continue
+        strategy = str(entry.get("caption_strategy"))
+        missing = missing_captions(facts, strategy)
+        if not facts.usable:
+            message = f"there are no usable pictures in {entry['instance_data_dir']}"
+            yield Problem(message, key=f"{entry['id']}.instance_data_dir", fix="choose another folder")
+        elif missing:
+            message = f"{missing} of {facts.usable} pictures have no caption by caption_strategy {strategy}"
+            fix = "add the captions, or choose another source of captions"
+            yield Problem(message, key=f"{entry['id']}.caption_strategy", fix=fix)

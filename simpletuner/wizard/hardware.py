@@ -1,0 +1,90 @@
+"""What this machine computes with, found out without importing torch, so that the wizard answers at once."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+GIB = 1 << 30
+_DRIVER_SECONDS = 10
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """One machine.
+
+    Args:
+        device: what torch would train on.
+        name: of the first accelerator, or of the processor.
+        device_bytes: memory of the first accelerator; of the machine where there is none.
+        ram_bytes: main memory.
+        cores: of the processor.
+        num_devices: accelerators of this kind.
+    """
+
+    device: Literal["cuda", "rocm", "mps", "cpu"]
+    name: str
+    device_bytes: int
+    ram_bytes: int
+    cores: int
+    num_devices: int = 1
+
+    def __str__(self) -> str:
+        machine = f"{self.ram_bytes / GIB:.0f} GiB of main memory, {self.cores} cores"
+        if self.device == "cpu":
+            return f"no accelerator found: training runs on the processor ({machine})"
+        count = f"{self.num_devices} x " if self.num_devices > 1 else ""
+        return f"{count}{self.name}, {self.device_bytes / GIB:.0f} GiB; {machine}"
+
+
+def detect_hardware() -> Hardware:
+    """The accelerator that a driver reports, else the processor."""
+    import psutil
+
+    ram, cores = psutil.virtual_memory().total, psutil.cpu_count() or 1
+    found = nvidia_gpus() or amd_gpus()
+    if found:
+        device, name, size = found[0]
+        return Hardware(device, name, size, ram, cores, len(found))
+    if platform.system() == "Darwin" and platform.machine() == "arm64":
+        return Hardware("mps", "Apple GPU (shares the main memory)", ram, ram, cores)
+    return Hardware("cpu", platform.processor() or platform.machine(), ram, ram, cores)
+
+
+Accelerator = tuple[Literal["cuda", "rocm"], str, int]
+
+
+def nvidia_gpus() -> list[Accelerator]:
+    """(device, name, bytes) of each NVIDIA GPU; empty where there is no driver."""
+    query = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
+    try:
+        result = subprocess.run(query, capture_output=True, text=True, timeout=_DRIVER_SECONDS, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return read_nvidia_answer(result.stdout)
+
+
+def read_nvidia_answer(text: str) -> list[Accelerator]:
+    """`NVIDIA H200, 143771` per line, in MiB; lines without a number (`[N/A]`) are passed over."""
+    found: list[Accelerator] = []
+    for line in text.splitlines():
+        name, _, mebibytes = line.rpartition(",")
+        if mebibytes.strip().isdigit():
+            found.append(("cuda", name.strip(), int(mebibytes) << 20))
+    return found
+
+
+def amd_gpus(root: Path = Path("/sys/class/drm")) -> list[Accelerator]:
+    """(device, name, bytes) of each AMD GPU that has memory of its own, from the kernel's driver."""
+    found: list[Accelerator] = []
+    for file in sorted(root.glob("card*/device/mem_info_vram_total")):
+        try:
+            size = int(file.read_text())
+        except (OSError, ValueError):
+            continue
+        if size >= 4 * GIB:  # smaller ones are parts of processors
+            found.append(("rocm", "AMD GPU", size))
+    return found

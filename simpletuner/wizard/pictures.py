@@ -1,0 +1,119 @@
+"""Looking at a folder of pictures while somebody answers questions: how many, how large, with which captions.
+
+The index is the one that training uses, in the same place, so what is looked at here need not be looked at again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from simpletuner.data.buckets import BucketRules
+from simpletuner.data.captions import printable
+from simpletuner.data.index import Catalogue, Index
+from simpletuner.data.report import SetAside
+from simpletuner.models.spec import FamilySpec
+from simpletuner.wizard.answers import PictureFacts
+
+
+@dataclass(frozen=True)
+class FolderReport:
+    """What a folder holds.
+
+    Args:
+        facts: in numbers.
+        smallest, largest: (height, width) in pixels, by area; None where nothing is usable.
+        sizes: (height, width, pictures) of each different size.
+        duplicates: pictures with the content of another one.
+        problems: what is not used, one line per reason.
+    """
+
+    folder: str
+    facts: PictureFacts
+    smallest: tuple[int, int] | None
+    largest: tuple[int, int] | None
+    sizes: Sequence[tuple[int, int, int]]
+    duplicates: int
+    problems: Sequence[str]
+
+    def lines(self) -> list[str]:
+        """For people: what there is, then what is wrong."""
+        facts = self.facts
+        if not facts.usable:
+            return [f"no usable pictures in {self.folder}", *self.problems]
+        sizes = f"{_size(self.smallest)} to {_size(self.largest)}" if len(self.sizes) > 1 else _size(self.smallest)
+        captions = f"{facts.with_text} with a text file, {facts.with_name} with words in the file name"
+        lines = [f"{facts.usable} pictures, {sizes}; {captions}"]
+        if self.duplicates:
+            lines.append(f"{self.duplicates} have the same content as another one")
+        return [*lines, *self.problems]
+
+
+def look_at_folder(folder: str, working_dir: Path, cache_dir: Path, progress: Callable[[int], None]) -> FolderReport:
+    """Scan a folder; what was scanned before is not read again.
+
+    Args:
+        folder: as typed, relative to `working_dir`.
+        cache_dir: `cache_dir` of the run; the index is kept there.
+        progress: told the number of files looked at; what it raises ends the scan.
+
+    Raises:
+        DataError: the index cannot be used.
+    """
+    from simpletuner.data.backends.local import LocalBackend
+    from simpletuner.data.datasets import index_path
+
+    root = working_dir / Path(folder).expanduser()
+    index = Index(index_path(cache_dir, str(root.resolve())), LocalBackend(root))
+    try:
+        catalogue = index.scan(progress)
+        return _report(folder, catalogue, index.set_aside(with_texts=True))
+    finally:
+        index.close()
+
+
+def bucket_lines(report: FolderReport, resolution: int, crop: bool, spec: FamilySpec) -> list[str]:
+    """The sizes that the pictures are trained at, most frequent first."""
+    from simpletuner.data.buckets import bucket_size, choose_aspect
+
+    rules = BucketRules(resolution, "pixel_area", crop=crop, alignment=spec.size_multiple)
+    buckets: dict[tuple[int, int], int] = {}
+    for height, width, count in report.sizes:
+        size = bucket_size(choose_aspect(height, width, rules), rules)
+        buckets[size] = buckets.get(size, 0) + count
+    ordered = sorted(buckets.items(), key=lambda item: -item[1])
+    return [f"{_size(size)}: {count}" for size, count in ordered]
+
+
+def missing_captions(facts: PictureFacts, strategy: str) -> int:
+    """Pictures that a caption strategy finds nothing for."""
+    found: Mapping[str, int] = {"textfile": facts.with_text, "filename": facts.with_name}
+    return facts.usable - found.get(strategy, facts.usable)
+
+
+def _report(folder: str, catalogue: Catalogue, set_aside: SetAside) -> FolderReport:
+    import numpy as np
+
+    pairs, counts = np.unique(np.stack([catalogue.heights, catalogue.widths], axis=1), axis=0, return_counts=True)
+    sizes = sorted(
+        ((int(height), int(width), int(count)) for (height, width), count in zip(pairs, counts, strict=True)),
+        key=lambda size: size[0] * size[1],
+    )
+    areas = catalogue.heights.astype(np.float64) * catalogue.widths
+    facts = PictureFacts(
+        usable=len(catalogue),
+        with_text=int((catalogue.texts >= 0).sum()),
+        with_name=int(catalogue.is_named.sum()),
+        side=int(np.sqrt(np.median(areas))) if len(areas) else 0,
+    )
+    problems = []
+    for reason, count in sorted(set_aside.counts.items(), key=lambda item: -item[1]):
+        examples = ", ".join(printable(PurePosixPath(path).name) for path in set_aside.examples[reason][:2])
+        problems.append(f"{count} not used: {printable(reason)} ({examples})")
+    ends = (sizes[0][:2], sizes[-1][:2]) if sizes else (None, None)
+    return FolderReport(folder, facts, *ends, sizes, catalogue.num_duplicates, problems)
+
+
+def _size(size: tuple[int, int] | None) -> str:
+    return f"{size[1]} x {size[0]}" if size else ""

@@ -1,0 +1,170 @@
+"""From answers to the settings of a run, file by file. Pure: the same answers give the same settings."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from simpletuner.config.options import all_options
+from simpletuner.models.spec import FamilySpec
+from simpletuner.wizard import proposals
+from simpletuner.wizard.answers import Answers
+
+# What held-out pictures have in common with those that are trained on.
+_SHARED_KEYS = ("caption_strategy", "instance_prompt", "prepend_instance_prompt", "only_instance_prompt", "crop")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The settings of a run, file by file; names of files are not part of it.
+
+    Args:
+        config: options of config.json.
+        entries: role (`pictures`, `regularisation`, `eval`) -> entry of the data file.
+        lycoris: content of lycoris_config.json, None for full training.
+        prompts: nickname -> prompt, of the library; the first prompt is `validation_prompt`.
+    """
+
+    config: Mapping[str, Any]
+    entries: Mapping[str, Mapping[str, Any]]
+    lycoris: Mapping[str, Any] | None
+    prompts: Mapping[str, str]
+
+
+def make_plan(answers: Answers) -> Plan:
+    """Every setting of the run.
+
+    Raises:
+        ConfigError: the family is unknown.
+    """
+    prompts = answers.prompts if answers.prompts is not None else proposals.proposed_prompts(answers)
+    training = _training_options(answers)
+    config = {**_model_options(answers), **training, **_validation_options(answers, training)}
+    config |= {"validation_prompt": prompts[0]} if prompts else {}
+    return Plan(
+        config=config | {name: value for name, value in answers.options.items() if value is not None},
+        entries=_entries(answers),
+        lycoris=None if answers.goal == "full" else lycoris_settings(answers.spec, answers.factor or 16),
+        prompts=nicknames(prompts[1:]),
+    )
+
+
+def _model_options(answers: Answers) -> dict[str, Any]:
+    options: dict[str, Any] = {"model_family": answers.family}
+    if answers.flavour:
+        options["model_flavour"] = answers.flavour
+    if answers.model:
+        options["pretrained_model_name_or_path"] = answers.model
+    options["model_type"] = "full" if answers.goal == "full" else "lora"
+    if answers.goal != "full":
+        options["lora_type"] = "lycoris"
+    return options
+
+
+def _training_options(answers: Answers) -> dict[str, Any]:
+    """Data, length, learning and memory; proposals read what was chosen before them."""
+    chosen = answers.options
+    options = proposals.memory_options(answers.hardware, answers.goal)
+    batch = chosen.get("train_batch_size", options["train_batch_size"])
+    steps = chosen.get("max_train_steps", proposals.proposed_steps(answers, batch))
+    optimizer = chosen.get("optimizer", options["optimizer"])
+    is_full = answers.goal == "full"
+    options |= {
+        "output_dir": f"output/{proposals.folder_name(answers.pictures) or answers.family}",
+        "resolution": proposals.proposed_resolution(answers),
+        "resolution_type": "pixel_area",
+        "max_train_steps": 0 if chosen.get("num_train_epochs") else steps,
+        "num_train_epochs": 0,
+        "learning_rate": proposals.proposed_learning_rate(optimizer, answers.goal),
+        "lr_scheduler": "constant",
+        "lr_warmup_steps": min(100, steps // 10),
+        "grad_clip_method": "norm" if is_full else "value",
+        "max_grad_norm": 1.0 if is_full else 0.01,
+        "caption_dropout_probability": 0.1,
+        "gradient_accumulation_steps": 1,
+        "seed": 42,
+        "checkpoint_step_interval": max(1, steps // 5),
+        "checkpoints_total_limit": 3,
+        "resume_from_checkpoint": "latest",
+        "report_to": "tensorboard",
+    }
+    if answers.eval_pictures:
+        options["eval_steps_interval"] = max(1, steps // 10)
+    return options
+
+
+def _validation_options(answers: Answers, training: Mapping[str, Any]) -> dict[str, Any]:
+    side = answers.options.get("resolution", training["resolution"])
+    is_area = answers.options.get("resolution_type") == "area"
+    steps = training["max_train_steps"] or proposals.proposed_steps(answers, training["train_batch_size"])
+    declared = all_options()
+    names = ("validation_num_inference_steps", "validation_guidance")
+    return {
+        "validation_step_interval": max(1, steps // 10),
+        "validation_resolution": "1024x1024" if is_area else f"{int(side)}x{int(side)}",
+        **{name: answers.spec.defaults.get(name, declared[name].default) for name in names},
+        "validation_seed": 42,
+    }
+
+
+def _entries(answers: Answers) -> dict[str, dict[str, Any]]:
+    main = {
+        "id": proposals.folder_name(answers.pictures) or "pictures",
+        "type": "local",
+        "instance_data_dir": answers.pictures,
+        "caption_strategy": proposals.proposed_captions(answers),
+        "crop": False,
+        "repeats": 0,
+        **answers.dataset,
+    }
+    if main["caption_strategy"] != "instanceprompt" and "instance_prompt" in main:
+        main.setdefault("prepend_instance_prompt", True)
+    entries = {"pictures": main}
+    if answers.regularisation_pictures:
+        facts = answers.seen.get(answers.regularisation_pictures)
+        entries["regularisation"] = {
+            "id": "regularisation",
+            "type": "local",
+            "instance_data_dir": answers.regularisation_pictures,
+            "caption_strategy": facts.captions if facts else "filename",
+            "crop": False,
+            "is_regularisation_data": True,
+        }
+    if answers.eval_pictures:
+        same = {key: main[key] for key in _SHARED_KEYS if key in main}
+        head = {"id": f"{main['id']}-eval", "type": "local", "dataset_type": "eval"}
+        entries["eval"] = {**head, "instance_data_dir": answers.eval_pictures, **same}
+    return entries
+
+
+def lycoris_settings(spec: FamilySpec, factor: int) -> dict[str, Any]:
+    """LoKr on attention and feed-forward layers, as the family calls them, else on its usual LoRA targets."""
+    known = {module.class_name for module in spec.adaptable} | set(spec.class_aliases)
+    factors = {"Attention": factor, "FeedForward": max(1, factor // 2)}
+    targets = {name: {"factor": value} for name, value in factors.items() if name in known}
+    preset: dict[str, Any] = {"target_module": list(targets), "module_algo_map": targets}
+    if not targets:
+        preset = {"target_name": list(spec.default_lora_targets), "use_fnmatch": True}
+    # 10000 is more than any layer has: LoKr then keeps its second matrix whole.
+    sizes = {"linear_dim": 10000, "linear_alpha": 1, "factor": factor}
+    return {"algo": "lokr", "multiplier": 1.0, **sizes, "apply_preset": preset}
+
+
+def nicknames(prompts: tuple[str, ...], known: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Names for files of prompts: those that `known` has, else their first words; each prompt once.
+
+    Args:
+        known: nickname -> prompt of a library that exists already.
+    """
+    taken = {prompt: nickname for nickname, prompt in (known or {}).items()}
+    library: dict[str, str] = {}
+    for prompt in dict.fromkeys(prompts):
+        words = "_".join(re.findall(r"\w+", prompt.lower())[:5])[:60] or "prompt"
+        number, nickname = 1, taken.get(prompt, words)
+        while prompt not in taken and (nickname in library or nickname in taken.values() or nickname == "validation"):
+            number += 1
+            nickname = f"{words}_{number}"
+        library[nickname] = prompt
+    return library
