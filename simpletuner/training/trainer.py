@@ -12,7 +12,10 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
+from torch import nn
+
 from simpletuner import storage
+from simpletuner.adapters.base import Adapter
 from simpletuner.adapters.build import build_adapter
 from simpletuner.config.loading import LoadedRun
 from simpletuner.data.dataset import Dataset
@@ -90,16 +93,7 @@ def build_run(loaded: LoadedRun, output_dir: Path, bus: EventBus, stop: StopRequ
 
     with phase(bus, "loading the denoiser"):
         denoiser = family.load_denoiser()
-        adapter = build_adapter(
-            denoiser,
-            family.spec,
-            model_type=config.model_type,
-            lora_type=config.lora_type,
-            lycoris=loaded.lycoris,
-            dtype=adapter_dtype(config),
-            seed=config.seed,
-            lycoris_file=str(loaded.lycoris_file) if loaded.lycoris_file else None,
-        )
+        adapter = attach_adapter(loaded, family, denoiser)
         for match in adapter.report:
             bus.emit(Notice("info", f"{match.entry} ({match.class_name}): {match.modules} modules"))
         denoiser.to(family.device)
@@ -131,6 +125,21 @@ def build_run(loaded: LoadedRun, output_dir: Path, bus: EventBus, stop: StopRequ
         load_checkpoint(run, resume_from)
         bus.emit(Notice("info", f"resumed {resume_from.name}: step {run.state.global_step} of {total_steps}"))
     return run
+
+
+def attach_adapter(loaded: LoadedRun, family: ModelFamily, denoiser: nn.Module) -> Adapter:
+    """What the configuration trains, attached to a denoiser; `simpletuner plan` gives it one without values."""
+    config = loaded.config
+    return build_adapter(
+        denoiser,
+        family.spec,
+        model_type=config.model_type,
+        lora_type=config.lora_type,
+        lycoris=loaded.lycoris,
+        dtype=adapter_dtype(config),
+        seed=config.seed,
+        lycoris_file=str(loaded.lycoris_file) if loaded.lycoris_file else None,
+    )
 
 
 def build_family(loaded: LoadedRun) -> ModelFamily:
