@@ -121,7 +121,7 @@ def shown_default(info: OptionInfo) -> str:
     """A default as it would stand in a file; words for "unset"."""
     if info.default is None:
         return "unset"
-    return ", ".join(info.default) if isinstance(info.default, tuple) else _plain(info.default)
+    return ", ".join(info.default) if isinstance(info.default, tuple) else _plain(info.default) or '""'
 
 
 def _plain(value: Any) -> str:

@@ -1,0 +1,66 @@
+"""Fills what pages of the documentation take from the code: tables of dataset keys, and whole files.
+
+A page marks such a place with `<!-- table: NAME -->` or `<!-- file: PATH -->` and ends it with `<!-- end -->`. A test
+compares, so a page cannot say other than the code does.
+
+    python scripts/fill_pages.py
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from simpletuner.config.datasets import dataset_options
+from simpletuner.config.options import OptionInfo
+from simpletuner.config.pages import options_markdown
+from simpletuner.config.reference import option_rows, planned_values_text
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = ROOT / "documentation"
+_MARK = re.compile(r"<!-- (table|file): (\S+) -->\n.*?<!-- end -->", re.DOTALL)
+_LANGUAGES = {".py": "python", ".json": "json", ".sh": "bash"}
+
+
+def fill(text: str) -> str:
+    """A page with its marked places filled anew; everything else as it is."""
+    return _MARK.sub(_filled, text)
+
+
+def _filled(match: re.Match[str]) -> str:
+    kind, name = match.groups()
+    content = table(name) if kind == "table" else file_block(name)
+    return f"<!-- {kind}: {name} -->\n{content}\n<!-- end -->"
+
+
+def table(name: str) -> str:
+    """Rows for `KIND` (built keys of that dataset type), `KIND/not-built` or `KIND/values-not-built`."""
+    kind, _, part = name.partition("/")
+    infos = list(dataset_options(kind).values())
+    if part == "values-not-built":
+        return values_table([info for info in infos if info.planned_values and not info.planned])
+    return "\n".join(option_rows(info for info in infos if bool(info.planned) == (part == "not-built")))
+
+
+def values_table(infos: list[OptionInfo]) -> str:
+    rows = [f"| `{info.name}` | {planned_values_text(info)} |" for info in infos]
+    return "\n".join(["| key | values |", "|---|---|", *rows])
+
+
+def file_block(path: str) -> str:
+    """A file of the repository as a code block."""
+    content = (ROOT / path).read_text(encoding="utf-8").rstrip("\n")
+    return f"```{_LANGUAGES[Path(path.removesuffix('.example')).suffix]}\n{content}\n```"
+
+
+def main() -> None:
+    (PAGES / "OPTIONS.md").write_text(options_markdown(), encoding="utf-8")
+    for page in sorted(PAGES.rglob("*.md")):
+        text = page.read_text(encoding="utf-8")
+        if fill(text) != text:
+            page.write_text(fill(text), encoding="utf-8")
+            print(f"filled {page.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,120 @@
+"""The pages say what the code does: filled places, links, anchors, and what is called not built."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from pathlib import Path
+
+import pytest
+
+from scripts.fill_pages import PAGES, ROOT, fill
+from simpletuner.config.datasets import PLANNED_DATASET_TYPES, dataset_options, dataset_types
+from simpletuner.config.options import OptionInfo, all_options, planned_options
+
+ALL = [*sorted(PAGES.rglob("*.md")), ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+# Where the quickstart that people come from links to.
+PROMISED = (
+    "OPTIONS.md#environment-configuration-variables",
+    "DATALOADER.md#caption_strategy",
+    "DREAMBOOTH.md#masked-loss",
+    "evaluation/EVAL_LOSS.md",
+    "INSTALL.md",
+    "TUTORIAL.md",
+)
+_FENCE = re.compile(r"^```.*?^```$", re.DOTALL | re.MULTILINE)
+_LINK = re.compile(r"(?<!!)\[[^\]]*\]\(([^)\s]+)\)")
+_NOT_BUILT = re.compile(r"<!-- not built: (.*?) -->")
+
+pages = pytest.mark.parametrize("page", ALL, ids=lambda page: str(page.relative_to(ROOT)))
+
+
+def anchor(heading: str) -> str:
+    """As GitHub makes them: lower case, blanks to dashes, letters, digits, dashes and underscores kept."""
+    plain = re.sub(r"[`*]|\[([^\]]*)\]\([^)]*\)", r"\1", heading).strip().lower()
+    kept = (char for char in plain if char in " -_" or unicodedata.category(char)[0] in "LN")
+    return "".join(kept).replace(" ", "-")
+
+
+def anchors(page: Path) -> set[str]:
+    text = _FENCE.sub("", page.read_text(encoding="utf-8"))
+    return {anchor(heading) for heading in re.findall(r"^#+ (.*)$", text, re.MULTILINE)}
+
+
+def leads_somewhere(page: Path, target: str) -> bool:
+    name, _, fragment = target.partition("#")
+    path = (page.parent / name).resolve() if name else page
+    return path.exists() and (not fragment or fragment in anchors(path))
+
+
+@pytest.mark.parametrize(
+    ("heading", "expected"),
+    [("caption_strategy", "caption_strategy"), ("5. Use the `adapter`", "5-use-the-adapter"), ("配方", "配方")],
+)
+def test_anchors_are_those_that_github_makes(heading: str, expected: str):
+    assert anchor(heading) == expected
+
+
+@pages
+def test_links_lead_somewhere(page: Path):
+    text = _FENCE.sub("", page.read_text(encoding="utf-8"))
+    targets = [target for target in _LINK.findall(text) if not re.match(r"[a-z]+:", target)]
+    assert [target for target in targets if not leads_somewhere(page, target)] == []
+
+
+@pytest.mark.parametrize("target", PROMISED)
+def test_the_places_that_the_quickstart_links_to_are_there(target: str):
+    assert leads_somewhere(PAGES / "any.md", target)
+
+
+@pages
+def test_filled_places_hold_what_the_code_says(page: Path):
+    text = page.read_text(encoding="utf-8")
+    assert text == fill(text), "write it anew: python scripts/fill_pages.py"
+
+
+def test_every_dataset_key_has_a_row():
+    text = (PAGES / "DATALOADER.md").read_text(encoding="utf-8")
+    for kind in dataset_types():
+        for key in dataset_options(kind):
+            assert f"| `{key}` |" in text, f"{key} of {kind}: write it anew: python scripts/fill_pages.py"
+
+
+def is_planned(claim: str) -> bool:
+    """Whether `KEY`, `KEY: VALUE`, `dataset: KEY` or `dataset: KEY: VALUE` is declared and not built."""
+    if claim.startswith("dataset: dataset_type: "):
+        return claim.removeprefix("dataset: dataset_type: ") in PLANNED_DATASET_TYPES
+    infos: dict[str, OptionInfo] = dict(all_options())
+    if claim.startswith("dataset: "):
+        claim, infos = claim.removeprefix("dataset: "), dict(dataset_options("image"))
+    key, _, value = claim.partition(": ")
+    return value in infos[key].planned_values if value else infos[key].planned is not None
+
+
+@pages
+def test_what_a_page_calls_not_built_is_refused(page: Path):
+    claims = [
+        claim.strip() for mark in _NOT_BUILT.findall(page.read_text(encoding="utf-8")) for claim in mark.split(";")
+    ]
+    assert [claim for claim in claims if not is_planned(claim)] == [], "it is built now: correct the page"
+
+
+def test_claims_are_read_as_they_are_written():
+    assert all(is_planned(name) for name in planned_options())
+    assert not is_planned("seed")
+    assert not is_planned("report_to: tensorboard")
+    assert not is_planned("dataset: repeats")
+    assert not is_planned("dataset: dataset_type: eval")
+
+
+def test_both_languages_of_the_quickstart_name_the_same_keys_files_and_gaps():
+    english, chinese = ((PAGES / "quickstart" / name).read_text("utf-8") for name in ("OMNIGEN.md", "OMNIGEN.zh.md"))
+    assert _NOT_BUILT.findall(english) == _NOT_BUILT.findall(chinese)
+    assert re.findall(r"<!-- file: \S+ -->", english) == re.findall(r"<!-- file: \S+ -->", chinese)
+    keys = [re.findall(r"^\| `(\w+)`", text, re.MULTILINE) for text in (english, chinese)]
+    assert keys[0] == keys[1]
+
+
+def test_the_worked_example_is_short():
+    files = [ROOT / "tests/families/auraflow" / name for name in ("spec.py", "family.py")]
+    assert sum(len(path.read_text().splitlines()) for path in files) < 150
