@@ -10,10 +10,12 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Literal
 
-CaptionStrategy = Literal["filename", "textfile", "instanceprompt"]
+CaptionStrategy = Literal["filename", "textfile", "table", "instanceprompt"]
 
 # A longer text file is not a caption: no text encoder reads more than a few thousand tokens.
 MAX_CAPTION_BYTES = 1_000_000
+# Between the variants that a row of a table gives: the control character made for this, since captions hold newlines.
+VARIANT_SEPARATOR = "\x1e"
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,8 @@ class CaptionRules:
     """How one dataset gets its captions.
 
     Args:
-        strategy: `filename`, `textfile` (a `.txt` beside the picture) or `instanceprompt`.
+        strategy: `filename`, `textfile` (a `.txt` beside the picture), `table` (the row that the picture comes from,
+            which the backend shows as such a file) or `instanceprompt`.
         instance_prompts: one prompt or several to draw from.
         only_instance_prompt: the instance prompts replace what the strategy finds.
         prepend_instance_prompt: an instance prompt and a space stand before what the strategy finds.
@@ -36,7 +39,7 @@ class CaptionRules:
 
     @property
     def reads_text_files(self) -> bool:
-        return self.strategy == "textfile" and not self.only_instance_prompt
+        return self.strategy in ("textfile", "table") and not self.only_instance_prompt
 
     @property
     def reads_file_names(self) -> bool:
@@ -55,6 +58,8 @@ def captions_of(path: str, text: str | None, rules: CaptionRules) -> tuple[str, 
     if rules.strategy == "filename":
         name = caption_from_name(path)
         found: Sequence[str] = [name] if name else []
+    elif rules.strategy == "table":
+        found = (text or "").split(VARIANT_SEPARATOR)
     else:
         found = caption_variants(text or "", rules.splits_lines)
     if rules.prepend_instance_prompt:

@@ -57,9 +57,10 @@ CREATE TABLE IF NOT EXISTS catalogue (
 _USABLE_PICTURES = """
 SELECT picture.id, picture.path, picture.digest, picture.height, picture.width, text.id, text.digest
 FROM files AS picture
-LEFT JOIN files AS text ON text.live AND text.is_text AND text.status = 'ok' AND text.stem = picture.stem
+LEFT JOIN files AS text ON text.live AND text.is_text AND text.status = 'ok'
+    AND text.stem IN (picture.stem, picture.path)
 WHERE picture.live AND NOT picture.is_text AND picture.status = 'ok'
-ORDER BY picture.path, text.path
+ORDER BY picture.path, text.stem != picture.path, text.path
 """
 # Named, since SQLite would otherwise walk all files to find none that failed.
 _FAILURES = "files INDEXED BY live_failures WHERE live AND status != 'ok'"
@@ -72,7 +73,7 @@ class Catalogue:
 
     Args:
         ids: row of each picture.
-        texts: row of the caption file with the picture's stem, -1 where there is none.
+        texts: row of the caption file (`a.png.txt`, else `a.txt`), -1 where there is none.
         heights: pixels, upright.
         widths: pixels, upright.
         is_named: whether the file's name gives a caption.
@@ -158,6 +159,21 @@ class Index:
         found = {row[0]: PictureRow(os.fsdecode(row[1]), row[2].hex(), row[3], row[4]) for row in rows}
         return [found[key] for key in ids]
 
+    def pictures_beside(self, paths: Sequence[bytes]) -> list[list[tuple[int, PictureRow]]]:
+        """For each path the usable pictures, with their rows, that are called so up to the extension."""
+        result = []
+        # A range of paths, which the index by path finds; what has further dots in its name is left out below.
+        query = "SELECT id, path, digest, height, width, stem FROM files WHERE live AND path > ? AND path < ?"
+        query += " AND NOT is_text AND status = 'ok' ORDER BY path"
+        with self._lock, self._explained():
+            for path in paths:
+                stem = os.path.splitext(path)[0]  # noqa: PTH122 - names are bytes, Path is text
+                rows = self._db.execute(query, [stem + b".", stem + b"/"])
+                result.append(
+                    [(r[0], PictureRow(os.fsdecode(r[1]), r[2].hex(), r[3], r[4])) for r in rows if r[5] == stem]
+                )
+        return result
+
     def texts(self, ids: Sequence[int]) -> list[str | None]:
         """Content of caption files, in the order of `ids`; None for -1."""
         rows = self._select("SELECT id, text FROM files WHERE id IN", sorted({key for key in ids if key >= 0}))
@@ -198,7 +214,7 @@ class Index:
         pictures, captions = hashlib.sha256(), hashlib.sha256()
         last = None
         for key, path, digest, height, width, text, text_digest in self._db.execute(_USABLE_PICTURES):
-            if key == last:  # a.txt and a.TXT: the first one counts
+            if key == last:  # a.png.txt, a.txt and a.TXT: the first one counts
                 continue
             last = key
             ids.append(key)

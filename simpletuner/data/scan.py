@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
-from simpletuner.data.backends.base import Backend, Folder, join
+from simpletuner.data.backends.base import Backend, Folder, UnusableFile, join
 from simpletuner.data.captions import MAX_CAPTION_BYTES, decode_caption
 from simpletuner.data.transforms import UNREAD_SUFFIXES, UnusablePicture, decoder_version, picture_size
 
@@ -90,7 +90,8 @@ def update_files(database: sqlite3.Connection, backend: Backend, progress: Progr
     known = {path: (key, listing) for key, path, listing in database.execute("SELECT id, path, listing FROM folders")}
     num_done = 0
     # Pillow warns of large pictures and odd metadata on stderr; the report says what matters.
-    with warnings.catch_warnings(), ThreadPoolExecutor(_num_threads(), thread_name_prefix="scan") as pool:
+    num_threads = backend.num_readers or _num_threads()
+    with warnings.catch_warnings(), ThreadPoolExecutor(num_threads, thread_name_prefix="scan") as pool:
         warnings.simplefilter("ignore")
         for folder in backend.folders():
             key, listing = known.pop(folder.path, (None, None))
@@ -180,7 +181,7 @@ def _look_at(backend: Backend, pool: ThreadPoolExecutor, tasks: Iterator[list[Fi
     pending: deque[Future[list[Finding]]] = deque()
     for files in tasks:
         pending.append(pool.submit(_look_at_each, backend, files))
-        if len(pending) >= 4 * _num_threads():
+        if len(pending) >= 4 * (backend.num_readers or _num_threads()):
             yield pending.popleft().result()
     while pending:
         yield pending.popleft().result()
@@ -200,6 +201,8 @@ def look_at(backend: Backend, file: FileState) -> Finding:
         return Finding(file, BROKEN, f"larger than {MAX_CAPTION_BYTES} bytes")
     try:
         data = backend.read(file.path)
+    except UnusableFile as error:
+        return Finding(file, BROKEN, str(error))
     except OSError as error:
         return Finding(file, UNREADABLE, f"cannot be read: {error.strerror or error}")
     digest = hashlib.sha256(data).digest()

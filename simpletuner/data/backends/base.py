@@ -6,7 +6,8 @@ only where a folder's digest differs from the one it remembers.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -44,12 +45,29 @@ class Folder:
     error: str | None = None
 
 
+class UnusableFile(OSError):
+    """What will be no picture and no caption however often it is read; `str` of it is the reason."""
+
+
 class Backend(Protocol):
-    """A tree of files that is only ever read."""
+    """A tree of files that is only ever read. Safe to use from several threads.
+
+    Tables (Parquet, CSV) are trees too: their captions are files named like the picture with `.txt` added.
+    """
 
     @property
     def location(self) -> str:
         """The root, as the user knows it."""
+        ...
+
+    @property
+    def identity(self) -> str:
+        """Names the tree: two backends of equal identity list the same files."""
+        ...
+
+    @property
+    def num_readers(self) -> int | None:
+        """Files worth reading at the same time; None where the number of cores decides."""
         ...
 
     def folders(self) -> Iterator[Folder]:
@@ -64,9 +82,23 @@ class Backend(Protocol):
         """Content of a file.
 
         Raises:
+            UnusableFile: it never can be.
             OSError: it cannot be read, or it changed while it was read.
         """
         ...
+
+
+def content_number(data: bytes) -> int:
+    """63 bits of a digest: stands for an inode in the signature of what is no file on a disk."""
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest()) >> 1
+
+
+def listing_digest(files: Iterable[FileStat]) -> bytes:
+    """Digest of a folder's listing, for backends whose listings are short or come in one order."""
+    digest = hashlib.blake2b(digest_size=16)
+    for file in files:
+        digest.update(b"%d %b %d %d %d %d " % (len(file.name), *file))
+    return digest.digest()
 
 
 def join(folder: bytes, name: bytes) -> bytes:

@@ -40,6 +40,8 @@ class LocalBackend:
     def __init__(self, root: str | Path):
         self._root = os.fsencode(Path(root).resolve())
         self.location = str(root)
+        self.identity = os.fsdecode(self._root)
+        self.num_readers = None
 
     def folders(self) -> Iterator[Folder]:
         pending, entered = [b""], set()
@@ -61,7 +63,7 @@ class LocalBackend:
     def files(self, folder: bytes) -> Iterator[FileStat]:
         with os.scandir(os.fsdecode(self._absolute(folder))) as entries:
             for entry in entries:
-                if _is_wanted(entry.name) and not entry.is_dir():
+                if is_wanted(entry.name) and not entry.is_dir():
                     yield _file_stat(entry)
 
     def read(self, path: bytes) -> bytes:
@@ -100,23 +102,24 @@ class LocalBackend:
         subfolders: list[bytes] = []
         with os.scandir(os.fsdecode(self._absolute(folder))) as entries:
             for entry in entries:
-                if not _is_wanted(entry.name) or entry.is_dir():
+                if not is_wanted(entry.name) or entry.is_dir():
                     if entry.is_dir() and not entry.name.startswith("."):
                         subfolders.append(os.fsencode(entry.name))
                     continue
                 names.append(entry.name)
-                numbers += _numbers(entry)
+                numbers += file_numbers(entry)
                 if len(names) == _CHUNK:
                     _update(digest, names, numbers)
         _update(digest, names, numbers)
         return digest.digest(), subfolders
 
 
-def _is_wanted(name: str) -> bool:
+def is_wanted(name: str) -> bool:
+    """Whether a file of this name is a picture or a caption file."""
     return name[name.rfind(".") :].lower() in _SUFFIXES and name[0] != "."
 
 
-def _numbers(entry: os.DirEntry[str]) -> tuple[int, int, int, int]:
+def file_numbers(entry: os.DirEntry[str] | Path) -> tuple[int, int, int, int]:
     """Size, mtime_ns, ctime_ns and inode, as in `FileStat`."""
     try:
         status = entry.stat()
@@ -130,7 +133,7 @@ def _numbers(entry: os.DirEntry[str]) -> tuple[int, int, int, int]:
 
 
 def _file_stat(entry: os.DirEntry[str]) -> FileStat:
-    return FileStat(os.fsencode(entry.name), *_numbers(entry))
+    return FileStat(os.fsencode(entry.name), *file_numbers(entry))
 
 
 def _update(digest: hashlib.blake2b, names: list[str], numbers: list[int]) -> None:

@@ -1,0 +1,112 @@
+"""Pictures on disk that a CSV file names, with captions from the same rows."""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from simpletuner.data.backends.base import FileStat, Folder, UnusableFile, content_number, join, listing_digest
+from simpletuner.data.backends.containment import is_url, path_inside
+from simpletuner.data.backends.local import CAPTION_SUFFIX, LocalBackend, file_numbers
+from simpletuner.data.captions import VARIANT_SEPARATOR
+from simpletuner.errors import DataError, Problem
+
+
+class CsvBackend:
+    """See `Backend`. The table is read once, when this is made.
+
+    Args:
+        table: the CSV file (tab-separated where it ends with .tsv), UTF-8, with a header.
+        root: folder that paths start from and may not leave.
+        dataset_id: named in errors, with the key.
+        file: data file that errors name.
+
+    Raises:
+        DataError: the table cannot be read, lacks a column, or names URLs.
+    """
+
+    def __init__(
+        self,
+        table: Path,
+        root: Path,
+        path_column: str,
+        caption_column: str,
+        dataset_id: str,
+        file: str | None = None,
+    ):
+        self.location = str(root)
+        self.identity = f"{table.resolve()} {root.resolve()} {path_column} {caption_column}"
+        self.num_readers = None
+        self._table, self._dataset_id, self._file = table, dataset_id, file
+        self._root = root
+        self._disk = LocalBackend(root)
+        self._captions: dict[bytes, bytes] = {}
+        self._refused: dict[bytes, str] = {}
+        self._folders: dict[bytes, list[bytes]] = defaultdict(list)
+        self._read_table(path_column, caption_column)
+
+    def folders(self) -> Iterator[Folder]:
+        for folder in sorted(self._folders):
+            yield Folder(folder, listing_digest(self.files(folder)))
+
+    def files(self, folder: bytes) -> Iterator[FileStat]:
+        for name in self._folders.get(folder, ()):
+            path = join(folder, name)
+            caption = self._captions.get(path + CAPTION_SUFFIX.encode())
+            if path in self._refused:
+                yield FileStat(name, 0, 0, 0, content_number(self._refused[path].encode()))
+            else:
+                yield FileStat(name, *file_numbers(self._root / os.fsdecode(path)))
+            if caption is not None:
+                yield FileStat(name + CAPTION_SUFFIX.encode(), len(caption), 0, 0, content_number(caption))
+
+    def read(self, path: bytes) -> bytes:
+        if path in self._captions:
+            return self._captions[path]
+        if path in self._refused:
+            raise UnusableFile(self._refused[path])
+        return self._disk.read(path)
+
+    def _read_table(self, path_column: str, caption_column: str) -> None:
+        captions: dict[bytes, dict[str, None]] = {}
+        try:
+            with self._table.open(encoding="utf-8-sig", newline="") as file:
+                rows = csv.DictReader(file, delimiter="\t" if self._table.suffix == ".tsv" else ",", strict=True)
+                header = [name.strip() for name in rows.fieldnames or ()]
+                rows.fieldnames = header
+                for key, column in (("filename_column", path_column), ("csv_caption_column", caption_column)):
+                    if column not in header:
+                        raise self._fault(key, f'there is no column "{column}"', header)
+                for row in rows:
+                    path = self._place(row[path_column] or "", rows.line_num)
+                    caption = (row[caption_column] or "").strip()
+                    captions.setdefault(path, {}).update({caption: None} if caption else {})
+        except (OSError, UnicodeDecodeError, csv.Error) as error:
+            raise self._fault("csv_file", f"cannot be read: {error}") from error
+        for path, variants in captions.items():
+            folder, _, name = path.rpartition(b"/") if path not in self._refused else (b"", b"", path)
+            self._folders[folder].append(name)
+            if variants:
+                self._captions[path + CAPTION_SUFFIX.encode()] = VARIANT_SEPARATOR.join(variants).encode()
+
+    def _place(self, name: str, line: int) -> bytes:
+        """A row's picture relative to the root; kept as it is written where it may not be read."""
+        if is_url(name):
+            message = f"line {line} names a URL; pictures are not downloaded"
+            raise self._fault("csv_file", message, fix="fetch the pictures, and write their paths into the table")
+        try:
+            path = path_inside(self._root, name)
+            if path.lower().endswith(CAPTION_SUFFIX.encode()):
+                raise UnusableFile("is a text file and no picture")
+        except UnusableFile as error:
+            path = name.encode() or b"(empty)"
+            self._refused[path] = str(error)
+        return path
+
+    def _fault(self, key: str, message: str, columns: Sequence[str] | None = None, fix: str | None = None) -> DataError:
+        allowed = f"one of its columns: {', '.join(columns)}" if columns is not None else None
+        message = f"{self._table}: {message}"
+        return DataError(Problem(message, key=f"{self._dataset_id}.{key}", file=self._file, allowed=allowed, fix=fix))
