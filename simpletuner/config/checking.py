@@ -65,7 +65,7 @@ def check_settings(
 
 
 def _fault_problem(info: OptionInfo, setting: Setting, fault: Mapping[str, Any], path: str) -> Problem:
-    kind, shown = fault["type"], show_value(setting.value)
+    kind, shown = fault["type"], "the value" if info.is_secret else show_value(setting.value)
     fix = None
     if kind in _BOUND_WORDS:
         message = f"{shown} is {_BOUND_WORDS[kind]}"

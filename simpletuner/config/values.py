@@ -9,7 +9,7 @@ import math
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, SecretStr
 
 TRUE_WORDS = ("true", "yes", "on", "1")
 FALSE_WORDS = ("false", "no", "off", "0")
@@ -75,6 +75,11 @@ def read_text(value: Any) -> Any:
     if not isinstance(value, str):
         raise ValueError("must be text")
     return value
+
+
+def read_secret(value: Any) -> Any:
+    """Text that is never shown; the fault of one does not show it either."""
+    return value if isinstance(value, SecretStr) else SecretStr(read_text(value))
 
 
 def read_words(value: Any) -> Any:
@@ -162,6 +167,7 @@ Bool = Annotated[bool, BeforeValidator(read_bool)]
 Int = Annotated[int, BeforeValidator(read_int)]
 Float = Annotated[float, BeforeValidator(read_float)]
 Text = Annotated[str, BeforeValidator(read_text)]
+Secret = Annotated[SecretStr, BeforeValidator(read_secret)]
 Sizes = Annotated[str, BeforeValidator(read_sizes)]
 FilePath = Annotated[Path, BeforeValidator(read_path)]
 Arguments = Annotated[dict[str, Any], BeforeValidator(read_arguments)]

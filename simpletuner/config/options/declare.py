@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, SecretStr
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
@@ -94,6 +94,11 @@ class OptionInfo:
         return self.default is REQUIRED
 
     @property
+    def is_secret(self) -> bool:
+        """Whether its value may never be shown."""
+        return annotation_holds(self.annotation, SecretStr)
+
+    @property
     def allowed(self) -> str:
         """What would be accepted, in words."""
         if self.choices:
@@ -110,7 +115,14 @@ class OptionInfo:
 
 def type_words(annotation: Any) -> str:
     """A type in words of a user."""
-    names = {bool: "true or false", int: "whole number", float: "number", str: "text", dict: "object"}
+    names = {
+        bool: "true or false",
+        int: "whole number",
+        float: "number",
+        dict: "object",
+        str: "text",
+        SecretStr: "text",
+    }
     if annotation in names:
         return names[annotation]
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
@@ -125,6 +137,11 @@ def type_words(annotation: Any) -> str:
     if origin is dict:
         return "object"
     return "path" if getattr(annotation, "__name__", "") == "Path" else "object"
+
+
+def annotation_holds(annotation: Any, kind: type) -> bool:
+    """Whether `kind` is somewhere inside a type."""
+    return annotation is kind or any(annotation_holds(part, kind) for part in typing.get_args(annotation))
 
 
 def literal_values(annotation: Any) -> tuple[str, ...]:
