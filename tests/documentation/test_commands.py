@@ -18,6 +18,8 @@ import pytest
 from scripts.fill_pages import PAGES, ROOT
 
 _BLOCK = re.compile(r"^```bash\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+# A console block that shows what a command prints: "$ command", then its output.
+_SHOWN = re.compile(r"^```console\n\$ (.*?)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 SHORT = {
     "MAX_TRAIN_STEPS": "2",
     "LR_WARMUP_STEPS": "0",
@@ -65,6 +67,16 @@ def test_the_commands_run(page: Path, clone: Path, omnigen_folder: Path):
         ["bash", "-c", script], cwd=clone, env=environment(omnigen_folder), capture_output=True, text=True, check=False
     )
     assert result.returncode == 0, f"{result.stdout[-3000:]}\n{result.stderr[-3000:]}"
+    for command, output in _SHOWN.findall(page.read_text(encoding="utf-8")):
+        shown = subprocess.run(
+            ["bash", "-c", f"{command} 2>&1"],
+            cwd=clone,
+            env=environment(omnigen_folder),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert shown.stdout == output
 
 
 @pytest.mark.parametrize("page", sorted(PAGES.rglob("*.md")), ids=lambda page: str(page.relative_to(PAGES)))

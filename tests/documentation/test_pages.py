@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import unicodedata
 from pathlib import Path
@@ -113,6 +114,24 @@ def test_both_languages_of_the_quickstart_name_the_same_keys_files_and_gaps():
     assert re.findall(r"<!-- file: \S+ -->", english) == re.findall(r"<!-- file: \S+ -->", chinese)
     keys = [re.findall(r"^\| `(\w+)`", text, re.MULTILINE) for text in (english, chinese)]
     assert keys[0] == keys[1]
+
+
+def texts_of(module: Path) -> list[str]:
+    """The texts in a module's code; docstrings are not messages."""
+    tree = ast.parse(module.read_text(encoding="utf-8"))
+    docstrings = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    constants = [node for node in ast.walk(tree) if isinstance(node, ast.Constant) and id(node) not in docstrings]
+    return [node.value for node in constants if isinstance(node.value, str)]
+
+
+def test_messages_that_troubleshooting_quotes_are_the_program_s():
+    """Quoted in bold, with `...` for what differs from case to case."""
+    text = (PAGES / "TROUBLESHOOTING.md").read_text(encoding="utf-8")
+    quoted = [message for line in re.findall(r"\*\*(\".*?)\*\*", text) for message in re.findall(r'"([^"]+)"', line)]
+    assert len(quoted) > 5
+    texts = [text for path in (ROOT / "simpletuner").rglob("*.py") for text in texts_of(path)]
+    parts = [part.strip(" .") for message in quoted for part in message.split("...") if part.strip(" .")]
+    assert [part for part in parts if not any(part in text for text in texts)] == []
 
 
 def test_the_worked_example_is_short():
