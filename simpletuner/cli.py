@@ -243,6 +243,63 @@ def check(
     run_check(loaded, print, output, pictures)
 
 
+@app.command(context_settings=PASS_ON, short_help="Memory, time and disk of a run before it starts.")
+def plan(
+    context: typer.Context,
+    probe: Annotated[
+        bool | None,
+        typer.Option(
+            "--probe/--no-probe", help="Time real steps; if not given, where that is cheap.", show_default=False
+        ),
+    ] = None,
+) -> None:
+    """Say what a run needs: simpletuner plan [example=NAME] [env=NAME] [--key=value ...]
+
+    Memory comes from the shapes of the model, which needs no accelerator; time from a few real steps.
+    """
+    loaded = _load(context)
+    from simpletuner.commands.plan import plan as run_plan
+
+    run_plan(loaded, print, probe)
+
+
+@app.command(context_settings=PASS_ON, short_help="Write the configuration, by questions on screens or by options.")
+def configure(
+    context: typer.Context,
+    goal: Annotated[str | None, typer.Option(help="subject, style or full.")] = None,
+    family: Annotated[str | None, typer.Option(help="Model family.")] = None,
+    flavour: Annotated[str | None, typer.Option(help="Published checkpoint of the family.")] = None,
+    model: Annotated[str | None, typer.Option(help="Model folder or hub id in place of the flavour's.")] = None,
+    data: Annotated[str | None, typer.Option(help="Folder with the pictures.")] = None,
+    eval_data: Annotated[str | None, typer.Option(help="Folder with pictures that are never trained on.")] = None,
+    regularisation_data: Annotated[str | None, typer.Option(help="Folder for prior preservation.")] = None,
+    captions: Annotated[str | None, typer.Option(help="filename, textfile or instanceprompt.")] = None,
+    instance_prompt: Annotated[str | None, typer.Option(help="What the subject is called.")] = None,
+    prompt: Annotated[list[str] | None, typer.Option(help="Validation prompt; may be given several times.")] = None,
+    output_dir: Annotated[str | None, typer.Option(help="Folder of the results.")] = None,
+    config: Annotated[Path | None, typer.Option(help="The config.json to make or edit.")] = None,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Existing files may be changed.")] = False,
+) -> None:
+    """Make or edit config.json and multidatabackend.json: simpletuner configure [env=NAME] [--goal ... --data ...]
+
+    Without options, screens ask for everything; with them, the same files are written at once. --key=value sets any
+    option of the run. In files that exist only what changes is rewritten.
+    """
+    from simpletuner.wizard import command
+
+    prompts = tuple(prompt) if prompt else None
+    folders = {"data": data, "eval_data": eval_data, "regularisation_data": regularisation_data}
+    words = {"captions": captions, "instance_prompt": instance_prompt, "prompts": prompts, "output_dir": output_dir}
+    chosen = {"goal": goal, "family": family, "flavour": flavour, "model": model, "config": config, "yes": yes}
+    given = command.Given(**chosen, **folders, **words, arguments=tuple(context.args))
+    config_file = command.run_configure(given, os.environ, Path.cwd(), print)
+    if config_file is not None:
+        from simpletuner.launch import load_arguments
+        from simpletuner.training.trainer import train as run_training
+
+        run_training(load_arguments((), os.environ, Path.cwd(), print, config_file))
+
+
 @examples_app.command("list")
 def list_examples() -> None:
     """List the shipped examples."""

@@ -1,0 +1,340 @@
+"""`simpletuner plan`: memory, time and disk of a run before it starts.
+
+Memory comes from the shapes of the real modules, not from a formula; time from real steps where they are cheap. What
+was not measured is said.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+from torch import nn
+
+from simpletuner.batch import PromptEmbeds
+from simpletuner.cache.fingerprints import vae_fingerprint
+from simpletuner.commands.check import cache_need, count_steps
+from simpletuner.commands.probe import Load, StepTimes, time_encoding, time_steps
+from simpletuner.commands.shapes import Activations, measure_activations, num_bytes, optimizer_bytes
+from simpletuner.commands.text import bytes_text, columns, count_text, duration_text, short_count
+from simpletuner.config.loading import LoadedRun
+from simpletuner.data.dataset import Dataset
+from simpletuner.data.datasets import build_datasets
+from simpletuner.data.digests import DigestMemo
+from simpletuner.models.components import make_empty_component
+from simpletuner.models.family import ModelFamily
+from simpletuner.optim.optimizers import build_optimizer
+from simpletuner.training.preflight import check_model_folder
+from simpletuner.training.trainer import attach_adapter, build_family
+
+Say = Callable[[str], None]
+
+# Beyond it a probe on a CPU takes minutes; an accelerator is always probed.
+CPU_PROBE_OPERATIONS = 2e12
+PROBED_LOADS = 3
+MAX_CAPTIONS = 2000
+
+
+@dataclass(frozen=True)
+class Row:
+    """One thing that takes room."""
+
+    name: str
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run needs.
+
+    Args:
+        parameters: of the denoiser.
+        trained: of them, or of the adapter.
+        memory: of the device while training, largest size.
+        other_activations: (what would change, bytes of the activations then).
+        available: bytes of the device's memory.
+        disk: that the run writes.
+        free_disk: bytes where it writes.
+        steps: optimizer steps of the run.
+        seconds: of all steps and of encoding; None where time was not measured.
+        notes: what was measured and what was not.
+    """
+
+    model: str
+    parameters: int
+    trained: int
+    memory: tuple[Row, ...]
+    other_activations: tuple[str, int]
+    available: int
+    disk: tuple[Row, ...]
+    free_disk: int
+    steps: int
+    seconds: tuple[float, float] | None
+    notes: tuple[str, ...]
+
+    @property
+    def memory_bytes(self) -> int:
+        return sum(row.num_bytes for row in self.memory)
+
+    @property
+    def disk_bytes(self) -> int:
+        return sum(row.num_bytes for row in self.disk)
+
+
+def plan(loaded: LoadedRun, say: Say, probe: bool | None = None) -> Plan:
+    """Work out and print what the run needs.
+
+    Args:
+        probe: whether steps are timed; None: where that is cheap.
+
+    Raises:
+        SimpleTunerError: what training would raise before it loads the denoiser.
+    """
+    result = make_plan(loaded, probe)
+    for line in plan_lines(result):
+        say(line)
+    return result
+
+
+def make_plan(loaded: LoadedRun, probe: bool | None = None) -> Plan:
+    check_model_folder(loaded)
+    config, family = loaded.config, build_family(loaded)
+    data_file = str(loaded.data_file) if loaded.data_file else None
+    datasets = build_datasets(loaded.datasets, config, family.spec, Path(config.cache_dir), data_file=data_file)
+    training = [dataset for dataset in datasets if dataset.kind == "image"]
+    steps = count_steps(loaded, training)
+    loads = count_loads(training, config.train_batch_size)
+    largest = max(loads, key=lambda load: load.height * load.width)
+
+    shapes = read_shapes(
+        loaded, family, largest, choose_prompts(family, training, config.train_batch_size, longest=True)
+    )
+    memory = memory_rows(loaded, family, shapes)
+    available = device_memory(family.device)
+    operations = 6 * shapes.num_parameters * shapes.activations.num_tokens
+    reason = why_no_probe(family, sum(row.num_bytes for row in memory), available, operations, probe)
+    missing = cache_needs(loaded, family, datasets)
+    notes, seconds = [f"memory is that of the largest size, {largest.width}x{largest.height}"], None
+    if reason:
+        notes.append(f"time was not measured: {reason}")
+    else:
+        typical = choose_prompts(family, training, config.train_batch_size, longest=False)
+        times = time_steps(loaded, family, [load for load, _ in loads.most_common(PROBED_LOADS)], typical)
+        common = loads.most_common(1)[0][0]
+        encode = time_encoding(family, common.height, common.width, config.vae_batch_size) if missing[0] else 0.0
+        seconds = (
+            seconds_per_step(loads, times, config.gradient_accumulation_steps) * steps.total,
+            encode * missing[0],
+        )
+        notes.append(f"time was measured on {family.device}, without validation, evaluation and checkpoints")
+        if times.peak_bytes is not None:
+            notes.append(f"the steps that were timed took {bytes_text(times.peak_bytes)} at most")
+    other = "without" if config.gradient_checkpointing else "with"
+    unused = shapes.activations.plain if config.gradient_checkpointing else shapes.activations.checkpointed
+    return Plan(
+        model=f"{family.spec.title}, {config.model_type}, {_name(family.dtype)} on {family.device}",
+        parameters=shapes.num_parameters,
+        trained=sum(parameter.numel() for parameter in shapes.trained.values()),
+        memory=tuple(memory),
+        other_activations=(f"{other} gradient_checkpointing", unused),
+        available=available,
+        disk=tuple(disk_rows(loaded, shapes, missing[1], steps.total)),
+        free_disk=free_disk(Path(config.output_dir)),
+        steps=steps.total,
+        seconds=seconds,
+        notes=tuple(notes),
+    )
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """What the modules of a run are like, without their values.
+
+    Args:
+        frozen_bytes: of the denoiser without the adapter.
+        trained: the parameters that are trained, on `meta`.
+        activations: at the largest size.
+        optimizer: bytes of the optimizer's state.
+    """
+
+    num_parameters: int
+    frozen_bytes: int
+    trained: dict[str, nn.Parameter]
+    trained_bytes: int
+    activations: Activations
+    optimizer: int
+
+
+def read_shapes(loaded: LoadedRun, family: ModelFamily, load: Load, embeds: Sequence[PromptEmbeds]) -> Shapes:
+    """Build denoiser and adapter on `meta` as training builds them, and run one step's forward pass there."""
+    config = loaded.config
+    computes_in = torch.float32 if config.mixed_precision == "no" else torch.bfloat16
+    empty = type(family)(family.spec, family.source, torch.device("meta"), family.dtype)
+    denoiser = empty.empty_denoiser()
+    count = sum(parameter.numel() for parameter in denoiser.parameters())
+    frozen = num_bytes((*denoiser.parameters(), *denoiser.buffers()))
+    with torch.device("meta"):
+        trained = attach_adapter(loaded, empty, denoiser).trainable_parameters()
+    is_full = config.model_type == "full"
+    trained_bytes = num_bytes(trained.values())
+    optimizer = optimizer_bytes(
+        trained, lambda tried: build_optimizer(config.optimizer, tried, config.model_dump(), config.seed)
+    )
+    for parameter in denoiser.parameters():
+        parameter.data = parameter.data.to(computes_in)
+    empty.dtype = computes_in
+    activations = measure_activations(empty, denoiser, load.height, load.width, embeds)
+    return Shapes(count, 0 if is_full else frozen, dict(trained), trained_bytes, activations, optimizer)
+
+
+def memory_rows(loaded: LoadedRun, family: ModelFamily, shapes: Shapes) -> list[Row]:
+    config = loaded.config
+    count = sum(parameter.numel() for parameter in shapes.trained.values())
+    kept = shapes.activations.checkpointed if config.gradient_checkpointing else shapes.activations.plain
+    rows = [
+        Row("frozen weights", shapes.frozen_bytes),
+        Row("trained weights", shapes.trained_bytes),
+        Row("gradients", shapes.trained_bytes),
+        Row(f"state of {config.optimizer}", shapes.optimizer),
+        Row("EMA, float32", 4 * count if config.use_ema else 0),
+        Row(f"activations{', checkpointed' * config.gradient_checkpointing}", kept),
+    ]
+    if config.mixed_precision == "bf16":
+        wide = [parameter for parameter in shapes.trained.values() if parameter.dtype == torch.float32]
+        rows.append(Row("bfloat16 copies of trained weights", 2 * sum(parameter.numel() for parameter in wide)))
+    if config.vae_cache_ondemand:
+        vae = make_empty_component(family.source, family.spec.component("vae"), torch.float32)
+        rows.append(Row("VAE, which stays for vae_cache_ondemand", num_bytes(vae.parameters())))
+    return [row for row in rows if row.num_bytes]
+
+
+def disk_rows(loaded: LoadedRun, shapes: Shapes, latent_bytes: int, total_steps: int) -> list[Row]:
+    """Latents to come, and as many checkpoints as exist at once: one more than are kept, while one is written."""
+    config = loaded.config
+    count = sum(parameter.numel() for parameter in shapes.trained.values())
+    ema = 4 * count + shapes.trained_bytes if config.use_ema else 0
+    checkpoint = shapes.trained_bytes + shapes.optimizer + ema
+    written = max(total_steps // config.checkpoint_step_interval, 1) if config.checkpoint_step_interval else 1
+    kept = min(written, (config.checkpoints_total_limit or written) + 1)
+    rows = [
+        Row("latents to be cached", latent_bytes),
+        Row(f"{count_text(kept, 'checkpoint')} of {bytes_text(checkpoint)}", kept * checkpoint),
+        Row("final weights", shapes.trained_bytes * (2 if config.use_ema else 1)),
+    ]
+    return [row for row in rows if row.num_bytes]
+
+
+def count_loads(training: Sequence[Dataset], batch_size: int) -> Counter[Load]:
+    """Kinds of micro-batch -> how many of them an epoch has, about."""
+    loads: Counter[Load] = Counter()
+    for dataset in training:
+        for (height, width), members in dataset.buckets.items():
+            batches = -(-len(members) * (dataset.repeats + 1) // batch_size)
+            loads[Load(height, width, dataset.is_regularisation)] += batches
+    return loads
+
+
+def choose_prompts(
+    family: ModelFamily, training: Sequence[Dataset], batch_size: int, longest: bool
+) -> list[PromptEmbeds]:
+    """Prompts of one micro-batch: the longest captions, or the middle ones."""
+    captions: list[str] = []
+    for dataset in training:
+        step = max(1, len(dataset.samples) * len(training) // MAX_CAPTIONS)
+        for position in range(0, len(dataset.samples), step):
+            captions += dataset.samples[position].captions
+    lengths = family.count_prompt_tokens(captions) or [len(caption) for caption in captions]
+    ordered = [caption for _, caption in sorted(zip(lengths, captions, strict=True), reverse=True)]
+    start = 0 if longest else max(0, len(ordered) // 2 - batch_size // 2)
+    chosen = ordered[start : start + batch_size]
+    return family.encode_prompts((chosen * batch_size)[:batch_size])
+
+
+def why_no_probe(family: ModelFamily, needed: int, available: int, operations: float, wanted: bool | None) -> str:
+    """Why no step is timed; empty where steps are timed."""
+    if wanted is not None:
+        return "" if wanted else "--no-probe"
+    if needed > 0.9 * available:
+        return f"the memory that is needed is not available on {family.device}"
+    if not family.source.is_local:
+        return "the weights are on the hub; --probe fetches them"
+    if family.device.type == "cpu" and operations > CPU_PROBE_OPERATIONS:
+        return (
+            f"a batch takes {operations / 1e12:,.0f} tera-operations, too many for a CPU; --probe does it all the same"
+        )
+    return ""
+
+
+def seconds_per_step(loads: Counter[Load], times: StepTimes, accumulation: int) -> float:
+    """Mean over an epoch; sizes that were not timed count by their pixels."""
+
+    def seconds(load: Load) -> float:
+        if load in times.micro_batch:
+            return times.micro_batch[load]
+        nearest = min(times.micro_batch, key=lambda known: abs(known.height * known.width - load.height * load.width))
+        factor = load.height * load.width / (nearest.height * nearest.width)
+        return times.micro_batch[nearest] * factor
+
+    mean = sum(seconds(load) * count for load, count in loads.items()) / loads.total()
+    return mean * accumulation + times.update
+
+
+def cache_needs(loaded: LoadedRun, family: ModelFamily, datasets: Sequence[Dataset]) -> tuple[int, int]:
+    """(pictures, bytes) of the latents that are not there yet, over all datasets."""
+    with DigestMemo(Path(loaded.config.cache_dir) / "digests.sqlite") as memo:
+        fingerprint = vae_fingerprint(family.source, family.spec, memo, family.device, torch.float32)
+    needs = [cache_need(loaded, family, dataset, fingerprint) for dataset in datasets]
+    return sum(need.num_missing for need in needs), sum(need.bytes_missing for need in needs)
+
+
+def device_memory(device: torch.device) -> int:
+    """Bytes that are available now."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available
+
+
+def free_disk(folder: Path) -> int:
+    """Bytes that are free where `folder` is, or will be."""
+    existing = next(parent for parent in (folder, *folder.parents) if parent.is_dir())
+    return shutil.disk_usage(existing).free
+
+
+def plan_lines(found: Plan) -> list[str]:
+    """For the terminal."""
+    share = f"{found.trained / found.parameters:.2%}" if found.parameters else "0 %"
+    lines = [
+        found.model,
+        f"  {short_count(found.parameters)} parameters, {short_count(found.trained)} trained ({share})",
+    ]
+    lines += [
+        "memory while training",
+        *_rows(found.memory, found.memory_bytes, f"{bytes_text(found.available)} available", found.available),
+    ]
+    name, other = found.other_activations
+    lines.append(f"  activations {name}: {bytes_text(other)}")
+    lines += ["disk", *_rows(found.disk, found.disk_bytes, f"{bytes_text(found.free_disk)} free", found.free_disk)]
+    lines.append("time")
+    if found.seconds is None:
+        lines.append(f"  {count_text(found.steps, 'step')}")
+    else:
+        training, encoding = found.seconds
+        each = f"{training / max(found.steps, 1):.3g} s each"
+        lines.append(f"  {count_text(found.steps, 'step')}, {each}: {duration_text(training)}")
+        lines.append(f"  encoding what is missing: {duration_text(encoding)}")
+    return lines + [f"  {note}" for note in found.notes]
+
+
+def _rows(rows: Sequence[Row], total: int, there: str, limit: int) -> list[str]:
+    verdict = "" if total <= limit else ": NOT ENOUGH"
+    table = [(bytes_text(row.num_bytes), row.name) for row in rows]
+    return columns([*table, (bytes_text(total), f"together; {there}{verdict}")])
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,119 @@
+"""Measured seconds of a training step and of encoding: the real weights, the real step, on pictures without content."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from simpletuner.adapters.base import Adapter
+from simpletuner.batch import PromptEmbeds
+from simpletuner.cache.encoding import BatchEncoder
+from simpletuner.commands.shapes import empty_batch
+from simpletuner.config.loading import LoadedRun
+from simpletuner.models.family import ModelFamily
+from simpletuner.optim.clipping import clip_by_norm
+from simpletuner.optim.optimizers import build_optimizer
+from simpletuner.training.step import compute_losses, draw_noise
+from simpletuner.training.trainer import attach_adapter
+
+TIMED_BATCHES = 2
+
+
+@dataclass(frozen=True)
+class Load:
+    """One kind of micro-batch: its size in pixels, and whether it is regularisation."""
+
+    height: int
+    width: int
+    is_regularisation: bool = False
+
+
+@dataclass(frozen=True)
+class StepTimes:
+    """What was measured.
+
+    Args:
+        micro_batch: seconds of forward and backward, by kind of batch.
+        update: seconds of clipping and optimizer.
+        peak_bytes: of the accelerator's memory; None on the CPU.
+    """
+
+    micro_batch: Mapping[Load, float]
+    update: float
+    peak_bytes: int | None
+
+
+def time_steps(
+    loaded: LoadedRun, family: ModelFamily, loads: Sequence[Load], embeds: Sequence[PromptEmbeds]
+) -> StepTimes:
+    """Take real steps on each kind of batch; the weights are thrown away afterwards.
+
+    Args:
+        embeds: the prompts of a micro-batch.
+    """
+    config = loaded.config
+    denoiser = family.load_denoiser()
+    adapter = attach_adapter(loaded, family, denoiser)
+    denoiser.to(family.device).train()
+    if config.gradient_checkpointing:
+        denoiser.enable_gradient_checkpointing()
+    parameters = adapter.trainable_parameters()
+    optimizer = build_optimizer(config.optimizer, parameters, config.model_dump(), config.seed)
+    if family.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(family.device)
+
+    def update() -> None:
+        clip_by_norm(list(parameters.values()), config.max_grad_norm or 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    micro_batch, update_seconds = {}, 0.0
+    for load in loads:
+        seconds = []
+        for index in range(1 + TIMED_BATCHES):
+            started = _now(family)
+            _forward_and_backward(loaded, family, denoiser, adapter, load, embeds)
+            middle = _now(family)
+            update()
+            if index:  # the first one warms up
+                seconds.append(middle - started)
+                update_seconds = _now(family) - middle
+        micro_batch[load] = min(seconds)
+    peak = torch.cuda.max_memory_allocated(family.device) if family.device.type == "cuda" else None
+    return StepTimes(micro_batch, update_seconds, peak)
+
+
+def time_encoding(family: ModelFamily, height: int, width: int, batch_size: int) -> float:
+    """Seconds per picture of the VAE alone, in batches of `batch_size`."""
+    encoder = BatchEncoder(family, family.load_vae(), batch_size)
+    pictures = [torch.zeros(3, height, width)] * batch_size
+    encoder.encode(pictures)
+    started = _now(family)
+    encoder.encode(pictures)
+    return (_now(family) - started) / batch_size
+
+
+def _forward_and_backward(
+    loaded: LoadedRun,
+    family: ModelFamily,
+    denoiser: torch.nn.Module,
+    adapter: Adapter,
+    load: Load,
+    embeds: Sequence[PromptEmbeds],
+) -> None:
+    batch = empty_batch(family, load.height, load.width, embeds)
+    batch = replace(batch, is_regularisation=load.is_regularisation)
+    quantiles = torch.full((len(batch),), 0.5, dtype=torch.float64)
+    is_autocast = loaded.config.mixed_precision != "no"
+    with torch.autocast(family.device.type, dtype=torch.bfloat16, enabled=is_autocast):
+        losses = compute_losses(family, denoiser, batch, draw_noise(batch, 0, 0), quantiles, adapter.disabled)
+    losses.weighted_sum.backward()
+
+
+def _now(family: ModelFamily) -> float:
+    if family.device.type == "cuda":
+        torch.cuda.synchronize(family.device)
+    return time.perf_counter()

@@ -1,0 +1,198 @@
+"""Memory of training from shapes alone: the real modules and the real step, on torch's `meta` device, without values.
+
+A forward pass on `meta` computes shapes only, in a second for a model of billions of parameters. What autograd keeps
+for the backward pass is counted as it is saved, block by block, so that one pass tells the need with and without
+gradient checkpointing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from simpletuner.batch import Batch, PromptEmbeds
+from simpletuner.models.family import ModelFamily
+from simpletuner.training.step import compute_losses
+
+# Weights that the optimizer is tried on: 8-bit optimizers keep small ones in full precision, so not too few.
+PROBED_WEIGHTS = 1 << 16
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Bytes that one micro-batch keeps between forward and backward.
+
+    Args:
+        plain: without gradient checkpointing.
+        checkpointed: with it: the input of each block, and the inside of one block at a time.
+        num_tokens: rows of the first block's input, all samples together.
+    """
+
+    plain: int
+    checkpointed: int
+    num_tokens: int
+
+
+def num_bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def empty_batch(family: ModelFamily, height: int, width: int, embeds: Sequence[PromptEmbeds]) -> Batch:
+    """A batch of latents without content for pictures of `height` x `width` pixels, on `family.device`."""
+    spec, count = family.spec, len(embeds)
+    shape = (count, spec.latent_channels, height // spec.vae_factor, width // spec.vae_factor)
+    return Batch(
+        latents=torch.zeros(shape, device=family.device),
+        prompt_embeds=list(embeds),
+        slots=list(range(count)),
+        digests=[""] * count,
+        loss_weights=torch.ones(count),
+        dataset_id="",
+    )
+
+
+def measure_activations(
+    family: ModelFamily, denoiser: nn.Module, height: int, width: int, embeds: Sequence[PromptEmbeds]
+) -> Activations:
+    """Count what a forward pass of the training step saves.
+
+    Args:
+        family: on the `meta` device, its dtype that of the computation.
+        denoiser: on `meta`, adapter attached, everything in the dtype of the computation.
+        embeds: the prompts of the micro-batch.
+    """
+    batch = empty_batch(family, height, width, embeds)
+    noise = torch.zeros_like(batch.latents)  # type: ignore[arg-type]
+    counter = SavedBytes(denoiser, family.spec.block_classes)
+    denoiser.train()
+    with counter, _FusedAttention():
+        compute_losses(family, denoiser, batch, noise, torch.full((len(batch),), 0.5, dtype=torch.float64))
+    outside = counter.saved.get(None, 0)
+    inside = [count for block, count in counter.saved.items() if block is not None]
+    return Activations(
+        plain=outside + sum(inside),
+        checkpointed=outside + sum(counter.inputs.values()) + max(inside, default=0),
+        num_tokens=counter.num_tokens,
+    )
+
+
+class SavedBytes:
+    """Context that counts the bytes which autograd saves, apart for each block; weights are not counted.
+
+    Attributes:
+        saved: block -> bytes saved while it ran; None -> outside of all blocks.
+        inputs: block -> bytes of the tensors that it was called with.
+        num_tokens: rows of the first block's input, over the batch.
+    """
+
+    def __init__(self, module: nn.Module, block_classes: Sequence[str]):
+        self.saved: dict[nn.Module | None, int] = {}
+        self.inputs: dict[nn.Module, int] = {}
+        self.num_tokens = 0
+        self._module = module
+        self._blocks = [child for child in module.modules() if type(child).__name__ in block_classes]
+        self._current: nn.Module | None = None
+        # Storages are held, so that none takes the identity of one that was freed.
+        self._seen: dict[int, Any] = {}
+
+    def __enter__(self) -> SavedBytes:
+        for tensor in (*self._module.parameters(), *self._module.buffers()):
+            self._is_new(tensor)
+        self._handles = [block.register_forward_pre_hook(self._enter_block) for block in self._blocks]
+        self._handles += [block.register_forward_hook(self._leave_block) for block in self._blocks]
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._count, lambda tensor: tensor)
+        self._hooks.__enter__()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._hooks.__exit__(*exc_info)
+        for handle in self._handles:
+            handle.remove()
+        self._seen.clear()
+
+    def _enter_block(self, block: nn.Module, inputs: tuple[Any, ...]) -> None:
+        self._current = block
+        tensors = [value for value in inputs if isinstance(value, Tensor)]
+        self.inputs[block] = num_bytes(tensors)
+        if not self.num_tokens and tensors:
+            self.num_tokens = tensors[0].shape[:-1].numel()
+
+    def _leave_block(self, *args: object) -> None:
+        self._current = None
+
+    def _count(self, tensor: Tensor) -> Tensor:
+        if self._is_new(tensor):
+            size = tensor.untyped_storage().nbytes()
+            self.saved[self._current] = self.saved.get(self._current, 0) + size
+        return tensor
+
+    def _is_new(self, tensor: Tensor) -> bool:
+        storage = tensor.untyped_storage()
+        if storage._cdata in self._seen:
+            return False
+        self._seen[storage._cdata] = storage
+        return True
+
+
+class _FusedAttention(TorchFunctionMode):
+    """Attention as the fused kernels of accelerators keep it: inputs, output and one number per query.
+
+    On `meta` torch would take it apart into products, and count a matrix of all pairs of tokens.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is not nn.functional.scaled_dot_product_attention:
+            return func(*args, **kwargs)
+        names = ("query", "key", "value")
+        given = dict(zip(names, args, strict=False)) | kwargs
+        return _FusedShapes.apply(*(given[name] for name in names))
+
+
+class _FusedShapes(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        output = query.new_empty(*query.shape[:-1], value.shape[-1])
+        sums = query.new_empty(query.shape[:-1], dtype=torch.float32)
+        ctx.save_for_backward(query, key, value, output, sums)
+        return output
+
+
+def optimizer_bytes(parameters: Mapping[str, nn.Parameter], make_optimizer: Any) -> int:
+    """What the optimizer keeps for `parameters`: measured on a few of their shapes and scaled up.
+
+    Args:
+        parameters: on any device, `meta` too.
+        make_optimizer: parameters by name -> the optimizer.
+    """
+    total = sum(parameter.numel() for parameter in parameters.values())
+    if not total:
+        return 0
+    tried: dict[str, nn.Parameter] = {}
+    for name, parameter in sorted(parameters.items(), key=lambda item: -item[1].numel()):
+        shape = _cut_shape(parameter.shape)
+        tried[name] = nn.Parameter(torch.zeros(shape, dtype=parameter.dtype))
+        if len(tried) == 4:
+            break
+    optimizer = make_optimizer(tried)
+    for parameter in tried.values():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    kept = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
+    return round(num_bytes(kept) * total / sum(parameter.numel() for parameter in tried.values()))
+
+
+def _cut_shape(shape: torch.Size) -> list[int]:
+    """`shape` with its longest sides halved until it has no more than `PROBED_WEIGHTS` elements."""
+    sides = list(shape)
+    while torch.Size(sides).numel() > PROBED_WEIGHTS:
+        longest = sides.index(max(sides))
+        sides[longest] = -(-sides[longest] // 2)
+    return sides

@@ -1,0 +1,174 @@
+"""`simpletuner plan` against what really happens in tiny runs: weights, saved tensors, optimizer, checkpoints."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import nn
+
+from simpletuner.commands import plan as planning
+from simpletuner.commands.probe import Load
+from simpletuner.commands.shapes import empty_batch, optimizer_bytes
+from simpletuner.commands.text import bytes_text, duration_text, short_count
+from simpletuner.optim.optimizers import build_optimizer
+from simpletuner.training.step import compute_losses
+from simpletuner.training.trainer import attach_adapter, build_family
+from tests.runs import load_here, train_here, write_run
+
+# Of the released OmniGen, whose shapes these are.
+RELEASED = {
+    "hidden_size": 3072,
+    "num_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "intermediate_size": 8192,
+    "vocab_size": 32064,
+    "pos_embed_max_size": 192,
+    "time_step_dim": 256,
+    "rope_scaling": {"type": "su", "short_factor": [1.0] * 48, "long_factor": [3.0] * 48},
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path, omnigen_folder: Path) -> Path:
+    return write_run(tmp_path / "run", omnigen_folder)
+
+
+def tensor_bytes(paths) -> int:
+    total = 0
+    for path in paths:
+        with safe_open(path, "pt") as file:
+            total += sum(file.get_tensor(name).nbytes for name in file.keys())  # noqa: SIM118 - not a dict
+    return total
+
+
+def rows(found) -> dict[str, int]:
+    return {row.name: row.num_bytes for row in (*found.memory, *found.disk)}
+
+
+def test_weights_are_counted_from_shapes_alone(folder, omnigen_folder, monkeypatch):
+    monkeypatch.setattr("simpletuner.models.omnigen.family.OmniGen.load_denoiser", lambda self: pytest.fail("loaded"))
+    found = planning.make_plan(load_here(folder), probe=False)
+    in_file = tensor_bytes((omnigen_folder / "transformer").glob("*.safetensors"))
+    assert in_file <= rows(found)["frozen weights"] < in_file + 64  # and a small buffer that is not saved
+    assert found.parameters < rows(found)["frozen weights"] / 4  # the table of positions is no parameter
+
+
+def test_a_checkpoint_is_as_large_as_planned(folder):
+    arguments = ("--use_ema=true", "--max_train_steps=2")
+    found = planning.make_plan(load_here(folder, *arguments), probe=False)
+    output = train_here(folder, *arguments)
+    [planned] = [name for name in rows(found) if "checkpoint" in name]
+    [checkpoint] = output.glob("checkpoint-*")
+    written = tensor_bytes(checkpoint.rglob("*.safetensors"))
+    # Alphas and step counters are in the file and not among the trained weights.
+    assert rows(found)[planned] == pytest.approx(written, rel=0.02)
+    assert planned.startswith("1 checkpoint of")
+    assert rows(found)["trained weights"] * 2 == rows(found)["final weights"]
+
+
+@pytest.mark.parametrize("is_checkpointed", [False, True])
+def test_activations_from_shapes_are_those_that_a_real_pass_saves(folder, is_checkpointed):
+    loaded = load_here(folder)
+    family = build_family(loaded)
+    load, embeds = Load(64, 64), family.encode_prompts(["a short one", "a somewhat longer caption"])
+    planned = planning.read_shapes(loaded, family, load, embeds).activations
+
+    denoiser = family.load_denoiser()
+    attach_adapter(loaded, family, denoiser)
+    denoiser.train()
+    if is_checkpointed:
+        denoiser.enable_gradient_checkpointing()
+    weights = {tensor.untyped_storage().data_ptr() for tensor in (*denoiser.parameters(), *denoiser.buffers())}
+    saved: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in weights:
+            saved[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    batch = empty_batch(family, 64, 64, embeds)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        compute_losses(family, denoiser, batch, torch.zeros(2, 4, 8, 8), torch.full((2,), 0.5, dtype=torch.float64))
+    real = sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
+    if not is_checkpointed:
+        assert planned.plain == pytest.approx(real, rel=0.05)
+    else:  # a real pass keeps the blocks' inputs outside of these hooks, and the inside of a block only later
+        assert real < planned.checkpointed < planned.plain
+
+
+@pytest.mark.parametrize("name", ["adamw", "adamw_bf16"])
+def test_the_state_of_the_optimizer_is_what_it_keeps(name):
+    parameters = {f"p{i}": nn.Parameter(torch.zeros(shape)) for i, shape in enumerate([(64, 48), (64,), (3, 700, 300)])}
+    dtype = torch.bfloat16 if name == "adamw_bf16" else torch.float32
+    parameters = {key: nn.Parameter(value.detach().to(dtype)) for key, value in parameters.items()}
+    planned = optimizer_bytes(parameters, lambda tried: build_optimizer(name, tried, {}, 0))
+    optimizer = build_optimizer(name, parameters, {}, 0)
+    for parameter in parameters.values():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    kept = sum(v.nbytes for state in optimizer.state.values() for v in state.values() if isinstance(v, torch.Tensor))
+    assert planned == pytest.approx(kept, rel=0.01)
+
+
+def test_a_model_of_billions_is_planned_without_its_weights(folder, tmp_path, omnigen_folder):
+    model = shutil.copytree(omnigen_folder, tmp_path / "released")
+    config = json.loads((model / "transformer/config.json").read_text())
+    (model / "transformer/config.json").write_text(json.dumps(config | RELEASED))
+    for weights in (model / "transformer").glob("*.safetensors"):
+        weights.unlink()
+    arguments = [f"--pretrained_model_name_or_path={model}", "--mixed_precision=bf16", "--resolution=1024"]
+    found = planning.make_plan(load_here(folder, *arguments))
+    assert found.parameters == 3_762_072_592
+    assert rows(found)["frozen weights"] == pytest.approx(2 * (found.parameters + 192 * 192 * 3072), rel=1e-6)
+    assert found.seconds is None
+    assert any("time was not measured" in note for note in found.notes)
+
+
+def test_where_a_step_is_cheap_it_is_measured_and_nothing_is_written(folder):
+    said: list[str] = []
+    found = planning.plan(load_here(folder), said.append)
+    assert found.seconds is not None
+    assert all(0 < seconds < 600 for seconds in found.seconds)
+    assert not (folder / "output").exists()
+    text = "\n".join(said)
+    assert "8 steps" in text
+    assert "time was measured on cpu" in text
+    assert "time was not measured: --no-probe" in "\n".join(
+        planning.plan_lines(planning.make_plan(load_here(folder), probe=False))
+    )
+
+
+def test_full_training_trains_every_parameter(folder):
+    data = json.loads((folder / "multidatabackend.json").read_text())[:1]
+    (folder / "multidatabackend.json").write_text(json.dumps(data))
+    config = json.loads((folder / "config.json").read_text()) | {"model_type": "full"}
+    del config["lycoris_config"]
+    (folder / "config.json").write_text(json.dumps(config))
+    found = planning.make_plan(load_here(folder), probe=False)
+    assert found.trained == found.parameters > 0
+    assert "frozen weights" not in rows(found)
+
+
+def test_numbers_read_well():
+    assert [bytes_text(n) for n in (0, 1023, 1536, 7.5 * 2**30, 2**41)] == [
+        "0 bytes",
+        "1023 bytes",
+        "1.5 KiB",
+        "7.5 GiB",
+        "2.0 TiB",
+    ]
+    assert [duration_text(n) for n in (4.24, 42, 250, 12000, 187200, 3600)] == [
+        "4.2 s",
+        "42 s",
+        "4 min 10 s",
+        "3 h 20 min",
+        "2 d 4 h",
+        "1 h",
+    ]
+    assert [short_count(n) for n in (12, 45e3, 3.762e9)] == ["12", "45.00 k", "3.76 B"]
