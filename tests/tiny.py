@@ -16,7 +16,11 @@ HEAD_SIZE = 8
 
 
 def tiny_omnigen_transformer(
-    hidden_size: int = 32, num_layers: int = 2, original_max_position_embeddings: int = 4096, seed: int = 0
+    hidden_size: int = 32,
+    num_layers: int = 2,
+    original_max_position_embeddings: int = 4096,
+    seed: int = 0,
+    pos_embed_max_size: int = 16,
 ) -> OmniGenTransformer2DModel:
     """A stock transformer with random weights, its short and long rotary factors far apart."""
     torch.manual_seed(seed)
@@ -32,7 +36,7 @@ def tiny_omnigen_transformer(
         max_position_embeddings=131072,
         original_max_position_embeddings=original_max_position_embeddings,
         rope_scaling={"type": "su", "short_factor": [1.0 + 0.1 * i for i in range(half)], "long_factor": [3.0] * half},
-        pos_embed_max_size=16,
+        pos_embed_max_size=pos_embed_max_size,
         time_step_dim=32,
     ).eval()
 
@@ -58,9 +62,10 @@ def omnigen_scheduler() -> FlowMatchEulerDiscreteScheduler:
     return FlowMatchEulerDiscreteScheduler(invert_sigmas=True, num_train_timesteps=1)
 
 
-def tiny_omnigen_folder(path: Path, hidden_size: int = 32, num_layers: int = 2) -> Path:
+def tiny_omnigen_folder(path: Path, hidden_size: int = 32, num_layers: int = 2, pos_embed_max_size: int = 16) -> Path:
     """Write an OmniGen in diffusers layout (transformer, vae, scheduler, tokenizer) into `path`; returns it."""
-    tiny_omnigen_transformer(hidden_size, num_layers).save_pretrained(path / "transformer")
+    transformer = tiny_omnigen_transformer(hidden_size, num_layers, pos_embed_max_size=pos_embed_max_size)
+    transformer.save_pretrained(path / "transformer")
     tiny_vae().save_pretrained(path / "vae")
     omnigen_scheduler().save_pretrained(path / "scheduler")
     shutil.copytree(GOLDEN / "omnigen" / "tokenizer", path / "tokenizer")

@@ -112,7 +112,7 @@ def build_run(loaded: LoadedRun, output_dir: Path, bus: EventBus, stop: StopRequ
         lr_factor=build_lr_factor(loaded, total_steps),
         ema=EMA(parameters, config.ema_decay, config.ema_update_interval) if config.use_ema else None,
         batches=build_batches(loaded, family, training, sources, sampler),
-        evaluator=build_evaluator(loaded, family, datasets, sources, bus),
+        evaluator=build_evaluator(loaded, family, datasets, sources),
         validator=build_validator(loaded, family, output_dir, bus),
         checkpoints=checkpoints,
         bus=bus,
@@ -186,15 +186,13 @@ def build_batches(
 
 
 def build_evaluator(
-    loaded: LoadedRun, family: ModelFamily, datasets: Sequence[Dataset], sources: LatentSources, bus: EventBus
+    loaded: LoadedRun, family: ModelFamily, datasets: Sequence[Dataset], sources: LatentSources
 ) -> Evaluator | None:
-    """None where there is nothing to evaluate; an interval without an eval dataset is said once and is no error."""
+    """None where there is nothing to evaluate; an interval without an eval dataset is told by `config/rules.py`."""
     config = loaded.config
     held_out = [dataset for dataset in datasets if dataset.kind == "eval"]
-    if config.eval_loss_disable or not (config.eval_steps_interval or config.eval_epoch_interval):
-        return None
-    if not held_out:
-        bus.emit(Notice("info", "eval_steps_interval is set, but no dataset has dataset_type eval: no eval loss"))
+    is_wanted = (config.eval_steps_interval or config.eval_epoch_interval) and not config.eval_loss_disable
+    if not is_wanted or not held_out:
         return None
     return Evaluator(family, held_out, sources, config.num_eval_images, config.eval_timesteps, config.train_batch_size)
 
