@@ -20,7 +20,7 @@ Goal = Literal["subject", "style", "full"]
 GOALS: Mapping[Goal, str] = {
     "subject": "one person, animal or thing, from a few pictures",
     "style": "a way of drawing or photographing, from captioned pictures",
-    "full": "train the whole model instead of an adapter: many pictures, much memory",
+    "full": "the whole model, no adapter: many pictures, much memory",
 }
 NO_EDIT = "pairs of pictures (before, after) are not set up here"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from simpletuner.launch import chosen_environment, split_arguments
 from simpletuner.models.registry import get_spec
 from simpletuner.wizard.answers import Answers, read_goal
 from simpletuner.wizard.files import diff_lines, judge, save, start_command, texts_for
-from simpletuner.wizard.hardware import Hardware
+from simpletuner.wizard.hardware import Hardware, detect_hardware
 from simpletuner.wizard.project import ANSWERED, Project, open_project, typed_options
 
 USUAL_PLACE = Path("config/config.json")
@@ -52,6 +53,33 @@ class Given:
         answers = (self.goal, self.family, self.flavour, self.model, self.data, self.eval_data, self.captions)
         more = (self.regularisation_data, self.instance_prompt, self.prompts, self.output_dir, *options)
         return self.yes or any(answer is not None for answer in (*answers, *more))
+
+
+def run_configure(
+    given: Given, environment: Mapping[str, str], working_dir: Path, say: Callable[[str], None]
+) -> Path | None:
+    """Ask on screens, or write at once what the command line says; the config.json where the run is to be started.
+
+    Raises:
+        ConfigError: see `find_project` and `configure_without_screens`; or there is neither an answer nor a terminal.
+    """
+    project = find_project(given, environment, working_dir, detect_hardware())
+    if given.has_answers:
+        configure_without_screens(project, given, say)
+        return None
+    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+        message, fix = (
+            "there is no terminal to ask on",
+            "give at least --goal and --data, see `simpletuner configure -h`",
+        )
+        raise ConfigError(Problem(message, fix=fix))
+    from simpletuner.wizard.app import Wizard
+
+    wizard = Wizard(project)
+    outcome = wizard.run()
+    if outcome == "saved":
+        say(f"saved; start with: {start_command(wizard.project)}")
+    return wizard.project.places.config if outcome == "start" else None
 
 
 def find_project(given: Given, environment: Mapping[str, str], working_dir: Path, hardware: Hardware) -> Project:

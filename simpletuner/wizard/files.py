@@ -21,7 +21,7 @@ from simpletuner.models.registry import get_spec
 from simpletuner.storage import write_bytes
 from simpletuner.wizard.answers import Answers
 from simpletuner.wizard.plan import Plan, make_plan, nicknames
-from simpletuner.wizard.project import ANSWERED, Project
+from simpletuner.wizard.project import ANSWERED, Project, open_project
 
 _HEAD = "`simpletuner options KEY` explains a key, `simpletuner configure` asks again."
 _HEADINGS: Mapping[str, tuple[str, ...]] = {
@@ -86,8 +86,8 @@ def texts_for(project: Project, answers: Answers) -> dict[Path, str]:
 
 
 def diff_lines(project: Project, texts: Mapping[Path, str]) -> Iterator[str]:
-    """What saving would change, as a unified diff."""
-    for path, text in texts.items():
+    """What saving would change, as a unified diff; config.json first."""
+    for path, text in sorted(texts.items(), key=lambda item: item[0] != project.places.config):
         before, name = project.texts.get(path), project.places.shown(path)
         yield from difflib.unified_diff(
             before.splitlines() if before is not None else [],
@@ -114,7 +114,7 @@ def judge(project: Project, texts: Mapping[Path, str], answers: Answers) -> Verd
 
 
 def save(project: Project, texts: Mapping[Path, str], answers: Answers) -> Project:
-    """Write the files, config.json last; the project as it is then.
+    """Write the files, config.json last; the project as it is then, from which further answers are compared.
 
     Raises:
         ConfigError: a file is not what it was when it was opened.
@@ -131,7 +131,8 @@ def save(project: Project, texts: Mapping[Path, str], answers: Answers) -> Proje
         except OSError as error:
             raise DataError(Problem(f"cannot be made: {error.strerror}", file=str(path.parent))) from error
         write_bytes(path, text.encode())
-    return replace(project, texts={**project.texts, **texts}, answers=answers)
+    saved = open_project(project.places.config, project.places.working_dir, answers.hardware)
+    return replace(saved, answers=answers)
 
 
 def start_command(project: Project) -> str:

@@ -33,9 +33,9 @@ class Hardware:
     num_devices: int = 1
 
     def __str__(self) -> str:
-        machine = f"{self.ram_bytes / GIB:.0f} GiB of main memory, {self.cores} cores"
         if self.device == "cpu":
-            return f"no accelerator found: training runs on the processor ({machine})"
+            return f"no accelerator; the processor trains, with {self.ram_bytes / GIB:.0f} GiB and {self.cores} cores"
+        machine = f"{self.ram_bytes / GIB:.0f} GiB of main memory, {self.cores} cores"
         count = f"{self.num_devices} x " if self.num_devices > 1 else ""
         return f"{count}{self.name}, {self.device_bytes / GIB:.0f} GiB; {machine}"
 

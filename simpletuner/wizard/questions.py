@@ -5,7 +5,7 @@ Most questions are options of config.json or keys of a dataset; their help, choi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -14,11 +14,15 @@ from simpletuner.config.datasets import ImageDataset, dataset_options
 from simpletuner.config.json_writer import json_text
 from simpletuner.config.layers import Origin, Setting
 from simpletuner.config.options import OptionInfo, all_options
+from simpletuner.config.reference import shown_default
 from simpletuner.models.registry import family_names, get_spec
 from simpletuner.wizard.answers import GOALS, Answers
 from simpletuner.wizard.plan import Plan
 from simpletuner.wizard.project import typed_options
 from simpletuner.wizard.proposals import proposed_prompts
+
+# Choices that need further keys, which are written by hand.
+_NEED_MORE = ("csv", "parquet", "huggingface", "webshart")
 
 Kind = Literal["list", "choice", "yes_no", "text", "lines", "folder"]
 Choices = Sequence[tuple[str, str]]
@@ -94,6 +98,10 @@ def option_question(name: str, label: str) -> Question:
     return _declared(info, name, label, read, write)
 
 
+def _options(labels: Mapping[str, str]) -> tuple[Question, ...]:
+    return tuple(option_question(name, label) for name, label in labels.items())
+
+
 def dataset_question(name: str, label: str) -> Question:
     """Ask for a key of the pictures' entry in the data file."""
     info = dataset_options("image")[name]
@@ -127,10 +135,10 @@ def _declared(
     write: Callable[[Answers, Any], Answers],
 ) -> Question:
     kind: Kind = "choice" if info.choices else "yes_no" if info.type_name == "true or false" else "text"
-    facts = [f"allowed: {info.allowed}"] if kind == "text" else []
+    facts = [f"allowed: {info.allowed}"] if kind == "text" and info.type_name not in ("list", "text") else []
     facts += [f"in {info.unit}"] if info.unit else []
-    facts += [f"default: {shown(info.default)}"] if info.default not in (None, ..., "") else []
-    choices = tuple((value, value) for value in info.choices)
+    facts += [f"default: {shown_default(info)}"] if info.default not in (None, ..., "") else []
+    choices = tuple((value, value) for value in info.choices if value not in _NEED_MORE)
     return Question(name, label, info.help, kind, read, write, lambda answers: choices, "; ".join(facts))
 
 
@@ -246,9 +254,9 @@ def pages() -> tuple[Page, ...]:
                 _field_question("regularisation_pictures", "Regularisation", _REGULARISATION_HELP, "folder"),
             ),
         ),
-        Page("Training", lambda answers: f"This machine: {answers.hardware}", _TRAINING),
-        Page("Validation", lambda answers: "What shall be drawn while it learns?", (PROMPTS, *_VALIDATION)),
-        Page("Tracking", lambda answers: "Where does it go?", _TRACKING),
+        Page("Training", lambda answers: f"This machine: {answers.hardware}", (*_options(_TRAINING), FACTOR)),
+        Page("Validation", lambda answers: "What shall be drawn while it learns?", (PROMPTS, *_options(_VALIDATION))),
+        Page("Tracking", lambda answers: "Where does it go?", _options(_TRACKING)),
     )
 
 
@@ -262,36 +270,27 @@ _REGULARISATION_HELP = (
     "Folder with other pictures of the same kind, on which the model is kept as it is (prior preservation). May be "
     "empty; full training takes none."
 )
-_TRAINING = tuple(
-    option_question(name, label)
-    for name, label in {
-        "mixed_precision": "Precision",
-        "base_model_precision": "Base model",
-        "gradient_checkpointing": "Checkpointing",
-        "train_batch_size": "Batch size",
-        "gradient_accumulation_steps": "Accumulation",
-        "optimizer": "Optimizer",
-        "learning_rate": "Learning rate",
-        "max_train_steps": "Steps",
-        "use_ema": "EMA",
-    }.items()
-) + (FACTOR,)
-_VALIDATION = tuple(
-    option_question(name, label)
-    for name, label in {
-        "validation_step_interval": "Every",
-        "validation_resolution": "Size",
-        "validation_num_inference_steps": "Sampling steps",
-        "validation_guidance": "Guidance",
-    }.items()
-)
-_TRACKING = tuple(
-    option_question(name, label)
-    for name, label in {
-        "output_dir": "Output folder",
-        "checkpoint_step_interval": "Save every",
-        "checkpoints_total_limit": "Checkpoints kept",
-        "report_to": "Tracker",
-        "tracker_run_name": "Name of the run",
-    }.items()
-)
+_TRAINING = {
+    "mixed_precision": "Precision",
+    "base_model_precision": "Base model",
+    "gradient_checkpointing": "Checkpointing",
+    "train_batch_size": "Batch size",
+    "gradient_accumulation_steps": "Accumulation",
+    "optimizer": "Optimizer",
+    "learning_rate": "Learning rate",
+    "max_train_steps": "Steps",
+    "use_ema": "EMA",
+}
+_VALIDATION = {
+    "validation_step_interval": "Draw every",
+    "validation_resolution": "Size",
+    "validation_num_inference_steps": "Sampling steps",
+    "validation_guidance": "Guidance",
+}
+_TRACKING = {
+    "output_dir": "Output folder",
+    "checkpoint_step_interval": "Save every",
+    "checkpoints_total_limit": "Checkpoints kept",
+    "report_to": "Tracker",
+    "tracker_run_name": "Name of the run",
+}

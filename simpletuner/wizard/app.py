@@ -1,0 +1,262 @@
+"""The screens of `simpletuner configure`: a page for each group of questions, and one that shows the files.
+
+The screens only draw: what is asked is in `questions.py`, what follows from answers in `plan.py` and `files.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Literal
+
+from rich.markup import escape
+from textual import events, on, work
+from textual.app import App, ComposeResult
+from textual.binding import Binding
+from textual.containers import VerticalScroll
+from textual.widgets import ContentSwitcher, Footer, Input, Static
+from textual.worker import get_current_worker
+
+from simpletuner.errors import SimpleTunerError
+from simpletuner.wizard.command import cache_dir
+from simpletuner.wizard.fields import Field
+from simpletuner.wizard.files import save, texts_for
+from simpletuner.wizard.look import STYLE
+from simpletuner.wizard.pictures import FolderReport, bucket_lines, look_at_folder
+from simpletuner.wizard.plan import make_plan
+from simpletuner.wizard.project import Project
+from simpletuner.wizard.questions import Page, Question, Refused, pages
+from simpletuner.wizard.review import Review
+
+Outcome = Literal["saved", "start"] | None
+_FOLDERS = ("pictures", "eval_pictures", "regularisation_pictures")
+
+
+class ScanStopped(Exception):
+    """The folder is not the one that is asked about any more."""
+
+
+class Wizard(App[Outcome]):
+    """The application; returns "start" where the run is to be started, None where nothing was saved.
+
+    Args:
+        project: the files as they are; `project` holds what was saved last.
+    """
+
+    CSS = STYLE
+    TITLE = "simpletuner configure"
+    ENABLE_COMMAND_PALETTE = False
+    BINDINGS = [
+        Binding("ctrl+n", "go(1)", "Next", priority=True),
+        Binding("ctrl+b", "go(-1)", "Back", priority=True),
+        Binding("ctrl+s", "save", "Save", priority=True),
+        Binding("ctrl+r", "start", "Save and run", priority=True),
+        Binding("ctrl+q", "leave", "Quit", priority=True),
+    ]
+
+    def __init__(self, project: Project):
+        super().__init__()
+        self.project = project
+        self.answers = project.answers
+        self.pages = pages()
+        self.reports: dict[str, FolderReport | str] = {}
+        self.position = 0
+        self.outcome: Outcome = None
+        self._asked_to_leave = False
+
+    # ---- what is on the screen -------------------------------------------------------------------------------------
+
+    def compose(self) -> ComposeResult:
+        plan = make_plan(self.answers)
+        shown = self.project.places.shown(self.project.places.config)
+        yield Static(f"simpletuner configure   {'new' if self.project.is_new else 'editing'}: {shown}", id="title")
+        yield Static(id="steps")
+        with ContentSwitcher(id="pages", initial="page-0"):
+            for number, page in enumerate(self.pages):
+                with VerticalScroll(id=f"page-{number}", classes="page", can_focus=False):
+                    yield Static(classes="intro", markup=False)
+                    for question in page.questions:
+                        yield Field(question, self.answers, plan)
+                    if page.title == "Pictures":
+                        yield Static(id="report", markup=False)
+            yield Review(id=f"page-{len(self.pages)}")
+        yield Static(id="help")
+        yield Footer()
+
+    def on_mount(self) -> None:
+        self.show_page(0)
+        for key in _FOLDERS:
+            self.look_at(getattr(self.answers, key))
+
+    def show_page(self, position: int) -> None:
+        self.position = position
+        switcher = self.query_one("#pages", ContentSwitcher)
+        switcher.current = f"page-{position}"
+        titles = [*(page.title for page in self.pages), "Review"]
+        steps = [
+            f"[reverse] {number} {title} [/]" if number - 1 == position else f" {number} {title} "
+            for number, title in enumerate(titles, 1)
+        ]
+        self.query_one("#steps", Static).update("".join(steps))
+        if position == len(self.pages):
+            self.show_help(None)
+            review = self.query_one(Review)
+            review.show(self.project, self.answers)
+            review.focus_diff()
+            return
+        self.refresh_fields()
+        self.query_one(f"#page-{position}").query(Field).first().input.focus()
+
+    @property
+    def page(self) -> Page | None:
+        return self.pages[self.position] if self.position < len(self.pages) else None
+
+    def refresh_fields(self) -> None:
+        """Show the answers that count now on this page: proposals move with other answers."""
+        if self.page is None:
+            return
+        plan, view = make_plan(self.answers), self.query_one(f"#page-{self.position}")
+        view.query(".intro").first(Static).update(self.page.intro(self.answers))
+        for field in view.query(Field):
+            if not field.has_class("refused"):
+                field.show(self.answers, plan)
+        if self.page.title == "Pictures":
+            self.query_one("#report", Static).update("\n".join(self.report_lines()))
+
+    def show_help(self, question: Question | None, refusal: str | None = None) -> None:
+        text = ""
+        if question is not None:
+            head = f"[b]{question.key}[/b]  {escape(question.help)}"
+            facts = f"[b $error]{escape(refusal)}[/]" if refusal else f"[dim]{escape(question.facts)}[/dim]"
+            text = f"{head}\n{facts}"
+        self.query_one("#help", Static).update(text)
+        self.query_one("#help").display = question is not None
+
+    # ---- answers ---------------------------------------------------------------------------------------------------
+
+    @on(Field.Changed)
+    def take_answer(self, event: Field.Changed) -> None:
+        question = event.field.question
+        self._asked_to_leave = False
+        try:
+            self.answers = question.write(self.answers, event.value)
+        except Refused as refusal:
+            event.field.add_class("refused")
+            self.show_help(question, str(refusal))
+            return
+        event.field.remove_class("refused")
+        self.show_help(question)
+        if question.key in _FOLDERS:
+            self.look_at(event.value)
+        self.refresh_fields()
+
+    @on(events.DescendantFocus)
+    def explain(self, event: events.DescendantFocus) -> None:
+        field = next((node for node in event.widget.ancestors_with_self if isinstance(node, Field)), None)
+        if field is not None:
+            self.show_help(field.question)
+
+    @on(Input.Submitted)
+    def next_field(self) -> None:
+        self.screen.focus_next()
+
+    # ---- pictures --------------------------------------------------------------------------------------------------
+
+    def look_at(self, folder: str) -> None:
+        """Scan a folder in the background, once."""
+        path = self.project.places.working_dir / folder
+        if folder and folder not in self.reports and path.expanduser().is_dir():
+            self.reports[folder] = "looking at the pictures ..."
+            self.scan(folder)
+
+    @work(thread=True)
+    def scan(self, folder: str) -> None:
+        worker, places = get_current_worker(), self.project.places
+
+        def progress(num_files: int) -> None:
+            if worker.is_cancelled:
+                raise ScanStopped
+            self.call_from_thread(self.take_report, folder, f"looking at the pictures: {num_files} files ...")
+
+        try:
+            report = look_at_folder(folder, places.working_dir, cache_dir(self.project, self.answers), progress)
+        except ScanStopped:
+            return
+        except SimpleTunerError as error:
+            self.call_from_thread(self.take_report, folder, error.render())
+            return
+        self.call_from_thread(self.take_report, folder, report)
+
+    def take_report(self, folder: str, report: FolderReport | str) -> None:
+        self.reports[folder] = report
+        if isinstance(report, FolderReport):
+            self.answers = replace(self.answers, seen={**self.answers.seen, folder: report.facts})
+        self.refresh_fields()
+        if self.position == len(self.pages):
+            self.query_one(Review).show(self.project, self.answers)
+
+    def report_lines(self) -> list[str]:
+        """What is known of the folders."""
+        lines = []
+        for key in _FOLDERS:
+            folder = getattr(self.answers, key)
+            if not folder:
+                continue
+            report = self.reports.get(folder, "there is no folder of this name")
+            lines += [f"{folder}: {report}"] if isinstance(report, str) else self.lines_of(report)
+        return lines or ["(pictures are counted and measured as soon as a folder is named)"]
+
+    def lines_of(self, report: FolderReport) -> list[str]:
+        first, *rest = report.lines()
+        lines = [f"{report.folder}: {first}", *(f"  {line}" for line in rest)]
+        if report.folder == self.answers.pictures and report.facts.usable:
+            plan = make_plan(self.answers)
+            crop = bool(plan.entries["pictures"].get("crop", True))
+            buckets = bucket_lines(report, plan.config["resolution"], crop, self.answers.spec)
+            more = f", and {len(buckets) - 4} more sizes" if len(buckets) > 4 else ""
+            lines.append(f"  trained as {', '.join(buckets[:4])}{more}")
+        return lines
+
+    # ---- moving, saving, leaving -----------------------------------------------------------------------------------
+
+    def action_go(self, by: int) -> None:
+        target = self.position + by
+        if self.page is not None:
+            refused = self.query_one(f"#page-{self.position}").query(".refused")
+            if refused:
+                field = refused.first(Field)
+                field.input.focus()
+                self.notify("this answer cannot be used", severity="error")
+                return
+        if 0 <= target <= len(self.pages):
+            self.show_page(target)
+
+    def action_save(self) -> bool:
+        """Write the files if the checks pass; on any other page, show them first."""
+        if self.page is not None:
+            self.show_page(len(self.pages))
+            return False
+        verdict = self.query_one(Review).verdict
+        if verdict is None or verdict.problems:
+            self.notify("nothing was saved: see the problems above", severity="error")
+            return False
+        try:
+            self.project = save(self.project, texts_for(self.project, self.answers), self.answers)
+        except SimpleTunerError as error:
+            self.notify(error.render(), severity="error", timeout=30)
+            return False
+        self.outcome = "saved"
+        self.query_one(Review).show(self.project, self.answers)
+        self.notify("saved")
+        return True
+
+    def action_start(self) -> None:
+        if self.action_save():
+            self.exit("start")
+
+    def action_leave(self) -> None:
+        if not self._asked_to_leave and texts_for(self.project, self.answers) and self.answers != self.project.answers:
+            self._asked_to_leave = True
+            self.notify("not saved: Ctrl+Q again leaves", severity="warning")
+            return
+        self.workers.cancel_all()
+        self.exit(self.outcome)

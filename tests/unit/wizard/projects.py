@@ -1,0 +1,40 @@
+"""Folders and answers for tests of the wizard."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from simpletuner.wizard.answers import Answers
+from simpletuner.wizard.command import Given, configure_without_screens
+from simpletuner.wizard.hardware import GIB, Hardware
+from simpletuner.wizard.project import Project, open_project
+from tests.runs import draw_pictures
+
+CPU = Hardware("cpu", "processor", 16 * GIB, 16 * GIB, 8)
+SMALL_GPU = Hardware("cuda", "GPU", 12 * GIB, 32 * GIB, 8)
+LARGE_GPU = Hardware("cuda", "GPU", 80 * GIB, 256 * GIB, 32)
+CONFIG = Path("config/config.json")
+
+
+def answers(**given: object) -> Answers:
+    return Answers(**{"hardware": CPU, "family": "omnigen", "pictures": "pictures"} | given)
+
+
+def new_folder(folder: Path) -> Path:
+    """A working folder with pictures to learn, to hold out, and for prior preservation."""
+    draw_pictures(folder / "pictures", 4, seed=1)
+    draw_pictures(folder / "held_out", 2, seed=2)
+    draw_pictures(folder / "others", 3, seed=3)
+    return folder
+
+
+def configured(folder: Path, model: Path, *arguments: str, **given: object) -> Project:
+    """A run that the command line wrote."""
+    project = open_project(CONFIG, folder, CPU)
+    options = {"goal": "subject", "data": "pictures", "model": str(model), "instance_prompt": "ohwx box"} | given
+    return configure_without_screens(project, Given(**options, arguments=arguments), lambda line: None)
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """Every JSON file of a configuration, by name."""
+    return {path.name: path.read_text() for path in (folder / "config").glob("*.json")}

@@ -1,0 +1,179 @@
+"""Files from answers: new ones pass every check, existing ones change only where an answer did."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from simpletuner.config.loading import load_run
+from simpletuner.errors import ConfigError
+from simpletuner.models.registry import get_spec
+from simpletuner.wizard.command import Given, configure_without_screens
+from simpletuner.wizard.files import judge, save, start_command, texts_for
+from simpletuner.wizard.project import open_project
+from tests.runs import write_run
+from tests.unit.wizard.projects import CONFIG, CPU, configured, contents, new_folder
+
+SHIPPED = Path(__file__).parents[3] / "config"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return new_folder(tmp_path)
+
+
+def changed_lines(before: str, after: str) -> list[str]:
+    lines = difflib.ndiff(before.splitlines(), after.splitlines())
+    return [" ".join(line.split()) for line in lines if line[0] in "+-"]
+
+
+def test_the_written_run_loads_and_says_what_was_answered(folder: Path, omnigen_folder: Path):
+    configured(folder, omnigen_folder, "--max_train_steps=4", eval_data="held_out", regularisation_data="others")
+    run = load_run((), {}, folder, get_spec)
+    assert run.warnings == ()
+    assert run.config.max_train_steps == 4
+    assert run.config.resolution == 64
+    assert [(entry.id, entry.dataset_type, entry.is_regularisation_data) for entry in run.datasets] == [
+        ("pictures", "image", False),
+        ("regularisation", "image", True),
+        ("pictures-eval", "eval", False),
+    ]
+    assert run.datasets[0].instance_prompt == ("ohwx box",)
+    assert run.lycoris is not None
+    assert run.config.validation_prompt == "ohwx box"
+
+
+def test_opened_and_saved_without_an_answer_nothing_changes(folder: Path, omnigen_folder: Path):
+    configured(folder, omnigen_folder)
+    project = open_project(CONFIG, folder, CPU)
+    assert texts_for(project, project.answers) == {}
+
+
+def test_files_of_every_origin_open_without_a_change(tmp_path: Path, omnigen_folder: Path):
+    write_run(tmp_path / "run", omnigen_folder)
+    project = open_project(Path("config.json"), tmp_path / "run", CPU)
+    assert texts_for(project, project.answers) == {}
+    (tmp_path / "shipped" / "config").mkdir(parents=True)
+    for example in SHIPPED.glob("*.json.example"):
+        (tmp_path / "shipped" / "config" / example.stem).write_text(example.read_text())
+    project = open_project(CONFIG, tmp_path / "shipped", CPU)
+    assert texts_for(project, project.answers) == {}
+    assert project.roles == {"pictures": 0, "regularisation": 1, "eval": 2}
+    assert project.answers.goal == "subject"
+
+
+def test_only_the_changed_value_of_a_hand_written_file_is_rewritten(tmp_path: Path):
+    (tmp_path / "config").mkdir()
+    text = '{ // mine\n  "--model_family": "omnigen",\n  "--learning_rate": "4e-5", /* slow */\n  "seed": "7"\n}\n'
+    (tmp_path / CONFIG).write_text(text)
+    project = open_project(CONFIG, tmp_path, CPU)
+    options = {**project.answers.options, "learning_rate": 1e-4, "optimizer": "adamw"}
+    texts = texts_for(project, replace(project.answers, options=options))
+    # A LoKr run cannot start without the name of that file, so it is added too.
+    added = '"seed": "7",\n  "optimizer": "adamw",\n  "lycoris_config": "config/lycoris_config.json"'
+    assert texts[tmp_path / CONFIG] == text.replace('"4e-5"', "1e-4").replace('"seed": "7"', added)
+
+
+def test_an_option_on_the_command_line_changes_one_line(folder: Path, omnigen_folder: Path):
+    configured(folder, omnigen_folder)
+    before = contents(folder)
+    project = open_project(CONFIG, folder, CPU)
+    given = Given(yes=True, arguments=("--learning_rate=2e-4",))
+    configure_without_screens(project, given, lambda line: None)
+    after = contents(folder)
+    assert changed_lines(before["config.json"], after["config.json"]) == [
+        '- "learning_rate": 1e-4,',
+        '+ "learning_rate": 2e-4,',
+    ]
+    assert {name for name in before if before[name] != after[name]} == {"config.json"}
+
+
+def test_existing_files_are_not_changed_without_yes(folder: Path, omnigen_folder: Path):
+    configured(folder, omnigen_folder)
+    before = contents(folder)
+    with pytest.raises(ConfigError, match="--yes"):
+        configure_without_screens(
+            open_project(CONFIG, folder, CPU), Given(arguments=("--learning_rate=2e-4",)), lambda line: None
+        )
+    assert contents(folder) == before
+
+
+def test_from_adapter_to_full_training_and_back_the_run_loads(folder: Path, omnigen_folder: Path):
+    configured(folder, omnigen_folder)
+    configured(folder, omnigen_folder, goal="full", yes=True)
+    assert "lycoris_config" not in json.loads(
+        "".join(line for line in contents(folder)["config.json"].splitlines() if "//" not in line)
+    )
+    assert load_run((), {}, folder, get_spec).config.model_type == "full"
+    configured(folder, omnigen_folder, goal="subject", yes=True)
+    assert load_run((), {}, folder, get_spec).lycoris is not None
+
+
+def test_folders_are_added_and_prompts_replaced_in_existing_files(folder: Path, omnigen_folder: Path):
+    configured(folder, omnigen_folder)
+    configured(folder, omnigen_folder, eval_data="held_out", prompts=("ohwx box", "a red box"), yes=True)
+    run = load_run((), {}, folder, get_spec)
+    assert [entry.dataset_type for entry in run.datasets] == ["image", "eval"]
+    assert run.prompt_library == {"a_red_box": "a red box"}
+    assert run.config.eval_steps_interval
+    project = open_project(CONFIG, folder, CPU)
+    answers = replace(project.answers, eval_pictures="")
+    saved = save(project, texts_for(project, answers), answers)
+    assert [entry.dataset_type for entry in load_run((), {}, folder, get_spec).datasets] == ["image"]
+    assert "eval" not in saved.roles
+
+
+def test_a_file_that_changed_in_the_meantime_is_not_overwritten(folder: Path, omnigen_folder: Path):
+    project = configured(folder, omnigen_folder)
+    (folder / CONFIG).write_text(contents(folder)["config.json"].replace("1e-4", "9e-4"))
+    answers = replace(project.answers, options={**project.answers.options, "learning_rate": 5e-5})
+    with pytest.raises(ConfigError, match="in the meantime"):
+        save(project, texts_for(project, answers), answers)
+    assert "9e-4" in contents(folder)["config.json"]
+
+
+def test_what_a_start_would_refuse_is_not_written(folder: Path):
+    with pytest.raises(ConfigError, match="no model folder"):
+        configured(folder, Path("/nowhere/model"))
+    assert not (folder / "config").exists()
+
+
+def test_pictures_without_captions_are_found_before_anything_is_saved(folder: Path, omnigen_folder: Path):
+    (folder / "pictures" / "000.txt").unlink()
+    with pytest.raises(ConfigError, match="1 of 4 pictures have no caption"):
+        configured(folder, omnigen_folder, captions="textfile")
+
+
+def test_unsaved_texts_are_judged_as_saved_ones_would_be(folder: Path, omnigen_folder: Path):
+    project = configured(folder, omnigen_folder)
+    answers = replace(project.answers, options={**project.answers.options, "max_train_steps": 0})
+    verdict = judge(project, texts_for(project, answers), answers)
+    assert [problem.key for problem in verdict.problems] == ["max_train_steps"]
+    assert verdict.problems[0].file == "config/config.json"
+    assert verdict.problems[0].line == 1 + [
+        "max_train_steps" in line for line in contents(folder)["config.json"].splitlines()
+    ].index(True)
+
+
+def test_the_start_command_names_a_file_in_another_place(tmp_path: Path):
+    assert start_command(open_project(CONFIG, tmp_path, CPU)) == "simpletuner train"
+    other = open_project(Path("config/mine/config.json"), tmp_path, CPU)
+    assert start_command(other) == "CONFIG_PATH=config/mine/config.json simpletuner train"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("config.toml", "", "is not JSON"),
+        ("config.json", '{"a": 1,}', "a comma before"),
+        ("config.json", '{"model_family": "omnigem"}', "not a known model family"),
+    ],
+)
+def test_files_that_cannot_be_edited_are_refused_by_name(tmp_path: Path, name: str, text: str, message: str):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        open_project(Path(name), tmp_path, CPU)

@@ -1,0 +1,90 @@
+"""From answers to settings: what is proposed, and that nothing chosen is changed."""
+
+from __future__ import annotations
+
+import pytest
+
+from simpletuner.config.json_reader import Document
+from simpletuner.config.lycoris import check_lycoris
+from simpletuner.errors import ConfigError
+from simpletuner.models.registry import family_names, get_spec
+from simpletuner.wizard.answers import PictureFacts, read_goal
+from simpletuner.wizard.plan import lycoris_settings, make_plan, nicknames
+from simpletuner.wizard.proposals import proposed_learning_rate
+from tests.unit.wizard.projects import CPU, LARGE_GPU, SMALL_GPU, answers
+
+FEW = PictureFacts(usable=20, with_text=0, with_name=20, side=700)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "goal", "expected"),
+    [
+        ("adamw_bf16", "subject", 1e-4),
+        ("bnb-lion8bit-paged", "style", 2e-5),
+        ("adamw", "full", 1e-5),
+        ("prodigy", "subject", 1.0),
+    ],
+)
+def test_the_learning_rate_follows_the_optimizer(optimizer: str, goal: str, expected: float):
+    assert proposed_learning_rate(optimizer, goal) == pytest.approx(expected)
+
+
+def test_what_somebody_chose_is_never_changed():
+    chosen = {"learning_rate": 3e-6, "max_train_steps": 77, "lr_warmup_steps": 5, "mixed_precision": "no"}
+    for goal in ("subject", "style", "full"):
+        for hardware in (CPU, SMALL_GPU, LARGE_GPU):
+            config = make_plan(answers(goal=goal, hardware=hardware, options=chosen)).config
+            assert {name: config[name] for name in chosen} == chosen
+
+
+def test_number_formats_and_batch_follow_the_machine():
+    cpu, small, large = (make_plan(answers(hardware=each)).config for each in (CPU, SMALL_GPU, LARGE_GPU))
+    assert (cpu["mixed_precision"], cpu["optimizer"]) == ("no", "adamw")
+    assert (small["mixed_precision"], small["train_batch_size"], small["gradient_checkpointing"]) == ("bf16", 1, True)
+    assert large["train_batch_size"] > small["train_batch_size"]
+
+
+def test_steps_and_resolution_follow_the_pictures():
+    config = make_plan(answers(seen={"pictures": FEW})).config
+    assert config["max_train_steps"] == 2000  # 100 passes over 20 pictures, one at a time
+    assert (config["resolution"], config["validation_resolution"]) == (512, "512x512")
+    unseen = make_plan(answers()).config
+    assert unseen["resolution"] == 1024
+
+
+def test_captions_beside_the_pictures_are_used_and_a_name_is_put_in_front():
+    with_text = PictureFacts(usable=20, with_text=20, with_name=20, side=700)
+    entry = make_plan(answers(seen={"pictures": with_text}, dataset={"instance_prompt": "ohwx"})).entries["pictures"]
+    assert entry["caption_strategy"] == "textfile"
+    assert entry["prepend_instance_prompt"] is True
+    entry = make_plan(answers(seen={"pictures": FEW}, dataset={"instance_prompt": "ohwx"})).entries["pictures"]
+    assert entry["caption_strategy"] == "instanceprompt"
+    assert "prepend_instance_prompt" not in entry
+
+
+def test_full_training_has_no_adapter():
+    plan = make_plan(answers(goal="full"))
+    assert plan.config["model_type"] == "full"
+    assert "lora_type" not in plan.config
+    assert plan.lycoris is None
+
+
+@pytest.mark.parametrize("family", family_names())
+def test_the_adapter_s_targets_exist_in_every_family(family: str):
+    spec = get_spec(family)
+    document = Document("lycoris_config.json", lycoris_settings(spec, 16))
+    assert check_lycoris(document, spec.adaptable, spec.class_aliases) == []
+
+
+def test_editing_is_refused_with_the_reason():
+    with pytest.raises(ConfigError, match="pairs of pictures"):
+        read_goal("edit")
+    with pytest.raises(ConfigError, match="not a goal"):
+        read_goal("sbject")
+
+
+def test_each_prompt_has_a_nickname_of_its_own_and_keeps_the_one_it_had():
+    names = nicknames(("a cat", "A cat!", "a dog", "validation"), {"rex": "a dog", "a_cat": "something else"})
+    assert list(names.values()) == ["a cat", "A cat!", "a dog", "validation"]
+    assert names["rex"] == "a dog"
+    assert {"a_cat", "validation"}.isdisjoint(names)
