@@ -38,6 +38,7 @@ class Sample:
         captions: every caption variant that the caption strategy found; at least one.
         crop: what is cut out of the picture.
         references: paths of reference pictures for edit training, relative like `path`.
+        is_flipped: mirrored left to right after the cut.
     """
 
     dataset_id: str
@@ -48,6 +49,7 @@ class Sample:
     captions: tuple[str, ...]
     crop: Crop
     references: tuple[str, ...] = ()
+    is_flipped: bool = False
 
 
 @dataclass(frozen=True)

@@ -89,6 +89,8 @@ class LatentCache:
             "transform": TRANSFORM_VERSION,
             "vae": self.fingerprint,
         }
+        if sample.is_flipped:
+            parts["is_flipped"] = True
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def get(self, sample: Sample) -> LatentMoments:
@@ -165,11 +167,13 @@ class OnDemandLatents:
         dataset: reads the pictures.
         vae: stays loaded.
         batch_size: pictures in every batch that the VAE sees.
+        keeps: whether what is encoded is written.
     """
 
-    def __init__(self, cache: LatentCache, dataset: PictureSource, vae: nn.Module, batch_size: int):
+    def __init__(self, cache: LatentCache, dataset: PictureSource, vae: nn.Module, batch_size: int, keeps: bool = True):
         self.cache = cache
         self.dataset = dataset
+        self.keeps = keeps
         self._encoder = BatchEncoder(cache.family, vae, batch_size)
         self._writer = StoreWriter(cache.store)
         self._lock = threading.Lock()
@@ -205,7 +209,8 @@ class OnDemandLatents:
                         raise _unusable(picture.sample, result)
                     key = self.cache.key(picture.sample)
                     found[key] = result
-                    self._writer.put(key, _to_tensors(result))
+                    if self.keeps:
+                        self._writer.put(key, _to_tensors(result))
         return [found[self.cache.key(sample)] for sample in samples]
 
     def _find(self, key: str) -> LatentMoments | None:

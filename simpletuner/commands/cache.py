@@ -164,7 +164,7 @@ def used_keys(loaded: LoadedRun) -> dict[Path, set[str]]:
         folder = latents_folder(dataset.entry, cache_dir, family.spec)
         with TensorStore(folder) as store:
             cache = LatentCache(store, family, fingerprint)
-            keys.setdefault(folder.resolve(), set()).update(cache.key(sample) for sample in dataset.samples)
+            keys.setdefault(folder.resolve(), set()).update(cache.key(sample) for sample in dataset.samples_to_keep())
     return keys
 
 
@@ -185,4 +185,6 @@ def _remove(paths: list[Path]) -> int:
 
 
 def _without_on_demand(loaded: LoadedRun) -> LoadedRun:
-    return replace(loaded, config=loaded.config.model_copy(update={"vae_cache_ondemand": False}))
+    off = {"vae_cache_ondemand": False}
+    entries = [each.model_copy(update=off) if isinstance(each, ImageDataset) else each for each in loaded.datasets]
+    return replace(loaded, config=loaded.config.model_copy(update=off), datasets=tuple(entries))

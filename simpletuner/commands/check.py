@@ -25,11 +25,10 @@ from simpletuner.data.captions import printable
 from simpletuner.data.dataset import Dataset
 from simpletuner.data.datasets import build_datasets
 from simpletuner.data.digests import DigestMemo
-from simpletuner.data.sampler import Sampler
 from simpletuner.models.family import ModelFamily
 from simpletuner.training.latents import latents_folder
 from simpletuner.training.preflight import check_model_folder
-from simpletuner.training.trainer import build_family, total_train_steps
+from simpletuner.training.trainer import build_family, build_sampler, total_train_steps
 
 Say = Callable[[str], None]
 
@@ -184,7 +183,7 @@ def cache_need(loaded: LoadedRun, family: ModelFamily, dataset: Dataset, fingerp
     folder = latents_folder(dataset.entry, Path(loaded.config.cache_dir), family.spec)
     with TensorStore(folder) as store:
         cache = LatentCache(store, family, fingerprint)
-        samples = {cache.key(sample): sample for sample in dataset.samples}
+        samples = {cache.key(sample): sample for sample in dataset.samples_to_keep()}
         missing = store.missing(samples)
     num_bytes = sum(cache.num_bytes(samples[key]) for key in missing)
     return CacheNeed(folder, len(samples) - len(missing), len(missing), num_bytes)
@@ -194,9 +193,10 @@ def count_steps(loaded: LoadedRun, training: Sequence[Dataset]) -> Steps:
     if not training:
         return Steps(0, 0, 0, 0)
     config = loaded.config
-    batches = Sampler(training, config.train_batch_size, config.seed).batches_per_epoch
+    sampler = build_sampler(loaded, training)
+    batches = max(sampler.batches_in(0), 1)
     accumulation = config.gradient_accumulation_steps
-    total = total_train_steps(loaded, batches)
+    total = total_train_steps(loaded, sampler)
     return Steps(batches, batches / accumulation, total, total * accumulation / batches)
 
 

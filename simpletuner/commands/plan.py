@@ -207,9 +207,10 @@ def memory_rows(loaded: LoadedRun, family: ModelFamily, shapes: Shapes) -> list[
     if config.mixed_precision == "bf16":
         wide = [parameter for parameter in shapes.trained.values() if parameter.dtype == torch.float32]
         rows.append(Row("bfloat16 copies of trained weights", 2 * sum(parameter.numel() for parameter in wide)))
-    if config.vae_cache_ondemand:
+    keeping = ("vae_cache_ondemand", "vae_cache_disable", "vae_cache_clear_each_epoch")
+    if any(getattr(entry, key, None) for entry in loaded.datasets for key in keeping):
         vae = make_empty_component(family.source, family.spec.component("vae"), torch.float32)
-        rows.append(Row("VAE, which stays for vae_cache_ondemand", num_bytes(vae.parameters())))
+        rows.append(Row("VAE, which stays to encode on demand", num_bytes(vae.parameters())))
     return [row for row in rows if row.num_bytes]
 
 

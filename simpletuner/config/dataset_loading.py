@@ -21,7 +21,9 @@ from simpletuner.config.json_reader import Document
 from simpletuner.config.layers import Origin, Setting
 from simpletuner.config.merging import unknown_key
 from simpletuner.config.names import nearest
-from simpletuner.config.options import TrainConfig
+from simpletuner.config.options import OptionInfo, TrainConfig
+from simpletuner.config.sources import PictureSource, source_faults
+from simpletuner.config.table_keys import with_table_keys
 from simpletuner.config.values import read_bool
 from simpletuner.errors import Problem
 
@@ -31,12 +33,14 @@ class LoadedDatasets:
     """The entries that take part, the lines of their keys, and what was wrong.
 
     Args:
+        warnings: keys that have no effect, one line each.
         is_read: False where the file could not be read, so that nothing can be said of the datasets.
     """
 
     entries: list[Dataset] = field(default_factory=list)
     origins: dict[tuple[str, str], Origin] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
     disabled: list[str] = field(default_factory=list)
     is_read: bool = True
 
@@ -68,6 +72,8 @@ def _read_entry(
 ) -> None:
     origin = Origin("file", document.file, document.line(index))
     name = str(raw.get("id") or f"[{index}]")
+    raw, notes = with_table_keys(raw)
+    loaded.warnings += [f"{origin}: {name}: {note}" for note in notes]
     written = _settings(raw, index, document, name, loaded.problems)
     if _is_disabled(written):
         loaded.disabled.append(name)
@@ -76,6 +82,8 @@ def _read_entry(
     if kind is None:
         return
     infos = dataset_options(kind)
+    if kind == "conditioning":
+        _leave_out_picture_keys(written, infos, name, loaded)
     for key in [key for key in written if key not in infos]:
         loaded.problems.append(_unknown_dataset_key(written.pop(key), kind, name))
     entry, problems = check_settings(DATASET_CLASSES[kind], infos, written, origin, f"{name}.")
@@ -83,6 +91,10 @@ def _read_entry(
         problems += refuse_planned(
             entry, infos, lambda key: written[key].origin if key in written else origin, f"{name}."
         )
+    if isinstance(entry, PictureSource):
+        for fault in source_faults(entry):
+            place = written[fault.key].origin if fault.key in written else origin
+            problems.append(place.problem(fault.message, f"{name}.{fault.key}", fault.allowed, fault.fix))
     loaded.problems += problems
     if entry is None:
         return
@@ -114,6 +126,19 @@ def _settings(
         alias = VALUE_ALIASES.get((present, value)) if isinstance(value, str) else None
         settings[present] = replace(setting, value=alias) if alias else setting
     return settings
+
+
+def _leave_out_picture_keys(
+    written: dict[str, Setting], infos: Mapping[str, OptionInfo], name: str, loaded: LoadedDatasets
+) -> None:
+    """Take out what only pictures have: masks are cut as their pictures are, and have no captions or latents."""
+    spare = [key for key in written if key not in infos and key in dataset_options("image")]
+    if spare:
+        place = written[spare[0]].origin
+        text = "masks are cut exactly as their pictures are, and have no captions or latents"
+        loaded.warnings.append(f"{place}: {name}: without effect: {', '.join(spare)}; {text}")
+    for key in spare:
+        del written[key]
 
 
 def _is_disabled(settings: Mapping[str, Setting]) -> bool:

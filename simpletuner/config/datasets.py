@@ -7,20 +7,23 @@ A misspelt or unknown key is an error here, as it is in `config.json`. Values th
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict
 
+from simpletuner.config.dataset_values import AspectBuckets, Shuffle
 from simpletuner.config.options.declare import REQUIRED, OptionInfo, describe_field, option
+from simpletuner.config.sources import TABLE_TYPES, BackendType, PictureSource
 from simpletuner.config.values import Bool, FilePath, Float, Int, Text, TextOrList
 
-LOCAL_ONLY = "only local folders are built"
-SCHEDULES = "all datasets take part in the whole run"
-CAPTION_SOURCES = "only filename, textfile and instanceprompt are built"
+LOCAL_ONLY = "masks and caches are in local folders"
+CAPTION_SOURCES = "captions come from the picture's name, a text file, a prompt, or a table (csv, parquet)"
+SIZES_MEASURED = "pictures are always measured, and the index remembers their sizes"
 
-BackendType = Literal["local", "aws", "csv", "huggingface", "webshart", "memory"]
-CaptionStrategy = Literal["filename", "textfile", "instanceprompt", "parquet", "csv", "huggingface", "webshart"]
+CaptionStrategy = Literal["filename", "textfile", "instanceprompt", "csv", "parquet", "huggingface", "webshart"]
+ConditioningType = Literal["mask", "segmentation", "controlnet", "reference_strict", "reference_loose"]
 MetadataBackend = Literal["discovery", "json", "parquet", "huggingface", "webshart"]
 CropAspect = Literal["square", "preserve", "closest", "random"]
 CropStyle = Literal["center", "corner", "random", "face"]
@@ -42,13 +45,10 @@ class DatasetEntry(BaseModel):
     disabled: Bool = option(False, help="Leave this entry out (`disable` is read too).", level="basic")
 
 
-class ImageDataset(DatasetEntry):
+class ImageDataset(PictureSource, DatasetEntry):
     """Pictures to train on."""
 
     dataset_type: Literal["image"] = option("image", help="What the entry is for.", level="basic")
-    instance_data_dir: FilePath = option(
-        REQUIRED, help="Folder with the pictures; its subfolders are read too.", level="basic", path="input"
-    )
     cache_dir_vae: FilePath | None = option(
         None, help="Folder of this dataset's latents. Unset: a folder in `cache_dir`.", path="output"
     )
@@ -75,14 +75,44 @@ class ImageDataset(DatasetEntry):
         planned_values={"face": "face detection is not built"},
         level="basic",
     )
-    crop_aspect_buckets: tuple[Float, ...] | None = option(
-        None, help="Aspect ratios (width / height) of `crop_aspect` closest and random."
+    crop_aspect_buckets: AspectBuckets | None = option(
+        None,
+        help="Aspect ratios (width / height) of `crop_aspect` closest and random; for random also "
+        '`{"aspect_bucket": 1.5, "weight": 2}`.',
+    )
+    random_flip: Bool = option(
+        False,
+        help="Mirror half of the pictures left to right, drawn anew in each round by seed and picture. Both versions "
+        "are cached.",
     )
     caption_strategy: CaptionStrategy | None = option(
         None,
-        help="Where captions come from: the file's `filename`, a `textfile` beside it, or `instanceprompt`.",
-        planned_values=dict.fromkeys(("parquet", "csv", "huggingface", "webshart"), CAPTION_SOURCES),
+        help="Where captions come from: the file's `filename`, a `textfile` beside it, `instanceprompt`, or a table "
+        "(`csv` or `parquet`, see `metadata_file`). Datasets of type csv and huggingface have them in their rows "
+        "(`csv`, `huggingface`).",
+        planned_values={"webshart": CAPTION_SOURCES},
         level="basic",
+    )
+    metadata_file: FilePath | None = option(
+        None,
+        help="Table of caption_strategy csv or parquet: a .csv, .jsonl or .parquet file. Unset: `metadata` with one of "
+        "these extensions in `instance_data_dir`.",
+        path="input",
+    )
+    filename_column: Text = option(
+        "file_name",
+        help="Column of the table with the pictures' paths in `instance_data_dir`, with or without their extension "
+        "(with it in type csv).",
+    )
+    caption_column: TextOrList | None = option(
+        None,
+        help="Column of the table with the captions; of a list, the first that holds text. Unset: the first of text, "
+        "caption and prompt that is there.",
+    )
+    caption_shuffle: Shuffle | None = option(
+        None,
+        help="Further variants of each caption with its tags in another order: `enable`, `count` (1), `split_on` "
+        "(comma, space, period), `position_start` (tags that stay), `seed`, `include_original`.",
     )
     instance_prompt: TextOrList | None = option(
         None, help="Caption of all pictures, or a list to draw from.", level="basic"
@@ -94,8 +124,9 @@ class ImageDataset(DatasetEntry):
     )
     metadata_backend: MetadataBackend = option(
         "discovery",
-        help="How sizes and captions are found: by reading the folder (`json` is an old name for it).",
-        planned_values=dict.fromkeys(("parquet", "huggingface", "webshart"), "only discovery is built"),
+        help="How sizes and captions are found: by reading the pictures (`json` is an old name for it, and so is "
+        "`huggingface` in datasets of that type).",
+        planned_values=dict.fromkeys(("parquet", "webshart"), SIZES_MEASURED),
     )
     repeats: Int = option(
         0,
@@ -113,39 +144,35 @@ class ImageDataset(DatasetEntry):
         "", help="Steps of the scan to leave out.", planned="the scan is incremental, nothing needs to be left out"
     )
     max_num_samples: Int | None = option(
-        None, help="Use only so many pictures.", planned="all pictures of the folder are used", ge=1
+        None, help="Use only so many pictures, chosen by seed and content.", unit="pictures", ge=1
     )
     probability: Float = option(
-        1.0, help="Weight of the dataset.", planned="datasets are mixed in proportion to their size and repeats", ge=0
+        1.0,
+        help="How much of the dataset one epoch takes: 0.5 half of it and the other half in the next epoch, 2 all of "
+        "it twice. It multiplies `repeats` + 1.",
+        ge=0,
+        le=1000,
     )
-    start_epoch: Int = option(1, help="First epoch of the dataset.", planned=SCHEDULES, neutral=(0,), ge=0)
-    start_step: Int = option(0, help="First step of the dataset.", planned=SCHEDULES, ge=0)
-    end_epoch: Int | None = option(None, help="Last epoch of the dataset.", planned=SCHEDULES, ge=0)
-    end_step: Int | None = option(None, help="Last step of the dataset.", planned=SCHEDULES, ge=0)
-    minimum_aspect_ratio: Float | None = option(
-        None, help="Leave out narrower pictures.", planned="all aspect ratios are used", gt=0
+    start_epoch: Int = option(1, help="First epoch of the dataset; 0 and 1 are the beginning.", ge=0)
+    start_step: Int = option(
+        0, help="First optimizer step of the dataset; 0 and 1 are the beginning.", unit="optimizer steps", ge=0
     )
-    maximum_aspect_ratio: Float | None = option(
-        None, help="Leave out wider pictures.", planned="all aspect ratios are used", gt=0
+    end_epoch: Int | None = option(None, help="Last epoch of the dataset; 0 is no end.", ge=0)
+    end_step: Int | None = option(
+        None, help="Last optimizer step of the dataset; 0 is no end.", unit="optimizer steps", ge=0
     )
-    max_upscale_threshold: Float | None = option(
-        None, help="Leave out pictures that would be enlarged more.", planned="use minimum_image_size", gt=0
-    )
+    minimum_aspect_ratio: Float | None = option(None, help="Leave out pictures whose width / height is smaller.", gt=0)
+    maximum_aspect_ratio: Float | None = option(None, help="Leave out pictures whose width / height is larger.", gt=0)
+    max_upscale_threshold: Float | None = option(None, help="As in `config.json`, for this dataset.", ge=0)
     train_batch_size: Int | None = option(
-        None, help="Another batch size for this dataset.", planned="one batch size serves all datasets", ge=1
+        None, help="As in `config.json`, for this dataset.", unit="pictures", ge=1, le=4096
     )
     text_embeds: Text | None = option(
         None, help="Id of the text_embeds entry.", planned="all datasets share one cache of captions"
     )
-    vae_cache_clear_each_epoch: Bool | None = option(
-        None, help="Draw new crops each epoch.", planned="crops stay the same in all epochs", neutral=(False,)
-    )
-    vae_cache_ondemand: Bool | None = option(
-        None, help="As in `config.json`.", planned="set it in config.json, for all datasets"
-    )
-    vae_cache_disable: Bool | None = option(
-        None, help="Never write latents.", planned="use vae_cache_ondemand in config.json", neutral=(False,)
-    )
+    vae_cache_clear_each_epoch: Bool | None = option(None, help="As in `config.json`, for this dataset.")
+    vae_cache_ondemand: Bool | None = option(None, help="As in `config.json`, for this dataset.")
+    vae_cache_disable: Bool | None = option(None, help="As in `config.json`, for this dataset.")
     hash_filenames: Bool = option(
         True, help="Name cache files by hash.", planned="cache entries are named by content", neutral=(False,)
     )
@@ -158,24 +185,50 @@ class ImageDataset(DatasetEntry):
     delete_problematic_images: Bool = option(
         False, help="Delete unreadable pictures.", planned="files of yours are never deleted"
     )
-    caption_shuffle: Any = option(None, help="Shuffle tags.", planned="captions are used as they are", neutral=(False,))
     conditioning: Any = option(None, help="Generated conditioning.", planned="conditioning is not built")
-    conditioning_data: Any = option(
-        None, help="Ids of conditioning datasets.", planned="conditioning datasets are not built"
+    conditioning_data: TextOrList | None = option(
+        None, help="Id of the conditioning dataset with the masks of these pictures."
     )
     slider_strength: Float | None = option(None, help="Slider training.", planned="slider training is not built")
     video: Any = option(None, help="Video settings.", planned="only pictures are built")
     audio: Any = option(None, help="Audio settings.", planned="only pictures are built")
     grounding: Any = option(None, help="Grounding boxes.", planned="grounding is not built")
-    parquet: Any = option(None, help="Parquet settings.", planned="only discovery is built")
-    dataset_name: Text | None = option(None, help="Hub dataset.", planned=LOCAL_ONLY)
-    aws_bucket_name: Text | None = option(None, help="S3 bucket.", planned=LOCAL_ONLY)
+
+    @property
+    def has_caption_table(self) -> bool:
+        """Whether captions come from a table beside the pictures; other types have them in their own rows."""
+        return self.type == "local" and self.caption_strategy in TABLE_STRATEGIES
 
 
 class EvalDataset(ImageDataset):
     """Pictures that are never trained on; the eval loss is computed on them."""
 
     dataset_type: Literal["eval"] = option("eval", help="What the entry is for.", level="basic")  # type: ignore[assignment]
+
+
+class ConditioningDataset(DatasetEntry):
+    """Pictures that say something of the pictures of another entry. A mask is cut exactly as its picture is."""
+
+    dataset_type: Literal["conditioning"] = option("conditioning", help="What the entry is for.", level="basic")
+    instance_data_dir: FilePath = option(
+        REQUIRED,
+        help="Folder with the masks, each at the relative path of its picture (the extension may differ).",
+        level="basic",
+        path="input",
+    )
+    conditioning_type: ConditioningType = option(
+        REQUIRED,
+        help="`mask`: the loss counts where it is white, by brightness. `segmentation`: wherever it is not black.",
+        planned_values={
+            "controlnet": "no family that is built takes control pictures",
+            "reference_strict": "training with reference pictures is not built",
+            "reference_loose": "training with reference pictures is not built",
+        },
+        level="basic",
+    )
+    source_dataset_id: Text | None = option(
+        None, help="Id of the dataset whose masks these are, in place of its `conditioning_data`."
+    )
 
 
 class TextEmbedsDataset(DatasetEntry):
@@ -187,7 +240,11 @@ class TextEmbedsDataset(DatasetEntry):
         None, help="Folder of the cache. Unset: a folder in `cache_dir`.", path="output"
     )
     write_batch_size: Int = option(128, help="Captions that are written at once.", planned="the cache chooses it", ge=1)
-    caption_filter_list: Any = option(None, help="Edits of captions.", planned="captions are used as they are")
+    caption_filter_list: TextOrList | None = option(
+        None,
+        help="Edits of all captions, in order: a regular expression is removed, `s/expression/replacement/` replaces. "
+        "A list, or the path of a .txt or .json file.",
+    )
     preserve_data_backend_cache: Bool = option(
         False, help="Keep the list of files.", planned="the cache is always kept", neutral=(True,)
     )
@@ -196,19 +253,19 @@ class TextEmbedsDataset(DatasetEntry):
 
 
 PictureDataset = ImageDataset | EvalDataset
-Dataset = ImageDataset | EvalDataset | TextEmbedsDataset
+Dataset = ImageDataset | EvalDataset | ConditioningDataset | TextEmbedsDataset
 
 DATASET_CLASSES: Mapping[str, type[DatasetEntry]] = {
     "image": ImageDataset,
     "eval": EvalDataset,
+    "conditioning": ConditioningDataset,
     "text_embeds": TextEmbedsDataset,
 }
 PLANNED_DATASET_TYPES: Mapping[str, str] = {
-    "conditioning": "masks and reference pictures are not built",
     "video": "only pictures are built",
     "audio": "only pictures are built",
     "image_embeds": "latents are cached without an entry of their own; remove it",
-    "conditioning_image_embeds": "masks and reference pictures are not built",
+    "conditioning_image_embeds": "training with reference pictures is not built",
     "distillation_cache": "distillation is not built",
     "caption": "captions without pictures are not built",
     "grounding": "grounding is not built",
@@ -229,9 +286,14 @@ VALUE_ALIASES: Mapping[tuple[str, str], str] = {
 }
 NO_LONGER_READ: Mapping[str, str] = {"disable_vae_cache": "vae_cache_disable"}
 
+# The extension of a table decides how it is read, whichever of the strategies names it.
+TABLE_STRATEGIES = ("csv", "parquet")
+TABLE_SUFFIXES = (".csv", ".jsonl", ".parquet")
+
 FROM_CONFIG = (
     *("resolution", "resolution_type", "minimum_image_size", "maximum_image_size", "target_downsample_size"),
-    *("caption_strategy", "instance_prompt"),
+    *("caption_strategy", "instance_prompt", "max_upscale_threshold"),
+    *("vae_cache_ondemand", "vae_cache_disable", "vae_cache_clear_each_epoch"),
 )
 
 
@@ -262,7 +324,34 @@ def with_defaults(entry: Dataset, config: Any) -> Dataset:
         for name in FROM_CONFIG
         if getattr(entry, name) is None and (same_unit or name not in sizes)
     }
+    # A row's own caption stands nearer than a strategy for datasets in general, but for one that needs no source.
+    if entry.type in TABLE_TYPES and updates.get("caption_strategy") != "instanceprompt":
+        updates["caption_strategy"] = entry.caption_strategy or entry.type
     return entry.model_copy(update=updates)
+
+
+def masks_for(entry: ImageDataset, entries: Sequence[object]) -> list[ConditioningDataset]:
+    """The conditioning entries that belong to a dataset: those it names, and those that name it."""
+    named = entry.conditioning_data or ()
+    masks = [each for each in entries if isinstance(each, ConditioningDataset)]
+    return [each for each in masks if each.id in named or each.source_dataset_id == entry.id]
+
+
+def table_path(entry: ImageDataset) -> Path | None:
+    """The caption table of an entry: the one it names, or the one of its strategy in its folder; None without one."""
+    if entry.metadata_file is not None:
+        return entry.metadata_file
+    suffixes = sorted(TABLE_SUFFIXES, key=lambda suffix: suffix != f".{entry.caption_strategy}")
+    beside = [entry.instance_data_dir / f"metadata{suffix}" for suffix in suffixes if entry.instance_data_dir]
+    return next((path for path in beside if path.is_file()), None)
+
+
+def filters_for(entries: Sequence[object]) -> tuple[str, ...]:
+    """The caption filters of a run: those of the default text_embeds entry, or of the only one."""
+    texts = [each for each in entries if isinstance(each, TextEmbedsDataset)]
+    chosen = next((each for each in texts if each.default), texts[0] if len(texts) == 1 else None)
+    filters = chosen.caption_filter_list if chosen else None
+    return filters or ()
 
 
 def backend_types() -> tuple[str, ...]:

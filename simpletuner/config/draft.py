@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from simpletuner.config.dataset_loading import LoadedDatasets
-from simpletuner.config.datasets import Dataset, ImageDataset
+from simpletuner.config.datasets import ConditioningDataset, Dataset, ImageDataset
 from simpletuner.config.layers import Origin
 from simpletuner.config.lycoris import Adaptable
 from simpletuner.config.options import TrainConfig
@@ -78,6 +78,11 @@ class Draft:
     def pictures(self) -> list[ImageDataset]:
         """Entries with pictures: to train on, and for the eval loss."""
         return [entry for entry in self.datasets.entries if isinstance(entry, ImageDataset)]
+
+    @property
+    def masks(self) -> list[ConditioningDataset]:
+        """Entries with masks of the pictures of others."""
+        return [entry for entry in self.datasets.entries if isinstance(entry, ConditioningDataset)]
 
     def output_path(self, path: Path) -> Path:
         """Where a folder that is made on demand lies."""

@@ -6,32 +6,70 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from simpletuner.config.datasets import TABLE_SUFFIXES, ConditioningDataset, ImageDataset, table_path
 from simpletuner.config.draft import Draft
+from simpletuner.config.paths import looks_like_path
 from simpletuner.errors import Problem
 
 
 def dataset_folders_exist(draft: Draft) -> Iterator[Problem]:
-    for entry in draft.pictures:
+    entries: list[ImageDataset | ConditioningDataset] = [*draft.pictures, *draft.masks]
+    for entry in entries:
         folder = entry.instance_data_dir
-        if folder.is_dir():
+        if folder is None or folder.is_dir():
             continue
         origin = draft.datasets.place(entry.id, "instance_data_dir")
         if folder.exists():
             yield origin.problem(f'"{folder}" is not a folder', key=f"{entry.id}.instance_data_dir")
         else:
-            written = Path(entry.instance_data_dir)
-            relative = written.relative_to(draft.folders.working_dir) if _inside(written, draft) else written
-            yield draft.folders.missing(relative, f"{entry.id}.instance_data_dir", origin, "folder")
+            yield draft.folders.missing(_as_written(folder, draft), f"{entry.id}.instance_data_dir", origin, "folder")
 
 
-def _inside(path: Path, draft: Draft) -> bool:
-    return path.is_relative_to(draft.folders.working_dir)
+def dataset_tables_exist(draft: Draft) -> Iterator[Problem]:
+    for entry in draft.pictures:
+        if entry.csv_file is not None and not entry.csv_file.is_file():
+            origin, key = draft.datasets.place(entry.id, "csv_file"), f"{entry.id}.csv_file"
+            yield draft.folders.missing(_as_written(entry.csv_file, draft), key, origin, "file")
+        name = entry.dataset_name
+        if name is not None and looks_like_path(name) and not Path(name).exists():
+            origin, key = draft.datasets.place(entry.id, "dataset_name"), f"{entry.id}.dataset_name"
+            yield draft.folders.missing(Path(name).expanduser(), key, origin, "file or folder")
+
+
+def _as_written(path: Path, draft: Draft) -> Path:
+    """A path that was made absolute, short again where it lies in the working folder."""
+    working_dir = draft.folders.working_dir
+    return path.relative_to(working_dir) if path.is_relative_to(working_dir) else path
+
+
+def masks_are_not_among_the_pictures(draft: Draft) -> Iterator[Problem]:
+    for mask in draft.masks:
+        for entry in draft.pictures:
+            folder = mask.instance_data_dir
+            if entry.instance_data_dir and folder.is_relative_to(entry.instance_data_dir):
+                message = f'"{folder}" lies in the pictures of dataset "{entry.id}", which would train on it'
+                allowed = f"a folder outside of {entry.instance_data_dir}"
+                yield draft.dataset_problem(mask, "instance_data_dir", message, allowed)
+
+
+def caption_tables_exist(draft: Draft) -> Iterator[Problem]:
+    for entry in draft.pictures:
+        if not entry.has_caption_table or not entry.instance_data_dir or not entry.instance_data_dir.is_dir():
+            continue
+        table = table_path(entry)
+        if table is None or not table.is_file():
+            names = ", ".join(f"metadata{suffix}" for suffix in TABLE_SUFFIXES)
+            message = f'"{table}" is not there' if table else f"is missing, and the folder holds none of {names}"
+            yield draft.dataset_problem(entry, "metadata_file", message, "a file .csv, .jsonl or .parquet")
+        elif table.suffix.lower() not in TABLE_SUFFIXES:
+            message = f'"{table}" has none of the known extensions'
+            yield draft.dataset_problem(entry, "metadata_file", message, ", ".join(TABLE_SUFFIXES))
 
 
 def output_folder_is_not_among_the_pictures(draft: Draft) -> Iterator[Problem]:
     output = draft.config.output_dir
     for entry in draft.pictures:
-        if output.is_relative_to(entry.instance_data_dir):
+        if entry.instance_data_dir and output.is_relative_to(entry.instance_data_dir):
             message = (
                 f'"{output}" lies in the pictures of dataset "{entry.id}", which would then train on its own output'
             )
@@ -64,6 +102,9 @@ def named_checkpoint_exists(draft: Draft) -> Iterator[Problem]:
 
 FILE_RULES = (
     dataset_folders_exist,
+    dataset_tables_exist,
+    masks_are_not_among_the_pictures,
+    caption_tables_exist,
     output_folder_is_not_among_the_pictures,
     output_folder_can_be_written,
     named_checkpoint_exists,

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from simpletuner.config.caption_filters import read_filter_file
 from simpletuner.config.checking import check_settings, refuse_planned
 from simpletuner.config.dataset_loading import LoadedDatasets, read_datasets
-from simpletuner.config.datasets import Dataset, ImageDataset
+from simpletuner.config.datasets import Dataset, TextEmbedsDataset
 from simpletuner.config.discovery import ConfigSource, find_config, no_config_error
 from simpletuner.config.draft import Draft, FamilyFacts
 from simpletuner.config.file_rules import broken_file_rules
@@ -33,6 +34,7 @@ from simpletuner.config.options import TrainConfig, all_options
 from simpletuner.config.paths import Folders, looks_like_path
 from simpletuner.config.prompt_library import read_prompt_library
 from simpletuner.config.rules import broken_rules, notices
+from simpletuner.config.sources import PictureSource
 from simpletuner.errors import ConfigError, Problem
 
 DEFAULT_DATA_FILE = "multidatabackend.json"
@@ -139,7 +141,7 @@ def load_source(
         lycoris=lycoris,
         prompt_library=prompts,
         origins=draft.origins,
-        warnings=tuple(dict.fromkeys([*reader.merged.warnings, *notices(draft)])),
+        warnings=tuple(dict.fromkeys([*reader.merged.warnings, *datasets.warnings, *notices(draft)])),
         config_file=source.path,
         data_file=config.data_backend_config,
         lycoris_file=config.lycoris_config if lycoris is not None else None,
@@ -268,18 +270,41 @@ class _RunReader:
             return LoadedDatasets(is_read=False)
         datasets = read_datasets(document, config)
         self.problems += datasets.problems
-        datasets.entries = [self.with_absolute_paths(entry) for entry in datasets.entries]
+        datasets.entries = [self.with_absolute_paths(entry, datasets) for entry in datasets.entries]
         return datasets
 
-    def with_absolute_paths(self, entry: Dataset) -> Dataset:
+    def with_absolute_paths(self, entry: Dataset, datasets: LoadedDatasets) -> Dataset:
         updates: dict[str, Any] = {}
-        if isinstance(entry, ImageDataset):
-            folder = entry.instance_data_dir
-            updates["instance_data_dir"] = self.folders.find(folder) or self.folders.output(folder)
+        if isinstance(entry, TextEmbedsDataset):
+            updates["caption_filter_list"] = self.read_filters(entry, datasets)
+        elif (folder := entry.instance_data_dir) is not None:
+            updates["instance_data_dir"] = folder = self.folders.find(folder) or self.folders.output(folder)
+            if table := getattr(entry, "metadata_file", None):
+                inside = folder / table if (folder / table).is_file() else None
+                updates["metadata_file"] = self.folders.find(table) or inside or self.folders.output(table)
+        if isinstance(entry, PictureSource):
+            if entry.csv_file is not None:
+                updates["csv_file"] = self.folders.find(entry.csv_file) or self.folders.output(entry.csv_file)
+            if entry.dataset_name is not None:  # a path where there is one, else the id of a dataset on the hub
+                found = self.folders.find(Path(entry.dataset_name).expanduser())
+                updates["dataset_name"] = str(found or entry.dataset_name)
         for key in ("cache_dir_vae", "cache_dir"):
             if getattr(entry, key, None) is not None:
                 updates[key] = self.folders.output(getattr(entry, key))
         return entry.model_copy(update=updates)
+
+    def read_filters(self, entry: TextEmbedsDataset, datasets: LoadedDatasets) -> tuple[str, ...] | None:
+        """The filters of captions, read from their file where one is named."""
+        filters = entry.caption_filter_list
+        if filters is None or len(filters) != 1 or not filters[0].lower().endswith((".txt", ".json")):
+            return filters
+        path = Path(filters[0]).expanduser()
+        try:
+            return read_filter_file(self.folders.find(path) or self.folders.output(path))
+        except ValueError as error:
+            origin = datasets.place(entry.id, "caption_filter_list")
+            self.problems.append(origin.problem(str(error), key=f"{entry.id}.caption_filter_list"))
+            return None
 
     def read_lycoris(self, config: TrainConfig) -> Mapping[str, Any] | None:
         if config.lycoris_config is None or config.model_type != "lora":

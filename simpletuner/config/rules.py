@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from simpletuner.config.checking import is_neutral, show_value
+from simpletuner.config.dataset_rules import DATASET_NOTICES, DATASET_RULES
 from simpletuner.config.datasets import ImageDataset, TextEmbedsDataset
 from simpletuner.config.draft import Draft
 from simpletuner.config.names import nearest
@@ -158,16 +159,6 @@ def captions_have_their_source(draft: Draft) -> Iterator[Problem]:
             yield draft.dataset_problem(entry, "instance_prompt", message, "a text, or a list of texts")
 
 
-def crops_have_their_shapes(draft: Draft) -> Iterator[Problem]:
-    for entry in draft.pictures:
-        if entry.crop and entry.crop_aspect in ("closest", "random") and not entry.crop_aspect_buckets:
-            message = f"is missing: crop_aspect {entry.crop_aspect} chooses from it"
-            yield draft.dataset_problem(entry, "crop_aspect_buckets", message, "a list such as [1.0, 0.75, 1.5]")
-        if any(ratio <= 0 for ratio in entry.crop_aspect_buckets or ()):
-            message = "holds an aspect ratio that is not above 0"
-            yield draft.dataset_problem(entry, "crop_aspect_buckets", message, "numbers above 0")
-
-
 def dataset_ids_are_names(draft: Draft) -> Iterator[Problem]:
     for entry in draft.datasets.entries:
         is_name = entry.id.strip() == entry.id and not set(entry.id) & set('/\\:*?"<>|') and entry.id.isprintable()
@@ -206,10 +197,10 @@ RULES: tuple[Rule, ...] = (
     resolution_fits_the_family,
     size_limits_go_together,
     captions_have_their_source,
-    crops_have_their_shapes,
     dataset_ids_are_names,
     there_are_pictures_to_train_on,
     one_text_cache_is_the_default,
+    *DATASET_RULES,
 )
 
 
@@ -252,7 +243,7 @@ def text_caches_have_a_use(draft: Draft) -> Iterator[str]:
     if draft.spec is None or draft.spec.caches_prompt_embeds:
         return
     for entry in draft.datasets.entries:
-        if isinstance(entry, TextEmbedsDataset):
+        if isinstance(entry, TextEmbedsDataset) and not entry.caption_filter_list:
             place = draft.datasets.place(entry.id, "dataset_type")
             reads = f"{draft.spec.title} reads the tokens of captions"
             yield f"{place}: {entry.id}: a text_embeds entry has no use: {reads}, and nothing is kept there"
@@ -264,6 +255,7 @@ NOTICES: tuple[Notice, ...] = (
     validation_has_prompts,
     dropped_captions_serve_guidance,
     text_caches_have_a_use,
+    *DATASET_NOTICES,
 )
 
 

@@ -36,6 +36,10 @@ class BucketRules:
         maximum_size: larger pictures are first reduced to `target_size`, then cut; None reduces every picture as far
             as the cut allows.
         target_size: see `maximum_size`.
+        minimum_aspect: pictures whose width / height is smaller are not used.
+        maximum_aspect: pictures whose width / height is larger are not used.
+        max_upscale: pictures whose sides would grow by more than this share are not used, and of several aspects only
+            those that need less are chosen from; None allows any growth.
         alignment: pixels; every side is a multiple of it.
         aspect_decimals: the aspect is rounded to so many places, so that nearly equal aspects share a bucket.
     """
@@ -49,6 +53,9 @@ class BucketRules:
     minimum_size: float = 0
     maximum_size: float | None = None
     target_size: float | None = None
+    minimum_aspect: float | None = None
+    maximum_aspect: float | None = None
+    max_upscale: float | None = None
     alignment: int = 64
     aspect_decimals: int = 2
 
@@ -74,6 +81,30 @@ def is_large_enough(height: int, width: int, rules: BucketRules) -> bool:
     return size_measure(height, width, rules.resolution_type) >= rules.minimum_size
 
 
+def has_allowed_aspect(height: int, width: int, rules: BucketRules) -> bool:
+    aspect = width / height
+    too_narrow = rules.minimum_aspect is not None and aspect < rules.minimum_aspect
+    return not too_narrow and (rules.maximum_aspect is None or aspect <= rules.maximum_aspect)
+
+
+def aspect_choices(height: int, width: int, rules: BucketRules) -> tuple[tuple[float, float], ...]:
+    """The (aspect, weight) that a picture may be trained at without growing too much; empty where there is none."""
+    if rules.crop and rules.crop_aspect in ("closest", "random"):
+        choices = rules.aspect_buckets
+    else:
+        choices = ((_fixed_aspect(height, width, rules), 1.0),)
+    if rules.max_upscale is None:
+        return choices
+    return tuple(choice for choice in choices if _growth(height, width, choice[0], rules) <= rules.max_upscale)
+
+
+def _growth(height: int, width: int, aspect: float, rules: BucketRules) -> float:
+    """By which share the sides of a picture grow to cover the bucket of `aspect`."""
+    target_height, target_width = bucket_size(aspect, rules)
+    # 1.2 / 1 - 1 is a little above 0.2 in binary.
+    return round(max(target_height / height, target_width / width) - 1, 9)
+
+
 def bucket_size(aspect: float, rules: BucketRules) -> tuple[int, int]:
     """(height, width) of the bucket for an aspect (width / height).
 
@@ -92,20 +123,24 @@ def bucket_size(aspect: float, rules: BucketRules) -> tuple[int, int]:
 
 
 def choose_aspect(height: int, width: int, rules: BucketRules, *key: int | str) -> float:
-    """Aspect (width / height) that the picture is trained at.
+    """Aspect (width / height) that the picture is trained at; `aspect_choices` is not empty for it.
 
     Args:
         key: (seed, dataset id, content digest); read for `random` only.
     """
-    own = width / height
-    if not rules.crop or rules.crop_aspect == "preserve":
-        # Rounding a very tall picture to 0.00 would ask for an endless bucket.
-        return max(_round_half_up(own, rules.aspect_decimals), 10.0**-rules.aspect_decimals)
-    if rules.crop_aspect == "square":
-        return 1.0
+    if not rules.crop or rules.crop_aspect in ("preserve", "square"):
+        return _fixed_aspect(height, width, rules)
+    choices = aspect_choices(height, width, rules)
     if rules.crop_aspect == "closest":
-        return min((aspect for aspect, _ in rules.aspect_buckets), key=lambda aspect: abs(math.log(aspect / own)))
-    return _weighted_choice(rules.aspect_buckets, keyed_uniform(*key, "aspect"))
+        return min((aspect for aspect, _ in choices), key=lambda aspect: abs(math.log(aspect * height / width)))
+    return _weighted_choice(choices, keyed_uniform(*key, "aspect"))
+
+
+def _fixed_aspect(height: int, width: int, rules: BucketRules) -> float:
+    if rules.crop and rules.crop_aspect == "square":
+        return 1.0
+    # Rounding a very tall picture to 0.00 would ask for an endless bucket.
+    return max(_round_half_up(width / height, rules.aspect_decimals), 10.0**-rules.aspect_decimals)
 
 
 def plan_crop(height: int, width: int, rules: BucketRules, *key: int | str) -> Crop:

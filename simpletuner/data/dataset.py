@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
@@ -20,13 +19,19 @@ from numpy.typing import NDArray
 from simpletuner.batch import Sample
 from simpletuner.config.datasets import EvalDataset, ImageDataset
 from simpletuner.data.backends.base import Backend
-from simpletuner.data.buckets import BucketRules, plan_crop
+from simpletuner.data.backends.build import source_key
+from simpletuner.data.buckets import BucketRules, bucket_size, choose_aspect, plan_crop
+from simpletuner.data.caption_edits import CaptionEdits
+from simpletuner.data.caption_table import CaptionTable
 from simpletuner.data.captions import CaptionRules, captions_of, printable
 from simpletuner.data.index import Index
+from simpletuner.data.masks import MaskPairs, Masks, pair_masks
 from simpletuner.data.report import Funnel
-from simpletuner.data.transforms import UnusablePicture, load_picture, to_pixels
+from simpletuner.data.schedule import Schedule
+from simpletuner.data.selection import group_by_size
+from simpletuner.data.transforms import UnusablePicture, checked_bytes, load_picture, to_pixels
 from simpletuner.errors import DataError, Problem
-from simpletuner.randomness import keyed_seed
+from simpletuner.randomness import keyed_seed, keyed_uniform
 
 if TYPE_CHECKING:
     import torch
@@ -34,6 +39,19 @@ if TYPE_CHECKING:
 Size = tuple[int, int]
 
 _CHUNK = 512
+
+
+@dataclasses.dataclass(frozen=True)
+class Draws:
+    """What is drawn anew each time that a dataset is gone through.
+
+    Args:
+        crops: random crops and aspects (`vae_cache_clear_each_epoch`).
+        flips: which pictures are mirrored left to right (`random_flip`).
+    """
+
+    crops: bool = False
+    flips: bool = False
 
 
 class Samples(Sequence[Sample]):
@@ -48,6 +66,9 @@ class Samples(Sequence[Sample]):
         texts: NDArray[np.int64],
         bucket_rules: BucketRules,
         caption_rules: CaptionRules,
+        draws: Draws = Draws(),
+        edits: CaptionEdits = CaptionEdits(),
+        table: CaptionTable | None = None,
     ):
         self._dataset_id = dataset_id
         self._seed = seed
@@ -56,6 +77,10 @@ class Samples(Sequence[Sample]):
         self._texts = texts
         self._bucket_rules = bucket_rules
         self._caption_rules = caption_rules
+        self._edits = edits
+        self._table = table
+        self._sizes: tuple[int, Mapping[Size, NDArray[np.int64]]] | None = None
+        self.draws = draws
 
     def __len__(self) -> int:
         return len(self._ids)
@@ -75,14 +100,19 @@ class Samples(Sequence[Sample]):
         for start in range(0, len(self), _CHUNK):
             yield from self.take(range(start, min(start + _CHUNK, len(self))))
 
-    def take(self, positions: Sequence[int]) -> list[Sample]:
-        """The samples at `positions`, with one query for all."""
+    def take(self, positions: Sequence[int], round_number: int = 0) -> list[Sample]:
+        """The samples at `positions`, with one query for all.
+
+        Args:
+            round_number: decides what `draws` draws anew.
+        """
         chosen = np.asarray(positions, dtype=np.int64)
         pictures = self._index.pictures(self._ids[chosen].tolist())
         texts: list[str | None] = [None] * len(pictures)
-        if self._caption_rules.reads_text_files:
+        if self._table is not None:
+            texts = self._table.take([picture.path for picture in pictures])
+        elif self._caption_rules.reads_text_files:
             texts = self._index.texts(self._texts[chosen].tolist())
-        key = (self._seed, self._dataset_id)
         return [
             Sample(
                 dataset_id=self._dataset_id,
@@ -90,11 +120,47 @@ class Samples(Sequence[Sample]):
                 digest=picture.digest,
                 width=picture.width,
                 height=picture.height,
-                captions=captions_of(picture.path, text, self._caption_rules),
-                crop=plan_crop(picture.height, picture.width, self._bucket_rules, *key, picture.digest),
+                captions=self._edits.apply(captions_of(picture.path, text, self._caption_rules)),
+                crop=plan_crop(
+                    picture.height, picture.width, self._bucket_rules, *self._crop_key(picture.digest, round_number)
+                ),
+                is_flipped=self._is_flipped(picture.digest, round_number),
             )
             for picture, text in zip(pictures, texts, strict=True)
         ]
+
+    def every_version(self) -> Iterator[Sample]:
+        """Each sample, and where pictures are mirrored also its other version: what a cache has to hold."""
+        for sample in self:
+            yield sample
+            if self.draws.flips:
+                yield dataclasses.replace(sample, is_flipped=not sample.is_flipped)
+
+    def pair_masks(self, masks: Index) -> MaskPairs:
+        """The mask of each picture among those of another index."""
+        return pair_masks(self._index, self._ids, masks)
+
+    def buckets_in(self, round_number: int) -> Mapping[Size, NDArray[np.int64]]:
+        """(height, width) in pixels -> indices, ascending, where aspects are drawn anew in each round."""
+        if self._sizes is not None and self._sizes[0] == round_number:
+            return self._sizes[1]
+        sizes = np.empty((len(self), 2), dtype=np.int64)
+        for start in range(0, len(self), _CHUNK):
+            for offset, row in enumerate(self._index.pictures(self._ids[start : start + _CHUNK].tolist())):
+                key = self._crop_key(row.digest, round_number)
+                sizes[start + offset] = bucket_size(
+                    choose_aspect(row.height, row.width, self._bucket_rules, *key), self._bucket_rules
+                )
+        buckets = group_by_size(sizes[:, 0], sizes[:, 1])
+        self._sizes = round_number, buckets
+        return buckets
+
+    def _crop_key(self, digest: str, round_number: int) -> tuple[int | str, ...]:
+        key = (self._seed, self._dataset_id, digest)
+        return (*key, "round", round_number) if self.draws.crops else key
+
+    def _is_flipped(self, digest: str, round_number: int) -> bool:
+        return self.draws.flips and keyed_uniform(self._seed, self._dataset_id, digest, "flip", round_number) < 0.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,6 +174,7 @@ class Dataset:
         fingerprint: changes when the content, order, crops or captions of the samples do.
         funnel: what became of the files.
         backend: where the files are.
+        masks: where the loss counts; None for all of each picture.
     """
 
     entry: ImageDataset
@@ -116,6 +183,7 @@ class Dataset:
     fingerprint: str
     funnel: Funnel
     backend: Backend
+    masks: Masks | None = None
 
     @property
     def id(self) -> str:
@@ -134,6 +202,37 @@ class Dataset:
     def is_regularisation(self) -> bool:
         return self.entry.is_regularisation_data
 
+    @property
+    def batch_size(self) -> int | None:
+        """Pictures in one forward pass of one process; None takes that of the run."""
+        return self.entry.train_batch_size
+
+    @property
+    def schedule(self) -> Schedule:
+        entry = self.entry
+        ends = (entry.end_epoch or None, entry.end_step or None)
+        return Schedule(entry.probability, entry.start_epoch, ends[0], entry.start_step, ends[1])
+
+    @property
+    def keeps_latents(self) -> bool:
+        """Whether what the VAE says is worth keeping: not where crops are drawn anew, or nothing may be written."""
+        return not (self.entry.vae_cache_disable or self.samples.draws.crops)
+
+    @property
+    def encodes_on_demand(self) -> bool:
+        """Whether pictures are encoded when training needs them."""
+        return bool(self.entry.vae_cache_ondemand) or not self.keeps_latents
+
+    def samples_to_keep(self) -> Iterator[Sample]:
+        """Every version of every sample whose latents are kept."""
+        return self.samples.every_version() if self.keeps_latents else iter(())
+
+    def buckets_in(self, round_number: int) -> Mapping[Size, NDArray[np.int64]]:
+        """(height, width) in pixels -> indices into `samples`, in one round; the same object where nothing is drawn."""
+        if self.samples.draws.crops and self.entry.crop_aspect == "random":
+            return self.samples.buckets_in(round_number)
+        return self.buckets
+
     def read_pixels(self, sample: Sample) -> torch.Tensor:
         """The cut-out part of a picture: (3, H, W) float32 in [-1, 1]. Safe to call from several threads.
 
@@ -145,10 +244,8 @@ class Dataset:
             data = self.backend.read(os.fsencode(sample.path))
         except OSError as error:
             raise self._unreadable(sample, f"cannot be read: {error.strerror or error}") from error
-        if hashlib.sha256(data).hexdigest() != sample.digest:
-            raise self._unreadable(sample, "changed since the run began")
         try:
-            return to_pixels(load_picture(data), sample.crop)
+            return to_pixels(load_picture(checked_bytes(data, sample.digest)), sample.crop, sample.is_flipped)
         except UnusablePicture as error:
             raise self._unreadable(sample, str(error)) from error
 
@@ -159,24 +256,31 @@ class Dataset:
         return sample.captions[keyed_seed(*key, "caption", sample.digest) % len(sample.captions)]
 
     def _unreadable(self, sample: Sample, what: str) -> DataError:
-        path = Path(self.backend.location) / sample.path
+        path = f"{self.backend.location.rstrip('/')}/{sample.path}"
         return DataError(
             Problem(
-                f"the picture {printable(str(path))} {what}",
-                key=f"{self.id}.instance_data_dir",
-                fix="start the run again: the folder is looked at anew, and training goes on from the last checkpoint",
+                f"the picture {printable(path)} {what}",
+                key=f"{self.id}.{source_key(self.entry)}",
+                fix="start the run again: the data is looked at anew, and training goes on from the last checkpoint",
             )
         )
 
 
 def dataset_fingerprint(
-    content: Sequence[str], bucket_rules: BucketRules, caption_rules: CaptionRules, seed: int
+    content: Sequence[str],
+    bucket_rules: BucketRules,
+    caption_rules: CaptionRules,
+    seed: int,
+    draws: Draws = Draws(),
+    edits: CaptionEdits = CaptionEdits(),
 ) -> str:
     """Digest of everything that decides the samples of a dataset; no absolute path is part of it."""
     rules: dict[str, Any] = {
         "content": list(content),
         "buckets": dataclasses.asdict(bucket_rules),
         "captions": dataclasses.asdict(caption_rules),
-        "seed": seed if bucket_rules.needs_content else None,
+        "seed": seed if bucket_rules.needs_content or draws.flips else None,
+        "draws": dataclasses.asdict(draws),
+        "edits": dataclasses.asdict(edits) if edits.filters or edits.shuffle else None,
     }
     return hashlib.sha256(json.dumps(rules, sort_keys=True).encode()).hexdigest()

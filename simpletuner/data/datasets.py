@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
 import re
@@ -12,14 +13,33 @@ from typing import TYPE_CHECKING, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from simpletuner.config.datasets import ImageDataset, with_defaults
+from simpletuner.config.datasets import (
+    ConditioningDataset,
+    ImageDataset,
+    filters_for,
+    masks_for,
+    table_path,
+    with_defaults,
+)
+from simpletuner.data.backends.base import Backend
+from simpletuner.data.backends.build import open_backend, source_key
 from simpletuner.data.backends.local import LocalBackend
 from simpletuner.data.buckets import BucketRules, CropStyle
+from simpletuner.data.caption_edits import CaptionEdits
+from simpletuner.data.caption_table import CaptionTable
 from simpletuner.data.captions import CaptionRules, CaptionStrategy, printable
-from simpletuner.data.dataset import Dataset, Samples, dataset_fingerprint
+from simpletuner.data.dataset import Dataset, Draws, Samples, dataset_fingerprint
 from simpletuner.data.index import Catalogue, Index
+from simpletuner.data.masks import MaskKind, Masks, require_masks
 from simpletuner.data.report import Funnel, ProgressReport, SetAside
-from simpletuner.data.selection import first_paths, group_by_size, select_large_enough, select_sizes
+from simpletuner.data.selection import (
+    first_paths,
+    group_by_size,
+    select_large_enough,
+    select_shapes,
+    select_sizes,
+    select_subset,
+)
 from simpletuner.errors import ConfigError, DataError, Problem
 from simpletuner.models.spec import FamilySpec
 
@@ -60,14 +80,25 @@ def build_datasets(
     if problems:
         raise ConfigError(problems)
     scanned: dict[str, tuple[Index, Catalogue]] = {}
+
+    def scan(entry: ImageDataset | ConditioningDataset) -> tuple[Index, Catalogue]:
+        if isinstance(entry, ConditioningDataset):
+            backend: Backend = LocalBackend(entry.instance_data_dir)
+        else:
+            backend = open_backend(entry, entry.id, data_file)
+        if backend.identity not in scanned:
+            index = Index(index_path(work_dir, backend.identity), backend)
+            scanned[backend.identity] = index, index.scan(_scan_progress(entry.id, report))
+        return scanned[backend.identity]
+
     datasets = []
     for entry in pictures:
-        root = str(Path(entry.instance_data_dir).resolve())
-        if root not in scanned:
-            index = Index(index_path(work_dir, root), LocalBackend(entry.instance_data_dir))
-            scanned[root] = index, index.scan(_scan_progress(entry.id, report))
         try:
-            datasets.append(build_dataset(entry, config, spec, *scanned[root], data_file))
+            table = caption_table(entry, work_dir, data_file)
+            dataset = build_dataset(entry, config, spec, *scan(entry), data_file, filters_for(entries), table)
+            for mask in masks_for(entry, entries):
+                dataset = with_masks(dataset, mask, *scan(mask), data_file)
+            datasets.append(dataset)
         except DataError as error:
             problems += error.problems
     if problems:
@@ -88,8 +119,8 @@ def check_entry(entry: ImageDataset, config: TrainConfig, spec: FamilySpec, data
         return Problem(message, key=f"{entry.id}.{key}", file=data_file, allowed=allowed, fix=fix)
 
     problems = []
-    folder = Path(entry.instance_data_dir)
-    if not folder.is_dir():
+    folder = entry.instance_data_dir
+    if folder is not None and not folder.is_dir():
         what = "is a file" if folder.exists() else "does not exist"
         problems.append(problem("instance_data_dir", f"{folder} {what}", "a folder with pictures", "correct the path"))
     if entry.resolution is None:
@@ -125,10 +156,13 @@ def bucket_rules(entry: ImageDataset, config: TrainConfig, spec: FamilySpec) -> 
         crop=entry.crop,
         crop_aspect=entry.crop_aspect,
         crop_style=cast(CropStyle, entry.crop_style),  # "face" is refused with the file
-        aspect_buckets=tuple((aspect, 1.0) for aspect in entry.crop_aspect_buckets or ()),
+        aspect_buckets=tuple((bucket.aspect, bucket.weight) for bucket in entry.crop_aspect_buckets or ()),
         minimum_size=entry.minimum_image_size or 0,
         maximum_size=entry.maximum_image_size,
         target_size=entry.target_downsample_size,
+        minimum_aspect=entry.minimum_aspect_ratio,
+        maximum_aspect=entry.maximum_aspect_ratio,
+        max_upscale=entry.max_upscale_threshold,
         alignment=config.aspect_bucket_alignment or spec.size_multiple,
         aspect_decimals=config.aspect_bucket_rounding,
     )
@@ -136,8 +170,9 @@ def bucket_rules(entry: ImageDataset, config: TrainConfig, spec: FamilySpec) -> 
 
 def caption_rules(entry: ImageDataset) -> CaptionRules:
     """The captions of a dataset; the entry has passed `check_entry`."""
+    strategy = "table" if entry.has_caption_table or entry.caption_strategy == entry.type else entry.caption_strategy
     return CaptionRules(
-        strategy=cast(CaptionStrategy, entry.caption_strategy),  # the others are refused with the file
+        strategy=cast(CaptionStrategy, strategy),  # the others are refused with the file
         instance_prompts=tuple(entry.instance_prompt or ()),
         only_instance_prompt=entry.only_instance_prompt,
         prepend_instance_prompt=entry.prepend_instance_prompt,
@@ -152,8 +187,14 @@ def build_dataset(
     index: Index,
     catalogue: Catalogue,
     data_file: str | None = None,
+    filters: tuple[str, ...] = (),
+    table: CaptionTable | None = None,
 ) -> Dataset:
     """One dataset from the pictures that its folder holds.
+
+    Args:
+        filters: edits of captions (`caption_filter_list`).
+        table: where the captions are, for the strategies that have one.
 
     Raises:
         DataError: no picture is left, or some have no caption.
@@ -161,33 +202,68 @@ def build_dataset(
     sizes, captions = bucket_rules(entry, config, spec), caption_rules(entry)
     set_aside = index.set_aside(with_texts=captions.reads_text_files)
     large_enough = select_large_enough(catalogue, sizes, index, set_aside)
-    _require_captions(entry, catalogue, large_enough, captions, index, set_aside, data_file)
-    used = select_sizes(entry.id, config.seed, catalogue, large_enough, sizes, spec, index, set_aside)
+    shaped = select_shapes(catalogue, large_enough, sizes, index, set_aside)
+    _require_captions(entry, catalogue, shaped, captions, index, set_aside, data_file, table)
+    chosen = select_subset(entry.id, config.seed, entry.max_num_samples, catalogue, shaped, index)
+    used = select_sizes(entry.id, config.seed, catalogue, chosen, sizes, spec, index, set_aside)
     if not len(used.positions):
         raise DataError(_nothing_left(entry, index, set_aside, data_file))
-    buckets = group_by_size(used)
+    buckets = group_by_size(used.heights, used.widths)
     funnel = Funnel(
         dataset_id=entry.id,
         found=index.num_pictures(),
         readable=len(catalogue),
         large_enough=len(large_enough),
-        captioned=len(large_enough),
+        captioned=len(shaped),
         bucketed=len(used.positions),
-        per_epoch=len(used.positions) * (entry.repeats + 1),
+        per_epoch=round(len(used.positions) * (entry.repeats + 1) * entry.probability),
         duplicates=catalogue.num_duplicates,
         buckets={size: len(members) for size, members in buckets.items()},
         set_aside=set_aside,
     )
     content = [catalogue.pictures_digest, *([catalogue.texts_digest] if captions.reads_text_files else [])]
+    content += [table.digest] if table else []
+    content += [f"{entry.max_num_samples} of {config.seed}"] if entry.max_num_samples else []
     ids, texts = catalogue.ids[used.positions], catalogue.texts[used.positions]
+    draws = Draws(crops=bool(entry.vae_cache_clear_each_epoch) and sizes.needs_content, flips=entry.random_flip)
+    edits = CaptionEdits(filters, entry.caption_shuffle, config.seed)
     return Dataset(
         entry=entry,
-        samples=Samples(entry.id, config.seed, index, ids, texts, sizes, captions),
+        samples=Samples(entry.id, config.seed, index, ids, texts, sizes, captions, draws, edits, table),
         buckets=buckets,
-        fingerprint=dataset_fingerprint(content, sizes, captions, config.seed),
+        fingerprint=dataset_fingerprint(content, sizes, captions, config.seed, draws, edits),
         funnel=funnel,
         backend=index.backend,
     )
+
+
+def caption_table(entry: ImageDataset, work_dir: Path, data_file: str | None) -> CaptionTable | None:
+    """The table with the captions of an entry, None for the strategies that have none.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    path = table_path(entry) if entry.has_caption_table and not entry.only_instance_prompt else None
+    if path is None:
+        return None
+    folder = work_dir / "index"
+    return CaptionTable(path, folder, entry.filename_column, entry.caption_column, entry.id, data_file)
+
+
+def with_masks(
+    dataset: Dataset, entry: ConditioningDataset, index: Index, catalogue: Catalogue, data_file: str | None
+) -> Dataset:
+    """The dataset with the masks of a conditioning entry.
+
+    Raises:
+        DataError: pictures without a mask.
+    """
+    kind = cast(MaskKind, entry.conditioning_type)  # the others are refused with the file
+    pairs = dataset.samples.pair_masks(index)
+    key = f"{dataset.id}.conditioning_data"
+    require_masks(pairs, len(dataset.samples), key, str(entry.instance_data_dir), data_file)
+    fingerprint = hashlib.sha256(f"{dataset.fingerprint} {kind} {catalogue.pictures_digest}".encode()).hexdigest()
+    return dataclasses.replace(dataset, masks=Masks(entry.id, kind, index, pairs.ids), fingerprint=fingerprint)
 
 
 def _require_captions(
@@ -198,9 +274,13 @@ def _require_captions(
     index: Index,
     set_aside: SetAside,
     data_file: str | None,
+    table: CaptionTable | None,
 ) -> None:
-    if rules.reads_text_files:
-        missing, what = positions[catalogue.texts[positions] < 0], "have no text file (same name, .txt) with text in it"
+    if table is not None:
+        missing, what = table.without_caption(positions, catalogue, index), f"have no caption in {table.table}"
+    elif rules.reads_text_files:
+        where = "caption in their row" if rules.strategy == "table" else "text file (same name, .txt) with text in it"
+        missing, what = positions[catalogue.texts[positions] < 0], f"have no {where}"
     elif rules.reads_file_names:
         missing, what = positions[~catalogue.is_named[positions]], "have no words in their file names"
     else:
@@ -221,7 +301,7 @@ def _require_captions(
 
 
 def _nothing_left(entry: ImageDataset, index: Index, set_aside: SetAside, data_file: str | None) -> Problem:
-    folder = entry.instance_data_dir
+    folder = index.backend.location
     if set_aside.counts:
         message = f"none of the {index.num_pictures()} pictures in {folder} can be used: {set_aside.summary()}"
         fix = "replace the files, or change the setting that the reason names"
@@ -229,18 +309,18 @@ def _nothing_left(entry: ImageDataset, index: Index, set_aside: SetAside, data_f
         message, fix = f"there are no pictures in {folder}", "put pictures there, or correct the path"
     return Problem(
         message,
-        key=f"{entry.id}.instance_data_dir",
+        key=f"{entry.id}.{source_key(entry)}",
         file=data_file,
-        allowed="a folder with pictures (png, jpg, webp, bmp, gif, tiff, avif)",
+        allowed="a place with pictures (png, jpg, webp, bmp, gif, tiff, avif)",
         fix=fix,
     )
 
 
-def index_path(work_dir: Path, root: str) -> Path:
-    """The index of a folder: a readable file name that differs for each.
+def index_path(work_dir: Path, identity: str) -> Path:
+    """The index of a tree of files: a readable file name that differs for each.
 
     Args:
-        root: the folder, resolved.
+        identity: of the backend; of a folder its resolved path.
     """
-    digest = hashlib.sha256(os.fsencode(root)).hexdigest()[:16]
-    return work_dir / "index" / f"{_UNSAFE.sub('-', Path(root).name)[:40]}-{digest}.sqlite"
+    digest = hashlib.sha256(os.fsencode(identity)).hexdigest()[:16]
+    return work_dir / "index" / f"{_UNSAFE.sub('-', Path(identity).name)[:40]}-{digest}.sqlite"

@@ -4,45 +4,28 @@ The state of the sampler is two integers, so a resume needs nothing else, and an
 The global batch is formed here; ranks take their slice of it (`slice_for_rank`), so the order survives a change of the
 number of ranks.
 
-One stream per (dataset, bucket). Over an epoch a sample occurs `repeats` + 1 times: the occurrences of a stream are
-that many passes, each a permutation keyed by (seed, epoch, dataset, bucket, pass), laid end to end; batch j takes
-occurrences [jB, (j + 1)B). Nothing is ever materialised but the permutations of the passes in use.
-
-The streams are interleaved in closed form. The epoch is cut into T segments, and of a stream's K batches the segment t
-gets floor((K(t + 1) + u) / T) - floor((K t + u) / T), where u in [0, T) is a keyed phase (without it, streams of one
-batch would all come last). Inside a segment the order is a keyed permutation. So streams mix in proportion to their
-number of batches all along the epoch, and finding a batch costs a binary search over T.
+Each dataset is an endless sequence of rounds (`rounds.py`). An epoch takes `probability` rounds of each dataset that
+takes part in it, from where the epoch before left off: of K batches per round, epoch e gets those from floor(p e K) to
+floor(p (e + 1) K). So the shares hold within one batch in every epoch, and every picture has its turn whatever the
+probability. The batches of the datasets are mixed in proportion to their numbers (`interleave.py`). Steps at which a
+dataset does not take part (`start_step`, `end_step`) pass its batches over.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from fractions import Fraction
+from typing import TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
-from simpletuner.randomness import keyed_seed
+from simpletuner.data.interleave import Interleaving
+from simpletuner.data.rounds import DatasetOrder, SampledDataset, Size
+from simpletuner.errors import ConfigError, Problem
 
 Item = TypeVar("Item")
-Size = tuple[int, int]
-
-# Batches per segment: small enough that streams alternate closely, large enough that a segment is rarely worked out.
-SEGMENT_BATCHES = 256
-
-
-class SampledDataset(Protocol):
-    """What the sampler needs to know of a dataset."""
-
-    @property
-    def id(self) -> str: ...
-
-    @property
-    def repeats(self) -> int: ...
-
-    @property
-    def buckets(self) -> Mapping[Size, NDArray[np.int64]]: ...
 
 
 @dataclass(frozen=True)
@@ -57,6 +40,7 @@ class BatchPlan:
         size: (height, width) in pixels.
         sample_indices: indices into the dataset's `samples`; the last ones may only fill the batch up.
         num_real: how many count; the others carry weight 0.
+        round_number: round of the dataset, from 0: decides what is drawn anew each time that a dataset is gone through.
     """
 
     epoch: int
@@ -66,6 +50,7 @@ class BatchPlan:
     size: Size
     sample_indices: tuple[int, ...]
     num_real: int
+    round_number: int = 0
 
     @property
     def loss_weights(self) -> tuple[float, ...]:
@@ -74,23 +59,12 @@ class BatchPlan:
 
 
 @dataclass(frozen=True)
-class _Stream:
-    dataset_index: int
-    dataset_id: str
-    size: Size
-    members: NDArray[np.int64]
-    num_occurrences: int
-    num_batches: int
+class _Share:
+    """What an epoch takes of a dataset: `count` batches from batch `start` of round `first_round` on."""
 
-
-@dataclass(frozen=True)
-class _Segment:
-    """The batches of one segment in order: which stream, and which of that stream's batches."""
-
-    epoch: int
-    first: int
-    streams: NDArray[np.int64]
-    batches: NDArray[np.int64]
+    first_round: int
+    start: int
+    count: int
 
 
 class Sampler:
@@ -100,28 +74,64 @@ class Sampler:
         datasets: in a fixed order; ids differ.
         batch_size: samples per global micro-batch (per-device batch size times ranks).
         seed: of the run.
+        num_ranks: multiplies the batch size of datasets that have their own.
+        fills_batches: `DatasetOrder`.
     """
 
-    def __init__(self, datasets: Sequence[SampledDataset], batch_size: int, seed: int):
+    def __init__(
+        self,
+        datasets: Sequence[SampledDataset],
+        batch_size: int,
+        seed: int,
+        num_ranks: int = 1,
+        fills_batches: bool = False,
+    ):
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
         self.batch_size = batch_size
         self.seed = seed
-        self._streams = [
-            _stream(index, dataset, size, members, batch_size)
-            for index, dataset in enumerate(datasets)
-            for size, members in sorted(dataset.buckets.items())
-            if len(members)
+        self.datasets = list(datasets)
+        self._orders = [
+            DatasetOrder(
+                dataset, dataset.batch_size * num_ranks if dataset.batch_size else batch_size, seed, fills_batches
+            )
+            for dataset in self.datasets
         ]
-        self._num_batches = np.array([stream.num_batches for stream in self._streams], dtype=np.int64)
-        self.batches_per_epoch = int(self._num_batches.sum())
-        self._num_segments = max(1, -(-self.batches_per_epoch // SEGMENT_BATCHES))
-        self._segment: _Segment | None = None
-        self._permutations: dict[int, dict[tuple[int, int], NDArray[np.int64]]] = {}
+        self._epochs: dict[int, tuple[list[_Share], Interleaving]] = {}
 
-    def locate(self, batch_index: int) -> tuple[int, int]:
-        """(epoch, position) of the batch with this index, counted from the start of training."""
-        return divmod(batch_index, self.batches_per_epoch)
+    def batches_in(self, epoch: int) -> int:
+        """Batches of an epoch, steps at which datasets do not take part included."""
+        return sum(share.count for share in self._shares(epoch))
+
+    def batches_before(self, epochs: float) -> Fraction:
+        """Batches of the first `epochs` epochs, which need not be whole; exact, so that 1.1 of 10 are 11."""
+        whole, part = divmod(Fraction(repr(float(epochs))), 1)
+        batches = sum(self.batches_in(epoch) for epoch in range(int(whole)))
+        return batches + part * (self.batches_in(int(whole)) if part else 0)
+
+    def epochs_at(self, epoch: int, position: int) -> float:
+        """Epochs that are done where `position` of `epoch` comes next."""
+        return epoch + position / max(self.batches_in(epoch), 1)
+
+    def after(self, epoch: int, position: int) -> tuple[int, int]:
+        """The place after the batch at `position` of `epoch`."""
+        return (epoch, position + 1) if position + 1 < self.batches_in(epoch) else (epoch + 1, 0)
+
+    def seek(self, epoch: int, position: int, step: int) -> tuple[int, int]:
+        """The first place from here on whose dataset takes part in the optimizer step after `step` steps.
+
+        Raises:
+            ConfigError: there is none, however many epochs go by.
+        """
+        schedules = [dataset.schedule for dataset in self.datasets]
+        wanted = np.array([schedule.in_step(step) for schedule in schedules], dtype=np.bool_)
+        last_start = max((schedule.start_epoch for schedule in schedules), default=0)
+        rarest = max((math.ceil(1 / s.probability) for s in schedules if s.probability), default=0)
+        for number in range(epoch, max(epoch, last_start) + rarest + 1):
+            found = self._epoch(number)[1].next_of(position if number == epoch else 0, wanted)
+            if found is not None:
+                return number, found
+        raise ConfigError(_nothing_takes_part(step + 1, epoch + 1))
 
     def batch(self, epoch: int, position: int, pad_to: int | None = None) -> BatchPlan:
         """The batch at `position` of `epoch`.
@@ -130,82 +140,57 @@ class Sampler:
             pad_to: fill a short batch up to so many samples; the filling carries weight 0.
 
         Raises:
-            IndexError: `position` is not in [0, batches_per_epoch).
+            IndexError: `position` is not in [0, batches_in(epoch)).
         """
-        if not 0 <= position < self.batches_per_epoch:
-            raise IndexError(f"position {position} is not within the {self.batches_per_epoch} batches of an epoch")
-        segment = self._segment_at(epoch, position)
-        stream_index = int(segment.streams[position - segment.first])
-        stream = self._streams[stream_index]
-        start = int(segment.batches[position - segment.first]) * self.batch_size
-        num_real = min(self.batch_size, stream.num_occurrences - start)
-        length = max(num_real, pad_to or 0)
+        shares, mix = self._epoch(epoch)
+        dataset_index, number = mix.at(position)
+        order, share = self._orders[dataset_index], shares[dataset_index]
+        round_number, place = share.first_round, share.start + number
+        while place >= order.batches_in(round_number):
+            place -= order.batches_in(round_number)
+            round_number += 1
+        batch = order.batch(round_number, place, pad_to)
         return BatchPlan(
             epoch=epoch,
             position=position,
-            dataset_index=stream.dataset_index,
-            dataset_id=stream.dataset_id,
-            size=stream.size,
-            sample_indices=self._occurrences(epoch, stream_index, start, length),
-            num_real=num_real,
+            dataset_index=dataset_index,
+            dataset_id=self.datasets[dataset_index].id,
+            size=batch.size,
+            sample_indices=batch.sample_indices,
+            num_real=batch.num_real,
+            round_number=round_number,
         )
 
-    def _segment_at(self, epoch: int, position: int) -> _Segment:
-        segment = self._segment
-        if segment and segment.epoch == epoch and 0 <= position - segment.first < len(segment.streams):
-            return segment
-        phases = self._phases(epoch)
-        low, high = 0, self._num_segments - 1
-        while low < high:  # the first segment that ends after `position`
-            middle = (low + high) // 2
-            if int(self._counts_before(middle + 1, phases).sum()) > position:
-                high = middle
-            else:
-                low = middle + 1
-        self._segment = self._build_segment(epoch, low, phases)
-        return self._segment
+    def _epoch(self, epoch: int) -> tuple[list[_Share], Interleaving]:
+        known = self._epochs.get(epoch)
+        if known is None:
+            shares = self._shares(epoch)
+            known = shares, Interleaving([share.count for share in shares], self.seed, epoch, "datasets")
+            self._epochs = dict([*list(self._epochs.items())[-1:], (epoch, known)])
+        return known
 
-    def _build_segment(self, epoch: int, index: int, phases: NDArray[np.int64]) -> _Segment:
-        before = self._counts_before(index, phases)
-        counts = self._counts_before(index + 1, phases) - before
-        ordered = np.repeat(np.arange(len(self._streams)), counts)
-        # Which batch of its stream each entry is: the stream's batches stay in order, whatever the shuffle does.
-        within = np.arange(len(ordered)) - np.repeat(np.cumsum(counts) - counts, counts)
-        ordered_batches = within + np.repeat(before, counts)
-        streams = ordered[_permutation(len(ordered), self.seed, epoch, "segment", index)]
-        batches = np.empty_like(streams)
-        batches[np.argsort(streams, kind="stable")] = ordered_batches
-        return _Segment(epoch, int(before.sum()), streams, batches)
+    def _shares(self, epoch: int) -> list[_Share]:
+        return [self._share(dataset, order, epoch) for dataset, order in zip(self.datasets, self._orders, strict=True)]
 
-    def _phases(self, epoch: int) -> NDArray[np.int64]:
-        generator = _generator(self.seed, epoch, "phase")
-        return generator.integers(0, self._num_segments, size=len(self._streams))
+    def _share(self, dataset: SampledDataset, order: DatasetOrder, epoch: int) -> _Share:
+        if not dataset.schedule.in_epoch(epoch):
+            return _Share(0, 0, 0)
+        begin, end = (self._place(dataset, order, number) for number in (epoch, epoch + 1))
+        count = end[1] - begin[1] + sum(order.batches_in(number) for number in range(begin[0], end[0]))
+        return _Share(begin[0], begin[1], count)
 
-    def _counts_before(self, segment: int, phases: NDArray[np.int64]) -> NDArray[np.int64]:
-        """(streams,) batches of each stream in all segments before `segment`."""
-        return (self._num_batches * segment + phases) // self._num_segments
+    def _place(self, dataset: SampledDataset, order: DatasetOrder, epoch: int) -> tuple[int, int]:
+        """(round, batch in it) with which a dataset begins an epoch."""
+        whole, part = divmod(dataset.schedule.rounds_before(epoch), 1)
+        return int(whole), math.floor(part * order.batches_in(int(whole))) if part else 0
 
-    def _occurrences(self, epoch: int, stream_index: int, start: int, length: int) -> tuple[int, ...]:
-        stream = self._streams[stream_index]
-        indices: list[int] = []
-        while len(indices) < length:
-            number, offset = divmod(start + len(indices), len(stream.members))
-            order = self._pass_order(epoch, stream_index, number)
-            chosen = order[offset : offset + length - len(indices)]
-            indices.extend(stream.members[chosen].tolist())
-        return tuple(indices)
 
-    def _pass_order(self, epoch: int, stream_index: int, number: int) -> NDArray[np.int64]:
-        kept = self._permutations.get(stream_index, {})
-        order = kept.get((epoch, number))
-        if order is None:
-            stream = self._streams[stream_index]
-            height, width = stream.size
-            order = _permutation(len(stream.members), self.seed, epoch, stream.dataset_id, height, width, number)
-            # A batch reaches over the end of a pass into the next one, so two are kept and older ones dropped.
-            recent = list(kept.items())[-1:]
-            self._permutations[stream_index] = dict([*recent, ((epoch, number), order)])
-        return order
+def _nothing_takes_part(step: int, epoch: int) -> Problem:
+    return Problem(
+        f"at step {step}, from epoch {epoch} on, no dataset takes part",
+        key="start_epoch, end_epoch, start_step, end_step, probability",
+        fix="let one dataset take part at any time, or end the run earlier (max_train_steps)",
+    )
 
 
 def slice_for_rank(items: Sequence[Item], rank: int, world_size: int) -> Sequence[Item]:
@@ -217,20 +202,3 @@ def slice_for_rank(items: Sequence[Item], rank: int, world_size: int) -> Sequenc
 def range_for_rank(length: int, rank: int, world_size: int) -> range:
     """The slots of a global batch that belong to `rank`; the ranks together cover each slot once."""
     return range(length * rank // world_size, length * (rank + 1) // world_size)
-
-
-def _stream(
-    dataset_index: int, dataset: SampledDataset, size: Size, members: NDArray[np.int64], batch_size: int
-) -> _Stream:
-    num_occurrences = len(members) * (dataset.repeats + 1)
-    num_batches = -(-num_occurrences // batch_size)
-    return _Stream(dataset_index, dataset.id, size, members, num_occurrences, num_batches)
-
-
-def _permutation(length: int, *key: int | str) -> NDArray[np.int64]:
-    return _generator(*key).permutation(length)
-
-
-def _generator(*key: int | str) -> np.random.Generator:
-    # PCG64 named outright: numpy may change what `default_rng` returns, and the order must not change with it.
-    return np.random.Generator(np.random.PCG64(keyed_seed(*key)))

@@ -6,16 +6,26 @@ reason.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from simpletuner.data.buckets import BucketRules, bucket_size, choose_aspect, is_large_enough, plan_crop
+from simpletuner.data.buckets import (
+    BucketRules,
+    aspect_choices,
+    bucket_size,
+    choose_aspect,
+    has_allowed_aspect,
+    is_large_enough,
+    plan_crop,
+)
 from simpletuner.data.index import Catalogue, Index
 from simpletuner.data.report import SetAside
 from simpletuner.data.transforms import MAX_PIXELS
 from simpletuner.models.spec import FamilySpec
+from simpletuner.randomness import keyed_seed
 
 Size = tuple[int, int]
 
@@ -32,12 +42,43 @@ class Selection:
 def select_large_enough(
     catalogue: Catalogue, rules: BucketRules, index: Index, set_aside: SetAside
 ) -> NDArray[np.int64]:
+    """Positions in the catalogue of the pictures that reach `minimum_image_size`."""
     unique, inverse = _unique_sizes(catalogue, np.arange(len(catalogue)))
     kept = np.array([is_large_enough(*size, rules) for size in unique], dtype=np.bool_)[inverse]
     unit = {"pixel": "pixels on the shorter side", "area": "megapixels", "pixel_area": "pixels squared"}
     reason = f"smaller than minimum_image_size ({rules.minimum_size:g} {unit[rules.resolution_type]})"
     _put_aside(reason, np.flatnonzero(~kept), catalogue, index, set_aside)
     return np.flatnonzero(kept)
+
+
+def select_shapes(
+    catalogue: Catalogue, positions: NDArray[np.int64], rules: BucketRules, index: Index, set_aside: SetAside
+) -> NDArray[np.int64]:
+    """The pictures whose aspect is allowed and that need not grow too much."""
+    limits = f"{rules.minimum_aspect or 0:g} to {rules.maximum_aspect or math.inf:g}"
+    growth = f"would grow by more than max_upscale_threshold ({rules.max_upscale or 0:g})"
+    for reason, keeps in (
+        (f"its width / height is outside of minimum_aspect_ratio, maximum_aspect_ratio ({limits})", has_allowed_aspect),
+        (growth, aspect_choices),
+    ):
+        unique, inverse = _unique_sizes(catalogue, positions)
+        kept = np.array([bool(keeps(*size, rules)) for size in unique], dtype=np.bool_)[inverse]
+        _put_aside(reason, positions[~kept], catalogue, index, set_aside)
+        positions = positions[kept]
+    return positions
+
+
+def select_subset(
+    dataset_id: str, seed: int, limit: int | None, catalogue: Catalogue, positions: NDArray[np.int64], index: Index
+) -> NDArray[np.int64]:
+    """At most `limit` pictures, chosen by content: a picture more or less in the folder exchanges at most one."""
+    if limit is None or len(positions) <= limit:
+        return positions
+    ranks = np.empty(len(positions), dtype=np.int64)
+    for start in range(0, len(positions), 512):
+        rows = index.pictures(catalogue.ids[positions[start : start + 512]].tolist())
+        ranks[start : start + len(rows)] = [keyed_seed(seed, dataset_id, "subset", row.digest) for row in rows]
+    return np.sort(positions[np.argsort(ranks, kind="stable")[:limit]])
 
 
 def select_sizes(
@@ -92,13 +133,13 @@ def _unique_sizes(catalogue: Catalogue, positions: NDArray[np.int64]) -> tuple[l
     return [(int(value) >> 32, int(value) & 0xFFFFFFFF) for value in unique], inverse
 
 
-def group_by_size(used: Selection) -> dict[Size, NDArray[np.int64]]:
+def group_by_size(heights: NDArray[np.int64], widths: NDArray[np.int64]) -> dict[Size, NDArray[np.int64]]:
     """(height, width) -> indices into the used pictures, ascending."""
-    packed = used.heights << 32 | used.widths
+    packed = heights << 32 | widths
     order = np.argsort(packed, kind="stable")
     starts = np.flatnonzero(np.diff(packed[order], prepend=-1))
     groups = np.split(order, starts[1:])
-    return {(int(used.heights[group[0]]), int(used.widths[group[0]])): group for group in groups}
+    return {(int(heights[group[0]]), int(widths[group[0]])): group for group in groups}
 
 
 def _put_aside(

@@ -7,6 +7,7 @@ a dataset and for the read that feeds the VAE.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import struct
 import zlib
@@ -87,10 +88,63 @@ def load_picture(data: bytes) -> Image.Image:
     return _to_srgb(_decode(data))
 
 
-def to_pixels(image: Image.Image, crop: Crop) -> torch.Tensor:
+def checked_bytes(data: bytes, digest: str) -> bytes:
+    """`data`, where it is the content that was indexed: what is made of it is kept under the name of that content.
+
+    Raises:
+        UnusablePicture: it is another.
+    """
+    if hashlib.sha256(data).hexdigest() != digest:
+        raise UnusablePicture("changed since the run began")
+    return data
+
+
+def load_mask(data: bytes, crop: Crop, is_flipped: bool = False, binary: bool = False) -> torch.Tensor:
+    """The brightness of a picture, cut as `crop` says: (1, H, W) float32 in [0, 1]. What is transparent is 0.
+
+    Values are weights and no colours: no profile is applied, and a smaller or larger mask is averaged or repeated,
+    never rung by a sharper filter.
+
+    Args:
+        is_flipped: mirror it left to right after the cut.
+        binary: 1 wherever any channel is above 0.
+
+    Raises:
+        UnusablePicture: as `picture_size`.
+    """
+    import numpy as np
+    import torch
+    from PIL import Image
+
+    image = _decode(data)
+    if image.mode.startswith("I"):
+        image = _scale_to_8_bits(image)
+    try:
+        image = image.convert("RGBA")
+    except ValueError as error:
+        raise UnusablePicture(f"its colours cannot be read: {error}") from None
+    covers = np.asarray(image.getchannel("A"), dtype=np.float32) / 255
+    channels = image.convert("RGB")
+    if binary:
+        values = (np.asarray(channels).max(axis=2) > 0) * (covers > 0).astype(np.float32)
+    else:
+        values = np.asarray(channels.convert("L"), dtype=np.float32) / 255 * covers
+    grey = Image.fromarray(values.astype(np.float32))
+    size = (crop.intermediate_width, crop.intermediate_height)
+    if grey.size != size:
+        grey = grey.resize(size, Image.Resampling.BOX)  # the mean over an area; repetition where it grows
+    grey = grey.crop((crop.left, crop.top, crop.left + crop.width, crop.top + crop.height))
+    weights = torch.from_numpy(np.array(grey, dtype=np.float32)[None]).clamp(0, 1)  # (1, H, W)
+    return weights.flip(-1) if is_flipped else weights
+
+
+def to_pixels(image: Image.Image, crop: Crop, is_flipped: bool = False) -> torch.Tensor:
     """Resize and cut out: (3, H, W) float32 in [-1, 1].
 
     Lanczos; Pillow widens its window with the reduction, so that nothing aliases.
+
+    Args:
+        is_flipped: mirror it left to right after the cut.
     """
     import numpy as np
     import torch
@@ -101,7 +155,8 @@ def to_pixels(image: Image.Image, crop: Crop) -> torch.Tensor:
         image = image.resize(size, Image.Resampling.LANCZOS)
     image = image.crop((crop.left, crop.top, crop.left + crop.width, crop.top + crop.height))
     values = np.asarray(image, dtype=np.float32) / 127.5 - 1.0
-    return torch.from_numpy(np.ascontiguousarray(values.transpose(2, 0, 1)))  # (3, H, W)
+    pixels = torch.from_numpy(np.ascontiguousarray(values.transpose(2, 0, 1)))  # (3, H, W)
+    return pixels.flip(-1) if is_flipped else pixels
 
 
 def _decode(data: bytes) -> Image.Image:

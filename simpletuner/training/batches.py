@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from simpletuner.batch import Batch, Sample
 from simpletuner.data.dataset import Dataset
@@ -30,12 +31,14 @@ class LatentSource(Protocol):
 
 @dataclass(frozen=True)
 class Window:
-    """The micro-batches of one optimizer step, and where the data stand after it."""
+    """The micro-batches of one optimizer step, where the data stand after it, and the epochs done before and after."""
 
     step: int
     batches: list[Batch]
     next_epoch: int
     next_position: int
+    epochs_before: float = 0.0
+    epochs_after: float = 0.0
 
     @property
     def weight(self) -> float:
@@ -55,6 +58,7 @@ class BatchSource:
         sources: dataset id -> where its latents come from.
         accumulation: micro-batches per optimizer step.
         dropout: probability that a caption becomes `family.spec.dropped_caption`.
+        masking: probability that the mask of a picture counts, where it has one.
     """
 
     def __init__(
@@ -66,6 +70,7 @@ class BatchSource:
         seed: int,
         accumulation: int = 1,
         dropout: float = 0.0,
+        masking: float = 1.0,
     ):
         self.family = family
         self.datasets = {dataset.id: dataset for dataset in datasets}
@@ -74,6 +79,7 @@ class BatchSource:
         self.seed = seed
         self.accumulation = accumulation
         self.dropout = dropout
+        self.masking = masking
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="batches")
         self._ahead: tuple[tuple[int, int, int], Future[Window]] | None = None
 
@@ -92,31 +98,47 @@ class BatchSource:
         """Build a window without looking ahead."""
         batches: list[Batch] = []
         slot = 0
+        epochs_before = self.sampler.epochs_at(epoch, position)
         for _ in range(self.accumulation):
+            epoch, position = self.sampler.seek(epoch, position, step)
             plan = self.sampler.batch(epoch, position)
             batches.append(self.build_batch(plan, step, slot))
             slot += len(plan.sample_indices)
-            position += 1
-            if position == self.sampler.batches_per_epoch:
-                epoch, position = epoch + 1, 0
-        return Window(step, batches, epoch, position)
+            epoch, position = self.sampler.after(epoch, position)
+        return Window(step, batches, epoch, position, epochs_before, self.sampler.epochs_at(epoch, position))
 
     def build_batch(self, plan: BatchPlan, step: int, first_slot: int) -> Batch:
-        """Latents, captions and prompt embeddings of a plan."""
+        """Latents, masks, captions and prompt embeddings of a plan."""
         dataset = self.datasets[plan.dataset_id]
-        samples = [dataset.samples[index] for index in plan.sample_indices]
+        samples = dataset.samples.take(plan.sample_indices, plan.round_number)
         slots = list(range(first_slot, first_slot + len(samples)))
+        latents = torch.stack(self.sources[dataset.id].latents(samples))
         captions = [self.caption(dataset, sample, step, slot) for sample, slot in zip(samples, slots, strict=True)]
         return Batch(
-            latents=torch.stack(self.sources[dataset.id].latents(samples)),
+            latents=latents,
             prompt_embeds=self.family.encode_prompts(captions),
             slots=slots,
             digests=[sample.digest for sample in samples],
             loss_weights=torch.tensor(plan.loss_weights),
             dataset_id=dataset.id,
+            masks=self.masks(dataset, plan, samples, latents, step, slots),
             is_regularisation=dataset.is_regularisation,
             captions=captions,
         )
+
+    def masks(
+        self, dataset: Dataset, plan: BatchPlan, samples: Sequence[Sample], latents: Tensor, step: int, slots: list[int]
+    ) -> Tensor | None:
+        """(B, 1, h, w) where the loss counts; all of a picture where its mask is not drawn. Keyed like the noise."""
+        if dataset.masks is None:
+            return None
+        height, width = latents.shape[-2:]
+        rows = []
+        for index, sample, slot in zip(plan.sample_indices, samples, slots, strict=True):
+            counts = keyed_uniform(self.seed, "masked loss", step, slot) < self.masking
+            whole = torch.ones(1, height, width)
+            rows.append(dataset.masks.weights(index, sample, (height, width)) if counts else whole)
+        return torch.stack(rows)
 
     def caption(self, dataset: Dataset, sample: Sample, step: int, slot: int) -> str:
         """One caption variant, or the family's empty caption where it is dropped; keyed like the noise."""

@@ -6,7 +6,7 @@ Caches are filled before the denoiser is loaded, and the VAE is freed in between
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -18,6 +18,7 @@ from simpletuner.cache.latents import FillReport, LatentCache, OnDemandLatents
 from simpletuner.cache.store import DamagedEntry, TensorStore
 from simpletuner.config.datasets import ImageDataset
 from simpletuner.config.loading import LoadedRun
+from simpletuner.data.backends.build import source_key
 from simpletuner.data.dataset import Dataset
 from simpletuner.data.digests import DigestMemo
 from simpletuner.errors import DataError, Problem
@@ -59,9 +60,9 @@ class DatasetLatents:
 
     def latents(self, samples: Sequence[Sample]) -> list[Tensor]:
         """(C, h, w) float32 of each sample, scaled and shifted; the posterior's draw is keyed by (seed, content)."""
-        names = [f"{sample.digest}/{sample.crop}" for sample in samples]
+        names = [_content(sample) for sample in samples]
         missing = [sample for name, sample in zip(names, samples, strict=True) if name not in self._memo]
-        fresh = dict(zip((f"{s.digest}/{s.crop}" for s in missing), self._moments(missing), strict=True))
+        fresh = dict(zip(map(_content, missing), self._moments(missing), strict=True))
         rows = []
         for name in names:
             if name not in self._memo:
@@ -76,7 +77,8 @@ class DatasetLatents:
     def encode_on_demand(self) -> OnDemandLatents:
         """The encoder for what the cache lacks; loads the VAE on first use and keeps it."""
         if self._on_demand is None:
-            self._on_demand = OnDemandLatents(self.cache, self.dataset, self.load_vae(), self.batch_size)
+            keeps = self.dataset.keeps_latents
+            self._on_demand = OnDemandLatents(self.cache, self.dataset, self.load_vae(), self.batch_size, keeps)
         return self._on_demand
 
     def close(self) -> None:
@@ -96,9 +98,19 @@ class DatasetLatents:
 
     def _remember(self, name: str, row: Tensor) -> None:
         size = row.numel() * row.element_size()
+        if self.dataset.samples.draws.crops:  # crops of earlier rounds do not come again
+            while self._memo and self._memo_bytes + size > MEMO_BYTES:
+                oldest = self._memo.pop(next(iter(self._memo)))
+                self._memo_bytes -= oldest.numel() * oldest.element_size()
         if self._memo_bytes + size <= MEMO_BYTES:
             self._memo[name] = row
             self._memo_bytes += size
+
+
+def _content(sample: Sample) -> str:
+    """Names what the VAE sees; keys the draw from its posterior."""
+    name = f"{sample.digest}/{sample.crop}"
+    return f"{name}/flipped" if sample.is_flipped else name
 
 
 LatentSources = Mapping[str, DatasetLatents]
@@ -143,15 +155,24 @@ def prepare_latents(
     for dataset in datasets:
         folder = latents_folder(dataset.entry, cache_dir, family.spec)
         cache = LatentCache(TensorStore(folder), family, fingerprint)
-        if not config.vae_cache_ondemand:
+        if not dataset.encodes_on_demand:
             dataset = fill_cache(cache, dataset, vae, config.vae_batch_size, bus, stop)
         kept.append(dataset)
         sources[dataset.id] = DatasetLatents(cache, dataset, vae.load, config.vae_batch_size, config.seed)
-        if config.vae_cache_ondemand:
+    for dataset in kept:
+        if dataset.encodes_on_demand:
             sources[dataset.id].encode_on_demand()
-    if not config.vae_cache_ondemand:
+    if not any(dataset.encodes_on_demand for dataset in kept):
         vae.free()
     return kept, sources
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """What a cache is filled from: see `PictureSource`."""
+
+    samples: Sequence[Sample]
+    read_pixels: Callable[[Sample], Tensor]
 
 
 def latents_folder(entry: ImageDataset, cache_dir: Path, spec: FamilySpec) -> Path:
@@ -163,13 +184,14 @@ def fill_cache(
     cache: LatentCache, dataset: Dataset, vae: SharedVae, batch_size: int, bus: EventBus, stop: StopRequest
 ) -> Dataset:
     """Encode what is missing of one dataset; gives it back without the pictures that cannot be encoded."""
-    with phase(bus, f"caching latents of {dataset.id}", len(dataset.samples)) as progress:
-        report = cache.fill(dataset, vae.load, batch_size, report=_teller(progress, stop))
+    pictures = Pictures(list(dataset.samples_to_keep()), dataset.read_pixels)
+    with phase(bus, f"caching latents of {dataset.id}", len(pictures.samples)) as progress:
+        report = cache.fill(pictures, vae.load, batch_size, report=_teller(progress, stop))
         progress.summary = f"{report.num_encoded} encoded, {report.num_cached} cached before"
     if not report.unusable:
         return dataset
-    for bad in report.unusable:
-        bus.emit(Notice("warning", f"{dataset.id}: {bad.sample.path} is left out: {bad.reason}"))
+    for path, reason in {bad.sample.path: bad.reason for bad in report.unusable}.items():
+        bus.emit(Notice("warning", f"{dataset.id}: {path} is left out: {reason}"))
     return without(dataset, report)
 
 
@@ -185,7 +207,7 @@ def without(dataset: Dataset, report: FillReport) -> Dataset:
         raise DataError(
             Problem(
                 f"no picture of dataset {dataset.id} can be encoded; the first: {report.unusable[0].reason}",
-                key=f"{dataset.id}.instance_data_dir",
+                key=f"{dataset.id}.{source_key(dataset.entry)}",
                 fix="repair the pictures or take the dataset out",
             )
         )

@@ -85,6 +85,7 @@ def train_window(run: Run, window: Window) -> StepOutcome:
         state.skipped_steps += 1
     run.optimizer.zero_grad(set_to_none=True)
     state.global_step, state.epoch, state.position = step + 1, window.next_epoch, window.next_position
+    run.epochs_before, run.epochs_after = window.epochs_before, window.epochs_after
     if state.skipped_steps >= MAX_SKIPPED_STEPS:
         raise diverged(run, window)
     return outcome
@@ -171,9 +172,7 @@ def is_due(run: Run, step_interval: int | None, epoch_interval: float | None = N
     step = run.state.global_step
     if step_interval and step % step_interval == 0:
         return True
-    return (
-        bool(epoch_interval) and run.epochs_done(step) // epoch_interval > run.epochs_done(step - 1) // epoch_interval
-    )
+    return bool(epoch_interval) and run.epochs_after // epoch_interval > run.epochs_before // epoch_interval
 
 
 def save_checkpoint(run: Run) -> str:

@@ -42,6 +42,8 @@ class Run:
         validator: None where validation is off.
         state: where the run stands.
         max_train_steps: optimizer steps at which the run ends.
+        epochs_before: epochs done before the last step of this process.
+        epochs_after: epochs done after it.
         eval_losses: global_step -> pooled eval loss of this process's run.
     """
 
@@ -62,7 +64,8 @@ class Run:
     stop: StopRequest
     state: TrainState
     max_train_steps: int
-    batches_per_epoch: int
+    epochs_before: float = 0.0
+    epochs_after: float = 0.0
     eval_losses: dict[int, float] = field(default_factory=dict)
 
     @property
@@ -76,10 +79,6 @@ class Run:
     @property
     def is_finished(self) -> bool:
         return self.state.global_step >= self.max_train_steps
-
-    def epochs_done(self, step: int) -> float:
-        """Epochs that `step` optimizer steps amount to."""
-        return step * self.config.gradient_accumulation_steps / self.batches_per_epoch
 
     def set_learning_rate(self, learning_rate: float) -> None:
         for group in self.optimizer.param_groups:

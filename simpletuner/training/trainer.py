@@ -87,8 +87,8 @@ def build_run(loaded: LoadedRun, output_dir: Path, bus: EventBus, stop: StopRequ
     family = build_family(loaded)
     datasets, sources = prepare_data(loaded, family, output_dir, bus, stop)
     training = [dataset for dataset in datasets if dataset.kind == "image"]
-    sampler = Sampler(training, config.train_batch_size, config.seed)
-    total_steps = total_train_steps(loaded, sampler.batches_per_epoch)
+    sampler = build_sampler(loaded, training)
+    total_steps = total_train_steps(loaded, sampler)
     announce(loaded, family, datasets, output_dir, resume_from, total_steps, bus)
 
     with phase(bus, "loading the denoiser"):
@@ -119,7 +119,6 @@ def build_run(loaded: LoadedRun, output_dir: Path, bus: EventBus, stop: StopRequ
         stop=stop,
         state=TrainState(),
         max_train_steps=total_steps,
-        batches_per_epoch=sampler.batches_per_epoch,
     )
     if resume_from is not None:
         load_checkpoint(run, resume_from)
@@ -149,12 +148,19 @@ def build_family(loaded: LoadedRun) -> ModelFamily:
     return get_family_class(spec)(spec, model_source(loaded), device, weight_dtype(loaded.config))
 
 
-def total_train_steps(loaded: LoadedRun, batches_per_epoch: int) -> int:
+def build_sampler(loaded: LoadedRun, datasets: Sequence[Dataset]) -> Sampler:
+    """The order of the datasets that are trained on."""
+    config = loaded.config
+    return Sampler(datasets, config.train_batch_size, config.seed, fills_batches=config.allow_dataset_oversubscription)
+
+
+def total_train_steps(loaded: LoadedRun, sampler: Sampler) -> int:
     """Optimizer steps at which the run ends, from `max_train_steps` or `num_train_epochs`."""
     config = loaded.config
     if config.max_train_steps:
         return config.max_train_steps
-    return max(math.ceil(config.num_train_epochs * batches_per_epoch / config.gradient_accumulation_steps), 1)
+    batches = sampler.batches_before(config.num_train_epochs)
+    return max(math.ceil(batches / config.gradient_accumulation_steps), 1)
 
 
 def build_lr_factor(loaded: LoadedRun, total_steps: int) -> LrFactor:
@@ -182,6 +188,7 @@ def build_batches(
         config.seed,
         accumulation=config.gradient_accumulation_steps,
         dropout=config.caption_dropout_probability or 0.0,
+        masking=config.masked_loss_probability,
     )
 
 

@@ -50,11 +50,11 @@ class DataOptions(OptionGroup):
         ge=8,
         le=64,
     )
-    caption_strategy: Literal["filename", "textfile", "instanceprompt", "parquet", "csv", "huggingface"] = option(
+    caption_strategy: Literal["filename", "textfile", "instanceprompt", "csv", "parquet"] = option(
         "filename",
-        help="Where captions come from, for datasets that do not say: the file's name, a text file beside it, or "
-        "`instance_prompt`.",
-        planned_values=dict.fromkeys(("parquet", "csv", "huggingface"), "this caption strategy is not built"),
+        help="Where captions come from, for datasets that do not say: the file's name, a text file beside it, "
+        "`instance_prompt`, or a table (csv, parquet). Datasets of type csv and huggingface that do not say take them "
+        "from their rows.",
     )
     instance_prompt: TextOrList | None = option(
         None,
@@ -70,10 +70,13 @@ class DataOptions(OptionGroup):
         False, help="Encode pictures when training first needs them; start-up is quicker, the VAE stays in memory."
     )
     vae_cache_disable: Bool = option(
-        False, help="Encode without writing latents to disk.", planned="use vae_cache_ondemand, which writes them"
+        False,
+        help="Encode pictures each time that training needs them and write no latents; the VAE stays in memory.",
     )
     vae_cache_clear_each_epoch: Bool = option(
-        False, help="Draw new crops each epoch.", planned="crops stay the same in all epochs"
+        False,
+        help="Draw the random crops and aspects anew in each epoch. They are encoded when training needs them and not "
+        "kept; the VAE stays in memory.",
     )
     text_cache_ondemand: Bool = option(
         False, help="Encode captions when training first needs them.", planned="captions are encoded before training"
@@ -86,8 +89,8 @@ class DataOptions(OptionGroup):
     )
     allow_dataset_oversubscription: Bool = option(
         False,
-        help="Repeat small buckets until they fill a batch.",
-        planned="no bucket is too small: a short batch is trained as it is",
+        help="Fill the last batch of each bucket up with further pictures of the bucket, which count. Otherwise it is "
+        "trained as it is, short.",
     )
     disable_bucket_pruning: Bool = option(
         False, help="Keep buckets smaller than a batch.", planned="they are always kept", neutral=(True,)
@@ -98,8 +101,13 @@ class DataOptions(OptionGroup):
         planned_values={"uniform": "datasets are mixed in proportion to their size"},
     )
     max_upscale_threshold: Float | None = option(
-        None, help="Leave out pictures that would be enlarged more.", planned="use minimum_image_size", gt=0
+        None,
+        help="Leave out pictures that would have to be enlarged more: 0.2 allows sides of up to 1.2 times their "
+        "length. Of `crop_aspect` closest and random, only the aspects that need less are chosen from.",
+        ge=0,
     )
     delete_unwanted_images: Bool = option(False, help="Delete pictures that are too small.", planned=ALWAYS_KEPT)
     delete_problematic_images: Bool = option(False, help="Delete pictures that cannot be read.", planned=ALWAYS_KEPT)
-    caption_shuffle: Bool = option(False, help="Shuffle the tags of captions.", planned="captions are used as they are")
+    caption_shuffle: Bool = option(
+        False, help="Shuffle the tags of captions.", planned="set it in the entry of the dataset, as an object"
+    )

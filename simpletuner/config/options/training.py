@@ -75,7 +75,7 @@ class TrainingOptions(OptionGroup):
         ge=0,
     )
     masked_loss_probability: Fraction = option(
-        1.0, help="How often masks of a conditioning dataset count.", planned="masked loss is not built"
+        1.0, help="How often the mask of a picture counts; otherwise all of the picture does.", unit="probability"
     )
     flow_schedule_shift: Float | None = option(
         None, help="Shift of the training timesteps towards noise.", planned=FLOW_SCHEDULE

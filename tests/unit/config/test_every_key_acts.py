@@ -31,6 +31,9 @@ ELSEWHERE = {
 WHILE_READING = {
     "disabled": ("config/dataset_loading.py", "_is_disabled(written)"),
     "dataset_type": ("config/dataset_loading.py", "_dataset_type(written"),
+    "conditioning_data": ("config/datasets.py", "entry.conditioning_data or ()"),
+    "source_dataset_id": ("config/datasets.py", "each.source_dataset_id == entry.id"),
+    "metadata_file": ("config/datasets.py", "return entry.metadata_file"),
     "metadata_backend": ("config/datasets.py", '("metadata_backend", "json"): "discovery"'),
 }
 
@@ -90,7 +93,7 @@ def test_an_option_that_acts_elsewhere_does(key: str) -> None:
 
 @pytest.mark.parametrize("key", sorted(WHILE_READING))
 def test_a_dataset_key_that_acts_while_reading_does(key: str) -> None:
-    assert key in dataset_options("image")
+    assert any(key in dataset_options(kind) for kind in dataset_types())
     assert stands_in(WHILE_READING[key])
 
 

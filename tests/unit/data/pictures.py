@@ -41,5 +41,9 @@ def options(**changes) -> SimpleNamespace:
         "target_downsample_size": None,
         "caption_strategy": "filename",
         "instance_prompt": None,
+        "max_upscale_threshold": None,
+        "vae_cache_ondemand": False,
+        "vae_cache_disable": False,
+        "vae_cache_clear_each_epoch": False,
     }
     return SimpleNamespace(**(defaults | changes))

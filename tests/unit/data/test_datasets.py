@@ -231,7 +231,7 @@ def test_random_crops_are_keyed_by_content_not_by_name(folder: Path, tmp_path: P
 def test_random_aspects_fill_the_buckets_that_their_samples_are_cut_to(folder: Path, tmp_path: Path) -> None:
     for number in range(20):
         write_picture(folder / f"more_{number}.png", seed=100 + number)
-    dataset = build(folder, tmp_path, crop_aspect="random", crop_aspect_buckets=(0.5, 1.0, 2.0))
+    dataset = build(folder, tmp_path, crop_aspect="random", crop_aspect_buckets=[0.5, 1.0, 2.0])
     assert len(dataset.buckets) == 3
     for size, members in dataset.buckets.items():
         assert {(sample.crop.height, sample.crop.width) for sample in dataset.samples.take(members)} == {size}
@@ -241,7 +241,7 @@ def test_the_sampler_sees_every_sample_of_a_dataset(folder: Path, tmp_path: Path
     dataset = build(folder, tmp_path, crop=False, repeats=3)
     sampler = Sampler([dataset], 2, seed=1)
     seen = Counter(
-        index for position in range(sampler.batches_per_epoch) for index in sampler.batch(0, position).sample_indices
+        index for position in range(sampler.batches_in(0)) for index in sampler.batch(0, position).sample_indices
     )
     assert seen == dict.fromkeys(range(5), 4)
 

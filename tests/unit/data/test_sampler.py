@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from simpletuner.data.sampler import BatchPlan, Sampler, range_for_rank, slice_for_rank
+from simpletuner.data.schedule import Schedule
 
 
 @dataclass
@@ -18,6 +19,8 @@ class Fake:
     id: str
     sizes: dict[tuple[int, int], int]
     repeats: int = 0
+    schedule: Schedule = field(default_factory=Schedule)
+    batch_size: int | None = None
     buckets: dict[tuple[int, int], np.ndarray] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -25,6 +28,9 @@ class Fake:
         for size, count in self.sizes.items():
             self.buckets[size] = np.arange(start, start + count)
             start += count
+
+    def buckets_in(self, round_number: int) -> dict[tuple[int, int], np.ndarray]:
+        return self.buckets
 
 
 MIXED = [
@@ -35,7 +41,7 @@ MIXED = [
 
 
 def epoch_of(sampler: Sampler, epoch: int = 0, pad_to: int | None = None) -> list[BatchPlan]:
-    return [sampler.batch(epoch, position, pad_to) for position in range(sampler.batches_per_epoch)]
+    return [sampler.batch(epoch, position, pad_to) for position in range(sampler.batches_in(epoch))]
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 4, 5, 64])
@@ -63,7 +69,7 @@ def test_a_batch_holds_one_dataset_and_one_size() -> None:
 
 def test_number_of_batches_by_hand() -> None:
     # a: 21/4 -> 6, 3/4 -> 1, 39/4 -> 10; b: 5/4 -> 2; c: 123/4 -> 31
-    assert Sampler(MIXED, 4, seed=1).batches_per_epoch == 6 + 1 + 10 + 2 + 31
+    assert Sampler(MIXED, 4, seed=1).batches_in(0) == 6 + 1 + 10 + 2 + 31
 
 
 def test_random_access_equals_going_through() -> None:
@@ -103,7 +109,7 @@ def test_streams_of_one_batch_are_spread_over_the_epoch() -> None:
     sizes = {(64, 64): 20_000} | {(64, 64 + number): 1 for number in range(1, 400)}
     sampler = Sampler([Fake("a", sizes)], 1, seed=1)
     places = [plan.position for plan in epoch_of(sampler) if plan.size != (64, 64)]
-    assert 0.45 < np.mean(places) / sampler.batches_per_epoch < 0.55  # uniform: 0.5, standard deviation 0.015
+    assert 0.45 < np.mean(places) / sampler.batches_in(0) < 0.55  # uniform: 0.5, standard deviation 0.015
 
 
 def test_a_short_batch_says_how_many_count() -> None:
@@ -137,9 +143,9 @@ def test_the_order_does_not_follow_the_order_of_buckets_in_memory() -> None:
 def test_a_thousand_repeats_cost_no_memory() -> None:
     dataset = Fake("a", {(64, 64): 10_000}, repeats=1000)
     sampler = Sampler([dataset], 4, seed=1)
-    assert sampler.batches_per_epoch == 10_010_000 // 4
+    assert sampler.batches_in(0) == 10_010_000 // 4
     tracemalloc.start()
-    for position in (0, 1_234_567, sampler.batches_per_epoch - 1):
+    for position in (0, 1_234_567, sampler.batches_in(0) - 1):
         sampler.batch(0, position)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
@@ -167,7 +173,8 @@ def test_the_cost_of_a_batch_does_not_grow_with_the_dataset() -> None:
 
 def test_positions_outside_the_epoch_are_refused() -> None:
     sampler = Sampler(MIXED, 4, seed=1)
-    assert sampler.locate(sampler.batches_per_epoch + 3) == (1, 3)
-    for position in (-1, sampler.batches_per_epoch):
+    last = sampler.batches_in(0) - 1
+    assert (sampler.after(0, 3), sampler.after(0, last)) == ((0, 4), (1, 0))
+    for position in (-1, sampler.batches_in(0)):
         with pytest.raises(IndexError):
             sampler.batch(0, position)

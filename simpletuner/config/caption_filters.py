@@ -1,0 +1,62 @@
+"""Edits of captions that a user lists: a regular expression is removed, `s/expression/replacement/` replaces."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+MAX_FILE_BYTES = 10_000_000
+
+
+def parse_filter(text: str) -> tuple[re.Pattern[str], str]:
+    """(expression, replacement) of one edit; the character after `s` separates them, a backslash takes its meaning.
+
+    Raises:
+        ValueError: it is no regular expression, or a replacement that is not closed or names a group that is not there.
+    """
+    expression, replacement = text, ""
+    if len(text) > 1 and text[0] == "s" and not (text[1].isalnum() or text[1].isspace() or text[1] == "\\"):
+        parts = re.split(rf"(?<!\\){re.escape(text[1])}", text)
+        if len(parts) != 4 or parts[3]:
+            raise ValueError(f'"{text}" is not of the form s/expression/replacement/')
+        expression, replacement = (part.replace(f"\\{text[1]}", text[1]) for part in parts[1:3])
+    if not expression:
+        raise ValueError(f'"{text}" has no expression')
+    try:
+        pattern = re.compile(expression)
+        re.sub(pattern, replacement, "")
+        _check_groups(pattern, replacement)
+    except (re.error, IndexError) as error:
+        raise ValueError(f'"{text}" is no regular expression: {error}') from None
+    return pattern, replacement
+
+
+def _check_groups(pattern: re.Pattern[str], replacement: str) -> None:
+    """A replacement is only read where something is found: read it here, on a text that every expression finds."""
+    re.sub(re.compile(f"(?:{pattern.pattern})|", pattern.flags), replacement, "")
+
+
+def read_filter_file(path: Path) -> tuple[str, ...]:
+    """The edits of a file: a JSON list of texts, or one per line.
+
+    Raises:
+        ValueError: the file cannot be read, or holds something else.
+    """
+    try:
+        if path.stat().st_size > MAX_FILE_BYTES:
+            raise ValueError(f'"{path}" is larger than {MAX_FILE_BYTES} bytes')
+        text = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise ValueError(f'"{path}" cannot be read: {error.strerror}') from None
+    except UnicodeDecodeError:
+        raise ValueError(f'"{path}" is not UTF-8') from None
+    if path.suffix.lower() != ".json":
+        return tuple(line for line in text.splitlines() if line.strip())
+    try:
+        values = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f'"{path}" is not JSON: {error}') from None
+    if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
+        raise ValueError(f'"{path}" is not a list of texts')
+    return tuple(values)

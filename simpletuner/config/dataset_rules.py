@@ -1,0 +1,211 @@
+"""What must hold within and between the entries of the data file: schedules, masks, captions, caches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from simpletuner.config.caption_filters import parse_filter
+from simpletuner.config.datasets import (
+    ConditioningDataset,
+    EvalDataset,
+    ImageDataset,
+    TextEmbedsDataset,
+    filters_for,
+    masks_for,
+)
+from simpletuner.config.draft import Draft
+from simpletuner.config.sources import caption_fault
+from simpletuner.errors import Problem
+
+# Keys that say how an entry is trained on; an eval dataset never is.
+TRAINING_KEYS = (
+    *("random_flip", "probability", "start_epoch", "end_epoch", "start_step", "end_step", "train_batch_size"),
+    *("conditioning_data", "caption_shuffle"),
+)
+
+
+def crops_have_their_shapes(draft: Draft) -> Iterator[Problem]:
+    for entry in draft.pictures:
+        buckets = entry.crop_aspect_buckets or ()
+        if entry.crop and entry.crop_aspect in ("closest", "random") and not buckets:
+            message = f"is missing: crop_aspect {entry.crop_aspect} chooses from it"
+            yield draft.dataset_problem(entry, "crop_aspect_buckets", message, "a list such as [1.0, 0.75, 1.5]")
+        if buckets and not any(bucket.weight for bucket in buckets):
+            message = "gives every aspect ratio the weight 0"
+            yield draft.dataset_problem(entry, "crop_aspect_buckets", message, "a weight above 0")
+        if entry.crop_aspect != "random" and any(bucket.weight != 1 for bucket in buckets):
+            message = f"has weights, which crop_aspect {entry.crop_aspect} does not draw by"
+            yield draft.dataset_problem(entry, "crop_aspect_buckets", message, fix="set crop_aspect to random")
+
+
+def aspect_limits_go_together(draft: Draft) -> Iterator[Problem]:
+    for entry in draft.pictures:
+        narrowest, widest = entry.minimum_aspect_ratio, entry.maximum_aspect_ratio
+        if narrowest is not None and widest is not None and narrowest > widest:
+            message = f"{narrowest:g} is above maximum_aspect_ratio, which is {widest:g}: no picture would be left"
+            yield draft.dataset_problem(entry, "minimum_aspect_ratio", message, f"at most {widest:g}")
+
+
+def eval_datasets_are_not_trained_on(draft: Draft) -> Iterator[Problem]:
+    for entry in draft.pictures:
+        if isinstance(entry, EvalDataset):
+            for key in TRAINING_KEYS:
+                if getattr(entry, key) not in (type(entry).model_fields[key].default, 0):
+                    message = "an eval dataset is never trained on"
+                    yield draft.dataset_problem(entry, key, message, fix="remove the key")
+
+
+def schedules_end_after_they_start(draft: Draft) -> Iterator[Problem]:
+    for entry in draft.pictures:
+        for start, end in (("start_epoch", "end_epoch"), ("start_step", "end_step")):
+            first, last = getattr(entry, start), getattr(entry, end)
+            if last and last < first:
+                message = f"{last} is before {start}, which is {first}"
+                yield draft.dataset_problem(entry, end, message, f"at least {first}, or 0 for no end")
+
+
+def some_dataset_takes_part_at_any_time(draft: Draft) -> Iterator[Problem]:
+    entries = [entry for entry in draft.pictures if not isinstance(entry, EvalDataset)]
+    if not entries:
+        return
+    if not any(entry.probability for entry in entries):
+        yield draft.dataset_problem(
+            entries[0], "probability", "no dataset has one above 0: there is nothing to train on"
+        )
+        return
+    used = [entry for entry in entries if entry.probability]
+    steps, epochs = draft.config.max_train_steps, draft.config.num_train_epochs
+    for unit, length in (("step", steps), ("epoch", epochs)):
+        ranges = [(entry, getattr(entry, f"start_{unit}"), getattr(entry, f"end_{unit}")) for entry in used]
+        gap = _first_gap([(start, end) for _, start, end in ranges], length)
+        if gap is not None:
+            entry = next((each for each, start, _ in ranges if start > gap), ranges[0][0])
+            key = f"start_{unit}" if getattr(entry, f"start_{unit}") > gap else f"end_{unit}"
+            message = f"no dataset takes part in {unit} {gap}"
+            yield draft.dataset_problem(entry, key, message, fix="let the ranges of the datasets meet")
+
+
+def _first_gap(ranges: Iterable[tuple[int, int | None]], length: float) -> int | None:
+    """The first number of 1 .. length that no range holds; a range without an end goes on for ever."""
+    reached = 0
+    for start, end in sorted(ranges, key=lambda each: each[0]):
+        if start > reached + 1:
+            break
+        if not end:
+            return None
+        reached = max(reached, end)
+    return reached + 1 if reached < length else None
+
+
+def epochs_have_a_length(draft: Draft) -> Iterator[Problem]:
+    if not draft.config.num_train_epochs:
+        return
+    for entry in draft.pictures:
+        for key in ("start_step", "end_step"):
+            if (getattr(entry, key) or 0) > 1:
+                message = "makes epochs longer or shorter on the way, and num_train_epochs says how long the run is"
+                yield draft.dataset_problem(
+                    entry, key, message, fix="set max_train_steps, or start_epoch and end_epoch"
+                )
+
+
+def masks_belong_to_pictures(draft: Draft) -> Iterator[Problem]:
+    entries = draft.datasets.entries
+    conditioning = {entry.id for entry in entries if isinstance(entry, ConditioningDataset)}
+    if draft.datasets.problems:
+        return
+    for entry in draft.pictures:
+        for name in entry.conditioning_data or ():
+            if name not in conditioning:
+                message = f'"{name}" is no dataset of dataset_type conditioning'
+                allowed = ", ".join(sorted(conditioning)) or "the id of one; there is none"
+                yield draft.dataset_problem(entry, "conditioning_data", message, allowed)
+        masks = masks_for(entry, entries)
+        if len(masks) > 1:
+            message = f"{' and '.join(mask.id for mask in masks)} both hold masks of this dataset"
+            yield draft.dataset_problem(entry, "conditioning_data", message, "one")
+    pictures = {entry.id for entry in draft.pictures}
+    for mask in entries:
+        source = mask.source_dataset_id if isinstance(mask, ConditioningDataset) else None
+        if source and source not in pictures:
+            message = f'"{source}" is no dataset with pictures'
+            yield draft.dataset_problem(mask, "source_dataset_id", message, ", ".join(sorted(pictures)))
+
+
+def captions_fit_their_source(draft: Draft) -> Iterator[Problem]:
+    for entry in draft.pictures:
+        fault = caption_fault(entry, entry.caption_strategy)
+        if fault is not None:
+            yield draft.dataset_problem(entry, fault.key, fault.message, fault.allowed)
+        if entry.metadata_backend == "huggingface" and entry.type != "huggingface":
+            message = f'"huggingface" has no use with type {entry.type}'
+            yield draft.dataset_problem(entry, "metadata_backend", message, "discovery")
+
+
+def tables_have_their_strategy(draft: Draft) -> Iterator[Problem]:
+    # Which of the keys of tables the rows of a type are read with.
+    used = {"csv": ("filename_column",), "huggingface": ("caption_column",)}
+    for entry in draft.pictures:
+        if entry.has_caption_table:
+            continue
+        for key in ("metadata_file", "filename_column", "caption_column"):
+            if key in used.get(entry.type, ()):
+                continue
+            if getattr(entry, key) != type(entry).model_fields[key].default:
+                message = f"has no use: caption_strategy is {entry.caption_strategy}, and type {entry.type}"
+                yield draft.dataset_problem(entry, key, message, fix="set caption_strategy to csv or parquet")
+
+
+def caption_filters_can_be_read(draft: Draft) -> Iterator[Problem]:
+    texts = [entry for entry in draft.datasets.entries if isinstance(entry, TextEmbedsDataset)]
+    used = filters_for(texts)
+    for entry in texts:
+        if entry.caption_filter_list and used is not entry.caption_filter_list:
+            message = "has no use: only the filters of the default entry are applied"
+            yield draft.dataset_problem(entry, "caption_filter_list", message, fix="move it to the default entry")
+        for text in entry.caption_filter_list or ():
+            try:
+                parse_filter(text)
+            except ValueError as error:
+                yield draft.dataset_problem(entry, "caption_filter_list", str(error))
+
+
+DATASET_RULES = (
+    crops_have_their_shapes,
+    aspect_limits_go_together,
+    eval_datasets_are_not_trained_on,
+    schedules_end_after_they_start,
+    some_dataset_takes_part_at_any_time,
+    epochs_have_a_length,
+    masks_belong_to_pictures,
+    captions_fit_their_source,
+    tables_have_their_strategy,
+    caption_filters_can_be_read,
+)
+
+
+def masks_have_pictures(draft: Draft) -> Iterator[str]:
+    entries = draft.datasets.entries
+    used = {mask.id for entry in draft.pictures for mask in masks_for(entry, entries)}
+    for entry in entries:
+        if isinstance(entry, ConditioningDataset) and entry.id not in used:
+            place = draft.datasets.place(entry.id, "dataset_type")
+            yield f"{place}: {entry.id}: no dataset names it in conditioning_data: its masks are not used"
+
+
+def new_crops_differ(draft: Draft) -> Iterator[str]:
+    for entry in draft.pictures:
+        if entry.vae_cache_clear_each_epoch and not draws_crops(entry):
+            place = draft.datasets.place(entry.id, "vae_cache_clear_each_epoch")
+            yield (
+                f"{place}: {entry.id}: vae_cache_clear_each_epoch draws nothing anew: neither crop_style nor "
+                "crop_aspect is random"
+            )
+
+
+def draws_crops(entry: ImageDataset) -> bool:
+    """Whether any part of an entry's crops is drawn."""
+    return entry.crop and "random" in (entry.crop_style, entry.crop_aspect)
+
+
+DATASET_NOTICES = (masks_have_pictures, new_crops_differ)

@@ -1,0 +1,94 @@
+"""Kinds of values that only dataset entries have: aspects with weights, shuffling of tags, filters of captions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any, NamedTuple
+
+from pydantic import BeforeValidator
+
+from simpletuner.config.names import nearest
+from simpletuner.config.values import read_bool, read_float, read_int
+
+SEPARATORS = {"comma": ",", "space": " ", "period": "."}
+
+
+class AspectBucket(NamedTuple):
+    """An aspect ratio (width / height) and how often it is drawn, relative to the others."""
+
+    aspect: float
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class TagShuffle:
+    """Variants of a caption whose tags are in another order.
+
+    Args:
+        count: shuffled variants of each caption.
+        seed: of the shuffling; None takes that of the run.
+        split_on: what stands between tags: a key of `SEPARATORS`.
+        position_start: so many first tags stay in their place.
+        include_original: the caption as it is written is one of the variants.
+    """
+
+    count: int = 1
+    seed: int | None = None
+    split_on: str = "comma"
+    position_start: int = 0
+    include_original: bool = True
+
+
+def read_aspect_buckets(value: Any) -> Any:
+    """A list of numbers, or of objects with `aspect_bucket` and `weight` -> a tuple of `AspectBucket`."""
+    if not isinstance(value, list | tuple):
+        raise ValueError("must be a list")
+    return tuple(_read_aspect(item) for item in value)
+
+
+def _read_aspect(item: Any) -> AspectBucket:
+    if isinstance(item, AspectBucket):
+        return item
+    weight = 1.0
+    if isinstance(item, dict):
+        _refuse_unknown(item, ("aspect_bucket", "weight"))
+        if "aspect_bucket" not in item:
+            raise ValueError("has an entry without aspect_bucket")
+        item, weight = item["aspect_bucket"], read_float(item.get("weight", 1.0))
+    aspect = read_float(item)
+    if aspect <= 0:
+        raise ValueError("holds an aspect ratio that is not above 0")
+    if weight < 0:
+        raise ValueError("holds a weight below 0")
+    return AspectBucket(aspect, weight)
+
+
+def read_tag_shuffle(value: Any) -> Any:
+    """`{"enable": true, "count": 3, ...}` -> `TagShuffle`; false, or an object that is not enabled -> None."""
+    if value is None or value is False or isinstance(value, TagShuffle):
+        return value or None
+    if not isinstance(value, dict):
+        raise ValueError('must be an object such as {"enable": true, "count": 3}')
+    _refuse_unknown(value, ("enable", "count", "seed", "split_on", "position_start", "include_original"))
+    if not read_bool(value.get("enable", False)):
+        return None
+    split_on = value.get("split_on", "comma")
+    if split_on not in SEPARATORS:
+        raise ValueError(f"split_on must be one of {', '.join(SEPARATORS)}")
+    count, start = read_int(value.get("count", 1)), read_int(value.get("position_start", 0))
+    if not 1 <= count <= 1000 or start < 0:
+        raise ValueError("count must be 1 to 1000, and position_start at least 0")
+    seed = value.get("seed")
+    original = read_bool(value.get("include_original", True))
+    return TagShuffle(count, None if seed is None else read_int(seed), split_on, start, original)
+
+
+def _refuse_unknown(value: dict[str, Any], known: tuple[str, ...]) -> None:
+    for key in value:
+        if key not in known:
+            near = nearest(str(key), known)
+            raise ValueError(f'there is no "{key}" in it' + (f'; did you mean "{near}"?' if near else ""))
+
+
+AspectBuckets = Annotated[tuple[AspectBucket, ...], BeforeValidator(read_aspect_buckets)]
+Shuffle = Annotated[TagShuffle, BeforeValidator(read_tag_shuffle)]

@@ -1,0 +1,63 @@
+"""What is done to captions after they are found: filters of the user, and variants with shuffled tags.
+
+Both give the same texts for the same caption, so whoever encodes captions ahead of time meets every text that training
+will ask for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from simpletuner.config.caption_filters import parse_filter
+from simpletuner.config.dataset_values import SEPARATORS, TagShuffle
+from simpletuner.data.interleave import permutation
+
+
+@dataclass(frozen=True)
+class CaptionEdits:
+    """The edits of one dataset's captions.
+
+    Args:
+        filters: texts that `parse_filter` takes, applied in order.
+        shuffle: None leaves tags in their order.
+        seed: of the run, for a shuffle that has none of its own.
+    """
+
+    filters: tuple[str, ...] = ()
+    shuffle: TagShuffle | None = None
+    seed: int = 0
+
+    @cached_property
+    def _parsed(self) -> list[tuple]:
+        return [parse_filter(text) for text in self.filters]
+
+    def apply(self, captions: Sequence[str]) -> tuple[str, ...]:
+        """Every variant after the edits. A caption that the filters empty stays, as the empty caption."""
+        if self.filters:
+            captions = [self._filtered(caption) for caption in captions]
+        if self.shuffle:
+            variants = [variant for caption in captions for variant in self._shuffled(caption, self.shuffle)]
+            captions = list(dict.fromkeys(variants))
+        return tuple(captions)
+
+    def _filtered(self, caption: str) -> str:
+        for pattern, replacement in self._parsed:
+            caption = pattern.sub(replacement, caption)
+        return caption.strip()
+
+    def _shuffled(self, caption: str, shuffle: TagShuffle) -> list[str]:
+        """The caption and its shuffled variants; the caption alone where there is nothing to shuffle."""
+        separator = SEPARATORS[shuffle.split_on]
+        tags = [tag.strip() for tag in caption.split(separator) if tag.strip()]
+        fixed, loose = tags[: shuffle.position_start], tags[shuffle.position_start :]
+        if len(loose) < 2:
+            return [caption]
+        seed = self.seed if shuffle.seed is None else shuffle.seed
+        joint = separator if separator == " " else f"{separator} "
+        variants = [caption] if shuffle.include_original else []
+        for number in range(shuffle.count):
+            order = permutation(len(loose), seed, "tags", caption, number)
+            variants.append(joint.join([*fixed, *(loose[index] for index in order)]))
+        return variants

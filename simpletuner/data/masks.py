@@ -1,0 +1,161 @@
+"""Masks of pictures: where the loss counts. A mask is cut exactly as its picture is, then averaged down to latents.
+
+A mask belongs to the picture at the same path relative to its folder; only the extension may differ, since photographs
+are kept as JPEG and masks must not be.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from simpletuner.batch import Sample
+from simpletuner.data.captions import printable
+from simpletuner.data.index import Index, PictureRow
+from simpletuner.data.transforms import UnusablePicture, checked_bytes, load_mask
+from simpletuner.errors import DataError, Problem
+
+if TYPE_CHECKING:
+    import torch
+
+MaskKind = Literal["mask", "segmentation"]
+
+# Ready masks of small sets stay in memory: they are small, and decoding a picture at each step is not.
+_MEMO_BYTES = 64 * 2**20
+# Shapes may differ by a pixel of rounding, or by this share.
+_SHAPE_TOLERANCE = 0.02
+_MAX_LISTED = 10
+
+
+@dataclass(frozen=True)
+class MaskPairs:
+    """Which mask belongs to each picture: rows of the mask folder's index, -1 where there is none."""
+
+    ids: NDArray[np.int64]
+    missing: tuple[str, ...]
+    misshapen: tuple[str, ...]
+
+
+class Masks:
+    """The masks of one dataset's pictures.
+
+    Args:
+        dataset_id: of the conditioning entry.
+        kind: `mask` counts by brightness, `segmentation` wherever a pixel is not black.
+        index: of the folder with the masks.
+        ids: row of the mask of each sample.
+    """
+
+    def __init__(self, dataset_id: str, kind: MaskKind, index: Index, ids: NDArray[np.int64]):
+        self.dataset_id = dataset_id
+        self.kind = kind
+        self._index = index
+        self._ids = ids
+        self._memo: dict[tuple, torch.Tensor] = {}
+        self._memo_bytes = 0
+        self._lock = threading.Lock()
+
+    def weights(self, position: int, sample: Sample, size: tuple[int, int]) -> torch.Tensor:
+        """(1, h, w) float32 in [0, 1]: how much each latent counts, for the crop of `sample`.
+
+        Args:
+            position: of the sample in its dataset.
+            size: (h, w) of the latents; the crop's sides are multiples of them.
+
+        Raises:
+            DataError: the mask is gone, damaged, or no longer the one that was indexed.
+        """
+        key = (position, sample.crop, sample.is_flipped, size)
+        with self._lock:
+            known = self._memo.get(key)
+        if known is not None:
+            return known
+        weights = average_down(self.pixels(position, sample), size)
+        with self._lock:
+            if self._memo_bytes < _MEMO_BYTES:
+                self._memo[key] = weights
+                self._memo_bytes += weights.numel() * weights.element_size()
+        return weights
+
+    def pixels(self, position: int, sample: Sample) -> torch.Tensor:
+        """(1, H, W) float32 in [0, 1]: the mask cut as the picture of `sample` is.
+
+        Raises:
+            DataError: as `weights`.
+        """
+        (row,) = self._index.pictures([int(self._ids[position])])
+        try:
+            data = checked_bytes(self._index.backend.read(os.fsencode(row.path)), row.digest)
+            return load_mask(data, sample.crop, sample.is_flipped, binary=self.kind == "segmentation")
+        except (OSError, UnusablePicture) as error:
+            raise self._unreadable(row, error) from error
+
+    def _unreadable(self, row: PictureRow, error: Exception) -> DataError:
+        return DataError(
+            Problem(
+                f"the mask {printable(row.path)} in {self._index.backend.location} cannot be used: {error}",
+                key=f"{self.dataset_id}.instance_data_dir",
+                fix="start the run again: the folder is looked at anew, and training goes on from the last checkpoint",
+            )
+        )
+
+
+def average_down(pixels: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """(1, H, W) -> (1, h, w): the mean over the pixels that each latent stands for."""
+    height, width = size
+    _, pixel_height, pixel_width = pixels.shape
+    assert pixel_height % height == 0, f"{pixel_height} is no multiple of {height}"
+    assert pixel_width % width == 0, f"{pixel_width} is no multiple of {width}"
+    blocks = pixels.reshape(1, height, pixel_height // height, width, pixel_width // width)
+    return blocks.mean(dim=(2, 4))
+
+
+def pair_masks(pictures: Index, ids: NDArray[np.int64], masks: Index) -> MaskPairs:
+    """Find the mask of each picture by its path: the same one, or else the only one with another extension."""
+    found = np.full(len(ids), -1, dtype=np.int64)
+    missing: list[str] = []
+    misshapen: list[str] = []
+    for start in range(0, len(ids), 512):
+        rows = pictures.pictures(ids[start : start + 512].tolist())
+        candidates = masks.pictures_beside([os.fsencode(row.path) for row in rows])
+        for offset, (row, near) in enumerate(zip(rows, candidates, strict=True)):
+            same = [each for each in near if each[1].path == row.path] or near
+            if len(same) != 1:
+                missing.append(row.path)
+            elif not _has_shape_of(same[0][1], row):
+                misshapen.append(row.path)
+            else:
+                found[start + offset] = same[0][0]
+    return MaskPairs(found, tuple(missing), tuple(misshapen))
+
+
+def require_masks(pairs: MaskPairs, num_pictures: int, key: str, folder: str, data_file: str | None) -> None:
+    """Raise where a picture has no mask, or one of another shape.
+
+    Raises:
+        DataError: lists the first ten pictures.
+    """
+    problems = []
+    for paths, what, fix in (
+        (pairs.missing, "have no mask (the same path, or the only one with another extension)", "add masks"),
+        (pairs.misshapen, "have a mask of another shape (width / height)", "draw masks over the whole picture"),
+    ):
+        if paths:
+            names = ", ".join(printable(path) for path in paths[:_MAX_LISTED])
+            more = ", ..." if len(paths) > _MAX_LISTED else ""
+            message = f"{len(paths)} of {num_pictures} pictures {what} in {folder}: {names}{more}"
+            remedy = f"{fix}, or move these pictures to an entry without conditioning_data"
+            problems.append(Problem(message, key=key, file=data_file, fix=remedy))
+    if problems:
+        raise DataError(problems)
+
+
+def _has_shape_of(mask: PictureRow, picture: PictureRow) -> bool:
+    """Whether the mask covers the picture, at whatever size it was drawn."""
+    expected = mask.width * picture.height / picture.width
+    return abs(mask.height - expected) <= max(1.0, _SHAPE_TOLERANCE * expected)

@@ -1,0 +1,141 @@
+"""The order of one dataset: rounds in which each picture occurs `repeats` + 1 times, cut into batches of one size.
+
+One stream per bucket. The occurrences of a stream are `repeats` + 1 passes over its pictures, each a keyed permutation,
+laid end to end; batch j takes occurrences [jB, (j + 1)B). Nothing is ever materialised but the permutations of the
+passes in use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from simpletuner.data.interleave import Interleaving, permutation
+from simpletuner.data.schedule import Schedule
+
+Size = tuple[int, int]
+
+
+class SampledDataset(Protocol):
+    """What the sampler needs to know of a dataset."""
+
+    @property
+    def id(self) -> str: ...
+
+    @property
+    def repeats(self) -> int: ...
+
+    @property
+    def schedule(self) -> Schedule: ...
+
+    @property
+    def batch_size(self) -> int | None:
+        """Of one process; None takes that of the run."""
+        ...
+
+    def buckets_in(self, round_number: int) -> Mapping[Size, NDArray[np.int64]]:
+        """(height, width) -> indices of pictures, in a round; the same object where nothing differs."""
+        ...
+
+
+@dataclass(frozen=True)
+class RoundBatch:
+    """One batch of a round: its size, its samples, and how many of them count."""
+
+    size: Size
+    sample_indices: tuple[int, ...]
+    num_real: int
+
+
+@dataclass(frozen=True)
+class _Stream:
+    size: Size
+    members: NDArray[np.int64]
+    num_occurrences: int
+    num_batches: int
+
+
+@dataclass(frozen=True)
+class _Round:
+    number: int
+    buckets: Mapping[Size, NDArray[np.int64]]
+    streams: tuple[_Stream, ...]
+    mix: Interleaving
+
+
+class DatasetOrder:
+    """The rounds of one dataset; a pure function of the dataset, the seed, and the place that is asked for.
+
+    Args:
+        batch_size: samples per global micro-batch.
+        fills_batches: the last batch of a bucket is filled up with further pictures of the bucket, which count, instead
+            of being short.
+    """
+
+    def __init__(self, dataset: SampledDataset, batch_size: int, seed: int, fills_batches: bool = False):
+        self.dataset = dataset
+        self.batch_size = batch_size
+        self.fills_batches = fills_batches
+        self._key = (seed, dataset.id)
+        self._rounds: dict[int, _Round] = {}
+        self._permutations: dict[Size, dict[tuple[int, int], NDArray[np.int64]]] = {}
+
+    def batches_in(self, round_number: int) -> int:
+        return self._round(round_number).mix.total
+
+    def batch(self, round_number: int, position: int, pad_to: int | None = None) -> RoundBatch:
+        """The batch at `position` of a round.
+
+        Args:
+            pad_to: fill a short batch up to so many samples; the filling does not count.
+        """
+        current = self._round(round_number)
+        stream_index, number = current.mix.at(position)
+        stream = current.streams[stream_index]
+        start = number * self.batch_size
+        num_real = self.batch_size if self.fills_batches else min(self.batch_size, stream.num_occurrences - start)
+        indices = self._occurrences(round_number, stream, start, max(num_real, pad_to or 0))
+        return RoundBatch(stream.size, indices, num_real)
+
+    def _round(self, number: int) -> _Round:
+        known = self._rounds.get(number)
+        if known is not None:
+            return known
+        buckets = self.dataset.buckets_in(number)
+        same = next((each for each in self._rounds.values() if each.buckets is buckets), None)
+        streams = same.streams if same else self._streams(buckets)
+        made = _Round(number, buckets, streams, Interleaving([s.num_batches for s in streams], *self._key, number))
+        # An epoch can end one round and begin the next; older rounds are dropped.
+        self._rounds = dict([*list(self._rounds.items())[-1:], (number, made)])
+        return made
+
+    def _streams(self, buckets: Mapping[Size, NDArray[np.int64]]) -> tuple[_Stream, ...]:
+        streams = []
+        for size, members in sorted(buckets.items()):
+            occurrences = len(members) * (self.dataset.repeats + 1)
+            if occurrences:
+                streams.append(_Stream(size, members, occurrences, -(-occurrences // self.batch_size)))
+        return tuple(streams)
+
+    def _occurrences(self, round_number: int, stream: _Stream, start: int, length: int) -> tuple[int, ...]:
+        indices: list[int] = []
+        while len(indices) < length:
+            number, offset = divmod(start + len(indices), len(stream.members))
+            order = self._pass_order(round_number, stream, number)
+            chosen = order[offset : offset + length - len(indices)]
+            indices.extend(stream.members[chosen].tolist())
+        return tuple(indices)
+
+    def _pass_order(self, round_number: int, stream: _Stream, number: int) -> NDArray[np.int64]:
+        kept = self._permutations.get(stream.size, {})
+        order = kept.get((round_number, number))
+        if order is None:
+            order = permutation(len(stream.members), *self._key, round_number, *stream.size, number)
+            # A batch reaches over the end of a pass into the next one, so two are kept and older ones dropped.
+            recent = list(kept.items())[-1:]
+            self._permutations[stream.size] = dict([*recent, ((round_number, number), order)])
+        return order
