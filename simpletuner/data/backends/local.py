@@ -63,7 +63,7 @@ class LocalBackend:
     def files(self, folder: bytes) -> Iterator[FileStat]:
         with os.scandir(os.fsdecode(self._absolute(folder))) as entries:
             for entry in entries:
-                if is_wanted(entry.name) and not entry.is_dir():
+                if is_wanted(entry.name) and not _is_folder(entry):
                     yield _file_stat(entry)
 
     def read(self, path: bytes) -> bytes:
@@ -102,8 +102,8 @@ class LocalBackend:
         subfolders: list[bytes] = []
         with os.scandir(os.fsdecode(self._absolute(folder))) as entries:
             for entry in entries:
-                if not is_wanted(entry.name) or entry.is_dir():
-                    if entry.is_dir() and not entry.name.startswith("."):
+                if not is_wanted(entry.name) or _is_folder(entry):
+                    if _is_folder(entry) and not entry.name.startswith("."):
                         subfolders.append(os.fsencode(entry.name))
                     continue
                 names.append(entry.name)
@@ -112,6 +112,13 @@ class LocalBackend:
                     _update(digest, names, numbers)
         _update(digest, names, numbers)
         return digest.digest(), subfolders
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself; one bad name must not cost the whole folder
+        return False
 
 
 def is_wanted(name: str) -> bool:
