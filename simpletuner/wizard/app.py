@@ -55,6 +55,7 @@ class Wizard(App[Outcome]):
 
     def __init__(self, project: Project):
         super().__init__()
+        self.animation_level = "none"  # every frame travels over ssh
         self.project = project
         self.answers = project.answers
         self.pages = pages()
@@ -115,12 +116,17 @@ class Wizard(App[Outcome]):
         if self.page is None:
             return
         plan, view = make_plan(self.answers), self.query_one(f"#page-{self.position}")
-        view.query(".intro").first(Static).update(self.page.intro(self.answers))
+        self.put(view.query(".intro").first(Static), self.page.intro(self.answers))
         for field in view.query(Field):
             if not field.has_class("refused"):
                 field.show(self.answers, plan)
         if self.page.title == "Pictures":
-            self.query_one("#report", Static).update("\n".join(self.report_lines()))
+            self.put(self.query_one("#report", Static), "\n".join(self.report_lines()))
+
+    def put(self, static: Static, text: str) -> None:
+        """Show a text; the same one again costs no layout."""
+        if static.content != text:
+            static.update(text)
 
     def show_help(self, question: Question | None, refusal: str | None = None) -> None:
         text = ""
@@ -128,7 +134,7 @@ class Wizard(App[Outcome]):
             head = f"[b]{question.key}[/b]  {escape(question.help)}"
             facts = f"[b $error]{escape(refusal)}[/]" if refusal else f"[dim]{escape(question.facts)}[/dim]"
             text = f"{head}\n{facts}"
-        self.query_one("#help", Static).update(text)
+        self.put(self.query_one("#help", Static), text)
         self.query_one("#help").display = question is not None
 
     # ---- answers ---------------------------------------------------------------------------------------------------

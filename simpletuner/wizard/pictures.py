@@ -111,8 +111,8 @@ def _report(folder: str, catalogue: Catalogue, set_aside: SetAside) -> FolderRep
     for reason, count in sorted(set_aside.counts.items(), key=lambda item: -item[1]):
         examples = ", ".join(printable(PurePosixPath(path).name) for path in set_aside.examples[reason][:2])
         problems.append(f"{count} not used: {printable(reason)} ({examples})")
-    ends = (sizes[0][:2], sizes[-1][:2]) if sizes else (None, None)
-    return FolderReport(folder, facts, *ends, sizes, catalogue.num_duplicates, problems)
+    smallest, largest = (sizes[0][:2], sizes[-1][:2]) if sizes else (None, None)
+    return FolderReport(folder, facts, smallest, largest, sizes, catalogue.num_duplicates, problems)
 
 
 def _size(size: tuple[int, int] | None) -> str:

@@ -91,8 +91,7 @@ def option_question(name: str, label: str) -> Question:
         return replace(answers, options={**answers.options, name: values[name]})
 
     def read(answers: Answers, plan: Plan) -> Any:
-        default = None if info.is_required else info.default
-        default = ",".join(default) if name == "report_to" else default
+        default = ",".join(info.default) if isinstance(info.default, tuple) else info.default
         return plan.config.get(name, default)
 
     return _declared(info, name, label, read, write)

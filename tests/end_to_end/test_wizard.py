@@ -1,0 +1,217 @@
+"""The wizard, driven by keys on a terminal of 80 x 24: what it saves trains, and opens again."""
+
+from __future__ import annotations
+
+import asyncio
+import difflib
+import subprocess
+import sys
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import pytest
+from textual import events
+from textual.pilot import Pilot
+from textual.widgets import Static
+
+from simpletuner.config.loading import load_run
+from simpletuner.models.registry import get_spec
+from simpletuner.wizard.app import Wizard
+from simpletuner.wizard.project import open_project
+from simpletuner.wizard.review import Review
+from tests.runs import metrics, train_here
+from tests.unit.wizard.projects import CONFIG, CPU, configured, contents, new_folder
+
+pytestmark = pytest.mark.slow
+
+Steps = Callable[[Pilot], Awaitable[None]]
+
+
+def drive(folder: Path, steps: Steps) -> Wizard:
+    """Run the wizard in `folder` with the keys that `steps` presses."""
+    wizard = Wizard(open_project(CONFIG, folder, CPU))
+
+    async def run() -> None:
+        async with wizard.run_test(size=(80, 24)) as pilot:
+            await steps(pilot)
+
+    asyncio.run(run())
+    return wizard
+
+
+async def fill_in(pilot: Pilot, field: str, text: str) -> None:
+    """Tab to a field of this page and paste over what is there (one event in place of one per letter)."""
+    for _ in range(20):
+        if pilot.app.focused is not None and pilot.app.focused.id == field:
+            break
+        await pilot.press("tab")
+    assert pilot.app.focused is not None
+    assert pilot.app.focused.id == field
+    await pilot.press("home", "ctrl+k")
+    pilot.app.focused.post_message(events.Paste(text))
+    await pilot.pause()
+
+
+async def first_run(pilot: Pilot, model: Path) -> None:
+    """Answer every page and stop at the review."""
+    await pilot.press("ctrl+n")
+    await fill_in(pilot, "model", str(model))
+    await pilot.press("ctrl+n")
+    await fill_in(pilot, "pictures", "pictures")
+    await fill_in(pilot, "instance_prompt", "ohwx box")
+    await fill_in(pilot, "eval_pictures", "held_out")
+    await pilot.app.workers.wait_for_complete()
+    await pilot.press("ctrl+n")
+    await fill_in(pilot, "learning_rate", "1e-3")
+    await fill_in(pilot, "max_train_steps", "4")
+    await pilot.press("ctrl+n")
+    await fill_in(pilot, "validation_step_interval", "4")
+    await fill_in(pilot, "validation_num_inference_steps", "2")
+    await pilot.press("ctrl+n", "ctrl+n")
+    await pilot.pause()
+
+
+async def help_shown(pilot: Pilot, key: str) -> str:
+    """The help on the screen, once it is that of `key`."""
+    for _ in range(50):
+        await pilot.pause(0.02)
+        shown = " ".join(str(pilot.app.query_one("#help", Static).render()).split())
+        if shown.startswith(key):
+            return shown
+    raise AssertionError(f"no help for {key}: {shown}")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return new_folder(tmp_path)
+
+
+def test_from_the_first_screen_to_a_trained_adapter(folder: Path, omnigen_folder: Path, monkeypatch):
+    async def steps(pilot: Pilot) -> None:
+        await first_run(pilot, omnigen_folder)
+        assert not (folder / "config").exists()
+        await pilot.press("ctrl+s")
+
+    wizard = drive(folder, steps)
+    assert wizard.outcome == "saved"
+    run = load_run((), {}, folder, get_spec)
+    assert run.warnings == ()
+    assert (run.config.learning_rate, run.config.max_train_steps, run.config.resolution) == (1e-3, 4, 64)
+    monkeypatch.chdir(folder)
+    output = train_here(folder)
+    assert (output / "pytorch_lora_weights.safetensors").is_file()
+    assert len(metrics(output, "step_done")) == 4
+
+
+def test_edited_again_only_what_was_changed_is_different(folder: Path, omnigen_folder: Path):
+    configured(folder, omnigen_folder, eval_data="held_out")
+    config = folder / CONFIG
+    config.write_text(config.read_text().replace('"seed": 42,', '"seed": 42, // the answer'))
+    before = contents(folder)
+
+    async def steps(pilot: Pilot) -> None:
+        await pilot.press(*["ctrl+n"] * 3)
+        await fill_in(pilot, "learning_rate", "5e-5")
+        await pilot.press("ctrl+s")
+        await pilot.pause()
+        await pilot.press("ctrl+s")
+
+    drive(folder, steps)
+    after = contents(folder)
+    lines = difflib.ndiff(before["config.json"].splitlines(), after["config.json"].splitlines())
+    assert [" ".join(line.split()) for line in lines if line[0] in "+-"] == [
+        '- "learning_rate": 1e-4,',
+        '+ "learning_rate": 5e-5,',
+    ]
+    assert {name: text for name, text in after.items() if name != "config.json"} == {
+        name: text for name, text in before.items() if name != "config.json"
+    }
+
+
+def test_walking_through_all_pages_and_saving_changes_nothing(folder: Path, omnigen_folder: Path):
+    configured(folder, omnigen_folder, eval_data="held_out", regularisation_data="others")
+    before = contents(folder)
+
+    async def steps(pilot: Pilot) -> None:
+        await pilot.app.workers.wait_for_complete()
+        for _ in range(6):
+            await pilot.press("ctrl+n", "tab", "tab")
+            await pilot.pause()
+        await pilot.press("ctrl+s", "ctrl+b", "ctrl+n", "ctrl+s")
+
+    drive(folder, steps)
+    assert contents(folder) == before
+
+
+def test_a_wrong_answer_is_explained_and_holds_the_page(folder: Path, omnigen_folder: Path):
+    async def steps(pilot: Pilot) -> None:
+        await pilot.press(*["ctrl+n"] * 3)
+        await fill_in(pilot, "train_batch_size", "0")
+        help_text = str(pilot.app.query_one("#help", Static).render())
+        assert "too small" in help_text
+        assert "whole number >= 1" in help_text
+        await pilot.press("ctrl+n")
+        assert pilot.app.position == 3
+        await fill_in(pilot, "train_batch_size", "2")
+        await pilot.press("ctrl+n")
+        assert pilot.app.position == 4
+
+    drive(folder, steps)
+
+
+def test_nothing_is_saved_while_a_check_fails(folder: Path):
+    async def steps(pilot: Pilot) -> None:
+        await first_run(pilot, folder / "nowhere")
+        verdict = pilot.app.query_one(Review).verdict
+        assert [problem.key for problem in verdict.problems] == ["pretrained_model_name_or_path"]
+        await pilot.press("ctrl+s", "ctrl+r")
+
+    wizard = drive(folder, steps)
+    assert wizard.outcome is None
+    assert not (folder / "config").exists()
+
+
+def test_save_and_run_asks_for_the_start(folder: Path, omnigen_folder: Path):
+    async def steps(pilot: Pilot) -> None:
+        await first_run(pilot, omnigen_folder)
+        await pilot.press("ctrl+r")
+
+    assert drive(folder, steps).return_value == "start"
+
+
+def test_every_field_of_every_page_has_help_from_its_declaration(folder: Path):
+    async def steps(pilot: Pilot) -> None:
+        for page in pilot.app.pages:
+            for question in page.questions:
+                pilot.app.query_one(f"#{question.key}").focus()
+                shown = await help_shown(pilot, question.key)
+                assert question.help.split(".")[0] in shown
+            await pilot.press("ctrl+n")
+            await pilot.pause()
+
+    drive(folder, steps)
+
+
+def test_without_a_terminal_the_same_files_are_written(folder: Path, omnigen_folder: Path):
+    program = [sys.executable, "-m", "simpletuner", "configure"]
+    told = [*("--family", "omnigen", "--goal", "subject", "--data", "pictures", "--instance-prompt", "ohwx box")]
+    told += ["--model", str(omnigen_folder), "--eval-data", "held_out", "--learning_rate=1e-3", "--max_train_steps=4"]
+    told += ["--validation_step_interval=4", "--validation_num_inference_steps=2"]
+    result = subprocess.run([*program, *told], cwd=folder, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert result.returncode == 0, result.stderr
+    assert "start with: simpletuner train" in result.stdout
+    written = contents(folder)
+    for path in (folder / "config").glob("*.json"):
+        path.unlink()
+
+    async def steps(pilot: Pilot) -> None:
+        await first_run(pilot, omnigen_folder)
+        await pilot.press("ctrl+s")
+
+    drive(folder, steps)
+    assert contents(folder) == written
+
+    refused = subprocess.run(program, cwd=folder, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert refused.returncode == 2
+    assert "no terminal" in refused.stderr
+    assert "Traceback" not in refused.stderr
