@@ -1,0 +1,161 @@
+"""Where pictures are: the keys of each type of dataset."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from simpletuner.config.dataset_loading import read_datasets
+from simpletuner.config.datasets import ImageDataset, dataset_options
+from simpletuner.config.json_reader import parse_json
+from simpletuner.config.options import TrainConfig
+from simpletuner.config.sources import SOURCE_RULES, PictureSource, source_faults
+from simpletuner.errors import ConfigError
+from tests.runs import load_here, write_run
+
+CONFIG = TrainConfig.model_validate({"model_family": "toy"})
+COMPLETE: dict[str, dict[str, Any]] = {
+    "local": {"instance_data_dir": "pictures"},
+    "aws": {
+        "aws_bucket_name": "b",
+        "aws_data_prefix": "p/",
+        "aws_endpoint_url": "http://x",
+        "aws_region_name": "r",
+        "aws_access_key_id": "someone",
+        "aws_secret_access_key": "very-secret-words",
+    },
+    "huggingface": {
+        "dataset_name": "me/set",
+        "dataset_config": "small",
+        "split": "test",
+        "revision": "v1",
+        "image_column": "picture",
+        "caption_column": ["long", "short"],
+        "metadata_backend": "huggingface",
+    },
+    "csv": {"csv_file": "a.csv", "csv_caption_column": "c", "filename_column": "f", "instance_data_dir": "pictures"},
+}
+
+
+def read(kind: str, **keys: Any) -> tuple[list[ImageDataset], list[str]]:
+    loaded = read_datasets(parse_json(json.dumps([{"id": "a", "type": kind, **keys}]), "data.json"), CONFIG)
+    return loaded.entries, [problem.render() for problem in loaded.problems]
+
+
+@pytest.mark.parametrize("kind", COMPLETE)
+def test_every_key_of_a_type_is_taken(kind: str) -> None:
+    (entry,), problems = read(kind, **COMPLETE[kind])
+    assert problems == []
+    assert entry.type == kind
+
+
+@pytest.mark.parametrize("kind", COMPLETE)
+def test_a_key_of_another_type_is_refused_by_name(kind: str) -> None:
+    own = COMPLETE[kind]
+    for other, keys in COMPLETE.items():
+        rule = SOURCE_RULES[other]
+        for key in (rule.place, *rule.others):
+            if key in own or key in SOURCE_RULES[kind].others:
+                continue
+            _, problems = read(kind, **own, **{key: keys[key]})
+            assert len(problems) == 1
+            assert f"a.{key}: has no use with type {kind}" in problems[0]
+
+
+@pytest.mark.parametrize(("kind", "key"), [(kind, rule.place) for kind, rule in SOURCE_RULES.items()])
+def test_the_place_must_be_named(kind: str, key: str) -> None:
+    keys = {name: value for name, value in COMPLETE[kind].items() if name != key}
+    _, problems = read(kind, **keys)
+    assert [f"a.{key}: is missing" in problem for problem in problems] == [True]
+
+
+def test_half_a_login_is_refused() -> None:
+    _, (problem,) = read("aws", aws_bucket_name="b", aws_access_key_id="someone")
+    assert "a.aws_secret_access_key: is missing" in problem
+
+
+@pytest.mark.parametrize("key", ["csv_url_column", "csv_cache_dir", "huggingface"])
+def test_downloads_and_filters_are_refused_by_name(key: str) -> None:
+    _, (problem,) = read("csv", csv_file="a.csv", **{key: "x"})
+    assert f"a.{key}" in problem
+    assert "cannot be used" in problem
+
+
+@pytest.mark.parametrize("key", ["aws_secret_access_key", "aws_access_key_id"])
+def test_a_secret_is_shown_nowhere(key: str) -> None:
+    (entry,), _ = read("aws", **COMPLETE["aws"])
+    for shown in (repr(entry), str(entry), entry.model_dump_json(), json.dumps(entry.model_dump(), default=str)):
+        assert COMPLETE["aws"][key] not in shown
+    _, problems = read("aws", **(COMPLETE["aws"] | {key: ["very-secret-words"]}))
+    assert "very-secret-words" not in "".join(problems)
+    assert any(f"a.{key}" in problem for problem in problems)
+    assert getattr(entry, key).get_secret_value() == COMPLETE["aws"][key]
+    assert dataset_options("image")[key].is_secret
+
+
+def test_every_key_of_a_source_belongs_to_a_type() -> None:
+    owned = {key for rule in SOURCE_RULES.values() for key in (rule.place, *rule.others)}
+    planned = {name for name, info in dataset_options("image").items() if info.planned}
+    assert set(PictureSource.model_fields) - owned - planned == {"type"}
+    assert list(source_faults(PictureSource(instance_data_dir=Path("x")))) == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "written", "expected"),
+    [
+        ("huggingface", "filename", None, "huggingface"),
+        ("csv", "textfile", None, "csv"),
+        ("csv", "textfile", "filename", "filename"),
+        ("huggingface", "instanceprompt", None, "instanceprompt"),
+        ("aws", "textfile", None, "textfile"),
+    ],
+)
+def test_rows_give_their_own_captions_unless_told_otherwise(
+    kind: str, config: str, written: str | None, expected: str
+) -> None:
+    options = CONFIG.model_copy(update={"caption_strategy": config})
+    keys = {"id": "a", "type": kind, **COMPLETE[kind], "caption_strategy": written}
+    (entry,) = read_datasets(parse_json(json.dumps([keys]), "data.json"), options).entries
+    assert entry.caption_strategy == expected
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({"type": "aws", "aws_bucket_name": "b", "caption_strategy": "csv"}, 'caption_strategy: "csv" has no source'),
+        (
+            {"type": "huggingface", "dataset_name": "me/x", "caption_strategy": "textfile"},
+            "huggingface, instanceprompt",
+        ),
+        ({"type": "csv", "csv_file": "none.csv"}, "a.csv_file"),
+        ({"type": "huggingface", "dataset_name": "./none"}, "a.dataset_name"),
+        ({"type": "csv", "csv_file": "config.json", "metadata_file": "x.csv"}, "a.metadata_file: has no use"),
+        ({"instance_data_dir": "pictures", "metadata_backend": "huggingface"}, "a.metadata_backend"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(
+    tmp_path: Path, omnigen_folder: Path, keys: dict[str, Any], words: str
+) -> None:
+    (tmp_path / "pictures").mkdir()
+    write_run(tmp_path, omnigen_folder, data=[{"id": "a", "resolution": 64, **keys}])
+    with pytest.raises(ConfigError) as caught:
+        load_here(tmp_path)
+    assert words in str(caught.value)
+
+
+def test_paths_of_tables_are_found_in_the_working_folder(tmp_path: Path, omnigen_folder: Path) -> None:
+    (tmp_path / "tables").mkdir()
+    (tmp_path / "a.csv").write_text("file_name,caption\n")
+    keys = {"resolution": 64}
+    data = [
+        {"id": "a", "type": "csv", "csv_file": "a.csv", **keys},
+        {"id": "b", "type": "huggingface", "dataset_name": "tables", **keys},
+        {"id": "c", "type": "huggingface", "dataset_name": "me/set", **keys},
+    ]
+    first, second, third = load_here(write_run(tmp_path, omnigen_folder, data=data)).datasets
+    assert first.csv_file == tmp_path / "a.csv"
+    assert second.dataset_name == str(tmp_path / "tables")
+    assert third.dataset_name == "me/set"
