@@ -1,0 +1,71 @@
+"""Ninety-odd kinds of damaged and odd files: no crash, each told with its reason, the sound ones trained on."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import stat
+from hashlib import sha256
+from pathlib import Path
+
+import pytest
+
+from simpletuner.commands import cache
+from simpletuner.data.captions import printable
+from simpletuner.data.report import MAX_EXAMPLES
+from tests.runs import dataset, draw_pictures, load_here, train_here, write_run
+from tests.unit.data.odd_files import DAMAGED_FILES, ODD_BUT_SOUND, write_odd_files
+
+# So few that no reason can have more files than a report lists by name.
+GROUP = MAX_EXAMPLES
+
+
+def state_of(folder: Path) -> dict[str, tuple[object, ...]]:
+    """Kind, time and content of everything below a folder; nothing that would block is opened."""
+    found: dict[str, tuple[object, ...]] = {}
+    for path in folder.rglob("*"):
+        status = path.lstat()
+        content = sha256(path.read_bytes()).hexdigest() if stat.S_ISREG(status.st_mode) else ""
+        found[os.fspath(path)] = (status.st_mode, status.st_size, status.st_mtime_ns, content)
+    return found
+
+
+@pytest.fixture
+def folder(tmp_path: Path, omnigen_folder: Path) -> Path:
+    folder = tmp_path / "run"
+    prompt = {"caption_strategy": "instanceprompt", "instance_prompt": "a thing", "minimum_image_size": 8}
+    entries = []
+    for number, start in enumerate(range(0, len(DAMAGED_FILES), GROUP)):
+        group = write_odd_files(folder / f"damaged{number}", DAMAGED_FILES[start : start + GROUP])
+        draw_pictures(group / "good", 1, seed=number)
+        entries.append(dataset(group.name, crop=True, **prompt))
+    write_odd_files(folder / "odd", ODD_BUT_SOUND)
+    entries.append(dataset("odd", crop=True, **prompt))
+    return write_run(folder, omnigen_folder, entries, max_train_steps=4, checkpoint_step_interval=0)
+
+
+def test_there_are_at_least_sixty_kinds():
+    assert len({odd.name for odd in DAMAGED_FILES}) >= 60
+    assert len({odd.name for odd in ODD_BUT_SOUND}) >= 30
+
+
+@pytest.mark.slow
+def test_no_file_crashes_a_run_and_each_is_told_with_its_reason(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    before = state_of(folder)
+    cache.build(load_here(folder))
+    reports = json.loads((folder / "output/dataset_report.json").read_text())
+    told = {name: entry["reason"] for report in reports for entry in report["set_aside"] for name in entry["examples"]}
+    expected = {printable(os.fsdecode(odd.name)): odd.reason for odd in DAMAGED_FILES}
+    assert told.keys() == expected.keys()
+    wrong = {name: told[name] for name in told if not re.search(expected[name], told[name])}
+    assert wrong == {}
+    [odd] = [report for report in reports if report["id"] == "odd"]
+    assert (odd["found"], odd["bucketed"]) == (len(ODD_BUT_SOUND), len(ODD_BUT_SOUND))
+    assert odd["duplicates"] == 1
+    assert not Path("unpickled").exists()
+
+    train_here(folder)
+    after = state_of(folder)
+    assert {path: after.get(path) for path in before} == before
