@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 import unicodedata
 from collections.abc import Mapping
@@ -13,6 +14,7 @@ import pytest
 from scripts.fill_pages import PAGES, ROOT, fill
 from simpletuner.config.datasets import PLANNED_DATASET_TYPES, dataset_options, dataset_types
 from simpletuner.config.options import OptionInfo, all_options, planned_options
+from simpletuner.launch import load_arguments
 
 ALL = [*sorted(PAGES.rglob("*.md")), ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
 # Where the quickstart that people come from links to.
@@ -138,3 +140,17 @@ def test_messages_that_troubleshooting_quotes_are_the_program_s():
 def test_the_worked_example_is_short():
     files = [ROOT / "tests/families/auraflow" / name for name in ("spec.py", "family.py")]
     assert sum(len(path.read_text().splitlines()) for path in files) < 150
+
+
+_ENTRIES = re.compile(r"^```json\n(\[.*?)^```$", re.DOTALL | re.MULTILINE)
+
+
+@pytest.mark.parametrize("name", ["DATALOADER.md", "DREAMBOOTH.md"])
+def test_shown_entries_are_accepted(name: str, tmp_path: Path):
+    (tmp_path / "config.json").write_text('{"model_family": "omnigen", "model_type": "full", "max_train_steps": 1}')
+    shown = _ENTRIES.findall((PAGES / name).read_text(encoding="utf-8"))
+    assert shown
+    for entries in shown:
+        (tmp_path / "multidatabackend.json").write_text(entries)
+        loaded = load_arguments([], {}, tmp_path, print, check_files=False)
+        assert len(loaded.datasets) == len(json.loads(entries))
