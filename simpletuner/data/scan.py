@@ -27,7 +27,7 @@ OK, BROKEN, UNREADABLE = "ok", "broken", "unreadable"
 
 Progress = Callable[[int], None]
 
-# Files per task of the pool: handing over a task costs as much as decoding a small picture.
+# Files per task of the pool: handing over a task costs as much as decoding a small picture from a disk.
 _TASK_FILES = 16
 # A transaction ends with so many files, or after so long with large ones.
 _COMMIT_FILES = 1024
@@ -136,9 +136,10 @@ def _update_folder(
             database.execute("UPDATE files SET live = 0 WHERE live AND folder = ?", [key])
             return
         _compare(database, backend, key, folder.path)
+    task_files = 1 if backend.num_readers else _TASK_FILES
     findings: list[Finding] = []
     committed = time.monotonic()
-    for part in _look_at(backend, pool, _changed_files(database)):
+    for part in _look_at(backend, pool, _changed_files(database, task_files)):
         findings += part
         if len(findings) >= _COMMIT_FILES or time.monotonic() > committed + _COMMIT_SECONDS:
             _store(database, key, findings)
@@ -164,7 +165,7 @@ def _compare(database: sqlite3.Connection, backend: Backend, key: int | None, fo
     database.execute(f"DELETE FROM changed WHERE {same}", [key])
 
 
-def _changed_files(database: sqlite3.Connection) -> Iterator[list[FileState]]:
+def _changed_files(database: sqlite3.Connection, task_files: int) -> Iterator[list[FileState]]:
     """What `_compare` left, in tasks; paged, since rows are written while this reads on."""
     last = b""
     while True:
@@ -173,7 +174,7 @@ def _changed_files(database: sqlite3.Connection) -> Iterator[list[FileState]]:
         if not page:
             return
         last = page[-1].path
-        yield from (page[start : start + _TASK_FILES] for start in range(0, len(page), _TASK_FILES))
+        yield from (page[start : start + task_files] for start in range(0, len(page), task_files))
 
 
 def _look_at(backend: Backend, pool: ThreadPoolExecutor, tasks: Iterator[list[FileState]]) -> Iterator[list[Finding]]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +15,7 @@ from pydantic import SecretStr
 from simpletuner.data.backends import s3 as module
 from simpletuner.data.backends.s3 import Bucket, S3Backend
 from simpletuner.data.index import Index
-from simpletuner.errors import ConfigError, DataError
+from simpletuner.errors import ConfigError, DataError, MissingDependency
 from tests.runs import draw_pictures
 from tests.s3 import LOGIN, S3, s3_server
 
@@ -82,6 +85,27 @@ def test_listings_of_several_pages_are_whole(server: S3, tmp_path: Path, monkeyp
     ask = store._store.call_s3
     monkeypatch.setattr(store._store, "call_s3", lambda method, **request: ask(method, MaxKeys=3, **request))
     assert [file.name for file in store.files(b"")] == [b"%d.txt" % number for number in range(7)]
+
+
+def test_objects_are_fetched_side_by_side(
+    server: S3, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    together, most, lock = 0, 0, threading.Lock()
+    read = S3Backend.read
+
+    def slow_read(self: S3Backend, path: bytes) -> bytes:
+        nonlocal together, most
+        with lock:
+            together += 1
+            most = max(most, together)
+        time.sleep(0.2)
+        with lock:
+            together -= 1
+        return read(self, path)
+
+    monkeypatch.setattr(S3Backend, "read", slow_read)
+    assert len(scan(server, tmp_path)) == 5
+    assert most == 6  # all of the larger folder: three pictures, three captions
 
 
 @pytest.mark.parametrize(
@@ -168,3 +192,9 @@ def test_the_login_is_in_no_representation(server: S3) -> None:
     store = backend(server)
     shown = f"{store.bucket} {store.identity} {store.location} {vars(store)}"
     assert LOGIN["aws_secret_access_key"] not in shown
+
+
+def test_without_s3fs_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    with pytest.raises(MissingDependency, match=r"simpletuner\[s3\]"):
+        S3Backend(Bucket("pictures"), "things")

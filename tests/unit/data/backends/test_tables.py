@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 from pathlib import Path
 
 import pyarrow as pa
@@ -15,7 +16,7 @@ from simpletuner.data.backends.csv_table import CsvBackend
 from simpletuner.data.backends.parquet import ParquetBackend, ParquetTable
 from simpletuner.data.captions import VARIANT_SEPARATOR
 from simpletuner.data.index import Index
-from simpletuner.errors import DataError
+from simpletuner.errors import DataError, MissingDependency
 from tests.unit.data.pictures import tree_digest, write_picture
 
 
@@ -142,6 +143,12 @@ def test_few_row_groups_stay_in_memory(pictures: list[bytes], tmp_path: Path, mo
     for row in (0, 6, 3, 1, 6, 4):
         assert backend.read(b"a/%09d" % row) == pictures[row]
     assert len(backend._groups) == 2
+
+
+def test_without_pyarrow_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(MissingDependency, match=r"simpletuner\[hf-datasets\]"):
+        parquet(tmp_path / "a.parquet")
 
 
 # ---- CSV -----------------------------------------------------------------------------------------------------------
