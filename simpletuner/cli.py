@@ -300,6 +300,14 @@ def configure(
         run_training(load_arguments((), os.environ, Path.cwd(), print, config_file))
 
 
+@app.command(short_help="Look at this machine and installation.")
+def doctor() -> None:
+    """Say what would stand in the way of training, with the remedy; the exit code is 2 where something does."""
+    from simpletuner.commands.doctor import doctor as run_doctor
+
+    raise typer.Exit(run_doctor(os.environ, Path.cwd(), print))
+
+
 @examples_app.command("list")
 def list_examples() -> None:
     """List the shipped examples."""

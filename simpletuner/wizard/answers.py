@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from simpletuner.errors import ConfigError, Problem
+from simpletuner.hardware import Hardware
 from simpletuner.models.registry import get_spec
 from simpletuner.models.spec import FamilySpec
-from simpletuner.wizard.hardware import Hardware
 
 Goal = Literal["subject", "style", "full"]
 

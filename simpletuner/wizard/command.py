@@ -12,11 +12,11 @@ from simpletuner.config.discovery import find_config
 from simpletuner.config.layers import parse_arguments
 from simpletuner.config.merging import merge_layers
 from simpletuner.errors import ConfigError, Problem
+from simpletuner.hardware import Hardware, detect_hardware
 from simpletuner.launch import chosen_environment, split_arguments
 from simpletuner.models.registry import get_spec
 from simpletuner.wizard.answers import Answers, read_goal
 from simpletuner.wizard.files import diff_lines, judge, save, start_command, texts_for
-from simpletuner.wizard.hardware import Hardware, detect_hardware
 from simpletuner.wizard.project import ANSWERED, Project, open_project, typed_options
 
 USUAL_PLACE = Path("config/config.json")

@@ -19,9 +19,9 @@ from simpletuner.config.options import TrainConfig, all_options
 from simpletuner.config.paths import Folders
 from simpletuner.config.values import read_bool
 from simpletuner.errors import ConfigError, Problem
+from simpletuner.hardware import Hardware
 from simpletuner.models.registry import family_names, get_spec
 from simpletuner.wizard.answers import Answers
-from simpletuner.wizard.hardware import Hardware
 
 # Options of config.json that the screens ask for; everything else keeps what the file says.
 ASKED = (

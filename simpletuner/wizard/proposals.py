@@ -10,8 +10,8 @@ from typing import Any
 
 from simpletuner.config.options import all_options
 from simpletuner.config.values import parse_sizes
+from simpletuner.hardware import GIB, Hardware
 from simpletuner.wizard.answers import Answers, Goal
-from simpletuner.wizard.hardware import GIB, Hardware
 
 # Sides that training is proposed at, never above what the family draws by default.
 _SIDES = (1024, 768, 512, 256, 128, 64)

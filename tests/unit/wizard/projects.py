@@ -6,7 +6,7 @@ from pathlib import Path
 
 from simpletuner.wizard.answers import Answers
 from simpletuner.wizard.command import Given, configure_without_screens
-from simpletuner.wizard.hardware import GIB, Hardware
+from simpletuner.hardware import GIB, Hardware
 from simpletuner.wizard.project import Project, open_project
 from tests.runs import draw_pictures
 

@@ -1,4 +1,4 @@
-"""What this machine computes with, found out without importing torch, so that the wizard answers at once."""
+"""What this machine computes with, found out without importing torch, so that the answer comes at once."""
 
 from __future__ import annotations
 
