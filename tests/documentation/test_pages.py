@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from scripts.fill_pages import PAGES, ROOT, fill
+from simpletuner.cli import app
 from simpletuner.config.datasets import PLANNED_DATASET_TYPES, dataset_options, dataset_types
 from simpletuner.config.options import OptionInfo, all_options, planned_options
 from simpletuner.launch import load_arguments
@@ -154,3 +155,20 @@ def test_shown_entries_are_accepted(name: str, tmp_path: Path):
         (tmp_path / "multidatabackend.json").write_text(entries)
         loaded = load_arguments([], {}, tmp_path, print, check_files=False)
         assert len(loaded.datasets) == len(json.loads(entries))
+
+
+def test_the_architecture_names_every_part_of_the_package():
+    text = (PAGES / "ARCHITECTURE.md").read_text(encoding="utf-8")
+    tops = [path for path in (ROOT / "simpletuner").iterdir() if not path.name.startswith("_")]
+    modules = [path.name for path in tops if path.suffix == ".py"]
+    packages = [f"{path.name}/" for path in tops if (path / "__init__.py").is_file()]
+    assert {"config/", "training/", "storage.py"} <= {*modules, *packages}
+    assert [name for name in [*modules, *packages] if f"`{name}" not in text] == []
+
+
+def test_every_verb_stands_in_a_page():
+    text = "\n".join(page.read_text(encoding="utf-8") for page in PAGES.rglob("*.md"))
+    verbs = {command.name or command.callback.__name__ for command in app.registered_commands if command.callback}
+    verbs |= {str(group.name) for group in app.registered_groups}
+    assert {"train", "generate", "cache"} <= verbs
+    assert [verb for verb in sorted(verbs) if f"simpletuner {verb}" not in text] == []
