@@ -182,7 +182,7 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
         import pyarrow.parquet as parquet
     except ImportError:
         raise MissingDependency(
-            Problem("captions in parquet files need pyarrow", fix="pip install 'simpletuner[parquet]'")
+            Problem("captions in parquet files need pyarrow", fix="pip install 'simpletuner[hf-datasets]'")
         ) from None
     try:
         with parquet.ParquetFile(path) as file:

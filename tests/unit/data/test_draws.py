@@ -1,0 +1,262 @@
+"""What is drawn anew in each round, which pictures are chosen, and what their captions become."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from simpletuner.config.dataset_values import TagShuffle
+from simpletuner.config.datasets import ImageDataset, TextEmbedsDataset
+from simpletuner.data.caption_edits import CaptionEdits
+from simpletuner.data.datasets import Dataset, build_datasets
+from simpletuner.data.sampler import Sampler
+from simpletuner.errors import DataError
+from simpletuner.models.omnigen.spec import OMNIGEN
+from tests.unit.data.pictures import options, write_picture
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    root = tmp_path / "pictures"
+    for number in range(12):
+        write_picture(root / f"thing_{number:02d}.png", 96 if number % 2 else 64, 64, seed=number)
+    return root
+
+
+def build(root: Path, tmp_path: Path, filters: list[str] | None = None, **changes) -> Dataset:
+    entries = [
+        ImageDataset(id="things", instance_data_dir=root, **changes),
+        TextEmbedsDataset(id="text", default=True, caption_filter_list=filters),
+    ]
+    (dataset,) = build_datasets(entries, options(), OMNIGEN, tmp_path / "work", data_file="data.json")
+    return dataset
+
+
+def names(dataset: Dataset) -> list[str]:
+    return [sample.path for sample in dataset.samples]
+
+
+def test_half_of_the_pictures_are_mirrored_and_others_in_each_round(folder: Path, tmp_path: Path) -> None:
+    dataset = build(folder, tmp_path, random_flip=True)
+    flips = np.array([[s.is_flipped for s in dataset.samples.take(range(12), number)] for number in range(50)])
+    assert 0.4 < flips.mean() < 0.6  # 600 draws, standard deviation 0.02
+    assert all(0 < column.sum() < 50 for column in flips.T)
+    again = build(folder, tmp_path, random_flip=True)
+    assert [s.is_flipped for s in again.samples.take(range(12), 7)] == flips[7].tolist()
+
+
+def test_a_mirrored_picture_is_the_mirror_of_the_cut(folder: Path, tmp_path: Path) -> None:
+    plain, flipping = build(folder, tmp_path), build(folder, tmp_path, random_flip=True)
+    samples = [s for number in range(9) for s in flipping.samples.take([1], number)]
+    assert {sample.is_flipped for sample in samples} == {True, False}
+    straight = plain.read_pixels(plain.samples[1])
+    for sample in samples:
+        expected = torch.from_numpy(straight.numpy()[:, :, ::-1].copy()) if sample.is_flipped else straight
+        assert torch.equal(flipping.read_pixels(sample), expected)
+
+
+def test_a_cache_holds_both_versions_of_what_may_be_mirrored(folder: Path, tmp_path: Path) -> None:
+    versions = Counter((s.path, s.is_flipped) for s in build(folder, tmp_path, random_flip=True).samples_to_keep())
+    assert versions == {(name, flip): 1 for name in names(build(folder, tmp_path)) for flip in (False, True)}
+    assert len(list(build(folder, tmp_path).samples_to_keep())) == 12
+    assert list(build(folder, tmp_path, vae_cache_disable=True).samples_to_keep()) == []
+
+
+def test_crops_are_drawn_anew_in_each_round_only_where_that_is_asked_for(folder: Path, tmp_path: Path) -> None:
+    fixed = build(folder, tmp_path, crop_style="random")
+    fresh = build(folder, tmp_path, crop_style="random", vae_cache_clear_each_epoch=True)
+    assert [s.crop for s in fixed.samples.take(range(12), 0)] == [s.crop for s in fixed.samples.take(range(12), 5)]
+    lefts = [
+        {s.crop.left for s in fresh.samples.take([index], number)}.pop() for index in (1, 3) for number in range(9)
+    ]
+    assert len(set(lefts)) > 9
+    assert fresh.encodes_on_demand
+    assert not fresh.keeps_latents
+    assert not fixed.encodes_on_demand
+
+
+def test_aspects_drawn_anew_move_pictures_between_buckets_that_fit_their_crops(folder: Path, tmp_path: Path) -> None:
+    keys = {"crop_aspect": "random", "crop_aspect_buckets": [0.5, 1.0, 2.0], "vae_cache_clear_each_epoch": True}
+    dataset = build(folder, tmp_path, **keys)
+    rounds = [dataset.buckets_in(number) for number in range(4)]
+    assert len({tuple(members.tolist()) for buckets in rounds for members in buckets.values()}) > 6
+    sampler = Sampler([dataset], 2, seed=1)
+    for epoch in range(4):
+        plans = [sampler.batch(epoch, position) for position in range(sampler.batches_in(epoch))]
+        assert Counter(index for plan in plans for index in plan.sample_indices) == dict.fromkeys(range(12), 1)
+        for plan in plans:
+            samples = dataset.samples.take(plan.sample_indices, plan.round_number)
+            assert {(s.crop.height, s.crop.width) for s in samples} == {plan.size}
+
+
+def test_a_subset_is_chosen_by_content_and_hardly_moves_when_a_picture_comes(folder: Path, tmp_path: Path) -> None:
+    chosen = names(build(folder, tmp_path, max_num_samples=5))
+    assert len(chosen) == 5
+    assert chosen == names(build(folder, tmp_path, max_num_samples=5))
+    write_picture(folder / "a_new_one.png", seed=99)
+    after = names(build(folder, tmp_path, max_num_samples=5))
+    assert len(set(after) - set(chosen)) <= 1
+    assert len(names(build(folder, tmp_path, max_num_samples=50))) == 13
+    dataset = build(folder, tmp_path, max_num_samples=5)
+    assert (dataset.funnel.found, dataset.funnel.bucketed, dataset.funnel.per_epoch) == (13, 5, 5)
+
+
+def test_the_funnel_counts_what_an_epoch_takes(folder: Path, tmp_path: Path) -> None:
+    assert build(folder, tmp_path, repeats=2, probability=0.5).funnel.per_epoch == 18  # 12 * 3 / 2
+
+
+def test_aspects_outside_of_the_limits_are_left_out_with_their_reason(folder: Path, tmp_path: Path) -> None:
+    write_picture(folder / "wide.png", 200, 64)
+    write_picture(folder / "tall.png", 64, 200)
+    dataset = build(folder, tmp_path, minimum_aspect_ratio=0.5, maximum_aspect_ratio=1.5)
+    assert len(dataset.samples) == 12
+    (reason,) = dataset.funnel.set_aside.counts
+    assert "minimum_aspect_ratio" in reason
+    assert dataset.funnel.set_aside.examples[reason] == ["tall.png", "wide.png"]
+    assert len(build(folder, tmp_path, maximum_aspect_ratio=1.4).samples) == 7  # six squares and the tall one
+
+
+def test_pictures_that_would_grow_too_much_are_left_out(folder: Path, tmp_path: Path) -> None:
+    for side in (50, 53, 54):  # 64 / 53 = 1.2075, 64 / 54 = 1.185
+        write_picture(folder / f"small_{side}.png", side, side, seed=side)
+    dataset = build(folder, tmp_path, max_upscale_threshold=0.2)
+    assert "small_54.png" in names(dataset)
+    assert len(dataset.samples) == 13
+    (reason,) = dataset.funnel.set_aside.counts
+    assert "max_upscale_threshold (0.2)" in reason
+
+
+def test_of_several_aspects_those_that_need_no_growth_are_chosen_from(folder: Path, tmp_path: Path) -> None:
+    keys = {"crop_aspect": "random", "crop_aspect_buckets": [1.0, 2.0]}
+    # aspect 2 is 48 x 96 here: a picture of 64 x 64 would grow by half, one of 96 x 64 not at all
+    assert (48, 96) in build(folder, tmp_path, **keys).buckets
+    dataset = build(folder, tmp_path, max_upscale_threshold=0.1, **keys)
+    wide = [dataset.samples[int(index)].width for index in dataset.buckets[(48, 96)]]
+    assert wide
+    assert set(wide) == {96}
+    assert len(dataset.samples) == 12
+
+
+def test_weights_of_aspects_are_honoured(folder: Path, tmp_path: Path) -> None:
+    buckets = [{"aspect_bucket": 0.5, "weight": 0}, {"aspect_bucket": 1.0, "weight": 1}]
+    assert set(build(folder, tmp_path, crop_aspect="random", crop_aspect_buckets=buckets).buckets) == {(64, 64)}
+
+
+def write_table(folder: Path, suffix: str, rows: list[dict]) -> Path:
+    path = folder / f"metadata{suffix}"
+    if suffix == ".jsonl":
+        path.write_text("\n".join(json.dumps(row) for row in rows))
+    elif suffix == ".csv":
+        import csv
+
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0].keys())
+            writer.writeheader()
+            writer.writerows(rows)
+    else:
+        import pyarrow
+        import pyarrow.parquet
+
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    return path
+
+
+ROWS = [{"file_name": f"thing_{number:02d}.png", "text": f'caption {number}, with "quotes"'} for number in range(12)]
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
+def test_captions_come_from_a_table_beside_the_pictures(folder: Path, tmp_path: Path, suffix: str) -> None:
+    write_table(folder, suffix, ROWS)
+    strategy = "parquet" if suffix == ".parquet" else "csv"
+    dataset = build(folder, tmp_path, caption_strategy=strategy)
+    assert [s.captions for s in dataset.samples] == [(row["text"],) for row in ROWS]
+
+
+def test_names_without_extension_columns_and_fallbacks(folder: Path, tmp_path: Path) -> None:
+    rows = [{"id": f"thing_{n:02d}", "long": "" if n == 3 else f"long {n}", "tags": f"tags {n}"} for n in range(12)]
+    table = write_table(tmp_path, ".jsonl", rows)
+    keys = {"metadata_file": table, "filename_column": "id", "caption_column": ["long", "tags"]}
+    dataset = build(folder, tmp_path, caption_strategy="csv", **keys)
+    assert [s.captions[0] for s in dataset.samples] == ["tags 3" if n == 3 else f"long {n}" for n in range(12)]
+
+
+def test_lists_and_several_rows_are_variants(folder: Path, tmp_path: Path) -> None:
+    rows = [{"file_name": row["file_name"], "text": ["one", "two\nlines"]} for row in ROWS]
+    write_table(folder, ".jsonl", [*rows, {"file_name": "./thing_00.png", "text": "three"}])
+    dataset = build(folder, tmp_path, caption_strategy="csv")
+    assert dataset.samples[0].captions == ("one", "two\nlines", "three")
+    assert dataset.samples[1].captions == ("one", "two\nlines")
+
+
+def test_pictures_without_a_row_are_listed(folder: Path, tmp_path: Path) -> None:
+    write_table(folder, ".csv", ROWS[:10])
+    with pytest.raises(DataError, match=r"2 of 12 pictures have no caption in .*metadata.csv: thing_10.png, thing_11"):
+        build(folder, tmp_path, caption_strategy="csv")
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({"filename_column": "name"}, r"things.filename_column: .* has no column \"name\"(.|\n)*file_name, text"),
+        ({"caption_column": "words"}, r"things.caption_column: .* has no column words(.|\n)*file_name, text"),
+    ],
+)
+def test_a_column_that_is_not_there_names_those_that_are(folder: Path, tmp_path: Path, keys, words) -> None:
+    write_table(folder, ".csv", ROWS)
+    with pytest.raises(DataError, match=words):
+        build(folder, tmp_path, caption_strategy="csv", **keys)
+
+
+def test_a_table_that_is_broken_is_named_with_its_line(folder: Path, tmp_path: Path) -> None:
+    (folder / "metadata.jsonl").write_text('{"file_name": "thing_00.png", "text": "a"}\n{"file_name": \n')
+    with pytest.raises(DataError, match=r"metadata.jsonl cannot be read: line 2 is not JSON"):
+        build(folder, tmp_path, caption_strategy="csv")
+
+
+def test_a_changed_table_is_read_again(folder: Path, tmp_path: Path) -> None:
+    write_table(folder, ".csv", ROWS)
+    before = build(folder, tmp_path, caption_strategy="csv")
+    write_table(folder, ".csv", [{**row, "text": "new"} for row in ROWS])
+    after = build(folder, tmp_path, caption_strategy="csv")
+    assert after.samples[0].captions == ("new",)
+    assert after.fingerprint != before.fingerprint
+
+
+def test_filters_edit_every_caption(folder: Path, tmp_path: Path) -> None:
+    filters = ["^thing ", r"s/0(\d)/number \1/", "s#1#/#"]
+    assert [s.captions[0] for s in build(folder, tmp_path, filters).samples][:3] == ["number 0", "number /", "number 2"]
+    assert build(folder, tmp_path, filters).fingerprint != build(folder, tmp_path).fingerprint
+
+
+def test_tags_are_shuffled_after_those_that_stay() -> None:
+    shuffle = TagShuffle(count=4, split_on="comma", position_start=1)
+    variants = CaptionEdits(shuffle=shuffle, seed=1).apply(["dog, running, park, sunny day"])
+    assert variants[0] == "dog, running, park, sunny day"
+    assert 2 < len(variants) <= 5
+    for variant in variants:
+        first, *others = variant.split(", ")
+        assert first == "dog"
+        assert sorted(others) == ["park", "running", "sunny day"]
+    assert CaptionEdits(shuffle=shuffle, seed=1).apply(["dog, running, park, sunny day"]) == variants
+    assert CaptionEdits(shuffle=shuffle, seed=2).apply(["dog, running, park, sunny day"]) != variants
+
+
+def test_a_shuffle_without_the_original_leaves_captions_that_have_nothing_to_shuffle() -> None:
+    edits = CaptionEdits(shuffle=TagShuffle(count=1, split_on="space", position_start=1, include_original=False))
+    assert edits.apply(["dog park"]) == ("dog park",)
+    assert len(edits.apply(["a b c d e"])) == 1
+
+
+def test_a_dataset_offers_the_shuffled_variants(folder: Path, tmp_path: Path) -> None:
+    for path in folder.glob("*.png"):
+        path.with_suffix(".txt").write_text("a, b, c, d")
+    shuffle = {"enable": True, "count": 3, "include_original": False}
+    dataset = build(folder, tmp_path, caption_strategy="textfile", caption_shuffle=shuffle)
+    assert all(sorted(caption.split(", ")) == list("abcd") for caption in dataset.samples[0].captions)
+    drawn = {dataset.caption_for(dataset.samples[0], 1, step, 0) for step in range(60)}
+    assert drawn == set(dataset.samples[0].captions)

@@ -1,0 +1,183 @@
+"""Masks are cut as their pictures are, pixel by pixel, and belong to them by path."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from simpletuner.batch import Crop
+from simpletuner.config.datasets import ConditioningDataset, ImageDataset
+from simpletuner.data.datasets import build_datasets
+from simpletuner.data.masks import average_down
+from simpletuner.data.transforms import load_mask
+from simpletuner.errors import DataError
+from simpletuner.models.omnigen.spec import OMNIGEN
+from tests.unit.data.pictures import options
+
+
+def save(path: Path, values: np.ndarray) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(values).save(path)
+    return path
+
+
+def grey_noise(height: int, width: int, seed: int) -> np.ndarray:
+    """(H, W) noise; as RGB all three channels are equal, so that a picture's values are those of the mask."""
+    return np.random.default_rng(seed).integers(0, 256, (height, width), np.uint8)
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> tuple[Path, Path]:
+    """Pictures, and masks that are the same pictures."""
+    pictures, masks = tmp_path / "pictures", tmp_path / "masks"
+    for number, (height, width) in enumerate([(64, 64), (64, 100), (120, 64), (64, 64)]):
+        values = grey_noise(height, width, number)
+        save(pictures / f"sub/a_{number}.png", np.stack([values] * 3, axis=-1))
+        save(masks / f"sub/a_{number}.png", values)
+    return pictures, masks
+
+
+def build(folders: tuple[Path, Path], tmp_path: Path, kind: str = "mask", **changes):
+    entries = [
+        ImageDataset(id="things", instance_data_dir=folders[0], conditioning_data="masks", **changes),
+        ConditioningDataset(id="masks", instance_data_dir=folders[1], conditioning_type=kind),
+    ]
+    (dataset,) = build_datasets(entries, options(), OMNIGEN, tmp_path / "work", data_file="data.json")
+    return dataset
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"crop_style": "center"},
+        {"crop_style": "corner"},
+        {"crop_style": "random"},
+        {"crop_style": "random", "random_flip": True},
+        {"crop_style": "random", "random_flip": True, "vae_cache_clear_each_epoch": True},
+    ],
+)
+def test_a_mask_that_is_the_picture_is_cut_to_the_same_pixels(folders, tmp_path: Path, changes) -> None:
+    """No side needs resizing here, so a cut one pixel off would show in every value."""
+    dataset = build(folders, tmp_path, **changes)
+    assert dataset.masks is not None
+    for round_number in range(3):
+        for position, sample in enumerate(dataset.samples.take(range(4), round_number)):
+            picture = (dataset.read_pixels(sample)[:1] + 1) / 2
+            mask = dataset.masks.pixels(position, sample)
+            torch.testing.assert_close(mask, picture, atol=1e-6, rtol=0)
+
+
+def test_a_mask_of_half_the_size_serves_its_picture(folders, tmp_path: Path) -> None:
+    wide = np.zeros((32, 50), np.uint8)
+    wide[:, 25:] = 255
+    save(folders[1] / "sub/a_1.png", wide)
+    dataset = build(folders, tmp_path, crop_style="corner")
+    mask = dataset.masks.pixels(1, dataset.samples[1])
+    # 64 x 100 from its top left corner: columns 0 .. 63, of which those from 50 on are in the right half.
+    assert mask[0, :, :50].max() == 0
+    assert mask[0, :, 50:].min() == 1
+
+
+def test_masks_are_averaged_to_the_size_of_the_latents() -> None:
+    pixels = torch.zeros(1, 16, 24)
+    pixels[0, :8, :8] = 1
+    pixels[0, 8:, 20:] = 1
+    expected = torch.tensor([[[1.0, 0.0, 0.0], [0.0, 0.0, 0.5]]])
+    assert torch.equal(average_down(pixels, (2, 3)), expected)
+
+
+def test_weights_have_the_size_of_the_latents(folders, tmp_path: Path) -> None:
+    dataset = build(folders, tmp_path)
+    sample = dataset.samples[0]
+    weights = dataset.masks.weights(0, sample, (8, 8))
+    values = grey_noise(64, 64, 0).astype(np.float64) / 255
+    assert weights.shape == (1, 8, 8)
+    assert np.allclose(weights[0].numpy(), values.reshape(8, 8, 8, 8).mean(axis=(1, 3)), atol=1e-6)
+    assert torch.equal(dataset.masks.weights(0, sample, (8, 8)), weights)
+
+
+def encoded(image: Image.Image, tmp_path: Path) -> bytes:
+    path = tmp_path / "mask.png"
+    image.save(path)
+    return path.read_bytes()
+
+
+WHOLE = Crop(2, 2, 0, 0, 2, 2)
+
+
+@pytest.mark.parametrize(
+    ("image", "kind", "expected"),
+    [
+        (Image.fromarray(np.array([[0, 255], [51, 204]], np.uint8)), "mask", [[0, 1], [0.2, 0.8]]),
+        (Image.fromarray(np.array([[0, 255], [51, 1]], np.uint8)), "segmentation", [[0, 1], [1, 1]]),
+        (Image.fromarray(np.array([[0, 65535], [257 * 51, 0]], np.uint16)), "mask", [[0, 1], [0.2, 0]]),
+        (Image.fromarray(np.array([[False, True], [True, False]])), "mask", [[0, 1], [1, 0]]),
+    ],
+)
+def test_values_of_masks(image: Image.Image, kind: str, expected, tmp_path: Path) -> None:
+    weights = load_mask(encoded(image, tmp_path), WHOLE, binary=kind == "segmentation")
+    assert torch.allclose(weights[0], torch.tensor(expected, dtype=torch.float32), atol=1e-6)
+
+
+def test_what_is_transparent_is_not_trained_on(tmp_path: Path) -> None:
+    image = Image.fromarray(np.array([[[255, 255, 255, 0], [255, 255, 255, 255]]] * 2, np.uint8))
+    for binary in (False, True):
+        assert load_mask(encoded(image, tmp_path), WHOLE, binary=binary)[0].tolist() == [[0, 1], [0, 1]]
+
+
+def test_a_colour_counts_as_a_segment_whatever_its_brightness(tmp_path: Path) -> None:
+    image = Image.fromarray(np.array([[[0, 0, 1], [0, 0, 0]]] * 2, np.uint8))
+    assert load_mask(encoded(image, tmp_path), WHOLE, binary=True)[0].tolist() == [[1, 0], [1, 0]]
+
+
+def test_the_extension_of_a_mask_may_differ(folders, tmp_path: Path) -> None:
+    mask = folders[1] / "sub/a_3.png"
+    values = np.asarray(Image.open(mask))
+    mask.unlink()
+    save(folders[1] / "sub/a_3.webp", np.where(values > 127, 255, 0).astype(np.uint8))
+    assert build(folders, tmp_path).masks is not None
+
+
+def test_missing_masks_are_listed(folders, tmp_path: Path) -> None:
+    (folders[1] / "sub/a_0.png").unlink()
+    (folders[1] / "sub/a_2.png").rename(folders[1] / "a_2.png")
+    with pytest.raises(DataError) as caught:
+        build(folders, tmp_path)
+    text = str(caught.value)
+    assert "data.json: things.conditioning_data: 2 of 4 pictures have no mask" in text
+    assert "sub/a_0.png, sub/a_2.png" in text
+
+
+def test_of_many_missing_masks_the_first_ten_are_listed(tmp_path: Path) -> None:
+    for number in range(14):
+        save(tmp_path / f"pictures/{number:02d}.png", grey_noise(64, 64, number))
+    save(tmp_path / "masks/13.png", grey_noise(64, 64, 1))
+    with pytest.raises(DataError, match=r"13 of 14 pictures have no mask .*: 00\.png, .*09\.png, \.\.\."):
+        build((tmp_path / "pictures", tmp_path / "masks"), tmp_path)
+
+
+def test_two_masks_that_could_be_meant_are_none(folders, tmp_path: Path) -> None:
+    (folders[1] / "sub/a_0.png").rename(folders[1] / "sub/a_0.webp.gif.bmp")
+    for suffix in (".bmp", ".webp"):
+        save(folders[1] / f"sub/a_0{suffix}", grey_noise(64, 64, 0))
+    with pytest.raises(DataError, match=r"1 of 4 pictures have no mask"):
+        build(folders, tmp_path)
+
+
+def test_a_mask_of_another_shape_is_no_mask(folders, tmp_path: Path) -> None:
+    save(folders[1] / "sub/a_0.png", grey_noise(64, 96, 0))
+    with pytest.raises(DataError, match=r"1 of 4 pictures have a mask of another shape.*sub/a_0\.png"):
+        build(folders, tmp_path)
+
+
+def test_a_changed_mask_changes_the_fingerprint_and_is_not_read_as_the_old_one(folders, tmp_path: Path) -> None:
+    before = build(folders, tmp_path)
+    save(folders[1] / "sub/a_0.png", grey_noise(64, 64, 77))
+    with pytest.raises(DataError, match=r"a_0\.png .*changed since the run began"):
+        before.masks.pixels(0, before.samples[0])
+    assert build(folders, tmp_path).fingerprint != before.fingerprint
+    assert build(folders, tmp_path, "segmentation").fingerprint != build(folders, tmp_path).fingerprint
