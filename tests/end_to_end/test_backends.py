@@ -15,7 +15,8 @@ import pytest
 from simpletuner.data.backends.csv_table import CsvBackend
 from simpletuner.data.backends.parquet import ParquetBackend
 from simpletuner.errors import DataError
-from tests.runs import dataset, draw_pictures, load_here, metrics, train_here, write_run
+from tests.hub import fake_hub
+from tests.runs import dataset, draw_pictures, load_here, metrics, run_cli, train_here, write_run
 from tests.s3 import LOGIN, S3, s3_server
 
 STEPS = 4
@@ -185,6 +186,23 @@ def test_a_table_trains_with_the_losses_of_its_folder(tmp_path: Path, omnigen_fo
     output = train_here(run(tmp_path, omnigen_folder, "table", type="csv", csv_file=str(table)))
     keys = {"type": "local", "instance_data_dir": str(folder), "caption_strategy": "textfile"}
     assert losses(output) == losses(train_here(run(tmp_path, omnigen_folder, "folder", **keys)))
+
+
+@pytest.mark.slow
+def test_a_dataset_on_the_hub_is_fetched_once_and_trains(tmp_path: Path, omnigen_folder: Path, folder: Path) -> None:
+    tables = write_parquet(tmp_path / "tables", folder)
+    place = run(tmp_path, omnigen_folder, "hub", type="huggingface", dataset_name="me/things")
+    with fake_hub() as hub:
+        files = [path for path in tables.rglob("*") if path.is_file()]
+        hub.repos["me/things", "main"] = {str(path.relative_to(tables)): path.read_bytes() for path in files}
+        result = run_cli(place, "train", environment=hub.environment(tmp_path / "home"))
+        assert result.returncode == 0, result.stderr
+        assert sorted(hub.fetched) == ["data/train-00000-of-00002.parquet", "data/train-00001-of-00002.parquet"]
+        hub.fetched.clear()
+        again = run_cli(place, "train", "--max_train_steps=8", environment=hub.environment(tmp_path / "home"))
+        assert again.returncode == 0, again.stderr
+        assert hub.fetched == []
+    assert len(losses(place / "output")) == 2 * STEPS
 
 
 def test_types_of_places_mix_in_one_run(tmp_path: Path, omnigen_folder: Path, server: S3, folder: Path) -> None:

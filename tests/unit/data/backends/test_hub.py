@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
 
 import pytest
 
 from simpletuner.data.backends.hub import HubDataset, find_tables
 from simpletuner.data.backends.hub_layout import NoSuchPart, choose_files
 from simpletuner.errors import ConfigError, DataError
+from tests.hub import FakeHub, fake_hub
 
 SHARDS = ["data/test-00000-of-00001.parquet", "data/train-00000-of-00002.parquet", "data/train-00001-of-00002.parquet"]
 CONVERTED = ["default/train/0000.parquet", "default/test/0000.parquet", "small/train/0000.parquet"]
@@ -125,76 +121,10 @@ def test_without_the_network_a_dataset_that_was_never_fetched_is_an_error(name: 
 # ---- a hub on loopback ---------------------------------------------------------------------------------------------
 
 
-class FakeHub(ThreadingHTTPServer):
-    """The part of the hub's interface that fetching needs; `repos` is (id, revision) -> name -> content."""
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
-        self.repos: dict[tuple[str, str], dict[str, bytes]] = {}
-        self.fetched: list[str] = []
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}"
-
-
-class _Handler(BaseHTTPRequestHandler):
-    server: FakeHub
-
-    def do_HEAD(self) -> None:
-        self._answer(is_head=True)
-
-    def do_GET(self) -> None:
-        self._answer(is_head=False)
-
-    def _answer(self, is_head: bool) -> None:
-        parts = urlsplit(self.path).path.strip("/").split("/")
-        parts = parts[1:] if parts[0] == "api" else parts
-        repo = "/".join(parts[1:3])
-        verb, revision, rest = (
-            (parts[3], unquote(parts[4]), "/".join(parts[5:])) if len(parts) > 4 else ("", "main", "")
-        )
-        commit = next((key[1] for key in self.server.repos if key[0] == repo and sha(key[1]) == revision), revision)
-        files = self.server.repos.get((repo, commit))
-        if files is None:
-            is_known = any(key[0] == repo for key in self.server.repos)
-            code = "RevisionNotFound" if is_known else "RepoNotFound"
-            return self._send(404, b"{}", {"X-Error-Code": code}, is_head)
-        if verb == "tree":
-            tree = [{"type": "file", "path": name, "size": len(data), "oid": sha(name)} for name, data in files.items()]
-            return self._send(200, json.dumps(tree).encode(), {}, is_head)
-        if verb == "resolve":
-            if not is_head:
-                self.server.fetched.append(rest)
-            headers = {"ETag": f'"{hashlib.sha256(files[rest]).hexdigest()}"', "X-Repo-Commit": sha(commit)}
-            return self._send(200, files[rest], headers, is_head)
-        info = {"id": repo, "sha": sha(commit), "siblings": [{"rfilename": name} for name in files]}
-        return self._send(200, json.dumps(info).encode(), {}, is_head)
-
-    def _send(self, status: int, body: bytes, headers: dict[str, str], is_head: bool) -> None:
-        self.send_response(status)
-        for name, value in {"Content-Length": str(len(body)), **headers}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        if not is_head:
-            self.wfile.write(body)
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-
-def sha(text: str) -> str:
-    return hashlib.sha1(text.encode()).hexdigest()
-
-
 @pytest.fixture
 def hub() -> Iterator[FakeHub]:
-    server = FakeHub()
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    yield server
-    server.shutdown()
-    server.server_close()
+    with fake_hub() as server:
+        yield server
 
 
 def ask(hub: FakeHub, home: Path, offline: bool = False, **changes: str) -> tuple[dict[str, bytes], str]:
@@ -210,9 +140,7 @@ def ask(hub: FakeHub, home: Path, offline: bool = False, **changes: str) -> tupl
         "except SimpleTunerError as error:\n"
         "    sys.exit(f'REFUSED {type(error).__name__} {error}')\n"
     )
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-    environment |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": "x"}
-    environment |= {"HF_HUB_OFFLINE": "1"} if offline else {}
+    environment = hub.environment(home) | ({"HF_HUB_OFFLINE": "1"} if offline else {})
     arguments = [sys.executable, "-c", program, json.dumps(changes)]
     result = subprocess.run(arguments, env=environment, capture_output=True, text=True, check=False)
     assert "Traceback" not in result.stderr, result.stderr
