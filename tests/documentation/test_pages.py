@@ -172,3 +172,15 @@ def test_every_verb_stands_in_a_page():
     verbs |= {str(group.name) for group in app.registered_groups}
     assert {"train", "generate", "cache"} <= verbs
     assert [verb for verb in sorted(verbs) if f"simpletuner {verb}" not in text] == []
+
+
+def test_the_page_on_families_names_every_method_of_the_contract():
+    [family] = [
+        node
+        for node in ast.parse((ROOT / "simpletuner/models/family.py").read_text(encoding="utf-8")).body
+        if isinstance(node, ast.ClassDef) and node.name == "ModelFamily"
+    ]
+    methods = [node.name for node in family.body if isinstance(node, ast.FunctionDef) and not node.name.startswith("_")]
+    before_the_code = (PAGES / "ADDING_A_MODEL.md").read_text(encoding="utf-8").partition("<!-- file:")[0]
+    assert "predict" in methods
+    assert [name for name in methods if f"`{name}`" not in before_the_code] == []
