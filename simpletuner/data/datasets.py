@@ -85,7 +85,7 @@ def build_datasets(
         if isinstance(entry, ConditioningDataset):
             backend: Backend = LocalBackend(entry.instance_data_dir)
         else:
-            backend = open_backend(entry, entry.id, data_file)
+            backend = open_backend(entry, data_file)
         if backend.identity not in scanned:
             index = Index(index_path(work_dir, backend.identity), backend)
             scanned[backend.identity] = index, index.scan(_scan_progress(entry.id, report))

@@ -4,34 +4,35 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from simpletuner.config.sources import SOURCE_RULES, PictureSource
+from simpletuner.config.datasets import ImageDataset
+from simpletuner.config.sources import SOURCE_RULES
 from simpletuner.data.backends.base import Backend
 from simpletuner.data.backends.local import LocalBackend
 
 
-def source_key(entry: PictureSource) -> str:
+def source_key(entry: ImageDataset) -> str:
     """The key that says where the pictures are."""
     return SOURCE_RULES[entry.type].place
 
 
-def open_backend(entry: PictureSource, dataset_id: str, data_file: str | None) -> Backend:
-    """The backend of an entry whose keys have been checked.
+def open_backend(entry: ImageDataset, data_file: str | None) -> Backend:
+    """The backend of an entry whose keys have been checked and whose defaults are filled in.
 
     Raises:
         ConfigError: there is nothing of that name, or a package is missing.
         DataError: it cannot be reached, or is damaged.
     """
     if entry.type == "aws":
-        return _s3(entry, dataset_id, data_file)
+        return _s3(entry, data_file)
     if entry.type == "huggingface":
-        return _parquet(entry, dataset_id, data_file)
+        return _parquet(entry, data_file)
     if entry.type == "csv":
-        return _csv(entry, dataset_id, data_file)
+        return _csv(entry, data_file)
     assert entry.instance_data_dir is not None
     return LocalBackend(entry.instance_data_dir)
 
 
-def _s3(entry: PictureSource, dataset_id: str, data_file: str | None) -> Backend:
+def _s3(entry: ImageDataset, data_file: str | None) -> Backend:
     from simpletuner.data.backends.s3 import Bucket, S3Backend
 
     assert entry.aws_bucket_name is not None
@@ -43,30 +44,36 @@ def _s3(entry: PictureSource, dataset_id: str, data_file: str | None) -> Backend
         access_key_id=entry.aws_access_key_id,
         secret_access_key=entry.aws_secret_access_key,
     )
-    return S3Backend(bucket, dataset_id, data_file)
+    return S3Backend(bucket, entry.id, data_file)
 
 
-def _parquet(entry: PictureSource, dataset_id: str, data_file: str | None) -> Backend:
+def _parquet(entry: ImageDataset, data_file: str | None) -> Backend:
     from simpletuner.data.backends.hub import HubDataset, find_tables
     from simpletuner.data.backends.parquet import ParquetBackend, ParquetTable
 
     assert entry.dataset_name is not None
     asked = (entry.dataset_name, entry.dataset_config, entry.split, entry.revision)
     table = ParquetTable(
-        files=find_tables(HubDataset(*asked, dataset_id, data_file)),
+        files=find_tables(HubDataset(*asked, entry.id, data_file)),
         image_column=entry.image_column,
         caption_columns=entry.caption_column,
         location=entry.dataset_name,
         identity=" ".join(str(part) for part in asked),
-        has_captions=getattr(entry, "caption_strategy", None) == "huggingface",
+        has_captions=_takes_captions(entry),
     )
-    return ParquetBackend(table, dataset_id, data_file)
+    return ParquetBackend(table, entry.id, data_file)
 
 
-def _csv(entry: PictureSource, dataset_id: str, data_file: str | None) -> Backend:
+def _csv(entry: ImageDataset, data_file: str | None) -> Backend:
     from simpletuner.data.backends.csv_table import CsvBackend
 
     assert entry.csv_file is not None
     table = Path(entry.csv_file)
     root = Path(entry.instance_data_dir or table.parent)
-    return CsvBackend(table, root, entry.filename_column, entry.csv_caption_column, dataset_id, data_file)
+    caption_column = entry.csv_caption_column if _takes_captions(entry) else None
+    return CsvBackend(table, root, entry.filename_column, caption_column, entry.id, data_file)
+
+
+def _takes_captions(entry: ImageDataset) -> bool:
+    """Whether the captions of a table's rows are asked for."""
+    return entry.caption_strategy == entry.type and not entry.only_instance_prompt

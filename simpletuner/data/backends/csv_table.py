@@ -21,6 +21,7 @@ class CsvBackend:
     Args:
         table: the CSV file (tab-separated where it ends with .tsv), UTF-8, with a header.
         root: folder that paths start from and may not leave.
+        caption_column: None where no caption is asked for.
         dataset_id: named in errors, with the key.
         file: data file that errors name.
 
@@ -33,7 +34,7 @@ class CsvBackend:
         table: Path,
         root: Path,
         path_column: str,
-        caption_column: str,
+        caption_column: str | None,
         dataset_id: str,
         file: str | None = None,
     ):
@@ -70,7 +71,7 @@ class CsvBackend:
             raise UnusableFile(self._refused[path])
         return self._disk.read(path)
 
-    def _read_table(self, path_column: str, caption_column: str) -> None:
+    def _read_table(self, path_column: str, caption_column: str | None) -> None:
         captions: dict[bytes, dict[str, None]] = {}
         try:
             with self._table.open(encoding="utf-8-sig", newline="") as file:
@@ -78,11 +79,11 @@ class CsvBackend:
                 header = [name.strip() for name in rows.fieldnames or ()]
                 rows.fieldnames = header
                 for key, column in (("filename_column", path_column), ("csv_caption_column", caption_column)):
-                    if column not in header:
+                    if column is not None and column not in header:
                         raise self._fault(key, f'there is no column "{column}"', header)
                 for row in rows:
                     path = self._place(row[path_column] or "", rows.line_num)
-                    caption = (row[caption_column] or "").strip()
+                    caption = (row[caption_column] or "").strip() if caption_column else ""
                     captions.setdefault(path, {}).update({caption: None} if caption else {})
         except (OSError, UnicodeDecodeError, csv.Error) as error:
             raise self._fault("csv_file", f"cannot be read: {error}") from error

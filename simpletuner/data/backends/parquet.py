@@ -18,15 +18,15 @@ from typing import TYPE_CHECKING, Any
 
 from simpletuner.data.backends.base import FileStat, Folder, UnusableFile, content_number
 from simpletuner.data.backends.local import CAPTION_SUFFIX, file_numbers
+from simpletuner.data.caption_table import CAPTION_COLUMNS
 from simpletuner.data.captions import VARIANT_SEPARATOR
 from simpletuner.errors import DataError, MissingDependency, Problem
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-CAPTION_COLUMNS = ("caption", "text", "prompt")
 # Row groups of pictures that are kept decoded; those of the hub have 100 rows.
-_KEPT_BYTES = 512 * 2**20
+_KEPT_BYTES = 256 * 2**20
 _KEPT_GROUPS = 2
 _DIGITS = 9
 

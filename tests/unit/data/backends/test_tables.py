@@ -106,6 +106,12 @@ def test_rows_without_a_picture_are_set_aside_with_the_reason(pictures: list[byt
     assert any("holds a path and no picture" in reason for reason in aside)
 
 
+def test_without_a_wish_for_captions_no_caption_column_is_needed(pictures: list[bytes], tmp_path: Path) -> None:
+    table = write_table(tmp_path / "a.parquet", pictures, text=["x"] * 7)
+    _, opened, _ = scan(parquet(table, has_captions=False), tmp_path)
+    assert len(opened) == 7
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -223,6 +229,11 @@ def test_missing_and_odd_files_are_set_aside(folder: Path, tmp_path: Path) -> No
     ]
     with pytest.raises(UnusableFile):
         backend.read(b"c.txt")
+
+
+def test_without_a_wish_for_captions_their_column_is_not_needed(folder: Path, tmp_path: Path) -> None:
+    found, opened, _ = scan(csv(folder, "file_name\na.png\n", caption_column=None), tmp_path)
+    assert (list(found), opened) == (["a.png"], ["a.png"])
 
 
 @pytest.mark.parametrize(
