@@ -91,4 +91,4 @@ def _refuse_unknown(value: dict[str, Any], known: tuple[str, ...]) -> None:
 
 
 AspectBuckets = Annotated[tuple[AspectBucket, ...], BeforeValidator(read_aspect_buckets)]
-Shuffle = Annotated[TagShuffle, BeforeValidator(read_tag_shuffle)]
+Shuffle = Annotated[TagShuffle | None, BeforeValidator(read_tag_shuffle)]

@@ -109,7 +109,7 @@ class ImageDataset(PictureSource, DatasetEntry):
         help="Column of the table with the captions; of a list, the first that holds text. Unset: the first of text, "
         "caption and prompt that is there.",
     )
-    caption_shuffle: Shuffle | None = option(
+    caption_shuffle: Shuffle = option(
         None,
         help="Further variants of each caption with its tags in another order: `enable`, `count` (1), `split_on` "
         "(comma, space, period), `position_start` (tags that stay), `seed`, `include_original`.",

@@ -1,0 +1,259 @@
+"""Rules within and between the entries of the data file; the other ways in which entries are written."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from simpletuner.config.caption_filters import parse_filter
+from simpletuner.config.dataset_values import AspectBucket, TagShuffle
+from simpletuner.config.datasets import ConditioningDataset, ImageDataset, TextEmbedsDataset
+
+from .conftest import Workspace
+
+MASKS: dict[str, Any] = {
+    "id": "masks",
+    "dataset_type": "conditioning",
+    "conditioning_type": "mask",
+    "instance_data_dir": "datasets/masks",
+}
+
+
+@pytest.fixture
+def masked(workspace: Workspace) -> Workspace:
+    (workspace.root / "datasets/masks").mkdir()
+    workspace.datasets[0]["conditioning_data"] = "masks"
+    workspace.datasets.append(dict(MASKS))
+    return workspace
+
+
+@pytest.mark.parametrize(
+    ("changes", "key", "words"),
+    [
+        ({"crop_aspect_buckets": [{"aspect_bucket": 1, "weight": 2}]}, "crop_aspect_buckets", "does not draw by"),
+        (
+            {"crop_aspect": "random", "crop_aspect_buckets": [{"aspect_bucket": 1, "weight": 0}]},
+            "crop_aspect_buckets",
+            "every aspect ratio the weight 0",
+        ),
+        (
+            {"minimum_aspect_ratio": 2, "maximum_aspect_ratio": 1},
+            "minimum_aspect_ratio",
+            "no picture would be left",
+        ),
+        ({"start_step": 20, "end_step": 10}, "end_step", "is before start_step, which is 20"),
+        ({"start_step": 5}, "start_step", "no dataset takes part in step 1"),
+        ({"end_step": 50}, "end_step", "no dataset takes part in step 51"),
+        ({"start_epoch": 2, "end_epoch": 1}, "end_epoch", "is before start_epoch"),
+        ({"probability": 0}, "probability", "nothing to train on"),
+        ({"conditioning_data": "gone"}, "conditioning_data", '"gone" is no dataset of dataset_type conditioning'),
+        ({"metadata_file": "x.csv"}, "metadata_file", "has no use: caption_strategy is filename"),
+        ({"caption_strategy": "csv"}, "metadata_file", "the folder holds none of metadata.csv"),
+        ({"caption_strategy": "csv", "metadata_file": "x.csv"}, "metadata_file", "is not there"),
+    ],
+)
+def test_keys_that_do_not_go_together(workspace: Workspace, changes: dict[str, Any], key: str, words: str) -> None:
+    workspace.datasets[0] |= changes
+    problems = workspace.fails_written().problems
+    found = [problem for problem in problems if problem.key == f"pictures.{key}" and words in problem.render()]
+    assert len(found) == 1, problems
+    assert found[0].file == "config/multidatabackend.json"
+
+
+@pytest.mark.parametrize(
+    "ranges",
+    [
+        [(0, None)],
+        [(0, 30), (30, None)],
+        [(1, 100), (101, 0)],
+        [(50, None), (0, 60)],
+        [(0, 99), (100, 100)],
+    ],
+)
+def test_ranges_of_steps_that_meet_are_taken(workspace: Workspace, ranges: list[tuple[int, int | None]]) -> None:
+    workspace.datasets = [
+        {"id": f"d{number}", "instance_data_dir": "datasets/pictures", "start_step": start, "end_step": end}
+        for number, (start, end) in enumerate(ranges)
+    ]
+    assert len(workspace.load_written().datasets) == len(ranges)  # a run of 100 steps
+
+
+def test_a_gap_between_ranges_is_found(workspace: Workspace) -> None:
+    workspace.datasets = [
+        {"id": "a", "instance_data_dir": "datasets/pictures", "end_step": 30},
+        {"id": "b", "instance_data_dir": "datasets/pictures", "start_step": 40},
+    ]
+    (problem,) = workspace.fails_written().problems
+    assert (problem.key, "step 31" in problem.message) == ("b.start_step", True)
+
+
+def test_a_length_in_epochs_and_a_schedule_in_steps_do_not_go_together(workspace: Workspace) -> None:
+    workspace.config |= {"max_train_steps": 0, "num_train_epochs": 3}
+    workspace.datasets.append({"id": "b", "instance_data_dir": "datasets/pictures", "start_step": 40})
+    (problem,) = workspace.fails_written().problems
+    assert problem.key == "b.start_step"
+    assert "num_train_epochs" in problem.render()
+
+
+@pytest.mark.parametrize("key", ["random_flip", "probability", "start_step", "train_batch_size", "conditioning_data"])
+def test_an_eval_dataset_takes_no_key_of_training(masked: Workspace, key: str) -> None:
+    values = {"random_flip": True, "probability": 0.5, "start_step": 3, "train_batch_size": 2}
+    masked.datasets.append({"id": "e", "dataset_type": "eval", "instance_data_dir": "datasets/pictures"})
+    masked.datasets[-1][key] = values.get(key, "masks")
+    (problem,) = masked.fails_written().problems
+    assert problem.key == f"e.{key}"
+    assert "never trained on" in problem.message
+
+
+def test_masks_are_named_by_the_pictures_or_name_them(masked: Workspace) -> None:
+    kinds = [type(entry) for entry in masked.load_written().datasets]
+    assert kinds == [ImageDataset, ConditioningDataset]
+    del masked.datasets[0]["conditioning_data"]
+    assert "its masks are not used" in "".join(masked.load_written().warnings)
+    masked.datasets[1]["source_dataset_id"] = "pictures"
+    assert "its masks are not used" not in "".join(masked.load_written().warnings)
+    masked.datasets[1]["source_dataset_id"] = "gone"
+    assert masked.fails_written().problems[0].key == "masks.source_dataset_id"
+
+
+def test_pictures_have_one_set_of_masks(masked: Workspace) -> None:
+    masked.datasets.append(MASKS | {"id": "more"})
+    masked.datasets[0]["conditioning_data"] = ["masks", "more"]
+    (problem,) = masked.fails_written().problems
+    assert problem.key == "pictures.conditioning_data"
+    assert "masks and more both hold masks" in problem.message
+
+
+def test_masks_among_the_pictures_are_refused(masked: Workspace) -> None:
+    (masked.root / "datasets/pictures/masks").mkdir()
+    masked.datasets[1]["instance_data_dir"] = "datasets/pictures/masks"
+    (problem,) = masked.fails_written().problems
+    assert problem.key == "masks.instance_data_dir"
+    masked.datasets[1]["instance_data_dir"] = "datasets/gone"
+    assert "there is no folder of this name" in masked.fails_written().render()
+
+
+@pytest.mark.parametrize("kind", ["controlnet", "reference_strict", "reference_loose"])
+def test_other_kinds_of_conditioning_are_refused_by_name(masked: Workspace, kind: str) -> None:
+    masked.datasets[1]["conditioning_type"] = kind
+    (problem,) = masked.fails_written().problems
+    assert problem.key == "masks.conditioning_type"
+    assert f'"{kind}" cannot be used' in problem.message
+
+
+def test_keys_of_pictures_in_an_entry_of_masks_are_told_and_do_nothing(masked: Workspace) -> None:
+    """The masked-loss example of the peer's documentation writes them."""
+    masked.datasets[1] |= {"resolution": 512, "crop": False, "cache_dir_vae": "x", "caption_strategy": "textfile"}
+    (line,) = [line for line in masked.load_written().warnings if "without effect" in line]
+    assert "masks: without effect: resolution, crop, cache_dir_vae, caption_strategy" in line
+    masked.datasets[1]["cropp"] = True
+    assert "there is no option of this name" in masked.fails_written().render()
+
+
+def test_crops_drawn_anew_that_do_not_differ_are_told(workspace: Workspace) -> None:
+    workspace.datasets[0]["vae_cache_clear_each_epoch"] = True
+    assert "draws nothing anew" in "".join(workspace.load_written().warnings)
+    workspace.datasets[0]["crop_style"] = "random"
+    assert "draws nothing anew" not in "".join(workspace.load_written().warnings)
+
+
+def test_the_example_with_a_parquet_object_is_read(workspace: Workspace) -> None:
+    (workspace.root / "datasets/pictures/bucket.parquet").write_bytes(b"")
+    workspace.datasets[0] |= {
+        "caption_strategy": "parquet",
+        "metadata_backend": "parquet",
+        "parquet": {
+            "path": "bucket.parquet",
+            "filename_column": "id",
+            "caption_column": "long_caption",
+            "fallback_caption_column": "tags",
+            "width_column": "width",
+            "height_column": "height",
+            "identifier_includes_extension": False,
+        },
+        "crop_aspect": "closest",
+        "crop_aspect_buckets": [1.0, 0.75, 1.23],
+    }
+    run = workspace.load_written()
+    (entry,) = run.datasets
+    assert isinstance(entry, ImageDataset)
+    assert entry.metadata_file == workspace.root / "datasets/pictures/bucket.parquet"
+    assert (entry.filename_column, entry.caption_column) == ("id", ("long_caption", "tags"))
+    assert entry.crop_aspect_buckets == (AspectBucket(1.0), AspectBucket(0.75), AspectBucket(1.23))
+    assert sum("pictures are measured" in line for line in run.warnings) == 3
+    workspace.datasets[0]["parquet"]["widht_column"] = "w"
+    assert "pictures.parquet.widht_column" in workspace.fails_written().render()
+
+
+def test_a_shuffle_is_an_object(workspace: Workspace) -> None:
+    workspace.datasets[0]["caption_shuffle"] = {"enable": "true", "count": "3", "split_on": "space"}
+    assert workspace.load_written().datasets[0].caption_shuffle == TagShuffle(count=3, split_on="space")
+    for off in (False, {"count": 3}, None):
+        workspace.datasets[0]["caption_shuffle"] = off
+        assert workspace.load_written().datasets[0].caption_shuffle is None
+
+
+@pytest.mark.parametrize(("name", "text"), [("f.txt", "cat\n\ns/a/b/\n"), ("f.json", '["cat", "s/a/b/"]')])
+def test_filters_stand_in_the_entry_or_in_a_file(workspace: Workspace, name: str, text: str) -> None:
+    workspace.put(f"config/{name}", text)
+    for written in (name, [name], ["cat", "s/a/b/"]):
+        workspace.datasets = [
+            {"id": "pictures", "instance_data_dir": "datasets/pictures"},
+            {"id": "t", "dataset_type": "text_embeds", "caption_filter_list": written},
+        ]
+        entry = workspace.load_written().datasets[1]
+        assert isinstance(entry, TextEmbedsDataset)
+        assert entry.caption_filter_list == ("cat", "s/a/b/")
+
+
+@pytest.mark.parametrize(
+    ("filters", "words"),
+    [
+        (["("], "is no regular expression"),
+        (["s/a/b"], "is not of the form s/expression/replacement/"),
+        ([r"s/a/\2/"], "is no regular expression"),
+        (["gone.txt"], "cannot be read"),
+        (["s//b/"], "has no expression"),
+    ],
+)
+def test_filters_that_cannot_work_are_named(workspace: Workspace, filters: list[str], words: str) -> None:
+    workspace.datasets.append({"id": "t", "dataset_type": "text_embeds", "caption_filter_list": filters})
+    (problem,) = workspace.fails_written().problems
+    assert problem.key == "t.caption_filter_list"
+    assert words in problem.render()
+
+
+def test_filters_of_an_entry_that_is_not_the_default_are_refused(workspace: Workspace) -> None:
+    for name, default in (("t", True), ("u", False)):
+        workspace.datasets.append({"id": name, "dataset_type": "text_embeds", "default": default})
+    workspace.datasets[-1]["caption_filter_list"] = ["cat"]
+    (problem,) = workspace.fails_written().problems
+    assert problem.key == "u.caption_filter_list"
+
+
+@pytest.mark.parametrize(
+    ("text", "before", "after"),
+    [
+        ("cat", "a cat sat", "a  sat"),
+        ("s/cat/dog/", "a cat sat", "a dog sat"),
+        (r"s/(\w+) sat/\1 ran/", "a cat sat", "a cat ran"),
+        ("s#a/b#c#", "a/b", "c"),
+        (r"s/a\/b/c/", "a/b", "c"),
+        ("spam", "spam and eggs", " and eggs"),
+        ("s", "cats", "cat"),
+    ],
+)
+def test_edits_of_captions(text: str, before: str, after: str) -> None:
+    pattern, replacement = parse_filter(text)
+    assert pattern.sub(replacement, before) == after
+
+
+def test_what_an_entry_leaves_out_of_its_caches_comes_from_the_configuration(workspace: Workspace) -> None:
+    workspace.config["vae_cache_disable"] = True
+    workspace.datasets.append(
+        {"id": "b", "instance_data_dir": "datasets/pictures", "vae_cache_disable": json.loads("false")}
+    )
+    first, second = workspace.load_written().datasets
+    assert (first.vae_cache_disable, second.vae_cache_disable) == (True, False)
