@@ -43,7 +43,7 @@ class FolderReport:
         if not facts.usable:
             return [f"no usable pictures in {self.folder}", *self.problems]
         sizes = f"{_size(self.smallest)} to {_size(self.largest)}" if len(self.sizes) > 1 else _size(self.smallest)
-        captions = f"{facts.with_text} with a text file, {facts.with_name} with words in the file name"
+        captions = f"{facts.with_text} have a text file, {facts.with_name} a name with words"
         lines = [f"{facts.usable} pictures, {sizes}; {captions}"]
         if self.duplicates:
             lines.append(f"{self.duplicates} have the same content as another one")

@@ -16,7 +16,7 @@ from simpletuner.config.layers import Origin, Setting
 from simpletuner.config.options import OptionInfo, all_options
 from simpletuner.config.reference import shown_default
 from simpletuner.models.registry import family_names, get_spec
-from simpletuner.wizard.answers import GOALS, Answers
+from simpletuner.wizard.answers import GOALS, NO_EDIT, Answers
 from simpletuner.wizard.plan import Plan
 from simpletuner.wizard.project import typed_options
 from simpletuner.wizard.proposals import proposed_prompts
@@ -187,7 +187,7 @@ def _set_prompts(answers: Answers, text: str) -> Answers:
 GOAL = Question(
     "goal",
     "",
-    "What the model is to learn decides what is proposed on the next pages; everything can be changed there.",
+    f"What is proposed on the next pages follows from it. For editing: {NO_EDIT}.",
     "list",
     lambda answers, plan: answers.goal,
     lambda answers, value: replace(answers, goal=value),

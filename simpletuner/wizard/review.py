@@ -49,9 +49,8 @@ def verdict_text(verdict: Verdict, is_changed: bool, start: str) -> Text:
     for warning in verdict.warnings:
         parts.append(Text(f"note: {warning}", "yellow"))
     if not verdict.problems:
-        parts.append(
-            Text("Every check of a start passes." if is_changed else f"Saved. Start with: {start}", "bold green")
-        )
+        saved = f"Saved. `simpletuner plan` says what it takes; start with: {start}"
+        parts.append(Text("Every check of a start passes." if is_changed else saved, "bold green"))
     return Text("\n").join(parts)
 
 

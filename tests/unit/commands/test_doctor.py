@@ -94,6 +94,7 @@ def test_a_hub_that_is_switched_off_is_noted(tmp_path: Path):
     assert [finding.state for finding in found if finding.name == "hub"] == ["note"]
 
 
+@pytest.mark.slow
 def test_the_verb_prints_its_findings(tmp_path: Path):
     result = subprocess.run(
         [sys.executable, "-m", "simpletuner", "doctor"], cwd=tmp_path, capture_output=True, text=True

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from simpletuner.hardware import GIB, Hardware
 from simpletuner.wizard.answers import Answers
 from simpletuner.wizard.command import Given, configure_without_screens
-from simpletuner.hardware import GIB, Hardware
 from simpletuner.wizard.project import Project, open_project
 from tests.runs import draw_pictures
 
