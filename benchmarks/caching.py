@@ -1,0 +1,199 @@
+"""How much of the VAE's own speed `simpletuner cache build` reaches.
+
+The same VAE encodes the same pictures three ways in one process, with the same number of threads: as ready tensors in
+batches and nothing else (the bare rate), by `cache build` from the folder to the shards (scan, decoding, crops,
+digests, writing), and by a plain loop that opens, encodes and saves one picture after the other into a file each.
+Rounds alternate and the best of each counts, since other programs on the machine only slow things down. The last line
+is JSON; the exit code is 1 when `cache build` is below `--goal` of the bare rate.
+
+`thread_share` is the same ratio in processor time of the thread that encodes: what the rate comes to where the threads
+that read and write have a core of their own, which a busy machine does not show in seconds.
+
+    python benchmarks/caching.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+# About the size of a preview autoencoder (0.5 million parameters): a large VAE would hide everything around it.
+VAE = {
+    "block_out_channels": (16, 32, 64, 64),
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "layers_per_block": 1,
+    "latent_channels": 4,
+    "norm_num_groups": 8,
+    "scaling_factor": 0.13025,
+}
+GOAL = 0.90
+
+
+def write_pictures(folder: Path, count: int, side: int) -> None:
+    """PNGs with soft shapes and some noise: neither flat nor random, so that decoding costs what photographs cost."""
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    y, x = np.mgrid[0:side, 0:side] / side
+    for index in range(count):
+        waves = [np.sin(rng.uniform(2, 12) * x + rng.uniform(2, 12) * y + rng.uniform(0, 6)) for _ in range(3)]
+        values = 128 + 100 * np.stack(waves, axis=-1) + rng.normal(0, 4, (side, side, 3))
+        Image.fromarray(values.clip(0, 255).astype(np.uint8)).save(folder / f"picture {index}.png")
+
+
+def write_model(folder: Path) -> None:
+    """A model folder with a random VAE; the denoiser is never loaded, so that its configuration is enough."""
+    import torch
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+
+    torch.manual_seed(0)
+    AutoencoderKL(**VAE).save_pretrained(folder / "vae")
+    for name, file, content in (
+        ("transformer", "config.json", {"pos_embed_max_size": 192}),
+        ("scheduler", "scheduler_config.json", {}),
+        ("tokenizer", "tokenizer_config.json", {}),
+    ):
+        (folder / name).mkdir()
+        (folder / name / file).write_text(json.dumps(content))
+
+
+def write_run(folder: Path, side: int, batch_size: int) -> None:
+    config = {
+        "model_family": "omnigen",
+        "model_type": "full",
+        "pretrained_model_name_or_path": "model",
+        "output_dir": "output",
+        "data_backend_config": "data.json",
+        "resolution": side,
+        "vae_batch_size": batch_size,
+        "max_train_steps": 1,
+        "num_train_epochs": 0,
+        "mixed_precision": "no",
+        "optimizer": "adamw",
+        "validation_disable": True,
+    }
+    data = [{"id": "pictures", "type": "local", "instance_data_dir": "pictures", "caption_strategy": "filename"}]
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "data.json").write_text(json.dumps(data))
+
+
+class Bench:
+    """The three ways over the pictures of `folder`."""
+
+    def __init__(self, folder: Path, count: int, side: int, batch_size: int):
+        from simpletuner.config.loading import load_run
+        from simpletuner.models.registry import get_spec
+        from simpletuner.training.trainer import build_family
+
+        self.folder, self.side, self.batch_size = folder, side, batch_size
+        self.paths = sorted((folder / "pictures").iterdir())
+        self.load = lambda *arguments: load_run(arguments, {}, folder, get_spec)
+        self.family = build_family(self.load())
+        self.vae = self.family.load_vae()
+        self.pixels = [self.read(path) for path in self.paths]
+        self.rounds = 0
+
+    def read(self, path: Path):
+        """(1, 3, H, W) in [-1, 1]."""
+        import torch
+
+        with Image.open(path) as image:
+            values = np.asarray(
+                image.convert("RGB").resize((self.side, self.side), Image.Resampling.LANCZOS), np.float32
+            )
+        return torch.from_numpy(values / 127.5 - 1).permute(2, 0, 1)[None]
+
+    def bare(self) -> None:
+        import torch
+
+        for start in range(0, len(self.pixels), self.batch_size):
+            self.family.encode_images(self.vae, torch.cat(self.pixels[start : start + self.batch_size]))
+
+    def build(self) -> None:
+        from simpletuner.commands import cache
+
+        self.rounds += 1
+        with contextlib.redirect_stdout(io.StringIO()):
+            cache.build(self.load(f"--cache_dir=cache{self.rounds}"))
+
+    def plain(self) -> None:
+        from safetensors.torch import save_file
+
+        target = self.folder / "plain"
+        shutil.rmtree(target, ignore_errors=True)
+        target.mkdir()
+        for path in self.paths:
+            [moments] = self.family.encode_images(self.vae, self.read(path))
+            save_file({"mean": moments.mean, "std": moments.std}, target / f"{path.stem}.safetensors")
+
+
+def seconds_of(work: Callable[[], None]) -> tuple[float, float]:
+    """(seconds by the clock, processor seconds of this thread)."""
+    started, used = time.perf_counter(), time.thread_time()
+    work()
+    return time.perf_counter() - started, time.thread_time() - used
+
+
+def measure(arguments: argparse.Namespace) -> dict[str, object]:
+    import torch
+
+    torch.set_num_threads(arguments.threads)
+    with tempfile.TemporaryDirectory(prefix="caching-") as name:
+        folder = Path(name)
+        write_pictures(folder / "pictures", arguments.pictures, arguments.source_side)
+        write_model(folder / "model")
+        write_run(folder, arguments.side, arguments.batch)
+        bench = Bench(folder, arguments.pictures, arguments.side, arguments.batch)
+        bench.build()  # imports and warms up
+        bench.bare()
+        seconds: dict[str, list[tuple[float, float]]] = {"bare": [], "build": [], "plain": []}
+        for _ in range(arguments.rounds):
+            for way, times in seconds.items():
+                times.append(seconds_of(getattr(bench, way)))
+    rates = {way: arguments.pictures / min(clock for clock, _ in times) for way, times in seconds.items()}
+    used = {way: min(processor for _, processor in times) for way, times in seconds.items()}
+    share = rates["build"] / rates["bare"]
+    return {
+        "pictures": arguments.pictures,
+        "side": arguments.side,
+        "source_side": arguments.source_side,
+        "batch": arguments.batch,
+        "threads": arguments.threads,
+        "bare_per_second": round(rates["bare"], 1),
+        "build_per_second": round(rates["build"], 1),
+        "plain_per_second": round(rates["plain"], 1),
+        "build_over_bare": round(share, 3),
+        "build_over_plain": round(rates["build"] / rates["plain"], 3),
+        "thread_share": round(used["bare"] / used["build"], 3),
+        "goal": arguments.goal,
+        "goal_reached": share >= arguments.goal,
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--pictures", type=int, default=200)
+    parser.add_argument("--side", type=int, default=128, help="of the training pictures, pixels")
+    parser.add_argument("--source-side", type=int, default=128, help="of the files, pixels")
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--threads", type=int, default=1, help="of torch")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--goal", type=float, default=GOAL)
+    figures = measure(parser.parse_args())
+    print(json.dumps(figures))
+    return 0 if figures["goal_reached"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

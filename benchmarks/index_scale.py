@@ -1,0 +1,190 @@
+"""How the index of pictures behaves from ten thousand files to a million: scan, warm start, memory, sampler.
+
+Makes folders of small pictures below a temporary folder, indexes them, and starts again on the unchanged folder. A warm
+start is a new process that goes from nothing to the first batch of samples; it is compared with a bare walk, a new
+process too, that lists the same folders and asks for the status of each file and does nothing else. The interpreter and
+imports are left out of both. Everything is removed at the end. The last line is JSON; the exit code is 1 where a goal
+is missed:
+
+- warm start at most 1.5 times the bare walk, at the largest size
+- memory of the warm start below 1 GB
+- seconds per file of the first scan, and seconds per step of the sampler, do not grow by more than half with the size
+
+    python benchmarks/index_scale.py                     # to a million files: minutes, and 5 GB on the disk
+    python benchmarks/index_scale.py --files 10000 100000
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+FILES = (10_000, 100_000, 1_000_000)
+FILES_PER_FOLDER = 1000
+LARGEST_START = 1.5
+LARGEST_MEMORY = 1e9
+LARGEST_GROWTH = 1.5
+STARTS = 3
+STEPS = 2000
+
+
+def make_pictures(root: Path, count: int) -> None:
+    """`count` different pictures of 8x8 pixels; one kind of file, a number in its pixels."""
+    from PIL import Image
+
+    for start in range(0, count, FILES_PER_FOLDER):
+        folder = root / f"{start // FILES_PER_FOLDER:04d}"
+        folder.mkdir(parents=True)
+        for number in range(start, min(start + FILES_PER_FOLDER, count)):
+            buffer = io.BytesIO()
+            Image.frombytes("RGB", (8, 8), number.to_bytes(192, "big")).save(buffer, "PPM")
+            (folder / f"a picture {number}.ppm").write_bytes(buffer.getvalue())
+
+
+def walk(root: Path) -> float:
+    """Seconds to list every folder and ask for the status of every file."""
+    started = time.perf_counter()
+    pending, total = [os.fspath(root)], 0
+    while pending:
+        with os.scandir(pending.pop()) as entries:
+            for entry in entries:
+                if entry.is_dir(follow_symlinks=False):
+                    pending.append(entry.path)
+                else:
+                    total += entry.stat().st_size
+    return time.perf_counter() - started
+
+
+def start(root: Path, work_dir: Path) -> dict[str, float]:
+    """From nothing to the first batch, and then some steps of the sampler."""
+    import resource
+
+    from simpletuner.config.loading import load_run
+    from simpletuner.data.datasets import build_datasets
+    from simpletuner.data.sampler import Sampler
+    from simpletuner.models.registry import get_spec
+
+    loaded = load_run((), {}, root.parent, get_spec)
+    used, started = time.process_time(), time.perf_counter()
+    [dataset] = build_datasets(loaded.datasets, loaded.config, get_spec("omnigen"), work_dir)
+    sampler = Sampler([dataset], 4, 0)
+    [dataset.samples[index] for index in sampler.batch(0, 0).sample_indices]
+    seconds = time.perf_counter() - started
+    processor = time.process_time() - used
+
+    stepping = time.process_time()
+    for position in range(1, STEPS):
+        [dataset.samples[index] for index in sampler.batch(0, position % (len(dataset.samples) // 4)).sample_indices]
+    return {
+        "seconds": seconds,
+        "processor": processor,
+        "step": (time.process_time() - stepping) / STEPS,
+        "memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "pictures": len(dataset.samples),
+    }
+
+
+def in_new_process(way: str, folder: Path) -> dict[str, float]:
+    command = [sys.executable, __file__, "--way", way, "--folder", str(folder)]
+    return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
+
+
+def write_run(folder: Path) -> None:
+    """A configuration over the folder `pictures`; no model is looked at."""
+    (folder / "model").mkdir(exist_ok=True)
+    for name, file in (
+        ("transformer", "config.json"),
+        ("vae", "config.json"),
+        ("scheduler", "scheduler_config.json"),
+        ("tokenizer", "tokenizer_config.json"),
+    ):
+        (folder / "model" / name).mkdir(exist_ok=True)
+        (folder / "model" / name / file).write_text("{}")
+    config = {
+        "model_family": "omnigen",
+        "model_type": "full",
+        "pretrained_model_name_or_path": "model",
+        "output_dir": "output",
+        "data_backend_config": "data.json",
+        "resolution": 64,
+        "max_train_steps": 1,
+        "num_train_epochs": 0,
+        "optimizer": "adamw",
+        "mixed_precision": "no",
+        "validation_disable": True,
+    }
+    data = [{"id": "pictures", "type": "local", "instance_data_dir": "pictures", "caption_strategy": "filename"}]
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "data.json").write_text(json.dumps(data))
+
+
+def measure_size(folder: Path, count: int) -> dict[str, float]:
+    """Everything at one size. Clock times are the best of some rounds that alternate."""
+    folder.mkdir()
+    write_run(folder)
+    make_pictures(folder / "pictures", count)
+    first = in_new_process("start", folder)
+    assert first["pictures"] == count
+    walks, starts = [], []
+    for _ in range(STARTS):
+        walks.append(in_new_process("walk", folder)["seconds"])
+        starts.append(in_new_process("start", folder))
+    warm = min(each["seconds"] for each in starts)
+    return {
+        "files": count,
+        "scan_seconds": round(first["seconds"], 2),
+        "scan_microseconds_per_file": round(first["processor"] / count * 1e6, 1),
+        "walk_seconds": round(min(walks), 4),
+        "warm_start_seconds": round(warm, 4),
+        "warm_start_over_walk": round(warm / min(walks), 3),
+        "memory_gb": round(max(each["memory"] for each in starts) / 1e9, 3),
+        "sampler_microseconds_per_step": round(min(each["step"] for each in starts) * 1e6, 1),
+    }
+
+
+def judge(sizes: list[dict[str, float]]) -> dict[str, bool]:
+    first, last = sizes[0], sizes[-1]
+
+    def is_flat(name: str) -> bool:
+        return last[name] <= LARGEST_GROWTH * first[name]
+
+    return {
+        "warm_start": last["warm_start_over_walk"] <= LARGEST_START,
+        "memory": last["memory_gb"] * 1e9 <= LARGEST_MEMORY,
+        "scan_is_flat": is_flat("scan_microseconds_per_file"),
+        "sampler_is_flat": is_flat("sampler_microseconds_per_step"),
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--files", type=int, nargs="+", default=list(FILES), help="sizes, ascending")
+    parser.add_argument("--under", type=Path, help="where the temporary folder is made")
+    parser.add_argument("--way", choices=("walk", "start"), help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.way == "walk":
+        print(json.dumps({"seconds": walk(arguments.folder / "pictures")}))
+        return 0
+    if arguments.way == "start":
+        print(json.dumps(start(arguments.folder / "pictures", arguments.folder / "work")))
+        return 0
+    sizes = []
+    for count in arguments.files:
+        with tempfile.TemporaryDirectory(prefix="index-scale-", dir=arguments.under) as name:
+            sizes.append(measure_size(Path(name) / "run", count))
+        print(json.dumps(sizes[-1]), flush=True)
+    goals = judge(sizes)
+    print(json.dumps({"sizes": sizes, "goals": goals, "goal_reached": all(goals.values())}))
+    return 0 if all(goals.values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
