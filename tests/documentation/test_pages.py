@@ -184,3 +184,10 @@ def test_the_page_on_families_names_every_method_of_the_contract():
     before_the_code = (PAGES / "ADDING_A_MODEL.md").read_text(encoding="utf-8").partition("<!-- file:")[0]
     assert "predict" in methods
     assert [name for name in methods if f"`{name}`" not in before_the_code] == []
+
+
+def test_every_benchmark_has_a_row():
+    text = (PAGES / "BENCHMARKS.md").read_text(encoding="utf-8")
+    scripts = [path.name for path in (ROOT / "benchmarks").glob("*.py") if "def main" in path.read_text("utf-8")]
+    assert "lokr_cost.py" in scripts
+    assert [name for name in scripts if f"`python benchmarks/{name}" not in text] == []
