@@ -1,0 +1,134 @@
+"""Weighted, scheduled, masked, mirrored and freshly cut datasets: interrupted runs end with the same bits."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image, ImageDraw
+
+from simpletuner.cache.store import TensorStore
+from simpletuner.errors import DataError, Interrupted
+from simpletuner.training import loop
+from tests.runs import dataset, draw_pictures, metrics, train_here, write_run
+
+
+def weights_of(checkpoint: Path) -> bytes:
+    (path,) = checkpoint.glob("*lora*.safetensors")
+    return path.read_bytes()
+
+
+def draw_masks(folder: Path, count: int, side: int = 64) -> None:
+    folder.mkdir(parents=True)
+    for index in range(count):
+        image = Image.new("L", (side, side), 0)
+        ImageDraw.Draw(image).rectangle((0, 8 * index, side, side), fill=255)
+        image.save(folder / f"{index:03d}.png")
+
+
+FEATURES: dict[str, list[dict[str, Any]]] = {
+    "weights, schedules, a batch size of its own": [
+        dataset("pictures", probability=0.6, train_batch_size=1),
+        dataset("more", start_step=3, end_step=6, probability=1.5),
+        dataset("regularisation", is_regularisation_data=True, start_epoch=2),
+    ],
+    "masks and mirrored pictures": [
+        dataset("pictures", conditioning_data="masks", random_flip=True),
+        {"id": "masks", "dataset_type": "conditioning", "conditioning_type": "mask", "instance_data_dir": "masks"},
+    ],
+    "crops and aspects drawn anew, nothing written": [
+        dataset(
+            "pictures",
+            crop_style="random",
+            crop_aspect="random",
+            crop_aspect_buckets=[{"aspect_bucket": 1.0, "weight": 2}, 0.5],
+            vae_cache_clear_each_epoch=True,
+            random_flip=True,
+            maximum_image_size=40,
+            target_downsample_size=40,
+            resolution=32,
+        ),
+        dataset("more", vae_cache_disable=True, max_num_samples=2),
+    ],
+}
+
+
+def prepare(folder: Path, model: Path, data: list[dict[str, Any]], **options: Any) -> Path:
+    draw_pictures(folder / "pictures", 5, seed=1)
+    draw_pictures(folder / "more", 4, seed=2)
+    draw_pictures(folder / "regularisation", 3, seed=3)
+    draw_masks(folder / "masks", 5)
+    return write_run(folder, model, data, **({"masked_loss_probability": 0.8} | options))
+
+
+@pytest.mark.parametrize("features", FEATURES)
+def test_an_interrupted_run_ends_with_the_same_bits(tmp_path, omnigen_folder, monkeypatch, features: str) -> None:
+    data, options = FEATURES[features], {"gradient_accumulation_steps": 2}
+    straight = train_here(prepare(tmp_path / "straight", omnigen_folder, data, **options))
+    folder = prepare(tmp_path / "stopped", omnigen_folder, data, **options)
+    report = loop.report_step
+
+    def report_and_signal(run, *arguments):
+        report(run, *arguments)
+        if run.state.global_step == 5:
+            run.stop.received = signal.SIGTERM
+
+    monkeypatch.setattr(loop, "report_step", report_and_signal)
+    with pytest.raises(Interrupted):
+        train_here(folder)
+    monkeypatch.undo()
+    resumed = train_here(folder)
+    assert weights_of(resumed / "checkpoint-8") == weights_of(straight / "checkpoint-8")
+    losses = [record["loss"] for record in metrics(straight, "step_done")]
+    assert [record["loss"] for record in metrics(resumed, "step_done")] == losses
+    assert len(set(losses)) == 8
+
+
+def entries_in(folder: Path) -> int:
+    with TensorStore(folder) as store:
+        return store.stats().num_entries
+
+
+def test_what_may_be_mirrored_is_cached_in_both_versions_and_what_is_not_kept_is_not_written(
+    tmp_path, omnigen_folder
+) -> None:
+    data = [dataset("pictures", random_flip=True), dataset("more", vae_cache_disable=True), dataset("regularisation")]
+    folder = prepare(tmp_path / "run", omnigen_folder, data, max_train_steps=4)
+    train_here(folder)
+    counts = {name: entries_in(folder / "cache/vae/omnigen" / name) for name in ("pictures", "more", "regularisation")}
+    assert counts == {"pictures": 10, "more": 0, "regularisation": 3}
+
+
+def test_a_mask_changes_what_is_learned_and_a_probability_of_zero_does_not(tmp_path, omnigen_folder) -> None:
+    masked, plain = FEATURES["masks and mirrored pictures"], [dataset("pictures", random_flip=True)]
+    results = [
+        weights_of(
+            train_here(prepare(tmp_path / name, omnigen_folder, data, masked_loss_probability=share, max_train_steps=2))
+            / "checkpoint-2"
+        )
+        for name, data, share in (("masked", masked, 1.0), ("never", masked, 0.0), ("plain", plain, 1.0))
+    ]
+    assert results[0] != results[2]
+    assert results[1] == results[2]
+
+
+def test_epochs_of_different_length_end_runs_and_intervals_where_they_end(tmp_path, omnigen_folder) -> None:
+    # Batches of 2: 5 pictures are 3 batches; from the second epoch on 4 more are 2 further ones: 3 + 5 + 5.
+    data = [dataset("pictures"), dataset("more", start_epoch=2)]
+    length = {"max_train_steps": 0, "num_train_epochs": 3, "checkpoint_step_interval": 0}
+    folder = prepare(tmp_path / "run", omnigen_folder, data, checkpoint_epoch_interval=1, **length)
+    output = train_here(folder)
+    assert sorted(path.name for path in output.glob("checkpoint-*")) == [
+        "checkpoint-13",
+        "checkpoint-3",
+        "checkpoint-8",
+    ]
+
+
+def test_a_missing_mask_stops_the_run_before_anything_is_loaded(tmp_path, omnigen_folder) -> None:
+    folder = prepare(tmp_path / "run", omnigen_folder, FEATURES["masks and mirrored pictures"])
+    (folder / "masks/003.png").unlink()
+    with pytest.raises(DataError, match=r"pictures\.conditioning_data: 1 of 5 pictures have no mask .*003\.png"):
+        train_here(folder)
