@@ -20,7 +20,7 @@ from simpletuner.errors import Problem
 # Keys that say how an entry is trained on; an eval dataset never is.
 TRAINING_KEYS = (
     *("random_flip", "probability", "start_epoch", "end_epoch", "start_step", "end_step", "train_batch_size"),
-    *("conditioning_data", "caption_shuffle"),
+    *("conditioning_data", "caption_shuffle", "vae_cache_clear_each_epoch"),
 )
 
 
@@ -50,7 +50,8 @@ def eval_datasets_are_not_trained_on(draft: Draft) -> Iterator[Problem]:
     for entry in draft.pictures:
         if isinstance(entry, EvalDataset):
             for key in TRAINING_KEYS:
-                if getattr(entry, key) not in (type(entry).model_fields[key].default, 0):
+                is_written = (entry.id, key) in draft.datasets.origins  # else it comes from config.json
+                if is_written and getattr(entry, key) not in (type(entry).model_fields[key].default, 0):
                     message = "an eval dataset is never trained on"
                     yield draft.dataset_problem(entry, key, message, fix="remove the key")
 
@@ -124,11 +125,11 @@ def masks_belong_to_pictures(draft: Draft) -> Iterator[Problem]:
         if len(masks) > 1:
             message = f"{' and '.join(mask.id for mask in masks)} both hold masks of this dataset"
             yield draft.dataset_problem(entry, "conditioning_data", message, "one")
-    pictures = {entry.id for entry in draft.pictures}
+    pictures = {entry.id for entry in draft.pictures if not isinstance(entry, EvalDataset)}
     for mask in entries:
         source = mask.source_dataset_id if isinstance(mask, ConditioningDataset) else None
         if source and source not in pictures:
-            message = f'"{source}" is no dataset with pictures'
+            message = f'"{source}" is no dataset of dataset_type image'
             yield draft.dataset_problem(mask, "source_dataset_id", message, ", ".join(sorted(pictures)))
 
 

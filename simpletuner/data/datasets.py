@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from simpletuner.config.datasets import (
     ConditioningDataset,
+    EvalDataset,
     ImageDataset,
     filters_for,
     masks_for,
@@ -225,7 +226,9 @@ def build_dataset(
     content += [table.digest] if table else []
     content += [f"{entry.max_num_samples} of {config.seed}"] if entry.max_num_samples else []
     ids, texts = catalogue.ids[used.positions], catalogue.texts[used.positions]
-    draws = Draws(crops=bool(entry.vae_cache_clear_each_epoch) and sizes.needs_content, flips=entry.random_flip)
+    # An eval loss compares the same crops each time.
+    redraws = bool(entry.vae_cache_clear_each_epoch) and not isinstance(entry, EvalDataset)
+    draws = Draws(crops=redraws and sizes.needs_content, flips=entry.random_flip)
     edits = CaptionEdits(filters, entry.caption_shuffle, config.seed)
     return Dataset(
         entry=entry,

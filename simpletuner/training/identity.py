@@ -6,6 +6,7 @@ data may be changed on purpose: a difference is told, and the run goes on.
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +40,10 @@ def run_identity(run: Run) -> dict[str, Any]:
         "told": {
             **{key: options[key] for key in TOLD_OPTIONS},
             "datasets": {dataset.id: dataset.fingerprint for dataset in run.batches.datasets.values()},
+            "schedules": {
+                dataset.id: {"repeats": dataset.repeats, "batch_size": dataset.batch_size, **asdict(dataset.schedule)}
+                for dataset in run.batches.datasets.values()
+            },
             "torch": torch.__version__,
         },
     }

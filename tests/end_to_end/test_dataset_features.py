@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 from pathlib import Path
 from typing import Any
@@ -132,3 +133,11 @@ def test_a_missing_mask_stops_the_run_before_anything_is_loaded(tmp_path, omnige
     (folder / "masks/003.png").unlink()
     with pytest.raises(DataError, match=r"pictures\.conditioning_data: 1 of 5 pictures have no mask .*003\.png"):
         train_here(folder)
+
+
+def test_another_weight_at_a_resume_is_told(tmp_path, omnigen_folder, capsys) -> None:
+    folder = prepare(tmp_path / "run", omnigen_folder, [dataset("pictures")], max_train_steps=2)
+    train_here(folder)
+    (folder / "multidatabackend.json").write_text(json.dumps([dataset("pictures", probability=0.5)]))
+    train_here(folder, "--max_train_steps=4")
+    assert "schedules changed since checkpoint-2" in capsys.readouterr().out

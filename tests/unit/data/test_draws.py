@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from simpletuner.config.dataset_values import TagShuffle
-from simpletuner.config.datasets import ImageDataset, TextEmbedsDataset
+from simpletuner.config.datasets import EvalDataset, ImageDataset, TextEmbedsDataset
 from simpletuner.data.caption_edits import CaptionEdits
 from simpletuner.data.datasets import Dataset, build_datasets
 from simpletuner.data.sampler import Sampler
@@ -260,3 +260,11 @@ def test_a_dataset_offers_the_shuffled_variants(folder: Path, tmp_path: Path) ->
     assert all(sorted(caption.split(", ")) == list("abcd") for caption in dataset.samples[0].captions)
     drawn = {dataset.caption_for(dataset.samples[0], 1, step, 0) for step in range(60)}
     assert drawn == set(dataset.samples[0].captions)
+
+
+def test_an_eval_dataset_keeps_its_crops_whatever_the_configuration_says(folder: Path, tmp_path: Path) -> None:
+    entry = EvalDataset(id="held", dataset_type="eval", instance_data_dir=folder, crop_style="random")
+    config = options(vae_cache_clear_each_epoch=True)
+    (dataset,) = build_datasets([entry], config, OMNIGEN, tmp_path / "work")
+    assert not dataset.encodes_on_demand
+    assert [s.crop for s in dataset.samples.take(range(12), 3)] == [s.crop for s in dataset.samples]
