@@ -12,10 +12,13 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from scripts.fill_pages import PAGES, ROOT
+from tests.runs import dataset, draw_pictures, train_here, write_run
 
 _BLOCK = re.compile(r"^```bash\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 # A console block that shows what a command prints: "$ command", then its output.
@@ -84,3 +87,21 @@ def test_commands_stand_in_blocks_that_say_whether_they_are_run(page: Path):
     fences = re.findall(r"^ *```(\w*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
     assert set(fences[::2]) <= {"bash", "console", "json", "python", ""}
     assert "sh" not in fences
+
+
+def test_the_tutorial_s_snippet_puts_an_adapter_on_the_stock_model(
+    omnigen_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    [snippet] = re.findall(
+        r"^```python\n(.*?)^```$", (PAGES / "TUTORIAL.md").read_text("utf-8"), re.DOTALL | re.MULTILINE
+    )
+    draw_pictures(tmp_path / "pictures", 2, seed=1)
+    output = train_here(write_run(tmp_path, omnigen_folder, [dataset("pictures")], max_train_steps=1))
+    monkeypatch.chdir(output)
+    Path("model").symlink_to(omnigen_folder)
+    names: dict[str, Any] = {}
+    exec(snippet, names)
+    attention = names["transformer"].layers[0].self_attn.to_q
+    assert {module.org_module[0] for module in names["network"].loras} >= {attention}
+    x = torch.randn(1, 3, attention.in_features)
+    assert (attention(x) - attention._lycoris_original_forward(x)).abs().max() > 0
