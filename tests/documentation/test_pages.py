@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import re
+import tomllib
 import unicodedata
 from collections.abc import Mapping
 from pathlib import Path
@@ -191,3 +192,9 @@ def test_every_benchmark_has_a_row():
     scripts = [path.name for path in (ROOT / "benchmarks").glob("*.py") if "def main" in path.read_text("utf-8")]
     assert "lokr_cost.py" in scripts
     assert [name for name in scripts if f"`python benchmarks/{name}" not in text] == []
+
+
+def test_every_extra_is_explained():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    text = (PAGES / "INSTALL.md").read_text(encoding="utf-8")
+    assert [name for name in project["optional-dependencies"] if name != "dev" and f"`{name}`" not in text] == []
