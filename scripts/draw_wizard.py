@@ -60,7 +60,8 @@ async def screens() -> dict[str, str]:
         await fill_in(pilot, "pictures", "datasets/luna")
         await fill_in(pilot, "eval_pictures", "datasets/luna-held-out")
         await fill_in(pilot, "instance_prompt", "luna cat")
-        await wizard.workers.wait_for_complete()
+        while wizard.is_looking:
+            await pilot.pause(0.1)
         await keep("pictures")
         await pilot.press("ctrl+n")
         wizard.query_one("#learning_rate").focus()

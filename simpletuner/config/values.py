@@ -132,7 +132,10 @@ def read_path(value: Any) -> Any:
         raise ValueError("must be a path, as text")
     if "\0" in value:
         raise ValueError("must be a path without a NUL character")
-    return Path(value).expanduser()
+    try:
+        return Path(value).expanduser()
+    except RuntimeError:
+        raise ValueError("begins with the home folder of a user who does not exist") from None
 
 
 def parse_sizes(text: str) -> list[Size]:

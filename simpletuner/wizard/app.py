@@ -5,14 +5,17 @@ The screens only draw: what is asked is in `questions.py`, what follows from ans
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
+from functools import partial
 from typing import Literal
 
 from rich.markup import escape
-from textual import events, on, work
+from textual import events, on
 from textual.app import App, ComposeResult
 from textual.binding import Binding
 from textual.containers import VerticalScroll
+from textual.timer import Timer
 from textual.widgets import ContentSwitcher, Footer, Input, Static
 from textual.worker import get_current_worker
 
@@ -21,7 +24,7 @@ from simpletuner.wizard.command import cache_dir
 from simpletuner.wizard.fields import Field
 from simpletuner.wizard.files import save, texts_for
 from simpletuner.wizard.look import STYLE
-from simpletuner.wizard.pictures import FolderReport, bucket_lines, look_at_folder
+from simpletuner.wizard.pictures import FolderReport, bucket_lines, folder_path, look_at_folder
 from simpletuner.wizard.plan import make_plan
 from simpletuner.wizard.project import Project
 from simpletuner.wizard.questions import Page, Question, Refused, pages
@@ -29,6 +32,11 @@ from simpletuner.wizard.review import Review
 
 Outcome = Literal["saved", "start"] | None
 _FOLDERS = ("pictures", "eval_pictures", "regularisation_pictures")
+
+
+# A folder is looked at when its name has stood for so long; how often a scan says how far it is.
+SETTLE_SECONDS = 0.6
+PROGRESS_SECONDS = 0.2
 
 
 class ScanStopped(Exception):
@@ -62,6 +70,7 @@ class Wizard(App[Outcome]):
         self.reports: dict[str, FolderReport | str] = {}
         self.position = 0
         self.outcome: Outcome = None
+        self._waiting: dict[str, Timer] = {}
         self._asked_to_leave = False
 
     # ---- what is on the screen -------------------------------------------------------------------------------------
@@ -86,7 +95,7 @@ class Wizard(App[Outcome]):
     def on_mount(self) -> None:
         self.show_page(0)
         for key in _FOLDERS:
-            self.look_at(getattr(self.answers, key))
+            self.look_at(key, seconds=0)
 
     def show_page(self, position: int) -> None:
         self.position = position
@@ -152,7 +161,7 @@ class Wizard(App[Outcome]):
         event.field.remove_class("refused")
         self.show_help(question)
         if question.key in _FOLDERS:
-            self.look_at(event.value)
+            self.look_at(question.key)
         self.refresh_fields()
 
     @on(events.DescendantFocus)
@@ -167,21 +176,39 @@ class Wizard(App[Outcome]):
 
     # ---- pictures --------------------------------------------------------------------------------------------------
 
-    def look_at(self, folder: str) -> None:
-        """Scan a folder in the background, once."""
-        path = self.project.places.working_dir / folder
-        if folder and folder not in self.reports and path.expanduser().is_dir():
-            self.reports[folder] = "looking at the pictures ..."
-            self.scan(folder)
+    def look_at(self, key: str, seconds: float = SETTLE_SECONDS) -> None:
+        """Scan a folder in the background, once it has stood for some time: the start of a path is a folder too."""
+        folder = getattr(self.answers, key)
+        if waiting := self._waiting.pop(key, None):
+            waiting.stop()
+        self.workers.cancel_group(self, key)
+        if folder and folder not in self.answers.seen:
+            self._waiting[key] = self.set_timer(max(seconds, 0.01), partial(self.start_scan, key, folder))
 
-    @work(thread=True)
+    def start_scan(self, key: str, folder: str) -> None:
+        self._waiting.pop(key, None)
+        if folder_path(folder, self.project.places.working_dir).is_dir():
+            self.reports[folder] = "looking at the pictures ..."
+            self.run_worker(partial(self.scan, folder), group=key, thread=True)
+            self.refresh_fields()
+
+    @property
+    def is_looking(self) -> bool:
+        """Whether a folder is yet to be looked at."""
+        return bool(self._waiting) or any(not worker.is_finished for worker in self.workers)
+
     def scan(self, folder: str) -> None:
+        """In a thread of its own."""
         worker, places = get_current_worker(), self.project.places
+        told = time.monotonic()
 
         def progress(num_files: int) -> None:
+            nonlocal told
             if worker.is_cancelled:
                 raise ScanStopped
-            self.call_from_thread(self.take_report, folder, f"looking at the pictures: {num_files} files ...")
+            if time.monotonic() > told + PROGRESS_SECONDS:
+                told = time.monotonic()
+                self.call_from_thread(self.take_report, folder, f"looking at the pictures: {num_files} files ...")
 
         try:
             report = look_at_folder(folder, places.working_dir, cache_dir(self.project, self.answers), progress)
@@ -190,7 +217,8 @@ class Wizard(App[Outcome]):
         except SimpleTunerError as error:
             self.call_from_thread(self.take_report, folder, error.render())
             return
-        self.call_from_thread(self.take_report, folder, report)
+        if not worker.is_cancelled:
+            self.call_from_thread(self.take_report, folder, report)
 
     def take_report(self, folder: str, report: FolderReport | str) -> None:
         self.reports[folder] = report
@@ -216,8 +244,9 @@ class Wizard(App[Outcome]):
         lines = [f"{report.folder}: {first}", *(f"  {line}" for line in rest)]
         if report.folder == self.answers.pictures and report.facts.usable:
             plan = make_plan(self.answers)
-            crop = bool(plan.entries["pictures"].get("crop", True))
-            buckets = bucket_lines(report, plan.config["resolution"], crop, self.answers.spec)
+            settings = {**plan.config, **plan.entries["pictures"]}
+            resolution, unit, crop = (settings[key] for key in ("resolution", "resolution_type", "crop"))
+            buckets = bucket_lines(report, float(resolution), unit, bool(crop), self.answers.spec)
             more = f", and {len(buckets) - 4} more sizes" if len(buckets) > 4 else ""
             lines.append(f"  trained as {', '.join(buckets[:4])}{more}")
         return lines
@@ -226,20 +255,25 @@ class Wizard(App[Outcome]):
 
     def action_go(self, by: int) -> None:
         target = self.position + by
-        if self.page is not None:
-            refused = self.query_one(f"#page-{self.position}").query(".refused")
-            if refused:
-                field = refused.first(Field)
-                field.input.focus()
-                self.notify("this answer cannot be used", severity="error")
-                return
-        if 0 <= target <= len(self.pages):
+        if 0 <= target <= len(self.pages) and self.may_leave_page():
             self.show_page(target)
+
+    def may_leave_page(self) -> bool:
+        """Whether every text on this page is an answer."""
+        refused = self.query_one(f"#page-{self.position}").query(".refused")
+        if refused:
+            refused.first(Field).input.focus()
+            self.notify("this answer cannot be used", severity="error")
+        return not refused
 
     def action_save(self) -> bool:
         """Write the files if the checks pass; on any other page, show them first."""
         if self.page is not None:
-            self.show_page(len(self.pages))
+            if self.may_leave_page():
+                self.show_page(len(self.pages))
+            return False
+        if self.is_looking:
+            self.notify("the pictures are still looked at", severity="warning")
             return False
         verdict = self.query_one(Review).verdict
         if verdict is None or verdict.problems:

@@ -150,7 +150,7 @@ def apply(project: Project, given: Given) -> Answers:
         raise ConfigError(Problem("is missing: which pictures are to be learned?", key="--data", allowed="a folder"))
     if goal == "subject" and project.is_new and not given.captions and not dataset.get("instance_prompt"):
         # Whether captions are there shows the scan; then the name of the subject is not needed.
-        goal_needs_prompt = not _has_text_files(project.places.working_dir / Path(pictures).expanduser())
+        goal_needs_prompt = not _has_text_files(pictures, project.places.working_dir)
         if goal_needs_prompt:
             message = "is missing: what is the subject called?"
             fix = 'for example --instance-prompt "ohwx dog"; or put a text file with a caption beside each picture'
@@ -173,11 +173,11 @@ def apply(project: Project, given: Given) -> Answers:
 
 def look_at_pictures(project: Project, answers: Answers, say: Callable[[str], None]) -> Answers:
     """The answers with what a scan of each folder found; folders that are not there are left to the checks."""
-    from simpletuner.wizard.pictures import look_at_folder
+    from simpletuner.wizard.pictures import folder_path, look_at_folder
 
     seen = dict(answers.seen)
     for folder in dict.fromkeys((answers.pictures, answers.eval_pictures, answers.regularisation_pictures)):
-        if folder and (project.places.working_dir / Path(folder).expanduser()).is_dir():
+        if folder and folder_path(folder, project.places.working_dir).is_dir():
             report = look_at_folder(folder, project.places.working_dir, cache_dir(project, answers), _no_progress)
             seen[folder] = report.facts
             say(f"{folder}: " + "; ".join(report.lines()))
@@ -207,8 +207,10 @@ def _run_options(arguments: Sequence[str]) -> dict[str, Any]:
     return {key: values[key] for key in merged.settings}
 
 
-def _has_text_files(folder: Path) -> bool:
-    return any(folder.rglob("*.txt"))
+def _has_text_files(folder: str, working_dir: Path) -> bool:
+    from simpletuner.wizard.pictures import folder_path
+
+    return any(folder_path(folder, working_dir).rglob("*.txt"))
 
 
 def _no_progress(num_files: int) -> None:

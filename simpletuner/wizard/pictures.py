@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from simpletuner.data.buckets import BucketRules
+from simpletuner.data.buckets import BucketRules, ResolutionType
 from simpletuner.data.captions import printable
 from simpletuner.data.index import Catalogue, Index
 from simpletuner.data.report import SetAside
@@ -50,6 +50,14 @@ class FolderReport:
         return [*lines, *self.problems]
 
 
+def folder_path(folder: str, working_dir: Path) -> Path:
+    """Where a folder as typed lies; `~` is the home folder."""
+    try:
+        return working_dir / Path(folder).expanduser()
+    except RuntimeError:  # ~ and a name that no user has
+        return working_dir / folder
+
+
 def look_at_folder(folder: str, working_dir: Path, cache_dir: Path, progress: Callable[[int], None]) -> FolderReport:
     """Scan a folder; what was scanned before is not read again.
 
@@ -64,7 +72,7 @@ def look_at_folder(folder: str, working_dir: Path, cache_dir: Path, progress: Ca
     from simpletuner.data.backends.local import LocalBackend
     from simpletuner.data.datasets import index_path
 
-    root = working_dir / Path(folder).expanduser()
+    root = folder_path(folder, working_dir)
     index = Index(index_path(cache_dir, str(root.resolve())), LocalBackend(root))
     try:
         catalogue = index.scan(progress)
@@ -73,11 +81,13 @@ def look_at_folder(folder: str, working_dir: Path, cache_dir: Path, progress: Ca
         index.close()
 
 
-def bucket_lines(report: FolderReport, resolution: int, crop: bool, spec: FamilySpec) -> list[str]:
+def bucket_lines(
+    report: FolderReport, resolution: float, resolution_type: ResolutionType, crop: bool, spec: FamilySpec
+) -> list[str]:
     """The sizes that the pictures are trained at, most frequent first."""
     from simpletuner.data.buckets import bucket_size, choose_aspect
 
-    rules = BucketRules(resolution, "pixel_area", crop=crop, alignment=spec.size_multiple)
+    rules = BucketRules(resolution, resolution_type, crop=crop, alignment=spec.size_multiple)
     buckets: dict[tuple[int, int], int] = {}
     for height, width, count in report.sizes:
         size = bucket_size(choose_aspect(height, width, rules), rules)

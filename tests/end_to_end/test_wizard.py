@@ -52,6 +52,15 @@ async def fill_in(pilot: Pilot, field: str, text: str) -> None:
     await pilot.pause()
 
 
+async def looked_at(pilot: Pilot) -> None:
+    """Wait until every folder was looked at."""
+    for _ in range(600):
+        await pilot.pause(0.05)
+        if not pilot.app.is_looking:
+            return
+    raise AssertionError("the pictures are looked at for half a minute")
+
+
 async def first_run(pilot: Pilot, model: Path) -> None:
     """Answer every page and stop at the review."""
     await pilot.press("ctrl+n")
@@ -60,7 +69,7 @@ async def first_run(pilot: Pilot, model: Path) -> None:
     await fill_in(pilot, "pictures", "pictures")
     await fill_in(pilot, "instance_prompt", "ohwx box")
     await fill_in(pilot, "eval_pictures", "held_out")
-    await pilot.app.workers.wait_for_complete()
+    await looked_at(pilot)
     await pilot.press("ctrl+n")
     await fill_in(pilot, "learning_rate", "1e-3")
     await fill_in(pilot, "max_train_steps", "4")
@@ -133,7 +142,7 @@ def test_walking_through_all_pages_and_saving_changes_nothing(folder: Path, omni
     before = contents(folder)
 
     async def steps(pilot: Pilot) -> None:
-        await pilot.app.workers.wait_for_complete()
+        await looked_at(pilot)
         for _ in range(6):
             await pilot.press("ctrl+n", "tab", "tab")
             await pilot.pause()
@@ -169,6 +178,26 @@ def test_nothing_is_saved_while_a_check_fails(folder: Path):
     wizard = drive(folder, steps)
     assert wizard.outcome is None
     assert not (folder / "config").exists()
+
+
+def test_a_folder_is_looked_at_once_its_name_is_whole(folder: Path):
+    (folder / "pictures-2").mkdir()
+
+    async def steps(pilot: Pilot) -> None:
+        await pilot.press("ctrl+n", "ctrl+n", *"pictures")
+        assert pilot.app.is_looking
+        await pilot.press(*"-2")
+        await looked_at(pilot)
+        assert set(pilot.app.answers.seen) <= {"pictures", "pictures-2"}
+        assert "no usable pictures in pictures-2" in str(pilot.app.query_one("#report", Static).render())
+        await pilot.press("backspace", "backspace")
+        await looked_at(pilot)
+        assert "4 pictures, 64 x 64" in str(pilot.app.query_one("#report", Static).render())
+        await pilot.press("home", "~", "x")
+        await looked_at(pilot)
+        assert "there is no folder of this name" in str(pilot.app.query_one("#report", Static).render())
+
+    drive(folder, steps)
 
 
 def test_save_and_run_asks_for_the_start(folder: Path, omnigen_folder: Path):
