@@ -85,7 +85,10 @@ class DatasetOrder:
         self._permutations: dict[Size, dict[tuple[int, int], NDArray[np.int64]]] = {}
 
     def batches_in(self, round_number: int) -> int:
-        return self._round(round_number).mix.total
+        known = self._rounds.get(round_number)
+        if known is None:
+            known = self._like(self.dataset.buckets_in(round_number)) or self._round(round_number)
+        return known.mix.total
 
     def batch(self, round_number: int, position: int, pad_to: int | None = None) -> RoundBatch:
         """The batch at `position` of a round.
@@ -106,12 +109,16 @@ class DatasetOrder:
         if known is not None:
             return known
         buckets = self.dataset.buckets_in(number)
-        same = next((each for each in self._rounds.values() if each.buckets is buckets), None)
+        same = self._like(buckets)
         streams = same.streams if same else self._streams(buckets)
         made = _Round(number, buckets, streams, Interleaving([s.num_batches for s in streams], *self._key, number))
         # An epoch can end one round and begin the next; older rounds are dropped.
         self._rounds = dict([*list(self._rounds.items())[-1:], (number, made)])
         return made
+
+    def _like(self, buckets: Mapping[Size, NDArray[np.int64]]) -> _Round | None:
+        """A round over these very buckets: it has the same streams in another order."""
+        return next((each for each in list(self._rounds.values()) if each.buckets is buckets), None)
 
     def _streams(self, buckets: Mapping[Size, NDArray[np.int64]]) -> tuple[_Stream, ...]:
         streams = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from dataclasses import dataclass, field
 
@@ -78,6 +79,19 @@ def test_a_probability_of_two_shows_each_picture_twice_in_rounds_of_their_own() 
     assert {plan.round_number for plan in epoch_of(sampler, 1)} == {2, 3}
 
 
+def test_many_rounds_in_an_epoch_cost_no_more_than_one() -> None:
+    def seconds(probability: float) -> float:
+        sampler = Sampler([Fake("a", 6, Schedule(probability))], 2, seed=1)
+        last = sampler.batches_in(0) - 1
+        sampler.batch(0, last)
+        started = time.perf_counter()
+        for _ in range(200):
+            sampler.batch(0, last)
+        return time.perf_counter() - started
+
+    assert min(seconds(500) for _ in range(3)) < 10 * min(seconds(1) for _ in range(3)) + 0.05
+
+
 def test_a_probability_of_zero_leaves_a_dataset_out() -> None:
     sampler = Sampler([Fake("a", 40, Schedule(0)), Fake("b", 4)], 2, seed=1)
     assert {plan.dataset_id for plan in epoch_of(sampler, 0)} == {"b"}
@@ -104,8 +118,6 @@ def test_a_dataset_takes_part_in_exactly_its_steps() -> None:
 
 
 def test_a_large_dataset_that_waits_does_not_make_the_small_one_slow() -> None:
-    import time
-
     sampler = Sampler([Fake("small", 4), Fake("large", 2_000_000, Schedule(start_step=1000))], 2, seed=1)
     started = time.perf_counter()
     steps = walk(sampler, 3)
