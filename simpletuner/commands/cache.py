@@ -185,6 +185,9 @@ def _remove(paths: list[Path]) -> int:
 
 
 def _without_on_demand(loaded: LoadedRun) -> LoadedRun:
-    off = {"vae_cache_ondemand": False}
-    entries = [each.model_copy(update=off) if isinstance(each, ImageDataset) else each for each in loaded.datasets]
-    return replace(loaded, config=loaded.config.model_copy(update=off), datasets=tuple(entries))
+    config = loaded.config.model_copy(update={"vae_cache_ondemand": False})
+    entries = tuple(
+        entry.model_copy(update={"vae_cache_ondemand": False}) if isinstance(entry, ImageDataset) else entry
+        for entry in loaded.datasets
+    )
+    return replace(loaded, config=config, datasets=entries)

@@ -5,7 +5,7 @@ Funnel, sizes, steps, captions and caches as text, and the very crops that the V
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,9 +25,11 @@ from simpletuner.data.captions import printable
 from simpletuner.data.dataset import Dataset
 from simpletuner.data.datasets import build_datasets
 from simpletuner.data.digests import DigestMemo
+from simpletuner.data.sampler import Sampler
 from simpletuner.models.family import ModelFamily
 from simpletuner.training.latents import latents_folder
 from simpletuner.training.preflight import check_model_folder
+from simpletuner.training.prepare import check_sizes, require_training
 from simpletuner.training.trainer import build_family, build_sampler, total_train_steps
 
 Say = Callable[[str], None]
@@ -47,6 +49,8 @@ class CacheNeed:
     bytes_missing: int
 
     def line(self) -> str:
+        if not self.num_present + self.num_missing:
+            return "none are kept: they are encoded when training needs them"
         if not self.num_missing:
             return f"all {count_text(self.num_present, 'latent')} in {self.folder}"
         to_come = f"{self.num_missing:,} to encode, {bytes_text(self.bytes_missing)}"
@@ -154,10 +158,12 @@ def gather(loaded: LoadedRun) -> Check:
     data_file = str(loaded.data_file) if loaded.data_file else None
     cache_dir = Path(config.cache_dir)
     datasets = build_datasets(loaded.datasets, config, family.spec, cache_dir, data_file=data_file)
+    require_training(datasets, data_file)
+    check_sizes(family, datasets, data_file)
     with DigestMemo(cache_dir / "digests.sqlite") as memo:
         fingerprint = vae_fingerprint(family.source, family.spec, memo, family.device, torch.float32)
     checks = tuple(check_dataset(loaded, family, dataset, fingerprint) for dataset in datasets)
-    steps = count_steps(loaded, [dataset for dataset in datasets if dataset.kind == "image"])
+    steps = count_steps(loaded, build_sampler(loaded, [each for each in datasets if each.kind == "image"]))
     line = steps.line(config.train_batch_size, config.gradient_accumulation_steps)
     name = config.tracker_run_name or Path(config.output_dir).name
     return Check(name, checks, steps, line, loaded.warnings)
@@ -189,15 +195,11 @@ def cache_need(loaded: LoadedRun, family: ModelFamily, dataset: Dataset, fingerp
     return CacheNeed(folder, len(samples) - len(missing), len(missing), num_bytes)
 
 
-def count_steps(loaded: LoadedRun, training: Sequence[Dataset]) -> Steps:
-    if not training:
-        return Steps(0, 0, 0, 0)
-    config = loaded.config
-    sampler = build_sampler(loaded, training)
-    batches = max(sampler.batches_in(0), 1)
-    accumulation = config.gradient_accumulation_steps
+def count_steps(loaded: LoadedRun, sampler: Sampler) -> Steps:
+    """Of the first epoch; datasets that come or go later change the others."""
+    batches, accumulation = sampler.batches_in(0), loaded.config.gradient_accumulation_steps
     total = total_train_steps(loaded, sampler)
-    return Steps(batches, batches / accumulation, total, total * accumulation / batches)
+    return Steps(batches, batches / accumulation, total, total * accumulation / max(batches, 1))
 
 
 def report_lines(found: Check) -> list[str]:

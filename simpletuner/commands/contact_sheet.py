@@ -51,8 +51,9 @@ def choose_pictures(dataset: Dataset, count: int) -> list[Tile]:
     for position in spread(dataset, count):
         sample = dataset.samples[position]
         image = to_image(dataset.read_pixels(sample))
-        factor = enlargement(sample)
-        tiles.append(Tile(image, sample.captions[0], sample.path, size_note(sample), factor > NOTICEABLE))
+        mask = None if dataset.masks is None else mask_image(dataset.masks.pixels(position, sample))
+        is_enlarged = enlargement(sample) > NOTICEABLE
+        tiles.append(Tile(image, sample.captions[0], sample.path, size_note(sample), is_enlarged, mask))
     return tiles
 
 
@@ -74,6 +75,11 @@ def to_image(pixels: Tensor) -> Image.Image:
     """(3, H, W) in [-1, 1] -> the picture."""
     values = ((pixels + 1) * 127.5).round().clamp(0, 255).permute(1, 2, 0).numpy()
     return Image.fromarray(values.astype(np.uint8))
+
+
+def mask_image(weights: Tensor) -> Image.Image:
+    """(1, H, W) in [0, 1] -> the mask, white where the loss counts."""
+    return Image.fromarray((weights[0] * 255).round().numpy().astype(np.uint8)).convert("RGB")
 
 
 def enlargement(sample: Sample) -> float:

@@ -26,11 +26,13 @@ from simpletuner.config.loading import LoadedRun
 from simpletuner.data.dataset import Dataset
 from simpletuner.data.datasets import build_datasets
 from simpletuner.data.digests import DigestMemo
+from simpletuner.data.sampler import Sampler
 from simpletuner.models.components import make_empty_component
 from simpletuner.models.family import ModelFamily
 from simpletuner.optim.optimizers import build_optimizer
 from simpletuner.training.preflight import check_model_folder
-from simpletuner.training.trainer import attach_adapter, build_family
+from simpletuner.training.prepare import check_sizes, require_training
+from simpletuner.training.trainer import attach_adapter, build_family, build_sampler
 
 Say = Callable[[str], None]
 
@@ -38,6 +40,7 @@ Say = Callable[[str], None]
 CPU_PROBE_OPERATIONS = 2e12
 PROBED_LOADS = 3
 MAX_CAPTIONS = 2000
+MAX_BATCHES = 5000
 
 
 @dataclass(frozen=True)
@@ -107,30 +110,31 @@ def make_plan(loaded: LoadedRun, probe: bool | None = None) -> Plan:
     data_file = str(loaded.data_file) if loaded.data_file else None
     datasets = build_datasets(loaded.datasets, config, family.spec, Path(config.cache_dir), data_file=data_file)
     training = [dataset for dataset in datasets if dataset.kind == "image"]
-    steps = count_steps(loaded, training)
-    loads = count_loads(training, config.train_batch_size)
-    largest = max(loads, key=lambda load: load.height * load.width)
+    require_training(datasets, data_file)
+    check_sizes(family, datasets, data_file)
+    sampler = build_sampler(loaded, training)
+    steps = count_steps(loaded, sampler)
+    largest = largest_load(training, config.train_batch_size)
 
-    shapes = read_shapes(
-        loaded, family, largest, choose_prompts(family, training, config.train_batch_size, longest=True)
-    )
-    memory = memory_rows(loaded, family, shapes)
+    longest = choose_prompts(family, training, largest.batch_size, longest=True)
+    shapes = read_shapes(loaded, family, largest, longest)
+    memory = memory_rows(loaded, family, shapes, stays_vae=any(each.encodes_on_demand for each in datasets))
     available = device_memory(family.device)
     operations = 6 * shapes.num_parameters * shapes.activations.num_tokens
     reason = why_no_probe(family, sum(row.num_bytes for row in memory), available, operations, probe)
     missing = cache_needs(loaded, family, datasets)
-    notes, seconds = [f"memory is that of the largest size, {largest.width}x{largest.height}"], None
+    seconds = None
+    notes = [f"memory is that of the largest batch, {largest.batch_size} of {largest.width}x{largest.height}"]
     if reason:
         notes.append(f"time was not measured: {reason}")
     else:
-        typical = choose_prompts(family, training, config.train_batch_size, longest=False)
+        loads = count_loads(training, sampler)
+        typical = choose_prompts(family, training, largest.batch_size, longest=False)
         times = time_steps(loaded, family, [load for load, _ in loads.most_common(PROBED_LOADS)], typical)
         common = loads.most_common(1)[0][0]
         encode = time_encoding(family, common.height, common.width, config.vae_batch_size) if missing[0] else 0.0
-        seconds = (
-            seconds_per_step(loads, times, config.gradient_accumulation_steps) * steps.total,
-            encode * missing[0],
-        )
+        each = seconds_per_step(loads, times, config.gradient_accumulation_steps)
+        seconds = (each * steps.total, encode * missing[0])
         notes.append(f"time was measured on {family.device}, without validation, evaluation and checkpoints")
         if times.peak_bytes is not None:
             notes.append(f"the steps that were timed took {bytes_text(times.peak_bytes)} at most")
@@ -192,7 +196,7 @@ def read_shapes(loaded: LoadedRun, family: ModelFamily, load: Load, embeds: Sequ
     return Shapes(count, 0 if is_full else frozen, dict(trained), trained_bytes, activations, optimizer)
 
 
-def memory_rows(loaded: LoadedRun, family: ModelFamily, shapes: Shapes) -> list[Row]:
+def memory_rows(loaded: LoadedRun, family: ModelFamily, shapes: Shapes, stays_vae: bool) -> list[Row]:
     config = loaded.config
     count = sum(parameter.numel() for parameter in shapes.trained.values())
     kept = shapes.activations.checkpointed if config.gradient_checkpointing else shapes.activations.plain
@@ -230,13 +234,24 @@ def disk_rows(loaded: LoadedRun, shapes: Shapes, latent_bytes: int, total_steps:
     return [row for row in rows if row.num_bytes]
 
 
-def count_loads(training: Sequence[Dataset], batch_size: int) -> Counter[Load]:
-    """Kinds of micro-batch -> how many of them an epoch has, about."""
+def largest_load(training: Sequence[Dataset], batch_size: int) -> Load:
+    """The micro-batch with the most pixels."""
+    loads = [
+        Load(dataset.batch_size or batch_size, height, width, dataset.is_regularisation)
+        for dataset in training
+        for height, width in dataset.buckets
+    ]
+    return max(loads, key=lambda load: load.num_pixels)
+
+
+def count_loads(training: Sequence[Dataset], sampler: Sampler) -> Counter[Load]:
+    """Kinds of micro-batch -> how many of them the first epoch has; of a long epoch, a part of it."""
+    regularisation = {dataset.id for dataset in training if dataset.is_regularisation}
+    batches = sampler.batches_in(0)
     loads: Counter[Load] = Counter()
-    for dataset in training:
-        for (height, width), members in dataset.buckets.items():
-            batches = -(-len(members) * (dataset.repeats + 1) // batch_size)
-            loads[Load(height, width, dataset.is_regularisation)] += batches
+    for index in range(min(batches, MAX_BATCHES)):
+        batch = sampler.batch(0, index * batches // min(batches, MAX_BATCHES))
+        loads[Load(len(batch.sample_indices), *batch.size, batch.dataset_id in regularisation)] += 1
     return loads
 
 
@@ -277,9 +292,8 @@ def seconds_per_step(loads: Counter[Load], times: StepTimes, accumulation: int) 
     def seconds(load: Load) -> float:
         if load in times.micro_batch:
             return times.micro_batch[load]
-        nearest = min(times.micro_batch, key=lambda known: abs(known.height * known.width - load.height * load.width))
-        factor = load.height * load.width / (nearest.height * nearest.width)
-        return times.micro_batch[nearest] * factor
+        nearest = min(times.micro_batch, key=lambda known: abs(known.num_pixels - load.num_pixels))
+        return times.micro_batch[nearest] * load.num_pixels / nearest.num_pixels
 
     mean = sum(seconds(load) * count for load, count in loads.items()) / loads.total()
     return mean * accumulation + times.update

@@ -24,11 +24,16 @@ TIMED_BATCHES = 2
 
 @dataclass(frozen=True)
 class Load:
-    """One kind of micro-batch: its size in pixels, and whether it is regularisation."""
+    """One kind of micro-batch: pictures, their size in pixels, and whether it is regularisation."""
 
+    batch_size: int
     height: int
     width: int
     is_regularisation: bool = False
+
+    @property
+    def num_pixels(self) -> int:
+        return self.batch_size * self.height * self.width
 
 
 @dataclass(frozen=True)
@@ -52,7 +57,7 @@ def time_steps(
     """Take real steps on each kind of batch; the weights are thrown away afterwards.
 
     Args:
-        embeds: the prompts of a micro-batch.
+        embeds: prompts to draw on, in turn.
     """
     config = loaded.config
     denoiser = family.load_denoiser()
@@ -104,7 +109,8 @@ def _forward_and_backward(
     load: Load,
     embeds: Sequence[PromptEmbeds],
 ) -> None:
-    batch = empty_batch(family, load.height, load.width, embeds)
+    prompts = [embeds[index % len(embeds)] for index in range(load.batch_size)]
+    batch = empty_batch(family, load.height, load.width, prompts)
     batch = replace(batch, is_regularisation=load.is_regularisation)
     quantiles = torch.full((len(batch),), 0.5, dtype=torch.float64)
     is_autocast = loaded.config.mixed_precision != "no"

@@ -21,8 +21,8 @@ def remedies_of(dataset: Dataset, config: Any, captions: CaptionCheck, enlarged:
         enlarged: factors of the pictures that are enlarged noticeably.
     """
     yield from _losses(dataset)
-    if dataset.kind == "image":
-        yield from _small_buckets(dataset, config.train_batch_size)
+    if dataset.kind == "image" and not config.allow_dataset_oversubscription:
+        yield from _small_buckets(dataset, dataset.batch_size or config.train_batch_size)
     if captions.num_cut:
         yield (
             f"{count_text(captions.num_cut, 'caption')} longer than {captions.limit} tokens lose their end: "

@@ -55,6 +55,17 @@ def prepare_datasets(
         for line in dataset.funnel.lines():
             bus.emit(Notice("info", line))
     storage.write_json(output_dir / REPORT_FILE, [dataset.funnel.as_json() for dataset in datasets])
+    require_training(datasets, data_file)
+    check_sizes(family, datasets, data_file)
+    return datasets
+
+
+def require_training(datasets: list[Dataset], data_file: str | None) -> None:
+    """Raise where no dataset is trained on.
+
+    Raises:
+        DataError: there is none of dataset_type image.
+    """
     if not any(dataset.kind == "image" for dataset in datasets):
         raise DataError(
             Problem(
@@ -64,8 +75,6 @@ def prepare_datasets(
                 fix="add a dataset of dataset_type image, or enable one",
             )
         )
-    check_sizes(family, datasets, data_file)
-    return datasets
 
 
 def check_sizes(family: ModelFamily, datasets: list[Dataset], data_file: str | None) -> None:

@@ -76,7 +76,7 @@ def test_a_checkpoint_is_as_large_as_planned(folder):
 def test_activations_from_shapes_are_those_that_a_real_pass_saves(folder, is_checkpointed):
     loaded = load_here(folder)
     family = build_family(loaded)
-    load, embeds = Load(64, 64), family.encode_prompts(["a short one", "a somewhat longer caption"])
+    load, embeds = Load(2, 64, 64), family.encode_prompts(["a short one", "a somewhat longer caption"])
     planned = planning.read_shapes(loaded, family, load, embeds).activations
 
     denoiser = family.load_denoiser()
