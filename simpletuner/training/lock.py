@@ -84,7 +84,7 @@ def changes_since(path: Path, lock: Mapping[str, Any]) -> list[str]:
 def lock_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """One line for each package or file of the base model that is not what it was.
 
-    Options and data have lines of their own where a checkpoint is resumed.
+    Options, data and torch have lines of their own where a checkpoint is resumed (`identity.py`).
     """
     lines = []
     for title, before, after in (
@@ -92,7 +92,7 @@ def lock_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
         ("base model file", old.get("base", {}).get("files", {}), new["base"]["files"]),
     ):
         for name in sorted({*before, *after}):
-            if before.get(name) != after.get(name):
+            if before.get(name) != after.get(name) and name != "torch":
                 was, now = (str(side.get(name, "not there"))[:16] for side in (before, after))
                 lines.append(f"{title} {name} changed since the last start: {was} -> {now}")
     return lines

@@ -63,12 +63,12 @@ def test_each_eval_dataset_has_its_loss_unless_they_are_pooled(folder: Path):
 def test_a_run_that_goes_on_tells_that_its_base_or_packages_changed(folder: Path):
     path = folder / "output" / LOCK_FILE
     lock = json.loads(path.read_text())
-    lock["packages"]["torch"] = "1.0"
+    lock["packages"] |= {"diffusers": "0.1", "torch": "1.0"}
     lock["base"]["files"]["vae/config.json"] = "0" * 64
     path.write_text(json.dumps(lock))
     train_here(folder, "--max_train_steps=2")
     told = [event["text"] for event in metrics(folder / "output", "notice") if "since the last start" in event["text"]]
     assert len(told) == 2
-    assert told[0].startswith("package torch changed since the last start: 1.0 -> ")
+    assert told[0].startswith("package diffusers changed since the last start: 0.1 -> ")
     assert told[1].startswith("base model file vae/config.json changed")
     assert lock_changes(json.loads(path.read_text()), json.loads(path.read_text())) == []
