@@ -189,3 +189,23 @@ def test_many_captions_are_counted_in_part_and_that_is_said(folder, monkeypatch)
     captions = check_captions(samples, build_family(loaded))
     assert captions.counted == 3
     assert "of 3 that were counted" in "\n".join(captions.lines())
+
+
+def test_masks_stand_under_their_pictures_cut_as_they_are(tmp_path, omnigen_folder):
+    folder = tmp_path / "run"
+    picture(folder / "pictures/wide.png", 200, 100, "a ramp")
+    (folder / "masks").mkdir()
+    mask = np.zeros((100, 200), np.uint8)
+    mask[:, 100:] = 255
+    Image.fromarray(mask).save(folder / "masks/wide.png")
+    masks = {"id": "masks", "type": "local", "dataset_type": "conditioning", "conditioning_type": "mask"}
+    data = [dataset("pictures", crop=True, conditioning_data="masks"), masks | {"instance_data_dir": "masks"}]
+    write_run(folder, omnigen_folder, data)
+    [each] = gather(load_here(folder)).datasets
+    [tile] = choose_pictures(each.dataset, 3)
+    shown = np.asarray(tile.mask.convert("L"), np.int16)
+    assert shown.shape == (64, 64)
+    assert (shown[:, :28] < 20).all()
+    assert (shown[:, 36:] > 235).all()
+    checked(folder)
+    assert (folder / "output/check/check.html").read_text().count('src="data:image') == 2
