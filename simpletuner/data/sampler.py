@@ -13,10 +13,12 @@ dataset does not take part (`start_step`, `end_step`) pass its batches over.
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import accumulate
 from typing import TypeVar
 
 import numpy as np
@@ -60,11 +62,21 @@ class BatchPlan:
 
 @dataclass(frozen=True)
 class _Share:
-    """What an epoch takes of a dataset: `count` batches from batch `start` of round `first_round` on."""
+    """What an epoch takes of a dataset: `count` batches from batch `start` of round `first_round` on.
 
-    first_round: int
-    start: int
-    count: int
+    Args:
+        ends: batches of the first round, of the first two, and so on.
+    """
+
+    first_round: int = 0
+    start: int = 0
+    count: int = 0
+    ends: tuple[int, ...] = ()
+
+    def place(self, number: int) -> tuple[int, int]:
+        """(round, batch in it) of a batch of the epoch, from 0."""
+        index = bisect.bisect_right(self.ends, self.start + number)
+        return self.first_round + index, self.start + number - (self.ends[index - 1] if index else 0)
 
 
 class Sampler:
@@ -144,12 +156,8 @@ class Sampler:
         """
         shares, mix = self._epoch(epoch)
         dataset_index, number = mix.at(position)
-        order, share = self._orders[dataset_index], shares[dataset_index]
-        round_number, place = share.first_round, share.start + number
-        while place >= order.batches_in(round_number):
-            place -= order.batches_in(round_number)
-            round_number += 1
-        batch = order.batch(round_number, place, pad_to)
+        round_number, place = shares[dataset_index].place(number)
+        batch = self._orders[dataset_index].batch(round_number, place, pad_to)
         return BatchPlan(
             epoch=epoch,
             position=position,
@@ -174,12 +182,14 @@ class Sampler:
 
     def _share(self, dataset: SampledDataset, order: DatasetOrder, epoch: int) -> _Share:
         if not dataset.schedule.in_epoch(epoch):
-            return _Share(0, 0, 0)
-        begin, end = (self._place(dataset, order, number) for number in (epoch, epoch + 1))
-        count = end[1] - begin[1] + sum(order.batches_in(number) for number in range(begin[0], end[0]))
-        return _Share(begin[0], begin[1], count)
+            return _Share()
+        (first, start), (last, end) = (self._begin(dataset, order, number) for number in (epoch, epoch + 1))
+        rounds = range(first, last + 1 if end else last)
+        ends = tuple(accumulate(order.batches_in(number) for number in rounds))
+        before_last = ends[last - first - 1] if last > first else 0
+        return _Share(first, start, before_last + end - start, ends)
 
-    def _place(self, dataset: SampledDataset, order: DatasetOrder, epoch: int) -> tuple[int, int]:
+    def _begin(self, dataset: SampledDataset, order: DatasetOrder, epoch: int) -> tuple[int, int]:
         """(round, batch in it) with which a dataset begins an epoch."""
         whole, part = divmod(dataset.schedule.rounds_before(epoch), 1)
         return int(whole), math.floor(part * order.batches_in(int(whole))) if part else 0
