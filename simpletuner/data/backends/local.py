@@ -102,11 +102,12 @@ class LocalBackend:
         subfolders: list[bytes] = []
         with os.scandir(os.fsdecode(self._absolute(folder))) as entries:
             for entry in entries:
-                if not is_wanted(entry.name) or _is_folder(entry):
-                    if _is_folder(entry) and not entry.name.startswith("."):
-                        subfolders.append(os.fsencode(entry.name))
+                name = entry.name
+                if not is_wanted(name) or _is_folder(entry):
+                    if not name.startswith(".") and _is_folder(entry):
+                        subfolders.append(os.fsencode(name))
                     continue
-                names.append(entry.name)
+                names.append(name)
                 numbers += file_numbers(entry)
                 if len(names) == _CHUNK:
                     _update(digest, names, numbers)
@@ -123,7 +124,8 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 def is_wanted(name: str) -> bool:
     """Whether a file of this name is a picture or a caption file."""
-    return name[name.rfind(".") :].lower() in _SUFFIXES and name[0] != "."
+    suffix = name[name.rfind(".") :]
+    return (suffix in _SUFFIXES or suffix.lower() in _SUFFIXES) and name[0] != "."
 
 
 def file_numbers(entry: os.DirEntry[str] | Path) -> tuple[int, int, int, int]:
