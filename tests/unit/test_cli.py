@@ -153,7 +153,7 @@ def test_a_fault_of_ours_is_one_line_and_a_file_with_the_traceback(
 
 def test_a_reader_that_leaves_early_does_not_change_the_exit_code():
     program = (
-        "import sys, types, simpletuner.launch as launch\n"
+        "import sys, types, simpletuner.launch as launch, simpletuner.training.preflight as preflight\n"
         "from simpletuner.reporting.bus import EventBus\n"
         "from simpletuner.reporting.events import Notice\n"
         "from simpletuner.reporting.sinks.terminal import PlainSink\n"
@@ -161,6 +161,7 @@ def test_a_reader_that_leaves_early_does_not_change_the_exit_code():
         "    bus = EventBus([PlainSink(sys.stdout)])\n"
         "    for number in range(100_000): bus.emit(Notice('info', str(number)))\n"
         "launch.load_arguments = lambda *arguments, **options: None\n"
+        "preflight.check_model_folder = lambda loaded: None\n"
         "sys.modules['simpletuner.training.trainer'] = trainer = types.ModuleType('trainer')\n"
         "trainer.train = train\n"
         "sys.argv = ['simpletuner', 'train']\n"
