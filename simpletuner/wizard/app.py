@@ -127,7 +127,8 @@ class Wizard(App[Outcome]):
         plan, view = make_plan(self.answers), self.query_one(f"#page-{self.position}")
         self.put(view.query(".intro").first(Static), self.page.intro(self.answers))
         for field in view.query(Field):
-            if not field.has_class("refused"):
+            # Who types is ahead of what was taken from the field so far: it must not be put back.
+            if not field.has_class("refused") and not field.input.has_focus:
                 field.show(self.answers, plan)
         if self.page.title == "Pictures":
             self.put(self.query_one("#report", Static), "\n".join(self.report_lines()))

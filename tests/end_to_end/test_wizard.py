@@ -200,6 +200,19 @@ def test_a_folder_is_looked_at_once_its_name_is_whole(folder: Path):
     drive(folder, steps)
 
 
+def test_letters_that_arrive_together_stay_in_order(folder: Path):
+    async def steps(pilot: Pilot) -> None:
+        await pilot.press("ctrl+n", "ctrl+n")
+        field = pilot.app.focused
+        for letter in "pictures":
+            field.insert_text_at_cursor(letter)
+        await looked_at(pilot)
+        assert (field.value, field.cursor_position) == ("pictures", 8)
+        assert pilot.app.answers.pictures == "pictures"
+
+    drive(folder, steps)
+
+
 def test_save_and_run_asks_for_the_start(folder: Path, omnigen_folder: Path):
     async def steps(pilot: Pilot) -> None:
         await first_run(pilot, omnigen_folder)
