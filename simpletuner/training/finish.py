@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shlex
+import shutil
+import sys
 from pathlib import Path
 
 from simpletuner import storage
@@ -63,13 +65,20 @@ def save_adapter(run: Run, folder: Path) -> Path:
     return path
 
 
+def program() -> str:
+    """How to call this program from a shell: by name where the shell finds it, else by the path of this environment's."""
+    if shutil.which("simpletuner"):
+        return "simpletuner"
+    return str(Path(sys.executable).with_name("simpletuner"))
+
+
 def generate_command(loaded: LoadedRun, model: str, outputs: dict[str, Path]) -> str:
     """The shell command that draws with what was trained."""
     config = loaded.config
     prompt = config.validation_prompt or next(iter((loaded.prompt_library or {}).values()), "a photo")
     height, width = config.validation_sizes[0]
     model = str(outputs.get("model", model))
-    words = ["simpletuner", "generate", "--model-family", config.model_family, "--model", model]
+    words = [program(), "generate", "--model-family", config.model_family, "--model", model]
     if "adapter" in outputs:
         words += ["--adapter", str(outputs["adapter"])]
     words += ["--prompt", prompt, "--width", str(width), "--height", str(height)]
