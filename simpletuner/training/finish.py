@@ -66,7 +66,7 @@ def save_adapter(run: Run, folder: Path) -> Path:
 
 
 def program() -> str:
-    """How to call this program from a shell: by name where the shell finds it, else by the path of this environment's."""
+    """How a shell calls this program: by name where it finds that, else by the path in this environment."""
     if shutil.which("simpletuner"):
         return "simpletuner"
     return str(Path(sys.executable).with_name("simpletuner"))
