@@ -141,7 +141,8 @@ def bare_loop(folder: Path, steps: int) -> float:
 
 
 def caption(index: int) -> str:
-    return f"picture number {index} of a benchmark, with a caption of usual length"
+    """Of one length in tokens, so that both sides give the model the same work."""
+    return f"picture number {index:02d} of a benchmark, with a caption of usual length"
 
 
 def write_run(folder: Path, steps: int) -> None:

@@ -6,6 +6,7 @@ changing what the model sees.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,6 +21,10 @@ from simpletuner.data.sampler import BatchPlan, Sampler
 from simpletuner.diffusion.loss import sample_weights
 from simpletuner.models.family import ModelFamily
 from simpletuner.randomness import keyed_uniform
+
+# A thread beside the model's costs the model's some milliseconds of waiting for the interpreter at each step. Windows
+# that are built from memory are quicker than that; those that read disks or encode pictures are not.
+WORTH_A_THREAD_SECONDS = 0.003
 
 
 class LatentSource(Protocol):
@@ -80,22 +85,28 @@ class BatchSource:
         self.accumulation = accumulation
         self.dropout = dropout
         self.masking = masking
+        self._build_seconds = 0.0
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="batches")
         self._ahead: tuple[tuple[int, int, int], Future[Window]] | None = None
 
     def window(self, step: int, epoch: int, position: int) -> Window:
-        """The window that starts at (epoch, position); the one after it is begun in the background."""
+        """The window that starts at (epoch, position): the one begun by `begin_next`, or built now."""
         key = (step, epoch, position)
         if self._ahead is not None and self._ahead[0] == key:
-            window = self._ahead[1].result()
-        else:
-            window = self.build_window(*key)
-        ahead = (step + 1, window.next_epoch, window.next_position)
-        self._ahead = (ahead, self._executor.submit(self.build_window, *ahead))
-        return window
+            return self._ahead[1].result()
+        return self.build_window(*key)
+
+    def begin_next(self, window: Window) -> None:
+        """Begin the window after `window` in the background, where that pays."""
+        if self._build_seconds < WORTH_A_THREAD_SECONDS:
+            return
+        ahead = (window.step + 1, window.next_epoch, window.next_position)
+        if self._ahead is None or self._ahead[0] != ahead:
+            self._ahead = (ahead, self._executor.submit(self.build_window, *ahead))
 
     def build_window(self, step: int, epoch: int, position: int) -> Window:
         """Build a window without looking ahead."""
+        started = time.perf_counter()
         batches: list[Batch] = []
         slot = 0
         epochs_before = self.sampler.epochs_at(epoch, position)
@@ -105,6 +116,7 @@ class BatchSource:
             batches.append(self.build_batch(plan, step, slot))
             slot += len(plan.sample_indices)
             epoch, position = self.sampler.after(epoch, position)
+        self._build_seconds = time.perf_counter() - started
         return Window(step, batches, epoch, position, epochs_before, self.sampler.epochs_at(epoch, position))
 
     def build_batch(self, plan: BatchPlan, step: int, first_slot: int) -> Batch:

@@ -100,6 +100,9 @@ def backward_micro_batch(run: Run, window: Window, micro_step: int) -> Losses:
     reseed_global(run.seed, "denoiser", step, micro_step)
     with run.autocast():
         losses = compute_losses(run.family, run.denoiser, batch, noise, quantiles, run.adapter.disabled)
+    # Now, and not before the forward pass: a backward pass does not hold the interpreter, so a window can be built
+    # beside it; beside a forward pass the two would wait for each other at each operation.
+    run.batches.begin_next(window)
     (losses.weighted_sum / window.weight).backward()
     return losses
 

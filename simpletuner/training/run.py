@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -72,7 +73,7 @@ class Run:
     def config(self) -> TrainConfig:
         return self.loaded.config
 
-    @property
+    @cached_property
     def trainable(self) -> list[nn.Parameter]:
         return list(self.adapter.trainable_parameters().values())
 
