@@ -168,35 +168,35 @@ def test_a_run_killed_at_once_resumes_to_the_same_bits(tmp_path, omnigen_folder)
 def test_a_storm_of_kills_at_random_instants_ends_with_the_same_bits(tmp_path, omnigen_folder):
     options = {
         "use_ema": True,
-        "max_train_steps": 60,
+        "max_train_steps": 200,
         "checkpoint_step_interval": 1,
         "checkpoints_total_limit": 2,
         "validation_disable": False,
         "validation_prompt": "a cat",
         "validation_resolution": "64x64",
-        "validation_step_interval": 5,
+        "validation_step_interval": 20,
         "validation_num_inference_steps": 2,
-        "eval_steps_interval": 3,
+        "eval_steps_interval": 7,
     }
     straight = train_here(write_run(tmp_path / "straight", omnigen_folder, **options))
     folder = write_run(tmp_path / "stormy", omnigen_folder, **options)
     rng = random.Random(11)
     num_kills = 0
-    while num_kills < 25:
+    while num_kills < 12:
         process = subprocess.Popen(cli("train"), cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
         try:
             # From before the caches are there to the middle of saving, evaluating and drawing.
-            process.wait(rng.uniform(1.0, 9.0))
+            process.wait(rng.uniform(2.0, 6.0))
             assert process.returncode == 0, process.stderr.read().decode()
             break
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
             num_kills += 1
-    assert num_kills >= 3
+    assert num_kills >= 2
     last = run_cli(folder, "train")
     assert last.returncode == 0, last.stderr
-    assert weights_of(folder / "output" / "checkpoint-60") == weights_of(straight / "checkpoint-60")
+    assert weights_of(folder / "output" / "checkpoint-200") == weights_of(straight / "checkpoint-200")
 
 
 @pytest.mark.slow

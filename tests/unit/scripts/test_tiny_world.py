@@ -145,7 +145,7 @@ def test_any_text_survives_the_tokenizer(tokenizer):
 
 def test_the_example_holds_out_what_it_does_not_train_on():
     concept, held_out = draw_example_data.concept_scenes(random.Random(0))
-    assert (len(concept), len(held_out)) == (40, 8)
+    assert (len(concept), len(held_out)) == (45, 8)
     assert not set(concept) & set(held_out)
     pairs = {(scene.colour, scene.background) for scene in concept}
     assert len(pairs) == 32
