@@ -148,6 +148,41 @@ class PicturesMade(Event):
 
 
 @dataclass(frozen=True)
+class PreviewMade(Event):
+    """A validation picture was decoded and written while it was still being drawn.
+
+    Args:
+        step: optimizer steps done.
+        picture: where it lies; its size is the decoder's, which may be smaller than the picture to come.
+        sampling_step: denoising steps taken, counting from 1.
+        num_sampling_steps: denoising steps of the finished picture.
+        sigma: share of noise that is left in it, 1 to 0.
+    """
+
+    step: int
+    picture: SavedPicture
+    sampling_step: int
+    num_sampling_steps: int
+    sigma: float
+
+
+@dataclass(frozen=True)
+class PicturesScored(Event):
+    """How well validation pictures fit their prompts.
+
+    Args:
+        metric: name of the score (`clip`).
+        scores: shortname and size of the picture -> score; kind of weights in front ("live", "ema", "base").
+        mean: over the pictures of the weights in training.
+    """
+
+    step: int
+    metric: str
+    scores: Mapping[str, float]
+    mean: float
+
+
+@dataclass(frozen=True)
 class Notice(Event):
     """Something worth one line that did not stop the run."""
 
