@@ -119,7 +119,7 @@ class ModelFamily(ABC):
     def free_prompt_encoders(self) -> None:  # noqa: B027 - most families have something to drop, tokenisers do not
         """Drop what `encode_prompts` loaded. Nothing by default."""
 
-    def encode_images(self, vae: nn.Module, pixel_values: Tensor) -> list[LatentMoments]:
+    def encode_images(self, vae: Any, pixel_values: Tensor) -> list[LatentMoments]:
         """(B, 3, H, W) in [-1, 1] -> the moments of the posterior of each picture, unscaled, on the CPU."""
         with torch.no_grad():
             posterior = vae.encode(pixel_values.to(vae.device, vae.dtype)).latent_dist
@@ -140,7 +140,7 @@ class ModelFamily(ABC):
             latents = latents + moments.std * torch.randn(latents.shape, generator=generator)
         return (latents - (vae_config.get("shift_factor") or 0.0)) * vae_config["scaling_factor"]
 
-    def decode_latents(self, vae: nn.Module, latents: Tensor) -> Tensor:
+    def decode_latents(self, vae: Any, latents: Tensor) -> Tensor:
         """(B, C, h, w) scaled latents -> (B, 3, H, W) in [-1, 1]; the inverse of `latents_from_moments`.
 
         In the VAE's own dtype, even where validation draws under autocast.

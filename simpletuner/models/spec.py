@@ -14,12 +14,21 @@ PredictionType = Literal["flow", "epsilon", "v_prediction"]
 
 @dataclass(frozen=True)
 class Flavour:
-    """One published checkpoint of a family."""
+    """One published checkpoint of a family.
+
+    Args:
+        parameters: of the denoiser, which decides the memory that training needs; 0 where nobody counted them.
+    """
 
     name: str
     hub_id: str
     description: str = ""
     licence: str = ""
+    parameters: int = 0
+
+    def weight_bytes(self, bits: int = 16) -> int:
+        """Bytes of the frozen denoiser in a format of so many bits: the least that training an adapter needs."""
+        return self.parameters * bits // 8
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import glob
 import os
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -98,19 +99,18 @@ def _tables_in_cache(wanted: HubDataset) -> dict[str, Path]:
     from huggingface_hub import get_cached_repo_tree, snapshot_download
     from huggingface_hub.errors import CachedRepoTreeNotFoundError, LocalEntryNotFoundError
 
-    place = {"repo_id": wanted.name, "repo_type": "dataset"}
+    fetch = partial(snapshot_download, wanted.name, repo_type="dataset", local_files_only=True)
     for revision in [wanted.revision] if wanted.revision else ["main", CONVERTED_BRANCH]:
         try:
-            names = [entry.path for entry in get_cached_repo_tree(**place, revision=revision)]
+            names = [entry.path for entry in get_cached_repo_tree(wanted.name, repo_type="dataset", revision=revision)]
         except CachedRepoTreeNotFoundError:
             continue
         if not any(name.endswith(SUFFIX) for name in names):
             continue
-        cards = {"allow_patterns": [_CARD], "local_files_only": True}
-        card = Path(snapshot_download(**place, revision=revision, **cards)) / _CARD if _CARD in names else None
+        card = Path(fetch(revision=revision, allow_patterns=[_CARD])) / _CARD if _CARD in names else None
         chosen = _choose(names, card.read_text(encoding="utf-8", errors="replace") if card else None, wanted)
         patterns = [glob.escape(name) for name in chosen]
-        folder = Path(snapshot_download(**place, revision=revision, allow_patterns=patterns, local_files_only=True))
+        folder = Path(fetch(revision=revision, allow_patterns=patterns))
         return {name: folder / name for name in chosen}
     raise LocalEntryNotFoundError("it was not fetched before, and HF_HUB_OFFLINE is set")
 
@@ -140,7 +140,8 @@ def _refuse(error: Exception, wanted: HubDataset) -> NoReturn:
         RevisionNotFoundError,
     )
 
-    kind, key, reason = DataError, "dataset_name", " ".join(str(error).split())[:200]
+    kind: type[DataError | ConfigError] = DataError
+    key, reason = "dataset_name", " ".join(str(error).split())[:200]
     fix = "look at the network, then start again: what was fetched is kept"
     if isinstance(error, GatedRepoError):
         reason, fix = "its owner must let you in", "ask on its page, then log in: hf auth login"
