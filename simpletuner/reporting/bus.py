@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from simpletuner.reporting.events import Event, Notice
 
@@ -23,6 +23,15 @@ class Sink(Protocol):
     def close(self) -> None: ...
 
 
+@runtime_checkable
+class Teller(Protocol):
+    """A sink that works in the background and has something to say of it: a service that does not answer."""
+
+    def take_notices(self) -> list[Notice]:
+        """What happened since the last call. Called by the thread that emits, after each event and after `close`."""
+        ...
+
+
 class EventBus:
     """Hands each event to each sink, in the order of the sinks. Works as a context manager that closes them.
 
@@ -32,6 +41,7 @@ class EventBus:
 
     def __init__(self, sinks: Iterable[Sink] = ()):
         self._sinks = list(sinks)
+        self._tellers = [sink for sink in self._sinks if isinstance(sink, Teller)]
 
     def emit(self, event: Event) -> None:
         """Show and keep `event`. Never raises for a sink's own failure."""
@@ -40,6 +50,9 @@ class EventBus:
                 sink.handle(event)
             except sink.failures as error:
                 self._drop(sink, error)
+        for teller in self._tellers:
+            for notice in teller.take_notices():
+                self.emit(notice)
 
     def close(self) -> None:
         """Flush and close all sinks, the last one first, so that the first can still tell of the others' failures."""
@@ -49,9 +62,14 @@ class EventBus:
                 sink.close()
             except sink.failures as error:
                 self.emit(Notice("warning", f"{sink.name} could not be closed ({error})"))
+            if isinstance(sink, Teller):
+                self._tellers.remove(sink)
+                for notice in sink.take_notices():
+                    self.emit(notice)
 
     def _drop(self, sink: Sink, error: Exception) -> None:
         self._sinks.remove(sink)
+        self._tellers = [teller for teller in self._tellers if teller is not sink]
         self.emit(Notice("warning", f"{sink.name} stopped working ({error}); the run goes on without it"))
 
     def __enter__(self) -> EventBus:

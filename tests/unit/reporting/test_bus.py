@@ -53,3 +53,26 @@ def test_every_sink_is_closed_once_and_told_of_one_that_cannot_close():
     bus.close()
     assert (first.closed, last.closed) == (1, 1)
     assert [event.text for event in first.events] == ["recorder could not be closed (gone)"]
+
+
+class BackgroundSink(RecordingSink):
+    def __init__(self) -> None:
+        super().__init__()
+        self.waiting: list[Notice] = []
+
+    def take_notices(self) -> list[Notice]:
+        taken, self.waiting = self.waiting, []
+        return taken
+
+    def close(self) -> None:
+        self.waiting.append(Notice("warning", "2 messages were not sent"))
+
+
+def test_a_sink_that_works_in_the_background_is_heard_with_the_next_event_and_at_the_end():
+    first, background = RecordingSink(), BackgroundSink()
+    bus = EventBus([first, background])
+    background.waiting.append(Notice("warning", "no answer"))
+    bus.emit(Notice("info", "one"))
+    bus.emit(Notice("info", "two"))
+    bus.close()
+    assert [event.text for event in first.events] == ["one", "no answer", "two", "2 messages were not sent"]
