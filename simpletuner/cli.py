@@ -15,6 +15,7 @@ import typer
 
 from simpletuner import __version__
 from simpletuner.errors import EXIT_DATA, EXIT_INTERRUPTED, ConfigError, Problem, SimpleTunerError
+from simpletuner.quiet import hide_needless_lines
 
 if TYPE_CHECKING:
     from simpletuner.config.loading import LoadedRun
@@ -47,6 +48,7 @@ app.add_typer(cache_app, name="cache")
 
 def main() -> None:
     """Run the command line; errors that a user can mend print without a traceback."""
+    hide_needless_lines()
     try:
         app()
     except SimpleTunerError as error:

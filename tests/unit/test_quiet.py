@@ -1,0 +1,33 @@
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+
+import pytest
+
+from simpletuner.quiet import NEEDLESS, hide_needless_lines
+
+IMPORTS = "import diffusers.models.transformers.transformer_omnigen, lycoris, peft"
+
+
+@pytest.mark.slow
+def test_importing_what_a_run_needs_prints_nothing():
+    program = f"from simpletuner.quiet import hide_needless_lines; hide_needless_lines(); {IMPORTS}"
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert (result.stdout, result.stderr) == ("", "")
+
+
+def test_other_lines_of_these_libraries_are_shown(caplog: pytest.LogCaptureFixture):
+    hide_needless_lines()
+    for name, beginnings in NEEDLESS.items():
+        logging.getLogger(name).warning(f"{beginnings[0]} something")
+        logging.getLogger(name).warning("the picture is upside down")
+    assert [record.message for record in caplog.records] == ["the picture is upside down"] * len(NEEDLESS)
+
+
+def test_a_second_call_adds_no_second_filter():
+    hide_needless_lines()
+    counts = [len(logging.getLogger(name).filters) for name in NEEDLESS]
+    hide_needless_lines()
+    assert [len(logging.getLogger(name).filters) for name in NEEDLESS] == counts
