@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from simpletuner.models.keys import KeyTable
+
 PredictionType = Literal["flow", "epsilon", "v_prediction"]
 
 
@@ -82,6 +84,7 @@ class FamilySpec:
         adaptable: what adapters can be attached to.
         class_aliases: preset class names that mean a class of this family (`FeedForward` -> `OmniGenFeedForward`).
         default_lora_targets: fnmatch patterns of the linears that standard LoRA adapts by default.
+        keys: names of the denoiser's modules in kohya's and ComfyUI's files.
         block_classes: repeated blocks, for checkpointing, FSDP and compile.
         pipeline_class: name written to `model_index.json`.
         preview_decoder: hub id of the tiny autoencoder that decodes previews; a model folder may carry its own in
@@ -106,6 +109,7 @@ class FamilySpec:
     block_classes: tuple[str, ...]
     default_lora_targets: tuple[str, ...]
     class_aliases: Mapping[str, str] = field(default_factory=dict)
+    keys: KeyTable = field(default_factory=KeyTable)
     max_size: int | None = None
     max_references: int = 0
     caches_prompt_embeds: bool = True

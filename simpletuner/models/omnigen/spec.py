@@ -5,6 +5,7 @@ Sources: arXiv 2409.11340; the released `Shitao/OmniGen-v1-diffusers`; diffusers
 
 from __future__ import annotations
 
+from simpletuner.models.omnigen.keys import OMNIGEN_KEYS
 from simpletuner.models.spec import AdaptableModule, Component, FamilySpec, Flavour
 
 _OWN_TIMES = "OmniGen is trained on logit-normal times with mean 0 and deviation 1, without a shift"
@@ -78,6 +79,7 @@ OMNIGEN = FamilySpec(
         "layers.*.self_attn.to_v",
         "layers.*.self_attn.to_out.0",
     ),
+    keys=OMNIGEN_KEYS,
     block_classes=("OmniGenBlock",),
     preview_decoder="madebyollin/taesdxl",
     defaults={
