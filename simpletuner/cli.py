@@ -52,7 +52,7 @@ def main() -> None:
     try:
         app()
     except SimpleTunerError as error:
-        print(error.render(), file=sys.stderr)
+        _tell_the_end(error.render())
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -60,7 +60,7 @@ def main() -> None:
     except Exception as error:  # the last boundary: says what happened and ends the program
         if os.environ.get("SIMPLETUNER_DEBUG") == "1":
             raise
-        print(_report_unexpected(error), file=sys.stderr)
+        _tell_the_end(_report_unexpected(error))
         sys.exit(1)
     finally:
         _let_go_of_stdout()
@@ -88,6 +88,13 @@ def train(context: typer.Context) -> None:
     from simpletuner.training.preflight import check_model_folder
 
     check_model_folder(loaded)
+
+    from simpletuner.distributed.launcher import is_started_already, launch
+    from simpletuner.distributed.layout import layout_of
+
+    layout = layout_of(loaded.config)
+    if layout.world_size > 1 and not is_started_already(os.environ):
+        raise typer.Exit(launch(sys.argv[1:], layout, _say_aside))
 
     from simpletuner.training.trainer import train as run_training
 
@@ -342,6 +349,14 @@ def _load(context: typer.Context) -> LoadedRun:
 def _say_aside(line: str) -> None:
     """To stderr: stdout holds what was asked for, and nothing else."""
     print(line, file=sys.stderr)
+
+
+def _tell_the_end(text: str) -> None:
+    """To stderr; one of several processes tells its launcher, which prints it for all."""
+    from simpletuner.distributed.launcher import leave_last_words
+
+    if not leave_last_words(text, os.environ):
+        print(text, file=sys.stderr)
 
 
 def _let_go_of_stdout() -> None:

@@ -24,6 +24,16 @@ ENVIRONMENT_PREFIX = "SIMPLETUNER_"
 # Variables of that prefix that are not options: they choose files, or serve other parts of the program.
 OTHER_VARIABLES = frozenset({*ENVIRONMENT_NAMES, *BACKEND_NAMES, "SIMPLETUNER_DEBUG", "SIMPLETUNER_LOG_LEVEL"})
 
+# Variables of launchers that mean an option; the more common name last, which wins.
+LAUNCH_VARIABLES: Mapping[str, str] = {
+    "TRAINING_NUM_PROCESSES": "num_processes",
+    "TRAINING_NUM_MACHINES": "num_machines",
+    "MACHINE_RANK": "machine_rank",
+    "NODE_RANK": "machine_rank",
+    "MASTER_ADDR": "main_process_ip",
+    "MASTER_PORT": "main_process_port",
+}
+
 _REFERENCE = re.compile(r"\$(?:\{(\w+)\}|(\w+))")
 # Text in double quotes, in single quotes (where a shell replaces nothing), or without quotes.
 _QUOTED = re.compile(r""""(?:[^"\\]|\\.)*"|'[^']*'|[^"']+|["']""")
@@ -238,9 +248,9 @@ def environment_layer(environment: Mapping[str, str], known: Iterable[str]) -> L
             warnings.append(f"environment variable {variable}: names no option and is not read")
     if environment.get(EXTRA_ARGUMENTS):
         settings += _extra_arguments(environment[EXTRA_ARGUMENTS], Origin("environment", EXTRA_ARGUMENTS))
-    for variable in ("TRAINING_NUM_PROCESSES", "TRAINING_NUM_MACHINES"):
-        if environment.get(variable, "1").strip() not in ("", "1"):
-            warnings.append(f"environment variable {variable}: training runs in one process; it is not read")
+    for variable, option in LAUNCH_VARIABLES.items():
+        if environment.get(variable, "").strip():
+            settings.append(Setting(option, environment[variable], Origin("environment", variable)))
     return Layer(settings, warnings)
 
 

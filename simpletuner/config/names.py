@@ -71,6 +71,8 @@ RETIRED: Mapping[str, str] = {
 
 # Names of variables in `config.env` files that are not simply the option's name in capitals.
 ENV_FILE_NAMES: Mapping[str, str] = {
+    "TRAINING_NUM_PROCESSES": "num_processes",
+    "TRAINING_NUM_MACHINES": "num_machines",
     "MODEL_NAME": "pretrained_model_name_or_path",
     "VAE_NAME": "pretrained_vae_model_name_or_path",
     "MAX_NUM_STEPS": "max_train_steps",

@@ -38,7 +38,8 @@ writes goes into the working folder.
 | `CONFIG_BACKEND`, `SIMPLETUNER_CONFIG_BACKEND`, `CONFIG_TYPE` | `json`, `toml` or `env`: which kind of file is looked for; `cmd`: none, all options are on the command line. |
 | `SIMPLETUNER_<OPTION>` | Sets an option; a name that is no option is told and not read. |
 | `TRAINER_EXTRA_ARGS` | Further options as on a command line. In `config.json` add the keys themselves instead. |
-| `TRAINING_NUM_PROCESSES`, `TRAINING_NUM_MACHINES` | Training runs in one process on one device; other numbers are told and not read. |
+| `TRAINING_NUM_PROCESSES`, `TRAINING_NUM_MACHINES`, `NODE_RANK`, `MASTER_ADDR`, `MASTER_PORT` | Set `num_processes`, `num_machines`, `machine_rank`, `main_process_ip`, `main_process_port`: [DISTRIBUTED.md](DISTRIBUTED.md). |
+| `RANK`, `WORLD_SIZE`, `LOCAL_RANK` | Set by torchrun and `accelerate launch`: this process is one of several, and starts none. |
 | `CUDA_VISIBLE_DEVICES` | Which GPU is used; it is read by CUDA itself. |
 | `HF_ENDPOINT`, `HF_HOME`, `HF_TOKEN` | Read by the Hugging Face libraries: a mirror, the folder of downloads, the login. |
 | `SIMPLETUNER_DEBUG` | `1` shows a traceback for errors of the program itself. |

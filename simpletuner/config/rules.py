@@ -12,6 +12,7 @@ from simpletuner.config.dataset_rules import DATASET_NOTICES, DATASET_RULES
 from simpletuner.config.datasets import ImageDataset, TextEmbedsDataset
 from simpletuner.config.draft import Draft
 from simpletuner.config.names import nearest
+from simpletuner.config.process_rules import PROCESS_RULES
 from simpletuner.errors import Problem
 
 Rule = Callable[[Draft], Iterator[Problem]]
@@ -201,6 +202,7 @@ RULES: tuple[Rule, ...] = (
     there_are_pictures_to_train_on,
     one_text_cache_is_the_default,
     *DATASET_RULES,
+    *PROCESS_RULES,
 )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -17,8 +17,9 @@ from torch import Tensor
 
 from simpletuner.batch import Batch, Sample
 from simpletuner.data.dataset import Dataset
-from simpletuner.data.sampler import BatchPlan, Sampler
+from simpletuner.data.sampler import BatchPlan, Sampler, range_for_rank
 from simpletuner.diffusion.loss import sample_weights
+from simpletuner.distributed.world import ALONE, World
 from simpletuner.models.family import ModelFamily
 from simpletuner.randomness import keyed_uniform
 
@@ -64,6 +65,7 @@ class BatchSource:
         accumulation: micro-batches per optimizer step.
         dropout: probability that a caption becomes `family.spec.dropped_caption`.
         masking: probability that the mask of a picture counts, where it has one.
+        world: this process takes its part of each global batch.
     """
 
     def __init__(
@@ -76,6 +78,7 @@ class BatchSource:
         accumulation: int = 1,
         dropout: float = 0.0,
         masking: float = 1.0,
+        world: World = ALONE,
     ):
         self.family = family
         self.datasets = {dataset.id: dataset for dataset in datasets}
@@ -85,6 +88,7 @@ class BatchSource:
         self.accumulation = accumulation
         self.dropout = dropout
         self.masking = masking
+        self.world = world
         self._build_seconds = 0.0
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="batches")
         self._ahead: tuple[tuple[int, int, int], Future[Window]] | None = None
@@ -113,17 +117,34 @@ class BatchSource:
         for _ in range(self.accumulation):
             epoch, position = self.sampler.seek(epoch, position, step)
             plan = self.sampler.batch(epoch, position)
-            batches.append(self.build_batch(plan, step, slot))
+            batches.append(self.build_batch(*self.own_part(plan), step, slot))
             slot += len(plan.sample_indices)
             epoch, position = self.sampler.after(epoch, position)
         self._build_seconds = time.perf_counter() - started
         return Window(step, batches, epoch, position, epochs_before, self.sampler.epochs_at(epoch, position))
 
-    def build_batch(self, plan: BatchPlan, step: int, first_slot: int) -> Batch:
-        """Latents, masks, captions and prompt embeddings of a plan."""
+    def own_part(self, plan: BatchPlan) -> tuple[BatchPlan, range]:
+        """What this process takes of a global batch, and where in it that is.
+
+        Each process takes one at least, so that all call the denoiser equally often; one too many counts nothing.
+        """
+        if self.world.size == 1:
+            return plan, range(len(plan.sample_indices))
+        padded = self.sampler.batch(plan.epoch, plan.position, pad_to=self.world.size)
+        part = range_for_rank(len(padded.sample_indices), self.world.rank, self.world.size)
+        num_real = min(max(padded.num_real - part.start, 0), len(part))
+        return replace(padded, sample_indices=padded.sample_indices[part.start : part.stop], num_real=num_real), part
+
+    def build_batch(self, plan: BatchPlan, part: range, step: int, first_slot: int) -> Batch:
+        """Latents, masks, captions and prompt embeddings of a plan.
+
+        Args:
+            part: places of its samples in the global micro-batch.
+            first_slot: of the global micro-batch in the global batch of the step.
+        """
         dataset = self.datasets[plan.dataset_id]
         samples = dataset.samples.take(plan.sample_indices, plan.round_number)
-        slots = list(range(first_slot, first_slot + len(samples)))
+        slots = [first_slot + place for place in part]
         latents = torch.stack(self.sources[dataset.id].latents(samples))
         captions = [self.caption(dataset, sample, step, slot) for sample, slot in zip(samples, slots, strict=True)]
         return Batch(

@@ -54,12 +54,17 @@ class Checkpoints:
             DataError: the disk is full or cannot be written; earlier checkpoints stay.
         """
         path = self.output_dir / f"checkpoint-{run.state.global_step}"
+        if run.world.is_main:
+            self._save_here(run, path)
+        run.world.barrier()
+        return path
+
+    def _save_here(self, run: Run, path: Path) -> None:
         if path.is_dir() and not storage.verify_dir(path, full=False):
-            return path
+            return
         with storage.commit_dir(path, metadata={"global_step": run.state.global_step}) as folder:
             write_checkpoint(run, folder)
         self.rotate(keep=path)
-        return path
 
     def rotate(self, keep: Path) -> None:
         """Remove the oldest checkpoints beyond the limit; only valid ones count, `keep` is never removed."""

@@ -14,13 +14,14 @@ from torch import Tensor, nn
 
 from simpletuner.batch import Sample
 from simpletuner.cache.fingerprints import vae_fingerprint
-from simpletuner.cache.latents import FillReport, LatentCache, OnDemandLatents
+from simpletuner.cache.latents import LatentCache, OnDemandLatents
 from simpletuner.cache.store import DamagedEntry, TensorStore
 from simpletuner.config.datasets import ImageDataset
 from simpletuner.config.loading import LoadedRun
 from simpletuner.data.backends.build import source_key
 from simpletuner.data.dataset import Dataset
 from simpletuner.data.digests import DigestMemo
+from simpletuner.distributed.world import ALONE, World
 from simpletuner.errors import DataError, Problem
 from simpletuner.models.components import component_config
 from simpletuner.models.family import LatentMoments, ModelFamily
@@ -135,7 +136,12 @@ class SharedVae:
 
 
 def prepare_latents(
-    loaded: LoadedRun, family: ModelFamily, datasets: Sequence[Dataset], bus: EventBus, stop: StopRequest
+    loaded: LoadedRun,
+    family: ModelFamily,
+    datasets: Sequence[Dataset],
+    bus: EventBus,
+    stop: StopRequest,
+    world: World = ALONE,
 ) -> tuple[list[Dataset], LatentSources]:
     """Fill the caches, or get ready to fill them on demand.
 
@@ -156,7 +162,7 @@ def prepare_latents(
         folder = latents_folder(dataset.entry, cache_dir, family.spec)
         cache = LatentCache(TensorStore(folder), family, fingerprint)
         if not dataset.encodes_on_demand:
-            dataset = fill_cache(cache, dataset, vae, config.vae_batch_size, bus, stop)
+            dataset = fill_cache(cache, dataset, vae, config.vae_batch_size, bus, stop, world)
         kept.append(dataset)
         sources[dataset.id] = DatasetLatents(cache, dataset, vae.load, config.vae_batch_size, config.seed)
     for dataset in kept:
@@ -181,23 +187,38 @@ def latents_folder(entry: ImageDataset, cache_dir: Path, spec: FamilySpec) -> Pa
 
 
 def fill_cache(
-    cache: LatentCache, dataset: Dataset, vae: SharedVae, batch_size: int, bus: EventBus, stop: StopRequest
+    cache: LatentCache,
+    dataset: Dataset,
+    vae: SharedVae,
+    batch_size: int,
+    bus: EventBus,
+    stop: StopRequest,
+    world: World = ALONE,
 ) -> Dataset:
-    """Encode what is missing of one dataset; gives it back without the pictures that cannot be encoded."""
-    pictures = Pictures(list(dataset.samples_to_keep()), dataset.read_pixels)
+    """Encode what is missing of one dataset; gives it back without the pictures that cannot be encoded.
+
+    Each process encodes its share of the pictures.
+    """
+    pictures = Pictures(world.share(list(dataset.samples_to_keep())), dataset.read_pixels)
     with phase(bus, f"caching latents of {dataset.id}", len(pictures.samples)) as progress:
         report = cache.fill(pictures, vae.load, batch_size, report=_teller(progress, stop))
         progress.summary = f"{report.num_encoded} encoded, {report.num_cached} cached before"
-    if not report.unusable:
-        return dataset
-    for path, reason in {bad.sample.path: bad.reason for bad in report.unusable}.items():
+    unusable = {
+        path: reason
+        for of_process in world.gather([[bad.sample.path, bad.reason] for bad in report.unusable])
+        for path, reason in of_process
+    }
+    for path, reason in unusable.items():
         bus.emit(Notice("warning", f"{dataset.id}: {path} is left out: {reason}"))
-    return without(dataset, report)
+    return without(dataset, unusable) if unusable else dataset
 
 
-def without(dataset: Dataset, report: FillReport) -> Dataset:
-    """The dataset without unusable samples: they keep their index but belong to no bucket."""
-    bad = {sample.sample.path for sample in report.unusable}
+def without(dataset: Dataset, bad: Mapping[str, str]) -> Dataset:
+    """The dataset without unusable samples: they keep their index but belong to no bucket.
+
+    Args:
+        bad: path -> why it cannot be encoded.
+    """
     buckets = {}
     for size, members in dataset.buckets.items():
         good = [int(index) for index in members if dataset.samples[int(index)].path not in bad]
@@ -206,7 +227,7 @@ def without(dataset: Dataset, report: FillReport) -> Dataset:
     if not buckets:
         raise DataError(
             Problem(
-                f"no picture of dataset {dataset.id} can be encoded; the first: {report.unusable[0].reason}",
+                f"no picture of dataset {dataset.id} can be encoded; the first: {next(iter(bad.values()))}",
                 key=f"{dataset.id}.{source_key(dataset.entry)}",
                 fix="repair the pictures or take the dataset out",
             )

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from simpletuner.distributed.world import require_equal
 from simpletuner.errors import DivergedError, Problem
 from simpletuner.optim.clipping import clip_by_norm, clip_by_value, gradient_norm
 from simpletuner.randomness import reseed_global
@@ -35,12 +36,19 @@ MAX_SKIPPED_STEPS = 5
 
 @dataclass(frozen=True)
 class StepOutcome:
-    """Numbers of one optimizer step; `loss` is not finite where the step was skipped."""
+    """Numbers of one optimizer step, the same in every process; `loss` is not finite where the step was skipped.
+
+    Args:
+        stops: a signal has reached one of the processes.
+        samples: of all processes.
+    """
 
     loss: float
     grad_norm: float
     learning_rate: float
     regularisation_loss: float | None
+    stops: bool = False
+    samples: int = 0
 
 
 def run_training(run: Run) -> None:
@@ -65,14 +73,18 @@ def run_training(run: Run) -> None:
         maybe_checkpoint(run)
         maybe_evaluate(run)
         maybe_validate(run)
-        if run.stop:
+        if outcome.stops:
+            run.stop.adopt()
+        if run.stop and (outcome.stops or run.world.size == 1):
             raise run.stop.error(saved=str(save_checkpoint(run)))
 
 
 def train_window(run: Run, window: Window) -> StepOutcome:
     """One optimizer step: all micro-batches of the window, then the update."""
     step = window.step
-    losses = [backward_micro_batch(run, window, micro_step) for micro_step in range(len(window.batches))]
+    weight = max(run.world.sum([window.weight])[0], 1e-12)
+    losses = [backward_micro_batch(run, window, micro_step, weight) for micro_step in range(len(window.batches))]
+    run.world.sum_gradients(run.trainable)
     outcome = summarise(run, window, losses)
     state = run.state
     if math.isfinite(outcome.loss) and math.isfinite(outcome.grad_norm):
@@ -91,19 +103,19 @@ def train_window(run: Run, window: Window) -> StepOutcome:
     return outcome
 
 
-def backward_micro_batch(run: Run, window: Window, micro_step: int) -> Losses:
-    """Forward and backward of one micro-batch, its loss divided by the weight of the whole window."""
+def backward_micro_batch(run: Run, window: Window, micro_step: int, weight: float) -> Losses:
+    """Forward and backward of one micro-batch, its loss divided by `weight`, that of the window in all processes."""
     batch = window.batches[micro_step]
     step = window.step
     noise, quantiles = draw_noise(batch, run.seed, step), draw_quantiles(batch, run.seed, step)
     # Dropout inside an adapter draws from the global generator.
-    reseed_global(run.seed, "denoiser", step, micro_step)
+    reseed_global(run.seed, "denoiser", step, micro_step, *run.world.key)
     with run.autocast():
         losses = compute_losses(run.family, run.denoiser, batch, noise, quantiles, run.adapter.disabled)
     # Now, and not before the forward pass: a backward pass does not hold the interpreter, so a window can be built
     # beside it; beside a forward pass the two would wait for each other at each operation.
     run.batches.begin_next(window)
-    (losses.weighted_sum / window.weight).backward()
+    (losses.weighted_sum / weight).backward()
     return losses
 
 
@@ -111,9 +123,10 @@ def summarise(run: Run, window: Window, losses: list[Losses]) -> StepOutcome:
     """Clip the gradients and gather the step's numbers: the one place where the host waits for the device."""
     config = run.config
     grad_norm = clip_gradients(run)
-    loss, regularisation_loss = weighted_means(window, losses)
+    *sums, stops, samples = run.world.sum([*weighted_sums(window, losses), bool(run.stop), window.num_samples])
+    loss, regularisation_loss = weighted_means(*sums)
     learning_rate = config.learning_rate * run.lr_factor(window.step)
-    return StepOutcome(loss, float(grad_norm), learning_rate, regularisation_loss)
+    return StepOutcome(loss, float(grad_norm), learning_rate, regularisation_loss, stops > 0, int(samples))
 
 
 def clip_gradients(run: Run) -> Tensor:
@@ -125,13 +138,17 @@ def clip_gradients(run: Run) -> Tensor:
     return clip(run.trainable, config.max_grad_norm)
 
 
-def weighted_means(window: Window, losses: list[Losses]) -> tuple[float, float | None]:
-    """(mean over all samples of the window, mean over its regularisation samples or None)."""
+def weighted_sums(window: Window, losses: list[Losses]) -> tuple[float, float, float, float]:
+    """(loss, weight) of all samples of the window, and (loss, weight) of its regularisation samples."""
     sums = torch.stack([micro.weighted_sum.detach() for micro in losses]).tolist()
     weights = torch.stack([micro.weights.sum() for micro in losses]).tolist()
     kept = [index for index, batch in enumerate(window.batches) if batch.is_regularisation]
-    regularisation = sum(sums[i] for i in kept) / max(sum(weights[i] for i in kept), 1e-12) if kept else None
-    return sum(sums) / max(sum(weights), 1e-12), regularisation
+    return sum(sums), sum(weights), sum(sums[i] for i in kept), sum(weights[i] for i in kept)
+
+
+def weighted_means(loss: float, weight: float, kept_loss: float, kept_weight: float) -> tuple[float, float | None]:
+    """(mean over all samples, mean over regularisation samples or None) from `weighted_sums`."""
+    return loss / max(weight, 1e-12), kept_loss / kept_weight if kept_weight else None
 
 
 def diverged(run: Run, window: Window) -> DivergedError:
@@ -160,7 +177,7 @@ def report_step(run: Run, window: Window, outcome: StepOutcome, epoch: int, seco
             learning_rate=outcome.learning_rate,
             grad_norm=outcome.grad_norm,
             seconds=seconds,
-            samples=window.num_samples,
+            samples=outcome.samples,
             epoch=epoch + 1,
             memory_gb=memory_gb(run.family.device),
             extra=extra,
@@ -180,6 +197,7 @@ def is_due(run: Run, step_interval: int | None, epoch_interval: float | None = N
 
 def save_checkpoint(run: Run) -> str:
     """Commit a checkpoint of the current state and tell; returns its path."""
+    require_equal(run.world, run.adapter.state_dict(), f"after step {run.state.global_step}")
     path = run.checkpoints.save(run)
     run.bus.emit(CheckpointSaved(step=run.state.global_step, path=path))
     return str(path)

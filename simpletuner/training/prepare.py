@@ -8,6 +8,7 @@ from simpletuner import storage
 from simpletuner.config.loading import LoadedRun
 from simpletuner.data.dataset import Dataset
 from simpletuner.data.datasets import build_datasets
+from simpletuner.distributed.world import ALONE, World
 from simpletuner.errors import ConfigError, DataError, Problem
 from simpletuner.models.family import ModelFamily
 from simpletuner.reporting.bus import EventBus
@@ -20,7 +21,12 @@ REPORT_FILE = "dataset_report.json"
 
 
 def prepare_data(
-    loaded: LoadedRun, family: ModelFamily, output_dir: Path, bus: EventBus, stop: StopRequest
+    loaded: LoadedRun,
+    family: ModelFamily,
+    output_dir: Path,
+    bus: EventBus,
+    stop: StopRequest,
+    world: World = ALONE,
 ) -> tuple[list[Dataset], LatentSources]:
     """All that happens before the denoiser is loaded: `simpletuner cache build` does this and no more.
 
@@ -28,12 +34,18 @@ def prepare_data(
         DataError: as `prepare_datasets` and `prepare_latents`.
         Interrupted: a signal came; what was encoded stays.
     """
-    datasets = prepare_datasets(loaded, family, output_dir, bus, stop)
-    return prepare_latents(loaded, family, datasets, bus, stop)
+    with world.main_first():  # the others find every index made
+        datasets = prepare_datasets(loaded, family, output_dir, bus, stop, world)
+    return prepare_latents(loaded, family, datasets, bus, stop, world)
 
 
 def prepare_datasets(
-    loaded: LoadedRun, family: ModelFamily, output_dir: Path, bus: EventBus, stop: StopRequest
+    loaded: LoadedRun,
+    family: ModelFamily,
+    output_dir: Path,
+    bus: EventBus,
+    stop: StopRequest,
+    world: World = ALONE,
 ) -> list[Dataset]:
     """Scan the folders, tell what is used of them and why the rest is not, and keep that as a file.
 
@@ -54,7 +66,8 @@ def prepare_datasets(
     for dataset in datasets:
         for line in dataset.funnel.lines():
             bus.emit(Notice("info", line))
-    storage.write_json(output_dir / REPORT_FILE, [dataset.funnel.as_json() for dataset in datasets])
+    if world.is_main:
+        storage.write_json(output_dir / REPORT_FILE, [dataset.funnel.as_json() for dataset in datasets])
     require_training(datasets, data_file)
     check_sizes(family, datasets, data_file)
     return datasets

@@ -40,6 +40,10 @@ class StopRequest:
     def __bool__(self) -> bool:
         return self.received is not None
 
+    def adopt(self) -> None:
+        """Stop because another process of the run was asked to."""
+        self.received = self.received or signal.SIGTERM
+
     def error(self, saved: str | None) -> Interrupted:
         """The error that ends the run, with the shell's exit code for the signal."""
         assert self.received is not None

@@ -7,6 +7,7 @@ validation -> resume. What can fail cheaply comes before what is dear.
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -20,7 +21,8 @@ from simpletuner.adapters.build import build_adapter
 from simpletuner.config.loading import LoadedRun
 from simpletuner.data.dataset import Dataset
 from simpletuner.data.sampler import Sampler
-from simpletuner.errors import SimpleTunerError
+from simpletuner.distributed.world import ALONE, World, joined
+from simpletuner.errors import DataError, Problem, SimpleTunerError
 from simpletuner.models.family import ModelFamily
 from simpletuner.models.registry import get_family_class, get_spec
 from simpletuner.optim.ema import EMA
@@ -55,12 +57,14 @@ def train(loaded: LoadedRun) -> None:
     output_dir = Path(loaded.config.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
-        stack.enter_context(storage.exclusive_lock(output_dir / ".lock", f"training into {output_dir}"))
+        world = stack.enter_context(joined(os.environ))
+        if world.is_main:
+            stack.enter_context(storage.exclusive_lock(output_dir / ".lock", f"training into {output_dir}"))
         stop = stack.enter_context(StopRequest())
-        bus = stack.enter_context(EventBus(build_sinks(loaded.config, output_dir)))
+        bus = stack.enter_context(EventBus(build_sinks(loaded.config, output_dir) if world.is_main else ()))
         run: Run | None = None
         try:
-            run = build_run(loaded, output_dir, bus, stop)
+            run = build_run(loaded, output_dir, bus, stop, world)
             stack.callback(run.batches.close)
             started = time.monotonic()
             if run.is_finished:
@@ -69,25 +73,27 @@ def train(loaded: LoadedRun) -> None:
                 )
                 return
             run_training(run)
-            finish_run(run, time.monotonic() - started)
+            if world.is_main:
+                finish_run(run, time.monotonic() - started)
+            world.barrier()
         except SimpleTunerError as error:
             step = run.state.global_step if run is not None else 0
             bus.emit(RunFailed(step=step, message=error.render(), exit_code=error.exit_code))
             raise
 
 
-def build_run(loaded: LoadedRun, output_dir: Path, bus: EventBus, stop: StopRequest) -> Run:
+def build_run(loaded: LoadedRun, output_dir: Path, bus: EventBus, stop: StopRequest, world: World = ALONE) -> Run:
     """All parts of the run, resumed where there is something to resume from."""
     config = loaded.config
     checkpoints = Checkpoints(output_dir, config.checkpoints_total_limit)
-    resume_from, notices = checkpoints.choose(config.resume_from_checkpoint)
+    resume_from, notices = choose_checkpoint(checkpoints, config.resume_from_checkpoint, world)
     for line in [*loaded.warnings, *notices]:
         bus.emit(Notice("warning", line))
 
     family = build_family(loaded)
-    datasets, sources = prepare_data(loaded, family, output_dir, bus, stop)
+    datasets, sources = prepare_data(loaded, family, output_dir, bus, stop, world)
     training = [dataset for dataset in datasets if dataset.kind == "image"]
-    sampler = build_sampler(loaded, training)
+    sampler = build_sampler(loaded, training, world)
     total_steps = total_train_steps(loaded, sampler)
     announce(loaded, family, datasets, output_dir, resume_from, total_steps, bus)
 
@@ -99,7 +105,8 @@ def build_run(loaded: LoadedRun, output_dir: Path, bus: EventBus, stop: StopRequ
         denoiser.to(family.device)
         if config.gradient_checkpointing:
             denoiser.enable_gradient_checkpointing()
-    write_lock(loaded, family, datasets, output_dir, bus, resumes=resume_from is not None)
+    if world.is_main:
+        write_lock(loaded, family, datasets, output_dir, bus, resumes=resume_from is not None)
     parameters = adapter.trainable_parameters()
     run = Run(
         loaded=loaded,
@@ -111,7 +118,7 @@ def build_run(loaded: LoadedRun, output_dir: Path, bus: EventBus, stop: StopRequ
         optimizer=build_optimizer(config.optimizer, parameters, config.model_dump(), config.seed),
         lr_factor=build_lr_factor(loaded, total_steps),
         ema=EMA(parameters, config.ema_decay, config.ema_update_interval) if config.use_ema else None,
-        batches=build_batches(loaded, family, training, sources, sampler),
+        batches=build_batches(loaded, family, training, sources, sampler, world),
         evaluator=build_evaluator(loaded, family, datasets, sources),
         validator=build_validator(loaded, family, output_dir, bus),
         checkpoints=checkpoints,
@@ -119,6 +126,7 @@ def build_run(loaded: LoadedRun, output_dir: Path, bus: EventBus, stop: StopRequ
         stop=stop,
         state=TrainState(),
         max_train_steps=total_steps,
+        world=world,
     )
     if resume_from is not None:
         load_checkpoint(run, resume_from)
@@ -148,10 +156,35 @@ def build_family(loaded: LoadedRun) -> ModelFamily:
     return get_family_class(spec)(spec, model_source(loaded), device, weight_dtype(loaded.config))
 
 
-def build_sampler(loaded: LoadedRun, datasets: Sequence[Dataset]) -> Sampler:
-    """The order of the datasets that are trained on."""
+def build_sampler(loaded: LoadedRun, datasets: Sequence[Dataset], world: World = ALONE) -> Sampler:
+    """The order of the datasets that are trained on; a batch of it is that of all processes together."""
     config = loaded.config
-    return Sampler(datasets, config.train_batch_size, config.seed, fills_batches=config.allow_dataset_oversubscription)
+    return Sampler(
+        datasets,
+        config.train_batch_size * world.size,
+        config.seed,
+        num_ranks=world.size,
+        fills_batches=config.allow_dataset_oversubscription,
+    )
+
+
+def choose_checkpoint(checkpoints: Checkpoints, wanted: str | None, world: World) -> tuple[Path | None, list[str]]:
+    """As `Checkpoints.choose`; the main process chooses for all.
+
+    Raises:
+        DataError: a process cannot see the checkpoint.
+    """
+    path, notices = checkpoints.choose(wanted) if world.is_main else (None, [])
+    chosen, told = world.from_main([str(path) if path else None, notices])
+    if chosen is not None and not Path(chosen).is_dir():
+        raise DataError(
+            Problem(
+                f"{chosen} is not there for process {world.rank}",
+                key="output_dir",
+                fix="give all machines one shared output_dir",
+            )
+        )
+    return Path(chosen) if chosen else None, told
 
 
 def total_train_steps(loaded: LoadedRun, sampler: Sampler) -> int:
@@ -177,7 +210,12 @@ def build_lr_factor(loaded: LoadedRun, total_steps: int) -> LrFactor:
 
 
 def build_batches(
-    loaded: LoadedRun, family: ModelFamily, datasets: Sequence[Dataset], sources: LatentSources, sampler: Sampler
+    loaded: LoadedRun,
+    family: ModelFamily,
+    datasets: Sequence[Dataset],
+    sources: LatentSources,
+    sampler: Sampler,
+    world: World = ALONE,
 ) -> BatchSource:
     config = loaded.config
     return BatchSource(
@@ -189,6 +227,7 @@ def build_batches(
         accumulation=config.gradient_accumulation_steps,
         dropout=config.caption_dropout_probability or 0.0,
         masking=config.masked_loss_probability,
+        world=world,
     )
 
 

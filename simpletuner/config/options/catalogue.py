@@ -15,6 +15,7 @@ from simpletuner.config.options.evaluation import EvaluationOptions
 from simpletuner.config.options.model import ModelOptions
 from simpletuner.config.options.optimizer import OptimizerOptions
 from simpletuner.config.options.precision import PrecisionOptions
+from simpletuner.config.options.processes import ProcessOptions
 from simpletuner.config.options.reporting import ReportingOptions
 from simpletuner.config.options.training import TrainingOptions
 from simpletuner.config.options.validation import ValidationOptions
@@ -27,6 +28,7 @@ GROUPS: tuple[type[OptionGroup], ...] = (
     AdapterOptions,
     OptimizerOptions,
     PrecisionOptions,
+    ProcessOptions,
     ValidationOptions,
     EvaluationOptions,
     CheckpointOptions,
@@ -41,6 +43,7 @@ class TrainConfig(
     AdapterOptions,
     OptimizerOptions,
     PrecisionOptions,
+    ProcessOptions,
     ValidationOptions,
     EvaluationOptions,
     CheckpointOptions,

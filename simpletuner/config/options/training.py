@@ -103,10 +103,3 @@ class TrainingOptions(OptionGroup):
     scheduled_sampling_reflexflow_alpha: Float = option(1.0, help="ReflexFlow alpha.", planned=ROLLOUT)
     scheduled_sampling_reflexflow_beta1: Float = option(10.0, help="ReflexFlow beta 1.", planned=ROLLOUT)
     scheduled_sampling_reflexflow_beta2: Float = option(1.0, help="ReflexFlow beta 2.", planned=ROLLOUT)
-    deepspeed_config: Text | None = option(
-        None, help="DeepSpeed configuration file.", planned="training runs in one process"
-    )
-    fsdp_enable: Bool = option(False, help="Shard the model over processes.", planned="training runs in one process")
-    context_parallel_size: Int = option(
-        1, help="Processes that share one sequence.", planned="training runs in one process", ge=1
-    )

@@ -1,0 +1,67 @@
+"""Options of runs with several processes. The launcher reads the first five; torch's own variables mean the same."""
+
+from __future__ import annotations
+
+from simpletuner.config.options.declare import OptionGroup, option
+from simpletuner.config.values import Bool, Int, Text
+
+
+SHARDING = "sharding is not built; each process holds the whole model"
+
+
+class ProcessOptions(OptionGroup):
+    """Several processes"""
+
+    num_processes: Int | None = option(
+        None,
+        help="Processes on each machine, one per accelerator. Unset: one for each accelerator that is visible, one in "
+        "all where there is none. TRAINING_NUM_PROCESSES sets it too. Each process takes `train_batch_size` pictures.",
+        ge=1,
+    )
+    num_machines: Int = option(
+        1, help="Machines of this run, all with the same number of processes; TRAINING_NUM_MACHINES sets it too.", ge=1
+    )
+    machine_rank: Int = option(
+        0, help="Which of the machines this is; 0 is the one that writes. NODE_RANK and MACHINE_RANK set it too.", ge=0
+    )
+    main_process_ip: Text = option(
+        "127.0.0.1", help="Address of machine 0, as the others reach it; MASTER_ADDR sets it too."
+    )
+    main_process_port: Int | None = option(
+        None,
+        help="Port on machine 0; unset, a free one, where there is only one machine. MASTER_PORT sets it too.",
+        ge=1,
+        le=65535,
+    )
+    fsdp_enable: Bool = option(
+        False,
+        help="Spread the denoiser's weights over the processes (FSDP2): each holds its part and fetches a block's "
+        "others when it is its turn. For models that do not fit one device.",
+        planned=SHARDING,
+    )
+    fsdp_reshard_after_forward: Bool = option(
+        True,
+        help="Let go of a block's fetched weights after its forward pass and fetch them again for the backward pass: "
+        "least memory. false keeps them (ZeRO-2).",
+        planned=SHARDING,
+    )
+    fsdp_shard_size: Int | None = option(
+        None,
+        help="Processes that share one copy of the weights; several such groups hold a copy each (hybrid sharding). "
+        "Unset: all processes share one. It must divide the number of processes.",
+        ge=2,
+        planned=SHARDING,
+    )
+    fsdp_cpu_offload: Bool = option(
+        False, help="Keep the spread weights in main memory and fetch each block's to the device: slow, least memory.",
+        planned=SHARDING,
+    )
+    deepspeed_config: Text | None = option(
+        None,
+        help="DeepSpeed configuration file: its ZeRO stage (1 to 3) decides what is spread over the processes.",
+        path="input",
+        planned="DeepSpeed is not built",
+    )
+    context_parallel_size: Int = option(
+        1, help="Processes that share one sequence.", planned="each process works on whole pictures", ge=1
+    )

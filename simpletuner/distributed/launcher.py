@@ -1,0 +1,182 @@
+"""Starts one process per device and ends them together.
+
+torchrun does the first of these too, but answers a wrong setting with a page of traceback and exit code 1, and takes
+minutes to notice a process that hangs. Here the first process that fails speaks for the run: its message is printed
+once, its exit code is the run's. Runs under torchrun or `accelerate launch` work as well: they set RANK themselves, and
+nothing is started then. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+# Where a process leaves its last words; set by the launcher.
+LAST_WORDS = "SIMPLETUNER_LAST_WORDS"
+# A process that hangs in a collective does not answer SIGTERM; it has nothing to save either.
+GRACE_SECONDS = 20.0
+POLL_SECONDS = 0.1
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The processes to start on this machine.
+
+    Args:
+        num_processes: here.
+        num_machines: all with the same number.
+        machine_rank: 0 is the machine whose address the others know.
+        address: of machine 0.
+        port: on it; None chooses a free one, which only a single machine can do.
+    """
+
+    num_processes: int
+    num_machines: int = 1
+    machine_rank: int = 0
+    address: str = "127.0.0.1"
+    port: int | None = None
+
+    @property
+    def world_size(self) -> int:
+        return self.num_processes * self.num_machines
+
+
+def is_started_already(environment: Mapping[str, str]) -> bool:
+    """Whether this is one of several processes: torchrun, accelerate or this module has started it."""
+    return "RANK" in environment and "WORLD_SIZE" in environment
+
+
+def launch(arguments: Sequence[str], layout: Layout, say: Callable[[str], None]) -> int:
+    """Run `simpletuner ARGUMENTS` in each process until all have ended; returns the exit code of the run.
+
+    Args:
+        say: told the last words of the process that failed first.
+    """
+    with tempfile.TemporaryDirectory(prefix="simpletuner-") as folder:
+        port = layout.port or _free_port()
+        processes = [
+            _start(arguments, layout, local_rank, port, Path(folder)) for local_rank in range(layout.num_processes)
+        ]
+        with _forwarded_signals(processes) as received:
+            failed = _wait(processes)
+        if failed is None:
+            return 0
+        code = _exit_code(processes[failed].returncode)
+        words = Path(folder) / str(failed)
+        if words.is_file():
+            say(words.read_text(encoding="utf-8"))
+        elif not received:
+            say(_silent_end(processes[failed].returncode, _rank(layout, failed), layout.world_size))
+        return code
+
+
+def _rank(layout: Layout, local_rank: int) -> int:
+    return layout.machine_rank * layout.num_processes + local_rank
+
+
+def _start(
+    arguments: Sequence[str], layout: Layout, local_rank: int, port: int, folder: Path
+) -> subprocess.Popen[bytes]:
+    environment = os.environ | {
+        "RANK": str(_rank(layout, local_rank)),
+        "WORLD_SIZE": str(layout.world_size),
+        "LOCAL_RANK": str(local_rank),
+        "LOCAL_WORLD_SIZE": str(layout.num_processes),
+        "MASTER_ADDR": layout.address,
+        "MASTER_PORT": str(port),
+        # As torchrun does: every process would else take all cores for itself.
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
+        LAST_WORDS: str(folder / str(local_rank)),
+    }
+    # A session of its own: Ctrl-C in the terminal reaches the launcher only, which tells each process once.
+    return subprocess.Popen([sys.executable, "-m", "simpletuner", *arguments], env=environment, start_new_session=True)
+
+
+def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> int | None:
+    """Until all have ended; the first that failed, or None. What still runs then is asked to end, and soon made to."""
+    failed: int | None = None
+    deadline = float("inf")
+    while any(process.poll() is None for process in processes):
+        if failed is None:
+            failed = _first_failure(processes)
+            if failed is not None:
+                _signal_all(processes, signal.SIGTERM)
+                deadline = time.monotonic() + GRACE_SECONDS
+        if time.monotonic() > deadline:
+            _signal_all(processes, signal.SIGKILL)
+        time.sleep(POLL_SECONDS)
+    return failed if failed is not None else _first_failure(processes)
+
+
+def _first_failure(processes: Sequence[subprocess.Popen[bytes]]) -> int | None:
+    failures = [index for index, process in enumerate(processes) if process.poll() not in (None, 0)]
+    # Those that end because another one did come later, or at once by a lost connection; one that a signal ended, or
+    # that had a reason of its own, is the cause.
+    return min(failures, key=lambda index: (processes[index].returncode == 1, index), default=None)
+
+
+def _signal_all(processes: Sequence[subprocess.Popen[bytes]], number: signal.Signals) -> None:
+    for process in processes:
+        if process.poll() is None:
+            process.send_signal(number)
+
+
+@contextmanager
+def _forwarded_signals(processes: Sequence[subprocess.Popen[bytes]]) -> Iterator[list[int]]:
+    """SIGTERM and SIGINT go on to every process, which save and leave; inside, the list of those that came."""
+    received: list[int] = []
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        _signal_all(processes, signal.Signals(number))
+
+    previous = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _exit_code(returncode: int) -> int:
+    """A shell's code for a process that a signal ended."""
+    return 128 - returncode if returncode < 0 else returncode
+
+
+def _silent_end(returncode: int, rank: int, size: int) -> str:
+    who = f"process {rank} of {size}"
+    if returncode == -signal.SIGKILL:
+        return f"{who} was killed (SIGKILL): most often the machine had no memory left; the others were ended"
+    if returncode < 0:
+        return f"{who} was ended by {signal.Signals(-returncode).name}; the others were ended"
+    return f"{who} ended with code {returncode}; the others were ended"
+
+
+def leave_last_words(text: str, environment: Mapping[str, str]) -> bool:
+    """Keep an error for the launcher, which prints that of the first process that failed; False without a launcher."""
+    path = environment.get(LAST_WORDS)
+    if not path:
+        return False
+    rank, size = environment["RANK"], environment["WORLD_SIZE"]
+    prefix = "" if rank == "0" else f"process {rank} of {size}: "
+    with contextlib.suppress(OSError):  # the launcher is gone, and with it the folder: then it is printed here
+        Path(path).write_text(prefix + text, encoding="utf-8")
+        return True
+    return False
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

@@ -1,0 +1,28 @@
+"""How many processes a configuration means on this machine."""
+
+from __future__ import annotations
+
+import os
+
+from simpletuner.config.options import TrainConfig
+from simpletuner.distributed.launcher import Layout
+from simpletuner.hardware import amd_gpus, nvidia_gpus
+
+
+def layout_of(config: TrainConfig) -> Layout:
+    """The processes of `num_processes`, or one for each accelerator that is visible."""
+    return Layout(
+        num_processes=config.num_processes or max(visible_accelerators(), 1),
+        num_machines=config.num_machines,
+        machine_rank=config.machine_rank,
+        address=config.main_process_ip,
+        port=config.main_process_port,
+    )
+
+
+def visible_accelerators() -> int:
+    """Accelerators that the driver reports and `CUDA_VISIBLE_DEVICES` or `HIP_VISIBLE_DEVICES` leaves visible."""
+    for variable in ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES"):
+        if variable in os.environ:
+            return len([name for name in os.environ[variable].split(",") if name.strip() not in ("", "-1")])
+    return len(nvidia_gpus() or amd_gpus())

@@ -1,0 +1,138 @@
+"""Two processes train what one trains with the same global batch, and end together."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from tests.runs import cli, metrics, run_cli, write_run
+
+pytestmark = pytest.mark.slow
+
+# Ends of one process's runs and of two processes' differ by the order in which numbers are added up.
+TOLERANCE = 1e-5
+
+
+def steps(output: Path) -> list[dict]:
+    return metrics(output, "step_done")
+
+
+def weights(output: Path) -> dict:
+    return load_file(output / "pytorch_lora_weights.safetensors")
+
+
+def assert_same_training(one: Path, other: Path) -> None:
+    for mine, theirs in zip(steps(one), steps(other), strict=True):
+        assert mine["step"] == theirs["step"]
+        assert mine["samples"] == theirs["samples"]
+        assert mine["loss"] == pytest.approx(theirs["loss"], abs=TOLERANCE)
+        assert mine["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
+    mine, theirs = weights(one), weights(other)
+    assert mine.keys() == theirs.keys()
+    assert max(float((mine[name] - theirs[name]).abs().max()) for name in mine) <= TOLERANCE
+
+
+def train(folder: Path, *arguments: str) -> Path:
+    result = run_cli(folder, "train", *arguments)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return folder / "output"
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory, omnigen_folder) -> Path:
+    return train(write_run(tmp_path_factory.mktemp("one"), omnigen_folder, train_batch_size=4, use_ema=True))
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory, omnigen_folder) -> Path:
+    """An odd number of pictures: some batches have one picture, and one process then has none that counts."""
+    options = {"train_batch_size": 2, "num_processes": 2, "use_ema": True}
+    return train(write_run(tmp_path_factory.mktemp("two"), omnigen_folder, **options))
+
+
+def test_two_processes_train_what_one_does_with_the_same_global_batch(one_process, two_processes):
+    assert_same_training(one_process, two_processes)
+
+
+def test_only_the_main_process_writes_and_speaks(two_processes):
+    assert len(metrics(two_processes, "run_started")) == 1
+    assert len(steps(two_processes)) == 8
+
+
+def test_each_process_encodes_its_share_once(two_processes):
+    done = [record["summary"] for record in metrics(two_processes, "phase_done") if "caching" in record["name"]]
+    # 7 pictures: 4 for the main process, 3 for the other; 3 and 2 are divided likewise.
+    assert done == ["4 encoded, 0 cached before", "2 encoded, 0 cached before", "1 encoded, 0 cached before"]
+
+
+def test_a_stopped_run_of_two_processes_resumes_to_the_same_bits(tmp_path, omnigen_folder, two_processes):
+    options = {"train_batch_size": 2, "num_processes": 2, "use_ema": True}
+    folder = write_run(tmp_path / "stopped", omnigen_folder, **options)
+    train(folder, "--max_train_steps=4")
+    resumed = train(folder)
+    assert [record["step"] for record in steps(resumed)] == list(range(1, 9))
+    name = "pytorch_lora_weights.safetensors"
+    assert (resumed / "checkpoint-8" / name).read_bytes() == (two_processes / "checkpoint-8" / name).read_bytes()
+
+
+def started(folder: Path) -> subprocess.Popen:
+    """A run of two processes that would take minutes, once it has taken a step."""
+    arguments = cli("train", "--max_train_steps=100000", "--checkpoint_step_interval=0")
+    process = subprocess.Popen(arguments, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    record = folder / "output" / "metrics.jsonl"
+    while not (record.is_file() and '"step_done"' in record.read_text()):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    return process
+
+
+def child_of_rank(launcher: subprocess.Popen, rank: int) -> int:
+    children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+    wanted = f"RANK={rank}".encode()
+    found = [int(pid) for pid in children if wanted in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")]
+    assert len(found) == 1
+    return found[0]
+
+
+def test_when_one_process_is_killed_all_end_and_the_reason_is_said(tmp_path, omnigen_folder):
+    launcher = started(write_run(tmp_path, omnigen_folder, num_processes=2))
+    victim, other = child_of_rank(launcher, 1), child_of_rank(launcher, 0)
+    os.kill(victim, signal.SIGKILL)
+    killed = time.monotonic()
+    _, told = launcher.communicate(timeout=60)
+    assert time.monotonic() - killed < 60
+    assert launcher.returncode == 137
+    assert "process 1 of 2 was killed" in told
+    assert not Path(f"/proc/{other}").exists()
+
+
+def test_sigterm_to_the_launcher_saves_once_and_leaves(tmp_path, omnigen_folder):
+    launcher = started(write_run(tmp_path, omnigen_folder, num_processes=2))
+    launcher.terminate()
+    _, told = launcher.communicate(timeout=60)
+    assert launcher.returncode == 143, told
+    assert told.count("stopped by SIGTERM") == 1
+    saved = [path for path in (tmp_path / "output").iterdir() if path.name.startswith("checkpoint-")]
+    assert len(saved) == 1
+    state = json.loads((saved[0] / "training_state.json").read_text())["state"]
+    assert saved[0].name == f"checkpoint-{state['global_step']}"
+
+
+def test_an_error_of_every_process_is_printed_once(tmp_path, omnigen_folder):
+    folder = write_run(tmp_path, omnigen_folder, num_processes=2)
+    for picture in (folder / "pictures").glob("*.png"):
+        picture.write_bytes(b"no picture")
+    result = run_cli(folder, "train")
+    assert result.returncode == 3
+    assert result.stderr.count("pictures") >= 1
+    assert result.stderr.count("to mend it") <= 1
+    assert "Traceback" not in result.stderr + result.stdout
