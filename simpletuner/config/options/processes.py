@@ -5,7 +5,6 @@ from __future__ import annotations
 from simpletuner.config.options.declare import OptionGroup, option
 from simpletuner.config.values import Bool, Int, Text
 
-
 SHARDING = "sharding is not built; each process holds the whole model"
 
 
@@ -53,7 +52,8 @@ class ProcessOptions(OptionGroup):
         planned=SHARDING,
     )
     fsdp_cpu_offload: Bool = option(
-        False, help="Keep the spread weights in main memory and fetch each block's to the device: slow, least memory.",
+        False,
+        help="Keep the spread weights in main memory and fetch each block's to the device: slow, least memory.",
         planned=SHARDING,
     )
     deepspeed_config: Text | None = option(
