@@ -11,6 +11,7 @@ from functools import partial
 from typing import Literal
 
 from rich.markup import escape
+from rich.text import Text
 from textual import events, on
 from textual.app import App, ComposeResult
 from textual.binding import Binding
@@ -29,6 +30,7 @@ from simpletuner.wizard.plan import make_plan
 from simpletuner.wizard.project import Project
 from simpletuner.wizard.questions import Page, Question, Refused, pages
 from simpletuner.wizard.review import Review
+from simpletuner.wizard.thumbnails import thumbnails_text
 
 Outcome = Literal["saved", "start"] | None
 _FOLDERS = ("pictures", "eval_pictures", "regularisation_pictures")
@@ -59,6 +61,8 @@ class Wizard(App[Outcome]):
         Binding("ctrl+s", "save", "Save", priority=True),
         Binding("ctrl+r", "start", "Save and run", priority=True),
         Binding("ctrl+q", "leave", "Quit", priority=True),
+        Binding("pagedown", "scroll(1)", "Scroll", priority=True),
+        Binding("pageup", "scroll(-1)", "Scroll up", priority=True, show=False),
     ]
 
     def __init__(self, project: Project):
@@ -131,9 +135,9 @@ class Wizard(App[Outcome]):
             if not field.has_class("refused") and not field.input.has_focus:
                 field.show(self.answers, plan)
         if self.page.title == "Pictures":
-            self.put(self.query_one("#report", Static), "\n".join(self.report_lines()))
+            self.put(self.query_one("#report", Static), self.report())
 
-    def put(self, static: Static, text: str) -> None:
+    def put(self, static: Static, text: str | Text) -> None:
         """Show a text; the same one again costs no layout."""
         if static.content != text:
             static.update(text)
@@ -196,7 +200,8 @@ class Wizard(App[Outcome]):
     @property
     def is_looking(self) -> bool:
         """Whether a folder is yet to be looked at."""
-        return bool(self._waiting) or any(not worker.is_finished for worker in self.workers)
+        scans = [worker for worker in self.workers if worker.group in _FOLDERS]
+        return bool(self._waiting) or any(not worker.is_finished for worker in scans)
 
     def scan(self, folder: str) -> None:
         """In a thread of its own."""
@@ -212,7 +217,9 @@ class Wizard(App[Outcome]):
                 self.call_from_thread(self.take_report, folder, f"looking at the pictures: {num_files} files ...")
 
         try:
-            report = look_at_folder(folder, places.working_dir, cache_dir(self.project, self.answers), progress)
+            report = look_at_folder(
+                folder, places.working_dir, cache_dir(self.project, self.answers), progress, with_thumbnails=True
+            )
         except ScanStopped:
             return
         except SimpleTunerError as error:
@@ -229,8 +236,15 @@ class Wizard(App[Outcome]):
         if self.position == len(self.pages):
             self.query_one(Review).show(self.project, self.answers)
 
+    def report(self) -> Text:
+        """What is known of the folders, and a few of the pictures that are learned."""
+        text = Text("\n".join(self.report_lines()))
+        main = self.reports.get(self.answers.pictures)
+        if isinstance(main, FolderReport) and main.thumbnails:
+            text.append("\n\n").append(thumbnails_text(main.thumbnails))
+        return text
+
     def report_lines(self) -> list[str]:
-        """What is known of the folders."""
         lines = []
         for key in _FOLDERS:
             folder = getattr(self.answers, key)
@@ -258,6 +272,12 @@ class Wizard(App[Outcome]):
         target = self.position + by
         if 0 <= target <= len(self.pages) and self.may_leave_page():
             self.show_page(target)
+
+    def action_scroll(self, by: int) -> None:
+        """What is longer than the screen: a page, or the files of the review."""
+        wanted = "#diff-scroll" if self.page is None else f"#page-{self.position}"
+        view = self.query_one(wanted, VerticalScroll)
+        view.scroll_relative(y=by * max(1, view.size.height - 2))
 
     def may_leave_page(self) -> bool:
         """Whether every text on this page is an answer."""

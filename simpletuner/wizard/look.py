@@ -25,6 +25,7 @@ Field.refused Input { background: $error-darken-3; }
 #buttons { height: 1; padding: 0 2; }
 #buttons Button { margin: 0 2 0 0; }
 #verdict { height: auto; max-height: 50%; padding: 0 0 1 0; overflow-y: auto; }
+#estimate { height: auto; max-height: 5; padding: 0 0 1 0; }
 #diff-scroll { height: 1fr; background: $surface; padding: 0 1; scrollbar-size-vertical: 1; }
 #diff { width: auto; height: auto; }
 """

@@ -6,7 +6,7 @@ The index is the one that training uses, in the same place, so what is looked at
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 from simpletuner.data.buckets import BucketRules, ResolutionType
@@ -15,6 +15,7 @@ from simpletuner.data.index import Catalogue, Index
 from simpletuner.data.report import SetAside
 from simpletuner.models.spec import FamilySpec
 from simpletuner.wizard.answers import PictureFacts
+from simpletuner.wizard.thumbnails import Thumbnail, make_thumbnails
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class FolderReport:
         sizes: (height, width, pictures) of each different size.
         duplicates: pictures with the content of another one.
         problems: what is not used, one line per reason.
+        thumbnails: of a few pictures; empty where nobody asked for them.
     """
 
     folder: str
@@ -36,6 +38,7 @@ class FolderReport:
     sizes: Sequence[tuple[int, int, int]]
     duplicates: int
     problems: Sequence[str]
+    thumbnails: Sequence[Thumbnail] = ()
 
     def lines(self) -> list[str]:
         """For people: what there is, then what is wrong."""
@@ -58,7 +61,9 @@ def folder_path(folder: str, working_dir: Path) -> Path:
         return working_dir / folder
 
 
-def look_at_folder(folder: str, working_dir: Path, cache_dir: Path, progress: Callable[[int], None]) -> FolderReport:
+def look_at_folder(
+    folder: str, working_dir: Path, cache_dir: Path, progress: Callable[[int], None], with_thumbnails: bool = False
+) -> FolderReport:
     """Scan a folder; what was scanned before is not read again.
 
     Args:
@@ -73,10 +78,12 @@ def look_at_folder(folder: str, working_dir: Path, cache_dir: Path, progress: Ca
     from simpletuner.data.datasets import index_path
 
     root = folder_path(folder, working_dir)
-    index = Index(index_path(cache_dir, str(root.resolve())), LocalBackend(root))
+    backend = LocalBackend(root)
+    index = Index(index_path(cache_dir, str(root.resolve())), backend)
     try:
         catalogue = index.scan(progress)
-        return _report(folder, catalogue, index.set_aside(with_texts=True))
+        report = _report(folder, catalogue, index.set_aside(with_texts=True))
+        return replace(report, thumbnails=make_thumbnails(index, backend, catalogue)) if with_thumbnails else report
     finally:
         index.close()
 

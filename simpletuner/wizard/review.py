@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from contextlib import aclosing
+from pathlib import Path
+
 from rich.text import Text
+from textual import work
 from textual.app import ComposeResult
 from textual.containers import Horizontal, Vertical, VerticalScroll
 from textual.widgets import Button, Static
 
+from simpletuner.hardware import Hardware
 from simpletuner.wizard.answers import Answers
+from simpletuner.wizard.estimate import Estimate, estimate_lines, estimates, rough_lines
 from simpletuner.wizard.files import Verdict, diff_lines, judge, start_command, texts_for
 from simpletuner.wizard.project import Project
 
@@ -20,9 +27,11 @@ class Review(Vertical):
     DEFAULT_CSS = "Review { padding: 1 2 0 2; }"
 
     verdict: Verdict | None = None
+    estimated: tuple[Verdict, Estimate] | None = None
 
     def compose(self) -> ComposeResult:
         yield Static(id="verdict")
+        yield Static(id="estimate")
         with VerticalScroll(id="diff-scroll"):
             yield Static(id="diff")
         with Horizontal(id="buttons"):
@@ -39,6 +48,24 @@ class Review(Vertical):
         self.query_one("#verdict", Static).update(verdict_text(self.verdict, bool(texts), start_command(project)))
         diff = Text("\n").join(coloured(line) for line in diff_lines(project, texts))
         self.query_one("#diff", Static).update(diff or Text("(the files on the disk say the same)", "dim"))
+        self.query_one("#estimate").display = self.verdict.run is not None
+        if self.verdict.run is not None:
+            self.estimate(self.verdict, project, texts, answers.hardware)
+
+    @work(group="estimate", exclusive=True)
+    async def estimate(self, verdict: Verdict, project: Project, texts: Mapping[Path, str], hardware: Hardware) -> None:
+        """Show memory, time and disk as they become known; the same run is not asked about twice."""
+        static = self.query_one("#estimate", Static)
+        if self.estimated and self.estimated[0] == verdict:
+            static.update(estimate_text(self.estimated[1], verdict, hardware))
+            return
+        self.estimated = None
+        static.update(Text("memory, disk and time are being worked out ...", "dim"))
+        async with aclosing(estimates(project, texts)) as told:
+            async for found in told:
+                static.update(estimate_text(found, verdict, hardware))
+                if found.error or found.seconds or found.why_no_time:
+                    self.estimated = verdict, found
 
 
 def verdict_text(verdict: Verdict, is_changed: bool, start: str) -> Text:
@@ -49,9 +76,19 @@ def verdict_text(verdict: Verdict, is_changed: bool, start: str) -> Text:
     for warning in verdict.warnings:
         parts.append(Text(f"note: {warning}", "yellow"))
     if not verdict.problems:
-        saved = f"Saved. `simpletuner plan` says what it takes; start with: {start}"
+        saved = f"Saved. Start with: {start}"
         parts.append(Text("Every check of a start passes." if is_changed else saved, "bold green"))
     return Text("\n").join(parts)
+
+
+def estimate_text(found: Estimate, verdict: Verdict, hardware: Hardware) -> Text:
+    """What the run takes; red where it is more than there is."""
+    if not found.error:
+        lines = estimate_lines(found, hardware)
+        return Text("\n").join(Text(line, "" if is_well else "bold red") for line, is_well in lines)
+    rough = rough_lines(verdict.run, hardware) if verdict.run else []
+    reason = "more is known once the model is here; nothing is fetched for an estimate" if rough else found.error
+    return Text("\n").join([*map(Text, rough), Text(reason, "dim")])
 
 
 def coloured(line: str) -> Text:

@@ -168,6 +168,48 @@ def test_a_wrong_answer_is_explained_and_holds_the_page(folder: Path, omnigen_fo
     drive(folder, steps)
 
 
+def test_the_review_says_what_simpletuner_plan_says(folder: Path, omnigen_folder: Path):
+    async def steps(pilot: Pilot) -> None:
+        await first_run(pilot, omnigen_folder)
+        review = pilot.app.query_one(Review)
+        for _ in range(1200):
+            await pilot.pause(0.05)
+            if review.estimated:
+                break
+        shown = str(pilot.app.query_one("#estimate", Static).render())
+        assert "4 steps, " in shown
+        assert "s each" in shown
+        await pilot.press("ctrl+s")
+        pilot.app.shown = shown
+
+    wizard = drive(folder, steps)
+    told = subprocess.run(
+        [sys.executable, "-m", "simpletuner", "plan", "--no-probe"], cwd=folder, capture_output=True, text=True
+    )
+    together = [line.partition(" together")[0].strip() for line in told.stdout.splitlines() if " together" in line]
+    assert len(together) == 2  # memory, disk
+    memory, disk, _ = wizard.shown.splitlines()
+    assert memory.startswith(f"memory  {together[0]} of ")
+    assert disk.startswith(f"disk    {together[1]}, ")
+
+
+def test_page_down_reaches_what_a_small_terminal_cuts_off(folder: Path):
+    async def steps(pilot: Pilot) -> None:
+        await pilot.press("ctrl+n", "ctrl+n")
+        await fill_in(pilot, "pictures", "pictures")
+        await looked_at(pilot)
+        await pilot.pause()
+        report = pilot.app.query_one("#report", Static)
+        assert "▀" in str(report.render())
+        page = pilot.app.query_one("#page-2")
+        assert report.region.bottom > page.region.bottom
+        await pilot.press("pagedown", "pagedown")
+        await pilot.pause()
+        assert report.region.bottom <= page.region.bottom
+
+    drive(folder, steps)
+
+
 def test_nothing_is_saved_while_a_check_fails(folder: Path):
     async def steps(pilot: Pilot) -> None:
         await first_run(pilot, folder / "nowhere")

@@ -1,0 +1,172 @@
+"""Memory, time and disk on the review page, from `simpletuner plan`, while the screens stay quick.
+
+A plan needs torch, which takes seconds to import and would hold the screens up even in a thread. So it is worked out in
+a process of its own, which is told the unsaved files and answers in lines of JSON: first without time, then with it
+where steps can be measured. Nothing is fetched for it; of a model that is not here yet, `rough_lines` says what the
+registry knows.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sys
+from collections.abc import AsyncGenerator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from simpletuner.commands.text import bytes_text, count_text, duration_text
+from simpletuner.config.loading import LoadedRun
+from simpletuner.errors import SimpleTunerError
+from simpletuner.hardware import Hardware
+from simpletuner.models.registry import get_spec
+
+if TYPE_CHECKING:
+    from simpletuner.wizard.project import Project
+
+# Of a card of the middle class in bfloat16, well below what makers promise.
+ASSUMED_OPERATIONS = 50e12
+PROMPT_TOKENS = 100
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a run takes, or why that is not known.
+
+    Args:
+        memory: bytes of the device while training.
+        disk: bytes that the run writes; `free_disk` where it writes.
+        steps: optimizer steps.
+        seconds: of training, and of encoding before it; None where they were not measured.
+        why_no_time: then the reason; empty while it is still being measured.
+        error: why there is no estimate at all; everything else is empty then.
+    """
+
+    memory: int = 0
+    disk: int = 0
+    free_disk: int = 0
+    steps: int = 0
+    seconds: tuple[float, float] | None = None
+    why_no_time: str = ""
+    error: str = ""
+
+
+def estimate_lines(found: Estimate, hardware: Hardware) -> list[tuple[str, bool]]:
+    """(line, whether all is well) for the review page."""
+    memory = f"memory  {bytes_text(found.memory)} of {bytes_text(hardware.device_bytes)}"
+    disk = f"disk    {bytes_text(found.disk)}, {bytes_text(found.free_disk)} free"
+    lines = [(memory, found.memory < hardware.device_bytes), (disk, found.disk < found.free_disk)]
+    steps = f"time    {count_text(found.steps, 'step')}"
+    if found.seconds is None:
+        return [*lines, (f"{steps}; {found.why_no_time or 'measuring a few of them ...'}", True)]
+    training, encoding = found.seconds
+    each = f"{training / max(found.steps, 1):.3g} s each"
+    return [*lines, (f"{steps}, {each}: {duration_text(training)}; encoding: {duration_text(encoding)}", True)]
+
+
+def rough_lines(run: LoadedRun, hardware: Hardware) -> list[str]:
+    """What can be said of a model that is not on this machine: its weights and the arithmetic of a step."""
+    config, spec = run.config, get_spec(run.config.model_family)
+    flavour = spec.flavours[config.model_flavour or spec.default_flavour]
+    if config.pretrained_model_name_or_path or not flavour.parameters:
+        return []
+    bits = _bits_of(config.base_model_precision, config.mixed_precision)
+    weights = bytes_text(flavour.weight_bytes(bits))
+    lines = [
+        f"memory  at least {weights} for the weights of {spec.title}, of {bytes_text(hardware.device_bytes)}",
+        f"disk    about {bytes_text(flavour.weight_bytes())} are fetched from the hub at the first start",
+    ]
+    if config.max_train_steps and hardware.device != "cpu":
+        tokens = run_tokens(run, spec.size_multiple) + PROMPT_TOKENS
+        # Forward, and backward through frozen weights; checkpointing runs forward once more.
+        passes = 3 if config.gradient_checkpointing else 2
+        pictures = config.train_batch_size * config.gradient_accumulation_steps * config.max_train_steps
+        operations = 2.0 * flavour.parameters * tokens * passes * pictures
+        duration, rate = duration_text(operations / ASSUMED_OPERATIONS), f"{ASSUMED_OPERATIONS / 1e12:.0f}"
+        lines.append(f"time    not measured; about {duration} at {rate} trillion operations a second")
+    return lines
+
+
+def run_tokens(run: LoadedRun, multiple: int) -> int:
+    """Tokens of a picture at the resolution of `config.json`."""
+    config = run.config
+    area = config.resolution * 1e6 if config.resolution_type == "area" else config.resolution**2
+    return round(area / multiple**2)
+
+
+def _bits_of(base_precision: str, mixed_precision: str) -> int:
+    """Bits of a frozen weight; formats name them (`int8-quanto`, `nf4-bnb`)."""
+    digits = "".join(letter for letter in base_precision.partition("-")[0] if letter.isdigit())
+    return int(digits) if digits else 32 if mixed_precision == "no" else 16
+
+
+# ---- the process ---------------------------------------------------------------------------------------------------
+
+
+async def estimates(project: Project, texts: Mapping[Path, str]) -> AsyncGenerator[Estimate, None]:
+    """What the other process says, as it says it; closing the iterator ends the process.
+
+    Args:
+        texts: of files that are not saved.
+    """
+    places = project.places
+    told = {
+        "config": str(places.config),
+        "working_dir": str(places.working_dir),
+        "unsaved": {str(path): text for path, text in {**project.texts, **texts}.items()},
+    }
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "simpletuner.wizard.estimate"),
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.DEVNULL,
+        cwd=places.working_dir,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    try:
+        process.stdin.write(json.dumps(told).encode())
+        process.stdin.close()
+        async for line in process.stdout:
+            if line.startswith(b"{"):
+                yield Estimate(**json.loads(line))
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.wait()
+
+
+def main() -> None:
+    """The other process: a run on stdin, estimates on stdout."""
+    told = json.load(sys.stdin)
+    try:
+        run = _load(told)
+        for probe in (False, None):
+            print(json.dumps(asdict(_estimate(run, probe))), flush=True)
+    except SimpleTunerError as error:
+        print(json.dumps(asdict(Estimate(error=error.problems[0].message))), flush=True)
+
+
+def _load(told: Mapping[str, Any]) -> LoadedRun:
+    from simpletuner.config.discovery import ConfigSource
+    from simpletuner.config.loading import load_source
+
+    unsaved = {Path(path): text for path, text in told["unsaved"].items()}
+    source = ConfigSource(Path(told["config"]), "json")
+    return load_source(source, (), {}, Path(told["working_dir"]), get_spec, unsaved=unsaved)
+
+
+def _estimate(run: LoadedRun, probe: bool | None) -> Estimate:
+    from simpletuner.commands.plan import make_plan
+
+    found = make_plan(run, probe)
+    reasons = [note.partition(": ")[2] for note in found.notes if note.startswith("time was not measured")]
+    why_no_time = f"not measured: {reasons[0]}" if probe is None and reasons else ""
+    return Estimate(found.memory_bytes, found.disk_bytes, found.free_disk, found.steps, found.seconds, why_no_time)
+
+
+if __name__ == "__main__":
+    main()
