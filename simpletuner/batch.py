@@ -6,7 +6,7 @@ These are plain containers. They hold tensors of any device and know nothing of 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -35,10 +35,10 @@ class Sample:
         digest: sha256 of the file's bytes (hex); the identity of the content.
         width: pixels after EXIF orientation.
         height: pixels after EXIF orientation.
-        captions: every caption variant that the caption strategy found; at least one.
+        captions: every caption variant that the caption strategy found; at least one, none for references.
         crop: what is cut out of the picture.
-        references: paths of reference pictures for edit training, relative like `path`.
         is_flipped: mirrored left to right after the cut.
+        references: the reference pictures of edit training, in the order in which the model sees them.
     """
 
     dataset_id: str
@@ -48,8 +48,13 @@ class Sample:
     height: int
     captions: tuple[str, ...]
     crop: Crop
-    references: tuple[str, ...] = ()
     is_flipped: bool = False
+    references: tuple[Sample, ...] = ()
+
+    def mirrored(self) -> Sample:
+        """The same pictures the other way round, references too."""
+        references = tuple(reference.mirrored() for reference in self.references)
+        return replace(self, is_flipped=not self.is_flipped, references=references)
 
 
 @dataclass(frozen=True)

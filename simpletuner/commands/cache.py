@@ -13,7 +13,7 @@ from simpletuner.cache.fingerprints import vae_fingerprint
 from simpletuner.cache.latents import LatentCache
 from simpletuner.cache.store import QUARANTINE, TensorStore
 from simpletuner.commands.text import bytes_text, count_text
-from simpletuner.config.datasets import ImageDataset
+from simpletuner.config.datasets import ConditioningDataset, ImageDataset
 from simpletuner.config.loading import LoadedRun
 from simpletuner.data.datasets import build_datasets
 from simpletuner.data.digests import DigestMemo
@@ -21,7 +21,7 @@ from simpletuner.models.registry import get_spec
 from simpletuner.reporting.bus import EventBus
 from simpletuner.reporting.events import Notice
 from simpletuner.reporting.sinks.terminal import terminal_sink
-from simpletuner.training.latents import latents_folder
+from simpletuner.training.latents import latents_folder, samples_to_keep
 from simpletuner.training.preflight import check_model_folder
 from simpletuner.training.prepare import prepare_data
 from simpletuner.training.signals import StopRequest
@@ -57,7 +57,8 @@ def cache_folders(loaded: LoadedRun) -> list[CacheFolder]:
     spec, cache_dir = get_spec(loaded.config.model_family), Path(loaded.config.cache_dir)
     users: dict[Path, list[str]] = {}
     for entry in loaded.datasets:
-        if isinstance(entry, ImageDataset) and not entry.disabled:
+        is_kept = isinstance(entry, ImageDataset) or (isinstance(entry, ConditioningDataset) and entry.is_reference)
+        if is_kept and not entry.disabled:
             users.setdefault(latents_folder(entry, cache_dir, spec).resolve(), []).append(entry.id)
     found = {path.parent.resolve() for path in cache_dir.rglob("shard-*.safetensors") if path.parent.name != QUARANTINE}
     there = found | {path for path in users if path.is_dir()}
@@ -161,10 +162,12 @@ def used_keys(loaded: LoadedRun) -> dict[Path, set[str]]:
     data_file = str(loaded.data_file) if loaded.data_file else None
     keys: dict[Path, set[str]] = {}
     for dataset in build_datasets(loaded.datasets, config, family.spec, cache_dir, data_file=data_file):
-        folder = latents_folder(dataset.entry, cache_dir, family.spec)
-        with TensorStore(folder) as store:
-            cache = LatentCache(store, family, fingerprint)
-            keys.setdefault(folder.resolve(), set()).update(cache.key(sample) for sample in dataset.samples_to_keep())
+        entries = {part.id: part.entry for part in (dataset, *dataset.references)}
+        for name, samples in samples_to_keep(dataset).items():
+            folder = latents_folder(entries[name], cache_dir, family.spec)
+            with TensorStore(folder) as store:
+                cache = LatentCache(store, family, fingerprint)
+                keys.setdefault(folder.resolve(), set()).update(map(cache.key, samples))
     return keys
 
 

@@ -27,7 +27,7 @@ from simpletuner.data.datasets import build_datasets
 from simpletuner.data.digests import DigestMemo
 from simpletuner.data.sampler import Sampler
 from simpletuner.models.family import ModelFamily
-from simpletuner.training.latents import latents_folder
+from simpletuner.training.latents import latents_folder, samples_to_keep
 from simpletuner.training.preflight import check_model_folder
 from simpletuner.training.prepare import check_sizes, require_training
 from simpletuner.training.trainer import build_family, build_sampler, total_train_steps
@@ -185,14 +185,18 @@ def check_dataset(loaded: LoadedRun, family: ModelFamily, dataset: Dataset, fing
 
 
 def cache_need(loaded: LoadedRun, family: ModelFamily, dataset: Dataset, fingerprint: str) -> CacheNeed:
-    """Which latents are there and how large the others will be, from their shapes."""
+    """Which latents are there, references included, and how large the others will be, from their shapes."""
+    entries = {part.id: part.entry for part in (dataset, *dataset.references)}
+    num_all = num_missing = num_bytes = 0
+    for name, kept in samples_to_keep(dataset).items():
+        with TensorStore(latents_folder(entries[name], Path(loaded.config.cache_dir), family.spec)) as store:
+            cache = LatentCache(store, family, fingerprint)
+            samples = {cache.key(sample): sample for sample in kept}
+            missing = store.missing(samples)
+        num_all, num_missing = num_all + len(samples), num_missing + len(missing)
+        num_bytes += sum(cache.num_bytes(samples[key]) for key in missing)
     folder = latents_folder(dataset.entry, Path(loaded.config.cache_dir), family.spec)
-    with TensorStore(folder) as store:
-        cache = LatentCache(store, family, fingerprint)
-        samples = {cache.key(sample): sample for sample in dataset.samples_to_keep()}
-        missing = store.missing(samples)
-    num_bytes = sum(cache.num_bytes(samples[key]) for key in missing)
-    return CacheNeed(folder, len(samples) - len(missing), len(missing), num_bytes)
+    return CacheNeed(folder, num_all - num_missing, num_missing, num_bytes)
 
 
 def count_steps(loaded: LoadedRun, sampler: Sampler) -> Steps:

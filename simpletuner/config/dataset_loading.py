@@ -10,8 +10,10 @@ from simpletuner.config.checking import check_settings, refuse_planned, show_val
 from simpletuner.config.datasets import (
     DATASET_CLASSES,
     KEY_ALIASES,
+    MASK_TYPES,
     NO_LONGER_READ,
     PLANNED_DATASET_TYPES,
+    REFERENCE_KEYS,
     VALUE_ALIASES,
     Dataset,
     dataset_options,
@@ -131,12 +133,20 @@ def _settings(
 def _leave_out_picture_keys(
     written: dict[str, Setting], infos: Mapping[str, OptionInfo], name: str, loaded: LoadedDatasets
 ) -> None:
-    """Take out what only pictures have: masks are cut as their pictures are, and have no captions or latents."""
-    spare = [key for key in written if key not in infos and key in dataset_options("image")]
+    """Take out what only pictures have: masks and references have no captions, and masks no latents."""
+    kind = written["conditioning_type"].value if "conditioning_type" in written else None
+    spare = [
+        key
+        for key in written
+        if (key not in infos and key in dataset_options("image"))
+        or (key in REFERENCE_KEYS and kind not in REFERENCE_KEYS[key])
+    ]
     if spare:
         place = written[spare[0]].origin
-        text = "masks are cut exactly as their pictures are, and have no captions or latents"
-        loaded.warnings.append(f"{place}: {name}: without effect: {', '.join(spare)}; {text}")
+        what = "references have no captions and are cut as their type says"
+        if kind in MASK_TYPES:
+            what = "masks are cut exactly as their pictures are, and have no captions or latents"
+        loaded.warnings.append(f"{place}: {name}: without effect: {', '.join(spare)}; {what}")
     for key in spare:
         del written[key]
 

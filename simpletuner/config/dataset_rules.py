@@ -10,8 +10,10 @@ from simpletuner.config.datasets import (
     EvalDataset,
     ImageDataset,
     TextEmbedsDataset,
+    conditioning_for,
     filters_for,
     masks_for,
+    references_for,
 )
 from simpletuner.config.draft import Draft
 from simpletuner.config.sources import caption_fault
@@ -20,7 +22,7 @@ from simpletuner.errors import Problem
 # Keys that say how an entry is trained on; an eval dataset never is.
 TRAINING_KEYS = (
     *("random_flip", "probability", "start_epoch", "end_epoch", "start_step", "end_step", "train_batch_size"),
-    *("conditioning_data", "caption_shuffle", "vae_cache_clear_each_epoch"),
+    *("caption_shuffle", "vae_cache_clear_each_epoch"),
 )
 
 
@@ -110,7 +112,7 @@ def epochs_have_a_length(draft: Draft) -> Iterator[Problem]:
                 )
 
 
-def masks_belong_to_pictures(draft: Draft) -> Iterator[Problem]:
+def conditioning_belongs_to_pictures(draft: Draft) -> Iterator[Problem]:
     entries = draft.datasets.entries
     conditioning = {entry.id for entry in entries if isinstance(entry, ConditioningDataset)}
     if draft.datasets.problems:
@@ -125,12 +127,36 @@ def masks_belong_to_pictures(draft: Draft) -> Iterator[Problem]:
         if len(masks) > 1:
             message = f"{' and '.join(mask.id for mask in masks)} both hold masks of this dataset"
             yield draft.dataset_problem(entry, "conditioning_data", message, "one")
-    pictures = {entry.id for entry in draft.pictures if not isinstance(entry, EvalDataset)}
-    for mask in entries:
-        source = mask.source_dataset_id if isinstance(mask, ConditioningDataset) else None
+        if masks and isinstance(entry, EvalDataset):
+            message = f"{masks[0].id} holds masks; an eval dataset is never trained on"
+            yield draft.dataset_problem(entry, "conditioning_data", message, fix="remove the masks")
+    pictures = {entry.id for entry in draft.pictures}
+    for each in entries:
+        source = each.source_dataset_id if isinstance(each, ConditioningDataset) else None
         if source and source not in pictures:
-            message = f'"{source}" is no dataset of dataset_type image'
-            yield draft.dataset_problem(mask, "source_dataset_id", message, ", ".join(sorted(pictures)))
+            message = f'"{source}" is no dataset of dataset_type image or eval'
+            yield draft.dataset_problem(each, "source_dataset_id", message, ", ".join(sorted(pictures)))
+
+
+def references_fit_the_family(draft: Draft) -> Iterator[Problem]:
+    if draft.spec is None:
+        return
+    most, title = draft.spec.max_references, draft.spec.title
+    for entry in draft.pictures:
+        references = references_for(entry, draft.datasets.entries)
+        if not references:
+            continue
+        first = references[0]
+        key = "conditioning_type" if first.source_dataset_id == entry.id else "conditioning_data"
+        place = first if key == "conditioning_type" else entry
+        if most == 0:
+            message = f"{first.id} holds reference pictures, and {title} takes none"
+            yield draft.dataset_problem(place, key, message, fix="remove the entry, or choose a family that edits")
+        elif len(references) > most and draft.config.conditioning_multidataset_sampling == "combined":
+            names = ", ".join(each.id for each in references)
+            message = f"{names} give each picture {len(references)} references; {title} takes {most}"
+            fix = "name fewer, or set conditioning_multidataset_sampling to random"
+            yield draft.dataset_problem(place, key, message, f"at most {most}", fix)
 
 
 def captions_fit_their_source(draft: Draft) -> Iterator[Problem]:
@@ -178,20 +204,22 @@ DATASET_RULES = (
     schedules_end_after_they_start,
     some_dataset_takes_part_at_any_time,
     epochs_have_a_length,
-    masks_belong_to_pictures,
+    conditioning_belongs_to_pictures,
+    references_fit_the_family,
     captions_fit_their_source,
     tables_have_their_strategy,
     caption_filters_can_be_read,
 )
 
 
-def masks_have_pictures(draft: Draft) -> Iterator[str]:
+def conditioning_has_pictures(draft: Draft) -> Iterator[str]:
     entries = draft.datasets.entries
-    used = {mask.id for entry in draft.pictures for mask in masks_for(entry, entries)}
+    used = {each.id for entry in draft.pictures for each in conditioning_for(entry, entries)}
     for entry in entries:
         if isinstance(entry, ConditioningDataset) and entry.id not in used:
+            what = "masks" if entry.is_mask else "references"
             place = draft.datasets.place(entry.id, "dataset_type")
-            yield f"{place}: {entry.id}: no dataset names it in conditioning_data: its masks are not used"
+            yield f"{place}: {entry.id}: no dataset names it in conditioning_data: its {what} are not used"
 
 
 def new_crops_differ(draft: Draft) -> Iterator[str]:
@@ -209,4 +237,4 @@ def draws_crops(entry: ImageDataset) -> bool:
     return entry.crop and "random" in (entry.crop_style, entry.crop_aspect)
 
 
-DATASET_NOTICES = (masks_have_pictures, new_crops_differ)
+DATASET_NOTICES = (conditioning_has_pictures, new_crops_differ)

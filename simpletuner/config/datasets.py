@@ -24,6 +24,14 @@ SIZES_MEASURED = "pictures are always measured, and the index remembers their si
 
 CaptionStrategy = Literal["filename", "textfile", "instanceprompt", "csv", "parquet", "huggingface", "webshart"]
 ConditioningType = Literal["mask", "segmentation", "controlnet", "reference_strict", "reference_loose"]
+MASK_TYPES = ("mask", "segmentation")
+REFERENCE_TYPES = ("reference_strict", "reference_loose")
+# Keys of conditioning entries, and the types that they act in.
+REFERENCE_KEYS: Mapping[str, tuple[str, ...]] = {
+    "resolution": ("reference_loose",),
+    "resolution_type": ("reference_loose",),
+    "cache_dir_vae": REFERENCE_TYPES,
+}
 MetadataBackend = Literal["discovery", "json", "parquet", "huggingface", "webshart"]
 CropAspect = Literal["square", "preserve", "closest", "random"]
 CropStyle = Literal["center", "corner", "random", "face"]
@@ -187,7 +195,9 @@ class ImageDataset(PictureSource, DatasetEntry):
     )
     conditioning: Any = option(None, help="Generated conditioning.", planned="conditioning is not built")
     conditioning_data: TextOrList | None = option(
-        None, help="Id of the conditioning dataset with the masks of these pictures."
+        None,
+        help="Id of the conditioning dataset with the masks or reference pictures of these pictures, or a list of ids: "
+        "one of masks, and one for each reference that a picture has, in order.",
     )
     slider_strength: Float | None = option(None, help="Slider training.", planned="slider training is not built")
     video: Any = option(None, help="Video settings.", planned="only pictures are built")
@@ -207,28 +217,49 @@ class EvalDataset(ImageDataset):
 
 
 class ConditioningDataset(DatasetEntry):
-    """Pictures that say something of the pictures of another entry. A mask is cut exactly as its picture is."""
+    """Pictures that say something of the pictures of another entry: where the loss counts, or what is to be changed."""
 
     dataset_type: Literal["conditioning"] = option("conditioning", help="What the entry is for.", level="basic")
     instance_data_dir: FilePath = option(
         REQUIRED,
-        help="Folder with the masks, each at the relative path of its picture (the extension may differ).",
+        help="Folder with the masks or references, each at the relative path of its picture (the extension may "
+        "differ).",
         level="basic",
         path="input",
     )
     conditioning_type: ConditioningType = option(
         REQUIRED,
-        help="`mask`: the loss counts where it is white, by brightness. `segmentation`: wherever it is not black.",
-        planned_values={
-            "controlnet": "no family that is built takes control pictures",
-            "reference_strict": "training with reference pictures is not built",
-            "reference_loose": "training with reference pictures is not built",
-        },
+        help="`mask`: the loss counts where it is white, by brightness. `segmentation`: wherever it is not black. "
+        "`reference_strict`: what the model sees beside the caption, cut exactly as its picture is. "
+        "`reference_loose`: the same, in its own shape.",
+        planned_values={"controlnet": "no family that is built takes control pictures"},
         level="basic",
     )
     source_dataset_id: Text | None = option(
-        None, help="Id of the dataset whose masks these are, in place of its `conditioning_data`."
+        None, help="Id of the dataset whose masks or references these are, in place of its `conditioning_data`."
     )
+    resolution: Float | None = option(
+        None,
+        help="Of `reference_loose`: larger references are reduced to this; none is enlarged. Unset: that of the "
+        "pictures.",
+        gt=0,
+    )
+    resolution_type: ResolutionType | None = option(
+        None, help="Of `reference_loose`: what `resolution` measures. Unset: that of the pictures."
+    )
+    cache_dir_vae: FilePath | None = option(
+        None, help="Of references: folder of their latents. Unset: a folder in `cache_dir`.", path="output"
+    )
+
+    @property
+    def is_mask(self) -> bool:
+        """Whether it says where the loss counts."""
+        return self.conditioning_type in MASK_TYPES
+
+    @property
+    def is_reference(self) -> bool:
+        """Whether the model sees the pictures."""
+        return self.conditioning_type in REFERENCE_TYPES
 
 
 class TextEmbedsDataset(DatasetEntry):
@@ -265,7 +296,7 @@ PLANNED_DATASET_TYPES: Mapping[str, str] = {
     "video": "only pictures are built",
     "audio": "only pictures are built",
     "image_embeds": "latents are cached without an entry of their own; remove it",
-    "conditioning_image_embeds": "training with reference pictures is not built",
+    "conditioning_image_embeds": "latents of references are cached without an entry of their own; remove it",
     "distillation_cache": "distillation is not built",
     "caption": "captions without pictures are not built",
     "grounding": "grounding is not built",
@@ -330,11 +361,21 @@ def with_defaults(entry: Dataset, config: Any) -> Dataset:
     return entry.model_copy(update=updates)
 
 
+def conditioning_for(entry: ImageDataset, entries: Sequence[object]) -> list[ConditioningDataset]:
+    """The conditioning entries of a dataset: those it names, in its order, then those that name it."""
+    there = [each for each in entries if isinstance(each, ConditioningDataset)]
+    named = [each for name in entry.conditioning_data or () for each in there if each.id == name]
+    return named + [each for each in there if each.source_dataset_id == entry.id and each not in named]
+
+
 def masks_for(entry: ImageDataset, entries: Sequence[object]) -> list[ConditioningDataset]:
-    """The conditioning entries that belong to a dataset: those it names, and those that name it."""
-    named = entry.conditioning_data or ()
-    masks = [each for each in entries if isinstance(each, ConditioningDataset)]
-    return [each for each in masks if each.id in named or each.source_dataset_id == entry.id]
+    """The conditioning entries that say where the loss on a dataset counts."""
+    return [each for each in conditioning_for(entry, entries) if each.is_mask]
+
+
+def references_for(entry: ImageDataset, entries: Sequence[object]) -> list[ConditioningDataset]:
+    """The conditioning entries with the references of a dataset: the first reference of a picture, the second, ..."""
+    return [each for each in conditioning_for(entry, entries) if each.is_reference]
 
 
 def table_path(entry: ImageDataset) -> Path | None:

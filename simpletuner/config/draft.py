@@ -39,6 +39,8 @@ class FamilyFacts(Protocol):
     def unusable_options(self) -> Mapping[str, tuple[tuple[Any, ...], str]]: ...
     @property
     def caches_prompt_embeds(self) -> bool: ...
+    @property
+    def max_references(self) -> int: ...
 
 
 @dataclass
@@ -80,8 +82,8 @@ class Draft:
         return [entry for entry in self.datasets.entries if isinstance(entry, ImageDataset)]
 
     @property
-    def masks(self) -> list[ConditioningDataset]:
-        """Entries with masks of the pictures of others."""
+    def conditioning(self) -> list[ConditioningDataset]:
+        """Entries with masks or references of the pictures of others."""
         return [entry for entry in self.datasets.entries if isinstance(entry, ConditioningDataset)]
 
     def output_path(self, path: Path) -> Path:

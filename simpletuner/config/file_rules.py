@@ -6,14 +6,14 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from simpletuner.config.datasets import TABLE_SUFFIXES, ConditioningDataset, ImageDataset, table_path
+from simpletuner.config.datasets import TABLE_SUFFIXES, ConditioningDataset, ImageDataset, references_for, table_path
 from simpletuner.config.draft import Draft
 from simpletuner.config.paths import looks_like_path
 from simpletuner.errors import Problem
 
 
 def dataset_folders_exist(draft: Draft) -> Iterator[Problem]:
-    entries: list[ImageDataset | ConditioningDataset] = [*draft.pictures, *draft.masks]
+    entries: list[ImageDataset | ConditioningDataset] = [*draft.pictures, *draft.conditioning]
     for entry in entries:
         folder = entry.instance_data_dir
         if folder is None or folder.is_dir():
@@ -42,14 +42,16 @@ def _as_written(path: Path, draft: Draft) -> Path:
     return path.relative_to(working_dir) if path.is_relative_to(working_dir) else path
 
 
-def masks_are_not_among_the_pictures(draft: Draft) -> Iterator[Problem]:
-    for mask in draft.masks:
+def conditioning_is_not_among_the_pictures(draft: Draft) -> Iterator[Problem]:
+    for each in draft.conditioning:
+        folder = each.instance_data_dir
         for entry in draft.pictures:
-            folder = mask.instance_data_dir
-            if entry.instance_data_dir and folder.is_relative_to(entry.instance_data_dir):
+            # References of one dataset may well be the pictures of another: a change learned in both directions.
+            is_meant = each.is_reference and each not in references_for(entry, draft.datasets.entries)
+            if entry.instance_data_dir and folder.is_relative_to(entry.instance_data_dir) and not is_meant:
                 message = f'"{folder}" lies in the pictures of dataset "{entry.id}", which would train on it'
                 allowed = f"a folder outside of {entry.instance_data_dir}"
-                yield draft.dataset_problem(mask, "instance_data_dir", message, allowed)
+                yield draft.dataset_problem(each, "instance_data_dir", message, allowed)
 
 
 def caption_tables_exist(draft: Draft) -> Iterator[Problem]:
@@ -103,7 +105,7 @@ def named_checkpoint_exists(draft: Draft) -> Iterator[Problem]:
 FILE_RULES = (
     dataset_folders_exist,
     dataset_tables_exist,
-    masks_are_not_among_the_pictures,
+    conditioning_is_not_among_the_pictures,
     caption_tables_exist,
     output_folder_is_not_among_the_pictures,
     output_folder_can_be_written,

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, overload
 
@@ -23,14 +22,14 @@ from simpletuner.data.backends.build import source_key
 from simpletuner.data.buckets import BucketRules, bucket_size, choose_aspect, plan_crop
 from simpletuner.data.caption_edits import CaptionEdits
 from simpletuner.data.caption_table import CaptionTable
-from simpletuner.data.captions import CaptionRules, captions_of, printable
+from simpletuner.data.captions import CaptionRules, captions_of
 from simpletuner.data.index import Index
-from simpletuner.data.masks import MaskPairs, Masks, pair_masks
+from simpletuner.data.masks import Masks
+from simpletuner.data.reading import read_pixels
+from simpletuner.data.references import References
 from simpletuner.data.report import Funnel
 from simpletuner.data.schedule import Schedule
 from simpletuner.data.selection import group_by_size
-from simpletuner.data.transforms import UnusablePicture, checked_bytes, load_picture, to_pixels
-from simpletuner.errors import DataError, Problem
 from simpletuner.randomness import keyed_seed, keyed_uniform
 
 if TYPE_CHECKING:
@@ -55,7 +54,12 @@ class Draws:
 
 
 class Samples(Sequence[Sample]):
-    """The pictures of a dataset in the order of their paths; each sample is made when it is asked for."""
+    """The pictures of a dataset in the order of their paths; each sample is made when it is asked for.
+
+    Attributes:
+        index: of the folder.
+        ids: (N,) row of each picture.
+    """
 
     def __init__(
         self,
@@ -69,11 +73,12 @@ class Samples(Sequence[Sample]):
         draws: Draws = Draws(),
         edits: CaptionEdits = CaptionEdits(),
         table: CaptionTable | None = None,
+        references: tuple[References, ...] = (),
     ):
         self._dataset_id = dataset_id
         self._seed = seed
-        self._index = index
-        self._ids = ids
+        self.index = index
+        self.ids = ids
         self._texts = texts
         self._bucket_rules = bucket_rules
         self._caption_rules = caption_rules
@@ -81,9 +86,10 @@ class Samples(Sequence[Sample]):
         self._table = table
         self._sizes: tuple[int, Mapping[Size, NDArray[np.int64]]] | None = None
         self.draws = draws
+        self.references = references
 
     def __len__(self) -> int:
-        return len(self._ids)
+        return len(self.ids)
 
     @overload
     def __getitem__(self, item: int) -> Sample: ...
@@ -107,13 +113,13 @@ class Samples(Sequence[Sample]):
             round_number: decides what `draws` draws anew.
         """
         chosen = np.asarray(positions, dtype=np.int64)
-        pictures = self._index.pictures(self._ids[chosen].tolist())
+        pictures = self.index.pictures(self.ids[chosen].tolist())
         texts: list[str | None] = [None] * len(pictures)
         if self._table is not None:
             texts = self._table.take([picture.path for picture in pictures])
         elif self._caption_rules.reads_text_files:
-            texts = self._index.texts(self._texts[chosen].tolist())
-        return [
+            texts = self.index.texts(self._texts[chosen].tolist())
+        samples = [
             Sample(
                 dataset_id=self._dataset_id,
                 path=picture.path,
@@ -128,17 +134,17 @@ class Samples(Sequence[Sample]):
             )
             for picture, text in zip(pictures, texts, strict=True)
         ]
+        if not self.references:
+            return samples
+        rows = zip(*(each.take(chosen, samples) for each in self.references), strict=True)
+        return [dataclasses.replace(sample, references=row) for sample, row in zip(samples, rows, strict=True)]
 
     def every_version(self) -> Iterator[Sample]:
         """Each sample, and where pictures are mirrored also its other version: what a cache has to hold."""
         for sample in self:
             yield sample
             if self.draws.flips:
-                yield dataclasses.replace(sample, is_flipped=not sample.is_flipped)
-
-    def pair_masks(self, masks: Index) -> MaskPairs:
-        """The mask of each picture among those of another index."""
-        return pair_masks(self._index, self._ids, masks)
+                yield sample.mirrored()
 
     def buckets_in(self, round_number: int) -> Mapping[Size, NDArray[np.int64]]:
         """(height, width) in pixels -> indices, ascending, where aspects are drawn anew in each round."""
@@ -146,7 +152,7 @@ class Samples(Sequence[Sample]):
             return self._sizes[1]
         sizes = np.empty((len(self), 2), dtype=np.int64)
         for start in range(0, len(self), _CHUNK):
-            for offset, row in enumerate(self._index.pictures(self._ids[start : start + _CHUNK].tolist())):
+            for offset, row in enumerate(self.index.pictures(self.ids[start : start + _CHUNK].tolist())):
                 key = self._crop_key(row.digest, round_number)
                 sizes[start + offset] = bucket_size(
                     choose_aspect(row.height, row.width, self._bucket_rules, *key), self._bucket_rules
@@ -188,6 +194,11 @@ class Dataset:
     @property
     def id(self) -> str:
         return self.entry.id
+
+    @property
+    def references(self) -> tuple[References, ...]:
+        """The folders with the reference pictures of these pictures."""
+        return self.samples.references
 
     @property
     def kind(self) -> Literal["image", "eval"]:
@@ -237,33 +248,15 @@ class Dataset:
         """The cut-out part of a picture: (3, H, W) float32 in [-1, 1]. Safe to call from several threads.
 
         Raises:
-            DataError: the file is gone, or is no longer the one that was indexed: what is made of it would be kept
-                under the name of the old content.
+            DataError: the file is gone, or is no longer the one that was indexed.
         """
-        try:
-            data = self.backend.read(os.fsencode(sample.path))
-        except OSError as error:
-            raise self._unreadable(sample, f"cannot be read: {error.strerror or error}") from error
-        try:
-            return to_pixels(load_picture(checked_bytes(data, sample.digest)), sample.crop, sample.is_flipped)
-        except UnusablePicture as error:
-            raise self._unreadable(sample, str(error)) from error
+        return read_pixels(self.backend, sample, f"{self.id}.{source_key(self.entry)}")
 
     def caption_for(self, sample: Sample, *key: int | str) -> str:
         """One of the caption variants of a sample, drawn by `key` (seed, step, slot)."""
         if len(sample.captions) == 1:
             return sample.captions[0]
         return sample.captions[keyed_seed(*key, "caption", sample.digest) % len(sample.captions)]
-
-    def _unreadable(self, sample: Sample, what: str) -> DataError:
-        path = f"{self.backend.location.rstrip('/')}/{sample.path}"
-        return DataError(
-            Problem(
-                f"the picture {printable(path)} {what}",
-                key=f"{self.id}.{source_key(self.entry)}",
-                fix="start the run again: the data is looked at anew, and training goes on from the last checkpoint",
-            )
-        )
 
 
 def dataset_fingerprint(

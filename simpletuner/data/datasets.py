@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import os
 import re
@@ -19,6 +18,7 @@ from simpletuner.config.datasets import (
     ImageDataset,
     filters_for,
     masks_for,
+    references_for,
     table_path,
     with_defaults,
 )
@@ -29,9 +29,9 @@ from simpletuner.data.buckets import BucketRules, CropStyle
 from simpletuner.data.caption_edits import CaptionEdits
 from simpletuner.data.caption_table import CaptionTable
 from simpletuner.data.captions import CaptionRules, CaptionStrategy, printable
+from simpletuner.data.conditioning import Partners, ScannedFolder, reference_rules, select_paired, with_masks
 from simpletuner.data.dataset import Dataset, Draws, Samples, dataset_fingerprint
 from simpletuner.data.index import Catalogue, Index
-from simpletuner.data.masks import MaskKind, Masks, require_masks
 from simpletuner.data.report import Funnel, ProgressReport, SetAside
 from simpletuner.data.selection import (
     first_paths,
@@ -80,25 +80,28 @@ def build_datasets(
     problems = [problem for entry in pictures for problem in check_entry(entry, config, spec, data_file)]
     if problems:
         raise ConfigError(problems)
-    scanned: dict[str, tuple[Index, Catalogue]] = {}
+    scanned: dict[str, ScannedFolder] = {}
 
-    def scan(entry: ImageDataset | ConditioningDataset) -> tuple[Index, Catalogue]:
+    def scan(entry: ImageDataset | ConditioningDataset) -> ScannedFolder:
         if isinstance(entry, ConditioningDataset):
             backend: Backend = LocalBackend(entry.instance_data_dir)
         else:
             backend = open_backend(entry, data_file)
         if backend.identity not in scanned:
             index = Index(index_path(work_dir, backend.identity), backend)
-            scanned[backend.identity] = index, index.scan(_scan_progress(entry.id, report))
+            scanned[backend.identity] = ScannedFolder(index, index.scan(_scan_progress(entry.id, report)))
         return scanned[backend.identity]
 
     datasets = []
     for entry in pictures:
         try:
             table = caption_table(entry, work_dir, data_file)
-            dataset = build_dataset(entry, config, spec, *scan(entry), data_file, filters_for(entries), table)
+            references = [(each, scan(each)) for each in references_for(entry, entries)]
+            dataset = build_dataset(
+                entry, config, spec, scan(entry), data_file, filters_for(entries), table, references
+            )
             for mask in masks_for(entry, entries):
-                dataset = with_masks(dataset, mask, *scan(mask), data_file)
+                dataset = with_masks(dataset, mask, scan(mask), data_file)
             datasets.append(dataset)
         except DataError as error:
             problems += error.problems
@@ -185,27 +188,31 @@ def build_dataset(
     entry: ImageDataset,
     config: TrainConfig,
     spec: FamilySpec,
-    index: Index,
-    catalogue: Catalogue,
+    folder: ScannedFolder,
     data_file: str | None = None,
     filters: tuple[str, ...] = (),
     table: CaptionTable | None = None,
+    references: Sequence[tuple[ConditioningDataset, ScannedFolder]] = (),
 ) -> Dataset:
     """One dataset from the pictures that its folder holds.
 
     Args:
         filters: edits of captions (`caption_filter_list`).
         table: where the captions are, for the strategies that have one.
+        references: conditioning entries with the reference pictures.
 
     Raises:
         DataError: no picture is left, or some have no caption.
     """
+    index, catalogue = folder.index, folder.catalogue
     sizes, captions = bucket_rules(entry, config, spec), caption_rules(entry)
     set_aside = index.set_aside(with_texts=captions.reads_text_files)
     large_enough = select_large_enough(catalogue, sizes, index, set_aside)
     shaped = select_shapes(catalogue, large_enough, sizes, index, set_aside)
     _require_captions(entry, catalogue, shaped, captions, index, set_aside, data_file, table)
-    chosen = select_subset(entry.id, config.seed, entry.max_num_samples, catalogue, shaped, index)
+    partners = [Partners(each, reference_rules(each, entry, sizes, spec), where) for each, where in references]
+    paired = select_paired(folder, shaped, partners, set_aside)
+    chosen = select_subset(entry.id, config.seed, entry.max_num_samples, catalogue, paired, index)
     used = select_sizes(entry.id, config.seed, catalogue, chosen, sizes, spec, index, set_aside)
     if not len(used.positions):
         raise DataError(_nothing_left(entry, index, set_aside, data_file))
@@ -224,15 +231,17 @@ def build_dataset(
     )
     content = [catalogue.pictures_digest, *([catalogue.texts_digest] if captions.reads_text_files else [])]
     content += [table.digest] if table else []
+    content += [each.fingerprint for each in partners]
     content += [f"{entry.max_num_samples} of {config.seed}"] if entry.max_num_samples else []
     ids, texts = catalogue.ids[used.positions], catalogue.texts[used.positions]
+    seen = tuple(each.of(used.positions) for each in partners)
     # An eval loss compares the same crops each time.
     redraws = bool(entry.vae_cache_clear_each_epoch) and not isinstance(entry, EvalDataset)
     draws = Draws(crops=redraws and sizes.needs_content, flips=entry.random_flip)
     edits = CaptionEdits(filters, entry.caption_shuffle, config.seed)
     return Dataset(
         entry=entry,
-        samples=Samples(entry.id, config.seed, index, ids, texts, sizes, captions, draws, edits, table),
+        samples=Samples(entry.id, config.seed, index, ids, texts, sizes, captions, draws, edits, table, seen),
         buckets=buckets,
         fingerprint=dataset_fingerprint(content, sizes, captions, config.seed, draws, edits),
         funnel=funnel,
@@ -251,22 +260,6 @@ def caption_table(entry: ImageDataset, work_dir: Path, data_file: str | None) ->
         return None
     folder = work_dir / "index"
     return CaptionTable(path, folder, entry.filename_column, entry.caption_column, entry.id, data_file)
-
-
-def with_masks(
-    dataset: Dataset, entry: ConditioningDataset, index: Index, catalogue: Catalogue, data_file: str | None
-) -> Dataset:
-    """The dataset with the masks of a conditioning entry.
-
-    Raises:
-        DataError: pictures without a mask.
-    """
-    kind = cast(MaskKind, entry.conditioning_type)  # the others are refused with the file
-    pairs = dataset.samples.pair_masks(index)
-    key = f"{dataset.id}.conditioning_data"
-    require_masks(pairs, len(dataset.samples), key, str(entry.instance_data_dir), data_file)
-    fingerprint = hashlib.sha256(f"{dataset.fingerprint} {kind} {catalogue.pictures_digest}".encode()).hexdigest()
-    return dataclasses.replace(dataset, masks=Masks(entry.id, kind, index, pairs.ids), fingerprint=fingerprint)
 
 
 def _require_captions(
@@ -290,7 +283,7 @@ def _require_captions(
         return
     if not len(missing):
         return
-    names = ", ".join(printable(path) for path in first_paths(missing, catalogue, index))
+    names = ", ".join(printable(path) for path in first_paths(missing[:10], catalogue, index))
     faulty = {reason: count for reason, count in set_aside.counts.items() if reason.startswith("caption file")}
     notes = f" ({SetAside(faulty).summary()})" if faulty else ""
     raise DataError(

@@ -180,19 +180,43 @@ class Index:
         found = {row[0]: row[1] for row in rows}
         return [found.get(key) for key in ids]
 
+    def sizes(self, ids: Sequence[int] | NDArray[np.int64]) -> set[tuple[int, int]]:
+        """The different (height, width) of pictures, in pixels."""
+        found: set[tuple[int, int]] = set()
+        for start in range(0, len(ids), _QUERY_ROWS):
+            part = [int(key) for key in ids[start : start + _QUERY_ROWS]]
+            found.update(self._select("SELECT DISTINCT height, width FROM files WHERE id IN", part))
+        return found
+
+    def paths(self, ids: Sequence[int] | NDArray[np.int64]) -> Iterator[str]:
+        """The path of each row, in the order of `ids`, a part at a time."""
+        for start in range(0, len(ids), _QUERY_ROWS):
+            part = [int(key) for key in ids[start : start + _QUERY_ROWS]]
+            found = dict(self._select("SELECT id, path FROM files WHERE id IN", part))
+            yield from (os.fsdecode(found[key]) for key in part)
+
     def set_aside(self, with_texts: bool = False) -> SetAside:
         """The pictures and folders that cannot be used; caption files too where asked."""
         result = SetAside()
-        with self._lock, self._explained():
-            for path, error in self._db.execute(
-                "SELECT path, error FROM folders WHERE error IS NOT NULL ORDER BY path"
-            ):
-                result.add(f"folder: {error}", os.fsdecode(path) or ".")
-            failures = self._db.execute(f"SELECT path, is_text, reason FROM {_FAILURES} ORDER BY path")
-            for path, is_text, reason in failures:
-                if with_texts or not is_text:
-                    result.add(f"caption file: {reason}" if is_text else reason, os.fsdecode(path))
+        for path, reason in self._failures(with_texts):
+            result.add_many(reason, 1, [path])
+        result.listings.append(lambda: self._failures(with_texts))
         return result
+
+    def _failures(self, with_texts: bool) -> Iterator[tuple[str, str]]:
+        """(path, reason), folders first, in the order of their paths; the lock is held for a part at a time."""
+        with self._lock, self._explained():
+            query = "SELECT path, error FROM folders WHERE error IS NOT NULL ORDER BY path"
+            folders = self._db.execute(query).fetchall()
+            kind = "" if with_texts else " AND NOT is_text"
+            ids = array("q", (key for (key,) in self._db.execute(f"SELECT id FROM {_FAILURES}{kind} ORDER BY path")))
+        yield from ((os.fsdecode(path) or ".", f"folder: {error}") for path, error in folders)
+        for start in range(0, len(ids), _QUERY_ROWS):
+            part = ids[start : start + _QUERY_ROWS]
+            rows = self._select("SELECT id, path, is_text, reason FROM files WHERE id IN", part)
+            found = {key: (os.fsdecode(path), is_text, reason) for key, path, is_text, reason in rows}
+            for path, is_text, reason in (found[key] for key in part):
+                yield path, f"caption file: {reason}" if is_text else reason
 
     def num_pictures(self) -> int:
         """Pictures found, usable or not."""

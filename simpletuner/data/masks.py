@@ -1,14 +1,12 @@
 """Masks of pictures: where the loss counts. A mask is cut exactly as its picture is, then averaged down to latents.
 
-A mask belongs to the picture at the same path relative to its folder; only the extension may differ, since photographs
-are kept as JPEG and masks must not be.
+A mask belongs to the picture at the same path relative to its folder (`pairing.py`).
 """
 
 from __future__ import annotations
 
 import os
 import threading
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -17,6 +15,7 @@ from numpy.typing import NDArray
 from simpletuner.batch import Sample
 from simpletuner.data.captions import printable
 from simpletuner.data.index import Index, PictureRow
+from simpletuner.data.pairing import Pairs
 from simpletuner.data.transforms import UnusablePicture, checked_bytes, load_mask
 from simpletuner.errors import DataError, Problem
 
@@ -27,18 +26,7 @@ MaskKind = Literal["mask", "segmentation"]
 
 # Ready masks of small sets stay in memory: they are small, and decoding a picture at each step is not.
 _MEMO_BYTES = 64 * 2**20
-# Shapes may differ by a pixel of rounding, or by this share.
-_SHAPE_TOLERANCE = 0.02
 _MAX_LISTED = 10
-
-
-@dataclass(frozen=True)
-class MaskPairs:
-    """Which mask belongs to each picture: rows of the mask folder's index, -1 where there is none."""
-
-    ids: NDArray[np.int64]
-    missing: tuple[str, ...]
-    misshapen: tuple[str, ...]
 
 
 class Masks:
@@ -115,47 +103,28 @@ def average_down(pixels: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     return blocks.mean(dim=(2, 4))
 
 
-def pair_masks(pictures: Index, ids: NDArray[np.int64], masks: Index) -> MaskPairs:
-    """Find the mask of each picture by its path: the same one, or else the only one with another extension."""
-    found = np.full(len(ids), -1, dtype=np.int64)
-    missing: list[str] = []
-    misshapen: list[str] = []
-    for start in range(0, len(ids), 512):
-        rows = pictures.pictures(ids[start : start + 512].tolist())
-        candidates = masks.pictures_beside([os.fsencode(row.path) for row in rows])
-        for offset, (row, near) in enumerate(zip(rows, candidates, strict=True)):
-            same = [each for each in near if each[1].path == row.path] or near
-            if len(same) != 1:
-                missing.append(row.path)
-            elif not _has_shape_of(same[0][1], row):
-                misshapen.append(row.path)
-            else:
-                found[start + offset] = same[0][0]
-    return MaskPairs(found, tuple(missing), tuple(misshapen))
-
-
-def require_masks(pairs: MaskPairs, num_pictures: int, key: str, folder: str, data_file: str | None) -> None:
+def require_masks(
+    pairs: Pairs, pictures: Index, ids: NDArray[np.int64], key: str, folder: str, data_file: str | None
+) -> None:
     """Raise where a picture has no mask, or one of another shape.
+
+    Args:
+        ids: of the pictures that were paired.
 
     Raises:
         DataError: lists the first ten pictures.
     """
     problems = []
-    for paths, what, fix in (
+    for places, what, fix in (
         (pairs.missing, "have no mask (the same path, or the only one with another extension)", "add masks"),
         (pairs.misshapen, "have a mask of another shape (width / height)", "draw masks over the whole picture"),
     ):
-        if paths:
-            names = ", ".join(printable(path) for path in paths[:_MAX_LISTED])
-            more = ", ..." if len(paths) > _MAX_LISTED else ""
-            message = f"{len(paths)} of {num_pictures} pictures {what} in {folder}: {names}{more}"
+        if len(places):
+            listed = pictures.pictures(ids[places[:_MAX_LISTED]].tolist())
+            names = ", ".join(printable(row.path) for row in listed)
+            more = ", ..." if len(places) > _MAX_LISTED else ""
+            message = f"{len(places)} of {len(ids)} pictures {what} in {folder}: {names}{more}"
             remedy = f"{fix}, or move these pictures to an entry without conditioning_data"
             problems.append(Problem(message, key=key, file=data_file, fix=remedy))
     if problems:
         raise DataError(problems)
-
-
-def _has_shape_of(mask: PictureRow, picture: PictureRow) -> bool:
-    """Whether the mask covers the picture, at whatever size it was drawn."""
-    expected = mask.width * picture.height / picture.width
-    return abs(mask.height - expected) <= max(1.0, _SHAPE_TOLERANCE * expected)

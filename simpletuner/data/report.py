@@ -1,38 +1,63 @@
 """What became of the files of a dataset: how many passed each stage, what was lost, and why.
 
-Names of files are escaped here: they may hold line breaks and terminal codes.
+Names of files are escaped here: they may hold line breaks and terminal codes. Everything that is set aside is listed in
+a file of its own, however much it is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+from simpletuner import storage
 from simpletuner.data.captions import printable
 
 # Told how far a long phase has come: (what is done, number done, number in all where known).
 ProgressReport = Callable[[str, int, int | None], None]
 
+# Gives (path, reason) of files that are set aside.
+Listing = Callable[[], Iterator[tuple[str, str]]]
+
 MAX_EXAMPLES = 10
+REPORT_FILE = "dataset_report.json"
+SET_ASIDE_FILE = "dataset_set_aside.jsonl"
 
 
 @dataclass
 class SetAside:
-    """Files that are not used, by reason, with the first paths of each."""
+    """Files that are not used: how many for each reason, the first paths of each, and where all can be read again.
+
+    A million files may be set aside, so all paths are never held at once.
+    """
 
     counts: dict[str, int] = field(default_factory=dict)
     examples: dict[str, list[str]] = field(default_factory=dict)
+    listings: list[Listing] = field(default_factory=list)
 
     def add(self, reason: str, path: str) -> None:
-        self.add_many(reason, 1, [path])
+        """One file, which is kept."""
+        self.add_many(reason, 1, [path], lambda: iter([(path, reason)]))
 
-    def add_many(self, reason: str, count: int, paths: Sequence[str]) -> None:
-        """Count `count` files of which some `paths` are given."""
+    def add_many(self, reason: str, count: int, paths: Sequence[str], listing: Listing | None = None) -> None:
+        """Count `count` files of which some `paths` are given.
+
+        Args:
+            listing: all of them; None where another listing holds them already.
+        """
         if count:
             self.counts[reason] = self.counts.get(reason, 0) + count
             examples = self.examples.setdefault(reason, [])
             examples.extend(paths[: MAX_EXAMPLES - len(examples)])
+            if listing is not None:
+                self.listings.append(listing)
+
+    def files(self) -> Iterator[tuple[str, str]]:
+        """(path, reason) of every file, read as they are asked for."""
+        for listing in self.listings:
+            yield from listing()
 
     def summary(self) -> str:
         """Every reason with its count, most frequent first."""
@@ -100,3 +125,18 @@ class Funnel:
             "sizes": sizes,
             "set_aside": reasons,
         }
+
+
+def write_report(folder: Path, funnels: Iterable[Funnel]) -> None:
+    """Write `dataset_report.json`, and beside it `dataset_set_aside.jsonl` with a line for each file that is not used.
+
+    Raises:
+        DataError: the folder cannot be written.
+    """
+    funnels = list(funnels)
+    with storage.replacing_file(folder / SET_ASIDE_FILE) as temporary, temporary.open("w", encoding="utf-8") as file:
+        for funnel in funnels:
+            for path, reason in funnel.set_aside.files():
+                line = {"dataset": funnel.dataset_id, "path": printable(path), "reason": printable(reason)}
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    storage.write_json(folder / REPORT_FILE, [funnel.as_json() for funnel in funnels])

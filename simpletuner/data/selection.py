@@ -22,7 +22,7 @@ from simpletuner.data.buckets import (
     plan_crop,
 )
 from simpletuner.data.index import Catalogue, Index
-from simpletuner.data.report import SetAside
+from simpletuner.data.report import MAX_EXAMPLES, SetAside
 from simpletuner.data.transforms import MAX_PIXELS
 from simpletuner.models.spec import FamilySpec
 from simpletuner.randomness import keyed_seed
@@ -47,7 +47,7 @@ def select_large_enough(
     kept = np.array([is_large_enough(*size, rules) for size in unique], dtype=np.bool_)[inverse]
     unit = {"pixel": "pixels on the shorter side", "area": "megapixels", "pixel_area": "pixels squared"}
     reason = f"smaller than minimum_image_size ({rules.minimum_size:g} {unit[rules.resolution_type]})"
-    _put_aside(reason, np.flatnonzero(~kept), catalogue, index, set_aside)
+    put_aside(reason, np.flatnonzero(~kept), catalogue, index, set_aside)
     return np.flatnonzero(kept)
 
 
@@ -63,7 +63,7 @@ def select_shapes(
     ):
         unique, inverse = _unique_sizes(catalogue, positions)
         kept = np.array([bool(keeps(*size, rules)) for size in unique], dtype=np.bool_)[inverse]
-        _put_aside(reason, positions[~kept], catalogue, index, set_aside)
+        put_aside(reason, positions[~kept], catalogue, index, set_aside)
         positions = positions[kept]
     return positions
 
@@ -94,7 +94,7 @@ def select_sizes(
     """The bucket of each picture; those whose bucket is too large for the family or for memory are put aside."""
     unique, inverse = _unique_sizes(catalogue, positions)
     fits = np.array([_fits(*size, rules, spec) for size in unique], dtype=np.bool_)[inverse]
-    _put_aside("its aspect gives a training size that is too large", positions[~fits], catalogue, index, set_aside)
+    put_aside("its aspect gives a training size that is too large", positions[~fits], catalogue, index, set_aside)
     positions, inverse = positions[fits], inverse[fits]
     if rules.crop and rules.crop_aspect == "random":
         chosen = _random_sizes(dataset_id, seed, catalogue, positions, rules, index)
@@ -142,10 +142,13 @@ def group_by_size(heights: NDArray[np.int64], widths: NDArray[np.int64]) -> dict
     return {(int(heights[group[0]]), int(widths[group[0]])): group for group in groups}
 
 
-def _put_aside(
+def put_aside(
     reason: str, positions: NDArray[np.int64], catalogue: Catalogue, index: Index, set_aside: SetAside
 ) -> None:
-    set_aside.add_many(reason, len(positions), first_paths(positions, catalogue, index))
+    """Count pictures of a catalogue as not used."""
+    ids = catalogue.ids[positions]
+    examples = first_paths(positions[:MAX_EXAMPLES], catalogue, index)
+    set_aside.add_many(reason, len(ids), examples, lambda: ((path, reason) for path in index.paths(ids)))
 
 
 def first_paths(positions: NDArray[np.int64], catalogue: Catalogue, index: Index) -> list[str]:

@@ -78,6 +78,7 @@ class FamilySpec:
         max_size: largest picture side in pixels that the family takes, None if unbounded.
         max_prompt_tokens: tokens that reach the denoiser; longer prompts are cut and counted.
         max_references: input pictures for editing; 0 where the family has none.
+        drops_references: where a caption is dropped, the references of its picture are too.
         caches_prompt_embeds: False where the prompt is only tokenised (nothing worth caching).
         dropped_caption: what a dropped caption becomes.
         default_flavour: used where `model_flavour` is not set.
@@ -112,6 +113,7 @@ class FamilySpec:
     keys: KeyTable = field(default_factory=KeyTable)
     max_size: int | None = None
     max_references: int = 0
+    drops_references: bool = True
     caches_prompt_embeds: bool = True
     dropped_caption: str = ""
     preview_decoder: str | None = None

@@ -21,7 +21,8 @@ from simpletuner.data.sampler import BatchPlan, Sampler, range_for_rank
 from simpletuner.diffusion.loss import sample_weights
 from simpletuner.distributed.world import ALONE, World
 from simpletuner.models.family import ModelFamily
-from simpletuner.randomness import keyed_uniform
+from simpletuner.models.spec import FamilySpec
+from simpletuner.randomness import keyed_seed, keyed_uniform
 
 # A thread beside the model's costs the model's some milliseconds of waiting for the interpreter at each step. Windows
 # that are built from memory are quicker than that; those that read disks or encode pictures are not.
@@ -33,6 +34,9 @@ class LatentSource(Protocol):
 
     def latents(self, samples: Sequence[Sample]) -> list[torch.Tensor]:
         """(C, h, w) float32 of each sample, scaled and shifted."""
+
+    def close(self) -> None:
+        """Write what was encoded on demand and is not written yet."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,7 @@ class BatchSource:
         dropout: probability that a caption becomes `family.spec.dropped_caption`.
         masking: probability that the mask of a picture counts, where it has one.
         world: this process takes its part of each global batch.
+        draws_reference: one reference of each picture is drawn, where it has several.
     """
 
     def __init__(
@@ -79,6 +84,7 @@ class BatchSource:
         dropout: float = 0.0,
         masking: float = 1.0,
         world: World = ALONE,
+        draws_reference: bool = False,
     ):
         self.family = family
         self.datasets = {dataset.id: dataset for dataset in datasets}
@@ -89,6 +95,7 @@ class BatchSource:
         self.dropout = dropout
         self.masking = masking
         self.world = world
+        self.draws_reference = draws_reference
         self._build_seconds = 0.0
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="batches")
         self._ahead: tuple[tuple[int, int, int], Future[Window]] | None = None
@@ -147,13 +154,17 @@ class BatchSource:
         slots = [first_slot + place for place in part]
         latents = torch.stack(self.sources[dataset.id].latents(samples))
         captions = [self.caption(dataset, sample, step, slot) for sample, slot in zip(samples, slots, strict=True)]
+        references = reference_latents(
+            self.sources, [self.references(sample, step, slot) for sample, slot in zip(samples, slots, strict=True)]
+        )
         return Batch(
             latents=latents,
-            prompt_embeds=self.family.encode_prompts(captions),
+            prompt_embeds=self.family.encode_prompts(captions, reference_sizes(references, self.family.spec)),
             slots=slots,
             digests=[sample.digest for sample in samples],
             loss_weights=torch.tensor(plan.loss_weights),
             dataset_id=dataset.id,
+            references=references,
             masks=self.masks(dataset, plan, samples, latents, step, slots),
             is_regularisation=dataset.is_regularisation,
             captions=captions,
@@ -174,11 +185,41 @@ class BatchSource:
         return torch.stack(rows)
 
     def caption(self, dataset: Dataset, sample: Sample, step: int, slot: int) -> str:
-        """One caption variant, or the family's empty caption where it is dropped; keyed like the noise."""
-        if self.dropout and keyed_uniform(self.seed, "caption dropout", step, slot) < self.dropout:
+        """One caption variant, or the family's empty caption where it is dropped."""
+        if self.drops_caption(step, slot):
             return self.family.spec.dropped_caption
         return dataset.caption_for(sample, self.seed, step, slot)
 
+    def references(self, sample: Sample, step: int, slot: int) -> Sequence[Sample]:
+        """The references that the model sees: all, a drawn one, or none, where they are dropped with the caption."""
+        references = sample.references
+        if self.family.spec.drops_references and self.drops_caption(step, slot):
+            return ()
+        if self.draws_reference and references:
+            return (references[keyed_seed(self.seed, "reference", step, slot) % len(references)],)
+        return references
+
+    def drops_caption(self, step: int, slot: int) -> bool:
+        """Whether the caption of a slot is dropped; keyed like the noise."""
+        return bool(self.dropout) and keyed_uniform(self.seed, "caption dropout", step, slot) < self.dropout
+
     def close(self) -> None:
-        """Stop preparing windows; nothing is lost, for windows hold no state."""
+        """Stop preparing windows, which hold no state, and let the sources write what they have."""
         self._executor.shutdown(wait=True, cancel_futures=True)
+        for source in self.sources.values():
+            source.close()
+
+
+def reference_latents(
+    sources: Mapping[str, LatentSource], references: Sequence[Sequence[Sample]]
+) -> list[list[Tensor]]:
+    """Per sample the latents of its references, (C, h, w) each; an empty list where no sample has any."""
+    if not any(references):
+        return []
+    return [[sources[each.dataset_id].latents([each])[0] for each in row] for row in references]
+
+
+def reference_sizes(references: Sequence[Sequence[Tensor]], spec: FamilySpec) -> list[list[tuple[int, int]]] | None:
+    """The (height, width) in pixels of each reference, for `encode_prompts`; None where no sample has any."""
+    sizes = [[(x.shape[-2] * spec.vae_factor, x.shape[-1] * spec.vae_factor) for x in row] for row in references]
+    return sizes or None

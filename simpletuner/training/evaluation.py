@@ -17,7 +17,7 @@ from simpletuner.data.dataset import Dataset
 from simpletuner.diffusion.timesteps import fixed_quantiles
 from simpletuner.models.family import ModelFamily
 from simpletuner.randomness import keyed_generator
-from simpletuner.training.batches import LatentSource
+from simpletuner.training.batches import LatentSource, reference_latents, reference_sizes
 from simpletuner.training.step import compute_losses
 
 EVAL_SEED = 0
@@ -47,6 +47,7 @@ class Evaluator:
         num_images: pictures used of each dataset, in path order.
         num_timesteps: quantiles per picture (`eval_timesteps`).
         batch_size: rows per forward pass; part of what is fixed, since it may change the last bits.
+        one_reference: the model sees one reference of a picture, where it has several: always the first here.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class Evaluator:
         num_images: int,
         num_timesteps: int,
         batch_size: int,
+        one_reference: bool = False,
     ):
         self.family = family
         self.datasets = list(datasets)
@@ -64,6 +66,7 @@ class Evaluator:
         self.num_images = num_images
         self.quantiles = fixed_quantiles(num_timesteps)
         self.batch_size = batch_size
+        self.one_reference = one_reference
 
     def run(self, denoiser: nn.Module) -> EvalResult:
         """Evaluate; raises what the denoiser raises."""
@@ -95,6 +98,9 @@ class Evaluator:
             start += len(chunk)
         return torch.tensor(losses, dtype=torch.float64).reshape(len(samples), len(self.quantiles))
 
+    def _references(self, sample: Sample) -> Sequence[Sample]:
+        return sample.references[:1] if self.one_reference else sample.references
+
     def _chunk_losses(self, denoiser: nn.Module, dataset: Dataset, rows: list[tuple[Sample, int]]) -> list[float]:
         latents = torch.stack(self.sources[dataset.id].latents([sample for sample, _ in rows]))
         noise = torch.stack(
@@ -103,13 +109,16 @@ class Evaluator:
                 for sample, index in rows
             ]
         )
+        references = reference_latents(self.sources, [self._references(sample) for sample, _ in rows])
+        sizes = reference_sizes(references, self.family.spec)
         batch = Batch(
             latents=latents,
-            prompt_embeds=self.family.encode_prompts([sample.captions[0] for sample, _ in rows]),
+            prompt_embeds=self.family.encode_prompts([sample.captions[0] for sample, _ in rows], sizes),
             slots=range(len(rows)),
             digests=[sample.digest for sample, _ in rows],
             loss_weights=torch.ones(len(rows)),
             dataset_id=dataset.id,
+            references=references,
         )
         quantiles = self.quantiles[[index for _, index in rows]]
         return compute_losses(self.family, denoiser, batch, noise, quantiles).per_sample.tolist()

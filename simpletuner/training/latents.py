@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -16,7 +17,7 @@ from simpletuner.batch import Sample
 from simpletuner.cache.fingerprints import vae_fingerprint
 from simpletuner.cache.latents import LatentCache, OnDemandLatents
 from simpletuner.cache.store import DamagedEntry, TensorStore
-from simpletuner.config.datasets import ImageDataset
+from simpletuner.config.datasets import ConditioningDataset, ImageDataset
 from simpletuner.config.loading import LoadedRun
 from simpletuner.data.backends.build import source_key
 from simpletuner.data.dataset import Dataset
@@ -36,24 +37,44 @@ from simpletuner.training.signals import StopRequest
 MEMO_BYTES = 256 * 2**20
 
 
+@dataclass(frozen=True)
+class Pictures:
+    """What a cache is filled from: see `PictureSource`."""
+
+    samples: Sequence[Sample]
+    read_pixels: Callable[[Sample], Tensor]
+
+
 class DatasetLatents:
-    """Scaled latents of one dataset.
+    """Scaled latents of one dataset, or of the references in one folder.
 
     Args:
         cache: holds the moments.
+        read_pixels: of a sample; called from several threads.
         load_vae: called when something must be encoded during training: on demand, or because an entry is damaged.
         batch_size: pictures in every batch that the VAE sees (`vae_batch_size`).
+        keeps: whether what is encoded during training is written.
+        redraws: crops are drawn anew in each round, so that ready latents do not come again.
     """
 
     def __init__(
-        self, cache: LatentCache, dataset: Dataset, load_vae: Callable[[], nn.Module], batch_size: int, seed: int
+        self,
+        cache: LatentCache,
+        read_pixels: Callable[[Sample], Tensor],
+        load_vae: Callable[[], nn.Module],
+        batch_size: int,
+        seed: int,
+        keeps: bool = True,
+        redraws: bool = False,
     ):
         self.cache = cache
         self.family = cache.family
-        self.dataset = dataset
+        self.pictures = Pictures((), read_pixels)
         self.load_vae = load_vae
         self.batch_size = batch_size
         self.seed = seed
+        self.keeps = keeps
+        self.redraws = redraws
         self.vae_config = component_config(self.family.source, self.family.spec.component("vae"))
         self._on_demand: OnDemandLatents | None = None
         self._memo: dict[str, Tensor] = {}
@@ -78,8 +99,8 @@ class DatasetLatents:
     def encode_on_demand(self) -> OnDemandLatents:
         """The encoder for what the cache lacks; loads the VAE on first use and keeps it."""
         if self._on_demand is None:
-            keeps = self.dataset.keeps_latents
-            self._on_demand = OnDemandLatents(self.cache, self.dataset, self.load_vae(), self.batch_size, keeps)
+            vae = self.load_vae()
+            self._on_demand = OnDemandLatents(self.cache, self.pictures, vae, self.batch_size, self.keeps)
         return self._on_demand
 
     def close(self) -> None:
@@ -99,7 +120,7 @@ class DatasetLatents:
 
     def _remember(self, name: str, row: Tensor) -> None:
         size = row.numel() * row.element_size()
-        if self.dataset.samples.draws.crops:  # crops of earlier rounds do not come again
+        if self.redraws:  # crops of earlier rounds do not come again
             while self._memo and self._memo_bytes + size > MEMO_BYTES:
                 oldest = self._memo.pop(next(iter(self._memo)))
                 self._memo_bytes -= oldest.numel() * oldest.element_size()
@@ -159,71 +180,83 @@ def prepare_latents(
     vae = SharedVae(family)
     kept, sources = [], {}
     for dataset in datasets:
-        folder = latents_folder(dataset.entry, cache_dir, family.spec)
-        cache = LatentCache(TensorStore(folder), family, fingerprint)
-        if not dataset.encodes_on_demand:
-            dataset = fill_cache(cache, dataset, vae, config.vae_batch_size, bus, stop, world)
-        kept.append(dataset)
-        sources[dataset.id] = DatasetLatents(cache, dataset, vae.load, config.vae_batch_size, config.seed)
+        # Two datasets may share the references of one folder, and then their cache.
+        parts = [(dataset.entry, dataset.read_pixels), *((each.entry, each.read_pixels) for each in dataset.references)]
+        for entry, read_pixels in parts:
+            if entry.id not in sources:
+                cache = LatentCache(TensorStore(latents_folder(entry, cache_dir, family.spec)), family, fingerprint)
+                made = DatasetLatents(cache, read_pixels, vae.load, config.vae_batch_size, config.seed)
+                sources[entry.id] = made
+            sources[entry.id].keeps &= dataset.keeps_latents
+            sources[entry.id].redraws |= dataset.samples.draws.crops
+        kept.append(dataset if dataset.encodes_on_demand else fill_caches(dataset, sources, vae, bus, stop, world))
     for dataset in kept:
         if dataset.encodes_on_demand:
-            sources[dataset.id].encode_on_demand()
+            for part in (dataset, *dataset.references):
+                sources[part.id].encode_on_demand()
     if not any(dataset.encodes_on_demand for dataset in kept):
         vae.free()
     return kept, sources
 
 
-@dataclass(frozen=True)
-class Pictures:
-    """What a cache is filled from: see `PictureSource`."""
-
-    samples: Sequence[Sample]
-    read_pixels: Callable[[Sample], Tensor]
-
-
-def latents_folder(entry: ImageDataset, cache_dir: Path, spec: FamilySpec) -> Path:
-    """Where the latents of a dataset are kept."""
+def latents_folder(entry: ImageDataset | ConditioningDataset, cache_dir: Path, spec: FamilySpec) -> Path:
+    """Where the latents of a dataset, or of a folder of references, are kept."""
     return Path(entry.cache_dir_vae or cache_dir / "vae" / spec.name / entry.id)
 
 
-def fill_cache(
-    cache: LatentCache,
+def samples_to_keep(dataset: Dataset) -> dict[str, list[Sample]]:
+    """Id of the dataset and of each of its folders of references -> every sample whose latents are kept."""
+    kept: dict[str, list[Sample]] = {part.id: [] for part in (dataset, *dataset.references)}
+    for sample in dataset.samples_to_keep():
+        for each in (sample, *sample.references):
+            kept[each.dataset_id].append(each)
+    return kept
+
+
+def fill_caches(
     dataset: Dataset,
+    sources: LatentSources,
     vae: SharedVae,
-    batch_size: int,
     bus: EventBus,
     stop: StopRequest,
     world: World = ALONE,
 ) -> Dataset:
-    """Encode what is missing of one dataset; gives it back without the pictures that cannot be encoded.
+    """Encode what is missing of one dataset and its references; gives it back without what cannot be encoded.
 
-    Each process encodes its share of the pictures.
+    Each process encodes its share.
     """
-    pictures = Pictures(world.share(list(dataset.samples_to_keep())), dataset.read_pixels)
-    with phase(bus, f"caching latents of {dataset.id}", len(pictures.samples)) as progress:
-        report = cache.fill(pictures, vae.load, batch_size, report=_teller(progress, stop))
-        progress.summary = f"{report.num_encoded} encoded, {report.num_cached} cached before"
-    unusable = {
-        path: reason
-        for of_process in world.gather([[bad.sample.path, bad.reason] for bad in report.unusable])
-        for path, reason in of_process
-    }
-    for path, reason in unusable.items():
-        bus.emit(Notice("warning", f"{dataset.id}: {path} is left out: {reason}"))
-    return without(dataset, unusable) if unusable else dataset
+    bad: dict[tuple[str, str], str] = {}
+    for name, samples in samples_to_keep(dataset).items():
+        source = sources[name]
+        share = world.share(samples)
+        with phase(bus, f"caching latents of {name}", len(share)) as progress:
+            pictures = Pictures(share, source.pictures.read_pixels)
+            report = source.cache.fill(pictures, vae.load, source.batch_size, report=_teller(progress, stop))
+            progress.summary = f"{report.num_encoded} encoded, {report.num_cached} cached before"
+        for of_process in world.gather([[each.sample.path, each.reason] for each in report.unusable]):
+            bad |= {(name, path): reason for path, reason in of_process}
+    for (name, path), reason in bad.items():
+        bus.emit(Notice("warning", f"{name}: {path} is left out: {reason}"))
+    return without(dataset, bad) if bad else dataset
 
 
-def without(dataset: Dataset, bad: Mapping[str, str]) -> Dataset:
-    """The dataset without unusable samples: they keep their index but belong to no bucket.
+def without(dataset: Dataset, bad: Mapping[tuple[str, str], str]) -> Dataset:
+    """The dataset without pictures that cannot be encoded, or whose references cannot: they belong to no bucket.
 
     Args:
-        bad: path -> why it cannot be encoded.
+        bad: (dataset id, path) -> reason.
+
+    Raises:
+        DataError: none is left.
     """
     buckets = {}
     for size, members in dataset.buckets.items():
-        good = [int(index) for index in members if dataset.samples[int(index)].path not in bad]
-        if good:
-            buckets[size] = members[[int(index) in set(good) for index in members]]
+        samples = dataset.samples.take(members)
+        good = [not any((each.dataset_id, each.path) in bad for each in (s, *s.references)) for s in samples]
+        if any(good):
+            buckets[size] = members[np.array(good)]
+    for (name, path), reason in bad.items():
+        dataset.funnel.set_aside.add(reason if name == dataset.id else f"{name}: {reason}", path)
     if not buckets:
         raise DataError(
             Problem(
@@ -232,7 +265,9 @@ def without(dataset: Dataset, bad: Mapping[str, str]) -> Dataset:
                 fix="repair the pictures or take the dataset out",
             )
         )
-    return replace(dataset, buckets=buckets)
+    counts = {size: len(members) for size, members in buckets.items()}
+    funnel = replace(dataset.funnel, bucketed=sum(counts.values()), buckets=counts)
+    return replace(dataset, buckets=buckets, funnel=funnel)
 
 
 def _teller(progress: Phase, stop: StopRequest) -> Callable[[int, int], None]:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from simpletuner import storage
 from simpletuner.config.loading import LoadedRun
 from simpletuner.data.dataset import Dataset
 from simpletuner.data.datasets import build_datasets
+from simpletuner.data.report import write_report
 from simpletuner.distributed.world import ALONE, World
 from simpletuner.errors import ConfigError, DataError, Problem
 from simpletuner.models.family import ModelFamily
@@ -16,8 +16,6 @@ from simpletuner.reporting.events import Notice
 from simpletuner.training.latents import LatentSources, prepare_latents
 from simpletuner.training.phases import phase
 from simpletuner.training.signals import StopRequest
-
-REPORT_FILE = "dataset_report.json"
 
 
 def prepare_data(
@@ -36,7 +34,10 @@ def prepare_data(
     """
     with world.main_first():  # the others find every index made
         datasets = prepare_datasets(loaded, family, output_dir, bus, stop, world)
-    return prepare_latents(loaded, family, datasets, bus, stop, world)
+    kept, sources = prepare_latents(loaded, family, datasets, bus, stop, world)
+    if world.is_main and any(new is not old for new, old in zip(kept, datasets, strict=True)):
+        write_report(output_dir, [dataset.funnel for dataset in kept])  # with what the VAE could not encode
+    return kept, sources
 
 
 def prepare_datasets(
@@ -67,7 +68,7 @@ def prepare_datasets(
         for line in dataset.funnel.lines():
             bus.emit(Notice("info", line))
     if world.is_main:
-        storage.write_json(output_dir / REPORT_FILE, [dataset.funnel.as_json() for dataset in datasets])
+        write_report(output_dir, [dataset.funnel for dataset in datasets])
     require_training(datasets, data_file)
     check_sizes(family, datasets, data_file)
     return datasets
@@ -94,19 +95,21 @@ def check_sizes(family: ModelFamily, datasets: list[Dataset], data_file: str | N
     """Refuse training sizes that the weights cannot take.
 
     Raises:
-        ConfigError: names each dataset with such a size.
+        ConfigError: names each dataset or folder of references with such a size.
     """
     limit = family.largest_side()
+    sides = {dataset.id: max(map(max, dataset.buckets)) for dataset in datasets}
+    sides |= {each.id: each.largest_side() for dataset in datasets for each in dataset.references}
     problems = [
         Problem(
-            f"pictures would have sides of {max(map(max, dataset.buckets))} px, too large for {family.source.model}",
-            key=f"{dataset.id}.resolution",
+            f"pictures would have sides of {side} px, too large for {family.source.model}",
+            key=f"{name}.resolution",
             file=data_file,
             allowed=f"sides up to {limit} px",
             fix="lower resolution, or choose a squarer crop_aspect",
         )
-        for dataset in datasets
-        if limit is not None and max(map(max, dataset.buckets)) > limit
+        for name, side in sides.items()
+        if limit is not None and side > limit
     ]
     if problems:
         raise ConfigError(problems)

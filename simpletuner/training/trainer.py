@@ -228,6 +228,7 @@ def build_batches(
         dropout=config.caption_dropout_probability or 0.0,
         masking=config.masked_loss_probability,
         world=world,
+        draws_reference=config.conditioning_multidataset_sampling == "random",
     )
 
 
@@ -240,7 +241,15 @@ def build_evaluator(
     is_wanted = (config.eval_steps_interval or config.eval_epoch_interval) and not config.eval_loss_disable
     if not is_wanted or not held_out:
         return None
-    return Evaluator(family, held_out, sources, config.num_eval_images, config.eval_timesteps, config.train_batch_size)
+    return Evaluator(
+        family,
+        held_out,
+        sources,
+        config.num_eval_images,
+        config.eval_timesteps,
+        config.train_batch_size,
+        one_reference=config.conditioning_multidataset_sampling == "random",
+    )
 
 
 def build_validator(loaded: LoadedRun, family: ModelFamily, output_dir: Path, bus: EventBus) -> Validator | None:

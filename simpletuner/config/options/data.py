@@ -100,6 +100,11 @@ class DataOptions(OptionGroup):
         help="How datasets are mixed: `auto-weighting` in proportion to their size with repeats.",
         planned_values={"uniform": "datasets are mixed in proportion to their size"},
     )
+    conditioning_multidataset_sampling: Literal["combined", "random"] = option(
+        "combined",
+        help="Where a dataset has several sets of reference pictures: `combined` shows the model one of each, in "
+        "order, `random` one of a set that is drawn for each use of a picture.",
+    )
     max_upscale_threshold: Float | None = option(
         None,
         help="Leave out pictures that would have to be enlarged more: 0.2 allows sides of up to 1.2 times their "

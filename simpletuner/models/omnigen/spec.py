@@ -43,7 +43,9 @@ OMNIGEN = FamilySpec(
     patch_size=2,
     max_size=3072,
     max_prompt_tokens=1024,
+    # The original takes the input pictures of a dropped instruction away too (OmniGen/train_helper/data.py).
     max_references=3,
+    drops_references=True,
     caches_prompt_embeds=False,
     # The original was trained with this string in place of a dropped instruction (OmniGen/train_helper/data.py).
     dropped_caption="<cfg>",

@@ -84,9 +84,13 @@ class PromptTokenizer:
     def __call__(self, prompt: str, reference_sizes: Sequence[tuple[int, int]] = ()) -> PromptTokens:
         """Tokenise one prompt; `reference_sizes` are the (height, width) in pixels of its input pictures.
 
+        A prompt that names no input picture has all of them in front.
+
         Raises:
             DataError: the placeholders `<img><|image_1|></img>` do not fit the input pictures.
         """
+        if reference_sizes and not _IMAGE_TAG.search(prompt):
+            prompt = f"{image_placeholders(len(reference_sizes))} {prompt}"
         text = PREFIX + prompt + SUFFIX
         tags = [int(number) for number in _IMAGE_TAG.findall(text)]
         _check_placeholders(prompt, tags, len(reference_sizes))
@@ -126,6 +130,11 @@ class PromptTokenizer:
                 )
             )
         return chunk[: room - excess] + tail
+
+
+def image_placeholders(count: int) -> str:
+    """What stands for input pictures in a prompt: `<img><|image_1|></img> <img><|image_2|></img>` ..."""
+    return " ".join(f"<img><|image_{number}|></img>" for number in range(1, count + 1))
 
 
 def _split_at_images(text: str, has_images: bool) -> list[str]:

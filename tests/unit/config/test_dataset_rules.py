@@ -21,6 +21,14 @@ MASKS: dict[str, Any] = {
 }
 
 
+REFERENCES: dict[str, Any] = {
+    "id": "sources",
+    "dataset_type": "conditioning",
+    "conditioning_type": "reference_strict",
+    "instance_data_dir": "datasets/sources",
+}
+
+
 @pytest.fixture
 def masked(workspace: Workspace) -> Workspace:
     (workspace.root / "datasets/masks").mkdir()
@@ -135,12 +143,73 @@ def test_masks_among_the_pictures_are_refused(masked: Workspace) -> None:
     assert "there is no folder of this name" in masked.fails_written().render()
 
 
-@pytest.mark.parametrize("kind", ["controlnet", "reference_strict", "reference_loose"])
-def test_other_kinds_of_conditioning_are_refused_by_name(masked: Workspace, kind: str) -> None:
-    masked.datasets[1]["conditioning_type"] = kind
+def test_control_pictures_are_refused_by_name(masked: Workspace) -> None:
+    masked.datasets[1]["conditioning_type"] = "controlnet"
     (problem,) = masked.fails_written().problems
     assert problem.key == "masks.conditioning_type"
-    assert f'"{kind}" cannot be used' in problem.message
+    assert '"controlnet" cannot be used' in problem.message
+
+
+@pytest.fixture
+def edits(workspace: Workspace) -> Workspace:
+    """Pictures with references, for a family that takes up to three."""
+    (workspace.root / "datasets/sources").mkdir()
+    workspace.config["model_family"] = "omnigen"
+    workspace.datasets[0]["conditioning_data"] = "sources"
+    workspace.datasets.append(REFERENCES | {})
+    return workspace
+
+
+def test_references_are_taken_with_their_sizes(edits: Workspace) -> None:
+    edits.datasets[1] |= {"conditioning_type": "reference_loose", "resolution": 0.5, "resolution_type": "area"}
+    entry = edits.load_written().datasets[1]
+    assert (entry.resolution, entry.resolution_type) == (0.5, "area")
+
+
+def test_sizes_of_strict_references_have_no_effect_and_that_is_told(edits: Workspace) -> None:
+    edits.datasets[1] |= {"resolution": 512, "cache_dir_vae": "cache/sources"}
+    loaded = edits.load_written()
+    (line,) = [line for line in loaded.warnings if "without effect" in line]
+    assert "sources: without effect: resolution; references" in line
+    assert loaded.datasets[1].cache_dir_vae is not None
+
+
+@pytest.mark.parametrize("by_source", [False, True])
+def test_a_family_without_references_refuses_them_by_name(edits: Workspace, by_source: bool) -> None:
+    edits.config["model_family"] = "toy"
+    if by_source:
+        edits.datasets[1]["source_dataset_id"] = edits.datasets[0]["id"]
+        del edits.datasets[0]["conditioning_data"]
+    (problem,) = edits.fails_written().problems
+    assert problem.key == ("sources.conditioning_type" if by_source else "pictures.conditioning_data")
+    assert "sources holds reference pictures, and Toy takes none" in problem.message
+
+
+def test_more_references_than_the_family_takes_are_refused_unless_one_is_drawn(edits: Workspace) -> None:
+    edits.datasets += [REFERENCES | {"id": f"s{number}"} for number in range(3)]
+    edits.datasets[0]["conditioning_data"] = ["sources", "s0", "s1", "s2"]
+    (problem,) = edits.fails_written().problems
+    assert "give each picture 4 references; OmniGen takes 3" in problem.message
+    edits.config["conditioning_multidataset_sampling"] = "random"
+    edits.load_written()
+
+
+def test_an_eval_dataset_has_references_and_no_masks(edits: Workspace) -> None:
+    held_out = {"id": "e", "dataset_type": "eval", "instance_data_dir": "datasets/pictures"}
+    edits.datasets.append(held_out | {"conditioning_data": "sources"})
+    edits.load_written()
+
+
+def test_references_among_their_own_pictures_are_refused_and_those_of_others_are_not(edits: Workspace) -> None:
+    edits.datasets[1]["instance_data_dir"] = "datasets/pictures"
+    assert edits.fails_written().problems[0].key == "sources.instance_data_dir"
+    edits.datasets[1]["instance_data_dir"] = "datasets/sources"
+    # A change is learned in both directions: the pictures of the one are the references of the other.
+    edits.datasets += [
+        {"id": "back", "instance_data_dir": "datasets/sources", "conditioning_data": "targets"},
+        REFERENCES | {"id": "targets", "instance_data_dir": "datasets/pictures"},
+    ]
+    edits.load_written()
 
 
 def test_keys_of_pictures_in_an_entry_of_masks_are_told_and_do_nothing(masked: Workspace) -> None:

@@ -112,6 +112,9 @@ class Latents:
     def latents(self, samples: Sequence[Sample]) -> list[torch.Tensor]:
         return [torch.zeros(4, s.crop.height // 8, s.crop.width // 8) for s in samples]
 
+    def close(self) -> None:
+        pass
+
 
 def source_of(family: ModelFamily, tmp_path: Path, masking: float, **changes) -> BatchSource:
     for number in range(6):

@@ -153,7 +153,7 @@ def test_a_picture_may_stand_twice_in_a_prompt():
 @pytest.mark.parametrize(
     ("prompt", "sizes"),
     [
-        ("a cat", [(16, 16)]),
+        ("<img><|image_1|></img>", [(16, 16)] * 2),
         ("<img><|image_1|></img>", []),
         ("<img><|image_2|></img>", [(16, 16)]),
         ("<img><|image_1|></img><img><|image_3|></img>", [(16, 16)] * 3),
@@ -167,3 +167,10 @@ def test_placeholders_that_do_not_fit_the_pictures_are_refused(prompt: str, size
 def test_a_tokenizer_folder_without_tokenizer_json_is_refused(tmp_path: Path):
     with pytest.raises(DataError, match=r"tokenizer\.json"):
         PromptTokenizer.from_source(ModelSource(str(tmp_path)), get_spec("omnigen"))
+
+
+def test_input_pictures_that_a_prompt_does_not_name_stand_in_front_of_it():
+    tokenizer = golden_tokenizer()
+    sizes = [(32, 32), (16, 48)]
+    named = tokenizer("<img><|image_1|></img> <img><|image_2|></img> make it green", sizes)
+    assert tokenizer("make it green", sizes) == named

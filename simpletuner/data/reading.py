@@ -1,0 +1,46 @@
+"""Reading the cut-out part of one picture from wherever it is, as the content that was indexed and no other."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from simpletuner.batch import Sample
+from simpletuner.data.backends.base import Backend
+from simpletuner.data.captions import printable
+from simpletuner.data.transforms import UnusablePicture, checked_bytes, load_picture, to_pixels
+from simpletuner.errors import DataError, Problem
+
+if TYPE_CHECKING:
+    import torch
+
+
+def read_pixels(backend: Backend, sample: Sample, key: str) -> torch.Tensor:
+    """The cut-out part of a picture: (3, H, W) float32 in [-1, 1]. Safe to call from several threads.
+
+    Args:
+        key: names the folder in errors: dataset id and key.
+
+    Raises:
+        DataError: the file is gone, or is no longer the one that was indexed: what is made of it would be kept under
+            the name of the old content.
+    """
+    try:
+        data = backend.read(os.fsencode(sample.path))
+    except OSError as error:
+        raise _unreadable(backend, sample, key, f"cannot be read: {error.strerror or error}") from error
+    try:
+        return to_pixels(load_picture(checked_bytes(data, sample.digest)), sample.crop, sample.is_flipped)
+    except UnusablePicture as error:
+        raise _unreadable(backend, sample, key, str(error)) from error
+
+
+def _unreadable(backend: Backend, sample: Sample, key: str, what: str) -> DataError:
+    path = f"{backend.location.rstrip('/')}/{sample.path}"
+    return DataError(
+        Problem(
+            f"the picture {printable(path)} {what}",
+            key=key,
+            fix="start the run again: the data is looked at anew, and training goes on from the last checkpoint",
+        )
+    )

@@ -1,0 +1,118 @@
+"""Reference pictures: what the model sees beside the caption, for training edits.
+
+A reference belongs to the picture at the same path relative to its folder (`pairing.py`). A strict one is cut exactly
+as its picture is, so that the two stay aligned pixel by pixel; a loose one keeps its own shape and is only ever
+reduced: nothing is learned from pixels that enlarging made up.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from simpletuner.batch import Crop, Sample
+from simpletuner.config.datasets import ConditioningDataset
+from simpletuner.data.buckets import ResolutionType, size_measure
+from simpletuner.data.index import Index, PictureRow
+from simpletuner.data.reading import read_pixels
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclasses.dataclass(frozen=True)
+class ReferenceRules:
+    """How references become training sizes.
+
+    Args:
+        is_strict: cut as their pictures are; otherwise the sizes below count.
+        resolution: as in `BucketRules`: larger references are reduced to it.
+        alignment: pixels; every side is a multiple of it.
+        max_side: pixels; longer references are reduced to it; None where the family has no limit.
+    """
+
+    is_strict: bool
+    resolution: float
+    resolution_type: ResolutionType
+    alignment: int
+    max_side: int | None = None
+
+
+class References:
+    """The references of one dataset's pictures from one folder.
+
+    Args:
+        entry: as configured.
+        index: of the folder.
+        ids: row of the reference of each sample.
+    """
+
+    def __init__(self, entry: ConditioningDataset, index: Index, ids: NDArray[np.int64], rules: ReferenceRules):
+        self.entry = entry
+        self.index = index
+        self.rules = rules
+        self._ids = ids
+
+    @property
+    def id(self) -> str:
+        return self.entry.id
+
+    def take(self, positions: NDArray[np.int64], samples: Sequence[Sample]) -> list[Sample]:
+        """The references of `samples`, which stand at `positions` of their dataset."""
+        rows = self.index.pictures(self._ids[positions].tolist())
+        return [self._reference(row, sample) for row, sample in zip(rows, samples, strict=True)]
+
+    def largest_side(self) -> int:
+        """Pixels: the longest side of a loose reference; 0 for strict ones, which are cut as their pictures are."""
+        if self.rules.is_strict:
+            return 0
+        crops = [plan_reference(*size, self.rules) for size in self.index.sizes(self._ids)]
+        return max((max(crop.height, crop.width) for crop in crops), default=0)
+
+    def read_pixels(self, sample: Sample) -> torch.Tensor:
+        """The cut-out part of a reference: (3, H, W) float32 in [-1, 1]. Safe to call from several threads.
+
+        Raises:
+            DataError: the file is gone or has changed.
+        """
+        return read_pixels(self.index.backend, sample, f"{self.id}.instance_data_dir")
+
+    def _reference(self, row: PictureRow, sample: Sample) -> Sample:
+        return Sample(
+            dataset_id=self.id,
+            path=row.path,
+            digest=row.digest,
+            width=row.width,
+            height=row.height,
+            captions=(),
+            crop=sample.crop if self.rules.is_strict else plan_reference(row.height, row.width, self.rules),
+            is_flipped=sample.is_flipped,
+        )
+
+
+def plan_reference(height: int, width: int, rules: ReferenceRules) -> Crop:
+    """What becomes of a loose reference: reduced to `resolution` where it is larger, the rest of the alignment cut off.
+
+    Only a picture smaller than `alignment` is enlarged, to that.
+    """
+    size = size_measure(height, width, rules.resolution_type)
+    ratio = rules.resolution / size
+    scale = min(1.0, math.sqrt(ratio) if rules.resolution_type == "area" else ratio)
+    if rules.max_side is not None:
+        scale = min(scale, rules.max_side / max(height, width))
+    target_height, target_width = (_align_down(side * scale, rules.alignment) for side in (height, width))
+    cover = max(target_height / height, target_width / width)
+    resized_height = max(target_height, math.floor(height * cover + 0.5))
+    resized_width = max(target_width, math.floor(width * cover + 0.5))
+    top, left = (resized_height - target_height) // 2, (resized_width - target_width) // 2
+    return Crop(resized_height, resized_width, top, left, target_height, target_width)
+
+
+def _align_down(pixels: float, alignment: int) -> int:
+    # 511.9999 is 512 that a root has rounded.
+    return max(alignment, math.floor(round(pixels, 6) / alignment) * alignment)

@@ -1,0 +1,133 @@
+"""Reference pictures belong to their pictures by path, and are cut with them or keep their own shape."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from simpletuner.batch import Crop
+from simpletuner.config.datasets import ConditioningDataset, ImageDataset
+from simpletuner.data.datasets import build_datasets
+from simpletuner.data.references import ReferenceRules, plan_reference
+from simpletuner.data.report import SET_ASIDE_FILE, write_report
+from simpletuner.errors import DataError
+from simpletuner.models.omnigen.spec import OMNIGEN
+from tests.unit.data.pictures import options, write_picture
+
+
+def build(root: Path, kind: str = "reference_strict", folders: tuple[str, ...] = ("sources",), **changes):
+    entries = [
+        ImageDataset(id="targets", instance_data_dir=root / "targets", conditioning_data=list(folders), **changes),
+        *(ConditioningDataset(id=name, instance_data_dir=root / name, conditioning_type=kind) for name in folders),
+    ]
+    (dataset,) = build_datasets(entries, options(), OMNIGEN, root / "work", data_file="data.json")
+    return dataset
+
+
+@pytest.fixture
+def pairs(tmp_path: Path) -> Path:
+    """Targets, and sources that are the same pictures, one of them as another kind of file."""
+    for number, (width, height) in enumerate([(64, 64), (100, 64), (64, 120)]):
+        write_picture(tmp_path / f"targets/sub/a_{number}.png", width, height, seed=number)
+        write_picture(
+            tmp_path / f"sources/sub/a_{number}.{'bmp' if number == 1 else 'png'}", width, height, seed=number
+        )
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"crop_style": "center"},
+        {"crop_style": "random", "random_flip": True},
+        {"crop_style": "random", "random_flip": True, "vae_cache_clear_each_epoch": True},
+    ],
+)
+def test_a_strict_reference_that_is_the_picture_is_cut_to_the_same_pixels(pairs: Path, changes) -> None:
+    """No side needs resizing here, so a cut one pixel off, or the other side up, would show."""
+    dataset = build(pairs, **changes)
+    flips = set()
+    for round_number in range(3):
+        for sample in dataset.samples.take(range(3), round_number):
+            (reference,) = sample.references
+            flips.add(sample.is_flipped)
+            assert reference.dataset_id == "sources"
+            assert torch.equal(dataset.references[0].read_pixels(reference), dataset.read_pixels(sample))
+    assert len(flips) == (2 if "random_flip" in changes else 1)
+
+
+def test_both_versions_of_a_mirrored_pair_are_kept(pairs: Path) -> None:
+    dataset = build(pairs, random_flip=True)
+    kept = list(dataset.samples_to_keep())
+    assert len({(sample.path, sample.is_flipped) for sample in kept}) == 6
+    assert all(sample.references[0].is_flipped == sample.is_flipped for sample in kept)
+
+
+def test_several_references_come_in_the_order_in_which_they_are_named(pairs: Path) -> None:
+    for number in range(3):
+        write_picture(pairs / f"styles/sub/a_{number}.png", 48, 32, seed=10 + number)
+    dataset = build(pairs, "reference_loose", ("styles", "sources"))
+    assert [each.dataset_id for each in dataset.samples[0].references] == ["styles", "sources"]
+    assert [each.path for each in dataset.samples[1].references] == ["sub/a_1.png", "sub/a_1.bmp"]
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "resolution", "kind", "expected"),
+    [
+        # Small enough: only what is over a multiple of 16 is cut off, 100 = 96 + 2 x 2 and 64 stays.
+        (64, 100, 256, "pixel_area", Crop(64, 100, 0, 2, 64, 96)),
+        # 2048 x 512 is 1024 squared; reduced to 512 squared it is 1024 x 256.
+        (512, 2048, 512, "pixel_area", Crop(256, 1024, 0, 0, 256, 1024)),
+        # Shorter side 300 -> 160, the other 600 -> 320.
+        (300, 600, 160, "pixel", Crop(160, 320, 0, 0, 160, 320)),
+        # 0.25 megapixels: 1000 x 1000 -> 500 x 500 -> 496 x 496, a multiple of 16.
+        (1000, 1000, 0.25, "area", Crop(496, 496, 0, 0, 496, 496)),
+        # Not enlarged, but to one tile of 16.
+        (8, 40, 256, "pixel_area", Crop(16, 80, 0, 24, 16, 32)),
+    ],
+)
+def test_a_loose_reference_is_only_reduced(height, width, resolution, kind, expected) -> None:
+    assert plan_reference(height, width, ReferenceRules(False, resolution, kind, 16)) == expected
+
+
+def test_a_loose_reference_fits_the_longest_side_of_the_family() -> None:
+    crop = plan_reference(100, 4000, ReferenceRules(False, 10_000, "pixel_area", 16, max_side=1024))
+    assert (crop.height, crop.width) == (16, 1024)
+
+
+def test_a_picture_without_a_reference_is_set_aside_with_the_reason(pairs: Path) -> None:
+    write_picture(pairs / "targets/alone.png")
+    write_picture(pairs / "targets/torn.png")
+    (pairs / "sources/torn.png").write_bytes(b"no picture")
+    write_picture(pairs / "targets/square.png")
+    write_picture(pairs / "sources/square.png", 64, 128)
+    dataset = build(pairs)
+    assert [sample.path for sample in dataset.samples] == ["sub/a_0.png", "sub/a_1.png", "sub/a_2.png"]
+    write_report(pairs, [dataset.funnel])
+    lines = [json.loads(line) for line in (pairs / SET_ASIDE_FILE).read_text().splitlines()]
+    told = {(line["path"], line["reason"].split(" (")[0]) for line in lines}
+    assert told == {
+        ("alone.png", "no reference picture in sources"),
+        ("torn.png", "no reference picture in sources"),
+        ("torn.png", "reference picture in sources: not a picture, or of a format that is not read"),
+        ("square.png", "its reference picture in sources has another shape"),
+    }
+    assert len(build(pairs, "reference_loose").samples) == 4
+
+
+def test_no_pair_at_all_ends_the_start(pairs: Path) -> None:
+    for path in (pairs / "sources/sub").iterdir():
+        path.unlink()
+    with pytest.raises(DataError, match=r"none of the 3 pictures .* 3 x no reference picture in sources"):
+        build(pairs)
+
+
+def test_the_fingerprint_knows_the_references(pairs: Path) -> None:
+    first = build(pairs).fingerprint
+    assert build(pairs).fingerprint == first
+    assert build(pairs, "reference_loose").fingerprint != first
+    write_picture(pairs / "sources/sub/a_0.png", 64, 64, seed=99)
+    assert build(pairs).fingerprint != first
