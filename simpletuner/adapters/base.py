@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from simpletuner.adapters.weights import AdapterWeights
 from simpletuner.errors import DataError, Problem
 
 # The adapter is a registered child of the denoiser under this name: outside of it, DDP raises and the gradients of
@@ -42,6 +43,8 @@ class Adapter(ABC):
 
     file_name: str  # of the weights inside a checkpoint or an output folder
     can_be_disabled: bool = True  # whether the base is still there to compute with
+    # Whether `save` writes every trained parameter under its own name, bit for bit: a resume then reads it from there.
+    file_is_exact: bool = True
 
     def __init__(self, report: list[MatchCount]):
         self.report = report
@@ -63,6 +66,20 @@ class Adapter(ABC):
             state: values to write in place of the live parameters, by their names: the EMA. The live parameters are
                 the same before and after.
         """
+
+    def start_from(self, weights: AdapterWeights, file: str) -> list[str]:
+        """Begin with the weights of an adapter file, whatever its format was.
+
+        Args:
+            file: its path, for messages.
+
+        Returns:
+            paths of adapted layers that the file says nothing of.
+
+        Raises:
+            DataError: the file is of another algorithm or size, or adapts layers that are not trained here.
+        """
+        raise DataError(Problem("there is no adapter to start from a file", key="init_lora", file=file))
 
     def state_dict(self) -> dict[str, Tensor]:
         """The trained parameters, detached, sharing memory with the live ones."""
@@ -108,19 +125,12 @@ def values_replaced(parameters: Mapping[str, nn.Parameter], state: Mapping[str, 
 
 
 def base_state_dict(denoiser: nn.Module) -> dict[str, Tensor]:
-    """The denoiser's own weights, without those of an attached adapter."""
-    return {name: tensor for name, tensor in denoiser.state_dict().items() if not name.startswith(f"{ADAPTER_CHILD}.")}
+    """The denoiser's own weights under their own names, without those of an attached adapter.
 
-
-def modelspec_metadata(architecture: str, title: str) -> dict[str, str]:
-    """The header fields that model managers read (github.com/Stability-AI/ModelSpec).
-
-    No date is written, so that equal runs give equal files.
+    A LyCORIS network is a child of the denoiser; PEFT's layers stand in the place of those that they adapt.
     """
     return {
-        "format": "pt",
-        "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.architecture": architecture,
-        "modelspec.implementation": "https://github.com/huggingface/diffusers",
-        "modelspec.title": title,
+        name.replace(".base_layer.", "."): tensor
+        for name, tensor in denoiser.state_dict().items()
+        if not name.startswith(f"{ADAPTER_CHILD}.") and ".lora_" not in name
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,7 +11,10 @@ from torch import nn
 
 from simpletuner.adapters.base import Adapter
 from simpletuner.adapters.full import FullAdapter
+from simpletuner.adapters.lora import LoraSettings, attach_lora
 from simpletuner.adapters.lycoris import attach_lycoris
+from simpletuner.adapters.reading import read_adapter
+from simpletuner.config.options import TrainConfig
 from simpletuner.errors import ConfigError, Problem
 from simpletuner.models.spec import FamilySpec
 
@@ -25,6 +29,8 @@ def build_adapter(
     dtype: torch.dtype,
     seed: int,
     lycoris_file: str | None = None,
+    lora: LoraSettings | None = None,
+    init_file: Path | None = None,
 ) -> Adapter:
     """Attach what the configuration asks for to a frozen denoiser.
 
@@ -32,24 +38,23 @@ def build_adapter(
         lycoris: the parsed `lycoris_config.json`; needed for lora_type lycoris.
         dtype: of the adapter's weights; full fine-tuning trains in the denoiser's own.
         lycoris_file: its path, for messages.
+        lora: needed for lora_type standard.
+        init_file: an adapter file to start from.
 
     Raises:
         ConfigError: a combination that cannot be trained.
+        DataError: the file to start from does not fit.
     """
     if model_type == "full":
         return FullAdapter(denoiser, spec)
     if model_type != "lora":
         raise ConfigError(Problem(f'"{model_type}" cannot be trained', key="model_type", allowed="lora, full"))
-    if lora_type != "lycoris":
-        raise ConfigError(
-            Problem(
-                f'"{lora_type}" adapters cannot be trained by this version',
-                key="lora_type",
-                allowed="lycoris",
-                fix='set lora_type to lycoris; "algo": "lora" in lycoris_config.json trains a plain LoRA',
-            )
-        )
-    if lycoris is None:
+    # Read while the layers still have the names and classes that files know.
+    start = read_adapter(init_file, spec, denoiser) if init_file else None
+    adapter: Adapter
+    if lora_type == "standard":
+        adapter = attach_lora(denoiser, lora or LoraSettings(), spec, dtype, seed)
+    elif lycoris is None:
         raise ConfigError(
             Problem(
                 "lora_type lycoris needs a lycoris_config.json",
@@ -57,4 +62,21 @@ def build_adapter(
                 fix="write the path of one, for example config/lycoris_config.json",
             )
         )
-    return attach_lycoris(denoiser, lycoris, spec, dtype, seed, lycoris_file)
+    else:
+        adapter = attach_lycoris(denoiser, lycoris, spec, dtype, seed, lycoris_file)
+    if start is not None and not next(iter(adapter.trainable_parameters().values())).is_meta:
+        adapter.start_from(start, str(init_file))
+    return adapter
+
+
+def lora_settings(config: TrainConfig) -> LoraSettings:
+    """Standard LoRA as the configuration describes it."""
+    return LoraSettings(
+        rank=config.lora_rank,
+        alpha=config.lora_alpha,
+        dropout=config.lora_dropout,
+        init=config.lora_init_type,
+        use_dora=config.use_dora,
+        targets=config.lora_target,
+        file_format=config.lora_format,
+    )

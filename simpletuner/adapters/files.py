@@ -1,43 +1,29 @@
-"""Adapter files: load one onto a denoiser, and prove that a written one works outside of this program."""
+"""Adapter files at work: apply one to a denoiser, and prove that a written one works outside of this program."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from simpletuner.adapters.base import MatchCount
-from simpletuner.adapters.lycoris import KEY, PREFIX, LycorisAdapter, isolated_lycoris, prefer_bypass, register_network
+from simpletuner.adapters.formats import encode
+from simpletuner.adapters.lycoris import LycorisAdapter, isolated_lycoris, prefer_bypass, register_network
+from simpletuner.adapters.reading import adapter_from_tensors, format_of, read_adapter, read_adapter_file
+from simpletuner.adapters.weights import ALPHA, AdapterWeights
 from simpletuner.errors import DataError, Problem
 from simpletuner.models.spec import FamilySpec
 
 if TYPE_CHECKING:
+    from lycoris.modules.base import LycorisBaseModule
     from lycoris.wrapper import LycorisNetwork
 
 
-def read_adapter_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors and the metadata of a safetensors file.
-
-    Raises:
-        DataError: no such file, or not a safetensors file.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    if not path.is_file():
-        raise DataError(Problem("there is no adapter file here", file=str(path)))
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except SafetensorError as error:
-        raise DataError(Problem(f"is not a readable safetensors file: {error}", file=str(path))) from error
-
-
-def load_lycoris_file(denoiser: nn.Module, path: Path, spec: FamilySpec, strength: float = 1.0) -> LycorisAdapter:
-    """Apply a saved LyCORIS file to a denoiser, to draw with it.
+def apply_adapter_file(denoiser: nn.Module, path: Path, spec: FamilySpec, strength: float = 1.0) -> LycorisAdapter:
+    """Apply an adapter file of any format to a denoiser, to draw with it.
 
     Args:
         denoiser: without an adapter; gets one as its child.
@@ -46,25 +32,35 @@ def load_lycoris_file(denoiser: nn.Module, path: Path, spec: FamilySpec, strengt
     Raises:
         DataError: unreadable, or a tensor has no place in this denoiser.
     """
-    tensors, metadata = read_adapter_file(path)
-    lycoris = _config_in(metadata, path)
-    network = _network_from(tensors, denoiser, strength * _multiplier(lycoris), path)
-    if lycoris.get("bypass_mode", True):
+    return apply_weights(denoiser, read_adapter(path, spec, denoiser), spec, str(path), strength)
+
+
+def apply_weights(
+    denoiser: nn.Module, weights: AdapterWeights, spec: FamilySpec, file: str, strength: float = 1.0
+) -> LycorisAdapter:
+    """As `apply_adapter_file`, from weights: LyCORIS' modules compute what every algorithm means."""
+    network = network_from(weights, denoiser, spec, strength * weights.multiplier, file)
+    if weights.lycoris.get("bypass_mode", True):
         for module in network.loras:
             prefer_bypass(module)
-    register_network(denoiser, network, next(tensor.dtype for key, tensor in tensors.items() if "alpha" not in key))
+    first = next(iter(weights.modules.values()))
+    register_network(denoiser, network, next(tensor.dtype for name, tensor in first.items() if name != ALPHA))
     network.eval().requires_grad_(False)
-    return LycorisAdapter(network, lycoris, spec, [MatchCount(path.name, "", len(network.loras))])
+    return LycorisAdapter(network, weights.lycoris, spec, [MatchCount(Path(file).name, "", len(network.loras))])
 
 
 def check_saved_adapter(
     path: Path,
     fresh_denoiser: nn.Module,
+    spec: FamilySpec,
     run: Callable[[nn.Module], Tensor],
     reference: Tensor,
     tolerance: float = 1e-5,
 ) -> float:
-    """Reload a written file through LyCORIS alone onto a stock denoiser and compare outputs.
+    """Reload a written file through the public loader of its format onto a stock denoiser and compare outputs.
+
+    PEFT loads diffusers' form, as diffusers does; LyCORIS loads its own; kohya's and ComfyUI's forms are mapped back
+    by the family's key table first.
 
     Args:
         fresh_denoiser: the public class with the base weights, without adapter and without this project's changes;
@@ -80,10 +76,14 @@ def check_saved_adapter(
         DataError: a tensor of the file maps onto nothing, did not survive the reload, or the outputs differ.
     """
     tensors, metadata = read_adapter_file(path)
-    network = _network_from(tensors, fresh_denoiser, _multiplier(_config_in(metadata, path)), path)
-    _require_same_weights(network, tensors, path)
-    network.apply_to()
-    network.to(next(fresh_denoiser.parameters()).device)
+    weights = adapter_from_tensors(tensors, metadata, spec, fresh_denoiser, str(path))
+    if format_of(tensors) == "diffusers":
+        loader = load_with_peft(tensors, fresh_denoiser, spec, path)
+    else:
+        network = network_from(weights, fresh_denoiser, spec, weights.multiplier, str(path))
+        network.apply_to()
+        network.to(next(fresh_denoiser.parameters()).device)
+        loader = "LyCORIS"
     with torch.no_grad():
         output = run(fresh_denoiser).float()
     expected = reference.float()
@@ -93,7 +93,7 @@ def check_saved_adapter(
     if not difference <= allowed:
         raise DataError(
             Problem(
-                f"reloaded by LyCORIS, the adapter gives another output: it differs by {difference:.3g}, "
+                f"reloaded by {loader}, the adapter gives another output: it differs by {difference:.3g}, "
                 f"allowed is {allowed:.3g}",
                 file=str(path),
             )
@@ -101,36 +101,84 @@ def check_saved_adapter(
     return difference
 
 
-def unmatched_keys(tensors: dict[str, Tensor], denoiser: nn.Module) -> list[str]:
-    """Keys of an adapter file that belong to no module of the denoiser."""
-    known = {f"{PREFIX}_{name}".replace(".", "_") for name, _ in denoiser.named_modules()}
-    return [key for key in tensors if key.split(".")[0] not in known]
+def load_with_peft(tensors: dict[str, Tensor], denoiser: nn.Module, spec: FamilySpec, path: Path) -> str:
+    """Load a file of diffusers' form as diffusers does: by `load_lora_adapter` where the class has it, else by PEFT.
+
+    Returns:
+        The loader's name.
+
+    Raises:
+        DataError: a tensor of the file has no place.
+    """
+    prefix = spec.component("denoiser").name
+    load = getattr(denoiser, "load_lora_adapter", None)
+    if load is not None:
+        load(path.parent, weight_name=path.name, prefix=prefix, adapter_name="file", local_files_only=True)
+        return "diffusers"
+    from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
+
+    bare = {key.removeprefix(f"{prefix}."): tensor for key, tensor in tensors.items()}
+    ranks = {key.removesuffix(".lora_A.weight"): len(bare[key]) for key in bare if key.endswith(".lora_A.weight")}
+    config = LoraConfig(
+        r=next(iter(ranks.values())),
+        lora_alpha=next(iter(ranks.values())),
+        rank_pattern={f"^{name}": rank for name, rank in ranks.items()},
+        alpha_pattern={f"^{name}": rank for name, rank in ranks.items()},
+        target_modules=list(ranks),
+        use_dora=any("lora_magnitude_vector" in key for key in bare),
+    )
+    inject_adapter_in_model(config, denoiser, adapter_name="file", state_dict=bare)
+    unexpected = set_peft_model_state_dict(denoiser, bare, adapter_name="file").unexpected_keys
+    if unexpected:
+        names = ", ".join(unexpected[:5])
+        raise DataError(Problem(f"PEFT cannot place {len(unexpected)} tensors: {names}", file=str(path)))
+    return "PEFT"
 
 
-def _network_from(tensors: dict[str, Tensor], denoiser: nn.Module, multiplier: float, path: Path) -> LycorisNetwork:
-    """LyCORIS' own loader, which leaves out silently what it cannot place; here that is an error."""
+def network_from(
+    weights: AdapterWeights, denoiser: nn.Module, spec: FamilySpec, multiplier: float, file: str
+) -> LycorisNetwork:
+    """LyCORIS' own loader, which leaves out silently what it cannot place; here that is an error.
+
+    Raises:
+        DataError: a module cannot be loaded, or a weight is not what the file says.
+    """
     from lycoris.wrapper import create_lycoris_from_weights
 
-    if unmatched := unmatched_keys(tensors, denoiser):
-        raise DataError(
-            Problem(
-                f"{len(unmatched)} of {len(tensors)} tensors belong to no module of {type(denoiser).__name__}: "
-                f"{', '.join(unmatched[:5])}",
-                file=str(path),
-                fix="use the model that the adapter was trained on",
-            )
-        )
+    tensors = encode(weights, spec, "lycoris", denoiser)
     with isolated_lycoris():
-        network, _ = create_lycoris_from_weights(multiplier, str(path), denoiser, weights_sd=tensors)
+        network, _ = create_lycoris_from_weights(multiplier, file, denoiser, weights_sd=_loadable(tensors))
+    network.loras += _scaling_modules(weights, denoiser, multiplier)
     lost = {key.split(".")[0] for key in tensors} - {module.lora_name for module in network.loras}
     if lost:
-        raise DataError(
-            Problem(f"LyCORIS cannot load {len(lost)} modules: {', '.join(sorted(lost)[:5])}", file=str(path))
-        )
+        raise DataError(Problem(f"LyCORIS cannot load {len(lost)} modules: {', '.join(sorted(lost)[:5])}", file=file))
+    _require_same_weights(network, tensors, file)
     return network
 
 
-def _require_same_weights(network: LycorisNetwork, tensors: dict[str, Tensor], path: Path) -> None:
+def _loadable(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Without (IA)^3: for that, LyCORIS 4.1's loader fails with a TypeError, whatever the file."""
+    scaling = {key.split(".")[0] for key in tensors if key.endswith(".on_input")}
+    return {key: tensor for key, tensor in tensors.items() if key.split(".")[0] not in scaling}
+
+
+def _scaling_modules(weights: AdapterWeights, denoiser: nn.Module, multiplier: float) -> list[LycorisBaseModule]:
+    """LyCORIS' (IA)^3 modules, built as its network builds them for training."""
+    from lycoris.modules.ia3 import IA3Module
+
+    modules = []
+    for path, tensors in weights.modules.items():
+        if "on_input" not in tensors:
+            continue
+        name = f"lycoris_{path}".replace(".", "_")
+        layer = denoiser.get_submodule(path)
+        module = IA3Module(name, layer, multiplier, train_on_input=bool(tensors["on_input"]))
+        module.weight.data = tensors["weight"].detach().clone()
+        modules.append(module)
+    return modules
+
+
+def _require_same_weights(network: LycorisNetwork, tensors: dict[str, Tensor], file: str) -> None:
     """Every trained tensor of the file is in the reloaded network, unchanged. alpha is a setting, not a weight: for
     full matrices LyCORIS writes one number and reads another, and neither has an effect."""
     loaded = {
@@ -139,20 +187,8 @@ def _require_same_weights(network: LycorisNetwork, tensors: dict[str, Tensor], p
     wrong = [
         key
         for key, tensor in tensors.items()
-        if not key.endswith(".alpha") and not (key in loaded and torch.equal(loaded[key], tensor.to(loaded[key])))
+        if not key.endswith((".alpha", ".diff", ".diff_b"))
+        and not (key in loaded and torch.equal(loaded[key].to(tensor), tensor))
     ]
     if wrong:
-        raise DataError(Problem(f"{len(wrong)} tensors are lost on reloading: {', '.join(wrong[:5])}", file=str(path)))
-
-
-def _config_in(metadata: dict[str, str], path: Path) -> dict[str, Any]:
-    if KEY not in metadata:
-        return {}
-    try:
-        return json.loads(metadata[KEY])
-    except json.JSONDecodeError as error:
-        raise DataError(Problem(f"its {KEY} metadata is not JSON: {error}", file=str(path))) from error
-
-
-def _multiplier(lycoris: dict[str, Any]) -> float:
-    return float(lycoris.get("multiplier", 1.0))
+        raise DataError(Problem(f"{len(wrong)} tensors are lost on reloading: {', '.join(wrong[:5])}", file=file))

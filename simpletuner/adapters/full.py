@@ -8,7 +8,8 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from simpletuner.adapters.base import Adapter, MatchCount, modelspec_metadata, values_replaced
+from simpletuner.adapters.base import Adapter, MatchCount, values_replaced
+from simpletuner.adapters.metadata import modelspec_metadata
 from simpletuner.errors import ConfigError, Problem
 from simpletuner.models.spec import FamilySpec
 from simpletuner.storage import save_tensors

@@ -14,15 +14,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from simpletuner.adapters.base import (
-    ADAPTER_CHILD,
-    Adapter,
-    MatchCount,
-    modelspec_metadata,
-    values_replaced,
-)
+from simpletuner.adapters.base import ADAPTER_CHILD, Adapter, MatchCount, values_replaced
+from simpletuner.adapters.formats import LYCORIS_PREFIX
+from simpletuner.adapters.liveness import require_live
 from simpletuner.adapters.lokr import use_structured_forward
+from simpletuner.adapters.metadata import adapter_metadata
+from simpletuner.adapters.reading import LYCORIS_CONFIG, split_key
 from simpletuner.adapters.targets import LycorisTargets, count_matches, require_matches, resolve_targets
+from simpletuner.adapters.weights import AdapterWeights
 from simpletuner.config.json_reader import Document
 from simpletuner.config.lycoris import check_lycoris
 from simpletuner.errors import ConfigError, Problem
@@ -33,9 +32,6 @@ from simpletuner.storage import save_tensors
 if TYPE_CHECKING:
     from lycoris.modules.base import LycorisBaseModule
     from lycoris.wrapper import LycorisNetwork
-
-PREFIX = "lycoris"  # of every key in the file
-KEY = "lycoris_config"  # the option, and the metadata entry of the file
 
 
 class LycorisAdapter(Adapter):
@@ -75,13 +71,17 @@ class LycorisAdapter(Adapter):
 
     def save(self, path: Path, extra_metadata: Mapping[str, str], state: Mapping[str, Tensor] | None = None) -> None:
         """Write the file that LyCORIS itself would write, plus metadata: its configuration and the ModelSpec header."""
-        metadata = modelspec_metadata(f"{self.spec.name}/lycoris", f"{self.spec.title} {self.lycoris.get('algo')}")
-        metadata |= {KEY: json.dumps(self.lycoris)} | dict(extra_metadata)
         with torch.no_grad(), values_replaced(self.trainable_parameters(), state):
             tensors = {
                 name: tensor.detach().to("cpu", copy=True).contiguous()
                 for name, tensor in self.network.state_dict().items()
             }
+        modules: dict[str, dict[str, Tensor]] = {}
+        for key, tensor in tensors.items():
+            name, tensor_name = split_key(key)
+            modules.setdefault(name, {})[tensor_name] = tensor
+        metadata = adapter_metadata(AdapterWeights(modules, lycoris=self.lycoris), self.spec)
+        metadata |= {LYCORIS_CONFIG: json.dumps(self.lycoris)} | dict(extra_metadata)
         save_tensors(path, tensors, metadata)
 
 
@@ -107,10 +107,10 @@ def attach_lycoris(
     Raises:
         ConfigError: the configuration cannot be used, an entry adapts nothing, or the adapter turns out dead.
     """
-    if problems := check_lycoris(Document(file or KEY, lycoris), spec.adaptable, spec.class_aliases):
+    if problems := check_lycoris(Document(file or LYCORIS_CONFIG, lycoris), spec.adaptable, spec.class_aliases):
         raise ConfigError(problems)
     targets = resolve_targets(lycoris, spec, {type(module).__name__ for module in denoiser.modules()})
-    paths = {f"{PREFIX}_{name}".replace(".", "_"): name for name, _ in denoiser.named_modules()}
+    paths = {f"{LYCORIS_PREFIX}_{name}".replace(".", "_"): name for name, _ in denoiser.named_modules()}
     network = _create_network(denoiser, lycoris, targets, seed, file)
     report = count_matches(denoiser, (paths[module.lora_name] for module in network.loras), targets)
     require_matches(report, denoiser, targets, file)
@@ -118,7 +118,7 @@ def attach_lycoris(
         for module in network.loras:
             prefer_bypass(module)
     register_network(denoiser, network, dtype)
-    _require_live(network, file)
+    require_live(((m.org_module[0], m.org_module[0], m) for m in network.loras), LYCORIS_CONFIG, file)
     return LycorisAdapter(network, lycoris, spec, report)
 
 
@@ -198,68 +198,13 @@ def _create_network(
             "target_name": list(targets.names),
             "module_algo_map": targets.module_algo_map,
             "name_algo_map": targets.name_algo_map,
-            "lora_prefix": PREFIX,
+            "lora_prefix": LYCORIS_PREFIX,
             "use_fnmatch": targets.use_fnmatch,
             "exclude_name": list(targets.exclude),
         }
         try:
             return create_lycoris(denoiser, **options, preset="from_config")
         except (TypeError, ValueError, KeyError, NotImplementedError) as error:
-            raise ConfigError(Problem(f"LyCORIS refuses this configuration: {error}", key=KEY, file=file)) from error
-
-
-def _require_live(network: LycorisNetwork, file: str | None) -> None:
-    """Perturb one module of each kind: its layer's output must change and its weights must get gradients.
-
-    An adapter on a layer that was replaced afterwards, or whose weights are packed, trains nothing without any error.
-    """
-    first_of_kind = {type(module): module for module in reversed(network.loras)}
-    for kind, module in first_of_kind.items():
-        layer = module.org_module[0]
-        if layer.weight.is_meta:  # `simpletuner plan` counts parameters of a model without values
-            continue
-        # In a fork, because a later draw of the run must not depend on this check.
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            if not _reacts(layer, module):
-                raise ConfigError(
-                    Problem(
-                        f"a {kind.__name__} on {type(layer).__name__} changes nothing and would train nothing",
-                        key=KEY,
-                        file=file,
-                        fix="choose another algo, or leave this layer out",
-                    )
-                )
-
-
-def _reacts(layer: nn.Module, module: LycorisBaseModule) -> bool:
-    parameters = list(module.parameters())
-    kept = [parameter.detach().clone() for parameter in parameters]
-    x = _example_input(layer)
-    was_training = module.training
-    module.eval()  # dropout could hide or fake a change
-    try:
-        before = layer(x).detach()
-        with torch.no_grad():
-            for parameter in parameters:
-                parameter.add_(torch.randn(parameter.shape).to(parameter) * 0.1)
-        after = layer(x)
-        if not after.requires_grad:
-            return False
-        gradients = torch.autograd.grad(after.float().square().sum(), parameters, allow_unused=True)
-        has_gradient = any(gradient is not None and bool(gradient.any()) for gradient in gradients)
-        return has_gradient and not torch.equal(before, after.detach())
-    finally:
-        module.train(was_training)
-        with torch.no_grad():
-            for parameter, value in zip(parameters, kept, strict=True):
-                parameter.copy_(value)
-
-
-def _example_input(layer: Any) -> Tensor:
-    """A small input of the layer's dtype; bfloat16 where its weights are packed."""
-    device = layer.weight.device
-    dtype = layer.weight.dtype if layer.weight.dtype.is_floating_point else torch.bfloat16
-    if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d):
-        return torch.randn(1, layer.in_channels, *(2 * size for size in layer.kernel_size)).to(device, dtype)
-    return torch.randn(2, layer.in_features).to(device, dtype)
+            raise ConfigError(
+                Problem(f"LyCORIS refuses this configuration: {error}", key=LYCORIS_CONFIG, file=file)
+            ) from error

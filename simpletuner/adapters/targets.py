@@ -9,17 +9,17 @@ from __future__ import annotations
 import fnmatch
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
 from simpletuner.adapters.base import MatchCount
+from simpletuner.adapters.layers import is_adaptable, is_linear, layer_class
+from simpletuner.config.lora import ALL_LINEAR, lora_patterns
 from simpletuner.errors import ConfigError, Problem
 from simpletuner.models.spec import FamilySpec
-
-ADAPTABLE_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ def adaptable_classes(denoiser: nn.Module) -> list[str]:
     """Classes of modules that are or contain a linear or convolutional layer, sorted."""
     found = set()
     for name, module in denoiser.named_modules():
-        if name and any(isinstance(child, ADAPTABLE_LAYERS) for child in module.modules()):
+        if name and any(is_adaptable(child) for child in module.modules()):
             found.add(type(module).__name__)
     return sorted(found)
 
@@ -140,7 +140,7 @@ def adaptable_paths(denoiser: nn.Module) -> list[str]:
     counts = Counter(
         ".".join("*" if part.isdigit() else part for part in name.split("."))
         for name, module in denoiser.named_modules()
-        if isinstance(module, ADAPTABLE_LAYERS)
+        if is_adaptable(module)
     )
     return [f"{path} ({count})" for path, count in counts.items()]
 
@@ -171,3 +171,39 @@ def _matches(pattern: str, name: str, targets: LycorisTargets) -> bool:
     if targets.use_fnmatch:
         return fnmatch.fnmatch(name, pattern)
     return re.match(pattern, name) is not None
+
+
+def lora_layers(denoiser: nn.Module, targets: Sequence[str], spec: FamilySpec) -> tuple[list[str], list[MatchCount]]:
+    """The layers that standard LoRA adapts, in the denoiser's order, and how many each entry stands for.
+
+    Args:
+        targets: `default`, `all-linear`, names of `spec.target_groups`, or fnmatch patterns of module paths.
+
+    Raises:
+        ConfigError: an entry stands for no linear layer.
+    """
+    layers = {path: module for path, module in denoiser.named_modules() if is_adaptable(module)}
+    report, wanted = [], set()
+    for entry in targets:
+        patterns = lora_patterns(entry, spec)
+        found = [
+            path
+            for path, module in layers.items()
+            if any(fnmatch.fnmatchcase(path, pattern) for pattern in patterns)
+            and (entry != ALL_LINEAR or is_linear(module))
+        ]
+        classes = sorted({layer_class(layers[path]) for path in found})
+        report.append(MatchCount(entry, ", ".join(classes), len(found)))
+        wanted.update(found)
+    problems = [
+        Problem(
+            f'"{match.entry}" adapts no layer of {type(denoiser).__name__}',
+            key="lora_target",
+            allowed=", ".join(["default", ALL_LINEAR, *spec.target_groups, *adaptable_paths(denoiser)]),
+        )
+        for match in report
+        if not match.modules
+    ]
+    if problems:
+        raise ConfigError(problems)
+    return [path for path in layers if path in wanted], report

@@ -102,6 +102,12 @@ def named_checkpoint_exists(draft: Draft) -> Iterator[Problem]:
         yield draft.problem(message, "resume_from_checkpoint", allowed)
 
 
+def adapter_to_start_from_exists(draft: Draft) -> Iterator[Problem]:
+    path = draft.config.init_lora
+    if path is not None and not path.is_file():
+        yield draft.folders.missing(_as_written(path, draft), "init_lora", draft.origin("init_lora"), "file")
+
+
 FILE_RULES = (
     dataset_folders_exist,
     dataset_tables_exist,
@@ -110,6 +116,7 @@ FILE_RULES = (
     output_folder_is_not_among_the_pictures,
     output_folder_can_be_written,
     named_checkpoint_exists,
+    adapter_to_start_from_exists,
 )
 
 

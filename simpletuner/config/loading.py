@@ -307,7 +307,7 @@ class _RunReader:
             return None
 
     def read_lycoris(self, config: TrainConfig) -> Mapping[str, Any] | None:
-        if config.lycoris_config is None or config.model_type != "lora":
+        if config.lycoris_config is None or config.model_type != "lora" or config.lora_type != "lycoris":
             return None
         document = self.read_named_file("lycoris_config", config.lycoris_config)
         if document is None:

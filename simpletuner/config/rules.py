@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+from simpletuner.config.adapter_rules import ADAPTER_NOTICES, ADAPTER_RULES
 from simpletuner.config.checking import is_neutral, show_value
 from simpletuner.config.dataset_rules import DATASET_NOTICES, DATASET_RULES
 from simpletuner.config.datasets import ImageDataset, TextEmbedsDataset
@@ -48,16 +49,6 @@ def family_takes_its_options(draft: Draft) -> Iterator[Problem]:
             allowed = f"only {show_value(next((item for item in neutral if item is not None), None))}"
             message = f"{show_value(value)} cannot be used with {draft.config.model_family}: {reason}"
             yield draft.problem(message, key, allowed, fix="remove the key")
-
-
-def adapter_has_its_configuration(draft: Draft) -> Iterator[Problem]:
-    config = draft.config
-    if config.model_type == "lora" and config.lora_type == "lycoris" and config.lycoris_config is None:
-        fix = "write the path of one, for example config/lycoris_config.json"
-        yield draft.problem("lora_type lycoris needs this file", "lycoris_config", "a JSON file", fix)
-    if config.model_type == "full" and config.lycoris_config is not None:
-        message = f'"{config.lycoris_config}" has no use: model_type is "full", which trains without an adapter'
-        yield draft.problem(message, "lycoris_config", fix='remove the key, or set model_type to "lora"')
 
 
 def regularisation_has_an_adapter(draft: Draft) -> Iterator[Problem]:
@@ -189,7 +180,7 @@ RULES: tuple[Rule, ...] = (
     exactly_one_length_is_set,
     flavour_belongs_to_the_family,
     family_takes_its_options,
-    adapter_has_its_configuration,
+    *ADAPTER_RULES,
     regularisation_has_an_adapter,
     a_falling_schedule_falls,
     trackers_are_not_contradictory,
@@ -257,6 +248,7 @@ NOTICES: tuple[Notice, ...] = (
     validation_has_prompts,
     dropped_captions_serve_guidance,
     text_caches_have_a_use,
+    *ADAPTER_NOTICES,
     *DATASET_NOTICES,
 )
 

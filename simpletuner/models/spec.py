@@ -84,6 +84,8 @@ class FamilySpec:
         default_flavour: used where `model_flavour` is not set.
         adaptable: what adapters can be attached to.
         class_aliases: preset class names that mean a class of this family (`FeedForward` -> `OmniGenFeedForward`).
+        target_groups: names for sets of layers -> fnmatch patterns of their paths; `attention` and `feed-forward`
+            should be among them, for LyCORIS' presets are made of these.
         default_lora_targets: fnmatch patterns of the linears that standard LoRA adapts by default.
         keys: names of the denoiser's modules in kohya's and ComfyUI's files.
         block_classes: repeated blocks, for checkpointing, FSDP and compile.
@@ -110,6 +112,7 @@ class FamilySpec:
     block_classes: tuple[str, ...]
     default_lora_targets: tuple[str, ...]
     class_aliases: Mapping[str, str] = field(default_factory=dict)
+    target_groups: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     keys: KeyTable = field(default_factory=KeyTable)
     max_size: int | None = None
     max_references: int = 0

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 NAME = re.compile(r"^checkpoint-(\d+)$")
 STATE_FILE = "training_state.json"
 OPTIMIZER_FILE = "optimizer.safetensors"
+# The trained parameters as they are, where the adapter's file holds them in another form.
+TRAINABLE_FILE = "trainable.safetensors"
 EMA_FILE = "ema.safetensors"
 
 
@@ -135,6 +137,8 @@ def write_checkpoint(run: Run, folder: Path) -> None:
     parameters = run.adapter.trainable_parameters()
     metadata = {"global_step": str(run.state.global_step)}
     run.adapter.save(weights_file(run, folder), metadata)
+    if not run.adapter.file_is_exact:
+        storage.save_tensors(folder / TRAINABLE_FILE, run.adapter.state_dict())
     tensors, plain = optimizer_tensors(run.optimizer, parameters)
     storage.save_tensors(folder / OPTIMIZER_FILE, tensors)
     if run.ema is not None:
@@ -174,7 +178,7 @@ def load_checkpoint(run: Run, path: Path) -> None:
     from safetensors.torch import load_file
 
     parameters = run.adapter.trainable_parameters()
-    weights = load_file(weights_file(run, path))
+    weights = load_file(weights_file(run, path) if run.adapter.file_is_exact else path / TRAINABLE_FILE)
     run.adapter.load_state_dict({name: tensor for name, tensor in weights.items() if name in parameters})
     load_optimizer_tensors(run.optimizer, parameters, load_file(path / OPTIMIZER_FILE), saved["optimizer"])
     if run.ema is not None:

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from simpletuner.training.run import Run
 
 FIXED_OPTIONS = ("model_family", "model_type", "lora_type", "optimizer")
+# Decide, with the shapes, what the weights of standard LoRA mean.
+LORA_OPTIONS = ("lora_alpha", "lora_init_type")
 TOLD_OPTIONS = (
     "learning_rate",
     "lr_scheduler",
@@ -34,6 +36,7 @@ def run_identity(run: Run) -> dict[str, Any]:
     return {
         "fixed": {
             **{key: options[key] for key in FIXED_OPTIONS},
+            **{key: getattr(run.config, key) for key in LORA_OPTIONS if run.config.lora_type == "standard"},
             "lycoris_config": run.loaded.lycoris,
             "parameters": {name: list(p.shape) for name, p in run.adapter.trainable_parameters().items()},
         },

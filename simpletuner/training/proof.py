@@ -42,7 +42,12 @@ def prove_adapter(run: Run, path: Path) -> None:
     family = type(run.family)(run.family.spec, run.family.source, torch.device("cpu"), run.family.dtype)
     fresh = family.load_denoiser()
     check_saved_adapter(
-        path, fresh, lambda denoiser: probe_output(family, denoiser), reference, TOLERANCE[family.dtype]
+        path,
+        fresh,
+        family.spec,
+        lambda denoiser: probe_output(family, denoiser),
+        reference,
+        TOLERANCE[family.dtype],
     )
 
 

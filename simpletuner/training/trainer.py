@@ -17,7 +17,7 @@ from torch import nn
 
 from simpletuner import storage
 from simpletuner.adapters.base import Adapter
-from simpletuner.adapters.build import build_adapter
+from simpletuner.adapters.build import build_adapter, lora_settings
 from simpletuner.config.loading import LoadedRun
 from simpletuner.data.dataset import Dataset
 from simpletuner.data.sampler import Sampler
@@ -146,6 +146,8 @@ def attach_adapter(loaded: LoadedRun, family: ModelFamily, denoiser: nn.Module) 
         dtype=adapter_dtype(config),
         seed=config.seed,
         lycoris_file=str(loaded.lycoris_file) if loaded.lycoris_file else None,
+        lora=lora_settings(config),
+        init_file=config.init_lora,
     )
 
 

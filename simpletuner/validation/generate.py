@@ -1,4 +1,4 @@
-"""Draws pictures outside of a run: a model, optionally a LyCORIS file on top, and what to draw."""
+"""Draws pictures outside of a run: a model, optionally an adapter file on top, and what to draw."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from simpletuner.adapters.files import load_lycoris_file
+from simpletuner.adapters.files import apply_adapter_file
 from simpletuner.errors import DataError, Problem
 from simpletuner.validation.prompts import PictureRequest, rounded_sizes
 from simpletuner.validation.sampling import batch_size_for, make_pictures
@@ -51,7 +51,7 @@ def generate_pictures(
     """Draw, and write PNG files; returns their paths in the order of prompts.
 
     Args:
-        adapter_file: LyCORIS safetensors, or None for the model alone.
+        adapter_file: safetensors of any adapter format, or None for the model alone.
         output: a `.png` file for a single picture, else a folder, where no file is overwritten.
         say: told what a person should know.
 
@@ -62,7 +62,7 @@ def generate_pictures(
     requests = requests_of(drawing, family, say)
     denoiser = family.load_denoiser()
     if adapter_file is not None:
-        load_lycoris_file(denoiser, adapter_file, family.spec)
+        apply_adapter_file(denoiser, adapter_file, family.spec)
     denoiser.to(family.device).eval()
     pictures = make_pictures(
         family.pipeline(denoiser, family.load_vae()),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator
 
 from simpletuner.config.options.declare import OptionGroup, option
-from simpletuner.config.values import Bool, FilePath, Float, Int, Text
+from simpletuner.config.values import Bool, FilePath, Float, Int, read_words
 
-STANDARD_LORA = "standard LoRA is not built yet; use lora_type lycoris"
+_NEEDS_DATA = "it takes its start from activations or gradients on data, before the run has any"
 
 
 class AdapterOptions(OptionGroup):
@@ -15,9 +17,9 @@ class AdapterOptions(OptionGroup):
 
     lora_type: Literal["lycoris", "standard"] = option(
         "lycoris",
-        help="`lycoris` reads algorithm and targets from `lycoris_config`.",
+        help="`lycoris` reads algorithm and targets from `lycoris_config`; `standard` is LoRA (or DoRA) as diffusers, "
+        "PEFT and ComfyUI know it, set by the `lora_*` keys.",
         level="basic",
-        planned_values={"standard": STANDARD_LORA},
     )
     lycoris_config: FilePath | None = option(
         None,
@@ -25,13 +27,46 @@ class AdapterOptions(OptionGroup):
         level="basic",
         path="input",
     )
-    init_lora: Text | None = option(
-        None, help="Adapter file to start from.", planned="starting from another adapter is not built"
+    init_lora: FilePath | None = option(
+        None,
+        help="Adapter file (.safetensors) to start from, of any format that `simpletuner generate` reads. It must be "
+        "of the algorithm that is trained; a LoRA of smaller rank is filled up.",
+        path="input",
     )
-    lora_rank: Int = option(16, help="Rank of standard LoRA.", planned=STANDARD_LORA, ge=1)
-    lora_alpha: Float | None = option(None, help="Alpha of standard LoRA.", planned=STANDARD_LORA, gt=0)
-    lora_dropout: Float = option(0.1, help="Dropout of standard LoRA.", planned=STANDARD_LORA, ge=0, le=1)
-    lora_init_type: Text = option("default", help="Initialisation of standard LoRA.", planned=STANDARD_LORA)
-    lora_format: Text = option("diffusers", help="File format of standard LoRA.", planned=STANDARD_LORA)
-    use_dora: Bool = option(False, help="Weight-decomposed LoRA.", planned=STANDARD_LORA)
-    peft_lora_mode: Text = option("standard", help="Mode of standard LoRA.", planned=STANDARD_LORA)
+    lora_rank: Int = option(16, help="Rank of standard LoRA: its size and what it can learn.", level="basic", ge=1)
+    lora_alpha: Float | None = option(
+        None, help="The change is multiplied with `lora_alpha / lora_rank`. Unset: the rank, so with 1.", gt=0
+    )
+    lora_dropout: Float = option(
+        0.1, help="Probability with which inputs of standard LoRA are dropped in training.", ge=0, lt=1
+    )
+    lora_target: Annotated[tuple[str, ...], BeforeValidator(read_words)] = option(
+        ("default",),
+        help="Layers of standard LoRA: `default` and the groups of the family (`attention`, `feed-forward`, ...), "
+        "`all-linear`, or patterns of module paths such as `layers.*.self_attn.to_q`; several with commas.",
+        since="0.2",
+    )
+    lora_init_type: Literal[
+        "default", "gaussian", "orthogonal", "pissa", "pissa_niter_16", "olora", "loftq", "eva", "corda", "lora_ga"
+    ] = option(
+        "default",
+        help="First weights of standard LoRA. `pissa` and `olora` start from parts of the base's own weights; their "
+        "files have twice the rank, so that they fit the untouched model.",
+        planned_values={
+            "loftq": "it replaces the base by a quantised one, without which the file is of no use; set "
+            "base_model_precision instead",
+            **dict.fromkeys(("eva", "corda", "lora_ga"), _NEEDS_DATA),
+        },
+    )
+    lora_format: Literal["diffusers", "kohya", "comfyui", "lycoris"] = option(
+        "diffusers",
+        help="File format of standard LoRA; `simpletuner export` writes the others later.",
+    )
+    use_dora: Bool = option(
+        False, help="Weight-decomposed LoRA (DoRA): also trains the length of each row. Slower, needs the weights."
+    )
+    peft_lora_mode: Literal["standard", "singlora"] = option(
+        "standard",
+        help="Mode of standard LoRA.",
+        planned_values={"singlora": "its symmetric updates exist in no maintained library; use standard"},
+    )

@@ -10,6 +10,8 @@ from simpletuner.models.spec import AdaptableModule, Component, FamilySpec, Flav
 
 _OWN_TIMES = "OmniGen is trained on logit-normal times with mean 0 and deviation 1, without a shift"
 
+_ATTENTION = tuple(f"layers.*.self_attn.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0"))
+
 OMNIGEN = FamilySpec(
     name="omnigen",
     title="OmniGen",
@@ -75,12 +77,8 @@ OMNIGEN = FamilySpec(
         ),
     ),
     class_aliases={"FeedForward": "OmniGenFeedForward"},
-    default_lora_targets=(
-        "layers.*.self_attn.to_q",
-        "layers.*.self_attn.to_k",
-        "layers.*.self_attn.to_v",
-        "layers.*.self_attn.to_out.0",
-    ),
+    default_lora_targets=_ATTENTION,
+    target_groups={"attention": _ATTENTION, "feed-forward": ("layers.*.mlp.gate_up_proj", "layers.*.mlp.down_proj")},
     keys=OMNIGEN_KEYS,
     block_classes=("OmniGenBlock",),
     preview_decoder="madebyollin/taesdxl",

@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from simpletuner.adapters.files import check_saved_adapter, load_lycoris_file
+from simpletuner.adapters.files import apply_adapter_file, check_saved_adapter
 from simpletuner.adapters.lycoris import LycorisAdapter, attach_lycoris
 from simpletuner.errors import DataError
 from simpletuner.models.omnigen.spec import OMNIGEN
@@ -46,7 +46,7 @@ def test_the_quickstart_file_gives_the_same_output_through_lycoris_alone(quickst
     path = tmp_path / adapter.file_name
     adapter.save(path, {"global_step": "7"})
     fresh = tiny_omnigen_transformer()
-    assert check_saved_adapter(path, fresh, run_stock, output) <= 1e-5
+    assert check_saved_adapter(path, fresh, OMNIGEN, run_stock, output) <= 1e-5
     with torch.no_grad():
         assert not torch.allclose(output, run_stock(tiny_omnigen_transformer()), atol=1e-3)
 
@@ -61,7 +61,7 @@ def test_the_file_carries_lycoris_keys_and_its_configuration(quickstart, tmp_pat
     assert len(keys) == 12 * 3
     assert json.loads(metadata["lycoris_config"]) == quickstart
     assert metadata["global_step"] == "7"
-    assert metadata["modelspec.architecture"] == "omnigen/lycoris"
+    assert metadata["modelspec.architecture"] == "omnigen-v1/lycoris"
 
 
 CONVOLUTION = {"apply_preset": {"target_name": ["patch_embedding.output_image_proj"]}}
@@ -71,7 +71,7 @@ CONVOLUTION = {"apply_preset": {"target_name": ["patch_embedding.output_image_pr
 def test_an_adapted_convolution_gives_the_same_output_through_lycoris_alone(algo: str, tmp_path: Path) -> None:
     adapter, output = trained({"algo": algo, "linear_dim": 2, "linear_alpha": 1, **CONVOLUTION})
     adapter.save(tmp_path / "a.safetensors", {})
-    check_saved_adapter(tmp_path / "a.safetensors", tiny_omnigen_transformer(), run_stock, output)
+    check_saved_adapter(tmp_path / "a.safetensors", tiny_omnigen_transformer(), OMNIGEN, run_stock, output)
     with torch.no_grad():
         assert not torch.allclose(output, run_stock(tiny_omnigen_transformer()), atol=1e-4)
 
@@ -81,10 +81,10 @@ def test_every_algorithm_survives_saving_and_loading(name: str, tmp_path: Path) 
     adapter, output = trained(CONFIGS[name] | TARGETS)
     path = tmp_path / "a.safetensors"
     adapter.save(path, {})
-    check_saved_adapter(path, tiny_omnigen_transformer(), run_stock, output)
+    check_saved_adapter(path, tiny_omnigen_transformer(), OMNIGEN, run_stock, output)
 
     drawing = tiny_omnigen_transformer()
-    load_lycoris_file(drawing, path, OMNIGEN)
+    apply_adapter_file(drawing, path, OMNIGEN)
     with torch.no_grad():
         torch.testing.assert_close(run_stock(drawing), output, rtol=0, atol=1e-5)
     # A resume reads the live parameters from this file.
@@ -96,7 +96,7 @@ def test_strength_scales_what_the_file_changes(quickstart, tmp_path: Path) -> No
     adapter, output = trained(quickstart)
     adapter.save(tmp_path / "a.safetensors", {})
     plain, silent = tiny_omnigen_transformer(), tiny_omnigen_transformer()
-    load_lycoris_file(silent, tmp_path / "a.safetensors", OMNIGEN, strength=0.0)
+    apply_adapter_file(silent, tmp_path / "a.safetensors", OMNIGEN, strength=0.0)
     with torch.no_grad():
         assert torch.equal(run_stock(silent), run_stock(plain))
         assert not torch.allclose(run_stock(silent), output, atol=1e-3)
@@ -147,18 +147,20 @@ def test_a_file_that_does_not_carry_the_adapter_is_refused(quickstart, tmp_path:
     adapter.save(tmp_path / "a.safetensors", {})
     path = rewritten(tmp_path / "a.safetensors", change)
     with pytest.raises(DataError, match=message):
-        check_saved_adapter(path, tiny_omnigen_transformer(), run_stock, output)
+        check_saved_adapter(path, tiny_omnigen_transformer(), OMNIGEN, run_stock, output)
 
 
 def test_an_output_that_is_not_a_number_is_refused(quickstart, tmp_path: Path) -> None:
     adapter, output = trained(quickstart)
     adapter.save(tmp_path / "a.safetensors", {})
     with pytest.raises(DataError, match="another output"):
-        check_saved_adapter(tmp_path / "a.safetensors", tiny_omnigen_transformer(), run_stock, output * float("nan"))
+        check_saved_adapter(
+            tmp_path / "a.safetensors", tiny_omnigen_transformer(), OMNIGEN, run_stock, output * float("nan")
+        )
 
 
 def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     (tmp_path / "text.safetensors").write_text("not tensors at all")
     for name in ("text.safetensors", "missing.safetensors"):
         with pytest.raises(DataError, match=name):
-            load_lycoris_file(tiny_omnigen_transformer(), tmp_path / name, OMNIGEN)
+            apply_adapter_file(tiny_omnigen_transformer(), tmp_path / name, OMNIGEN)

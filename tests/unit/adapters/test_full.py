@@ -53,7 +53,6 @@ def test_weights_of_another_model_are_refused_before_anything_changes() -> None:
     ("settings", "key"),
     [
         ({"model_type": "lora"}, "lycoris_config"),
-        ({"model_type": "lora", "lora_type": "standard"}, "lora_type"),
         ({"model_type": "tiny"}, "model_type"),
     ],
 )

@@ -37,6 +37,7 @@ FAMILY = FamilySpec(
     class_aliases={"FeedForward": "ToyFeedForward"},
     block_classes=("ToyBlock",),
     default_lora_targets=("layers.*.self_attn.to_q",),
+    target_groups={"attention": ("layers.*.self_attn.to_q",)},
     defaults={"validation_guidance": 3.5, "validation_num_inference_steps": 25},
     unusable_options={"validation_guidance_rescale": ((None, 0, 0.0), "its sampler has no rescale")},
 )

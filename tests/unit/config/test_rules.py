@@ -40,7 +40,6 @@ def test_the_sound_configuration_breaks_no_rule(workspace: Workspace) -> None:
         ({"report_to": "wandb"}, "report_to", "this tracker is not built"),
         ({"webhook_config": {"webhook_type": "raw"}}, "webhook_config", "webhooks are not built"),
         ({"base_model_precision": "int8-quanto"}, "base_model_precision", "quantised"),
-        ({"lora_type": "standard"}, "lora_type", "standard LoRA is not built"),
         ({"evaluation_type": "clip"}, "evaluation_type", "CLIP"),
         ({"scheduled_sampling_probability": 0.5}, "scheduled_sampling_probability", "not built"),
         ({"validation_preview_steps": 3}, "validation_preview_steps", "webhook"),

@@ -1,0 +1,153 @@
+"""Adapter files of other programs: from our weights to their keys by the family's key table, and back.
+
+| format | a key | who reads it |
+|---|---|---|
+| `diffusers` | `transformer.blocks.0.attn.to_q.lora_A.weight` | diffusers, PEFT (without the prefix), most programs |
+| `kohya` | `lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight` | kohya's scripts, A1111, Forge, ComfyUI |
+| `comfyui` | `diffusion_model.double_blocks.0.img_attn.qkv.lora_A.weight` | ComfyUI |
+| `lycoris` | `lycoris_blocks_0_attn_to_q.lokr_w1` | LyCORIS; ComfyUI for families that it knows in diffusers' names |
+
+Only plain LoRA is known to all of them; the other algorithms keep LyCORIS' names behind the format's module names.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from typing import Literal, get_args
+
+from torch import Tensor, nn
+
+from simpletuner.adapters.layers import num_rows
+from simpletuner.adapters.weights import (
+    ALPHA,
+    DORA,
+    DOWN,
+    UP,
+    AdapterWeights,
+    Module,
+    fuse_loras,
+    rank_of,
+    swap_halves,
+    with_unit_scale,
+)
+from simpletuner.errors import ConfigError, Problem
+from simpletuner.models.keys import OriginalModule
+from simpletuner.models.spec import FamilySpec
+
+Format = Literal["diffusers", "kohya", "comfyui", "lycoris"]
+FORMATS: tuple[Format, ...] = get_args(Format)
+
+LYCORIS_PREFIX = "lycoris"
+PEFT_NAMES = {DOWN: "lora_A.weight", UP: "lora_B.weight", DORA: "lora_magnitude_vector"}
+COMFY_NAMES = {DOWN: "lora_A.weight", UP: "lora_B.weight"}
+# The header entry in which diffusers keeps PEFT's settings.
+PEFT_METADATA = "lora_adapter_metadata"
+
+
+def encode(weights: AdapterWeights, spec: FamilySpec, file_format: Format, denoiser: nn.Module) -> dict[str, Tensor]:
+    """The tensors of a file in a format.
+
+    Args:
+        denoiser: gives the sizes of layers that are rows of one matrix elsewhere; an adapter may sit on it.
+
+    Raises:
+        ConfigError: the format cannot hold this algorithm.
+    """
+    if file_format == "lycoris":
+        return _named(weights.modules, lambda path: f"{LYCORIS_PREFIX}_{path}".replace(".", "_"), {})
+    if file_format == "diffusers":
+        _require_plain_lora(weights, file_format)
+        modules = {path: _peft_module(module) for path, module in weights.modules.items()}
+        prefix = spec.component("denoiser").name
+        return _named(modules, lambda path: f"{prefix}.{path}", PEFT_NAMES)
+    modules = original_modules(weights.modules, spec, denoiser, file_format)
+    if file_format == "kohya":
+        return _named(modules, lambda name: f"lora_unet_{name}".replace(".", "_"), {})
+    return _named(modules, lambda name: f"diffusion_model.{name}", COMFY_NAMES)
+
+
+def peft_metadata(weights: AdapterWeights, spec: FamilySpec) -> dict[str, str]:
+    """The header entry that lets diffusers build PEFT's configuration without guessing; alpha is in the weights."""
+    prefix = spec.component("denoiser").name
+    ranks = {path: rank_of(module) for path, module in sorted(weights.modules.items())}
+    common = max(set(ranks.values()), key=list(ranks.values()).count)
+    # Anchored, because PEFT takes a pattern for the end of a path too.
+    pattern = {f"^{path}": rank for path, rank in ranks.items() if rank != common}
+    settings = {
+        "r": common,
+        "lora_alpha": common,
+        "rank_pattern": pattern,
+        "alpha_pattern": pattern,
+        "target_modules": list(ranks),
+        "use_dora": any(DORA in module for module in weights.modules.values()),
+        "lora_bias": False,
+    }
+    return {PEFT_METADATA: json.dumps({f"{prefix}.{key}": value for key, value in settings.items()}, sort_keys=True)}
+
+
+def original_modules(
+    modules: Mapping[str, Module], spec: FamilySpec, denoiser: nn.Module, file_format: str
+) -> dict[str, Module]:
+    """The modules by their original names, those that are rows of one matrix in one piece.
+
+    Raises:
+        ConfigError: a module that is not plain LoRA would have to be taken apart or put together.
+    """
+    layers = dict(denoiser.named_modules())
+    by_original: dict[str, OriginalModule] = {}
+    for path in modules:
+        original = spec.keys.original(path)
+        by_original[original.name] = original
+    found: dict[str, Module] = {}
+    for name, original in by_original.items():
+        parts = [modules.get(part) for part in original.parts]
+        if len(parts) == 1 and not original.swaps_halves:
+            found[name] = modules[original.parts[0]]
+            continue
+        if not all(part is None or {DOWN, UP} <= set(part) <= {DOWN, UP, ALPHA, DORA} for part in parts):
+            raise ConfigError(_fusing_problem(name, original, file_format))
+        rows = [num_rows(layers[part]) for part in original.parts]
+        fused = fuse_loras(list(zip(rows, parts, strict=True)))
+        found[name] = swap_halves(fused) if original.swaps_halves else fused
+    return found
+
+
+def _fusing_problem(name: str, original: OriginalModule, file_format: str) -> Problem:
+    return Problem(
+        f"{file_format} files know {', '.join(original.parts)} as {name}, and only a plain LoRA can be moved there",
+        key="format",
+        allowed="lycoris",
+        fix="export it as lycoris, or as a plain LoRA with --rank",
+    )
+
+
+def _require_plain_lora(weights: AdapterWeights, file_format: str) -> None:
+    if not weights.is_plain_lora:
+        raise ConfigError(
+            Problem(
+                f"{file_format} files hold plain LoRA, and this adapter is {', '.join(weights.algorithms)}",
+                key="format",
+                allowed="lycoris",
+                fix="export it as lycoris, or as a plain LoRA with --rank",
+            )
+        )
+
+
+def _peft_module(module: Module) -> dict[str, Tensor]:
+    """Without alpha, which half of the readers would ignore and the others apply."""
+    peft = with_unit_scale(module)
+    del peft[ALPHA]
+    if DORA in peft:
+        peft[DORA] = peft[DORA].flatten()
+    return peft
+
+
+def _named(
+    modules: Mapping[str, Module], module_key: Callable[[str], str], tensor_names: Mapping[str, str]
+) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    for name, module in modules.items():
+        for tensor_name, tensor in module.items():
+            tensors[f"{module_key(name)}.{tensor_names.get(tensor_name, tensor_name)}"] = tensor.cpu().contiguous()
+    return tensors

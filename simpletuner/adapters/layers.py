@@ -1,0 +1,43 @@
+"""Layers that an adapter can sit on, seen through quantisation.
+
+A quantised layer has a class of its own (quanto's `QLinear`, bitsandbytes' `Linear4bit`) or a packed weight inside of a
+plain `Linear` (torchao). Presets and targets name the class that the layer had before, so that is what counts here.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+ADAPTABLE_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a layer is a linear one, quantised or not: every library derives its own from torch's."""
+    return isinstance(module, nn.Linear)
+
+
+def is_adaptable(module: nn.Module) -> bool:
+    """Whether a layer is linear or convolutional, quantised or not."""
+    return isinstance(module, ADAPTABLE_LAYERS)
+
+
+def layer_class(module: nn.Module) -> str:
+    """The class name by which a configuration calls a module: for a linear or convolutional layer torch's own.
+
+    A subclass that the model itself defines (`LoRACompatibleConv`, `FP32LayerNorm`) keeps its name: only what comes
+    from a quantisation library was something else before.
+    """
+    cls = type(module)
+    if is_adaptable(module) and cls.__module__.partition(".")[0] in QUANTISERS:
+        return next(base.__name__ for base in cls.__mro__ if base in ADAPTABLE_LAYERS)
+    return cls.__name__
+
+
+# Packages whose layers take the place of torch's.
+QUANTISERS = frozenset({"optimum", "bitsandbytes", "torchao"})
+
+
+def num_rows(module: nn.Module) -> int:
+    """Output features of a linear layer, output channels of a convolution; also of a layer that carries an adapter."""
+    rows = getattr(module, "out_features", None)
+    return rows if rows is not None else module.out_channels  # type: ignore[return-value]

@@ -1,0 +1,241 @@
+"""Adapter files of any format, read into `AdapterWeights`: every tensor finds its layer, or the file is refused.
+
+The format is told by the keys themselves; a file may come from any program that writes one of the forms in
+`formats.py`, from PEFT (`base_model.model.` or no prefix), or from older diffusers (`.lora.down.weight`).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from simpletuner.adapters.formats import LYCORIS_PREFIX, PEFT_METADATA, Format
+from simpletuner.adapters.layers import num_rows
+from simpletuner.adapters.weights import (
+    ALPHA,
+    DORA,
+    DOWN,
+    TENSOR_NAMES,
+    UP,
+    AdapterWeights,
+    Module,
+    alpha_tensor,
+    rank_of,
+    split_lora,
+    swap_halves,
+)
+from simpletuner.errors import DataError, Problem
+from simpletuner.models.keys import OriginalModule
+from simpletuner.models.spec import FamilySpec
+
+LYCORIS_CONFIG = "lycoris_config"  # metadata entry with the configuration, as JSON
+
+# How other programs call a tensor of a module, the longest first.
+_SYNONYMS = {
+    "lora_magnitude_vector.weight": DORA,
+    "lora_magnitude_vector": DORA,
+    "lora.down.weight": DOWN,
+    "lora.up.weight": UP,
+    "lora_A.weight": DOWN,
+    "lora_B.weight": UP,
+    "lora_A.default.weight": DOWN,
+    "lora_B.default.weight": UP,
+} | {name: name for name in TENSOR_NAMES}
+_ENDINGS = sorted(_SYNONYMS, key=len, reverse=True)
+
+
+_PREFIXES: Mapping[str, Format] = {
+    f"{LYCORIS_PREFIX}_": "lycoris",
+    "lora_unet_": "kohya",
+    "diffusion_model.": "comfyui",
+}
+
+
+def read_adapter(path: Path, spec: FamilySpec, denoiser: nn.Module) -> AdapterWeights:
+    """Read a file.
+
+    Args:
+        denoiser: of the family, without an adapter; its layers give the names and sizes.
+
+    Raises:
+        DataError: unreadable, or a tensor belongs to no layer of the denoiser.
+    """
+    tensors, metadata = read_adapter_file(path)
+    return adapter_from_tensors(tensors, metadata, spec, denoiser, str(path))
+
+
+def read_adapter_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and the metadata of a safetensors file.
+
+    Raises:
+        DataError: no such file, or not a safetensors file.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise DataError(Problem("there is no adapter file here", file=str(path)))
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except SafetensorError as error:
+        raise DataError(Problem(f"is not a readable safetensors file: {error}", file=str(path))) from error
+
+
+def adapter_from_tensors(
+    tensors: Mapping[str, Tensor], metadata: Mapping[str, str], spec: FamilySpec, denoiser: nn.Module, file: str
+) -> AdapterWeights:
+    """Tensors by a file's keys -> weights by layer.
+
+    Raises:
+        DataError: a tensor belongs to no layer of the denoiser, or a module is not complete.
+    """
+    names = module_names(spec, denoiser)
+    found: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    targets: dict[str, OriginalModule] = {}
+    unmatched = []
+    for key, tensor in tensors.items():
+        module_key, tensor_name = split_key(key)
+        target = names.get(without_prefix(module_key, spec))
+        if target is None or not tensor_name:
+            unmatched.append(key)
+            continue
+        found[module_key][tensor_name] = tensor
+        targets[module_key] = target
+    if unmatched or not tensors:
+        raise DataError(_unmatched_problem(unmatched, len(tensors), denoiser, file))
+    layers = dict(denoiser.named_modules())
+    modules: dict[str, Module] = {}
+    for module_key, module in found.items():
+        complete = _completed(module, module_key, metadata, file)
+        for path, part in _in_denoiser(complete, targets[module_key], layers, file).items():
+            modules[path] = _shaped(part, layers[path])
+    return AdapterWeights(modules, metadata, lycoris_config_in(metadata, file))
+
+
+def format_of(tensors: Mapping[str, Tensor]) -> Format:
+    """The format that a file's keys show; PEFT's own form, which has other prefixes, counts as diffusers'."""
+    key = next(iter(tensors), "")
+    for prefix, found in _PREFIXES.items():
+        if key.startswith(prefix):
+            return found
+    return "diffusers"
+
+
+def split_key(key: str) -> tuple[str, str]:
+    """A key's module and the name of its tensor; the name is empty where it is none that we know."""
+    for ending in _ENDINGS:
+        if key.endswith(f".{ending}"):
+            return key[: -len(ending) - 1], _SYNONYMS[ending]
+    return key, ""
+
+
+def without_prefix(module_key: str, spec: FamilySpec) -> str:
+    """A module key without what its format puts in front."""
+    component = spec.component("denoiser").name
+    prefixes = (f"{LYCORIS_PREFIX}_", "lora_unet_", "lora_transformer_", "diffusion_model.", f"{component}.")
+    for prefix in (*prefixes, "base_model.model.", "transformer.", "unet.", "model.diffusion_model."):
+        if module_key.startswith(prefix):
+            return module_key.removeprefix(prefix)
+    return module_key
+
+
+def module_names(spec: FamilySpec, denoiser: nn.Module) -> dict[str, OriginalModule]:
+    """What a layer may be called in a file, without the format's prefix -> the layer or layers that are meant.
+
+    Names of the denoiser stand for themselves, and win over original names that happen to be equal.
+    """
+    found: dict[str, OriginalModule] = {}
+    paths = [path for path, _ in denoiser.named_modules() if path]
+    for path in paths:
+        original = spec.keys.original(path)
+        for name in (original.name, original.name.replace(".", "_")):
+            found.setdefault(name, original)
+    for path in paths:
+        own = OriginalModule(path, (path,))
+        found[path] = found[path.replace(".", "_")] = own
+    return found
+
+
+def lycoris_config_in(metadata: Mapping[str, str], file: str) -> dict[str, Any]:
+    """The LyCORIS configuration that a file was trained with; empty where it carries none."""
+    if LYCORIS_CONFIG not in metadata:
+        return {}
+    try:
+        return json.loads(metadata[LYCORIS_CONFIG])
+    except json.JSONDecodeError as error:
+        raise DataError(Problem(f"its {LYCORIS_CONFIG} metadata is not JSON: {error}", file=file)) from error
+
+
+def _unmatched_problem(unmatched: list[str], count: int, denoiser: nn.Module, file: str) -> Problem:
+    if not count:
+        return Problem("holds no tensors", file=file)
+    text = any("text_encoder" in key or key.startswith("lora_te") for key in unmatched)
+    return Problem(
+        f"{len(unmatched)} of {count} tensors belong to no module of {type(denoiser).__name__}: "
+        f"{', '.join(unmatched[:5])}",
+        file=file,
+        fix="it also changes the text encoder, which is not trained here"
+        if text
+        else "use the model that the adapter was trained on",
+    )
+
+
+def _completed(module: dict[str, Tensor], key: str, metadata: Mapping[str, str], file: str) -> Module:
+    """With its alpha: PEFT keeps that in the metadata, and where nobody says it the scale is 1."""
+    if (DOWN in module) != (UP in module):
+        raise DataError(Problem(f"{key} has only one half of a LoRA", file=file))
+    if DOWN in module and ALPHA not in module:
+        rank = rank_of(module)
+        return module | {ALPHA: alpha_tensor(_peft_scale(key, rank, metadata) * rank)}
+    return module
+
+
+def _peft_scale(key: str, rank: int, metadata: Mapping[str, str]) -> float:
+    if PEFT_METADATA not in metadata:
+        return 1.0
+    prefix, _, path = key.partition(".")
+    entries = json.loads(metadata[PEFT_METADATA])
+    settings = {name.removeprefix(f"{prefix}."): value for name, value in entries.items()}
+    alpha = settings.get("lora_alpha", rank)
+    for pattern, value in (settings.get("alpha_pattern") or {}).items():
+        plain = pattern.removeprefix("^").replace("\\.", ".")
+        if path == plain or (not pattern.startswith("^") and path.endswith(f".{plain}")):
+            alpha = value
+    return alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
+
+
+def _in_denoiser(
+    module: Module, target: OriginalModule, layers: Mapping[str, nn.Module], file: str
+) -> dict[str, Module]:
+    """A module under the paths of the denoiser, taken apart where it stands for several layers."""
+    if len(target.parts) == 1 and not target.swaps_halves:
+        return {target.parts[0]: module}
+    if UP not in module:
+        raise DataError(
+            Problem(
+                f"{target.name} is {len(target.parts)} layers in this model, and only a plain LoRA can be taken apart",
+                file=file,
+                fix="use a file in the lycoris format",
+            )
+        )
+    if target.swaps_halves:
+        return {target.parts[0]: swap_halves(module)}
+    rows = [num_rows(layers[part]) for part in target.parts]
+    if sum(rows) != module[UP].shape[0]:
+        message = f"{target.name} has {module[UP].shape[0]} rows, and the model's layers {sum(rows)}"
+        raise DataError(Problem(message, file=file, fix="use the model that the adapter was trained on"))
+    return dict(zip(target.parts, split_lora(module, rows), strict=True))
+
+
+def _shaped(module: Module, layer: nn.Module) -> Module:
+    """Magnitudes of weight decomposition have one dimension in PEFT and as many as the weight in LyCORIS."""
+    if DORA not in module or UP not in module or module[DORA].dim() > 1:
+        return module
+    return {**module, DORA: torch.reshape(module[DORA], (-1, *[1] * (module[UP].dim() - 1)))}

@@ -1,0 +1,153 @@
+"""The weights of an adapter, apart from any file's names: what every format is read into and written from.
+
+Tensors carry LyCORIS' names (`lora_down.weight`, `lokr_w1`, `alpha`, ...), for that is the only naming in which all
+algorithms are written down. A plain LoRA adds `alpha / rank * lora_up @ lora_down` to its layer's weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from simpletuner.errors import DataError, Problem
+
+Module = Mapping[str, Tensor]
+
+DOWN, UP, MID, ALPHA, DORA = "lora_down.weight", "lora_up.weight", "lora_mid.weight", "alpha", "dora_scale"
+
+# A tensor that only modules of this algorithm have -> the algorithm. `lora` also covers LoCon and DyLoRA files.
+SIGNS: Mapping[str, str] = {
+    UP: "lora",
+    "lokr_w1": "lokr",
+    "lokr_w1_a": "lokr",
+    "hada_w1_a": "loha",
+    "oft_blocks": "oft",
+    "a1.weight": "glora",
+    "on_input": "ia3",
+    "diff": "full",
+    "w_norm": "norm",
+}
+TENSOR_NAMES = (
+    *(DOWN, UP, MID, ALPHA, DORA, "diff", "diff_b", "w_norm", "b_norm", "on_input", "weight", "oft_blocks", "rescale"),
+    *("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t1", "lokr_t2"),
+    *("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2"),
+    *("a1.weight", "a2.weight", "b1.weight", "b2.weight", "bm.weight"),
+)
+
+
+@dataclass(frozen=True)
+class AdapterWeights:
+    """What an adapter file holds.
+
+    Args:
+        modules: path of a layer in the denoiser -> LyCORIS' name of a tensor -> the tensor, on the CPU.
+        metadata: of the file that it was read from.
+        lycoris: the configuration it was trained with, where it is known.
+    """
+
+    modules: Mapping[str, Module]
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    lycoris: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def algorithms(self) -> list[str]:
+        """The kinds of modules, sorted; `lora` alone is what every program reads."""
+        return sorted({algorithm_of(module) for module in self.modules.values()})
+
+    @property
+    def multiplier(self) -> float:
+        """What the whole change is multiplied with, as the configuration says."""
+        return float(self.lycoris.get("multiplier", 1.0))
+
+    @property
+    def is_plain_lora(self) -> bool:
+        """Whether every layer's change is `up @ down` and nothing else (weight decomposition allowed)."""
+        return self.algorithms == ["lora"] and not any(MID in module for module in self.modules.values())
+
+    @property
+    def ranks(self) -> set[int]:
+        """Ranks of the plain LoRA modules."""
+        return {rank_of(module) for module in self.modules.values() if DOWN in module}
+
+
+def algorithm_of(module: Module) -> str:
+    """The algorithm of one module's tensors; `unknown` where none of them tells."""
+    return next((algorithm for name, algorithm in SIGNS.items() if name in module), "unknown")
+
+
+def rank_of(lora: Module) -> int:
+    return lora[DOWN].shape[0]
+
+
+def scale_of(lora: Module) -> float:
+    """What `up @ down` is multiplied with."""
+    return float(lora[ALPHA]) / rank_of(lora) if ALPHA in lora else 1.0
+
+
+def with_unit_scale(lora: Module) -> dict[str, Tensor]:
+    """The same change with alpha equal to the rank, for readers that know no alpha; `up` takes the scale."""
+    scale = scale_of(lora)
+    up = lora[UP] if scale == 1 else (lora[UP].float() * scale).to(lora[UP].dtype)
+    return {**lora, UP: up, ALPHA: alpha_tensor(rank_of(lora))}
+
+
+def alpha_tensor(alpha: float) -> Tensor:
+    """Alpha as files hold it: float32, because bfloat16 would turn 10000 into 9984."""
+    return torch.tensor(float(alpha))
+
+
+def fuse_loras(parts: Sequence[tuple[int, Module | None]]) -> dict[str, Tensor]:
+    """One LoRA on a matrix whose rows are those of several layers: `down` stacked, `up` block-diagonal.
+
+    Args:
+        parts: rows of each layer from the top, and its LoRA or None.
+
+    Raises:
+        DataError: some of the layers are weight-decomposed and others are not.
+    """
+    present = [lora for _, lora in parts if lora is not None]
+    same_scale = len({scale_of(lora) for lora in present}) == 1
+    loras = [lora if lora is None or same_scale else with_unit_scale(lora) for _, lora in parts]
+    down = torch.cat([lora[DOWN] for lora in loras if lora is not None])
+    up = down.new_zeros(sum(rows for rows, _ in parts), down.shape[0], *[1] * (down.dim() - 2))
+    row = column = 0
+    for (rows, _), lora in zip(parts, loras, strict=True):
+        if lora is not None:
+            rank = rank_of(lora)
+            up[row : row + rows, column : column + rank] = lora[UP]
+            column += rank
+        row += rows
+    fused = {DOWN: down, UP: up, ALPHA: alpha_tensor(scale_of(present[0]) * down.shape[0] if same_scale else len(down))}
+    if any(DORA in lora for lora in present):
+        if not all(lora is not None and DORA in lora for lora in loras):
+            raise DataError(
+                Problem(
+                    "a weight-decomposed layer is one matrix with layers that are not, and their norms are not in here",
+                    fix="adapt all of to_q, to_k and to_v, or write the file in the lycoris or diffusers format",
+                )
+            )
+        fused[DORA] = torch.cat([lora[DORA] for lora in loras if lora is not None])
+    return fused
+
+
+def split_lora(lora: Module, rows: Sequence[int]) -> list[dict[str, Tensor]]:
+    """The LoRAs of the layers whose rows make up a matrix; those that change nothing get a zero `up`."""
+    pieces = [dict(lora) for _ in rows]
+    for name in (UP, DORA):
+        if name in lora:
+            for piece, tensor in zip(pieces, lora[name].split(list(rows)), strict=True):
+                piece[name] = tensor.contiguous()
+    return pieces
+
+
+def swap_halves(lora: Module) -> dict[str, Tensor]:
+    """The LoRA of a layer whose first and second half of rows are exchanged."""
+    swapped = dict(lora)
+    for name in (UP, DORA):
+        if name in lora:
+            swapped[name] = torch.cat(list(lora[name].chunk(2))[::-1])
+    return swapped

@@ -1,0 +1,64 @@
+"""What must hold between the keys of an adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from simpletuner.config.draft import Draft
+from simpletuner.config.lora import unknown_targets
+from simpletuner.errors import Problem
+
+# Starts that are a part of the base's weights, so that neither a file nor a magnitude of its own can stand beside them.
+_STARTS_FROM_BASE = ("pissa", "pissa_niter_16", "olora")
+_STANDARD_KEYS = ("lora_rank", "lora_alpha", "lora_dropout", "lora_target", "lora_init_type", "lora_format", "use_dora")
+
+
+def adapter_has_its_configuration(draft: Draft) -> Iterator[Problem]:
+    config = draft.config
+    if config.model_type == "lora" and config.lora_type == "lycoris" and config.lycoris_config is None:
+        fix = "write the path of one, for example config/lycoris_config.json"
+        yield draft.problem("lora_type lycoris needs this file", "lycoris_config", "a JSON file", fix)
+    if config.model_type == "full" and config.lycoris_config is not None:
+        message = f'"{config.lycoris_config}" has no use: model_type is "full", which trains without an adapter'
+        yield draft.problem(message, "lycoris_config", fix='remove the key, or set model_type to "lora"')
+
+
+def lora_targets_exist(draft: Draft) -> Iterator[Problem]:
+    if draft.spec is None or draft.config.model_type != "lora" or draft.config.lora_type != "standard":
+        return
+    if not draft.config.lora_target:
+        yield draft.problem("names no layer", "lora_target", fix="remove the key for the family's default")
+    for entry, allowed, near in unknown_targets(draft.config.lora_target, draft.spec):
+        fix = f'did you mean "{near}"?' if near else None
+        yield draft.problem(f'"{entry}" matches no layer of {draft.spec.title}', "lora_target", allowed, fix)
+
+
+def lora_start_is_one(draft: Draft) -> Iterator[Problem]:
+    config = draft.config
+    if config.model_type == "full" and config.init_lora is not None:
+        message = f'"{config.init_lora}" has no use: model_type is "full", which trains without an adapter'
+        yield draft.problem(message, "init_lora", fix="merge it into the model first: simpletuner export --merge")
+    if config.model_type != "lora" or config.lora_type != "standard":
+        return
+    init, allowed = config.lora_init_type, "default, gaussian"
+    if init in _STARTS_FROM_BASE and config.use_dora:
+        yield draft.problem(f"{init} cannot be combined with use_dora", "lora_init_type", allowed)
+    if init in _STARTS_FROM_BASE and config.init_lora is not None:
+        yield draft.problem(f"{init} and init_lora are both a start", "lora_init_type", allowed, "remove one of them")
+    if init == "orthogonal" and config.lora_rank % 2:
+        yield draft.problem(f"{config.lora_rank} is odd, and lora_init_type orthogonal needs an even rank", "lora_rank")
+
+
+def adapter_keys_have_a_use(draft: Draft) -> Iterator[str]:
+    config = draft.config
+    uses_lora = config.model_type == "lora" and config.lora_type == "standard"
+    for key in _STANDARD_KEYS:
+        if key in draft.origins and not uses_lora:
+            what = "lora_type lycoris" if config.model_type == "lora" else "model_type full"
+            yield f"{draft.origin(key)}: {key}: has no use with {what}"
+    if uses_lora and config.lycoris_config is not None:
+        yield f"{draft.origin('lycoris_config')}: lycoris_config: has no use with lora_type standard"
+
+
+ADAPTER_RULES = (adapter_has_its_configuration, lora_targets_exist, lora_start_is_one)
+ADAPTER_NOTICES = (adapter_keys_have_a_use,)

@@ -1,0 +1,207 @@
+"""Standard LoRA and DoRA on a stock transformer: attached, switched off, trained, saved, started from a file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from simpletuner.adapters.base import MatchCount, base_state_dict
+from simpletuner.adapters.files import apply_adapter_file, check_saved_adapter
+from simpletuner.adapters.lora import LoraAdapter, LoraSettings, attach_lora
+from simpletuner.adapters.reading import read_adapter
+from simpletuner.errors import ConfigError, DataError
+from simpletuner.models.omnigen.spec import OMNIGEN
+from tests.tiny import tiny_omnigen_transformer
+from tests.unit.adapters.conftest import perturb, run_stock
+
+FORMATS = ("diffusers", "kohya", "comfyui", "lycoris")
+
+
+def attach(dtype: torch.dtype = torch.float32, seed: int = 1, **settings):
+    denoiser = tiny_omnigen_transformer()
+    return denoiser, attach_lora(denoiser, LoraSettings(**({"rank": 4} | settings)), OMNIGEN, dtype, seed)
+
+
+def trained(**settings) -> tuple[LoraAdapter, torch.Tensor]:
+    denoiser, adapter = attach(**settings)
+    perturb(adapter.trainable_parameters())
+    denoiser.eval()
+    with torch.no_grad():
+        return adapter, run_stock(denoiser)
+
+
+def test_the_default_adapts_the_attention_of_every_block() -> None:
+    denoiser, adapter = attach()
+    assert adapter.report == [MatchCount("default", "Linear", 8)]
+    shapes = {name: tuple(p.shape) for name, p in adapter.trainable_parameters().items()}
+    assert shapes["layers.1.self_attn.to_out.0.lora_A.weight"] == (4, 32)
+    assert len(shapes) == 16
+    assert sum(p.requires_grad for p in denoiser.parameters()) == 16
+
+
+def test_targets_are_groups_patterns_or_every_linear_layer() -> None:
+    _, adapter = attach(targets=("feed-forward", "proj_out"))
+    assert adapter.report == [MatchCount("feed-forward", "Linear", 4), MatchCount("proj_out", "Linear", 1)]
+    _, adapter = attach(targets=("all-linear",))
+    linears = sum(isinstance(m, torch.nn.Linear) for m in tiny_omnigen_transformer().modules())
+    assert adapter.report == [MatchCount("all-linear", "Linear", linears)]
+
+
+def test_a_target_that_adapts_nothing_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"layers.9.\*"):
+        attach(targets=("layers.9.*",))
+
+
+@pytest.mark.parametrize("init", ["default", "gaussian"])
+def test_a_new_adapter_changes_nothing_and_a_perturbed_one_does(init: str) -> None:
+    base = run_stock(tiny_omnigen_transformer())
+    denoiser, adapter = attach(init=init)
+    assert torch.equal(run_stock(denoiser), base)
+    perturb(adapter.trainable_parameters())
+    assert (run_stock(denoiser) - base).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_16", "olora", "orthogonal"])
+def test_an_adapter_that_starts_from_the_base_still_changes_nothing_and_leaves_the_base_alone(init: str) -> None:
+    stock = tiny_omnigen_transformer()
+    denoiser, adapter = attach(init=init)
+    torch.testing.assert_close(run_stock(denoiser), run_stock(stock), rtol=0, atol=1e-5)
+    assert adapter.trainable_parameters()["layers.0.self_attn.to_q.lora_B.weight"].any()
+    base = base_state_dict(denoiser)
+    assert all(torch.equal(base[name], tensor) for name, tensor in stock.state_dict().items())
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_a_start_from_the_base_is_the_one_of_peft(init: str) -> None:
+    """PEFT's factors, apart from the signs of singular vectors, which no decomposition decides."""
+    _, adapter = attach(init=init, alpha=8.0)
+    theirs = tiny_omnigen_transformer()
+    config = LoraConfig(r=4, lora_alpha=8, init_lora_weights=init, target_modules=["to_q"])
+    inject_adapter_in_model(config, theirs)
+    layer = theirs.layers[1].self_attn.to_q
+    ours = adapter.trainable_parameters()
+    product = ours["layers.1.self_attn.to_q.lora_B.weight"] @ ours["layers.1.self_attn.to_q.lora_A.weight"]
+    expected = layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+    torch.testing.assert_close(product, expected, rtol=0, atol=1e-5)
+
+
+def test_disabled_is_the_base_bit_for_bit_and_gradients_come_back_after_it() -> None:
+    base = run_stock(tiny_omnigen_transformer())
+    denoiser, adapter = attach(init="pissa")
+    with torch.no_grad():
+        for parameter in adapter.trainable_parameters().values():
+            parameter.fill_(float("nan"))
+    before = {name: p.requires_grad for name, p in denoiser.named_parameters()}
+    with adapter.disabled():
+        assert torch.equal(run_stock(denoiser), base)
+    assert run_stock(denoiser).isnan().all()
+    assert {name: p.requires_grad for name, p in denoiser.named_parameters()} == before
+
+
+@pytest.mark.parametrize("settings", [{}, {"use_dora": True}, {"init": "pissa"}])
+def test_gradients_reach_the_adapter_only(settings) -> None:
+    denoiser, adapter = attach(**settings)
+    perturb(adapter.trainable_parameters())
+    run_stock(denoiser).square().mean().backward()
+    own = {id(parameter) for parameter in adapter.trainable_parameters().values()}
+    assert {id(p) for p in denoiser.parameters() if p.grad is not None} == own
+    assert all(p.grad.any() for p in adapter.trainable_parameters().values())
+
+
+def test_equal_seeds_attach_equal_weights_and_draw_nothing_from_the_global_generator() -> None:
+    torch.manual_seed(4)
+    first = attach(seed=7)[1].state_dict()
+    drawn = torch.rand(3)
+    tiny_omnigen_transformer()
+    torch.manual_seed(99)
+    second, other = attach(seed=7)[1].state_dict(), attach(seed=8)[1].state_dict()
+    assert list(first) == list(second)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert not all(torch.equal(first[name], other[name]) for name in first)
+    tiny_omnigen_transformer()  # seeds the generator itself
+    assert torch.equal(drawn, torch.rand(3))
+
+
+@pytest.mark.parametrize("file_format", FORMATS)
+@pytest.mark.parametrize("settings", [{}, {"use_dora": True}, {"init": "pissa"}, {"alpha": 3.0}])
+def test_a_file_of_every_format_gives_the_same_output_elsewhere(file_format: str, settings, tmp_path: Path) -> None:
+    adapter, output = trained(file_format=file_format, targets=("attention", "feed-forward"), **settings)
+    path = tmp_path / adapter.file_name
+    adapter.save(path, {"global_step": "7"})
+    check_saved_adapter(path, tiny_omnigen_transformer(), OMNIGEN, run_stock, output)
+    drawing = tiny_omnigen_transformer()
+    apply_adapter_file(drawing, path, OMNIGEN)
+    with torch.no_grad():
+        torch.testing.assert_close(run_stock(drawing), output, rtol=0, atol=1e-5)
+        assert (run_stock(tiny_omnigen_transformer()) - output).abs().max() > 1e-3
+
+
+def test_the_keys_are_those_of_each_format(tmp_path: Path) -> None:
+    keys = {}
+    for file_format in FORMATS:
+        adapter, _ = trained(file_format=file_format, alpha=2.0)
+        adapter.save(tmp_path / "a.safetensors", {})
+        keys[file_format] = {key: tuple(t.shape) for key, t in load_file(tmp_path / "a.safetensors").items()}
+    assert keys["diffusers"]["transformer.layers.0.self_attn.to_q.lora_A.weight"] == (4, 32)
+    assert not [key for key in keys["diffusers"] if "alpha" in key]
+    assert keys["kohya"]["lora_unet_llm_layers_0_self_attn_qkv_proj.lora_down.weight"] == (12, 32)
+    assert keys["kohya"]["lora_unet_llm_layers_1_self_attn_o_proj.alpha"] == ()
+    assert keys["comfyui"]["diffusion_model.llm.layers.0.self_attn.qkv_proj.lora_B.weight"] == (96, 12)
+    assert keys["lycoris"]["lycoris_layers_0_self_attn_to_out_0.lora_up.weight"] == (32, 4)
+
+
+def test_the_metadata_tells_rank_alpha_and_model(tmp_path: Path) -> None:
+    adapter, _ = trained(alpha=2.0, file_format="kohya")
+    adapter.save(tmp_path / "a.safetensors", {"global_step": "7"})
+    with safe_open(tmp_path / "a.safetensors", framework="pt") as file:
+        metadata = file.metadata()
+    assert metadata["modelspec.architecture"] == "omnigen-v1/lora"
+    assert metadata["ss_network_module"] == "networks.lora"
+    assert (metadata["ss_network_dim"], metadata["ss_network_alpha"]) == ("4", "2.0")
+    assert metadata["global_step"] == "7"
+
+
+def test_other_values_can_be_saved_without_touching_the_live_ones(tmp_path: Path) -> None:
+    adapter, _ = trained()
+    before = {name: value.clone() for name, value in adapter.state_dict().items()}
+    average = {name: value * 0.5 for name, value in before.items()}
+    adapter.save(tmp_path / "ema.safetensors", {}, state=average)
+    saved = load_file(tmp_path / "ema.safetensors")
+    assert all(torch.equal(saved[f"transformer.{name}"], average[name]) for name in average)
+    assert all(torch.equal(value, before[name]) for name, value in adapter.state_dict().items())
+
+
+def test_a_bfloat16_adapter_is_trained_and_written_in_bfloat16(tmp_path: Path) -> None:
+    _, adapter = attach(dtype=torch.bfloat16)
+    assert {p.dtype for p in adapter.trainable_parameters().values()} == {torch.bfloat16}
+    adapter.save(tmp_path / "a.safetensors", {})
+    assert {tensor.dtype for tensor in load_file(tmp_path / "a.safetensors").values()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("file_format", FORMATS)
+def test_training_starts_where_a_file_of_a_smaller_rank_ends(file_format: str, tmp_path: Path) -> None:
+    adapter, output = trained(file_format=file_format, alpha=2.0, targets=("layers.*.self_attn.to_out.0",))
+    adapter.save(tmp_path / "a.safetensors", {})
+    weights = read_adapter(tmp_path / "a.safetensors", OMNIGEN, tiny_omnigen_transformer())
+    denoiser, other = attach(rank=16, alpha=4.0)
+    untouched = other.start_from(weights, "a.safetensors")
+    assert len(untouched) == 6
+    with torch.no_grad():
+        torch.testing.assert_close(run_stock(denoiser), output, rtol=0, atol=1e-5)
+
+
+def test_a_start_that_does_not_fit_is_refused_with_the_key_to_change(tmp_path: Path) -> None:
+    adapter, _ = trained(targets=("attention", "feed-forward"), rank=8)
+    adapter.save(tmp_path / "a.safetensors", {})
+    weights = read_adapter(tmp_path / "a.safetensors", OMNIGEN, tiny_omnigen_transformer())
+    with pytest.raises(DataError) as caught:
+        attach(use_dora=True)[1].start_from(weights, "a.safetensors")
+    text = caught.value.render()
+    assert "set lora_rank to 8" in text
+    assert "4 layers that are not trained here" in text
+    assert "set use_dora to false" in text

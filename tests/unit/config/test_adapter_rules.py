@@ -1,0 +1,58 @@
+"""What must hold between the keys of an adapter."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from .conftest import Workspace
+
+STANDARD = {"lora_type": "standard", "lycoris_config": None}
+
+
+@pytest.mark.parametrize(
+    ("changes", "key", "words"),
+    [
+        ({"lora_target": "attention,atention"}, "lora_target", '"atention" matches no layer'),
+        ({"lora_target": "layers.*.self_attn.to_v"}, "lora_target", "layers.*.self_attn.to_q"),
+        ({"lora_target": []}, "lora_target", "names no layer"),
+        ({"lora_init_type": "loftq"}, "lora_init_type", "set base_model_precision instead"),
+        ({"lora_init_type": "eva"}, "lora_init_type", "before the run has any"),
+        ({"lora_init_type": "pissa", "use_dora": True}, "lora_init_type", "cannot be combined with use_dora"),
+        ({"lora_init_type": "orthogonal", "lora_rank": 3}, "lora_rank", "needs an even rank"),
+        ({"lora_format": "webui"}, "lora_format", "diffusers, kohya, comfyui, lycoris"),
+        ({"init_lora": "gone.safetensors"}, "init_lora", "there is no file of this name"),
+        ({"peft_lora_mode": "singlora"}, "peft_lora_mode", "no maintained library"),
+    ],
+)
+def test_settings_of_standard_lora_that_cannot_be_used(
+    workspace: Workspace, changes: dict[str, Any], key: str, words: str
+) -> None:
+    workspace.config |= STANDARD | changes
+    problems = workspace.fails_written().problems
+    assert [problem.key for problem in problems] == [key]
+    assert words in problems[0].render()
+
+
+@pytest.mark.parametrize("target", ["default", "all-linear", "proj_out, layers.*.self_attn.to_q", ["layers.*"]])
+def test_targets_that_stand_for_layers_are_taken(workspace: Workspace, target: Any) -> None:
+    workspace.config |= STANDARD | {"lora_target": target}
+    assert workspace.load_written().config.lora_target
+
+
+def test_two_starts_are_refused(workspace: Workspace) -> None:
+    workspace.put("start.safetensors", "x")
+    workspace.config |= STANDARD | {"lora_init_type": "olora", "init_lora": "start.safetensors"}
+    assert "are both a start" in workspace.fails_written().render()
+
+
+def test_keys_of_the_other_kind_of_adapter_are_told(workspace: Workspace) -> None:
+    workspace.config["lora_rank"] = 8
+    assert [
+        line for line in workspace.load_written().warnings if "lora_rank: has no use with lora_type lycoris" in line
+    ]
+    workspace.config["lora_type"] = "standard"
+    loaded = workspace.load_written()
+    assert loaded.lycoris is None
+    assert [line for line in loaded.warnings if "lycoris_config: has no use with lora_type standard" in line]
