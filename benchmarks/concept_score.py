@@ -53,7 +53,7 @@ def make_drawer(model: Path, adapter: Path | None, steps: int, guidance: float) 
 
     from simpletuner.models.components import ModelSource
     from simpletuner.models.registry import get_family_class, get_spec
-    from simpletuner.validation.prompts import PictureRequest
+    from simpletuner.validation.prompts import DrawSettings, PictureRequest
     from simpletuner.validation.sampling import make_pictures
 
     spec = get_spec("omnigen")
@@ -64,12 +64,12 @@ def make_drawer(model: Path, adapter: Path | None, steps: int, guidance: float) 
         network.apply_to()
         network.eval()
     pipeline = family.pipeline(denoiser, family.load_vae())
+    settings = DrawSettings(steps, guidance, UNCONDITIONAL)
 
     def draw(prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
-        requests = [
-            PictureRequest("score", prompt, SIDE, SIDE, seed) for prompt, seed in zip(prompts, seeds, strict=True)
-        ]
-        pictures = make_pictures(pipeline, requests, steps, guidance, UNCONDITIONAL, BATCH_SIZE)
+        asked = zip(prompts, seeds, strict=True)
+        requests = [PictureRequest("score", prompt, SIDE, SIDE, seed, settings) for prompt, seed in asked]
+        pictures = make_pictures(pipeline, requests, BATCH_SIZE)
         return [picture.image for picture in pictures]
 
     return draw

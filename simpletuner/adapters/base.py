@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from simpletuner.adapters.weights import AdapterWeights
-from simpletuner.errors import DataError, Problem
+from simpletuner.errors import ConfigError, DataError, Problem
 
 # The adapter is a registered child of the denoiser under this name: outside of it, DDP raises and the gradients of
 # FSDP differ by rank.
@@ -56,6 +56,15 @@ class Adapter(ABC):
     @abstractmethod
     def disabled(self) -> AbstractContextManager[None]:
         """Inside the context the denoiser computes exactly what the base computes."""
+
+    def scaled(self, strength: float) -> AbstractContextManager[None]:
+        """Inside the context the adapter adds `strength` times what it was trained to add.
+
+        Raises:
+            ConfigError: this kind of adapter cannot be scaled.
+        """
+        message = "this kind of adapter cannot be scaled"
+        raise ConfigError(Problem(message, key="validation_lycoris_strength", allowed="only 1", fix="remove the key"))
 
     @abstractmethod
     def save(self, path: Path, extra_metadata: Mapping[str, str], state: Mapping[str, Tensor] | None = None) -> None:

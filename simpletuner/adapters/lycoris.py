@@ -69,6 +69,18 @@ class LycorisAdapter(Adapter):
             for layer, forward in zip(layers, adapted, strict=True):
                 layer.forward = forward
 
+    @contextmanager
+    def scaled(self, strength: float) -> Iterator[None]:
+        """Every module of the network has a multiplier of its own."""
+        multipliers = [module.multiplier for module in self.network.loras]
+        try:
+            for module, multiplier in zip(self.network.loras, multipliers, strict=True):
+                module.multiplier = multiplier * strength
+            yield
+        finally:
+            for module, multiplier in zip(self.network.loras, multipliers, strict=True):
+                module.multiplier = multiplier
+
     def save(self, path: Path, extra_metadata: Mapping[str, str], state: Mapping[str, Tensor] | None = None) -> None:
         """Write the file that LyCORIS itself would write, plus metadata: its configuration and the ModelSpec header."""
         with torch.no_grad(), values_replaced(self.trainable_parameters(), state):

@@ -13,6 +13,7 @@ from simpletuner.config.layers import Origin
 from simpletuner.config.lycoris import Adaptable
 from simpletuner.config.options import TrainConfig
 from simpletuner.config.paths import Folders
+from simpletuner.config.prompt_library import LibraryPrompt
 from simpletuner.errors import Problem
 
 
@@ -45,6 +46,12 @@ class FamilyFacts(Protocol):
     def caches_prompt_embeds(self) -> bool: ...
     @property
     def max_references(self) -> int: ...
+    @property
+    def prediction_type(self) -> str: ...
+    @property
+    def preview_decoder(self) -> str | None: ...
+    @property
+    def pipeline_options(self) -> tuple[str, ...]: ...
 
 
 @dataclass
@@ -63,7 +70,7 @@ class Draft:
     origins: Mapping[str, Origin]
     folders: Folders
     lycoris: Mapping[str, Any] | None = None
-    prompt_library: Mapping[str, str] | None = None
+    prompt_library: Mapping[str, LibraryPrompt] | None = None
     faulty: frozenset[str] = field(default_factory=frozenset)
 
     def origin(self, key: str) -> Origin:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from simpletuner.config.datasets import TABLE_SUFFIXES, ConditioningDataset, ImageDataset, references_for, table_path
 from simpletuner.config.draft import Draft
-from simpletuner.config.paths import looks_like_path
+from simpletuner.config.paths import PREVIEW_FOLDER, looks_like_path
 from simpletuner.errors import Problem
 
 
@@ -108,6 +108,16 @@ def adapter_to_start_from_exists(draft: Draft) -> Iterator[Problem]:
         yield draft.folders.missing(_as_written(path, draft), "init_lora", draft.origin("init_lora"), "file")
 
 
+def previews_have_a_decoder(draft: Draft) -> Iterator[Problem]:
+    config, spec = draft.config, draft.spec
+    if not config.validation_preview or spec is None or spec.preview_decoder is not None:
+        return
+    own = Path(config.pretrained_model_name_or_path or "") / PREVIEW_FOLDER
+    if not (own / "config.json").is_file():
+        message = f"there is no tiny autoencoder for {spec.title}"
+        yield draft.problem(message, "validation_preview", f"a model folder with {PREVIEW_FOLDER}/", "remove the key")
+
+
 FILE_RULES = (
     dataset_folders_exist,
     dataset_tables_exist,
@@ -117,6 +127,7 @@ FILE_RULES = (
     output_folder_can_be_written,
     named_checkpoint_exists,
     adapter_to_start_from_exists,
+    previews_have_a_decoder,
 )
 
 

@@ -32,12 +32,18 @@ from simpletuner.config.lycoris import check_lycoris
 from simpletuner.config.merging import Merged, merge_layers, option_names
 from simpletuner.config.options import TrainConfig, all_options
 from simpletuner.config.paths import Folders, looks_like_path
-from simpletuner.config.prompt_library import read_prompt_library
+from simpletuner.config.prompt_library import LibraryPrompt, read_prompt_library
 from simpletuner.config.rules import broken_rules, notices
 from simpletuner.config.sources import PictureSource
 from simpletuner.errors import ConfigError, Problem
 
 DEFAULT_DATA_FILE = "multidatabackend.json"
+# Options that name a model: a folder, or a hub id.
+MODEL_KEYS = (
+    "pretrained_model_name_or_path",
+    "pretrained_vae_model_name_or_path",
+    "pretrained_evaluation_model_name_or_path",
+)
 
 
 @dataclass(frozen=True)
@@ -57,7 +63,7 @@ class LoadedRun:
     config: TrainConfig
     datasets: tuple[Dataset, ...]
     lycoris: Mapping[str, Any] | None
-    prompt_library: Mapping[str, str] | None
+    prompt_library: Mapping[str, LibraryPrompt] | None
     origins: Mapping[str, Origin]
     warnings: tuple[str, ...] = ()
     config_file: Path | None = None
@@ -230,7 +236,7 @@ class _RunReader:
         if config.data_backend_config is None:
             folder = self.folders.config_dir or self.folders.working_dir
             updates["data_backend_config"] = folder / DEFAULT_DATA_FILE
-        for key in ("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path"):
+        for key in MODEL_KEYS:
             updates[key] = self.find_model(key, getattr(config, key))
         return config.model_copy(update=updates)
 
@@ -316,7 +322,7 @@ class _RunReader:
             self.problems += check_lycoris(document, self.spec.adaptable, self.spec.class_aliases)
         return document.value
 
-    def read_prompts(self, config: TrainConfig) -> Mapping[str, str] | None:
+    def read_prompts(self, config: TrainConfig) -> Mapping[str, LibraryPrompt] | None:
         if config.user_prompt_library is None:
             return None
         document = self.read_named_file("user_prompt_library", config.user_prompt_library)

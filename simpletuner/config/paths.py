@@ -16,6 +16,10 @@ from simpletuner.errors import Problem
 PACKAGE = Path(__file__).resolve().parents[1]
 
 
+# Where a model folder may carry a tiny autoencoder of its own, in the form of diffusers' AutoencoderTiny.
+PREVIEW_FOLDER = "preview_decoder"
+
+
 @dataclass(frozen=True)
 class Folders:
     """The two folders that relative paths are looked up in, as absolute paths."""

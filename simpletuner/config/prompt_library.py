@@ -1,39 +1,137 @@
-"""`user_prompt_library.json`: nickname -> prompt; nicknames become file names."""
+"""`user_prompt_library.json`: nickname -> prompt, or prompt and how it is drawn. Nicknames become file names."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 from simpletuner.config.checking import show_value
 from simpletuner.config.json_reader import Document
+from simpletuner.config.names import nearest
+from simpletuner.config.values import read_float, read_int, read_sizes, read_text
 from simpletuner.errors import Problem
 
 MAX_NICKNAME = 100
 # What no common file system takes in a name. `<` and `>` are allowed here: the quickstart's placeholders have them,
 # and the folder of a run lies on a file system that takes them.
 _UNUSABLE = re.compile(r'[/\\:*?"|\x00-\x1f]')
-RESERVED = ("validation",)
+RESERVED = ("validation", "unconditional")
+SHAPE = '{"nickname": "the prompt"} or {"nickname": {"prompt": "the prompt", "seed": 7}}'
 
 
-def read_prompt_library(document: Document) -> tuple[Mapping[str, str], list[Problem]]:
+@dataclass(frozen=True)
+class LibraryPrompt:
+    """One prompt of a library. What is None is as `config.json` says.
+
+    Args:
+        negative_prompt: what guidance leads away from; may be empty.
+        resolution: one size or several, as in `validation_resolution`.
+        num_inference_steps: sampling steps.
+        guidance: classifier-free guidance scale.
+        guidance_rescale: where the family's pipeline has it.
+        seed: of the first picture; further ones count up.
+        num_images: pictures for each size.
+        adapter_strength: multiplies what the adapter adds; 1 is as trained.
+    """
+
+    prompt: str
+    negative_prompt: str | None = None
+    resolution: str | None = None
+    num_inference_steps: int | None = None
+    guidance: float | None = None
+    guidance_rescale: float | None = None
+    seed: int | None = None
+    num_images: int | None = None
+    adapter_strength: float | None = None
+
+
+def read_prompt_library(document: Document) -> tuple[Mapping[str, LibraryPrompt], list[Problem]]:
     """The prompts of a library, and what is wrong with it."""
     if not isinstance(document.value, dict):
-        shape = '{"nickname": "the prompt"}'
-        return {}, [Problem("is not a JSON object", file=document.file, line=1, allowed=shape)]
-    problems = []
+        return {}, [Problem("is not a JSON object", file=document.file, line=1, allowed=SHAPE)]
+    prompts: dict[str, LibraryPrompt] = {}
+    problems: list[Problem] = []
     folded: dict[str, str] = {}
-    for nickname, prompt in document.value.items():
+    for nickname, value in document.value.items():
         message = _nickname_fault(nickname, folded)
-        if message is None and (not isinstance(prompt, str) or not prompt.strip()):
-            message = f"{show_value(prompt)} is not a prompt"
-        if message:
+        if message is None:
+            prompt, faults = _read_prompt(nickname, value, document)
+            problems += faults
+            if prompt is not None:
+                prompts[nickname] = prompt
+        else:
             line = document.line(nickname)
             problems.append(Problem(message, key=nickname or '""', file=document.file, line=line, allowed="a text"))
         folded.setdefault(nickname.casefold(), nickname)
     if not document.value:
-        problems.append(Problem("holds no prompts", file=document.file, line=1, allowed='{"nickname": "the prompt"}'))
-    return (document.value if not problems else {}), problems
+        problems.append(Problem("holds no prompts", file=document.file, line=1, allowed=SHAPE))
+    return (prompts if not problems else {}), problems
+
+
+def prompt_texts(library: Any) -> dict[str, str]:
+    """Nickname -> prompt of a library as it stands in its file, sound or not: what an editor shows."""
+    if not isinstance(library, dict):
+        return {}
+    return {
+        nickname: str(value.get("prompt", "") if isinstance(value, dict) else value)
+        for nickname, value in library.items()
+    }
+
+
+def _read_prompt(nickname: str, value: Any, document: Document) -> tuple[LibraryPrompt | None, list[Problem]]:
+    """A text, or an object with a prompt and how to draw it."""
+    if not isinstance(value, dict):
+        if isinstance(value, str) and value.strip():
+            return LibraryPrompt(value), []
+        message = f"{show_value(value)} is not a prompt"
+        line = document.line(nickname)
+        return None, [Problem(message, key=nickname, file=document.file, line=line, allowed="a text, or an object")]
+    fields: dict[str, Any] = {}
+    problems = []
+    for key, given in value.items():
+        line = document.line(nickname, key)
+        place = f"{nickname}.{key}"
+        if key not in _FIELDS:
+            near = nearest(key, _FIELDS)
+            fix = f'did you mean "{near}"?' if near else None
+            message, allowed = "is not known", ", ".join(_FIELDS)
+            problems.append(Problem(message, key=place, file=document.file, line=line, allowed=allowed, fix=fix))
+            continue
+        if given is None:
+            continue
+        read, allowed, is_allowed = _FIELDS[key]
+        try:
+            fields[key] = read(given)
+            fault = None if is_allowed(fields[key]) else f"{show_value(given)} is outside of what is allowed"
+        except ValueError as error:
+            fault = f"{show_value(given)}: {error}"
+        if fault:
+            problems.append(Problem(fault, key=place, file=document.file, line=line, allowed=allowed))
+    if "prompt" not in fields and not problems:
+        line = document.line(nickname)
+        problems.append(Problem("has no prompt", key=nickname, file=document.file, line=line, allowed=SHAPE))
+    return (LibraryPrompt(**fields) if not problems else None), problems
+
+
+def _anything(value: Any) -> bool:
+    return True
+
+
+_Field = tuple[Callable[[Any], Any], str, Callable[[Any], bool]]
+# Key -> reader, what is allowed in words, and as a test.
+_FIELDS: Mapping[str, _Field] = {
+    "prompt": (read_text, "a text", lambda text: bool(text.strip())),
+    "negative_prompt": (read_text, "a text", _anything),
+    "resolution": (read_sizes, "1024, or 1280x768 (width x height), or several with commas", _anything),
+    "num_inference_steps": (read_int, "1 to 1000", lambda number: 1 <= number <= 1000),
+    "guidance": (read_float, "0 to 100", lambda number: 0 <= number <= 100),
+    "guidance_rescale": (read_float, "0 to 1", lambda number: 0 <= number <= 1),
+    "seed": (read_int, "a whole number >= 0", lambda number: number >= 0),
+    "num_images": (read_int, "a whole number >= 1", lambda number: number >= 1),
+    "adapter_strength": (read_float, "a number from -10 to 10", lambda number: abs(number) <= 10),
+}
 
 
 def _nickname_fault(nickname: str, folded: Mapping[str, str]) -> str | None:
@@ -45,7 +143,8 @@ def _nickname_fault(nickname: str, folded: Mapping[str, str]) -> str | None:
     if _UNUSABLE.search(nickname):
         return 'the nickname holds one of / \\ : * ? " | or a control character, and cannot name a file'
     if nickname.casefold() in RESERVED:
-        return f'the nickname "{nickname}" is that of validation_prompt'
+        owner = "validation_prompt" if nickname.casefold() == RESERVED[0] else "validation_disable_unconditional"
+        return f'the nickname "{nickname}" is that of {owner}'
     if nickname.casefold() in folded:
         return f'the nickname differs from "{folded[nickname.casefold()]}" in capitals only; both would name one file'
     return None

@@ -14,6 +14,7 @@ from simpletuner.config.datasets import ImageDataset, TextEmbedsDataset
 from simpletuner.config.draft import Draft
 from simpletuner.config.names import nearest
 from simpletuner.config.process_rules import PROCESS_RULES
+from simpletuner.config.validation_rules import VALIDATION_NOTICES, VALIDATION_RULES
 from simpletuner.errors import Problem
 
 Rule = Callable[[Draft], Iterator[Problem]]
@@ -194,6 +195,7 @@ RULES: tuple[Rule, ...] = (
     one_text_cache_is_the_default,
     *DATASET_RULES,
     *PROCESS_RULES,
+    *VALIDATION_RULES,
 )
 
 
@@ -204,24 +206,6 @@ def warm_up_is_shorter_than_the_run(draft: Draft) -> Iterator[str]:
             f"{draft.origin('lr_warmup_steps')}: lr_warmup_steps: {config.lr_warmup_steps} steps of warm-up in a "
             f"run of {config.max_train_steps}: the learning rate never reaches {config.learning_rate:g}"
         )
-
-
-def eval_intervals_have_pictures(draft: Draft) -> Iterator[str]:
-    config = draft.config
-    has_interval = bool(config.eval_steps_interval or config.eval_epoch_interval) and not config.eval_loss_disable
-    has_pictures = any(entry.dataset_type == "eval" for entry in draft.datasets.entries)
-    if has_interval and not has_pictures and draft.datasets.is_read:
-        key = "eval_steps_interval" if config.eval_steps_interval else "eval_epoch_interval"
-        yield f"{draft.origin(key)}: {key}: there is no dataset of dataset_type eval, so no eval loss is computed"
-    if has_pictures and not has_interval and not config.eval_loss_disable:
-        yield "there is an eval dataset, but no eval_steps_interval or eval_epoch_interval: no eval loss is computed"
-
-
-def validation_has_prompts(draft: Draft) -> Iterator[str]:
-    config = draft.config
-    has_interval = config.validation_step_interval or config.validation_epoch_interval
-    if has_interval and not config.validation_disable and not (config.validation_prompt or draft.prompt_library):
-        yield "there is no validation_prompt and no user_prompt_library: no validation pictures are made"
 
 
 def dropped_captions_serve_guidance(draft: Draft) -> Iterator[str]:
@@ -244,12 +228,11 @@ def text_caches_have_a_use(draft: Draft) -> Iterator[str]:
 
 NOTICES: tuple[Notice, ...] = (
     warm_up_is_shorter_than_the_run,
-    eval_intervals_have_pictures,
-    validation_has_prompts,
     dropped_captions_serve_guidance,
     text_caches_have_a_use,
     *ADAPTER_NOTICES,
     *DATASET_NOTICES,
+    *VALIDATION_NOTICES,
 )
 
 

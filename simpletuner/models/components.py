@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from simpletuner.config.paths import PREVIEW_FOLDER
 from simpletuner.errors import DataError, Problem
 from simpletuner.models.spec import Component, FamilySpec
 
@@ -167,5 +168,30 @@ def load_component(source: ModelSource, component: Component, dtype: torch.dtype
                 f"cannot load {component.name} of {where}: {error}",
                 key="pretrained_model_name_or_path",
                 allowed="a diffusers folder or hub id with safetensors weights",
+            )
+        ) from error
+
+
+def load_preview_decoder(source: ModelSource, spec: FamilySpec) -> nn.Module:
+    """The tiny autoencoder that shows latents at a glance: the model folder's own, else the family's, in float32.
+
+    Raises:
+        DataError: there is none, or it cannot be loaded.
+    """
+    import torch
+    from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
+
+    own = Path(source.model) / PREVIEW_FOLDER
+    where = str(own) if (own / "config.json").is_file() else spec.preview_decoder
+    if where is None:
+        raise DataError(Problem(f"there is no tiny autoencoder for {spec.title}", key="validation_preview"))
+    try:
+        return AutoencoderTiny.from_pretrained(where, torch_dtype=torch.float32, use_safetensors=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise DataError(
+            Problem(
+                f"cannot load the tiny autoencoder {where}: {error}",
+                key="validation_preview",
+                fix="check the connection, or set validation_preview to false",
             )
         ) from error

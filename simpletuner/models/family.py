@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from simpletuner.batch import Batch, PromptEmbeds
 from simpletuner.diffusion import flow_matching, timesteps
 from simpletuner.diffusion.loss import Latents
-from simpletuner.models.components import ModelSource, load_component, make_empty_component
+from simpletuner.models.components import ModelSource, load_component, load_preview_decoder, make_empty_component
 from simpletuner.models.spec import FamilySpec
 
 Conditioning = Mapping[str, Any]
@@ -148,6 +148,28 @@ class ModelFamily(ABC):
         raw = latents / vae.config.scaling_factor + (getattr(vae.config, "shift_factor", None) or 0.0)
         with torch.no_grad(), torch.autocast(vae.device.type, enabled=False):
             return vae.decode(raw.to(vae.device, vae.dtype), return_dict=False)[0]
+
+    def load_preview_decoder(self) -> nn.Module:
+        """The tiny autoencoder that shows latents while a picture is drawn, in float32 on `self.device`.
+
+        Raises:
+            DataError: there is none, or it cannot be loaded.
+        """
+        return load_preview_decoder(self.source, self.spec).eval().requires_grad_(False).to(self.device)
+
+    def decode_preview(self, decoder: Any, latents: Tensor) -> Tensor:
+        """(B, C, h, w) scaled latents -> (B, 3, H, W) in about [-1, 1], by `load_preview_decoder`'s decoder."""
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+            return decoder.decode(latents.to(self.device, torch.float32), return_dict=False)[0]
+
+    def unpack_latents(self, latents: Tensor, height: int, width: int) -> Tensor:
+        """What the pipeline gives `callback_on_step_end` -> (B, C, h, w); for pipelines that pack latents.
+
+        Args:
+            height: pixels of the picture.
+            width: pixels of the picture.
+        """
+        return latents
 
     def collate(self, batch: Batch) -> Conditioning:
         """Pad and stack a batch's prompt embeddings on `self.device`, under the names of the family's PromptEmbeds."""

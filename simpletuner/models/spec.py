@@ -92,6 +92,8 @@ class FamilySpec:
         pipeline_class: name written to `model_index.json`.
         preview_decoder: hub id of the tiny autoencoder that decodes previews; a model folder may carry its own in
             `preview_decoder/`.
+        pipeline_options: arguments that the family's pipeline takes beyond those of the contract: `guidance_rescale`,
+            `true_cfg_scale`.
         defaults: option -> default that differs for this family.
         unusable_options: option -> (neutral values, reason): refused unless they hold a neutral value.
     """
@@ -120,6 +122,7 @@ class FamilySpec:
     caches_prompt_embeds: bool = True
     dropped_caption: str = ""
     preview_decoder: str | None = None
+    pipeline_options: tuple[str, ...] = ()
     defaults: Mapping[str, Any] = field(default_factory=dict)
     unusable_options: Mapping[str, tuple[tuple[Any, ...], str]] = field(default_factory=dict)
 

@@ -49,6 +49,10 @@ class Checkpoints:
         folders = [path for path in self.output_dir.iterdir() if NAME.match(path.name) and path.is_dir()]
         return sorted(folders, key=checkpoint_step)
 
+    def newest(self) -> Path | None:
+        """The newest whole checkpoint, or None."""
+        return next((path for path in reversed(self.found()) if not storage.verify_dir(path, full=False)), None)
+
     def save(self, run: Run) -> Path:
         """Commit the current state, then rotate. A checkpoint of this step that is already valid is left as it is.
 

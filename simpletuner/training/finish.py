@@ -25,9 +25,7 @@ def finish_run(run: Run, seconds: float) -> None:
         run.bus.emit(Notice("warning", text))
     outputs = save_weights(run)
     if run.validator is not None:
-        sheet = run.validator.before_after_grid(run.state.global_step)
-        if sheet is not None:
-            outputs["pictures before and after"] = sheet
+        outputs |= run.validator.write_summaries(run.state.global_step)
     plot = draw_loss_plot(run.output_dir / METRICS_FILE, run.output_dir / "loss.png")
     if plot is not None:
         outputs["loss curve"] = plot
@@ -75,7 +73,8 @@ def program() -> str:
 def generate_command(loaded: LoadedRun, model: str, outputs: dict[str, Path]) -> str:
     """The shell command that draws with what was trained."""
     config = loaded.config
-    prompt = config.validation_prompt or next(iter((loaded.prompt_library or {}).values()), "a photo")
+    library = [each.prompt for each in (loaded.prompt_library or {}).values()]
+    prompt = config.validation_prompt or next(iter(library), "a photo")
     height, width = config.validation_sizes[0]
     model = str(outputs.get("model", model))
     words = [program(), "generate", "--model-family", config.model_family, "--model", model]

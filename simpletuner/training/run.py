@@ -23,6 +23,7 @@ from simpletuner.training.checkpoint import Checkpoints
 from simpletuner.training.evaluation import Evaluator
 from simpletuner.training.signals import StopRequest
 from simpletuner.training.state import TrainState
+from simpletuner.validation.external import ExternalScript
 from simpletuner.validation.validator import Validator
 
 
@@ -61,7 +62,7 @@ class Run:
     ema: EMA | None
     batches: BatchSource
     evaluator: Evaluator | None
-    validator: Validator | None
+    validator: Validator | ExternalScript | None
     checkpoints: Checkpoints
     bus: EventBus
     stop: StopRequest

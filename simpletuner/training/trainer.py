@@ -45,6 +45,7 @@ from simpletuner.training.prepare import prepare_data
 from simpletuner.training.run import Run
 from simpletuner.training.signals import StopRequest
 from simpletuner.training.state import TrainState
+from simpletuner.validation.external import ExternalScript
 from simpletuner.validation.validator import Validator
 
 
@@ -120,7 +121,7 @@ def build_run(loaded: LoadedRun, output_dir: Path, bus: EventBus, stop: StopRequ
         ema=EMA(parameters, config.ema_decay, config.ema_update_interval) if config.use_ema else None,
         batches=build_batches(loaded, family, training, sources, sampler, world),
         evaluator=build_evaluator(loaded, family, datasets, sources),
-        validator=build_validator(loaded, family, output_dir, bus),
+        validator=build_validator(loaded, family, checkpoints, bus),
         checkpoints=checkpoints,
         bus=bus,
         stop=stop,
@@ -254,8 +255,24 @@ def build_evaluator(
     )
 
 
-def build_validator(loaded: LoadedRun, family: ModelFamily, output_dir: Path, bus: EventBus) -> Validator | None:
-    validator = Validator(loaded.config, family, loaded.prompt_library, output_dir, bus)
+def build_validator(
+    loaded: LoadedRun, family: ModelFamily, checkpoints: Checkpoints, bus: EventBus
+) -> Validator | ExternalScript | None:
+    """None where nothing is drawn."""
+    config = loaded.config
+    if config.validation_disable:
+        return None
+    if config.validation_method == "external-script":
+        facts = {
+            "output_dir": str(checkpoints.output_dir),
+            "model_family": config.model_family,
+            "tracker_run_name": config.tracker_run_name or checkpoints.output_dir.name,
+            "validation_prompt": config.validation_prompt or "",
+        }
+        command = config.validation_external_script
+        assert command is not None, "validation_rules.external_script_is_named"
+        return ExternalScript(command, facts, checkpoints.newest, checkpoints.output_dir, bus)
+    validator = Validator(config, family, loaded.prompt_library, checkpoints.output_dir, bus)
     return validator if validator.requests else None
 
 

@@ -1,26 +1,32 @@
 """Where validation pictures are kept and how their sheets are put together.
 
 Names are those that SimpleTuner's users know: `validation_images/step_<step>_<shortname>_<index>_<W>x<H>.png` and
-`benchmarks/base_model/<shortname>_<W>x<H>.png`. The benchmark carries a note of what it was drawn with, so that one of
-another model, prompt or seed is drawn again and not compared with.
+`benchmarks/base_model/<shortname>_<W>x<H>.png`; previews are in `validation_images/previews/`. The benchmark carries a
+note of what it was drawn with, so that one of another model, prompt or seed is drawn again and not compared with.
 """
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
 from PIL import Image
 
 from simpletuner.reporting.events import SavedPicture
-from simpletuner.storage import write_json
+from simpletuner.storage import write_bytes, write_json
 from simpletuner.validation.grids import Row, comparison_sheet
 from simpletuner.validation.prompts import PictureRequest
 from simpletuner.validation.sampling import Picture
 
+Kind = Literal["base", "live", "ema"]
+
 MOST_COLUMNS = 6
+# The sheet of all steps shows small pictures, so that an evening's run still fits a screen.
+MOST_STEPS, SMALL_CELL = 24, 128
 
 
 class PictureFiles:
@@ -29,17 +35,20 @@ class PictureFiles:
     Args:
         output_dir: of the run.
         requests: what one validation draws.
-        settings: everything else that decides how a base picture looks (model, steps, guidance, ...).
+        settings: everything else that decides how a base picture looks (model, sampler, ...).
     """
 
     def __init__(self, output_dir: Path, requests: Sequence[PictureRequest], settings: Mapping[str, Any]):
         self.output_dir = output_dir
         self.images_dir = output_dir / "validation_images"
+        self.previews_dir = self.images_dir / "previews"
         self.benchmark_dir = output_dir / "benchmarks" / "base_model"
         self.requests = requests
         self._note = {
-            "settings": {name: value for name, value in settings.items()},
-            "pictures": [[r.shortname, r.prompt, r.width, r.height, r.seed] for r in requests],
+            "settings": dict(settings),
+            "pictures": [
+                [r.shortname, r.prompt, r.width, r.height, r.index, r.seed, asdict(r.settings)] for r in requests
+            ],
         }
 
     def path(self, request: PictureRequest, step: int, kind: Literal["live", "ema"]) -> Path:
@@ -48,7 +57,18 @@ class PictureFiles:
         return self.images_dir / name
 
     def benchmark_path(self, request: PictureRequest) -> Path:
-        return self.benchmark_dir / f"{request.file_stem}_{request.size_text}.png"
+        number = f"_{request.index}" if request.index else ""
+        return self.benchmark_dir / f"{request.file_stem}{number}_{request.size_text}.png"
+
+    def save_preview(
+        self, image: Image.Image, request: PictureRequest, step: int, kind: Kind, sampling_step: int
+    ) -> SavedPicture:
+        """A picture on its way: `step_<step>_<shortname>_<index>_<W>x<H>[_base|_ema]_at_<sampling step>.png`."""
+        suffix = "" if kind == "live" else f"_{kind}"
+        name = f"step_{step}_{request.file_stem}_{request.index}_{request.size_text}{suffix}_at_{sampling_step}.png"
+        path = self.previews_dir / name
+        write_png(path, image)
+        return SavedPicture(path, request.shortname, request.prompt, *image.size, request.seed, kind)
 
     def has_benchmark(self) -> bool:
         """Whether all base pictures are there and were drawn with today's settings."""
@@ -71,7 +91,7 @@ class PictureFiles:
     def save_sheet(self, step: int) -> SavedPicture:
         """base | step | EMA, a row per request, as `step_<step>_sheet.png`."""
         path = self.images_dir / f"step_{step}_sheet.png"
-        self._sheet([step], f"step {step}").save(path)
+        write_png(path, self._sheet([step], f"step {step}"))
         return SavedPicture(path, "sheet", "", 0, 0, None, "grid")
 
     def write_before_after(self, step: int) -> Path | None:
@@ -80,7 +100,16 @@ class PictureFiles:
         if step not in steps:
             return None
         path = self.output_dir / "before_after.png"
-        self._sheet(spread(steps, MOST_COLUMNS - 2), "before and after").save(path)
+        write_png(path, self._sheet(spread(steps, MOST_COLUMNS - 2), "before and after"))
+        return path
+
+    def write_all_steps(self, step: int) -> Path | None:
+        """All steps up to `step`, small, as `all_steps.png`; None where `before_after.png` shows them all already."""
+        steps = [known for known in self.steps_with_pictures() if known <= step]
+        if len(steps) <= MOST_COLUMNS - 2:
+            return None
+        path = self.output_dir / "all_steps.png"
+        write_png(path, self._sheet(spread(steps, MOST_STEPS), "all steps", SMALL_CELL))
         return path
 
     def steps_with_pictures(self) -> list[int]:
@@ -93,13 +122,12 @@ class PictureFiles:
         ]
         return sorted(complete)
 
-    def _save(self, picture: Picture, path: Path, kind: Literal["base", "live", "ema"]) -> SavedPicture:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        picture.image.save(path)
+    def _save(self, picture: Picture, path: Path, kind: Kind) -> SavedPicture:
+        write_png(path, picture.image)
         request = picture.request
         return SavedPicture(path, request.shortname, request.prompt, request.width, request.height, request.seed, kind)
 
-    def _sheet(self, steps: Sequence[int], title: str) -> Image.Image:
+    def _sheet(self, steps: Sequence[int], title: str, cell: int | None = None) -> Image.Image:
         sources = [("base model", self.benchmark_path)] if self.has_benchmark() else []
         sources += [(f"step {step}", lambda r, step=step: self.path(r, step, "live")) for step in steps]
         sources += [(f"step {steps[-1]}, EMA", lambda r: self.path(r, steps[-1], "ema"))]
@@ -111,7 +139,7 @@ class PictureFiles:
             )
             for request in self.requests
         ]
-        return comparison_sheet([heading for heading, _ in kept], rows, title)
+        return comparison_sheet([heading for heading, _ in kept], rows, title, cell)
 
 
 def spread(steps: Sequence[int], count: int) -> list[int]:
@@ -122,6 +150,18 @@ def spread(steps: Sequence[int], count: int) -> list[int]:
         [round(index * (len(steps) - 1) / (count - 1)) for index in range(count)] if count > 1 else [len(steps) - 1]
     )
     return [steps[place] for place in dict.fromkeys(places)]
+
+
+def write_png(path: Path, image: Image.Image) -> None:
+    """Write a picture whole or not at all.
+
+    Raises:
+        DataError: the disk is full or cannot be written.
+    """
+    data = io.BytesIO()
+    image.save(data, format="PNG")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_bytes(path, data.getvalue())
 
 
 def _read(path: Path) -> Image.Image | None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from simpletuner.adapters.files import apply_adapter_file
 from simpletuner.errors import DataError, Problem
-from simpletuner.validation.prompts import PictureRequest, rounded_sizes
+from simpletuner.validation.prompts import DrawSettings, PictureRequest, rounded_sizes
 from simpletuner.validation.sampling import batch_size_for, make_pictures
 
 if TYPE_CHECKING:
@@ -67,9 +67,6 @@ def generate_pictures(
     pictures = make_pictures(
         family.pipeline(denoiser, family.load_vae()),
         requests,
-        steps=drawing.steps,
-        guidance=drawing.guidance,
-        negative_prompt=drawing.negative_prompt,
         batch_size=batch_size_for(requests),
     )
     paths = output_paths(output, len(pictures))
@@ -88,8 +85,9 @@ def requests_of(drawing: Drawing, family: ModelFamily, say: Callable[[str], None
     [(height, width)], notices = rounded_sizes([(drawing.height, drawing.width)], spec.size_multiple, spec.max_size)
     for line in notices:
         say(line)
+    settings = DrawSettings(drawing.steps, drawing.guidance, drawing.negative_prompt)
     return [
-        PictureRequest(f"picture-{number}", prompt, height, width, drawing.seed + index, index)
+        PictureRequest(f"picture-{number}", prompt, height, width, drawing.seed + index, settings, index)
         for number, prompt in enumerate(drawing.prompts)
         for index in range(drawing.count)
     ]

@@ -5,6 +5,7 @@ Small pictures are enlarged by whole factors without smoothing, so that what is 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -38,13 +39,20 @@ class Tile:
     colour: str = INK
 
 
-def comparison_sheet(columns: Sequence[str], rows: Sequence[Row], title: str = "") -> Image.Image:
-    """Rows of prompts, columns of weights (`base`, `step 500`, `EMA`), headings on top."""
+def comparison_sheet(
+    columns: Sequence[str], rows: Sequence[Row], title: str = "", cell: int | None = None
+) -> Image.Image:
+    """Rows of prompts, columns of weights (`base`, `step 500`, `EMA`), headings on top.
+
+    Args:
+        cell: pixels; longest side of each picture. None shows pictures as large as they are, within reason.
+    """
     assert columns, "a sheet has at least one column"
     assert all(len(row.images) == len(columns) for row in rows), "every row has a picture or None per column"
-    shown = [[None if image is None else fit_cell(image) for image in row.images] for row in rows]
+    fit = fit_cell if cell is None else functools.partial(scaled_to_side, side=cell)
+    shown = [[None if image is None else fit(image) for image in row.images] for row in rows]
     sizes = [image.size for row in shown for image in row if image is not None]
-    cell_width = max([SMALLEST_CELL, *(width for width, _ in sizes)])
+    cell_width = max([cell or SMALLEST_CELL, *(width for width, _ in sizes)])
     row_heights = [max([0, *(image.height for image in row if image is not None)]) for row in shown]
 
     label_height, heading_height = LABEL_SIZE + 12, HEADING_SIZE + 14

@@ -2,15 +2,51 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from simpletuner.config.builtin_prompts import BUILTIN_PROMPTS
+from simpletuner.config.prompt_library import LibraryPrompt
 from simpletuner.config.values import parse_sizes
 from simpletuner.errors import ConfigError, Problem
+from simpletuner.randomness import keyed_seed
 
-MAIN_SHORTNAME = "validation"
+MAIN_SHORTNAME, UNCONDITIONAL_SHORTNAME = "validation", "unconditional"
+
+
+@dataclass(frozen=True)
+class DrawSettings:
+    """How a picture is drawn; those of one call of a pipeline share it.
+
+    Args:
+        steps: inference steps.
+        guidance: classifier-free guidance scale.
+        negative_prompt: None leaves the family's own default.
+        guidance_rescale: 0 is none; only for pipelines that have it.
+        true_guidance: real guidance of a distilled model; 1 is none.
+    """
+
+    steps: int
+    guidance: float
+    negative_prompt: str | None = None
+    guidance_rescale: float = 0.0
+    true_guidance: float = 1.0
+
+    def arguments(self) -> dict[str, Any]:
+        """Arguments of a pipeline; those that not every pipeline takes only where they are set."""
+        arguments: dict[str, Any] = {
+            "negative_prompt": self.negative_prompt,
+            "num_inference_steps": self.steps,
+            "guidance_scale": self.guidance,
+        }
+        if self.guidance_rescale:
+            arguments["guidance_rescale"] = self.guidance_rescale
+        if self.true_guidance != 1:
+            arguments["true_cfg_scale"] = self.true_guidance
+        return arguments
 
 
 @dataclass(frozen=True)
@@ -22,7 +58,9 @@ class PictureRequest:
         height: pixels.
         width: pixels.
         seed: of its own generator.
+        settings: how it is drawn.
         index: counts the pictures of one prompt and size.
+        adapter_strength: multiplies what an adapter adds.
     """
 
     shortname: str
@@ -30,7 +68,9 @@ class PictureRequest:
     height: int
     width: int
     seed: int
+    settings: DrawSettings
     index: int = 0
+    adapter_strength: float = 1.0
 
     @property
     def size_text(self) -> str:
@@ -41,17 +81,27 @@ class PictureRequest:
         """The shortname as a file name can hold it."""
         return re.sub(r"[/\\\x00-\x1f]", "-", self.shortname)
 
+    @property
+    def title(self) -> str:
+        """Names the picture within one validation: shortname, size, and its number where there are several."""
+        return f"{self.shortname}_{self.size_text}" + (f"_{self.index}" if self.index else "")
+
 
 def requests_from_config(
-    config: Any, prompt_library: Mapping[str, str] | None, size_multiple: int, max_size: int | None = None
+    config: Any,
+    prompt_library: Mapping[str, LibraryPrompt] | None,
+    size_multiple: int,
+    max_size: int | None = None,
+    empty_prompt: str = "",
 ) -> tuple[list[PictureRequest], list[str]]:
-    """Every prompt at every size of `validation_resolution`.
+    """Every prompt at every of its sizes, as many times as asked.
 
     Args:
-        config: read are `validation_disable`, `validation_prompt`, `validation_resolution`, `validation_seed`, `seed`.
+        config: read are the `validation_*` options of prompts, sizes, seeds and guidance, and `seed`.
         prompt_library: nickname -> prompt.
         size_multiple: pixels; sides are rounded to it.
         max_size: pixels; largest side that the family takes.
+        empty_prompt: what the family calls a caption of nothing.
 
     Returns:
         The requests (none where there is no prompt), and what a person should know of them.
@@ -61,16 +111,56 @@ def requests_from_config(
     """
     if config.validation_disable:
         return [], []
-    prompts = {MAIN_SHORTNAME: config.validation_prompt} if config.validation_prompt else {}
-    prompts.update(prompt_library or {})
-    sizes, notices = rounded_sizes(parse_sizes(config.validation_resolution), size_multiple, max_size)
-    seed = config.seed if config.validation_seed is None else config.validation_seed
-    requests = [
-        PictureRequest(shortname, prompt, height, width, seed)
-        for shortname, prompt in prompts.items()
-        for height, width in sizes
+    requests: list[PictureRequest] = []
+    notices: list[str] = []
+    for shortname, prompt in all_prompts(config, prompt_library, empty_prompt).items():
+        sizes, told = rounded_sizes(
+            parse_sizes(prompt.resolution or config.validation_resolution), size_multiple, max_size
+        )
+        notices += told
+        requests += _requests_of(config, shortname, prompt, sizes)
+    return requests, list(dict.fromkeys(notices))
+
+
+def all_prompts(
+    config: Any, prompt_library: Mapping[str, LibraryPrompt] | None, empty_prompt: str
+) -> dict[str, LibraryPrompt]:
+    """Shortname -> prompt: the main one, the built-in library, the user's own (which wins), the empty one."""
+    prompts = {MAIN_SHORTNAME: LibraryPrompt(config.validation_prompt)} if config.validation_prompt else {}
+    if config.validation_prompt_library:
+        prompts |= {nickname: LibraryPrompt(prompt) for nickname, prompt in BUILTIN_PROMPTS.items()}
+    prompts |= prompt_library or {}
+    if not config.validation_disable_unconditional:
+        prompts[UNCONDITIONAL_SHORTNAME] = LibraryPrompt(empty_prompt)
+    return prompts
+
+
+def _requests_of(
+    config: Any, shortname: str, prompt: LibraryPrompt, sizes: Sequence[tuple[int, int]]
+) -> Iterator[PictureRequest]:
+    """What the prompt itself says comes before what the configuration says."""
+    run_seed = config.seed if config.validation_seed is None else config.validation_seed
+    seed = run_seed if prompt.seed is None else prompt.seed
+    settings = DrawSettings(
+        steps=_first(prompt.num_inference_steps, config.validation_num_inference_steps),
+        guidance=_first(prompt.guidance, config.validation_guidance),
+        negative_prompt=_first(prompt.negative_prompt, config.validation_negative_prompt),
+        guidance_rescale=_first(prompt.guidance_rescale, config.validation_guidance_rescale),
+        true_guidance=config.validation_guidance_real,
+    )
+    strength = _first(prompt.adapter_strength, config.validation_lycoris_strength)
+    for height, width in sizes:
+        for index in range(_first(prompt.num_images, config.num_validation_images)):
+            yield PictureRequest(
+                shortname, prompt.prompt, height, width, seed + index, settings, index, adapter_strength=strength
+            )
+
+
+def reseeded(requests: Sequence[PictureRequest], step: int) -> list[PictureRequest]:
+    """The same pictures with other seeds at each step, and the same ones again when the step is repeated."""
+    return [
+        dataclasses.replace(request, seed=keyed_seed(request.seed, "validation", step) % 2**32) for request in requests
     ]
-    return requests, notices
 
 
 def rounded_sizes(
@@ -98,3 +188,8 @@ def rounded_sizes(
             )
         rounded.append((new_height, new_width))
     return list(dict.fromkeys(rounded)), notices
+
+
+def _first(*values: Any) -> Any:
+    """The first value that is not None, or None."""
+    return next((value for value in values if value is not None), None)

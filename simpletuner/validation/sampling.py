@@ -8,10 +8,13 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-from simpletuner.validation.prompts import PictureRequest
+from simpletuner.validation.prompts import DrawSettings, PictureRequest
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+# Gives the `callback_on_step_end` of one call of the pipeline, for the pictures that it draws.
+Watch = Callable[[Sequence[PictureRequest]], Callable[..., dict[str, Any]]]
 
 
 @dataclass(frozen=True)
@@ -25,38 +28,41 @@ class Picture:
 def make_pictures(
     pipeline: Any,
     requests: Sequence[PictureRequest],
-    steps: int,
-    guidance: float,
-    negative_prompt: str | None = None,
     batch_size: int = 1,
     on_progress: Callable[[int], None] | None = None,
+    watch: Watch | None = None,
+    noise_device: str = "cpu",
 ) -> list[Picture]:
-    """Draw all requests, pictures of one size together; the result is in the order of `requests`.
+    """Draw all requests, pictures of one size and setting together; the result is in the order of `requests`.
 
     Args:
         pipeline: what `ModelFamily.pipeline` returned.
-        steps: number of inference steps.
-        guidance: classifier-free guidance scale.
-        negative_prompt: None leaves the pipeline's own default.
         batch_size: pictures per call.
         on_progress: told the number of finished pictures after each call.
+        watch: makes the callback that sees the latents after each denoising step.
+        noise_device: of the generators.
     """
     import torch
 
-    # Sorting is stable, so pictures of one size stay in the order that they were asked in.
-    order = sorted(range(len(requests)), key=lambda index: (requests[index].height, requests[index].width))
+    def shared(index: int) -> tuple[int, int, DrawSettings]:
+        return requests[index].height, requests[index].width, requests[index].settings
+
+    # Sorting is stable, so pictures of one kind stay in the order that they were asked in.
+    order = sorted(range(len(requests)), key=lambda index: (*shared(index)[:2], repr(requests[index].settings)))
     drawn: dict[int, Picture] = {}
     with torch.no_grad():
-        for (height, width), group in groupby(order, key=lambda index: (requests[index].height, requests[index].width)):
+        for (height, width, settings), group in groupby(order, key=shared):
             for chunk in _chunks(list(group), max(1, batch_size)):
+                asked = [requests[index] for index in chunk]
+                arguments = settings.arguments()
+                if watch is not None:
+                    arguments["callback_on_step_end"] = watch(asked)
                 images = pipeline(
-                    prompt=[requests[index].prompt for index in chunk],
-                    negative_prompt=negative_prompt,
+                    prompt=[request.prompt for request in asked],
                     height=height,
                     width=width,
-                    num_inference_steps=steps,
-                    guidance_scale=guidance,
-                    generator=[torch.Generator().manual_seed(requests[index].seed) for index in chunk],
+                    generator=[torch.Generator(noise_device).manual_seed(request.seed) for request in asked],
+                    **arguments,
                 ).images
                 for index, image in zip(chunk, images, strict=True):
                     drawn[index] = Picture(requests[index], image.convert("RGB"))

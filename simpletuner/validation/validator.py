@@ -7,26 +7,41 @@ module are put back, and a failure costs the pictures, not the run.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 
-from simpletuner.errors import DataError
+from simpletuner.config.prompt_library import LibraryPrompt
+from simpletuner.errors import ConfigError, DataError
 from simpletuner.reporting.bus import EventBus
-from simpletuner.reporting.events import Notice, PhaseDone, PhaseProgress, PhaseStarted, PicturesMade, SavedPicture
-from simpletuner.validation.files import PictureFiles
-from simpletuner.validation.prompts import requests_from_config
+from simpletuner.reporting.events import (
+    Notice,
+    PhaseDone,
+    PhaseProgress,
+    PhaseStarted,
+    PicturesMade,
+    PicturesScored,
+    SavedPicture,
+)
+from simpletuner.validation.clip_score import DEFAULT_MODEL, ClipScorer
+from simpletuner.validation.files import Kind, PictureFiles
+from simpletuner.validation.isolation import LentVae, undisturbed
+from simpletuner.validation.previews import Previews
+from simpletuner.validation.prompts import PictureRequest, requests_from_config, reseeded
 from simpletuner.validation.sampling import Picture, batch_size_for, make_pictures
+from simpletuner.validation.schedulers import use_scheduler
 
 if TYPE_CHECKING:
     from simpletuner.models.family import ModelFamily
 
-# A VAE up to this size stays loaded between validations; a larger one would take memory from training.
-SMALL_VAE_BYTES = 256 * 2**20
+# What a picture can cause: no memory, a driver's or sampler's complaint, a full disk, a model that is gone. Mistakes of
+# this program (a missing attribute, a wrong type, a failed assertion) are none of these, and end the run with a
+# traceback: pictures that silently stopped would be found days later.
+PICTURE_FAILURES = (RuntimeError, OSError, ValueError, DataError, ConfigError)
 
 
 class Validator:
@@ -41,14 +56,15 @@ class Validator:
         requests: the pictures of one validation; empty where no prompt is set.
 
     Raises:
-        ConfigError: `validation_resolution` is too large for the family.
+        ConfigError: a size is too large for the family.
+        DataError: the model of previews or scores cannot be loaded.
     """
 
     def __init__(
         self,
         config: Any,
         family: ModelFamily,
-        prompt_library: Mapping[str, str] | None,
+        prompt_library: Mapping[str, LibraryPrompt] | None,
         output_dir: Path,
         bus: EventBus,
     ):
@@ -56,18 +72,19 @@ class Validator:
         self.family = family
         self.bus = bus
         self.requests, notices = requests_from_config(
-            config, prompt_library, family.spec.size_multiple, family.largest_side()
+            config, prompt_library, family.spec.size_multiple, family.largest_side(), family.spec.dropped_caption
         )
         settings = {
             "model": family.source.model,
             "vae": family.source.vae,
             "revision": family.source.revision,
-            "steps": config.validation_num_inference_steps,
-            "guidance": config.validation_guidance,
-            "negative_prompt": config.validation_negative_prompt,
+            "scheduler": config.validation_noise_scheduler,
+            "seed_source": config.validation_seed_source,
         }
         self.files = PictureFiles(Path(output_dir), self.requests, settings)
-        self._vae: nn.Module | None = None
+        self._vae = LentVae(family)
+        self._previews = self._make_previews() if self.requests and config.validation_preview else None
+        self._scorer = self._make_scorer() if self.requests and config.evaluation_type == "clip" else None
         for line in notices:
             bus.emit(Notice("warning", line))
 
@@ -80,100 +97,126 @@ class Validator:
         if not self.requests:
             return []
         started, name = time.monotonic(), f"pictures at step {step}"
-        try:
-            with self._undisturbed(denoiser):
-                saved = self._draw_all(denoiser, adapter, ema, step, name)
-        except NotImplementedError:
-            raise  # a subclass of RuntimeError that only our own mistakes raise
-        except (RuntimeError, OSError, ValueError, DataError) as error:
-            self._free_vae()
-            self.bus.emit(Notice("error", f"no {name}: {error}; training goes on"))
-            return []
+        saved: list[SavedPicture] = []
+        drawn: dict[Kind, list[Picture]] = {}
+        with self._costing_only(name), undisturbed(denoiser, self.family.device, self.config.mixed_precision):
+            saved, drawn = self._draw_all(denoiser, adapter, ema, step, name)
         if saved:
             self.bus.emit(PhaseDone(name, time.monotonic() - started, f"in {saved[-1].path.parent}"))
             self.bus.emit(PicturesMade(step, tuple(saved)))
+        if drawn and self._scorer is not None:
+            with self._costing_only(f"scores at step {step}"):
+                self._emit_scores(self._scorer, drawn, step)
         return [picture.path for picture in saved]
 
-    def before_after_grid(self, step: int) -> Path | None:
-        """Write the sheet base | steps between | last step (| EMA) to `before_after.png`; None without pictures."""
-        return self.files.write_before_after(step)
-
-    def _draw_all(self, denoiser: nn.Module, adapter: Any, ema: Any | None, step: int, name: str) -> list[SavedPicture]:
-        mode = self.config.ema_validation if ema is not None else "none"
-        draws_live = (step > 0 or self.config.validation_on_startup) and mode != "ema_only"
-        draws_base = not (self.config.disable_benchmark or self.files.has_benchmark()) and self._has_base(step)
-        draws_ema = mode != "none" and (step > 0 or self.config.validation_on_startup)
-        if not (draws_live or draws_base or draws_ema):
-            return []
-        rounds = draws_live + draws_base + draws_ema
-        self.bus.emit(PhaseStarted(name, rounds * len(self.requests)))
-        pipeline = self.family.pipeline(denoiser, self._load_vae())
-        saved, done = [], 0
-        if draws_base:
-            with nullcontext() if self._is_full else adapter.disabled():
-                saved += self.files.save_benchmark(self._draw(pipeline, name, done))
-            done += len(self.requests)
-        if draws_live:
-            saved += self.files.save(self._draw(pipeline, name, done), step, "live")
-            done += len(self.requests)
-        if draws_ema:
-            with ema.swapped_in(adapter.trainable_parameters()):
-                saved += self.files.save(self._draw(pipeline, name, done), step, "ema")
-        self._keep_small_vae()
-        if draws_live or draws_ema:
-            saved.append(self.files.save_sheet(step))
-        return saved
-
-    def _draw(self, pipeline: Any, phase: str, done_before: int) -> Sequence[Picture]:
-        return make_pictures(
-            pipeline,
-            self.requests,
-            steps=self.config.validation_num_inference_steps,
-            guidance=self.config.validation_guidance,
-            negative_prompt=self.config.validation_negative_prompt,
-            batch_size=batch_size_for(self.requests),
-            on_progress=lambda done: self.bus.emit(PhaseProgress(phase, done_before + done)),
-        )
+    def write_summaries(self, step: int) -> dict[str, Path]:
+        """The sheets of a whole run, by what they are; none where `step` has no pictures."""
+        sheets = {
+            "pictures before and after": self.files.write_before_after(step),
+            "pictures at all steps": self.files.write_all_steps(step),
+        }
+        return {name: path for name, path in sheets.items() if path is not None}
 
     @contextmanager
-    def _undisturbed(self, denoiser: nn.Module) -> Iterator[None]:
-        """Eval mode, no gradients, `mixed_precision`; afterwards modes and generators are as before."""
-        modes = {module: module.training for module in denoiser.modules()}
-        device = self.family.device
-        devices = [device] if device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices), torch.no_grad(), self._autocast():
-            denoiser.eval()
-            try:
-                yield
-            finally:
-                for module, was_training in modes.items():
-                    module.training = was_training
+    def _costing_only(self, what: str) -> Iterator[None]:
+        """A failure that a picture can cause is told, and costs only `what`."""
+        try:
+            yield
+        except NotImplementedError:
+            raise  # a subclass of RuntimeError that only our own mistakes raise
+        except PICTURE_FAILURES as error:
+            self._vae.free()
+            self.bus.emit(Notice("error", f"no {what}: {error}; training goes on"))
 
-    def _autocast(self) -> AbstractContextManager[Any]:
-        if self.config.mixed_precision == "no":
-            return nullcontext()
-        return torch.autocast(self.family.device.type, dtype=torch.bfloat16)
+    def _draw_all(
+        self, denoiser: nn.Module, adapter: Any, ema: Any | None, step: int, name: str
+    ) -> tuple[list[SavedPicture], dict[Kind, list[Picture]]]:
+        """Draw and write what is due; what was written, sheet last, and the pictures themselves."""
+        kinds = self._kinds_due(ema, step)
+        if not kinds:
+            return [], {}
+        self.bus.emit(PhaseStarted(name, len(kinds) * len(self.requests)))
+        pipeline = self.family.pipeline(denoiser, self._vae.load())
+        if self.config.validation_noise_scheduler:
+            use_scheduler(pipeline, self.config.validation_noise_scheduler)
+        saved: list[SavedPicture] = []
+        drawn: dict[Kind, list[Picture]] = {}
+        for number, kind in enumerate(kinds):
+            with self._weights(kind, adapter, ema):
+                drawn[kind] = self._draw(pipeline, adapter, kind, step, name, number * len(self.requests))
+            if kind == "base":
+                saved += self.files.save_benchmark(drawn[kind])
+            else:
+                saved += self.files.save(drawn[kind], step, kind)
+        self._vae.keep_if_small()
+        if kinds != ["base"]:
+            saved.append(self.files.save_sheet(step))
+        return saved, drawn
 
-    @property
-    def _is_full(self) -> bool:
-        return self.config.model_type == "full"
+    def _kinds_due(self, ema: Any | None, step: int) -> list[Kind]:
+        """Which weights are drawn at `step`, in this order."""
+        mode = self.config.ema_validation if ema is not None else "none"
+        is_due = step > 0 or self.config.validation_on_startup
+        # Full training has its base only before its first step.
+        has_base = step == 0 or self.config.model_type != "full"
+        kinds: list[Kind] = []
+        if has_base and not (self.config.disable_benchmark or self.files.has_benchmark()):
+            kinds.append("base")
+        if is_due and mode != "ema_only":
+            kinds.append("live")
+        if is_due and mode != "none":
+            kinds.append("ema")
+        return kinds
 
-    def _has_base(self, step: int) -> bool:
-        """Whether the base model can still be drawn: full training only has it before its first step."""
-        return step == 0 or not self._is_full
+    def _weights(self, kind: Kind, adapter: Any, ema: Any | None) -> AbstractContextManager[Any]:
+        """Inside the context the denoiser has the weights of `kind`."""
+        if kind == "base" and self.config.model_type != "full":
+            return adapter.disabled()
+        if kind == "ema":
+            assert ema is not None
+            return ema.swapped_in(adapter.trainable_parameters())
+        return nullcontext()
 
-    def _load_vae(self) -> nn.Module:
-        if self._vae is None:
-            self._vae = self.family.load_vae()
-        return self._vae
+    def _draw(self, pipeline: Any, adapter: Any, kind: Kind, step: int, phase: str, done_before: int) -> list[Picture]:
+        """All requests with the present weights, in their order."""
+        requests = self.requests
+        if self.config.validation_randomize and kind != "base":
+            requests = reseeded(requests, step)
+        is_gpu = self.config.validation_seed_source == "gpu"
+        drawn: dict[int, Picture] = {}
+        order = sorted(range(len(requests)), key=lambda index: requests[index].adapter_strength)
+        for strength, group in groupby(order, key=lambda index: requests[index].adapter_strength):
+            indices, done = list(group), done_before + len(drawn)
+            asked: list[PictureRequest] = [requests[index] for index in indices]
+            with nullcontext() if strength == 1 or kind == "base" else adapter.scaled(strength):
+                pictures = make_pictures(
+                    pipeline,
+                    asked,
+                    batch_size=batch_size_for(asked),
+                    on_progress=lambda count, done=done: self.bus.emit(PhaseProgress(phase, done + count)),
+                    watch=self._previews.watch(step, kind) if self._previews else None,
+                    noise_device=str(self.family.device) if is_gpu else "cpu",
+                )
+            drawn |= dict(zip(indices, pictures, strict=True))
+        return [drawn[index] for index in range(len(requests))]
 
-    def _keep_small_vae(self) -> None:
-        if self._vae is not None:
-            size = sum(parameter.numel() * parameter.element_size() for parameter in self._vae.parameters())
-            if size > SMALL_VAE_BYTES:
-                self._free_vae()
+    def _emit_scores(self, scorer: ClipScorer, drawn: Mapping[Kind, list[Picture]], step: int) -> None:
+        """The score of each picture; the mean is that of the weights in training, else of what there is."""
+        scores = {kind: scorer.score(pictures) for kind, pictures in drawn.items()}
+        judged = next(scores[kind] for kind in ("live", "ema", "base") if kind in scores)
+        by_name = {
+            f"{kind}/{picture.request.title}": score
+            for kind, pictures in drawn.items()
+            for picture, score in zip(pictures, scores[kind], strict=True)
+        }
+        self.bus.emit(PicturesScored(step, "clip", by_name, sum(judged) / len(judged)))
 
-    def _free_vae(self) -> None:
-        self._vae = None
-        if self.family.device.type == "cuda":
-            torch.cuda.empty_cache()
+    def _make_previews(self) -> Previews:
+        if not self.config.webhook_config:
+            self.bus.emit(Notice("info", f"previews are written to {self.files.previews_dir}"))
+        decoder = self.family.load_preview_decoder()
+        return Previews(self.family, decoder, self.config.validation_preview_steps, self.files, self.bus.emit)
+
+    def _make_scorer(self) -> ClipScorer:
+        model = self.config.pretrained_evaluation_model_name_or_path or DEFAULT_MODEL
+        return ClipScorer(model, self.family.device)

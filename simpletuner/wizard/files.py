@@ -16,6 +16,7 @@ from simpletuner.config.discovery import ConfigSource
 from simpletuner.config.json_reader import JsonPath
 from simpletuner.config.json_writer import INDENT, json_text, remove_value, set_value
 from simpletuner.config.loading import LoadedRun, load_source
+from simpletuner.config.prompt_library import prompt_texts
 from simpletuner.errors import ConfigError, DataError, Problem
 from simpletuner.models.registry import get_spec
 from simpletuner.storage import write_bytes
@@ -231,7 +232,7 @@ def _edited_lycoris(project: Project, before: Plan, plan: Plan) -> str:
 def _edited_prompts(project: Project, before: Plan, plan: Plan) -> str:
     path = project.places.prompts
     document = project.document(path)
-    known = document.value if document and isinstance(document.value, dict) else {}
+    known = prompt_texts(document.value) if document else {}
     old, new = (nicknames(tuple(each.prompts.values()), known) for each in (before, plan))
     if not new:
         return project.texts.get(path, "")

@@ -17,6 +17,7 @@ from simpletuner.config.merging import merge_layers, option_names
 from simpletuner.config.names import RENAMED
 from simpletuner.config.options import TrainConfig, all_options
 from simpletuner.config.paths import Folders
+from simpletuner.config.prompt_library import prompt_texts
 from simpletuner.config.values import read_bool
 from simpletuner.errors import ConfigError, Problem
 from simpletuner.hardware import Hardware
@@ -205,8 +206,8 @@ def _answers(
     strategy = main.get("caption_strategy", values["caption_strategy"])
     lycoris, library = (project.document(path) for path in (project.places.lycoris, project.places.prompts))
     prompts = [values["validation_prompt"]] if values["validation_prompt"] else []
-    if "user_prompt_library" in settings and library and isinstance(library.value, dict):
-        prompts += [str(prompt) for prompt in library.value.values()]
+    if "user_prompt_library" in settings and library:
+        prompts += prompt_texts(library.value).values()
     factor = lycoris.value.get("factor") if lycoris and isinstance(lycoris.value, dict) else None
     return Answers(
         hardware=project.answers.hardware,

@@ -1,4 +1,4 @@
-"""The loss on held-out pictures, with fixed noise and timesteps."""
+"""The loss on held-out pictures with fixed noise and timesteps, what it decides, and scores of validation pictures."""
 
 from __future__ import annotations
 
@@ -7,15 +7,13 @@ from typing import Literal
 from simpletuner.config.options.declare import OptionGroup, option
 from simpletuner.config.values import Bool, Float, Int, Text
 
-CLIP_SCORE = "CLIP scores are not built; the eval loss is"
-
 
 class EvaluationOptions(OptionGroup):
     """Evaluation"""
 
     eval_steps_interval: Int | None = option(
         None,
-        help="Compute the eval loss every n steps. Needs a dataset of `dataset_type: eval`.",
+        help="Compute the eval loss every n steps. Needs a dataset of `dataset_type: eval`, or `eval_holdout`.",
         unit="optimizer steps",
         ge=1,
         level="basic",
@@ -38,11 +36,35 @@ class EvaluationOptions(OptionGroup):
     )
     eval_loss_disable: Bool = option(False, help="Compute no eval loss, whatever the intervals say.")
     eval_dataset_id: Text | None = option(
-        None, help="Use only this eval dataset.", planned="all eval datasets are used; set disabled on the others"
+        None, help="Use only this eval dataset. Unset: all of them.", planned="all eval datasets are used"
+    )
+    eval_holdout: Float = option(
+        0.0,
+        help="Share of the training pictures that is never trained on and gives the eval loss instead, where there is "
+        "no eval dataset. Chosen by content, so it stays the same on resume and when pictures are added. 0 is none.",
+        planned="not built yet",
+        ge=0,
+        le=0.5,
+        level="basic",
+    )
+    checkpoint_keep_best: Bool = option(
+        False,
+        help="Keep the state with the lowest eval loss as `checkpoint-best`, besides the checkpoints that are rotated.",
+        planned="not built yet",
+        level="basic",
+    )
+    early_stopping_patience: Int | None = option(
+        None,
+        help="End the run, as finished, after this many evaluations in a row that brought no lower eval loss.",
+        planned="not built yet",
+        unit="evaluations",
+        ge=1,
     )
     evaluation_type: Literal["none", "clip"] = option(
-        "none", help="Score of validation pictures.", planned_values={"clip": CLIP_SCORE}
+        "none", help="Score of validation pictures: `clip` says how well each fits its prompt."
     )
     pretrained_evaluation_model_name_or_path: Text | None = option(
-        None, help="Model that scores pictures.", planned=CLIP_SCORE
+        None,
+        help="CLIP model that scores pictures: a folder or hub id with safetensors weights. Unset: "
+        "openai/clip-vit-large-patch14.",
     )

@@ -7,8 +7,6 @@ from typing import Literal
 from simpletuner.config.options.declare import OptionGroup, option
 from simpletuner.config.values import Bool, FilePath, Float, Int, Sizes, Text
 
-PREVIEWS = "previews are sent through a webhook, which is not built"
-
 
 class ValidationOptions(OptionGroup):
     """Validation pictures"""
@@ -26,12 +24,19 @@ class ValidationOptions(OptionGroup):
     )
     user_prompt_library: FilePath | None = option(
         None,
-        help="JSON file of further prompts: nickname -> prompt. Nicknames become file names.",
+        help="JSON file of further prompts: nickname -> prompt, or nickname -> object with `prompt` and how it is "
+        "drawn (`negative_prompt`, `resolution`, `num_inference_steps`, `guidance`, `guidance_rescale`, `seed`, "
+        "`num_images`, `adapter_strength`). Nicknames become file names.",
         level="basic",
         path="input",
     )
     validation_prompt_library: Bool = option(
-        False, help="Draw a built-in list of prompts.", planned="use user_prompt_library"
+        False,
+        help="Draw a built-in list of thirty prompts too: people, hands, animals, places, styles, text. It shows what "
+        "training does to what it is not about.",
+    )
+    validation_disable_unconditional: Bool = option(
+        True, help="Draw no picture of the empty caption (`unconditional`). `false` draws one."
     )
     validation_step_interval: Int | None = option(
         100, help="Draw every n steps; 0 never.", unit="optimizer steps", ge=0, level="basic"
@@ -52,10 +57,13 @@ class ValidationOptions(OptionGroup):
     validation_seed: Int | None = option(None, help="Seed of the pictures' noise. Unset: `seed`.", ge=0)
     validation_seed_source: Literal["cpu", "gpu"] = option(
         "cpu",
-        help="Device that draws the noise.",
-        planned_values={"gpu": "noise is drawn on the CPU, so that it is the same everywhere"},
+        help="Device that draws the noise. `cpu` gives the same noise on every machine, `gpu` that of tools that draw "
+        "it on the accelerator; without an accelerator they are the same.",
     )
-    validation_randomize: Bool = option(False, help="Another seed each time.", planned="pictures keep their seeds")
+    validation_randomize: Bool = option(
+        False, help="Another seed at each validation, derived from `validation_seed` and the step."
+    )
+    num_validation_images: Int = option(1, help="Pictures for each prompt and size; their seeds count up.", ge=1)
     validation_num_inference_steps: Int = option(
         30, help="Sampling steps of a picture.", unit="sampling steps", ge=1, le=1000, level="basic"
     )
@@ -63,31 +71,49 @@ class ValidationOptions(OptionGroup):
         7.5, help="Classifier-free guidance scale; 1 is none.", ge=0, le=100, level="basic"
     )
     validation_guidance_rescale: Float = option(
-        0.0,
-        help="Rescaling of guidance against over-exposure, for pipelines that have it.",
-        planned="no family that is built has it",
+        0.0, help="Rescaling of guidance against over-exposure, for families whose pipeline has it.", ge=0, le=1
     )
     validation_guidance_real: Float = option(
-        1.0, help="Real guidance of distilled models.", planned="no distilled family is built"
+        1.0,
+        help="Real guidance of models whose `validation_guidance` is distilled into them (FLUX), where the pipeline "
+        "has it; 1 is none.",
+        ge=0,
+        le=100,
     )
     validation_no_cfg_until_timestep: Int = option(
-        2, help="Steps without real guidance.", planned="no distilled family is built"
+        2, help="Steps without real guidance.", planned="the pipelines of diffusers guide at every step"
     )
     validation_guidance_skip_layers: Text | None = option(
         None, help="Skip-layer guidance.", planned="no family that is built has it"
     )
-    validation_noise_scheduler: Text | None = option(
-        None, help="Another sampler than the model's own.", planned="pictures use the model's own sampler"
+    validation_noise_scheduler: Literal["ddim", "ddpm", "euler", "euler-a", "unipc", "dpm++"] | None = option(
+        None,
+        help="Another sampler than the model's own, for families that predict noise (epsilon, v-prediction). Flow "
+        "families keep their own.",
     )
-    num_validation_images: Int = option(
-        1, help="Pictures for each prompt and size.", planned="one picture is drawn; add prompts instead", ge=1
+    validation_lycoris_strength: Float = option(
+        1.0, help="Multiplies what the adapter adds to validation pictures; 1 is as trained.", ge=-10, le=10
     )
-    validation_preview: Bool = option(False, help="Send pictures while they are drawn.", planned=PREVIEWS)
-    validation_preview_steps: Int = option(
-        1, help="Send every n-th sampling step.", unit="sampling steps", planned=PREVIEWS, ge=1
+    validation_preview: Bool = option(
+        False,
+        help="Decode pictures while they are drawn, by the family's tiny autoencoder: files in "
+        "`validation_images/previews`, and events for webhooks.",
+    )
+    validation_preview_steps: Int = option(1, help="Preview every n-th sampling step.", unit="sampling steps", ge=1)
+    validation_method: Literal["simpletuner-local", "external-script"] = option(
+        "simpletuner-local",
+        help="Who draws: the trainer, or the program of `validation_external_script`.",
     )
     validation_external_script: Text | None = option(
-        None, help="Script that draws instead.", planned="the trainer draws its own pictures"
+        None,
+        help="Command to start at each validation, beside training and without a shell. `{local_checkpoint_path}`, "
+        "`{global_step}`, `{output_dir}`, `{model_family}`, `{tracker_run_name}` and `{validation_prompt}` are "
+        "filled in; it writes to `validation_external.log`.",
+    )
+    validation_external_background: Bool = option(
+        True,
+        help="The script runs beside training.",
+        planned="a script that hangs would stop training, so it always runs beside it",
     )
     ema_validation: Literal["none", "ema_only", "comparison"] = option(
         "comparison", help="With `use_ema`: draw with the averaged weights too (`comparison`), only with them, or not."

@@ -94,10 +94,6 @@ OMNIGEN = FamilySpec(
         "flow_use_uniform_schedule": ((None, False), _OWN_TIMES),
         "flow_use_beta_schedule": ((None, False), _OWN_TIMES),
         "flow_custom_timesteps": ((None, ""), _OWN_TIMES),
-        "validation_guidance_rescale": (
-            (None, 0, 0.0),
-            "OmniGen's sampler knows no guidance rescale",
-        ),
         "validation_noise_scheduler": (
             (None, ""),
             "OmniGen counts time from noise to data, and only its own scheduler (invert_sigmas) does the same",

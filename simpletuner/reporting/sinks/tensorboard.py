@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from simpletuner.reporting.events import EvalDone, Event, PicturesMade, RunStarted, StepDone
+from simpletuner.reporting.events import EvalDone, Event, PicturesMade, PicturesScored, RunStarted, StepDone
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -34,6 +34,9 @@ class TensorBoardSink:
             self._add_eval(event)
         elif isinstance(event, PicturesMade):
             self._add_pictures(event)
+        elif isinstance(event, PicturesScored):
+            scores = {f"{event.metric}/{name}": score for name, score in event.scores.items()}
+            self._add_scalars({f"{event.metric}/mean": event.mean, **scores}, event.step)
 
     def close(self) -> None:
         if self._writer is not None:

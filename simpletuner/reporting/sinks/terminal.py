@@ -20,6 +20,7 @@ from simpletuner.reporting.events import (
     PhaseDone,
     PhaseProgress,
     PhaseStarted,
+    PicturesScored,
     RunFailed,
     RunFinished,
     RunStarted,
@@ -161,6 +162,8 @@ def describe(event: Event) -> list[str]:
     if isinstance(event, EvalDone):
         each = ", ".join(f"{name} {loss:.4f}" for name, loss in event.losses.items())
         return [f"eval loss at step {event.step}: {event.pooled:.4f}" + (f" ({each})" if len(event.losses) > 1 else "")]
+    if isinstance(event, PicturesScored):
+        return [f"{event.metric} score at step {event.step}: {event.mean:.2f} ({len(event.scores)} pictures)"]
     if isinstance(event, CheckpointSaved):
         return [f"checkpoint saved at step {event.step}: {event.path}"]
     if isinstance(event, Notice):

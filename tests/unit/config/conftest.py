@@ -39,7 +39,8 @@ FAMILY = FamilySpec(
     default_lora_targets=("layers.*.self_attn.to_q",),
     target_groups={"attention": ("layers.*.self_attn.to_q",)},
     defaults={"validation_guidance": 3.5, "validation_num_inference_steps": 25},
-    unusable_options={"validation_guidance_rescale": ((None, 0, 0.0), "its sampler has no rescale")},
+    preview_decoder="toys/tiny-decoder",
+    unusable_options={"flow_schedule_shift": ((None, 0, 0.0), "its times are its own")},
 )
 
 

@@ -70,7 +70,7 @@ def test_the_quickstart_prompt_library_is_taken_with_dashes(quickstart: Callable
     run = workspace.load(check_files=False)
     assert run.prompt_library is not None
     assert len(run.prompt_library) == 15
-    assert run.prompt_library["man"].startswith("a powerful and striking portrait")
+    assert run.prompt_library["man"].prompt.startswith("a powerful and striking portrait")
 
 
 def test_resolved_shows_each_quickstart_key_with_its_line(quickstart: Callable[[str], Workspace]) -> None:

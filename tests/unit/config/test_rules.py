@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from simpletuner.config.json_reader import parse_json
-from simpletuner.config.prompt_library import read_prompt_library
+from simpletuner.config.prompt_library import LibraryPrompt, read_prompt_library
 
 from .conftest import Workspace
 
@@ -24,7 +24,14 @@ def test_the_sound_configuration_breaks_no_rule(workspace: Workspace) -> None:
         ({"num_train_epochs": 2}, "max_train_steps", "2 epochs (num_train_epochs) are both set"),
         ({"max_train_steps": 0}, "max_train_steps", "no length"),
         ({"model_flavour": "lage"}, "model_flavour", 'did you mean "large"?'),
-        ({"validation_guidance_rescale": 0.5}, "validation_guidance_rescale", "its sampler has no rescale"),
+        ({"flow_schedule_shift": 3}, "flow_schedule_shift", "its times are its own"),
+        ({"validation_guidance_rescale": 0.5}, "validation_guidance_rescale", "has no guidance_rescale"),
+        ({"validation_guidance_real": 3}, "validation_guidance_real", "has no true_cfg_scale"),
+        ({"validation_noise_scheduler": "ddim"}, "validation_noise_scheduler", "Toy is a flow model"),
+        ({"validation_preview": True, "validation_disable": True}, "validation_preview", "validation draws none"),
+        ({"validation_method": "external-script"}, "validation_external_script", "is missing"),
+        ({"validation_external_script": "draw"}, "validation_external_script", "has no use"),
+        ({"validation_external_background": False}, "validation_external_background", "would stop training"),
         ({"lycoris_config": None}, "lycoris_config", "lora_type lycoris needs"),
         ({"model_type": "full"}, "lycoris_config", "trains without an adapter"),
         ({"lr_scheduler": "polynomial", "lr_end": 1}, "lr_end", "not below learning_rate"),
@@ -40,9 +47,10 @@ def test_the_sound_configuration_breaks_no_rule(workspace: Workspace) -> None:
         ({"report_to": "wandb"}, "report_to", "this tracker is not built"),
         ({"webhook_config": {"webhook_type": "raw"}}, "webhook_config", "webhooks are not built"),
         ({"base_model_precision": "int8-quanto"}, "base_model_precision", "quantised"),
-        ({"evaluation_type": "clip"}, "evaluation_type", "CLIP"),
+        ({"evaluation_type": "clip", "validation_disable": True}, "evaluation_type", "validation draws none"),
+        ({"pretrained_evaluation_model_name_or_path": "a/b"}, "pretrained_evaluation_model_name_or_path", "no use"),
         ({"scheduled_sampling_probability": 0.5}, "scheduled_sampling_probability", "not built"),
-        ({"validation_preview_steps": 3}, "validation_preview_steps", "webhook"),
+        ({"validation_preview": True, "validation_preview_steps": 40}, "validation_preview_steps", "1 to 25"),
     ],
 )
 def test_options_that_do_not_go_together(workspace: Workspace, changes: dict[str, Any], key: str, words: str) -> None:
@@ -176,4 +184,47 @@ def test_nicknames_can_name_files(text: str, words: str) -> None:
 
 def test_a_library_with_placeholders_is_read() -> None:
     prompts, problems = read_prompt_library(parse_json('{"anime_<token>": "a portrait"}', "library.json"))
-    assert (dict(prompts), problems) == ({"anime_<token>": "a portrait"}, [])
+    assert (dict(prompts), problems) == ({"anime_<token>": LibraryPrompt("a portrait")}, [])
+
+
+def test_a_prompt_may_say_how_it_is_drawn() -> None:
+    text = """{"wide": {"prompt": "a lake", "resolution": "64x32", "seed": "7", "guidance": 0,
+      "adapter_strength": 0.5, "negative_prompt": "", "num_images": null}}"""
+    prompts, problems = read_prompt_library(parse_json(text, "library.json"))
+    expected = LibraryPrompt(
+        "a lake", negative_prompt="", resolution="64x32", guidance=0.0, seed=7, adapter_strength=0.5
+    )
+    assert (dict(prompts), problems) == ({"wide": expected}, [])
+
+
+@pytest.mark.parametrize(
+    ("fields", "key", "words"),
+    [
+        ('"prompt": "x", "guidence": 3', "a.guidence", 'did you mean "guidance"?'),
+        ('"prompt": "x", "num_inference_steps": 0', "a.num_inference_steps", "1 to 1000"),
+        ('"prompt": "x", "resolution": "big"', "a.resolution", "is not a size"),
+        ('"prompt": " "', "a.prompt", "outside of what is allowed"),
+        ('"seed": 3', "a", "has no prompt"),
+    ],
+)
+def test_a_fault_in_a_prompt_names_its_key_and_line(fields: str, key: str, words: str) -> None:
+    prompts, (problem,) = read_prompt_library(parse_json('{"a": {\n' + fields + "}}", "library.json"))
+    assert prompts == {}
+    assert problem.key == key
+    assert problem.line == (1 if key == "a" else 2)
+    assert words in problem.render()
+
+
+def test_a_prompt_that_the_family_cannot_draw_is_refused_by_its_name(workspace: Workspace) -> None:
+    library = {
+        "large": {"prompt": "x", "resolution": "4096"},
+        "rescaled": {"prompt": "x", "guidance_rescale": 0.7},
+        "fine": {"prompt": "x", "resolution": "64", "adapter_strength": 2},
+    }
+    workspace.put("config/library.json", library)
+    workspace.config["user_prompt_library"] = "config/library.json"
+    problems = workspace.fails_written().problems
+    assert {(problem.key, problem.file) for problem in problems} == {
+        ("large.resolution", "config/library.json"),
+        ("rescaled.guidance_rescale", "config/library.json"),
+    }

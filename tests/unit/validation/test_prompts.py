@@ -4,8 +4,10 @@ from types import SimpleNamespace
 
 import pytest
 
+from simpletuner.config.builtin_prompts import BUILTIN_PROMPTS
+from simpletuner.config.prompt_library import LibraryPrompt
 from simpletuner.errors import ConfigError
-from simpletuner.validation.prompts import PictureRequest, requests_from_config
+from simpletuner.validation.prompts import DrawSettings, PictureRequest, requests_from_config, reseeded
 
 
 def settings(**changes: object) -> SimpleNamespace:
@@ -15,13 +17,22 @@ def settings(**changes: object) -> SimpleNamespace:
         "validation_resolution": "64x64",
         "validation_seed": 7,
         "seed": 42,
+        "validation_prompt_library": False,
+        "validation_disable_unconditional": True,
+        "validation_num_inference_steps": 20,
+        "validation_guidance": 2.5,
+        "validation_guidance_rescale": 0.0,
+        "validation_guidance_real": 1.0,
+        "validation_negative_prompt": "bad",
+        "validation_lycoris_strength": 1.0,
+        "num_validation_images": 1,
     }
     return SimpleNamespace(**{**values, **changes})
 
 
 def test_every_prompt_is_drawn_at_every_size_height_first():
     config = settings(validation_resolution="1024x1024,1280x768")
-    requests, notices = requests_from_config(config, {"dog": "a dog"}, 16)
+    requests, notices = requests_from_config(config, {"dog": LibraryPrompt("a dog")}, 16)
     assert [(r.shortname, r.prompt, r.height, r.width, r.seed) for r in requests] == [
         ("validation", "a cat", 1024, 1024, 7),
         ("validation", "a cat", 768, 1280, 7),
@@ -61,5 +72,54 @@ def test_a_size_beyond_the_family_is_refused_by_key():
 
 
 def test_a_shortname_cannot_leave_its_folder():
-    assert PictureRequest("../up\\a\nb", "p", 64, 64, 1).file_stem == "..-up-a-b"
-    assert PictureRequest("anime_<token>", "p", 64, 64, 1).file_stem == "anime_<token>"
+    settings = DrawSettings(20, 2.5)
+    assert PictureRequest("../up\\a\nb", "p", 64, 64, 1, settings).file_stem == "..-up-a-b"
+    assert PictureRequest("anime_<token>", "p", 64, 64, 1, settings).file_stem == "anime_<token>"
+
+
+def test_what_a_prompt_says_of_itself_comes_before_the_configuration():
+    prompt = LibraryPrompt("a dog", "", "32x64,32", 5, 0.0, 0.0, 0, 2, adapter_strength=0.0)
+    requests, _ = requests_from_config(settings(), {"dog": prompt}, 16)
+    main, *dogs = requests
+    assert main.settings == DrawSettings(20, 2.5, "bad")
+    assert main.adapter_strength == 1.0
+    assert [(r.height, r.width, r.seed, r.index) for r in dogs] == [
+        (64, 32, 0, 0),
+        (64, 32, 1, 1),
+        (32, 32, 0, 0),
+        (32, 32, 1, 1),
+    ]
+    assert {r.settings for r in dogs} == {DrawSettings(5, 0.0, "")}
+    assert {r.adapter_strength for r in dogs} == {0.0}
+
+
+def test_several_pictures_of_a_prompt_have_seeds_that_count_up():
+    requests, _ = requests_from_config(settings(num_validation_images=3), None, 16)
+    assert [(r.seed, r.index, r.title) for r in requests] == [
+        (7, 0, "validation_64x64"),
+        (8, 1, "validation_64x64_1"),
+        (9, 2, "validation_64x64_2"),
+    ]
+
+
+def test_the_built_in_library_is_drawn_between_the_main_prompt_and_the_users_own_which_win():
+    own = {"cat": LibraryPrompt("my cat"), "mine": LibraryPrompt("mine")}
+    requests, _ = requests_from_config(settings(validation_prompt_library=True), own, 16)
+    prompts = {r.shortname: r.prompt for r in requests}
+    assert len(prompts) == 1 + len(BUILTIN_PROMPTS) + 1
+    assert next(iter(prompts)) == "validation"
+    assert list(prompts)[-1] == "mine"
+    assert prompts["cat"] == "my cat"
+    assert prompts["hands"] == BUILTIN_PROMPTS["hands"]
+
+
+def test_the_empty_caption_is_drawn_on_request():
+    requests, _ = requests_from_config(settings(validation_disable_unconditional=False), None, 16, empty_prompt="<cfg>")
+    assert [(r.shortname, r.prompt) for r in requests] == [("validation", "a cat"), ("unconditional", "<cfg>")]
+
+
+def test_randomised_seeds_differ_by_step_and_are_the_same_when_a_step_is_repeated():
+    requests, _ = requests_from_config(settings(num_validation_images=2), None, 16)
+    first, again, later = (reseeded(requests, step) for step in (10, 10, 20))
+    assert first == again
+    assert len({r.seed for r in [*requests, *first, *later]}) == 6

@@ -15,6 +15,7 @@ from PIL import Image
 from torch import nn
 
 from simpletuner.adapters.lycoris import LycorisAdapter, attach_lycoris
+from simpletuner.config.prompt_library import LibraryPrompt
 from simpletuner.models.components import ModelSource
 from simpletuner.models.omnigen.family import OmniGen
 from simpletuner.models.omnigen.spec import OMNIGEN
@@ -56,6 +57,7 @@ class Setup:
                 parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
         self.output_dir = output_dir
         self.recorder = Recorder()
+        self.library = {"circle": LibraryPrompt("a red circle")}
 
     def validator(self, **changes: object) -> Validator:
         options = {
@@ -72,10 +74,23 @@ class Setup:
             "validation_on_startup": False,
             "disable_benchmark": False,
             "ema_validation": "comparison",
+            "validation_prompt_library": False,
+            "validation_disable_unconditional": True,
+            "validation_guidance_rescale": 0.0,
+            "validation_guidance_real": 1.0,
+            "validation_lycoris_strength": 1.0,
+            "num_validation_images": 1,
+            "validation_noise_scheduler": None,
+            "validation_seed_source": "cpu",
+            "validation_randomize": False,
+            "validation_preview": False,
+            "validation_preview_steps": 1,
+            "evaluation_type": "none",
+            "pretrained_evaluation_model_name_or_path": None,
+            "webhook_config": None,
         }
         config = SimpleNamespace(**{**options, **changes})
-        library = {"circle": "a red circle"}
-        return Validator(config, self.family, library, self.output_dir, EventBus([self.recorder]))
+        return Validator(config, self.family, self.library, self.output_dir, EventBus([self.recorder]))
 
     def run(self, step: int, ema: EMA | None = None, **changes: object) -> list[str]:
         paths = self.validator(**changes).run(self.denoiser, self.adapter, ema, step)
@@ -105,9 +120,7 @@ def test_the_benchmark_is_the_base_model_even_when_drawn_late(setup: Setup, omni
     setup.run(20)
     plain = setup.family.load_denoiser()
     validator = setup.validator()
-    expected = make_pictures(
-        setup.family.pipeline(plain, setup.family.load_vae()), validator.requests, 2, 2.0, "<cfg>", 16
-    )
+    expected = make_pictures(setup.family.pipeline(plain, setup.family.load_vae()), validator.requests, batch_size=16)
     base = pixels(setup.output_dir / "benchmarks/base_model/validation_32x32.png")
     live = pixels(setup.output_dir / "validation_images/step_20_validation_0_32x32.png")
     assert np.array_equal(base, np.asarray(expected[0].image))
@@ -119,7 +132,7 @@ def test_the_benchmark_is_drawn_once_and_again_when_its_settings_change(setup: S
     assert setup.run(0) == []
     assert len(setup.run(0, validation_guidance=3.0)) == 2
     note = json.loads((setup.output_dir / "benchmarks/base_model/benchmark.json").read_text())
-    assert note["settings"]["guidance"] == 3.0
+    assert [picture[-1]["guidance"] for picture in note["pictures"]] == [3.0, 3.0]
 
 
 def test_full_training_draws_its_base_before_the_first_step_only(setup: Setup):
@@ -195,9 +208,9 @@ def test_before_and_after_shows_base_and_last_step(setup: Setup):
     setup.run(0)
     for step in (10, 20):
         setup.run(step)
-    path = setup.validator().before_after_grid(20)
-    assert path == setup.output_dir / "before_after.png"
-    sheet = pixels(path)
+    sheets = setup.validator().write_summaries(20)
+    assert sheets == {"pictures before and after": setup.output_dir / "before_after.png"}
+    sheet = pixels(sheets["pictures before and after"])
     width_of_three_columns = 3 * 192 + 2 * 12 + 2 * 20
     assert sheet.shape[1] == width_of_three_columns
-    assert setup.validator().before_after_grid(30) is None
+    assert setup.validator().write_summaries(30) == {}

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from simpletuner.config.loading import load_run
+from simpletuner.config.prompt_library import LibraryPrompt
 from simpletuner.errors import ConfigError
 from simpletuner.models.registry import get_spec
 from simpletuner.wizard.command import Given, configure_without_screens
@@ -118,7 +119,7 @@ def test_folders_are_added_and_prompts_replaced_in_existing_files(folder: Path, 
     configured(folder, omnigen_folder, eval_data="held_out", prompts=("ohwx box", "a red box"), yes=True)
     run = load_run((), {}, folder, get_spec)
     assert [entry.dataset_type for entry in run.datasets] == ["image", "eval"]
-    assert run.prompt_library == {"a_red_box": "a red box"}
+    assert run.prompt_library == {"a_red_box": LibraryPrompt("a red box")}
     assert run.config.eval_steps_interval
     project = open_project(CONFIG, folder, CPU)
     answers = replace(project.answers, eval_pictures="")

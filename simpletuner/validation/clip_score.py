@@ -1,0 +1,97 @@
+"""CLIP scores: how well a validation picture fits its prompt, as a public model sees it.
+
+    score = 100 * max(cos(image embedding, text embedding), 0)
+
+Source: Hessel et al., "CLIPScore" (arXiv 2104.08718), with the factor 100 that tools use in place of its 2.5.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from simpletuner.errors import DataError, Problem
+from simpletuner.validation.isolation import SMALL_VAE_BYTES, give_back_memory, num_bytes
+from simpletuner.validation.sampling import Picture
+
+if TYPE_CHECKING:
+    from transformers import CLIPModel
+
+DEFAULT_MODEL = "openai/clip-vit-large-patch14"
+KEY = "pretrained_evaluation_model_name_or_path"
+BATCH_SIZE = 8
+
+
+class ClipScorer:
+    """Scores pictures; the model is loaded when there are some, and let go of afterwards where it is large.
+
+    Args:
+        model: folder or hub id of a CLIP model with safetensors weights.
+        device: where it works.
+
+    Raises:
+        DataError: there is no such model; tokenizer and picture processor are loaded at once.
+    """
+
+    def __init__(self, model: str, device: torch.device):
+        # The processor of CLIPProcessor needs torchvision; this one works on PIL pictures.
+        from transformers import AutoTokenizer, CLIPImageProcessorPil
+
+        self.name = model
+        self.device = device
+        self._tokenizer: Any = _loaded(AutoTokenizer.from_pretrained, model)
+        self._processor: Any = _loaded(CLIPImageProcessorPil.from_pretrained, model)
+        self._model: CLIPModel | None = None
+
+    def score(self, pictures: Sequence[Picture]) -> list[float]:
+        """One score for each picture, 0 to 100; a prompt longer than CLIP's 77 tokens is cut.
+
+        Raises:
+            DataError: the weights cannot be loaded.
+        """
+        scores: list[float] = []
+        for start in range(0, len(pictures), BATCH_SIZE):
+            scores += self._scores(pictures[start : start + BATCH_SIZE]).tolist()
+        if self._model is not None and num_bytes(self._model) > SMALL_VAE_BYTES:
+            self._model = None
+            give_back_memory(self.device)
+        return scores
+
+    def _scores(self, pictures: Sequence[Picture]) -> Tensor:
+        model = self._load()
+        prompts = [picture.request.prompt for picture in pictures]
+        limit = model.config.text_config.max_position_embeddings
+        text = self._tokenizer(prompts, padding=True, truncation=True, max_length=limit, return_tensors="pt")
+        pixels = self._processor(images=[picture.image for picture in pictures], return_tensors="pt")["pixel_values"]
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+            output = model(
+                input_ids=text["input_ids"].to(self.device),
+                attention_mask=text["attention_mask"].to(self.device),
+                pixel_values=pixels.to(self.device, torch.float32),
+            )
+        return 100 * torch.cosine_similarity(output.image_embeds, output.text_embeds).clamp_min(0)
+
+    def _load(self) -> CLIPModel:
+        if self._model is None:
+            from transformers import CLIPModel
+
+            self._model = _loaded(CLIPModel.from_pretrained, self.name, dtype=torch.float32, use_safetensors=True)
+            self._model.eval().requires_grad_(False).to(self.device)
+        return self._model
+
+
+def _loaded(load: Any, name: str, **options: Any) -> Any:
+    try:
+        return load(name, **options)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise DataError(
+            Problem(
+                f"cannot load the CLIP model {name}: {error}",
+                key=KEY,
+                allowed="a folder or hub id of a CLIP model with safetensors weights",
+                fix='name another one, or set evaluation_type to "none"',
+            )
+        ) from error

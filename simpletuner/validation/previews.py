@@ -1,0 +1,135 @@
+"""Shows pictures while they are drawn: every n-th sampling step is decoded by the family's tiny autoencoder.
+
+What is shown is the picture that the model foresees, not the noisy latents. Both Euler samplers (of flow and of
+epsilon models) hold `latents = clean + sigma * direction` and step along the direction; two latents in a row therefore
+give it, and `clean = latents - sigma * direction`, whatever the guidance or the family:
+
+    direction = (latents - previous) / (sigma - previous_sigma)
+
+Sources: Lipman et al., "Flow Matching for Generative Modeling" (arXiv 2210.02747), and Karras et al., "Elucidating the
+Design Space of Diffusion-Based Generative Models" (arXiv 2206.00364), algorithm 1 without churn. Other samplers keep
+their own history, so their latents are shown as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from simpletuner.reporting.events import PreviewMade
+from simpletuner.validation.files import PictureFiles
+from simpletuner.validation.prompts import PictureRequest
+from simpletuner.validation.sampling import Watch
+
+if TYPE_CHECKING:
+    from simpletuner.models.family import ModelFamily
+
+EULER_SAMPLERS = ("FlowMatchEulerDiscreteScheduler", "EulerDiscreteScheduler")
+Callback = Callable[[Any, int, Any, dict[str, Tensor]], dict[str, Tensor]]
+
+
+class Previews:
+    """Writes and tells previews.
+
+    Args:
+        decoder: what `ModelFamily.load_preview_decoder` gave.
+        every: sampling steps between two previews (`validation_preview_steps`).
+        files: names and writes the pictures.
+        emit: takes the events.
+    """
+
+    def __init__(
+        self,
+        family: ModelFamily,
+        decoder: nn.Module,
+        every: int,
+        files: PictureFiles,
+        emit: Callable[[PreviewMade], None],
+    ):
+        self.family = family
+        self.decoder = decoder
+        self.every = every
+        self.files = files
+        self.emit = emit
+
+    def watch(self, step: int, kind: Literal["base", "live", "ema"]) -> Watch:
+        """What `make_pictures` takes, for the pictures of one kind of weights at one optimizer step."""
+        return lambda requests: self._callback(requests, step, kind)
+
+    def _callback(
+        self, requests: Sequence[PictureRequest], step: int, kind: Literal["base", "live", "ema"]
+    ) -> Callback:
+        previous: Tensor | None = None
+
+        def after_step(pipeline: Any, index: int, timestep: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+            nonlocal previous
+            latents = tensors["latents"]
+            if (index + 1) % self.every == 0:
+                self._show(pipeline, index, latents, previous, requests, step, kind)
+            # The step after this one needs these latents if it is shown.
+            previous = latents.detach().clone() if (index + 2) % self.every == 0 else None
+            return tensors
+
+        return after_step
+
+    def _show(
+        self,
+        pipeline: Any,
+        index: int,
+        latents: Tensor,
+        previous: Tensor | None,
+        requests: Sequence[PictureRequest],
+        step: int,
+        kind: Literal["base", "live", "ema"],
+    ) -> None:
+        sigmas = sampler_sigmas(pipeline.scheduler)
+        if previous is not None and sigmas is not None and type(pipeline.scheduler).__name__ in EULER_SAMPLERS:
+            shown = foreseen(latents.float(), previous.float(), sigmas[index + 1], sigmas[index])
+        else:
+            shown = latents
+        noise_share = _noise_share(sigmas, index, self.family.spec.prediction_type, requests[0].settings.steps)
+        height, width = requests[0].height, requests[0].width
+        pixels = self.family.decode_preview(self.decoder, self.family.unpack_latents(shown, height, width))
+        for request, image in zip(requests, to_images(pixels), strict=True):
+            saved = self.files.save_preview(image, request, step, kind, index + 1)
+            self.emit(PreviewMade(step, saved, index + 1, request.settings.steps, noise_share))
+
+
+def foreseen(latents: Tensor, previous: Tensor, sigma: float, previous_sigma: float) -> Tensor:
+    """The clean latents that an Euler sampler is heading for, like `latents`.
+
+    Args:
+        latents: (B, ...) after a step, at `sigma`.
+        previous: before it, at `previous_sigma`, which is larger.
+    """
+    direction = (latents - previous) / (sigma - previous_sigma)
+    return latents - sigma * direction
+
+
+def sampler_sigmas(scheduler: Any) -> list[float] | None:
+    """The sampler's noise levels before each step and after the last, falling; None where it has none."""
+    sigmas = getattr(scheduler, "sigmas", None)
+    if sigmas is None:
+        return None
+    values = [float(sigma) for sigma in sigmas]
+    # Samplers that count from noise to data (0 on noise) turn their sigmas round.
+    return [1 - value for value in values] if scheduler.config.get("invert_sigmas") else values
+
+
+def _noise_share(sigmas: list[float] | None, index: int, prediction_type: str, num_steps: int) -> float:
+    """How much noise is left after step `index`, 1 to 0, as the project's sigmas count it."""
+    if sigmas is None:
+        return 1 - (index + 1) / num_steps
+    sigma = sigmas[index + 1]
+    # Epsilon samplers have latents = clean + sigma * noise; divided by 1 + sigma that is the flow's mixture.
+    return sigma if prediction_type == "flow" else sigma / (1 + sigma)
+
+
+def to_images(pixels: Tensor) -> list[Image.Image]:
+    """(B, 3, H, W) in [-1, 1], clipped -> pictures."""
+    values = ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    return [Image.fromarray(row.permute(1, 2, 0).contiguous().cpu().numpy()) for row in values]
