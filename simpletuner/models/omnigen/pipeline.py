@@ -18,13 +18,14 @@ from diffusers.pipelines.omnigen.pipeline_omnigen import OmniGenPipeline as Diff
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 from diffusers.utils.torch_utils import randn_tensor
+from PIL import Image
 from torch import Tensor, nn
 
 from simpletuner.errors import DataError, Problem
 from simpletuner.models.components import component_file
-from simpletuner.models.family import ModelFamily
+from simpletuner.models.family import LatentMoments, ModelFamily
 from simpletuner.models.omnigen.attention import TextCache
-from simpletuner.models.omnigen.tokens import PIXELS_PER_TOKEN, collate_tokens
+from simpletuner.models.omnigen.tokens import PIXELS_PER_TOKEN, collate_tokens, image_placeholders
 
 # What diffusers' processor uses for everybody (`processor_omnigen.py`), so that a picture drawn there is the same.
 DEFAULT_NEGATIVE_PROMPT = (
@@ -33,11 +34,14 @@ DEFAULT_NEGATIVE_PROMPT = (
     "proportions, extra limbs, cloned face, disfigured, gross proportions, malformed limbs, missing arms, "
     "missing legs, extra arms, extra legs, fused fingers, too many fingers."
 )
+# diffusers' default (`max_input_image_size`).
+MAX_REFERENCE_SIDE = 1024
 Generators = torch.Generator | list[torch.Generator] | None
+Row = tuple[str, list[Tensor]]  # a prompt and the latents of its input pictures
 
 
 class OmniGenPipeline(DiffusersOmniGenPipeline):
-    """Text to image around live weights.
+    """Text, and input pictures, to image around live weights.
 
     Args:
         transformer: a denoiser from `OmniGen.load_denoiser`, adapters and wrappers included.
@@ -78,6 +82,8 @@ class OmniGenPipeline(DiffusersOmniGenPipeline):
         latents: Tensor | None = None,
         callback_on_step_end: Callable[[Any, int, Tensor, dict[str, Tensor]], dict[str, Tensor]] | None = None,
         output_type: str = "pil",
+        references: Sequence[Sequence[Image.Image]] | None = None,
+        img_guidance_scale: float = 1.6,
     ) -> ImagePipelineOutput:
         """Draw one picture per prompt.
 
@@ -91,18 +97,24 @@ class OmniGenPipeline(DiffusersOmniGenPipeline):
             callback_on_step_end: called as (pipeline, step, timestep, {"latents": latents}); what it returns under
                 `latents` is used from there on.
             output_type: `pil`, `np`, `pt`, or `latent` for scaled latents.
+            references: per prompt its input pictures.
+            img_guidance_scale: how far guidance leads towards the input pictures, where there are any.
         """
-        if self.vae is None and output_type != "latent":
-            raise ValueError(f'this pipeline has no VAE, so output_type must be "latent", not "{output_type}"')
+        if self.vae is None and (output_type != "latent" or any(references or ())):
+            what = "take no references" if output_type == "latent" else f'not give "{output_type}", only "latent"'
+            raise ValueError(f"this pipeline has no VAE, so it can {what}")
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         height, width = self._check_size(height, width)
         self._guidance_scale = guidance_scale
         latents = self._initial_latents(len(prompts), height, width, generator, latents)
-        rows = prompts + ([] if guidance_scale == 1 else _negative_prompts(negative_prompt, len(prompts)))
+        pictures = [self._encode_references(row) for row in references or [()] * len(prompts)]
+        negative = _negative_prompts(negative_prompt, len(prompts))
+        rows = _guidance_rows(list(zip(prompts, pictures, strict=True)), negative, guidance_scale)
+        scales = (guidance_scale, img_guidance_scale)
         num_image_tokens = height * width // PIXELS_PER_TOKEN**2
         with eval_mode(self.transformer):
             text = self._run_text(rows, num_image_tokens)
-            latents = self._denoise(latents, text, num_inference_steps, guidance_scale, callback_on_step_end)
+            latents = self._denoise(latents, text, len(rows), num_inference_steps, scales, callback_on_step_end)
         if output_type == "latent":
             return ImagePipelineOutput(images=latents)
         pixels = self.family.decode_latents(self.vae, latents)
@@ -124,29 +136,42 @@ class OmniGenPipeline(DiffusersOmniGenPipeline):
         shape = (num_pictures, self.family.spec.latent_channels, height // factor, width // factor)
         return randn_tensor(shape, generator=generator, device=self.family.device, dtype=torch.float32)
 
-    def _run_text(self, prompts: Sequence[str], num_image_tokens: int) -> TextCache:
-        rows = collate_tokens(self.family.encode_prompts(prompts), [], self.family.device)
-        return self.transformer(None, None, rows, num_image_tokens=num_image_tokens)
+    def _encode_references(self, pictures: Sequence[Image.Image]) -> list[Tensor]:
+        """Scaled latents (C, h, w) of input pictures: the mean of what the VAE says, without its noise."""
+        latents = []
+        for picture in pictures:
+            pixel_values = self.image_processor.pil_to_numpy(_fitted(picture))
+            pixel_values = self.image_processor.numpy_to_pt(pixel_values) * 2 - 1  # (1, 3, H, W)
+            with torch.autocast(self.vae.device.type, enabled=False):
+                [moments] = self.family.encode_images(self.vae, pixel_values)
+            mean = LatentMoments(moments.mean)
+            latents.append(self.family.latents_from_moments(mean, torch.Generator(), self.vae.config))
+        return latents
+
+    def _run_text(self, rows: Sequence[Row], num_image_tokens: int) -> TextCache:
+        factor = self.vae_scale_factor
+        sizes = [[(x.shape[-2] * factor, x.shape[-1] * factor) for x in pictures] for _, pictures in rows]
+        embeds = self.family.encode_prompts([prompt for prompt, _ in rows], sizes)
+        tokens = collate_tokens(embeds, [pictures for _, pictures in rows], self.family.device)
+        return self.transformer(None, None, tokens, num_image_tokens=num_image_tokens)
 
     def _denoise(
         self,
         latents: Tensor,
         text: TextCache,
+        num_rows: int,
         num_inference_steps: int,
-        guidance_scale: float,
+        scales: tuple[float, float],
         callback: Callable[..., dict[str, Tensor]] | None,
     ) -> Tensor:
         self.scheduler.set_timesteps(sigmas=np.linspace(1, 0, num_inference_steps + 1)[:-1], device=latents.device)
         self._num_timesteps = len(self.scheduler.timesteps)
-        num_rows = len(latents) if guidance_scale == 1 else 2 * len(latents)
         with self.progress_bar(total=self._num_timesteps) as progress_bar:
             for step, timestep in enumerate(self.scheduler.timesteps):
                 inputs = latents.repeat(num_rows // len(latents), 1, 1, 1).to(self.family.dtype)
                 # In float32, or the scheduler would hand back latents rounded to the denoiser's dtype.
                 prediction = self.transformer(inputs, timestep.expand(num_rows), text).float()
-                if num_rows > len(latents):
-                    positive, negative = prediction.chunk(2)
-                    prediction = negative + guidance_scale * (positive - negative)
+                prediction = _guided(prediction, num_rows // len(latents), *scales)
                 latents = self.scheduler.step(prediction, timestep, latents, return_dict=False)[0]
                 if callback is not None:
                     latents = callback(self, step, timestep, {"latents": latents}).pop("latents", latents)
@@ -207,3 +232,44 @@ def _negative_prompts(negative_prompt: str | Sequence[str] | None, count: int) -
     if len(prompts) != count:
         raise ValueError(f"{len(prompts)} negative prompts for {count} prompts")
     return prompts
+
+
+def _guidance_rows(rows: list[Row], negative: list[str], guidance_scale: float) -> list[Row]:
+    """The rows that guidance compares: the prompts, the negative ones, and with input pictures these without a prompt.
+
+    As diffusers' processor lays them out; a prompt without input pictures has the negative one in the third place too.
+    """
+    if guidance_scale == 1:
+        return rows
+    without: list[Row] = [(prompt, []) for prompt in negative]
+    if not any(pictures for _, pictures in rows):
+        return rows + without
+    alone = [
+        (image_placeholders(len(pictures)), pictures) if pictures else other
+        for (_, pictures), other in zip(rows, without, strict=True)
+    ]
+    return rows + without + alone
+
+
+def _guided(prediction: Tensor, num_kinds: int, guidance_scale: float, img_guidance_scale: float) -> Tensor:
+    """(B, C, h, w) from the predictions of `_guidance_rows`; diffusers' formula, `pipeline_omnigen.py`."""
+    if num_kinds == 1:
+        return prediction
+    if num_kinds == 2:
+        positive, negative = prediction.chunk(2)
+        return negative + guidance_scale * (positive - negative)
+    positive, negative, pictures = prediction.chunk(3)
+    return negative + img_guidance_scale * (pictures - negative) + guidance_scale * (positive - pictures)
+
+
+def _fitted(picture: Image.Image) -> Image.Image:
+    """An input picture reduced to `MAX_REFERENCE_SIDE`, and cut to whole tokens from its middle."""
+    picture = picture.convert("RGB")
+    scale = min(1.0, MAX_REFERENCE_SIDE / max(picture.size))
+    scale = max(scale, PIXELS_PER_TOKEN / min(picture.size))
+    if scale != 1:
+        width, height = (max(PIXELS_PER_TOKEN, round(side * scale)) for side in picture.size)
+        picture = picture.resize((width, height), Image.Resampling.LANCZOS)
+    width, height = (side // PIXELS_PER_TOKEN * PIXELS_PER_TOKEN for side in picture.size)
+    left, top = (picture.width - width) // 2, (picture.height - height) // 2
+    return picture.crop((left, top, left + width, top + height))

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers.models.transformers.transformer_omnigen import OmniGenTransformer2DModel
+from PIL import Image
 
 from simpletuner.errors import DataError
 from simpletuner.models.components import ModelSource
@@ -61,6 +63,37 @@ def test_pictures_are_those_of_the_stock_model_stepped_by_hand(
             family, omnigen_folder, prompt, negative or DEFAULT_NEGATIVE_PROMPT, noise, steps=5, scale=scale
         )
         torch.testing.assert_close(drawn[index], expected, rtol=0, atol=1e-5)
+
+
+def test_edits_are_those_of_the_stock_model_stepped_by_hand(
+    family: OmniGen, pipeline: OmniGenPipeline, omnigen_folder: Path
+):
+    """diffusers' guidance with input pictures, every row alone: none + 1.6 (pictures - none) + 2.5 (all - pictures)."""
+    rng = np.random.default_rng(0)
+    source = Image.fromarray(rng.integers(0, 256, (32, 53, 3), np.uint8))  # cut to 32 x 48, two columns on the left
+    options = {"height": 64, "width": 64, "num_inference_steps": 3, "guidance_scale": 2.5, "output_type": "latent"}
+    prompts = ["make it green", "a cat"]
+    drawn = pipeline(prompts, generator=generators(3, 4), references=[[source], []], **options).images
+
+    stock = OmniGenTransformer2DModel.from_pretrained(omnigen_folder / "transformer")
+    pixels = torch.from_numpy(np.asarray(source)[:, 2:50] / 127.5 - 1).permute(2, 0, 1)[None].float()
+    latents = torch.randn(4, 8, 8, generator=generators(3)[0])
+    with torch.no_grad():
+        reference = pipeline.vae.encode(pixels).latent_dist.mean[0] * 0.13025
+        tag = "<img><|image_1|></img>"
+        full, alone = family.encode_prompts([f"{tag} make it green", tag], [[(32, 48)]] * 2)
+        [negative] = family.encode_prompts([DEFAULT_NEGATIVE_PROMPT])
+        for step in range(3):
+            time = torch.tensor(step / 3)
+            spans = [[tuple(span[:2]) for span in row.tensors["reference_spans"].tolist()] for row in (full, alone)]
+            everything = stock_row(stock, latents, time, full.tensors["input_ids"], [reference], spans[0])
+            pictures = stock_row(stock, latents, time, alone.tensors["input_ids"], [reference], spans[1])
+            nothing = stock_row(stock, latents, time, negative.tensors["input_ids"])
+            latents = latents + (nothing + 1.6 * (pictures - nothing) + 2.5 * (everything - pictures)) / 3
+    torch.testing.assert_close(drawn[0], latents, rtol=0, atol=1e-5)
+    # A prompt without input pictures is drawn as in a batch where nobody has any.
+    plain = pipeline("a cat", generator=generators(4), **options).images
+    torch.testing.assert_close(drawn[1], plain[0], rtol=0, atol=1e-5)
 
 
 def test_the_default_negative_prompt_is_the_one_of_the_public_processor():
