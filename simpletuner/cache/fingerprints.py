@@ -5,15 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from simpletuner.data.digests import DigestMemo
 from simpletuner.errors import DataError, Problem
-from simpletuner.models.components import ModelSource, component_config, component_file
+from simpletuner.models.components import ModelSource, component_config, component_file, component_folder
 from simpletuner.models.spec import Component, FamilySpec
 
 if TYPE_CHECKING:
     import torch
+
+    from simpletuner.models.family import ModelFamily
 
 # Applied when latents are used, not when they are made.
 _NOT_ENCODING = frozenset(("scaling_factor", "shift_factor", "latents_mean", "latents_std"))
@@ -32,18 +34,51 @@ def vae_fingerprint(
     Raises:
         DataError: the VAE has no safetensors weights, or they cannot be fetched.
     """
-    import torch
-
     component = spec.component("vae")
     config = component_config(source, component)
     parts = {
         "weights": [memo.digest(path) for path in weight_files(source, component)],
         "config": {name: value for name, value in config.items() if _decides_encoding(name)},
-        "dtype": str(dtype),
-        "device": device.type,
-        "threads": torch.get_num_threads() if device.type == "cpu" else None,
+        **_arithmetic(device, dtype),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def prompt_fingerprint(family: ModelFamily, memo: DigestMemo) -> str:
+    """sha256 in hex over all text encoders and tokenizers of a family, and over how it uses them.
+
+    Raises:
+        DataError: an encoder has no safetensors weights, or they cannot be fetched.
+    """
+    source, spec = family.source, family.spec
+    encoders = [part for part in spec.components if part.role == "text_encoder"]
+    tokenizers = [part for part in spec.components if part.role in ("tokenizer", "processor")]
+    configs = {part.name: component_config(source, part) for part in encoders}
+    parts = {
+        "weights": {part.name: [memo.digest(path) for path in weight_files(source, part)] for part in encoders},
+        "config": {
+            name: {key: value for key, value in config.items() if not key.startswith("_")}
+            for name, config in configs.items()
+        },
+        "tokenizers": {part.name: _tokenizer_digests(source, part, memo) for part in tokenizers},
+        "facts": dict(family.prompt_facts()),
+        **_arithmetic(family.device, family.dtype),
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _arithmetic(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """What decides the last bits of an encoder's results; on the CPU that is also the number of threads."""
+    import torch
+
+    threads = torch.get_num_threads() if device.type == "cpu" else None
+    return {"dtype": str(dtype), "device": device.type, "threads": threads}
+
+
+def _tokenizer_digests(source: ModelSource, component: Component, memo: DigestMemo) -> dict[str, str]:
+    """Name -> digest of the files of a tokenizer."""
+    folder = component_folder(source, component)
+    return {path.name: memo.digest(path) for path in sorted(folder.iterdir()) if path.is_file()}
 
 
 def _decides_encoding(name: str) -> bool:
@@ -58,8 +93,13 @@ def weight_files(source: ModelSource, component: Component) -> list[Path]:
         DataError: there are none.
     """
     variant = f".{source.variant}" if source.variant else ""
-    whole = component_file(source, component, f"diffusion_pytorch_model{variant}.safetensors")
-    files = [whole] if whole.is_file() else sorted(whole.parent.glob("*.safetensors"))
+    stem = ("model" if component.role == "text_encoder" else "diffusion_pytorch_model") + variant
+    if source.is_local or (component.role == "vae" and source.vae):
+        whole = component_file(source, component, f"{stem}.safetensors")
+        files = [whole] if whole.is_file() else sorted(whole.parent.glob("*.safetensors"))
+    else:
+        files = _fetched_weights(source, component, stem)
+        whole = files[0]
     if not files:
         raise DataError(
             Problem(
@@ -70,3 +110,14 @@ def weight_files(source: ModelSource, component: Component) -> list[Path]:
             )
         )
     return files
+
+
+def _fetched_weights(source: ModelSource, component: Component, stem: str) -> list[Path]:
+    """The weights of a component of a hub repository: one file, or those that its index names."""
+    try:
+        return [component_file(source, component, f"{stem}.safetensors")]
+    except DataError:
+        name, _, variant = stem.partition(".")
+        index = f"{name}.safetensors.index{f'.{variant}' if variant else ''}.json"
+        shards = json.loads(component_file(source, component, index).read_text())["weight_map"].values()
+        return [component_file(source, component, shard) for shard in sorted(set(shards))]

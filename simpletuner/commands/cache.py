@@ -11,6 +11,7 @@ import torch
 
 from simpletuner.cache.fingerprints import vae_fingerprint
 from simpletuner.cache.latents import LatentCache
+from simpletuner.cache.prompts import CachedPrompts
 from simpletuner.cache.store import QUARANTINE, TensorStore
 from simpletuner.commands.text import bytes_text, count_text
 from simpletuner.config.datasets import ConditioningDataset, ImageDataset
@@ -24,10 +25,12 @@ from simpletuner.reporting.sinks.terminal import terminal_sink
 from simpletuner.training.latents import latents_folder, samples_to_keep
 from simpletuner.training.preflight import check_model_folder
 from simpletuner.training.prepare import prepare_data
+from simpletuner.training.prompts import open_prompt_cache, prompts_folder, run_prompts
 from simpletuner.training.signals import StopRequest
 from simpletuner.training.trainer import build_family
 
 Say = Callable[[str], None]
+CAPTIONS = "captions"  # who uses the folder of prompt embeddings, where datasets are named
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ class CacheFolder:
     """A folder of cached tensors.
 
     Args:
-        datasets: ids of the configured datasets that use it; empty where none does.
+        datasets: ids of the configured datasets that use it, or `captions`; empty where none does.
     """
 
     path: Path
@@ -60,6 +63,8 @@ def cache_folders(loaded: LoadedRun) -> list[CacheFolder]:
         is_kept = isinstance(entry, ImageDataset) or (isinstance(entry, ConditioningDataset) and entry.is_reference)
         if is_kept and not entry.disabled:
             users.setdefault(latents_folder(entry, cache_dir, spec).resolve(), []).append(entry.id)
+    if spec.caches_prompt_embeds:
+        users.setdefault(prompts_folder(loaded, spec).resolve(), []).append(CAPTIONS)
     found = {path.parent.resolve() for path in cache_dir.rglob("shard-*.safetensors") if path.parent.name != QUARANTINE}
     there = found | {path for path in users if path.is_dir()}
     return [CacheFolder(path, tuple(users.get(path, ()))) for path in sorted(there)]
@@ -77,8 +82,11 @@ def build(loaded: LoadedRun) -> None:
     with EventBus([terminal_sink()]) as bus, StopRequest() as stop:
         for line in loaded.warnings:
             bus.emit(Notice("warning", line))
-        _, sources = prepare_data(_without_on_demand(loaded), build_family(loaded), output_dir, bus, stop)
+        family = build_family(loaded)
+        _, sources = prepare_data(_without_on_demand(loaded), family, output_dir, bus, stop)
         folders = {source.cache.store.folder: source.cache.store for source in sources.values()}
+        if isinstance(family.prompts, CachedPrompts):
+            folders[family.prompts.cache.store.folder] = family.prompts.cache.store
         for folder, store in folders.items():
             stats = store.stats()
             bus.emit(Notice("info", f"{folder}: {stats.num_entries} entries, {bytes_text(stats.num_bytes)}"))
@@ -152,7 +160,7 @@ def stats(loaded: LoadedRun, say: Say) -> None:
 
 
 def used_keys(loaded: LoadedRun) -> dict[Path, set[str]]:
-    """Folder -> keys of every picture that a configured dataset uses, at this VAE and these settings."""
+    """Folder -> keys of every picture and caption that the configuration uses, at these weights and settings."""
     config = loaded.config
     check_model_folder(loaded)
     family = build_family(loaded)
@@ -161,13 +169,19 @@ def used_keys(loaded: LoadedRun) -> dict[Path, set[str]]:
         fingerprint = vae_fingerprint(family.source, family.spec, memo, family.device, torch.float32)
     data_file = str(loaded.data_file) if loaded.data_file else None
     keys: dict[Path, set[str]] = {}
-    for dataset in build_datasets(loaded.datasets, config, family.spec, cache_dir, data_file=data_file):
+    datasets = build_datasets(loaded.datasets, config, family.spec, cache_dir, data_file=data_file)
+    for dataset in datasets:
         entries = {part.id: part.entry for part in (dataset, *dataset.references)}
         for name, samples in samples_to_keep(dataset).items():
             folder = latents_folder(entries[name], cache_dir, family.spec)
             with TensorStore(folder) as store:
                 cache = LatentCache(store, family, fingerprint)
                 keys.setdefault(folder.resolve(), set()).update(map(cache.key, samples))
+    if family.spec.caches_prompt_embeds:
+        prompts = open_prompt_cache(loaded, family)
+        wanted = {prompts.key(prompt) for prompt in run_prompts(loaded, family.spec, datasets)}
+        keys.setdefault(prompts.store.folder.resolve(), set()).update(wanted)
+        prompts.store.close()
     return keys
 
 
@@ -188,7 +202,7 @@ def _remove(paths: list[Path]) -> int:
 
 
 def _without_on_demand(loaded: LoadedRun) -> LoadedRun:
-    config = loaded.config.model_copy(update={"vae_cache_ondemand": False})
+    config = loaded.config.model_copy(update={"vae_cache_ondemand": False, "text_cache_ondemand": False})
     entries = tuple(
         entry.model_copy(update={"vae_cache_ondemand": False}) if isinstance(entry, ImageDataset) else entry
         for entry in loaded.datasets

@@ -268,7 +268,9 @@ def choose_prompts(
     ordered = [caption for _, caption in sorted(zip(lengths, captions, strict=True), reverse=True)]
     start = 0 if longest else max(0, len(ordered) // 2 - batch_size // 2)
     chosen = ordered[start : start + batch_size]
-    return family.encode_prompts((chosen * batch_size)[:batch_size])
+    embeds = family.encode_prompts((chosen * batch_size)[:batch_size])
+    family.free_prompt_encoders()
+    return embeds
 
 
 def why_no_probe(family: ModelFamily, needed: int, available: int, operations: float, wanted: bool | None) -> str:

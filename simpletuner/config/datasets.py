@@ -270,7 +270,7 @@ class TextEmbedsDataset(DatasetEntry):
     cache_dir: FilePath | None = option(
         None, help="Folder of the cache. Unset: a folder in `cache_dir`.", path="output"
     )
-    write_batch_size: Int = option(128, help="Captions that are written at once.", planned="the cache chooses it", ge=1)
+    write_batch_size: Int | None = option(None, help="As in `config.json`, for this cache.", unit="captions", ge=1)
     caption_filter_list: TextOrList | None = option(
         None,
         help="Edits of all captions, in order: a regular expression is removed, `s/expression/replacement/` replaces. "
@@ -387,10 +387,15 @@ def table_path(entry: ImageDataset) -> Path | None:
     return next((path for path in beside if path.is_file()), None)
 
 
-def filters_for(entries: Sequence[object]) -> tuple[str, ...]:
-    """The caption filters of a run: those of the default text_embeds entry, or of the only one."""
+def text_cache_entry(entries: Sequence[object]) -> TextEmbedsDataset | None:
+    """The text_embeds entry that counts: the default one, or the only one."""
     texts = [each for each in entries if isinstance(each, TextEmbedsDataset)]
-    chosen = next((each for each in texts if each.default), texts[0] if len(texts) == 1 else None)
+    return next((each for each in texts if each.default), texts[0] if len(texts) == 1 else None)
+
+
+def filters_for(entries: Sequence[object]) -> tuple[str, ...]:
+    """The caption filters of a run."""
+    chosen = text_cache_entry(entries)
     filters = chosen.caption_filter_list if chosen else None
     return filters or ()
 

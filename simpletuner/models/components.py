@@ -98,6 +98,24 @@ def component_file(source: ModelSource, component: Component, name: str) -> Path
     return fetch(source.model, f"{component.name}/{name}", source.revision, "pretrained_model_name_or_path")
 
 
+def component_folder(source: ModelSource, component: Component) -> Path:
+    """The folder of a component with all its files; for small parts (tokenizers), since a hub's are all fetched.
+
+    Raises:
+        DataError: the files cannot be fetched.
+    """
+    if source.is_local:
+        return Path(source.model) / component.name
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        patterns = [f"{component.name}/*"]
+        return Path(snapshot_download(source.model, revision=source.revision, allow_patterns=patterns)) / component.name
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise _not_fetched(component.name, source.model, "pretrained_model_name_or_path", error) from error
+
+
 def other_vae_file(vae: str, component: Component, name: str) -> Path:
     """A file of `pretrained_vae_model_name_or_path`: a VAE's own folder or repository, or a whole model's."""
     if Path(vae).is_dir():
@@ -118,13 +136,17 @@ def fetch(repository: str, name: str, revision: str | None, key: str) -> Path:
     try:
         return Path(hf_hub_download(repository, name, revision=revision))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise DataError(
-            Problem(
-                f"cannot fetch {name} of {repository}: {error}",
-                key=key,
-                fix="check the connection and HF_ENDPOINT; for a gated model accept its licence, then `hf auth login`",
-            )
-        ) from error
+        raise _not_fetched(name, repository, key, error) from error
+
+
+def _not_fetched(name: str, repository: str, key: str, error: Exception) -> DataError:
+    return DataError(
+        Problem(
+            f"cannot fetch {name} of {repository}: {error}",
+            key=key,
+            fix="check the connection and HF_ENDPOINT; for a gated model accept its licence, then `hf auth login`",
+        )
+    )
 
 
 def make_empty_component(source: ModelSource, component: Component, dtype: torch.dtype) -> nn.Module:
@@ -160,8 +182,16 @@ def load_component(source: ModelSource, component: Component, dtype: torch.dtype
         where, options = source.vae, {}
         if Path(where).is_dir():
             where = other_vae_file(source.vae, component, component.config_file).parent
+    # transformers draws weights that a file lacks at random; what is loaded here must be what was published.
+    is_encoder = component.role == "text_encoder"
     try:
-        return cls.from_pretrained(where, torch_dtype=dtype, use_safetensors=True, **options)
+        if not is_encoder:
+            return cls.from_pretrained(where, torch_dtype=dtype, use_safetensors=True, **options)
+        options["output_loading_info"] = True
+        model, report = cls.from_pretrained(where, dtype=dtype, use_safetensors=True, **options)
+        if report["missing_keys"]:
+            raise ValueError(f"the weights lack {', '.join(sorted(report['missing_keys'])[:3])}")
+        return model
     except (OSError, ValueError, RuntimeError) as error:
         raise DataError(
             Problem(

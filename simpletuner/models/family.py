@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +19,35 @@ from simpletuner.diffusion import flow_matching, timesteps
 from simpletuner.diffusion.loss import Latents
 from simpletuner.models.components import ModelSource, load_component, load_preview_decoder, make_empty_component
 from simpletuner.models.spec import FamilySpec
+from simpletuner.models.text_encoders import TextEncoders
 
 Conditioning = Mapping[str, Any]
+# Per prompt the (height, width) in pixels of each of its reference pictures.
+ReferenceSizes = Sequence[Sequence[tuple[int, int]]]
+
+
+class PromptSource(Protocol):
+    """Where the embeddings of prompts come from: a cache, or the family's encoders."""
+
+    def embeds(self, prompts: Sequence[str], references: ReferenceSizes | None = None) -> list[PromptEmbeds]:
+        """One entry per prompt, on the CPU; may be called from several threads."""
+        ...
+
+    def close(self) -> None:
+        """Write what is not written yet."""
+
+
+class EncodedPrompts:
+    """Encodes prompts when they are asked for: what families that only tokenise always do."""
+
+    def __init__(self, family: ModelFamily):
+        self.family = family
+
+    def embeds(self, prompts: Sequence[str], references: ReferenceSizes | None = None) -> list[PromptEmbeds]:
+        return self.family.encode_prompts(prompts, references)
+
+    def close(self) -> None:
+        """There is nothing to write."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +71,11 @@ class ModelFamily(ABC):
         source: where the weights are.
         device: where the denoiser works.
         dtype: of the denoiser's weights and of its inputs (`mixed_precision`).
+
+    Attributes:
+        prompts: where training, evaluation and pipelines take the embeddings of prompts from; the family's own
+            encoders, until a cache takes their place.
+        encoders: tokenizers and text encoders, for `encode_prompts` alone.
     """
 
     def __init__(self, spec: FamilySpec, source: ModelSource, device: torch.device, dtype: torch.dtype):
@@ -51,16 +83,18 @@ class ModelFamily(ABC):
         self.source = source
         self.device = device
         self.dtype = dtype
+        self.prompts: PromptSource = EncodedPrompts(self)
+        self.encoders = TextEncoders(self)
 
     # ---- what each family writes -----------------------------------------------------------------------------------
 
     @abstractmethod
-    def encode_prompts(
-        self, prompts: Sequence[str], references: Sequence[Sequence[tuple[int, int]]] | None = None
-    ) -> list[PromptEmbeds]:
+    def encode_prompts(self, prompts: Sequence[str], references: ReferenceSizes | None = None) -> list[PromptEmbeds]:
         """Turn prompts into what the denoiser reads: one entry per prompt, unpadded.
 
-        Loads the tokenizer and text encoders on first use (`free_prompt_encoders` drops them).
+        Loads the tokenizer and text encoders on first use (`free_prompt_encoders` drops them). Results may be cached,
+        so they must not depend on the other prompts of the call: encoders see prompts padded to one fixed length.
+        Everything else asks `self.prompts`.
 
         Args:
             references: per prompt the (height, width) in pixels of each reference picture.
@@ -116,8 +150,16 @@ class ModelFamily(ABC):
         """Tokens of each prompt before anything is cut, template included; None where the family cannot tell."""
         return None
 
-    def free_prompt_encoders(self) -> None:  # noqa: B027 - most families have something to drop, tokenisers do not
-        """Drop what `encode_prompts` loaded. Nothing by default."""
+    def prompt_facts(self) -> Mapping[str, Any]:
+        """JSON-able: what decides the result of `encode_prompts` beside weights, tokenizers and number format.
+
+        A family with a template, or with limits of its own, adds them: they are part of the key of every cached prompt.
+        """
+        return {"family": self.spec.family_class, "max_prompt_tokens": self.spec.max_prompt_tokens}
+
+    def free_prompt_encoders(self) -> None:
+        """Drop what `encode_prompts` loaded."""
+        self.encoders.free()
 
     def encode_images(self, vae: Any, pixel_values: Tensor) -> list[LatentMoments]:
         """(B, 3, H, W) in [-1, 1] -> the moments of the posterior of each picture, unscaled, on the CPU."""

@@ -34,6 +34,7 @@ class LatentSource(Protocol):
 
     def latents(self, samples: Sequence[Sample]) -> list[torch.Tensor]:
         """(C, h, w) float32 of each sample, scaled and shifted."""
+        ...
 
     def close(self) -> None:
         """Write what was encoded on demand and is not written yet."""
@@ -159,7 +160,7 @@ class BatchSource:
         )
         return Batch(
             latents=latents,
-            prompt_embeds=self.family.encode_prompts(captions, reference_sizes(references, self.family.spec)),
+            prompt_embeds=self.family.prompts.embeds(captions, reference_sizes(references, self.family.spec)),
             slots=slots,
             digests=[sample.digest for sample in samples],
             loss_weights=torch.tensor(plan.loss_weights),

@@ -113,7 +113,7 @@ class Evaluator:
         sizes = reference_sizes(references, self.family.spec)
         batch = Batch(
             latents=latents,
-            prompt_embeds=self.family.encode_prompts([sample.captions[0] for sample, _ in rows], sizes),
+            prompt_embeds=self.family.prompts.embeds([sample.captions[0] for sample, _ in rows], sizes),
             slots=range(len(rows)),
             digests=[sample.digest for sample, _ in rows],
             loss_weights=torch.ones(len(rows)),

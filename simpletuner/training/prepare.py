@@ -15,6 +15,7 @@ from simpletuner.reporting.bus import EventBus
 from simpletuner.reporting.events import Notice
 from simpletuner.training.latents import LatentSources, prepare_latents
 from simpletuner.training.phases import phase
+from simpletuner.training.prompts import prepare_prompts
 from simpletuner.training.signals import StopRequest
 
 
@@ -34,6 +35,7 @@ def prepare_data(
     """
     with world.main_first():  # the others find every index made
         datasets = prepare_datasets(loaded, family, output_dir, bus, stop, world)
+    prepare_prompts(loaded, family, datasets, bus, stop, world)
     kept, sources = prepare_latents(loaded, family, datasets, bus, stop, world)
     if world.is_main and any(new is not old for new, old in zip(kept, datasets, strict=True)):
         write_report(output_dir, [dataset.funnel for dataset in kept])  # with what the VAE could not encode

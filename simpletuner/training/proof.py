@@ -13,6 +13,7 @@ from simpletuner.batch import Batch
 from simpletuner.models.family import ModelFamily
 from simpletuner.randomness import keyed_generator
 from simpletuner.reporting.events import Notice
+from simpletuner.training.prompts import PROBE_PROMPT
 from simpletuner.training.run import Run
 
 # Largest relative difference by dtype: a layer plus its adapter rounds otherwise than the merged layer.
@@ -40,6 +41,7 @@ def prove_adapter(run: Run, path: Path) -> None:
     run.denoiser.train(was_training)
 
     family = type(run.family)(run.family.spec, run.family.source, torch.device("cpu"), run.family.dtype)
+    family.prompts = run.family.prompts
     fresh = family.load_denoiser()
     check_saved_adapter(
         path,
@@ -58,7 +60,7 @@ def probe_output(family: ModelFamily, denoiser: nn.Module) -> Tensor:
     latents = torch.randn(shape, generator=keyed_generator("probe"))
     batch = Batch(
         latents=latents,
-        prompt_embeds=family.encode_prompts(["a probe of the adapter"]),
+        prompt_embeds=family.prompts.embeds([PROBE_PROMPT]),
         slots=[0],
         digests=[""],
         loss_weights=torch.ones(1),

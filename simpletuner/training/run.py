@@ -89,6 +89,11 @@ class Run:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
 
+    def close(self) -> None:
+        """Stop preparing windows, and write what was encoded on demand and is not in the caches yet."""
+        self.batches.close()
+        self.family.prompts.close()
+
     def autocast(self) -> AbstractContextManager[None]:
         """Matrix products in `mixed_precision`; a no-op where it is `no`."""
         if self.config.mixed_precision == "no":

@@ -66,7 +66,7 @@ def train(loaded: LoadedRun) -> None:
         run: Run | None = None
         try:
             run = build_run(loaded, output_dir, bus, stop, world)
-            stack.callback(run.batches.close)
+            stack.callback(run.close)
             started = time.monotonic()
             if run.is_finished:
                 bus.emit(

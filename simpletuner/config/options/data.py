@@ -79,14 +79,14 @@ class DataOptions(OptionGroup):
         "kept; the VAE stays in memory.",
     )
     text_cache_ondemand: Bool = option(
-        False, help="Encode captions when training first needs them.", planned="captions are encoded before training"
+        False,
+        help="Encode captions when training first needs them; start-up is quicker, the text encoders stay in memory.",
     )
     text_cache_disable: Bool = option(
-        False, help="Keep encoded captions in memory only.", planned="captions are encoded before training"
+        False,
+        help="Encode captions each time that training needs them and write nothing; the text encoders stay in memory.",
     )
-    write_batch_size: Int = option(
-        128, help="Entries that are written to a cache at once.", planned="the cache chooses it", ge=1
-    )
+    write_batch_size: Int = option(128, help="Captions that are written to the cache at once.", unit="captions", ge=1)
     allow_dataset_oversubscription: Bool = option(
         False,
         help="Fill the last batch of each bucket up with further pictures of the bucket, which count. Otherwise it is "

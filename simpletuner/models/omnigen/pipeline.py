@@ -151,7 +151,7 @@ class OmniGenPipeline(DiffusersOmniGenPipeline):
     def _run_text(self, rows: Sequence[Row], num_image_tokens: int) -> TextCache:
         factor = self.vae_scale_factor
         sizes = [[(x.shape[-2] * factor, x.shape[-1] * factor) for x in pictures] for _, pictures in rows]
-        embeds = self.family.encode_prompts([prompt for prompt, _ in rows], sizes)
+        embeds = self.family.prompts.embeds([prompt for prompt, _ in rows], sizes)
         tokens = collate_tokens(embeds, [pictures for _, pictures in rows], self.family.device)
         return self.transformer(None, None, tokens, num_image_tokens=num_image_tokens)
 

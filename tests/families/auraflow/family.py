@@ -6,7 +6,6 @@ scheduler that is not inverted): t is sigma, and the sign is the project's.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,41 +15,28 @@ from torch.nn.functional import pad
 
 from simpletuner.batch import Batch, PromptEmbeds
 from simpletuner.diffusion.loss import Latents
-from simpletuner.models.components import component_file, load_component
-from simpletuner.models.family import Conditioning, ModelFamily
+from simpletuner.models.components import component_config
+from simpletuner.models.family import Conditioning, ModelFamily, ReferenceSizes
+from simpletuner.models.live_pipeline import LivePipeline
 
 
 class AuraFlow(ModelFamily):
     """A text encoder, and a transformer that has no attention mask: every prompt is padded to the same length."""
 
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        self._encoders: tuple[Any, nn.Module] | None = None
-
-    def encode_prompts(
-        self, prompts: Sequence[str], references: Sequence[Sequence[tuple[int, int]]] | None = None
-    ) -> list[PromptEmbeds]:
-        """`prompt_embeds` (L, D) float32 per prompt."""
-        tokenizer, text_encoder = self._load_encoders()
-        length = self.spec.max_prompt_tokens
-        tokens = tokenizer(
-            list(prompts), truncation=True, max_length=length, padding="max_length", return_tensors="pt"
-        ).to(self.device)
+    def encode_prompts(self, prompts: Sequence[str], references: ReferenceSizes | None = None) -> list[PromptEmbeds]:
+        """`prompt_embeds` (L, D) per prompt."""
+        ids, mask = self.encoders.tokenize("tokenizer", prompts, self.spec.max_prompt_tokens)
         with torch.no_grad():
-            states = text_encoder(tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state
-        return [
-            PromptEmbeds({"prompt_embeds": row[mask.bool()].float().cpu()})
-            for row, mask in zip(states, tokens.attention_mask, strict=True)
-        ]
-
-    def free_prompt_encoders(self) -> None:
-        self._encoders = None
+            states = self.encoders.encoder()(ids, attention_mask=mask).last_hidden_state
+        return [PromptEmbeds({"prompt_embeds": row[kept.bool()].cpu()}) for row, kept in zip(states, mask, strict=True)]
 
     def collate(self, batch: Batch) -> Conditioning:
         """(B, max_prompt_tokens, D): zeros behind each prompt, which is what the pipeline makes of its padding."""
-        rows = [embeds.tensors["prompt_embeds"] for embeds in batch.prompt_embeds]
-        length = self.spec.max_prompt_tokens
-        return {"prompt_embeds": torch.stack([pad(row, (0, 0, 0, length - len(row))) for row in rows]).to(self.device)}
+        return {"prompt_embeds": self.pad_prompts(batch.prompt_embeds)}
+
+    def pad_prompts(self, embeds: Sequence[PromptEmbeds]) -> Tensor:
+        rows, length = [each.tensors["prompt_embeds"] for each in embeds], self.spec.max_prompt_tokens
+        return torch.stack([pad(row, (0, 0, 0, length - len(row))) for row in rows]).to(self.device, self.dtype)
 
     def predict(
         self, denoiser: nn.Module, noisy_latents: Latents, sigmas: Tensor, conditioning: Conditioning
@@ -58,7 +44,7 @@ class AuraFlow(ModelFamily):
         assert isinstance(noisy_latents, Tensor)
         output = denoiser(
             noisy_latents.to(self.dtype),
-            encoder_hidden_states=conditioning["prompt_embeds"].to(self.dtype),
+            encoder_hidden_states=conditioning["prompt_embeds"],
             timestep=sigmas,
             return_dict=False,
         )
@@ -67,19 +53,22 @@ class AuraFlow(ModelFamily):
     def pipeline(self, denoiser: nn.Module, vae: nn.Module | None = None) -> Any:
         from diffusers import AuraFlowPipeline, FlowMatchEulerDiscreteScheduler
 
-        component = self.spec.component("scheduler")
-        path = component_file(self.source, component, component.config_file)
-        scheduler = FlowMatchEulerDiscreteScheduler.from_config(json.loads(path.read_text()))
-        pipeline = AuraFlowPipeline(*self._load_encoders(), vae, denoiser, scheduler)
-        pipeline.set_progress_bar_config(disable=True)
-        return pipeline
+        config = component_config(self.source, self.spec.component("scheduler"))
+        scheduler = FlowMatchEulerDiscreteScheduler.from_config(config)
+        return AuraFlowLivePipeline(self, AuraFlowPipeline(None, None, None, denoiser, scheduler), vae)
 
-    def _load_encoders(self) -> tuple[Any, nn.Module]:
-        if self._encoders is None:
-            from transformers import AutoTokenizer
 
-            component = self.spec.component("tokenizer")
-            folder = component_file(self.source, component, component.config_file).parent
-            text_encoder = load_component(self.source, self.spec.component("text_encoder"), self.dtype)
-            self._encoders = AutoTokenizer.from_pretrained(folder), text_encoder.eval().to(self.device)
-        return self._encoders
+class AuraFlowLivePipeline(LivePipeline):
+    """diffusers' pipeline with embeddings in place of texts."""
+
+    def prompt_arguments(
+        self, prompts: Sequence[str], negative_prompts: Sequence[str] | None, guidance_scale: float
+    ) -> dict[str, Any]:
+        family = self.family
+        negatives = negative_prompts or [family.spec.dropped_caption] * len(prompts)
+        arguments: dict[str, Any] = {"guidance_scale": guidance_scale}
+        for prefix, texts in (("", prompts), ("negative_", negatives)):
+            embeds = family.pad_prompts(family.prompts.embeds(texts))
+            arguments[f"{prefix}prompt_embeds"] = embeds
+            arguments[f"{prefix}prompt_attention_mask"] = embeds.new_ones(embeds.shape[:2])  # padded already
+        return arguments

@@ -1,0 +1,95 @@
+"""The tokenizers and text encoders of a family: loaded when a prompt is first encoded, freed together."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from simpletuner.errors import DataError, Problem
+from simpletuner.models.components import component_folder, load_component
+from simpletuner.models.spec import Component
+
+if TYPE_CHECKING:
+    from simpletuner.models.family import ModelFamily
+
+
+class TextEncoders:
+    """Parts of one model by the names of their folders (`text_encoder`, `tokenizer_2`).
+
+    Args:
+        family: knows where they are, and in which number format and on which device encoders work.
+    """
+
+    def __init__(self, family: ModelFamily):
+        self.family = family
+        self._tokenizers: dict[str, Any] = {}
+        self._encoders: dict[str, nn.Module] = {}
+
+    def tokenizer(self, name: str = "tokenizer") -> Any:
+        """The tokenizer in folder `name`.
+
+        Raises:
+            DataError: it cannot be read.
+        """
+        if name not in self._tokenizers:
+            self._tokenizers[name] = _load_tokenizer(self.family, self._component(name))
+        return self._tokenizers[name]
+
+    def encoder(self, name: str = "text_encoder") -> Any:
+        """The text encoder in folder `name`, in eval mode, without gradients.
+
+        Raises:
+            DataError: it cannot be loaded.
+        """
+        if name not in self._encoders:
+            from transformers.utils import logging
+
+            logging.disable_progress_bar()  # a bar over single tensors says nothing
+            encoder = load_component(self.family.source, self._component(name), self.family.dtype)
+            self._encoders[name] = encoder.eval().requires_grad_(False).to(self.family.device)
+        return self._encoders[name]
+
+    def everything(self) -> dict[str, Any]:
+        """Folder -> tokenizer or encoder, all of them: what a whole saved model needs."""
+        parts = self.family.spec.components
+        return {part.name: self.tokenizer(part.name) for part in parts if part.role == "tokenizer"} | {
+            part.name: self.encoder(part.name) for part in parts if part.role == "text_encoder"
+        }
+
+    def free(self) -> None:
+        """Let go of the encoders; tokenizers are small and stay."""
+        self._encoders.clear()
+
+    def tokenize(self, name: str, prompts: Sequence[str], length: int) -> tuple[Tensor, Tensor]:
+        """((B, length) ids, (B, length) mask) of prompts that are cut or padded to `length`; cut ones are counted."""
+        tokenizer = self.tokenizer(name)
+        self.family.num_cut_prompts += sum(count > length for count in self.count(name, prompts))
+        tokens = tokenizer(
+            list(prompts), truncation=True, max_length=length, padding="max_length", return_tensors="pt"
+        ).to(self.family.device)
+        return tokens.input_ids, tokens.attention_mask
+
+    def count(self, name: str, prompts: Sequence[str]) -> list[int]:
+        """Tokens of each prompt before anything is cut, special ones included."""
+        return [len(ids) for ids in self.tokenizer(name)(list(prompts), verbose=False).input_ids]
+
+    def _component(self, name: str) -> Component:
+        return next(part for part in self.family.spec.components if part.name == name)
+
+
+def _load_tokenizer(family: ModelFamily, component: Component) -> Any:
+    module, _, name = component.class_name.rpartition(".")
+    folder = component_folder(family.source, component)
+    try:
+        return getattr(importlib.import_module(module), name).from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise DataError(
+            Problem(
+                f"cannot load the tokenizer {folder}: {error}",
+                key="pretrained_model_name_or_path",
+                allowed="the files that transformers' save_pretrained writes",
+            )
+        ) from error

@@ -1,0 +1,106 @@
+"""Where the embeddings of captions and prompts come from: a filled cache, or encoders that stay for what is missing.
+
+Families whose denoiser reads tokens ask their tokenizer each time. For all others every text of the run is encoded
+before the denoiser is loaded, and the encoders are freed; `text_cache_ondemand` keeps them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+from simpletuner.cache.fingerprints import prompt_fingerprint
+from simpletuner.cache.prompts import CachedPrompts, PromptCache
+from simpletuner.cache.store import TensorStore
+from simpletuner.config.datasets import text_cache_entry
+from simpletuner.config.loading import LoadedRun
+from simpletuner.data.dataset import Dataset
+from simpletuner.data.digests import DigestMemo
+from simpletuner.distributed.world import ALONE, World
+from simpletuner.models.family import ModelFamily
+from simpletuner.models.spec import FamilySpec
+from simpletuner.reporting.bus import EventBus
+from simpletuner.reporting.events import Notice
+from simpletuner.training.phases import phase
+from simpletuner.training.signals import StopRequest
+from simpletuner.validation.prompts import requests_from_config
+
+# What the proof of a written adapter asks the denoiser (`training/proof.py`).
+PROBE_PROMPT = "a probe of the adapter"
+
+
+def prepare_prompts(
+    loaded: LoadedRun,
+    family: ModelFamily,
+    datasets: Sequence[Dataset],
+    bus: EventBus,
+    stop: StopRequest,
+    world: World = ALONE,
+) -> None:
+    """Fill the cache of captions, or get ready to fill it on demand; `family.prompts` gives embeddings from then on.
+
+    Each process encodes its share of the texts.
+
+    Raises:
+        DataError: the encoders cannot be loaded, or the disk has no room.
+        Interrupted: a signal came; what was encoded stays.
+    """
+    if not family.spec.caches_prompt_embeds:
+        return
+    config = loaded.config
+    cache = open_prompt_cache(loaded, family)
+    on_demand = config.text_cache_ondemand or config.text_cache_disable
+    family.prompts = CachedPrompts(
+        cache,
+        keeps_encoders=on_demand,
+        keeps_entries=not config.text_cache_disable,
+        tell=lambda line: bus.emit(Notice("warning", line)),
+    )
+    if on_demand:
+        return
+
+    with phase(bus, "caching captions") as progress:
+
+        def tell(done: int, total: int) -> None:
+            progress.advance(done - progress.done)
+            stop.check()
+
+        texts = list(dict.fromkeys(run_prompts(loaded, family.spec, datasets)))
+        report = cache.fill(world.share(texts), tell)
+        progress.summary = f"{report.num_encoded} encoded, {report.num_cached} cached before"
+    world.barrier()
+    family.free_prompt_encoders()
+    if family.device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def open_prompt_cache(loaded: LoadedRun, family: ModelFamily) -> PromptCache:
+    """The cache of captions of a configuration."""
+    config, cache_dir = loaded.config, Path(loaded.config.cache_dir)
+    entry = text_cache_entry(loaded.datasets)
+    with DigestMemo(cache_dir / "digests.sqlite") as memo:
+        fingerprint = prompt_fingerprint(family, memo)
+    per_write = (entry.write_batch_size if entry else None) or config.write_batch_size
+    return PromptCache(TensorStore(prompts_folder(loaded, family.spec)), family, fingerprint, per_write)
+
+
+def prompts_folder(loaded: LoadedRun, spec: FamilySpec) -> Path:
+    """Where the embeddings of captions are kept."""
+    entry = text_cache_entry(loaded.datasets)
+    return Path((entry.cache_dir if entry else None) or Path(loaded.config.cache_dir) / "text" / spec.name)
+
+
+def run_prompts(loaded: LoadedRun, spec: FamilySpec, datasets: Sequence[Dataset]) -> Iterator[str]:
+    """Every text that the run may ask for: all variants of all captions, dropped ones, validation, proof."""
+    yield from (spec.dropped_caption, "", PROBE_PROMPT)
+    requests, _ = requests_from_config(
+        loaded.config, loaded.prompt_library, spec.size_multiple, empty_prompt=spec.dropped_caption
+    )
+    for request in requests:
+        yield request.prompt
+        yield request.settings.negative_prompt or ""
+    for dataset in datasets:
+        for sample in dataset.samples:
+            yield from sample.captions
