@@ -1,4 +1,4 @@
-"""Fills what pages of the documentation take from the code: tables of dataset keys, and whole files.
+"""Fills what pages of the documentation take from the code: tables of keys, and whole files.
 
 A page marks such a place with `<!-- table: NAME -->` or `<!-- file: PATH -->` and ends it with `<!-- end -->`. A test
 compares, so a page cannot say other than the code does.
@@ -8,6 +8,7 @@ compares, so a page cannot say other than the code does.
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from simpletuner.config.datasets import dataset_options
 from simpletuner.config.options import OptionInfo
 from simpletuner.config.pages import options_markdown
 from simpletuner.config.reference import option_rows, planned_values_text
+from simpletuner.config.webhooks import webhook_options
+from simpletuner.reporting.webhooks.schema import event_schema
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ROOT / "documentation"
@@ -34,9 +37,9 @@ def _filled(match: re.Match[str]) -> str:
 
 
 def table(name: str) -> str:
-    """Rows for `KIND` (built keys of that dataset type), `KIND/not-built` or `KIND/values-not-built`."""
+    """Rows for `KIND` (built keys of that dataset type, or `webhook`), `KIND/not-built` or `KIND/values-not-built`."""
     kind, _, part = name.partition("/")
-    infos = list(dataset_options(kind).values())
+    infos = list((webhook_options() if kind == "webhook" else dataset_options(kind)).values())
     if part == "values-not-built":
         return values_table([info for info in infos if info.planned_values and not info.planned])
     return "\n".join(option_rows(info for info in infos if bool(info.planned) == (part == "not-built")))
@@ -53,8 +56,14 @@ def file_block(path: str) -> str:
     return f"```{_LANGUAGES[Path(path.removesuffix('.example')).suffix]}\n{content}\n```"
 
 
+def event_schema_text() -> str:
+    """`documentation/webhook_events.schema.json`."""
+    return json.dumps(event_schema(), indent=2) + "\n"
+
+
 def main() -> None:
     (PAGES / "OPTIONS.md").write_text(options_markdown(), encoding="utf-8")
+    (PAGES / "webhook_events.schema.json").write_text(event_schema_text(), encoding="utf-8")
     for page in sorted(PAGES.rglob("*.md")):
         text = page.read_text(encoding="utf-8")
         if fill(text) != text:

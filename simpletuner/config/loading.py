@@ -7,7 +7,7 @@ imported, so that they show within a second.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,8 @@ from simpletuner.config.paths import Folders, looks_like_path
 from simpletuner.config.prompt_library import LibraryPrompt, read_prompt_library
 from simpletuner.config.rules import broken_rules, notices
 from simpletuner.config.sources import PictureSource
+from simpletuner.config.webhook_reading import read_webhooks
+from simpletuner.config.webhooks import Webhooks
 from simpletuner.errors import ConfigError, Problem
 
 DEFAULT_DATA_FILE = "multidatabackend.json"
@@ -58,6 +60,7 @@ class LoadedRun:
         origins: where each value that is not a default comes from.
         warnings: what is allowed but perhaps not meant, one line each.
         config_file: None where everything came from the command line.
+        webhooks: the services that are told, with the secrets that `config` does not show.
     """
 
     config: TrainConfig
@@ -69,13 +72,14 @@ class LoadedRun:
     config_file: Path | None = None
     data_file: Path | None = None
     lycoris_file: Path | None = None
+    webhooks: Webhooks = field(default_factory=Webhooks)
 
     def origin(self, key: str) -> Origin:
         """Where the value of an option comes from."""
         return self.origins.get(key, Origin("default"))
 
     def resolved(self) -> dict[str, Any]:
-        """Every option with its value, as it can be written to a JSON file and read back."""
+        """Every option with its value, as JSON holds it; secrets are stars, everything else can be read back."""
         return self.config.model_dump(mode="json")
 
 
@@ -128,6 +132,7 @@ def load_source(
     datasets = reader.read_datasets(config)
     lycoris = reader.read_lycoris(config)
     prompts = reader.read_prompts(config)
+    webhooks = reader.read_webhooks(config, environment)
     draft = Draft(
         config=config,
         spec=reader.spec,
@@ -151,6 +156,7 @@ def load_source(
         config_file=source.path,
         data_file=config.data_backend_config,
         lycoris_file=config.lycoris_config if lycoris is not None else None,
+        webhooks=webhooks,
     )
 
 
@@ -331,3 +337,10 @@ class _RunReader:
         prompts, problems = read_prompt_library(document)
         self.problems += problems
         return prompts
+
+    def read_webhooks(self, config: TrainConfig, environment: Mapping[str, str]) -> Webhooks:
+        written, origin = config.webhook_config, self.origin("webhook_config")
+        targets, problems, warnings = read_webhooks(written, origin, self.folders, environment, self.check_files)
+        self.problems += problems
+        self.merged.warnings += warnings
+        return Webhooks(targets, environment.get("SIMPLETUNER_JOB_ID") or None, config.webhook_reporting_interval)

@@ -229,10 +229,17 @@ def text_caches_have_a_use(draft: Draft) -> Iterator[str]:
             yield f"{draft.origin(key)}: {key} has no use: {draft.spec.title} reads the tokens of captions"
 
 
+def webhook_intervals_have_a_webhook(draft: Draft) -> Iterator[str]:
+    if draft.config.webhook_reporting_interval and draft.config.webhook_config is None:
+        key = "webhook_reporting_interval"
+        yield f"{draft.origin(key)}: {key}: there is no webhook_config, so nothing is reported"
+
+
 NOTICES: tuple[Notice, ...] = (
     warm_up_is_shorter_than_the_run,
     dropped_captions_serve_guidance,
     text_caches_have_a_use,
+    webhook_intervals_have_a_webhook,
     *ADAPTER_NOTICES,
     *DATASET_NOTICES,
     *VALIDATION_NOTICES,

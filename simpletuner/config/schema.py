@@ -88,6 +88,7 @@ def _shape(info: OptionInfo) -> dict[str, Any]:
         "text": {"type": ["string", "number", "null"]},
         "path": {"type": ["string", "null"]},
         "object": {"type": ["object", "string", "null"]},
+        "object, list or path": {"type": ["object", "array", "string", "null"]},
     }
     return shapes[info.type_name]
 

@@ -5,6 +5,7 @@ Files and command lines give many values as text ("4e-5", "20", "true"). These t
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -80,6 +81,17 @@ def read_text(value: Any) -> Any:
 def read_secret(value: Any) -> Any:
     """Text that is never shown; the fault of one does not show it either."""
     return value if isinstance(value, SecretStr) else SecretStr(read_text(value))
+
+
+def read_secret_json(value: Any) -> Any:
+    """JSON that may hold secrets, as it stands or as text -> a text that is never shown; other text is a path."""
+    if isinstance(value, dict | list | tuple):
+        return SecretStr(json.dumps(value))
+    if isinstance(value, SecretStr):
+        return value
+    if isinstance(value, str) and value.lstrip().startswith(("{", "[")):
+        return SecretStr(value)
+    return read_path(value)
 
 
 def read_words(value: Any) -> Any:
@@ -171,6 +183,7 @@ Int = Annotated[int, BeforeValidator(read_int)]
 Float = Annotated[float, BeforeValidator(read_float)]
 Text = Annotated[str, BeforeValidator(read_text)]
 Secret = Annotated[SecretStr, BeforeValidator(read_secret)]
+SecretJsonOrPath = Annotated[SecretStr | Path, BeforeValidator(read_secret_json)]
 Sizes = Annotated[str, BeforeValidator(read_sizes)]
 FilePath = Annotated[Path, BeforeValidator(read_path)]
 Arguments = Annotated[dict[str, Any], BeforeValidator(read_arguments)]

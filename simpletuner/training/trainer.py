@@ -62,7 +62,8 @@ def train(loaded: LoadedRun) -> None:
         if world.is_main:
             stack.enter_context(storage.exclusive_lock(output_dir / ".lock", f"training into {output_dir}"))
         stop = stack.enter_context(StopRequest())
-        bus = stack.enter_context(EventBus(build_sinks(loaded.config, output_dir) if world.is_main else ()))
+        sinks = build_sinks(loaded.config, output_dir, webhooks=loaded.webhooks) if world.is_main else ()
+        bus = stack.enter_context(EventBus(sinks))
         run: Run | None = None
         try:
             run = build_run(loaded, output_dir, bus, stop, world)
@@ -80,6 +81,10 @@ def train(loaded: LoadedRun) -> None:
         except SimpleTunerError as error:
             step = run.state.global_step if run is not None else 0
             bus.emit(RunFailed(step=step, message=error.render(), exit_code=error.exit_code))
+            raise
+        except Exception as error:  # told to whoever listens; `cli.main` shows it
+            step = run.state.global_step if run is not None else 0
+            bus.emit(RunFailed(step=step, message=f"unexpected {type(error).__name__}: {error}"))
             raise
 
 

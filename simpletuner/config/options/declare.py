@@ -9,6 +9,7 @@ import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr
@@ -129,6 +130,8 @@ def type_words(annotation: Any) -> str:
     if origin is typing.Annotated:
         return type_words(arguments[0])
     if origin in (typing.Union, types.UnionType):
+        if {SecretStr, Path} <= set(arguments):  # `values.SecretJsonOrPath`
+            return "object, list or path"
         return " or ".join(dict.fromkeys(type_words(part) for part in arguments if part is not type(None)))
     if origin is Literal:
         return "choice"

@@ -7,11 +7,10 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator
 
 from simpletuner.config.options.declare import OptionGroup, option
-from simpletuner.config.values import Bool, Int, Text, read_words
+from simpletuner.config.values import Bool, Int, SecretJsonOrPath, Text, read_words
 
 TRACKER = "this tracker is not built; tensorboard is, and metrics.jsonl is always written"
 HUB = "uploads are not built"
-WEBHOOK = "webhooks are not built"
 
 Tracker = Literal["tensorboard", "none", "wandb", "swanlab", "comet_ml", "simpletuner", "custom-tracker", "all"]
 
@@ -37,7 +36,14 @@ class ReportingOptions(OptionGroup):
     model_card_safe_for_work: Bool = option(False, help="Mark the model card as safe for work.", planned=HUB)
     model_card_note: Text | None = option(None, help="Note on the model card.", planned=HUB)
     publishing_config: Any = option(None, help="Upload to S3 and other stores.", planned=HUB)
-    webhook_config: Any = option(None, help="Where progress is sent.", planned=WEBHOOK)
+    webhook_config: SecretJsonOrPath | None = option(
+        None,
+        help="Where progress is sent: a webhook as an object (documentation/WEBHOOKS.md), a list of them, the same as "
+        "JSON text, or a path of such a file.",
+    )
     webhook_reporting_interval: Int | None = option(
-        None, help="Send every n-th step.", unit="optimizer steps", planned=WEBHOOK, ge=1
+        None,
+        help="Report progress to webhooks every n-th step. Unset: every second or so to raw ones, never to Discord.",
+        unit="optimizer steps",
+        ge=1,
     )

@@ -21,6 +21,8 @@ ELSEWHERE = {
     "data_backend_config": ("training/prepare.py", "loaded.datasets"),
     "lycoris_config": ("training/trainer.py", "lycoris=loaded.lycoris"),
     "user_prompt_library": ("training/trainer.py", "loaded.prompt_library"),
+    "webhook_config": ("training/trainer.py", "webhooks=loaded.webhooks"),
+    "webhook_reporting_interval": ("reporting/webhooks/sink.py", "webhooks.reporting_interval"),
     "optimizer_config": ("optim/optimizers.py", 'config.get("optimizer_config")'),
     "adam_beta1": ("optim/optimizers.py", 'config.get(f"adam_beta{index}")'),
     "adam_beta2": ("optim/optimizers.py", 'config.get(f"adam_beta{index}")'),

@@ -45,7 +45,6 @@ def test_the_sound_configuration_breaks_no_rule(workspace: Workspace) -> None:
         ({"push_to_hub": True}, "push_to_hub", "uploads are not built"),
         ({"optimizer": "prodigy"}, "optimizer", "not built yet"),
         ({"report_to": "wandb"}, "report_to", "this tracker is not built"),
-        ({"webhook_config": {"webhook_type": "raw"}}, "webhook_config", "webhooks are not built"),
         ({"base_model_precision": "int8-quanto"}, "base_model_precision", "quantised"),
         ({"evaluation_type": "clip", "validation_disable": True}, "evaluation_type", "validation draws none"),
         ({"pretrained_evaluation_model_name_or_path": "a/b"}, "pretrained_evaluation_model_name_or_path", "no use"),

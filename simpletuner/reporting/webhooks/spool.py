@@ -1,0 +1,96 @@
+"""Messages that must arrive, on the disk until their service has them: one JSON file each, named by age.
+
+A process that is killed leaves them for the next one on the same output folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from simpletuner import storage
+from simpletuner.errors import DataError, Problem
+from simpletuner.reporting.webhooks.messages import Message
+
+REFUSED = "refused"
+
+
+def created_at(name: str) -> float:
+    """Seconds since 1970 at which the message of this file was made."""
+    return int(name.partition("-")[0]) / 1e6
+
+
+def message_id(name: str) -> str:
+    """The id of the message in this file."""
+    return name.partition("-")[2].removesuffix(".json")
+
+
+class Spool:
+    """The folder of one service.
+
+    Args:
+        folder: made when the first message comes.
+        root: paths of pictures inside of it are kept relative to it, so that the folder of a run can be moved.
+    """
+
+    def __init__(self, folder: Path, root: Path):
+        self.folder, self._root = folder, root.absolute()
+        self._names: list[str] | None = None
+
+    def add(self, message: Message) -> None:
+        """Put a message on the disk.
+
+        Raises:
+            DataError: the disk is full or cannot be written.
+        """
+        names = self.names()
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise DataError(Problem(f"cannot be made: {error.strerror}", file=str(self.folder))) from error
+        name = f"{int(message.created * 1e6):020d}-{message.id}.json"
+        pictures = tuple(self._relative(path) for path in message.pictures)
+        storage.write_json(self.folder / name, asdict(replace(message, pictures=pictures)))
+        names.append(name)
+
+    def names(self) -> list[str]:
+        """Names of the messages that wait, oldest first; the list is the spool's own."""
+        if self._names is None:
+            storage.sweep(self.folder)
+            self._names = sorted(path.name for path in self.folder.glob("*-*.json"))
+        return self._names
+
+    def read(self, name: str) -> Message | None:
+        """A message; None, and set aside, where its file is gone or damaged."""
+        try:
+            record = storage.read_json(self.folder / name)
+            message = self._message(record)
+        except (DataError, TypeError, KeyError, AttributeError):
+            self.set_aside(name)
+            return None
+        return replace(message, pictures=tuple(str(self._root / path) for path in message.pictures))
+
+    def remove(self, name: str) -> None:
+        """The service has it. Where the disk does not let go of it, the next process sends it again."""
+        with contextlib.suppress(OSError):
+            (self.folder / name).unlink(missing_ok=True)
+        self.names().remove(name)
+
+    def set_aside(self, name: str) -> None:
+        """Keep a message that the service will never take where nobody tries again."""
+        aside = self.folder / REFUSED
+        with contextlib.suppress(OSError):
+            aside.mkdir(parents=True, exist_ok=True)
+            (self.folder / name).replace(aside / name)
+        self.names().remove(name)
+
+    def _relative(self, path: str) -> str:
+        absolute = Path(path).absolute()
+        return str(absolute.relative_to(self._root) if absolute.is_relative_to(self._root) else absolute)
+
+    @staticmethod
+    def _message(record: Mapping[str, Any]) -> Message:
+        return Message(**{**record, "pictures": tuple(record["pictures"])})

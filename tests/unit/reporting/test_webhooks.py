@@ -1,0 +1,326 @@
+"""Webhooks against a real server on this machine, which works, fails in every way, and recovers."""
+
+from __future__ import annotations
+
+import json
+import logging
+import socket
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from pydantic import SecretStr
+
+from simpletuner.config.webhooks import Webhook, Webhooks
+from simpletuner.reporting.events import (
+    CheckpointSaved,
+    EvalDone,
+    Notice,
+    PhaseDone,
+    PhaseProgress,
+    PhaseStarted,
+    PicturesMade,
+    RunFailed,
+    RunFinished,
+    RunStarted,
+    SavedPicture,
+    StepDone,
+)
+from simpletuner.reporting.webhooks.breaker import Patience
+from simpletuner.reporting.webhooks.sender import Timing
+from simpletuner.reporting.webhooks.sink import WebhookSink
+from simpletuner.reporting.webhooks.transport import Deadlines
+from tests.receiver import Receiver, receiver, wait_until
+
+QUICK = Timing(Deadlines(5.0, 5.0, 5.0), Patience(0.02, 0.1, 3), progress=0.05, drain=20.0)
+HASTY = replace(QUICK, deadlines=Deadlines(0.3, 0.3, 0.4))
+NAMED = ["hangs", "drips", "500", "429", "413", "302", "401"]
+
+
+def raw(url: str, **keys: Any) -> Webhook:
+    return Webhook(webhook_type="raw", callback_url=SecretStr(url), **keys)
+
+
+def make_sink(folder: Path, *targets: Webhook, interval: int | None = None, timing: Timing = QUICK) -> WebhookSink:
+    return WebhookSink(Webhooks(targets, "job-1", interval), folder, timing)
+
+
+def step(number: int, total: int = 100) -> StepDone:
+    return StepDone(number, total, 1.0 / number, 1e-4, 0.5, 0.01, 4, 1)
+
+
+def picture(folder: Path, name: str = "cat.png", side: int = 64, noise: bool = False) -> SavedPicture:
+    path = folder / name
+    image = Image.effect_noise((side, side), 100).convert("RGB") if noise else Image.new("RGB", (side, side), "teal")
+    image.save(path)
+    return SavedPicture(path, "cat", "a cat", side, side, 42, "live")
+
+
+def must_arrive(folder: Path) -> list[Any]:
+    """One event of each kind that is never dropped."""
+    return [
+        CheckpointSaved(5, folder / "checkpoint-5"),
+        PicturesMade(5, (picture(folder),)),
+        RunFailed(6, "the disk is full", 3),
+        RunFinished(7, 12.0),
+    ]
+
+
+def test_a_run_is_told_in_order(tmp_path: Path) -> None:
+    with receiver() as server:
+        sink = make_sink(tmp_path, raw(server.url, auth_token=SecretStr("t0k"), message_prefix="lab"))
+        sink.handle(RunStarted("stars", tmp_path, 100, details={"model": "Tiny"}))
+        sink.handle(PhaseStarted("encoding", 4))
+        sink.handle(PhaseDone("encoding", 1.0, "4 pictures"))
+        for number in range(1, 101):
+            sink.handle(step(number))
+        sink.handle(EvalDone(100, {"held-out": 0.5}, 0.5))
+        sink.handle(CheckpointSaved(100, tmp_path / "checkpoint-100"))
+        sink.handle(PicturesMade(100, (picture(tmp_path),)))
+        sink.handle(RunFinished(100, 3.0))
+        sink.close()
+    types = [event["type"] for event in server.accepted]
+    rest = [kind for kind in types if kind != "training.status"]
+    stages, pictures = ["lifecycle.stage"] * 2, ["training.checkpoint", "validation.image"]
+    assert rest == [*stages, "training.evaluation", *pictures]
+    assert (types[0], types[-1]) == ("training.status", "training.status")
+    curve = [row[0] for event in server.accepted for row in event["data"].get("curve", [])]
+    assert curve == list(range(1, 101)), "the curve is whole, however seldom progress is sent"
+    assert {event["run_name"] for event in server.accepted} == {"stars"}
+    assert {event["prefix"] for event in server.accepted} == {"lab"}
+    assert {event["job_id"] for event in server.accepted} == {"job-1"}
+    assert {headers["X-API-Key"] for headers, _ in server.requests} == {"t0k"}
+    assert len({event["id"] for event in server.accepted}) == len(types)
+    image = next(event for event in server.accepted if event["images"])
+    assert image["images"][0].startswith("data:image/png;base64,")
+    assert image["data"]["pictures"][0]["image"] == 0
+    assert sink.take_notices() == []
+
+
+@pytest.mark.parametrize("behaviour", NAMED)
+def test_what_must_arrive_does_once_the_service_recovers(tmp_path: Path, behaviour: str) -> None:
+    with receiver(behaviour) as server:
+        server.headers = {"Retry-After": "0"} if behaviour == "429" else {"Location": "/elsewhere"}
+        timing = HASTY if behaviour in ("hangs", "drips") else QUICK
+        sink = make_sink(tmp_path, raw(server.url), timing=timing)
+        for event in must_arrive(tmp_path):
+            sink.handle(event)
+        wait_until(lambda: len(server.tries) >= 4)
+        assert server.accepted == []
+        server.behaviour = "ok"
+        wait_until(lambda: len(server.accepted) >= 4)
+        sink.close()
+    titles = [event["title"] for event in server.accepted]
+    assert sorted(titles) == [
+        "checkpoint at step 5",
+        "pictures at step 5",
+        "training failed at step 6",
+        "training is done",
+    ]
+    assert list((tmp_path / "webhooks" / "1-raw").glob("*.json")) == []
+    texts = [notice.text for notice in sink.take_notices()]
+    assert sum("does not work" in text for text in texts) == 1
+    assert sum("works again" in text for text in texts) == 1
+    assert not any(server.url in text for text in texts)
+    assert "/elsewhere" not in {headers.get("path") for headers, _ in server.requests}
+
+
+def test_the_next_process_sends_what_the_last_one_could_not(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        refused = f"http://127.0.0.1:{free.getsockname()[1]}/hook"
+    sink = make_sink(tmp_path, raw(refused))
+    for event in must_arrive(tmp_path):
+        sink.handle(event)
+    sink.close()
+    assert "4 kept in" in sink.take_notices()[-1].text
+    moved = tmp_path.with_name("moved")
+    tmp_path.rename(moved)
+    with receiver() as server:
+        second = make_sink(moved, raw(server.url))
+        wait_until(lambda: len(server.accepted) == 4)
+        second.close()
+        assert make_sink(moved, raw(server.url)).close() is None
+    assert len(server.accepted) == 4
+    assert [len(event["images"]) for event in server.accepted] == [0, 1, 0, 0], "also after the folder was moved"
+
+
+def test_a_lost_answer_gives_the_same_event_a_second_time_under_the_same_id(tmp_path: Path) -> None:
+    with receiver("hangs") as server:
+        sink = make_sink(tmp_path, raw(server.url), timing=HASTY)
+        sink.handle(CheckpointSaved(5, "checkpoint-5"))
+        wait_until(lambda: len(server.requests) >= 2)
+        server.behaviour = "ok"
+        wait_until(lambda: server.accepted)
+        sink.close()
+    assert len({json.loads(body)["id"] for _, body in server.requests}) == 1
+    assert {headers["X-Event-Id"] for headers, _ in server.requests} == {server.accepted[0]["id"]}
+
+
+@pytest.mark.parametrize("behaviour", ["hangs", "drips"])
+def test_handling_an_event_takes_no_time_and_the_end_has_a_deadline(tmp_path: Path, behaviour: str) -> None:
+    with receiver(behaviour) as server:
+        sink = make_sink(tmp_path, raw(server.url), timing=replace(QUICK, drain=0.5))
+        started = time.thread_time()
+        for number in range(1, 2001):
+            sink.handle(step(number, 2000))
+        sink.handle(CheckpointSaved(5, "checkpoint-5"))
+        assert time.thread_time() - started < 0.2, "0.1 ms for an event"
+        wait_until(lambda: server.tries)
+        started = time.perf_counter()
+        sink.close()
+        assert time.perf_counter() - started < 4.0, "neither the deadline of a request, which is 5 s, nor more"
+
+
+def test_a_dead_service_costs_bounded_memory(tmp_path: Path) -> None:
+    with receiver("hangs") as server:
+        sink = make_sink(tmp_path, raw(server.url), timing=replace(QUICK, drain=0.2))
+        outbox = sink._senders[0].outbox
+        for number in range(1, 3000):
+            sink.handle(Notice("warning", "x" * 20_000))
+            sink.handle(step(number, 3000))
+        assert len(outbox) <= 500
+        assert outbox.num_bytes <= 4 << 20
+        assert len(outbox._curve) <= 1000
+        sink.close()
+    assert any("lost" in notice.text for notice in sink.take_notices())
+
+
+def test_pictures_shrink_until_the_service_takes_them(tmp_path: Path) -> None:
+    with receiver() as server:
+        server.max_body = 60_000
+        sink = make_sink(tmp_path, raw(server.url))
+        big = [picture(tmp_path, f"{index}.png", 256, noise=True) for index in range(2)]
+        sink.handle(PicturesMade(1, tuple(big)))
+        sink.handle(PicturesMade(2, tuple(big)))
+        wait_until(lambda: len(server.accepted) == 2)
+        sink.close()
+    first, second = server.accepted
+    assert len(first["images"]) == len(second["images"]) == 2
+    assert first["images"][0].startswith("data:image/jpeg")
+    sizes = [len(body) for _, body in server.requests]
+    assert sizes[-1] <= 60_000
+    assert sum(size > 60_000 for size in sizes) < 5, "what was learnt is kept for the next message"
+
+
+def test_a_picture_that_is_gone_costs_only_itself(tmp_path: Path) -> None:
+    with receiver() as server:
+        sink = make_sink(tmp_path, raw(server.url))
+        kept, gone = picture(tmp_path, "a.png"), picture(tmp_path, "b.png")
+        gone.path.unlink()
+        sink.handle(PicturesMade(1, (gone, kept)))
+        sink.close()
+    assert [facts["image"] for facts in server.accepted[0]["data"]["pictures"]] == [None, 0]
+    assert len(server.accepted[0]["images"]) == 1
+
+
+def test_retry_after_is_kept(tmp_path: Path) -> None:
+    with receiver("429") as server:
+        server.headers = {"Retry-After": "0.6"}
+        sink = make_sink(tmp_path, raw(server.url))
+        sink.handle(CheckpointSaved(5, "checkpoint-5"))
+        wait_until(lambda: len(server.tries) == 2)
+        assert server.tries[1] - server.tries[0] >= 0.6
+        server.behaviour = "ok"
+        sink.close()
+
+
+def test_a_message_that_is_never_accepted_lets_the_others_pass(tmp_path: Path) -> None:
+    with receiver("400") as server:
+        sink = make_sink(tmp_path, raw(server.url))
+        sink.handle(CheckpointSaved(5, "checkpoint-5"))
+        wait_until(lambda: (tmp_path / "webhooks/1-raw/refused").is_dir())
+        server.behaviour = "ok"
+        sink.handle(CheckpointSaved(6, "checkpoint-6"))
+        sink.close()
+    assert [event["data"]["step"] for event in server.accepted] == [6]
+    assert len(list((tmp_path / "webhooks/1-raw/refused").iterdir())) == 1
+    assert any("does not accept" in notice.text for notice in sink.take_notices())
+
+
+def test_one_dead_service_does_not_keep_the_other_waiting(tmp_path: Path) -> None:
+    with receiver("hangs") as dead, receiver() as alive:
+        timing = Timing(Deadlines(30, 30, 30), drain=0.2)
+        sink = make_sink(tmp_path, raw(dead.url), raw(alive.url), timing=timing)
+        for number in range(5):
+            sink.handle(CheckpointSaved(number, "checkpoint"))
+        wait_until(lambda: len(alive.accepted) == 5, seconds=25)
+        sink.close()
+
+
+@pytest.mark.parametrize(
+    ("level", "titles"),
+    [("critical", ["training failed at step 1"]), ("warning", ["warning", "training failed at step 1"])],
+)
+def test_levels_choose(tmp_path: Path, level: str, titles: list[str]) -> None:
+    with receiver() as server:
+        sink = make_sink(tmp_path, raw(server.url, log_level=level))
+        for event in (step(1), PhaseProgress("x", 1), Notice("info", "i"), Notice("warning", "w"), RunFailed(1, "f")):
+            sink.handle(event)
+        sink.close()
+    assert [event["title"] for event in server.accepted] == titles
+
+
+def discord_bodies(server: Receiver) -> list[str]:
+    return [body.decode("utf-8", "replace") for body in server.accepted_bodies]
+
+
+def test_discord_gets_words_and_files(tmp_path: Path) -> None:
+    with receiver() as server:
+        target = Webhook(webhook_type="discord", webhook_url=SecretStr(server.url), message_prefix="lab")
+        sink = make_sink(tmp_path, target, interval=10)
+        sink.handle(RunStarted("stars", tmp_path, 20))
+        sink.handle(PhaseStarted("encoding", 4))
+        for number in range(1, 21):
+            sink.handle(step(number, 20))
+        sink.handle(PicturesMade(20, tuple(picture(tmp_path, f"{index}.png") for index in range(12))))
+        sink.handle(Notice("warning", "@everyone " + "x" * 3000))
+        sink.close()
+    bodies = discord_bodies(server)
+    payloads = [json.loads(body) for body in bodies if body.startswith("{")]
+    texts = [payload["content"] for payload in payloads]
+    assert texts[0].startswith("`(lab)` **training starts**")
+    assert any("step 20 of 20" in text for text in texts)
+    assert not any("encoding" in text for text in texts)
+    assert max(map(len, texts)) == 2000
+    assert {json.dumps(payload["allowed_mentions"]) for payload in payloads} == {'{"parse": []}'}
+    forms = [body for body in bodies if "multipart" not in body and "payload_json" in body]
+    assert [form.count('filename="') for form in forms] == [10, 2]
+    assert 'name="files[9]"; filename="9.png"' in forms[0]
+
+
+def test_a_disk_that_cannot_be_written_costs_no_message_while_the_service_works(tmp_path: Path) -> None:
+    (tmp_path / "webhooks").write_text("in the way")
+    with receiver() as server:
+        sink = make_sink(tmp_path, raw(server.url))
+        sink.handle(CheckpointSaved(5, "checkpoint-5"))
+        sink.handle(CheckpointSaved(6, "checkpoint-6"))
+        sink.close()
+    assert [event["data"]["step"] for event in server.accepted] == [5, 6]
+    (notice,) = sink.take_notices()
+    assert "kept in memory only" in notice.text
+
+
+def test_waiting_takes_no_processor_time(tmp_path: Path) -> None:
+    with receiver("500") as server:
+        sink = make_sink(tmp_path, raw(server.url), timing=Timing(drain=0.1))
+        sink.handle(CheckpointSaved(5, "checkpoint-5"))
+        wait_until(lambda: server.tries)
+        before = time.process_time()
+        time.sleep(1.0)
+        assert time.process_time() - before < 0.3
+        sink.close()
+
+
+def test_addresses_stay_out_of_logs(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """httpx tells the log each URL that it asks for."""
+    caplog.set_level(logging.DEBUG)
+    with receiver() as server:
+        sink = make_sink(tmp_path, raw(f"{server.url}/s3cret?token=s3cret"))
+        sink.handle(CheckpointSaved(5, "checkpoint-5"))
+        sink.close()
+    assert len(server.accepted) == 1
+    assert "s3cret" not in caplog.text
