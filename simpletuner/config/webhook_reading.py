@@ -98,7 +98,8 @@ def _read_target(entry: Any, document: Document, path: tuple[int, ...], reader: 
         return Origin("file", document.file, document.line(*path, *keys)) if is_file else reader.origin
 
     if not isinstance(entry, dict):
-        reader.problems.append(place().problem("is not an object", name, '{"webhook_type": ..., ...}'))
+        which = f"entry {path[0] + 1} is" if path else "is"
+        reader.problems.append(place().problem(f"{which} not an object", KEY, '{"webhook_type": ..., ...}'))
         return None
     infos = webhook_options()
     settings = {key: Setting(key, value, place(key)) for key, value in entry.items() if value not in (None, "")}
