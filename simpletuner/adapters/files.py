@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from simpletuner.adapters.base import MatchCount
 from simpletuner.adapters.formats import encode
-from simpletuner.adapters.lycoris import LycorisAdapter, isolated_lycoris, prefer_bypass, register_network
+from simpletuner.adapters.lycoris import LycorisAdapter, isolated_lycoris, register_network
+from simpletuner.adapters.lycoris_modules import prepare_module
 from simpletuner.adapters.reading import adapter_from_tensors, format_of, read_adapter, read_adapter_file
-from simpletuner.adapters.weights import ALPHA, AdapterWeights
+from simpletuner.adapters.weights import AdapterWeights
 from simpletuner.errors import DataError, Problem
 from simpletuner.models.spec import FamilySpec
 
@@ -40,11 +41,9 @@ def apply_weights(
 ) -> LycorisAdapter:
     """As `apply_adapter_file`, from weights: LyCORIS' modules compute what every algorithm means."""
     network = network_from(weights, denoiser, spec, strength * weights.multiplier, file)
-    if weights.lycoris.get("bypass_mode", True):
-        for module in network.loras:
-            prefer_bypass(module)
-    first = next(iter(weights.modules.values()))
-    register_network(denoiser, network, next(tensor.dtype for name, tensor in first.items() if name != ALPHA))
+    for module in network.loras:
+        prepare_module(module, weights.lycoris.get("bypass_mode", True))
+    register_network(denoiser, network, weights.dtype)
     network.eval().requires_grad_(False)
     return LycorisAdapter(network, weights.lycoris, spec, [MatchCount(Path(file).name, "", len(network.loras))])
 

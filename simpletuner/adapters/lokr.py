@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from lycoris.modules.lokr import LokrModule
@@ -49,6 +49,8 @@ def lokr_delta(module: LokrModule, x: Tensor, scale: float = 1.0) -> Tensor:
     scale = module.scale * scale
     if scale != 1:
         w1 = w1 * scale
+    if isinstance(module.scalar, nn.Parameter):  # use_scalar
+        w1 = w1 * module.scalar
     return module.drop(kron_linear(x, w1.to(x.dtype), *(factor.to(x.dtype) for factor in w2_chain)))
 
 

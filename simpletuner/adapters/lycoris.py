@@ -16,21 +16,22 @@ from torch import Tensor, nn
 
 from simpletuner.adapters.base import ADAPTER_CHILD, Adapter, MatchCount, values_replaced
 from simpletuner.adapters.formats import LYCORIS_PREFIX
+from simpletuner.adapters.layers import layer_class
 from simpletuner.adapters.liveness import require_live
-from simpletuner.adapters.lokr import use_structured_forward
+from simpletuner.adapters.lycoris_modules import is_usable_norm, prepare_module
+from simpletuner.adapters.lycoris_start import start_module
 from simpletuner.adapters.metadata import adapter_metadata
 from simpletuner.adapters.reading import LYCORIS_CONFIG, split_key
 from simpletuner.adapters.targets import LycorisTargets, count_matches, require_matches, resolve_targets
 from simpletuner.adapters.weights import AdapterWeights
 from simpletuner.config.json_reader import Document
-from simpletuner.config.lycoris import check_lycoris
-from simpletuner.errors import ConfigError, Problem
+from simpletuner.config.lycoris import DEFAULT_ALGORITHM, check_lycoris
+from simpletuner.errors import ConfigError, DataError, Problem
 from simpletuner.models.spec import FamilySpec
 from simpletuner.randomness import keyed_seed
 from simpletuner.storage import save_tensors
 
 if TYPE_CHECKING:
-    from lycoris.modules.base import LycorisBaseModule
     from lycoris.wrapper import LycorisNetwork
 
 
@@ -42,15 +43,28 @@ class LycorisAdapter(Adapter):
         lycoris: the configuration as the user wrote it; goes into the file's metadata.
         spec: the family, for the metadata.
         report: adapted layers per entry.
+        paths: LyCORIS' name of a layer -> its path in the denoiser.
     """
 
     file_name = "pytorch_lora_weights.safetensors"
 
-    def __init__(self, network: LycorisNetwork, lycoris: Mapping[str, Any], spec: FamilySpec, report: list[MatchCount]):
+    def __init__(
+        self,
+        network: LycorisNetwork,
+        lycoris: Mapping[str, Any],
+        spec: FamilySpec,
+        report: list[MatchCount],
+        paths: Mapping[str, str] | None = None,
+    ):
         super().__init__(report)
         self.network = network
         self.lycoris = lycoris
         self.spec = spec
+        self.paths = paths or {}
+        # These files hold a difference, whole ranks, or weights that a scalar is multiplied into.
+        self.file_is_exact = set(self.trainable_parameters()) <= set(network.state_dict()) and not lycoris.get(
+            "use_scalar"
+        )
 
     def trainable_parameters(self) -> dict[str, nn.Parameter]:
         """Names are those of the network: `lycoris_layers_0_self_attn_to_q.lokr_w1`."""
@@ -80,6 +94,22 @@ class LycorisAdapter(Adapter):
         finally:
             for module, multiplier in zip(self.network.loras, multipliers, strict=True):
                 module.multiplier = multiplier
+
+    def start_from(self, weights: AdapterWeights, file: str) -> list[str]:
+        """Begin with the weights of a file of the same algorithm; see `Adapter.start_from`."""
+        modules = {self.paths[module.lora_name]: module for module in self.network.loras}
+        strangers = [path for path in weights.modules if path not in modules]
+        if strangers:
+            message = f"adapts {len(strangers)} layers that are not trained here: {', '.join(strangers[:3])}"
+            fix = "name them in apply_preset"
+            raise DataError(Problem(message, key="init_lora", file=file, fix=fix))
+        if weights.multiplier != float(self.lycoris.get("multiplier", 1.0)):
+            message = f"was trained with the multiplier {weights.multiplier:g}"
+            raise DataError(Problem(message, key="init_lora", file=file, fix="set multiplier in lycoris_config.json"))
+        with torch.no_grad():
+            for path, tensors in weights.modules.items():
+                start_module(modules[path], tensors, path, file)
+        return [path for path in modules if path not in weights.modules]
 
     def save(self, path: Path, extra_metadata: Mapping[str, str], state: Mapping[str, Tensor] | None = None) -> None:
         """Write the file that LyCORIS itself would write, plus metadata: its configuration and the ModelSpec header."""
@@ -119,19 +149,18 @@ def attach_lycoris(
     Raises:
         ConfigError: the configuration cannot be used, an entry adapts nothing, or the adapter turns out dead.
     """
-    if problems := check_lycoris(Document(file or LYCORIS_CONFIG, lycoris), spec.adaptable, spec.class_aliases):
+    if problems := check_lycoris(Document(file or LYCORIS_CONFIG, lycoris), spec):
         raise ConfigError(problems)
-    targets = resolve_targets(lycoris, spec, {type(module).__name__ for module in denoiser.modules()})
+    targets = resolve_targets(lycoris, spec, {layer_class(module) for module in denoiser.modules()})
     paths = {f"{LYCORIS_PREFIX}_{name}".replace(".", "_"): name for name, _ in denoiser.named_modules()}
     network = _create_network(denoiser, lycoris, targets, seed, file)
     report = count_matches(denoiser, (paths[module.lora_name] for module in network.loras), targets)
     require_matches(report, denoiser, targets, file)
-    if lycoris.get("bypass_mode", True):
-        for module in network.loras:
-            prefer_bypass(module)
+    for module in network.loras:
+        prepare_module(module, lycoris.get("bypass_mode", True))
     register_network(denoiser, network, dtype)
     require_live(((m.org_module[0], m.org_module[0], m) for m in network.loras), LYCORIS_CONFIG, file)
-    return LycorisAdapter(network, lycoris, spec, report)
+    return LycorisAdapter(network, lycoris, spec, report, paths)
 
 
 def register_network(denoiser: nn.Module, network: LycorisNetwork, dtype: torch.dtype) -> None:
@@ -147,26 +176,6 @@ def register_network(denoiser: nn.Module, network: LycorisNetwork, dtype: torch.
     network.requires_grad_(True)
     network.train()
     denoiser.add_module(ADAPTER_CHILD, network)
-
-
-def prefer_bypass(module: LycorisBaseModule) -> None:
-    """Add the adapter's output to the layer's instead of building a merged weight, where the result is the same.
-
-    It is the same for LoKr, LoHa and LoCon without weight decomposition and rank dropout, which are defined on the
-    merged weight, and not for grouped convolutions. It is faster, and small changes survive in bfloat16, where adding
-    them to a weight first would round them away.
-    """
-    from lycoris.modules.locon import LoConModule
-    from lycoris.modules.loha import LohaModule
-    from lycoris.modules.lokr import LokrModule
-
-    if not isinstance(module, LokrModule | LohaModule | LoConModule) or module.wd or module.rank_dropout:
-        return
-    if getattr(module.org_module[0], "groups", 1) != 1:
-        return
-    module.bypass_mode = True
-    if isinstance(module, LokrModule) and module.module_type == "linear":
-        use_structured_forward(module)
 
 
 @contextmanager
@@ -200,23 +209,38 @@ def _create_network(
     from lycoris.config import PRESET
     from lycoris.wrapper import create_lycoris
 
-    options = {key: value for key, value in lycoris.items() if key != "apply_preset"}
+    options = {key: value for key, value in lycoris.items() if key not in ("apply_preset", "preset")}
+    # The classes that the layers have now: a quantised `Linear` may be a `QLinear`.
+    classes: dict[str, set[str]] = {}
+    for module in denoiser.modules():
+        classes.setdefault(layer_class(module), set()).add(type(module).__name__)
     with isolated_lycoris(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(keyed_seed(seed, "adapter"))
         # create_lycoris overwrites what apply_preset set with a preset of its own unless it is given one by name.
         PRESET["from_config"] = {
             "enable_conv": targets.enable_conv,
-            "target_module": list(targets.classes.values()),
+            "target_module": sorted({now for name in targets.classes.values() for now in classes.get(name, ())}),
             "target_name": list(targets.names),
-            "module_algo_map": targets.module_algo_map,
+            "module_algo_map": {
+                now: settings
+                for name, settings in targets.module_algo_map.items()
+                for now in sorted(classes.get(name, ()))
+            },
             "name_algo_map": targets.name_algo_map,
             "lora_prefix": LYCORIS_PREFIX,
             "use_fnmatch": targets.use_fnmatch,
             "exclude_name": list(targets.exclude),
         }
         try:
-            return create_lycoris(denoiser, **options, preset="from_config")
+            network = create_lycoris(denoiser, **{"algo": DEFAULT_ALGORITHM, **options}, preset="from_config")
         except (TypeError, ValueError, KeyError, NotImplementedError) as error:
             raise ConfigError(
                 Problem(f"LyCORIS refuses this configuration: {error}", key=LYCORIS_CONFIG, file=file)
             ) from error
+    from lycoris.modules.norms import NormModule
+
+    network.loras = [m for m in network.loras if not isinstance(m, NormModule) or is_usable_norm(m)]
+    if lycoris.get("train_norm") and not any(isinstance(module, NormModule) for module in network.loras):
+        message = "none of the layers is a LayerNorm or GroupNorm with weight and bias, and LyCORIS knows no other"
+        raise ConfigError(Problem(message, key="train_norm", file=file, fix="remove it, or name such layers"))
+    return network

@@ -17,7 +17,9 @@ from torch import nn
 
 from simpletuner.adapters.base import MatchCount
 from simpletuner.adapters.layers import is_adaptable, is_linear, layer_class
-from simpletuner.config.lora import ALL_LINEAR, lora_patterns
+from simpletuner.config.lora import ALL_LINEAR, LAYER_CLASSES, lora_patterns
+from simpletuner.config.lycoris import NORMS
+from simpletuner.config.lycoris_presets import with_preset_applied
 from simpletuner.errors import ConfigError, Problem
 from simpletuner.models.spec import FamilySpec
 
@@ -49,14 +51,19 @@ def resolve_targets(lycoris: Mapping[str, Any], spec: FamilySpec, present_classe
     """What the configuration asks for in a denoiser that has `present_classes`.
 
     An alias of the family is used where the denoiser has no class of the name that was written. Without
-    `apply_preset`, all linear and convolutional layers are adapted, as LyCORIS does.
+    `apply_preset`, all linear and convolutional layers are adapted, as LyCORIS does, and with `train_norm` the
+    normalisations that it knows.
+
+    Args:
+        present_classes: names by `layer_class`, which sees through quantisation.
     """
-    preset = lycoris.get("apply_preset") or {}
+    preset = with_preset_applied(lycoris, spec).get("apply_preset") or {}
     module_map = preset.get("module_algo_map", {})
     written = list(dict.fromkeys([*preset.get("target_module", []), *module_map]))
     names = tuple(dict.fromkeys([*preset.get("target_name", []), *preset.get("name_algo_map", {})]))
     if not written and not names:
-        written = [name for name in ("Linear", "Conv1d", "Conv2d", "Conv3d") if name in present_classes]
+        wanted = (*LAYER_CLASSES, *(NORMS if lycoris.get("train_norm") else ()))
+        written = [name for name in wanted if name in present_classes]
 
     def in_denoiser(name: str) -> str:
         return name if name in present_classes else spec.class_aliases.get(name, name)
@@ -78,7 +85,7 @@ def count_matches(denoiser: nn.Module, adapted: Iterable[str], targets: LycorisT
     Args:
         adapted: paths of the adapted layers.
     """
-    class_of = {name: type(module).__name__ for name, module in denoiser.named_modules()}
+    class_of = {name: layer_class(module) for name, module in denoiser.named_modules()}
     counts: Counter[str] = Counter()
     classes_of_pattern: dict[str, set[str]] = {}
     for path in adapted:
@@ -131,7 +138,7 @@ def adaptable_classes(denoiser: nn.Module) -> list[str]:
     found = set()
     for name, module in denoiser.named_modules():
         if name and any(is_adaptable(child) for child in module.modules()):
-            found.add(type(module).__name__)
+            found.add(layer_class(module))
     return sorted(found)
 
 

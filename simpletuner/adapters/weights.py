@@ -69,6 +69,12 @@ class AdapterWeights:
         return self.algorithms == ["lora"] and not any(MID in module for module in self.modules.values())
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights; alpha and switches are no weights."""
+        tensors = (item for module in self.modules.values() for item in module.items())
+        return next(tensor.dtype for name, tensor in tensors if name not in (ALPHA, "on_input"))
+
+    @property
     def ranks(self) -> set[int]:
         """Ranks of the plain LoRA modules."""
         return {rank_of(module) for module in self.modules.values() if DOWN in module}

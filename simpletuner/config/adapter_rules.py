@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from simpletuner.config.draft import Draft
 from simpletuner.config.lora import unknown_targets
+from simpletuner.config.lycoris import useless_settings
 from simpletuner.errors import Problem
 
 # Starts that are a part of the base's weights, so that neither a file nor a magnitude of its own can stand beside them.
@@ -60,5 +61,12 @@ def adapter_keys_have_a_use(draft: Draft) -> Iterator[str]:
         yield f"{draft.origin('lycoris_config')}: lycoris_config: has no use with lora_type standard"
 
 
+def lycoris_settings_have_a_use(draft: Draft) -> Iterator[str]:
+    # A configuration at fault is told as such.
+    if isinstance(draft.lycoris, dict) and not draft.faulty:
+        for line in useless_settings(draft.lycoris):
+            yield f"{draft.config.lycoris_config}: {line}"
+
+
 ADAPTER_RULES = (adapter_has_its_configuration, lora_targets_exist, lora_start_is_one)
-ADAPTER_NOTICES = (adapter_keys_have_a_use,)
+ADAPTER_NOTICES = (adapter_keys_have_a_use, lycoris_settings_have_a_use)

@@ -325,7 +325,7 @@ class _RunReader:
         if document is None:
             return None
         if self.spec:
-            self.problems += check_lycoris(document, self.spec.adaptable, self.spec.class_aliases)
+            self.problems += check_lycoris(document, self.spec)
         return document.value
 
     def read_prompts(self, config: TrainConfig) -> Mapping[str, LibraryPrompt] | None:

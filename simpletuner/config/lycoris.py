@@ -12,22 +12,19 @@ from typing import Any, Protocol
 
 from simpletuner.config.checking import show_value
 from simpletuner.config.json_reader import Document, JsonPath
+from simpletuner.config.lycoris_presets import preset_targets, usable_presets
 from simpletuner.config.names import nearest
 from simpletuner.errors import Problem
 
-ALGORITHMS = ("lokr", "loha", "locon", "lora", "glora", "diag-oft", "boft")
+ALGORITHMS = ("lokr", "loha", "locon", "lora", "glora", "diag-oft", "boft", "full", "dylora", "ia3")
+DEFAULT_ALGORITHM = "lora"  # as in LyCORIS
 UNUSABLE_ALGORITHMS = {
-    "full": "it takes the weights out of the base, which prior preservation needs; model_type full trains all weights",
-    "dylora": "it draws a random rank at each step, so that a saved file cannot be checked against the training output",
-    "ia3": "it replaces the layers in a way that cannot be switched off",
-    "tlora": "it needs the timestep inside each layer",
+    "tlora": "it masks its ranks by the timestep, which LyCORIS keeps in a global variable and its files do not hold",
 }
 
 # Settings of LyCORIS that this program refuses, and why.
 UNUSABLE_KEYS = {
-    "use_scalar": "LyCORIS folds the scalar into the weights of the file, and a resumed run would need it apart",
-    "train_norm": "only linear and convolutional layers are adapted",
-    "preset": "apply_preset says which layers",
+    "train_llm_adapter": "no family that is built has such layers",
     "lora_prefix": "files carry the prefix that LyCORIS loads, lycoris",
 }
 
@@ -37,9 +34,9 @@ NUMBERS = (
 )
 SWITCHES = (
     *("use_tucker", "use_cp", "use_conv_cp", "disable_conv_cp", "decompose_both", "full_matrix"),
-    *("rescaled", "dora_wd", "wd_on_output", "bypass_mode", "unbalanced_factorization"),
+    *("rescaled", "dora_wd", "wd_on_output", "bypass_mode", "unbalanced_factorization", "use_scalar", "train_norm"),
 )
-TOP_LEVEL_KEYS = ("algo", "apply_preset", *NUMBERS, *SWITCHES)
+TOP_LEVEL_KEYS = ("algo", "preset", "apply_preset", *NUMBERS, *SWITCHES)
 NAME_LISTS = ("target_module", "target_name", "exclude_name")
 ALGO_MAPS = ("module_algo_map", "name_algo_map")
 PRESET_KEYS = (*NAME_LISTS, *ALGO_MAPS, "enable_conv", "use_fnmatch")
@@ -47,7 +44,7 @@ PRESET_KEYS = (*NAME_LISTS, *ALGO_MAPS, "enable_conv", "use_fnmatch")
 ENTRY_KEYS = (
     *("algo", "dim", "alpha", "factor", "use_tucker", "decompose_both", "full_matrix", "block_size"),
     *("constraint", "rescaled", "weight_decompose", "wd_on_out", "unbalanced_factorization"),
-    *("rs_lora", "rank_dropout_scale", "train_on_input"),
+    *("rs_lora", "rank_dropout_scale", "train_on_input", "use_scalar"),
 )
 ENTRY_NAMES_FOR = {
     "linear_dim": "dim",
@@ -60,6 +57,43 @@ ENTRY_NAMES_FOR = {
 _TRIED_INDICES = 128
 
 
+_LORA_LIKE = ("lokr", "loha", "locon", "lora")
+# Settings that only some algorithms read; the others are read by all.
+READ_BY: Mapping[str, tuple[str, ...]] = {
+    **dict.fromkeys(("factor", "decompose_both", "full_matrix", "unbalanced_factorization"), ("lokr",)),
+    **dict.fromkeys(("use_tucker", "use_cp", "use_conv_cp", "disable_conv_cp", "dora_wd", "wd_on_output"), _LORA_LIKE),
+    **dict.fromkeys(("constraint", "rescaled"), ("diag-oft", "boft")),
+    **dict.fromkeys(("linear_alpha", "conv_alpha"), (*_LORA_LIKE, "glora", "dylora")),
+    **dict.fromkeys(("linear_dim", "conv_dim"), (*_LORA_LIKE, "glora", "dylora", "diag-oft", "boft")),
+    "use_scalar": (*_LORA_LIKE, "glora"),
+    "dropout": (*_LORA_LIKE, "glora", "diag-oft"),
+    "rank_dropout": (*_LORA_LIKE, "glora", "diag-oft", "full"),
+    "bypass_mode": (*_LORA_LIKE, "glora", "diag-oft", "boft", "full"),
+    "block_size": ("dylora",),
+}
+# What LyCORIS 4.1 does wrong, so that nobody trains with it unknowingly: (setting, algorithms, why).
+FAULTY = (
+    ("rank_dropout", ("glora",), "LyCORIS keeps the ranks that it should drop, and drops the others"),
+    ("bypass_mode", ("full",), "a full difference has no cheaper form to compute with"),
+)
+NORMS = ("LayerNorm", "GroupNorm")
+
+
+class Layers(Protocol):
+    """What a family says of its layers; `models.spec.FamilySpec` has it."""
+
+    @property
+    def title(self) -> str: ...
+    @property
+    def adaptable(self) -> tuple[Adaptable, ...]: ...
+    @property
+    def class_aliases(self) -> Mapping[str, str]: ...
+    @property
+    def target_groups(self) -> Mapping[str, tuple[str, ...]]: ...
+    @property
+    def block_classes(self) -> tuple[str, ...]: ...
+
+
 class Adaptable(Protocol):
     """A class of layers, as `FamilySpec.adaptable` lists them."""
 
@@ -70,7 +104,7 @@ class Adaptable(Protocol):
     def names(self) -> tuple[str, ...]: ...
 
 
-def check_lycoris(document: Document, adaptable: Sequence[Adaptable], aliases: Mapping[str, str]) -> list[Problem]:
+def check_lycoris(document: Document, spec: Layers) -> list[Problem]:
     """Everything that is wrong with a `lycoris_config.json`."""
     lycoris = document.value
     if not isinstance(lycoris, dict):
@@ -87,7 +121,28 @@ def check_lycoris(document: Document, adaptable: Sequence[Adaptable], aliases: M
             problems.append(_problem(document, ("apply_preset", key), message, allowed='["Attention", ...]'))
     for key in ALGO_MAPS:
         problems += _bad_algo_map(document, ("apply_preset", key), preset.get(key, {}))
-    return problems or check_targets(document, adaptable, aliases)
+    if problems:
+        return problems
+    problems = [*_bad_preset(document, lycoris, spec), *_faulty_settings(document, lycoris, spec)]
+    return problems or check_targets(document, spec.adaptable, spec.class_aliases)
+
+
+def algorithms_in(lycoris: Mapping[str, Any]) -> set[str]:
+    """Every algorithm that a configuration uses, also those of single layers."""
+    preset = lycoris.get("apply_preset") or {}
+    entries = [entry for key in ALGO_MAPS for entry in preset.get(key, {}).values()]
+    return {str(settings.get("algo", lycoris.get("algo", DEFAULT_ALGORITHM))) for settings in [lycoris, *entries]}
+
+
+def useless_settings(lycoris: Mapping[str, Any]) -> list[str]:
+    """What no algorithm of the configuration reads, one line each."""
+    used = algorithms_in(lycoris)
+    names = ", ".join(sorted(used))
+    return [
+        f"{key}: has no effect on {names}"
+        for key, value in lycoris.items()
+        if key in READ_BY and value and not used & set(READ_BY[key])
+    ]
 
 
 def check_targets(document: Document, adaptable: Sequence[Adaptable], aliases: Mapping[str, str]) -> list[Problem]:
@@ -158,6 +213,47 @@ def _pattern_problems(
     return [_problem(document, at, f'"{pattern}" matches no module', allowed=known)]
 
 
+def _bad_preset(document: Document, lycoris: Mapping[str, Any], spec: Layers) -> list[Problem]:
+    name = lycoris.get("preset")
+    if name is None:
+        return []
+    if "apply_preset" in lycoris:
+        message = "preset and apply_preset both say which layers"
+        return [_problem(document, ("preset",), message, fix="remove one of them")]
+    try:
+        preset_targets(str(name), spec)
+    except ValueError as error:
+        usable = usable_presets(spec)
+        near = nearest(str(name), usable)
+        fix = f'did you mean "{near}"?' if near else "write apply_preset"
+        message = f'"{name}" cannot be used with {spec.title}: {error}'
+        return [_problem(document, ("preset",), message, ", ".join(usable), fix)]
+    return []
+
+
+def _faulty_settings(document: Document, lycoris: Mapping[str, Any], spec: Layers) -> list[Problem]:
+    used, problems = algorithms_in(lycoris), []
+    for key, algorithms, reason in FAULTY:
+        if lycoris.get(key) and used & set(algorithms):
+            message = f"cannot be used with {', '.join(sorted(used & set(algorithms)))}: {reason}"
+            problems.append(_problem(document, (key,), message, fix="remove it"))
+    if lycoris.get("dora_wd") and lycoris.get("wd_on_output") is False:
+        message = "false cannot be used: LyCORIS reads every weight-decomposed file as one of the output"
+        problems.append(_problem(document, ("wd_on_output",), message, fix="remove it"))
+    block_size = lycoris.get("block_size") or 4
+    if "dylora" in used and lycoris.get("linear_dim", 4) % block_size:
+        message = f"{lycoris.get('linear_dim', 4)} is no multiple of block_size, which is {block_size}"
+        problems.append(_problem(document, ("linear_dim",), message, fix="dylora trains whole blocks of ranks"))
+    if lycoris.get("train_norm"):
+        if lycoris.get("rank_dropout"):
+            message = "cannot be used with train_norm: LyCORIS keeps the rows that it should drop"
+            problems.append(_problem(document, ("rank_dropout",), message, fix="remove one of them"))
+        if not {each.class_name for each in spec.adaptable} & set(NORMS):
+            message = f"{spec.title} has no normalisation that LyCORIS can train: it knows LayerNorm and GroupNorm"
+            problems.append(_problem(document, ("train_norm",), message, fix="remove it"))
+    return problems
+
+
 def _problem(
     document: Document, at: JsonPath, message: str, allowed: str | None = None, fix: str | None = None
 ) -> Problem:
@@ -181,7 +277,7 @@ def _unknown_keys(document: Document, at: JsonPath, settings: Mapping[str, Any],
 
 
 def _bad_algorithm(document: Document, at: JsonPath, settings: Mapping[str, Any]) -> list[Problem]:
-    algo = settings.get("algo", "lokr")
+    algo = settings.get("algo", DEFAULT_ALGORITHM)
     if algo in ALGORITHMS:
         return []
     reason = UNUSABLE_ALGORITHMS.get(str(algo))

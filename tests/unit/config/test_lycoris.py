@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 
 from simpletuner.config.json_reader import parse_json
-from simpletuner.config.lycoris import check_lycoris, module_paths
+from simpletuner.config.lycoris import check_lycoris, module_paths, useless_settings
 from simpletuner.errors import Problem
 
 from .conftest import FAMILY
 
 
 def check(lycoris: Any) -> list[Problem]:
-    return check_lycoris(parse_json(json.dumps(lycoris, indent=1), "l.json"), FAMILY.adaptable, FAMILY.class_aliases)
+    return check_lycoris(parse_json(json.dumps(lycoris, indent=1), "l.json"), FAMILY)
 
 
 def preset(**values: Any) -> dict[str, Any]:
@@ -26,6 +26,9 @@ def preset(**values: Any) -> dict[str, Any]:
     "lycoris",
     [
         {"algo": "lokr"},
+        {"algo": "ia3", "preset": "attn-only"},
+        {"algo": "full", "preset": "unet-transformer-only"},
+        {"algo": "dylora", "linear_dim": 8, "use_scalar": True},
         preset(target_module=["Attention", "FeedForward"], module_algo_map={"FeedForward": {"factor": 8}}),
         preset(target_module=["ToyFeedForward"]),
         preset(target_name=["layers.3.self_attn.to_q", "proj_out"]),
@@ -57,12 +60,22 @@ def test_targets_of_the_family_are_accepted(lycoris: dict[str, Any]) -> None:
         ),
         (preset(module_algo_map={"Attention": 4}), "apply_preset.module_algo_map.Attention", "not a JSON object"),
         ({"algo": "lokrr"}, "algo", 'did you mean "lokr"?'),
-        ({"algo": "dylora"}, "algo", "cannot be trained"),
+        ({"algo": "tlora"}, "algo", "cannot be trained"),
+        ({"algo": "dylora", "linear_dim": 6}, "linear_dim", "no multiple of block_size, which is 4"),
+        ({"algo": "glora", "rank_dropout": 0.1}, "rank_dropout", "keeps the ranks that it should drop"),
+        ({"algo": "loha", "dora_wd": True, "wd_on_output": False}, "wd_on_output", "as one of the output"),
+        ({"algo": "full", "bypass_mode": True}, "bypass_mode", "cannot be used with full"),
+        ({"algo": "lokr", "train_norm": True}, "train_norm", "no normalisation that LyCORIS can train"),
+        ({"algo": "lokr", "preset": "atn-only"}, "preset", 'did you mean "attn-only"?'),
+        ({"algo": "lokr", "preset": "attn-mlp"}, "preset", "this model has no such layers"),
+        ({"algo": "lokr", "preset": "ia3"}, "preset", "layers of Stable Diffusion"),
+        ({"algo": "lokr", "preset": "full", "apply_preset": {}}, "preset", "both say which layers"),
         ({"algo": "lokr", "factr": 4}, "factr", 'did you mean "factor"?'),
         ({"algo": "lokr", "factor": "four"}, "factor", "not a number"),
         ({"algo": "lokr", "linear_dim": 0}, "linear_dim", "at least 1"),
         ({"algo": "lokr", "dora_wd": 1}, "dora_wd", "true or false"),
-        ({"algo": "lokr", "use_scalar": True}, "use_scalar", "cannot be used: LyCORIS folds"),
+        ({"algo": "lokr", "use_scalar": 2}, "use_scalar", "true or false"),
+        ({"algo": "lokr", "lora_prefix": "lora_unet"}, "lora_prefix", "cannot be used: files carry the prefix"),
         ({"apply_preset": []}, "apply_preset", "not a JSON object"),
         ([], None, "not a JSON object"),
     ],
@@ -73,6 +86,13 @@ def test_faults_name_key_line_and_what_could_be_matched(lycoris: Any, key: str |
     assert problem.file == "l.json"
     assert problem.line is not None
     assert words in problem.render()
+
+
+def test_settings_that_nothing_reads_are_told_with_the_algorithms() -> None:
+    lycoris = {"algo": "locon", "linear_dim": 4, "factor": 8, "dora_wd": False, "rescaled": True}
+    assert useless_settings(lycoris) == ["factor: has no effect on locon", "rescaled: has no effect on locon"]
+    mixed = lycoris | preset(module_algo_map={"Attention": {"algo": "lokr"}}) | {"algo": "boft"}
+    assert useless_settings(mixed) == []
 
 
 def test_patterns_are_tried_on_many_blocks() -> None:

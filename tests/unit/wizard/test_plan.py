@@ -73,7 +73,7 @@ def test_full_training_has_no_adapter():
 def test_the_adapter_s_targets_exist_in_every_family(family: str):
     spec = get_spec(family)
     document = Document("lycoris_config.json", lycoris_settings(spec, 16))
-    assert check_lycoris(document, spec.adaptable, spec.class_aliases) == []
+    assert check_lycoris(document, spec) == []
 
 
 def test_editing_is_refused_with_the_reason():

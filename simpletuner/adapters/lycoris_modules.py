@@ -1,0 +1,152 @@
+"""What LyCORIS' modules (4.1) need before they train here.
+
+Some take the layer's weight out of the base, draw from Python's generator, or write a file of another strength than
+they trained with. Each correction says what it corrects; keys and parameters stay LyCORIS' own.
+"""
+
+from __future__ import annotations
+
+from types import MethodType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from simpletuner.adapters.lokr import use_structured_forward
+
+if TYPE_CHECKING:
+    from lycoris.modules.base import LycorisBaseModule
+    from lycoris.modules.dylora import DyLoraModule
+    from lycoris.modules.full import FullModule
+    from lycoris.modules.ia3 import IA3Module
+
+
+def prepare_module(module: LycorisBaseModule, prefers_bypass: bool = True) -> None:
+    """Let a new module train as the others do: the base stays whole, draws can be repeated, the file tells the truth.
+
+    Args:
+        prefers_bypass: the adapter's output is added to the layer's where that is equal in result.
+    """
+    from lycoris.modules.base import LycorisBaseModule
+    from lycoris.modules.dylora import DyLoraModule
+    from lycoris.modules.full import FullModule
+    from lycoris.modules.ia3 import IA3Module
+
+    if isinstance(module, FullModule):
+        _keep_base(module)
+    elif isinstance(module, DyLoraModule):
+        module.forward = MethodType(dylora_forward, module)
+    elif isinstance(module, IA3Module):
+        # Its own `apply_to` does not remember the layer's forward, so that it cannot be switched off.
+        module.apply_to = MethodType(LycorisBaseModule.apply_to, module)
+        module.forward = MethodType(ia3_forward, module)
+    elif prefers_bypass:
+        prefer_bypass(module)
+
+
+def prefer_bypass(module: LycorisBaseModule) -> None:
+    """Add the adapter's output to the layer's instead of building a merged weight, where the result is the same.
+
+    It is the same for LoKr, LoHa, LoCon and GLoRA without weight decomposition and rank dropout, which are defined on
+    the merged weight, and not for grouped convolutions. OFT and BOFT rotate the output: the same only without a bias.
+    It is faster, and small changes survive in bfloat16, where adding them to a weight first would round them away.
+    """
+    from lycoris.modules.boft import ButterflyOFTModule
+    from lycoris.modules.diag_oft import DiagOFTModule
+    from lycoris.modules.glora import GLoRAModule
+    from lycoris.modules.locon import LoConModule
+    from lycoris.modules.loha import LohaModule
+    from lycoris.modules.lokr import LokrModule
+
+    layer: Any = module.org_module[0]
+    if getattr(layer, "groups", 1) != 1 or module.rank_dropout or getattr(module, "wd", False):
+        return
+    if isinstance(module, DiagOFTModule | ButterflyOFTModule):
+        if layer.bias is None and not module.dropout:
+            module.bypass_mode = True
+    elif isinstance(module, LokrModule | LohaModule | LoConModule | GLoRAModule):
+        module.bypass_mode = True
+        if isinstance(module, LokrModule) and module.module_type == "linear":
+            use_structured_forward(module)
+
+
+def is_usable_norm(module: LycorisBaseModule) -> bool:
+    """Whether a module on a normalisation can compute: LyCORIS makes some that fail in their forward pass.
+
+    It knows LayerNorm and GroupNorm with weight and bias; RMSNorm has no place in it.
+    """
+    layer = module.org_module[0]
+    known = isinstance(layer, nn.LayerNorm | nn.GroupNorm)
+    return known and layer.weight is not None and layer.bias is not None
+
+
+def _keep_base(module: FullModule) -> None:
+    """Train the difference from the layer's weight beside it.
+
+    LyCORIS moves the weight into the module: the base is then gone, which prior preservation and saving need, and a
+    second copy stays in main memory.
+    """
+    from lycoris.modules.base import LycorisBaseModule
+
+    module.apply_to = MethodType(LycorisBaseModule.apply_to, module)
+    module.forward = MethodType(full_forward, module)
+    module.custom_state_dict = MethodType(_full_state_dict, module)
+    module._org_weight, module.org_bias = [None], None
+
+
+def full_forward(module: FullModule, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """`W x + D x` with the trained difference D; dropout of whole modules and of rows as LyCORIS has it."""
+    base = module.org_forward(x, *args, **kwargs)
+    if module.module_dropout and module.training and torch.rand(1) < module.module_dropout:
+        return base
+    weight = module.weight.to(x.dtype) * module.multiplier
+    bias = None if module.bias is None else module.bias.to(x.dtype) * module.multiplier
+    if module.rank_dropout and module.training:
+        kept = (torch.rand(module.dim) > module.rank_dropout).to(weight)
+        weight = weight * kept.view(-1, *[1] * (weight.dim() - 1))
+        bias = None if bias is None else bias * kept
+    return base + module.op(x, weight, bias, **module.kw_dict)
+
+
+def _full_state_dict(module: FullModule) -> dict[str, Tensor]:
+    state = {"diff": module.weight}
+    return state if module.bias is None else state | {"diff_b": module.bias}
+
+
+def dylora_forward(module: DyLoraModule, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """A LoRA cut to a rank that is drawn anew in each pass; all of it outside of training.
+
+    DyLoRA (arXiv 2210.07558, section 3): the blocks up to a random one compute, only the last of them learns, and the
+    scale is alpha over the rank in use. LyCORIS divides by the number of blocks, so that its files have another
+    strength than the training, and draws from Python's generator, which neither a resume nor the recomputation of a
+    checkpointed block can repeat; torch's is reseeded for each micro-batch.
+    """
+    base = module.org_forward(x, *args, **kwargs)
+    if module.module_dropout and module.training and torch.rand(1) < module.module_dropout:
+        return base
+    last = int(torch.randint(module.block_count, ())) if module.training else module.block_count - 1
+    learns = module.training
+    downs = [part.detach() if learns else part for part in module.down_list[:last]] + [module.down_list[last]]
+    ups = [part.detach() if learns else part for part in module.up_list[:last]] + [module.up_list[last]]
+    scale = float(module.alpha) / ((last + 1) * module.block_size) * module.multiplier
+    down, up = torch.cat(downs).to(x.dtype), torch.cat(ups, dim=1).to(x.dtype)
+    if module.module_type == "linear":
+        return base + nn.functional.linear(nn.functional.linear(x, down), up) * scale
+    return base + module.op(x, (up @ down).view(module.shape) * scale, None, **module.kw_dict)
+
+
+def ia3_forward(module: IA3Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """The layer with its rows, or its inputs, multiplied by 1 + w; the bias stays.
+
+    Equal to LyCORIS' own forward, which builds the scaled weight; its bypass scales the bias too.
+    """
+    if module.module_dropout and module.training and torch.rand(1) < module.module_dropout:
+        return module.org_forward(x, *args, **kwargs)
+    channels = [1, -1, *[1] * (x.dim() - 2)] if module.module_type.startswith("conv") else [-1]
+    change = module.weight.to(x.dtype).reshape(channels) * module.multiplier
+    if module.train_input:
+        return module.org_forward(x + x * change, *args, **kwargs)
+    output = module.org_forward(x, *args, **kwargs)
+    bias = module.org_module[0].bias
+    linear = output if bias is None else output - bias.to(output.dtype).reshape(channels)
+    return output + linear * change

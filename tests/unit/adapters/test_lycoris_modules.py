@@ -1,0 +1,124 @@
+"""What is corrected in LyCORIS' modules: the base stays, draws can be repeated, other ways to compute are equal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from lycoris.modules.ia3 import IA3Module
+from torch import nn
+
+from simpletuner.adapters.base import base_state_dict
+from simpletuner.adapters.lycoris import attach_lycoris
+from simpletuner.adapters.lycoris_modules import prepare_module
+from simpletuner.errors import ConfigError
+from simpletuner.models.omnigen.spec import OMNIGEN
+from tests.tiny import tiny_omnigen_transformer
+from tests.unit.adapters.conftest import perturb, run_stock
+
+TARGETS = {"apply_preset": {"target_module": ["Attention", "FeedForward"]}}
+ALGORITHMS = ("lokr", "loha", "locon", "glora", "diag-oft", "boft", "full", "dylora", "ia3")
+
+
+def attach(**lycoris: Any):
+    denoiser = tiny_omnigen_transformer()
+    return denoiser, attach_lycoris(denoiser, {"linear_dim": 4} | TARGETS | lycoris, OMNIGEN, torch.float32, 1)
+
+
+@pytest.mark.parametrize("algo", ALGORITHMS)
+def test_the_base_stays_whole_under_every_algorithm(algo: str) -> None:
+    stock = tiny_omnigen_transformer()
+    denoiser, adapter = attach(algo=algo)
+    torch.testing.assert_close(run_stock(denoiser), run_stock(stock), rtol=0, atol=1e-6)
+    perturb(adapter.trainable_parameters())
+    assert (run_stock(denoiser) - run_stock(stock)).abs().max() > 1e-3
+    with adapter.disabled():
+        assert torch.equal(run_stock(denoiser), run_stock(stock))
+    base = base_state_dict(denoiser)
+    assert all(torch.equal(base[name], tensor) for name, tensor in stock.state_dict().items())
+
+
+@pytest.mark.parametrize("algo", ALGORITHMS)
+def test_every_algorithm_learns(algo: str) -> None:
+    """The loss against the output of other weights falls, and the base gets no gradient."""
+    denoiser, adapter = attach(algo=algo)
+    target = run_stock(tiny_omnigen_transformer(seed=7)).detach()
+    optimizer = torch.optim.Adam(adapter.trainable_parameters().values(), lr=2e-2)
+    losses = []
+    for step in range(40):
+        torch.manual_seed(step)
+        loss = (run_stock(denoiser) - target).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        losses.append(float(loss))
+    assert sum(losses[-4:]) < 0.9 * sum(losses[:4])
+    assert not any(p.requires_grad for name, p in denoiser.named_parameters() if not name.startswith("adapter."))
+
+
+def test_dylora_draws_a_rank_in_training_from_the_generator_that_is_reseeded() -> None:
+    denoiser, adapter = attach(algo="dylora", linear_dim=8, block_size=2)
+    perturb(adapter.trainable_parameters())
+    denoiser.train()
+    outputs = []
+    for seed in (0, 0, 1, 2):
+        torch.manual_seed(seed)
+        outputs.append(run_stock(denoiser).detach())
+    assert torch.equal(outputs[0], outputs[1])
+    assert not torch.equal(outputs[0], outputs[2]) or not torch.equal(outputs[0], outputs[3])
+    denoiser.eval()
+    assert torch.equal(run_stock(denoiser), run_stock(denoiser))
+
+
+@pytest.mark.parametrize("on_input", [False, True])
+@pytest.mark.parametrize("make", [lambda: nn.Linear(6, 4), lambda: nn.Conv2d(6, 4, 3, padding=1)])
+def test_scaling_rows_or_inputs_is_equal_to_the_scaled_weight(make, on_input: bool) -> None:
+    torch.manual_seed(0)
+    layer = make()
+    x = torch.randn(2, 6, 5, 5) if isinstance(layer, nn.Conv2d) else torch.randn(2, 3, 6)
+    module = IA3Module("ia3", layer, 0.5, train_on_input=on_input)
+    nn.init.normal_(module.weight)
+    expected = module(x)
+    prepare_module(module)
+    torch.testing.assert_close(module(x), expected, rtol=0, atol=1e-5)
+
+
+def test_a_norm_that_lycoris_cannot_train_is_refused_and_one_that_it_can_is_trained() -> None:
+    class Net(nn.Module):
+        def __init__(self, norm: nn.Module):
+            super().__init__()
+            self.norm, self.proj = norm, nn.Linear(8, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.proj(self.norm(x))
+
+    from dataclasses import replace
+
+    from simpletuner.models.spec import AdaptableModule
+
+    spec = replace(OMNIGEN, adaptable=(AdaptableModule("LayerNorm", ("norm",)), AdaptableModule("Linear", ("proj",))))
+    lycoris = {"algo": "locon", "linear_dim": 2, "train_norm": True}
+    net = Net(nn.LayerNorm(8))
+    adapter = attach_lycoris(net, lycoris, spec, torch.float32, 1)
+    assert {match.entry: match.modules for match in adapter.report} == {"Linear": 1, "LayerNorm": 1}
+    assert {"lycoris_norm.w_norm", "lycoris_norm.b_norm"} < set(adapter.trainable_parameters())
+    x = torch.randn(2, 8)
+    before = net(x)
+    perturb(adapter.trainable_parameters())
+    assert not torch.equal(net(x), before)
+    with adapter.disabled():
+        assert torch.equal(net(x), before)
+    with pytest.raises(ConfigError, match="LyCORIS knows no other"):
+        attach_lycoris(Net(nn.LayerNorm(8, elementwise_affine=False)), lycoris, spec, torch.float32, 1)
+
+
+@pytest.mark.parametrize(
+    ("preset", "modules"), [("attn-only", 8), ("attn-mlp", 12), ("unet-transformer-only", 12), ("full-lin", 18)]
+)
+def test_presets_mean_the_layers_of_the_family(preset: str, modules: int) -> None:
+    denoiser = tiny_omnigen_transformer()
+    lycoris = {"algo": "locon", "linear_dim": 2, "preset": preset}
+    adapter = attach_lycoris(denoiser, lycoris, OMNIGEN, torch.float32, 1)
+    assert sum(match.modules for match in adapter.report) == len(adapter.network.loras)
+    assert len(adapter.network.loras) == modules
