@@ -143,6 +143,7 @@ def generate(
     model_family: Annotated[str | None, typer.Option(help="Of --model, where its folder does not tell.")] = None,
     config: Annotated[Path | None, typer.Option(help="config.json of a run: its model and its validation_*.")] = None,
     adapter: Annotated[Path | None, typer.Option(help="LyCORIS file (.safetensors) to draw with.")] = None,
+    reference: Annotated[list[Path] | None, typer.Option(help="Picture to edit; several times for several.")] = None,
     negative_prompt: Annotated[str | None, typer.Option(help="What guidance leads away from.")] = None,
     width: Annotated[int | None, typer.Option(help="Pixels.", min=8)] = None,
     height: Annotated[int | None, typer.Option(help="Pixels.", min=8)] = None,
@@ -184,6 +185,7 @@ def generate(
         guidance=defaults.guidance if guidance is None else guidance,
         seed=seed,
         count=count,
+        references=tuple(reference or ()),
     )
     for path in generate_pictures(family, drawing, adapter, output, _say_aside):
         print(path)

@@ -7,7 +7,7 @@ imported, so that they show within a second.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -242,9 +242,23 @@ class _RunReader:
         if config.data_backend_config is None:
             folder = self.folders.config_dir or self.folders.working_dir
             updates["data_backend_config"] = folder / DEFAULT_DATA_FILE
+        updates["validation_references"] = self.find_references(
+            config.validation_references, "validation_references", self.origin("validation_references")
+        )
         for key in MODEL_KEYS:
             updates[key] = self.find_model(key, getattr(config, key))
         return config.model_copy(update=updates)
+
+    def find_references(self, names: tuple[str, ...] | None, key: str, origin: Origin) -> tuple[str, ...] | None:
+        """Picture files that a key names, as absolute paths."""
+        if names is None:
+            return None
+        paths = [Path(name).expanduser() for name in names]
+        found = [self.folders.find(path) for path in paths]
+        if self.check_files:
+            missing = [path for path, there in zip(paths, found, strict=True) if there is None]
+            self.problems += [self.folders.missing(path, key, origin, "picture") for path in missing]
+        return tuple(str(there or path) for path, there in zip(paths, found, strict=True))
 
     def find_model(self, key: str, text: str | None) -> str | None:
         """A model's folder as an absolute path; hub ids stay as they are."""
@@ -336,7 +350,12 @@ class _RunReader:
             return None
         prompts, problems = read_prompt_library(document)
         self.problems += problems
-        return prompts
+        found = {}
+        for nickname, prompt in prompts.items():
+            place = Origin("file", document.file, document.line(nickname))
+            references = self.find_references(prompt.references, f"{nickname}.references", place)
+            found[nickname] = replace(prompt, references=references)
+        return found
 
     def read_webhooks(self, config: TrainConfig, environment: Mapping[str, str]) -> Webhooks:
         written, origin = config.webhook_config, self.origin("webhook_config")

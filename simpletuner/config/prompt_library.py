@@ -10,7 +10,7 @@ from typing import Any
 from simpletuner.config.checking import show_value
 from simpletuner.config.json_reader import Document
 from simpletuner.config.names import nearest
-from simpletuner.config.values import read_float, read_int, read_sizes, read_text
+from simpletuner.config.values import read_float, read_int, read_sizes, read_text, read_text_or_list
 from simpletuner.errors import Problem
 
 MAX_NICKNAME = 100
@@ -34,6 +34,7 @@ class LibraryPrompt:
         seed: of the first picture; further ones count up.
         num_images: pictures for each size.
         adapter_strength: multiplies what the adapter adds; 1 is as trained.
+        references: files of the pictures that are edited; empty for none.
     """
 
     prompt: str
@@ -45,6 +46,7 @@ class LibraryPrompt:
     seed: int | None = None
     num_images: int | None = None
     adapter_strength: float | None = None
+    references: tuple[str, ...] | None = None
 
 
 def read_prompt_library(document: Document) -> tuple[Mapping[str, LibraryPrompt], list[Problem]]:
@@ -130,6 +132,7 @@ _FIELDS: Mapping[str, _Field] = {
     "guidance_rescale": (read_float, "0 to 1", lambda number: 0 <= number <= 1),
     "seed": (read_int, "a whole number >= 0", lambda number: number >= 0),
     "num_images": (read_int, "a whole number >= 1", lambda number: number >= 1),
+    "references": (read_text_or_list, "the path of a picture, or a list of paths", _anything),
     "adapter_strength": (read_float, "a number from -10 to 10", lambda number: abs(number) <= 10),
 }
 

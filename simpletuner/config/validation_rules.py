@@ -41,6 +41,23 @@ def pipeline_takes_its_options(draft: Draft) -> Iterator[Problem]:
                 yield Problem(message, key=f"{nickname}.guidance_rescale", file=file, fix="remove it")
 
 
+def references_are_taken(draft: Draft) -> Iterator[Problem]:
+    spec = draft.spec
+    if spec is None:
+        return
+    most = spec.max_references
+    takes = f"at most {most}" if most else "none"
+    asked = draft.config.validation_references or ()
+    if len(asked) > most:
+        message = f"{len(asked)} reference pictures cannot be used: {spec.title} takes {most or 'none'}"
+        yield draft.problem(message, "validation_references", takes, fix="remove the key" if not most else None)
+    for nickname, prompt in (draft.prompt_library or {}).items():
+        if len(prompt.references or ()) > most and draft.config.user_prompt_library is not None:
+            message = f"{len(prompt.references or ())} reference pictures cannot be used: {spec.title} takes {takes}"
+            file = draft.folders.shown(draft.config.user_prompt_library)
+            yield Problem(message, key=f"{nickname}.references", file=file, allowed=takes)
+
+
 def flow_families_keep_their_sampler(draft: Draft) -> Iterator[Problem]:
     spec, name = draft.spec, draft.config.validation_noise_scheduler
     if spec and name and spec.prediction_type == "flow" and "validation_noise_scheduler" not in spec.unusable_options:
@@ -153,6 +170,7 @@ def what_follows_the_eval_loss_has_one(draft: Draft) -> Iterator[Problem]:
 
 VALIDATION_RULES = (
     pipeline_takes_its_options,
+    references_are_taken,
     flow_families_keep_their_sampler,
     library_sizes_fit_the_family,
     adapter_strength_has_an_adapter,

@@ -117,7 +117,8 @@ class ModelFamily(ABC):
         """A diffusers-like pipeline around live weights, for validation and `simpletuner generate`.
 
         Called as `pipeline(prompt=..., negative_prompt=..., height=..., width=..., num_inference_steps=...,
-        guidance_scale=..., generator=..., callback_on_step_end=...)`; returns an object with `.images` (PIL).
+        guidance_scale=..., generator=..., callback_on_step_end=...)`, for families with references also with
+        `references` (per prompt a list of PIL pictures); returns an object with `.images` (PIL).
         """
 
     # ---- defaults a family may override ----------------------------------------------------------------------------

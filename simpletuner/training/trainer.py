@@ -46,6 +46,7 @@ from simpletuner.training.run import Run
 from simpletuner.training.signals import StopRequest
 from simpletuner.training.state import TrainState
 from simpletuner.validation.external import ExternalScript
+from simpletuner.validation.references import read_references, references_of_data
 from simpletuner.validation.validator import Validator
 
 
@@ -126,7 +127,7 @@ def build_run(loaded: LoadedRun, output_dir: Path, bus: EventBus, stop: StopRequ
         ema=EMA(parameters, config.ema_decay, config.ema_update_interval) if config.use_ema else None,
         batches=build_batches(loaded, family, training, sources, sampler, world),
         evaluator=build_evaluator(loaded, family, datasets, sources),
-        validator=build_validator(loaded, family, checkpoints, bus),
+        validator=build_validator(loaded, family, datasets, checkpoints, bus),
         checkpoints=checkpoints,
         bus=bus,
         stop=stop,
@@ -261,7 +262,7 @@ def build_evaluator(
 
 
 def build_validator(
-    loaded: LoadedRun, family: ModelFamily, checkpoints: Checkpoints, bus: EventBus
+    loaded: LoadedRun, family: ModelFamily, datasets: Sequence[Dataset], checkpoints: Checkpoints, bus: EventBus
 ) -> Validator | ExternalScript | None:
     """None where nothing is drawn."""
     config = loaded.config
@@ -277,7 +278,11 @@ def build_validator(
         command = config.validation_external_script
         assert command is not None, "validation_rules.external_script_is_named"
         return ExternalScript(command, facts, checkpoints.newest, checkpoints.output_dir, bus)
-    validator = Validator(config, family, loaded.prompt_library, checkpoints.output_dir, bus)
+    if config.validation_references is not None:
+        references = read_references(config.validation_references, "validation_references")
+    else:
+        references = references_of_data(datasets, config.conditioning_multidataset_sampling == "random")
+    validator = Validator(config, family, loaded.prompt_library, checkpoints.output_dir, bus, references)
     return validator if validator.requests else None
 
 

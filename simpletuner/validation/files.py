@@ -47,7 +47,9 @@ class PictureFiles:
         self._note = {
             "settings": dict(settings),
             "pictures": [
-                [r.shortname, r.prompt, r.width, r.height, r.index, r.seed, asdict(r.settings)] for r in requests
+                [r.shortname, r.prompt, r.width, r.height, r.index, r.seed, asdict(r.settings)]
+                + [each.digest for each in r.references]
+                for r in requests
             ],
         }
 

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from simpletuner.adapters.files import apply_adapter_file
-from simpletuner.errors import DataError, Problem
+from simpletuner.errors import ConfigError, DataError, Problem
 from simpletuner.validation.prompts import DrawSettings, PictureRequest, rounded_sizes
+from simpletuner.validation.references import read_references
 from simpletuner.validation.sampling import batch_size_for, make_pictures
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ class Drawing:
         guidance: classifier-free guidance scale.
         seed: of each prompt's first picture; its further ones count up.
         count: pictures per prompt.
+        references: files of input pictures, for each prompt the same.
     """
 
     prompts: tuple[str, ...]
@@ -39,6 +41,7 @@ class Drawing:
     guidance: float
     seed: int = 42
     count: int = 1
+    references: tuple[Path, ...] = ()
 
 
 def generate_pictures(
@@ -85,9 +88,22 @@ def requests_of(drawing: Drawing, family: ModelFamily, say: Callable[[str], None
     [(height, width)], notices = rounded_sizes([(drawing.height, drawing.width)], spec.size_multiple, spec.max_size)
     for line in notices:
         say(line)
+    if len(drawing.references) > spec.max_references:
+        message = f"{len(drawing.references)} reference pictures are too many for {spec.title}"
+        raise ConfigError(Problem(message, key="--reference", allowed=f"at most {spec.max_references}"))
+    references = read_references(drawing.references, "--reference")
     settings = DrawSettings(drawing.steps, drawing.guidance, drawing.negative_prompt)
     return [
-        PictureRequest(f"picture-{number}", prompt, height, width, drawing.seed + index, settings, index)
+        PictureRequest(
+            f"picture-{number}",
+            prompt,
+            height,
+            width,
+            drawing.seed + index,
+            settings,
+            index,
+            references=references,
+        )
         for number, prompt in enumerate(drawing.prompts)
         for index in range(drawing.count)
     ]

@@ -13,6 +13,7 @@ from simpletuner.config.prompt_library import LibraryPrompt
 from simpletuner.config.values import parse_sizes
 from simpletuner.errors import ConfigError, Problem
 from simpletuner.randomness import keyed_seed
+from simpletuner.validation.references import ReferencePicture, read_references
 
 MAIN_SHORTNAME, UNCONDITIONAL_SHORTNAME = "validation", "unconditional"
 
@@ -61,6 +62,7 @@ class PictureRequest:
         settings: how it is drawn.
         index: counts the pictures of one prompt and size.
         adapter_strength: multiplies what an adapter adds.
+        references: the pictures that are edited.
     """
 
     shortname: str
@@ -71,6 +73,7 @@ class PictureRequest:
     settings: DrawSettings
     index: int = 0
     adapter_strength: float = 1.0
+    references: tuple[ReferencePicture, ...] = ()
 
     @property
     def size_text(self) -> str:
@@ -93,6 +96,7 @@ def requests_from_config(
     size_multiple: int,
     max_size: int | None = None,
     empty_prompt: str = "",
+    references: tuple[ReferencePicture, ...] = (),
 ) -> tuple[list[PictureRequest], list[str]]:
     """Every prompt at every of its sizes, as many times as asked.
 
@@ -102,12 +106,14 @@ def requests_from_config(
         size_multiple: pixels; sides are rounded to it.
         max_size: pixels; largest side that the family takes.
         empty_prompt: what the family calls a caption of nothing.
+        references: input pictures of prompts that name none of their own; the empty one has none.
 
     Returns:
         The requests (none where there is no prompt), and what a person should know of them.
 
     Raises:
         ConfigError: a size that is too large for the family.
+        DataError: a reference cannot be read.
     """
     if config.validation_disable:
         return [], []
@@ -118,7 +124,10 @@ def requests_from_config(
             parse_sizes(prompt.resolution or config.validation_resolution), size_multiple, max_size
         )
         notices += told
-        requests += _requests_of(config, shortname, prompt, sizes)
+        seen = references if shortname != UNCONDITIONAL_SHORTNAME else ()
+        if prompt.references is not None:
+            seen = read_references(prompt.references, f"{shortname}.references")
+        requests += _requests_of(config, shortname, prompt, sizes, seen)
     return requests, list(dict.fromkeys(notices))
 
 
@@ -136,7 +145,11 @@ def all_prompts(
 
 
 def _requests_of(
-    config: Any, shortname: str, prompt: LibraryPrompt, sizes: Sequence[tuple[int, int]]
+    config: Any,
+    shortname: str,
+    prompt: LibraryPrompt,
+    sizes: Sequence[tuple[int, int]],
+    references: tuple[ReferencePicture, ...],
 ) -> Iterator[PictureRequest]:
     """What the prompt itself says comes before what the configuration says."""
     run_seed = config.seed if config.validation_seed is None else config.validation_seed
@@ -152,7 +165,7 @@ def _requests_of(
     for height, width in sizes:
         for index in range(_first(prompt.num_images, config.num_validation_images)):
             yield PictureRequest(
-                shortname, prompt.prompt, height, width, seed + index, settings, index, adapter_strength=strength
+                shortname, prompt.prompt, height, width, seed + index, settings, index, strength, references
             )
 
 

@@ -55,6 +55,8 @@ def make_pictures(
             for chunk in _chunks(list(group), max(1, batch_size)):
                 asked = [requests[index] for index in chunk]
                 arguments = settings.arguments()
+                if any(request.references for request in asked):
+                    arguments["references"] = [[each.image for each in request.references] for request in asked]
                 if watch is not None:
                     arguments["callback_on_step_end"] = watch(asked)
                 images = pipeline(

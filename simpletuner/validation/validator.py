@@ -32,6 +32,7 @@ from simpletuner.validation.files import Kind, PictureFiles
 from simpletuner.validation.isolation import LentVae, undisturbed
 from simpletuner.validation.previews import Previews
 from simpletuner.validation.prompts import PictureRequest, requests_from_config, reseeded
+from simpletuner.validation.references import ReferencePicture
 from simpletuner.validation.sampling import Picture, batch_size_for, make_pictures
 from simpletuner.validation.schedulers import use_scheduler
 
@@ -51,6 +52,7 @@ class Validator:
         config: the validation options, `model_type`, `mixed_precision`.
         prompt_library: nickname -> prompt, or None.
         output_dir: pictures go to `validation_images/` and `benchmarks/base_model/` in it.
+        references: input pictures of prompts that name none of their own.
 
     Attributes:
         requests: the pictures of one validation; empty where no prompt is set.
@@ -67,12 +69,18 @@ class Validator:
         prompt_library: Mapping[str, LibraryPrompt] | None,
         output_dir: Path,
         bus: EventBus,
+        references: tuple[ReferencePicture, ...] = (),
     ):
         self.config = config
         self.family = family
         self.bus = bus
         self.requests, notices = requests_from_config(
-            config, prompt_library, family.spec.size_multiple, family.largest_side(), family.spec.dropped_caption
+            config,
+            prompt_library,
+            family.spec.size_multiple,
+            family.largest_side(),
+            family.spec.dropped_caption,
+            references,
         )
         settings = {
             "model": family.source.model,

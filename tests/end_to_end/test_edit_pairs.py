@@ -139,6 +139,55 @@ def test_one_of_several_references_can_be_drawn(tmp_path: Path, model: Path) -> 
     assert losses[1] == losses[2]
 
 
+def test_validation_edits_the_first_held_out_picture_or_what_is_named(tmp_path: Path, model: Path) -> None:
+    """Base pictures of one prompt, seed and model differ by the reference alone."""
+    drawn = {}
+    for name, options in (
+        ("held out", {}),
+        ("held out again", {}),
+        ("named", {"validation_references": "other/000.png"}),
+        ("none", {"user_prompt_library": "library.json", "validation_prompt": None}),
+    ):
+        folder = tmp_path / name
+        draw_pairs(folder, "pairs", 3, seed=1)
+        draw_pairs(folder, "held-out", 2, seed=2)
+        draw_pictures(folder / "other", 1, seed=9, side=48)
+        (folder / "library.json").write_text(json.dumps({"plain": {"prompt": "turn it green", "references": []}}))
+        data = [*entries("pairs"), *entries("held-out", dataset_type="eval")]
+        validation = {"validation_disable": False, "validation_num_inference_steps": 2, "validation_resolution": "32"}
+        validation |= {"validation_prompt": "turn it green", "max_train_steps": 1} | options
+        write_run(folder, model, data, **{key: value for key, value in validation.items() if value is not None})
+        (path,) = (train_here(folder) / "benchmarks/base_model").glob("*.png")
+        drawn[name] = path.read_bytes()
+    assert drawn["held out"] == drawn["held out again"]
+    assert len(set(drawn.values())) == 3
+
+
+def test_a_model_edits_a_picture_on_the_command_line(tmp_path: Path, model: Path) -> None:
+    draw_pictures(tmp_path / "sources", 2, seed=1, side=40)
+    options = (
+        "--model",
+        str(model),
+        "--model-family",
+        "omnigen",
+        "--prompt",
+        "turn it green",
+        "--width",
+        "32",
+        "--steps",
+        "2",
+    )
+    for index in range(2):
+        result = run_cli(
+            tmp_path, "generate", *options, "--reference", f"sources/{index:03d}.png", "--output", f"{index}.png"
+        )
+        assert result.returncode == 0, result.stderr
+    assert (tmp_path / "0.png").read_bytes() != (tmp_path / "1.png").read_bytes()
+    result = run_cli(tmp_path, "generate", *options, *["--reference", "sources/000.png"] * 4)
+    assert result.returncode == 2
+    assert "4 reference pictures are too many for OmniGen" in result.stderr
+
+
 def test_a_prompt_that_names_a_picture_that_is_not_there_is_explained(tmp_path: Path, model: Path) -> None:
     draw_pairs(tmp_path, "pairs", 2, seed=1)
     for path in (tmp_path / "pairs").glob("*.txt"):

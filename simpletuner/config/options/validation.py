@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from simpletuner.config.options.declare import OptionGroup, option
-from simpletuner.config.values import Bool, FilePath, Float, Int, Sizes, Text
+from simpletuner.config.values import Bool, FilePath, Float, Int, Sizes, Text, TextOrList
 
 
 class ValidationOptions(OptionGroup):
@@ -26,9 +26,14 @@ class ValidationOptions(OptionGroup):
         None,
         help="JSON file of further prompts: nickname -> prompt, or nickname -> object with `prompt` and how it is "
         "drawn (`negative_prompt`, `resolution`, `num_inference_steps`, `guidance`, `guidance_rescale`, `seed`, "
-        "`num_images`, `adapter_strength`). Nicknames become file names.",
+        "`num_images`, `adapter_strength`, `references`). Nicknames become file names.",
         level="basic",
         path="input",
+    )
+    validation_references: TextOrList | None = option(
+        None,
+        help="Pictures that the prompts of validation edit, for families that take references: a path, or a list. "
+        "Unset, and training has reference pictures: those of its first held-out picture, else of its first one.",
     )
     validation_prompt_library: Bool = option(
         False,

@@ -227,3 +227,28 @@ def test_a_prompt_that_the_family_cannot_draw_is_refused_by_its_name(workspace: 
         ("large.resolution", "config/library.json"),
         ("rescaled.guidance_rescale", "config/library.json"),
     }
+
+
+def test_pictures_that_validation_edits_are_there_and_taken(workspace: Workspace) -> None:
+    workspace.config |= {"model_family": "omnigen", "validation_references": ["a.png", "gone.png"]}
+    workspace.put("a.png", "")
+    (problem,) = workspace.fails_written().problems
+    assert problem.key == "validation_references"
+    assert '"gone.png": there is no picture of this name' in problem.message
+    workspace.put("gone.png", "")
+    found = workspace.load_written().config.validation_references
+    assert found == (str(workspace.root / "a.png"), str(workspace.root / "gone.png"))
+    workspace.config["model_family"] = "toy"
+    (problem,) = workspace.fails_written().problems
+    assert "2 reference pictures cannot be used: Toy takes none" in problem.message
+
+
+def test_pictures_of_a_library_are_there_and_taken(workspace: Workspace) -> None:
+    workspace.config |= {"model_family": "omnigen", "user_prompt_library": "library.json"}
+    workspace.put("library.json", {"edit": {"prompt": "turn it green", "references": "a.png"}})
+    (problem,) = workspace.fails_written().problems
+    assert (problem.key, problem.file) == ("edit.references", "library.json")
+    workspace.put("a.png", "")
+    assert workspace.load_written().prompt_library["edit"].references == (str(workspace.root / "a.png"),)
+    workspace.config["model_family"] = "toy"
+    assert workspace.fails_written().problems[0].key == "edit.references"

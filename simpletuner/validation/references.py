@@ -1,0 +1,87 @@
+"""The pictures that validation edits: files that somebody named, or what training shows the model."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from simpletuner.errors import DataError, Problem
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from simpletuner.data.dataset import Dataset
+
+
+@dataclass(frozen=True)
+class ReferencePicture:
+    """An input picture, by its content.
+
+    Args:
+        name: of its file, for reports.
+        digest: sha256 of what is shown.
+    """
+
+    name: str
+    digest: str
+    image: Image = field(compare=False, repr=False)
+
+
+def read_references(paths: Sequence[str | Path], key: str) -> tuple[ReferencePicture, ...]:
+    """Picture files, upright and in sRGB.
+
+    Args:
+        key: names them in errors.
+
+    Raises:
+        DataError: one cannot be read.
+    """
+    from simpletuner.data.transforms import UnusablePicture, load_picture
+
+    pictures = []
+    for path in paths:
+        try:
+            data = Path(path).read_bytes()
+            pictures.append(ReferencePicture(str(path), hashlib.sha256(data).hexdigest(), load_picture(data)))
+        except (OSError, UnusablePicture) as error:
+            message = f"the picture {path} cannot be used: {error}"
+            raise DataError(Problem(message, key=key, fix="name another picture")) from error
+    return tuple(pictures)
+
+
+def references_of_data(datasets: Sequence[Dataset], one_reference: bool = False) -> tuple[ReferencePicture, ...]:
+    """The references of one picture, as they are trained with: the first one that is held out, else the first of all.
+
+    Args:
+        one_reference: the model sees one at a time.
+
+    Raises:
+        DataError: a file has gone or changed since the scan.
+    """
+    with_references = [dataset for dataset in datasets if dataset.references]
+    chosen = sorted(with_references, key=lambda dataset: dataset.kind != "eval")[:1]  # stable: file order within a kind
+    for dataset in chosen:
+        position = min(int(members[0]) for members in dataset.buckets.values())
+        seen = dataset.samples[position].references[: 1 if one_reference else None]
+        folders = {each.id: each for each in dataset.references}
+        return tuple(
+            ReferencePicture(
+                f"{sample.dataset_id}/{sample.path}",
+                hashlib.sha256(f"{sample.digest} {sample.crop} {sample.is_flipped}".encode()).hexdigest(),
+                _to_image(folders[sample.dataset_id].read_pixels(sample)),
+            )
+            for sample in seen
+        )
+    return ()
+
+
+def _to_image(pixels) -> Image:
+    """(3, H, W) in [-1, 1] -> the picture."""
+    import numpy as np
+    from PIL import Image
+
+    values = ((pixels + 1) * 127.5).round().clamp(0, 255).permute(1, 2, 0).numpy()
+    return Image.fromarray(values.astype(np.uint8))
