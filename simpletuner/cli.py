@@ -85,9 +85,10 @@ def train(context: typer.Context) -> None:
 
     loaded = load_arguments(context.args, os.environ, Path.cwd(), say=print)
 
-    from simpletuner.training.preflight import check_model_folder
+    from simpletuner.training.preflight import check_model_folder, check_services
 
     check_model_folder(loaded)
+    check_services(loaded, os.environ, Path.cwd())
 
     from simpletuner.distributed.launcher import is_started_already, launch
     from simpletuner.distributed.layout import layout_of
@@ -306,9 +307,14 @@ def configure(
     config_file = command.run_configure(given, os.environ, Path.cwd(), print)
     if config_file is not None:
         from simpletuner.launch import load_arguments
+        from simpletuner.training.preflight import check_services
+
+        loaded = load_arguments((), os.environ, Path.cwd(), print, config_file)
+        check_services(loaded, os.environ, Path.cwd())
+
         from simpletuner.training.trainer import train as run_training
 
-        run_training(load_arguments((), os.environ, Path.cwd(), print, config_file))
+        run_training(loaded)
 
 
 @app.command(short_help="Look at this machine and installation.")

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Literal
 
 from simpletuner.commands.text import bytes_text
-from simpletuner.config.options import all_options
 from simpletuner.errors import EXIT_CONFIG, EXIT_OK
 from simpletuner.hardware import GIB, Hardware, detect_hardware
+from simpletuner.reporting.trackers.readiness import wandb_problems
 
 State = Literal["ok", "note", "fault"]
 
@@ -227,14 +227,8 @@ def look_at_logins(environment: Mapping[str, str]) -> Iterator[Finding]:
         yield Finding("ok", "hub", f"logged in{at}")
     else:
         yield Finding("ok", "hub", f"not logged in{at}", "for gated models and uploads: hf auth login")
-    if "wandb" not in all_options()["report_to"].choices:
-        return
-    netrc = Path("~/.netrc").expanduser()
-    try:
-        is_known = "api.wandb.ai" in netrc.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        is_known = False
-    if environment.get("WANDB_API_KEY") or is_known:
-        yield Finding("ok", "wandb", "logged in")
-    else:
+    problems = list(wandb_problems(environment, Path.cwd()))
+    if problems:
         yield Finding("ok", "wandb", "not logged in", "where report_to names it: wandb login")
+    else:
+        yield Finding("ok", "wandb", "logged in, or not online")

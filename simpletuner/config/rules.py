@@ -5,6 +5,7 @@ A rule looks at a draft and yields problems. Rules that need the file system are
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 
 from simpletuner.config.adapter_rules import ADAPTER_NOTICES, ADAPTER_RULES
@@ -73,6 +74,18 @@ def trackers_are_not_contradictory(draft: Draft) -> Iterator[Problem]:
     trackers = draft.config.report_to
     if "none" in trackers and len(trackers) > 1:
         yield draft.problem(f"{', '.join(trackers)}: none and another one", "report_to", "none, or the others")
+
+
+def a_custom_tracker_has_its_class(draft: Draft) -> Iterator[Problem]:
+    name, trackers = draft.config.custom_tracker, draft.config.report_to
+    form = "package.module:Class"
+    if "custom-tracker" in trackers and name is None:
+        yield draft.problem("is missing: report_to names custom-tracker", "custom_tracker", form, fix="set it")
+    if name is not None and not {"custom-tracker", "all"} & set(trackers):
+        message = f'"{name}" has no use: report_to does not name custom-tracker'
+        yield draft.problem(message, "custom_tracker", fix='add custom-tracker to "report_to", or remove the key')
+    if name is not None and not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", name):
+        yield draft.problem(f'"{name}" does not name a class', "custom_tracker", form)
 
 
 def alignment_fits_the_family(draft: Draft) -> Iterator[Problem]:
@@ -185,6 +198,7 @@ RULES: tuple[Rule, ...] = (
     regularisation_has_an_adapter,
     a_falling_schedule_falls,
     trackers_are_not_contradictory,
+    a_custom_tracker_has_its_class,
     alignment_fits_the_family,
     validation_sizes_fit_the_family,
     resolution_fits_the_family,

@@ -218,7 +218,12 @@ class RunFailed(Event):
 
 def event_name(event: Event) -> str:
     """`StepDone` -> `step_done`: how records and trackers name an event."""
-    return re.sub(r"(?<!^)(?=[A-Z])", "_", type(event).__name__).lower()
+    return event_name_of(type(event))
+
+
+def event_name_of(kind: type[Event]) -> str:
+    """The name of a kind of event."""
+    return re.sub(r"(?<!^)(?=[A-Z])", "_", kind.__name__).lower()
 
 
 def to_record(event: Event) -> dict[str, Any]:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
+
 from simpletuner.config.loading import LoadedRun
 from simpletuner.errors import ConfigError
 from simpletuner.models.components import ModelSource, check_local_model
 from simpletuner.models.registry import get_spec
+from simpletuner.reporting.trackers.readiness import check_trackers
 
 
 def model_source(loaded: LoadedRun) -> ModelSource:
@@ -32,3 +36,12 @@ def check_model_folder(loaded: LoadedRun) -> None:
     problems = check_local_model(model_source(loaded), get_spec(loaded.config.model_family), file)
     if problems:
         raise ConfigError(problems)
+
+
+def check_services(loaded: LoadedRun, environment: Mapping[str, str], working_dir: Path) -> None:
+    """Raise where a service that the run is to report to cannot work from here.
+
+    Raises:
+        ConfigError: names the service and the remedy.
+    """
+    check_trackers(loaded.config, environment, working_dir)

@@ -9,24 +9,36 @@ from pydantic import BeforeValidator
 from simpletuner.config.options.declare import OptionGroup, option
 from simpletuner.config.values import Bool, Int, SecretJsonOrPath, Text, read_words
 
-TRACKER = "this tracker is not built; tensorboard is, and metrics.jsonl is always written"
+TRACKER = "this tracker is not built in; a custom-tracker of a few lines can serve it, see TRACKERS.md"
 HUB = "uploads are not built"
 
-Tracker = Literal["tensorboard", "none", "wandb", "swanlab", "comet_ml", "simpletuner", "custom-tracker", "all"]
+Tracker = Literal["tensorboard", "wandb", "custom-tracker", "all", "simpletuner", "none", "swanlab", "comet_ml"]
+
+
+def read_trackers(value: Any) -> Any:
+    """Names of trackers, also `custom_tracker`."""
+    return tuple("custom-tracker" if word == "custom_tracker" else word for word in read_words(value))
 
 
 class ReportingOptions(OptionGroup):
     """Reporting"""
 
-    report_to: Annotated[tuple[Tracker, ...], BeforeValidator(read_words)] = option(
+    report_to: Annotated[tuple[Tracker, ...], BeforeValidator(read_trackers)] = option(
         ("none",),
-        help="Trackers, with commas between them. `metrics.jsonl` in `output_dir` is always written.",
+        help="Trackers, with commas between them; `all` is TensorBoard, W&B and a custom one if it is set. "
+        "`metrics.jsonl`, `metrics.csv` and `report.html` in `output_dir` are always written (`simpletuner` means "
+        "just these).",
         level="basic",
-        planned_values=dict.fromkeys(("wandb", "swanlab", "comet_ml", "simpletuner", "custom-tracker", "all"), TRACKER),
+        planned_values=dict.fromkeys(("swanlab", "comet_ml"), TRACKER),
+    )
+    custom_tracker: Text | None = option(
+        None,
+        help="Class of the tracker that `custom-tracker` in `report_to` means, as `package.module:Class`; a module in "
+        "the working folder will do.",
     )
     tracker_run_name: Text | None = option(None, help="Name of this run in trackers. Unset: the name of `output_dir`.")
     tracker_project_name: Text | None = option(
-        None, help="Project of this run in trackers.", planned="TensorBoard has no projects"
+        None, help="Project of this run in W&B and custom trackers. Unset: `simpletuner`. TensorBoard has no projects."
     )
     push_to_hub: Bool = option(False, help="Upload the result to the Hugging Face Hub.", planned=HUB)
     push_checkpoints_to_hub: Bool = option(False, help="Upload each checkpoint.", planned=HUB)

@@ -1,4 +1,4 @@
-"""Where events go: the terminal, `metrics.jsonl`, TensorBoard, webhooks.
+"""Where events go: the terminal, `metrics.jsonl`, `metrics.csv`, trackers, webhooks.
 
 A sink imports its own packages when it needs them.
 """
@@ -10,26 +10,48 @@ from typing import IO, Any
 
 from simpletuner.config.webhooks import Webhooks
 from simpletuner.reporting.bus import Sink
+from simpletuner.reporting.sinks.csv_table import CsvSink
 from simpletuner.reporting.sinks.jsonl import JsonlSink
 from simpletuner.reporting.sinks.tensorboard import TensorBoardSink
 from simpletuner.reporting.sinks.terminal import terminal_sink
+from simpletuner.reporting.trackers.background import TrackerSink
+from simpletuner.reporting.trackers.base import Tracker
+from simpletuner.reporting.trackers.readiness import trackers_of
 
 
 def build_sinks(
     config: Any, output_dir: Path, stream: IO[str] | None = None, webhooks: Webhooks | None = None
 ) -> list[Sink]:
-    """The sinks of a main process: the terminal and `metrics.jsonl` always, trackers as `report_to` asks.
+    """The sinks of a main process: terminal, `metrics.jsonl` and `metrics.csv` always, trackers as `report_to` asks.
 
     Args:
-        config: read is `report_to`, whose names the configuration has checked.
+        config: read are `report_to`, whose names the configuration has checked, `tracker_project_name` and
+            `custom_tracker`.
         stream: where the terminal's lines go; stdout where not given.
         webhooks: services that are told.
     """
-    sinks: list[Sink] = [terminal_sink(stream), JsonlSink(output_dir)]
-    if "tensorboard" in config.report_to:
+    sinks: list[Sink] = [terminal_sink(stream), JsonlSink(output_dir), CsvSink(output_dir)]
+    trackers, project = trackers_of(config), config.tracker_project_name
+    if "tensorboard" in trackers:
         sinks.append(TensorBoardSink(output_dir))
     if webhooks is not None and webhooks.targets:
         from simpletuner.reporting.webhooks.sink import WebhookSink
 
         sinks.append(WebhookSink(webhooks, output_dir))
+    if "wandb" in trackers:
+        sinks.append(TrackerSink("W&B", _wandb_tracker, project))
+    if "custom-tracker" in trackers:
+        sinks.append(TrackerSink(config.custom_tracker, lambda: _custom_tracker(config.custom_tracker), project))
     return sinks
+
+
+def _wandb_tracker() -> Tracker:
+    from simpletuner.reporting.trackers.wandb import WandbTracker
+
+    return WandbTracker()
+
+
+def _custom_tracker(name: str) -> Tracker:
+    from simpletuner.reporting.trackers.custom import load_custom_tracker
+
+    return load_custom_tracker(name)()

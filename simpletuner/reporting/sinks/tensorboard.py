@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from simpletuner.reporting.events import EvalDone, Event, PicturesMade, PicturesScored, RunStarted, StepDone
+from simpletuner.reporting.scalars import picture_name, scalars
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -28,15 +29,12 @@ class TensorBoardSink:
         if isinstance(event, RunStarted):
             self.close()
             self._run = event
-        elif isinstance(event, StepDone):
-            self._add_step(event)
-        elif isinstance(event, EvalDone):
-            self._add_eval(event)
         elif isinstance(event, PicturesMade):
             self._add_pictures(event)
-        elif isinstance(event, PicturesScored):
-            scores = {f"{event.metric}/{name}": score for name, score in event.scores.items()}
-            self._add_scalars({f"{event.metric}/mean": event.mean, **scores}, event.step)
+        elif isinstance(event, StepDone | EvalDone | PicturesScored):
+            self._add_scalars(scalars(event), event.step)
+            if not isinstance(event, StepDone):
+                self.writer().flush()
 
     def close(self) -> None:
         if self._writer is not None:
@@ -57,26 +55,6 @@ class TensorBoardSink:
                 self._writer.add_text("options", f"```json\n{text}\n```", start_step)
         return self._writer
 
-    def _add_step(self, event: StepDone) -> None:
-        scalars = {
-            "train/loss": event.loss,
-            "train/learning_rate": event.learning_rate,
-            "train/grad_norm": event.grad_norm,
-            "train/epoch": event.epoch,
-            "speed/seconds_per_step": event.seconds,
-            "speed/samples_per_second": event.samples / event.seconds if event.seconds > 0 else None,
-            "memory/gb": event.memory_gb,
-            **{f"train/{name}": value for name, value in event.extra.items()},
-        }
-        self._add_scalars({name: value for name, value in scalars.items() if value is not None}, event.step)
-
-    def _add_eval(self, event: EvalDone) -> None:
-        scalars = {f"loss/val/{dataset}": loss for dataset, loss in event.losses.items()}
-        scalars["loss/val/pooled"] = event.pooled
-        scalars |= {f"loss_by_quantile/{quantile:.2f}": loss for quantile, loss in event.per_quantile}
-        self._add_scalars(scalars, event.step)
-        self.writer().flush()
-
     def _add_scalars(self, scalars: Mapping[str, float], step: int) -> None:
         """One record for all of them: a record each would cost a fast step several percent."""
         from tensorboard.compat.proto.summary_pb2 import Summary
@@ -93,6 +71,5 @@ class TensorBoardSink:
         for picture in event.pictures:
             with Image.open(picture.path) as image:
                 pixels = numpy.asarray(image.convert("RGB"))
-            tag = f"{picture.kind}/{picture.shortname}_{picture.width}x{picture.height}"
-            self.writer().add_image(tag, pixels, event.step, dataformats="HWC")
+            self.writer().add_image(picture_name(picture), pixels, event.step, dataformats="HWC")
         self.writer().flush()

@@ -1,0 +1,60 @@
+"""What a dashboard has to do, in four methods: the interface of `custom_tracker`, documented in TRACKERS.md.
+
+A tracker is called from a thread of its own (`background.py`), so it may take its time and may wait for a network:
+training does not wait for it. It gets plain numbers and paths of pictures, and needs to know no event.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from simpletuner.reporting.events import SavedPicture
+
+
+@dataclass(frozen=True)
+class TrackedRun:
+    """The run that a tracker shows.
+
+    Args:
+        name: of the run (`tracker_run_name`, else the name of `output_dir`).
+        project: `tracker_project_name`, None where not set.
+        output_dir: folder of everything that the run writes.
+        start_step: optimizer steps already done; 0 for a new run, more for one that goes on.
+        total_steps: optimizer steps at which the run ends.
+        options: the resolved configuration, secrets left out.
+        details: facts worth a line each (model, device, pictures).
+    """
+
+    name: str
+    project: str | None
+    output_dir: Path
+    start_step: int
+    total_steps: int
+    options: Mapping[str, Any] = field(default_factory=dict)
+    details: Mapping[str, str] = field(default_factory=dict)
+
+
+class Tracker:
+    """Base of trackers; each method does nothing until it is written.
+
+    Whatever a method raises ends the tracker with one warning, and the run goes on without it.
+    """
+
+    def start(self, run: TrackedRun) -> str | None:
+        """The run begins or goes on. A text that is returned is told in the terminal (an address, a folder)."""
+        return None
+
+    def log_scalars(self, scalars: Mapping[str, float], step: int) -> None:
+        """Numbers of optimizer step `step` by name (`train/loss`, `loss/val/pooled`, `speed/seconds_per_step`).
+
+        May be called several times for a step, and never for an earlier one.
+        """
+
+    def log_pictures(self, pictures: Sequence[SavedPicture], step: int) -> None:
+        """Validation pictures, as files that stay where they are."""
+
+    def finish(self, exit_code: int) -> None:
+        """The run ended: 0 as planned, else the exit code of the program. Not called after a failure."""

@@ -1,0 +1,90 @@
+"""Whether the trackers that `report_to` names can work: asked before torch is imported, answered with the remedy.
+
+Nothing is sent. W&B asks for a key in the middle of a run otherwise, or gives up there.
+"""
+
+from __future__ import annotations
+
+import configparser
+import netrc
+from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from simpletuner.errors import ConfigError, Problem
+from simpletuner.reporting.trackers.custom import load_custom_tracker
+
+# W&B's own service has had more than one name; a key for one is good for all.
+WANDB_HOSTS = ("api.wandb.ai", "api.forge.coreweave.com")
+NO_LOGIN_NEEDED = ("offline", "disabled", "dryrun", "shared")
+
+
+def trackers_of(config: Any) -> frozenset[str]:
+    """The trackers that `report_to` means, `all` spelled out."""
+    named = set(config.report_to) - {"none", "simpletuner"}
+    if "all" in named:
+        named = (named - {"all"}) | {"tensorboard", "wandb"} | ({"custom-tracker"} if config.custom_tracker else set())
+    return frozenset(named)
+
+
+def check_trackers(config: Any, environment: Mapping[str, str], working_dir: Path) -> None:
+    """Raise where a tracker cannot work.
+
+    Raises:
+        ConfigError: W&B is not installed or nobody is logged in, or the custom tracker cannot be loaded.
+    """
+    trackers = trackers_of(config)
+    problems = list(wandb_problems(environment, working_dir)) if "wandb" in trackers else []
+    if "custom-tracker" in trackers:
+        try:
+            load_custom_tracker(config.custom_tracker)
+        except ConfigError as error:
+            problems += error.problems
+    if problems:
+        raise ConfigError(problems)
+
+
+def wandb_problems(environment: Mapping[str, str], working_dir: Path) -> Iterator[Problem]:
+    """What keeps W&B from starting, without importing it."""
+    if find_spec("wandb") is None:
+        yield Problem('"wandb" is not installed', key="report_to", fix="pip install wandb")
+        return
+    settings = wandb_settings(working_dir)
+    mode = environment.get("WANDB_MODE") or settings.get("mode") or ("offline" if settings.get("disabled") else "")
+    if mode in NO_LOGIN_NEEDED or environment.get("WANDB_DISABLED", "").lower() in ("true", "1", "yes"):
+        return
+    if any(environment.get(name) for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE")):
+        return
+    base_url = environment.get("WANDB_BASE_URL") or settings.get("base_url") or ""
+    hosts = [urlsplit(base_url).netloc] if base_url else list(WANDB_HOSTS)
+    if not has_netrc_entry(environment, hosts):
+        yield Problem(
+            f'"wandb": nobody is logged in at {hosts[0]}',
+            key="report_to",
+            fix="run: wandb login, or set WANDB_API_KEY; without an account set WANDB_MODE=offline",
+        )
+
+
+def wandb_settings(working_dir: Path) -> dict[str, str]:
+    """What `wandb offline` and the like have written: for the user, and over it for this folder."""
+    parser = configparser.ConfigParser(interpolation=None)
+    files = (Path("~/.config/wandb/settings").expanduser(), working_dir / "wandb" / "settings")
+    try:
+        parser.read(files, encoding="utf-8")
+    except (configparser.Error, UnicodeDecodeError):
+        return {}  # W&B itself will say what is wrong with its file
+    return dict(parser["default"]) if parser.has_section("default") else {}
+
+
+def has_netrc_entry(environment: Mapping[str, str], hosts: list[str]) -> bool:
+    """Whether `wandb login` has kept a key for one of the hosts."""
+    named = environment.get("NETRC")
+    for path in [Path(named)] if named else [Path("~/.netrc"), Path("~/_netrc")]:
+        try:
+            entries = netrc.netrc(str(path.expanduser()))
+        except (OSError, netrc.NetrcParseError):
+            continue
+        return any(host in entries.hosts for host in hosts)
+    return False

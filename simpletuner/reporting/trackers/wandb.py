@@ -1,0 +1,95 @@
+"""Weights & Biases: numbers, pictures and the resolved configuration, online or offline (`WANDB_MODE=offline`).
+
+A run that goes on is the same run there: its id is kept in `output_dir/wandb_run.json`. Steps that are drawn anew after
+a kill are left out, as they have the very numbers that W&B holds already.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from simpletuner import storage
+from simpletuner.errors import DataError
+from simpletuner.reporting.events import SavedPicture
+from simpletuner.reporting.scalars import picture_name
+from simpletuner.reporting.trackers.base import TrackedRun, Tracker
+
+if TYPE_CHECKING:
+    import wandb
+
+RUN_FILE = "wandb_run.json"
+DEFAULT_PROJECT = "simpletuner"
+FINISH_SECONDS = 45.0
+
+
+class WandbTracker(Tracker):
+    """One run of W&B."""
+
+    def __init__(self) -> None:
+        self._run: wandb.Run | None = None
+        self._first_step = 0
+
+    def start(self, run: TrackedRun) -> str:
+        import wandb
+
+        # W&B tells its own mishaps through `logging` and the terminal; ours are told as notices.
+        logging.getLogger("wandb").setLevel(logging.ERROR)
+        settings = wandb.Settings(
+            silent=True,
+            console="off",
+            disable_git=True,
+            save_code=False,
+            # It would hold the command line, and with it whatever secret was given there.
+            x_disable_meta=True,
+            finish_timeout=FINISH_SECONDS,
+        )
+        self._run = wandb.init(
+            project=run.project or DEFAULT_PROJECT,
+            name=run.name,
+            id=run_id(run.output_dir, is_new=run.start_step == 0),
+            resume="allow",
+            dir=run.output_dir,
+            config={**run.options, "run": dict(run.details)},
+            settings=settings,
+        )
+        self._first_step = self._run.step
+        if self._run.settings.mode in ("offline", "dryrun"):
+            return f"offline; to upload it: wandb sync {Path(self._run.dir).parent}"
+        return self._run.url or ""
+
+    def log_scalars(self, scalars: Mapping[str, float], step: int) -> None:
+        assert self._run is not None
+        if step >= self._first_step:
+            self._run.log(dict(scalars), step=step)
+
+    def log_pictures(self, pictures: Sequence[SavedPicture], step: int) -> None:
+        import wandb
+
+        assert self._run is not None
+        if step >= self._first_step:
+            images = {
+                f"pictures/{picture_name(picture)}": wandb.Image(str(picture.path), caption=picture.prompt or None)
+                for picture in pictures
+            }
+            self._run.log(images, step=step)
+
+    def finish(self, exit_code: int) -> None:
+        assert self._run is not None
+        self._run.finish(exit_code=exit_code)
+
+
+def run_id(output_dir: Path, is_new: bool) -> str:
+    """The id of this folder's run in W&B: the one that is kept, or for a new run a new one that is kept from now on."""
+    path = output_dir / RUN_FILE
+    if not is_new and path.is_file():
+        try:
+            return str(storage.read_json(path)["id"])
+        except (DataError, KeyError, TypeError):
+            pass  # a damaged note costs the connection to the old curve only, and a new run is made
+    made = secrets.token_hex(4)
+    storage.write_json(path, {"id": made})
+    return made

@@ -1,0 +1,118 @@
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+
+from simpletuner.reporting.bus import EventBus
+from simpletuner.reporting.events import (
+    Event,
+    Notice,
+    PicturesMade,
+    RunFailed,
+    RunFinished,
+    RunStarted,
+    SavedPicture,
+    StepDone,
+)
+from simpletuner.reporting.trackers import background
+from simpletuner.reporting.trackers.background import TrackerSink
+from simpletuner.reporting.trackers.base import Tracker
+
+
+class Notes:
+    """A sink that keeps what is told."""
+
+    name, failures = "notes", ()
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+
+    def handle(self, event: Event) -> None:
+        if isinstance(event, Notice):
+            self.texts.append(event.text)
+
+    def close(self) -> None:
+        pass
+
+
+class Recorder(Tracker):
+    def __init__(self) -> None:
+        self.calls: list[tuple] = []
+
+    def start(self, run):
+        self.calls.append(("start", run.name, run.project, run.start_step))
+        return "here"
+
+    def log_scalars(self, scalars, step):
+        self.calls.append((step, scalars["train/loss"]))
+
+    def log_pictures(self, pictures, step):
+        self.calls.append((step, *[picture.shortname for picture in pictures]))
+
+    def finish(self, exit_code):
+        self.calls.append(("finish", exit_code))
+
+
+def started(folder: Path, start_step: int = 0) -> RunStarted:
+    return RunStarted("trial", folder, 10, start_step)
+
+
+def step(number: int) -> StepDone:
+    return StepDone(number, 10, number / 10, 1e-4, None, 0.1, 4, 1)
+
+
+def test_a_tracker_gets_everything_in_order(tmp_path: Path):
+    tracker, notes = Recorder(), Notes()
+    picture = SavedPicture(tmp_path / "a.png", "cat", "a cat", 8, 8, 1, "live")
+    with EventBus([notes, TrackerSink("mine", lambda: tracker, "project")]) as bus:
+        for event in (started(tmp_path, 4), step(5), PicturesMade(5, (picture,)), step(6), RunFinished(6, 1.0)):
+            bus.emit(event)
+    assert tracker.calls == [("start", "trial", "project", 4), (5, 0.5), (5, "cat"), (6, 0.6), ("finish", 0)]
+    assert notes.texts == ["mine: here"]
+
+
+def test_a_tracker_learns_how_a_run_failed(tmp_path: Path):
+    for last, exit_code in ((RunFailed(1, "no", 4), 4), (None, 1)):
+        tracker = Recorder()
+        with EventBus([TrackerSink("mine", lambda tracker=tracker: tracker)]) as bus:
+            for event in (started(tmp_path), step(1), last):
+                if event:
+                    bus.emit(event)
+        assert tracker.calls[-1] == ("finish", exit_code)
+
+
+def test_a_tracker_that_breaks_is_told_once_and_the_run_goes_on(tmp_path: Path):
+    class Broken(Recorder):
+        def log_scalars(self, scalars, step):
+            raise ZeroDivisionError("no\nsecond line")
+
+    tracker, notes = Broken(), Notes()
+    sink = TrackerSink("mine", lambda: tracker)
+    with EventBus([notes, sink]) as bus:
+        bus.emit(started(tmp_path))
+        for number in range(1, 50):
+            bus.emit(step(number))
+    assert notes.texts == ["mine: here", "mine stopped working (ZeroDivisionError: no); the run goes on without it"]
+    assert tracker.calls == [("start", "trial", None, 0)]
+
+
+def test_a_tracker_that_hangs_holds_up_neither_steps_nor_the_end_and_fills_no_memory(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(background, "QUEUE_LENGTH", 100)
+    release = threading.Event()
+
+    class Hanging(Recorder):
+        def start(self, run):
+            release.wait(30)
+
+    notes = Notes()
+    sink = TrackerSink("mine", Hanging, drain_seconds=0.2)
+    began = time.monotonic()
+    with EventBus([notes, sink]) as bus:
+        bus.emit(started(tmp_path))
+        for number in range(1, 1001):
+            bus.emit(step(number))
+        assert len(sink._queue) == 100
+    assert time.monotonic() - began < 5
+    release.set()
+    assert notes.texts == ["mine did not end within 0.2 s; metrics.jsonl has everything"]
