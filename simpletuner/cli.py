@@ -278,13 +278,16 @@ def plan(
 @app.command(context_settings=PASS_ON, short_help="Write the configuration, by questions on screens or by options.")
 def configure(
     context: typer.Context,
-    goal: Annotated[str | None, typer.Option(help="subject, style or full.")] = None,
+    goal: Annotated[str | None, typer.Option(help="subject, style, edit or full.")] = None,
     family: Annotated[str | None, typer.Option(help="Model family.")] = None,
     flavour: Annotated[str | None, typer.Option(help="Published checkpoint of the family.")] = None,
     model: Annotated[str | None, typer.Option(help="Model folder or hub id in place of the flavour's.")] = None,
     data: Annotated[str | None, typer.Option(help="Folder with the pictures.")] = None,
     eval_data: Annotated[str | None, typer.Option(help="Folder with pictures that are never trained on.")] = None,
     regularisation_data: Annotated[str | None, typer.Option(help="Folder for prior preservation.")] = None,
+    reference_data: Annotated[
+        str | None, typer.Option(help="Of goal edit: the pictures before the change, each named as the one after.")
+    ] = None,
     captions: Annotated[str | None, typer.Option(help="filename, textfile or instanceprompt.")] = None,
     instance_prompt: Annotated[str | None, typer.Option(help="What the subject is called.")] = None,
     prompt: Annotated[list[str] | None, typer.Option(help="Validation prompt; may be given several times.")] = None,
@@ -301,6 +304,7 @@ def configure(
 
     prompts = tuple(prompt) if prompt else None
     folders = {"data": data, "eval_data": eval_data, "regularisation_data": regularisation_data}
+    folders["reference_data"] = reference_data
     words = {"captions": captions, "instance_prompt": instance_prompt, "prompts": prompts, "output_dir": output_dir}
     chosen = {"goal": goal, "family": family, "flavour": flavour, "model": model, "config": config, "yes": yes}
     given = command.Given(**chosen, **folders, **words, arguments=tuple(context.args))

@@ -15,14 +15,14 @@ from simpletuner.hardware import Hardware
 from simpletuner.models.registry import get_spec
 from simpletuner.models.spec import FamilySpec
 
-Goal = Literal["subject", "style", "full"]
+Goal = Literal["subject", "style", "edit", "full"]
 
 GOALS: Mapping[Goal, str] = {
     "subject": "one person, animal or thing, from a few pictures",
     "style": "a way of drawing or photographing, from captioned pictures",
+    "edit": "a change, from pairs of pictures: before and after it",
     "full": "the whole model, no adapter: many pictures, much memory",
 }
-NO_EDIT = "pairs of pictures (before, after) are not set up here"
 
 
 @dataclass(frozen=True)
@@ -34,12 +34,14 @@ class PictureFacts:
         with_text: usable ones with a text file beside them.
         with_name: usable ones whose file name has words.
         side: median of the side of the square of equal area, in pixels.
+        shapes: every (height, width) that occurs.
     """
 
     usable: int
     with_text: int
     with_name: int
     side: int
+    shapes: frozenset[tuple[int, int]] = frozenset()
 
     @property
     def captions(self) -> str:
@@ -57,6 +59,8 @@ class Answers:
         flavour: of the family; None is its default.
         model: folder or hub id in place of the flavour's.
         pictures: folder to train on, as typed; `eval_pictures` and `regularisation_pictures` likewise, or empty.
+        reference_pictures: folder of what the pictures are made from, to teach an edit; or empty.
+        reference_type: `reference_strict` or `reference_loose`; None is proposed.
         dataset: keys of the first folder's entry that were chosen.
         factor: of LoKr: the larger, the smaller the adapter; None is proposed.
         prompts: drawn while training; None is proposed, () draws nothing.
@@ -72,6 +76,8 @@ class Answers:
     pictures: str = ""
     eval_pictures: str = ""
     regularisation_pictures: str = ""
+    reference_pictures: str = ""
+    reference_type: str | None = None
     dataset: Mapping[str, Any] = field(default_factory=dict)
     factor: int | None = None
     prompts: tuple[str, ...] | None = None
@@ -87,10 +93,8 @@ def read_goal(text: str) -> Goal:
     """A goal by its name.
 
     Raises:
-        ConfigError: it is none, or cannot be taught.
+        ConfigError: it is none.
     """
-    if text == "edit":
-        raise ConfigError(Problem(f'"edit" cannot be chosen: {NO_EDIT}', key="--goal", allowed=", ".join(GOALS)))
     for goal in get_args(Goal):
         if text == goal:
             return goal

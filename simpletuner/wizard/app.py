@@ -28,12 +28,13 @@ from simpletuner.wizard.look import STYLE
 from simpletuner.wizard.pictures import FolderReport, bucket_lines, folder_path, look_at_folder
 from simpletuner.wizard.plan import make_plan
 from simpletuner.wizard.project import Project
-from simpletuner.wizard.questions import Page, Question, Refused, pages
+from simpletuner.wizard.question import Page, Question, Refused
+from simpletuner.wizard.questions import pages
 from simpletuner.wizard.review import Review
 from simpletuner.wizard.thumbnails import thumbnails_text
 
 Outcome = Literal["saved", "start"] | None
-_FOLDERS = ("pictures", "eval_pictures", "regularisation_pictures")
+_FOLDERS = ("pictures", "reference_pictures", "eval_pictures", "regularisation_pictures")
 
 
 # A folder is looked at when its name has stood for so long; how often a scan says how far it is.
@@ -131,6 +132,7 @@ class Wizard(App[Outcome]):
         plan, view = make_plan(self.answers), self.query_one(f"#page-{self.position}")
         self.put(view.query(".intro").first(Static), self.page.intro(self.answers))
         for field in view.query(Field):
+            field.display = field.question.applies(self.answers)
             # Who types is ahead of what was taken from the field so far: it must not be put back.
             if not field.has_class("refused") and not field.input.has_focus:
                 field.show(self.answers, plan)

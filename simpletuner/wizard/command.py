@@ -15,7 +15,7 @@ from simpletuner.errors import ConfigError, Problem
 from simpletuner.hardware import Hardware, detect_hardware
 from simpletuner.launch import chosen_environment, split_arguments
 from simpletuner.models.registry import get_spec
-from simpletuner.wizard.answers import Answers, read_goal
+from simpletuner.wizard.answers import Answers, Goal, read_goal
 from simpletuner.wizard.files import diff_lines, judge, save, start_command, texts_for
 from simpletuner.wizard.project import ANSWERED, Project, open_project, typed_options
 
@@ -38,6 +38,7 @@ class Given:
     data: str | None = None
     eval_data: str | None = None
     regularisation_data: str | None = None
+    reference_data: str | None = None
     captions: str | None = None
     instance_prompt: str | None = None
     prompts: tuple[str, ...] | None = None
@@ -51,7 +52,14 @@ class Given:
         """Whether more than the place of the files was said, so that nothing needs to be asked."""
         _, options = split_arguments(self.arguments)
         answers = (self.goal, self.family, self.flavour, self.model, self.data, self.eval_data, self.captions)
-        more = (self.regularisation_data, self.instance_prompt, self.prompts, self.output_dir, *options)
+        more = (
+            self.regularisation_data,
+            self.reference_data,
+            self.instance_prompt,
+            self.prompts,
+            self.output_dir,
+            *options,
+        )
         return self.yes or any(answer is not None for answer in (*answers, *more))
 
 
@@ -165,6 +173,7 @@ def apply(project: Project, given: Given) -> Answers:
         pictures=pictures,
         eval_pictures=given.eval_data or answers.eval_pictures,
         regularisation_pictures=given.regularisation_data or answers.regularisation_pictures,
+        reference_pictures=_references(goal, given, answers),
         dataset=dataset,
         prompts=given.prompts if given.prompts is not None else answers.prompts,
         options=options,
@@ -176,7 +185,8 @@ def look_at_pictures(project: Project, answers: Answers, say: Callable[[str], No
     from simpletuner.wizard.pictures import folder_path, look_at_folder
 
     seen = dict(answers.seen)
-    for folder in dict.fromkeys((answers.pictures, answers.eval_pictures, answers.regularisation_pictures)):
+    folders = (answers.pictures, answers.reference_pictures, answers.eval_pictures, answers.regularisation_pictures)
+    for folder in dict.fromkeys(folders):
         if folder and folder_path(folder, project.places.working_dir).is_dir():
             report = look_at_folder(folder, project.places.working_dir, cache_dir(project, answers), _no_progress)
             seen[folder] = report.facts
@@ -205,6 +215,21 @@ def _run_options(arguments: Sequence[str]) -> dict[str, Any]:
     if merged.problems or problems:
         raise ConfigError([*merged.problems, *problems])
     return {key: values[key] for key in merged.settings}
+
+
+def _references(goal: Goal, given: Given, answers: Answers) -> str:
+    """Folder of what the pictures are made from.
+
+    Raises:
+        ConfigError: the goal needs one.
+    """
+    references = given.reference_data or answers.reference_pictures
+    if goal == "edit" and not references:
+        message = "is missing: where are the pictures before the change?"
+        raise ConfigError(
+            Problem(message, key="--reference-data", allowed="a folder", fix="each named as the one after")
+        )
+    return references
 
 
 def _has_text_files(folder: str, working_dir: Path) -> bool:

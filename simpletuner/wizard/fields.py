@@ -12,7 +12,7 @@ from textual.widgets import Checkbox, Input, Label, RadioButton, RadioSet, Selec
 
 from simpletuner.wizard.answers import Answers
 from simpletuner.wizard.plan import Plan
-from simpletuner.wizard.questions import Question, shown
+from simpletuner.wizard.question import Question, shown
 
 
 def yes_or_no(value: bool) -> str:

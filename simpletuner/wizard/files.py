@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -38,18 +39,23 @@ _HEADINGS: Mapping[str, tuple[str, ...]] = {
         *("learning_rate", "lr_scheduler", "lr_warmup_steps", "grad_clip_method", "max_grad_norm"),
         *("caption_dropout_probability", "use_ema", "seed"),
     ),
-    "Memory.": ("mixed_precision", "base_model_precision", "gradient_checkpointing"),
+    "Memory.": ("mixed_precision", "base_model_precision", "quantize_via", "gradient_checkpointing"),
     "Pictures that are drawn while training.": (
         *("validation_prompt", "user_prompt_library", "validation_step_interval", "validation_resolution"),
-        *("validation_num_inference_steps", "validation_guidance", "validation_seed"),
+        *("validation_num_inference_steps", "validation_guidance", "validation_seed", "validation_preview"),
     ),
-    "The loss on held-out pictures.": ("eval_steps_interval",),
+    "The loss on held-out pictures.": ("eval_holdout", "eval_steps_interval"),
     "Checkpoints and logs.": (
-        *("checkpoint_step_interval", "checkpoints_total_limit", "resume_from_checkpoint", "report_to"),
-        "tracker_run_name",
+        *("checkpoint_step_interval", "checkpoints_total_limit", "checkpoint_keep_best", "resume_from_checkpoint"),
+        *("report_to", "tracker_run_name"),
+    ),
+    "Who is told, and where the result goes.": (
+        *("webhook_config", "push_to_hub", "hub_model_id", "model_card_private"),
     ),
 }
 _MISSING = object()
+# The value of a key that is a secret, but for the name of a variable that holds it.
+_SECRET = re.compile(r'("(?:webhook_url|callback_url|auth_token)"\s*:\s*")(?!\$\{)[^"]*(")')
 
 
 @dataclass(frozen=True)
@@ -90,13 +96,19 @@ def diff_lines(project: Project, texts: Mapping[Path, str]) -> Iterator[str]:
     """What saving would change, as a unified diff; config.json first."""
     for path, text in sorted(texts.items(), key=lambda item: item[0] != project.places.config):
         before, name = project.texts.get(path), project.places.shown(path)
-        yield from difflib.unified_diff(
+        lines = difflib.unified_diff(
             before.splitlines() if before is not None else [],
             text.splitlines(),
             name if before is not None else "(new file)",
             name,
             lineterm="",
         )
+        yield from map(without_secrets, lines)
+
+
+def without_secrets(line: str) -> str:
+    """A line of a file as it is shown: who has the address of a webhook can post with it."""
+    return _SECRET.sub(r"\1(not shown)\2", line)
 
 
 def judge(project: Project, texts: Mapping[Path, str], answers: Answers) -> Verdict:

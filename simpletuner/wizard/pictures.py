@@ -123,6 +123,7 @@ def _report(folder: str, catalogue: Catalogue, set_aside: SetAside) -> FolderRep
         with_text=int((catalogue.texts >= 0).sum()),
         with_name=int(catalogue.is_named.sum()),
         side=int(np.sqrt(np.median(areas))) if len(areas) else 0,
+        shapes=frozenset((height, width) for height, width, _ in sizes),
     )
     problems = []
     for reason, count in sorted(set_aside.counts.items(), key=lambda item: -item[1]):

@@ -22,7 +22,7 @@ class Plan:
 
     Args:
         config: options of config.json.
-        entries: role (`pictures`, `regularisation`, `eval`) -> entry of the data file.
+        entries: role (`pictures`, `references`, `regularisation`, `eval`) -> entry of the data file.
         lycoris: content of lycoris_config.json, None for full training.
         prompts: nickname -> prompt, of the library; the first prompt is `validation_prompt`.
     """
@@ -66,7 +66,7 @@ def _model_options(answers: Answers) -> dict[str, Any]:
 def _training_options(answers: Answers) -> dict[str, Any]:
     """Data, length, learning and memory; proposals read what was chosen before them."""
     chosen = answers.options
-    options = proposals.memory_options(answers.hardware, answers.goal)
+    options = proposals.memory_options(answers)
     batch = chosen.get("train_batch_size", options["train_batch_size"])
     steps = chosen.get("max_train_steps", proposals.proposed_steps(answers, batch))
     optimizer = chosen.get("optimizer", options["optimizer"])
@@ -90,7 +90,7 @@ def _training_options(answers: Answers) -> dict[str, Any]:
         "resume_from_checkpoint": "latest",
         "report_to": "tensorboard",
     }
-    if answers.eval_pictures:
+    if answers.eval_pictures or chosen.get("eval_holdout"):
         options["eval_steps_interval"] = max(1, steps // 10)
     return options
 
@@ -122,6 +122,17 @@ def _entries(answers: Answers) -> dict[str, dict[str, Any]]:
     if main["caption_strategy"] != "instanceprompt" and "instance_prompt" in main:
         main.setdefault("prepend_instance_prompt", True)
     entries = {"pictures": main}
+    if answers.reference_pictures:
+        entries["references"] = reference = {
+            "id": f"{main['id']}-before",
+            "type": "local",
+            "dataset_type": "conditioning",
+            "conditioning_type": answers.reference_type or proposals.proposed_reference_type(answers),
+            "instance_data_dir": answers.reference_pictures,
+        }
+        others = main.get("conditioning_data") or []
+        others = [others] if isinstance(others, str) else list(others)
+        main["conditioning_data"] = [*others, reference["id"]] if others else reference["id"]
     if answers.regularisation_pictures:
         facts = answers.seen.get(answers.regularisation_pictures)
         entries["regularisation"] = {

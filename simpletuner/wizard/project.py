@@ -22,7 +22,7 @@ from simpletuner.config.values import read_bool
 from simpletuner.errors import ConfigError, Problem
 from simpletuner.hardware import Hardware
 from simpletuner.models.registry import family_names, get_spec
-from simpletuner.wizard.answers import Answers
+from simpletuner.wizard.answers import Answers, Goal
 
 # Options of config.json that the screens ask for; everything else keeps what the file says.
 ASKED = (
@@ -30,7 +30,9 @@ ASKED = (
     *("gradient_accumulation_steps", "optimizer", "learning_rate", "max_train_steps", "num_train_epochs", "use_ema"),
     *("resolution", "resolution_type", "validation_step_interval", "validation_resolution"),
     *("validation_num_inference_steps", "validation_guidance", "output_dir", "report_to", "tracker_run_name"),
-    *("checkpoint_step_interval", "checkpoints_total_limit", "eval_steps_interval"),
+    *("checkpoint_step_interval", "checkpoints_total_limit", "eval_steps_interval", "eval_holdout"),
+    *("checkpoint_keep_best", "validation_preview", "webhook_config", "push_to_hub", "hub_model_id"),
+    "model_card_private",
 )
 # Options that follow from other answers.
 ANSWERED = (
@@ -115,7 +117,9 @@ def typed_options(settings: Mapping[str, Setting]) -> tuple[dict[str, Any], list
     if config is None:
         raise ConfigError(problems)
     values = config.model_dump(mode="json")
-    return values | {"report_to": ",".join(values["report_to"])}, problems
+    # What is secret would come out as stars.
+    as_written = {name: setting.value for name, setting in settings.items() if all_options()[name].is_secret}
+    return values | {"report_to": ",".join(values["report_to"])} | as_written, problems
 
 
 def _new_project(config: Path, working_dir: Path, hardware: Hardware) -> Project:
@@ -175,7 +179,30 @@ def _roles(entries: list[dict[str, Any]]) -> dict[str, int]:
         is_regularisation = _is_true(entry.get("is_regularisation_data"))
         role = "eval" if kind == "eval" else "regularisation" if is_regularisation else "pictures"
         roles.setdefault(role, position)
+    if "pictures" in roles:
+        main = _present(entries[roles["pictures"]])
+        for position, raw in enumerate(entries):
+            if _is_reference(_present(raw), main):
+                roles.setdefault("references", position)
     return roles
+
+
+def _is_reference(entry: Mapping[str, Any], main: Mapping[str, Any]) -> bool:
+    """Whether an entry holds what the pictures of `main` are made from."""
+    if not str(entry.get("conditioning_type", "")).startswith("reference_") or _is_true(entry.get("disabled")):
+        return False
+    return entry.get("id") in _names(main.get("conditioning_data")) or entry.get("source_dataset_id") == main.get("id")
+
+
+def _names(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value] if value else []
+
+
+def _without_reference(main: Mapping[str, Any], reference: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of the pictures' entry, without the name of the entry that `reference_pictures` stands for."""
+    kept = {key: value for key, value in main.items() if key not in ("instance_data_dir", "conditioning_data")}
+    others = [name for name in _names(main.get("conditioning_data")) if name != reference.get("id")]
+    return kept | ({"conditioning_data": others[0] if len(others) == 1 else others} if others else {})
 
 
 def _present(entry: Mapping[str, Any]) -> dict[str, Any]:
@@ -202,7 +229,7 @@ def _answers(
     settings = {key: Setting(key, value, Origin("family")) for key, value in defaults.items()} | dict(settings)
     values, _ = typed_options(settings)
     by_role = {role: _present(entry) for role, entry in zip(roles, entries, strict=True)}
-    main = by_role.get("pictures", {})
+    main, reference = by_role.get("pictures", {}), by_role.get("references", {})
     strategy = main.get("caption_strategy", values["caption_strategy"])
     lycoris, library = (project.document(path) for path in (project.places.lycoris, project.places.prompts))
     prompts = [values["validation_prompt"]] if values["validation_prompt"] else []
@@ -211,18 +238,26 @@ def _answers(
     factor = lycoris.value.get("factor") if lycoris and isinstance(lycoris.value, dict) else None
     return Answers(
         hardware=project.answers.hardware,
-        goal="full" if values["model_type"] == "full" else "subject" if strategy == "instanceprompt" else "style",
+        goal=_goal(values["model_type"], "references" in by_role, strategy),
         family=family,
         flavour=values["model_flavour"],
         model=values["pretrained_model_name_or_path"],
         pictures=str(main.get("instance_data_dir", "")),
         eval_pictures=str(by_role.get("eval", {}).get("instance_data_dir", "")),
         regularisation_pictures=str(by_role.get("regularisation", {}).get("instance_data_dir", "")),
-        dataset={key: value for key, value in main.items() if key != "instance_data_dir"},
+        reference_pictures=str(reference.get("instance_data_dir", "")),
+        reference_type=str(reference["conditioning_type"]) if reference else None,
+        dataset=_without_reference(main, reference),
         factor=factor if isinstance(factor, int) else None,
         prompts=tuple(prompts),
         options={name: values[name] for name in all_options() if _is_kept(name, settings) and name not in ANSWERED},
     )
+
+
+def _goal(model_type: str, has_references: bool, captions: str) -> Goal:
+    if model_type == "full":
+        return "full"
+    return "edit" if has_references else "subject" if captions == "instanceprompt" else "style"
 
 
 def _is_kept(name: str, settings: Mapping[str, Setting]) -> bool:

@@ -10,15 +10,23 @@ from typing import Any
 
 from simpletuner.config.options import all_options
 from simpletuner.config.values import parse_sizes
-from simpletuner.hardware import GIB, Hardware
+from simpletuner.hardware import GIB
 from simpletuner.wizard.answers import Answers, Goal
 
 # Sides that training is proposed at, never above what the family draws by default.
 _SIDES = (1024, 768, 512, 256, 128, 64)
 
 
-def memory_options(hardware: Hardware, goal: Goal) -> dict[str, Any]:
-    """Number formats and batch that a machine takes, from experience with models of a few billion weights."""
+# What training an adapter takes beside the frozen weights, with checkpointing: activations, adapter, the driver.
+BESIDE_WEIGHTS = 4 * GIB
+USABLE = 0.9
+# Formats of the frozen weights by what they keep of the model, and their bits.
+_BASE_FORMATS = (("int8-quanto", 8), ("nf4-bnb", 4), ("int4-quanto", 4))
+
+
+def memory_options(answers: Answers) -> dict[str, Any]:
+    """Number formats and batch that a machine takes, from the weights of the model and what comes beside them."""
+    hardware, goal = answers.hardware, answers.goal
     gib = hardware.device_bytes / GIB
     if hardware.device == "cpu":
         return {
@@ -33,9 +41,36 @@ def memory_options(hardware: Hardware, goal: Goal) -> dict[str, Any]:
         "optimizer": "adamw_bf16",
         "train_batch_size": 1 if gib < 32 or (goal == "full" and gib < 64) else 2 if gib < 64 else 4,
     }
-    if goal != "full" and gib < 15 and "int8-quanto" in all_options()["base_model_precision"].choices:
-        options["base_model_precision"] = "int8-quanto"
+    if goal != "full":
+        options |= base_format(answers)
+    if "base_model_precision" in options and hardware.device == "cuda" and gib < 15:
+        options |= {"optimizer": _if_built("optimizer", "bnb-lion8bit-paged") or options["optimizer"]}
     return options
+
+
+def base_format(answers: Answers) -> dict[str, Any]:
+    """How the frozen weights are kept where they do not fit as they are; empty where they do, or nothing would help.
+
+    Where the weights do not fit even while they are quantised, the processor quantises them.
+    """
+    flavour = answers.spec.flavours[answers.flavour or answers.spec.default_flavour]
+    room = USABLE * answers.hardware.device_bytes - BESIDE_WEIGHTS
+    if flavour.weight_bytes() <= room:
+        return {}
+    built = [(name, bits) for name, bits in _BASE_FORMATS if _if_built("base_model_precision", name)]
+    fitting = [name for name, bits in built if flavour.weight_bytes(bits) <= room]
+    if not built:
+        return {}
+    chosen = fitting[0] if fitting else built[-1][0]
+    return {"base_model_precision": chosen} | ({"quantize_via": "cpu"} if _is_built("quantize_via") else {})
+
+
+def _if_built(option: str, value: str) -> str | None:
+    return value if value in all_options()[option].choices else None
+
+
+def _is_built(option: str) -> bool:
+    return all_options()[option].planned is None
 
 
 def proposed_learning_rate(optimizer: str, goal: Goal) -> float:
@@ -48,9 +83,12 @@ def proposed_learning_rate(optimizer: str, goal: Goal) -> float:
 
 def proposed_steps(answers: Answers, batch: int) -> int:
     """So many passes over the pictures, within limits that hold for few and for many."""
-    passes, least, most = {"subject": (100, 500, 3000), "style": (60, 1500, 6000), "full": (20, 2000, 20000)}[
-        answers.goal
-    ]
+    passes, least, most = {
+        "subject": (100, 500, 3000),
+        "style": (60, 1500, 6000),
+        "edit": (60, 1500, 6000),
+        "full": (20, 2000, 20000),
+    }[answers.goal]
     facts = answers.seen.get(answers.pictures)
     pictures = facts.usable if facts else least * batch // passes
     return min(max(round(pictures * passes / batch / 100) * 100, least), most)
@@ -75,12 +113,20 @@ def proposed_captions(answers: Answers) -> str:
     return "instanceprompt" if answers.goal == "subject" or answers.dataset.get("instance_prompt") else "filename"
 
 
+def proposed_reference_type(answers: Answers) -> str:
+    """Pairs of the same sizes are cut alike; others keep the shape that each has."""
+    after, before = (answers.seen.get(folder) for folder in (answers.pictures, answers.reference_pictures))
+    return "reference_strict" if after and before and after.shapes == before.shapes else "reference_loose"
+
+
 def proposed_prompts(answers: Answers) -> tuple[str, ...]:
     """The subject in some surroundings, and one prompt without it, which shows what else has changed."""
     prompt = answers.dataset.get("instance_prompt") or ""
     name = prompt if isinstance(prompt, str) else prompt[0]
     if answers.goal == "subject" and name:
         return (name, f"{name} on a beach at sunset", f"a pencil drawing of {name}", "a mountain lake in the morning")
+    if answers.goal == "edit":
+        return (name,) if name else ()  # an instruction: nothing can be guessed
     ending = f", {name}" if name else ""
     return tuple(
         f"{scene}{ending}" for scene in ("a portrait of a woman", "a cat on a windowsill", "a street at night")

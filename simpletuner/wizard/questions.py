@@ -1,156 +1,46 @@
-"""What the screens ask, page by page: data, without a word of how it is drawn.
-
-Most questions are options of config.json or keys of a dataset; their help, choices and limits are the declaration's.
-"""
+"""What the screens ask, page by page: data, without a word of how it is drawn."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
 
-from simpletuner.config.checking import check_settings
-from simpletuner.config.datasets import ImageDataset, dataset_options
-from simpletuner.config.json_writer import json_text
-from simpletuner.config.layers import Origin, Setting
-from simpletuner.config.options import OptionInfo, all_options
-from simpletuner.config.reference import shown_default
+from simpletuner.hardware import GIB
 from simpletuner.models.registry import family_names, get_spec
-from simpletuner.wizard.answers import GOALS, NO_EDIT, Answers
+from simpletuner.models.spec import Flavour
+from simpletuner.wizard.answers import GOALS, Answers
 from simpletuner.wizard.plan import Plan
-from simpletuner.wizard.project import typed_options
 from simpletuner.wizard.proposals import proposed_prompts
-
-# Choices that need further keys, which are written by hand.
-_NEED_MORE = ("csv", "parquet", "huggingface", "webshart")
-
-Kind = Literal["list", "choice", "yes_no", "text", "lines", "folder"]
-Choices = Sequence[tuple[str, str]]
-
-
-class Refused(ValueError):
-    """A text that is no answer; the message says why."""
-
-
-@dataclass(frozen=True)
-class Question:
-    """One thing to ask.
-
-    Args:
-        key: unique; of options and dataset keys their name.
-        label: in front of the field.
-        help: one or two sentences.
-        kind: `list` shows all choices with a sentence each, `choice` opens them; `folder` is a text that names one.
-        read: the answer that counts now, given or proposed.
-        write: the answers with a new one, typed; raises `Refused`.
-        choices: (value, words), of `list` and `choice`.
-        facts: allowed values, unit, default: one line.
-    """
-
-    key: str
-    label: str
-    help: str
-    kind: Kind
-    read: Callable[[Answers, Plan], Any]
-    write: Callable[[Answers, Any], Answers]
-    choices: Callable[[Answers], Choices] = lambda answers: ()
-    facts: str = ""
-
-
-@dataclass(frozen=True)
-class Page:
-    """Questions that are asked together. `intro` may need what is known so far."""
-
-    title: str
-    intro: Callable[[Answers], str]
-    questions: tuple[Question, ...]
-
-
-def shown(value: Any) -> str:
-    """A value as text in a field."""
-    if value is None:
-        return ""
-    if isinstance(value, list | tuple):
-        return "\n".join(str(item) for item in value)
-    return value if isinstance(value, str) else json_text(value)
-
-
-# ---- options and dataset keys --------------------------------------------------------------------------------------
-
-
-def option_question(name: str, label: str) -> Question:
-    """Ask for an option of config.json."""
-    info = all_options()[name]
-
-    def write(answers: Answers, text: Any) -> Answers:
-        if text == "" and info.default is None:
-            return replace(answers, options={**answers.options, name: None})
-        values, problems = typed_options({name: Setting(name, text, Origin("default"))})
-        if problems:
-            raise Refused(f"{problems[0].message}; allowed: {problems[0].allowed}")
-        return replace(answers, options={**answers.options, name: values[name]})
-
-    def read(answers: Answers, plan: Plan) -> Any:
-        default = ",".join(info.default) if isinstance(info.default, tuple) else info.default
-        return plan.config.get(name, default)
-
-    return _declared(info, name, label, read, write)
-
-
-def _options(labels: Mapping[str, str]) -> tuple[Question, ...]:
-    return tuple(option_question(name, label) for name, label in labels.items())
-
-
-def dataset_question(name: str, label: str) -> Question:
-    """Ask for a key of the pictures' entry in the data file."""
-    info = dataset_options("image")[name]
-
-    def write(answers: Answers, text: Any) -> Answers:
-        if text == "":
-            return replace(answers, dataset={key: value for key, value in answers.dataset.items() if key != name})
-        settings = {
-            "id": Setting("id", "pictures", Origin("default")),
-            "instance_data_dir": Setting("instance_data_dir", ".", Origin("default")),
-            name: Setting(name, text, Origin("default")),
-        }
-        entry, problems = check_settings(ImageDataset, dataset_options("image"), settings, Origin("default"))
-        if problems or entry is None:
-            raise Refused(f"{problems[0].message}; allowed: {problems[0].allowed}")
-        value = entry.model_dump(mode="json")[name]
-        value = value[0] if isinstance(value, list) and len(value) == 1 else value
-        return replace(answers, dataset={**answers.dataset, name: value})
-
-    def read(answers: Answers, plan: Plan) -> Any:
-        return plan.entries["pictures"].get(name, info.default)
-
-    return _declared(info, name, label, read, write)
-
-
-def _declared(
-    info: OptionInfo,
-    name: str,
-    label: str,
-    read: Callable[[Answers, Plan], Any],
-    write: Callable[[Answers, Any], Answers],
-) -> Question:
-    kind: Kind = "choice" if info.choices else "yes_no" if info.type_name == "true or false" else "text"
-    facts = [f"allowed: {info.allowed}"] if kind == "text" and info.type_name not in ("list", "text") else []
-    facts += [f"in {info.unit}"] if info.unit else []
-    facts += [f"default: {shown_default(info)}"] if info.default not in (None, ..., "") else []
-    choices = tuple((value, value) for value in info.choices if value not in _NEED_MORE)
-    return Question(name, label, info.help, kind, read, write, lambda answers: choices, "; ".join(facts))
-
+from simpletuner.wizard.question import (
+    Choices,
+    Kind,
+    Page,
+    Question,
+    Refused,
+    dataset_question,
+    option_question,
+    option_questions,
+    shown,
+)
 
 # ---- what no option says -------------------------------------------------------------------------------------------
 
 
-def _field_question(key: str, label: str, help: str, kind: Kind = "text", empty: Any = "") -> Question:
+def _field_question(
+    key: str,
+    label: str,
+    help: str,
+    kind: Kind = "text",
+    empty: Any = "",
+    applies: Callable[[Answers], bool] = lambda answers: True,
+) -> Question:
     """A question whose answer is a field of `Answers`."""
 
     def write(answers: Answers, value: Any) -> Answers:
         return replace(answers, **{key: value.strip() or empty})
 
-    return Question(key, label, help, kind, lambda answers, plan: getattr(answers, key), write)
+    return Question(key, label, help, kind, lambda answers, plan: getattr(answers, key), write, applies=applies)
 
 
 def _set_family(answers: Answers, name: str) -> Answers:
@@ -166,7 +56,13 @@ def _family_choices(answers: Answers) -> Choices:
 
 def _flavour_choices(answers: Answers) -> Choices:
     flavours = answers.spec.flavours.values()
-    return [(flavour.name, f"{flavour.name} ({flavour.hub_id}, {flavour.licence})") for flavour in flavours]
+    return [(flavour.name, f"{flavour.name} ({flavour.hub_id}, {_facts_of(flavour)})") for flavour in flavours]
+
+
+def _facts_of(flavour: Flavour) -> str:
+    """Licence, and the memory that an adapter needs at least: of the weights alone."""
+    weights = flavour.weight_bytes() / GIB
+    return f"{flavour.licence}; {weights:.0f} GiB in bf16, {weights / 2:.0f} in int8" if weights else flavour.licence
 
 
 def _set_flavour(answers: Answers, name: str) -> Answers:
@@ -180,6 +76,35 @@ def _set_factor(answers: Answers, text: str) -> Answers:
     return replace(answers, factor=int(text))
 
 
+def _is_edit(answers: Answers) -> bool:
+    return answers.goal == "edit" or bool(answers.reference_pictures)
+
+
+def _is_adapter(answers: Answers) -> bool:
+    return answers.goal != "full"
+
+
+def _read_webhook(answers: Answers, plan: Plan) -> str:
+    """The address, where it is one service; else what `config.json` says."""
+    written = answers.options.get("webhook_config")
+    if isinstance(written, Mapping):
+        return str(written.get("webhook_url") or written.get("callback_url") or "")
+    return shown(written)
+
+
+def _set_webhook(answers: Answers, text: str) -> Answers:
+    """An address by itself says what kind of service it is; anything else is taken as it stands."""
+    text, written = text.strip(), answers.options.get("webhook_config")
+    is_discord = "discord" in text.lower()
+    key, kind = ("webhook_url", "discord") if is_discord else ("callback_url", "raw")
+    value: Any = text or None
+    if text.startswith(("http://", "https://", "${")):
+        named = {"webhook_url", "callback_url", "webhook_type"}
+        others = written.items() if isinstance(written, Mapping) else ()
+        value = {"webhook_type": kind, key: text, **{name: item for name, item in others if name not in named}}
+    return replace(answers, options={**answers.options, "webhook_config": value})
+
+
 def _set_prompts(answers: Answers, text: str) -> Answers:
     return replace(answers, prompts=tuple(dict.fromkeys(line.strip() for line in text.splitlines() if line.strip())))
 
@@ -187,7 +112,7 @@ def _set_prompts(answers: Answers, text: str) -> Answers:
 GOAL = Question(
     "goal",
     "",
-    f"What is proposed on the next pages follows from it. For editing: {NO_EDIT}.",
+    "What is proposed on the next pages follows from it.",
     "list",
     lambda answers, plan: answers.goal,
     lambda answers, value: replace(answers, goal=value),
@@ -218,7 +143,18 @@ FACTOR = Question(
     "text",
     lambda answers, plan: answers.factor or 16,
     _set_factor,
-    facts="allowed: whole number from 1 to 64; full training has no adapter",
+    facts="allowed: whole number from 1 to 64",
+    applies=_is_adapter,
+)
+WEBHOOK = Question(
+    "webhook_config",
+    "Webhook",
+    "Told of progress, checkpoints, pictures and failures: the URL of a Discord webhook or of a service of your own. "
+    "May be empty.",
+    "text",
+    _read_webhook,
+    _set_webhook,
+    facts="${NAME} takes the URL from an environment variable, so that it stands in no file",
 )
 PROMPTS = Question(
     "prompts",
@@ -244,18 +180,34 @@ def pages() -> tuple[Page, ...]:
             lambda answers: "Where are the pictures?",
             (
                 _field_question("pictures", "Pictures", _PICTURES_HELP, "folder"),
+                _field_question("reference_pictures", "Before", _REFERENCES_HELP, "folder", applies=_is_edit),
                 dataset_question("instance_prompt", "Name / prompt"),
                 dataset_question("caption_strategy", "Captions"),
                 option_question("resolution", "Resolution"),
                 dataset_question("crop", "Crop"),
                 dataset_question("repeats", "Repeats"),
                 _field_question("eval_pictures", "Held-out", _EVAL_HELP, "folder"),
-                _field_question("regularisation_pictures", "Regularisation", _REGULARISATION_HELP, "folder"),
+                *option_questions({"eval_holdout": "or a share"}),
+                _field_question(
+                    "regularisation_pictures", "Regularisation", _REGULARISATION_HELP, "folder", applies=_is_adapter
+                ),
             ),
         ),
-        Page("Training", lambda answers: f"This machine: {answers.hardware}", (*_options(_TRAINING), FACTOR)),
-        Page("Validation", lambda answers: "What shall be drawn while it learns?", (PROMPTS, *_options(_VALIDATION))),
-        Page("Tracking", lambda answers: "Where does it go?", _options(_TRACKING)),
+        Page("Training", lambda answers: f"This machine: {answers.hardware}", (*option_questions(_TRAINING), FACTOR)),
+        Page(
+            "Validation",
+            lambda answers: "What shall be drawn while it learns?",
+            (PROMPTS, *option_questions(_VALIDATION)),
+        ),
+        Page(
+            "Tracking",
+            lambda answers: "Where does it go, and who is told?",
+            (
+                *option_questions(_TRACKING),
+                *((WEBHOOK,) if option_questions({WEBHOOK.key: ""}) else ()),
+                *option_questions(_HUB),
+            ),
+        ),
     )
 
 
@@ -267,7 +219,11 @@ _PICTURES_HELP = "Folder with the pictures to learn from; its subfolders count t
 _EVAL_HELP = "Folder with a few pictures that are never trained on: the loss on them says when to stop. May be empty."
 _REGULARISATION_HELP = (
     "Folder with other pictures of the same kind, on which the model is kept as it is (prior preservation). May be "
-    "empty; full training takes none."
+    "empty."
+)
+_REFERENCES_HELP = (
+    "Folder with the pictures before the change; each has the name of the picture after it in the folder above. The "
+    "captions say what is to be changed."
 )
 _TRAINING = {
     "mixed_precision": "Precision",
@@ -285,11 +241,18 @@ _VALIDATION = {
     "validation_resolution": "Size",
     "validation_num_inference_steps": "Sampling steps",
     "validation_guidance": "Guidance",
+    "validation_preview": "Previews",
 }
 _TRACKING = {
     "output_dir": "Output folder",
     "checkpoint_step_interval": "Save every",
     "checkpoints_total_limit": "Checkpoints kept",
+    "checkpoint_keep_best": "Keep the best",
     "report_to": "Tracker",
     "tracker_run_name": "Name of the run",
+}
+_HUB = {
+    "push_to_hub": "Upload to the hub",
+    "hub_model_id": "Name on the hub",
+    "model_card_private": "Private",
 }

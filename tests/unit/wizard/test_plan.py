@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from simpletuner.config.json_reader import Document
 from simpletuner.config.lycoris import check_lycoris
 from simpletuner.errors import ConfigError
+from simpletuner.hardware import GIB, Hardware
 from simpletuner.models.registry import family_names, get_spec
 from simpletuner.wizard.answers import PictureFacts, read_goal
 from simpletuner.wizard.plan import lycoris_settings, make_plan, nicknames
@@ -44,6 +47,41 @@ def test_number_formats_and_batch_follow_the_machine():
     assert large["train_batch_size"] > small["train_batch_size"]
 
 
+def test_a_model_that_does_not_fit_is_quantised(monkeypatch: pytest.MonkeyPatch):
+    """By hand: 3.76e9 weights are 7.0 GiB in 16 bits and 3.5 in 8; 4 GiB come beside them, of 90 % of the card."""
+    monkeypatch.setattr("simpletuner.wizard.proposals._if_built", lambda option, value: value)
+    monkeypatch.setattr("simpletuner.wizard.proposals._is_built", lambda option: True)
+    formats = {}
+    for gib in (6, 8, 10, 12, 16, 24):
+        config = make_plan(answers(hardware=Hardware("cuda", "GPU", gib * GIB, 32 * GIB, 8))).config
+        formats[gib] = (config.get("base_model_precision"), config.get("quantize_via"), config["optimizer"])
+    paged = "bnb-lion8bit-paged"
+    assert formats == {
+        6: ("int4-quanto", "cpu", paged),  # nothing fits: the smallest
+        8: ("nf4-bnb", "cpu", paged),
+        10: ("int8-quanto", "cpu", paged),
+        12: ("int8-quanto", "cpu", paged),
+        16: (None, None, "adamw_bf16"),
+        24: (None, None, "adamw_bf16"),
+    }
+    assert "base_model_precision" not in make_plan(answers(hardware=SMALL_GPU, goal="full")).config
+
+
+def test_pairs_become_two_entries_that_name_each_other():
+    after = PictureFacts(usable=4, with_text=4, with_name=4, side=64, shapes=frozenset({(64, 64)}))
+    given = answers(goal="edit", reference_pictures="before", seen={"pictures": after, "before": after})
+    entries = make_plan(given).entries
+    assert entries["pictures"]["conditioning_data"] == entries["references"]["id"] == "pictures-before"
+    assert entries["references"]["dataset_type"] == "conditioning"
+    assert entries["references"]["instance_data_dir"] == "before"
+    assert entries["references"]["conditioning_type"] == "reference_strict"
+    other = replace(after, shapes=frozenset({(64, 128)}))
+    given = replace(given, seen={"pictures": after, "before": other}, dataset={"conditioning_data": "masks"})
+    entries = make_plan(given).entries
+    assert entries["references"]["conditioning_type"] == "reference_loose"
+    assert entries["pictures"]["conditioning_data"] == ["masks", "pictures-before"]
+
+
 def test_steps_and_resolution_follow_the_pictures():
     config = make_plan(answers(seen={"pictures": FEW})).config
     assert config["max_train_steps"] == 2000  # 100 passes over 20 pictures, one at a time
@@ -76,9 +114,8 @@ def test_the_adapter_s_targets_exist_in_every_family(family: str):
     assert check_lycoris(document, spec) == []
 
 
-def test_editing_is_refused_with_the_reason():
-    with pytest.raises(ConfigError, match="pairs of pictures"):
-        read_goal("edit")
+def test_a_goal_is_one_of_those_there_are():
+    assert read_goal("edit") == "edit"
     with pytest.raises(ConfigError, match="not a goal"):
         read_goal("sbject")
 

@@ -1,0 +1,76 @@
+"""What is asked: only what acts, and only where it has a meaning."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from simpletuner.config.options import all_options
+from simpletuner.wizard.answers import Answers
+from simpletuner.wizard.files import without_secrets
+from simpletuner.wizard.plan import make_plan
+from simpletuner.wizard.question import Question, option_questions
+from simpletuner.wizard.questions import FLAVOUR, WEBHOOK, pages
+from tests.unit.wizard.projects import answers
+
+DISCORD = "https://discord.com/api/webhooks/1/secret"
+
+
+def asked(given: Answers) -> set[str]:
+    return {question.key for page in pages() for question in page.questions if question.applies(given)}
+
+
+def test_an_option_that_does_not_act_is_not_asked_for():
+    planned = {name for name, info in all_options().items() if info.planned}
+    assert planned
+    assert not planned & asked(answers())
+    assert option_questions(dict.fromkeys(planned, "")) == ()
+
+
+def test_what_another_answer_rules_out_is_not_asked_for():
+    assert {"factor", "regularisation_pictures"} <= asked(answers())
+    assert not {"factor", "regularisation_pictures"} & asked(answers(goal="full"))
+    assert "reference_pictures" not in asked(answers())
+    assert "reference_pictures" in asked(answers(goal="edit"))
+
+
+def test_a_flavour_says_what_it_takes():
+    [(name, words)] = FLAVOUR.choices(answers())
+    assert name == "v1"
+    assert "Shitao/OmniGen-v1-diffusers, MIT; 7 GiB in bf16, 4 in int8" in words
+
+
+def told(question: Question) -> Callable[..., Answers]:
+    return lambda text, given=None: question.write(given or answers(), text)
+
+
+@pytest.mark.parametrize(
+    ("text", "written"),
+    [
+        (DISCORD, {"webhook_type": "discord", "webhook_url": DISCORD}),
+        ("http://localhost:8001/x", {"webhook_type": "raw", "callback_url": "http://localhost:8001/x"}),
+        ("${MY_DISCORD}", {"webhook_type": "discord", "webhook_url": "${MY_DISCORD}"}),
+        ("config/webhook.json", "config/webhook.json"),
+        ("", None),
+    ],
+)
+def test_the_address_of_a_webhook_says_what_it_is(text: str, written: object):
+    given = told(WEBHOOK)(text)
+    assert given.options["webhook_config"] == written
+    assert WEBHOOK.read(given, make_plan(given)) == text
+
+
+def test_another_address_keeps_what_else_was_said_of_a_webhook():
+    before = {"webhook_type": "discord", "webhook_url": DISCORD, "message_prefix": "luna"}
+    given = told(WEBHOOK)("https://example.org/hook", answers(options={"webhook_config": before}))
+    assert given.options["webhook_config"] == {
+        "webhook_type": "raw",
+        "callback_url": "https://example.org/hook",
+        "message_prefix": "luna",
+    }
+
+
+def test_an_address_is_not_shown():
+    assert without_secrets(f'+    "webhook_url": "{DISCORD}",') == '+    "webhook_url": "(not shown)",'
+    assert without_secrets('+    "auth_token": "${TOKEN}",') == '+    "auth_token": "${TOKEN}",'
