@@ -25,6 +25,7 @@ def new_folder(folder: Path) -> Path:
     draw_pictures(folder / "pictures", 4, seed=1)
     draw_pictures(folder / "held_out", 2, seed=2)
     draw_pictures(folder / "others", 3, seed=3)
+    draw_pictures(folder / "before", 4, seed=4)
     return folder
 
 

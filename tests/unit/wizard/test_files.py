@@ -128,6 +128,43 @@ def test_folders_are_added_and_prompts_replaced_in_existing_files(folder: Path, 
     assert "eval" not in saved.roles
 
 
+def test_pairs_are_written_opened_without_a_change_and_taken_out_again(folder: Path, omnigen_folder: Path):
+    told = {"goal": "edit", "reference_data": "before", "instance_prompt": None, "captions": "textfile"}
+    configured(folder, omnigen_folder, **told)
+    pictures, references = load_run((), {}, folder, get_spec).datasets
+    assert pictures.conditioning_data == (references.id,)
+    assert (references.conditioning_type, references.instance_data_dir) == ("reference_strict", folder / "before")
+    project = open_project(CONFIG, folder, CPU)
+    assert (project.answers.goal, project.answers.reference_pictures) == ("edit", "before")
+    assert texts_for(project, project.answers) == {}
+    answers = replace(project.answers, goal="style", reference_pictures="")
+    save(project, texts_for(project, answers), answers)
+    [pictures] = load_run((), {}, folder, get_spec).datasets
+    assert pictures.conditioning_data is None
+
+
+def test_references_that_a_hand_written_file_names_its_own_way_stay_as_they_are(folder: Path, omnigen_folder: Path):
+    configured(folder, omnigen_folder, goal="style", instance_prompt=None)
+    entries = json.loads((folder / "config/multidatabackend.json").read_text())
+    more = {"dataset_type": "conditioning", "instance_data_dir": "before", "type": "local"}
+    entries.insert(0, {"id": "x", "conditioning_type": "reference_loose", "source_dataset_id": "pictures", **more})
+    entries.append({"id": "masks", "conditioning_type": "mask", **more})
+    entries[1]["conditioning_data"] = ["masks"]
+    (folder / "config/multidatabackend.json").write_text(json.dumps(entries))
+    project = open_project(CONFIG, folder, CPU)
+    assert (project.answers.goal, project.roles) == ("edit", {"pictures": 1, "references": 0})
+    assert texts_for(project, project.answers) == {}
+    answers = replace(project.answers, reference_pictures="others")
+    [text] = texts_for(project, answers).values()
+    entries[0]["instance_data_dir"] = "others"
+    assert json.loads(text) == entries
+
+
+def test_an_edit_needs_the_pictures_before_it(folder: Path, omnigen_folder: Path):
+    with pytest.raises(ConfigError, match="before the change"):
+        configured(folder, omnigen_folder, goal="edit")
+
+
 def test_a_file_that_changed_in_the_meantime_is_not_overwritten(folder: Path, omnigen_folder: Path):
     project = configured(folder, omnigen_folder)
     (folder / CONFIG).write_text(contents(folder)["config.json"].replace("1e-4", "9e-4"))
