@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from simpletuner.adapters.base import Adapter, MatchCount, values_replaced
+from simpletuner.adapters.base import Adapter, MatchCount
 from simpletuner.adapters.metadata import modelspec_metadata
 from simpletuner.errors import ConfigError, Problem
 from simpletuner.models.spec import FamilySpec
@@ -31,11 +31,17 @@ class FullAdapter(Adapter):
         denoiser.requires_grad_(True)
         self.denoiser = denoiser
         self.spec = spec
+        self._parts: Mapping[str, nn.Parameter] | None = None
         count = sum(1 for _ in denoiser.parameters())
         super().__init__([MatchCount("all parameters", type(denoiser).__name__, count)])
 
     def trainable_parameters(self) -> dict[str, nn.Parameter]:
-        return dict(self.denoiser.named_parameters())
+        """Of the whole denoiser; where it is spread over processes, the parts that this one holds."""
+        return dict(self.denoiser.named_parameters() if self._parts is None else self._parts)
+
+    def use_parts(self, parts: Mapping[str, nn.Parameter]) -> None:
+        """Train `parts`, which share memory with the parameters of a denoiser that was spread over processes."""
+        self._parts = parts
 
     def disabled(self) -> AbstractContextManager[None]:
         """Always raises: nothing of the base is left to compute with.
@@ -53,11 +59,17 @@ class FullAdapter(Adapter):
         )
 
     def save(self, path: Path, extra_metadata: Mapping[str, str], state: Mapping[str, Tensor] | None = None) -> None:
-        """Write the denoiser's weights to `path`, and its `config.json` beside it, as diffusers loads them."""
+        """Write the denoiser's weights to `path`, and its `config.json` beside it, as diffusers loads them.
+
+        Args:
+            state: needed where the denoiser is spread over processes: its whole weights.
+        """
         metadata = modelspec_metadata(self.spec.name, self.spec.title) | dict(extra_metadata)
-        with values_replaced(self.trainable_parameters(), state):
-            tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.denoiser.state_dict().items()}
-            save_tensors(path, tensors, metadata)
+        tensors = {
+            name: (state or {}).get(name, own).detach().to("cpu", own.dtype).contiguous()
+            for name, own in self.denoiser.state_dict().items()
+        }
+        save_tensors(path, tensors, metadata)
         save_config = getattr(self.denoiser, "save_config", None)
         if save_config is not None:
             save_config(path.parent)

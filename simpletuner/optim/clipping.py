@@ -25,13 +25,19 @@ def clip_by_value(parameters: Iterable[nn.Parameter], max_value: float) -> Tenso
 
 
 @torch.no_grad()
-def clip_by_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
+def clip_by_norm(parameters: Iterable[nn.Parameter], max_norm: float, norm: Tensor | None = None) -> Tensor:
     """Scale all gradients together so that their joint 2-norm is at most `max_norm`.
+
+    Args:
+        norm: () of all processes, where each holds a part; None where `parameters` are all.
 
     Returns:
         () float32: the norm before clipping; where it is NaN or infinite the gradients are unusable.
     """
-    return torch.nn.utils.clip_grad_norm_(list(parameters), max_norm).float()
+    parameters = list(parameters)
+    norm = gradient_norm(parameters) if norm is None else norm
+    torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    return norm
 
 
 @torch.no_grad()

@@ -14,8 +14,6 @@ from torch import Tensor, nn
 
 from simpletuner.errors import DataError, Problem
 
-PREFIX = "ema."
-
 
 class EMA:
     """The average of named parameters.
@@ -63,12 +61,8 @@ class EMA:
         """The averages by parameter name, float32, sharing memory."""
         return dict(self.averages)
 
-    def state_tensors(self) -> dict[str, Tensor]:
-        """The averages as `ema.<parameter>`, for a checkpoint."""
-        return {f"{PREFIX}{name}": average for name, average in self.averages.items()}
-
-    def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take the averages from a checkpoint; other names than `ema.*` are ignored.
+    def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take the averages from a checkpoint, by parameter name; other names are ignored.
 
         Raises:
             DataError: a parameter has no saved average, or one of another shape.
@@ -76,7 +70,7 @@ class EMA:
         missing = [
             name
             for name, average in self.averages.items()
-            if f"{PREFIX}{name}" not in tensors or tensors[f"{PREFIX}{name}"].shape != average.shape
+            if name not in tensors or tensors[name].shape != average.shape
         ]
         if missing:
             raise DataError(
@@ -87,7 +81,7 @@ class EMA:
                 )
             )
         for name, average in self.averages.items():
-            average.copy_(tensors[f"{PREFIX}{name}"])
+            average.copy_(tensors[name])
 
     @staticmethod
     @torch.no_grad()

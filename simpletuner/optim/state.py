@@ -13,10 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from simpletuner.distributed.placement import STATE_SEPARATOR as SEPARATOR
 from simpletuner.errors import DataError, Problem
-
-# Between a parameter's name and the name of a state; no parameter name contains it.
-SEPARATOR = "//"
 
 
 def optimizer_tensors(

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +22,8 @@ from simpletuner.training.identity import compare_identity, run_identity
 from simpletuner.training.state import TrainState
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from simpletuner.training.run import Run
 
 NAME = re.compile(r"^checkpoint-(\d+)$")
@@ -28,6 +32,7 @@ OPTIMIZER_FILE = "optimizer.safetensors"
 # The trained parameters as they are, where the adapter's file holds them in another form.
 TRAINABLE_FILE = "trainable.safetensors"
 EMA_FILE = "ema.safetensors"
+EMA_PREFIX = "ema."  # of each tensor in it
 
 
 class Checkpoints:
@@ -60,16 +65,17 @@ class Checkpoints:
             DataError: the disk is full or cannot be written; earlier checkpoints stay.
         """
         path = self.output_dir / f"checkpoint-{run.state.global_step}"
+        content = checkpoint_content(run)
         if run.world.is_main:
-            self._save_here(run, path)
+            self._save_here(run, path, content)
         run.world.barrier()
         return path
 
-    def _save_here(self, run: Run, path: Path) -> None:
+    def _save_here(self, run: Run, path: Path, content: CheckpointContent) -> None:
         if path.is_dir() and not storage.verify_dir(path, full=False):
             return
         with storage.commit_dir(path, metadata={"global_step": run.state.global_step}) as folder:
-            write_checkpoint(run, folder)
+            write_checkpoint(run, folder, content)
         self.rotate(keep=path)
 
     def rotate(self, keep: Path) -> None:
@@ -136,24 +142,51 @@ def _resume_problem(message: str, found: list[Path]) -> Problem:
     )
 
 
-def write_checkpoint(run: Run, folder: Path) -> None:
+@dataclass(frozen=True)
+class CheckpointContent:
+    """Whole tensors, whoever holds their parts; on the main process alone where they are parts.
+
+    Args:
+        weights: None where the adapter itself is whole.
+        optimizer: `name//state`.
+        plain: what of the optimizer is no tensor.
+        ema: by parameter; None without EMA.
+    """
+
+    weights: Mapping[str, Tensor] | None
+    optimizer: Mapping[str, Tensor]
+    plain: dict[str, Any]
+    ema: Mapping[str, Tensor] | None
+
+
+def checkpoint_content(run: Run) -> CheckpointContent:
+    """Gather what is to be written; all processes take part."""
+    placement = run.placement
+    tensors, plain = optimizer_tensors(run.optimizer, placement.parameters)
+    return CheckpointContent(
+        weights=placement.whole(run.adapter.state_dict()) if placement.is_spread else None,
+        optimizer=placement.whole(tensors),
+        plain=plain,
+        ema=placement.whole(run.ema.state_dict()) if run.ema is not None else None,
+    )
+
+
+def write_checkpoint(run: Run, folder: Path, content: CheckpointContent) -> None:
     """Write all files of a checkpoint into `folder` (not yet committed)."""
-    parameters = run.adapter.trainable_parameters()
     metadata = {"global_step": str(run.state.global_step)}
-    run.adapter.save(weights_file(run, folder), metadata)
+    run.adapter.save(weights_file(run, folder), metadata, state=content.weights)
     if not run.adapter.file_is_exact:
         storage.save_tensors(folder / TRAINABLE_FILE, run.adapter.state_dict())
-    tensors, plain = optimizer_tensors(run.optimizer, parameters)
-    storage.save_tensors(folder / OPTIMIZER_FILE, tensors)
-    if run.ema is not None:
-        storage.save_tensors(folder / EMA_FILE, run.ema.state_tensors())
-        run.adapter.save(weights_file(run, folder / "ema"), metadata, state=run.ema.state_dict())
+    storage.save_tensors(folder / OPTIMIZER_FILE, dict(content.optimizer))
+    if content.ema is not None:
+        storage.save_tensors(folder / EMA_FILE, {f"{EMA_PREFIX}{name}": value for name, value in content.ema.items()})
+        run.adapter.save(weights_file(run, folder / "ema"), metadata, state=content.ema)
     storage.write_json(
         folder / STATE_FILE,
         {
             "version": __version__,
             "state": run.state.to_json(),
-            "optimizer": plain,
+            "optimizer": content.plain,
             "identity": run_identity(run),
             "eval_losses": {str(step): loss for step, loss in run.eval_losses.items()},
         },
@@ -181,13 +214,15 @@ def load_checkpoint(run: Run, path: Path) -> None:
         run.bus.emit(Notice("warning", change))
     from safetensors.torch import load_file
 
-    parameters = run.adapter.trainable_parameters()
+    parameters, part = run.placement.parameters, run.placement.part
     weights = load_file(weights_file(run, path) if run.adapter.file_is_exact else path / TRAINABLE_FILE)
-    run.adapter.load_state_dict({name: tensor for name, tensor in weights.items() if name in parameters})
-    load_optimizer_tensors(run.optimizer, parameters, load_file(path / OPTIMIZER_FILE), saved["optimizer"])
+    run.adapter.load_state_dict(part({name: tensor for name, tensor in weights.items() if name in parameters}))
+    load_optimizer_tensors(run.optimizer, parameters, part(load_file(path / OPTIMIZER_FILE)), saved["optimizer"])
     if run.ema is not None:
         if (path / EMA_FILE).is_file():
-            run.ema.load_state_tensors(load_file(path / EMA_FILE))
+            averages = load_file(path / EMA_FILE)
+            whole = {name.removeprefix(EMA_PREFIX): average for name, average in averages.items()}
+            run.ema.load_state_dict(part(whole))
         else:
             run.bus.emit(Notice("warning", f"{path.name} has no EMA; the average starts from its weights"))
             run.ema = EMA(parameters, run.ema.decay, run.ema.update_interval)

@@ -7,23 +7,30 @@ import shutil
 import sys
 from pathlib import Path
 
+from torch import nn
+
 from simpletuner import storage
 from simpletuner.config.loading import LoadedRun
 from simpletuner.reporting.events import Notice, RunFinished
 from simpletuner.reporting.loss_plot import draw_loss_plot
 from simpletuner.reporting.sinks.jsonl import METRICS_FILE
 from simpletuner.training.phases import phase
-from simpletuner.training.proof import prove_adapter
+from simpletuner.training.proof import live_output, prove_adapter
 from simpletuner.training.run import Run
 
 
 def finish_run(run: Run, seconds: float) -> None:
-    """Write and check the final weights, draw the summary, and say what to do next."""
+    """Write and check the final weights, draw the summary, and say what to do next.
+
+    All processes take part where they hold parts of the weights; only the main one writes.
+    """
     if run.family.num_cut_prompts:
         limit = run.family.spec.max_prompt_tokens
         text = f"{run.family.num_cut_prompts} prompts were longer than {limit} tokens and were cut"
         run.bus.emit(Notice("warning", text))
     outputs = save_weights(run)
+    if not run.world.is_main:
+        return
     if run.validator is not None:
         outputs |= run.validator.write_summaries(run.state.global_step)
     plot = draw_loss_plot(run.output_dir / METRICS_FILE, run.output_dir / "loss.png")
@@ -41,25 +48,42 @@ def save_weights(run: Run) -> dict[str, Path]:
         if run.ema is not None:
             with run.ema.swapped_in(run.adapter.trainable_parameters()):
                 outputs[f"{name} (EMA)"] = save(run, run.output_dir / "ema")
+        run.world.barrier()
     return outputs
 
 
 def save_model(run: Run, folder: Path) -> Path:
     """Write the live weights as a whole model folder: `pipeline` in `folder`."""
     path = folder / "pipeline"
-    folder.mkdir(parents=True, exist_ok=True)
-    with storage.commit_dir(path) as temporary:
-        run.family.pipeline(run.denoiser, run.family.load_vae()).save_pretrained(temporary)
+    denoiser = whole_denoiser(run)
+    if run.world.is_main:
+        folder.mkdir(parents=True, exist_ok=True)
+        with storage.commit_dir(path) as temporary:
+            run.family.pipeline(denoiser, run.family.load_vae()).save_pretrained(temporary)
     return path
+
+
+def whole_denoiser(run: Run) -> nn.Module:
+    """The denoiser; one that is spread over processes is put together in main memory, on the main process."""
+    if not run.placement.is_spread:
+        return run.denoiser
+    weights = run.placement.whole(run.adapter.state_dict())
+    denoiser = run.family.empty_denoiser()
+    if run.world.is_main:
+        kept = {name: tensor for name, tensor in run.denoiser.state_dict().items() if name not in weights}
+        denoiser.load_state_dict(kept | weights, assign=True)
+    return denoiser
 
 
 def save_adapter(run: Run, folder: Path) -> Path:
     """Write the live adapter to `folder` under a temporary name, prove it, then give it its name."""
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / run.adapter.file_name
-    with storage.replacing_file(path) as temporary:
-        run.adapter.save(temporary, {"global_step": str(run.state.global_step)})
-        prove_adapter(run, temporary)
+    reference = live_output(run)
+    if run.world.is_main:
+        folder.mkdir(parents=True, exist_ok=True)
+        with storage.replacing_file(path) as temporary:
+            run.adapter.save(temporary, {"global_step": str(run.state.global_step)})
+            prove_adapter(run, temporary, reference)
     return path
 
 

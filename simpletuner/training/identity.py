@@ -38,7 +38,7 @@ def run_identity(run: Run) -> dict[str, Any]:
             **{key: options[key] for key in FIXED_OPTIONS},
             **{key: getattr(run.config, key) for key in LORA_OPTIONS if run.config.lora_type == "standard"},
             "lycoris_config": run.loaded.lycoris,
-            "parameters": {name: list(p.shape) for name, p in run.adapter.trainable_parameters().items()},
+            "parameters": run.placement.shapes(),
         },
         "told": {
             **{key: options[key] for key in TOLD_OPTIONS},

@@ -21,7 +21,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from simpletuner.distributed.world import require_equal
 from simpletuner.errors import DivergedError, Problem
 from simpletuner.optim.clipping import clip_by_norm, clip_by_value, gradient_norm
 from simpletuner.randomness import reseed_global
@@ -84,7 +83,7 @@ def train_window(run: Run, window: Window) -> StepOutcome:
     step = window.step
     weight = max(run.world.sum([window.weight])[0], 1e-12)
     losses = [backward_micro_batch(run, window, micro_step, weight) for micro_step in range(len(window.batches))]
-    run.world.sum_gradients(run.trainable)
+    run.placement.collect_gradients()
     outcome = summarise(run, window, losses)
     state = run.state
     if math.isfinite(outcome.loss) and math.isfinite(outcome.grad_norm):
@@ -132,10 +131,10 @@ def summarise(run: Run, window: Window, losses: list[Losses]) -> StepOutcome:
 def clip_gradients(run: Run) -> Tensor:
     """() the joint norm of the gradients (largest absolute value where clipping is by value), before clipping."""
     config = run.config
-    if not config.max_grad_norm:
-        return gradient_norm(run.trainable)
-    clip = clip_by_value if config.grad_clip_method == "value" else clip_by_norm
-    return clip(run.trainable, config.max_grad_norm)
+    if config.max_grad_norm and config.grad_clip_method == "value":
+        return run.placement.largest_of_all(clip_by_value(run.trainable, config.max_grad_norm))
+    norm = run.placement.norm_of_all(gradient_norm(run.trainable))
+    return clip_by_norm(run.trainable, config.max_grad_norm, norm) if config.max_grad_norm else norm
 
 
 def weighted_sums(window: Window, losses: list[Losses]) -> tuple[float, float, float, float]:
@@ -197,7 +196,7 @@ def is_due(run: Run, step_interval: int | None, epoch_interval: float | None = N
 
 def save_checkpoint(run: Run) -> str:
     """Commit a checkpoint of the current state and tell; returns its path."""
-    require_equal(run.world, run.adapter.state_dict(), f"after step {run.state.global_step}")
+    run.placement.check(f"after step {run.state.global_step}")
     path = run.checkpoints.save(run)
     run.bus.emit(CheckpointSaved(step=run.state.global_step, path=path))
     return str(path)

@@ -21,8 +21,20 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 PROBE_TOKENS = 4
 
 
-def prove_adapter(run: Run, path: Path) -> None:
+def live_output(run: Run) -> Tensor:
+    """What the live weights make of the probe, on the CPU: (1, C, h, w). All processes take part."""
+    was_training = run.denoiser.training
+    run.denoiser.eval()
+    output = probe_output(run.family, run.denoiser).cpu()
+    run.denoiser.train(was_training)
+    return output
+
+
+def prove_adapter(run: Run, path: Path, reference: Tensor) -> None:
     """Reload an adapter file through its public loader onto freshly loaded base weights; outputs must be equal.
+
+    Args:
+        reference: `live_output`.
 
     Where the machine has no memory for a second copy of the model, that is said instead.
 
@@ -35,11 +47,6 @@ def prove_adapter(run: Run, path: Path) -> None:
             Notice("warning", f"{path.name} was not checked on a fresh model: that takes {size / 2**30:.1f} GiB")
         )
         return
-    was_training = run.denoiser.training
-    run.denoiser.eval()
-    reference = probe_output(run.family, run.denoiser).cpu()
-    run.denoiser.train(was_training)
-
     family = type(run.family)(run.family.spec, run.family.source, torch.device("cpu"), run.family.dtype)
     family.prompts = run.family.prompts
     fresh = family.load_denoiser()

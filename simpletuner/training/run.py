@@ -14,6 +14,7 @@ from torch import nn
 from simpletuner.adapters.base import Adapter
 from simpletuner.config.loading import LoadedRun
 from simpletuner.config.options import TrainConfig
+from simpletuner.distributed.placement import Placement
 from simpletuner.distributed.world import ALONE, World
 from simpletuner.models.family import ModelFamily
 from simpletuner.optim.ema import EMA
@@ -45,6 +46,7 @@ class Run:
         validator: None where validation is off.
         state: where the run stands.
         max_train_steps: optimizer steps at which the run ends.
+        placement: whether each process holds all of the trained weights, or a part.
         world: the processes of the run; `Run` is the same in each but for its part of the batches.
         epochs_before: epochs done before the last step of this process.
         epochs_after: epochs done after it.
@@ -68,6 +70,7 @@ class Run:
     stop: StopRequest
     state: TrainState
     max_train_steps: int
+    placement: Placement
     world: World = ALONE
     epochs_before: float = 0.0
     epochs_after: float = 0.0

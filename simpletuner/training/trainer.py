@@ -6,8 +6,11 @@ validation -> resume. What can fail cheaply comes before what is dear.
 
 from __future__ import annotations
 
+import atexit
 import math
 import os
+import shutil
+import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -40,6 +43,7 @@ from simpletuner.training.latents import LatentSources
 from simpletuner.training.lock import write_lock
 from simpletuner.training.loop import run_training
 from simpletuner.training.phases import phase
+from simpletuner.training.place import place_denoiser
 from simpletuner.training.preflight import model_source
 from simpletuner.training.prepare import prepare_data
 from simpletuner.training.run import Run
@@ -76,9 +80,7 @@ def train(loaded: LoadedRun) -> None:
                 )
                 return
             run_training(run)
-            if world.is_main:
-                finish_run(run, time.monotonic() - started)
-            world.barrier()
+            finish_run(run, time.monotonic() - started)
         except SimpleTunerError as error:
             step = run.state.global_step if run is not None else 0
             bus.emit(RunFailed(step=step, message=error.render(), exit_code=error.exit_code))
@@ -109,7 +111,7 @@ def build_run(loaded: LoadedRun, output_dir: Path, bus: EventBus, stop: StopRequ
         adapter = attach_adapter(loaded, family, denoiser)
         for match in adapter.report:
             bus.emit(Notice("info", f"{match.entry} ({match.class_name}): {match.modules} modules"))
-        denoiser.to(family.device)
+        placement = place_denoiser(config, family, denoiser, adapter, world)
         if config.gradient_checkpointing:
             denoiser.enable_gradient_checkpointing()
     if world.is_main:
@@ -127,12 +129,13 @@ def build_run(loaded: LoadedRun, output_dir: Path, bus: EventBus, stop: StopRequ
         ema=EMA(parameters, config.ema_decay, config.ema_update_interval) if config.use_ema else None,
         batches=build_batches(loaded, family, training, sources, sampler, world),
         evaluator=build_evaluator(loaded, family, datasets, sources),
-        validator=build_validator(loaded, family, datasets, checkpoints, bus),
+        validator=build_validator(loaded, family, datasets, checkpoints, bus, world),
         checkpoints=checkpoints,
         bus=bus,
         stop=stop,
         state=TrainState(),
         max_train_steps=total_steps,
+        placement=placement,
         world=world,
     )
     if resume_from is not None:
@@ -262,13 +265,23 @@ def build_evaluator(
 
 
 def build_validator(
-    loaded: LoadedRun, family: ModelFamily, datasets: Sequence[Dataset], checkpoints: Checkpoints, bus: EventBus
+    loaded: LoadedRun,
+    family: ModelFamily,
+    datasets: Sequence[Dataset],
+    checkpoints: Checkpoints,
+    bus: EventBus,
+    world: World = ALONE,
 ) -> Validator | ExternalScript | None:
-    """None where nothing is drawn."""
+    """None where nothing is drawn by this process.
+
+    Processes that share one denoiser draw together, for each has to fetch its part; only the main one keeps pictures.
+    """
     config = loaded.config
-    if config.validation_disable:
+    if config.validation_disable or not (world.is_main or config.fsdp_enable):
         return None
     if config.validation_method == "external-script":
+        if not world.is_main:
+            return None
         facts = {
             "output_dir": str(checkpoints.output_dir),
             "model_family": config.model_family,
@@ -282,7 +295,11 @@ def build_validator(
         references = read_references(config.validation_references, "validation_references")
     else:
         references = references_of_data(datasets, config.conditioning_multidataset_sampling == "random")
-    validator = Validator(config, family, loaded.prompt_library, checkpoints.output_dir, bus, references)
+    pictures_dir = checkpoints.output_dir
+    if not world.is_main:
+        pictures_dir = Path(tempfile.mkdtemp(prefix="simpletuner-"))
+        atexit.register(shutil.rmtree, pictures_dir, ignore_errors=True)
+    validator = Validator(config, family, loaded.prompt_library, pictures_dir, bus, references)
     return validator if validator.requests else None
 
 

@@ -72,6 +72,7 @@ def test_each_process_encodes_its_share_once(two_processes):
     assert done == ["4 encoded, 0 cached before", "2 encoded, 0 cached before", "1 encoded, 0 cached before"]
 
 
+@pytest.mark.ci
 def test_a_stopped_run_of_two_processes_resumes_to_the_same_bits(tmp_path, omnigen_folder, two_processes):
     options = {"train_batch_size": 2, "num_processes": 2, "use_ema": True}
     folder = write_run(tmp_path / "stopped", omnigen_folder, **options)
@@ -80,6 +81,74 @@ def test_a_stopped_run_of_two_processes_resumes_to_the_same_bits(tmp_path, omnig
     assert [record["step"] for record in steps(resumed)] == list(range(1, 9))
     name = "pytorch_lora_weights.safetensors"
     assert (resumed / "checkpoint-8" / name).read_bytes() == (two_processes / "checkpoint-8" / name).read_bytes()
+
+
+def tensors(folder: Path) -> dict:
+    """All tensors of a folder's safetensors files, named by file and key."""
+    files = {path: load_file(path) for path in sorted(folder.rglob("*.safetensors"))}
+    return {
+        f"{path.relative_to(folder)}/{key}": tensor
+        for path, content in files.items()
+        for key, tensor in content.items()
+    }
+
+
+def assert_same_tensors(one: Path, other: Path) -> None:
+    mine, theirs = tensors(one), tensors(other)
+    assert mine.keys() == theirs.keys()
+    assert max(float((mine[name] - theirs[name]).abs().max()) for name in mine) <= TOLERANCE
+
+
+SHARDED = {"train_batch_size": 2, "num_processes": 2, "fsdp_enable": True}
+FULL = {"model_type": "full", "use_ema": True, "learning_rate": 1e-3, "gradient_checkpointing": True}
+
+
+def test_an_adapter_on_a_spread_denoiser_trains_as_on_a_whole_one(tmp_path, omnigen_folder, one_process):
+    options = {"validation_disable": False, "validation_prompt": "a box", "validation_resolution": "64"}
+    options |= {"validation_num_inference_steps": 2, "validation_step_interval": 8, "validation_guidance": 1.0}
+    spread = train(write_run(tmp_path, omnigen_folder, use_ema=True, **SHARDED, **options))
+    assert_same_training(one_process, spread)
+    assert_same_tensors(one_process / "checkpoint-8", spread / "checkpoint-8")
+    assert list((spread / "validation_images").glob("*.png"))
+
+
+@pytest.fixture(scope="module")
+def full_in_one_process(tmp_path_factory, omnigen_folder) -> Path:
+    folder = tmp_path_factory.mktemp("full")
+    return train(write_run(folder, omnigen_folder, num_processes=1, train_batch_size=4, **FULL))
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        pytest.param(SHARDED, marks=pytest.mark.ci),
+        pytest.param(SHARDED | {"fsdp_reshard_after_forward": False}, marks=pytest.mark.ci),
+        pytest.param(
+            {**SHARDED, "num_processes": 4, "train_batch_size": 1, "fsdp_shard_size": 2}, marks=pytest.mark.ci
+        ),
+    ],
+    ids=["all share one copy", "kept after the forward pass", "two copies"],
+)
+def test_full_training_of_a_spread_denoiser_gives_whole_checkpoints(
+    tmp_path, omnigen_folder, full_in_one_process, layout
+):
+    spread = train(write_run(tmp_path, omnigen_folder, **FULL, **layout))
+    for name in ("checkpoint-8", "pipeline", "ema/pipeline"):
+        assert_same_tensors(full_in_one_process / name, spread / name)
+
+
+@pytest.mark.ci
+def test_a_run_goes_on_with_another_number_of_processes(tmp_path, omnigen_folder, full_in_one_process):
+    folder = write_run(tmp_path, omnigen_folder, **FULL, **SHARDED)
+    train(folder, "--max_train_steps=4")
+    alone = train(folder, "--num_processes=1", "--train_batch_size=4", "--fsdp_enable=false")
+    assert_same_tensors(full_in_one_process / "checkpoint-8", alone / "checkpoint-8")
+
+
+def test_sharding_with_one_process_is_refused(tmp_path, omnigen_folder):
+    result = run_cli(write_run(tmp_path, omnigen_folder, num_processes=1, fsdp_enable=True), "train")
+    assert result.returncode == 2
+    assert "fsdp_enable" in result.stderr
 
 
 def started(folder: Path) -> subprocess.Popen:
@@ -115,6 +184,7 @@ def test_when_one_process_is_killed_all_end_and_the_reason_is_said(tmp_path, omn
     assert not Path(f"/proc/{other}").exists()
 
 
+@pytest.mark.ci
 def test_sigterm_to_the_launcher_saves_once_and_leaves(tmp_path, omnigen_folder):
     launcher = started(write_run(tmp_path, omnigen_folder, num_processes=2))
     launcher.terminate()
@@ -127,6 +197,7 @@ def test_sigterm_to_the_launcher_saves_once_and_leaves(tmp_path, omnigen_folder)
     assert saved[0].name == f"checkpoint-{state['global_step']}"
 
 
+@pytest.mark.ci
 def test_an_error_of_every_process_is_printed_once(tmp_path, omnigen_folder):
     folder = write_run(tmp_path, omnigen_folder, num_processes=2)
     for picture in (folder / "pictures").glob("*.png"):

@@ -5,8 +5,6 @@ from __future__ import annotations
 from simpletuner.config.options.declare import OptionGroup, option
 from simpletuner.config.values import Bool, Int, Text
 
-SHARDING = "sharding is not built; each process holds the whole model"
-
 
 class ProcessOptions(OptionGroup):
     """Several processes"""
@@ -36,31 +34,27 @@ class ProcessOptions(OptionGroup):
         False,
         help="Spread the denoiser's weights over the processes (FSDP2): each holds its part and fetches a block's "
         "others when it is its turn. For models that do not fit one device.",
-        planned=SHARDING,
     )
     fsdp_reshard_after_forward: Bool = option(
         True,
         help="Let go of a block's fetched weights after its forward pass and fetch them again for the backward pass: "
         "least memory. false keeps them (ZeRO-2).",
-        planned=SHARDING,
     )
     fsdp_shard_size: Int | None = option(
         None,
         help="Processes that share one copy of the weights; several such groups hold a copy each (hybrid sharding). "
         "Unset: all processes share one. It must divide the number of processes.",
         ge=2,
-        planned=SHARDING,
     )
     fsdp_cpu_offload: Bool = option(
         False,
         help="Keep the spread weights in main memory and fetch each block's to the device: slow, least memory.",
-        planned=SHARDING,
     )
     deepspeed_config: Text | None = option(
         None,
         help="DeepSpeed configuration file: its ZeRO stage (1 to 3) decides what is spread over the processes.",
         path="input",
-        planned="DeepSpeed is not built",
+        planned="DeepSpeed is not built; fsdp_enable spreads the model over processes",
     )
     context_parallel_size: Int = option(
         1, help="Processes that share one sequence.", planned="each process works on whole pictures", ge=1

@@ -1,0 +1,165 @@
+"""Where the trained weights are: a copy in every process, or a part in each. The loop need not know which."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from simpletuner.distributed.world import World, require_equal
+
+# Between a parameter's name and the name of an optimizer's state of it.
+STATE_SEPARATOR = "//"
+
+
+class Placement(ABC):
+    """What the optimizer moves in this process.
+
+    Args:
+        parameters: by name; what this process holds of each.
+        world: the processes.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], world: World):
+        self.parameters = dict(parameters)
+        self.world = world
+
+    @abstractmethod
+    def collect_gradients(self) -> None:
+        """After the last backward pass of a window: each parameter gets the gradient summed over all processes."""
+
+    @abstractmethod
+    def norm_of_all(self, norm: Tensor) -> Tensor:
+        """() the joint 2-norm, from that of the gradients that this process holds."""
+
+    @abstractmethod
+    def largest_of_all(self, value: Tensor) -> Tensor:
+        """() the largest, from that of what this process holds."""
+
+    @abstractmethod
+    def whole(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors like the parameters (`name` or `name//state`), put together from all processes.
+
+        All processes call it; only the main process gets the tensors of parts, on the CPU. What is no part (a step
+        counter) stays as it is.
+        """
+
+    @abstractmethod
+    def part(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What this process holds of whole tensors: the inverse of `whole`."""
+
+    @abstractmethod
+    def shapes(self) -> dict[str, list[int]]:
+        """Of the whole parameters."""
+
+    @abstractmethod
+    def check(self, when: str) -> None:
+        """Raise RuntimeError where copies that should be equal are not."""
+
+    @property
+    @abstractmethod
+    def is_spread(self) -> bool:
+        """Whether processes hold parts."""
+
+
+class Copies(Placement):
+    """Every process holds all trained weights and moves them in the same way."""
+
+    is_spread = False
+
+    def collect_gradients(self) -> None:
+        self.world.sum_gradients(self.parameters.values())
+
+    def norm_of_all(self, norm: Tensor) -> Tensor:
+        return norm
+
+    def largest_of_all(self, value: Tensor) -> Tensor:
+        return value
+
+    def whole(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return dict(tensors)
+
+    def part(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return dict(tensors)
+
+    def shapes(self) -> dict[str, list[int]]:
+        return {name: list(parameter.shape) for name, parameter in self.parameters.items()}
+
+    def check(self, when: str) -> None:
+        require_equal(self.world, self.parameters, when)
+
+
+class Parts(Placement):
+    """Every process holds and moves a part of each weight: full fine-tuning of a spread denoiser.
+
+    The optimizer sees plain tensors that share memory with the parts, so that any optimizer which treats each weight
+    by itself works.
+
+    Args:
+        spread: `DTensor` parameters by name.
+    """
+
+    is_spread = True
+
+    def __init__(self, spread: Mapping[str, nn.Parameter], world: World):
+        self.spread: dict[str, Any] = dict(spread)
+        super().__init__({name: nn.Parameter(each.to_local().detach()) for name, each in self.spread.items()}, world)
+        mesh = next(iter(self.spread.values())).device_mesh
+        self.num_copies = mesh.size(0) if mesh.ndim == 2 else 1
+
+    def collect_gradients(self) -> None:
+        for name, parameter in self.parameters.items():
+            grad = self.spread[name].grad
+            parameter.grad = None if grad is None else grad.to_local()
+            self.spread[name].grad = None
+
+    def norm_of_all(self, norm: Tensor) -> Tensor:
+        squares = self.world.sum([float(norm) ** 2])[0] / self.num_copies
+        return torch.tensor(squares**0.5, device=norm.device)
+
+    def largest_of_all(self, value: Tensor) -> Tensor:
+        # Not max(): of a list with NaN it may be anything.
+        every = [float(text) for text in self.world.gather(repr(float(value)))]  # JSON has no NaN
+        return torch.tensor(every, device=value.device).max()
+
+    def whole(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        gathered = {}
+        for key, tensor in tensors.items():
+            name = key.partition(STATE_SEPARATOR)[0]
+            if tensor.shape != self.parameters[name].shape:
+                gathered[key] = tensor
+                continue
+            full = self._like(name, tensor).full_tensor()
+            if self.world.is_main:
+                gathered[key] = full.cpu()
+        return gathered
+
+    def part(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        from torch.distributed.tensor import distribute_tensor
+
+        parts = {}
+        for key, tensor in tensors.items():
+            name = key.partition(STATE_SEPARATOR)[0]
+            like = self.spread[name]
+            if tensor.shape == like.shape:
+                tensor = tensor.to(like.to_local().device)
+                tensor = distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None).to_local()
+            parts[key] = tensor
+        return parts
+
+    def shapes(self) -> dict[str, list[int]]:
+        return {name: list(parameter.shape) for name, parameter in self.spread.items()}
+
+    def check(self, when: str) -> None:
+        """Nothing: no weight is held twice within a copy, and copies get one and the same sum of gradients."""
+
+    def _like(self, name: str, tensor: Tensor) -> Any:
+        from torch.distributed.tensor import DTensor
+
+        like = self.spread[name]
+        return DTensor.from_local(
+            tensor, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+        )

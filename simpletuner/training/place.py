@@ -1,0 +1,53 @@
+"""Puts the denoiser where it trains: whole on this process's device, or spread over all processes."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from simpletuner.adapters.base import Adapter
+from simpletuner.adapters.full import FullAdapter
+from simpletuner.config.options import TrainConfig
+from simpletuner.distributed.placement import Copies, Parts, Placement
+from simpletuner.distributed.sharding import shard_denoiser, spread_parameters
+from simpletuner.distributed.world import World
+from simpletuner.errors import ConfigError, Problem
+from simpletuner.models.family import ModelFamily
+
+
+def place_denoiser(
+    config: TrainConfig, family: ModelFamily, denoiser: nn.Module, adapter: Adapter, world: World
+) -> Placement:
+    """Move a denoiser with its adapter to where it trains.
+
+    An adapter stays whole on each process; without one, each process trains its part of the weights.
+
+    Raises:
+        ConfigError: fsdp_enable with a single process, or processes that cannot be divided as asked.
+    """
+    if not config.fsdp_enable:
+        denoiser.to(family.device)
+        return Copies(adapter.trainable_parameters(), world)
+    if world.size == 1:
+        raise ConfigError(
+            Problem(
+                "this run has one process, which has nobody to share the weights with",
+                key="fsdp_enable",
+                fix="set num_processes above 1, or remove the key",
+            )
+        )
+    whole = set() if isinstance(adapter, FullAdapter) else set(adapter.trainable_parameters().values())
+    shard_denoiser(
+        denoiser,
+        family.spec.block_classes,
+        world,
+        family.device,
+        whole=whole,
+        shard_size=config.fsdp_shard_size,
+        reshards=config.fsdp_reshard_after_forward,
+        offloads=config.fsdp_cpu_offload,
+    )
+    if not isinstance(adapter, FullAdapter):
+        return Copies(adapter.trainable_parameters(), world)
+    parts = Parts(dict(spread_parameters(denoiser)), world)
+    adapter.use_parts(parts.parameters)
+    return parts
