@@ -203,6 +203,24 @@ def commit_dir(final_path: str | Path, metadata: Mapping[str, Any] | None = None
             raise
 
 
+def link_files(source: str | Path, target: str | Path) -> None:
+    """Give all files of a committed folder, but its manifest, a second name in the folder `target`.
+
+    Committed files are never changed in place, so both folders keep them. They are copied where the file system knows
+    no hard links.
+    """
+    for path in sorted(Path(source).rglob("*")):
+        place = Path(target) / path.relative_to(source)
+        if path.is_dir():
+            place.mkdir(exist_ok=True)
+        elif path != Path(source) / MANIFEST:
+            _step("link")
+            try:
+                os.link(path, place)
+            except OSError:
+                shutil.copyfile(path, place)
+
+
 def read_manifest(path: str | Path) -> Manifest:
     """The manifest of a committed folder.
 

@@ -111,6 +111,18 @@ class LoraAdapter(Adapter):
             for layer in self.layers.values():
                 layer._disable_adapters = False
 
+    @contextmanager
+    def scaled(self, strength: float) -> Iterator[None]:
+        """The frozen start is scaled too: what was trained is the difference between both."""
+        scalings = [dict(layer.scaling) for layer in self.layers.values()]
+        try:
+            for layer, kept in zip(self.layers.values(), scalings, strict=True):
+                layer.scaling.update({name: scaling * strength for name, scaling in kept.items()})
+            yield
+        finally:
+            for layer, kept in zip(self.layers.values(), scalings, strict=True):
+                layer.scaling.update(kept)
+
     def weights(self) -> AdapterWeights:
         """The live weights; a frozen start is part of them, so that they belong on the untouched base."""
         modules = {}

@@ -25,6 +25,7 @@ from simpletuner.data.captions import printable
 from simpletuner.data.dataset import Dataset
 from simpletuner.data.datasets import build_datasets
 from simpletuner.data.digests import DigestMemo
+from simpletuner.data.holdout import hold_out
 from simpletuner.data.sampler import Sampler
 from simpletuner.models.family import ModelFamily
 from simpletuner.training.latents import latents_folder, samples_to_keep
@@ -163,7 +164,8 @@ def gather(loaded: LoadedRun) -> Check:
     with DigestMemo(cache_dir / "digests.sqlite") as memo:
         fingerprint = vae_fingerprint(family.source, family.spec, memo, family.device, torch.float32)
     checks = tuple(check_dataset(loaded, family, dataset, fingerprint) for dataset in datasets)
-    steps = count_steps(loaded, build_sampler(loaded, [each for each in datasets if each.kind == "image"]))
+    training = hold_out(datasets, config.eval_holdout)
+    steps = count_steps(loaded, build_sampler(loaded, [each for each in training if each.kind == "image"]))
     line = steps.line(config.train_batch_size, config.gradient_accumulation_steps)
     name = config.tracker_run_name or Path(config.output_dir).name
     return Check(name, checks, steps, line, loaded.warnings)

@@ -26,6 +26,7 @@ from simpletuner.config.loading import LoadedRun
 from simpletuner.data.dataset import Dataset
 from simpletuner.data.datasets import build_datasets
 from simpletuner.data.digests import DigestMemo
+from simpletuner.data.holdout import hold_out
 from simpletuner.data.sampler import Sampler
 from simpletuner.models.components import make_empty_component
 from simpletuner.models.family import ModelFamily
@@ -109,7 +110,7 @@ def make_plan(loaded: LoadedRun, probe: bool | None = None) -> Plan:
     config, family = loaded.config, build_family(loaded)
     data_file = str(loaded.data_file) if loaded.data_file else None
     datasets = build_datasets(loaded.datasets, config, family.spec, Path(config.cache_dir), data_file=data_file)
-    training = [dataset for dataset in datasets if dataset.kind == "image"]
+    training = [dataset for dataset in hold_out(datasets, config.eval_holdout) if dataset.kind == "image"]
     require_training(datasets, data_file)
     check_sizes(family, datasets, data_file)
     sampler = build_sampler(loaded, training)

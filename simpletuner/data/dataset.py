@@ -6,6 +6,7 @@ for, so a million pictures cost some tens of megabytes.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import hashlib
 import json
@@ -85,6 +86,7 @@ class Samples(Sequence[Sample]):
         self._edits = edits
         self._table = table
         self._sizes: tuple[int, Mapping[Size, NDArray[np.int64]]] | None = None
+        self._chosen: NDArray[np.bool_] | None = None
         self.draws = draws
         self.references = references
 
@@ -157,9 +159,23 @@ class Samples(Sequence[Sample]):
                 sizes[start + offset] = bucket_size(
                     choose_aspect(row.height, row.width, self._bucket_rules, *key), self._bucket_rules
                 )
-        buckets = group_by_size(sizes[:, 0], sizes[:, 1])
+        buckets: Mapping[Size, NDArray[np.int64]] = group_by_size(sizes[:, 0], sizes[:, 1])
+        if self._chosen is not None:
+            buckets = only_chosen(buckets, self._chosen)
         self._sizes = round_number, buckets
         return buckets
+
+    def only(self, chosen: NDArray[np.bool_]) -> Samples:
+        """These samples with the same indices, of which `buckets_in` draws the chosen ones alone."""
+        copied = copy.copy(self)
+        copied._chosen, copied._sizes = chosen, None
+        return copied
+
+    def digests(self, positions: Sequence[int]) -> Iterator[str]:
+        """The content digest of the pictures at `positions`, without making samples of them."""
+        for start in range(0, len(positions), _CHUNK):
+            ids = self.ids[np.asarray(positions[start : start + _CHUNK], dtype=np.int64)].tolist()
+            yield from (picture.digest for picture in self.index.pictures(ids))
 
     def _crop_key(self, digest: str, round_number: int) -> tuple[int | str, ...]:
         key = (self._seed, self._dataset_id, digest)
@@ -194,6 +210,25 @@ class Dataset:
     @property
     def id(self) -> str:
         return self.entry.id
+
+    @property
+    def num_pictures(self) -> int:
+        """Pictures that take part."""
+        return sum(len(members) for members in self.buckets.values())
+
+    def used_digests(self) -> Iterator[tuple[int, str]]:
+        """(index into `samples`, content digest) of the pictures that take part."""
+        positions = sorted(int(position) for members in self.buckets.values() for position in members)
+        return zip(positions, self.samples.digests(positions), strict=True)
+
+    def only(self, chosen: NDArray[np.bool_]) -> Dataset:
+        """The dataset with some of its pictures; each keeps its index. The fingerprint is the caller's matter.
+
+        Args:
+            chosen: (N,) by index into `samples`.
+        """
+        buckets = only_chosen(self.buckets, chosen)
+        return dataclasses.replace(self, samples=self.samples.only(chosen), buckets=buckets)
 
     @property
     def references(self) -> tuple[References, ...]:
@@ -257,6 +292,14 @@ class Dataset:
         if len(sample.captions) == 1:
             return sample.captions[0]
         return sample.captions[keyed_seed(*key, "caption", sample.digest) % len(sample.captions)]
+
+
+def only_chosen(
+    buckets: Mapping[Size, NDArray[np.int64]], chosen: NDArray[np.bool_]
+) -> Mapping[Size, NDArray[np.int64]]:
+    """The buckets with the chosen indices alone; buckets that lose all of theirs are gone."""
+    kept = {size: members[chosen[members]] for size, members in buckets.items()}
+    return {size: members for size, members in kept.items() if len(members)}
 
 
 def dataset_fingerprint(

@@ -105,6 +105,8 @@ class EvalDone(Event):
         pooled: mean over all eval samples.
         per_quantile: (quantile of the family's distribution of sigmas, mean loss there).
         seconds: wall time of the evaluation.
+        reference: `pooled` of the untouched base model on the same pictures; None where it cannot be computed.
+        reference_per_quantile: `per_quantile` of the untouched base model.
     """
 
     step: int
@@ -112,6 +114,23 @@ class EvalDone(Event):
     pooled: float
     per_quantile: Sequence[tuple[float, float]] = ()
     seconds: float = 0.0
+    reference: float | None = None
+    reference_per_quantile: Sequence[tuple[float, float]] = ()
+
+
+@dataclass(frozen=True)
+class LossBySigma(Event):
+    """The training loss of the last steps by noise level: what a single step's loss hides.
+
+    Args:
+        step: optimizer steps done.
+        first_step: the first step that is counted.
+        bins: (lowest sigma, highest sigma, mean loss, samples) where there were samples.
+    """
+
+    step: int
+    first_step: int
+    bins: Sequence[tuple[float, float, float, float]]
 
 
 @dataclass(frozen=True)

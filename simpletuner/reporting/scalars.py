@@ -9,7 +9,17 @@ import dataclasses
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from simpletuner.reporting.events import EvalDone, Event, PicturesScored, SavedPicture, StepDone, event_name_of
+from simpletuner.reporting.events import (
+    EvalDone,
+    Event,
+    LossBySigma,
+    PicturesScored,
+    SavedPicture,
+    StepDone,
+    event_name_of,
+)
+
+SHOWN = (StepDone, EvalDone, PicturesScored, LossBySigma)
 
 
 def scalars(event: Event) -> dict[str, float]:
@@ -21,6 +31,8 @@ def scalars(event: Event) -> dict[str, float]:
     if isinstance(event, PicturesScored):
         each = {f"{event.metric}/{name}": score for name, score in event.scores.items()}
         return {f"{event.metric}/mean": event.mean, **each}
+    if isinstance(event, LossBySigma):
+        return {f"train_loss_by_sigma/{low:.1f}-{high:.1f}": loss for low, high, loss, _ in event.bins}
     return {}
 
 
@@ -46,14 +58,13 @@ def _of_step(event: StepDone) -> dict[str, float]:
 def _of_evaluation(event: EvalDone) -> dict[str, float]:
     losses = {f"loss/val/{dataset}": loss for dataset, loss in event.losses.items()}
     by_quantile = {f"loss_by_quantile/{quantile:.2f}": loss for quantile, loss in event.per_quantile}
-    return {**losses, "loss/val/pooled": event.pooled, **by_quantile}
+    base = {} if event.reference is None else {"loss/val/base_model": event.reference}
+    return {**losses, "loss/val/pooled": event.pooled, **base, **by_quantile}
 
 
 def record_scalars(record: Mapping[str, Any]) -> dict[str, float]:
     """As `scalars`, of an event as `metrics.jsonl` holds it; empty where the record is of another version."""
-    kind = next(
-        (kind for kind in (StepDone, EvalDone, PicturesScored) if event_name_of(kind) == record.get("event")), None
-    )
+    kind = next((kind for kind in SHOWN if event_name_of(kind) == record.get("event")), None)
     if kind is None:
         return {}
     known = {field.name for field in dataclasses.fields(kind)}

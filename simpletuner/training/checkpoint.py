@@ -1,7 +1,8 @@
 """Checkpoints: committed whole or not at all, found by name and manifest, rotated only after the new one is safe.
 
 A checkpoint holds what `TrainState` and the configuration cannot give back: trainable weights, optimizer state and EMA.
-Names are matched strictly, so that a stray `checkpoint-best` or `checkpoint-1 (copy)` is never taken for one.
+Names are matched strictly, so that a stray `checkpoint-1 (copy)` is never taken for one. `checkpoint-best` is one more,
+whole in itself: it is not counted or rotated with the others, and a run may go on from it.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from simpletuner.errors import ConfigError, DataError, Problem
 from simpletuner.optim.ema import EMA
 from simpletuner.optim.state import load_optimizer_tensors, optimizer_tensors
 from simpletuner.reporting.events import Notice
+from simpletuner.training.evaluation import losses_as_json, losses_from_json
 from simpletuner.training.identity import compare_identity, run_identity
 from simpletuner.training.state import TrainState
 
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from simpletuner.training.run import Run
 
 NAME = re.compile(r"^checkpoint-(\d+)$")
+BEST = "checkpoint-best"
 STATE_FILE = "training_state.json"
 OPTIMIZER_FILE = "optimizer.safetensors"
 # The trained parameters as they are, where the adapter's file holds them in another form.
@@ -78,6 +81,45 @@ class Checkpoints:
             write_checkpoint(run, folder, content)
         self.rotate(keep=path)
 
+    def save_best(self, run: Run, eval_loss: float) -> Path:
+        """Commit the current state as `checkpoint-best`, in place of an earlier one.
+
+        Where the checkpoint of this step is there already, its files are linked and take no further room.
+
+        Raises:
+            DataError: the disk is full or cannot be written; the earlier best stays.
+        """
+        path, step = self.output_dir / BEST, run.state.global_step
+        if run.world.is_main:
+            same = self.output_dir / f"checkpoint-{step}"
+            with storage.commit_dir(path, metadata={"global_step": step, "eval_loss": eval_loss}) as folder:
+                if same.is_dir() and not storage.verify_dir(same, full=False):
+                    storage.link_files(same, folder)
+                else:
+                    write_checkpoint(run, folder)
+        run.world.barrier()
+        return path
+
+    def best(self) -> Path | None:
+        """The folder named like the best checkpoint; says nothing of whether it is valid."""
+        path = self.output_dir / BEST
+        return path if path.is_dir() else None
+
+    def set_best_aside(self) -> str | None:
+        """Give the best checkpoint of another run another name, so that this run's is not compared with it.
+
+        Returns:
+            Its new name, None where there was none.
+        """
+        path = self.best()
+        if path is None:
+            return None
+        number = 1
+        while (aside := path.with_name(f"earlier-{BEST}-{number}")).exists():
+            number += 1
+        path.rename(aside)
+        return aside.name
+
     def rotate(self, keep: Path) -> None:
         """Remove the oldest checkpoints beyond the limit; only valid ones count, `keep` is never removed."""
         if not self.limit:
@@ -114,7 +156,7 @@ class Checkpoints:
 
     def _latest(self) -> tuple[Path | None, list[str]]:
         notices = []
-        for path in reversed(self.found()):
+        for path in reversed(self._resumable()):
             damage = storage.verify_dir(path)
             if not damage:
                 return path, notices
@@ -125,11 +167,25 @@ class Checkpoints:
             raise ConfigError(_resume_problem(f"no valid checkpoint is left in {self.output_dir}: {notices[0]}", []))
         return None, []
 
+    def _resumable(self) -> list[Path]:
+        """All checkpoints, the best among them by its step (before the numbered one of the same step)."""
+        numbered = [(checkpoint_step(path), 1, path) for path in self.found()]
+        best = self.best()
+        return [path for *_, path in sorted([*numbered, *([(_best_step(best), 0, best)] if best else [])])]
+
 
 def checkpoint_step(path: Path) -> int:
     match = NAME.match(path.name)
     assert match is not None
     return int(match.group(1))
+
+
+def _best_step(path: Path) -> int:
+    """The step that a best checkpoint says it is of; before all others where it says nothing."""
+    try:
+        return int(storage.read_manifest(path).metadata["global_step"])
+    except (DataError, KeyError, TypeError, ValueError):
+        return -1
 
 
 def _resume_problem(message: str, found: list[Path]) -> Problem:
@@ -188,7 +244,7 @@ def write_checkpoint(run: Run, folder: Path, content: CheckpointContent) -> None
             "state": run.state.to_json(),
             "optimizer": content.plain,
             "identity": run_identity(run),
-            "eval_losses": {str(step): loss for step, loss in run.eval_losses.items()},
+            "eval_losses": losses_as_json(run.eval_losses),
         },
     )
     storage.write_json(folder / "config.json", run.loaded.resolved())
@@ -227,7 +283,7 @@ def load_checkpoint(run: Run, path: Path) -> None:
             run.bus.emit(Notice("warning", f"{path.name} has no EMA; the average starts from its weights"))
             run.ema = EMA(parameters, run.ema.decay, run.ema.update_interval)
     run.state = TrainState.from_json(saved["state"])
-    run.eval_losses.update({int(step): loss for step, loss in saved["eval_losses"].items()})
+    run.eval_losses.update(losses_from_json(saved["eval_losses"]))
 
 
 def read_state(path: Path) -> dict[str, Any]:

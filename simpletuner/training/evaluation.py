@@ -6,6 +6,7 @@ family's distribution with the same noise every time, so that two evaluations di
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -132,3 +133,29 @@ def _same_size_run(rows: list[tuple[Sample, int]]) -> list[tuple[Sample, int]]:
     while count < len(rows) and (rows[count][0].crop.height, rows[count][0].crop.width) == size:
         count += 1
     return rows[:count]
+
+
+def best_step(losses: Mapping[int, float]) -> int:
+    """The trained step with the lowest eval loss, the earliest of equals; step 0 only where there is no other."""
+    trained = {step: loss for step, loss in losses.items() if step > 0 and math.isfinite(loss)} or losses
+    return min(trained, key=lambda step: (trained[step], step))
+
+
+def evaluations_without_gain(losses: Mapping[int, float]) -> int:
+    """How many of the last evaluations in a row brought no loss below all that came before them."""
+    lowest, count = math.inf, 0
+    for step in sorted(losses):
+        count = 0 if losses[step] < lowest else count + 1
+        lowest = min(lowest, losses[step])
+    return count
+
+
+def losses_as_json(losses: Mapping[int, float]) -> dict[str, float | None]:
+    """Step -> eval loss as JSON holds it: a loss that is not finite is null."""
+    return {str(step): loss if math.isfinite(loss) else None for step, loss in losses.items()}
+
+
+def losses_from_json(losses: Mapping[str, float | None], until: int | None = None) -> dict[int, float]:
+    """What `losses_as_json` gave, up to step `until`."""
+    known = {int(step): math.nan if loss is None else float(loss) for step, loss in losses.items()}
+    return {step: loss for step, loss in known.items() if until is None or step <= until}

@@ -14,6 +14,7 @@ from simpletuner.config.loading import LoadedRun
 from simpletuner.reporting.events import Notice, RunFinished
 from simpletuner.reporting.loss_plot import draw_loss_plot
 from simpletuner.reporting.sinks.jsonl import METRICS_FILE
+from simpletuner.training.evaluation import best_step
 from simpletuner.training.phases import phase
 from simpletuner.training.proof import live_output, prove_adapter
 from simpletuner.training.run import Run
@@ -33,6 +34,10 @@ def finish_run(run: Run, seconds: float) -> None:
         return
     if run.validator is not None:
         outputs |= run.validator.write_summaries(run.state.global_step)
+    best = run.checkpoints.best() if run.config.checkpoint_keep_best else None
+    if best is not None:
+        step = best_step(run.eval_losses)
+        outputs[f"best checkpoint (step {step}, eval loss {run.eval_losses[step]:.4f})"] = best
     plot = draw_loss_plot(run.output_dir / METRICS_FILE, run.output_dir / "loss.png")
     if plot is not None:
         outputs["loss curve"] = plot

@@ -60,7 +60,7 @@ def make_lock(loaded: LoadedRun, family: ModelFamily, datasets: Sequence[Dataset
             "packages": dict(installed_versions()),
             "config": loaded.resolved(),
             "config_files": {path.name: memo.digest(path) for path in files},
-            "data": {each.id: {"pictures": len(each.samples), "fingerprint": each.fingerprint} for each in datasets},
+            "data": {each.id: {"pictures": each.num_pictures, "fingerprint": each.fingerprint} for each in datasets},
             "base": {
                 "model": family.source.model,
                 "revision": family.source.revision,

@@ -24,8 +24,10 @@ from torch import Tensor
 from simpletuner.errors import DivergedError, Problem
 from simpletuner.optim.clipping import clip_by_norm, clip_by_value, gradient_norm
 from simpletuner.randomness import reseed_global
-from simpletuner.reporting.events import CheckpointSaved, EvalDone, Notice, StepDone
+from simpletuner.reporting.events import CheckpointSaved, Notice, StepDone
 from simpletuner.training.batches import Window
+from simpletuner.training.evaluate import evaluate
+from simpletuner.training.loss_bins import INTERVAL as LOSS_BINS_INTERVAL
 from simpletuner.training.memory import memory_gb
 from simpletuner.training.run import Run
 from simpletuner.training.step import Losses, compute_losses, draw_noise, draw_quantiles
@@ -62,12 +64,14 @@ def run_training(run: Run) -> None:
         maybe_evaluate(run, always=True)
         maybe_validate(run, always=True)
 
-    while run.state.global_step < run.max_train_steps:
+    while not run.is_finished:
         started = time.perf_counter()
         epoch = run.state.epoch
         window = run.batches.window(run.state.global_step, epoch, run.state.position)
         outcome = train_window(run, window)
         report_step(run, window, outcome, epoch, time.perf_counter() - started)
+        if run.state.global_step % LOSS_BINS_INTERVAL == 0 or run.is_finished:
+            report_loss_bins(run)
 
         maybe_checkpoint(run)
         maybe_evaluate(run)
@@ -85,6 +89,8 @@ def train_window(run: Run, window: Window) -> StepOutcome:
     losses = [backward_micro_batch(run, window, micro_step, weight) for micro_step in range(len(window.batches))]
     run.placement.collect_gradients()
     outcome = summarise(run, window, losses)
+    trained = [each for each, batch in zip(losses, window.batches, strict=True) if not batch.is_regularisation]
+    run.loss_bins.add(step + 1, trained)
     state = run.state
     if math.isfinite(outcome.loss) and math.isfinite(outcome.grad_norm):
         run.set_learning_rate(outcome.learning_rate)
@@ -186,6 +192,13 @@ def report_step(run: Run, window: Window, outcome: StepOutcome, epoch: int, seco
         run.bus.emit(Notice("warning", f"step {run.state.global_step}: loss or gradients not finite, step skipped"))
 
 
+def report_loss_bins(run: Run) -> None:
+    """Emit the loss by noise level since the last time."""
+    event = run.loss_bins.take(run.state.global_step, run.world)
+    if event is not None:
+        run.bus.emit(event)
+
+
 def is_due(run: Run, step_interval: int | None, epoch_interval: float | None = None) -> bool:
     """Whether the step just taken ends an interval of steps, or crossed an interval of epochs."""
     step = run.state.global_step
@@ -213,17 +226,9 @@ def maybe_evaluate(run: Run, always: bool = False) -> None:
     if run.evaluator is None:
         return
     if always or is_due(run, config.eval_steps_interval, config.eval_epoch_interval) or run.is_finished:
-        with run.autocast():
-            result = run.evaluator.run(run.denoiser)
-        run.eval_losses[run.state.global_step] = result.pooled
-        run.bus.emit(
-            EvalDone(
-                step=run.state.global_step,
-                losses={} if config.eval_dataset_pooling else dict(result.by_dataset),
-                pooled=result.pooled,
-                per_quantile=tuple(result.by_quantile),
-            )
-        )
+        evaluate(run)
+        if run.is_stopped_early:
+            save_checkpoint(run)
 
 
 def maybe_validate(run: Run, always: bool = False) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from simpletuner.config.loading import LoadedRun
 from simpletuner.data.dataset import Dataset
 from simpletuner.data.datasets import build_datasets
+from simpletuner.data.holdout import SUFFIX, hold_out
 from simpletuner.data.report import write_report
 from simpletuner.distributed.world import ALONE, World
 from simpletuner.errors import ConfigError, DataError, Problem
@@ -39,7 +40,24 @@ def prepare_data(
     kept, sources = prepare_latents(loaded, family, datasets, bus, stop, world)
     if world.is_main and any(new is not old for new, old in zip(kept, datasets, strict=True)):
         write_report(output_dir, [dataset.funnel for dataset in kept])  # with what the VAE could not encode
-    return kept, sources
+    return with_holdout(kept, sources, loaded.config.eval_holdout, bus)
+
+
+def with_holdout(
+    datasets: list[Dataset], sources: LatentSources, share: float, bus: EventBus
+) -> tuple[list[Dataset], LatentSources]:
+    """The datasets with `eval_holdout` taken out of training and put into eval datasets, which share the latents."""
+    divided = hold_out(datasets, share)
+    held = divided[len(datasets) :]
+    for dataset in held:
+        source = dataset.id.removesuffix(SUFFIX)
+        count, whole = dataset.num_pictures, dataset.num_pictures + _by_id(divided, source).num_pictures
+        bus.emit(Notice("info", f"{source}: {count} of {whole} pictures are held out for the eval loss"))
+    return divided, {**sources, **{dataset.id: sources[dataset.id.removesuffix(SUFFIX)] for dataset in held}}
+
+
+def _by_id(datasets: list[Dataset], dataset_id: str) -> Dataset:
+    return next(dataset for dataset in datasets if dataset.id == dataset_id)
 
 
 def prepare_datasets(

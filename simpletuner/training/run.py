@@ -21,7 +21,8 @@ from simpletuner.optim.ema import EMA
 from simpletuner.reporting.bus import EventBus
 from simpletuner.training.batches import BatchSource
 from simpletuner.training.checkpoint import Checkpoints
-from simpletuner.training.evaluation import Evaluator
+from simpletuner.training.evaluation import EvalResult, Evaluator, evaluations_without_gain
+from simpletuner.training.loss_bins import LossBins
 from simpletuner.training.signals import StopRequest
 from simpletuner.training.state import TrainState
 from simpletuner.validation.external import ExternalScript
@@ -50,7 +51,9 @@ class Run:
         world: the processes of the run; `Run` is the same in each but for its part of the batches.
         epochs_before: epochs done before the last step of this process.
         epochs_after: epochs done after it.
-        eval_losses: global_step -> pooled eval loss of this process's run.
+        eval_losses: global_step -> pooled eval loss, of earlier processes too.
+        eval_reference: the eval loss of the untouched base, once it is known.
+        loss_bins: gathers the training loss by noise level.
     """
 
     loaded: LoadedRun
@@ -75,6 +78,8 @@ class Run:
     epochs_before: float = 0.0
     epochs_after: float = 0.0
     eval_losses: dict[int, float] = field(default_factory=dict)
+    eval_reference: EvalResult | None = None
+    loss_bins: LossBins = field(default_factory=LossBins)
 
     @property
     def config(self) -> TrainConfig:
@@ -86,7 +91,13 @@ class Run:
 
     @property
     def is_finished(self) -> bool:
-        return self.state.global_step >= self.max_train_steps
+        return self.state.global_step >= self.max_train_steps or self.is_stopped_early
+
+    @property
+    def is_stopped_early(self) -> bool:
+        """Whether `early_stopping_patience` is used up; a function of the eval losses, so a resumed run knows too."""
+        patience = self.config.early_stopping_patience
+        return patience is not None and evaluations_without_gain(self.eval_losses) >= patience
 
     def set_learning_rate(self, learning_rate: float) -> None:
         for group in self.optimizer.param_groups:

@@ -37,7 +37,8 @@ from simpletuner.reporting.sinks import build_sinks
 from simpletuner.training.batches import BatchSource
 from simpletuner.training.checkpoint import Checkpoints, load_checkpoint, read_state
 from simpletuner.training.devices import adapter_dtype, pick_device, weight_dtype
-from simpletuner.training.evaluation import Evaluator
+from simpletuner.training.evaluate import read_history
+from simpletuner.training.evaluation import Evaluator, losses_from_json
 from simpletuner.training.finish import finish_run
 from simpletuner.training.latents import LatentSources
 from simpletuner.training.lock import write_lock
@@ -95,7 +96,8 @@ def build_run(loaded: LoadedRun, output_dir: Path, bus: EventBus, stop: StopRequ
     """All parts of the run, resumed where there is something to resume from."""
     config = loaded.config
     checkpoints = Checkpoints(output_dir, config.checkpoints_total_limit)
-    resume_from, notices = choose_checkpoint(checkpoints, config.resume_from_checkpoint, world)
+    wanted = config.resume_from_checkpoint if config.resumes else None
+    resume_from, notices = choose_checkpoint(checkpoints, wanted, world)
     for line in [*loaded.warnings, *notices]:
         bus.emit(Notice("warning", line))
 
@@ -140,7 +142,10 @@ def build_run(loaded: LoadedRun, output_dir: Path, bus: EventBus, stop: StopRequ
     )
     if resume_from is not None:
         load_checkpoint(run, resume_from)
+        run.eval_losses |= losses_from_json(world.from_main(read_history(output_dir)), until=run.state.global_step)
         bus.emit(Notice("info", f"resumed {resume_from.name}: step {run.state.global_step} of {total_steps}"))
+    elif world.is_main and (aside := checkpoints.set_best_aside()):
+        bus.emit(Notice("warning", f"the best checkpoint of an earlier run is kept as {aside}"))
     return run
 
 
@@ -249,7 +254,8 @@ def build_evaluator(
 ) -> Evaluator | None:
     """None where there is nothing to evaluate; an interval without an eval dataset is told by `config/rules.py`."""
     config = loaded.config
-    held_out = [dataset for dataset in datasets if dataset.kind == "eval"]
+    wanted = config.eval_dataset_id
+    held_out = [dataset for dataset in datasets if dataset.kind == "eval" and wanted in (None, dataset.id)]
     is_wanted = (config.eval_steps_interval or config.eval_epoch_interval) and not config.eval_loss_disable
     if not is_wanted or not held_out:
         return None
@@ -319,7 +325,7 @@ def announce(
         "model": f"{family.spec.title} ({family.source.model})",
         "training": f"{config.model_type} {config.lora_type if config.model_type == 'lora' else ''}".strip(),
         "device": f"{family.device} in {str(family.dtype).removeprefix('torch.')}",
-        "pictures": ", ".join(f"{dataset.id}: {len(dataset.samples)}" for dataset in datasets),
+        "pictures": ", ".join(f"{dataset.id}: {dataset.num_pictures}" for dataset in datasets),
     }
     bus.emit(
         RunStarted(

@@ -35,14 +35,11 @@ class EvaluationOptions(OptionGroup):
         False, help="Report only the loss over all eval datasets together, and none for each of them."
     )
     eval_loss_disable: Bool = option(False, help="Compute no eval loss, whatever the intervals say.")
-    eval_dataset_id: Text | None = option(
-        None, help="Use only this eval dataset. Unset: all of them.", planned="all eval datasets are used"
-    )
+    eval_dataset_id: Text | None = option(None, help="Use only this eval dataset. Unset: all of them.")
     eval_holdout: Float = option(
         0.0,
         help="Share of the training pictures that is never trained on and gives the eval loss instead, where there is "
         "no eval dataset. Chosen by content, so it stays the same on resume and when pictures are added. 0 is none.",
-        planned="not built yet",
         ge=0,
         le=0.5,
         level="basic",
@@ -50,13 +47,11 @@ class EvaluationOptions(OptionGroup):
     checkpoint_keep_best: Bool = option(
         False,
         help="Keep the state with the lowest eval loss as `checkpoint-best`, besides the checkpoints that are rotated.",
-        planned="not built yet",
         level="basic",
     )
     early_stopping_patience: Int | None = option(
         None,
         help="End the run, as finished, after this many evaluations in a row that brought no lower eval loss.",
-        planned="not built yet",
         unit="evaluations",
         ge=1,
     )

@@ -7,7 +7,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from simpletuner.reporting.events import EvalDone, Event, PicturesMade, PicturesScored, RunStarted, StepDone
+from simpletuner.reporting.events import (
+    EvalDone,
+    Event,
+    LossBySigma,
+    PicturesMade,
+    PicturesScored,
+    RunStarted,
+    StepDone,
+)
 from simpletuner.reporting.scalars import picture_name, scalars
 
 if TYPE_CHECKING:
@@ -31,7 +39,7 @@ class TensorBoardSink:
             self._run = event
         elif isinstance(event, PicturesMade):
             self._add_pictures(event)
-        elif isinstance(event, StepDone | EvalDone | PicturesScored):
+        elif isinstance(event, StepDone | EvalDone | PicturesScored | LossBySigma):
             self._add_scalars(scalars(event), event.step)
             if not isinstance(event, StepDone):
                 self.writer().flush()

@@ -161,7 +161,9 @@ def describe(event: Event) -> list[str]:
         return [f"{event.name} done in {progress.duration_text(event.seconds)}{summary}"]
     if isinstance(event, EvalDone):
         each = ", ".join(f"{name} {loss:.4f}" for name, loss in event.losses.items())
-        return [f"eval loss at step {event.step}: {event.pooled:.4f}" + (f" ({each})" if len(event.losses) > 1 else "")]
+        notes = [each] if len(event.losses) > 1 else []
+        notes += [f"base model {event.reference:.4f}"] if event.reference is not None and event.step > 0 else []
+        return [f"eval loss at step {event.step}: {event.pooled:.4f}" + (f" ({'; '.join(notes)})" if notes else "")]
     if isinstance(event, PicturesScored):
         return [f"{event.metric} score at step {event.step}: {event.mean:.2f} ({len(event.scores)} pictures)"]
     if isinstance(event, CheckpointSaved):

@@ -19,6 +19,8 @@ def test_records_are_strict_json_even_where_numbers_are_not_finite():
         "pooled": "inf",
         "per_quantile": [[0.25, 0.5]],
         "seconds": 0.0,
+        "reference": None,
+        "reference_per_quantile": [],
     }
 
 

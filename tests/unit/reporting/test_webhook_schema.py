@@ -81,6 +81,7 @@ def test_the_schema_refuses_what_is_no_event(change: dict[str, Any]) -> None:
 def test_every_event_of_a_run_is_told() -> None:
     """A new event needs words, or a reason here."""
     silent = {StepDone, PhaseProgress}  # `progress_message` words them
+    silent |= {LossBySigma}  # a curve for trackers, and no news
     kinds = {kind for kind in vars(events).values() if isinstance(kind, type) and issubclass(kind, Event)} - {Event}
     assert all(dataclasses.is_dataclass(kind) for kind in kinds)
     assert {type(event) for event in EXAMPLES} | silent == kinds

@@ -1,0 +1,76 @@
+"""What follows from an eval loss: the best checkpoint, and the end of a run that learns no more.
+
+Both are functions of the eval losses so far. They are kept in `eval_losses.json`, written at each evaluation, since the
+checkpoint of the same step is older than its evaluation: a run that goes on knows what the killed one knew.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from simpletuner import storage
+from simpletuner.errors import DataError
+from simpletuner.reporting.events import CheckpointSaved, EvalDone, Notice
+from simpletuner.training.evaluation import EvalResult, best_step, losses_as_json, losses_from_json
+from simpletuner.training.run import Run
+
+HISTORY_FILE = "eval_losses.json"
+
+
+def evaluate(run: Run) -> None:
+    """Compute the eval loss of the live weights, tell it, and keep the state if it is the best so far."""
+    assert run.evaluator is not None
+    step, started = run.state.global_step, time.monotonic()
+    with run.autocast():
+        result = run.evaluator.run(run.denoiser)
+        reference = reference_result(run, result)
+    # The processes compute the same; the last bit of one of them shall not make them disagree on the end of the run.
+    run.eval_losses[step] = run.world.from_main(result.pooled)
+    run.bus.emit(
+        EvalDone(
+            step=step,
+            losses={} if run.config.eval_dataset_pooling else dict(result.by_dataset),
+            pooled=result.pooled,
+            per_quantile=tuple(result.by_quantile),
+            seconds=time.monotonic() - started,
+            reference=reference.pooled if reference else None,
+            reference_per_quantile=tuple(reference.by_quantile) if reference else (),
+        )
+    )
+    if run.world.is_main:
+        storage.write_json(run.output_dir / HISTORY_FILE, losses_as_json(run.eval_losses))
+    if run.config.checkpoint_keep_best and step > 0 and best_step(run.eval_losses) == step:
+        path = run.checkpoints.save_best(run, run.eval_losses[step])
+        run.bus.emit(CheckpointSaved(step=step, path=path))
+    if run.is_stopped_early:
+        count = run.config.early_stopping_patience
+        text = f"the run ends at step {step}: {count} evaluations in a row brought no eval loss below "
+        best = best_step(run.eval_losses)
+        run.bus.emit(Notice("info", f"{text}{run.eval_losses[best]:.4f} of step {best} (early_stopping_patience)"))
+
+
+def reference_result(run: Run, result: EvalResult) -> EvalResult | None:
+    """The untouched base on the same pictures: computed once in a process.
+
+    Full training has its base before its first step only; a run that goes on has no reference then.
+    """
+    assert run.evaluator is not None
+    if run.eval_reference is None:
+        if run.adapter.can_be_disabled:
+            with run.adapter.disabled():
+                run.eval_reference = run.evaluator.run(run.denoiser)
+        elif run.state.global_step == 0:
+            run.eval_reference = result
+    return run.eval_reference
+
+
+def read_history(output_dir: Path) -> dict[str, float | None]:
+    """The eval losses that an earlier process wrote, as JSON has them; none where the file is gone or damaged."""
+    path = output_dir / HISTORY_FILE
+    try:
+        losses = storage.read_json(path) if path.is_file() else {}
+        losses_from_json(losses)
+    except (DataError, ValueError, TypeError, AttributeError):
+        return {}
+    return losses

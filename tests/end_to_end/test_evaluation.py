@@ -1,0 +1,196 @@
+"""The eval loss in whole runs: equal for equal weights, what it keeps, and what it ends."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from simpletuner import storage
+from simpletuner.training import evaluate, loop
+from simpletuner.training.evaluation import EvalResult
+from tests.runs import dataset, draw_pictures, metrics, train_here, write_run
+from tests.tiny import tiny_omnigen_folder
+
+EVERY_STEP = {"eval_steps_interval": 1, "max_train_steps": 6, "checkpoint_step_interval": 3}
+
+
+def weights(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
+
+
+def fall_until(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Let each eval loss be 10 - step up to `step` and 20 afterwards, so that a test knows which is the best."""
+
+    def known(run: Any) -> None:
+        now = run.state.global_step
+        result = EvalResult({"held_out": 0.0}, 10.0 - now if now <= step else 20.0, [])
+        run.evaluator = SimpleNamespace(run=lambda denoiser: result)
+        real(run)
+
+    real = evaluate.evaluate
+    monkeypatch.setattr(loop, "evaluate", known)
+
+
+def losses(output: Path) -> dict[int, float]:
+    return {event["step"]: event["pooled"] for event in metrics(output, "eval_done")}
+
+
+def test_equal_weights_have_an_equal_eval_loss_whatever_happened_between(tmp_path: Path, omnigen_folder: Path):
+    still = {**EVERY_STEP, "learning_rate": 1e-30, "caption_dropout_probability": 0.0}
+    watched = {"validation_disable": False, "validation_prompt": "a star", "validation_resolution": "32"}
+    folder = write_run(
+        tmp_path, omnigen_folder, **still, **watched, validation_step_interval=2, validation_num_inference_steps=2
+    )
+    found = losses(train_here(folder))
+    assert len(found) == 7
+    assert max(found.values()) - min(found.values()) <= 1e-6
+    # The base is judged with its adapter off: the same weights as far as this run has come.
+    for event in metrics(folder / "output", "eval_done"):
+        assert event["reference"] == pytest.approx(event["pooled"], abs=1e-6)
+        assert len(event["reference_per_quantile"]) == 3
+        assert event["seconds"] > 0
+
+
+def test_the_reference_is_the_untouched_base_however_far_training_is(tmp_path: Path, omnigen_folder: Path):
+    events = metrics(train_here(write_run(tmp_path, omnigen_folder, **EVERY_STEP)), "eval_done")
+    assert {event["reference"] for event in events} == {events[0]["reference"]}
+    assert events[0]["pooled"] == pytest.approx(events[0]["reference"], abs=1e-6)
+    assert events[-1]["pooled"] != pytest.approx(events[-1]["reference"], abs=1e-6)
+
+
+def test_the_best_checkpoint_is_the_state_of_the_lowest_loss(tmp_path: Path, omnigen_folder: Path, monkeypatch):
+    fall_until(monkeypatch, 3)
+    folder = write_run(
+        tmp_path, omnigen_folder, **{**EVERY_STEP, "checkpoints_total_limit": 1}, checkpoint_keep_best=True
+    )
+    output = train_here(folder)
+    assert storage.verify_dir(output / "checkpoint-best") == []
+    assert storage.read_manifest(output / "checkpoint-best").metadata == {"global_step": 3, "eval_loss": 7.0}
+    assert not (output / "checkpoint-3").exists()  # rotated; the best is not
+
+    other = train_here(write_run(tmp_path / "other", omnigen_folder, **{**EVERY_STEP, "max_train_steps": 3}))
+    assert weights(output / "checkpoint-best") == weights(other / "checkpoint-3")
+    [finished] = metrics(output, "run_finished")
+    assert finished["outputs"]["best checkpoint (step 3, eval loss 7.0000)"] == str(output / "checkpoint-best")
+
+
+def test_a_run_goes_on_from_the_best_checkpoint_by_name_and_as_the_latest(
+    tmp_path: Path, omnigen_folder: Path, monkeypatch
+):
+    options: dict[str, Any] = {**EVERY_STEP, "checkpoint_step_interval": 2, "checkpoint_keep_best": True}
+    fall_until(monkeypatch, 3)
+    output = train_here(write_run(tmp_path, omnigen_folder, **options))
+    expected = weights(output / "checkpoint-6")
+    for name in ("checkpoint-4", "checkpoint-6"):
+        storage.remove_dir(output / name)
+    # checkpoint-2 and checkpoint-best (step 3) are left.
+    train_here(tmp_path)
+    assert weights(output / "checkpoint-6") == expected
+    assert "resumed checkpoint-best: step 3 of 6" in [event["text"] for event in metrics(output, "notice")]
+    storage.remove_dir(output / "checkpoint-6")
+    train_here(tmp_path, "--resume_from_checkpoint=checkpoint-best")
+    assert weights(output / "checkpoint-6") == expected
+
+
+def test_the_best_of_an_earlier_run_is_set_aside_at_a_fresh_start(tmp_path: Path, omnigen_folder: Path):
+    folder = write_run(tmp_path, omnigen_folder, **EVERY_STEP, checkpoint_keep_best=True)
+    output = train_here(folder)
+    before = weights(output / "checkpoint-best")
+    train_here(folder, "--resume_from_checkpoint=none")
+    assert weights(output / "earlier-checkpoint-best-1") == before
+
+
+def test_patience_ends_a_run_as_finished_and_a_second_start_knows(tmp_path: Path, omnigen_folder: Path, monkeypatch):
+    fall_until(monkeypatch, 2)
+    options = {**EVERY_STEP, "max_train_steps": 50, "early_stopping_patience": 2}
+    output = train_here(write_run(tmp_path, omnigen_folder, **options))
+    [finished] = metrics(output, "run_finished")
+    assert finished["step"] == 4
+    assert (output / "checkpoint-4").is_dir()
+    assert (output / "pytorch_lora_weights.safetensors").is_file()
+    [line] = [event["text"] for event in metrics(output, "notice") if "early_stopping_patience" in event["text"]]
+    assert "ends at step 4" in line
+    assert "8.0000 of step 2" in line
+
+    train_here(tmp_path)
+    told = [event["text"] for event in metrics(output, "notice")]
+    assert told[-1].endswith("is complete: step 4 of 50")
+    train_here(tmp_path, "--early_stopping_patience=4")
+    assert metrics(output, "run_finished")[-1]["step"] == 6
+
+
+def test_a_killed_run_remembers_evaluations_after_its_last_checkpoint(
+    tmp_path: Path, omnigen_folder: Path, monkeypatch
+):
+    """Step 4 was evaluated after checkpoint-4: the run that goes on from it must know that loss."""
+    fall_until(monkeypatch, 4)
+    options = {**EVERY_STEP, "checkpoint_step_interval": 4, "early_stopping_patience": 2, "max_train_steps": 9}
+    folder = write_run(tmp_path, omnigen_folder, **options)
+    report = loop.report_step
+
+    def die(run: Any, *arguments: Any) -> None:
+        if run.state.global_step == 5:
+            raise KeyboardInterrupt
+        report(run, *arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(loop, "report_step", die)
+        with pytest.raises(KeyboardInterrupt):
+            train_here(folder)
+    assert json.loads((folder / "output" / "eval_losses.json").read_text())["4"] == 6.0
+    train_here(folder)
+    assert metrics(folder / "output", "run_finished")[-1]["step"] == 6
+
+
+def test_a_share_of_the_pictures_is_held_out_and_never_trained_on(tmp_path: Path, omnigen_folder: Path, monkeypatch):
+    seen: set[str] = set()
+    train_window = loop.train_window
+
+    def remember(run: Any, window: Any) -> Any:
+        seen.update(digest for batch in window.batches for digest in batch.digests)
+        return train_window(run, window)
+
+    monkeypatch.setattr(loop, "train_window", remember)
+    draw_pictures(tmp_path / "pictures", 12, seed=1)
+    folder = write_run(
+        tmp_path, omnigen_folder, [dataset("pictures")], **EVERY_STEP, eval_holdout=0.3, num_eval_images=12
+    )
+    output = train_here(folder)
+    [told] = [event["text"] for event in metrics(output, "notice") if "held out" in event["text"]]
+    count = int(told.split()[1])
+    assert told == f"pictures: {count} of 12 pictures are held out for the eval loss"
+    assert len(seen) == 12 - count
+    assert set(metrics(output, "eval_done")[0]["losses"]) == {"pictures.holdout"}
+    assert not (folder / "cache" / "vae" / "omnigen" / "pictures.holdout").exists()  # it shares the latents
+
+
+def test_one_eval_dataset_can_be_chosen(tmp_path: Path, omnigen_folder: Path):
+    for name, seed in (("pictures", 1), ("first", 2), ("second", 3)):
+        draw_pictures(tmp_path / name, 2, seed)
+    data = [dataset("pictures"), *(dataset(name, dataset_type="eval") for name in ("first", "second"))]
+    options = {**EVERY_STEP, "max_train_steps": 1, "eval_dataset_id": "second"}
+    output = train_here(write_run(tmp_path, omnigen_folder, data, **options))
+    assert {tuple(event["losses"]) for event in metrics(output, "eval_done")} == {("second",)}
+
+
+def test_the_training_loss_is_told_by_noise_level(tmp_path: Path, omnigen_folder: Path):
+    output = train_here(write_run(tmp_path, omnigen_folder))
+    [event] = metrics(output, "loss_by_sigma")
+    # Regularisation samples are compared with the base itself and do not count.
+    records = [record for record in metrics(output, "step_done") if "regularisation_loss" not in record["extra"]]
+    assert (event["step"], event["first_step"]) == (8, records[0]["step"])
+    assert sum(count for *_, count in event["bins"]) == sum(record["samples"] for record in records)
+    mean = sum(loss * count for *_, loss, count in event["bins"]) / sum(count for *_, count in event["bins"])
+    expected = sum(r["loss"] * r["samples"] for r in records) / sum(r["samples"] for r in records)
+    assert mean == pytest.approx(expected, rel=1e-5)
+
+
+def test_full_training_takes_its_reference_before_the_first_step(tmp_path: Path):
+    model = tiny_omnigen_folder(tmp_path / "model")
+    options = {**EVERY_STEP, "model_type": "full", "max_train_steps": 2, "learning_rate": 1e-3}
+    events = metrics(train_here(write_run(tmp_path / "run", model, **options)), "eval_done")
+    assert [event["reference"] for event in events] == [events[0]["pooled"]] * 3
