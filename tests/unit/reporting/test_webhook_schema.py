@@ -13,7 +13,7 @@ from pydantic import SecretStr
 from scripts.fill_pages import PAGES, event_schema_text
 from simpletuner.config.webhooks import Webhook
 from simpletuner.reporting import events
-from simpletuner.reporting.events import Event, PhaseProgress, SavedPicture, StepDone
+from simpletuner.reporting.events import Event, LossBySigma, PhaseProgress, SavedPicture, StepDone
 from simpletuner.reporting.webhooks.encoding import raw_event
 from simpletuner.reporting.webhooks.messages import CurvePoint, progress_message, words_for
 from simpletuner.reporting.webhooks.pictures import Attachment
