@@ -90,13 +90,14 @@ class Checkpoints:
             DataError: the disk is full or cannot be written; the earlier best stays.
         """
         path, step = self.output_dir / BEST, run.state.global_step
+        content = checkpoint_content(run)
         if run.world.is_main:
             same = self.output_dir / f"checkpoint-{step}"
             with storage.commit_dir(path, metadata={"global_step": step, "eval_loss": eval_loss}) as folder:
                 if same.is_dir() and not storage.verify_dir(same, full=False):
                     storage.link_files(same, folder)
                 else:
-                    write_checkpoint(run, folder)
+                    write_checkpoint(run, folder, content)
         run.world.barrier()
         return path
 
