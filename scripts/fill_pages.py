@@ -1,4 +1,4 @@
-"""Fills what pages of the documentation take from the code: tables of keys, and whole files.
+"""Fills what pages of the documentation take from the code: tables of keys and optimizers, and whole files.
 
 A page marks such a place with `<!-- table: NAME -->` or `<!-- file: PATH -->` and ends it with `<!-- end -->`. A test
 compares, so a page cannot say other than the code does.
@@ -14,7 +14,7 @@ from pathlib import Path
 
 from simpletuner.config.datasets import dataset_options
 from simpletuner.config.options import OptionInfo
-from simpletuner.config.pages import options_markdown
+from simpletuner.config.pages import optimizers_table, options_markdown
 from simpletuner.config.reference import option_rows, planned_values_text
 from simpletuner.config.webhooks import webhook_options
 from simpletuner.reporting.webhooks.schema import event_schema
@@ -37,7 +37,10 @@ def _filled(match: re.Match[str]) -> str:
 
 
 def table(name: str) -> str:
-    """Rows for `KIND` (built keys of that dataset type, or `webhook`), `KIND/not-built` or `KIND/values-not-built`."""
+    """Rows for `KIND` (built keys of that dataset type, or `webhook`), `KIND/not-built`, `KIND/values-not-built`, or
+    `optimizers`."""
+    if name == "optimizers":
+        return optimizers_table()
     kind, _, part = name.partition("/")
     infos = list((webhook_options() if kind == "webhook" else dataset_options(kind)).values())
     if part == "values-not-built":

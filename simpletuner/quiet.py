@@ -8,6 +8,7 @@ kernels are not used here, and what a run does use is checked by name at its sta
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -28,6 +29,9 @@ def hide_needless_lines() -> None:
     """Drop the lines of `NEEDLESS`; called before anything heavy is imported."""
     for name, beginnings in NEEDLESS.items():
         logging.getLogger(name).addFilter(_Without(beginnings))
+    # Where the weights are in main memory, so is the state.
+    warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")
+    warnings.filterwarnings("ignore", message="`torch.jit.script_method` is deprecated")
 
 
 @dataclass(frozen=True)  # equal filters are added once

@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from simpletuner.batch import Batch, PromptEmbeds
 from simpletuner.models.family import ModelFamily
+from simpletuner.optim.state import optimizer_tensors
 from simpletuner.training.step import compute_losses
 
 # Weights that the optimizer is tried on: 8-bit optimizers keep small ones in full precision, so not too few.
@@ -181,12 +182,13 @@ def optimizer_bytes(parameters: Mapping[str, nn.Parameter], make_optimizer: Any)
         tried[name] = nn.Parameter(torch.zeros(shape, dtype=parameter.dtype))
         if len(tried) == 4:
             break
-    optimizer = make_optimizer(tried)
-    for parameter in tried.values():
-        parameter.grad = torch.ones_like(parameter)
-    optimizer.step()
-    kept = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
-    return round(num_bytes(kept) * total / sum(parameter.numel() for parameter in tried.values()))
+    with torch.compiler.set_stance("force_eager"):  # compiling a step takes longer than all else that is counted
+        optimizer = make_optimizer(tried)
+        for parameter in tried.values():
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+    kept, _ = optimizer_tensors(optimizer, tried)
+    return round(num_bytes(kept.values()) * total / sum(parameter.numel() for parameter in tried.values()))
 
 
 def _cut_shape(shape: torch.Size) -> list[int]:

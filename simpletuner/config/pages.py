@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from simpletuner.config.names import RENAMED, RETIRED
+from simpletuner.config.optimizers import OPTIMIZERS, OptimizerRow
 from simpletuner.config.options import all_options
 from simpletuner.config.reference import option_rows, planned_values_text
 
@@ -71,6 +72,20 @@ def options_markdown() -> str:
         f"## Retired keys\n\nAccepted with a warning; they have no effect.\n\n| key | why |\n|---|---|\n{retired}\n"
     )
     return "\n".join(parts)
+
+
+def optimizers_table() -> str:
+    """Every optimizer: what it is, what it keeps for each weight, what `optimizer_config` may set."""
+    rows = ["| `optimizer` | what it is | kept per weight | `optimizer_config` |", "|---|---|---|---|"]
+    for name, row in OPTIMIZERS.items():
+        arguments = ", ".join(f"`{key}={_shown(row, key)}`" for key in row.arguments)
+        rows.append(f"| `{name}` | {row.notes} | {row.state} | {arguments} |")
+    return "\n".join(rows)
+
+
+def _shown(row: OptimizerRow, key: str) -> str:
+    value = row.defaults.get(key, row.arguments[key])
+    return str(list(value) if isinstance(value, tuple) else value)
 
 
 def _planned_values() -> str:

@@ -14,6 +14,7 @@ from simpletuner.config.dataset_rules import DATASET_NOTICES, DATASET_RULES
 from simpletuner.config.datasets import ImageDataset, TextEmbedsDataset
 from simpletuner.config.draft import Draft
 from simpletuner.config.names import nearest
+from simpletuner.config.optimizer_rules import OPTIMIZER_NOTICES, OPTIMIZER_RULES
 from simpletuner.config.process_rules import PROCESS_RULES
 from simpletuner.config.validation_rules import VALIDATION_NOTICES, VALIDATION_RULES
 from simpletuner.errors import Problem
@@ -210,6 +211,7 @@ RULES: tuple[Rule, ...] = (
     *DATASET_RULES,
     *PROCESS_RULES,
     *VALIDATION_RULES,
+    *OPTIMIZER_RULES,
 )
 
 
@@ -257,6 +259,7 @@ NOTICES: tuple[Notice, ...] = (
     *ADAPTER_NOTICES,
     *DATASET_NOTICES,
     *VALIDATION_NOTICES,
+    *OPTIMIZER_NOTICES,
 )
 
 

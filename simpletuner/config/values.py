@@ -111,11 +111,16 @@ def read_text_or_list(value: Any) -> Any:
 
 
 def read_arguments(value: Any) -> Any:
-    """`"eps=1e-8,weight_decay=0.1"` or an object -> a dict; numbers and truth values in the text are recognised."""
+    """`"eps=1e-8,weight_decay=0.1"`, JSON or an object -> a dict; numbers and truth values in the text are seen."""
     if isinstance(value, dict):
         return value
     if not isinstance(value, str):
         raise ValueError('must be text such as "weight_decay=0.1,eps=1e-8", or an object')
+    if value.lstrip().startswith("{"):
+        try:
+            return json.loads(value)
+        except ValueError as error:
+            raise ValueError(f"is not JSON: {error}") from None
     arguments: dict[str, Any] = {}
     for part in filter(None, (part.strip() for part in value.split(","))):
         name, equals, text = part.partition("=")
@@ -126,8 +131,9 @@ def read_arguments(value: Any) -> Any:
 
 
 def _read_scalar(text: str) -> Any:
-    if text.lower() in ("true", "false"):
-        return text.lower() == "true"
+    words = {"true": True, "false": False, "none": None}
+    if text.lower() in words:
+        return words[text.lower()]
     for kind in (int, float):
         try:
             return kind(text)

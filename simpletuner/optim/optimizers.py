@@ -1,87 +1,57 @@
-"""Optimizers by the name that the configuration uses. One table row each: what builds it and what it takes."""
+"""From the name of an optimizer to the optimizer; `config/optimizers.py` holds what is known of each."""
 
 from __future__ import annotations
 
 import importlib
-import inspect
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import importlib.util
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import Tensor
+
+from simpletuner.config.optimizer_rules import OWN_OPTIONS
+from simpletuner.config.optimizers import OPTIMIZERS, OptimizerRow
 from simpletuner.errors import ConfigError, MissingDependency, Problem
 
 if TYPE_CHECKING:
-    import torch
     from torch import nn
-
-
-@dataclass(frozen=True)
-class OptimizerEntry:
-    """One optimizer.
-
-    Args:
-        target: `package.module:Class`, a torch optimizer.
-        defaults: constructor arguments that differ from the class's own defaults; the configuration wins over them.
-        extra: extra of this package to install where the class lives in an optional package.
-        keyed: takes `seed`, for the randomness of its own.
-        notes: what a user should know, one line.
-    """
-
-    target: str
-    notes: str
-    defaults: Mapping[str, Any] = field(default_factory=dict)
-    extra: str | None = None
-    keyed: bool = False
-
-
-_TORCH_ADAMW = OptimizerEntry(
-    target="torch.optim:AdamW",
-    # One kernel for all weights, on the CPU too; five times as fast as the default for many small ones.
-    defaults={"fused": True},
-    notes="torch's AdamW; for float32 weights",
-)
-
-OPTIMIZERS: Mapping[str, OptimizerEntry] = {
-    "adamw_bf16": OptimizerEntry(
-        target="simpletuner.optim.adamw_bf16:AdamWBF16",
-        keyed=True,
-        notes="AdamW with stochastic rounding for bfloat16 weights and states; plain AdamW for float32 weights",
-    ),
-    "adamw": _TORCH_ADAMW,
-    "torch-adamw": _TORCH_ADAMW,
-}
-
-# Arguments that have an option of their own, or that the trainer decides.
-_OWN_OPTIONS = {"lr": "learning_rate"}
-_RESERVED = {"params", "self", "seed", "maximize", "differentiable", "capturable"}
 
 
 def build_optimizer(
     name: str, parameters: Mapping[str, nn.Parameter], config: Mapping[str, Any], seed: int = 0
 ) -> torch.optim.Optimizer:
-    """The optimizer `name` over `parameters`, in their order, as one group.
+    """The optimizer `name` over `parameters`, in their order.
 
     Args:
         parameters: trained parameters by name.
         config: reads learning_rate, adam_beta1, adam_beta2, adam_weight_decay, adam_epsilon and optimizer_config
-            ("k=v,k=v" or a map; wins over the others); what is absent or None keeps the optimizer's default.
+            (wins over the others); what is absent or None keeps the optimizer's default.
         seed: of the run, for optimizers that draw random numbers.
 
     Raises:
         ConfigError: no such optimizer, an argument that it does not take, or a value that it refuses.
+        MissingDependency: it compiles its step, and there is nothing to compile with.
     """
-    entry = get_entry(name)
-    optimizer_class = _load_class(entry, name)
-    arguments = _arguments(optimizer_class, entry, name, config)
-    if entry.keyed:
-        arguments["seed"] = seed
+    row = get_row(name)
+    arguments = _arguments(row, name, config) | ({"seed": seed} if row.has_seed else {})
+    if row.compiles:
+        _require_compiler(name, next(iter(parameters.values())).device)
+    module, _, class_name = row.target.partition(":")
+    optimizer_class = getattr(importlib.import_module(module), class_name)
+    groups: Any = _matrices_apart(parameters) if row.for_matrices else list(parameters.values())
     try:
-        return optimizer_class(list(parameters.values()), **arguments)
+        optimizer = optimizer_class(groups, **arguments)
     except (TypeError, ValueError) as error:
         raise ConfigError(Problem(f"{name} refuses its settings: {error}", key="optimizer_config")) from error
+    if row.averages:
+        optimizer.train()
+    return optimizer
 
 
-def get_entry(name: str) -> OptimizerEntry:
+def get_row(name: str) -> OptimizerRow:
     """The table row of an optimizer; ConfigError that lists all where there is none."""
     if name not in OPTIMIZERS:
         raise ConfigError(
@@ -90,82 +60,84 @@ def get_entry(name: str) -> OptimizerEntry:
     return OPTIMIZERS[name]
 
 
-def parse_optimizer_config(text: str | Mapping[str, Any] | None) -> dict[str, Any]:
-    """`"weight_decay=0.1,amsgrad=true"` or a map -> keyword arguments.
-
-    Raises:
-        ConfigError: a part that is not `key=value`.
-    """
-    if text is None:
-        return {}
-    if isinstance(text, Mapping):
-        return dict(text)
-    values = {}
-    for part in filter(None, (part.strip() for part in text.split(","))):
-        key, separator, value = part.partition("=")
-        if not separator or not key.strip():
-            raise ConfigError(
-                Problem(f'"{part}" is not key=value', key="optimizer_config", allowed="key=value,key=value, or a map")
-            )
-        values[key.strip()] = _parse_value(value.strip())
-    return values
+def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
+    """Set the rate of the next step; torchao keeps it in a tensor, so that its compiled step is not compiled anew."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(learning_rate)
+        else:
+            group["lr"] = learning_rate
 
 
-def _parse_value(text: str) -> Any:
-    words = {"true": True, "false": False, "none": None}
-    if text.lower() in words:
-        return words[text.lower()]
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text
+def keeps_averages(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether the weights that it trains are not those that it is there to find."""
+    return "train_mode" in optimizer.param_groups[0]
 
 
-def _load_class(entry: OptimizerEntry, name: str) -> type[torch.optim.Optimizer]:
-    module, _, class_name = entry.target.partition(":")
+@contextmanager
+def averaged_weights(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Inside the context the weights are the averaged ones, if the optimizer keeps some; afterwards the trained ones,
+    bit for bit, which going there and back by schedulefree's own formulas would not give."""
+    if not keeps_averages(optimizer):
+        yield
+        return
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    kept = [parameter.detach().clone() for parameter in parameters]
+    optimizer.eval()  # type: ignore[attr-defined]
     try:
-        return getattr(importlib.import_module(module), class_name)
-    except ImportError as error:
-        if entry.extra is None:
-            raise
-        raise MissingDependency(
-            Problem(
-                f"{name} needs a package that is not installed: {error}",
-                key="optimizer",
-                fix=f"pip install 'simpletuner[{entry.extra}]'",
-            )
-        ) from error
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter, value in zip(parameters, kept, strict=True):
+                parameter.copy_(value)
+        for group in optimizer.param_groups:
+            group["train_mode"] = True
 
 
-def _arguments(
-    optimizer_class: type[torch.optim.Optimizer], entry: OptimizerEntry, name: str, config: Mapping[str, Any]
-) -> dict[str, Any]:
+def _arguments(row: OptimizerRow, name: str, config: Mapping[str, Any]) -> dict[str, Any]:
     """Constructor arguments: the row's defaults < the options < optimizer_config."""
-    accepted = set(inspect.signature(optimizer_class.__init__).parameters) - _RESERVED
-    arguments = dict(entry.defaults)
-    options = {
-        "lr": config.get("learning_rate"),
-        "weight_decay": config.get("adam_weight_decay"),
-        "eps": config.get("adam_epsilon"),
-    }
-    arguments |= {key: float(value) for key, value in options.items() if value is not None and key in accepted}
-    if "betas" in accepted:
-        beta1, beta2 = (config.get(f"adam_beta{index}") for index in (1, 2))
-        arguments["betas"] = (0.9 if beta1 is None else float(beta1), 0.999 if beta2 is None else float(beta2))
-    given = parse_optimizer_config(config.get("optimizer_config"))
-    problems = [_refused(key, name, accepted) for key in given if key not in accepted or key in _OWN_OPTIONS]
-    if problems:
+    inner = "adamw_" if row.for_matrices else ""  # the options are those of the AdamW inside
+    arguments = {**row.defaults, "lr": config.get("learning_rate")}
+    if config.get("adam_weight_decay") is not None and row.has_weight_decay:
+        arguments["weight_decay"] = config["adam_weight_decay"]
+    if config.get("adam_epsilon") is not None and (row.has_epsilon or inner):
+        arguments[f"{inner}eps"] = config["adam_epsilon"]
+    if betas := row.betas or row.arguments.get("adamw_betas", ()):
+        chosen = [config.get("adam_beta1"), config.get("adam_beta2")]
+        wanted = [own if option is None else option for option, own in zip(chosen, betas, strict=False)]
+        arguments[f"{inner}betas"] = (*wanted, *betas[2:])
+    if row.for_matrices:
+        arguments |= {"adamw_lr": arguments["lr"], "adamw_wd": arguments["weight_decay"]}
+    given = dict(config.get("optimizer_config") or {})
+    if problems := [_refused(key, name, row) for key in given if key not in row.arguments]:
         raise ConfigError(problems)
-    if "betas" in given:
-        given["betas"] = tuple(given["betas"])
-    return arguments | given
+    for key, value in given.items():
+        arguments[key] = tuple(value) if isinstance(row.arguments[key], tuple) else value
+    return {key: value for key, value in arguments.items() if key != "lr" or value is not None}
 
 
-def _refused(key: str, name: str, accepted: set[str]) -> Problem:
-    if key in _OWN_OPTIONS:
-        return Problem(f"{key} has an option of its own", key="optimizer_config", fix=f"use {_OWN_OPTIONS[key]}")
-    return Problem(
-        f"{name} takes no {key}", key="optimizer_config", allowed=", ".join(sorted(accepted - _OWN_OPTIONS.keys()))
-    )
+def _refused(key: str, name: str, row: OptimizerRow) -> Problem:
+    if key in OWN_OPTIONS:
+        return Problem(f"{key} has an option of its own", key="optimizer_config", fix=f"use {OWN_OPTIONS[key]}")
+    return Problem(f"{name} takes no {key}", key="optimizer_config", allowed=", ".join(sorted(row.arguments)))
+
+
+def _matrices_apart(parameters: Mapping[str, nn.Parameter]) -> list[dict[str, Any]]:
+    """Two groups: matrices between features, and the rest: vectors, and tables that are looked up row by row."""
+    is_matrix = {name: parameter.ndim >= 2 and "embed" not in name for name, parameter in parameters.items()}
+    groups = [
+        {"params": [parameters[name] for name, found in is_matrix.items() if found is wanted], "use_muon": wanted}
+        for wanted in (True, False)
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def _require_compiler(name: str, device: torch.device) -> None:
+    """What torch.compile needs to make kernels for this device."""
+    if device.type in ("cpu", "meta"):
+        is_there, what = any(map(shutil.which, ("c++", "g++", "clang++", "cl"))), "a C++ compiler (g++ or clang++)"
+    else:
+        is_there, what = importlib.util.find_spec("triton") is not None, "triton"
+    if not is_there:
+        message = f"{name} compiles its step, which needs {what}"
+        raise MissingDependency(Problem(message, key="optimizer", fix=f"install {what}, or use bnb-adamw8bit"))

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from simpletuner.config.options import TrainConfig
 from simpletuner.errors import ConfigError, Problem
 
 LrFactor = Callable[[int], float]
@@ -73,6 +74,14 @@ SCHEDULES: dict[str, Callable[[float, Decay], float]] = {
     "polynomial": _polynomial,
     "sine": _sine,
 }
+
+
+def scaled_learning_rate(config: TrainConfig, num_processes: int) -> float:
+    """`learning_rate`, times the pictures of an optimizer step or their root where `lr_scale` asks for it."""
+    if not config.lr_scale:
+        return config.learning_rate
+    pictures = config.train_batch_size * config.gradient_accumulation_steps * num_processes
+    return config.learning_rate * (math.sqrt(pictures) if config.lr_scale_sqrt else pictures)
 
 
 def build_schedule(

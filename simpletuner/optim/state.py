@@ -1,7 +1,8 @@
 """An optimizer's state as named tensors and plain values, for safetensors and JSON: no pickle, bit for bit.
 
 torch's own `load_state_dict` numbers the parameters and casts states to the dtype of the weights; here both names and
-dtypes are kept.
+dtypes are kept. What optimizers keep is tensors, numbers, lists of those, and torchao's tensors of 8 or 4 bit, which
+are tensors inside.
 """
 
 from __future__ import annotations
@@ -16,6 +17,17 @@ from torch import Tensor, nn
 from simpletuner.distributed.placement import STATE_SEPARATOR as SEPARATOR
 from simpletuner.errors import DataError, Problem
 
+# How a plain value says that a tensor stands in its place.
+TENSOR, PACKED = "tensor:", "packed"
+
+# What optimizers keep in a group on their own account, or decide there at their first step; all else there is settings,
+# which come from the configuration.
+GROUP_STATE = ("step", "k", "d", "d_max", "d_numerator", "d_denom", "d_hat", "weight_sum", "lr_max", "setup", "triton")
+# States with a value for each weight.
+LIKE_THE_WEIGHT = ("exp_avg", "exp_avg_sq", "momentum_buffer", "z", "kahan_comp")
+# torchao's tensors; a file may name no other class.
+PACKED_CLASSES = ("OptimState8bit", "OptimState4bit", "OptimStateFp8")
+
 
 def optimizer_tensors(
     optimizer: torch.optim.Optimizer, names: Mapping[str, nn.Parameter]
@@ -26,22 +38,25 @@ def optimizer_tensors(
         names: the trained parameters by name.
 
     Returns:
-        `{"<parameter>//<state>": tensor}`, and a JSON-able dict: the class, states that are plain values, and what the
-        optimizer itself keeps in its groups. Settings (learning rate, betas) are not state: they come from the
-        configuration.
+        `{"<parameter>//<state>": tensor}`, and a JSON-able dict: the class, states that are no tensors by themselves,
+        and what the optimizer itself keeps in its groups.
     """
     tensors: dict[str, Tensor] = {}
     plain: dict[str, Any] = {}
     for name, parameter in names.items():
         for key, value in optimizer.state.get(parameter, {}).items():
-            if isinstance(value, Tensor):
-                tensors[f"{name}{SEPARATOR}{key}"] = value.detach()
+            path = f"{name}{SEPARATOR}{key}"
+            if isinstance(value, Tensor) and not _is_packed(value):
+                tensors[path] = value.detach()
             else:
-                plain.setdefault(name, {})[key] = value
-    groups = [_group_state(optimizer, group) for group in optimizer.param_groups]
+                plain.setdefault(name, {})[key] = _to_plain(value, path, tensors)
+    groups = [
+        {key: _to_plain(group[key], f"{SEPARATOR}{index}{SEPARATOR}{key}", tensors) for key in _own_keys(group)}
+        for index, group in enumerate(optimizer.param_groups)
+    ]
     summary = {"class": type(optimizer).__name__, "states": plain, "groups": groups}
     json.dumps(summary)  # a state that is neither tensor nor plain value must fail here, not at the next resume
-    return tensors, summary
+    return _unshared(tensors), summary
 
 
 def load_optimizer_tensors(
@@ -64,37 +79,126 @@ def load_optimizer_tensors(
                 fix="resume with the optimizer of the run, or start a new run from its weights",
             )
         )
-    states: dict[str, dict[str, Any]] = {name: dict(values) for name, values in plain["states"].items()}
+    states: dict[str, dict[str, Any]] = {}
+    inner = {value.removeprefix(TENSOR) for value in _strings(plain)}
     for key, tensor in tensors.items():
-        name, _, state_key = key.partition(SEPARATOR)
-        states.setdefault(name, {})[state_key] = tensor
-    if problems := _misfits(states, names):
+        if key not in inner:
+            name, _, state_key = key.partition(SEPARATOR)
+            states.setdefault(name, {})[state_key] = tensor
+    if problems := _misfits(states, names) + _misfits(plain["states"], names):
         raise DataError(problems)
+    for name, values in plain["states"].items():
+        states.setdefault(name, {}).update(values)
     optimizer.state.clear()
     for name, values in states.items():
-        device = names[name].device
-        optimizer.state[names[name]] = {
-            key: value.detach().to(device, copy=True) if isinstance(value, Tensor) else value
-            for key, value in values.items()
-        }
+        parameter = names[name]
+        found = {key: _from_plain(value, tensors, parameter.device) for key, value in values.items()}
+        _put(optimizer, parameter, found)
     for group, saved in zip(optimizer.param_groups, plain["groups"], strict=True):
-        group.update(saved)
+        group.update({key: _from_plain(value, tensors, _device_of(group)) for key, value in saved.items()})
 
 
-def _group_state(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> dict[str, Any]:
-    """What an optimizer keeps per group on its own account (schedule-free: weight sums), without its settings."""
-    return {key: value for key, value in group.items() if key != "params" and key not in optimizer.defaults}
+def _put(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, state: dict[str, Any]) -> None:
+    """Make `state` that of a parameter; bitsandbytes makes its own memory for what it pages, which is then filled."""
+    optimizer.state[parameter] = state
+    if not getattr(optimizer, "is_paged", False):
+        return
+    for key, value in state.items():
+        if key in ("state1", "state2"):
+            make = optimizer.get_state_buffer if value.shape == parameter.shape else optimizer._get_state_double_buffer  # type: ignore[attr-defined]
+            state[key] = make(parameter, dtype=value.dtype).copy_(value)
+
+
+def _own_keys(group: Mapping[str, Any]) -> list[str]:
+    return [key for key in GROUP_STATE if key in group]
+
+
+def _device_of(group: Mapping[str, Any]) -> torch.device:
+    return group["params"][0].device
+
+
+def _is_packed(value: Any) -> bool:
+    return type(value).__name__ in PACKED_CLASSES
+
+
+def _to_plain(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
+    """JSON for a value; the tensors in it go to `tensors` under names that begin with `path`."""
+    if _is_packed(value):
+        attributes, context = value.__tensor_flatten__()
+        parts = {name: _to_plain(getattr(value, name), f"{path}{SEPARATOR}{name}", tensors) for name in attributes}
+        return {PACKED: type(value).__name__, "parts": parts, "context": [_context_to_plain(item) for item in context]}
+    if isinstance(value, Tensor):
+        tensors[path] = value.detach()
+        return f"{TENSOR}{path}"
+    if isinstance(value, list | tuple):
+        return [_to_plain(item, f"{path}{SEPARATOR}{index}", tensors) for index, item in enumerate(value)]
+    return value
+
+
+def _from_plain(value: Any, tensors: Mapping[str, Tensor], device: torch.device) -> Any:
+    """The value that `_to_plain` was given; tensors are copies on `device`."""
+    if isinstance(value, Tensor):
+        return value.detach().to(device, copy=True)
+    if isinstance(value, str) and value.startswith(TENSOR):
+        return tensors[value.removeprefix(TENSOR)].detach().to(device, copy=True)
+    if isinstance(value, list):
+        return [_from_plain(item, tensors, device) for item in value]
+    if isinstance(value, dict) and PACKED in value:
+        parts = {name: _from_plain(part, tensors, device) for name, part in value["parts"].items()}
+        return _packed_class(value[PACKED]).__tensor_unflatten__(parts, [_context(item) for item in value["context"]])
+    return value
+
+
+def _packed_class(name: str) -> Any:
+    from torchao.optim import subclass_4bit, subclass_8bit, subclass_fp8
+
+    modules = {"OptimState8bit": subclass_8bit, "OptimState4bit": subclass_4bit, "OptimStateFp8": subclass_fp8}
+    if name not in modules:
+        raise DataError(Problem(f"{name} is no kind of optimizer state that this version knows"))
+    return getattr(modules[name], name)
+
+
+def _context_to_plain(item: Any) -> Any:
+    if isinstance(item, torch.dtype):
+        return str(item)
+    return list(item) if isinstance(item, tuple) else item
+
+
+def _context(item: Any) -> Any:
+    if isinstance(item, str) and item.startswith("torch."):
+        return getattr(torch, item.removeprefix("torch."))
+    return torch.Size(item) if isinstance(item, list) else item
+
+
+def _strings(value: Any) -> list[str]:
+    """Every text that stands for a tensor, at any depth."""
+    if isinstance(value, str):
+        return [value] if value.startswith(TENSOR) else []
+    inside = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
+    return [text for item in inside for text in _strings(item)]
+
+
+def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies in place of tensors that share memory with another (tables of codes), which a file cannot hold."""
+    seen: set[int] = set()
+    for key, tensor in tensors.items():
+        pointer = tensor.untyped_storage().data_ptr()
+        if tensor.numel() and pointer in seen:
+            tensors[key] = tensor.clone()
+        seen.add(pointer)
+    return {key: tensor.contiguous() for key, tensor in tensors.items()}
 
 
 def _misfits(states: Mapping[str, Mapping[str, Any]], names: Mapping[str, nn.Parameter]) -> list[Problem]:
     problems = [
-        Problem(f"the optimizer state of {name} belongs to no trained parameter") for name in states.keys() - names
+        Problem(f"the optimizer state of {name} belongs to no trained parameter")
+        for name in states.keys() - names.keys()
+        if name
     ]
     for name in states.keys() & names.keys():
         shape = names[name].shape
         for key, value in states[name].items():
-            # A state is a number per parameter or a value per weight.
-            if isinstance(value, Tensor) and value.ndim and value.shape != shape:
+            if isinstance(value, Tensor) and key in LIKE_THE_WEIGHT and value.shape != shape:
                 problems.append(
                     Problem(f"the optimizer state {key} of {name} has shape {tuple(value.shape)}, not {tuple(shape)}")
                 )

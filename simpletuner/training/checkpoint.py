@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from simpletuner import __version__, storage
 from simpletuner.errors import ConfigError, DataError, Problem
 from simpletuner.optim.ema import EMA
+from simpletuner.optim.optimizers import averaged_weights, keeps_averages
 from simpletuner.optim.state import load_optimizer_tensors, optimizer_tensors
 from simpletuner.reporting.events import Notice
 from simpletuner.training.evaluation import losses_as_json, losses_from_json
@@ -32,7 +33,7 @@ NAME = re.compile(r"^checkpoint-(\d+)$")
 BEST = "checkpoint-best"
 STATE_FILE = "training_state.json"
 OPTIMIZER_FILE = "optimizer.safetensors"
-# The trained parameters as they are, where the adapter's file holds them in another form.
+# The trained parameters as they are, where the file that others read holds them in another form, or their average.
 TRAINABLE_FILE = "trainable.safetensors"
 EMA_FILE = "ema.safetensors"
 EMA_PREFIX = "ema."  # of each tensor in it
@@ -204,13 +205,15 @@ class CheckpointContent:
     """Whole tensors, whoever holds their parts; on the main process alone where they are parts.
 
     Args:
-        weights: None where the adapter itself is whole.
+        weights: what others read: the average, of an optimizer that keeps one. None where the adapter itself holds it.
+        trained: the trained parameters as they are; None where the file of `weights` holds them.
         optimizer: `name//state`.
         plain: what of the optimizer is no tensor.
         ema: by parameter; None without EMA.
     """
 
     weights: Mapping[str, Tensor] | None
+    trained: Mapping[str, Tensor] | None
     optimizer: Mapping[str, Tensor]
     plain: dict[str, Any]
     ema: Mapping[str, Tensor] | None
@@ -220,8 +223,14 @@ def checkpoint_content(run: Run) -> CheckpointContent:
     """Gather what is to be written; all processes take part."""
     placement = run.placement
     tensors, plain = optimizer_tensors(run.optimizer, placement.parameters)
+    weights, averages = None, keeps_averages(run.optimizer)
+    if placement.is_spread or averages:
+        with averaged_weights(run.optimizer):
+            live = run.adapter.state_dict().items()
+            weights = placement.whole({name: tensor.clone() if averages else tensor for name, tensor in live})
     return CheckpointContent(
-        weights=placement.whole(run.adapter.state_dict()) if placement.is_spread else None,
+        weights=weights,
+        trained=None if file_is_exact(run) else placement.whole(run.adapter.state_dict()),
         optimizer=placement.whole(tensors),
         plain=plain,
         ema=placement.whole(run.ema.state_dict()) if run.ema is not None else None,
@@ -232,8 +241,8 @@ def write_checkpoint(run: Run, folder: Path, content: CheckpointContent) -> None
     """Write all files of a checkpoint into `folder` (not yet committed)."""
     metadata = {"global_step": str(run.state.global_step)}
     run.adapter.save(weights_file(run, folder), metadata, state=content.weights)
-    if not run.adapter.file_is_exact:
-        storage.save_tensors(folder / TRAINABLE_FILE, run.adapter.state_dict())
+    if content.trained is not None:
+        storage.save_tensors(folder / TRAINABLE_FILE, dict(content.trained))
     storage.save_tensors(folder / OPTIMIZER_FILE, dict(content.optimizer))
     if content.ema is not None:
         storage.save_tensors(folder / EMA_FILE, {f"{EMA_PREFIX}{name}": value for name, value in content.ema.items()})
@@ -259,6 +268,11 @@ def weights_file(run: Run, folder: Path) -> Path:
     return folder / run.adapter.file_name
 
 
+def file_is_exact(run: Run) -> bool:
+    """Whether the file that others read holds the trained parameters as they are."""
+    return run.adapter.file_is_exact and not keeps_averages(run.optimizer)
+
+
 def load_checkpoint(run: Run, path: Path) -> None:
     """Put a verified checkpoint into a built run.
 
@@ -272,7 +286,7 @@ def load_checkpoint(run: Run, path: Path) -> None:
     from safetensors.torch import load_file
 
     parameters, part = run.placement.parameters, run.placement.part
-    weights = load_file(weights_file(run, path) if run.adapter.file_is_exact else path / TRAINABLE_FILE)
+    weights = load_file(weights_file(run, path) if file_is_exact(run) else path / TRAINABLE_FILE)
     run.adapter.load_state_dict(part({name: tensor for name, tensor in weights.items() if name in parameters}))
     load_optimizer_tensors(run.optimizer, parameters, part(load_file(path / OPTIMIZER_FILE)), saved["optimizer"])
     if run.ema is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from simpletuner.config.optimizers import OPTIMIZERS
 from simpletuner.config.options import TrainConfig
 
 
@@ -19,18 +20,18 @@ def pick_device() -> torch.device:
 def weight_dtype(config: TrainConfig) -> torch.dtype:
     """Dtype of the denoiser's weights.
 
-    Full training with an optimizer that does not round stochastically keeps float32 weights and computes in
-    `mixed_precision`: in bfloat16 its updates would vanish.
+    Full training with an optimizer that neither rounds stochastically nor keeps what is lost keeps float32 weights and
+    computes in `mixed_precision`: in bfloat16 its updates would vanish.
     """
     if config.mixed_precision == "no":
         return torch.float32
-    if config.model_type == "full" and config.optimizer != "adamw_bf16":
+    if config.model_type == "full" and not OPTIMIZERS[config.optimizer].bf16_weights:
         return torch.float32
     return torch.bfloat16
 
 
 def adapter_dtype(config: TrainConfig) -> torch.dtype:
-    """Dtype of an adapter's weights: bfloat16 only where the optimizer rounds stochastically, else float32."""
+    """Dtype of an adapter's weights: bfloat16 only with `adamw_bf16`, else float32, for an adapter is small."""
     if config.mixed_precision == "bf16" and config.optimizer == "adamw_bf16":
         return torch.bfloat16
     return torch.float32

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from simpletuner import storage
 from simpletuner.errors import DataError
+from simpletuner.optim.optimizers import averaged_weights
 from simpletuner.reporting.events import CheckpointSaved, EvalDone, Notice
 from simpletuner.training.evaluation import EvalResult, best_step, losses_as_json, losses_from_json
 from simpletuner.training.run import Run
@@ -22,7 +23,7 @@ def evaluate(run: Run) -> None:
     """Compute the eval loss of the live weights, tell it, and keep the state if it is the best so far."""
     assert run.evaluator is not None
     step, started = run.state.global_step, time.monotonic()
-    with run.autocast():
+    with averaged_weights(run.optimizer), run.autocast():
         result = run.evaluator.run(run.denoiser)
         reference = reference_result(run, result)
     # The processes compute the same; the last bit of one of them shall not make them disagree on the end of the run.

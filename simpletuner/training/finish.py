@@ -11,6 +11,7 @@ from torch import nn
 
 from simpletuner import storage
 from simpletuner.config.loading import LoadedRun
+from simpletuner.optim.optimizers import averaged_weights
 from simpletuner.reporting.events import Notice, RunFinished
 from simpletuner.reporting.loss_plot import draw_loss_plot
 from simpletuner.reporting.sinks.jsonl import METRICS_FILE
@@ -49,7 +50,8 @@ def save_weights(run: Run) -> dict[str, Path]:
     """Final weights in the output folder, and their EMA; an adapter is proved before it counts."""
     name, save = ("adapter", save_adapter) if run.adapter.can_be_disabled else ("model", save_model)
     with phase(run.bus, "saving and checking the weights"):
-        outputs = {name: save(run, run.output_dir)}
+        with averaged_weights(run.optimizer):
+            outputs = {name: save(run, run.output_dir)}
         if run.ema is not None:
             with run.ema.swapped_in(run.adapter.trainable_parameters()):
                 outputs[f"{name} (EMA)"] = save(run, run.output_dir / "ema")

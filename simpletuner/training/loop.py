@@ -23,6 +23,7 @@ from torch import Tensor
 
 from simpletuner.errors import DivergedError, Problem
 from simpletuner.optim.clipping import clip_by_norm, clip_by_value, gradient_norm
+from simpletuner.optim.optimizers import averaged_weights, set_learning_rate
 from simpletuner.randomness import reseed_global
 from simpletuner.reporting.events import CheckpointSaved, Notice, StepDone
 from simpletuner.training.batches import Window
@@ -93,7 +94,8 @@ def train_window(run: Run, window: Window) -> StepOutcome:
     run.loss_bins.add(step + 1, trained)
     state = run.state
     if math.isfinite(outcome.loss) and math.isfinite(outcome.grad_norm):
-        run.set_learning_rate(outcome.learning_rate)
+        set_learning_rate(run.optimizer, outcome.learning_rate)
+        reseed_global(run.seed, "update", step)  # optimizers that round stochastically: the same in each process
         run.optimizer.step()
         if run.ema is not None:
             run.ema.update(run.adapter.trainable_parameters(), step + 1)
@@ -126,11 +128,10 @@ def backward_micro_batch(run: Run, window: Window, micro_step: int, weight: floa
 
 def summarise(run: Run, window: Window, losses: list[Losses]) -> StepOutcome:
     """Clip the gradients and gather the step's numbers: the one place where the host waits for the device."""
-    config = run.config
     grad_norm = clip_gradients(run)
     *sums, stops, samples = run.world.sum([*weighted_sums(window, losses), bool(run.stop), window.num_samples])
     loss, regularisation_loss = weighted_means(*sums)
-    learning_rate = config.learning_rate * run.lr_factor(window.step)
+    learning_rate = run.peak_learning_rate * run.lr_factor(window.step)
     return StepOutcome(loss, float(grad_norm), learning_rate, regularisation_loss, stops > 0, int(samples))
 
 
@@ -236,5 +237,6 @@ def maybe_validate(run: Run, always: bool = False) -> None:
     if run.validator is None:
         return
     if always or is_due(run, config.validation_step_interval, config.validation_epoch_interval) or run.is_finished:
-        run.validator.run(run.denoiser, run.adapter, run.ema, run.state.global_step)
+        with averaged_weights(run.optimizer):
+            run.validator.run(run.denoiser, run.adapter, run.ema, run.state.global_step)
         run.denoiser.train()

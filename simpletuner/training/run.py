@@ -18,6 +18,7 @@ from simpletuner.distributed.placement import Placement
 from simpletuner.distributed.world import ALONE, World
 from simpletuner.models.family import ModelFamily
 from simpletuner.optim.ema import EMA
+from simpletuner.optim.schedules import scaled_learning_rate
 from simpletuner.reporting.bus import EventBus
 from simpletuner.training.batches import BatchSource
 from simpletuner.training.checkpoint import Checkpoints
@@ -40,7 +41,7 @@ class Run:
         denoiser: the network; the adapter is a registered child of it.
         adapter: what trains; for full training the denoiser's own parameters.
         optimizer: over `adapter.trainable_parameters()`.
-        lr_factor: optimizer step -> multiple of `learning_rate`; a pure function.
+        lr_factor: optimizer step -> multiple of `peak_learning_rate`; a pure function.
         ema: average of the trainable parameters, or None.
         batches: windows of micro-batches.
         evaluator: None where there is no eval dataset or no interval.
@@ -99,9 +100,10 @@ class Run:
         patience = self.config.early_stopping_patience
         return patience is not None and evaluations_without_gain(self.eval_losses) >= patience
 
-    def set_learning_rate(self, learning_rate: float) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
+    @cached_property
+    def peak_learning_rate(self) -> float:
+        """What `lr_factor` multiplies."""
+        return scaled_learning_rate(self.config, self.world.size)
 
     def close(self) -> None:
         """Stop preparing windows, and write what was encoded on demand and is not in the caches yet."""

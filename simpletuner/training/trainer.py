@@ -30,7 +30,7 @@ from simpletuner.models.family import ModelFamily
 from simpletuner.models.registry import get_family_class, get_spec
 from simpletuner.optim.ema import EMA
 from simpletuner.optim.optimizers import build_optimizer
-from simpletuner.optim.schedules import LrFactor, build_schedule
+from simpletuner.optim.schedules import LrFactor, build_schedule, scaled_learning_rate
 from simpletuner.reporting.bus import EventBus
 from simpletuner.reporting.events import Notice, RunFailed, RunStarted
 from simpletuner.reporting.sinks import build_sinks
@@ -127,7 +127,7 @@ def build_run(loaded: LoadedRun, output_dir: Path, bus: EventBus, stop: StopRequ
         denoiser=denoiser,
         adapter=adapter,
         optimizer=build_optimizer(config.optimizer, parameters, config.model_dump(), config.seed),
-        lr_factor=build_lr_factor(loaded, total_steps),
+        lr_factor=build_lr_factor(loaded, total_steps, world),
         ema=EMA(parameters, config.ema_decay, config.ema_update_interval) if config.use_ema else None,
         batches=build_batches(loaded, family, training, sources, sampler, world),
         evaluator=build_evaluator(loaded, family, datasets, sources),
@@ -213,11 +213,11 @@ def total_train_steps(loaded: LoadedRun, sampler: Sampler) -> int:
     return max(math.ceil(batches / config.gradient_accumulation_steps), 1)
 
 
-def build_lr_factor(loaded: LoadedRun, total_steps: int) -> LrFactor:
+def build_lr_factor(loaded: LoadedRun, total_steps: int, world: World) -> LrFactor:
     config = loaded.config
     return build_schedule(
         config.lr_scheduler,
-        learning_rate=config.learning_rate,
+        learning_rate=scaled_learning_rate(config, world.size),
         num_training_steps=total_steps,
         num_warmup_steps=config.lr_warmup_steps,
         lr_end=config.lr_end,

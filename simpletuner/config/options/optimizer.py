@@ -7,13 +7,24 @@ from typing import Literal
 from simpletuner.config.options.declare import OptionGroup, option
 from simpletuner.config.values import Arguments, Bool, Float, Int
 
-NOT_BUILT = "this optimizer is not built yet; adamw_bf16 and torch-adamw are"
+# Known from elsewhere, and why they are refused: each with the nearest that acts.
+REFUSED_OPTIMIZERS = {
+    "adamw_schedulefree+aggressive": "schedulefree has no such mode; use adamw_schedulefree",
+    "adamw_schedulefree+no_kahan": "schedulefree keeps no Kahan sum; use adamw_schedulefree",
+    "torch-sparseadam": "it takes sparse gradients, which no layer here makes; use torch-adam",
+    "dadaptation": "its package is no longer maintained; use prodigy, which follows from it",
+    "deepspeed-adamw": "it is DeepSpeed's own; use adamw_bf16",
+    "sdnq-adamw": "it stands on another quantisation library; use ao-adamw8bit",
+    "sdnq-adafactor": "it stands on another quantisation library; use adafactor",
+    "sdnq-came": "it stands on another quantisation library; use came",
+    "sdnq-lion": "it stands on another quantisation library; use bnb-lion8bit",
+    "sdnq-muon": "it stands on another quantisation library; use muon",
+}
 
-BuiltOptimizer = Literal["adamw_bf16", "adamw", "torch-adamw"]
-OtherOptimizer = Literal[
-    "adamw_schedulefree",
-    "adamw_schedulefree+aggressive",
-    "adamw_schedulefree+no_kahan",
+OptimizerName = Literal[
+    "adamw_bf16",
+    "adamw",
+    "torch-adamw",
     "torch-adam",
     "torch-sgd",
     "torch-radam",
@@ -22,26 +33,26 @@ OtherOptimizer = Literal[
     "torch-adagrad",
     "torch-adadelta",
     "torch-adafactor",
+    "torch-adamax",
+    "torch-asgd",
     "ao-adamw8bit",
     "ao-adamw4bit",
-    "ao-adamfp8",
     "ao-adamwfp8",
+    "ao-adamfp8",
     "optimi-stableadamw",
     "optimi-adamw",
+    "optimi-adam",
     "optimi-lion",
     "optimi-radam",
     "optimi-ranger",
     "optimi-adan",
-    "optimi-adam",
     "optimi-sgd",
-    "soap",
-    "muon",
-    "prodigy",
-    "dadaptation",
     "bnb-adagrad",
     "bnb-adagrad8bit",
     "bnb-adam",
+    "bnb-adam-paged",
     "bnb-adam8bit",
+    "bnb-adam8bit-paged",
     "bnb-adamw",
     "bnb-adamw-paged",
     "bnb-adamw8bit",
@@ -54,18 +65,36 @@ OtherOptimizer = Literal[
     "bnb-ademamix-paged",
     "bnb-ademamix8bit",
     "bnb-ademamix8bit-paged",
+    "adamw_schedulefree",
+    "prodigy",
+    "soap",
+    "muon",
+    "came",
+    "adafactor",
+]
+RefusedOptimizer = Literal[
+    "adamw_schedulefree+aggressive",
+    "adamw_schedulefree+no_kahan",
+    "torch-sparseadam",
+    "dadaptation",
     "deepspeed-adamw",
+    "sdnq-adamw",
+    "sdnq-adafactor",
+    "sdnq-came",
+    "sdnq-lion",
+    "sdnq-muon",
 ]
 
 
 class OptimizerOptions(OptionGroup):
     """Optimizer and schedule"""
 
-    optimizer: BuiltOptimizer | OtherOptimizer = option(
+    optimizer: OptimizerName | RefusedOptimizer = option(
         "adamw_bf16",
-        help="`adamw_bf16` is AdamW that rounds bf16 weights stochastically; `adamw` (also `torch-adamw`) is torch's.",
+        help="`adamw_bf16` is AdamW that rounds bf16 weights stochastically; `bnb-lion8bit-paged` takes the least "
+        "memory. What each is and takes stands in OPTIMIZERS.md.",
         level="basic",
-        planned_values=dict.fromkeys(OtherOptimizer.__args__, NOT_BUILT),  # type: ignore[attr-defined]
+        planned_values=REFUSED_OPTIMIZERS,
     )
     optimizer_config: Arguments | None = option(
         None, help='Further arguments of the optimizer: "name=value,name=value", or an object.'
@@ -87,18 +116,28 @@ class OptimizerOptions(OptionGroup):
     lr_power: Float = option(0.8, help="Exponent of `polynomial`.", gt=0)
     lr_num_cycles: Int = option(1, help="Number of waves of `cosine_with_restarts` and `sine`.", ge=1)
     lr_scale: Bool = option(
-        False, help="Multiply the learning rate by the effective batch size.", planned="set learning_rate itself"
+        False,
+        help="Multiply the learning rate by the number of pictures of an optimizer step: `train_batch_size` times "
+        "`gradient_accumulation_steps` times the number of processes.",
     )
-    lr_scale_sqrt: Bool = option(
-        False, help="Multiply by the root of the effective batch size.", planned="set learning_rate itself"
-    )
+    lr_scale_sqrt: Bool = option(False, help="With `lr_scale`: multiply by the square root of that number instead.")
     text_encoder_lr: Float | None = option(
         None, help="Learning rate of the text encoder.", planned="text encoders are not trained"
     )
-    adam_beta1: Float = option(0.9, help="Decay of the first moment.", ge=0, lt=1)
-    adam_beta2: Float = option(0.999, help="Decay of the second moment.", ge=0, lt=1)
-    adam_weight_decay: Float = option(0.01, help="Decoupled weight decay.", ge=0)
-    adam_epsilon: Float = option(1e-8, help="Term that keeps the denominator above zero.", gt=0)
+    adam_beta1: Float | None = option(
+        None, help="Decay of the first moment. Unset: the optimizer's own, 0.9 for AdamW.", ge=0, lt=1
+    )
+    adam_beta2: Float | None = option(
+        None, help="Decay of the second moment. Unset: the optimizer's own, 0.999 for AdamW.", ge=0, lt=1
+    )
+    adam_weight_decay: Float | None = option(
+        None, help="Weight decay. Unset: the optimizer's own, 0.01 for AdamW.", ge=0
+    )
+    adam_epsilon: Float | None = option(
+        None,
+        help="Term that keeps the denominator above zero. Unset: the optimizer's own, 1e-8 for AdamW.",
+        gt=0,
+    )
     max_grad_norm: Float = option(
         2.0,
         help="Limit of `grad_clip_method`; 0 turns clipping off.",

@@ -24,8 +24,8 @@ ELSEWHERE = {
     "webhook_config": ("training/trainer.py", "webhooks=loaded.webhooks"),
     "webhook_reporting_interval": ("reporting/webhooks/sink.py", "webhooks.reporting_interval"),
     "optimizer_config": ("optim/optimizers.py", 'config.get("optimizer_config")'),
-    "adam_beta1": ("optim/optimizers.py", 'config.get(f"adam_beta{index}")'),
-    "adam_beta2": ("optim/optimizers.py", 'config.get(f"adam_beta{index}")'),
+    "adam_beta1": ("optim/optimizers.py", 'config.get("adam_beta1")'),
+    "adam_beta2": ("optim/optimizers.py", 'config.get("adam_beta2")'),
     "adam_weight_decay": ("optim/optimizers.py", 'config.get("adam_weight_decay")'),
     "adam_epsilon": ("optim/optimizers.py", 'config.get("adam_epsilon")'),
 }

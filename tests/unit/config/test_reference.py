@@ -107,7 +107,7 @@ def test_the_schema_takes_the_quickstart_and_refuses_misspelt_keys() -> None:
     assert is_instance(parse_json((REPOSITORY / "config/config.json.example").read_text(), "x").value, schema)
     assert not is_instance(config | {"learning_rte": 1}, schema)
     assert not is_instance(config | {"train_batch_size": 0}, schema)
-    assert not is_instance(config | {"optimizer": "prodigy"}, schema)
+    assert not is_instance(config | {"optimizer": "dadaptation"}, schema)
     assert set(all_options()) | set(RENAMED) | set(RETIRED) <= set(schema["properties"])
 
 

@@ -43,11 +43,19 @@ def test_the_sound_configuration_breaks_no_rule(workspace: Workspace) -> None:
         ({"output_dir": "config/config.json/x"}, "output_dir", "is a file"),
         ({"pretrained_model_name_or_path": "./gone"}, "pretrained_model_name_or_path", "there is no model folder"),
         ({"push_to_hub": True}, "push_to_hub", "uploads are not built"),
-        ({"optimizer": "prodigy"}, "optimizer", "not built yet"),
         ({"report_to": "swanlab"}, "report_to", "this tracker is not built in"),
         ({"report_to": "custom-tracker"}, "custom_tracker", "is missing"),
         ({"report_to": "custom-tracker", "custom_tracker": "mine"}, "custom_tracker", "does not name a class"),
         ({"custom_tracker": "mine:Mine"}, "custom_tracker", "report_to does not name"),
+        ({"optimizer": "dadaptation"}, "optimizer", "use prodigy"),
+        ({"optimizer": "prodigy"}, "learning_rate", "set learning_rate to 1"),
+        ({"optimizer": "adamw_schedulefree", "use_ema": True}, "use_ema", "averages the weights itself"),
+        ({"optimizer": "adamw_schedulefree", "lr_scheduler": "cosine"}, "lr_scheduler", "falling learning rate"),
+        ({"optimizer_config": "amsgrd=true", "optimizer": "adamw"}, "optimizer_config", "did you mean amsgrad?"),
+        ({"optimizer_config": "amsgrad=2", "optimizer": "adamw"}, "optimizer_config", "a value like False"),
+        ({"optimizer_config": {"betas": [0.9]}, "optimizer": "came"}, "optimizer_config", "a value like (0.9"),
+        ({"optimizer_config": "lr=1e-3"}, "optimizer_config", "use learning_rate"),
+        ({"lr_scale_sqrt": True}, "lr_scale_sqrt", "set lr_scale to true too"),
         ({"base_model_precision": "int8-quanto"}, "base_model_precision", "quantised"),
         ({"evaluation_type": "clip", "validation_disable": True}, "evaluation_type", "validation draws none"),
         ({"pretrained_evaluation_model_name_or_path": "a/b"}, "pretrained_evaluation_model_name_or_path", "no use"),
@@ -255,3 +263,11 @@ def test_pictures_of_a_library_are_there_and_taken(workspace: Workspace) -> None
     assert workspace.load_written().prompt_library["edit"].references == (str(workspace.root / "a.png"),)
     workspace.config["model_family"] = "toy"
     assert workspace.fails_written().problems[0].key == "edit.references"
+
+
+def test_an_optimizer_that_looks_at_whole_weights_gets_no_parts(workspace: Workspace) -> None:
+    workspace.config |= {"optimizer": "muon", "model_type": "full", "fsdp_enable": True}
+    assert ["looks at whole weights" in p.message for p in workspace.fails_written().problems if p.key == "optimizer"]
+    workspace.config["model_type"] = "lora"
+    workspace.config["fsdp_enable"] = False
+    workspace.load_written()

@@ -1,0 +1,112 @@
+"""Rules of optimizer, learning rate and schedule: what each optimizer takes and asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from simpletuner.config.draft import Draft
+from simpletuner.config.names import nearest
+from simpletuner.config.optimizers import OPTIMIZERS, OptimizerRow
+from simpletuner.errors import Problem
+
+# Arguments that have an option of their own.
+OWN_OPTIONS = {"lr": "learning_rate"}
+# An optimizer that finds the rate itself multiplies what it found by `learning_rate`.
+LOWEST_FOUND_RATE = 0.1
+
+
+def row_of(draft: Draft) -> OptimizerRow | None:
+    """None where the name was refused."""
+    return OPTIMIZERS.get(draft.config.optimizer)
+
+
+def optimizer_config_has_arguments_of_the_optimizer(draft: Draft) -> Iterator[Problem]:
+    row, name = row_of(draft), draft.config.optimizer
+    for key, value in (draft.config.optimizer_config or {}).items() if row else ():
+        if key in OWN_OPTIONS:
+            message = f"{key} has an option of its own"
+            yield draft.problem(message, "optimizer_config", fix=f"use {OWN_OPTIONS[key]}")
+        elif row and key not in row.arguments:
+            near = nearest(key, row.arguments)
+            fix = f"did you mean {near}?" if near else None
+            yield draft.problem(f"{name} takes no {key}", "optimizer_config", ", ".join(sorted(row.arguments)), fix)
+        elif row and not _is_like(value, row.arguments[key]):
+            message = f"{value!r} cannot be {key} of {name}"
+            yield draft.problem(message, "optimizer_config", f"a value like {row.arguments[key]!r}")
+
+
+def _is_like(value: Any, default: Any) -> bool:
+    """Whether a value is of the kind of the default; a default of None says nothing."""
+    if default is None:
+        return True
+    if isinstance(default, bool):
+        return isinstance(value, bool)
+    if isinstance(default, tuple):
+        return isinstance(value, list | tuple) and len(value) == len(default)
+    if isinstance(default, int | float):
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, type(default))
+
+
+def a_found_rate_is_not_set_too(draft: Draft) -> Iterator[Problem]:
+    row, rate = row_of(draft), draft.config.learning_rate
+    if row and row.finds_rate and rate < LOWEST_FOUND_RATE:
+        message = f"{rate:g} would multiply the rate that {draft.config.optimizer} finds itself"
+        yield draft.problem(
+            message, "learning_rate", f"{LOWEST_FOUND_RATE:g} to 10, usually 1", "set learning_rate to 1"
+        )
+
+
+def averaged_weights_are_averaged_once(draft: Draft) -> Iterator[Problem]:
+    row, config = row_of(draft), draft.config
+    if not row or not row.averages:
+        return
+    if config.use_ema:
+        message = f"{config.optimizer} averages the weights itself"
+        yield draft.problem(message, "use_ema", "false", fix="set use_ema to false, or choose another optimizer")
+    if config.lr_scheduler not in ("constant", "constant_with_warmup"):
+        message = f"{config.optimizer} takes the place of a falling learning rate"
+        yield draft.problem(message, "lr_scheduler", "constant, constant_with_warmup")
+
+
+def parts_of_weights_can_be_moved(draft: Draft) -> Iterator[Problem]:
+    row, config = row_of(draft), draft.config
+    if row and config.fsdp_enable and config.model_type == "full" and not row.per_number:
+        message = f"{config.optimizer} looks at whole weights, and with fsdp_enable each process holds a part of each"
+        allowed = ", ".join(name for name, other in OPTIMIZERS.items() if other.per_number)
+        yield draft.problem(message, "optimizer", allowed, fix="use adamw_bf16")
+
+
+def the_root_of_the_scale_has_a_scale(draft: Draft) -> Iterator[Problem]:
+    if draft.config.lr_scale_sqrt and not draft.config.lr_scale:
+        message = "has no effect without lr_scale"
+        yield draft.problem(message, "lr_scale_sqrt", fix="set lr_scale to true too, or remove the key")
+
+
+OPTIMIZER_RULES = (
+    optimizer_config_has_arguments_of_the_optimizer,
+    a_found_rate_is_not_set_too,
+    averaged_weights_are_averaged_once,
+    parts_of_weights_can_be_moved,
+    the_root_of_the_scale_has_a_scale,
+)
+
+
+def terms_that_the_optimizer_lacks(draft: Draft) -> Iterator[str]:
+    """Harmless where an optimizer is only tried out, so it is told and no error."""
+    row, name = row_of(draft), draft.config.optimizer
+    if row is None:
+        return
+    has = {
+        "adam_beta1": bool(row.betas) or row.for_matrices,
+        "adam_beta2": bool(row.betas) or row.for_matrices,
+        "adam_epsilon": row.has_epsilon or row.for_matrices,
+        "adam_weight_decay": row.has_weight_decay,
+    }
+    for key, is_there in has.items():
+        if not is_there and getattr(draft.config, key) is not None:
+            yield f"{draft.origin(key)}: {key}: {name} has no such term; it is not used"
+
+
+OPTIMIZER_NOTICES = (terms_that_the_optimizer_lacks,)

@@ -1,0 +1,115 @@
+"""Every optimizer trains the tiny model; runs with each kind of state resume to the same bits."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from simpletuner.commands.shapes import empty_batch
+from simpletuner.config.optimizers import OPTIMIZERS
+from simpletuner.errors import Interrupted
+from simpletuner.optim.optimizers import averaged_weights, build_optimizer
+from simpletuner.training import loop
+from simpletuner.training.step import compute_losses, draw_noise
+from simpletuner.training.trainer import attach_adapter, build_family
+from tests.runs import load_here, metrics, train_here, write_run
+
+# Learning rates at which a tiny adapter visibly learns; where none stands, that of AdamW.
+ADAMW_RATE = 2e-2
+RATES = {
+    "torch-sgd": 1.0,
+    "optimi-sgd": 1.0,
+    "torch-asgd": 1.0,
+    "torch-adadelta": 5.0,
+    "torch-adafactor": 0.5,
+    "prodigy": 1.0,
+}
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory: pytest.TempPathFactory, omnigen_folder: Path) -> Path:
+    return write_run(tmp_path_factory.mktemp("run"), omnigen_folder)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizer_trains_the_tiny_model(name: str, run_folder: Path) -> None:
+    loaded = load_here(run_folder)
+    family = build_family(loaded)
+    denoiser = family.load_denoiser()
+    adapter = attach_adapter(loaded, family, denoiser)
+    parameters = adapter.trainable_parameters()
+    config = {"learning_rate": RATES.get(name, ADAMW_RATE / 4 if "lion" in name else ADAMW_RATE)}
+    batch = empty_batch(family, 64, 64, family.encode_prompts(["a red star", "a blue moon"]))
+    noise, quantiles = draw_noise(batch, 0, 0), torch.full((2,), 0.5, dtype=torch.float64)
+    losses = []
+    with torch.compiler.set_stance("force_eager"):
+        optimizer = build_optimizer(name, parameters, config | {"optimizer_config": None})
+        for _ in range(40):
+            with torch.no_grad(), averaged_weights(optimizer):
+                losses.append(float(compute_losses(family, denoiser, batch, noise, quantiles).weighted_sum))
+            compute_losses(family, denoiser, batch, noise, quantiles).weighted_sum.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert all(torch.isfinite(parameter).all() for parameter in parameters.values())
+    assert losses[-1] < losses[0] - 1e-3
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["adamw_schedulefree"]
+    + [pytest.param(name, marks=pytest.mark.slow) for name in ("bnb-lion8bit-paged", "prodigy", "muon", "soap")],
+)
+def test_a_run_resumes_to_the_same_bits(name: str, tmp_path: Path, omnigen_folder: Path, monkeypatch) -> None:
+    options = {"optimizer": name, "learning_rate": 1.0 if name == "prodigy" else 1e-2}
+    straight = train_here(write_run(tmp_path / "straight", omnigen_folder, **options))
+    folder = write_run(tmp_path / "stopped", omnigen_folder, **options)
+    report = loop.report_step
+
+    def report_and_signal(run, *arguments):
+        report(run, *arguments)
+        if run.state.global_step == 5:
+            run.stop.received = signal.SIGTERM
+
+    monkeypatch.setattr(loop, "report_step", report_and_signal)
+    with pytest.raises(Interrupted):
+        train_here(folder)
+    monkeypatch.undo()
+    resumed = train_here(folder)
+    for path in (straight / "checkpoint-8").rglob("*.safetensors"):
+        expected, found = load_file(path), load_file(resumed / path.relative_to(straight))
+        assert expected.keys() == found.keys()
+        assert all(torch.equal(expected[key], found[key]) for key in expected), path.name
+    losses = [record["loss"] for record in metrics(straight, "step_done")]
+    assert [record["loss"] for record in metrics(resumed, "step_done")] == losses
+
+
+def test_checkpoints_and_results_of_schedule_free_hold_the_average(tmp_path: Path, omnigen_folder: Path) -> None:
+    output = train_here(write_run(tmp_path / "run", omnigen_folder, optimizer="adamw_schedulefree"))
+    checkpoint = output / "checkpoint-8"
+    averaged = load_file(checkpoint / "pytorch_lora_weights.safetensors")
+    trained = load_file(checkpoint / "trainable.safetensors")
+    state = load_file(checkpoint / "optimizer.safetensors")
+    final = load_file(output / "pytorch_lora_weights.safetensors")
+    for name, y in trained.items():
+        assert torch.equal(final[name], averaged[name])
+        # y = (1 - beta1) z + beta1 x, in the words of the paper.
+        torch.testing.assert_close(y, 0.1 * state[f"{name}//z"] + 0.9 * averaged[name], rtol=1e-5, atol=1e-6)
+
+
+def test_the_rate_scales_with_the_pictures_of_a_step(tmp_path: Path, omnigen_folder: Path) -> None:
+    options = {"max_train_steps": 1, "gradient_accumulation_steps": 2, "learning_rate": 1e-3, "lr_scale": True}
+    plain = train_here(write_run(tmp_path / "plain", omnigen_folder, **options))
+    root = train_here(write_run(tmp_path / "root", omnigen_folder, **options, lr_scale_sqrt=True))
+    rates = [metrics(output, "step_done")[0]["learning_rate"] for output in (plain, root)]
+    assert rates == pytest.approx([4e-3, 2e-3])
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize("name", [name for name, row in OPTIMIZERS.items() if row.compiles])
+def test_a_compiled_step_trains_in_a_run(name: str, tmp_path: Path, omnigen_folder: Path) -> None:
+    output = train_here(write_run(tmp_path / "run", omnigen_folder, optimizer=name, max_train_steps=3))
+    assert len(metrics(output, "step_done")) == 3
