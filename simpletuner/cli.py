@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 # Options of a run are declared in config/, not here: what typer does not know is passed on as it was typed.
 PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": ["-h", "--help"]}
 
+LOG_LEVEL = "SIMPLETUNER_LOG_LEVEL"
+
 app = typer.Typer(
     name="simpletuner",
     help="Train image diffusion models: LoKr, LoRA and full fine-tuning.",
@@ -71,6 +73,7 @@ def root(version: Annotated[bool, typer.Option("--version", help="Print the vers
     if version:
         print(f"simpletuner {__version__}")
         raise typer.Exit
+    _prepare_environment()
 
 
 @app.command(context_settings=PASS_ON, short_help="Train as config.json says.")
@@ -349,6 +352,22 @@ def copy_example(
     destination = copy(name, folder or Path(name))
     print(f"copied to {destination}; train it with")
     print(f"  CONFIG_PATH={destination / 'config.json'} simpletuner train")
+
+
+def _prepare_environment() -> None:
+    """Set what `config.env` beside a configuration sets, and the level of what libraries log."""
+    from simpletuner.config.env_files import variables_of_files
+
+    name = next((word.removeprefix("env=") for word in sys.argv if word.startswith("env=")), None)
+    os.environ.update(variables_of_files(os.environ, Path.cwd(), name))
+    if written := os.environ.get(LOG_LEVEL):
+        import logging
+
+        level = logging.getLevelNamesMapping().get(written.strip().upper())
+        if level is None:
+            allowed = "debug, info, warning, error, critical"
+            raise ConfigError(Problem(f'"{written}" is no level', key=LOG_LEVEL, allowed=allowed))
+        logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s")
 
 
 def _load(context: typer.Context) -> LoadedRun:

@@ -34,7 +34,12 @@ LAUNCH_VARIABLES: Mapping[str, str] = {
     "NODE_RANK": "machine_rank",
     "MASTER_ADDR": "main_process_ip",
     "MASTER_PORT": "main_process_port",
+    "MIXED_PRECISION": "mixed_precision",
+    "TRAINING_DYNAMO_BACKEND": "dynamo_backend",
 }
+
+# Variables of scripts that call `accelerate launch`, which is not called here.
+ACCELERATE_VARIABLES = ("ACCELERATE_EXTRA_ARGS", "ACCELERATE_CONFIG_PATH")
 
 _REFERENCE = re.compile(r"\$(?:\{(\w+)\}|(\w+))")
 # Text in double quotes, in single quotes (where a shell replaces nothing), or without quotes.
@@ -175,7 +180,26 @@ def _read_toml(path: Path, shown: str) -> Layer:
 
 
 def _read_env(path: Path, shown: str, known: Collection[str]) -> Layer:
-    """`NAME=value` lines as a shell reads them: quotes, comments, `export`, `+=`, `$NAME`; no commands are run."""
+    settings: list[Setting] = []
+    extra: list[Setting] = []
+    warnings: list[str] = []
+    for name, (value, origin) in read_env_variables(path, shown).items():
+        option = env_file_option(name)
+        if name == EXTRA_ARGUMENTS:
+            extra += _extra_arguments(value, origin)
+        elif option in known or nearest(option, known):
+            settings.append(Setting(option, value, origin))
+        else:
+            warnings.append(f"{origin}: {name} names no option and is not read")
+    return Layer([*settings, *extra], warnings)
+
+
+def read_env_variables(path: Path, shown: str) -> dict[str, tuple[str, Origin]]:
+    """`NAME=value` lines as a shell reads them: quotes, comments, `export`, `+=`, `$NAME`; no commands are run.
+
+    Raises:
+        ConfigError: the file cannot be read, or a line is no assignment.
+    """
     variables: dict[str, tuple[str, Origin]] = {}
     for number, line in enumerate(read_text_file(path, shown).splitlines(), 1):
         if not line.strip() or line.lstrip().startswith("#"):
@@ -191,18 +215,7 @@ def _read_env(path: Path, shown: str, known: Collection[str]) -> Layer:
         if operator == "+=" and name in variables:
             value = variables[name][0] + value
         variables[name] = (value, origin)
-    settings: list[Setting] = []
-    extra: list[Setting] = []
-    warnings: list[str] = []
-    for name, (value, origin) in variables.items():
-        option = env_file_option(name)
-        if name == EXTRA_ARGUMENTS:
-            extra += _extra_arguments(value, origin)
-        elif option in known or nearest(option, known):
-            settings.append(Setting(option, value, origin))
-        else:
-            warnings.append(f"{origin}: {name} names no option and is not read")
-    return Layer([*settings, *extra], warnings)
+    return variables
 
 
 def env_file_option(name: str) -> str:
@@ -250,6 +263,9 @@ def environment_layer(environment: Mapping[str, str], known: Iterable[str]) -> L
             warnings.append(f"environment variable {variable}: names no option and is not read")
     if environment.get(EXTRA_ARGUMENTS):
         settings += _extra_arguments(environment[EXTRA_ARGUMENTS], Origin("environment", EXTRA_ARGUMENTS))
+    for variable in ACCELERATE_VARIABLES:
+        if environment.get(variable):
+            warnings.append(f"environment variable {variable}: is not read: simpletuner starts the processes itself")
     for variable, option in LAUNCH_VARIABLES.items():
         if environment.get(variable, "").strip():
             settings.append(Setting(option, environment[variable], Origin("environment", variable)))

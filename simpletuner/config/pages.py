@@ -40,13 +40,17 @@ writes goes into the working folder.
 | `SIMPLETUNER_<OPTION>` | Sets an option; a name that is no option is told and not read. |
 | `TRAINER_EXTRA_ARGS` | Further options as on a command line. In `config.json` add the keys themselves instead. |
 | `TRAINING_NUM_PROCESSES`, `TRAINING_NUM_MACHINES`, `NODE_RANK`, `MASTER_ADDR`, `MASTER_PORT` | Set `num_processes`, `num_machines`, `machine_rank`, `main_process_ip`, `main_process_port`: [DISTRIBUTED.md](DISTRIBUTED.md). |
+| `MIXED_PRECISION`, `TRAINING_DYNAMO_BACKEND` | Set `mixed_precision`, `dynamo_backend`. |
 | `RANK`, `WORLD_SIZE`, `LOCAL_RANK` | Set by torchrun and `accelerate launch`: this process is one of several, and starts none. |
 | `CUDA_VISIBLE_DEVICES` | Which GPU is used; it is read by CUDA itself. |
 | `HF_ENDPOINT`, `HF_HOME`, `HF_TOKEN` | Read by the Hugging Face libraries: a mirror, the folder of downloads, the login. |
+| `SIMPLETUNER_LOG_LEVEL` | `debug`, `info`, `warning`, `error` or `critical`: what libraries log is shown from this level on. |
 | `SIMPLETUNER_DEBUG` | `1` shows a traceback for errors of the program itself. |
 
 Without any of them, `config/config.json` is read, then `config.json`, then the same names with `.toml` and `.env`.
-A `config.env` file holds `NAME=value` lines with the options' names in capitals.
+A `config.env` file holds `NAME=value` lines with the options' names in capitals. Beside a `config.json` or `config.toml`
+it is no configuration: its variables are set before the run (`config/config.env` first, then `config/NAME/config.env` of
+the chosen `ENV`), where the environment does not set them itself.
 """  # noqa: E501 - rows of a table
 
 
