@@ -82,6 +82,7 @@ class Batch:
         dataset_id: all samples of a batch come from one dataset.
         is_regularisation: the target is the base model's own prediction (prior preservation).
         captions: the caption that was drawn for each sample, for reports.
+        samples: where each row comes from, for families that are told sizes and crops; empty where there is no picture.
     """
 
     latents: torch.Tensor | list[torch.Tensor]
@@ -94,6 +95,7 @@ class Batch:
     masks: torch.Tensor | None = None
     is_regularisation: bool = False
     captions: Sequence[str] = field(default_factory=list)
+    samples: Sequence[Sample] = ()
 
     def __len__(self) -> int:
         return len(self.slots)

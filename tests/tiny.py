@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -70,7 +69,3 @@ def tiny_omnigen_folder(path: Path, hidden_size: int = 32, num_layers: int = 2, 
     omnigen_scheduler().save_pretrained(path / "scheduler")
     shutil.copytree(GOLDEN / "omnigen" / "tokenizer", path / "tokenizer")
     return path
-
-
-# One entry per registered family: the contract tests draw their models from here.
-TINY_FOLDERS: Mapping[str, Callable[[Path], Path]] = {"omnigen": tiny_omnigen_folder}

@@ -85,6 +85,18 @@ def component_config(source: ModelSource, component: Component) -> dict[str, Any
     return json.loads(component_file(source, component, component.config_file).read_text())
 
 
+def model_index(source: ModelSource) -> dict[str, Any]:
+    """`model_index.json`: what a whole model says of itself; empty for a local folder without one.
+
+    Raises:
+        DataError: it cannot be fetched.
+    """
+    path = Path(source.model) / "model_index.json"
+    if not source.is_local:
+        path = fetch(source.model, path.name, source.revision, "pretrained_model_name_or_path")
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
 def component_file(source: ModelSource, component: Component, name: str) -> Path:
     """Path of one file of a component; fetched from the hub where the model is a hub id.
 

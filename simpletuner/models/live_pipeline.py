@@ -34,6 +34,10 @@ class LivePipeline(ABC):
     def scheduler(self) -> Any:
         return self.pipeline.scheduler
 
+    @scheduler.setter
+    def scheduler(self, scheduler: Any) -> None:
+        self.pipeline.scheduler = scheduler
+
     @abstractmethod
     def prompt_arguments(
         self, prompts: Sequence[str], negative_prompts: Sequence[str] | None, guidance_scale: float

@@ -64,13 +64,15 @@ class TextEncoders:
         self._encoders.clear()
 
     def tokenize(self, name: str, prompts: Sequence[str], length: int) -> tuple[Tensor, Tensor]:
-        """((B, length) ids, (B, length) mask) of prompts that are cut or padded to `length`; cut ones are counted."""
-        tokenizer = self.tokenizer(name)
-        self.family.num_cut_prompts += sum(count > length for count in self.count(name, prompts))
-        tokens = tokenizer(
+        """((B, length) ids, (B, length) mask) of prompts that are cut or padded to `length`."""
+        tokens = self.tokenizer(name)(
             list(prompts), truncation=True, max_length=length, padding="max_length", return_tensors="pt"
         ).to(self.family.device)
         return tokens.input_ids, tokens.attention_mask
+
+    def note_cut_prompts(self, name: str, prompts: Sequence[str], length: int) -> None:
+        """Count the prompts that `length` tokens cut, to be told at the end of the run."""
+        self.family.num_cut_prompts += sum(count > length for count in self.count(name, prompts))
 
     def count(self, name: str, prompts: Sequence[str]) -> list[int]:
         """Tokens of each prompt before anything is cut, special ones included."""

@@ -169,6 +169,7 @@ class BatchSource:
             masks=self.masks(dataset, plan, samples, latents, step, slots),
             is_regularisation=dataset.is_regularisation,
             captions=captions,
+            samples=samples,
         )
 
     def masks(

@@ -120,6 +120,7 @@ class Evaluator:
             loss_weights=torch.ones(len(rows)),
             dataset_id=dataset.id,
             references=references,
+            samples=[sample for sample, _ in rows],
         )
         quantiles = self.quantiles[[index for _, index in rows]]
         return compute_losses(self.family, denoiser, batch, noise, quantiles).per_sample.tolist()

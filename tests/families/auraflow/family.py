@@ -25,6 +25,7 @@ class AuraFlow(ModelFamily):
 
     def encode_prompts(self, prompts: Sequence[str], references: ReferenceSizes | None = None) -> list[PromptEmbeds]:
         """`prompt_embeds` (L, D) per prompt."""
+        self.encoders.note_cut_prompts("tokenizer", prompts, self.spec.max_prompt_tokens)
         ids, mask = self.encoders.tokenize("tokenizer", prompts, self.spec.max_prompt_tokens)
         with torch.no_grad():
             states = self.encoders.encoder()(ids, attention_mask=mask).last_hidden_state

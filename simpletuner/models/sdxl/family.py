@@ -1,0 +1,142 @@
+"""Stable Diffusion XL for the shared trainer: two CLIP encoders, sizes as conditioning, and discrete noise levels.
+
+The UNet is given the level t = 0 ... 999 and answers the noise (or v, where its scheduler says so); the project's sigma
+is (t + 1) / 1000 (`diffusion/ddpm.py`), and the answer is the target as it is.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from simpletuner.batch import Batch, PromptEmbeds, Sample
+from simpletuner.diffusion.ddpm import NoiseSchedule
+from simpletuner.diffusion.loss import Latents
+from simpletuner.models.components import component_config, model_index
+from simpletuner.models.family import Conditioning, ModelFamily, ReferenceSizes
+from simpletuner.models.live_pipeline import LivePipeline
+
+ENCODERS = (("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2"))
+
+
+class SDXL(ModelFamily):
+    """The base model; embeddings are the states before the last layer of both encoders, side by side."""
+
+    @cached_property
+    def scheduler_config(self) -> dict[str, Any]:
+        return component_config(self.source, self.spec.component("scheduler"))
+
+    @cached_property
+    def schedule(self) -> NoiseSchedule:
+        return NoiseSchedule.from_config(self.scheduler_config)
+
+    @cached_property
+    def zeroes_empty_prompts(self) -> bool:
+        """SDXL was trained with zeros where a caption was dropped, and its pipeline guides away from zeros."""
+        return bool(model_index(self.source).get("force_zeros_for_empty_prompt", True))
+
+    def prompt_facts(self) -> Mapping[str, Any]:
+        return {**super().prompt_facts(), "zeroes_empty_prompts": self.zeroes_empty_prompts}
+
+    def count_prompt_tokens(self, prompts: Sequence[str]) -> list[int]:
+        return self.encoders.count("tokenizer", prompts)
+
+    def encode_prompts(self, prompts: Sequence[str], references: ReferenceSizes | None = None) -> list[PromptEmbeds]:
+        """`prompt_embeds` (77, D) and `pooled_prompt_embeds` (P,) of the second encoder; zeros for an empty prompt."""
+        length = self.spec.max_prompt_tokens
+        self.encoders.note_cut_prompts("tokenizer", prompts, length)
+        states, pooled = [], None
+        with torch.no_grad():
+            for tokenizer, encoder in ENCODERS:
+                ids, _ = self.encoders.tokenize(tokenizer, prompts, length)
+                output = self.encoders.encoder(encoder)(ids, output_hidden_states=True)
+                states.append(output.hidden_states[-2])
+                pooled = output[0]
+        assert pooled is not None
+        kept = [0.0 if self.zeroes_empty_prompts and not prompt else 1.0 for prompt in prompts]
+        return [
+            PromptEmbeds({"prompt_embeds": (row * factor).cpu(), "pooled_prompt_embeds": (pool * factor).cpu()})
+            for row, pool, factor in zip(torch.cat(states, dim=-1), pooled, kept, strict=True)
+        ]
+
+    def collate(self, batch: Batch) -> Conditioning:
+        """Also `time_ids` (B, 6): original size, upper left corner of the crop, size of the crop, in pixels."""
+        factor = self.spec.vae_factor
+        if batch.samples:
+            rows = [time_ids(sample) for sample in batch.samples]
+        else:
+            sizes = [(row.shape[-2] * factor, row.shape[-1] * factor) for row in batch.latents]
+            rows = [(*size, 0, 0, *size) for size in sizes]
+        return {**super().collate(batch), "time_ids": torch.tensor(rows, dtype=torch.float32, device=self.device)}
+
+    def predict(
+        self, denoiser: nn.Module, noisy_latents: Latents, sigmas: Tensor, conditioning: Conditioning
+    ) -> Latents:
+        assert isinstance(noisy_latents, Tensor), "the pictures of a batch have one size"
+        added = {
+            "text_embeds": conditioning["pooled_prompt_embeds"].to(self.dtype),
+            "time_ids": conditioning["time_ids"],
+        }
+        return denoiser(
+            noisy_latents.to(self.dtype),
+            self.schedule.timesteps(sigmas),
+            encoder_hidden_states=conditioning["prompt_embeds"].to(self.dtype),
+            added_cond_kwargs=added,
+            return_dict=False,
+        )[0]
+
+    def sigmas_at(self, quantiles: Tensor, latents: Latents) -> Tensor:
+        return self.schedule.sigmas_at(quantiles)
+
+    def make_noisy(self, latents: Tensor, noise: Tensor, sigmas: Tensor) -> Tensor:
+        return self.schedule.make_noisy(latents, noise, sigmas)
+
+    def make_target(self, latents: Tensor, noise: Tensor, sigmas: Tensor) -> Tensor:
+        if self.scheduler_config.get("prediction_type") == "v_prediction":
+            return self.schedule.v_target(latents, noise, sigmas)
+        return noise
+
+    def pipeline(self, denoiser: nn.Module, vae: nn.Module | None = None) -> Any:
+        from diffusers import StableDiffusionXLPipeline
+
+        scheduler_class = getattr(importlib.import_module("diffusers"), self.scheduler_config["_class_name"])
+        parts = dict.fromkeys(("vae", *sum(ENCODERS, ())))
+        pipeline = StableDiffusionXLPipeline(
+            **parts,
+            unet=denoiser,
+            scheduler=scheduler_class.from_config(self.scheduler_config),
+            force_zeros_for_empty_prompt=self.zeroes_empty_prompts,
+            add_watermarker=False,
+        )
+        return SDXLLivePipeline(self, pipeline, vae)
+
+
+def time_ids(sample: Sample) -> tuple[int, ...]:
+    """Original height and width, top and left of the crop in the resized picture, height and width of the crop.
+
+    Source: arXiv 2307.01952, section 2.2. A picture that is mirrored after the cut is one whose mirror image was cut at
+    the mirrored place.
+    """
+    crop = sample.crop
+    left = crop.intermediate_width - crop.left - crop.width if sample.is_flipped else crop.left
+    return sample.height, sample.width, crop.top, left, crop.height, crop.width
+
+
+class SDXLLivePipeline(LivePipeline):
+    """diffusers' pipeline; without a negative prompt it guides away from the empty one."""
+
+    def prompt_arguments(
+        self, prompts: Sequence[str], negative_prompts: Sequence[str] | None, guidance_scale: float
+    ) -> dict[str, Any]:
+        arguments: dict[str, Any] = {"guidance_scale": guidance_scale}
+        for prefix, texts in (("", prompts), ("negative_", negative_prompts or [""] * len(prompts))):
+            rows = self.family.prompts.embeds(texts)
+            for name in rows[0].tensors:
+                stacked = torch.stack([row.tensors[name] for row in rows])
+                arguments[f"{prefix}{name}"] = stacked.to(self.family.device, self.family.dtype)
+        return arguments

@@ -1,0 +1,100 @@
+"""What is known of Stable Diffusion XL without loading it.
+
+Sources: Podell et al., "SDXL" (arXiv 2307.01952); the released `stabilityai/stable-diffusion-xl-base-1.0`; diffusers'
+`unet_2d_condition.py` and `pipeline_stable_diffusion_xl.py`.
+"""
+
+from __future__ import annotations
+
+from simpletuner.models.sdxl.keys import SDXL_KEYS
+from simpletuner.models.spec import AdaptableModule, Component, FamilySpec, Flavour
+
+_NO_FLOW = "SDXL is no flow model: its noise levels are those of its scheduler, each equally likely"
+# fnmatch's star crosses dots, so `*attentions.*` is every transformer on the way down, in the middle and on the way up.
+_BLOCK = "*attentions.*.transformer_blocks.*"
+_ATTENTION = tuple(f"{_BLOCK}.attn*.to_{name}" for name in ("q", "k", "v", "out.0"))
+_FEED_FORWARD = (f"{_BLOCK}.ff.net.0.proj", f"{_BLOCK}.ff.net.2")
+
+SDXL = FamilySpec(
+    name="sdxl",
+    title="Stable Diffusion XL",
+    family_class="simpletuner.models.sdxl.family:SDXL",
+    flavours={
+        "base-1.0": Flavour(
+            name="base-1.0",
+            hub_id="stabilityai/stable-diffusion-xl-base-1.0",
+            description="the base model, around 1024 px",
+            licence="CreativeML Open RAIL++-M",
+            parameters=2_567_463_684,
+        ),
+        "base-0.9": Flavour(
+            name="base-0.9",
+            hub_id="stabilityai/stable-diffusion-xl-base-0.9",
+            description="the research release before it; gated",
+            licence="SDXL 0.9 Research License",
+            parameters=2_567_463_684,
+        ),
+    },
+    default_flavour="base-1.0",
+    components=(
+        Component("unet", "diffusers.UNet2DConditionModel", "denoiser"),
+        Component("vae", "diffusers.AutoencoderKL", "vae"),
+        Component("text_encoder", "transformers.CLIPTextModel", "text_encoder"),
+        Component("text_encoder_2", "transformers.CLIPTextModelWithProjection", "text_encoder"),
+        Component("tokenizer", "transformers.CLIPTokenizer", "tokenizer", "tokenizer_config.json"),
+        Component("tokenizer_2", "transformers.CLIPTokenizer", "tokenizer", "tokenizer_config.json"),
+        Component("scheduler", "diffusers.EulerDiscreteScheduler", "scheduler", "scheduler_config.json"),
+    ),
+    prediction_type="epsilon",
+    latent_channels=4,
+    vae_factor=8,
+    patch_size=1,
+    max_prompt_tokens=77,
+    pipeline_class="StableDiffusionXLPipeline",
+    adaptable=(
+        AdaptableModule("Attention", (f"{_BLOCK}.attn1", f"{_BLOCK}.attn2")),
+        AdaptableModule("FeedForward", (f"{_BLOCK}.ff",)),
+        AdaptableModule("BasicTransformerBlock", (_BLOCK,)),
+        AdaptableModule("Transformer2DModel", ("*attentions.*",)),
+        AdaptableModule("ResnetBlock2D", ("*resnets.*",)),
+        AdaptableModule("Downsample2D", ("down_blocks.*.downsamplers.*",)),
+        AdaptableModule("Upsample2D", ("up_blocks.*.upsamplers.*",)),
+        AdaptableModule("TimestepEmbedding", ("time_embedding", "add_embedding")),
+        AdaptableModule(
+            "Conv2d",
+            (
+                *("conv_in", "conv_out", "*resnets.*.conv1", "*resnets.*.conv2", "*resnets.*.conv_shortcut"),
+                *("down_blocks.*.downsamplers.*.conv", "up_blocks.*.upsamplers.*.conv"),
+            ),
+        ),
+        AdaptableModule(
+            "Linear",
+            (
+                *_ATTENTION,
+                *_FEED_FORWARD,
+                *("*attentions.*.proj_in", "*attentions.*.proj_out", "*resnets.*.time_emb_proj"),
+                *("time_embedding.linear_*", "add_embedding.linear_*"),
+            ),
+        ),
+    ),
+    default_lora_targets=_ATTENTION,
+    target_groups={"attention": _ATTENTION, "feed-forward": _FEED_FORWARD},
+    keys=SDXL_KEYS,
+    block_classes=("BasicTransformerBlock", "ResnetBlock2D"),
+    preview_decoder="madebyollin/taesdxl",
+    pipeline_options=("guidance_rescale",),
+    defaults={
+        "aspect_bucket_alignment": 64,  # of the sizes that it was trained on (arXiv 2307.01952, appendix I)
+        "validation_guidance": 5.0,
+        "validation_num_inference_steps": 30,
+        "validation_resolution": "1024x1024",
+    },
+    unusable_options={
+        "flow_schedule_shift": ((None, 0, 0.0, 1, 1.0), _NO_FLOW),
+        "flow_schedule_auto_shift": ((None, False), _NO_FLOW),
+        "flow_sigmoid_scale": ((None, 1, 1.0), _NO_FLOW),
+        "flow_use_uniform_schedule": ((None, False), _NO_FLOW),
+        "flow_use_beta_schedule": ((None, False), _NO_FLOW),
+        "flow_custom_timesteps": ((None, ""), _NO_FLOW),
+    },
+)

@@ -1,0 +1,96 @@
+"""Every family with text encoders, from config.json to pictures drawn with what was trained, on its tiny model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import diffusers
+import pytest
+import torch
+from PIL import Image
+
+from simpletuner.models.registry import get_spec
+from tests.runs import metrics, run_cli, train_here, write_run
+from tests.tiny_folders import TINY_FOLDERS
+
+FAMILIES = sorted(name for name in TINY_FOLDERS if get_spec(name).caches_prompt_embeds)
+PICTURES = {
+    "validation_disable": False,
+    "validation_prompt": "a box",
+    "validation_resolution": "64",
+    "validation_num_inference_steps": 2,
+}
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    return request.param, TINY_FOLDERS[request.param](tmp_path_factory.mktemp(request.param))
+
+
+Options = dict[str, object]
+RUNS: dict[str, Options] = {
+    "lokr": {},
+    "lora": {"lora_type": "standard", "lora_rank": 4},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", RUNS)
+def test_an_adapter_is_trained_proved_resumed_and_drawn_with(model, tmp_path: Path, kind: str):
+    name, folder = model
+    steps = {"max_train_steps": 4, "eval_steps_interval": 2, "learning_rate": 1e-3}
+    options = {"model_family": name, **steps, **PICTURES, **RUNS[kind]}
+    run = write_run(tmp_path / "run", folder, **options)
+    if kind == "lora":
+        _edit(run / "config.json", lambda config: config.pop("lycoris_config"))
+    output = train_here(run, "--max_train_steps=2")
+    train_here(run)
+    losses = [record["loss"] for record in metrics(output, "step_done")]
+    assert len(losses) == 4
+    assert all(0 <= loss < 100 for loss in losses), losses
+    evals = [record["pooled"] for record in metrics(output, "eval_done")]
+    assert evals[0] != evals[-1]
+    assert (output / "before_after.png").is_file()
+    adapter = output / "pytorch_lora_weights.safetensors"
+    arguments = ("--model-family", name, "--model", str(folder), "--prompt", "a box", "--width", "64", "--height", "64")
+    drawn = run_cli(run, "generate", *arguments, "--steps", "2", "--adapter", str(adapter), "--output", "box.png")
+    assert drawn.returncode == 0, drawn.stderr
+    assert Image.open(run / "box.png").size == (64, 64)
+
+
+@pytest.mark.slow
+def test_a_run_in_one_go_and_one_in_two_end_with_the_same_bits(model, tmp_path: Path):
+    from safetensors.torch import load_file
+
+    name, folder = model
+    run = write_run(tmp_path / "run", folder, model_family=name, max_train_steps=4)
+    whole = load_file(train_here(run, "--output_dir=whole") / "pytorch_lora_weights.safetensors")
+    train_here(run, "--output_dir=halves", "--max_train_steps=2")
+    halves = load_file(train_here(run, "--output_dir=halves") / "pytorch_lora_weights.safetensors")
+    assert whole.keys() == halves.keys()
+    assert all(torch.equal(whole[key], halves[key]) for key in whole)
+
+
+@pytest.mark.slow
+def test_full_training_writes_a_whole_model_for_the_stock_pipeline(model, tmp_path: Path):
+    name, folder = model
+    run = write_run(tmp_path / "run", folder, model_family=name, model_type="full", max_train_steps=1)
+    output = train_here(run)
+    written = output / "pipeline"
+    stock = getattr(diffusers, get_spec(name).pipeline_class).from_pretrained(written)
+    stock.set_progress_bar_config(disable=True)
+    image = stock("a box", height=64, width=64, num_inference_steps=2).images[0]
+    assert image.size == (64, 64)
+    index = json.loads((written / "model_index.json").read_text())
+    assert index["_class_name"] == get_spec(name).pipeline_class
+    assert {key for key, value in index.items() if isinstance(value, list) and value[0]} >= {
+        part.name for part in get_spec(name).components
+    }
+
+
+def _edit(path: Path, change: Callable[[dict], object]) -> None:
+    config = json.loads(path.read_text())
+    change(config)
+    path.write_text(json.dumps(config))

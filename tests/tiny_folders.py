@@ -1,0 +1,11 @@
+"""Which tiny model stands for which family. One entry per registered family: the contract tests draw from here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from tests.tiny import tiny_omnigen_folder
+from tests.tiny_sdxl import tiny_sdxl_folder
+
+TINY_FOLDERS: Mapping[str, Callable[[Path], Path]] = {"omnigen": tiny_omnigen_folder, "sdxl": tiny_sdxl_folder}

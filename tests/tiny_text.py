@@ -1,0 +1,84 @@
+"""Tiny text encoders and tokenizers in the real file formats, made without a download."""
+
+from __future__ import annotations
+
+import json
+import string
+from pathlib import Path
+
+import torch
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
+
+CLIP_START, CLIP_END = "<|startoftext|>", "<|endoftext|>"
+
+
+def write_clip_tokenizer(path: Path, pad_token: str = CLIP_END) -> Path:
+    """A CLIP tokenizer whose words are their bytes: the vocabulary of the real one without its merges."""
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    letters = list(bytes_to_unicode().values())
+    tokens = [*letters, *[f"{letter}</w>" for letter in letters], CLIP_START, CLIP_END]
+    path.mkdir(parents=True)
+    (path / "vocab.json").write_text(json.dumps({token: number for number, token in enumerate(tokens)}))
+    (path / "merges.txt").write_text("#version: 0.2\n")
+    special = {"bos_token": CLIP_START, "eos_token": CLIP_END, "unk_token": CLIP_END, "pad_token": pad_token}
+    (path / "special_tokens_map.json").write_text(json.dumps(special))
+    config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, **special}
+    (path / "tokenizer_config.json").write_text(json.dumps(config))
+    return path
+
+
+def tiny_clip(hidden_size: int, projection_dim: int, with_projection: bool, seed: int = 0) -> torch.nn.Module:
+    """A stock CLIP text encoder over `write_clip_tokenizer`'s 514 tokens."""
+    torch.manual_seed(seed)
+    config = CLIPTextConfig(
+        vocab_size=514,
+        hidden_size=hidden_size,
+        intermediate_size=2 * hidden_size,
+        projection_dim=projection_dim,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        max_position_embeddings=77,
+        # As in the released SDXL and FLUX.1: 2 makes transformers look for the largest id, which is the end's.
+        eos_token_id=2,
+        bos_token_id=0,
+        pad_token_id=1,
+        initializer_factor=3.0,
+    )
+    return (CLIPTextModelWithProjection if with_projection else CLIPTextModel)(config).eval()
+
+
+def write_t5_tokenizer(path: Path) -> Path:
+    """A T5 tokenizer whose pieces are single letters."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+
+    pieces = ["<pad>", "</s>", "<unk>", "▁", *string.ascii_lowercase, *string.digits, *".,-"]
+    tokenizer = Tokenizer(models.Unigram([(piece, -float(rank)) for rank, piece in enumerate(pieces)], unk_id=2))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", 1)]
+    )
+    path.mkdir(parents=True)
+    tokenizer.save(str(path / "tokenizer.json"))
+    special = {"eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
+    (path / "special_tokens_map.json").write_text(json.dumps(special))
+    config = {"tokenizer_class": "T5Tokenizer", "model_max_length": 512, "extra_ids": 0, **special}
+    (path / "tokenizer_config.json").write_text(json.dumps(config))
+    return path
+
+
+def tiny_t5(hidden_size: int = 16, seed: int = 0) -> T5EncoderModel:
+    """A stock T5 encoder (v1.1, as FLUX.1 and SD3 use it)."""
+    torch.manual_seed(seed)
+    config = T5Config(
+        vocab_size=64,
+        d_model=hidden_size,
+        d_kv=8,
+        d_ff=2 * hidden_size,
+        num_layers=1,
+        num_heads=2,
+        feed_forward_proj="gated-gelu",
+        initializer_factor=1.0,
+    )
+    return T5EncoderModel(config).eval()

@@ -1,0 +1,60 @@
+"""Discrete schedules, against diffusers' own and numbers worked out by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers import DDPMScheduler
+
+from simpletuner.diffusion.ddpm import NoiseSchedule
+
+SDXL = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
+TWO_LEVELS = NoiseSchedule(torch.tensor([0.64, 0.36], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("changes", [{}, {"rescale_betas_zero_snr": True}, {"beta_schedule": "linear"}], ids=str)
+def test_a_schedule_is_that_of_diffusers(changes):
+    config = SDXL | changes
+    theirs, ours = DDPMScheduler(**config), NoiseSchedule.from_config(config)
+    torch.testing.assert_close(ours.alphas_cumprod.float(), theirs.alphas_cumprod, rtol=0, atol=2e-5)
+    levels = torch.tensor([0, 1, 500, 999])
+    sigmas = (levels + 1) / 1000
+    latents, noise = torch.randn(4, 2, 3, 3), torch.randn(4, 2, 3, 3)
+    noisy = theirs.add_noise(latents, noise, levels)
+    torch.testing.assert_close(ours.make_noisy(latents, noise, sigmas), noisy, rtol=0, atol=2e-3)
+    velocity = theirs.get_velocity(latents, noise, levels)
+    torch.testing.assert_close(ours.v_target(latents, noise, sigmas), velocity, rtol=0, atol=2e-3)
+    assert ours.timesteps(sigmas).tolist() == levels.tolist()
+
+
+def test_numbers_by_hand():
+    sigmas = torch.tensor([0.0, 0.5, 1.0])
+    signal, amount = TWO_LEVELS.signal_and_noise(sigmas)
+    torch.testing.assert_close(signal, torch.tensor([1.0, 0.8, 0.6]))
+    torch.testing.assert_close(amount, torch.tensor([0.0, 0.6, 0.8]))
+    latents, noise = torch.full((3, 1), 10.0), torch.full((3, 1), 1.0)
+    assert TWO_LEVELS.make_noisy(latents, noise, sigmas).flatten().tolist() == pytest.approx([10, 8.6, 6.8])
+    assert TWO_LEVELS.v_target(latents, noise, sigmas).flatten().tolist() == pytest.approx([1, -5.2, -7.4])
+    assert TWO_LEVELS.snr(sigmas)[1:].tolist() == pytest.approx([0.64 / 0.36, 0.36 / 0.64])
+    assert TWO_LEVELS.timesteps(sigmas).tolist() == [0, 0, 1]
+
+
+def test_every_level_is_equally_likely_and_its_sigma_names_it():
+    schedule = NoiseSchedule.from_config(SDXL)
+    quantiles = (torch.arange(10_000, dtype=torch.float64) + 0.5) / 10_000
+    levels = schedule.timesteps(schedule.sigmas_at(quantiles))
+    assert levels.bincount().tolist() == [10] * 1000
+    assert schedule.sigmas_at(torch.tensor([0.0, 1 - 1e-12], dtype=torch.float64)).tolist() == pytest.approx([0.001, 1])
+
+
+def test_without_a_signal_at_the_end_the_last_level_is_noise_alone():
+    schedule = NoiseSchedule.from_config(SDXL | {"rescale_betas_zero_snr": True})
+    signal, amount = schedule.signal_and_noise(torch.tensor([0.001, 1.0]))
+    assert signal[1] == 0
+    assert amount[1] == 1
+    assert signal[0].item() == pytest.approx((1 - 0.00085) ** 0.5)
+
+
+def test_an_unknown_beta_schedule_is_refused():
+    with pytest.raises(ValueError, match="squaredcos"):
+        NoiseSchedule.from_config({"beta_schedule": "squaredcos_cap_v2"})

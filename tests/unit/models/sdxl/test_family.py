@@ -1,0 +1,133 @@
+"""SDXL for the shared trainer, against diffusers' own pipeline."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DDPMScheduler, StableDiffusionXLPipeline
+from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
+from torch import Tensor
+
+from simpletuner.batch import Batch, Crop, Sample
+from simpletuner.models.components import ModelSource
+from simpletuner.models.registry import get_family_class, get_spec
+from simpletuner.models.sdxl.family import SDXL, time_ids
+from tests.tiny_sdxl import tiny_sdxl_folder, tiny_unet
+
+CPU = torch.device("cpu")
+PROMPTS = ["a cat", "A green star, on white!"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_sdxl_folder(tmp_path_factory.mktemp("sdxl"))
+
+
+def family_of(folder: Path) -> SDXL:
+    spec = get_spec("sdxl")
+    return get_family_class(spec)(spec, ModelSource(str(folder)), CPU, torch.float32)
+
+
+@pytest.fixture(scope="module")
+def stock(folder: Path) -> StableDiffusionXLPipeline:
+    pipeline = StableDiffusionXLPipeline.from_pretrained(folder, add_watermarker=False)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def batch_of(family: SDXL, latents: Tensor, prompts: list[str], samples: list[Sample] = []) -> Batch:  # noqa: B006
+    return Batch(
+        latents, family.encode_prompts(prompts), range(len(latents)), "", torch.ones(len(latents)), "", samples=samples
+    )
+
+
+def test_prompts_are_encoded_as_the_pipeline_does(folder, stock):
+    embeds, empty, pooled, empty_pooled = stock.encode_prompt(PROMPTS)
+    ours = family_of(folder).encode_prompts([*PROMPTS, ""])
+    for row, expected, pool in zip(ours, embeds, pooled, strict=False):
+        assert torch.equal(row.tensors["prompt_embeds"], expected)
+        assert torch.equal(row.tensors["pooled_prompt_embeds"], pool)
+    assert torch.equal(ours[2].tensors["prompt_embeds"], empty[0])
+    assert torch.equal(ours[2].tensors["pooled_prompt_embeds"], empty_pooled[0])
+
+
+def test_a_model_that_does_not_zero_empty_prompts_is_believed(folder, stock, tmp_path):
+    import json
+    import shutil
+
+    other = shutil.copytree(folder, tmp_path / "other")
+    index = json.loads((other / "model_index.json").read_text())
+    (other / "model_index.json").write_text(json.dumps(index | {"force_zeros_for_empty_prompt": False}))
+    [empty] = family_of(other).encode_prompts([""])
+    expected, *_ = stock.encode_prompt([""])
+    assert torch.equal(empty.tensors["prompt_embeds"], expected[0])
+    assert family_of(other).prompt_facts() != family_of(folder).prompt_facts()
+
+
+def test_predict_is_the_call_that_the_pipeline_makes(folder, stock):
+    calls: list[tuple[tuple[Tensor, ...], dict[str, Tensor], Tensor]] = []
+
+    def note(module, args, kwargs, output):
+        calls.append((args, kwargs, output[0]))
+
+    hook = stock.unet.register_forward_hook(note, with_kwargs=True)
+    try:
+        stock(
+            PROMPTS, height=64, width=96, num_inference_steps=3, guidance_scale=1.0, output_type="latent",
+            generator=torch.Generator().manual_seed(0),
+        )  # fmt: skip
+    finally:
+        hook.remove()
+    family = family_of(folder)
+    denoiser = family.load_denoiser()
+    for (sample, timestep), _, output in calls:
+        conditioning = family.collate(batch_of(family, sample, PROMPTS))
+        with torch.no_grad():
+            ours = family.predict(denoiser, sample, (timestep.reshape(1) + 1) / 1000, conditioning)
+        torch.testing.assert_close(ours, output, rtol=0, atol=1e-6)
+    assert len(calls) == 3
+
+
+SAMPLE = Sample("set", "a.png", "", 800, 600, ("a",), Crop(64, 86, 0, 10, 64, 64))
+
+
+def test_sizes_and_crop_reach_the_denoiser(folder):
+    assert time_ids(SAMPLE) == (600, 800, 0, 10, 64, 64)
+    # Cut 10 from the left of 86 leaves 12 on the right, which is the left of the mirror image.
+    assert time_ids(dataclasses.replace(SAMPLE, is_flipped=True)) == (600, 800, 0, 12, 64, 64)
+    family = family_of(folder)
+    latents = torch.randn(1, 4, 8, 8)
+    assert family.collate(batch_of(family, latents, PROMPTS[:1], [SAMPLE]))["time_ids"].tolist() == [
+        [600, 800, 0, 10, 64, 64]
+    ]
+    denoiser, sigma = family.load_denoiser(), torch.tensor([0.5])
+    with torch.no_grad():
+        whole = family.predict(denoiser, latents, sigma, family.collate(batch_of(family, latents, PROMPTS[:1])))
+        cut = family.predict(denoiser, latents, sigma, family.collate(batch_of(family, latents, PROMPTS[:1], [SAMPLE])))
+    assert (whole - cut).abs().max() > 1e-5
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+def test_the_target_is_what_the_models_scheduler_says(tmp_path, kind):
+    family = family_of(tiny_sdxl_folder(tmp_path / "model", prediction_type=kind, rescale_betas_zero_snr=True))
+    latents, noise = torch.randn(1, 4, 8, 8), torch.randn(1, 4, 8, 8)
+    theirs = DDPMScheduler.from_config(family.scheduler_config)
+    expected = noise if kind == "epsilon" else theirs.get_velocity(latents, noise, torch.tensor([300]))
+    torch.testing.assert_close(family.make_target(latents, noise, torch.tensor([0.301])), expected, rtol=0, atol=1e-4)
+
+
+def test_the_key_table_is_that_of_diffusers_conversion():
+    """Named by the table and converted by diffusers, every weight of the UNet comes back under its own name."""
+    unet = tiny_unet()
+    keys = get_spec("sdxl").keys
+    original = {}
+    for name, tensor in unet.state_dict().items():
+        module, _, kind = name.rpartition(".")
+        original[f"model.diffusion_model.{keys.original(module).name}.{kind}"] = tensor
+    assert len(original) == len(unet.state_dict())
+    converted = convert_ldm_unet_checkpoint(original, dict(unet.config))
+    assert converted.keys() == unet.state_dict().keys()
+    assert all(converted[name].data_ptr() == tensor.data_ptr() for name, tensor in unet.state_dict().items())
