@@ -15,12 +15,13 @@ from pathlib import Path
 from simpletuner.config.datasets import dataset_options
 from simpletuner.config.options import OptionInfo
 from simpletuner.config.pages import optimizers_table, options_markdown
-from simpletuner.config.reference import option_rows, planned_values_text
+from simpletuner.config.reference import option_rows, planned_values_text, schema_text
 from simpletuner.config.webhooks import webhook_options
 from simpletuner.reporting.webhooks.schema import event_schema
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ROOT / "documentation"
+SCHEMAS = ("config", "multidatabackend")
 _MARK = re.compile(r"<!-- (table|file): (\S+) -->\n.*?<!-- end -->", re.DOTALL)
 _LANGUAGES = {".py": "python", ".json": "json", ".sh": "bash"}
 
@@ -66,6 +67,8 @@ def event_schema_text() -> str:
 
 def main() -> None:
     (PAGES / "OPTIONS.md").write_text(options_markdown(), encoding="utf-8")
+    for name in SCHEMAS:
+        (ROOT / "config" / "schemas" / f"{name}.schema.json").write_text(schema_text(name) + "\n", encoding="utf-8")
     (PAGES / "webhook_events.schema.json").write_text(event_schema_text(), encoding="utf-8")
     for page in sorted(PAGES.rglob("*.md")):
         text = page.read_text(encoding="utf-8")

@@ -115,7 +115,10 @@ def options(
     ] = False,
     json_schema: Annotated[bool, typer.Option("--json-schema", help="Print a JSON Schema for editors.")] = False,
 ) -> None:
-    """Explain the options of config.json: simpletuner options [KEY] [--search WORD] [--resolved] [--json-schema]
+    """Explain the options of config.json and the keys of datasets: simpletuner options [KEY] [--search WORD]
+    [--resolved] [--json-schema]
+
+    `options multidatabackend --json-schema` prints the schema of the data file.
 
     --resolved also takes example=NAME, env=NAME and --key=value, as `train` does.
     """

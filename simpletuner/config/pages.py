@@ -16,7 +16,9 @@ INTRODUCTION = """\
 This page is generated from the declarations in `simpletuner/config/options/`; a test compares it with them.
 `simpletuner options KEY` prints one of these rows, `simpletuner options --search WORD` finds some,
 `simpletuner options --resolved` prints the value of each in your run and where it comes from, and
-`simpletuner options --json-schema` prints a schema that editors complete and check `config.json` with.
+`simpletuner options --json-schema` prints a schema that editors complete and check `config.json` with
+(`simpletuner options multidatabackend --json-schema`: that of the data file). The shipped configurations name it in
+`$schema`; a list has no place for that, so [`.vscode/settings.json`](../.vscode/settings.json) names it for data files.
 
 ## How values are read
 

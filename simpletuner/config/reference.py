@@ -8,10 +8,11 @@ from collections.abc import Iterable
 from typing import Any
 
 from simpletuner.config.checking import show_value
+from simpletuner.config.datasets import KEY_ALIASES, dataset_options, dataset_types
 from simpletuner.config.loading import LoadedRun
 from simpletuner.config.names import RENAMED, RETIRED, nearest
 from simpletuner.config.options import OptionInfo, all_options
-from simpletuner.config.schema import config_schema
+from simpletuner.config.schema import config_schema, datasets_schema
 from simpletuner.errors import ConfigError, Problem
 
 WIDTH = 100
@@ -31,14 +32,20 @@ def run_options_command(
     if resolved is not None:
         return resolved_text(resolved)
     if json_schema:
-        return json.dumps(config_schema(), indent=2, ensure_ascii=False)
+        return schema_text("multidatabackend" if key and key.startswith("multidatabackend") else "config")
     if search is not None:
         return search_text(search)
     return describe(key) if key else overview()
 
 
+def schema_text(name: str) -> str:
+    """JSON Schema of `config` (config.json) or `multidatabackend` (multidatabackend.json)."""
+    schema = datasets_schema() if name == "multidatabackend" else config_schema()
+    return json.dumps(schema, indent=2, ensure_ascii=False)
+
+
 def describe(key: str) -> str:
-    """Everything that is known of one option.
+    """Everything that is known of one option, or of a key of dataset entries.
 
     Raises:
         ConfigError: unknown name; suggests the nearest.
@@ -48,18 +55,33 @@ def describe(key: str) -> str:
         return f"{name} is now called {RENAMED[name]}.\n\n{describe(RENAMED[name])}"
     if name in RETIRED:
         return f"{name} has no effect: {RETIRED[name]}."
-    infos = all_options()
+    name = KEY_ALIASES.get(name, name)
+    infos, entries = all_options(), dataset_keys()
+    if name not in infos and name in entries:
+        return "\n".join(_describe(entries[name], "key of an entry of multidatabackend.json"))
     if name not in infos:
-        near = nearest(name, [*infos, *RENAMED, *RETIRED])
+        near = nearest(name, [*infos, *entries, *RENAMED, *RETIRED])
         fix = f'did you mean "{near}"?' if near else "`simpletuner options --search WORD` finds options"
         raise ConfigError(Problem("there is no option of this name", key=name, fix=fix))
-    info = infos[name]
-    lines = [f"{name} ({info.group})", *textwrap.wrap(info.help, WIDTH), ""]
+    lines = _describe(infos[name], infos[name].group)
+    if name in entries:
+        lines += ["", *_describe(entries[name], "in an entry of multidatabackend.json")]
+    return "\n".join(lines)
+
+
+def dataset_keys() -> dict[str, OptionInfo]:
+    """Every key of dataset entries; where two kinds have it, as pictures have it."""
+    kinds = [dataset_options(kind) for kind in reversed(dataset_types())]
+    return {name: info for options in kinds for name, info in options.items()}
+
+
+def _describe(info: OptionInfo, place: str) -> list[str]:
+    lines = [f"{info.name} ({place})", *textwrap.wrap(info.help, WIDTH), ""]
     facts = {
         "default": "none, it must be set" if info.is_required else shown_default(info),
         "allowed": info.allowed,
         "unit": info.unit,
-        "old names": ", ".join(old for old, new in RENAMED.items() if new == name),
+        "old names": ", ".join(old for old, new in RENAMED.items() if new == info.name),
         "not built": info.planned or planned_values_text(info),
     }
     for title, fact in facts.items():
@@ -67,7 +89,7 @@ def describe(key: str) -> str:
             lines += textwrap.wrap(
                 fact, WIDTH, initial_indent=f"  {title:<10} ", subsequent_indent=" " * 13, break_on_hyphens=False
             )
-    return "\n".join(lines)
+    return lines
 
 
 def planned_values_text(info: OptionInfo) -> str:
@@ -78,10 +100,16 @@ def planned_values_text(info: OptionInfo) -> str:
 
 
 def search_text(word: str) -> str:
-    """One line for each option whose name or help mentions the word."""
+    """One line for each option, and each key of dataset entries, whose name or help mentions the word."""
     folded = word.lower()
-    found = [info for info in all_options().values() if folded in f"{info.name} {info.help}".lower()]
-    return _table(found) if found else f'no option mentions "{word}"'
+
+    def found(infos: Iterable[OptionInfo]) -> list[OptionInfo]:
+        return [info for info in infos if folded in f"{info.name} {info.help}".lower()]
+
+    options, entries = found(all_options().values()), found(dataset_keys().values())
+    parts = [_table(options)] if options else []
+    parts += [f"in entries of multidatabackend.json\n{_table(entries)}"] if entries else []
+    return "\n\n".join(parts) or f'no option mentions "{word}"'
 
 
 def overview() -> str:

@@ -50,6 +50,8 @@ def copy_example(name: str, destination: Path) -> Path:
         ConfigError: unknown name, or the folder holds something.
         DataError: it cannot be written.
     """
+    from simpletuner.config.reference import schema_text
+
     source = example_dir(name)
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
         raise ConfigError(
@@ -61,6 +63,8 @@ def copy_example(name: str, destination: Path) -> Path:
         )
     try:
         shutil.copytree(source, destination, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
+        # What "$schema" of a copy names: editors then complete and check what is changed in it.
+        (destination / "config.schema.json").write_text(schema_text("config") + "\n", encoding="utf-8")
     except OSError as error:
         raise DataError(Problem(f"cannot copy the example to {destination}: {error}")) from error
     return destination

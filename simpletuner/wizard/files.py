@@ -53,6 +53,7 @@ _HEADINGS: Mapping[str, tuple[str, ...]] = {
         *("webhook_config", "push_to_hub", "hub_model_id", "model_card_private"),
     ),
 }
+_SCHEMA = "schemas/config.schema.json"
 _MISSING = object()
 # The value of a key that is a secret, but for the name of a variable that holds it.
 _SECRET = re.compile(r'("(?:webhook_url|callback_url|auth_token)"\s*:\s*")(?!\$\{)[^"]*(")')
@@ -80,7 +81,7 @@ def texts_for(project: Project, answers: Answers) -> dict[Path, str]:
             texts[places.lycoris] = json_text(plan.lycoris) + "\n"
         if plan.prompts:
             texts[places.prompts] = json_text(plan.prompts) + "\n"
-        texts[places.config] = _new_config(_with_places(plan, project))
+        texts[places.config] = _new_config(_with_places(plan, project), places.config.parent)
     else:
         before = make_plan(project.answers)
         texts = {
@@ -169,7 +170,9 @@ def _with_places(plan: Plan, project: Project) -> dict[str, Any]:
     return {**plan.config, **named}
 
 
-def _new_config(options: Mapping[str, Any]) -> str:
+def _new_config(options: Mapping[str, Any], folder: Path) -> str:
+    # In a clone the schema lies beside it: editors then complete and check what is changed by hand.
+    schema = f"{INDENT}{json_text('$schema')}: {json_text(_SCHEMA)},\n" if (folder / _SCHEMA).is_file() else ""
     rest = [key for key in options if not any(key in keys for keys in _HEADINGS.values())]
     groups = [*_HEADINGS.items(), ("Further options.", rest)]
     parts = []
@@ -177,7 +180,7 @@ def _new_config(options: Mapping[str, Any]) -> str:
         members = [f"{INDENT}{json_text(key)}: {json_text(options[key], 1)}" for key in keys if key in options]
         if members:
             parts.append(f"{INDENT}// {heading}\n" + ",\n".join(members))
-    return f"{{\n{INDENT}// {_HEAD}\n\n" + ",\n\n".join(parts) + "\n}\n"
+    return f"{{\n{schema}{INDENT}// {_HEAD}\n\n" + ",\n\n".join(parts) + "\n}\n"
 
 
 # ---- existing files ------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from scripts.fill_pages import SCHEMAS
 from simpletuner.config.json_reader import parse_json
 from simpletuner.config.names import RENAMED, RETIRED
 from simpletuner.config.options import all_options
@@ -15,6 +16,7 @@ from simpletuner.config.pages import options_markdown
 from simpletuner.config.reference import run_options_command
 from simpletuner.config.schema import config_schema, datasets_schema
 from simpletuner.errors import ConfigError
+from simpletuner.examples import copy_example, example_names
 
 from .conftest import Workspace
 
@@ -43,6 +45,34 @@ def test_an_option_is_explained() -> None:
     assert "has no effect" in run_options_command(key="validation_torch_compile")
     with pytest.raises(ConfigError, match='did you mean "learning_rate"'):
         run_options_command(key="learning_rte")
+
+
+def test_keys_of_datasets_are_explained_too() -> None:
+    assert "repeats (key of an entry of multidatabackend.json)" in run_options_command(key="repeats")
+    both = run_options_command(key="resolution")
+    assert "resolution (Data)" in both
+    assert "resolution (in an entry of multidatabackend.json)" in both
+    assert "is_regularisation_data" in run_options_command(key="is_regularization_data")
+    with pytest.raises(ConfigError, match='did you mean "repeats"'):
+        run_options_command(key="repeets")
+    assert "in entries of multidatabackend.json\n  " in run_options_command(search="crop")
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_the_schema_files_are_what_the_declarations_say(name: str) -> None:
+    text = (REPOSITORY / f"config/schemas/{name}.schema.json").read_text(encoding="utf-8")
+    assert text == run_options_command(key=name, json_schema=True) + "\n", "python scripts/fill_pages.py writes it anew"
+
+
+def test_every_shipped_configuration_names_a_schema_that_takes_it(tmp_path: Path) -> None:
+    shipped = [REPOSITORY / "config/config.json.example", *(REPOSITORY / "config/examples").glob("*/config.json")]
+    for name in example_names():
+        shipped.append(copy_example(name, tmp_path / name) / "config.json")
+    assert len(shipped) > 4
+    for path in shipped:
+        config = parse_json(path.read_text(encoding="utf-8"), "x").value
+        schema = json.loads((path.parent / config["$schema"]).read_text(encoding="utf-8"))
+        assert is_instance(config, schema), path
 
 
 def test_options_are_found_by_what_they_do() -> None:

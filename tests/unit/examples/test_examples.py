@@ -34,9 +34,8 @@ def test_output_of_an_example_goes_to_the_working_folder_and_not_into_the_packag
 
 def test_a_copy_is_a_run_of_its_own(tmp_path: Path):
     folder = copy_example(DEFAULT_EXAMPLE, tmp_path / "mine")
-    assert sorted(path.name for path in folder.glob("*.json")) == sorted(
-        path.name for path in example_dir(DEFAULT_EXAMPLE).glob("*.json")
-    )
+    shipped = {path.name for path in example_dir(DEFAULT_EXAMPLE).glob("*.json")}
+    assert {path.name for path in folder.glob("*.json")} == {*shipped, "config.schema.json"}
     environment = {"CONFIG_PATH": str(folder / "config.json")}
     assert load_arguments([], environment, tmp_path, print, check_files=False).config_file == folder / "config.json"
 
