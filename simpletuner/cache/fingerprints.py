@@ -22,7 +22,12 @@ _NOT_ENCODING = frozenset(("scaling_factor", "shift_factor", "latents_mean", "la
 
 
 def vae_fingerprint(
-    source: ModelSource, spec: FamilySpec, memo: DigestMemo, device: torch.device, dtype: torch.dtype
+    source: ModelSource,
+    spec: FamilySpec,
+    memo: DigestMemo,
+    device: torch.device,
+    dtype: torch.dtype,
+    modes: tuple[str, ...] = (),
 ) -> str:
     """sha256 in hex over a VAE's weights and configuration, and over what else decides the bits of its results.
 
@@ -30,6 +35,7 @@ def vae_fingerprint(
 
     Args:
         dtype: that the VAE encodes in.
+        modes: tiles and slices give other bits.
 
     Raises:
         DataError: the VAE has no safetensors weights, or they cannot be fetched.
@@ -39,6 +45,7 @@ def vae_fingerprint(
     parts = {
         "weights": [memo.digest(path) for path in weight_files(source, component)],
         "config": {name: value for name, value in config.items() if _decides_encoding(name)},
+        **({"modes": modes} if modes else {}),
         **_arithmetic(device, dtype),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

@@ -73,12 +73,14 @@ class LatentCache:
         store: may be shared with other caches: keys tell all.
         family: its `encode_images` is used.
         fingerprint: of the VAE, from `vae_fingerprint`.
+        write_batch_size: entries that are written to the disk at once, at most.
     """
 
-    def __init__(self, store: TensorStore, family: ModelFamily, fingerprint: str):
+    def __init__(self, store: TensorStore, family: ModelFamily, fingerprint: str, write_batch_size: int = 128):
         self.store = store
         self.family = family
         self.fingerprint = fingerprint
+        self.write_batch_size = write_batch_size
 
     def key(self, sample: Sample) -> str:
         """sha256 in hex over everything that decides the latents of `sample`."""
@@ -175,7 +177,7 @@ class OnDemandLatents:
         self.dataset = dataset
         self.keeps = keeps
         self._encoder = BatchEncoder(cache.family, vae, batch_size)
-        self._writer = StoreWriter(cache.store)
+        self._writer = StoreWriter(cache.store, max_entries=cache.write_batch_size)
         self._lock = threading.Lock()
 
     def __enter__(self) -> OnDemandLatents:
@@ -249,7 +251,7 @@ class _Filling:
         unwritten: deque[Future[None]] = deque()
         num_done = 0
         with (
-            StoreWriter(self.cache.store) as writer,
+            StoreWriter(self.cache.store, max_entries=self.cache.write_batch_size) as writer,
             ThreadPoolExecutor(1, "latents-write") as writing,
             ThreadPoolExecutor(num_threads, "pictures-read") as reading,
         ):

@@ -166,7 +166,7 @@ def used_keys(loaded: LoadedRun) -> dict[Path, set[str]]:
     family = build_family(loaded)
     cache_dir = Path(config.cache_dir)
     with DigestMemo(cache_dir / "digests.sqlite") as memo:
-        fingerprint = vae_fingerprint(family.source, family.spec, memo, family.device, torch.float32)
+        fingerprint = vae_fingerprint(family.source, family.spec, memo, family.device, torch.float32, family.vae_modes)
     data_file = str(loaded.data_file) if loaded.data_file else None
     keys: dict[Path, set[str]] = {}
     datasets = build_datasets(loaded.datasets, config, family.spec, cache_dir, data_file=data_file)

@@ -30,7 +30,7 @@ from simpletuner.data.sampler import Sampler
 from simpletuner.models.family import ModelFamily
 from simpletuner.training.latents import latents_folder, samples_to_keep
 from simpletuner.training.preflight import check_model_folder
-from simpletuner.training.prepare import check_sizes, require_training
+from simpletuner.training.prepare import check_sizes, require_full_batches, require_training
 from simpletuner.training.trainer import build_family, build_sampler, total_train_steps
 
 Say = Callable[[str], None]
@@ -161,8 +161,9 @@ def gather(loaded: LoadedRun) -> Check:
     datasets = build_datasets(loaded.datasets, config, family.spec, cache_dir, data_file=data_file)
     require_training(datasets, data_file)
     check_sizes(family, datasets, data_file)
+    require_full_batches(config, datasets, data_file)
     with DigestMemo(cache_dir / "digests.sqlite") as memo:
-        fingerprint = vae_fingerprint(family.source, family.spec, memo, family.device, torch.float32)
+        fingerprint = vae_fingerprint(family.source, family.spec, memo, family.device, torch.float32, family.vae_modes)
     checks = tuple(check_dataset(loaded, family, dataset, fingerprint) for dataset in datasets)
     training = hold_out(datasets, config.eval_holdout)
     steps = count_steps(loaded, build_sampler(loaded, [each for each in training if each.kind == "image"]))

@@ -305,7 +305,7 @@ def seconds_per_step(loads: Counter[Load], times: StepTimes, accumulation: int) 
 def cache_needs(loaded: LoadedRun, family: ModelFamily, datasets: Sequence[Dataset]) -> tuple[int, int]:
     """(pictures, bytes) of the latents that are not there yet, over all datasets."""
     with DigestMemo(Path(loaded.config.cache_dir) / "digests.sqlite") as memo:
-        fingerprint = vae_fingerprint(family.source, family.spec, memo, family.device, torch.float32)
+        fingerprint = vae_fingerprint(family.source, family.spec, memo, family.device, torch.float32, family.vae_modes)
     needs = [cache_need(loaded, family, dataset, fingerprint) for dataset in datasets]
     return sum(need.num_missing for need in needs), sum(need.bytes_missing for need in needs)
 

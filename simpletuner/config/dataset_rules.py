@@ -14,6 +14,7 @@ from simpletuner.config.datasets import (
     filters_for,
     masks_for,
     references_for,
+    text_cache_entry,
 )
 from simpletuner.config.draft import Draft
 from simpletuner.config.sources import caption_fault
@@ -197,7 +198,17 @@ def caption_filters_can_be_read(draft: Draft) -> Iterator[Problem]:
                 yield draft.dataset_problem(entry, "caption_filter_list", str(error))
 
 
+def captions_are_kept_in_the_default_cache(draft: Draft) -> Iterator[Problem]:
+    cache = text_cache_entry(draft.datasets.entries)
+    for entry in draft.pictures:
+        if entry.text_embeds and (cache is None or entry.text_embeds != cache.id):
+            message = f'"{entry.text_embeds}" is not the text_embeds entry that all captions are kept in'
+            allowed = cache.id if cache else "the id of the default text_embeds entry; there is none"
+            yield draft.dataset_problem(entry, "text_embeds", message, allowed, fix="remove the key")
+
+
 DATASET_RULES = (
+    captions_are_kept_in_the_default_cache,
     crops_have_their_shapes,
     aspect_limits_go_together,
     eval_datasets_are_not_trained_on,

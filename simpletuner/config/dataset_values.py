@@ -90,5 +90,20 @@ def _refuse_unknown(value: dict[str, Any], known: tuple[str, ...]) -> None:
             raise ValueError(f'there is no "{key}" in it' + (f'; did you mean "{near}"?' if near else ""))
 
 
+SKIPPABLE = ("vae", "aspect", "metadata", "text")
+
+
+def read_skipped(value: Any) -> Any:
+    """Words with commas or blanks between them, all of `SKIPPABLE` -> a tuple of them."""
+    words = value.replace(",", " ").split() if isinstance(value, str) else list(value)
+    for word in words:
+        if word not in SKIPPABLE:
+            near = nearest(str(word), SKIPPABLE)
+            hint = f'; did you mean "{near}"?' if near else ""
+            raise ValueError(f'"{word}" is none of {", ".join(SKIPPABLE)}{hint}')
+    return tuple(words)
+
+
 AspectBuckets = Annotated[tuple[AspectBucket, ...], BeforeValidator(read_aspect_buckets)]
 Shuffle = Annotated[TagShuffle | None, BeforeValidator(read_tag_shuffle)]
+Words = Annotated[tuple[str, ...], BeforeValidator(read_skipped)]

@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict
 
-from simpletuner.config.dataset_values import AspectBuckets, Shuffle
+from simpletuner.config.dataset_values import AspectBuckets, Shuffle, TagShuffle, Words
 from simpletuner.config.options.declare import REQUIRED, OptionInfo, describe_field, option
 from simpletuner.config.sources import TABLE_TYPES, BackendType, PictureSource
 from simpletuner.config.values import Bool, FilePath, Float, Int, Text, TextOrList
@@ -148,8 +148,11 @@ class ImageDataset(PictureSource, DatasetEntry):
         help="Prior preservation: the target is the base model's own prediction. Needs an adapter. "
         "`is_regularization_data` is read too.",
     )
-    skip_file_discovery: Text = option(
-        "", help="Steps of the scan to leave out.", planned="the scan is incremental, nothing needs to be left out"
+    skip_file_discovery: Words = option(
+        (),
+        help="`aspect` or `metadata`: do not look at the folder; what the last scan found is used, and a file that has "
+        "changed since is noticed when it is read. A folder that was never scanned is. `vae` and `text` change "
+        "nothing: caches are asked by key.",
     )
     max_num_samples: Int | None = option(
         None, help="Use only so many pictures, chosen by seed and content.", unit="pictures", ge=1
@@ -176,7 +179,7 @@ class ImageDataset(PictureSource, DatasetEntry):
         None, help="As in `config.json`, for this dataset.", unit="pictures", ge=1, le=4096
     )
     text_embeds: Text | None = option(
-        None, help="Id of the text_embeds entry.", planned="all datasets share one cache of captions"
+        None, help="Id of the text_embeds entry. All captions are kept in one, so it can only be the default one."
     )
     vae_cache_clear_each_epoch: Bool | None = option(None, help="As in `config.json`, for this dataset.")
     vae_cache_ondemand: Bool | None = option(None, help="As in `config.json`, for this dataset.")
@@ -358,6 +361,10 @@ def with_defaults(entry: Dataset, config: Any) -> Dataset:
     # A row's own caption stands nearer than a strategy for datasets in general, but for one that needs no source.
     if entry.type in TABLE_TYPES and updates.get("caption_strategy") != "instanceprompt":
         updates["caption_strategy"] = entry.caption_strategy or entry.type
+    # `false` in an entry is no shuffling, whatever config.json says; an eval loss compares the same captions.
+    says = "caption_shuffle" in entry.model_fields_set or isinstance(entry, EvalDataset)
+    if config.caption_shuffle and not says:
+        updates["caption_shuffle"] = TagShuffle()
     return entry.model_copy(update=updates)
 
 

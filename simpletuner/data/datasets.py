@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
 import re
@@ -49,6 +50,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Dataset", "build_datasets"]
 
+# Words of `skip_file_discovery` for which a folder is not looked at.
+TRUSTING = frozenset(("aspect", "metadata"))
 _UNSAFE = re.compile(r"[^A-Za-z0-9._-]+")
 
 
@@ -83,13 +86,16 @@ def build_datasets(
     scanned: dict[str, ScannedFolder] = {}
 
     def scan(entry: ImageDataset | ConditioningDataset) -> ScannedFolder:
+        is_trusted = False
         if isinstance(entry, ConditioningDataset):
             backend: Backend = LocalBackend(entry.instance_data_dir)
         else:
             backend = open_backend(entry, data_file)
+            is_trusted = bool(TRUSTING & {*entry.skip_file_discovery})
         if backend.identity not in scanned:
             index = Index(index_path(work_dir, backend.identity), backend)
-            scanned[backend.identity] = ScannedFolder(index, index.scan(_scan_progress(entry.id, report)))
+            catalogue = index.scan(_scan_progress(entry.id, report), is_trusted)
+            scanned[backend.identity] = ScannedFolder(index, catalogue)
         return scanned[backend.identity]
 
     datasets = []
@@ -107,7 +113,20 @@ def build_datasets(
             problems += error.problems
     if problems:
         raise DataError(problems)
-    return datasets
+    return with_even_shares(datasets) if config.data_backend_sampling == "uniform" else datasets
+
+
+def with_even_shares(datasets: list[Dataset]) -> list[Dataset]:
+    """The datasets with what an epoch shows of each where they are mixed evenly (`Sampler`), short batches apart."""
+    weights = {each.id: each.entry.probability for each in datasets if each.kind == "image"}
+    shown = sum(each.funnel.per_epoch for each in datasets if each.kind == "image")
+    mean = shown / (sum(weights.values()) or 1)
+    return [
+        dataclasses.replace(each, funnel=dataclasses.replace(each.funnel, per_epoch=round(weights[each.id] * mean)))
+        if each.id in weights
+        else each
+        for each in datasets
+    ]
 
 
 def _scan_progress(dataset_id: str, report: ProgressReport | None) -> Callable[[int], None] | None:

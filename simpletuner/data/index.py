@@ -127,7 +127,7 @@ class Index:
     def close(self) -> None:
         self._db.close()
 
-    def scan(self, progress: Progress | None = None) -> Catalogue:
+    def scan(self, progress: Progress | None = None, is_trusted: bool = False) -> Catalogue:
         """Look at what is new or changed since the last scan; the usable pictures after it.
 
         Of several processes that scan one folder, one does the work and the others wait for it.
@@ -135,10 +135,13 @@ class Index:
         Args:
             progress: called with the number of files looked at so far, also while waiting. What it raises ends the
                 scan.
+            is_trusted: where there has been a scan, take what it found and do not look at the folder.
         """
         with self._lock, self._explained(), self._only_scan(progress):
-            update_files(self._db, self.backend, progress)
-            stored = self._db.execute("SELECT * FROM catalogue").fetchone()
+            select = "SELECT * FROM catalogue"
+            if not is_trusted or self._db.execute(select).fetchone() is None:
+                update_files(self._db, self.backend, progress)
+            stored = self._db.execute(select).fetchone()
             if stored is None:
                 catalogue = self._build_catalogue()
                 self._keep(catalogue)

@@ -88,6 +88,8 @@ class Sampler:
         seed: of the run.
         num_ranks: multiplies the batch size of datasets that have their own.
         fills_batches: `DatasetOrder`.
+        mixes_evenly: the shares of datasets in an epoch are as their `probability`, whatever their sizes
+            (`data_backend_sampling: uniform`); otherwise each gives `probability` rounds.
     """
 
     def __init__(
@@ -97,6 +99,7 @@ class Sampler:
         seed: int,
         num_ranks: int = 1,
         fills_batches: bool = False,
+        mixes_evenly: bool = False,
     ):
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
@@ -109,6 +112,7 @@ class Sampler:
             )
             for dataset in self.datasets
         ]
+        self._rates = self._even_rates() if mixes_evenly else [Fraction(1)] * len(self.datasets)
         self._epochs: dict[int, tuple[list[_Share], Interleaving]] = {}
 
     def batches_in(self, epoch: int) -> int:
@@ -138,7 +142,8 @@ class Sampler:
         schedules = [dataset.schedule for dataset in self.datasets]
         wanted = np.array([schedule.in_step(step) for schedule in schedules], dtype=np.bool_)
         last_start = max((schedule.start_epoch for schedule in schedules), default=0)
-        rarest = max((math.ceil(1 / s.probability) for s in schedules if s.probability), default=0)
+        rounds = [rate * Fraction(s.probability) for s, rate in zip(schedules, self._rates, strict=True)]
+        rarest = max((math.ceil(1 / each) for each in rounds if each), default=0)
         for number in range(epoch, max(epoch, last_start) + rarest + 1):
             found = self._epoch(number)[1].next_of(position if number == epoch else 0, wanted)
             if found is not None:
@@ -178,20 +183,32 @@ class Sampler:
         return known
 
     def _shares(self, epoch: int) -> list[_Share]:
-        return [self._share(dataset, order, epoch) for dataset, order in zip(self.datasets, self._orders, strict=True)]
+        return [self._share(index, epoch) for index in range(len(self.datasets))]
 
-    def _share(self, dataset: SampledDataset, order: DatasetOrder, epoch: int) -> _Share:
-        if not dataset.schedule.in_epoch(epoch):
+    def _share(self, index: int, epoch: int) -> _Share:
+        order = self._orders[index]
+        if not order.dataset.schedule.in_epoch(epoch):
             return _Share()
-        (first, start), (last, end) = (self._begin(dataset, order, number) for number in (epoch, epoch + 1))
+        (first, start), (last, end) = (self._begin(order, self._rates[index], number) for number in (epoch, epoch + 1))
         rounds = range(first, last + 1 if end else last)
         ends = tuple(accumulate(order.batches_in(number) for number in rounds))
         before_last = ends[last - first - 1] if last > first else 0
         return _Share(first, start, before_last + end - start, ends)
 
-    def _begin(self, dataset: SampledDataset, order: DatasetOrder, epoch: int) -> tuple[int, int]:
+    def _even_rates(self) -> list[Fraction]:
+        """By what the rounds of each dataset are multiplied so that all give an epoch equally many batches.
+
+        Together they give as many as one round of each, weighted by `probability`; sizes are those of the first round.
+        """
+        weights = [dataset.schedule.rounds_before(dataset.schedule.start_epoch or 1) for dataset in self.datasets]
+        batches = [order.batches_in(0) for order in self._orders]
+        total = sum((weight * count for weight, count in zip(weights, batches, strict=True)), Fraction(0))
+        mean = total / (sum(weights, Fraction(0)) or 1)
+        return [mean / max(count, 1) for count in batches]
+
+    def _begin(self, order: DatasetOrder, rate: Fraction, epoch: int) -> tuple[int, int]:
         """(round, batch in it) with which a dataset begins an epoch."""
-        whole, part = divmod(dataset.schedule.rounds_before(epoch), 1)
+        whole, part = divmod(rate * order.dataset.schedule.rounds_before(epoch), 1)
         return int(whole), math.floor(part * order.batches_in(int(whole))) if part else 0
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from simpletuner.batch import Batch, PromptEmbeds
 from simpletuner.diffusion import flow_matching, timesteps
 from simpletuner.diffusion.loss import Latents
+from simpletuner.errors import ConfigError, Problem
 from simpletuner.models.components import ModelSource, load_component, load_preview_decoder, make_empty_component
 from simpletuner.models.spec import FamilySpec
 from simpletuner.models.text_encoders import TextEncoders
@@ -123,6 +124,9 @@ class ModelFamily(ABC):
 
     # ---- defaults a family may override ----------------------------------------------------------------------------
 
+    # Ways of the VAE to take less memory, as diffusers calls them: "slicing", "tiling".
+    vae_modes: tuple[str, ...] = ()
+
     # Prompts so far that were longer than `spec.max_prompt_tokens` and were cut; `encode_prompts` counts them.
     num_cut_prompts: int = 0
 
@@ -138,6 +142,8 @@ class ModelFamily(ABC):
     def load_vae(self) -> nn.Module:
         """The VAE in float32 (half precision adds noise to latents), in eval mode, on `self.device`."""
         vae = load_component(self.source, self.spec.component("vae"), torch.float32)
+        for mode in self.vae_modes:
+            _enable(vae, mode)
         return vae.eval().requires_grad_(False).to(self.device)
 
     def empty_denoiser(self) -> nn.Module:
@@ -237,3 +243,16 @@ class ModelFamily(ABC):
     def make_target(self, latents: Tensor, noise: Tensor, sigmas: Tensor) -> Tensor:
         """(B, C, h, w) what `predict` is compared with."""
         return flow_matching.velocity_target(latents, noise)
+
+
+def _enable(vae: nn.Module, mode: str) -> None:
+    """Turn on slicing or tiling.
+
+    Raises:
+        ConfigError: this VAE cannot.
+    """
+    switch = getattr(vae, f"enable_{mode}", None)
+    if switch is None:
+        message = f"{type(vae).__name__}, the VAE of this model, has no {mode}"
+        raise ConfigError(Problem(message, key=f"vae_enable_{mode}", fix="remove the key"))
+    switch()

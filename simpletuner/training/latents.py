@@ -176,7 +176,7 @@ def prepare_latents(
     config = loaded.config
     cache_dir = Path(config.cache_dir)
     memo = DigestMemo(cache_dir / "digests.sqlite")
-    fingerprint = vae_fingerprint(family.source, family.spec, memo, family.device, torch.float32)
+    fingerprint = vae_fingerprint(family.source, family.spec, memo, family.device, torch.float32, family.vae_modes)
     vae = SharedVae(family)
     kept, sources = [], {}
     for dataset in datasets:
@@ -184,7 +184,8 @@ def prepare_latents(
         parts = [(dataset.entry, dataset.read_pixels), *((each.entry, each.read_pixels) for each in dataset.references)]
         for entry, read_pixels in parts:
             if entry.id not in sources:
-                cache = LatentCache(TensorStore(latents_folder(entry, cache_dir, family.spec)), family, fingerprint)
+                store = TensorStore(latents_folder(entry, cache_dir, family.spec))
+                cache = LatentCache(store, family, fingerprint, config.write_batch_size)
                 made = DatasetLatents(cache, read_pixels, vae.load, config.vae_batch_size, config.seed)
                 sources[entry.id] = made
             sources[entry.id].keeps &= dataset.keeps_latents

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from simpletuner.config.loading import LoadedRun
+from simpletuner.config.options import TrainConfig
 from simpletuner.data.dataset import Dataset
 from simpletuner.data.datasets import build_datasets
 from simpletuner.data.holdout import SUFFIX, hold_out
@@ -18,6 +19,8 @@ from simpletuner.training.latents import LatentSources, prepare_latents
 from simpletuner.training.phases import phase
 from simpletuner.training.prompts import prepare_prompts
 from simpletuner.training.signals import StopRequest
+
+MAX_LISTED = 10
 
 
 def prepare_data(
@@ -91,6 +94,7 @@ def prepare_datasets(
         write_report(output_dir, [dataset.funnel for dataset in datasets])
     require_training(datasets, data_file)
     check_sizes(family, datasets, data_file)
+    require_full_batches(loaded.config, datasets, data_file, world.size)
     return datasets
 
 
@@ -109,6 +113,38 @@ def require_training(datasets: list[Dataset], data_file: str | None) -> None:
                 fix="add a dataset of dataset_type image, or enable one",
             )
         )
+
+
+def require_full_batches(
+    config: TrainConfig, datasets: list[Dataset], data_file: str | None, num_processes: int = 1
+) -> None:
+    """Where `allow_dataset_oversubscription` is false, refuse buckets that cannot fill a single batch.
+
+    Raises:
+        DataError: names each dataset with its buckets and the repeats that would do.
+    """
+    if config.allow_dataset_oversubscription is not False:
+        return
+    problems = []
+    for dataset in datasets:
+        batch_size = (dataset.batch_size or config.train_batch_size) * num_processes
+        short = [
+            (size, len(members))
+            for size, members in sorted(dataset.buckets.items())
+            if len(members) * (dataset.repeats + 1) < batch_size
+        ]
+        if dataset.kind != "image" or not short:
+            continue
+        buckets = ", ".join(f"{width}x{height} has {count}" for (height, width), count in short[:MAX_LISTED])
+        more = ", ..." if len(short) > MAX_LISTED else ""
+        repeats = -(-batch_size // min(count for _, count in short)) - 1
+        message = (
+            f"buckets with fewer pictures than a batch of {batch_size} (repeats {dataset.repeats}): {buckets}{more}"
+        )
+        fix = f"set repeats to {repeats}, lower train_batch_size, or allow_dataset_oversubscription to true"
+        problems.append(Problem(message, key=f"{dataset.id}.repeats", file=data_file, fix=fix))
+    if problems:
+        raise DataError(problems)
 
 
 def check_sizes(family: ModelFamily, datasets: list[Dataset], data_file: str | None) -> None:

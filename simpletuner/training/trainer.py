@@ -170,7 +170,10 @@ def build_family(loaded: LoadedRun) -> ModelFamily:
     """The family class of the configuration, bound to its weights, device and dtype."""
     spec = get_spec(loaded.config.model_family)
     device = pick_device()
-    return get_family_class(spec)(spec, model_source(loaded), device, weight_dtype(loaded.config))
+    family = get_family_class(spec)(spec, model_source(loaded), device, weight_dtype(loaded.config))
+    modes = {"slicing": loaded.config.vae_enable_slicing, "tiling": loaded.config.vae_enable_tiling}
+    family.vae_modes = tuple(mode for mode, is_on in modes.items() if is_on)
+    return family
 
 
 def build_sampler(loaded: LoadedRun, datasets: Sequence[Dataset], world: World = ALONE) -> Sampler:
@@ -181,7 +184,8 @@ def build_sampler(loaded: LoadedRun, datasets: Sequence[Dataset], world: World =
         config.train_batch_size * world.size,
         config.seed,
         num_ranks=world.size,
-        fills_batches=config.allow_dataset_oversubscription,
+        fills_batches=bool(config.allow_dataset_oversubscription),
+        mixes_evenly=config.data_backend_sampling == "uniform",
     )
 
 

@@ -80,6 +80,11 @@ def entry(folder: Path, **keys: object) -> None:
     path.write_text(json.dumps([first | keys]))
 
 
+def option(folder: Path, **options: object) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | options))
+
+
 def same_size_and_time(path: Path, data: bytes) -> None:
     """Other bytes under the same name, size and time of last write."""
     status = path.stat()
@@ -134,6 +139,9 @@ MATRIX: dict[str, tuple[Callable[[Path], object], int]] = {
     "the weights of the VAE": (change_vae, COUNT),
     "the configuration of the VAE": (change_vae_config, COUNT),
     "repeats": (lambda f: entry(f, repeats=3), 0),
+    "tiles": (lambda f: option(f, vae_enable_tiling=True), COUNT),
+    "slices": (lambda f: option(f, vae_enable_slicing=True), COUNT),
+    "how many are written at once": (lambda f: option(f, write_batch_size=1), 0),
 }
 
 
@@ -220,7 +228,7 @@ import sys, time
 from simpletuner import cli
 from simpletuner.cache import encoding, latents, store
 class Eager(store.StoreWriter):
-    def __init__(self, tensors):
+    def __init__(self, tensors, **options):
         super().__init__(tensors, max_entries=4)
 latents.StoreWriter = Eager
 encode = encoding.BatchEncoder.encode

@@ -13,12 +13,8 @@ import pytest
 
 from simpletuner.commands import cache
 from simpletuner.data.captions import printable
-from simpletuner.data.report import MAX_EXAMPLES
 from tests.runs import dataset, draw_pictures, load_here, train_here, write_run
 from tests.unit.data.odd_files import DAMAGED_FILES, ODD_BUT_SOUND, write_odd_files
-
-# So few that no reason can have more files than a report lists by name.
-GROUP = MAX_EXAMPLES
 
 
 def state_of(folder: Path) -> dict[str, tuple[object, ...]]:
@@ -35,13 +31,9 @@ def state_of(folder: Path) -> dict[str, tuple[object, ...]]:
 def folder(tmp_path: Path, omnigen_folder: Path) -> Path:
     folder = tmp_path / "run"
     prompt = {"caption_strategy": "instanceprompt", "instance_prompt": "a thing", "minimum_image_size": 8}
-    entries = []
-    for number, start in enumerate(range(0, len(DAMAGED_FILES), GROUP)):
-        group = write_odd_files(folder / f"damaged{number}", DAMAGED_FILES[start : start + GROUP])
-        draw_pictures(group / "good", 1, seed=number)
-        entries.append(dataset(group.name, crop=True, **prompt))
+    draw_pictures(write_odd_files(folder / "damaged", DAMAGED_FILES) / "good", 2, seed=1)
     write_odd_files(folder / "odd", ODD_BUT_SOUND)
-    entries.append(dataset("odd", crop=True, **prompt))
+    entries = [dataset(name, crop=True, **prompt) for name in ("damaged", "odd")]
     return write_run(folder, omnigen_folder, entries, max_train_steps=4, checkpoint_step_interval=0)
 
 
@@ -56,7 +48,9 @@ def test_no_file_crashes_a_run_and_each_is_told_with_its_reason(folder, monkeypa
     before = state_of(folder)
     cache.build(load_here(folder))
     reports = json.loads((folder / "output/dataset_report.json").read_text())
-    told = {name: entry["reason"] for report in reports for entry in report["set_aside"] for name in entry["examples"]}
+    lines = [json.loads(line) for line in (folder / "output/dataset_set_aside.jsonl").read_text().splitlines()]
+    told = {line["path"]: line["reason"] for line in lines}
+    assert len(lines) == len(told) == sum(entry["count"] for report in reports for entry in report["set_aside"])
     expected = {printable(os.fsdecode(odd.name)): odd.reason for odd in DAMAGED_FILES}
     assert told.keys() == expected.keys()
     wrong = {name: told[name] for name in told if not re.search(expected[name], told[name])}

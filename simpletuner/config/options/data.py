@@ -86,19 +86,22 @@ class DataOptions(OptionGroup):
         False,
         help="Encode captions each time that training needs them and write nothing; the text encoders stay in memory.",
     )
-    write_batch_size: Int = option(128, help="Captions that are written to the cache at once.", unit="captions", ge=1)
-    allow_dataset_oversubscription: Bool = option(
-        False,
-        help="Fill the last batch of each bucket up with further pictures of the bucket, which count. Otherwise it is "
-        "trained as it is, short.",
+    write_batch_size: Int = option(
+        128, help="Captions or latents that are written to a cache at once.", unit="entries", ge=1
+    )
+    allow_dataset_oversubscription: Bool | None = option(
+        None,
+        help="The last batch of a bucket may be short. Unset: it is trained as it is. `true`: it is filled up with "
+        "further pictures of the bucket, which count. `false`: a bucket that cannot fill a single batch is an error, "
+        "which says how many `repeats` it needs.",
     )
     disable_bucket_pruning: Bool = option(
         False, help="Keep buckets smaller than a batch.", planned="they are always kept", neutral=(True,)
     )
     data_backend_sampling: Literal["auto-weighting", "uniform"] = option(
         "auto-weighting",
-        help="How datasets are mixed: `auto-weighting` in proportion to their size with repeats.",
-        planned_values={"uniform": "datasets are mixed in proportion to their size"},
+        help="How datasets are mixed: `auto-weighting` in proportion to their size with repeats, so that an epoch "
+        "shows every picture; `uniform` equally often, whatever their size. Both times `probability`.",
     )
     conditioning_multidataset_sampling: Literal["combined", "random"] = option(
         "combined",
@@ -114,5 +117,7 @@ class DataOptions(OptionGroup):
     delete_unwanted_images: Bool = option(False, help="Delete pictures that are too small.", planned=ALWAYS_KEPT)
     delete_problematic_images: Bool = option(False, help="Delete pictures that cannot be read.", planned=ALWAYS_KEPT)
     caption_shuffle: Bool = option(
-        False, help="Shuffle the tags of captions.", planned="set it in the entry of the dataset, as an object"
+        False,
+        help="Train a second variant of each caption with its tags (between commas) in another order, in datasets that "
+        "do not say otherwise.",
     )

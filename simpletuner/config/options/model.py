@@ -51,10 +51,12 @@ class ModelOptions(OptionGroup):
         neutral=("diffusers",),
     )
     vae_enable_slicing: Bool = option(
-        False, help="Encode pictures one by one.", planned="set vae_batch_size to 1 for the same saving"
+        False, help="Encode and decode the pictures of a batch one by one, which takes less memory."
     )
     vae_enable_tiling: Bool = option(
-        False, help="Encode large pictures in tiles.", planned="pictures are encoded whole"
+        False,
+        help="Encode and decode large pictures in tiles that overlap, which takes less memory. Latents differ a "
+        "little, and are cached apart.",
     )
     controlnet: Bool = option(False, help="Train a ControlNet.", planned="ControlNets cannot be trained yet")
     enable_group_offload: Bool = option(

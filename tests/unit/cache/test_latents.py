@@ -316,7 +316,7 @@ from simpletuner.cache import latents, store
 from tests.unit.cache.test_latents import LatentCache, Pictures, TensorStore, make_family, tiny_vae
 folder, mode = sys.argv[1:]
 class Eager(store.StoreWriter):
-    def __init__(self, tensors):
+    def __init__(self, tensors, **options):
         super().__init__(tensors, max_entries=4)
 latents.StoreWriter = Eager
 def report(done, total):

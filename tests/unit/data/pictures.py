@@ -42,6 +42,8 @@ def options(**changes) -> SimpleNamespace:
         "caption_strategy": "filename",
         "instance_prompt": None,
         "max_upscale_threshold": None,
+        "caption_shuffle": False,
+        "data_backend_sampling": "auto-weighting",
         "vae_cache_ondemand": False,
         "vae_cache_disable": False,
         "vae_cache_clear_each_epoch": False,

@@ -252,3 +252,43 @@ def test_slices_and_iteration_give_the_same_samples(folder: Path, tmp_path: Path
     assert samples[-2:] == [samples[3], samples[4]]
     with pytest.raises(IndexError):
         samples[5]
+
+
+def test_a_trusted_folder_is_scanned_once_and_then_taken_as_it_was(folder: Path, tmp_path: Path) -> None:
+    def paths(words: str) -> list[str]:
+        return [sample.path for sample in build(folder, tmp_path, skip_file_discovery=words).samples]
+
+    before = paths("metadata")
+    assert before
+    write_picture(folder / "a_new_thing.png")
+    assert paths("metadata") == paths("vae,aspect") == before
+    assert len(paths("vae text")) == len(before) + 1
+    assert len(paths("metadata")) == len(before) + 1
+
+
+def test_what_an_epoch_shows_of_datasets_that_are_mixed_evenly(folder: Path, tmp_path: Path) -> None:
+    entries = [
+        ImageDataset(id="a", instance_data_dir=folder, repeats=9),
+        ImageDataset(id="b", instance_data_dir=folder, max_num_samples=1, probability=2),
+    ]
+    config = options(data_backend_sampling="uniform")
+    datasets = build_datasets(entries, config, OMNIGEN, tmp_path / "work")
+    count = len(datasets[0].samples)
+    # 10 passes of the first and two of one picture, divided as 1 to 2.
+    shares = [round((10 * count + 2) / 3), round(2 * (10 * count + 2) / 3)]
+    assert [dataset.funnel.per_epoch for dataset in datasets] == shares
+
+
+def test_tags_are_shuffled_everywhere_but_where_an_entry_says_no(folder: Path, tmp_path: Path) -> None:
+    for name in ("one, two, three, four, five.png",):
+        write_picture(folder / name)
+    config = options(caption_shuffle=True)
+
+    def variants(**keys) -> set[int]:
+        cls = EvalDataset if keys.get("dataset_type") == "eval" else ImageDataset
+        (dataset,) = build_datasets([cls(id="a", instance_data_dir=folder, **keys)], config, OMNIGEN, tmp_path / "w")
+        return {len(sample.captions) for sample in dataset.samples if "two" in sample.path}
+
+    assert variants() == {2}
+    assert variants(caption_shuffle={"enable": True, "count": 5}) == {6}
+    assert variants(caption_shuffle=False) == variants(dataset_type="eval") == {1}

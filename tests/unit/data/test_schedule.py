@@ -176,3 +176,23 @@ def test_a_time_without_a_dataset_is_an_error_and_no_endless_search() -> None:
 def test_epochs_without_a_batch_are_passed_over() -> None:
     steps = walk(Sampler([Fake("a", 2, Schedule(0.2))], 2, seed=1), 4)  # two batches in a round: 0.4 in an epoch
     assert [plans[0].epoch for plans in steps] == [2, 4, 7, 9]
+
+
+def test_mixed_evenly_a_small_dataset_comes_as_often_as_a_large_one() -> None:
+    # Batches of 2: 60 and 4 pictures in two buckets each are 30 and 2 batches; 32 in an epoch, 16 of each.
+    sampler = Sampler([Fake("large", 60), Fake("small", 4)], 2, seed=1, mixes_evenly=True)
+    seen: Counter[int] = Counter()
+    for epoch in range(15):
+        plans = epoch_of(sampler, epoch)
+        assert Counter(plan.dataset_id for plan in plans) == {"large": 16, "small": 16}
+        seen.update(index for plan in plans if plan.dataset_id == "large" for index in plan.sample_indices)
+    # 15 epochs of 16 batches are exactly eight rounds: each picture has had its turns.
+    assert set(seen.values()) == {8}
+    assert len(seen) == 60
+
+
+def test_mixed_evenly_shares_are_as_the_probabilities() -> None:
+    # Weights 3 and 1 over 30 and 10 batches: (3 * 30 + 1 * 10) = 100 in an epoch, 75 and 25.
+    datasets = [Fake("a", 60, Schedule(3.0)), Fake("b", 20, Schedule(1.0))]
+    sampler = Sampler(datasets, 2, seed=1, mixes_evenly=True)
+    assert Counter(plan.dataset_id for plan in epoch_of(sampler, 0)) == {"a": 75, "b": 25}
