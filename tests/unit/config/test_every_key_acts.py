@@ -18,6 +18,7 @@ PACKAGE = Path(simpletuner.__file__).parent
 
 # Keys that act without being read as `config.<key>` or `entry.<key>`: where they do, and words that must stand there.
 ELSEWHERE = {
+    "caption_shuffle": ("config/datasets.py", "config.caption_shuffle and not says"),
     "data_backend_config": ("training/prepare.py", "loaded.datasets"),
     "lycoris_config": ("training/trainer.py", "lycoris=loaded.lycoris"),
     "user_prompt_library": ("training/trainer.py", "loaded.prompt_library"),

@@ -38,7 +38,7 @@ def test_short_buckets_are_refused_only_where_somebody_wrote_so(datasets) -> Non
         require_full_batches(config(False), datasets, "data.json")
     (problem,) = caught.value.problems  # an eval dataset is never trained on
     assert problem.key == "ImageDataset.repeats"
-    assert "fewer pictures than a batch of 4 (repeats 0): 64x64 has 3, 96x48 has 1" in problem.message
+    assert "fewer pictures than a batch of 4 (repeats 0): 96x48 has 1, 64x64 has 3" in problem.message
     assert "set repeats to 3" in str(problem.fix)
 
 
