@@ -335,6 +335,22 @@ def doctor() -> None:
     raise typer.Exit(run_doctor(os.environ, Path.cwd(), print))
 
 
+@app.command(short_help="One page that explains a run: report.html.")
+def report(
+    output_dir: Annotated[Path, typer.Argument(help="output_dir of a run; it may still be going on.")],
+    output: Annotated[
+        Path | None, typer.Option(help="The file; OUTPUT_DIR/report.html if not given.", show_default=False)
+    ] = None,
+) -> None:
+    """Write a run as one HTML file with everything in it: curves, pictures, data, configuration, commands.
+
+    It is made from the files of the folder alone, and shows them in any browser, without a network.
+    """
+    from simpletuner.reporting.report import write_report
+
+    print(write_report(output_dir, output))
+
+
 @examples_app.command("list")
 def list_examples() -> None:
     """List the shipped examples."""

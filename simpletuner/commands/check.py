@@ -17,7 +17,7 @@ from simpletuner.cache.fingerprints import vae_fingerprint
 from simpletuner.cache.latents import LatentCache
 from simpletuner.cache.store import TensorStore
 from simpletuner.commands.captions import CaptionCheck, check_captions
-from simpletuner.commands.contact_sheet import NOTICEABLE, choose_pictures, draw_sheet, enlargement, write_sheet
+from simpletuner.commands.contact_sheet import draw_sheet, write_sheet
 from simpletuner.commands.remedies import remedies_of
 from simpletuner.commands.text import bytes_text, columns, count_text
 from simpletuner.config.loading import LoadedRun
@@ -27,6 +27,7 @@ from simpletuner.data.datasets import build_datasets
 from simpletuner.data.digests import DigestMemo
 from simpletuner.data.holdout import hold_out
 from simpletuner.data.sampler import Sampler
+from simpletuner.data.tiles import NOTICEABLE, choose_pictures, enlargement
 from simpletuner.models.family import ModelFamily
 from simpletuner.training.latents import latents_folder, samples_to_keep
 from simpletuner.training.preflight import check_model_folder

@@ -12,8 +12,8 @@ from PIL import Image
 
 from simpletuner import storage
 from simpletuner.commands.check import Check, DatasetCheck, sorted_sizes
-from simpletuner.commands.contact_sheet import Tile
 from simpletuner.data.captions import printable
+from simpletuner.data.tiles import Tile
 
 LARGEST_SIDE = 384
 

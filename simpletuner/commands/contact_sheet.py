@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 from PIL import Image, ImageDraw, ImageFont
-from torch import Tensor
 
-from simpletuner.batch import Sample
-from simpletuner.data.dataset import Dataset
+from simpletuner.data.tiles import Tile
 from simpletuner.storage import replacing_file
 from simpletuner.validation.grids import EMPTY, INK, MUTED, PAPER, elided, scaled_to_side
 
@@ -20,82 +16,6 @@ TITLE_SIZE, HEADING_SIZE, CAPTION_SIZE, NOTE_SIZE = 26, 19, 14, 12
 CAPTION_LINES = 3
 LINE = CAPTION_SIZE + 4
 WARNING = "#b45309"
-# Rounding to the alignment enlarges nearly everything by a little, which nobody sees.
-NOTICEABLE = 1.05
-
-
-@dataclass(frozen=True)
-class Tile:
-    """One picture as it is trained on.
-
-    Args:
-        image: the crop, at its training size.
-        caption: one of its captions.
-        path: of the file, relative to its folder.
-        note: sizes and what the crop leaves, one line.
-        is_enlarged: noticeably.
-        mask: where the loss counts, at the size of the crop; None where there is none.
-    """
-
-    image: Image.Image
-    caption: str
-    path: str
-    note: str
-    is_enlarged: bool
-    mask: Image.Image | None = None
-
-
-def choose_pictures(dataset: Dataset, count: int) -> list[Tile]:
-    """Up to `count` pictures spread over the sizes, and within a size over the paths."""
-    tiles = []
-    for position in spread(dataset, count):
-        sample = dataset.samples[position]
-        image = to_image(dataset.read_pixels(sample))
-        mask = None if dataset.masks is None else mask_image(dataset.masks.pixels(position, sample))
-        is_enlarged = enlargement(sample) > NOTICEABLE
-        tiles.append(Tile(image, sample.captions[0], sample.path, size_note(sample), is_enlarged, mask))
-    return tiles
-
-
-def spread(dataset: Dataset, count: int) -> list[int]:
-    """Positions of samples: each size gets its share, and at least one picture while there is room."""
-    buckets = sorted(dataset.buckets.items(), key=lambda item: (-len(item[1]), item[0]))[:count]
-    total = sum(len(members) for _, members in buckets)
-    room, chosen = min(count, total), []
-    for index, (_, members) in enumerate(buckets):
-        others = len(buckets) - index - 1
-        share = max(1, round(count * len(members) / total))
-        number = min(share, len(members), room - others)
-        chosen += [int(members[place * len(members) // number]) for place in range(number)]
-        room -= number
-    return chosen
-
-
-def to_image(pixels: Tensor) -> Image.Image:
-    """(3, H, W) in [-1, 1] -> the picture."""
-    values = ((pixels + 1) * 127.5).round().clamp(0, 255).permute(1, 2, 0).numpy()
-    return Image.fromarray(values.astype(np.uint8))
-
-
-def mask_image(weights: Tensor) -> Image.Image:
-    """(1, H, W) in [0, 1] -> the mask, white where the loss counts."""
-    return Image.fromarray((weights[0] * 255).round().numpy().astype(np.uint8)).convert("RGB")
-
-
-def enlargement(sample: Sample) -> float:
-    return max(sample.crop.intermediate_height / sample.height, sample.crop.intermediate_width / sample.width)
-
-
-def size_note(sample: Sample) -> str:
-    """`640x480 > 512x384, 8 % cut off`: the file's size, the training size, and what happens between them."""
-    crop = sample.crop
-    notes = [f"{sample.width}x{sample.height} > {crop.width}x{crop.height}"]
-    if enlargement(sample) > NOTICEABLE:
-        notes.append(f"{enlargement(sample):.1f}x larger")
-    cut_off = 1 - crop.height * crop.width / (crop.intermediate_height * crop.intermediate_width)
-    if cut_off >= 0.01:
-        notes.append(f"{100 * cut_off:.0f} % cut off")
-    return ", ".join(notes)
 
 
 def draw_sheet(title: str, sections: Sequence[tuple[str, Sequence[Tile]]]) -> Image.Image:

@@ -14,10 +14,12 @@ from simpletuner.config.loading import LoadedRun
 from simpletuner.optim.optimizers import averaged_weights
 from simpletuner.reporting.events import Notice, RunFinished
 from simpletuner.reporting.loss_plot import draw_loss_plot
+from simpletuner.reporting.report import REPORT_FILE
 from simpletuner.reporting.sinks.jsonl import METRICS_FILE
 from simpletuner.training.evaluation import best_step
 from simpletuner.training.phases import phase
 from simpletuner.training.proof import live_output, prove_adapter
+from simpletuner.training.report import report_run
 from simpletuner.training.run import Run
 
 
@@ -42,8 +44,10 @@ def finish_run(run: Run, seconds: float) -> None:
     plot = draw_loss_plot(run.output_dir / METRICS_FILE, run.output_dir / "loss.png")
     if plot is not None:
         outputs["loss curve"] = plot
+    outputs["report"] = run.output_dir / REPORT_FILE
     command = generate_command(run.loaded, run.family.source.model, outputs)
     run.bus.emit(RunFinished(step=run.state.global_step, seconds=seconds, outputs=outputs, commands=(command,)))
+    report_run(run.output_dir, run.datasets, run.bus)
 
 
 def save_weights(run: Run) -> dict[str, Path]:

@@ -7,6 +7,7 @@ are remembered in the cache folder, so only the first start on a model reads its
 from __future__ import annotations
 
 import platform
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -59,6 +60,8 @@ def make_lock(loaded: LoadedRun, family: ModelFamily, datasets: Sequence[Dataset
             "python": platform.python_version(),
             "packages": dict(installed_versions()),
             "config": loaded.resolved(),
+            "origins": {key: str(origin) for key, origin in loaded.origins.items()},
+            "command": train_command(loaded),
             "config_files": {path.name: memo.digest(path) for path in files},
             "data": {each.id: {"pictures": each.num_pictures, "fingerprint": each.fingerprint} for each in datasets},
             "base": {
@@ -117,3 +120,26 @@ def component_files(family: ModelFamily, component: Component) -> list[Path]:
     """Configuration and weights of one part of the model that are on this machine, by name."""
     folder = component_file(family.source, component, component.config_file).parent
     return sorted(path for path in folder.glob("*.*") if path.suffix in (".json", ".safetensors") and path.is_file())
+
+
+def train_command(loaded: LoadedRun, program: str = "simpletuner") -> str:
+    """The shell command that starts this run again, or goes on with it: its file, and what the command line set.
+
+    Secrets of the command line are left out; they are given anew.
+    """
+    given = [key for key, origin in loaded.origins.items() if origin.kind == "command line"]
+    values = loaded.resolved()
+    words = [program, "train", *(f"--{key}={_word(values[key])}" for key in given if _is_plain(values.get(key)))]
+    command = shlex.join(words)
+    return f"CONFIG_PATH={shlex.quote(str(loaded.config_file))} {command}" if loaded.config_file else command
+
+
+def _is_plain(value: object) -> bool:
+    """Whether a value can stand on a command line; secrets, which show as stars, and objects cannot."""
+    return isinstance(value, bool | int | float | list) or (isinstance(value, str) and set(value) != {"*"})
+
+
+def _word(value: object) -> str:
+    if isinstance(value, list):
+        return ",".join(map(str, value))
+    return str(value).lower() if isinstance(value, bool) else str(value)

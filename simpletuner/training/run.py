@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -14,6 +14,7 @@ from torch import nn
 from simpletuner.adapters.base import Adapter
 from simpletuner.config.loading import LoadedRun
 from simpletuner.config.options import TrainConfig
+from simpletuner.data.dataset import Dataset
 from simpletuner.distributed.placement import Placement
 from simpletuner.distributed.world import ALONE, World
 from simpletuner.models.family import ModelFamily
@@ -50,6 +51,7 @@ class Run:
         max_train_steps: optimizer steps at which the run ends.
         placement: whether each process holds all of the trained weights, or a part.
         world: the processes of the run; `Run` is the same in each but for its part of the batches.
+        datasets: all of the run, for its report.
         epochs_before: epochs done before the last step of this process.
         epochs_after: epochs done after it.
         eval_losses: global_step -> pooled eval loss, of earlier processes too.
@@ -76,6 +78,7 @@ class Run:
     max_train_steps: int
     placement: Placement
     world: World = ALONE
+    datasets: Sequence[Dataset] = ()
     epochs_before: float = 0.0
     epochs_after: float = 0.0
     eval_losses: dict[int, float] = field(default_factory=dict)

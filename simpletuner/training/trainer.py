@@ -25,7 +25,7 @@ from simpletuner.config.loading import LoadedRun
 from simpletuner.data.dataset import Dataset
 from simpletuner.data.sampler import Sampler
 from simpletuner.distributed.world import ALONE, World, joined
-from simpletuner.errors import DataError, Problem, SimpleTunerError
+from simpletuner.errors import DataError, Interrupted, Problem, SimpleTunerError
 from simpletuner.models.family import ModelFamily
 from simpletuner.models.registry import get_family_class, get_spec
 from simpletuner.optim.ema import EMA
@@ -47,6 +47,7 @@ from simpletuner.training.phases import phase
 from simpletuner.training.place import place_denoiser
 from simpletuner.training.preflight import model_source
 from simpletuner.training.prepare import prepare_data
+from simpletuner.training.report import report_run
 from simpletuner.training.run import Run
 from simpletuner.training.signals import StopRequest
 from simpletuner.training.state import TrainState
@@ -85,6 +86,8 @@ def train(loaded: LoadedRun) -> None:
         except SimpleTunerError as error:
             step = run.state.global_step if run is not None else 0
             bus.emit(RunFailed(step=step, message=error.render(), exit_code=error.exit_code))
+            if run is not None and world.is_main and not isinstance(error, Interrupted):  # who stops a run is in haste
+                report_run(output_dir, run.datasets, bus)
             raise
         except Exception as error:  # told to whoever listens; `cli.main` shows it
             step = run.state.global_step if run is not None else 0
@@ -139,6 +142,7 @@ def build_run(loaded: LoadedRun, output_dir: Path, bus: EventBus, stop: StopRequ
         max_train_steps=total_steps,
         placement=placement,
         world=world,
+        datasets=datasets,
     )
     if resume_from is not None:
         load_checkpoint(run, resume_from)

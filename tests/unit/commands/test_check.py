@@ -15,7 +15,8 @@ from PIL import Image
 
 from simpletuner.commands.captions import check_captions
 from simpletuner.commands.check import check, gather
-from simpletuner.commands.contact_sheet import choose_pictures, spread, wrapped
+from simpletuner.commands.contact_sheet import wrapped
+from simpletuner.data.tiles import choose_pictures, spread
 from simpletuner.models.omnigen.tokens import PREFIX, SUFFIX
 from tests.runs import dataset, draw_pictures, load_here, write_run
 

@@ -1,0 +1,91 @@
+"""What the run was made of: each option with its value and where that came from, versions, digests."""
+
+from __future__ import annotations
+
+import json
+from html import escape
+from typing import Any
+
+from simpletuner.config.options import all_options
+from simpletuner.reporting.report.record import RunRecord
+
+
+def option_section(run: RunRecord) -> str:
+    """What somebody set, in full; what was left to its default, folded away."""
+    config = run.lock.get("config") or run.start.get("options") or {}
+    origins = run.lock.get("origins") or {}
+    if not config:
+        return ""
+    known = all_options()
+    order = [name for name in known if name in config] + [name for name in config if name not in known]
+    if not origins:  # an older run did not keep them: what differs from the defaults was set by somebody
+        origins = {name: "" for name in order if name not in known or config[name] != _as_json(known[name].default)}
+    given = [(name, config[name], str(origins[name])) for name in order if name in origins]
+    others = [(name, config[name], "default") for name in order if name not in origins]
+    folded = (
+        f'<details class="more"><summary>{len(others)} options at their defaults</summary>'
+        f'<div class="card box scroll">{_table(others)}</div></details>'
+    )
+    return f'<div class="card box scroll">{_table(given)}</div>{folded if others else ""}'
+
+
+def _as_json(value: Any) -> Any:
+    return json.loads(json.dumps(value, default=str))
+
+
+def _table(rows: list[tuple[str, Any, str]]) -> str:
+    body = "".join(
+        f'<tr><td class="code">{escape(name)}</td><td class="code">{escape(_value(value))}</td>'
+        f'<td class="muted">{escape(origin)}</td></tr>'
+        for name, value, origin in rows
+    )
+    return f"<table><tr><th>option</th><th>value</th><th>from</th></tr>{body}</table>"
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list) and all(isinstance(item, str) for item in value):
+        return ", ".join(value)
+    return json.dumps(value, ensure_ascii=False)
+
+
+def version_section(run: RunRecord) -> str:
+    """Packages, and the digests that say whether a file is still the one that was used."""
+    lock = run.lock
+    if not lock:
+        return ""
+    packages = {"simpletuner": lock.get("simpletuner"), "python": lock.get("python"), **_object(lock.get("packages"))}
+    base = _object(lock.get("base"))
+    data = {
+        name: f"{_object(each).get('pictures', '?')} pictures, {_short(_object(each).get('fingerprint'))}"
+        for name, each in _object(lock.get("data")).items()
+    }
+    boxes = (
+        ("Packages", {name: str(version) for name, version in packages.items()}),
+        ("Configuration files", _digests(lock.get("config_files"))),
+        ("Data", data),
+        (f"Base model: {base.get('model', '')}", _digests(base.get("files"))),
+    )
+    shown = "".join(f'<div class="card"><h3>{escape(title)}</h3>{_pairs(rows)}</div>' for title, rows in boxes if rows)
+    note = '<p class="muted">sha256, its first sixteen digits; run.lock.json has them in full.</p>'
+    return f'<div class="columns">{shown}</div>{note}'
+
+
+def _digests(value: Any) -> dict[str, str]:
+    return {name: _short(digest) for name, digest in _object(value).items()}
+
+
+def _short(digest: Any) -> str:
+    return str(digest)[:16]
+
+
+def _pairs(rows: dict[str, str]) -> str:
+    body = "".join(
+        f'<tr><td>{escape(name)}</td><td class="code">{escape(text)}</td></tr>' for name, text in rows.items()
+    )
+    return f"<table>{body}</table>"
+
+
+def _object(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}

@@ -1,0 +1,54 @@
+"""The end of a run for people: pictures of its data and `report.html`. Neither can cost a finished run anything."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from simpletuner import storage
+from simpletuner.data.dataset import Dataset
+from simpletuner.data.tiles import Tile, choose_pictures
+from simpletuner.errors import SimpleTunerError
+from simpletuner.reporting.bus import EventBus
+from simpletuner.reporting.events import Notice
+from simpletuner.reporting.report import REPORT_FILE, write_report
+from simpletuner.reporting.report.record import CONTACT_DIR
+
+PICTURES_EACH = 12
+LARGEST_SIDE = 320
+
+
+def report_run(output_dir: Path, datasets: Sequence[Dataset], bus: EventBus) -> None:
+    """Write the report; what keeps it from being written is told, and is no failure of the run."""
+    try:
+        write_contact_pictures(output_dir / CONTACT_DIR, datasets)
+        write_report(output_dir)
+    except (SimpleTunerError, OSError) as error:
+        text = f"no {REPORT_FILE}: {error}; to try again: simpletuner report {shlex.quote(str(output_dir))}"
+        bus.emit(Notice("warning", text))
+
+
+def write_contact_pictures(folder: Path, datasets: Sequence[Dataset]) -> None:
+    """Keep some pictures of each dataset as they were trained on, with their captions, as the report shows them."""
+    with storage.commit_dir(folder) as temporary:
+        listed = []
+        for index, dataset in enumerate(datasets):
+            for number, tile in enumerate(choose_pictures(dataset, PICTURES_EACH)):
+                name = f"{index}_{number:02d}.webp"
+                _save(tile, temporary / name)
+                listed.append({"dataset": dataset.id, "file": name, "caption": tile.caption, "note": tile.note})
+        storage.write_json(temporary / "pictures.json", listed)
+
+
+def _save(tile: Tile, path: Path) -> None:
+    """The crop, and its mask beside it where it has one."""
+    from PIL import Image
+
+    image = tile.image
+    if tile.mask is not None:
+        image = Image.new("RGB", (tile.image.width * 2, tile.image.height))
+        image.paste(tile.image, (0, 0))
+        image.paste(tile.mask, (tile.image.width, 0))
+    image.thumbnail((LARGEST_SIDE, LARGEST_SIDE), Image.Resampling.LANCZOS)
+    image.save(path, format="WEBP", lossless=max(image.size) <= 128, quality=85)

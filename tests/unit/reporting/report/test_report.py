@@ -1,0 +1,177 @@
+from __future__ import annotations
+
+import json
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from simpletuner.errors import DataError
+from simpletuner.reporting.events import (
+    CheckpointSaved,
+    EvalDone,
+    Notice,
+    PhaseDone,
+    PicturesMade,
+    PicturesScored,
+    RunFailed,
+    RunFinished,
+    RunStarted,
+    SavedPicture,
+    StepDone,
+)
+from simpletuner.reporting.report import write_report
+from simpletuner.reporting.report.images import Embedder
+from simpletuner.reporting.sinks.jsonl import JsonlSink
+
+EVIL = "<script>alert(1)</script><img src=x onerror=alert(2)>\"'&"
+
+
+class Page(HTMLParser):
+    """What a browser would see: elements with their attributes, and the text."""
+
+    def __init__(self, path: Path):
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag, attributes):
+        self.elements.append((tag, dict(attributes)))
+
+    def handle_data(self, data):
+        self.text += data
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.elements if name == tag]
+
+
+def make_run(folder: Path, text: str = "a cat", end: bool = True, side: int = 64) -> Path:
+    """The files of a run of twenty steps in which every text that a user can write is `text`."""
+    folder.mkdir(parents=True)
+    sink = JsonlSink(folder)
+    sink.handle(RunStarted(text, folder, 20, 0, {"model": text, "device": "cpu"}, {"seed": 42, "hub": text}))
+    sink.handle(PhaseDone(text, 3.0, text))
+    sink.handle(Notice("warning", text))
+    for step in range(21):
+        if step:
+            extra = {"regularisation_loss": 0.125} if step % 7 == 0 else {}
+            loss = 0.125 if extra else 1 / step
+            sink.handle(StepDone(step, 20, loss, 1e-4, 2.0, 0.5, 4, 1, 1.5, extra))
+        if step % 10 == 0:
+            sink.handle(EvalDone(step, {text: 0.5}, 0.75 - step / 40, ((0.25, 0.5), (0.75, 0.25)), 2.0))
+            sink.handle(PicturesScored(step, "clip", {"live/a": 0.25}, 0.25))
+            kind = "live" if step else "base"
+            path = folder / "validation_images" / f"{step}.png"
+            path.parent.mkdir(exist_ok=True)
+            Image.new("RGB", (side, side), (step * 10, 90, 120)).save(path)
+            sink.handle(PicturesMade(step, (SavedPicture(path, text, text, side, side, 1, kind),)))
+    for step in (10, 20):
+        (folder / f"checkpoint-{step}").mkdir()
+        sink.handle(CheckpointSaved(step, folder / f"checkpoint-{step}"))
+    if end:
+        sink.handle(RunFinished(20, 10.0, {}, (f"simpletuner generate --prompt {text}",)))
+    sink.close()
+    report = {"id": text, "found": 9, "readable": 7, "bucketed": 7, "per_epoch": 7, "sizes": {"64x64": 7}}
+    report["set_aside"] = [{"reason": text, "count": 2, "examples": [text]}]
+    (folder / "dataset_report.json").write_text(json.dumps([report]))
+    lock = {"simpletuner": "1", "packages": {"torch": "2"}, "config": {"seed": 42, "hub_model_id": text}}
+    lock |= {"origins": {"hub_model_id": f"{text}:7"}, "command": text, "data": {text: {"pictures": 7}}}
+    lock |= {"config_files": {text: "ab" * 32}, "base": {"model": text, "files": {text: "cd" * 32}}}
+    (folder / "run.lock.json").write_text(json.dumps(lock))
+    return folder
+
+
+def test_the_page_holds_the_whole_run_and_nothing_else_is_needed(tmp_path: Path):
+    page = Page(write_report(make_run(tmp_path / "run")))
+    for words in ("finished", "Curves", "Eval loss by share of noise", "clip score", "Learning rate", "base model"):
+        assert words in page.text
+    assert "0.25" in page.text  # the lowest eval loss: 0.75 - 20 / 40
+    assert "simpletuner generate --prompt a cat" in page.text
+    assert len(page.all("img")) == 3
+    assert all(image["src"].startswith("data:image/webp;base64,") for image in page.all("img"))
+    assert not page.all("script")
+    assert not page.all("link")
+    assert all(link["href"].startswith("#") for link in page.all("a"))
+
+
+def test_the_best_checkpoint_is_the_one_of_the_lowest_eval_loss(tmp_path: Path):
+    html = write_report(make_run(tmp_path / "run")).read_text()
+    row = next(row for row in html.split("<tr>") if "best</span>" in row)
+    assert "checkpoint-20" in row
+
+
+def test_what_a_user_writes_is_shown_and_never_runs(tmp_path: Path):
+    page = Page(write_report(make_run(tmp_path / "run", EVIL)))
+    assert not page.all("script")
+    assert not [name for _, attributes in page.elements for name in attributes if name.startswith("on")]
+    assert len(page.all("img")) == 3
+    assert page.text.count(EVIL) >= 12
+    [policy] = [meta["content"] for meta in page.all("meta") if meta.get("http-equiv") == "Content-Security-Policy"]
+    assert "default-src 'none'" in policy
+
+
+def test_no_file_outside_of_the_folder_gets_into_the_page(tmp_path: Path):
+    run = make_run(tmp_path / "run")
+    secret = tmp_path / "secret.png"
+    Image.new("RGB", (8, 8)).save(secret)
+    sink = JsonlSink(run)
+    for path in (secret, run / ".." / "secret.png"):
+        sink.handle(PicturesMade(20, (SavedPicture(path, "secret", "s", 8, 8, 1, "live"),)))
+    sink.close()
+    assert "secret" not in Page(write_report(run)).text
+
+
+def test_a_run_that_was_moved_keeps_its_pictures(tmp_path: Path):
+    make_run(tmp_path / "run")
+    moved = Path(shutil.move(tmp_path / "run", tmp_path / "elsewhere"))
+    assert len(Page(write_report(moved)).all("img")) == 3
+
+
+def test_a_killed_and_a_failed_run_have_their_report_too(tmp_path: Path):
+    run = make_run(tmp_path / "run", end=False)
+    assert "unfinished" in Page(write_report(run)).text
+    sink = JsonlSink(run)
+    sink.handle(RunFailed(20, "the disk is full", 3))
+    sink.close()
+    text = Page(write_report(run)).text
+    assert "failed" in text
+    assert "the disk is full" in text
+
+
+@pytest.mark.parametrize("missing", ["run.lock.json", "dataset_report.json", "validation_images", "checkpoint-20"])
+def test_a_folder_that_lacks_something_is_shown_as_far_as_it_goes(tmp_path: Path, missing: str):
+    path = make_run(tmp_path / "run") / missing
+    shutil.rmtree(path) if path.is_dir() else path.write_text("{ torn")
+    assert "Curves" in Page(write_report(tmp_path / "run")).text
+
+
+def test_a_folder_without_a_run_is_said_to_be_one(tmp_path: Path):
+    with pytest.raises(DataError, match="there is no run"):
+        write_report(tmp_path)
+
+
+def test_the_page_stays_small_however_much_was_drawn(tmp_path: Path):
+    noise = np.random.default_rng(1).integers(0, 255, (768, 768, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "noise.png")
+    embed = Embedder(300, budget=200_000)
+    html = "".join(embed.img(tmp_path / "noise.png") for _ in range(300))
+    assert len(html) < 1.5 * 200_000
+    assert html.count("<img") + embed.left_out == 300
+    assert embed.left_out > 0
+
+
+def test_a_run_of_many_steps_makes_a_small_page_without_losing_a_peak(tmp_path: Path):
+    sink = JsonlSink(tmp_path)
+    sink.handle(RunStarted("long", tmp_path, 20_000))
+    for step in range(1, 20_001):
+        sink.handle(StepDone(step, 20_000, 1.0 + (step % 10) / 100, 1e-4, 9.5 if step == 7777 else 1.0, 0.5, 4, 1))
+    sink.close()
+    html = write_report(tmp_path).read_text()
+    assert len(html) < 200_000
+    gradient = html.split("<figcaption>Gradient norm")[1].split("</figure>")[0]
+    heights = [float(point.split(",")[1]) for point in gradient.split('points="')[1].split('"')[0].split()]
+    assert min(heights) < sorted(heights)[len(heights) // 2] - 50
