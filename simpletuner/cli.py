@@ -93,6 +93,10 @@ def train(context: typer.Context) -> None:
     check_model_folder(loaded)
     check_services(loaded, os.environ, Path.cwd())
 
+    from simpletuner.training.room import check_room
+
+    check_room(loaded, os.environ)
+
     from simpletuner.distributed.launcher import is_started_already, launch
     from simpletuner.distributed.layout import layout_of
 

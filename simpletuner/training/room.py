@@ -1,0 +1,55 @@
+"""Whether the disk has room for what a run surely writes: looked at before anything heavy is imported or fetched.
+
+Only what is certain is counted, so that no run is refused that would fit. `simpletuner plan` counts all of it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from simpletuner.config.loading import LoadedRun
+from simpletuner.models.components import ModelSource
+from simpletuner.models.registry import get_spec
+from simpletuner.models.spec import FamilySpec
+from simpletuner.storage import require_free_space
+from simpletuner.training.preflight import model_source
+
+# An adapter, its optimizer state and logs; what they take is known once the model is loaded.
+LEAST_BYTES = 32 << 20
+
+
+def check_room(loaded: LoadedRun, environment: Mapping[str, str]) -> None:
+    """Raise where the first checkpoint, or the model that is to be fetched, cannot fit.
+
+    Raises:
+        DataError: names the folder, what is needed and what is free.
+    """
+    spec, source = get_spec(loaded.config.model_family), model_source(loaded)
+    weights = denoiser_bytes(spec, source, loaded)
+    checkpoint = LEAST_BYTES
+    if loaded.config.model_type == "full":
+        checkpoint = max(weights, LEAST_BYTES)  # the state of the optimizer comes on top, where it has one
+    require_free_space(loaded.config.output_dir, checkpoint, "one checkpoint")
+    if not source.is_local and weights:
+        cache = hub_cache(environment)
+        if not (cache / f"models--{source.model.replace('/', '--')}").is_dir():
+            require_free_space(cache, weights, f"{source.model}, which is fetched from the hub,")
+
+
+def denoiser_bytes(spec: FamilySpec, source: ModelSource, loaded: LoadedRun) -> int:
+    """Bytes of the denoiser's weights as they lie on the disk, or will; 0 where nobody knows."""
+    if source.is_local:
+        folder = Path(source.model) / spec.component("denoiser").name
+        return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    flavour = spec.flavours[loaded.config.model_flavour or spec.default_flavour]
+    return flavour.weight_bytes() if source.model == flavour.hub_id else 0
+
+
+def hub_cache(environment: Mapping[str, str]) -> Path:
+    """Where the Hugging Face libraries keep what they fetch."""
+    if cache := environment.get("HF_HUB_CACHE"):
+        return Path(cache).expanduser()
+    home = environment.get("HF_HOME") or os.path.join(environment.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")  # noqa: PTH118 - may begin with ~
+    return Path(home).expanduser() / "hub"
