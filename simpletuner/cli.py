@@ -355,6 +355,31 @@ def report(
     print(write_report(output_dir, output))
 
 
+@app.command(short_help="Watch runs live on a page in the browser.")
+def monitor(
+    output_dir: Annotated[
+        Path | None, typer.Argument(help="Follow this run, which needs no webhook.", show_default=False)
+    ] = None,
+    host: Annotated[str, typer.Option(help="Listen here; 0.0.0.0: for other machines too.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Listen here; 0: any that is free.", min=0, max=65535)] = 8642,
+    token: Annotated[
+        str | None,
+        typer.Option(
+            help="What runs and pages must show. Made for you where other machines can reach the page.",
+            envvar="SIMPLETUNER_MONITOR_TOKEN",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Show runs as they learn: simpletuner monitor [OUTPUT_DIR] [--host HOST] [--port PORT] [--token TOKEN]
+
+    Runs report to it through webhook_config; with OUTPUT_DIR it reads that run's metrics.jsonl instead.
+    """
+    from simpletuner.commands.monitor import monitor as run_monitor
+
+    run_monitor(output_dir, host, port, token, lambda line: print(line, flush=True))
+
+
 @examples_app.command("list")
 def list_examples() -> None:
     """List the shipped examples."""

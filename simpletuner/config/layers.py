@@ -23,7 +23,10 @@ OriginKind = Literal["default", "family", "file", "environment", "command line"]
 ENVIRONMENT_PREFIX = "SIMPLETUNER_"
 # Variables of that prefix that are not options: they choose files, or serve other parts of the program.
 OTHER_VARIABLES = frozenset(
-    {*ENVIRONMENT_NAMES, *BACKEND_NAMES, "SIMPLETUNER_DEBUG", "SIMPLETUNER_JOB_ID", "SIMPLETUNER_LOG_LEVEL"}
+    {
+        *(*ENVIRONMENT_NAMES, *BACKEND_NAMES, "SIMPLETUNER_DEBUG", "SIMPLETUNER_LOG_LEVEL"),
+        *("SIMPLETUNER_JOB_ID", "SIMPLETUNER_MONITOR_TOKEN"),
+    }
 )
 
 # Variables of launchers that mean an option; the more common name last, which wins.

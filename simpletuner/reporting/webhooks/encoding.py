@@ -16,6 +16,7 @@ from simpletuner.reporting.webhooks.pictures import Attachment
 # Discord: 2000 characters, ten files, 10 MB. A raw receiver has no known limit; base64 adds a third.
 PICTURE_BYTES = {"discord": 9_500_000, "raw": 8_000_000}
 _DISCORD_CHARACTERS = 2000
+_FOR_PROGRAMS = ("lifecycle.stage", "training.loss_by_sigma")
 _SIGNS = {"warning": "⚠️ ", "error": "❌ ", "critical": "❌ "}
 
 
@@ -29,7 +30,7 @@ class Body:
 
 def accepts(target: Webhook, message: Message) -> bool:
     """Whether a service is told of this: by `log_level`; people in Discord see stages only at level debug."""
-    if target.webhook_type == "discord" and message.type == "lifecycle.stage":
+    if target.webhook_type == "discord" and message.type in _FOR_PROGRAMS:
         return target.log_level == "debug"
     return SEVERITIES.index(message.severity) >= SEVERITIES.index(target.log_level)
 

@@ -18,6 +18,7 @@ from simpletuner.reporting.events import (
     CheckpointSaved,
     EvalDone,
     Event,
+    LossBySigma,
     Notice,
     PhaseDone,
     PhaseProgress,
@@ -144,6 +145,12 @@ def _evaluated(event: EvalDone) -> list[Message]:
     return [Message("training.evaluation", "info", f"eval loss at step {event.step}", f"{event.pooled:.5f}", data)]
 
 
+def _sorted_by_noise(event: LossBySigma) -> list[Message]:
+    data = {key: value for key, value in to_record(event).items() if key != "event"}
+    title = f"loss by noise level, steps {event.first_step} to {event.step}"
+    return [Message("training.loss_by_sigma", "info", title, "", data)]
+
+
 def _saved(event: CheckpointSaved) -> list[Message]:
     checkpoint = {"path": str(event.path), "label": f"checkpoint-{event.step}", "step": event.step}
     title = f"checkpoint at step {event.step}"
@@ -216,6 +223,7 @@ _MAKERS: Mapping[type[Event], Callable[[Any], list[Message]]] = {
     PhaseStarted: _phase_started,
     PhaseDone: _phase_done,
     EvalDone: _evaluated,
+    LossBySigma: _sorted_by_noise,
     CheckpointSaved: _saved,
     PicturesMade: _drawn,
     PreviewMade: _previewed,

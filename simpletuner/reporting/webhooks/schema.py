@@ -85,6 +85,8 @@ _PICTURE = _data(
 )
 _PICTURES: Schema = {"type": "array", "items": _PICTURE}
 _NUMBERS: Schema = {"type": "object", "additionalProperties": NUMBER}
+_ROWS: Schema = {"type": "array", "items": {"type": "array", "items": NUMBER}}
+_QUANTILES = _told(_ROWS, "[quantile of the distribution of sigmas, mean loss]")
 _CURVE: Schema = {
     "description": "[step, loss, learning rate, gradient norm] of the steps since the last report, perhaps thinned.",
     "type": "array",
@@ -125,8 +127,18 @@ _DATA: dict[str, Schema] = {
         "Loss on held-out pictures.",
         {"step": COUNT, "losses": _NUMBERS, "pooled": NUMBER},
         {
-            "per_quantile": {"type": "array", "items": {"type": "array", "items": NUMBER}},
+            "per_quantile": _QUANTILES,
             "seconds": NUMBER,
+            "reference": _told(MAYBE, "pooled, of the base model."),
+            "reference_per_quantile": _QUANTILES,
+        },
+    ),
+    "training.loss_by_sigma": _data(
+        "Training loss of the last steps by noise level.",
+        {
+            "step": COUNT,
+            "first_step": COUNT,
+            "bins": _told(_ROWS, "[lowest sigma, highest sigma, mean loss, samples]"),
         },
     ),
     "validation.image": _data("Validation pictures. Always arrives.", {"step": COUNT, "pictures": _PICTURES}),

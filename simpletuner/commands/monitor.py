@@ -1,0 +1,66 @@
+"""`simpletuner monitor`: a page on this machine that shows runs live."""
+
+from __future__ import annotations
+
+import re
+import secrets
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+from simpletuner.errors import ConfigError, Problem
+from simpletuner.reporting.monitor.following import Follower
+from simpletuner.reporting.monitor.history import History
+from simpletuner.reporting.monitor.server import LOOPBACK, MonitorServer
+from simpletuner.reporting.sinks.jsonl import METRICS_FILE
+
+
+def monitor(output_dir: Path | None, host: str, port: int, token: str | None, say: Callable[[str], None]) -> None:
+    """Serve until Ctrl-C.
+
+    Args:
+        output_dir: follow this run's `metrics.jsonl`, for a run that has no webhook.
+        token: what senders and pages must show; made where others can reach the server and none is given.
+
+    Raises:
+        ConfigError: there is no such run, the port is taken, or the token cannot stand in a header.
+    """
+    server = make_server(output_dir, host, port, token, say)
+    try:
+        server.serve_forever(poll_interval=0.2)
+    except KeyboardInterrupt:
+        say("")
+    finally:
+        server.is_over.set()
+        server.server_close()
+
+
+def make_server(
+    output_dir: Path | None, host: str, port: int, token: str | None, say: Callable[[str], None]
+) -> MonitorServer:
+    """A server that listens, and whose address has been said."""
+    if token is not None and not re.fullmatch(r"[A-Za-z0-9._~-]{1,200}", token):
+        raise ConfigError(
+            Problem("holds characters that an address cannot carry", "--token", allowed="A-Z a-z 0-9 . _ ~ -")
+        )
+    if output_dir is not None and not output_dir.is_dir():
+        raise ConfigError(Problem(f'"{output_dir}": there is no folder of this name', "OUTPUT_DIR"))
+    if token is None and host not in LOOPBACK:
+        token = secrets.token_urlsafe(16)
+    history = History()
+    try:
+        server = MonitorServer(host, port, history, token)
+    except OSError as error:
+        fix = "choose another with --port, or --port 0 for any that is free"
+        raise ConfigError(Problem(f"cannot listen on {host}:{port}: {error.strerror}", "--port", fix=fix)) from None
+    shown = f"http://{'localhost' if host in LOOPBACK else host}:{server.server_port}/"
+    say(f"open {shown}{f'?token={token}' if token else ''}")
+    if output_dir is None:
+        key = f', "auth_token": "{token}"' if token else ""
+        say(f'in config.json: "webhook_config": {{"webhook_type": "raw", "callback_url": "{shown}"{key}}}')
+    else:
+        say(f"following {output_dir / METRICS_FILE}")
+        follower = Follower(output_dir.absolute(), history)
+        threading.Thread(target=follower.follow, args=(server.is_over,), name="follower", daemon=True).start()
+    say("Ctrl-C ends it")
+    return server

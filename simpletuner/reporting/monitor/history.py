@@ -1,0 +1,233 @@
+"""What the monitor knows of each run, so that a page that is opened late sees everything.
+
+Events go in, patches come out: a patch is what changes on a page. A snapshot is the patch that makes a whole page.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict, deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+Patch = dict[str, Any]
+
+MAX_RUNS = 12
+MAX_POINTS = 20_000
+MAX_LOG_LINES = 2000
+MAX_PICTURES = 3000
+MAX_PICTURE_BYTES = 256 << 20
+_MAX_IDS = 20_000
+_STATUS_KEYS = (
+    *("status", "step", "total_steps", "start_step", "percent", "eta_seconds", "loss", "learning_rate", "grad_norm"),
+    *("seconds", "epoch", "memory_gb", "details", "output_dir", "outputs", "commands", "extra"),
+)
+
+
+@dataclass(frozen=True)
+class Image:
+    """A picture's bytes and kind."""
+
+    media_type: str
+    data: bytes
+
+
+class PictureStore:
+    """Pictures by number, together at most `max_bytes`; the oldest previews give way first, then the oldest."""
+
+    def __init__(self, max_bytes: int = MAX_PICTURE_BYTES):
+        self._max_bytes = max_bytes
+        self._images: OrderedDict[int, tuple[Image, bool]] = OrderedDict()
+        self._bytes = 0
+        self._next = 1
+
+    def add(self, image: Image, is_preview: bool) -> int:
+        number, self._next = self._next, self._next + 1
+        self._images[number] = (image, is_preview)
+        self._bytes += len(image.data)
+        while self._bytes > self._max_bytes:
+            oldest = next((key for key, (_, preview) in self._images.items() if preview), next(iter(self._images)))
+            self._bytes -= len(self._images.pop(oldest)[0].data)
+        return number
+
+    def get(self, number: int) -> Image | None:
+        found = self._images.get(number)
+        return found[0] if found else None
+
+
+@dataclass
+class RunHistory:
+    """One run."""
+
+    name: str
+    status: Patch = field(default_factory=dict)
+    stage: Patch | None = None
+    curve: list[Sequence[Any]] = field(default_factory=list)
+    evals: list[Sequence[Any]] = field(default_factory=list)
+    scores: list[Patch] = field(default_factory=list)
+    pictures: deque[Patch] = field(default_factory=lambda: deque(maxlen=MAX_PICTURES))
+    log: deque[Patch] = field(default_factory=lambda: deque(maxlen=MAX_LOG_LINES))
+
+    def snapshot(self) -> Patch:
+        return {
+            "run": self.name,
+            "reset": True,
+            "status": dict(self.status),
+            "stage": self.stage,
+            "curve": list(self.curve),
+            "evals": list(self.evals),
+            "scores": list(self.scores),
+            "pictures": list(self.pictures),
+            "log": list(self.log),
+        }
+
+    def apply(self, event: Mapping[str, Any], numbers: Sequence[int | None]) -> Patch:
+        """What changes with an event.
+
+        Args:
+            numbers: for each of its pictures, its number in the store; None where it was not sent.
+        """
+        kind, data = event["type"], event["data"]
+        patch: Patch = {"run": self.name, "log": [self._line(event)]}
+        if kind == "training.status" and "start_step" in data:
+            return self._begin(data, patch)
+        if kind in ("training.status", "error"):
+            self._add_status(data, patch)
+        elif kind == "lifecycle.stage":
+            self.stage = patch["stage"] = self._stage(data.get("stage") or {})
+        elif kind == "training.evaluation":
+            patch["evals"] = [[data.get("step"), data.get("pooled"), data.get("reference")]]
+            self.evals += patch["evals"]
+        elif kind == "validation.score":
+            patch["scores"] = [{key: data.get(key) for key in ("step", "metric", "mean")}]
+            self.scores += patch["scores"]
+        elif kind in ("validation.image", "validation.preview"):
+            self._add_pictures(event, numbers, patch)
+        if _is_line(event):
+            self.log += patch["log"]
+        else:
+            del patch["log"]
+        return patch
+
+    def _begin(self, data: Mapping[str, Any], patch: Patch) -> Patch:
+        """A start, or a start again: what comes after its first step is drawn anew."""
+        start = data["start_step"] or 0
+        self.curve = [row for row in self.curve if row[0] <= start]
+        self.evals = [row for row in self.evals if row[0] <= start]
+        if not start:
+            self.scores = []
+            self.pictures.clear()
+        self.status = {key: data[key] for key in _STATUS_KEYS if key in data}
+        self.log += patch["log"]
+        return self.snapshot()
+
+    def _stage(self, stage: Mapping[str, Any]) -> Patch | None:
+        """A stage that runs; how much there is to do stands in its first event only."""
+        if stage.get("status") != "running":
+            return None
+        progress = stage.get("progress") or {}
+        if self.stage and self.stage.get("key") == stage.get("key") and "total" not in progress:
+            progress = {"total": self.stage["progress"].get("total"), **progress}
+        return {**stage, "progress": progress}
+
+    def _add_status(self, data: Mapping[str, Any], patch: Patch) -> None:
+        changes = {key: data[key] for key in _STATUS_KEYS if key in data}
+        if data.get("status") != "running":
+            changes.pop("seconds", None)
+            self.stage = patch["stage"] = None
+        self.status |= changes
+        patch["status"] = changes
+        rows = [row for row in data.get("curve", ()) if not self.curve or row[0] > self.curve[-1][0]]
+        if rows:
+            patch["curve"] = rows
+            self.curve += rows
+            if len(self.curve) > MAX_POINTS:
+                self.curve = self.curve[::2]
+
+    def _add_pictures(self, event: Mapping[str, Any], numbers: Sequence[int | None], patch: Patch) -> None:
+        data = event["data"]
+        facts = ("step", "step_label", "sampling_step", "num_sampling_steps", "sigma")
+        common = {key: data[key] for key in facts if key in data}
+        patch["pictures"] = [
+            {**picture, **common, "image": number}
+            for picture, number in zip(data.get("pictures", ()), numbers, strict=True)
+            if number is not None
+        ]
+        self.pictures += patch["pictures"]
+
+    @staticmethod
+    def _line(event: Mapping[str, Any]) -> Patch:
+        return {key: event.get(key, "") for key in ("timestamp", "severity", "title", "message", "type")}
+
+
+def _is_line(event: Mapping[str, Any]) -> bool:
+    """Whether an event stands in the log; progress would fill it with what the page shows anyway."""
+    data = event["data"]
+    if event["type"] == "lifecycle.stage":
+        return data.get("stage", {}).get("status") == "completed"
+    return "curve" not in data and event["type"] not in ("validation.preview", "training.loss_by_sigma")
+
+
+class History:
+    """All runs. Safe to use from many threads; every change wakes those who wait."""
+
+    def __init__(self, max_picture_bytes: int = MAX_PICTURE_BYTES):
+        self._condition = threading.Condition()
+        self._runs: OrderedDict[str, RunHistory] = OrderedDict()
+        self._ids: OrderedDict[str, None] = OrderedDict()
+        self._pictures = PictureStore(max_picture_bytes)
+        self._patches: deque[tuple[int, Patch]] = deque(maxlen=1000)
+        self._count = 0
+
+    def add(self, event: Mapping[str, Any], images: Sequence[Image]) -> bool:
+        """Take an event in; False where it was there before, under the same id."""
+        with self._condition:
+            if event["id"] in self._ids:
+                return False
+            self._ids[event["id"]] = None
+            while len(self._ids) > _MAX_IDS:
+                self._ids.popitem(last=False)
+            run = self._run(str(event.get("run_name") or "run"))
+            is_preview = event["type"] == "validation.preview"
+            kept = [self._pictures.add(image, is_preview) for image in images]
+            indices = [picture.get("image") for picture in event["data"].get("pictures", ())]
+            numbers = [kept[index] if isinstance(index, int) and index < len(kept) else None for index in indices]
+            self._tell(run.apply(event, numbers))
+        return True
+
+    def forget(self, name: str) -> None:
+        """Begin a run's history anew."""
+        with self._condition:
+            self._runs[name] = RunHistory(name)
+            self._tell(self._runs[name].snapshot())
+
+    def picture(self, number: int) -> Image | None:
+        with self._condition:
+            return self._pictures.get(number)
+
+    def snapshots(self) -> tuple[list[Patch], int]:
+        """Patches that make the whole page, the run that spoke last at the end; and the position to go on from."""
+        with self._condition:
+            return [run.snapshot() for run in self._runs.values()], self._count
+
+    def wait(self, position: int, seconds: float) -> tuple[list[Patch], int] | None:
+        """Patches after `position`, waiting for the first; None where so many came that some are gone."""
+        with self._condition:
+            if self._count == position:
+                self._condition.wait(seconds)
+            if self._patches and self._patches[0][0] > position + 1:
+                return None
+            return [patch for number, patch in self._patches if number > position], self._count
+
+    def _run(self, name: str) -> RunHistory:
+        run = self._runs.setdefault(name, RunHistory(name))
+        self._runs.move_to_end(name)
+        while len(self._runs) > MAX_RUNS:
+            self._runs.popitem(last=False)
+        return run
+
+    def _tell(self, patch: Patch) -> None:
+        self._count += 1
+        self._patches.append((self._count, patch))
+        self._condition.notify_all()

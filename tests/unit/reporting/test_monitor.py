@@ -1,0 +1,258 @@
+"""The monitor's server: what it keeps, what it streams, and what it refuses."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import threading
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image as Picture
+from pydantic import SecretStr
+
+from simpletuner.commands.monitor import make_server
+from simpletuner.config.webhooks import Webhook, Webhooks
+from simpletuner.errors import ConfigError
+from simpletuner.reporting import events
+from simpletuner.reporting.monitor.following import Follower
+from simpletuner.reporting.monitor.history import History, Image, PictureStore
+from simpletuner.reporting.monitor.server import MonitorServer
+from simpletuner.reporting.sinks.jsonl import JsonlSink
+from simpletuner.reporting.webhooks.sink import WebhookSink
+
+PNG = "data:image/png;base64,iVBORw0KGgo="
+
+
+@contextmanager
+def running(token: str | None = None, output_dir: Path | None = None) -> Iterator[MonitorServer]:
+    server = make_server(output_dir, "127.0.0.1", 0, token, lambda line: None)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.is_over.set()
+        server.shutdown()
+        server.server_close()
+
+
+def ask(server: MonitorServer, method: str, path: str, body: Any = None, **headers: str) -> tuple[int, bytes, Any]:
+    """(status, body, headers) of a request."""
+    connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=10)
+    content = body if isinstance(body, bytes | None) else json.dumps(body).encode()
+    named = {name.replace("_", "-"): value for name, value in headers.items()}
+    if body is not None:
+        named.setdefault("Content-Type", "application/json")
+    connection.request(method, path, content, named)
+    answer = connection.getresponse()
+    found = answer.status, answer.read(), answer.headers
+    connection.close()
+    return found
+
+
+def event(kind: str, data: dict[str, Any], **keys: Any) -> dict[str, Any]:
+    return {"id": uuid.uuid4().hex, "type": kind, "run_name": "stars", "data": data, "images": [], **keys}
+
+
+def progress(*rows: tuple[int, float]) -> dict[str, Any]:
+    curve = [[step, loss, 1e-4, 0.5] for step, loss in rows]
+    return event("training.status", {"status": "running", "step": rows[-1][0], "total_steps": 100, "curve": curve})
+
+
+def stream(server: MonitorServer, count: int) -> list[dict[str, Any]]:
+    """The first `count` patches of the stream."""
+    connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=10)
+    connection.request("GET", "/stream")
+    answer, found = connection.getresponse(), []
+    while len(found) < count:
+        line = answer.readline()
+        if line.startswith(b"data: "):
+            found += json.loads(line[6:])
+    connection.close()
+    return found
+
+
+def test_a_page_that_is_opened_late_sees_everything() -> None:
+    with running() as server:
+        start = {"status": "running", "step": 0, "start_step": 0, "total_steps": 100, "details": {"model": "Tiny"}}
+        picture = {"shortname": "cat", "prompt": "a cat", "resolution": "64x64", "kind": "live", "image": 0}
+        for sent in (
+            event("training.status", start),
+            progress((1, 1.0), (2, 0.5)),
+            event("training.evaluation", {"step": 2, "pooled": 0.7, "losses": {}}),
+            event("validation.image", {"step": 2, "pictures": [picture]}, images=[PNG]),
+        ):
+            assert ask(server, "POST", "/", sent)[0] == 204
+        _, snapshot = stream(server, 2)
+        assert snapshot["run"] == "stars"
+        assert snapshot["status"]["details"] == {"model": "Tiny"}
+        assert [row[:2] for row in snapshot["curve"]] == [[1, 1.0], [2, 0.5]]
+        assert snapshot["evals"][0][:2] == [2, 0.7]
+        number = snapshot["pictures"][0]["image"]
+        status, body, headers = ask(server, "GET", f"/pictures/{number}")
+        assert (status, body, headers["Content-Type"]) == (200, b"\x89PNG\r\n\x1a\n", "image/png")
+        assert ask(server, "GET", "/pictures/999")[0] == 404
+
+
+def test_what_comes_later_is_streamed() -> None:
+    with running() as server:
+        ask(server, "POST", "/", progress((1, 1.0)))
+        later = threading.Timer(0.2, lambda: ask(server, "POST", "/", progress((2, 0.5))))
+        later.start()
+        assert stream(server, 3)[-1]["curve"] == [[2, 0.5, 1e-4, 0.5]]
+
+
+def test_an_event_that_comes_twice_counts_once() -> None:
+    with running() as server:
+        sent = event("notification", {"severity": "warning"}, title="warning", message="full")
+        for _ in range(2):
+            assert ask(server, "POST", "/", sent)[0] == 204
+        assert len(stream(server, 2)[1]["log"]) == 1
+
+
+def test_a_run_that_goes_on_draws_its_last_steps_anew() -> None:
+    history = History()
+    history.add(progress((1, 1.0), (2, 0.5), (3, 0.4)), [])
+    history.add(event("training.status", {"status": "running", "step": 2, "start_step": 2}), [])
+    history.add(progress((3, 0.3)), [])
+    (snapshot,), _ = history.snapshots()
+    assert [row[:2] for row in snapshot["curve"]] == [[1, 1.0], [2, 0.5], [3, 0.3]]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"{",
+        b"[" * 100_000,
+        {},
+        {"type": "x"},
+        event(None, {}),  # type: ignore[arg-type]
+        event("training.status", {"curve": [1]}),
+        event("training.status", {"curve": [["1", 2]]}),
+        event("training.status", {"start_step": "x"}),
+        event("validation.image", {"pictures": 1}),
+        event("validation.image", {"step": 1}, images=["data:text/html;base64,PGI+"]),
+        event("validation.image", {"step": 1}, images=["data:image/png;base64,*"]),
+        event("lifecycle.stage", {"stage": 1}),
+        event("error", {}, id=None),
+    ],
+)
+def test_what_is_no_event_is_refused(body: Any) -> None:
+    with running() as server:
+        assert ask(server, "POST", "/", body)[0] == 400
+        assert server.history.snapshots()[0] == []
+
+
+def test_other_sites_are_kept_out() -> None:
+    """A page that the user has open elsewhere can reach this server; browsers mark what it sends."""
+    with running() as server:
+        good = progress((1, 1.0))
+        assert ask(server, "GET", "/", Host="evil.example")[0] == 421
+        assert ask(server, "POST", "/", good, Host="evil.example:80")[0] == 421
+        assert ask(server, "GET", "/stream", Sec_Fetch_Site="cross-site")[0] == 403
+        assert ask(server, "POST", "/", good, Sec_Fetch_Site="cross-site")[0] == 403
+        assert ask(server, "POST", "/", good, Content_Type="text/plain")[0] == 415
+        assert ask(server, "GET", "/", Sec_Fetch_Site="cross-site", Sec_Fetch_Mode="navigate")[0] == 200
+        assert ask(server, "GET", "/", Host=f"localhost:{server.server_port}")[0] == 200
+        assert server.history.snapshots()[0] == []
+
+
+def test_a_token_is_asked_for_by_runs_and_pages() -> None:
+    with running(token="s3cret") as server:
+        assert ask(server, "POST", "/", progress((1, 1.0)))[0] == 401
+        assert ask(server, "POST", "/", progress((1, 1.0)), X_API_Key="wrong")[0] == 401
+        assert ask(server, "POST", "/", progress((1, 1.0)), X_API_Key="s3cret")[0] == 204
+        assert ask(server, "GET", "/")[0] == 401
+        assert ask(server, "GET", "/?token=wrong")[0] == 401
+        status, _, headers = ask(server, "GET", "/?token=s3cret")
+        assert (status, headers["Location"]) == (303, "/")
+        cookie = headers["Set-Cookie"].partition(";")[0]
+        assert "HttpOnly; SameSite=Strict" in headers["Set-Cookie"]
+        assert ask(server, "GET", "/", Cookie=cookie)[0] == 200
+
+
+def test_sizes_are_limited() -> None:
+    with running() as server:
+        assert ask(server, "POST", "/", b"{}", Content_Length=str(1 << 40))[0] == 413
+    store = PictureStore(max_bytes=100)
+    first = store.add(Image("image/png", b"x" * 40), False)
+    preview = store.add(Image("image/png", b"x" * 40), True)
+    last = store.add(Image("image/png", b"x" * 40), False)
+    assert [store.get(number) is not None for number in (first, preview, last)] == [True, False, True]
+
+
+def test_nothing_is_loaded_from_elsewhere() -> None:
+    with running() as server:
+        _, page, headers = ask(server, "GET", "/")
+        assert "default-src 'none'" in headers["Content-Security-Policy"]
+        for path in ("/monitor.js", "/chart.js", "/monitor.css", "/icon.svg"):
+            status, text, _ = ask(server, "GET", path)
+            assert status == 200
+            page += text
+        assert b"https://" not in page
+        assert b"innerHTML" not in page
+
+
+def test_a_listener_for_others_makes_a_token() -> None:
+    said: list[str] = []
+    server = make_server(None, "0.0.0.0", 0, None, said.append)
+    server.server_close()
+    assert server.token is not None
+    assert len(server.token) > 16
+    assert f"?token={server.token}" in said[0]
+    assert f'"auth_token": "{server.token}"' in said[1]
+
+
+def test_a_port_that_is_taken_is_told() -> None:
+    with running() as server, pytest.raises(ConfigError, match="--port"):
+        make_server(None, "127.0.0.1", server.server_port, None, print)
+    with pytest.raises(ConfigError, match="no folder"):
+        make_server(Path("/nowhere/run"), "127.0.0.1", 0, None, print)
+
+
+def tell(sink: Any, folder: Path) -> None:
+    """A small run."""
+    Picture.new("RGB", (8, 8), "teal").save(folder / "cat.png")
+    cat = events.SavedPicture(folder / "cat.png", "cat", "a cat", 8, 8, 1, "live")
+    sink.handle(events.RunStarted("stars", folder, 10, details={"model": "Tiny"}))
+    for step in range(1, 11):
+        sink.handle(events.StepDone(step, 10, 1.0 / step, 1e-4, None, 0.1, 4, 1))
+    sink.handle(events.PreviewMade(10, cat, 5, 20, 0.75))
+    sink.handle(events.PicturesMade(10, (cat,)))
+    sink.handle(events.EvalDone(10, {}, float("nan")))
+    sink.handle(events.RunFinished(10, 1.0))
+    sink.close()
+
+
+def test_a_run_without_a_webhook_is_shown_as_one_with(tmp_path: Path) -> None:
+    with running() as server:
+        url = f"http://127.0.0.1:{server.server_port}/"
+        tell(WebhookSink(Webhooks((Webhook(webhook_type="raw", callback_url=SecretStr(url)),)), tmp_path), tmp_path)
+        (received,), _ = server.history.snapshots()
+    history = History()
+    follower = Follower(tmp_path, history)
+    follower.read()
+    tell(JsonlSink(tmp_path), tmp_path)
+    follower.read()
+    follower.read()
+    (followed,), _ = history.snapshots()
+    for key in ("curve", "evals", "pictures", "status"):
+        assert followed[key] == received[key], key
+    assert [line["title"] for line in followed["log"]] == [line["title"] for line in received["log"]]
+    assert [row[0] for row in followed["curve"]] == list(range(1, 11))
+
+
+def test_a_file_that_is_begun_anew_is_read_anew(tmp_path: Path) -> None:
+    history = History()
+    follower = Follower(tmp_path, history)
+    for _ in range(2):
+        tell(JsonlSink(tmp_path), tmp_path)
+        follower.read()
+        (snapshot,), _ = history.snapshots()
+        assert len(snapshot["curve"]) == 10
+        assert len(snapshot["log"]) == 4
