@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
 from diffusers.models.transformers.transformer_omnigen import OmniGenTransformer2DModel
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 
@@ -56,6 +58,17 @@ def tiny_vae(seed: int = 0) -> AutoencoderKL:
     ).eval()
 
 
+def tiny_preview_decoder(seed: int = 0) -> AutoencoderTiny:
+    """A stock tiny autoencoder of four latent channels with random weights."""
+    torch.manual_seed(seed)
+    return AutoencoderTiny(
+        encoder_block_out_channels=(8, 8, 8, 8),
+        decoder_block_out_channels=(8, 8, 8, 8),
+        num_encoder_blocks=(1, 1, 1, 1),
+        num_decoder_blocks=(1, 1, 1, 1),
+    ).eval()
+
+
 def omnigen_scheduler() -> FlowMatchEulerDiscreteScheduler:
     """The scheduler of the released model: time from 0 on noise to 1 on data."""
     return FlowMatchEulerDiscreteScheduler(invert_sigmas=True, num_train_timesteps=1)
@@ -68,4 +81,22 @@ def tiny_omnigen_folder(path: Path, hidden_size: int = 32, num_layers: int = 2, 
     tiny_vae().save_pretrained(path / "vae")
     omnigen_scheduler().save_pretrained(path / "scheduler")
     shutil.copytree(GOLDEN / "omnigen" / "tokenizer", path / "tokenizer")
+    return path
+
+
+def tiny_clip_folder(path: Path, seed: int = 0) -> Path:
+    """Write a CLIP model that scores pictures (32 px, letters for tokens) into `path`; returns it."""
+    from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
+
+    size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
+    tokens = ["<|startoftext|>", "<|endoftext|>", *letters, *(f"{letter}</w>" for letter in letters)]
+    text = {**size, "vocab_size": len(tokens), "bos_token_id": 0, "eos_token_id": 1, "max_position_embeddings": 24}
+    vision = {**size, "image_size": 32, "patch_size": 8}
+    torch.manual_seed(seed)
+    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)).save_pretrained(path)
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    (path / "vocab.json").write_text(json.dumps(vocabulary))
+    CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=24).save_pretrained(path)
+    CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(path)
     return path

@@ -38,12 +38,22 @@ class ClipScorer:
 
     def __init__(self, model: str, device: torch.device):
         # The processor of CLIPProcessor needs torchvision; this one works on PIL pictures.
-        from transformers import AutoTokenizer, CLIPImageProcessorPil
+        from transformers import AutoTokenizer, CLIPConfig, CLIPImageProcessorPil
 
         self.name = model
         self.device = device
         self._tokenizer: Any = _loaded(AutoTokenizer.from_pretrained, model)
         self._processor: Any = _loaded(CLIPImageProcessorPil.from_pretrained, model)
+        num_tokens = _loaded(CLIPConfig.from_pretrained, model).text_config.vocab_size
+        # Where its files are missing, transformers makes an empty one and says nothing.
+        if len(self._tokenizer) < num_tokens:
+            raise DataError(
+                Problem(
+                    f"the tokenizer of {model} knows {len(self._tokenizer)} tokens and its model {num_tokens}",
+                    key=KEY,
+                    fix="complete the folder with the tokenizer's files",
+                )
+            )
         self._model: CLIPModel | None = None
 
     def score(self, pictures: Sequence[Picture]) -> list[float]:

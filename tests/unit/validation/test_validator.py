@@ -16,14 +16,25 @@ from torch import nn
 
 from simpletuner.adapters.lycoris import LycorisAdapter, attach_lycoris
 from simpletuner.config.prompt_library import LibraryPrompt
+from simpletuner.errors import DataError
 from simpletuner.models.components import ModelSource
 from simpletuner.models.omnigen.family import OmniGen
 from simpletuner.models.omnigen.spec import OMNIGEN
 from simpletuner.optim.ema import EMA
 from simpletuner.reporting.bus import EventBus
-from simpletuner.reporting.events import Event, Notice, PhaseDone, PhaseProgress, PhaseStarted, PicturesMade
+from simpletuner.reporting.events import (
+    Event,
+    Notice,
+    PhaseDone,
+    PhaseProgress,
+    PhaseStarted,
+    PicturesMade,
+    PicturesScored,
+    PreviewMade,
+)
 from simpletuner.validation.sampling import make_pictures
 from simpletuner.validation.validator import Validator
+from tests.tiny import tiny_clip_folder, tiny_preview_decoder
 
 LOKR = {"algo": "lokr", "linear_dim": 10000, "factor": 4, "apply_preset": {"target_module": ["Attention"]}}
 
@@ -214,3 +225,92 @@ def test_before_and_after_shows_base_and_last_step(setup: Setup):
     width_of_three_columns = 3 * 192 + 2 * 12 + 2 * 20
     assert sheet.shape[1] == width_of_three_columns
     assert setup.validator().write_summaries(30) == {}
+
+
+def test_strength_scales_what_the_adapter_adds_and_leaves_it_as_it_was(setup: Setup):
+    setup.library = {
+        "off": LibraryPrompt("a star", adapter_strength=0.0),
+        "half": LibraryPrompt("a star", adapter_strength=0.5),
+        "whole": LibraryPrompt("a star"),
+    }
+    setup.run(20, validation_prompt=None)
+    images = {name: setup.output_dir / f"validation_images/step_20_{name}_0_32x32.png" for name in setup.library}
+    base = pixels(setup.output_dir / "benchmarks/base_model/off_32x32.png")
+    assert np.array_equal(pixels(images["off"]), base)
+    assert not np.array_equal(pixels(images["half"]), base)
+    assert not np.array_equal(pixels(images["half"]), pixels(images["whole"]))
+    assert {module.multiplier for module in setup.adapter.network.loras} == {1.0}
+
+
+def test_several_pictures_sizes_and_random_seeds(setup: Setup):
+    changes: dict[str, Any] = {
+        "num_validation_images": 2,
+        "validation_resolution": "32,48x32",
+        "disable_benchmark": True,
+    }
+    names = setup.run(20, **changes)
+    assert len(names) == 2 * 2 * 2 + 1
+    assert "validation_images/step_20_circle_1_48x32.png" in names
+    fixed = pixels(setup.output_dir / names[0])
+    setup.run(30, **changes)
+    assert np.array_equal(pixels(setup.output_dir / names[0].replace("20", "30")), fixed)
+    setup.run(40, **changes, validation_randomize=True)
+    setup.run(50, **changes, validation_randomize=True)
+    random = [pixels(setup.output_dir / names[0].replace("20", str(step))) for step in (40, 50)]
+    assert not np.array_equal(random[0], fixed)
+    assert not np.array_equal(random[0], random[1])
+    setup.run(40, **changes, validation_randomize=True)
+    assert np.array_equal(pixels(setup.output_dir / names[0].replace("20", "40")), random[0])
+
+
+def test_scores_name_each_picture_and_a_failing_score_keeps_the_pictures(
+    setup: Setup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    options = {
+        "evaluation_type": "clip",
+        "pretrained_evaluation_model_name_or_path": str(tiny_clip_folder(tmp_path / "c")),
+    }
+    validator = setup.validator(**options)
+    validator.run(setup.denoiser, setup.adapter, setup.ema, 20)
+    [scored] = setup.recorder.of(PicturesScored)
+    kinds = ("base", "live", "ema")
+    assert list(scored.scores) == [f"{kind}/{name}_32x32" for kind in kinds for name in ("validation", "circle")]
+    live = [score for name, score in scored.scores.items() if name.startswith("live/")]
+    assert (scored.metric, scored.step) == ("clip", 20)
+    assert scored.mean == pytest.approx(sum(live) / 2)
+
+    assert validator._scorer is not None
+    monkeypatch.setattr(validator._scorer, "score", lambda pictures: 1 / 0)
+    with pytest.raises(ZeroDivisionError):  # ours
+        validator.run(setup.denoiser, setup.adapter, None, 30)
+
+    def no_memory(pictures: object) -> list[float]:
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(validator._scorer, "score", no_memory)
+    assert len(validator.run(setup.denoiser, setup.adapter, None, 40)) == 3
+    assert "no scores at step 40: out of memory; training goes on" in [n.text for n in setup.recorder.of(Notice)]
+
+
+def test_previews_of_every_kind_of_weights_are_told_where_no_webhook_is(setup: Setup, omnigen_folder: Path):
+    tiny_preview_decoder().save_pretrained(setup.output_dir / "model" / "preview_decoder")
+    for part in omnigen_folder.iterdir():
+        (setup.output_dir / "model" / part.name).symlink_to(part)
+    setup.family.source = ModelSource(str(setup.output_dir / "model"))
+    setup.run(20, setup.ema, validation_preview=True, validation_preview_steps=2, validation_num_inference_steps=5)
+    previews = setup.recorder.of(PreviewMade)
+    assert len(previews) == 3 * 2 * 2  # kinds, prompts, steps 2 and 4
+    assert {(event.picture.kind, event.sampling_step) for event in previews} == {
+        (kind, step) for kind in ("base", "live", "ema") for step in (2, 4)
+    }
+    assert all(pixels(event.picture.path).shape == (32, 32, 3) for event in previews)
+    assert setup.recorder.of(Notice)[0].text.startswith("previews are written to ")
+    names = {path.name for path in (setup.output_dir / "validation_images").iterdir()}
+    assert setup.validator().files.steps_with_pictures() == [20]
+    assert "previews" in names
+
+
+def test_a_preview_decoder_that_cannot_be_had_stops_the_start(setup: Setup):
+    with pytest.raises(DataError) as caught:
+        setup.validator(validation_preview=True)
+    assert caught.value.problems[0].key == "validation_preview"

@@ -1,0 +1,93 @@
+"""CLIP scores against transformers' own model, fed by hand: without its processor, which needs torchvision."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import CLIPModel
+
+from simpletuner.errors import DataError
+from simpletuner.validation.clip_score import ClipScorer
+from simpletuner.validation.prompts import DrawSettings, PictureRequest
+from simpletuner.validation.sampling import Picture
+from tests.tiny import tiny_clip_folder
+
+SIDE = 32
+MEAN = np.array([0.48145466, 0.4578275, 0.40821073])
+STD = np.array([0.26862954, 0.26130258, 0.27577711])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_clip_folder(tmp_path_factory.mktemp("clip"))
+
+
+def picture(prompt: str, colour: tuple[int, int, int], size: tuple[int, int] = (SIDE, SIDE)) -> Picture:
+    image = Image.new("RGB", size, colour)
+    image.paste((255, 255, 255), (2, 2, 20, 9))
+    width, height = size
+    return Picture(PictureRequest("a", prompt, height, width, 1, DrawSettings(1, 1.0)), image)
+
+
+def score_by_hand(folder: Path, prompt: str, image: Image.Image) -> float:
+    """Byte tokens of the tiny vocabulary, normalised pixels, and the model's own logit."""
+    model = CLIPModel.from_pretrained(folder).eval()
+    vocabulary = json.loads((folder / "vocab.json").read_text())
+    letters = [token for word in prompt.split() for token in [*word[:-1], f"{word[-1]}</w>"]]
+    ids = [vocabulary["<|startoftext|>"], *(vocabulary[token] for token in letters), vocabulary["<|endoftext|>"]]
+    values = ((np.asarray(image, dtype=float) / 255 - MEAN) / STD).transpose(2, 0, 1)[None]
+    with torch.no_grad():
+        output = model(input_ids=torch.tensor([ids]), pixel_values=torch.tensor(values, dtype=torch.float32))
+        cosine = output.logits_per_image / model.logit_scale.exp()
+    return 100 * max(float(cosine), 0.0)
+
+
+def test_scores_are_those_of_the_model_fed_by_hand(folder: Path) -> None:
+    prompts = ["a cat", "dog", "a red box on it"]
+    colours = [(200, 30, 30), (20, 90, 160), (0, 0, 0)]
+    pictures = [picture(prompt, colour) for prompt, colour in zip(prompts, colours, strict=True)]
+    expected = [score_by_hand(folder, each.request.prompt, each.image) for each in pictures]
+    assert ClipScorer(str(folder), torch.device("cpu")).score(pictures) == pytest.approx(expected, abs=1e-4)
+    assert len({round(score, 3) for score in expected}) == 3
+    assert any(score > 0 for score in expected)
+
+
+def test_a_score_depends_on_picture_and_prompt_but_not_on_its_neighbours(folder: Path) -> None:
+    scorer = ClipScorer(str(folder), torch.device("cpu"))
+    pictures = [picture("a cat", (200, 30, number)) for number in range(0, 180, 20)]  # more than one batch
+    together = scorer.score(pictures)
+    assert together == pytest.approx([scorer.score([each])[0] for each in pictures], abs=1e-4)
+    assert scorer.score([picture("a cat", (200, 30, 0), (64, 32))]) != together[:1]
+
+
+def test_a_prompt_that_is_too_long_is_cut(folder: Path) -> None:
+    scorer = ClipScorer(str(folder), torch.device("cpu"))
+    long, longer = (picture("a " * count + "cat", (200, 30, 30)) for count in (100, 200))
+    assert scorer.score([long]) == scorer.score([longer])
+
+
+def test_autocast_and_gradients_of_a_run_do_not_reach_the_score(folder: Path) -> None:
+    scorer = ClipScorer(str(folder), torch.device("cpu"))
+    expected = scorer.score([picture("a cat", (200, 30, 30))])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert scorer.score([picture("a cat", (200, 30, 30))]) == expected
+
+
+def test_it_works_without_torchvision() -> None:
+    assert "torchvision" not in sys.modules
+
+
+@pytest.mark.parametrize("part", ["tokenizer.json", "model.safetensors"])
+def test_what_is_missing_is_named(tmp_path: Path, part: str) -> None:
+    folder = tiny_clip_folder(tmp_path / "clip")
+    for name in (part, "vocab.json", "merges.txt") if part == "tokenizer.json" else (part,):
+        (folder / name).unlink(missing_ok=True)
+    with pytest.raises(DataError) as caught:
+        ClipScorer(str(folder), torch.device("cpu")).score([picture("a cat", (1, 2, 3))])
+    assert caught.value.problems[0].key == "pretrained_evaluation_model_name_or_path"

@@ -1,0 +1,88 @@
+"""A script of the user: what it is given, and that nobody waits for it."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from simpletuner.reporting.bus import EventBus
+from simpletuner.reporting.events import Notice
+from simpletuner.validation.external import LOG_FILE, ExternalScript
+from tests.unit.validation.test_validator import Recorder
+
+WRITE = "import sys, pathlib; pathlib.Path(sys.argv[1]).write_text('|'.join(sys.argv[2:]))"
+
+
+class Scripts:
+    def __init__(self, tmp_path: Path):
+        self.tmp_path = tmp_path
+        self.recorder = Recorder()
+
+    def make(self, command: str, checkpoint: Path | None = None) -> ExternalScript:
+        facts = {"validation_prompt": 'a "red" cat; rm $HOME {output_dir}', "output_dir": str(self.tmp_path)}
+        return ExternalScript(command, facts, lambda: checkpoint, self.tmp_path, EventBus([self.recorder]))
+
+    @property
+    def told(self) -> list[str]:
+        return [notice.text for notice in self.recorder.of(Notice)]
+
+
+@pytest.fixture
+def scripts(tmp_path: Path) -> Scripts:
+    return Scripts(tmp_path)
+
+
+def python(code: str, *arguments: str) -> str:
+    return shlex.join([sys.executable, "-c", code, *arguments])
+
+
+def wait_for(path: Path) -> str:
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        if path.is_file() and path.read_text():
+            return path.read_text()
+        time.sleep(0.02)
+    raise AssertionError(f"{path} was not written")
+
+
+def test_placeholders_are_filled_in_as_whole_words_and_no_shell_reads_them(scripts: Scripts, tmp_path: Path) -> None:
+    out = tmp_path / "told"
+    command = python(WRITE, str(out), "{global_step}", "{local_checkpoint_path}", "{validation_prompt}")
+    scripts.make(command, tmp_path / "checkpoint-20").run(None, None, None, 20)
+    assert wait_for(out).split("|")[:2] == ["20", str(tmp_path / "checkpoint-20")]
+    assert wait_for(out).split("|")[2].startswith('a "red" cat; rm $HOME ')
+    assert scripts.told == []
+
+
+def test_nobody_waits_and_a_second_one_is_not_started_beside_it(scripts: Scripts, tmp_path: Path) -> None:
+    script = scripts.make(python("import time; time.sleep(30)"))
+    started = time.monotonic()
+    assert script.start(10)
+    assert script.start(20) == []
+    assert time.monotonic() - started < 10
+    assert "still works on an earlier step" in scripts.told[0]
+    process = script._process
+    assert process is not None
+    process.kill()
+    process.wait()
+    assert script.start(30)
+    assert "left with exit code -9" in scripts.told[1]
+    script._process.kill()
+
+
+def test_what_it_prints_is_kept_and_a_missing_program_is_told(scripts: Scripts, tmp_path: Path) -> None:
+    scripts.make(python("print('drawn')")).start(1)
+    assert wait_for(tmp_path / LOG_FILE) == "drawn\n"
+    assert scripts.make("no-such-program-here").start(1) == []
+    assert "cannot be started" in scripts.told[0]
+
+
+def test_it_waits_for_the_first_checkpoint_where_it_asks_for_one(scripts: Scripts) -> None:
+    assert scripts.make("draw {local_checkpoint_path}").start(1) == []
+    assert "there is no checkpoint yet" in scripts.told[0]
+    scripts.make("draw").run(None, None, None, 0)
+    assert len(scripts.told) == 1
