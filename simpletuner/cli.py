@@ -202,6 +202,35 @@ def generate(
         print(path)
 
 
+@app.command(short_help="Write a trained adapter for other programs, or merge it into its model.")
+def export(
+    source: Annotated[Path, typer.Argument(help="Output folder, checkpoint, or adapter file.", show_default=False)],
+    formats: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--format", help="diffusers, kohya, comfyui or lycoris; may be given several times. All if unset."
+        ),
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder, or a .safetensors file for one format.")] = None,
+    rank: Annotated[int | None, typer.Option(help="Make a plain LoRA of this rank of it first.", min=1)] = None,
+    merge: Annotated[bool, typer.Option("--merge", help="Write the whole model with the adapter in it.")] = False,
+    ema: Annotated[bool, typer.Option("--ema", help="The averaged weights of the folder.")] = False,
+    model: Annotated[str | None, typer.Option(help="Model folder or hub id, if it is not where it was.")] = None,
+    model_family: Annotated[str | None, typer.Option(help="Of --model, where its folder does not tell.")] = None,
+) -> None:
+    """Write files for other programs: simpletuner export FOLDER [--format kohya] [--rank N | --merge]
+
+    Every file is loaded onto a fresh model and must give the trainer's own output before it gets its name.
+    """
+    from simpletuner.commands.export import export_command, find_source
+    from simpletuner.launch import family_of_export
+
+    found = find_source(source, ema)
+    family = family_of_export(source, model, model_family)
+    for path in export_command(found, family, formats or (), output, rank, merge, _say_aside):
+        print(path)
+
+
 @cache_app.command("build", context_settings=PASS_ON)
 def build_cache(context: typer.Context) -> None:
     """Encode what is missing, as `train` does before its first step: simpletuner cache build [as for train]"""

@@ -129,6 +129,25 @@ def family_of_model(model: str, family_name: str | None) -> ModelFamily:
     return get_family_class(spec)(spec, source, device, dtype)
 
 
+def family_of_export(source: Path, model: str | None, family_name: str | None) -> ModelFamily:
+    """The model of an adapter: the named one, else that of the run that lies around the adapter.
+
+    Raises:
+        ConfigError: nobody says which model it is, or it is not where it was.
+    """
+    from simpletuner import storage
+
+    places = [source, *source.absolute().parents[:3]]
+    lock = next((place / "run.lock.json" for place in places if (place / "run.lock.json").is_file()), None)
+    facts = storage.read_json(lock) if lock else {}
+    model = model or facts.get("base", {}).get("model")
+    if model is None:
+        raise ConfigError(
+            Problem(f"no run.lock.json near {source} says which model it belongs to", key="--model", fix="add --model")
+        )
+    return family_of_model(model, family_name or facts.get("config", {}).get("model_family"))
+
+
 def spec_of_model(source: ModelSource) -> FamilySpec:
     """The family whose pipeline `model_index.json` names.
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Literal, get_args
 
 from torch import Tensor, nn
@@ -26,6 +27,7 @@ from simpletuner.adapters.weights import (
     UP,
     AdapterWeights,
     Module,
+    alpha_tensor,
     fuse_loras,
     rank_of,
     swap_halves,
@@ -54,6 +56,7 @@ def encode(weights: AdapterWeights, spec: FamilySpec, file_format: Format, denoi
     Raises:
         ConfigError: the format cannot hold this algorithm.
     """
+    weights = _with_multiplier(weights, file_format)
     if file_format == "lycoris":
         return _named(weights.modules, lambda path: f"{LYCORIS_PREFIX}_{path}".replace(".", "_"), {})
     if file_format == "diffusers":
@@ -65,6 +68,23 @@ def encode(weights: AdapterWeights, spec: FamilySpec, file_format: Format, denoi
     if file_format == "kohya":
         return _named(modules, lambda name: f"lora_unet_{name}".replace(".", "_"), {})
     return _named(modules, lambda name: f"diffusion_model.{name}", COMFY_NAMES)
+
+
+def _with_multiplier(weights: AdapterWeights, file_format: str) -> AdapterWeights:
+    """The multiplier of a LyCORIS configuration put into alpha, for formats whose readers do not see it."""
+    if file_format == "lycoris" or weights.multiplier == 1:
+        return weights
+    if not weights.is_plain_lora or any(DORA in module for module in weights.modules.values()):
+        raise ConfigError(
+            Problem(
+                f"{file_format} files have no place for the multiplier {weights.multiplier:g} of lycoris_config.json",
+                key="format",
+                allowed="lycoris",
+                fix="export it as lycoris, or as a plain LoRA with --rank",
+            )
+        )
+    alphas = {path: alpha_tensor(float(module[ALPHA]) * weights.multiplier) for path, module in weights.modules.items()}
+    return replace(weights, modules={path: {**module, ALPHA: alphas[path]} for path, module in weights.modules.items()})
 
 
 def peft_metadata(weights: AdapterWeights, spec: FamilySpec) -> dict[str, str]:

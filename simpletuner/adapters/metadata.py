@@ -5,14 +5,37 @@ No date is written, so that equal runs give equal files.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
+from typing import Any
 
 from simpletuner.adapters.weights import ALPHA, DOWN, AdapterWeights
+from simpletuner.config.options import all_options
 from simpletuner.models.spec import FamilySpec
 
 # Our own entry: what `run.lock.json` says of the run that made the file.
 RUN_KEY = "simpletuner"
+# kohya's name, after `ss_` -> the option.
+_KOHYA_NAMES = {
+    "learning_rate": "learning_rate",
+    "lr_scheduler": "lr_scheduler",
+    "lr_warmup_steps": "lr_warmup_steps",
+    "optimizer": "optimizer",
+    "seed": "seed",
+    "max_train_steps": "max_train_steps",
+    "batch_size_per_device": "train_batch_size",
+    "gradient_accumulation_steps": "gradient_accumulation_steps",
+    "gradient_checkpointing": "gradient_checkpointing",
+    "mixed_precision": "mixed_precision",
+    "resolution": "resolution",
+    "caption_dropout_rate": "caption_dropout_probability",
+}
+# Say where things are and what is told to whom, not what is trained.
+_NOT_OF_THE_RESULT = (
+    *("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "resume_from_checkpoint", "report_to"),
+    *("tracker_run_name", "tracker_project_name", "webhook_config", "hub_model_id", "push_to_hub"),
+)
 
 
 def modelspec_metadata(architecture: str, title: str) -> dict[str, str]:
@@ -40,6 +63,37 @@ def adapter_metadata(weights: AdapterWeights, spec: FamilySpec) -> dict[str, str
         metadata["ss_network_args"] = json.dumps({"algo": algorithm, **_network_arguments(weights)}, sort_keys=True)
     metadata |= _network_size(weights)
     return metadata
+
+
+def run_metadata(lock: Mapping[str, Any], step: int) -> dict[str, str]:
+    """What `run.lock.json` says of the run that made a file: our own entry, and kohya's names for the same.
+
+    Paths are left out, so that the same run in another folder makes the same file, and nothing private travels.
+    """
+    config = lock["config"]
+    base = hashlib.sha256(json.dumps(lock["base"]["files"], sort_keys=True).encode()).hexdigest()
+    own = {
+        "version": lock["simpletuner"],
+        "model_family": config["model_family"],
+        "step": step,
+        "config_sha256": _config_digest(config),
+        "datasets": {name: data["fingerprint"] for name, data in lock["data"].items()},
+        "base_model_sha256": base,
+    }
+    pictures = sum(data["pictures"] for data in lock["data"].values())
+    metadata = {f"ss_{name}": str(config[key]) for name, key in _KOHYA_NAMES.items() if config.get(key) is not None}
+    metadata |= {"ss_num_train_images": str(pictures), "ss_steps": str(step)}
+    return metadata | {RUN_KEY: json.dumps(own, sort_keys=True), "global_step": str(step)}
+
+
+def _config_digest(config: Mapping[str, Any]) -> str:
+    infos = all_options()
+    kept = {
+        key: value
+        for key, value in config.items()
+        if key not in _NOT_OF_THE_RESULT and not (key in infos and infos[key].path)
+    }
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 
 def _network_size(weights: AdapterWeights) -> dict[str, str]:

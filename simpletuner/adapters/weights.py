@@ -6,6 +6,8 @@ algorithms are written down. A plain LoRA adds `alpha / rank * lora_up @ lora_do
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -95,10 +97,13 @@ def scale_of(lora: Module) -> float:
 
 
 def with_unit_scale(lora: Module) -> dict[str, Tensor]:
-    """The same change with alpha equal to the rank, for readers that know no alpha; `up` takes the scale."""
+    """The same change with alpha equal to the rank, for readers that know no alpha; `up` takes the scale.
+
+    In float32 where half precision would round the product; a power of two changes no digit.
+    """
     scale = scale_of(lora)
-    up = lora[UP] if scale == 1 else (lora[UP].float() * scale).to(lora[UP].dtype)
-    return {**lora, UP: up, ALPHA: alpha_tensor(rank_of(lora))}
+    up = lora[UP] if math.frexp(scale)[0] == 0.5 else lora[UP].float()
+    return {**lora, UP: up * scale if scale != 1 else up, ALPHA: alpha_tensor(rank_of(lora))}
 
 
 def alpha_tensor(alpha: float) -> Tensor:
@@ -119,7 +124,8 @@ def fuse_loras(parts: Sequence[tuple[int, Module | None]]) -> dict[str, Tensor]:
     same_scale = len({scale_of(lora) for lora in present}) == 1
     loras = [lora if lora is None or same_scale else with_unit_scale(lora) for _, lora in parts]
     down = torch.cat([lora[DOWN] for lora in loras if lora is not None])
-    up = down.new_zeros(sum(rows for rows, _ in parts), down.shape[0], *[1] * (down.dim() - 2))
+    dtype = functools.reduce(torch.promote_types, (lora[UP].dtype for lora in loras if lora is not None))
+    up = torch.zeros(sum(rows for rows, _ in parts), down.shape[0], *[1] * (down.dim() - 2), dtype=dtype)
     row = column = 0
     for (rows, _), lora in zip(parts, loras, strict=True):
         if lora is not None:

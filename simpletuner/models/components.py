@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -126,6 +127,36 @@ def component_folder(source: ModelSource, component: Component) -> Path:
         return Path(snapshot_download(source.model, revision=source.revision, allow_patterns=patterns)) / component.name
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise _not_fetched(component.name, source.model, "pretrained_model_name_or_path", error) from error
+
+
+def save_model_folder(source: ModelSource, spec: FamilySpec, denoiser: nn.Module, folder: Path) -> None:
+    """Write a whole model in diffusers layout: this denoiser, and every other part as it is in `source`.
+
+    Raises:
+        DataError: the model is a single file, or a part cannot be fetched.
+    """
+    if Path(source.model).is_file():
+        raise DataError(
+            Problem(
+                f"{source.model} is a single file, and a model folder needs parts that it does not hold",
+                key="pretrained_model_name_or_path",
+                allowed="a folder in diffusers layout, or a hub id",
+            )
+        )
+    for component in spec.components:
+        if component.role == "denoiser":
+            denoiser.save_pretrained(folder / component.name)
+        elif component.role == "vae" and source.vae:
+            shutil.copytree(
+                other_vae_file(source.vae, component, component.config_file).parent, folder / component.name
+            )
+        else:
+            shutil.copytree(component_folder(source, component), folder / component.name)
+    if (own := Path(source.model) / PREVIEW_FOLDER).is_dir():
+        shutil.copytree(own, folder / PREVIEW_FOLDER)
+    index = {component.name: list(component.class_name.rpartition(".")[::2]) for component in spec.components}
+    classes = {name: [module.partition(".")[0], cls] for name, (module, cls) in index.items()}
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": spec.pipeline_class, **classes}, indent=2))
 
 
 def other_vae_file(vae: str, component: Component, name: str) -> Path:

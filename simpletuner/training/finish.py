@@ -10,13 +10,16 @@ from pathlib import Path
 from torch import nn
 
 from simpletuner import storage
+from simpletuner.adapters.metadata import run_metadata
 from simpletuner.config.loading import LoadedRun
+from simpletuner.models.components import save_model_folder
 from simpletuner.optim.optimizers import averaged_weights
 from simpletuner.reporting.events import Notice, RunFinished
 from simpletuner.reporting.loss_plot import draw_loss_plot
 from simpletuner.reporting.report import REPORT_FILE
 from simpletuner.reporting.sinks.jsonl import METRICS_FILE
 from simpletuner.training.evaluation import best_step
+from simpletuner.training.lock import LOCK_FILE
 from simpletuner.training.phases import phase
 from simpletuner.training.proof import live_output, prove_adapter
 from simpletuner.training.report import report_run
@@ -70,7 +73,7 @@ def save_model(run: Run, folder: Path) -> Path:
     if run.world.is_main:
         folder.mkdir(parents=True, exist_ok=True)
         with storage.commit_dir(path) as temporary:
-            run.family.pipeline(denoiser, run.family.load_vae()).save_pretrained(temporary)
+            save_model_folder(run.family.source, run.family.spec, denoiser, temporary)
     return path
 
 
@@ -92,8 +95,9 @@ def save_adapter(run: Run, folder: Path) -> Path:
     reference = live_output(run)
     if run.world.is_main:
         folder.mkdir(parents=True, exist_ok=True)
+        lock = storage.read_json(run.output_dir / LOCK_FILE)
         with storage.replacing_file(path) as temporary:
-            run.adapter.save(temporary, {"global_step": str(run.state.global_step)})
+            run.adapter.save(temporary, run_metadata(lock, run.state.global_step))
             prove_adapter(run, temporary, reference)
     return path
 

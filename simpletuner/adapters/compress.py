@@ -1,0 +1,64 @@
+"""A plain LoRA that comes as near to another adapter as its rank allows: for programs that read nothing else."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from simpletuner.adapters.effect import weight_change
+from simpletuner.adapters.weights import ALPHA, DOWN, UP, AdapterWeights, alpha_tensor, rank_of
+from simpletuner.errors import ConfigError, Problem
+
+# Above this size of the smaller side a full decomposition takes minutes; a randomised one is near enough.
+FULL_SVD_SIDE = 1024
+
+
+def compress(weights: AdapterWeights, denoiser: nn.Module, rank: int) -> tuple[AdapterWeights, float]:
+    """The nearest LoRA of a rank in the Frobenius norm, layer by layer (Eckart and Young: the largest singular values).
+
+    Returns:
+        the LoRA, and the part of the whole change that is lost: 0 is none of it, 1 all.
+
+    Raises:
+        ConfigError: the adapter changes biases or normalisations, which a LoRA cannot.
+    """
+    layers = dict(denoiser.named_modules())
+    modules: dict[str, dict[str, Tensor]] = {}
+    lost = whole = 0.0
+    for path, module in weights.modules.items():
+        if set(module) <= {DOWN, UP, ALPHA} and rank_of(module) <= rank and weights.multiplier == 1:
+            modules[path] = dict(module)
+            whole += float(weight_change(layers[path], module)[0].square().sum())
+            continue
+        change, bias = weight_change(layers[path], module, weights.multiplier)
+        if bias is not None or change.dim() < 2:
+            raise ConfigError(
+                Problem(
+                    f"{path}: the adapter changes a bias or a normalisation, which a plain LoRA cannot hold",
+                    key="--rank",
+                    fix="export it in the lycoris format, or merge it into the model with --merge",
+                )
+            )
+        modules[path] = _nearest(change, rank, weights.dtype)
+        left = change.flatten(1) - modules[path][UP].float().flatten(1) @ modules[path][DOWN].float().flatten(1)
+        lost += float(left.square().sum())
+        whole += float(change.square().sum())
+    metadata = {key: value for key, value in weights.metadata.items() if not key.startswith(("ss_", "modelspec."))}
+    return AdapterWeights(modules, metadata), (lost / whole) ** 0.5 if whole else 0.0
+
+
+def _nearest(change: Tensor, rank: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    """A LoRA with scale 1; a convolution's kernel stays with `down`."""
+    matrix = change.flatten(1)
+    rank = min(rank, *matrix.shape)
+    if min(matrix.shape) <= FULL_SVD_SIDE:
+        u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+    else:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            u, s, v = torch.svd_lowrank(matrix, min(rank + 16, *matrix.shape), niter=4)
+        vh = v.T
+    root = s[:rank].sqrt()
+    down = (root[:, None] * vh[:rank]).reshape(rank, *change.shape[1:])
+    up = (u[:, :rank] * root).reshape(len(matrix), rank, *[1] * (change.dim() - 2))
+    return {DOWN: down.to(dtype), UP: up.to(dtype), ALPHA: alpha_tensor(rank)}

@@ -1,0 +1,99 @@
+"""What an adapter does to the weights of a layer, whatever its algorithm: for merging, and for a LoRA close to it.
+
+Not by LyCORIS' own `get_diff_weight`, which applies the scale of LoKr and LoHa twice (4.1.3): the layer is asked
+instead. A linear or convolutional layer is known by its answers to single ones.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from simpletuner.adapters.lycoris import isolated_lycoris
+from simpletuner.adapters.lycoris_modules import prepare_module
+from simpletuner.adapters.weights import Module
+from simpletuner.errors import DataError, Problem
+
+if TYPE_CHECKING:
+    from lycoris.modules.base import LycorisBaseModule
+
+ROWS_AT_ONCE = 1024
+
+
+@torch.no_grad()
+def weight_change(layer: nn.Module, module: Module, multiplier: float = 1.0) -> tuple[Tensor, Tensor | None]:
+    """What the adapter adds to a layer's weight and bias, in float32; None where the bias stays.
+
+    Args:
+        layer: linear, convolutional without groups, or a normalisation; with plain weights.
+        module: the adapter's tensors for it.
+
+    Raises:
+        DataError: the layer's weights are packed, or it is a grouped convolution.
+    """
+    if "w_norm" in module:
+        bias = module.get("b_norm")
+        return module["w_norm"].float() * multiplier, None if bias is None else bias.float() * multiplier
+    alone = _plain_copy(layer)
+    adapted = make_module(alone, {name: tensor.float() for name, tensor in module.items()}, multiplier)
+    with_adapter, bias_with = _read_off(adapted, alone)
+    without, bias_without = _read_off(alone, alone)
+    change = (with_adapter - without).reshape(alone.weight.shape)  # type: ignore[arg-type]
+    bias_change = bias_with - bias_without
+    return change, bias_change if bool(bias_change.any()) else None
+
+
+def make_module(layer: nn.Module, tensors: Module, multiplier: float) -> LycorisBaseModule:
+    """LyCORIS' module for one layer's tensors, in eval mode and not applied to the layer.
+
+    Raises:
+        DataError: LyCORIS knows no such module.
+    """
+    from lycoris.modules import get_module, make_module
+    from lycoris.modules.ia3 import IA3Module
+
+    with isolated_lycoris():
+        if "on_input" in tensors:
+            module = IA3Module("layer", layer, train_on_input=bool(tensors["on_input"]))
+            module.weight.data = tensors["weight"].clone()
+        else:
+            kind, parts = get_module({f"layer.{name}": tensor for name, tensor in tensors.items()}, "layer")
+            module = None if kind is None else make_module(kind, parts, "layer", layer)
+    if module is None:
+        raise DataError(Problem(f"LyCORIS knows no module with {', '.join(sorted(tensors))}"))
+    prepare_module(module)
+    module.multiplier = multiplier
+    return module.eval()
+
+
+def _plain_copy(layer: Any) -> Any:
+    """The layer in float32, a convolution without stride and padding: then one answer shows one place of its kernel."""
+    if type(layer.weight) not in (Tensor, nn.Parameter) or getattr(layer, "groups", 1) != 1:
+        raise DataError(Problem(f"the weights of a {type(layer).__name__} cannot be read off: packed, or in groups"))
+    plain = copy.deepcopy(layer).float().eval().requires_grad_(False)
+    if not isinstance(plain, nn.Linear):
+        dims = len(plain.kernel_size)
+        plain.stride, plain.padding, plain.dilation = (1,) * dims, (0,) * dims, (1,) * dims
+        plain._reversed_padding_repeated_twice = [0] * (2 * dims)
+    return plain
+
+
+def _read_off(function: Callable[[Tensor], Tensor], layer: Any) -> tuple[Tensor, Tensor]:
+    """(out, inputs) weight and (out,) bias of a linear function, by what it answers to ones and to nothing."""
+    shape = layer.weight.shape[1:]
+    nothing = function(torch.zeros(1, *shape, device=layer.weight.device)).reshape(-1)
+    answers = [function(ones).flatten(1) for ones in _single_ones(shape, layer.weight.device)]
+    return (torch.cat(answers) - nothing).T, nothing
+
+
+def _single_ones(shape: torch.Size, device: torch.device) -> Iterator[Tensor]:
+    count = shape.numel()
+    for first in range(0, count, ROWS_AT_ONCE):
+        rows = min(ROWS_AT_ONCE, count - first)
+        ones = torch.zeros(rows, count, device=device)
+        ones[torch.arange(rows), torch.arange(first, first + rows)] = 1
+        yield ones.reshape(rows, *shape)

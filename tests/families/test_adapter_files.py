@@ -1,0 +1,72 @@
+"""Adapter files of every family: each format carries the adapter, key for key, by the family's table."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from simpletuner.adapters.files import check_saved_adapter
+from simpletuner.adapters.formats import FORMATS, encode
+from simpletuner.adapters.layers import is_adaptable
+from simpletuner.adapters.lora import LoraSettings, attach_lora
+from simpletuner.adapters.reading import adapter_from_tensors
+from simpletuner.adapters.weights import ALPHA, DOWN, UP, AdapterWeights
+from simpletuner.models.components import ModelSource
+from simpletuner.models.family import ModelFamily
+from simpletuner.models.registry import family_names, get_family_class, get_spec
+from simpletuner.training.proof import probe_output
+from tests.tiny import TINY_FOLDERS
+
+
+@pytest.fixture(scope="module", params=family_names())
+def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ModelFamily:
+    spec = get_spec(request.param)
+    folder = TINY_FOLDERS[request.param](tmp_path_factory.mktemp(request.param))
+    return get_family_class(spec)(spec, ModelSource(str(folder)), torch.device("cpu"), torch.float32)
+
+
+@pytest.mark.parametrize("file_format", FORMATS)
+def test_a_trained_lora_gives_the_same_output_from_every_format(
+    family: ModelFamily, file_format: str, tmp_path: Path
+) -> None:
+    denoiser = family.load_denoiser()
+    settings = LoraSettings(rank=2, alpha=3.0, file_format=file_format)
+    adapter = attach_lora(denoiser, settings, family.spec, torch.float32, seed=0)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in adapter.trainable_parameters().values():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    reference = probe_output(family, denoiser.eval())
+    untouched = probe_output(family, family.load_denoiser())
+    assert (reference - untouched).abs().max() > 1e-3
+    adapter.save(tmp_path / "a.safetensors", {})
+    fresh = family.load_denoiser()
+    check_saved_adapter(
+        tmp_path / "a.safetensors", fresh, family.spec, lambda model: probe_output(family, model), reference
+    )
+
+
+@pytest.mark.parametrize("file_format", FORMATS)
+def test_every_layer_keeps_its_weights_through_every_format(family: ModelFamily, file_format: str) -> None:
+    """Also layers that are rows of a matrix, or have their halves swapped, in the original layout."""
+    denoiser = family.load_denoiser()
+    generator = torch.Generator().manual_seed(0)
+    modules = {}
+    for path, layer in denoiser.named_modules():
+        if is_adaptable(layer):
+            rows, *columns = layer.weight.shape
+            kernel = [1] * (len(columns) - 1)
+            down = torch.randn(2, *columns, generator=generator)
+            up = torch.randn(rows, 2, *kernel, generator=generator)
+            modules[path] = {DOWN: down, UP: up, ALPHA: torch.tensor(2.0)}
+    tensors = encode(AdapterWeights(modules), family.spec, file_format, denoiser)
+    read = adapter_from_tensors(tensors, {}, family.spec, denoiser, "file").modules
+    assert read.keys() == modules.keys()
+    for path, module in modules.items():
+        product, again = (
+            torch.einsum("or,ri->oi", m[UP].flatten(1), m[DOWN].flatten(1)) * float(m[ALPHA]) / len(m[DOWN])
+            for m in (module, read[path])
+        )
+        torch.testing.assert_close(again, product, rtol=0, atol=1e-4, msg=path)

@@ -1,0 +1,116 @@
+"""What an adapter does to weights: merged it gives the same output, and its nearest LoRA is as near as it can be."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from simpletuner.adapters.compress import compress
+from simpletuner.adapters.effect import make_module, weight_change
+from simpletuner.adapters.files import apply_weights
+from simpletuner.adapters.lora import LoraSettings, attach_lora
+from simpletuner.adapters.lycoris import attach_lycoris
+from simpletuner.adapters.merge import merge_into
+from simpletuner.adapters.reading import read_adapter
+from simpletuner.adapters.weights import DOWN, UP, AdapterWeights
+from simpletuner.errors import ConfigError
+from simpletuner.models.omnigen.spec import OMNIGEN
+from tests.tiny import tiny_omnigen_transformer
+from tests.unit.adapters.conftest import perturb, run_stock
+
+TARGETS = {"apply_preset": {"target_module": ["Attention", "FeedForward", "AdaLayerNorm", "Conv2d"]}}
+CONFIGS: dict[str, dict[str, Any]] = {
+    "lokr": {"algo": "lokr", "linear_dim": 2, "linear_alpha": 4, "factor": 4, "multiplier": 0.5},
+    "loha": {"algo": "loha", "linear_dim": 4, "linear_alpha": 2},
+    "decomposed": {"algo": "locon", "linear_dim": 4, "dora_wd": True},
+    "glora": {"algo": "glora", "linear_dim": 4, "linear_alpha": 2},
+    "diag-oft": {"algo": "diag-oft", "linear_dim": 4, "rescaled": True},
+    "boft": {"algo": "boft", "linear_dim": 4},
+    "full": {"algo": "full"},
+    "ia3": {"algo": "ia3"},
+}
+
+
+def saved(path: Path, lycoris: dict[str, Any]) -> tuple[AdapterWeights, torch.Tensor]:
+    denoiser = tiny_omnigen_transformer()
+    adapter = attach_lycoris(denoiser, lycoris | TARGETS, OMNIGEN, torch.float32, 1)
+    perturb(adapter.trainable_parameters())
+    adapter.save(path / "a.safetensors", {})
+    with torch.no_grad():
+        output = run_stock(denoiser.eval())
+    return read_adapter(path / "a.safetensors", OMNIGEN, tiny_omnigen_transformer()), output
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_merged_model_draws_what_the_adapter_drew(name: str, tmp_path: Path) -> None:
+    weights, output = saved(tmp_path, CONFIGS[name])
+    stock = tiny_omnigen_transformer()
+    merge_into(stock, weights)
+    with torch.no_grad():
+        torch.testing.assert_close(run_stock(stock), output, rtol=0, atol=2e-5)
+        assert (run_stock(tiny_omnigen_transformer()) - output).abs().max() > 1e-3
+
+
+def test_a_merged_dora_draws_what_it_drew(tmp_path: Path) -> None:
+    denoiser = tiny_omnigen_transformer()
+    settings = LoraSettings(rank=4, use_dora=True, targets=("all-linear",))
+    adapter = attach_lora(denoiser, settings, OMNIGEN, torch.float32, 1)
+    perturb(adapter.trainable_parameters())
+    stock = tiny_omnigen_transformer()
+    merge_into(stock, adapter.weights())
+    with torch.no_grad():
+        torch.testing.assert_close(run_stock(stock), run_stock(denoiser.eval()), rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [nn.Conv2d(3, 5, 3, stride=2, padding=1), nn.Conv1d(3, 5, 2), nn.Linear(3, 5)],
+    ids=lambda m: type(m).__name__,
+)
+def test_the_change_of_a_layer_is_the_product_that_a_lora_stands_for(layer: nn.Module) -> None:
+    kernel = layer.weight.shape[2:]
+    lora = {DOWN: torch.randn(2, 3, *kernel), UP: torch.randn(5, 2, *[1] * len(kernel)), "alpha": torch.tensor(1.0)}
+    change, bias = weight_change(layer, lora)
+    expected = 0.5 * torch.einsum("or,ri->oi", lora[UP].flatten(1), lora[DOWN].flatten(1)).reshape(layer.weight.shape)
+    torch.testing.assert_close(change, expected, rtol=0, atol=1e-5)
+    assert bias is None
+
+
+def test_a_lokr_of_full_rank_becomes_a_lora_without_loss_and_of_small_rank_with_the_loss_that_is_told(
+    tmp_path: Path,
+) -> None:
+    weights, output = saved(tmp_path, CONFIGS["lokr"])
+    whole, loss = compress(weights, tiny_omnigen_transformer(), 32)
+    assert loss < 1e-5
+    drawing = tiny_omnigen_transformer()
+    apply_weights(drawing, whole, OMNIGEN, "a")
+    with torch.no_grad():
+        torch.testing.assert_close(run_stock(drawing), output, rtol=0, atol=1e-4)
+
+    small, loss = compress(weights, tiny_omnigen_transformer(), 2)
+    layers = dict(tiny_omnigen_transformer().named_modules())
+    singular = [
+        torch.linalg.svdvals(weight_change(layers[path], module, 0.5)[0].flatten(1)).square()
+        for path, module in weights.modules.items()
+    ]
+    left, all_of_it = (sum(float(s[first:].sum()) for s in singular) for first in (2, 0))
+    assert loss == pytest.approx((left / all_of_it) ** 0.5, rel=1e-4)
+    assert small.ranks == {2}
+
+
+def test_what_a_lora_cannot_hold_is_refused(tmp_path: Path) -> None:
+    weights, _ = saved(tmp_path, CONFIGS["full"])
+    with pytest.raises(ConfigError, match="changes a bias"):
+        compress(weights, tiny_omnigen_transformer(), 4)
+
+
+def test_a_module_that_is_read_off_is_the_one_that_draws() -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(4, 4)
+    module = make_module(layer, {"diff": torch.ones(4, 4), "diff_b": torch.ones(4)}, 0.5)
+    x = torch.randn(2, 4)
+    torch.testing.assert_close(module(x), layer(x) + 0.5 * (x.sum(1, keepdim=True) + 1))

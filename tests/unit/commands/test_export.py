@@ -1,0 +1,134 @@
+"""`simpletuner export`: files for other programs and merged models, each of which gives the trainer's own output."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from simpletuner.adapters.files import apply_adapter_file
+from simpletuner.commands.export import export_command, find_source
+from simpletuner.errors import ConfigError, DataError
+from simpletuner.launch import family_of_export, family_of_model
+from simpletuner.models.family import ModelFamily
+from simpletuner.training.proof import probe_output
+from tests.runs import run_cli, train_here, write_run
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, omnigen_folder: Path) -> dict[str, Path]:
+    """Output folders of a LoRA and of a LoKr, two steps each."""
+    root = tmp_path_factory.mktemp("export")
+    options = {"max_train_steps": 2, "checkpoint_step_interval": 2}
+    lora = {"lora_type": "standard", "lora_rank": 4, "lora_alpha": 3, "use_ema": True}
+    return {
+        "lora": train_here(write_run(root / "lora", omnigen_folder, **options, **lora)),
+        "lokr": train_here(write_run(root / "lokr", omnigen_folder, **options)),
+    }
+
+
+def export(folder: Path, *formats: str, output: Path | None = None, rank: int | None = None, **options):
+    said: list[str] = []
+    family = family_of_export(folder, None, None)
+    source = find_source(folder, options.pop("ema", False))
+    paths = export_command(source, family, formats, output, rank, options.pop("merge", False), said.append)
+    return paths, said
+
+
+def answer(family: ModelFamily, adapter: Path | None = None) -> torch.Tensor:
+    denoiser = family.load_denoiser()
+    if adapter is not None:
+        apply_adapter_file(denoiser, adapter, family.spec)
+    return probe_output(family, denoiser)
+
+
+def test_a_lora_is_written_in_every_format_with_the_facts_of_its_run(
+    runs, tmp_path: Path, omnigen_folder: Path
+) -> None:
+    paths, said = export(runs["lora"], output=tmp_path)
+    assert [path.name for path in paths] == [
+        f"output.{name}.safetensors" for name in ("diffusers", "kohya", "comfyui", "lycoris")
+    ]
+    assert said == []
+    family = family_of_model(str(omnigen_folder), "omnigen")
+    expected = answer(family, runs["lora"] / "pytorch_lora_weights.safetensors")
+    assert (answer(family) - expected).abs().max() > 1e-4
+    for path in paths:
+        torch.testing.assert_close(answer(family, path), expected, rtol=0, atol=1e-5)
+    with safe_open(paths[1], framework="pt") as file:
+        metadata = file.metadata()
+    assert metadata["ss_network_dim"] == "4"
+    assert metadata["ss_network_alpha"] == "4.0"  # of the file: the run's 3 / 4 is in the weights
+    assert metadata["ss_learning_rate"] == "0.01"
+    assert metadata["modelspec.architecture"] == "omnigen-v1/lora"
+    own = json.loads(metadata["simpletuner"])
+    lock = json.loads((runs["lora"] / "run.lock.json").read_text())
+    assert own["datasets"] == {name: data["fingerprint"] for name, data in lock["data"].items()}
+    assert own["step"] == 2
+    assert str(omnigen_folder) not in json.dumps(metadata)
+
+
+def test_a_lokr_is_written_where_it_can_be_and_the_rest_is_told(runs, tmp_path: Path) -> None:
+    paths, said = export(runs["lokr"], output=tmp_path)
+    assert [path.name for path in paths] == ["output.lycoris.safetensors"]
+    assert [line.split(":")[0] for line in said] == ["no diffusers file", "no kohya file", "no comfyui file"]
+    with pytest.raises(ConfigError, match="only a plain LoRA can be moved there"):
+        export(runs["lokr"], "kohya", output=tmp_path)
+
+
+def test_a_lokr_becomes_a_lora_when_asked_and_the_loss_is_told(runs, tmp_path: Path) -> None:
+    paths, said = export(runs["lokr"], "diffusers", output=tmp_path / "small.safetensors", rank=2)
+    assert paths == [tmp_path / "small.safetensors"]
+    assert {tensor.shape[0] for key, tensor in load_file(paths[0]).items() if "lora_A" in key} == {2}
+    assert "leaves out" in said[0]
+
+
+def test_a_merged_model_answers_as_the_adapter_and_lacks_nothing(runs, tmp_path: Path, omnigen_folder: Path) -> None:
+    [path], _ = export(runs["lokr"], output=tmp_path / "merged", merge=True)
+    merged = family_of_model(str(path), None)  # told by its model_index.json
+    family = family_of_model(str(omnigen_folder), "omnigen")
+    expected = answer(family, runs["lokr"] / "pytorch_lora_weights.safetensors")
+    torch.testing.assert_close(answer(merged), expected, rtol=0, atol=1e-4)
+    merged.load_vae()
+    with pytest.raises(DataError, match="is there already"):
+        export(runs["lokr"], output=path, merge=True)
+
+
+def test_checkpoints_averages_and_single_files_are_sources(runs, tmp_path: Path, omnigen_folder: Path) -> None:
+    assert find_source(runs["lora"] / "checkpoint-2").lock is not None
+    assert find_source(runs["lora"], ema=True).name == "output-ema"
+    lone = tmp_path / "lone.safetensors"
+    save_file(load_file(runs["lokr"] / "pytorch_lora_weights.safetensors"), lone)
+    assert find_source(lone).lock is None
+    with pytest.raises(ConfigError, match="add --model"):
+        family_of_export(lone, None, None)
+    family = family_of_export(lone, str(omnigen_folder), "omnigen")
+    [path] = export_command(find_source(lone), family, ["lycoris"], tmp_path / "out", None, False, print)
+    assert path.name == "lone.lycoris.safetensors"
+
+
+def test_a_file_that_fails_its_check_gets_no_name(runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import simpletuner.commands.export as module
+
+    encode = module.encode
+
+    def with_a_stranger(*arguments):
+        tensors = encode(*arguments)
+        return tensors | {"transformer.layers.9.self_attn.to_q.lora_A.weight": torch.ones(4, 32)}
+
+    monkeypatch.setattr(module, "encode", with_a_stranger)
+    with pytest.raises(DataError, match=r"layers\.9"):
+        export(runs["lora"], "diffusers", output=tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_the_command_prints_the_files_and_refuses_what_is_no_source(runs, tmp_path: Path) -> None:
+    done = run_cli(tmp_path, "export", str(runs["lora"]), "--format", "kohya", "--output", "files")
+    assert (done.returncode, done.stdout) == (0, "files/output.kohya.safetensors\n")
+    with pytest.raises(ConfigError, match="there is nothing at"):
+        find_source(tmp_path / "nothing")
