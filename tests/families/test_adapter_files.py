@@ -17,7 +17,7 @@ from simpletuner.models.components import ModelSource
 from simpletuner.models.family import ModelFamily
 from simpletuner.models.registry import family_names, get_family_class, get_spec
 from simpletuner.training.proof import probe_output
-from tests.tiny import TINY_FOLDERS
+from tests.tiny_folders import TINY_FOLDERS
 
 
 @pytest.fixture(scope="module", params=family_names())

@@ -60,6 +60,8 @@ SDXL = FamilySpec(
         AdaptableModule("Downsample2D", ("down_blocks.*.downsamplers.*",)),
         AdaptableModule("Upsample2D", ("up_blocks.*.upsamplers.*",)),
         AdaptableModule("TimestepEmbedding", ("time_embedding", "add_embedding")),
+        AdaptableModule("LayerNorm", (f"{_BLOCK}.norm*",)),
+        AdaptableModule("GroupNorm", ("*attentions.*.norm", "*resnets.*.norm1", "*resnets.*.norm2", "conv_norm_out")),
         AdaptableModule(
             "Conv2d",
             (
