@@ -183,7 +183,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, object]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--pictures", type=int, default=200)
+    parser.add_argument("--pictures", type=int, default=500)
     parser.add_argument("--side", type=int, default=128, help="of the training pictures, pixels")
     parser.add_argument("--source-side", type=int, default=128, help="of the files, pixels")
     parser.add_argument("--batch", type=int, default=1, help="more than 1 pays on accelerators only")

@@ -170,8 +170,10 @@ class ModelFamily(ABC):
 
     def encode_images(self, vae: Any, pixel_values: Tensor) -> list[LatentMoments]:
         """(B, 3, H, W) in [-1, 1] -> the moments of the posterior of each picture, unscaled, on the CPU."""
+        # Not `vae.device` and `vae.dtype`: diffusers walks all modules for each, a millisecond a picture.
+        weight = next(vae.parameters())
         with torch.no_grad():
-            posterior = vae.encode(pixel_values.to(vae.device, vae.dtype)).latent_dist
+            posterior = vae.encode(pixel_values.to(weight.device, weight.dtype)).latent_dist
         means, stds = posterior.mean.float().cpu(), posterior.std.float().cpu()
         return [LatentMoments(mean, std) for mean, std in zip(means, stds, strict=True)]
 
