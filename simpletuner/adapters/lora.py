@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -113,15 +114,16 @@ class LoraAdapter(Adapter):
 
     @contextmanager
     def scaled(self, strength: float) -> Iterator[None]:
-        """The frozen start is scaled too: what was trained is the difference between both."""
-        scalings = [dict(layer.scaling) for layer in self.layers.values()]
+        """Let each layer answer with that much of the way from the base's answer to its own.
+
+        On the answers, because a weight-decomposed layer is no sum with a part that could be multiplied.
+        """
+        hooks = [layer.register_forward_hook(partial(_on_the_way, strength)) for layer in self.layers.values()]
         try:
-            for layer, kept in zip(self.layers.values(), scalings, strict=True):
-                layer.scaling.update({name: scaling * strength for name, scaling in kept.items()})
             yield
         finally:
-            for layer, kept in zip(self.layers.values(), scalings, strict=True):
-                layer.scaling.update(kept)
+            for hook in hooks:
+                hook.remove()
 
     def weights(self) -> AdapterWeights:
         """The live weights; a frozen start is part of them, so that they belong on the untouched base."""
@@ -188,6 +190,11 @@ class LoraAdapter(Adapter):
             fix = f"set use_dora to {str(True in has_dora).lower()}"
             problems.append(Problem(what, key="init_lora", file=file, fix=fix))
         return problems
+
+
+def _on_the_way(strength: float, layer: LoraLayer, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    base = layer.base_layer(*inputs)
+    return base + strength * (output - base)
 
 
 def attach_lora(

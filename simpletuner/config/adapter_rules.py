@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from simpletuner.config.draft import Draft
 from simpletuner.config.lora import unknown_targets
-from simpletuner.config.lycoris import useless_settings
+from simpletuner.config.lycoris import algorithms_in, useless_settings
 from simpletuner.errors import Problem
 
 # Starts that are a part of the base's weights, so that neither a file nor a magnitude of its own can stand beside them.
@@ -50,6 +51,27 @@ def lora_start_is_one(draft: Draft) -> Iterator[Problem]:
         yield draft.problem(f"{config.lora_rank} is odd, and lora_init_type orthogonal needs an even rank", "lora_rank")
 
 
+def weights_that_are_read_are_plain(draft: Draft) -> Iterator[Problem]:
+    config = draft.config
+    if config.base_model_precision == "no_change" or config.model_type != "lora":
+        return
+    fix = "set base_model_precision to no_change"
+    if config.lora_type == "standard" and config.lora_init_type in _STARTS_FROM_BASE:
+        message = f"{config.lora_init_type} decomposes the base's weights, and {config.base_model_precision} packs them"
+        yield draft.problem(message, "lora_init_type", "default, gaussian, orthogonal", fix)
+    if isinstance(draft.lycoris, dict) and "full" in _algorithms(draft.lycoris):
+        message = f"full trains whole weights, and base_model_precision is {config.base_model_precision}"
+        yield draft.problem(message, "lycoris_config", "another algo", fix)
+
+
+def _algorithms(lycoris: Mapping[str, Any]) -> set[str]:
+    """Those of a configuration that may be at fault elsewhere."""
+    try:
+        return algorithms_in(lycoris)
+    except (AttributeError, TypeError):
+        return set()
+
+
 def adapter_keys_have_a_use(draft: Draft) -> Iterator[str]:
     config = draft.config
     uses_lora = config.model_type == "lora" and config.lora_type == "standard"
@@ -68,5 +90,10 @@ def lycoris_settings_have_a_use(draft: Draft) -> Iterator[str]:
             yield f"{draft.config.lycoris_config}: {line}"
 
 
-ADAPTER_RULES = (adapter_has_its_configuration, lora_targets_exist, lora_start_is_one)
+ADAPTER_RULES = (
+    adapter_has_its_configuration,
+    lora_targets_exist,
+    lora_start_is_one,
+    weights_that_are_read_are_plain,
+)
 ADAPTER_NOTICES = (adapter_keys_have_a_use, lycoris_settings_have_a_use)

@@ -103,6 +103,18 @@ def test_disabled_is_the_base_bit_for_bit_and_gradients_come_back_after_it() -> 
     assert {name: p.requires_grad for name, p in denoiser.named_parameters()} == before
 
 
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_strength_leads_from_the_base_to_the_adapter(use_dora: bool) -> None:
+    base = run_stock(tiny_omnigen_transformer())
+    denoiser, adapter = attach(use_dora=use_dora, targets=("proj_out",))
+    perturb(adapter.trainable_parameters())
+    whole = run_stock(denoiser)
+    for strength, expected in ((0.0, base), (1.0, whole), (0.5, (base + whole) / 2)):
+        with adapter.scaled(strength):
+            torch.testing.assert_close(run_stock(denoiser), expected, rtol=0, atol=1e-6)
+    assert torch.equal(run_stock(denoiser), whole)
+
+
 @pytest.mark.parametrize("settings", [{}, {"use_dora": True}, {"init": "pissa"}])
 def test_gradients_reach_the_adapter_only(settings) -> None:
     denoiser, adapter = attach(**settings)

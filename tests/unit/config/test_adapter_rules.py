@@ -41,6 +41,14 @@ def test_targets_that_stand_for_layers_are_taken(workspace: Workspace, target: A
     assert workspace.load_written().config.lora_target
 
 
+def test_algorithms_that_read_weights_need_them_unpacked(workspace: Workspace) -> None:
+    workspace.config["base_model_precision"] = "int8-quanto"
+    workspace.lycoris["algo"] = "full"
+    assert "full trains whole weights, and base_model_precision is int8-quanto" in workspace.fails_written().render()
+    workspace.config |= STANDARD | {"lora_init_type": "pissa"}
+    assert "pissa decomposes the base's weights" in workspace.fails_written().render()
+
+
 def test_two_starts_are_refused(workspace: Workspace) -> None:
     workspace.put("start.safetensors", "x")
     workspace.config |= STANDARD | {"lora_init_type": "olora", "init_lora": "start.safetensors"}
