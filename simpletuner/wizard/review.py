@@ -61,11 +61,12 @@ class Review(Vertical):
             return
         self.estimated = None
         static.update(Text("memory, disk and time are being worked out ...", "dim"))
+        last = None
         async with aclosing(estimates(project, texts)) as told:
-            async for found in told:
-                static.update(estimate_text(found, verdict, hardware))
-                if found.error or found.seconds or found.why_no_time:
-                    self.estimated = verdict, found
+            async for last in told:
+                static.update(estimate_text(last, verdict, hardware))
+        if last and (last.error or last.seconds or last.why_no_time):
+            self.estimated = verdict, last
 
 
 def verdict_text(verdict: Verdict, is_changed: bool, start: str) -> Text:
