@@ -86,27 +86,7 @@ def train(context: typer.Context) -> None:
     """
     from simpletuner.launch import load_arguments
 
-    loaded = load_arguments(context.args, os.environ, Path.cwd(), say=print)
-
-    from simpletuner.training.preflight import check_model_folder, check_services
-
-    check_model_folder(loaded)
-    check_services(loaded, os.environ, Path.cwd())
-
-    from simpletuner.training.room import check_room
-
-    check_room(loaded, os.environ)
-
-    from simpletuner.distributed.launcher import is_started_already, launch
-    from simpletuner.distributed.layout import layout_of
-
-    layout = layout_of(loaded.config)
-    if layout.world_size > 1 and not is_started_already(os.environ):
-        raise typer.Exit(launch(sys.argv[1:], layout, _say_aside))
-
-    from simpletuner.training.trainer import train as run_training
-
-    run_training(loaded)
+    _run(load_arguments(context.args, os.environ, Path.cwd(), say=print), sys.argv[1:])
 
 
 @app.command(context_settings=PASS_ON, short_help="Explain options, or print those of this folder's run.")
@@ -350,14 +330,10 @@ def configure(
     config_file = command.run_configure(given, os.environ, Path.cwd(), print)
     if config_file is not None:
         from simpletuner.launch import load_arguments
-        from simpletuner.training.preflight import check_services
 
         loaded = load_arguments((), os.environ, Path.cwd(), print, config_file)
-        check_services(loaded, os.environ, Path.cwd())
-
-        from simpletuner.training.trainer import train as run_training
-
-        run_training(loaded)
+        os.environ["CONFIG_PATH"] = str(config_file)  # for further processes, which are told `train`
+        _run(loaded, ["train"])
 
 
 @app.command(short_help="Look at this machine and installation.")
@@ -429,6 +405,33 @@ def copy_example(
     destination = copy(name, folder or Path(name))
     print(f"copied to {destination}; train it with")
     print(f"  CONFIG_PATH={destination / 'config.json'} simpletuner train")
+
+
+def _run(loaded: LoadedRun, words: list[str]) -> None:
+    """Train, in as many processes as the configuration says.
+
+    Args:
+        words: of the command line that starts each of them.
+    """
+    from simpletuner.training.preflight import check_model_folder, check_services
+
+    check_model_folder(loaded)
+    check_services(loaded, os.environ, Path.cwd())
+
+    from simpletuner.training.room import check_room
+
+    check_room(loaded, os.environ)
+
+    from simpletuner.distributed.launcher import is_started_already, launch
+    from simpletuner.distributed.layout import layout_of
+
+    layout = layout_of(loaded.config)
+    if layout.world_size > 1 and not is_started_already(os.environ):
+        raise typer.Exit(launch(words, layout, _say_aside))
+
+    from simpletuner.training.trainer import train as run_training
+
+    run_training(loaded)
 
 
 def _prepare_environment() -> None:
