@@ -48,6 +48,7 @@ class Adapter(ABC):
 
     def __init__(self, report: list[MatchCount]):
         self.report = report
+        self.notices: list[str] = []  # what a person should know of how it was attached
 
     @abstractmethod
     def trainable_parameters(self) -> dict[str, nn.Parameter]:

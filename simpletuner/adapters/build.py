@@ -65,7 +65,9 @@ def build_adapter(
     else:
         adapter = attach_lycoris(denoiser, lycoris, spec, dtype, seed, lycoris_file)
     if start is not None and not next(iter(adapter.trainable_parameters().values())).is_meta:
-        adapter.start_from(start, str(init_file))
+        untouched = adapter.start_from(start, str(init_file))
+        new = f"; it says nothing of {len(untouched)} of the adapted layers" if untouched else ""
+        adapter.notices.append(f"started from {init_file}{new}")
     return adapter
 
 

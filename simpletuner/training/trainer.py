@@ -116,6 +116,8 @@ def build_run(loaded: LoadedRun, output_dir: Path, bus: EventBus, stop: StopRequ
         adapter = attach_adapter(loaded, family, denoiser)
         for match in adapter.report:
             bus.emit(Notice("info", f"{match.entry} ({match.class_name}): {match.modules} modules"))
+        for line in adapter.notices:
+            bus.emit(Notice("info", line))
         placement = place_denoiser(config, family, denoiser, adapter, world)
         if config.gradient_checkpointing:
             denoiser.enable_gradient_checkpointing()
