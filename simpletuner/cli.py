@@ -6,6 +6,7 @@ Everything heavy is imported inside the verb that needs it, so that `--help` ans
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 from pathlib import Path
@@ -489,7 +490,17 @@ def _report_unexpected(error: Exception) -> str:
         with tempfile.NamedTemporaryFile(
             "w", prefix="simpletuner-error-", suffix=".log", delete=False, encoding="utf-8"
         ) as file:
-            file.write(f"simpletuner {__version__}, {' '.join(sys.argv)}\n\n{text}")
+            file.write(f"simpletuner {__version__}, {_command_line(sys.argv)}\n\n{text}")
     except OSError:
         return f"{summary}\n{text}"
     return f"{summary}\n  the traceback is in {file.name}; please report it with your configuration"
+
+
+def _command_line(arguments: list[str]) -> str:
+    """The command as it was given, without the values of options: one may be a token."""
+    shown = [Path(arguments[0]).name]
+    for before, argument in itertools.pairwise(arguments):
+        name, equals, _ = argument.partition("=")
+        is_value = before.startswith("--") and "=" not in before and not argument.startswith("--")
+        shown.append("..." if is_value else f"{name}=..." if equals and name.startswith("--") else argument)
+    return " ".join(shown)
