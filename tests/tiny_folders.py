@@ -6,6 +6,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from tests.tiny import tiny_omnigen_folder
+from tests.tiny_flux import tiny_flux_folder
 from tests.tiny_sdxl import tiny_sdxl_folder
 
-TINY_FOLDERS: Mapping[str, Callable[[Path], Path]] = {"omnigen": tiny_omnigen_folder, "sdxl": tiny_sdxl_folder}
+TINY_FOLDERS: Mapping[str, Callable[[Path], Path]] = {
+    "flux": tiny_flux_folder,
+    "omnigen": tiny_omnigen_folder,
+    "sdxl": tiny_sdxl_folder,
+}

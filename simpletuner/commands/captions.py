@@ -54,7 +54,7 @@ def check_captions(samples: Sequence[Sample], family: ModelFamily) -> CaptionChe
     different = len(set(captions))
     if not lengths:
         return CaptionCheck(len(captions), different)
-    limit = family.spec.max_prompt_tokens
+    limit = family.max_prompt_tokens
     most = max(range(len(lengths)), key=lengths.__getitem__)
     return CaptionCheck(
         num_captions=len(captions),

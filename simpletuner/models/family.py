@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -18,7 +19,13 @@ from simpletuner.batch import Batch, PromptEmbeds
 from simpletuner.diffusion import flow_matching, timesteps
 from simpletuner.diffusion.loss import Latents
 from simpletuner.errors import ConfigError, Problem
-from simpletuner.models.components import ModelSource, load_component, load_preview_decoder, make_empty_component
+from simpletuner.models.components import (
+    ModelSource,
+    component_config,
+    load_component,
+    load_preview_decoder,
+    make_empty_component,
+)
 from simpletuner.models.spec import FamilySpec
 from simpletuner.models.text_encoders import TextEncoders
 
@@ -122,6 +129,29 @@ class ModelFamily(ABC):
         `references` (per prompt a list of PIL pictures); returns an object with `.images` (PIL).
         """
 
+    # ---- what families share ---------------------------------------------------------------------------------------
+
+    @cached_property
+    def denoiser_config(self) -> dict[str, Any]:
+        """`config.json` of the denoiser."""
+        return component_config(self.source, self.spec.component("denoiser"))
+
+    @cached_property
+    def scheduler_config(self) -> dict[str, Any]:
+        """`scheduler_config.json` of the model."""
+        return component_config(self.source, self.spec.component("scheduler"))
+
+    def predict_each(
+        self, denoiser: nn.Module, noisy_latents: Latents, sigmas: Tensor, conditioning: Conditioning
+    ) -> Latents:
+        """`predict` for one row after the other, where the rows of a batch have different shapes."""
+        rows = []
+        for i, latents in enumerate(noisy_latents):
+            alone = {name: values[i : i + 1] for name, values in conditioning.items()}
+            [row] = self.predict(denoiser, latents[None], sigmas[i : i + 1], alone)
+            rows.append(row)
+        return rows if isinstance(noisy_latents, list) else torch.stack(rows)
+
     # ---- defaults a family may override ----------------------------------------------------------------------------
 
     # Ways of the VAE to take less memory, as diffusers calls them: "slicing", "tiling".
@@ -153,6 +183,11 @@ class ModelFamily(ABC):
         """
         return make_empty_component(self.source, self.spec.component("denoiser"), self.dtype)
 
+    @property
+    def max_prompt_tokens(self) -> int:
+        """Tokens of a prompt that these weights read; longer ones are cut."""
+        return self.spec.max_prompt_tokens
+
     def count_prompt_tokens(self, prompts: Sequence[str]) -> list[int] | None:
         """Tokens of each prompt before anything is cut, template included; None where the family cannot tell."""
         return None
@@ -162,7 +197,7 @@ class ModelFamily(ABC):
 
         A family with a template, or with limits of its own, adds them: they are part of the key of every cached prompt.
         """
-        return {"family": self.spec.family_class, "max_prompt_tokens": self.spec.max_prompt_tokens}
+        return {"family": self.spec.family_class, "max_prompt_tokens": self.max_prompt_tokens}
 
     def free_prompt_encoders(self) -> None:
         """Drop what `encode_prompts` loaded."""
@@ -258,3 +293,8 @@ def _enable(vae: nn.Module, mode: str) -> None:
         message = f"{type(vae).__name__}, the VAE of this model, has no {mode}"
         raise ConfigError(Problem(message, key=f"vae_enable_{mode}", fix="remove the key"))
     switch()
+
+
+def have_one_shape(rows: Sequence[Sequence[Tensor]]) -> bool:
+    """Whether all samples have tensors of the same shapes (references), so that they fit one batch."""
+    return len({tuple(each.shape for each in row) for row in rows}) <= 1

@@ -6,18 +6,22 @@ drawn, and hands latents back, which the family decodes: the same decoding for v
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
+from simpletuner.models.components import component_config
+
 if TYPE_CHECKING:
+    from PIL import Image
+
     from simpletuner.models.family import ModelFamily
 
 
-class LivePipeline(ABC):
-    """What `ModelFamily.pipeline` returns; each family says how its pipeline is called.
+class LivePipeline:
+    """What `ModelFamily.pipeline` returns; a family whose pipeline has arguments of its own makes a subclass.
 
     Args:
         pipeline: diffusers' pipeline, without encoders and VAE.
@@ -38,15 +42,24 @@ class LivePipeline(ABC):
     def scheduler(self, scheduler: Any) -> None:
         self.pipeline.scheduler = scheduler
 
-    @abstractmethod
     def prompt_arguments(
         self, prompts: Sequence[str], negative_prompts: Sequence[str] | None, guidance_scale: float
     ) -> dict[str, Any]:
         """What diffusers' pipeline is called with for these prompts: embeddings and guidance, no texts.
 
+        By default the family's names of its embeddings, and the same with `negative_` in front.
+
         Args:
-            negative_prompts: None leaves the choice to the family.
+            negative_prompts: None leads away from the family's dropped caption.
         """
+        family = self.family
+        arguments: dict[str, Any] = {"guidance_scale": guidance_scale}
+        negatives = negative_prompts or [family.spec.dropped_caption] * len(prompts)
+        for prefix, texts in (("", prompts), ("negative_", negatives)):
+            rows = [row.tensors for row in family.prompts.embeds(texts)]
+            for name in rows[0]:
+                arguments[prefix + name] = torch.stack([row[name] for row in rows]).to(family.device, family.dtype)
+        return arguments
 
     def pack(self, latents: Tensor) -> Tensor:
         """(B, C, h, w) -> latents as the pipeline has them; the family's `unpack_latents` is the inverse."""
@@ -94,8 +107,42 @@ class LivePipeline(ABC):
         pixels = self.family.decode_latents(self.vae, drawn.float())
         return ImagePipelineOutput(images=VaeImageProcessor().postprocess(pixels, output_type=output_type))
 
+    def encode_reference(self, picture: Image.Image, max_area: int) -> Tensor:
+        """(C, h, w) scaled latents of an input picture: the mean of what the VAE says, without its noise.
+
+        Args:
+            max_area: pixels; a larger picture is reduced, and all are cut to the family's multiple from the middle.
+        """
+        from diffusers.image_processor import VaeImageProcessor
+
+        from simpletuner.models.family import LatentMoments
+
+        if self.vae is None:
+            raise ValueError("this pipeline has no VAE, so it can take no references")
+        processor = VaeImageProcessor()
+        fitted = processor.pil_to_numpy(fit_picture(picture, max_area, self.family.spec.size_multiple))
+        with torch.autocast(self.family.device.type, enabled=False):
+            [moments] = self.family.encode_images(self.vae, processor.numpy_to_pt(fitted) * 2 - 1)
+        config = component_config(self.family.source, self.family.spec.component("vae"))
+        return self.family.latents_from_moments(LatentMoments(moments.mean), torch.Generator(), config)
+
     def save_pretrained(self, folder: Any, **options: Any) -> None:
         """Write the whole model in diffusers' layout, encoders and VAE included."""
         self.pipeline.register_modules(vae=self.vae, **self.family.encoders.everything())
         self.pipeline.save_pretrained(folder, **options)
         self.family.free_prompt_encoders()
+
+
+def fit_picture(picture: Image.Image, max_area: int, multiple: int) -> Image.Image:
+    """A picture of at most `max_area` pixels whose sides are multiples of `multiple`, cut from its middle."""
+    from PIL import Image
+
+    picture = picture.convert("RGB")
+    scale = min(1.0, (max_area / (picture.width * picture.height)) ** 0.5)
+    scale = max(scale, multiple / min(picture.size))
+    if scale != 1:
+        width, height = (max(multiple, round(side * scale)) for side in picture.size)
+        picture = picture.resize((width, height), Image.Resampling.LANCZOS)
+    width, height = (side // multiple * multiple for side in picture.size)
+    left, top = (picture.width - width) // 2, (picture.height - height) // 2
+    return picture.crop((left, top, left + width, top + height))

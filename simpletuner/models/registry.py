@@ -10,6 +10,7 @@ from simpletuner.errors import ConfigError, Problem
 from simpletuner.models.spec import FamilySpec
 
 FAMILIES: dict[str, str] = {
+    "flux": "simpletuner.models.flux.spec:FLUX",
     "sdxl": "simpletuner.models.sdxl.spec:SDXL",
     "omnigen": "simpletuner.models.omnigen.spec:OMNIGEN",
 }

@@ -32,7 +32,7 @@ def finish_run(run: Run, seconds: float) -> None:
     All processes take part where they hold parts of the weights; only the main one writes.
     """
     if run.family.num_cut_prompts:
-        limit = run.family.spec.max_prompt_tokens
+        limit = run.family.max_prompt_tokens
         text = f"{run.family.num_cut_prompts} prompts were longer than {limit} tokens and were cut"
         run.bus.emit(Notice("warning", text))
     outputs = save_weights(run)

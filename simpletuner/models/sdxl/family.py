@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from simpletuner.batch import Batch, PromptEmbeds, Sample
 from simpletuner.diffusion.ddpm import NoiseSchedule
 from simpletuner.diffusion.loss import Latents
-from simpletuner.models.components import component_config, model_index
+from simpletuner.models.components import model_index
 from simpletuner.models.family import Conditioning, ModelFamily, ReferenceSizes
 from simpletuner.models.live_pipeline import LivePipeline
 
@@ -26,10 +26,6 @@ ENCODERS = (("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2"))
 
 class SDXL(ModelFamily):
     """The base model; embeddings are the states before the last layer of both encoders, side by side."""
-
-    @cached_property
-    def scheduler_config(self) -> dict[str, Any]:
-        return component_config(self.source, self.spec.component("scheduler"))
 
     @cached_property
     def schedule(self) -> NoiseSchedule:
@@ -113,7 +109,7 @@ class SDXL(ModelFamily):
             force_zeros_for_empty_prompt=self.zeroes_empty_prompts,
             add_watermarker=False,
         )
-        return SDXLLivePipeline(self, pipeline, vae)
+        return LivePipeline(self, pipeline, vae)
 
 
 def time_ids(sample: Sample) -> tuple[int, ...]:
@@ -125,18 +121,3 @@ def time_ids(sample: Sample) -> tuple[int, ...]:
     crop = sample.crop
     left = crop.intermediate_width - crop.left - crop.width if sample.is_flipped else crop.left
     return sample.height, sample.width, crop.top, left, crop.height, crop.width
-
-
-class SDXLLivePipeline(LivePipeline):
-    """diffusers' pipeline; without a negative prompt it guides away from the empty one."""
-
-    def prompt_arguments(
-        self, prompts: Sequence[str], negative_prompts: Sequence[str] | None, guidance_scale: float
-    ) -> dict[str, Any]:
-        arguments: dict[str, Any] = {"guidance_scale": guidance_scale}
-        for prefix, texts in (("", prompts), ("negative_", negative_prompts or [""] * len(prompts))):
-            rows = self.family.prompts.embeds(texts)
-            for name in rows[0].tensors:
-                stacked = torch.stack([row.tensors[name] for row in rows])
-                arguments[f"{prefix}{name}"] = stacked.to(self.family.device, self.family.dtype)
-        return arguments

@@ -1,0 +1,90 @@
+"""What is known of FLUX.1 without loading it.
+
+Sources: black-forest-labs/flux; the released FLUX.1-dev, -schnell, -Krea-dev and -Kontext-dev; diffusers'
+`transformer_flux.py`, `pipeline_flux.py` and `pipeline_flux_kontext.py`.
+"""
+
+from __future__ import annotations
+
+from simpletuner.models.flux.keys import FLUX_KEYS
+from simpletuner.models.spec import AdaptableModule, Component, FamilySpec, Flavour
+
+_DOUBLE, _SINGLE = "transformer_blocks.*", "single_transformer_blocks.*"
+_ATTENTION = (
+    *(f"{_DOUBLE}.attn.to_{name}" for name in ("q", "k", "v", "out.0", "add_out")),
+    *(f"{_DOUBLE}.attn.add_{name}_proj" for name in "qkv"),
+    *(f"{_SINGLE}.attn.to_{name}" for name in "qkv"),
+)
+_FEED_FORWARD = (
+    *(f"{_DOUBLE}.{part}.net.{layer}" for part in ("ff", "ff_context") for layer in ("0.proj", "2")),
+    *(f"{_SINGLE}.{layer}" for layer in ("proj_mlp", "proj_out")),
+)
+_MODULATION = (f"{_DOUBLE}.norm1.linear", f"{_DOUBLE}.norm1_context.linear", f"{_SINGLE}.norm.linear")
+_NON_COMMERCIAL = "FLUX.1 [dev] Non-Commercial License"
+_DEV_PARAMETERS = 11_901_408_320
+
+
+def _flavour(name: str, repository: str, description: str, licence: str = _NON_COMMERCIAL) -> Flavour:
+    return Flavour(name, f"black-forest-labs/{repository}", description, licence, _DEV_PARAMETERS)
+
+
+FLUX = FamilySpec(
+    name="flux",
+    title="FLUX.1",
+    family_class="simpletuner.models.flux.family:Flux",
+    flavours={
+        flavour.name: flavour
+        for flavour in (
+            _flavour("dev", "FLUX.1-dev", "guidance-distilled, 12 billion parameters; gated"),
+            _flavour("krea", "FLUX.1-Krea-dev", "dev with a photographic look; gated"),
+            _flavour("kontext", "FLUX.1-Kontext-dev", "edits a reference picture; gated"),
+            _flavour("schnell", "FLUX.1-schnell", "draws in four steps; an adapter blurs that", "Apache-2.0"),
+        )
+    },
+    default_flavour="dev",
+    components=(
+        Component("transformer", "diffusers.FluxTransformer2DModel", "denoiser"),
+        Component("vae", "diffusers.AutoencoderKL", "vae"),
+        Component("text_encoder", "transformers.CLIPTextModel", "text_encoder"),
+        Component("text_encoder_2", "transformers.T5EncoderModel", "text_encoder"),
+        Component("tokenizer", "transformers.CLIPTokenizer", "tokenizer", "tokenizer_config.json"),
+        Component("tokenizer_2", "transformers.T5TokenizerFast", "tokenizer", "tokenizer_config.json"),
+        Component("scheduler", "diffusers.FlowMatchEulerDiscreteScheduler", "scheduler", "scheduler_config.json"),
+    ),
+    prediction_type="flow",
+    latent_channels=16,
+    vae_factor=8,
+    patch_size=2,
+    max_prompt_tokens=512,
+    max_references=1,
+    pipeline_class="FluxPipeline",
+    adaptable=(
+        AdaptableModule("FluxAttention", (f"{_DOUBLE}.attn", f"{_SINGLE}.attn")),
+        AdaptableModule("FeedForward", (f"{_DOUBLE}.ff", f"{_DOUBLE}.ff_context")),
+        AdaptableModule("FluxTransformerBlock", (_DOUBLE,)),
+        AdaptableModule("FluxSingleTransformerBlock", (_SINGLE,)),
+        AdaptableModule("AdaLayerNormZero", (f"{_DOUBLE}.norm1", f"{_DOUBLE}.norm1_context")),
+        AdaptableModule("AdaLayerNormZeroSingle", (f"{_SINGLE}.norm",)),
+        AdaptableModule("AdaLayerNormContinuous", ("norm_out",)),
+        AdaptableModule(
+            "Linear",
+            (
+                *(*_ATTENTION, *_FEED_FORWARD, *_MODULATION),
+                *("x_embedder", "context_embedder", "norm_out.linear", "proj_out"),
+                *(f"time_text_embed.{part}_embedder.linear_*" for part in ("timestep", "text", "guidance")),
+            ),
+        ),
+    ),
+    class_aliases={"Attention": "FluxAttention"},
+    default_lora_targets=_ATTENTION,
+    target_groups={"attention": _ATTENTION, "feed-forward": _FEED_FORWARD, "modulation": _MODULATION},
+    keys=FLUX_KEYS,
+    block_classes=("FluxTransformerBlock", "FluxSingleTransformerBlock"),
+    preview_decoder="madebyollin/taef1",
+    pipeline_options=("true_cfg_scale",),
+    defaults={
+        "validation_guidance": 3.5,
+        "validation_num_inference_steps": 28,
+        "validation_resolution": "1024x1024",
+    },
+)
