@@ -8,11 +8,12 @@ registry knows.
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
+import subprocess
 import sys
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -105,38 +106,43 @@ def _bits_of(base_precision: str, mixed_precision: str) -> int:
 # ---- the process ---------------------------------------------------------------------------------------------------
 
 
-async def estimates(project: Project, texts: Mapping[Path, str]) -> AsyncGenerator[Estimate, None]:
-    """What the other process says, as it says it; closing the iterator ends the process.
+class Estimating:
+    """The other process, at work. Iterating gives what it says, as it says it; `stop` ends it.
 
     Args:
         texts: of files that are not saved.
     """
-    places = project.places
-    told = {
-        "config": str(places.config),
-        "working_dir": str(places.working_dir),
-        "unsaved": {str(path): text for path, text in {**project.texts, **texts}.items()},
-    }
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "simpletuner.wizard.estimate"),
-        stdin=asyncio.subprocess.PIPE,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.DEVNULL,
-        cwd=places.working_dir,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
-    )
-    assert process.stdin is not None
-    assert process.stdout is not None
-    try:
-        process.stdin.write(json.dumps(told).encode())
-        process.stdin.close()
-        async for line in process.stdout:
-            if line.startswith(b"{"):
-                yield Estimate(**json.loads(line))
-    finally:
-        if process.returncode is None:
-            process.kill()
-        await process.wait()
+
+    def __init__(self, project: Project, texts: Mapping[Path, str]):
+        places = project.places
+        self._told = {
+            "config": str(places.config),
+            "working_dir": str(places.working_dir),
+            "unsaved": {str(path): text for path, text in {**project.texts, **texts}.items()},
+        }
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "simpletuner.wizard.estimate"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            cwd=places.working_dir,
+            env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        )
+
+    def __iter__(self) -> Iterator[Estimate]:
+        process = self._process
+        assert process.stdin is not None
+        assert process.stdout is not None
+        with process, suppress(BrokenPipeError):  # it was stopped before it was told
+            with process.stdin:
+                json.dump(self._told, process.stdin)
+            for line in process.stdout:
+                if line.startswith("{"):
+                    yield Estimate(**json.loads(line))
+
+    def stop(self) -> None:
+        self._process.kill()
 
 
 def main() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import aclosing
 from pathlib import Path
 
 from rich.text import Text
@@ -11,10 +10,11 @@ from textual import work
 from textual.app import ComposeResult
 from textual.containers import Horizontal, Vertical, VerticalScroll
 from textual.widgets import Button, Static
+from textual.worker import get_current_worker
 
 from simpletuner.hardware import Hardware
 from simpletuner.wizard.answers import Answers
-from simpletuner.wizard.estimate import Estimate, estimate_lines, estimates, rough_lines
+from simpletuner.wizard.estimate import Estimate, Estimating, estimate_lines, rough_lines
 from simpletuner.wizard.files import Verdict, diff_lines, judge, start_command, texts_for
 from simpletuner.wizard.project import Project
 
@@ -28,6 +28,7 @@ class Review(Vertical):
 
     verdict: Verdict | None = None
     estimated: tuple[Verdict, Estimate] | None = None
+    estimating: Estimating | None = None
 
     def compose(self) -> ComposeResult:
         yield Static(id="verdict")
@@ -50,23 +51,40 @@ class Review(Vertical):
         self.query_one("#diff", Static).update(diff or Text("(the files on the disk say the same)", "dim"))
         self.query_one("#estimate").display = self.verdict.run is not None
         if self.verdict.run is not None:
-            self.estimate(self.verdict, project, texts, answers.hardware)
+            self.start_estimate(self.verdict, project, texts, answers.hardware)
 
-    @work(group="estimate", exclusive=True)
-    async def estimate(self, verdict: Verdict, project: Project, texts: Mapping[Path, str], hardware: Hardware) -> None:
+    def start_estimate(self, verdict: Verdict, project: Project, texts: Mapping[Path, str], hardware: Hardware) -> None:
         """Show memory, time and disk as they become known; the same run is not asked about twice."""
         static = self.query_one("#estimate", Static)
         if self.estimated and self.estimated[0] == verdict:
             static.update(estimate_text(self.estimated[1], verdict, hardware))
             return
+        self.stop_estimate()
         self.estimated = None
         static.update(Text("memory, disk and time are being worked out ...", "dim"))
-        last = None
-        async with aclosing(estimates(project, texts)) as told:
-            async for last in told:
-                static.update(estimate_text(last, verdict, hardware))
-        if last and (last.error or last.seconds or last.why_no_time):
+        self.estimating = Estimating(project, texts)
+        self.estimate(self.estimating, verdict, hardware)
+
+    @work(group="estimate", exclusive=True, thread=True)
+    def estimate(self, estimating: Estimating, verdict: Verdict, hardware: Hardware) -> None:
+        """In a thread of its own."""
+        worker, last = get_current_worker(), None
+        for last in estimating:
+            if not worker.is_cancelled:
+                self.app.call_from_thread(self.show_estimate, last, verdict, hardware)
+        if last and not worker.is_cancelled:
             self.estimated = verdict, last
+
+    def show_estimate(self, found: Estimate, verdict: Verdict, hardware: Hardware) -> None:
+        self.query_one("#estimate", Static).update(estimate_text(found, verdict, hardware))
+
+    def stop_estimate(self) -> None:
+        if self.estimating is not None:
+            self.estimating.stop()
+
+    def on_unmount(self) -> None:
+        self.workers.cancel_group(self, "estimate")
+        self.stop_estimate()
 
 
 def verdict_text(verdict: Verdict, is_changed: bool, start: str) -> Text:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 from pathlib import Path
 
 import pytest
 
 from simpletuner.hardware import GIB
-from simpletuner.wizard.estimate import Estimate, estimate_lines, estimates, rough_lines
+from simpletuner.wizard.estimate import Estimate, Estimating, estimate_lines, rough_lines
 from simpletuner.wizard.files import judge, texts_for
 from simpletuner.wizard.project import open_project
 from tests.unit.wizard.projects import CONFIG, CPU, LARGE_GPU, SMALL_GPU, answers, new_folder
@@ -51,10 +50,13 @@ def test_a_model_that_is_not_here_is_not_fetched_for_an_estimate(folder: Path, m
     monkeypatch.setenv("HF_HOME", str(folder / "hub"))
     project = open_project(CONFIG, folder, CPU)
     given = answers(goal="style")
-
-    async def ask() -> list[Estimate]:
-        return [found async for found in estimates(project, texts_for(project, given))]
-
-    [found] = asyncio.run(ask())
+    [found] = Estimating(project, texts_for(project, given))
     assert "Shitao/OmniGen-v1-diffusers" in found.error
     assert not (folder / "config").exists()
+
+
+def test_an_estimate_that_nobody_waits_for_ends(folder: Path):
+    project = open_project(CONFIG, folder, CPU)
+    estimating = Estimating(project, texts_for(project, answers(goal="style")))
+    estimating.stop()
+    assert list(estimating) == []
