@@ -143,6 +143,9 @@ def generate(
     guidance: Annotated[float | None, typer.Option(help="Guidance scale; 1 is none.", min=0)] = None,
     seed: Annotated[int, typer.Option(help="Of the first picture; each further one counts up.", min=0)] = 42,
     count: Annotated[int, typer.Option(help="Pictures per prompt.", min=1)] = 1,
+    base_precision: Annotated[
+        str | None, typer.Option(help="Pack the model's weights, as base_model_precision does: int8-quanto, ...")
+    ] = None,
     output: Annotated[Path, typer.Option(help="Folder, or a .png file for a single picture.")] = Path("generated"),
 ) -> None:
     """Draw: simpletuner generate --prompt "..." [--model FOLDER | --config FILE | example=NAME] [--adapter FILE]
@@ -165,6 +168,8 @@ def generate(
         loaded = launch.load_arguments(context.args, os.environ, Path.cwd(), _say_aside, config, check_files=False)
         family = launch.family_of_run(loaded)
         defaults = launch.drawing_defaults(family.spec, loaded.config)
+    if base_precision is not None:
+        launch.pack_base(family, base_precision)
 
     from simpletuner.validation.generate import Drawing, generate_pictures
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -99,12 +99,14 @@ def chosen_environment(chosen: Mapping[str, str], environment: Mapping[str, str]
 
 def family_of_run(loaded: LoadedRun) -> ModelFamily:
     """The model of a configuration, on this machine's device."""
-    from simpletuner.training.devices import pick_device, weight_dtype
+    from simpletuner.training.devices import number_formats, pick_device, weight_dtype
     from simpletuner.training.preflight import check_model_folder, model_source
 
     check_model_folder(loaded)
     spec = get_spec(loaded.config.model_family)
-    return get_family_class(spec)(spec, model_source(loaded), pick_device(), weight_dtype(loaded.config))
+    family = get_family_class(spec)(spec, model_source(loaded), pick_device(), weight_dtype(loaded.config))
+    family.number_formats = number_formats(loaded.config)
+    return family
 
 
 def family_of_model(model: str, family_name: str | None) -> ModelFamily:
@@ -146,6 +148,23 @@ def family_of_export(source: Path, model: str | None, family_name: str | None) -
             Problem(f"no run.lock.json near {source} says which model it belongs to", key="--model", fix="add --model")
         )
     return family_of_model(model, family_name or facts.get("config", {}).get("model_family"))
+
+
+def pack_base(family: ModelFamily, precision: str) -> None:
+    """Let `family.load_base` pack its weights so.
+
+    Raises:
+        ConfigError: no such number format, or it does not work on this device.
+    """
+    from simpletuner.config.options import all_options
+    from simpletuner.precision.quantise import require_device
+
+    choices = all_options()["base_model_precision"].choices
+    if precision not in choices:
+        message = f'"{precision}" is no number format'
+        raise ConfigError(Problem(message, key="--base-precision", allowed=", ".join(choices)))
+    require_device(precision, family.device, family.dtype)
+    family.number_formats = replace(family.number_formats, base=precision)
 
 
 def spec_of_model(source: ModelSource) -> FamilySpec:

@@ -1,7 +1,7 @@
 """Layers that an adapter can sit on, seen through quantisation.
 
-A quantised layer has a class of its own (quanto's `QLinear`, bitsandbytes' `Linear4bit`) or a packed weight inside of a
-plain `Linear` (torchao). Presets and targets name the class that the layer had before, so that is what counts here.
+A quantised layer has a class of its own (`QuantisedLinear`, quanto's `QLinear`) or a packed weight inside of a plain
+`Linear` (torchao). Presets and targets name the class that the layer had before, so that is what counts here.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ def layer_class(module: nn.Module) -> str:
     from a quantisation library was something else before.
     """
     cls = type(module)
-    if is_adaptable(module) and cls.__module__.partition(".")[0] in QUANTISERS:
+    if is_adaptable(module) and cls.__module__.startswith(QUANTISERS):
         return next(base.__name__ for base in cls.__mro__ if base in ADAPTABLE_LAYERS)
     return cls.__name__
 
 
 # Packages whose layers take the place of torch's.
-QUANTISERS = frozenset({"optimum", "bitsandbytes", "torchao"})
+QUANTISERS = ("simpletuner.precision.", "optimum.", "bitsandbytes.", "torchao.")
 
 
 def num_rows(module: nn.Module) -> int:

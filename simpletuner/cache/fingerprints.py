@@ -69,6 +69,7 @@ def prompt_fingerprint(family: ModelFamily, memo: DigestMemo) -> str:
         },
         "tokenizers": {part.name: _tokenizer_digests(source, part, memo) for part in tokenizers},
         "facts": dict(family.prompt_facts()),
+        "precision": {part.name: family.encoders.precision(part.name) for part in encoders},
         **_arithmetic(family.device, family.dtype),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

@@ -31,6 +31,8 @@ from simpletuner.data.sampler import Sampler
 from simpletuner.models.components import make_empty_component
 from simpletuner.models.family import ModelFamily
 from simpletuner.optim.optimizers import build_optimizer
+from simpletuner.precision.mixed import DTYPES
+from simpletuner.precision.quantise import saved_bytes
 from simpletuner.training.preflight import check_model_folder
 from simpletuner.training.prepare import check_sizes, require_training
 from simpletuner.training.trainer import attach_adapter, build_family, build_sampler
@@ -178,11 +180,13 @@ class Shapes:
 def read_shapes(loaded: LoadedRun, family: ModelFamily, load: Load, embeds: Sequence[PromptEmbeds]) -> Shapes:
     """Build denoiser and adapter on `meta` as training builds them, and run one step's forward pass there."""
     config = loaded.config
-    computes_in = torch.float32 if config.mixed_precision == "no" else torch.bfloat16
+    computes_in = DTYPES[config.mixed_precision]
     empty = type(family)(family.spec, family.source, torch.device("meta"), family.dtype)
     denoiser = empty.empty_denoiser()
     count = sum(parameter.numel() for parameter in denoiser.parameters())
+    spec, formats = family.spec, family.number_formats
     frozen = num_bytes((*denoiser.parameters(), *denoiser.buffers()))
+    frozen -= saved_bytes(denoiser, formats.base, spec.block_classes, spec.unquantised)
     with torch.device("meta"):
         trained = attach_adapter(loaded, empty, denoiser).trainable_parameters()
     is_full = config.model_type == "full"
@@ -209,9 +213,9 @@ def memory_rows(loaded: LoadedRun, family: ModelFamily, shapes: Shapes, stays_va
         Row("EMA, float32", 4 * count if config.use_ema else 0),
         Row(f"activations{', checkpointed' * config.gradient_checkpointing}", kept),
     ]
-    if config.mixed_precision == "bf16":
+    if config.mixed_precision != "no":
         wide = [parameter for parameter in shapes.trained.values() if parameter.dtype == torch.float32]
-        rows.append(Row("bfloat16 copies of trained weights", 2 * sum(parameter.numel() for parameter in wide)))
+        rows.append(Row("16-bit copies of trained weights", 2 * sum(parameter.numel() for parameter in wide)))
     keeping = ("vae_cache_ondemand", "vae_cache_disable", "vae_cache_clear_each_epoch")
     if any(getattr(entry, key, None) for entry in loaded.datasets for key in keeping):
         vae = make_empty_component(family.source, family.spec.component("vae"), torch.float32)

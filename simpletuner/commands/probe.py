@@ -16,6 +16,7 @@ from simpletuner.config.loading import LoadedRun
 from simpletuner.models.family import ModelFamily
 from simpletuner.optim.clipping import clip_by_norm
 from simpletuner.optim.optimizers import build_optimizer
+from simpletuner.precision.mixed import autocast
 from simpletuner.training.step import compute_losses, draw_noise
 from simpletuner.training.trainer import attach_adapter
 
@@ -60,7 +61,7 @@ def time_steps(
         embeds: prompts to draw on, in turn.
     """
     config = loaded.config
-    denoiser = family.load_denoiser()
+    denoiser = family.load_base()
     adapter = attach_adapter(loaded, family, denoiser)
     denoiser.to(family.device).train()
     if config.gradient_checkpointing:
@@ -113,8 +114,7 @@ def _forward_and_backward(
     batch = empty_batch(family, load.height, load.width, prompts)
     batch = replace(batch, is_regularisation=load.is_regularisation)
     quantiles = torch.full((len(batch),), 0.5, dtype=torch.float64)
-    is_autocast = loaded.config.mixed_precision != "no"
-    with torch.autocast(family.device.type, dtype=torch.bfloat16, enabled=is_autocast):
+    with autocast(family.device, loaded.config.mixed_precision):
         losses = compute_losses(family, denoiser, batch, draw_noise(batch, 0, 0), quantiles, adapter.disabled)
     losses.weighted_sum.backward()
 

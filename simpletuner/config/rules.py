@@ -15,6 +15,7 @@ from simpletuner.config.datasets import ImageDataset, TextEmbedsDataset
 from simpletuner.config.draft import Draft
 from simpletuner.config.names import nearest
 from simpletuner.config.optimizer_rules import OPTIMIZER_NOTICES, OPTIMIZER_RULES
+from simpletuner.config.precision_rules import PRECISION_RULES
 from simpletuner.config.process_rules import PROCESS_RULES
 from simpletuner.config.validation_rules import VALIDATION_NOTICES, VALIDATION_RULES
 from simpletuner.errors import Problem
@@ -212,6 +213,7 @@ RULES: tuple[Rule, ...] = (
     *PROCESS_RULES,
     *VALIDATION_RULES,
     *OPTIMIZER_RULES,
+    *PRECISION_RULES,
 )
 
 

@@ -28,6 +28,7 @@ from simpletuner.models.components import (
 )
 from simpletuner.models.spec import FamilySpec
 from simpletuner.models.text_encoders import TextEncoders
+from simpletuner.precision.quantise import NumberFormats, quantise
 
 Conditioning = Mapping[str, Any]
 # Per prompt the (height, width) in pixels of each of its reference pictures.
@@ -84,6 +85,7 @@ class ModelFamily(ABC):
         prompts: where training, evaluation and pipelines take the embeddings of prompts from; the family's own
             encoders, until a cache takes their place.
         encoders: tokenizers and text encoders, for `encode_prompts` alone.
+        number_formats: how frozen weights are stored.
     """
 
     def __init__(self, spec: FamilySpec, source: ModelSource, device: torch.device, dtype: torch.dtype):
@@ -93,6 +95,7 @@ class ModelFamily(ABC):
         self.dtype = dtype
         self.prompts: PromptSource = EncodedPrompts(self)
         self.encoders = TextEncoders(self)
+        self.number_formats = NumberFormats()
 
     # ---- what each family writes -----------------------------------------------------------------------------------
 
@@ -168,6 +171,21 @@ class ModelFamily(ABC):
         """The denoiser in `self.dtype` on the CPU, in eval mode, without gradients."""
         denoiser = load_component(self.source, self.spec.component("denoiser"), self.dtype)
         return denoiser.eval().requires_grad_(False)
+
+    def load_base(self) -> nn.Module:
+        """The denoiser as it trains or draws: its blocks' weights packed as `number_formats` says.
+
+        Raises:
+            ConfigError: none of its layers can be packed.
+        """
+        formats = self.number_formats
+        return quantise(
+            self.load_denoiser(),
+            formats.base,
+            block_classes=self.spec.block_classes,
+            kept=self.spec.unquantised,
+            device=self.device if formats.packs_on_device else None,
+        )
 
     def load_vae(self) -> nn.Module:
         """The VAE in float32 (half precision adds noise to latents), in eval mode, on `self.device`."""

@@ -88,7 +88,8 @@ class FamilySpec:
             should be among them, for LyCORIS' presets are made of these.
         default_lora_targets: fnmatch patterns of the linears that standard LoRA adapts by default.
         keys: names of the denoiser's modules in kohya's and ComfyUI's files.
-        block_classes: repeated blocks, for checkpointing, FSDP and compile.
+        block_classes: repeated blocks, for checkpointing, FSDP and compile; quantisation packs their linear layers.
+        unquantised: fnmatch patterns of linear layers in them that are never packed.
         pipeline_class: name written to `model_index.json`.
         preview_decoder: hub id of the tiny autoencoder that decodes previews; a model folder may carry its own in
             `preview_decoder/`.
@@ -113,6 +114,7 @@ class FamilySpec:
     adaptable: tuple[AdaptableModule, ...]
     block_classes: tuple[str, ...]
     default_lora_targets: tuple[str, ...]
+    unquantised: tuple[str, ...] = ()
     class_aliases: Mapping[str, str] = field(default_factory=dict)
     target_groups: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     keys: KeyTable = field(default_factory=KeyTable)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from simpletuner.errors import DataError, Problem
 from simpletuner.models.components import component_folder, load_component
 from simpletuner.models.spec import Component
+from simpletuner.precision.quantise import quantise
 
 if TYPE_CHECKING:
     from simpletuner.models.family import ModelFamily
@@ -49,8 +50,16 @@ class TextEncoders:
 
             logging.disable_progress_bar()  # a bar over single tensors says nothing
             encoder = load_component(self.family.source, self._component(name), self.family.dtype)
-            self._encoders[name] = encoder.eval().requires_grad_(False).to(self.family.device)
+            formats, device = self.family.number_formats, self.family.device
+            encoder = encoder.eval().requires_grad_(False)
+            quantise(encoder, self.precision(name), device=device if formats.packs_on_device else None)
+            self._encoders[name] = encoder.to(device)
         return self._encoders[name]
+
+    def precision(self, name: str) -> str:
+        """The number format of the encoder in folder `name`: `text_encoder_1_precision` is the family's first."""
+        encoders = [part.name for part in self.family.spec.components if part.role == "text_encoder"]
+        return self.family.number_formats.of_encoder(encoders.index(name))
 
     def everything(self) -> dict[str, Any]:
         """Folder -> tokenizer or encoder, all of them: what a whole saved model needs."""

@@ -252,6 +252,7 @@ def write_checkpoint(run: Run, folder: Path, content: CheckpointContent) -> None
         {
             "version": __version__,
             "state": run.state.to_json(),
+            "loss_scale": run.loss_scale.to_json(),
             "optimizer": content.plain,
             "identity": run_identity(run),
             "eval_losses": losses_as_json(run.eval_losses),
@@ -298,6 +299,7 @@ def load_checkpoint(run: Run, path: Path) -> None:
             run.bus.emit(Notice("warning", f"{path.name} has no EMA; the average starts from its weights"))
             run.ema = EMA(parameters, run.ema.decay, run.ema.update_interval)
     run.state = TrainState.from_json(saved["state"])
+    run.loss_scale.load_json(saved["loss_scale"])
     run.eval_losses.update(losses_from_json(saved["eval_losses"]))
 
 
@@ -305,7 +307,7 @@ def read_state(path: Path) -> dict[str, Any]:
     """`training_state.json` of a checkpoint."""
     try:
         saved = json.loads((path / STATE_FILE).read_text())
-        saved["state"], saved["identity"], saved["optimizer"], saved["eval_losses"]
+        saved["state"], saved["loss_scale"], saved["identity"], saved["optimizer"], saved["eval_losses"]
     except (OSError, ValueError, KeyError) as error:
         raise DataError(
             Problem(

@@ -6,6 +6,8 @@ import torch
 
 from simpletuner.config.optimizers import OPTIMIZERS
 from simpletuner.config.options import TrainConfig
+from simpletuner.precision.mixed import DTYPES
+from simpletuner.precision.quantise import NumberFormats
 
 
 def pick_device() -> torch.device:
@@ -21,13 +23,29 @@ def weight_dtype(config: TrainConfig) -> torch.dtype:
     """Dtype of the denoiser's weights.
 
     Full training with an optimizer that neither rounds stochastically nor keeps what is lost keeps float32 weights and
-    computes in `mixed_precision`: in bfloat16 its updates would vanish.
+    computes in `mixed_precision`: in bfloat16 its updates would vanish. float16 never holds weights that train.
     """
-    if config.mixed_precision == "no":
+    if config.mixed_precision == "no" or config.base_model_default_dtype == "fp32":
         return torch.float32
-    if config.model_type == "full" and not OPTIMIZERS[config.optimizer].bf16_weights:
+    if config.model_type == "full" and (
+        config.mixed_precision == "fp16" or not OPTIMIZERS[config.optimizer].bf16_weights
+    ):
         return torch.float32
-    return torch.bfloat16
+    return DTYPES[config.mixed_precision]
+
+
+def number_formats(config: TrainConfig) -> NumberFormats:
+    """How the frozen weights of denoiser and text encoders are stored."""
+    return NumberFormats(
+        base=config.base_model_precision,
+        packs_on_device=config.quantize_via != "cpu",
+        encoders=(
+            config.text_encoder_1_precision,
+            config.text_encoder_2_precision,
+            config.text_encoder_3_precision,
+            config.text_encoder_4_precision,
+        ),
+    )
 
 
 def adapter_dtype(config: TrainConfig) -> torch.dtype:

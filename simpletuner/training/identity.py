@@ -17,7 +17,7 @@ from simpletuner.errors import ConfigError, Problem
 if TYPE_CHECKING:
     from simpletuner.training.run import Run
 
-FIXED_OPTIONS = ("model_family", "model_type", "lora_type", "optimizer")
+FIXED_OPTIONS = ("model_family", "model_type", "lora_type", "optimizer", "base_model_precision")
 # Decide, with the shapes, what the weights of standard LoRA mean.
 LORA_OPTIONS = ("lora_alpha", "lora_init_type")
 TOLD_OPTIONS = (

@@ -89,18 +89,21 @@ def train_window(run: Run, window: Window) -> StepOutcome:
     weight = max(run.world.sum([window.weight])[0], 1e-12)
     losses = [backward_micro_batch(run, window, micro_step, weight) for micro_step in range(len(window.batches))]
     run.placement.collect_gradients()
+    run.loss_scale.unscale(run.placement.parameters.values())
     outcome = summarise(run, window, losses)
     trained = [each for each, batch in zip(losses, window.batches, strict=True) if not batch.is_regularisation]
     run.loss_bins.add(step + 1, trained)
     state = run.state
-    if math.isfinite(outcome.loss) and math.isfinite(outcome.grad_norm):
+    is_finite = math.isfinite(outcome.loss) and math.isfinite(outcome.grad_norm)
+    is_overflow = run.loss_scale.update(is_finite)
+    if is_finite:
         set_learning_rate(run.optimizer, outcome.learning_rate)
         reseed_global(run.seed, "update", step)  # optimizers that round stochastically: the same in each process
         run.optimizer.step()
         if run.ema is not None:
             run.ema.update(run.adapter.trainable_parameters(), step + 1)
         state.skipped_steps = 0
-    else:
+    elif not is_overflow:
         state.skipped_steps += 1
     run.optimizer.zero_grad(set_to_none=True)
     state.global_step, state.epoch, state.position = step + 1, window.next_epoch, window.next_position
@@ -122,7 +125,7 @@ def backward_micro_batch(run: Run, window: Window, micro_step: int, weight: floa
     # Now, and not before the forward pass: a backward pass does not hold the interpreter, so a window can be built
     # beside it; beside a forward pass the two would wait for each other at each operation.
     run.batches.begin_next(window)
-    (losses.weighted_sum / weight).backward()
+    (losses.weighted_sum / weight * run.loss_scale.scale).backward()
     return losses
 
 

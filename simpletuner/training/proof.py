@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from simpletuner.adapters.files import check_saved_adapter
 from simpletuner.batch import Batch
 from simpletuner.models.family import ModelFamily
+from simpletuner.precision.quantise import copy_unpacked
 from simpletuner.randomness import keyed_generator
 from simpletuner.reporting.events import Notice
 from simpletuner.training.prompts import PROBE_PROMPT
@@ -41,7 +42,7 @@ def prove_adapter(run: Run, path: Path, reference: Tensor) -> None:
     Raises:
         DataError: the file is not what was trained.
     """
-    size = sum(parameter.numel() * parameter.element_size() for parameter in run.denoiser.parameters())
+    size = sum(parameter.numel() * parameter.element_size() for parameter in run.family.empty_denoiser().parameters())
     if psutil.virtual_memory().available < 1.5 * size:
         run.bus.emit(
             Notice("warning", f"{path.name} was not checked on a fresh model: that takes {size / 2**30:.1f} GiB")
@@ -50,6 +51,7 @@ def prove_adapter(run: Run, path: Path, reference: Tensor) -> None:
     family = type(run.family)(run.family.spec, run.family.source, torch.device("cpu"), run.family.dtype)
     family.prompts = run.family.prompts
     fresh = family.load_denoiser()
+    copy_unpacked(run.denoiser, fresh)  # public loaders know no packed weights; these are what was computed with
     check_saved_adapter(
         path,
         fresh,

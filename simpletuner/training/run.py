@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -20,11 +20,13 @@ from simpletuner.distributed.world import ALONE, World
 from simpletuner.models.family import ModelFamily
 from simpletuner.optim.ema import EMA
 from simpletuner.optim.schedules import scaled_learning_rate
+from simpletuner.precision.mixed import autocast
 from simpletuner.reporting.bus import EventBus
 from simpletuner.training.batches import BatchSource
 from simpletuner.training.checkpoint import Checkpoints
 from simpletuner.training.evaluation import EvalResult, Evaluator, evaluations_without_gain
 from simpletuner.training.loss_bins import LossBins
+from simpletuner.training.loss_scale import LossScale
 from simpletuner.training.signals import StopRequest
 from simpletuner.training.state import TrainState
 from simpletuner.validation.external import ExternalScript
@@ -104,6 +106,10 @@ class Run:
         return patience is not None and evaluations_without_gain(self.eval_losses) >= patience
 
     @cached_property
+    def loss_scale(self) -> LossScale:
+        return LossScale.of(self.config.mixed_precision)
+
+    @cached_property
     def peak_learning_rate(self) -> float:
         """What `lr_factor` multiplies."""
         return scaled_learning_rate(self.config, self.world.size)
@@ -115,6 +121,4 @@ class Run:
 
     def autocast(self) -> AbstractContextManager[None]:
         """Matrix products in `mixed_precision`; a no-op where it is `no`."""
-        if self.config.mixed_precision == "no":
-            return nullcontext()
-        return torch.autocast(self.family.device.type, dtype=torch.bfloat16)
+        return autocast(self.family.device, self.config.mixed_precision)

@@ -31,12 +31,13 @@ from simpletuner.models.registry import get_family_class, get_spec
 from simpletuner.optim.ema import EMA
 from simpletuner.optim.optimizers import build_optimizer
 from simpletuner.optim.schedules import LrFactor, build_schedule, scaled_learning_rate
+from simpletuner.precision.quantise import require_device
 from simpletuner.reporting.bus import EventBus
 from simpletuner.reporting.events import Notice, RunFailed, RunStarted
 from simpletuner.reporting.sinks import build_sinks
 from simpletuner.training.batches import BatchSource
 from simpletuner.training.checkpoint import Checkpoints, load_checkpoint, read_state
-from simpletuner.training.devices import adapter_dtype, pick_device, weight_dtype
+from simpletuner.training.devices import adapter_dtype, number_formats, pick_device, weight_dtype
 from simpletuner.training.evaluate import read_history
 from simpletuner.training.evaluation import Evaluator, losses_from_json
 from simpletuner.training.finish import finish_run
@@ -105,6 +106,7 @@ def build_run(loaded: LoadedRun, output_dir: Path, bus: EventBus, stop: StopRequ
         bus.emit(Notice("warning", line))
 
     family = build_family(loaded)
+    require_device(config.base_model_precision, family.device, family.dtype)
     datasets, sources = prepare_data(loaded, family, output_dir, bus, stop, world)
     training = [dataset for dataset in datasets if dataset.kind == "image"]
     sampler = build_sampler(loaded, training, world)
@@ -112,7 +114,7 @@ def build_run(loaded: LoadedRun, output_dir: Path, bus: EventBus, stop: StopRequ
     announce(loaded, family, datasets, output_dir, resume_from, total_steps, bus)
 
     with phase(bus, "loading the denoiser"):
-        denoiser = family.load_denoiser()
+        denoiser = family.load_base()
         adapter = attach_adapter(loaded, family, denoiser)
         for match in adapter.report:
             bus.emit(Notice("info", f"{match.entry} ({match.class_name}): {match.modules} modules"))
@@ -178,6 +180,7 @@ def build_family(loaded: LoadedRun) -> ModelFamily:
     device = pick_device()
     family = get_family_class(spec)(spec, model_source(loaded), device, weight_dtype(loaded.config))
     modes = {"slicing": loaded.config.vae_enable_slicing, "tiling": loaded.config.vae_enable_tiling}
+    family.number_formats = number_formats(loaded.config)
     family.vae_modes = tuple(mode for mode, is_on in modes.items() if is_on)
     return family
 

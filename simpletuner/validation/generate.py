@@ -63,7 +63,7 @@ def generate_pictures(
         ConfigError: a size that the family cannot draw.
     """
     requests = requests_of(drawing, family, say)
-    denoiser = family.load_denoiser()
+    denoiser = family.load_base()
     if adapter_file is not None:
         apply_adapter_file(denoiser, adapter_file, family.spec)
     denoiser.to(family.device).eval()

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
+
+from simpletuner.precision.mixed import autocast
 
 if TYPE_CHECKING:
     from simpletuner.models.family import ModelFamily
@@ -21,19 +23,13 @@ def undisturbed(denoiser: nn.Module, device: torch.device, mixed_precision: str)
     """Eval mode, no gradients, `mixed_precision`; afterwards modes and generators are as before."""
     modes = {module: module.training for module in denoiser.modules()}
     devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), torch.no_grad(), _autocast(device, mixed_precision):
+    with torch.random.fork_rng(devices=devices), torch.no_grad(), autocast(device, mixed_precision):
         denoiser.eval()
         try:
             yield
         finally:
             for module, was_training in modes.items():
                 module.training = was_training
-
-
-def _autocast(device: torch.device, mixed_precision: str) -> AbstractContextManager[Any]:
-    if mixed_precision == "no":
-        return nullcontext()
-    return torch.autocast(device.type, dtype=torch.bfloat16)
 
 
 def num_bytes(module: nn.Module) -> int:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from simpletuner.config.options.declare import OptionGroup, option
 from simpletuner.config.values import Bool, Text
 
-QUANTISATION = "quantised base models are not built yet; use no_change"
-QUANTISED_PRECISIONS = (
-    *("int8-quanto", "int4-quanto", "int2-quanto", "fp8-quanto", "fp8uz-quanto", "nf4-bnb"),
-    *("int8-torchao", "int4-torchao", "fp8-torchao", "fp8wo-torchao", "int8dq-torchao"),
-)
+NO_GRADIENT = "it quantises activations too, and torchao's layers then give no gradient; use int8-torchao"
+PIPELINE = "layers are packed one at a time, on cpu or accelerator; use accelerator"
+UNCALIBRATED = "quantised activations need ranges measured on sample batches, which is not built"
 
 Precision = Literal[
     "no_change",
@@ -29,34 +27,46 @@ Precision = Literal[
 ]
 
 
+def _encoder_precision(number: int) -> Any:
+    return option(
+        "no_change",
+        help=f"Number format of the linear layers of the family's text encoder {number}.",
+        planned_values={"int8dq-torchao": NO_GRADIENT},
+    )
+
+
 class PrecisionOptions(OptionGroup):
     """Precision"""
 
     mixed_precision: Literal["bf16", "no", "fp16", "fp8"] = option(
         "bf16",
-        help="Number format of the denoiser's weights and activations: `bf16`, or `no` for float32 (slower, twice the "
-        "memory). `adamw_bf16` rounds stochastically in bf16.",
+        help="Number format of products and frozen weights: `bf16`; `fp16` for cards without bf16, with a scaled loss; "
+        "`no` is float32 (slower, twice the memory). `adamw_bf16` rounds stochastically in bf16.",
         level="basic",
-        planned_values={"fp16": "float16 needs loss scaling, which is not built", "fp8": "fp8 training is not built"},
+        planned_values={"fp8": "products in float8 are not built; base_model_precision fp8-torchao stores weights so"},
     )
     base_model_precision: Precision = option(
         "no_change",
-        help="Store the frozen base model quantised, to save memory.",
-        planned_values=dict.fromkeys(QUANTISED_PRECISIONS, QUANTISATION),
+        help="Number format of the frozen base model: the linear layers of its blocks are packed, an adapter trains "
+        "beside them. `int8-quanto` halves the memory of bf16 and changes little; 4 bits take a quarter.",
+        level="basic",
+        planned_values={"int8dq-torchao": NO_GRADIENT},
     )
     quantize_via: Literal["cpu", "accelerator", "pipeline"] | None = option(
-        None, help="Where the base model is quantised.", planned=QUANTISATION
+        None,
+        help="Where layers are packed, one at a time: on the `accelerator` (faster, and the default), or on the `cpu`.",
+        planned_values={"pipeline": PIPELINE},
     )
-    quantize_activations: Bool = option(False, help="Quantise activations too.", planned=QUANTISATION)
-    base_model_default_dtype: Text | None = option(
-        None, help="Number format of what is not quantised.", planned=QUANTISATION
+    quantize_activations: Bool = option(False, help="Quantise activations too.", planned=UNCALIBRATED)
+    base_model_default_dtype: Literal["bf16", "fp32"] | None = option(
+        None,
+        help="Number format of frozen weights that are not packed, and from which packing starts. Unset: that of "
+        "`mixed_precision`.",
     )
-    text_encoder_1_precision: Text = option(
-        "no_change",
-        help="Quantise the first text encoder.",
-        planned="text encoders are freed before training",
-        neutral=("no_change",),
-    )
+    text_encoder_1_precision: Precision = _encoder_precision(1)
+    text_encoder_2_precision: Precision = _encoder_precision(2)
+    text_encoder_3_precision: Precision = _encoder_precision(3)
+    text_encoder_4_precision: Precision = _encoder_precision(4)
     vae_dtype: Literal["fp32", "bf16", "fp16"] = option(
         "fp32",
         help="Number format of the VAE.",

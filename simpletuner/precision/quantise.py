@@ -1,0 +1,127 @@
+"""Puts packed layers into a model in place of its linear ones: layer by layer, so that no second copy is ever whole."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from simpletuner.errors import ConfigError, Problem
+from simpletuner.precision.formats import WeightFormat, get_format
+from simpletuner.precision.linear import QuantisedLinear
+
+NO_CHANGE = "no_change"
+
+
+@dataclass(frozen=True)
+class NumberFormats:
+    """How frozen weights are stored.
+
+    Args:
+        base: `base_model_precision`.
+        packs_on_device: layers are packed where they will work, one at a time; else in main memory.
+        encoders: `text_encoder_N_precision`, in the order of the family's text encoders.
+    """
+
+    base: str = NO_CHANGE
+    packs_on_device: bool = True
+    encoders: tuple[str, ...] = ()
+
+    def of_encoder(self, index: int) -> str:
+        return self.encoders[index] if index < len(self.encoders) else NO_CHANGE
+
+
+def quantisable(
+    module: nn.Module, weight_format: WeightFormat, block_classes: Sequence[str] = (), kept: Sequence[str] = ()
+) -> Iterator[tuple[str, nn.Linear]]:
+    """Paths and layers that a format takes: linear layers inside of the repeated blocks, where nearly all weights are.
+
+    What stands before, between and behind the blocks (embeddings, time, the final projection) is small, and errors
+    there go into everything.
+
+    Args:
+        block_classes: class names of the repeated blocks; without any, the whole module counts.
+        kept: fnmatch patterns of paths that stay as they are.
+    """
+    blocks = [name for name, child in module.named_modules() if type(child).__name__ in block_classes]
+    for name, layer in module.named_modules():
+        if type(layer) is not nn.Linear or any(fnmatch.fnmatch(name, pattern) for pattern in kept):
+            continue
+        is_inside = not block_classes or any(name.startswith(f"{block}.") for block in blocks)
+        if is_inside and weight_format.fits(layer.out_features, layer.in_features):
+            yield name, layer
+
+
+def quantise(
+    module: nn.Module,
+    precision: str,
+    *,
+    block_classes: Sequence[str] = (),
+    kept: Sequence[str] = (),
+    device: torch.device | None = None,
+) -> nn.Module:
+    """Pack the linear layers of a frozen module; returns it. Before an adapter is attached, never after.
+
+    Args:
+        precision: a value of `base_model_precision`.
+        device: where layers are packed, and stay; None: where they are.
+
+    Raises:
+        ConfigError: no such format, or nothing in the module can be packed.
+    """
+    if precision == NO_CHANGE:
+        return module
+    weight_format = get_format(precision)
+    found = list(quantisable(module, weight_format, block_classes, kept))
+    if not found:
+        message = f"{precision} finds no layer of {type(module).__name__} that it can pack"
+        raise ConfigError(Problem(message, key="base_model_precision", fix="use another format, or no_change"))
+    for name, layer in found:
+        parent, _, child = name.rpartition(".")
+        setattr(module.get_submodule(parent), child, QuantisedLinear(layer.to(device), weight_format, name))
+    return module
+
+
+def quantised_layers(module: nn.Module) -> dict[str, QuantisedLinear]:
+    """The packed layers by the paths that they had in the plain model."""
+    return {layer.path: layer for layer in module.modules() if isinstance(layer, QuantisedLinear)}
+
+
+def copy_unpacked(quantised: nn.Module, plain: nn.Module) -> None:
+    """Give a plain copy of a model the weights that a quantised one computes with."""
+    for name, layer in quantised_layers(quantised).items():
+        own: Tensor = plain.get_submodule(name).weight  # type: ignore[assignment]
+        own.data.copy_(layer.unpacked(own.dtype))
+
+
+def saved_bytes(module: nn.Module, precision: str, block_classes: Sequence[str] = (), kept: Sequence[str] = ()) -> int:
+    """What packing a module of any device, `meta` too, would save."""
+    if precision == NO_CHANGE:
+        return 0
+    weight_format = get_format(precision)
+    return sum(
+        layer.weight.numel() * layer.weight.element_size()
+        - weight_format.num_bytes(layer.out_features, layer.in_features, layer.weight.element_size())
+        for _, layer in quantisable(module, weight_format, block_classes, kept)
+    )
+
+
+def require_device(precision: str, device: torch.device, dtype: torch.dtype) -> None:
+    """Pack, compute and differentiate a small layer on a device, before a large one is loaded for it.
+
+    Raises:
+        ConfigError: the device or its libraries cannot do this.
+    """
+    if precision == NO_CHANGE:
+        return
+    try:
+        layer = QuantisedLinear(nn.Linear(128, 64).to(device, dtype), get_format(precision))
+        x = torch.ones(2, 128, device=device, dtype=dtype, requires_grad=True)
+        layer(x).sum().backward()
+    except (RuntimeError, NotImplementedError, TypeError, ImportError, AssertionError, OSError) as error:
+        message = f"{precision} does not work on {device} here: {error}"
+        fix = "use int8-quanto or int8-torchao, which need nothing but torch"
+        raise ConfigError(Problem(message, key="base_model_precision", fix=fix)) from error

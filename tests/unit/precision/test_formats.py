@@ -1,0 +1,189 @@
+"""Packed weights: as small as promised, the libraries' own numbers, and gradients of what was computed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from simpletuner.config.options import all_options
+from simpletuner.errors import ConfigError
+from simpletuner.precision.formats import get_format, pack_bits, unpack_bits
+from simpletuner.precision.linear import QuantisedLinear
+from simpletuner.precision.quantise import quantise, quantised_layers, require_device, saved_bytes
+
+# Bits per weight of a 256 x 512 matrix in bfloat16, scales included, and the relative error of normal weights.
+PROMISED = {
+    "int8-quanto": (8.04, 0.009),
+    "int8-torchao": (8.07, 0.009),
+    "fp8-quanto": (8.04, 0.03),
+    "fp8uz-quanto": (8.04, 0.03),
+    "fp8-torchao": (8.07, 0.03),
+    "fp8wo-torchao": (8.07, 0.03),
+    "int4-quanto": (4.26, 0.12),
+    "int4-torchao": (4.26, 0.12),
+    "nf4-bnb": (4.51, 0.11),
+    "int2-quanto": (2.26, 0.55),
+}
+
+
+def layer(dtype: torch.dtype = torch.bfloat16, columns: int = 512, rows: int = 256) -> nn.Linear:
+    torch.manual_seed(0)
+    made = nn.Linear(columns, rows).to(dtype)
+    nn.init.normal_(made.weight, std=0.02)
+    return made
+
+
+def test_every_value_of_the_option_is_a_format() -> None:
+    assert set(all_options()["base_model_precision"].choices) == {*PROMISED, "no_change"}
+
+
+@pytest.mark.parametrize("name", PROMISED)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_weight_is_as_small_and_as_near_as_promised(name: str, dtype: torch.dtype) -> None:
+    plain = layer(dtype)
+    packed = QuantisedLinear(plain, get_format(name))
+    size = sum(part.nbytes for part in packed.parts.values())
+    bits, error = PROMISED[name]
+    assert size == get_format(name).num_bytes(256, 512, dtype.itemsize)
+    if dtype == torch.bfloat16:
+        assert size * 8 / plain.weight.numel() == pytest.approx(bits, abs=0.03)
+    assert not [name for name, _ in packed.named_parameters() if name != "bias"]
+    difference = (packed.weight - plain.weight).float().norm() / plain.weight.float().norm()
+    assert difference < error
+
+
+def by_library(name: str, weight: Tensor) -> Tensor:
+    """What the library's own tensor says that it stands for."""
+    from optimum.quanto import AbsmaxOptimizer, qtypes
+    from optimum.quanto.tensor import quantize_weight
+
+    if name in ("int8-quanto", "fp8-quanto"):
+        qtype = qtypes["qint8" if name.startswith("int8") else "qfloat8_e4m3fn"]
+        scale = AbsmaxOptimizer()(weight, qtype=qtype, axis=0)
+        return quantize_weight(weight, qtype=qtype, axis=0, scale=scale, optimized=False).dequantize()
+    if name == "nf4-bnb":
+        from bitsandbytes.nn import Params4bit
+
+        quantised = Params4bit(weight, quant_type="nf4", compress_statistics=False, blocksize=64).to("cpu")
+        from bitsandbytes.functional import dequantize_4bit
+
+        return dequantize_4bit(quantised.data, quantised.quant_state)
+    from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
+
+    made = nn.Linear(weight.shape[1], weight.shape[0], bias=False).to(weight.dtype)
+    made.weight.data.copy_(weight)
+    quantize_(made, Int8WeightOnlyConfig() if name.startswith("int8") else Float8WeightOnlyConfig())
+    return made.weight.dequantize()
+
+
+@pytest.mark.parametrize("name", ["int8-quanto", "fp8-quanto", "int8-torchao", "fp8-torchao", "nf4-bnb"])
+def test_the_numbers_are_the_library_s_own(name: str) -> None:
+    plain = layer(torch.float32)
+    packed = QuantisedLinear(plain, get_format(name))
+    torch.testing.assert_close(packed.weight, by_library(name, plain.weight.detach()), rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize(("name", "bits"), [("int4-quanto", 4), ("int2-quanto", 2)])
+def test_four_and_two_bits_are_those_of_quanto(name: str, bits: int) -> None:
+    """By quanto's formula: rounded (weight + shift) / scale, with the shift and scale of its optimizer."""
+    from optimum.quanto import MaxOptimizer, qtypes
+
+    weight = layer(torch.float32).weight.detach()
+    scale, shift = MaxOptimizer()(weight, qtype=qtypes[f"qint{bits}"], axis=0, group_size=128)
+    rounded = torch.clamp(torch.round((weight.reshape(-1, 128) + shift) / scale), 0, 2**bits - 1)
+    packed = QuantisedLinear(layer(torch.float32), get_format(name))
+    torch.testing.assert_close(packed.weight, (rounded * scale - shift).view_as(weight), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_bits_survive_packing(bits: int) -> None:
+    values = torch.randint(0, 2**bits, (5, 24), dtype=torch.uint8)
+    assert pack_bits(values, bits).shape == (5, 24 * bits // 8)
+    assert torch.equal(unpack_bits(pack_bits(values, bits), bits), values)
+
+
+@pytest.mark.parametrize("name", PROMISED)
+def test_output_and_gradient_are_those_of_the_unpacked_weight(name: str) -> None:
+    plain = layer(torch.float32)
+    packed = QuantisedLinear(plain, get_format(name))
+    x = torch.randn(2, 3, 512)
+    ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
+    output, expected = packed(ours), nn.functional.linear(theirs, packed.weight, plain.bias)
+    torch.testing.assert_close(output, expected)
+    torch.testing.assert_close(
+        torch.autograd.grad(output.square().sum(), ours), torch.autograd.grad(expected.square().sum(), theirs)
+    )
+    # And that of the plain layer within the error of the format.
+    exact = torch.autograd.grad(plain(theirs).square().sum(), theirs)[0]
+    found = torch.autograd.grad(packed(ours).square().sum(), ours)[0]
+    assert (found - exact).norm() < 1.6 * PROMISED[name][1] * exact.norm()
+
+
+def test_the_backward_pass_keeps_no_copy_of_weight_or_input() -> None:
+    packed = QuantisedLinear(layer(), get_format("int8-quanto"))
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
+        packed(torch.randn(4, 512, dtype=torch.bfloat16, requires_grad=True))
+    assert saved == []
+
+
+def test_products_are_those_of_autocast() -> None:
+    packed = QuantisedLinear(layer(torch.float32), get_format("int8-quanto"))
+    x = torch.randn(4, 512, requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = packed(x)
+    assert output.dtype == torch.bfloat16
+    output.float().sum().backward()
+    assert x.grad is not None
+    assert x.grad.dtype == torch.float32
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.gate, self.odd = nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(63, 64)
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.blocks = nn.Linear(64, 64), nn.ModuleList([Block(), Block()])
+
+
+def test_only_layers_of_blocks_that_a_format_takes_are_packed() -> None:
+    model = quantise(Model(), "int4-quanto", block_classes=("Block",), kept=("*.gate",))
+    assert list(quantised_layers(model)) == ["blocks.0.query", "blocks.1.query"]
+    assert list(quantised_layers(quantise(Model(), "int8-quanto"))) == [
+        "embed", *(f"blocks.{index}.{name}" for index in (0, 1) for name in ("query", "gate", "odd"))
+    ]  # fmt: skip
+
+
+def test_a_model_without_such_layers_is_refused() -> None:
+    with pytest.raises(ConfigError, match="finds no layer"):
+        quantise(Model(), "int8-quanto", block_classes=("Elsewhere",))
+
+
+@pytest.mark.parametrize("name", PROMISED)
+def test_what_packing_saves_is_known_from_shapes(name: str) -> None:
+    def num_bytes(module: nn.Module) -> int:
+        return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
+
+    plain = num_bytes(Model())
+    with torch.device("meta"):
+        foreseen = saved_bytes(Model(), name, block_classes=("Block",))
+    assert num_bytes(quantise(Model(), name, block_classes=("Block",))) == plain - foreseen
+
+
+@pytest.mark.parametrize("name", PROMISED)
+def test_every_format_works_on_the_processor(name: str) -> None:
+    require_device(name, torch.device("cpu"), torch.bfloat16)
+
+
+def test_a_device_that_cannot_is_named_with_a_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def cannot(self: object, weight: Tensor) -> dict[str, Tensor]:
+        raise NotImplementedError("no float8 on this device")
+
+    monkeypatch.setattr("simpletuner.precision.quanto.QuantoBytes.pack", cannot)
+    with pytest.raises(ConfigError, match=r"(?s)fp8-quanto does not work on cpu.*no float8.*int8-torchao"):
+        require_device("fp8-quanto", torch.device("cpu"), torch.bfloat16)
