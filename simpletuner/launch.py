@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from simpletuner.config.discovery import find_config
 from simpletuner.errors import ConfigError, Problem
 from simpletuner.examples import DEFAULT_EXAMPLE, example_dir
-from simpletuner.models.registry import FAMILIES, get_family_class, get_spec, load_dotted
+from simpletuner.models.registry import all_specs, get_family_class, get_spec
 
 if TYPE_CHECKING:
     from simpletuner.config.loading import LoadedRun
@@ -175,15 +175,15 @@ def spec_of_model(source: ModelSource) -> FamilySpec:
     """
     index = Path(source.model) / "model_index.json"
     pipeline = json.loads(index.read_text(encoding="utf-8")).get("_class_name") if index.is_file() else None
-    for path in FAMILIES.values():
-        spec: FamilySpec = load_dotted(path)
-        if spec.pipeline_class == pipeline:
+    specs, _ = all_specs()
+    for spec in specs:
+        if pipeline in (spec.pipeline_class, *spec.pipeline_aliases):
             return spec
     raise ConfigError(
         Problem(
             f"cannot tell the family of {source.model} from its model_index.json",
             key="--model-family",
-            allowed=", ".join(sorted(FAMILIES)),
+            allowed=", ".join(spec.name for spec in specs),
             fix="add --model-family",
         )
     )

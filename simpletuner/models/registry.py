@@ -1,48 +1,119 @@
-"""The model families that exist, by name. One line per family; importing this imports no torch."""
+"""The model families that exist, by name: those of this package, and those that other packages bring.
+
+Another package offers a family by an entry point of the group `simpletuner.families`, whose name is the family's and
+whose value is `package.module:SPEC`. Importing this imports no torch, and no package is searched before a name is asked
+for that is not among our own. A package that fails to load is an error for whoever asks for its family, and a line for
+all others.
+"""
 
 from __future__ import annotations
 
 import difflib
+import functools
 import importlib
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from simpletuner.errors import ConfigError, Problem
 from simpletuner.models.spec import FamilySpec
 
+ENTRY_POINTS = "simpletuner.families"
+
+# One line per family. The first is what the wizard proposes.
 FAMILIES: dict[str, str] = {
-    "flux": "simpletuner.models.flux.spec:FLUX",
-    "sdxl": "simpletuner.models.sdxl.spec:SDXL",
     "omnigen": "simpletuner.models.omnigen.spec:OMNIGEN",
+    "sdxl": "simpletuner.models.sdxl.spec:SDXL",
+    "flux": "simpletuner.models.flux.spec:FLUX",
 }
 
 
 def family_names() -> list[str]:
-    return sorted(FAMILIES)
+    """Our own families first, then those of other packages by name; none of them is loaded."""
+    return [*FAMILIES, *sorted(plugins().keys() - FAMILIES.keys())]
 
 
 def get_spec(name: str) -> FamilySpec:
     """The facts of a family.
 
     Raises:
-        ConfigError: unknown name; suggests the nearest and lists all.
+        ConfigError: unknown name; suggests the nearest and lists all. Or a package's family that cannot be loaded.
     """
-    if name not in FAMILIES:
-        near = difflib.get_close_matches(name, FAMILIES, n=1)
-        hint = f'did you mean "{near[0]}"?' if near else None
-        raise ConfigError(
-            Problem(
-                f'"{name}" is not a known model family', key="model_family", allowed=", ".join(family_names()), fix=hint
-            )
+    if name in FAMILIES:
+        return load_dotted(FAMILIES[name])
+    if name in plugins():
+        return load_plugin(plugins()[name])
+    near = difflib.get_close_matches(name, family_names(), n=1)
+    hint = f'did you mean "{near[0]}"?' if near else None
+    raise ConfigError(
+        Problem(
+            f'"{name}" is not a known model family', key="model_family", allowed=", ".join(family_names()), fix=hint
         )
-    return load_dotted(FAMILIES[name])
+    )
+
+
+def all_specs() -> tuple[list[FamilySpec], list[str]]:
+    """The facts of every family that can be loaded, and one line for each package that fails."""
+    specs, failures = [], []
+    for name in family_names():
+        try:
+            specs.append(get_spec(name))
+        except ConfigError as error:
+            failures.append(error.render())
+    shadowed = sorted(plugins().keys() & FAMILIES.keys())
+    failures += [f"{_origin(plugins()[name])} brings a family {name} too; ours is used" for name in shadowed]
+    return specs, failures
+
+
+@functools.cache
+def plugins() -> dict[str, EntryPoint]:
+    """Name -> entry point of the families of other packages; of several with one name the first package's."""
+    found: dict[str, EntryPoint] = {}
+    for entry in sorted(entry_points(group=ENTRY_POINTS), key=_origin):
+        found.setdefault(entry.name, entry)
+    return found
+
+
+def load_plugin(entry: EntryPoint) -> FamilySpec:
+    """The facts of another package's family.
+
+    Raises:
+        ConfigError: the package fails, or what it offers is no `FamilySpec` of that name.
+    """
+    try:
+        spec = entry.load()
+    except Exception as error:
+        raise _broken(entry, f"{type(error).__name__}: {error}") from error
+    if not isinstance(spec, FamilySpec):
+        raise _broken(entry, f"{entry.value} is no FamilySpec")
+    if spec.name != entry.name:
+        raise _broken(entry, f'{entry.value} calls itself "{spec.name}"')
+    return spec
 
 
 def get_family_class(spec: FamilySpec) -> Any:
-    """The `ModelFamily` subclass of a spec; imports torch and the family's code."""
-    return load_dotted(spec.family_class)
+    """The `ModelFamily` subclass of a spec; imports torch and the family's code.
+
+    Raises:
+        ConfigError: another package's class cannot be imported.
+    """
+    if spec.name in FAMILIES or spec.name not in plugins():
+        return load_dotted(spec.family_class)
+    try:
+        return load_dotted(spec.family_class)
+    except Exception as error:
+        raise _broken(plugins()[spec.name], f"{spec.family_class}: {type(error).__name__}: {error}") from error
 
 
 def load_dotted(path: str) -> Any:
     """The object at `package.module:name`."""
     module, _, name = path.partition(":")
     return getattr(importlib.import_module(module), name)
+
+
+def _origin(entry: EntryPoint) -> str:
+    return f"{entry.dist.name} {entry.dist.version}" if entry.dist else entry.value
+
+
+def _broken(entry: EntryPoint, what: str) -> ConfigError:
+    message = f"the family {entry.name} of the package {_origin(entry)} cannot be loaded: {what}"
+    return ConfigError(Problem(message, key="model_family", fix="repair, update or remove that package"))

@@ -95,6 +95,7 @@ class FamilySpec:
             `preview_decoder/`.
         pipeline_options: arguments that the family's pipeline takes beyond those of the contract: `guidance_rescale`,
             `true_cfg_scale`.
+        pipeline_aliases: other pipelines whose models are of this family, by the name in `model_index.json`.
         defaults: option -> default that differs for this family.
         unusable_options: option -> (neutral values, reason): refused unless they hold a neutral value.
     """
@@ -125,6 +126,7 @@ class FamilySpec:
     dropped_caption: str = ""
     preview_decoder: str | None = None
     pipeline_options: tuple[str, ...] = ()
+    pipeline_aliases: tuple[str, ...] = ()
     defaults: Mapping[str, Any] = field(default_factory=dict)
     unusable_options: Mapping[str, tuple[tuple[Any, ...], str]] = field(default_factory=dict)
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from simpletuner.hardware import GIB
-from simpletuner.models.registry import family_names, get_spec
+from simpletuner.models.registry import all_specs
 from simpletuner.models.spec import Flavour
 from simpletuner.wizard.answers import GOALS, Answers
 from simpletuner.wizard.plan import Plan
@@ -50,7 +50,7 @@ def _set_family(answers: Answers, name: str) -> Answers:
 
 
 def _family_choices(answers: Answers) -> Choices:
-    specs = [get_spec(name) for name in family_names()]
+    specs, _ = all_specs()  # of a broken package `simpletuner models` tells
     return [(spec.name, f"{spec.title}: {spec.flavours[spec.default_flavour].description}") for spec in specs]
 
 

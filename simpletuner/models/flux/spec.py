@@ -58,6 +58,7 @@ FLUX = FamilySpec(
     max_prompt_tokens=512,
     max_references=1,
     pipeline_class="FluxPipeline",
+    pipeline_aliases=("FluxKontextPipeline",),
     adaptable=(
         AdaptableModule("FluxAttention", (f"{_DOUBLE}.attn", f"{_SINGLE}.attn")),
         AdaptableModule("FeedForward", (f"{_DOUBLE}.ff", f"{_DOUBLE}.ff_context")),
