@@ -135,10 +135,15 @@ class LossBySigma(Event):
 
 @dataclass(frozen=True)
 class CheckpointSaved(Event):
-    """A checkpoint is complete and verified at `path`."""
+    """A checkpoint is complete and verified at `path`.
+
+    Args:
+        eval_loss: of `checkpoint-best`, which a better one replaces at any time; None for numbered checkpoints.
+    """
 
     step: int
     path: Path | str
+    eval_loss: float | None = None
 
 
 @dataclass(frozen=True)

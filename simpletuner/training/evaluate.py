@@ -43,7 +43,7 @@ def evaluate(run: Run) -> None:
         storage.write_json(run.output_dir / HISTORY_FILE, losses_as_json(run.eval_losses))
     if run.config.checkpoint_keep_best and step > 0 and best_step(run.eval_losses) == step:
         path = run.checkpoints.save_best(run, run.eval_losses[step])
-        run.bus.emit(CheckpointSaved(step=step, path=path))
+        run.bus.emit(CheckpointSaved(step=step, path=path, eval_loss=run.eval_losses[step]))
     if run.is_stopped_early:
         count = run.config.early_stopping_patience
         text = f"the run ends at step {step}: {count} evaluations in a row brought no eval loss below "
@@ -58,11 +58,11 @@ def reference_result(run: Run, result: EvalResult) -> EvalResult | None:
     """
     assert run.evaluator is not None
     if run.eval_reference is None:
-        if run.adapter.can_be_disabled:
+        if run.state.global_step == 0 and run.config.init_lora is None:
+            run.eval_reference = result  # an adapter starts as no change at all
+        elif run.adapter.can_be_disabled:
             with run.adapter.disabled():
                 run.eval_reference = run.evaluator.run(run.denoiser)
-        elif run.state.global_step == 0:
-            run.eval_reference = result
     return run.eval_reference
 
 

@@ -166,6 +166,8 @@ def describe(event: Event) -> list[str]:
         return [f"eval loss at step {event.step}: {event.pooled:.4f}" + (f" ({'; '.join(notes)})" if notes else "")]
     if isinstance(event, PicturesScored):
         return [f"{event.metric} score at step {event.step}: {event.mean:.2f} ({len(event.scores)} pictures)"]
+    if isinstance(event, CheckpointSaved) and event.eval_loss is not None:
+        return [f"best checkpoint so far saved at step {event.step}, eval loss {event.eval_loss:.4f}: {event.path}"]
     if isinstance(event, CheckpointSaved):
         return [f"checkpoint saved at step {event.step}: {event.path}"]
     if isinstance(event, Notice):

@@ -10,6 +10,7 @@ import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import PurePath
 from typing import Any, NamedTuple
 
 from simpletuner.config.webhooks import Severity
@@ -152,7 +153,7 @@ def _sorted_by_noise(event: LossBySigma) -> list[Message]:
 
 
 def _saved(event: CheckpointSaved) -> list[Message]:
-    checkpoint = {"path": str(event.path), "label": f"checkpoint-{event.step}", "step": event.step}
+    checkpoint = {"path": str(event.path), "label": PurePath(event.path).name, "step": event.step}
     title = f"checkpoint at step {event.step}"
     data = {"step": event.step, "checkpoint": checkpoint}
     return [Message("training.checkpoint", "info", title, str(event.path), data, must_arrive=True)]
