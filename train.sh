@@ -5,7 +5,7 @@
 #   ./train.sh --max_train_steps=50  options of the configuration can be given here
 #
 # PYTHON chooses the interpreter, VENV_PATH another place for the environment, EXTRAS what else to install
-# (cuda, cuda13, rocm, apple: quantisation; see README.md).
+# (several with commas; documentation/INSTALL.md lists them).
 set -euo pipefail
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
