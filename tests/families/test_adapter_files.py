@@ -6,13 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from simpletuner.adapters.files import check_saved_adapter
 from simpletuner.adapters.formats import FORMATS, encode
 from simpletuner.adapters.layers import is_adaptable
 from simpletuner.adapters.lora import LoraSettings, attach_lora
-from simpletuner.adapters.reading import adapter_from_tensors
+from simpletuner.adapters.lycoris import attach_lycoris
+from simpletuner.adapters.reading import adapter_from_tensors, read_adapter
 from simpletuner.adapters.weights import ALPHA, DOWN, UP, AdapterWeights
+from simpletuner.errors import ConfigError
 from simpletuner.models.components import ModelSource
 from simpletuner.models.family import ModelFamily
 from simpletuner.models.registry import family_names, get_family_class, get_spec
@@ -70,3 +73,28 @@ def test_every_layer_keeps_its_weights_through_every_format(family: ModelFamily,
             for m in (module, read[path])
         )
         torch.testing.assert_close(again, product, rtol=0, atol=1e-4, msg=path)
+
+
+@pytest.mark.parametrize("algo", ["lokr", "loha"])
+def test_other_algorithms_keep_their_output_in_every_format_that_can_hold_them(
+    family: ModelFamily, algo: str, tmp_path: Path
+) -> None:
+    """In kohya's and ComfyUI's names where no layer is a part of another matrix there; else by name a refusal."""
+    denoiser = family.load_denoiser()
+    lycoris = {"algo": algo, "linear_dim": 2, "linear_alpha": 3, "factor": 2, "preset": "attn-mlp"}
+    adapter = attach_lycoris(denoiser, lycoris, family.spec, torch.float32, seed=0)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in adapter.trainable_parameters().values():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    reference = probe_output(family, denoiser.eval())
+    adapter.save(tmp_path / "source.safetensors", {})
+    weights = read_adapter(tmp_path / "source.safetensors", family.spec, family.load_denoiser())
+    is_apart = all(len(family.spec.keys.original(path).parts) == 1 for path in weights.modules)
+    for file_format in ("lycoris", "kohya", "comfyui") if is_apart else ("lycoris",):
+        fresh, path = family.load_denoiser(), tmp_path / f"{file_format}.safetensors"
+        save_file(encode(weights, family.spec, file_format, fresh), path)
+        check_saved_adapter(path, fresh, family.spec, lambda model: probe_output(family, model), reference)
+    if not is_apart:
+        with pytest.raises(ConfigError, match="only a plain LoRA can be moved there"):
+            encode(weights, family.spec, "kohya", denoiser)

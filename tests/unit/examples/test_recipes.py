@@ -23,7 +23,7 @@ def test_a_recipe_is_accepted_as_it_stands(name: str):
     assert loaded.warnings == ()
     assert loaded.config.model_family == name.partition("-")[0]
     own = [loaded.config_file, loaded.data_file, loaded.config.user_prompt_library]
-    own += [loaded.lycoris_file] if loaded.config.model_type == "lora" else []
+    own += [loaded.lycoris_file] if loaded.config.model_type == "lora" and loaded.config.lora_type == "lycoris" else []
     assert all(path is not None and path.parent == RECIPES / name for path in own)
     assert any(entry.dataset_type == "eval" for entry in loaded.datasets)
 
