@@ -391,6 +391,17 @@ def monitor(
     run_monitor(output_dir, host, port, token, lambda line: print(line, flush=True))
 
 
+@app.command(short_help="The model families: flavours, licences, sizes, what each supports.")
+def models(
+    name: Annotated[str | None, typer.Argument(help="A family; without one all are listed.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """List the model families that can be trained, those of other packages included."""
+    from simpletuner.commands.models import show_models
+
+    show_models(name, as_json, print, _say_aside)
+
+
 @examples_app.command("list")
 def list_examples() -> None:
     """List the shipped examples."""

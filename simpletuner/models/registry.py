@@ -11,11 +11,13 @@ from __future__ import annotations
 import difflib
 import functools
 import importlib
-from importlib.metadata import EntryPoint, entry_points
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from simpletuner.errors import ConfigError, Problem
 from simpletuner.models.spec import FamilySpec
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
 
 ENTRY_POINTS = "simpletuner.families"
 
@@ -67,6 +69,8 @@ def all_specs() -> tuple[list[FamilySpec], list[str]]:
 @functools.cache
 def plugins() -> dict[str, EntryPoint]:
     """Name -> entry point of the families of other packages; of several with one name the first package's."""
+    from importlib.metadata import entry_points  # twenty milliseconds that `--help` need not wait for
+
     found: dict[str, EntryPoint] = {}
     for entry in sorted(entry_points(group=ENTRY_POINTS), key=_origin):
         found.setdefault(entry.name, entry)

@@ -1,0 +1,117 @@
+"""Families by name: our own, and those that other packages bring by entry points."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from simpletuner.errors import ConfigError
+from simpletuner.models import registry
+from simpletuner.models.registry import all_specs, family_names, get_family_class, get_spec
+from tests.families.auraflow.spec import AURAFLOW
+
+ROOT = Path(__file__).parents[3]
+
+
+def package(folder: Path, **families: str) -> Path:
+    """An installed package as Python finds it: a folder with metadata that names entry points."""
+    info = folder / "newfamilies-1.2.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: newfamilies\nVersion: 1.2\n")
+    lines = [f"{name} = {value}" for name, value in families.items()]
+    (info / "entry_points.txt").write_text("\n".join(["[simpletuner.families]", *lines]))
+    return folder
+
+
+@pytest.fixture
+def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def install(**families: str) -> None:
+        monkeypatch.syspath_prepend(str(package(tmp_path / "site", **families)))
+        registry.plugins.cache_clear()
+
+    yield install
+    monkeypatch.undo()
+    registry.plugins.cache_clear()
+
+
+def test_a_family_of_another_package_is_found_by_its_entry_point(install):
+    install(auraflow="tests.families.auraflow.spec:AURAFLOW")
+    assert family_names()[-1] == "auraflow"
+    assert get_spec("auraflow") is AURAFLOW
+    assert get_family_class(AURAFLOW).__name__ == "AuraFlow"
+    specs, failures = all_specs()
+    assert AURAFLOW in specs
+    assert failures == []
+
+
+@pytest.mark.parametrize(
+    ("value", "what"),
+    [
+        ("no_such_package.spec:SPEC", "ModuleNotFoundError"),
+        ("tests.families.auraflow.spec:NOTHING", "AttributeError"),
+        ("tests.families.auraflow.spec:BLOCKS", "is no FamilySpec"),
+        ("tests.families.auraflow.spec:AURAFLOW", 'calls itself "auraflow"'),
+    ],
+)
+def test_a_broken_package_stops_only_who_asks_for_its_family(install, value: str, what: str):
+    install(broken=value)
+    assert get_spec("sdxl").name == "sdxl"
+    with pytest.raises(ConfigError, match="omnigem") as unknown:
+        get_spec("omnigem")
+    assert "omnigen" in unknown.value.render()
+    with pytest.raises(ConfigError) as error:
+        get_spec("broken")
+    assert "newfamilies 1.2" in error.value.render()
+    assert what in error.value.render()
+    specs, [failure] = all_specs()
+    assert [spec.name for spec in specs] == list(registry.FAMILIES)
+    assert "newfamilies 1.2" in failure
+
+
+def test_our_own_family_wins_over_another_package_s_and_that_is_told(install):
+    install(omnigen="tests.families.auraflow.spec:AURAFLOW")
+    assert get_spec("omnigen").title == "OmniGen"
+    assert family_names().count("omnigen") == 1
+    _, [line] = all_specs()
+    assert "newfamilies 1.2 brings a family omnigen too" in line
+
+
+def test_a_class_that_cannot_be_imported_names_its_package(install, monkeypatch):
+    import dataclasses
+
+    broken = dataclasses.replace(AURAFLOW, name="broken", family_class="no_such_package:Family")
+    monkeypatch.setattr("tests.families.auraflow.spec.BROKEN", broken, raising=False)
+    install(broken="tests.families.auraflow.spec:BROKEN")
+    with pytest.raises(ConfigError, match="newfamilies"):
+        get_family_class(get_spec("broken"))
+
+
+def run_models(*arguments: str, site: Path | None = None) -> subprocess.CompletedProcess:
+    paths = [str(ROOT), *([str(site)] if site else [])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    command = [sys.executable, "-m", "simpletuner", "models", *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_the_verb_lists_what_there_is_and_names_what_is_broken(tmp_path: Path):
+    site = package(tmp_path, auraflow="tests.families.auraflow.spec:AURAFLOW", broken="no_such_package:SPEC")
+    shown = run_models(site=site)
+    assert shown.returncode == 0
+    for name in ("omnigen", "sdxl", "flux", "auraflow"):
+        assert f"\n{name}: " in f"\n{shown.stdout}"
+    assert "stabilityai/stable-diffusion-xl-base-1.0" in shown.stdout
+    assert "newfamilies 1.2" in shown.stderr
+    assert "broken" in shown.stderr
+
+
+def test_one_family_is_told_in_full_and_an_unknown_one_is_answered():
+    shown = run_models("flux").stdout
+    for words in ("FLUX.1-schnell", "Apache-2.0", "true_cfg_scale", "up to 1 input pictures", "weights 22.2 GiB"):
+        assert words in shown, words
+    unknown = run_models("fluxx")
+    assert unknown.returncode == 2
+    assert 'did you mean "flux"' in unknown.stderr
