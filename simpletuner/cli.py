@@ -433,7 +433,8 @@ def _run(loaded: LoadedRun, words: list[str]) -> None:
     from simpletuner.training.preflight import check_model_folder, check_services
 
     check_model_folder(loaded)
-    check_services(loaded, os.environ, Path.cwd())
+    for line in check_services(loaded, os.environ, Path.cwd()):
+        _say_aside(f"warning: {line}")
 
     from simpletuner.training.room import check_room
 

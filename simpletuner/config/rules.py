@@ -23,6 +23,8 @@ from simpletuner.errors import Problem
 Rule = Callable[[Draft], Iterator[Problem]]
 Notice = Callable[[Draft], Iterator[str]]
 
+_REPOSITORY = re.compile(r"(?:\w[\w.-]*/)?\w(?:[\w.-]*\w)?", re.ASCII)
+
 # In the unit of `area`: larger numbers are pixels by mistake.
 MAX_MEGAPIXELS = 20
 
@@ -192,7 +194,19 @@ def one_text_cache_is_the_default(draft: Draft) -> Iterator[Problem]:
         yield draft.dataset_problem(entry, "default", message, "true in one text_embeds entry")
 
 
+def uploads_have_their_place(draft: Draft) -> Iterator[Problem]:
+    config = draft.config
+    if config.push_checkpoints_to_hub and not config.push_to_hub:
+        message = "has no effect without push_to_hub"
+        yield draft.problem(message, "push_checkpoints_to_hub", fix="set push_to_hub too, or remove the key")
+    name = config.hub_model_id
+    if name is not None and (not _REPOSITORY.fullmatch(name) or "--" in name or ".." in name or len(name) > 96):
+        message = f'"{name}" cannot name a repository on the Hub'
+        yield draft.problem(message, "hub_model_id", "name or owner/name, of letters, digits, - _ and .")
+
+
 RULES: tuple[Rule, ...] = (
+    uploads_have_their_place,
     exactly_one_length_is_set,
     flavour_belongs_to_the_family,
     family_takes_its_options,

@@ -50,7 +50,8 @@ def finish_run(run: Run, seconds: float) -> None:
     outputs["report"] = run.output_dir / REPORT_FILE
     command = generate_command(run.loaded, run.family.source.model, outputs)
     run.bus.emit(RunFinished(step=run.state.global_step, seconds=seconds, outputs=outputs, commands=(command,)))
-    report_run(run.output_dir, run.datasets, run.bus)
+    if run.world.is_main:
+        report_run(run.output_dir, run.datasets, run.bus)
 
 
 def save_weights(run: Run) -> dict[str, Path]:

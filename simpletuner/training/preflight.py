@@ -7,6 +7,7 @@ from pathlib import Path
 
 from simpletuner.config.loading import LoadedRun
 from simpletuner.errors import ConfigError
+from simpletuner.hub.access import check_access
 from simpletuner.models.components import ModelSource, check_local_model
 from simpletuner.models.registry import get_spec
 from simpletuner.reporting.trackers.readiness import check_trackers
@@ -38,10 +39,14 @@ def check_model_folder(loaded: LoadedRun) -> None:
         raise ConfigError(problems)
 
 
-def check_services(loaded: LoadedRun, environment: Mapping[str, str], working_dir: Path) -> None:
+def check_services(loaded: LoadedRun, environment: Mapping[str, str], working_dir: Path) -> list[str]:
     """Raise where a service that the run is to report to cannot work from here.
+
+    Returns:
+        What is worth a warning: a service that does not answer now.
 
     Raises:
         ConfigError: names the service and the remedy.
     """
     check_trackers(loaded.config, environment, working_dir)
+    return check_access(loaded.config, environment)

@@ -25,7 +25,9 @@ from simpletuner.config.loading import LoadedRun
 from simpletuner.data.dataset import Dataset
 from simpletuner.data.sampler import Sampler
 from simpletuner.distributed.world import ALONE, World, joined
-from simpletuner.errors import DataError, Interrupted, Problem, SimpleTunerError
+from simpletuner.errors import DataError, Interrupted, Problem, SimpleTunerError, UploadError
+from simpletuner.hub.job import make_job
+from simpletuner.hub.publisher import Publisher
 from simpletuner.models.family import ModelFamily
 from simpletuner.models.registry import get_family_class, get_spec
 from simpletuner.optim.ema import EMA
@@ -70,8 +72,9 @@ def train(loaded: LoadedRun) -> None:
         if world.is_main:
             stack.enter_context(storage.exclusive_lock(output_dir / ".lock", f"training into {output_dir}"))
         stop = stack.enter_context(StopRequest())
-        sinks = build_sinks(loaded.config, output_dir, webhooks=loaded.webhooks) if world.is_main else ()
-        bus = stack.enter_context(EventBus(sinks))
+        sinks = build_sinks(loaded.config, output_dir, webhooks=loaded.webhooks) if world.is_main else []
+        publisher = build_publisher(loaded) if world.is_main else None
+        bus = stack.enter_context(EventBus([*sinks, publisher] if publisher else sinks))
         run: Run | None = None
         try:
             run = build_run(loaded, output_dir, bus, stop, world)
@@ -81,9 +84,13 @@ def train(loaded: LoadedRun) -> None:
                 bus.emit(
                     Notice("info", f"{output_dir} is complete: step {run.state.global_step} of {run.max_train_steps}")
                 )
-                return
-            run_training(run)
-            finish_run(run, time.monotonic() - started)
+            else:
+                run_training(run)
+                finish_run(run, time.monotonic() - started)
+            if publisher is not None:
+                publish(publisher, run)
+        except UploadError:
+            raise  # the run itself is done, and its sinks have been told so
         except SimpleTunerError as error:
             step = run.state.global_step if run is not None else 0
             bus.emit(RunFailed(step=step, message=error.render(), exit_code=error.exit_code))
@@ -94,6 +101,21 @@ def train(loaded: LoadedRun) -> None:
             step = run.state.global_step if run is not None else 0
             bus.emit(RunFailed(step=step, message=f"unexpected {type(error).__name__}: {error}"))
             raise
+
+
+def build_publisher(loaded: LoadedRun) -> Publisher | None:
+    job = make_job(loaded, get_spec(loaded.config.model_family))
+    return Publisher(job) if job is not None else None
+
+
+def publish(publisher: Publisher, run: Run) -> None:
+    """Upload the end of the run.
+
+    Raises:
+        UploadError: it did not succeed.
+    """
+    with phase(run.bus, "uploading to the Hub"):
+        publisher.finish(run.state.global_step, lambda: bool(run.stop))
 
 
 def build_run(loaded: LoadedRun, output_dir: Path, bus: EventBus, stop: StopRequest, world: World = ALONE) -> Run:

@@ -163,7 +163,7 @@ def test_a_reader_that_leaves_early_does_not_change_the_exit_code():
         "places = dict(num_machines=1, machine_rank=0, main_process_ip='', main_process_port=None)\n"
         "config = types.SimpleNamespace(num_processes=1, **places)\n"
         "launch.load_arguments = lambda *words, **options: types.SimpleNamespace(config=config)\n"
-        "preflight.check_model_folder = preflight.check_services = lambda *arguments: None\n"
+        "preflight.check_model_folder = preflight.check_services = lambda *arguments: ()\n"
         "import simpletuner.training.room as room; room.check_room = lambda *arguments: None\n"
         "sys.modules['simpletuner.training.trainer'] = trainer = types.ModuleType('trainer')\n"
         "trainer.train = train\n"

@@ -10,7 +10,7 @@ from simpletuner.config.options.declare import OptionGroup, option
 from simpletuner.config.values import Bool, Int, SecretJsonOrPath, Text, read_words
 
 TRACKER = "this tracker is not built in; a custom-tracker of a few lines can serve it, see TRACKERS.md"
-HUB = "uploads are not built"
+PUBLISHING = "only the Hugging Face Hub is built; copy output_dir with the tool of the store, such as aws s3 sync"
 
 Tracker = Literal["tensorboard", "wandb", "custom-tracker", "all", "simpletuner", "none", "swanlab", "comet_ml"]
 
@@ -40,14 +40,27 @@ class ReportingOptions(OptionGroup):
     tracker_project_name: Text | None = option(
         None, help="Project of this run in W&B and custom trackers. Unset: `simpletuner`. TensorBoard has no projects."
     )
-    push_to_hub: Bool = option(False, help="Upload the result to the Hugging Face Hub.", planned=HUB)
-    push_checkpoints_to_hub: Bool = option(False, help="Upload each checkpoint.", planned=HUB)
-    push_to_hub_background: Bool = option(False, help="Upload while training goes on.", planned=HUB)
-    hub_model_id: Text | None = option(None, help="Name of the repository on the Hub.", planned=HUB)
-    model_card_private: Bool = option(True, help="Make the repository private.", planned=HUB)
-    model_card_safe_for_work: Bool = option(False, help="Mark the model card as safe for work.", planned=HUB)
-    model_card_note: Text | None = option(None, help="Note on the model card.", planned=HUB)
-    publishing_config: Any = option(None, help="Upload to S3 and other stores.", planned=HUB)
+    push_to_hub: Bool = option(
+        False,
+        help="Upload the weights to the Hugging Face Hub when the run ends, with a model card. Whether that is allowed "
+        "is asked before the run.",
+    )
+    push_checkpoints_to_hub: Bool = option(
+        False, help="Upload the weights of each checkpoint too, each as a commit with the tag `step-<step>`."
+    )
+    push_to_hub_background: Bool = option(
+        True, help="Upload checkpoints while training goes on; `false` waits for each upload."
+    )
+    hub_model_id: Text | None = option(
+        None,
+        help="Name of the repository on the Hub: `name`, or `owner/name`. Unset: the name of the run.",
+    )
+    model_card_private: Bool = option(True, help="Make a new repository private.")
+    model_card_safe_for_work: Bool = option(
+        False, help="Leave out the tag `not-for-all-audiences` of the model card: what it draws is fit for everybody."
+    )
+    model_card_note: Text | None = option(None, help="A note on the model card, in Markdown.")
+    publishing_config: Any = option(None, help="Upload to S3 and other stores.", planned=PUBLISHING)
     webhook_config: SecretJsonOrPath | None = option(
         None,
         help="Where progress is sent: a webhook as an object (documentation/WEBHOOKS.md), a list of them, the same as "

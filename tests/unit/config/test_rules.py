@@ -42,7 +42,9 @@ def test_the_sound_configuration_breaks_no_rule(workspace: Workspace) -> None:
         ({"output_dir": "datasets/pictures/out"}, "output_dir", 'lies in the pictures of dataset "pictures"'),
         ({"output_dir": "config/config.json/x"}, "output_dir", "is a file"),
         ({"pretrained_model_name_or_path": "./gone"}, "pretrained_model_name_or_path", "there is no model folder"),
-        ({"push_to_hub": True}, "push_to_hub", "uploads are not built"),
+        ({"publishing_config": {"type": "s3"}}, "publishing_config", "only the Hugging Face Hub is built"),
+        ({"push_checkpoints_to_hub": True}, "push_checkpoints_to_hub", "no effect without push_to_hub"),
+        ({"push_to_hub": True, "hub_model_id": "a/b/c"}, "hub_model_id", "cannot name a repository"),
         ({"report_to": "swanlab"}, "report_to", "this tracker is not built in"),
         ({"report_to": "custom-tracker"}, "custom_tracker", "is missing"),
         ({"report_to": "custom-tracker", "custom_tracker": "mine"}, "custom_tracker", "does not name a class"),
@@ -159,12 +161,12 @@ def test_notices_are_said_once_and_stop_nothing(workspace: Workspace) -> None:
 
 
 def test_all_faults_show_at_once(workspace: Workspace) -> None:
-    workspace.config |= {"learning_rte": 1, "seed": "x", "push_to_hub": True, "num_train_epochs": 3}
+    workspace.config |= {"learning_rte": 1, "seed": "x", "publishing_config": "s3", "num_train_epochs": 3}
     workspace.datasets[0] |= {"repeats": -1, "cropp": True}
     workspace.lycoris["apply_preset"]["target_module"] = ["Nothing"]
     problems = workspace.fails_written("--train_batch_size=0").problems
     assert {problem.key for problem in problems} == {
-        *("learning_rte", "seed", "push_to_hub", "max_train_steps", "train_batch_size"),
+        *("learning_rte", "seed", "publishing_config", "max_train_steps", "train_batch_size"),
         *("pictures.repeats", "pictures.cropp", "apply_preset.target_module.0"),
     }
     assert all(problem.file for problem in problems)

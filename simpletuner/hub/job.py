@@ -1,0 +1,159 @@
+"""What a run uploads and says of itself: taken from its configuration once, before it starts."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from simpletuner import storage
+from simpletuner.config.loading import LoadedRun
+from simpletuner.errors import DataError
+from simpletuner.hub.card import CardFacts, card_text
+from simpletuner.hub.usage import usage_code
+from simpletuner.models.spec import FamilySpec
+from simpletuner.reporting.events import SavedPicture
+
+ADAPTER_FILE = "pytorch_lora_weights.safetensors"
+MOST_PICTURES = 12
+
+
+@dataclass(frozen=True)
+class HubJob:
+    """The uploads of one run.
+
+    Args:
+        output_dir: of the run.
+        name: of the repository; without an owner it is the user's own.
+        is_private: whether a new repository is.
+        each_checkpoint: whether checkpoints are uploaded, beside the end.
+        waits: whether training waits for the upload of a checkpoint.
+        spec, kind, base_model, licence, options, instance_prompts, is_safe, note: as in `CardFacts`.
+        title: name of the run.
+    """
+
+    output_dir: Path
+    name: str
+    is_private: bool
+    each_checkpoint: bool
+    waits: bool
+    spec: FamilySpec
+    kind: str
+    base_model: str | None
+    licence: str
+    title: str
+    options: Mapping[str, Any]
+    instance_prompts: tuple[str, ...] = ()
+    is_safe: bool = False
+    note: str | None = None
+
+    def checkpoint_files(self, folder: Path) -> dict[str, Path]:
+        """Path in the repository -> file, for the weights in a checkpoint; not for what only a resume needs."""
+        wanted = [folder / ADAPTER_FILE] if self.kind != "full" else [folder / self.spec.component("denoiser").name]
+        return _files(folder, [*wanted, folder / "ema"])
+
+    def final_files(self) -> dict[str, Path]:
+        """Path in the repository -> file, for the weights at the end of the run."""
+        if self.kind == "full":
+            return _files(self.output_dir / "pipeline", [self.output_dir / "pipeline"])
+        return _files(self.output_dir, [self.output_dir / ADAPTER_FILE, self.output_dir / "ema"])
+
+    def card(
+        self, repo_id: str, step: int, total_steps: int, pictures: Sequence[SavedPicture], eval_loss: float | None
+    ) -> str:
+        """README.md for the weights of a step; `pictures` are those that `picture_files` names."""
+        prompt = next((picture.prompt for picture in pictures if picture.prompt), "a photo")
+        usage = usage_code(self.spec, self.kind, repo_id, self.base_model, ADAPTER_FILE, prompt)
+        named = zip(pictures, picture_files(pictures), strict=True)
+        facts = CardFacts(
+            repo_id=repo_id,
+            title=self.title,
+            model=self.spec.title,
+            base_model=self.base_model,
+            licence=self.licence,
+            kind=self.kind,
+            usage=usage,
+            step=step,
+            total_steps=total_steps,
+            options=self.options,
+            datasets=self._datasets(),
+            pictures=[(picture.prompt, path) for picture, path in named],
+            eval_loss=eval_loss,
+            instance_prompts=self.instance_prompts,
+            is_safe=self.is_safe,
+            note=self.note,
+        )
+        return card_text(facts)
+
+    def _datasets(self) -> list[Mapping[str, Any]]:
+        try:
+            return list(storage.read_json(self.output_dir / "dataset_report.json"))
+        except DataError:
+            return []
+
+
+def make_job(loaded: LoadedRun, spec: FamilySpec) -> HubJob | None:
+    """The job of a configuration; None where nothing is to be uploaded."""
+    config = loaded.config
+    if not config.push_to_hub:
+        return None
+    output_dir = Path(config.output_dir)
+    flavour = spec.flavours[config.model_flavour or spec.default_flavour]
+    model = config.pretrained_model_name_or_path or flavour.hub_id
+    prompts = [prompt for entry in loaded.datasets for prompt in getattr(entry, "instance_prompt", None) or ()]
+    return HubJob(
+        output_dir=output_dir,
+        name=repository_name(config),
+        is_private=config.model_card_private,
+        each_checkpoint=config.push_checkpoints_to_hub,
+        waits=not config.push_to_hub_background,
+        spec=spec,
+        kind=kind_of(loaded),
+        base_model=None if Path(model).is_absolute() else model,
+        licence=flavour.licence,
+        title=config.tracker_run_name or output_dir.name,
+        options=loaded.resolved(),
+        instance_prompts=tuple(dict.fromkeys(prompts)),
+        is_safe=config.model_card_safe_for_work,
+        note=config.model_card_note,
+    )
+
+
+def kind_of(loaded: LoadedRun) -> str:
+    """`full`, `lora`, or the algorithm of LyCORIS."""
+    if loaded.config.model_type == "full":
+        return "full"
+    return str((loaded.lycoris or {}).get("algo", "lokr")) if loaded.config.lora_type == "lycoris" else "lora"
+
+
+def repository_name(config: Any) -> str:
+    """`hub_model_id`, or where that is not set one made of the run's name."""
+    if config.hub_model_id:
+        return str(config.hub_model_id)
+    name = str(config.tracker_run_name or Path(config.output_dir).name)
+    plain = re.sub(r"[^\w.-]+", "-", name, flags=re.ASCII)
+    return re.sub(r"-{2,}|\.{2,}", "-", plain).strip("-.")[:96] or "simpletuner"
+
+
+def gallery(pictures: Sequence[SavedPicture]) -> list[SavedPicture]:
+    """The pictures for the card: those of the weights that were trained."""
+    return [picture for picture in pictures if picture.kind in ("live", "ema")][:MOST_PICTURES]
+
+
+def picture_files(pictures: Sequence[SavedPicture]) -> list[str]:
+    """Their paths in the repository, the same at each step, so that the newest replace the older ones."""
+    stems = [re.sub(r"[^\w-]+", "_", picture.shortname, flags=re.ASCII) for picture in pictures]
+    return [
+        f"images/{index:02d}_{stem}_{picture.kind}{picture.path.suffix}"
+        for index, (stem, picture) in enumerate(zip(stems, pictures, strict=True))
+    ]
+
+
+def _files(root: Path, places: Sequence[Path]) -> dict[str, Path]:
+    """The files at or below some places, by their path below `root`; the manifests of our commits are left out."""
+    found = [path for place in places for path in ([place] if place.is_file() else sorted(place.rglob("*")))]
+    return {
+        path.relative_to(root).as_posix(): path for path in found if path.is_file() and path.name != storage.MANIFEST
+    }

@@ -1,0 +1,275 @@
+"""Uploads beside training: one thread, newest state of the run first in safety on this disk, then on the Hub.
+
+What is to be uploaded is linked into a folder of its own first, at the moment when it is committed, so that rotation
+cannot take it away. An upload that fails is tried again, with growing pauses, for as long as the run lasts; one that
+the Hub refuses is told once and tried again at the end. Only the end of the run waits.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import re
+import shlex
+import shutil
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from simpletuner import storage
+from simpletuner.errors import DataError, Problem, UploadError
+from simpletuner.hub.access import full_name
+from simpletuner.hub.client import is_final, make_api, reason_of, upload_failures
+from simpletuner.hub.job import HubJob, gallery, picture_files
+from simpletuner.hub.staging import Upload, stage
+from simpletuner.reporting.events import (
+    CheckpointSaved,
+    EvalDone,
+    Event,
+    Notice,
+    PicturesMade,
+    RunStarted,
+    SavedPicture,
+    Severity,
+)
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+STAGING_DIR = "hub_upload"
+STATE_FILE = "hub_upload.json"
+MOST_WAITING = 4
+FIRST_PAUSE, LONGEST_PAUSE = 2.0, 300.0
+# How long the end of a run goes on trying while no try succeeds.
+GIVE_UP_SECONDS = 600.0
+CLOSE_SECONDS = 20.0
+
+
+class Publisher:
+    """The sink that uploads.
+
+    Args:
+        job: what this run uploads.
+        api: the Hub; made when needed.
+        give_up_seconds: see `GIVE_UP_SECONDS`.
+        first_pause: before the second try; each further one is twice as long.
+    """
+
+    name = "the Hub"
+    failures: tuple[type[Exception], ...] = (OSError, DataError)
+
+    def __init__(
+        self,
+        job: HubJob,
+        api: HfApi | None = None,
+        give_up_seconds: float = GIVE_UP_SECONDS,
+        first_pause: float = FIRST_PAUSE,
+    ):
+        self._job = job
+        self._api = api
+        self._give_up_seconds = give_up_seconds
+        self._first_pause = first_pause
+        self._changed = threading.Condition()
+        self._waiting: deque[Upload] = deque()
+        self._notices: deque[Notice] = deque()
+        self._worker: threading.Thread | None = None
+        self._is_closing = False
+        self._refusal: str | None = None
+        self._trouble: str | None = None
+        self._deadline: float | None = None
+        self._repo_id: str | None = None
+        self._pictures: list[SavedPicture] = []
+        self._eval_loss: float | None = None
+        self._total_steps = 0
+
+    def handle(self, event: Event) -> None:
+        if isinstance(event, RunStarted):
+            self._total_steps = event.total_steps
+            self._catch_up(event.start_step)
+        elif isinstance(event, PicturesMade):
+            self._pictures = gallery(event.pictures) or self._pictures
+        elif isinstance(event, EvalDone):
+            self._eval_loss = event.pooled
+        elif isinstance(event, CheckpointSaved) and self._job.each_checkpoint:
+            self._publish_checkpoint(Path(event.path))
+
+    def take_notices(self) -> list[Notice]:
+        return [self._notices.popleft() for _ in range(len(self._notices))]
+
+    def finish(self, step: int, should_stop: Callable[[], bool] = lambda: False) -> None:
+        """Upload the weights at the end of the run, and wait until everything is there.
+
+        Raises:
+            UploadError: it did not succeed, or `should_stop` came true; it says how to try again.
+        """
+        if self._state() == {"repo": self._job.name, "step": step, "is_last": True}:
+            return
+        with self._changed:
+            self._refusal = None
+            self._waiting.clear()  # the end holds what they hold, and more
+            self._deadline = time.monotonic() + self._give_up_seconds
+        # A run that was killed between its last checkpoint and its end has only the checkpoint.
+        files = self._job.final_files()
+        files = files or self._job.checkpoint_files(self._job.output_dir / f"checkpoint-{step}")
+        upload = self._stage(files, step, is_last=True)
+        self._enqueue(upload)
+        while self._is_pending(upload) and self._refusal is None and not should_stop():
+            with self._changed:
+                self._changed.wait(0.2)
+        if self._is_pending(upload):
+            raise self._error(upload)
+
+    def close(self) -> None:
+        """End the thread; what is not uploaded yet waits in its folder for the next start."""
+        with self._changed:
+            self._is_closing = True
+            self._changed.notify_all()
+        if self._worker is not None:
+            self._worker.join(CLOSE_SECONDS)
+            self._worker = None
+        if self._waiting and self._deadline is None:
+            text = "the newest checkpoint is not on the Hub yet; the next start of this run uploads it"
+            self._tell("warning", text)
+
+    def _catch_up(self, start_step: int) -> None:
+        """Upload the checkpoint that the run goes on from, if an earlier process did not come so far."""
+        shutil.rmtree(self._job.output_dir / STAGING_DIR, ignore_errors=True)
+        checkpoint = self._job.output_dir / f"checkpoint-{start_step}"
+        done = self._state().get("step", -1)
+        if start_step and self._job.each_checkpoint and isinstance(done, int) and done < start_step:
+            self._publish_checkpoint(checkpoint)
+
+    def _publish_checkpoint(self, folder: Path) -> None:
+        match = re.fullmatch(r"checkpoint-(\d+)", folder.name)
+        if match is None or storage.verify_dir(folder, full=False):
+            return
+        upload = self._stage(self._job.checkpoint_files(folder), int(match.group(1)), is_last=False)
+        self._enqueue(upload)
+        while self._job.waits and self._is_pending(upload) and not (self._refusal or self._trouble):
+            with self._changed:
+                self._changed.wait(0.2)
+
+    def _stage(self, files: dict[str, Path], step: int, is_last: bool) -> Upload:
+        pictures = [picture for picture in self._pictures if picture.path.is_file()]
+        images = dict(zip(picture_files(pictures), (picture.path for picture in pictures), strict=True))
+        folder = self._job.output_dir / STAGING_DIR / (f"step-{step}-end" if is_last else f"step-{step}")
+        return stage(folder, files | images, step, is_last, tuple(pictures), self._eval_loss)
+
+    def _enqueue(self, upload: Upload) -> None:
+        with self._changed:
+            self._waiting.append(upload)
+            # The one in front may be on its way; of those behind it the oldest is the one to miss.
+            lost = self._waiting[1] if len(self._waiting) > MOST_WAITING else None
+            if lost is not None:
+                self._waiting.remove(lost)
+            self._changed.notify_all()
+        if lost is not None:
+            shutil.rmtree(lost.folder, ignore_errors=True)
+            self._tell("warning", f"uploads are slower than checkpoints: step {lost.step} is left out")
+        if self._worker is None:
+            self._worker = threading.Thread(target=self._work, name="hub upload", daemon=True)
+            self._worker.start()
+
+    def _is_pending(self, upload: Upload) -> bool:
+        with self._changed:
+            return upload in self._waiting
+
+    def _work(self) -> None:
+        from huggingface_hub.utils import disable_progress_bars
+
+        disable_progress_bars()
+        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+        pause = self._first_pause
+        while (upload := self._next()) is not None:
+            try:
+                self._send(upload)
+            except upload_failures() as error:
+                self._fail(upload, error)
+                self._pause(pause * random.uniform(0.8, 1.2))
+                pause = min(pause * 2, LONGEST_PAUSE)
+            else:
+                pause, self._trouble = self._first_pause, None
+                self._done(upload)
+
+    def _next(self) -> Upload | None:
+        """The upload to try now; None at the end."""
+        with self._changed:
+            while not self._is_closing and (not self._waiting or self._refusal):
+                self._changed.wait()
+            return None if self._is_closing else self._waiting[0]
+
+    def _send(self, upload: Upload) -> None:
+        """One try of one upload, from the beginning: files that are there already are not sent again."""
+        api = self._api = self._api or make_api()
+        if self._repo_id is None:
+            repo_id = full_name(api.whoami(), self._job.name)
+            api.create_repo(repo_id, private=self._job.is_private, exist_ok=True)
+            self._repo_id = repo_id
+            if not upload.is_last:
+                self._tell("info", f"checkpoints go to {api.endpoint}/{repo_id}")
+        arguments = (upload.step, self._total_steps, upload.pictures, upload.eval_loss)
+        card = self._job.card(self._repo_id, *arguments)
+        storage.write_bytes(upload.folder / "README.md", card.encode())
+        api.upload_folder(
+            repo_id=self._repo_id,
+            folder_path=upload.folder,
+            commit_message=f"Weights of step {upload.step}" + (", the end of the run" if upload.is_last else ""),
+        )
+        api.create_tag(self._repo_id, tag=f"step-{upload.step}", exist_ok=True)
+
+    def _done(self, upload: Upload) -> None:
+        state = {"repo": self._job.name, "step": upload.step, "is_last": upload.is_last}
+        storage.write_json(self._job.output_dir / STATE_FILE, state)
+        with self._changed:
+            if upload in self._waiting:
+                self._waiting.remove(upload)
+            self._changed.notify_all()
+        whole = self._job.output_dir / STAGING_DIR
+        shutil.rmtree(whole if upload.is_last else upload.folder, ignore_errors=True)
+        if upload.is_last:
+            assert self._api is not None
+            self._tell("info", f"uploaded to {self._api.endpoint}/{self._repo_id}")
+
+    def _fail(self, upload: Upload, error: Exception) -> None:
+        reason = reason_of(error)
+        gives_up = self._deadline is not None and time.monotonic() > self._deadline
+        with self._changed:
+            if is_final(error) or gives_up:
+                self._refusal = reason
+            was_told, self._trouble = self._trouble is not None, reason
+            self._changed.notify_all()
+        if not was_told and not upload.is_last:
+            again = "it is tried again at the end" if is_final(error) else "it is tried again while the run goes on"
+            self._tell("warning", f"the upload of step {upload.step} failed ({reason}); {again}")
+
+    def _pause(self, seconds: float) -> None:
+        """Wait before the next try; the end of the run does not wait for long pauses of before."""
+        until = time.monotonic() + seconds
+        with self._changed:
+            is_ending = self._deadline is not None
+            while not self._is_closing and time.monotonic() < until:
+                if not is_ending and self._deadline is not None:
+                    return
+                self._changed.wait(min(0.5, max(until - time.monotonic(), 0.01)))
+
+    def _error(self, upload: Upload) -> UploadError:
+        words = ["hf", "upload", self._repo_id or self._job.name, str(upload.folder), "."]
+        words += ["--private"] if self._job.is_private else []
+        reason = self._refusal or self._trouble or "the run was stopped"
+        message = f"the weights are saved, but not on the Hub: {reason}"
+        return UploadError(Problem(message, key="push_to_hub", fix=f"run: {shlex.join(words)}"))
+
+    def _state(self) -> dict[str, object]:
+        """What was uploaded last, by this process or an earlier one."""
+        try:
+            state = storage.read_json(self._job.output_dir / STATE_FILE)
+        except DataError:
+            return {}
+        is_ours = isinstance(state, dict) and state.get("repo") == self._job.name
+        return state if is_ours else {}
+
+    def _tell(self, severity: Severity, text: str) -> None:
+        self._notices.append(Notice(severity, text))

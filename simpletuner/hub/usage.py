@@ -1,0 +1,61 @@
+"""Code for the model card: how the uploaded files are drawn with, in diffusers alone."""
+
+from __future__ import annotations
+
+from simpletuner.models.spec import FamilySpec
+
+
+def usage_code(spec: FamilySpec, kind: str, repo_id: str, base_model: str | None, file_name: str, prompt: str) -> str:
+    """Python that draws with what is in the repository.
+
+    Args:
+        kind: `full`, `lora`, or an algorithm of LyCORIS.
+        base_model: hub id; where the base was a folder, a place to fill in.
+        file_name: of the adapter in the repository.
+    """
+    base = repr(base_model or "PATH/OF/THE/BASE/MODEL")
+    draw = f'image = pipeline({prompt!r}).images[0]\nimage.save("picture.png")\n'
+    head = f"import torch\nfrom diffusers import {spec.pipeline_class}\n"
+    source = repr(repo_id) if kind == "full" else base
+    load = f'pipeline = {spec.pipeline_class}.from_pretrained({source}, torch_dtype=torch.bfloat16).to("cuda")\n'
+    if kind == "full":
+        return f"{head}\n{load}{draw}"
+    denoiser = f"pipeline.{spec.component('denoiser').name}"
+    if kind != "lora":
+        head += "from huggingface_hub import hf_hub_download\nfrom lycoris import create_lycoris_from_weights\n"
+        load += (
+            f"file = hf_hub_download({repo_id!r}, {file_name!r})\n"
+            f"adapter, _ = create_lycoris_from_weights(1.0, file, {denoiser})\nadapter.merge_to()\n"
+        )
+    elif pipeline_loads_lora(spec):
+        load += f"pipeline.load_lora_weights({repo_id!r}, weight_name={file_name!r})\n"
+    else:
+        return _with_peft(spec, repo_id, base, file_name) + draw
+    return f"{head}\n{load}{draw}"
+
+
+def pipeline_loads_lora(spec: FamilySpec) -> bool:
+    """Whether diffusers' pipeline of the family has a loader of its own."""
+    import diffusers
+
+    return hasattr(getattr(diffusers, spec.pipeline_class, None), "load_lora_weights")
+
+
+def _with_peft(spec: FamilySpec, repo_id: str, base: str, file_name: str) -> str:
+    """For pipelines without a loader: PEFT places the tensors, whose names are those of the denoiser's modules."""
+    denoiser = spec.component("denoiser").name
+    return f"""import torch
+from diffusers import {spec.pipeline_class}
+from huggingface_hub import hf_hub_download
+from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
+from safetensors.torch import load_file
+
+pipeline = {spec.pipeline_class}.from_pretrained({base}, torch_dtype=torch.bfloat16).to("cuda")
+weights = load_file(hf_hub_download({repo_id!r}, {file_name!r}))
+weights = {{name.removeprefix("{denoiser}."): tensor for name, tensor in weights.items()}}
+ranks = {{n.removesuffix(".lora_A.weight"): len(t) for n, t in weights.items() if n.endswith(".lora_A.weight")}}
+rank = next(iter(ranks.values()))
+config = LoraConfig(r=rank, lora_alpha=rank, rank_pattern=ranks, alpha_pattern=ranks, target_modules=list(ranks))
+inject_adapter_in_model(config, pipeline.{denoiser}, state_dict=weights)
+set_peft_model_state_dict(pipeline.{denoiser}, weights)
+"""

@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+import ast
+import dataclasses
+import re
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+
+from simpletuner.reporting.events import SavedPicture
+
+
+@pytest.fixture
+def card(job, picture) -> ModelCard:
+    shown = [SavedPicture(picture, "star", 'a "red" star: #1', 8, 8, 1, "live")]
+    return ModelCard(job.card("me/stars", 500, 1000, shown, 0.4321))
+
+
+def test_the_front_matter_is_what_the_hub_reads(card):
+    data = card.data.to_dict()
+    assert data["license"] == "mit"
+    assert data["base_model"] == "Shitao/OmniGen-v1-diffusers"
+    assert data["base_model_relation"] == "adapter"
+    assert data["pipeline_tag"] == "text-to-image"
+    assert data["library_name"] == "diffusers"
+    assert {"lora", "lycoris", "lokr", "not-for-all-audiences"} <= set(data["tags"])
+    assert data["widget"] == [{"text": 'a "red" star: #1', "output": {"url": "images/00_star_live.png"}}]
+    assert data["instance_prompt"] == "a xyz star"
+
+
+def test_the_text_tells_of_training_and_data(card):
+    assert "after 500 of 1,000 steps" in card.text
+    assert "| learning_rate | 0.001 |" in card.text
+    assert "| eval loss | 0.4321 |" in card.text
+    assert "| stars | 45 | 64x64, 96x64 |" in card.text
+    assert "Draws **stars**." in card.text
+    assert "<Gallery />" in card.text
+
+
+@pytest.mark.parametrize("kind", ["lokr", pytest.param("lora", marks=pytest.mark.slow), "full"])
+def test_the_code_is_python_that_names_the_files(job, kind):
+    text = dataclasses.replace(job, kind=kind).card("me/stars", 1, 1, [], None)
+    [code] = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    ast.parse(code)
+    assert "'me/stars'" in code
+    assert ("create_lycoris_from_weights" in code) == (kind == "lokr")
+    assert ("Shitao/OmniGen-v1-diffusers" in code) == (kind != "full")
+
+
+def test_a_licence_that_the_hub_does_not_know_is_named(job):
+    job = dataclasses.replace(job, licence="SDXL 0.9 Research License")
+    data = yaml.safe_load(job.card("a/b", 1, 1, [], None).split("---")[1])
+    assert (data["license"], data["license_name"]) == ("other", "sdxl-0.9-research-license")
+
+
+def test_a_base_that_is_a_folder_is_not_named(job):
+    text = dataclasses.replace(job, base_model=None).card("a/b", 1, 1, [], None)
+    assert "base_model" not in yaml.safe_load(text.split("---")[1])
+
+
+def test_a_card_that_is_safe_has_no_warning_tag(job):
+    text = dataclasses.replace(job, is_safe=True).card("a/b", 1, 1, [], None)
+    assert "not-for-all-audiences" not in text

@@ -1,0 +1,163 @@
+from __future__ import annotations
+
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+
+from simpletuner.errors import EXIT_UPLOAD, UploadError
+from simpletuner.hub.job import ADAPTER_FILE, HubJob
+from simpletuner.hub.publisher import MOST_WAITING, Publisher
+from simpletuner.reporting.bus import EventBus
+from simpletuner.reporting.events import CheckpointSaved, EvalDone, Notice, PicturesMade, RunStarted, SavedPicture
+
+
+class Told:
+    name, failures = "told", ()
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+
+    def handle(self, event) -> None:
+        if isinstance(event, Notice):
+            self.texts.append(event.text)
+
+    def close(self) -> None:
+        pass
+
+
+def wait_for(condition, seconds: float = 10.0) -> None:
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until, "it did not come true in time"
+        time.sleep(0.02)
+
+
+def start(job: HubJob, api, told: Told, start_step: int = 0, **options) -> tuple[Publisher, EventBus]:
+    publisher = Publisher(job, api, first_pause=0.02, **options)
+    bus = EventBus([told, publisher])
+    bus.emit(RunStarted("stars", job.output_dir, 100, start_step))
+    return publisher, bus
+
+
+def test_checkpoints_and_the_end_become_commits_with_card_and_pictures(hub, api, job, checkpoint, picture):
+    told = Told()
+    publisher, bus = start(job, api, told)
+    with bus:
+        bus.emit(EvalDone(10, {}, 0.4321))
+        shown = SavedPicture(picture, "star", "a red star", 8, 8, 1, "live")
+        bus.emit(PicturesMade(10, (shown, SavedPicture(picture, "b", "", 8, 8, 1, "grid"))))
+        bus.emit(CheckpointSaved(10, checkpoint(10)))
+        wait_for(lambda: hub.repos and hub.repos["me/stars"].tags == ["step-10"])
+        repo = hub.repos["me/stars"]
+        assert repo.files[ADAPTER_FILE] == b"weights of 10"
+        publisher.finish(100)
+    assert repo.is_private
+    assert [summary for summary, _ in repo.commits] == ["Weights of step 10", "Weights of step 100, the end of the run"]
+    assert set(repo.files) == {
+        "README.md",
+        ADAPTER_FILE,
+        f"ema/{ADAPTER_FILE}",
+        "images/00_star_live.png",
+    }
+    assert repo.files[ADAPTER_FILE] == b"the end"
+    assert b"0.4321" in repo.files["README.md"]
+    assert repo.tags == ["step-10", "step-100"]
+    assert not (job.output_dir / "hub_upload").exists()
+    assert told.texts == [f"checkpoints go to {hub.url}/me/stars", f"uploaded to {hub.url}/me/stars"]
+
+
+def test_a_hub_that_fails_for_a_while_is_tried_again_and_told_once(hub, api, job, checkpoint):
+    hub.answers = [500, 503, 500]
+    told = Told()
+    publisher, bus = start(job, api, told)
+    with bus:
+        bus.emit(CheckpointSaved(10, checkpoint(10)))
+        wait_for(lambda: hub.repos and hub.repos["me/stars"].tags)
+        publisher.finish(100)
+    assert len(hub.repos["me/stars"].commits) == 2
+    assert len([text for text in told.texts if "failed" in text]) == 1
+
+
+def test_training_does_not_wait_for_a_hub_that_hangs_and_rotation_takes_nothing_away(hub, api, job, checkpoint):
+    hub.gate.clear()
+    told = Told()
+    _, bus = start(job, api, told)
+    with bus:
+        began = time.monotonic()
+        for step in range(1, 11):
+            path = checkpoint(step)
+            bus.emit(CheckpointSaved(step, path))
+            shutil.rmtree(path)
+        assert time.monotonic() - began < 5
+        assert len(list((job.output_dir / "hub_upload").iterdir())) <= MOST_WAITING
+        hub.gate.set()
+        wait_for(lambda: hub.repos and "step-10" in hub.repos["me/stars"].tags)
+    assert hub.repos["me/stars"].files[ADAPTER_FILE] == b"weights of 10"
+    assert [text for text in told.texts if "left out" in text]
+
+
+def test_waiting_for_uploads_can_be_asked_for(hub, api, job, checkpoint):
+    import dataclasses
+
+    told = Told()
+    _, bus = start(dataclasses.replace(job, waits=True), api, told)
+    with bus:
+        for step in (1, 2, 3):
+            bus.emit(CheckpointSaved(step, checkpoint(step)))
+            assert len(hub.repos["me/stars"].commits) == step
+
+
+def test_an_upload_that_the_hub_refuses_ends_with_its_own_exit_code_and_the_command(hub, api, job):
+    told = Told()
+    publisher, bus = start(job, api, told)
+    hub.answers = [403] * 100
+    with bus, pytest.raises(UploadError) as caught:
+        publisher.finish(100)
+    assert caught.value.exit_code == EXIT_UPLOAD
+    text = caught.value.render()
+    assert "may not write" in text
+    command = text.split("to mend it: run: ")[1].split()
+    assert command[:3] == ["hf", "upload", "me/stars"]
+    assert {path.name for path in Path(command[3]).iterdir()} == {ADAPTER_FILE, "README.md"}
+
+
+def test_a_hub_that_never_answers_is_given_up_at_the_end(hub, api, job):
+    told = Told()
+    publisher, bus = start(job, api, told, give_up_seconds=0.3)
+    hub.answers = [500] * 10_000
+    with bus, pytest.raises(UploadError, match="hf upload"):
+        publisher.finish(100)
+
+
+def test_a_run_that_goes_on_uploads_what_a_kill_kept_from_the_hub_and_nothing_twice(hub, api, job, checkpoint):
+    told = Told()
+    for start_step, expected in ((0, 0), (10, 1), (10, 1)):
+        if start_step and not (job.output_dir / "checkpoint-10").exists():
+            checkpoint(10)
+        _, bus = start(job, api, told, start_step)
+        with bus:
+            wait_for(lambda expected=expected: sum(len(repo.commits) for repo in hub.repos.values()) >= expected)
+            time.sleep(0.05)
+    [repo] = hub.repos.values()
+    assert [summary for summary, _ in repo.commits] == ["Weights of step 10"]
+
+
+def test_the_end_is_uploaded_once(hub, api, job):
+    for _ in range(2):
+        publisher, bus = start(job, api, Told())
+        with bus:
+            publisher.finish(100)
+    assert len(hub.repos["me/stars"].commits) == 1
+
+
+def test_an_unfinished_checkpoint_is_never_uploaded(hub, api, job, checkpoint):
+    told = Told()
+    publisher, bus = start(job, api, told)
+    path = checkpoint(10)
+    (path / "manifest.json").unlink()
+    with bus:
+        bus.emit(CheckpointSaved(10, path))
+        publisher.finish(100)
+    assert [summary for summary, _ in hub.repos["me/stars"].commits] == ["Weights of step 100, the end of the run"]
