@@ -53,8 +53,10 @@ class Follower:
 
     def read(self) -> None:
         """Take in what was written since the last call."""
-        for record in self._new_records():
-            event = event_of(record)
+        found = [(event_of(record), record) for record in self._new_records()]
+        # What comes before the start of a run belongs to it too.
+        self._run_name = next((event.run_name for event, _ in found if isinstance(event, RunStarted)), self._run_name)
+        for event, record in found:
             if isinstance(event, StepDone):
                 self._add_step(event)
             elif event is not None:
@@ -97,8 +99,6 @@ class Follower:
             self._curve, self._last = [], None
 
     def _tell(self, event: Event, record: Mapping[str, Any]) -> None:
-        if isinstance(event, RunStarted):
-            self._run_name = event.run_name
         for message in words_for(event, self._run_name):
             self._add(dataclasses.replace(message, created=float(record.get("time", message.created))))
 

@@ -19,6 +19,7 @@ MAX_LOG_LINES = 2000
 MAX_PICTURES = 3000
 MAX_PICTURE_BYTES = 256 << 20
 _MAX_IDS = 20_000
+_SHOWN_ELSEWHERE = ("validation.image", "validation.preview", "training.loss_by_sigma")
 _STATUS_KEYS = (
     *("status", "step", "total_steps", "start_step", "percent", "eta_seconds", "loss", "learning_rate", "grad_norm"),
     *("seconds", "epoch", "memory_gb", "details", "output_dir", "outputs", "commands", "extra"),
@@ -162,11 +163,11 @@ class RunHistory:
 
 
 def _is_line(event: Mapping[str, Any]) -> bool:
-    """Whether an event stands in the log; progress would fill it with what the page shows anyway."""
+    """Whether an event stands in the log; progress and pictures would fill it with what the page shows anyway."""
     data = event["data"]
     if event["type"] == "lifecycle.stage":
         return data.get("stage", {}).get("status") == "completed"
-    return "curve" not in data and event["type"] not in ("validation.preview", "training.loss_by_sigma")
+    return "curve" not in data and event["type"] not in _SHOWN_ELSEWHERE
 
 
 class History:

@@ -25,8 +25,8 @@ def build_sinks(
     """The sinks of a main process: terminal, `metrics.jsonl` and `metrics.csv` always, trackers as `report_to` asks.
 
     Args:
-        config: read are `report_to`, whose names the configuration has checked, `tracker_project_name` and
-            `custom_tracker`.
+        config: read are `report_to`, whose names the configuration has checked, `tracker_project_name`,
+            `tracker_run_name` and `custom_tracker`.
         stream: where the terminal's lines go; stdout where not given.
         webhooks: services that are told.
     """
@@ -37,7 +37,7 @@ def build_sinks(
     if webhooks is not None and webhooks.targets:
         from simpletuner.reporting.webhooks.sink import WebhookSink
 
-        sinks.append(WebhookSink(webhooks, output_dir))
+        sinks.append(WebhookSink(webhooks, output_dir, run_name=config.tracker_run_name))
     if "wandb" in trackers:
         sinks.append(TrackerSink("W&B", _wandb_tracker, project))
     if "custom-tracker" in trackers:

@@ -36,15 +36,16 @@ class WebhookSink:
     Args:
         webhooks: the services, with their secrets.
         output_dir: messages that must arrive wait in `webhooks/` in it.
+        run_name: what the run is called before it says so itself; unset: the name of `output_dir`.
     """
 
     name = "webhooks"
     failures: tuple[type[Exception], ...] = ()
 
-    def __init__(self, webhooks: Webhooks, output_dir: Path, timing: Timing | None = None):
+    def __init__(self, webhooks: Webhooks, output_dir: Path, timing: Timing | None = None, run_name: str | None = None):
         self._timing = timing or Timing()
         self._interval = webhooks.reporting_interval
-        self._run_name = ""
+        self._run_name = run_name or Path(output_dir).name
         self._notices: deque[Notice] = deque()
         self._senders = [
             self._sender(number, target, Path(output_dir), webhooks.job_id)

@@ -219,6 +219,7 @@ def tell(sink: Any, folder: Path) -> None:
     """A small run."""
     Picture.new("RGB", (8, 8), "teal").save(folder / "cat.png")
     cat = events.SavedPicture(folder / "cat.png", "cat", "a cat", 8, 8, 1, "live")
+    sink.handle(events.PhaseDone("reading the data sets", 1.0))
     sink.handle(events.RunStarted("stars", folder, 10, details={"model": "Tiny"}))
     for step in range(1, 11):
         sink.handle(events.StepDone(step, 10, 1.0 / step, 1e-4, None, 0.1, 4, 1))
@@ -232,7 +233,8 @@ def tell(sink: Any, folder: Path) -> None:
 def test_a_run_without_a_webhook_is_shown_as_one_with(tmp_path: Path) -> None:
     with running() as server:
         url = f"http://127.0.0.1:{server.server_port}/"
-        tell(WebhookSink(Webhooks((Webhook(webhook_type="raw", callback_url=SecretStr(url)),)), tmp_path), tmp_path)
+        webhooks = Webhooks((Webhook(webhook_type="raw", callback_url=SecretStr(url)),))
+        tell(WebhookSink(webhooks, tmp_path, run_name="stars"), tmp_path)
         (received,), _ = server.history.snapshots()
     history = History()
     follower = Follower(tmp_path, history)
