@@ -39,6 +39,20 @@ class EvalResult:
     by_quantile: Sequence[tuple[float, float]]
 
 
+@dataclass(frozen=True)
+class Row:
+    """One picture at one quantile: what one row of a forward pass judges.
+
+    Args:
+        position: of the sample in its dataset.
+        quantile: index into the evaluator's quantiles.
+    """
+
+    position: int
+    sample: Sample
+    quantile: int
+
+
 class Evaluator:
     """Evaluates live weights without touching training's randomness or mode.
 
@@ -89,8 +103,10 @@ class Evaluator:
     def _dataset_losses(self, denoiser: nn.Module, dataset: Dataset) -> Tensor:
         """(pictures, timesteps) loss of each picture at each quantile."""
         usable = sorted(int(index) for members in dataset.buckets.values() for index in members)
-        samples = [dataset.samples[index] for index in usable[: self.num_images]]
-        rows = [(sample, index) for sample in samples for index in range(len(self.quantiles))]
+        positions = usable[: self.num_images]
+        samples = dataset.samples.take(positions)
+        each = zip(positions, samples, strict=True)
+        rows = [Row(position, sample, index) for position, sample in each for index in range(len(self.quantiles))]
         losses: list[float] = []
         start = 0
         while start < len(rows):
@@ -102,36 +118,41 @@ class Evaluator:
     def _references(self, sample: Sample) -> Sequence[Sample]:
         return sample.references[:1] if self.one_reference else sample.references
 
-    def _chunk_losses(self, denoiser: nn.Module, dataset: Dataset, rows: list[tuple[Sample, int]]) -> list[float]:
-        latents = torch.stack(self.sources[dataset.id].latents([sample for sample, _ in rows]))
-        noise = torch.stack(
-            [
-                torch.randn(latents.shape[1:], generator=keyed_generator(EVAL_SEED, "eval noise", sample.digest, index))
-                for sample, index in rows
-            ]
-        )
-        references = reference_latents(self.sources, [self._references(sample) for sample, _ in rows])
+    def _chunk_losses(self, denoiser: nn.Module, dataset: Dataset, rows: list[Row]) -> list[float]:
+        samples = [row.sample for row in rows]
+        latents = torch.stack(self.sources[dataset.id].latents(samples))
+        generators = [keyed_generator(EVAL_SEED, "eval noise", row.sample.digest, row.quantile) for row in rows]
+        noise = torch.stack([torch.randn(latents.shape[1:], generator=generator) for generator in generators])
+        references = reference_latents(self.sources, [self._references(sample) for sample in samples])
         sizes = reference_sizes(references, self.family.spec)
         batch = Batch(
             latents=latents,
-            prompt_embeds=self.family.prompts.embeds([sample.captions[0] for sample, _ in rows], sizes),
+            prompt_embeds=self.family.prompts.embeds([sample.captions[0] for sample in samples], sizes),
             slots=range(len(rows)),
-            digests=[sample.digest for sample, _ in rows],
+            digests=[sample.digest for sample in samples],
             loss_weights=torch.ones(len(rows)),
             dataset_id=dataset.id,
             references=references,
-            samples=[sample for sample, _ in rows],
+            masks=_masks(dataset, rows, (latents.shape[-2], latents.shape[-1])),
+            samples=samples,
         )
-        quantiles = self.quantiles[[index for _, index in rows]]
+        quantiles = self.quantiles[[row.quantile for row in rows]]
         return compute_losses(self.family, denoiser, batch, noise, quantiles).per_sample.tolist()
 
 
-def _same_size_run(rows: list[tuple[Sample, int]]) -> list[tuple[Sample, int]]:
+def _masks(dataset: Dataset, rows: Sequence[Row], size: tuple[int, int]) -> Tensor | None:
+    """(B, 1, h, w) where the loss counts, as in training but always; None where the dataset has no masks."""
+    if dataset.masks is None:
+        return None
+    return torch.stack([dataset.masks.weights(row.position, row.sample, size) for row in rows])
+
+
+def _same_size_run(rows: list[Row]) -> list[Row]:
     """The leading rows whose pictures have one size, since a batch has one."""
-    first = rows[0][0].crop
+    first = rows[0].sample.crop
     size = (first.height, first.width)
     count = 0
-    while count < len(rows) and (rows[count][0].crop.height, rows[count][0].crop.width) == size:
+    while count < len(rows) and (rows[count].sample.crop.height, rows[count].sample.crop.width) == size:
         count += 1
     return rows[:count]
 

@@ -160,7 +160,7 @@ def build_run(loaded: LoadedRun, output_dir: Path, bus: EventBus, stop: StopRequ
         ema=EMA(parameters, config.ema_decay, config.ema_update_interval) if config.use_ema else None,
         batches=build_batches(loaded, family, training, sources, sampler, world),
         evaluator=build_evaluator(loaded, family, datasets, sources),
-        validator=build_validator(loaded, family, datasets, checkpoints, bus, world),
+        validator=build_validator(loaded, family, datasets, checkpoints, bus, stop, world),
         checkpoints=checkpoints,
         bus=bus,
         stop=stop,
@@ -311,6 +311,7 @@ def build_validator(
     datasets: Sequence[Dataset],
     checkpoints: Checkpoints,
     bus: EventBus,
+    stop: StopRequest,
     world: World = ALONE,
 ) -> Validator | ExternalScript | None:
     """None where nothing is drawn by this process.
@@ -340,7 +341,17 @@ def build_validator(
     if not world.is_main:
         pictures_dir = Path(tempfile.mkdtemp(prefix="simpletuner-"))
         atexit.register(shutil.rmtree, pictures_dir, ignore_errors=True)
-    validator = Validator(config, family, loaded.prompt_library, pictures_dir, bus, references)
+    validator = Validator(
+        config,
+        family,
+        loaded.prompt_library,
+        pictures_dir,
+        bus,
+        references,
+        # Processes that draw together have to stop together: they do after the step.
+        is_stopping=lambda: bool(stop) and world.size == 1,
+        from_main=world.from_main if config.fsdp_enable else lambda value: value,
+    )
     return validator if validator.requests else None
 
 

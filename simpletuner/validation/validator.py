@@ -7,7 +7,7 @@ module are put back, and a failure costs the pictures, not the run.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import groupby
 from pathlib import Path
@@ -33,7 +33,7 @@ from simpletuner.validation.isolation import LentVae, undisturbed
 from simpletuner.validation.previews import Previews
 from simpletuner.validation.prompts import PictureRequest, requests_from_config, reseeded
 from simpletuner.validation.references import ReferencePicture
-from simpletuner.validation.sampling import Picture, batch_size_for, make_pictures
+from simpletuner.validation.sampling import Picture, Watch, batch_size_for, make_pictures
 from simpletuner.validation.schedulers import use_scheduler
 
 if TYPE_CHECKING:
@@ -45,6 +45,10 @@ if TYPE_CHECKING:
 PICTURE_FAILURES = (RuntimeError, OSError, ValueError, DataError, ConfigError)
 
 
+class Stopping(Exception):
+    """The run is asked to stop, and a machine that is taken away does not wait for thirty pictures."""
+
+
 class Validator:
     """Validation of one run.
 
@@ -53,6 +57,8 @@ class Validator:
         prompt_library: nickname -> prompt, or None.
         output_dir: pictures go to `validation_images/` and `benchmarks/base_model/` in it.
         references: input pictures of prompts that name none of their own.
+        is_stopping: asked before each denoising step; where it says yes, the rest is left undrawn.
+        from_main: what the main process decided, where several draw together: each must draw the same.
 
     Attributes:
         requests: the pictures of one validation; empty where no prompt is set.
@@ -70,10 +76,14 @@ class Validator:
         output_dir: Path,
         bus: EventBus,
         references: tuple[ReferencePicture, ...] = (),
+        is_stopping: Callable[[], bool] = lambda: False,
+        from_main: Callable[[Any], Any] = lambda value: value,
     ):
         self.config = config
         self.family = family
         self.bus = bus
+        self.is_stopping = is_stopping
+        self.from_main = from_main
         self.requests, notices = requests_from_config(
             config,
             prompt_library,
@@ -130,6 +140,9 @@ class Validator:
         """A failure that a picture can cause is told, and costs only `what`."""
         try:
             yield
+        except Stopping:
+            self._vae.free()
+            self.bus.emit(Notice("info", f"no {what}: the run is asked to stop"))
         except NotImplementedError:
             raise  # a subclass of RuntimeError that only our own mistakes raise
         except PICTURE_FAILURES as error:
@@ -174,7 +187,7 @@ class Validator:
             kinds.append("live")
         if is_due and mode != "none":
             kinds.append("ema")
-        return kinds
+        return self.from_main(kinds)
 
     def _weights(self, kind: Kind, adapter: Any, ema: Any | None) -> AbstractContextManager[Any]:
         """Inside the context the denoiser has the weights of `kind`."""
@@ -202,11 +215,27 @@ class Validator:
                     asked,
                     batch_size=batch_size_for(asked),
                     on_progress=lambda count, done=done: self.bus.emit(PhaseProgress(phase, done + count)),
-                    watch=self._previews.watch(step, kind) if self._previews else None,
+                    watch=self._watch(step, kind),
                     noise_device=str(self.family.device) if is_gpu else "cpu",
                 )
             drawn |= dict(zip(indices, pictures, strict=True))
         return [drawn[index] for index in range(len(requests))]
+
+    def _watch(self, step: int, kind: Kind) -> Watch:
+        """What sees each denoising step: previews, and whether the run is asked to stop."""
+        shown = self._previews.watch(step, kind) if self._previews else None
+
+        def watch(requests: Sequence[PictureRequest]) -> Callable[..., dict[str, Any]]:
+            preview = shown(requests) if shown else None
+
+            def after_step(pipeline: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+                if self.is_stopping():
+                    raise Stopping
+                return preview(pipeline, index, timestep, tensors) if preview else tensors
+
+            return after_step
+
+        return watch
 
     def _emit_scores(self, scorer: ClipScorer, drawn: Mapping[Kind, list[Picture]], step: int) -> None:
         """The score of each picture; the mean is that of the weights in training, else of what there is."""

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from simpletuner import storage
 from simpletuner.training import evaluate, loop
@@ -194,3 +195,25 @@ def test_full_training_takes_its_reference_before_the_first_step(tmp_path: Path)
     options = {**EVERY_STEP, "model_type": "full", "max_train_steps": 2, "learning_rate": 1e-3}
     events = metrics(train_here(write_run(tmp_path / "run", model, **options)), "eval_done")
     assert [event["reference"] for event in events] == [events[0]["pooled"]] * 3
+
+
+def test_the_masks_of_held_out_pictures_count_in_their_loss(tmp_path: Path, omnigen_folder: Path):
+    """A mask of all of a picture changes nothing, one of a corner does."""
+    found = {}
+    for name, box in (("none", None), ("whole", (0, 0, 64, 64)), ("corner", (0, 0, 16, 16))):
+        folder = tmp_path / name
+        draw_pictures(folder / "pictures", 6, seed=1)
+        data = [dataset("pictures", **({"conditioning_data": "masks"} if box else {}))]
+        if box:
+            (folder / "masks").mkdir()
+            for path in (folder / "pictures").glob("*.png"):
+                mask = Image.new("RGB", (64, 64))
+                mask.paste((255, 255, 255), box)
+                mask.save(folder / "masks" / path.name)
+            masks = {"instance_data_dir": "masks", "conditioning_type": "mask"}
+            data.append({"id": "masks", "type": "local", "dataset_type": "conditioning", **masks})
+        options = {**EVERY_STEP, "max_train_steps": 1, "eval_holdout": 0.5}
+        output = train_here(write_run(folder, omnigen_folder, data, **options))
+        found[name] = metrics(output, "eval_done")[0]["pooled"]
+    assert found["whole"] == pytest.approx(found["none"], rel=1e-6)
+    assert found["corner"] != pytest.approx(found["none"], rel=1e-3)

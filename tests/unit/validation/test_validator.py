@@ -314,3 +314,18 @@ def test_a_preview_decoder_that_cannot_be_had_stops_the_start(setup: Setup):
     with pytest.raises(DataError) as caught:
         setup.validator(validation_preview=True)
     assert caught.value.problems[0].key == "validation_preview"
+
+
+def test_a_run_that_is_asked_to_stop_leaves_its_pictures_undrawn(setup: Setup):
+    validator, asked = setup.validator(validation_num_inference_steps=50), []
+    validator.is_stopping = lambda: len(asked) > 2 or asked.append(1) is not None
+    assert validator.run(setup.denoiser, setup.adapter, None, 20) == []
+    assert len(asked) == 3  # not fifty steps of each
+    assert [n.text for n in setup.recorder.of(Notice)] == ["no pictures at step 20: the run is asked to stop"]
+
+
+def test_processes_that_draw_together_draw_what_the_main_one_decides(setup: Setup):
+    validator = setup.validator()
+    validator.from_main = lambda kinds: ["live"]
+    validator.run(setup.denoiser, setup.adapter, setup.ema, 20)
+    assert {picture.kind for picture in setup.recorder.of(PicturesMade)[0].pictures} == {"live", "grid"}
