@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
+from simpletuner.config.deepspeed import read_deepspeed, stage_of
 from simpletuner.config.draft import Draft
-from simpletuner.errors import Problem
+from simpletuner.config.optimizers import OPTIMIZERS
+from simpletuner.errors import ConfigError, Problem
 
 
 def machine_rank_is_one_of_the_machines(draft: Draft) -> Iterator[Problem]:
@@ -67,9 +70,44 @@ def sharding_takes_plain_weights(draft: Draft) -> Iterator[Problem]:
         )
 
 
+def the_deepspeed_file_can_be_used(draft: Draft) -> Iterator[Problem]:
+    config, path = draft.config, draft.config.deepspeed_config
+    if path is None:
+        return
+    try:
+        settings = read_deepspeed(Path(path))
+    except ConfigError as error:
+        yield from error.problems
+        return
+    is_third = stage_of(settings) == 3
+    row = OPTIMIZERS.get(config.optimizer)
+    if config.fsdp_enable:
+        message = "spreads the model as fsdp_enable does"
+        yield draft.problem(message, "deepspeed_config", fix="remove one of the two")
+    if config.num_processes == 1 and config.num_machines == 1:
+        message = "one process has nobody to share with"
+        yield draft.problem(message, "deepspeed_config", fix="set num_processes above 1")
+    if config.max_grad_norm and config.grad_clip_method == "value":
+        message = "DeepSpeed clips by norm only"
+        yield draft.problem(message, "grad_clip_method", '"norm"', fix="set it to norm")
+    if config.mixed_precision == "fp16":
+        message = "scales losses, which DeepSpeed's own step would not know"
+        yield draft.problem(message, "mixed_precision", "bf16, no", fix="use bf16")
+    if row and (row.averages or not row.per_number):
+        message = f"{config.optimizer} looks at whole weights, and DeepSpeed moves parts of them laid end to end"
+        yield draft.problem(message, "optimizer", fix="use adamw_bf16 or lion")
+    if is_third and config.use_ema:
+        message = "the average needs the weights that stage 3 spreads"
+        yield draft.problem(message, "use_ema", "false with ZeRO stage 3", fix="use fsdp_enable, which keeps an EMA")
+    if is_third and config.base_model_precision not in (None, "no_change"):
+        message = "stage 3 spreads plain weights only"
+        yield draft.problem(message, "base_model_precision", "no_change", fix="use stage 2")
+
+
 PROCESS_RULES = (
     machine_rank_is_one_of_the_machines,
     several_machines_know_where_to_meet,
     sharding_has_processes_to_share,
     sharding_takes_plain_weights,
+    the_deepspeed_file_can_be_used,
 )

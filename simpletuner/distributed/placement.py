@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -26,6 +27,40 @@ class Placement(ABC):
     def __init__(self, parameters: Mapping[str, nn.Parameter], world: World):
         self.parameters = dict(parameters)
         self.world = world
+
+    def take_over(self, optimizer: torch.optim.Optimizer) -> None:  # noqa: B027 - only DeepSpeed has something to do
+        """Called once, when the optimizer is there and before weights are loaded from a checkpoint."""
+
+    def backward(self, loss: Tensor, is_last: bool) -> None:
+        """Backward pass of a micro-batch; `is_last` of its window."""
+        loss.backward()
+
+    def step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Move the parameters."""
+        optimizer.step()
+
+    @property
+    def norm_before_clipping(self) -> Tensor | None:
+        """() where gradients were clipped already, else None."""
+        return None
+
+    def gathered(self) -> AbstractContextManager[Any]:
+        """Inside the context the live parameters are whole, for reading."""
+        return nullcontext()
+
+    def writing(self) -> AbstractContextManager[Any]:
+        """Inside the context values may be copied into `parameters`, the same on all processes."""
+        return nullcontext()
+
+    has_own_state = False
+
+    def own_state(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """The optimizer's state with whole tensors, where it is not the optimizer that can tell."""
+        return None
+
+    def load_own_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """Put back what `own_state` gave."""
+        raise NotImplementedError
 
     @abstractmethod
     def collect_gradients(self) -> None:

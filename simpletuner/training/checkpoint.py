@@ -70,9 +70,10 @@ class Checkpoints:
         """
         path = self.output_dir / f"checkpoint-{run.state.global_step}"
         content = checkpoint_content(run)
-        if run.world.is_main:
-            self._save_here(run, path, content)
-        run.world.barrier()
+        with run.placement.gathered():
+            if run.world.is_main:
+                self._save_here(run, path, content)
+            run.world.barrier()
         return path
 
     def _save_here(self, run: Run, path: Path, content: CheckpointContent) -> None:
@@ -90,17 +91,22 @@ class Checkpoints:
         Raises:
             DataError: the disk is full or cannot be written; the earlier best stays.
         """
-        path, step = self.output_dir / BEST, run.state.global_step
+        path = self.output_dir / BEST
         content = checkpoint_content(run)
-        if run.world.is_main:
-            same = self.output_dir / f"checkpoint-{step}"
-            with storage.commit_dir(path, metadata={"global_step": step, "eval_loss": eval_loss}) as folder:
-                if same.is_dir() and not storage.verify_dir(same, full=False):
-                    storage.link_files(same, folder)
-                else:
-                    write_checkpoint(run, folder, content)
-        run.world.barrier()
+        with run.placement.gathered():
+            if run.world.is_main:
+                self._save_best_here(run, path, content, eval_loss)
+            run.world.barrier()
         return path
+
+    def _save_best_here(self, run: Run, path: Path, content: CheckpointContent, eval_loss: float) -> None:
+        step = run.state.global_step
+        same = self.output_dir / f"checkpoint-{step}"
+        with storage.commit_dir(path, metadata={"global_step": step, "eval_loss": eval_loss}) as folder:
+            if same.is_dir() and not storage.verify_dir(same, full=False):
+                storage.link_files(same, folder)
+            else:
+                write_checkpoint(run, folder, content)
 
     def best(self) -> Path | None:
         """The folder named like the best checkpoint; says nothing of whether it is valid."""
@@ -222,7 +228,8 @@ class CheckpointContent:
 def checkpoint_content(run: Run) -> CheckpointContent:
     """Gather what is to be written; all processes take part."""
     placement = run.placement
-    tensors, plain = optimizer_tensors(run.optimizer, placement.parameters)
+    own = placement.own_state()
+    tensors, plain = own or optimizer_tensors(run.optimizer, placement.parameters)
     weights, averages = None, keeps_averages(run.optimizer)
     if placement.is_spread or averages:
         with averaged_weights(run.optimizer):
@@ -231,7 +238,7 @@ def checkpoint_content(run: Run) -> CheckpointContent:
     return CheckpointContent(
         weights=weights,
         trained=None if file_is_exact(run) else placement.whole(run.adapter.state_dict()),
-        optimizer=placement.whole(tensors),
+        optimizer=tensors if own else placement.whole(tensors),
         plain=plain,
         ema=placement.whole(run.ema.state_dict()) if run.ema is not None else None,
     )
@@ -288,8 +295,13 @@ def load_checkpoint(run: Run, path: Path) -> None:
 
     parameters, part = run.placement.parameters, run.placement.part
     weights = load_file(weights_file(run, path) if file_is_exact(run) else path / TRAINABLE_FILE)
-    run.adapter.load_state_dict(part({name: tensor for name, tensor in weights.items() if name in parameters}))
-    load_optimizer_tensors(run.optimizer, parameters, part(load_file(path / OPTIMIZER_FILE)), saved["optimizer"])
+    with run.placement.writing():
+        run.adapter.load_state_dict(part({name: tensor for name, tensor in weights.items() if name in parameters}))
+    tensors = load_file(path / OPTIMIZER_FILE)
+    if run.placement.has_own_state:
+        run.placement.load_own_state(tensors)
+    else:
+        load_optimizer_tensors(run.optimizer, parameters, part(tensors), saved["optimizer"])
     if run.ema is not None:
         if (path / EMA_FILE).is_file():
             averages = load_file(path / EMA_FILE)

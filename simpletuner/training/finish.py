@@ -94,12 +94,14 @@ def save_adapter(run: Run, folder: Path) -> Path:
     """Write the live adapter to `folder` under a temporary name, prove it, then give it its name."""
     path = folder / run.adapter.file_name
     reference = live_output(run)
-    if run.world.is_main:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = storage.read_json(run.output_dir / LOCK_FILE)
-        with storage.replacing_file(path) as temporary:
-            run.adapter.save(temporary, run_metadata(lock, run.state.global_step))
-            prove_adapter(run, temporary, reference)
+    with run.placement.gathered():
+        if run.world.is_main:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = storage.read_json(run.output_dir / LOCK_FILE)
+            with storage.replacing_file(path) as temporary:
+                run.adapter.save(temporary, run_metadata(lock, run.state.global_step))
+                prove_adapter(run, temporary, reference)
+        run.world.barrier()
     return path
 
 

@@ -87,6 +87,7 @@ def train_window(run: Run, window: Window) -> StepOutcome:
     """One optimizer step: all micro-batches of the window, then the update."""
     step = window.step
     weight = max(run.world.sum([window.weight])[0], 1e-12)
+    set_learning_rate(run.optimizer, learning_rate_at(run, step))
     losses = [backward_micro_batch(run, window, micro_step, weight) for micro_step in range(len(window.batches))]
     run.placement.collect_gradients()
     run.loss_scale.unscale(run.placement.parameters.values())
@@ -97,9 +98,8 @@ def train_window(run: Run, window: Window) -> StepOutcome:
     is_finite = math.isfinite(outcome.loss) and math.isfinite(outcome.grad_norm)
     is_overflow = run.loss_scale.update(is_finite)
     if is_finite:
-        set_learning_rate(run.optimizer, outcome.learning_rate)
         reseed_global(run.seed, "update", step)  # optimizers that round stochastically: the same in each process
-        run.optimizer.step()
+        run.placement.step(run.optimizer)
         if run.ema is not None:
             run.ema.update(run.adapter.trainable_parameters(), step + 1)
         state.skipped_steps = 0
@@ -125,7 +125,8 @@ def backward_micro_batch(run: Run, window: Window, micro_step: int, weight: floa
     # Now, and not before the forward pass: a backward pass does not hold the interpreter, so a window can be built
     # beside it; beside a forward pass the two would wait for each other at each operation.
     run.batches.begin_next(window)
-    (losses.weighted_sum / weight * run.loss_scale.scale).backward()
+    scaled = losses.weighted_sum / weight * run.loss_scale.scale
+    run.placement.backward(scaled, is_last=micro_step == len(window.batches) - 1)
     return losses
 
 
@@ -134,13 +135,20 @@ def summarise(run: Run, window: Window, losses: list[Losses]) -> StepOutcome:
     grad_norm = clip_gradients(run)
     *sums, stops, samples = run.world.sum([*weighted_sums(window, losses), bool(run.stop), window.num_samples])
     loss, regularisation_loss = weighted_means(*sums)
-    learning_rate = run.peak_learning_rate * run.lr_factor(window.step)
-    return StepOutcome(loss, float(grad_norm), learning_rate, regularisation_loss, stops > 0, int(samples))
+    return StepOutcome(
+        loss, float(grad_norm), learning_rate_at(run, window.step), regularisation_loss, stops > 0, int(samples)
+    )
+
+
+def learning_rate_at(run: Run, step: int) -> float:
+    return run.peak_learning_rate * run.lr_factor(step)
 
 
 def clip_gradients(run: Run) -> Tensor:
     """() the joint norm of the gradients (largest absolute value where clipping is by value), before clipping."""
     config = run.config
+    if (norm := run.placement.norm_before_clipping) is not None:
+        return norm
     if config.max_grad_norm and config.grad_clip_method == "value":
         return run.placement.largest_of_all(clip_by_value(run.trainable, config.max_grad_norm))
     norm = run.placement.norm_of_all(gradient_norm(run.trainable))

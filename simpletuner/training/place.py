@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from torch import nn
 
 from simpletuner.adapters.base import Adapter
 from simpletuner.adapters.full import FullAdapter
+from simpletuner.config.deepspeed import read_deepspeed
 from simpletuner.config.options import TrainConfig
 from simpletuner.distributed.placement import Copies, Parts, Placement
 from simpletuner.distributed.sharding import shard_denoiser, spread_parameters
 from simpletuner.distributed.world import World
+from simpletuner.distributed.zero import Zero
 from simpletuner.errors import ConfigError, Problem
 from simpletuner.models.family import ModelFamily
 
@@ -24,16 +28,27 @@ def place_denoiser(
     Raises:
         ConfigError: fsdp_enable with a single process, or processes that cannot be divided as asked.
     """
-    if not config.fsdp_enable:
+    if not (config.fsdp_enable or config.deepspeed_config):
         denoiser.to(family.device)
         return Copies(adapter.trainable_parameters(), world)
     if world.size == 1:
         raise ConfigError(
             Problem(
                 "this run has one process, which has nobody to share the weights with",
-                key="fsdp_enable",
+                key="fsdp_enable" if config.fsdp_enable else "deepspeed_config",
                 fix="set num_processes above 1, or remove the key",
             )
+        )
+    if config.deepspeed_config:
+        denoiser.to(family.device)
+        return Zero(
+            adapter.trainable_parameters(),
+            world,
+            denoiser,
+            read_deepspeed(Path(config.deepspeed_config)),
+            accumulation=config.gradient_accumulation_steps,
+            max_grad_norm=config.max_grad_norm or 0.0,
+            is_adapter=not isinstance(adapter, FullAdapter),
         )
     whole = set() if isinstance(adapter, FullAdapter) else set(adapter.trainable_parameters().values())
     shard_denoiser(

@@ -170,6 +170,7 @@ def build_run(loaded: LoadedRun, output_dir: Path, bus: EventBus, stop: StopRequ
         world=world,
         datasets=datasets,
     )
+    placement.take_over(run.optimizer)
     if resume_from is not None:
         load_checkpoint(run, resume_from)
         run.eval_losses |= losses_from_json(world.from_main(read_history(output_dir)), until=run.state.global_step)

@@ -151,6 +151,41 @@ def test_sharding_with_one_process_is_refused(tmp_path, omnigen_folder):
     assert "fsdp_enable" in result.stderr
 
 
+BY_NORM = {"grad_clip_method": "norm", "max_grad_norm": 0.01}
+
+
+def with_deepspeed(folder: Path, stage: int) -> Path:
+    (folder / "deepspeed.json").write_text(json.dumps({"zero_optimization": {"stage": stage}, "bf16": "auto"}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def clipped_by_norm(tmp_path_factory, omnigen_folder) -> Path:
+    folder = tmp_path_factory.mktemp("norm")
+    return train(write_run(folder, omnigen_folder, num_processes=1, train_batch_size=4, **BY_NORM))
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_deepspeed_trains_what_one_process_does_and_resumes(tmp_path, omnigen_folder, clipped_by_norm, stage):
+    """Slow the first time: DeepSpeed compiles its communication for processors."""
+    options = {"num_processes": 2, "deepspeed_config": "deepspeed.json", **BY_NORM}
+    folder = with_deepspeed(write_run(tmp_path, omnigen_folder, **options), stage)
+    train(folder, "--max_train_steps=4")
+    resumed = train(folder)
+    assert_same_training(clipped_by_norm, resumed)
+    assert_same_tensors(clipped_by_norm / "checkpoint-8", resumed / "checkpoint-8")
+
+
+def test_a_deepspeed_file_that_says_what_config_json_says_is_refused(tmp_path, omnigen_folder):
+    folder = write_run(tmp_path, omnigen_folder, num_processes=2, deepspeed_config="deepspeed.json", **BY_NORM)
+    (folder / "deepspeed.json").write_text('{"zero_optimization": {"stage": 4}, "train_batch_size": 8}')
+    result = run_cli(folder, "train")
+    assert result.returncode == 2
+    assert "train_batch_size is set in the DeepSpeed file" in result.stderr
+    assert "zero_optimization.stage is 4" in result.stderr
+
+
 def started(folder: Path) -> subprocess.Popen:
     """A run of two processes that would take minutes, once it has taken a step."""
     arguments = cli("train", "--max_train_steps=100000", "--checkpoint_step_interval=0")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from simpletuner.config.options.declare import OptionGroup, option
-from simpletuner.config.values import Bool, Int, Text
+from simpletuner.config.values import Bool, FilePath, Int, Text
 
 
 class ProcessOptions(OptionGroup):
@@ -50,11 +50,11 @@ class ProcessOptions(OptionGroup):
         False,
         help="Keep the spread weights in main memory and fetch each block's to the device: slow, least memory.",
     )
-    deepspeed_config: Text | None = option(
+    deepspeed_config: FilePath | None = option(
         None,
-        help="DeepSpeed configuration file: its ZeRO stage (1 to 3) decides what is spread over the processes.",
+        help="DeepSpeed configuration file: its ZeRO stage decides what is spread over the processes: 1 the "
+        "optimizer's state, 2 gradients too, 3 weights too. Needs several processes.",
         path="input",
-        planned="DeepSpeed is not built; fsdp_enable spreads the model over processes",
     )
     context_parallel_size: Int = option(
         1, help="Processes that share one sequence.", planned="each process works on whole pictures", ge=1
