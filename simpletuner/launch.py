@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from simpletuner.config.discovery import find_config
+from simpletuner.config.paths import looks_like_path
 from simpletuner.errors import ConfigError, Problem
 from simpletuner.examples import DEFAULT_EXAMPLE, example_dir
 from simpletuner.models.registry import all_specs, get_family_class, get_spec
@@ -118,6 +119,10 @@ def family_of_model(model: str, family_name: str | None) -> ModelFamily:
     from simpletuner.models.components import ModelSource, check_local_model
 
     source = ModelSource(model)
+    if not source.is_local and looks_like_path(model):
+        raise ConfigError(
+            Problem(f"there is no model folder at {model}", key="--model", allowed="a folder, or a hub id")
+        )
     spec = get_spec(family_name) if family_name else spec_of_model(source)
     problems = check_local_model(source, spec)
     if problems:
@@ -168,7 +173,7 @@ def pack_base(family: ModelFamily, precision: str) -> None:
 
 
 def spec_of_model(source: ModelSource) -> FamilySpec:
-    """The family whose pipeline `model_index.json` names.
+    """The family whose pipeline `model_index.json` names, or that publishes this checkpoint.
 
     Raises:
         ConfigError: not a local folder, or no family of ours has that pipeline.
@@ -177,7 +182,8 @@ def spec_of_model(source: ModelSource) -> FamilySpec:
     pipeline = json.loads(index.read_text(encoding="utf-8")).get("_class_name") if index.is_file() else None
     specs, _ = all_specs()
     for spec in specs:
-        if pipeline in (spec.pipeline_class, *spec.pipeline_aliases):
+        published = {flavour.hub_id for flavour in spec.flavours.values()}
+        if pipeline in (spec.pipeline_class, *spec.pipeline_aliases) or source.model in published:
             return spec
     raise ConfigError(
         Problem(

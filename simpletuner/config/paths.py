@@ -6,8 +6,10 @@ and a folder `model` that happens to be where somebody starts it does not.
 
 from __future__ import annotations
 
+import difflib
 import os
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from simpletuner.config.layers import Origin
@@ -18,6 +20,8 @@ PACKAGE = Path(__file__).resolve().parents[1]
 
 # Where a model folder may carry a tiny autoencoder of its own, in the form of diffusers' AutoencoderTiny.
 PREVIEW_FOLDER = "preview_decoder"
+# Of a folder, when a similar name is looked for: a folder of pictures may have millions.
+MAX_NAMES = 10_000
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,38 @@ class Folders:
     def missing(self, path: Path, key: str, origin: Origin, what: str) -> Problem:
         """The problem of a path that leads nowhere; lists every place."""
         places = " or ".join(str(place) for place in self.places(path))
-        return origin.problem(f'"{path}": there is no {what} of this name', key=key, allowed=f"{what} at {places}")
+        near = self.nearest(path, is_folder=what.endswith("folder"))
+        fix = f'did you mean "{near}"?' if near else None
+        return origin.problem(
+            f'"{path}": there is no {what} of this name', key=key, allowed=f"{what} at {places}", fix=fix
+        )
+
+    def nearest(self, path: Path, is_folder: bool) -> Path | None:
+        """What exists and is spelt almost like `path`, relative as it is."""
+        for place in self.places(path):
+            found = nearest_path(place)
+            if found is not None and found.is_dir() == is_folder:
+                return found if path.is_absolute() else Path(os.path.relpath(found, self.working_dir))
+        return None
+
+
+def nearest_path(path: Path) -> Path | None:
+    """The existing path whose parts are those of `path`, or are spelt almost like them."""
+    if path.exists():
+        return path
+    if path == path.parent:
+        return None
+    parent = nearest_path(path.parent)
+    if parent is None or not parent.is_dir():
+        return None
+    if (parent / path.name).exists():
+        return parent / path.name
+    try:
+        names = [entry.name for entry in islice(os.scandir(parent), MAX_NAMES)]
+    except OSError:
+        return None
+    near = difflib.get_close_matches(path.name, names, n=1, cutoff=0.75)
+    return parent / near[0] if near else None
 
 
 def looks_like_path(text: str) -> bool:

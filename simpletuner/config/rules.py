@@ -136,7 +136,8 @@ def _sides_fit(draft: Draft, entry: ImageDataset, resolution: float) -> Iterator
     if resolution < smallest or (largest and resolution > largest):
         allowed = f"{smallest} to {largest} pixels" if largest else f"at least {smallest} pixels"
         message = f"{resolution:g} pixels are outside of what {draft.spec.title} takes"
-        yield draft.dataset_problem(entry, "resolution", message, allowed)
+        fix = 'for megapixels set resolution_type to "area"' if resolution < smallest else None
+        yield draft.dataset_problem(entry, "resolution", message, allowed, fix)
 
 
 def size_limits_go_together(draft: Draft) -> Iterator[Problem]:

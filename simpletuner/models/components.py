@@ -5,6 +5,7 @@ A model is a folder in diffusers layout or a hub id. Only safetensors are read, 
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import json
 import shutil
@@ -183,13 +184,38 @@ def fetch(repository: str, name: str, revision: str | None, key: str) -> Path:
 
 
 def _not_fetched(name: str, repository: str, key: str, error: Exception) -> DataError:
-    return DataError(
-        Problem(
-            f"cannot fetch {name} of {repository}: {error}",
-            key=key,
-            fix="check the connection and HF_ENDPOINT; for a gated model accept its licence, then `hf auth login`",
-        )
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        GatedRepoError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
     )
+
+    reason = " ".join(str(error).split())
+    fix = "check the connection and HF_ENDPOINT, or give a model folder; what was fetched before is used without it"
+    if isinstance(error, GatedRepoError):
+        reason = "its owner must let you in"
+        fix = f"accept the licence on https://huggingface.co/{repository}, then log in: hf auth login"
+    elif isinstance(error, RepositoryNotFoundError):
+        reason, fix = (
+            "there is no such model on the hub, or it is private",
+            "correct the name, or log in: hf auth login",
+        )
+    elif isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
+        reason, fix = "the model is there and has no such file", "name a model in diffusers layout, with safetensors"
+    near = None if isinstance(error, GatedRepoError) else nearest_hub_id(repository)
+    if near is not None:
+        fix = f'did you mean "{near}"? Otherwise {fix}'
+    return DataError(Problem(f"cannot fetch {name} of {repository}: {reason}", key=key, fix=fix))
+
+
+def nearest_hub_id(model: str) -> str | None:
+    """The published checkpoint whose hub id is almost `model`; None where it is one, or none is near."""
+    from simpletuner.models.registry import all_specs
+
+    known = [flavour.hub_id for spec in all_specs()[0] for flavour in spec.flavours.values()]
+    near = difflib.get_close_matches(model, known, n=1, cutoff=0.85)
+    return near[0] if near and model not in known else None
 
 
 def make_empty_component(source: ModelSource, component: Component, dtype: torch.dtype) -> nn.Module:

@@ -277,3 +277,13 @@ def test_the_example_files_load(tmp_path: Path) -> None:
     assert [entry.id for entry in run.datasets] == ["subject", "regularisation", "subject-eval"]
     assert run.prompt_library
     assert find_spec("omnigen").name == run.config.model_family
+
+
+def test_a_path_that_is_spelt_almost_right_is_suggested(workspace: Workspace) -> None:
+    workspace.datasets[0]["instance_data_dir"] = "dataset/picture"
+    assert 'did you mean "datasets/pictures"?' in workspace.fails_written().render()
+    workspace.datasets[0]["instance_data_dir"] = "somewhere/else"
+    assert "did you mean" not in workspace.fails_written().render()
+    workspace.datasets[0]["instance_data_dir"] = "datasets/pictures"
+    workspace.config["data_backend_config"] = "config/multidatabackends.json"
+    assert 'did you mean "config/multidatabackend.json"?' in workspace.fails_written().render()
