@@ -116,12 +116,15 @@ def load_source(
     get_spec: Callable[[str], FamilyFacts],
     check_files: bool = True,
     unsaved: Mapping[Path, str] | None = None,
+    variables: Mapping[str, str] | None = None,
 ) -> LoadedRun:
     """As `load_run`, from a configuration file that is chosen already.
 
     Args:
         unsaved: absolute path -> text that stands for the JSON file of that name: what an editor holds and the disk
             does not.
+        variables: what `${NAME}` in a webhook is looked up in, where it is not `environment`: who judges a file alone
+            sets no options from the environment.
 
     Raises:
         ConfigError: everything that is wrong, at once.
@@ -132,7 +135,7 @@ def load_source(
     datasets = reader.read_datasets(config)
     lycoris = reader.read_lycoris(config)
     prompts = reader.read_prompts(config)
-    webhooks = reader.read_webhooks(config, environment)
+    webhooks = reader.read_webhooks(config, environment if variables is None else variables)
     draft = Draft(
         config=config,
         spec=reader.spec,

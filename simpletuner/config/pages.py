@@ -47,6 +47,8 @@ writes goes into the working folder.
 | `CUDA_VISIBLE_DEVICES` | Which GPU is used; it is read by CUDA itself. |
 | `HF_ENDPOINT`, `HF_HOME`, `HF_TOKEN` | Read by the Hugging Face libraries: a mirror, the folder of downloads, the login. |
 | `SIMPLETUNER_LOG_LEVEL` | `debug`, `info`, `warning`, `error` or `critical`: what libraries log is shown from this level on. |
+| `SIMPLETUNER_JOB_ID` | Events of raw webhooks carry it as `job_id`. |
+| `SIMPLETUNER_MONITOR_TOKEN` | `--token` of `simpletuner monitor`. |
 | `SIMPLETUNER_DEBUG` | `1` shows a traceback for errors of the program itself. |
 
 Without any of them, `config/config.json` is read, then `config.json`, then the same names with `.toml` and `.env`.

@@ -162,7 +162,7 @@ def _load(told: Mapping[str, Any]) -> LoadedRun:
 
     unsaved = {Path(path): text for path, text in told["unsaved"].items()}
     source = ConfigSource(Path(told["config"]), "json")
-    return load_source(source, (), {}, Path(told["working_dir"]), get_spec, unsaved=unsaved)
+    return load_source(source, (), {}, Path(told["working_dir"]), get_spec, unsaved=unsaved, variables=os.environ)
 
 
 def _estimate(run: LoadedRun, probe: bool | None) -> Estimate:

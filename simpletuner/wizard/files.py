@@ -119,7 +119,7 @@ def judge(project: Project, texts: Mapping[Path, str], answers: Answers) -> Verd
     places = project.places
     try:
         source, unsaved = ConfigSource(places.config, "json"), {**project.texts, **texts}
-        run = load_source(source, (), {}, places.working_dir, get_spec, unsaved=unsaved)
+        run = load_source(source, (), {}, places.working_dir, get_spec, unsaved=unsaved, variables=os.environ)
         check_model_folder(run)
     except ConfigError as error:
         return Verdict(None, tuple(error.problems), ())

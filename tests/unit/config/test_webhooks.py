@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 
+from simpletuner.config.discovery import ConfigSource
+from simpletuner.config.loading import load_source
 from simpletuner.config.reference import resolved_text
 
-from .conftest import Workspace
+from .conftest import Workspace, find_spec
 
 CANARY = "canary-7d1f"
 RAW = {"webhook_type": "raw", "callback_url": f"https://example.org/{CANARY}"}
@@ -95,6 +97,14 @@ def test_secrets_come_from_variables_and_files(workspace: Workspace) -> None:
     assert second.auth_token.get_secret_value() == CANARY
     assert run.webhooks.job_id == "job-7"
     assert run.warnings == ()
+
+
+def test_who_judges_a_file_alone_still_looks_up_its_variables(workspace: Workspace) -> None:
+    workspace.config["webhook_config"] = {"webhook_type": "raw", "callback_url": "${HOOK}"}
+    workspace.write()
+    source = ConfigSource(workspace.root / "config/config.json", "json")
+    found = load_source(source, (), {}, workspace.root, find_spec, variables={"HOOK": RAW["callback_url"]})
+    assert found.webhooks.targets[0].url == RAW["callback_url"]
 
 
 def test_a_token_that_travels_in_the_open_is_told(workspace: Workspace) -> None:
