@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from simpletuner.adapters.lycoris import isolated_lycoris
-from simpletuner.adapters.lycoris_modules import prepare_module
+from simpletuner.adapters.lycoris_modules import beside_the_base, prepare_module
 from simpletuner.adapters.weights import Module
 from simpletuner.errors import DataError, Problem
 
@@ -65,6 +65,7 @@ def make_module(layer: nn.Module, tensors: Module, multiplier: float) -> Lycoris
             module = None if kind is None else make_module(kind, parts, "layer", layer)
     if module is None:
         raise DataError(Problem(f"LyCORIS knows no module with {', '.join(sorted(tensors))}"))
+    module = beside_the_base(module)
     prepare_module(module)
     module.multiplier = multiplier
     return module.eval()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from simpletuner.adapters.base import MatchCount
 from simpletuner.adapters.formats import encode
 from simpletuner.adapters.lycoris import LycorisAdapter, isolated_lycoris, register_network
-from simpletuner.adapters.lycoris_modules import prepare_module
+from simpletuner.adapters.lycoris_modules import beside_the_base, prepare_module
 from simpletuner.adapters.reading import adapter_from_tensors, format_of, read_adapter, read_adapter_file
 from simpletuner.adapters.weights import AdapterWeights
 from simpletuner.errors import DataError, Problem
@@ -41,6 +41,7 @@ def apply_weights(
 ) -> LycorisAdapter:
     """As `apply_adapter_file`, from weights: LyCORIS' modules compute what every algorithm means."""
     network = network_from(weights, denoiser, spec, strength * weights.multiplier, file)
+    network.loras = [beside_the_base(module) for module in network.loras]
     for module in network.loras:
         prepare_module(module, weights.lycoris.get("bypass_mode", True))
     register_network(denoiser, network, weights.dtype)

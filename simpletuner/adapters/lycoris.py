@@ -207,7 +207,10 @@ def _create_network(
     denoiser: nn.Module, lycoris: Mapping[str, Any], targets: LycorisTargets, seed: int, file: str | None
 ) -> LycorisNetwork:
     from lycoris.config import PRESET
-    from lycoris.wrapper import create_lycoris
+    from lycoris.modules.norms import NormModule
+    from lycoris.wrapper import create_lycoris, network_module_dict
+
+    from simpletuner.adapters.lycoris_full import FullDifference
 
     options = {key: value for key, value in lycoris.items() if key not in ("apply_preset", "preset")}
     # The classes that the layers have now: a quantised `Linear` may be a `QLinear`.
@@ -231,14 +234,15 @@ def _create_network(
             "use_fnmatch": targets.use_fnmatch,
             "exclude_name": list(targets.exclude),
         }
+        full, network_module_dict["full"] = network_module_dict["full"], FullDifference
         try:
             network = create_lycoris(denoiser, **{"algo": DEFAULT_ALGORITHM, **options}, preset="from_config")
         except (TypeError, ValueError, KeyError, NotImplementedError) as error:
             raise ConfigError(
                 Problem(f"LyCORIS refuses this configuration: {error}", key=LYCORIS_CONFIG, file=file)
             ) from error
-    from lycoris.modules.norms import NormModule
-
+        finally:
+            network_module_dict["full"] = full
     network.loras = [m for m in network.loras if not isinstance(m, NormModule) or is_usable_norm(m)]
     if lycoris.get("train_norm") and not any(isinstance(module, NormModule) for module in network.loras):
         message = "none of the layers is a LayerNorm or GroupNorm with weight and bias, and LyCORIS knows no other"

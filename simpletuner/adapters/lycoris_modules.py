@@ -1,7 +1,7 @@
 """What LyCORIS' modules (4.1) need before they train here.
 
-Some take the layer's weight out of the base, draw from Python's generator, or write a file of another strength than
-they trained with. Each correction says what it corrects; keys and parameters stay LyCORIS' own.
+Some forget the layer's own forward, draw from Python's generator, or write a file of another strength than they trained
+with. Each correction says what it corrects; keys and parameters stay LyCORIS' own.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from simpletuner.adapters.lokr import use_structured_forward
 if TYPE_CHECKING:
     from lycoris.modules.base import LycorisBaseModule
     from lycoris.modules.dylora import DyLoraModule
-    from lycoris.modules.full import FullModule
     from lycoris.modules.ia3 import IA3Module
 
 
@@ -29,12 +28,9 @@ def prepare_module(module: LycorisBaseModule, prefers_bypass: bool = True) -> No
     """
     from lycoris.modules.base import LycorisBaseModule
     from lycoris.modules.dylora import DyLoraModule
-    from lycoris.modules.full import FullModule
     from lycoris.modules.ia3 import IA3Module
 
-    if isinstance(module, FullModule):
-        _keep_base(module)
-    elif isinstance(module, DyLoraModule):
+    if isinstance(module, DyLoraModule):
         module.forward = MethodType(dylora_forward, module)
     elif isinstance(module, IA3Module):
         # Its own `apply_to` does not remember the layer's forward, so that it cannot be switched off.
@@ -70,6 +66,15 @@ def prefer_bypass(module: LycorisBaseModule) -> None:
             use_structured_forward(module)
 
 
+def beside_the_base(module: LycorisBaseModule) -> LycorisBaseModule:
+    """A module from a file; a `full` one as a difference beside the layer's weight."""
+    from lycoris.modules.full import FullModule
+
+    from simpletuner.adapters.lycoris_full import FullDifference
+
+    return FullDifference.of(module) if isinstance(module, FullModule) else module
+
+
 def is_usable_norm(module: LycorisBaseModule) -> bool:
     """Whether a module on a normalisation can compute: LyCORIS makes some that fail in their forward pass.
 
@@ -78,39 +83,6 @@ def is_usable_norm(module: LycorisBaseModule) -> bool:
     layer = module.org_module[0]
     known = isinstance(layer, nn.LayerNorm | nn.GroupNorm)
     return known and layer.weight is not None and layer.bias is not None
-
-
-def _keep_base(module: FullModule) -> None:
-    """Train the difference from the layer's weight beside it.
-
-    LyCORIS moves the weight into the module: the base is then gone, which prior preservation and saving need, and a
-    second copy stays in main memory.
-    """
-    from lycoris.modules.base import LycorisBaseModule
-
-    module.apply_to = MethodType(LycorisBaseModule.apply_to, module)
-    module.forward = MethodType(full_forward, module)
-    module.custom_state_dict = MethodType(_full_state_dict, module)
-    module._org_weight, module.org_bias = [None], None
-
-
-def full_forward(module: FullModule, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """`W x + D x` with the trained difference D; dropout of whole modules and of rows as LyCORIS has it."""
-    base = module.org_forward(x, *args, **kwargs)
-    if module.module_dropout and module.training and torch.rand(1) < module.module_dropout:
-        return base
-    weight = module.weight.to(x.dtype) * module.multiplier
-    bias = None if module.bias is None else module.bias.to(x.dtype) * module.multiplier
-    if module.rank_dropout and module.training:
-        kept = (torch.rand(module.dim) > module.rank_dropout).to(weight)
-        weight = weight * kept.view(-1, *[1] * (weight.dim() - 1))
-        bias = None if bias is None else bias * kept
-    return base + module.op(x, weight, bias, **module.kw_dict)
-
-
-def _full_state_dict(module: FullModule) -> dict[str, Tensor]:
-    state = {"diff": module.weight}
-    return state if module.bias is None else state | {"diff_b": module.bias}
 
 
 def dylora_forward(module: DyLoraModule, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -124,11 +96,12 @@ def dylora_forward(module: DyLoraModule, x: Tensor, *args: Any, **kwargs: Any) -
     base = module.org_forward(x, *args, **kwargs)
     if module.module_dropout and module.training and torch.rand(1) < module.module_dropout:
         return base
-    last = int(torch.randint(module.block_count, ())) if module.training else module.block_count - 1
+    last = int(torch.randint(module.block_count, (), device="cpu")) if module.training else module.block_count - 1
     learns = module.training
     downs = [part.detach() if learns else part for part in module.down_list[:last]] + [module.down_list[last]]
     ups = [part.detach() if learns else part for part in module.up_list[:last]] + [module.up_list[last]]
-    scale = float(module.alpha) / ((last + 1) * module.block_size) * module.multiplier
+    # Its own scale is alpha over all ranks.
+    scale = module.scale * module.lora_dim / ((last + 1) * module.block_size) * module.multiplier
     down, up = torch.cat(downs).to(x.dtype), torch.cat(ups, dim=1).to(x.dtype)
     if module.module_type == "linear":
         return base + nn.functional.linear(nn.functional.linear(x, down), up) * scale

@@ -122,3 +122,12 @@ def test_presets_mean_the_layers_of_the_family(preset: str, modules: int) -> Non
     adapter = attach_lycoris(denoiser, lycoris, OMNIGEN, torch.float32, 1)
     assert sum(match.modules for match in adapter.report) == len(adapter.network.loras)
     assert len(adapter.network.loras) == modules
+
+
+@pytest.mark.parametrize("algo", ALGORITHMS)
+def test_every_algorithm_can_be_counted_on_a_model_without_values(algo: str) -> None:
+    denoiser = tiny_omnigen_transformer().to("meta")
+    adapter = attach_lycoris(denoiser, {"algo": algo, "linear_dim": 4} | TARGETS, OMNIGEN, torch.float32, 1)
+    real = attach(algo=algo)[1].trainable_parameters()
+    counted = adapter.trainable_parameters()
+    assert {name: p.shape for name, p in counted.items()} == {name: p.shape for name, p in real.items()}

@@ -64,5 +64,5 @@ def test_what_needs_plain_weights_is_refused(denoiser: nn.Module) -> None:
     with pytest.raises(ConfigError, match="packed"):
         attach_lora(denoiser, LoraSettings(init="pissa"), OMNIGEN, torch.float32, 1)
     lycoris = {"algo": "full", "apply_preset": {"target_module": ["Attention"]}}
-    with pytest.raises(ConfigError, match="Quant Linear is not supported"):
+    with pytest.raises(ConfigError, match="those of the base are packed"):
         attach_lycoris(denoiser, lycoris, OMNIGEN, torch.float32, 1)
