@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +16,10 @@ from simpletuner.diffusion.loss import sample_means, squared_error
 from simpletuner.models.components import ModelSource, check_local_model
 from simpletuner.models.family import LatentMoments, ModelFamily
 from simpletuner.models.registry import family_names, get_family_class, get_spec
+from simpletuner.reporting.events import PreviewMade
+from simpletuner.validation.files import PictureFiles
+from simpletuner.validation.previews import Previews
+from simpletuner.validation.prompts import DrawSettings, PictureRequest
 from tests.tiny_folders import TINY_FOLDERS
 
 PROMPTS = ["a cat", "a green star on a white background"]
@@ -159,8 +165,12 @@ def first_latents(family: ModelFamily, data: Tensor, noise: Tensor, num_steps: i
     return scheduler.add_noise(data, noise, scheduler.timesteps[:1]) / scheduler.init_noise_sigma
 
 
-def test_an_exact_denoiser_lands_on_the_data_through_the_familys_own_pipeline(family: ModelFamily):
-    """The direction oracle: the sign comes from `predict`, the steps from the family's scheduler; both must agree."""
+def draw_exactly(family: ModelFamily, watch: Callable[[int, int], Any] | None = None) -> tuple[Tensor, Tensor, float]:
+    """Draw in 20 steps with a denoiser that answers exactly: what came out, what should have, and how nearly.
+
+    Args:
+        watch: height and width of the picture -> `callback_on_step_end`.
+    """
     data, noise = randn(*latent_shape(family, 1), seed=5), randn(*latent_shape(family, 1), seed=6)
     sigma = torch.tensor([1.0])
     target = family.make_target(data, noise, sigma)
@@ -173,10 +183,45 @@ def test_an_exact_denoiser_lands_on_the_data_through_the_familys_own_pipeline(fa
     oracle = ExactAnswer(denoiser, sign * raw)
     height, width = (side * family.spec.vae_factor for side in data.shape[-2:])
     latents = first_latents(family, data, noise, num_steps=20)
+    options = {"callback_on_step_end": watch(height, width)} if watch else {}
     drawn = family.pipeline(oracle)(
-        PROMPTS[0], height=height, width=width, num_inference_steps=20, latents=latents, output_type="latent"
+        PROMPTS[0], height=height, width=width, num_inference_steps=20, latents=latents, output_type="latent", **options
     )
-    torch.testing.assert_close(drawn.images, data, rtol=0, atol=1e-5 if latents is noise else 1e-4)
+    return drawn.images, data, 1e-5 if latents is noise else 1e-4
+
+
+def test_an_exact_denoiser_lands_on_the_data_through_the_familys_own_pipeline(family: ModelFamily):
+    """The direction oracle: the sign comes from `predict`, the steps from the family's scheduler; both must agree."""
+    drawn, data, tolerance = draw_exactly(family)
+    torch.testing.assert_close(drawn, data, rtol=0, atol=tolerance)
+
+
+def test_every_preview_of_an_exact_denoiser_is_the_data(
+    family: ModelFamily, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """What a preview shows is what the model foresees; an exact one foresees the data at every step."""
+    shown: list[Tensor] = []
+
+    def decode(decoder: nn.Module, latents: Tensor) -> Tensor:
+        shown.append(latents)
+        return torch.zeros(1, 3, 8, 8)
+
+    def watch(height: int, width: int) -> Any:
+        request = PictureRequest("oracle", PROMPTS[0], height, width, 0, DrawSettings(20, 1.0))
+        return previews.watch(1, "live")([request])
+
+    monkeypatch.setattr(family, "decode_preview", decode)
+    events: list[PreviewMade] = []
+    previews = Previews(family, nn.Identity(), 5, PictureFiles(tmp_path, [], {}), events.append)
+    _, data, tolerance = draw_exactly(family, watch)
+    assert [event.sampling_step for event in events] == [5, 10, 15, 20]
+    levels = [event.sigma for event in events]
+    assert levels == sorted(levels, reverse=True)
+    assert levels[-1] == pytest.approx(0.0, abs=1e-6)
+    assert levels[0] < 1.0
+    for latents in shown:
+        # Divided by a step's share of the noise, the last bits of two latents count more than in the latents.
+        torch.testing.assert_close(latents, data, rtol=0, atol=30 * tolerance)
 
 
 def test_latents_are_normalised_as_the_vae_of_the_pipeline_expects(family: ModelFamily):
