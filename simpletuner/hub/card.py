@@ -71,6 +71,7 @@ def card_text(facts: CardFacts) -> str:
         _introduction(facts),
         _gallery(facts),
         f"## Use it\n\n```python\n{facts.usage.strip()}\n```",
+        _other_programs(facts),
         _training(facts),
         _datasets(facts),
         f"Trained with simpletuner {__version__}.",
@@ -122,6 +123,14 @@ def _introduction(facts: CardFacts) -> str:
 
 def _gallery(facts: CardFacts) -> str:
     return "## Pictures\n\n<Gallery />" if facts.pictures else ""
+
+
+def _other_programs(facts: CardFacts) -> str:
+    """ComfyUI and others have forms of their own, which are made of this file."""
+    if facts.kind == "full":
+        return ""
+    command = "simpletuner export pytorch_lora_weights.safetensors --format comfyui"
+    return f"For ComfyUI, kohya's scripts and others, with the downloaded file:\n\n```console\n{command}\n```"
 
 
 def _training(facts: CardFacts) -> str:

@@ -38,7 +38,7 @@ class RunRecord:
     Args:
         start: the record of its (last) start; empty where it never came so far.
         end: the record of its end, planned or not; empty while it runs or after a kill.
-        steps, evaluations, scores, checkpoints: records in order.
+        steps, evaluations, scores, by_sigma, checkpoints: records in order.
         phases: name -> seconds in all.
         warnings: texts of warnings and errors, each once.
         pictures: validation pictures.
@@ -53,6 +53,7 @@ class RunRecord:
     steps: list[Record] = field(default_factory=list)
     evaluations: list[Record] = field(default_factory=list)
     scores: list[Record] = field(default_factory=list)
+    by_sigma: list[Record] = field(default_factory=list)
     checkpoints: list[Record] = field(default_factory=list)
     phases: dict[str, float] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
@@ -123,7 +124,7 @@ def read_run(output_dir: Path) -> RunRecord:
 
 def _take(run: RunRecord, record: Record) -> None:
     kind = record.get("event")
-    lists = {"eval_done": run.evaluations, "picture_scored": run.scores, "pictures_scored": run.scores}
+    lists = {"eval_done": run.evaluations, "pictures_scored": run.scores, "loss_by_sigma": run.by_sigma}
     if isinstance(record.get("time"), int | float):
         run.last_time = float(record["time"])
     if kind == "run_started":

@@ -23,6 +23,7 @@ def curve_section(run: RunRecord) -> str:
         chart("Learning rate", [Series("learning rate", run.curve("learning_rate"), 3)]),
         chart("Gradient norm", _noisy("gradient norm", run.curve("grad_norm"), 4), note="before clipping"),
         _quantile_chart(run),
+        _sigma_chart(run),
         chart("Seconds per step", _noisy("seconds", run.curve("seconds"), 1)),
         chart("Memory, GB", [Series("memory", run.curve("memory_gb"), 4)]),
         *_score_charts(run),
@@ -47,11 +48,19 @@ def _loss_chart(run: RunRecord) -> str:
         Series("distance from the base model", _smooth(prior), 3),
         Series("eval loss", evaluation, 2, "dots"),
     ]
-    if len(evaluation) > 1 and evaluation[0][0] == 0:
-        reference = [(0.0, evaluation[0][1]), (float(run.last_step), evaluation[0][1])]
-        series.append(Series("eval loss of the base model", reference, 2, "dashed"))
+    if (base := _base_loss(run)) is not None and len(evaluation) > 1:
+        series.append(Series("eval loss of the base model", [(0.0, base), (float(run.last_step), base)], 2, "dashed"))
     note = "The eval loss sees the same pictures and noise each time, and is the curve to trust." if evaluation else ""
     return chart("Loss", series, note=note, is_wide=True)
+
+
+def _base_loss(run: RunRecord) -> float | None:
+    """The eval loss of the untouched base model; older runs have it as that of step 0."""
+    told = [record["reference"] for record in run.evaluations if isinstance(record.get("reference"), int | float)]
+    curve = run.eval_curve()
+    if told:
+        return float(told[-1])
+    return curve[0][1] if curve and curve[0][0] == 0 else None
 
 
 def _smooth(points: Points) -> Points:
@@ -79,6 +88,19 @@ def _quantile_chart(run: RunRecord) -> str:
     return chart("Eval loss by share of noise", series, x_label="quantile of the noise level")
 
 
+def _sigma_chart(run: RunRecord) -> str:
+    """The training loss by noise level, at the first and the last stretch of steps."""
+    stretches = [run.by_sigma[0], run.by_sigma[-1]] if len(run.by_sigma) > 1 else run.by_sigma
+    series = []
+    for index, record in enumerate(stretches):
+        bins = [each for each in record.get("bins", ()) if isinstance(each, list) and len(each) == 4]
+        points = numbers(((each[0] + each[1]) / 2, each[2]) for each in bins)
+        is_last = index == len(stretches) - 1
+        label = f"steps {record.get('first_step')} to {record['step']}"
+        series.append(Series(label, points, 1, "line" if is_last else "dashed"))
+    return chart("Training loss by noise level", series, x_label="sigma")
+
+
 def _quantiles(record: Record) -> Points:
     pairs = [pair for pair in record.get("per_quantile", ()) if isinstance(pair, list) and len(pair) == 2]
     return numbers((quantile, loss) for quantile, loss in pairs)
@@ -102,16 +124,20 @@ def _score_charts(run: RunRecord) -> list[str]:
 def checkpoint_section(run: RunRecord) -> str:
     """The checkpoints that are still there, with the eval loss of their step; the best one is marked."""
     losses = dict(run.eval_curve())
-    steps = sorted({int(record["step"]) for record in run.checkpoints if isinstance(record.get("step"), int)})
+    numbered = [record for record in run.checkpoints if record.get("eval_loss") is None]
+    steps = sorted({int(record["step"]) for record in numbered if isinstance(record.get("step"), int)})
     there = [(step, run.output_dir / f"checkpoint-{step}") for step in steps]
     kept = [(step, path) for step, path in there if path.is_dir()]
-    named = [path for path in sorted(run.output_dir.glob("checkpoint-best*")) if path.is_dir()]
-    if not (kept or named):
+    best_folder = run.output_dir / "checkpoint-best"
+    if not (kept or best_folder.is_dir()):
         return ""
     known = [(losses[step], step) for step, _ in kept if step in losses]
-    best = min(known)[1] if known else None
+    best = min(known)[1] if known and not best_folder.is_dir() else None
     rows = [_checkpoint_row(str(step), path, losses.get(step), step == best) for step, path in kept[-MOST_ROWS:]]
-    rows += [_checkpoint_row("", path, None, True) for path in named]
+    if best_folder.is_dir():
+        told = [record for record in run.checkpoints if isinstance(record.get("eval_loss"), int | float)]
+        step, loss = (str(told[-1]["step"]), float(told[-1]["eval_loss"])) if told else ("", None)
+        rows.append(_checkpoint_row(step, best_folder, loss, True))
     removed = len(steps) - len(kept)
     earlier = "an earlier one" if removed == 1 else f"{removed} earlier ones"
     note = f'<p class="muted">{earlier} made room for later ones.</p>' if removed else ""
