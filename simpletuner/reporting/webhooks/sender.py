@@ -19,13 +19,14 @@ from simpletuner.reporting.webhooks.messages import CurvePoint, Message, progres
 from simpletuner.reporting.webhooks.outbox import Outbox
 from simpletuner.reporting.webhooks.pictures import load_pictures
 from simpletuner.reporting.webhooks.spool import Spool, created_at, message_id
-from simpletuner.reporting.webhooks.transport import Deadlines, Reply, Transport
+from simpletuner.reporting.webhooks.transport import Deadlines, Outcome, Reply, Transport
 
 Tell = Callable[[Notice], None]
 
 # A message on whose account a service failed this often lets the next ones pass.
 _TRIES_IN_FRONT = 8
 _SMALLEST_PICTURE_BYTES = 16 << 10
+_NARROW_PICTURE_BYTES = 512 << 10
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,6 @@ class Sender:
 
     async def _send(self, job: Job, transport: Transport) -> bool:
         """One try; True where the message is out of the way."""
-        with_pictures = bool(job.message.pictures)
         reply = await transport.post(self._body(job.message), job.message.id)
         if reply.outcome == "delivered":
             self._delivered(job)
@@ -151,22 +151,29 @@ class Sender:
             return True
         if job.progress is not None:
             self.outbox.put_back_progress(*job.progress)
-        if reply.outcome in ("too large", "too slow") and with_pictures and self._picture_bytes:
-            # Slow may mean that the way there is narrow.
-            self._shrink_pictures()
-            if reply.outcome == "too large":
-                return False
+        if job.message.pictures and self._shrink_pictures(reply.outcome):
+            return False
         await self._pause(job, reply)
         return False
 
     def _body(self, message: Message) -> Body:
-        attachments = load_pictures(message.pictures, self._picture_bytes) if self._picture_bytes else []
-        return encode(self.target, message, attachments or [None] * len(message.pictures), self._job_id)
+        attachments = load_pictures(message.pictures, self._picture_bytes)
+        return encode(self.target, message, attachments, self._job_id)
 
-    def _shrink_pictures(self) -> None:
-        """A quarter of the bytes from now on; in the end, none."""
+    def _shrink_pictures(self, outcome: Outcome) -> bool:
+        """After 413, a quarter of the bytes from now on; returns whether to try at once. Where even the smallest are too
+        large, size is not the matter, and a service that works again gets them whole.
+
+        No answer in time may mean that the way there is narrow: they become smaller then too, to a point.
+        """
         smaller = self._picture_bytes // 4
-        self._picture_bytes = smaller if smaller >= _SMALLEST_PICTURE_BYTES else 0
+        if outcome == "too slow":
+            self._picture_bytes = max(smaller, min(self._picture_bytes, _NARROW_PICTURE_BYTES))
+        elif outcome == "too large":
+            is_worth_a_try = smaller >= _SMALLEST_PICTURE_BYTES
+            self._picture_bytes = smaller if is_worth_a_try else PICTURE_BYTES[self.target.webhook_type]
+            return is_worth_a_try
+        return False
 
     def _delivered(self, job: Job) -> None:
         self.delivered += 1
@@ -176,6 +183,7 @@ class Sender:
         elif job.progress is None:
             self.outbox.remove(job.message)
         if self._breaker.worked():
+            self._picture_bytes = PICTURE_BYTES[self.target.webhook_type]
             self._tell(Notice("info", f"{self.name} works again"))
 
     def _refused(self, job: Job, reply: Reply) -> None:

@@ -6,6 +6,7 @@ A process that is killed leaves them for the next one on the same output folder.
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -53,7 +54,8 @@ class Spool:
             raise DataError(Problem(f"cannot be made: {error.strerror}", file=str(self.folder))) from error
         name = f"{int(message.created * 1e6):020d}-{message.id}.json"
         pictures = tuple(self._relative(path) for path in message.pictures)
-        storage.write_json(self.folder / name, asdict(replace(message, pictures=pictures)))
+        # In ASCII: the name of a picture's folder may be no UTF-8.
+        storage.write_bytes(self.folder / name, json.dumps(asdict(replace(message, pictures=pictures))).encode())
         names.append(name)
 
     def names(self) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import socket
 import time
 from dataclasses import replace
@@ -120,6 +121,7 @@ def test_what_must_arrive_does_once_the_service_recovers(tmp_path: Path, behavio
         "training failed at step 6",
         "training is done",
     ]
+    assert [len(event["images"]) for event in server.accepted if "pictures" in event["title"]] == [1]
     assert list((tmp_path / "webhooks" / "1-raw").glob("*.json")) == []
     texts = [notice.text for notice in sink.take_notices()]
     assert sum("does not work" in text for text in texts) == 1
@@ -204,6 +206,32 @@ def test_pictures_shrink_until_the_service_takes_them(tmp_path: Path) -> None:
     sizes = [len(body) for _, body in server.requests]
     assert sizes[-1] <= 60_000
     assert sum(size > 60_000 for size in sizes) < 5, "what was learnt is kept for the next message"
+
+
+def test_a_service_that_found_everything_too_large_gets_pictures_whole_when_it_works(tmp_path: Path) -> None:
+    big = picture(tmp_path, "big.png", 256, noise=True)
+    with receiver("413") as server:
+        sink = make_sink(tmp_path, raw(server.url))
+        sink.handle(PicturesMade(1, (big,)))
+        wait_until(lambda: len(server.tries) > 20)
+        server.behaviour = "ok"
+        wait_until(lambda: server.accepted)
+        sink.close()
+    sizes = [len(body) for _, body in server.requests]
+    assert len(set(sizes)) > 2, "smaller ones were tried"
+    assert server.accepted[0]["images"] != []
+
+
+def test_a_picture_in_a_folder_with_an_odd_name_waits_and_arrives(tmp_path: Path) -> None:
+    folder = tmp_path / os.fsdecode(b"odd \xff")
+    folder.mkdir()
+    with receiver("500") as server:
+        sink = make_sink(tmp_path, raw(server.url))
+        sink.handle(PicturesMade(1, (picture(folder),)))
+        wait_until(lambda: server.tries)
+        server.behaviour = "ok"
+        sink.close()
+    assert len(server.accepted[0]["images"]) == 1
 
 
 def test_a_picture_that_is_gone_costs_only_itself(tmp_path: Path) -> None:
