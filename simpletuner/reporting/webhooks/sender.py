@@ -161,8 +161,8 @@ class Sender:
         return encode(self.target, message, attachments, self._job_id)
 
     def _shrink_pictures(self, outcome: Outcome) -> bool:
-        """After 413, a quarter of the bytes from now on; returns whether to try at once. Where even the smallest are too
-        large, size is not the matter, and a service that works again gets them whole.
+        """After 413, a quarter of the bytes from now on; returns whether to try at once. Where even the smallest are
+        too large, size is not the matter, and a service that works again gets them whole.
 
         No answer in time may mean that the way there is narrow: they become smaller then too, to a point.
         """
