@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import platform
+import shutil
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +12,14 @@ from typing import Literal
 
 GIB = 1 << 30
 _DRIVER_SECONDS = 10
+
+
+def missing_compiler(device_type: str) -> str | None:
+    """What torch.compile lacks to make kernels for a kind of device; None where it is there."""
+    if device_type in ("cpu", "meta"):
+        is_there = any(map(shutil.which, ("c++", "g++", "clang++", "cl")))
+        return None if is_there else "a C++ compiler (g++ or clang++)"
+    return None if importlib.util.find_spec("triton") else "triton"
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from simpletuner.commands.probe import Load, StepTimes, time_encoding, time_step
 from simpletuner.commands.shapes import Activations, measure_activations, num_bytes, optimizer_bytes
 from simpletuner.commands.text import bytes_text, columns, count_text, duration_text, short_count
 from simpletuner.config.loading import LoadedRun
+from simpletuner.config.options import TrainConfig
 from simpletuner.data.dataset import Dataset
 from simpletuner.data.datasets import build_datasets
 from simpletuner.data.digests import DigestMemo
@@ -35,6 +36,7 @@ from simpletuner.precision.mixed import DTYPES
 from simpletuner.precision.quantise import saved_bytes
 from simpletuner.training.preflight import check_model_folder
 from simpletuner.training.prepare import check_sizes, require_training
+from simpletuner.training.swapping import repeated_blocks
 from simpletuner.training.trainer import attach_adapter, build_family, build_sampler
 
 Say = Callable[[str], None]
@@ -164,6 +166,7 @@ class Shapes:
 
     Args:
         frozen_bytes: of the denoiser without the adapter.
+        swapped_bytes: of them, those that wait in main memory.
         trained: the parameters that are trained, on `meta`.
         activations: at the largest size.
         optimizer: bytes of the optimizer's state.
@@ -173,6 +176,7 @@ class Shapes:
     frozen_bytes: int
     trained: dict[str, nn.Parameter]
     trained_bytes: int
+    swapped_bytes: int
     activations: Activations
     optimizer: int
 
@@ -187,6 +191,7 @@ def read_shapes(loaded: LoadedRun, family: ModelFamily, load: Load, embeds: Sequ
     spec, formats = family.spec, family.number_formats
     frozen = num_bytes((*denoiser.parameters(), *denoiser.buffers()))
     frozen -= saved_bytes(denoiser, formats.base, spec.block_classes, spec.unquantised)
+    swapped = swapped_bytes(config, family, denoiser)
     with torch.device("meta"):
         trained = attach_adapter(loaded, empty, denoiser).trainable_parameters()
     is_full = config.model_type == "full"
@@ -198,15 +203,15 @@ def read_shapes(loaded: LoadedRun, family: ModelFamily, load: Load, embeds: Sequ
         parameter.data = parameter.data.to(computes_in)
     empty.dtype = computes_in
     activations = measure_activations(empty, denoiser, load.height, load.width, embeds)
-    return Shapes(count, 0 if is_full else frozen, dict(trained), trained_bytes, activations, optimizer)
+    return Shapes(count, 0 if is_full else frozen, dict(trained), trained_bytes, swapped, activations, optimizer)
 
 
 def memory_rows(loaded: LoadedRun, family: ModelFamily, shapes: Shapes, stays_vae: bool) -> list[Row]:
     config = loaded.config
     count = sum(parameter.numel() for parameter in shapes.trained.values())
-    kept = shapes.activations.checkpointed if config.gradient_checkpointing else shapes.activations.plain
+    kept = kept_activations(config, shapes.activations)
     rows = [
-        Row("frozen weights", shapes.frozen_bytes),
+        Row("frozen weights", shapes.frozen_bytes - shapes.swapped_bytes),
         Row("trained weights", shapes.trained_bytes),
         Row("gradients", shapes.trained_bytes),
         Row(f"state of {config.optimizer}", shapes.optimizer),
@@ -221,6 +226,31 @@ def memory_rows(loaded: LoadedRun, family: ModelFamily, shapes: Shapes, stays_va
         vae = make_empty_component(family.source, family.spec.component("vae"), torch.float32)
         rows.append(Row("VAE, which stays to encode on demand", num_bytes(vae.parameters())))
     return [row for row in rows if row.num_bytes]
+
+
+def kept_activations(config: TrainConfig, activations: Activations) -> int:
+    """Bytes between forward and backward; with `auto` the least, since it takes what is free beyond that."""
+    if not config.gradient_checkpointing:
+        return activations.plain
+    kept = activations.checkpointed
+    if config.gradient_checkpointing_backend == "unsloth":
+        kept -= activations.block_inputs
+    interval = config.gradient_checkpointing_interval or "1"
+    if interval != "auto":
+        kept += round((activations.plain - kept) * (1 - 1 / int(interval)))
+    return kept
+
+
+def swapped_bytes(config: TrainConfig, family: ModelFamily, denoiser: nn.Module) -> int:
+    """Of the frozen weights, those in main memory; two blocks are on the device, one computes and one arrives."""
+    spec, precision = family.spec, family.number_formats.base
+    blocks = repeated_blocks(denoiser, spec.block_classes)
+    count = len(blocks) if config.enable_group_offload else min(config.musubi_blocks_to_swap, len(blocks))
+    sizes = [
+        num_bytes((*block.parameters(), *block.buffers())) - saved_bytes(block, precision, (), spec.unquantised)
+        for block in blocks[len(blocks) - count :]
+    ]
+    return sum(sizes[: max(count - 2, 0)])
 
 
 def disk_rows(loaded: LoadedRun, shapes: Shapes, latent_bytes: int, total_steps: int) -> list[Row]:

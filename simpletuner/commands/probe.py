@@ -13,10 +13,14 @@ from simpletuner.batch import PromptEmbeds
 from simpletuner.cache.encoding import BatchEncoder
 from simpletuner.commands.shapes import empty_batch
 from simpletuner.config.loading import LoadedRun
+from simpletuner.distributed.world import ALONE
 from simpletuner.models.family import ModelFamily
 from simpletuner.optim.clipping import clip_by_norm
 from simpletuner.optim.optimizers import build_optimizer
 from simpletuner.precision.mixed import autocast
+from simpletuner.training.kernels import compile_blocks
+from simpletuner.training.place import place_denoiser
+from simpletuner.training.recomputing import Recomputing
 from simpletuner.training.step import compute_losses, draw_noise
 from simpletuner.training.trainer import attach_adapter
 
@@ -63,9 +67,11 @@ def time_steps(
     config = loaded.config
     denoiser = family.load_base()
     adapter = attach_adapter(loaded, family, denoiser)
-    denoiser.to(family.device).train()
-    if config.gradient_checkpointing:
-        denoiser.enable_gradient_checkpointing()
+    place_denoiser(config, family, denoiser, adapter, ALONE)
+    denoiser.train()
+    if (recomputing := Recomputing.of(config, family.device)) is not None:
+        denoiser.enable_gradient_checkpointing(recomputing)
+    compile_blocks(denoiser, family.spec.block_classes, config.dynamo_backend)
     parameters = adapter.trainable_parameters()
     optimizer = build_optimizer(config.optimizer, parameters, config.model_dump(), config.seed)
     if family.device.type == "cuda":
@@ -75,6 +81,8 @@ def time_steps(
         clip_by_norm(list(parameters.values()), config.max_grad_norm or 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        if recomputing is not None:
+            recomputing.after_step()
 
     micro_batch, update_seconds = {}, 0.0
     for load in loads:

@@ -31,11 +31,13 @@ class Activations:
     Args:
         plain: without gradient checkpointing.
         checkpointed: with it: the input of each block, and the inside of one block at a time.
+        block_inputs: of `checkpointed`, the inputs of the blocks.
         num_tokens: rows of the first block's input, all samples together.
     """
 
     plain: int
     checkpointed: int
+    block_inputs: int
     num_tokens: int
 
 
@@ -78,6 +80,7 @@ def measure_activations(
     return Activations(
         plain=outside + sum(inside),
         checkpointed=outside + sum(counter.inputs.values()) + max(inside, default=0),
+        block_inputs=sum(counter.inputs.values()),
         num_tokens=counter.num_tokens,
     )
 

@@ -36,7 +36,42 @@ def there_is_a_text_encoder_to_pack(draft: Draft) -> Iterator[Problem]:
             yield draft.problem(f"{draft.spec.title} has {has}", key, "no_change", fix="remove the key")
 
 
+def swapped_blocks_are_recomputed(draft: Draft) -> Iterator[Problem]:
+    config = draft.config
+    key = "enable_group_offload" if config.enable_group_offload else "musubi_blocks_to_swap"
+    if not getattr(config, key):
+        return
+    if config.model_type == "full":
+        message = "only frozen weights can wait in main memory, and model_type is full"
+        yield draft.problem(message, key, fix="remove the key, or train an adapter (model_type lora)")
+    elif config.fsdp_enable or config.deepspeed_config:
+        other = "fsdp_enable" if config.fsdp_enable else "deepspeed_config"
+        message = f"{other} divides the weights among the processes already"
+        yield draft.problem(message, key, fix="remove one of the two; fsdp_cpu_offload keeps the parts in main memory")
+    elif config.dynamo_backend != "no":
+        message = "blocks that are compiled stay on the device"
+        yield draft.problem(message, key, fix="remove the key, or set dynamo_backend to no")
+    elif not config.gradient_checkpointing or config.gradient_checkpointing_interval not in (None, "1"):
+        message = "a block that is not recomputed keeps its weights on the device until the backward pass"
+        fix = "set gradient_checkpointing to true, and remove gradient_checkpointing_interval"
+        yield draft.problem(message, key, fix=fix)
+
+
+def what_belongs_to_checkpointing_has_it(draft: Draft) -> Iterator[Problem]:
+    config = draft.config
+    if config.gradient_checkpointing:
+        return
+    if config.gradient_checkpointing_interval is not None:
+        message = "has no effect without gradient_checkpointing"
+        yield draft.problem(message, "gradient_checkpointing_interval", fix="set gradient_checkpointing to true")
+    if config.gradient_checkpointing_backend != "torch":
+        message = "has no effect without gradient_checkpointing"
+        yield draft.problem(message, "gradient_checkpointing_backend", fix="set gradient_checkpointing to true")
+
+
 PRECISION_RULES = (
+    swapped_blocks_are_recomputed,
+    what_belongs_to_checkpointing_has_it,
     packed_weights_do_not_train,
     the_default_dtype_fits_the_products,
     there_is_a_text_encoder_to_pack,

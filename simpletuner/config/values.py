@@ -184,6 +184,15 @@ def read_sizes(value: Any) -> Any:
     return text
 
 
+def read_interval(value: Any) -> Any:
+    """The text of a whole number above 0, or the word `auto`."""
+    text = str(value).strip().lower()
+    if text == "auto" or (text.isdecimal() and int(text) > 0):
+        return text
+    raise ValueError('must be a whole number above 0, or "auto"')
+
+
+Interval = Annotated[str, BeforeValidator(read_interval)]
 Bool = Annotated[bool, BeforeValidator(read_bool)]
 Int = Annotated[int, BeforeValidator(read_int)]
 Float = Annotated[float, BeforeValidator(read_float)]

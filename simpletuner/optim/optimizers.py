@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -15,6 +13,7 @@ from torch import Tensor
 from simpletuner.config.optimizer_rules import OWN_OPTIONS
 from simpletuner.config.optimizers import OPTIMIZERS, OptimizerRow
 from simpletuner.errors import ConfigError, MissingDependency, Problem
+from simpletuner.hardware import missing_compiler
 
 if TYPE_CHECKING:
     from torch import nn
@@ -133,11 +132,6 @@ def _matrices_apart(parameters: Mapping[str, nn.Parameter]) -> list[dict[str, An
 
 
 def _require_compiler(name: str, device: torch.device) -> None:
-    """What torch.compile needs to make kernels for this device."""
-    if device.type in ("cpu", "meta"):
-        is_there, what = any(map(shutil.which, ("c++", "g++", "clang++", "cl"))), "a C++ compiler (g++ or clang++)"
-    else:
-        is_there, what = importlib.util.find_spec("triton") is not None, "triton"
-    if not is_there:
+    if what := missing_compiler(device.type):
         message = f"{name} compiles its step, which needs {what}"
         raise MissingDependency(Problem(message, key="optimizer", fix=f"install {what}, or use bnb-adamw8bit"))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from simpletuner.precision.formats import WeightFormat
+from simpletuner.precision.formats import Parts, WeightFormat
 
 
 class QuantisedLinear(nn.Linear):
@@ -48,15 +49,17 @@ class QuantisedLinear(nn.Linear):
         """(out_features, in_features): unpacked anew at each call."""
         return self.unpacked(self.dtype)
 
-    def unpacked(self, dtype: torch.dtype) -> Tensor:
+    def unpacked(self, dtype: torch.dtype, parts: Parts | None = None) -> Tensor:
+        """The matrix in `dtype`; of other parts than its own, where they were copied to another device."""
+        shape = torch.Size((self.out_features, self.in_features))
         with torch.no_grad():
-            return self.weight_format.unpack(self.parts, torch.Size((self.out_features, self.in_features)), dtype)
+            return self.weight_format.unpack(self.parts if parts is None else parts, shape, dtype)
 
     def forward(self, input: Tensor) -> Tensor:
         kind = input.device.type
         if torch.is_autocast_enabled(kind):
             input = input.to(torch.get_autocast_dtype(kind))
-        return _UnpackedProduct.apply(input, self)
+        return _UnpackedProduct.apply(input, self, *self.parts.values())
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, format={type(self.weight_format).__name__}"
@@ -64,11 +67,18 @@ class QuantisedLinear(nn.Linear):
 
 class _UnpackedProduct(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, input: Tensor, layer: QuantisedLinear) -> Tensor:
+    def forward(ctx: Any, input: Tensor, layer: QuantisedLinear, *parts: Tensor) -> Tensor:
+        # Saved, and not taken from the layer again: a block that is swapped out holds other copies by then.
+        ctx.save_for_backward(*parts)
         ctx.layer = layer
         bias = None if layer.bias is None else layer.bias.to(input.dtype)
-        return F.linear(input, layer.unpacked(input.dtype), bias)
+        return F.linear(input, _matrix(layer, parts, input.dtype), bias)
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
-        return grad_output @ ctx.layer.unpacked(grad_output.dtype), None
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        parts = ctx.saved_tensors  # may be asked for once only
+        return grad_output @ _matrix(ctx.layer, parts, grad_output.dtype), None, *(None for _ in parts)
+
+
+def _matrix(layer: QuantisedLinear, parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    return layer.unpacked(dtype, dict(zip(layer.part_names, parts, strict=True)))

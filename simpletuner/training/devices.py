@@ -34,11 +34,17 @@ def weight_dtype(config: TrainConfig) -> torch.dtype:
     return DTYPES[config.mixed_precision]
 
 
+def swaps_blocks(config: TrainConfig) -> bool:
+    """Whether frozen weights of some blocks wait in main memory."""
+    return bool(config.enable_group_offload or config.musubi_blocks_to_swap)
+
+
 def number_formats(config: TrainConfig) -> NumberFormats:
     """How the frozen weights of denoiser and text encoders are stored."""
     return NumberFormats(
         base=config.base_model_precision,
-        packs_on_device=config.quantize_via != "cpu",
+        # What is swapped out lies in main memory from the start, so the device never holds the whole model.
+        packs_on_device=config.quantize_via != "cpu" and not swaps_blocks(config),
         encoders=(
             config.text_encoder_1_precision,
             config.text_encoder_2_precision,

@@ -106,6 +106,8 @@ def train_window(run: Run, window: Window) -> StepOutcome:
     elif not is_overflow:
         state.skipped_steps += 1
     run.optimizer.zero_grad(set_to_none=True)
+    if run.recomputing is not None:
+        run.recomputing.after_step()
     state.global_step, state.epoch, state.position = step + 1, window.next_epoch, window.next_position
     run.epochs_before, run.epochs_after = window.epochs_before, window.epochs_after
     if state.skipped_steps >= MAX_SKIPPED_STEPS:

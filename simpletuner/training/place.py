@@ -16,6 +16,7 @@ from simpletuner.distributed.world import World
 from simpletuner.distributed.zero import Zero
 from simpletuner.errors import ConfigError, Problem
 from simpletuner.models.family import ModelFamily
+from simpletuner.training.swapping import move_with_swap, repeated_blocks
 
 
 def place_denoiser(
@@ -29,7 +30,10 @@ def place_denoiser(
         ConfigError: fsdp_enable with a single process, or processes that cannot be divided as asked.
     """
     if not (config.fsdp_enable or config.deepspeed_config):
-        denoiser.to(family.device)
+        count = config.musubi_blocks_to_swap
+        if config.enable_group_offload:
+            count = len(repeated_blocks(denoiser, family.spec.block_classes))
+        move_with_swap(denoiser, family.spec.block_classes, count, family.device)
         return Copies(adapter.trainable_parameters(), world)
     if world.size == 1:
         raise ConfigError(

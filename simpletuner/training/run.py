@@ -27,6 +27,7 @@ from simpletuner.training.checkpoint import Checkpoints
 from simpletuner.training.evaluation import EvalResult, Evaluator, evaluations_without_gain
 from simpletuner.training.loss_bins import LossBins
 from simpletuner.training.loss_scale import LossScale
+from simpletuner.training.recomputing import Recomputing
 from simpletuner.training.signals import StopRequest
 from simpletuner.training.state import TrainState
 from simpletuner.validation.external import ExternalScript
@@ -54,6 +55,7 @@ class Run:
         placement: whether each process holds all of the trained weights, or a part.
         world: the processes of the run; `Run` is the same in each but for its part of the batches.
         datasets: all of the run, for its report.
+        recomputing: which blocks forget what they computed; None without gradient checkpointing.
         epochs_before: epochs done before the last step of this process.
         epochs_after: epochs done after it.
         eval_losses: global_step -> pooled eval loss, of earlier processes too.
@@ -81,6 +83,7 @@ class Run:
     placement: Placement
     world: World = ALONE
     datasets: Sequence[Dataset] = ()
+    recomputing: Recomputing | None = None
     epochs_before: float = 0.0
     epochs_after: float = 0.0
     eval_losses: dict[int, float] = field(default_factory=dict)

@@ -33,6 +33,7 @@ from simpletuner.models.registry import get_family_class, get_spec
 from simpletuner.optim.ema import EMA
 from simpletuner.optim.optimizers import build_optimizer
 from simpletuner.optim.schedules import LrFactor, build_schedule, scaled_learning_rate
+from simpletuner.precision.mixed import DTYPES
 from simpletuner.precision.quantise import require_device
 from simpletuner.reporting.bus import EventBus
 from simpletuner.reporting.events import Notice, RunFailed, RunStarted
@@ -43,6 +44,7 @@ from simpletuner.training.devices import adapter_dtype, number_formats, pick_dev
 from simpletuner.training.evaluate import read_history
 from simpletuner.training.evaluation import Evaluator, losses_from_json
 from simpletuner.training.finish import finish_run
+from simpletuner.training.kernels import attention_kernel, compile_blocks
 from simpletuner.training.latents import LatentSources
 from simpletuner.training.lock import write_lock
 from simpletuner.training.loop import run_training
@@ -50,6 +52,7 @@ from simpletuner.training.phases import phase
 from simpletuner.training.place import place_denoiser
 from simpletuner.training.preflight import model_source
 from simpletuner.training.prepare import prepare_data
+from simpletuner.training.recomputing import Recomputing
 from simpletuner.training.report import report_run
 from simpletuner.training.run import Run
 from simpletuner.training.signals import StopRequest
@@ -77,6 +80,8 @@ def train(loaded: LoadedRun) -> None:
         bus = stack.enter_context(EventBus([*sinks, publisher] if publisher else sinks))
         run: Run | None = None
         try:
+            products = DTYPES[loaded.config.mixed_precision]
+            stack.enter_context(attention_kernel(loaded.config.attention_mechanism, pick_device(), products))
             run = build_run(loaded, output_dir, bus, stop, world)
             stack.callback(run.close)
             started = time.monotonic()
@@ -143,8 +148,10 @@ def build_run(loaded: LoadedRun, output_dir: Path, bus: EventBus, stop: StopRequ
         for line in adapter.notices:
             bus.emit(Notice("info", line))
         placement = place_denoiser(config, family, denoiser, adapter, world)
-        if config.gradient_checkpointing:
-            denoiser.enable_gradient_checkpointing()
+        recomputing = Recomputing.of(config, family.device)
+        if recomputing is not None:
+            denoiser.enable_gradient_checkpointing(recomputing)
+        compile_blocks(denoiser, family.spec.block_classes, config.dynamo_backend)
     if world.is_main:
         write_lock(loaded, family, datasets, output_dir, bus, resumes=resume_from is not None)
     parameters = adapter.trainable_parameters()
@@ -167,6 +174,7 @@ def build_run(loaded: LoadedRun, output_dir: Path, bus: EventBus, stop: StopRequ
         state=TrainState(),
         max_train_steps=total_steps,
         placement=placement,
+        recomputing=recomputing,
         world=world,
         datasets=datasets,
     )

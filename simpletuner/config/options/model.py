@@ -5,9 +5,29 @@ from __future__ import annotations
 from typing import Literal
 
 from simpletuner.config.options.declare import REQUIRED, OptionGroup, option
-from simpletuner.config.values import Bool, Text
+from simpletuner.config.values import Bool, Int, Interval, Text
 
 NO_OTHER_FAMILY = "no family that is built uses it"
+
+
+AttentionKernel = Literal["diffusers", "native-flash", "native-efficient", "native-math", "cudnn"]
+RefusedAttention = Literal[
+    "xformers",
+    "flash-attn-2",
+    "flash-attn-3",
+    "flex",
+    "sageattention",
+    "metal-flash-attention",
+]
+_INSTALLED_APART = "its package is not part of this one, and torch has the same algorithm; use native-flash"
+REFUSED_ATTENTION = {
+    "xformers": "torch has the same algorithm; use native-efficient",
+    "flash-attn-2": _INSTALLED_APART,
+    "flash-attn-3": "its package is not part of this one; use cudnn, which is near to it on the same cards",
+    "flex": "it gains where attention is sparse, which no family's is; use native-flash",
+    "sageattention": "it rounds queries and keys and has no backward pass; use native-flash",
+    "metal-flash-attention": "it has no backward pass; use diffusers",
+}
 
 
 class ModelOptions(OptionGroup):
@@ -41,14 +61,20 @@ class ModelOptions(OptionGroup):
         "is the same.",
         level="basic",
     )
-    gradient_checkpointing_interval: Text | None = option(
-        None, help="Checkpoint every n-th block only.", planned="every block is checkpointed"
+    gradient_checkpointing_interval: Interval | None = option(
+        None,
+        help="Checkpoint the first of every n blocks only: less time, more memory. `auto`: only as many blocks as the "
+        "measured free memory demands; the first step of each picture size measures.",
     )
-    attention_mechanism: Text = option(
+    gradient_checkpointing_backend: Literal["torch", "unsloth"] = option(
+        "torch",
+        help="Where the inputs of checkpointed blocks wait: on the device, or in main memory (`unsloth`), which saves "
+        "more and costs copies.",
+    )
+    attention_mechanism: AttentionKernel | RefusedAttention = option(
         "diffusers",
-        help="Which attention kernel the denoiser uses.",
-        planned="torch's own choice of attention kernel is used",
-        neutral=("diffusers",),
+        help="Which of torch's attention kernels is tried first; `diffusers` leaves it to torch.",
+        planned_values=REFUSED_ATTENTION,
     )
     vae_enable_slicing: Bool = option(
         False, help="Encode and decode the pictures of a batch one by one, which takes less memory."
@@ -60,12 +86,19 @@ class ModelOptions(OptionGroup):
     )
     controlnet: Bool = option(False, help="Train a ControlNet.", planned="ControlNets cannot be trained yet")
     enable_group_offload: Bool = option(
-        False, help="Keep groups of blocks in main memory.", planned="the denoiser stays on its device"
+        False,
+        help="Keep the frozen weights of all blocks in main memory; they come to the device block by block. "
+        "Needs `gradient_checkpointing`.",
     )
-    musubi_blocks_to_swap: Text = option(
-        "0", help="Number of blocks kept in main memory.", planned="the denoiser stays on its device", neutral=("0",)
+    musubi_blocks_to_swap: Int = option(
+        0,
+        help="Keep the frozen weights of so many blocks in main memory. Needs `gradient_checkpointing`.",
+        unit="blocks",
+        ge=0,
     )
-    ramtorch: Bool = option(False, help="Keep weights in main memory.", planned="the denoiser stays on its device")
+    ramtorch: Bool = option(
+        False, help="Keep weights in main memory.", planned="enable_group_offload does this for all blocks"
+    )
     train_text_encoder: Bool = option(
         False, help="Train the text encoder too.", planned="text encoders stay as they are"
     )

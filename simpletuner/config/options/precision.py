@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from simpletuner.config.options.declare import OptionGroup, option
-from simpletuner.config.values import Bool, Text
+from simpletuner.config.values import Bool
 
 NO_GRADIENT = "it quantises activations too, and torchao's layers then give no gradient; use int8-torchao"
 PIPELINE = "layers are packed one at a time, on cpu or accelerator; use accelerator"
@@ -72,6 +72,11 @@ class PrecisionOptions(OptionGroup):
         help="Number format of the VAE.",
         planned="the VAE always works in float32: half precision adds noise to the latents",
     )
-    dynamo_backend: Text = option(
-        "no", help="Compile the denoiser with torch.compile.", planned="torch.compile is not built", neutral=("no",)
+    dynamo_backend: Literal["no", "inductor", "eager", "aot_eager", "cudagraphs"] = option(
+        "no",
+        help="Compile the repeated blocks with torch.compile; `inductor` makes kernels and needs triton (GPU) or a C++ "
+        "compiler. The first step of each kind of batch takes longer.",
+        planned_values={
+            "cudagraphs": "checkpointing and changing picture sizes do not fit recorded graphs; use inductor"
+        },
     )

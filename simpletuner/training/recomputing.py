@@ -1,0 +1,168 @@
+"""Gradient checkpointing: which blocks forget what they computed, and where their inputs wait meanwhile.
+
+Chen et al., "Training Deep Nets with Sublinear Memory Cost" (arXiv 1604.06174). Every block, every n-th one, or as many
+as the memory that was measured demands: the result is the same, only time and memory differ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from simpletuner.config.options import TrainConfig
+
+# Of the memory that was free, what stays so: sizes of batches differ, and allocators leave gaps.
+SPARE = 0.1
+
+
+class Recomputing:
+    """Called by a denoiser's forward pass in place of each of its blocks.
+
+    Args:
+        device: where blocks compute.
+        interval: recompute the first of every n blocks.
+        is_measured: recompute only as many blocks as memory demands; `interval` has no effect then.
+        parks_inputs: inputs of recomputed blocks wait in main memory.
+    """
+
+    def __init__(self, device: torch.device, interval: int = 1, is_measured: bool = False, parks_inputs: bool = False):
+        self.device = device
+        self.interval = interval
+        self.parks_inputs = parks_inputs
+        self.room = MeasuredRoom(device) if is_measured else None
+        self._index: dict[Any, int] = {}
+
+    @classmethod
+    def of(cls, config: TrainConfig, device: torch.device) -> Recomputing | None:
+        """As the configuration says; None without gradient checkpointing."""
+        if not config.gradient_checkpointing:
+            return None
+        interval = config.gradient_checkpointing_interval or "1"
+        return cls(
+            device,
+            1 if interval == "auto" else int(interval),
+            is_measured=interval == "auto",
+            parks_inputs=config.gradient_checkpointing_backend == "unsloth",
+        )
+
+    def __call__(self, block: Callable[..., Any], *inputs: Any) -> Any:
+        index = self._index.setdefault(block, len(self._index))
+        if self.room is not None:
+            is_recomputed, count = self.room.ask(index, inputs)
+            if count is not None:
+                with count:
+                    return block(*inputs)
+        else:
+            is_recomputed = index % self.interval == 0
+        if not is_recomputed:
+            return block(*inputs)
+        if self.parks_inputs:
+            return checkpoint(_Parked(block, inputs), use_reentrant=False)
+        return checkpoint(block, *inputs, use_reentrant=False)
+
+    def after_step(self) -> None:
+        """Told when an optimizer step is done: then the peak of its memory is known."""
+        if self.room is not None:
+            self.room.after_step(len(self._index))
+
+
+class _Parked:
+    """A block and its inputs, which go to main memory when the block has run, and come back when it runs again."""
+
+    def __init__(self, block: Callable[..., Any], inputs: Sequence[Any]):
+        self.block = block
+        self.inputs: list[Any] | None = list(inputs)
+        self.parked: list[Any] = []
+
+    def __call__(self) -> Any:
+        if self.inputs is None:
+            return self.block(*(_back(value) if isinstance(value, tuple) else value for value in self.parked))
+        inputs, self.inputs = self.inputs, None
+        self.parked = [_away(value) if _can_move(value) else value for value in inputs]
+        return self.block(*inputs)
+
+
+def _can_move(value: Any) -> bool:
+    """Tensors that only this block holds; small ones, and what is no tensor, stay."""
+    return isinstance(value, Tensor) and value.is_floating_point() and value.ndim > 2
+
+
+def _away(tensor: Tensor) -> tuple[Tensor, torch.device, bool]:
+    """A copy in main memory, made while the device goes on; the copy back waits for it on the same stream."""
+    is_pinned = tensor.device.type == "cuda"
+    parked = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=is_pinned)
+    parked.copy_(tensor.detach(), non_blocking=is_pinned)
+    return parked, tensor.device, tensor.requires_grad
+
+
+def _back(value: tuple[Tensor, torch.device, bool]) -> Tensor:
+    parked, device, requires_grad = value
+    # What a recomputation saves depends on whether its inputs ask for gradients.
+    return parked.to(device, non_blocking=True, copy=True).requires_grad_(requires_grad)
+
+
+class MeasuredRoom:
+    """How many blocks of a batch of some size need not be recomputed.
+
+    The first step of each size recomputes all blocks but one, whose saved bytes are counted; what is free at the peak
+    of that step then says how many blocks may keep theirs.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.plain_blocks: dict[int, int] = {}  # size of a block's input -> blocks that keep what they computed
+        self._counted: dict[int, int] = {}  # size -> bytes of one block
+        self._size = 0
+
+    def ask(self, index: int, inputs: Sequence[Any]) -> tuple[bool, CountSaved | None]:
+        """(whether to recompute the block, a context that counts what it saves in place of that)."""
+        if index == 0:
+            self._size = sum(value.numel() for value in inputs if isinstance(value, Tensor))
+            if self._size not in self._counted:
+                if self.device.type == "cuda":
+                    torch.cuda.reset_peak_memory_stats(self.device)
+                return False, CountSaved(self._counted, self._size)
+        return index >= self.plain_blocks.get(self._size, 1), None
+
+    def after_step(self, num_blocks: int) -> None:
+        for size, num_bytes in self._counted.items():
+            if size not in self.plain_blocks and num_bytes:
+                fitting = int(self.free_bytes() * (1 - SPARE) / num_bytes)
+                self.plain_blocks[size] = min(num_blocks, 1 + fitting)
+
+    def free_bytes(self) -> int:
+        """Bytes that were free at the peak since the count began; of main memory, those that are free now."""
+        if self.device.type != "cuda":
+            return psutil.virtual_memory().available
+        free, _ = torch.cuda.mem_get_info(self.device)
+        kept = torch.cuda.memory_reserved(self.device) - torch.cuda.max_memory_allocated(self.device)
+        return free + max(kept, 0)
+
+
+class CountSaved:
+    """Counts the bytes that autograd saves inside of the context, without those of parameters."""
+
+    def __init__(self, counts: dict[int, int], key: int):
+        self.counts, self.key = counts, key
+        self._seen: dict[int, Any] = {}
+
+    def __enter__(self) -> None:
+        self.counts[self.key] = 0
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._count, lambda tensor: tensor)
+        self._hooks.__enter__()
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._hooks.__exit__(*exc_info)
+        self._seen.clear()
+
+    def _count(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if not isinstance(tensor, nn.Parameter) and storage._cdata not in self._seen:
+            self._seen[storage._cdata] = storage
+            self.counts[self.key] += storage.nbytes()
+        return tensor

@@ -1,0 +1,200 @@
+"""What saves memory changes no result: each way against the plain step, and in whole runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from simpletuner.commands import plan as planning
+from simpletuner.commands.shapes import empty_batch
+from simpletuner.distributed.world import ALONE
+from simpletuner.errors import ConfigError
+from simpletuner.training.kernels import attention_kernel, compile_blocks
+from simpletuner.training.place import place_denoiser
+from simpletuner.training.recomputing import MeasuredRoom, Recomputing
+from simpletuner.training.step import compute_losses
+from simpletuner.training.swapping import SwappedBlocks, repeated_blocks
+from simpletuner.training.trainer import attach_adapter, build_family
+from tests.runs import load_here, metrics, train_here, write_run
+
+LORA = {"lora_type": "standard", "lycoris_config": None, "lora_rank": 4}
+WAYS: Mapping[str, dict[str, Any]] = {
+    "whole": {"gradient_checkpointing": True},
+    "every second block": {"gradient_checkpointing": True, "gradient_checkpointing_interval": 2},
+    "measured": {"gradient_checkpointing": True, "gradient_checkpointing_interval": "auto"},
+    "inputs in main memory": {"gradient_checkpointing": True, "gradient_checkpointing_backend": "unsloth"},
+    "one block swapped": {"gradient_checkpointing": True, "musubi_blocks_to_swap": 1},
+    "all blocks swapped": {"gradient_checkpointing": True, "enable_group_offload": True},
+    "all blocks swapped, packed": {
+        "gradient_checkpointing": True, "enable_group_offload": True, "base_model_precision": "int8-quanto"
+    },
+    "swapped, inputs in main memory, LoRA": {
+        "gradient_checkpointing": True, "enable_group_offload": True,
+        "gradient_checkpointing_backend": "unsloth", **LORA,
+    },
+    "compiled": {"dynamo_backend": "aot_eager"},
+    "compiled, recomputed": {"dynamo_backend": "aot_eager", "gradient_checkpointing": True},
+    "compiled, packed": {"dynamo_backend": "aot_eager", "base_model_precision": "int8-torchao"},
+    "LoRA with dropout, recomputed": {"gradient_checkpointing": True, **LORA, "lora_dropout": 0.5},
+}  # fmt: skip
+PLAIN_OF = ("base_model_precision", "lora_type", "lycoris_config", "lora_rank", "lora_dropout")
+
+
+def gradients(folder: Path, model: Path, options: Mapping[str, Any], steps: int = 2) -> list[dict[str, Tensor]]:
+    """Of the adapter, for a few batches of two sizes."""
+    loaded = load_here(write_run(folder, model, **options))
+    family = build_family(loaded)
+    denoiser = family.load_base()
+    adapter = attach_adapter(loaded, family, denoiser)
+    perturb(adapter.trainable_parameters())
+    place_denoiser(loaded.config, family, denoiser, adapter, ALONE)
+    if (recomputing := Recomputing.of(loaded.config, family.device)) is not None:
+        denoiser.enable_gradient_checkpointing(recomputing)
+    compile_blocks(denoiser, family.spec.block_classes, loaded.config.dynamo_backend)
+    denoiser.train()
+    found = []
+    for step in range(steps):
+        side = (64, 96)[step % 2]
+        batch = empty_batch(family, side, 64, family.encode_prompts(["a red star", "a blue moon"]))
+        noise = torch.randn(2, 4, side // 8, 8, generator=torch.Generator().manual_seed(step))
+        torch.manual_seed(step)
+        losses = compute_losses(family, denoiser, batch, noise, torch.full((2,), 0.5, dtype=torch.float64))
+        losses.weighted_sum.backward()
+        parameters = adapter.trainable_parameters()
+        found.append({name: parameter.grad.clone() for name, parameter in parameters.items()})
+        for parameter in parameters.values():
+            parameter.grad = None
+        if recomputing is not None:
+            recomputing.after_step()
+    return found
+
+
+def perturb(parameters: Mapping[str, nn.Parameter]) -> None:
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in parameters.values():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+
+
+MARKS = {"compiled": pytest.mark.slow, "compiled, recomputed": pytest.mark.ci, "compiled, packed": pytest.mark.ci}
+
+
+@pytest.mark.parametrize("way", [pytest.param(way, marks=MARKS.get(way, ())) for way in WAYS])
+def test_every_way_gives_the_gradients_of_the_plain_step(way: str, tmp_path: Path, omnigen_folder: Path) -> None:
+    options = WAYS[way]
+    plain = {"gradient_checkpointing": False, **{key: options[key] for key in PLAIN_OF if key in options}}
+    expected = gradients(tmp_path / "plain", omnigen_folder, plain, steps=4)
+    found = gradients(tmp_path / "saving", omnigen_folder, options, steps=4)
+    for step, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
+        for name in theirs:
+            torch.testing.assert_close(ours[name], theirs[name], rtol=1e-5, atol=1e-7, msg=f"{name}, step {step}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["measured", "inputs in main memory", "all blocks swapped, packed"])
+def test_a_run_that_saves_memory_ends_with_the_weights_of_one_that_does_not(
+    way: str, tmp_path: Path, omnigen_folder: Path
+) -> None:
+    options = {"use_ema": True, "eval_steps_interval": 4, **WAYS[way]}
+    plain = {key: value for key, value in options.items() if key in (*PLAIN_OF, "use_ema", "eval_steps_interval")}
+    expected = train_here(write_run(tmp_path / "plain", omnigen_folder, **plain))
+    found = train_here(write_run(tmp_path / "saving", omnigen_folder, **options))
+    name = "pytorch_lora_weights.safetensors"
+    weights, plain_weights = load_file(found / name), load_file(expected / name)
+    for key in plain_weights:
+        torch.testing.assert_close(weights[key], plain_weights[key], rtol=1e-4, atol=1e-5)
+    for event in ("step_done", "eval_done"):
+        key = "loss" if event == "step_done" else "pooled"
+        ours, theirs = ([record[key] for record in metrics(output, event)] for output in (found, expected))
+        assert ours == pytest.approx(theirs, rel=1e-5)
+
+
+def test_swapped_weights_leave_no_copy_behind(tmp_path: Path, omnigen_folder: Path) -> None:
+    options = {"gradient_checkpointing": True, "enable_group_offload": True}
+    loaded = load_here(write_run(tmp_path, omnigen_folder, **options))
+    family = build_family(loaded)
+    denoiser = family.load_base()
+    adapter = attach_adapter(loaded, family, denoiser)
+    blocks = repeated_blocks(denoiser, family.spec.block_classes)
+    swap = SwappedBlocks(blocks, torch.device("cpu"))
+    denoiser.enable_gradient_checkpointing(Recomputing(family.device))
+    denoiser.train()
+    fetched: list[int] = []
+    fetch = swap.fetch
+    swap.fetch = lambda index: fetched.append(index) or fetch(index)  # type: ignore[method-assign]
+    perturb(adapter.trainable_parameters())
+    batch = empty_batch(family, 64, 64, family.encode_prompts(["a red star"]))
+    loss = compute_losses(family, denoiser, batch, torch.randn(1, 4, 8, 8), torch.full((1,), 0.5, dtype=torch.float64))
+    loss.weighted_sum.backward()
+    assert fetched == [0, 1, 1, 0]
+    assert not swap._coming
+
+
+def test_more_blocks_than_there_are_cannot_be_swapped(tmp_path: Path, omnigen_folder: Path) -> None:
+    options = {"gradient_checkpointing": True, "musubi_blocks_to_swap": 3}
+    with pytest.raises(ConfigError, match="has 2"):
+        gradients(tmp_path, omnigen_folder, options)
+
+
+def test_as_many_blocks_keep_their_activations_as_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    room = MeasuredRoom(torch.device("cpu"))
+    monkeypatch.setattr(room, "free_bytes", lambda: 1000)
+    x = torch.randn(10, 5, requires_grad=True)
+    is_recomputed, count = room.ask(0, (x,))
+    assert not is_recomputed
+    assert count is not None
+    with count:
+        (x.exp() * 2).sum()  # keeps its result: 200 bytes
+    assert [room.ask(index, (x,))[0] for index in (1, 2, 3)] == [True, True, True]
+    room.after_step(num_blocks=8)
+    # 1000 bytes, a tenth of them spared, hold 4 more blocks of 200.
+    assert [room.ask(index, (x,)) for index in range(8)] == [(False, None)] * 5 + [(True, None)] * 3
+    assert room.ask(0, (torch.zeros(20, 5),))[1] is not None  # another size is measured again
+
+
+@pytest.mark.parametrize("mechanism", ["native-flash", "native-math"])
+def test_an_attention_kernel_of_the_processor_gives_the_same_result(
+    mechanism: str, tmp_path: Path, omnigen_folder: Path
+) -> None:
+    expected = gradients(tmp_path / "plain", omnigen_folder, {}, steps=1)[0]
+    with attention_kernel(mechanism, torch.device("cpu"), torch.float32):
+        found = gradients(tmp_path / "kernel", omnigen_folder, {}, steps=1)[0]
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-6)
+
+
+def test_a_kernel_that_the_device_lacks_is_named(tmp_path: Path, omnigen_folder: Path) -> None:
+    folder = write_run(tmp_path, omnigen_folder, attention_mechanism="cudnn")
+    with pytest.raises(ConfigError, match=r"(?s)attention_mechanism.*cpu has no such kernel"):
+        train_here(folder)
+
+
+@pytest.mark.ci
+def test_compiled_blocks_train_in_a_run(tmp_path: Path, omnigen_folder: Path) -> None:
+    plain = train_here(write_run(tmp_path / "plain", omnigen_folder, max_train_steps=4))
+    compiled = train_here(
+        write_run(tmp_path / "compiled", omnigen_folder, max_train_steps=4, dynamo_backend="inductor")
+    )
+    losses = [[record["loss"] for record in metrics(output, "step_done")] for output in (plain, compiled)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_the_plan_counts_what_is_saved(tmp_path: Path, omnigen_folder: Path) -> None:
+    def rows(**options: Any) -> dict[str, int]:
+        folder = write_run(tmp_path / str(len(list(tmp_path.iterdir()))), omnigen_folder, **options)
+        return {row.name: row.num_bytes for row in planning.make_plan(load_here(folder), probe=False).memory}
+
+    recomputed = {"gradient_checkpointing": True}
+    frozen, name = "frozen weights", "activations, checkpointed"
+    plain, whole = rows(), rows(**recomputed)
+    half = rows(**recomputed, gradient_checkpointing_interval=2)
+    parked = rows(**recomputed, gradient_checkpointing_backend="unsloth")
+    assert parked[name] < whole[name] < half[name] < plain["activations"]
+    packed = rows(base_model_precision="int8-quanto")
+    assert packed[frozen] < plain[frozen]
