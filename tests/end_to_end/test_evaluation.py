@@ -56,6 +56,7 @@ def test_equal_weights_have_an_equal_eval_loss_whatever_happened_between(tmp_pat
         assert event["seconds"] > 0
 
 
+@pytest.mark.slow
 def test_the_reference_is_the_untouched_base_however_far_training_is(tmp_path: Path, omnigen_folder: Path):
     events = metrics(train_here(write_run(tmp_path, omnigen_folder, **EVERY_STEP)), "eval_done")
     assert {event["reference"] for event in events} == {events[0]["reference"]}
@@ -79,6 +80,7 @@ def test_the_best_checkpoint_is_the_state_of_the_lowest_loss(tmp_path: Path, omn
     assert finished["outputs"]["best checkpoint (step 3, eval loss 7.0000)"] == str(output / "checkpoint-best")
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_the_best_checkpoint_by_name_and_as_the_latest(
     tmp_path: Path, omnigen_folder: Path, monkeypatch
 ):
@@ -97,6 +99,7 @@ def test_a_run_goes_on_from_the_best_checkpoint_by_name_and_as_the_latest(
     assert weights(output / "checkpoint-6") == expected
 
 
+@pytest.mark.slow
 def test_the_best_of_an_earlier_run_is_set_aside_at_a_fresh_start(tmp_path: Path, omnigen_folder: Path):
     folder = write_run(tmp_path, omnigen_folder, **EVERY_STEP, checkpoint_keep_best=True)
     output = train_here(folder)
@@ -124,6 +127,7 @@ def test_patience_ends_a_run_as_finished_and_a_second_start_knows(tmp_path: Path
     assert metrics(output, "run_finished")[-1]["step"] == 6
 
 
+@pytest.mark.slow
 def test_a_killed_run_remembers_evaluations_after_its_last_checkpoint(
     tmp_path: Path, omnigen_folder: Path, monkeypatch
 ):
@@ -169,6 +173,7 @@ def test_a_share_of_the_pictures_is_held_out_and_never_trained_on(tmp_path: Path
     assert not (folder / "cache" / "vae" / "omnigen" / "pictures.holdout").exists()  # it shares the latents
 
 
+@pytest.mark.slow
 def test_one_eval_dataset_can_be_chosen(tmp_path: Path, omnigen_folder: Path):
     for name, seed in (("pictures", 1), ("first", 2), ("second", 3)):
         draw_pictures(tmp_path / name, 2, seed)
@@ -178,6 +183,7 @@ def test_one_eval_dataset_can_be_chosen(tmp_path: Path, omnigen_folder: Path):
     assert {tuple(event["losses"]) for event in metrics(output, "eval_done")} == {("second",)}
 
 
+@pytest.mark.slow
 def test_the_training_loss_is_told_by_noise_level(tmp_path: Path, omnigen_folder: Path):
     output = train_here(write_run(tmp_path, omnigen_folder))
     [event] = metrics(output, "loss_by_sigma")
@@ -190,6 +196,7 @@ def test_the_training_loss_is_told_by_noise_level(tmp_path: Path, omnigen_folder
     assert mean == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_full_training_takes_its_reference_before_the_first_step(tmp_path: Path):
     model = tiny_omnigen_folder(tmp_path / "model")
     options = {**EVERY_STEP, "model_type": "full", "max_train_steps": 2, "learning_rate": 1e-3}
@@ -197,6 +204,7 @@ def test_full_training_takes_its_reference_before_the_first_step(tmp_path: Path)
     assert [event["reference"] for event in events] == [events[0]["pooled"]] * 3
 
 
+@pytest.mark.slow
 def test_the_masks_of_held_out_pictures_count_in_their_loss(tmp_path: Path, omnigen_folder: Path):
     """A mask of all of a picture changes nothing, one of a corner does."""
     found = {}
