@@ -157,7 +157,10 @@ def save_model_folder(source: ModelSource, spec: FamilySpec, denoiser: nn.Module
         shutil.copytree(own, folder / PREVIEW_FOLDER)
     index = {component.name: list(component.class_name.rpartition(".")[::2]) for component in spec.components}
     classes = {name: [module.partition(".")[0], cls] for name, (module, cls) in index.items()}
-    (folder / "model_index.json").write_text(json.dumps({"_class_name": spec.pipeline_class, **classes}, indent=2))
+    own_facts = {key: value for key, value in model_index(source).items() if not isinstance(value, list)}
+    (folder / "model_index.json").write_text(
+        json.dumps({"_class_name": spec.pipeline_class, **own_facts, **classes}, indent=2)
+    )
 
 
 def other_vae_file(vae: str, component: Component, name: str) -> Path:

@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 
 from simpletuner.models.registry import get_spec
-from tests.runs import metrics, run_cli, train_here, write_run
+from tests.runs import dataset, draw_pictures, metrics, run_cli, train_here, write_run
+from tests.tiny_flux import tiny_flux_folder
 from tests.tiny_folders import TINY_FOLDERS
 
 FAMILIES = sorted(name for name in TINY_FOLDERS if get_spec(name).caches_prompt_embeds)
@@ -33,17 +34,25 @@ Options = dict[str, object]
 RUNS: dict[str, Options] = {
     "lokr": {},
     "lora": {"lora_type": "standard", "lora_rank": 4},
+    "quantised": {
+        "lora_type": "standard",
+        "lora_rank": 4,
+        "base_model_precision": "int8-quanto",
+        "text_encoder_2_precision": "int8-quanto",
+    },
 }
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", RUNS)
+@pytest.mark.parametrize(
+    "kind", ["lokr", *(pytest.param(kind, marks=pytest.mark.ci) for kind in RUNS if kind != "lokr")]
+)
 def test_an_adapter_is_trained_proved_resumed_and_drawn_with(model, tmp_path: Path, kind: str):
     name, folder = model
     steps = {"max_train_steps": 4, "eval_steps_interval": 2, "learning_rate": 1e-3}
     options = {"model_family": name, **steps, **PICTURES, **RUNS[kind]}
     run = write_run(tmp_path / "run", folder, **options)
-    if kind == "lora":
+    if kind != "lokr":
         _edit(run / "config.json", lambda config: config.pop("lycoris_config"))
     output = train_here(run, "--max_train_steps=2")
     train_here(run)
@@ -88,6 +97,30 @@ def test_full_training_writes_a_whole_model_for_the_stock_pipeline(model, tmp_pa
     assert {key for key, value in index.items() if isinstance(value, list) and value[0]} >= {
         part.name for part in get_spec(name).components
     }
+
+
+@pytest.mark.slow
+def test_kontext_is_trained_on_pairs_and_sees_the_reference(tmp_path: Path):
+    """The eval loss of untrained weights differs by the reference alone; training and validation take references."""
+    model = tiny_flux_folder(tmp_path / "model", "kontext")
+    losses = {}
+    for name, seed in (("one", 5), ("other", 6)):
+        run = tmp_path / name
+        for kind in ("after", "after-eval"):
+            draw_pictures(run / kind, 3, seed=1)
+            draw_pictures(run / f"{kind}-before", 3, seed=seed)
+        before = {"dataset_type": "conditioning", "conditioning_type": "reference_strict"}
+        data: list[dict[str, object]] = []
+        for kind, changes in (("after", {}), ("after-eval", {"dataset_type": "eval"})):
+            data.append(dataset(kind, conditioning_data=f"{kind}-before", **changes))
+            data.append({"id": f"{kind}-before", "instance_data_dir": f"{kind}-before", **before})
+        options = {"model_family": "flux", "max_train_steps": 2, "eval_steps_interval": 2, "learning_rate": 1e-3}
+        write_run(run, model, data, **options, **PICTURES)
+        output = train_here(run)
+        losses[name] = metrics(output, "eval_done")[0]["pooled"]
+        assert (output / "before_after.png").is_file()
+        assert len(metrics(output, "step_done")) == 2
+    assert losses["one"] != losses["other"]
 
 
 def _edit(path: Path, change: Callable[[dict], object]) -> None:
