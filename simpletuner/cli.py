@@ -310,6 +310,7 @@ def configure(
     data: Annotated[str | None, typer.Option(help="Folder with the pictures.")] = None,
     eval_data: Annotated[str | None, typer.Option(help="Folder with pictures that are never trained on.")] = None,
     regularisation_data: Annotated[str | None, typer.Option(help="Folder for prior preservation.")] = None,
+    adapter: Annotated[str | None, typer.Option(help="lokr, lora or dora; not of goal full.")] = None,
     reference_data: Annotated[
         str | None, typer.Option(help="Of goal edit: the pictures before the change, each named as the one after.")
     ] = None,
@@ -331,7 +332,15 @@ def configure(
     folders = {"data": data, "eval_data": eval_data, "regularisation_data": regularisation_data}
     folders["reference_data"] = reference_data
     words = {"captions": captions, "instance_prompt": instance_prompt, "prompts": prompts, "output_dir": output_dir}
-    chosen = {"goal": goal, "family": family, "flavour": flavour, "model": model, "config": config, "yes": yes}
+    chosen = {
+        "adapter": adapter,
+        "goal": goal,
+        "family": family,
+        "flavour": flavour,
+        "model": model,
+        "config": config,
+        "yes": yes,
+    }
     given = command.Given(**chosen, **folders, **words, arguments=tuple(context.args))
     config_file = command.run_configure(given, os.environ, Path.cwd(), print)
     if config_file is not None:

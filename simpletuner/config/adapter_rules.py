@@ -12,7 +12,8 @@ from simpletuner.errors import Problem
 
 # Starts that are a part of the base's weights, so that neither a file nor a magnitude of its own can stand beside them.
 _STARTS_FROM_BASE = ("pissa", "pissa_niter_16", "olora")
-_STANDARD_KEYS = ("lora_rank", "lora_alpha", "lora_dropout", "lora_target", "lora_init_type", "lora_format", "use_dora")
+# Keys of standard LoRA.
+STANDARD_KEYS = ("lora_rank", "lora_alpha", "lora_dropout", "lora_target", "lora_init_type", "lora_format", "use_dora")
 
 
 def adapter_has_its_configuration(draft: Draft) -> Iterator[Problem]:
@@ -75,7 +76,7 @@ def _algorithms(lycoris: Mapping[str, Any]) -> set[str]:
 def adapter_keys_have_a_use(draft: Draft) -> Iterator[str]:
     config = draft.config
     uses_lora = config.model_type == "lora" and config.lora_type == "standard"
-    for key in _STANDARD_KEYS:
+    for key in STANDARD_KEYS:
         if key in draft.origins and not uses_lora:
             what = "lora_type lycoris" if config.model_type == "lora" else "model_type full"
             yield f"{draft.origin(key)}: {key}: has no use with {what}"

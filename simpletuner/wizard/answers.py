@@ -17,6 +17,13 @@ from simpletuner.models.spec import FamilySpec
 
 Goal = Literal["subject", "style", "edit", "full"]
 
+Adapter = Literal["lokr", "lora", "dora"]
+
+ADAPTERS: Mapping[Adapter, str] = {
+    "lokr": "LoKr: learns much in a small file; LyCORIS loads it",
+    "lora": "LoRA: loads in nearly every program",
+    "dora": "DoRA: LoRA that also trains the length of each row; slower",
+}
 GOALS: Mapping[Goal, str] = {
     "subject": "one person, animal or thing, from a few pictures",
     "style": "a way of drawing or photographing, from captioned pictures",
@@ -62,6 +69,7 @@ class Answers:
         reference_pictures: folder of what the pictures are made from, to teach an edit; or empty.
         reference_type: `reference_strict` or `reference_loose`; None is proposed.
         dataset: keys of the first folder's entry that were chosen.
+        adapter: what is trained beside the model, unless the goal is the whole of it.
         factor: of LoKr: the larger, the smaller the adapter; None is proposed.
         prompts: drawn while training; None is proposed, () draws nothing.
         options: options of config.json that were chosen, typed.
@@ -79,6 +87,7 @@ class Answers:
     reference_pictures: str = ""
     reference_type: str | None = None
     dataset: Mapping[str, Any] = field(default_factory=dict)
+    adapter: Adapter = "lokr"
     factor: int | None = None
     prompts: tuple[str, ...] | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -87,6 +96,18 @@ class Answers:
     @property
     def spec(self) -> FamilySpec:
         return get_spec(self.family)
+
+
+def read_adapter(text: str) -> Adapter:
+    """An adapter by its name.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    for adapter in get_args(Adapter):
+        if text == adapter:
+            return adapter
+    raise ConfigError(Problem(f'"{text}" is not an adapter', key="--adapter", allowed=", ".join(ADAPTERS)))
 
 
 def read_goal(text: str) -> Goal:

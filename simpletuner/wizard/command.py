@@ -15,7 +15,7 @@ from simpletuner.errors import ConfigError, Problem
 from simpletuner.hardware import Hardware, detect_hardware
 from simpletuner.launch import chosen_environment, split_arguments
 from simpletuner.models.registry import get_spec
-from simpletuner.wizard.answers import Answers, Goal, read_goal
+from simpletuner.wizard.answers import Answers, Goal, read_adapter, read_goal
 from simpletuner.wizard.files import diff_lines, judge, save, start_command, texts_for
 from simpletuner.wizard.project import ANSWERED, Project, open_project, typed_options
 
@@ -39,6 +39,7 @@ class Given:
     eval_data: str | None = None
     regularisation_data: str | None = None
     reference_data: str | None = None
+    adapter: str | None = None
     captions: str | None = None
     instance_prompt: str | None = None
     prompts: tuple[str, ...] | None = None
@@ -51,7 +52,16 @@ class Given:
     def has_answers(self) -> bool:
         """Whether more than the place of the files was said, so that nothing needs to be asked."""
         _, options = split_arguments(self.arguments)
-        answers = (self.goal, self.family, self.flavour, self.model, self.data, self.eval_data, self.captions)
+        answers = (
+            self.goal,
+            self.family,
+            self.flavour,
+            self.model,
+            self.data,
+            self.eval_data,
+            self.captions,
+            self.adapter,
+        )
         more = (
             self.regularisation_data,
             self.reference_data,
@@ -174,6 +184,7 @@ def apply(project: Project, given: Given) -> Answers:
         eval_pictures=given.eval_data or answers.eval_pictures,
         regularisation_pictures=given.regularisation_data or answers.regularisation_pictures,
         reference_pictures=_references(goal, given, answers),
+        adapter=read_adapter(given.adapter) if given.adapter else answers.adapter,
         dataset=dataset,
         prompts=given.prompts if given.prompts is not None else answers.prompts,
         options=options,
@@ -210,7 +221,7 @@ def _run_options(arguments: Sequence[str]) -> dict[str, Any]:
     values, problems = typed_options(merged.settings)
     for key in merged.settings:
         if key in ANSWERED:
-            fix = "--goal, --family, --flavour, --model and --prompt say it"
+            fix = "--goal, --family, --flavour, --model, --adapter and --prompt say it"
             problems.append(Problem("follows from other answers here", key=f"--{key}", fix=fix))
     if merged.problems or problems:
         raise ConfigError([*merged.problems, *problems])

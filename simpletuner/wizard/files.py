@@ -29,7 +29,7 @@ _HEAD = "`simpletuner options KEY` explains a key, `simpletuner configure` asks 
 _HEADINGS: Mapping[str, tuple[str, ...]] = {
     "What is trained.": (
         *("model_family", "model_flavour", "pretrained_model_name_or_path", "model_type", "lora_type"),
-        "lycoris_config",
+        *("lycoris_config", "lora_rank", "use_dora"),
     ),
     "The pictures, and where the results go.": (
         *("data_backend_config", "output_dir", "resolution", "resolution_type"),

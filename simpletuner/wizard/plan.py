@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from simpletuner.config.adapter_rules import STANDARD_KEYS
 from simpletuner.config.options import all_options
 from simpletuner.models.spec import FamilySpec
 from simpletuner.wizard import proposals
@@ -23,7 +24,7 @@ class Plan:
     Args:
         config: options of config.json.
         entries: role (`pictures`, `references`, `regularisation`, `eval`) -> entry of the data file.
-        lycoris: content of lycoris_config.json, None for full training.
+        lycoris: content of lycoris_config.json, None where nothing of LyCORIS is trained.
         prompts: nickname -> prompt, of the library; the first prompt is `validation_prompt`.
     """
 
@@ -43,10 +44,13 @@ def make_plan(answers: Answers) -> Plan:
     training = _training_options(answers)
     config = {**_model_options(answers), **training, **_validation_options(answers, training)}
     config |= {"validation_prompt": prompts[0]} if prompts else {}
+    is_lokr = answers.goal != "full" and answers.adapter == "lokr"
+    unused = STANDARD_KEYS if is_lokr or answers.goal == "full" else ()
     return Plan(
-        config=config | {name: value for name, value in answers.options.items() if value is not None},
+        config=config
+        | {name: value for name, value in answers.options.items() if value is not None and name not in unused},
         entries=_entries(answers),
-        lycoris=None if answers.goal == "full" else lycoris_settings(answers.spec, answers.factor or 16),
+        lycoris=lycoris_settings(answers.spec, answers.factor or 16) if is_lokr else None,
         prompts=nicknames(prompts[1:]),
     )
 
@@ -59,7 +63,8 @@ def _model_options(answers: Answers) -> dict[str, Any]:
         options["pretrained_model_name_or_path"] = answers.model
     options["model_type"] = "full" if answers.goal == "full" else "lora"
     if answers.goal != "full":
-        options["lora_type"] = "lycoris"
+        options |= {"lora_type": "lycoris"} if answers.adapter == "lokr" else {"lora_type": "standard", "lora_rank": 16}
+        options |= {"use_dora": True} if answers.adapter == "dora" else {}
     return options
 
 

@@ -36,7 +36,15 @@ ASKED = (
 )
 # Options that follow from other answers.
 ANSWERED = (
-    *("model_family", "model_flavour", "model_type", "lora_type", "pretrained_model_name_or_path", "validation_prompt"),
+    *(
+        "model_family",
+        "model_flavour",
+        "model_type",
+        "lora_type",
+        "use_dora",
+        "pretrained_model_name_or_path",
+        "validation_prompt",
+    ),
     *("data_backend_config", "lycoris_config", "user_prompt_library"),
 )
 
@@ -248,6 +256,7 @@ def _answers(
         reference_pictures=str(reference.get("instance_data_dir", "")),
         reference_type=str(reference["conditioning_type"]) if reference else None,
         dataset=_without_reference(main, reference),
+        adapter="lokr" if values["lora_type"] == "lycoris" else "dora" if values["use_dora"] else "lora",
         factor=factor if isinstance(factor, int) else None,
         prompts=tuple(prompts),
         options={name: values[name] for name in all_options() if _is_kept(name, settings) and name not in ANSWERED},

@@ -9,7 +9,7 @@ from typing import Any
 from simpletuner.hardware import GIB
 from simpletuner.models.registry import all_specs
 from simpletuner.models.spec import Flavour
-from simpletuner.wizard.answers import GOALS, Answers
+from simpletuner.wizard.answers import ADAPTERS, GOALS, Answers
 from simpletuner.wizard.plan import Plan
 from simpletuner.wizard.proposals import proposed_prompts
 from simpletuner.wizard.question import (
@@ -136,6 +136,16 @@ FLAVOUR = Question(
     _set_flavour,
     _flavour_choices,
 )
+ADAPTER = Question(
+    "adapter",
+    "Adapter",
+    "What is trained beside the model, which stays as it is.",
+    "choice",
+    lambda answers, plan: answers.adapter,
+    lambda answers, value: replace(answers, adapter=value),
+    lambda answers: list(ADAPTERS.items()),
+    applies=_is_adapter,
+)
 FACTOR = Question(
     "factor",
     "LoKr factor",
@@ -144,7 +154,11 @@ FACTOR = Question(
     lambda answers, plan: answers.factor or 16,
     _set_factor,
     facts="allowed: whole number from 1 to 64",
-    applies=_is_adapter,
+    applies=lambda answers: _is_adapter(answers) and answers.adapter == "lokr",
+)
+RANK = replace(
+    option_question("lora_rank", "LoRA rank"),
+    applies=lambda answers: _is_adapter(answers) and answers.adapter != "lokr",
 )
 WEBHOOK = Question(
     "webhook_config",
@@ -193,7 +207,11 @@ def pages() -> tuple[Page, ...]:
                 ),
             ),
         ),
-        Page("Training", lambda answers: f"This machine: {answers.hardware}", (*option_questions(_TRAINING), FACTOR)),
+        Page(
+            "Training",
+            lambda answers: f"This machine: {answers.hardware}",
+            (ADAPTER, FACTOR, RANK, *option_questions(_TRAINING)),
+        ),
         Page(
             "Validation",
             lambda answers: "What shall be drawn while it learns?",

@@ -114,6 +114,23 @@ def test_from_adapter_to_full_training_and_back_the_run_loads(folder: Path, omni
     assert load_run((), {}, folder, get_spec).lycoris is not None
 
 
+def test_from_lokr_to_dora_and_lora_and_back_the_run_loads(folder: Path, omnigen_folder: Path):
+    configured(folder, omnigen_folder)
+    configured(folder, omnigen_folder, adapter="dora", yes=True)
+    run = load_run((), {}, folder, get_spec)
+    assert (run.config.lora_type, run.config.use_dora, run.config.lora_rank, run.warnings) == ("standard", True, 16, ())
+    configured(folder, omnigen_folder, "--lora_rank=4", adapter="lora", yes=True)
+    run = load_run((), {}, folder, get_spec)
+    assert (run.config.use_dora, run.config.lora_rank, run.lycoris) == (False, 4, None)
+    project = open_project(CONFIG, folder, CPU)
+    assert project.answers.adapter == "lora"
+    assert texts_for(project, project.answers) == {}
+    configured(folder, omnigen_folder, adapter="lokr", yes=True)
+    run = load_run((), {}, folder, get_spec)
+    assert run.lycoris is not None
+    assert run.warnings == ()
+
+
 def test_folders_are_added_and_prompts_replaced_in_existing_files(folder: Path, omnigen_folder: Path):
     configured(folder, omnigen_folder)
     configured(folder, omnigen_folder, eval_data="held_out", prompts=("ohwx box", "a red box"), yes=True)
