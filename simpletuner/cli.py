@@ -359,6 +359,26 @@ def doctor() -> None:
     raise typer.Exit(run_doctor(os.environ, Path.cwd(), print))
 
 
+@app.command("verify-resume", context_settings=PASS_ON, short_help="Prove that a killed run ends with the same bits.")
+def verify_resume(
+    context: typer.Context,
+    steps: Annotated[int, typer.Option(help="Optimizer steps of each run.", min=6)] = 9,
+) -> None:
+    """Train a few steps twice, once killed and resumed, and compare every bit: simpletuner verify-resume [as for train]
+
+    Both runs are made in a folder beside output_dir, which is removed; caches are used and filled as by `train`. The
+    exit code is 1 where something differs.
+    """
+    loaded = _load(context)
+    from simpletuner.training.preflight import check_model_folder
+
+    check_model_folder(loaded)
+    from simpletuner.commands.verify_resume import verify_resume as run_verify_resume
+
+    if not run_verify_resume(loaded, context.args, steps, print):
+        raise typer.Exit(1)
+
+
 @app.command(short_help="One page that explains a run: report.html.")
 def report(
     output_dir: Annotated[Path, typer.Argument(help="output_dir of a run; it may still be going on.")],
