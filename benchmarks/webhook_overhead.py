@@ -8,13 +8,15 @@ and of pictures. The service is a process of its own. What is compared, pair by 
   have no webhook ("nothing") say how far two equal things differ here.
 - processor time of the training thread, mean of the block: what the webhook takes from it.
 
-On a machine that is busy with other things both are noise, so two shares say what the webhook can cost at most: the
-processor time of `handle`, which the training thread calls, over that of the steps; and of the background thread, which
-can keep the interpreter from the training thread, over the seconds that it ran.
+On a machine that is busy with other things both are noise. There, two shares bound what a webhook can cost: processor
+time of `handle`, which the training thread calls, over that of the steps; and processor time of the background thread
+over the seconds that it ran, since only while it runs can it keep the interpreter or a core from the training thread.
 
     python benchmarks/webhook_overhead.py
 
-Goal: seconds per step at most 1.01, median of all pairs. The last line is one JSON object; exit code 1 when missed.
+Goal: seconds per step at most 1.01 of those without, median of all pairs; where the seconds are not valid (the 95 %
+interval of the median is wider than 2 %), the two shares together at most 0.01. The last line is one JSON object; exit
+code 1 when the goal is missed.
 """
 
 from __future__ import annotations
@@ -75,7 +77,9 @@ def main() -> int:
     finally:
         shutil.rmtree(folder)
     print(json.dumps(figures))
-    return 0 if figures["wall_ratio"] <= GOAL else 1
+    if figures["seconds_are_valid"]:
+        return 0 if figures["wall_ratio"] <= GOAL else 1
+    return 0 if figures["handle_share"] + figures["background_share"] <= GOAL - 1 else 1
 
 
 def measure(folder: Path, services: list[str], pairs: int, steps: int) -> dict[str, Any]:
@@ -100,6 +104,7 @@ def measure(folder: Path, services: list[str], pairs: int, steps: int) -> dict[s
         "benchmark": "webhook_overhead",
         "wall_ratio": round(wall, 4),
         "wall_ratio_95": [round(low, 4), round(high, 4)],
+        "seconds_are_valid": high - low <= 0.02,
         "thread_ratio": round(thread, 4),
         "handle_share": round(statistics.mean(with_.handle / with_.thread for with_, _ in everything), 6),
         "background_share": round(statistics.mean(with_.background for with_, _ in everything), 5),

@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 
 from simpletuner import cli
+from tests.hub_uploads import TOKEN as HUB_TOKEN
+from tests.hub_uploads import upload_hub
 from tests.receiver import Receiver, receiver
 from tests.runs import dataset, draw_pictures, write_run
 from tests.s3 import s3_server
@@ -21,10 +23,10 @@ from tests.s3 import s3_server
 CANARIES = {
     place: f"canary-{place}-5d1f93"
     for place in (
-        *("url-path", "url-query", "auth-token", "token-file", "discord-url", "wandb", "hf", "s3-key", "s3-id", "aws"),
+        *("url-path", "url-query", "auth-token", "token-file", "discord-url", "wandb", "s3-key", "s3-id", "aws"),
         *("argument", "proxy"),
     )
-}
+} | {"hf": HUB_TOKEN}
 # Everything that libraries say, but for those that tell their own requests in full when they are debugged.
 LOUD = """
 import logging, runpy, sys
@@ -74,8 +76,14 @@ def raw(server: Receiver, **keys: str) -> dict[str, str]:
 @pytest.fixture
 def environment(tmp_path: Path) -> dict[str, str]:
     (tmp_path / "tmp").mkdir()
-    return os.environ | {
-        **{"HF_TOKEN": CANARIES["hf"], "WANDB_API_KEY": CANARIES["wandb"], "WANDB_MODE": "offline"},
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    return kept | {
+        **{
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_TOKEN": CANARIES["hf"],
+            "WANDB_API_KEY": CANARIES["wandb"],
+            "WANDB_MODE": "offline",
+        },
         **{"AWS_SECRET_ACCESS_KEY": CANARIES["aws"], "TMPDIR": str(tmp_path / "tmp"), "HOME": str(tmp_path / "tmp")},
         **{"HTTPS_PROXY": f"http://somebody:{CANARIES['proxy']}@127.0.0.1:9", "NO_PROXY": "127.0.0.1"},
     }
@@ -88,7 +96,7 @@ def test_no_secret_of_a_run_is_in_what_it_makes(
     draw_pictures(tmp_path / "bucket", 4, seed=1)
     draw_pictures(tmp_path / "run" / "held_out", 2, seed=2)
     (tmp_path / "run" / "token").write_text(CANARIES["token-file"])
-    with receiver() as server, receiver() as other, s3_server("photos") as store:
+    with receiver() as server, receiver() as other, s3_server("photos") as store, upload_hub() as hub:
         store.upload(tmp_path / "bucket", "photos")
         keys = {"aws_access_key_id": CANARIES["s3-id"], "aws_secret_access_key": CANARIES["s3-key"]}
         place = {
@@ -106,6 +114,9 @@ def test_no_secret_of_a_run_is_in_what_it_makes(
             eval_steps_interval=2,
             report_to="tensorboard,wandb",
             tracker_project_name="canaries",
+            push_to_hub=True,
+            push_checkpoints_to_hub=True,
+            hub_model_id="house/canaries",
             validation_disable=False,
             validation_prompt="a red square",
             validation_resolution="64",
@@ -118,6 +129,7 @@ def test_no_secret_of_a_run_is_in_what_it_makes(
                 {"webhook_type": "raw", "callback_url": f"http://127.0.0.1:9/{CANARIES['url-path']}"},
             ],
         )
+        environment["HF_ENDPOINT"] = hub.url
         environment["DISCORD"] = f"{other.url}/{CANARIES['discord-url']}"
         said = run_loudly(folder, environment, "train")
         resolved = run_loudly(folder, environment, "options", "--resolved")
@@ -129,7 +141,10 @@ def test_no_secret_of_a_run_is_in_what_it_makes(
     assert {"metrics.jsonl", "run.lock.json", "checkpoint-4", "webhooks", "report.html"} <= made
     assert any(name.endswith(".wandb") for name in made)
     given = {folder / name for name in ("config.json", "multidatabackend.json", "token")}
+    published = hub.repos["house/canaries"].files
+    assert "README.md" in published
     texts = {"what it printed": said, "options --resolved": resolved, "what was sent": b"".join(received)}
+    texts |= {f"{name} on the hub": content for name, content in published.items()}
     assert leaks(tmp_path, texts, given) == []
 
 
