@@ -40,6 +40,7 @@ def prepare_data(
     with world.main_first():  # the others find every index made
         datasets = prepare_datasets(loaded, family, output_dir, bus, stop, world)
     prepare_prompts(loaded, family, datasets, bus, stop, world)
+    hold_out(datasets, loaded.config.eval_holdout)  # a share that cannot be had is refused before anything is encoded
     kept, sources = prepare_latents(loaded, family, datasets, bus, stop, world)
     if world.is_main and any(new is not old for new, old in zip(kept, datasets, strict=True)):
         write_report(output_dir, [dataset.funnel for dataset in kept])  # with what the VAE could not encode
