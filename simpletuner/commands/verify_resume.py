@@ -84,7 +84,8 @@ def _verify(arguments: Sequence[str], steps: int, folder: Path, say: Say) -> boo
         say(f"  {line}")
     if again.lines:
         say(
-            "two undisturbed runs differ as well: kernels of this machine are not reproducible, with or without a resume"
+            "two undisturbed runs differ as well: kernels of this machine are not reproducible, "
+            "with or without a resume"
         )
     else:
         say("two undisturbed runs are equal, so the resume is at fault: please report it with your configuration")
