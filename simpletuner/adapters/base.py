@@ -54,6 +54,10 @@ class Adapter(ABC):
     def trainable_parameters(self) -> dict[str, nn.Parameter]:
         """The trained parameters by name; names and order are the same in every run with the same configuration."""
 
+    def all_parameters(self) -> list[nn.Parameter]:
+        """Every parameter that the adapter added to the denoiser, trained or not."""
+        return list(self.trainable_parameters().values())
+
     @abstractmethod
     def disabled(self) -> AbstractContextManager[None]:
         """Inside the context the denoiser computes exactly what the base computes."""

@@ -98,6 +98,11 @@ class LoraAdapter(Adapter):
                 found[f"{path}.lora_magnitude_vector"] = layer.lora_magnitude_vector[TRAINED].weight
         return found
 
+    def all_parameters(self) -> list[nn.Parameter]:
+        """With the frozen start of PiSSA and OLoRA."""
+        added = ("lora_A", "lora_B", "lora_magnitude_vector")
+        return [each for layer in self.layers.values() for name in added for each in getattr(layer, name).parameters()]
+
     @contextmanager
     def disabled(self) -> Iterator[None]:
         """Let each layer compute with its base alone.

@@ -54,7 +54,7 @@ def place_denoiser(
             max_grad_norm=config.max_grad_norm or 0.0,
             is_adapter=not isinstance(adapter, FullAdapter),
         )
-    whole = set() if isinstance(adapter, FullAdapter) else set(adapter.trainable_parameters().values())
+    whole = set() if isinstance(adapter, FullAdapter) else set(adapter.all_parameters())
     shard_denoiser(
         denoiser,
         family.spec.block_classes,

@@ -11,6 +11,7 @@ import torch
 from diffusers import OmniGenTransformer2DModel
 from safetensors.torch import load_file
 
+from tests.end_to_end.test_processes import assert_same_training, train
 from tests.runs import LYCORIS, dataset, draw_pictures, metrics, train_here, write_run
 
 ADAPTER = "pytorch_lora_weights.safetensors"
@@ -86,3 +87,13 @@ def test_a_full_run_leaves_a_complete_model_and_its_average(tmp_path: Path, omni
         for place in ("pipeline", "ema/pipeline")
     )
     assert any(not torch.equal(live[key], average[key]) for key in live)
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize("layout", [{}, {"fsdp_enable": True}], ids=["copies", "spread"])
+@pytest.mark.parametrize("options", [{"use_dora": True}, {"lora_init_type": "pissa"}], ids=["dora", "pissa"])
+def test_two_processes_train_the_same_lora_as_one(tmp_path: Path, omnigen_folder, options, layout) -> None:
+    options = STANDARD | {"lora_dropout": 0.0, "max_train_steps": 4, "learning_rate": 1e-3} | options
+    one = train(write_run(tmp_path / "one", omnigen_folder, train_batch_size=4, **options))
+    two = train(write_run(tmp_path / "two", omnigen_folder, train_batch_size=2, num_processes=2, **options, **layout))
+    assert_same_training(one, two)

@@ -217,3 +217,12 @@ def test_a_start_that_does_not_fit_is_refused_with_the_key_to_change(tmp_path: P
     assert "set lora_rank to 8" in text
     assert "4 layers that are not trained here" in text
     assert "set use_dora to false" in text
+
+
+def test_a_frozen_start_belongs_to_the_adapter_and_is_not_trained() -> None:
+    denoiser, adapter = attach(init="pissa", use_dora=False)
+    stock = {id(p) for name, p in denoiser.named_parameters() if ".lora_" not in name}
+    own = adapter.all_parameters()
+    assert len(own) == 2 * len(adapter.trainable_parameters())
+    assert {id(p) for p in denoiser.parameters()} - {id(p) for p in own} == stock
+    assert sum(p.requires_grad for p in own) == len(adapter.trainable_parameters())
