@@ -83,10 +83,7 @@ def _verify(arguments: Sequence[str], steps: int, folder: Path, say: Say) -> boo
     for line in again.lines:
         say(f"  {line}")
     if again.lines:
-        say(
-            "two undisturbed runs differ as well: kernels of this machine are not reproducible, "
-            "with or without a resume"
-        )
+        say("two undisturbed runs differ as well: kernels of this machine are not reproducible, resumed or not")
     else:
         say("two undisturbed runs are equal, so the resume is at fault: please report it with your configuration")
     return False
@@ -114,6 +111,12 @@ def compare_runs(one: Path, other: Path, steps: int) -> Difference:
     if unequal:
         lines.append(f"the loss of step {unequal[0]} and of {len(unequal) - 1} others")
     return Difference(tuple(lines), len(common), len(losses[0]))
+
+
+def losses_of(output_dir: Path) -> dict[int, float]:
+    """Step -> loss, as a run has recorded them."""
+    records = read_records(output_dir / METRICS_FILE)
+    return {record["step"]: record["loss"] for record in records if record["event"] == "step_done"}
 
 
 def tensor_differences(name: str, one: Path, other: Path) -> Iterator[str]:
