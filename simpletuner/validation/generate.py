@@ -50,6 +50,7 @@ def generate_pictures(
     adapter_file: Path | None,
     output: Path,
     say: Callable[[str], None] = print,
+    strength: float = 1.0,
 ) -> list[Path]:
     """Draw, and write PNG files; returns their paths in the order of prompts.
 
@@ -57,6 +58,7 @@ def generate_pictures(
         adapter_file: safetensors of any adapter format, or None for the model alone.
         output: a `.png` file for a single picture, else a folder, where no file is overwritten.
         say: told what a person should know.
+        strength: multiplies what the adapter changes.
 
     Raises:
         DataError: the adapter does not fit, or the pictures cannot be written.
@@ -65,7 +67,7 @@ def generate_pictures(
     requests = requests_of(drawing, family, say)
     denoiser = family.load_base()
     if adapter_file is not None:
-        apply_adapter_file(denoiser, adapter_file, family.spec)
+        apply_adapter_file(denoiser, adapter_file, family.spec, strength)
     denoiser.to(family.device).eval()
     pictures = make_pictures(
         family.pipeline(denoiser, family.load_vae()),

@@ -47,8 +47,11 @@ def test_the_adapter_changes_the_picture(family: OmniGen, tmp_path: Path):
             parameter.add_(1.0)
     adapter.save(tmp_path / "adapter.safetensors", {})
     plain = generate_pictures(family, DRAWING, None, tmp_path / "plain", list().append)
-    adapted = generate_pictures(family, DRAWING, tmp_path / "adapter.safetensors", tmp_path / "adapted", list().append)
+    file = tmp_path / "adapter.safetensors"
+    adapted = generate_pictures(family, DRAWING, file, tmp_path / "adapted", list().append)
     assert not np.array_equal(pixels(plain[0]), pixels(adapted[0]))
+    silent = generate_pictures(family, DRAWING, file, tmp_path / "silent", list().append, strength=0.0)
+    assert np.array_equal(pixels(plain[0]), pixels(silent[0]))
 
 
 def test_a_missing_adapter_is_named(family: OmniGen, tmp_path: Path):
