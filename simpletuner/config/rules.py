@@ -14,6 +14,7 @@ from simpletuner.config.dataset_rules import DATASET_NOTICES, DATASET_RULES
 from simpletuner.config.datasets import ImageDataset, TextEmbedsDataset
 from simpletuner.config.draft import Draft
 from simpletuner.config.names import nearest
+from simpletuner.config.objective_rules import OBJECTIVE_NOTICES, OBJECTIVE_RULES
 from simpletuner.config.optimizer_rules import OPTIMIZER_NOTICES, OPTIMIZER_RULES
 from simpletuner.config.precision_rules import PRECISION_RULES
 from simpletuner.config.process_rules import PROCESS_RULES
@@ -224,6 +225,7 @@ RULES: tuple[Rule, ...] = (
     dataset_ids_are_names,
     there_are_pictures_to_train_on,
     one_text_cache_is_the_default,
+    *OBJECTIVE_RULES,
     *DATASET_RULES,
     *PROCESS_RULES,
     *VALIDATION_RULES,
@@ -274,6 +276,7 @@ NOTICES: tuple[Notice, ...] = (
     text_caches_have_a_use,
     webhook_intervals_have_a_webhook,
     *ADAPTER_NOTICES,
+    *OBJECTIVE_NOTICES,
     *DATASET_NOTICES,
     *VALIDATION_NOTICES,
     *OPTIMIZER_NOTICES,

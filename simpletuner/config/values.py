@@ -110,6 +110,17 @@ def read_text_or_list(value: Any) -> Any:
     return (read_text(value),)
 
 
+def read_sigmas(value: Any) -> Any:
+    """Noise levels, a list or text with commas -> ascending sigmas in [0, 1]; thousandths where any is above 1."""
+    if value is None or value == "":
+        return None
+    items = value.split(",") if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]
+    numbers = sorted({read_float(item.strip() if isinstance(item, str) else item) for item in items})
+    if not numbers or numbers[0] < 0 or numbers[-1] > 1000:
+        raise ValueError("must be numbers from 0 (data) to 1 or to 1000 (noise)")
+    return tuple(number / 1000 for number in numbers) if numbers[-1] > 1 else tuple(numbers)
+
+
 def read_arguments(value: Any) -> Any:
     """`"eps=1e-8,weight_decay=0.1"`, JSON or an object -> a dict; numbers and truth values in the text are seen."""
     if isinstance(value, dict):

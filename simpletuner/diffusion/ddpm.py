@@ -83,6 +83,16 @@ class NoiseSchedule:
         signal, amount = (append_dims(each, latents.ndim) for each in self.signal_and_noise(sigmas))
         return signal * noise - amount * latents
 
+    def estimate_data(self, noisy_latents: Tensor, model_pred: Tensor, sigmas: Tensor, is_velocity: bool) -> Tensor:
+        """(B, ...) the data that a prediction of the noise, or of v, amounts to.
+
+        Of the noise at a level without data nothing can be said; the least signal is kept apart from 0 there.
+        """
+        signal, amount = (append_dims(each, noisy_latents.ndim) for each in self.signal_and_noise(sigmas))
+        if is_velocity:
+            return signal * noisy_latents - amount * model_pred
+        return (noisy_latents - amount * model_pred) / signal.clamp_min(1e-4)
+
     def snr(self, sigmas: Tensor) -> Tensor:
         """(B,) float32 signal-to-noise ratios `abar / (1 - abar)`."""
         signal, amount = self.signal_and_noise(sigmas)

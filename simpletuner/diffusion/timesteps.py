@@ -7,11 +7,14 @@ feeds it fixed quantiles, and both see the same distribution.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+# Points of a table of a distribution that has no closed form; its quantiles are exact to about the square of the pitch.
+_TABLE = 16384
 
 
 def logit_normal_sigmas(quantiles: Tensor, mean: float = 0.0, std: float = 1.0) -> Tensor:
@@ -60,3 +63,65 @@ def uniform_sigmas(quantiles: Tensor) -> Tensor:
 def fixed_quantiles(count: int) -> Tensor:
     """(count,) midpoints of equal parts of (0, 1): the timesteps of the eval loss."""
     return (torch.arange(count, dtype=torch.float64) + 0.5) / count
+
+
+def beta_sigmas(quantiles: Tensor, alpha: float, beta: float) -> Tensor:
+    """Sigmas with a beta distribution, whose density is `sigma^(alpha - 1) (1 - sigma)^(beta - 1)`.
+
+    Tabulated over `theta` with `sigma = sin(theta)^2`, where the density is bounded for alpha and beta from 0.5 on.
+
+    Args:
+        quantiles: (B,) in [0, 1).
+    """
+    theta = torch.linspace(0, math.pi / 2, _TABLE + 1, dtype=torch.float64)
+    middle = (theta[1:] + theta[:-1]) / 2
+    mass = middle.sin() ** (2 * alpha - 1) * middle.cos() ** (2 * beta - 1)
+    below = torch.cat([torch.zeros(1, dtype=torch.float64), mass.cumsum(0)])
+    return interpolate(quantiles.double() * below[-1], below, theta).sin().square().to(torch.float32)
+
+
+def chosen_sigmas(quantiles: Tensor, values: Sequence[float]) -> Tensor:
+    """Equally likely ones of `values`, by size: sigmas in [0, 1]."""
+    table = torch.tensor(sorted(values), dtype=torch.float32)
+    places = (quantiles.double() * len(values)).floor().long().clamp(0, len(values) - 1)
+    return table[places.cpu()]
+
+
+def logit_normal_quantiles(sigmas: Tensor) -> Tensor:
+    """(B,) float64: where sigmas stand in the standard logit-normal distribution; the inverse of its quantiles."""
+    return torch.special.ndtr(torch.logit(sigmas.double(), eps=1e-12))
+
+
+def shift_of_size(num_patches: int) -> float:
+    """The shift that FLUX.1 uses for a picture of so many patches: e^mu, mu from 0.5 at 256 to 1.15 at 4096.
+
+    Source: diffusers' `pipeline_flux.py`, `calculate_shift`.
+    """
+    return math.exp(0.5 + (1.15 - 0.5) * (num_patches - 256) / (4096 - 256))
+
+
+def biased_quantiles(
+    quantiles: Tensor, sigmas_at: Callable[[Tensor], Tensor], low: float, high: float, multiplier: float
+) -> Tensor:
+    """Quantiles after which sigmas of [low, high] are drawn `multiplier` times as often, relative to the others.
+
+    Args:
+        quantiles: (B,) uniform.
+        sigmas_at: quantile function of the distribution that is biased.
+    """
+    grid = torch.arange(_TABLE + 1, dtype=torch.float64) / _TABLE
+    sigmas = sigmas_at(grid.clamp_max(1 - 1e-9)).double().cpu()
+    inside = (sigmas >= low) & (sigmas <= high)
+    middle = (inside[1:].double() + inside[:-1].double()) / 2  # share of each cell that lies inside
+    density = 1 + (multiplier - 1) * middle
+    below = torch.cat([torch.zeros(1, dtype=torch.float64), density.cumsum(0)])
+    return interpolate(quantiles.double() * below[-1], below, grid)
+
+
+def interpolate(values: Tensor, xs: Tensor, ys: Tensor) -> Tensor:
+    """(B,) the piecewise linear function through (xs, ys) at `values`; `xs` ascend."""
+    values = values.cpu()
+    right = torch.searchsorted(xs, values, right=True).clamp(1, len(xs) - 1)
+    x0, x1, y0, y1 = xs[right - 1], xs[right], ys[right - 1], ys[right]
+    share = torch.where(x1 > x0, (values - x0) / (x1 - x0).clamp_min(1e-300), torch.zeros_like(values))
+    return y0 + share * (y1 - y0)

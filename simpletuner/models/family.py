@@ -26,7 +26,7 @@ from simpletuner.models.components import (
     load_preview_decoder,
     make_empty_component,
 )
-from simpletuner.models.spec import FamilySpec
+from simpletuner.models.spec import FamilySpec, PredictionType
 from simpletuner.models.text_encoders import TextEncoders
 from simpletuner.precision.quantise import NumberFormats, quantise
 
@@ -298,6 +298,19 @@ class ModelFamily(ABC):
     def make_target(self, latents: Tensor, noise: Tensor, sigmas: Tensor) -> Tensor:
         """(B, C, h, w) what `predict` is compared with."""
         return flow_matching.velocity_target(latents, noise)
+
+    @property
+    def prediction_type(self) -> PredictionType:
+        """What these weights predict."""
+        return self.spec.prediction_type
+
+    def signal_and_noise(self, sigmas: Tensor) -> tuple[Tensor, Tensor]:
+        """((B,), (B,)) how much data and how much noise `make_noisy` mixes."""
+        return 1 - sigmas, sigmas
+
+    def estimate_data(self, noisy_latents: Tensor, model_pred: Tensor, sigmas: Tensor) -> Tensor:
+        """(B, C, h, w) the latents that a prediction amounts to."""
+        return flow_matching.data_from_velocity(noisy_latents, model_pred, sigmas)
 
 
 def _enable(vae: nn.Module, mode: str) -> None:

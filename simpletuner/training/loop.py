@@ -119,11 +119,24 @@ def backward_micro_batch(run: Run, window: Window, micro_step: int, weight: floa
     """Forward and backward of one micro-batch, its loss divided by `weight`, that of the window in all processes."""
     batch = window.batches[micro_step]
     step = window.step
-    noise, quantiles = draw_noise(batch, run.seed, step), draw_quantiles(batch, run.seed, step)
+    quantiles = draw_quantiles(batch, run.seed, step)
+    noise = run.objective.offset_noise(draw_noise(batch, run.seed, step), batch.slots, run.seed, step)
+    perturbed_noise = run.objective.perturbed_noise(noise, batch.slots, run.seed, step)
     # Dropout inside an adapter draws from the global generator.
     reseed_global(run.seed, "denoiser", step, micro_step, *run.world.key)
     with run.autocast():
-        losses = compute_losses(run.family, run.denoiser, batch, noise, quantiles, run.adapter.disabled)
+        losses = compute_losses(
+            run.family,
+            run.denoiser,
+            batch,
+            noise,
+            quantiles,
+            run.adapter.disabled,
+            run.objective,
+            perturbed_noise,
+            run.rollouts,
+            run.rollouts.depth(run.seed, step, micro_step),
+        )
     # Now, and not before the forward pass: a backward pass does not hold the interpreter, so a window can be built
     # beside it; beside a forward pass the two would wait for each other at each operation.
     run.batches.begin_next(window)
@@ -188,6 +201,9 @@ def report_step(run: Run, window: Window, outcome: StepOutcome, epoch: int, seco
     extra = {"regularisation_loss": outcome.regularisation_loss} if outcome.regularisation_loss is not None else {}
     if run.ema is not None:
         extra["ema_decay"] = run.ema.decay_at(window.step + 1)
+    if run.rollouts.max_depth:
+        depths = [run.rollouts.depth(run.seed, window.step, number) for number in range(len(window.batches))]
+        extra["rollout_depth"] = sum(depths) / len(depths)
     run.bus.emit(
         StepDone(
             step=run.state.global_step,

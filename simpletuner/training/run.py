@@ -27,7 +27,9 @@ from simpletuner.training.checkpoint import Checkpoints
 from simpletuner.training.evaluation import EvalResult, Evaluator, evaluations_without_gain
 from simpletuner.training.loss_bins import LossBins
 from simpletuner.training.loss_scale import LossScale
+from simpletuner.training.objective import Objective, build_objective
 from simpletuner.training.recomputing import Recomputing
+from simpletuner.training.rollout import Rollouts, build_rollouts
 from simpletuner.training.signals import StopRequest
 from simpletuner.training.state import TrainState
 from simpletuner.validation.external import ExternalScript
@@ -89,6 +91,14 @@ class Run:
     eval_losses: dict[int, float] = field(default_factory=dict)
     eval_reference: EvalResult | None = None
     loss_bins: LossBins = field(default_factory=LossBins)
+
+    @cached_property
+    def objective(self) -> Objective:
+        return build_objective(self.config)
+
+    @cached_property
+    def rollouts(self) -> Rollouts:
+        return build_rollouts(self.config, self.family.spec)
 
     @property
     def config(self) -> TrainConfig:

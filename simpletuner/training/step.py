@@ -5,14 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from simpletuner.batch import Batch
-from simpletuner.diffusion.loss import Latents, sample_means, sample_weights, squared_error
+from simpletuner.diffusion.loss import Latents, sample_means, sample_weights
+from simpletuner.diffusion.reflexflow import compensation_weights, direction_loss
 from simpletuner.models.family import ModelFamily
 from simpletuner.randomness import keyed_generator, keyed_uniform
+from simpletuner.training.objective import PLAIN, Objective
+from simpletuner.training.rollout import ReflexFlow, Rollouts, implied_noise, roll_out
+
+NO_ROLLOUTS = Rollouts()
 
 
 @dataclass(frozen=True)
@@ -56,20 +62,32 @@ def compute_losses(
     noise: Latents,
     quantiles: Tensor,
     without_adapter: Callable[[], AbstractContextManager[None]] | None = None,
+    objective: Objective = PLAIN,
+    perturbed_noise: Latents | None = None,
+    rollouts: Rollouts = NO_ROLLOUTS,
+    depth: int = 0,
 ) -> Losses:
     """Noise the latents, predict, compare.
 
     Args:
         noise: like `batch.latents`.
-        quantiles: (B,) of the family's distribution of sigmas.
+        quantiles: (B,) of the distribution of sigmas.
         without_adapter: context in which the denoiser is the untouched base; needed for regularisation batches, whose
             target is the base's own prediction (prior preservation).
+        perturbed_noise: mixed into the latents in place of `noise`, which the target keeps.
+        depth: steps that the model itself leads the latents, from a noisier level to that of training; 0 none.
     """
-    sigmas = family.sigmas_at(quantiles, batch.latents).to(family.device)
+    sigmas = objective.sigmas_at(family, quantiles, batch.latents).to(family.device)
     latents, noise = to_device(batch.latents, family.device), to_device(noise, family.device)
     conditioning = family.collate(batch)
-
-    noisy_latents = each_latent(family.make_noisy, latents, noise, sigmas)
+    mixed_in = noise if perturbed_noise is None else to_device(perturbed_noise, family.device)
+    noisy_latents = each_latent(family.make_noisy, latents, mixed_in, sigmas)
+    drift: Latents | None = None
+    if depth and not batch.is_regularisation:
+        rolled = roll_out(family, denoiser, conditioning, latents, noise, sigmas, depth, rollouts)
+        noise = each_latent(partial(implied_noise, family), rolled, latents, sigmas)
+        drift = each_latent(torch.sub, rolled, noisy_latents)
+        noisy_latents = rolled
     if batch.is_regularisation:
         assert without_adapter is not None
         with without_adapter(), torch.no_grad():
@@ -78,10 +96,28 @@ def compute_losses(
         target = each_latent(family.make_target, latents, noise, sigmas)
 
     model_pred = family.predict(denoiser, noisy_latents, sigmas, conditioning)
-    errors = each_latent(squared_error, model_pred, target)
+    errors = each_latent(partial(objective.errors, family), model_pred, target, sigmas)
     masks = None if batch.masks is None else batch.masks.to(family.device)
+    if drift is not None and rollouts.reflex is not None:
+        per_sample = reflexive_losses(errors, model_pred, target, drift, masks, rollouts.reflex)
+    else:
+        per_sample = sample_means(errors, masks)
     weights = sample_weights(batch.loss_weights.to(family.device), masks)
-    return Losses(sample_means(errors, masks), weights, sigmas)
+    return Losses(per_sample * objective.factors(family, sigmas), weights, sigmas)
+
+
+def reflexive_losses(
+    errors: Latents, model_pred: Latents, target: Latents, drift: Latents, masks: Tensor | None, reflex: ReflexFlow
+) -> Tensor:
+    """(B,) losses of rolled-out latents: errors that weigh by drift, and the direction of the prediction."""
+    scale = each_latent(partial(compensation_weights, alpha=reflex.alpha), drift)
+    error = sample_means(each_latent(torch.mul, errors, scale), masks)
+    if masks is not None:
+        model_pred, target = (each_latent(torch.mul, values, masks) for values in (model_pred, target))
+    direction = each_latent(direction_loss, model_pred, target)
+    return reflex.error * error + reflex.direction * (
+        direction if isinstance(direction, Tensor) else torch.stack(direction)
+    )
 
 
 def to_device(latents: Latents, device: torch.device) -> Latents:

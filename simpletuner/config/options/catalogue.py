@@ -13,6 +13,7 @@ from simpletuner.config.options.data import DataOptions
 from simpletuner.config.options.declare import OptionGroup, OptionInfo, describe_field
 from simpletuner.config.options.evaluation import EvaluationOptions
 from simpletuner.config.options.model import ModelOptions
+from simpletuner.config.options.objective import ObjectiveOptions
 from simpletuner.config.options.optimizer import OptimizerOptions
 from simpletuner.config.options.precision import PrecisionOptions
 from simpletuner.config.options.processes import ProcessOptions
@@ -25,6 +26,7 @@ GROUPS: tuple[type[OptionGroup], ...] = (
     ModelOptions,
     DataOptions,
     TrainingOptions,
+    ObjectiveOptions,
     AdapterOptions,
     OptimizerOptions,
     PrecisionOptions,
@@ -40,6 +42,7 @@ class TrainConfig(
     ModelOptions,
     DataOptions,
     TrainingOptions,
+    ObjectiveOptions,
     AdapterOptions,
     OptimizerOptions,
     PrecisionOptions,

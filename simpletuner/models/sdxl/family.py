@@ -20,6 +20,7 @@ from simpletuner.diffusion.loss import Latents
 from simpletuner.models.components import model_index
 from simpletuner.models.family import Conditioning, ModelFamily, ReferenceSizes
 from simpletuner.models.live_pipeline import LivePipeline
+from simpletuner.models.spec import PredictionType
 
 ENCODERS = (("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2"))
 
@@ -93,9 +94,19 @@ class SDXL(ModelFamily):
         return self.schedule.make_noisy(latents, noise, sigmas)
 
     def make_target(self, latents: Tensor, noise: Tensor, sigmas: Tensor) -> Tensor:
-        if self.scheduler_config.get("prediction_type") == "v_prediction":
+        if self.prediction_type == "v_prediction":
             return self.schedule.v_target(latents, noise, sigmas)
         return noise
+
+    @property
+    def prediction_type(self) -> PredictionType:
+        return self.scheduler_config.get("prediction_type", self.spec.prediction_type)
+
+    def signal_and_noise(self, sigmas: Tensor) -> tuple[Tensor, Tensor]:
+        return self.schedule.signal_and_noise(sigmas)
+
+    def estimate_data(self, noisy_latents: Tensor, model_pred: Tensor, sigmas: Tensor) -> Tensor:
+        return self.schedule.estimate_data(noisy_latents, model_pred, sigmas, self.prediction_type == "v_prediction")
 
     def pipeline(self, denoiser: nn.Module, vae: nn.Module | None = None) -> Any:
         from diffusers import StableDiffusionXLPipeline

@@ -60,7 +60,7 @@ def test_old_names_lead_to_options_and_hide_none() -> None:
 
 
 def test_what_is_not_built_is_known() -> None:
-    assert {"publishing_config", "scheduled_sampling_probability"} <= set(planned_options())
+    assert {"controlnet", "train_text_encoder"} <= set(planned_options())
 
 
 @pytest.mark.parametrize(

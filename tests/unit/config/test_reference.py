@@ -40,7 +40,7 @@ def test_an_option_is_explained() -> None:
     text = run_options_command(key="max_grad_norm")
     for words in ("max_grad_norm (Optimizer and schedule)", "grad_clip_method", "default    2.0", "number >= 0"):
         assert words in text
-    assert "not built  scheduled sampling" in run_options_command(key="--scheduled-sampling-probability")
+    assert "not built  ControlNets cannot be trained" in run_options_command(key="--controlnet")
     assert "now called validation_step_interval" in run_options_command(key="validation_steps")
     assert "has no effect" in run_options_command(key="validation_torch_compile")
     with pytest.raises(ConfigError, match='did you mean "learning_rate"'):

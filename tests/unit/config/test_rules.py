@@ -77,7 +77,35 @@ def test_the_sound_configuration_breaks_no_rule(workspace: Workspace) -> None:
         ({"mixed_precision": "fp16", "base_model_default_dtype": "bf16"}, "base_model_default_dtype", "remove the key"),
         ({"evaluation_type": "clip", "validation_disable": True}, "evaluation_type", "validation draws none"),
         ({"pretrained_evaluation_model_name_or_path": "a/b"}, "pretrained_evaluation_model_name_or_path", "no use"),
-        ({"scheduled_sampling_probability": 0.5}, "scheduled_sampling_probability", "not built"),
+        ({"controlnet": True}, "controlnet", "cannot be trained yet"),
+        ({"scheduled_sampling_max_step_offset": 3}, "scheduled_sampling_probability", "nothing is rolled out"),
+        ({"scheduled_sampling_reflexflow": True}, "scheduled_sampling_reflexflow", "nothing is rolled out"),
+        ({"scheduled_sampling_order": 3}, "scheduled_sampling_order", "<= 2"),
+        ({"snr_gamma": 5}, "snr_gamma", "Toy is a flow model"),
+        ({"loss_type": "l1"}, "loss_type", "smooth_l1"),
+        ({"flow_use_uniform_schedule": True, "flow_sigmoid_scale": 2}, "flow_sigmoid_scale", "has no use"),
+        (
+            {"flow_use_uniform_schedule": True, "flow_use_beta_schedule": True},
+            "flow_use_beta_schedule",
+            "flow_use_uniform_schedule chooses",
+        ),
+        ({"flow_beta_schedule_alpha": 3}, "flow_beta_schedule_alpha", "has no use without"),
+        (
+            {"flow_custom_timesteps": "0.5", "flow_schedule_auto_shift": True},
+            "flow_schedule_auto_shift",
+            "taken as they are",
+        ),
+        ({"flow_custom_timesteps": "0.5,2000"}, "flow_custom_timesteps", "from 0"),
+        (
+            {"timestep_bias_strategy": "range", "timestep_bias_begin": 500, "timestep_bias_end": 500},
+            "timestep_bias_begin",
+            "is not below",
+        ),
+        (
+            {"timestep_bias_strategy": "later", "timestep_bias_multiplier": 0, "timestep_bias_portion": 1},
+            "timestep_bias_multiplier",
+            "no noise level",
+        ),
         ({"validation_preview": True, "validation_preview_steps": 40}, "validation_preview_steps", "1 to 25"),
     ],
 )
@@ -289,3 +317,39 @@ def test_an_optimizer_that_looks_at_whole_weights_gets_no_parts(workspace: Works
     workspace.config["model_type"] = "lora"
     workspace.config["fsdp_enable"] = False
     workspace.load_written()
+
+
+@pytest.mark.parametrize("key", ["flow_schedule_shift", "flow_sigmoid_scale", "flow_use_beta_schedule"])
+def test_a_family_whose_levels_are_fixed_refuses_others_by_name(workspace: Workspace, key: str) -> None:
+    values = {"flow_schedule_shift": 3, "flow_sigmoid_scale": 2, "flow_use_beta_schedule": True}
+    for family, words in (("omnigen", "OmniGen is trained on logit-normal times"), ("sdxl", "no flow model")):
+        workspace.config |= {"model_family": family, key: values[key]}
+        found = [problem for problem in workspace.fails_written().problems if problem.key == key]
+        assert words in found[0].message
+
+
+def test_min_snr_and_reflexflow_are_for_the_families_that_they_are_made_for(workspace: Workspace) -> None:
+    workspace.config |= {"model_family": "sdxl", "snr_gamma": 5, "lycoris_config": None}
+    workspace.config |= {"lora_type": "standard", "scheduled_sampling_max_step_offset": 2}
+    workspace.config |= {"scheduled_sampling_probability": 0.5}
+    assert workspace.load_written().config.snr_gamma == 5
+    workspace.config["scheduled_sampling_reflexflow"] = True
+    (problem,) = workspace.fails_written().problems
+    assert "made for flow models" in problem.message
+
+
+def test_levels_are_read_in_thousandths_where_any_is_above_one(workspace: Workspace) -> None:
+    for written, expected in (("0.9, 0.1", (0.1, 0.9)), ([500, 1], (0.001, 0.5)), ("750", (0.75,))):
+        workspace.config["flow_custom_timesteps"] = written
+        assert workspace.load_written().config.flow_custom_timesteps == expected
+
+
+def test_settings_without_their_switch_are_told(workspace: Workspace) -> None:
+    workspace.config |= {"noise_offset": 0.2, "huber_c": 0.3, "timestep_bias_portion": 0.5}
+    warnings = "".join(workspace.load_written().warnings)
+    for words in (
+        "noise_offset: has no effect: offset_noise is false",
+        "huber_c: has no",
+        "timestep_bias_portion: has no",
+    ):
+        assert words in warnings

@@ -1,0 +1,128 @@
+"""What must hold between the keys of loss and noise: rules and notices in the form of `rules.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from simpletuner.config.checking import is_neutral, show_value
+from simpletuner.config.draft import Draft
+from simpletuner.errors import Problem
+
+# Option -> values that change nothing.
+FLOW_OPTIONS: Mapping[str, tuple[Any, ...]] = {
+    "flow_schedule_shift": (None, 0),
+    "flow_schedule_auto_shift": (False,),
+    "flow_sigmoid_scale": (1,),
+    "flow_use_uniform_schedule": (False,),
+    "flow_use_beta_schedule": (False,),
+    "flow_custom_timesteps": (None,),
+}
+SHAPES = ("flow_use_uniform_schedule", "flow_use_beta_schedule", "flow_custom_timesteps")
+
+
+def _is_set(draft: Draft, key: str) -> bool:
+    return not is_neutral(getattr(draft.config, key), FLOW_OPTIONS[key])
+
+
+def noise_levels_are_those_of_a_flow(draft: Draft) -> Iterator[Problem]:
+    spec = draft.spec
+    if spec is None or spec.prediction_type == "flow":
+        return
+    for key in FLOW_OPTIONS:
+        if _is_set(draft, key) and key not in spec.unusable_options:
+            message = f"{show_value(getattr(draft.config, key))} cannot be used: {spec.title} is no flow model"
+            yield draft.problem(message, key, fix="remove the key")
+    if draft.config.scheduled_sampling_reflexflow:
+        message = f"true cannot be used: it is made for flow models, which {spec.title} is not"
+        yield draft.problem(message, "scheduled_sampling_reflexflow", "false", fix="remove the key")
+
+
+def snr_weights_serve_noise_and_v(draft: Draft) -> Iterator[Problem]:
+    spec, gamma = draft.spec, draft.config.snr_gamma
+    if gamma and spec and spec.prediction_type == "flow" and "snr_gamma" not in spec.unusable_options:
+        message = f"{gamma:g} cannot be used: {spec.title} is a flow model; min-SNR weighs losses on noise and v"
+        yield draft.problem(message, "snr_gamma", fix="remove the key; flow_schedule_shift moves what is trained most")
+
+
+def noise_levels_are_chosen_once(draft: Draft) -> Iterator[Problem]:
+    chosen = [key for key in SHAPES if _is_set(draft, key)]
+    for key in chosen[1:]:
+        yield draft.problem(f"{chosen[0]} chooses the noise levels already", key, fix="keep one of them")
+    if chosen and _is_set(draft, "flow_sigmoid_scale"):
+        message = f"has no use: {chosen[0]} replaces the logit-normal noise levels"
+        yield draft.problem(message, "flow_sigmoid_scale", fix="remove the key")
+    if _is_set(draft, "flow_schedule_shift") and draft.config.flow_schedule_auto_shift:
+        message = "flow_schedule_auto_shift chooses the shift already"
+        yield draft.problem(message, "flow_schedule_shift", fix="keep one of them")
+    for key in ("flow_schedule_shift", "flow_schedule_auto_shift"):
+        if _is_set(draft, key) and _is_set(draft, "flow_custom_timesteps"):
+            message = "has no use: flow_custom_timesteps are taken as they are"
+            yield draft.problem(message, key, fix="remove the key")
+    for key in ("flow_beta_schedule_alpha", "flow_beta_schedule_beta"):
+        if getattr(draft.config, key) != 2 and not draft.config.flow_use_beta_schedule:
+            yield draft.problem("has no use without flow_use_beta_schedule", key, fix="set it, or remove this key")
+
+
+def biased_levels_are_some(draft: Draft) -> Iterator[Problem]:
+    config = draft.config
+    if config.timestep_bias_strategy == "range" and config.timestep_bias_begin >= config.timestep_bias_end:
+        message = (
+            f"{config.timestep_bias_begin:g} is not below timestep_bias_end, which is {config.timestep_bias_end:g}"
+        )
+        yield draft.problem(message, "timestep_bias_begin", f"less than {config.timestep_bias_end:g}")
+    parts = {
+        "earlier": config.timestep_bias_portion,
+        "later": config.timestep_bias_portion,
+        "range": (config.timestep_bias_end - config.timestep_bias_begin) / 1000,
+    }
+    if config.timestep_bias_multiplier == 0 and parts.get(config.timestep_bias_strategy, 0) >= 1:
+        message = "0 leaves no noise level to train on"
+        yield draft.problem(message, "timestep_bias_multiplier", "above 0, or a smaller part of the levels")
+
+
+def rollouts_happen(draft: Draft) -> Iterator[Problem]:
+    config = draft.config
+    share = config.scheduled_sampling_probability
+    if config.scheduled_sampling_ramp_steps:
+        share = max(config.scheduled_sampling_prob_start, config.scheduled_sampling_prob_end)
+    if config.scheduled_sampling_max_step_offset and not share:
+        message = "is 0, so that nothing is rolled out, and scheduled_sampling_max_step_offset says that something is"
+        yield draft.problem(message, "scheduled_sampling_probability", fix="set it, or scheduled_sampling_ramp_steps")
+    if config.scheduled_sampling_reflexflow and not config.scheduled_sampling_max_step_offset:
+        message = "has no use: nothing is rolled out, scheduled_sampling_max_step_offset is 0"
+        yield draft.problem(message, "scheduled_sampling_reflexflow", fix="set scheduled_sampling_max_step_offset")
+
+
+OBJECTIVE_RULES = (
+    noise_levels_are_those_of_a_flow,
+    snr_weights_serve_noise_and_v,
+    noise_levels_are_chosen_once,
+    biased_levels_are_some,
+    rollouts_happen,
+)
+
+
+def settings_have_their_switch(draft: Draft) -> Iterator[str]:
+    """Files of other trainers write whole groups of keys out; what does nothing is told and kept."""
+    config = draft.config
+    groups = {
+        "loss_type is l2": (config.loss_type == "l2", ("huber_schedule", "huber_c")),
+        "offset_noise is false": (not config.offset_noise, ("noise_offset", "noise_offset_probability")),
+        "input_perturbation is 0": (not config.input_perturbation, ("input_perturbation_steps",)),
+        "timestep_bias_strategy is none": (
+            config.timestep_bias_strategy == "none",
+            ("timestep_bias_multiplier", "timestep_bias_portion", "timestep_bias_begin", "timestep_bias_end"),
+        ),
+        "scheduled_sampling_max_step_offset is 0": (
+            not config.scheduled_sampling_max_step_offset,
+            ("scheduled_sampling_probability", "scheduled_sampling_ramp_steps", "scheduled_sampling_start_step"),
+        ),
+    }
+    for reason, (is_off, keys) in groups.items():
+        for key in keys if is_off else ():
+            if getattr(config, key) != type(config).model_fields[key].default:
+                yield f"{draft.origin(key)}: {key}: has no effect: {reason}"
+
+
+OBJECTIVE_NOTICES = (settings_have_their_switch,)

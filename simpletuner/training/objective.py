@@ -1,0 +1,212 @@
+"""What the configuration adds to a family's own objective: noise levels, noise, loss and its weights.
+
+The eval loss never sees any of it: it stays the family's own, so that two settings can be compared by it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+from simpletuner.diffusion import timesteps
+from simpletuner.diffusion.loss import (
+    Latents,
+    huber_error,
+    huber_limits,
+    min_snr_weights,
+    smooth_l1_error,
+    squared_error,
+)
+from simpletuner.models.family import ModelFamily
+from simpletuner.randomness import keyed_generator, keyed_uniform
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from simpletuner.config.options import TrainConfig
+
+
+@dataclass(frozen=True)
+class SigmaSchedule:
+    """Which noise levels are drawn.
+
+    Args:
+        kind: `family` is the family's own distribution.
+        scale: deviation of the normal whose sigmoid `logit_normal` is.
+        alpha: of `beta`.
+        beta: of `beta`.
+        values: of `custom`.
+        shift: moves what was drawn towards noise; None does so as the family does, 1 not at all.
+        shifts_by_size: take the shift of the picture's number of patches.
+    """
+
+    kind: Literal["family", "logit_normal", "uniform", "beta", "custom"] = "family"
+    scale: float = 1.0
+    alpha: float = 2.0
+    beta: float = 2.0
+    values: tuple[float, ...] = ()
+    shift: float | None = None
+    shifts_by_size: bool = False
+
+    def sigmas_at(self, family: ModelFamily, quantiles: Tensor, latents: Latents) -> Tensor:
+        """(B,) quantiles in [0, 1) -> (B,) float32 sigmas."""
+        if self.kind == "family":
+            return family.sigmas_at(quantiles, latents)
+        if self.kind == "custom":
+            return timesteps.chosen_sigmas(quantiles, self.values)
+        sigmas = self._drawn(quantiles)
+        if self.shifts_by_size:
+            patches = [row.shape[-2] * row.shape[-1] // family.spec.patch_size**2 for row in latents]
+            return timesteps.shifted_sigmas(sigmas, torch.tensor([timesteps.shift_of_size(count) for count in patches]))
+        if self.shift is not None:
+            return timesteps.shifted_sigmas(sigmas, self.shift)
+        # As the family has it: what it makes of a logit-normal distribution, with this one in its place.
+        return family.sigmas_at(timesteps.logit_normal_quantiles(sigmas), latents)
+
+    def _drawn(self, quantiles: Tensor) -> Tensor:
+        if self.kind == "uniform":
+            return timesteps.uniform_sigmas(quantiles)
+        if self.kind == "beta":
+            return timesteps.beta_sigmas(quantiles, self.alpha, self.beta)
+        return timesteps.logit_normal_sigmas(quantiles, std=self.scale)
+
+
+@dataclass(frozen=True)
+class TimestepBias:
+    """Noise levels in [low, high] are drawn `multiplier` times as often, relative to the others."""
+
+    low: float
+    high: float
+    multiplier: float
+
+
+@dataclass(frozen=True)
+class Objective:
+    """How training differs from predicting the family's target with the mean squared error.
+
+    Args:
+        loss_type: error of each element.
+        huber_schedule: how the turning point of the other two errors follows the noise.
+        huber_c: that turning point.
+        snr_gamma: bound of min-SNR weights; None weighs all alike.
+        noise_offset: deviation of one number for each channel that is added to the noise; 0 adds none.
+        noise_offset_probability: share of the pictures whose noise has it.
+        input_perturbation: deviation of the noise that the target does not know of.
+        input_perturbation_steps: optimizer steps over which it falls to 0; 0 keeps it.
+        schedule: noise levels.
+        bias: some of them more often.
+    """
+
+    loss_type: Literal["l2", "huber", "smooth_l1"] = "l2"
+    huber_schedule: str = "snr"
+    huber_c: float = 0.1
+    snr_gamma: float | None = None
+    noise_offset: float = 0.0
+    noise_offset_probability: float = 0.25
+    input_perturbation: float = 0.0
+    input_perturbation_steps: int = 0
+    schedule: SigmaSchedule = SigmaSchedule()
+    bias: TimestepBias | None = None
+
+    def sigmas_at(self, family: ModelFamily, quantiles: Tensor, latents: Latents) -> Tensor:
+        """(B,) quantiles in [0, 1) -> (B,) float32 sigmas."""
+        if self.bias is not None:
+            first = latents[:1]
+
+            def one_size(each: Tensor) -> Tensor:
+                rows = first.expand(len(each), *first.shape[1:]) if isinstance(first, Tensor) else first * len(each)
+                return self.schedule.sigmas_at(family, each, rows)
+
+            bias = self.bias
+            quantiles = timesteps.biased_quantiles(quantiles, one_size, bias.low, bias.high, bias.multiplier)
+        return self.schedule.sigmas_at(family, quantiles, latents)
+
+    def offset_noise(self, noise: Latents, slots: Sequence[int], seed: int, step: int) -> Latents:
+        """The noise with one number more for each channel, keyed as the noise is."""
+        if not self.noise_offset:
+            return noise
+        rows = []
+        for row, slot in zip(noise, slots, strict=True):
+            if keyed_uniform(seed, "noise offset", step, slot) < self.noise_offset_probability:
+                generator = keyed_generator(seed, "noise offset", step, slot)
+                row = row + self.noise_offset * torch.randn(row.shape[0], 1, 1, generator=generator)
+            rows.append(row)
+        return torch.stack(rows) if isinstance(noise, Tensor) else rows
+
+    def perturbed_noise(self, noise: Latents, slots: Sequence[int], seed: int, step: int) -> Latents | None:
+        """What is mixed into the latents in place of `noise`, which the target keeps; None where they are the same.
+
+        Source: Ning et al., "Input Perturbation Reduces Exposure Bias in Diffusion Models" (arXiv 2301.11706).
+        """
+        left = 1 - step / self.input_perturbation_steps if self.input_perturbation_steps else 1.0
+        if not self.input_perturbation or left <= 0:
+            return None
+        rows = [
+            row
+            + left * self.input_perturbation * torch.randn(row.shape, generator=keyed_generator(seed, "input", step, s))
+            for row, s in zip(noise, slots, strict=True)
+        ]
+        return torch.stack(rows) if isinstance(noise, Tensor) else rows
+
+    def errors(self, family: ModelFamily, model_pred: Tensor, target: Tensor, sigmas: Tensor) -> Tensor:
+        """(B, C, h, w) float32 error of each element."""
+        if self.loss_type == "l2":
+            return squared_error(model_pred, target)
+        signal, noise = family.signal_and_noise(sigmas)
+        limits = huber_limits(self.huber_schedule, self.huber_c, sigmas, noise / signal.clamp_min(1e-8))
+        error = huber_error if self.loss_type == "huber" else smooth_l1_error
+        return error(model_pred, target, limits)
+
+    def factors(self, family: ModelFamily, sigmas: Tensor) -> Tensor:
+        """(B,) what the loss of each sample is multiplied by."""
+        if self.snr_gamma is None:
+            return torch.ones_like(sigmas)
+        signal, noise = family.signal_and_noise(sigmas)
+        return min_snr_weights((signal / noise).square(), self.snr_gamma, family.prediction_type == "v_prediction")
+
+
+PLAIN = Objective()
+
+
+def build_objective(config: TrainConfig) -> Objective:
+    """The objective of a configuration."""
+    return Objective(
+        loss_type=config.loss_type,
+        huber_schedule=config.huber_schedule,
+        huber_c=config.huber_c,
+        snr_gamma=config.snr_gamma or None,
+        noise_offset=config.noise_offset if config.offset_noise else 0.0,
+        noise_offset_probability=config.noise_offset_probability,
+        input_perturbation=config.input_perturbation,
+        input_perturbation_steps=config.input_perturbation_steps,
+        schedule=_schedule(config),
+        bias=_bias(config),
+    )
+
+
+def _schedule(config: TrainConfig) -> SigmaSchedule:
+    shift, by_size = config.flow_schedule_shift or None, config.flow_schedule_auto_shift
+    if config.flow_custom_timesteps is not None:
+        return SigmaSchedule("custom", values=config.flow_custom_timesteps)
+    if config.flow_use_uniform_schedule:
+        return SigmaSchedule("uniform", shift=shift, shifts_by_size=by_size)
+    if config.flow_use_beta_schedule:
+        alpha, beta = config.flow_beta_schedule_alpha, config.flow_beta_schedule_beta
+        return SigmaSchedule("beta", alpha=alpha, beta=beta, shift=shift, shifts_by_size=by_size)
+    if shift is None and not by_size and config.flow_sigmoid_scale == 1:
+        return SigmaSchedule()
+    return SigmaSchedule("logit_normal", config.flow_sigmoid_scale, shift=shift, shifts_by_size=by_size)
+
+
+def _bias(config: TrainConfig) -> TimestepBias | None:
+    if config.timestep_bias_strategy == "none":
+        return None
+    ranges = {
+        "earlier": (0.0, config.timestep_bias_portion),
+        "later": (1 - config.timestep_bias_portion, 1.0),
+        "range": (config.timestep_bias_begin / 1000, config.timestep_bias_end / 1000),
+    }
+    return TimestepBias(*ranges[config.timestep_bias_strategy], config.timestep_bias_multiplier)

@@ -1,0 +1,189 @@
+"""Rollouts: when, how deep, in the right direction of time, and with a target that leads to the data."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from simpletuner.batch import Batch, PromptEmbeds
+from simpletuner.diffusion.ddpm import NoiseSchedule
+from simpletuner.models.family import ModelFamily
+from simpletuner.models.spec import FamilySpec
+from simpletuner.training.rollout import ReflexFlow, Rollouts, implied_noise, roll_out
+from simpletuner.training.step import compute_losses
+from tests.runs import dataset, draw_pictures, metrics, train_here, write_run
+from tests.unit.config.conftest import FAMILY
+
+
+class Exact(ModelFamily):
+    """A flow family whose denoiser says the velocity outright."""
+
+    def __init__(self, spec: FamilySpec = FAMILY):
+        super().__init__(spec, None, torch.device("cpu"), torch.float32)  # type: ignore[arg-type]
+        self.seen: list[list[float]] = []
+
+    def encode_prompts(self, prompts, references=None):
+        return [PromptEmbeds({"x": torch.zeros(1)})] * len(prompts)
+
+    def collate(self, batch: Batch) -> dict[str, Any]:
+        return {}
+
+    def pipeline(self, denoiser, vae=None):
+        raise AssertionError
+
+    def predict(self, denoiser, noisy_latents, sigmas, conditioning):
+        self.seen.append([round(sigma, 4) for sigma in sigmas.tolist()])
+        return denoiser(noisy_latents, sigmas)
+
+
+class Epsilon(Exact):
+    """The same for a family that predicts noise at discrete levels."""
+
+    schedule = NoiseSchedule(torch.linspace(0.999, 0.001, 100, dtype=torch.float64))
+
+    def make_noisy(self, latents, noise, sigmas):
+        return self.schedule.make_noisy(latents, noise, sigmas)
+
+    def make_target(self, latents, noise, sigmas):
+        return noise
+
+    def signal_and_noise(self, sigmas):
+        return self.schedule.signal_and_noise(sigmas)
+
+    def estimate_data(self, noisy_latents, model_pred, sigmas):
+        return self.schedule.estimate_data(noisy_latents, model_pred, sigmas, is_velocity=False)
+
+
+DATA, NOISE = (torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+SIGMAS = torch.tensor([0.3, 0.8])
+
+
+def batch() -> Batch:
+    return Batch(DATA, [PromptEmbeds({})] * 2, [0, 1], ["a", "b"], torch.ones(2), "d")
+
+
+@pytest.mark.parametrize("solver", ["euler", "dpm", "unipc"])
+@pytest.mark.parametrize("family", [Exact(), Epsilon()])
+def test_a_perfect_model_leads_back_to_the_very_latents_of_training(family, solver: str) -> None:
+    answer = (lambda x, s: NOISE) if isinstance(family, Epsilon) else (lambda x, s: NOISE - DATA)
+    rolled = roll_out(family, answer, {}, DATA, NOISE, SIGMAS, 3, Rollouts(solver=solver, step_length=0.05))
+    torch.testing.assert_close(rolled, family.make_noisy(DATA, NOISE, SIGMAS), rtol=0, atol=2e-4)
+    torch.testing.assert_close(implied_noise(family, rolled, DATA, SIGMAS), NOISE, rtol=0, atol=2e-3)
+
+
+def test_steps_go_from_more_noise_to_less_and_begin_at_pure_noise_at_most() -> None:
+    family = Exact()
+    roll_out(family, lambda x, s: NOISE - DATA, {}, DATA, NOISE, SIGMAS, 3, Rollouts(step_length=0.1))
+    assert family.seen == [[0.6, 1.0], [0.5, 0.9333], [0.4, 0.8667]]
+
+
+def test_pictures_of_different_sizes_are_rolled_out_as_they_would_be_alone() -> None:
+    family, data, noise = Exact(), [DATA[0], DATA[1, :, :4]], [NOISE[0], NOISE[1, :, :4]]
+
+    def denoiser(x, sigmas):
+        return [-0.5 * row for row in x] if isinstance(x, list) else -0.5 * x
+
+    together = roll_out(family, denoiser, {}, data, noise, SIGMAS, 3, Rollouts())
+    for index in range(2):
+        one = slice(index, index + 1)
+        alone = roll_out(family, denoiser, {}, data[index][None], noise[index][None], SIGMAS[one], 3, Rollouts())
+        torch.testing.assert_close(together[index], alone[0])
+
+
+def test_the_target_of_a_drifted_latent_ends_on_the_data() -> None:
+    """A model that predicts too little: the corrected velocity takes what it made of the latents to the data."""
+    family = Exact()
+    rolled = roll_out(family, lambda x, s: 0.5 * (NOISE - DATA), {}, DATA, NOISE, SIGMAS, 2, Rollouts(step_length=0.1))
+    assert (rolled - family.make_noisy(DATA, NOISE, SIGMAS)).abs().max() > 0.01
+    target = family.make_target(DATA, implied_noise(family, rolled, DATA, SIGMAS), SIGMAS)
+    torch.testing.assert_close(family.estimate_data(rolled, target, SIGMAS), DATA, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("reflex", [None, ReflexFlow()])
+def test_the_loss_is_zero_for_whoever_knows_the_way_back_and_no_gradient_goes_through_the_rollout(reflex) -> None:
+    family, scale = Exact(), torch.nn.Parameter(torch.tensor(0.5))
+    calls: list[bool] = []
+
+    def denoiser(x, sigmas):
+        calls.append(torch.is_grad_enabled())
+        if torch.is_grad_enabled():  # the training call: the way from here to the data
+            return (x - DATA) / sigmas[:, None, None, None] * (scale / 0.5)
+        return scale * (NOISE - DATA)
+
+    quantiles = torch.tensor([0.4, 0.6], dtype=torch.float64)
+    losses = compute_losses(
+        family, denoiser, batch(), NOISE, quantiles, rollouts=Rollouts(max_depth=4, reflex=reflex), depth=3
+    )
+    assert calls == [False, False, False, True]
+    assert losses.per_sample.max().item() == pytest.approx(0, abs=1e-5)
+    losses.weighted_sum.backward()
+    assert scale.grad is not None
+
+
+def test_reflexflow_by_hand() -> None:
+    """No drift: the error counts once, and a prediction at right angles to the target costs 10 * 2 more."""
+    from simpletuner.training.step import reflexive_losses
+
+    target, prediction = torch.zeros(1, 1, 2, 2), torch.zeros(1, 1, 2, 2)
+    target[0, 0, 0, 0], prediction[0, 0, 0, 1] = 2.0, 4.0
+    errors = (prediction - target).square()  # 4 and 16: a mean of 5
+    drift = torch.zeros(1, 1, 2, 2)
+    assert reflexive_losses(errors, prediction, target, drift, None, ReflexFlow()).tolist() == [25.0]
+    # A mask that leaves the left column: the error is 4 / 2, and the masked prediction is zero, without a direction.
+    mask = torch.tensor([[[[1.0, 0.0], [1.0, 0.0]]]])
+    assert reflexive_losses(errors, prediction, target, drift, mask, ReflexFlow(direction=1)).tolist() == [4.0]
+
+
+def test_shares_follow_the_ramp() -> None:
+    rollouts = Rollouts(max_depth=3, start_step=10, ramp_steps=10, ramp_from=0.2, ramp_to=0.6)
+    found = [rollouts.probability_at(step) for step in (0, 9, 10, 15, 20, 99)]
+    assert found == pytest.approx([0, 0, 0.2, 0.4, 0.6, 0.6])
+    cosine = Rollouts(max_depth=3, ramp_steps=12, ramp_from=0.0, ramp_to=1.0, ramp_shape="cosine")
+    assert [cosine.probability_at(step) for step in (0, 4, 6, 12)] == pytest.approx([0, 0.25, 0.5, 1])
+    assert Rollouts(max_depth=3, probability=0.3, start_step=5).probability_at(4) == 0
+    assert Rollouts(max_depth=3, probability=0.3, start_step=5).probability_at(5) == 0.3
+
+
+@pytest.mark.parametrize(
+    ("strategy", "shares"),
+    [
+        ("uniform", [1 / 3, 1 / 3, 1 / 3]),
+        ("biased_early", [3 / 6, 2 / 6, 1 / 6]),
+        ("biased_late", [1 / 6, 2 / 6, 3 / 6]),
+    ],
+)
+def test_depths_are_drawn_as_the_strategy_says(strategy, shares: list[float]) -> None:
+    rollouts = Rollouts(max_depth=3, probability=0.5, strategy=strategy)
+    depths = Counter(rollouts.depth(1, step, micro) for step in range(2000) for micro in range(2))
+    assert depths[0] / 4000 == pytest.approx(0.5, abs=0.03)
+    found = [depths[depth] / (4000 - depths[0]) for depth in (1, 2, 3)]
+    assert found == pytest.approx(shares, abs=0.04)
+    assert Rollouts(probability=1.0).depth(1, 0, 0) == 0
+
+
+@pytest.mark.parametrize("solver", ["unipc", "euler"])
+@pytest.mark.parametrize("reflexflow", [True, False])
+def test_the_tiny_model_trains_on_its_own_steps_and_resumes_to_the_same_bits(
+    tmp_path: Path, omnigen_folder: Path, solver: str, reflexflow: bool
+) -> None:
+    options = {
+        "scheduled_sampling_max_step_offset": 3,
+        "scheduled_sampling_probability": 0.7,
+        "scheduled_sampling_sampler": solver,
+        "scheduled_sampling_reflexflow": reflexflow,
+    }
+    losses = {}
+    for name, steps in (("straight", (8,)), ("resumed", (4, 8))):
+        draw_pictures(tmp_path / name / "pictures", 5, seed=1)
+        folder = write_run(tmp_path / name, omnigen_folder, [dataset("pictures")], **options)
+        for count in steps:
+            output = train_here(folder, f"--max_train_steps={count}")
+        records = metrics(output, "step_done")
+        losses[name] = [record["loss"] for record in records]
+        depths = [record["extra"]["rollout_depth"] for record in records]
+        assert 0 < sum(depths) < 24
+    assert losses["straight"] == losses["resumed"]
