@@ -93,11 +93,8 @@ def logit_normal_quantiles(sigmas: Tensor) -> Tensor:
 
 
 def shift_of_size(num_patches: int) -> float:
-    """The shift that FLUX.1 uses for a picture of so many patches: e^mu, mu from 0.5 at 256 to 1.15 at 4096.
-
-    Source: diffusers' `pipeline_flux.py`, `calculate_shift`.
-    """
-    return math.exp(0.5 + (1.15 - 0.5) * (num_patches - 256) / (4096 - 256))
+    """The shift that FLUX.1 uses for a picture of so many patches: e^mu, mu from 0.5 at 256 to 1.15 at 4096."""
+    return scheduler_shift({"use_dynamic_shifting": True}, num_patches)
 
 
 def biased_quantiles(
