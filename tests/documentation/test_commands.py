@@ -85,7 +85,7 @@ def test_the_commands_run(page: Path, clone: Path, omnigen_folder: Path):
 @pytest.mark.parametrize("page", sorted(PAGES.rglob("*.md")), ids=lambda page: str(page.relative_to(PAGES)))
 def test_commands_stand_in_blocks_that_say_whether_they_are_run(page: Path):
     fences = re.findall(r"^ *```(\w*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
-    assert set(fences[::2]) <= {"bash", "console", "json", "python", ""}
+    assert set(fences[::2]) <= {"bash", "console", "json", "python", "toml", ""}
     assert "sh" not in fences
 
 
