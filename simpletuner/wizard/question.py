@@ -20,7 +20,7 @@ from simpletuner.wizard.plan import Plan
 from simpletuner.wizard.project import typed_options
 
 # Choices that need further keys, which are written by hand.
-_NEED_MORE = ("csv", "parquet", "huggingface", "webshart")
+_NEED_MORE = ("csv", "parquet", "huggingface", "webshart", "custom-tracker")
 
 Kind = Literal["list", "choice", "yes_no", "text", "lines", "folder"]
 Choices = Sequence[tuple[str, str]]
