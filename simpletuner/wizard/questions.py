@@ -180,6 +180,12 @@ PROMPTS = Question(
 )
 
 
+def _hub_questions() -> tuple[Question, ...]:
+    """Whether to upload; and how, where it is."""
+    asked, *others = option_questions(_HUB)
+    return (asked, *(replace(each, applies=lambda answers: bool(answers.options.get(asked.key))) for each in others))
+
+
 def pages() -> tuple[Page, ...]:
     """Every page but the last one, which shows the files."""
     return (
@@ -223,7 +229,7 @@ def pages() -> tuple[Page, ...]:
             (
                 *option_questions(_TRACKING),
                 *((WEBHOOK,) if option_questions({WEBHOOK.key: ""}) else ()),
-                *option_questions(_HUB),
+                *_hub_questions(),
             ),
         ),
     )
