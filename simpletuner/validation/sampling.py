@@ -33,7 +33,9 @@ def make_pictures(
     watch: Watch | None = None,
     noise_device: str = "cpu",
 ) -> list[Picture]:
-    """Draw all requests, pictures of one size and setting together; the result is in the order of `requests`.
+    """Draw all requests, pictures of one size and setting and with references of one size together.
+
+    The result is in the order of `requests`.
 
     Args:
         pipeline: what `ModelFamily.pipeline` returned.
@@ -44,14 +46,15 @@ def make_pictures(
     """
     import torch
 
-    def shared(index: int) -> tuple[int, int, DrawSettings]:
-        return requests[index].height, requests[index].width, requests[index].settings
+    def shared(index: int) -> tuple[int, int, tuple[tuple[int, int], ...], DrawSettings]:
+        request = requests[index]
+        return request.height, request.width, tuple(each.image.size for each in request.references), request.settings
 
     # Sorting is stable, so pictures of one kind stay in the order that they were asked in.
-    order = sorted(range(len(requests)), key=lambda index: (*shared(index)[:2], repr(requests[index].settings)))
+    order = sorted(range(len(requests)), key=lambda index: (*shared(index)[:3], repr(requests[index].settings)))
     drawn: dict[int, Picture] = {}
     with torch.no_grad():
-        for (height, width, settings), group in groupby(order, key=shared):
+        for (height, width, _, settings), group in groupby(order, key=shared):
             for chunk in _chunks(list(group), max(1, batch_size)):
                 asked = [requests[index] for index in chunk]
                 arguments = settings.arguments()
