@@ -33,6 +33,10 @@ def test_what_another_answer_rules_out_is_not_asked_for():
     assert not {"factor", "regularisation_pictures"} & asked(answers(goal="full"))
     assert "reference_pictures" not in asked(answers())
     assert "reference_pictures" in asked(answers(goal="edit"))
+    assert "hub_model_id" not in asked(answers())
+    assert "hub_model_id" in asked(answers(options={"push_to_hub": True}))
+    assert "lora_rank" not in asked(answers())
+    assert ("lora_rank" in asked(answers(adapter="lora")), "factor" in asked(answers(adapter="lora"))) == (True, False)
 
 
 def test_a_flavour_says_what_it_takes():
