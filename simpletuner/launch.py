@@ -110,15 +110,18 @@ def family_of_run(loaded: LoadedRun) -> ModelFamily:
     return family
 
 
-def family_of_model(model: str, family_name: str | None) -> ModelFamily:
+def family_of_model(model: str, family_name: str | None, file: str | None = None) -> ModelFamily:
     """A model folder or hub id, on this machine's device; bfloat16 where there is an accelerator.
+
+    Args:
+        file: a single file that some of its parts come from.
 
     Raises:
         ConfigError: the folder is incomplete, or its family is not known.
     """
     from simpletuner.models.components import ModelSource, check_local_model
 
-    source = ModelSource(model)
+    source = ModelSource(model, file=file)
     if not source.is_local and looks_like_path(model):
         raise ConfigError(
             Problem(f"there is no model folder at {model}", key="--model", allowed="a folder, or a hub id")
@@ -152,7 +155,8 @@ def family_of_export(source: Path, model: str | None, family_name: str | None) -
         raise ConfigError(
             Problem(f"no run.lock.json near {source} says which model it belongs to", key="--model", fix="add --model")
         )
-    return family_of_model(model, family_name or facts.get("config", {}).get("model_family"))
+    file = facts.get("base", {}).get("file")
+    return family_of_model(model, family_name or facts.get("config", {}).get("model_family"), file)
 
 
 def pack_base(family: ModelFamily, precision: str) -> None:

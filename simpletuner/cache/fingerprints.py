@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from simpletuner.data.digests import DigestMemo
 from simpletuner.errors import DataError, Problem
 from simpletuner.models.components import ModelSource, component_config, component_file, component_folder
+from simpletuner.models.single_file import is_in_file
 from simpletuner.models.spec import Component, FamilySpec
 
 if TYPE_CHECKING:
@@ -100,6 +101,8 @@ def weight_files(source: ModelSource, component: Component) -> list[Path]:
     Raises:
         DataError: there are none.
     """
+    if source.file and not (component.role == "vae" and source.vae) and is_in_file(source.file, component):
+        return [Path(source.file)]
     variant = f".{source.variant}" if source.variant else ""
     stem = ("model" if component.role == "text_encoder" else "diffusion_pytorch_model") + variant
     if source.is_local or (component.role == "vae" and source.vae):

@@ -31,7 +31,7 @@ from simpletuner.config.layers import (
 from simpletuner.config.lycoris import check_lycoris
 from simpletuner.config.merging import Merged, merge_layers, option_names
 from simpletuner.config.options import TrainConfig, all_options
-from simpletuner.config.paths import Folders, looks_like_path
+from simpletuner.config.paths import SINGLE_FILE, Folders, looks_like_path
 from simpletuner.config.prompt_library import LibraryPrompt, read_prompt_library
 from simpletuner.config.rules import broken_rules, notices
 from simpletuner.config.sources import PictureSource
@@ -43,6 +43,7 @@ DEFAULT_DATA_FILE = "multidatabackend.json"
 # Options that name a model: a folder, or a hub id.
 MODEL_KEYS = (
     "pretrained_model_name_or_path",
+    "pretrained_transformer_model_name_or_path",
     "pretrained_vae_model_name_or_path",
     "pretrained_evaluation_model_name_or_path",
 )
@@ -270,7 +271,8 @@ class _RunReader:
         path = Path(text).expanduser()
         found = self.folders.find(path)
         if found is None and self.check_files and looks_like_path(text):
-            self.problems.append(self.folders.missing(path, key, self.origin(key), "model folder"))
+            kind = "file" if text.endswith(SINGLE_FILE) else "model folder"
+            self.problems.append(self.folders.missing(path, key, self.origin(key), kind))
         return str(found) if found else text
 
     def read_named_file(self, key: str, path: Path) -> Document | None:

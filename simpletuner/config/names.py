@@ -17,6 +17,7 @@ RENAMED: Mapping[str, str] = {
     "lr_schedule": "lr_scheduler",
     "vae_cache_preprocess": "vae_cache_ondemand",
     "pretrained_model_name": "pretrained_model_name_or_path",
+    "pretrained_unet_model_name_or_path": "pretrained_transformer_model_name_or_path",
     "pretrained_vae_name_or_path": "pretrained_vae_model_name_or_path",
     "validation_num_images": "num_validation_images",
     "flux_schedule_shift": "flow_schedule_shift",

@@ -18,6 +18,8 @@ from simpletuner.errors import Problem
 PACKAGE = Path(__file__).resolve().parents[1]
 
 
+# How the name of a model in one file ends.
+SINGLE_FILE = ".safetensors"
 # Where a model folder may carry a tiny autoencoder of its own, in the form of diffusers' AutoencoderTiny.
 PREVIEW_FOLDER = "preview_decoder"
 # Of a folder, when a similar name is looked for: a folder of pictures may have millions.

@@ -16,6 +16,7 @@ from simpletuner.config.draft import Draft
 from simpletuner.config.names import nearest
 from simpletuner.config.objective_rules import OBJECTIVE_NOTICES, OBJECTIVE_RULES
 from simpletuner.config.optimizer_rules import OPTIMIZER_NOTICES, OPTIMIZER_RULES
+from simpletuner.config.paths import SINGLE_FILE
 from simpletuner.config.precision_rules import PRECISION_RULES
 from simpletuner.config.process_rules import PROCESS_RULES
 from simpletuner.config.validation_rules import VALIDATION_NOTICES, VALIDATION_RULES
@@ -47,6 +48,16 @@ def flavour_belongs_to_the_family(draft: Draft) -> Iterator[Problem]:
         message = f'"{flavour}" is no flavour of {spec.title}'
         fix = f'did you mean "{near}"?' if near else None
         yield draft.problem(message, "model_flavour", ", ".join(spec.flavours), fix)
+
+
+def a_single_file_is_named_once(draft: Draft) -> Iterator[Problem]:
+    model, file = draft.config.pretrained_model_name_or_path, draft.config.pretrained_transformer_model_name_or_path
+    key = "pretrained_transformer_model_name_or_path"
+    if file and not file.endswith(SINGLE_FILE):
+        yield draft.problem(f'"{file}" is no {SINGLE_FILE} file', key, f"a {SINGLE_FILE} file")
+    if file and model and model.endswith(SINGLE_FILE):
+        message = "pretrained_model_name_or_path names a single file already"
+        yield draft.problem(message, key, fix="let that name a folder or hub id, or remove one of them")
 
 
 def family_takes_its_options(draft: Draft) -> Iterator[Problem]:
@@ -211,6 +222,7 @@ RULES: tuple[Rule, ...] = (
     uploads_have_their_place,
     exactly_one_length_is_set,
     flavour_belongs_to_the_family,
+    a_single_file_is_named_once,
     family_takes_its_options,
     *ADAPTER_RULES,
     regularisation_has_an_adapter,

@@ -15,11 +15,16 @@ from typing import TYPE_CHECKING, Any
 
 from simpletuner.config.paths import PREVIEW_FOLDER
 from simpletuner.errors import DataError, Problem
+from simpletuner.models.keys import KeyTable
+from simpletuner.models.single_file import is_in_file, load_from_file
 from simpletuner.models.spec import Component, FamilySpec
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
+
+
+FILE_KEY = "pretrained_transformer_model_name_or_path"
 
 
 @dataclass(frozen=True)
@@ -31,12 +36,14 @@ class ModelSource:
         vae: folder or hub id of another VAE (`pretrained_vae_model_name_or_path`), or None.
         revision: hub revision.
         variant: weight file variant (`fp16`).
+        file: a single `.safetensors` file; what it holds is taken from it, all else from `model`.
     """
 
     model: str
     vae: str | None = None
     revision: str | None = None
     variant: str | None = None
+    file: str | None = None
 
     @property
     def is_local(self) -> bool:
@@ -45,6 +52,8 @@ class ModelSource:
 
 def check_local_model(source: ModelSource, spec: FamilySpec, file: str | None = None) -> list[Problem]:
     """What is missing in a local model folder, before anything is loaded; empty for a hub id."""
+    if source.file and not Path(source.file).is_file():
+        return [Problem(f"there is no file {source.file}", key=FILE_KEY, file=file, fix="correct the path")]
     if not source.is_local:
         return _missing_folder(source, file)
     root = Path(source.model)
@@ -136,10 +145,10 @@ def save_model_folder(source: ModelSource, spec: FamilySpec, denoiser: nn.Module
     Raises:
         DataError: the model is a single file, or a part cannot be fetched.
     """
-    if Path(source.model).is_file():
+    if source.file:
         raise DataError(
             Problem(
-                f"{source.model} is a single file, and a model folder needs parts that it does not hold",
+                f"{source.file} is a single file, and a model folder needs parts that it does not hold",
                 key="pretrained_model_name_or_path",
                 allowed="a folder in diffusers layout, or a hub id",
             )
@@ -240,14 +249,21 @@ def make_empty_component(source: ModelSource, component: Component, dtype: torch
     return model.eval().requires_grad_(False)
 
 
-def load_component(source: ModelSource, component: Component, dtype: torch.dtype) -> nn.Module:
+def load_component(
+    source: ModelSource, component: Component, dtype: torch.dtype, keys: KeyTable | None = None
+) -> nn.Module:
     """Load one part with its public class, in `dtype`.
+
+    Args:
+        keys: of the denoiser, which a single file has under other names.
 
     Raises:
         DataError: the weights are missing, damaged, or do not fit the configuration.
     """
     module, _, name = component.class_name.rpartition(".")
     cls = getattr(importlib.import_module(module), name)
+    if source.file and not (component.role == "vae" and source.vae) and is_in_file(source.file, component):
+        return load_from_file(source.file, source, component, cls, keys, dtype)
     where: str | Path = source.model
     options: dict[str, Any] = {"subfolder": component.name, "revision": source.revision, "variant": source.variant}
     if component.role == "vae" and source.vae:

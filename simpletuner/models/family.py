@@ -169,7 +169,7 @@ class ModelFamily(ABC):
 
     def load_denoiser(self) -> nn.Module:
         """The denoiser in `self.dtype` on the CPU, in eval mode, without gradients."""
-        denoiser = load_component(self.source, self.spec.component("denoiser"), self.dtype)
+        denoiser = load_component(self.source, self.spec.component("denoiser"), self.dtype, self.spec.keys)
         return denoiser.eval().requires_grad_(False)
 
     def load_base(self) -> nn.Module:

@@ -42,12 +42,14 @@ class Component:
         class_name: dotted path of the class that loads it.
         role: what the trainer uses it for.
         config_file: the file that shows that the folder is there.
+        in_file: how keys of this part begin in a single file of the whole model; empty where such files lack it.
     """
 
     name: str
     class_name: str
     role: Literal["denoiser", "vae", "text_encoder", "tokenizer", "scheduler", "processor"]
     config_file: str = "config.json"
+    in_file: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from simpletuner.reporting.sinks.jsonl import METRICS_FILE
 from simpletuner.training.evaluation import best_step
 from simpletuner.training.lock import LOCK_FILE
 from simpletuner.training.phases import phase
+from simpletuner.training.preflight import model_source
 from simpletuner.training.proof import live_output, prove_adapter
 from simpletuner.training.report import report_run
 from simpletuner.training.run import Run
@@ -120,6 +121,8 @@ def generate_command(loaded: LoadedRun, model: str, outputs: dict[str, Path]) ->
     height, width = config.validation_sizes[0]
     model = str(outputs.get("model", model))
     words = [program(), "generate", "--model-family", config.model_family, "--model", model]
+    if model_source(loaded).file and "model" not in outputs and loaded.config_file is not None:
+        words = [program(), "generate", "--config", str(loaded.config_file)]
     if "adapter" in outputs:
         words += ["--adapter", str(outputs["adapter"])]
     words += ["--prompt", prompt, "--width", str(width), "--height", str(height)]

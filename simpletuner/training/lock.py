@@ -67,7 +67,9 @@ def make_lock(loaded: LoadedRun, family: ModelFamily, datasets: Sequence[Dataset
             "base": {
                 "model": family.source.model,
                 "revision": family.source.revision,
-                "files": {
+                **({"file": family.source.file} if family.source.file else {}),
+                "files": ({"single file": memo.digest(family.source.file)} if family.source.file else {})
+                | {
                     f"{component.name}/{path.name}": memo.digest(path)
                     for component in family.spec.components
                     for path in component_files(family, component)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from simpletuner.config.loading import LoadedRun
+from simpletuner.config.paths import SINGLE_FILE
 from simpletuner.errors import ConfigError
 from simpletuner.hub.access import check_access
 from simpletuner.models.components import ModelSource, check_local_model
@@ -18,11 +19,15 @@ def model_source(loaded: LoadedRun) -> ModelSource:
     config = loaded.config
     spec = get_spec(config.model_family)
     flavour = spec.flavours[config.model_flavour or spec.default_flavour]
+    model, file = config.pretrained_model_name_or_path, config.pretrained_transformer_model_name_or_path
+    if model and model.endswith(SINGLE_FILE):
+        model, file = None, model
     return ModelSource(
-        model=config.pretrained_model_name_or_path or flavour.hub_id,
+        model=model or flavour.hub_id,
         vae=config.pretrained_vae_model_name_or_path,
         revision=config.revision,
         variant=config.variant,
+        file=file,
     )
 
 

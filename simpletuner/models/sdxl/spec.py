@@ -12,6 +12,7 @@ from simpletuner.models.spec import AdaptableModule, Component, FamilySpec, Flav
 _NO_FLOW = "SDXL is no flow model: its noise levels are those of its scheduler, each equally likely"
 # fnmatch's star crosses dots, so `*attentions.*` is every transformer on the way down, in the middle and on the way up.
 _BLOCK = "*attentions.*.transformer_blocks.*"
+_CLIP = "transformers.CLIPText"
 _ATTENTION = tuple(f"{_BLOCK}.attn*.to_{name}" for name in ("q", "k", "v", "out.0"))
 _FEED_FORWARD = (f"{_BLOCK}.ff.net.0.proj", f"{_BLOCK}.ff.net.2")
 
@@ -38,9 +39,11 @@ SDXL = FamilySpec(
     default_flavour="base-1.0",
     components=(
         Component("unet", "diffusers.UNet2DConditionModel", "denoiser"),
-        Component("vae", "diffusers.AutoencoderKL", "vae"),
-        Component("text_encoder", "transformers.CLIPTextModel", "text_encoder"),
-        Component("text_encoder_2", "transformers.CLIPTextModelWithProjection", "text_encoder"),
+        Component("vae", "diffusers.AutoencoderKL", "vae", in_file=("first_stage_model.",)),
+        Component("text_encoder", f"{_CLIP}Model", "text_encoder", in_file=("conditioner.embedders.0.",)),
+        Component(
+            "text_encoder_2", f"{_CLIP}ModelWithProjection", "text_encoder", in_file=("conditioner.embedders.1.",)
+        ),
         Component("tokenizer", "transformers.CLIPTokenizer", "tokenizer", "tokenizer_config.json"),
         Component("tokenizer_2", "transformers.CLIPTokenizer", "tokenizer", "tokenizer_config.json"),
         Component("scheduler", "diffusers.EulerDiscreteScheduler", "scheduler", "scheduler_config.json"),

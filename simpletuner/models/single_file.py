@@ -1,0 +1,145 @@
+"""Weights in one file, as ComfyUI, A1111 and the original releases keep them.
+
+The denoiser is read by the family's key table, which is the one that adapter files are written by; autoencoder and CLIP
+encoders by diffusers' own conversion. Everything that such a file lacks (configurations, tokenizers, other parts) comes
+from a model folder or the hub.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from simpletuner.errors import DataError, Problem
+from simpletuner.models.keys import KeyTable
+from simpletuner.models.spec import Component
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from simpletuner.models.components import ModelSource
+
+# In front of the denoiser's names; a file of the denoiser alone may have none.
+DENOISER_PREFIXES = ("model.diffusion_model.", "diffusion_model.")
+
+
+def is_in_file(path: str, component: Component) -> bool:
+    """Whether a single file holds this part; the denoiser always is.
+
+    Raises:
+        DataError: the file is not there, or no safetensors file.
+    """
+    if component.role == "denoiser":
+        return True
+    if not component.in_file:
+        return False
+    with _opened(path) as file:
+        return any(key.startswith(component.in_file) for key in file.keys())  # noqa: SIM118 - not a dict
+
+
+def load_from_file(
+    path: str, source: ModelSource, component: Component, cls: Any, keys: KeyTable | None, dtype: torch.dtype
+) -> nn.Module:
+    """One part out of a single file, in `dtype`.
+
+    Args:
+        source: where the part's configuration is.
+        keys: of the denoiser.
+
+    Raises:
+        DataError: tensors are missing, left over, or do not fit the configuration.
+    """
+    try:
+        if component.role == "denoiser":
+            assert keys is not None, "the denoiser's names are the family's"
+            return _load_denoiser(path, source, component, cls, keys, dtype)
+        if component.role == "vae":
+            return cls.from_single_file(path, config=source.model, subfolder=component.name, torch_dtype=dtype)
+        return _load_clip(path, source, component, cls, dtype)
+    except (OSError, KeyError, ValueError, RuntimeError) as error:
+        raise _unfit(path, f"{component.name} cannot be read from it: {error}") from error
+
+
+def _load_denoiser(
+    path: str, source: ModelSource, component: Component, cls: Any, keys: KeyTable, dtype: torch.dtype
+) -> nn.Module:
+    from accelerate import init_empty_weights
+
+    from simpletuner.models.components import component_config
+
+    with init_empty_weights():
+        model = cls.from_config(component_config(source, component))
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    with _opened(path) as file:
+        model.load_state_dict(dict(_denoiser_tensors(path, file, shapes, keys, dtype)), assign=True)
+    return model.eval().requires_grad_(False)
+
+
+def _denoiser_tensors(
+    path: str, file: Any, shapes: dict[str, torch.Size], keys: KeyTable, dtype: torch.dtype
+) -> Iterator[tuple[str, Tensor]]:
+    """The tensors by the denoiser's names; joined matrices are taken apart, swapped halves put back."""
+    import torch
+
+    there = set(file.keys())
+    prefix = next((each for each in DENOISER_PREFIXES if any(key.startswith(each) for key in there)), "")
+    left = {key for key in there if key.startswith(prefix)}
+    for name, shape in shapes.items():
+        module, _, kind = name.rpartition(".")
+        found = keys.original(module)
+        # Norms of some releases call their weight a scale; a file in diffusers' own names is read too.
+        wanted = [f"{prefix}{found.name}.{kind}", f"{prefix}{found.name}.scale", f"{prefix}{name}"]
+        key = next((each for each in wanted if each in there), None)
+        if key is None:
+            raise _unfit(path, f"it has no {wanted[0]}, which is {name} here")
+        left.discard(key)
+        if key == wanted[2] or found.parts == (module,):
+            tensor = file.get_tensor(key)
+        else:
+            rows = [shapes[f"{part}.{kind}"][0] for part in found.parts]
+            start = sum(rows[: found.parts.index(module)])
+            tensor = file.get_slice(key)[start : start + shape[0]]
+        if found.swaps_halves and key != wanted[2]:
+            tensor = torch.cat(tensor.chunk(2)[::-1])
+        if tensor.shape != shape:
+            raise _unfit(path, f"{key} is of shape {tuple(tensor.shape)}, and {name} of {tuple(shape)}")
+        yield name, tensor.to(dtype)
+    if left and prefix:
+        raise _unfit(path, f"{len(left)} tensors belong nowhere, the first is {min(left)}")
+
+
+def _load_clip(path: str, source: ModelSource, component: Component, cls: Any, dtype: torch.dtype) -> nn.Module:
+    from diffusers.loaders.single_file_utils import create_diffusers_clip_model_from_ldm
+    from safetensors.torch import load_file
+
+    tensors = {key: tensor for key, tensor in load_file(path).items() if key.startswith(component.in_file)}
+    model = create_diffusers_clip_model_from_ldm(
+        cls, tensors, component.name, source.model, dtype, local_files_only=source.is_local
+    )
+    if missing := [name for name, parameter in model.named_parameters() if parameter.is_meta]:
+        raise _unfit(path, f"{component.name} lacks {', '.join(missing[:3])}")
+    return model
+
+
+@contextmanager
+def _opened(path: str) -> Iterator[Any]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (OSError, SafetensorError) as error:
+        raise _unfit(path, f"it cannot be read: {error}") from error
+
+
+def _unfit(path: str, what: str) -> DataError:
+    return DataError(
+        Problem(
+            f"the single file does not serve: {what}",
+            key="pretrained_model_name_or_path",
+            file=path,
+            allowed="a .safetensors file of this family, in the layout of its release or of diffusers",
+        )
+    )

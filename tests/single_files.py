@@ -1,0 +1,99 @@
+"""Models in one file, in the layout of the original release, written from models in diffusers' layout."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from simpletuner.models.keys import KeyTable
+
+# diffusers' names of the VAE -> the original's.
+_VAE = (
+    (r"encoder\.down_blocks\.(\d)\.resnets\.(\d)", r"encoder.down.\1.block.\2"),
+    (r"encoder\.down_blocks\.(\d)\.downsamplers\.0", r"encoder.down.\1.downsample"),
+    (r"mid_block\.resnets\.0", "mid.block_1"),
+    (r"mid_block\.resnets\.1", "mid.block_2"),
+    (r"mid_block\.attentions\.0\.group_norm", "mid.attn_1.norm"),
+    (r"mid_block\.attentions\.0\.to_([qkv])", r"mid.attn_1.\1"),
+    (r"mid_block\.attentions\.0\.to_out\.0", "mid.attn_1.proj_out"),
+    (r"conv_norm_out", "norm_out"),
+    (r"conv_shortcut", "nin_shortcut"),
+)
+
+
+def _tensors(folder: Path) -> dict[str, Tensor]:
+    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+
+
+def original_denoiser(folder: Path, keys: KeyTable, norm_name: str = "weight") -> dict[str, Tensor]:
+    """The denoiser by the names of a key table, joined where the original is; without a prefix."""
+    tensors = _tensors(folder)
+    original = {}
+    for name in tensors:
+        module, _, kind = name.rpartition(".")
+        found = keys.original(module)
+        joined = torch.cat([tensors[f"{part}.{kind}"] for part in found.parts])
+        if found.swaps_halves:
+            joined = torch.cat(joined.chunk(2)[::-1])
+        kind = norm_name if found.name.endswith("_norm") else kind
+        original[f"{found.name}.{kind}"] = joined.contiguous()
+    return original
+
+
+def original_vae(folder: Path) -> dict[str, Tensor]:
+    original = {}
+    for name, tensor in _tensors(folder).items():
+        is_attention = re.search(r"attentions\.0\.to_", name) and name.endswith("weight")
+        for pattern, replacement in _VAE:
+            name = re.sub(pattern, replacement, name)
+        # The original counts the decoder's levels from the other end.
+        name = re.sub(r"up_blocks\.(\d)\.resnets\.(\d)", lambda m: f"up.{3 - int(m[1])}.block.{m[2]}", name)
+        name = re.sub(r"up_blocks\.(\d)\.upsamplers\.0", lambda m: f"up.{3 - int(m[1])}.upsample", name)
+        original[f"first_stage_model.{name}"] = tensor[:, :, None, None].contiguous() if is_attention else tensor
+    return original
+
+
+def original_clips(folder: Path) -> dict[str, Tensor]:
+    """The first encoder as transformers has it, the second in OpenCLIP's layout."""
+    first = {
+        f"conditioner.embedders.0.transformer.text_model.{name.removeprefix('text_model.')}": tensor
+        for name, tensor in _tensors(folder / "text_encoder").items()
+    }
+    second, names = {}, {}
+    tensors = {name.removeprefix("text_model."): t for name, t in _tensors(folder / "text_encoder_2").items()}
+    names["embeddings.token_embedding.weight"] = "token_embedding.weight"
+    names["embeddings.position_embedding.weight"] = "positional_embedding"
+    for name, tensor in tensors.items():
+        if match := re.fullmatch(r"encoder\.layers\.(\d+)\.self_attn\.q_proj\.(weight|bias)", name):
+            parts = [tensors[name.replace("q_proj", f"{each}_proj")] for each in "qkv"]
+            second[f"transformer.resblocks.{match[1]}.attn.in_proj_{match[2]}"] = torch.cat(parts)
+            continue
+        if re.search(r"self_attn\.[kv]_proj", name):
+            continue
+        name = names.get(name, name)
+        if name == "text_projection.weight":
+            second["text_projection"] = tensor.T.contiguous()
+            continue
+        for ours, theirs in (
+            (r"encoder\.layers\.", "transformer.resblocks."),
+            (r"self_attn\.out_proj", "attn.out_proj"),
+            ("layer_norm1", "ln_1"),
+            ("layer_norm2", "ln_2"),
+            (r"mlp\.fc1", "mlp.c_fc"),
+            (r"mlp\.fc2", "mlp.c_proj"),
+            ("final_layer_norm", "ln_final"),
+        ):
+            name = re.sub(ours, theirs, name)
+        second[name] = tensor
+    return first | {f"conditioner.embedders.1.model.{name}": tensor for name, tensor in second.items()}
+
+
+def write_sdxl_file(folder: Path, keys: KeyTable, path: Path) -> Path:
+    """A whole SDXL in one file."""
+    unet = {f"model.diffusion_model.{name}": t for name, t in original_denoiser(folder / "unet", keys).items()}
+    save_file(unet | original_vae(folder / "vae") | original_clips(folder), path)
+    return path

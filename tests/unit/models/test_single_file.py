@@ -1,0 +1,132 @@
+"""Models in one file give the very weights of the folders that they were written from."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from simpletuner.errors import ConfigError, DataError
+from simpletuner.models.components import ModelSource, check_local_model
+from simpletuner.models.family import ModelFamily
+from simpletuner.models.registry import get_family_class, get_spec
+from tests.runs import dataset, draw_pictures, load_here, metrics, train_here, write_run
+from tests.single_files import original_denoiser, write_sdxl_file
+from tests.tiny_flux import tiny_flux_folder
+from tests.tiny_sdxl import tiny_sdxl_folder
+
+CPU = torch.device("cpu")
+
+
+def family_of(name: str, source: ModelSource) -> ModelFamily:
+    spec = get_spec(name)
+    return get_family_class(spec)(spec, source, CPU, torch.float32)
+
+
+@pytest.fixture(scope="module")
+def sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_sdxl_folder(tmp_path_factory.mktemp("sdxl"))
+
+
+@pytest.fixture(scope="module")
+def bare(sdxl: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder without weights: what a single file does not hold."""
+    weights = shutil.ignore_patterns("*.safetensors")
+    return shutil.copytree(sdxl, tmp_path_factory.mktemp("bare") / "model", ignore=weights)
+
+
+def assert_same(first: torch.nn.Module, second: torch.nn.Module) -> None:
+    ours, theirs = first.state_dict(), second.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_whole_sdxl_in_one_file_is_the_folder_that_it_was_written_from(sdxl: Path, bare: Path, tmp_path: Path):
+    file = write_sdxl_file(sdxl, get_spec("sdxl").keys, tmp_path / "sdxl.safetensors")
+    whole, single = (family_of("sdxl", s) for s in (ModelSource(str(sdxl)), ModelSource(str(bare), file=str(file))))
+    assert_same(single.load_denoiser(), whole.load_denoiser())
+    assert_same(single.load_vae(), whole.load_vae())
+    for name in ("text_encoder", "text_encoder_2"):
+        assert_same(single.encoders.encoder(name), whole.encoders.encoder(name))
+    prompts = [each.encode_prompts(["a cat"])[0].tensors for each in (single, whole)]
+    assert all(torch.equal(prompts[0][name], prompts[1][name]) for name in prompts[1])
+
+
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+def test_a_file_of_flux_s_transformer_alone_takes_the_rest_from_the_folder(tmp_path: Path, prefix: str):
+    folder = tiny_flux_folder(tmp_path / "flux")
+    original = original_denoiser(folder / "transformer", get_spec("flux").keys, norm_name="scale")
+    assert "double_blocks.0.img_attn.norm.query_norm.scale" in original
+    file = tmp_path / "flux.safetensors"
+    save_file({prefix + name: tensor for name, tensor in original.items()}, file)
+    whole, single = (family_of("flux", ModelSource(str(folder), file=each)) for each in (None, str(file)))
+    assert_same(single.load_denoiser(), whole.load_denoiser())
+    assert_same(single.load_vae(), whole.load_vae())
+
+
+def test_a_file_in_diffusers_own_names_is_read_too(tmp_path: Path, sdxl: Path):
+    [file] = (sdxl / "unet").glob("*.safetensors")
+    single = family_of("sdxl", ModelSource(str(sdxl), file=str(file)))
+    assert_same(single.load_denoiser(), family_of("sdxl", ModelSource(str(sdxl))).load_denoiser())
+
+
+@pytest.mark.parametrize("fault", ["a tensor less", "a tensor more", "another shape", "no safetensors", "not there"])
+def test_a_file_that_does_not_serve_is_told(tmp_path: Path, sdxl: Path, fault: str):
+    file = write_sdxl_file(sdxl, get_spec("sdxl").keys, tmp_path / "sdxl.safetensors")
+    tensors = load_file(file)
+    name = "model.diffusion_model.input_blocks.4.1.proj_in.weight"
+    if fault == "a tensor less":
+        del tensors[name]
+    if fault == "a tensor more":
+        tensors["model.diffusion_model.input_blocks.4.1.proj_in.scale_weight"] = torch.ones(1)
+    if fault == "another shape":
+        tensors[name] = torch.ones(3, 3)
+    save_file(tensors, file)
+    if fault == "no safetensors":
+        file.write_bytes(b"a pickle, perhaps")
+    source = ModelSource(str(sdxl), file=str(file))
+    if fault == "not there":
+        file.unlink()
+        [problem] = check_local_model(source, get_spec("sdxl"))
+        assert "there is no file" in problem.message
+        return
+    with pytest.raises(DataError, match=r"sdxl\.safetensors"):
+        family_of("sdxl", source).load_denoiser()
+
+
+@pytest.mark.slow
+def test_a_run_on_a_single_file_trains_what_a_run_on_the_folder_does(tmp_path: Path, sdxl: Path, bare: Path):
+    file = write_sdxl_file(sdxl, get_spec("sdxl").keys, tmp_path / "sdxl.safetensors")
+    draw_pictures(tmp_path / "run/pictures", 3, seed=1)
+    options = {"model_family": "sdxl", "max_train_steps": 2, "learning_rate": 1e-3}
+    run = write_run(tmp_path / "run", sdxl, [dataset("pictures")], **options)
+    whole = train_here(run, "--output_dir=whole")
+    single = train_here(
+        run,
+        "--output_dir=single",
+        f"--pretrained_model_name_or_path={bare}",
+        f"--pretrained_unet_model_name_or_path={file}",
+    )
+    [finished] = metrics(single, "run_finished")
+    assert f"--config {run / 'config.json'}" in finished["commands"][0]
+    weights = [load_file(output / "pytorch_lora_weights.safetensors") for output in (whole, single)]
+    for name, tensor in weights[0].items():
+        torch.testing.assert_close(weights[1][name], tensor, rtol=0, atol=1e-5)
+
+
+def test_a_single_file_is_named_once_and_is_one(tmp_path: Path, sdxl: Path):
+    draw_pictures(tmp_path / "pictures", 1, seed=1)
+    run = write_run(tmp_path, sdxl, [dataset("pictures")], model_family="sdxl")
+    for name in ("a.safetensors", "b.safetensors", "b.ckpt"):
+        (tmp_path / name).touch()
+    with pytest.raises(ConfigError, match="names a single file already"):
+        load_here(
+            run,
+            "--pretrained_model_name_or_path=a.safetensors",
+            "--pretrained_transformer_model_name_or_path=b.safetensors",
+        )
+    with pytest.raises(ConfigError, match=r"is no \.safetensors file"):
+        load_here(run, "--pretrained_transformer_model_name_or_path=b.ckpt")
