@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from simpletuner.config.optimizers import OPTIMIZERS
 from simpletuner.config.options import all_options
 from simpletuner.config.values import parse_sizes
 from simpletuner.hardware import GIB
@@ -74,11 +75,12 @@ def _is_built(option: str) -> bool:
 
 
 def proposed_learning_rate(optimizer: str, goal: Goal) -> float:
-    """By the kind of optimizer: those that find the scale themselves take 1, Lion a fifth of AdamW's."""
-    if "prodigy" in optimizer or "dadaptation" in optimizer:
+    """By the kind of optimizer: those that find the scale themselves take 1, Lion a fifth of AdamW's, plain descent more."""
+    row = OPTIMIZERS.get(optimizer)
+    if (row is not None and row.finds_rate) or "adadelta" in optimizer:
         return 1.0
     adam = 1e-5 if goal == "full" else 1e-4
-    return adam / 5 if "lion" in optimizer else adam
+    return adam / 5 if "lion" in optimizer else 100 * adam if "sgd" in optimizer else adam
 
 
 def proposed_steps(answers: Answers, batch: int) -> int:

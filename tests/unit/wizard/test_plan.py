@@ -26,6 +26,9 @@ FEW = PictureFacts(usable=20, with_text=0, with_name=20, side=700)
         ("bnb-lion8bit-paged", "style", 2e-5),
         ("adamw", "full", 1e-5),
         ("prodigy", "subject", 1.0),
+        ("optimi-lion", "subject", 2e-5),
+        ("torch-sgd", "subject", 1e-2),
+        ("muon", "subject", 1e-4),
     ],
 )
 def test_the_learning_rate_follows_the_optimizer(optimizer: str, goal: str, expected: float):
