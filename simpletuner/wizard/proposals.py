@@ -75,7 +75,7 @@ def _is_built(option: str) -> bool:
 
 
 def proposed_learning_rate(optimizer: str, goal: Goal) -> float:
-    """By the kind of optimizer: those that find the scale themselves take 1, Lion a fifth of AdamW's, plain descent more."""
+    """By the kind of optimizer: those that find the scale take 1, Lion a fifth of AdamW's, plain descent more."""
     row = OPTIMIZERS.get(optimizer)
     if (row is not None and row.finds_rate) or "adadelta" in optimizer:
         return 1.0
