@@ -105,7 +105,7 @@ def _captions(each: DatasetCheck) -> str:
 
 def _figure(tile: Tile) -> str:
     small = " small" if max(tile.image.size) < LARGEST_SIDE // 2 else ""
-    pictures = "".join(_img(image) for image in (tile.image, tile.mask) if image is not None)
+    pictures = "".join(map(_img, tile.pictures))
     enlarged = ' class="enlarged"' if tile.is_enlarged else ""
     return (
         f'<figure><div class="pictures{small}">{pictures}</div><figcaption>{escape(printable(tile.caption))}'

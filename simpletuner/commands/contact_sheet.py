@@ -54,7 +54,7 @@ def wrapped(text: str, size: int, width: float, num_lines: int) -> list[str]:
 
 
 def _tile_height(tiles: Sequence[Tile]) -> int:
-    pictures = 2 if any(tile.mask is not None for tile in tiles) else 1
+    pictures = max((len(tile.pictures) for tile in tiles), default=1)
     return pictures * CELL + (pictures - 1) * 4 + 8 + CAPTION_LINES * LINE + NOTE_SIZE + 8
 
 
@@ -74,7 +74,7 @@ def _draw_section(
 
 
 def _draw_tile(sheet: Image.Image, draw: ImageDraw.ImageDraw, tile: Tile, left: int, top: int) -> None:
-    for image in [tile.image] if tile.mask is None else [tile.image, tile.mask]:
+    for image in tile.pictures:
         draw.rectangle((left, top, left + CELL - 1, top + CELL - 1), fill=EMPTY)
         shown = scaled_to_side(image, CELL)
         sheet.paste(shown, (left + (CELL - shown.width) // 2, top + (CELL - shown.height) // 2))

@@ -26,6 +26,7 @@ class Tile:
         note: sizes and what the crop leaves, one line.
         is_enlarged: noticeably.
         mask: where the loss counts, at the size of the crop; None where there is none.
+        references: what the model sees beside the caption, as it sees them.
     """
 
     image: Image.Image
@@ -34,17 +35,26 @@ class Tile:
     note: str
     is_enlarged: bool
     mask: Image.Image | None = None
+    references: tuple[Image.Image, ...] = ()
+
+    @property
+    def pictures(self) -> tuple[Image.Image, ...]:
+        """References, the picture, and its mask."""
+        return (*self.references, self.image, *([self.mask] if self.mask is not None else []))
 
 
 def choose_pictures(dataset: Dataset, count: int) -> list[Tile]:
     """Up to `count` pictures spread over the sizes, and within a size over the paths."""
     tiles = []
+    folders = {each.id: each for each in dataset.references}
     for position in spread(dataset, count):
         sample = dataset.samples[position]
         image = to_image(dataset.read_pixels(sample))
         mask = None if dataset.masks is None else mask_image(dataset.masks.pixels(position, sample))
         is_enlarged = enlargement(sample) > NOTICEABLE
-        tiles.append(Tile(image, sample.captions[0], sample.path, size_note(sample), is_enlarged, mask))
+        references = tuple(to_image(folders[each.dataset_id].read_pixels(each)) for each in sample.references)
+        note = size_note(sample)
+        tiles.append(Tile(image, sample.captions[0], sample.path, note, is_enlarged, mask, references))
     return tiles
 
 

@@ -42,13 +42,14 @@ def write_contact_pictures(folder: Path, datasets: Sequence[Dataset]) -> None:
 
 
 def _save(tile: Tile, path: Path) -> None:
-    """The crop, and its mask beside it where it has one."""
+    """The references, the crop and its mask, side by side."""
     from PIL import Image
 
-    image = tile.image
-    if tile.mask is not None:
-        image = Image.new("RGB", (tile.image.width * 2, tile.image.height))
-        image.paste(tile.image, (0, 0))
-        image.paste(tile.mask, (tile.image.width, 0))
+    pictures = tile.pictures
+    image = Image.new("RGB", (sum(each.width for each in pictures), max(each.height for each in pictures)))
+    left = 0
+    for each in pictures:
+        image.paste(each, (left, 0))
+        left += each.width
     image.thumbnail((LARGEST_SIDE, LARGEST_SIDE), Image.Resampling.LANCZOS)
     image.save(path, format="WEBP", lossless=max(image.size) <= 128, quality=85)

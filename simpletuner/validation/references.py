@@ -61,6 +61,8 @@ def references_of_data(datasets: Sequence[Dataset], one_reference: bool = False)
     Raises:
         DataError: a file has gone or changed since the scan.
     """
+    from simpletuner.data.tiles import to_image
+
     with_references = [dataset for dataset in datasets if dataset.references]
     chosen = sorted(with_references, key=lambda dataset: dataset.kind != "eval")[:1]  # stable: file order within a kind
     for dataset in chosen:
@@ -71,17 +73,8 @@ def references_of_data(datasets: Sequence[Dataset], one_reference: bool = False)
             ReferencePicture(
                 f"{sample.dataset_id}/{sample.path}",
                 hashlib.sha256(f"{sample.digest} {sample.crop} {sample.is_flipped}".encode()).hexdigest(),
-                _to_image(folders[sample.dataset_id].read_pixels(sample)),
+                to_image(folders[sample.dataset_id].read_pixels(sample)),
             )
             for sample in seen
         )
     return ()
-
-
-def _to_image(pixels) -> Image:
-    """(3, H, W) in [-1, 1] -> the picture."""
-    import numpy as np
-    from PIL import Image
-
-    values = ((pixels + 1) * 127.5).round().clamp(0, 255).permute(1, 2, 0).numpy()
-    return Image.fromarray(values.astype(np.uint8))

@@ -210,3 +210,20 @@ def test_masks_stand_under_their_pictures_cut_as_they_are(tmp_path, omnigen_fold
     assert (shown[:, 36:] > 235).all()
     checked(folder)
     assert (folder / "output/check/check.html").read_text().count('src="data:image') == 2
+
+
+def test_references_stand_above_their_pictures(tmp_path, omnigen_folder):
+    folder = tmp_path / "run"
+    picture(folder / "pictures/wide.png", 200, 100, "a ramp")
+    (folder / "sources").mkdir()
+    Image.new("RGB", (64, 48), (255, 0, 0)).save(folder / "sources/wide.png")
+    sources = {"id": "sources", "dataset_type": "conditioning", "conditioning_type": "reference_loose"}
+    data = [dataset("pictures", crop=True, conditioning_data="sources"), sources | {"instance_data_dir": "sources"}]
+    write_run(folder, omnigen_folder, data)
+    [each] = gather(load_here(folder)).datasets
+    [tile] = choose_pictures(each.dataset, 3)
+    assert [image.size for image in tile.pictures] == [(64, 48), (64, 64)]
+    assert tile.pictures[0].getpixel((5, 5)) == (255, 0, 0)
+    assert each.cache.num_missing == 2
+    checked(folder)
+    assert (folder / "output/check/check.html").read_text().count('src="data:image') == 2
