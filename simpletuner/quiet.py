@@ -14,6 +14,8 @@ from dataclasses import dataclass
 
 # Logger -> how its needless lines begin. Whatever else these libraries say is still shown.
 NEEDLESS: Mapping[str, tuple[str, ...]] = {
+    # Where it is installed, accelerate imports it; the run says itself on which device it works.
+    "DeepSpeed": ("Setting accelerator to CPU",),
     # Compiled kernels for GPUs of another generation, or for another build of torch.
     "torchao": ("Failed to load",),
     # Enums that torchao registers in a way that torch has grown out of.

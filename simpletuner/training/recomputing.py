@@ -81,9 +81,9 @@ class _Parked:
 
     def __call__(self) -> Any:
         if self.inputs is None:
-            return self.block(*(_back(value) if isinstance(value, tuple) else value for value in self.parked))
+            return self.block(*(value.back() if isinstance(value, _Away) else value for value in self.parked))
         inputs, self.inputs = self.inputs, None
-        self.parked = [_away(value) if _can_move(value) else value for value in inputs]
+        self.parked = [_Away(value) if _can_move(value) else value for value in inputs]
         return self.block(*inputs)
 
 
@@ -92,18 +92,18 @@ def _can_move(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point() and value.ndim > 2
 
 
-def _away(tensor: Tensor) -> tuple[Tensor, torch.device, bool]:
-    """A copy in main memory, made while the device goes on; the copy back waits for it on the same stream."""
-    is_pinned = tensor.device.type == "cuda"
-    parked = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=is_pinned)
-    parked.copy_(tensor.detach(), non_blocking=is_pinned)
-    return parked, tensor.device, tensor.requires_grad
+class _Away:
+    """A copy in main memory, made while the device goes on; the way back waits for it on the same stream."""
 
+    def __init__(self, tensor: Tensor):
+        # What a recomputation saves depends on whether its inputs ask for gradients.
+        self.device, self.requires_grad = tensor.device, tensor.requires_grad
+        is_pinned = tensor.device.type == "cuda"
+        self.copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=is_pinned)
+        self.copy.copy_(tensor.detach(), non_blocking=is_pinned)
 
-def _back(value: tuple[Tensor, torch.device, bool]) -> Tensor:
-    parked, device, requires_grad = value
-    # What a recomputation saves depends on whether its inputs ask for gradients.
-    return parked.to(device, non_blocking=True, copy=True).requires_grad_(requires_grad)
+    def back(self) -> Tensor:
+        return self.copy.to(self.device, non_blocking=True, copy=True).requires_grad_(self.requires_grad)
 
 
 class MeasuredRoom:

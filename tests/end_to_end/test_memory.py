@@ -18,10 +18,11 @@ from simpletuner.errors import ConfigError
 from simpletuner.training.kernels import attention_kernel, compile_blocks
 from simpletuner.training.place import place_denoiser
 from simpletuner.training.recomputing import MeasuredRoom, Recomputing
-from simpletuner.training.step import compute_losses
+from simpletuner.training.step import compute_losses, draw_noise
 from simpletuner.training.swapping import SwappedBlocks, repeated_blocks
 from simpletuner.training.trainer import attach_adapter, build_family
 from tests.runs import load_here, metrics, train_here, write_run
+from tests.tiny_folders import TINY_FOLDERS
 
 LORA = {"lora_type": "standard", "lycoris_config": None, "lora_rank": 4}
 WAYS: Mapping[str, dict[str, Any]] = {
@@ -62,7 +63,7 @@ def gradients(folder: Path, model: Path, options: Mapping[str, Any], steps: int 
     for step in range(steps):
         side = (64, 96)[step % 2]
         batch = empty_batch(family, side, 64, family.encode_prompts(["a red star", "a blue moon"]))
-        noise = torch.randn(2, 4, side // 8, 8, generator=torch.Generator().manual_seed(step))
+        noise = draw_noise(batch, 0, step)
         torch.manual_seed(step)
         losses = compute_losses(family, denoiser, batch, noise, torch.full((2,), 0.5, dtype=torch.float64))
         losses.weighted_sum.backward()
@@ -94,6 +95,19 @@ def test_every_way_gives_the_gradients_of_the_plain_step(way: str, tmp_path: Pat
     for step, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
         for name in theirs:
             torch.testing.assert_close(ours[name], theirs[name], rtol=1e-5, atol=1e-7, msg=f"{name}, step {step}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in TINY_FOLDERS if name != "omnigen"])
+@pytest.mark.parametrize("way", ["measured", "inputs in main memory", "all blocks swapped, packed"])
+def test_the_ways_serve_every_family(name: str, way: str, tmp_path: Path) -> None:
+    model, options = TINY_FOLDERS[name](tmp_path / "model"), {"model_family": name, **WAYS[way], **LORA}
+    plain = {key: value for key, value in options.items() if key in (*PLAIN_OF, "model_family")}
+    expected = gradients(tmp_path / "plain", model, plain)
+    found = gradients(tmp_path / "saving", model, options)
+    for ours, theirs in zip(found, expected, strict=True):
+        for key in theirs:
+            torch.testing.assert_close(ours[key], theirs[key], rtol=1e-4, atol=1e-6, msg=key)
 
 
 @pytest.mark.slow

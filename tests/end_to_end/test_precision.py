@@ -12,17 +12,20 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from simpletuner.cache.fingerprints import prompt_fingerprint
 from simpletuner.commands.shapes import empty_batch
 from simpletuner.config.optimizers import OPTIMIZERS
 from simpletuner.config.options import all_options
+from simpletuner.data.digests import DigestMemo
 from simpletuner.errors import ConfigError, Interrupted
 from simpletuner.optim.optimizers import build_optimizer
 from simpletuner.precision.linear import QuantisedLinear
-from simpletuner.precision.quantise import quantised_layers
+from simpletuner.precision.quantise import copy_unpacked, quantised_layers
 from simpletuner.training import loop
-from simpletuner.training.step import compute_losses
+from simpletuner.training.step import compute_losses, draw_noise
 from simpletuner.training.trainer import attach_adapter, build_family
 from tests.runs import load_here, metrics, run_cli, train_here, write_run
+from tests.tiny_folders import TINY_FOLDERS
 
 PRECISIONS = [name for name in all_options()["base_model_precision"].choices if name != "no_change"]
 QUICK = ("int8-quanto", "nf4-bnb")
@@ -44,9 +47,7 @@ def stop_after(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loop, "report_step", report_and_signal)
 
 
-@pytest.mark.parametrize(
-    "precision", [p if p in QUICK else pytest.param(p, marks=pytest.mark.slow) for p in PRECISIONS]
-)
+@pytest.mark.parametrize("precision", slow_but(PRECISIONS, QUICK))
 @pytest.mark.parametrize("adapter", ADAPTERS)
 def test_an_adapter_trains_on_a_packed_base(precision: str, adapter: str, tmp_path: Path, omnigen_folder: Path) -> None:
     loaded = load_here(write_run(tmp_path, omnigen_folder, base_model_precision=precision, **ADAPTERS[adapter]))
@@ -75,9 +76,71 @@ def test_an_adapter_trains_on_a_packed_base(precision: str, adapter: str, tmp_pa
             assert torch.equal(layer.weight, before[plain])
 
 
-@pytest.mark.parametrize(
-    "adapter", [name if name == "lokr" else pytest.param(name, marks=pytest.mark.slow) for name in ADAPTERS]
-)
+ALGORITHMS: dict[str, dict[str, Any]] = {
+    "lokr": {"factor": 4},
+    "lokr, built": {"factor": 4, "bypass_mode": False},
+    "lokr, decomposed": {"factor": 4, "dora_wd": True},
+    "loha": {"algo": "loha", "linear_dim": 4},
+    "locon, decomposed": {"algo": "locon", "linear_dim": 4, "dora_wd": True},
+    "dylora": {"algo": "dylora", "linear_dim": 4, "block_size": 2},
+    "diag-oft": {"algo": "diag-oft", "linear_dim": 4},
+    "boft": {"algo": "boft", "linear_dim": 4},
+    "glora": {"algo": "glora", "linear_dim": 4},
+    "ia3": {"algo": "ia3"},
+}
+
+
+@pytest.mark.parametrize("name", slow_but(ALGORITHMS, ("lokr", "locon, decomposed", "diag-oft")))
+def test_every_algorithm_does_on_a_packed_base_what_it_does_on_the_unpacked_weights(
+    name: str, tmp_path: Path, omnigen_folder: Path
+) -> None:
+    folder = write_run(tmp_path, omnigen_folder, base_model_precision="int8-quanto", gradient_checkpointing=True)
+    lycoris = {"algo": "lokr", "apply_preset": {"target_module": ["Attention", "FeedForward"]}} | ALGORITHMS[name]
+    (folder / "lycoris_config.json").write_text(json.dumps(lycoris))
+    loaded = load_here(folder)
+    family = build_family(loaded)
+    packed, plain = family.load_base(), family.load_denoiser()
+    copy_unpacked(packed, plain)
+    found = []
+    for denoiser in (packed, plain):
+        parameters = attach_adapter(loaded, family, denoiser).trainable_parameters()
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for parameter in parameters.values():
+                parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+        denoiser.eval()
+        denoiser.enable_gradient_checkpointing()
+        batch = empty_batch(family, 64, 64, family.encode_prompts(["a red star"]))
+        quantiles = torch.full((1,), 0.5, dtype=torch.float64)
+        loss = compute_losses(family, denoiser, batch, draw_noise(batch, 0, 0), quantiles).weighted_sum
+        loss.backward()
+        found.append((loss, {key: parameter.grad for key, parameter in parameters.items()}))
+    (ours, our_gradients), (theirs, their_gradients) = found
+    torch.testing.assert_close(ours, theirs)
+    for key, gradient in their_gradients.items():
+        torch.testing.assert_close(our_gradients[key], gradient, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.slow
+def test_text_encoders_are_packed_and_their_cache_knows(tmp_path: Path) -> None:
+    model = TINY_FOLDERS["flux"](tmp_path / "model")
+    found, keys = [], []
+    for precision in ("no_change", "int8-quanto"):
+        folder = write_run(tmp_path / precision, model, model_family="flux", text_encoder_2_precision=precision)
+        family = build_family(load_here(folder))
+        [embeds] = family.encode_prompts(["a red star"])
+        found.append(embeds.tensors)
+        assert bool(quantised_layers(family.encoders.encoder("text_encoder_2"))) == (precision != "no_change")
+        assert not quantised_layers(family.encoders.encoder("text_encoder"))
+        with DigestMemo(tmp_path / "digests.sqlite") as memo:
+            keys.append(prompt_fingerprint(family, memo))
+    plain, packed = (tensors["prompt_embeds"] for tensors in found)
+    assert 0 < (packed - plain).norm() < 0.02 * plain.norm()
+    assert torch.equal(found[0]["pooled_prompt_embeds"], found[1]["pooled_prompt_embeds"])
+    assert keys[0] != keys[1]
+
+
+@pytest.mark.parametrize("adapter", slow_but(ADAPTERS, ("lokr",)))
 def test_a_run_on_a_packed_base_resumes_to_the_same_bits_and_proves_its_file(
     adapter: str, tmp_path: Path, omnigen_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
