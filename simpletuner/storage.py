@@ -108,8 +108,10 @@ def save_tensors(
     """
     from safetensors.torch import save_file
 
+    # An optimizer that has taken no step yet has no tensors, and safetensors writes a broken header for none of either.
+    written = dict(metadata or {}) if metadata or tensors else None
     with replacing_file(path) as temporary:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, dict(metadata or {}))
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, written)
         _sort_metadata(temporary)
 
 

@@ -309,3 +309,8 @@ def test_a_writer_that_opens_files_itself_gets_all_of_them_committed(tmp_path):
         "adapter.safetensors": "weights",
         "config.json": "{}",
     }
+
+
+def test_a_file_of_no_tensors_is_sound(tmp_path: Path):
+    storage.save_tensors(tmp_path / "empty.safetensors", {})
+    assert load_file(tmp_path / "empty.safetensors") == {}
