@@ -66,6 +66,8 @@ class _Handler(BaseHTTPRequestHandler):
         self._read()
         if self._path == "/api/whoami-v2":
             self._whoami()
+        elif self._path.startswith("/api/models/") and (repo := self.server.repos.get(self._path[12:])):
+            self._send(200, {"id": self._path[12:], "private": repo.is_private, "tags": [], "siblings": []})
         else:
             self._send(404, {"error": "not found"})
 

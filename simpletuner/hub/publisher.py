@@ -207,6 +207,8 @@ class Publisher:
         if self._repo_id is None:
             repo_id = full_name(api.whoami(), self._job.name)
             api.create_repo(repo_id, private=self._job.is_private, exist_ok=True)
+            if self._job.is_private and api.repo_info(repo_id).private is False:
+                self._tell("warning", f"{repo_id} was there before and is public: everybody sees what is uploaded")
             self._repo_id = repo_id
             if not upload.is_last:
                 self._tell("info", f"checkpoints go to {api.endpoint}/{repo_id}")

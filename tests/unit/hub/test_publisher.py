@@ -11,6 +11,7 @@ from simpletuner.hub.job import ADAPTER_FILE, HubJob
 from simpletuner.hub.publisher import MOST_WAITING, Publisher
 from simpletuner.reporting.bus import EventBus
 from simpletuner.reporting.events import CheckpointSaved, EvalDone, Notice, PicturesMade, RunStarted, SavedPicture
+from tests.hub_uploads import FakeRepo
 
 
 class Told:
@@ -142,6 +143,15 @@ def test_a_run_that_goes_on_uploads_what_a_kill_kept_from_the_hub_and_nothing_tw
             time.sleep(0.05)
     [repo] = hub.repos.values()
     assert [summary for summary, _ in repo.commits] == ["Weights of step 10"]
+
+
+def test_a_repository_that_is_public_already_is_told(hub, api, job):
+    hub.repos["me/stars"] = FakeRepo(is_private=False)
+    told = Told()
+    publisher, bus = start(job, api, told)
+    with bus:
+        publisher.finish(100)
+    assert len([text for text in told.texts if "is public" in text]) == 1
 
 
 def test_the_end_is_uploaded_once(hub, api, job):
