@@ -215,8 +215,10 @@ def drawing_defaults(spec: FamilySpec, config: TrainConfig | None = None) -> Dra
     from simpletuner.config.options import all_options
     from simpletuner.config.values import parse_sizes
 
+    defaults = spec.defaults_for(None)
+
     def value(name: str) -> Any:
-        return getattr(config, name) if config else spec.defaults.get(name, all_options()[name].default)
+        return getattr(config, name) if config else defaults.get(name, all_options()[name].default)
 
     size = parse_sizes(value("validation_resolution"))[0]
     return DrawingDefaults(

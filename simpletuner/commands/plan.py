@@ -36,6 +36,7 @@ from simpletuner.precision.mixed import DTYPES
 from simpletuner.precision.quantise import saved_bytes
 from simpletuner.training.preflight import check_model_folder
 from simpletuner.training.prepare import check_sizes, require_training
+from simpletuner.training.prompts import open_prompt_cache, run_prompts
 from simpletuner.training.swapping import repeated_blocks
 from simpletuner.training.trainer import attach_adapter, build_family, build_sampler
 
@@ -152,7 +153,9 @@ def make_plan(loaded: LoadedRun, probe: bool | None = None) -> Plan:
         memory=tuple(memory),
         other_activations=(f"{other} gradient_checkpointing", unused),
         available=available,
-        disk=tuple(disk_rows(loaded, shapes, missing[1], steps.total)),
+        disk=tuple(
+            disk_rows(loaded, shapes, (missing[1], caption_bytes(loaded, family, datasets, longest)), steps.total)
+        ),
         free_disk=free_disk(Path(config.output_dir)),
         steps=steps.total,
         seconds=seconds,
@@ -253,8 +256,24 @@ def swapped_bytes(config: TrainConfig, family: ModelFamily, denoiser: nn.Module)
     return sum(sizes[: max(count - 2, 0)])
 
 
-def disk_rows(loaded: LoadedRun, shapes: Shapes, latent_bytes: int, total_steps: int) -> list[Row]:
-    """Latents to come, and as many checkpoints as exist at once: one more than are kept, while one is written."""
+def caption_bytes(
+    loaded: LoadedRun, family: ModelFamily, datasets: Sequence[Dataset], embeds: Sequence[PromptEmbeds]
+) -> int:
+    """What the embeddings of captions will take that are not cached yet, if each is like `embeds`."""
+    if not family.spec.caches_prompt_embeds or loaded.config.text_cache_disable:
+        return 0
+    cache = open_prompt_cache(loaded, family)
+    missing, _ = cache.missing(run_prompts(loaded, family.spec, datasets))
+    cache.store.close()
+    return len(missing) * max(sum(tensor.nbytes for tensor in each.tensors.values()) for each in embeds)
+
+
+def disk_rows(loaded: LoadedRun, shapes: Shapes, cached: tuple[int, int], total_steps: int) -> list[Row]:
+    """What is to come, and as many checkpoints as exist at once: one more than are kept, while one is written.
+
+    Args:
+        cached: bytes of latents and of captions.
+    """
     config = loaded.config
     count = sum(parameter.numel() for parameter in shapes.trained.values())
     ema = 4 * count + shapes.trained_bytes if config.use_ema else 0
@@ -262,7 +281,8 @@ def disk_rows(loaded: LoadedRun, shapes: Shapes, latent_bytes: int, total_steps:
     written = max(total_steps // config.checkpoint_step_interval, 1) if config.checkpoint_step_interval else 1
     kept = min(written, (config.checkpoints_total_limit or written) + 1)
     rows = [
-        Row("latents to be cached", latent_bytes),
+        Row("latents to be cached", cached[0]),
+        Row("captions to be cached", cached[1]),
         Row(f"{count_text(kept, 'checkpoint')} of {bytes_text(checkpoint)}", kept * checkpoint),
         Row("final weights", shapes.trained_bytes * (2 if config.use_ema else 1)),
     ]

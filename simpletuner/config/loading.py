@@ -198,7 +198,9 @@ class _RunReader:
         self.merged = merge_layers(layers)
         self.spec = self.find_spec(get_spec)
         if self.spec:
-            defaults = Layer([Setting(key, value, Origin("family")) for key, value in self.spec.defaults.items()])
+            flavour = self.merged.settings.get("model_flavour")
+            values = self.spec.defaults_for(str(flavour.value) if flavour and flavour.value else None)
+            defaults = Layer([Setting(key, value, Origin("family")) for key, value in values.items()])
             self.merged = merge_layers([defaults, *layers])
         self.problems += self.merged.problems
 

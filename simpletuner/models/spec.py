@@ -20,6 +20,7 @@ class Flavour:
 
     Args:
         parameters: of the denoiser, which decides the memory that training needs; 0 where nobody counted them.
+        defaults: option -> default that differs from the family's.
     """
 
     name: str
@@ -27,6 +28,7 @@ class Flavour:
     description: str = ""
     licence: str = ""
     parameters: int = 0
+    defaults: Mapping[str, Any] = field(default_factory=dict)
 
     def weight_bytes(self, bits: int = 16) -> int:
         """Bytes of the frozen denoiser in a format of so many bits: the least that training an adapter needs."""
@@ -136,6 +138,11 @@ class FamilySpec:
     def size_multiple(self) -> int:
         """Pixels: every side of a training picture is a multiple of this."""
         return self.vae_factor * self.patch_size
+
+    def defaults_for(self, flavour: str | None) -> dict[str, Any]:
+        """Option -> default of a flavour; None is the family's first. An unknown flavour has the family's own."""
+        chosen = self.flavours.get(flavour or self.default_flavour)
+        return {**self.defaults, **(chosen.defaults if chosen else {})}
 
     def component(self, role: str) -> Component:
         """The one component of a role; KeyError where there is none."""

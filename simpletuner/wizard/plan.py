@@ -104,12 +104,12 @@ def _validation_options(answers: Answers, training: Mapping[str, Any]) -> dict[s
     side = answers.options.get("resolution", training["resolution"])
     is_area = answers.options.get("resolution_type") == "area"
     steps = training["max_train_steps"] or proposals.proposed_steps(answers, training["train_batch_size"])
-    declared = all_options()
+    declared, native = all_options(), answers.spec.defaults_for(answers.flavour)
     names = ("validation_num_inference_steps", "validation_guidance")
     return {
         "validation_step_interval": max(1, steps // 10),
         "validation_resolution": "1024x1024" if is_area else f"{int(side)}x{int(side)}",
-        **{name: answers.spec.defaults.get(name, declared[name].default) for name in names},
+        **{name: native.get(name, declared[name].default) for name in names},
         "validation_seed": 42,
     }
 

@@ -233,7 +233,8 @@ def _answers(
     settings: Mapping[str, Setting], entries: list[dict[str, Any]], roles: list[str], project: Project
 ) -> Answers:
     family = str(settings["model_family"].value) if "model_family" in settings else family_names()[0]
-    defaults = get_spec(family).defaults
+    flavour = settings.get("model_flavour")
+    defaults = get_spec(family).defaults_for(str(flavour.value) if flavour and flavour.value else None)
     settings = {key: Setting(key, value, Origin("family")) for key, value in defaults.items()} | dict(settings)
     values, _ = typed_options(settings)
     by_role = {role: _present(entry) for role, entry in zip(roles, entries, strict=True)}

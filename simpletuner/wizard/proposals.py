@@ -99,7 +99,7 @@ def proposed_steps(answers: Answers, batch: int) -> int:
 def proposed_resolution(answers: Answers) -> int:
     """The largest usual side that half of the pictures reach and the family draws by default."""
     spec = answers.spec
-    native = parse_sizes(str(spec.defaults.get("validation_resolution", "1024")))[0]
+    native = parse_sizes(str(spec.defaults_for(answers.flavour).get("validation_resolution", "1024")))[0]
     limit = max(native)
     facts = answers.seen.get(answers.pictures)
     if facts and facts.usable:

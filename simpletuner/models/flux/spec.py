@@ -24,8 +24,9 @@ _NON_COMMERCIAL = "FLUX.1 [dev] Non-Commercial License"
 _DEV_PARAMETERS = 11_901_408_320
 
 
-def _flavour(name: str, repository: str, description: str, licence: str = _NON_COMMERCIAL) -> Flavour:
-    return Flavour(name, f"black-forest-labs/{repository}", description, licence, _DEV_PARAMETERS)
+def _flavour(name: str, words: str, licence: str = _NON_COMMERCIAL, **defaults: float) -> Flavour:
+    repository = {"krea": "Krea-dev", "kontext": "Kontext-dev"}.get(name, name)
+    return Flavour(name, f"black-forest-labs/FLUX.1-{repository}", words, licence, _DEV_PARAMETERS, defaults)
 
 
 FLUX = FamilySpec(
@@ -35,10 +36,10 @@ FLUX = FamilySpec(
     flavours={
         flavour.name: flavour
         for flavour in (
-            _flavour("dev", "FLUX.1-dev", "guidance-distilled, 12 billion parameters; gated"),
-            _flavour("krea", "FLUX.1-Krea-dev", "dev with a photographic look; gated"),
-            _flavour("kontext", "FLUX.1-Kontext-dev", "edits a reference picture; gated"),
-            _flavour("schnell", "FLUX.1-schnell", "draws in four steps; an adapter blurs that", "Apache-2.0"),
+            _flavour("dev", "guidance-distilled, 12 billion parameters; gated"),
+            _flavour("krea", "dev with a photographic look; gated"),
+            _flavour("kontext", "edits a reference picture; gated", validation_guidance=2.5),
+            _flavour("schnell", "draws in four steps", "Apache-2.0", validation_num_inference_steps=4),
         )
     },
     default_flavour="dev",

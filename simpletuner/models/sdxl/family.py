@@ -47,14 +47,13 @@ class SDXL(ModelFamily):
         """`prompt_embeds` (77, D) and `pooled_prompt_embeds` (P,) of the second encoder; zeros for an empty prompt."""
         length = self.spec.max_prompt_tokens
         self.encoders.note_cut_prompts("tokenizer", prompts, length)
-        states, pooled = [], None
+        states, pooled = [], torch.empty(0)
         with torch.no_grad():
             for tokenizer, encoder in ENCODERS:
                 ids, _ = self.encoders.tokenize(tokenizer, prompts, length)
                 output = self.encoders.encoder(encoder)(ids, output_hidden_states=True)
                 states.append(output.hidden_states[-2])
                 pooled = output[0]
-        assert pooled is not None
         kept = [0.0 if self.zeroes_empty_prompts and not prompt else 1.0 for prompt in prompts]
         return [
             PromptEmbeds({"prompt_embeds": (row * factor).cpu(), "pooled_prompt_embeds": (pool * factor).cpu()})
@@ -63,12 +62,8 @@ class SDXL(ModelFamily):
 
     def collate(self, batch: Batch) -> Conditioning:
         """Also `time_ids` (B, 6): original size, upper left corner of the crop, size of the crop, in pixels."""
-        factor = self.spec.vae_factor
-        if batch.samples:
-            rows = [time_ids(sample) for sample in batch.samples]
-        else:
-            sizes = [(row.shape[-2] * factor, row.shape[-1] * factor) for row in batch.latents]
-            rows = [(*size, 0, 0, *size) for size in sizes]
+        sizes = [tuple(side * self.spec.vae_factor for side in row.shape[-2:]) for row in batch.latents]
+        rows = [time_ids(sample) for sample in batch.samples] or [(*size, 0, 0, *size) for size in sizes]
         return {**super().collate(batch), "time_ids": torch.tensor(rows, dtype=torch.float32, device=self.device)}
 
     def predict(

@@ -16,25 +16,18 @@ _CLIP = "transformers.CLIPText"
 _ATTENTION = tuple(f"{_BLOCK}.attn*.to_{name}" for name in ("q", "k", "v", "out.0"))
 _FEED_FORWARD = (f"{_BLOCK}.ff.net.0.proj", f"{_BLOCK}.ff.net.2")
 
+
+def _flavour(name: str, words: str, licence: str) -> Flavour:
+    return Flavour(name, f"stabilityai/stable-diffusion-xl-{name}", words, licence, parameters=2_567_463_684)
+
+
 SDXL = FamilySpec(
     name="sdxl",
     title="Stable Diffusion XL",
     family_class="simpletuner.models.sdxl.family:SDXL",
     flavours={
-        "base-1.0": Flavour(
-            name="base-1.0",
-            hub_id="stabilityai/stable-diffusion-xl-base-1.0",
-            description="the base model, around 1024 px",
-            licence="CreativeML Open RAIL++-M",
-            parameters=2_567_463_684,
-        ),
-        "base-0.9": Flavour(
-            name="base-0.9",
-            hub_id="stabilityai/stable-diffusion-xl-base-0.9",
-            description="the research release before it; gated",
-            licence="SDXL 0.9 Research License",
-            parameters=2_567_463_684,
-        ),
+        "base-1.0": _flavour("base-1.0", "the base model, around 1024 px", "CreativeML Open RAIL++-M"),
+        "base-0.9": _flavour("base-0.9", "the release before it; gated", "SDXL 0.9 Research License"),
     },
     default_flavour="base-1.0",
     components=(

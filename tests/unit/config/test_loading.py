@@ -287,3 +287,16 @@ def test_a_path_that_is_spelt_almost_right_is_suggested(workspace: Workspace) ->
     workspace.datasets[0]["instance_data_dir"] = "datasets/pictures"
     workspace.config["data_backend_config"] = "config/multidatabackends.json"
     assert 'did you mean "config/multidatabackend.json"?' in workspace.fails_written().render()
+
+
+def test_a_flavour_has_defaults_of_its_own_over_the_family_s(workspace: Workspace) -> None:
+    workspace.config["model_family"] = "flux"
+    workspace.config.pop("model_flavour", None)
+    for key in ("validation_num_inference_steps", "validation_guidance"):
+        workspace.config.pop(key, None)
+    steps = {}
+    for flavour in (None, "schnell", "kontext"):
+        workspace.config |= {"model_flavour": flavour} if flavour else {}
+        config = workspace.load_written().config
+        steps[flavour] = (config.validation_num_inference_steps, config.validation_guidance)
+    assert steps == {None: (28, 3.5), "schnell": (4, 3.5), "kontext": (28, 2.5)}
