@@ -20,6 +20,7 @@ from simpletuner.config.loading import LoadedRun, load_source
 from simpletuner.config.prompt_library import prompt_texts
 from simpletuner.errors import ConfigError, DataError, Problem
 from simpletuner.models.registry import get_spec
+from simpletuner.reporting.trackers.readiness import check_trackers
 from simpletuner.storage import write_bytes
 from simpletuner.wizard.answers import Answers
 from simpletuner.wizard.plan import Plan, make_plan, nicknames
@@ -124,7 +125,16 @@ def judge(project: Project, texts: Mapping[Path, str], answers: Answers) -> Verd
     except ConfigError as error:
         return Verdict(None, tuple(error.problems), ())
     missing = tuple(_missing_captions(project, answers))
-    return Verdict(None if missing else run, missing, run.warnings)
+    return Verdict(None if missing else run, missing, (*run.warnings, *_tracker_notes(run, places.working_dir)))
+
+
+def _tracker_notes(run: LoadedRun, working_dir: Path) -> list[str]:
+    """What a start would refuse now and somebody can still mend: a login that is missing."""
+    try:
+        check_trackers(run.config, os.environ, working_dir)
+    except ConfigError as error:
+        return [problem.render() for problem in error.problems]
+    return []
 
 
 def save(project: Project, texts: Mapping[Path, str], answers: Answers) -> Project:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -126,8 +127,18 @@ def typed_options(settings: Mapping[str, Setting]) -> tuple[dict[str, Any], list
         raise ConfigError(problems)
     values = config.model_dump(mode="json")
     # What is secret would come out as stars.
-    as_written = {name: setting.value for name, setting in settings.items() if all_options()[name].is_secret}
+    as_written = {name: _plain(setting.value) for name, setting in settings.items() if all_options()[name].is_secret}
     return values | {"report_to": ",".join(values["report_to"])} | as_written, problems
+
+
+def _plain(value: Any) -> Any:
+    """JSON that a command line gives as text, as JSON; anything else as it is."""
+    if not isinstance(value, str) or not value.lstrip().startswith(("{", "[")):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError:
+        return value  # the checks of a start will name what is wrong
 
 
 def _new_project(config: Path, working_dir: Path, hardware: Hardware) -> Project:

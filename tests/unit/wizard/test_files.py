@@ -214,6 +214,32 @@ def test_unsaved_texts_are_judged_as_saved_ones_would_be(folder: Path, omnigen_f
     ].index(True)
 
 
+def test_a_login_that_is_missing_is_told_and_can_be_made_later(
+    folder: Path, omnigen_folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("NETRC", str(folder / "nothing"))
+    for name in ("WANDB_MODE", "WANDB_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    project = configured(folder, omnigen_folder, "--report_to=wandb")
+    verdict = judge(project, {}, project.answers)
+    assert verdict.problems == ()
+    assert any("wandb login" in line for line in verdict.warnings)
+
+
+def test_a_webhook_of_the_command_line_is_written_as_an_object(folder: Path, omnigen_folder: Path):
+    text = '{"webhook_type": "raw", "callback_url": "http://localhost:1/secret"}'
+    said: list[str] = []
+    project = open_project(CONFIG, folder, CPU)
+    given = Given(goal="style", data="pictures", model=str(omnigen_folder), arguments=(f"--webhook_config={text}",))
+    configure_without_screens(project, given, said.append)
+    assert not any("secret" in line for line in said)
+    run = load_run((), {}, folder, get_spec)
+    assert run.webhooks.targets[0].url == "http://localhost:1/secret"
+    project = open_project(CONFIG, folder, CPU)
+    assert project.answers.options["webhook_config"] == json.loads(text)
+    assert texts_for(project, project.answers) == {}
+
+
 def test_the_start_command_names_a_file_in_another_place(tmp_path: Path):
     assert start_command(open_project(CONFIG, tmp_path, CPU)) == "simpletuner train"
     other = open_project(Path("config/mine/config.json"), tmp_path, CPU)
