@@ -1,1 +1,1 @@
-"""What each verb of the command line does; `cli.py` only reads arguments and calls these."""
+"""What each verb of the command line does; `cli` only reads arguments and calls these."""

@@ -1,0 +1,103 @@
+"""How the program begins and ends: `main` alone reads `sys.argv` and turns errors into exit codes."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from simpletuner import __version__
+from simpletuner.cli.shared import LOG_LEVEL, app
+from simpletuner.errors import EXIT_INTERRUPTED, ConfigError, Problem, SimpleTunerError
+from simpletuner.quiet import hide_needless_lines
+
+
+def main() -> None:
+    """Run the command line; errors that a user can mend print without a traceback."""
+    hide_needless_lines()
+    try:
+        app()
+    except SimpleTunerError as error:
+        _tell_the_end(error.render())
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(EXIT_INTERRUPTED)
+    except Exception as error:  # the last boundary: says what happened and ends the program
+        if os.environ.get("SIMPLETUNER_DEBUG") == "1":
+            raise
+        _tell_the_end(_report_unexpected(error))
+        sys.exit(1)
+    finally:
+        _let_go_of_stdout()
+
+
+@app.callback(invoke_without_command=True)
+def root(version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False) -> None:
+    if version:
+        print(f"simpletuner {__version__}")
+        raise typer.Exit
+    _prepare_environment()
+
+
+def _prepare_environment() -> None:
+    """Set what `config.env` beside a configuration sets, and the level of what libraries log."""
+    from simpletuner.config.env_files import variables_of_files
+
+    name = next((word.removeprefix("env=") for word in sys.argv if word.startswith("env=")), None)
+    os.environ.update(variables_of_files(os.environ, Path.cwd(), name))
+    if written := os.environ.get(LOG_LEVEL):
+        import logging
+
+        level = logging.getLevelNamesMapping().get(written.strip().upper())
+        if level is None:
+            allowed = "debug, info, warning, error, critical"
+            raise ConfigError(Problem(f'"{written}" is no level', key=LOG_LEVEL, allowed=allowed))
+        logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s")
+
+
+def _tell_the_end(text: str) -> None:
+    """To stderr; one of several processes tells its launcher, which prints it for all."""
+    from simpletuner.distributed.launcher import leave_last_words
+
+    if not leave_last_words(text, os.environ):
+        print(text, file=sys.stderr)
+
+
+def _let_go_of_stdout() -> None:
+    """`simpletuner train | head` ends as the run did: otherwise Python's own flush at exit fails with code 120."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _report_unexpected(error: Exception) -> str:
+    """Keep the traceback in a file and name it in one line: it is a fault of ours, not of the user's."""
+    import tempfile
+    import traceback
+
+    text = "".join(traceback.format_exception(error))
+    summary = f"unexpected {type(error).__name__}: {error}"
+    try:
+        with tempfile.NamedTemporaryFile(
+            "w", prefix="simpletuner-error-", suffix=".log", delete=False, encoding="utf-8"
+        ) as file:
+            file.write(f"simpletuner {__version__}, {_command_line(sys.argv)}\n\n{text}")
+    except OSError:
+        return f"{summary}\n{text}"
+    return f"{summary}\n  the traceback is in {file.name}; please report it with your configuration"
+
+
+def _command_line(arguments: list[str]) -> str:
+    """The command as it was given, without the values of options: one may be a token."""
+    shown = [Path(arguments[0]).name]
+    for before, argument in itertools.pairwise(arguments):
+        name, equals, _ = argument.partition("=")
+        is_value = before.startswith("--") and "=" not in before and not argument.startswith("--")
+        shown.append("..." if is_value else f"{name}=..." if equals and name.startswith("--") else argument)
+    return " ".join(shown)

@@ -1,0 +1,182 @@
+"""Verbs of a run: to configure it, look at it beforehand, train it."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from simpletuner.cli.shared import PASS_ON, app, load, run_in_processes, say_aside
+from simpletuner.errors import ConfigError, Problem
+
+
+@app.command(context_settings=PASS_ON, short_help="Train as config.json says.")
+def train(context: typer.Context) -> None:
+    """Train as the configuration says: simpletuner train [example=NAME] [env=NAME] [--key=value ...]
+
+    The configuration is config/config.json or config.json of this folder; env=NAME takes config/NAME/config.json,
+    example=NAME one that is shipped. With none of them the example omnigen-tiny is trained. Every option of the
+    configuration can be given here as --key=value; `simpletuner options` lists them.
+    """
+    from simpletuner.launch import load_arguments
+
+    run_in_processes(load_arguments(context.args, os.environ, Path.cwd(), say=print), sys.argv[1:])
+
+
+@app.command(context_settings=PASS_ON, short_help="Explain options, or print those of this folder's run.")
+def options(
+    context: typer.Context,
+    key: Annotated[str | None, typer.Argument(help="Explain this option.", show_default=False)] = None,
+    search: Annotated[str | None, typer.Option(help="List options that mention this word.")] = None,
+    resolved: Annotated[
+        bool, typer.Option("--resolved", help="Print every option of this folder's run, its value and its origin.")
+    ] = False,
+    json_schema: Annotated[bool, typer.Option("--json-schema", help="Print a JSON Schema for editors.")] = False,
+) -> None:
+    """Explain the options of config.json and the keys of datasets: simpletuner options [KEY] [--search WORD]
+    [--resolved] [--json-schema]
+
+    `options multidatabackend --json-schema` prints the schema of the data file.
+
+    --resolved also takes example=NAME, env=NAME and --key=value, as `train` does.
+    """
+    from simpletuner.config.reference import run_options_command
+
+    if key and "=" in key:  # example=NAME or env=NAME, which typer cannot tell from a key
+        context.args.insert(0, key)
+        key = None
+    if resolved:
+        from simpletuner.launch import load_arguments
+
+        run = load_arguments(context.args, os.environ, Path.cwd(), say_aside, check_files=False)
+        print(run_options_command(resolved=run))
+        return
+    if context.args:
+        raise ConfigError(
+            Problem(
+                f'"{context.args[0]}" is not understood here', allowed="KEY, --search WORD, --resolved, --json-schema"
+            )
+        )
+    print(run_options_command(key=key, search=search, json_schema=json_schema))
+
+
+@app.command(context_settings=PASS_ON, short_help="Look at configuration and data before training.")
+def check(
+    context: typer.Context,
+    output: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the contact sheet; OUTPUT_DIR/check if not given.", show_default=False),
+    ] = None,
+    pictures: Annotated[int, typer.Option(help="Of each dataset on the contact sheet.", min=1, max=500)] = 21,
+) -> None:
+    """Show what a run would see of its data: simpletuner check [example=NAME] [env=NAME] [--key=value ...]
+
+    Prints what becomes of the files, sizes, steps, captions and caches, and draws the real crops with their captions
+    as contact_sheet.png and check.html.
+    """
+    loaded = load(context)
+    from simpletuner.commands.check import check as run_check
+
+    run_check(loaded, print, output, pictures)
+
+
+@app.command(context_settings=PASS_ON, short_help="Memory, time and disk of a run before it starts.")
+def plan(
+    context: typer.Context,
+    probe: Annotated[
+        bool | None,
+        typer.Option(
+            "--probe/--no-probe", help="Time real steps; if not given, where that is cheap.", show_default=False
+        ),
+    ] = None,
+) -> None:
+    """Say what a run needs: simpletuner plan [example=NAME] [env=NAME] [--key=value ...]
+
+    Memory comes from the shapes of the model, which needs no accelerator; time from a few real steps.
+    """
+    loaded = load(context)
+    from simpletuner.commands.plan import plan as run_plan
+
+    run_plan(loaded, print, probe)
+
+
+@app.command(context_settings=PASS_ON, short_help="Write the configuration, by questions on screens or by options.")
+def configure(
+    context: typer.Context,
+    goal: Annotated[str | None, typer.Option(help="subject, style, edit or full.")] = None,
+    family: Annotated[str | None, typer.Option(help="Model family.")] = None,
+    flavour: Annotated[str | None, typer.Option(help="Published checkpoint of the family.")] = None,
+    model: Annotated[str | None, typer.Option(help="Model folder or hub id in place of the flavour's.")] = None,
+    data: Annotated[str | None, typer.Option(help="Folder with the pictures.")] = None,
+    eval_data: Annotated[str | None, typer.Option(help="Folder with pictures that are never trained on.")] = None,
+    regularisation_data: Annotated[str | None, typer.Option(help="Folder for prior preservation.")] = None,
+    adapter: Annotated[str | None, typer.Option(help="lokr, lora or dora; not of goal full.")] = None,
+    reference_data: Annotated[
+        str | None, typer.Option(help="Of goal edit: the pictures before the change, each named as the one after.")
+    ] = None,
+    captions: Annotated[str | None, typer.Option(help="filename, textfile or instanceprompt.")] = None,
+    instance_prompt: Annotated[str | None, typer.Option(help="What the subject is called.")] = None,
+    prompt: Annotated[list[str] | None, typer.Option(help="Validation prompt; may be given several times.")] = None,
+    output_dir: Annotated[str | None, typer.Option(help="Folder of the results.")] = None,
+    config: Annotated[Path | None, typer.Option(help="The config.json to make or edit.")] = None,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Existing files may be changed.")] = False,
+) -> None:
+    """Make or edit config.json and multidatabackend.json: simpletuner configure [env=NAME] [--goal ... --data ...]
+
+    Without options, screens ask for everything; with them, the same files are written at once. --key=value sets any
+    option of the run. In files that exist only what changes is rewritten.
+    """
+    from simpletuner.wizard import command
+
+    prompts = tuple(prompt) if prompt else None
+    folders = {"data": data, "eval_data": eval_data, "regularisation_data": regularisation_data}
+    folders["reference_data"] = reference_data
+    words = {"captions": captions, "instance_prompt": instance_prompt, "prompts": prompts, "output_dir": output_dir}
+    chosen = {
+        "adapter": adapter,
+        "goal": goal,
+        "family": family,
+        "flavour": flavour,
+        "model": model,
+        "config": config,
+        "yes": yes,
+    }
+    given = command.Given(**chosen, **folders, **words, arguments=tuple(context.args))
+    config_file = command.run_configure(given, os.environ, Path.cwd(), print)
+    if config_file is not None:
+        from simpletuner.launch import load_arguments
+
+        loaded = load_arguments((), os.environ, Path.cwd(), print, config_file)
+        os.environ["CONFIG_PATH"] = str(config_file)  # for further processes, which are told `train`
+        run_in_processes(loaded, ["train"])
+
+
+@app.command(short_help="Look at this machine and installation.")
+def doctor() -> None:
+    """Say what would stand in the way of training, with the remedy; the exit code is 2 where something does."""
+    from simpletuner.commands.doctor import doctor as run_doctor
+
+    raise typer.Exit(run_doctor(os.environ, Path.cwd(), print))
+
+
+@app.command("verify-resume", context_settings=PASS_ON, short_help="Prove that a killed run ends with the same bits.")
+def verify_resume(
+    context: typer.Context,
+    steps: Annotated[int, typer.Option(help="Optimizer steps of each run.", min=6)] = 9,
+) -> None:
+    """Train a few steps twice, once killed and resumed, and compare every bit: simpletuner verify-resume [as for train]
+
+    Both runs are made in a folder beside output_dir, which is removed; caches are used and filled as by `train`. The
+    exit code is 1 where something differs.
+    """
+    loaded = load(context)
+    from simpletuner.training.preflight import check_model_folder
+
+    check_model_folder(loaded)
+    from simpletuner.commands.verify_resume import verify_resume as run_verify_resume
+
+    if not run_verify_resume(loaded, context.args, steps, print):
+        raise typer.Exit(1)

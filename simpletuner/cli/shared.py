@@ -1,0 +1,68 @@
+"""What the verbs share: the program, how a verb finds its run, where it speaks."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+if TYPE_CHECKING:
+    from simpletuner.config.loading import LoadedRun
+
+# Options of a run are declared in config/, not here: what typer does not know is passed on as it was typed.
+PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": ["-h", "--help"]}
+
+LOG_LEVEL = "SIMPLETUNER_LOG_LEVEL"
+
+app = typer.Typer(
+    name="simpletuner",
+    help="Train image diffusion models: LoKr, LoRA and full fine-tuning.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # or "[example=NAME]" would be taken for markup
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def run_in_processes(loaded: LoadedRun, words: list[str]) -> None:
+    """Train, in as many processes as the configuration says.
+
+    Args:
+        words: of the command line that starts each of them.
+    """
+    from simpletuner.training.preflight import check_model_folder, check_services
+
+    check_model_folder(loaded)
+    for line in check_services(loaded, os.environ, Path.cwd()):
+        say_aside(f"warning: {line}")
+
+    from simpletuner.training.room import check_room
+
+    check_room(loaded, os.environ)
+
+    from simpletuner.distributed.launcher import is_started_already, launch
+    from simpletuner.distributed.layout import layout_of
+
+    layout = layout_of(loaded.config)
+    if layout.world_size > 1 and not is_started_already(os.environ):
+        raise typer.Exit(launch(words, layout, say_aside))
+
+    from simpletuner.training.trainer import train as run_training
+
+    run_training(loaded)
+
+
+def load(context: typer.Context) -> LoadedRun:
+    """The run that example=NAME, env=NAME and --key=value mean."""
+    from simpletuner.launch import load_arguments
+
+    return load_arguments(context.args, os.environ, Path.cwd(), say_aside)
+
+
+def say_aside(line: str) -> None:
+    """To stderr: stdout holds what was asked for, and nothing else."""
+    print(line, file=sys.stderr)

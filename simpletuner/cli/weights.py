@@ -1,0 +1,103 @@
+"""Verbs of what was trained: to draw with it, to write it for other programs."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from simpletuner.cli.shared import PASS_ON, app, say_aside
+from simpletuner.errors import ConfigError, Problem
+
+
+@app.command(context_settings=PASS_ON, short_help="Draw pictures with a model and an adapter.")
+def generate(
+    context: typer.Context,
+    prompt: Annotated[list[str], typer.Option(help="What to draw; may be given several times.")],
+    model: Annotated[str | None, typer.Option(help="Model folder or hub id.")] = None,
+    model_family: Annotated[str | None, typer.Option(help="Of --model, where its folder does not tell.")] = None,
+    config: Annotated[Path | None, typer.Option(help="config.json of a run: its model and its validation_*.")] = None,
+    adapter: Annotated[Path | None, typer.Option(help="Adapter file (.safetensors) of any format.")] = None,
+    strength: Annotated[float, typer.Option(help="How much of the adapter; 1 is as it was trained.")] = 1.0,
+    reference: Annotated[list[Path] | None, typer.Option(help="Picture to edit; several times for several.")] = None,
+    negative_prompt: Annotated[str | None, typer.Option(help="What guidance leads away from.")] = None,
+    width: Annotated[int | None, typer.Option(help="Pixels.", min=8)] = None,
+    height: Annotated[int | None, typer.Option(help="Pixels.", min=8)] = None,
+    steps: Annotated[int | None, typer.Option(help="Sampling steps.", min=1)] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale; 1 is none.", min=0)] = None,
+    seed: Annotated[int, typer.Option(help="Of the first picture; each further one counts up.", min=0)] = 42,
+    count: Annotated[int, typer.Option(help="Pictures per prompt.", min=1)] = 1,
+    base_precision: Annotated[
+        str | None, typer.Option(help="Pack the model's weights, as base_model_precision does: int8-quanto, ...")
+    ] = None,
+    output: Annotated[Path, typer.Option(help="Folder, or a .png file for a single picture.")] = Path("generated"),
+) -> None:
+    """Draw: simpletuner generate --prompt "..." [--model FOLDER | --config FILE | example=NAME] [--adapter FILE]
+
+    Without --model, the model is that of a configuration, found as `train` finds it, and its validation_* options are
+    the defaults of what is not given here; --key=value overrides its options.
+    """
+    from simpletuner import launch
+
+    if model is not None:
+        if config is not None or context.args:
+            raise ConfigError(
+                Problem(
+                    "--model needs no configuration", key="--model", fix="give --model, or --config with --key=value"
+                )
+            )
+        family = launch.family_of_model(model, model_family)
+        defaults = launch.drawing_defaults(family.spec)
+    else:
+        loaded = launch.load_arguments(context.args, os.environ, Path.cwd(), say_aside, config, check_files=False)
+        family = launch.family_ofrun_in_processes(loaded)
+        defaults = launch.drawing_defaults(family.spec, loaded.config)
+    if base_precision is not None:
+        launch.pack_base(family, base_precision)
+
+    from simpletuner.validation.generate import Drawing, generate_pictures
+
+    drawing = Drawing(
+        prompts=tuple(prompt),
+        negative_prompt=defaults.negative_prompt if negative_prompt is None else negative_prompt,
+        height=height or width or defaults.height,
+        width=width or height or defaults.width,
+        steps=steps or defaults.steps,
+        guidance=defaults.guidance if guidance is None else guidance,
+        seed=seed,
+        count=count,
+        references=tuple(reference or ()),
+    )
+    for path in generate_pictures(family, drawing, adapter, output, say_aside, strength):
+        print(path)
+
+
+@app.command(short_help="Write a trained adapter for other programs, or merge it into its model.")
+def export(
+    source: Annotated[Path, typer.Argument(help="Output folder, checkpoint, or adapter file.", show_default=False)],
+    formats: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--format", help="diffusers, kohya, comfyui or lycoris; may be given several times. All if unset."
+        ),
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder, or a .safetensors file for one format.")] = None,
+    rank: Annotated[int | None, typer.Option(help="Make a plain LoRA of this rank of it first.", min=1)] = None,
+    merge: Annotated[bool, typer.Option("--merge", help="Write the whole model with the adapter in it.")] = False,
+    ema: Annotated[bool, typer.Option("--ema", help="The averaged weights of the folder.")] = False,
+    model: Annotated[str | None, typer.Option(help="Model folder or hub id, if it is not where it was.")] = None,
+    model_family: Annotated[str | None, typer.Option(help="Of --model, where its folder does not tell.")] = None,
+) -> None:
+    """Write files for other programs: simpletuner export FOLDER [--format kohya] [--rank N | --merge]
+
+    Every file is loaded onto a fresh model and must give the trainer's own output before it gets its name.
+    """
+    from simpletuner.commands.export import export_command, find_source
+    from simpletuner.launch import family_of_export
+
+    found = find_source(source, ema)
+    family = family_of_export(source, model, model_family)
+    for path in export_command(found, family, formats or (), output, rank, merge, say_aside):
+        print(path)
