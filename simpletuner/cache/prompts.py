@@ -174,5 +174,29 @@ class CachedPrompts:
             self._memo_bytes -= _num_bytes(self._memo.popitem(last=False)[1])
 
 
+class PromptsAhead:
+    """Prompts encoded before the denoiser takes the memory, outside of a run: nothing is written.
+
+    Args:
+        family: its encoders are freed again.
+        prompts: those that are known; others are encoded when they are asked for.
+    """
+
+    def __init__(self, family: ModelFamily, prompts: Iterable[str]):
+        self.family = family
+        self._known: dict[str, PromptEmbeds] = {}
+        self.embeds(list(prompts))
+
+    def embeds(self, prompts: Sequence[str], references: ReferenceSizes | None = None) -> list[PromptEmbeds]:
+        missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._known]
+        if missing:
+            self._known |= dict(encode(self.family, missing))
+            self.family.free_prompt_encoders()
+        return [self._known[prompt] for prompt in prompts]
+
+    def close(self) -> None:
+        """There is nothing to write."""
+
+
 def _num_bytes(embeds: PromptEmbeds) -> int:
     return sum(tensor.nbytes for tensor in embeds.tensors.values())

@@ -18,9 +18,11 @@ from simpletuner.adapters.merge import merge_into
 from simpletuner.adapters.metadata import adapter_metadata, run_metadata
 from simpletuner.adapters.reading import LYCORIS_CONFIG, read_adapter
 from simpletuner.adapters.weights import AdapterWeights
+from simpletuner.cache.prompts import PromptsAhead
 from simpletuner.errors import ConfigError, DataError, Problem
 from simpletuner.models.components import ModelSource, save_model_folder
 from simpletuner.training.lock import LOCK_FILE
+from simpletuner.training.prompts import PROBE_PROMPT
 from simpletuner.training.proof import TOLERANCE, probe_output
 
 if TYPE_CHECKING:
@@ -114,6 +116,8 @@ def open_export(source: Source, family: ModelFamily, rank: int | None, say: Call
         DataError: the adapter does not fit the model.
         ConfigError: a LoRA cannot hold what the adapter changes.
     """
+    if family.spec.caches_prompt_embeds:
+        family.prompts = PromptsAhead(family, [PROBE_PROMPT])
     denoiser = _load(family)
     weights = read_adapter(source.file, family.spec, denoiser)
     if rank is None:

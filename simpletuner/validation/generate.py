@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from simpletuner.adapters.files import apply_adapter_file
+from simpletuner.cache.prompts import PromptsAhead
 from simpletuner.errors import ConfigError, DataError, Problem
 from simpletuner.validation.prompts import DrawSettings, PictureRequest, rounded_sizes
 from simpletuner.validation.references import read_references
@@ -65,6 +66,9 @@ def generate_pictures(
         ConfigError: a size that the family cannot draw.
     """
     requests = requests_of(drawing, family, say)
+    if family.spec.caches_prompt_embeds:
+        negative = drawing.negative_prompt or family.spec.dropped_caption
+        family.prompts = PromptsAhead(family, [*drawing.prompts, negative])
     denoiser = family.load_base()
     if adapter_file is not None:
         apply_adapter_file(denoiser, adapter_file, family.spec, strength)

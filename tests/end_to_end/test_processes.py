@@ -242,3 +242,20 @@ def test_an_error_of_every_process_is_printed_once(tmp_path, omnigen_folder):
     assert result.stderr.count("pictures") >= 1
     assert result.stderr.count("to mend it") <= 1
     assert "Traceback" not in result.stderr + result.stdout
+
+
+@pytest.mark.ci
+def test_captions_are_encoded_once_by_either_process_and_the_run_is_that_of_one(tmp_path):
+    from tests.tiny_sdxl import tiny_sdxl_folder
+
+    model = tiny_sdxl_folder(tmp_path / "model")
+    options = {"model_family": "sdxl", "max_train_steps": 2, "learning_rate": 1e-3}
+    one = train(write_run(tmp_path / "one", model, train_batch_size=4, **options))
+    two = train(write_run(tmp_path / "two", model, train_batch_size=2, num_processes=2, **options))
+    assert_same_training(one, two)
+    encoded = [
+        [record["summary"] for record in metrics(output, "phase_done") if record["name"] == "caching captions"]
+        for output in (one, two)
+    ]
+    # 7 + 2 + 3 captions, the empty one and the probe of the proof.
+    assert encoded == [["14 encoded, 0 cached before"], ["7 encoded, 0 cached before"]]

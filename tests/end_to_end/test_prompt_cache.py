@@ -256,3 +256,17 @@ def test_a_prompt_that_nobody_foresaw_is_encoded_told_and_kept(folder):
     assert sum("nobody wrote this" in str(event) for event in recorder.events) == 1
     assert torch.equal(first.tensors["prompt_embeds"], again.tensors["prompt_embeds"])
     assert family.prompts.cache.find("nobody wrote this") is not None
+
+
+def test_drawing_encodes_its_prompts_before_the_denoiser_is_there(model, tmp_path, monkeypatch):
+    from simpletuner.models.components import ModelSource
+    from simpletuner.validation.generate import Drawing, generate_pictures
+    from tests.families.auraflow.spec import AURAFLOW
+
+    family = AuraFlow(AURAFLOW, ModelSource(str(model)), torch.device("cpu"), torch.float32)
+    encoded = Encoded(monkeypatch)
+    drawing = Drawing(("a cat", "a dog", "a cat"), None, 32, 32, steps=1, guidance=2.0)
+    generate_pictures(family, drawing, None, tmp_path, lambda line: None)
+    assert encoded.prompts == ["a cat", "a dog"]  # and the empty one, which this counter leaves out
+    assert encoded.after_denoiser == []
+    assert family.encoders._encoders == {}
