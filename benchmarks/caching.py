@@ -94,7 +94,7 @@ class Bench:
     def __init__(self, folder: Path, count: int, side: int, batch_size: int):
         from simpletuner.config.loading import load_run
         from simpletuner.models.registry import get_spec
-        from simpletuner.training.trainer import build_family
+        from simpletuner.training.parts import build_family
 
         self.folder, self.side, self.batch_size = folder, side, batch_size
         self.paths = sorted((folder / "pictures").iterdir())

@@ -23,11 +23,11 @@ from simpletuner.reporting.bus import EventBus
 from simpletuner.reporting.events import Notice
 from simpletuner.reporting.sinks.terminal import terminal_sink
 from simpletuner.training.latents import latents_folder, samples_to_keep
+from simpletuner.training.parts import build_family
 from simpletuner.training.preflight import check_model_folder
 from simpletuner.training.prepare import prepare_data
 from simpletuner.training.prompts import open_prompt_cache, prompts_folder, run_prompts
 from simpletuner.training.signals import StopRequest
-from simpletuner.training.trainer import build_family
 
 Say = Callable[[str], None]
 CAPTIONS = "captions"  # who uses the folder of prompt embeddings, where datasets are named

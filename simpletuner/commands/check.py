@@ -30,9 +30,9 @@ from simpletuner.data.sampler import Sampler
 from simpletuner.data.tiles import NOTICEABLE, choose_pictures, enlargement
 from simpletuner.models.family import ModelFamily
 from simpletuner.training.latents import latents_folder, samples_to_keep
+from simpletuner.training.parts import build_family, build_sampler, total_train_steps
 from simpletuner.training.preflight import check_model_folder
 from simpletuner.training.prepare import check_sizes, require_full_batches, require_training
-from simpletuner.training.trainer import build_family, build_sampler, total_train_steps
 
 Say = Callable[[str], None]
 

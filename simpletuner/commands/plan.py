@@ -34,11 +34,11 @@ from simpletuner.models.family import ModelFamily
 from simpletuner.optim.optimizers import build_optimizer
 from simpletuner.precision.mixed import DTYPES
 from simpletuner.precision.quantise import saved_bytes
+from simpletuner.training.parts import attach_adapter, build_family, build_sampler
 from simpletuner.training.preflight import check_model_folder
 from simpletuner.training.prepare import check_sizes, require_training
 from simpletuner.training.prompts import open_prompt_cache, run_prompts
 from simpletuner.training.swapping import repeated_blocks
-from simpletuner.training.trainer import attach_adapter, build_family, build_sampler
 
 Say = Callable[[str], None]
 

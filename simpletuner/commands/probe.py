@@ -19,10 +19,10 @@ from simpletuner.optim.clipping import clip_by_norm
 from simpletuner.optim.optimizers import build_optimizer
 from simpletuner.precision.mixed import autocast
 from simpletuner.training.kernels import compile_blocks
+from simpletuner.training.parts import attach_adapter
 from simpletuner.training.place import place_denoiser
 from simpletuner.training.recomputing import Recomputing
 from simpletuner.training.step import compute_losses, draw_noise
-from simpletuner.training.trainer import attach_adapter
 
 TIMED_BATCHES = 2
 

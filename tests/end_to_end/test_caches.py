@@ -24,9 +24,9 @@ from simpletuner.cache.encoding import BatchEncoder
 from simpletuner.data.dataset import Dataset
 from simpletuner.data.sampler import Sampler
 from simpletuner.reporting.bus import EventBus
+from simpletuner.training.parts import build_family
 from simpletuner.training.prepare import prepare_data
 from simpletuner.training.signals import StopRequest
-from simpletuner.training.trainer import build_family
 from tests.runs import dataset, draw_pictures, load_here, run_cli, write_run
 
 COUNT = 4

@@ -16,11 +16,11 @@ from simpletuner.commands.shapes import empty_batch
 from simpletuner.distributed.world import ALONE
 from simpletuner.errors import ConfigError
 from simpletuner.training.kernels import attention_kernel, compile_blocks
+from simpletuner.training.parts import attach_adapter, build_family
 from simpletuner.training.place import place_denoiser
 from simpletuner.training.recomputing import MeasuredRoom, Recomputing
 from simpletuner.training.step import compute_losses, draw_noise
 from simpletuner.training.swapping import SwappedBlocks, repeated_blocks
-from simpletuner.training.trainer import attach_adapter, build_family
 from tests.runs import load_here, metrics, train_here, write_run
 from tests.tiny_folders import TINY_FOLDERS
 

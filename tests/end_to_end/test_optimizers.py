@@ -14,8 +14,8 @@ from simpletuner.config.optimizers import OPTIMIZERS
 from simpletuner.errors import Interrupted
 from simpletuner.optim.optimizers import averaged_weights, build_optimizer
 from simpletuner.training import loop
+from simpletuner.training.parts import attach_adapter, build_family
 from simpletuner.training.step import compute_losses, draw_noise
-from simpletuner.training.trainer import attach_adapter, build_family
 from tests.runs import load_here, metrics, train_here, write_run
 
 # Learning rates at which a tiny adapter visibly learns; where none stands, that of AdamW.

@@ -22,8 +22,8 @@ from simpletuner.optim.optimizers import build_optimizer
 from simpletuner.precision.linear import QuantisedLinear
 from simpletuner.precision.quantise import copy_unpacked, quantised_layers
 from simpletuner.training import loop
+from simpletuner.training.parts import attach_adapter, build_family
 from simpletuner.training.step import compute_losses, draw_noise
-from simpletuner.training.trainer import attach_adapter, build_family
 from tests.runs import load_here, metrics, run_cli, train_here, write_run
 from tests.tiny_folders import TINY_FOLDERS
 

@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from simpletuner.commands import cache
 from simpletuner.models.registry import FAMILIES
 from simpletuner.reporting.bus import EventBus
+from simpletuner.training.parts import build_family
 from simpletuner.training.prepare import prepare_data
 from simpletuner.training.signals import StopRequest
-from simpletuner.training.trainer import build_family
 from tests.families.auraflow.family import AuraFlow
 from tests.families.auraflow.tiny import tiny_auraflow_folder
 from tests.runs import dataset, draw_pictures, load_here, metrics, train_here, write_run

@@ -114,7 +114,7 @@ def test_the_counted_limit_is_where_encoding_cuts(tmp_path, omnigen_folder):
     folder = tmp_path / "run"
     picture(folder / "pictures/a.png", 64, 64, "x")
     write_run(folder, omnigen_folder, [dataset("pictures")])
-    from simpletuner.training.trainer import build_family
+    from simpletuner.training.parts import build_family
 
     family = build_family(load_here(folder))
     for length in range(1, 1200):
@@ -184,7 +184,7 @@ def test_captions_wrap_within_the_width_and_end_in_an_ellipsis():
 def test_many_captions_are_counted_in_part_and_that_is_said(folder, monkeypatch):
     monkeypatch.setattr("simpletuner.commands.captions.MAX_COUNTED", 3)
     loaded = load_here(folder)
-    from simpletuner.training.trainer import build_family
+    from simpletuner.training.parts import build_family
 
     samples = gather(loaded).datasets[0].dataset.samples
     captions = check_captions(samples, build_family(loaded))

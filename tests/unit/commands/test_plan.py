@@ -16,8 +16,8 @@ from simpletuner.commands.probe import Load
 from simpletuner.commands.shapes import empty_batch, optimizer_bytes
 from simpletuner.commands.text import bytes_text, duration_text, short_count
 from simpletuner.optim.optimizers import build_optimizer
+from simpletuner.training.parts import attach_adapter, build_family
 from simpletuner.training.step import compute_losses
-from simpletuner.training.trainer import attach_adapter, build_family
 from tests.runs import load_here, train_here, write_run
 
 # Of the released OmniGen, whose shapes these are.

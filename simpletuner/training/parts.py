@@ -1,0 +1,190 @@
+"""From the configuration to the parts of a run, one function each; `trainer.py` puts them together."""
+
+from __future__ import annotations
+
+import atexit
+import math
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch import nn
+
+from simpletuner.adapters.base import Adapter
+from simpletuner.adapters.build import build_adapter, lora_settings
+from simpletuner.config.loading import LoadedRun
+from simpletuner.data.dataset import Dataset
+from simpletuner.data.sampler import Sampler
+from simpletuner.distributed.world import ALONE, World
+from simpletuner.models.family import ModelFamily
+from simpletuner.models.registry import get_family_class, get_spec
+from simpletuner.optim.schedules import LrFactor, build_schedule, scaled_learning_rate
+from simpletuner.reporting.bus import EventBus
+from simpletuner.training.batches import BatchSource
+from simpletuner.training.checkpoint import Checkpoints
+from simpletuner.training.devices import adapter_dtype, number_formats, pick_device, weight_dtype
+from simpletuner.training.evaluation import Evaluator
+from simpletuner.training.latents import LatentSources
+from simpletuner.training.preflight import model_source
+from simpletuner.training.signals import StopRequest
+from simpletuner.validation.external import ExternalScript
+from simpletuner.validation.references import read_references, references_of_data
+from simpletuner.validation.validator import Validator
+
+
+def attach_adapter(loaded: LoadedRun, family: ModelFamily, denoiser: nn.Module) -> Adapter:
+    """What the configuration trains, attached to a denoiser; `simpletuner plan` gives it one without values."""
+    config = loaded.config
+    return build_adapter(
+        denoiser,
+        family.spec,
+        model_type=config.model_type,
+        lora_type=config.lora_type,
+        lycoris=loaded.lycoris,
+        dtype=adapter_dtype(config),
+        seed=config.seed,
+        lycoris_file=str(loaded.lycoris_file) if loaded.lycoris_file else None,
+        lora=lora_settings(config),
+        init_file=config.init_lora,
+    )
+
+
+def build_family(loaded: LoadedRun) -> ModelFamily:
+    """The family class of the configuration, bound to its weights, device and dtype."""
+    spec = get_spec(loaded.config.model_family)
+    device = pick_device()
+    family = get_family_class(spec)(spec, model_source(loaded), device, weight_dtype(loaded.config))
+    modes = {"slicing": loaded.config.vae_enable_slicing, "tiling": loaded.config.vae_enable_tiling}
+    family.number_formats = number_formats(loaded.config)
+    family.vae_modes = tuple(mode for mode, is_on in modes.items() if is_on)
+    return family
+
+
+def build_sampler(loaded: LoadedRun, datasets: Sequence[Dataset], world: World = ALONE) -> Sampler:
+    """The order of the datasets that are trained on; a batch of it is that of all processes together."""
+    config = loaded.config
+    return Sampler(
+        datasets,
+        config.train_batch_size * world.size,
+        config.seed,
+        num_ranks=world.size,
+        fills_batches=bool(config.allow_dataset_oversubscription),
+        mixes_evenly=config.data_backend_sampling == "uniform",
+    )
+
+
+def total_train_steps(loaded: LoadedRun, sampler: Sampler) -> int:
+    """Optimizer steps at which the run ends, from `max_train_steps` or `num_train_epochs`."""
+    config = loaded.config
+    if config.max_train_steps:
+        return config.max_train_steps
+    batches = sampler.batches_before(config.num_train_epochs)
+    return max(math.ceil(batches / config.gradient_accumulation_steps), 1)
+
+
+def build_lr_factor(loaded: LoadedRun, total_steps: int, world: World) -> LrFactor:
+    config = loaded.config
+    return build_schedule(
+        config.lr_scheduler,
+        learning_rate=scaled_learning_rate(config, world.size),
+        num_training_steps=total_steps,
+        num_warmup_steps=config.lr_warmup_steps,
+        lr_end=config.lr_end,
+        lr_power=config.lr_power,
+        lr_num_cycles=config.lr_num_cycles,
+    )
+
+
+def build_batches(
+    loaded: LoadedRun,
+    family: ModelFamily,
+    datasets: Sequence[Dataset],
+    sources: LatentSources,
+    sampler: Sampler,
+    world: World = ALONE,
+) -> BatchSource:
+    config = loaded.config
+    return BatchSource(
+        family,
+        datasets,
+        sources,
+        sampler,
+        config.seed,
+        accumulation=config.gradient_accumulation_steps,
+        dropout=config.caption_dropout_probability or 0.0,
+        masking=config.masked_loss_probability,
+        world=world,
+        draws_reference=config.conditioning_multidataset_sampling == "random",
+    )
+
+
+def build_evaluator(
+    loaded: LoadedRun, family: ModelFamily, datasets: Sequence[Dataset], sources: LatentSources
+) -> Evaluator | None:
+    """None where there is nothing to evaluate; an interval without an eval dataset is told by `config/rules.py`."""
+    config = loaded.config
+    wanted = config.eval_dataset_id
+    held_out = [dataset for dataset in datasets if dataset.kind == "eval" and wanted in (None, dataset.id)]
+    is_wanted = (config.eval_steps_interval or config.eval_epoch_interval) and not config.eval_loss_disable
+    if not is_wanted or not held_out:
+        return None
+    return Evaluator(
+        family,
+        held_out,
+        sources,
+        config.num_eval_images,
+        config.eval_timesteps,
+        config.train_batch_size,
+        one_reference=config.conditioning_multidataset_sampling == "random",
+    )
+
+
+def build_validator(
+    loaded: LoadedRun,
+    family: ModelFamily,
+    datasets: Sequence[Dataset],
+    checkpoints: Checkpoints,
+    bus: EventBus,
+    stop: StopRequest,
+    world: World = ALONE,
+) -> Validator | ExternalScript | None:
+    """None where nothing is drawn by this process.
+
+    Processes that share one denoiser draw together, for each has to fetch its part; only the main one keeps pictures.
+    """
+    config = loaded.config
+    if config.validation_disable or not (world.is_main or config.fsdp_enable):
+        return None
+    if config.validation_method == "external-script":
+        if not world.is_main:
+            return None
+        facts = {
+            "output_dir": str(checkpoints.output_dir),
+            "model_family": config.model_family,
+            "tracker_run_name": config.tracker_run_name or checkpoints.output_dir.name,
+            "validation_prompt": config.validation_prompt or "",
+        }
+        command = config.validation_external_script
+        assert command is not None, "validation_rules.external_script_is_named"
+        return ExternalScript(command, facts, checkpoints.newest, checkpoints.output_dir, bus)
+    if config.validation_references is not None:
+        references = read_references(config.validation_references, "validation_references")
+    else:
+        references = references_of_data(datasets, config.conditioning_multidataset_sampling == "random")
+    pictures_dir = checkpoints.output_dir
+    if not world.is_main:
+        pictures_dir = Path(tempfile.mkdtemp(prefix="simpletuner-"))
+        atexit.register(shutil.rmtree, pictures_dir, ignore_errors=True)
+    validator = Validator(
+        config,
+        family,
+        loaded.prompt_library,
+        pictures_dir,
+        bus,
+        references,
+        # Processes that draw together have to stop together: they do after the step.
+        is_stopping=lambda: bool(stop) and world.size == 1,
+        from_main=world.from_main if config.fsdp_enable else lambda value: value,
+    )
+    return validator if validator.requests else None
