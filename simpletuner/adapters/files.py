@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from simpletuner.adapters.base import MatchCount
 from simpletuner.adapters.formats import encode
-from simpletuner.adapters.lycoris import LycorisAdapter, isolated_lycoris, register_network
+from simpletuner.adapters.layers import floating_dtype
+from simpletuner.adapters.lycoris import LycorisAdapter, cast_network, isolated_lycoris, register_network
 from simpletuner.adapters.lycoris_modules import beside_the_base, prepare_module
 from simpletuner.adapters.reading import adapter_from_tensors, format_of, read_adapter, read_adapter_file
 from simpletuner.adapters.weights import AdapterWeights
@@ -44,7 +45,7 @@ def apply_weights(
     network.loras = [beside_the_base(module) for module in network.loras]
     for module in network.loras:
         prepare_module(module, weights.lycoris.get("bypass_mode", True))
-    register_network(denoiser, network, weights.dtype)
+    register_network(denoiser, network, floating_dtype(denoiser))
     network.eval().requires_grad_(False)
     return LycorisAdapter(network, weights.lycoris, spec, [MatchCount(Path(file).name, "", len(network.loras))])
 
@@ -76,13 +77,14 @@ def check_saved_adapter(
         DataError: a tensor of the file maps onto nothing, did not survive the reload, or the outputs differ.
     """
     tensors, metadata = read_adapter_file(path)
+    dtype = floating_dtype(fresh_denoiser)
     weights = adapter_from_tensors(tensors, metadata, spec, fresh_denoiser, str(path))
     if format_of(tensors) == "diffusers":
         loader = load_with_peft(tensors, fresh_denoiser, spec, path)
     else:
         network = network_from(weights, fresh_denoiser, spec, weights.multiplier, str(path))
         network.apply_to()
-        network.to(next(fresh_denoiser.parameters()).device)
+        cast_network(network, next(fresh_denoiser.parameters()).device, dtype)
         loader = "LyCORIS"
     with torch.no_grad():
         output = run(fresh_denoiser).float()
@@ -173,7 +175,7 @@ def _scaling_modules(weights: AdapterWeights, denoiser: nn.Module, multiplier: f
         name = f"lycoris_{path}".replace(".", "_")
         layer = denoiser.get_submodule(path)
         module = IA3Module(name, layer, multiplier, train_on_input=bool(tensors["on_input"]))
-        module.weight.data = tensors["weight"].detach().clone()
+        module.weight.data.copy_(tensors["weight"])
         modules.append(module)
     return modules
 

@@ -167,7 +167,8 @@ def _named(
     modules: Mapping[str, Module], module_key: Callable[[str], str], tensor_names: Mapping[str, str]
 ) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
+    # Copies: layers that were rows of one matrix share tensors, which safetensors refuses.
     for name, module in modules.items():
         for tensor_name, tensor in module.items():
-            tensors[f"{module_key(name)}.{tensor_names.get(tensor_name, tensor_name)}"] = tensor.cpu().contiguous()
+            tensors[f"{module_key(name)}.{tensor_names.get(tensor_name, tensor_name)}"] = tensor.detach().cpu().clone()
     return tensors

@@ -6,6 +6,7 @@ A quantised layer has a class of its own (`QuantisedLinear`, quanto's `QLinear`)
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
 ADAPTABLE_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -35,6 +36,11 @@ def layer_class(module: nn.Module) -> str:
 
 # Packages whose layers take the place of torch's.
 QUANTISERS = ("simpletuner.precision.", "optimum.", "bitsandbytes.", "torchao.")
+
+
+def floating_dtype(denoiser: nn.Module) -> torch.dtype:
+    """In which a denoiser computes: of its first weights that are not packed."""
+    return next(p.dtype for p in denoiser.parameters() if p.is_floating_point() and type(p) is nn.Parameter)
 
 
 def num_rows(module: nn.Module) -> int:

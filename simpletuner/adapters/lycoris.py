@@ -167,15 +167,18 @@ def register_network(denoiser: nn.Module, network: LycorisNetwork, dtype: torch.
     """Apply a network to its layers and make it the denoiser's child; only the network trains afterwards."""
     denoiser.requires_grad_(False)
     network.apply_to()
-    device = next(denoiser.parameters()).device
-    # alpha is not trained, and bfloat16 would turn 10000 into 9984.
+    cast_network(network, next(denoiser.parameters()).device, dtype)
+    network.requires_grad_(True)
+    network.train()
+    denoiser.add_module(ADAPTER_CHILD, network)
+
+
+def cast_network(network: LycorisNetwork, device: torch.device, dtype: torch.dtype) -> None:
+    """Move an applied network, but leave alpha exact: it is not trained, and bfloat16 would turn 10000 into 9984."""
     alphas = {module: module.alpha.clone() for module in network.loras if hasattr(module, "alpha")}
     network.to(device=device, dtype=dtype)
     for module, alpha in alphas.items():
         module.alpha = alpha.to(device)
-    network.requires_grad_(True)
-    network.train()
-    denoiser.add_module(ADAPTER_CHILD, network)
 
 
 @contextmanager

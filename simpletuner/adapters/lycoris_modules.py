@@ -60,6 +60,7 @@ def prefer_bypass(module: LycorisBaseModule) -> None:
     if isinstance(module, DiagOFTModule | ButterflyOFTModule):
         if layer.bias is None and not module.dropout:
             module.bypass_mode = True
+            module.bypass_forward = MethodType(rotated_forward, module)
     elif isinstance(module, LokrModule | LohaModule | LoConModule | GLoRAModule):
         module.bypass_mode = True
         if isinstance(module, LokrModule) and module.module_type == "linear":
@@ -106,6 +107,11 @@ def dylora_forward(module: DyLoraModule, x: Tensor, *args: Any, **kwargs: Any) -
     if module.module_type == "linear":
         return base + nn.functional.linear(nn.functional.linear(x, down), up) * scale
     return base + module.op(x, (up @ down).view(module.shape) * scale, None, **module.kw_dict)
+
+
+def rotated_forward(module: LycorisBaseModule, x: Tensor, scale: float = 1.0) -> Tensor:
+    """The bypass of OFT and BOFT in the dtype of its input: they invert in float32 and leave their output there."""
+    return type(module).bypass_forward(module, x, scale).to(x.dtype)
 
 
 def ia3_forward(module: IA3Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -26,7 +26,8 @@ def live_output(run: Run) -> Tensor:
     """What the live weights make of the probe, on the CPU: (1, C, h, w). All processes take part."""
     was_training = run.denoiser.training
     run.denoiser.eval()
-    output = probe_output(run.family, run.denoiser).cpu()
+    with run.autocast():  # as in training: adapters in float32 may sit on a base in half precision
+        output = probe_output(run.family, run.denoiser).cpu()
     run.denoiser.train(was_training)
     return output
 

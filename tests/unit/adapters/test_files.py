@@ -131,6 +131,23 @@ def test_a_start_of_another_algorithm_or_size_is_refused(quickstart, tmp_path: P
         attach_lycoris(denoiser, narrow, OMNIGEN, torch.float32, 9).start_from(weights, "a.safetensors")
 
 
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("adapter_dtype", [torch.float32, torch.bfloat16])
+def test_files_work_on_a_base_in_half_precision(name: str, adapter_dtype: torch.dtype, tmp_path: Path) -> None:
+    denoiser = tiny_omnigen_transformer().to(torch.bfloat16)
+    adapter = attach_lycoris(denoiser, CONFIGS[name] | TARGETS, OMNIGEN, adapter_dtype, 1)
+    perturb(adapter.trainable_parameters())
+    denoiser.eval()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        output = run_stock(denoiser)
+    adapter.save(tmp_path / "a.safetensors", {})
+    fresh, drawing = (tiny_omnigen_transformer().to(torch.bfloat16) for _ in range(2))
+    check_saved_adapter(tmp_path / "a.safetensors", fresh, OMNIGEN, run_stock, output, 5e-2)
+    apply_adapter_file(drawing, tmp_path / "a.safetensors", OMNIGEN)
+    with torch.no_grad():
+        torch.testing.assert_close(run_stock(drawing), output, rtol=0, atol=5e-2)
+
+
 def test_strength_scales_what_the_file_changes(quickstart, tmp_path: Path) -> None:
     adapter, output = trained(quickstart)
     adapter.save(tmp_path / "a.safetensors", {})

@@ -12,10 +12,12 @@ from safetensors.torch import load_file
 
 from simpletuner.adapters.base import MatchCount, base_state_dict
 from simpletuner.adapters.files import apply_adapter_file, check_saved_adapter
+from simpletuner.adapters.formats import encode
 from simpletuner.adapters.lora import LoraAdapter, LoraSettings, attach_lora
 from simpletuner.adapters.reading import read_adapter
 from simpletuner.errors import ConfigError, DataError
 from simpletuner.models.omnigen.spec import OMNIGEN
+from simpletuner.storage import save_tensors
 from tests.tiny import tiny_omnigen_transformer
 from tests.unit.adapters.conftest import perturb, run_stock
 
@@ -165,6 +167,15 @@ def test_the_keys_are_those_of_each_format(tmp_path: Path) -> None:
     assert keys["kohya"]["lora_unet_llm_layers_1_self_attn_o_proj.alpha"] == ()
     assert keys["comfyui"]["diffusion_model.llm.layers.0.self_attn.qkv_proj.lora_B.weight"] == (96, 12)
     assert keys["lycoris"]["lycoris_layers_0_self_attn_to_out_0.lora_up.weight"] == (32, 4)
+
+
+def test_a_file_of_joined_layers_can_be_written_in_the_other_formats(tmp_path: Path) -> None:
+    adapter, _ = trained(file_format="comfyui")
+    adapter.save(tmp_path / "a.safetensors", {})
+    denoiser = tiny_omnigen_transformer()
+    weights = read_adapter(tmp_path / "a.safetensors", OMNIGEN, denoiser)
+    for file_format in FORMATS:
+        save_tensors(tmp_path / f"{file_format}.safetensors", encode(weights, OMNIGEN, file_format, denoiser))
 
 
 def test_the_metadata_tells_rank_alpha_and_model(tmp_path: Path) -> None:
