@@ -20,8 +20,8 @@ PACKAGE = Path(simpletuner.__file__).parent
 ELSEWHERE = {
     "caption_shuffle": ("config/datasets.py", "config.caption_shuffle and not says"),
     "data_backend_config": ("training/prepare.py", "loaded.datasets"),
-    "lycoris_config": ("training/trainer.py", "lycoris=loaded.lycoris"),
-    "user_prompt_library": ("training/trainer.py", "loaded.prompt_library"),
+    "lycoris_config": ("training/parts.py", "lycoris=loaded.lycoris"),
+    "user_prompt_library": ("training/parts.py", "loaded.prompt_library"),
     "webhook_config": ("training/trainer.py", "webhooks=loaded.webhooks"),
     "webhook_reporting_interval": ("reporting/webhooks/sink.py", "webhooks.reporting_interval"),
     "optimizer_config": ("optim/optimizers.py", 'config.get("optimizer_config")'),
