@@ -54,7 +54,7 @@ def optimizer_tensors(
         {key: _to_plain(group[key], f"{SEPARATOR}{index}{SEPARATOR}{key}", tensors) for key in _own_keys(group)}
         for index, group in enumerate(optimizer.param_groups)
     ]
-    summary = {"class": type(optimizer).__name__, "states": plain, "groups": groups}
+    summary = {"class": type(optimizer).__name__, "states": plain, "groups": groups, "on_host": _on_host(optimizer)}
     json.dumps(summary)  # a state that is neither tensor nor plain value must fail here, not at the next resume
     return _unshared(tensors), summary
 
@@ -90,12 +90,16 @@ def load_optimizer_tensors(
     for name, values in plain["states"].items():
         states.setdefault(name, {}).update(values)
     optimizer.state.clear()
+    on_host = frozenset(plain.get("on_host", ()))
+
+    def placed(values: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+        host = torch.device("cpu")
+        return {key: _from_plain(value, tensors, host if key in on_host else device) for key, value in values.items()}
+
     for name, values in states.items():
-        parameter = names[name]
-        found = {key: _from_plain(value, tensors, parameter.device) for key, value in values.items()}
-        _put(optimizer, parameter, found)
+        _put(optimizer, names[name], placed(values, names[name].device))
     for group, saved in zip(optimizer.param_groups, plain["groups"], strict=True):
-        group.update({key: _from_plain(value, tensors, _device_of(group)) for key, value in saved.items()})
+        group.update(placed(saved, _device_of(group)))
 
 
 def _put(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, state: dict[str, Any]) -> None:
@@ -107,6 +111,23 @@ def _put(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, state: dict[
         if key in ("state1", "state2"):
             make = optimizer.get_state_buffer if value.shape == parameter.shape else optimizer._get_state_double_buffer  # type: ignore[attr-defined]
             state[key] = make(parameter, dtype=value.dtype).copy_(value)
+
+
+def _on_host(optimizer: torch.optim.Optimizer) -> list[str]:
+    """Names of counters that an optimizer keeps in main memory while its weights are on an accelerator: on the other
+    side it would wait for them at each step, or round its factors otherwise."""
+    found = set()
+    for group in optimizer.param_groups:
+        if _device_of(group).type == "cpu":
+            continue
+        holders = [group, *(optimizer.state.get(parameter, {}) for parameter in group["params"])]
+        for holder in holders:
+            found |= {
+                key
+                for key, value in holder.items()
+                if isinstance(value, Tensor) and value.ndim == 0 and value.device.type == "cpu" and key != "lr"
+            }
+    return sorted(found)
 
 
 def _own_keys(group: Mapping[str, Any]) -> list[str]:

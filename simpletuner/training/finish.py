@@ -127,6 +127,8 @@ def generate_command(loaded: LoadedRun, model: str, outputs: dict[str, Path]) ->
         words += ["--adapter", str(outputs["adapter"])]
     words += ["--prompt", prompt, "--width", str(width), "--height", str(height)]
     words += ["--steps", str(config.validation_num_inference_steps), "--guidance", str(config.validation_guidance)]
+    if config.base_model_precision != "no_change":
+        words += ["--base-precision", config.base_model_precision]
     if config.validation_negative_prompt is not None:
         words += ["--negative-prompt", config.validation_negative_prompt]
     return shlex.join(words)

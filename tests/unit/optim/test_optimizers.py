@@ -214,6 +214,23 @@ def test_settings_come_from_the_configuration_not_from_the_checkpoint() -> None:
     assert resumed.param_groups[0]["lr"] == 0.5
 
 
+def test_counters_stay_where_the_optimizer_keeps_them() -> None:
+    """On `meta`, in place of an accelerator: torch's RAdam counts in main memory, fused AdamW beside its weights."""
+
+    def made() -> tuple[torch.optim.Optimizer, dict[str, nn.Parameter]]:
+        parameters = {"w": nn.Parameter(torch.empty(3, device="meta"))}
+        return build_optimizer("torch-radam", parameters, CONFIG), parameters
+
+    optimizer, parameters = made()
+    optimizer.state[parameters["w"]] = {"step": torch.tensor(3.0), "exp_avg": torch.empty(3, device="meta")}
+    tensors, plain = optimizer_tensors(optimizer, parameters)
+    assert plain["on_host"] == ["step"]
+    resumed, others = made()
+    load_optimizer_tensors(resumed, others, tensors, plain)
+    devices = {key: value.device.type for key, value in resumed.state[others["w"]].items()}
+    assert devices == {"step": "cpu", "exp_avg": "meta"}
+
+
 def test_a_fresh_optimizer_has_no_state_and_takes_none() -> None:
     parameters = named_weights()
     tensors, plain = optimizer_tensors(build_optimizer("adamw", parameters, CONFIG), parameters)
