@@ -52,7 +52,7 @@ def generate(
         defaults = launch.drawing_defaults(family.spec)
     else:
         loaded = launch.load_arguments(context.args, os.environ, Path.cwd(), say_aside, config, check_files=False)
-        family = launch.family_ofrun_in_processes(loaded)
+        family = launch.family_of_run(loaded)
         defaults = launch.drawing_defaults(family.spec, loaded.config)
     if base_precision is not None:
         launch.pack_base(family, base_precision)
