@@ -103,12 +103,21 @@ class LocalBackend:
         with os.scandir(os.fsdecode(self._absolute(folder))) as entries:
             for entry in entries:
                 name = entry.name
-                if not is_wanted(name) or _is_folder(entry):
+                # The usual file, without a call of ours, since there may be millions. Everything else goes the other way.
+                if name[name.rfind(".") :] in _SUFFIXES and name[0] != "." and entry.is_file(follow_symlinks=False):
+                    try:
+                        status = entry.stat(follow_symlinks=False)
+                        mtime_ns, ctime_ns = status.st_mtime_ns & _INT64_MAX, status.st_ctime_ns & _INT64_MAX
+                        numbers += (status.st_size, mtime_ns, ctime_ns, status.st_ino & _INT64_MAX)
+                    except OSError:  # gone since it was listed
+                        numbers += (-1, 0, 0, 0)
+                elif not is_wanted(name) or _is_folder(entry):
                     if not name.startswith(".") and _is_folder(entry):
                         subfolders.append(os.fsencode(name))
                     continue
+                else:
+                    numbers += file_numbers(entry)
                 names.append(name)
-                numbers += file_numbers(entry)
                 if len(names) == _CHUNK:
                     _update(digest, names, numbers)
         _update(digest, names, numbers)
