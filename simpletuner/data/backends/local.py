@@ -103,7 +103,7 @@ class LocalBackend:
         with os.scandir(os.fsdecode(self._absolute(folder))) as entries:
             for entry in entries:
                 name = entry.name
-                # The usual file, without a call of ours, since there may be millions. Everything else goes the other way.
+                # The usual file, without a call of ours, for there may be millions; the rest goes the other way.
                 if name[name.rfind(".") :] in _SUFFIXES and name[0] != "." and entry.is_file(follow_symlinks=False):
                     try:
                         status = entry.stat(follow_symlinks=False)
