@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from tests.runs import cli, metrics, run_cli, write_run
+from tests.runs import cli, dataset, draw_pictures, metrics, run_cli, write_run
 
 pytestmark = pytest.mark.slow
 
@@ -259,3 +259,28 @@ def test_captions_are_encoded_once_by_either_process_and_the_run_is_that_of_one(
     ]
     # 7 + 2 + 3 captions, the empty one and the probe of the proof.
     assert encoded == [["14 encoded, 0 cached before"], ["7 encoded, 0 cached before"]]
+
+
+@pytest.mark.ci
+def test_references_offset_noise_and_rollouts_are_those_of_one_process(tmp_path, omnigen_folder):
+    """All of them are drawn by the place in the global batch, and the depth of a rollout for all processes together."""
+    options = {
+        "scheduled_sampling_max_step_offset": 2,
+        "scheduled_sampling_probability": 0.7,
+        "offset_noise": True,
+        "noise_offset_probability": 0.5,
+        "input_perturbation": 0.1,
+        "gradient_accumulation_steps": 2,
+        "max_train_steps": 4,
+    }
+    before = {"dataset_type": "conditioning", "conditioning_type": "reference_strict", "instance_data_dir": "before"}
+    outputs = []
+    for name, layout in (("one", {"train_batch_size": 4}), ("two", {"train_batch_size": 2, "num_processes": 2})):
+        for kind, seed in (("after", 1), ("before", 2)):
+            draw_pictures(tmp_path / name / kind, 7, seed=seed)
+        data = [dataset("after", conditioning_data="before", random_flip=True), {"id": "before"} | before]
+        outputs.append(train(write_run(tmp_path / name, omnigen_folder, data, **options, **layout)))
+    assert_same_training(*outputs)
+    depths = [[record["extra"]["rollout_depth"] for record in steps(output)] for output in outputs]
+    assert depths[0] == depths[1]
+    assert sum(depths[0]) > 0
