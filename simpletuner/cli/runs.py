@@ -131,20 +131,24 @@ def configure(
     """
     from simpletuner.wizard import command
 
-    prompts = tuple(prompt) if prompt else None
-    folders = {"data": data, "eval_data": eval_data, "regularisation_data": regularisation_data}
-    folders["reference_data"] = reference_data
-    words = {"captions": captions, "instance_prompt": instance_prompt, "prompts": prompts, "output_dir": output_dir}
-    chosen = {
-        "adapter": adapter,
-        "goal": goal,
-        "family": family,
-        "flavour": flavour,
-        "model": model,
-        "config": config,
-        "yes": yes,
-    }
-    given = command.Given(**chosen, **folders, **words, arguments=tuple(context.args))
+    given = command.Given(
+        goal=goal,
+        family=family,
+        flavour=flavour,
+        model=model,
+        adapter=adapter,
+        data=data,
+        eval_data=eval_data,
+        regularisation_data=regularisation_data,
+        reference_data=reference_data,
+        captions=captions,
+        instance_prompt=instance_prompt,
+        prompts=tuple(prompt) if prompt else None,
+        output_dir=output_dir,
+        config=config,
+        yes=yes,
+        arguments=tuple(context.args),
+    )
     config_file = command.run_configure(given, os.environ, Path.cwd(), print)
     if config_file is not None:
         from simpletuner.launch import load_arguments
