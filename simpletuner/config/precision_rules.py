@@ -60,6 +60,9 @@ def swapped_blocks_are_recomputed(draft: Draft) -> Iterator[Problem]:
 def what_belongs_to_checkpointing_has_it(draft: Draft) -> Iterator[Problem]:
     config = draft.config
     if config.gradient_checkpointing:
+        if config.gradient_checkpointing_interval == "auto" and (config.fsdp_enable or config.deepspeed_config):
+            message = "each process would measure for itself, and processes that share weights fetch them together"
+            yield draft.problem(message, "gradient_checkpointing_interval", "a whole number", fix="remove the key")
         return
     if config.gradient_checkpointing_interval is not None:
         message = "has no effect without gradient_checkpointing"

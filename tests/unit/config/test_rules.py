@@ -353,3 +353,9 @@ def test_settings_without_their_switch_are_told(workspace: Workspace) -> None:
         "timestep_bias_portion: has no",
     ):
         assert words in warnings
+
+
+def test_processes_that_share_weights_recompute_alike(workspace: Workspace) -> None:
+    workspace.config |= {"fsdp_enable": True, "num_processes": 2, "gradient_checkpointing_interval": "auto"}
+    keys = [problem.key for problem in workspace.fails_written().problems]
+    assert keys == ["gradient_checkpointing_interval"]
