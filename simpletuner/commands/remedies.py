@@ -56,6 +56,10 @@ def _what_to_do(reason: str) -> str:
         return "cut it, or set crop with crop_aspect square"
     if reason.startswith("caption file"):
         return "write the caption again as UTF-8 text"
+    if reason.startswith("no reference"):
+        return "put one there, or move the picture away"
+    if reason.startswith("its reference"):
+        return "make them alike, or set conditioning_type to reference_loose"
     if reason.startswith("folder"):
         return "make it readable"
     if "convert" in reason or "save it" in reason:

@@ -227,3 +227,16 @@ def test_references_stand_above_their_pictures(tmp_path, omnigen_folder):
     assert each.cache.num_missing == 2
     checked(folder)
     assert (folder / "output/check/check.html").read_text().count('src="data:image') == 2
+
+
+def test_a_missing_reference_has_a_remedy_of_its_own(tmp_path, omnigen_folder):
+    folder = tmp_path / "run"
+    for name in ("pictures/a.png", "pictures/b.png", "sources/a.png"):
+        picture(folder / name, 64, 64, "a ramp")
+    sources = {"id": "sources", "dataset_type": "conditioning", "conditioning_type": "reference_strict"}
+    data = [dataset("pictures", conditioning_data="sources"), sources | {"instance_data_dir": "sources"}]
+    write_run(folder, omnigen_folder, data)
+    [each] = gather(load_here(folder)).datasets
+    (line,) = [line for line in each.remedies if "reference" in line]
+    assert line.startswith("1 not used, no reference picture in sources")
+    assert line.endswith("put one there, or move the picture away (b.png)")
