@@ -7,10 +7,12 @@ from pathlib import Path
 
 from tests.tiny import tiny_omnigen_folder
 from tests.tiny_flux import tiny_flux_folder
+from tests.tiny_sd3 import tiny_sd3_folder
 from tests.tiny_sdxl import tiny_sdxl_folder
 
 TINY_FOLDERS: Mapping[str, Callable[[Path], Path]] = {
     "flux": tiny_flux_folder,
     "omnigen": tiny_omnigen_folder,
+    "sd3": tiny_sd3_folder,
     "sdxl": tiny_sdxl_folder,
 }

@@ -52,6 +52,9 @@ class ModelSource:
 
 def check_local_model(source: ModelSource, spec: FamilySpec, file: str | None = None) -> list[Problem]:
     """What is missing in a local model folder, before anything is loaded; empty for a hub id."""
+    if source.file and not spec.reads_single_files:
+        message = f"{spec.title} cannot be read from a single file yet"
+        return [Problem(message, key=FILE_KEY, file=file, fix="name a folder in diffusers layout, or a hub id")]
     if source.file and not Path(source.file).is_file():
         return [Problem(f"there is no file {source.file}", key=FILE_KEY, file=file, fix="correct the path")]
     if not source.is_local:

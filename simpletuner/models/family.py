@@ -144,6 +144,12 @@ class ModelFamily(ABC):
         """`scheduler_config.json` of the model."""
         return component_config(self.source, self.spec.component("scheduler"))
 
+    def scheduler_sigmas(self, quantiles: Tensor, latents: Latents) -> Tensor:
+        """(B,) logit-normal sigmas, shifted as the model's own flow scheduler shifts those that it draws with."""
+        counts = [row.shape[-2] * row.shape[-1] // self.spec.patch_size**2 for row in latents]
+        shifts = torch.tensor([timesteps.scheduler_shift(self.scheduler_config, count) for count in counts])
+        return timesteps.shifted_sigmas(timesteps.logit_normal_sigmas(quantiles), shifts)
+
     def predict_each(
         self, denoiser: nn.Module, noisy_latents: Latents, sigmas: Tensor, conditioning: Conditioning
     ) -> Latents:

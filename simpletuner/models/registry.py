@@ -26,6 +26,7 @@ FAMILIES: dict[str, str] = {
     "omnigen": "simpletuner.models.omnigen.spec:OMNIGEN",
     "sdxl": "simpletuner.models.sdxl.spec:SDXL",
     "flux": "simpletuner.models.flux.spec:FLUX",
+    "sd3": "simpletuner.models.sd3.spec:SD3",
 }
 
 

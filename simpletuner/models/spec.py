@@ -99,6 +99,8 @@ class FamilySpec:
             `preview_decoder/`.
         pipeline_options: arguments that the family's pipeline takes beyond those of the contract: `guidance_rescale`,
             `true_cfg_scale`.
+        reads_single_files: the key table names every tensor of the denoiser, so that a file of the original layout can
+            be read.
         pipeline_aliases: other pipelines whose models are of this family, by the name in `model_index.json`.
         defaults: option -> default that differs for this family.
         unusable_options: option -> (neutral values, reason): refused unless they hold a neutral value.
@@ -131,6 +133,7 @@ class FamilySpec:
     preview_decoder: str | None = None
     pipeline_options: tuple[str, ...] = ()
     pipeline_aliases: tuple[str, ...] = ()
+    reads_single_files: bool = False
     defaults: Mapping[str, Any] = field(default_factory=dict)
     unusable_options: Mapping[str, tuple[tuple[Any, ...], str]] = field(default_factory=dict)
 

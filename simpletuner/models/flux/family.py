@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from simpletuner.batch import Batch, PromptEmbeds
-from simpletuner.diffusion import timesteps
 from simpletuner.diffusion.loss import Latents
 from simpletuner.models.family import Conditioning, ModelFamily, ReferenceSizes, have_one_shape
 from simpletuner.models.patches import pack, position_ids, unpack
@@ -85,9 +84,7 @@ class Flux(ModelFamily):
         return unpack(output[:, : tokens[0].shape[1]], *latents.shape[-2:])
 
     def sigmas_at(self, quantiles: Tensor, latents: Latents) -> Tensor:
-        counts = [row.shape[-2] * row.shape[-1] // self.spec.patch_size**2 for row in latents]
-        shifts = torch.tensor([timesteps.scheduler_shift(self.scheduler_config, count) for count in counts])
-        return timesteps.shifted_sigmas(timesteps.logit_normal_sigmas(quantiles), shifts)
+        return self.scheduler_sigmas(quantiles, latents)
 
     def unpack_latents(self, latents: Tensor, height: int, width: int) -> Tensor:
         return unpack(latents, height // self.spec.vae_factor, width // self.spec.vae_factor)

@@ -81,6 +81,7 @@ FLUX = FamilySpec(
     default_lora_targets=_ATTENTION,
     target_groups={"attention": _ATTENTION, "feed-forward": _FEED_FORWARD, "modulation": _MODULATION},
     keys=FLUX_KEYS,
+    reads_single_files=True,
     block_classes=("FluxTransformerBlock", "FluxSingleTransformerBlock"),
     preview_decoder="madebyollin/taef1",
     pipeline_options=("true_cfg_scale",),

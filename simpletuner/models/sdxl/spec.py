@@ -78,6 +78,7 @@ SDXL = FamilySpec(
     default_lora_targets=_ATTENTION,
     target_groups={"attention": _ATTENTION, "feed-forward": _FEED_FORWARD},
     keys=SDXL_KEYS,
+    reads_single_files=True,
     block_classes=("BasicTransformerBlock", "ResnetBlock2D"),
     preview_decoder="madebyollin/taesdxl",
     pipeline_options=("guidance_rescale",),

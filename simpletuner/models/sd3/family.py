@@ -1,0 +1,82 @@
+"""Stable Diffusion 3 for the shared trainer: two CLIP encoders and T5, and a flow whose times are shifted.
+
+The network is given 1000 sigma (1000 on noise) and answers `noise - data`, which is the project's sign
+(`pipeline_stable_diffusion_3.py`, step 6). Times are drawn from sigmoid(N(0, 1)) and shifted as the model's own
+scheduler shifts them (arXiv 2403.03206, sections 3.1 and 5.3.2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from simpletuner.batch import PromptEmbeds
+from simpletuner.diffusion.loss import Latents
+from simpletuner.models.family import Conditioning, ModelFamily, ReferenceSizes
+from simpletuner.models.live_pipeline import LivePipeline
+
+CLIP_TOKENS = 77
+CLIPS = (("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2"))
+
+
+class SD3(ModelFamily):
+    """The states of both CLIP encoders side by side, filled up with zeros to T5's width, then those of T5."""
+
+    def largest_side(self) -> int | None:
+        """The position table has `pos_embed_max_size` rows of patches."""
+        return self.denoiser_config["pos_embed_max_size"] * self.spec.size_multiple
+
+    def count_prompt_tokens(self, prompts: Sequence[str]) -> list[int]:
+        return self.encoders.count("tokenizer_3", prompts)
+
+    def encode_prompts(self, prompts: Sequence[str], references: ReferenceSizes | None = None) -> list[PromptEmbeds]:
+        """`prompt_embeds` (77 + T, D), padding included, and `pooled_prompt_embeds` (P,) of both CLIP encoders."""
+        length = self.max_prompt_tokens
+        self.encoders.note_cut_prompts("tokenizer_3", prompts, length)
+        clip_states, pooled = [], []
+        with torch.no_grad():
+            for tokenizer, encoder in CLIPS:
+                ids, _ = self.encoders.tokenize(tokenizer, prompts, CLIP_TOKENS)
+                output = self.encoders.encoder(encoder)(ids, output_hidden_states=True)
+                clip_states.append(output.hidden_states[-2])
+                pooled.append(output[0])
+            ids, _ = self.encoders.tokenize("tokenizer_3", prompts, length)
+            t5_states = self.encoders.encoder("text_encoder_3")(ids)[0]
+        clip = torch.cat(clip_states, dim=-1)
+        clip = nn.functional.pad(clip, (0, t5_states.shape[-1] - clip.shape[-1]))
+        rows, pools = torch.cat([clip, t5_states], dim=1), torch.cat(pooled, dim=-1)
+        return [
+            PromptEmbeds({"prompt_embeds": row.cpu(), "pooled_prompt_embeds": pool.cpu()})
+            for row, pool in zip(rows, pools, strict=True)
+        ]
+
+    def predict(
+        self, denoiser: nn.Module, noisy_latents: Latents, sigmas: Tensor, conditioning: Conditioning
+    ) -> Latents:
+        if isinstance(noisy_latents, list):
+            return self.predict_each(denoiser, noisy_latents, sigmas, conditioning)
+        return denoiser(
+            hidden_states=noisy_latents.to(self.dtype),
+            timestep=1000 * sigmas,
+            encoder_hidden_states=conditioning["prompt_embeds"].to(self.dtype),
+            pooled_projections=conditioning["pooled_prompt_embeds"].to(self.dtype),
+            return_dict=False,
+        )[0]
+
+    def sigmas_at(self, quantiles: Tensor, latents: Latents) -> Tensor:
+        return self.scheduler_sigmas(quantiles, latents)
+
+    def pipeline(self, denoiser: nn.Module, vae: nn.Module | None = None) -> Any:
+        from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
+
+        scheduler = FlowMatchEulerDiscreteScheduler.from_config(self.scheduler_config)
+        encoders = dict.fromkeys(
+            part.name for part in self.spec.components if part.role in ("text_encoder", "tokenizer")
+        )
+        pipeline = StableDiffusion3Pipeline(
+            transformer=denoiser, scheduler=scheduler, vae=None, **dict.fromkeys(encoders)
+        )
+        return LivePipeline(self, pipeline, vae)

@@ -1,0 +1,70 @@
+"""What is known of Stable Diffusion 3 and 3.5 without loading them.
+
+Sources: Esser et al. (arXiv 2403.03206); the released 3-medium, 3.5-medium and 3.5-large; diffusers'
+`transformer_sd3.py` and `pipeline_stable_diffusion_3.py`.
+"""
+
+from __future__ import annotations
+
+from simpletuner.models.sd3.keys import SD3_KEYS
+from simpletuner.models.spec import AdaptableModule, Component, FamilySpec, Flavour
+
+_BLOCK = "transformer_blocks.*"
+_ATTENTION = (
+    *(f"{_BLOCK}.attn.to_{name}" for name in ("q", "k", "v", "out.0", "add_out")),
+    *(f"{_BLOCK}.attn.add_{name}_proj" for name in "qkv"),
+    *(f"{_BLOCK}.attn2.to_{name}" for name in ("q", "k", "v", "out.0")),
+)
+_FEED_FORWARD = tuple(f"{_BLOCK}.{part}.net.{layer}" for part in ("ff", "ff_context") for layer in ("0.proj", "2"))
+_CLIP = "transformers.CLIPTextModelWithProjection"
+
+
+def _flavour(name: str, words: str, parameters: int) -> Flavour:
+    licence = "Stability AI Community License"
+    return Flavour(name, f"stabilityai/stable-diffusion-{name}", f"{words}; gated", licence, parameters)
+
+
+SD3 = FamilySpec(
+    name="sd3",
+    title="Stable Diffusion 3",
+    family_class="simpletuner.models.sd3.family:SD3",
+    flavours={
+        "3.5-medium": _flavour("3.5-medium", "two attentions in the first blocks, up to 1440 px", 2_243_171_520),
+        "3.5-large": _flavour("3.5-large", "the largest, around 1024 px", 8_056_627_520),
+        "3-medium": _flavour("3-medium-diffusers", "the first release, around 1024 px", 2_028_328_000),
+    },
+    default_flavour="3.5-medium",
+    components=(
+        Component("transformer", "diffusers.SD3Transformer2DModel", "denoiser"),
+        Component("vae", "diffusers.AutoencoderKL", "vae"),
+        Component("text_encoder", _CLIP, "text_encoder"),
+        Component("text_encoder_2", _CLIP, "text_encoder"),
+        Component("text_encoder_3", "transformers.T5EncoderModel", "text_encoder"),
+        Component("tokenizer", "transformers.CLIPTokenizer", "tokenizer", "tokenizer_config.json"),
+        Component("tokenizer_2", "transformers.CLIPTokenizer", "tokenizer", "tokenizer_config.json"),
+        Component("tokenizer_3", "transformers.T5TokenizerFast", "tokenizer", "tokenizer_config.json"),
+        Component("scheduler", "diffusers.FlowMatchEulerDiscreteScheduler", "scheduler", "scheduler_config.json"),
+    ),
+    prediction_type="flow",
+    latent_channels=16,
+    vae_factor=8,
+    patch_size=2,
+    max_prompt_tokens=256,
+    pipeline_class="StableDiffusion3Pipeline",
+    adaptable=(
+        AdaptableModule("Attention", (f"{_BLOCK}.attn", f"{_BLOCK}.attn2")),
+        AdaptableModule("FeedForward", (f"{_BLOCK}.ff", f"{_BLOCK}.ff_context")),
+        AdaptableModule("JointTransformerBlock", (_BLOCK,)),
+        AdaptableModule("Linear", (*_ATTENTION, *_FEED_FORWARD, "context_embedder", "norm_out.linear", "proj_out")),
+    ),
+    default_lora_targets=_ATTENTION,
+    target_groups={"attention": _ATTENTION, "feed-forward": _FEED_FORWARD},
+    keys=SD3_KEYS,
+    block_classes=("JointTransformerBlock",),
+    preview_decoder="madebyollin/taesd3",
+    defaults={
+        "validation_guidance": 4.5,
+        "validation_num_inference_steps": 28,
+        "validation_resolution": "1024x1024",
+    },
+)
