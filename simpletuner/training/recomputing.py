@@ -118,18 +118,22 @@ class MeasuredRoom:
         self.plain_blocks: dict[int, int] = {}  # size of a block's input -> blocks that keep what they computed
         self._counted: dict[int, int] = {}  # size -> bytes of one block
         self._size = 0
+        self._is_measuring = False
 
     def ask(self, index: int, inputs: Sequence[Any]) -> tuple[bool, CountSaved | None]:
         """(whether to recompute the block, a context that counts what it saves in place of that)."""
         if index == 0:
             self._size = sum(value.numel() for value in inputs if isinstance(value, Tensor))
             if self._size not in self._counted:
-                if self.device.type == "cuda":
+                # Once for all sizes that are new in a step: the peak is that of the largest.
+                if self.device.type == "cuda" and not self._is_measuring:
                     torch.cuda.reset_peak_memory_stats(self.device)
+                self._is_measuring = True
                 return False, CountSaved(self._counted, self._size)
         return index >= self.plain_blocks.get(self._size, 1), None
 
     def after_step(self, num_blocks: int) -> None:
+        self._is_measuring = False
         for size, num_bytes in self._counted.items():
             if size not in self.plain_blocks and num_bytes:
                 fitting = int(self.free_bytes() * (1 - SPARE) / num_bytes)
