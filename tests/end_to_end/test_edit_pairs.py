@@ -89,6 +89,17 @@ def test_pairs_masks_mirrors_and_dropped_captions_go_together(tmp_path: Path, mo
     assert counts == {"pairs": 12, "pairs-sources": 12, "styles": 12, "masks": 0}
 
 
+def test_where_captions_are_dropped_their_references_are_too(tmp_path: Path, model: Path) -> None:
+    """With every caption dropped a run on pairs is a run on the pictures alone."""
+    losses = []
+    for name, pairs in (("pairs", True), ("alone", False)):
+        draw_pairs(tmp_path / name, "pairs", 5, seed=1)
+        data = entries("pairs") if pairs else [dataset("pairs", resolution=32)]
+        folder = write_run(tmp_path / name, model, data, max_train_steps=3, caption_dropout_probability=1.0)
+        losses.append([record["loss"] for record in metrics(train_here(folder), "step_done")])
+    assert losses[0] == losses[1]
+
+
 def entry_keys(folder: Path, name: str) -> set[str]:
     with TensorStore(folder / "cache/vae/omnigen" / name) as store:
         return set(store.keys())

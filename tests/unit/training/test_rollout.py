@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -122,6 +124,23 @@ def test_the_loss_is_zero_for_whoever_knows_the_way_back_and_no_gradient_goes_th
     assert losses.per_sample.max().item() == pytest.approx(0, abs=1e-5)
     losses.weighted_sum.backward()
     assert scale.grad is not None
+
+
+def test_regularisation_is_never_rolled_out_and_keeps_the_base_as_its_target() -> None:
+    family, calls = Exact(), []
+
+    def denoiser(x, sigmas):
+        calls.append(torch.is_grad_enabled())
+        return 0.3 * x
+
+    kept = dataclasses.replace(batch(), is_regularisation=True)
+    quantiles = torch.tensor([0.4, 0.6], dtype=torch.float64)
+    rollouts = Rollouts(max_depth=4, reflex=ReflexFlow())
+    losses = compute_losses(
+        family, denoiser, kept, NOISE, quantiles, contextlib.nullcontext, rollouts=rollouts, depth=3
+    )
+    assert calls == [False, True]
+    assert losses.per_sample.tolist() == [0, 0]
 
 
 def test_reflexflow_by_hand() -> None:
