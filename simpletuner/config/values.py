@@ -203,6 +203,14 @@ def read_interval(value: Any) -> Any:
     raise ValueError('must be a whole number above 0, or "auto"')
 
 
+def read_checkpointing(value: Any) -> Any:
+    """A truth value; `auto` has a place of its own."""
+    if isinstance(value, str) and value.strip().lower() == "auto":
+        raise ValueError('set it to true, and gradient_checkpointing_interval to "auto"')
+    return read_bool(value)
+
+
+Checkpointing = Annotated[bool, BeforeValidator(read_checkpointing)]
 Interval = Annotated[str, BeforeValidator(read_interval)]
 Bool = Annotated[bool, BeforeValidator(read_bool)]
 Int = Annotated[int, BeforeValidator(read_int)]

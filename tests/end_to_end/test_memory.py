@@ -84,7 +84,9 @@ def perturb(parameters: Mapping[str, nn.Parameter]) -> None:
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
 
 
-MARKS = {"compiled": pytest.mark.slow, "compiled, recomputed": pytest.mark.ci, "compiled, packed": pytest.mark.ci}
+QUICK = ("every second block", "measured", "inputs in main memory", "all blocks swapped, packed")
+LONG = ("compiled, recomputed", "compiled, packed")
+MARKS = {way: pytest.mark.ci if way in LONG else pytest.mark.slow for way in WAYS if way not in QUICK}
 
 
 @pytest.mark.parametrize("way", [pytest.param(way, marks=MARKS.get(way, ())) for way in WAYS])

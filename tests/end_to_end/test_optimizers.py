@@ -35,7 +35,20 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory, omnigen_folder: Path) -
     return write_run(tmp_path_factory.mktemp("run"), omnigen_folder)
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+QUICK = (
+    "adamw_bf16",
+    "adamw",
+    "ao-adamw8bit",
+    "optimi-lion",
+    "bnb-lion8bit-paged",
+    "adamw_schedulefree",
+    "prodigy",
+    "muon",
+)
+SLOW = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in OPTIMIZERS]
+
+
+@pytest.mark.parametrize("name", SLOW)
 def test_every_optimizer_trains_the_tiny_model(name: str, run_folder: Path) -> None:
     loaded = load_here(run_folder)
     family = build_family(loaded)

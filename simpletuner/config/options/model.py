@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from simpletuner.config.options.declare import REQUIRED, OptionGroup, option
-from simpletuner.config.values import Bool, Int, Interval, Text
+from simpletuner.config.values import Bool, Checkpointing, Int, Interval, Text
 
 NO_OTHER_FAMILY = "no family that is built uses it"
 
@@ -62,7 +62,7 @@ class ModelOptions(OptionGroup):
     )
     revision: Text | None = option(None, help="Hub revision (branch, tag or commit) of the model.")
     variant: Text | None = option(None, help="Variant of the weight files, for example `fp16`.")
-    gradient_checkpointing: Bool = option(
+    gradient_checkpointing: Checkpointing = option(
         True,
         help="Recompute activations in the backward pass: much less memory for about a quarter more time. The result "
         "is the same.",

@@ -58,6 +58,7 @@ def test_the_sound_configuration_breaks_no_rule(workspace: Workspace) -> None:
         ({"optimizer_config": {"betas": [0.9]}, "optimizer": "came"}, "optimizer_config", "a value like (0.9"),
         ({"optimizer_config": "lr=1e-3"}, "optimizer_config", "use learning_rate"),
         ({"lr_scale_sqrt": True}, "lr_scale_sqrt", "set lr_scale to true too"),
+        ({"gradient_checkpointing": "auto"}, "gradient_checkpointing", 'gradient_checkpointing_interval to "auto"'),
         ({"gradient_checkpointing_interval": "some"}, "gradient_checkpointing_interval", 'or "auto"'),
         (
             {"gradient_checkpointing": False, "gradient_checkpointing_interval": 2},
