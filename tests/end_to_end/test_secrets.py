@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from simpletuner import cli
+from simpletuner.cli import program
 from tests.hub_uploads import TOKEN as HUB_TOKEN
 from tests.hub_uploads import upload_hub
 from tests.receiver import Receiver, receiver
@@ -168,7 +168,7 @@ def test_a_fault_of_the_program_is_kept_without_the_values_of_options(
     monkeypatch.setattr("tempfile.tempdir", None)
     arguments = ["train", "example=omnigen-tiny", f"--webhook_config={canary}", "--auth", canary, "--flag", "--seed=3"]
     monkeypatch.setattr(sys, "argv", ["simpletuner", *arguments])
-    said = cli._report_unexpected(ValueError("something"))
+    said = program._report_unexpected(ValueError("something"))
     (log,) = tmp_path.glob("simpletuner-error-*.log")
     assert canary not in said + log.read_text()
     assert "train example=omnigen-tiny --webhook_config=... --auth ... --flag --seed=..." in log.read_text()
