@@ -55,6 +55,14 @@ TRUSTING = frozenset(("aspect", "metadata"))
 _UNSAFE = re.compile(r"[^A-Za-z0-9._-]+")
 
 
+class UnusableData(DataError):
+    """Datasets that cannot be trained on, with what became of their files, so that all can still be listed."""
+
+    def __init__(self, problems: Sequence[Problem], funnels: Sequence[Funnel]):
+        super().__init__(problems)
+        self.funnels = tuple(funnels)
+
+
 def build_datasets(
     entries: Sequence[object],
     config: TrainConfig,
@@ -98,7 +106,8 @@ def build_datasets(
             scanned[backend.identity] = ScannedFolder(index, catalogue)
         return scanned[backend.identity]
 
-    datasets = []
+    datasets: list[Dataset] = []
+    funnels: list[Funnel] = []
     for entry in pictures:
         try:
             table = caption_table(entry, work_dir, data_file)
@@ -109,10 +118,12 @@ def build_datasets(
             for mask in masks_for(entry, entries):
                 dataset = with_masks(dataset, mask, scan(mask), data_file)
             datasets.append(dataset)
+            funnels.append(dataset.funnel)
         except DataError as error:
             problems += error.problems
+            funnels += error.funnels if isinstance(error, UnusableData) else ()
     if problems:
-        raise DataError(problems)
+        raise UnusableData(problems, funnels)
     return with_even_shares(datasets) if config.data_backend_sampling == "uniform" else datasets
 
 
@@ -233,8 +244,6 @@ def build_dataset(
     paired = select_paired(folder, shaped, partners, set_aside)
     chosen = select_subset(entry.id, config.seed, entry.max_num_samples, catalogue, paired, index)
     used = select_sizes(entry.id, config.seed, catalogue, chosen, sizes, spec, index, set_aside)
-    if not len(used.positions):
-        raise DataError(_nothing_left(entry, index, set_aside, data_file))
     buckets = group_by_size(used.heights, used.widths)
     funnel = Funnel(
         dataset_id=entry.id,
@@ -248,6 +257,8 @@ def build_dataset(
         buckets={size: len(members) for size, members in buckets.items()},
         set_aside=set_aside,
     )
+    if not buckets:
+        raise UnusableData([_nothing_left(entry, index, set_aside, data_file)], [funnel])
     content = [catalogue.pictures_digest, *([catalogue.texts_digest] if captions.reads_text_files else [])]
     content += [table.digest] if table else []
     content += [each.fingerprint for each in partners]

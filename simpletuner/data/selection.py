@@ -135,6 +135,8 @@ def _unique_sizes(catalogue: Catalogue, positions: NDArray[np.int64]) -> tuple[l
 
 def group_by_size(heights: NDArray[np.int64], widths: NDArray[np.int64]) -> dict[Size, NDArray[np.int64]]:
     """(height, width) -> indices into the used pictures, ascending."""
+    if not len(heights):
+        return {}
     packed = heights << 32 | widths
     order = np.argsort(packed, kind="stable")
     starts = np.flatnonzero(np.diff(packed[order], prepend=-1))

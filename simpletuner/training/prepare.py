@@ -7,7 +7,7 @@ from pathlib import Path
 from simpletuner.config.loading import LoadedRun
 from simpletuner.config.options import TrainConfig
 from simpletuner.data.dataset import Dataset
-from simpletuner.data.datasets import build_datasets
+from simpletuner.data.datasets import UnusableData, build_datasets
 from simpletuner.data.holdout import SUFFIX, hold_out
 from simpletuner.data.report import write_report
 from simpletuner.distributed.world import ALONE, World
@@ -84,9 +84,14 @@ def prepare_datasets(
             progress.advance(max(done - progress.done, 0))
             stop.check()
 
-        datasets = build_datasets(
-            loaded.datasets, loaded.config, family.spec, Path(loaded.config.cache_dir), tell, data_file
-        )
+        try:
+            datasets = build_datasets(
+                loaded.datasets, loaded.config, family.spec, Path(loaded.config.cache_dir), tell, data_file
+            )
+        except UnusableData as error:
+            if world.is_main:
+                write_report(output_dir, error.funnels)
+            raise
         progress.summary = f"{sum(dataset.funnel.bucketed for dataset in datasets)} pictures"
     for dataset in datasets:
         for line in dataset.funnel.lines():

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.runs import draw_pictures, run_cli, write_run
+from tests.runs import dataset, draw_pictures, run_cli, write_run
 
 
 def change_json(path: Path, change) -> None:
@@ -106,3 +106,15 @@ def test_pictures_larger_than_the_model_can_take_are_refused(tmp_path, omnigen_f
     assert result.returncode == 2
     assert "pictures.resolution" in result.stderr
     assert "256" in result.stderr
+
+
+def test_where_no_picture_is_left_the_report_still_names_each(tmp_path, omnigen_folder):
+    folder = write_run(tmp_path, omnigen_folder, [dataset("pictures", caption_strategy="filename")])
+    (folder / "pictures").mkdir()
+    for number in range(12):
+        (folder / f"pictures/{number}.png").write_text("hello")
+    result = run_cli(folder, "train")
+    assert result.returncode == 3
+    assert "none of the 12 pictures" in result.stderr
+    lines = (folder / "output/dataset_set_aside.jsonl").read_text().splitlines()
+    assert {json.loads(line)["path"] for line in lines} == {f"{number}.png" for number in range(12)}
