@@ -91,21 +91,7 @@ def build_datasets(
     problems = [problem for entry in pictures for problem in check_entry(entry, config, spec, data_file)]
     if problems:
         raise ConfigError(problems)
-    scanned: dict[str, ScannedFolder] = {}
-
-    def scan(entry: ImageDataset | ConditioningDataset) -> ScannedFolder:
-        is_trusted = False
-        if isinstance(entry, ConditioningDataset):
-            backend: Backend = LocalBackend(entry.instance_data_dir)
-        else:
-            backend = open_backend(entry, data_file)
-            is_trusted = bool(TRUSTING & {*entry.skip_file_discovery})
-        if backend.identity not in scanned:
-            index = Index(index_path(work_dir, backend.identity), backend)
-            catalogue = index.scan(_scan_progress(entry.id, report), is_trusted)
-            scanned[backend.identity] = ScannedFolder(index, catalogue)
-        return scanned[backend.identity]
-
+    scan = _Scans(work_dir, data_file, report)
     datasets: list[Dataset] = []
     funnels: list[Funnel] = []
     for entry in pictures:
@@ -125,6 +111,27 @@ def build_datasets(
     if problems:
         raise UnusableData(problems, funnels)
     return with_even_shares(datasets) if config.data_backend_sampling == "uniform" else datasets
+
+
+class _Scans:
+    """Scans each tree of files once, however many entries are over it."""
+
+    def __init__(self, work_dir: Path, data_file: str | None, report: ProgressReport | None):
+        self._work_dir, self._data_file, self._report = work_dir, data_file, report
+        self._done: dict[str, ScannedFolder] = {}
+
+    def __call__(self, entry: ImageDataset | ConditioningDataset) -> ScannedFolder:
+        is_trusted = False
+        if isinstance(entry, ConditioningDataset):
+            backend: Backend = LocalBackend(entry.instance_data_dir)
+        else:
+            backend = open_backend(entry, self._data_file)
+            is_trusted = bool(TRUSTING & {*entry.skip_file_discovery})
+        if backend.identity not in self._done:
+            index = Index(index_path(self._work_dir, backend.identity), backend)
+            catalogue = index.scan(_scan_progress(entry.id, self._report), is_trusted)
+            self._done[backend.identity] = ScannedFolder(index, catalogue)
+        return self._done[backend.identity]
 
 
 def with_even_shares(datasets: list[Dataset]) -> list[Dataset]:
@@ -259,10 +266,7 @@ def build_dataset(
     )
     if not buckets:
         raise UnusableData([_nothing_left(entry, index, set_aside, data_file)], [funnel])
-    content = [catalogue.pictures_digest, *([catalogue.texts_digest] if captions.reads_text_files else [])]
-    content += [table.digest] if table else []
-    content += [each.fingerprint for each in partners]
-    content += [f"{entry.max_num_samples} of {config.seed}"] if entry.max_num_samples else []
+    content = _content(entry, config, catalogue, captions, table, partners)
     ids, texts = catalogue.ids[used.positions], catalogue.texts[used.positions]
     seen = tuple(each.of(used.positions) for each in partners)
     # An eval loss compares the same crops each time.
@@ -277,6 +281,21 @@ def build_dataset(
         funnel=funnel,
         backend=index.backend,
     )
+
+
+def _content(
+    entry: ImageDataset,
+    config: TrainConfig,
+    catalogue: Catalogue,
+    captions: CaptionRules,
+    table: CaptionTable | None,
+    partners: Sequence[Partners],
+) -> list[str]:
+    """Digests of the files that a dataset is made of."""
+    content = [catalogue.pictures_digest, *([catalogue.texts_digest] if captions.reads_text_files else [])]
+    content += [table.digest] if table else []
+    content += [each.fingerprint for each in partners]
+    return content + ([f"{entry.max_num_samples} of {config.seed}"] if entry.max_num_samples else [])
 
 
 def caption_table(entry: ImageDataset, work_dir: Path, data_file: str | None) -> CaptionTable | None:
