@@ -10,6 +10,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import psutil
@@ -122,7 +123,7 @@ def make_plan(loaded: LoadedRun, probe: bool | None = None) -> Plan:
     steps = count_steps(loaded, sampler)
     largest = largest_load(training, config.train_batch_size)
 
-    longest = choose_prompts(family, training, largest.batch_size, longest=True)
+    longest = choose_prompts(family, training, largest, longest=True)
     shapes = read_shapes(loaded, family, largest, longest)
     memory = memory_rows(loaded, family, shapes, stays_vae=any(each.encodes_on_demand for each in datasets))
     available = device_memory(family.device)
@@ -130,12 +131,13 @@ def make_plan(loaded: LoadedRun, probe: bool | None = None) -> Plan:
     reason = why_no_probe(family, sum(row.num_bytes for row in memory), available, operations, probe)
     missing = cache_needs(loaded, family, datasets)
     seconds = None
-    notes = [f"memory is that of the largest batch, {largest.batch_size} of {largest.width}x{largest.height}"]
+    beside = "".join(f" with a reference of {width}x{height}" for height, width in largest.references)
+    notes = [f"memory is that of the largest batch, {largest.batch_size} of {largest.width}x{largest.height}{beside}"]
     if reason:
         notes.append(f"time was not measured: {reason}")
     else:
         loads = count_loads(training, sampler)
-        typical = choose_prompts(family, training, largest.batch_size, longest=False)
+        typical = choose_prompts(family, training, largest, longest=False)
         times = time_steps(loaded, family, [load for load, _ in loads.most_common(PROBED_LOADS)], typical)
         common = loads.most_common(1)[0][0]
         encode = time_encoding(family, common.height, common.width, config.vae_batch_size) if missing[0] else 0.0
@@ -205,7 +207,7 @@ def read_shapes(loaded: LoadedRun, family: ModelFamily, load: Load, embeds: Sequ
     for parameter in denoiser.parameters():
         parameter.data = parameter.data.to(computes_in)
     empty.dtype = computes_in
-    activations = measure_activations(empty, denoiser, load.height, load.width, embeds)
+    activations = measure_activations(empty, denoiser, load.height, load.width, embeds, load.references)
     return Shapes(count, 0 if is_full else frozen, dict(trained), trained_bytes, swapped, activations, optimizer)
 
 
@@ -292,7 +294,7 @@ def disk_rows(loaded: LoadedRun, shapes: Shapes, cached: tuple[int, int], total_
 def largest_load(training: Sequence[Dataset], batch_size: int) -> Load:
     """The micro-batch with the most pixels."""
     loads = [
-        Load(dataset.batch_size or batch_size, height, width, dataset.is_regularisation)
+        Load(dataset.batch_size or batch_size, height, width, dataset.is_regularisation, largest_references(training))
         for dataset in training
         for height, width in dataset.buckets
     ]
@@ -300,20 +302,33 @@ def largest_load(training: Sequence[Dataset], batch_size: int) -> Load:
 
 
 def count_loads(training: Sequence[Dataset], sampler: Sampler) -> Counter[Load]:
-    """Kinds of micro-batch -> how many of them the first epoch has; of a long epoch, a part of it."""
+    """Kinds of micro-batch -> how many of them the first epoch has; of a long epoch, a part of it.
+
+    Pictures of a run with references all count with the largest ones, since prompts name them.
+    """
+    references = largest_references(training)
     regularisation = {dataset.id for dataset in training if dataset.is_regularisation}
     batches = sampler.batches_in(0)
     loads: Counter[Load] = Counter()
     for index in range(min(batches, MAX_BATCHES)):
         batch = sampler.batch(0, index * batches // min(batches, MAX_BATCHES))
-        loads[Load(len(batch.sample_indices), *batch.size, batch.dataset_id in regularisation)] += 1
+        loads[Load(len(batch.sample_indices), *batch.size, batch.dataset_id in regularisation, references)] += 1
     return loads
 
 
-def choose_prompts(
-    family: ModelFamily, training: Sequence[Dataset], batch_size: int, longest: bool
-) -> list[PromptEmbeds]:
+def largest_references(training: Sequence[Dataset]) -> tuple[tuple[int, int], ...]:
+    """(height, width) in pixels of the reference pictures of the picture that has most of them, by area."""
+    found: tuple[tuple[int, int], ...] = ()
+    for dataset in training:
+        for sample in islice(dataset.samples if dataset.references else (), MAX_CAPTIONS):
+            sizes = tuple((each.crop.height, each.crop.width) for each in sample.references)
+            found = max(found, sizes, key=lambda row: sum(height * width for height, width in row))
+    return found
+
+
+def choose_prompts(family: ModelFamily, training: Sequence[Dataset], load: Load, longest: bool) -> list[PromptEmbeds]:
     """Prompts of one micro-batch: the longest captions, or the middle ones."""
+    batch_size = load.batch_size
     captions: list[str] = []
     for dataset in training:
         step = max(1, len(dataset.samples) * len(training) // MAX_CAPTIONS)
@@ -323,7 +338,8 @@ def choose_prompts(
     ordered = [caption for _, caption in sorted(zip(lengths, captions, strict=True), reverse=True)]
     start = 0 if longest else max(0, len(ordered) // 2 - batch_size // 2)
     chosen = ordered[start : start + batch_size]
-    embeds = family.encode_prompts((chosen * batch_size)[:batch_size])
+    sizes = [load.references] * batch_size if load.references else None
+    embeds = family.encode_prompts((chosen * batch_size)[:batch_size], sizes)
     family.free_prompt_encoders()
     return embeds
 

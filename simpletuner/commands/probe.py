@@ -29,16 +29,17 @@ TIMED_BATCHES = 2
 
 @dataclass(frozen=True)
 class Load:
-    """One kind of micro-batch: pictures, their size in pixels, and whether it is regularisation."""
+    """One kind of micro-batch: pictures, their size in pixels, whether it is regularisation, the references of each."""
 
     batch_size: int
     height: int
     width: int
     is_regularisation: bool = False
+    references: tuple[tuple[int, int], ...] = ()
 
     @property
     def num_pixels(self) -> int:
-        return self.batch_size * self.height * self.width
+        return self.batch_size * sum(height * width for height, width in ((self.height, self.width), *self.references))
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,7 @@ def _forward_and_backward(
     embeds: Sequence[PromptEmbeds],
 ) -> None:
     prompts = [embeds[index % len(embeds)] for index in range(load.batch_size)]
-    batch = empty_batch(family, load.height, load.width, prompts)
+    batch = empty_batch(family, load.height, load.width, prompts, load.references)
     batch = replace(batch, is_regularisation=load.is_regularisation)
     quantiles = torch.full((len(batch),), 0.5, dtype=torch.float64)
     with autocast(family.device, loaded.config.mixed_precision):

@@ -45,9 +45,22 @@ def num_bytes(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def empty_batch(family: ModelFamily, height: int, width: int, embeds: Sequence[PromptEmbeds]) -> Batch:
-    """A batch of latents without content for pictures of `height` x `width` pixels, on `family.device`."""
+Sizes = Sequence[tuple[int, int]]
+
+
+def empty_batch(
+    family: ModelFamily, height: int, width: int, embeds: Sequence[PromptEmbeds], references: Sizes = ()
+) -> Batch:
+    """A batch of latents without content for pictures of `height` x `width` pixels, on `family.device`.
+
+    Args:
+        references: (height, width) in pixels of the reference pictures that each sample has.
+    """
     spec, count = family.spec, len(embeds)
+    seen = [
+        torch.zeros(spec.latent_channels, tall // spec.vae_factor, wide // spec.vae_factor, device=family.device)
+        for tall, wide in references
+    ]
     shape = (count, spec.latent_channels, height // spec.vae_factor, width // spec.vae_factor)
     return Batch(
         latents=torch.zeros(shape, device=family.device),
@@ -56,11 +69,17 @@ def empty_batch(family: ModelFamily, height: int, width: int, embeds: Sequence[P
         digests=[""] * count,
         loss_weights=torch.ones(count),
         dataset_id="",
+        references=[seen] * count if seen else [],
     )
 
 
 def measure_activations(
-    family: ModelFamily, denoiser: nn.Module, height: int, width: int, embeds: Sequence[PromptEmbeds]
+    family: ModelFamily,
+    denoiser: nn.Module,
+    height: int,
+    width: int,
+    embeds: Sequence[PromptEmbeds],
+    references: Sizes = (),
 ) -> Activations:
     """Count what a forward pass of the training step saves.
 
@@ -68,8 +87,9 @@ def measure_activations(
         family: on the `meta` device, its dtype that of the computation.
         denoiser: on `meta`, adapter attached, everything in the dtype of the computation.
         embeds: the prompts of the micro-batch.
+        references: see `empty_batch`.
     """
-    batch = empty_batch(family, height, width, embeds)
+    batch = empty_batch(family, height, width, embeds, references)
     noise = torch.zeros_like(batch.latents)  # type: ignore[arg-type]
     counter = SavedBytes(denoiser, family.spec.block_classes)
     denoiser.train()

@@ -18,7 +18,7 @@ from simpletuner.commands.text import bytes_text, duration_text, short_count
 from simpletuner.optim.optimizers import build_optimizer
 from simpletuner.training.parts import attach_adapter, build_family
 from simpletuner.training.step import compute_losses
-from tests.runs import load_here, train_here, write_run
+from tests.runs import dataset, draw_pictures, load_here, train_here, write_run
 
 # Of the released OmniGen, whose shapes these are.
 RELEASED = {
@@ -172,3 +172,20 @@ def test_numbers_read_well():
         "1 h",
     ]
     assert [short_count(n) for n in (12, 45e3, 3.762e9)] == ["12", "45.00 k", "3.76 B"]
+
+
+def test_references_take_as_much_as_their_pictures(tmp_path: Path, omnigen_folder: Path):
+    draw_pictures(tmp_path / "after", 3, seed=1, side=256)
+    draw_pictures(tmp_path / "before", 3, seed=2, side=256)
+    before = {"id": "before", "instance_data_dir": "before", "dataset_type": "conditioning"}
+    before["conditioning_type"] = "reference_strict"
+    edit = [dataset("after", conditioning_data="before", resolution=256), before]
+    counted = {}
+    for name, entries in (("plain", [dataset("after", resolution=256)]), ("edit", edit)):
+        write_run(tmp_path, omnigen_folder, entries)
+        found = planning.make_plan(load_here(tmp_path), probe=name == "edit")
+        counted[name] = next(size for row, size in rows(found).items() if row.startswith("activations"))
+    # Twice the picture tokens; those of the prompt stay, and attention keeps no matrix of pairs.
+    assert 1.6 < counted["edit"] / counted["plain"] < 2.1
+    assert "with a reference of 256x256" in found.notes[0]
+    assert found.seconds is not None
