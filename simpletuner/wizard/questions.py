@@ -8,7 +8,7 @@ from typing import Any
 
 from simpletuner.hardware import GIB
 from simpletuner.models.registry import all_specs
-from simpletuner.models.spec import Flavour
+from simpletuner.models.spec import FamilySpec, Flavour
 from simpletuner.wizard.answers import ADAPTERS, GOALS, Answers
 from simpletuner.wizard.plan import Plan
 from simpletuner.wizard.proposals import proposed_prompts
@@ -51,7 +51,16 @@ def _set_family(answers: Answers, name: str) -> Answers:
 
 def _family_choices(answers: Answers) -> Choices:
     specs, _ = all_specs()  # of a broken package `simpletuner models` tells
-    return [(spec.name, f"{spec.title}: {spec.flavours[spec.default_flavour].description}") for spec in specs]
+    return [(spec.name, _family_words(spec)) for spec in specs]
+
+
+def _family_words(spec: FamilySpec) -> str:
+    """What a family is and takes, short enough for 80 columns."""
+    flavour = spec.flavours[spec.default_flavour]
+    size = f"{flavour.parameters / 1e9:.1f} billion parameters, {flavour.weight_bytes() / GIB:.0f} GiB"
+    facts = [size] if flavour.parameters else []
+    facts += ["edits too"] if spec.max_references else []
+    return f"{spec.title:<20} {', '.join(facts)}".rstrip()
 
 
 def _flavour_choices(answers: Answers) -> Choices:
@@ -121,7 +130,7 @@ GOAL = Question(
 FAMILY = Question(
     "family",
     "",
-    "The model that learns. Space chooses.",
+    "The model that learns; the weights' size is that in bf16, of its usual checkpoint. Space chooses.",
     "list",
     lambda answers, plan: answers.family,
     _set_family,

@@ -11,7 +11,7 @@ from simpletuner.wizard.answers import Answers
 from simpletuner.wizard.files import without_secrets
 from simpletuner.wizard.plan import make_plan
 from simpletuner.wizard.question import Question, option_questions
-from simpletuner.wizard.questions import FLAVOUR, WEBHOOK, pages
+from simpletuner.wizard.questions import FAMILY, FLAVOUR, WEBHOOK, pages
 from tests.unit.wizard.projects import answers
 
 DISCORD = "https://discord.com/api/webhooks/1/secret"
@@ -43,6 +43,13 @@ def test_a_flavour_says_what_it_takes():
     [(name, words)] = FLAVOUR.choices(answers())
     assert name == "v1"
     assert "Shitao/OmniGen-v1-diffusers, MIT; 7 GiB in bf16, 4 in int8" in words
+
+
+def test_families_are_told_in_a_line_of_80_columns():
+    words = dict(FAMILY.choices(answers()))
+    assert words["omnigen"] == "OmniGen              3.8 billion parameters, 7 GiB, edits too"
+    assert "edits" not in words["sdxl"]
+    assert max(map(len, words.values())) <= 70
 
 
 def told(question: Question) -> Callable[..., Answers]:
