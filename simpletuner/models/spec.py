@@ -21,6 +21,7 @@ class Flavour:
     Args:
         parameters: of the denoiser, which decides the memory that training needs; 0 where nobody counted them.
         defaults: option -> default that differs from the family's.
+        edits: it was made for editing pictures, so pairs are best taught to it.
     """
 
     name: str
@@ -29,6 +30,7 @@ class Flavour:
     licence: str = ""
     parameters: int = 0
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    edits: bool = False
 
     def weight_bytes(self, bits: int = 16) -> int:
         """Bytes of the frozen denoiser in a format of so many bits: the least that training an adapter needs."""

@@ -97,6 +97,16 @@ class Answers:
     def spec(self) -> FamilySpec:
         return get_spec(self.family)
 
+    @property
+    def flavour_name(self) -> str:
+        """The one that was chosen, or is proposed: for an edit one that was made for it, where there is one."""
+        if self.flavour:
+            return self.flavour
+        editing = [name for name, flavour in self.spec.flavours.items() if flavour.edits]
+        if self.goal == "edit" and editing and self.spec.default_flavour not in editing:
+            return editing[0]
+        return self.spec.default_flavour
+
 
 def read_adapter(text: str) -> Adapter:
     """An adapter by its name.

@@ -57,8 +57,8 @@ def make_plan(answers: Answers) -> Plan:
 
 def _model_options(answers: Answers) -> dict[str, Any]:
     options: dict[str, Any] = {"model_family": answers.family}
-    if answers.flavour:
-        options["model_flavour"] = answers.flavour
+    if answers.flavour or answers.flavour_name != answers.spec.default_flavour:
+        options["model_flavour"] = answers.flavour_name
     if answers.model:
         options["pretrained_model_name_or_path"] = answers.model
     options["model_type"] = "full" if answers.goal == "full" else "lora"
@@ -104,7 +104,7 @@ def _validation_options(answers: Answers, training: Mapping[str, Any]) -> dict[s
     side = answers.options.get("resolution", training["resolution"])
     is_area = answers.options.get("resolution_type") == "area"
     steps = training["max_train_steps"] or proposals.proposed_steps(answers, training["train_batch_size"])
-    declared, native = all_options(), answers.spec.defaults_for(answers.flavour)
+    declared, native = all_options(), answers.spec.defaults_for(answers.flavour_name)
     names = ("validation_num_inference_steps", "validation_guidance")
     return {
         "validation_step_interval": max(1, steps // 10),

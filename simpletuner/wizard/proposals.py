@@ -54,7 +54,7 @@ def base_format(answers: Answers) -> dict[str, Any]:
 
     Where the weights do not fit even while they are quantised, the processor quantises them.
     """
-    flavour = answers.spec.flavours[answers.flavour or answers.spec.default_flavour]
+    flavour = answers.spec.flavours[answers.flavour_name]
     room = USABLE * answers.hardware.device_bytes - BESIDE_WEIGHTS
     if flavour.weight_bytes() <= room:
         return {}
@@ -99,7 +99,7 @@ def proposed_steps(answers: Answers, batch: int) -> int:
 def proposed_resolution(answers: Answers) -> int:
     """The largest usual side that half of the pictures reach and the family draws by default."""
     spec = answers.spec
-    native = parse_sizes(str(spec.defaults_for(answers.flavour).get("validation_resolution", "1024")))[0]
+    native = parse_sizes(str(spec.defaults_for(answers.flavour_name).get("validation_resolution", "1024")))[0]
     limit = max(native)
     facts = answers.seen.get(answers.pictures)
     if facts and facts.usable:

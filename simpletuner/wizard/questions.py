@@ -75,7 +75,7 @@ def _facts_of(flavour: Flavour) -> str:
 
 
 def _set_flavour(answers: Answers, name: str) -> Answers:
-    is_default = answers.flavour is None and name == answers.spec.default_flavour
+    is_default = answers.flavour is None and name == answers.flavour_name
     return answers if is_default else replace(answers, flavour=name)
 
 
@@ -141,7 +141,7 @@ FLAVOUR = Question(
     "Flavour",
     "Which published checkpoint of the family.",
     "choice",
-    lambda answers, plan: answers.flavour or answers.spec.default_flavour,
+    lambda answers, plan: answers.flavour_name,
     _set_flavour,
     _flavour_choices,
 )

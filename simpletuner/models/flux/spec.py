@@ -26,7 +26,8 @@ _DEV_PARAMETERS = 11_901_408_320
 
 def _flavour(name: str, words: str, licence: str = _NON_COMMERCIAL, **defaults: float) -> Flavour:
     repository = {"krea": "Krea-dev", "kontext": "Kontext-dev"}.get(name, name)
-    return Flavour(name, f"black-forest-labs/FLUX.1-{repository}", words, licence, _DEV_PARAMETERS, defaults)
+    hub_id = f"black-forest-labs/FLUX.1-{repository}"
+    return Flavour(name, hub_id, words, licence, _DEV_PARAMETERS, defaults, edits=name == "kontext")
 
 
 FLUX = FamilySpec(

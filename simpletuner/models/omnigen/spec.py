@@ -23,6 +23,7 @@ OMNIGEN = FamilySpec(
             description="3.8 billion parameters, Phi-3 token layout, SDXL VAE, up to 1024 px",
             licence="MIT",
             parameters=3_760_000_000,
+            edits=True,
         )
     },
     default_flavour="v1",

@@ -70,6 +70,13 @@ def test_a_model_that_does_not_fit_is_quantised(monkeypatch: pytest.MonkeyPatch)
     assert "base_model_precision" not in make_plan(answers(hardware=SMALL_GPU, goal="full")).config
 
 
+def test_an_edit_is_taught_to_a_checkpoint_that_was_made_for_it():
+    assert make_plan(answers(family="flux", goal="edit")).config["model_flavour"] == "kontext"
+    assert "model_flavour" not in make_plan(answers(family="flux", goal="style")).config
+    assert make_plan(answers(family="flux", flavour="dev", goal="edit")).config["model_flavour"] == "dev"
+    assert "model_flavour" not in make_plan(answers(family="omnigen", goal="edit")).config
+
+
 def test_pairs_become_two_entries_that_name_each_other():
     after = PictureFacts(usable=4, with_text=4, with_name=4, side=64, shapes=frozenset({(64, 64)}))
     given = answers(goal="edit", reference_pictures="before", seen={"pictures": after, "before": after})
