@@ -163,6 +163,36 @@ def test_after_a_change_nothing_stale_is_used_and_nothing_is_made_twice(folder, 
     assert ids == fresh_ids
 
 
+def read_references(folder: Path, cache_dir: str = "cache") -> list[Tensor]:
+    """The latents of the references of all pictures, in their order."""
+    loaded = load_here(folder, f"--cache_dir={cache_dir}")
+    (folder / "output").mkdir(exist_ok=True)
+    [each], sources = prepare_data(loaded, build_family(loaded), folder / "output", EventBus(), StopRequest())
+    return [sources["sources"].latents(sample.references)[0] for sample in each.samples]
+
+
+@pytest.mark.parametrize("kind", ["reference_strict", "reference_loose"])
+def test_a_reference_picture_is_never_stale_and_never_made_twice(folder, monkeypatch, kind):
+    """Other bytes under the same name, size and time are one picture to encode; the pictures beside it stay."""
+    shutil.copytree(folder / "pictures", folder / "sources")
+    entry(folder, conditioning_data="sources")
+    path = folder / "multidatabackend.json"
+    sources = {"id": "sources", "dataset_type": "conditioning", "instance_data_dir": "sources"}
+    path.write_text(json.dumps([*json.loads(path.read_text()), sources | {"conditioning_type": kind}]))
+    before = read_references(folder)
+    counter = Counter(monkeypatch)
+    assert all(map(torch.equal, read_references(folder), before))
+    assert counter.pictures == 0
+    picture = folder / "sources/001.bmp"
+    data = bytearray(picture.read_bytes())
+    data[200:8000] = bytes(255 - value for value in data[200:8000])
+    same_size_and_time(picture, bytes(data))
+    after = read_references(folder)
+    assert counter.pictures == 1
+    assert [torch.equal(*each) for each in zip(before, after, strict=True)] == [True, False, True, True]
+    assert all(map(torch.equal, read_references(folder, "fresh"), after))
+
+
 def test_a_new_scale_needs_no_encoding_and_is_applied(folder, monkeypatch):
     _, before, _ = read(folder)
     path = folder.parent / "model/vae/config.json"
