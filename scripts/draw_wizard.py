@@ -73,7 +73,9 @@ async def screens() -> dict[str, str]:
             images[name] = wizard.export_screenshot()
 
         await keep("goal")
-        await pilot.press("ctrl+n", "ctrl+n")
+        await pilot.press("ctrl+n")
+        await keep("model")
+        await pilot.press("ctrl+n")
         await fill_in(pilot, "pictures", "datasets/luna")
         await fill_in(pilot, "eval_pictures", "datasets/luna-held-out")
         await fill_in(pilot, "instance_prompt", "luna cat")
