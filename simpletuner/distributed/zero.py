@@ -10,8 +10,10 @@ from __future__ import annotations
 import logging
 import math
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -70,6 +72,8 @@ class Zero(Copies):
     def take_over(self, optimizer: torch.optim.Optimizer) -> None:
         if self.denoiser_device.type == "cpu":
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
+            # DeepSpeed compiles its communication for processors with the ninja that was installed beside Python.
+            os.environ["PATH"] = f"{os.environ.get('PATH', '')}{os.pathsep}{Path(sys.executable).parent}"
         import deepspeed
 
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
