@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import psutil
@@ -26,10 +27,17 @@ def live_output(run: Run) -> Tensor:
     """What the live weights make of the probe, on the CPU: (1, C, h, w). All processes take part."""
     was_training = run.denoiser.training
     run.denoiser.eval()
-    with run.autocast():  # as in training: adapters in float32 may sit on a base in half precision
+    # As in training, for adapters in float32 may sit on a base in half precision; what is float32 throughout is
+    # compared in float32, whatever training computes in.
+    with nullcontext() if probe_dtype(run) == torch.float32 else run.autocast():
         output = probe_output(run.family, run.denoiser).cpu()
     run.denoiser.train(was_training)
     return output
+
+
+def probe_dtype(run: Run) -> torch.dtype:
+    """The coarsest number format of base and adapter: how alike two outputs can be."""
+    return min((run.family.dtype, *(each.dtype for each in run.trainable)), key=lambda dtype: -TOLERANCE[dtype])
 
 
 def prove_adapter(run: Run, path: Path, reference: Tensor) -> None:
@@ -59,7 +67,7 @@ def prove_adapter(run: Run, path: Path, reference: Tensor) -> None:
         family.spec,
         lambda denoiser: probe_output(family, denoiser),
         reference,
-        TOLERANCE[family.dtype],
+        TOLERANCE[probe_dtype(run)],
     )
 
 

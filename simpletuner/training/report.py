@@ -30,8 +30,15 @@ def report_run(output_dir: Path, datasets: Sequence[Dataset], bus: EventBus) -> 
 
 
 def write_contact_pictures(folder: Path, datasets: Sequence[Dataset]) -> None:
-    """Keep some pictures of each dataset as they were trained on, with their captions, as the report shows them."""
-    with storage.commit_dir(folder) as temporary:
+    """Keep some pictures of each dataset as they were trained on, with their captions, as the report shows them.
+
+    Those that are there stay where no dataset has changed: pictures in a bucket are not fetched at each start.
+    """
+    fingerprints = {dataset.id: dataset.fingerprint for dataset in datasets}
+    is_whole = folder.is_dir() and not storage.verify_dir(folder, full=False)
+    if is_whole and storage.read_manifest(folder).metadata.get("datasets") == fingerprints:
+        return
+    with storage.commit_dir(folder, metadata={"datasets": fingerprints}) as temporary:
         listed = []
         for index, dataset in enumerate(datasets):
             for number, tile in enumerate(choose_pictures(dataset, PICTURES_EACH)):

@@ -95,9 +95,9 @@ def test_a_second_start_reads_no_object_of_a_bucket_and_a_changed_one_is_noticed
     place = run(tmp_path, omnigen_folder, "bucket", **bucket(server, "seen"))
     server.requests.clear()
     output = train_here(place)
-    # Once for the scan, and each picture once more for the VAE.
+    # Once for the scan, and each picture once more for the VAE, and once for the report.
     assert Counter(server.fetched()) == {
-        f"/pictures/seen/{path.name}": 2 if path.suffix == ".png" else 1 for path in folder.iterdir()
+        f"/pictures/seen/{path.name}": 3 if path.suffix == ".png" else 1 for path in folder.iterdir()
     }
     again(place)
     assert server.fetched() == []
@@ -105,7 +105,8 @@ def test_a_second_start_reads_no_object_of_a_bucket_and_a_changed_one_is_noticed
     server.client.put_object(Bucket="pictures", Key="seen/001.png", Body=(other / "000.png").read_bytes())
     server.requests.clear()
     train_here(place, f"--max_train_steps={3 * STEPS}")
-    assert server.fetched() == ["/pictures/seen/001.png"] * 2
+    pictures = [f"/pictures/seen/{path.name}" for path in folder.glob("*.png")]
+    assert Counter(server.fetched()) == {**dict.fromkeys(pictures, 1), "/pictures/seen/001.png": 3}
     assert len(losses(output)) == 3 * STEPS
 
 
@@ -166,7 +167,7 @@ def test_a_second_start_reads_no_row_and_a_changed_one_is_noticed(
     read = cls.read
     monkeypatch.setattr(cls, "read", lambda self, path: (opened.append(path), read(self, path))[1])
     output = train_here(place)
-    assert len(opened) == 15  # 5 pictures and captions in the scan, 5 pictures for the VAE
+    assert len(opened) == 20  # 5 pictures and captions in the scan, 5 pictures for the VAE, 5 for the report
     opened.clear()
     again(place)
     assert opened == []
@@ -177,7 +178,8 @@ def test_a_second_start_reads_no_row_and_a_changed_one_is_noticed(
     train_here(place, f"--max_train_steps={3 * STEPS}")
     pictures = [path for path in opened if not path.endswith(b".txt")]
     assert len(set(opened) - set(pictures)) == 1
-    assert len(pictures) <= 6 + 1  # the rows of changed shards are looked at again; only one is encoded again
+    # The rows of changed shards are looked at again; only one is encoded again; the report shows all five.
+    assert len(pictures) <= 6 + 1 + 5
     assert len(losses(output)) == 3 * STEPS
 
 
