@@ -26,6 +26,7 @@ from simpletuner.training.checkpoint import Checkpoints
 from simpletuner.training.devices import adapter_dtype, number_formats, pick_device, weight_dtype
 from simpletuner.training.evaluation import Evaluator
 from simpletuner.training.latents import LatentSources
+from simpletuner.training.place import is_denoiser_spread
 from simpletuner.training.preflight import model_source
 from simpletuner.training.signals import StopRequest
 from simpletuner.validation.external import ExternalScript
@@ -154,7 +155,8 @@ def build_validator(
     Processes that share one denoiser draw together, for each has to fetch its part; only the main one keeps pictures.
     """
     config = loaded.config
-    if config.validation_disable or not (world.is_main or config.fsdp_enable):
+    draws_together = is_denoiser_spread(config)
+    if config.validation_disable or not (world.is_main or draws_together):
         return None
     if config.validation_method == "external-script":
         if not world.is_main:
@@ -185,6 +187,6 @@ def build_validator(
         references,
         # Processes that draw together have to stop together: they do after the step.
         is_stopping=lambda: bool(stop) and world.size == 1,
-        from_main=world.from_main if config.fsdp_enable else lambda value: value,
+        from_main=world.from_main if draws_together else lambda value: value,
     )
     return validator if validator.requests else None

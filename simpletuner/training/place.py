@@ -8,7 +8,7 @@ from torch import nn
 
 from simpletuner.adapters.base import Adapter
 from simpletuner.adapters.full import FullAdapter
-from simpletuner.config.deepspeed import read_deepspeed
+from simpletuner.config.deepspeed import read_deepspeed, stage_of
 from simpletuner.config.options import TrainConfig
 from simpletuner.distributed.placement import Copies, Parts, Placement
 from simpletuner.distributed.sharding import shard_denoiser, spread_parameters
@@ -17,6 +17,13 @@ from simpletuner.distributed.zero import Zero
 from simpletuner.errors import ConfigError, Problem
 from simpletuner.models.family import ModelFamily
 from simpletuner.training.swapping import move_with_swap, repeated_blocks
+
+
+def is_denoiser_spread(config: TrainConfig) -> bool:
+    """Whether a forward pass needs all processes, since each holds a part of the denoiser."""
+    if config.deepspeed_config:
+        return stage_of(read_deepspeed(Path(config.deepspeed_config))) == 3
+    return config.fsdp_enable
 
 
 def place_denoiser(

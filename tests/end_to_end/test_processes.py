@@ -172,9 +172,12 @@ def clipped_by_norm(tmp_path_factory, omnigen_folder) -> Path:
 def test_deepspeed_trains_what_one_process_does_and_resumes(tmp_path, omnigen_folder, clipped_by_norm, stage):
     """Slow the first time: DeepSpeed compiles its communication for processors."""
     options = {"num_processes": 2, "deepspeed_config": "deepspeed.json", **BY_NORM}
+    options |= {"validation_disable": False, "validation_prompt": "a box", "validation_resolution": "64"}
+    options |= {"validation_num_inference_steps": 2, "validation_step_interval": 8, "validation_guidance": 1.0}
     folder = with_deepspeed(write_run(tmp_path, omnigen_folder, **options), stage)
     train(folder, "--max_train_steps=4")
     resumed = train(folder)
+    assert list((resumed / "validation_images").glob("*.png"))
     assert_same_training(clipped_by_norm, resumed)
     assert_same_tensors(clipped_by_norm / "checkpoint-8", resumed / "checkpoint-8")
 
