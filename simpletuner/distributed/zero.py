@@ -10,10 +10,8 @@ from __future__ import annotations
 import logging
 import math
 import os
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -72,10 +70,11 @@ class Zero(Copies):
     def take_over(self, optimizer: torch.optim.Optimizer) -> None:
         if self.denoiser_device.type == "cpu":
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
-            # DeepSpeed compiles its communication for processors with the ninja that was installed beside Python.
-            os.environ["PATH"] = f"{os.environ.get('PATH', '')}{os.pathsep}{Path(sys.executable).parent}"
         import deepspeed
 
+        # Its communication for processors is compiled at first use, for minutes, and waits forever for the lock of a
+        # compilation that was killed. Gloo does the same work.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         self._optimizer = optimizer
         self._engine, *_ = deepspeed.initialize(

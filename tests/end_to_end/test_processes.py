@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import time
@@ -167,10 +166,8 @@ def clipped_by_norm(tmp_path_factory, omnigen_folder) -> Path:
 
 
 @pytest.mark.ci
-@pytest.mark.skipif(shutil.which("g++") is None, reason="DeepSpeed compiles its communication: there is no g++")
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_deepspeed_trains_what_one_process_does_and_resumes(tmp_path, omnigen_folder, clipped_by_norm, stage):
-    """Slow the first time: DeepSpeed compiles its communication for processors."""
     options = {"num_processes": 2, "deepspeed_config": "deepspeed.json", **BY_NORM}
     options |= {"validation_disable": False, "validation_prompt": "a box", "validation_resolution": "64"}
     options |= {"validation_num_inference_steps": 2, "validation_step_interval": 8, "validation_guidance": 1.0}
