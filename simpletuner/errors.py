@@ -98,3 +98,10 @@ class Interrupted(SimpleTunerError):
     def __init__(self, message: str, exit_code: int = EXIT_INTERRUPTED):
         super().__init__(message)
         self.exit_code = exit_code
+
+
+class Stopping(Exception):
+    """No error: leaves off work that can wait (pictures, an evaluation) where the run is asked to stop.
+
+    Whoever began the work catches it; the loop then saves and raises `Interrupted`.
+    """

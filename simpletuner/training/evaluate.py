@@ -25,6 +25,9 @@ def evaluate(run: Run) -> None:
     step, started = run.state.global_step, time.monotonic()
     with averaged_weights(run.optimizer), run.autocast():
         result = run.evaluator.run(run.denoiser)
+        if result is None:
+            run.bus.emit(Notice("info", f"no eval loss at step {step}: the run is asked to stop"))
+            return
         reference = reference_result(run, result)
     # The processes compute the same; the last bit of one of them shall not make them disagree on the end of the run.
     run.eval_losses[step] = run.world.from_main(result.pooled)
@@ -54,7 +57,8 @@ def evaluate(run: Run) -> None:
 def reference_result(run: Run, result: EvalResult) -> EvalResult | None:
     """The untouched base on the same pictures: computed once in a process.
 
-    Full training has its base before its first step only; a run that goes on has no reference then.
+    Full training has its base before its first step only; a run that goes on has no reference then, nor has one that is
+    asked to stop meanwhile.
     """
     assert run.evaluator is not None
     if run.eval_reference is None:

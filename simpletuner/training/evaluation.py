@@ -7,7 +7,7 @@ family's distribution with the same noise every time, so that two evaluations di
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from simpletuner.batch import Batch, Sample
 from simpletuner.data.dataset import Dataset
 from simpletuner.diffusion.timesteps import fixed_quantiles
+from simpletuner.errors import Stopping
 from simpletuner.models.family import ModelFamily
 from simpletuner.randomness import keyed_generator
 from simpletuner.training.batches import LatentSource, reference_latents, reference_sizes
@@ -63,6 +64,7 @@ class Evaluator:
         num_timesteps: quantiles per picture (`eval_timesteps`).
         batch_size: rows per forward pass; part of what is fixed, since it may change the last bits.
         one_reference: the model sees one reference of a picture, where it has several: always the first here.
+        is_stopping: asked before each forward pass; every process must get the same answer.
     """
 
     def __init__(
@@ -74,6 +76,7 @@ class Evaluator:
         num_timesteps: int,
         batch_size: int,
         one_reference: bool = False,
+        is_stopping: Callable[[], bool] = lambda: False,
     ):
         self.family = family
         self.datasets = list(datasets)
@@ -82,14 +85,20 @@ class Evaluator:
         self.quantiles = fixed_quantiles(num_timesteps)
         self.batch_size = batch_size
         self.one_reference = one_reference
+        self.is_stopping = is_stopping
 
-    def run(self, denoiser: nn.Module) -> EvalResult:
-        """Evaluate; raises what the denoiser raises."""
+    def run(self, denoiser: nn.Module) -> EvalResult | None:
+        """Evaluate; None where the run was asked to stop meanwhile, since half of a loss is none.
+
+        Raises what the denoiser raises.
+        """
         was_training = denoiser.training
         denoiser.eval()
         try:
             with torch.no_grad():
                 losses = {dataset.id: self._dataset_losses(denoiser, dataset) for dataset in self.datasets}
+        except Stopping:
+            return None
         finally:
             denoiser.train(was_training)
         pooled = torch.cat(list(losses.values()))
@@ -110,6 +119,8 @@ class Evaluator:
         losses: list[float] = []
         start = 0
         while start < len(rows):
+            if self.is_stopping():
+                raise Stopping
             chunk = _same_size_run(rows[start : start + self.batch_size])
             losses += self._chunk_losses(denoiser, dataset, chunk)
             start += len(chunk)

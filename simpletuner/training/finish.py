@@ -17,7 +17,7 @@ from simpletuner.optim.optimizers import averaged_weights
 from simpletuner.reporting.events import Notice, RunFinished
 from simpletuner.reporting.loss_plot import draw_loss_plot
 from simpletuner.reporting.report import REPORT_FILE
-from simpletuner.reporting.sinks.jsonl import METRICS_FILE
+from simpletuner.reporting.sinks.jsonl import METRICS_FILE, read_records
 from simpletuner.training.evaluation import best_step
 from simpletuner.training.lock import LOCK_FILE
 from simpletuner.training.phases import phase
@@ -25,6 +25,8 @@ from simpletuner.training.preflight import model_source
 from simpletuner.training.proof import live_output, prove_adapter
 from simpletuner.training.report import report_run
 from simpletuner.training.run import Run
+
+PIPELINE_DIR = "pipeline"
 
 
 def finish_run(run: Run, seconds: float) -> None:
@@ -51,8 +53,15 @@ def finish_run(run: Run, seconds: float) -> None:
     outputs["report"] = run.output_dir / REPORT_FILE
     command = generate_command(run.loaded, run.family.source.model, outputs)
     run.bus.emit(RunFinished(step=run.state.global_step, seconds=seconds, outputs=outputs, commands=(command,)))
-    if run.world.is_main:
-        report_run(run.output_dir, run.datasets, run.bus)
+    report_run(run.output_dir, run.datasets, run.bus)
+
+
+def was_finished(run: Run) -> bool:
+    """Whether an earlier process brought the run to this end: the last checkpoint is older than the final weights."""
+    weights = run.output_dir / (run.adapter.file_name if run.adapter.can_be_disabled else PIPELINE_DIR)
+    ends = (record for record in read_records(run.output_dir / METRICS_FILE) if record.get("event") == "run_finished")
+    is_told = any(record.get("step") == run.state.global_step for record in ends)
+    return bool(run.world.from_main(is_told and weights.exists()))
 
 
 def save_weights(run: Run) -> dict[str, Path]:
@@ -70,7 +79,7 @@ def save_weights(run: Run) -> dict[str, Path]:
 
 def save_model(run: Run, folder: Path) -> Path:
     """Write the live weights as a whole model folder: `pipeline` in `folder`."""
-    path = folder / "pipeline"
+    path = folder / PIPELINE_DIR
     denoiser = whole_denoiser(run)
     if run.world.is_main:
         folder.mkdir(parents=True, exist_ok=True)

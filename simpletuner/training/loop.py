@@ -61,10 +61,7 @@ def run_training(run: Run) -> None:
         Interrupted: a signal came; the state is saved.
     """
     run.denoiser.train()
-    if run.state.global_step == 0:
-        maybe_evaluate(run, always=True)
-        maybe_validate(run, always=True)
-
+    begin(run)
     while not run.is_finished:
         started = time.perf_counter()
         epoch = run.state.epoch
@@ -75,12 +72,31 @@ def run_training(run: Run) -> None:
             report_loss_bins(run)
 
         maybe_checkpoint(run)
-        maybe_evaluate(run)
-        maybe_validate(run)
         if outcome.stops:
-            run.stop.adopt()
+            run.stop.adopt()  # what is due is made up for by the process that goes on
+        else:
+            maybe_evaluate(run)
+            maybe_validate(run)
         if run.stop and (outcome.stops or run.world.size == 1):
             raise run.stop.error(saved=str(save_checkpoint(run)))
+
+
+def begin(run: Run) -> None:
+    """Evaluate and draw what is due at the step that this process starts from.
+
+    Of a new run that is the base, of one that goes on what a kill or a signal has cost: the checkpoint of a step is
+    older than its evaluation and pictures. (Intervals of epochs are not made up for: the step before is not known.)
+
+    Raises:
+        Interrupted: a signal came.
+    """
+    step = run.state.global_step
+    if step == 0 or step not in run.eval_losses:
+        maybe_evaluate(run, always=step == 0)
+    if run.validator is not None and (step == 0 or not run.validator.has_drawn(step)):
+        maybe_validate(run, always=step == 0)
+    if run.stop and run.world.size == 1:
+        raise run.stop.error(saved=str(save_checkpoint(run)) if step else None)
 
 
 def train_window(run: Run, window: Window) -> StepOutcome:

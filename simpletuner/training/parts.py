@@ -121,7 +121,12 @@ def build_batches(
 
 
 def build_evaluator(
-    loaded: LoadedRun, family: ModelFamily, datasets: Sequence[Dataset], sources: LatentSources
+    loaded: LoadedRun,
+    family: ModelFamily,
+    datasets: Sequence[Dataset],
+    sources: LatentSources,
+    stop: StopRequest,
+    world: World = ALONE,
 ) -> Evaluator | None:
     """None where there is nothing to evaluate; an interval without an eval dataset is told by `config/rules.py`."""
     config = loaded.config
@@ -138,6 +143,7 @@ def build_evaluator(
         config.eval_timesteps,
         config.train_batch_size,
         one_reference=config.conditioning_multidataset_sampling == "random",
+        is_stopping=lambda: world.any(bool(stop)),
     )
 
 

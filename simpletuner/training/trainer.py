@@ -32,7 +32,7 @@ from simpletuner.training.checkpoint import Checkpoints, load_checkpoint, read_s
 from simpletuner.training.devices import pick_device
 from simpletuner.training.evaluate import read_history
 from simpletuner.training.evaluation import losses_from_json
-from simpletuner.training.finish import finish_run
+from simpletuner.training.finish import finish_run, was_finished
 from simpletuner.training.kernels import attention_kernel, compile_blocks
 from simpletuner.training.lock import write_lock
 from simpletuner.training.loop import run_training
@@ -79,7 +79,7 @@ def train(loaded: LoadedRun) -> None:
             run = build_run(loaded, output_dir, bus, stop, world)
             stack.callback(run.close)
             started = time.monotonic()
-            if run.is_finished:
+            if run.is_finished and was_finished(run):
                 bus.emit(
                     Notice("info", f"{output_dir} is complete: step {run.state.global_step} of {run.max_train_steps}")
                 )
@@ -160,7 +160,7 @@ def build_run(loaded: LoadedRun, output_dir: Path, bus: EventBus, stop: StopRequ
         lr_factor=build_lr_factor(loaded, total_steps, world),
         ema=EMA(parameters, config.ema_decay, config.ema_update_interval) if config.use_ema else None,
         batches=build_batches(loaded, family, training, sources, sampler, world),
-        evaluator=build_evaluator(loaded, family, datasets, sources),
+        evaluator=build_evaluator(loaded, family, datasets, sources, stop, world),
         validator=build_validator(loaded, family, datasets, checkpoints, bus, stop, world),
         checkpoints=checkpoints,
         bus=bus,

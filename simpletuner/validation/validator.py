@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from simpletuner.config.prompt_library import LibraryPrompt
-from simpletuner.errors import ConfigError, DataError
+from simpletuner.errors import ConfigError, DataError, Stopping
 from simpletuner.reporting.bus import EventBus
 from simpletuner.reporting.events import (
     Notice,
@@ -45,10 +45,6 @@ if TYPE_CHECKING:
 PICTURE_FAILURES = (RuntimeError, OSError, ValueError, DataError, ConfigError)
 
 
-class Stopping(Exception):
-    """The run is asked to stop, and a machine that is taken away does not wait for thirty pictures."""
-
-
 class Validator:
     """Validation of one run.
 
@@ -57,7 +53,7 @@ class Validator:
         prompt_library: nickname -> prompt, or None.
         output_dir: pictures go to `validation_images/` and `benchmarks/base_model/` in it.
         references: input pictures of prompts that name none of their own.
-        is_stopping: asked before each denoising step; where it says yes, the rest is left undrawn.
+        is_stopping: asked before each denoising step and before scores; where it says yes, the rest is left off.
         from_main: what the main process decided, where several draw together: each must draw the same.
 
     Attributes:
@@ -127,6 +123,10 @@ class Validator:
                 self._emit_scores(self._scorer, drawn, step)
         return [picture.path for picture in saved]
 
+    def has_drawn(self, step: int) -> bool:
+        """Whether the pictures of `step` are there: those of a run that was killed over them are not."""
+        return self.from_main(step in self.files.steps_with_pictures())
+
     def write_summaries(self, step: int) -> dict[str, Path]:
         """The sheets of a whole run, by what they are; none where `step` has no pictures."""
         sheets = {
@@ -141,6 +141,7 @@ class Validator:
         try:
             yield
         except Stopping:
+            # A machine that is taken away does not wait for thirty pictures.
             self._vae.free()
             self.bus.emit(Notice("info", f"no {what}: the run is asked to stop"))
         except NotImplementedError:
@@ -156,6 +157,8 @@ class Validator:
         kinds = self._kinds_due(ema, step)
         if not kinds:
             return [], {}
+        if self.is_stopping():
+            raise Stopping
         self.bus.emit(PhaseStarted(name, len(kinds) * len(self.requests)))
         pipeline = self.family.pipeline(denoiser, self._vae.load())
         if self.config.validation_noise_scheduler:
@@ -239,7 +242,11 @@ class Validator:
 
     def _emit_scores(self, scorer: ClipScorer, drawn: Mapping[Kind, list[Picture]], step: int) -> None:
         """The score of each picture; the mean is that of the weights in training, else of what there is."""
-        scores = {kind: scorer.score(pictures) for kind, pictures in drawn.items()}
+        scores: dict[Kind, list[float]] = {}
+        for kind, pictures in drawn.items():
+            if self.is_stopping():
+                raise Stopping
+            scores[kind] = scorer.score(pictures)
         judged = next(scores[kind] for kind in ("live", "ema", "base") if kind in scores)
         by_name = {
             f"{kind}/{picture.request.title}": score

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,8 +12,9 @@ import pytest
 from PIL import Image
 
 from simpletuner import storage
+from simpletuner.errors import Interrupted
 from simpletuner.training import evaluate, loop
-from simpletuner.training.evaluation import EvalResult
+from simpletuner.training.evaluation import EvalResult, Evaluator
 from tests.runs import dataset, draw_pictures, metrics, train_here, write_run
 from tests.tiny import tiny_omnigen_folder
 
@@ -149,6 +151,34 @@ def test_a_killed_run_remembers_evaluations_after_its_last_checkpoint(
     assert json.loads((folder / "output" / "eval_losses.json").read_text())["4"] == 6.0
     train_here(folder)
     assert metrics(folder / "output", "run_finished")[-1]["step"] == 6
+
+
+def test_a_run_that_is_asked_to_stop_leaves_its_evaluation_and_makes_up_for_it(
+    tmp_path: Path, omnigen_folder: Path, monkeypatch
+):
+    """A rented machine gives thirty seconds: no pass is waited for, and no half of one is recorded."""
+    options = {**EVERY_STEP, "max_train_steps": 4, "train_batch_size": 1, "use_ema": True}
+    expected = train_here(write_run(tmp_path / "whole", omnigen_folder, **options))
+    folder = write_run(tmp_path / "stopped", omnigen_folder, **options)
+    passes: list[int] = []
+    chunk_losses = Evaluator._chunk_losses
+
+    def count(*arguments: Any) -> list[float]:
+        passes.append(1)
+        if len(passes) == 2 * 6 + 2:  # two pictures at three timesteps, at steps 0 and 1; the second pass of step 2
+            signal.raise_signal(signal.SIGTERM)
+        return chunk_losses(*arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Evaluator, "_chunk_losses", count)
+        with pytest.raises(Interrupted, match="checkpoint-2"):
+            train_here(folder)
+    assert len(passes) == 2 * 6 + 2
+    assert list(losses(folder / "output")) == [0, 1]
+    output = train_here(folder)
+    assert losses(output) == losses(expected)
+    assert weights(output / "checkpoint-4") == weights(expected / "checkpoint-4")
+    assert weights(output) == weights(expected)
 
 
 def test_a_share_of_the_pictures_is_held_out_and_never_trained_on(tmp_path: Path, omnigen_folder: Path, monkeypatch):

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -134,6 +135,38 @@ def test_a_finished_run_started_again_writes_no_checkpoint(tmp_path, omnigen_fol
     train_here(folder)
     assert "complete" in capsys.readouterr().out
     assert (output / "checkpoint-2" / "manifest.json").stat().st_mtime_ns == before
+
+
+def test_a_run_killed_after_its_last_checkpoint_still_gets_its_evaluation_pictures_and_weights(
+    tmp_path, omnigen_folder, monkeypatch
+):
+    """The last checkpoint is older than the last pictures and the final weights: a kill between them is made up for."""
+    watched = {"validation_disable": False, "validation_prompt": "a star", "validation_resolution": "32"}
+    watched |= {"validation_num_inference_steps": 2, "validation_step_interval": 2, "eval_steps_interval": 2}
+    options = {**watched, "max_train_steps": 2}
+    expected = train_here(write_run(tmp_path / "whole", omnigen_folder, **options))
+    folder = write_run(tmp_path / "killed", omnigen_folder, **options)
+    evaluate = loop.maybe_evaluate
+
+    def die(run: Any, always: bool = False) -> None:
+        if run.state.global_step == 2:
+            raise KeyboardInterrupt
+        evaluate(run, always)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(loop, "maybe_evaluate", die)
+        with pytest.raises(KeyboardInterrupt):
+            train_here(folder)
+    assert (folder / "output" / "checkpoint-2").is_dir()
+    output = train_here(folder)
+    for name in ("pytorch_lora_weights.safetensors", "validation_images/step_2_validation_0_32x32.png"):
+        assert (output / name).read_bytes() == (expected / name).read_bytes()
+    evaluations = [[event["step"], event["pooled"]] for event in metrics(output, "eval_done")]
+    assert evaluations == [[event["step"], event["pooled"]] for event in metrics(expected, "eval_done")]
+
+    train_here(folder)
+    assert len(metrics(output, "run_finished")) == 1
+    assert metrics(output, "notice")[-1]["text"].endswith("is complete: step 2 of 2")
 
 
 @pytest.mark.parametrize("change", [{"optimizer": "adamw_bf16"}, {"model_type": "full"}])
