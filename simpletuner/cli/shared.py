@@ -34,6 +34,27 @@ def run_in_processes(loaded: LoadedRun, words: list[str]) -> None:
     Args:
         words: of the command line that starts each of them.
     """
+    from simpletuner.distributed.launcher import is_main, is_started_already, launch
+    from simpletuner.distributed.layout import layout_of
+    from simpletuner.distributed.lifeline import hold_lifeline
+
+    if not hold_lifeline(os.environ) and is_main(os.environ):  # else the launcher, or another process, looks
+        check_surroundings(loaded)
+    layout = layout_of(loaded.config)
+    if layout.world_size > 1 and not is_started_already(os.environ):
+        raise typer.Exit(launch(words, layout, say_aside))
+
+    from simpletuner.training.trainer import train as run_training
+
+    run_training(loaded)
+
+
+def check_surroundings(loaded: LoadedRun) -> None:
+    """Look at the model's files, services and room before anything heavy is imported.
+
+    Raises:
+        ConfigError: the run cannot work with what is there.
+    """
     from simpletuner.training.preflight import check_model_folder, check_services
 
     check_model_folder(loaded)
@@ -43,17 +64,6 @@ def run_in_processes(loaded: LoadedRun, words: list[str]) -> None:
     from simpletuner.training.room import check_room
 
     check_room(loaded, os.environ)
-
-    from simpletuner.distributed.launcher import is_started_already, launch
-    from simpletuner.distributed.layout import layout_of
-
-    layout = layout_of(loaded.config)
-    if layout.world_size > 1 and not is_started_already(os.environ):
-        raise typer.Exit(launch(words, layout, say_aside))
-
-    from simpletuner.training.trainer import train as run_training
-
-    run_training(loaded)
 
 
 def load(context: typer.Context) -> LoadedRun:

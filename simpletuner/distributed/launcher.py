@@ -22,11 +22,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-# Where a process leaves its last words; set by the launcher.
-LAST_WORDS = "SIMPLETUNER_LAST_WORDS"
+from simpletuner.distributed.lifeline import LAST_WORDS, LIFELINE, lifeline
+
 # A process that hangs in a collective does not answer SIGTERM; it has nothing to save either.
 GRACE_SECONDS = 20.0
 POLL_SECONDS = 0.1
+# What says which of several processes one is: set by this module, torchrun and accelerate.
+OF_ONE_PROCESS = frozenset(
+    ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", LAST_WORDS, LIFELINE)
+)
 
 
 @dataclass(frozen=True)
@@ -57,16 +61,26 @@ def is_started_already(environment: Mapping[str, str]) -> bool:
     return "RANK" in environment and "WORLD_SIZE" in environment
 
 
+def is_main(environment: Mapping[str, str]) -> bool:
+    """Whether this is the process that speaks for all, or the only one."""
+    return environment.get("RANK", "0") == "0"
+
+
+def environment_outside(environment: Mapping[str, str]) -> dict[str, str]:
+    """For a program that a process of a run starts: it is none of the processes, and must not join them."""
+    return {name: value for name, value in environment.items() if name not in OF_ONE_PROCESS}
+
+
 def launch(arguments: Sequence[str], layout: Layout, say: Callable[[str], None]) -> int:
     """Run `simpletuner ARGUMENTS` in each process until all have ended; returns the exit code of the run.
 
     Args:
         say: told the last words of the process that failed first.
     """
-    with tempfile.TemporaryDirectory(prefix="simpletuner-") as folder:
+    with tempfile.TemporaryDirectory(prefix="simpletuner-") as folder, lifeline() as end:
         port = layout.port or _free_port()
         processes = [
-            _start(arguments, layout, local_rank, port, Path(folder)) for local_rank in range(layout.num_processes)
+            _start(arguments, layout, local_rank, port, Path(folder), end) for local_rank in range(layout.num_processes)
         ]
         with _forwarded_signals(processes) as received:
             failed = _wait(processes)
@@ -86,7 +100,7 @@ def _rank(layout: Layout, local_rank: int) -> int:
 
 
 def _start(
-    arguments: Sequence[str], layout: Layout, local_rank: int, port: int, folder: Path
+    arguments: Sequence[str], layout: Layout, local_rank: int, port: int, folder: Path, end: int
 ) -> subprocess.Popen[bytes]:
     environment = os.environ | {
         "RANK": str(_rank(layout, local_rank)),
@@ -98,9 +112,11 @@ def _start(
         # As torchrun does: every process would else take all cores for itself.
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
         LAST_WORDS: str(folder / str(local_rank)),
+        LIFELINE: str(end),
     }
     # A session of its own: Ctrl-C in the terminal reaches the launcher only, which tells each process once.
-    return subprocess.Popen([sys.executable, "-m", "simpletuner", *arguments], env=environment, start_new_session=True)
+    command = [sys.executable, "-m", "simpletuner", *arguments]
+    return subprocess.Popen(command, env=environment, start_new_session=True, pass_fds=(end,))
 
 
 def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> int | None:

@@ -6,12 +6,14 @@ for it: a program that hangs or fails costs its pictures, not the run. While one
 
 from __future__ import annotations
 
+import os
 import shlex
 import subprocess
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from simpletuner.distributed.launcher import environment_outside
 from simpletuner.reporting.bus import EventBus
 from simpletuner.reporting.events import Notice
 
@@ -74,7 +76,12 @@ class ExternalScript:
         try:
             with self.log.open("ab") as log:
                 self._process = subprocess.Popen(
-                    words, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+                    words,
+                    env=environment_outside(os.environ),
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    start_new_session=True,
                 )
         except OSError as error:
             self._tell(f"validation_external_script cannot be started: {error}")

@@ -221,6 +221,14 @@ def test_when_one_process_is_killed_all_end_and_the_reason_is_said(tmp_path, omn
     assert not Path(f"/proc/{other}").exists()
 
 
+def test_when_the_launcher_is_killed_all_save_and_end(tmp_path, omnigen_folder):
+    launcher = started(write_run(tmp_path, omnigen_folder, num_processes=2))
+    launcher.kill()
+    _, told = launcher.communicate(timeout=60)  # the pipe closes when the last process has ended
+    assert "stopped by SIGTERM: saved" in told
+    assert len(list((tmp_path / "output").glob("checkpoint-*"))) == 1
+
+
 @pytest.mark.ci
 def test_sigterm_to_the_launcher_saves_once_and_leaves(tmp_path, omnigen_folder):
     launcher = started(write_run(tmp_path, omnigen_folder, num_processes=2))

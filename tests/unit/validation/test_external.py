@@ -49,6 +49,15 @@ def wait_for(path: Path) -> str:
     raise AssertionError(f"{path} was not written")
 
 
+def test_it_is_no_process_of_the_run(scripts: Scripts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A script that starts torch's distributed package would otherwise join the run's own processes."""
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    code = "import os, sys, pathlib as p; p.Path(sys.argv[1]).write_text(str(sorted({'RANK', 'HOME'} & {*os.environ})))"
+    scripts.make(python(code, str(tmp_path / "told")), tmp_path).run(None, None, None, 20)
+    assert wait_for(tmp_path / "told") == "['HOME']"
+
+
 def test_placeholders_are_filled_in_as_whole_words_and_no_shell_reads_them(scripts: Scripts, tmp_path: Path) -> None:
     out = tmp_path / "told"
     command = python(WRITE, str(out), "{global_step}", "{local_checkpoint_path}", "{validation_prompt}")
