@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import random
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
 from PIL import Image, ImageDraw
 
 from simpletuner.config.loading import LoadedRun, load_run
+from simpletuner.errors import Interrupted
 from simpletuner.models.registry import get_spec
+from simpletuner.training import loop
 from simpletuner.training.trainer import train
 
 LYCORIS = {
@@ -104,6 +108,28 @@ def train_here(folder: Path, *arguments: str) -> Path:
     loaded = load_here(folder, *arguments)
     train(loaded)
     return Path(loaded.config.output_dir)
+
+
+def stop_after(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From now on, runs of this process get SIGTERM when they have reported a step."""
+    report = loop.report_step
+
+    def report_and_signal(run, *arguments):
+        report(run, *arguments)
+        if run.state.global_step == step:
+            run.stop.received = signal.SIGTERM
+
+    monkeypatch.setattr(loop, "report_step", report_and_signal)
+
+
+def train_in_two(folder: Path, step: int, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Like `train_here`, with a SIGTERM after a step and a second start."""
+    with monkeypatch.context() as patched:
+        stop_after(step, patched)
+        with pytest.raises(Interrupted) as caught:
+            train_here(folder)
+    assert caught.value.exit_code == 143
+    return train_here(folder)
 
 
 def run_cli(folder: Path, *arguments: str, environment: Mapping[str, str] | None = None) -> subprocess.CompletedProcess:

@@ -26,6 +26,7 @@ from simpletuner.distributed.world import ALONE, World
 from simpletuner.errors import DataError, Problem
 from simpletuner.models.components import component_config
 from simpletuner.models.family import LatentMoments, ModelFamily
+from simpletuner.models.lending import LentVae
 from simpletuner.models.spec import FamilySpec
 from simpletuner.randomness import keyed_generator
 from simpletuner.reporting.bus import EventBus
@@ -138,24 +139,6 @@ def _content(sample: Sample) -> str:
 LatentSources = Mapping[str, DatasetLatents]
 
 
-class SharedVae:
-    """Loads the VAE once for all datasets, and lets go of it."""
-
-    def __init__(self, family: ModelFamily):
-        self.family = family
-        self._vae: nn.Module | None = None
-
-    def load(self) -> nn.Module:
-        if self._vae is None:
-            self._vae = self.family.load_vae()
-        return self._vae
-
-    def free(self) -> None:
-        self._vae = None
-        if self.family.device.type == "cuda":
-            torch.cuda.empty_cache()
-
-
 def prepare_latents(
     loaded: LoadedRun,
     family: ModelFamily,
@@ -177,7 +160,7 @@ def prepare_latents(
     cache_dir = Path(config.cache_dir)
     memo = DigestMemo(cache_dir / "digests.sqlite")
     fingerprint = vae_fingerprint(family.source, family.spec, memo, family.device, torch.float32, family.vae_modes)
-    vae = SharedVae(family)
+    vae = LentVae(family)
     kept, sources = [], {}
     for dataset in datasets:
         # Two datasets may share the references of one folder, and then their cache.
@@ -217,7 +200,7 @@ def samples_to_keep(dataset: Dataset) -> dict[str, list[Sample]]:
 def fill_caches(
     dataset: Dataset,
     sources: LatentSources,
-    vae: SharedVae,
+    vae: LentVae,
     bus: EventBus,
     stop: StopRequest,
     world: World = ALONE,

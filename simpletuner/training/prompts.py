@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import torch
-
 from simpletuner.cache.fingerprints import prompt_fingerprint
 from simpletuner.cache.prompts import CachedPrompts, PromptCache
 from simpletuner.cache.store import TensorStore
@@ -20,6 +18,7 @@ from simpletuner.data.dataset import Dataset
 from simpletuner.data.digests import DigestMemo
 from simpletuner.distributed.world import ALONE, World
 from simpletuner.models.family import ModelFamily
+from simpletuner.models.lending import give_back_memory
 from simpletuner.models.spec import FamilySpec
 from simpletuner.reporting.bus import EventBus
 from simpletuner.reporting.events import Notice
@@ -72,8 +71,7 @@ def prepare_prompts(
         progress.summary = f"{report.num_encoded} encoded, {report.num_cached} cached before"
     world.barrier()
     family.free_prompt_encoders()
-    if family.device.type == "cuda":
-        torch.cuda.empty_cache()
+    give_back_memory(family.device)
 
 
 def open_prompt_cache(loaded: LoadedRun, family: ModelFamily) -> PromptCache:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from simpletuner.errors import DataError, Problem
-from simpletuner.validation.isolation import SMALL_VAE_BYTES, give_back_memory, num_bytes
+from simpletuner.models.lending import SMALL_BYTES, give_back_memory, num_bytes
 from simpletuner.validation.sampling import Picture
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ class ClipScorer:
         scores: list[float] = []
         for start in range(0, len(pictures), BATCH_SIZE):
             scores += self._scores(pictures[start : start + BATCH_SIZE]).tolist()
-        if self._model is not None and num_bytes(self._model) > SMALL_VAE_BYTES:
+        if self._model is not None and num_bytes(self._model) > SMALL_BYTES:
             self._model = None
             give_back_memory(self.device)
         return scores

@@ -17,6 +17,7 @@ from torch import nn
 
 from simpletuner.config.prompt_library import LibraryPrompt
 from simpletuner.errors import ConfigError, DataError, Stopping
+from simpletuner.models.lending import LentVae
 from simpletuner.reporting.bus import EventBus
 from simpletuner.reporting.events import (
     Notice,
@@ -29,7 +30,7 @@ from simpletuner.reporting.events import (
 )
 from simpletuner.validation.clip_score import DEFAULT_MODEL, ClipScorer
 from simpletuner.validation.files import Kind, PictureFiles
-from simpletuner.validation.isolation import LentVae, undisturbed
+from simpletuner.validation.isolation import undisturbed
 from simpletuner.validation.previews import Previews
 from simpletuner.validation.prompts import PictureRequest, requests_from_config, reseeded
 from simpletuner.validation.references import ReferencePicture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +10,8 @@ import pytest
 from PIL import Image, ImageDraw
 
 from simpletuner.cache.store import TensorStore
-from simpletuner.errors import DataError, Interrupted
-from simpletuner.training import loop
-from tests.runs import dataset, draw_pictures, metrics, train_here, write_run
+from simpletuner.errors import DataError
+from tests.runs import dataset, draw_pictures, metrics, train_here, train_in_two, write_run
 
 
 def weights_of(checkpoint: Path) -> bytes:
@@ -69,18 +67,7 @@ def test_an_interrupted_run_ends_with_the_same_bits(tmp_path, omnigen_folder, mo
     data, options = FEATURES[features], {"gradient_accumulation_steps": 2}
     straight = train_here(prepare(tmp_path / "straight", omnigen_folder, data, **options))
     folder = prepare(tmp_path / "stopped", omnigen_folder, data, **options)
-    report = loop.report_step
-
-    def report_and_signal(run, *arguments):
-        report(run, *arguments)
-        if run.state.global_step == 5:
-            run.stop.received = signal.SIGTERM
-
-    monkeypatch.setattr(loop, "report_step", report_and_signal)
-    with pytest.raises(Interrupted):
-        train_here(folder)
-    monkeypatch.undo()
-    resumed = train_here(folder)
+    resumed = train_in_two(folder, 5, monkeypatch)
     assert weights_of(resumed / "checkpoint-8") == weights_of(straight / "checkpoint-8")
     losses = [record["loss"] for record in metrics(straight, "step_done")]
     assert [record["loss"] for record in metrics(resumed, "step_done")] == losses

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 from pathlib import Path
 
 import pytest
@@ -11,12 +10,10 @@ from safetensors.torch import load_file
 
 from simpletuner.commands.shapes import empty_batch
 from simpletuner.config.optimizers import OPTIMIZERS
-from simpletuner.errors import Interrupted
 from simpletuner.optim.optimizers import averaged_weights, build_optimizer
-from simpletuner.training import loop
 from simpletuner.training.parts import attach_adapter, build_family
 from simpletuner.training.step import compute_losses, draw_noise
-from tests.runs import load_here, metrics, train_here, write_run
+from tests.runs import load_here, metrics, train_here, train_in_two, write_run
 
 # Learning rates at which a tiny adapter visibly learns; where none stands, that of AdamW.
 ADAMW_RATE = 2e-2
@@ -80,18 +77,7 @@ def test_a_run_resumes_to_the_same_bits(name: str, tmp_path: Path, omnigen_folde
     options = {"optimizer": name, "learning_rate": 1.0 if name == "prodigy" else 1e-2}
     straight = train_here(write_run(tmp_path / "straight", omnigen_folder, **options))
     folder = write_run(tmp_path / "stopped", omnigen_folder, **options)
-    report = loop.report_step
-
-    def report_and_signal(run, *arguments):
-        report(run, *arguments)
-        if run.state.global_step == 5:
-            run.stop.received = signal.SIGTERM
-
-    monkeypatch.setattr(loop, "report_step", report_and_signal)
-    with pytest.raises(Interrupted):
-        train_here(folder)
-    monkeypatch.undo()
-    resumed = train_here(folder)
+    resumed = train_in_two(folder, 5, monkeypatch)
     for path in (straight / "checkpoint-8").rglob("*.safetensors"):
         expected, found = load_file(path), load_file(resumed / path.relative_to(straight))
         assert expected.keys() == found.keys()

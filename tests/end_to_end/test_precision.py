@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,14 +16,13 @@ from simpletuner.commands.shapes import empty_batch
 from simpletuner.config.optimizers import OPTIMIZERS
 from simpletuner.config.options import all_options
 from simpletuner.data.digests import DigestMemo
-from simpletuner.errors import ConfigError, Interrupted
+from simpletuner.errors import ConfigError
 from simpletuner.optim.optimizers import build_optimizer
 from simpletuner.precision.linear import QuantisedLinear
 from simpletuner.precision.quantise import copy_unpacked, quantised_layers
-from simpletuner.training import loop
 from simpletuner.training.parts import attach_adapter, build_family
 from simpletuner.training.step import compute_losses, draw_noise
-from tests.runs import load_here, metrics, run_cli, train_here, write_run
+from tests.runs import load_here, metrics, run_cli, train_here, train_in_two, write_run
 from tests.tiny_folders import TINY_FOLDERS
 
 PRECISIONS = [name for name in all_options()["base_model_precision"].choices if name != "no_change"]
@@ -34,17 +32,6 @@ ADAPTERS = {"lokr": {}, "lora": {"lora_type": "standard", "lycoris_config": None
 
 def slow_but(names: Iterable[str], quick: Sequence[str]) -> list[Any]:
     return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]
-
-
-def stop_after(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    report = loop.report_step
-
-    def report_and_signal(run, *arguments):
-        report(run, *arguments)
-        if run.state.global_step == step:
-            run.stop.received = signal.SIGTERM
-
-    monkeypatch.setattr(loop, "report_step", report_and_signal)
 
 
 @pytest.mark.parametrize("precision", slow_but(PRECISIONS, QUICK))
@@ -147,11 +134,7 @@ def test_a_run_on_a_packed_base_resumes_to_the_same_bits_and_proves_its_file(
     options = {"base_model_precision": "int8-quanto", "use_ema": True, "quantize_via": "cpu", **ADAPTERS[adapter]}
     straight = train_here(write_run(tmp_path / "straight", omnigen_folder, **options))
     folder = write_run(tmp_path / "stopped", omnigen_folder, **options)
-    stop_after(5, monkeypatch)
-    with pytest.raises(Interrupted):
-        train_here(folder)
-    monkeypatch.undo()
-    resumed = train_here(folder)
+    resumed = train_in_two(folder, 5, monkeypatch)
     for name in ("pytorch_lora_weights.safetensors", "ema/pytorch_lora_weights.safetensors"):
         assert (straight / name).read_bytes() == (resumed / name).read_bytes()
     with pytest.raises(ConfigError, match="base_model_precision"):
@@ -168,11 +151,7 @@ def test_half_precision_trains_with_a_scaled_loss_and_resumes(
     options = {"mixed_precision": "fp16", "optimizer": "adamw", **options}
     straight = train_here(write_run(tmp_path / "straight", omnigen_folder, **options))
     folder = write_run(tmp_path / "stopped", omnigen_folder, **options)
-    stop_after(5, monkeypatch)
-    with pytest.raises(Interrupted):
-        train_here(folder)
-    monkeypatch.undo()
-    resumed = train_here(folder)
+    resumed = train_in_two(folder, 5, monkeypatch)
     names = [path.relative_to(straight) for path in (straight / "checkpoint-8").rglob("*.safetensors")]
     for name in names:
         expected, found = load_file(straight / name), load_file(resumed / name)

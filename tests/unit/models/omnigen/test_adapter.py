@@ -12,19 +12,8 @@ from simpletuner.batch import Batch
 from simpletuner.models.components import ModelSource
 from simpletuner.models.omnigen.family import OmniGen
 from simpletuner.models.omnigen.spec import OMNIGEN
+from tests.runs import LYCORIS
 from tests.unit.models.omnigen.reference import stock_row
-
-LYCORIS = {
-    "algo": "lokr",
-    "multiplier": 1.0,
-    "linear_dim": 10000,
-    "linear_alpha": 1,
-    "factor": 4,
-    "apply_preset": {
-        "target_module": ["Attention", "FeedForward"],
-        "module_algo_map": {"Attention": {"factor": 4}, "FeedForward": {"factor": 2}},
-    },
-}
 
 
 def test_a_saved_lokr_gives_the_same_output_on_the_stock_transformer(omnigen_folder: Path, tmp_path: Path):
