@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from simpletuner.models.reach import hub_failures
+
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
@@ -20,10 +22,7 @@ def make_api() -> HfApi:
 
 def upload_failures() -> tuple[type[Exception], ...]:
     """What an upload can raise without a fault of ours. Large files go through a library that raises RuntimeError."""
-    import httpx
-    from huggingface_hub.errors import HfHubHTTPError
-
-    return (HfHubHTTPError, httpx.HTTPError, OSError, RuntimeError)
+    return (*hub_failures(), RuntimeError)
 
 
 def status_of(error: BaseException) -> int | None:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from simpletuner.config.paths import PREVIEW_FOLDER
 from simpletuner.errors import DataError, Problem
 from simpletuner.models.keys import KeyTable
+from simpletuner.models.reach import hub_failures, why_missing
 from simpletuner.models.single_file import is_in_file, load_from_file
 from simpletuner.models.spec import Component, FamilySpec
 
@@ -133,12 +134,11 @@ def component_folder(source: ModelSource, component: Component) -> Path:
     if source.is_local:
         return Path(source.model) / component.name
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
         patterns = [f"{component.name}/*"]
         return Path(snapshot_download(source.model, revision=source.revision, allow_patterns=patterns)) / component.name
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except hub_failures() as error:
         raise _not_fetched(component.name, source.model, "pretrained_model_name_or_path", error) from error
 
 
@@ -190,11 +190,12 @@ def fetch(repository: str, name: str, revision: str | None, key: str) -> Path:
         DataError: it is not there or cannot be reached.
     """
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
+    if (reason := why_missing(repository, name, revision)) is not None:
+        raise _not_fetched(name, repository, key, ConnectionError(reason))
     try:
         return Path(hf_hub_download(repository, name, revision=revision))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except hub_failures() as error:
         raise _not_fetched(name, repository, key, error) from error
 
 
@@ -306,6 +307,8 @@ def load_preview_decoder(source: ModelSource, spec: FamilySpec) -> nn.Module:
     where = str(own) if (own / "config.json").is_file() else spec.preview_decoder
     if where is None:
         raise DataError(Problem(f"there is no tiny autoencoder for {spec.title}", key="validation_preview"))
+    if not Path(where).is_dir():
+        fetch(where, "config.json", None, "validation_preview")
     try:
         return AutoencoderTiny.from_pretrained(where, torch_dtype=torch.float32, use_safetensors=True)
     except (OSError, ValueError, RuntimeError) as error:

@@ -8,12 +8,14 @@ Source: Hessel et al., "CLIPScore" (arXiv 2104.08718), with the factor 100 that 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from simpletuner.errors import DataError, Problem
+from simpletuner.models.components import fetch
 from simpletuner.models.lending import SMALL_BYTES, give_back_memory, num_bytes
 from simpletuner.validation.sampling import Picture
 
@@ -42,6 +44,8 @@ class ClipScorer:
 
         self.name = model
         self.device = device
+        if not Path(model).is_dir():
+            fetch(model, "config.json", None, KEY)
         self._tokenizer: Any = _loaded(AutoTokenizer.from_pretrained, model)
         self._processor: Any = _loaded(CLIPImageProcessorPil.from_pretrained, model)
         num_tokens = _loaded(CLIPConfig.from_pretrained, model).text_config.vocab_size

@@ -15,6 +15,7 @@ from typing import NoReturn
 
 from simpletuner.data.backends.hub_layout import CONVERTED_BRANCH, SUFFIX, NoSuchPart, choose_files
 from simpletuner.errors import ConfigError, DataError, Problem
+from simpletuner.models.reach import hub_failures, why_unreachable
 
 _CARD = "README.md"
 
@@ -68,15 +69,14 @@ def _tables_in(folder: Path, wanted: HubDataset) -> dict[str, Path]:
 
 
 def _tables_on_hub(wanted: HubDataset) -> dict[str, Path]:
-    import httpx
-    from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+    from huggingface_hub.errors import HFValidationError
 
     revision = wanted.revision
     place = {"repo_id": wanted.name, "repo_type": "dataset"}
     try:
-        if constants.HF_HUB_OFFLINE:
-            return _tables_in_cache(wanted)
+        if (reason := why_unreachable()) is not None:
+            return _tables_in_cache(wanted, reason)
         names = HfApi().list_repo_files(**place, revision=revision)
         if revision is None and not any(name.endswith(SUFFIX) for name in names):
             revision = CONVERTED_BRANCH
@@ -85,13 +85,13 @@ def _tables_on_hub(wanted: HubDataset) -> dict[str, Path]:
         chosen = _choose(names, card.read_text(encoding="utf-8", errors="replace") if card else None, wanted)
         patterns = [glob.escape(name) for name in chosen]
         folder = Path(snapshot_download(**place, revision=revision, allow_patterns=patterns))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, httpx.HTTPError, OSError) as error:
+    except (*hub_failures(), HFValidationError) as error:
         _refuse(error, wanted)
     return {name: folder / name for name in chosen}
 
 
-def _tables_in_cache(wanted: HubDataset) -> dict[str, Path]:
-    """What was fetched before, where HF_HUB_OFFLINE forbids to ask; all of the split or nothing.
+def _tables_in_cache(wanted: HubDataset, reason: str) -> dict[str, Path]:
+    """What was fetched before, where the hub cannot be asked for `reason`; all of the split or nothing.
 
     Raises:
         LocalEntryNotFoundError: it was not fetched, or only in part.
@@ -112,7 +112,7 @@ def _tables_in_cache(wanted: HubDataset) -> dict[str, Path]:
         patterns = [glob.escape(name) for name in chosen]
         folder = Path(fetch(revision=revision, allow_patterns=patterns))
         return {name: folder / name for name in chosen}
-    raise LocalEntryNotFoundError("it was not fetched before, and HF_HUB_OFFLINE is set")
+    raise LocalEntryNotFoundError(reason)
 
 
 def _choose(names: list[str], card: str | None, wanted: HubDataset) -> list[str]:

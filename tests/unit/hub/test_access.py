@@ -3,7 +3,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, constants
 
 from simpletuner.errors import ConfigError
 from simpletuner.hub.access import access_problems, check_access
@@ -47,6 +47,7 @@ def test_a_token_that_is_not_accepted_is_told_before_the_run(hub, api):
 
 
 def test_a_hub_that_does_not_answer_is_a_warning(monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     [line] = check_access(config(), {}, HfApi(endpoint="http://127.0.0.1:9", token="x"))
     assert "does not answer now" in line
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import time
+from pathlib import Path
+
 import httpx
 import pytest
+from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import (
     GatedRepoError,
     LocalEntryNotFoundError,
@@ -12,7 +16,9 @@ from huggingface_hub.errors import (
 )
 
 from simpletuner.errors import DataError
+from simpletuner.models import components, reach
 from simpletuner.models.components import fetch, nearest_hub_id
+from tests.hub import fake_hub
 
 RESPONSE = httpx.Response(404, request=httpx.Request("GET", "https://huggingface.co"))
 
@@ -31,6 +37,7 @@ def test_each_reason_has_its_remedy(monkeypatch: pytest.MonkeyPatch, error: Exce
         raise error
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", fail)
+    monkeypatch.setattr(components, "why_missing", lambda *_: None)
     with pytest.raises(DataError) as raised:
         fetch("Shitao/OmniGen-v1", "transformer/config.json", None, "pretrained_model_name_or_path")
     assert words in raised.value.render()
@@ -40,3 +47,47 @@ def test_a_hub_id_that_is_spelt_almost_right_is_suggested() -> None:
     assert nearest_hub_id("Shitao/OmniGen-v1-difusers") == "Shitao/OmniGen-v1-diffusers"
     assert nearest_hub_id("Shitao/OmniGen-v1-diffusers") is None
     assert nearest_hub_id("somebody/something-else") is None
+
+
+def without_network(monkeypatch: pytest.MonkeyPatch, endpoint: str = "http://127.0.0.1:9") -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+
+
+def test_a_model_that_cannot_be_fetched_is_told_within_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    without_network(monkeypatch)
+    started = time.monotonic()
+    with pytest.raises(DataError, match=r"127\.0\.0\.1 cannot be reached \(Connection refused\)"):
+        fetch("Shitao/OmniGen-v1-diffusers", "transformer/config.json", None, "pretrained_model_name_or_path")
+    assert time.monotonic() - started < 5
+
+
+def test_what_was_fetched_before_needs_no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    folder = tmp_path / "models--me--model"
+    (folder / "snapshots" / "abc").mkdir(parents=True)
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text("abc")
+    (folder / "snapshots" / "abc" / "config.json").write_text("{}")
+    without_network(monkeypatch)
+    assert reach.why_missing("me/model", "config.json") is None
+    assert reach.why_missing("me/model", "other.json") is not None
+
+
+def test_a_mirror_is_asked_in_place_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    with fake_hub() as mirror:
+        without_network(monkeypatch, mirror.url)
+        assert reach.why_unreachable() is None
+
+
+def test_a_proxy_is_left_to_find_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    without_network(monkeypatch, "http://nowhere.invalid")
+    assert "nowhere.invalid cannot be reached" in str(reach.why_unreachable())
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:3128")
+    assert reach.why_unreachable() is None
+
+
+def test_a_lost_connection_is_among_the_failures_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    without_network(monkeypatch)
+    with pytest.raises(reach.hub_failures()):
+        HfApi(endpoint="http://127.0.0.1:9", token="x").whoami()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -160,6 +161,21 @@ def test_only_the_split_is_fetched_and_only_once(hub: FakeHub, tmp_path: Path) -
     hub.repos.clear()
     offline, errors = ask(hub, tmp_path, offline=True)
     assert offline == tables, errors
+
+
+@pytest.mark.slow
+def test_without_a_network_what_was_fetched_is_read_and_the_rest_refused_within_seconds(
+    hub: FakeHub, tmp_path: Path
+) -> None:
+    hub.repos["me/set", "main"] = {name: b"content of " + name.encode() for name in [*SHARDS, "README.md"]}
+    tables, _ = ask(hub, tmp_path)
+    hub.shutdown()
+    hub.server_close()
+    started = time.monotonic()
+    assert ask(hub, tmp_path)[0] == tables
+    _, errors = ask(hub, tmp_path, name="me/other")
+    assert "127.0.0.1 cannot be reached (Connection refused)" in errors
+    assert time.monotonic() - started < 15  # the hub's library alone would try for 24 s each time
 
 
 @pytest.mark.slow
