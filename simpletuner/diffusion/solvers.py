@@ -67,8 +67,8 @@ class Solver:
         if self._last_order == 1:
             return moved
         (before, earlier), (_, present) = self._history
-        ratio = (before.lam - level.lam) / (target.lam - level.lam)
-        return moved + _like(amount * 0.5 / ratio, noisy) * (earlier - present)
+        slope = _quotient(target.lam - level.lam, level.lam - before.lam)
+        return moved + _like(amount * 0.5 * slope, noisy) * (present - earlier)
 
     def _corrected(self, start: Tensor, data: Tensor, level: Level) -> Tensor:
         """The last step taken again with the estimate at its end; UniC. Nothing is asked of the model for it."""
@@ -79,14 +79,15 @@ class Solver:
             return moved + _like(0.5 * amount, start) * change
         before, earlier = self._history[-2]
         h = level.lam - begin.lam
+        h = torch.where(h == 0, 1.0, h)  # a step that goes nowhere: `amount` is 0
         ratio = (before.lam - begin.lam) / h
         scale = torch.expm1(-h)
         phi_1 = scale / -h - 1
         phi_2 = phi_1 / -h - 0.5
         # Two equations: rho_0 + rho_1 = phi_1 / B, ratio rho_0 + rho_1 = 2 phi_2 / B.
         rho_0 = (phi_1 - 2 * phi_2) / scale / (1 - ratio)
-        rho_1 = phi_1 / scale - rho_0
-        past = (earlier - first) * _like(rho_0 / ratio, start)
+        rho_1 = torch.where(ratio == 0, 0.5, phi_1 / scale - rho_0)
+        past = (earlier - first) * _like(_quotient(rho_0, ratio), start)
         return moved + _like(amount, start) * (past + _like(rho_1, start) * change)
 
 
@@ -95,6 +96,12 @@ def _first_order(noisy: Tensor, data: Tensor, level: Level, target: Level) -> tu
     kept = target.noise / level.noise
     amount = target.signal - level.signal * kept
     return _like(kept, noisy) * noisy + _like(amount, noisy) * data, amount
+
+
+def _quotient(values: Tensor, by: Tensor) -> Tensor:
+    """(B,) 0 where `by` is 0: levels that coincide, near pure noise or between those of a discrete schedule, tell
+    nothing of a change from one to the other."""
+    return torch.where(by == 0, 0.0, values / torch.where(by == 0, 1.0, by))
 
 
 def _like(values: Tensor, latents: Tensor) -> Tensor:

@@ -99,3 +99,13 @@ def test_trajectories_are_those_of_diffusers(name, cls: str) -> None:
         mine = solver.step(mine, data, here, there)
         theirs = scheduler.step(velocity, timestep, theirs).prev_sample
         torch.testing.assert_close(mine, theirs.double(), rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", ["dpm", "unipc"])
+def test_levels_that_coincide_are_passed_over(name) -> None:
+    """A rollout that ends at pure noise has nowhere to go, and steps of a discrete schedule may be of no length."""
+    for path, wanted in (([1.0] * 4, 1.0), ([0.9, 0.9, 0.7, 0.7, 0.7, 0.4, 0.2], exact())):
+        noisy, solver = torch.ones(1, dtype=torch.float64), Solver(name)
+        for here, there in itertools.pairwise(path):
+            noisy = solver.step(noisy, exact_data(noisy, level(here)), level(here), level(there))
+        assert noisy.item() == pytest.approx(wanted, abs=0.05)
