@@ -30,6 +30,7 @@ from simpletuner.adapters.weights import (
     alpha_tensor,
     fuse_loras,
     rank_of,
+    row_norms,
     swap_halves,
     with_unit_scale,
 )
@@ -127,8 +128,13 @@ def original_modules(
             continue
         if not all(part is None or {DOWN, UP} <= set(part) <= {DOWN, UP, ALPHA, DORA} for part in parts):
             raise ConfigError(_fusing_problem(name, original, file_format))
-        rows = [num_rows(layers[part]) for part in original.parts]
-        fused = fuse_loras(list(zip(rows, parts, strict=True)))
+        is_decomposed = any(part is not None and DORA in part for part in parts)
+        fused = fuse_loras(
+            [
+                (num_rows(layers[path]), part or ({DORA: row_norms(layers[path].weight)} if is_decomposed else {}))  # type: ignore[arg-type]
+                for path, part in zip(original.parts, parts, strict=True)
+            ]
+        )
         found[name] = swap_halves(fused) if original.swaps_halves else fused
     return found
 
@@ -158,8 +164,9 @@ def _peft_module(module: Module) -> dict[str, Tensor]:
     """Without alpha, which half of the readers would ignore and the others apply."""
     peft = with_unit_scale(module)
     del peft[ALPHA]
-    if DORA in peft:
-        peft[DORA] = peft[DORA].flatten()
+    if DORA in peft:  # PEFT's shape: that of the weight's rows, in front of them a one where they have more dimensions
+        kernel = peft[DORA].shape[2:]
+        peft[DORA] = peft[DORA].reshape(1, -1, *kernel) if kernel else peft[DORA].flatten()
     return peft
 
 

@@ -32,6 +32,7 @@ def prepare_module(module: LycorisBaseModule, prefers_bypass: bool = True) -> No
 
     if isinstance(module, DyLoraModule):
         module.forward = MethodType(dylora_forward, module)
+        module.custom_state_dict = MethodType(dylora_tensors, module)
     elif isinstance(module, IA3Module):
         # Its own `apply_to` does not remember the layer's forward, so that it cannot be switched off.
         module.apply_to = MethodType(LycorisBaseModule.apply_to, module)
@@ -107,6 +108,13 @@ def dylora_forward(module: DyLoraModule, x: Tensor, *args: Any, **kwargs: Any) -
     if module.module_type == "linear":
         return base + nn.functional.linear(nn.functional.linear(x, down), up) * scale
     return base + module.op(x, (up @ down).view(module.shape) * scale, None, **module.kw_dict)
+
+
+def dylora_tensors(module: DyLoraModule) -> dict[str, Tensor]:
+    """What its file holds: LyCORIS forgets the kernel of a convolution in `up`, and cannot load its own file."""
+    tensors = type(module).custom_state_dict(module)
+    up = tensors["lora_up.weight"]
+    return tensors | {"lora_up.weight": up.reshape(*up.shape, *[1] * (len(module.shape) - 2))}
 
 
 def rotated_forward(module: LycorisBaseModule, x: Tensor, scale: float = 1.0) -> Tensor:

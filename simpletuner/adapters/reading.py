@@ -28,6 +28,7 @@ from simpletuner.adapters.weights import (
     Module,
     alpha_tensor,
     rank_of,
+    row_norms,
     split_lora,
     swap_halves,
 )
@@ -106,16 +107,17 @@ def adapter_from_tensors(
         if target is None or not tensor_name:
             unmatched.append(key)
             continue
-        found[module_key][tensor_name] = tensor
+        # PEFT's magnitudes belong to rows, whatever their shape: (out), or (1, out, 1, 1) of a convolution.
+        found[module_key][tensor_name] = tensor.flatten() if ".lora_magnitude_vector" in key else tensor
         targets[module_key] = target
     if unmatched or not tensors:
         raise DataError(_unmatched_problem(unmatched, len(tensors), denoiser, file))
     layers = dict(denoiser.named_modules())
     modules: dict[str, Module] = {}
     for module_key, module in found.items():
-        complete = _completed(module, module_key, metadata, file)
+        complete = _shaped(_completed(module, module_key, metadata, file))
         for path, part in _in_denoiser(complete, targets[module_key], layers, file).items():
-            modules[path] = _shaped(part, layers[path])
+            modules[path] = part
     return AdapterWeights(modules, metadata, lycoris_config_in(metadata, file))
 
 
@@ -231,11 +233,19 @@ def _in_denoiser(
     if sum(rows) != module[UP].shape[0]:
         message = f"{target.name} has {module[UP].shape[0]} rows, and the model's layers {sum(rows)}"
         raise DataError(Problem(message, file=file, fix="use the model that the adapter was trained on"))
-    return dict(zip(target.parts, split_lora(module, rows), strict=True))
+    parts = dict(zip(target.parts, split_lora(module, rows), strict=True))
+    return {path: part for path, part in parts.items() if _changes(part, layers[path])}
 
 
-def _shaped(module: Module, layer: nn.Module) -> Module:
-    """Magnitudes of weight decomposition have one dimension in PEFT and as many as the weight in LyCORIS."""
+def _changes(part: Module, layer: Any) -> bool:
+    """Whether a part of a matrix changes its layer: one that only fills up the matrix does not."""
+    if bool(part[UP].any()):
+        return True
+    return DORA in part and not torch.allclose(part[DORA].float(), row_norms(layer.weight), rtol=1e-5, atol=0)
+
+
+def _shaped(module: Module) -> Module:
+    """Magnitudes of weight decomposition have as many dimensions in LyCORIS as the weight."""
     if DORA not in module or UP not in module or module[DORA].dim() > 1:
         return module
     return {**module, DORA: torch.reshape(module[DORA], (-1, *[1] * (module[UP].dim() - 1)))}

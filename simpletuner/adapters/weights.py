@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from simpletuner.errors import DataError, Problem
+from simpletuner.errors import ConfigError, Problem
 
 Module = Mapping[str, Tensor]
 
@@ -111,49 +111,58 @@ def alpha_tensor(alpha: float) -> Tensor:
     return torch.tensor(float(alpha))
 
 
-def fuse_loras(parts: Sequence[tuple[int, Module | None]]) -> dict[str, Tensor]:
+def fuse_loras(parts: Sequence[tuple[int, Module]]) -> dict[str, Tensor]:
     """One LoRA on a matrix whose rows are those of several layers: `down` stacked, `up` block-diagonal.
 
     Args:
-        parts: rows of each layer from the top, and its LoRA or None.
+        parts: rows of each layer from the top, and its LoRA. A layer without one has no tensors, or beside layers that
+            are weight-decomposed its own norms, which leave its rows as they are.
 
     Raises:
-        DataError: some of the layers are weight-decomposed and others are not.
+        ConfigError: some of the LoRAs are weight-decomposed and others are not.
     """
-    present = [lora for _, lora in parts if lora is not None]
+    present = [lora for _, lora in parts if UP in lora]
     same_scale = len({scale_of(lora) for lora in present}) == 1
-    loras = [lora if lora is None or same_scale else with_unit_scale(lora) for _, lora in parts]
-    down = torch.cat([lora[DOWN] for lora in loras if lora is not None])
-    dtype = functools.reduce(torch.promote_types, (lora[UP].dtype for lora in loras if lora is not None))
+    loras = [lora if UP not in lora or same_scale else with_unit_scale(lora) for _, lora in parts]
+    down = torch.cat([lora[DOWN] for lora in loras if UP in lora])
+    dtype = functools.reduce(torch.promote_types, (lora[UP].dtype for lora in loras if UP in lora))
     up = torch.zeros(sum(rows for rows, _ in parts), down.shape[0], *[1] * (down.dim() - 2), dtype=dtype)
     row = column = 0
     for (rows, _), lora in zip(parts, loras, strict=True):
-        if lora is not None:
+        if UP in lora:
             rank = rank_of(lora)
             up[row : row + rows, column : column + rank] = lora[UP]
             column += rank
         row += rows
     fused = {DOWN: down, UP: up, ALPHA: alpha_tensor(scale_of(present[0]) * down.shape[0] if same_scale else len(down))}
-    if any(DORA in lora for lora in present):
-        if not all(lora is not None and DORA in lora for lora in loras):
-            raise DataError(
-                Problem(
-                    "a weight-decomposed layer is one matrix with layers that are not, and their norms are not in here",
-                    fix="adapt all of to_q, to_k and to_v, or write the file in the lycoris or diffusers format",
-                )
-            )
-        fused[DORA] = torch.cat([lora[DORA] for lora in loras if lora is not None])
+    if any(DORA in lora for lora in loras):
+        if not all(DORA in lora for lora in loras):
+            message = "of layers that are one matrix some are weight-decomposed and others are not"
+            fix = "write the file in the lycoris format"
+            raise ConfigError(Problem(message, key="format", allowed="lycoris", fix=fix))
+        fused[DORA] = torch.cat([lora[DORA] for lora in loras])
     return fused
 
 
 def split_lora(lora: Module, rows: Sequence[int]) -> list[dict[str, Tensor]]:
-    """The LoRAs of the layers whose rows make up a matrix; those that change nothing get a zero `up`."""
-    pieces = [dict(lora) for _ in rows]
-    for name in (UP, DORA):
-        if name in lora:
-            for piece, tensor in zip(pieces, lora[name].split(list(rows)), strict=True):
-                piece[name] = tensor.contiguous()
+    """The LoRAs of the layers whose rows make up a matrix, each of the ranks that it uses: of a matrix that was joined
+    from several LoRAs, those."""
+    pieces = []
+    for index, up in enumerate(lora[UP].split(list(rows))):
+        used = up.flatten(2).any(2).any(0) if up.dim() > 2 else up.any(0)
+        used[0] |= not used.any()  # a LoRA has one rank at least
+        piece = {**lora, UP: up[:, used].contiguous(), DOWN: lora[DOWN][used].contiguous()}
+        piece[ALPHA] = alpha_tensor(scale_of(lora) * int(used.sum()))
+        if DORA in lora:
+            piece[DORA] = lora[DORA].split(list(rows))[index].contiguous()
+        pieces.append(piece)
     return pieces
+
+
+def row_norms(weight: Tensor) -> Tensor:
+    """(out, 1, ...) float32 lengths of a weight's rows: magnitudes that leave them as they are."""
+    norms = weight.detach().cpu().float().flatten(1).norm(dim=1)
+    return norms.reshape(-1, *[1] * (weight.dim() - 1))
 
 
 def swap_halves(lora: Module) -> dict[str, Tensor]:

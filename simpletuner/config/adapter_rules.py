@@ -52,6 +52,16 @@ def lora_start_is_one(draft: Draft) -> Iterator[Problem]:
         yield draft.problem(f"{config.lora_rank} is odd, and lora_init_type orthogonal needs an even rank", "lora_rank")
 
 
+def joined_magnitudes_have_their_base(draft: Draft) -> Iterator[Problem]:
+    config = draft.config
+    joins = draft.spec is not None and bool(draft.spec.keys.fused) and config.lora_format in ("kohya", "comfyui")
+    if joins and config.model_type == "lora" and config.use_dora and config.fsdp_enable:
+        message = f"{config.lora_format} files join layers, with use_dora by the lengths of the base's rows, and "
+        message += "fsdp_enable spreads those over the processes"
+        fix = "train with diffusers; `simpletuner export` makes the other afterwards"
+        yield draft.problem(message, "lora_format", "diffusers, lycoris", fix)
+
+
 def weights_that_are_read_are_plain(draft: Draft) -> Iterator[Problem]:
     config = draft.config
     if config.base_model_precision == "no_change" or config.model_type != "lora":
@@ -95,6 +105,7 @@ ADAPTER_RULES = (
     adapter_has_its_configuration,
     lora_targets_exist,
     lora_start_is_one,
+    joined_magnitudes_have_their_base,
     weights_that_are_read_are_plain,
 )
 ADAPTER_NOTICES = (adapter_keys_have_a_use, lycoris_settings_have_a_use)

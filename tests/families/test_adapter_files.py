@@ -30,12 +30,14 @@ def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return get_family_class(spec)(spec, ModelSource(str(folder)), torch.device("cpu"), torch.float32)
 
 
+@pytest.mark.parametrize("use_dora", [False, True])
 @pytest.mark.parametrize("file_format", FORMATS)
-def test_a_trained_lora_gives_the_same_output_from_every_format(
-    family: ModelFamily, file_format: str, tmp_path: Path
+def test_a_trained_lora_gives_the_same_output_from_every_format_and_can_be_gone_on_from(
+    family: ModelFamily, file_format: str, use_dora: bool, tmp_path: Path
 ) -> None:
+    """Also where the layers are rows of one matrix elsewhere, with others that are not trained."""
     denoiser = family.load_denoiser()
-    settings = LoraSettings(rank=2, alpha=3.0, file_format=file_format)
+    settings = LoraSettings(rank=2, alpha=3.0, file_format=file_format, use_dora=use_dora)
     adapter = attach_lora(denoiser, settings, family.spec, torch.float32, seed=0)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -49,6 +51,10 @@ def test_a_trained_lora_gives_the_same_output_from_every_format(
     check_saved_adapter(
         tmp_path / "a.safetensors", fresh, family.spec, lambda model: probe_output(family, model), reference
     )
+    again = family.load_denoiser()
+    start = read_adapter(tmp_path / "a.safetensors", family.spec, again)
+    assert attach_lora(again, settings, family.spec, torch.float32, seed=9).start_from(start, "a") == []
+    torch.testing.assert_close(probe_output(family, again.eval()), reference, rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("file_format", FORMATS)

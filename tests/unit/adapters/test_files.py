@@ -79,9 +79,9 @@ def test_the_file_carries_lycoris_keys_and_its_configuration(quickstart, tmp_pat
 CONVOLUTION = {"apply_preset": {"target_name": ["patch_embedding.output_image_proj"]}}
 
 
-@pytest.mark.parametrize("algo", ["lokr", "loha", "locon"])
+@pytest.mark.parametrize("algo", ["lokr", "loha", "locon", "glora", "dylora", "diag-oft", "full", "ia3"])
 def test_an_adapted_convolution_gives_the_same_output_through_lycoris_alone(algo: str, tmp_path: Path) -> None:
-    adapter, output = trained({"algo": algo, "linear_dim": 2, "linear_alpha": 1, **CONVOLUTION})
+    adapter, output = trained({"algo": algo, "linear_dim": 4, "linear_alpha": 1, **CONVOLUTION})
     adapter.save(tmp_path / "a.safetensors", {})
     check_saved_adapter(tmp_path / "a.safetensors", tiny_omnigen_transformer(), OMNIGEN, run_stock, output)
     with torch.no_grad():

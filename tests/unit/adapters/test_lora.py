@@ -155,6 +155,21 @@ def test_a_file_of_every_format_gives_the_same_output_elsewhere(file_format: str
         assert (run_stock(tiny_omnigen_transformer()) - output).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("file_format", FORMATS)
+def test_a_weight_decomposed_convolution_gives_the_same_output_elsewhere(file_format: str, tmp_path: Path) -> None:
+    """PEFT's magnitudes of a convolution have four dimensions."""
+    targets = ("patch_embedding.output_image_proj",)
+    adapter, output = trained(file_format=file_format, targets=targets, use_dora=True)
+    path = tmp_path / adapter.file_name
+    adapter.save(path, {})
+    check_saved_adapter(path, tiny_omnigen_transformer(), OMNIGEN, run_stock, output)
+    weights = read_adapter(path, OMNIGEN, tiny_omnigen_transformer())
+    denoiser, other = attach(targets=targets, use_dora=True, seed=9)
+    assert other.start_from(weights, "a.safetensors") == []
+    with torch.no_grad():
+        torch.testing.assert_close(run_stock(denoiser.eval()), output, rtol=0, atol=1e-5)
+
+
 def test_the_keys_are_those_of_each_format(tmp_path: Path) -> None:
     keys = {}
     for file_format in FORMATS:

@@ -55,6 +55,14 @@ def test_two_starts_are_refused(workspace: Workspace) -> None:
     assert "are both a start" in workspace.fails_written().render()
 
 
+def test_joined_files_of_weight_decomposed_adapters_need_the_whole_base(workspace: Workspace) -> None:
+    workspace.config |= STANDARD | {"model_family": "flux", "lora_format": "kohya", "use_dora": True}
+    assert workspace.load_written().config.use_dora
+    workspace.config |= {"fsdp_enable": True, "num_processes": 2}
+    problem = next(each for each in workspace.fails_written().problems if each.key == "lora_format")
+    assert "simpletuner export" in problem.render()
+
+
 def test_keys_of_the_other_kind_of_adapter_are_told(workspace: Workspace) -> None:
     workspace.config["lora_rank"] = 8
     assert [
