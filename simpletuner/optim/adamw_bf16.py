@@ -27,6 +27,8 @@ class AdamWBF16(torch.optim.Optimizer):
     """AdamW; both moments are kept in the dtype of the weights, bfloat16 ones are rounded stochastically.
 
     The rounding is keyed by (seed, step), and the step is part of the saved state: a resumed run rounds the same way.
+    It is counted in the group too, for the tensors that count it for each weight are on the weights' device, and
+    reading them would wait for it.
 
     Args:
         params: as for any torch optimizer.
@@ -55,6 +57,7 @@ class AdamWBF16(torch.optim.Optimizer):
         assert closure is None, "AdamW needs no closure"
         chunk_index = 0
         for group in self.param_groups:
+            group["step"] = group.get("step", 0) + 1
             params = [param for param in group["params"] if param.grad is not None]
             for param in params:
                 self._init_state(param)
@@ -123,7 +126,7 @@ class AdamWBF16(torch.optim.Optimizer):
         grads = [param.grad.float() for param in params if param.grad is not None]
         self._update(group, copies[:count], grads, copies[count : 2 * count], copies[2 * count :], steps)
         generator = torch.Generator(flat.device)
-        generator.manual_seed(keyed_seed("stochastic rounding", self.seed, int(steps[0]), chunk_index))
+        generator.manual_seed(keyed_seed("stochastic rounding", self.seed, group["step"], chunk_index))
         rounded = stochastic_bf16(flat, generator)
         torch._foreach_copy_(
             live, [piece.view_as(tensor) for piece, tensor in zip(rounded.split(sizes), live, strict=True)]
@@ -140,10 +143,11 @@ def stochastic_bf16(values: Tensor, generator: torch.Generator) -> Tensor:
         values: float32, changed in place; NaN stays NaN.
         generator: on the device of `values`.
     """
-    bits = values.view(torch.int32)
+    bits, is_nan = values.view(torch.int32), values.isnan()
     noise = torch.empty_like(bits).random_(0, 1 << 16, generator=generator)
     bits.add_(noise).bitwise_and_(-(1 << 16))
-    return values.to(torch.bfloat16)
+    # The NaN that GPUs make has all bits set, and would be carried over into a zero.
+    return values.masked_fill_(is_nan, float("nan")).to(torch.bfloat16)
 
 
 def _chunks(params: list[Tensor]) -> Iterator[list[Tensor]]:

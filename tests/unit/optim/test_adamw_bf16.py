@@ -8,6 +8,7 @@ from torch import nn
 
 from simpletuner.optim import adamw_bf16
 from simpletuner.optim.adamw_bf16 import AdamWBF16, stochastic_bf16
+from simpletuner.optim.state import load_optimizer_tensors, optimizer_tensors
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -60,8 +61,12 @@ def test_rounding_keeps_exact_values_and_is_right_on_average() -> None:
 
 
 def test_numbers_that_are_not_finite_stay_so() -> None:
-    rounded = stochastic_bf16(torch.tensor([float("nan")] * 1000), generator())
-    assert rounded.isnan().all()
+    of_processors, of_gpus, negative = 0x7FC00000, 0x7FFFFFFF, -1  # bits of a NaN
+    for bits in (of_processors, of_gpus, negative):
+        values = torch.full((1000,), bits, dtype=torch.int32).view(torch.float32)
+        assert stochastic_bf16(values, generator()).isnan().all()
+    infinite = torch.tensor([float("inf"), float("-inf")])
+    assert torch.equal(stochastic_bf16(infinite.clone(), generator()).float(), infinite)
 
 
 def test_updates_too_small_for_bfloat16_add_up() -> None:
@@ -105,8 +110,8 @@ def test_a_resumed_run_rounds_the_same_way() -> None:
     first = AdamWBF16(halves, lr=1e-3, seed=5)
     run(range(2), halves, first)
     second = AdamWBF16(halves, lr=1e-3, seed=5)
-    for param in halves:
-        second.state[param] = {key: value.clone() for key, value in first.state[param].items()}
+    names = {str(index): param for index, param in enumerate(halves)}
+    load_optimizer_tensors(second, names, *optimizer_tensors(first, names))
     run(range(2, 4), halves, second)
     assert all(torch.equal(a, b) for a, b in zip(whole, halves, strict=True))
 
