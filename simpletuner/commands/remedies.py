@@ -11,6 +11,8 @@ from simpletuner.data.captions import printable
 from simpletuner.data.dataset import Dataset
 
 MANY_ENLARGED = 0.1
+# Reasons of `transforms.py` that end with what to do.
+SAY_THEIR_REMEDY = ("HEIF", "JPEG XL", "JPEG 2000", "Photoshop", "camera raw", "floating-point")
 
 
 def remedies_of(dataset: Dataset, config: Any, captions: CaptionCheck, enlarged: Sequence[float]) -> Iterator[str]:
@@ -46,7 +48,8 @@ def _losses(dataset: Dataset) -> Iterator[str]:
     for reason, count in sorted(set_aside.counts.items(), key=lambda item: -item[1]):
         names = ", ".join(printable(path) for path in set_aside.examples[reason][:3])
         more = ", ..." if count > 3 else ""
-        yield f"{count:,} not used, {printable(reason)}: {_what_to_do(reason)} ({names}{more})"
+        remedy = _what_to_do(reason)
+        yield f"{count:,} not used, {printable(reason)}{': ' * bool(remedy)}{remedy} ({names}{more})"
 
 
 def _what_to_do(reason: str) -> str:
@@ -62,8 +65,8 @@ def _what_to_do(reason: str) -> str:
         return "make them alike, or set conditioning_type to reference_loose"
     if reason.startswith("folder"):
         return "make it readable"
-    if "convert" in reason or "save it" in reason:
-        return "do so, or move it away"
+    if reason.startswith(SAY_THEIR_REMEDY):
+        return ""
     return "replace the file, or move it away"
 
 

@@ -7,10 +7,12 @@ a dataset and for the read that feeds the VAE.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
 import struct
 import zlib
+from importlib import metadata
 from typing import TYPE_CHECKING
 
 from simpletuner.batch import Crop
@@ -25,14 +27,21 @@ TRANSFORM_VERSION = 1
 # Vector and script formats (SVG, EPS, PDF) are left out: their readers run programs.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "PPM")
 SUFFIXES = frozenset(
-    (".png", ".apng", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".ppm", ".pgm")
+    (
+        *(".png", ".apng", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".ppm", ".pgm"),
+        *(".heic", ".heif", ".hif"),
+    )
 )
 # Pictures to a user, but not to the readers here: found and reported, never skipped silently.
+_CAMERA = "camera raw pictures are not read: develop them to PNG, JPEG or TIFF"
 UNREAD_SUFFIXES = {
-    ".heic": "HEIF pictures are not read; convert them to PNG, JPEG or WebP",
-    ".heif": "HEIF pictures are not read; convert them to PNG, JPEG or WebP",
-    ".jxl": "JPEG XL pictures are not read; convert them to PNG, JPEG or WebP",
+    ".jxl": "JPEG XL pictures are not read: convert them to PNG, JPEG or WebP",
+    ".jp2": "JPEG 2000 pictures are not read: convert them to PNG, JPEG or WebP",
+    ".psd": "Photoshop documents are not read: save them as PNG, JPEG or TIFF",
+    **dict.fromkeys((".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf"), _CAMERA),
 }
+# How files begin that phones write, after the size of the first box: ISO 23008-12, 10.2 and annex B.4.
+_HEIF_BRANDS = frozenset((b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"))
 
 # Pillow's own limit for an error; at three bytes a pixel, half a gigabyte.
 MAX_PIXELS = 178_956_970
@@ -66,7 +75,11 @@ def decoder_version() -> str:
     """Changes when files that could not be read before may be readable now."""
     import PIL
 
-    return f"pillow {PIL.__version__}, formats {'+'.join(FORMATS)}, transforms {TRANSFORM_VERSION}"
+    try:
+        heif = metadata.version("pi-heif")
+    except metadata.PackageNotFoundError:
+        heif = "none"
+    return f"pillow {PIL.__version__}, heif {heif}, formats {'+'.join(FORMATS)}, transforms {TRANSFORM_VERSION}"
 
 
 def picture_size(data: bytes) -> tuple[int, int]:
@@ -160,13 +173,14 @@ def to_pixels(image: Image.Image, crop: Crop, is_flipped: bool = False) -> torch
     return pixels.flip(-1) if is_flipped else pixels
 
 
-def _decode(data: bytes) -> Image.Image:
+@functools.cache
+def _readable_formats() -> tuple[str, ...]:
+    """Pillow's names of what can be read here, their readers registered; HEIF where its package is installed."""
     # Importing a reader registers it; Image.init() would import all of Pillow's.
     from PIL import (  # noqa: F401
         AvifImagePlugin,
         BmpImagePlugin,
         GifImagePlugin,
-        Image,
         JpegImagePlugin,
         PngImagePlugin,
         PpmImagePlugin,
@@ -174,11 +188,25 @@ def _decode(data: bytes) -> Image.Image:
         WebPImagePlugin,
     )
 
+    try:
+        import pi_heif
+    except ImportError:
+        return FORMATS
+    pi_heif.register_heif_opener(thumbnails=False)
+    return (*FORMATS, "HEIF")
+
+
+def _decode(data: bytes) -> Image.Image:
+    from PIL import Image
+
     if not data:
         raise UnusablePicture("the file is empty")
+    formats = _readable_formats()
     try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        image = Image.open(io.BytesIO(data), formats=formats)
     except Image.UnidentifiedImageError:
+        if "HEIF" not in formats and data[4:8] == b"ftyp" and data[8:12] in _HEIF_BRANDS:
+            raise UnusablePicture("HEIF pictures need pi-heif: pip install 'simpletuner[heif]'") from None
         raise UnusablePicture("not a picture, or of a format that is not read") from None
     except Image.DecompressionBombError:
         raise UnusablePicture(f"more than {MAX_PIXELS} pixels") from None

@@ -105,6 +105,8 @@ def rotated() -> bytes:
     return encode(noise(64, 48), "JPEG", exif=exif)
 
 
+# Whether the package that reads them is installed or not.
+NO_HEIF = "pip install|not a picture|damaged"
 NOT_A_PICTURE, DAMAGED, EITHER = "not a picture", "damaged", "not a picture|damaged"
 
 DAMAGED_FILES = (
@@ -161,8 +163,10 @@ DAMAGED_FILES = (
     Odd("bomb.png", png(60_000, 60_000), "more than"),
     Odd("huge.png", png(15_000, 12_000), "more than"),
     Odd("floating.tif", encode(Image.new("F", (64, 64), 0.5), "TIFF"), "floating-point"),
-    Odd("phone.heic", b"\x00\x00\x00\x18ftypheic" + bytes(64), "HEIF"),
-    Odd("phone.heif", b"\x00\x00\x00\x18ftypheic" + bytes(64), "HEIF"),
+    Odd("phone.heic", b"\x00\x00\x00\x18ftypheic" + bytes(64), NO_HEIF),
+    Odd("phone.heif", b"\x00\x00\x00\x18ftypheic" + bytes(64), NO_HEIF),
+    Odd("phone.jpg", b"\x00\x00\x00\x18ftypheic" + bytes(64), NO_HEIF),
+    Odd("camera.dng", b"II*\x00" + bytes(64), "camera raw"),
     Odd("new.jxl", b"\xff\x0a" + bytes(64), "JPEG XL"),
     Odd("nowhere.png", lambda path: path.symlink_to("/does/not/exist.png"), "link to nothing"),
     Odd("itself.png", lambda path: path.symlink_to(path.name), "link to nothing"),

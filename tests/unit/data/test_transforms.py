@@ -5,13 +5,16 @@ from __future__ import annotations
 import io
 import struct
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
 from simpletuner.batch import Crop
-from simpletuner.data.transforms import UnusablePicture, load_picture, picture_size, to_pixels
+from simpletuner.data.transforms import FORMATS, UnusablePicture, load_picture, picture_size, to_pixels
+
+FIXTURES = Path(__file__).parents[2] / "fixtures"
 
 
 def encode(image: Image.Image, file_format: str = "PNG", **options) -> bytes:
@@ -48,6 +51,22 @@ def test_the_orientation_of_the_camera_is_applied_before_the_size_is_taken() -> 
     upright = load_picture(data)
     assert upright.getpixel((47, 30)) == (255, 0, 0)
     assert upright.getpixel((0, 30)) == (0, 0, 255)
+
+
+def test_a_phone_s_heif_picture_stands_upright_and_is_turned_once() -> None:
+    """64x48 of green and red over red and blue, orientation 6 in EXIF and as `irot`, as phones write it."""
+    pytest.importorskip("pi_heif")
+    data = (FIXTURES / "turned.heic").read_bytes()
+    assert picture_size(data) == (64, 48)
+    upright = load_picture(data)
+    corners = [upright.getpixel(place) for place in ((4, 4), (44, 4), (4, 60), (44, 60))]
+    assert np.allclose(corners, [(200, 30, 30), (20, 200, 40), (30, 40, 220), (200, 30, 30)], atol=6)
+
+
+def test_a_heif_picture_without_its_package_names_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("simpletuner.data.transforms._readable_formats", lambda: FORMATS)
+    with pytest.raises(UnusablePicture, match=r"pip install 'simpletuner\[heif\]'"):
+        picture_size((FIXTURES / "turned.heic").read_bytes())
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
