@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from simpletuner.config.discovery import find_config
+from simpletuner.config.discovery import find_config, named_configurations
 from simpletuner.config.paths import looks_like_path
 from simpletuner.errors import ConfigError, Problem
 from simpletuner.examples import DEFAULT_EXAMPLE, example_dir
@@ -52,9 +52,22 @@ def load_arguments(
         chosen["config"] = str(config_file)
     environment = chosen_environment(chosen, environment)
     if find_config(environment, working_dir) is None:
-        say(f"no configuration found here: using the shipped example {DEFAULT_EXAMPLE}")
+        _refuse_to_guess(named_configurations(working_dir))
+        say(f"no configuration in {working_dir}: using the shipped example {DEFAULT_EXAMPLE}")
         environment = chosen_environment({"example": DEFAULT_EXAMPLE}, environment)
     return load_run(options, environment, working_dir, get_spec, check_files)
+
+
+def _refuse_to_guess(names: Sequence[str]) -> None:
+    """Who has configurations of his own and chose none has forgotten to, and does not want the shipped example.
+
+    Raises:
+        ConfigError: there are some.
+    """
+    if names:
+        allowed = ", ".join(f"env={name}" for name in names)
+        message = "no configuration was chosen, and there is no config/config.json"
+        raise ConfigError(Problem(message, allowed=allowed, fix=f"for example: simpletuner train env={names[0]}"))
 
 
 def split_arguments(arguments: Sequence[str]) -> tuple[dict[str, str], list[str]]:

@@ -5,6 +5,7 @@ Pydantic does the checking; this module only words what it found, and refuses wh
 
 from __future__ import annotations
 
+import difflib
 import json
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, TypeVar
@@ -17,6 +18,8 @@ from simpletuner.config.options.declare import OptionInfo
 from simpletuner.errors import Problem
 
 Model = TypeVar("Model", bound=BaseModel)
+
+MANY_CHOICES = 20
 
 _BOUND_WORDS = {
     "greater_than_equal": "too small",
@@ -66,18 +69,29 @@ def check_settings(
 
 def _fault_problem(info: OptionInfo, setting: Setting, fault: Mapping[str, Any], path: str) -> Problem:
     kind, shown = fault["type"], "the value" if info.is_secret else show_value(setting.value)
-    fix = None
-    if kind in _BOUND_WORDS:
+    fix, allowed = None, info.allowed
+    if setting.value is True and setting.origin.kind != "file":  # text but for a flag that stands alone
+        message, fix = "has no value", f"write --{info.name}=VALUE"
+    elif kind in _BOUND_WORDS:
         message = f"{shown} is {_BOUND_WORDS[kind]}"
     elif kind == "literal_error":
         message = f"{shown} is not one of the choices"
         near = nearest(str(fault["input"]), info.choices)
         fix = f'did you mean "{near}"?' if near else None
+        allowed = _likely_choices(str(fault["input"]), info)
     elif kind == "value_error":
         message = f"{shown}: {fault['ctx']['error']}"
     else:
-        message = f"{shown}: {fault['msg']}"
-    return setting.origin.problem(message, key=f"{path}{info.name}", allowed=info.allowed, fix=fix)
+        message = f"{shown} is of another kind"
+    return setting.origin.problem(message, key=f"{path}{info.name}", allowed=allowed, fix=fix)
+
+
+def _likely_choices(word: str, info: OptionInfo) -> str:
+    """What is allowed; of many choices those that `word` resembles, since fifty names in a row help nobody."""
+    if len(info.choices) <= MANY_CHOICES:
+        return info.allowed
+    near = difflib.get_close_matches(word.lower(), info.choices, n=6, cutoff=0.4)
+    return f"{', '.join([*near, '...'])} (`simpletuner options {info.name}` lists all {len(info.choices)})"
 
 
 def show_value(value: Any) -> str:

@@ -62,8 +62,8 @@ def read_datasets(document: Document, config: TrainConfig) -> LoadedDatasets:
     for index, raw in enumerate(entries):
         place = Origin("file", document.file, document.line(index))
         if not isinstance(raw, dict):
-            message = f"entry {index + 1} is {show_value(raw)} and not an object"
-            loaded.problems.append(place.problem(message, key=f"[{index}]", allowed='{"id": ..., ...}'))
+            message = f"{show_value(raw)} is not an object"
+            loaded.problems.append(place.problem(message, key=_entry_name(index), allowed='{"id": ..., ...}'))
             continue
         _read_entry(raw, index, document, config, loaded)
     return loaded
@@ -73,7 +73,7 @@ def _read_entry(
     raw: Mapping[str, Any], index: int, document: Document, config: TrainConfig, loaded: LoadedDatasets
 ) -> None:
     origin = Origin("file", document.file, document.line(index))
-    name = str(raw.get("id") or f"[{index}]")
+    name = str(raw.get("id") or _entry_name(index))
     raw, notes = with_table_keys(raw)
     loaded.warnings += [f"{origin}: {name}: {note}" for note in notes]
     written = _settings(raw, index, document, name, loaded.problems)
@@ -109,6 +109,11 @@ def _read_entry(
     loaded.origins[(entry.id, "")] = origin
     loaded.origins.update({(entry.id, key): setting.origin for key, setting in written.items()})
     loaded.entries.append(with_defaults(entry, config))  # type: ignore[arg-type]
+
+
+def _entry_name(index: int) -> str:
+    """What an entry without an id is called, as a reader counts."""
+    return f"entry {index + 1}"
 
 
 def _settings(
@@ -161,7 +166,7 @@ def _is_disabled(settings: Mapping[str, Setting]) -> bool:
 def _dataset_type(settings: Mapping[str, Setting], name: str, problems: list[Problem]) -> str | None:
     setting = settings.get("dataset_type")
     kind = setting.value if setting else "image"
-    if kind in DATASET_CLASSES:
+    if isinstance(kind, str) and kind in DATASET_CLASSES:
         return kind
     assert setting is not None
     reason = PLANNED_DATASET_TYPES.get(str(kind))

@@ -8,7 +8,7 @@ from typing import Annotated, Any, NamedTuple
 from pydantic import BeforeValidator
 
 from simpletuner.config.names import nearest
-from simpletuner.config.values import read_bool, read_float, read_int
+from simpletuner.config.values import read_bool, read_float, read_int, read_words
 
 SEPARATORS = {"comma": ",", "space": " ", "period": "."}
 
@@ -95,13 +95,13 @@ SKIPPABLE = ("vae", "aspect", "metadata", "text")
 
 def read_skipped(value: Any) -> Any:
     """Words with commas or blanks between them, all of `SKIPPABLE` -> a tuple of them."""
-    words = value.replace(",", " ").split() if isinstance(value, str) else list(value)
+    words = read_words(value)
     for word in words:
         if word not in SKIPPABLE:
             near = nearest(str(word), SKIPPABLE)
             hint = f'; did you mean "{near}"?' if near else ""
             raise ValueError(f'"{word}" is none of {", ".join(SKIPPABLE)}{hint}')
-    return tuple(words)
+    return words
 
 
 AspectBuckets = Annotated[tuple[AspectBucket, ...], BeforeValidator(read_aspect_buckets)]

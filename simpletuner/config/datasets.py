@@ -85,6 +85,7 @@ class ImageDataset(PictureSource, DatasetEntry):
     )
     crop_aspect_buckets: AspectBuckets | None = option(
         None,
+        takes="list of numbers or objects",
         help="Aspect ratios (width / height) of `crop_aspect` closest and random; for random also "
         '`{"aspect_bucket": 1.5, "weight": 2}`.',
     )
@@ -114,6 +115,7 @@ class ImageDataset(PictureSource, DatasetEntry):
     )
     caption_column: TextOrList | None = option(
         None,
+        takes="text, or list of texts",
         help="Column of the table with the captions; of a list, the first that holds text. Unset: the first of text, "
         "caption and prompt that is there.",
     )
@@ -123,7 +125,7 @@ class ImageDataset(PictureSource, DatasetEntry):
         "(comma, space, period), `position_start` (tags that stay), `seed`, `include_original`.",
     )
     instance_prompt: TextOrList | None = option(
-        None, help="Caption of all pictures, or a list to draw from.", level="basic"
+        None, takes="text, or list of texts", help="Caption of all pictures, or a list to draw from.", level="basic"
     )
     prepend_instance_prompt: Bool = option(False, help="Put `instance_prompt` in front of each caption.")
     only_instance_prompt: Bool = option(False, help="Use `instance_prompt` in place of each caption.")
@@ -150,6 +152,7 @@ class ImageDataset(PictureSource, DatasetEntry):
     )
     skip_file_discovery: Words = option(
         (),
+        takes="vae, aspect, metadata, text: some of them, with commas",
         help="`aspect` or `metadata`: do not look at the folder; what the last scan found is used, and a file that has "
         "changed since is noticed when it is read. A folder that was never scanned is. `vae` and `text` change "
         "nothing: caches are asked by key.",
@@ -199,6 +202,7 @@ class ImageDataset(PictureSource, DatasetEntry):
     conditioning: Any = option(None, help="Generated conditioning.", planned="conditioning is not built")
     conditioning_data: TextOrList | None = option(
         None,
+        takes="id, or list of ids",
         help="Id of the conditioning dataset with the masks or reference pictures of these pictures, or a list of ids: "
         "one of masks, and one for each reference that a picture has, in order.",
     )
@@ -276,6 +280,7 @@ class TextEmbedsDataset(DatasetEntry):
     write_batch_size: Int | None = option(None, help="As in `config.json`, for this cache.", unit="captions", ge=1)
     caption_filter_list: TextOrList | None = option(
         None,
+        takes="list of texts, or path",
         help="Edits of all captions, in order: a regular expression is removed, `s/expression/replacement/` replaces. "
         "A list, or the path of a .txt or .json file.",
     )

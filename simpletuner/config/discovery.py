@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
+from simpletuner.config.names import nearest
+from simpletuner.config.nearby import nearest_path
 from simpletuner.errors import ConfigError, Problem
 
 Backend = Literal["json", "toml", "env", "cmd"]
@@ -55,6 +58,13 @@ def usual_places(working_dir: Path, backend: Backend | None = None) -> list[Path
     ]
 
 
+def named_configurations(working_dir: Path, pattern: str = "*") -> list[str]:
+    """What `env=NAME` may mean here: the folders in `config/` that hold a configuration."""
+    config = working_dir / "config"
+    found = {path.parent for kind in _FILE_BACKENDS for path in config.glob(f"{pattern}/config.{kind}")}
+    return sorted(folder.relative_to(config).as_posix() for folder in found)
+
+
 def _chosen_backend(environment: Mapping[str, str]) -> Backend | None:
     name = next((name for name in BACKEND_NAMES if environment.get(name)), None)
     if name is None:
@@ -75,7 +85,15 @@ def _from_path(text: str, backend: Backend | None, working_dir: Path) -> ConfigS
     places = [Path(f"{path}.{kind}") for kind in kinds] + [path / f"config.{kind}" for kind in kinds]
     found = next((place for place in places if place.is_file()), None)
     if found is None:
-        raise _not_found(f'CONFIG_PATH is "{text}", and no configuration file is there', [path, *places])
+        near = nearest_path(path)
+        raise ConfigError(
+            Problem(
+                f'"{text}": there is no configuration file there',
+                key="CONFIG_PATH",
+                allowed="a configuration file, or a folder with " + " or ".join(f"config.{kind}" for kind in kinds),
+                fix=f'did you mean "{os.path.relpath(near, working_dir)}"?' if near else None,
+            )
+        )
     return ConfigSource(found, _backend_of(found))
 
 
@@ -86,7 +104,11 @@ def _from_environment_name(key: str, name: str, backend: Backend | None, working
     places = [folder / f"config.{kind}" for folder in folders for kind in ((backend,) if backend else _FILE_BACKENDS)]
     found = next((place for place in places if place.is_file()), None)
     if found is None:
-        raise _not_found(f'{key} is "{name}", and there is no configuration of that name', places)
+        known = named_configurations(working_dir, "*") + named_configurations(working_dir, "*/*")
+        near = nearest(name, known)
+        message = f'"{name}": there is no configuration of this name'
+        fix = f'did you mean "{near}"?' if near else f"it would be config/{name}/config.json"
+        raise ConfigError(Problem(message, key=key, allowed=", ".join(known) or "default", fix=fix))
     return ConfigSource(found, _backend_of(found))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -68,6 +68,7 @@ class Draft:
     Args:
         spec: None where the family is unknown.
         origins: where each value that is not a default comes from.
+        config_file: as shown; None where everything came from the command line.
         faulty: options whose value was refused; rules leave them alone.
     """
 
@@ -76,6 +77,7 @@ class Draft:
     datasets: LoadedDatasets
     origins: Mapping[str, Origin]
     folders: Folders
+    config_file: str | None = None
     lycoris: Mapping[str, Any] | None = None
     prompt_library: Mapping[str, LibraryPrompt] | None = None
     faulty: frozenset[str] = field(default_factory=frozenset)
@@ -85,8 +87,9 @@ class Draft:
         return self.origins.get(key, Origin("default"))
 
     def problem(self, message: str, key: str, allowed: str | None = None, fix: str | None = None) -> Problem:
-        """A problem with an option's value."""
-        return self.origin(key).problem(message, key=key, allowed=allowed, fix=fix)
+        """A problem with an option's value; of one that nobody set, in the file where it would stand."""
+        problem = self.origin(key).problem(message, key=key, allowed=allowed, fix=fix)
+        return problem if problem.file else replace(problem, file=self.config_file)
 
     def dataset_problem(
         self, entry: Dataset, key: str, message: str, allowed: str | None = None, fix: str | None = None

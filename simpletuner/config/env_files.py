@@ -23,18 +23,18 @@ def variables_of_files(environment: Mapping[str, str], working_dir: Path, name: 
     Raises:
         ConfigError: a file cannot be read, or a line is no assignment.
     """
-    found = _read(working_dir / "config", working_dir)
+    found = _read(working_dir / "config", working_dir, environment)
     for key in ENVIRONMENT_NAMES:
         name = name or environment.get(key) or found.get(key)
     if name and name != "default":
-        found |= _read(working_dir / "config" / name, working_dir)
+        found |= _read(working_dir / "config" / name, working_dir, {**environment, **found})
     return {key: value for key, value in found.items() if key not in environment}
 
 
-def _read(folder: Path, working_dir: Path) -> dict[str, str]:
+def _read(folder: Path, working_dir: Path, environment: Mapping[str, str]) -> dict[str, str]:
     file = folder / FILE
     others = (folder / "config.json", folder / "config.toml")
     if not file.is_file() or not any(other.is_file() for other in others):
         return {}
-    variables = read_env_variables(file, str(file.relative_to(working_dir)))
+    variables = read_env_variables(file, str(file.relative_to(working_dir)), environment)
     return {name: value for name, (value, _) in variables.items()}

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from simpletuner.config.datasets import TABLE_SUFFIXES, ConditioningDataset, ImageDataset, references_for, table_path
 from simpletuner.config.draft import Draft
+from simpletuner.config.nearby import exists
 from simpletuner.config.paths import PREVIEW_FOLDER, looks_like_path
 from simpletuner.errors import Problem
 
@@ -96,7 +97,7 @@ def named_checkpoint_exists(draft: Draft) -> Iterator[Problem]:
     if not draft.config.resumes or name == "latest":
         return
     places = list(dict.fromkeys([draft.config.output_dir / Path(name).name, draft.folders.working_dir / name]))
-    if not any(place.is_dir() for place in places):
+    if not any(exists(place) and place.is_dir() for place in places):
         message = f'"{name}": there is no checkpoint of this name'
         allowed = f"latest, none, or a folder at {' or '.join(str(place) for place in places)}"
         yield draft.problem(message, "resume_from_checkpoint", allowed)

@@ -190,11 +190,14 @@ class _Reader:
 
     def next_item(self, closing: str) -> None:
         """Step over the comma to the next item, or stop at the closing bracket."""
+        end = self.position
         self.skip_blank()
         if self.text[self.position : self.position + 1] == closing:
             return
         if self.text[self.position : self.position + 1] != ",":
-            self.fail(f'{self.here()} where "," or "{closing}" was expected')
+            is_cut_off = self.position == len(self.text)
+            fix = f'close it with "{closing}"' if is_cut_off else f"put a comma at the end of line {self.line_of(end)}"
+            self.fail(f'{self.here()} where "," or "{closing}" was expected', fix)
         comma = self.position
         self.position += 1
         self.skip_blank()

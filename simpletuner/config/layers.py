@@ -104,12 +104,13 @@ def clean_key(key: str) -> str:
     return key.lstrip("-").replace("-", "_")
 
 
-def read_file_layer(source: ConfigSource, shown: str, known: Collection[str]) -> Layer:
+def read_file_layer(source: ConfigSource, shown: str, known: Collection[str], environment: Mapping[str, str]) -> Layer:
     """The settings of a configuration file.
 
     Args:
         shown: the file's name in errors.
         known: every name that means an option; a `config.env` file may set other variables too.
+        environment: what `$NAME` in a `config.env` file may stand for.
 
     Raises:
         ConfigError: the file cannot be read or is not what its ending says.
@@ -117,7 +118,7 @@ def read_file_layer(source: ConfigSource, shown: str, known: Collection[str]) ->
     if source.path is None:
         return Layer([])
     if source.backend == "env":
-        return _read_env(source.path, shown, known)
+        return _read_env(source.path, shown, known, environment)
     if source.backend == "toml":
         return _read_toml(source.path, shown)
     return json_layer(read_text_file(source.path, shown), shown)
@@ -182,11 +183,11 @@ def _read_toml(path: Path, shown: str) -> Layer:
     )
 
 
-def _read_env(path: Path, shown: str, known: Collection[str]) -> Layer:
+def _read_env(path: Path, shown: str, known: Collection[str], environment: Mapping[str, str]) -> Layer:
     settings: list[Setting] = []
     extra: list[Setting] = []
     warnings: list[str] = []
-    for name, (value, origin) in read_env_variables(path, shown).items():
+    for name, (value, origin) in read_env_variables(path, shown, environment).items():
         option = env_file_option(name)
         if name == EXTRA_ARGUMENTS:
             extra += _extra_arguments(value, origin)
@@ -197,13 +198,17 @@ def _read_env(path: Path, shown: str, known: Collection[str]) -> Layer:
     return Layer([*settings, *extra], warnings)
 
 
-def read_env_variables(path: Path, shown: str) -> dict[str, tuple[str, Origin]]:
+def read_env_variables(path: Path, shown: str, environment: Mapping[str, str]) -> dict[str, tuple[str, Origin]]:
     """`NAME=value` lines as a shell reads them: quotes, comments, `export`, `+=`, `$NAME`; no commands are run.
+
+    Args:
+        environment: where `$NAME` is looked up that the file does not set before; unset ones are empty.
 
     Raises:
         ConfigError: the file cannot be read, or a line is no assignment.
     """
     variables: dict[str, tuple[str, Origin]] = {}
+    seen = dict(environment)
     for number, line in enumerate(read_text_file(path, shown).splitlines(), 1):
         if not line.strip() or line.lstrip().startswith("#"):
             continue
@@ -214,10 +219,11 @@ def read_env_variables(path: Path, shown: str) -> dict[str, tuple[str, Origin]]:
                 Problem(f'"{line.strip()}" is not an assignment', file=shown, line=number, allowed="NAME=value")
             )
         name, operator, text = match.groups()
-        value = _shell_value(text, {key: known for key, (known, _) in variables.items()}, origin, name)
+        value = _shell_value(text, seen, origin, name)
         if operator == "+=" and name in variables:
             value = variables[name][0] + value
         variables[name] = (value, origin)
+        seen[name] = value
     return variables
 
 
@@ -238,32 +244,52 @@ def _shell_value(text: str, known: Mapping[str, str], origin: Origin, name: str)
     try:
         return " ".join(shlex.split(text, comments=True))
     except ValueError as error:
-        raise ConfigError(origin.problem(f"has unbalanced quotes ({error})", key=name)) from error
+        raise ConfigError(_unbalanced(origin, name, error)) from error
 
 
 def _extra_arguments(text: str, origin: Origin) -> list[Setting]:
-    """Options in `TRAINER_EXTRA_ARGS`; as at the end of a command line, they win over the file's own."""
-    return [
-        Setting(setting.key, setting.value, origin) for setting in parse_arguments(shlex.split(text), origin).settings
-    ]
+    """Options in `TRAINER_EXTRA_ARGS`; as at the end of a command line, they win over the file's own.
+
+    Raises:
+        ConfigError: they are no options.
+    """
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise ConfigError(_unbalanced(origin, EXTRA_ARGUMENTS, error)) from error
+    return list(parse_arguments(words, origin).settings)
+
+
+def _unbalanced(origin: Origin, name: str, error: ValueError) -> Problem:
+    return origin.problem(f"has unbalanced quotes ({error})", key=name, fix="close each quote")
 
 
 def environment_layer(environment: Mapping[str, str], known: Iterable[str]) -> Layer:
-    """`SIMPLETUNER_<OPTION>` variables, and `TRAINER_EXTRA_ARGS`. Unknown ones of that prefix only warn.
+    """`SIMPLETUNER_<OPTION>` variables, and `TRAINER_EXTRA_ARGS`. Others of that prefix may be another program's: a
+    warning says that they are not read.
 
     Args:
         known: every name that means an option, old names included.
+
+    Raises:
+        ConfigError: a variable is named almost like an option.
     """
     names = set(known)
-    settings, warnings = [], []
+    settings, warnings, problems = [], [], []
     for variable, value in sorted(environment.items()):
         if not variable.startswith(ENVIRONMENT_PREFIX) or variable in OTHER_VARIABLES:
             continue
         name = variable.removeprefix(ENVIRONMENT_PREFIX).lower()
         if name in names:
             settings.append(Setting(name, value, Origin("environment", variable)))
+        elif near := nearest(name, names):
+            origin = Origin("environment", variable)
+            fix = f'did you mean "{ENVIRONMENT_PREFIX}{near.upper()}"?'
+            problems.append(origin.problem("there is no option of this name", key=name, fix=fix))
         else:
             warnings.append(f"environment variable {variable}: names no option and is not read")
+    if problems:
+        raise ConfigError(problems)
     if environment.get(EXTRA_ARGUMENTS):
         settings += _extra_arguments(environment[EXTRA_ARGUMENTS], Origin("environment", EXTRA_ARGUMENTS))
     for variable in ACCELERATE_VARIABLES:
@@ -284,6 +310,7 @@ def parse_arguments(arguments: Sequence[str], origin: Origin | None = None) -> L
     origin = origin or Origin("command line")
     settings: list[Setting] = []
     problems: list[Problem] = []
+    value: str | bool
     rest = list(arguments)
     while rest:
         argument = rest.pop(0)
@@ -292,7 +319,7 @@ def parse_arguments(arguments: Sequence[str], origin: Origin | None = None) -> L
             problems.append(origin.problem(f'"{argument}" is not an option', key=argument, allowed="--option=value"))
             continue
         if not equals:
-            value = rest.pop(0) if rest and not rest[0].startswith("--") else "true"
+            value = rest.pop(0) if rest and not rest[0].startswith("--") else True
         settings.append(Setting(clean_key(key), value, origin))
     if problems:
         raise ConfigError(problems)

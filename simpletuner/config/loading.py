@@ -143,6 +143,7 @@ def load_source(
         datasets=datasets,
         origins={key: setting.origin for key, setting in reader.merged.settings.items()},
         folders=reader.folders,
+        config_file=reader.shown if source.path else None,
         lycoris=lycoris,
         prompt_library=prompts,
         faulty=frozenset(problem.key for problem in reader.problems if problem.key),
@@ -185,7 +186,7 @@ class _RunReader:
         known = option_names()
         layers = []
         for read in (
-            lambda: self.read_file(known),
+            lambda: self.read_file(known, environment),
             lambda: environment_layer(environment, known),
             lambda: parse_arguments(arguments),
         ):
@@ -204,11 +205,11 @@ class _RunReader:
             self.merged = merge_layers([defaults, *layers])
         self.problems += self.merged.problems
 
-    def read_file(self, known: Sequence[str]) -> Layer:
+    def read_file(self, known: Sequence[str], environment: Mapping[str, str]) -> Layer:
         path = self.source.path
         if path is not None and path.absolute() in self.unsaved:
             return json_layer(self.unsaved[path.absolute()], self.shown)
-        return read_file_layer(self.source, self.shown, known)
+        return read_file_layer(self.source, self.shown, known, environment)
 
     def find_spec(self, get_spec: Callable[[str], FamilyFacts]) -> FamilyFacts | None:
         family = self.merged.settings.get("model_family")

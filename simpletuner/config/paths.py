@@ -6,13 +6,12 @@ and a folder `model` that happens to be where somebody starts it does not.
 
 from __future__ import annotations
 
-import difflib
 import os
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 
 from simpletuner.config.layers import Origin
+from simpletuner.config.nearby import exists, nearest_path
 from simpletuner.errors import Problem
 
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -22,8 +21,6 @@ PACKAGE = Path(__file__).resolve().parents[1]
 SINGLE_FILE = ".safetensors"
 # Where a model folder may carry a tiny autoencoder of its own, in the form of diffusers' AutoencoderTiny.
 PREVIEW_FOLDER = "preview_decoder"
-# Of a folder, when a similar name is looked for: a folder of pictures may have millions.
-MAX_NAMES = 10_000
 
 
 @dataclass(frozen=True)
@@ -42,7 +39,7 @@ class Folders:
 
     def find(self, path: Path) -> Path | None:
         """The first place that exists."""
-        return next((place for place in self.places(path) if place.exists()), None)
+        return next((place for place in self.places(path) if exists(place)), None)
 
     def output(self, path: Path) -> Path:
         """A path that is made on demand: always in the working folder."""
@@ -68,25 +65,6 @@ class Folders:
             if found is not None and found.is_dir() == is_folder:
                 return found if path.is_absolute() else Path(os.path.relpath(found, self.working_dir))
         return None
-
-
-def nearest_path(path: Path) -> Path | None:
-    """The existing path whose parts are those of `path`, or are spelt almost like them."""
-    if path.exists():
-        return path
-    if path == path.parent:
-        return None
-    parent = nearest_path(path.parent)
-    if parent is None or not parent.is_dir():
-        return None
-    if (parent / path.name).exists():
-        return parent / path.name
-    try:
-        names = [entry.name for entry in islice(os.scandir(parent), MAX_NAMES)]
-    except OSError:
-        return None
-    near = difflib.get_close_matches(path.name, names, n=1, cutoff=0.75)
-    return parent / near[0] if near else None
 
 
 def looks_like_path(text: str) -> bool:

@@ -197,7 +197,9 @@ def there_are_pictures_to_train_on(draft: Draft) -> Iterator[Problem]:
         return
     disabled = f" ({', '.join(draft.datasets.disabled)} disabled)" if draft.datasets.disabled else ""
     message = f"names no dataset of dataset_type image{disabled}: there is nothing to train on"
-    yield draft.problem(message, "data_backend_config", fix="add an entry with id and instance_data_dir")
+    file = draft.config.data_backend_config
+    shown = draft.folders.shown(file) if file else None
+    yield Problem(message, file=shown, line=1, fix="add an entry with id and instance_data_dir")
 
 
 def one_text_cache_is_the_default(draft: Draft) -> Iterator[Problem]:

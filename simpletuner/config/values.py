@@ -14,6 +14,8 @@ from pydantic import BeforeValidator, Field, SecretStr
 
 TRUE_WORDS = ("true", "yes", "on", "1")
 FALSE_WORDS = ("false", "no", "off", "0")
+# Of a file or folder, on every usual file system.
+MAX_NAME_BYTES = 255
 
 
 class Size(NamedTuple):
@@ -161,6 +163,8 @@ def read_path(value: Any) -> Any:
         raise ValueError("must be a path, as text")
     if "\0" in value:
         raise ValueError("must be a path without a NUL character")
+    if any(len(part.encode("utf-8", "replace")) > MAX_NAME_BYTES for part in value.split("/")):
+        raise ValueError("holds a name that is too long for any disk")
     try:
         return Path(value).expanduser()
     except RuntimeError:

@@ -103,7 +103,7 @@ def open_project(config: Path, working_dir: Path, hardware: Hardware) -> Project
         raise ConfigError(Problem(message, file=str(config), allowed="config.json", fix=fix))
     if not config.exists():
         return _new_project(config, working_dir, hardware)
-    layer = read_file_layer(ConfigSource(config, "json"), _shown(config, working_dir), option_names())
+    layer = read_file_layer(ConfigSource(config, "json"), _shown(config, working_dir), option_names(), {})
     settings = merge_layers([layer]).settings
     places = _places(config, working_dir, settings)
     texts = {

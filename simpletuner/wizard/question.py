@@ -137,7 +137,7 @@ def _declared(
     write: Callable[[Answers, Any], Answers],
 ) -> Question:
     kind: Kind = "choice" if info.choices else "yes_no" if info.type_name == "true or false" else "text"
-    facts = [f"allowed: {info.allowed}"] if kind == "text" and info.type_name not in ("list", "text") else []
+    facts = [f"allowed: {info.allowed}"] if kind == "text" and info.allowed != "text" else []
     facts += [f"in {info.unit}"] if info.unit else []
     facts += [f"default: {shown_default(info)}"] if info.default not in (None, ..., "") else []
     choices = tuple((value, value) for value in info.choices if value not in _NEED_MORE)

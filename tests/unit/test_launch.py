@@ -42,6 +42,20 @@ def test_the_example_is_the_last_resort_only(tmp_path: Path):
     assert len(said) == 1
 
 
+def test_the_example_is_not_trained_where_other_configurations_wait_to_be_chosen(tmp_path: Path):
+    for name in ("luna", "sol"):
+        (tmp_path / "config" / name).mkdir(parents=True)
+        (tmp_path / "config" / name / "config.json").write_text("{}")
+    with pytest.raises(ConfigError, match="no configuration was chosen") as caught:
+        load_arguments([], {}, tmp_path, print, check_files=False)
+    assert caught.value.problems[0].allowed == "env=luna, env=sol"
+    (tmp_path / "config").rename(tmp_path / "elsewhere")
+    recipes = tmp_path / "config" / "examples" / "some-recipe"  # as a clone has them
+    recipes.mkdir(parents=True)
+    (recipes / "config.json").write_text("{}")
+    assert load_arguments([], {}, tmp_path, print, check_files=False).config.model_family == "omnigen"
+
+
 def test_the_family_of_a_model_folder_is_told_by_its_pipeline(tmp_path: Path):
     (tmp_path / "model_index.json").write_text('{"_class_name": "OmniGenPipeline"}')
     assert spec_of_model(ModelSource(str(tmp_path))) is OMNIGEN

@@ -42,6 +42,7 @@ class AdapterOptions(OptionGroup):
     )
     lora_target: Annotated[tuple[str, ...], BeforeValidator(read_words)] = option(
         ("default",),
+        takes="list of names, or text with commas",
         help="Layers of standard LoRA: `default` and the groups of the family (`attention`, `feed-forward`, ...), "
         "`all-linear`, or patterns of module paths such as `layers.*.self_attn.to_q`; several with commas.",
         since="0.2",

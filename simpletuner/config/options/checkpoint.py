@@ -30,6 +30,7 @@ class CheckpointOptions(OptionGroup):
     )
     resume_from_checkpoint: Text = option(
         "latest",
+        takes="latest, none, or a checkpoint's name or path",
         help="`latest` continues from the newest valid checkpoint in `output_dir` and starts afresh where there is "
         "none; a checkpoint's name or path continues from it; `none` or an empty text starts afresh.",
         level="basic",

@@ -58,6 +58,7 @@ class DataOptions(OptionGroup):
     )
     instance_prompt: TextOrList | None = option(
         None,
+        takes="text, or list of texts",
         help="Caption of `caption_strategy: instanceprompt`, or a list to draw from, for datasets without their own.",
     )
     cache_dir: FilePath = option(

@@ -32,6 +32,7 @@ def option(
     default: Any,
     *,
     help: str,
+    takes: str | None = None,
     unit: str | None = None,
     level: Level = "advanced",
     since: str = "0.1",
@@ -50,6 +51,7 @@ def option(
     Args:
         default: value where nobody sets it; `REQUIRED` where somebody must.
         help: one or two sentences: what it does, what it interacts with.
+        takes: what is accepted, in words, where the name of the type says too little.
         unit: of the number.
         planned: why it cannot be used yet; then only `default` and the `neutral` values are accepted.
         neutral: values of a planned option that change nothing.
@@ -58,6 +60,7 @@ def option(
         empty_is_value: an empty text is a value of its own, not "unset".
     """
     facts: dict[str, Any] = {
+        "takes": takes,
         "unit": unit,
         "level": level,
         "since": since,
@@ -79,6 +82,7 @@ class OptionInfo:
     default: Any
     help: str
     group: str
+    takes: str | None
     unit: str | None
     level: Level
     since: str
@@ -102,10 +106,12 @@ class OptionInfo:
     @property
     def allowed(self) -> str:
         """What would be accepted, in words."""
+        if self.takes:
+            return self.takes
         if self.choices:
             return ", ".join(self.choices)
         signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
-        limits = " and ".join(f"{signs[sign]} {bound:g}" for sign, bound in self.bounds.items())
+        limits = " and ".join(f"{signs[sign]} {bound:.10g}" for sign, bound in self.bounds.items())
         return f"{self.type_name} {limits}".strip()
 
     @property

@@ -34,7 +34,10 @@ class ModelOptions(OptionGroup):
     """Model"""
 
     model_family: Text = option(
-        REQUIRED, help="Name of the model family; a wrong one is answered with the list of all.", level="basic"
+        REQUIRED,
+        takes="one of those that `simpletuner models` lists",
+        help="Name of the model family; a wrong one is answered with the list of all.",
+        level="basic",
     )
     model_flavour: Text | None = option(
         None,
@@ -70,6 +73,7 @@ class ModelOptions(OptionGroup):
     )
     gradient_checkpointing_interval: Interval | None = option(
         None,
+        takes="whole number above 0, or auto",
         help="Checkpoint the first of every n blocks only: less time, more memory. `auto`: only as many blocks as the "
         "measured free memory demands; the first step of each picture size measures.",
     )

@@ -85,6 +85,7 @@ class ObjectiveOptions(OptionGroup):
     )
     flow_custom_timesteps: Annotated[tuple[float, ...], BeforeValidator(read_sigmas)] | None = option(
         None,
+        takes="list of numbers, or text with commas",
         help="For flow families: train on these noise levels only, a list or text with commas. 0 is data; 1 is noise, "
         "or 1000, where any is above 1.",
     )

@@ -97,7 +97,9 @@ class OptimizerOptions(OptionGroup):
         planned_values=REFUSED_OPTIMIZERS,
     )
     optimizer_config: Arguments | None = option(
-        None, help='Further arguments of the optimizer: "name=value,name=value", or an object.'
+        None,
+        takes="object, or text such as weight_decay=0.1,eps=1e-8",
+        help='Further arguments of the optimizer: "name=value,name=value", or an object.',
     )
     learning_rate: Float = option(
         1e-4, help="Highest learning rate. LoKr with AdamW: 1e-4 or less.", gt=0, le=10, level="basic"

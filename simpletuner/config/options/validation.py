@@ -32,6 +32,7 @@ class ValidationOptions(OptionGroup):
     )
     validation_references: TextOrList | None = option(
         None,
+        takes="path, or list of paths",
         help="Pictures that the prompts of validation edit, for families that take references: a path, or a list. "
         "Unset, and training has reference pictures: those of its first held-out picture, else of its first one.",
     )
@@ -54,6 +55,7 @@ class ValidationOptions(OptionGroup):
     )
     validation_resolution: Sizes = option(
         "256",
+        takes="a side such as 1024, a size such as 1280x768, or several with commas",
         help="Picture sizes, with commas between them: 1024 or 1280x768 (width x height). Each prompt is drawn at "
         "each size.",
         unit="pixels",

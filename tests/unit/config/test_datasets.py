@@ -123,7 +123,7 @@ def test_faults_name_the_entry_and_the_key(written: dict[str, Any], words: str) 
 
 def test_what_is_missing_is_named() -> None:
     loaded = read({"instance_data_dir": "x"}, {"id": "b"}, 7)
-    assert [problem.key for problem in loaded.problems] == ["[0].id", "b.instance_data_dir", "[2]"]
+    assert [problem.key for problem in loaded.problems] == ["entry 1.id", "b.instance_data_dir", "entry 3"]
     assert [problem.line for problem in loaded.problems] == [2, 5, 8]
 
 

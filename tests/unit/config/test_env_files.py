@@ -31,6 +31,18 @@ def test_the_folder_of_the_chosen_configuration_comes_last(folder: Path):
         assert variables_of_files({key: "luna"}, folder) == expected
 
 
+def test_variables_that_the_file_does_not_set_come_from_the_environment(folder: Path):
+    (folder / "config/config.env").write_text('A=$HOME/runs\nD="${A} and ${NOWHERE}"\n')
+    found = variables_of_files({"HOME": "/home/ann"}, folder)
+    assert found == {"A": "/home/ann/runs", "D": "/home/ann/runs and "}
+    (folder / "config/config.json").unlink()
+    text = "MODEL_FAMILY=toy\nMAX_NUM_STEPS=5\nOUTPUT_DIR=$HOME/runs\nDATALOADER_CONFIG=data.json\nMODEL_TYPE=full\n"
+    (folder / "config/config.env").write_text(text)
+    (folder / "data.json").write_text('[{"id": "a", "instance_data_dir": "."}]')
+    run = Workspace(folder, environment={"HOME": "/home/ann"}).load(check_files=False)
+    assert run.config.output_dir == Path("/home/ann/runs")
+
+
 def test_config_env_may_choose_the_configuration(folder: Path):
     (folder / "config/config.env").write_text("ENV=luna\n")
     assert variables_of_files({}, folder) == {"ENV": "luna", "B": "3", "C": "3"}

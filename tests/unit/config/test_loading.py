@@ -119,12 +119,27 @@ def test_arguments_come_in_three_forms(workspace: Workspace) -> None:
 
 
 def test_variables_that_name_no_option_are_told(workspace: Workspace) -> None:
-    workspace.environment |= {"SIMPLETUNER_SED": "1", "SEED": "5", "SIMPLETUNER_DEBUG": "1"}
+    workspace.environment |= {"SIMPLETUNER_QUOTA_SERVER": "1", "SEED": "5", "SIMPLETUNER_DEBUG": "1"}
     run = workspace.load_written()
     assert run.config.seed == 42
     assert [line for line in run.warnings if "environment" in line] == [
-        "environment variable SIMPLETUNER_SED: names no option and is not read"
+        "environment variable SIMPLETUNER_QUOTA_SERVER: names no option and is not read"
     ]
+
+
+def test_a_misspelt_variable_is_as_wrong_as_a_misspelt_key(workspace: Workspace) -> None:
+    workspace.environment |= {"SIMPLETUNER_LEARNING_RTE": "1e-5"}
+    text = workspace.fails_written().render()
+    assert "environment variable SIMPLETUNER_LEARNING_RTE" in text
+    assert 'did you mean "SIMPLETUNER_LEARNING_RATE"?' in text
+
+
+def test_extra_arguments_with_an_open_quote_are_placed(workspace: Workspace) -> None:
+    workspace.config["TRAINER_EXTRA_ARGS"] = "--validation_prompt='a dog"
+    assert "config/config.json:10: TRAINER_EXTRA_ARGS: has unbalanced quotes" in workspace.fails_written().render()
+    del workspace.config["TRAINER_EXTRA_ARGS"]
+    workspace.environment["TRAINER_EXTRA_ARGS"] = '--seed="1'
+    assert "environment variable TRAINER_EXTRA_ARGS" in workspace.fails_written().render()
 
 
 def test_old_names_are_read_with_a_warning(workspace: Workspace) -> None:
@@ -195,6 +210,10 @@ def test_the_file_is_chosen_by_the_environment(workspace: Workspace) -> None:
         name, _, value = choice.partition("=")
         workspace.environment = {name: value}
         assert value in workspace.fails().render()
+    workspace.environment = {"ENV": "othr"}
+    assert 'did you mean "other"?' in workspace.fails().render()
+    workspace.environment = {"CONFIG_PATH": "elsewere/mine.json"}
+    assert 'did you mean "elsewhere/mine.json"?' in workspace.fails().render()
     workspace.environment = {"CONFIG_BACKEND": "cmd"}
     arguments = [f"--{key}={value}" for key, value in workspace.config.items()]
     assert workspace.load(*arguments, "--seed=14").config.seed == 14

@@ -117,7 +117,7 @@ SOUND = '{"model_family": "toy", "max_train_steps": 5}'
         (SOUND[:-1], "end of the file"),
         (SOUND[:-1] + ', "max_train_steps": 6}', "given twice"),
         (SOUND[:-1] + ', "--max_train_steps": 6}', "given twice"),
-        (SOUND[:-1] + ', "seed": 1 "x": 2}', "expected"),
+        (SOUND[:-1] + ', "seed": 1 "x": 2}', "put a comma at the end of line 1"),
     ],
 )
 def test_a_broken_file_is_placed(workspace: Workspace, text: str, words: str) -> None:
@@ -128,6 +128,61 @@ def test_a_broken_file_is_placed(workspace: Workspace, text: str, words: str) ->
     assert error.problems[0].file == "config/config.json"
     assert error.problems[0].line == 1
     assert words in error.render()
+
+
+@pytest.mark.parametrize("value", [["image"], {"a": 1}, 7, "imgae"])
+def test_a_kind_of_dataset_that_is_none_is_placed(workspace: Workspace, value: Any) -> None:
+    workspace.datasets[0]["dataset_type"] = value
+    (problem,) = workspace.fails_written().problems
+    assert (problem.file, problem.key) == ("config/multidatabackend.json", "pictures.dataset_type")
+
+
+@pytest.mark.parametrize("value", [3, {"vae": 1}, ["vaee"]])
+def test_steps_to_leave_out_that_are_none_are_placed(workspace: Workspace, value: Any) -> None:
+    workspace.datasets[0]["skip_file_discovery"] = value
+    (problem,) = workspace.fails_written().problems
+    assert problem.key == "pictures.skip_file_discovery"
+    assert "vae, aspect, metadata, text" in (problem.allowed or "")
+
+
+def test_a_name_that_is_too_long_for_the_disk_is_not_there(workspace: Workspace) -> None:
+    keys = ["lycoris_config", "pretrained_model_name_or_path", "resume_from_checkpoint"]
+    workspace.config |= {key: "n" * 5000 for key in keys}
+    assert sorted(problem.key or "" for problem in workspace.fails_written().problems) == keys
+
+
+def test_a_list_of_the_wrong_things_is_worded_like_everything_else(workspace: Workspace) -> None:
+    workspace.config["lora_target"] = [{"attention": 1}]
+    text = workspace.fails_written().render()
+    assert "allowed: list of names, or text with commas" in text
+    assert "Input should" not in text
+
+
+def test_of_many_choices_the_likely_ones_are_shown(workspace: Workspace) -> None:
+    workspace.config["optimizer"] = "adamw8bit"
+    (problem,) = workspace.fails_written().problems
+    allowed = problem.allowed or ""
+    assert "bnb-adamw8bit" in allowed
+    assert "`simpletuner options optimizer` lists all 49" in allowed
+    assert len(allowed) < 200
+
+
+def test_an_option_without_its_value_is_no_text_true(workspace: Workspace) -> None:
+    workspace.write()
+    text = workspace.fails("--learning_rate", "--validation_prompt", "--use_ema").render()
+    assert "command line: learning_rate: has no value" in text
+    assert "write --validation_prompt=VALUE" in text
+    assert "use_ema" not in text
+
+
+def test_a_run_without_length_or_pictures_names_the_file_to_mend(workspace: Workspace) -> None:
+    del workspace.config["max_train_steps"]
+    workspace.datasets = []
+    files = {problem.message.split(":")[0]: problem.file for problem in workspace.fails_written().problems}
+    assert files == {
+        "the run has no length": "config/config.json",
+        "names no dataset of dataset_type image": "config/multidatabackend.json",
+    }
 
 
 def test_a_missing_family_is_asked_for(workspace: Workspace) -> None:
