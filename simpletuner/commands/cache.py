@@ -7,25 +7,20 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-
-from simpletuner.cache.fingerprints import vae_fingerprint
 from simpletuner.cache.latents import LatentCache
 from simpletuner.cache.prompts import CachedPrompts
 from simpletuner.cache.store import QUARANTINE, TensorStore
 from simpletuner.commands.text import bytes_text, count_text
-from simpletuner.config.datasets import ConditioningDataset, ImageDataset
+from simpletuner.config.datasets import ImageDataset, TextEmbedsDataset
 from simpletuner.config.loading import LoadedRun
-from simpletuner.data.datasets import build_datasets
-from simpletuner.data.digests import DigestMemo
 from simpletuner.models.registry import get_spec
 from simpletuner.reporting.bus import EventBus
 from simpletuner.reporting.events import Notice
 from simpletuner.reporting.sinks.terminal import terminal_sink
-from simpletuner.training.latents import latents_folder, samples_to_keep
+from simpletuner.training.latents import fingerprint_of_vae, latents_folder, samples_to_keep
 from simpletuner.training.parts import build_family
 from simpletuner.training.preflight import check_model_folder
-from simpletuner.training.prepare import prepare_data
+from simpletuner.training.prepare import prepare_data, read_datasets
 from simpletuner.training.prompts import open_prompt_cache, prompts_folder, run_prompts
 from simpletuner.training.signals import StopRequest
 
@@ -60,8 +55,9 @@ def cache_folders(loaded: LoadedRun) -> list[CacheFolder]:
     spec, cache_dir = get_spec(loaded.config.model_family), Path(loaded.config.cache_dir)
     users: dict[Path, list[str]] = {}
     for entry in loaded.datasets:
-        is_kept = isinstance(entry, ImageDataset) or (isinstance(entry, ConditioningDataset) and entry.is_reference)
-        if is_kept and not entry.disabled:
+        if entry.disabled or isinstance(entry, TextEmbedsDataset):
+            continue
+        if isinstance(entry, ImageDataset) or entry.is_reference:
             users.setdefault(latents_folder(entry, cache_dir, spec).resolve(), []).append(entry.id)
     if spec.caches_prompt_embeds:
         users.setdefault(prompts_folder(loaded, spec).resolve(), []).append(CAPTIONS)
@@ -161,17 +157,13 @@ def stats(loaded: LoadedRun, say: Say) -> None:
 
 def used_keys(loaded: LoadedRun) -> dict[Path, set[str]]:
     """Folder -> keys of every picture and caption that the configuration uses, at these weights and settings."""
-    config = loaded.config
     check_model_folder(loaded)
-    family = build_family(loaded)
-    cache_dir = Path(config.cache_dir)
-    with DigestMemo(cache_dir / "digests.sqlite") as memo:
-        fingerprint = vae_fingerprint(family.source, family.spec, memo, family.device, torch.float32, family.vae_modes)
-    data_file = str(loaded.data_file) if loaded.data_file else None
+    family, cache_dir = build_family(loaded), Path(loaded.config.cache_dir)
+    fingerprint = fingerprint_of_vae(family, cache_dir)
     keys: dict[Path, set[str]] = {}
-    datasets = build_datasets(loaded.datasets, config, family.spec, cache_dir, data_file=data_file)
+    datasets = read_datasets(loaded, family)
     for dataset in datasets:
-        entries = {part.id: part.entry for part in (dataset, *dataset.references)}
+        entries = {part.id: part.entry for part in dataset.parts}
         for name, samples in samples_to_keep(dataset).items():
             folder = latents_folder(entries[name], cache_dir, family.spec)
             with TensorStore(folder) as store:

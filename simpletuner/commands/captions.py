@@ -6,7 +6,6 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from simpletuner.batch import Sample
 from simpletuner.models.family import ModelFamily
 
 # Enough to find long captions in any set; a tokenizer does so many in seconds.
@@ -41,13 +40,13 @@ class CaptionCheck:
             least, median, most = self.tokens
             of_all = "" if self.counted == self.num_captions else f" (of {self.counted:,} that were counted)"
             cut = f"{self.num_cut:,} cut" if self.num_cut else "none cut"
-            lines.append(f"{least} to {most} tokens, half of them up to {median}; {self.limit} fit, {cut}{of_all}")
+            spread = f"{least} to {most} tokens, half of them up to {median}" if least < most else f"{most} tokens each"
+            lines.append(f"{spread}; {self.limit} fit, {cut}{of_all}")
         return lines
 
 
-def check_captions(samples: Sequence[Sample], family: ModelFamily) -> CaptionCheck:
-    """Count captions and their tokens."""
-    captions = [caption for sample in samples for caption in sample.captions]
+def check_captions(captions: Sequence[str], family: ModelFamily) -> CaptionCheck:
+    """Count captions, all variants of all pictures, and their tokens."""
     step = -(-len(captions) // MAX_COUNTED) or 1
     counted = captions[::step]
     lengths = family.count_prompt_tokens(counted)

@@ -5,15 +5,13 @@ Funnel, sizes, steps, captions and caches as text, and the very crops that the V
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from simpletuner import storage
-from simpletuner.cache.fingerprints import vae_fingerprint
 from simpletuner.cache.latents import LatentCache
 from simpletuner.cache.store import TensorStore
 from simpletuner.commands.captions import CaptionCheck, check_captions
@@ -23,20 +21,21 @@ from simpletuner.commands.text import bytes_text, columns, count_text
 from simpletuner.config.loading import LoadedRun
 from simpletuner.data.captions import printable
 from simpletuner.data.dataset import Dataset
-from simpletuner.data.datasets import build_datasets
-from simpletuner.data.digests import DigestMemo
+from simpletuner.data.datasets import UnusableData
 from simpletuner.data.holdout import hold_out
+from simpletuner.data.report import SET_ASIDE_FILE, Funnel, ProgressReport, write_set_aside
 from simpletuner.data.sampler import Sampler
 from simpletuner.data.tiles import NOTICEABLE, choose_pictures, enlargement
 from simpletuner.models.family import ModelFamily
-from simpletuner.training.latents import latents_folder, samples_to_keep
+from simpletuner.training.latents import fingerprint_of_vae, latents_folder, samples_to_keep
 from simpletuner.training.parts import build_family, build_sampler, total_train_steps
 from simpletuner.training.preflight import check_model_folder
-from simpletuner.training.prepare import check_sizes, require_full_batches, require_training
+from simpletuner.training.prepare import read_datasets, require_trainable
 
 Say = Callable[[str], None]
 
 BAR_WIDTH = 30
+SCAN_SECONDS = 5.0
 KINDS = {"image": "training", "eval": "evaluation"}
 SHEET, PAGE, REPORT = "contact_sheet.png", "check.html", "check.json"
 
@@ -136,10 +135,14 @@ def check(loaded: LoadedRun, say: Say, output: Path | None, pictures: int) -> Pa
     """
     from simpletuner.commands.check_page import write_page
 
-    found = gather(loaded)
+    folder = output or Path(loaded.config.output_dir) / "check"
+    try:
+        found = gather(loaded, scan_teller(say))
+    except UnusableData as error:
+        tell_unusable(error.funnels, folder, say)
+        raise
     for line in report_lines(found):
         say(line)
-    folder = output or Path(loaded.config.output_dir) / "check"
     folder.mkdir(parents=True, exist_ok=True)
     shown = [(each, choose_pictures(each.dataset, pictures)) for each in found.datasets]
     write_sheet(
@@ -150,21 +153,46 @@ def check(loaded: LoadedRun, say: Say, output: Path | None, pictures: int) -> Pa
     storage.write_json(folder / REPORT, as_json(found))
     for name in (SHEET, PAGE, REPORT):
         say(f"{name}: {folder / name}")
+    tell_set_aside([each.dataset.funnel for each in found.datasets], folder, say)
     return folder / PAGE
 
 
-def gather(loaded: LoadedRun) -> Check:
+def scan_teller(say: Say) -> ProgressReport:
+    """Says now and then how far a scan has come; of one that is done at once, nothing."""
+    last = time.monotonic()
+
+    def tell(label: str, done: int, total: int | None) -> None:
+        nonlocal last
+        if time.monotonic() - last > SCAN_SECONDS:
+            last = time.monotonic()
+            say(f"{label}: {done:,} files")
+
+    return tell
+
+
+def tell_unusable(funnels: Sequence[Funnel], folder: Path, say: Say) -> None:
+    """What became of the files, where no run can begin on them: the error that follows says why."""
+    for funnel in funnels:
+        for line in funnel.lines():
+            say(line)
+    tell_set_aside(funnels, folder, say)
+
+
+def tell_set_aside(funnels: Sequence[Funnel], folder: Path, say: Say) -> None:
+    """Keep the name of each file that is not used, and say where; nothing where all are."""
+    if any(funnel.set_aside.counts for funnel in funnels):
+        folder.mkdir(parents=True, exist_ok=True)
+        write_set_aside(folder / SET_ASIDE_FILE, funnels)
+        say(f"each file that is not used, and why: {folder / SET_ASIDE_FILE}")
+
+
+def gather(loaded: LoadedRun, report: ProgressReport | None = None) -> Check:
     """Scan, and find out; nothing is encoded."""
     check_model_folder(loaded)
     config, family = loaded.config, build_family(loaded)
-    data_file = str(loaded.data_file) if loaded.data_file else None
-    cache_dir = Path(config.cache_dir)
-    datasets = build_datasets(loaded.datasets, config, family.spec, cache_dir, data_file=data_file)
-    require_training(datasets, data_file)
-    check_sizes(family, datasets, data_file)
-    require_full_batches(config, datasets, data_file)
-    with DigestMemo(cache_dir / "digests.sqlite") as memo:
-        fingerprint = vae_fingerprint(family.source, family.spec, memo, family.device, torch.float32, family.vae_modes)
+    datasets = read_datasets(loaded, family, report)
+    require_trainable(loaded, family, datasets)
+    fingerprint = fingerprint_of_vae(family, Path(config.cache_dir))
     checks = tuple(check_dataset(loaded, family, dataset, fingerprint) for dataset in datasets)
     training = hold_out(datasets, config.eval_holdout)
     steps = count_steps(loaded, build_sampler(loaded, [each for each in training if each.kind == "image"]))
@@ -174,10 +202,13 @@ def gather(loaded: LoadedRun) -> Check:
 
 
 def check_dataset(loaded: LoadedRun, family: ModelFamily, dataset: Dataset, fingerprint: str) -> DatasetCheck:
-    samples = list(dataset.samples)
-    factors = [enlargement(sample) for sample in samples]
+    captions_seen: list[str] = []
+    factors: list[float] = []
+    for sample in dataset.samples:
+        captions_seen += sample.captions
+        factors.append(enlargement(sample))
     enlarged = [factor for factor in factors if factor > NOTICEABLE]
-    captions = check_captions(samples, family)
+    captions = check_captions(captions_seen, family)
     return DatasetCheck(
         dataset=dataset,
         captions=captions,
@@ -190,7 +221,7 @@ def check_dataset(loaded: LoadedRun, family: ModelFamily, dataset: Dataset, fing
 
 def cache_need(loaded: LoadedRun, family: ModelFamily, dataset: Dataset, fingerprint: str) -> CacheNeed:
     """Which latents are there, references included, and how large the others will be, from their shapes."""
-    entries = {part.id: part.entry for part in (dataset, *dataset.references)}
+    entries = {part.id: part.entry for part in dataset.parts}
     num_all = num_missing = num_bytes = 0
     for name, kept in samples_to_keep(dataset).items():
         with TensorStore(latents_folder(entries[name], Path(loaded.config.cache_dir), family.spec)) as store:

@@ -41,7 +41,8 @@ def write_sheet(path: Path, sheet: Image.Image) -> None:
 
 def wrapped(text: str, size: int, width: float, num_lines: int) -> list[str]:
     """`text` in at most `num_lines` lines of `width` pixels; the last one ends in an ellipsis where text is left."""
-    font, words, lines = _font(size), text.split(), []
+    font, words = _font(size), text.split()
+    lines: list[str] = []
     while words and len(lines) < num_lines - 1:
         taken = 1
         while taken < len(words) and font.getlength(" ".join(words[: taken + 1])) <= width:

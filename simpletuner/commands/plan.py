@@ -18,7 +18,6 @@ import torch
 from torch import nn
 
 from simpletuner.batch import PromptEmbeds
-from simpletuner.cache.fingerprints import vae_fingerprint
 from simpletuner.commands.check import cache_need, count_steps
 from simpletuner.commands.probe import Load, StepTimes, time_encoding, time_steps
 from simpletuner.commands.shapes import Activations, measure_activations, num_bytes, optimizer_bytes
@@ -26,8 +25,6 @@ from simpletuner.commands.text import bytes_text, columns, count_text, duration_
 from simpletuner.config.loading import LoadedRun
 from simpletuner.config.options import TrainConfig
 from simpletuner.data.dataset import Dataset
-from simpletuner.data.datasets import build_datasets
-from simpletuner.data.digests import DigestMemo
 from simpletuner.data.holdout import hold_out
 from simpletuner.data.sampler import Sampler
 from simpletuner.models.components import make_empty_component
@@ -35,9 +32,10 @@ from simpletuner.models.family import ModelFamily
 from simpletuner.optim.optimizers import build_optimizer
 from simpletuner.precision.mixed import DTYPES
 from simpletuner.precision.quantise import saved_bytes
+from simpletuner.training.latents import fingerprint_of_vae
 from simpletuner.training.parts import attach_adapter, build_family, build_sampler
 from simpletuner.training.preflight import check_model_folder
-from simpletuner.training.prepare import check_sizes, require_training
+from simpletuner.training.prepare import read_datasets, require_trainable
 from simpletuner.training.prompts import open_prompt_cache, run_prompts
 from simpletuner.training.swapping import repeated_blocks
 
@@ -114,11 +112,9 @@ def plan(loaded: LoadedRun, say: Say, probe: bool | None = None) -> Plan:
 def make_plan(loaded: LoadedRun, probe: bool | None = None) -> Plan:
     check_model_folder(loaded)
     config, family = loaded.config, build_family(loaded)
-    data_file = str(loaded.data_file) if loaded.data_file else None
-    datasets = build_datasets(loaded.datasets, config, family.spec, Path(config.cache_dir), data_file=data_file)
+    datasets = read_datasets(loaded, family)
+    require_trainable(loaded, family, datasets)
     training = [dataset for dataset in hold_out(datasets, config.eval_holdout) if dataset.kind == "image"]
-    require_training(datasets, data_file)
-    check_sizes(family, datasets, data_file)
     sampler = build_sampler(loaded, training)
     steps = count_steps(loaded, sampler)
     largest = largest_load(training, config.train_batch_size)
@@ -226,8 +222,7 @@ def memory_rows(loaded: LoadedRun, family: ModelFamily, shapes: Shapes, stays_va
     if config.mixed_precision != "no":
         wide = [parameter for parameter in shapes.trained.values() if parameter.dtype == torch.float32]
         rows.append(Row("16-bit copies of trained weights", 2 * sum(parameter.numel() for parameter in wide)))
-    keeping = ("vae_cache_ondemand", "vae_cache_disable", "vae_cache_clear_each_epoch")
-    if any(getattr(entry, key, None) for entry in loaded.datasets for key in keeping):
+    if stays_vae:
         vae = make_empty_component(family.source, family.spec.component("vae"), torch.float32)
         rows.append(Row("VAE, which stays to encode on demand", num_bytes(vae.parameters())))
     return [row for row in rows if row.num_bytes]
@@ -374,8 +369,7 @@ def seconds_per_step(loads: Counter[Load], times: StepTimes, accumulation: int) 
 
 def cache_needs(loaded: LoadedRun, family: ModelFamily, datasets: Sequence[Dataset]) -> tuple[int, int]:
     """(pictures, bytes) of the latents that are not there yet, over all datasets."""
-    with DigestMemo(Path(loaded.config.cache_dir) / "digests.sqlite") as memo:
-        fingerprint = vae_fingerprint(family.source, family.spec, memo, family.device, torch.float32, family.vae_modes)
+    fingerprint = fingerprint_of_vae(family, Path(loaded.config.cache_dir))
     needs = [cache_need(loaded, family, dataset, fingerprint) for dataset in datasets]
     return sum(need.num_missing for need in needs), sum(need.bytes_missing for need in needs)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -66,7 +67,7 @@ def time_steps(
         embeds: prompts to draw on, in turn.
     """
     config = loaded.config
-    denoiser = family.load_base()
+    denoiser: Any = family.load_base()
     adapter = attach_adapter(loaded, family, denoiser)
     place_denoiser(config, family, denoiser, adapter, ALONE)
     denoiser.train()

@@ -108,7 +108,7 @@ def with_masks(dataset: Dataset, entry: ConditioningDataset, folder: ScannedFold
         DataError: pictures without a mask.
     """
     kind = cast(MaskKind, entry.conditioning_type)  # the rules of the file have sorted the others out
-    index, ids = dataset.samples.index, dataset.samples.ids
+    index, ids = dataset.samples.picture_index, dataset.samples.ids
     pairs = pair_pictures(index, ids, folder.index, same_shape=True)
     key = f"{dataset.id}.conditioning_data"
     require_masks(pairs, index, ids, key, str(entry.instance_data_dir), data_file)

@@ -58,7 +58,7 @@ class Samples(Sequence[Sample]):
     """The pictures of a dataset in the order of their paths; each sample is made when it is asked for.
 
     Attributes:
-        index: of the folder.
+        picture_index: of the folder.
         ids: (N,) row of each picture.
     """
 
@@ -78,7 +78,7 @@ class Samples(Sequence[Sample]):
     ):
         self._dataset_id = dataset_id
         self._seed = seed
-        self.index = index
+        self.picture_index = index
         self.ids = ids
         self._texts = texts
         self._bucket_rules = bucket_rules
@@ -115,12 +115,12 @@ class Samples(Sequence[Sample]):
             round_number: decides what `draws` draws anew.
         """
         chosen = np.asarray(positions, dtype=np.int64)
-        pictures = self.index.pictures(self.ids[chosen].tolist())
+        pictures = self.picture_index.pictures(self.ids[chosen].tolist())
         texts: list[str | None] = [None] * len(pictures)
         if self._table is not None:
             texts = self._table.take([picture.path for picture in pictures])
         elif self._caption_rules.reads_text_files:
-            texts = self.index.texts(self._texts[chosen].tolist())
+            texts = self.picture_index.texts(self._texts[chosen].tolist())
         samples = [
             Sample(
                 dataset_id=self._dataset_id,
@@ -154,7 +154,7 @@ class Samples(Sequence[Sample]):
             return self._sizes[1]
         sizes = np.empty((len(self), 2), dtype=np.int64)
         for start in range(0, len(self), _CHUNK):
-            for offset, row in enumerate(self.index.pictures(self.ids[start : start + _CHUNK].tolist())):
+            for offset, row in enumerate(self.picture_index.pictures(self.ids[start : start + _CHUNK].tolist())):
                 key = self._crop_key(row.digest, round_number)
                 sizes[start + offset] = bucket_size(
                     choose_aspect(row.height, row.width, self._bucket_rules, *key), self._bucket_rules
@@ -175,7 +175,7 @@ class Samples(Sequence[Sample]):
         """The content digest of the pictures at `positions`, without making samples of them."""
         for start in range(0, len(positions), _CHUNK):
             ids = self.ids[np.asarray(positions[start : start + _CHUNK], dtype=np.int64)].tolist()
-            yield from (picture.digest for picture in self.index.pictures(ids))
+            yield from (picture.digest for picture in self.picture_index.pictures(ids))
 
     def _crop_key(self, digest: str, round_number: int) -> tuple[int | str, ...]:
         key = (self._seed, self._dataset_id, digest)
@@ -234,6 +234,11 @@ class Dataset:
     def references(self) -> tuple[References, ...]:
         """The folders with the reference pictures of these pictures."""
         return self.samples.references
+
+    @property
+    def parts(self) -> tuple[Dataset | References, ...]:
+        """The pictures and the folders of their references: all that the VAE sees."""
+        return (self, *self.references)
 
     @property
     def kind(self) -> Literal["image", "eval"]:

@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -29,13 +29,13 @@ from simpletuner.data.backends.local import LocalBackend
 from simpletuner.data.buckets import BucketRules, CropStyle
 from simpletuner.data.caption_edits import CaptionEdits
 from simpletuner.data.caption_table import CaptionTable
-from simpletuner.data.captions import CaptionRules, CaptionStrategy, printable
+from simpletuner.data.captioned import refuse_uncaptioned, without_caption
+from simpletuner.data.captions import CaptionRules, CaptionStrategy
 from simpletuner.data.conditioning import Partners, ScannedFolder, reference_rules, select_paired, with_masks
 from simpletuner.data.dataset import Dataset, Draws, Samples, dataset_fingerprint
 from simpletuner.data.index import Catalogue, Index
 from simpletuner.data.report import Funnel, ProgressReport, SetAside
 from simpletuner.data.selection import (
-    first_paths,
     group_by_size,
     select_large_enough,
     select_shapes,
@@ -101,10 +101,10 @@ def build_datasets(
             dataset = build_dataset(
                 entry, config, spec, scan(entry), data_file, filters_for(entries), table, references
             )
+            funnels.append(dataset.funnel)
             for mask in masks_for(entry, entries):
                 dataset = with_masks(dataset, mask, scan(mask), data_file)
             datasets.append(dataset)
-            funnels.append(dataset.funnel)
         except DataError as error:
             problems += error.problems
             funnels += error.funnels if isinstance(error, UnusableData) else ()
@@ -246,24 +246,17 @@ def build_dataset(
     set_aside = index.set_aside(with_texts=captions.reads_text_files)
     large_enough = select_large_enough(catalogue, sizes, index, set_aside)
     shaped = select_shapes(catalogue, large_enough, sizes, index, set_aside)
-    _require_captions(entry, catalogue, shaped, captions, index, set_aside, data_file, table)
+    missing, lacking = without_caption(shaped, catalogue, index, captions, table)
+    if len(missing):
+        problem = refuse_uncaptioned(entry, missing, lacking, len(shaped), catalogue, index, set_aside, data_file)
+        funnel = _funnel(entry, folder, len(large_enough), len(shaped) - len(missing), {}, set_aside)
+        raise UnusableData([problem], [funnel])
     partners = [Partners(each, reference_rules(each, entry, sizes, spec), where) for each, where in references]
     paired = select_paired(folder, shaped, partners, set_aside)
     chosen = select_subset(entry.id, config.seed, entry.max_num_samples, catalogue, paired, index)
     used = select_sizes(entry.id, config.seed, catalogue, chosen, sizes, spec, index, set_aside)
     buckets = group_by_size(used.heights, used.widths)
-    funnel = Funnel(
-        dataset_id=entry.id,
-        found=index.num_pictures(),
-        readable=len(catalogue),
-        large_enough=len(large_enough),
-        captioned=len(shaped),
-        bucketed=len(used.positions),
-        per_epoch=round(len(used.positions) * (entry.repeats + 1) * entry.probability),
-        duplicates=catalogue.num_duplicates,
-        buckets={size: len(members) for size, members in buckets.items()},
-        set_aside=set_aside,
-    )
+    funnel = _funnel(entry, folder, len(large_enough), len(shaped), buckets, set_aside)
     if not buckets:
         raise UnusableData([_nothing_left(entry, index, set_aside, data_file)], [funnel])
     content = _content(entry, config, catalogue, captions, table, partners)
@@ -280,6 +273,30 @@ def build_dataset(
         fingerprint=dataset_fingerprint(content, sizes, captions, config.seed, draws, edits),
         funnel=funnel,
         backend=index.backend,
+    )
+
+
+def _funnel(
+    entry: ImageDataset,
+    folder: ScannedFolder,
+    large_enough: int,
+    captioned: int,
+    buckets: Mapping[tuple[int, int], NDArray[np.int64]],
+    set_aside: SetAside,
+) -> Funnel:
+    counts = {size: len(members) for size, members in buckets.items()}
+    used = sum(counts.values())
+    return Funnel(
+        dataset_id=entry.id,
+        found=folder.index.num_pictures(),
+        readable=len(folder.catalogue),
+        large_enough=large_enough,
+        captioned=captioned,
+        bucketed=used,
+        per_epoch=round(used * (entry.repeats + 1) * entry.probability),
+        duplicates=folder.catalogue.num_duplicates,
+        buckets=counts,
+        set_aside=set_aside,
     )
 
 
@@ -311,40 +328,6 @@ def caption_table(entry: ImageDataset, work_dir: Path, data_file: str | None) ->
     return CaptionTable(path, folder, entry.filename_column, entry.caption_column, entry.id, data_file)
 
 
-def _require_captions(
-    entry: ImageDataset,
-    catalogue: Catalogue,
-    positions: NDArray[np.int64],
-    rules: CaptionRules,
-    index: Index,
-    set_aside: SetAside,
-    data_file: str | None,
-    table: CaptionTable | None,
-) -> None:
-    if table is not None:
-        missing, what = table.without_caption(positions, catalogue, index), f"have no caption in {table.table}"
-    elif rules.reads_text_files:
-        where = "caption in their row" if rules.strategy == "table" else "text file (same name, .txt) with text in it"
-        missing, what = positions[catalogue.texts[positions] < 0], f"have no {where}"
-    elif rules.reads_file_names:
-        missing, what = positions[~catalogue.is_named[positions]], "have no words in their file names"
-    else:
-        return
-    if not len(missing):
-        return
-    names = ", ".join(printable(path) for path in first_paths(missing[:10], catalogue, index))
-    faulty = {reason: count for reason, count in set_aside.counts.items() if reason.startswith("caption file")}
-    notes = f" ({SetAside(faulty).summary()})" if faulty else ""
-    raise DataError(
-        Problem(
-            f"{len(missing)} of {len(positions)} pictures {what}{notes}: {names}{', ...' if len(missing) > 10 else ''}",
-            key=f"{entry.id}.caption_strategy",
-            file=data_file,
-            fix="add the captions, move these pictures away, or set another caption_strategy",
-        )
-    )
-
-
 def _nothing_left(entry: ImageDataset, index: Index, set_aside: SetAside, data_file: str | None) -> Problem:
     folder = index.backend.location
     if set_aside.counts:
@@ -356,7 +339,7 @@ def _nothing_left(entry: ImageDataset, index: Index, set_aside: SetAside, data_f
         message,
         key=f"{entry.id}.{source_key(entry)}",
         file=data_file,
-        allowed="a place with pictures (png, jpg, webp, bmp, gif, tiff, avif)",
+        allowed="a place with pictures (png, jpg, webp, bmp, gif, tiff, avif, heic)",
         fix=fix,
     )
 

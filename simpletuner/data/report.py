@@ -134,9 +134,18 @@ def write_report(folder: Path, funnels: Iterable[Funnel]) -> None:
         DataError: the folder cannot be written.
     """
     funnels = list(funnels)
-    with storage.replacing_file(folder / SET_ASIDE_FILE) as temporary, temporary.open("w", encoding="utf-8") as file:
-        for funnel in funnels:
-            for path, reason in funnel.set_aside.files():
-                line = {"dataset": funnel.dataset_id, "path": printable(path), "reason": printable(reason)}
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    write_set_aside(folder / SET_ASIDE_FILE, funnels)
     storage.write_json(folder / REPORT_FILE, [funnel.as_json() for funnel in funnels])
+
+
+def write_set_aside(path: Path, funnels: Sequence[Funnel]) -> None:
+    """A line of JSON for each file that is not used.
+
+    Raises:
+        DataError: it cannot be written.
+    """
+    with storage.replacing_file(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+        for funnel in funnels:
+            for name, reason in funnel.set_aside.files():
+                line = {"dataset": funnel.dataset_id, "path": printable(name), "reason": printable(reason)}
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")

@@ -158,29 +158,37 @@ def prepare_latents(
     """
     config = loaded.config
     cache_dir = Path(config.cache_dir)
-    memo = DigestMemo(cache_dir / "digests.sqlite")
-    fingerprint = vae_fingerprint(family.source, family.spec, memo, family.device, torch.float32, family.vae_modes)
+    fingerprint = fingerprint_of_vae(family, cache_dir)
     vae = LentVae(family)
     kept, sources = [], {}
     for dataset in datasets:
         # Two datasets may share the references of one folder, and then their cache.
-        parts = [(dataset.entry, dataset.read_pixels), *((each.entry, each.read_pixels) for each in dataset.references)]
-        for entry, read_pixels in parts:
-            if entry.id not in sources:
-                store = TensorStore(latents_folder(entry, cache_dir, family.spec))
+        for part in dataset.parts:
+            if part.id not in sources:
+                store = TensorStore(latents_folder(part.entry, cache_dir, family.spec))
                 cache = LatentCache(store, family, fingerprint, config.write_batch_size)
-                made = DatasetLatents(cache, read_pixels, vae.load, config.vae_batch_size, config.seed)
-                sources[entry.id] = made
-            sources[entry.id].keeps &= dataset.keeps_latents
-            sources[entry.id].redraws |= dataset.samples.draws.crops
+                made = DatasetLatents(cache, part.read_pixels, vae.load, config.vae_batch_size, config.seed)
+                sources[part.id] = made
+            sources[part.id].keeps &= dataset.keeps_latents
+            sources[part.id].redraws |= dataset.samples.draws.crops
         kept.append(dataset if dataset.encodes_on_demand else fill_caches(dataset, sources, vae, bus, stop, world))
     for dataset in kept:
         if dataset.encodes_on_demand:
-            for part in (dataset, *dataset.references):
+            for part in dataset.parts:
                 sources[part.id].encode_on_demand()
     if not any(dataset.encodes_on_demand for dataset in kept):
         vae.free()
     return kept, sources
+
+
+def fingerprint_of_vae(family: ModelFamily, cache_dir: Path) -> str:
+    """Of the VAE that a run encodes with: part of the key of each of its latents.
+
+    Raises:
+        DataError: as `vae_fingerprint`.
+    """
+    with DigestMemo(cache_dir / "digests.sqlite") as memo:
+        return vae_fingerprint(family.source, family.spec, memo, family.device, torch.float32, family.vae_modes)
 
 
 def latents_folder(entry: ImageDataset | ConditioningDataset, cache_dir: Path, spec: FamilySpec) -> Path:
@@ -190,7 +198,7 @@ def latents_folder(entry: ImageDataset | ConditioningDataset, cache_dir: Path, s
 
 def samples_to_keep(dataset: Dataset) -> dict[str, list[Sample]]:
     """Id of the dataset and of each of its folders of references -> every sample whose latents are kept."""
-    kept: dict[str, list[Sample]] = {part.id: [] for part in (dataset, *dataset.references)}
+    kept: dict[str, list[Sample]] = {part.id: [] for part in dataset.parts}
     for sample in dataset.samples_to_keep():
         for each in (sample, *sample.references):
             kept[each.dataset_id].append(each)

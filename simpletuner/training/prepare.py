@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from simpletuner.config.loading import LoadedRun
@@ -9,7 +10,7 @@ from simpletuner.config.options import TrainConfig
 from simpletuner.data.dataset import Dataset
 from simpletuner.data.datasets import UnusableData, build_datasets
 from simpletuner.data.holdout import SUFFIX, hold_out
-from simpletuner.data.report import write_report
+from simpletuner.data.report import Funnel, ProgressReport, write_report
 from simpletuner.distributed.world import ALONE, World
 from simpletuner.errors import ConfigError, DataError, Problem
 from simpletuner.models.family import ModelFamily
@@ -77,31 +78,60 @@ def prepare_datasets(
     Raises:
         DataError: a dataset without usable pictures, or no dataset to train on.
     """
-    data_file = str(loaded.data_file) if loaded.data_file else None
-    with phase(bus, "reading the data sets") as progress:
+    with phase(bus, "reading the datasets") as progress:
 
         def tell(label: str, done: int, total: int | None) -> None:
             progress.advance(max(done - progress.done, 0))
             stop.check()
 
         try:
-            datasets = build_datasets(
-                loaded.datasets, loaded.config, family.spec, Path(loaded.config.cache_dir), tell, data_file
-            )
+            datasets = read_datasets(loaded, family, tell)
         except UnusableData as error:
-            if world.is_main:
-                write_report(output_dir, error.funnels)
+            _tell_funnels(error.funnels, output_dir, bus, world)
             raise
         progress.summary = f"{sum(dataset.funnel.bucketed for dataset in datasets)} pictures"
-    for dataset in datasets:
-        for line in dataset.funnel.lines():
-            bus.emit(Notice("info", line))
-    if world.is_main:
-        write_report(output_dir, [dataset.funnel for dataset in datasets])
+    _tell_funnels([dataset.funnel for dataset in datasets], output_dir, bus, world)
+    require_trainable(loaded, family, datasets, world.size)
+    return datasets
+
+
+def read_datasets(loaded: LoadedRun, family: ModelFamily, report: ProgressReport | None = None) -> list[Dataset]:
+    """The datasets of a run as their folders are now.
+
+    Args:
+        report: told how far each scan has come.
+
+    Raises:
+        ConfigError: as `build_datasets`.
+        DataError: likewise.
+    """
+    cache_dir = Path(loaded.config.cache_dir)
+    return build_datasets(loaded.datasets, loaded.config, family.spec, cache_dir, report, _data_file(loaded))
+
+
+def require_trainable(loaded: LoadedRun, family: ModelFamily, datasets: list[Dataset], num_processes: int = 1) -> None:
+    """Refuse datasets that a run cannot begin on, though each for itself is sound.
+
+    Raises:
+        ConfigError: `check_sizes`.
+        DataError: `require_training`, `require_full_batches`.
+    """
+    data_file = _data_file(loaded)
     require_training(datasets, data_file)
     check_sizes(family, datasets, data_file)
-    require_full_batches(loaded.config, datasets, data_file, world.size)
-    return datasets
+    require_full_batches(loaded.config, datasets, data_file, num_processes)
+
+
+def _data_file(loaded: LoadedRun) -> str | None:
+    return str(loaded.data_file) if loaded.data_file else None
+
+
+def _tell_funnels(funnels: Sequence[Funnel], output_dir: Path, bus: EventBus, world: World) -> None:
+    for funnel in funnels:
+        for line in funnel.lines():
+            bus.emit(Notice("info", line))
+    if world.is_main:
+        write_report(output_dir, funnels)
 
 
 def require_training(datasets: list[Dataset], data_file: str | None) -> None:

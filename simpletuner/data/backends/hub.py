@@ -64,8 +64,7 @@ def _tables_in(folder: Path, wanted: HubDataset) -> dict[str, Path]:
         for name in files
     ]
     card = folder / _CARD
-    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else None
-    return {name: folder / name for name in _choose(names, text, wanted)}
+    return {name: folder / name for name in _choose(names, card if card.is_file() else None, wanted)}
 
 
 def _tables_on_hub(wanted: HubDataset) -> dict[str, Path]:
@@ -73,21 +72,20 @@ def _tables_on_hub(wanted: HubDataset) -> dict[str, Path]:
     from huggingface_hub.errors import HFValidationError
 
     revision = wanted.revision
-    place = {"repo_id": wanted.name, "repo_type": "dataset"}
     try:
         if (reason := why_unreachable()) is not None:
             return _tables_in_cache(wanted, reason)
-        names = HfApi().list_repo_files(**place, revision=revision)
+        names = HfApi().list_repo_files(wanted.name, repo_type="dataset", revision=revision)
         if revision is None and not any(name.endswith(SUFFIX) for name in names):
             revision = CONVERTED_BRANCH
-            names = HfApi().list_repo_files(**place, revision=revision)
-        card = Path(hf_hub_download(**place, filename=_CARD, revision=revision)) if _CARD in names else None
-        chosen = _choose(names, card.read_text(encoding="utf-8", errors="replace") if card else None, wanted)
+            names = HfApi().list_repo_files(wanted.name, repo_type="dataset", revision=revision)
+        card = hf_hub_download(wanted.name, _CARD, repo_type="dataset", revision=revision) if _CARD in names else None
+        chosen = _choose(names, Path(card) if card else None, wanted)
         patterns = [glob.escape(name) for name in chosen]
-        folder = Path(snapshot_download(**place, revision=revision, allow_patterns=patterns))
+        fetched = snapshot_download(wanted.name, repo_type="dataset", revision=revision, allow_patterns=patterns)
     except (*hub_failures(), HFValidationError) as error:
         _refuse(error, wanted)
-    return {name: folder / name for name in chosen}
+    return {name: Path(fetched) / name for name in chosen}
 
 
 def _tables_in_cache(wanted: HubDataset, reason: str) -> dict[str, Path]:
@@ -108,16 +106,18 @@ def _tables_in_cache(wanted: HubDataset, reason: str) -> dict[str, Path]:
         if not any(name.endswith(SUFFIX) for name in names):
             continue
         card = Path(fetch(revision=revision, allow_patterns=[_CARD])) / _CARD if _CARD in names else None
-        chosen = _choose(names, card.read_text(encoding="utf-8", errors="replace") if card else None, wanted)
+        chosen = _choose(names, card, wanted)
         patterns = [glob.escape(name) for name in chosen]
         folder = Path(fetch(revision=revision, allow_patterns=patterns))
         return {name: folder / name for name in chosen}
     raise LocalEntryNotFoundError(reason)
 
 
-def _choose(names: list[str], card: str | None, wanted: HubDataset) -> list[str]:
+def _choose(names: list[str], card: Path | None, wanted: HubDataset) -> list[str]:
+    """The files of the split that is wanted, by the dataset's card where it has one."""
+    text = card.read_text(encoding="utf-8", errors="replace") if card else None
     try:
-        chosen = choose_files(names, card, wanted.config, wanted.split)
+        chosen = choose_files(names, text, wanted.config, wanted.split)
     except NoSuchPart as error:
         if any(name.endswith(SUFFIX) for name in names):
             message = f'{wanted.name} has no {error.key.removeprefix("dataset_")} "{error.wanted}"'

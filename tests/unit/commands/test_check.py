@@ -17,6 +17,7 @@ from simpletuner.commands.captions import check_captions
 from simpletuner.commands.check import check, gather
 from simpletuner.commands.contact_sheet import wrapped
 from simpletuner.data.tiles import choose_pictures, spread
+from simpletuner.errors import DataError
 from simpletuner.models.omnigen.tokens import PREFIX, SUFFIX
 from tests.runs import dataset, draw_pictures, load_here, write_run
 
@@ -187,7 +188,7 @@ def test_many_captions_are_counted_in_part_and_that_is_said(folder, monkeypatch)
     from simpletuner.training.parts import build_family
 
     samples = gather(loaded).datasets[0].dataset.samples
-    captions = check_captions(samples, build_family(loaded))
+    captions = check_captions([caption for sample in samples for caption in sample.captions], build_family(loaded))
     assert captions.counted == 3
     assert "of 3 that were counted" in "\n".join(captions.lines())
 
@@ -240,3 +241,18 @@ def test_a_missing_reference_has_a_remedy_of_its_own(tmp_path, omnigen_folder):
     (line,) = [line for line in each.remedies if "reference" in line]
     assert line.startswith("1 not used, no reference picture in sources")
     assert line.endswith("put one there, or move the picture away (b.png)")
+
+
+def test_a_check_that_fails_still_tells_what_became_of_every_file(tmp_path, omnigen_folder):
+    folder = tmp_path / "run"
+    draw_pictures(folder / "pictures", 2, seed=1)
+    picture(folder / "pictures/without.png", 64, 64, "x")
+    (folder / "pictures/without.txt").unlink()
+    (folder / "pictures/broken.png").write_bytes(b"not a picture")
+    write_run(folder, omnigen_folder, [dataset("pictures")])
+    said: list[str] = []
+    with pytest.raises(DataError, match="1 of 3 pictures have no text file"):
+        check(load_here(folder), said.append, None, 7)
+    assert said[0] == "pictures: 4 found, 3 readable, 3 large enough, 2 captioned, 0 used, 0 per epoch"
+    listed = (folder / "output/check/dataset_set_aside.jsonl").read_text().splitlines()
+    assert [json.loads(line)["path"] for line in listed] == ["broken.png", "without.png"]

@@ -11,7 +11,7 @@ from PIL import Image
 
 from simpletuner.batch import Crop
 from simpletuner.config.datasets import EvalDataset, ImageDataset, TextEmbedsDataset
-from simpletuner.data.datasets import Dataset, build_datasets
+from simpletuner.data.datasets import Dataset, UnusableData, build_datasets
 from simpletuner.data.sampler import Sampler
 from simpletuner.errors import EXIT_CONFIG, EXIT_DATA, ConfigError, DataError
 from simpletuner.models.omnigen.spec import OMNIGEN
@@ -131,6 +131,18 @@ def test_missing_captions_are_listed(folder: Path, tmp_path: Path) -> None:
     assert "data.json: things.caption_strategy: 4 of 5 pictures have no text file" in text
     assert "a_thing_1.png" in text
     assert "holds no text" in text
+
+
+def test_pictures_without_a_caption_are_in_the_funnel_of_what_failed(folder: Path, tmp_path: Path) -> None:
+    (folder / "a_thing_0.txt").write_text("one")
+    (folder / "broken.png").write_bytes(b"x")
+    with pytest.raises(UnusableData) as caught:
+        build(folder, tmp_path, caption_strategy="textfile")
+    [funnel] = caught.value.funnels
+    assert (funnel.found, funnel.readable, funnel.captioned, funnel.bucketed) == (6, 5, 1, 0)
+    named = dict(funnel.set_aside.files())
+    assert sorted(named) == ["a_thing_1.png", "a_thing_2.png", "a_thing_3.png", "a_thing_4.png", "broken.png"]
+    assert named["a_thing_3.png"].startswith("no text file")
 
 
 def test_names_without_words_are_missing_captions(folder: Path, tmp_path: Path) -> None:

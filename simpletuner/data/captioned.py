@@ -1,0 +1,64 @@
+"""Pictures without a caption: none may be trained on, so a dataset that has some is refused, and all of them are named.
+
+An empty caption is what the model is taught to draw from when it is told nothing. A picture that lost its text file
+would teach it exactly that, and nobody would see it.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from simpletuner.config.datasets import ImageDataset
+from simpletuner.data.caption_table import CaptionTable
+from simpletuner.data.captions import CaptionRules, printable
+from simpletuner.data.index import Catalogue, Index
+from simpletuner.data.report import SetAside
+from simpletuner.data.selection import first_paths, put_aside
+from simpletuner.errors import Problem
+
+MAX_LISTED = 10
+
+
+def without_caption(
+    positions: NDArray[np.int64], catalogue: Catalogue, index: Index, rules: CaptionRules, table: CaptionTable | None
+) -> tuple[NDArray[np.int64], str]:
+    """Those of the pictures at `positions` of a catalogue that have no caption, and what they lack."""
+    if table is not None:
+        return table.without_caption(positions, catalogue, index), f"no caption in {table.table}"
+    if rules.reads_text_files:
+        lacking = "caption in its row" if rules.strategy == "table" else "text file (same name, .txt) with text in it"
+        return positions[catalogue.texts[positions] < 0], f"no {lacking}"
+    if rules.reads_file_names:
+        return positions[~catalogue.is_named[positions]], "no words in the file name"
+    return positions[:0], ""
+
+
+def refuse_uncaptioned(
+    entry: ImageDataset,
+    missing: NDArray[np.int64],
+    lacking: str,
+    num_pictures: int,
+    catalogue: Catalogue,
+    index: Index,
+    set_aside: SetAside,
+    data_file: str | None,
+) -> Problem:
+    """The error for pictures without a caption; each is set aside too, so that a file lists all of them.
+
+    Args:
+        missing: positions of the pictures, `without_caption`.
+        num_pictures: with and without a caption.
+    """
+    faulty = {reason: count for reason, count in set_aside.counts.items() if reason.startswith("caption file")}
+    put_aside(lacking, missing, catalogue, index, set_aside)
+    names = ", ".join(printable(path) for path in first_paths(missing[:MAX_LISTED], catalogue, index))
+    more = ", ..." if len(missing) > MAX_LISTED else ""
+    notes = f" ({SetAside(faulty).summary()})" if faulty else ""
+    return Problem(
+        f"{len(missing)} of {num_pictures} pictures have {lacking}{notes}: {names}{more}",
+        key=f"{entry.id}.caption_strategy",
+        file=data_file,
+        fix="add the captions, move these pictures away, or set another caption_strategy (instanceprompt gives all "
+        "pictures one caption)",
+    )
