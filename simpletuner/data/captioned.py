@@ -27,8 +27,9 @@ def without_caption(
     if table is not None:
         return table.without_caption(positions, catalogue, index), f"no caption in {table.table}"
     if rules.reads_text_files:
-        lacking = "caption in its row" if rules.strategy == "table" else "text file (same name, .txt) with text in it"
-        return positions[catalogue.texts[positions] < 0], f"no {lacking}"
+        in_rows = rules.strategy == "table"
+        lacking = "no caption in its row" if in_rows else "no text file (same name, .txt) with text in it"
+        return positions[catalogue.texts[positions] < 0], lacking
     if rules.reads_file_names:
         return positions[~catalogue.is_named[positions]], "no words in the file name"
     return positions[:0], ""
