@@ -72,6 +72,7 @@ def _tables_on_hub(wanted: HubDataset) -> dict[str, Path]:
     from huggingface_hub.errors import HFValidationError
 
     revision = wanted.revision
+    failures: tuple[type[Exception], ...] = (*hub_failures(), HFValidationError)
     try:
         if (reason := why_unreachable()) is not None:
             return _tables_in_cache(wanted, reason)
@@ -83,7 +84,7 @@ def _tables_on_hub(wanted: HubDataset) -> dict[str, Path]:
         chosen = _choose(names, Path(card) if card else None, wanted)
         patterns = [glob.escape(name) for name in chosen]
         fetched = snapshot_download(wanted.name, repo_type="dataset", revision=revision, allow_patterns=patterns)
-    except (*hub_failures(), HFValidationError) as error:
+    except failures as error:
         _refuse(error, wanted)
     return {name: Path(fetched) / name for name in chosen}
 
