@@ -42,7 +42,7 @@ class Embedder:
         self._left -= len(data)
         text = base64.b64encode(data).decode()
         small = ' class="small"' if is_small else ""
-        return f'<img{small} alt="{escape(alt)}" loading="lazy" src="data:image/webp;base64,{text}">'
+        return f'<img{small} alt="{escape(alt)}" decoding="async" src="data:image/webp;base64,{text}">'
 
     def _encoded(self, image) -> tuple[bytes, bool]:  # type: ignore[no-untyped-def]
         from PIL import Image

@@ -50,7 +50,8 @@ def picture_section(run: RunRecord, embed: Embedder) -> str:
 def _row(row: str, columns: list[Column], cells: Cells, embed: Embedder) -> str:
     prompt = next(picture.prompt for (each, _), picture in cells.items() if each == row)
     shown = "".join(f"<td>{_cell(cells.get((row, column)), embed)}</td>" for column in columns)
-    return f'<tr><th class="prompt"><b>{escape(row)}</b>{escape(prompt)}</th>{shown}</tr>'
+    words = f'<b>{escape(row)}</b><span title="{escape(prompt)}">{escape(prompt)}</span>'
+    return f'<tr><th class="prompt">{words}</th>{shown}</tr>'
 
 
 def _cell(picture: ShownPicture | None, embed: Embedder) -> str:

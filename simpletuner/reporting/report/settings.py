@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from html import escape
+from pathlib import PurePath
 from typing import Any
 
 from simpletuner.config.options import all_options
@@ -20,13 +21,31 @@ def option_section(run: RunRecord) -> str:
     order = [name for name in known if name in config] + [name for name in config if name not in known]
     if not origins:  # an older run did not keep them: what differs from the defaults was set by somebody
         origins = {name: "" for name in order if name not in known or config[name] != _as_json(known[name].default)}
-    given = [(name, config[name], str(origins[name])) for name in order if name in origins]
+    shown, files = _short_origins({name: str(origin) for name, origin in origins.items()})
+    given = [(name, config[name], shown[name]) for name in order if name in origins]
     others = [(name, config[name], "default") for name in order if name not in origins]
     folded = (
         f'<details class="more"><summary>{len(others)} options at their defaults</summary>'
-        f'<div class="card box scroll">{_table(others)}</div></details>'
+        f'<div class="card box options">{_table(others)}</div></details>'
     )
-    return f'<div class="card box scroll">{_table(given)}</div>{folded if others else ""}'
+    where = "".join(f'<p class="muted">{escape(name)} is {escape(path)}</p>' for name, path in files.items())
+    return f'<div class="card box options">{_table(given)}</div>{where}{folded if others else ""}'
+
+
+def _short_origins(origins: dict[str, str]) -> tuple[dict[str, str], dict[str, str]]:
+    """Origins with a file's name in place of its path, and name -> path; two files of one name keep their paths."""
+    paths: dict[str, set[str]] = {}
+    for origin in origins.values():
+        path, _, line = origin.rpartition(":")
+        if "/" in path and line.isdecimal():
+            paths.setdefault(PurePath(path).name, set()).add(path)
+    files = {name: next(iter(found)) for name, found in paths.items() if len(found) == 1}
+    names = {path: name for name, path in files.items()}
+    shown = {}
+    for key, origin in origins.items():
+        path, _, line = origin.rpartition(":")
+        shown[key] = f"{names[path]}, line {line}" if path in names else origin
+    return shown, files
 
 
 def _as_json(value: Any) -> Any:
@@ -47,6 +66,8 @@ def _value(value: Any) -> str:
         return value
     if isinstance(value, list) and all(isinstance(item, str) for item in value):
         return ", ".join(value)
+    if isinstance(value, float) and value.is_integer() and abs(value) < 1e15:
+        return str(int(value))
     return json.dumps(value, ensure_ascii=False)
 
 
@@ -69,7 +90,7 @@ def version_section(run: RunRecord) -> str:
     )
     shown = "".join(f'<div class="card"><h3>{escape(title)}</h3>{_pairs(rows)}</div>' for title, rows in boxes if rows)
     note = '<p class="muted">sha256, its first sixteen digits; run.lock.json has them in full.</p>'
-    return f'<div class="columns">{shown}</div>{note}'
+    return f'<div class="columns wide">{shown}</div>{note}'
 
 
 def _digests(value: Any) -> dict[str, str]:
@@ -82,7 +103,7 @@ def _short(digest: Any) -> str:
 
 def _pairs(rows: dict[str, str]) -> str:
     body = "".join(
-        f'<tr><td>{escape(name)}</td><td class="code">{escape(text)}</td></tr>' for name, text in rows.items()
+        f'<tr><td>{escape(name)}</td><td class="code nowrap">{escape(text)}</td></tr>' for name, text in rows.items()
     )
     return f"<table>{body}</table>"
 

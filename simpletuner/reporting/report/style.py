@@ -16,7 +16,7 @@ body { margin: 0; background: var(--paper); color: var(--ink); font: 15px/1.55 I
 main { max-width: 1200px; margin: 0 auto; padding: 40px 28px 80px; }
 h1 { font-size: 32px; line-height: 1.2; letter-spacing: -.02em; margin: 0; overflow-wrap: anywhere; }
 h2 { font-size: 20px; letter-spacing: -.01em; margin: 56px 0 16px; }
-h3 { font-size: 15px; margin: 24px 0 8px; }
+h3 { font-size: 15px; margin: 24px 0 8px; overflow-wrap: anywhere; }
 p { margin: 4px 0; } a { color: var(--c1); text-decoration: none; } a:hover { text-decoration: underline; }
 .muted { color: var(--muted); } .nowrap { white-space: nowrap; }
 .title { display: flex; flex-wrap: wrap; gap: 8px 14px; align-items: center; margin-bottom: 6px; }
@@ -52,7 +52,7 @@ th { text-align: left; font-weight: 600; color: var(--muted); font-size: 12.5px;
   vertical-align: top; border-bottom: 1px solid var(--line); overflow-wrap: anywhere; }
 tr:last-child > td { border-bottom: 0; }
 td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
-.box { padding: 10px 16px; }
+.box { padding: 10px 16px; } .options td:last-child { white-space: nowrap; }
 code, pre, .code { font: 13px/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
 pre { background: var(--soft); border: 1px solid var(--line); border-radius: 10px; padding: 12px 14px; margin: 8px 0;
   white-space: pre-wrap; overflow-wrap: anywhere; }
@@ -62,7 +62,8 @@ pre { background: var(--soft); border: 1px solid var(--line); border-radius: 10p
 .shots th, .shots td { border: 0; padding: 0; } .shots thead th { text-align: center; }
 .shots .prompt { width: 200px; min-width: 150px; font-size: 13px; line-height: 1.4; padding-right: 8px;
   font-weight: 400; color: var(--ink); vertical-align: middle; }
-.shots .prompt b { display: block; } .shots td { width: 168px; min-width: 110px; }
+.shots .prompt b { display: block; } .shots td { width: 168px; min-width: 84px; }
+.shots .prompt span { display: -webkit-box; -webkit-line-clamp: 5; -webkit-box-orient: vertical; overflow: hidden; }
 .pic, .missing { display: grid; place-items: center; aspect-ratio: 1; background: var(--soft); border-radius: 8px;
   overflow: hidden; color: var(--muted); font-size: 12px; }
 .pic > summary { list-style: none; cursor: zoom-in; width: 100%; height: 100%; display: grid; place-items: center; }
@@ -75,8 +76,10 @@ img.small { image-rendering: pixelated; }
 .tiles figure { margin: 0; } .tiles figcaption { font-size: 12.5px; line-height: 1.35; margin-top: 5px;
   overflow-wrap: anywhere; display: -webkit-box; -webkit-line-clamp: 4; -webkit-box-orient: vertical;
   overflow: hidden; }
+.tiles .pic { aspect-ratio: auto; } .tiles .pic img { height: auto; }
 .tiles small { color: var(--muted); display: block; }
 .columns { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 320px), 1fr)); gap: 16px; }
+.columns.wide { grid-template-columns: repeat(auto-fit, minmax(min(100%, 440px), 1fr)); align-items: start; }
 .columns > * { padding: 14px 16px; } .columns h3 { margin: 0 0 8px; }
 .stage { display: grid; grid-template-columns: 110px 1fr 72px; gap: 10px; align-items: center; font-size: 14px; }
 .stage b { text-align: right; font-weight: 600; font-variant-numeric: tabular-nums; }
@@ -85,9 +88,18 @@ img.small { image-rendering: pixelated; }
 .track i { display: block; height: 100%; background: var(--c1); border-radius: 4px; }
 details.more { margin-top: 12px; } details.more > summary { cursor: pointer; color: var(--c1); font-size: 14px; }
 footer { margin-top: 64px; padding-top: 14px; border-top: 1px solid var(--line); color: var(--muted); font-size: 13px; }
-@media (max-width: 640px) { main { padding: 24px 16px 48px; } h1 { font-size: 25px; } }
+@media (max-width: 640px) { main { padding: 24px 16px 48px; } h1 { font-size: 25px; }
+  .shots .prompt { width: 96px; min-width: 96px; font-size: 12px; } .columns .nowrap { white-space: normal; }
+  .options tr:first-child { display: none; } .options td { display: block; border: 0; padding: 0; }
+  .options td:first-child { color: var(--muted); padding-top: 8px; }
+  .options td:last-child { white-space: normal; font-size: 12.5px; padding-bottom: 8px; border-bottom: 1px solid var(--line); } }
 @media print { :root { --paper: #fff; --card: #fff; --ink: #000; --muted: #555; --line: #ccc; --soft: #f4f4f4;
   --c1: #1d4ed8; --c2: #c2410c; --c3: #047857; --c4: #6d28d9; --shadow: none; }
-  main { max-width: none; padding: 0; } nav { display: none; } h2 { break-after: avoid; } .card, tr, figure {
-  break-inside: avoid; } .scroll { overflow: visible; } body { font-size: 11pt; } }
+  @page { margin: 14mm 12mm; } * { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
+  main { max-width: none; padding: 0; } nav { display: none; } h2, h3 { break-after: avoid; }
+  .card, tr, figure { break-inside: avoid; } .card.options, .card.shots { break-inside: auto; }
+  .scroll, .chart.wide { overflow: visible; } .chart.wide svg { min-width: 0; } body { font-size: 10pt; }
+  h2 { margin-top: 32px; } .shots table { width: 100%; table-layout: fixed; border-spacing: 4px; }
+  .shots thead th:first-child { width: 120px; } .shots .prompt { width: auto; min-width: 0; font-size: 8pt; } .shots td { width: auto; min-width: 0; }
+  .shots thead th { font-size: 7pt; } pre { break-inside: avoid; } .charts { grid-template-columns: 1fr 1fr; } }
 """

@@ -175,3 +175,23 @@ def test_a_run_of_many_steps_makes_a_small_page_without_losing_a_peak(tmp_path: 
     gradient = html.split("<figcaption>Gradient norm")[1].split("</figure>")[0]
     heights = [float(point.split(",")[1]) for point in gradient.split('points="')[1].split('"')[0].split()]
     assert min(heights) < sorted(heights)[len(heights) // 2] - 50
+
+
+def test_a_file_is_named_once_and_its_lines_at_each_option(tmp_path: Path):
+    run = make_run(tmp_path / "run")
+    lock = json.loads((run / "run.lock.json").read_text())
+    lock["config"] |= {"resolution": 512.0, "learning_rate": 1e-4, "optimizer": "adamw", "report_to": "none"}
+    lock["origins"] = {
+        "resolution": "/home/me/config.json:12",
+        "seed": "/home/me/config.json:3",
+        "optimizer": "/home/a/other.json:1",
+        "report_to": "/home/b/other.json:2",
+        "learning_rate": "command line",
+    }
+    (run / "run.lock.json").write_text(json.dumps(lock))
+    text = Page(write_report(run)).text
+    for words in ("config.json, line 12", "config.json, line 3", "config.json is /home/me/config.json", "command line"):
+        assert text.count(words) == 1
+    assert "/home/a/other.json:1" in text, "two files of one name keep their paths"
+    assert "512" in text
+    assert "512.0" not in text
