@@ -92,7 +92,8 @@ footer { margin-top: 64px; padding-top: 14px; border-top: 1px solid var(--line);
   .shots .prompt { width: 96px; min-width: 96px; font-size: 12px; } .columns .nowrap { white-space: normal; }
   .options tr:first-child { display: none; } .options td { display: block; border: 0; padding: 0; }
   .options td:first-child { color: var(--muted); padding-top: 8px; }
-  .options td:last-child { white-space: normal; font-size: 12.5px; padding-bottom: 8px; border-bottom: 1px solid var(--line); } }
+  .options td:last-child { white-space: normal; font-size: 12.5px; padding-bottom: 8px;
+    border-bottom: 1px solid var(--line); } }
 @media print { :root { --paper: #fff; --card: #fff; --ink: #000; --muted: #555; --line: #ccc; --soft: #f4f4f4;
   --c1: #1d4ed8; --c2: #c2410c; --c3: #047857; --c4: #6d28d9; --shadow: none; }
   @page { margin: 14mm 12mm; } * { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
@@ -100,6 +101,7 @@ footer { margin-top: 64px; padding-top: 14px; border-top: 1px solid var(--line);
   .card, tr, figure { break-inside: avoid; } .card.options, .card.shots { break-inside: auto; }
   .scroll, .chart.wide { overflow: visible; } .chart.wide svg { min-width: 0; } body { font-size: 10pt; }
   h2 { margin-top: 32px; } .shots table { width: 100%; table-layout: fixed; border-spacing: 4px; }
-  .shots thead th:first-child { width: 120px; } .shots .prompt { width: auto; min-width: 0; font-size: 8pt; } .shots td { width: auto; min-width: 0; }
+  .shots thead th:first-child { width: 120px; }
+  .shots .prompt { width: auto; min-width: 0; font-size: 8pt; } .shots td { width: auto; min-width: 0; }
   .shots thead th { font-size: 7pt; } pre { break-inside: avoid; } .charts { grid-template-columns: 1fr 1fr; } }
 """
