@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -62,13 +63,19 @@ class NoiseSchedule:
 
     def timesteps(self, sigmas: Tensor) -> Tensor:
         """(B,) sigmas -> (B,) int64 levels t; sigmas between two levels go to the nearest, 0 to the first."""
-        return (sigmas.double() * self.num_levels).round().long().sub(1).clamp_min(0)
+        return (sigmas * self.num_levels).round().long().sub(1).clamp_min(0)
 
     def signal_and_noise(self, sigmas: Tensor) -> tuple[Tensor, Tensor]:
         """(B,) sigmas -> ((B,), (B,)) float32 sqrt(abar) and sqrt(1 - abar); 1 and 0 at sigma 0."""
-        with_data = torch.cat([torch.ones(1, dtype=torch.float64), self.alphas_cumprod]).to(sigmas.device)
-        kept = with_data[(sigmas.double() * self.num_levels).round().long()]
-        return kept.sqrt().float(), (1 - kept).sqrt().float()
+        table = self._amounts.to(sigmas.device, non_blocking=True)
+        signal, noise = table[:, (sigmas * self.num_levels).round().long()]
+        return signal, noise
+
+    @cached_property
+    def _amounts(self) -> Tensor:
+        """(2, N + 1) float32 amounts of data and of noise: without noise first, then at each level."""
+        kept = torch.cat([torch.ones(1, dtype=torch.float64), self.alphas_cumprod])
+        return torch.stack([kept.sqrt(), (1 - kept).sqrt()]).float()
 
     def make_noisy(self, latents: Tensor, noise: Tensor, sigmas: Tensor) -> Tensor:
         """(B, ...) noisy latents."""

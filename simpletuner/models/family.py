@@ -286,7 +286,8 @@ class ModelFamily(ABC):
         names = batch.prompt_embeds[0].tensors.keys()
         stacked = {name: [embeds.tensors[name] for embeds in batch.prompt_embeds] for name in names}
         return {
-            name: nn.utils.rnn.pad_sequence(rows, batch_first=True).to(self.device) for name, rows in stacked.items()
+            name: nn.utils.rnn.pad_sequence(rows, batch_first=True).to(self.device, non_blocking=True)
+            for name, rows in stacked.items()
         }
 
     def sigmas_at(self, quantiles: Tensor, latents: Latents) -> Tensor:

@@ -188,8 +188,8 @@ def clip_gradients(run: Run) -> Tensor:
 
 def weighted_sums(window: Window, losses: list[Losses]) -> tuple[float, float, float, float]:
     """(loss, weight) of all samples of the window, and (loss, weight) of its regularisation samples."""
-    sums = torch.stack([micro.weighted_sum.detach() for micro in losses]).tolist()
-    weights = torch.stack([micro.weights.sum() for micro in losses]).tolist()
+    pairs = torch.stack([torch.stack([micro.weighted_sum.detach(), micro.weights.sum()]) for micro in losses]).tolist()
+    sums, weights = zip(*pairs, strict=True)
     kept = [index for index, batch in enumerate(window.batches) if batch.is_regularisation]
     return sum(sums), sum(weights), sum(sums[i] for i in kept), sum(weights[i] for i in kept)
 

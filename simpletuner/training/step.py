@@ -77,7 +77,7 @@ def compute_losses(
         perturbed_noise: mixed into the latents in place of `noise`, which the target keeps.
         depth: steps that the model itself leads the latents, from a noisier level to that of training; 0 none.
     """
-    sigmas = objective.sigmas_at(family, quantiles, batch.latents).to(family.device)
+    sigmas = objective.sigmas_at(family, quantiles, batch.latents).to(family.device, non_blocking=True)
     latents, noise = to_device(batch.latents, family.device), to_device(noise, family.device)
     conditioning = family.collate(batch)
     mixed_in = noise if perturbed_noise is None else to_device(perturbed_noise, family.device)
@@ -97,12 +97,12 @@ def compute_losses(
 
     model_pred = family.predict(denoiser, noisy_latents, sigmas, conditioning)
     errors = each_latent(partial(objective.errors, family), model_pred, target, sigmas)
-    masks = None if batch.masks is None else batch.masks.to(family.device)
+    masks = None if batch.masks is None else batch.masks.to(family.device, non_blocking=True)
     if drift is not None and rollouts.reflex is not None:
         per_sample = reflexive_losses(errors, model_pred, target, drift, masks, rollouts.reflex)
     else:
         per_sample = sample_means(errors, masks)
-    weights = sample_weights(batch.loss_weights.to(family.device), masks)
+    weights = sample_weights(batch.loss_weights.to(family.device, non_blocking=True), masks)
     return Losses(per_sample * objective.factors(family, sigmas), weights, sigmas)
 
 

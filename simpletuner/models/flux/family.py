@@ -58,7 +58,7 @@ class Flux(ModelFamily):
 
     def collate(self, batch: Batch) -> Conditioning:
         """Also `references`: per sample the latents of its reference pictures on `self.device`."""
-        rows = [[each.to(self.device, self.dtype) for each in row] for row in batch.references]
+        rows = [[each.to(self.device, self.dtype, non_blocking=True) for each in row] for row in batch.references]
         return {**super().collate(batch), "references": rows or [[] for _ in batch.prompt_embeds]}
 
     def predict(

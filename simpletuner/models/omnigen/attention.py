@@ -146,7 +146,8 @@ def rotary_angles(rope: OmniGenSuScaledRotaryEmbedding, position_ids: Tensor) ->
         position_ids: (B, S) int64.
     """
     device = position_ids.device
-    short, long = (torch.tensor(f, dtype=torch.float32, device=device) for f in (rope.short_factor, rope.long_factor))
+    both = torch.tensor([rope.short_factor, rope.long_factor], dtype=torch.float32)
+    short, long = both.to(device, non_blocking=True)
     is_long = position_ids.amax(dim=1, keepdim=True) + 1 > rope.original_max_position_embeddings
     factors = torch.where(is_long, long, short)  # (B, D / 2)
     exponents = torch.arange(0, rope.dim, 2, dtype=torch.int64, device=device).float() / rope.dim

@@ -223,18 +223,22 @@ def collate_tokens(
         tuple((start + pad, end + pad, index) for start, end, index in _spans_of(embeds))
         for embeds, pad in zip(prompt_embeds, padding, strict=True)
     )
-    latents = tuple(tuple(latent.to(device) for latent in row) for row in references) or ((),) * len(rows)
+
+    def moved(values: Tensor) -> Tensor:
+        return values.to(device, non_blocking=True)  # else the host would wait for all that the device has to do
+
+    latents = tuple(tuple(moved(latent) for latent in row) for row in references) or ((),) * len(rows)
     visible = None
     if any(padding):
         visible = torch.arange(num_text)[None] >= torch.tensor(padding)[:, None]
     mask = make_condition_mask(padding, spans, num_text) if any(padding) or any(spans) else None
     return TokenRows(
-        torch.stack(padded).to(device),
-        torch.tensor(lengths, device=device),
+        moved(torch.stack(padded)),
+        moved(torch.tensor(lengths)),
         spans,
         latents,
-        None if visible is None else visible.to(device),
-        None if mask is None else mask.to(device),
+        None if visible is None else moved(visible),
+        None if mask is None else moved(mask),
     )
 
 

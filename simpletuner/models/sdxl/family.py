@@ -64,7 +64,10 @@ class SDXL(ModelFamily):
         """Also `time_ids` (B, 6): original size, upper left corner of the crop, size of the crop, in pixels."""
         sizes = [tuple(side * self.spec.vae_factor for side in row.shape[-2:]) for row in batch.latents]
         rows = [time_ids(sample) for sample in batch.samples] or [(*size, 0, 0, *size) for size in sizes]
-        return {**super().collate(batch), "time_ids": torch.tensor(rows, dtype=torch.float32, device=self.device)}
+        return {
+            **super().collate(batch),
+            "time_ids": torch.tensor(rows, dtype=torch.float32).to(self.device, non_blocking=True),
+        }
 
     def predict(
         self, denoiser: nn.Module, noisy_latents: Latents, sigmas: Tensor, conditioning: Conditioning
