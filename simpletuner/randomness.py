@@ -33,7 +33,16 @@ def keyed_uniform(*key: int | str) -> float:
 
 
 def reseed_global(*key: int | str) -> None:
-    """Seed torch's global generators by `key`: what adapter dropout inside the denoiser draws from."""
+    """Seed torch's global generators by `key`: what adapter dropout inside the denoiser draws from.
+
+    Those of the processor and of the accelerator in use. `torch.manual_seed` would note for each kind of accelerator
+    that is not there the stack of its caller, which takes a millisecond at every step.
+    """
     import torch
 
-    torch.manual_seed(keyed_seed(*key))
+    seed = keyed_seed(*key)
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed(seed)
+    elif torch.backends.mps.is_available():
+        torch.mps.manual_seed(seed)

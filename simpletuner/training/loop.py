@@ -117,7 +117,7 @@ def train_window(run: Run, window: Window) -> StepOutcome:
         reseed_global(run.seed, "update", step)  # optimizers that round stochastically: the same in each process
         run.placement.step(run.optimizer)
         if run.ema is not None:
-            run.ema.update(run.adapter.trainable_parameters(), step + 1)
+            run.ema.update(run.placement.parameters, step + 1)
         state.skipped_steps = 0
     elif not is_overflow:
         state.skipped_steps += 1

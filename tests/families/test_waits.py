@@ -29,9 +29,9 @@ class Copies(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None) -> Any:
         kwargs = kwargs or {}
         device = kwargs.get("device")
-        if function is torch.ops.aten._to_copy.default and device is not None and device != args[0].device:
-            if not kwargs.get("non_blocking"):
-                self.waiting.append(f"{tuple(args[0].shape)} to {device}")
+        is_copy = function is torch.ops.aten._to_copy.default and device not in (None, args[0].device)
+        if is_copy and not kwargs.get("non_blocking"):
+            self.waiting.append(f"{tuple(args[0].shape)} to {device}")
         return function(*args, **kwargs)
 
 
