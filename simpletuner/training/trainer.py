@@ -13,6 +13,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from simpletuner import storage
+from simpletuner.adapters.base import Adapter
 from simpletuner.config.loading import LoadedRun
 from simpletuner.data.dataset import Dataset
 from simpletuner.distributed.world import ALONE, World, joined
@@ -137,10 +138,7 @@ def build_run(loaded: LoadedRun, output_dir: Path, bus: EventBus, stop: StopRequ
     with phase(bus, "loading the denoiser"):
         denoiser = family.load_base()
         adapter = attach_adapter(loaded, family, denoiser)
-        for match in adapter.report:
-            bus.emit(Notice("info", f"{match.entry} ({match.class_name}): {match.modules} modules"))
-        for line in adapter.notices:
-            bus.emit(Notice("info", line))
+        tell_of_adapter(adapter, bus)
         placement = place_denoiser(config, family, denoiser, adapter, world)
         recomputing = Recomputing.of(config, family.device)
         if recomputing is not None:
@@ -180,6 +178,17 @@ def build_run(loaded: LoadedRun, output_dir: Path, bus: EventBus, stop: StopRequ
     elif world.is_main and (aside := checkpoints.set_best_aside()):
         bus.emit(Notice("warning", f"the best checkpoint of an earlier run is kept as {aside}"))
     return run
+
+
+def tell_of_adapter(adapter: Adapter, bus: EventBus) -> None:
+    """Say which layers it is on and how much is trained: an entry that means too little shows here."""
+    for match in adapter.report:
+        alias = f" ({match.class_name})" if match.class_name != match.entry else ""
+        bus.emit(Notice("info", f"adapter: {match.modules} modules of {match.entry}{alias}"))
+    count = sum(parameter.numel() for parameter in adapter.trainable_parameters().values())
+    bus.emit(Notice("info", f"{count:,} parameters are trained"))
+    for line in adapter.notices:
+        bus.emit(Notice("info", line))
 
 
 def choose_checkpoint(checkpoints: Checkpoints, wanted: str | None, world: World) -> tuple[Path | None, list[str]]:

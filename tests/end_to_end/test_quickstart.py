@@ -44,8 +44,8 @@ def test_the_quickstart_trains_from_its_own_files(quickstart):
     output = quickstart / "output" / "models-omnigen"
     assert [record["step"] for record in metrics(output, "step_done")] == [1, 2, 3]
     said = result.stdout
-    assert "Attention (Attention): 8 modules" in said
-    assert "FeedForward (OmniGenFeedForward): 4 modules" in said
+    assert "adapter: 8 modules of Attention" in said
+    assert "adapter: 4 modules of FeedForward (OmniGenFeedForward)" in said
     assert said.count("dataset_type eval") == 1
     assert "validation_torch_compile" in said
     report = {entry["id"]: entry for entry in json.loads((output / "dataset_report.json").read_text())}

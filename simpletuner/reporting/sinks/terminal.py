@@ -34,6 +34,10 @@ def terminal_sink(stream: IO[str] | None = None) -> PlainSink | LiveSink:
     return LiveSink(stream) if stream.isatty() else PlainSink(stream)
 
 
+# Seconds; of a shorter phase a log tells only that it began.
+SHORT_PHASE = 1.0
+
+
 class PlainSink:
     """One line per event, steps at most every `interval` seconds, each with the time since the start.
 
@@ -62,6 +66,8 @@ class PlainSink:
         else:
             if isinstance(event, PhaseStarted):
                 self._phase, self._last_line = event, self._clock()
+            if isinstance(event, PhaseDone) and event.seconds < SHORT_PHASE and not event.summary:
+                return  # its beginning was told a moment ago
             for line in describe(event):
                 self._write(line)
 
@@ -107,7 +113,7 @@ class LiveSink:
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
         columns = (
-            TextColumn("[bold]{task.description}", markup=True),
+            TextColumn("{task.description}", style="bold", markup=False),
             BarColumn(bar_width=None),
             TextColumn("{task.fields[count]}", markup=False),
             TextColumn("{task.fields[facts]}", markup=False),
@@ -193,7 +199,7 @@ def _describe_finish(event: RunFinished) -> list[str]:
     lines = [f"finished {event.step} steps in {progress.duration_text(event.seconds)}"]
     lines += [f"  {name:<{width}}  {path}" for name, path in event.outputs.items()]
     if event.commands:
-        lines += ["to go on:", *(f"  {command}" for command in event.commands)]
+        lines += ["to draw with it:", *(f"  {command}" for command in event.commands)]
     return lines
 
 

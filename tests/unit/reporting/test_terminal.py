@@ -84,6 +84,30 @@ def test_a_phase_shows_its_count_only_when_it_takes_long():
     ]
 
 
+def test_a_short_phase_without_a_result_is_told_once():
+    stream = io.StringIO()
+    sink = PlainSink(stream, clock=Clock())
+    for name, seconds, summary in (("loading", 0.4, ""), ("reading", 0.4, "7 pictures"), ("waiting", 1.5, "")):
+        sink.handle(PhaseStarted(name))
+        sink.handle(PhaseDone(name, seconds, summary))
+    assert [line.split("] ")[1] for line in stream.getvalue().splitlines()] == [
+        "loading",
+        "reading",
+        "reading done in 0.4 s: 7 pictures",
+        "waiting",
+        "waiting done in 1.5 s",
+    ]
+
+
+def test_the_name_of_a_dataset_is_no_markup():
+    stream = FakeTerminal()
+    sink = terminal_sink(stream)
+    sink.handle(PhaseStarted("caching latents of [/bold] me", 2))
+    sink.handle(PhaseProgress("caching latents of [/bold] me", 2))
+    sink.close()
+    assert "[/bold] me" in stream.getvalue()
+
+
 def test_a_terminal_gets_a_bar_and_the_lines_of_note():
     stream = FakeTerminal()
     sink = terminal_sink(stream)
