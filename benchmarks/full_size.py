@@ -24,9 +24,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from simpletuner.adapters.lycoris import attach_lycoris
+from simpletuner.adapters.lycoris import LycorisAdapter, attach_lycoris
 from simpletuner.commands.shapes import empty_batch
 from simpletuner.examples import example_dir
+from simpletuner.lean.norms import use_lean_norms
 from simpletuner.models.components import ModelSource
 from simpletuner.models.omnigen.denoiser import install
 from simpletuner.models.omnigen.family import OmniGen
@@ -126,7 +127,13 @@ class RandomOmniGen(OmniGen):
             torch.set_default_dtype(usual)
         for tensor in (*denoiser.parameters(), *denoiser.buffers()):  # a few buffers are made in float32
             tensor.data = tensor.data.to(self.dtype)
-        return install(denoiser.eval().requires_grad_(False))
+        return install(use_lean_norms(denoiser.eval().requires_grad_(False)))
+
+
+def lokr_of_the_example(denoiser: nn.Module, family: OmniGen) -> LycorisAdapter:
+    """Attach what `config/lycoris_config.json.example` says, in bf16."""
+    lycoris = json.loads((REPOSITORY / "config" / "lycoris_config.json.example").read_text(encoding="utf-8"))
+    return attach_lycoris(denoiser, lycoris, family.spec, torch.bfloat16, seed=0)
 
 
 def measure(row: Row, shape: dict[str, Any], device: torch.device, pixels: int, batch_size: int, steps: int) -> dict:
@@ -134,8 +141,7 @@ def measure(row: Row, shape: dict[str, Any], device: torch.device, pixels: int, 
     family = RandomOmniGen(shape, device)
     family.number_formats = NumberFormats(base=row.precision, packs_on_device=not row.swaps)
     denoiser = family.load_base()
-    lycoris = json.loads((REPOSITORY / "config" / "lycoris_config.json.example").read_text(encoding="utf-8"))
-    adapter = attach_lycoris(denoiser, lycoris, family.spec, torch.bfloat16, seed=0)
+    adapter = lokr_of_the_example(denoiser, family)
     blocks = family.spec.block_classes
     move_with_swap(denoiser, blocks, len(repeated_blocks(denoiser, blocks)) if row.swaps else 0, device)
     recomputing = Recomputing(device, is_measured=row.measures_room, parks_inputs=row.parks_inputs)

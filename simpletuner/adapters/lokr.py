@@ -1,20 +1,24 @@
-"""LoKr's forward pass at the speed that its structure allows.
+"""LoKr's forward and backward pass at the speed that its structure allows, keeping nothing but its input.
 
 LyCORIS applies `kron(w1, w2)` by building it; its bypass mode does not build it, but moves the activations through
-transposed copies. Here the two factors are two matrix products: `w2` within each block of features, `w1` across the
-blocks.
+transposed copies and keeps what lies between the factors. Here the two factors are two matrix products: `w2` within
+each block of features, `w1` across the blocks, in the order that costs less.
 
 Source: Yeh et al., "Navigating Text-To-Image Customization" (arXiv 2309.14859), section 3.3.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import MethodType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from simpletuner.lean.recipes import cast, computing_dtype, exact_dtypes, recipe_of
 
 if TYPE_CHECKING:
     from lycoris.modules.lokr import LokrModule
@@ -27,22 +31,21 @@ def kron_linear(x: Tensor, w1: Tensor, *w2_chain: Tensor) -> Tensor:
 
     Args:
         x: (..., b * d).
-        w1: (a, b).
+        w1: (a, b), in the dtype of `x`.
         w2_chain: (c, d); or the factors of a low-rank w2 in the order in which they apply: (r, d), (c, r).
 
     Returns:
         (..., a * c).
     """
-    within = x.reshape(-1, w1.shape[1], w2_chain[0].shape[1])  # (N, b, d)
-    for factor in w2_chain:
-        within = F.linear(within, factor)  # (N, b, c)
-    # An expanded batch of small products: no transposed copy, unlike matmul, which folds w1 into the batch.
-    across = torch.bmm(w1.expand(within.shape[0], *w1.shape), within)  # (N, a, c)
-    return across.reshape(*x.shape[:-1], -1)
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return _kron_linear(x, w1, w2_chain)
+    recipe = recipe_of(x)
+    return _KronLinear.apply(x, recipe.make, len(recipe.ingredients), w1, *w2_chain, *recipe.ingredients)
 
 
 def lokr_delta(module: LokrModule, x: Tensor, scale: float = 1.0) -> Tensor:
     """What a LoKr module on a linear layer adds to that layer's output; replaces `bypass_forward_diff`."""
+    x = cast(x, computing_dtype(x))
     w1 = module.lokr_w1 if module.use_w1 else module.lokr_w1_a @ module.lokr_w1_b
     w2_chain = (module.lokr_w2,) if module.use_w2 else (module.lokr_w2_b, module.lokr_w2_a)
     # Scaled here, because w1 is the smallest tensor.
@@ -62,3 +65,78 @@ def use_structured_forward(module: LokrModule) -> None:
     """
     module.bypass_mode = True
     module.bypass_forward_diff = MethodType(lokr_delta, module)
+
+
+def _kron_linear(x: Tensor, w1: Tensor, w2_chain: Sequence[Tensor]) -> Tensor:
+    blocks = _blocks(x, w1)
+    widths = [blocks.shape[2], *(factor.shape[0] for factor in w2_chain)]
+    narrowest = widths.index(min(widths))  # where w1 has the least to do
+    for factor in w2_chain[:narrowest]:
+        blocks = F.linear(blocks, factor)
+    blocks = _across(w1, blocks)
+    for factor in w2_chain[narrowest:]:
+        blocks = F.linear(blocks, factor)
+    return blocks.reshape(*x.shape[:-1], -1)
+
+
+def _blocks(x: Tensor, w1: Tensor) -> Tensor:
+    """(..., b * d) -> (N, b, d)."""
+    return x.reshape(-1, w1.shape[1], x.shape[-1] // w1.shape[1])
+
+
+def _across(w1: Tensor, blocks: Tensor) -> Tensor:
+    """(N, b, d) -> (N, a, d): an expanded batch of small products.
+
+    No transposed copy, unlike matmul, which folds w1 into the batch.
+    """
+    return torch.bmm(w1.expand(blocks.shape[0], *w1.shape), blocks)
+
+
+class _KronLinear(torch.autograd.Function):
+    """Keeps its input, or what that is made of. The backward pass begins with w1, which is far cheaper than w2."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, make: Any, num_ingredients: int, w1: Tensor, *tensors: Tensor) -> Tensor:
+        ctx.make, ctx.num_ingredients = make, num_ingredients
+        ctx.save_for_backward(w1, *tensors)
+        with exact_dtypes(x.device.type):
+            return _kron_linear(x, w1, tensors[: len(tensors) - num_ingredients])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        w1, *tensors = ctx.saved_tensors
+        w2_chain = tensors[: len(tensors) - ctx.num_ingredients]
+        needs_x, _, _, needs_w1, *needs_w2 = ctx.needs_input_grad[: 4 + len(w2_chain)]
+        with exact_dtypes(gradient.device.type):
+            x = ctx.make(*tensors[len(w2_chain) :])
+            blocks = _blocks(x, w1)
+            outer = gradient.reshape(-1, w2_chain[-1].shape[0])  # (N * a, c)
+            to_chain, inner = _chain_gradients(outer, w1, w2_chain, blocks if any(needs_w2) else None)
+            inner = inner.view(-1, w1.shape[0], blocks.shape[2])  # (N, a, d)
+            to_w1 = torch.bmm(inner, blocks.mT).sum(0) if needs_w1 else None
+            to_x = _across(w1.mT, inner).reshape(x.shape) if needs_x else None
+        return to_x, None, None, to_w1, *to_chain, *[None] * ctx.num_ingredients
+
+
+def _chain_gradients(
+    outer: Tensor, w1: Tensor, w2_chain: Sequence[Tensor], blocks: Tensor | None
+) -> tuple[list[Tensor | None], Tensor]:
+    """Gradients of the factors of w2, and to what they were multiplied with, `w1 @ blocks`.
+
+    Args:
+        outer: (N * a, c) gradient to the output.
+        blocks: (N, b, d) input; None: the factors need no gradient.
+    """
+    if blocks is None:
+        for factor in reversed(w2_chain):
+            outer = outer @ factor
+        return [None] * len(w2_chain), outer
+    inputs = [_across(w1, blocks).flatten(0, 1)]  # (N * a, d)
+    for factor in w2_chain[:-1]:
+        inputs.append(F.linear(inputs[-1], factor))
+    gradients: list[Tensor | None] = []
+    for factor in reversed(w2_chain):
+        gradients.insert(0, outer.mT @ inputs.pop())
+        outer = outer @ factor
+    return gradients, outer

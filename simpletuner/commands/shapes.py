@@ -80,6 +80,7 @@ def measure_activations(
     width: int,
     embeds: Sequence[PromptEmbeds],
     references: Sizes = (),
+    counter: SavedBytes | None = None,
 ) -> Activations:
     """Count what a forward pass of the training step saves.
 
@@ -88,10 +89,11 @@ def measure_activations(
         denoiser: on `meta`, adapter attached, everything in the dtype of the computation.
         embeds: the prompts of the micro-batch.
         references: see `empty_batch`.
+        counter: of the denoiser; for who wants to know more of what is saved.
     """
     batch = empty_batch(family, height, width, embeds, references)
     noise = torch.zeros_like(batch.latents)  # type: ignore[arg-type]
-    counter = SavedBytes(denoiser, family.spec.block_classes)
+    counter = counter or SavedBytes(denoiser, family.spec.block_classes)
     denoiser.train()
     with counter, _FusedAttention():
         compute_losses(family, denoiser, batch, noise, torch.full((len(batch),), 0.5, dtype=torch.float64))
@@ -164,7 +166,7 @@ class SavedBytes:
 
 
 class _FusedAttention(TorchFunctionMode):
-    """Attention as the fused kernels of accelerators keep it: inputs, output and one number per query.
+    """Attention as the fused kernels of accelerators keep it: inputs, output, one number per query, and the mask.
 
     On `meta` torch would take it apart into products, and count a matrix of all pairs of tokens.
     """
@@ -175,17 +177,19 @@ class _FusedAttention(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if func is not nn.functional.scaled_dot_product_attention:
             return func(*args, **kwargs)
-        names = ("query", "key", "value")
+        names = ("query", "key", "value", "attn_mask")
         given = dict(zip(names, args, strict=False)) | kwargs
-        return _FusedShapes.apply(*(given[name] for name in names))
+        return _FusedShapes.apply(*(given.get(name) for name in names))
 
 
 class _FusedShapes(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         output = query.new_empty(*query.shape[:-1], value.shape[-1])
         sums = query.new_empty(query.shape[:-1], dtype=torch.float32)
-        ctx.save_for_backward(query, key, value, output, sums)
+        # A mask of booleans becomes numbers to be added, anew in each layer.
+        added = None if mask is None else query.new_empty(mask.shape) if mask.dtype == torch.bool else mask
+        ctx.save_for_backward(query, key, value, output, sums, added)
         return output
 
 

@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import scaled_dot_product_attention
 
+from simpletuner.lean.recipes import give_recipe
 from simpletuner.models.omnigen.tokens import TokenRows
 
 if TYPE_CHECKING:
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 KeysValues = tuple[Tensor, Tensor]
 
 SHORT_SEQUENCE = 256  # keys
+MASK_ALIGNMENT = 16  # elements, of torch's memory-efficient kernel
 
 
 @dataclass(frozen=True)
@@ -37,8 +40,8 @@ class AttentionLayout:
         cos: (B or 1, 1, S, D) float32, for the tokens that ask.
         sin: like `cos`.
         num_condition: leading tokens that may not see the drawn picture: text and time, or time alone.
-        condition_mask: (B, 1, num_condition, keys) bool for these; None: causal.
-        image_mask: (B, 1, 1, keys) bool for the patches of the drawn picture; None: they see everything.
+        condition_mask: (B, 1, num_condition, keys) for these, see `added_mask`; None: causal.
+        image_mask: (B, 1, 1, keys) likewise for the patches of the drawn picture; None: they see everything.
         cached: per layer the keys and values of the text, where the text has run before.
         record: takes the keys and values of each layer; None outside the text's own run.
     """
@@ -88,8 +91,7 @@ class OmniGenAttention:
         if layout.cached is not None:
             text_key, text_value = layout.cached[self.layer]
             key, value = torch.cat([text_key, key], dim=2), torch.cat([text_value, value], dim=2)
-        attended = attend(query, key, value, layout).transpose(1, 2).flatten(2)
-        return attn.to_out[0](attended)
+        return attn.to_out[0](attend(query, key, value, layout))
 
 
 def split_heads(projected: Tensor, num_heads: int) -> Tensor:
@@ -97,8 +99,26 @@ def split_heads(projected: Tensor, num_heads: int) -> Tensor:
     return projected.unflatten(2, (num_heads, -1)).transpose(1, 2)
 
 
+def added_mask(is_seen: Tensor, dtype: torch.dtype) -> Tensor:
+    """(..., keys) bool to what is added to scores: 0 where a key is seen, else minus infinity.
+
+    Made once for all layers: of booleans, or of rows whose beginnings are not aligned, attention would make a copy in
+    each layer and keep it. With reference pictures that is a matrix of thousands of tokens squared.
+    """
+    num_keys = is_seen.shape[-1]
+    row = -(-num_keys // MASK_ALIGNMENT) * MASK_ALIGNMENT
+    added = torch.zeros(*is_seen.shape[:-1], row, dtype=dtype, device=is_seen.device)[..., :num_keys]
+    return added.masked_fill_(~is_seen, -torch.inf)
+
+
+def join_heads(*parts: Tensor) -> Tensor:
+    """(B, heads, T, D) each -> (B, sum of T, heads * D)."""
+    rows = [part.transpose(1, 2).flatten(2) for part in parts]
+    return torch.cat(rows, dim=1) if len(rows) > 1 else rows[0]
+
+
 def attend(query: Tensor, key: Tensor, value: Tensor, layout: AttentionLayout) -> Tensor:
-    """(B, heads, S, D): the leading tokens among themselves, then the drawn picture over all keys."""
+    """(B, S, heads * D): the leading tokens among themselves, then the drawn picture over all keys."""
     split, num_tokens = layout.num_condition, query.shape[2]
     num_keys = key.shape[2] - (num_tokens - split)
     # Time alone after a cached text sees all of its keys, which is what causality means for a last token.
@@ -107,13 +127,14 @@ def attend(query: Tensor, key: Tensor, value: Tensor, layout: AttentionLayout) -
         query[:, :, :split], key[:, :, :num_keys], value[:, :, :num_keys], layout.condition_mask, is_causal
     )
     if split == num_tokens:
-        return condition
+        return join_heads(condition)
     image = attention(query[:, :, split:], key, value, layout.image_mask)
-    return torch.cat([condition, image], dim=2)
+    # Both are kept for the attention's own backward pass: who needs them joined can join them again.
+    return give_recipe(join_heads(condition, image), join_heads, condition, image)
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool = False) -> Tensor:
-    """Scaled dot product attention, (B, heads, S, D) each; `mask` (B, 1, S or 1, keys) is true where a key is seen.
+    """Scaled dot product attention, (B, heads, S, D) each; `mask` (B, 1, S or 1, keys) is added to the scores.
 
     torch's fused kernel for the CPU is made for long sequences: in bfloat16 with fewer than some hundred keys, two
     plain products are three times as fast, backward included.
@@ -122,17 +143,43 @@ def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is
         return scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=is_causal)
     scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
     if is_causal:
-        mask = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
+        mask = added_mask(torch.ones(scores.shape[-2:], dtype=torch.bool).tril(), scores.dtype)
     if mask is not None:
-        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+        scores = scores + mask
     return torch.softmax(scores, dim=-1, dtype=torch.float32).to(value.dtype) @ value
 
 
 def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position embedding over halves, in float32, returned in the dtype of `states` (B, heads, S, D)."""
-    first, second = states.chunk(2, dim=-1)
-    turned = torch.cat([-second, first], dim=-1)
-    return (states.float() * cos + turned.float() * sin).to(states.dtype)
+    """Rotary position embedding over halves, in float32, returned in the dtype of `states` (B, heads, S, D).
+
+    Su et al., "RoFormer" (arXiv 2104.09864), with both halves of the angles equal.
+    """
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return _rotate(states, cos, sin)
+    return _Rotate.apply(states, cos, sin)
+
+
+def _rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    half = states.shape[-1] // 2
+    first, second = states.split(half, dim=-1)
+    cos, sin = cos[..., :half], sin[..., :half]
+    turned = (torch.addcmul(first * cos, second, sin, value=-1), torch.addcmul(second * cos, first, sin))
+    return torch.cat([part.to(states.dtype) for part in turned], dim=-1)
+
+
+class _Rotate(torch.autograd.Function):
+    """The backward pass of a rotation is the rotation back; written out, it takes half the passes over memory."""
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _rotate(states, cos, sin)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _rotate(gradient, cos, -sin), None, None
 
 
 def rotary_angles(rope: OmniGenSuScaledRotaryEmbedding, position_ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -159,16 +206,25 @@ def rotary_angles(rope: OmniGenSuScaledRotaryEmbedding, position_ids: Tensor) ->
     return angles.cos() * scale, angles.sin() * scale
 
 
-def make_layout(rows: TokenRows, num_image_tokens: int, rope: OmniGenSuScaledRotaryEmbedding) -> AttentionLayout:
-    """The layout of whole rows: text, time, drawn picture."""
+def make_layout(
+    rows: TokenRows, num_image_tokens: int, rope: OmniGenSuScaledRotaryEmbedding, dtype: torch.dtype
+) -> AttentionLayout:
+    """The layout of whole rows: text, time, drawn picture.
+
+    Args:
+        dtype: that attention computes in.
+    """
     position_ids = rows.position_ids(num_image_tokens)
     if rows.text_visible is None:
         position_ids = position_ids[:1]
     cos, sin = rotary_angles(rope, position_ids)
-    image_mask = None
+    condition_mask = image_mask = None
+    if rows.condition_mask is not None:
+        condition_mask = added_mask(rows.condition_mask, dtype)
     if rows.text_visible is not None:
-        image_mask = nn.functional.pad(rows.text_visible, (0, 1 + num_image_tokens), value=True)[:, None, None]
-    return AttentionLayout(cos, sin, rows.num_text + 1, rows.condition_mask, image_mask)
+        is_seen = nn.functional.pad(rows.text_visible, (0, 1 + num_image_tokens), value=True)
+        image_mask = added_mask(is_seen[:, None, None], dtype)
+    return AttentionLayout(cos, sin, rows.num_text + 1, condition_mask, image_mask)
 
 
 def text_part(layout: AttentionLayout) -> AttentionLayout:

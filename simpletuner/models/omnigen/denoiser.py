@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from simpletuner.lean.gates import silu_gated
+from simpletuner.lean.recipes import computing_dtype
 from simpletuner.models.omnigen.attention import (
     AttentionLayout,
     OmniGenAttention,
@@ -23,13 +25,14 @@ from simpletuner.models.omnigen.attention import (
 from simpletuner.models.omnigen.tokens import TokenRows
 
 if TYPE_CHECKING:
-    from diffusers.models.transformers.transformer_omnigen import OmniGenTransformer2DModel
+    from diffusers.models.transformers.transformer_omnigen import OmniGenFeedForward, OmniGenTransformer2DModel
 
 
 def install(transformer: OmniGenTransformer2DModel) -> OmniGenTransformer2DModel:
     """Give a stock transformer this forward pass; returns it."""
     for layer, block in enumerate(transformer.layers):
         block.self_attn.set_processor(OmniGenAttention(layer))
+        block.mlp.forward = MethodType(feed_forward, block.mlp)
     transformer.forward = MethodType(forward, transformer)
     return transformer
 
@@ -59,7 +62,7 @@ def forward(
     if isinstance(condition, TextCache):
         layout = condition.layout
     else:
-        layout = make_layout(condition, patches.shape[1], self.rope)
+        layout = make_layout(condition, patches.shape[1], self.rope, computing_dtype(patches))
         parts.insert(0, _embed_text(self, condition))
     tokens = _run_blocks(self, torch.cat(parts, dim=1), layout)
     patches = self.norm(tokens[:, -patches.shape[1] :])
@@ -68,10 +71,16 @@ def forward(
     return _unpatchify(patches, height, width, self.config.patch_size)
 
 
+def feed_forward(self: OmniGenFeedForward, hidden_states: Tensor) -> Tensor:
+    """(B, S, hidden) -> (B, S, hidden): the stock MLP, of which only the first projection's output is kept."""
+    return self.down_proj(silu_gated(self.gate_up_proj(hidden_states)))
+
+
 def _run_text(self: OmniGenTransformer2DModel, rows: TokenRows, num_image_tokens: int) -> TextCache:
-    layout = make_layout(rows, num_image_tokens, self.rope)
+    tokens = _embed_text(self, rows)
+    layout = make_layout(rows, num_image_tokens, self.rope, computing_dtype(tokens))
     text_layout = text_part(layout)
-    _run_blocks(self, _embed_text(self, rows), text_layout)
+    _run_blocks(self, tokens, text_layout)
     keys_values = tuple(text_layout.record or ())
     return TextCache(keys_values, part_behind_text(layout, keys_values))
 

@@ -185,7 +185,8 @@ def test_references_take_as_much_as_their_pictures(tmp_path: Path, omnigen_folde
         write_run(tmp_path, omnigen_folder, entries)
         found = planning.make_plan(load_here(tmp_path), probe=name == "edit")
         counted[name] = next(size for row, size in rows(found).items() if row.startswith("activations"))
-    # Twice the picture tokens; those of the prompt stay, and attention keeps no matrix of pairs.
-    assert 1.6 < counted["edit"] / counted["plain"] < 2.1
+    # Twice the picture tokens, and one mask for all layers, which counts in a model so narrow; attention keeps no
+    # matrix of pairs.
+    assert 1.6 < counted["edit"] / counted["plain"] < 2.4
     assert "with a reference of 256x256" in found.notes[0]
     assert found.seconds is not None
