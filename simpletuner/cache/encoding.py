@@ -24,11 +24,19 @@ UNREADABLE = (UnusablePicture, DataError, OSError)
 NOT_FINITE = "the VAE gives NaN or infinite latents for it"
 
 
+class ManySamples(Protocol):
+    """Samples that are counted and gone through, any number of times."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[Sample]: ...
+
+
 class PictureSource(Protocol):
     """What is needed of a dataset."""
 
     @property
-    def samples(self) -> Sequence[Sample]: ...
+    def samples(self) -> ManySamples: ...
 
     def read_pixels(self, sample: Sample) -> Tensor:
         """(3, H, W) float32 in [-1, 1]; called from several threads."""

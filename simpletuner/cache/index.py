@@ -17,6 +17,7 @@ from typing import Concatenate, ParamSpec, TypeVar
 from urllib.parse import quote
 
 from simpletuner.cache.shards import DamagedShard, Entry, read_entries
+from simpletuner.errors import DataError, Problem
 
 INDEX_NAME = "index.sqlite"
 _SHARD_NAME = re.compile(r"^shard-[0-9a-f]{32}\.safetensors$")
@@ -27,6 +28,8 @@ _SCHEMA = (
     "CREATE TABLE IF NOT EXISTS entries (key TEXT NOT NULL, shard INTEGER NOT NULL, entry TEXT NOT NULL,"
     " PRIMARY KEY (key, shard)) WITHOUT ROWID",
     "CREATE INDEX IF NOT EXISTS entries_by_shard ON entries (shard)",
+    # What was found complete, until a shard goes or changes: see `complete`.
+    "CREATE TABLE IF NOT EXISTS complete (name TEXT PRIMARY KEY, num_entries INTEGER NOT NULL) WITHOUT ROWID",
     f"PRAGMA user_version = {_SCHEMA_VERSION}",
 )
 _BUSY_SECONDS = 60.0
@@ -39,14 +42,24 @@ _Result = TypeVar("_Result")
 def _mended(
     method: Callable[Concatenate[ShardIndex, _Args], _Result],
 ) -> Callable[Concatenate[ShardIndex, _Args], _Result]:
-    """Where the index turns out to be damaged, make it anew from the shards and try once more."""
+    """Where the index turns out to be damaged, make it anew from the shards and try once more.
+
+    Raises:
+        DataError: it is locked, or there is no room for it: nothing that a new file would mend.
+    """
 
     @functools.wraps(method)
     def run(self: ShardIndex, *args: _Args.args, **kwargs: _Args.kwargs) -> _Result:
         try:
             return method(self, *args, **kwargs)
-        except sqlite3.OperationalError:  # locked, disk full: nothing that a new file would mend
-            raise
+        except sqlite3.OperationalError as error:
+            raise DataError(
+                Problem(
+                    f"the index of the cache cannot be used: {error}",
+                    file=str(self.folder / INDEX_NAME),
+                    fix="make room on the disk, or end the program that holds it; what was written stays",
+                )
+            ) from error
         except sqlite3.DatabaseError:
             self.start_again()
             return method(self, *args, **kwargs)
@@ -110,9 +123,9 @@ class ShardIndex:
     def note(self, name: str, stat: os.stat_result, entries: dict[str, Entry]) -> None:
         """Replace what is known of a shard."""
         with self._database as database:
-            database.execute("DELETE FROM entries WHERE shard IN (SELECT id FROM shards WHERE name = ?)", (name,))
+            _forget(database, name)
             (shard,) = database.execute(
-                "INSERT OR REPLACE INTO shards (name, size, mtime_ns) VALUES (?, ?, ?) RETURNING id",
+                "INSERT INTO shards (name, size, mtime_ns) VALUES (?, ?, ?) RETURNING id",
                 (name, stat.st_size, stat.st_mtime_ns),
             ).fetchone()
             rows = [(key, shard, entry.to_json()) for key, entry in entries.items()]
@@ -122,8 +135,19 @@ class ShardIndex:
     def forget(self, name: str) -> None:
         """Drop a shard; what other shards hold of its keys is found there from now on."""
         with self._database as database:
-            database.execute("DELETE FROM entries WHERE shard IN (SELECT id FROM shards WHERE name = ?)", (name,))
-            database.execute("DELETE FROM shards WHERE name = ?", (name,))
+            _forget(database, name)
+
+    @_mended
+    def note_complete(self, name: str, num_entries: int) -> None:
+        """Remember that everything called `name` is there, so that nobody has to ask for each key again."""
+        with self._database as database:
+            database.execute("INSERT OR REPLACE INTO complete VALUES (?, ?)", (name, num_entries))
+
+    @_mended
+    def complete(self, name: str) -> int | None:
+        """How many entries `note_complete` spoke of; None where it did not, or a shard has gone or changed since."""
+        row = self._database.execute("SELECT num_entries FROM complete WHERE name = ?", (name,)).fetchone()
+        return row[0] if row else None
 
     @_mended
     def find(self, key: str) -> tuple[str, Entry] | None:
@@ -204,6 +228,13 @@ def _connect(path: Path) -> sqlite3.Connection:
         raise
 
 
+def _forget(database: sqlite3.Connection, name: str) -> None:
+    """Drop what is known of a shard; where anything was, nothing is known to be complete."""
+    database.execute("DELETE FROM entries WHERE shard IN (SELECT id FROM shards WHERE name = ?)", (name,))
+    if database.execute("DELETE FROM shards WHERE name = ?", (name,)).rowcount:
+        database.execute("DELETE FROM complete")
+
+
 def _copy_in_memory(path: Path) -> sqlite3.Connection:
     """A copy of the index that is there, or an empty one; `refresh` brings either up to date."""
     memory = sqlite3.connect(":memory:", check_same_thread=False)
@@ -212,7 +243,7 @@ def _copy_in_memory(path: Path) -> sqlite3.Connection:
         source.backup(memory)
         source.close()
         if memory.execute("PRAGMA user_version").fetchone() == (_SCHEMA_VERSION,):
-            return memory
+            return _with_schema(memory)
     except sqlite3.DatabaseError:
         pass
     memory.close()

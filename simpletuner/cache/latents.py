@@ -11,7 +11,7 @@ import json
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -37,6 +37,8 @@ from simpletuner.models.family import LatentMoments, ModelFamily
 SCHEMA_VERSION = 1
 _BATCHES_AHEAD = 2
 _BATCHES_UNWRITTEN = 4
+# Samples that are made, sorted by size and encoded together: memory does not grow with the dataset.
+_SAMPLES_AT_ONCE = 16384
 
 Progress = Callable[[int, int], None]
 
@@ -47,6 +49,15 @@ class UnusableSample:
 
     sample: Sample
     reason: str
+
+
+@dataclass(frozen=True)
+class Need:
+    """Different latents of some samples: all, those that are not cached, and the bytes that these will take."""
+
+    num_entries: int
+    num_missing: int
+    bytes_missing: int
 
 
 @dataclass(frozen=True)
@@ -82,15 +93,14 @@ class LatentCache:
         self.fingerprint = fingerprint
         self.write_batch_size = write_batch_size
 
+    @property
+    def settings(self) -> dict[str, str | int]:
+        """What all keys have in common."""
+        return {"schema": SCHEMA_VERSION, "transform": TRANSFORM_VERSION, "vae": self.fingerprint}
+
     def key(self, sample: Sample) -> str:
         """sha256 in hex over everything that decides the latents of `sample`."""
-        parts = {
-            "schema": SCHEMA_VERSION,
-            "picture": sample.digest,
-            "crop": vars(sample.crop),
-            "transform": TRANSFORM_VERSION,
-            "vae": self.fingerprint,
-        }
+        parts = {**self.settings, "picture": sample.digest, "crop": vars(sample.crop)}
         if sample.is_flipped:
             parts["is_flipped"] = True
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
@@ -133,31 +143,61 @@ class LatentCache:
             DataError: the disk has no room, or the device no memory for a batch.
         """
         started = time.monotonic()
-        keys = [self.key(sample) for sample in dataset.samples]
-        samples = dict(zip(keys, dataset.samples, strict=True))
-        todo = {key: samples[key] for key in self.store.missing(samples)}
-        num_cached = len(samples) - len(todo)
-        if not todo:
+        need = self.need(dataset.samples)
+        num_cached = need.num_entries - need.num_missing
+        if not need.num_missing:
             return FillReport(0, num_cached, (), time.monotonic() - started)
-        self._require_space(todo.values())
+        storage.require_free_space(self.store.folder, need.bytes_missing, "the latent cache")
         filling = _Filling(self, BatchEncoder(self.family, load_vae(), batch_size))
-        progress = (lambda num_done: report(num_cached + num_done, len(samples))) if report else (lambda num_done: None)
-        filling.run(todo, dataset.read_pixels, num_threads, progress)
-        unusable = [
-            UnusableSample(sample, filling.reasons[key])
-            for key, sample in zip(keys, dataset.samples, strict=True)
-            if key in filling.reasons
-        ]
-        num_encoded = len(todo) - len(filling.reasons)
-        return FillReport(num_encoded, num_cached, tuple(unusable), time.monotonic() - started)
+        num_done = num_cached
+
+        def tell(count: int) -> None:
+            nonlocal num_done
+            num_done += count
+            if report:
+                report(num_done, need.num_entries)
+
+        for samples in self._by_key(dataset.samples):
+            todo = {key: samples[key] for key in self.store.missing(samples) if key not in filling.reasons}
+            filling.run(todo, dataset.read_pixels, num_threads, tell)
+        num_encoded = need.num_missing - len(filling.reasons)
+        return FillReport(num_encoded, num_cached, self._unusable(dataset, filling), time.monotonic() - started)
+
+    def need(self, samples: Iterable[Sample]) -> Need:
+        """What is there of some samples and what is not; nothing is encoded."""
+        num_entries = num_missing = num_bytes = 0
+        for part in self._by_key(samples):
+            missing = self.store.missing(part)
+            num_entries, num_missing = num_entries + len(part), num_missing + len(missing)
+            num_bytes += sum(self.num_bytes(part[key]) for key in missing)
+        return Need(num_entries, num_missing, num_bytes)
+
+    def _by_key(self, samples: Iterable[Sample]) -> Iterator[dict[str, Sample]]:
+        """The samples in parts, by key; each key once in all."""
+        seen: set[str] = set()
+        part: dict[str, Sample] = {}
+        for sample in samples:
+            key = self.key(sample)
+            if key not in seen:
+                seen.add(key)
+                part[key] = sample
+            if len(part) == _SAMPLES_AT_ONCE:
+                yield part
+                part = {}
+        if part:
+            yield part
+
+    def _unusable(self, dataset: PictureSource, filling: _Filling) -> tuple[UnusableSample, ...]:
+        """Every sample without latents; several may share a key."""
+        if not filling.reasons:
+            return ()
+        keyed = ((self.key(sample), sample) for sample in dataset.samples)
+        return tuple(UnusableSample(sample, filling.reasons[key]) for key, sample in keyed if key in filling.reasons)
 
     def num_bytes(self, sample: Sample) -> int:
         """What the latents of `sample` take on the disk: mean and std in float32."""
         spec = self.family.spec
         return sample.crop.height * sample.crop.width // spec.vae_factor**2 * spec.latent_channels * 2 * 4
-
-    def _require_space(self, samples: Iterable[Sample]) -> None:
-        storage.require_free_space(self.store.folder, sum(map(self.num_bytes, samples)), "the latent cache")
 
 
 class OnDemandLatents:
@@ -244,12 +284,11 @@ class _Filling:
         num_threads: int,
         progress: Callable[[int], None],
     ) -> None:
-        """Encode and write; `progress` is told how many samples are done."""
+        """Encode and write; `progress` is told of each batch how many samples it held."""
         # Batches hold one size; within a size the order of the dataset stays.
         samples = sorted(todo.values(), key=lambda sample: (sample.crop.height, sample.crop.width))
         num_ahead = num_threads + _BATCHES_AHEAD * self.encoder.batch_size
         unwritten: deque[Future[None]] = deque()
-        num_done = 0
         with (
             StoreWriter(self.cache.store, max_entries=self.cache.write_batch_size) as writer,
             ThreadPoolExecutor(1, "latents-write") as writing,
@@ -260,8 +299,7 @@ class _Filling:
                 unwritten.append(writing.submit(_put_all, writer, self._encode(batch)))
                 if len(unwritten) > _BATCHES_UNWRITTEN:
                     unwritten.popleft().result()
-                num_done += len(batch)
-                progress(num_done)
+                progress(len(batch))
             for each in unwritten:
                 each.result()
 

@@ -54,9 +54,14 @@ class PromptCache:
         self.fingerprint = fingerprint
         self.write_batch_size = write_batch_size
 
+    @property
+    def settings(self) -> dict[str, str | int]:
+        """What all keys have in common."""
+        return {"schema": SCHEMA_VERSION, "encoders": self.fingerprint}
+
     def key(self, prompt: str) -> str:
         """sha256 in hex over everything that decides the embeddings of `prompt`."""
-        parts = {"schema": SCHEMA_VERSION, "prompt": prompt, "encoders": self.fingerprint}
+        parts = {**self.settings, "prompt": prompt}
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def find(self, prompt: str) -> PromptEmbeds | None:

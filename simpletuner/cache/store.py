@@ -128,6 +128,17 @@ class TensorStore:
             present = self._index.present(wanted)
         return [key for key in wanted if key not in present]
 
+    def note_complete(self, name: str, num_entries: int) -> None:
+        """Remember that all entries of something are there; `name` must tell everything that decides their keys."""
+        with self._own_files():
+            self._index.note_complete(name, num_entries)
+
+    def complete(self, name: str) -> int | None:
+        """How many entries `note_complete` counted, while no shard has gone or changed since; else None."""
+        with self._own_files():
+            self.refresh()
+            return self._index.complete(name)
+
     def keys(self) -> list[str]:
         with self._own_files():
             self.refresh()

@@ -13,11 +13,12 @@ from simpletuner.cache.store import QUARANTINE, TensorStore
 from simpletuner.commands.text import bytes_text, count_text
 from simpletuner.config.datasets import ImageDataset, TextEmbedsDataset
 from simpletuner.config.loading import LoadedRun
+from simpletuner.data.kept import KeptSamples
 from simpletuner.models.registry import get_spec
 from simpletuner.reporting.bus import EventBus
 from simpletuner.reporting.events import Notice
 from simpletuner.reporting.sinks.terminal import terminal_sink
-from simpletuner.training.latents import fingerprint_of_vae, latents_folder, samples_to_keep
+from simpletuner.training.latents import fingerprint_of_vae, latents_folder
 from simpletuner.training.parts import build_family
 from simpletuner.training.preflight import check_model_folder
 from simpletuner.training.prepare import prepare_data, read_datasets
@@ -163,12 +164,11 @@ def used_keys(loaded: LoadedRun) -> dict[Path, set[str]]:
     keys: dict[Path, set[str]] = {}
     datasets = read_datasets(loaded, family)
     for dataset in datasets:
-        entries = {part.id: part.entry for part in dataset.parts}
-        for name, samples in samples_to_keep(dataset).items():
-            folder = latents_folder(entries[name], cache_dir, family.spec)
+        for part in dataset.parts:
+            folder = latents_folder(part.entry, cache_dir, family.spec)
             with TensorStore(folder) as store:
                 cache = LatentCache(store, family, fingerprint)
-                keys.setdefault(folder.resolve(), set()).update(map(cache.key, samples))
+                keys.setdefault(folder.resolve(), set()).update(map(cache.key, KeptSamples(dataset, part.id)))
     if family.spec.caches_prompt_embeds:
         prompts = open_prompt_cache(loaded, family)
         wanted = {prompts.key(prompt) for prompt in run_prompts(loaded, family.spec, datasets)}

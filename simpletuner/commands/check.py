@@ -23,11 +23,12 @@ from simpletuner.data.captions import printable
 from simpletuner.data.dataset import Dataset
 from simpletuner.data.datasets import UnusableData
 from simpletuner.data.holdout import hold_out
+from simpletuner.data.kept import KeptSamples
 from simpletuner.data.report import SET_ASIDE_FILE, Funnel, ProgressReport, write_set_aside
 from simpletuner.data.sampler import Sampler
 from simpletuner.data.tiles import NOTICEABLE, choose_pictures, enlargement
 from simpletuner.models.family import ModelFamily
-from simpletuner.training.latents import fingerprint_of_vae, latents_folder, samples_to_keep
+from simpletuner.training.latents import fingerprint_of_vae, latents_folder
 from simpletuner.training.parts import build_family, build_sampler, total_train_steps
 from simpletuner.training.preflight import check_model_folder
 from simpletuner.training.prepare import read_datasets, require_trainable
@@ -221,15 +222,12 @@ def check_dataset(loaded: LoadedRun, family: ModelFamily, dataset: Dataset, fing
 
 def cache_need(loaded: LoadedRun, family: ModelFamily, dataset: Dataset, fingerprint: str) -> CacheNeed:
     """Which latents are there, references included, and how large the others will be, from their shapes."""
-    entries = {part.id: part.entry for part in dataset.parts}
     num_all = num_missing = num_bytes = 0
-    for name, kept in samples_to_keep(dataset).items():
-        with TensorStore(latents_folder(entries[name], Path(loaded.config.cache_dir), family.spec)) as store:
-            cache = LatentCache(store, family, fingerprint)
-            samples = {cache.key(sample): sample for sample in kept}
-            missing = store.missing(samples)
-        num_all, num_missing = num_all + len(samples), num_missing + len(missing)
-        num_bytes += sum(cache.num_bytes(samples[key]) for key in missing)
+    for part in dataset.parts:
+        with TensorStore(latents_folder(part.entry, Path(loaded.config.cache_dir), family.spec)) as store:
+            need = LatentCache(store, family, fingerprint).need(KeptSamples(dataset, part.id))
+        num_all, num_missing = num_all + need.num_entries, num_missing + need.num_missing
+        num_bytes += need.bytes_missing
     folder = latents_folder(dataset.entry, Path(loaded.config.cache_dir), family.spec)
     return CacheNeed(folder, num_all - num_missing, num_missing, num_bytes)
 

@@ -278,6 +278,11 @@ class Dataset:
         """Every version of every sample whose latents are kept."""
         return self.samples.every_version() if self.keeps_latents else iter(())
 
+    @property
+    def num_kept(self) -> int:
+        """How many `samples_to_keep` gives."""
+        return len(self.samples) * (1 + self.samples.draws.flips) if self.keeps_latents else 0
+
     def buckets_in(self, round_number: int) -> Mapping[Size, NDArray[np.int64]]:
         """(height, width) in pixels -> indices into `samples`, in one round; the same object where nothing is drawn."""
         if self.samples.draws.crops and self.entry.crop_aspect == "random":

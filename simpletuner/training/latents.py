@@ -5,6 +5,8 @@ Caches are filled before the denoiser is loaded, and the VAE is freed in between
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from simpletuner import __version__
 from simpletuner.batch import Sample
+from simpletuner.cache.encoding import ManySamples
 from simpletuner.cache.fingerprints import vae_fingerprint
 from simpletuner.cache.latents import LatentCache, OnDemandLatents
 from simpletuner.cache.store import DamagedEntry, TensorStore
@@ -22,6 +26,7 @@ from simpletuner.config.loading import LoadedRun
 from simpletuner.data.backends.build import source_key
 from simpletuner.data.dataset import Dataset
 from simpletuner.data.digests import DigestMemo
+from simpletuner.data.kept import KeptSamples
 from simpletuner.distributed.world import ALONE, World
 from simpletuner.errors import DataError, Problem
 from simpletuner.models.components import component_config
@@ -42,7 +47,7 @@ MEMO_BYTES = 256 * 2**20
 class Pictures:
     """What a cache is filled from: see `PictureSource`."""
 
-    samples: Sequence[Sample]
+    samples: ManySamples
     read_pixels: Callable[[Sample], Tensor]
 
 
@@ -196,15 +201,6 @@ def latents_folder(entry: ImageDataset | ConditioningDataset, cache_dir: Path, s
     return Path(entry.cache_dir_vae or cache_dir / "vae" / spec.name / entry.id)
 
 
-def samples_to_keep(dataset: Dataset) -> dict[str, list[Sample]]:
-    """Id of the dataset and of each of its folders of references -> every sample whose latents are kept."""
-    kept: dict[str, list[Sample]] = {part.id: [] for part in dataset.parts}
-    for sample in dataset.samples_to_keep():
-        for each in (sample, *sample.references):
-            kept[each.dataset_id].append(each)
-    return kept
-
-
 def fill_caches(
     dataset: Dataset,
     sources: LatentSources,
@@ -218,18 +214,38 @@ def fill_caches(
     Each process encodes its share.
     """
     bad: dict[tuple[str, str], str] = {}
-    for name, samples in samples_to_keep(dataset).items():
-        source = sources[name]
-        share = world.share(samples)
+    for name in (part.id for part in dataset.parts):
+        cache, source = sources[name].cache, sources[name]
+        share = KeptSamples(dataset, name, world.rank, world.size)
+        everything = _name_of_all(dataset, name, cache)
         with phase(bus, f"caching latents of {name}", len(share)) as progress:
+            num_cached = world.from_main(cache.store.complete(everything))
+            if num_cached is not None:
+                progress.summary = f"0 encoded, {num_cached} cached before"
+                continue
             pictures = Pictures(share, source.pictures.read_pixels)
-            report = source.cache.fill(pictures, vae.load, source.batch_size, report=_teller(progress, stop))
+            report = cache.fill(pictures, vae.load, source.batch_size, report=_teller(progress, stop))
             progress.summary = f"{report.num_encoded} encoded, {report.num_cached} cached before"
-        for of_process in world.gather([[each.sample.path, each.reason] for each in report.unusable]):
+        unusable = [
+            each for each in world.gather([[each.sample.path, each.reason] for each in report.unusable]) if each
+        ]
+        for of_process in unusable:
             bad |= {(name, path): reason for path, reason in of_process}
+        (num_entries,) = world.sum([report.num_encoded + report.num_cached])
+        if world.is_main and not unusable:
+            cache.store.note_complete(everything, round(num_entries))
     for (name, path), reason in bad.items():
         bus.emit(Notice("warning", f"{name}: {path} is left out: {reason}"))
     return without(dataset, bad) if bad else dataset
+
+
+def _name_of_all(dataset: Dataset, part_id: str, cache: LatentCache) -> str:
+    """Names all latents of a dataset, or of its references: a start that finds them complete asks for no single one.
+
+    A digest of whatever decides which samples there are, how they are cut, and what the VAE makes of them.
+    """
+    parts = [__version__, cache.family.spec.name, dataset.id, part_id, dataset.fingerprint, cache.settings]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def without(dataset: Dataset, bad: Mapping[tuple[str, str], str]) -> Dataset:

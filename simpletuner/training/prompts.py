@@ -6,9 +6,12 @@ before the denoiser is loaded, and the encoders are freed; `text_cache_ondemand`
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from simpletuner import __version__
 from simpletuner.cache.fingerprints import prompt_fingerprint
 from simpletuner.cache.prompts import CachedPrompts, PromptCache
 from simpletuner.cache.store import TensorStore
@@ -66,10 +69,17 @@ def prepare_prompts(
             progress.advance(done - progress.done)
             stop.check()
 
-        texts = list(dict.fromkeys(run_prompts(loaded, family.spec, datasets)))
-        report = cache.fill(world.share(texts), tell)
-        progress.summary = f"{report.num_encoded} encoded, {report.num_cached} cached before"
-    world.barrier()
+        everything = _name_of_all(loaded, cache, datasets)
+        num_cached = world.from_main(cache.store.complete(everything))
+        if num_cached is not None:
+            progress.summary = f"0 encoded, {num_cached} cached before"
+        else:
+            texts = list(dict.fromkeys(run_prompts(loaded, family.spec, datasets)))
+            report = cache.fill(world.share(texts), tell)
+            progress.summary = f"{report.num_encoded} encoded, {report.num_cached} cached before"
+            world.barrier()
+            if world.is_main:
+                cache.store.note_complete(everything, len(texts))
     family.free_prompt_encoders()
     give_back_memory(family.device)
 
@@ -90,8 +100,23 @@ def prompts_folder(loaded: LoadedRun, spec: FamilySpec) -> Path:
     return Path((entry.cache_dir if entry else None) or Path(loaded.config.cache_dir) / "text" / spec.name)
 
 
+def _name_of_all(loaded: LoadedRun, cache: PromptCache, datasets: Sequence[Dataset]) -> str:
+    """Names all texts of a run: a start that finds them complete asks for no single one (`training/latents.py`)."""
+    captions = [dataset.fingerprint for dataset in datasets]
+    parts = [__version__, cache.settings, captions, list(fixed_prompts(loaded, cache.family.spec))]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
 def run_prompts(loaded: LoadedRun, spec: FamilySpec, datasets: Sequence[Dataset]) -> Iterator[str]:
-    """Every text that the run may ask for: all variants of all captions, dropped ones, validation, proof."""
+    """Every text that the run may ask for: the fixed ones, and all variants of all captions."""
+    yield from fixed_prompts(loaded, spec)
+    for dataset in datasets:
+        for sample in dataset.samples:
+            yield from sample.captions
+
+
+def fixed_prompts(loaded: LoadedRun, spec: FamilySpec) -> Iterator[str]:
+    """The texts that stand in no dataset: dropped captions, validation, proof."""
     yield from (spec.dropped_caption, "", PROBE_PROMPT)
     requests, _ = requests_from_config(
         loaded.config, loaded.prompt_library, spec.size_multiple, empty_prompt=spec.dropped_caption
@@ -99,6 +124,3 @@ def run_prompts(loaded: LoadedRun, spec: FamilySpec, datasets: Sequence[Dataset]
     for request in requests:
         yield request.prompt
         yield request.settings.negative_prompt or ""
-    for dataset in datasets:
-        for sample in dataset.samples:
-            yield from sample.captions

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from simpletuner.cache.encoding import BatchEncoder
 from simpletuner.data.dataset import Dataset
+from simpletuner.data.kept import KeptSamples
 from simpletuner.data.sampler import Sampler
 from simpletuner.reporting.bus import EventBus
 from simpletuner.training.parts import build_family
@@ -161,6 +162,26 @@ def test_after_a_change_nothing_stale_is_used_and_nothing_is_made_twice(folder, 
     assert latents.keys() == fresh.keys()
     assert all(torch.equal(latents[path], fresh[path]) for path in fresh)
     assert ids == fresh_ids
+
+
+def test_a_start_on_a_complete_cache_asks_for_no_single_picture(folder, monkeypatch):
+    """So it takes no longer with a million pictures; what is gone from the folder is noticed all the same."""
+    read(folder)
+    gone_through: list[str] = []
+    every = KeptSamples.__iter__
+
+    def note(kept: KeptSamples):
+        gone_through.append(kept.part_id)
+        return every(kept)
+
+    monkeypatch.setattr(KeptSamples, "__iter__", note)
+    _, before, _ = read(folder)
+    assert gone_through == []
+    next((folder / "cache/vae/omnigen/pictures").glob("shard-*.safetensors")).unlink()
+    counter = Counter(monkeypatch)
+    _, after, _ = read(folder)
+    assert counter.pictures == COUNT
+    assert all(torch.equal(after[path], before[path]) for path in before)
 
 
 def read_references(folder: Path, cache_dir: str = "cache") -> list[Tensor]:

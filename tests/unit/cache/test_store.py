@@ -383,3 +383,47 @@ sys.exit(status)
     with TensorStore(folder) as store:
         store.put_many(_entries(2))
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_what_is_complete_is_so_until_a_shard_goes_or_changes(folder):
+    with TensorStore(folder) as store:
+        store.put_many(_entries(2))
+        assert store.complete("all") is None
+        store.note_complete("all", 2)
+        store.put_many(_entries(1, start=2))
+        assert store.complete("all") == 2
+    with TensorStore(folder) as again:
+        assert again.complete("all") == 2
+        again.prune(_entries(2))  # removes the shard of the third alone
+        assert again.complete("all") is None
+        again.note_complete("all", 2)
+        [shard] = _shards(folder)
+        other = folder / "other"
+        with TensorStore(other) as elsewhere:
+            elsewhere.put_many(_entries(1))
+        _shards(other)[0].replace(shard)
+        assert again.complete("all") is None
+
+
+def test_a_folder_that_cannot_be_written_still_says_what_is_complete(folder, monkeypatch):
+    with TensorStore(folder) as store:
+        store.put_many(_entries(2))
+        store.note_complete("all", 2)
+
+    def refuse(path):
+        raise sqlite3.OperationalError("attempt to write a readonly database")
+
+    monkeypatch.setattr("simpletuner.cache.index._connect", refuse)
+    with TensorStore(folder) as reader:
+        assert reader.complete("all") == 2
+        assert reader.get("key1")["mean"][0, 0] == 1.0
+
+
+def test_an_index_without_room_is_an_error_that_says_so_and_loses_no_shard(folder):
+    with TensorStore(folder) as store:
+        store.put_many(_entries(1))
+        store._index._database.execute("PRAGMA max_page_count = 1")  # SQLite's own disk that is full
+        with pytest.raises(DataError, match="full"):
+            store.put_many(_entries(400, start=1))
+    with TensorStore(folder) as again:
+        assert again.stats().num_entries == 401
