@@ -39,8 +39,9 @@ def compress(weights: AdapterWeights, denoiser: nn.Module, rank: int) -> tuple[A
                     fix="export it in the lycoris format, or merge it into the model with --merge",
                 )
             )
-        modules[path] = _nearest(change, rank, weights.dtype)
-        left = change.flatten(1) - modules[path][UP].float().flatten(1) @ modules[path][DOWN].float().flatten(1)
+        nearest = _nearest(change, rank, weights.dtype)
+        left = change.flatten(1) - nearest[UP].float().flatten(1) @ nearest[DOWN].float().flatten(1)
+        modules[path] = {name: tensor.cpu() for name, tensor in nearest.items()}
         lost += float(left.square().sum())
         whole += float(change.square().sum())
     metadata = {key: value for key, value in weights.metadata.items() if not key.startswith(("ss_", "modelspec."))}

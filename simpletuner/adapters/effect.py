@@ -1,7 +1,8 @@
 """What an adapter does to the weights of a layer, whatever its algorithm: for merging, and for a LoRA close to it.
 
-Not by LyCORIS' own `get_diff_weight`, which applies the scale of LoKr and LoHa twice (4.1.3): the layer is asked
-instead. A linear or convolutional layer is known by its answers to single ones.
+A plain LoRA is a product of two matrices. The others are not asked by LyCORIS' own `get_diff_weight`, which applies the
+scale of LoKr and LoHa twice (4.1.3), but by what the adapted layer answers: a linear or convolutional layer is known by
+its answers to single ones.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from simpletuner.adapters.lycoris import isolated_lycoris
 from simpletuner.adapters.lycoris_modules import beside_the_base, prepare_module
-from simpletuner.adapters.weights import Module
+from simpletuner.adapters.weights import ALPHA, DOWN, UP, Module, scale_of
 from simpletuner.errors import DataError, Problem
 
 if TYPE_CHECKING:
@@ -25,26 +26,33 @@ ROWS_AT_ONCE = 1024
 
 
 @torch.no_grad()
-def weight_change(layer: nn.Module, module: Module, multiplier: float = 1.0) -> tuple[Tensor, Tensor | None]:
+def weight_change(
+    layer: nn.Module, module: Module, multiplier: float = 1.0, device: torch.device | None = None
+) -> tuple[Tensor, Tensor | None]:
     """What the adapter adds to a layer's weight and bias, in float32; None where the bias stays.
 
     Args:
         layer: linear, convolutional without groups, or a normalisation; with plain weights.
         module: the adapter's tensors for it.
+        device: where this is computed and the results are; None is where the layer is.
 
     Raises:
         DataError: the layer's weights are packed, or it is a grouped convolution.
     """
+    _require_readable(layer)
+    device = device or layer.weight.device  # type: ignore[assignment]
+    module = {name: tensor.to(device).float() for name, tensor in module.items()}
     if "w_norm" in module:
         bias = module.get("b_norm")
-        return module["w_norm"].float() * multiplier, None if bias is None else bias.float() * multiplier
-    alone = _plain_copy(layer)
-    adapted = make_module(alone, {name: tensor.float() for name, tensor in module.items()}, multiplier)
-    with_adapter, bias_with = _read_off(adapted, alone)
-    without, bias_without = _read_off(alone, alone)
-    change = (with_adapter - without).reshape(alone.weight.shape)  # type: ignore[arg-type]
-    bias_change = bias_with - bias_without
-    return change, bias_change if bool(bias_change.any()) else None
+        return module["w_norm"] * multiplier, None if bias is None else bias * multiplier
+    if set(module) <= {DOWN, UP, ALPHA}:
+        product = module[UP].flatten(1) @ module[DOWN].flatten(1)
+        return (product * (scale_of(module) * multiplier)).reshape(layer.weight.shape), None  # type: ignore[arg-type]
+    alone = _plain_copy(layer).to(device)
+    weight, bias = _read_off(make_module(alone, module, multiplier).to(device), alone)
+    if alone.bias is not None:
+        bias = bias - alone.bias
+    return weight.reshape(alone.weight.shape) - alone.weight, bias if bool(bias.any()) else None
 
 
 def make_module(layer: nn.Module, tensors: Module, multiplier: float) -> LycorisBaseModule:
@@ -71,10 +79,13 @@ def make_module(layer: nn.Module, tensors: Module, multiplier: float) -> Lycoris
     return module.eval()
 
 
-def _plain_copy(layer: Any) -> Any:
-    """The layer in float32, a convolution without stride and padding: then one answer shows one place of its kernel."""
+def _require_readable(layer: Any) -> None:
     if type(layer.weight) not in (Tensor, nn.Parameter) or getattr(layer, "groups", 1) != 1:
         raise DataError(Problem(f"the weights of a {type(layer).__name__} cannot be read off: packed, or in groups"))
+
+
+def _plain_copy(layer: Any) -> Any:
+    """The layer in float32, a convolution without stride and padding: then one answer shows one place of its kernel."""
     plain = copy.deepcopy(layer).float().eval().requires_grad_(False)
     if not isinstance(plain, nn.Linear):
         dims = len(plain.kernel_size)

@@ -10,8 +10,13 @@ from simpletuner.adapters.weights import AdapterWeights
 
 
 @torch.no_grad()
-def merge_into(denoiser: nn.Module, weights: AdapterWeights, strength: float = 1.0) -> None:
+def merge_into(
+    denoiser: nn.Module, weights: AdapterWeights, strength: float = 1.0, device: torch.device | None = None
+) -> None:
     """Add what the adapter does to the denoiser's weights, computed in float32 and rounded once.
+
+    Args:
+        device: where it is computed, layer by layer; None is where the denoiser is.
 
     Raises:
         DataError: a layer's weights are packed.
@@ -19,7 +24,7 @@ def merge_into(denoiser: nn.Module, weights: AdapterWeights, strength: float = 1
     layers = dict(denoiser.named_modules())
     for path, module in weights.modules.items():
         layer = layers[path]
-        change, bias_change = weight_change(layer, module, strength * weights.multiplier)
+        change, bias_change = weight_change(layer, module, strength * weights.multiplier, device)
         layer.weight.copy_(layer.weight.float() + change.to(layer.weight.device))
         if bias_change is not None:
             layer.bias.copy_(layer.bias.float() + bias_change.to(layer.bias.device))

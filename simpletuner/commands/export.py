@@ -195,7 +195,7 @@ def write_merged(export: Export, output: Path | None) -> Path:
     if path.exists():
         raise DataError(Problem(f"{path} is there already", key="--output", fix="name another folder, or remove it"))
     denoiser = family.load_denoiser()
-    merge_into(denoiser, export.weights)
+    merge_into(denoiser, export.weights, device=family.device)
     path.parent.mkdir(parents=True, exist_ok=True)
     with storage.commit_dir(path) as temporary:
         save_model_folder(family.source, family.spec, denoiser, temporary)
