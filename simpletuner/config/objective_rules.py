@@ -38,13 +38,6 @@ def noise_levels_are_those_of_a_flow(draft: Draft) -> Iterator[Problem]:
         yield draft.problem(message, "scheduled_sampling_reflexflow", "false", fix="remove the key")
 
 
-def snr_weights_serve_noise_and_v(draft: Draft) -> Iterator[Problem]:
-    spec, gamma = draft.spec, draft.config.snr_gamma
-    if gamma and spec and spec.prediction_type == "flow" and "snr_gamma" not in spec.unusable_options:
-        message = f"{gamma:g} cannot be used: {spec.title} is a flow model; min-SNR weighs losses on noise and v"
-        yield draft.problem(message, "snr_gamma", fix="remove the key; flow_schedule_shift moves what is trained most")
-
-
 def noise_levels_are_chosen_once(draft: Draft) -> Iterator[Problem]:
     chosen = [key for key in SHAPES if _is_set(draft, key)]
     for key in chosen[1:]:
@@ -96,7 +89,6 @@ def rollouts_happen(draft: Draft) -> Iterator[Problem]:
 
 OBJECTIVE_RULES = (
     noise_levels_are_those_of_a_flow,
-    snr_weights_serve_noise_and_v,
     noise_levels_are_chosen_once,
     biased_levels_are_some,
     rollouts_happen,

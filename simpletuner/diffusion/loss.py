@@ -6,6 +6,8 @@ step is the weighted mean over all samples of its accumulation window. Callers d
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
@@ -57,15 +59,22 @@ def huber_limits(schedule: str, c: float, sigmas: Tensor, noise_to_signal: Tenso
     return (1 - c) / (1 + noise_to_signal).square() + c
 
 
-def min_snr_weights(snr: Tensor, gamma: float, is_velocity: bool) -> Tensor:
-    """(B,) `min(snr, gamma) / snr`, or `/ (snr + 1)` for v-prediction: what each sample's loss is multiplied by.
+def min_snr_weights(snr: Tensor, gamma: float, predicts: Literal["epsilon", "v_prediction", "flow"]) -> Tensor:
+    """(B,) what each sample's loss is multiplied by, so that the error of the data counts `min(snr, gamma)` times.
 
-    Source: Hang et al., "Efficient Diffusion Training via Min-SNR Weighting Strategy" (arXiv 2303.09556), section 3.4.
+    The squared error of the data is that of the noise over the snr, and that of v over `snr + 1`: `min(snr, gamma) /
+    snr` and `min(snr, gamma) / (snr + 1)`. On a straight path the data is `noisy - sigma * velocity`, and `sigma` is
+    `1 / (1 + sqrt(snr))`.
+
+    Source: Hang et al., "Efficient Diffusion Training via Min-SNR Weighting Strategy" (arXiv 2303.09556), section 3.4;
+    the last is its principle applied to a velocity.
 
     Args:
         snr: (B,) signal-to-noise ratio; infinite without noise.
     """
-    if is_velocity:
+    if predicts == "flow":
+        return snr.clamp_max(gamma) / (1 + snr.sqrt()).square()
+    if predicts == "v_prediction":
         return snr.clamp_max(gamma) / (snr + 1)
     return torch.where(snr > gamma, gamma / snr, torch.ones_like(snr))
 

@@ -165,7 +165,7 @@ class Objective:
         if self.snr_gamma is None:
             return torch.ones_like(sigmas)
         signal, noise = family.signal_and_noise(sigmas)
-        return min_snr_weights((signal / noise).square(), self.snr_gamma, family.prediction_type == "v_prediction")
+        return min_snr_weights((signal / noise).square(), self.snr_gamma, family.prediction_type)
 
 
 PLAIN = Objective()

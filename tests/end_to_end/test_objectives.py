@@ -15,6 +15,7 @@ from tests.tiny_folders import TINY_FOLDERS
 ROLLOUTS = {"scheduled_sampling_max_step_offset": 2, "scheduled_sampling_probability": 1.0}
 RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "sdxl: min-SNR": ("sdxl", {"snr_gamma": 5}),
+    "flux: min-SNR": ("flux", {"snr_gamma": 5}),
     "sdxl: huber": ("sdxl", {"loss_type": "huber"}),
     "sdxl: rollouts": ("sdxl", ROLLOUTS),
     "sdxl: bias": ("sdxl", {"timestep_bias_strategy": "earlier", "timestep_bias_multiplier": 4}),

@@ -26,8 +26,8 @@ class ObjectiveOptions(OptionGroup):
     huber_c: Float = option(0.1, help="Difference at which `huber` and `smooth_l1` turn from square to linear.", gt=0)
     snr_gamma: Float | None = option(
         None,
-        help="Min-SNR weights: noise levels with a signal-to-noise ratio above this count less. 5 is usual. For "
-        "families that predict noise or v.",
+        help="Min-SNR weights: noise levels with a signal-to-noise ratio above this count less; for families that "
+        "predict v or a flow very noisy ones do too. 5 is usual.",
         ge=0,
     )
     offset_noise: Bool = option(

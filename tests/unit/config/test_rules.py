@@ -82,7 +82,6 @@ def test_the_sound_configuration_breaks_no_rule(workspace: Workspace) -> None:
         ({"scheduled_sampling_max_step_offset": 3}, "scheduled_sampling_probability", "nothing is rolled out"),
         ({"scheduled_sampling_reflexflow": True}, "scheduled_sampling_reflexflow", "nothing is rolled out"),
         ({"scheduled_sampling_order": 3}, "scheduled_sampling_order", "<= 2"),
-        ({"snr_gamma": 5}, "snr_gamma", "Toy is a flow model"),
         ({"loss_type": "l1"}, "loss_type", "smooth_l1"),
         ({"flow_use_uniform_schedule": True, "flow_sigmoid_scale": 2}, "flow_sigmoid_scale", "has no use"),
         (
@@ -329,11 +328,11 @@ def test_a_family_whose_levels_are_fixed_refuses_others_by_name(workspace: Works
         assert words in found[0].message
 
 
-def test_min_snr_and_reflexflow_are_for_the_families_that_they_are_made_for(workspace: Workspace) -> None:
-    workspace.config |= {"model_family": "sdxl", "snr_gamma": 5, "lycoris_config": None}
+def test_reflexflow_is_for_the_families_that_it_is_made_for(workspace: Workspace) -> None:
+    workspace.config |= {"model_family": "sdxl", "lycoris_config": None}
     workspace.config |= {"lora_type": "standard", "scheduled_sampling_max_step_offset": 2}
     workspace.config |= {"scheduled_sampling_probability": 0.5}
-    assert workspace.load_written().config.snr_gamma == 5
+    assert workspace.load_written().config.scheduled_sampling_reflexflow is None
     workspace.config["scheduled_sampling_reflexflow"] = True
     (problem,) = workspace.fails_written().problems
     assert "made for flow models" in problem.message

@@ -54,8 +54,22 @@ def test_turning_points_follow_the_noise() -> None:
 
 def test_min_snr_weights_by_hand() -> None:
     snr = torch.tensor([0.0, 1.0, 5.0, 20.0, torch.inf])
-    assert min_snr_weights(snr, 5.0, is_velocity=False).tolist() == pytest.approx([1, 1, 1, 0.25, 0])
-    assert min_snr_weights(snr[:4], 5.0, is_velocity=True).tolist() == pytest.approx([0, 0.5, 5 / 6, 5 / 21])
+    assert min_snr_weights(snr, 5.0, "epsilon").tolist() == pytest.approx([1, 1, 1, 0.25, 0])
+    assert min_snr_weights(snr, 5.0, "v_prediction").tolist() == pytest.approx([0, 0.5, 5 / 6, 5 / 21, 0])
+    # Sigma 1, 1/2, 1/4 and 0: the squared error of the data is sigma^2 that of the velocity.
+    snr = torch.tensor([0.0, 1.0, 9.0, torch.inf])
+    assert min_snr_weights(snr, 5.0, "flow").tolist() == pytest.approx([0, 1 / 4, 5 / 16, 0])
+
+
+@pytest.mark.parametrize("predicts", ["epsilon", "v_prediction", "flow"])
+def test_min_snr_weighs_the_error_of_the_data_whatever_is_predicted(predicts) -> None:
+    """A prediction that is off by one says data that is off by some amount; its square counts min(snr, gamma)."""
+    sigma, gamma = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64), 5.0
+    signal, noise = (1 - sigma, sigma) if predicts == "flow" else ((1 - sigma).sqrt(), sigma.sqrt())
+    off_by = {"epsilon": noise / signal, "v_prediction": noise, "flow": noise}[predicts]
+    snr = (signal / noise).square()
+    weights = min_snr_weights(snr, gamma, predicts)
+    torch.testing.assert_close(weights, snr.clamp_max(gamma) * off_by.square())
 
 
 def test_directions_count_and_lengths_do_not() -> None:
