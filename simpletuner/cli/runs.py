@@ -113,7 +113,12 @@ def configure(
     data: Annotated[str | None, typer.Option(help="Folder with the pictures.")] = None,
     eval_data: Annotated[str | None, typer.Option(help="Folder with pictures that are never trained on.")] = None,
     regularisation_data: Annotated[str | None, typer.Option(help="Folder for prior preservation.")] = None,
-    adapter: Annotated[str | None, typer.Option(help="lokr, lora or dora; not of goal full.")] = None,
+    adapter: Annotated[
+        str | None, typer.Option(help="lokr, lora, dora, or another algorithm of LyCORIS; not of goal full.")
+    ] = None,
+    factor: Annotated[int | None, typer.Option(help="Of lokr: the larger, the smaller the adapter.", min=1)] = None,
+    rank: Annotated[int | None, typer.Option(help="Of other adapters: their size.", min=1)] = None,
+    layers: Annotated[str | None, typer.Option(help="Of LyCORIS: all, or attention.")] = None,
     reference_data: Annotated[
         str | None, typer.Option(help="Of goal edit: the pictures before the change, each named as the one after.")
     ] = None,
@@ -137,6 +142,9 @@ def configure(
         flavour=flavour,
         model=model,
         adapter=adapter,
+        factor=factor,
+        rank=rank,
+        layers=layers,
         data=data,
         eval_data=eval_data,
         regularisation_data=regularisation_data,

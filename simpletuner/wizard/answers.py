@@ -14,15 +14,23 @@ from simpletuner.errors import ConfigError, Problem
 from simpletuner.hardware import Hardware
 from simpletuner.models.registry import get_spec
 from simpletuner.models.spec import FamilySpec
+from simpletuner.wizard.lycoris import ALGORITHMS, LAYERS, Layers, Lycoris
 
 Goal = Literal["subject", "style", "edit", "full"]
 
-Adapter = Literal["lokr", "lora", "dora"]
-
-ADAPTERS: Mapping[Adapter, str] = {
-    "lokr": "LoKr: learns much in a small file; LyCORIS loads it",
+# All but the second and third are algorithms of LyCORIS (`lycoris.py`).
+ADAPTERS: Mapping[str, str] = {
+    "lokr": "LoKr: learns much in a small file",
     "lora": "LoRA: loads in nearly every program",
-    "dora": "DoRA: LoRA that also trains the length of each row; slower",
+    "dora": "DoRA: LoRA, and the length of each row; slower",
+    "loha": "LoHa: two low-rank matrices, multiplied; slower",
+    "locon": "LoCon: LoRA in the format of LyCORIS",
+    "dylora": "DyLoRA: LoRA that works cut to any smaller rank",
+    "glora": "GLoRA: LoRA, and a factor of the weight",
+    "diag-oft": "Diag-OFT: rotates what each layer gives",
+    "boft": "BOFT: rotates it in several steps",
+    "ia3": "IA3: one factor for each output; the smallest file",
+    "full": "full: the whole difference of the layers; large",
 }
 GOALS: Mapping[Goal, str] = {
     "subject": "one person, animal or thing, from a few pictures",
@@ -40,6 +48,7 @@ class PictureFacts:
         usable: pictures that decode.
         with_text: usable ones with a text file beside them.
         with_name: usable ones whose file name has words.
+        are_numbered: the names are numbers of a camera, of which a model learns nothing.
         side: median of the side of the square of equal area, in pixels.
         shapes: every (height, width) that occurs.
     """
@@ -49,6 +58,7 @@ class PictureFacts:
     with_name: int
     side: int
     shapes: frozenset[tuple[int, int]] = frozenset()
+    are_numbered: bool = False
 
     @property
     def captions(self) -> str:
@@ -69,8 +79,8 @@ class Answers:
         reference_pictures: folder of what the pictures are made from, to teach an edit; or empty.
         reference_type: `reference_strict` or `reference_loose`; None is proposed.
         dataset: keys of the first folder's entry that were chosen.
-        adapter: what is trained beside the model, unless the goal is the whole of it.
-        factor: of LoKr: the larger, the smaller the adapter; None is proposed.
+        adapter: what is trained beside the model (`ADAPTERS`), unless the goal is the whole of it.
+        factor, rank, layers: of an adapter of LyCORIS; None is proposed.
         prompts: drawn while training; None is proposed, () draws nothing.
         options: options of config.json that were chosen, typed.
         seen: folder -> what its scan found.
@@ -87,8 +97,10 @@ class Answers:
     reference_pictures: str = ""
     reference_type: str | None = None
     dataset: Mapping[str, Any] = field(default_factory=dict)
-    adapter: Adapter = "lokr"
+    adapter: str = "lokr"
     factor: int | None = None
+    rank: int | None = None
+    layers: Layers | None = None
     prompts: tuple[str, ...] | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     seen: Mapping[str, PictureFacts] = field(default_factory=dict)
@@ -96,6 +108,13 @@ class Answers:
     @property
     def spec(self) -> FamilySpec:
         return get_spec(self.family)
+
+    @property
+    def lycoris(self) -> Lycoris | None:
+        """What is asked of LyCORIS; None where nothing of it is trained."""
+        if self.goal == "full" or self.adapter not in ALGORITHMS:
+            return None
+        return Lycoris(self.adapter, self.factor, self.rank, self.layers)
 
     @property
     def flavour_name(self) -> str:
@@ -108,16 +127,27 @@ class Answers:
         return self.spec.default_flavour
 
 
-def read_adapter(text: str) -> Adapter:
+def read_adapter(text: str) -> str:
     """An adapter by its name.
 
     Raises:
         ConfigError: it is none.
     """
-    for adapter in get_args(Adapter):
-        if text == adapter:
-            return adapter
+    if text in ADAPTERS:
+        return text
     raise ConfigError(Problem(f'"{text}" is not an adapter', key="--adapter", allowed=", ".join(ADAPTERS)))
+
+
+def read_layers(text: str) -> Layers:
+    """Which layers are adapted, by their name.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    for layers in LAYERS:
+        if text == layers:
+            return layers
+    raise ConfigError(Problem(f'"{text}" names no layers', key="--layers", allowed=", ".join(LAYERS)))
 
 
 def read_goal(text: str) -> Goal:

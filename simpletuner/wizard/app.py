@@ -178,8 +178,12 @@ class Wizard(App[Outcome]):
             self.show_help(field.question)
 
     @on(Input.Submitted)
-    def next_field(self) -> None:
-        self.screen.focus_next()
+    def action_go_on(self) -> None:
+        """To the next field; from the only one of a page to the next page."""
+        if self.page is not None and len(self.page.questions) == 1:
+            self.action_go(1)
+        else:
+            self.screen.focus_next()
 
     # ---- pictures --------------------------------------------------------------------------------------------------
 

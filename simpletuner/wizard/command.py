@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,9 @@ from simpletuner.errors import ConfigError, Problem
 from simpletuner.hardware import Hardware, detect_hardware
 from simpletuner.launch import chosen_environment, split_arguments
 from simpletuner.models.registry import get_spec
-from simpletuner.wizard.answers import Answers, Goal, read_adapter, read_goal
+from simpletuner.wizard.answers import Answers, Goal, read_adapter, read_goal, read_layers
 from simpletuner.wizard.files import diff_lines, judge, save, start_command, texts_for
+from simpletuner.wizard.lycoris import ALGORITHMS
 from simpletuner.wizard.project import ANSWERED, Project, open_project, typed_options
 
 USUAL_PLACE = Path("config/config.json")
@@ -40,6 +41,9 @@ class Given:
     regularisation_data: str | None = None
     reference_data: str | None = None
     adapter: str | None = None
+    factor: int | None = None
+    rank: int | None = None
+    layers: str | None = None
     captions: str | None = None
     instance_prompt: str | None = None
     prompts: tuple[str, ...] | None = None
@@ -52,25 +56,8 @@ class Given:
     def has_answers(self) -> bool:
         """Whether more than the place of the files was said, so that nothing needs to be asked."""
         _, options = split_arguments(self.arguments)
-        answers = (
-            self.goal,
-            self.family,
-            self.flavour,
-            self.model,
-            self.data,
-            self.eval_data,
-            self.captions,
-            self.adapter,
-        )
-        more = (
-            self.regularisation_data,
-            self.reference_data,
-            self.instance_prompt,
-            self.prompts,
-            self.output_dir,
-            *options,
-        )
-        return self.yes or any(answer is not None for answer in (*answers, *more))
+        said = [getattr(self, each.name) for each in fields(self) if each.name not in ("config", "arguments")]
+        return bool(options) or any(each not in (None, False) for each in said)
 
 
 def run_configure(
@@ -160,7 +147,10 @@ def apply(project: Project, given: Given) -> Answers:
         dataset["caption_strategy"] = given.captions
     if given.instance_prompt:
         dataset["instance_prompt"] = given.instance_prompt
+    adapter = read_adapter(given.adapter) if given.adapter else answers.adapter
     options = {**answers.options, **_run_options(given.arguments)}
+    if given.rank is not None and adapter not in ALGORITHMS:
+        options["lora_rank"] = given.rank
     if given.output_dir:
         options["output_dir"] = given.output_dir
     pictures = given.data or answers.pictures
@@ -184,7 +174,10 @@ def apply(project: Project, given: Given) -> Answers:
         eval_pictures=given.eval_data or answers.eval_pictures,
         regularisation_pictures=given.regularisation_data or answers.regularisation_pictures,
         reference_pictures=_references(goal, given, answers),
-        adapter=read_adapter(given.adapter) if given.adapter else answers.adapter,
+        adapter=adapter,
+        factor=given.factor or answers.factor,
+        rank=given.rank or (answers.rank if adapter == answers.adapter else None),
+        layers=read_layers(given.layers) if given.layers else answers.layers,
         dataset=dataset,
         prompts=given.prompts if given.prompts is not None else answers.prompts,
         options=options,

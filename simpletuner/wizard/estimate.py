@@ -27,8 +27,8 @@ from simpletuner.models.registry import get_spec
 if TYPE_CHECKING:
     from simpletuner.wizard.project import Project
 
-# Of a card of the middle class in bfloat16, well below what makers promise.
-ASSUMED_OPERATIONS = 50e12
+# Of a card of the middle class in bfloat16, well below what makers promise; of a processor of eight cores.
+ASSUMED_OPERATIONS, ON_A_PROCESSOR = 50e12, 0.3e12
 PROMPT_TOKENS = 100
 
 
@@ -79,14 +79,15 @@ def rough_lines(run: LoadedRun, hardware: Hardware) -> list[str]:
         f"memory  at least {weights} for the weights of {spec.title}, of {bytes_text(hardware.device_bytes)}",
         f"disk    about {bytes_text(flavour.weight_bytes())} are fetched from the hub at the first start",
     ]
-    if config.max_train_steps and hardware.device != "cpu":
+    if config.max_train_steps:
+        rate = ON_A_PROCESSOR if hardware.device == "cpu" else ASSUMED_OPERATIONS
         tokens = run_tokens(run, spec.size_multiple) + PROMPT_TOKENS
         # Forward, and backward through frozen weights; checkpointing runs forward once more.
         passes = 3 if config.gradient_checkpointing else 2
         pictures = config.train_batch_size * config.gradient_accumulation_steps * config.max_train_steps
         operations = 2.0 * flavour.parameters * tokens * passes * pictures
-        duration, rate = duration_text(operations / ASSUMED_OPERATIONS), f"{ASSUMED_OPERATIONS / 1e12:.0f}"
-        lines.append(f"time    not measured; about {duration} at {rate} trillion operations a second")
+        duration = duration_text(operations / rate)
+        lines.append(f"time    not measured; about {duration} at {rate / 1e12:g} trillion operations a second")
     return lines
 
 

@@ -8,9 +8,10 @@ from textual.app import ComposeResult
 from textual.containers import Horizontal
 from textual.message import Message
 from textual.widget import Widget
-from textual.widgets import Checkbox, Input, Label, RadioButton, RadioSet, Select, TextArea
+from textual.widgets import Checkbox, Input, Label, RadioSet, Select, TextArea
 
 from simpletuner.wizard.answers import Answers
+from simpletuner.wizard.marks import Choice, ChoiceList, Tick
 from simpletuner.wizard.plan import Plan
 from simpletuner.wizard.question import Question, shown
 
@@ -44,15 +45,15 @@ class Field(Horizontal):
     def _make_input(self) -> Widget:
         kind, value, name = self.question.kind, self._shown, self.question.key
         if kind == "list":
-            return RadioSet(
-                *(RadioButton(words, value=choice == value, name=choice) for choice, words in self._choices),
+            return ChoiceList(
+                *(Choice(words, value=choice == value, name=choice) for choice, words in self._choices),
                 id=name,
                 compact=True,
             )
         if kind == "choice":
             return Select(self._options(value), value=value, allow_blank=False, id=name, compact=True)
         if kind == "yes_no":
-            return Checkbox(yes_or_no(bool(value)), value=bool(value), id=name, compact=True)
+            return Tick(yes_or_no(bool(value)), value=bool(value), id=name, compact=True)
         if kind == "lines":
             return TextArea(shown(value), id=name, compact=True, tab_behavior="focus")
         return Input(shown(value), id=name, compact=True, select_on_focus=False)

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from simpletuner.config.discovery import ConfigSource
-from simpletuner.config.json_reader import JsonPath
 from simpletuner.config.json_writer import INDENT, json_text, remove_value, set_value
 from simpletuner.config.loading import LoadedRun, load_source
 from simpletuner.config.prompt_library import prompt_texts
@@ -23,6 +22,7 @@ from simpletuner.models.registry import get_spec
 from simpletuner.reporting.trackers.readiness import check_trackers
 from simpletuner.storage import write_bytes
 from simpletuner.wizard.answers import Answers
+from simpletuner.wizard.lycoris import edited_lycoris, lycoris_settings
 from simpletuner.wizard.plan import Plan, make_plan, nicknames
 from simpletuner.wizard.project import ANSWERED, Project, open_project
 
@@ -86,7 +86,7 @@ def texts_for(project: Project, answers: Answers) -> dict[Path, str]:
     else:
         before = make_plan(project.answers)
         texts = {
-            places.lycoris: _edited_lycoris(project, before, plan),
+            places.lycoris: _edited_lycoris(project, answers),
             places.prompts: _edited_prompts(project, before, plan),
             places.data: _edited_data(project, before, plan),
             places.config: _edited_config(project, answers, before, plan),
@@ -125,7 +125,17 @@ def judge(project: Project, texts: Mapping[Path, str], answers: Answers) -> Verd
     except ConfigError as error:
         return Verdict(None, tuple(error.problems), ())
     missing = tuple(_missing_captions(project, answers))
-    return Verdict(None if missing else run, missing, (*run.warnings, *_tracker_notes(run, places.working_dir)))
+    notes = (*run.warnings, *_tracker_notes(run, places.working_dir), *_caption_notes(answers))
+    return Verdict(None if missing else run, missing, notes)
+
+
+def _caption_notes(answers: Answers) -> Iterator[str]:
+    """Captions that are there and say nothing."""
+    for entry in make_plan(answers).entries.values():
+        facts = answers.seen.get(str(entry["instance_data_dir"]))
+        if facts and facts.are_numbered and entry.get("caption_strategy") == "filename":
+            why = "the file names are a camera's and say nothing as captions"
+            yield f"{entry['id']}: {why}; put text files beside the pictures, or take instanceprompt"
 
 
 def _tracker_notes(run: LoadedRun, working_dir: Path) -> list[str]:
@@ -238,20 +248,14 @@ def _edited_data(project: Project, before: Plan, plan: Plan) -> str:
     return text
 
 
-def _edited_lycoris(project: Project, before: Plan, plan: Plan) -> str:
-    path = project.places.lycoris
-    if plan.lycoris is None:
-        return project.texts.get(path, "")
-    if path not in project.texts:
-        return json_text(plan.lycoris) + "\n"
-    if before.lycoris is None:
-        return project.texts[path]
-    text, document = project.texts[path], project.document(path)
-    old = dict(_leaves(before.lycoris, ()))
-    for place, value in _leaves(plan.lycoris, ()):
-        if old.get(place) != value and document and place in document.spans:
-            text = set_value(text, place, value)
-    return text
+def _edited_lycoris(project: Project, answers: Answers) -> str:
+    text = project.texts.get(project.places.lycoris, "")
+    chosen = answers.lycoris
+    if chosen is None:
+        return text
+    if text:
+        return edited_lycoris(text, answers.spec, chosen)
+    return json_text(lycoris_settings(answers.spec, chosen)) + "\n"
 
 
 def _edited_prompts(project: Project, before: Plan, plan: Plan) -> str:
@@ -269,14 +273,6 @@ def _edited_prompts(project: Project, before: Plan, plan: Plan) -> str:
         if nickname not in new and nickname in known:
             text = remove_value(text, (nickname,))
     return text
-
-
-def _leaves(value: Any, place: JsonPath) -> Iterator[tuple[JsonPath, Any]]:
-    if not isinstance(value, dict):
-        yield place, value
-        return
-    for key, item in value.items():
-        yield from _leaves(item, (*place, key))
 
 
 def _missing_captions(project: Project, answers: Answers) -> Iterator[Problem]:

@@ -5,6 +5,7 @@ The index is the one that training uses, in the same place, so what is looked at
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
@@ -16,6 +17,12 @@ from simpletuner.data.report import SetAside
 from simpletuner.models.spec import FamilySpec
 from simpletuner.wizard.answers import PictureFacts
 from simpletuner.wizard.thumbnails import Thumbnail, make_thumbnails
+
+NAMES_LOOKED_AT = 200
+_CAMERA_WORDS = {
+    *("img", "image", "dsc", "dscn", "dscf", "pxl", "mvi", "gopr", "dji", "photo", "picture", "pict"),
+    *("screenshot", "scan", "untitled", "unnamed", "copy", "edited"),
+}
 
 
 @dataclass(frozen=True)
@@ -46,8 +53,8 @@ class FolderReport:
         if not facts.usable:
             return [f"no usable pictures in {self.folder}", *self.problems]
         sizes = f"{_size(self.smallest)} to {_size(self.largest)}" if len(self.sizes) > 1 else _size(self.smallest)
-        captions = f"{facts.with_text} have a text file, {facts.with_name} a name with words"
-        lines = [f"{facts.usable} pictures, {sizes}; {captions}"]
+        names = "the names are a camera's" if facts.are_numbered else f"{facts.with_name} a name with words"
+        lines = [f"{facts.usable} pictures, {sizes}; {facts.with_text} have a text file, {names}"]
         if self.duplicates:
             lines.append(f"{self.duplicates} have the same content as another one")
         return [*lines, *self.problems]
@@ -83,6 +90,7 @@ def look_at_folder(
     try:
         catalogue = index.scan(progress)
         report = _report(folder, catalogue, index.set_aside(with_texts=True))
+        report = replace(report, facts=replace(report.facts, are_numbered=_are_numbered(index, catalogue)))
         return replace(report, thumbnails=make_thumbnails(index, backend, catalogue)) if with_thumbnails else report
     finally:
         index.close()
@@ -131,6 +139,19 @@ def _report(folder: str, catalogue: Catalogue, set_aside: SetAside) -> FolderRep
         problems.append(f"{count} not used: {printable(reason)} ({examples})")
     smallest, largest = (sizes[0][:2], sizes[-1][:2]) if sizes else (None, None)
     return FolderReport(folder, facts, smallest, largest, sizes, catalogue.num_duplicates, problems)
+
+
+def is_number(path: str) -> bool:
+    """Whether a file's name is the number that a camera or a program gave it: IMG_2031, DSC-0007, 00012."""
+    words = re.findall(r"[^\W\d_]{3,}|[^\W\d_a-zA-Z]+", PurePosixPath(path).stem.lower())
+    return set(words) <= _CAMERA_WORDS
+
+
+def _are_numbered(index: Index, catalogue: Catalogue) -> bool:
+    """By names from all over the folder: it may have millions."""
+    ids = [int(key) for key in catalogue.ids[:: len(catalogue) // NAMES_LOOKED_AT or 1][:NAMES_LOOKED_AT]]
+    numbered = sum(is_number(picture.path) for picture in index.pictures(ids))
+    return bool(ids) and numbered > 0.9 * len(ids)
 
 
 def _size(size: tuple[int, int] | None) -> str:

@@ -9,9 +9,9 @@ from typing import Any
 
 from simpletuner.config.adapter_rules import STANDARD_KEYS
 from simpletuner.config.options import all_options
-from simpletuner.models.spec import FamilySpec
 from simpletuner.wizard import proposals
 from simpletuner.wizard.answers import Answers
+from simpletuner.wizard.lycoris import lycoris_settings
 
 # What held-out pictures have in common with those that are trained on.
 _SHARED_KEYS = ("caption_strategy", "instance_prompt", "prepend_instance_prompt", "only_instance_prompt", "crop")
@@ -44,13 +44,13 @@ def make_plan(answers: Answers) -> Plan:
     training = _training_options(answers)
     config = {**_model_options(answers), **training, **_validation_options(answers, training)}
     config |= {"validation_prompt": prompts[0]} if prompts else {}
-    is_lokr = answers.goal != "full" and answers.adapter == "lokr"
-    unused = STANDARD_KEYS if is_lokr or answers.goal == "full" else ()
+    chosen = answers.lycoris
+    unused = STANDARD_KEYS if chosen or answers.goal == "full" else ()
     return Plan(
         config=config
         | {name: value for name, value in answers.options.items() if value is not None and name not in unused},
         entries=_entries(answers),
-        lycoris=lycoris_settings(answers.spec, answers.factor or 16) if is_lokr else None,
+        lycoris=lycoris_settings(answers.spec, chosen) if chosen else None,
         prompts=nicknames(prompts[1:]),
     )
 
@@ -63,7 +63,7 @@ def _model_options(answers: Answers) -> dict[str, Any]:
         options["pretrained_model_name_or_path"] = answers.model
     options["model_type"] = "full" if answers.goal == "full" else "lora"
     if answers.goal != "full":
-        options |= {"lora_type": "lycoris"} if answers.adapter == "lokr" else {"lora_type": "standard", "lora_rank": 16}
+        options |= {"lora_type": "lycoris"} if answers.lycoris else {"lora_type": "standard", "lora_rank": 16}
         options |= {"use_dora": True} if answers.adapter == "dora" else {}
     return options
 
@@ -153,19 +153,6 @@ def _entries(answers: Answers) -> dict[str, dict[str, Any]]:
         head = {"id": f"{main['id']}-eval", "type": "local", "dataset_type": "eval"}
         entries["eval"] = {**head, "instance_data_dir": answers.eval_pictures, **same}
     return entries
-
-
-def lycoris_settings(spec: FamilySpec, factor: int) -> dict[str, Any]:
-    """LoKr on attention and feed-forward layers, as the family calls them, else on its usual LoRA targets."""
-    known = {module.class_name for module in spec.adaptable} | set(spec.class_aliases)
-    factors = {"Attention": factor, "FeedForward": max(1, factor // 2)}
-    targets = {name: {"factor": value} for name, value in factors.items() if name in known}
-    preset: dict[str, Any] = {"target_module": list(targets), "module_algo_map": targets}
-    if not targets:
-        preset = {"target_name": list(spec.default_lora_targets), "use_fnmatch": True}
-    # 10000 is more than any layer has: LoKr then keeps its second matrix whole.
-    sizes = {"linear_dim": 10000, "linear_alpha": 1, "factor": factor}
-    return {"algo": "lokr", "multiplier": 1.0, **sizes, "apply_preset": preset}
 
 
 def nicknames(prompts: tuple[str, ...], known: Mapping[str, str] | None = None) -> dict[str, str]:

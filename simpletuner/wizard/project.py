@@ -24,6 +24,7 @@ from simpletuner.errors import ConfigError, Problem
 from simpletuner.hardware import Hardware
 from simpletuner.models.registry import family_names, get_spec
 from simpletuner.wizard.answers import Answers, Goal
+from simpletuner.wizard.lycoris import Lycoris, read_lycoris
 
 # Options of config.json that the screens ask for; everything else keeps what the file says.
 ASKED = (
@@ -255,7 +256,7 @@ def _answers(
     prompts = [values["validation_prompt"]] if values["validation_prompt"] else []
     if "user_prompt_library" in settings and library:
         prompts += prompt_texts(library.value).values()
-    factor = lycoris.value.get("factor") if lycoris and isinstance(lycoris.value, dict) else None
+    written = read_lycoris(lycoris.value) if lycoris else Lycoris()
     return Answers(
         hardware=project.answers.hardware,
         goal=_goal(values["model_type"], "references" in by_role, strategy),
@@ -268,8 +269,10 @@ def _answers(
         reference_pictures=str(reference.get("instance_data_dir", "")),
         reference_type=str(reference["conditioning_type"]) if reference else None,
         dataset=_without_reference(main, reference),
-        adapter="lokr" if values["lora_type"] == "lycoris" else "dora" if values["use_dora"] else "lora",
-        factor=factor if isinstance(factor, int) else None,
+        adapter=written.algorithm if values["lora_type"] == "lycoris" else "dora" if values["use_dora"] else "lora",
+        factor=written.factor,
+        rank=written.rank,
+        layers=written.layers,
         prompts=tuple(prompts),
         options={name: values[name] for name in all_options() if _is_kept(name, settings) and name not in ANSWERED},
     )

@@ -42,7 +42,7 @@ def memory_options(answers: Answers) -> dict[str, Any]:
         "optimizer": "adamw_bf16",
         "train_batch_size": 1 if gib < 32 or (goal == "full" and gib < 64) else 2 if gib < 64 else 4,
     }
-    if goal != "full":
+    if goal != "full" and answers.adapter != "full":
         options |= base_format(answers)
     if "base_model_precision" in options and hardware.device == "cuda" and gib < 15:
         options |= {"optimizer": _if_built("optimizer", "bnb-lion8bit-paged") or options["optimizer"]}
@@ -112,7 +112,9 @@ def proposed_captions(answers: Answers) -> str:
     facts = answers.seen.get(answers.pictures)
     if facts and facts.captions == "textfile":
         return "textfile"
-    return "instanceprompt" if answers.goal == "subject" or answers.dataset.get("instance_prompt") else "filename"
+    says_nothing = facts is not None and facts.are_numbered
+    one_for_all = answers.goal == "subject" or answers.dataset.get("instance_prompt") or says_nothing
+    return "instanceprompt" if one_for_all else "filename"
 
 
 def proposed_reference_type(answers: Answers) -> str:

@@ -10,6 +10,7 @@ from simpletuner.hardware import GIB
 from simpletuner.models.registry import all_specs
 from simpletuner.models.spec import FamilySpec, Flavour
 from simpletuner.wizard.answers import ADAPTERS, GOALS, Answers
+from simpletuner.wizard.lycoris import ALGORITHMS, LAYERS, PROPOSED_FACTOR, has_both_kinds_of_layers
 from simpletuner.wizard.plan import Plan
 from simpletuner.wizard.proposals import proposed_prompts
 from simpletuner.wizard.question import (
@@ -79,10 +80,24 @@ def _set_flavour(answers: Answers, name: str) -> Answers:
     return answers if is_default else replace(answers, flavour=name)
 
 
-def _set_factor(answers: Answers, text: str) -> Answers:
-    if not text.isdecimal() or not 1 <= int(text) <= 64:
-        raise Refused(f'"{text}" is not a whole number; allowed: 1 to 64')
-    return replace(answers, factor=int(text))
+def _set_number(key: str, most: int) -> Callable[[Answers, str], Answers]:
+    """Writes a whole number from 1 to `most` into a field of `Answers`."""
+
+    def write(answers: Answers, text: str) -> Answers:
+        if not (text.isascii() and text.isdecimal()) or not 1 <= int(text) <= most:
+            raise Refused(f'"{text}" is not a whole number; allowed: 1 to {most}')
+        return replace(answers, **{key: int(text)})
+
+    return write
+
+
+def _set_adapter(answers: Answers, name: str) -> Answers:
+    """Another algorithm has another usual rank."""
+    return answers if name == answers.adapter else replace(answers, adapter=name, rank=None)
+
+
+def _layer_choices(answers: Answers) -> Choices:
+    return list(LAYERS.items())
 
 
 def _is_edit(answers: Answers) -> bool:
@@ -121,7 +136,7 @@ def _set_prompts(answers: Answers, text: str) -> Answers:
 GOAL = Question(
     "goal",
     "",
-    "What is proposed on the next pages follows from it.",
+    "What is proposed on the next pages follows from it. The arrows choose, Enter goes on.",
     "list",
     lambda answers, plan: answers.goal,
     lambda answers, value: replace(answers, goal=value),
@@ -130,7 +145,7 @@ GOAL = Question(
 FAMILY = Question(
     "family",
     "",
-    "The model that learns; the weights' size is that in bf16, of its usual checkpoint. Space chooses.",
+    "The model that learns; the weights' size is that in bf16, of its usual checkpoint.",
     "list",
     lambda answers, plan: answers.family,
     _set_family,
@@ -151,23 +166,44 @@ ADAPTER = Question(
     "What is trained beside the model, which stays as it is.",
     "choice",
     lambda answers, plan: answers.adapter,
-    lambda answers, value: replace(answers, adapter=value),
+    _set_adapter,
     lambda answers: list(ADAPTERS.items()),
     applies=_is_adapter,
+    facts="ADAPTERS.md compares them",
 )
 FACTOR = Question(
     "factor",
     "LoKr factor",
     "Size of the adapter: a small factor makes a large adapter that learns more; 16 suits most subjects and styles.",
     "text",
-    lambda answers, plan: answers.factor or 16,
-    _set_factor,
+    lambda answers, plan: answers.factor or PROPOSED_FACTOR,
+    _set_number("factor", 64),
     facts="allowed: whole number from 1 to 64",
     applies=lambda answers: _is_adapter(answers) and answers.adapter == "lokr",
 )
+LYCORIS_RANK = Question(
+    "rank",
+    "Rank",
+    "Size of the adapter: a large rank learns more. Of rotations (diag-oft, boft) it is that of their blocks.",
+    "text",
+    lambda answers, plan: answers.rank or ALGORITHMS.get(answers.adapter),
+    _set_number("rank", 4096),
+    facts="allowed: whole number from 1 to 4096",
+    applies=lambda answers: _is_adapter(answers) and ALGORITHMS.get(answers.adapter) is not None,
+)
+LAYERS_QUESTION = Question(
+    "layers",
+    "Layers",
+    "Which layers the adapter changes.",
+    "choice",
+    lambda answers, plan: answers.layers or "all",
+    lambda answers, value: replace(answers, layers=value),
+    _layer_choices,
+    applies=lambda answers: answers.lycoris is not None and has_both_kinds_of_layers(answers.spec),
+)
 RANK = replace(
     option_question("lora_rank", "LoRA rank"),
-    applies=lambda answers: _is_adapter(answers) and answers.adapter != "lokr",
+    applies=lambda answers: _is_adapter(answers) and answers.lycoris is None,
 )
 WEBHOOK = Question(
     "webhook_config",
@@ -215,8 +251,8 @@ def pages() -> tuple[Page, ...]:
                 option_question("resolution", "Resolution"),
                 dataset_question("crop", "Crop"),
                 dataset_question("repeats", "Repeats"),
-                _field_question("eval_pictures", "Held-out", _EVAL_HELP, "folder"),
-                *option_questions({"eval_holdout": "or a share"}),
+                _field_question("eval_pictures", "Held-out folder", _EVAL_HELP, "folder"),
+                *option_questions({"eval_holdout": "Held-out share"}),
                 _field_question(
                     "regularisation_pictures", "Regularisation", _REGULARISATION_HELP, "folder", applies=_is_adapter
                 ),
@@ -225,7 +261,7 @@ def pages() -> tuple[Page, ...]:
         Page(
             "Training",
             lambda answers: f"This machine: {answers.hardware}",
-            (ADAPTER, FACTOR, RANK, *option_questions(_TRAINING)),
+            (ADAPTER, FACTOR, LYCORIS_RANK, RANK, LAYERS_QUESTION, *option_questions(_TRAINING)),
         ),
         Page(
             "Validation",

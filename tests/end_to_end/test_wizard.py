@@ -18,6 +18,7 @@ from simpletuner.config.loading import load_run
 from simpletuner.models.registry import get_spec
 from simpletuner.wizard.app import Wizard
 from simpletuner.wizard.project import open_project
+from simpletuner.wizard.questions import FAMILY
 from simpletuner.wizard.review import Review
 from tests.runs import metrics, train_here
 from tests.unit.wizard.projects import CONFIG, CPU, configured, contents, new_folder
@@ -299,3 +300,19 @@ def test_without_a_terminal_the_same_files_are_written(folder: Path, omnigen_fol
     assert refused.returncode == 2
     assert "no terminal" in refused.stderr
     assert "Traceback" not in refused.stderr
+
+
+def test_arrows_choose_and_marks_tell_it_without_colours(folder: Path):
+    async def steps(pilot: Pilot) -> None:
+        await pilot.press("down")
+        await pilot.pause()
+        assert pilot.app.answers.goal == "style"
+        marks = [str(button.render())[:3] for button in pilot.app.query("#goal Choice")]
+        assert [mark[1] for mark in marks] == [" ", "●", " ", " "]
+        await pilot.press("enter")  # on a page with one question: to the next one
+        assert pilot.app.position == 1
+        await pilot.press("up")
+        await pilot.pause()
+        assert pilot.app.answers.family == FAMILY.choices(pilot.app.answers)[-1][0]
+
+    drive(folder, steps)

@@ -12,7 +12,8 @@ from simpletuner.errors import ConfigError
 from simpletuner.hardware import GIB, Hardware
 from simpletuner.models.registry import family_names, get_spec
 from simpletuner.wizard.answers import PictureFacts, read_goal
-from simpletuner.wizard.plan import lycoris_settings, make_plan, nicknames
+from simpletuner.wizard.lycoris import Lycoris, lycoris_settings
+from simpletuner.wizard.plan import make_plan, nicknames
 from simpletuner.wizard.proposals import proposed_learning_rate
 from tests.unit.wizard.projects import CPU, LARGE_GPU, SMALL_GPU, answers
 
@@ -120,7 +121,7 @@ def test_full_training_has_no_adapter():
 @pytest.mark.parametrize("family", family_names())
 def test_the_adapter_s_targets_exist_in_every_family(family: str):
     spec = get_spec(family)
-    document = Document("lycoris_config.json", lycoris_settings(spec, 16))
+    document = Document("lycoris_config.json", lycoris_settings(spec, Lycoris()))
     assert check_lycoris(document, spec) == []
 
 
@@ -135,3 +136,11 @@ def test_each_prompt_has_a_nickname_of_its_own_and_keeps_the_one_it_had():
     assert list(names.values()) == ["a cat", "A cat!", "a dog", "validation"]
     assert names["rex"] == "a dog"
     assert {"a_cat", "validation"}.isdisjoint(names)
+
+
+def test_the_names_of_a_camera_are_not_proposed_as_captions():
+    strategies = {}
+    for facts in (FEW, replace(FEW, are_numbered=True)):
+        entry = make_plan(answers(goal="style", seen={"pictures": facts})).entries["pictures"]
+        strategies[facts.are_numbered] = entry["caption_strategy"]
+    assert strategies == {False: "filename", True: "instanceprompt"}

@@ -9,6 +9,7 @@ import pytest
 from simpletuner.config.options import all_options
 from simpletuner.wizard.answers import Answers
 from simpletuner.wizard.files import without_secrets
+from simpletuner.wizard.pictures import is_number
 from simpletuner.wizard.plan import make_plan
 from simpletuner.wizard.question import Question, option_questions
 from simpletuner.wizard.questions import FAMILY, FLAVOUR, WEBHOOK, pages
@@ -85,3 +86,19 @@ def test_another_address_keeps_what_else_was_said_of_a_webhook():
 def test_an_address_is_not_shown():
     assert without_secrets(f'+    "webhook_url": "{DISCORD}",') == '+    "webhook_url": "(not shown)",'
     assert without_secrets('+    "auth_token": "${TOKEN}",') == '+    "auth_token": "${TOKEN}",'
+
+
+@pytest.mark.parametrize(
+    ("name", "is_numbered"),
+    [
+        ("IMG_2031.jpg", True),
+        ("holiday/DSC-0007.JPG", True),
+        ("00012.png", True),
+        ("PXL_20240101_103412_edited.jpg", True),
+        ("a_red_star.png", False),
+        ("luna 3.png", False),
+        ("红星.png", False),
+    ],
+)
+def test_the_numbers_of_a_camera_are_no_captions(name: str, is_numbered: bool):
+    assert is_number(name) is is_numbered
