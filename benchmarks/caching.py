@@ -26,6 +26,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from data_runs import write_model_folder, write_run
 from PIL import Image
 
 # About the size of a preview autoencoder (0.5 million parameters): a large VAE would hide everything around it.
@@ -57,35 +58,9 @@ def write_model(folder: Path) -> None:
     import torch
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
+    write_model_folder(folder)
     torch.manual_seed(0)
     AutoencoderKL(**VAE).save_pretrained(folder / "vae")
-    for name, file, content in (
-        ("transformer", "config.json", {"pos_embed_max_size": 192}),
-        ("scheduler", "scheduler_config.json", {}),
-        ("tokenizer", "tokenizer_config.json", {}),
-    ):
-        (folder / name).mkdir()
-        (folder / name / file).write_text(json.dumps(content))
-
-
-def write_run(folder: Path, side: int, batch_size: int) -> None:
-    config = {
-        "model_family": "omnigen",
-        "model_type": "full",
-        "pretrained_model_name_or_path": "model",
-        "output_dir": "output",
-        "data_backend_config": "data.json",
-        "resolution": side,
-        "vae_batch_size": batch_size,
-        "max_train_steps": 1,
-        "num_train_epochs": 0,
-        "mixed_precision": "no",
-        "optimizer": "adamw",
-        "validation_disable": True,
-    }
-    data = [{"id": "pictures", "type": "local", "instance_data_dir": "pictures", "caption_strategy": "filename"}]
-    (folder / "config.json").write_text(json.dumps(config))
-    (folder / "data.json").write_text(json.dumps(data))
 
 
 class Bench:
@@ -153,7 +128,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, object]:
         folder = Path(name)
         write_pictures(folder / "pictures", arguments.pictures, arguments.source_side)
         write_model(folder / "model")
-        write_run(folder, arguments.side, arguments.batch)
+        write_run(folder, arguments.side, vae_batch_size=arguments.batch)
         bench = Bench(folder, arguments.pictures, arguments.side, arguments.batch)
         bench.build()  # imports and warms up
         bench.bare()

@@ -26,6 +26,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from data_runs import write_model_folder, write_run
+
 FILES = (10_000, 100_000, 1_000_000)
 FILES_PER_FOLDER = 1000
 LARGEST_START = 1.5
@@ -96,39 +98,11 @@ def in_new_process(way: str, folder: Path) -> dict[str, float]:
     return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
 
 
-def write_run(folder: Path) -> None:
-    """A configuration over the folder `pictures`; no model is looked at."""
-    (folder / "model").mkdir(exist_ok=True)
-    for name, file in (
-        ("transformer", "config.json"),
-        ("vae", "config.json"),
-        ("scheduler", "scheduler_config.json"),
-        ("tokenizer", "tokenizer_config.json"),
-    ):
-        (folder / "model" / name).mkdir(exist_ok=True)
-        (folder / "model" / name / file).write_text("{}")
-    config = {
-        "model_family": "omnigen",
-        "model_type": "full",
-        "pretrained_model_name_or_path": "model",
-        "output_dir": "output",
-        "data_backend_config": "data.json",
-        "resolution": 64,
-        "max_train_steps": 1,
-        "num_train_epochs": 0,
-        "optimizer": "adamw",
-        "mixed_precision": "no",
-        "validation_disable": True,
-    }
-    data = [{"id": "pictures", "type": "local", "instance_data_dir": "pictures", "caption_strategy": "filename"}]
-    (folder / "config.json").write_text(json.dumps(config))
-    (folder / "data.json").write_text(json.dumps(data))
-
-
 def measure_size(folder: Path, count: int) -> dict[str, float]:
     """Everything at one size. Clock times are the best of some rounds that alternate."""
     folder.mkdir()
-    write_run(folder)
+    write_model_folder(folder / "model")
+    write_run(folder, 64)
     make_pictures(folder / "pictures", count)
     first = in_new_process("start", folder)
     assert first["pictures"] == count

@@ -6,19 +6,19 @@ changes can meet a stale entry, and what a change did not touch stays.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
 from simpletuner import storage
 from simpletuner.batch import Sample
+from simpletuner.cache.encoded import EncodedCache
 from simpletuner.cache.encoding import (
     BatchEncoder,
     Picture,
@@ -28,10 +28,10 @@ from simpletuner.cache.encoding import (
     read_ahead,
     read_picture,
 )
-from simpletuner.cache.store import DamagedEntry, StoreWriter, TensorStore
+from simpletuner.cache.store import DamagedEntry, StoreWriter
 from simpletuner.data.transforms import TRANSFORM_VERSION
 from simpletuner.errors import DataError, Problem
-from simpletuner.models.family import LatentMoments, ModelFamily
+from simpletuner.models.family import LatentMoments
 
 # Raise it when the same inputs would be stored in another way.
 SCHEMA_VERSION = 1
@@ -77,33 +77,17 @@ class FillReport:
     seconds: float = 0.0
 
 
-class LatentCache:
-    """The latents of one VAE in a store.
-
-    Args:
-        store: may be shared with other caches: keys tell all.
-        family: its `encode_images` is used.
-        fingerprint: of the VAE, from `vae_fingerprint`.
-        write_batch_size: entries that are written to the disk at once, at most.
-    """
-
-    def __init__(self, store: TensorStore, family: ModelFamily, fingerprint: str, write_batch_size: int = 128):
-        self.store = store
-        self.family = family
-        self.fingerprint = fingerprint
-        self.write_batch_size = write_batch_size
+class LatentCache(EncodedCache):
+    """The latents of one VAE in a store."""
 
     @property
-    def settings(self) -> dict[str, str | int]:
-        """What all keys have in common."""
+    def settings(self) -> dict[str, Any]:
         return {"schema": SCHEMA_VERSION, "transform": TRANSFORM_VERSION, "vae": self.fingerprint}
 
     def key(self, sample: Sample) -> str:
         """sha256 in hex over everything that decides the latents of `sample`."""
-        parts = {**self.settings, "picture": sample.digest, "crop": vars(sample.crop)}
-        if sample.is_flipped:
-            parts["is_flipped"] = True
-        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+        flipped = {"is_flipped": True} if sample.is_flipped else {}
+        return self.digest({"picture": sample.digest, "crop": vars(sample.crop), **flipped})
 
     def get(self, sample: Sample) -> LatentMoments:
         """What the VAE said about `sample`, unscaled: `family.latents_from_moments` makes latents of it.

@@ -6,17 +6,17 @@ encoder can never meet a stale entry, and a caption that many pictures share is 
 
 from __future__ import annotations
 
-import hashlib
-import json
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from simpletuner.batch import PromptEmbeds
-from simpletuner.cache.store import DamagedEntry, StoreWriter, TensorStore
+from simpletuner.cache.encoded import EncodedCache
+from simpletuner.cache.store import DamagedEntry, StoreWriter
 from simpletuner.models.family import ModelFamily, ReferenceSizes
 
 # Raise it when the same inputs would be stored in another way.
@@ -38,31 +38,16 @@ class PromptFillReport:
     num_cached: int
 
 
-class PromptCache:
-    """The prompts of one set of encoders in a store.
-
-    Args:
-        store: may be shared with other caches: keys tell all.
-        family: its `encode_prompts` is used.
-        fingerprint: of the encoders, from `prompt_fingerprint`.
-        write_batch_size: entries that are written to the disk at once, at most.
-    """
-
-    def __init__(self, store: TensorStore, family: ModelFamily, fingerprint: str, write_batch_size: int = 128):
-        self.store = store
-        self.family = family
-        self.fingerprint = fingerprint
-        self.write_batch_size = write_batch_size
+class PromptCache(EncodedCache):
+    """The prompts of one set of encoders in a store."""
 
     @property
-    def settings(self) -> dict[str, str | int]:
-        """What all keys have in common."""
+    def settings(self) -> dict[str, Any]:
         return {"schema": SCHEMA_VERSION, "encoders": self.fingerprint}
 
     def key(self, prompt: str) -> str:
         """sha256 in hex over everything that decides the embeddings of `prompt`."""
-        parts = {**self.settings, "prompt": prompt}
-        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+        return self.digest({"prompt": prompt})
 
     def find(self, prompt: str) -> PromptEmbeds | None:
         """The embeddings of `prompt`; None where they are missing or damaged."""

@@ -1,0 +1,36 @@
+"""What caches of encoders' results have in common: a store, and keys over everything that made an entry."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+from simpletuner.cache.store import TensorStore
+from simpletuner.models.family import ModelFamily
+
+
+class EncodedCache:
+    """The results of one encoder, or of one set of them, in a store.
+
+    Args:
+        store: may be shared with other caches: keys tell all.
+        family: encodes.
+        fingerprint: of the encoder (`fingerprints.py`).
+        write_batch_size: entries that are written to the disk at once, at most.
+    """
+
+    def __init__(self, store: TensorStore, family: ModelFamily, fingerprint: str, write_batch_size: int = 128):
+        self.store = store
+        self.family = family
+        self.fingerprint = fingerprint
+        self.write_batch_size = write_batch_size
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What all keys have in common: the encoder, and the version of how its results are kept."""
+        raise NotImplementedError
+
+    def digest(self, content: dict[str, Any]) -> str:
+        """sha256 in hex over the settings and what was encoded."""
+        return hashlib.sha256(json.dumps({**self.settings, **content}, sort_keys=True).encode()).hexdigest()
