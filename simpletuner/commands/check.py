@@ -259,7 +259,8 @@ def funnel_lines(each: DatasetCheck) -> list[str]:
     most = max(each.dataset.funnel.found, 1)
     rows = [(f"{count:,}", name, "█" * round(BAR_WIDTH * count / most)) for name, count in each.stages]
     funnel = each.dataset.funnel
-    return [*columns(rows), f"  {funnel.per_epoch:,} in each epoch (repeats {each.dataset.repeats})"]
+    per_epoch = f"  {funnel.per_epoch:,} in each epoch (repeats {each.dataset.repeats})"
+    return [*columns(rows), per_epoch, *(f"  {line}" for line in funnel.note_lines())]
 
 
 def sorted_sizes(each: DatasetCheck) -> list[tuple[tuple[int, int], int]]:

@@ -84,7 +84,8 @@ def _funnel(each: DatasetCheck) -> str:
         for name, count in each.stages
     ]
     funnel = each.dataset.funnel
-    return "".join(rows) + f'<p class="muted">{funnel.per_epoch:,} in each epoch (repeats {each.dataset.repeats})</p>'
+    lines = [f"{funnel.per_epoch:,} in each epoch (repeats {each.dataset.repeats})", *funnel.note_lines()]
+    return "".join([*rows, *(f'<p class="muted">{escape(line)}</p>' for line in lines)])
 
 
 def _sizes(each: DatasetCheck, most: int = 12) -> str:

@@ -28,7 +28,7 @@ def without_caption(
         return table.without_caption(positions, catalogue, index), f"no caption in {table.table}"
     if rules.reads_text_files:
         in_rows = rules.strategy == "table"
-        lacking = "no caption in its row" if in_rows else "no text file (same name, .txt) with text in it"
+        lacking = "no caption in its row" if in_rows else "no text file (same name, .txt or .caption) with text in it"
         return positions[catalogue.texts[positions] < 0], lacking
     if rules.reads_file_names:
         return positions[~catalogue.is_named[positions]], "no words in the file name"

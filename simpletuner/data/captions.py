@@ -12,6 +12,8 @@ from typing import Literal
 
 CaptionStrategy = Literal["filename", "textfile", "table", "instanceprompt"]
 
+# Files beside a picture that hold its caption; the second is what kohya's scripts write. Of both the first counts.
+CAPTION_SUFFIXES = (".txt", ".caption")
 # A longer text file is not a caption: no text encoder reads more than a few thousand tokens.
 MAX_CAPTION_BYTES = 1_000_000
 # Between the variants that a row of a table gives: the control character made for this, since captions hold newlines.
@@ -23,8 +25,8 @@ class CaptionRules:
     """How one dataset gets its captions.
 
     Args:
-        strategy: `filename`, `textfile` (a `.txt` beside the picture), `table` (the row that the picture comes from,
-            which the backend shows as such a file) or `instanceprompt`.
+        strategy: `filename`, `textfile` (a file of `CAPTION_SUFFIXES` beside the picture), `table` (the row that the
+            picture comes from, which the backend shows as such a file) or `instanceprompt`.
         instance_prompts: one prompt or several to draw from.
         only_instance_prompt: the instance prompts replace what the strategy finds.
         prepend_instance_prompt: an instance prompt and a space stand before what the strategy finds.

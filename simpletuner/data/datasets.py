@@ -297,6 +297,7 @@ def _funnel(
         duplicates=folder.catalogue.num_duplicates,
         buckets=counts,
         set_aside=set_aside,
+        notes=folder.index.notes(),
     )
 
 

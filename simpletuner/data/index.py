@@ -25,12 +25,12 @@ from numpy.typing import NDArray
 
 from simpletuner.data.backends.base import Backend
 from simpletuner.data.captions import caption_from_name
-from simpletuner.data.report import SetAside
+from simpletuner.data.report import MAX_EXAMPLES, Note, SetAside
 from simpletuner.data.scan import Progress, update_files
 from simpletuner.errors import DataError, Problem
 
 # Raised when the tables or the meaning of a column change; an index of another version is made anew.
-INDEX_VERSION = 1
+INDEX_VERSION = 2
 
 _BUSY_SECONDS = 120.0
 _WAIT_SECONDS = 0.5
@@ -48,6 +48,7 @@ CREATE UNIQUE INDEX IF NOT EXISTS live_paths ON files (path) WHERE live;
 CREATE INDEX IF NOT EXISTS live_folders ON files (folder) WHERE live;
 CREATE INDEX IF NOT EXISTS live_texts ON files (stem) WHERE live AND is_text;
 CREATE INDEX IF NOT EXISTS live_failures ON files (status) WHERE live AND status != 'ok';
+CREATE INDEX IF NOT EXISTS live_notes ON files (reason) WHERE live AND status = 'ok' AND reason IS NOT NULL;
 CREATE TABLE IF NOT EXISTS catalogue (
     id INTEGER PRIMARY KEY CHECK (id = 0), ids BLOB, texts BLOB, heights BLOB, widths BLOB, named BLOB,
     pictures_digest TEXT, texts_digest TEXT, duplicates INTEGER
@@ -60,10 +61,11 @@ FROM files AS picture
 LEFT JOIN files AS text ON text.live AND text.is_text AND text.status = 'ok'
     AND text.stem IN (picture.stem, picture.path)
 WHERE picture.live AND NOT picture.is_text AND picture.status = 'ok'
-ORDER BY picture.path, text.stem != picture.path, text.path
+ORDER BY picture.path, text.stem != picture.path, text.path DESC
 """
 # Named, since SQLite would otherwise walk all files to find none that failed.
 _FAILURES = "files INDEXED BY live_failures WHERE live AND status != 'ok'"
+_NOTED = "files INDEXED BY live_notes WHERE live AND status = 'ok' AND reason IS NOT NULL"
 _DISTINCT_CONTENTS = "SELECT count(DISTINCT digest) FROM files WHERE live AND NOT is_text AND status = 'ok'"
 
 
@@ -221,6 +223,18 @@ class Index:
             for path, is_text, reason in (found[key] for key in part):
                 yield path, f"caption file: {reason}" if is_text else reason
 
+    def notes(self) -> dict[str, Note]:
+        """What is odd about pictures that are used all the same."""
+        with self._lock, self._explained():
+            query = f"SELECT reason, count(*) FROM {_NOTED} GROUP BY reason ORDER BY reason"
+            counts = self._db.execute(query).fetchall()
+            notes = {}
+            for text, count in counts:
+                query = f"SELECT path FROM {_NOTED} AND reason = ? ORDER BY path LIMIT {MAX_EXAMPLES}"
+                paths = [os.fsdecode(path) for (path,) in self._db.execute(query, [text])]
+                notes[text] = Note(count, tuple(paths))
+        return notes
+
     def num_pictures(self) -> int:
         """Pictures found, usable or not."""
         with self._lock, self._explained():
@@ -241,7 +255,7 @@ class Index:
         pictures, captions = hashlib.sha256(), hashlib.sha256()
         last = None
         for key, path, digest, height, width, text, text_digest in self._db.execute(_USABLE_PICTURES):
-            if key == last:  # a.png.txt, a.txt and a.TXT: the first one counts
+            if key == last:  # a.png.txt, a.txt, a.caption: the first one counts
                 continue
             last = key
             ids.append(key)

@@ -66,6 +66,14 @@ class SetAside:
 
 
 @dataclass(frozen=True)
+class Note:
+    """What is odd about pictures that are used all the same: how many, and the first paths."""
+
+    count: int
+    examples: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Funnel:
     """Numbers of pictures of one dataset, from the folder to an epoch.
 
@@ -79,6 +87,7 @@ class Funnel:
         duplicates: readable pictures whose bytes another one has too; they are kept.
         buckets: (height, width) in pixels -> pictures.
         set_aside: what is not used, and why.
+        notes: what is odd about readable pictures.
     """
 
     dataset_id: str
@@ -91,6 +100,7 @@ class Funnel:
     duplicates: int
     buckets: Mapping[tuple[int, int], int]
     set_aside: SetAside
+    notes: Mapping[str, Note] = field(default_factory=dict)
 
     def lines(self) -> list[str]:
         """For the terminal: the stages, the buckets, and what was lost."""
@@ -102,10 +112,18 @@ class Funnel:
         lines = [f"{self.dataset_id}: {stages}", f"  sizes (width x height): {sizes}"]
         if self.duplicates:
             lines.append(f"  {self.duplicates} pictures have the same content as another one; all are used")
+        lines += [f"  {line}" for line in self.note_lines()]
         for reason, count in sorted(self.set_aside.counts.items(), key=lambda item: -item[1]):
             examples = ", ".join(printable(path) for path in self.set_aside.examples[reason][:3])
             lines.append(f"  {count} not used: {printable(reason)} ({examples}{', ...' if count > 3 else ''})")
         return lines
+
+    def note_lines(self) -> list[str]:
+        """`2 with several frames, of which the first is used (a.gif, b.gif)`"""
+        return [
+            f"{note.count:,} with {text} ({', '.join(map(printable, note.examples[:3]))}{', ...' * (note.count > 3)})"
+            for text, note in self.notes.items()
+        ]
 
     def as_json(self) -> dict[str, Any]:
         """One entry of `dataset_report.json`."""
@@ -123,6 +141,10 @@ class Funnel:
             "id": self.dataset_id,
             **{name: getattr(self, name) for name in stages},
             "sizes": sizes,
+            "notes": [
+                {"note": text, "count": note.count, "examples": [printable(path) for path in note.examples]}
+                for text, note in self.notes.items()
+            ],
             "set_aside": reasons,
         }
 

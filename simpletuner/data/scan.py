@@ -19,8 +19,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 from simpletuner.data.backends.base import Backend, Folder, UnusableFile, join
-from simpletuner.data.captions import MAX_CAPTION_BYTES, decode_caption
-from simpletuner.data.transforms import UNREAD_SUFFIXES, UnusablePicture, decoder_version, picture_size
+from simpletuner.data.captions import CAPTION_SUFFIXES, MAX_CAPTION_BYTES, decode_caption
+from simpletuner.data.transforms import UNREAD_SUFFIXES, UnusablePicture, decoder_version, picture_facts
 
 # A picture that decodes; one that does not, until it or the decoder changes; one to be tried again at each scan.
 OK, BROKEN, UNREADABLE = "ok", "broken", "unreadable"
@@ -32,7 +32,6 @@ _TASK_FILES = 16
 # A transaction ends with so many files, or after so long with large ones.
 _COMMIT_FILES = 1024
 _COMMIT_SECONDS = 5.0
-_TEXT_SUFFIX = ".txt"
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,7 @@ class FileState:
 
     @property
     def is_text(self) -> bool:
-        return self.suffix == _TEXT_SUFFIX
+        return self.suffix in CAPTION_SUFFIXES
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,7 @@ class Finding:
 
     Args:
         status: `OK`, `BROKEN` or `UNREADABLE`.
-        reason: why it is not `OK`.
+        reason: why it is not `OK`; of one that is, what there is to note.
         digest: sha256 of the content.
         height: of a picture, pixels, upright.
         width: of a picture, pixels, upright.
@@ -213,10 +212,10 @@ def look_at(backend: Backend, file: FileState) -> Finding:
             return Finding(file, BROKEN, "holds no text")
         return Finding(file, OK, digest=digest, text=text)
     try:
-        height, width = picture_size(data)
+        facts = picture_facts(data)
     except UnusablePicture as error:
         return Finding(file, BROKEN, str(error))
-    return Finding(file, OK, digest=digest, height=height, width=width)
+    return Finding(file, OK, facts.note, digest, facts.height, facts.width)
 
 
 def _store(database: sqlite3.Connection, key: int | None, findings: Sequence[Finding]) -> None:

@@ -12,6 +12,7 @@ import hashlib
 import io
 import struct
 import zlib
+from dataclasses import dataclass
 from importlib import metadata
 from typing import TYPE_CHECKING
 
@@ -45,6 +46,7 @@ _HEIF_BRANDS = frozenset((b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", 
 
 # Pillow's own limit for an error; at three bytes a pixel, half a gigabyte.
 MAX_PIXELS = 178_956_970
+SEVERAL_FRAMES = "several frames, of which the first is used"
 # What shows through transparent parts.
 BACKGROUND = (255, 255, 255)
 
@@ -82,21 +84,45 @@ def decoder_version() -> str:
     return f"pillow {PIL.__version__}, heif {heif}, formats {'+'.join(FORMATS)}, transforms {TRANSFORM_VERSION}"
 
 
-def picture_size(data: bytes) -> tuple[int, int]:
-    """(height, width) of an upright picture, after decoding all of it.
+@dataclass(frozen=True)
+class PictureFacts:
+    """What a scan wants to know of a picture.
+
+    Args:
+        height: pixels, upright.
+        width: pixels, upright.
+        note: what its owner may not expect; None where there is nothing to tell.
+    """
+
+    height: int
+    width: int
+    note: str | None = None
+
+
+def picture_facts(data: bytes) -> PictureFacts:
+    """Size and oddities of a picture, after decoding all of its first frame.
 
     Raises:
         UnusablePicture: it cannot be decoded to its last pixel.
     """
-    image = _decode(data)
-    return image.height, image.width
+    image = _load(data)
+    # A phone's JPEG has depth or another exposure behind the picture: nobody would call that frames.
+    moves = image.format != "MPO" and getattr(image, "is_animated", False)
+    upright = _upright(image)
+    return PictureFacts(upright.height, upright.width, SEVERAL_FRAMES if moves else None)
+
+
+def picture_size(data: bytes) -> tuple[int, int]:
+    """(height, width) of an upright picture, as `picture_facts`."""
+    facts = picture_facts(data)
+    return facts.height, facts.width
 
 
 def load_picture(data: bytes) -> Image.Image:
     """The first frame, upright, 8-bit sRGB, transparency laid on `BACKGROUND`.
 
     Raises:
-        UnusablePicture: as `picture_size`.
+        UnusablePicture: as `picture_facts`.
     """
     return _to_srgb(_decode(data))
 
@@ -123,7 +149,7 @@ def load_mask(data: bytes, crop: Crop, is_flipped: bool = False, binary: bool = 
         binary: 1 wherever any channel is above 0.
 
     Raises:
-        UnusablePicture: as `picture_size`.
+        UnusablePicture: as `picture_facts`.
     """
     import numpy as np
     import torch
@@ -197,6 +223,15 @@ def _readable_formats() -> tuple[str, ...]:
 
 
 def _decode(data: bytes) -> Image.Image:
+    return _upright(_load(data))
+
+
+def _load(data: bytes) -> Image.Image:
+    """The first frame as it is stored.
+
+    Raises:
+        UnusablePicture: as `picture_facts`.
+    """
     from PIL import Image
 
     if not data:
@@ -220,7 +255,7 @@ def _decode(data: bytes) -> Image.Image:
         image.load()
     except _DECODE_ERRORS as error:
         raise UnusablePicture(f"damaged: {_one_line(error)}") from None
-    return _upright(image)
+    return image
 
 
 def _upright(image: Image.Image) -> Image.Image:

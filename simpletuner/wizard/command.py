@@ -237,9 +237,11 @@ def _references(goal: Goal, given: Given, answers: Answers) -> str:
 
 
 def _has_text_files(folder: str, working_dir: Path) -> bool:
+    from simpletuner.data.captions import CAPTION_SUFFIXES
     from simpletuner.wizard.pictures import folder_path
 
-    return any(folder_path(folder, working_dir).rglob("*.txt"))
+    names = folder_path(folder, working_dir).rglob("*")
+    return any(path.suffix.lower() in CAPTION_SUFFIXES for path in names)
 
 
 def _no_progress(num_files: int) -> None:

@@ -14,7 +14,7 @@ import pytest
 from simpletuner.commands import cache
 from simpletuner.data.captions import printable
 from tests.runs import dataset, draw_pictures, load_here, train_here, write_run
-from tests.unit.data.odd_files import DAMAGED_FILES, ODD_BUT_SOUND, write_odd_files
+from tests.unit.data.odd_files import DAMAGED_FILES, MOVING, ODD_BUT_SOUND, write_odd_files
 
 
 def state_of(folder: Path) -> dict[str, tuple[object, ...]]:
@@ -58,6 +58,9 @@ def test_no_file_crashes_a_run_and_each_is_told_with_its_reason(folder, monkeypa
     [odd] = [report for report in reports if report["id"] == "odd"]
     assert (odd["found"], odd["bucketed"]) == (len(ODD_BUT_SOUND), len(ODD_BUT_SOUND))
     assert odd["duplicates"] == 1
+    [note] = odd["notes"]
+    assert (note["note"], note["count"]) == ("several frames, of which the first is used", len(MOVING))
+    assert note["examples"] == sorted(MOVING)
     assert not Path("unpickled").exists()
 
     train_here(folder)

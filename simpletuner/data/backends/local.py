@@ -17,10 +17,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from simpletuner.data.backends.base import FileStat, Folder, join
+from simpletuner.data.captions import CAPTION_SUFFIXES
 from simpletuner.data.transforms import SUFFIXES, UNREAD_SUFFIXES
 
-CAPTION_SUFFIX = ".txt"
-_SUFFIXES = SUFFIXES | UNREAD_SUFFIXES.keys() | {CAPTION_SUFFIX}
+# Of the captions that tables show as files.
+CAPTION_SUFFIX = CAPTION_SUFFIXES[0]
+_SUFFIXES = SUFFIXES | UNREAD_SUFFIXES.keys() | {*CAPTION_SUFFIXES}
 # Passing faults of network mounts; anything else is answered at once.
 _RETRIED = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN)
 _ATTEMPTS = 3

@@ -177,6 +177,7 @@ DAMAGED_FILES = (
     Odd("sliver.png", encode(Image.new("RGB", (60_000, 1))), "its aspect"),
 )
 
+MOVING = ("moving.gif", "moving.png", "moving.webp", "pages.tif")
 ODD_BUT_SOUND = (
     Odd("print.jpg", encode(noise().convert("CMYK"), "JPEG")),
     Odd("grey.jpg", encode(noise().convert("L"), "JPEG")),

@@ -145,6 +145,14 @@ def test_pictures_without_a_caption_are_in_the_funnel_of_what_failed(folder: Pat
     assert named["a_thing_3.png"].startswith("no text file")
 
 
+def test_caption_files_of_kohya_s_scripts_are_read_and_txt_counts_before_them(folder: Path, tmp_path: Path) -> None:
+    for number in range(5):
+        (folder / f"a_thing_{number}.caption").write_text(f"of kohya {number}")
+    (folder / "a_thing_3.txt").write_text("of txt")
+    dataset = build(folder, tmp_path, caption_strategy="textfile")
+    assert [sample.captions for sample in dataset.samples][2:4] == [("of kohya 2",), ("of txt",)]
+
+
 def test_names_without_words_are_missing_captions(folder: Path, tmp_path: Path) -> None:
     write_picture(folder / "___.png")
     with pytest.raises(DataError, match="1 of 6 pictures have no words"):
