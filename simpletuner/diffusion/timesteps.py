@@ -15,6 +15,8 @@ from torch import Tensor
 
 # Points of a table of a distribution that has no closed form; its quantiles are exact to about the square of the pitch.
 _TABLE = 16384
+# To find a quantile, a range is divided into so many cells, so many times: it is then known to 4e-6.
+_CELLS, _SEARCHES = 64, 3
 
 
 def logit_normal_sigmas(quantiles: Tensor, mean: float = 0.0, std: float = 1.0) -> Tensor:
@@ -106,13 +108,24 @@ def biased_quantiles(
         quantiles: (B,) uniform.
         sigmas_at: quantile function of the distribution that is biased.
     """
-    grid = torch.arange(_TABLE + 1, dtype=torch.float64) / _TABLE
-    sigmas = sigmas_at(grid.clamp_max(1 - 1e-9)).double().cpu()
-    inside = (sigmas >= low) & (sigmas <= high)
-    middle = (inside[1:].double() + inside[:-1].double()) / 2  # share of each cell that lies inside
-    density = 1 + (multiplier - 1) * middle
-    below = torch.cat([torch.zeros(1, dtype=torch.float64), density.cumsum(0)])
-    return interpolate(quantiles.double() * below[-1], below, grid)
+    first, last = _quantiles_between(sigmas_at, low, high)
+    inside = last - first
+    places = quantiles.double() * (1 + (multiplier - 1) * inside)  # within a mass of `multiplier` inside, 1 outside
+    end = first + multiplier * inside
+    within = first + (places - first) / (multiplier or 1.0)
+    return torch.where(places < first, places, torch.where(places < end, within, last + (places - end)))
+
+
+def _quantiles_between(sigmas_at: Callable[[Tensor], Tensor], low: float, high: float) -> tuple[float, float]:
+    """The quantiles from which on sigmas are at least `low`, and above `high`."""
+    starts, width = torch.zeros(2, 1, dtype=torch.float64), 1.0
+    for _ in range(_SEARCHES):
+        width /= _CELLS
+        grid = starts + width * torch.arange(1, _CELLS, dtype=torch.float64)
+        lows, highs = sigmas_at(grid.flatten()).double().cpu().view(2, -1)
+        starts = starts + width * torch.stack([(lows < low).sum(), (highs <= high).sum()])[:, None]
+    first, last = (starts + width / 2).flatten().tolist()
+    return (0.0 if first < width else first), (1.0 if last > 1 - width else last)
 
 
 def interpolate(values: Tensor, xs: Tensor, ys: Tensor) -> Tensor:
