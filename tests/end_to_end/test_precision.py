@@ -63,6 +63,33 @@ def test_an_adapter_trains_on_a_packed_base(precision: str, adapter: str, tmp_pa
             assert torch.equal(layer.weight, before[plain])
 
 
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_gradients_through_a_packed_base_are_as_near_as_its_weights(
+    precision: str, adapter: str, tmp_path: Path, omnigen_folder: Path
+) -> None:
+    loaded = load_here(write_run(tmp_path, omnigen_folder, base_model_precision=precision, **ADAPTERS[adapter]))
+    family = build_family(loaded)
+    plain, packed = family.load_denoiser(), family.load_base()
+    pairs = [(layer.weight, plain.get_submodule(path).weight) for path, layer in quantised_layers(packed).items()]
+    stored, original = (
+        torch.cat([weight.detach().flatten() for weight in weights]) for weights in zip(*pairs, strict=True)
+    )
+    gradients = []
+    for denoiser in (plain, packed):
+        parameters = attach_adapter(loaded, family, denoiser).trainable_parameters().values()
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for parameter in parameters:
+                parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+        batch = empty_batch(family, 64, 64, family.encode_prompts(["a red star"]))
+        quantiles = torch.full((1,), 0.5, dtype=torch.float64)
+        compute_losses(family, denoiser, batch, draw_noise(batch, 0, 0), quantiles).weighted_sum.backward()
+        gradients.append(torch.cat([parameter.grad.flatten() for parameter in parameters]))
+    error = (stored - original).norm() / original.norm()
+    assert 0 < (gradients[1] - gradients[0]).norm() < 2 * error * gradients[0].norm()
+
+
 ALGORITHMS: dict[str, dict[str, Any]] = {
     "lokr": {"factor": 4},
     "lokr, built": {"factor": 4, "bypass_mode": False},
