@@ -27,7 +27,7 @@ from torch import nn
 from simpletuner.adapters.lycoris import LycorisAdapter, attach_lycoris
 from simpletuner.commands.shapes import empty_batch
 from simpletuner.examples import example_dir
-from simpletuner.lean.norms import use_lean_norms
+from simpletuner.lean.modules import make_lean
 from simpletuner.models.components import ModelSource
 from simpletuner.models.omnigen.denoiser import install
 from simpletuner.models.omnigen.family import OmniGen
@@ -127,7 +127,7 @@ class RandomOmniGen(OmniGen):
             torch.set_default_dtype(usual)
         for tensor in (*denoiser.parameters(), *denoiser.buffers()):  # a few buffers are made in float32
             tensor.data = tensor.data.to(self.dtype)
-        return install(use_lean_norms(denoiser.eval().requires_grad_(False)))
+        return install(make_lean(denoiser.eval().requires_grad_(False)))
 
 
 def lokr_of_the_example(denoiser: nn.Module, family: OmniGen) -> LycorisAdapter:

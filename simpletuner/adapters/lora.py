@@ -26,6 +26,7 @@ from simpletuner.adapters.metadata import adapter_metadata
 from simpletuner.adapters.targets import lora_layers
 from simpletuner.adapters.weights import ALPHA, DORA, DOWN, UP, AdapterWeights, alpha_tensor, rank_of, scale_of
 from simpletuner.errors import ConfigError, DataError, Problem
+from simpletuner.lean.linears import use_lean_linears
 from simpletuner.models.spec import FamilySpec
 from simpletuner.randomness import keyed_seed
 from simpletuner.storage import save_tensors
@@ -208,7 +209,7 @@ def attach_lora(
     """Freeze the denoiser and put a new LoRA into it. Equal seeds give equal weights.
 
     Args:
-        dtype: of the adapter's weights; PEFT converts activations on the way in and out.
+        dtype: of the adapter's weights.
 
     Raises:
         ConfigError: a target adapts nothing, a layer cannot be adapted, or the adapter turns out dead.
@@ -227,10 +228,21 @@ def attach_lora(
     for layer in layers.values():
         for module in (layer.lora_A, layer.lora_B, layer.lora_magnitude_vector):
             module.to(dtype).requires_grad_(False)
+        if not settings.use_dora and isinstance(layer.get_base_layer(), nn.Linear):
+            _compute_in_input_dtype(layer)
     for parameter in adapter.trainable_parameters().values():
         parameter.requires_grad_(True)
     require_live(((layer, layer.get_base_layer(), layer) for layer in layers.values()), "lora_target")
     return adapter
+
+
+def _compute_in_input_dtype(layer: LoraLayer) -> None:
+    """Let the factors follow the activations, where PEFT turns wide activations to the factors' dtype and back.
+
+    Of the input then only what it is made of is kept.
+    """
+    layer.cast_input_dtype_enabled = False
+    use_lean_linears((*layer.lora_A.values(), *layer.lora_B.values()))
 
 
 def _inject(denoiser: nn.Module, paths: Sequence[str], settings: LoraSettings, name: str) -> None:

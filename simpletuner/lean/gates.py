@@ -1,10 +1,11 @@
-"""The gated activation of an MLP (SwiGLU), which keeps the projection that it gates and nothing else.
+"""Activations of an MLP, which keep the projection that they work on and nothing else.
 
 Shazeer, "GLU Variants Improve Transformer" (arXiv 2002.05202).
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from simpletuner.lean.recipes import give_recipe
+from simpletuner.lean.recipes import give_recipe, remade
 
 
 def silu_gated(gate_up: Tensor) -> Tensor:
@@ -25,6 +26,21 @@ def silu_gated(gate_up: Tensor) -> Tensor:
 def _silu_gated(gate_up: Tensor) -> Tensor:
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate) * up
+
+
+def gelu_gated(projection: Tensor) -> Tensor:
+    """`value * gelu(gate)` of a projection (..., 2 * F) whose second half is the gate: (..., F)."""
+    return remade(_gelu_gated, projection)
+
+
+def _gelu_gated(projection: Tensor) -> Tensor:
+    value, gate = projection.chunk(2, dim=-1)
+    return value * F.gelu(gate)
+
+
+def gelu(projection: Tensor, approximate: str = "none") -> Tensor:
+    """`F.gelu`, elementwise."""
+    return remade(partial(F.gelu, approximate=approximate), projection)
 
 
 class _SiluGated(torch.autograd.Function):

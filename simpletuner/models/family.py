@@ -19,7 +19,7 @@ from simpletuner.batch import Batch, PromptEmbeds
 from simpletuner.diffusion import flow_matching, timesteps
 from simpletuner.diffusion.loss import Latents
 from simpletuner.errors import ConfigError, Problem
-from simpletuner.lean.norms import use_lean_norms
+from simpletuner.lean.modules import make_lean
 from simpletuner.models.components import (
     ModelSource,
     component_config,
@@ -177,7 +177,7 @@ class ModelFamily(ABC):
     def load_denoiser(self) -> nn.Module:
         """The denoiser in `self.dtype` on the CPU, in eval mode, without gradients."""
         denoiser = load_component(self.source, self.spec.component("denoiser"), self.dtype, self.spec.keys)
-        return use_lean_norms(denoiser.eval().requires_grad_(False))
+        return make_lean(denoiser.eval().requires_grad_(False))
 
     def load_base(self) -> nn.Module:
         """The denoiser as it trains or draws: its blocks' weights packed as `number_formats` says.
@@ -206,7 +206,7 @@ class ModelFamily(ABC):
 
         What `load_denoiser` does after loading is done here too.
         """
-        return use_lean_norms(make_empty_component(self.source, self.spec.component("denoiser"), self.dtype))
+        return make_lean(make_empty_component(self.source, self.spec.component("denoiser"), self.dtype))
 
     @property
     def max_prompt_tokens(self) -> int:

@@ -252,3 +252,23 @@ def test_a_frozen_start_belongs_to_the_adapter_and_is_not_trained() -> None:
     assert len(own) == 2 * len(adapter.trainable_parameters())
     assert {id(p) for p in denoiser.parameters()} - {id(p) for p in own} == stock
     assert sum(p.requires_grad for p in own) == len(adapter.trainable_parameters())
+
+
+def test_wide_factors_follow_narrow_activations_and_learn_in_their_own_format() -> None:
+    """PEFT alone turns the activations of each layer to float32 and back."""
+    denoiser = tiny_omnigen_transformer().to(torch.bfloat16)
+    adapter = attach_lora(denoiser, LoraSettings(rank=4), OMNIGEN, torch.float32, seed=1)
+    perturb(adapter.trainable_parameters())
+    layer = denoiser.layers[0].self_attn.to_q
+    down, up = layer.lora_A["default"], layer.lora_B["default"]
+    seen: list[torch.dtype] = []
+    down.register_forward_hook(lambda module, inputs, output: seen.extend((inputs[0].dtype, output.dtype)))
+    x = torch.randn(5, 32, generator=torch.Generator().manual_seed(0)).bfloat16()
+    output = layer(x)
+    output.float().square().sum().backward()
+    assert seen == [torch.bfloat16, torch.bfloat16]
+    exact = x.float() @ (layer.base_layer.weight.float() + up.weight @ down.weight).T
+    torch.testing.assert_close(output.float(), exact, rtol=0.02, atol=0.02)
+    [wanted] = torch.autograd.grad((x.float() @ down.weight.T @ up.weight.T * 2 * exact.detach()).sum(), up.weight)
+    assert up.weight.grad.dtype == torch.float32
+    torch.testing.assert_close(up.weight.grad, wanted, rtol=0.05, atol=0.05 * wanted.abs().max().item())

@@ -8,13 +8,16 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from diffusers.models.activations import GEGLU, GELU
 from diffusers.models.normalization import RMSNorm
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from simpletuner.adapters.lokr import kron_linear
-from simpletuner.lean.gates import silu_gated
-from simpletuner.lean.norms import rms_norm, use_lean_norms
+from simpletuner.lean.gates import gelu, gelu_gated, silu_gated
+from simpletuner.lean.linears import linear, use_lean_linears
+from simpletuner.lean.modules import make_lean
+from simpletuner.lean.norms import rms_norm
 from simpletuner.lean.recipes import cast, recipe_of, remade
 from simpletuner.models.omnigen.attention import rotate
 
@@ -46,7 +49,10 @@ FUNCTIONS: dict[str, tuple[Callable[..., Tensor], tuple[tuple[int, ...], ...]]] 
     "norm": (lambda x, weight: rms_norm(x, weight, 1e-5), ((2, 3, 4), (4,))),
     "norm without weight": (lambda x: rms_norm(x, None, 1e-5), ((2, 3, 4),)),
     "gate": (silu_gated, ((2, 3, 8),)),
+    "gelu": (gelu, ((2, 3, 8),)),
+    "gelu gate": (gelu_gated, ((2, 3, 8),)),
     "rotation": (lambda x: rotate(x, ANGLES.cos(), ANGLES.sin()), ((2, 2, 3, 4),)),
+    "linear": (lambda x, weight, bias: linear(rms_norm(x, None, 1e-5), weight, bias), ((2, 3, 4), (5, 4), (5,))),
     "kron": (kron_linear, ((2, 3, 6), (4, 3), (5, 2))),
     "kron to fewer features": (kron_linear, ((3, 10), (2, 2), (3, 5))),
     "kron, low-rank": (kron_linear, ((2, 3, 6), (4, 3), (1, 2), (5, 1))),
@@ -119,8 +125,8 @@ def plain_rotation(x: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("lean", "plain", "shape"),
     [
-        (lambda x: use_lean_norms(RMSNorm(8, eps=1e-5).to(x.dtype))(x), RMSNorm(8, eps=1e-5), (2, 3, 8)),
-        (lambda x: use_lean_norms(nn.RMSNorm(8).to(x.dtype))(x), nn.RMSNorm(8), (2, 3, 8)),
+        (lambda x: make_lean(RMSNorm(8, eps=1e-5).to(x.dtype))(x), RMSNorm(8, eps=1e-5), (2, 3, 8)),
+        (lambda x: make_lean(nn.RMSNorm(8).to(x.dtype))(x), nn.RMSNorm(8), (2, 3, 8)),
         (silu_gated, plain_swiglu, (2, 3, 8)),
         (lambda x: rotate(x, ANGLES.float().cos(), ANGLES.float().sin()), plain_rotation, (2, 2, 3, 4)),
     ],
@@ -140,7 +146,7 @@ def test_each_number_format_gives_what_the_public_form_gives_in_float32(
 
 
 def test_a_layer_behind_a_norm_keeps_the_norms_input_alone() -> None:
-    norm, factors = use_lean_norms(RMSNorm(6, eps=1e-5)), (torch.randn(2, 3), numbers(4, 2, dtype=torch.float32))
+    norm, factors = make_lean(RMSNorm(6, eps=1e-5)), (torch.randn(2, 3), numbers(4, 2, dtype=torch.float32))
     x = numbers(5, 6, dtype=torch.float32) * 1
     kept = kept_storages(lambda: kron_linear(norm(x), *factors))
     assert kept == {tensor.untyped_storage().data_ptr() for tensor in (x, norm.weight, *factors)}
@@ -162,7 +168,7 @@ def test_a_tensor_that_was_changed_in_place_is_not_made_again() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_autocast_decides_the_product_and_not_the_norm(dtype: torch.dtype) -> None:
-    norm, x = use_lean_norms(RMSNorm(6, eps=1e-5).to(dtype)), numbers(5, 6, dtype=dtype)
+    norm, x = make_lean(RMSNorm(6, eps=1e-5).to(dtype)), numbers(5, 6, dtype=dtype)
     w1, w2 = numbers(2, 3, dtype=torch.float32), numbers(4, 2, dtype=torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         normed = norm(x)
@@ -177,7 +183,7 @@ def test_autocast_decides_the_product_and_not_the_norm(dtype: torch.dtype) -> No
 
 
 def test_hooks_of_a_lean_norm_fire_and_a_norm_with_a_bias_stays_as_it_was() -> None:
-    norm = use_lean_norms(RMSNorm(6, eps=1e-5))
+    norm = make_lean(RMSNorm(6, eps=1e-5))
     seen: list[str] = []
     norm.register_forward_hook(lambda *args: seen.append("forward"))
     norm.register_full_backward_hook(lambda *args: seen.append("backward"))
@@ -186,4 +192,26 @@ def test_hooks_of_a_lean_norm_fire_and_a_norm_with_a_bias_stays_as_it_was() -> N
     shifted = RMSNorm(6, eps=1e-5, bias=True)
     x = numbers(5, 6, dtype=torch.float32)
     expected = shifted(x)
-    assert torch.equal(use_lean_norms(shifted)(x), expected)
+    assert torch.equal(make_lean(shifted)(x), expected)
+
+
+def test_a_trained_linear_layer_keeps_the_norms_input_alone() -> None:
+    norm, layer = make_lean(RMSNorm(6, eps=1e-5)), nn.Linear(6, 4)
+    use_lean_linears([layer])
+    x = numbers(5, 6, dtype=torch.float32) * 1
+    kept = kept_storages(lambda: layer(norm(x)))
+    assert kept == {tensor.untyped_storage().data_ptr() for tensor in (x, norm.weight, layer.weight)}
+
+
+@pytest.mark.parametrize("module", [GELU(6, 8, approximate="tanh"), GELU(6, 8), GEGLU(6, 8)])
+def test_the_public_activations_give_the_same_numbers_and_keep_their_projection_alone(module: GELU | GEGLU) -> None:
+    x = numbers(5, 6, dtype=torch.float32) * 1
+    expected = module(x)
+    wanted = torch.autograd.grad(expected.square().sum(), [x, module.proj.weight])
+    make_lean(module)
+    torch.testing.assert_close(module(x), expected)
+    gradients = torch.autograd.grad(module(x).square().sum(), [x, module.proj.weight])
+    for actual, right in zip(gradients, wanted, strict=True):
+        torch.testing.assert_close(actual, right)
+    kept = kept_storages(lambda: module(x))
+    assert len(kept) == 3  # the input and weight of the projection, and its output
