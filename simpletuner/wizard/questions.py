@@ -86,7 +86,8 @@ def _set_number(key: str, most: int) -> Callable[[Answers, str], Answers]:
     def write(answers: Answers, text: str) -> Answers:
         if not (text.isascii() and text.isdecimal()) or not 1 <= int(text) <= most:
             raise Refused(f'"{text}" is not a whole number; allowed: 1 to {most}')
-        return replace(answers, **{key: int(text)})
+        number: Any = int(text)
+        return replace(answers, **{key: number})
 
     return write
 
