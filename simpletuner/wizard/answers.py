@@ -49,6 +49,7 @@ class PictureFacts:
         with_text: usable ones with a text file beside them.
         with_name: usable ones whose file name has words.
         are_numbered: the names are numbers of a camera, of which a model learns nothing.
+        caption: the first of the text files, "" where there is none.
         side: median of the side of the square of equal area, in pixels.
         shapes: every (height, width) that occurs.
     """
@@ -59,6 +60,7 @@ class PictureFacts:
     side: int
     shapes: frozenset[tuple[int, int]] = frozenset()
     are_numbered: bool = False
+    caption: str = ""
 
     @property
     def captions(self) -> str:
@@ -84,6 +86,7 @@ class Answers:
         prompts: drawn while training; None is proposed, () draws nothing.
         options: options of config.json that were chosen, typed.
         seen: folder -> what its scan found.
+        name: of the configuration (`env=NAME`), where it has one; the results are filed under it.
     """
 
     hardware: Hardware
@@ -104,6 +107,7 @@ class Answers:
     prompts: tuple[str, ...] | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     seen: Mapping[str, PictureFacts] = field(default_factory=dict)
+    name: str = ""
 
     @property
     def spec(self) -> FamilySpec:

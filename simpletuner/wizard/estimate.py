@@ -67,18 +67,17 @@ def estimate_lines(found: Estimate, hardware: Hardware) -> list[tuple[str, bool]
     return [*lines, (f"{steps}, {each}: {duration_text(training)}; encoding: {duration_text(encoding)}", True)]
 
 
-def rough_lines(run: LoadedRun, hardware: Hardware) -> list[str]:
-    """What can be said of a model that is not on this machine: its weights and the arithmetic of a step."""
+def rough_lines(run: LoadedRun, hardware: Hardware) -> list[tuple[str, bool]]:
+    """(line, whether all is well) of a model that is not on this machine: its weights, the arithmetic of a step."""
     config, spec = run.config, get_spec(run.config.model_family)
     flavour = spec.flavours[config.model_flavour or spec.default_flavour]
     if config.pretrained_model_name_or_path or not flavour.parameters:
         return []
     bits = _bits_of(config.base_model_precision, config.mixed_precision)
-    weights = bytes_text(flavour.weight_bytes(bits))
-    lines = [
-        f"memory  at least {weights} for the weights of {spec.title}, of {bytes_text(hardware.device_bytes)}",
-        f"disk    about {bytes_text(flavour.weight_bytes())} are fetched from the hub at the first start",
-    ]
+    weights, room = flavour.weight_bytes(bits), hardware.device_bytes
+    memory = f"memory  at least {bytes_text(weights)} for the weights of {spec.title}, of {bytes_text(room)}"
+    disk = f"disk    about {bytes_text(flavour.weight_bytes())} are fetched from the hub at the first start"
+    lines = [(memory, weights < room), (disk, True)]
     if config.max_train_steps:
         rate = ON_A_PROCESSOR if hardware.device == "cpu" else ASSUMED_OPERATIONS
         tokens = run_tokens(run, spec.size_multiple) + PROMPT_TOKENS
@@ -87,7 +86,7 @@ def rough_lines(run: LoadedRun, hardware: Hardware) -> list[str]:
         pictures = config.train_batch_size * config.gradient_accumulation_steps * config.max_train_steps
         operations = 2.0 * flavour.parameters * tokens * passes * pictures
         duration = duration_text(operations / rate)
-        lines.append(f"time    not measured; about {duration} at {rate / 1e12:g} trillion operations a second")
+        lines.append((f"time    not measured; about {duration} at {rate / 1e12:g} trillion operations a second", True))
     return lines
 
 

@@ -171,7 +171,9 @@ def save(project: Project, texts: Mapping[Path, str], answers: Answers) -> Proje
 
 def start_command(project: Project) -> str:
     """What starts the run from its working folder."""
-    shown = project.places.shown(project.places.config)
+    shown, name = project.places.shown(project.places.config), project.answers.name
+    if name:
+        return f"simpletuner train env={name}"
     usual = (os.path.join("config", "config.json"), "config.json")  # noqa: PTH118 - compared with text
     return "simpletuner train" if shown in usual else f"CONFIG_PATH={shown} simpletuner train"
 

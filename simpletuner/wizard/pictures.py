@@ -6,12 +6,13 @@ The index is the one that training uses, in the same place, so what is looked at
 from __future__ import annotations
 
 import re
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 from simpletuner.data.buckets import BucketRules, ResolutionType
-from simpletuner.data.captions import printable
+from simpletuner.data.captions import caption_variants, printable
 from simpletuner.data.index import Catalogue, Index
 from simpletuner.data.report import SetAside
 from simpletuner.models.spec import FamilySpec
@@ -53,8 +54,13 @@ class FolderReport:
         if not facts.usable:
             return [f"no usable pictures in {self.folder}", *self.problems]
         sizes = f"{_size(self.smallest)} to {_size(self.largest)}" if len(self.sizes) > 1 else _size(self.smallest)
-        names = "the names are a camera's" if facts.are_numbered else f"{facts.with_name} a name with words"
-        lines = [f"{facts.usable} pictures, {sizes}; {facts.with_text} have a text file, {names}"]
+        names = "their names are a camera's" if facts.are_numbered else f"{facts.with_name} a name with words"
+        captions = (
+            "each has a text file" if facts.captions == "textfile" else f"{facts.with_text} have a text file, {names}"
+        )
+        lines = [f"{facts.usable} pictures, {sizes}; {captions}"]
+        if facts.caption:
+            lines.append(f"such as: {textwrap.shorten(printable(facts.caption), 100, placeholder=' ...')}")
         if self.duplicates:
             lines.append(f"{self.duplicates} have the same content as another one")
         return [*lines, *self.problems]
@@ -90,7 +96,8 @@ def look_at_folder(
     try:
         catalogue = index.scan(progress)
         report = _report(folder, catalogue, index.set_aside(with_texts=True))
-        report = replace(report, facts=replace(report.facts, are_numbered=_are_numbered(index, catalogue)))
+        named, caption = _are_numbered(index, catalogue), _first_caption(index, catalogue)
+        report = replace(report, facts=replace(report.facts, are_numbered=named, caption=caption))
         return replace(report, thumbnails=make_thumbnails(index, backend, catalogue)) if with_thumbnails else report
     finally:
         index.close()
@@ -152,6 +159,12 @@ def _are_numbered(index: Index, catalogue: Catalogue) -> bool:
     ids = [int(key) for key in catalogue.ids[:: len(catalogue) // NAMES_LOOKED_AT or 1][:NAMES_LOOKED_AT]]
     numbered = sum(is_number(picture.path) for picture in index.pictures(ids))
     return bool(ids) and numbered > 0.9 * len(ids)
+
+
+def _first_caption(index: Index, catalogue: Catalogue) -> str:
+    """The first line of the first text file that has one."""
+    texts = index.texts([int(key) for key in catalogue.texts[:NAMES_LOOKED_AT]])
+    return next((lines[0] for text in texts if (lines := caption_variants(text or "", splits_lines=True))), "")
 
 
 def _size(size: tuple[int, int] | None) -> str:

@@ -77,7 +77,7 @@ def _training_options(answers: Answers) -> dict[str, Any]:
     optimizer = chosen.get("optimizer", options["optimizer"])
     is_full = answers.goal == "full"
     options |= {
-        "output_dir": f"output/{proposals.folder_name(answers.pictures) or answers.family}",
+        "output_dir": f"output/{answers.name or proposals.folder_name(answers.pictures) or answers.family}",
         "resolution": proposals.proposed_resolution(answers),
         "resolution_type": "pixel_area",
         "max_train_steps": 0 if chosen.get("num_train_epochs") else steps,

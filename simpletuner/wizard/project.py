@@ -148,7 +148,14 @@ def _new_project(config: Path, working_dir: Path, hardware: Hardware) -> Project
     places = Places(working_dir, config, *(folder / name for name in names))
     others = (places.data, places.lycoris, places.prompts)
     texts = {path: read_text_file(path, places.shown(path)) for path in others if path.exists()}
-    return Project(places, Answers(hardware, family=family_names()[0]), texts)
+    return Project(places, Answers(hardware, family=family_names()[0], name=_name(places)), texts)
+
+
+def _name(places: Places) -> str:
+    """What `env=` calls a configuration: its folder in `config/`, as far as one word says it."""
+    folder = places.config.parent
+    is_named = places.config.name == "config.json" and folder.parent == places.working_dir / "config"
+    return folder.name if is_named and not set(folder.name) & set(" \\\"'$") else ""
 
 
 def _shown(path: Path, working_dir: Path) -> str:
@@ -274,6 +281,7 @@ def _answers(
         rank=written.rank,
         layers=written.layers,
         prompts=tuple(prompts),
+        name=_name(project.places),
         options={name: values[name] for name in all_options() if _is_kept(name, settings) and name not in ANSWERED},
     )
 

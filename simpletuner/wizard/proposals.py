@@ -124,13 +124,17 @@ def proposed_reference_type(answers: Answers) -> str:
 
 
 def proposed_prompts(answers: Answers) -> tuple[str, ...]:
-    """The subject in some surroundings, and one prompt without it, which shows what else has changed."""
+    """The subject in some surroundings, and one prompt without it, which shows what else has changed; for an edit the
+    instruction of a pair.
+    """
     prompt = answers.dataset.get("instance_prompt") or ""
     name = prompt if isinstance(prompt, str) else prompt[0]
     if answers.goal == "subject" and name:
         return (name, f"{name} on a beach at sunset", f"a pencil drawing of {name}", "a mountain lake in the morning")
     if answers.goal == "edit":
-        return (name,) if name else ()  # an instruction: nothing can be guessed
+        facts = answers.seen.get(answers.pictures)
+        instruction = name or (facts.caption if facts else "")
+        return (instruction,) if instruction else ()
     ending = f", {name}" if name else ""
     return tuple(
         f"{scene}{ending}" for scene in ("a portrait of a woman", "a cat on a windowsill", "a street at night")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rich.text import Text
@@ -103,11 +103,14 @@ def verdict_text(verdict: Verdict, is_changed: bool, start: str) -> Text:
 def estimate_text(found: Estimate, verdict: Verdict, hardware: Hardware) -> Text:
     """What the run takes; red where it is more than there is."""
     if not found.error:
-        lines = estimate_lines(found, hardware)
-        return Text("\n").join(Text(line, "" if is_well else "bold red") for line, is_well in lines)
+        return _coloured_by_wellness(estimate_lines(found, hardware))
     rough = rough_lines(verdict.run, hardware) if verdict.run else []
     reason = "more is known once the model is here; nothing is fetched for an estimate" if rough else found.error
-    return Text("\n").join([*map(Text, rough), Text(reason, "dim")])
+    return _coloured_by_wellness(rough).append("\n" if rough else "").append(reason, "dim")
+
+
+def _coloured_by_wellness(lines: Sequence[tuple[str, bool]]) -> Text:
+    return Text("\n").join(Text(line, "" if is_well else "bold red") for line, is_well in lines)
 
 
 def coloured(line: str) -> Text:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -40,10 +41,14 @@ def test_of_a_model_that_is_not_here_the_registry_s_figures_are_shown(folder: Pa
     given = answers(hardware=LARGE_GPU, goal="style", options=options)
     run = judge(project, texts_for(project, given), given).run
     assert run is not None
-    memory, disk, time = rough_lines(run, LARGE_GPU)
+    (memory, fits), (disk, _), (time, _) = rough_lines(run, LARGE_GPU)
     assert memory == "memory  at least 7.0 GiB for the weights of OmniGen, of 80.0 GiB"
+    assert fits
     assert "7.0 GiB" in disk
     assert "8 min 27 s at 50 trillion" in time
+    (memory, fits), _, (time, _) = rough_lines(run, replace(CPU, device_bytes=6 * GIB))
+    assert not fits
+    assert "23 h 28 min at 0.3 trillion" in time
 
 
 def test_a_model_that_is_not_here_is_not_fetched_for_an_estimate(folder: Path, monkeypatch: pytest.MonkeyPatch):

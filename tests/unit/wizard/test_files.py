@@ -243,7 +243,9 @@ def test_a_webhook_of_the_command_line_is_written_as_an_object(folder: Path, omn
 def test_the_start_command_names_a_file_in_another_place(tmp_path: Path):
     assert start_command(open_project(CONFIG, tmp_path, CPU)) == "simpletuner train"
     other = open_project(Path("config/mine/config.json"), tmp_path, CPU)
-    assert start_command(other) == "CONFIG_PATH=config/mine/config.json simpletuner train"
+    assert start_command(other) == "simpletuner train env=mine"
+    other = open_project(Path("runs/mine.json"), tmp_path, CPU)
+    assert start_command(other) == "CONFIG_PATH=runs/mine.json simpletuner train"
 
 
 @pytest.mark.parametrize(

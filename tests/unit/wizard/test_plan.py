@@ -144,3 +144,14 @@ def test_the_names_of_a_camera_are_not_proposed_as_captions():
         entry = make_plan(answers(goal="style", seen={"pictures": facts})).entries["pictures"]
         strategies[facts.are_numbered] = entry["caption_strategy"]
     assert strategies == {False: "filename", True: "instanceprompt"}
+
+
+def test_an_edit_is_validated_with_an_instruction_of_the_pairs():
+    facts = replace(FEW, with_text=20, caption="turn it into a drawing")
+    config = make_plan(answers(goal="edit", reference_pictures="before", seen={"pictures": facts})).config
+    assert config["validation_prompt"] == "turn it into a drawing"
+
+
+def test_results_are_filed_under_the_name_of_the_configuration():
+    assert make_plan(answers()).config["output_dir"] == "output/pictures"
+    assert make_plan(answers(name="luna")).config["output_dir"] == "output/luna"
