@@ -37,6 +37,7 @@ from simpletuner.training.parts import attach_adapter, build_family, build_sampl
 from simpletuner.training.preflight import check_model_folder
 from simpletuner.training.prepare import read_datasets, require_trainable
 from simpletuner.training.prompts import open_prompt_cache, run_prompts
+from simpletuner.training.rollout import build_rollouts
 from simpletuner.training.swapping import repeated_blocks
 
 Say = Callable[[str], None]
@@ -137,9 +138,12 @@ def make_plan(loaded: LoadedRun, probe: bool | None = None) -> Plan:
         times = time_steps(loaded, family, [load for load, _ in loads.most_common(PROBED_LOADS)], typical)
         common = loads.most_common(1)[0][0]
         encode = time_encoding(family, common.height, common.width, config.vae_batch_size) if missing[0] else 0.0
-        each = seconds_per_step(loads, times, config.gradient_accumulation_steps)
+        depth = build_rollouts(config, family.spec).expected_depth(steps.total)
+        each = seconds_per_step(loads, times, config.gradient_accumulation_steps, depth)
         seconds = (each * steps.total, encode * missing[0])
         notes.append(f"time was measured on {family.device}, without validation, evaluation and checkpoints")
+        if depth:
+            notes.append(f"scheduled sampling adds {depth:.1f} passes without gradients to a batch, on average")
         if times.peak_bytes is not None:
             notes.append(f"the steps that were timed took {bytes_text(times.peak_bytes)} at most")
     other = "without" if config.gradient_checkpointing else "with"
@@ -354,14 +358,18 @@ def why_no_probe(family: ModelFamily, needed: int, available: int, operations: f
     return ""
 
 
-def seconds_per_step(loads: Counter[Load], times: StepTimes, accumulation: int) -> float:
-    """Mean over an epoch; sizes that were not timed count by their pixels."""
+def seconds_per_step(loads: Counter[Load], times: StepTimes, accumulation: int, rollout_depth: float = 0.0) -> float:
+    """Mean over an epoch; sizes that were not timed count by their pixels.
+
+    Args:
+        rollout_depth: passes without gradients that a micro-batch takes before its own, on average.
+    """
 
     def seconds(load: Load) -> float:
-        if load in times.micro_batch:
-            return times.micro_batch[load]
-        nearest = min(times.micro_batch, key=lambda known: abs(known.num_pixels - load.num_pixels))
-        return times.micro_batch[nearest] * load.num_pixels / nearest.num_pixels
+        nearest = min(times.micro_batch, key=lambda known: (known != load, abs(known.num_pixels - load.num_pixels)))
+        rolled_out = 0.0 if load.is_regularisation else rollout_depth
+        timed = times.micro_batch[nearest] + rolled_out * times.passes[nearest]
+        return timed * load.num_pixels / nearest.num_pixels
 
     mean = sum(seconds(load) * count for load, count in loads.items()) / loads.total()
     return mean * accumulation + times.update

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from simpletuner.adapters.base import Adapter
 from simpletuner.batch import PromptEmbeds
@@ -49,11 +50,13 @@ class StepTimes:
 
     Args:
         micro_batch: seconds of forward and backward, by kind of batch.
+        passes: seconds of one pass without gradients, as rollouts take them, by kind of batch.
         update: seconds of clipping and optimizer.
         peak_bytes: of the accelerator's memory; None on the CPU.
     """
 
     micro_batch: Mapping[Load, float]
+    passes: Mapping[Load, float]
     update: float
     peak_bytes: int | None
 
@@ -86,20 +89,24 @@ def time_steps(
         if recomputing is not None:
             recomputing.after_step()
 
-    micro_batch, update_seconds = {}, 0.0
+    micro_batch, passes, update_seconds = {}, {}, 0.0
     for load in loads:
         seconds = []
         for index in range(1 + TIMED_BATCHES):
             started = _now(family)
-            _forward_and_backward(loaded, family, denoiser, adapter, load, embeds)
+            _losses(loaded, family, denoiser, adapter, load, embeds).backward()
             middle = _now(family)
             update()
             if index:  # the first one warms up
                 seconds.append(middle - started)
                 update_seconds = _now(family) - middle
         micro_batch[load] = min(seconds)
+        started = _now(family)
+        with torch.no_grad():
+            _losses(loaded, family, denoiser, adapter, replace(load, is_regularisation=False), embeds)
+        passes[load] = _now(family) - started
     peak = torch.cuda.max_memory_allocated(family.device) if family.device.type == "cuda" else None
-    return StepTimes(micro_batch, update_seconds, peak)
+    return StepTimes(micro_batch, passes, update_seconds, peak)
 
 
 def time_encoding(family: ModelFamily, height: int, width: int, batch_size: int) -> float:
@@ -112,21 +119,22 @@ def time_encoding(family: ModelFamily, height: int, width: int, batch_size: int)
     return (_now(family) - started) / batch_size
 
 
-def _forward_and_backward(
+def _losses(
     loaded: LoadedRun,
     family: ModelFamily,
     denoiser: torch.nn.Module,
     adapter: Adapter,
     load: Load,
     embeds: Sequence[PromptEmbeds],
-) -> None:
+) -> Tensor:
+    """() the loss of one micro-batch of this kind."""
     prompts = [embeds[index % len(embeds)] for index in range(load.batch_size)]
     batch = empty_batch(family, load.height, load.width, prompts, load.references)
     batch = replace(batch, is_regularisation=load.is_regularisation)
     quantiles = torch.full((len(batch),), 0.5, dtype=torch.float64)
     with autocast(family.device, loaded.config.mixed_precision):
         losses = compute_losses(family, denoiser, batch, draw_noise(batch, 0, 0), quantiles, adapter.disabled)
-    losses.weighted_sum.backward()
+    return losses.weighted_sum
 
 
 def _now(family: ModelFamily) -> float:

@@ -92,18 +92,31 @@ class Rollouts:
         key = (seed, "rollout", step, micro_step)
         if not self.max_depth or keyed_uniform(*key) >= self.probability_at(step):
             return 0
-        depths = range(1, self.max_depth + 1)
-        weights = {
-            "uniform": [1] * self.max_depth,
-            "biased_early": list(reversed(depths)),
-            "biased_late": list(depths),
-        }[self.strategy]
+        depths, weights = self._depths()
         left = keyed_uniform(*key, "depth") * sum(weights)
         for depth, weight in zip(depths, weights, strict=True):
             left -= weight
             if left < 0:
                 return depth
         return self.max_depth
+
+    def expected_depth(self, num_steps: int) -> float:
+        """Passes of the denoiser that rollouts add to a micro-batch, on average over a run of `num_steps`."""
+        if not self.max_depth or not num_steps:
+            return 0.0
+        depths, weights = self._depths()
+        mean = sum(depth * weight for depth, weight in zip(depths, weights, strict=True)) / sum(weights)
+        return mean * sum(map(self.probability_at, range(num_steps))) / num_steps
+
+    def _depths(self) -> tuple[range, list[int]]:
+        """Every depth of a rollout, and how often it is drawn in proportion."""
+        depths = range(1, self.max_depth + 1)
+        weights = {
+            "uniform": [1] * self.max_depth,
+            "biased_early": list(reversed(depths)),
+            "biased_late": list(depths),
+        }
+        return depths, weights[self.strategy]
 
 
 def build_rollouts(config: TrainConfig, spec: FamilySpec) -> Rollouts:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from safetensors import safe_open
 from torch import nn
 
 from simpletuner.commands import plan as planning
-from simpletuner.commands.probe import Load
+from simpletuner.commands.probe import Load, StepTimes
 from simpletuner.commands.shapes import empty_batch, optimizer_bytes
 from simpletuner.commands.text import bytes_text, duration_text, short_count
 from simpletuner.optim.optimizers import build_optimizer
@@ -190,3 +191,21 @@ def test_references_take_as_much_as_their_pictures(tmp_path: Path, omnigen_folde
     assert 1.6 < counted["edit"] / counted["plain"] < 2.4
     assert "with a reference of 256x256" in found.notes[0]
     assert found.seconds is not None
+
+
+def test_passes_of_rollouts_are_counted_and_not_for_regularisation():
+    plain, prior = Load(1, 64, 64), Load(1, 64, 64, is_regularisation=True)
+    times = StepTimes({plain: 3.0, prior: 4.0}, {plain: 1.0, prior: 1.0}, 0.5, None)
+    loads = Counter({plain: 3, prior: 1})
+    assert planning.seconds_per_step(loads, times, 1) == pytest.approx((3 * 3.0 + 4.0) / 4 + 0.5)
+    assert planning.seconds_per_step(loads, times, 2, 1.5) == pytest.approx(2 * (3 * 4.5 + 4.0) / 4 + 0.5)
+
+
+def test_a_plan_with_scheduled_sampling_says_how_many_passes_it_adds(folder):
+    arguments = (
+        "--scheduled_sampling_max_step_offset=3",
+        "--scheduled_sampling_probability=0.5",
+        "--max_train_steps=4",
+    )
+    found = planning.make_plan(load_here(folder, *arguments), probe=True)
+    assert "scheduled sampling adds 1.0 passes without gradients to a batch, on average" in found.notes

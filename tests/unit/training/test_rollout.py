@@ -184,6 +184,14 @@ def test_depths_are_drawn_as_the_strategy_says(strategy, shares: list[float]) ->
     assert Rollouts(probability=1.0).depth(1, 0, 0) == 0
 
 
+@pytest.mark.parametrize("strategy", ["uniform", "biased_early", "biased_late"])
+def test_the_expected_depth_is_the_mean_of_what_is_drawn(strategy: str) -> None:
+    rollouts = Rollouts(max_depth=4, start_step=500, ramp_steps=1000, ramp_to=0.8, strategy=strategy)
+    drawn = [rollouts.depth(3, step, 0) for step in range(4000)]
+    assert rollouts.expected_depth(4000) == pytest.approx(sum(drawn) / len(drawn), rel=0.1)
+    assert Rollouts(probability=1.0).expected_depth(100) == 0
+
+
 @pytest.mark.parametrize("solver", ["unipc", "euler"])
 @pytest.mark.parametrize("reflexflow", [True, False])
 def test_the_tiny_model_trains_on_its_own_steps_and_resumes_to_the_same_bits(
