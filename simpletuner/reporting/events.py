@@ -95,6 +95,11 @@ class StepDone(Event):
     memory_gb: float | None = None
     extra: Mapping[str, float] = field(default_factory=dict)
 
+    @property
+    def is_regularisation(self) -> bool:
+        """Whether all samples were regularisation data: then the loss is the distance from the base model."""
+        return self.extra.get("regularisation_loss") == self.loss
+
 
 @dataclass(frozen=True)
 class EvalDone(Event):

@@ -88,7 +88,7 @@ class Follower:
                 yield record
 
     def _add_step(self, event: StepDone) -> None:
-        self._curve.append(CurvePoint(event.step, event.loss, event.learning_rate, event.grad_norm, event.seconds))
+        self._curve.append(CurvePoint.of(event))
         self._last = event
         if len(self._curve) >= _STEPS_PER_REPORT:
             self._flush()

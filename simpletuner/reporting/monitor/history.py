@@ -5,6 +5,7 @@ Events go in, patches come out: a patch is what changes on a page. A snapshot is
 
 from __future__ import annotations
 
+import hashlib
 import threading
 from collections import OrderedDict, deque
 from collections.abc import Mapping, Sequence
@@ -35,25 +36,28 @@ class Image:
 
 
 class PictureStore:
-    """Pictures by number, together at most `max_bytes`; the oldest previews give way first, then the oldest."""
+    """Pictures by the digest of their content, together at most `max_bytes`; the oldest previews give way first.
+
+    Browsers keep pictures by their address: a number would mean another picture once a monitor was started again.
+    """
 
     def __init__(self, max_bytes: int = MAX_PICTURE_BYTES):
         self._max_bytes = max_bytes
-        self._images: OrderedDict[int, tuple[Image, bool]] = OrderedDict()
+        self._images: OrderedDict[str, tuple[Image, bool]] = OrderedDict()
         self._bytes = 0
-        self._next = 1
 
-    def add(self, image: Image, is_preview: bool) -> int:
-        number, self._next = self._next, self._next + 1
-        self._images[number] = (image, is_preview)
-        self._bytes += len(image.data)
+    def add(self, image: Image, is_preview: bool) -> str:
+        digest = hashlib.sha256(image.data).hexdigest()[:32]
+        known = self._images.pop(digest, None)
+        self._bytes += 0 if known else len(image.data)
+        self._images[digest] = (image, is_preview and (known is None or known[1]))
         while self._bytes > self._max_bytes:
             oldest = next((key for key, (_, preview) in self._images.items() if preview), next(iter(self._images)))
             self._bytes -= len(self._images.pop(oldest)[0].data)
-        return number
+        return digest
 
-    def get(self, number: int) -> Image | None:
-        found = self._images.get(number)
+    def get(self, digest: str) -> Image | None:
+        found = self._images.get(digest)
         return found[0] if found else None
 
 
@@ -64,7 +68,7 @@ class RunHistory:
     name: str
     status: Patch = field(default_factory=dict)
     stage: Patch | None = None
-    curve: list[Sequence[Any]] = field(default_factory=list)
+    curve: list[Sequence[Any]] = field(default_factory=list)  # step, loss, rate, gradient norm, is regularisation
     evals: list[Sequence[Any]] = field(default_factory=list)
     scores: list[Patch] = field(default_factory=list)
     pictures: deque[Patch] = field(default_factory=lambda: deque(maxlen=MAX_PICTURES))
@@ -83,11 +87,11 @@ class RunHistory:
             "log": list(self.log),
         }
 
-    def apply(self, event: Mapping[str, Any], numbers: Sequence[int | None]) -> Patch:
+    def apply(self, event: Mapping[str, Any], digests: Sequence[str | None]) -> Patch:
         """What changes with an event.
 
         Args:
-            numbers: for each of its pictures, its number in the store; None where it was not sent.
+            digests: for each of its pictures, its name in the store; None where it was not sent.
         """
         kind, data = event["type"], event["data"]
         patch: Patch = {"run": self.name, "log": [self._line(event)]}
@@ -104,7 +108,7 @@ class RunHistory:
             patch["scores"] = [{key: data.get(key) for key in ("step", "metric", "mean")}]
             self.scores += patch["scores"]
         elif kind in ("validation.image", "validation.preview"):
-            self._add_pictures(event, numbers, patch)
+            self._add_pictures(event, digests, patch)
         if _is_line(event):
             self.log += patch["log"]
         else:
@@ -139,21 +143,26 @@ class RunHistory:
             self.stage = patch["stage"] = None
         self.status |= changes
         patch["status"] = changes
-        rows = [row for row in data.get("curve", ()) if not self.curve or row[0] > self.curve[-1][0]]
+        regularisation = set(data.get("regularisation_steps", ()))
+        rows = [
+            [*row[:4], row[0] in regularisation]
+            for row in data.get("curve", ())
+            if not self.curve or row[0] > self.curve[-1][0]
+        ]
         if rows:
             patch["curve"] = rows
             self.curve += rows
             if len(self.curve) > MAX_POINTS:
                 self.curve = self.curve[::2]
 
-    def _add_pictures(self, event: Mapping[str, Any], numbers: Sequence[int | None], patch: Patch) -> None:
+    def _add_pictures(self, event: Mapping[str, Any], digests: Sequence[str | None], patch: Patch) -> None:
         data = event["data"]
         facts = ("step", "step_label", "sampling_step", "num_sampling_steps", "sigma")
         common = {key: data[key] for key in facts if key in data}
         patch["pictures"] = [
-            {**picture, **common, "image": number}
-            for picture, number in zip(data.get("pictures", ()), numbers, strict=True)
-            if number is not None
+            {**picture, **common, "image": digest}
+            for picture, digest in zip(data.get("pictures", ()), digests, strict=True)
+            if digest is not None
         ]
         self.pictures += patch["pictures"]
 
@@ -193,8 +202,8 @@ class History:
             is_preview = event["type"] == "validation.preview"
             kept = [self._pictures.add(image, is_preview) for image in images]
             indices = [picture.get("image") for picture in event["data"].get("pictures", ())]
-            numbers = [kept[index] if isinstance(index, int) and index < len(kept) else None for index in indices]
-            self._tell(run.apply(event, numbers))
+            digests = [kept[index] if isinstance(index, int) and 0 <= index < len(kept) else None for index in indices]
+            self._tell(run.apply(event, digests))
         return True
 
     def forget(self, name: str) -> None:
@@ -203,9 +212,9 @@ class History:
             self._runs[name] = RunHistory(name)
             self._tell(self._runs[name].snapshot())
 
-    def picture(self, number: int) -> Image | None:
+    def picture(self, digest: str) -> Image | None:
         with self._condition:
-            return self._pictures.get(number)
+            return self._pictures.get(digest)
 
     def snapshots(self) -> tuple[list[Patch], int]:
         """Patches that make the whole page, the run that spoke last at the end; and the position to go on from."""

@@ -46,7 +46,10 @@ def _check_data(data: Mapping[str, Any]) -> None:
     """The parts that the history counts on; the page shows everything else as text."""
     curve = data.get("curve", [])
     if not isinstance(curve, list) or not all(isinstance(row, list) and _is_point(row) for row in curve):
-        raise BadEvent("curve is a list of [step, loss, ...]")
+        raise BadEvent("curve is a list of [step, loss, learning rate, gradient norm]")
+    steps = data.get("regularisation_steps", [])
+    if not isinstance(steps, list) or not all(isinstance(step, int) for step in steps):
+        raise BadEvent("regularisation_steps is a list of whole numbers")
     pictures = data.get("pictures", [])
     if not isinstance(pictures, list) or not all(isinstance(picture, dict) for picture in pictures):
         raise BadEvent("pictures is a list of objects")
@@ -58,7 +61,7 @@ def _check_data(data: Mapping[str, Any]) -> None:
 
 
 def _is_point(row: list[Any]) -> bool:
-    return len(row) >= 2 and isinstance(row[0], int)
+    return len(row) >= 4 and isinstance(row[0], int)
 
 
 def _image(text: Any) -> Image:

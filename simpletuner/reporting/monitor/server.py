@@ -151,8 +151,8 @@ class MonitorHandler(BaseHTTPRequestHandler):
         kind = f"{kind}; charset=utf-8" if kind.startswith("text/") else kind
         self._answer(HTTPStatus.OK, data, kind, {"Cache-Control": "no-cache"})
 
-    def _picture(self, number: str) -> None:
-        image = self.server.history.picture(int(number)) if number.isdecimal() and len(number) < 12 else None
+    def _picture(self, digest: str) -> None:
+        image = self.server.history.picture(digest)
         if image is None:
             self._refuse(HTTPStatus.NOT_FOUND, "this picture is no longer kept")
         else:

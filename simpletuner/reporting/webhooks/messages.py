@@ -75,6 +75,11 @@ class CurvePoint(NamedTuple):
     learning_rate: float
     grad_norm: float | None
     seconds: float
+    is_regularisation: bool = False
+
+    @classmethod
+    def of(cls, event: StepDone) -> CurvePoint:
+        return cls(event.step, event.loss, event.learning_rate, event.grad_norm, event.seconds, event.is_regularisation)
 
 
 def words_for(event: Event, run_name: str) -> list[Message]:
@@ -100,6 +105,7 @@ def progress_message(event: StepDone | PhaseProgress, run_name: str, curve: Sequ
         "percent": round(100 * event.step / max(event.total_steps, 1), 2),
         "eta_seconds": round(left, 1),
         "curve": [_curve_row(point) for point in curve],
+        "regularisation_steps": [point.step for point in curve if point.is_regularisation],
         **{key: record[key] for key in record if key != "event"},
     }
     text = f"loss {event.loss:.4g}, {event.seconds:.3g} s per step, {duration_text(left)} left"
@@ -153,8 +159,11 @@ def _sorted_by_noise(event: LossBySigma) -> list[Message]:
 
 
 def _saved(event: CheckpointSaved) -> list[Message]:
-    checkpoint = {"path": str(event.path), "label": PurePath(event.path).name, "step": event.step}
+    checkpoint: dict[str, Any] = {"path": str(event.path), "label": PurePath(event.path).name, "step": event.step}
     title = f"checkpoint at step {event.step}"
+    if event.eval_loss is not None:
+        checkpoint["eval_loss"] = event.eval_loss
+        title = f"best checkpoint so far at step {event.step}, eval loss {event.eval_loss:.4f}"
     data = {"step": event.step, "checkpoint": checkpoint}
     return [Message("training.checkpoint", "info", title, str(event.path), data, must_arrive=True)]
 

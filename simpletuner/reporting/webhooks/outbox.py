@@ -67,7 +67,7 @@ class Outbox:
             if isinstance(event, PhaseProgress):
                 self._progress["phase"] = event
                 return
-            self._curve.append(CurvePoint(event.step, event.loss, event.learning_rate, event.grad_norm, event.seconds))
+            self._curve.append(CurvePoint.of(event))
             if len(self._curve) > MAX_CURVE_POINTS:
                 self._curve = self._curve[::2]
             if is_reported:

@@ -114,6 +114,10 @@ _DATA: dict[str, Schema] = {
             "memory_gb": MAYBE,
             "extra": _NUMBERS,
             "curve": _CURVE,
+            "regularisation_steps": _told(
+                {"type": "array", "items": COUNT},
+                "Steps of the curve on regularisation data alone, whose loss is the distance from the base model.",
+            ),
             "outputs": {"type": "object", "additionalProperties": TEXT},
             "commands": {"type": "array", "items": TEXT},
             "exit_code": {"type": "integer"},
@@ -121,7 +125,14 @@ _DATA: dict[str, Schema] = {
     ),
     "training.checkpoint": _data(
         "A checkpoint is complete on the disk. Always arrives.",
-        {"step": COUNT, "checkpoint": _data("", {"path": TEXT, "label": TEXT, "step": COUNT})},
+        {
+            "step": COUNT,
+            "checkpoint": _data(
+                "",
+                {"path": TEXT, "label": TEXT, "step": COUNT},
+                {"eval_loss": _told(NUMBER, "Of the best one so far, which a better one replaces.")},
+            ),
+        },
     ),
     "training.evaluation": _data(
         "Loss on held-out pictures.",

@@ -19,10 +19,13 @@ from simpletuner.commands.monitor import make_server
 from simpletuner.config.webhooks import Webhook, Webhooks
 from simpletuner.errors import ConfigError
 from simpletuner.reporting import events
+from simpletuner.reporting.events import StepDone
 from simpletuner.reporting.monitor.following import Follower
 from simpletuner.reporting.monitor.history import History, Image, PictureStore
 from simpletuner.reporting.monitor.server import MonitorServer
 from simpletuner.reporting.sinks.jsonl import JsonlSink
+from simpletuner.reporting.webhooks.encoding import raw_event
+from simpletuner.reporting.webhooks.messages import CurvePoint, progress_message
 from simpletuner.reporting.webhooks.sink import WebhookSink
 
 PNG = "data:image/png;base64,iVBORw0KGgo="
@@ -104,7 +107,28 @@ def test_what_comes_later_is_streamed() -> None:
         ask(server, "POST", "/", progress((1, 1.0)))
         later = threading.Timer(0.2, lambda: ask(server, "POST", "/", progress((2, 0.5))))
         later.start()
-        assert stream(server, 3)[-1]["curve"] == [[2, 0.5, 1e-4, 0.5]]
+        assert stream(server, 3)[-1]["curve"] == [[2, 0.5, 1e-4, 0.5, False]]
+
+
+def test_a_monitor_that_is_started_again_shows_no_picture_under_the_address_of_another() -> None:
+    """Browsers keep pictures by their address, and would show those of before."""
+    before, again = PictureStore(), PictureStore()
+    assert before.add(Image("image/png", b"star"), False) != again.add(Image("image/png", b"circle"), False)
+    assert before.add(Image("image/png", b"moon"), False) == again.add(Image("image/png", b"moon"), False)
+
+
+def test_steps_on_regularisation_data_are_marked_in_the_curve() -> None:
+    history = History()
+    steps = [
+        StepDone(1, 3, 2.0, 1e-4, 0.5, 0.1, 4, 1),
+        StepDone(2, 3, 0.1, 1e-4, 0.5, 0.1, 4, 1, extra={"regularisation_loss": 0.1}),
+        StepDone(3, 3, 1.0, 1e-4, 0.5, 0.1, 4, 1, extra={"regularisation_loss": 0.2}),  # both kinds in one step
+    ]
+    message = progress_message(steps[-1], "stars", [CurvePoint.of(each) for each in steps])
+    target = Webhook(webhook_type="raw", callback_url=SecretStr("http://localhost/"))
+    history.add(raw_event(target, message, [], None), [])
+    (snapshot,), _ = history.snapshots()
+    assert [[row[0], row[4]] for row in snapshot["curve"]] == [[1, False], [2, True], [3, False]]
 
 
 def test_an_event_that_comes_twice_counts_once() -> None:
@@ -180,10 +204,11 @@ def test_sizes_are_limited() -> None:
     with running() as server:
         assert ask(server, "POST", "/", b"{}", Content_Length=str(1 << 40))[0] == 413
     store = PictureStore(max_bytes=100)
-    first = store.add(Image("image/png", b"x" * 40), False)
-    preview = store.add(Image("image/png", b"x" * 40), True)
-    last = store.add(Image("image/png", b"x" * 40), False)
-    assert [store.get(number) is not None for number in (first, preview, last)] == [True, False, True]
+    first = store.add(Image("image/png", b"a" * 40), False)
+    preview = store.add(Image("image/png", b"b" * 40), True)
+    store.add(Image("image/png", b"a" * 40), False)  # the same again takes no room
+    last = store.add(Image("image/png", b"c" * 40), False)
+    assert [store.get(digest) is not None for digest in (first, preview, last)] == [True, False, True]
 
 
 def test_nothing_is_loaded_from_elsewhere() -> None:

@@ -28,6 +28,7 @@ EXAMPLES: list[Event] = [
     events.EvalDone(5, {"held-out": float("nan")}, 0.5, ((0.1, 0.5), (0.9, 0.25)), 1.0, 0.75),
     events.LossBySigma(5, 1, ((0.0, 0.1, 0.5, 4.0),)),
     events.CheckpointSaved(5, Path("out/checkpoint-5")),
+    events.CheckpointSaved(5, Path("out/checkpoint-best"), 0.5),
     events.PicturesMade(5, (PICTURE,) * 12),
     events.PreviewMade(5, PICTURE, 5, 20, 0.75),
     events.PicturesScored(5, "clip", {"live cat": 0.25}, 0.25),

@@ -7,6 +7,8 @@ export class Chart {
     this.canvas = canvas;
     this.tip = tip;
     this.rows = [];
+    this.prior = [];
+    this.smoothPrior = [];
     this.evals = [];
     this.isLog = false;
     this.total = 0;
@@ -17,12 +19,16 @@ export class Chart {
   }
 
   set(rows, evals, total) {
-    this.rows = rows.filter((row) => Number.isFinite(row[1]));
+    const known = rows.filter((row) => Number.isFinite(row[1]));
+    this.rows = known.filter((row) => !row[4]);
+    // Steps on regularisation data alone: their loss is the distance from the base model, another kind of number.
+    this.prior = known.filter((row) => row[4]);
+    this.smoothPrior = smoothed(this.prior);
     this.evals = evals.filter((row) => Number.isFinite(row[1]));
     this.smooth = smoothed(this.rows);
     this.total = total || 0;
     const last = this.smooth.at(-1);
-    const text = last === undefined ? "no points" : `${this.rows.length} points, at last ${last.toPrecision(4)}`;
+    const text = last === undefined ? "no points" : `${known.length} points, at last ${last.toPrecision(4)}`;
     this.canvas.setAttribute("aria-label", `loss curve, ${text}`);
     this.draw();
   }
@@ -38,7 +44,7 @@ export class Chart {
     pen.clearRect(0, 0, width, height);
     const colour = (name) => getComputedStyle(this.canvas).getPropertyValue(`--${name}`).trim();
     pen.font = "12px system-ui, sans-serif";
-    if (this.rows.length + this.evals.length < 1) {
+    if (this.rows.length + this.prior.length + this.evals.length < 1) {
       pen.fillStyle = colour("muted");
       pen.textAlign = "center";
       pen.fillText("the curve begins with the first step", width / 2, height / 2);
@@ -53,6 +59,7 @@ export class Chart {
     this.path(pen, this.rows.map((row) => [row[0], row[1]]), colour("raw"), 1);
     this.area(pen, this.rows.map((row, index) => [row[0], this.smooth[index]]), colour("accent"), height);
     this.path(pen, this.rows.map((row, index) => [row[0], this.smooth[index]]), colour("accent"), 2.2);
+    this.path(pen, this.prior.map((row, index) => [row[0], this.smoothPrior[index]]), colour("prior"), 1.8);
     const base = this.evals.findLast((row) => Number.isFinite(row[2]))?.[2];
     if (base !== undefined) this.level(pen, base, colour("eval"), width);
     this.path(pen, this.evals, colour("eval"), 2);
@@ -63,11 +70,12 @@ export class Chart {
 
   scales(width, height) {
     const steps = [...this.rows, ...this.evals].map((row) => row[0]);
-    const first = Math.min(0, ...steps.slice(0, 1)), last = Math.max(steps.at(-1) ?? 1, this.evals.at(-1)?.[0] ?? 0, 1);
+    const first = Math.min(0, ...steps.slice(0, 1));
+    const last = Math.max(...[this.rows, this.prior, this.evals].map((each) => each.at(-1)?.[0] ?? 0), 1);
     // A single wild step would flatten the curve: its peak may leave the picture.
     const sorted = this.rows.map((row) => row[1]).sort((a, b) => a - b);
     const at = (share) => sorted[Math.min(sorted.length - 1, Math.floor(share * sorted.length))];
-    const marks = [...this.smooth, ...this.evals.flatMap((row) => [row[1], row[2]]).filter(Number.isFinite), ...(sorted.length ? [at(0.01), at(0.985)] : [])];
+    const marks = [...this.smooth, ...this.smoothPrior, ...this.evals.flatMap((row) => [row[1], row[2]]).filter(Number.isFinite), ...(sorted.length ? [at(0.01), at(0.985)] : [])];
     let low = Math.min(...thin(marks)), high = Math.max(...thin(marks));
     const turn = (value) => (this.isLog ? Math.log10(Math.max(value, 1e-8)) : value);
     low = turn(low); high = turn(high);

@@ -58,6 +58,7 @@ function show() {
   showTiles(run);
   chart.set(run.curve, run.evals, run.status.total_steps);
   $("eval-key").hidden = !run.evals.length;
+  $("prior-key").hidden = !run.curve.some((row) => row[4]);
   showDetails(run.status);
   showDrawing(run);
   showGallery(run);
@@ -92,7 +93,7 @@ function showStage(stage) {
 }
 
 function showTiles(run) {
-  const { status, curve, evals, scores } = run, recent = curve.slice(-20).map((row) => row[1]).filter(Number.isFinite);
+  const { status, curve, evals, scores } = run, recent = curve.filter((row) => !row[4]).slice(-20).map((row) => row[1]).filter(Number.isFinite);
   const mean = recent.length ? recent.reduce((sum, each) => sum + each, 0) / recent.length : status.loss;
   const losses = evals.map((row) => row[1]).filter(Number.isFinite);
   const tiles = [
