@@ -14,7 +14,7 @@ cache_app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
 )
-app.add_typer(cache_app, name="cache")
+app.add_typer(cache_app, name="cache", short_help="Build, verify, prune or count caches.")
 
 
 @cache_app.command("build", context_settings=PASS_ON)

@@ -104,13 +104,16 @@ def look_at_extras(requirements: list[str], version_of: Callable[[str], str | No
 
     markers = [str(Requirement(text).marker) for text in requirements]
     parts = (marker.partition('extra == "')[2].partition('"')[0] for marker in markers)
+    complete = []
     for extra in dict.fromkeys(name for name in parts if name and name not in _NOT_FOR_USERS):
-        missing, count = _unmet(requirements, version_of, extra)
-        if missing:
+        unmet, _ = _unmet(requirements, version_of, extra)
+        if unmet:
             remedy = f"where it is needed: pip install -c constraints.txt '.[{extra}]'"
-            yield Finding("ok", "optional", f"{extra}: {len(missing)} of {count} packages are missing", remedy)
+            yield Finding("ok", "optional", f"{extra}: {', '.join(unmet)}", remedy)
         else:
-            yield Finding("ok", "optional", f"{extra}: all {count} packages are there")
+            complete.append(extra)
+    if complete:
+        yield Finding("ok", "optional", f"complete: {', '.join(complete)}")
 
 
 def installed_version(package: str) -> str | None:
@@ -168,11 +171,11 @@ def look_at_torch(hardware: Hardware) -> Iterator[Finding]:
 def look_at_device(hardware: Hardware, has_gpu_build: bool, has_mps: bool) -> Finding:
     """The device where torch sees no CUDA or ROCm device."""
     if hardware.device in ("cuda", "rocm"):
-        extra = hardware.device
+        hidden, kind = ("CUDA", "CUDA") if hardware.device == "cuda" else ("HIP", "ROCm")
         remedy = (
-            "update the driver, or look at CUDA_VISIBLE_DEVICES"
+            f"update the driver, or look at {hidden}_VISIBLE_DEVICES"
             if has_gpu_build
-            else f"pip install -c constraints.txt '.[{extra}]', with torch from PyTorch's index for {extra}"
+            else f"install torch from PyTorch's index for {kind}: INSTALL.md, torch for your hardware"
         )
         return Finding("fault", "device", f"the driver reports {hardware.name}, and torch does not see it", remedy)
     if has_mps:

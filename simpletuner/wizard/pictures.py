@@ -54,10 +54,10 @@ class FolderReport:
         if not facts.usable:
             return [f"no usable pictures in {self.folder}", *self.problems]
         sizes = f"{_size(self.smallest)} to {_size(self.largest)}" if len(self.sizes) > 1 else _size(self.smallest)
-        names = "their names are a camera's" if facts.are_numbered else f"{facts.with_name} a name with words"
-        captions = (
-            "each has a text file" if facts.captions == "textfile" else f"{facts.with_text} have a text file, {names}"
-        )
+        texts = {0: "no text files", facts.usable: "each has a text file"}
+        captions = texts.get(facts.with_text, f"{facts.with_text} have a text file")
+        if facts.with_text < facts.usable:
+            captions += ", names of a camera" if facts.are_numbered else f", {facts.with_name} a name with words"
         lines = [f"{facts.usable} pictures, {sizes}; {captions}"]
         if facts.caption:
             lines.append(f"such as: {textwrap.shorten(printable(facts.caption), 100, placeholder=' ...')}")

@@ -34,7 +34,9 @@ def test_a_gpu_that_torch_does_not_see_is_a_fault_and_names_the_build():
     finding = look_at_device(GPU, has_gpu_build=False, has_mps=False)
     assert finding.state == "fault"
     assert "NVIDIA H200" in finding.text
-    assert "[cuda]" in str(finding.remedy)
+    assert "PyTorch's index for CUDA" in str(finding.remedy)
+    amd = Hardware("rocm", "AMD GPU", 24 * GIB, 64 * GIB, 16)
+    assert "PyTorch's index for ROCm" in str(look_at_device(amd, has_gpu_build=False, has_mps=False).remedy)
     assert "driver" in str(look_at_device(GPU, has_gpu_build=True, has_mps=False).remedy)
 
 
@@ -52,10 +54,11 @@ def test_packages_that_are_missing_or_too_old_are_named():
 
 
 def test_extras_are_told_apart_from_what_developers_need():
-    lines = [finding.line() for finding in look_at_extras(REQUIREMENTS, {}.get)]
-    assert len(lines) == 1
-    assert "cuda: 1 of 1 packages are missing" in lines[0]
-    assert "'.[cuda]'" in lines[0]
+    [line] = [finding.line() for finding in look_at_extras(REQUIREMENTS, {}.get)]
+    assert "cuda: bitsandbytes is missing" in line
+    assert "'.[cuda]'" in line
+    [line] = [finding.line() for finding in look_at_extras(REQUIREMENTS, {"bitsandbytes": "0.49.2"}.get)]
+    assert line.endswith("complete: cuda")
 
 
 @pytest.mark.parametrize(("version", "state"), [((3, 10, 9), "fault"), ((3, 11, 0), "ok"), ((3, 14, 0), "ok")])
