@@ -80,7 +80,9 @@ class ImageDataset(PictureSource, DatasetEntry):
     crop_style: CropStyle = option(
         "center",
         help="Where the crop lies; `random` is keyed by seed, dataset and picture. `centre` is read too.",
-        planned_values={"face": "face detection is not built"},
+        planned_values={
+            "face": "finding faces needs weights that no library brings along; cut the pictures, or use center"
+        },
         level="basic",
     )
     crop_aspect_buckets: AspectBuckets | None = option(
@@ -199,7 +201,11 @@ class ImageDataset(PictureSource, DatasetEntry):
     delete_problematic_images: Bool = option(
         False, help="Delete unreadable pictures.", planned="files of yours are never deleted"
     )
-    conditioning: Any = option(None, help="Generated conditioning.", planned="conditioning is not built")
+    conditioning: Any = option(
+        None,
+        help="Conditioning that is generated from the pictures.",
+        planned="nothing is generated from pictures: make the pictures, and name their entry in conditioning_data",
+    )
     conditioning_data: TextOrList | None = option(
         None,
         takes="id, or list of ids",

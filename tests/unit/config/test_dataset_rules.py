@@ -256,6 +256,22 @@ def test_the_example_with_a_parquet_object_is_read(workspace: Workspace) -> None
     assert "pictures.parquet.widht_column" in workspace.fails_written().render()
 
 
+def test_the_columns_in_a_huggingface_object_are_read_and_its_filters_refused(workspace: Workspace) -> None:
+    del workspace.datasets[0]["instance_data_dir"]
+    workspace.datasets[0] |= {
+        "type": "huggingface",
+        "dataset_name": "somebody/pictures",
+        "caption_strategy": "huggingface",
+        "metadata_backend": "huggingface",
+        "huggingface": {"image_column": "png", "caption_column": "short", "fallback_caption_column": "long"},
+    }
+    (entry,) = workspace.load_written().datasets
+    assert isinstance(entry, ImageDataset)
+    assert (entry.image_column, entry.caption_column) == ("png", ("short", "long"))
+    workspace.datasets[0]["huggingface"]["filter_func"] = {"quality_thresholds": {"clarity": 2}}
+    assert "all rows of the split are used" in workspace.fails_written().render()
+
+
 def test_a_shuffle_is_an_object(workspace: Workspace) -> None:
     workspace.datasets[0]["caption_shuffle"] = {"enable": "true", "count": "3", "split_on": "space"}
     assert workspace.load_written().datasets[0].caption_shuffle == TagShuffle(count=3, split_on="space")

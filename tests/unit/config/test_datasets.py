@@ -97,7 +97,7 @@ def test_a_disabled_entry_takes_no_part_whatever_is_in_it(key: str) -> None:
         ({"dataset_type": "evaluation"}, "image, eval, conditioning, text_embeds"),
         ({"dataset_type": "evl"}, 'did you mean "eval"?'),
         ({"caption_strategy": "webshart"}, "captions come from the picture's name"),
-        ({"crop_style": "face"}, "face detection"),
+        ({"crop_style": "face"}, "finding faces"),
         ({"crop_style": "middle"}, "center, corner, random"),
         ({"probability": -0.5}, "number >= 0"),
         ({"crop_aspect_buckets": [{"aspect_bucket": 1, "wieght": 2}]}, 'did you mean "weight"?'),
