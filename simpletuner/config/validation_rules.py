@@ -12,8 +12,13 @@ from simpletuner.errors import Problem
 PIPELINE_OPTIONS: Mapping[str, str] = {
     "validation_guidance_rescale": "guidance_rescale",
     "validation_guidance_real": "true_cfg_scale",
+    "validation_guidance_skip_layers": "skip_guidance_layers",
 }
-_NEUTRAL = {"validation_guidance_rescale": 0, "validation_guidance_real": 1}
+_NEUTRAL = {
+    "validation_guidance_rescale": 0,
+    "validation_guidance_real": 1,
+    "validation_guidance_skip_layers": None,
+}
 
 
 def draws_pictures(draft: Draft) -> bool:
@@ -31,14 +36,36 @@ def pipeline_takes_its_options(draft: Draft) -> Iterator[Problem]:
     for key, argument in PIPELINE_OPTIONS.items():
         value = getattr(draft.config, key)
         if value != _NEUTRAL[key] and argument not in spec.pipeline_options:
-            message = f"{value:g} cannot be used: the pipeline of {spec.title} has no {argument}"
-            yield draft.problem(message, key, f"only {_NEUTRAL[key]}", fix="remove the key")
+            shown = ",".join(map(str, value)) if isinstance(value, tuple) else f"{value:g}"
+            neutral = "nothing" if _NEUTRAL[key] is None else f"only {_NEUTRAL[key]}"
+            message = f"{shown} cannot be used: the pipeline of {spec.title} has no {argument}"
+            yield draft.problem(message, key, neutral, fix="remove the key")
     if "guidance_rescale" not in spec.pipeline_options and draft.config.user_prompt_library is not None:
         for nickname, prompt in (draft.prompt_library or {}).items():
             if prompt.guidance_rescale:
                 message = f"cannot be used: the pipeline of {spec.title} has no guidance_rescale"
                 file = draft.folders.shown(draft.config.user_prompt_library)
                 yield Problem(message, key=f"{nickname}.guidance_rescale", file=file, fix="remove it")
+
+
+def skipped_layers_lead_somewhere(draft: Draft) -> Iterator[Problem]:
+    """Guidance by skipped layers acts beside ordinary guidance, in the steps between start and stop."""
+    config, key = draft.config, "validation_guidance_skip_layers"
+    layers = config.validation_guidance_skip_layers
+    if layers is None:
+        for other in (f"{key}_start", f"{key}_stop", "validation_guidance_skip_scale"):
+            if getattr(config, other) != type(config).model_fields[other].default:
+                fix = f"set {key}, or remove the key"
+                yield draft.problem(f"has no use without {key}", other, fix=fix)
+        return
+    steps = config.validation_num_inference_steps
+    start, stop = (steps * getattr(config, f"{key}_{end}") for end in ("start", "stop"))
+    if not any(start < step < stop for step in range(steps)):
+        message = f"no sampling step of {steps} lies between start and stop, so nothing would be skipped"
+        yield draft.problem(message, f"{key}_stop", fix=f"raise {key}_stop, or remove {key}")
+    if config.validation_guidance <= 1:
+        message = "needs ordinary guidance too: without it the pipeline skips nothing"
+        yield draft.problem(message, key, fix="set validation_guidance above 1, or remove the key")
 
 
 def references_are_taken(draft: Draft) -> Iterator[Problem]:
@@ -170,6 +197,7 @@ def what_follows_the_eval_loss_has_one(draft: Draft) -> Iterator[Problem]:
 
 VALIDATION_RULES = (
     pipeline_takes_its_options,
+    skipped_layers_lead_somewhere,
     references_are_taken,
     flow_families_keep_their_sampler,
     library_sizes_fit_the_family,

@@ -112,6 +112,17 @@ def read_text_or_list(value: Any) -> Any:
     return (read_text(value),)
 
 
+def read_numbers_of_layers(value: Any) -> Any:
+    """Whole numbers from 0, a list or text with commas ("7,8,9", "[7, 8, 9]") -> ascending, each once."""
+    if isinstance(value, str):
+        value = value.strip().removeprefix("[").removesuffix("]").split(",")
+    items = value if isinstance(value, list | tuple) else [value]
+    numbers = sorted({read_int(item.strip() if isinstance(item, str) else item) for item in items})
+    if not numbers or numbers[0] < 0:
+        raise ValueError("must be numbers of layers, counted from 0")
+    return tuple(numbers)
+
+
 def read_sigmas(value: Any) -> Any:
     """Noise levels, a list or text with commas -> ascending sigmas in [0, 1]; thousandths where any is above 1."""
     if value is None or value == "":
@@ -226,4 +237,5 @@ Sizes = Annotated[str, BeforeValidator(read_sizes)]
 FilePath = Annotated[Path, BeforeValidator(read_path)]
 Arguments = Annotated[dict[str, Any], BeforeValidator(read_arguments)]
 Fraction = Annotated[float, BeforeValidator(read_float), Field(ge=0.0, le=1.0)]
+Layers = Annotated[tuple[int, ...], BeforeValidator(read_numbers_of_layers)]
 TextOrList = Annotated[tuple[str, ...], BeforeValidator(read_text_or_list)]

@@ -100,7 +100,7 @@ class FamilySpec:
         preview_decoder: hub id of the tiny autoencoder that decodes previews; a model folder may carry its own in
             `preview_decoder/`.
         pipeline_options: arguments that the family's pipeline takes beyond those of the contract: `guidance_rescale`,
-            `true_cfg_scale`.
+            `true_cfg_scale`, `skip_guidance_layers`.
         reads_single_files: the key table names every tensor of the denoiser, so that a file of the original layout can
             be read.
         pipeline_aliases: other pipelines whose models are of this family, by the name in `model_index.json`.

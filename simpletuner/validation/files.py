@@ -44,7 +44,7 @@ class PictureFiles:
         self.previews_dir = self.images_dir / "previews"
         self.benchmark_dir = output_dir / "benchmarks" / "base_model"
         self.requests = requests
-        self._note = {
+        note = {
             "settings": dict(settings),
             "pictures": [
                 [r.shortname, r.prompt, r.width, r.height, r.index, r.seed, asdict(r.settings)]
@@ -52,6 +52,7 @@ class PictureFiles:
                 for r in requests
             ],
         }
+        self._note = json.loads(json.dumps(note))  # as it is read again: a tuple is a list there
 
     def path(self, request: PictureRequest, step: int, kind: Literal["live", "ema"]) -> Path:
         suffix = "_ema" if kind == "ema" else ""

@@ -19,6 +19,23 @@ MAIN_SHORTNAME, UNCONDITIONAL_SHORTNAME = "validation", "unconditional"
 
 
 @dataclass(frozen=True)
+class SkippedLayers:
+    """Guidance away from what the denoiser draws without some of its blocks.
+
+    Source: "skip-layer guidance", github.com/Stability-AI/sd3.5; diffusers' `pipeline_stable_diffusion_3.py`.
+
+    Args:
+        layers: numbers of blocks, from 0.
+        start, stop: shares of the sampling steps between which they are skipped.
+    """
+
+    layers: tuple[int, ...]
+    scale: float = 2.8
+    start: float = 0.01
+    stop: float = 0.2
+
+
+@dataclass(frozen=True)
 class DrawSettings:
     """How a picture is drawn; those of one call of a pipeline share it.
 
@@ -28,6 +45,7 @@ class DrawSettings:
         negative_prompt: None leaves the family's own default.
         guidance_rescale: 0 is none; only for pipelines that have it.
         true_guidance: real guidance of a distilled model; 1 is none.
+        skipped: only for pipelines that can skip layers.
     """
 
     steps: int
@@ -35,6 +53,7 @@ class DrawSettings:
     negative_prompt: str | None = None
     guidance_rescale: float = 0.0
     true_guidance: float = 1.0
+    skipped: SkippedLayers | None = None
 
     def arguments(self) -> dict[str, Any]:
         """Arguments of a pipeline; those that not every pipeline takes only where they are set."""
@@ -47,6 +66,10 @@ class DrawSettings:
             arguments["guidance_rescale"] = self.guidance_rescale
         if self.true_guidance != 1:
             arguments["true_cfg_scale"] = self.true_guidance
+        if self.skipped is not None:
+            arguments["skip_guidance_layers"] = list(self.skipped.layers)
+            for name in ("scale", "start", "stop"):
+                arguments[f"skip_layer_guidance_{name}"] = getattr(self.skipped, name)
         return arguments
 
 
@@ -160,6 +183,7 @@ def _requests_of(
         negative_prompt=_first(prompt.negative_prompt, config.validation_negative_prompt),
         guidance_rescale=_first(prompt.guidance_rescale, config.validation_guidance_rescale),
         true_guidance=config.validation_guidance_real,
+        skipped=_skipped_layers(config),
     )
     strength = _first(prompt.adapter_strength, config.validation_lycoris_strength)
     for height, width in sizes:
@@ -167,6 +191,17 @@ def _requests_of(
             yield PictureRequest(
                 shortname, prompt.prompt, height, width, seed + index, settings, index, strength, references
             )
+
+
+def _skipped_layers(config: Any) -> SkippedLayers | None:
+    if config.validation_guidance_skip_layers is None:
+        return None
+    return SkippedLayers(
+        config.validation_guidance_skip_layers,
+        config.validation_guidance_skip_scale,
+        config.validation_guidance_skip_layers_start,
+        config.validation_guidance_skip_layers_stop,
+    )
 
 
 def reseeded(requests: Sequence[PictureRequest], step: int) -> list[PictureRequest]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,13 +12,17 @@ import torch
 from simpletuner.models.components import ModelSource
 from simpletuner.models.family import ModelFamily
 from simpletuner.models.registry import family_names, get_family_class, get_spec
-from simpletuner.validation.prompts import DrawSettings, PictureRequest
+from simpletuner.validation.prompts import DrawSettings, PictureRequest, SkippedLayers
 from simpletuner.validation.sampling import make_pictures
 from simpletuner.validation.schedulers import SCHEDULERS, use_scheduler
 from tests.tiny_folders import TINY_FOLDERS
 
 SIDE = 64
-OPTIONS = {"guidance_rescale": {"guidance_rescale": 0.7}, "true_cfg_scale": {"true_guidance": 4.0}}
+OPTIONS = {
+    "guidance_rescale": {"guidance_rescale": 0.7},
+    "true_cfg_scale": {"true_guidance": 4.0},
+    "skip_guidance_layers": {"skipped": SkippedLayers((0,), start=0.0, stop=0.8)},
+}
 
 
 def load(name: str, folder: Path) -> ModelFamily:
@@ -26,7 +31,7 @@ def load(name: str, folder: Path) -> ModelFamily:
     return get_family_class(spec)(spec, source, torch.device("cpu"), torch.float32)
 
 
-def draw(family: ModelFamily, scheduler: str | None = None, **settings: float) -> np.ndarray:
+def draw(family: ModelFamily, scheduler: str | None = None, **settings: Any) -> np.ndarray:
     pipeline = family.pipeline(family.load_denoiser(), family.load_vae())
     if scheduler is not None:
         use_scheduler(pipeline, scheduler)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from simpletuner.config.options.declare import OptionGroup, option
-from simpletuner.config.values import Bool, FilePath, Float, Int, Sizes, Text, TextOrList
+from simpletuner.config.values import Bool, FilePath, Float, Fraction, Int, Layers, Sizes, Text, TextOrList
 
 
 class ValidationOptions(OptionGroup):
@@ -90,8 +90,17 @@ class ValidationOptions(OptionGroup):
     validation_no_cfg_until_timestep: Int = option(
         2, help="Steps without real guidance.", planned="the pipelines of diffusers guide at every step"
     )
-    validation_guidance_skip_layers: Text | None = option(
-        None, help="Skip-layer guidance.", planned="no family that is built has it"
+    validation_guidance_skip_layers: Layers | None = option(
+        None,
+        help="Skip-layer guidance, for families whose pipeline has it (Stable Diffusion 3.5 medium: 7,8,9): numbers of "
+        "blocks, counted from 0. Pictures are led away from what the model draws without them.",
+    )
+    validation_guidance_skip_scale: Float = option(2.8, help="Strength of skip-layer guidance.", ge=0, le=100)
+    validation_guidance_skip_layers_start: Fraction = option(
+        0.01, help="Skip-layer guidance begins after this share of the sampling steps."
+    )
+    validation_guidance_skip_layers_stop: Fraction = option(
+        0.2, help="Skip-layer guidance ends before this share of the sampling steps."
     )
     validation_noise_scheduler: Literal["ddim", "ddpm", "euler", "euler-a", "unipc", "dpm++"] | None = option(
         None,

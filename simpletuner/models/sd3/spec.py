@@ -62,6 +62,7 @@ SD3 = FamilySpec(
     keys=SD3_KEYS,
     block_classes=("JointTransformerBlock",),
     preview_decoder="madebyollin/taesd3",
+    pipeline_options=("skip_guidance_layers",),
     defaults={
         "validation_guidance": 4.5,
         "validation_num_inference_steps": 28,

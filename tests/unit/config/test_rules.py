@@ -27,6 +27,8 @@ def test_the_sound_configuration_breaks_no_rule(workspace: Workspace) -> None:
         ({"flow_schedule_shift": 3}, "flow_schedule_shift", "its times are its own"),
         ({"validation_guidance_rescale": 0.5}, "validation_guidance_rescale", "has no guidance_rescale"),
         ({"validation_guidance_real": 3}, "validation_guidance_real", "has no true_cfg_scale"),
+        ({"validation_guidance_skip_layers": "7,8"}, "validation_guidance_skip_layers", "has no skip_guidance_layers"),
+        ({"validation_guidance_skip_scale": 2}, "validation_guidance_skip_scale", "has no use without"),
         ({"validation_noise_scheduler": "ddim"}, "validation_noise_scheduler", "Toy is a flow model"),
         ({"validation_preview": True, "validation_disable": True}, "validation_preview", "validation draws none"),
         ({"validation_method": "external-script"}, "validation_external_script", "is missing"),
@@ -359,3 +361,20 @@ def test_processes_that_share_weights_recompute_alike(workspace: Workspace) -> N
     workspace.config |= {"fsdp_enable": True, "num_processes": 2, "gradient_checkpointing_interval": "auto"}
     keys = [problem.key for problem in workspace.fails_written().problems]
     assert keys == ["gradient_checkpointing_interval"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "key", "words"),
+    [
+        ({"validation_num_inference_steps": 4}, "validation_guidance_skip_layers_stop", "no sampling step of 4"),
+        ({"validation_guidance": 1}, "validation_guidance_skip_layers", "needs ordinary guidance"),
+        ({"validation_guidance_skip_layers": "-1"}, "validation_guidance_skip_layers", "counted from 0"),
+    ],
+)
+def test_skipped_layers_are_refused_where_they_would_do_nothing(workspace: Workspace, changes, key, words) -> None:
+    workspace.config |= {"model_family": "sd3", "validation_guidance_skip_layers": "[9, 7, 8]"}
+    assert workspace.load_written().config.validation_guidance_skip_layers == (7, 8, 9)
+    workspace.config |= changes
+    error = workspace.fails_written()
+    assert key in [problem.key for problem in error.problems]
+    assert words in error.render()

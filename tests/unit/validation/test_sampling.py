@@ -13,7 +13,7 @@ from PIL import Image
 from simpletuner.models.components import ModelSource
 from simpletuner.models.omnigen.family import OmniGen
 from simpletuner.models.omnigen.spec import OMNIGEN
-from simpletuner.validation.prompts import DrawSettings, PictureRequest
+from simpletuner.validation.prompts import DrawSettings, PictureRequest, SkippedLayers
 from simpletuner.validation.sampling import batch_size_for, make_pictures
 
 
@@ -51,13 +51,17 @@ def test_pictures_of_one_size_share_a_call_and_come_back_in_the_order_asked():
 
 
 def test_pictures_with_other_settings_have_a_call_of_their_own_and_rare_arguments_only_where_set():
-    other = DrawSettings(8, 3.0, guidance_rescale=0.7, true_guidance=4.0)
+    rare = {"guidance_rescale", "true_cfg_scale", "skip_guidance_layers"}
+    rare |= {f"skip_layer_guidance_{name}" for name in ("scale", "start", "stop")}
+    skipped = SkippedLayers((7, 8), stop=0.5)
+    other = DrawSettings(8, 3.0, guidance_rescale=0.7, true_guidance=4.0, skipped=skipped)
     requests = [*REQUESTS[:1], replace(REQUESTS[2], settings=other)]
     pipeline = CountingPipeline()
     pictures = make_pictures(pipeline, requests, batch_size=4)
     assert [picture.request for picture in pictures] == requests
     calls = {call["num_inference_steps"]: call for call in pipeline.calls}
-    assert calls[5].keys() == calls[8].keys() - {"guidance_rescale", "true_cfg_scale"}
+    assert calls[5].keys() == calls[8].keys() - rare
+    assert (calls[8]["skip_guidance_layers"], calls[8]["skip_layer_guidance_stop"]) == ([7, 8], 0.5)
     assert (calls[8]["guidance_rescale"], calls[8]["true_cfg_scale"]) == (0.7, 4.0)
     assert calls[8]["negative_prompt"] is None
 
