@@ -318,6 +318,6 @@ def _unusable(sample: Sample, reason: str) -> DataError:
         Problem(
             f"the picture {sample.path} cannot be encoded: {reason}",
             key=sample.dataset_id,
-            fix="repair the picture or take it out of the data set",
+            fix="repair the picture or take it out of the dataset",
         )
     )

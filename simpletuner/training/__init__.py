@@ -1,1 +1,1 @@
-"""The shared trainer: the same loop for every family, adapter and data set."""
+"""The shared trainer: the same loop for every family, adapter and dataset."""
