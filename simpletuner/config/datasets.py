@@ -213,6 +213,12 @@ class ImageDataset(PictureSource, DatasetEntry):
         "one of masks, and one for each reference that a picture has, in order.",
     )
     slider_strength: Float | None = option(None, help="Slider training.", planned="slider training is not built")
+    timestep_sampling_offset: Float | None = option(
+        None,
+        help="Noise levels of this dataset, moved.",
+        planned="noise levels are chosen for all datasets: timestep_bias_strategy",
+        neutral=(0.0,),
+    )
     video: Any = option(None, help="Video settings.", planned="only pictures are built")
     audio: Any = option(None, help="Audio settings.", planned="only pictures are built")
     grounding: Any = option(None, help="Grounding boxes.", planned="grounding is not built")

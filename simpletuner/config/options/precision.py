@@ -24,14 +24,43 @@ Precision = Literal[
     "fp8-torchao",
     "fp8wo-torchao",
     "int8dq-torchao",
+    "int8dq-int4-torchao",
+    "fp8-int4-torchao",
+    "fp8-native",
+    "fp8-transformerengine",
+    "int8-sdnq",
+    "uint8-sdnq",
+    "int16-sdnq",
+    "uint16-sdnq",
+    "fp16-sdnq",
+    "fp8-sdnq",
+    "int6-sdnq",
+    "int5-sdnq",
+    "uint5-sdnq",
+    "uint4-sdnq",
+    "uint3-sdnq",
+    "uint2-sdnq",
 ]
+# Formats that other trainers know, and why they are refused.
+REFUSED = {
+    **dict.fromkeys(("int8dq-torchao", "int8dq-int4-torchao", "fp8-int4-torchao"), NO_GRADIENT),
+    **dict.fromkeys(("fp8-native", "fp8-transformerengine"), "products in float8 are not built; use fp8-torchao"),
+    **dict.fromkeys(
+        ("int8-sdnq", "uint8-sdnq", "int16-sdnq", "uint16-sdnq", "fp16-sdnq", "int6-sdnq", "int5-sdnq", "uint5-sdnq"),
+        "it stands on another quantisation library; use int8-quanto",
+    ),
+    "fp8-sdnq": "it stands on another quantisation library; use fp8-quanto",
+    **dict.fromkeys(
+        ("uint4-sdnq", "uint3-sdnq", "uint2-sdnq"), "it stands on another quantisation library; use int4-quanto"
+    ),
+}
 
 
 def _encoder_precision(number: int) -> Any:
     return option(
         "no_change",
         help=f"Number format of the linear layers of the family's text encoder {number}.",
-        planned_values={"int8dq-torchao": NO_GRADIENT},
+        planned_values=REFUSED,
     )
 
 
@@ -50,7 +79,7 @@ class PrecisionOptions(OptionGroup):
         help="Number format of the frozen base model: the linear layers of its blocks are packed, an adapter trains "
         "beside them. `int8-quanto` halves the memory of bf16 and changes little; 4 bits take a quarter.",
         level="basic",
-        planned_values={"int8dq-torchao": NO_GRADIENT},
+        planned_values=REFUSED,
     )
     quantize_via: Literal["cpu", "accelerator", "pipeline"] | None = option(
         None,

@@ -158,6 +158,14 @@ def test_a_list_of_the_wrong_things_is_worded_like_everything_else(workspace: Wo
     assert "Input should" not in text
 
 
+@pytest.mark.parametrize("value", ["int8-sdnq", "fp8-native", "int8dq-int4-torchao"])
+def test_a_number_format_of_other_trainers_is_refused_with_the_one_to_take(workspace: Workspace, value: str) -> None:
+    workspace.config["base_model_precision"] = value
+    text = workspace.fails_written().render()
+    assert f'"{value}" cannot be used: ' in text
+    assert "; use " in text
+
+
 def test_of_many_choices_the_likely_ones_are_shown(workspace: Workspace) -> None:
     workspace.config["optimizer"] = "adamw8bit"
     (problem,) = workspace.fails_written().problems
