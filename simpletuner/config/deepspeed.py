@@ -44,7 +44,7 @@ def stage_of(settings: Mapping[str, Any]) -> Any:
 
 def _problems(settings: Mapping[str, Any], file: str) -> Iterator[Problem]:
     if importlib.util.find_spec("deepspeed") is None:
-        yield Problem("DeepSpeed is not installed", key=KEY, fix="pip install 'simpletuner[deepspeed]'")
+        yield Problem("DeepSpeed is not installed", key=KEY, fix="pip install deepspeed")
     for key, ours in OUR_KEYS.items():
         if key in settings and not _is_auto(settings[key]):
             yield Problem(

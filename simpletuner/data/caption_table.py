@@ -181,9 +181,7 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
         import pyarrow as arrow
         import pyarrow.parquet as parquet
     except ImportError:
-        raise MissingDependency(
-            Problem("captions in parquet files need pyarrow", fix="pip install 'simpletuner[hf-datasets]'")
-        ) from None
+        raise MissingDependency(Problem("captions in parquet files need pyarrow", fix="pip install pyarrow")) from None
     try:
         with parquet.ParquetFile(path) as file:
             for batch in file.iter_batches(batch_size=4096):

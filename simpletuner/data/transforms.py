@@ -241,7 +241,7 @@ def _load(data: bytes) -> Image.Image:
         image = Image.open(io.BytesIO(data), formats=formats)
     except Image.UnidentifiedImageError:
         if "HEIF" not in formats and data[4:8] == b"ftyp" and data[8:12] in _HEIF_BRANDS:
-            raise UnusablePicture("HEIF pictures need pi-heif: pip install 'simpletuner[heif]'") from None
+            raise UnusablePicture("HEIF pictures need pi-heif: pip install pi-heif") from None
         raise UnusablePicture("not a picture, or of a format that is not read") from None
     except Image.DecompressionBombError:
         raise UnusablePicture(f"more than {MAX_PIXELS} pixels") from None

@@ -189,7 +189,7 @@ def _require_pyarrow() -> None:
         import pyarrow  # noqa: F401
     except ImportError:
         message = "type huggingface needs pyarrow, which is not installed"
-        raise MissingDependency(Problem(message, fix="pip install 'simpletuner[hf-datasets]'")) from None
+        raise MissingDependency(Problem(message, fix="pip install pyarrow")) from None
 
 
 def _holds_pictures(kind: pa.DataType) -> bool:

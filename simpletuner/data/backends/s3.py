@@ -158,7 +158,7 @@ def _open_store(bucket: Bucket) -> S3FileSystem:
         import s3fs
     except ImportError:
         message = "type aws needs s3fs, which is not installed"
-        raise MissingDependency(Problem(message, fix="pip install 'simpletuner[s3]'")) from None
+        raise MissingDependency(Problem(message, fix="pip install s3fs")) from None
     secrets = [
         value.get_secret_value() if value else None for value in (bucket.access_key_id, bucket.secret_access_key)
     ]

@@ -194,7 +194,7 @@ def test_the_login_is_in_no_representation(server: S3) -> None:
     assert LOGIN["aws_secret_access_key"] not in shown
 
 
-def test_without_s3fs_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_s3fs_the_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "s3fs", None)
-    with pytest.raises(MissingDependency, match=r"simpletuner\[s3\]"):
+    with pytest.raises(MissingDependency, match="pip install s3fs"):
         S3Backend(Bucket("pictures"), "things")
