@@ -7,7 +7,7 @@ import random
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +130,34 @@ def train_in_two(folder: Path, step: int, monkeypatch: pytest.MonkeyPatch) -> Pa
             train_here(folder)
     assert caught.value.exit_code == 143
     return train_here(folder)
+
+
+def weights_of(checkpoint: Path) -> dict[str, bytes]:
+    """Every file of weights of a checkpoint, EMA and optimizer state included, by its relative name."""
+    return {str(path.relative_to(checkpoint)): path.read_bytes() for path in checkpoint.rglob("*.safetensors")}
+
+
+def require_same_bits_after_a_stop(
+    write: Callable[[Path], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int = 5
+) -> tuple[Path, Path]:
+    """Train straight through, and again with a SIGTERM after `step`: last checkpoint and all losses must be equal.
+
+    Args:
+        write: makes the run in a folder.
+
+    Returns:
+        The two output folders, the undisturbed one first.
+    """
+    straight = train_here(write(tmp_path / "straight"))
+    resumed = train_in_two(write(tmp_path / "stopped"), step, monkeypatch)
+    last = max(straight.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    expected = weights_of(last)
+    assert expected
+    assert weights_of(resumed / last.name) == expected
+    losses = [record["loss"] for record in metrics(straight, "step_done")]
+    assert [record["loss"] for record in metrics(resumed, "step_done")] == losses
+    assert len(losses) == int(last.name.rpartition("-")[2])
+    return straight, resumed
 
 
 def run_cli(folder: Path, *arguments: str, environment: Mapping[str, str] | None = None) -> subprocess.CompletedProcess:

@@ -43,9 +43,9 @@ SHEET, PAGE, REPORT = "contact_sheet.png", "check.html", "check.json"
 
 @dataclass(frozen=True)
 class CacheNeed:
-    """The latents of one dataset: where, how many are there, and what is to come."""
+    """The latents of one dataset and of its references: where, how many are there, and what is to come."""
 
-    folder: Path
+    folders: tuple[Path, ...]
     num_present: int
     num_missing: int
     bytes_missing: int
@@ -53,10 +53,11 @@ class CacheNeed:
     def line(self) -> str:
         if not self.num_present + self.num_missing:
             return "none are kept: they are encoded when training needs them"
+        where = " and ".join(str(folder) for folder in self.folders)
         if not self.num_missing:
-            return f"all {count_text(self.num_present, 'latent')} in {self.folder}"
+            return f"all {count_text(self.num_present, 'latent')} in {where}"
         to_come = f"{self.num_missing:,} to encode, {bytes_text(self.bytes_missing)}"
-        return f"{self.num_present:,} of {self.num_present + self.num_missing:,} in {self.folder}; {to_come}"
+        return f"{self.num_present:,} of {self.num_present + self.num_missing:,} in {where}; {to_come}"
 
 
 @dataclass(frozen=True)
@@ -223,13 +224,13 @@ def check_dataset(loaded: LoadedRun, family: ModelFamily, dataset: Dataset, fing
 def cache_need(loaded: LoadedRun, family: ModelFamily, dataset: Dataset, fingerprint: str) -> CacheNeed:
     """Which latents are there, references included, and how large the others will be, from their shapes."""
     num_all = num_missing = num_bytes = 0
-    for part in dataset.parts:
-        with TensorStore(latents_folder(part.entry, Path(loaded.config.cache_dir), family.spec)) as store:
+    folders = [latents_folder(part.entry, Path(loaded.config.cache_dir), family.spec) for part in dataset.parts]
+    for part, folder in zip(dataset.parts, folders, strict=True):
+        with TensorStore(folder) as store:
             need = LatentCache(store, family, fingerprint).need(KeptSamples(dataset, part.id))
         num_all, num_missing = num_all + need.num_entries, num_missing + need.num_missing
         num_bytes += need.bytes_missing
-    folder = latents_folder(dataset.entry, Path(loaded.config.cache_dir), family.spec)
-    return CacheNeed(folder, num_all - num_missing, num_missing, num_bytes)
+    return CacheNeed(tuple(dict.fromkeys(folders)), num_all - num_missing, num_missing, num_bytes)
 
 
 def count_steps(loaded: LoadedRun, sampler: Sampler) -> Steps:

@@ -33,7 +33,7 @@ p { margin: 4px 0; } .muted { color: var(--muted); }
 .facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(320px, 1fr)); gap: 16px; margin: 12px 0; }
 .card { background: var(--card); border-radius: 10px; padding: 14px 16px; overflow-wrap: anywhere; }
 .card h3 { font-size: 12px; letter-spacing: .06em; text-transform: uppercase; color: var(--muted); margin: 0 0 8px; }
-.stage { display: grid; grid-template-columns: 92px 1fr 64px; gap: 10px; align-items: center; }
+.stage { display: grid; grid-template-columns: 104px 1fr 64px; gap: 10px; align-items: center; }
 .stage b { text-align: right; font-variant-numeric: tabular-nums; font-weight: 600; }
 .track { background: var(--lost); border-radius: 4px; height: 10px; overflow: hidden; }
 .track i { display: block; height: 100%; background: var(--bar); }

@@ -109,9 +109,11 @@ class Funnel:
             f"{self.captioned} captioned, {self.bucketed} used, {self.per_epoch} per epoch"
         )
         sizes = ", ".join(f"{width}x{height}: {count}" for (height, width), count in sorted(self.buckets.items()))
-        lines = [f"{self.dataset_id}: {stages}", f"  sizes (width x height): {sizes}"]
+        lines = [f"{self.dataset_id}: {stages}"]
+        if sizes:
+            lines.append(f"  sizes (width x height): {sizes}")
         if self.duplicates:
-            lines.append(f"  {self.duplicates} pictures have the same content as another one; all are used")
+            lines.append(f"  {self.duplicates} of the same content as another picture; all are used")
         lines += [f"  {line}" for line in self.note_lines()]
         for reason, count in sorted(self.set_aside.counts.items(), key=lambda item: -item[1]):
             examples = ", ".join(printable(path) for path in self.set_aside.examples[reason][:3])

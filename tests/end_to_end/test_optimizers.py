@@ -13,7 +13,7 @@ from simpletuner.config.optimizers import OPTIMIZERS
 from simpletuner.optim.optimizers import averaged_weights, build_optimizer
 from simpletuner.training.parts import attach_adapter, build_family
 from simpletuner.training.step import compute_losses, draw_noise
-from tests.runs import load_here, metrics, train_here, train_in_two, write_run
+from tests.runs import load_here, metrics, require_same_bits_after_a_stop, train_here, write_run
 
 # Learning rates at which a tiny adapter visibly learns; where none stands, that of AdamW.
 ADAMW_RATE = 2e-2
@@ -75,15 +75,7 @@ def test_every_optimizer_trains_the_tiny_model(name: str, run_folder: Path) -> N
 )
 def test_a_run_resumes_to_the_same_bits(name: str, tmp_path: Path, omnigen_folder: Path, monkeypatch) -> None:
     options = {"optimizer": name, "learning_rate": 1.0 if name == "prodigy" else 1e-2}
-    straight = train_here(write_run(tmp_path / "straight", omnigen_folder, **options))
-    folder = write_run(tmp_path / "stopped", omnigen_folder, **options)
-    resumed = train_in_two(folder, 5, monkeypatch)
-    for path in (straight / "checkpoint-8").rglob("*.safetensors"):
-        expected, found = load_file(path), load_file(resumed / path.relative_to(straight))
-        assert expected.keys() == found.keys()
-        assert all(torch.equal(expected[key], found[key]) for key in expected), path.name
-    losses = [record["loss"] for record in metrics(straight, "step_done")]
-    assert [record["loss"] for record in metrics(resumed, "step_done")] == losses
+    require_same_bits_after_a_stop(lambda folder: write_run(folder, omnigen_folder, **options), tmp_path, monkeypatch)
 
 
 def test_checkpoints_and_results_of_schedule_free_hold_the_average(tmp_path: Path, omnigen_folder: Path) -> None:

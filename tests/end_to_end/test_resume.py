@@ -12,9 +12,16 @@ import pytest
 
 from simpletuner.errors import ConfigError
 from simpletuner.training import loop
-from tests.runs import cli, metrics, run_cli, train_here, train_in_two, write_run
+from tests.runs import (
+    cli,
+    metrics,
+    require_same_bits_after_a_stop,
+    run_cli,
+    train_here,
+    weights_of,
+    write_run,
+)
 
-COMPARED = ("*.safetensors", "ema/**/*.safetensors", "transformer/*.safetensors")
 VARIANTS = {
     "lokr": {},
     "lokr, bf16, stochastic rounding": {"optimizer": "adamw_bf16", "mixed_precision": "bf16"},
@@ -35,24 +42,11 @@ VARIANTS = {
 }
 
 
-def weights_of(checkpoint: Path) -> dict[str, bytes]:
-    """Every weight file of a checkpoint by its relative name."""
-    files = {path for pattern in COMPARED for path in checkpoint.glob(pattern)}
-    return {str(path.relative_to(checkpoint)): path.read_bytes() for path in files}
-
-
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_run_stopped_by_sigterm_and_resumed_ends_with_the_same_bits(tmp_path, omnigen_folder, monkeypatch, variant):
-    straight = train_here(write_run(tmp_path / "straight", omnigen_folder, **VARIANTS[variant]))
-    folder = write_run(tmp_path / "stopped", omnigen_folder, **VARIANTS[variant])
-    resumed = train_in_two(folder, 5, monkeypatch)
-
-    expected = weights_of(straight / "checkpoint-8")
-    assert expected
-    assert weights_of(resumed / "checkpoint-8") == expected
-    losses = [record["loss"] for record in metrics(straight, "step_done")]
-    assert [record["loss"] for record in metrics(resumed, "step_done")] == losses
-    assert len(losses) == 8
+    require_same_bits_after_a_stop(
+        lambda folder: write_run(folder, omnigen_folder, **VARIANTS[variant]), tmp_path, monkeypatch
+    )
 
 
 def test_evaluation_validation_and_trackers_do_not_change_a_bit(tmp_path, omnigen_folder):
