@@ -13,32 +13,24 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-import psutil
 import torch
-from torch import nn
 
 from simpletuner.batch import PromptEmbeds
 from simpletuner.commands.check import cache_need, count_steps
+from simpletuner.commands.memory import Row, Shapes, device_memory, memory_rows, read_shapes
 from simpletuner.commands.probe import Load, StepTimes, time_encoding, time_steps
-from simpletuner.commands.shapes import Activations, measure_activations, num_bytes, optimizer_bytes
 from simpletuner.commands.text import bytes_text, columns, count_text, duration_text, short_count
 from simpletuner.config.loading import LoadedRun
-from simpletuner.config.options import TrainConfig
 from simpletuner.data.dataset import Dataset
 from simpletuner.data.holdout import hold_out
 from simpletuner.data.sampler import Sampler
-from simpletuner.models.components import make_empty_component
 from simpletuner.models.family import ModelFamily
-from simpletuner.optim.optimizers import build_optimizer
-from simpletuner.precision.mixed import DTYPES
-from simpletuner.precision.quantise import saved_bytes
 from simpletuner.training.latents import fingerprint_of_vae
-from simpletuner.training.parts import attach_adapter, build_family, build_sampler
+from simpletuner.training.parts import build_family, build_sampler
 from simpletuner.training.preflight import check_model_folder
 from simpletuner.training.prepare import read_datasets, require_trainable
 from simpletuner.training.prompts import open_prompt_cache, run_prompts
 from simpletuner.training.rollout import build_rollouts
-from simpletuner.training.swapping import repeated_blocks
 
 Say = Callable[[str], None]
 
@@ -50,14 +42,6 @@ MAX_BATCHES = 5000
 
 
 @dataclass(frozen=True)
-class Row:
-    """One thing that takes room."""
-
-    name: str
-    num_bytes: int
-
-
-@dataclass(frozen=True)
 class Plan:
     """What a run needs.
 
@@ -65,7 +49,7 @@ class Plan:
         parameters: of the denoiser.
         trained: of them, or of the adapter.
         memory: of the device while training, largest size.
-        other_activations: (what would change, bytes of the activations then).
+        other_activations: what they would take with other settings.
         available: bytes of the device's memory.
         disk: that the run writes.
         free_disk: bytes where it writes.
@@ -78,7 +62,7 @@ class Plan:
     parameters: int
     trained: int
     memory: tuple[Row, ...]
-    other_activations: tuple[str, int]
+    other_activations: tuple[Row, ...]
     available: int
     disk: tuple[Row, ...]
     free_disk: int
@@ -122,8 +106,9 @@ def make_plan(loaded: LoadedRun, probe: bool | None = None) -> Plan:
 
     longest = choose_prompts(family, training, largest, longest=True)
     shapes = read_shapes(loaded, family, largest, longest)
-    memory = memory_rows(loaded, family, shapes, stays_vae=any(each.encodes_on_demand for each in datasets))
     available = device_memory(family.device)
+    stays_vae = any(each.encodes_on_demand for each in datasets)
+    memory, other_activations = memory_rows(loaded, family, shapes, stays_vae, available)
     operations = 6 * shapes.num_parameters * shapes.activations.num_tokens
     reason = why_no_probe(family, sum(row.num_bytes for row in memory), available, operations, probe)
     missing = cache_needs(loaded, family, datasets)
@@ -146,14 +131,12 @@ def make_plan(loaded: LoadedRun, probe: bool | None = None) -> Plan:
             notes.append(f"scheduled sampling adds {depth:.1f} passes without gradients to a batch, on average")
         if times.peak_bytes is not None:
             notes.append(f"the steps that were timed took {bytes_text(times.peak_bytes)} at most")
-    other = "without" if config.gradient_checkpointing else "with"
-    unused = shapes.activations.plain if config.gradient_checkpointing else shapes.activations.checkpointed
     return Plan(
         model=f"{family.spec.title}, {config.model_type}, {_name(family.dtype)} on {family.device}",
         parameters=shapes.num_parameters,
         trained=sum(parameter.numel() for parameter in shapes.trained.values()),
         memory=tuple(memory),
-        other_activations=(f"{other} gradient_checkpointing", unused),
+        other_activations=tuple(other_activations),
         available=available,
         disk=tuple(
             disk_rows(loaded, shapes, (missing[1], caption_bytes(loaded, family, datasets, longest)), steps.total)
@@ -163,98 +146,6 @@ def make_plan(loaded: LoadedRun, probe: bool | None = None) -> Plan:
         seconds=seconds,
         notes=tuple(notes),
     )
-
-
-@dataclass(frozen=True)
-class Shapes:
-    """What the modules of a run are like, without their values.
-
-    Args:
-        frozen_bytes: of the denoiser without the adapter.
-        swapped_bytes: of them, those that wait in main memory.
-        trained: the parameters that are trained, on `meta`.
-        activations: at the largest size.
-        optimizer: bytes of the optimizer's state.
-    """
-
-    num_parameters: int
-    frozen_bytes: int
-    trained: dict[str, nn.Parameter]
-    trained_bytes: int
-    swapped_bytes: int
-    activations: Activations
-    optimizer: int
-
-
-def read_shapes(loaded: LoadedRun, family: ModelFamily, load: Load, embeds: Sequence[PromptEmbeds]) -> Shapes:
-    """Build denoiser and adapter on `meta` as training builds them, and run one step's forward pass there."""
-    config = loaded.config
-    computes_in = DTYPES[config.mixed_precision]
-    empty = type(family)(family.spec, family.source, torch.device("meta"), family.dtype)
-    denoiser = empty.empty_denoiser()
-    count = sum(parameter.numel() for parameter in denoiser.parameters())
-    spec, formats = family.spec, family.number_formats
-    frozen = num_bytes((*denoiser.parameters(), *denoiser.buffers()))
-    frozen -= saved_bytes(denoiser, formats.base, spec.block_classes, spec.unquantised)
-    swapped = swapped_bytes(config, family, denoiser)
-    with torch.device("meta"):
-        trained = attach_adapter(loaded, empty, denoiser).trainable_parameters()
-    is_full = config.model_type == "full"
-    trained_bytes = num_bytes(trained.values())
-    optimizer = optimizer_bytes(
-        trained, lambda tried: build_optimizer(config.optimizer, tried, config.model_dump(), config.seed)
-    )
-    for parameter in denoiser.parameters():
-        parameter.data = parameter.data.to(computes_in)
-    empty.dtype = computes_in
-    activations = measure_activations(empty, denoiser, load.height, load.width, embeds, load.references)
-    return Shapes(count, 0 if is_full else frozen, dict(trained), trained_bytes, swapped, activations, optimizer)
-
-
-def memory_rows(loaded: LoadedRun, family: ModelFamily, shapes: Shapes, stays_vae: bool) -> list[Row]:
-    config = loaded.config
-    count = sum(parameter.numel() for parameter in shapes.trained.values())
-    kept = kept_activations(config, shapes.activations)
-    rows = [
-        Row("frozen weights", shapes.frozen_bytes - shapes.swapped_bytes),
-        Row("trained weights", shapes.trained_bytes),
-        Row("gradients", shapes.trained_bytes),
-        Row(f"state of {config.optimizer}", shapes.optimizer),
-        Row("EMA, float32", 4 * count if config.use_ema else 0),
-        Row(f"activations{', checkpointed' * config.gradient_checkpointing}", kept),
-    ]
-    if config.mixed_precision != "no":
-        wide = [parameter for parameter in shapes.trained.values() if parameter.dtype == torch.float32]
-        rows.append(Row("16-bit copies of trained weights", 2 * sum(parameter.numel() for parameter in wide)))
-    if stays_vae:
-        vae = make_empty_component(family.source, family.spec.component("vae"), torch.float32)
-        rows.append(Row("VAE, which stays to encode on demand", num_bytes(vae.parameters())))
-    return [row for row in rows if row.num_bytes]
-
-
-def kept_activations(config: TrainConfig, activations: Activations) -> int:
-    """Bytes between forward and backward; with `auto` the least, since it takes what is free beyond that."""
-    if not config.gradient_checkpointing:
-        return activations.plain
-    kept = activations.checkpointed
-    if config.gradient_checkpointing_backend == "unsloth":
-        kept -= activations.block_inputs
-    interval = config.gradient_checkpointing_interval or "1"
-    if interval != "auto":
-        kept += round((activations.plain - kept) * (1 - 1 / int(interval)))
-    return kept
-
-
-def swapped_bytes(config: TrainConfig, family: ModelFamily, denoiser: nn.Module) -> int:
-    """Of the frozen weights, those in main memory; two blocks are on the device, one computes and one arrives."""
-    spec, precision = family.spec, family.number_formats.base
-    blocks = repeated_blocks(denoiser, spec.block_classes)
-    count = len(blocks) if config.enable_group_offload else min(config.musubi_blocks_to_swap, len(blocks))
-    sizes = [
-        num_bytes((*block.parameters(), *block.buffers())) - saved_bytes(block, precision, (), spec.unquantised)
-        for block in blocks[len(blocks) - count :]
-    ]
-    return sum(sizes[: max(count - 2, 0)])
 
 
 def caption_bytes(
@@ -382,13 +273,6 @@ def cache_needs(loaded: LoadedRun, family: ModelFamily, datasets: Sequence[Datas
     return sum(need.num_missing for need in needs), sum(need.bytes_missing for need in needs)
 
 
-def device_memory(device: torch.device) -> int:
-    """Bytes that are available now."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return psutil.virtual_memory().available
-
-
 def free_disk(folder: Path) -> int:
     """Bytes that are free where `folder` is, or will be."""
     existing = next(parent for parent in (folder, *folder.parents) if parent.is_dir())
@@ -406,8 +290,7 @@ def plan_lines(found: Plan) -> list[str]:
         "memory while training",
         *_rows(found.memory, found.memory_bytes, f"{bytes_text(found.available)} available", found.available),
     ]
-    name, other = found.other_activations
-    lines.append(f"  activations {name}: {bytes_text(other)}")
+    lines += [f"  {row.name}: {bytes_text(row.num_bytes)}" for row in found.other_activations]
     lines += ["disk", *_rows(found.disk, found.disk_bytes, f"{bytes_text(found.free_disk)} free", found.free_disk)]
     lines.append("time")
     if found.seconds is None:

@@ -7,7 +7,7 @@ gradient checkpointing.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,16 +29,34 @@ class Activations:
     """Bytes that one micro-batch keeps between forward and backward.
 
     Args:
-        plain: without gradient checkpointing.
-        checkpointed: with it: the input of each block, and the inside of one block at a time.
-        block_inputs: of `checkpointed`, the inputs of the blocks.
+        outside: of all blocks.
+        inside: per block, in their order.
+        inputs: per block, what it is called with.
         num_tokens: rows of the first block's input, all samples together.
     """
 
-    plain: int
-    checkpointed: int
-    block_inputs: int
+    outside: int
+    inside: tuple[int, ...]
+    inputs: tuple[int, ...]
     num_tokens: int
+
+    def peak(self, recomputed: Container[int] = (), parks_inputs: bool = False) -> int:
+        """The most that is kept at a time.
+
+        Args:
+            recomputed: blocks that keep their input alone, until the backward pass comes to them.
+            parks_inputs: not even that; it waits in main memory.
+        """
+        kept = [
+            (0 if parks_inputs else put_in) if index in recomputed else inside
+            for index, (inside, put_in) in enumerate(zip(self.inside, self.inputs, strict=True))
+        ]
+        alive = peak = self.outside + sum(kept)
+        for index in reversed(range(len(kept))):
+            if index in recomputed:
+                peak = max(peak, alive + self.inside[index])
+            alive -= kept[index]
+        return peak
 
 
 def num_bytes(tensors: Iterable[Tensor]) -> int:
@@ -97,12 +115,10 @@ def measure_activations(
     denoiser.train()
     with counter, _FusedAttention():
         compute_losses(family, denoiser, batch, noise, torch.full((len(batch),), 0.5, dtype=torch.float64))
-    outside = counter.saved.get(None, 0)
-    inside = [count for block, count in counter.saved.items() if block is not None]
     return Activations(
-        plain=outside + sum(inside),
-        checkpointed=outside + sum(counter.inputs.values()) + max(inside, default=0),
-        block_inputs=sum(counter.inputs.values()),
+        outside=counter.saved.get(None, 0),
+        inside=tuple(counter.saved.get(block, 0) for block in counter.inputs),
+        inputs=tuple(counter.inputs.values()),
         num_tokens=counter.num_tokens,
     )
 

@@ -1,7 +1,8 @@
 """Gradient checkpointing: which blocks forget what they computed, and where their inputs wait meanwhile.
 
 Chen et al., "Training Deep Nets with Sublinear Memory Cost" (arXiv 1604.06174). Every block, every n-th one, or as many
-as the memory that was measured demands: the result is the same, only time and memory differ.
+as the memory that was measured demands: the result is the same, only time and memory differ. The last block never
+forgets: the backward pass would compute it again at once, while all else is still kept.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ class Recomputing:
 
     Args:
         device: where blocks compute.
-        interval: recompute the first of every n blocks.
+        interval: recompute the first of every n blocks, except the last of all.
         is_measured: recompute only as many blocks as memory demands; `interval` has no effect then.
         parks_inputs: inputs of recomputed blocks wait in main memory.
     """
@@ -51,14 +52,16 @@ class Recomputing:
         )
 
     def __call__(self, block: Callable[..., Any], *inputs: Any) -> Any:
+        is_known = block in self._index  # in the first pass nobody knows which is the last
         index = self._index.setdefault(block, len(self._index))
         if self.room is not None:
-            is_recomputed, count = self.room.ask(index, inputs)
+            is_recomputed, count = self.room.ask(index, inputs, len(self._index))
             if count is not None:
                 with count:
                     return block(*inputs)
         else:
-            is_recomputed = index % self.interval == 0
+            is_last = is_known and index == len(self._index) - 1
+            is_recomputed = index % self.interval == 0 and not is_last
         if not is_recomputed:
             return block(*inputs)
         if self.parks_inputs:
@@ -110,7 +113,8 @@ class MeasuredRoom:
     """How many blocks of a batch of some size need not be recomputed.
 
     The first step of each size recomputes all blocks but one, whose saved bytes are counted; what is free at the peak
-    of that step then says how many blocks may keep theirs.
+    of that step then says how many blocks may keep theirs. Those are the last ones: when the backward pass comes to the
+    first, where it recomputes, it has freed them.
     """
 
     def __init__(self, device: torch.device):
@@ -120,8 +124,12 @@ class MeasuredRoom:
         self._size = 0
         self._is_measuring = False
 
-    def ask(self, index: int, inputs: Sequence[Any]) -> tuple[bool, CountSaved | None]:
-        """(whether to recompute the block, a context that counts what it saves in place of that)."""
+    def ask(self, index: int, inputs: Sequence[Any], num_blocks: int) -> tuple[bool, CountSaved | None]:
+        """(whether to recompute the block, a context that counts what it saves in place of that).
+
+        Args:
+            num_blocks: that are known so far, which is all of them from the second step on.
+        """
         if index == 0:
             self._size = sum(value.numel() for value in inputs if isinstance(value, Tensor))
             if self._size not in self._counted:
@@ -130,14 +138,15 @@ class MeasuredRoom:
                     torch.cuda.reset_peak_memory_stats(self.device)
                 self._is_measuring = True
                 return False, CountSaved(self._counted, self._size)
-        return index >= self.plain_blocks.get(self._size, 1), None
+        if self._size not in self.plain_blocks:
+            return True, None
+        return index < num_blocks - self.plain_blocks[self._size], None
 
     def after_step(self, num_blocks: int) -> None:
         self._is_measuring = False
         for size, num_bytes in self._counted.items():
             if size not in self.plain_blocks and num_bytes:
-                fitting = int(self.free_bytes() * (1 - SPARE) / num_bytes)
-                self.plain_blocks[size] = min(num_blocks, 1 + fitting)
+                self.plain_blocks[size] = count_fitting(self.free_bytes(), num_bytes, num_blocks)
 
     def free_bytes(self) -> int:
         """Bytes that were free at the peak since the count began; of main memory, those that are free now."""
@@ -146,6 +155,16 @@ class MeasuredRoom:
         free, _ = torch.cuda.mem_get_info(self.device)
         kept = torch.cuda.memory_reserved(self.device) - torch.cuda.max_memory_allocated(self.device)
         return free + max(kept, 0)
+
+
+def count_fitting(free: int, num_bytes: int, num_blocks: int) -> int:
+    """How many blocks may keep what they computed.
+
+    Args:
+        free: bytes at the peak of a step in which one block did.
+        num_bytes: that one block keeps.
+    """
+    return min(num_blocks, 1 + int(max(free, 0) * (1 - SPARE) / max(num_bytes, 1)))
 
 
 class CountSaved:

@@ -1,0 +1,165 @@
+"""Memory of training before it starts, from the shapes of the real modules, not from a formula."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import psutil
+import torch
+from torch import nn
+
+from simpletuner.batch import PromptEmbeds
+from simpletuner.commands.probe import Load
+from simpletuner.commands.shapes import Activations, measure_activations, num_bytes, optimizer_bytes
+from simpletuner.config.loading import LoadedRun
+from simpletuner.config.options import TrainConfig
+from simpletuner.models.components import make_empty_component
+from simpletuner.models.family import ModelFamily
+from simpletuner.optim.optimizers import build_optimizer
+from simpletuner.precision.mixed import DTYPES
+from simpletuner.precision.quantise import saved_bytes
+from simpletuner.training.parts import attach_adapter
+from simpletuner.training.recomputing import count_fitting
+from simpletuner.training.swapping import repeated_blocks
+
+
+@dataclass(frozen=True)
+class Row:
+    """One thing that takes room."""
+
+    name: str
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """What the modules of a run are like, without their values.
+
+    Args:
+        frozen_bytes: of the denoiser without the adapter.
+        swapped_bytes: of them, those that wait in main memory.
+        trained: the parameters that are trained, on `meta`.
+        activations: at the largest size.
+        optimizer: bytes of the optimizer's state.
+    """
+
+    num_parameters: int
+    frozen_bytes: int
+    trained: dict[str, nn.Parameter]
+    trained_bytes: int
+    swapped_bytes: int
+    activations: Activations
+    optimizer: int
+
+
+def read_shapes(loaded: LoadedRun, family: ModelFamily, load: Load, embeds: Sequence[PromptEmbeds]) -> Shapes:
+    """Build denoiser and adapter on `meta` as training builds them, and run one step's forward pass there."""
+    config = loaded.config
+    computes_in = DTYPES[config.mixed_precision]
+    empty = type(family)(family.spec, family.source, torch.device("meta"), family.dtype)
+    denoiser = empty.empty_denoiser()
+    count = sum(parameter.numel() for parameter in denoiser.parameters())
+    spec, formats = family.spec, family.number_formats
+    frozen = num_bytes((*denoiser.parameters(), *denoiser.buffers()))
+    frozen -= saved_bytes(denoiser, formats.base, spec.block_classes, spec.unquantised)
+    swapped = swapped_bytes(config, family, denoiser)
+    with torch.device("meta"):
+        trained = attach_adapter(loaded, empty, denoiser).trainable_parameters()
+    is_full = config.model_type == "full"
+    trained_bytes = num_bytes(trained.values())
+    optimizer = optimizer_bytes(
+        trained, lambda tried: build_optimizer(config.optimizer, tried, config.model_dump(), config.seed)
+    )
+    for parameter in denoiser.parameters():
+        parameter.data = parameter.data.to(computes_in)
+    empty.dtype = computes_in
+    activations = measure_activations(empty, denoiser, load.height, load.width, embeds, load.references)
+    return Shapes(count, 0 if is_full else frozen, dict(trained), trained_bytes, swapped, activations, optimizer)
+
+
+def memory_rows(
+    loaded: LoadedRun, family: ModelFamily, shapes: Shapes, stays_vae: bool, available: int
+) -> tuple[list[Row], list[Row]]:
+    """(what training takes, what its activations would take with other settings).
+
+    Args:
+        available: bytes of the device, which decide how many blocks `auto` recomputes.
+    """
+    config = loaded.config
+    count = sum(parameter.numel() for parameter in shapes.trained.values())
+    rows = [
+        Row("frozen weights", shapes.frozen_bytes - shapes.swapped_bytes),
+        Row("trained weights", shapes.trained_bytes),
+        Row("gradients", shapes.trained_bytes),
+        Row(f"state of {config.optimizer}", shapes.optimizer),
+        Row("EMA, float32", 4 * count if config.use_ema else 0),
+    ]
+    if config.mixed_precision != "no":
+        wide = [parameter for parameter in shapes.trained.values() if parameter.dtype == torch.float32]
+        rows.append(Row("16-bit copies of trained weights", 2 * sum(parameter.numel() for parameter in wide)))
+    if stays_vae:
+        vae = make_empty_component(family.source, family.spec.component("vae"), torch.float32)
+        rows.append(Row("VAE, which stays to encode on demand", num_bytes(vae.parameters())))
+    free = available - sum(row.num_bytes for row in rows)
+    chosen, others = activation_rows(config, shapes.activations, free)
+    return [row for row in (*rows, chosen) if row.num_bytes], others
+
+
+def activation_rows(config: TrainConfig, activations: Activations, free: int) -> tuple[Row, list[Row]]:
+    """(activations as configured, those of the other ways to recompute).
+
+    Args:
+        free: bytes that are left for them.
+    """
+    num_blocks = len(activations.inside)
+    parks = config.gradient_checkpointing_backend == "unsloth"
+    interval = config.gradient_checkpointing_interval or "1"
+    ways = {
+        "without gradient_checkpointing": range(0),
+        "with gradient_checkpointing_interval auto": mix_that_fits(activations, free, parks),
+        "with gradient_checkpointing": range(0, num_blocks - 1, 1 if interval == "auto" else int(interval)),
+    }
+    used = list(ways)[0 if not config.gradient_checkpointing else 1 if interval == "auto" else 2]
+    recomputed = ways.pop(used)
+    is_whole = 0 < len(recomputed) == num_blocks - 1
+    how = ", checkpointed" if is_whole else _share(recomputed, num_blocks)
+    others = [
+        Row(f"activations {way}{_share(blocks, num_blocks)}", activations.peak(blocks, parks))
+        for way, blocks in ways.items()
+    ]
+    return Row(f"activations{how}", activations.peak(recomputed, parks)), others
+
+
+def _share(recomputed: range, num_blocks: int) -> str:
+    """Says how many blocks are recomputed where that is neither none nor all but the last, which never is."""
+    some = 0 < len(recomputed) < num_blocks - 1
+    return f", {len(recomputed)} of {num_blocks} blocks checkpointed" if some else ""
+
+
+def mix_that_fits(activations: Activations, free: int, parks: bool = False) -> range:
+    """The blocks that `auto` recomputes where `free` bytes are left for activations."""
+    num_blocks = len(activations.inside)
+    if not num_blocks:
+        return range(0)
+    first_step = activations.peak(range(1, num_blocks), parks)
+    return range(num_blocks - count_fitting(free - first_step, activations.inside[0], num_blocks))
+
+
+def swapped_bytes(config: TrainConfig, family: ModelFamily, denoiser: nn.Module) -> int:
+    """Of the frozen weights, those in main memory; two blocks are on the device, one computes and one arrives."""
+    spec, precision = family.spec, family.number_formats.base
+    blocks = repeated_blocks(denoiser, spec.block_classes)
+    count = len(blocks) if config.enable_group_offload else min(config.musubi_blocks_to_swap, len(blocks))
+    sizes = [
+        num_bytes((*block.parameters(), *block.buffers())) - saved_bytes(block, precision, (), spec.unquantised)
+        for block in blocks[len(blocks) - count :]
+    ]
+    return sum(sizes[: max(count - 2, 0)])
+
+
+def device_memory(device: torch.device) -> int:
+    """Bytes that are available now."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available
