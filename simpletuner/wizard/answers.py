@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar
 
+from simpletuner.config.names import nearest
 from simpletuner.errors import ConfigError, Problem
 from simpletuner.hardware import Hardware
 from simpletuner.models.registry import get_spec
@@ -17,6 +18,7 @@ from simpletuner.models.spec import FamilySpec
 from simpletuner.wizard.lycoris import ALGORITHMS, LAYERS, Layers, Lycoris
 
 Goal = Literal["subject", "style", "edit", "full"]
+Name = TypeVar("Name", bound=str)
 
 # All but the second and third are algorithms of LyCORIS (`lycoris.py`).
 ADAPTERS: Mapping[str, str] = {
@@ -137,9 +139,7 @@ def read_adapter(text: str) -> str:
     Raises:
         ConfigError: it is none.
     """
-    if text in ADAPTERS:
-        return text
-    raise ConfigError(Problem(f'"{text}" is not an adapter', key="--adapter", allowed=", ".join(ADAPTERS)))
+    return _one_of(ADAPTERS, text, "--adapter", "an adapter")
 
 
 def read_layers(text: str) -> Layers:
@@ -148,10 +148,7 @@ def read_layers(text: str) -> Layers:
     Raises:
         ConfigError: it is none.
     """
-    for layers in LAYERS:
-        if text == layers:
-            return layers
-    raise ConfigError(Problem(f'"{text}" names no layers', key="--layers", allowed=", ".join(LAYERS)))
+    return _one_of(LAYERS, text, "--layers", "a choice of layers")
 
 
 def read_goal(text: str) -> Goal:
@@ -160,7 +157,13 @@ def read_goal(text: str) -> Goal:
     Raises:
         ConfigError: it is none.
     """
-    for goal in get_args(Goal):
-        if text == goal:
-            return goal
-    raise ConfigError(Problem(f'"{text}" is not a goal', key="--goal", allowed=", ".join(GOALS)))
+    return _one_of(GOALS, text, "--goal", "a goal")
+
+
+def _one_of(known: Mapping[Name, str], text: str, key: str, what: str) -> Name:
+    for name in known:
+        if text == name:
+            return name
+    near = nearest(text, known)
+    fix = f'did you mean "{near}"?' if near else None
+    raise ConfigError(Problem(f'"{text}" is not {what}', key=key, allowed=", ".join(known), fix=fix))

@@ -143,9 +143,10 @@ def _plain(value: Any) -> Any:
 
 
 def _new_project(config: Path, working_dir: Path, hardware: Hardware) -> Project:
-    folder = config.parent
+    # Beside a config.json, the files of another configuration must not be taken for those of this one.
+    before = "" if config.stem == "config" else f"{config.stem}."
     names = (DEFAULT_DATA_FILE, "lycoris_config.json", "user_prompt_library.json")
-    places = Places(working_dir, config, *(folder / name for name in names))
+    places = Places(working_dir, config, *(config.parent / f"{before}{name}" for name in names))
     others = (places.data, places.lycoris, places.prompts)
     texts = {path: read_text_file(path, places.shown(path)) for path in others if path.exists()}
     return Project(places, Answers(hardware, family=family_names()[0], name=_name(places)), texts)

@@ -88,16 +88,13 @@ class Review(Vertical):
 
 
 def verdict_text(verdict: Verdict, is_changed: bool, start: str) -> Text:
-    """Problems in red, notes in yellow, or that all is well."""
-    parts = []
-    for problem in verdict.problems:
-        parts.append(Text(problem.render(), "red"))
-    for warning in verdict.warnings:
-        parts.append(Text(f"note: {warning}", "yellow"))
+    """Problems in red, or that all is well, then notes in yellow: a small screen cuts off what comes last."""
+    parts = [Text(problem.render(), "red") for problem in verdict.problems]
     if not verdict.problems:
-        saved = f"Saved. Start with: {start}"
-        parts.append(Text("Every check of a start passes." if is_changed else saved, "bold green"))
-    return Text("\n").join(parts)
+        parts.append(
+            Text("Every check of a start passes." if is_changed else f"Saved. Start with: {start}", "bold green")
+        )
+    return Text("\n").join([*parts, *(Text(f"note: {warning}", "yellow") for warning in verdict.warnings)])
 
 
 def estimate_text(found: Estimate, verdict: Verdict, hardware: Hardware) -> Text:

@@ -260,3 +260,15 @@ def test_files_that_cannot_be_edited_are_refused_by_name(tmp_path: Path, name: s
     (tmp_path / name).write_text(text)
     with pytest.raises(ConfigError, match=message):
         open_project(Path(name), tmp_path, CPU)
+
+
+def test_a_second_configuration_in_a_folder_has_files_of_its_own(folder: Path, omnigen_folder: Path):
+    configured(folder, omnigen_folder)
+    before = contents(folder)
+    project = open_project(Path("config/sketch.json"), folder, CPU)
+    given = Given(goal="style", data="others", model=str(omnigen_folder), prompts=("a", "b"), captions="instanceprompt")
+    configure_without_screens(project, replace(given, instance_prompt="a sketch"), lambda line: None)
+    assert {name: contents(folder)[name] for name in before} == before
+    run = load_run((), {"CONFIG_PATH": "config/sketch.json"}, folder, get_spec)
+    assert run.data_file == folder / "config" / "sketch.multidatabackend.json"
+    assert run.lycoris_file == folder / "config" / "sketch.lycoris_config.json"

@@ -127,8 +127,9 @@ def test_the_adapter_s_targets_exist_in_every_family(family: str):
 
 def test_a_goal_is_one_of_those_there_are():
     assert read_goal("edit") == "edit"
-    with pytest.raises(ConfigError, match="not a goal"):
+    with pytest.raises(ConfigError, match="not a goal") as caught:
         read_goal("sbject")
+    assert caught.value.problems[0].fix == 'did you mean "subject"?'
 
 
 def test_each_prompt_has_a_nickname_of_its_own_and_keeps_the_one_it_had():
