@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from simpletuner.config.checking import show_value
@@ -130,15 +130,25 @@ def _table(infos: list[OptionInfo]) -> str:
 
 
 def resolved_text(run: LoadedRun) -> str:
-    """Every option with its effective value and where it comes from, one aligned line each; then the datasets."""
-    values = run.resolved()
-    rows = [(name, _shown_value(values[name]), str(run.origin(name))) for name in all_options()]
-    name_width = max(len(name) for name, _, _ in rows)
-    value_width = min(60, max(len(value) for _, value, _ in rows))
-    lines = [f"{name:<{name_width}}  {value:<{value_width}}  {origin}" for name, value, origin in rows]
+    """Every option with its value: first the defaults, then, where a terminal still shows it, what was set and where;
+    then the datasets.
+    """
+    values = {name: _shown_value(value) for name, value in run.resolved().items()}
+    defaults = [name for name in all_options() if run.origin(name).kind == "default"]
+    chosen = [name for name in all_options() if run.origin(name).kind != "default"]
+    lines = ["default:", *_columns([(name, values[name]) for name in defaults])]
+    lines += ["", "set:", *_columns([(name, values[name], str(run.origin(name))) for name in chosen])]
     lines += ["", f"datasets of {run.data_file}:"]
     lines += [f"  {entry.id}: {entry.dataset_type}" for entry in run.datasets] or ["  none"]
     return "\n".join([*lines, *(["", *(f"note: {line}" for line in run.warnings)] if run.warnings else [])])
+
+
+def _columns(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """Rows as aligned lines; a long value moves only what stands behind it."""
+    widths = [min(60, max(map(len, column))) for column in zip(*rows, strict=True)]
+    return [
+        "  " + "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    ]
 
 
 def _shown_value(value: Any) -> str:

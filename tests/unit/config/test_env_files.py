@@ -70,7 +70,7 @@ def test_the_command_sets_them_before_it_reads_the_configuration(tmp_path: Path,
     (tmp_path / "config/config.env").write_text("SIMPLETUNER_SEED=77\n")
     kept = {key: value for key, value in os.environ.items() if not key.startswith("SIMPLETUNER_")}
     told = run_cli(tmp_path, "options", "--resolved", environment=kept).stdout
-    [line] = [line for line in told.splitlines() if line.startswith("seed ")]
+    [line] = [line for line in told.splitlines() if line.startswith("  seed ")]
     assert "77" in line
     assert "SIMPLETUNER_SEED" in line
     refused = run_cli(tmp_path, "options", "--resolved", environment=kept | {"SIMPLETUNER_LOG_LEVEL": "loud"})

@@ -92,14 +92,16 @@ def test_resolved_prints_one_aligned_line_for_each_option(workspace: Workspace) 
     workspace.environment["SIMPLETUNER_TRAIN_BATCH_SIZE"] = "2"
     run = workspace.load_written("--seed=5")
     lines = run_options_command(resolved=run).splitlines()
-    table = {line.split()[0]: line for line in lines[: len(all_options())]}
-    assert list(table) == list(all_options())
+    default, chosen = lines.index("default:"), lines.index("set:")
+    table = {line.split()[0]: line for line in lines if line.split()[:1] and line.split()[0] in all_options()}
+    assert set(table) == set(all_options())
+    assert default < lines.index(table["lr_power"]) < chosen < lines.index(table["seed"])
+    assert table["lr_power"].split() == ["lr_power", "0.8"]
     assert table["seed"].split() == ["seed", "5", "command", "line"]
     assert table["train_batch_size"].endswith("environment (SIMPLETUNER_TRAIN_BATCH_SIZE)")
     assert table["validation_guidance"].split() == ["validation_guidance", "3.5", "family"]
     assert table["model_type"].endswith("config/config.json:3")
-    assert table["lr_power"].endswith("default")
-    columns = {line.index(value) for line, value in ((table["seed"], "5"), (table["lr_power"], "0.8"))}
+    columns = {table["seed"].index("command line"), table["validation_guidance"].index("family")}
     assert len(columns) == 1
     assert "  pictures: image" in lines
 
