@@ -22,7 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from simpletuner.distributed.lifeline import LAST_WORDS, LIFELINE, lifeline
+from simpletuner.distributed.lifeline import LAST_WORDS, LIFELINE, SAVING_SECONDS, lifeline
+from simpletuner.errors import EXIT_INTERRUPTED, EXIT_TERMINATED
 
 # A process that hangs in a collective does not answer SIGTERM; it has nothing to save either.
 GRACE_SECONDS = 20.0
@@ -83,7 +84,7 @@ def launch(arguments: Sequence[str], layout: Layout, say: Callable[[str], None])
             _start(arguments, layout, local_rank, port, Path(folder), end) for local_rank in range(layout.num_processes)
         ]
         with _forwarded_signals(processes) as received:
-            failed = _wait(processes)
+            failed = _wait(processes, received, say)
         if failed is None:
             return 0
         code = _exit_code(processes[failed].returncode)
@@ -119,20 +120,41 @@ def _start(
     return subprocess.Popen(command, env=environment, start_new_session=True, pass_fds=(end,))
 
 
-def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> int | None:
-    """Until all have ended; the first that failed, or None. What still runs then is asked to end, and soon made to."""
+def _wait(
+    processes: Sequence[subprocess.Popen[bytes]], asked: Sequence[int], say: Callable[[str], None]
+) -> int | None:
+    """Until all have ended; the first that failed, or None. What runs on after that is asked to end, and made to.
+
+    Args:
+        asked: the signals that came so far.
+        say: told where a process does not do what it was asked.
+    """
     failed: int | None = None
     deadline = float("inf")
     while any(process.poll() is None for process in processes):
-        if failed is None:
-            failed = _first_failure(processes)
-            if failed is not None:
-                _signal_all(processes, signal.SIGTERM)
-                deadline = time.monotonic() + GRACE_SECONDS
+        if failed is None and (failed := _first_failure(processes)) is not None:
+            _signal_all(processes, signal.SIGTERM)
+        code = None if failed is None else processes[failed].returncode
+        deadline = min(deadline, time.monotonic() + _patience(code, len(asked)))
         if time.monotonic() > deadline:
             _signal_all(processes, signal.SIGKILL)
+            if failed is None:
+                say("the processes do not answer: they were killed; the same command goes on from the last checkpoint")
+            deadline = float("inf")
         time.sleep(POLL_SECONDS)
     return failed if failed is not None else _first_failure(processes)
+
+
+def _patience(code: int | None, times_asked: int) -> float:
+    """Seconds until what still runs is killed.
+
+    Args:
+        code: of the process that ended first, None while none has.
+    """
+    is_leaving = code in (None, EXIT_INTERRUPTED, EXIT_TERMINATED)
+    if not is_leaving or times_asked > 1:
+        return GRACE_SECONDS
+    return SAVING_SECONDS if code is not None or times_asked else float("inf")
 
 
 def _first_failure(processes: Sequence[subprocess.Popen[bytes]]) -> int | None:

@@ -19,8 +19,8 @@ from pathlib import Path
 LIFELINE = "SIMPLETUNER_LIFELINE"
 # Where a process leaves its last words for the launcher.
 LAST_WORDS = "SIMPLETUNER_LAST_WORDS"
-# To finish a step and save. A process that hangs in a collective answers no signal.
-PATIENCE_SECONDS = 600.0
+# To finish a step and save, when a signal asks for it. A process that hangs in a collective answers none.
+SAVING_SECONDS = 600.0
 
 
 @contextmanager
@@ -56,5 +56,5 @@ def _end_with_launcher(descriptor: int, environment: MutableMapping[str, str]) -
     if words := environment.pop(LAST_WORDS, None):  # nobody would read them there
         shutil.rmtree(Path(words).parent, ignore_errors=True)
     os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(PATIENCE_SECONDS)
+    time.sleep(SAVING_SECONDS)
     os._exit(128 + signal.SIGTERM)
