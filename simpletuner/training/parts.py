@@ -191,8 +191,7 @@ def build_validator(
         pictures_dir,
         bus,
         references,
-        # Processes that draw together have to stop together: they do after the step.
-        is_stopping=lambda: bool(stop) and world.size == 1,
-        from_main=world.from_main if draws_together else lambda value: value,
+        is_stopping=lambda: bool(stop),
+        together=world if draws_together else ALONE,
     )
     return validator if validator.requests else None

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from simpletuner.config.prompt_library import LibraryPrompt
-from simpletuner.errors import ConfigError, DataError, Stopping
+from simpletuner.distributed.world import ALONE, World
+from simpletuner.errors import ConfigError, DataError, Problem, SimpleTunerError, Stopping
 from simpletuner.models.lending import LentVae
 from simpletuner.reporting.bus import EventBus
 from simpletuner.reporting.events import (
@@ -44,6 +45,8 @@ if TYPE_CHECKING:
 # this program (a missing attribute, a wrong type, a failed assertion) are none of these, and end the run with a
 # traceback: pictures that silently stopped would be found days later.
 PICTURE_FAILURES = (RuntimeError, OSError, ValueError, DataError, ConfigError)
+# Those that one process may meet alone, in the middle of a picture.
+ONE_SIDED_FAILURES = (RuntimeError, OSError, DataError)
 
 
 class Validator:
@@ -55,7 +58,8 @@ class Validator:
         output_dir: pictures go to `validation_images/` and `benchmarks/base_model/` in it.
         references: input pictures of prompts that name none of their own.
         is_stopping: asked before each denoising step and before scores; where it says yes, the rest is left off.
-        from_main: what the main process decided, where several draw together: each must draw the same.
+        together: the processes that draw together, since each holds a part of the denoiser: all draw the same, and
+            leave off together; only the main one shows previews and scores.
 
     Attributes:
         requests: the pictures of one validation; empty where no prompt is set.
@@ -74,13 +78,13 @@ class Validator:
         bus: EventBus,
         references: tuple[ReferencePicture, ...] = (),
         is_stopping: Callable[[], bool] = lambda: False,
-        from_main: Callable[[Any], Any] = lambda value: value,
+        together: World = ALONE,
     ):
         self.config = config
         self.family = family
         self.bus = bus
         self.is_stopping = is_stopping
-        self.from_main = from_main
+        self.together = together
         self.requests, notices = requests_from_config(
             config,
             prompt_library,
@@ -98,8 +102,9 @@ class Validator:
         }
         self.files = PictureFiles(Path(output_dir), self.requests, settings)
         self._vae = LentVae(family)
-        self._previews = self._make_previews() if self.requests and config.validation_preview else None
-        self._scorer = self._make_scorer() if self.requests and config.evaluation_type == "clip" else None
+        is_shown = bool(self.requests) and together.is_main
+        self._previews = self._make_previews() if is_shown and config.validation_preview else None
+        self._scorer = self._make_scorer() if is_shown and config.evaluation_type == "clip" else None
         for line in notices:
             bus.emit(Notice("warning", line))
 
@@ -126,7 +131,7 @@ class Validator:
 
     def has_drawn(self, step: int) -> bool:
         """Whether the pictures of `step` are there: those of a run that was killed over them are not."""
-        return self.from_main(step in self.files.steps_with_pictures())
+        return self.together.from_main(step in self.files.steps_with_pictures())
 
     def write_summaries(self, step: int) -> dict[str, Path]:
         """The sheets of a whole run, by what they are; none where `step` has no pictures."""
@@ -151,6 +156,41 @@ class Validator:
             self._vae.free()
             self.bus.emit(Notice("error", f"no {what}: {error}; training goes on"))
 
+    @contextmanager
+    def _failing_together(self) -> Iterator[None]:
+        """What fails in one of the processes that draw together fails in all: none draws on alone."""
+        failure: Exception | None = None
+        try:
+            yield
+        except PICTURE_FAILURES as error:
+            failure = error
+        if self.together.any(failure is not None):
+            raise failure or OSError("another process failed")
+
+    @contextmanager
+    def _never_alone(self, what: str) -> Iterator[None]:
+        """Where several draw together, a failure in the middle of a picture ends the run: the others may be waiting
+        for this process's part of the denoiser, and would wait for ever.
+
+        Raises:
+            SimpleTunerError: says so.
+        """
+        try:
+            yield
+        except NotImplementedError:
+            raise
+        except ONE_SIDED_FAILURES as error:
+            if self.together.size == 1:
+                raise
+            message = f"no {what}: {error}; the other processes wait for a part of this picture, so the run ends"
+            fix = "lower validation_resolution or set validation_disable, and start again: it goes on where it was"
+            raise SimpleTunerError(Problem(message, fix=fix)) from error
+
+    def _stop_together(self) -> None:
+        """Raise Stopping where one of the processes that draw together is asked to stop."""
+        if self.together.any(self.is_stopping()):
+            raise Stopping
+
     def _draw_all(
         self, denoiser: nn.Module, adapter: Any, ema: Any | None, step: int, name: str
     ) -> tuple[list[SavedPicture], dict[Kind, list[Picture]]]:
@@ -158,21 +198,22 @@ class Validator:
         kinds = self._kinds_due(ema, step)
         if not kinds:
             return [], {}
-        if self.is_stopping():
-            raise Stopping
+        self._stop_together()
         self.bus.emit(PhaseStarted(name, len(kinds) * len(self.requests)))
-        pipeline = self.family.pipeline(denoiser, self._vae.load())
-        if self.config.validation_noise_scheduler:
-            use_scheduler(pipeline, self.config.validation_noise_scheduler)
+        with self._failing_together():
+            pipeline = self.family.pipeline(denoiser, self._vae.load())
+            if self.config.validation_noise_scheduler:
+                use_scheduler(pipeline, self.config.validation_noise_scheduler)
         saved: list[SavedPicture] = []
         drawn: dict[Kind, list[Picture]] = {}
         for number, kind in enumerate(kinds):
-            with self._weights(kind, adapter, ema):
+            with self._weights(kind, adapter, ema), self._never_alone(name):
                 drawn[kind] = self._draw(pipeline, adapter, kind, step, name, number * len(self.requests))
-            if kind == "base":
-                saved += self.files.save_benchmark(drawn[kind])
-            else:
-                saved += self.files.save(drawn[kind], step, kind)
+            with self._failing_together():
+                if kind == "base":
+                    saved += self.files.save_benchmark(drawn[kind])
+                else:
+                    saved += self.files.save(drawn[kind], step, kind)
         self._vae.keep_if_small()
         if kinds != ["base"]:
             saved.append(self.files.save_sheet(step))
@@ -191,7 +232,7 @@ class Validator:
             kinds.append("live")
         if is_due and mode != "none":
             kinds.append("ema")
-        return self.from_main(kinds)
+        return self.together.from_main(kinds)
 
     def _weights(self, kind: Kind, adapter: Any, ema: Any | None) -> AbstractContextManager[Any]:
         """Inside the context the denoiser has the weights of `kind`."""
@@ -233,8 +274,7 @@ class Validator:
             preview = shown(requests) if shown else None
 
             def after_step(pipeline: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-                if self.is_stopping():
-                    raise Stopping
+                self._stop_together()
                 return preview(pipeline, index, timestep, tensors) if preview else tensors
 
             return after_step

@@ -16,7 +16,8 @@ from torch import nn
 
 from simpletuner.adapters.lycoris import LycorisAdapter, attach_lycoris
 from simpletuner.config.prompt_library import LibraryPrompt
-from simpletuner.errors import DataError
+from simpletuner.distributed.world import ALONE, World
+from simpletuner.errors import DataError, SimpleTunerError
 from simpletuner.models.components import ModelSource
 from simpletuner.models.omnigen.family import OmniGen
 from simpletuner.models.omnigen.spec import OMNIGEN
@@ -325,8 +326,59 @@ def test_a_run_that_is_asked_to_stop_leaves_its_pictures_undrawn(setup: Setup):
     assert [n.text for n in setup.recorder.of(Notice)] == ["no pictures at step 20: the run is asked to stop"]
 
 
+class Pair(World):
+    """Two processes that draw together; the other one says and decides what a test wants."""
+
+    others_failures: list[bool]
+    decided: list[str] | None = None
+
+    def any(self, flag: bool) -> bool:
+        return flag or (self.others_failures.pop(0) if self.others_failures else False)
+
+    def from_main(self, value: Any) -> Any:
+        return self.decided or value
+
+
+def pair(*others_failures: bool, decided: list[str] | None = None) -> Pair:
+    world = Pair(rank=0, size=2)
+    object.__setattr__(world, "others_failures", list(others_failures))
+    object.__setattr__(world, "decided", decided)
+    return world
+
+
 def test_processes_that_draw_together_draw_what_the_main_one_decides(setup: Setup):
     validator = setup.validator()
-    validator.from_main = lambda kinds: ["live"]
+    validator.together = pair(decided=["live"])
     validator.run(setup.denoiser, setup.adapter, setup.ema, 20)
     assert {picture.kind for picture in setup.recorder.of(PicturesMade)[0].pictures} == {"live", "grid"}
+
+
+def test_pictures_that_another_process_cannot_prepare_are_drawn_by_none(setup: Setup):
+    """A process that drew alone would wait for ever for the others' parts of the denoiser."""
+    validator = setup.validator()
+    is_asked_to_stop, has_failed = False, True
+    validator.together = pair(is_asked_to_stop, has_failed)
+    assert validator.run(setup.denoiser, setup.adapter, None, 20) == []
+    assert "another process failed; training goes on" in setup.recorder.of(Notice)[-1].text
+    assert not setup.recorder.of(PhaseProgress)
+
+
+def test_files_that_cannot_be_written_cost_the_pictures_of_all_processes(setup: Setup):
+    (setup.output_dir / "validation_images").write_text("no folder")
+    validator = setup.validator()
+    validator.together = pair()
+    assert validator.run(setup.denoiser, setup.adapter, setup.ema, 20) == []
+    assert "training goes on" in setup.recorder.of(Notice)[-1].text
+
+
+def test_a_failure_inside_of_a_picture_ends_processes_that_draw_together(setup: Setup, monkeypatch):
+    def no_memory(*args: object, **options: object) -> None:
+        raise torch.OutOfMemoryError("no memory left")
+
+    monkeypatch.setattr("simpletuner.validation.validator.make_pictures", no_memory)
+    validator = setup.validator()
+    validator.together = pair()
+    with pytest.raises(SimpleTunerError, match="no memory left; the other processes wait"):
+        validator.run(setup.denoiser, setup.adapter, None, 20)
+    validator.together = ALONE
+    assert validator.run(setup.denoiser, setup.adapter, None, 20) == []  # where one draws alone it costs the pictures
