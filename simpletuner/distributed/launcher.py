@@ -87,13 +87,15 @@ def launch(arguments: Sequence[str], layout: Layout, say: Callable[[str], None])
             failed = _wait(processes, received, say)
         if failed is None:
             return 0
-        code = _exit_code(processes[failed].returncode)
-        words = Path(folder) / str(failed)
+        returncode = processes[failed].returncode
+        # Processes that leave on a signal say the same; the first is the one that a reader looks for.
+        speaker = next(index for index, process in enumerate(processes) if process.returncode == returncode)
+        words = Path(folder) / str(failed if returncode == 1 else speaker)
         if words.is_file():
             say(words.read_text(encoding="utf-8"))
         elif not received:
-            say(_silent_end(processes[failed].returncode, _rank(layout, failed), layout.world_size))
-        return code
+            say(_silent_end(returncode, _rank(layout, failed), layout.world_size))
+        return _exit_code(returncode)
 
 
 def _rank(layout: Layout, local_rank: int) -> int:
@@ -120,9 +122,7 @@ def _start(
     return subprocess.Popen(command, env=environment, start_new_session=True, pass_fds=(end,))
 
 
-def _wait(
-    processes: Sequence[subprocess.Popen[bytes]], asked: Sequence[int], say: Callable[[str], None]
-) -> int | None:
+def _wait(processes: Sequence[subprocess.Popen[bytes]], asked: Sequence[int], say: Callable[[str], None]) -> int | None:
     """Until all have ended; the first that failed, or None. What runs on after that is asked to end, and made to.
 
     Args:

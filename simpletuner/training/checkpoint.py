@@ -62,13 +62,17 @@ class Checkpoints:
         """The newest whole checkpoint, or None."""
         return next((path for path in reversed(self.found()) if not storage.verify_dir(path, full=False)), None)
 
+    def path_of(self, step: int) -> Path:
+        """Where the checkpoint of a step is, or will be."""
+        return self.output_dir / f"checkpoint-{step}"
+
     def save(self, run: Run) -> Path:
         """Commit the current state, then rotate. A checkpoint of this step that is already valid is left as it is.
 
         Raises:
             DataError: the disk is full or cannot be written; earlier checkpoints stay.
         """
-        path = self.output_dir / f"checkpoint-{run.state.global_step}"
+        path = self.path_of(run.state.global_step)
         content = checkpoint_content(run)
         with run.placement.gathered():
             if run.world.is_main:
@@ -101,7 +105,7 @@ class Checkpoints:
 
     def _save_best_here(self, run: Run, path: Path, content: CheckpointContent, eval_loss: float) -> None:
         step = run.state.global_step
-        same = self.output_dir / f"checkpoint-{step}"
+        same = self.path_of(step)
         with storage.commit_dir(path, metadata={"global_step": step, "eval_loss": eval_loss}) as folder:
             if same.is_dir() and not storage.verify_dir(same, full=False):
                 storage.link_files(same, folder)

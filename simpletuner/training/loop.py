@@ -254,11 +254,13 @@ def is_due(run: Run, step_interval: int | None, epoch_interval: float | None = N
 
 
 def save_checkpoint(run: Run) -> str:
-    """Commit a checkpoint of the current state and tell; returns its path."""
-    run.placement.check(f"after step {run.state.global_step}")
-    path = run.checkpoints.save(run)
-    run.bus.emit(CheckpointSaved(step=run.state.global_step, path=path))
-    return str(path)
+    """Commit a checkpoint of the current state and tell, where that is not done yet; returns its path."""
+    step = run.state.global_step
+    if run.saved_step != step:
+        run.placement.check(f"after step {step}")
+        run.bus.emit(CheckpointSaved(step=step, path=run.checkpoints.save(run)))
+        run.saved_step = step
+    return str(run.checkpoints.path_of(step))
 
 
 def maybe_checkpoint(run: Run) -> None:

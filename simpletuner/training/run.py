@@ -60,6 +60,7 @@ class Run:
         recomputing: which blocks forget what they computed; None without gradient checkpointing.
         epochs_before: epochs done before the last step of this process.
         epochs_after: epochs done after it.
+        saved_step: the step of the last checkpoint that this process has taken part in.
         eval_losses: global_step -> pooled eval loss, of earlier processes too.
         eval_reference: the eval loss of the untouched base, once it is known.
         loss_bins: gathers the training loss by noise level.
@@ -88,6 +89,7 @@ class Run:
     recomputing: Recomputing | None = None
     epochs_before: float = 0.0
     epochs_after: float = 0.0
+    saved_step: int | None = None
     eval_losses: dict[int, float] = field(default_factory=dict)
     eval_reference: EvalResult | None = None
     loss_bins: LossBins = field(default_factory=LossBins)

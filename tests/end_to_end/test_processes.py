@@ -243,6 +243,18 @@ def test_sigterm_to_the_launcher_saves_once_and_leaves(tmp_path, omnigen_folder)
 
 
 @pytest.mark.ci
+def test_processes_that_draw_together_leave_their_pictures_together(tmp_path, omnigen_folder):
+    options = {"validation_disable": False, "validation_prompt": "a box", "validation_resolution": "64"}
+    options |= {"validation_num_inference_steps": 1000, "validation_step_interval": 1, "validation_guidance": 1.0}
+    launcher = started(write_run(tmp_path, omnigen_folder, **SHARDED, **options, disable_benchmark=True))
+    launcher.terminate()
+    _, told = launcher.communicate(timeout=60)
+    assert launcher.returncode == 143, told
+    [saved] = metrics(tmp_path / "output", "checkpoint_saved")
+    assert saved["step"] <= 3  # a thousand steps of each picture would have taken longer
+
+
+@pytest.mark.ci
 def test_an_error_of_every_process_is_printed_once(tmp_path, omnigen_folder):
     folder = write_run(tmp_path, omnigen_folder, num_processes=2)
     for picture in (folder / "pictures").glob("*.png"):
