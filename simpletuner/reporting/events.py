@@ -157,6 +157,7 @@ class SavedPicture:
 
     Args:
         kind: which weights drew it: `base` (adapter off), `live`, `ema`; `grid` for a sheet made of several.
+        index: counts the pictures of one prompt and size, from 0.
     """
 
     path: Path
@@ -166,6 +167,7 @@ class SavedPicture:
     height: int
     seed: int | None
     kind: Literal["base", "live", "ema", "grid"]
+    index: int = 0
 
 
 @dataclass(frozen=True)

@@ -53,6 +53,11 @@ def duration_text(seconds: float) -> str:
     return f"{hours} h {minutes:02d} min"
 
 
+def number_text(index: int) -> str:
+    """What tells a further picture of one prompt and size from the first: `, no. 2`."""
+    return f", no. {index + 1}" if index else ""
+
+
 def clock_text(seconds: float) -> str:
     """Time since the start as `H:MM:SS`."""
     minutes, rest = divmod(int(seconds), 60)

@@ -37,8 +37,9 @@ def scalars(event: Event) -> dict[str, float]:
 
 
 def picture_name(picture: SavedPicture) -> str:
-    """`live/cat_1024x768`: which weights, which prompt, width and height."""
-    return f"{picture.kind}/{picture.shortname}_{picture.width}x{picture.height}"
+    """`live/cat_1024x768_1`: which weights, which prompt, width and height, and the number of a further picture."""
+    number = f"_{picture.index}" if picture.index else ""
+    return f"{picture.kind}/{picture.shortname}_{picture.width}x{picture.height}{number}"
 
 
 def _of_step(event: StepDone) -> dict[str, float]:

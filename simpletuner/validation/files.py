@@ -17,6 +17,7 @@ from typing import Any, Literal
 from PIL import Image
 
 from simpletuner.reporting.events import SavedPicture
+from simpletuner.reporting.progress import number_text
 from simpletuner.storage import write_bytes, write_json
 from simpletuner.validation.grids import Row, comparison_sheet
 from simpletuner.validation.prompts import PictureRequest
@@ -71,7 +72,7 @@ class PictureFiles:
         name = f"step_{step}_{request.file_stem}_{request.index}_{request.size_text}{suffix}_at_{sampling_step}.png"
         path = self.previews_dir / name
         write_png(path, image)
-        return SavedPicture(path, request.shortname, request.prompt, *image.size, request.seed, kind)
+        return SavedPicture(path, request.shortname, request.prompt, *image.size, request.seed, kind, request.index)
 
     def has_benchmark(self) -> bool:
         """Whether all base pictures are there and were drawn with today's settings."""
@@ -128,7 +129,8 @@ class PictureFiles:
     def _save(self, picture: Picture, path: Path, kind: Kind) -> SavedPicture:
         write_png(path, picture.image)
         request = picture.request
-        return SavedPicture(path, request.shortname, request.prompt, request.width, request.height, request.seed, kind)
+        size = (request.width, request.height)
+        return SavedPicture(path, request.shortname, request.prompt, *size, request.seed, kind, request.index)
 
     def _sheet(self, steps: Sequence[int], title: str, cell: int | None = None) -> Image.Image:
         sources = [("base model", self.benchmark_path)] if self.has_benchmark() else []
@@ -137,7 +139,7 @@ class PictureFiles:
         kept = [(title, find) for title, find in sources if any(find(request).is_file() for request in self.requests)]
         rows = [
             Row(
-                f"{request.shortname} ({request.size_text}): {request.prompt}",
+                f"{request.shortname} ({request.size_text}{number_text(request.index)}): {request.prompt}",
                 [_read(find(request)) for _, find in kept],
             )
             for request in self.requests

@@ -12,6 +12,7 @@ from typing import Any
 
 from simpletuner import storage
 from simpletuner.errors import DataError, Problem
+from simpletuner.reporting.progress import number_text
 from simpletuner.reporting.sinks.jsonl import METRICS_FILE, read_records
 
 Record = Mapping[str, Any]
@@ -157,7 +158,8 @@ def _pictures(run: RunRecord, record: Record) -> list[ShownPicture]:
             continue
         path = locate(run, str(each.get("path", "")))
         if path is not None:
-            row = f"{each.get('shortname')} ({each.get('width')}x{each.get('height')})"
+            number = number_text(index) if isinstance(index := each.get("index"), int) else ""
+            row = f"{each.get('shortname')} ({each.get('width')}x{each.get('height')}{number})"
             step = int(record.get("step", 0))
             found.append(ShownPicture(path, step, str(each.get("kind")), row, str(each.get("prompt", ""))))
     return found

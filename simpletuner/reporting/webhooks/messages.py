@@ -170,7 +170,7 @@ def _saved(event: CheckpointSaved) -> list[Message]:
 
 def _facts(picture: SavedPicture) -> dict[str, Any]:
     resolution = f"{picture.width}x{picture.height}"
-    kept = ("shortname", "prompt", "width", "height", "seed", "kind")
+    kept = ("shortname", "prompt", "width", "height", "seed", "kind", "index")
     return {**{key: getattr(picture, key) for key in kept}, "resolution": resolution, "file": picture.path.name}
 
 

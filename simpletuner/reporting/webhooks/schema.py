@@ -82,6 +82,7 @@ _PICTURE = _data(
         "file": TEXT,
         "image": {"type": ["integer", "null"], "minimum": 0},
     },
+    {"index": _told(COUNT, "Counts the pictures of one prompt and size, from 0.")},
 )
 _PICTURES: Schema = {"type": "array", "items": _PICTURE}
 _NUMBERS: Schema = {"type": "object", "additionalProperties": NUMBER}

@@ -35,4 +35,5 @@ def test_pictures_inside_an_event_become_plain_objects():
         "height": 32,
         "seed": 7,
         "kind": "live",
+        "index": 0,
     }

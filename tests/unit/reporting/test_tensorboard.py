@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,8 @@ def test_tensorboard_reads_back_scalars_and_pictures(tmp_path: Path):
     sink.handle(RunStarted("trial", tmp_path, 10, options={"seed": 42}))
     sink.handle(step(1, 0.75))
     sink.handle(EvalDone(1, {"held-out": 0.5}, 0.5, ((0.25, 0.125),)))
-    sink.handle(PicturesMade(1, (SavedPicture(tmp_path / "a.png", "cat", "a cat", 8, 6, 1, "live"),)))
+    first = SavedPicture(tmp_path / "a.png", "cat", "a cat", 8, 6, 1, "live")
+    sink.handle(PicturesMade(1, (first, replace(first, index=1))))
     sink.close()
 
     read = EventAccumulator(str(tmp_path / "logs" / "trial")).Reload()
@@ -34,6 +36,7 @@ def test_tensorboard_reads_back_scalars_and_pictures(tmp_path: Path):
     assert read.Scalars("train/ema_decay")[0].value == pytest.approx(0.9)
     assert read.Scalars("speed/samples_per_second")[0].value == 8.0
     assert (read.Images("live/cat_8x6")[0].width, read.Images("live/cat_8x6")[0].height) == (8, 6)
+    assert [len(read.Images(tag)) for tag in ("live/cat_8x6", "live/cat_8x6_1")] == [1, 1], "one does not hide another"
 
 
 def test_a_resumed_run_supersedes_the_steps_it_draws_anew(tmp_path: Path):

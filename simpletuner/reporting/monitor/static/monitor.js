@@ -126,7 +126,7 @@ function showDetails(status) {
 
 // ---- pictures ----
 
-const keyOf = (picture) => `${picture.shortname}|${picture.resolution}|${picture.kind}`;
+const keyOf = (picture) => `${picture.shortname}|${picture.resolution}|${picture.index ?? 0}|${picture.kind}`;
 const isPreview = (picture) => picture.step_label !== undefined;
 
 // Of each picture being drawn, the furthest preview; gone when the picture itself is there.
@@ -156,7 +156,7 @@ function showGallery(run) {
   $("gallery-card").hidden = !finished.length;
   const rows = new Map();
   for (const picture of finished) {
-    const name = `${picture.shortname}|${picture.resolution}`;
+    const name = `${picture.shortname}|${picture.resolution}|${picture.index ?? 0}`;
     if (!rows.has(name)) rows.set(name, new Map());
     rows.get(name).set(`${picture.step}|${picture.kind}`, picture);
   }
@@ -167,7 +167,7 @@ function showGallery(run) {
 function makeRow(pictures) {
   const [first] = pictures.values(), row = element("section");
   row.strip = element("div", { className: "row" });
-  const title = element("div", { className: "prompt" }, element("b", { textContent: first.shortname }), element("span", { textContent: first.prompt }));
+  const title = element("div", { className: "prompt" }, element("b", { textContent: first.shortname + (first.index ? `, no. ${first.index + 1}` : "") }), element("span", { textContent: first.prompt }));
   row.append(title, row.strip);
   return row;
 }

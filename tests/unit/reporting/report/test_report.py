@@ -195,3 +195,18 @@ def test_a_file_is_named_once_and_its_lines_at_each_option(tmp_path: Path):
     assert "/home/a/other.json:1" in text, "two files of one name keep their paths"
     assert "512" in text
     assert "512.0" not in text
+
+
+def test_each_picture_of_a_prompt_has_a_row_of_its_own(tmp_path: Path):
+    run = make_run(tmp_path / "run")
+    sink = JsonlSink(run)
+    pictures = []
+    for index in range(2):
+        path = run / "validation_images" / f"two_{index}.png"
+        Image.new("RGB", (8, 8), (index, 0, 0)).save(path)
+        pictures.append(SavedPicture(path, "two", "a cat", 8, 8, index, "live", index))
+    sink.handle(PicturesMade(20, tuple(pictures)))
+    sink.close()
+    text = Page(write_report(run)).text
+    assert "two (8x8)" in text
+    assert "two (8x8, no. 2)" in text
