@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import platform
 import shutil
 import subprocess
@@ -20,6 +21,11 @@ def missing_compiler(device_type: str) -> str | None:
         is_there = any(map(shutil.which, ("c++", "g++", "clang++", "cl")))
         return None if is_there else "a C++ compiler (g++ or clang++)"
     return None if importlib.util.find_spec("triton") else "triton"
+
+
+def available_cores() -> int:
+    """Cores that this process may use: fewer than the machine has in containers and under job schedulers."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,22 @@ from torch import Tensor, nn
 from simpletuner.batch import Sample
 from simpletuner.data.transforms import UnusablePicture
 from simpletuner.errors import DataError, Problem
+from simpletuner.hardware import available_cores
 from simpletuner.models.family import LatentMoments, ModelFamily
 
 UNREADABLE = (UnusablePicture, DataError, OSError)
+CPU_READERS, MOST_READERS = 2, 16
 NOT_FINITE = "the VAE gives NaN or infinite latents for it"
+
+
+def num_readers(device: torch.device, num_processes: int = 1) -> int:
+    """Threads that decode pictures while a VAE on `device` encodes.
+
+    On the CPU the VAE wants the cores itself. An accelerator encodes a photograph sooner than a core has decoded it.
+    """
+    if device.type == "cpu":
+        return CPU_READERS
+    return min(max(available_cores() // num_processes, CPU_READERS), MOST_READERS)
 
 
 class ManySamples(Protocol):

@@ -25,8 +25,8 @@ from simpletuner.cache.encoding import (
     PictureSource,
     batches_of_one_size,
     encode_pictures,
+    num_readers,
     read_ahead,
-    read_picture,
 )
 from simpletuner.cache.store import DamagedEntry, StoreWriter
 from simpletuner.data.transforms import TRANSFORM_VERSION
@@ -112,7 +112,7 @@ class LatentCache(EncodedCache):
         load_vae: Callable[[], nn.Module],
         batch_size: int,
         report: Progress | None = None,
-        num_threads: int = 2,
+        num_processes: int = 1,
     ) -> FillReport:
         """Encode what is missing; reading, encoding and writing overlap.
 
@@ -121,7 +121,7 @@ class LatentCache(EncodedCache):
             batch_size: pictures in every batch that the VAE sees.
             report: called as `report(done, total)` after each batch. What it raises, as a signal does, stops the work;
                 what was encoded stays.
-            num_threads: that decode pictures.
+            num_processes: that fill caches on this machine, and share its cores.
 
         Raises:
             DataError: the disk has no room, or the device no memory for a batch.
@@ -143,7 +143,8 @@ class LatentCache(EncodedCache):
 
         for samples in self._by_key(dataset.samples):
             todo = {key: samples[key] for key in self.store.missing(samples) if key not in filling.reasons}
-            filling.run(todo, dataset.read_pixels, num_threads, tell)
+            if todo:
+                filling.run(todo, dataset.read_pixels, num_readers(self.family.device, num_processes), tell)
         num_encoded = need.num_missing - len(filling.reasons)
         return FillReport(num_encoded, num_cached, self._unusable(dataset, filling), time.monotonic() - started)
 
@@ -201,6 +202,8 @@ class OnDemandLatents:
         self.dataset = dataset
         self.keeps = keeps
         self._encoder = BatchEncoder(cache.family, vae, batch_size)
+        self._num_readers = num_readers(cache.family.device)
+        self._reading = ThreadPoolExecutor(self._num_readers, "pictures-read")  # its threads start with the first one
         self._writer = StoreWriter(cache.store, max_entries=cache.write_batch_size)
         self._lock = threading.Lock()
 
@@ -212,6 +215,7 @@ class OnDemandLatents:
 
     def close(self) -> None:
         """Write what was encoded and is not written yet."""
+        self._reading.shutdown()
         self._writer.flush()
 
     def get(self, sample: Sample) -> LatentMoments:
@@ -228,7 +232,8 @@ class OnDemandLatents:
             wanted = {self.cache.key(sample): sample for sample in samples}
             found = {key: moments for key in wanted if (moments := self._find(key)) is not None}
             missing = {key: sample for key, sample in wanted.items() if key not in found}
-            pictures = (read_picture(sample, self.dataset.read_pixels) for sample in missing.values())
+            read = self.dataset.read_pixels
+            pictures = read_ahead(missing.values(), read, self._reading, self._num_readers + self._encoder.batch_size)
             for batch in batches_of_one_size(pictures, self._encoder.batch_size):
                 for picture, result in encode_pictures(self._encoder, batch):
                     if isinstance(result, str):

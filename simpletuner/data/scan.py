@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from simpletuner.data.backends.base import Backend, Folder, UnusableFile, join
 from simpletuner.data.captions import CAPTION_SUFFIXES, MAX_CAPTION_BYTES, decode_caption
 from simpletuner.data.transforms import UNREAD_SUFFIXES, UnusablePicture, decoder_version, picture_facts
+from simpletuner.hardware import available_cores
 
 # A picture that decodes; one that does not, until it or the decoder changes; one to be tried again at each scan.
 OK, BROKEN, UNREADABLE = "ok", "broken", "unreadable"
@@ -244,5 +245,4 @@ def _forget_folders(database: sqlite3.Connection, keys: Sequence[int]) -> None:
 
 def _num_threads() -> int:
     """Decoding and hashing leave the interpreter's lock; two more than there are cores hide waits for the disk."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(cores + 2, 32)
+    return min(available_cores() + 2, 32)

@@ -224,7 +224,7 @@ def fill_caches(
                 progress.summary = f"0 encoded, {num_cached} cached before"
                 continue
             pictures = Pictures(share, source.pictures.read_pixels)
-            report = cache.fill(pictures, vae.load, source.batch_size, report=_teller(progress, stop))
+            report = cache.fill(pictures, vae.load, source.batch_size, _teller(progress, stop), world.size)
             progress.summary = f"{report.num_encoded} encoded, {report.num_cached} cached before"
         unusable = [
             each for each in world.gather([[each.sample.path, each.reason] for each in report.unusable]) if each

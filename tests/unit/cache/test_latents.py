@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 from simpletuner.batch import Crop, Sample
+from simpletuner.cache import encoding
 from simpletuner.cache import latents as latents_module
 from simpletuner.cache.fingerprints import vae_fingerprint
 from simpletuner.cache.latents import LatentCache, OnDemandLatents
@@ -427,3 +429,27 @@ def test_a_vae_without_safetensors_is_told(model, memo):
     weights.rename(weights.with_suffix(".bin"))
     with pytest.raises(DataError, match="holds no safetensors weights"):
         _fingerprint(model, memo)
+
+
+def test_an_accelerator_gets_a_reader_for_each_core_and_the_cpu_two(monkeypatch):
+    monkeypatch.setattr(encoding, "available_cores", lambda: 12)
+    assert encoding.num_readers(CPU) == 2
+    assert encoding.num_readers(torch.device("cuda")) == 12
+    assert encoding.num_readers(torch.device("cuda"), num_processes=4) == 3
+    assert encoding.num_readers(torch.device("cuda"), num_processes=12) == 2
+    monkeypatch.setattr(encoding, "available_cores", lambda: 96)
+    assert encoding.num_readers(torch.device("cuda")) == 16
+
+
+def test_pictures_that_are_encoded_on_demand_are_read_at_the_same_time(cache):
+    pictures = Pictures(4)
+    both_read = threading.Barrier(2, timeout=30)
+    read = pictures.read_pixels
+
+    def read_in_pairs(sample):
+        both_read.wait()
+        return read(sample)
+
+    pictures.read_pixels = read_in_pairs
+    with OnDemandLatents(cache, pictures, tiny_vae(), batch_size=2) as on_demand:
+        assert len(on_demand.get_many(pictures.samples)) == 4
