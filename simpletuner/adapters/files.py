@@ -149,7 +149,11 @@ def network_from(
 
     tensors = encode(weights, spec, "lycoris", denoiser)
     with isolated_lycoris():
-        network, _ = create_lycoris_from_weights(multiplier, file, denoiser, weights_sd=_loadable(tensors))
+        try:
+            network, _ = create_lycoris_from_weights(multiplier, file, denoiser, weights_sd=_loadable(tensors))
+        except RuntimeError as error:  # of shapes
+            message = f"LyCORIS cannot load it onto {type(denoiser).__name__}: {error}"
+            raise DataError(Problem(message, file=file, fix="use the model that the adapter was trained on")) from error
     network.loras += _scaling_modules(weights, denoiser, multiplier)
     lost = {key.split(".")[0] for key in tensors} - {module.lora_name for module in network.loras}
     if lost:

@@ -18,14 +18,15 @@ from simpletuner.adapters.base import ADAPTER_CHILD, Adapter, MatchCount, values
 from simpletuner.adapters.formats import LYCORIS_PREFIX
 from simpletuner.adapters.layers import layer_class
 from simpletuner.adapters.liveness import require_live
-from simpletuner.adapters.lycoris_modules import is_usable_norm, prepare_module
+from simpletuner.adapters.lycoris_modules import is_usable_norm, prepare_module, unloadable
 from simpletuner.adapters.lycoris_start import start_module
 from simpletuner.adapters.metadata import adapter_metadata
 from simpletuner.adapters.reading import LYCORIS_CONFIG, split_key
 from simpletuner.adapters.targets import LycorisTargets, count_matches, require_matches, resolve_targets
 from simpletuner.adapters.weights import AdapterWeights
 from simpletuner.config.json_reader import Document
-from simpletuner.config.lycoris import DEFAULT_ALGORITHM, check_lycoris
+from simpletuner.config.lycoris import check_lycoris
+from simpletuner.config.lycoris_algorithms import DEFAULT_ALGORITHM
 from simpletuner.errors import ConfigError, DataError, Problem
 from simpletuner.models.spec import FamilySpec
 from simpletuner.randomness import keyed_seed
@@ -158,9 +159,21 @@ def attach_lycoris(
     require_matches(report, denoiser, targets, file)
     for module in network.loras:
         prepare_module(module, lycoris.get("bypass_mode", True))
+    _require_loadable(network, paths, file)
     register_network(denoiser, network, dtype)
     require_live(((m.org_module[0], m.org_module[0], m) for m in network.loras), LYCORIS_CONFIG, file)
     return LycorisAdapter(network, lycoris, spec, report, paths)
+
+
+def _require_loadable(network: LycorisNetwork, paths: Mapping[str, str], file: str | None) -> None:
+    """Refuse now what could not be loaded after it was trained."""
+    with isolated_lycoris(), torch.random.fork_rng(devices=[]):
+        found = unloadable(network.loras)
+    if found is not None:
+        name, error = found
+        message = f"LyCORIS could not load the file: it takes {paths[name]} for one of another size ({error})"
+        fix = "use another factor, or leave this layer out (exclude_name)"
+        raise ConfigError(Problem(message, key=LYCORIS_CONFIG, file=file, fix=fix))
 
 
 def register_network(denoiser: nn.Module, network: LycorisNetwork, dtype: torch.dtype) -> None:
@@ -216,6 +229,8 @@ def _create_network(
     from simpletuner.adapters.lycoris_full import FullDifference
 
     options = {key: value for key, value in lycoris.items() if key not in ("apply_preset", "preset")}
+    if options.get("bypass_mode"):  # chosen by `prepare_module`: LyCORIS takes it where it is wrong too
+        del options["bypass_mode"]
     # The classes that the layers have now: a quantised `Linear` may be a `QLinear`.
     classes: dict[str, set[str]] = {}
     for module in denoiser.modules():

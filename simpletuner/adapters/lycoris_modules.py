@@ -6,6 +6,7 @@ with. Each correction says what it corrects; keys and parameters stay LyCORIS' o
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
@@ -68,6 +69,34 @@ def prefer_bypass(module: LycorisBaseModule) -> None:
             use_structured_forward(module)
 
 
+def unloadable(modules: Iterable[LycorisBaseModule]) -> tuple[str, Exception] | None:
+    """A layer whose file LyCORIS could not load, and what it says; None where it can load all.
+
+    Its loader guesses settings from the shapes of the tensors, and for some sizes guesses wrongly.
+    """
+    from lycoris.modules import get_module, make_module
+    from lycoris.modules.full import FullModule
+    from lycoris.modules.ia3 import IA3Module
+    from lycoris.modules.norms import NormModule
+
+    tried = set()
+    for module in modules:
+        layer: Any = module.org_module[0]
+        if isinstance(module, FullModule | IA3Module | NormModule) or layer.weight.is_meta:
+            continue  # have nothing to guess, and a whole weight would be copied
+        tensors = {f"{module.lora_name}.{name}": tensor for name, tensor in module.state_dict().items()}
+        size = (type(module), tuple(layer.weight.shape), *(tuple(tensor.shape) for tensor in tensors.values()))
+        if size in tried:
+            continue
+        tried.add(size)
+        kind, parts = get_module(tensors, module.lora_name)
+        try:
+            make_module(kind, parts, module.lora_name, layer)
+        except (RuntimeError, TypeError, ValueError) as error:
+            return module.lora_name, error
+    return None
+
+
 def beside_the_base(module: LycorisBaseModule) -> LycorisBaseModule:
     """A module from a file; a `full` one as a difference beside the layer's weight."""
     from lycoris.modules.full import FullModule
@@ -118,7 +147,15 @@ def dylora_tensors(module: DyLoraModule) -> dict[str, Tensor]:
 
 
 def rotated_forward(module: LycorisBaseModule, x: Tensor, scale: float = 1.0) -> Tensor:
-    """The bypass of OFT and BOFT in the dtype of its input: they invert in float32 and leave their output there."""
+    """The bypass of OFT and BOFT in the dtype of its input: they invert in float32 and leave their output there.
+
+    That of OFT fails with any other scale than 1, where the merged weight serves.
+    """
+    from lycoris.modules.diag_oft import DiagOFTModule
+
+    if scale != 1 and isinstance(module, DiagOFTModule):
+        weight = module.make_weight(scale, x.device).to(x.dtype)
+        return module.op(x, weight, None, **module.kw_dict)
     return type(module).bypass_forward(module, x, scale).to(x.dtype)
 
 

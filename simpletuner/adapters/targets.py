@@ -18,7 +18,7 @@ from torch import nn
 from simpletuner.adapters.base import MatchCount
 from simpletuner.adapters.layers import is_adaptable, is_linear, layer_class
 from simpletuner.config.lora import ALL_LINEAR, LAYER_CLASSES, lora_patterns
-from simpletuner.config.lycoris import NORMS
+from simpletuner.config.lycoris_algorithms import NORMS
 from simpletuner.config.lycoris_presets import with_preset_applied
 from simpletuner.errors import ConfigError, Problem
 from simpletuner.models.spec import FamilySpec

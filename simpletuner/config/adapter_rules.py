@@ -7,7 +7,7 @@ from typing import Any
 
 from simpletuner.config.draft import Draft
 from simpletuner.config.lora import unknown_targets
-from simpletuner.config.lycoris import algorithms_in, useless_settings
+from simpletuner.config.lycoris_algorithms import algorithms_in, useless_settings
 from simpletuner.errors import Problem
 
 # Starts that are a part of the base's weights, so that neither a file nor a magnitude of its own can stand beside them.

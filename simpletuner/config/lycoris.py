@@ -12,15 +12,16 @@ from typing import Any, Protocol
 
 from simpletuner.config.checking import show_value
 from simpletuner.config.json_reader import Document, JsonPath
+from simpletuner.config.lycoris_algorithms import (
+    ALGO_MAPS,
+    ALGORITHMS,
+    DEFAULT_ALGORITHM,
+    UNUSABLE_ALGORITHMS,
+    faults,
+)
 from simpletuner.config.lycoris_presets import preset_targets, usable_presets
 from simpletuner.config.names import nearest
 from simpletuner.errors import Problem
-
-ALGORITHMS = ("lokr", "loha", "locon", "lora", "glora", "diag-oft", "boft", "full", "dylora", "ia3")
-DEFAULT_ALGORITHM = "lora"  # as in LyCORIS
-UNUSABLE_ALGORITHMS = {
-    "tlora": "it masks its ranks by the timestep, which LyCORIS keeps in a global variable and its files do not hold",
-}
 
 # Settings of LyCORIS that this program refuses, and why.
 UNUSABLE_KEYS = {
@@ -38,14 +39,14 @@ SWITCHES = (
 )
 TOP_LEVEL_KEYS = ("algo", "preset", "apply_preset", *NUMBERS, *SWITCHES)
 NAME_LISTS = ("target_module", "target_name", "exclude_name")
-ALGO_MAPS = ("module_algo_map", "name_algo_map")
 PRESET_KEYS = (*NAME_LISTS, *ALGO_MAPS, "enable_conv", "use_fnmatch")
 # Inside an algo map LyCORIS hands the keys to the module's constructor, which calls some things by other names.
-ENTRY_KEYS = (
-    *("algo", "dim", "alpha", "factor", "use_tucker", "decompose_both", "full_matrix", "block_size"),
-    *("constraint", "rescaled", "weight_decompose", "wd_on_out", "unbalanced_factorization"),
-    *("rs_lora", "rank_dropout_scale", "train_on_input", "use_scalar"),
+ENTRY_NUMBERS = ("dim", "alpha", "factor", "block_size", "constraint")
+ENTRY_SWITCHES = (
+    *("use_tucker", "decompose_both", "full_matrix", "rescaled", "weight_decompose", "wd_on_out"),
+    *("unbalanced_factorization", "rs_lora", "rank_dropout_scale", "train_on_input", "use_scalar"),
 )
+ENTRY_KEYS = ("algo", *ENTRY_NUMBERS, *ENTRY_SWITCHES)
 ENTRY_NAMES_FOR = {
     "linear_dim": "dim",
     "linear_alpha": "alpha",
@@ -55,28 +56,6 @@ ENTRY_NAMES_FOR = {
 
 # A module path such as `layers.*.mlp` stands for as many blocks; patterns are tried on this many of each.
 _TRIED_INDICES = 128
-
-
-_LORA_LIKE = ("lokr", "loha", "locon", "lora")
-# Settings that only some algorithms read; the others are read by all.
-READ_BY: Mapping[str, tuple[str, ...]] = {
-    **dict.fromkeys(("factor", "decompose_both", "full_matrix", "unbalanced_factorization"), ("lokr",)),
-    **dict.fromkeys(("use_tucker", "use_cp", "use_conv_cp", "disable_conv_cp", "dora_wd", "wd_on_output"), _LORA_LIKE),
-    **dict.fromkeys(("constraint", "rescaled"), ("diag-oft", "boft")),
-    **dict.fromkeys(("linear_alpha", "conv_alpha"), (*_LORA_LIKE, "glora", "dylora")),
-    **dict.fromkeys(("linear_dim", "conv_dim"), (*_LORA_LIKE, "glora", "dylora", "diag-oft", "boft")),
-    "use_scalar": (*_LORA_LIKE, "glora"),
-    "dropout": (*_LORA_LIKE, "glora", "diag-oft"),
-    "rank_dropout": (*_LORA_LIKE, "glora", "diag-oft", "full"),
-    "bypass_mode": (*_LORA_LIKE, "glora", "diag-oft", "boft", "full"),
-    "block_size": ("dylora",),
-}
-# What LyCORIS 4.1 does wrong, so that nobody trains with it unknowingly: (setting, algorithms, why).
-FAULTY = (
-    ("rank_dropout", ("glora",), "LyCORIS keeps the ranks that it should drop, and drops the others"),
-    ("bypass_mode", ("full",), "a full difference has no cheaper form to compute with"),
-)
-NORMS = ("LayerNorm", "GroupNorm")
 
 
 class Layers(Protocol):
@@ -110,7 +89,7 @@ def check_lycoris(document: Document, spec: Layers) -> list[Problem]:
     if not isinstance(lycoris, dict):
         return [Problem("is not a JSON object", file=document.file, line=1, allowed='{"algo": "lokr", ...}')]
     problems = [*_unknown_keys(document, (), lycoris, TOP_LEVEL_KEYS), *_bad_algorithm(document, ("algo",), lycoris)]
-    problems += _bad_scalars(document, lycoris)
+    problems += _bad_scalars(document, (), lycoris)
     preset = lycoris.get("apply_preset", {})
     if not isinstance(preset, dict):
         return [*problems, _problem(document, ("apply_preset",), "is not a JSON object")]
@@ -123,26 +102,11 @@ def check_lycoris(document: Document, spec: Layers) -> list[Problem]:
         problems += _bad_algo_map(document, ("apply_preset", key), preset.get(key, {}))
     if problems:
         return problems
-    problems = [*_bad_preset(document, lycoris, spec), *_faulty_settings(document, lycoris, spec)]
+    classes = {each.class_name for each in spec.adaptable}
+    found = faults(lycoris, classes, spec.title)
+    problems = [*_bad_preset(document, lycoris, spec)]
+    problems += [_problem(document, at, message, fix=fix) for at, message, fix in found]
     return problems or check_targets(document, spec.adaptable, spec.class_aliases)
-
-
-def algorithms_in(lycoris: Mapping[str, Any]) -> set[str]:
-    """Every algorithm that a configuration uses, also those of single layers."""
-    preset = lycoris.get("apply_preset") or {}
-    entries = [entry for key in ALGO_MAPS for entry in preset.get(key, {}).values()]
-    return {str(settings.get("algo", lycoris.get("algo", DEFAULT_ALGORITHM))) for settings in [lycoris, *entries]}
-
-
-def useless_settings(lycoris: Mapping[str, Any]) -> list[str]:
-    """What no algorithm of the configuration reads, one line each."""
-    used = algorithms_in(lycoris)
-    names = ", ".join(sorted(used))
-    return [
-        f"{key}: has no effect on {names}"
-        for key, value in lycoris.items()
-        if key in READ_BY and value and not used & set(READ_BY[key])
-    ]
 
 
 def check_targets(document: Document, adaptable: Sequence[Adaptable], aliases: Mapping[str, str]) -> list[Problem]:
@@ -231,29 +195,6 @@ def _bad_preset(document: Document, lycoris: Mapping[str, Any], spec: Layers) ->
     return []
 
 
-def _faulty_settings(document: Document, lycoris: Mapping[str, Any], spec: Layers) -> list[Problem]:
-    used, problems = algorithms_in(lycoris), []
-    for key, algorithms, reason in FAULTY:
-        if lycoris.get(key) and used & set(algorithms):
-            message = f"cannot be used with {', '.join(sorted(used & set(algorithms)))}: {reason}"
-            problems.append(_problem(document, (key,), message, fix="remove it"))
-    if lycoris.get("dora_wd") and lycoris.get("wd_on_output") is False:
-        message = "false cannot be used: LyCORIS reads every weight-decomposed file as one of the output"
-        problems.append(_problem(document, ("wd_on_output",), message, fix="remove it"))
-    block_size = lycoris.get("block_size") or 4
-    if "dylora" in used and lycoris.get("linear_dim", 4) % block_size:
-        message = f"{lycoris.get('linear_dim', 4)} is no multiple of block_size, which is {block_size}"
-        problems.append(_problem(document, ("linear_dim",), message, fix="dylora trains whole blocks of ranks"))
-    if lycoris.get("train_norm"):
-        if lycoris.get("rank_dropout"):
-            message = "cannot be used with train_norm: LyCORIS keeps the rows that it should drop"
-            problems.append(_problem(document, ("rank_dropout",), message, fix="remove one of them"))
-        if not {each.class_name for each in spec.adaptable} & set(NORMS):
-            message = f"{spec.title} has no normalisation that LyCORIS can train: it knows LayerNorm and GroupNorm"
-            problems.append(_problem(document, ("train_norm",), message, fix="remove it"))
-    return problems
-
-
 def _problem(
     document: Document, at: JsonPath, message: str, allowed: str | None = None, fix: str | None = None
 ) -> Problem:
@@ -287,16 +228,16 @@ def _bad_algorithm(document: Document, at: JsonPath, settings: Mapping[str, Any]
     return [_problem(document, at, message, allowed=", ".join(ALGORITHMS), fix=fix)]
 
 
-def _bad_scalars(document: Document, lycoris: Mapping[str, Any]) -> list[Problem]:
+def _bad_scalars(document: Document, at: JsonPath, settings: Mapping[str, Any]) -> list[Problem]:
     problems = []
-    for key, value in lycoris.items():
+    for key, value in settings.items():
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if key in NUMBERS and not is_number:
-            problems.append(_problem(document, (key,), f"{show_value(value)} is not a number"))
-        elif key in SWITCHES and not isinstance(value, bool):
-            problems.append(_problem(document, (key,), f"{show_value(value)} is not true or false"))
-        elif key == "linear_dim" and value < 1:
-            problems.append(_problem(document, (key,), f"{value} adapts no layer", allowed="at least 1"))
+        if key in (*NUMBERS, *ENTRY_NUMBERS) and not is_number:
+            problems.append(_problem(document, (*at, key), f"{show_value(value)} is not a number"))
+        elif key in (*SWITCHES, *ENTRY_SWITCHES) and not isinstance(value, bool):
+            problems.append(_problem(document, (*at, key), f"{show_value(value)} is not true or false"))
+        elif key in ("linear_dim", "dim") and value < 1:
+            problems.append(_problem(document, (*at, key), f"{value} adapts no layer", allowed="at least 1"))
     return problems
 
 
@@ -314,4 +255,5 @@ def _bad_algo_map(document: Document, at: JsonPath, value: Any) -> list[Problem]
             continue
         problems += _unknown_keys(document, (*at, entry), settings, ENTRY_KEYS)
         problems += _bad_algorithm(document, (*at, entry, "algo"), settings)
+        problems += _bad_scalars(document, (*at, entry), settings)
     return problems

@@ -219,11 +219,24 @@ def test_an_adapter_whose_layer_ignores_it_is_refused(quickstart, monkeypatch) -
 
 @pytest.mark.parametrize(
     ("lycoris", "bypasses"),
-    [({}, True), ({"dora_wd": True}, False), ({"rank_dropout": 0.1}, False), ({"bypass_mode": False}, False)],
+    [
+        ({}, True),
+        ({"dora_wd": True}, False),
+        ({"dora_wd": True, "bypass_mode": True}, False),
+        ({"rank_dropout": 0.1}, False),
+        ({"bypass_mode": False}, False),
+    ],
 )
 def test_bypass_is_used_only_where_the_result_is_the_same(quickstart, lycoris, bypasses: bool) -> None:
     _, adapter = attach(quickstart | lycoris)
     assert {bool(module.bypass_mode) for module in adapter.network.loras} == {bypasses}
+
+
+def test_an_adapter_whose_file_could_not_be_loaded_is_refused_before_it_trains() -> None:
+    """LyCORIS' loader guesses the factor from the shapes, and with 4 channels and a factor of 32 guesses 4."""
+    lycoris = {"algo": "lokr", "linear_dim": 10000, "factor": 32}
+    with pytest.raises(ConfigError, match=r"takes patch_embedding.output_image_proj for one of another size"):
+        attach(lycoris | {"apply_preset": {"target_name": ["patch_embedding.output_image_proj"]}})
 
 
 def test_state_goes_back_bit_for_bit(quickstart) -> None:

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from simpletuner.config.json_reader import parse_json
-from simpletuner.config.lycoris import check_lycoris, module_paths, useless_settings
+from simpletuner.config.lycoris import check_lycoris, module_paths
+from simpletuner.config.lycoris_algorithms import useless_settings
 from simpletuner.errors import Problem
 
 from .conftest import FAMILY
@@ -65,6 +66,28 @@ def test_targets_of_the_family_are_accepted(lycoris: dict[str, Any]) -> None:
         ({"algo": "glora", "rank_dropout": 0.1}, "rank_dropout", "keeps the ranks that it should drop"),
         ({"algo": "loha", "dora_wd": True, "wd_on_output": False}, "wd_on_output", "as one of the output"),
         ({"algo": "full", "bypass_mode": True}, "bypass_mode", "cannot be used with full"),
+        ({"algo": "lokr", "unbalanced_factorization": True}, "unbalanced_factorization", "cannot load files"),
+        ({"algo": "dylora", "linear_dim": 4, "conv_dim": 2}, "conv_dim", "no multiple of block_size, which is 4"),
+        (
+            preset(module_algo_map={"Attention": {"algo": "dylora", "dim": 3, "block_size": 2}}),
+            "apply_preset.module_algo_map.Attention.dim",
+            "no multiple of block_size, which is 2",
+        ),
+        (
+            preset(module_algo_map={"Attention": {"algo": "lokr", "rs_lora": True}}),
+            "apply_preset.module_algo_map.Attention.rs_lora",
+            "would be weaker",
+        ),
+        (
+            preset(name_algo_map={"proj_out": {"weight_decompose": True, "wd_on_out": False}}),
+            "apply_preset.name_algo_map.proj_out.wd_on_out",
+            "as one of the output",
+        ),
+        (
+            preset(module_algo_map={"Attention": {"factor": "8"}}),
+            "apply_preset.module_algo_map.Attention.factor",
+            "not a number",
+        ),
         ({"algo": "lokr", "train_norm": True}, "train_norm", "no normalisation that LyCORIS can train"),
         ({"algo": "lokr", "preset": "atn-only"}, "preset", 'did you mean "attn-only"?'),
         ({"algo": "lokr", "preset": "attn-mlp"}, "preset", "this model has no such layers"),
@@ -93,6 +116,8 @@ def test_settings_that_nothing_reads_are_told_with_the_algorithms() -> None:
     assert useless_settings(lycoris) == ["factor: has no effect on locon", "rescaled: has no effect on locon"]
     mixed = lycoris | preset(module_algo_map={"Attention": {"algo": "lokr"}}) | {"algo": "boft"}
     assert useless_settings(mixed) == []
+    (line,) = useless_settings({"algo": "lokr", "dora_wd": True, "bypass_mode": True})
+    assert "which need the merged weight" in line
 
 
 def test_patterns_are_tried_on_many_blocks() -> None:

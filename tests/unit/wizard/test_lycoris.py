@@ -10,8 +10,9 @@ import pytest
 
 from simpletuner.config.json_reader import Document, parse_json
 from simpletuner.config.loading import load_run
-from simpletuner.config.lycoris import ALGORITHMS as TRAINABLE
-from simpletuner.config.lycoris import check_lycoris, useless_settings
+from simpletuner.config.lycoris import check_lycoris
+from simpletuner.config.lycoris_algorithms import ALGORITHMS as TRAINABLE
+from simpletuner.config.lycoris_algorithms import useless_settings
 from simpletuner.errors import ConfigError
 from simpletuner.models.registry import family_names, get_spec
 from simpletuner.wizard.answers import ADAPTERS, read_adapter, read_layers
