@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from simpletuner.data.tiles import Tile
+from simpletuner.fonts import font_for
 from simpletuner.storage import replacing_file
-from simpletuner.validation.grids import EMPTY, INK, MUTED, PAPER, elided, scaled_to_side
+from simpletuner.validation.grids import EMPTY, INK, MUTED, PAPER, elided, scaled_to_side, write
 
 CELL, GAP, MARGIN, COLUMNS = 192, 16, 28, 7
 TITLE_SIZE, HEADING_SIZE, CAPTION_SIZE, NOTE_SIZE = 26, 19, 14, 12
@@ -27,7 +28,7 @@ def draw_sheet(title: str, sections: Sequence[tuple[str, Sequence[Tile]]]) -> Im
     top = MARGIN + TITLE_SIZE + 20
     sheet = Image.new("RGB", (width, top + sum(heights) + MARGIN - GAP), PAPER)
     draw = ImageDraw.Draw(sheet)
-    draw.text((MARGIN, MARGIN), elided(title, TITLE_SIZE, width - 2 * MARGIN), INK, _font(TITLE_SIZE))
+    write(draw, (MARGIN, MARGIN), title, INK, TITLE_SIZE, width - 2 * MARGIN)
     for (heading, tiles), height in zip(sections, heights, strict=True):
         _draw_section(sheet, draw, heading, tiles, top, num_columns)
         top += height
@@ -41,7 +42,7 @@ def write_sheet(path: Path, sheet: Image.Image) -> None:
 
 def wrapped(text: str, size: int, width: float, num_lines: int) -> list[str]:
     """`text` in at most `num_lines` lines of `width` pixels; the last one ends in an ellipsis where text is left."""
-    font, words = _font(size), text.split()
+    font, words = font_for(text, size), text.split()
     lines: list[str] = []
     while words and len(lines) < num_lines - 1:
         taken = 1
@@ -67,7 +68,7 @@ def _section_height(tiles: Sequence[Tile], num_columns: int) -> int:
 def _draw_section(
     sheet: Image.Image, draw: ImageDraw.ImageDraw, heading: str, tiles: Sequence[Tile], top: int, num_columns: int
 ) -> None:
-    draw.text((MARGIN, top), elided(heading, HEADING_SIZE, sheet.width - 2 * MARGIN), INK, _font(HEADING_SIZE))
+    write(draw, (MARGIN, top), heading, INK, HEADING_SIZE, sheet.width - 2 * MARGIN)
     top += HEADING_SIZE + 14
     for index, tile in enumerate(tiles):
         left = MARGIN + (index % num_columns) * (CELL + GAP)
@@ -82,11 +83,7 @@ def _draw_tile(sheet: Image.Image, draw: ImageDraw.ImageDraw, tile: Tile, left: 
         top += CELL + 4
     top += 4
     for line in wrapped(tile.caption, CAPTION_SIZE, CELL, CAPTION_LINES):
-        draw.text((left, top), line, INK, _font(CAPTION_SIZE))
+        draw.text((left, top), line, INK, font_for(tile.caption, CAPTION_SIZE))
         top += LINE
     colour = WARNING if tile.is_enlarged else MUTED
-    draw.text((left, top + 2), elided(tile.note, NOTE_SIZE, CELL), colour, _font(NOTE_SIZE))
-
-
-def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    return ImageFont.load_default(size)
+    write(draw, (left, top + 2), tile.note, colour, NOTE_SIZE, CELL)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from simpletuner.fonts import font_for
 from simpletuner.reporting.sinks.jsonl import read_records
 
 if TYPE_CHECKING:
@@ -184,13 +185,9 @@ def _line(draw: ImageDraw, axes: _Axes, points: Points, colour: str, width: floa
 
 
 def _text(draw: ImageDraw, at: Sequence[float], text: str, colour: str, size: int, anchor: str) -> None:
-    from PIL import ImageFont
-
     where = (at[0] * OVERSAMPLE, at[1] * OVERSAMPLE)
-    draw.text(where, text, fill=colour, font=ImageFont.load_default(size * OVERSAMPLE), anchor=anchor)
+    draw.text(where, text, fill=colour, font=font_for(text, size * OVERSAMPLE), anchor=anchor)
 
 
 def _text_width(draw: ImageDraw, text: str, size: int) -> float:
-    from PIL import ImageFont
-
-    return draw.textlength(text, font=ImageFont.load_default(size * OVERSAMPLE)) / OVERSAMPLE
+    return draw.textlength(text, font=font_for(text, size * OVERSAMPLE)) / OVERSAMPLE

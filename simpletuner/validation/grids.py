@@ -9,7 +9,9 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
+
+from simpletuner.fonts import font_for
 
 INK, MUTED, PAPER, EMPTY = "#1f2933", "#6b7785", "#ffffff", "#f1f3f5"
 SMALLEST_CELL, LARGEST_CELL = 192, 512
@@ -62,14 +64,14 @@ def comparison_sheet(
     sheet = Image.new("RGB", (width, height), PAPER)
     draw = ImageDraw.Draw(sheet)
     if title:
-        draw.text((MARGIN, MARGIN), elided(title, TITLE_SIZE, width - 2 * MARGIN), INK, _font(TITLE_SIZE))
+        write(draw, (MARGIN, MARGIN), title, INK, TITLE_SIZE, width - 2 * MARGIN)
     lefts = [MARGIN + index * (cell_width + GAP) for index in range(len(columns))]
     for left, heading in zip(lefts, columns, strict=True):
-        draw.text((left, top), elided(heading, HEADING_SIZE, cell_width), INK, _font(HEADING_SIZE))
+        write(draw, (left, top), heading, INK, HEADING_SIZE, cell_width)
 
     y = top + heading_height
     for row, images, row_height in zip(rows, shown, row_heights, strict=True):
-        draw.text((MARGIN, y), elided(row.label, LABEL_SIZE, width - 2 * MARGIN), MUTED, _font(LABEL_SIZE))
+        write(draw, (MARGIN, y), row.label, MUTED, LABEL_SIZE, width - 2 * MARGIN)
         y += label_height
         for left, image in zip(lefts, images, strict=True):
             if image is None:
@@ -94,13 +96,13 @@ def contact_sheet(tiles: Sequence[Tile], columns: int = 8, title: str = "", cell
     sheet = Image.new("RGB", (width, top + num_rows * (cell + label_height + GAP) + MARGIN), PAPER)
     draw = ImageDraw.Draw(sheet)
     if title:
-        draw.text((MARGIN, MARGIN), elided(title, TITLE_SIZE, width - 2 * MARGIN), INK, _font(TITLE_SIZE))
+        write(draw, (MARGIN, MARGIN), title, INK, TITLE_SIZE, width - 2 * MARGIN)
     for index, tile in enumerate(tiles):
         left = MARGIN + (index % columns) * (cell + GAP)
         y = top + (index // columns) * (cell + label_height + GAP)
         image = scaled_to_side(tile.image, cell)
         sheet.paste(image, (left + (cell - image.width) // 2, y + (cell - image.height) // 2))
-        draw.text((left, y + cell + 4), elided(tile.label, LABEL_SIZE, cell), tile.colour, _font(LABEL_SIZE))
+        write(draw, (left, y + cell + 4), tile.label, tile.colour, LABEL_SIZE, cell)
     return sheet
 
 
@@ -127,10 +129,15 @@ def scaled_to_side(image: Image.Image, side: int) -> Image.Image:
     return image.convert("RGB").resize(size, filter_)
 
 
+def write(draw: ImageDraw.ImageDraw, at: tuple[float, float], text: str, colour: str, size: int, width: float) -> None:
+    """`text` on one line, cut where it is wider than `width` pixels."""
+    draw.text(at, elided(text, size, width), colour, font_for(text, size))
+
+
 def elided(text: str, size: int, width: float) -> str:
     """`text` on one line, cut with an ellipsis so that it is at most `width` pixels wide at this font size."""
     text = " ".join(text.split())
-    font = _font(size)
+    font = font_for(text, size)
     if font.getlength(text) <= width:
         return text
     low, high = 0, len(text)
@@ -141,7 +148,3 @@ def elided(text: str, size: int, width: float) -> str:
         else:
             high = middle - 1
     return text[:low].rstrip() + "…"
-
-
-def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    return ImageFont.load_default(size)
