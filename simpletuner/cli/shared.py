@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -43,6 +45,7 @@ def run_in_processes(loaded: LoadedRun, words: list[str]) -> None:
     layout = layout_of(loaded.config)
     if layout.world_size > 1 and not is_started_already(os.environ):
         raise typer.Exit(launch(words, layout, say_aside))
+    faulthandler.register(signal.SIGUSR1)  # prints where each thread is; the launcher passes it on
 
     from simpletuner.training.trainer import train as run_training
 

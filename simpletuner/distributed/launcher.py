@@ -172,14 +172,21 @@ def _signal_all(processes: Sequence[subprocess.Popen[bytes]], number: signal.Sig
 
 @contextmanager
 def _forwarded_signals(processes: Sequence[subprocess.Popen[bytes]]) -> Iterator[list[int]]:
-    """SIGTERM and SIGINT go on to every process, which save and leave; inside, the list of those that came."""
+    """SIGTERM and SIGINT go on to every process, which save and leave; inside, the list of those that came.
+
+    SIGUSR1 goes on too: each process prints where it is, which tells why a run hangs.
+    """
     received: list[int] = []
 
     def forward(number: int, frame: FrameType | None) -> None:
         received.append(number)
         _signal_all(processes, signal.Signals(number))
 
+    def ask(number: int, frame: FrameType | None) -> None:
+        _signal_all(processes, signal.Signals(number))
+
     previous = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT)}
+    previous[signal.SIGUSR1] = signal.signal(signal.SIGUSR1, ask)
     try:
         yield received
     finally:

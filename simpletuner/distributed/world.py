@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from simpletuner.errors import ConfigError, Problem
+from simpletuner.errors import ConfigError, Problem, SimpleTunerError
 
 Item = TypeVar("Item")
 
@@ -67,7 +67,8 @@ class World:
         import torch.distributed as dist
 
         total = torch.tensor(values, dtype=torch.float64)
-        dist.all_reduce(total)
+        with _connected():
+            dist.all_reduce(total)
         return total.tolist()
 
     def any(self, flag: bool) -> bool:
@@ -86,10 +87,12 @@ class World:
 
         content = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
         lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
-        dist.all_gather(lengths, torch.tensor([len(content)]))
+        with _connected():
+            dist.all_gather(lengths, torch.tensor([len(content)]))
         longest = max(int(length) for length in lengths)
         rows = [torch.zeros(longest, dtype=torch.uint8) for _ in range(self.size)]
-        dist.all_gather(rows, torch.cat([content, torch.zeros(longest - len(content), dtype=torch.uint8)]))
+        with _connected():
+            dist.all_gather(rows, torch.cat([content, torch.zeros(longest - len(content), dtype=torch.uint8)]))
         return [json.loads(bytes(row[: int(length)].tolist())) for row, length in zip(rows, lengths, strict=True)]
 
     def from_main(self, value: Any) -> Any:
@@ -123,12 +126,28 @@ class World:
                     parameter.grad = torch.zeros_like(parameter)
             grads = [parameter.grad for parameter in bucket if parameter.grad is not None]
             flat = torch.cat([grad.reshape(-1).float() for grad in grads])
-            dist.all_reduce(flat)
+            with _connected():
+                dist.all_reduce(flat)
             pieces = flat.split([grad.numel() for grad in grads])
             torch._foreach_copy_(grads, [piece.view_as(grad) for piece, grad in zip(pieces, grads, strict=True)])
 
 
 ALONE = World()
+
+
+class ConnectionLost(SimpleTunerError):
+    """Another process of the run has ended; its own message says why."""
+
+
+@contextmanager
+def _connected() -> Iterator[None]:
+    """Tell a connection that broke as what it is."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        message = f"another process of this run has ended, and says why itself; from here it looks like: {reason}"
+        raise ConnectionLost(message) from error
 
 
 def _buckets(parameters: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from simpletuner import storage
 from simpletuner.adapters.base import Adapter
 from simpletuner.config.loading import LoadedRun
 from simpletuner.data.dataset import Dataset
-from simpletuner.distributed.world import ALONE, World, joined
+from simpletuner.distributed.world import ALONE, ConnectionLost, World, joined
 from simpletuner.errors import DataError, Interrupted, Problem, SimpleTunerError, UploadError
 from simpletuner.hub.job import make_job
 from simpletuner.hub.publisher import Publisher
@@ -77,7 +77,8 @@ def train(loaded: LoadedRun) -> None:
         try:
             products = DTYPES[loaded.config.mixed_precision]
             stack.enter_context(attention_kernel(loaded.config.attention_mechanism, pick_device(), products))
-            run = build_run(loaded, output_dir, bus, stop, world)
+            with stopped_by_signals(stop):
+                run = build_run(loaded, output_dir, bus, stop, world)
             stack.callback(run.close)
             started = time.monotonic()
             if run.is_finished and was_finished(run):
@@ -101,6 +102,20 @@ def train(loaded: LoadedRun) -> None:
             step = run.state.global_step if run is not None else 0
             bus.emit(RunFailed(step=step, message=f"unexpected {type(error).__name__}: {error}"))
             raise
+
+
+@contextmanager
+def stopped_by_signals(stop: StopRequest) -> Iterator[None]:
+    """Inside, a signal ends each process by itself; what waits for one that has left was asked to leave too.
+
+    Raises:
+        Interrupted: a signal came.
+    """
+    try:
+        yield
+    except ConnectionLost:
+        stop.check()
+        raise
 
 
 def build_publisher(loaded: LoadedRun) -> Publisher | None:

@@ -223,8 +223,11 @@ def test_when_one_process_is_killed_all_end_and_the_reason_is_said(tmp_path, omn
 
 def test_when_the_launcher_is_killed_all_save_and_end(tmp_path, omnigen_folder):
     launcher = started(write_run(tmp_path, omnigen_folder, num_processes=2))
+    launcher.send_signal(signal.SIGUSR1)
+    time.sleep(1)
     launcher.kill()
     _, told = launcher.communicate(timeout=60)  # the pipe closes when the last process has ended
+    assert told.count("train_window") >= 1  # where the processes were when they were asked
     assert "stopped by SIGTERM: saved" in told
     assert len(list((tmp_path / "output").glob("checkpoint-*"))) == 1
 

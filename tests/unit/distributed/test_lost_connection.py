@@ -1,0 +1,52 @@
+"""What a process reads when another one of its run is gone."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from simpletuner.distributed.launcher import _free_port
+from simpletuner.distributed.world import ConnectionLost
+from simpletuner.errors import Interrupted
+from simpletuner.training.signals import StopRequest
+from simpletuner.training.trainer import stopped_by_signals
+
+LEAVES = """
+import os
+from simpletuner.distributed.world import ConnectionLost, joined
+with joined(os.environ) as world:
+    world.barrier()
+    if not world.is_main:
+        os._exit(3)
+    try:
+        world.sum([1.0])
+    except ConnectionLost as error:
+        print(error.render())
+        os._exit(0)
+"""
+
+
+@pytest.mark.slow
+def test_a_connection_that_breaks_is_told_as_a_process_that_ended():
+    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    main, _ = (
+        subprocess.Popen(
+            [sys.executable, "-c", LEAVES], env=os.environ | place | {"RANK": rank}, stdout=subprocess.PIPE, text=True
+        )
+        for rank in ("0", "1")
+    )
+    told, _ = main.communicate(timeout=120)
+    assert main.returncode == 0
+    assert told.startswith("another process of this run has ended, and says why itself")
+
+
+def test_who_waits_for_a_process_that_left_on_a_signal_leaves_on_it_too():
+    stop = StopRequest()
+    with pytest.raises(ConnectionLost), stopped_by_signals(stop):
+        raise ConnectionLost("gone")
+    stop.adopt()
+    with pytest.raises(Interrupted, match="stopped by SIGTERM"), stopped_by_signals(stop):
+        raise ConnectionLost("gone")
