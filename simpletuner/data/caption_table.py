@@ -21,14 +21,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from simpletuner.data.captions import VARIANT_SEPARATOR
 from simpletuner.data.index import Catalogue, Index
 from simpletuner.errors import DataError, MissingDependency, Problem
 
 # Raise it when the same table would be kept in another way.
 _VERSION = 1
 CAPTION_COLUMNS = ("text", "caption", "prompt")
-# As the rows of a table backend join them: captions hold newlines.
-_VARIANT_SEPARATOR = "\x1e"
 _QUERY_ROWS = 500
 
 Row = dict[str, Any]
@@ -85,7 +84,7 @@ class CaptionTable:
                 marks = ",".join("?" * len(part))
                 rows = self._db.execute(f"SELECT path, text FROM captions WHERE path IN ({marks}) ORDER BY rowid", part)
                 for path, text in rows:
-                    found[path] = f"{found[path]}{_VARIANT_SEPARATOR}{text}" if path in found else text
+                    found[path] = f"{found[path]}{VARIANT_SEPARATOR}{text}" if path in found else text
         return [found.get(name, found.get(_stem(name))) for name in names]
 
     def without_caption(self, positions: NDArray[np.int64], catalogue: Catalogue, index: Index) -> NDArray[np.int64]:
@@ -198,7 +197,7 @@ def _text(value: Any) -> str:
 def _variants(value: Any) -> str:
     """A cell, or each part of a list, joined; empty where there is no text."""
     parts = value if isinstance(value, list | tuple) else [value]
-    return _VARIANT_SEPARATOR.join(text for part in parts if (text := _text(part)))
+    return VARIANT_SEPARATOR.join(text for part in parts if (text := _text(part)))
 
 
 def _stem(name: bytes) -> bytes:

@@ -26,13 +26,13 @@ from simpletuner.config.datasets import (
 from simpletuner.data.backends.base import Backend
 from simpletuner.data.backends.build import open_backend, source_key
 from simpletuner.data.backends.local import LocalBackend
-from simpletuner.data.buckets import BucketRules, CropStyle
 from simpletuner.data.caption_edits import CaptionEdits
 from simpletuner.data.caption_table import CaptionTable
 from simpletuner.data.captioned import refuse_uncaptioned, without_caption
-from simpletuner.data.captions import CaptionRules, CaptionStrategy
+from simpletuner.data.captions import CaptionRules
 from simpletuner.data.conditioning import Partners, ScannedFolder, reference_rules, select_paired, with_masks
 from simpletuner.data.dataset import Dataset, Draws, Samples, dataset_fingerprint
+from simpletuner.data.entry_rules import bucket_rules, caption_rules, check_entry
 from simpletuner.data.index import Catalogue, Index
 from simpletuner.data.report import Funnel, ProgressReport, SetAside
 from simpletuner.data.selection import (
@@ -114,11 +114,15 @@ def build_datasets(
 
 
 class _Scans:
-    """Scans each tree of files once, however many entries are over it."""
+    """Scans each tree of files once, however many entries are over it.
+
+    Where one of them trusts the last scan (`skip_file_discovery`) and another does not, the other has its look.
+    """
 
     def __init__(self, work_dir: Path, data_file: str | None, report: ProgressReport | None):
         self._work_dir, self._data_file, self._report = work_dir, data_file, report
         self._done: dict[str, ScannedFolder] = {}
+        self._trusted: set[str] = set()
 
     def __call__(self, entry: ImageDataset | ConditioningDataset) -> ScannedFolder:
         is_trusted = False
@@ -127,11 +131,13 @@ class _Scans:
         else:
             backend = open_backend(entry, self._data_file)
             is_trusted = bool(TRUSTING & {*entry.skip_file_discovery})
-        if backend.identity not in self._done:
-            index = Index(index_path(self._work_dir, backend.identity), backend)
+        name = backend.identity
+        if name not in self._done or (name in self._trusted and not is_trusted):
+            index = Index(index_path(self._work_dir, name), backend)
             catalogue = index.scan(_scan_progress(entry.id, self._report), is_trusted)
-            self._done[backend.identity] = ScannedFolder(index, catalogue)
-        return self._done[backend.identity]
+            self._done[name] = ScannedFolder(index, catalogue)
+            self._trusted = self._trusted | {name} if is_trusted else self._trusted - {name}
+        return self._done[name]
 
 
 def with_even_shares(datasets: list[Dataset]) -> list[Dataset]:
@@ -151,74 +157,6 @@ def _scan_progress(dataset_id: str, report: ProgressReport | None) -> Callable[[
     if report is None:
         return None
     return lambda num_files: report(f"scanning {dataset_id}", num_files, None)
-
-
-def check_entry(entry: ImageDataset, config: TrainConfig, spec: FamilySpec, data_file: str | None) -> list[Problem]:
-    """What makes an entry unusable before any file is read."""
-
-    def problem(key: str, message: str, allowed: str | None = None, fix: str | None = None) -> Problem:
-        return Problem(message, key=f"{entry.id}.{key}", file=data_file, allowed=allowed, fix=fix)
-
-    problems = []
-    folder = entry.instance_data_dir
-    if folder is not None and not folder.is_dir():
-        what = "is a file" if folder.exists() else "does not exist"
-        problems.append(problem("instance_data_dir", f"{folder} {what}", "a folder with pictures", "correct the path"))
-    if entry.resolution is None:
-        problems.append(problem("resolution", "there is no resolution in this unit", fix="set it in this entry"))
-    if entry.crop and entry.crop_aspect in ("closest", "random") and not entry.crop_aspect_buckets:
-        problems.append(
-            problem(
-                "crop_aspect_buckets", f"crop_aspect {entry.crop_aspect} needs aspects to choose from", "[1.0, 0.75]"
-            )
-        )
-    needs_prompt = entry.caption_strategy == "instanceprompt" or entry.only_instance_prompt
-    if (needs_prompt or entry.prepend_instance_prompt) and not entry.instance_prompt:
-        problems.append(problem("instance_prompt", "the captions need a prompt", "a text, or a list of texts"))
-    alignment = config.aspect_bucket_alignment
-    if alignment is not None and alignment % spec.size_multiple:
-        problems.append(
-            Problem(
-                f"sides of pictures would be multiples of {alignment} pixels",
-                key="aspect_bucket_alignment",
-                allowed=f"multiples of {spec.size_multiple}, as {spec.title} needs",
-            )
-        )
-    return problems
-
-
-def bucket_rules(entry: ImageDataset, config: TrainConfig, spec: FamilySpec) -> BucketRules:
-    """The sizes of a dataset; the entry has passed `check_entry`."""
-    assert entry.resolution is not None
-    assert entry.resolution_type is not None
-    return BucketRules(
-        resolution=entry.resolution,
-        resolution_type=entry.resolution_type,
-        crop=entry.crop,
-        crop_aspect=entry.crop_aspect,
-        crop_style=cast(CropStyle, entry.crop_style),  # "face" is refused with the file
-        aspect_buckets=tuple((bucket.aspect, bucket.weight) for bucket in entry.crop_aspect_buckets or ()),
-        minimum_size=entry.minimum_image_size or 0,
-        maximum_size=entry.maximum_image_size,
-        target_size=entry.target_downsample_size,
-        minimum_aspect=entry.minimum_aspect_ratio,
-        maximum_aspect=entry.maximum_aspect_ratio,
-        max_upscale=entry.max_upscale_threshold,
-        alignment=config.aspect_bucket_alignment or spec.size_multiple,
-        aspect_decimals=config.aspect_bucket_rounding,
-    )
-
-
-def caption_rules(entry: ImageDataset) -> CaptionRules:
-    """The captions of a dataset; the entry has passed `check_entry`."""
-    strategy = "table" if entry.has_caption_table or entry.caption_strategy == entry.type else entry.caption_strategy
-    return CaptionRules(
-        strategy=cast(CaptionStrategy, strategy),  # the others are refused with the file
-        instance_prompts=tuple(entry.instance_prompt or ()),
-        only_instance_prompt=entry.only_instance_prompt,
-        prepend_instance_prompt=entry.prepend_instance_prompt,
-        splits_lines=not entry.disable_multiline_split,
-    )
 
 
 def build_dataset(

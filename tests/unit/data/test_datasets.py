@@ -312,3 +312,15 @@ def test_tags_are_shuffled_everywhere_but_where_an_entry_says_no(folder: Path, t
     assert variants() == {2}
     assert variants(caption_shuffle={"enable": True, "count": 5}) == {6}
     assert variants(caption_shuffle=False) == variants(dataset_type="eval") == {1}
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_an_entry_that_trusts_a_folder_hides_nothing_from_another_over_it(folder, tmp_path, order) -> None:
+    build(folder, tmp_path)
+    write_picture(folder / "a_new_thing.png", 64, 64, seed=9)
+    entries = [
+        ImageDataset(id="trusting", instance_data_dir=folder, skip_file_discovery=("metadata",)),
+        ImageDataset(id="looking", instance_data_dir=folder),
+    ]
+    built = build_datasets([entries[index] for index in order], options(), OMNIGEN, tmp_path / "work")
+    assert {each.id: len(each.samples) for each in built}["looking"] == 6

@@ -1,0 +1,82 @@
+"""From the keys of a dataset entry to the rules for its pictures: sizes, captions, and what makes an entry unusable."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, cast
+
+from simpletuner.config.datasets import ImageDataset
+from simpletuner.data.buckets import BucketRules, CropStyle
+from simpletuner.data.captions import CaptionRules, CaptionStrategy
+from simpletuner.errors import Problem
+from simpletuner.models.spec import FamilySpec
+
+if TYPE_CHECKING:
+    from simpletuner.config.options.catalogue import TrainConfig
+
+
+def check_entry(entry: ImageDataset, config: TrainConfig, spec: FamilySpec, data_file: str | None) -> list[Problem]:
+    """What makes an entry unusable before any file is read."""
+
+    def problem(key: str, message: str, allowed: str | None = None, fix: str | None = None) -> Problem:
+        return Problem(message, key=f"{entry.id}.{key}", file=data_file, allowed=allowed, fix=fix)
+
+    problems = []
+    folder = entry.instance_data_dir
+    if folder is not None and not folder.is_dir():
+        what = "is a file" if folder.exists() else "does not exist"
+        problems.append(problem("instance_data_dir", f"{folder} {what}", "a folder with pictures", "correct the path"))
+    if entry.resolution is None:
+        problems.append(problem("resolution", "there is no resolution in this unit", fix="set it in this entry"))
+    if entry.crop and entry.crop_aspect in ("closest", "random") and not entry.crop_aspect_buckets:
+        problems.append(
+            problem(
+                "crop_aspect_buckets", f"crop_aspect {entry.crop_aspect} needs aspects to choose from", "[1.0, 0.75]"
+            )
+        )
+    needs_prompt = entry.caption_strategy == "instanceprompt" or entry.only_instance_prompt
+    if (needs_prompt or entry.prepend_instance_prompt) and not entry.instance_prompt:
+        problems.append(problem("instance_prompt", "the captions need a prompt", "a text, or a list of texts"))
+    alignment = config.aspect_bucket_alignment
+    if alignment is not None and alignment % spec.size_multiple:
+        problems.append(
+            Problem(
+                f"sides of pictures would be multiples of {alignment} pixels",
+                key="aspect_bucket_alignment",
+                allowed=f"multiples of {spec.size_multiple}, as {spec.title} needs",
+            )
+        )
+    return problems
+
+
+def bucket_rules(entry: ImageDataset, config: TrainConfig, spec: FamilySpec) -> BucketRules:
+    """The sizes of a dataset; the entry has passed `check_entry`."""
+    assert entry.resolution is not None
+    assert entry.resolution_type is not None
+    return BucketRules(
+        resolution=entry.resolution,
+        resolution_type=entry.resolution_type,
+        crop=entry.crop,
+        crop_aspect=entry.crop_aspect,
+        crop_style=cast(CropStyle, entry.crop_style),  # "face" is refused with the file
+        aspect_buckets=tuple((bucket.aspect, bucket.weight) for bucket in entry.crop_aspect_buckets or ()),
+        minimum_size=entry.minimum_image_size or 0,
+        maximum_size=entry.maximum_image_size,
+        target_size=entry.target_downsample_size,
+        minimum_aspect=entry.minimum_aspect_ratio,
+        maximum_aspect=entry.maximum_aspect_ratio,
+        max_upscale=entry.max_upscale_threshold,
+        alignment=config.aspect_bucket_alignment or spec.size_multiple,
+        aspect_decimals=config.aspect_bucket_rounding,
+    )
+
+
+def caption_rules(entry: ImageDataset) -> CaptionRules:
+    """The captions of a dataset; the entry has passed `check_entry`."""
+    strategy = "table" if entry.has_caption_table or entry.caption_strategy == entry.type else entry.caption_strategy
+    return CaptionRules(
+        strategy=cast(CaptionStrategy, strategy),  # the others are refused with the file
+        instance_prompts=tuple(entry.instance_prompt or ()),
+        only_instance_prompt=entry.only_instance_prompt,
+        prepend_instance_prompt=entry.prepend_instance_prompt,
+        splits_lines=not entry.disable_multiline_split,
+    )
