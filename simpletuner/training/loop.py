@@ -283,7 +283,11 @@ def maybe_validate(run: Run, always: bool = False) -> None:
     config = run.config
     if run.validator is None:
         return
-    if always or is_due(run, config.validation_step_interval, config.validation_epoch_interval) or run.is_finished:
+    is_wanted = is_due(run, config.validation_step_interval, config.validation_epoch_interval)
+    is_late_enough = (
+        run.state.global_step >= config.validate_after_step and run.epochs_after >= config.validate_after_epoch
+    )
+    if always or (is_wanted and is_late_enough) or run.is_finished:
         with averaged_weights(run.optimizer):
             run.validator.run(run.denoiser, run.adapter, run.ema, run.state.global_step)
         run.denoiser.train()

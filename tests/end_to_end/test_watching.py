@@ -94,6 +94,22 @@ def test_the_example_shows_previews_at_the_right_steps_and_its_eval_loss_falls(t
 
 
 @pytest.mark.slow
+def test_pictures_can_begin_late_and_the_end_always_has_them(tmp_path: Path, omnigen_folder: Path):
+    watched = {
+        "validation_disable": False,
+        "validation_prompt": "a star",
+        "validation_resolution": "32",
+        "validation_num_inference_steps": 1,
+        "validation_step_interval": 1,
+        "max_train_steps": 6,
+    }
+    late = train_here(write_run(tmp_path / "late", omnigen_folder, **watched, validate_after_step=4))
+    assert [record["step"] for record in metrics(late, "pictures_made")] == [0, 4, 5, 6]
+    never = train_here(write_run(tmp_path / "never", omnigen_folder, **watched, validate_after_epoch=1000))
+    assert [record["step"] for record in metrics(never, "pictures_made")] == [0, 6]
+
+
+@pytest.mark.slow
 def test_a_validation_that_fails_is_told_and_training_goes_on(tmp_path: Path, omnigen_folder: Path):
     """The folder for pictures is a file."""
     watched = {"validation_disable": False, "validation_prompt": "a star", "validation_resolution": "32"}

@@ -48,6 +48,13 @@ class ValidationOptions(OptionGroup):
         100, help="Draw every n steps; 0 never.", unit="optimizer steps", ge=0, level="basic"
     )
     validation_epoch_interval: Int | None = option(None, help="Draw every n epochs.", unit="epochs", ge=1)
+    validate_after_step: Int = option(
+        0,
+        help="No pictures before this step, but those of the untrained model; the end of a run always draws.",
+        unit="optimizer steps",
+        ge=0,
+    )
+    validate_after_epoch: Int = option(0, help="No pictures before so many epochs are done.", unit="epochs", ge=0)
     validation_on_startup: Bool = option(False, help="Draw at the first step of a run too, before anything is trained.")
     validation_disable: Bool = option(False, help="Draw no pictures at all.")
     disable_benchmark: Bool = option(
