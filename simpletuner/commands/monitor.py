@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import secrets
+import socket
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -53,7 +54,7 @@ def make_server(
     except OSError as error:
         fix = "choose another with --port, or --port 0 for any that is free"
         raise ConfigError(Problem(f"cannot listen on {host}:{port}: {error.strerror}", "--port", fix=fix)) from None
-    shown = f"http://{'localhost' if host in LOOPBACK else host}:{server.server_port}/"
+    shown = f"http://{shown_host(host)}:{server.server_port}/"
     say(f"open {shown}{f'?token={token}' if token else ''}")
     if output_dir is None:
         key = f', "auth_token": "{token}"' if token else ""
@@ -64,3 +65,17 @@ def make_server(
         threading.Thread(target=follower.follow, args=(server.is_over,), name="follower", daemon=True).start()
     say("Ctrl-C ends it")
     return server
+
+
+def shown_host(host: str) -> str:
+    """What other machines call this one, where it listens on all of its addresses: 0.0.0.0 is no address to open."""
+    if host in LOOPBACK:
+        return "localhost"
+    if host not in ("0.0.0.0", "::", ""):
+        return host
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))  # nothing is sent: the system only chooses the way (an address of RFC 5737)
+            return str(probe.getsockname()[0])
+        except OSError:
+            return socket.gethostname()

@@ -230,6 +230,7 @@ def test_a_listener_for_others_makes_a_token() -> None:
     assert server.token is not None
     assert len(server.token) > 16
     assert f"?token={server.token}" in said[0]
+    assert "0.0.0.0" not in said[0], "nobody can open that"
     assert f'"auth_token": "{server.token}"' in said[1]
 
 
