@@ -81,9 +81,11 @@ def regularisation_has_an_adapter(draft: Draft) -> Iterator[Problem]:
 
 def a_falling_schedule_falls(draft: Draft) -> Iterator[Problem]:
     config = draft.config
-    if config.lr_scheduler == "polynomial" and config.lr_end >= config.learning_rate:
+    falls = config.lr_scheduler not in ("constant", "constant_with_warmup")
+    if falls and config.lr_end > config.learning_rate and not config.lr_scale:
         message = f"{config.lr_end:g} is not below learning_rate, which is {config.learning_rate:g}"
-        yield draft.problem(message, "lr_end", f"less than {config.learning_rate:g}")
+        fix = f"set lr_end below it, or lr_scheduler to constant instead of {config.lr_scheduler}"
+        yield draft.problem(message, "lr_end", f"less than {config.learning_rate:g}", fix)
 
 
 def trackers_are_not_contradictory(draft: Draft) -> Iterator[Problem]:

@@ -50,6 +50,11 @@ def build_optimizer(
     return optimizer
 
 
+def require_optimizer(name: str, config: Mapping[str, Any], device: torch.device) -> None:
+    """Make the optimizer of a small weight, before anything is loaded for it; raises what `build_optimizer` raises."""
+    build_optimizer(name, {"weight": torch.nn.Parameter(torch.zeros(8, 8, device=device))}, config)
+
+
 def get_row(name: str) -> OptimizerRow:
     """The table row of an optimizer; ConfigError that lists all where there is none."""
     if name not in OPTIMIZERS:

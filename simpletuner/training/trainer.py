@@ -23,7 +23,7 @@ from simpletuner.hub.publisher import Publisher
 from simpletuner.models.family import ModelFamily
 from simpletuner.models.registry import get_spec
 from simpletuner.optim.ema import EMA
-from simpletuner.optim.optimizers import build_optimizer
+from simpletuner.optim.optimizers import build_optimizer, require_optimizer
 from simpletuner.precision.mixed import DTYPES
 from simpletuner.precision.quantise import require_device
 from simpletuner.reporting.bus import EventBus
@@ -144,6 +144,7 @@ def build_run(loaded: LoadedRun, output_dir: Path, bus: EventBus, stop: StopRequ
 
     family = build_family(loaded)
     require_device(config.base_model_precision, family.device, family.dtype)
+    require_optimizer(config.optimizer, config.model_dump(), family.device)
     datasets, sources = prepare_data(loaded, family, output_dir, bus, stop, world)
     training = [dataset for dataset in datasets if dataset.kind == "image"]
     sampler = build_sampler(loaded, training, world)

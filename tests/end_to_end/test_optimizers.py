@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from simpletuner.commands.shapes import empty_batch
 from simpletuner.config.optimizers import OPTIMIZERS
+from simpletuner.errors import ConfigError
 from simpletuner.optim.optimizers import averaged_weights, build_optimizer
 from simpletuner.training.parts import attach_adapter, build_family
 from simpletuner.training.step import compute_losses, draw_noise
@@ -76,6 +77,15 @@ def test_every_optimizer_trains_the_tiny_model(name: str, run_folder: Path) -> N
 def test_a_run_resumes_to_the_same_bits(name: str, tmp_path: Path, omnigen_folder: Path, monkeypatch) -> None:
     options = {"optimizer": name, "learning_rate": 1.0 if name == "prodigy" else 1e-2}
     require_same_bits_after_a_stop(lambda folder: write_run(folder, omnigen_folder, **options), tmp_path, monkeypatch)
+
+
+def test_settings_that_an_optimizer_refuses_end_the_start_before_anything_is_cached(
+    tmp_path: Path, omnigen_folder: Path
+) -> None:
+    folder = write_run(tmp_path / "run", omnigen_folder, optimizer_config={"betas": [0.9, 2]})
+    with pytest.raises(ConfigError, match="refuses its settings"):
+        train_here(folder)
+    assert not (folder / "cache").exists()
 
 
 def test_checkpoints_and_results_of_schedule_free_hold_the_average(tmp_path: Path, omnigen_folder: Path) -> None:

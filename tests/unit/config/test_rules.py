@@ -37,6 +37,7 @@ def test_the_sound_configuration_breaks_no_rule(workspace: Workspace) -> None:
         ({"lycoris_config": None}, "lycoris_config", "lora_type lycoris needs"),
         ({"model_type": "full"}, "lycoris_config", "trains without an adapter"),
         ({"lr_scheduler": "polynomial", "lr_end": 1}, "lr_end", "not below learning_rate"),
+        ({"lr_scheduler": "cosine", "learning_rate": 1e-7}, "lr_end", "4e-07 is not below learning_rate"),
         ({"report_to": "none,tensorboard"}, "report_to", "none and another"),
         ({"aspect_bucket_alignment": 24}, "aspect_bucket_alignment", "a multiple of 16"),
         ({"validation_resolution": "4096x512"}, "validation_resolution", "at most 2048 pixels"),
