@@ -20,7 +20,7 @@ def dataset_folders_exist(draft: Draft) -> Iterator[Problem]:
         if folder is None or folder.is_dir():
             continue
         origin = draft.datasets.place(entry.id, "instance_data_dir")
-        if folder.exists():
+        if exists(folder):
             yield origin.problem(f'"{folder}" is not a folder', key=f"{entry.id}.instance_data_dir")
         else:
             yield draft.folders.missing(_as_written(folder, draft), f"{entry.id}.instance_data_dir", origin, "folder")
@@ -32,7 +32,7 @@ def dataset_tables_exist(draft: Draft) -> Iterator[Problem]:
             origin, key = draft.datasets.place(entry.id, "csv_file"), f"{entry.id}.csv_file"
             yield draft.folders.missing(_as_written(entry.csv_file, draft), key, origin, "file")
         name = entry.dataset_name
-        if name is not None and looks_like_path(name) and not Path(name).exists():
+        if name is not None and looks_like_path(name) and not exists(Path(name)):
             origin, key = draft.datasets.place(entry.id, "dataset_name"), f"{entry.id}.dataset_name"
             yield draft.folders.missing(Path(name).expanduser(), key, origin, "file or folder")
 

@@ -77,9 +77,9 @@ def read_lycoris(content: Any) -> Lycoris:
     if not isinstance(content, dict):
         return Lycoris()
     algorithm, factor, rank = (content.get(key) for key in ("algo", "factor", "linear_dim"))
-    algorithm = DEFAULT_ALGORITHM if algorithm is None else algorithm
+    algorithm = str(algorithm or DEFAULT_ALGORITHM)
     algorithm = "locon" if algorithm == "lora" else algorithm  # LyCORIS has two names for it
-    has_rank = isinstance(rank, int) and ALGORITHMS.get(str(algorithm)) is not None
+    has_rank = isinstance(rank, int) and ALGORITHMS.get(algorithm) is not None
     return Lycoris(
         algorithm=algorithm if algorithm in ALGORITHMS else "lokr",
         factor=factor if isinstance(factor, int) else None,

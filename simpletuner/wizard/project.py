@@ -16,10 +16,11 @@ from simpletuner.config.layers import Layer, Origin, Setting, clean_key, read_fi
 from simpletuner.config.loading import DEFAULT_DATA_FILE
 from simpletuner.config.merging import merge_layers, option_names
 from simpletuner.config.names import RENAMED
+from simpletuner.config.nearby import exists
 from simpletuner.config.options import TrainConfig, all_options
 from simpletuner.config.paths import Folders
 from simpletuner.config.prompt_library import prompt_texts
-from simpletuner.config.values import read_bool
+from simpletuner.config.values import read_bool, read_path
 from simpletuner.errors import ConfigError, Problem
 from simpletuner.hardware import Hardware
 from simpletuner.models.registry import family_names, get_spec
@@ -110,7 +111,7 @@ def open_project(config: Path, working_dir: Path, hardware: Hardware) -> Project
     texts = {
         path: read_text_file(path, places.shown(path))
         for path in (config, places.data, places.lycoris, places.prompts)
-        if path.exists()
+        if exists(path)
     }
     project = Project(places, Answers(hardware), texts, _written_keys(layer, parse_json(texts[config], "")))
     entries = _list(project.document(places.data))
@@ -168,9 +169,10 @@ def _places(config: Path, working_dir: Path, settings: Mapping[str, Setting]) ->
     folders = Folders(working_dir, config.parent)
 
     def place(key: str, default: str) -> Path:
-        if key not in settings:
+        try:
+            path = read_path(settings[key].value)
+        except (KeyError, ValueError):  # not written, or something else than a path, which the checks of a start tell
             return config.parent / default
-        path = Path(str(settings[key].value)).expanduser()
         return folders.find(path) or folders.output(path)
 
     return Places(
@@ -206,7 +208,8 @@ def _roles(entries: list[dict[str, Any]]) -> dict[str, int]:
             continue
         is_regularisation = _is_true(entry.get("is_regularisation_data"))
         role = "eval" if kind == "eval" else "regularisation" if is_regularisation else "pictures"
-        roles.setdefault(role, position)
+        if role == "pictures" or entry.get("instance_data_dir"):
+            roles.setdefault(role, position)
     if "pictures" in roles:
         main = _present(entries[roles["pictures"]])
         for position, raw in enumerate(entries):

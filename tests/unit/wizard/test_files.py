@@ -272,3 +272,20 @@ def test_a_second_configuration_in_a_folder_has_files_of_its_own(folder: Path, o
     run = load_run((), {"CONFIG_PATH": "config/sketch.json"}, folder, get_spec)
     assert run.data_file == folder / "config" / "sketch.multidatabackend.json"
     assert run.lycoris_file == folder / "config" / "sketch.lycoris_config.json"
+
+
+@pytest.mark.parametrize("value", [[], {"a": 1}, True, "n" * 300, "\0"])
+def test_a_name_of_a_file_that_is_none_opens_and_is_refused_by_the_checks(
+    folder: Path, omnigen_folder: Path, value: object
+):
+    configured(folder, omnigen_folder)
+    config = folder / CONFIG
+    for key in ("lycoris_config", "data_backend_config"):
+        written = json.dumps(f"config/{'multidatabackend' if key[0] == 'd' else 'lycoris_config'}.json")
+        text = config.read_text()
+        config.write_text(text.replace(f'"{key}": {written}', f'"{key}": {json.dumps(value)}'))
+        project = open_project(CONFIG, folder, CPU)
+        texts = texts_for(project, project.answers)
+        assert set(texts) <= {config, folder / "config/lycoris_config.json", folder / "config/multidatabackend.json"}
+        assert key in [problem.key for problem in judge(project, texts, project.answers).problems]
+        config.write_text(text)

@@ -102,7 +102,13 @@ def test_chosen_layers_replace_those_of_the_file_and_its_preset():
 
 
 def test_a_file_in_another_form_opens(tmp_path: Path):
-    for content in ([], {"algo": 7, "factor": "8"}, {"apply_preset": []}, {"algo": "lora", "linear_dim": 4}):
+    for content in (
+        [],
+        {"algo": ["lokr"]},
+        {"algo": 7, "factor": "8"},
+        {"apply_preset": []},
+        {"algo": "lora", "linear_dim": 4},
+    ):
         assert read_lycoris(content).algorithm in ALGORITHMS
 
 
