@@ -35,8 +35,17 @@ def is_in_file(path: str, component: Component) -> bool:
         return True
     if not component.in_file:
         return False
+    return any(key.startswith(component.in_file) for key in names_in_file(path))
+
+
+def names_in_file(path: str) -> set[str]:
+    """The names of all tensors, without reading them.
+
+    Raises:
+        DataError: the file is not there, or no safetensors file.
+    """
     with _opened(path) as file:
-        return any(key.startswith(component.in_file) for key in file.keys())  # noqa: SIM118 - not a dict
+        return set(file.keys())
 
 
 def load_from_file(

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from simpletuner.batch import Batch, PromptEmbeds, Sample
 from simpletuner.diffusion.ddpm import NoiseSchedule
 from simpletuner.diffusion.loss import Latents
-from simpletuner.models.components import model_index
+from simpletuner.models.components import component_config, model_index
 from simpletuner.models.family import Conditioning, ModelFamily, ReferenceSizes
 from simpletuner.models.live_pipeline import LivePipeline
+from simpletuner.models.single_file import names_in_file
 from simpletuner.models.spec import PredictionType
 
 ENCODERS = (("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2"))
@@ -27,6 +28,17 @@ ENCODERS = (("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2"))
 
 class SDXL(ModelFamily):
     """The base model; embeddings are the states before the last layer of both encoders, side by side."""
+
+    @cached_property
+    def scheduler_config(self) -> dict[str, Any]:
+        """That of the model. A single file says by empty tensors that its weights predict v, and without a last signal.
+
+        Source: the releases of NoobAI XL and others, as ComfyUI reads them.
+        """
+        marks = names_in_file(self.source.file) if self.source.file else set()
+        v = {"prediction_type": "v_prediction"} if "v_pred" in marks else {}
+        zero = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"} if "ztsnr" in marks else {}
+        return {**component_config(self.source, self.spec.component("scheduler")), **v, **zero}
 
     @cached_property
     def schedule(self) -> NoiseSchedule:

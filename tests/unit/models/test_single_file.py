@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from simpletuner.errors import ConfigError, DataError
 from simpletuner.models.components import ModelSource, check_local_model
 from simpletuner.models.family import ModelFamily
 from simpletuner.models.registry import get_family_class, get_spec
+from simpletuner.training.parts import attach_adapter
 from tests.runs import dataset, draw_pictures, load_here, metrics, train_here, write_run
 from tests.single_files import original_denoiser, write_sdxl_file
 from tests.tiny_flux import tiny_flux_folder
@@ -65,6 +67,24 @@ def test_a_file_of_flux_s_transformer_alone_takes_the_rest_from_the_folder(tmp_p
     whole, single = (family_of("flux", ModelSource(str(folder), file=each)) for each in (None, str(file)))
     assert_same(single.load_denoiser(), whole.load_denoiser())
     assert_same(single.load_vae(), whole.load_vae())
+
+
+def test_an_sdxl_file_says_itself_that_its_weights_predict_v(tmp_path: Path, sdxl: Path):
+    """Trained as if they predicted the noise, such weights would be destroyed without a word."""
+    file = write_sdxl_file(sdxl, get_spec("sdxl").keys, tmp_path / "v.safetensors")
+    save_file(load_file(file) | {"v_pred": torch.tensor([]), "ztsnr": torch.tensor([])}, file)
+    folder, single = (family_of("sdxl", ModelSource(str(sdxl), file=each)) for each in (None, str(file)))
+    assert (folder.prediction_type, single.prediction_type) == ("epsilon", "v_prediction")
+    latents, noise, last = torch.randn(1, 4, 8, 8), torch.randn(1, 4, 8, 8), torch.tensor([1.0])
+    assert torch.equal(single.make_noisy(latents, noise, last), noise)  # nothing of the data is left
+    assert torch.equal(single.make_target(latents, noise, last), -latents)
+    denoiser = single.load_denoiser()
+    assert single.pipeline(denoiser).scheduler.config.prediction_type == "v_prediction"
+    draw_pictures(tmp_path / "run" / "pictures", 1, seed=1)
+    loaded = load_here(write_run(tmp_path / "run", sdxl, [dataset("pictures")], model_family="sdxl"))
+    attach_adapter(loaded, single, denoiser).save(tmp_path / "adapter.safetensors", {})
+    with safe_open(tmp_path / "adapter.safetensors", framework="pt") as adapter:
+        assert adapter.metadata()["modelspec.prediction_type"] == "v"
 
 
 def test_a_file_in_diffusers_own_names_is_read_too(tmp_path: Path, sdxl: Path):
