@@ -19,6 +19,7 @@ class CaptionCheck:
     Args:
         num_captions: all variants of all pictures.
         num_different: texts that differ.
+        num_empty: nothing but blanks, as filters may leave them.
         counted: captions that were tokenised, evenly spread where there are more.
         tokens: (least, median, most) tokens with the model's template; None where the family cannot tell.
         limit: tokens that reach the denoiser.
@@ -28,6 +29,7 @@ class CaptionCheck:
 
     num_captions: int
     num_different: int
+    num_empty: int = 0
     counted: int = 0
     tokens: tuple[int, int, int] | None = None
     limit: int = 0
@@ -50,14 +52,15 @@ def check_captions(captions: Sequence[str], family: ModelFamily) -> CaptionCheck
     step = -(-len(captions) // MAX_COUNTED) or 1
     counted = captions[::step]
     lengths = family.count_prompt_tokens(counted)
-    different = len(set(captions))
+    different, empty = len(set(captions)), sum(not caption.strip() for caption in captions)
     if not lengths:
-        return CaptionCheck(len(captions), different)
+        return CaptionCheck(len(captions), different, empty)
     limit = family.max_prompt_tokens
     most = max(range(len(lengths)), key=lengths.__getitem__)
     return CaptionCheck(
         num_captions=len(captions),
         num_different=different,
+        num_empty=empty,
         counted=len(counted),
         tokens=(min(lengths), int(statistics.median(lengths)), lengths[most]),
         limit=limit,

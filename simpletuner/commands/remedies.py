@@ -25,6 +25,11 @@ def remedies_of(dataset: Dataset, config: Any, captions: CaptionCheck, enlarged:
     yield from _losses(dataset)
     if dataset.kind == "image" and not config.allow_dataset_oversubscription:
         yield from _small_buckets(dataset, dataset.batch_size or config.train_batch_size)
+    if captions.num_empty:
+        yield (
+            f"{count_text(captions.num_empty, 'caption')} left empty by caption_filter_list, as if dropped: "
+            "narrow the filters"
+        )
     if captions.num_cut:
         yield (
             f"{count_text(captions.num_cut, 'caption')} longer than {captions.limit} tokens lose their end: "

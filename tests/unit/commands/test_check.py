@@ -256,3 +256,14 @@ def test_a_check_that_fails_still_tells_what_became_of_every_file(tmp_path, omni
     assert said[0] == "pictures: 4 found, 3 readable, 3 large enough, 2 captioned, 0 used, 0 per epoch"
     listed = (folder / "output/check/dataset_set_aside.jsonl").read_text().splitlines()
     assert [json.loads(line)["path"] for line in listed] == ["broken.png", "without.png"]
+
+
+def test_captions_that_a_filter_has_emptied_are_told(tmp_path, omnigen_folder):
+    folder = tmp_path / "run"
+    picture(folder / "pictures/a.png", 64, 64, "1girl, solo")
+    picture(folder / "pictures/b.png", 64, 64, "1girl")
+    filters = {"id": "texts", "dataset_type": "text_embeds", "caption_filter_list": ["1girl"]}
+    write_run(folder, omnigen_folder, [dataset("pictures"), filters])
+    text, report = checked(folder)
+    assert report["datasets"][0]["captions"]["num_empty"] == 1
+    assert "1 caption left empty by caption_filter_list" in text
