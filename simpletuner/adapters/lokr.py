@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from simpletuner.lean.recipes import cast, computing_dtype, exact_dtypes, recipe_of
+from simpletuner.lean.recipes import cast, computing_dtype, exact_dtypes, is_worth_it, recipe_of
 
 if TYPE_CHECKING:
     from lycoris.modules.lokr import LokrModule
@@ -37,7 +37,7 @@ def kron_linear(x: Tensor, w1: Tensor, *w2_chain: Tensor) -> Tensor:
     Returns:
         (..., a * c).
     """
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+    if not is_worth_it(x):
         return _kron_linear(x, w1, w2_chain)
     recipe = recipe_of(x)
     return _KronLinear.apply(x, recipe.make, len(recipe.ingredients), w1, *w2_chain, *recipe.ingredients)

@@ -13,12 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from simpletuner.lean.recipes import give_recipe, remade
+from simpletuner.lean.recipes import give_recipe, is_worth_it, remade
 
 
 def silu_gated(gate_up: Tensor) -> Tensor:
     """`silu(gate) * up` of a projection (..., 2 * F) whose first half is the gate: (..., F)."""
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+    if not is_worth_it(gate_up):
         return _silu_gated(gate_up)
     return give_recipe(_SiluGated.apply(gate_up), _silu_gated, gate_up)
 

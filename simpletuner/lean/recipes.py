@@ -17,6 +17,9 @@ from torch.autograd.function import once_differentiable
 
 _ATTRIBUTE = "_simpletuner_recipe"
 
+# Bytes of a tensor from which on memory is worth the time of Python: keeping little costs some 50 us per function.
+LARGE = 1 << 20
+
 
 class Recipe(NamedTuple):
     """How to make a tensor again.
@@ -32,9 +35,15 @@ class Recipe(NamedTuple):
     version: int = 0
 
 
+def is_worth_it(x: Tensor) -> bool:
+    """Whether a computation on `x` shall keep little: not of small tensors, for a compiler, or without a backward pass."""
+    is_seen_by_autograd = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    return is_seen_by_autograd and x.numel() * x.element_size() >= LARGE
+
+
 def give_recipe(tensor: Tensor, make: Callable[..., Tensor], *ingredients: Tensor) -> Tensor:
-    """Let `tensor` carry its recipe, where a backward pass will come; returns it."""
-    if tensor.requires_grad and not torch.compiler.is_compiling():
+    """Let `tensor` carry its recipe, where that is worth it; returns it."""
+    if tensor.requires_grad and is_worth_it(tensor):
         setattr(tensor, _ATTRIBUTE, Recipe(make, ingredients, tensor._version))
     return tensor
 
@@ -64,7 +73,7 @@ def remade(make: Callable[..., Tensor], *ingredients: Tensor) -> Tensor:
     For pure functions that cost little: one that reads the global random state or a module's buffers does not belong
     here. Parameters among the ingredients get their gradients.
     """
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+    if not is_worth_it(ingredients[0]):
         return make(*ingredients)
     return give_recipe(_Remade.apply(make, *ingredients), make, *ingredients)
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import scaled_dot_product_attention
 
-from simpletuner.lean.recipes import give_recipe
+from simpletuner.lean.recipes import give_recipe, is_worth_it
 from simpletuner.models.omnigen.tokens import TokenRows
 
 if TYPE_CHECKING:
@@ -143,7 +143,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is
         return scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=is_causal)
     scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
     if is_causal:
-        mask = added_mask(torch.ones(scores.shape[-2:], dtype=torch.bool).tril(), scores.dtype)
+        mask = torch.full(scores.shape[-2:], -torch.inf, dtype=scores.dtype).triu(1)
     if mask is not None:
         scores = scores + mask
     return torch.softmax(scores, dim=-1, dtype=torch.float32).to(value.dtype) @ value
@@ -154,7 +154,7 @@ def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     Su et al., "RoFormer" (arXiv 2104.09864), with both halves of the angles equal.
     """
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+    if not is_worth_it(states):
         return _rotate(states, cos, sin)
     return _Rotate.apply(states, cos, sin)
 

@@ -23,8 +23,9 @@ from simpletuner.models.omnigen.attention import rotate
 
 
 @pytest.fixture(autouse=True)
-def seeded() -> None:
+def seeded(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
+    monkeypatch.setattr("simpletuner.lean.recipes.LARGE", 0)
 
 
 def kept_storages(function: Callable[[], Any]) -> set[int]:
@@ -215,3 +216,10 @@ def test_the_public_activations_give_the_same_numbers_and_keep_their_projection_
         torch.testing.assert_close(actual, right)
     kept = kept_storages(lambda: module(x))
     assert len(kept) == 3  # the input and weight of the projection, and its output
+
+
+def test_small_tensors_are_kept_since_making_them_again_would_take_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("simpletuner.lean.recipes.LARGE", 8 * 5 * 6)
+    for rows, is_remade in ((4, False), (5, True)):
+        made = remade(torch.exp, numbers(rows, 6))
+        assert (recipe_of(made).ingredients[0] is not made) == is_remade
