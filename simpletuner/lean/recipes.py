@@ -36,7 +36,7 @@ class Recipe(NamedTuple):
 
 
 def is_worth_it(x: Tensor) -> bool:
-    """Whether a computation on `x` shall keep little: not of small tensors, for a compiler, or without a backward pass."""
+    """Whether a computation on `x` shall keep little: not of a small tensor, for a compiler, or without gradients."""
     is_seen_by_autograd = torch.is_grad_enabled() and not torch.compiler.is_compiling()
     return is_seen_by_autograd and x.numel() * x.element_size() >= LARGE
 
