@@ -281,6 +281,26 @@ def pages() -> tuple[Page, ...]:
     )
 
 
+def page_of(key: str) -> str | None:
+    """Number and title of the page that asks for a key of `config.json` or of a dataset (`subject.crop`)."""
+    name = key.rpartition(".")[2]
+    name = _ASKED_AS.get(name, name)
+    found = (
+        f"{number}, {page.title}"
+        for number, page in enumerate(pages(), 1)
+        if name in [question.key for question in page.questions]
+    )
+    return next(found, None)
+
+
+_ASKED_AS = {
+    "instance_data_dir": "pictures",
+    "model_family": "family",
+    "model_flavour": "flavour",
+    "pretrained_model_name_or_path": "model",
+    "validation_prompt": "prompts",
+    "user_prompt_library": "prompts",
+}
 _MODEL_HELP = (
     "A folder in diffusers layout, or the hub id (owner/name) of another checkpoint. Empty: the flavour, fetched from "
     "the hub at the first start."

@@ -12,11 +12,13 @@ from textual.containers import Horizontal, Vertical, VerticalScroll
 from textual.widgets import Button, Static
 from textual.worker import get_current_worker
 
+from simpletuner.errors import Problem
 from simpletuner.hardware import Hardware
 from simpletuner.wizard.answers import Answers
 from simpletuner.wizard.estimate import Estimate, Estimating, estimate_lines, rough_lines
 from simpletuner.wizard.files import Verdict, diff_lines, judge, start_command, texts_for
 from simpletuner.wizard.project import Project
+from simpletuner.wizard.questions import page_of
 
 _COLOURS = (("+++", "bold"), ("---", "bold"), ("@@", "cyan"), ("+", "green"), ("-", "red"))
 
@@ -89,12 +91,18 @@ class Review(Vertical):
 
 def verdict_text(verdict: Verdict, is_changed: bool, start: str) -> Text:
     """Problems in red, or that all is well, then notes in yellow: a small screen cuts off what comes last."""
-    parts = [Text(problem.render(), "red") for problem in verdict.problems]
+    parts = [Text("\n".join([problem.render(), *_asked(problem)]), "red") for problem in verdict.problems]
     if not verdict.problems:
         parts.append(
             Text("Every check of a start passes." if is_changed else f"Saved. Start with: {start}", "bold green")
         )
     return Text("\n").join([*parts, *(Text(f"note: {warning}", "yellow") for warning in verdict.warnings)])
+
+
+def _asked(problem: Problem) -> list[str]:
+    """Where on the screens something can be done about it."""
+    page = page_of(problem.key or "")
+    return [f"  asked on page {page}"] if page else []
 
 
 def estimate_text(found: Estimate, verdict: Verdict, hardware: Hardware) -> Text:

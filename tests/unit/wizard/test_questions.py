@@ -12,7 +12,7 @@ from simpletuner.wizard.files import without_secrets
 from simpletuner.wizard.pictures import is_number
 from simpletuner.wizard.plan import make_plan
 from simpletuner.wizard.question import Question, option_questions
-from simpletuner.wizard.questions import FAMILY, FLAVOUR, WEBHOOK, pages
+from simpletuner.wizard.questions import FAMILY, FLAVOUR, WEBHOOK, page_of, pages
 from tests.unit.wizard.projects import answers
 
 DISCORD = "https://discord.com/api/webhooks/1/secret"
@@ -102,3 +102,11 @@ def test_an_address_is_not_shown():
 )
 def test_the_numbers_of_a_camera_are_no_captions(name: str, is_numbered: bool):
     assert is_number(name) is is_numbered
+
+
+def test_a_fault_names_the_page_that_asks_for_it():
+    assert page_of("subject.instance_data_dir") == "3, Pictures"
+    assert page_of("subject.instance_prompt") == "3, Pictures"
+    assert page_of("learning_rate") == "4, Training"
+    assert page_of("pretrained_model_name_or_path") == "2, Model"
+    assert page_of("lr_end") is None
