@@ -17,7 +17,7 @@ from simpletuner.config.paths import PREVIEW_FOLDER
 from simpletuner.errors import DataError, Problem
 from simpletuner.models.keys import KeyTable
 from simpletuner.models.reach import hub_failures, why_missing
-from simpletuner.models.single_file import is_in_file, load_from_file
+from simpletuner.models.single_file import dtype_in_file, is_in_file, load_from_file
 from simpletuner.models.spec import Component, FamilySpec
 
 if TYPE_CHECKING:
@@ -146,16 +146,8 @@ def save_model_folder(source: ModelSource, spec: FamilySpec, denoiser: nn.Module
     """Write a whole model in diffusers layout: this denoiser, and every other part as it is in `source`.
 
     Raises:
-        DataError: the model is a single file, or a part cannot be fetched.
+        DataError: a part cannot be fetched, or read from a single file.
     """
-    if source.file:
-        raise DataError(
-            Problem(
-                f"{source.file} is a single file, and a model folder needs parts that it does not hold",
-                key="pretrained_model_name_or_path",
-                allowed="a folder in diffusers layout, or a hub id",
-            )
-        )
     for component in spec.components:
         if component.role == "denoiser":
             denoiser.save_pretrained(folder / component.name)
@@ -163,6 +155,9 @@ def save_model_folder(source: ModelSource, spec: FamilySpec, denoiser: nn.Module
             shutil.copytree(
                 other_vae_file(source.vae, component, component.config_file).parent, folder / component.name
             )
+        elif source.file and is_in_file(source.file, component):
+            dtype = dtype_in_file(source.file, component)
+            load_component(source, component, dtype).save_pretrained(folder / component.name)  # type: ignore[operator]
         else:
             shutil.copytree(component_folder(source, component), folder / component.name)
     if (own := Path(source.model) / PREVIEW_FOLDER).is_dir():

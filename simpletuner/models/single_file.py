@@ -48,6 +48,12 @@ def names_in_file(path: str) -> set[str]:
         return set(file.keys())
 
 
+def dtype_in_file(path: str, component: Component) -> torch.dtype:
+    """The number format in which a single file holds a part that is in it."""
+    with _opened(path) as file:
+        return next(file.get_tensor(key).dtype for key in file.keys() if key.startswith(component.in_file))  # noqa: SIM118
+
+
 def load_from_file(
     path: str, source: ModelSource, component: Component, cls: Any, keys: KeyTable | None, dtype: torch.dtype
 ) -> nn.Module:

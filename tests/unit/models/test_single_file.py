@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from simpletuner.errors import ConfigError, DataError
-from simpletuner.models.components import ModelSource, check_local_model
+from simpletuner.models.components import ModelSource, check_local_model, save_model_folder
 from simpletuner.models.family import ModelFamily
 from simpletuner.models.registry import get_family_class, get_spec
 from simpletuner.training.parts import attach_adapter
@@ -85,6 +85,20 @@ def test_an_sdxl_file_says_itself_that_its_weights_predict_v(tmp_path: Path, sdx
     attach_adapter(loaded, single, denoiser).save(tmp_path / "adapter.safetensors", {})
     with safe_open(tmp_path / "adapter.safetensors", framework="pt") as adapter:
         assert adapter.metadata()["modelspec.prediction_type"] == "v"
+
+
+def test_a_model_folder_can_be_written_from_a_single_file(sdxl: Path, bare: Path, tmp_path: Path):
+    """As full training and `export --merge` do at their end; diffusers loads it."""
+    import diffusers
+
+    file = write_sdxl_file(sdxl, get_spec("sdxl").keys, tmp_path / "sdxl.safetensors")
+    single = family_of("sdxl", ModelSource(str(bare), file=str(file)))
+    (tmp_path / "out").mkdir()
+    save_model_folder(single.source, single.spec, single.load_denoiser(), tmp_path / "out")
+    whole, written = (diffusers.StableDiffusionXLPipeline.from_pretrained(path) for path in (sdxl, tmp_path / "out"))
+    for name in ("unet", "vae", "text_encoder", "text_encoder_2"):
+        assert_same(getattr(written, name), getattr(whole, name))
+    assert written.tokenizer("a cat").input_ids == whole.tokenizer("a cat").input_ids
 
 
 def test_a_file_in_diffusers_own_names_is_read_too(tmp_path: Path, sdxl: Path):
