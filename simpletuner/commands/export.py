@@ -198,7 +198,7 @@ def write_merged(export: Export, output: Path | None) -> Path:
     merge_into(denoiser, export.weights, device=family.device)
     path.parent.mkdir(parents=True, exist_ok=True)
     with storage.commit_dir(path) as temporary:
-        save_model_folder(family.source, family.spec, denoiser, temporary)
+        save_model_folder(family.source, family.spec, denoiser, family.scheduler_config, temporary)
         _require_merged(export, temporary)
     return path
 

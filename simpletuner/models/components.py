@@ -9,6 +9,7 @@ import difflib
 import importlib
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -142,8 +143,13 @@ def component_folder(source: ModelSource, component: Component) -> Path:
         raise _not_fetched(component.name, source.model, "pretrained_model_name_or_path", error) from error
 
 
-def save_model_folder(source: ModelSource, spec: FamilySpec, denoiser: nn.Module, folder: Path) -> None:
+def save_model_folder(
+    source: ModelSource, spec: FamilySpec, denoiser: nn.Module, scheduler_config: Mapping[str, Any], folder: Path
+) -> None:
     """Write a whole model in diffusers layout: this denoiser, and every other part as it is in `source`.
+
+    Args:
+        scheduler_config: of the family; a single file may say another one than the folder beside it.
 
     Raises:
         DataError: a part cannot be fetched, or read from a single file.
@@ -160,6 +166,8 @@ def save_model_folder(source: ModelSource, spec: FamilySpec, denoiser: nn.Module
             load_component(source, component, dtype).save_pretrained(folder / component.name)  # type: ignore[operator]
         else:
             shutil.copytree(component_folder(source, component), folder / component.name)
+        if component.role == "scheduler":
+            (folder / component.name / component.config_file).write_text(json.dumps(scheduler_config, indent=2))
     if (own := Path(source.model) / PREVIEW_FOLDER).is_dir():
         shutil.copytree(own, folder / PREVIEW_FOLDER)
     index = {component.name: list(component.class_name.rpartition(".")[::2]) for component in spec.components}

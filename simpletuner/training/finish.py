@@ -84,7 +84,7 @@ def save_model(run: Run, folder: Path) -> Path:
     if run.world.is_main:
         folder.mkdir(parents=True, exist_ok=True)
         with storage.commit_dir(path) as temporary:
-            save_model_folder(run.family.source, run.family.spec, denoiser, temporary)
+            save_model_folder(run.family.source, run.family.spec, denoiser, run.family.scheduler_config, temporary)
     return path
 
 

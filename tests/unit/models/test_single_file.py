@@ -92,13 +92,15 @@ def test_a_model_folder_can_be_written_from_a_single_file(sdxl: Path, bare: Path
     import diffusers
 
     file = write_sdxl_file(sdxl, get_spec("sdxl").keys, tmp_path / "sdxl.safetensors")
+    save_file(load_file(file) | {"v_pred": torch.tensor([])}, file)
     single = family_of("sdxl", ModelSource(str(bare), file=str(file)))
     (tmp_path / "out").mkdir()
-    save_model_folder(single.source, single.spec, single.load_denoiser(), tmp_path / "out")
+    save_model_folder(single.source, single.spec, single.load_denoiser(), single.scheduler_config, tmp_path / "out")
     whole, written = (diffusers.StableDiffusionXLPipeline.from_pretrained(path) for path in (sdxl, tmp_path / "out"))
     for name in ("unet", "vae", "text_encoder", "text_encoder_2"):
         assert_same(getattr(written, name), getattr(whole, name))
     assert written.tokenizer("a cat").input_ids == whole.tokenizer("a cat").input_ids
+    assert written.scheduler.config.prediction_type == "v_prediction"
 
 
 def test_a_file_in_diffusers_own_names_is_read_too(tmp_path: Path, sdxl: Path):
