@@ -23,6 +23,8 @@ _PLAIN_TEXT = re.compile(r'[^"\\\x00-\x1f]*')
 _WORDS = {"true": True, "false": False, "null": None}
 _ESCAPES = {'"': '"', "\\": "\\", "/": "/", "b": "\b", "f": "\f", "n": "\n", "r": "\r", "t": "\t"}
 _MAX_DEPTH = 100
+_MAX_DIGITS = 1000
+_QUOTES = 'JSON uses double quotes: "key": "value"'
 
 
 class Span(NamedTuple):
@@ -156,9 +158,9 @@ class _Reader:
         while self.text[self.position : self.position + 1] != "}":
             at = self.position
             if self.text[at : at + 1] == "'":
-                self.fail("single quotes", fix='JSON uses double quotes: "key": "value"')
+                self.fail("single quotes", fix=_QUOTES)
             if self.text[at : at + 1] != '"':
-                self.fail(f"{self.here()} where a key in double quotes was expected")
+                self.fail(f"{self.here()} where a key in double quotes was expected", fix=_QUOTES)
             key = self.read_string()
             if key in members:
                 first = self.lines[(*path, key)]
@@ -218,7 +220,7 @@ class _Reader:
                 self.position += 1
                 return "".join(parts)
             if char != "\\":
-                self.fail("a text without its closing quote", at=at)
+                self.fail("a text without its closing quote", fix="close it on its own line; \\n is a new line", at=at)
             parts.append(self.read_escape())
 
     def read_escape(self) -> str:
@@ -246,8 +248,16 @@ class _Reader:
                 return value
         match = _NUMBER.match(self.text, self.position)
         if match:
-            self.position = match.end()
-            return float(match.group()) if match.group(1) or match.group(2) else int(match.group())
+            return self.read_number(match)
         if self.text.startswith("'", self.position):
-            self.fail("single quotes", fix='JSON uses double quotes: "key": "value"')
-        self.fail(f"{self.here()} where a value was expected", fix="texts stand in double quotes; true, false and null")
+            self.fail("single quotes", fix=_QUOTES)
+        fix = 'write texts as "text", numbers as 0.5, truth values as true or false'
+        self.fail(f"{self.here()} where a value was expected", fix=fix)
+
+    def read_number(self, match: re.Match[str]) -> int | float:
+        if self.text[match.end() : match.end() + 1].isdigit():
+            self.fail("a number that begins with 0", fix="write it without the 0")
+        if match.end() - match.start() > _MAX_DIGITS:
+            self.fail(f"a number of more than {_MAX_DIGITS} digits")
+        self.position = match.end()
+        return float(match.group()) if match.group(1) or match.group(2) else int(match.group())

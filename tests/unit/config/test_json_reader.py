@@ -64,7 +64,7 @@ def test_comments_are_blank() -> None:
         ('{"a": 1 "b": 2}', 1, 9, '","'),
         ('{"a": tru}', 1, 7, "value"),
         ('{"a": NaN}', 1, 7, "value"),
-        ('{"a": 01}', 1, 8, '","'),
+        ('{"a": 01}', 1, 7, "begins with 0"),
         ('{"a": "b}', 1, 7, "closing quote"),
         ('{"a": "b\nc"}', 1, 7, "closing quote"),
         ('{"a": "C:\\data"}', 1, 10, "escape"),

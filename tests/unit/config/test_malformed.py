@@ -118,6 +118,13 @@ SOUND = '{"model_family": "toy", "max_train_steps": 5}'
         (SOUND[:-1] + ', "max_train_steps": 6}', "given twice"),
         (SOUND[:-1] + ', "--max_train_steps": 6}', "given twice"),
         (SOUND[:-1] + ', "seed": 1 "x": 2}', "put a comma at the end of line 1"),
+        (SOUND[:-1] + ', "seed": 007}', "begins with 0"),
+        (SOUND[:-1] + ', "seed": ' + "1" * 5000 + "}", "more than 1000 digits"),
+        (SOUND[:-1] + ', "seed": .5}', "numbers as 0.5"),
+        (SOUND[:-1] + ', "seed": True}', "true or false"),
+        (SOUND[:-1] + ", seed: 5}", "double quotes"),
+        (SOUND[:-1] + ', "output_dir": "C:\\Users"}', "write a backslash as"),
+        (SOUND[:-1] + ', "validation_prompt": "a\ncat"}', "close it on its own line"),
     ],
 )
 def test_a_broken_file_is_placed(workspace: Workspace, text: str, words: str) -> None:
