@@ -8,10 +8,10 @@ loss, which sees the same noise each time, is drawn point by point and is the cu
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from simpletuner.fonts import font_for
 from simpletuner.reporting.sinks.jsonl import read_records
@@ -68,11 +68,15 @@ def read_curves(metrics: Path) -> Curves:
         if kind == "run_started":
             run_name = str(record.get("run_name", ""))
         elif kind == "step_done" and isinstance(record.get("loss"), int | float):
-            is_prior = record.get("extra", {}).get("regularisation_loss") == record["loss"]
-            (prior if is_prior else train)[int(step)] = float(record["loss"])
+            (prior if is_regularisation(record) else train)[int(step)] = float(record["loss"])
         elif kind == "eval_done" and isinstance(record.get("pooled"), int | float):
             evaluation[int(step)] = float(record["pooled"])
     return Curves(run_name, sorted(train.items()), sorted(prior.items()), sorted(evaluation.items()))
+
+
+def is_regularisation(record: Mapping[str, Any]) -> bool:
+    """As `StepDone.is_regularisation`, of a record of `metrics.jsonl`."""
+    return (record.get("extra") or {}).get("regularisation_loss") == record["loss"]
 
 
 def smoothed(points: Points) -> Points:

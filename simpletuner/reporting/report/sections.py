@@ -7,7 +7,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from simpletuner.reporting.loss_plot import smoothed
+from simpletuner.reporting.loss_plot import is_regularisation, smoothed
 from simpletuner.reporting.progress import duration_text
 from simpletuner.reporting.report.charts import Series, chart, number_text
 from simpletuner.reporting.report.record import Points, Record, RunRecord, numbers
@@ -39,8 +39,7 @@ def _loss_chart(run: RunRecord) -> str:
     prior: Points = []
     for record in run.steps:
         if isinstance(record.get("loss"), int | float):
-            is_prior = (record.get("extra") or {}).get("regularisation_loss") == record["loss"]
-            (prior if is_prior else train).append((record["step"], float(record["loss"])))
+            (prior if is_regularisation(record) else train).append((record["step"], float(record["loss"])))
     evaluation = run.eval_curve()
     series = [
         Series("each step", train, 1, "faint"),

@@ -5,13 +5,14 @@ import time
 from pathlib import Path
 
 import pytest
+from huggingface_hub import HfApi
 
 from simpletuner.errors import EXIT_UPLOAD, UploadError
 from simpletuner.hub.job import ADAPTER_FILE, HubJob
 from simpletuner.hub.publisher import MOST_WAITING, Publisher
 from simpletuner.reporting.bus import EventBus
 from simpletuner.reporting.events import CheckpointSaved, EvalDone, Notice, PicturesMade, RunStarted, SavedPicture
-from tests.hub_uploads import FakeRepo
+from tests.hub_uploads import TOKEN, FakeRepo
 
 
 class Told:
@@ -79,6 +80,18 @@ def test_a_hub_that_fails_for_a_while_is_tried_again_and_told_once(hub, api, job
         publisher.finish(100)
     assert len(hub.repos["me/stars"].commits) == 2
     assert len([text for text in told.texts if "failed" in text]) == 1
+
+
+def test_a_connection_that_is_lost_costs_a_try_and_not_the_thread(hub, job, checkpoint):
+    told = Told()
+    api = HfApi(endpoint="http://127.0.0.1:9", token=TOKEN)
+    publisher, bus = start(job, api, told)
+    with bus:
+        bus.emit(CheckpointSaved(10, checkpoint(10)))
+        wait_for(lambda: bus.emit(Notice("info", "")) or any("failed" in text for text in told.texts))
+        api.endpoint = hub.url
+        wait_for(lambda: hub.repos and hub.repos["me/stars"].tags == ["step-10"])
+        publisher.finish(100)
 
 
 def test_training_does_not_wait_for_a_hub_that_hangs_and_rotation_takes_nothing_away(hub, api, job, checkpoint):
