@@ -161,4 +161,8 @@ def inline(text: str) -> str:
 
 def cell(value: Any) -> str:
     """A value as it can stand in a cell of a table."""
+    if isinstance(value, bool):
+        value = str(value).lower()
+    elif isinstance(value, float):
+        value = f"{value:g}"
     return inline(str(value)).replace("|", "\\|")

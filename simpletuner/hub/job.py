@@ -64,8 +64,9 @@ class HubJob:
         self, repo_id: str, step: int, total_steps: int, pictures: Sequence[SavedPicture], eval_loss: float | None
     ) -> str:
         """README.md for the weights of a step; `pictures` are those that `picture_files` names."""
-        prompt = next((picture.prompt for picture in pictures if picture.prompt), "a photo")
-        usage = usage_code(self.spec, self.kind, repo_id, self.base_model, ADAPTER_FILE, prompt)
+        first = next((picture for picture in pictures if picture.prompt), None)
+        prompt = first.prompt if first else "a photo"
+        usage = usage_code(self.spec, self.kind, repo_id, self.base_model, ADAPTER_FILE, prompt, self._drawing(first))
         named = zip(pictures, picture_files(pictures), strict=True)
         facts = CardFacts(
             repo_id=repo_id,
@@ -86,6 +87,15 @@ class HubJob:
             note=self.note,
         )
         return card_text(facts)
+
+    def _drawing(self, picture: SavedPicture | None) -> dict[str, Any]:
+        """How a picture of the card was drawn, as arguments that every pipeline of diffusers takes."""
+        settings = {
+            "num_inference_steps": self.options.get("validation_num_inference_steps"),
+            "guidance_scale": self.options.get("validation_guidance"),
+        }
+        size = {"height": picture.height, "width": picture.width} if picture else {}
+        return size | {name: value for name, value in settings.items() if value is not None}
 
     def _datasets(self) -> list[Mapping[str, Any]]:
         try:

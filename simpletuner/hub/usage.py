@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from simpletuner.models.spec import FamilySpec
 
 
-def usage_code(spec: FamilySpec, kind: str, repo_id: str, base_model: str | None, file_name: str, prompt: str) -> str:
+def usage_code(
+    spec: FamilySpec,
+    kind: str,
+    repo_id: str,
+    base_model: str | None,
+    file_name: str,
+    prompt: str,
+    drawing: Mapping[str, Any],
+) -> str:
     """Python that draws with what is in the repository.
 
     Args:
         kind: `full`, `lora`, or an algorithm of LyCORIS.
         base_model: hub id; where the base was a folder, a place to fill in.
         file_name: of the adapter in the repository.
+        drawing: arguments of the pipeline beside the prompt.
     """
     base = repr(base_model or "PATH/OF/THE/BASE/MODEL")
-    draw = f'image = pipeline({prompt!r}).images[0]\nimage.save("picture.png")\n'
+    arguments = ", ".join([repr(prompt), *(f"{name}={value!r}" for name, value in drawing.items())])
+    draw = f'image = pipeline({arguments}).images[0]\nimage.save("picture.png")\n'
     head = f"import torch\nfrom diffusers import {spec.pipeline_class}\n"
     source = repr(repo_id) if kind == "full" else base
     load = f'pipeline = {spec.pipeline_class}.from_pretrained({source}, torch_dtype=torch.bfloat16).to("cuda")\n'

@@ -48,6 +48,13 @@ def test_the_code_is_python_that_names_the_files(job, kind):
     assert ("Shitao/OmniGen-v1-diffusers" in code) == (kind != "full")
 
 
+def test_the_code_draws_as_the_pictures_of_the_card_were_drawn(job, picture):
+    options = {**job.options, "validation_num_inference_steps": 28, "validation_guidance": 3.5}
+    shown = [SavedPicture(picture, "star", "a star", 96, 64, 1, "live")]
+    text = dataclasses.replace(job, options=options).card("me/stars", 1, 1, shown, None)
+    assert "pipeline('a star', height=64, width=96, num_inference_steps=28, guidance_scale=3.5)" in text
+
+
 def test_a_licence_that_the_hub_does_not_know_is_named(job):
     job = dataclasses.replace(job, licence="SDXL 0.9 Research License")
     data = yaml.safe_load(job.card("a/b", 1, 1, [], None).split("---")[1])
