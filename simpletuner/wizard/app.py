@@ -1,6 +1,6 @@
 """The screens of `simpletuner configure`: a page for each group of questions, and one that shows the files.
 
-The screens only draw: what is asked is in `questions.py`, what follows from answers in `plan.py` and `files.py`.
+The screens only draw: what is asked is in `pages.py`, what follows from answers in `plan.py` and `files.py`.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from simpletuner.wizard.command import cache_dir
 from simpletuner.wizard.fields import Field
 from simpletuner.wizard.files import save, texts_for
 from simpletuner.wizard.look import STYLE
+from simpletuner.wizard.pages import pages
 from simpletuner.wizard.pictures import FolderReport, bucket_lines, folder_path, look_at_folder
 from simpletuner.wizard.plan import make_plan
 from simpletuner.wizard.project import Project
 from simpletuner.wizard.question import Page, Question, Refused
-from simpletuner.wizard.questions import pages
 from simpletuner.wizard.review import Review
 from simpletuner.wizard.thumbnails import thumbnails_text
 

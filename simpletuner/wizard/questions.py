@@ -1,4 +1,7 @@
-"""What the screens ask, page by page: data, without a word of how it is drawn."""
+"""What the screens ask and no option says: data, without a word of how it is drawn.
+
+The other questions are made of declarations (`question.py`); `pages.py` puts all of them in order.
+"""
 
 from __future__ import annotations
 
@@ -15,33 +18,11 @@ from simpletuner.wizard.plan import Plan
 from simpletuner.wizard.proposals import proposed_prompts
 from simpletuner.wizard.question import (
     Choices,
-    Kind,
-    Page,
     Question,
     Refused,
-    dataset_question,
     option_question,
-    option_questions,
     shown,
 )
-
-# ---- what no option says -------------------------------------------------------------------------------------------
-
-
-def _field_question(
-    key: str,
-    label: str,
-    help: str,
-    kind: Kind = "text",
-    empty: Any = "",
-    applies: Callable[[Answers], bool] = lambda answers: True,
-) -> Question:
-    """A question whose answer is a field of `Answers`."""
-
-    def write(answers: Answers, value: Any) -> Answers:
-        return replace(answers, **{key: value.strip() or empty})
-
-    return Question(key, label, help, kind, lambda answers, plan: getattr(answers, key), write, applies=applies)
 
 
 def _set_family(answers: Answers, name: str) -> Answers:
@@ -101,11 +82,11 @@ def _layer_choices(answers: Answers) -> Choices:
     return list(LAYERS.items())
 
 
-def _is_edit(answers: Answers) -> bool:
+def is_edit(answers: Answers) -> bool:
     return answers.goal == "edit" or bool(answers.reference_pictures)
 
 
-def _is_adapter(answers: Answers) -> bool:
+def is_adapter(answers: Answers) -> bool:
     return answers.goal != "full"
 
 
@@ -169,7 +150,7 @@ ADAPTER = Question(
     lambda answers, plan: answers.adapter,
     _set_adapter,
     lambda answers: list(ADAPTERS.items()),
-    applies=_is_adapter,
+    applies=is_adapter,
     facts="ADAPTERS.md compares them",
 )
 FACTOR = Question(
@@ -180,7 +161,7 @@ FACTOR = Question(
     lambda answers, plan: answers.factor or PROPOSED_FACTOR,
     _set_number("factor", 64),
     facts="allowed: whole number from 1 to 64",
-    applies=lambda answers: _is_adapter(answers) and answers.adapter == "lokr",
+    applies=lambda answers: is_adapter(answers) and answers.adapter == "lokr",
 )
 LYCORIS_RANK = Question(
     "rank",
@@ -190,7 +171,7 @@ LYCORIS_RANK = Question(
     lambda answers, plan: answers.rank or ALGORITHMS.get(answers.adapter),
     _set_number("rank", 4096),
     facts="allowed: whole number from 1 to 4096",
-    applies=lambda answers: _is_adapter(answers) and ALGORITHMS.get(answers.adapter) is not None,
+    applies=lambda answers: is_adapter(answers) and ALGORITHMS.get(answers.adapter) is not None,
 )
 LAYERS_QUESTION = Question(
     "layers",
@@ -204,7 +185,7 @@ LAYERS_QUESTION = Question(
 )
 RANK = replace(
     option_question("lora_rank", "LoRA rank"),
-    applies=lambda answers: _is_adapter(answers) and answers.lycoris is None,
+    applies=lambda answers: is_adapter(answers) and answers.lycoris is None,
 )
 WEBHOOK = Question(
     "webhook_config",
@@ -224,125 +205,3 @@ PROMPTS = Question(
     lambda answers, plan: answers.prompts if answers.prompts is not None else proposed_prompts(answers),
     _set_prompts,
 )
-
-
-def _hub_questions() -> tuple[Question, ...]:
-    """Whether to upload; and how, where it is."""
-    asked, *others = option_questions(_HUB)
-    return (asked, *(replace(each, applies=lambda answers: bool(answers.options.get(asked.key))) for each in others))
-
-
-def pages() -> tuple[Page, ...]:
-    """Every page but the last one, which shows the files."""
-    return (
-        Page("Goal", lambda answers: "What do you want to teach?", (GOAL,)),
-        Page(
-            "Model",
-            lambda answers: "Which model is to learn it?",
-            (FAMILY, FLAVOUR, _field_question("model", "Model folder", _MODEL_HELP, empty=None)),
-        ),
-        Page(
-            "Pictures",
-            lambda answers: "Where are the pictures?",
-            (
-                _field_question("pictures", "Pictures", _PICTURES_HELP, "folder"),
-                _field_question("reference_pictures", "Before", _REFERENCES_HELP, "folder", applies=_is_edit),
-                dataset_question("instance_prompt", "Name / prompt"),
-                dataset_question("caption_strategy", "Captions"),
-                option_question("resolution", "Resolution"),
-                dataset_question("crop", "Crop"),
-                dataset_question("repeats", "Repeats"),
-                _field_question("eval_pictures", "Held-out folder", _EVAL_HELP, "folder"),
-                *option_questions({"eval_holdout": "Held-out share"}),
-                _field_question(
-                    "regularisation_pictures", "Regularisation", _REGULARISATION_HELP, "folder", applies=_is_adapter
-                ),
-            ),
-        ),
-        Page(
-            "Training",
-            lambda answers: f"This machine: {answers.hardware}",
-            (ADAPTER, FACTOR, LYCORIS_RANK, RANK, LAYERS_QUESTION, *option_questions(_TRAINING)),
-        ),
-        Page(
-            "Validation",
-            lambda answers: "What shall be drawn while it learns?",
-            (PROMPTS, *option_questions(_VALIDATION)),
-        ),
-        Page(
-            "Tracking",
-            lambda answers: "Where does it go, and who is told?",
-            (
-                *option_questions(_TRACKING),
-                *((WEBHOOK,) if option_questions({WEBHOOK.key: ""}) else ()),
-                *_hub_questions(),
-            ),
-        ),
-    )
-
-
-def page_of(key: str) -> str | None:
-    """Number and title of the page that asks for a key of `config.json` or of a dataset (`subject.crop`)."""
-    name = key.rpartition(".")[2]
-    name = _ASKED_AS.get(name, name)
-    found = (
-        f"{number}, {page.title}"
-        for number, page in enumerate(pages(), 1)
-        if name in [question.key for question in page.questions]
-    )
-    return next(found, None)
-
-
-_ASKED_AS = {
-    "instance_data_dir": "pictures",
-    "model_family": "family",
-    "model_flavour": "flavour",
-    "pretrained_model_name_or_path": "model",
-    "validation_prompt": "prompts",
-    "user_prompt_library": "prompts",
-}
-_MODEL_HELP = (
-    "A folder in diffusers layout, or the hub id (owner/name) of another checkpoint. Empty: the flavour, fetched from "
-    "the hub at the first start."
-)
-_PICTURES_HELP = "Folder with the pictures to learn from; its subfolders count too. It is looked at as you type."
-_EVAL_HELP = "Folder with a few pictures that are never trained on: the loss on them says when to stop. May be empty."
-_REGULARISATION_HELP = (
-    "Folder with other pictures of the same kind, on which the model is kept as it is (prior preservation). May be "
-    "empty."
-)
-_REFERENCES_HELP = (
-    "Folder with the pictures before the change; each has the name of the picture after it in the folder above. The "
-    "captions say what is to be changed."
-)
-_TRAINING = {
-    "mixed_precision": "Precision",
-    "base_model_precision": "Base model",
-    "gradient_checkpointing": "Checkpointing",
-    "train_batch_size": "Batch size",
-    "gradient_accumulation_steps": "Accumulation",
-    "optimizer": "Optimizer",
-    "learning_rate": "Learning rate",
-    "max_train_steps": "Steps",
-    "use_ema": "EMA",
-}
-_VALIDATION = {
-    "validation_step_interval": "Draw every",
-    "validation_resolution": "Size",
-    "validation_num_inference_steps": "Sampling steps",
-    "validation_guidance": "Guidance",
-    "validation_preview": "Previews",
-}
-_TRACKING = {
-    "output_dir": "Output folder",
-    "checkpoint_step_interval": "Save every",
-    "checkpoints_total_limit": "Checkpoints kept",
-    "checkpoint_keep_best": "Keep the best",
-    "report_to": "Tracker",
-    "tracker_run_name": "Name of the run",
-}
-_HUB = {
-    "push_to_hub": "Upload to the hub",
-    "hub_model_id": "Name on the hub",
-    "model_card_private": "Private",
-}

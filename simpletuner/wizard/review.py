@@ -17,8 +17,8 @@ from simpletuner.hardware import Hardware
 from simpletuner.wizard.answers import Answers
 from simpletuner.wizard.estimate import Estimate, Estimating, estimate_lines, rough_lines
 from simpletuner.wizard.files import Verdict, diff_lines, judge, start_command, texts_for
+from simpletuner.wizard.pages import page_of
 from simpletuner.wizard.project import Project
-from simpletuner.wizard.questions import page_of
 
 _COLOURS = (("+++", "bold"), ("---", "bold"), ("@@", "cyan"), ("+", "green"), ("-", "red"))
 

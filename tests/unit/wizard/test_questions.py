@@ -9,10 +9,11 @@ import pytest
 from simpletuner.config.options import all_options
 from simpletuner.wizard.answers import Answers
 from simpletuner.wizard.files import without_secrets
+from simpletuner.wizard.pages import page_of, pages
 from simpletuner.wizard.pictures import is_number
 from simpletuner.wizard.plan import make_plan
 from simpletuner.wizard.question import Question, option_questions
-from simpletuner.wizard.questions import FAMILY, FLAVOUR, WEBHOOK, page_of, pages
+from simpletuner.wizard.questions import FAMILY, FLAVOUR, WEBHOOK
 from tests.unit.wizard.projects import answers
 
 DISCORD = "https://discord.com/api/webhooks/1/secret"
