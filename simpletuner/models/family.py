@@ -27,6 +27,7 @@ from simpletuner.models.components import (
     load_preview_decoder,
     make_empty_component,
 )
+from simpletuner.models.single_file import objective_marks
 from simpletuner.models.spec import FamilySpec, PredictionType
 from simpletuner.models.text_encoders import TextEncoders
 from simpletuner.precision.quantise import NumberFormats, quantise
@@ -142,8 +143,9 @@ class ModelFamily(ABC):
 
     @cached_property
     def scheduler_config(self) -> dict[str, Any]:
-        """`scheduler_config.json` of the model."""
-        return component_config(self.source, self.spec.component("scheduler"))
+        """`scheduler_config.json` of the model, and what a single file says otherwise of its weights."""
+        marks = objective_marks(self.source.file) if self.source.file else {}
+        return {**component_config(self.source, self.spec.component("scheduler")), **marks}
 
     def scheduler_sigmas(self, quantiles: Tensor, latents: Latents) -> Tensor:
         """(B,) logit-normal sigmas, shifted as the model's own flow scheduler shifts those that it draws with."""

@@ -54,6 +54,17 @@ def dtype_in_file(path: str, component: Component) -> torch.dtype:
         return next(file.get_tensor(key).dtype for key in file.keys() if key.startswith(component.in_file))  # noqa: SIM118
 
 
+def objective_marks(path: str) -> dict[str, Any]:
+    """What a file says by empty tensors of its weights, in the words of `scheduler_config.json`.
+
+    Source: the releases of NoobAI XL and others that predict v, without a signal at the last level.
+    """
+    names = names_in_file(path)
+    v = {"prediction_type": "v_prediction"} if "v_pred" in names else {}
+    zero = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"} if "ztsnr" in names else {}
+    return {**v, **zero}
+
+
 def load_from_file(
     path: str, source: ModelSource, component: Component, cls: Any, keys: KeyTable | None, dtype: torch.dtype
 ) -> nn.Module:

@@ -52,6 +52,10 @@ class StepOutcome:
     stops: bool = False
     samples: int = 0
 
+    @property
+    def is_finite(self) -> bool:
+        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
+
 
 def run_training(run: Run) -> None:
     """Train until `run.max_train_steps`, from wherever `run.state` stands.
@@ -101,34 +105,37 @@ def begin(run: Run) -> None:
 
 def train_window(run: Run, window: Window) -> StepOutcome:
     """One optimizer step: all micro-batches of the window, then the update."""
-    step = window.step
+    step, state = window.step, run.state
     weight = max(run.world.sum([window.weight])[0], 1e-12)
     set_learning_rate(run.optimizer, learning_rate_at(run, step))
     losses = [backward_micro_batch(run, window, micro_step, weight) for micro_step in range(len(window.batches))]
     run.placement.collect_gradients()
     run.loss_scale.unscale(run.placement.parameters.values())
     outcome = summarise(run, window, losses)
+    update_weights(run, step, outcome.is_finite)
+    state.global_step, state.epoch, state.position = step + 1, window.next_epoch, window.next_position
+    run.epochs_before, run.epochs_after = window.epochs_before, window.epochs_after
     trained = [each for each, batch in zip(losses, window.batches, strict=True) if not batch.is_regularisation]
     run.loss_bins.add(step + 1, trained)
-    state = run.state
-    is_finite = math.isfinite(outcome.loss) and math.isfinite(outcome.grad_norm)
+    if run.recomputing is not None:
+        run.recomputing.after_step()
+    if state.skipped_steps >= MAX_SKIPPED_STEPS:
+        raise diverged(run, window)
+    return outcome
+
+
+def update_weights(run: Run, step: int, is_finite: bool) -> None:
+    """Move weights and their average, and let go of the gradients; a step that is not finite moves nothing."""
     is_overflow = run.loss_scale.update(is_finite)
     if is_finite:
         reseed_global(run.seed, "update", step)  # optimizers that round stochastically: the same in each process
         run.placement.step(run.optimizer)
         if run.ema is not None:
             run.ema.update(run.placement.parameters, step + 1)
-        state.skipped_steps = 0
+        run.state.skipped_steps = 0
     elif not is_overflow:
-        state.skipped_steps += 1
+        run.state.skipped_steps += 1
     run.optimizer.zero_grad(set_to_none=True)
-    if run.recomputing is not None:
-        run.recomputing.after_step()
-    state.global_step, state.epoch, state.position = step + 1, window.next_epoch, window.next_position
-    run.epochs_before, run.epochs_after = window.epochs_before, window.epochs_after
-    if state.skipped_steps >= MAX_SKIPPED_STEPS:
-        raise diverged(run, window)
-    return outcome
 
 
 def backward_micro_batch(run: Run, window: Window, micro_step: int, weight: float) -> Losses:

@@ -6,7 +6,6 @@ is (t + 1) / 1000 (`diffusion/ddpm.py`), and the answer is the target as it is.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
@@ -17,10 +16,9 @@ from torch import Tensor, nn
 from simpletuner.batch import Batch, PromptEmbeds, Sample
 from simpletuner.diffusion.ddpm import NoiseSchedule
 from simpletuner.diffusion.loss import Latents
-from simpletuner.models.components import component_config, model_index
+from simpletuner.models.components import model_index
 from simpletuner.models.family import Conditioning, ModelFamily, ReferenceSizes
 from simpletuner.models.live_pipeline import LivePipeline
-from simpletuner.models.single_file import names_in_file
 from simpletuner.models.spec import PredictionType
 
 ENCODERS = (("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2"))
@@ -28,17 +26,6 @@ ENCODERS = (("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2"))
 
 class SDXL(ModelFamily):
     """The base model; embeddings are the states before the last layer of both encoders, side by side."""
-
-    @cached_property
-    def scheduler_config(self) -> dict[str, Any]:
-        """That of the model. A single file says by empty tensors that its weights predict v, and without a last signal.
-
-        Source: the releases of NoobAI XL and others, as ComfyUI reads them.
-        """
-        marks = names_in_file(self.source.file) if self.source.file else set()
-        v = {"prediction_type": "v_prediction"} if "v_pred" in marks else {}
-        zero = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"} if "ztsnr" in marks else {}
-        return {**component_config(self.source, self.spec.component("scheduler")), **v, **zero}
 
     @cached_property
     def schedule(self) -> NoiseSchedule:
@@ -76,10 +63,8 @@ class SDXL(ModelFamily):
         """Also `time_ids` (B, 6): original size, upper left corner of the crop, size of the crop, in pixels."""
         sizes = [tuple(side * self.spec.vae_factor for side in row.shape[-2:]) for row in batch.latents]
         rows = [time_ids(sample) for sample in batch.samples] or [(*size, 0, 0, *size) for size in sizes]
-        return {
-            **super().collate(batch),
-            "time_ids": torch.tensor(rows, dtype=torch.float32).to(self.device, non_blocking=True),
-        }
+        ids = torch.tensor(rows, dtype=torch.float32).to(self.device, non_blocking=True)
+        return {**super().collate(batch), "time_ids": ids}
 
     def predict(
         self, denoiser: nn.Module, noisy_latents: Latents, sigmas: Tensor, conditioning: Conditioning
@@ -119,12 +104,11 @@ class SDXL(ModelFamily):
         return self.schedule.estimate_data(noisy_latents, model_pred, sigmas, self.prediction_type == "v_prediction")
 
     def pipeline(self, denoiser: nn.Module, vae: nn.Module | None = None) -> Any:
-        from diffusers import StableDiffusionXLPipeline
+        import diffusers
 
-        scheduler_class = getattr(importlib.import_module("diffusers"), self.scheduler_config["_class_name"])
-        parts = dict.fromkeys(("vae", *sum(ENCODERS, ())))
-        pipeline = StableDiffusionXLPipeline(
-            **parts,
+        scheduler_class = getattr(diffusers, self.scheduler_config["_class_name"])
+        pipeline = diffusers.StableDiffusionXLPipeline(
+            **dict.fromkeys(("vae", *sum(ENCODERS, ()))),
             unet=denoiser,
             scheduler=scheduler_class.from_config(self.scheduler_config),
             force_zeros_for_empty_prompt=self.zeroes_empty_prompts,

@@ -115,3 +115,10 @@ def test_one_family_is_told_in_full_and_an_unknown_one_is_answered():
     unknown = run_models("fluxx")
     assert unknown.returncode == 2
     assert 'did you mean "flux"' in unknown.stderr
+
+
+@pytest.mark.parametrize("name", ["sdxl", "flux", "sd3"])
+def test_the_folder_of_a_family_has_under_300_lines(name):
+    """What many families need belongs into the shared code."""
+    folder = Path(registry.__file__).parent / name
+    assert sum(len(file.read_text().splitlines()) for file in folder.glob("*.py")) < 300
