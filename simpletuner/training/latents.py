@@ -217,7 +217,7 @@ def fill_caches(
     for name in (part.id for part in dataset.parts):
         cache, source = sources[name].cache, sources[name]
         share = KeptSamples(dataset, name, world.rank, world.size)
-        everything = _name_of_all(dataset, name, cache)
+        everything = name_of_all(dataset, name, cache)
         with phase(bus, f"caching latents of {name}", len(share)) as progress:
             num_cached = world.from_main(cache.store.complete(everything))
             if num_cached is not None:
@@ -239,7 +239,7 @@ def fill_caches(
     return without(dataset, bad) if bad else dataset
 
 
-def _name_of_all(dataset: Dataset, part_id: str, cache: LatentCache) -> str:
+def name_of_all(dataset: Dataset, part_id: str, cache: LatentCache) -> str:
     """Names all latents of a dataset, or of its references: a start that finds them complete asks for no single one.
 
     A digest of whatever decides which samples there are, how they are cut, and what the VAE makes of them.
