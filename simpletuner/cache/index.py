@@ -144,6 +144,12 @@ class ShardIndex:
             database.execute("INSERT OR REPLACE INTO complete VALUES (?, ?)", (name, num_entries))
 
     @_mended
+    def forget_complete(self) -> None:
+        """Nothing is known to be complete any more: the next start asks for each key."""
+        with self._database as database:
+            database.execute("DELETE FROM complete")
+
+    @_mended
     def complete(self, name: str) -> int | None:
         """How many entries `note_complete` spoke of; None where it did not, or a shard has gone or changed since."""
         row = self._database.execute("SELECT num_entries FROM complete WHERE name = ?", (name,)).fetchone()

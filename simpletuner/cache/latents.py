@@ -98,6 +98,7 @@ class LatentCache(EncodedCache):
         try:
             return _to_moments(self.store.get(self.key(sample)))
         except KeyError:
+            self.store.forget_complete()
             raise DataError(
                 Problem(
                     f"the latents of {sample.path} (dataset {sample.dataset_id}) are no longer in the cache",

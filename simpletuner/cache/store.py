@@ -133,6 +133,11 @@ class TensorStore:
         with self._own_files():
             self._index.note_complete(name, num_entries)
 
+    def forget_complete(self) -> None:
+        """After an entry was missing that should have been there: nothing is known to be complete any more."""
+        with self._own_files():
+            self._index.forget_complete()
+
     def complete(self, name: str) -> int | None:
         """How many entries `note_complete` counted, while no shard has gone or changed since; else None."""
         with self._own_files():

@@ -453,3 +453,13 @@ def test_pictures_that_are_encoded_on_demand_are_read_at_the_same_time(cache):
     pictures.read_pixels = read_in_pairs
     with OnDemandLatents(cache, pictures, tiny_vae(), batch_size=2) as on_demand:
         assert len(on_demand.get_many(pictures.samples)) == 4
+
+
+def test_a_latent_that_is_missing_from_a_complete_cache_makes_the_next_start_look(cache):
+    pictures = Pictures(2)
+    cache.fill(pictures, tiny_vae, batch_size=2)
+    cache.store.note_complete("all", 2)
+    cache.store._index._database.execute("DELETE FROM entries")  # an index that the power failed on
+    with pytest.raises(DataError, match="start again"):
+        cache.get(pictures.samples[0])
+    assert cache.store.complete("all") is None
