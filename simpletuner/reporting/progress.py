@@ -22,9 +22,15 @@ class Pace:
         return median(self._seconds) if self._seconds else 0.0
 
 
-def step_facts(event: StepDone, pace: Pace) -> str:
-    """Loss, rate, pace, time left and memory of a step, without its number."""
+def step_facts(event: StepDone, pace: Pace, is_short: bool = False) -> str:
+    """Loss, rate, pace, time left and memory of a step, without its number.
+
+    Args:
+        is_short: only loss, pace and time left.
+    """
     left = (event.total_steps - event.step) * pace.seconds_per_step
+    if is_short:
+        return f"loss {event.loss:.4f}  {pace.seconds_per_step:.3g} s/step  {duration_text(left)} left"
     parts = [f"loss {event.loss:.4f}", f"lr {event.learning_rate:.2e}"]
     if event.grad_norm is not None:
         parts.append(f"grad {event.grad_norm:.3g}")

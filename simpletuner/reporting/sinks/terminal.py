@@ -34,6 +34,8 @@ def terminal_sink(stream: IO[str] | None = None) -> PlainSink | LiveSink:
     return LiveSink(stream) if stream.isatty() else PlainSink(stream)
 
 
+# Columns from which the bar has room for everything; a terminal of 80 shows the least.
+WIDE = 120
 # Seconds; of a shorter phase a log tells only that it began.
 SHORT_PHASE = 1.0
 
@@ -112,19 +114,23 @@ class LiveSink:
     def _make_bar(self):
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-        columns = (
+        self._is_narrow = self._console.width < WIDE
+        columns = [
             TextColumn("{task.description}", style="bold", markup=False),
             BarColumn(bar_width=None),
             TextColumn("{task.fields[count]}", markup=False),
             TextColumn("{task.fields[facts]}", markup=False),
-            TimeElapsedColumn(),
-        )
+        ]
+        if not self._is_narrow:
+            columns.append(TimeElapsedColumn())
         return Progress(*columns, console=self._console, refresh_per_second=4, transient=True, expand=True)
 
     def handle(self, event: Event) -> None:
         if isinstance(event, StepDone):
             self._pace.add(event.seconds)
-            self._show("training", event.step, event.total_steps, progress.step_facts(event, self._pace))
+            self._show(
+                "training", event.step, event.total_steps, progress.step_facts(event, self._pace, self._is_narrow)
+            )
         elif isinstance(event, PhaseStarted):
             self._show(event.name, 0, event.total, "")
         elif isinstance(event, PhaseProgress):

@@ -52,6 +52,7 @@ def test_a_hub_id_that_is_spelt_almost_right_is_suggested() -> None:
 def without_network(monkeypatch: pytest.MonkeyPatch, endpoint: str = "http://127.0.0.1:9") -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+    monkeypatch.setattr(reach, "PAUSE_SECONDS", 0.0)
 
 
 def test_a_model_that_cannot_be_fetched_is_told_within_seconds(monkeypatch: pytest.MonkeyPatch) -> None:

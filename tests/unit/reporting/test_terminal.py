@@ -3,6 +3,8 @@ from __future__ import annotations
 import io
 from pathlib import Path
 
+import pytest
+
 from simpletuner.reporting.events import (
     EvalDone,
     Notice,
@@ -123,6 +125,20 @@ def test_a_terminal_gets_a_bar_and_the_lines_of_note():
     assert "encoding pictures done in 1.0 s" in text
     assert "eval loss at step 1: 0.5000 (a 0.2500, b 0.7500)" in text
     assert "training" in text
+
+
+@pytest.mark.parametrize("columns", [80, 140])
+def test_a_bar_of_eighty_columns_shows_the_step_and_the_time_left_whole(monkeypatch, columns: int):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setenv("TERM", "xterm")
+    stream = FakeTerminal()
+    sink = terminal_sink(stream)
+    sink.handle(StepDone(1234, 10_000, 0.5, 1e-4, 1.5, 2.0, 4, 1, 23.25))
+    sink.close()
+    shown = stream.getvalue()
+    assert "1234/10000" in shown
+    assert "4 h 52 min left" in shown
+    assert ("23.2 GB" in shown) == (columns == 140)
 
 
 def test_one_slow_step_does_not_move_the_pace():
