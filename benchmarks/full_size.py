@@ -152,6 +152,7 @@ def measure(row: Row, shape: dict[str, Any], device: torch.device, pixels: int, 
     if row.recomputes:
         denoiser.enable_gradient_checkpointing(recomputing)
     compile_blocks(denoiser, blocks, row.backend)
+    kernels = adapter.choose_kernels(device, torch.bfloat16) if row.backend == "no" else []
     denoiser.train()
     parameters = adapter.trainable_parameters()
     optimizer = build_optimizer("adamw_bf16", parameters, {"learning_rate": 1e-4})
@@ -178,6 +179,7 @@ def measure(row: Row, shape: dict[str, Any], device: torch.device, pixels: int, 
         "seconds": round(statistics.median(seconds[WARM_UP:]), 4),
         "peak_gib": None if peak is None else round((peak - taken.nbytes) / 2**30, 2),
         "reserved_gib": None if reserved is None else round((reserved - taken.nbytes) / 2**30, 2),
+        "kernels": kernels,
         "parameters": sum(p.numel() for p in denoiser.parameters() if not p.requires_grad),
         "trained": sum(p.numel() for p in parameters.values()),
     }

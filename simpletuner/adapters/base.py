@@ -81,6 +81,14 @@ class Adapter(ABC):
                 the same before and after.
         """
 
+    def choose_kernels(self, device: torch.device, dtype: torch.dtype) -> list[str]:
+        """Try what computes this adapter fastest on a device; returns lines that say what was chosen.
+
+        Args:
+            dtype: of the activations.
+        """
+        return []
+
     def start_from(self, weights: AdapterWeights, file: str) -> list[str]:
         """Begin with the weights of an adapter file, whatever its format was.
 

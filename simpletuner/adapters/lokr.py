@@ -9,9 +9,9 @@ Source: Yeh et al., "Navigating Text-To-Image Customization" (arXiv 2309.14859),
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import MethodType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +24,23 @@ if TYPE_CHECKING:
     from lycoris.modules.lokr import LokrModule
 
 
-def kron_linear(x: Tensor, w1: Tensor, *w2_chain: Tensor) -> Tensor:
+class KronKernels(NamedTuple):
+    """Kernels that take the place of the products here.
+
+    Args:
+        name: for the log.
+        forward: (x (N, b * d), w1, w2) -> (N, a * c).
+        backward: (gradient, x, w1, w2) -> gradients to x, w1, w2.
+        errors: by which they fail beside RuntimeError.
+    """
+
+    name: str
+    forward: Callable[[Tensor, Tensor, Tensor], Tensor]
+    backward: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+    errors: tuple[type[Exception], ...] = ()
+
+
+def kron_linear(x: Tensor, w1: Tensor, *w2_chain: Tensor, kernels: KronKernels | None = None) -> Tensor:
     """`x @ kron(w1, w2).T` without the Kronecker product.
 
     Since `kron(w1, w2)[i * c + k, j * d + l] = w1[i, j] * w2[k, l]`, the input is b blocks of d features.
@@ -33,6 +49,7 @@ def kron_linear(x: Tensor, w1: Tensor, *w2_chain: Tensor) -> Tensor:
         x: (..., b * d).
         w1: (a, b), in the dtype of `x`.
         w2_chain: (c, d); or the factors of a low-rank w2 in the order in which they apply: (r, d), (c, r).
+        kernels: compute large products where w2 is one matrix.
 
     Returns:
         (..., a * c).
@@ -40,7 +57,8 @@ def kron_linear(x: Tensor, w1: Tensor, *w2_chain: Tensor) -> Tensor:
     if not is_worth_it(x):
         return _kron_linear(x, w1, w2_chain)
     recipe = recipe_of(x)
-    return _KronLinear.apply(x, recipe.make, len(recipe.ingredients), w1, *w2_chain, *recipe.ingredients)
+    how = _How(recipe.make, len(recipe.ingredients), kernels if len(w2_chain) == 1 else None)
+    return _KronLinear.apply(x, how, w1, *w2_chain, *recipe.ingredients)
 
 
 def lokr_delta(module: LokrModule, x: Tensor, scale: float = 1.0) -> Tensor:
@@ -54,7 +72,8 @@ def lokr_delta(module: LokrModule, x: Tensor, scale: float = 1.0) -> Tensor:
         w1 = w1 * scale
     if isinstance(module.scalar, nn.Parameter):  # use_scalar
         w1 = w1 * module.scalar
-    return module.drop(kron_linear(x, w1.to(x.dtype), *(factor.to(x.dtype) for factor in w2_chain)))
+    factors = [factor.to(x.dtype) for factor in (w1, *w2_chain)]
+    return module.drop(kron_linear(x, *factors, kernels=module.kron_kernels))
 
 
 def use_structured_forward(module: LokrModule) -> None:
@@ -65,6 +84,12 @@ def use_structured_forward(module: LokrModule) -> None:
     """
     module.bypass_mode = True
     module.bypass_forward_diff = MethodType(lokr_delta, module)
+    module.kron_kernels = None
+
+
+def is_structured(module: LokrModule) -> bool:
+    """Whether `use_structured_forward` was called on a module."""
+    return hasattr(module, "kron_kernels")
 
 
 def _kron_linear(x: Tensor, w1: Tensor, w2_chain: Sequence[Tensor]) -> Tensor:
@@ -92,31 +117,47 @@ def _across(w1: Tensor, blocks: Tensor) -> Tensor:
     return torch.bmm(w1.expand(blocks.shape[0], *w1.shape), blocks)
 
 
+class _How(NamedTuple):
+    """What is no tensor: how the input is made of its ingredients, how many these are, and who multiplies."""
+
+    make: Callable[..., Tensor]
+    num_ingredients: int
+    kernels: KronKernels | None
+
+
 class _KronLinear(torch.autograd.Function):
     """Keeps its input, or what that is made of. The backward pass begins with w1, which is far cheaper than w2."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, make: Any, num_ingredients: int, w1: Tensor, *tensors: Tensor) -> Tensor:
-        ctx.make, ctx.num_ingredients = make, num_ingredients
+    def forward(ctx: Any, x: Tensor, how: _How, w1: Tensor, *tensors: Tensor) -> Tensor:
+        ctx.how = how
         ctx.save_for_backward(w1, *tensors)
+        w2_chain = tensors[: len(tensors) - how.num_ingredients]
         with exact_dtypes(x.device.type):
-            return _kron_linear(x, w1, tensors[: len(tensors) - num_ingredients])
+            if how.kernels is not None:
+                return how.kernels.forward(x.flatten(0, -2), w1, w2_chain[0]).unflatten(0, x.shape[:-1])
+            return _kron_linear(x, w1, w2_chain)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        how: _How = ctx.how
         w1, *tensors = ctx.saved_tensors
-        w2_chain = tensors[: len(tensors) - ctx.num_ingredients]
-        needs_x, _, _, needs_w1, *needs_w2 = ctx.needs_input_grad[: 4 + len(w2_chain)]
+        w2_chain = tensors[: len(tensors) - how.num_ingredients]
+        needs_x, _, needs_w1, *needs_w2 = ctx.needs_input_grad[: 3 + len(w2_chain)]
         with exact_dtypes(gradient.device.type):
-            x = ctx.make(*tensors[len(w2_chain) :])
+            x = how.make(*tensors[len(w2_chain) :])
+            if how.kernels is not None:
+                rows, inputs = gradient.flatten(0, -2).contiguous(), x.flatten(0, -2)
+                to_x, to_w1, *to_chain = how.kernels.backward(rows, inputs, w1, w2_chain[0])
+                return to_x.reshape(x.shape), None, to_w1, *to_chain, *[None] * how.num_ingredients
             blocks = _blocks(x, w1)
             outer = gradient.reshape(-1, w2_chain[-1].shape[0])  # (N * a, c)
             to_chain, inner = _chain_gradients(outer, w1, w2_chain, blocks if any(needs_w2) else None)
             inner = inner.view(-1, w1.shape[0], blocks.shape[2])  # (N, a, d)
             to_w1 = torch.bmm(inner, blocks.mT).sum(0) if needs_w1 else None
             to_x = _across(w1.mT, inner).reshape(x.shape) if needs_x else None
-        return to_x, None, None, to_w1, *to_chain, *[None] * ctx.num_ingredients
+        return to_x, None, to_w1, *to_chain, *[None] * how.num_ingredients
 
 
 def _chain_gradients(

@@ -18,6 +18,8 @@ from simpletuner.adapters.base import ADAPTER_CHILD, Adapter, MatchCount, values
 from simpletuner.adapters.formats import LYCORIS_PREFIX
 from simpletuner.adapters.layers import layer_class
 from simpletuner.adapters.liveness import require_live
+from simpletuner.adapters.lokr import is_structured
+from simpletuner.adapters.lokr_kernels import choose_kernels, fused_kernels
 from simpletuner.adapters.lycoris_modules import is_usable_norm, prepare_module, unloadable
 from simpletuner.adapters.lycoris_start import start_module
 from simpletuner.adapters.metadata import adapter_metadata
@@ -95,6 +97,15 @@ class LycorisAdapter(Adapter):
         finally:
             for module, multiplier in zip(self.network.loras, multipliers, strict=True):
                 module.multiplier = multiplier
+
+    def choose_kernels(self, device: torch.device, dtype: torch.dtype) -> list[str]:
+        from lycoris.modules.lokr import LokrModule
+
+        kernels = fused_kernels(device)
+        if kernels is None:
+            return []
+        modules = [m for m in self.network.loras if isinstance(m, LokrModule) and is_structured(m)]
+        return [str(trial) for trial in choose_kernels(modules, kernels, device, dtype)]
 
     def start_from(self, weights: AdapterWeights, file: str) -> list[str]:
         """Begin with the weights of a file of the same algorithm; see `Adapter.start_from`."""

@@ -160,6 +160,9 @@ def build_run(loaded: LoadedRun, output_dir: Path, bus: EventBus, stop: StopRequ
         if recomputing is not None:
             denoiser.enable_gradient_checkpointing(recomputing)
         compile_blocks(denoiser, family.spec.block_classes, config.dynamo_backend)
+    if config.dynamo_backend == "no":  # a compiler makes its own
+        for line in adapter.choose_kernels(family.device, DTYPES[config.mixed_precision]):
+            bus.emit(Notice("info", line))
     if world.is_main:
         write_lock(loaded, family, datasets, output_dir, bus, resumes=resume_from is not None)
     parameters = adapter.trainable_parameters()
