@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+
+_NUMBER = re.compile(r"[\d.,]+(?![\w.-]).*")  # no name that begins with a digit
 
 
 def bytes_text(num_bytes: float) -> str:
@@ -40,7 +43,7 @@ def short_count(count: float) -> str:
 
 
 def columns(rows: Sequence[Sequence[str]], indent: str = "  ") -> list[str]:
-    """Lines of left-aligned columns; numbers that start a cell are aligned on the right."""
+    """Lines of left-aligned columns; numbers, with or without a unit, are aligned on the right."""
     if not rows:
         return []
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
@@ -52,4 +55,4 @@ def columns(rows: Sequence[Sequence[str]], indent: str = "  ") -> list[str]:
 
 
 def _padded(cell: str, width: int) -> str:
-    return cell.rjust(width) if cell[:1].isdigit() else cell.ljust(width)
+    return cell.rjust(width) if _NUMBER.fullmatch(cell) else cell.ljust(width)

@@ -139,6 +139,11 @@ class FamilySpec:
     defaults: Mapping[str, Any] = field(default_factory=dict)
     unusable_options: Mapping[str, tuple[tuple[Any, ...], str]] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        names = {flavour.name for flavour in self.flavours.values()}
+        if names != self.flavours.keys() or self.default_flavour not in names:
+            raise ValueError(f"{self.name}: flavours {', '.join(names)} are listed as {', '.join(self.flavours)}")
+
     @property
     def size_multiple(self) -> int:
         """Pixels: every side of a training picture is a multiple of this."""

@@ -19,9 +19,9 @@ _FEED_FORWARD = tuple(f"{_BLOCK}.{part}.net.{layer}" for part in ("ff", "ff_cont
 _CLIP = "transformers.CLIPTextModelWithProjection"
 
 
-def _flavour(name: str, words: str, parameters: int) -> Flavour:
-    licence = "Stability AI Community License"
-    return Flavour(name, f"stabilityai/stable-diffusion-{name}", f"{words}; gated", licence, parameters)
+def _flavour(name: str, words: str, parameters: int, layout: str = "") -> Flavour:
+    hub_id = f"stabilityai/stable-diffusion-{name}{layout}"
+    return Flavour(name, hub_id, f"{words}; gated", "Stability AI Community License", parameters)
 
 
 SD3 = FamilySpec(
@@ -31,7 +31,7 @@ SD3 = FamilySpec(
     flavours={
         "3.5-medium": _flavour("3.5-medium", "two attentions in the first blocks, up to 1440 px", 2_243_171_520),
         "3.5-large": _flavour("3.5-large", "the largest, around 1024 px", 8_056_627_520),
-        "3-medium": _flavour("3-medium-diffusers", "the first release, around 1024 px", 2_028_328_000),
+        "3-medium": _flavour("3-medium", "the first release, around 1024 px", 2_028_328_000, layout="-diffusers"),
     },
     default_flavour="3.5-medium",
     components=(

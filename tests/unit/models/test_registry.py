@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -122,3 +123,11 @@ def test_the_folder_of_a_family_has_under_300_lines(name):
     """What many families need belongs into the shared code."""
     folder = Path(registry.__file__).parent / name
     assert sum(len(file.read_text().splitlines()) for file in folder.glob("*.py")) < 300
+
+
+def test_a_flavour_has_the_name_that_it_is_listed_by():
+    """The wizard writes one, the configuration is checked against the other."""
+    spec = get_spec("sd3")
+    assert "3-medium" in spec.flavours
+    with pytest.raises(ValueError, match="listed as"):
+        dataclasses.replace(spec, flavours={"3": spec.flavours["3-medium"]}, default_flavour="3")
