@@ -107,7 +107,7 @@ def _from_environment_name(key: str, name: str, backend: Backend | None, working
         known = named_configurations(working_dir, "*") + named_configurations(working_dir, "*/*")
         near = nearest(name, known)
         message = f'"{name}": there is no configuration of this name'
-        fix = f'did you mean "{near}"?' if near else f"it would be config/{name}/config.json"
+        fix = f'did you mean "{near}"?' if near else f"make config/{name}/config.json, or leave {key} out"
         raise ConfigError(Problem(message, key=key, allowed=", ".join(known) or "default", fix=fix))
     return ConfigSource(found, _backend_of(found))
 
