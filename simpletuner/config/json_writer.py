@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from typing import Any
 
 from simpletuner.config.json_reader import BLANK, Document, JsonPath, parse_json
@@ -42,10 +43,14 @@ def set_value(text: str, path: JsonPath, value: Any) -> str:
     Raises:
         ConfigError: the text is not JSON.
     """
+    return _with_its_line_ends(text, lambda plain: _set_value(plain, path, value))
+
+
+def _set_value(text: str, path: JsonPath, value: Any) -> str:
     document = parse_json(text, "")
     if path in document.spans:
         span = document.spans[path]
-        return text[: span.value] + json_text(value, _level_at(text, span.start)) + text[span.end :]
+        return text[: span.value] + _placed(value, _indent_at(text, span.start), _unit(text)) + text[span.end :]
     return _insert_last(text, document, path, value)
 
 
@@ -56,6 +61,10 @@ def remove_value(text: str, path: JsonPath) -> str:
         ConfigError: the text is not JSON.
         KeyError: nothing stands at `path`.
     """
+    return _with_its_line_ends(text, lambda plain: _remove_value(plain, path))
+
+
+def _remove_value(text: str, path: JsonPath) -> str:
     document = parse_json(text, "")
     span = document.spans[path]
     start, end = span.start, span.end
@@ -77,19 +86,17 @@ def remove_value(text: str, path: JsonPath) -> str:
 
 
 def _insert_last(text: str, document: Document, path: JsonPath, value: Any) -> str:
-    container = document.spans[path[:-1]]
-    level = _level_at(text, container.start) + 1
-    written = json_text(value, level)
+    container, unit = document.spans[path[:-1]], _unit(text)
+    siblings = [span for other, span in document.spans.items() if other[:-1] == path[:-1] and other]
+    last = max(siblings, key=lambda span: span.end, default=None)
+    line = _indent_at(text, container.start if last is None else last.start)
+    indent = line + unit if last is None else line
+    written = _placed(value, indent, unit)
     if isinstance(path[-1], str):
         written = f"{json_text(path[-1])}: {written}"
-    siblings = [span for other, span in document.spans.items() if other[:-1] == path[:-1] and other]
-    if not siblings:
-        closing = container.end - 1
-        return f"{text[: container.value + 1]}\n{INDENT * level}{written}\n{INDENT * (level - 1)}{text[closing:]}"
-    last = max(siblings, key=lambda span: span.end)
-    line_start = text.rfind("\n", 0, last.start) + 1
-    indent = text[line_start : last.start]
-    if indent.strip():  # all on one line
+    if last is None:
+        return f"{text[: container.value + 1]}\n{indent}{written}\n{line}{text[container.end - 1 :]}"
+    if text[text.rfind("\n", 0, last.start) + 1 : last.start].strip():  # all on one line
         return f"{text[: last.end]}, {written}{text[last.end :]}"
     rest = _REST_OF_LINE.match(text, last.end)
     at = rest.end() if rest else last.end
@@ -111,10 +118,32 @@ def _last_sibling_before(document: Document, path: JsonPath) -> int | None:
     return max(ends, default=None)
 
 
-def _level_at(text: str, at: int) -> int:
-    """How deep the line of a position is indented, in levels."""
+def _placed(value: Any, indent: str, unit: str) -> str:
+    """A value whose first line stands behind `indent` in a text that indents each level by `unit`."""
+    first, *rest = json_text(value).split("\n")
+    levels = [(len(line) - len(line.lstrip(" "))) // len(INDENT) for line in rest]
+    return "\n".join(
+        [first, *(f"{indent}{unit * level}{line.lstrip(' ')}" for level, line in zip(levels, rest, strict=True))]
+    )
+
+
+def _indent_at(text: str, at: int) -> str:
+    """What the line of a position begins with."""
     line = text[text.rfind("\n", 0, at) + 1 : at]
-    return len(line[: len(line) - len(line.lstrip())].expandtabs(len(INDENT))) // len(INDENT)
+    return line[: len(line) - len(line.lstrip())]
+
+
+def _unit(text: str) -> str:
+    """What a text indents a level by: its first line that is indented tells, comments apart."""
+    found = re.search(r"""^[ \t]+(?=["{\[])""", text, re.MULTILINE)
+    return found.group() if found and len(found.group()) <= 2 * len(INDENT) else INDENT
+
+
+def _with_its_line_ends(text: str, change: Callable[[str], str]) -> str:
+    """What `change` makes of a text; one whose lines end as on Windows keeps these ends."""
+    if 0 < text.count("\n") == text.count("\r\n"):
+        return change(text.replace("\r\n", "\n")).replace("\n", "\r\n")
+    return change(text)
 
 
 def _number_text(value: float) -> str:

@@ -67,3 +67,25 @@ def test_any_series_of_edits_gives_what_the_same_edits_give_on_the_value(seed: i
         value[key] = rng.choice([True, None, 3, 2.5e-6, "a // b", ["x"], {"deep": [1, {"y": "}"}]}, [{"z": 1}], {}, []])
         text = set_value(text, (key,), value[key])
         assert parse_json(text, "").value == value
+
+
+WINDOWS = '{\r\n  // mine\r\n  "a": 1, // one\r\n  "b": 2\r\n}\r\n'
+
+
+def test_line_ends_of_windows_stay():
+    assert set_value(WINDOWS, ("c",), 3) == WINDOWS.replace("2\r\n", '2,\r\n  "c": 3\r\n')
+    assert remove_value(WINDOWS, ("b",)) == '{\r\n  // mine\r\n  "a": 1 // one\r\n}\r\n'
+    assert remove_value(WINDOWS, ("a",)) == '{\r\n  // mine\r\n  "b": 2\r\n}\r\n'
+
+
+def test_what_is_put_in_is_indented_as_the_file_is():
+    two = '{\n  "a": {\n    "b": 1\n  }\n}\n'
+    assert set_value(two, ("a", "c"), {"d": 1}) == (
+        '{\n  "a": {\n    "b": 1,\n    "c": {\n      "d": 1\n    }\n  }\n}\n'
+    )
+    assert set_value(two, ("a",), {"d": {"e": 1}}) == '{\n  "a": {\n    "d": {\n      "e": 1\n    }\n  }\n}\n'
+    assert set_value(two, ("a", "b"), {}) == '{\n  "a": {\n    "b": {}\n  }\n}\n'
+    tabs = '{\n\t"a": 1\n}\n'
+    assert set_value(tabs, ("b",), {"c": [{"d": 1}]}) == (
+        '{\n\t"a": 1,\n\t"b": {\n\t\t"c": [\n\t\t\t{\n\t\t\t\t"d": 1\n\t\t\t}\n\t\t]\n\t}\n}\n'
+    )
