@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from simpletuner.adapters.base import MatchCount
 from simpletuner.adapters.formats import encode
 from simpletuner.adapters.layers import floating_dtype
-from simpletuner.adapters.lycoris import LycorisAdapter, cast_network, isolated_lycoris, register_network
+from simpletuner.adapters.lycoris import LycorisAdapter, apply_network, isolated_lycoris, register_network
 from simpletuner.adapters.lycoris_modules import beside_the_base, prepare_module
 from simpletuner.adapters.reading import adapter_from_tensors, format_of, read_adapter, read_adapter_file
 from simpletuner.adapters.weights import AdapterWeights
@@ -83,8 +83,7 @@ def check_saved_adapter(
         loader = load_with_peft(tensors, fresh_denoiser, spec, path)
     else:
         network = network_from(weights, fresh_denoiser, spec, weights.multiplier, str(path))
-        network.apply_to()
-        cast_network(network, next(fresh_denoiser.parameters()).device, dtype)
+        apply_network(network, dtype)
         loader = "LyCORIS"
     with torch.no_grad():
         output = run(fresh_denoiser).float()

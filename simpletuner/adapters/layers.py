@@ -6,6 +6,8 @@ A quantised layer has a class of its own (`QuantisedLinear`, quanto's `QLinear`)
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import nn
 
@@ -41,6 +43,11 @@ QUANTISERS = ("simpletuner.precision.", "optimum.", "bitsandbytes.", "torchao.")
 def floating_dtype(denoiser: nn.Module) -> torch.dtype:
     """In which a denoiser computes: of its first weights that are not packed."""
     return next(p.dtype for p in denoiser.parameters() if p.is_floating_point() and type(p) is nn.Parameter)
+
+
+def device_of(layer: nn.Module) -> torch.device:
+    """Where a layer is; its weight may be packed, and unpacking it only to ask would cost."""
+    return next(itertools.chain(layer.parameters(), layer.buffers())).device
 
 
 def num_rows(module: nn.Module) -> int:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from simpletuner.adapters.base import ADAPTER_CHILD, Adapter, MatchCount, values_replaced
 from simpletuner.adapters.formats import LYCORIS_PREFIX
-from simpletuner.adapters.layers import layer_class
+from simpletuner.adapters.layers import device_of, layer_class
 from simpletuner.adapters.liveness import require_live
 from simpletuner.adapters.lokr import is_structured
 from simpletuner.adapters.lokr_kernels import choose_kernels, fused_kernels
@@ -190,19 +190,25 @@ def _require_loadable(network: LycorisNetwork, paths: Mapping[str, str], file: s
 def register_network(denoiser: nn.Module, network: LycorisNetwork, dtype: torch.dtype) -> None:
     """Apply a network to its layers and make it the denoiser's child; only the network trains afterwards."""
     denoiser.requires_grad_(False)
-    network.apply_to()
-    cast_network(network, next(denoiser.parameters()).device, dtype)
+    apply_network(network, dtype)
     network.requires_grad_(True)
     network.train()
     denoiser.add_module(ADAPTER_CHILD, network)
 
 
-def cast_network(network: LycorisNetwork, device: torch.device, dtype: torch.dtype) -> None:
-    """Move an applied network, but leave alpha exact: it is not trained, and bfloat16 would turn 10000 into 9984."""
-    alphas = {module: module.alpha.clone() for module in network.loras if hasattr(module, "alpha")}
-    network.to(device=device, dtype=dtype)
-    for module, alpha in alphas.items():
-        module.alpha = alpha.to(device)
+def apply_network(network: LycorisNetwork, dtype: torch.dtype) -> None:
+    """Apply a network, each module in `dtype` and where its layer is: packed layers are on the accelerator before the
+    others are.
+
+    alpha stays exact: it is not trained, and bfloat16 would turn 10000 into 9984.
+    """
+    devices = [device_of(module.org_module[0]) for module in network.loras]  # LyCORIS' `full` takes the weights away
+    network.apply_to()
+    for module, device in zip(network.loras, devices, strict=True):
+        alpha = module.alpha.to(device, copy=True) if hasattr(module, "alpha") else None
+        module.to(device=device, dtype=dtype)
+        if alpha is not None:
+            module.alpha = alpha
 
 
 @contextmanager

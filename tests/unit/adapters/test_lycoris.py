@@ -239,6 +239,19 @@ def test_an_adapter_whose_file_could_not_be_loaded_is_refused_before_it_trains()
         attach(lycoris | {"apply_preset": {"target_name": ["patch_embedding.output_image_proj"]}})
 
 
+def test_each_module_is_where_its_layer_is(quickstart) -> None:
+    """Packed layers are on the accelerator when the adapter is attached, and the rest still in main memory."""
+    denoiser = tiny_omnigen_transformer()
+    denoiser.layers[0].to("meta")  # for want of another device
+    attach_lycoris(denoiser, quickstart, OMNIGEN, torch.float32, 1)
+    places = {
+        (module.org_module[0].weight.device.type, parameter.device.type)
+        for module in denoiser.adapter.loras
+        for parameter in (*module.parameters(), *module.buffers())
+    }
+    assert places == {("meta", "meta"), ("cpu", "cpu")}
+
+
 def test_state_goes_back_bit_for_bit(quickstart) -> None:
     _, adapter = attach(quickstart, dtype=torch.bfloat16)
     perturb(adapter.trainable_parameters())
