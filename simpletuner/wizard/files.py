@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from simpletuner.config.discovery import ConfigSource
+from simpletuner.config.json_reader import read_text_file
 from simpletuner.config.json_writer import INDENT, json_text, remove_value, set_value
 from simpletuner.config.loading import LoadedRun, load_source
 from simpletuner.config.prompt_library import prompt_texts
@@ -155,7 +156,7 @@ def save(project: Project, texts: Mapping[Path, str], answers: Answers) -> Proje
         DataError: the disk refuses.
     """
     for path in texts:
-        on_disk = path.read_text(encoding="utf-8") if path.exists() else None
+        on_disk = read_text_file(path, project.places.shown(path)) if path.exists() else None
         if on_disk != project.texts.get(path):
             message, fix = "was changed by something else in the meantime; nothing was saved", "open it again"
             raise ConfigError(Problem(message, file=project.places.shown(path), fix=fix))

@@ -289,3 +289,12 @@ def test_a_name_of_a_file_that_is_none_opens_and_is_refused_by_the_checks(
         assert set(texts) <= {config, folder / "config/lycoris_config.json", folder / "config/multidatabackend.json"}
         assert key in [problem.key for problem in judge(project, texts, project.answers).problems]
         config.write_text(text)
+
+
+def test_files_with_the_line_ends_of_windows_are_edited_and_keep_them(folder: Path, omnigen_folder: Path):
+    configured(folder, omnigen_folder)
+    config = folder / CONFIG
+    config.write_bytes(config.read_bytes().replace(b"\n", b"\r\n"))
+    before = config.read_bytes()
+    configured(folder, omnigen_folder, "--learning_rate=3e-5", yes=True)
+    assert config.read_bytes() == before.replace(b'"learning_rate": 1e-4', b'"learning_rate": 3e-5')
