@@ -65,9 +65,9 @@ def _refuse_to_guess(names: Sequence[str]) -> None:
         ConfigError: there are some.
     """
     if names:
-        allowed = ", ".join(f"env={name}" for name in names)
+        allowed = ", ".join([*(f"env={name}" for name in names), f"example={DEFAULT_EXAMPLE}"])
         message = "no configuration was chosen, and there is no config/config.json"
-        raise ConfigError(Problem(message, allowed=allowed, fix=f"for example: simpletuner train env={names[0]}"))
+        raise ConfigError(Problem(message, allowed=allowed, fix=f"add one of them, for example env={names[0]}"))
 
 
 def split_arguments(arguments: Sequence[str]) -> tuple[dict[str, str], list[str]]:

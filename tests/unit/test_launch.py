@@ -48,7 +48,7 @@ def test_the_example_is_not_trained_where_other_configurations_wait_to_be_chosen
         (tmp_path / "config" / name / "config.json").write_text("{}")
     with pytest.raises(ConfigError, match="no configuration was chosen") as caught:
         load_arguments([], {}, tmp_path, print, check_files=False)
-    assert caught.value.problems[0].allowed == "env=luna, env=sol"
+    assert caught.value.problems[0].allowed == "env=luna, env=sol, example=omnigen-tiny"
     (tmp_path / "config").rename(tmp_path / "elsewhere")
     recipes = tmp_path / "config" / "examples" / "some-recipe"  # as a clone has them
     recipes.mkdir(parents=True)
