@@ -58,7 +58,7 @@ class Zero(Copies):
         }
         self._engine: Any = None
         self._optimizer: torch.optim.Optimizer | None = None
-        self._is_finite = True
+        self._losses: list[Tensor] = []
         self._norm = math.nan
 
     has_own_state = True
@@ -92,15 +92,16 @@ class Zero(Copies):
         return next(self.denoiser.parameters()).device
 
     def backward(self, loss: Tensor, is_last: bool) -> None:
-        self._is_finite = self._is_finite and bool(loss.isfinite())
+        self._losses.append(loss.detach())  # looked at after the window: that waits for the device
         self._engine.set_gradient_accumulation_boundary(is_last)
         # The engine averages over processes; the loss is divided by the weight of the whole window already.
         self._engine.backward(loss * self.world.size, scale_wrt_gas=False)
 
     def collect_gradients(self) -> None:
         """The engine's step sums, clips and updates in one; it is not taken where a loss is not finite."""
-        is_finite, self._is_finite = not self.world.any(not self._is_finite), True
-        if not is_finite:
+        is_finite = bool(torch.stack(self._losses).isfinite().all())
+        self._losses.clear()
+        if self.world.any(not is_finite):
             self._engine.optimizer.zero_grad()
             self._norm = math.nan
             return
