@@ -74,7 +74,8 @@ def remade(make: Callable[..., Tensor], *ingredients: Tensor) -> Tensor:
     here. Parameters among the ingredients get their gradients.
     """
     if not is_worth_it(ingredients[0]):
-        return make(*ingredients)
+        with exact_dtypes(ingredients[0].device.type):  # as for large ones
+            return make(*ingredients)
     return give_recipe(_Remade.apply(make, *ingredients), make, *ingredients)
 
 

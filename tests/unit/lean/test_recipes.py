@@ -167,6 +167,14 @@ def test_a_tensor_that_was_changed_in_place_is_not_made_again() -> None:
         torch.testing.assert_close(gradient, wanted)
 
 
+def test_small_and_large_tensors_have_the_same_dtypes_under_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = numbers(5, 6, dtype=torch.bfloat16)
+    for large in (0, 1 << 20):
+        monkeypatch.setattr("simpletuner.lean.recipes.LARGE", large)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert remade(torch.prod, x).dtype == torch.bfloat16  # autocast's own would be float32
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_autocast_decides_the_product_and_not_the_norm(dtype: torch.dtype) -> None:
     norm, x = make_lean(RMSNorm(6, eps=1e-5).to(dtype)), numbers(5, 6, dtype=dtype)
