@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from simpletuner.cli.shared import PASS_ON, app, load, run_in_processes, say_aside
+from simpletuner.cli.shared import PASS_ON, app, load, run_in_processes, say_aside, say_for_all
 from simpletuner.errors import ConfigError, Problem
 
 
@@ -23,7 +23,7 @@ def train(context: typer.Context) -> None:
     """
     from simpletuner.launch import load_arguments
 
-    run_in_processes(load_arguments(context.args, os.environ, Path.cwd(), say=print), sys.argv[1:])
+    run_in_processes(load_arguments(context.args, os.environ, Path.cwd(), say_for_all), sys.argv[1:])
 
 
 @app.command(context_settings=PASS_ON, short_help="Explain options, or print those of this folder's run.")

@@ -79,3 +79,12 @@ def load(context: typer.Context) -> LoadedRun:
 def say_aside(line: str) -> None:
     """To stderr: stdout holds what was asked for, and nothing else."""
     print(line, file=sys.stderr)
+
+
+def say_for_all(line: str) -> None:
+    """To stdout, by the process that speaks for all of a run."""
+    from simpletuner.distributed.launcher import is_main
+    from simpletuner.distributed.lifeline import LIFELINE
+
+    if is_main(os.environ) and LIFELINE not in os.environ:  # else our launcher has said it
+        print(line)

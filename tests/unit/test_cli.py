@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from simpletuner import __version__, cli
+from simpletuner.cli.shared import say_for_all
+from simpletuner.distributed.lifeline import LIFELINE
 from simpletuner.errors import DataError, Interrupted, Problem
 
 PROGRAM = [sys.executable, "-c", "from simpletuner.cli import main; main()"]
@@ -179,3 +181,13 @@ def test_a_reader_that_leaves_early_does_not_change_the_exit_code():
     assert process.stderr is not None
     assert process.stderr.read() == b""
     process.stderr.close()
+
+
+@pytest.mark.parametrize(("environment", "said"), [({}, 1), ({"RANK": "1"}, 0), ({"RANK": "0", LIFELINE: "3"}, 0)])
+def test_one_process_of_a_run_says_what_all_would(monkeypatch, capsys, environment, said):
+    for name in ("RANK", LIFELINE):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    say_for_all("using the example")
+    assert capsys.readouterr().out.count("using the example") == said
