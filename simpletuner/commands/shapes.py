@@ -145,7 +145,7 @@ class SavedBytes:
     def __enter__(self) -> SavedBytes:
         for tensor in (*self._module.parameters(), *self._module.buffers()):
             self._is_new(tensor)
-        self._handles = [block.register_forward_pre_hook(self._enter_block) for block in self._blocks]
+        self._handles = [block.register_forward_pre_hook(self._enter_block, with_kwargs=True) for block in self._blocks]
         self._handles += [block.register_forward_hook(self._leave_block) for block in self._blocks]
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._count, lambda tensor: tensor)
         self._hooks.__enter__()
@@ -157,9 +157,9 @@ class SavedBytes:
             handle.remove()
         self._seen.clear()
 
-    def _enter_block(self, block: nn.Module, inputs: tuple[Any, ...]) -> None:
+    def _enter_block(self, block: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
         self._current = block
-        tensors = [value for value in inputs if isinstance(value, Tensor)]
+        tensors = [value for value in (*inputs, *named.values()) if isinstance(value, Tensor)]
         self.inputs[block] = num_bytes(tensors)
         if not self.num_tokens and tensors:
             self.num_tokens = tensors[0].shape[:-1].numel()

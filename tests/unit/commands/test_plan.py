@@ -15,7 +15,7 @@ from torch import nn
 from simpletuner.commands import plan as planning
 from simpletuner.commands.memory import mix_that_fits
 from simpletuner.commands.probe import Load, StepTimes
-from simpletuner.commands.shapes import Activations, empty_batch, optimizer_bytes
+from simpletuner.commands.shapes import Activations, SavedBytes, empty_batch, optimizer_bytes
 from simpletuner.commands.text import bytes_text, duration_text, short_count
 from simpletuner.optim.optimizers import build_optimizer
 from simpletuner.training.parts import attach_adapter, build_family
@@ -227,3 +227,21 @@ def test_the_planned_mix_is_what_a_run_measures(free: int, recomputed: int) -> N
     kept = Activations(outside=0, inside=(100,) * 4, inputs=(1,) * 4, num_tokens=0)
     assert kept.peak(range(1, 4)) == 203
     assert mix_that_fits(kept, free) == range(recomputed)
+
+
+def test_inputs_of_blocks_count_however_they_are_handed_over() -> None:
+    class Block(nn.Module):
+        def forward(self, x: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
+            return x.exp() + condition
+
+    model = nn.Sequential(Block())
+    x, condition = torch.zeros(2, 5, 3, requires_grad=True), torch.zeros(3)
+    for inputs, named in (
+        ((x, condition), {}),
+        ((x,), {"condition": condition}),
+        ((), {"x": x, "condition": condition}),
+    ):
+        with SavedBytes(model, ["Block"]) as counter:
+            model[0](*inputs, **named)
+        assert list(counter.inputs.values()) == [x.nbytes + condition.nbytes]
+        assert counter.num_tokens == 10
