@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+from abc import ABC, abstractmethod
 from typing import Any
 
 from simpletuner.cache.store import TensorStore
 from simpletuner.models.family import ModelFamily
 
 
-class EncodedCache:
+class EncodedCache(ABC):
     """The results of one encoder, or of one set of them, in a store.
 
     Args:
@@ -27,9 +28,9 @@ class EncodedCache:
         self.write_batch_size = write_batch_size
 
     @property
+    @abstractmethod
     def settings(self) -> dict[str, Any]:
         """What all keys have in common: the encoder, and the version of how its results are kept."""
-        raise NotImplementedError
 
     def digest(self, content: dict[str, Any]) -> str:
         """sha256 in hex over the settings and what was encoded."""

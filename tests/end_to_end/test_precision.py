@@ -22,7 +22,7 @@ from simpletuner.precision.linear import QuantisedLinear
 from simpletuner.precision.quantise import copy_unpacked, quantised_layers
 from simpletuner.training.parts import attach_adapter, build_family
 from simpletuner.training.step import compute_losses, draw_noise
-from tests.runs import load_here, metrics, run_cli, train_here, train_in_two, write_run
+from tests.runs import load_here, metrics, require_same_bits_after_a_stop, run_cli, train_here, train_in_two, write_run
 from tests.tiny_folders import TINY_FOLDERS
 
 PRECISIONS = [name for name in all_options()["base_model_precision"].choices if name != "no_change"]
@@ -159,13 +159,13 @@ def test_a_run_on_a_packed_base_resumes_to_the_same_bits_and_proves_its_file(
     adapter: str, tmp_path: Path, omnigen_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = {"base_model_precision": "int8-quanto", "use_ema": True, "quantize_via": "cpu", **ADAPTERS[adapter]}
-    straight = train_here(write_run(tmp_path / "straight", omnigen_folder, **options))
-    folder = write_run(tmp_path / "stopped", omnigen_folder, **options)
-    resumed = train_in_two(folder, 5, monkeypatch)
+    straight, resumed = require_same_bits_after_a_stop(
+        lambda folder: write_run(folder, omnigen_folder, **options), tmp_path, monkeypatch
+    )
     for name in ("pytorch_lora_weights.safetensors", "ema/pytorch_lora_weights.safetensors"):
         assert (straight / name).read_bytes() == (resumed / name).read_bytes()
     with pytest.raises(ConfigError, match="base_model_precision"):
-        train_here(folder, "--base_model_precision=nf4-bnb", "--max_train_steps=9")
+        train_here(tmp_path / "stopped", "--base_model_precision=nf4-bnb", "--max_train_steps=9")
 
 
 @pytest.mark.slow
