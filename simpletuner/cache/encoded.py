@@ -7,6 +7,7 @@ import json
 from abc import ABC, abstractmethod
 from typing import Any
 
+from simpletuner import __version__
 from simpletuner.cache.store import TensorStore
 from simpletuner.models.family import ModelFamily
 
@@ -35,3 +36,11 @@ class EncodedCache(ABC):
     def digest(self, content: dict[str, Any]) -> str:
         """sha256 in hex over the settings and what was encoded."""
         return hashlib.sha256(json.dumps({**self.settings, **content}, sort_keys=True).encode()).hexdigest()
+
+    def name_of_all(self, *parts: Any) -> str:
+        """Names a set of entries, for `TensorStore.complete`: a start that finds it complete asks for no single key.
+
+        Args:
+            parts: whatever decides, beside the settings and this version of the program, which entries there are; JSON.
+        """
+        return hashlib.sha256(json.dumps([__version__, self.settings, *parts]).encode()).hexdigest()

@@ -5,8 +5,6 @@ Caches are filled before the denoiser is loaded, and the VAE is freed in between
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from simpletuner import __version__
 from simpletuner.batch import Sample
 from simpletuner.cache.encoding import ManySamples
 from simpletuner.cache.fingerprints import vae_fingerprint
@@ -244,8 +241,7 @@ def name_of_all(dataset: Dataset, part_id: str, cache: LatentCache) -> str:
 
     A digest of whatever decides which samples there are, how they are cut, and what the VAE makes of them.
     """
-    parts = [__version__, cache.family.spec.name, dataset.id, part_id, dataset.fingerprint, cache.settings]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+    return cache.name_of_all(cache.family.spec.name, dataset.id, part_id, dataset.fingerprint)
 
 
 def without(dataset: Dataset, bad: Mapping[tuple[str, str], str]) -> Dataset:

@@ -6,12 +6,9 @@ before the denoiser is loaded, and the encoders are freed; `text_cache_ondemand`
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from simpletuner import __version__
 from simpletuner.cache.fingerprints import prompt_fingerprint
 from simpletuner.cache.prompts import CachedPrompts, PromptCache
 from simpletuner.cache.store import TensorStore
@@ -103,8 +100,7 @@ def prompts_folder(loaded: LoadedRun, spec: FamilySpec) -> Path:
 def _name_of_all(loaded: LoadedRun, cache: PromptCache, datasets: Sequence[Dataset]) -> str:
     """Names all texts of a run: a start that finds them complete asks for no single one (`training/latents.py`)."""
     captions = [dataset.fingerprint for dataset in datasets]
-    parts = [__version__, cache.settings, captions, list(fixed_prompts(loaded, cache.family.spec))]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+    return cache.name_of_all(captions, list(fixed_prompts(loaded, cache.family.spec)))
 
 
 def run_prompts(loaded: LoadedRun, spec: FamilySpec, datasets: Sequence[Dataset]) -> Iterator[str]:
