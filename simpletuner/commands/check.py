@@ -252,6 +252,7 @@ def report_lines(found: Check) -> list[str]:
         lines += [f"  captions: {line}" for line in each.captions.lines()]
         lines += [f"    {printable(caption)[:110]}" for caption in example_captions(each.dataset)]
         lines.append(f"  latents: {each.cache.line()}")
+        lines += [f"  warning: {line}" for line in each.dataset.funnel.warnings]
         lines += [f"  ! {remedy}" for remedy in each.remedies]
     return [*lines, "", found.steps_line]
 

@@ -63,7 +63,8 @@ def write_page(path: Path, found: Check, tiles: Sequence[Sequence[Tile]]) -> Non
 
 
 def _dataset(each: DatasetCheck, tiles: Sequence[Tile]) -> str:
-    remedies = "".join(f'<p class="warn">{escape(remedy)}</p>' for remedy in each.remedies)
+    warnings = (*each.dataset.funnel.warnings, *each.remedies)
+    remedies = "".join(f'<p class="warn">{escape(line)}</p>' for line in warnings)
     cards = "".join(
         f'<div class="card"><h3>{title}</h3>{body}</div>'
         for title, body in (

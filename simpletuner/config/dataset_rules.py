@@ -89,6 +89,16 @@ def some_dataset_takes_part_at_any_time(draft: Draft) -> Iterator[Problem]:
             yield draft.dataset_problem(entry, key, message, fix="let the ranges of the datasets meet")
 
 
+def something_new_is_learned(draft: Draft) -> Iterator[Problem]:
+    used = [entry for entry in draft.pictures if not isinstance(entry, EvalDataset) and entry.probability]
+    if used and all(entry.is_regularisation_data for entry in used) and not draft.config.init_lora:
+        message = (
+            "all datasets are regularisation data, whose target is what the base model predicts: the loss would be 0"
+        )
+        fix = "add a dataset to learn from, or set it to false"
+        yield draft.dataset_problem(used[0], "is_regularisation_data", message, fix=fix)
+
+
 def _first_gap(ranges: Iterable[tuple[int, int | None]], length: float) -> int | None:
     """The first number of 1 .. length that no range holds; a range without an end goes on for ever."""
     reached = 0
@@ -214,6 +224,7 @@ DATASET_RULES = (
     eval_datasets_are_not_trained_on,
     schedules_end_after_they_start,
     some_dataset_takes_part_at_any_time,
+    something_new_is_learned,
     epochs_have_a_length,
     conditioning_belongs_to_pictures,
     references_fit_the_family,

@@ -32,6 +32,7 @@ from simpletuner.data.captioned import refuse_uncaptioned, without_caption
 from simpletuner.data.captions import CaptionRules
 from simpletuner.data.conditioning import Partners, ScannedFolder, reference_rules, select_paired, with_masks
 from simpletuner.data.dataset import Dataset, Draws, Samples, dataset_fingerprint
+from simpletuner.data.empty_masks import report_empty_masks
 from simpletuner.data.entry_rules import bucket_rules, caption_rules, check_entry
 from simpletuner.data.index import Catalogue, Index
 from simpletuner.data.report import Funnel, ProgressReport, SetAside
@@ -104,6 +105,8 @@ def build_datasets(
             funnels.append(dataset.funnel)
             for mask in masks_for(entry, entries):
                 dataset = with_masks(dataset, mask, scan(mask), data_file)
+                folder = work_dir / "index"
+                dataset = report_empty_masks(dataset, config.masked_loss_probability, folder, report, data_file)
             datasets.append(dataset)
         except DataError as error:
             problems += error.problems

@@ -79,16 +79,20 @@ class Masks:
         (row,) = self._index.pictures([int(self._ids[position])])
         try:
             data = checked_bytes(self._index.backend.read(os.fsencode(row.path)), row.digest)
-            return load_mask(data, sample.crop, sample.is_flipped, binary=self.kind == "segmentation")
         except (OSError, UnusablePicture) as error:
-            raise self._unreadable(row, error) from error
+            fix = "start the run again: the folder is looked at anew, and training goes on from the last checkpoint"
+            raise self._unreadable(row, error, fix) from error
+        try:
+            return load_mask(data, sample.crop, sample.is_flipped, binary=self.kind == "segmentation")
+        except UnusablePicture as error:
+            raise self._unreadable(row, error, "replace the mask") from error
 
-    def _unreadable(self, row: PictureRow, error: Exception) -> DataError:
+    def _unreadable(self, row: PictureRow, error: Exception, fix: str) -> DataError:
         return DataError(
             Problem(
                 f"the mask {printable(row.path)} in {self._index.backend.location} cannot be used: {error}",
                 key=f"{self.dataset_id}.instance_data_dir",
-                fix="start the run again: the folder is looked at anew, and training goes on from the last checkpoint",
+                fix=fix,
             )
         )
 

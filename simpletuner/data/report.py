@@ -88,6 +88,7 @@ class Funnel:
         buckets: (height, width) in pixels -> pictures.
         set_aside: what is not used, and why.
         notes: what is odd about readable pictures.
+        warnings: lines on what its owner did not ask for.
     """
 
     dataset_id: str
@@ -101,6 +102,7 @@ class Funnel:
     buckets: Mapping[tuple[int, int], int]
     set_aside: SetAside
     notes: Mapping[str, Note] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
 
     def lines(self) -> list[str]:
         """For the terminal: the stages, the buckets, and what was lost."""
@@ -147,6 +149,7 @@ class Funnel:
                 {"note": text, "count": note.count, "examples": [printable(path) for path in note.examples]}
                 for text, note in self.notes.items()
             ],
+            "warnings": list(self.warnings),
             "set_aside": reasons,
         }
 

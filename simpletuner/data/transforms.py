@@ -19,7 +19,9 @@ from typing import TYPE_CHECKING
 from simpletuner.batch import Crop
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
+    from numpy.typing import NDArray
     from PIL import Image
 
 # Part of every cache key: raise it when the same file and crop would give other pixels.
@@ -61,6 +63,8 @@ _UPRIGHT = {
     8: "ROTATE_90",
 }
 _ORIENTATION_TAG = 0x0112
+# Set in `info` of what `_load` gives: 16-bit colours that Pillow reads in 8 bits.
+_LOW_BYTES_LOST = "simpletuner low bytes lost"
 
 # What Pillow's readers raise on damaged files; there is no common base class, and each of these has been seen.
 _DECODE_ERRORS = (
@@ -156,18 +160,16 @@ def load_mask(data: bytes, crop: Crop, is_flipped: bool = False, binary: bool = 
     from PIL import Image
 
     image = _decode(data)
-    if image.mode.startswith("I"):
-        image = _scale_to_8_bits(image)
-    try:
-        image = image.convert("RGBA")
-    except ValueError as error:
-        raise UnusablePicture(f"its colours cannot be read: {error}") from None
-    covers = np.asarray(image.getchannel("A"), dtype=np.float32) / 255
-    channels = image.convert("RGB")
-    if binary:
-        values = (np.asarray(channels).max(axis=2) > 0) * (covers > 0).astype(np.float32)
+    if binary and image.info.get(_LOW_BYTES_LOST):
+        raise UnusablePicture(
+            "16-bit colours are read with 8 bits, so small labels would be black; save it with 8 bits per channel, or "
+            "as 16-bit grey"
+        )
+    if image.mode.startswith("I"):  # 16-bit grey, as it is: a label of 1 is not black
+        stored = np.clip(np.asarray(image).astype(np.float32), 0, 65535)
+        values = (stored > 0).astype(np.float32) if binary else stored / 65535
     else:
-        values = np.asarray(channels.convert("L"), dtype=np.float32) / 255 * covers
+        values = _mask_values(image, binary)
     grey = Image.fromarray(values.astype(np.float32))
     size = (crop.intermediate_width, crop.intermediate_height)
     if grey.size != size:
@@ -175,6 +177,21 @@ def load_mask(data: bytes, crop: Crop, is_flipped: bool = False, binary: bool = 
     grey = grey.crop((crop.left, crop.top, crop.left + crop.width, crop.top + crop.height))
     weights = torch.from_numpy(np.array(grey, dtype=np.float32)[None]).clamp(0, 1)  # (1, H, W)
     return weights.flip(-1) if is_flipped else weights
+
+
+def _mask_values(image: Image.Image, binary: bool) -> NDArray[np.float32]:
+    """(H, W) what each pixel of an 8-bit picture counts, in [0, 1]."""
+    import numpy as np
+
+    try:
+        image = image.convert("RGBA")
+    except ValueError as error:
+        raise UnusablePicture(f"its colours cannot be read: {error}") from None
+    covers = np.asarray(image.getchannel("A"), dtype=np.float32) / 255
+    channels = image.convert("RGB")
+    if binary:
+        return (np.asarray(channels).max(axis=2) > 0) * (covers > 0).astype(np.float32)
+    return np.asarray(channels.convert("L"), dtype=np.float32) / 255 * covers
 
 
 def to_pixels(image: Image.Image, crop: Crop, is_flipped: bool = False) -> torch.Tensor:
@@ -251,11 +268,25 @@ def _load(data: bytes) -> Image.Image:
         raise UnusablePicture(f"{image.width}x{image.height} is more than {MAX_PIXELS} pixels")
     if image.mode == "F":
         raise UnusablePicture("floating-point values have no agreed range; save it with 8 or 16 bits")
+    loses = _loses_low_bytes(image)
     try:
         image.load()
     except _DECODE_ERRORS as error:
         raise UnusablePicture(f"damaged: {_one_line(error)}") from None
+    image.info[_LOW_BYTES_LOST] = loses
     return image
+
+
+def _loses_low_bytes(image: Image.Image) -> bool:
+    """Whether Pillow will read 16-bit colours in 8 bits: it names the stored form before it decodes."""
+    if image.mode.startswith("I"):
+        return False
+    for tile in image.tile:
+        stored, *more = tile.args if isinstance(tile.args, tuple) else (tile.args,)
+        most = more[0] if image.format == "PPM" and more else 255
+        if (isinstance(stored, str) and ";16" in stored) or (isinstance(most, int) and most > 255):
+            return True
+    return False
 
 
 def _upright(image: Image.Image) -> Image.Image:

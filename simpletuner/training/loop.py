@@ -243,6 +243,11 @@ def report_step(run: Run, window: Window, outcome: StepOutcome, epoch: int, seco
     )
     if run.state.skipped_steps:
         run.bus.emit(Notice("warning", f"step {run.state.global_step}: loss or gradients not finite, step skipped"))
+    zeros = run.zero_watch.add(
+        outcome.loss, outcome.grad_norm, window.batches, run.config.mixed_precision, run.is_finished
+    )
+    if zeros:
+        run.bus.emit(Notice("warning", f"step {run.state.global_step}: {zeros}"))
 
 
 def report_loss_bins(run: Run) -> None:

@@ -130,6 +130,8 @@ def _tell_funnels(funnels: Sequence[Funnel], output_dir: Path, bus: EventBus, wo
     for funnel in funnels:
         for line in funnel.lines():
             bus.emit(Notice("info", line))
+        for line in funnel.warnings:
+            bus.emit(Notice("warning", line))
     if world.is_main:
         write_report(output_dir, funnels)
 

@@ -32,6 +32,7 @@ from simpletuner.training.recomputing import Recomputing
 from simpletuner.training.rollout import Rollouts, build_rollouts
 from simpletuner.training.signals import StopRequest
 from simpletuner.training.state import TrainState
+from simpletuner.training.zeros import ZeroWatch
 from simpletuner.validation.external import ExternalScript
 from simpletuner.validation.validator import Validator
 
@@ -64,6 +65,7 @@ class Run:
         eval_losses: global_step -> pooled eval loss, of earlier processes too.
         eval_reference: the eval loss of the untouched base, once it is known.
         loss_bins: gathers the training loss by noise level.
+        zero_watch: notices steps that train nothing.
     """
 
     loaded: LoadedRun
@@ -93,6 +95,7 @@ class Run:
     eval_losses: dict[int, float] = field(default_factory=dict)
     eval_reference: EvalResult | None = None
     loss_bins: LossBins = field(default_factory=LossBins)
+    zero_watch: ZeroWatch = field(default_factory=ZeroWatch)
 
     @cached_property
     def objective(self) -> Objective:

@@ -47,5 +47,6 @@ def options(**changes) -> SimpleNamespace:
         "vae_cache_ondemand": False,
         "vae_cache_disable": False,
         "vae_cache_clear_each_epoch": False,
+        "masked_loss_probability": 1.0,
     }
     return SimpleNamespace(**(defaults | changes))

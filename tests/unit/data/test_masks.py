@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,7 @@ from simpletuner.batch import Crop
 from simpletuner.config.datasets import ConditioningDataset, ImageDataset
 from simpletuner.data.datasets import build_datasets
 from simpletuner.data.masks import average_down
-from simpletuner.data.transforms import load_mask
+from simpletuner.data.transforms import UnusablePicture, load_mask
 from simpletuner.errors import DataError
 from simpletuner.models.omnigen.spec import OMNIGEN
 from tests.unit.data.pictures import options
@@ -181,3 +183,70 @@ def test_a_changed_mask_changes_the_fingerprint_and_is_not_read_as_the_old_one(f
         before.masks.pixels(0, before.samples[0])
     assert build(folders, tmp_path).fingerprint != before.fingerprint
     assert build(folders, tmp_path, "segmentation").fingerprint != build(folders, tmp_path).fingerprint
+
+
+def png_of_16_bit_colours(value: int) -> bytes:
+    """2 x 2 pixels, each channel `value`: Pillow cannot write such a file."""
+    pixels = struct.pack(">6H", *[value] * 6)
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", 2, 2, 16, 2, 0, 0, 0)
+    content = zlib.compress((b"\0" + pixels) * 2)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", content) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif", ".pgm"])
+def test_a_16_bit_label_of_1_is_not_black(tmp_path: Path, suffix: str) -> None:
+    path = save(tmp_path / f"labels{suffix}", np.array([[0, 1], [4, 128]], np.uint16))
+    assert load_mask(path.read_bytes(), WHOLE, binary=True)[0].tolist() == [[0, 1], [1, 1]]
+
+
+def test_16_bit_brightness_is_not_rounded_to_8_bits(tmp_path: Path) -> None:
+    path = save(tmp_path / "mask.png", np.array([[1, 100], [32768, 65535]], np.uint16))
+    expected = torch.tensor([[1 / 65535, 100 / 65535], [32768 / 65535, 1]])
+    torch.testing.assert_close(load_mask(path.read_bytes(), WHOLE)[0], expected)
+
+
+@pytest.mark.parametrize("data", [png_of_16_bit_colours(1), b"P6 2 2 65535\n" + b"\0\1" * 12], ids=["png", "ppm"])
+def test_16_bit_colours_that_lose_their_labels_are_refused_as_a_segmentation(data: bytes) -> None:
+    with pytest.raises(UnusablePicture, match="16-bit colours are read with 8 bits"):
+        load_mask(data, WHOLE, binary=True)
+
+
+def blacken(folders: tuple[Path, Path], *names: str, columns: slice = slice(None)) -> None:
+    for name in names:
+        path = folders[1] / "sub" / name
+        with Image.open(path) as image:
+            values = np.asarray(image).copy()
+        values[:, columns] = 0
+        save(path, values)
+
+
+def test_an_image_whose_mask_is_black_is_named(folders, tmp_path: Path) -> None:
+    assert build(folders, tmp_path).funnel.warnings == ()
+    blacken(folders, "a_2.png")
+    (warning,) = build(folders, tmp_path).funnel.warnings
+    assert warning == (
+        "things: 1 of 4 images have a mask that leaves nothing inside the crop and are not trained on: sub/a_2.png"
+    )
+    assert build(folders, tmp_path).funnel.warnings == (warning,)  # from what was kept
+
+
+def test_a_mask_that_marks_only_what_is_cut_off_is_named(folders, tmp_path: Path) -> None:
+    # 64 x 100, cut in the centre to columns 18 .. 81: what is left of the mask is outside.
+    blacken(folders, "a_1.png", columns=slice(18, 82))
+    assert "sub/a_1.png" in build(folders, tmp_path).funnel.warnings[0]
+    assert build(folders, tmp_path, crop=False).funnel.warnings == ()
+    moving = {"crop_style": "random", "vae_cache_clear_each_epoch": True}
+    assert build(folders, tmp_path, **moving).funnel.warnings == ()
+
+
+def test_masks_that_leave_nothing_of_any_image_are_an_error(folders, tmp_path: Path) -> None:
+    blacken(folders, *(f"a_{number}.png" for number in range(4)))
+    with pytest.raises(DataError) as caught:
+        build(folders, tmp_path)
+    text = str(caught.value)
+    assert "data.json: things.conditioning_data: 4 of 4 images have a mask that leaves nothing inside the crop" in text
+    assert "sub/a_0.png, sub/a_1.png" in text
