@@ -1,0 +1,55 @@
+"""Several real processes of one run, for tests: forked, so that none has to import torch again."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch.distributed.fsdp  # noqa: F401 - imported once, here, and not in each process
+
+from simpletuner.distributed.launcher import _free_port
+from simpletuner.distributed.world import World, joined
+
+SECONDS = 60
+
+
+def in_processes(size: int, work: Callable[[World], Any]) -> list[Any]:
+    """What `work` returns (as JSON holds it) in each of `size` processes that have joined as one run, by rank.
+
+    Raises:
+        AssertionError: one of them failed; its traceback is the message.
+    """
+    with TemporaryDirectory() as folder:
+        variables = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+        children = [_fork(Path(folder) / str(rank), variables | {"RANK": str(rank)}, work) for rank in range(size)]
+        for child in children:
+            os.waitpid(child, 0)
+        answers = [json.loads((Path(folder) / str(rank)).read_text()) for rank in range(size)]
+    failures = [answer["error"] for answer in answers if "error" in answer]
+    assert not failures, "\n".join(failures)
+    return [answer["value"] for answer in answers]
+
+
+def _fork(answer: Path, variables: dict[str, str], work: Callable[[World], Any]) -> int:
+    child = os.fork()
+    if child:
+        return child
+    answer.write_text('{"error": "it ended without a word, or hung"}')
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.alarm(SECONDS)
+    code = 1
+    try:
+        os.environ.update(variables)
+        with joined(os.environ) as world:
+            answer.write_text(json.dumps({"value": work(world)}))
+        code = 0
+    except BaseException:  # noqa: BLE001 - the parent raises it
+        answer.write_text(json.dumps({"error": traceback.format_exc()}))
+    finally:
+        os._exit(code)
