@@ -19,6 +19,7 @@ from simpletuner.config.datasets import (
     dataset_options,
     with_defaults,
 )
+from simpletuner.config.foreign_keys import NEVER_DELETED
 from simpletuner.config.json_reader import Document
 from simpletuner.config.layers import Origin, Setting
 from simpletuner.config.merging import unknown_key
@@ -86,6 +87,8 @@ def _read_entry(
     infos = dataset_options(kind)
     if kind == "conditioning":
         _leave_out_picture_keys(written, infos, name, loaded)
+    for key in [key for key in written if key in NEVER_DELETED]:
+        loaded.warnings.append(f"{written.pop(key).origin}: {name}.{key} has no effect: {NEVER_DELETED[key]}")
     for key in [key for key in written if key not in infos]:
         loaded.problems.append(_unknown_dataset_key(written.pop(key), kind, name))
     entry, problems = check_settings(DATASET_CLASSES[kind], infos, written, origin, f"{name}.")

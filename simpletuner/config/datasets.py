@@ -195,12 +195,6 @@ class ImageDataset(PictureSource, DatasetEntry):
     preserve_data_backend_cache: Bool = option(
         False, help="Keep the list of files.", planned="the index is always kept and refreshed", neutral=(True,)
     )
-    delete_unwanted_images: Bool = option(
-        False, help="Delete pictures that are too small.", planned="files of yours are never deleted"
-    )
-    delete_problematic_images: Bool = option(
-        False, help="Delete unreadable pictures.", planned="files of yours are never deleted"
-    )
     conditioning: Any = option(
         None,
         help="Conditioning that is generated from the pictures.",

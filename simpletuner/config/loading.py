@@ -30,6 +30,7 @@ from simpletuner.config.layers import (
 )
 from simpletuner.config.lycoris import check_lycoris
 from simpletuner.config.merging import Merged, merge_layers, option_names
+from simpletuner.config.objective_rules import meaningless_options
 from simpletuner.config.options import TrainConfig, all_options
 from simpletuner.config.paths import SINGLE_FILE, Folders, looks_like_path
 from simpletuner.config.prompt_library import LibraryPrompt, read_prompt_library
@@ -241,6 +242,10 @@ class _RunReader:
         answered_for = self.spec.unusable_options if self.spec else ()
         self.problems += refuse_planned(config, infos, self.origin, skip=answered_for)
         updates: dict[str, Any] = {}
+        for key, reason in (meaningless_options(self.spec) if self.spec else {}).items():
+            if getattr(config, key) not in (infos[key].default, None, 0, ""):
+                self.merged.warnings.append(f"{self.origin(key)}: {key} has no effect: {reason}")
+            updates[key] = infos[key].default
         for key, info in infos.items():
             path = getattr(config, key)
             if info.path and path is not None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
+from simpletuner.config.checking import show_value
+from simpletuner.config.foreign_keys import INVERTED, RENAMED, RETIRED, UNBUILT, VALUE_ALIASES
 from simpletuner.config.layers import Layer, Setting
-from simpletuner.config.names import INVERTED, RENAMED, RETIRED, VALUE_ALIASES, nearest
+from simpletuner.config.names import nearest
 from simpletuner.config.options import all_options
 from simpletuner.config.values import read_bool
 from simpletuner.errors import Problem
@@ -22,17 +24,21 @@ class Merged:
 
 
 def option_names() -> list[str]:
-    """Every name that is understood: options, their old names, retired names."""
-    return [*all_options(), *RENAMED, *RETIRED]
+    """Every name that is understood: options, their old names, retired names, names that are refused with a reason."""
+    return [*all_options(), *RENAMED, *RETIRED, *UNBUILT]
 
 
 def merge_layers(layers: Iterable[Layer]) -> Merged:
     """Apply layers in order; a later layer wins over an earlier one, key by key."""
     merged = Merged()
+    unbuilt: dict[str, Setting] = {}
     for layer in layers:
         merged.warnings += layer.warnings
         written: dict[str, str] = {}
         for setting in layer.settings:
+            if setting.key in UNBUILT:
+                unbuilt[setting.key] = setting
+                continue
             known = _known(setting, merged)
             if known is None:
                 continue
@@ -44,7 +50,25 @@ def merge_layers(layers: Iterable[Layer]) -> Merged:
             if _is_unset(known):
                 continue
             merged.settings[known.key] = known
+    for setting in unbuilt.values():
+        _refuse_unbuilt(setting, merged)
     return merged
+
+
+def _refuse_unbuilt(setting: Setting, merged: Merged) -> None:
+    """Report a key of another trainer that would change the result; one that is off, or cannot act, is no problem."""
+    key, origin = UNBUILT[setting.key], setting.origin
+    if key.accepts(setting.value):
+        return
+    if key.where is not None:
+        option, start = key.where
+        chosen = merged.settings.get(option)
+        if chosen is None or not str(chosen.value).startswith(start):
+            merged.warnings.append(f"{origin}: {setting.key} has no effect: {option} is not {start}")
+            return
+    message = f"{show_value(setting.value)} cannot be used: {key.reason}"
+    allowed = f"only {', '.join(key.neutral)}" if key.neutral else None
+    merged.problems.append(origin.problem(message, setting.key, allowed, key.fix or "remove the key"))
 
 
 def _known(setting: Setting, merged: Merged) -> Setting | None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from simpletuner.config.checking import is_neutral, show_value
-from simpletuner.config.draft import Draft
+from simpletuner.config.checking import is_neutral
+from simpletuner.config.draft import Draft, FamilyFacts
 from simpletuner.errors import Problem
 
 # Option -> values that change nothing.
@@ -16,6 +16,8 @@ FLOW_OPTIONS: Mapping[str, tuple[Any, ...]] = {
     "flow_sigmoid_scale": (1,),
     "flow_use_uniform_schedule": (False,),
     "flow_use_beta_schedule": (False,),
+    "flow_beta_schedule_alpha": (2,),
+    "flow_beta_schedule_beta": (2,),
     "flow_custom_timesteps": (None,),
 }
 SHAPES = ("flow_use_uniform_schedule", "flow_use_beta_schedule", "flow_custom_timesteps")
@@ -25,15 +27,16 @@ def _is_set(draft: Draft, key: str) -> bool:
     return not is_neutral(getattr(draft.config, key), FLOW_OPTIONS[key])
 
 
-def noise_levels_are_those_of_a_flow(draft: Draft) -> Iterator[Problem]:
+def meaningless_options(spec: FamilyFacts) -> Mapping[str, str]:
+    """Option -> why it has no meaning for a family: what is written there is ignored with a warning."""
+    if spec.prediction_type == "flow":
+        return spec.ignored_options
+    return {**dict.fromkeys(FLOW_OPTIONS, f"{spec.title} is no flow model"), **spec.ignored_options}
+
+
+def reflexflow_has_a_flow(draft: Draft) -> Iterator[Problem]:
     spec = draft.spec
-    if spec is None or spec.prediction_type == "flow":
-        return
-    for key in FLOW_OPTIONS:
-        if _is_set(draft, key) and key not in spec.unusable_options:
-            message = f"{show_value(getattr(draft.config, key))} cannot be used: {spec.title} is no flow model"
-            yield draft.problem(message, key, fix="remove the key")
-    if draft.config.scheduled_sampling_reflexflow:
+    if spec and spec.prediction_type != "flow" and draft.config.scheduled_sampling_reflexflow:
         message = f"true cannot be used: it is made for flow models, which {spec.title} is not"
         yield draft.problem(message, "scheduled_sampling_reflexflow", "false", fix="remove the key")
 
@@ -88,7 +91,7 @@ def rollouts_happen(draft: Draft) -> Iterator[Problem]:
 
 
 OBJECTIVE_RULES = (
-    noise_levels_are_those_of_a_flow,
+    reflexflow_has_a_flow,
     noise_levels_are_chosen_once,
     biased_levels_are_some,
     rollouts_happen,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from simpletuner.config.names import RENAMED, RETIRED
+from simpletuner.config.foreign_keys import RENAMED, RETIRED, UNBUILT
 from simpletuner.config.optimizers import OPTIMIZERS, OptimizerRow
 from simpletuner.config.options import all_options
 from simpletuner.config.reference import option_rows, planned_values_text
@@ -78,6 +78,11 @@ def options_markdown() -> str:
     retired = "\n".join(f"| `{old}` | {why} |" for old, why in RETIRED.items())
     parts.append(
         f"## Retired keys\n\nAccepted with a warning; they have no effect.\n\n| key | why |\n|---|---|\n{retired}\n"
+    )
+    unbuilt = "\n".join(f"| `{name}` | {key.reason} | {key.fix or 'remove the key'} |" for name, key in UNBUILT.items())
+    parts.append(
+        "## Keys of other trainers\n\nRefused where they would change the result; accepted where they are off.\n\n"
+        f"| key | why | what to do |\n|---|---|---|\n{unbuilt}\n"
     )
     return "\n".join(parts)
 

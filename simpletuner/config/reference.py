@@ -9,8 +9,9 @@ from typing import Any
 
 from simpletuner.config.checking import show_value
 from simpletuner.config.datasets import KEY_ALIASES, dataset_options, dataset_types
+from simpletuner.config.foreign_keys import RENAMED, RETIRED, UNBUILT
 from simpletuner.config.loading import LoadedRun
-from simpletuner.config.names import RENAMED, RETIRED, nearest
+from simpletuner.config.names import nearest
 from simpletuner.config.options import OptionInfo, all_options
 from simpletuner.config.schema import config_schema, datasets_schema
 from simpletuner.errors import ConfigError, Problem
@@ -55,12 +56,14 @@ def describe(key: str) -> str:
         return f"{name} is now called {RENAMED[name]}.\n\n{describe(RENAMED[name])}"
     if name in RETIRED:
         return f"{name} has no effect: {RETIRED[name]}."
+    if name in UNBUILT:
+        return f"{name} is refused where it acts: {UNBUILT[name].reason} ({UNBUILT[name].fix or 'remove the key'})."
     name = KEY_ALIASES.get(name, name)
     infos, entries = all_options(), dataset_keys()
     if name not in infos and name in entries:
         return "\n".join(_describe(entries[name], "key of an entry of multidatabackend.json"))
     if name not in infos:
-        near = nearest(name, [*infos, *entries, *RENAMED, *RETIRED])
+        near = nearest(name, [*infos, *entries, *RENAMED, *RETIRED, *UNBUILT])
         fix = f'did you mean "{near}"?' if near else "`simpletuner options --search WORD` finds options"
         raise ConfigError(Problem("there is no option of this name", key=name, fix=fix))
     lines = _describe(infos[name], infos[name].group)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from simpletuner.config.datasets import DATASET_CLASSES, KEY_ALIASES, dataset_options
-from simpletuner.config.names import RENAMED, RETIRED
+from simpletuner.config.foreign_keys import NEVER_DELETED, RENAMED, RETIRED, UNBUILT
 from simpletuner.config.options import OptionInfo, all_options
 from simpletuner.config.values import FALSE_WORDS, TRUE_WORDS
 
@@ -21,6 +21,8 @@ def config_schema() -> dict[str, Any]:
         properties[old] = {"deprecated": True, "description": f"Now called {new}."}
     for old, reason in RETIRED.items():
         properties[old] = {"deprecated": True, "description": f"Has no effect: {reason}."}
+    for name, unbuilt in UNBUILT.items():
+        properties[name] = {"deprecated": True, "description": f"Refused where it acts: {unbuilt.reason}."}
     return {
         "$schema": DRAFT,
         "title": "simpletuner config.json",
@@ -44,6 +46,8 @@ def datasets_schema() -> dict[str, Any]:
 def _dataset_schema(kind: str) -> dict[str, Any]:
     infos = dataset_options(kind)
     properties = _properties(infos)
+    for key, reason in NEVER_DELETED.items():
+        properties[key] = {"deprecated": True, "description": f"Has no effect: {reason}."}
     for alias, name in KEY_ALIASES.items():
         if name in properties:
             properties[alias] = {**properties[name], "deprecated": True}

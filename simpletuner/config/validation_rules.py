@@ -63,9 +63,6 @@ def skipped_layers_lead_somewhere(draft: Draft) -> Iterator[Problem]:
     if not any(start < step < stop for step in range(steps)):
         message = f"no sampling step of {steps} lies between start and stop, so nothing would be skipped"
         yield draft.problem(message, f"{key}_stop", fix=f"raise {key}_stop, or remove {key}")
-    if config.validation_guidance <= 1:
-        message = "needs ordinary guidance too: without it the pipeline skips nothing"
-        yield draft.problem(message, key, fix="set validation_guidance above 1, or remove the key")
 
 
 def references_are_taken(draft: Draft) -> Iterator[Problem]:
@@ -231,4 +228,10 @@ def validation_has_prompts(draft: Draft) -> Iterator[str]:
         yield "there is no validation_prompt and no user_prompt_library: no validation pictures are made"
 
 
-VALIDATION_NOTICES = (eval_intervals_have_pictures, validation_has_prompts)
+def skipped_layers_have_guidance(draft: Draft) -> Iterator[str]:
+    key = "validation_guidance_skip_layers"
+    if draft.config.validation_guidance_skip_layers is not None and draft.config.validation_guidance <= 1:
+        yield f"{draft.origin(key)}: {key} has no effect: validation_guidance is not above 1, so no layer is skipped"
+
+
+VALIDATION_NOTICES = (skipped_layers_have_guidance, eval_intervals_have_pictures, validation_has_prompts)

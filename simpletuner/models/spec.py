@@ -105,6 +105,7 @@ class FamilySpec:
             be read.
         pipeline_aliases: other pipelines whose models are of this family, by the name in `model_index.json`.
         defaults: option -> default that differs for this family.
+        ignored_options: option -> reason: without meaning for this family; a warning says so, and the default counts.
         unusable_options: option -> (neutral values, reason): refused unless they hold a neutral value.
     """
 
@@ -137,6 +138,7 @@ class FamilySpec:
     pipeline_aliases: tuple[str, ...] = ()
     reads_single_files: bool = False
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    ignored_options: Mapping[str, str] = field(default_factory=dict)
     unusable_options: Mapping[str, tuple[tuple[Any, ...], str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -11,11 +11,11 @@ from typing import Any
 from simpletuner.config.checking import check_settings
 from simpletuner.config.datasets import KEY_ALIASES, VALUE_ALIASES
 from simpletuner.config.discovery import ConfigSource
+from simpletuner.config.foreign_keys import RENAMED
 from simpletuner.config.json_reader import Document, parse_json, read_text_file
 from simpletuner.config.layers import Layer, Origin, Setting, clean_key, read_file_layer
 from simpletuner.config.loading import DEFAULT_DATA_FILE
 from simpletuner.config.merging import merge_layers, option_names
-from simpletuner.config.names import RENAMED
 from simpletuner.config.nearby import exists
 from simpletuner.config.options import TrainConfig, all_options
 from simpletuner.config.paths import Folders

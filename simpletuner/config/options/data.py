@@ -8,8 +8,6 @@ from typing import Literal
 from simpletuner.config.options.declare import OptionGroup, option
 from simpletuner.config.values import Bool, FilePath, Float, Int, TextOrList
 
-ALWAYS_KEPT = "files of yours are never deleted; unusable ones are set aside and reported"
-
 
 class DataOptions(OptionGroup):
     """Data"""
@@ -115,8 +113,6 @@ class DataOptions(OptionGroup):
         "length. Of `crop_aspect` closest and random, only the aspects that need less are chosen from.",
         ge=0,
     )
-    delete_unwanted_images: Bool = option(False, help="Delete pictures that are too small.", planned=ALWAYS_KEPT)
-    delete_problematic_images: Bool = option(False, help="Delete pictures that cannot be read.", planned=ALWAYS_KEPT)
     caption_shuffle: Bool = option(
         False,
         help="Train a second variant of each caption with its tags (between commas) in another order, in datasets that "

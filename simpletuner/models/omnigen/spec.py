@@ -88,9 +88,8 @@ OMNIGEN = FamilySpec(
         "validation_num_inference_steps": 30,
         "validation_resolution": "1024x1024",
     },
+    ignored_options={"flow_schedule_shift": _OWN_TIMES, "flow_schedule_auto_shift": _OWN_TIMES},
     unusable_options={
-        "flow_schedule_shift": ((None, 0, 0.0, 1, 1.0), _OWN_TIMES),
-        "flow_schedule_auto_shift": ((None, False), _OWN_TIMES),
         "flow_sigmoid_scale": ((None, 1, 1.0), _OWN_TIMES),
         "flow_use_uniform_schedule": ((None, False), _OWN_TIMES),
         "flow_use_beta_schedule": ((None, False), _OWN_TIMES),

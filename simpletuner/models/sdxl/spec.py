@@ -9,7 +9,6 @@ from __future__ import annotations
 from simpletuner.models.sdxl.keys import SDXL_KEYS
 from simpletuner.models.spec import AdaptableModule, Component, FamilySpec, Flavour
 
-_NO_FLOW = "SDXL is no flow model: its noise levels are those of its scheduler, each equally likely"
 # fnmatch's star crosses dots, so `*attentions.*` is every transformer on the way down, in the middle and on the way up.
 _BLOCK = "*attentions.*.transformer_blocks.*"
 _CLIP = "transformers.CLIPText"
@@ -87,13 +86,5 @@ SDXL = FamilySpec(
         "validation_guidance": 5.0,
         "validation_num_inference_steps": 30,
         "validation_resolution": "1024x1024",
-    },
-    unusable_options={
-        "flow_schedule_shift": ((None, 0, 0.0, 1, 1.0), _NO_FLOW),
-        "flow_schedule_auto_shift": ((None, False), _NO_FLOW),
-        "flow_sigmoid_scale": ((None, 1, 1.0), _NO_FLOW),
-        "flow_use_uniform_schedule": ((None, False), _NO_FLOW),
-        "flow_use_beta_schedule": ((None, False), _NO_FLOW),
-        "flow_custom_timesteps": ((None, ""), _NO_FLOW),
     },
 )

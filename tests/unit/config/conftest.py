@@ -40,7 +40,7 @@ FAMILY = FamilySpec(
     target_groups={"attention": ("layers.*.self_attn.to_q",)},
     defaults={"validation_guidance": 3.5, "validation_num_inference_steps": 25},
     preview_decoder="toys/tiny-decoder",
-    unusable_options={"flow_schedule_shift": ((None, 0, 0.0), "its times are its own")},
+    unusable_options={"offset_noise": ((False,), "its noise is its own")},
 )
 
 

@@ -112,7 +112,6 @@ def test_a_disabled_entry_takes_no_part_whatever_is_in_it(key: str) -> None:
         ({"crop": "perhaps"}, "must be true or false"),
         ({"is_regularisation_data": True, "is_regularization_data": False}, "given twice"),
         ({"instance_prompt": {"a": 1}}, "must be text"),
-        ({"delete_unwanted_images": True}, "never deleted"),
     ],
 )
 def test_faults_name_the_entry_and_the_key(written: dict[str, Any], words: str) -> None:

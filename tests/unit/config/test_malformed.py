@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 
 from simpletuner.config.datasets import dataset_options
-from simpletuner.config.names import RENAMED, RETIRED, nearest
+from simpletuner.config.foreign_keys import RENAMED, RETIRED, UNBUILT
+from simpletuner.config.names import nearest
 from simpletuner.config.options import OptionInfo, all_options
 from simpletuner.errors import EXIT_CONFIG
 
 from .conftest import Workspace
 
-KNOWN = {*all_options(), *RENAMED, *RETIRED}
+KNOWN = {*all_options(), *RENAMED, *RETIRED, *UNBUILT}
 LETTERS = string.ascii_lowercase + "_"
 
 

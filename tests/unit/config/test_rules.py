@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from simpletuner.config.json_reader import parse_json
+from simpletuner.config.options import all_options
 from simpletuner.config.prompt_library import LibraryPrompt, read_prompt_library
 
 from .conftest import Workspace
@@ -24,7 +25,7 @@ def test_the_sound_configuration_breaks_no_rule(workspace: Workspace) -> None:
         ({"num_train_epochs": 2}, "max_train_steps", "2 epochs (num_train_epochs) are both set"),
         ({"max_train_steps": 0}, "max_train_steps", "no length"),
         ({"model_flavour": "lage"}, "model_flavour", 'did you mean "large"?'),
-        ({"flow_schedule_shift": 3}, "flow_schedule_shift", "its times are its own"),
+        ({"offset_noise": True}, "offset_noise", "its noise is its own"),
         ({"validation_guidance_rescale": 0.5}, "validation_guidance_rescale", "has no guidance_rescale"),
         ({"validation_guidance_real": 3}, "validation_guidance_real", "has no true_cfg_scale"),
         ({"validation_guidance_skip_layers": "7,8"}, "validation_guidance_skip_layers", "has no skip_guidance_layers"),
@@ -322,13 +323,33 @@ def test_an_optimizer_that_looks_at_whole_weights_gets_no_parts(workspace: Works
     workspace.load_written()
 
 
-@pytest.mark.parametrize("key", ["flow_schedule_shift", "flow_sigmoid_scale", "flow_use_beta_schedule"])
-def test_a_family_whose_levels_are_fixed_refuses_others_by_name(workspace: Workspace, key: str) -> None:
-    values = {"flow_schedule_shift": 3, "flow_sigmoid_scale": 2, "flow_use_beta_schedule": True}
-    for family, words in (("omnigen", "OmniGen is trained on logit-normal times"), ("sdxl", "no flow model")):
-        workspace.config |= {"model_family": family, key: values[key]}
-        found = [problem for problem in workspace.fails_written().problems if problem.key == key]
-        assert words in found[0].message
+@pytest.mark.parametrize(("key", "value"), [("flow_sigmoid_scale", 2), ("flow_use_beta_schedule", True)])
+def test_a_family_whose_levels_are_fixed_refuses_others_by_name(workspace: Workspace, key: str, value: object) -> None:
+    workspace.config |= {"model_family": "omnigen", key: value}
+    found = [problem for problem in workspace.fails_written().problems if problem.key == key]
+    assert "OmniGen is trained on logit-normal times" in found[0].message
+
+
+@pytest.mark.parametrize(
+    ("family", "key", "value", "words"),
+    [
+        ("omnigen", "flow_schedule_shift", 3.0, "OmniGen is trained on logit-normal times"),
+        ("omnigen", "flow_schedule_auto_shift", True, "OmniGen is trained on logit-normal times"),
+        ("sdxl", "flow_schedule_shift", 3.0, "Stable Diffusion XL is no flow model"),
+        ("sdxl", "flow_use_beta_schedule", True, "Stable Diffusion XL is no flow model"),
+        ("sdxl", "flow_beta_schedule_alpha", 4.0, "Stable Diffusion XL is no flow model"),
+        ("sdxl", "flow_custom_timesteps", "0.5,1", "Stable Diffusion XL is no flow model"),
+    ],
+)
+def test_noise_levels_that_a_family_has_no_use_for_are_ignored_with_a_warning(
+    workspace: Workspace, family: str, key: str, value: object, words: str
+) -> None:
+    workspace.config |= {"model_family": family, key: value, "lora_type": "standard", "lycoris_config": None}
+    run = workspace.load_written()
+    (warning,) = [line for line in run.warnings if key in line]
+    assert words in warning
+    assert "config.json:" in warning
+    assert getattr(run.config, key) == all_options()[key].default
 
 
 def test_reflexflow_is_for_the_families_that_it_is_made_for(workspace: Workspace) -> None:
@@ -358,6 +379,12 @@ def test_settings_without_their_switch_are_told(workspace: Workspace) -> None:
         assert words in warnings
 
 
+def test_skipped_layers_without_guidance_are_a_warning(workspace: Workspace) -> None:
+    workspace.config |= {"model_family": "sd3", "validation_guidance_skip_layers": "7,8,9", "validation_guidance": 1}
+    warnings = "".join(workspace.load_written().warnings)
+    assert "validation_guidance_skip_layers has no effect: validation_guidance is not above 1" in warnings
+
+
 def test_processes_that_share_weights_recompute_alike(workspace: Workspace) -> None:
     workspace.config |= {"fsdp_enable": True, "num_processes": 2, "gradient_checkpointing_interval": "auto"}
     keys = [problem.key for problem in workspace.fails_written().problems]
@@ -368,7 +395,6 @@ def test_processes_that_share_weights_recompute_alike(workspace: Workspace) -> N
     ("changes", "key", "words"),
     [
         ({"validation_num_inference_steps": 4}, "validation_guidance_skip_layers_stop", "no sampling step of 4"),
-        ({"validation_guidance": 1}, "validation_guidance_skip_layers", "needs ordinary guidance"),
         ({"validation_guidance_skip_layers": "-1"}, "validation_guidance_skip_layers", "counted from 0"),
     ],
 )
