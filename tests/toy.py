@@ -240,6 +240,7 @@ def toy_run(
     losses: Sequence[float] = (),
     world: World = ALONE,
     optimizer: Any = None,
+    optimizer_name: str | None = None,
     **options: Any,
 ) -> tuple[Run, Recorder]:
     """A run that has not begun, and what it will report.
@@ -249,8 +250,9 @@ def toy_run(
         spoiled: forward passes that answer NaN.
         losses: what the evaluations will give, where there are any.
         optimizer: parameters and learning rate -> an optimizer; SGD.
+        optimizer_name: what the configuration says.
     """
-    loaded = load_toy(folder, **options)
+    loaded = load_toy(folder, **options | ({"optimizer": optimizer_name} if optimizer_name else {}))
     (folder / "output").mkdir(exist_ok=True)
     datasets = [ToyDataset(images)] if isinstance(images, Mapping) else list(images)
     family, denoiser, recorder = ToyFamily(spoiled), ToyDenoiser(), Recorder()

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
+from statistics import NormalDist
 
 import pytest
 import torch
 
+from simpletuner.batch import Crop, Sample
 from simpletuner.distributed.world import ALONE
-from simpletuner.training.evaluation import best_step, evaluations_without_gain, losses_as_json, losses_from_json
+from simpletuner.randomness import keyed_seed
+from simpletuner.training.evaluation import (
+    Evaluator,
+    best_step,
+    evaluations_without_gain,
+    losses_as_json,
+    losses_from_json,
+)
 from simpletuner.training.loss_bins import LossBins
 from simpletuner.training.step import Losses
+from tests.toy import ToyDataset, ToyFamily, ToySource
 
 
 def test_the_best_step_is_the_earliest_of_the_lowest_and_not_the_untrained_model():
@@ -58,3 +69,123 @@ def test_losses_are_averaged_by_noise_level_with_their_weights():
     # 0.0-0.1: (1 * 1 + 3 * 3) / 4; 0.9-1.0: (4 + 8) / 2. What is not finite or only fills up does not count.
     assert [tuple(map(float, row)) for row in event.bins] == [(0.0, 0.1, 2.5, 2.0), (0.9, 1.0, 6.0, 2.0)]
     assert bins.take(6, ALONE) is None
+
+
+class Copying(ToyFamily):
+    """Predicts what it sees, so the loss is the mean of (sigma * (noise - latents))^2: noise and level by hand."""
+
+    def predict(self, denoiser, noisy_latents, sigmas, conditioning):
+        self.batches.append(conditioning["batch"])
+        self.modes.append((denoiser.training, torch.is_grad_enabled()))
+        return noisy_latents
+
+    def __init__(self):
+        super().__init__()
+        self.modes = []
+
+
+THREE = {"b": (1.0, 2.0), "c": (3.0, -1.0), "d": (0.0, 4.0)}
+
+
+def evaluator_of(data, **options) -> Evaluator:
+    data = data if isinstance(data, list) else [ToyDataset(data)]
+    sources = {each.id: ToySource(each.images) for each in data}
+    defaults = {"num_images": 10, "num_timesteps": 2, "batch_size": 4}
+    return Evaluator(Copying(), data, sources, **defaults | options)
+
+
+def loss_by_hand(name: str, values: tuple[float, float], quantile: int, count: int) -> float:
+    """The noise of (name, quantile), mixed in at the middle of its part of the distribution."""
+    generator = torch.Generator().manual_seed(keyed_seed(0, "eval noise", name, quantile))
+    noise = torch.randn(2, 1, 1, generator=generator).flatten()
+    sigma = 1 / (1 + math.exp(-NormalDist().inv_cdf((quantile + 0.5) / count)))
+    return float(((sigma * (noise - torch.tensor(values))) ** 2).mean())
+
+
+def test_the_eval_loss_by_hand():
+    data = [ToyDataset(THREE), ToyDataset({"e": (5.0, 5.0)}, id="others")]
+    result = evaluator_of(data).run(torch.nn.Identity())
+    rows = {
+        name: [loss_by_hand(name, values, q, 2) for q in (0, 1)] for name, values in [*THREE.items(), ("e", (5, 5))]
+    }
+    means = {name: sum(row) / 2 for name, row in rows.items()}
+    assert result.by_dataset["toys"] == pytest.approx((means["b"] + means["c"] + means["d"]) / 3, rel=1e-5)
+    assert result.by_dataset["others"] == pytest.approx(means["e"], rel=1e-5)
+    assert result.pooled == pytest.approx(sum(means.values()) / 4, rel=1e-5)
+    assert [quantile for quantile, _ in result.by_quantile] == [0.25, 0.75]
+    by_quantile = [sum(row[q] for row in rows.values()) / 4 for q in (0, 1)]
+    assert [loss for _, loss in result.by_quantile] == pytest.approx(by_quantile, rel=1e-5)
+
+
+def test_an_image_that_sorts_first_leaves_the_losses_of_the_others_alone():
+    """The noise goes with the content: of three images the sum is the same, whichever stand before them."""
+    before = evaluator_of(THREE).run(torch.nn.Identity()).pooled * 3
+    after = evaluator_of({"a": (7.0, 7.0), **THREE}).run(torch.nn.Identity()).pooled * 4
+    own = sum(loss_by_hand("a", (7.0, 7.0), quantile, 2) for quantile in (0, 1)) / 2
+    assert after - own == pytest.approx(before, rel=1e-5)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 5])
+def test_the_size_of_a_batch_decides_nothing(batch_size):
+    plain = evaluator_of(THREE).run(torch.nn.Identity())
+    other = evaluator_of(THREE, batch_size=batch_size)
+    assert other.run(torch.nn.Identity()).pooled == pytest.approx(plain.pooled, rel=1e-6)
+    assert max(len(batch) for batch in other.family.batches) == batch_size
+
+
+def test_the_first_images_in_the_order_of_paths_are_used():
+    evaluator = evaluator_of({"d": (0.0, 4.0), "b": (1.0, 2.0)}, num_images=1)
+    evaluator.run(torch.nn.Identity())
+    assert {digest for batch in evaluator.family.batches for digest in batch.digests} == {"d"}
+
+
+@pytest.mark.parametrize("was_training", [True, False])
+def test_the_network_judges_without_dropout_or_gradients_and_gets_its_mode_back(was_training):
+    evaluator, denoiser = evaluator_of(THREE), torch.nn.Dropout().train(was_training)
+    evaluator.run(denoiser)
+    assert set(evaluator.family.modes) == {(False, False)}
+    assert denoiser.training == was_training
+
+
+def test_a_stop_in_the_middle_gives_no_loss_and_the_mode_back():
+    asked = []
+    evaluator = evaluator_of(THREE, is_stopping=lambda: asked.append(0) or len(asked) > 1)
+    denoiser = torch.nn.Identity()
+    assert evaluator.run(denoiser) is None
+    assert len(evaluator.family.batches) == 1
+    assert denoiser.training
+
+
+def test_images_of_another_size_are_judged_in_a_batch_of_their_own():
+    data = ToyDataset(THREE)
+    wide = dataclasses.replace(data.samples.rows[1], crop=Crop(8, 16, 0, 0, 8, 16))
+    data.samples.rows[1] = wide
+    evaluator = evaluator_of([data], batch_size=6)
+    evaluator.run(torch.nn.Identity())
+    assert [list(dict.fromkeys(batch.digests)) for batch in evaluator.family.batches] == [["b"], ["c"], ["d"]]
+
+
+def test_masks_count_always():
+    """An empty mask leaves nothing of an image: its loss is 0 and that of the others as it was."""
+    masked = evaluator_of([ToyDataset(THREE, mask_of={"b": 1.0, "c": 0.0, "d": 0.5})])
+    result = masked.run(torch.nn.Identity())
+    rows = [loss_by_hand(name, THREE[name], quantile, 2) for name in "bd" for quantile in (0, 1)]
+    assert result.pooled == pytest.approx(sum(rows) / 6, rel=1e-5)
+
+
+def test_the_caption_is_the_first_and_one_reference_is_the_first_too():
+    data = ToyDataset(THREE, captions=["one", "three"])
+    evaluator = evaluator_of([data], one_reference=True)
+    first, second = (Sample("toys", name, name, 8, 8, (), Crop(8, 8, 0, 0, 8, 8)) for name in "bc")
+    data.samples.rows = [dataclasses.replace(row, references=(first, second)) for row in data.samples.rows]
+    asked = []
+    evaluator.family.encode_prompts = lambda prompts, sizes=None: (
+        asked.append((prompts, sizes)) or [None] * len(prompts)
+    )
+    evaluator.run(torch.nn.Identity())
+    assert {prompt for prompts, _ in asked for prompt in prompts} == {"one"}
+    assert {tuple(row) for _, sizes in asked for row in sizes} == {((8, 8),)}
+    [shown] = {
+        tuple(each.flatten().tolist()) for batch in evaluator.family.batches for row in batch.references for each in row
+    }
+    assert shown == THREE["b"]

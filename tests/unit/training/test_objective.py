@@ -11,8 +11,10 @@ from simpletuner.diffusion.timesteps import shifted_sigmas
 from simpletuner.models.components import ModelSource
 from simpletuner.models.omnigen.family import OmniGen
 from simpletuner.models.omnigen.spec import OMNIGEN
+from simpletuner.randomness import keyed_seed
 from simpletuner.training.objective import PLAIN, Objective, SigmaSchedule, TimestepBias, build_objective
 from tests.runs import dataset, draw_pictures, load_here, metrics, train_here, write_run
+from tests.toy import ToyFamily, load_toy
 
 SLOTS = range(400)
 
@@ -110,3 +112,90 @@ def test_each_setting_trains_differs_and_leaves_the_eval_loss_of_the_start_alone
 
 def test_defaults_are_the_plain_objective(tmp_path, omnigen_folder) -> None:
     assert build_objective(load_here(write_run(tmp_path, omnigen_folder)).config) == PLAIN
+
+
+def objective_of(tmp_path: Path, **options) -> Objective:
+    return build_objective(load_toy(tmp_path, **options).config)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"timestep_bias_strategy": "earlier", "timestep_bias_portion": 0.25}, (0, 0.25)),
+        ({"timestep_bias_strategy": "later", "timestep_bias_portion": 0.25}, (0.75, 1)),
+        ({"timestep_bias_strategy": "range", "timestep_bias_begin": 200, "timestep_bias_end": 600}, (0.2, 0.6)),
+    ],
+)
+def test_a_bias_covers_the_portion_that_is_written(tmp_path, options, expected) -> None:
+    bias = objective_of(tmp_path, timestep_bias_multiplier=3, **options).bias
+    assert (bias.low, bias.high) == pytest.approx(expected)
+    assert bias.multiplier == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "schedule"),
+    [
+        ({"flow_use_uniform_schedule": True}, SigmaSchedule("uniform")),
+        (
+            {"flow_use_beta_schedule": True, "flow_beta_schedule_alpha": 3.0, "flow_beta_schedule_beta": 1.5},
+            SigmaSchedule("beta", alpha=3.0, beta=1.5),
+        ),
+        ({"flow_sigmoid_scale": 0.5}, SigmaSchedule("logit_normal", 0.5)),
+        ({"flow_custom_timesteps": "0.5,1"}, SigmaSchedule("custom", values=(0.5, 1.0))),
+        ({"flow_custom_timesteps": "250,500"}, SigmaSchedule("custom", values=(0.25, 0.5))),
+        ({}, SigmaSchedule()),
+    ],
+)
+def test_a_schedule_is_the_one_that_is_written(tmp_path, options, schedule) -> None:
+    assert objective_of(tmp_path, **options).schedule == schedule
+
+
+def test_every_other_setting_is_read(tmp_path) -> None:
+    found = objective_of(
+        tmp_path, loss_type="huber", huber_schedule="exponential", huber_c=0.25, snr_gamma=5.0, offset_noise=True,
+        noise_offset=0.5, noise_offset_probability=0.75, input_perturbation=0.125, input_perturbation_steps=9,
+    )  # fmt: skip
+    assert found == Objective("huber", "exponential", 0.25, 5.0, 0.5, 0.75, 0.125, 9)
+    assert objective_of(tmp_path / "off", offset_noise=False, noise_offset=0.5, snr_gamma=0.0) == PLAIN
+
+
+def test_chosen_levels_are_equally_likely_and_by_size() -> None:
+    family, latents = ToyFamily(), torch.zeros(4, 2, 1, 1)
+    schedule = SigmaSchedule("custom", values=(1.0, 0.25))
+    assert schedule.sigmas_at(family, quantiles(4), latents).tolist() == [0.25, 0.25, 1.0, 1.0]
+
+
+def test_the_deviation_of_a_logit_normal_schedule_is_its_scale() -> None:
+    """The quantile of one standard deviation, 0.8413, is at a logit of `scale`."""
+    schedule = SigmaSchedule("logit_normal", 0.5, shift=1.0)
+    sigma = schedule.sigmas_at(ToyFamily(), torch.tensor([0.841344746]), torch.zeros(1, 2, 1, 1)).item()
+    assert sigma == pytest.approx(1 / (1 + 2.718281828**-0.5), abs=1e-5)
+
+
+def test_errors_and_factors_by_hand() -> None:
+    """At sigma 0.25 the signal is 0.75 and the noise 0.25, their ratio 3, its square 9."""
+    family, sigmas = ToyFamily(), torch.tensor([0.25])
+    prediction, target = torch.full((1, 2, 1, 1), 3.0), torch.zeros(1, 2, 1, 1)
+    limits = {"constant": 0.5, "exponential": 0.5**0.25, "snr": 0.5 / (1 + 1 / 3) ** 2 + 0.5}
+    for schedule, c in limits.items():
+        huber = Objective("huber", schedule, 0.5).errors(family, prediction, target, sigmas)
+        assert huber[0, 0, 0, 0].item() == pytest.approx(2 * c * ((9 + c * c) ** 0.5 - c), rel=1e-5)
+        smooth = Objective("smooth_l1", schedule, 0.5).errors(family, prediction, target, sigmas)
+        assert smooth[0, 0, 0, 0].item() == pytest.approx(2 * ((9 + c * c) ** 0.5 - c), rel=1e-5)
+    assert PLAIN.errors(family, prediction, target, sigmas).flatten().tolist() == [9, 9]
+    assert PLAIN.factors(family, torch.tensor([0.1, 0.9])).tolist() == [1, 1]
+    # A velocity: the error of the data is sigma^2 times its own, and counts min(9, 5) times.
+    assert Objective(snr_gamma=5.0).factors(family, sigmas).item() == pytest.approx(5 / 16, rel=1e-5)
+    assert Objective(snr_gamma=20.0).factors(family, sigmas).item() == pytest.approx(9 / 16, rel=1e-5)
+
+
+def test_offset_and_perturbation_are_those_of_their_slot_and_step() -> None:
+    noise = torch.zeros(2, 3, 2, 2)
+    objective = Objective(noise_offset=0.5, noise_offset_probability=1.0, input_perturbation=0.25)
+    for make, name in ((objective.offset_noise, "noise offset"), (objective.perturbed_noise, "input")):
+        rows = make(noise, [4, 9], 7, 3)
+        for row, slot in zip(rows, (4, 9), strict=True):
+            generator = torch.Generator().manual_seed(keyed_seed(7, name, 3, slot))
+            shape = (3, 1, 1) if name == "noise offset" else (3, 2, 2)
+            amount = 0.5 if name == "noise offset" else 0.25
+            torch.testing.assert_close(row, (amount * torch.randn(shape, generator=generator)).expand(3, 2, 2))

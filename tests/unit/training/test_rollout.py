@@ -15,9 +15,11 @@ from simpletuner.batch import Batch, PromptEmbeds
 from simpletuner.diffusion.ddpm import NoiseSchedule
 from simpletuner.models.family import ModelFamily
 from simpletuner.models.spec import FamilySpec
-from simpletuner.training.rollout import ReflexFlow, Rollouts, implied_noise, roll_out
+from simpletuner.randomness import keyed_seed
+from simpletuner.training.rollout import ReflexFlow, Rollouts, build_rollouts, implied_noise, roll_out
 from simpletuner.training.step import compute_losses
 from tests.runs import dataset, draw_pictures, metrics, train_here, write_run
+from tests.toy import load_toy
 from tests.unit.config.conftest import FAMILY
 
 
@@ -214,3 +216,48 @@ def test_the_tiny_model_trains_on_its_own_steps_and_resumes_to_the_same_bits(
         depths = [record["extra"]["rollout_depth"] for record in records]
         assert 0 < sum(depths) < 24
     assert losses["straight"] == losses["resumed"]
+
+
+def test_every_setting_of_a_rollout_is_read(tmp_path: Path) -> None:
+    def built(folder: str, prediction_type: str = "flow", **options) -> Rollouts:
+        options = {f"scheduled_sampling_{name}": value for name, value in options.items()}
+        config = load_toy(tmp_path / folder, validation_num_inference_steps=40, **options).config
+        return build_rollouts(config, dataclasses.replace(FAMILY, prediction_type=prediction_type))
+
+    found = built(
+        "set", max_step_offset=4, probability=0.3, start_step=5, ramp_steps=7, prob_start=0.1, prob_end=0.9,
+        ramp_shape="cosine", strategy="biased_late", sampler="dpm", order=1, reflexflow_alpha=2.0,
+        reflexflow_beta1=3.0, reflexflow_beta2=4.0,
+    )  # fmt: skip
+    expected = Rollouts(4, 1 / 40, 0.3, 5, 7, 0.1, 0.9, "cosine", "biased_late", "dpm", 1, ReflexFlow(2.0, 3.0, 4.0))
+    assert found == expected
+    some = {"max_step_offset": 4, "probability": 0.5}
+    assert built("epsilon", "epsilon", **some).reflex is None
+    assert built("off", reflexflow=False, **some).reflex is None
+    assert built("asked", "epsilon", reflexflow=True, **some).reflex is not None
+    assert built("plain").max_depth == 0
+
+
+def test_a_depth_goes_with_step_and_micro_batch() -> None:
+    rollouts = Rollouts(max_depth=3, probability=1.0)
+    by_step = [rollouts.depth(1, step, 0) for step in range(200)]
+    by_micro = [rollouts.depth(1, 0, micro) for micro in range(200)]
+    by_seed = [rollouts.depth(seed, 0, 0) for seed in range(200)]
+    for depths in (by_step, by_micro, by_seed):
+        assert set(depths) == {1, 2, 3}
+    key = (1, "rollout", 6, 2)
+    assert rollouts.depth(1, 6, 2) == 1 + int(keyed_seed(*key, "depth") / 2**63 * 3)
+
+
+def test_the_expected_depth_by_hand() -> None:
+    """Depths 1, 2, 3 weigh 3, 2, 1: a mean of 10 / 6; steps 0 to 3 have shares 0, 0, 0.5, 0.5."""
+    rollouts = Rollouts(max_depth=3, probability=0.5, start_step=2, strategy="biased_early")
+    assert rollouts.expected_depth(4) == pytest.approx(10 / 6 * 0.25)
+
+
+def test_noise_of_almost_clean_latents_is_not_blown_up() -> None:
+    """The drift 0.5 is divided by 0.02 at least, not by the 0.001 of noise that there is."""
+    family, sigmas = Exact(), torch.tensor([0.001])
+    data = torch.zeros(1, 1, 1, 1)
+    assert implied_noise(family, data + 0.5, data, sigmas).item() == pytest.approx(25)
+    assert implied_noise(family, data + 0.5, data, torch.tensor([0.5])).item() == pytest.approx(1)

@@ -1,0 +1,213 @@
+"""Windows of batches: slots, parts of processes, what is drawn by which key, and where the data stand afterwards."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from simpletuner.batch import Crop, Sample
+from simpletuner.data.sampler import Sampler
+from simpletuner.distributed.world import ALONE, World
+from simpletuner.randomness import keyed_seed
+from simpletuner.training import batches
+from simpletuner.training.batches import BatchSource
+from tests.toy import ToyDataset, ToyFamily, ToySource
+
+FIVE = {name: (float(place), 0.0) for place, name in enumerate("abcde")}
+
+
+def source_of(data: ToyDataset, size: int = 2, *, family: ToyFamily | None = None, **options) -> BatchSource:
+    world = options.get("world", ALONE)
+    sampler = Sampler([data], size * world.size, seed=1, num_ranks=world.size)
+    return BatchSource(family or ToyFamily(), [data], {data.id: ToySource(data.images)}, sampler, seed=7, **options)
+
+
+def test_slots_count_through_the_whole_window_and_the_place_moves_on():
+    """Five images are three batches; a window takes two of them, across the edge of the epoch too."""
+    source = source_of(ToyDataset(FIVE), accumulation=2)
+    windows, place = [], (0, 0)
+    for step in range(3):
+        windows.append(source.build_window(step, *place))
+        place = windows[-1].next_epoch, windows[-1].next_position
+    for window in windows:
+        slots = [slot for batch in window.batches for slot in batch.slots]
+        assert slots == list(range(window.num_samples))
+    assert sum(window.num_samples for window in windows) == 10
+    assert [(window.next_epoch, window.next_position) for window in windows] == [(0, 2), (1, 1), (2, 0)]
+    assert [window.epochs_before for window in windows] == pytest.approx([0, 2 / 3, 4 / 3])
+    assert [window.epochs_after for window in windows] == pytest.approx([2 / 3, 4 / 3, 2])
+    digests = [digest for window in windows for batch in window.batches for digest in batch.digests]
+    assert sorted(digests) == sorted([*FIVE, *FIVE])
+
+
+def test_a_batch_holds_the_latents_of_its_images():
+    window = source_of(ToyDataset(FIVE)).build_window(0, 0, 0)
+    [batch] = window.batches
+    assert batch.latents[:, :, 0, 0].tolist() == [list(FIVE[name]) for name in batch.digests]
+    assert batch.captions == [f"caption of {name}" for name in batch.digests]
+    assert [sample.path for sample in batch.samples] == list(batch.digests)
+    assert batch.prompt_embeds[0].tensors["length"] == len("caption of a")
+    assert window.weight == 2
+
+
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("number", [1, 2, 3, 5])
+def test_processes_share_a_batch_and_fill_it_up_with_what_does_not_count(size, number):
+    """Every process has one sample at least; together each image counts once, at the slot that one process gives it."""
+    data = ToyDataset(dict(list(FIVE.items())[:number]))
+    windows = [source_of(data, size=3, world=World(rank, size)).build_window(0, 0, 0) for rank in range(size)]
+    parts = [window.batches[0] for window in windows]
+    counted = [
+        (slot, digest)
+        for part in parts
+        for slot, digest, weight in zip(part.slots, part.digests, part.loss_weights.tolist(), strict=True)
+        if weight == 1
+    ]
+    alone = Sampler([data], 3 * size, seed=1).batch(0, 0)
+    assert counted == [(slot, "abcde"[index]) for slot, index in enumerate(alone.sample_indices)]
+    assert all(len(part) >= 1 for part in parts)
+    assert sum(len(part) for part in parts) == max(number, size)
+    assert sum(window.weight for window in windows) == pytest.approx(number, abs=1e-9)
+
+
+def test_a_process_without_an_image_of_its_own_weighs_nothing():
+    source = source_of(ToyDataset({"a": (1.0, 2.0)}), world=World(1, 2))
+    window = source.build_window(0, 0, 0)
+    assert window.batches[0].loss_weights.tolist() == [0]
+    assert window.batches[0].digests == ["a"]
+    assert window.weight < 1e-9
+
+
+def test_the_slots_of_a_later_batch_follow_those_of_all_processes():
+    source = source_of(ToyDataset(FIVE), size=1, world=World(1, 2), accumulation=2)
+    window = source.build_window(0, 0, 0)
+    assert [list(batch.slots) for batch in window.batches] == [[1], [3]]
+
+
+def test_captions_are_dropped_by_step_and_by_slot_as_often_as_asked():
+    source = source_of(ToyDataset(FIVE), dropout=0.3)
+    by_step = [source.drops_caption(step, 0) for step in range(1000)]
+    by_slot = [source.drops_caption(0, slot) for slot in range(1000)]
+    for dropped in (by_step, by_slot):
+        assert sum(dropped) == pytest.approx(300, abs=60)  # four deviations
+    assert by_step != by_slot
+    assert by_step[5] == (keyed_seed(7, "caption dropout", 5, 0) / 2**63 < 0.3)
+    assert not any(source_of(ToyDataset(FIVE)).drops_caption(step, 0) for step in range(100))
+    assert all(source_of(ToyDataset(FIVE), dropout=1.0).drops_caption(step, 0) for step in range(100))
+
+
+def test_a_dropped_caption_is_the_family_s_own():
+    family = ToyFamily()
+    family.spec = replace(family.spec, dropped_caption="nothing")
+    [batch] = source_of(ToyDataset(FIVE), family=family, dropout=1.0).build_window(0, 0, 0).batches
+    assert batch.captions == ["nothing", "nothing"]
+    assert batch.prompt_embeds[0].tensors["length"] == len("nothing")
+
+
+def test_a_caption_is_chosen_by_seed_step_and_slot():
+    keys = []
+    data = ToyDataset(FIVE)
+    data.caption_for = lambda sample, *key: keys.append(key) or "x"
+    source_of(data, accumulation=2).build_window(9, 0, 0)
+    assert keys == [(7, 9, 0), (7, 9, 1), (7, 9, 2), (7, 9, 3)]
+
+
+@pytest.mark.parametrize("masking", [0.0, 0.4, 1.0])
+def test_masks_count_as_often_as_asked_by_step_and_slot(masking):
+    """The mask of every image is a quarter; where it does not count, all of the image does."""
+    source = source_of(ToyDataset(FIVE, mask_of=dict.fromkeys(FIVE, 0.25)), masking=masking)
+    rows = [source.build_window(step, 0, 0).batches[0].masks[:, 0, 0, 0].tolist() for step in range(500)]
+    for slot in (0, 1):
+        counts = [row[slot] == 0.25 for row in rows]
+        assert sum(counts) == pytest.approx(500 * masking, abs=44 if 0 < masking < 1 else 0)
+        assert counts[3] == (keyed_seed(7, "masked loss", 3, slot) / 2**63 < masking)
+
+
+def reference(name: str) -> Sample:
+    return Sample("refs", name, name, 8, 16, (), Crop(16, 8, 0, 0, 16, 8))
+
+
+def with_references(**options) -> BatchSource:
+    data = ToyDataset(FIVE)
+    data.samples.rows = [
+        dataclasses.replace(row, references=(reference(f"{row.path}1"), reference(f"{row.path}2")))
+        for row in data.samples.rows
+    ]
+    source = source_of(data, **options)
+    tall = {f"{name}{number}": torch.full((2, 2, 1), float(number)) for name in FIVE for number in (1, 2)}
+    source.sources = source.sources | {"refs": SimpleNamespace(latents=lambda rows: [tall[row.path] for row in rows])}
+    return source
+
+
+def test_references_come_with_their_image_all_or_one_that_is_drawn(monkeypatch):
+    asked = []
+    source = with_references()
+    monkeypatch.setattr(source.family, "encode_prompts", lambda prompts, sizes=None: asked.append(sizes) or [None] * 2)
+    [batch] = source.build_window(0, 0, 0).batches
+    assert [[int(each[0, 0, 0]) for each in row] for row in batch.references] == [[1, 2], [1, 2]]
+    assert asked == [[[(16, 8), (16, 8)]] * 2]  # height before width, in pixels
+    one = with_references(draws_reference=True)
+    drawn = [[int(row[0][0, 0, 0]) for row in one.build_window(step, 0, 0).batches[0].references] for step in range(40)]
+    assert {value for row in drawn for value in row} == {1, 2}
+    assert any(row[0] != row[1] for row in drawn)
+    assert drawn[4][1] == 1 + keyed_seed(7, "reference", 4, 1) % 2
+
+
+@pytest.mark.parametrize(("drops", "count"), [(True, 0), (False, 2)])
+def test_references_go_with_a_dropped_caption_where_the_family_says_so(drops, count):
+    family = ToyFamily()
+    family.spec = replace(family.spec, drops_references=drops)
+    [batch] = with_references(family=family, dropout=1.0).build_window(0, 0, 0).batches
+    assert [len(row) for row in batch.references or [(), ()]] == [count, count]
+
+
+def test_a_window_that_was_begun_ahead_is_the_one_that_is_used(monkeypatch):
+    """And only where it is the one asked for: a step that starts elsewhere is built anew."""
+    monkeypatch.setattr(batches, "WORTH_A_THREAD_SECONDS", 0.0)
+    source = source_of(ToyDataset(FIVE), accumulation=2)
+    built = []
+    build = source.build_window
+    monkeypatch.setattr(source, "build_window", lambda *key: built.append(key) or build(*key))
+    first = source.window(0, 0, 0)
+    source.begin_next(first)
+    source.begin_next(first)  # of the second micro-batch
+    second = source.window(1, 0, 2)
+    assert built == [(0, 0, 0), (1, 0, 2)]
+    assert (second.step, second.next_epoch, second.next_position) == (1, 1, 1)
+    source.begin_next(second)
+    assert source.window(2, 0, 2).step == 2
+    source.close()
+    assert sorted(built[2:]) == [(2, 0, 2), (2, 1, 1)]
+
+
+def test_what_is_built_quickly_needs_no_thread(monkeypatch):
+    monkeypatch.setattr(batches, "WORTH_A_THREAD_SECONDS", 1e9)
+    source = source_of(ToyDataset(FIVE))
+    built = []
+    build = source.build_window
+    monkeypatch.setattr(source, "build_window", lambda *key: built.append(key) or build(*key))
+    source.begin_next(source.window(0, 0, 0))
+    assert built == [(0, 0, 0)]
+
+
+def test_closing_lets_every_source_write():
+    source, closed = source_of(ToyDataset(FIVE)), []
+    source.sources = {name: SimpleNamespace(close=lambda name=name: closed.append(name)) for name in ("a", "b")}
+    source.close()
+    assert closed == ["a", "b"]
+
+
+def test_each_batch_is_of_one_dataset_with_its_own_mask_and_kind():
+    toys, kept = ToyDataset(FIVE), ToyDataset(FIVE, id="kept", is_regularisation=True, mask_of=dict.fromkeys(FIVE, 0.5))
+    sources = {each.id: ToySource(FIVE) for each in (toys, kept)}
+    source = BatchSource(ToyFamily(), [toys, kept], sources, Sampler([toys, kept], 5, seed=1), 7, accumulation=2)
+    by_name = {batch.dataset_id: batch for batch in source.build_window(0, 0, 0).batches}
+    assert by_name.keys() == {"toys", "kept"}
+    assert (by_name["toys"].is_regularisation, by_name["toys"].masks) == (False, None)
+    assert by_name["kept"].is_regularisation
+    assert np.unique(by_name["kept"].masks.numpy()).tolist() == [0.5]

@@ -1,0 +1,195 @@
+"""Which checkpoints stay, which one a run goes on from, and what is in one."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from simpletuner import storage
+from simpletuner.errors import ConfigError, DataError
+from simpletuner.reporting.events import CheckpointSaved, Notice
+from simpletuner.training.checkpoint import Checkpoints, load_checkpoint, read_state
+from simpletuner.training.loop import run_training
+from tests.toy import toy_run, weights_of
+
+ONE = {"a": (1.0, 3.0)}
+
+
+def folder_of(output: Path, name: str, step: int = 0) -> Path:
+    """A whole folder of that name."""
+    with storage.commit_dir(output / name, {"global_step": step}) as folder:
+        storage.write_bytes(folder / "weights", b"some weights")
+    return output / name
+
+
+def damage(path: Path) -> None:
+    (path / "weights").write_bytes(b"SOME weights")
+
+
+def names(output: Path) -> list[str]:
+    return sorted(path.name for path in output.iterdir() if not path.name.startswith("."))
+
+
+@pytest.mark.parametrize(("limit", "kept"), [(3, [3, 4, 5]), (1, [5]), (0, [1, 2, 3, 4, 5]), (5, [1, 2, 3, 4, 5])])
+def test_the_last_ones_are_kept(tmp_path, limit, kept):
+    run, recorder = toy_run(tmp_path, ONE, max_train_steps=5, checkpoint_step_interval=1, checkpoints_total_limit=limit)
+    run_training(run)
+    assert [event.step for event in recorder.of(CheckpointSaved)] == [1, 2, 3, 4, 5]
+    assert names(tmp_path / "output") == [f"checkpoint-{step}" for step in kept]
+
+
+def test_what_is_damaged_or_has_another_name_is_not_counted_and_not_removed(tmp_path):
+    others = ["checkpoint-1 (copy)", "my-checkpoint-1", "checkpoint-", "checkpoint-best"]
+    for name in ["checkpoint-1", "checkpoint-2", "checkpoint-3", "checkpoint-10", *others]:
+        folder_of(tmp_path, name)
+    damage(tmp_path / "checkpoint-2")
+    Checkpoints(tmp_path, 2).rotate(keep=tmp_path / "checkpoint-10")
+    assert names(tmp_path) == sorted(["checkpoint-2", "checkpoint-3", "checkpoint-10", *others])
+
+
+def test_the_checkpoint_just_written_stays_even_if_others_have_higher_steps(tmp_path):
+    for step in (3, 7, 9):
+        folder_of(tmp_path, f"checkpoint-{step}")
+    Checkpoints(tmp_path, 1).rotate(keep=tmp_path / "checkpoint-3")
+    assert names(tmp_path) == ["checkpoint-3", "checkpoint-9"]
+
+
+def test_the_newest_is_the_highest_step_that_is_whole(tmp_path):
+    checkpoints = Checkpoints(tmp_path, None)
+    assert checkpoints.newest() is None
+    for step in (2, 9, 10):
+        folder_of(tmp_path, f"checkpoint-{step}")
+    (tmp_path / "checkpoint-99").write_text("a file")
+    assert [path.name for path in checkpoints.found()] == ["checkpoint-2", "checkpoint-9", "checkpoint-10"]
+    assert checkpoints.newest() == tmp_path / "checkpoint-10"
+    damage(tmp_path / "checkpoint-10")
+    assert checkpoints.newest() == tmp_path / "checkpoint-9"
+
+
+def test_a_run_goes_on_from_the_last_whole_one_and_says_what_it_renamed(tmp_path):
+    for step in (9, 10):
+        folder_of(tmp_path, f"checkpoint-{step}")
+    damage(tmp_path / "checkpoint-10")
+    path, notices = Checkpoints(tmp_path, None).choose("latest")
+    assert path == tmp_path / "checkpoint-9"
+    assert len(notices) == 1
+    assert "checkpoint-10 is damaged" in notices[0]
+    assert names(tmp_path) == ["checkpoint-9", "damaged-checkpoint-10"]
+
+
+@pytest.mark.parametrize(("best", "chosen"), [(12, "checkpoint-best"), (10, "checkpoint-10"), (3, "checkpoint-10")])
+def test_the_best_checkpoint_takes_part_by_its_step(tmp_path, best, chosen):
+    folder_of(tmp_path, "checkpoint-10", 10)
+    folder_of(tmp_path, "checkpoint-best", best)
+    assert Checkpoints(tmp_path, None).choose("latest") == (tmp_path / chosen, [])
+
+
+def test_where_all_are_damaged_the_run_does_not_start_anew(tmp_path):
+    damage(folder_of(tmp_path, "checkpoint-4"))
+    with pytest.raises(ConfigError, match="no valid checkpoint is left"):
+        Checkpoints(tmp_path, None).choose("latest")
+
+
+def test_a_named_one_is_taken_and_a_damaged_or_missing_one_refused(tmp_path):
+    folder_of(tmp_path, "checkpoint-3")
+    folder_of(tmp_path, "checkpoint-4")
+    damage(tmp_path / "checkpoint-4")
+    checkpoints = Checkpoints(tmp_path, None)
+    assert checkpoints.choose("checkpoint-3") == (tmp_path / "checkpoint-3", [])
+    assert checkpoints.choose(None) == (None, [])
+    with pytest.raises(ConfigError, match="checkpoint-4 is damaged"):
+        checkpoints.choose("checkpoint-4")
+    with pytest.raises(ConfigError, match="there is no checkpoint checkpoint-5"):
+        checkpoints.choose("checkpoint-5")
+
+
+def test_an_earlier_run_s_best_gets_a_number_that_is_free(tmp_path):
+    checkpoints = Checkpoints(tmp_path, None)
+    assert checkpoints.set_best_aside() is None
+    for number in (1, 2):
+        folder_of(tmp_path, "checkpoint-best")
+        assert checkpoints.set_best_aside() == f"earlier-checkpoint-best-{number}"
+    assert checkpoints.best() is None
+
+
+def test_the_checkpoint_of_a_step_that_is_there_already_stays_as_it_is(tmp_path):
+    run, _ = toy_run(tmp_path, ONE, max_train_steps=1)
+    run_training(run)
+    saved = tmp_path / "output/checkpoint-1"
+    inode = saved.stat().st_ino
+    with torch.no_grad():
+        run.denoiser.weight.fill_(9.0)
+    run.checkpoints.save(run)
+    assert saved.stat().st_ino == inode
+    (saved / "toy.safetensors").write_bytes(b"damaged")
+    run.checkpoints.save(run)
+    assert load_file(saved / "toy.safetensors")["weight"].tolist() == [9, 9]
+
+
+def test_the_best_one_links_the_files_of_its_step_and_notes_its_loss(tmp_path):
+    run, _ = toy_run(tmp_path, ONE, max_train_steps=1)
+    run_training(run)
+    best = run.checkpoints.save_best(run, 0.25)
+    file = "toy.safetensors"
+    assert (best / file).stat().st_ino == (tmp_path / "output/checkpoint-1" / file).stat().st_ino
+    assert dict(storage.read_manifest(best).metadata) == {"global_step": 1, "eval_loss": 0.25}
+    run.state.global_step = 2
+    with torch.no_grad():
+        run.denoiser.weight.fill_(9.0)
+    run.checkpoints.save_best(run, 0.125)
+    assert load_file(best / file)["weight"].tolist() == [9, 9]
+    assert load_file(tmp_path / "output/checkpoint-1" / file)["weight"].tolist() == [0.5, 1.5]
+
+
+def test_a_checkpoint_holds_all_that_a_run_stands_on(tmp_path):
+    momentum = partial(torch.optim.SGD, momentum=0.9)
+    run, _ = toy_run(tmp_path, ONE, max_train_steps=1, optimizer=momentum, use_ema=True)
+    run.eval_losses = {0: 5.0, 1: float("nan")}
+    run_training(run)
+    saved = tmp_path / "output/checkpoint-1"
+    assert {path.name for path in saved.iterdir()} == {
+        *("manifest.json", "toy.safetensors", "optimizer.safetensors", "ema.safetensors", "ema"),
+        *("training_state.json", "config.json"),
+    }
+    assert load_file(saved / "optimizer.safetensors")["weight//momentum_buffer"].tolist() == [-1, -3]
+    state = json.loads((saved / "training_state.json").read_text())
+    assert state["state"] == {"global_step": 1, "epoch": 1, "position": 0, "skipped_steps": 0}
+    assert state["eval_losses"] == {"0": 5.0, "1": None}
+    assert json.loads((saved / "config.json").read_text())["max_train_steps"] == 1
+    assert storage.verify_dir(saved) == []
+    assert storage.read_manifest(saved).metadata["global_step"] == 1
+
+
+def test_an_average_that_is_new_starts_from_the_weights_of_the_checkpoint(tmp_path):
+    run_training(toy_run(tmp_path, ONE, max_train_steps=1)[0])
+    run, recorder = toy_run(tmp_path, ONE, max_train_steps=1, use_ema=True, ema_decay=0.75)
+    load_checkpoint(run, tmp_path / "output/checkpoint-1")
+    assert weights_of(run) == [0.5, 1.5]
+    assert run.ema.state_dict()["weight"].tolist() == [0.5, 1.5]
+    assert run.ema.decay == 0.75
+    assert any("has no EMA" in notice.text for notice in recorder.of(Notice))
+
+
+def test_another_learning_rate_is_reported_and_another_optimizer_refused(tmp_path):
+    run_training(toy_run(tmp_path, ONE, max_train_steps=1)[0])
+    saved = tmp_path / "output/checkpoint-1"
+    run, recorder = toy_run(tmp_path, ONE, learning_rate=0.25)
+    load_checkpoint(run, saved)
+    assert any("learning_rate" in notice.text and "0.25" in notice.text for notice in recorder.of(Notice))
+    with pytest.raises(ConfigError, match="optimizer"):
+        load_checkpoint(toy_run(tmp_path, ONE, optimizer_name="lion")[0], saved)
+
+
+def test_a_state_that_lacks_a_part_is_refused(tmp_path):
+    run_training(toy_run(tmp_path, ONE, max_train_steps=1)[0])
+    file = tmp_path / "output/checkpoint-1/training_state.json"
+    whole = json.loads(file.read_text())
+    for key in ("state", "loss_scale", "identity", "optimizer", "eval_losses"):
+        file.write_text(json.dumps({name: value for name, value in whole.items() if name != key}))
+        with pytest.raises(DataError, match="cannot be read"):
+            read_state(file.parent)
