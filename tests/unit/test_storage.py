@@ -3,10 +3,12 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -314,3 +316,91 @@ def test_a_writer_that_opens_files_itself_gets_all_of_them_committed(tmp_path):
 def test_a_file_of_no_tensors_is_sound(tmp_path: Path):
     storage.save_tensors(tmp_path / "empty.safetensors", {})
     assert load_file(tmp_path / "empty.safetensors") == {}
+
+
+def test_linked_files_are_the_same_ones_but_the_manifest(tmp_path):
+    with storage.commit_dir(tmp_path / "a") as folder:
+        (folder / "sub").mkdir()
+        (folder / "sub" / "file").write_text("x")
+        (folder / "sub" / "manifest.json").write_text("{}")
+    (tmp_path / "b").mkdir()
+    storage.link_files(tmp_path / "a", tmp_path / "b")
+    assert (tmp_path / "b/sub/file").stat().st_ino == (tmp_path / "a/sub/file").stat().st_ino
+    assert (tmp_path / "b/sub/manifest.json").is_file()
+    assert not (tmp_path / "b/manifest.json").exists()
+
+
+def test_where_files_cannot_be_linked_they_are_copied(tmp_path, monkeypatch):
+    _commit(tmp_path / "a")
+    (tmp_path / "b").mkdir()
+
+    def refuse(*args: object) -> None:
+        raise OSError(errno.EPERM, "no hard links here")
+
+    monkeypatch.setattr(os, "link", refuse)
+    storage.link_files(tmp_path / "a", tmp_path / "b")
+    assert (tmp_path / "b/data.txt").read_text() == "one"
+
+
+def test_content_is_written_whole_however_little_the_system_takes_at_once(tmp_path, monkeypatch):
+    write = os.write
+    monkeypatch.setattr(os, "write", lambda descriptor, data: write(descriptor, bytes(data)[:3]))
+    storage.write_bytes(tmp_path / "a", b"0123456789")
+    assert (tmp_path / "a").read_bytes() == b"0123456789"
+
+
+@pytest.mark.parametrize("bytes_missing", [-1, 0, 1])
+def test_just_enough_space_is_enough(tmp_path, monkeypatch, bytes_missing):
+    monkeypatch.setattr(storage.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    if bytes_missing > 0:
+        with pytest.raises(DataError, match=r"needs 1,001 bytes, and only 1,000 are free"):
+            storage.require_free_space(tmp_path, 1000 + bytes_missing, "a test")
+    else:
+        storage.require_free_space(tmp_path, 1000 + bytes_missing, "a test")
+
+
+def test_the_quick_check_reads_files_up_to_a_mebibyte(tmp_path):
+    with storage.commit_dir(tmp_path / "a") as folder:
+        (folder / "exact").write_bytes(bytes(1 << 20))
+        (folder / "larger").write_bytes(bytes((1 << 20) + 1))
+    for name in ("exact", "larger"):
+        with (tmp_path / "a" / name).open("r+b") as file:
+            file.write(b"\x01")
+    assert [Path(line.split(" is damaged")[0]).name for line in storage.verify_dir(tmp_path / "a", full=False)] == [
+        "exact"
+    ]
+
+
+def test_a_lock_names_its_holder_and_is_free_afterwards(tmp_path):
+    with storage.exclusive_lock(tmp_path / "lock", "training into run"):
+        held = json.loads((tmp_path / "lock.holder").read_text())
+        assert (held["pid"], held["purpose"]) == (os.getpid(), "training into run")
+    assert not (tmp_path / "lock.holder").exists()
+    with storage.exclusive_lock(tmp_path / "lock", "again"):
+        pass
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM])
+def test_what_a_disk_refuses_is_an_error_of_the_data_and_names_the_file(tmp_path, number):
+    with pytest.raises(DataError, match=re.escape(str(tmp_path / "a"))), storage.disk_errors(tmp_path / "a"):
+        raise OSError(number, "refused", str(tmp_path / "a"))
+
+
+def test_another_machine_s_left_over_is_left_for_a_day(tmp_path):
+    foreign = tmp_path / _dead_name("tmp").replace(leftovers.host_digest(), "0" * 8)
+    foreign.mkdir()
+    for hours, stays in ((23, True), (25, False)):
+        moment = time.time() - hours * 3600
+        os.utime(foreign, (moment, moment))
+        storage.sweep(tmp_path)
+        assert foreign.exists() == stays
+
+
+def test_a_process_that_began_when_the_name_says_is_alive_and_any_other_is_dead():
+    now = leftovers._start_second(os.getpid())
+    for difference, alive in ((0, True), (2, True), (-2, True), (3, False), (-3, False)):
+        name = f".tmp-{leftovers.host_digest()}-{os.getpid()}-{now + difference}-01234567"
+        assert leftovers.parse_name(name).is_owner_alive(Path(name)) == alive
+    assert leftovers.parse_name(".tmp-x") is None
+    assert leftovers.parse_name(f".aside-{'0' * 8}-1-2-01234567-my-name").final_name == "my-name"
+    assert leftovers.parse_name(f".trash-{'0' * 8}-1-2-01234567-my-name").final_name is None

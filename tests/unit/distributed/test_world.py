@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-import pytest
+import time
 
+import pytest
+import torch
+
+from simpletuner.config.loading import load_run
 from simpletuner.distributed.launcher import LAST_WORDS, is_started_already, leave_last_words
 from simpletuner.distributed.layout import layout_of, visible_accelerators
-from simpletuner.distributed.world import ALONE, World, world_of
+from simpletuner.distributed.world import ALONE, World, _buckets, require_equal, world_of
 from simpletuner.errors import ConfigError
+from simpletuner.models.registry import get_spec
+from tests.processes import in_processes
 from tests.runs import load_here, write_run
 
 
@@ -47,9 +53,6 @@ def test_last_words_name_the_process_that_spoke(tmp_path):
 
 def test_launchers_variables_set_options(tmp_path, omnigen_folder, monkeypatch):
     write_run(tmp_path, omnigen_folder)
-    from simpletuner.config.loading import load_run
-    from simpletuner.models.registry import get_spec
-
     environment = {"TRAINING_NUM_PROCESSES": "2", "TRAINING_NUM_MACHINES": "3", "NODE_RANK": "1"}
     environment |= {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
     layout = layout_of(load_run((), environment, tmp_path, get_spec).config)
@@ -71,3 +74,100 @@ def test_machines_that_cannot_meet_are_refused_before_anything_starts(tmp_path, 
 def test_only_visible_accelerators_get_a_process(monkeypatch, visible, count):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     assert visible_accelerators() == count
+
+
+def test_numbers_are_summed_and_values_gathered_in_the_order_of_ranks():
+    def work(world):
+        text = "long " * world.rank + "ü"
+        return {
+            "sum": world.sum([world.rank + 1, 0.1]),
+            "any": [world.any(False), world.any(world.rank == 2), world.any(True)],
+            "gather": world.gather({"rank": world.rank, "text": text}),
+            "main": world.from_main([world.rank, "x"]),
+            "key": list(world.key),
+            "is_main": world.is_main,
+        }
+
+    answers = in_processes(3, work)
+    assert answers[0]["sum"] == [6, pytest.approx(0.3)]
+    assert answers[0]["sum"] == answers[1]["sum"] == answers[2]["sum"]
+    assert [answer["any"] for answer in answers] == [[False, True, True]] * 3
+    wanted = [{"rank": rank, "text": "long " * rank + "ü"} for rank in range(3)]
+    assert [answer["gather"] for answer in answers] == [wanted] * 3
+    assert [answer["main"] for answer in answers] == [[0, "x"]] * 3
+    assert [answer["key"] for answer in answers] == [[0], [1], [2]]
+    assert [answer["is_main"] for answer in answers] == [True, False, False]
+    assert ALONE.key == ()
+
+
+def test_the_others_begin_when_the_main_process_has_ended_its_block():
+    def work(world):
+        times = []
+        with world.main_first():
+            times.append(time.monotonic())
+            if world.is_main:
+                time.sleep(0.1)
+            times.append(time.monotonic())
+        return times
+
+    main, *others = in_processes(3, work)
+    assert all(other[0] >= main[1] for other in others)
+
+
+def test_nobody_goes_on_from_a_barrier_before_all_are_there():
+    def work(world):
+        time.sleep(0.1 * world.rank)
+        came = time.monotonic()
+        world.barrier()
+        return [came, time.monotonic()]
+
+    first, second = in_processes(2, work)
+    assert first[1] >= second[0]
+
+
+@pytest.mark.parametrize("bucket_bytes", [64 * 2**20, 8])
+def test_gradients_are_summed_in_float32_and_a_missing_one_counts_as_zeros(monkeypatch, bucket_bytes):
+    """Ranks 0 to 2 have 1, 2, 3; the second parameter has a gradient on rank 1 alone. Buckets change nothing."""
+    monkeypatch.setattr("simpletuner.distributed.world.BUCKET_BYTES", bucket_bytes)
+
+    def work(world):
+        parameters = [torch.nn.Parameter(torch.zeros(size)) for size in (2, 3, 1)]
+        half = torch.nn.Parameter(torch.zeros(1, dtype=torch.bfloat16))
+        parameters[0].grad = torch.full((2,), float(world.rank + 1))
+        if world.rank == 1:
+            parameters[1].grad = torch.tensor([1.0, 2.0, 3.0])
+        parameters[2].grad = torch.tensor([10.0**world.rank])
+        half.grad = torch.tensor([[256.0, 1.0, 1.0][world.rank]], dtype=torch.bfloat16)
+        world.sum_gradients([*parameters, half])
+        return [parameter.grad.tolist() for parameter in (*parameters, half)]
+
+    for answer in in_processes(3, work):
+        # In bfloat16 256 + 1 is 256, twice; in float32 it is 258, which bfloat16 holds.
+        assert answer == [[6, 6], [1, 2, 3], [111], [258]]
+
+
+def test_processes_that_hold_different_weights_are_stopped():
+    def work(world):
+        same = {"a": torch.ones(2), "b": torch.tensor([1.0, float(world.rank)])}
+        require_equal(world, {"a": torch.ones(2)}, "start")
+        with pytest.raises(RuntimeError, match=f"after step 3: process {1 - world.rank} holds another b than process"):
+            require_equal(world, same, "after step 3")
+        return True
+
+    assert in_processes(2, work) == [True, True]
+
+
+def test_buckets_are_full_but_not_overfull(monkeypatch):
+    monkeypatch.setattr("simpletuner.distributed.world.BUCKET_BYTES", 16)
+    sizes = [1, 2, 1, 1, 9, 4]
+    parameters = [torch.nn.Parameter(torch.zeros(size)) for size in sizes]
+    assert [[each.numel() for each in bucket] for bucket in _buckets(parameters)] == [[1, 2, 1], [1], [9], [4]]
+
+
+def test_node_rank_wins_over_machine_rank(tmp_path, omnigen_folder):
+    write_run(tmp_path, omnigen_folder)
+    environment = {"TRAINING_NUM_MACHINES": "3", "NODE_RANK": "1", "MACHINE_RANK": "2"}
+    environment |= {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
+    assert layout_of(load_run((), environment, tmp_path, get_spec).config).machine_rank == 1
+    del environment["NODE_RANK"]
+    assert layout_of(load_run((), environment, tmp_path, get_spec).config).machine_rank == 2
