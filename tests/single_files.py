@@ -32,6 +32,7 @@ def _tensors(folder: Path) -> dict[str, Tensor]:
 def original_denoiser(folder: Path, keys: KeyTable, norm_name: str = "weight") -> dict[str, Tensor]:
     """The denoiser by the names of a key table, joined where the original is; without a prefix."""
     tensors = _tensors(folder)
+    keys = keys.in_model(tensors)
     original = {}
     for name in tensors:
         module, _, kind = name.rpartition(".")

@@ -116,9 +116,10 @@ def original_modules(
         ConfigError: a module that is not plain LoRA would have to be taken apart or put together.
     """
     layers = dict(denoiser.named_modules())
+    keys = spec.keys.in_model(layers)
     by_original: dict[str, OriginalModule] = {}
     for path in modules:
-        original = spec.keys.original(path)
+        original = keys.original(path)
         by_original[original.name] = original
     found: dict[str, Module] = {}
     for name, original in by_original.items():

@@ -16,6 +16,10 @@ from simpletuner.models.spec import FamilySpec
 
 # Our own entry: what `run.lock.json` says of the run that made the file.
 RUN_KEY = "simpletuner"
+# Counts what readers must know of a file's layout. 2: the last block of SD3 has the halves of `norm1_context` as the
+# original release has them, in files with the original's names; 1, which files do not say, has them as diffusers.
+VERSION_KEY, VERSION = "simpletuner_file_version", "2"
+_IMPLEMENTATION = "https://github.com/huggingface/diffusers"
 # kohya's name, after `ss_` -> the option.
 _KOHYA_NAMES = {
     "learning_rate": "learning_rate",
@@ -44,7 +48,7 @@ def modelspec_metadata(architecture: str, title: str) -> dict[str, str]:
         "format": "pt",
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.architecture": architecture,
-        "modelspec.implementation": "https://github.com/huggingface/diffusers",
+        "modelspec.implementation": _IMPLEMENTATION,
         "modelspec.title": title,
     }
 
@@ -62,7 +66,15 @@ def adapter_metadata(weights: AdapterWeights, spec: FamilySpec) -> dict[str, str
     if not is_lora:
         metadata["ss_network_args"] = json.dumps({"algo": algorithm, **_network_arguments(weights)}, sort_keys=True)
     metadata |= _network_size(weights)
-    return metadata
+    return metadata | {VERSION_KEY: VERSION}
+
+
+def is_of_first_version(metadata: Mapping[str, str], spec: FamilySpec) -> bool:
+    """Whether this program wrote a file before it wrote `VERSION_KEY`: told by the run, or by its own title."""
+    if VERSION_KEY in metadata:
+        return False
+    has_own_title = metadata.get("modelspec.title", "").startswith(f"{spec.title} ")
+    return RUN_KEY in metadata or (has_own_title and metadata.get("modelspec.implementation") == _IMPLEMENTATION)
 
 
 def run_metadata(lock: Mapping[str, Any], step: int) -> dict[str, str]:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from simpletuner.adapters.formats import LYCORIS_PREFIX, PEFT_METADATA, Format
 from simpletuner.adapters.layers import num_rows
+from simpletuner.adapters.metadata import is_of_first_version
 from simpletuner.adapters.weights import (
     ALPHA,
     DORA,
@@ -97,7 +98,7 @@ def adapter_from_tensors(
     Raises:
         DataError: a tensor belongs to no layer of the denoiser, or a module is not complete.
     """
-    names = module_names(spec, denoiser)
+    names = module_names(spec, denoiser, swaps_last_block=not is_of_first_version(metadata, spec))
     found: dict[str, dict[str, Tensor]] = defaultdict(dict)
     targets: dict[str, OriginalModule] = {}
     unmatched = []
@@ -148,15 +149,19 @@ def without_prefix(module_key: str, spec: FamilySpec) -> str:
     return module_key
 
 
-def module_names(spec: FamilySpec, denoiser: nn.Module) -> dict[str, OriginalModule]:
+def module_names(spec: FamilySpec, denoiser: nn.Module, swaps_last_block: bool = True) -> dict[str, OriginalModule]:
     """What a layer may be called in a file, without the format's prefix -> the layer or layers that are meant.
 
     Names of the denoiser stand for themselves, and win over original names that happen to be equal.
+
+    Args:
+        swaps_last_block: see `KeyTable.in_model`.
     """
     found: dict[str, OriginalModule] = {}
     paths = [path for path, _ in denoiser.named_modules() if path]
+    keys = spec.keys.in_model(paths, swaps_last_block)
     for path in paths:
-        original = spec.keys.original(path)
+        original = keys.original(path)
         for name in (original.name, original.name.replace(".", "_")):
             found.setdefault(name, original)
     for path in paths:

@@ -8,8 +8,8 @@ Nothing here imports torch; what the table means for tensors is in `adapters/for
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 
@@ -36,7 +36,8 @@ class KeyTable:
         renamed: path in the denoiser -> path in the original layout, of modules and of everything below them; the
             longest entry that fits counts. What no entry fits is called the same in both.
         fused: path in the original layout -> paths in the denoiser that are its rows, from the top.
-        swapped: paths in the denoiser whose halves of rows are swapped in the original layout (scale and shift).
+        swapped: paths in the denoiser whose halves of rows are swapped in the original layout (scale and shift). A `$`
+            stands for the last block of a model, which `in_model` finds.
         architecture: `modelspec.architecture`, in front of `/lora`; the family's name where it is empty.
         base_model_version: `ss_base_model_version`; the family's name where it is empty.
         kohya_network: `ss_network_module` of a plain LoRA.
@@ -49,8 +50,29 @@ class KeyTable:
     base_model_version: str = ""
     kohya_network: str = "networks.lora"
 
+    def in_model(self, names: Iterable[str], swaps_last_block: bool = True) -> KeyTable:
+        """The table for one model, in which it is known which block is the last.
+
+        Args:
+            names: paths of the denoiser's modules or tensors.
+            swaps_last_block: False leaves out the entries of the last block.
+        """
+        names = list(names)
+        swapped = [path for path in self.swapped if "$" not in path]
+        for path in (path for path in self.swapped if "$" in path and swaps_last_block):
+            block = re.compile(_source(path.partition("$")[0]) + r"(\d+)\.")
+            numbers = [int(match[1]) for name in names if (match := block.match(name))]
+            swapped += [path.replace("$", str(max(numbers)))] if numbers else []
+        return replace(self, swapped=tuple(swapped))
+
     def original(self, path: str) -> OriginalModule:
-        """The original module that holds the denoiser's module `path`."""
+        """The original module that holds the denoiser's module `path`.
+
+        Raises:
+            ValueError: it depends on which block is the last; ask the table of `in_model`.
+        """
+        if any(pattern.fullmatch(path) for pattern in self._last_block_patterns):
+            raise ValueError(f"whether {path} is in the last block is known in a model only")
         for part, (name, parts) in self._part_patterns.items():
             if match := part.fullmatch(path):
                 numbers = match.groups()
@@ -74,6 +96,10 @@ class KeyTable:
     @cached_property
     def _swap_patterns(self) -> list[re.Pattern[str]]:
         return [_compile(path) for path in self.swapped]
+
+    @cached_property
+    def _last_block_patterns(self) -> list[re.Pattern[str]]:
+        return [_compile(path.replace("$", "*")) for path in self.swapped if "$" in path]
 
 
 def _source(path: str) -> str:

@@ -110,6 +110,7 @@ def _denoiser_tensors(
     import torch
 
     there = set(file.keys())
+    keys = keys.in_model(shapes)
     prefix = next((each for each in DENOISER_PREFIXES if any(key.startswith(each) for key in there)), "")
     left = {key for key in there if key.startswith(prefix)}
     for name, shape in shapes.items():

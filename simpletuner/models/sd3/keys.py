@@ -34,7 +34,8 @@ SD3_KEYS = KeyTable(
         f"{_THEIRS}.x_block.attn2.qkv": tuple(f"{_OURS}.attn2.to_{name}" for name in "qkv"),
         f"{_THEIRS}.context_block.attn.qkv": tuple(f"{_OURS}.attn.add_{name}_proj" for name in "qkv"),
     },
-    swapped=("norm_out.linear",),
+    # The last block has no gates for the text: scale and shift alone, the other way round there.
+    swapped=("norm_out.linear", "transformer_blocks.$.norm1_context.linear"),
     architecture="stable-diffusion-3",
     base_model_version="sd3",
     kohya_network="networks.lora_sd3",

@@ -49,11 +49,22 @@ def test_a_number_is_matched_whole() -> None:
     assert table.original("layers.1.proj").name == "first.proj"
 
 
+def test_the_last_block_may_be_another_one_in_each_model() -> None:
+    table = KeyTable(renamed={"blocks.*": "joint_blocks.*"}, swapped=("norm_out", "blocks.$.norm"))
+    with pytest.raises(ValueError, match="in a model only"):
+        table.original("blocks.3.norm")
+    keys = table.in_model(f"blocks.{number}.norm.weight" for number in (9, 10, 11))
+    swapped = {path: keys.original(path).swaps_halves for path in ("blocks.9.norm", "blocks.11.norm", "norm_out")}
+    assert swapped == {"blocks.9.norm": False, "blocks.11.norm": True, "norm_out": True}
+    assert not table.in_model(["blocks.3.norm"], swaps_last_block=False).original("blocks.3.norm").swaps_halves
+
+
 @pytest.mark.parametrize("family", family_names())
 def test_every_adaptable_layer_of_a_family_has_a_name_of_its_own(family: str) -> None:
     spec = get_spec(family)
     paths = {pattern.replace("*", "1") for module in spec.adaptable for pattern in module.names}
-    rows = [(spec.keys.original(path).name, spec.keys.original(path).parts.index(path)) for path in sorted(paths)]
+    keys = spec.keys.in_model(paths)
+    rows = [(keys.original(path).name, keys.original(path).parts.index(path)) for path in sorted(paths)]
     assert len(set(rows)) == len(paths)
 
 

@@ -92,7 +92,7 @@ def test_the_key_table_is_that_of_diffusers_conversion():
             continue
         found = keys.original(module)
         tensor = torch.cat([state[f"{part}.{kind}"] for part in found.parts])
-        if found.swaps_halves or module == "transformer_blocks.1.norm1_context.linear":
+        if found.swaps_halves:
             tensor = torch.cat(tensor.chunk(2)[::-1])
         original[f"{found.name}.{kind}"] = tensor
     converted = convert_sd3_transformer_checkpoint_to_diffusers(original)
