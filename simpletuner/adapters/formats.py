@@ -27,10 +27,11 @@ from simpletuner.adapters.weights import (
     UP,
     AdapterWeights,
     Module,
-    alpha_tensor,
+    algorithm_of,
     fuse_loras,
     rank_of,
     row_norms,
+    scaled,
     swap_halves,
     with_unit_scale,
 )
@@ -57,9 +58,9 @@ def encode(weights: AdapterWeights, spec: FamilySpec, file_format: Format, denoi
     Raises:
         ConfigError: the format cannot hold this algorithm.
     """
-    weights = _with_multiplier(weights, file_format)
+    weights = with_multiplier_in_weights(weights)
     if file_format == "lycoris":
-        return _named(weights.modules, lambda path: f"{LYCORIS_PREFIX}_{path}".replace(".", "_"), {})
+        return lycoris_tensors(weights)
     if file_format == "diffusers":
         _require_plain_lora(weights, file_format)
         modules = {path: _peft_module(module) for path, module in weights.modules.items()}
@@ -71,21 +72,26 @@ def encode(weights: AdapterWeights, spec: FamilySpec, file_format: Format, denoi
     return _named(modules, lambda name: f"diffusion_model.{name}", COMFY_NAMES)
 
 
-def _with_multiplier(weights: AdapterWeights, file_format: str) -> AdapterWeights:
-    """The multiplier of a LyCORIS configuration put into alpha, for formats whose readers do not see it."""
-    if file_format == "lycoris" or weights.multiplier == 1:
+def lycoris_tensors(weights: AdapterWeights) -> dict[str, Tensor]:
+    """The weights by LyCORIS' names, without what the multiplier of the configuration does to them."""
+    return _named(weights.modules, lambda path: f"{LYCORIS_PREFIX}_{path}".replace(".", "_"), {})
+
+
+def with_multiplier_in_weights(weights: AdapterWeights) -> AdapterWeights:
+    """The same change without the multiplier of a LyCORIS configuration, which readers of files do not see.
+
+    Raises:
+        ConfigError: weights that are no factor of the change.
+    """
+    if weights.multiplier == 1:
         return weights
-    if not weights.is_plain_lora or any(DORA in module for module in weights.modules.values()):
-        raise ConfigError(
-            Problem(
-                f"{file_format} files have no place for the multiplier {weights.multiplier:g} of lycoris_config.json",
-                key="format",
-                allowed="lycoris",
-                fix="export it as lycoris, or as a plain LoRA with --rank",
-            )
-        )
-    alphas = {path: alpha_tensor(float(module[ALPHA]) * weights.multiplier) for path, module in weights.modules.items()}
-    return replace(weights, modules={path: {**module, ALPHA: alphas[path]} for path, module in weights.modules.items()})
+    modules = {path: scaled(module, weights.multiplier) for path, module in weights.modules.items()}
+    if fixed := [path for path, module in modules.items() if module is None]:
+        kind = "weight decomposition" if DORA in weights.modules[fixed[0]] else algorithm_of(weights.modules[fixed[0]])
+        message = f"the multiplier {weights.multiplier:g} cannot be put into the weights of {kind} ({fixed[0]})"
+        fix = "merge it into the model with --merge, or make a plain LoRA of it with --rank"
+        raise ConfigError(Problem(message, key="multiplier", allowed="1", fix=fix))
+    return replace(weights, modules=modules, lycoris={**weights.lycoris, "multiplier": 1.0})
 
 
 def peft_metadata(weights: AdapterWeights, spec: FamilySpec) -> dict[str, str]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from simpletuner.adapters.base import ADAPTER_CHILD, Adapter, MatchCount, values_replaced
-from simpletuner.adapters.formats import LYCORIS_PREFIX
+from simpletuner.adapters.formats import LYCORIS_PREFIX, with_multiplier_in_weights
 from simpletuner.adapters.layers import device_of, layer_class
 from simpletuner.adapters.liveness import require_live
 from simpletuner.adapters.lokr import is_structured
@@ -25,7 +25,7 @@ from simpletuner.adapters.lycoris_start import start_module
 from simpletuner.adapters.metadata import adapter_metadata
 from simpletuner.adapters.reading import LYCORIS_CONFIG, split_key
 from simpletuner.adapters.targets import LycorisTargets, count_matches, require_matches, resolve_targets
-from simpletuner.adapters.weights import AdapterWeights
+from simpletuner.adapters.weights import AdapterWeights, scaled
 from simpletuner.config.json_reader import Document
 from simpletuner.config.lycoris import check_lycoris
 from simpletuner.config.lycoris_algorithms import DEFAULT_ALGORITHM
@@ -64,10 +64,17 @@ class LycorisAdapter(Adapter):
         self.lycoris = lycoris
         self.spec = spec
         self.paths = paths or {}
-        # These files hold a difference, whole ranks, or weights that a scalar is multiplied into.
-        self.file_is_exact = set(self.trainable_parameters()) <= set(network.state_dict()) and not lycoris.get(
-            "use_scalar"
+        # These files hold a difference, whole ranks, or weights that a scalar or the multiplier is multiplied into.
+        self.file_is_exact = (
+            set(self.trainable_parameters()) <= set(network.state_dict())
+            and not lycoris.get("use_scalar")
+            and self.multiplier == 1
         )
+
+    @property
+    def multiplier(self) -> float:
+        """Of the whole change, in training; files have it in their weights."""
+        return float(self.lycoris.get("multiplier", 1.0))
 
     def trainable_parameters(self) -> dict[str, nn.Parameter]:
         """Names are those of the network: `lycoris_layers_0_self_attn_to_q.lokr_w1`."""
@@ -115,12 +122,14 @@ class LycorisAdapter(Adapter):
             message = f"adapts {len(strangers)} layers that are not trained here: {', '.join(strangers[:3])}"
             fix = "name them in apply_preset"
             raise DataError(Problem(message, key="init_lora", file=file, fix=fix))
-        if weights.multiplier != float(self.lycoris.get("multiplier", 1.0)):
-            message = f"was trained with the multiplier {weights.multiplier:g}"
-            raise DataError(Problem(message, key="init_lora", file=file, fix="set multiplier in lycoris_config.json"))
         with torch.no_grad():
             for path, tensors in weights.modules.items():
-                start_module(modules[path], tensors, path, file)
+                start = scaled(tensors, weights.multiplier / self.multiplier)
+                if start is None:
+                    message = f"{path} was trained with the multiplier {weights.multiplier:g}"
+                    fix = "set multiplier in lycoris_config.json"
+                    raise DataError(Problem(message, key="init_lora", file=file, fix=fix))
+                start_module(modules[path], start, path, file)
         return [path for path in modules if path not in weights.modules]
 
     def save(self, path: Path, extra_metadata: Mapping[str, str], state: Mapping[str, Tensor] | None = None) -> None:
@@ -134,8 +143,12 @@ class LycorisAdapter(Adapter):
         for key, tensor in tensors.items():
             name, tensor_name = split_key(key)
             modules.setdefault(name, {})[tensor_name] = tensor
-        metadata = adapter_metadata(AdapterWeights(modules, lycoris=self.lycoris), self.spec)
-        metadata |= {LYCORIS_CONFIG: json.dumps(self.lycoris)} | dict(extra_metadata)
+        weights = AdapterWeights(modules, lycoris=self.lycoris)
+        if self.multiplier != 1:
+            weights = with_multiplier_in_weights(weights)
+            tensors = {f"{name}.{key}": t for name, module in weights.modules.items() for key, t in module.items()}
+        metadata = adapter_metadata(weights, self.spec)
+        metadata |= {LYCORIS_CONFIG: json.dumps(weights.lycoris)} | dict(extra_metadata)
         save_tensors(path, tensors, metadata)
 
 

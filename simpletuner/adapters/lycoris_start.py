@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from simpletuner.adapters.weights import ALPHA, UP, Module, algorithm_of, scale_of
+from simpletuner.adapters.weights import ALPHA, UP, Module, algorithm_of, is_whole_lokr, scale_of
 from simpletuner.errors import DataError, Problem
 
 if TYPE_CHECKING:
@@ -40,7 +40,8 @@ def start_module(module: LycorisBaseModule, tensors: Module, path: str, file: st
                 fix="use the algorithm, dimensions and factor of the file in lycoris_config.json",
             )
         )
-    if UP not in tensors and ALPHA in tensors and float(tensors[ALPHA]) != float(module.alpha):
+    counts = UP not in tensors and ALPHA in tensors and not is_whole_lokr(tensors)
+    if counts and float(tensors[ALPHA]) != float(module.alpha):
         message = f"{path} has alpha {float(tensors[ALPHA]):g} there and {float(module.alpha):g} here"
         raise DataError(Problem(message, key="init_lora", file=file, fix="set linear_alpha in lycoris_config.json"))
     for name, parameter in parameters.items():

@@ -98,12 +98,44 @@ def scale_of(lora: Module) -> float:
 
 def with_unit_scale(lora: Module) -> dict[str, Tensor]:
     """The same change with alpha equal to the rank, for readers that know no alpha; `up` takes the scale.
-
-    In float32 where half precision would round the product; a power of two changes no digit.
     """
     scale = scale_of(lora)
-    up = lora[UP] if math.frexp(scale)[0] == 0.5 else lora[UP].float()
-    return {**lora, UP: up * scale if scale != 1 else up, ALPHA: alpha_tensor(rank_of(lora))}
+    return {**lora, UP: _times(lora[UP], scale) if scale != 1 else lora[UP], ALPHA: alpha_tensor(rank_of(lora))}
+
+
+def is_whole_lokr(module: Module) -> bool:
+    """A LoKr without low-rank factors: LyCORIS and all that read its files give it the scale 1, whatever its alpha is."""
+    return "lokr_w1" in module and "lokr_w2" in module
+
+
+def scaled(module: Module, factor: float) -> dict[str, Tensor] | None:
+    """The same module with `factor` times the change, by its weights alone; None where its change is no multiple of any
+    weight (a rotation, weight decomposition)."""
+    if factor == 1:
+        return dict(module)
+    names = next((names for sign, names in _FACTORS.items() if sign in module), ())
+    if not names or DORA in module:
+        return None
+    multiplied = {name: _times(module[name], factor) for name in names if name in module}
+    return {**module, **multiplied}
+
+
+# A tensor that shows the algorithm -> those that its whole change is proportional to, together.
+_FACTORS = {
+    UP: (UP,),
+    "lokr_w1": ("lokr_w1",),
+    "lokr_w1_a": ("lokr_w1_a",),
+    "hada_w1_a": ("hada_w1_a",),
+    "a1.weight": ("a1.weight", "b1.weight"),
+    "on_input": ("weight",),
+    "diff": ("diff", "diff_b"),
+    "w_norm": ("w_norm", "b_norm"),
+}
+
+
+def _times(tensor: Tensor, factor: float) -> Tensor:
+    """In float32 where half precision would round the product; a power of two changes no digit."""
+    return (tensor if math.frexp(factor)[0] == 0.5 else tensor.float()) * factor
 
 
 def alpha_tensor(alpha: float) -> Tensor:

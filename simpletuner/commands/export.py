@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -170,7 +171,7 @@ def write_format(export: Export, file_format: Format, path: Path) -> None:
     if file_format == "diffusers":
         metadata |= peft_metadata(export.weights, spec)
     if file_format == "lycoris" and LYCORIS_CONFIG in export.weights.metadata:
-        metadata[LYCORIS_CONFIG] = export.weights.metadata[LYCORIS_CONFIG]
+        metadata[LYCORIS_CONFIG] = json.dumps({**export.weights.lycoris, "multiplier": 1.0})
     path.parent.mkdir(parents=True, exist_ok=True)
     with storage.replacing_file(path) as temporary:
         storage.save_tensors(temporary, tensors, metadata)

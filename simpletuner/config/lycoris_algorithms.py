@@ -38,6 +38,7 @@ _FAULTY = (
     ("unbalanced_factorization", ("lokr",), "LyCORIS cannot load files with the larger factor in front"),
     ("rs_lora", ("lokr", "glora"), "files do not hold it, so that the adapter would be weaker wherever it is loaded"),
 )
+_ROTATIONS = ("diag-oft", "boft")
 _DEFAULT_RANKS, _DEFAULT_BLOCK = 4, 4
 
 Place = tuple[str, ...]
@@ -71,6 +72,8 @@ def faults(lycoris: Mapping[str, Any], layer_classes: set[str], title: str) -> I
         layer_classes: of the family's layers.
         title: of the family.
     """
+    if lycoris.get("multiplier") == 0:
+        yield ("multiplier",), "0 would train nothing", "remove it"
     for place, settings in _places(lycoris):
         inherited = str(settings.get("algo", lycoris.get("algo", DEFAULT_ALGORITHM)))
         used = {inherited} if place else algorithms_in(lycoris)
@@ -82,6 +85,8 @@ def faults(lycoris: Mapping[str, Any], layer_classes: set[str], title: str) -> I
         if settings.get(decomposes) and settings.get(on_output) is False:
             message = "false cannot be used: LyCORIS reads every weight-decomposed file as one of the output"
             yield (*place, on_output), message, "remove it"
+        if settings.get(decomposes) or used & set(_ROTATIONS):
+            yield from _multiplier_stays(lycoris, decomposes if settings.get(decomposes) else used & set(_ROTATIONS))
         if "dylora" in used:
             yield from _broken_blocks(place, settings, lycoris)
     if lycoris.get("train_norm"):
@@ -95,6 +100,14 @@ def _places(lycoris: Mapping[str, Any]) -> Iterator[tuple[Place, Mapping[str, An
     for key in ALGO_MAPS:
         for name, settings in preset.get(key, {}).items():
             yield ("apply_preset", key, name), settings
+
+
+def _multiplier_stays(lycoris: Mapping[str, Any], kind: Any) -> Iterator[Fault]:
+    """What has no factor in front of it cannot take the multiplier along in its file, where others would miss it."""
+    if lycoris.get("multiplier", 1) != 1:
+        names = kind if isinstance(kind, str) else ", ".join(sorted(kind))
+        message = f"cannot be used with {names}: no other program would apply it to the file"
+        yield ("multiplier",), message, "remove it, and use the strength where images are generated"
 
 
 def _broken_blocks(place: Place, settings: Mapping[str, Any], lycoris: Mapping[str, Any]) -> Iterator[Fault]:

@@ -298,7 +298,8 @@ def load_checkpoint(run: Run, path: Path) -> None:
     from safetensors.torch import load_file
 
     parameters, part = run.placement.parameters, run.placement.part
-    weights = load_file(weights_file(run, path) if file_is_exact(run) else path / TRAINABLE_FILE)
+    is_apart = not file_is_exact(run) and (path / TRAINABLE_FILE).is_file()  # a version before may have had it in the file
+    weights = load_file(path / TRAINABLE_FILE if is_apart else weights_file(run, path))
     with run.placement.writing():
         run.adapter.load_state_dict(part({name: tensor for name, tensor in weights.items() if name in parameters}))
     tensors = load_file(path / OPTIMIZER_FILE)

@@ -34,6 +34,13 @@ CONFIGS = {
     "lokr low rank": {"algo": "lokr", "linear_dim": 2, "linear_alpha": 4, "factor": 4},
     "lokr both": {"algo": "lokr", "linear_dim": 1, "linear_alpha": 2, "factor": 4, "decompose_both": True},
     "lokr multiplier": {"algo": "lokr", "linear_dim": 10000, "factor": 4, "multiplier": 0.5},
+    "lokr both multiplier": {"algo": "lokr", "linear_dim": 1, "factor": 4, "decompose_both": True, "multiplier": 0.3},
+    "loha multiplier": {"algo": "loha", "linear_dim": 4, "linear_alpha": 2, "multiplier": 2},
+    "locon multiplier": {"algo": "locon", "linear_dim": 4, "linear_alpha": 2, "multiplier": 0.3},
+    "glora multiplier": {"algo": "glora", "linear_dim": 4, "multiplier": 0.3},
+    "full multiplier": {"algo": "full", "multiplier": 0.3},
+    "dylora multiplier": {"algo": "dylora", "linear_dim": 8, "linear_alpha": 4, "block_size": 2, "multiplier": 0.3},
+    "ia3 multiplier": {"algo": "ia3", "multiplier": 0.3},
     "lokr decomposed": {"algo": "lokr", "linear_dim": 10000, "factor": 4, "dora_wd": True},
     "loha": {"algo": "loha", "linear_dim": 4, "linear_alpha": 2},
     "locon": {"algo": "locon", "linear_dim": 4, "linear_alpha": 2},
@@ -99,6 +106,8 @@ def test_every_algorithm_survives_saving_and_loading(name: str, tmp_path: Path) 
     apply_adapter_file(drawing, path, OMNIGEN)
     with torch.no_grad():
         torch.testing.assert_close(run_stock(drawing), output, rtol=0, atol=1e-5)
+    with safe_open(path, framework="pt") as file:  # no other program looks at the multiplier: it is in the weights
+        assert json.loads(file.metadata()["lycoris_config"]).get("multiplier", 1) == 1
     # A resume reads the live parameters from this file, unless it says that it is of no use for that.
     saved = load_file(path)
     if adapter.file_is_exact:

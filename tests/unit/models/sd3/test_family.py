@@ -74,9 +74,9 @@ def test_times_are_shifted_as_the_models_scheduler_shifts_them(family):
 
 
 def test_the_key_table_is_that_of_diffusers_conversion():
-    """All but the last block's context norm, whose halves diffusers swaps because nothing comes after them."""
-    transformer = tiny_sd3_transformer()
-    state, keys = transformer.state_dict(), get_spec("sd3").keys
+    """Also of the last block, whose context norm has its halves the other way round, since no gates come after them."""
+    state = tiny_sd3_transformer().state_dict()
+    keys = get_spec("sd3").keys.in_model(state)
     norms = {"norm_q": "x_block.attn.ln_q", "norm_k": "x_block.attn.ln_k"}
     norms |= {"norm_added_q": "context_block.attn.ln_q", "norm_added_k": "context_block.attn.ln_k"}
     original = {"pos_embed": state["pos_embed.pos_embed"]}
