@@ -17,6 +17,8 @@ from simpletuner.config.options import OptionInfo
 from simpletuner.config.pages import optimizers_table, options_markdown
 from simpletuner.config.reference import option_rows, planned_values_text, schema_text
 from simpletuner.config.webhooks import webhook_options
+from simpletuner.models.readers import readers_table
+from simpletuner.models.registry import FAMILIES, get_spec
 from simpletuner.reporting.webhooks.schema import event_schema
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -38,10 +40,13 @@ def _filled(match: re.Match[str]) -> str:
 
 
 def table(name: str) -> str:
-    """Rows for `KIND` (built keys of that dataset type, or `webhook`), `KIND/not-built`, `KIND/values-not-built`, or
-    `optimizers`."""
+    """Rows for `KIND` (built keys of that dataset type, or `webhook`), `KIND/not-built`, `KIND/values-not-built`,
+    `optimizers` or `adapter-readers`."""
     if name == "optimizers":
         return optimizers_table()
+    if name == "adapter-readers":
+        specs = [get_spec(family) for family in FAMILIES]
+        return readers_table((spec.title, spec.readers, bool(spec.keys.fused)) for spec in specs)
     kind, _, part = name.partition("/")
     infos = list((webhook_options() if kind == "webhook" else dataset_options(kind)).values())
     if part == "values-not-built":

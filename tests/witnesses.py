@@ -185,8 +185,8 @@ def stock_layers(denoiser: nn.Module) -> dict[str, Any]:
 
 
 def narrow_flux() -> nn.Module:
-    """A tiny FLUX.1 whose linear layers have the real one's rows, on four inputs each: diffusers' converters know FLUX.1
-    by the number 3072. Its layers can be asked, it cannot run as a whole."""
+    """A tiny FLUX.1 whose linear layers have the real one's rows, on four inputs each, for diffusers' converters know
+    FLUX.1 by the number 3072. Its layers can be asked, it cannot run as a whole."""
     denoiser = tiny_flux_transformer()
     torch.manual_seed(0)
     for path, layer in list(denoiser.named_modules()):

@@ -81,6 +81,10 @@ class Adapter(ABC):
                 the same before and after.
         """
 
+    def read_by(self) -> str | None:
+        """Which other programs read the file that `save` writes, in one line; None where that is a whole model."""
+        return None
+
     def choose_kernels(self, device: torch.device, dtype: torch.dtype) -> list[str]:
         """Try what computes this adapter fastest on a device; returns lines that say what was chosen.
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Literal, get_args
 
 from torch import Tensor, nn
 
@@ -37,10 +36,11 @@ from simpletuner.adapters.weights import (
 )
 from simpletuner.errors import ConfigError, Problem
 from simpletuner.models.keys import OriginalModule
+from simpletuner.models.readers import FORMS, Form
 from simpletuner.models.spec import FamilySpec
 
-Format = Literal["diffusers", "kohya", "comfyui", "lycoris"]
-FORMATS: tuple[Format, ...] = get_args(Format)
+Format = Form
+FORMATS = FORMS
 
 LYCORIS_PREFIX = "lycoris"
 PEFT_NAMES = {DOWN: "lora_A.weight", UP: "lora_B.weight", DORA: "lora_magnitude_vector"}

@@ -145,6 +145,11 @@ class LoraAdapter(Adapter):
             modules[path] = {name: tensor.to("cpu", copy=True) for name, tensor in module.items()}
         return AdapterWeights(modules)
 
+    def read_by(self) -> str:
+        return self.spec.read_by(
+            self.settings.file_format, "dora" if self.settings.use_dora else "lora", [*self.layers]
+        )
+
     def save(self, path: Path, extra_metadata: Mapping[str, str], state: Mapping[str, Tensor] | None = None) -> None:
         """Write the file in the format of the settings, by the family's key table."""
         with torch.no_grad(), values_replaced(self.trainable_parameters(), state):

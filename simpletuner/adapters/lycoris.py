@@ -132,6 +132,18 @@ class LycorisAdapter(Adapter):
                 start_module(modules[path], start, path, file)
         return [path for path in modules if path not in weights.modules]
 
+    def read_by(self) -> str:
+        kind = self._weights(self.network.state_dict()).kind
+        return self.spec.read_by("lycoris", kind, [self.paths[module.lora_name] for module in self.network.loras])
+
+    def _weights(self, tensors: Mapping[str, Tensor]) -> AdapterWeights:
+        """By LyCORIS' names of the layers."""
+        modules: dict[str, dict[str, Tensor]] = {}
+        for key, tensor in tensors.items():
+            name, tensor_name = split_key(key)
+            modules.setdefault(name, {})[tensor_name] = tensor
+        return AdapterWeights(modules, lycoris=self.lycoris)
+
     def save(self, path: Path, extra_metadata: Mapping[str, str], state: Mapping[str, Tensor] | None = None) -> None:
         """Write the file that LyCORIS itself would write, plus metadata: its configuration and the ModelSpec header."""
         with torch.no_grad(), values_replaced(self.trainable_parameters(), state):
@@ -139,11 +151,7 @@ class LycorisAdapter(Adapter):
                 name: tensor.detach().to("cpu", copy=True).contiguous()
                 for name, tensor in self.network.state_dict().items()
             }
-        modules: dict[str, dict[str, Tensor]] = {}
-        for key, tensor in tensors.items():
-            name, tensor_name = split_key(key)
-            modules.setdefault(name, {})[tensor_name] = tensor
-        weights = AdapterWeights(modules, lycoris=self.lycoris)
+        weights = self._weights(tensors)
         if self.multiplier != 1:
             weights = with_multiplier_in_weights(weights)
             tensors = {f"{name}.{key}": t for name, module in weights.modules.items() for key, t in module.items()}

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from simpletuner.errors import ConfigError, Problem
+from simpletuner.models.readers import Kind
 
 Module = Mapping[str, Tensor]
 
@@ -71,6 +72,16 @@ class AdapterWeights:
         return self.algorithms == ["lora"] and not any(MID in module for module in self.modules.values())
 
     @property
+    def kind(self) -> Kind:
+        """What readers of files distinguish."""
+        has_lengths = any(DORA in module for module in self.modules.values())
+        if self.is_plain_lora:
+            return "dora" if has_lengths else "lora"
+        if has_lengths:
+            return "other"
+        return "lokr" if self.algorithms == ["lokr"] else "loha" if self.algorithms == ["loha"] else "other"
+
+    @property
     def dtype(self) -> torch.dtype:
         """Of the weights; alpha and switches are no weights."""
         tensors = (item for module in self.modules.values() for item in module.items())
@@ -97,14 +108,13 @@ def scale_of(lora: Module) -> float:
 
 
 def with_unit_scale(lora: Module) -> dict[str, Tensor]:
-    """The same change with alpha equal to the rank, for readers that know no alpha; `up` takes the scale.
-    """
+    """The same change with alpha equal to the rank, for readers that know no alpha; `up` takes the scale."""
     scale = scale_of(lora)
     return {**lora, UP: _times(lora[UP], scale) if scale != 1 else lora[UP], ALPHA: alpha_tensor(rank_of(lora))}
 
 
 def is_whole_lokr(module: Module) -> bool:
-    """A LoKr without low-rank factors: LyCORIS and all that read its files give it the scale 1, whatever its alpha is."""
+    """A LoKr without low-rank factors: all readers give it the scale 1, as LyCORIS does, whatever its alpha is."""
     return "lokr_w1" in module and "lokr_w2" in module
 
 

@@ -158,6 +158,8 @@ def write_formats(export: Export, formats: Sequence[Format], output: Path | None
                 raise
             export.say(f"no {file_format} file: {error.problems[0].message}")
             continue
+        reading = export.family.spec.read_by(file_format, export.weights.kind, [*export.weights.modules])
+        export.say(f"{path.name}: {reading}")
         written.append(path)
     return written
 

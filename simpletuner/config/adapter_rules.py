@@ -101,6 +101,18 @@ def lycoris_settings_have_a_use(draft: Draft) -> Iterator[str]:
             yield f"{draft.config.lycoris_config}: {line}"
 
 
+def decomposed_files_have_few_readers(draft: Draft) -> Iterator[str]:
+    """Other programs take weight decomposition for another function, or for none."""
+    config = draft.config
+    if draft.spec is None or config.model_type != "lora":
+        return
+    if config.lora_type == "standard" and config.use_dora:
+        readers = draft.spec.read_by(config.lora_format, "dora")
+        yield f"{draft.origin('use_dora')}: use_dora: files in the {config.lora_format} form are {readers}"
+    if config.lora_type == "lycoris" and isinstance(draft.lycoris, dict) and draft.lycoris.get("dora_wd"):
+        yield f"{config.lycoris_config}: dora_wd: {draft.spec.read_by('lycoris', 'dora')}"
+
+
 ADAPTER_RULES = (
     adapter_has_its_configuration,
     lora_targets_exist,
@@ -108,4 +120,4 @@ ADAPTER_RULES = (
     joined_magnitudes_have_their_base,
     weights_that_are_read_are_plain,
 )
-ADAPTER_NOTICES = (adapter_keys_have_a_use, lycoris_settings_have_a_use)
+ADAPTER_NOTICES = (adapter_keys_have_a_use, lycoris_settings_have_a_use, decomposed_files_have_few_readers)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -43,6 +43,7 @@ class FamilyFacts(Protocol):
     @property
     def defaults(self) -> Mapping[str, Any]: ...
     def defaults_for(self, flavour: str | None) -> Mapping[str, Any]: ...
+    def read_by(self, form: str, kind: str, paths: Sequence[str] = ()) -> str: ...
     @property
     def ignored_options(self) -> Mapping[str, str]: ...
     @property

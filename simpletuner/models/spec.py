@@ -5,11 +5,12 @@ Everything here is read before torch is imported: by the configuration's checks,
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from simpletuner.models.keys import KeyTable
+from simpletuner.models.readers import Reader, reading_text
 
 PredictionType = Literal["flow", "epsilon", "v_prediction"]
 
@@ -94,6 +95,7 @@ class FamilySpec:
             should be among them, for LyCORIS' presets are made of these.
         default_lora_targets: fnmatch patterns of the linears that standard LoRA adapts by default.
         keys: names of the denoiser's modules in kohya's and ComfyUI's files.
+        readers: which other programs read adapter files of the family.
         block_classes: repeated blocks, for checkpointing, FSDP and compile; quantisation packs their linear layers.
         unquantised: fnmatch patterns of linear layers in them that are never packed.
         pipeline_class: name written to `model_index.json`.
@@ -128,6 +130,7 @@ class FamilySpec:
     class_aliases: Mapping[str, str] = field(default_factory=dict)
     target_groups: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     keys: KeyTable = field(default_factory=KeyTable)
+    readers: tuple[Reader, ...] = ()
     max_size: int | None = None
     max_references: int = 0
     drops_references: bool = True
@@ -155,6 +158,10 @@ class FamilySpec:
         """Option -> default of a flavour; None is the family's first. An unknown flavour has the family's own."""
         chosen = self.flavours.get(flavour or self.default_flavour)
         return {**self.defaults, **(chosen.defaults if chosen else {})}
+
+    def read_by(self, form: str, kind: str, paths: Sequence[str] = ()) -> str:
+        """Who reads an adapter file, in one line; see `models/readers.py`."""
+        return reading_text(self.readers, form, kind, paths)
 
     def component(self, role: str) -> Component:
         """The one component of a role; KeyError where there is none."""

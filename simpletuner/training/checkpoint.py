@@ -298,7 +298,9 @@ def load_checkpoint(run: Run, path: Path) -> None:
     from safetensors.torch import load_file
 
     parameters, part = run.placement.parameters, run.placement.part
-    is_apart = not file_is_exact(run) and (path / TRAINABLE_FILE).is_file()  # a version before may have had it in the file
+    is_apart = (
+        not file_is_exact(run) and (path / TRAINABLE_FILE).is_file()
+    )  # a version before may have had it in the file
     weights = load_file(path / TRAINABLE_FILE if is_apart else weights_file(run, path))
     with run.placement.writing():
         run.adapter.load_state_dict(part({name: tensor for name, tensor in weights.items() if name in parameters}))

@@ -51,6 +51,8 @@ def finish_run(run: Run, seconds: float) -> None:
     if plot is not None:
         outputs["loss curve"] = plot
     outputs["report"] = run.output_dir / REPORT_FILE
+    if (readers := run.adapter.read_by()) is not None:
+        run.bus.emit(Notice("info", f"{run.adapter.file_name}: {readers}"))
     command = generate_command(run.loaded, run.family.source.model, outputs)
     run.bus.emit(RunFinished(step=run.state.global_step, seconds=seconds, outputs=outputs, commands=(command,)))
     report_run(run.output_dir, run.datasets, run.bus)

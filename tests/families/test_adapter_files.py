@@ -96,7 +96,9 @@ def test_other_algorithms_keep_their_output_in_every_format_that_can_hold_them(
     reference = probe_output(family, denoiser.eval())
     adapter.save(tmp_path / "source.safetensors", {})
     weights = read_adapter(tmp_path / "source.safetensors", family.spec, family.load_denoiser())
-    is_apart = all(len(family.spec.keys.in_model(weights.modules).original(path).parts) == 1 for path in weights.modules)
+    is_apart = all(
+        len(family.spec.keys.in_model(weights.modules).original(path).parts) == 1 for path in weights.modules
+    )
     for file_format in ("lycoris", "kohya", "comfyui") if is_apart else ("lycoris",):
         fresh, path = family.load_denoiser(), tmp_path / f"{file_format}.safetensors"
         save_file(encode(weights, family.spec, file_format, fresh), path)

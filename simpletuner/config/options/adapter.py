@@ -61,7 +61,8 @@ class AdapterOptions(OptionGroup):
     )
     lora_format: Literal["diffusers", "kohya", "comfyui", "lycoris"] = option(
         "diffusers",
-        help="File format of standard LoRA; `simpletuner export` writes the others later.",
+        help="File format of standard LoRA; `simpletuner export` writes the others later. SDXL's default is `kohya`, "
+        "which more programs read.",
     )
     use_dora: Bool = option(
         False, help="Weight-decomposed LoRA (DoRA): also trains the length of each row. Slower, needs the weights."

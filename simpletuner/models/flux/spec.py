@@ -6,7 +6,7 @@ Sources: black-forest-labs/flux; the released FLUX.1-dev, -schnell, -Krea-dev an
 
 from __future__ import annotations
 
-from simpletuner.models.flux.keys import FLUX_KEYS
+from simpletuner.models.flux.keys import FLUX_KEYS, FLUX_READERS
 from simpletuner.models.spec import AdaptableModule, Component, FamilySpec, Flavour
 
 _DOUBLE, _SINGLE = "transformer_blocks.*", "single_transformer_blocks.*"
@@ -82,6 +82,7 @@ FLUX = FamilySpec(
     default_lora_targets=_ATTENTION,
     target_groups={"attention": _ATTENTION, "feed-forward": _FEED_FORWARD, "modulation": _MODULATION},
     keys=FLUX_KEYS,
+    readers=FLUX_READERS,
     reads_single_files=True,
     block_classes=("FluxTransformerBlock", "FluxSingleTransformerBlock"),
     preview_decoder="madebyollin/taef1",

@@ -6,6 +6,7 @@ Source: VectorSpaceLab/OmniGen; diffusers' `scripts/convert_omnigen_to_diffusers
 from __future__ import annotations
 
 from simpletuner.models.keys import KeyTable
+from simpletuner.models.readers import Reader
 
 OMNIGEN_KEYS = KeyTable(
     renamed={
@@ -32,3 +33,6 @@ OMNIGEN_KEYS = KeyTable(
     architecture="omnigen-v1",
     base_model_version="omnigen_v1",
 )
+
+# diffusers has no loader for OmniGen, and ComfyUI does not run it.
+OMNIGEN_READERS = (Reader("PEFT", ("diffusers",), ("lora", "dora")),)

@@ -5,7 +5,7 @@ Sources: arXiv 2409.11340; the released `Shitao/OmniGen-v1-diffusers`; diffusers
 
 from __future__ import annotations
 
-from simpletuner.models.omnigen.keys import OMNIGEN_KEYS
+from simpletuner.models.omnigen.keys import OMNIGEN_KEYS, OMNIGEN_READERS
 from simpletuner.models.spec import AdaptableModule, Component, FamilySpec, Flavour
 
 _OWN_TIMES = "OmniGen is trained on logit-normal times with mean 0 and deviation 1, without a shift"
@@ -81,6 +81,7 @@ OMNIGEN = FamilySpec(
     default_lora_targets=_ATTENTION,
     target_groups={"attention": _ATTENTION, "feed-forward": ("layers.*.mlp.gate_up_proj", "layers.*.mlp.down_proj")},
     keys=OMNIGEN_KEYS,
+    readers=OMNIGEN_READERS,
     block_classes=("OmniGenBlock",),
     preview_decoder="madebyollin/taesdxl",
     defaults={

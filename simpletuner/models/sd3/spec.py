@@ -6,7 +6,7 @@ Sources: Esser et al. (arXiv 2403.03206); the released 3-medium, 3.5-medium and 
 
 from __future__ import annotations
 
-from simpletuner.models.sd3.keys import SD3_KEYS
+from simpletuner.models.sd3.keys import SD3_KEYS, SD3_READERS
 from simpletuner.models.spec import AdaptableModule, Component, FamilySpec, Flavour
 
 _BLOCK = "transformer_blocks.*"
@@ -60,6 +60,7 @@ SD3 = FamilySpec(
     default_lora_targets=_ATTENTION,
     target_groups={"attention": _ATTENTION, "feed-forward": _FEED_FORWARD},
     keys=SD3_KEYS,
+    readers=SD3_READERS,
     block_classes=("JointTransformerBlock",),
     preview_decoder="madebyollin/taesd3",
     pipeline_options=("skip_guidance_layers",),

@@ -6,7 +6,7 @@ Sources: Podell et al., "SDXL" (arXiv 2307.01952); the released `stabilityai/sta
 
 from __future__ import annotations
 
-from simpletuner.models.sdxl.keys import SDXL_KEYS
+from simpletuner.models.sdxl.keys import SDXL_KEYS, SDXL_READERS
 from simpletuner.models.spec import AdaptableModule, Component, FamilySpec, Flavour
 
 # fnmatch's star crosses dots, so `*attentions.*` is every transformer on the way down, in the middle and on the way up.
@@ -77,11 +77,13 @@ SDXL = FamilySpec(
     default_lora_targets=_ATTENTION,
     target_groups={"attention": _ATTENTION, "feed-forward": _FEED_FORWARD},
     keys=SDXL_KEYS,
+    readers=SDXL_READERS,
     reads_single_files=True,
     block_classes=("BasicTransformerBlock", "ResnetBlock2D"),
     preview_decoder="madebyollin/taesdxl",
     pipeline_options=("guidance_rescale",),
     defaults={
+        "lora_format": "kohya",  # the form that every program reads
         "aspect_bucket_alignment": 64,  # of the sizes that it was trained on (arXiv 2307.01952, appendix I)
         "validation_guidance": 5.0,
         "validation_num_inference_steps": 30,

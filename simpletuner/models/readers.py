@@ -1,0 +1,109 @@
+"""Which other programs read an adapter file, by its form and by what it holds: one table per family, without torch.
+
+The wizard, `simpletuner export`, the end of a run and the documentation all take it from here. A test holds it against
+the readers that can be run: diffusers, PEFT and LyCORIS. What is said of ComfyUI and of kohya's scripts is public
+(their issues and documentation), and a test holds the files against the weights that they apply them to.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+Form = Literal["diffusers", "kohya", "comfyui", "lycoris"]
+# What a file holds: LoRA (with convolutions: LoCon), LoRA with weight decomposition, LoKr, LoHa, anything else.
+Kind = Literal["lora", "dora", "lokr", "loha", "other"]
+FORMS: tuple[Form, ...] = get_args(Form)
+KINDS: tuple[Kind, ...] = get_args(Kind)
+KIND_TITLES = {"lora": "LoRA, LoCon", "dora": "DoRA", "lokr": "LoKr", "loha": "LoHa", "other": "other algorithms"}
+
+# What is computed where a reader leaves the lengths of weight decomposition away, or applies them in its own way.
+NO_LENGTHS = "drops the trained lengths, so that images differ"
+OTHER_DORA = "computes another weight decomposition, so that images differ"
+SILENT = "changes nothing, without an error"
+
+
+@dataclass(frozen=True)
+class Reader:
+    """What one program makes of files.
+
+    Args:
+        program: its name.
+        forms: of the files.
+        kinds: of what they hold.
+        leaves_out: fnmatch patterns of layers that it does not change, without an error.
+        instead: what it does in place of the right thing; empty where it computes what was trained.
+    """
+
+    program: str
+    forms: tuple[Form, ...]
+    kinds: tuple[Kind, ...]
+    leaves_out: tuple[str, ...] = ()
+    instead: str = ""
+
+    def layers_left_out(self, paths: Iterable[str]) -> list[str]:
+        """Those of the adapted layers that it does not change."""
+        return [path for path in paths if any(fnmatch.fnmatchcase(path, pattern) for pattern in self.leaves_out)]
+
+
+# LyCORIS' own loader reads its own names, whatever the model.
+LYCORIS = Reader("LyCORIS", ("lycoris",), KINDS)
+
+
+def readers_of(readers: Sequence[Reader], form: str, kind: str) -> list[Reader]:
+    """The programs that do something with such a file."""
+    return [reader for reader in (*readers, LYCORIS) if form in reader.forms and kind in reader.kinds]
+
+
+def reading_text(readers: Sequence[Reader], form: str, kind: str, paths: Sequence[str] = ()) -> str:
+    """Who reads a file, in one line: "read by diffusers and ComfyUI; diffusers leaves out 10 of 30 layers".
+
+    Args:
+        readers: of the family.
+        paths: of the adapted layers, as far as they are known.
+    """
+    whole, remarks = [], []
+    for reader in readers_of(readers, form, kind):
+        left = reader.layers_left_out(paths)
+        if reader.instead:
+            remarks.append(f"{reader.program} {reader.instead}")
+        elif left and len(left) == len(paths):
+            remarks.append(f"{reader.program} changes none of its layers")
+        elif left:
+            remarks.append(f"{reader.program} leaves out {len(left)} of {len(paths)} layers")
+        else:
+            whole.append(reader.program)
+    return "; ".join([f"read by {_joined(whole)}" if whole else "read by no other program that is known", *remarks])
+
+
+def _joined(names: Sequence[str]) -> str:
+    return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
+
+
+def readers_table(families: Iterable[tuple[str, Sequence[Reader], bool]]) -> str:
+    """The table of the documentation: title, readers, and whether the original release joins layers, of each family."""
+    rows = ["| family | form | holds | read by | not, or not whole |", "|---|---|---|---|---|"]
+    for title, readers, joins in families:
+        for form in FORMS:
+            for kind in KINDS[:-1]:
+                rows.append(
+                    f"| {title} | `{form}` | {KIND_TITLES[kind]} | {' | '.join(_cells(readers, form, kind, joins))} |"
+                )
+    return "\n".join(rows)
+
+
+def _cells(readers: Sequence[Reader], form: Form, kind: Kind, joins: bool) -> tuple[str, str]:
+    if form == "diffusers" and kind not in ("lora", "dora"):
+        return "not written", "`--rank` makes a LoRA of it"
+    found = readers_of(readers, form, kind)
+    whole = [reader.program for reader in found if not reader.instead and not reader.leaves_out]
+    parts = [f"{reader.program}: {_limit(reader)}" for reader in found if reader.instead or reader.leaves_out]
+    if joins and form in ("kohya", "comfyui") and kind in ("lokr", "loha"):
+        parts.append("only layers that are not part of a joined matrix (`qkv`) are written")
+    return ", ".join(whole) or "none", "; ".join(parts)
+
+
+def _limit(reader: Reader) -> str:
+    return reader.instead or "leaves out " + ", ".join(f"`{pattern}`" for pattern in reader.leaves_out)
