@@ -19,7 +19,6 @@ from simpletuner.commands.contact_sheet import draw_sheet, write_sheet
 from simpletuner.commands.remedies import remedies_of
 from simpletuner.commands.text import bytes_text, columns, count_text
 from simpletuner.config.loading import LoadedRun
-from simpletuner.data.captions import printable
 from simpletuner.data.dataset import Dataset
 from simpletuner.data.datasets import UnusableData
 from simpletuner.data.holdout import hold_out
@@ -28,6 +27,7 @@ from simpletuner.data.report import SET_ASIDE_FILE, Funnel, ProgressReport, writ
 from simpletuner.data.sampler import Sampler
 from simpletuner.data.tiles import NOTICEABLE, choose_pictures, enlargement
 from simpletuner.models.family import ModelFamily
+from simpletuner.text import printable
 from simpletuner.training.latents import fingerprint_of_vae, latents_folder
 from simpletuner.training.parts import build_family, build_sampler, total_train_steps
 from simpletuner.training.preflight import check_model_folder

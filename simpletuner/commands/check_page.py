@@ -12,8 +12,8 @@ from PIL import Image
 
 from simpletuner import storage
 from simpletuner.commands.check import Check, DatasetCheck, sorted_sizes
-from simpletuner.data.captions import printable
 from simpletuner.data.tiles import Tile
+from simpletuner.text import printable
 
 LARGEST_SIDE = 384
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from simpletuner.commands.captions import CaptionCheck
 from simpletuner.commands.text import count_text
-from simpletuner.data.captions import printable
 from simpletuner.data.dataset import Dataset
+from simpletuner.text import printable
 
 MANY_ENLARGED = 0.1
 # Reasons of `transforms.py` that end with what to do.

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
+
+from simpletuner.config.json_reader import parse_json
+from simpletuner.errors import ConfigError
+from simpletuner.text import NotText, decode, lines_of
 
 MAX_FILE_BYTES = 10_000_000
 
@@ -46,17 +49,17 @@ def read_filter_file(path: Path) -> tuple[str, ...]:
     try:
         if path.stat().st_size > MAX_FILE_BYTES:
             raise ValueError(f'"{path}" is larger than {MAX_FILE_BYTES} bytes')
-        text = path.read_text(encoding="utf-8-sig")
+        text = decode(path.read_bytes())
     except OSError as error:
         raise ValueError(f'"{path}" cannot be read: {error.strerror}') from None
-    except UnicodeDecodeError:
-        raise ValueError(f'"{path}" is not UTF-8') from None
+    except NotText as error:
+        raise ValueError(f'"{path}" {error}') from None
     if path.suffix.lower() != ".json":
-        return tuple(line for line in text.splitlines() if line.strip())
+        return tuple(line for line in lines_of(text) if line.strip())
     try:
-        values = json.loads(text)
-    except ValueError as error:
-        raise ValueError(f'"{path}" is not JSON: {error}') from None
+        values = parse_json(text, str(path)).value
+    except ConfigError as error:
+        raise ValueError(f"is not JSON: {error}") from None
     if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
         raise ValueError(f'"{path}" is not a list of texts')
     return tuple(values)

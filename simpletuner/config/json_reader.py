@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from simpletuner.errors import ConfigError, Problem
+from simpletuner.text import NotText, decode
 
 JsonPath = tuple[str | int, ...]
 
@@ -70,7 +71,7 @@ def read_json_file(path: Path, shown: str | None = None, key: str | None = None)
 
 
 def read_text_file(path: Path, shown: str | None = None, key: str | None = None) -> str:
-    """A UTF-8 text file's content; ConfigError where it cannot be read."""
+    """A text file's content; ConfigError where it cannot be read."""
     shown = shown or str(path)
     try:
         data = path.read_bytes()
@@ -80,12 +81,9 @@ def read_text_file(path: Path, shown: str | None = None, key: str | None = None)
         fix = "save it as UTF-8 without BOM"
         raise ConfigError(Problem("starts with a byte order mark (line 1, column 1)", file=shown, line=1, fix=fix))
     try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise ConfigError(
-            Problem(f"is not UTF-8 text (byte {error.start})", file=shown, line=line, fix="save it as UTF-8")
-        ) from error
+        return decode(data)
+    except NotText as error:
+        raise ConfigError(Problem(str(error), file=shown, line=error.line, fix="save it as UTF-8")) from error
 
 
 def parse_json(text: str, file: str) -> Document:

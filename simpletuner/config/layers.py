@@ -17,6 +17,7 @@ from simpletuner.config.discovery import BACKEND_NAMES, ENVIRONMENT_NAMES, Confi
 from simpletuner.config.json_reader import parse_json, read_text_file
 from simpletuner.config.names import ENV_FILE_NAMES, EXTRA_ARGUMENTS, nearest
 from simpletuner.errors import ConfigError, Problem
+from simpletuner.text import lines_of
 
 OriginKind = Literal["default", "family", "file", "environment", "command line"]
 
@@ -172,7 +173,7 @@ def _read_toml(path: Path, shown: str) -> Layer:
         raise ConfigError(Problem("the file is empty", file=shown, allowed="option = value"))
     lines = {
         clean_key(match.group(1)): number
-        for number, line in enumerate(text.splitlines(), 1)
+        for number, line in enumerate(lines_of(text), 1)
         if (match := re.match(r'\s*"?([\w-]+)"?\s*=', line))
     }
     return Layer(
@@ -209,7 +210,7 @@ def read_env_variables(path: Path, shown: str, environment: Mapping[str, str]) -
     """
     variables: dict[str, tuple[str, Origin]] = {}
     seen = dict(environment)
-    for number, line in enumerate(read_text_file(path, shown).splitlines(), 1):
+    for number, line in enumerate(lines_of(read_text_file(path, shown)), 1):
         if not line.strip() or line.lstrip().startswith("#"):
             continue
         origin = Origin("file", shown, number)

@@ -12,6 +12,8 @@ from typing import Annotated, Any, NamedTuple
 
 from pydantic import BeforeValidator, Field, SecretStr
 
+from simpletuner.text import fault_in
+
 TRUE_WORDS = ("true", "yes", "on", "1")
 FALSE_WORDS = ("false", "no", "off", "0")
 # Of a file or folder, on every usual file system.
@@ -77,6 +79,8 @@ def read_text(value: Any) -> Any:
         return str(value)
     if not isinstance(value, str):
         raise ValueError("must be text")
+    if fault := fault_in(value):
+        raise ValueError(fault)
     return value
 
 

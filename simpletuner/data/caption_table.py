@@ -8,29 +8,28 @@ cell, are variants.
 from __future__ import annotations
 
 import contextlib
-import csv
 import hashlib
 import json
 import os
 import sqlite3
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from simpletuner.data.captions import VARIANT_SEPARATOR
 from simpletuner.data.index import Catalogue, Index
-from simpletuner.errors import DataError, MissingDependency, Problem
+from simpletuner.data.report import MAX_EXAMPLES, SetAside
+from simpletuner.data.tables import TableFault, columns_of, joined, read_rows
+from simpletuner.errors import DataError, Problem
 
-# Raise it when the same table would be kept in another way.
-_VERSION = 1
+# Raise the first when the same table would be kept in another way, the second when it would give other captions.
+_FORM, _VERSION = 2, 1
 CAPTION_COLUMNS = ("text", "caption", "prompt")
 _QUERY_ROWS = 500
-
-Row = dict[str, Any]
+_BUSY_SECONDS = 60.0
 
 
 class CaptionTable:
@@ -64,12 +63,12 @@ class CaptionTable:
         self._key, self._data_file = key, data_file
         self._lock = threading.Lock()
         self.digest = self._file_digest()
-        path = folder / f"captions-{self.digest[:32]}.sqlite"
+        path = folder / f"captions-{self.digest[:32]}-{_FORM}.sqlite"
         try:
             folder.mkdir(parents=True, exist_ok=True)
             if not path.exists():
                 self._build(path)
-            self._db = sqlite3.connect(path, check_same_thread=False)
+            self._db = sqlite3.connect(path, timeout=_BUSY_SECONDS, check_same_thread=False)
         except (OSError, sqlite3.Error) as error:
             raise self._fault(f"cannot be kept at {path}: {error}") from error
 
@@ -82,7 +81,9 @@ class CaptionTable:
             for start in range(0, len(wanted), _QUERY_ROWS):
                 part = wanted[start : start + _QUERY_ROWS]
                 marks = ",".join("?" * len(part))
-                rows = self._db.execute(f"SELECT path, text FROM captions WHERE path IN ({marks}) ORDER BY rowid", part)
+                rows = self._db.execute(
+                    f"SELECT path, text FROM captions WHERE path IN ({marks}) AND text != '' ORDER BY rowid", part
+                )
                 for path, text in rows:
                     found[path] = f"{found[path]}{VARIANT_SEPARATOR}{text}" if path in found else text
         return [found.get(name, found.get(_stem(name))) for name in names]
@@ -95,6 +96,42 @@ class CaptionTable:
             paths = [row.path for row in index.pictures(catalogue.ids[part].tolist())]
             missing += [int(place) for place, text in zip(part, self.take(paths), strict=True) if text is None]
         return np.array(missing, dtype=np.int64)
+
+    def report_unused(self, catalogue: Catalogue, index: Index, set_aside: SetAside) -> None:
+        """Count the rows that belong to no picture of a folder, usable or not. What is found is kept with the table."""
+        key = [f"{catalogue.pictures_digest} {index.num_pictures()}"]
+        with self._lock:
+            if not self._db.execute("SELECT 1 FROM unused WHERE pictures = ?", key).fetchone():
+                try:
+                    self._find_unused(index, key)
+                except sqlite3.OperationalError:  # of a folder that is only read: looked for again at each start
+                    self._db.execute("CREATE TEMP TABLE unused (pictures TEXT, path BLOB, place TEXT)")
+                    self._find_unused(index, key)
+            query = "FROM unused WHERE pictures = ? AND place IS NOT NULL"
+            count = self._db.execute(f"SELECT count(*) {query}", key).fetchone()[0]
+            first = self._db.execute(f"SELECT path, place {query} LIMIT {MAX_EXAMPLES}", key).fetchall()
+        reason = f"a row of {self.table.name} without a picture of its name"
+        names = [_row_name(path, place) for path, place in first]
+
+        def listing() -> Iterator[tuple[str, str]]:
+            with self._lock:
+                rows = self._db.execute(f"SELECT path, place {query}", key).fetchall()
+            yield from ((_row_name(path, place), reason) for path, place in rows)
+
+        set_aside.add_many(reason, count, names, listing)
+
+    def _find_unused(self, index: Index, key: list[str]) -> None:
+        with self._db:
+            self._db.execute("CREATE TEMP TABLE IF NOT EXISTS there (path BLOB PRIMARY KEY) WITHOUT ROWID")
+            names = ((name,) for path in index.picture_paths() for name in (path, _stem(path)))
+            self._db.executemany("INSERT OR IGNORE INTO there VALUES (?)", names)
+            self._db.execute("DELETE FROM unused")
+            self._db.execute("INSERT INTO unused VALUES (?, NULL, NULL)", key)  # they were looked for
+            self._db.execute(
+                "INSERT INTO unused SELECT ?, path, place FROM captions WHERE path NOT IN (SELECT path FROM there)",
+                key,
+            )
+            self._db.execute("DROP TABLE there")
 
     def _file_digest(self) -> str:
         settings = json.dumps([_VERSION, self.table.suffix, self._filename_column, self._caption_columns])
@@ -113,41 +150,34 @@ class CaptionTable:
         partial.unlink(missing_ok=True)
         try:
             with contextlib.closing(sqlite3.connect(partial)) as database, database:
-                database.execute("CREATE TABLE captions (path BLOB, text TEXT)")
-                database.executemany("INSERT INTO captions VALUES (?, ?)", self._captions())
+                database.execute("CREATE TABLE captions (path BLOB, text TEXT, place TEXT)")
+                database.executemany("INSERT INTO captions VALUES (?, ?, ?)", self._captions())
                 database.execute("CREATE INDEX paths ON captions (path)")
+                database.execute("CREATE TABLE unused (pictures TEXT, path BLOB, place TEXT)")
             partial.replace(path)
         finally:
             partial.unlink(missing_ok=True)
 
-    def _captions(self) -> Iterator[tuple[bytes, str]]:
-        columns: Sequence[str] | None = None
+    def _captions(self) -> Iterator[tuple[bytes, str, str]]:
         try:
-            for row in self._rows():
-                if columns is None:
-                    columns = self._columns_of(row)
-                name, caption = _text(row.get(self._filename_column)), ""
-                for column in columns:
-                    caption = caption or _variants(row.get(column))
-                if name and caption:
-                    yield os.fsencode(name.replace("\\", "/").removeprefix("./")), caption
-        except (OSError, UnicodeDecodeError, csv.Error, ValueError) as error:
+            columns = self._columns()
+            for row in read_rows(self.table, {self._filename_column, *columns}):
+                name = row.name(self._filename_column).replace("\\", "/").removeprefix("./")
+                yield os.fsencode(name), joined(row.captions(columns)), row.place
+        except (OSError, TableFault) as error:
             raise self._fault(f"cannot be read: {error}") from error
 
-    def _rows(self) -> Iterable[Row]:
-        suffix = self.table.suffix.lower()
-        if suffix == ".parquet":
-            return _parquet_rows(self.table)
-        return _csv_rows(self.table) if suffix == ".csv" else _jsonl_rows(self.table)
-
-    def _columns_of(self, row: Row) -> Sequence[str]:
-        """The caption columns, checked on the first row."""
-        there = ", ".join(str(name) for name in row)
-        if self._filename_column not in row:
+    def _columns(self) -> Sequence[str]:
+        """The caption columns that are there."""
+        known = columns_of(self.table)
+        there = ", ".join(known)
+        if not known:
+            raise self._fault("holds no rows")
+        if self._filename_column not in known:
             message = f'has no column "{self._filename_column}"'
             raise self._fault(message, "filename_column", f"one of its columns: {there}")
-        columns = [name for name in self._caption_columns or CAPTION_COLUMNS if name in row]
-        missing = [name for name in self._caption_columns or () if name not in row]
+        columns = [name for name in self._caption_columns or CAPTION_COLUMNS if name in known]
+        missing = [name for name in self._caption_columns or () if name not in known]
         if missing or not columns:
             message = f"has no column {' or '.join(missing or CAPTION_COLUMNS)}"
             raise self._fault(message, "caption_column", f"one of its columns: {there}")
@@ -157,47 +187,8 @@ class CaptionTable:
         return DataError(Problem(f"{self.table} {message}", f"{self._key}.{key}", self._data_file, allowed=allowed))
 
 
-def _csv_rows(path: Path) -> Iterator[Row]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        yield from csv.DictReader(file, strict=True)
-
-
-def _jsonl_rows(path: Path) -> Iterator[Row]:
-    with path.open(encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                try:
-                    row = json.loads(line)
-                except ValueError as error:
-                    raise ValueError(f"line {number} is not JSON: {error}") from None
-                if not isinstance(row, dict):
-                    raise ValueError(f"line {number} is not an object")
-                yield row
-
-
-def _parquet_rows(path: Path) -> Iterator[Row]:
-    try:
-        import pyarrow as arrow
-        import pyarrow.parquet as parquet
-    except ImportError:
-        raise MissingDependency(Problem("captions in parquet files need pyarrow", fix="pip install pyarrow")) from None
-    try:
-        with parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=4096):
-                yield from batch.to_pylist()
-    except arrow.ArrowException as error:
-        raise ValueError(str(error)) from error
-
-
-def _text(value: Any) -> str:
-    """A cell as text; numbers are names too."""
-    return "" if value is None else str(value).strip()
-
-
-def _variants(value: Any) -> str:
-    """A cell, or each part of a list, joined; empty where there is no text."""
-    parts = value if isinstance(value, list | tuple) else [value]
-    return VARIANT_SEPARATOR.join(text for part in parts if (text := _text(part)))
+def _row_name(path: bytes, place: str) -> str:
+    return f"{os.fsdecode(path) or 'without a name'} ({place})"
 
 
 def _stem(name: bytes) -> bytes:

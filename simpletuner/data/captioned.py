@@ -6,16 +6,19 @@ would teach it exactly that, and nobody would see it.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 from numpy.typing import NDArray
 
 from simpletuner.config.datasets import ImageDataset
 from simpletuner.data.caption_table import CaptionTable
-from simpletuner.data.captions import CaptionRules, printable
+from simpletuner.data.captions import CaptionRules
 from simpletuner.data.index import Catalogue, Index
 from simpletuner.data.report import SetAside
 from simpletuner.data.selection import first_paths, put_aside
 from simpletuner.errors import Problem
+from simpletuner.text import printable
 
 MAX_LISTED = 10
 
@@ -33,6 +36,14 @@ def without_caption(
     if rules.reads_file_names:
         return positions[~catalogue.is_named[positions]], "no words in the file name"
     return positions[:0], ""
+
+
+def caption_warnings(dataset_id: str, index: Index) -> Iterator[str]:
+    """A line for each kind of caption file whose letters may not be what its owner wrote."""
+    for text, note in index.notes(of_texts=True).items():
+        names = ", ".join(printable(path) for path in note.examples)
+        what = f"{dataset_id}: {note.count:,} with {text} ({names}{', ...' if note.count > len(note.examples) else ''})"
+        yield f"{what}: save them as UTF-8 if letters are wrong"
 
 
 def refuse_uncaptioned(

@@ -5,10 +5,13 @@ A strategy gives every variant that it found; one of them is drawn when the pict
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Literal
+
+from simpletuner.text import NotText, decode_lenient, lines_of, without_separators
 
 CaptionStrategy = Literal["filename", "textfile", "table", "instanceprompt"]
 
@@ -16,6 +19,8 @@ CaptionStrategy = Literal["filename", "textfile", "table", "instanceprompt"]
 CAPTION_SUFFIXES = (".txt", ".caption")
 # A longer text file is not a caption: no text encoder reads more than a few thousand tokens.
 MAX_CAPTION_BYTES = 1_000_000
+# Raise it when the same bytes of a caption file would give another text.
+TEXT_VERSION = "2"
 # Between the variants that a row of a table gives: the control character made for this, since captions hold newlines.
 VARIANT_SEPARATOR = "\x1e"
 
@@ -70,30 +75,39 @@ def captions_of(path: str, text: str | None, rules: CaptionRules) -> tuple[str, 
 
 
 def caption_from_name(path: str) -> str:
-    """The file's name without folder and extension, underscores as spaces (as SimpleTuner does)."""
-    return _encodable(" ".join(PurePosixPath(path).stem.replace("_", " ").split()))
+    """The file's name without folder and extension, underscores as spaces (as SimpleTuner does).
+
+    Bytes that are no UTF-8 are read as `decode_caption` does; a name that cannot be read is no caption.
+    """
+    try:
+        name, _ = decode_lenient(os.fsencode(PurePosixPath(path).stem))
+    except NotText:
+        return ""
+    return " ".join(without_separators(name).replace("_", " ").split())
+
+
+def name_note(path: bytes) -> str | None:
+    """What a user should know of the letters of a file's name, None where they are plain."""
+    try:
+        _, encoding = decode_lenient(path.rpartition(b"/")[2])
+    except NotText:
+        return "a name that is not UTF-8"
+    return f"a name that is not UTF-8, read as {encoding}" if encoding else None
 
 
 def caption_variants(text: str, splits_lines: bool) -> list[str]:
     """The captions in the text of a caption file; blank lines are no captions."""
-    if not splits_lines:
-        return [text.strip()] if text.strip() else []
-    return [line.strip() for line in text.splitlines() if line.strip()]
+    parts = lines_of(text) if splits_lines else [text]
+    return [caption for part in parts if (caption := without_separators(part).strip())]
 
 
-def decode_caption(data: bytes) -> str:
-    """Text of a caption file: UTF-8, or UTF-16 where it begins with that mark; bytes that are neither become U+FFFD."""
-    encoding = "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
-    return data.decode(encoding, errors="replace")
+def decode_caption(data: bytes) -> tuple[str, str | None]:
+    """(text, note) of a caption file: UTF-8, UTF-16 or UTF-32 by their marks, else Windows-1252, which the note says.
 
-
-def printable(text: str) -> str:
-    """`text` on one line, for terminals and logs: control characters and undecodable bytes as escapes."""
-    return "".join(
-        char if char.isprintable() else char.encode("unicode_escape", "backslashreplace").decode() for char in text
-    )
-
-
-def _encodable(text: str) -> str:
-    """Bytes of a file name that are no UTF-8 come as lone surrogates, which no tokenizer takes."""
-    return text.encode("utf-8", "replace").decode()
+    Raises:
+        NotText: none of these.
+    """
+    text, encoding = decode_lenient(data)
+    if encoding:
+        return text, f"a caption file that is not UTF-8, read as {encoding}"
+    return text, "a caption file that holds U+FFFD, where letters were lost before" if "\ufffd" in text else None

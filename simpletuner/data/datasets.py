@@ -28,7 +28,7 @@ from simpletuner.data.backends.build import open_backend, source_key
 from simpletuner.data.backends.local import LocalBackend
 from simpletuner.data.caption_edits import CaptionEdits
 from simpletuner.data.caption_table import CaptionTable
-from simpletuner.data.captioned import refuse_uncaptioned, without_caption
+from simpletuner.data.captioned import caption_warnings, refuse_uncaptioned, without_caption
 from simpletuner.data.captions import CaptionRules
 from simpletuner.data.conditioning import Partners, ScannedFolder, reference_rules, select_paired, with_masks
 from simpletuner.data.dataset import Dataset, Draws, Samples, dataset_fingerprint
@@ -187,6 +187,8 @@ def build_dataset(
     set_aside = index.set_aside(with_texts=captions.reads_text_files)
     large_enough = select_large_enough(catalogue, sizes, index, set_aside)
     shaped = select_shapes(catalogue, large_enough, sizes, index, set_aside)
+    if table is not None:
+        table.report_unused(catalogue, index, set_aside)
     missing, lacking = without_caption(shaped, catalogue, index, captions, table)
     if len(missing):
         problem = refuse_uncaptioned(entry, missing, lacking, len(shaped), catalogue, index, set_aside, data_file)
@@ -239,6 +241,7 @@ def _funnel(
         buckets=counts,
         set_aside=set_aside,
         notes=folder.index.notes(),
+        warnings=tuple(caption_warnings(entry.id, folder.index)) if caption_rules(entry).reads_text_files else (),
     )
 
 

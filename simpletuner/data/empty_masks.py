@@ -11,10 +11,10 @@ from pathlib import Path
 
 from simpletuner import storage
 from simpletuner.batch import Crop, Sample
-from simpletuner.data.captions import printable
 from simpletuner.data.dataset import Dataset
 from simpletuner.data.report import ProgressReport
 from simpletuner.errors import DataError, Problem
+from simpletuner.text import printable
 
 # Raise it when the same masks would give another result.
 _VERSION = 1

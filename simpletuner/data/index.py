@@ -200,6 +200,18 @@ class Index:
             found = dict(self._select("SELECT id, path FROM files WHERE id IN", part))
             yield from (os.fsdecode(found[key]) for key in part)
 
+    def picture_paths(self) -> Iterator[bytes]:
+        """The path of each picture, usable or not, in order; the lock is held for a part at a time."""
+        last = b""
+        query = f"SELECT path FROM files WHERE live AND NOT is_text AND path > ? ORDER BY path LIMIT {_QUERY_ROWS}"
+        while True:
+            with self._lock, self._explained():
+                part = [path for (path,) in self._db.execute(query, [last])]
+            if not part:
+                return
+            yield from part
+            last = part[-1]
+
     def set_aside(self, with_texts: bool = False) -> SetAside:
         """The pictures and folders that cannot be used; caption files too where asked."""
         result = SetAside()
@@ -223,14 +235,15 @@ class Index:
             for path, is_text, reason in (found[key] for key in part):
                 yield path, f"caption file: {reason}" if is_text else reason
 
-    def notes(self) -> dict[str, Note]:
-        """What is odd about pictures that are used all the same."""
+    def notes(self, of_texts: bool = False) -> dict[str, Note]:
+        """What is odd about pictures, or about caption files, that are used all the same."""
+        kind = f" AND {'' if of_texts else 'NOT '}is_text"
         with self._lock, self._explained():
-            query = f"SELECT reason, count(*) FROM {_NOTED} GROUP BY reason ORDER BY reason"
+            query = f"SELECT reason, count(*) FROM {_NOTED}{kind} GROUP BY reason ORDER BY reason"
             counts = self._db.execute(query).fetchall()
             notes = {}
             for text, count in counts:
-                query = f"SELECT path FROM {_NOTED} AND reason = ? ORDER BY path LIMIT {MAX_EXAMPLES}"
+                query = f"SELECT path FROM {_NOTED}{kind} AND reason = ? ORDER BY path LIMIT {MAX_EXAMPLES}"
                 paths = [os.fsdecode(path) for (path,) in self._db.execute(query, [text])]
                 notes[text] = Note(count, tuple(paths))
         return notes

@@ -13,11 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simpletuner.batch import Sample
-from simpletuner.data.captions import printable
 from simpletuner.data.index import Index, PictureRow
 from simpletuner.data.pairing import Pairs
 from simpletuner.data.transforms import UnusablePicture, checked_bytes, load_mask
 from simpletuner.errors import DataError, Problem
+from simpletuner.text import printable
 
 if TYPE_CHECKING:
     import torch

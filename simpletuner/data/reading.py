@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 from simpletuner.batch import Sample
 from simpletuner.data.backends.base import Backend
-from simpletuner.data.captions import printable
 from simpletuner.data.transforms import UnusablePicture, checked_bytes, load_picture, to_pixels
 from simpletuner.errors import DataError, Problem
+from simpletuner.text import printable
 
 if TYPE_CHECKING:
     import torch

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from simpletuner import storage
-from simpletuner.data.captions import printable
+from simpletuner.text import printable
 
 # Told how far a long phase has come: (what is done, number done, number in all where known).
 ProgressReport = Callable[[str, int, int | None], None]
@@ -22,6 +22,8 @@ ProgressReport = Callable[[str, int, int | None], None]
 Listing = Callable[[], Iterator[tuple[str, str]]]
 
 MAX_EXAMPLES = 10
+# Shown on the terminal: damaged files have as many reasons as there are of them.
+MAX_REASONS = 20
 REPORT_FILE = "dataset_report.json"
 SET_ASIDE_FILE = "dataset_set_aside.jsonl"
 
@@ -117,9 +119,12 @@ class Funnel:
         if self.duplicates:
             lines.append(f"  {self.duplicates} of the same content as another picture; all are used")
         lines += [f"  {line}" for line in self.note_lines()]
-        for reason, count in sorted(self.set_aside.counts.items(), key=lambda item: -item[1]):
+        reasons = sorted(self.set_aside.counts.items(), key=lambda item: -item[1])
+        for reason, count in reasons[:MAX_REASONS]:
             examples = ", ".join(printable(path) for path in self.set_aside.examples[reason][:3])
             lines.append(f"  {count} not used: {printable(reason)} ({examples}{', ...' if count > 3 else ''})")
+        if others := sum(count for _, count in reasons[MAX_REASONS:]):
+            lines.append(f"  {others} more not used, for other reasons: {SET_ASIDE_FILE} lists all")
         return lines
 
     def note_lines(self) -> list[str]:

@@ -19,9 +19,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 from simpletuner.data.backends.base import Backend, Folder, UnusableFile, join
-from simpletuner.data.captions import CAPTION_SUFFIXES, MAX_CAPTION_BYTES, decode_caption
+from simpletuner.data.captions import CAPTION_SUFFIXES, MAX_CAPTION_BYTES, TEXT_VERSION, decode_caption, name_note
 from simpletuner.data.transforms import UNREAD_SUFFIXES, UnusablePicture, decoder_version, picture_facts
 from simpletuner.hardware import available_cores
+from simpletuner.text import NotText
 
 # A picture that decodes; one that does not, until it or the decoder changes; one to be tried again at each scan.
 OK, BROKEN, UNREADABLE = "ok", "broken", "unreadable"
@@ -86,6 +87,7 @@ def update_files(database: sqlite3.Connection, backend: Backend, progress: Progr
     Args:
         progress: called with the number of files looked at so far.
     """
+    _forget_old_texts(database)
     _retry_failures(database)
     known = {path: (key, listing) for key, path, listing in database.execute("SELECT id, path, listing FROM folders")}
     num_done = 0
@@ -103,6 +105,19 @@ def update_files(database: sqlite3.Connection, backend: Backend, progress: Progr
                     progress(num_done)
     if known:
         _forget_folders(database, [key for key, _ in known.values()])
+
+
+def _forget_old_texts(database: sqlite3.Connection) -> None:
+    """Make the scan read caption files again where an earlier version read them by other rules."""
+    if database.execute("SELECT value FROM facts WHERE name = 'texts'").fetchone() == (TEXT_VERSION,):
+        return
+    texts = "FROM files WHERE live AND is_text"
+    with database:
+        if database.execute(f"SELECT 1 {texts} LIMIT 1").fetchone():
+            database.execute("DELETE FROM catalogue")
+            database.execute(f"UPDATE folders SET listing = NULL WHERE id IN (SELECT folder {texts})")
+            database.execute("UPDATE files SET live = 0 WHERE live AND is_text")
+        database.execute("INSERT OR REPLACE INTO facts VALUES ('texts', ?)", [TEXT_VERSION])
 
 
 def _retry_failures(database: sqlite3.Connection) -> None:
@@ -208,15 +223,19 @@ def look_at(backend: Backend, file: FileState) -> Finding:
         return Finding(file, UNREADABLE, f"cannot be read: {error.strerror or error}")
     digest = hashlib.sha256(data).digest()
     if file.is_text:
-        text = decode_caption(data)
+        try:
+            text, note = decode_caption(data)
+        except NotText as error:
+            return Finding(file, BROKEN, str(error))
         if not text.strip():
             return Finding(file, BROKEN, "holds no text")
-        return Finding(file, OK, digest=digest, text=text)
+        return Finding(file, OK, note, digest, text=text)
     try:
         facts = picture_facts(data)
     except UnusablePicture as error:
         return Finding(file, BROKEN, str(error))
-    return Finding(file, OK, facts.note, digest, facts.height, facts.width)
+    note = " and ".join(filter(None, (facts.note, name_note(file.path))))
+    return Finding(file, OK, note or None, digest, facts.height, facts.width)
 
 
 def _store(database: sqlite3.Connection, key: int | None, findings: Sequence[Finding]) -> None:

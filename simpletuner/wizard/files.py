@@ -22,6 +22,7 @@ from simpletuner.errors import ConfigError, DataError, Problem
 from simpletuner.models.registry import get_spec
 from simpletuner.reporting.trackers.readiness import check_trackers
 from simpletuner.storage import write_bytes
+from simpletuner.text import lines_of
 from simpletuner.wizard.answers import Answers
 from simpletuner.wizard.lycoris import edited_lycoris, lycoris_settings
 from simpletuner.wizard.plan import Plan, make_plan, nicknames
@@ -100,8 +101,8 @@ def diff_lines(project: Project, texts: Mapping[Path, str]) -> Iterator[str]:
     for path, text in sorted(texts.items(), key=lambda item: item[0] != project.places.config):
         before, name = project.texts.get(path), project.places.shown(path)
         lines = difflib.unified_diff(
-            before.splitlines() if before is not None else [],
-            text.splitlines(),
+            lines_of(before) if before is not None else [],
+            lines_of(text),
             name if before is not None else "(new file)",
             name,
             lineterm="",

@@ -12,10 +12,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 from simpletuner.data.buckets import BucketRules, ResolutionType
-from simpletuner.data.captions import caption_variants, printable
+from simpletuner.data.captions import caption_variants
 from simpletuner.data.index import Catalogue, Index
 from simpletuner.data.report import SetAside
 from simpletuner.models.spec import FamilySpec
+from simpletuner.text import printable
 from simpletuner.wizard.answers import PictureFacts
 from simpletuner.wizard.thumbnails import Thumbnail, make_thumbnails
 

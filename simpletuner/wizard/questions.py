@@ -12,6 +12,7 @@ from typing import Any
 from simpletuner.hardware import GIB
 from simpletuner.models.registry import all_specs
 from simpletuner.models.spec import FamilySpec, Flavour
+from simpletuner.text import lines_of
 from simpletuner.wizard.answers import ADAPTERS, GOALS, Answers
 from simpletuner.wizard.lycoris import ALGORITHMS, LAYERS, PROPOSED_FACTOR, has_both_kinds_of_layers
 from simpletuner.wizard.plan import Plan
@@ -112,7 +113,7 @@ def _set_webhook(answers: Answers, text: str) -> Answers:
 
 
 def _set_prompts(answers: Answers, text: str) -> Answers:
-    return replace(answers, prompts=tuple(dict.fromkeys(line.strip() for line in text.splitlines() if line.strip())))
+    return replace(answers, prompts=tuple(dict.fromkeys(line.strip() for line in lines_of(text) if line.strip())))
 
 
 GOAL = Question(

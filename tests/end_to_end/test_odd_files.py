@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from simpletuner.commands import cache
-from simpletuner.data.captions import printable
+from simpletuner.text import printable
 from tests.runs import dataset, draw_pictures, load_here, train_here, write_run
 from tests.unit.data.odd_files import DAMAGED_FILES, MOVING, ODD_BUT_SOUND, write_odd_files
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import os
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -11,7 +10,7 @@ from pathlib import Path
 from simpletuner.data.backends.base import FileStat, Folder, UnusableFile, content_number, join, listing_digest
 from simpletuner.data.backends.containment import is_url, path_inside
 from simpletuner.data.backends.local import CAPTION_SUFFIX, LocalBackend, file_numbers
-from simpletuner.data.captions import VARIANT_SEPARATOR
+from simpletuner.data.tables import TableFault, columns_of, joined, read_rows
 from simpletuner.errors import DataError, Problem
 
 
@@ -74,29 +73,26 @@ class CsvBackend:
     def _read_table(self, path_column: str, caption_column: str | None) -> None:
         captions: dict[bytes, dict[str, None]] = {}
         try:
-            with self._table.open(encoding="utf-8-sig", newline="") as file:
-                rows = csv.DictReader(file, delimiter="\t" if self._table.suffix == ".tsv" else ",", strict=True)
-                header = [name.strip() for name in rows.fieldnames or ()]
-                rows.fieldnames = header
-                for key, column in (("filename_column", path_column), ("csv_caption_column", caption_column)):
-                    if column is not None and column not in header:
-                        raise self._fault(key, f'there is no column "{column}"', header)
-                for row in rows:
-                    path = self._place(row[path_column] or "", rows.line_num)
-                    caption = (row[caption_column] or "").strip() if caption_column else ""
-                    captions.setdefault(path, {}).update({caption: None} if caption else {})
-        except (OSError, UnicodeDecodeError, csv.Error) as error:
+            header = columns_of(self._table)
+            for key, column in (("filename_column", path_column), ("csv_caption_column", caption_column)):
+                if column is not None and column not in header:
+                    raise self._fault(key, f'there is no column "{column}"', header)
+            columns = [caption_column] if caption_column else []
+            for row in read_rows(self._table, {path_column, *columns}):
+                path = self._place(row.name(path_column), row.place)
+                captions.setdefault(path, {}).update(dict.fromkeys(row.captions(columns)))
+        except (OSError, TableFault) as error:
             raise self._fault("csv_file", f"cannot be read: {error}") from error
         for path, variants in captions.items():
             folder, _, name = path.rpartition(b"/") if path not in self._refused else (b"", b"", path)
             self._folders[folder].append(name)
             if variants:
-                self._captions[path + CAPTION_SUFFIX.encode()] = VARIANT_SEPARATOR.join(variants).encode()
+                self._captions[path + CAPTION_SUFFIX.encode()] = joined(list(variants)).encode()
 
-    def _place(self, name: str, line: int) -> bytes:
+    def _place(self, name: str, place: str) -> bytes:
         """A row's picture relative to the root; kept as it is written where it may not be read."""
         if is_url(name):
-            message = f"line {line} names a URL; pictures are not downloaded"
+            message = f"{place} names a URL; pictures are not downloaded"
             raise self._fault("csv_file", message, fix="fetch the pictures, and write their paths into the table")
         try:
             path = path_inside(self._root, name)

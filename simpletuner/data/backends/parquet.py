@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any
 from simpletuner.data.backends.base import FileStat, Folder, UnusableFile, content_number
 from simpletuner.data.backends.local import CAPTION_SUFFIX, file_numbers
 from simpletuner.data.caption_table import CAPTION_COLUMNS
-from simpletuner.data.captions import VARIANT_SEPARATOR
+from simpletuner.data.tables import joined
 from simpletuner.errors import DataError, MissingDependency, Problem
+from simpletuner.text import without_separators
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -223,6 +224,7 @@ def _caption(rows: pa.Table, offset: int) -> bytes:
     for column in rows.columns:
         value = column[offset].as_py()
         texts = value if isinstance(value, list) else [value]
-        if variants := dict.fromkeys(text.strip() for text in texts if text and text.strip()):
-            return VARIANT_SEPARATOR.join(variants).encode()
+        cleaned = (without_separators(text).strip() for text in texts if text)
+        if variants := [text for text in dict.fromkeys(cleaned) if text]:
+            return joined(variants).encode()
     return b""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from typing import Any
 
 import pytest
@@ -342,3 +343,23 @@ def test_what_an_entry_leaves_out_of_its_caches_comes_from_the_configuration(wor
     )
     first, second = workspace.load_written().datasets
     assert (first.vae_cache_disable, second.vae_cache_disable) == (True, False)
+
+
+def test_text_that_no_encoder_can_take_is_refused_wherever_it_is_written(workspace: Workspace) -> None:
+    workspace.datasets[0] |= {"caption_strategy": "instanceprompt", "instance_prompt": "a\0b"}
+    (problem,) = workspace.fails_written().problems
+    assert problem.key == "pictures.instance_prompt"
+    assert "NUL" in problem.message
+    workspace.datasets[0]["instance_prompt"] = "a"
+    workspace.environment = {"SIMPLETUNER_VALIDATION_PROMPT": os.fsdecode(b"caf\xe9")}
+    (problem,) = workspace.fails_written().problems
+    assert problem.key == "validation_prompt"
+    assert "not UTF-8" in problem.message
+
+
+def test_only_line_ends_end_a_line_of_a_filter_file(workspace: Workspace) -> None:
+    workspace.put("config/f.txt", "cat\x0bdog\ns/a/b\u2028/")
+    workspace.datasets.append({"id": "t", "dataset_type": "text_embeds", "caption_filter_list": "f.txt"})
+    entry = workspace.load_written().datasets[1]
+    assert isinstance(entry, TextEmbedsDataset)
+    assert entry.caption_filter_list == ("cat\x0bdog", "s/a/b\u2028/")

@@ -93,5 +93,7 @@ def test_a_byte_order_mark_and_other_encodings_are_refused(tmp_path: Path) -> No
     path.write_bytes(b'{"a":\n "caf\xe9"}')
     with pytest.raises(ConfigError, match=":2: is not UTF-8"):
         read_json_file(path)
+    path.write_bytes('{"a": "é"}'.encode("utf-16"))
+    assert read_json_file(path).value == {"a": "é"}
     with pytest.raises(ConfigError, match="cannot be read"):
         read_json_file(tmp_path)

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
-from simpletuner.data.captions import CaptionRules, caption_variants, captions_of, decode_caption, printable
+import os
+
+from simpletuner.data.captions import CaptionRules, caption_variants, captions_of, decode_caption, name_note
 
 
 def test_a_file_name_becomes_a_caption() -> None:
@@ -9,9 +11,14 @@ def test_a_file_name_becomes_a_caption() -> None:
     assert captions_of("___.png", None, rules) == ()
 
 
-def test_undecodable_bytes_in_a_name_do_not_reach_the_caption() -> None:
-    (caption,) = captions_of("caf\udce9_noir.png", None, CaptionRules("filename"))
-    assert caption == "caf? noir"
+def test_a_name_that_is_not_utf_8_keeps_its_letters_and_is_noted() -> None:
+    name = "café_noir.png".encode("latin-1")
+    assert captions_of(os.fsdecode(name), None, CaptionRules("filename")) == ("café noir",)
+    assert name_note(b"d/" + name) == "a name that is not UTF-8, read as cp1252"
+    assert name_note("d/café.png".encode()) is None
+    cyrillic = "собака_на_траве.png".encode("koi8-r")
+    assert captions_of(os.fsdecode(cyrillic), None, CaptionRules("filename")) == ()
+    assert name_note(cyrillic) == "a name that is not UTF-8"
 
 
 def test_lines_of_a_text_file_are_variants() -> None:
@@ -44,10 +51,16 @@ def test_an_instance_prompt_can_replace_or_precede_what_is_found() -> None:
 
 
 def test_caption_files_in_other_encodings() -> None:
-    assert decode_caption("Häuser".encode("utf-8-sig")) == "Häuser"
-    assert decode_caption("Häuser".encode("utf-16")) == "Häuser"
-    assert decode_caption("Häuser".encode("latin-1")) == "H\ufffduser"
+    for encoding in ("utf-8", "utf-8-sig", "utf-16", "utf-32"):
+        assert decode_caption("Häuser am “See”".encode(encoding)) == ("Häuser am “See”", None)
+    text, note = decode_caption("Häuser am “See”".encode("cp1252"))
+    assert (text, note) == ("Häuser am “See”", "a caption file that is not UTF-8, read as cp1252")
+    _, note = decode_caption("H\ufffduser".encode())
+    assert "U+FFFD" in str(note)
 
 
-def test_terminal_codes_are_shown_not_sent() -> None:
-    assert printable("a\x1b[31m\n\udcff 😀 %s") == "a\\x1b[31m\\n\\udcff 😀 %s"
+def test_separators_of_other_systems_are_blanks_and_do_not_split_a_caption() -> None:
+    for separator in "\x0b\x0c\x1c\x1d\x1e\x1f\x85\u2028\u2029":
+        assert caption_variants(f"a dog{separator}on grass\nsecond", splits_lines=True) == ["a dog on grass", "second"]
+        assert caption_variants(f"a dog{separator}on grass", splits_lines=False) == ["a dog on grass"]
+        assert captions_of(f"a_dog{separator}runs.png", None, CaptionRules("filename")) == ("a dog runs",)

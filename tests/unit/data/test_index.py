@@ -16,6 +16,7 @@ import pytest
 
 from simpletuner.data.backends.base import FileStat, Folder
 from simpletuner.data.backends.local import LocalBackend
+from simpletuner.data.captioned import caption_warnings
 from simpletuner.data.index import Catalogue, Index
 from simpletuner.errors import DataError
 from tests.unit.data.odd_files import NO_HEIF
@@ -326,3 +327,33 @@ def test_a_file_that_changes_while_it_is_read_is_not_believed(folder: Path, monk
     monkeypatch.setattr("simpletuner.data.backends.local.os.fstat", fstat)
     assert backend.read(b"p0.png").endswith(b"more")
     assert len(calls) == 4
+
+
+def test_captions_in_other_encodings_are_noted_or_set_aside_with_their_place(folder: Path, tmp_path: Path) -> None:
+    (folder / "p0.txt").write_bytes("a dog\u2019s nose".encode("cp1252"))
+    (folder / "p1.txt").write_bytes("собака на траве".encode("cp1251"))
+    (folder / "p2.txt").write_bytes("a dog".encode("utf-16-le"))
+    (folder / "p3.txt").write_bytes("a dog".encode("utf-16"))
+    (folder / os.fsdecode(b"caf\xe9.png")).write_bytes((folder / "p4.png").read_bytes())
+    index, catalogue, _ = scan(folder, tmp_path)
+    found = [text for text in index.texts(catalogue.texts.tolist()) if text]
+    assert found == ["a dog\u2019s nose", "a dog"]
+    notes = {text: note.examples for text, note in index.notes().items()}
+    assert notes == {"a name that is not UTF-8, read as cp1252": (os.fsdecode(b"caf\xe9.png"),)}
+    (warning,) = caption_warnings("things", index)
+    assert warning.startswith("things: 1 with a caption file that is not UTF-8, read as cp1252 (p0.txt): ")
+    reasons = {path: reason for reason, (path,) in index.set_aside(with_texts=True).examples.items()}
+    assert "is not UTF-8 text: line 1, byte 1 (0xf1)" in reasons["p1.txt"]
+    assert "NUL character in line 1" in reasons["p2.txt"]
+
+
+def test_captions_that_an_earlier_version_read_are_read_again_and_nothing_else(folder: Path, tmp_path: Path) -> None:
+    (folder / "p0.txt").write_bytes("caf\xe9".encode("latin-1"))
+    scan(folder, tmp_path)
+    with sqlite3.connect(tmp_path / "index.sqlite") as database:  # as the version before left it
+        database.execute("DELETE FROM facts WHERE name = 'texts'")
+        database.execute("UPDATE files SET text = 'caf\ufffd', reason = NULL WHERE is_text")
+    index, catalogue, opened = scan(folder, tmp_path)
+    assert opened == ["p0.txt"]
+    assert [text for text in index.texts(catalogue.texts.tolist()) if text] == ["café"]
+    assert scan(folder, tmp_path)[2] == []

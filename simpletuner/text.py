@@ -1,0 +1,167 @@
+"""Text that comes from outside: how bytes become text, where a line ends, and how text is shown on one line.
+
+Every file that a user writes is read by these rules: captions, tables, filters, configurations. Nothing is replaced
+silently: bytes that are no text are an error with line and byte.
+"""
+
+from __future__ import annotations
+
+import codecs
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+# Of the two marks that begin alike, the longer one first.
+_MARKS = (
+    (codecs.BOM_UTF8, "utf-8-sig"),
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
+FALLBACK = "cp1252"
+_LINE_END = re.compile(r"\r\n|\n|\r")
+# Separators of other systems, which end no line here: vertical tab, form feed, the four of ASCII, NEL, LS and PS.
+_SEPARATORS = re.compile("[\x0b\x0c\x1c-\x1f\x85\u2028\u2029]")
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_CHUNK = 2**20
+
+
+class NotText(ValueError):
+    """Bytes or a text that cannot be used as text; `str` of it is the reason, with line and byte where known.
+
+    Args:
+        line: 1-based.
+    """
+
+    def __init__(self, reason: str, line: int | None = None):
+        super().__init__(reason)
+        self.line = line
+
+
+def decode(data: bytes) -> str:
+    """UTF-8, or UTF-16 and UTF-32 where the bytes begin with their mark.
+
+    Raises:
+        NotText: they are something else, or hold a NUL character.
+    """
+    encoding = encoding_of(data)
+    try:
+        text = data.decode(encoding)
+    except UnicodeDecodeError as error:
+        line = len(_LINE_END.findall(data[: error.start].decode(encoding, "replace"))) + 1
+        raise _undecodable(encoding, line, error.start, data[error.start]) from None
+    if (at := text.find("\0")) >= 0:
+        raise _with_nul(len(_LINE_END.findall(text[:at])) + 1)
+    return text
+
+
+def decode_lenient(data: bytes) -> tuple[str, str | None]:
+    """(text, encoding) as `decode`; what is not UTF-8 is read as Windows-1252, which Latin-1 is a part of.
+
+    Args:
+        data: of a short text such as a caption.
+
+    Returns:
+        the encoding is None for Unicode, for which nothing had to be guessed.
+
+    Raises:
+        NotText: it is in neither; also where it looks like an encoding of Chinese, Japanese or Cyrillic letters.
+    """
+    try:
+        return decode(data), None
+    except NotText as error:
+        if encoding_of(data) != "utf-8" or b"\0" in data or not _looks_western(data):
+            raise
+        try:
+            return data.decode(FALLBACK), FALLBACK
+        except UnicodeDecodeError:
+            raise error from None
+
+
+def encoding_of(start: bytes) -> str:
+    """The encoding that the first bytes of a file declare; UTF-8 where they declare none."""
+    return next((encoding for mark, encoding in _MARKS if start.startswith(mark)), "utf-8")
+
+
+def check_encoding(path: Path) -> str:
+    """The encoding of a file of any size, after reading all of it in parts.
+
+    Raises:
+        NotText: as `decode`.
+        OSError: it cannot be read.
+    """
+    line, position = 1, 0
+    with path.open("rb") as file:
+        chunk = file.read(_CHUNK)
+        encoding = encoding_of(chunk)
+        decoder = codecs.getincrementaldecoder(encoding)()
+        while True:
+            pending = len(decoder.getstate()[0])
+            try:
+                text = decoder.decode(chunk, final=not chunk)
+            except UnicodeDecodeError as error:
+                line += error.object[: error.start].count(b"\n")
+                at = position - pending + error.start
+                raise _undecodable(encoding, line, at, error.object[error.start]) from None
+            if (at := text.find("\0")) >= 0:
+                raise _with_nul(line + text.count("\n", 0, at))
+            if not chunk:
+                return encoding
+            line += text.count("\n")
+            position += len(chunk)
+            chunk = file.read(_CHUNK)
+
+
+def bounded_lines(file: IO[str], limit: int) -> Iterator[str]:
+    """The lines of a file, each with its end; NotText for one of more than `limit` characters, before it is read."""
+    number = 0
+    while line := file.readline(limit + 1):
+        number += 1
+        if len(line) > limit:
+            raise NotText(f"line {number} has more than {limit:,} characters", number)
+        yield line
+
+
+def lines_of(text: str) -> list[str]:
+    """The lines of a text without their ends. Only \\n, \\r\\n and \\r end one; `str.splitlines` knows eight more."""
+    lines = _LINE_END.split(text)
+    return lines[:-1] if not lines[-1] else lines
+
+
+def without_separators(text: str) -> str:
+    """`text` with a blank for each character that separates lines, fields or records elsewhere."""
+    return _SEPARATORS.sub(" ", text)
+
+
+def fault_in(text: str) -> str | None:
+    """Why a text from JSON or the environment is none, or None."""
+    if "\0" in text:
+        return "holds a NUL character"
+    if _SURROGATE.search(text):
+        return "holds half of a surrogate pair, or bytes that are not UTF-8"
+    return None
+
+
+def printable(text: str) -> str:
+    """`text` on one line, for terminals and logs: control characters and undecodable bytes as escapes."""
+    return "".join(
+        char if char.isprintable() else char.encode("unicode_escape", "backslashreplace").decode() for char in text
+    )
+
+
+def _looks_western(data: bytes) -> bool:
+    """Whether the bytes above ASCII stand between others, as accents do, and not in runs, as letters of CJK do."""
+    letters = [letter for letter in data.decode(FALLBACK, "ignore") if letter.isalpha()]
+    longest = max(map(len, re.findall(rb"[\x80-\xff]+", data)), default=0)
+    return longest <= 3 and 2 * sum(not letter.isascii() for letter in letters) <= len(letters)
+
+
+def _undecodable(encoding: str, line: int, position: int, byte: int) -> NotText:
+    name = encoding.removesuffix("-sig").upper()
+    return NotText(f"is not {name} text: line {line}, byte {position + 1} (0x{byte:02x})", line)
+
+
+def _with_nul(line: int) -> NotText:
+    return NotText(f"holds a NUL character in line {line}; UTF-16 and UTF-32 need their byte order mark", line)

@@ -1,0 +1,111 @@
+"""Bytes become text or an error that names the place; only line ends end lines."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pytest
+
+from simpletuner.text import (
+    NotText,
+    bounded_lines,
+    check_encoding,
+    decode,
+    decode_lenient,
+    fault_in,
+    lines_of,
+    printable,
+    without_separators,
+)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+def test_marked_unicode_is_read(encoding: str, tmp_path: Path) -> None:
+    text = "Häuser 猫\r\nzwei 😀"
+    assert decode(text.encode(encoding)) == text
+    (tmp_path / "a").write_bytes(text.encode(encoding))
+    with (tmp_path / "a").open(encoding=check_encoding(tmp_path / "a"), newline="") as file:
+        assert file.read() == text
+
+
+@pytest.mark.parametrize(
+    ("data", "words", "line"),
+    [
+        (b"one\r\ntwo\rth\xffree", "is not UTF-8 text: line 3, byte 12 (0xff)", 3),
+        (b"one\ncut \xe7\x8c", "is not UTF-8 text: line 2, byte 9 (0xe7)", 2),
+        ("a\nb".encode("utf-16-le"), "holds a NUL character in line 1", 1),
+        ("dog\n猫".encode("utf-32-le"), "holds a NUL character in line 1", 1),
+        (b"\xff\xfea\x00\x00\xd8b\x00", "is not UTF-16 text: line 1, byte", 1),
+        (b"one\ntwo\0", "holds a NUL character in line 2", 2),
+    ],
+)
+def test_what_is_no_text_is_an_error_with_its_place(data: bytes, words: str, line: int) -> None:
+    with pytest.raises(NotText) as caught:
+        decode(data)
+    assert words in str(caught.value)
+    assert caught.value.line == line
+
+
+def test_a_large_file_is_checked_in_parts_with_the_right_place(tmp_path: Path) -> None:
+    path = tmp_path / "table.csv"
+    head = "é,line\n" * 400_000  # 3.2 MB; letters of two bytes lie across the borders of the parts
+    path.write_bytes(head.encode() + b"caf\xe9,last\n")
+    with pytest.raises(NotText) as caught:
+        check_encoding(path)
+    assert f"line 400001, byte {len(head.encode()) + 4} (0xe9)" in str(caught.value)
+    path.write_bytes(head.encode() + b"nul,\0\n")
+    with pytest.raises(NotText, match="NUL character in line 400001"):
+        check_encoding(path)
+
+
+def test_western_text_without_unicode_is_read_as_windows_1252() -> None:
+    for text in ("a dog\u2019s nose", "Häuser am See", "Größe, çà et là, naïve œuvre", "mañana…", "100 € \u2013 “so”"):
+        assert decode_lenient(text.encode("cp1252")) == (text, "cp1252")
+    assert decode_lenient(b"plain") == ("plain", None)
+
+
+@pytest.mark.parametrize(
+    ("text", "encoding"),
+    [("一只猫在草地上", "gbk"), ("犬の写真", "shift_jis"), ("собака на траве", "cp1251"), ("개 한 마리", "euc_kr")],
+)
+def test_other_encodings_are_not_guessed(text: str, encoding: str) -> None:
+    with pytest.raises(NotText, match="is not UTF-8 text: line 1, byte "):
+        decode_lenient(text.encode(encoding))
+
+
+def test_only_line_ends_end_lines() -> None:
+    assert lines_of("a\nb\r\nc\rd") == ["a", "b", "c", "d"]
+    assert lines_of("") == []
+    assert lines_of("a\n\n") == ["a", ""]
+    separators = "\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029"
+    assert len(f"a{separators}b".splitlines()) == 9
+    assert lines_of(f"a{separators}b") == [f"a{separators}b"]
+    assert without_separators(f"a{separators}b") == f"a{' ' * len(separators)}b"
+
+
+def test_a_line_is_measured_before_all_of_it_is_read() -> None:
+    assert list(bounded_lines(io.StringIO("ab\ncde\n"), 4)) == ["ab\n", "cde\n"]
+
+    class Endless(io.StringIO):
+        taken = 0
+
+        def readline(self, size: int | None = -1) -> str:
+            self.taken += size or 0
+            return "x" * (size or 0)
+
+    endless = Endless()
+    with pytest.raises(NotText, match="line 1 has more than 1,000 characters"):
+        list(bounded_lines(endless, 1000))
+    assert endless.taken == 1001
+
+
+def test_texts_with_nul_or_half_a_character_have_a_fault() -> None:
+    assert fault_in("a 😀") is None
+    assert "NUL" in str(fault_in("a\0"))
+    assert "surrogate" in str(fault_in("smile \ud83d"))
+    assert "UTF-8" in str(fault_in("caf\udce9"))
+
+
+def test_terminal_codes_are_shown_not_sent() -> None:
+    assert printable("a\x1b[31m\n\udcff 😀 %s") == "a\\x1b[31m\\n\\udcff 😀 %s"
