@@ -6,8 +6,9 @@ file, what to do. `assert` and the built-in exceptions stay for our own mistakes
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 EXIT_OK = 0
 EXIT_CONFIG = 2
@@ -16,6 +17,30 @@ EXIT_DIVERGED = 4
 EXIT_UPLOAD = 5
 EXIT_INTERRUPTED = 130
 EXIT_TERMINATED = 143
+
+
+def bytes_text(num_bytes: float) -> str:
+    """1536 -> `1.5 KiB`; three digits at most before the unit."""
+    for unit in ("bytes", "KiB", "MiB", "GiB"):
+        if abs(num_bytes) < 1024:
+            return f"{num_bytes:.0f} {unit}" if unit == "bytes" else f"{num_bytes:.1f} {unit}"
+        num_bytes /= 1024
+    return f"{num_bytes:.1f} TiB"
+
+
+def plain_value(value: Any) -> str:
+    """A setting as people write it: `true`, `0.1`, `a, b`; `unset` where there is none."""
+    if value is None:
+        return "unset"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float):
+        return f"{value:.10g}"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {plain_value(item)}" for key, item in value.items()) or "nothing"
+    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
+        return ", ".join(map(plain_value, value)) or "nothing"
+    return str(value)
 
 
 @dataclass(frozen=True)

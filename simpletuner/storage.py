@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from simpletuner.errors import DataError, Problem
+from simpletuner.errors import DataError, Problem, bytes_text
 from simpletuner.leftovers import new_sibling, parse_name
 
 if TYPE_CHECKING:
@@ -368,7 +368,7 @@ def require_free_space(path: str | Path, num_bytes: int, what: str) -> None:
     if free < num_bytes:
         raise DataError(
             Problem(
-                f"{what} needs {num_bytes:,} bytes, and only {free:,} are free",
+                f"{what} needs {bytes_text(num_bytes)}, and only {bytes_text(free)} are free",
                 file=str(path),
                 fix="free some space or choose a folder on another disk",
             )

@@ -10,10 +10,11 @@ from pathlib import Path
 from simpletuner.cache.latents import LatentCache
 from simpletuner.cache.prompts import CachedPrompts
 from simpletuner.cache.store import QUARANTINE, TensorStore
-from simpletuner.commands.text import bytes_text, count_text
+from simpletuner.commands.text import count_text
 from simpletuner.config.datasets import ImageDataset, TextEmbedsDataset
 from simpletuner.config.loading import LoadedRun
 from simpletuner.data.kept import KeptSamples
+from simpletuner.errors import bytes_text
 from simpletuner.models.registry import get_spec
 from simpletuner.reporting.bus import EventBus
 from simpletuner.reporting.events import Notice

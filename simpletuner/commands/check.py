@@ -17,7 +17,7 @@ from simpletuner.cache.store import TensorStore
 from simpletuner.commands.captions import CaptionCheck, check_captions
 from simpletuner.commands.contact_sheet import draw_sheet, write_sheet
 from simpletuner.commands.remedies import remedies_of
-from simpletuner.commands.text import bytes_text, columns, count_text
+from simpletuner.commands.text import columns, count_text
 from simpletuner.config.loading import LoadedRun
 from simpletuner.data.dataset import Dataset
 from simpletuner.data.datasets import UnusableData
@@ -26,12 +26,15 @@ from simpletuner.data.kept import KeptSamples
 from simpletuner.data.report import SET_ASIDE_FILE, Funnel, ProgressReport, write_set_aside
 from simpletuner.data.sampler import Sampler
 from simpletuner.data.tiles import NOTICEABLE, choose_pictures, enlargement
+from simpletuner.errors import bytes_text
 from simpletuner.models.family import ModelFamily
 from simpletuner.text import printable
 from simpletuner.training.latents import fingerprint_of_vae, latents_folder
-from simpletuner.training.parts import build_family, build_sampler, total_train_steps
+from simpletuner.training.parts import build_family, build_sampler
 from simpletuner.training.preflight import check_model_folder
 from simpletuner.training.prepare import read_datasets, require_trainable
+from simpletuner.training.resuming import total_steps_from
+from simpletuner.training.state import TrainState
 
 Say = Callable[[str], None]
 
@@ -236,7 +239,7 @@ def cache_need(loaded: LoadedRun, family: ModelFamily, dataset: Dataset, fingerp
 def count_steps(loaded: LoadedRun, sampler: Sampler) -> Steps:
     """Of the first epoch; datasets that come or go later change the others."""
     batches, accumulation = sampler.batches_in(0), loaded.config.gradient_accumulation_steps
-    total = total_train_steps(loaded, sampler)
+    total = total_steps_from(loaded.config, sampler, TrainState())
     return Steps(batches, batches / accumulation, total, total * accumulation / max(batches, 1))
 
 

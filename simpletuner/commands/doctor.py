@@ -14,8 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from simpletuner.commands.text import bytes_text
-from simpletuner.errors import EXIT_CONFIG, EXIT_OK
+from simpletuner.errors import EXIT_CONFIG, EXIT_OK, bytes_text
 from simpletuner.hardware import GIB, Hardware, detect_hardware
 from simpletuner.reporting.trackers.readiness import wandb_problems
 

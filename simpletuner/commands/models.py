@@ -10,7 +10,8 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from simpletuner.commands.text import bytes_text, columns, short_count
+from simpletuner.commands.text import columns, short_count
+from simpletuner.errors import bytes_text
 from simpletuner.models.registry import all_specs, get_spec
 from simpletuner.models.spec import FamilySpec, Flavour
 

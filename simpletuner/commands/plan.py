@@ -19,11 +19,12 @@ from simpletuner.batch import PromptEmbeds
 from simpletuner.commands.check import cache_need, count_steps
 from simpletuner.commands.memory import Row, Shapes, device_memory, memory_rows, read_shapes
 from simpletuner.commands.probe import Load, StepTimes, time_encoding, time_steps
-from simpletuner.commands.text import bytes_text, columns, count_text, duration_text, short_count
+from simpletuner.commands.text import columns, count_text, duration_text, short_count
 from simpletuner.config.loading import LoadedRun
 from simpletuner.data.dataset import Dataset
 from simpletuner.data.holdout import hold_out
 from simpletuner.data.sampler import Sampler
+from simpletuner.errors import bytes_text
 from simpletuner.models.family import ModelFamily
 from simpletuner.training.latents import fingerprint_of_vae
 from simpletuner.training.parts import build_family, build_sampler

@@ -8,15 +8,6 @@ from collections.abc import Sequence
 _NUMBER = re.compile(r"[\d.,]+(?![\w.-]).*")  # no name that begins with a digit
 
 
-def bytes_text(num_bytes: float) -> str:
-    """1536 -> `1.5 KiB`; three digits at most before the unit."""
-    for unit in ("bytes", "KiB", "MiB", "GiB"):
-        if abs(num_bytes) < 1024:
-            return f"{num_bytes:.0f} {unit}" if unit == "bytes" else f"{num_bytes:.1f} {unit}"
-        num_bytes /= 1024
-    return f"{num_bytes:.1f} TiB"
-
-
 def count_text(count: int, one: str, many: str | None = None) -> str:
     """3, `file` -> `3 files`."""
     return f"{count:,} {one if count == 1 else many or one + 's'}"

@@ -91,7 +91,8 @@ def some_dataset_takes_part_at_any_time(draft: Draft) -> Iterator[Problem]:
 
 def something_new_is_learned(draft: Draft) -> Iterator[Problem]:
     used = [entry for entry in draft.pictures if not isinstance(entry, EvalDataset) and entry.probability]
-    if used and all(entry.is_regularisation_data for entry in used) and not draft.config.init_lora:
+    starts_as_base = draft.config.model_type == "lora" and not draft.config.init_lora
+    if starts_as_base and used and all(entry.is_regularisation_data for entry in used):
         message = (
             "all datasets are regularisation data, whose target is what the base model predicts: the loss would be 0"
         )

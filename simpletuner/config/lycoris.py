@@ -21,6 +21,7 @@ from simpletuner.config.lycoris_algorithms import (
 )
 from simpletuner.config.lycoris_presets import preset_targets, usable_presets
 from simpletuner.config.names import nearest
+from simpletuner.config.values import read_float
 from simpletuner.errors import Problem
 
 # Settings of LyCORIS that this program refuses, and why.
@@ -234,11 +235,23 @@ def _bad_scalars(document: Document, at: JsonPath, settings: Mapping[str, Any]) 
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         if key in (*NUMBERS, *ENTRY_NUMBERS) and not is_number:
             problems.append(_problem(document, (*at, key), f"{show_value(value)} is not a number"))
+        elif is_number and (fault := _number_fault(key, value)):
+            problems.append(_problem(document, (*at, key), f"{show_value(value)} {fault}"))
         elif key in (*SWITCHES, *ENTRY_SWITCHES) and not isinstance(value, bool):
             problems.append(_problem(document, (*at, key), f"{show_value(value)} is not true or false"))
         elif key in ("linear_dim", "dim") and value < 1:
             problems.append(_problem(document, (*at, key), f"{value} adapts no layer", allowed="at least 1"))
     return problems
+
+
+def _number_fault(key: str, value: float) -> str | None:
+    try:
+        read_float(value)
+    except ValueError as error:
+        return str(error)
+    if key.endswith("dropout") and not 0 <= value < 1:
+        return "must be at least 0 and below 1"
+    return None
 
 
 def _is_name_list(value: Any) -> bool:

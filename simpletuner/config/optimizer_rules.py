@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from simpletuner.config.checking import show_value
 from simpletuner.config.draft import Draft
 from simpletuner.config.names import nearest
 from simpletuner.config.optimizers import OPTIMIZERS, OptimizerRow
@@ -14,6 +15,8 @@ from simpletuner.errors import Problem
 OWN_OPTIONS = {"lr": "learning_rate"}
 # An optimizer that finds the rate itself multiplies what it found by `learning_rate`.
 LOWEST_FOUND_RATE = 0.1
+# As of `adam_epsilon` and `adam_weight_decay`.
+LIMITS = {"eps": 1.0, "weight_decay": 1000.0}
 
 
 def row_of(draft: Draft) -> OptimizerRow | None:
@@ -32,8 +35,11 @@ def optimizer_config_has_arguments_of_the_optimizer(draft: Draft) -> Iterator[Pr
             fix = f"did you mean {near}?" if near else None
             yield draft.problem(f"{name} takes no {key}", "optimizer_config", ", ".join(sorted(row.arguments)), fix)
         elif row and not _is_like(value, row.arguments[key]):
-            message = f"{value!r} cannot be {key} of {name}"
-            yield draft.problem(message, "optimizer_config", f"a value like {row.arguments[key]!r}")
+            message = f"{show_value(value)} cannot be {key} of {name}"
+            yield draft.problem(message, "optimizer_config", f"a value like {show_value(row.arguments[key])}")
+        elif key in LIMITS and isinstance(value, int | float) and not 0 <= value <= LIMITS[key]:
+            message = f"{show_value(value)} cannot be {key} of {name}: it would train nothing, or destroy the weights"
+            yield draft.problem(message, "optimizer_config", f"0 to {LIMITS[key]:g}")
 
 
 def _is_like(value: Any, default: Any) -> bool:

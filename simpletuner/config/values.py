@@ -18,6 +18,9 @@ TRUE_WORDS = ("true", "yes", "on", "1")
 FALSE_WORDS = ("false", "no", "off", "0")
 # Of a file or folder, on every usual file system.
 MAX_NAME_BYTES = 255
+# Beyond these a number overflows somewhere: 64-bit counters, float32 weights.
+LARGEST_INT = 2**63 - 1
+LARGEST_FLOAT = 1e30
 
 
 class Size(NamedTuple):
@@ -56,6 +59,8 @@ def read_int(value: Any) -> Any:
         return int(value)
     if not isinstance(value, int):
         raise ValueError("must be a whole number")
+    if abs(value) > LARGEST_INT:
+        raise ValueError(f"must be a whole number of at most {LARGEST_INT:.2g}")
     return value
 
 
@@ -68,9 +73,35 @@ def read_float(value: Any) -> Any:
             raise ValueError("must be a number") from None
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError("must be a number")
+    return _meaningful(float(min(max(value, -(10**40)), 10**40) if isinstance(value, int) else value))
+
+
+def _meaningful(value: float) -> float:
+    """A number that weights, which are float32 at best, can be computed with."""
     if not math.isfinite(value):
         raise ValueError("must be a finite number")
-    return float(value)
+    if abs(value) > LARGEST_FLOAT or 0 < abs(value) < 1 / LARGEST_FLOAT:
+        raise ValueError(f"must be 0, or between {1 / LARGEST_FLOAT:g} and {LARGEST_FLOAT:g} in size")
+    return value
+
+
+def require_meaningful(value: Any, name: str = "") -> None:
+    """Raise for numbers that mean nothing, anywhere inside lists and objects.
+
+    Raises:
+        ValueError: names the first one.
+    """
+    if isinstance(value, dict):
+        for key, item in value.items():
+            require_meaningful(item, f"{name}.{key}" if name else str(key))
+    elif isinstance(value, list | tuple):
+        for item in value:
+            require_meaningful(item, name)
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        try:
+            read_float(value)
+        except ValueError as error:
+            raise ValueError(f"{name} {error}" if name else str(error)) from None
 
 
 def read_text(value: Any) -> Any:
@@ -140,6 +171,12 @@ def read_sigmas(value: Any) -> Any:
 
 def read_arguments(value: Any) -> Any:
     """`"eps=1e-8,weight_decay=0.1"`, JSON or an object -> a dict; numbers and truth values in the text are seen."""
+    arguments = _read_arguments(value)
+    require_meaningful(arguments)
+    return arguments
+
+
+def _read_arguments(value: Any) -> Any:
     if isinstance(value, dict):
         return value
     if not isinstance(value, str):

@@ -21,8 +21,8 @@ from simpletuner.optim.optimizers import averaged_weights, keeps_averages
 from simpletuner.optim.state import load_optimizer_tensors, optimizer_tensors
 from simpletuner.reporting.events import Notice
 from simpletuner.training.evaluation import losses_as_json, losses_from_json
-from simpletuner.training.identity import compare_identity, run_identity
-from simpletuner.training.state import TrainState
+from simpletuner.training.identity import compare_identity, option_changes, run_identity
+from simpletuner.training.resuming import length_facts, resumed_state
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -263,6 +263,7 @@ def write_checkpoint(run: Run, folder: Path, content: CheckpointContent) -> None
         {
             "version": __version__,
             "state": run.state.to_json(),
+            "length": length_facts(run.state, run.batches.sampler, run.max_train_steps),
             "loss_scale": run.loss_scale.to_json(),
             "optimizer": content.plain,
             "identity": run_identity(run),
@@ -293,7 +294,8 @@ def load_checkpoint(run: Run, path: Path) -> None:
         DataError: the checkpoint was made by a version that this one cannot read.
     """
     saved = read_state(path)
-    for change in compare_identity(saved["identity"], run_identity(run), path):
+    changes = compare_identity(saved["identity"], run_identity(run), path)
+    for change in [*changes, *option_changes(storage.read_json(path / "config.json"), run.loaded, path)]:
         run.bus.emit(Notice("warning", change))
     from safetensors.torch import load_file
 
@@ -317,7 +319,7 @@ def load_checkpoint(run: Run, path: Path) -> None:
         else:
             run.bus.emit(Notice("warning", f"{path.name} has no EMA; the average starts from its weights"))
             run.ema = EMA(parameters, run.ema.decay, run.ema.update_interval)
-    run.state = TrainState.from_json(saved["state"])
+    run.state = resumed_state(saved, run.batches.sampler)
     run.loss_scale.load_json(saved["loss_scale"])
     run.eval_losses.update(losses_from_json(saved["eval_losses"]))
 

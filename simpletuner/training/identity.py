@@ -1,81 +1,189 @@
 """What may change between a checkpoint and the run that resumes it.
 
-Model, adapter and optimizer decide what the saved tensors mean: a difference is an error. Learning rate, intervals and
-data may be changed on purpose: a difference is told, and the run goes on.
+Model, adapter and optimizer decide what the saved tensors mean: a difference is an error. Everything else that acts on
+the weights may be changed on purpose: a difference is logged, and the run goes on.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from simpletuner.errors import ConfigError, Problem
+from simpletuner.config.options import all_options
+from simpletuner.errors import ConfigError, Problem, plain_value
 
 if TYPE_CHECKING:
+    from simpletuner.config.loading import LoadedRun
     from simpletuner.training.run import Run
 
 FIXED_OPTIONS = ("model_family", "model_type", "lora_type", "optimizer", "base_model_precision")
 # Decide, with the shapes, what the weights of standard LoRA mean.
 LORA_OPTIONS = ("lora_alpha", "lora_init_type")
-TOLD_OPTIONS = (
-    "learning_rate",
-    "lr_scheduler",
-    "train_batch_size",
-    "gradient_accumulation_steps",
-    "seed",
-    "max_grad_norm",
+# Groups of options that change no weight, and those of the others that change none. All else is logged.
+SILENT_GROUPS = ("Several processes", "Validation pictures", "Checkpoints", "Reporting")
+SILENT_OPTIONS = (
+    *("data_backend_config", "cache_dir", "vae_batch_size", "vae_cache_ondemand", "vae_cache_disable"),
+    *("text_cache_ondemand", "text_cache_disable", "write_batch_size", "lycoris_config", "init_lora", "lora_format"),
+    *("eval_steps_interval", "eval_epoch_interval", "eval_loss_disable", "eval_dataset_pooling"),
+    *("max_train_steps", "num_train_epochs"),  # `resuming.py` says where the run ends now
+    *("checkpoint_keep_best", "evaluation_type", "pretrained_evaluation_model_name_or_path"),
 )
 
 
 def run_identity(run: Run) -> dict[str, Any]:
     """JSON-able facts that a resume is compared with."""
-    options = {key: getattr(run.config, key) for key in (*FIXED_OPTIONS, *TOLD_OPTIONS)}
+    datasets = run.batches.datasets.values()
     return {
-        "fixed": {
-            **{key: options[key] for key in FIXED_OPTIONS},
-            **{key: getattr(run.config, key) for key in LORA_OPTIONS if run.config.lora_type == "standard"},
-            "lycoris_config": run.loaded.lycoris,
-            "parameters": run.placement.shapes(),
-        },
+        "fixed": {**fixed_settings(run.loaded), "parameters": run.placement.shapes()},
         "told": {
-            **{key: options[key] for key in TOLD_OPTIONS},
-            "datasets": {dataset.id: dataset.fingerprint for dataset in run.batches.datasets.values()},
+            "datasets": {each.id: {"images": each.num_pictures, "fingerprint": each.fingerprint} for each in datasets},
             "schedules": {
-                dataset.id: {"repeats": dataset.repeats, "batch_size": dataset.batch_size, **asdict(dataset.schedule)}
-                for dataset in run.batches.datasets.values()
+                each.id: {"repeats": each.repeats, "batch_size": each.batch_size, **asdict(each.schedule)}
+                for each in datasets
             },
+            "processes": run.world.size,
             "torch": torch.__version__,
         },
     }
 
 
-def compare_identity(saved: dict[str, Any], current: dict[str, Any], path: Path) -> list[str]:
-    """One line for each difference that is allowed.
+def fixed_settings(loaded: LoadedRun) -> dict[str, Any]:
+    """What of the configuration may not change, known before anything is loaded."""
+    config = loaded.config
+    names = (*FIXED_OPTIONS, *(LORA_OPTIONS if config.lora_type == "standard" else ()))
+    return {**{key: getattr(config, key) for key in names}, "lycoris_config": loaded.lycoris}
+
+
+def compare_identity(saved: Mapping[str, Any], current: Mapping[str, Any], path: Path) -> list[str]:
+    """One line for each difference of data and machine, which is allowed.
 
     Raises:
         ConfigError: a difference that is not.
     """
+    refuse_changes(saved["fixed"], current["fixed"], path)
+    before, now = saved["told"], current["told"]
+    lines = [*_dataset_changes(before.get("datasets", {}), now["datasets"])]
+    shared = before.get("schedules", {}).keys() & now["schedules"].keys()
+    for name in sorted(shared):
+        lines += [f"dataset {name}: {line}" for line in differences(before["schedules"][name], now["schedules"][name])]
+    machine = {"processes": "number of processes", "torch": "version of torch"}
+    old, new = ({title: side.get(key) for key, title in machine.items() if key in before} for side in (before, now))
+    lines += differences(old, new)
+    return [f"changed since {path.name}: {line}" for line in lines]
+
+
+def refuse_changes(saved: Mapping[str, Any], current: Mapping[str, Any], path: Path) -> None:
+    """Raise where the weights of a checkpoint would mean something else.
+
+    Args:
+        current: `fixed_settings`, and where they are known the shapes of the trained weights.
+
+    Raises:
+        ConfigError: with every such difference.
+    """
     problems = [
         Problem(
-            f"{path.name} was trained with {_brief(saved['fixed'].get(key))}, the configuration says {_brief(value)}",
+            f"{path.name} was trained with another value: {line}",
             key=key,
             fix="put the old value back, or choose another output_dir for a fresh start",
         )
-        for key, value in current["fixed"].items()
-        if saved["fixed"].get(key) != value
+        for key in current
+        if key != "parameters"
+        for line in _setting_changes(key, saved.get(key), current[key])
     ]
+    if not problems and saved.get("parameters") != current.get("parameters", saved.get("parameters")):
+        lines = ", ".join(_shape_changes(saved.get("parameters") or {}, current["parameters"]))
+        problems = [
+            Problem(
+                f"{path.name} holds other trained weights than this configuration has: {lines}",
+                key="resume_from_checkpoint",
+                fix="put the old settings of the adapter back, or choose another output_dir for a fresh start",
+            )
+        ]
     if problems:
         raise ConfigError(problems)
+
+
+def option_changes(saved: Mapping[str, Any], loaded: LoadedRun, path: Path) -> list[str]:
+    """One line for each option that acts on the weights and is not what it was.
+
+    Args:
+        saved: every option as the checkpoint was trained with.
+    """
+    current = loaded.resolved()
+    acting = [
+        name
+        for name, info in all_options().items()
+        if info.group not in SILENT_GROUPS and name not in (*SILENT_OPTIONS, *FIXED_OPTIONS) and name in saved
+    ]
+    lines = differences({name: saved[name] for name in acting}, {name: current[name] for name in acting})
+    return [f"changed since {path.name}: {line}" for line in lines]
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """`factor 16 → 4`: one text for each value that differs, however deep it lies."""
+    old, new = dict(_leaves(before)), dict(_leaves(now))
     return [
-        f"{key} changed since {path.name}: {_brief(saved['told'].get(key))} -> {_brief(value)}"
-        for key, value in current["told"].items()
-        if saved["told"].get(key) != value
+        f"{name} {plain_value(old.get(name))} → {plain_value(new.get(name))}"
+        for name in dict.fromkeys((*old, *new))
+        if old.get(name) != new.get(name)
     ]
 
 
-def _brief(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 100 else text[:97] + "..."
+def _setting_changes(key: str, before: Any, now: Any) -> list[str]:
+    if isinstance(before, dict) != isinstance(now, dict):  # a file of settings that the other side has not
+        before, now = ("set" if isinstance(each, dict) else each for each in (before, now))
+    return differences(_named(key, before), _named(key, now))
+
+
+def _named(key: str, value: Any) -> dict[str, Any]:
+    """The settings of a file stand for themselves; an option has its name."""
+    return value if isinstance(value, dict) else {key: value}
+
+
+def _leaves(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, item in value.items():
+        if isinstance(item, Mapping) and item:
+            yield from _leaves(item, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", None if item == {} else item
+
+
+def _dataset_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+    old = {name: value if isinstance(value, dict) else {"fingerprint": value} for name, value in before.items()}
+    gone = {name: value["fingerprint"] for name, value in old.items() if name not in now}
+    for name, value in now.items():
+        if name not in old:
+            source = next((other for other, content in gone.items() if content == value["fingerprint"]), None)
+            if source is None:
+                yield f"dataset {name} added with {_images(value['images'])}"
+            else:
+                del gone[source]
+                yield f"dataset renamed {source} → {name}"
+        elif old[name]["fingerprint"] != value["fingerprint"]:
+            was, count = old[name].get("images", value["images"]), value["images"]
+            change = "its images, captions or crops are not the same"
+            if was != count:
+                change = f"{_images(abs(count - was))} {'added' if count > was else 'removed'} ({was} → {count})"
+            yield f"dataset {name}: {change}"
+    yield from (f"dataset {name} removed" for name in gone)
+
+
+def _images(count: int) -> str:
+    return f"{count:,} image{'s' * (count != 1)}"
+
+
+def _shape_changes(before: Mapping[str, Sequence[int]], now: Mapping[str, Sequence[int]]) -> Iterator[str]:
+    missing, left = [name for name in now if name not in before], [name for name in before if name not in now]
+    if missing:
+        yield f"{len(missing)} weights are not in it, such as {missing[0]}"
+    if left:
+        yield f"{len(left)} weights have no place, such as {left[0]}"
+    other = [name for name in now if name in before and list(before[name]) != list(now[name])]
+    if other:
+        sizes = (" x ".join(map(str, shapes[other[0]])) for shapes in (before, now))
+        yield f"{len(other)} weights have another size, such as {other[0]}: {' → '.join(sizes)}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import math
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -74,15 +73,6 @@ def build_sampler(loaded: LoadedRun, datasets: Sequence[Dataset], world: World =
         fills_batches=bool(config.allow_dataset_oversubscription),
         mixes_evenly=config.data_backend_sampling == "uniform",
     )
-
-
-def total_train_steps(loaded: LoadedRun, sampler: Sampler) -> int:
-    """Optimizer steps at which the run ends, from `max_train_steps` or `num_train_epochs`."""
-    config = loaded.config
-    if config.max_train_steps:
-        return config.max_train_steps
-    batches = sampler.batches_before(config.num_train_epochs)
-    return max(math.ceil(batches / config.gradient_accumulation_steps), 1)
 
 
 def build_lr_factor(loaded: LoadedRun, total_steps: int, world: World) -> LrFactor:

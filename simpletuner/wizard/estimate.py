@@ -18,9 +18,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from simpletuner.commands.text import bytes_text, count_text, duration_text
+from simpletuner.commands.text import count_text, duration_text
 from simpletuner.config.loading import LoadedRun
-from simpletuner.errors import SimpleTunerError
+from simpletuner.errors import SimpleTunerError, bytes_text
 from simpletuner.hardware import Hardware
 from simpletuner.models.registry import get_spec
 

@@ -127,4 +127,4 @@ def test_another_weight_at_a_resume_is_told(tmp_path, omnigen_folder, capsys) ->
     train_here(folder)
     (folder / "multidatabackend.json").write_text(json.dumps([dataset("pictures", probability=0.5)]))
     train_here(folder, "--max_train_steps=4")
-    assert "schedules changed since checkpoint-2" in capsys.readouterr().out
+    assert "changed since checkpoint-2: dataset pictures: probability 1 → 0.5" in capsys.readouterr().out

@@ -69,6 +69,6 @@ def test_a_run_that_goes_on_tells_that_its_base_or_packages_changed(folder: Path
     train_here(folder, "--max_train_steps=2")
     told = [event["text"] for event in metrics(folder / "output", "notice") if "since the last start" in event["text"]]
     assert len(told) == 2
-    assert told[0].startswith("package diffusers changed since the last start: 0.1 -> ")
-    assert told[1].startswith("base model file vae/config.json changed")
+    assert told[0].startswith("package diffusers changed since the last start: 0.1 → ")
+    assert told[1] == "base model file vae/config.json changed since the last start: it has other content"
     assert lock_changes(json.loads(path.read_text()), json.loads(path.read_text())) == []

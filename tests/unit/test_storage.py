@@ -294,7 +294,7 @@ def test_a_second_process_is_told_who_holds_the_lock(tmp_path):
 
 def test_too_little_space_is_told_in_bytes_before_anything_is_written(tmp_path):
     storage.require_free_space(tmp_path / "not" / "there", 1, "a test")
-    with pytest.raises(DataError, match=r"a test needs 1,152,921,504,606,846,976 bytes, and only [\d,]+ are free"):
+    with pytest.raises(DataError, match=r"a test needs 1048576\.0 TiB, and only [\d.]+ [KMGT]iB are free"):
         storage.require_free_space(tmp_path / "not" / "there", 1 << 60, "a test")
 
 

@@ -69,7 +69,10 @@ class ObjectiveOptions(OptionGroup):
         False, help="For flow families: choose the shift by the size of the picture, as FLUX.1 does."
     )
     flow_sigmoid_scale: Float = option(
-        1.0, help="For flow families: spread of the logit-normal noise levels; larger ones reach further out.", gt=0
+        1.0,
+        help="For flow families: spread of the logit-normal noise levels; larger ones reach further out.",
+        gt=0,
+        le=100,
     )
     flow_use_uniform_schedule: Bool = option(
         False, help="For flow families: draw all noise levels equally often, in place of logit-normal ones."

@@ -114,8 +114,10 @@ class OptimizerOptions(OptionGroup):
     lr_warmup_steps: Int = option(
         0, help="Steps over which the learning rate rises from 0.", unit="optimizer steps", ge=0, level="basic"
     )
-    lr_end: Float = option(4e-7, help="Learning rate at the end of `polynomial` and other falling schedules.", ge=0)
-    lr_power: Float = option(0.8, help="Exponent of `polynomial`.", gt=0)
+    lr_end: Float = option(
+        4e-7, help="Learning rate at the end of `polynomial` and other falling schedules.", ge=0, le=10
+    )
+    lr_power: Float = option(0.8, help="Exponent of `polynomial`.", gt=0, le=100)
     lr_num_cycles: Int = option(1, help="Number of waves of `cosine_with_restarts` and `sine`.", ge=1)
     lr_scale: Bool = option(
         False,
@@ -133,12 +135,13 @@ class OptimizerOptions(OptionGroup):
         None, help="Decay of the second moment. Unset: the optimizer's own, 0.999 for AdamW.", ge=0, lt=1
     )
     adam_weight_decay: Float | None = option(
-        None, help="Weight decay. Unset: the optimizer's own, 0.01 for AdamW.", ge=0
+        None, help="Weight decay. Unset: the optimizer's own, 0.01 for AdamW.", ge=0, le=1000
     )
     adam_epsilon: Float | None = option(
         None,
         help="Term that keeps the denominator above zero. Unset: the optimizer's own, 1e-8 for AdamW.",
         gt=0,
+        le=1,
     )
     max_grad_norm: Float = option(
         2.0,

@@ -21,6 +21,7 @@ class TrainingOptions(OptionGroup):
         help="Length of the run in passes over the data, repeats included; fractions are allowed.",
         unit="epochs",
         ge=0,
+        le=1_000_000,
         level="basic",
     )
     train_batch_size: Int = option(

@@ -16,7 +16,8 @@ from simpletuner.commands import plan as planning
 from simpletuner.commands.memory import mix_that_fits
 from simpletuner.commands.probe import Load, StepTimes
 from simpletuner.commands.shapes import Activations, SavedBytes, empty_batch, optimizer_bytes
-from simpletuner.commands.text import bytes_text, duration_text, short_count
+from simpletuner.commands.text import duration_text, short_count
+from simpletuner.errors import bytes_text
 from simpletuner.optim.optimizers import build_optimizer
 from simpletuner.training.parts import attach_adapter, build_family
 from simpletuner.training.step import compute_losses

@@ -1,0 +1,69 @@
+"""Where a run goes on, and where it ends, after a resume with other settings.
+
+`num_train_epochs` counts passes over the data. With another batch size, accumulation, dataset or number of processes
+an epoch has another number of steps, so the end is counted from where the run stands: steps taken, and what remains.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from typing import Any
+
+from simpletuner.config.options import TrainConfig
+from simpletuner.data.sampler import Sampler
+from simpletuner.training.state import TrainState
+
+
+def length_facts(state: TrainState, sampler: Sampler, total_steps: int) -> dict[str, int]:
+    """What a checkpoint keeps beside its state, so that another length of epochs is noticed."""
+    return {"epoch_batches": sampler.batches_in(state.epoch), "total_steps": total_steps}
+
+
+def resumed_state(saved: Mapping[str, Any], sampler: Sampler) -> TrainState:
+    """The saved state; the same share of the epoch is done where the epoch now has another number of batches."""
+    state = TrainState.from_json(saved["state"])
+    now = sampler.batches_in(state.epoch)
+    before = saved.get("length", {}).get("epoch_batches", now)
+    if before == now:
+        return state if state.position < now or not state.position else replace(state, position=now)
+    return replace(state, position=state.position * now // max(before, 1))
+
+
+@dataclass(frozen=True)
+class Length:
+    """Where a run ends.
+
+    Args:
+        total_steps: optimizer steps.
+        notice: what changed since the checkpoint, None where nothing did.
+    """
+
+    total_steps: int
+    notice: str | None = None
+
+
+def total_steps_from(config: TrainConfig, sampler: Sampler, state: TrainState) -> int:
+    """Optimizer steps at which the run ends: those taken, and those of the epochs that remain."""
+    if config.max_train_steps:
+        return config.max_train_steps
+    done = sampler.batches_before(state.epoch) + state.position if state.global_step else Fraction(0)
+    remaining = max(sampler.batches_before(config.num_train_epochs) - done, Fraction(0))
+    return max(state.global_step + math.ceil(remaining / config.gradient_accumulation_steps), 1)
+
+
+def resumed_length(config: TrainConfig, sampler: Sampler, saved: Mapping[str, Any], state: TrainState) -> Length:
+    """Where a resumed run ends, and one line where that is not where it would have ended before."""
+    total = total_steps_from(config, sampler, state)
+    before = saved.get("length", {}).get("total_steps", total)
+    if before == total:
+        return Length(total)
+    text = f"the run now ends at step {total}, not {before}: {state.global_step} steps are done"
+    if config.max_train_steps:
+        return Length(total, f"{text} (max_train_steps)")
+    epochs = sampler.epochs_at(state.epoch, state.position)
+    left = max(config.num_train_epochs - epochs, 0.0)
+    remain = f"{left:.3g} of {config.num_train_epochs:g} epochs remain, {total - state.global_step} steps"
+    return Length(total, f"{text}, {remain}")
