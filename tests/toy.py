@@ -31,7 +31,8 @@ from simpletuner.reporting.events import Event
 from simpletuner.storage import save_tensors
 from simpletuner.training.checkpoint import Checkpoints
 from simpletuner.training.evaluation import EvalResult
-from simpletuner.training.parts import build_batches, build_lr_factor, build_sampler, total_train_steps
+from simpletuner.training.parts import build_batches, build_lr_factor, build_sampler
+from simpletuner.training.resuming import total_train_steps
 from simpletuner.training.run import Run
 from simpletuner.training.signals import StopRequest
 from simpletuner.training.state import TrainState
@@ -163,6 +164,10 @@ class ToyDataset:
     def __post_init__(self) -> None:
         self.samples = ToySamples(self.id, list(self.images), self.captions)
         self.buckets = {(8, 8): np.arange(len(self.images))}
+
+    @property
+    def num_pictures(self) -> int:
+        return len(self.images)
 
     @property
     def masks(self) -> Any:

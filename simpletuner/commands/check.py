@@ -33,8 +33,7 @@ from simpletuner.training.latents import fingerprint_of_vae, latents_folder
 from simpletuner.training.parts import build_family, build_sampler
 from simpletuner.training.preflight import check_model_folder
 from simpletuner.training.prepare import read_datasets, require_trainable
-from simpletuner.training.resuming import total_steps_from
-from simpletuner.training.state import TrainState
+from simpletuner.training.resuming import total_train_steps
 
 Say = Callable[[str], None]
 
@@ -239,7 +238,7 @@ def cache_need(loaded: LoadedRun, family: ModelFamily, dataset: Dataset, fingerp
 def count_steps(loaded: LoadedRun, sampler: Sampler) -> Steps:
     """Of the first epoch; datasets that come or go later change the others."""
     batches, accumulation = sampler.batches_in(0), loaded.config.gradient_accumulation_steps
-    total = total_steps_from(loaded.config, sampler, TrainState())
+    total = total_train_steps(loaded, sampler)
     return Steps(batches, batches / accumulation, total, total * accumulation / max(batches, 1))
 
 

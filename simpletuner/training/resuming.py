@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
-from simpletuner.config.options import TrainConfig
+from simpletuner.config.loading import LoadedRun
 from simpletuner.data.sampler import Sampler
 from simpletuner.training.state import TrainState
 
@@ -45,8 +45,13 @@ class Length:
     notice: str | None = None
 
 
-def total_steps_from(config: TrainConfig, sampler: Sampler, state: TrainState) -> int:
-    """Optimizer steps at which the run ends: those taken, and those of the epochs that remain."""
+def total_train_steps(loaded: LoadedRun, sampler: Sampler, state: TrainState | None = None) -> int:
+    """Optimizer steps at which the run ends: `max_train_steps`, or those taken and those of the epochs that remain.
+
+    Args:
+        state: where the run stands; None at its beginning.
+    """
+    config, state = loaded.config, state or TrainState()
     if config.max_train_steps:
         return config.max_train_steps
     done = sampler.batches_before(state.epoch) + state.position if state.global_step else Fraction(0)
@@ -54,9 +59,9 @@ def total_steps_from(config: TrainConfig, sampler: Sampler, state: TrainState) -
     return max(state.global_step + math.ceil(remaining / config.gradient_accumulation_steps), 1)
 
 
-def resumed_length(config: TrainConfig, sampler: Sampler, saved: Mapping[str, Any], state: TrainState) -> Length:
+def resumed_length(loaded: LoadedRun, sampler: Sampler, saved: Mapping[str, Any], state: TrainState) -> Length:
     """Where a resumed run ends, and one line where that is not where it would have ended before."""
-    total = total_steps_from(config, sampler, state)
+    config, total = loaded.config, total_train_steps(loaded, sampler, state)
     before = saved.get("length", {}).get("total_steps", total)
     if before == total:
         return Length(total)

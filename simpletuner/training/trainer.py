@@ -15,7 +15,6 @@ from pathlib import Path
 from simpletuner import storage
 from simpletuner.adapters.base import Adapter
 from simpletuner.config.loading import LoadedRun
-from simpletuner.config.options import TrainConfig
 from simpletuner.data.dataset import Dataset
 from simpletuner.data.sampler import Sampler
 from simpletuner.distributed.world import ALONE, ConnectionLost, World, joined
@@ -53,7 +52,7 @@ from simpletuner.training.place import place_denoiser
 from simpletuner.training.prepare import prepare_data
 from simpletuner.training.recomputing import Recomputing
 from simpletuner.training.report import report_run
-from simpletuner.training.resuming import Length, resumed_length, resumed_state, total_steps_from
+from simpletuner.training.resuming import Length, resumed_length, resumed_state, total_train_steps
 from simpletuner.training.run import Run
 from simpletuner.training.signals import StopRequest
 from simpletuner.training.state import TrainState
@@ -150,7 +149,7 @@ def build_run(loaded: LoadedRun, output_dir: Path, bus: EventBus, stop: StopRequ
     datasets, sources = prepare_data(loaded, family, output_dir, bus, stop, world)
     training = [dataset for dataset in datasets if dataset.kind == "image"]
     sampler = build_sampler(loaded, training, world)
-    length = run_length(config, sampler, resume_from)
+    length = run_length(loaded, sampler, resume_from)
     total_steps = length.total_steps
     announce(loaded, family, datasets, output_dir, resume_from, total_steps, bus)
     if length.notice:
@@ -204,12 +203,12 @@ def build_run(loaded: LoadedRun, output_dir: Path, bus: EventBus, stop: StopRequ
     return run
 
 
-def run_length(config: TrainConfig, sampler: Sampler, resume_from: Path | None) -> Length:
+def run_length(loaded: LoadedRun, sampler: Sampler, resume_from: Path | None) -> Length:
     """Where the run ends; one that is resumed may have been meant to end elsewhere."""
     if resume_from is None:
-        return Length(total_steps_from(config, sampler, TrainState()))
+        return Length(total_train_steps(loaded, sampler))
     saved = read_state(resume_from)
-    return resumed_length(config, sampler, saved, resumed_state(saved, sampler))
+    return resumed_length(loaded, sampler, saved, resumed_state(saved, sampler))
 
 
 def tell_of_adapter(adapter: Adapter, bus: EventBus) -> None:

@@ -15,7 +15,7 @@ from simpletuner.data.sampler import Sampler
 from simpletuner.data.schedule import Schedule
 from simpletuner.errors import ConfigError
 from simpletuner.training.identity import compare_identity, differences
-from simpletuner.training.resuming import length_facts, resumed_length, resumed_state, total_steps_from
+from simpletuner.training.resuming import length_facts, resumed_length, resumed_state, total_train_steps
 from simpletuner.training.state import TrainState
 from tests.runs import dataset, draw_pictures, metrics, train_here, write_run
 
@@ -34,8 +34,9 @@ class Images:
         return self._buckets
 
 
-def config(epochs: float, accumulation: int = 1, steps: int = 0) -> Any:
-    return SimpleNamespace(num_train_epochs=epochs, gradient_accumulation_steps=accumulation, max_train_steps=steps)
+def loaded(epochs: float, accumulation: int = 1, steps: int = 0) -> Any:
+    options = {"num_train_epochs": epochs, "gradient_accumulation_steps": accumulation, "max_train_steps": steps}
+    return SimpleNamespace(config=SimpleNamespace(**options))
 
 
 def saved_after(steps: int, epoch: int, position: int, sampler: Sampler, total: int) -> dict[str, Any]:
@@ -49,16 +50,16 @@ EIGHT = Sampler([Images(8)], 1, seed=1)  # 8 batches an epoch
 @pytest.mark.parametrize(
     ("sampler", "now", "total"),
     [
-        (Sampler([Images(8)], 2, seed=1), config(10), 60),  # 5 epochs of 4
-        (Sampler([Images(16)], 1, seed=1), config(10), 120),  # 5 of 16
-        (EIGHT, config(10, accumulation=2), 60),  # 40 batches, two at a time
-        (Sampler([Images(8, repeats=2)], 1, seed=1), config(10), 160),  # 5 of 24
-        (Sampler([Images(8, probability=0.5)], 1, seed=1), config(10), 60),  # 5 of 4
-        (Sampler([Images(8)], 4, seed=1, num_ranks=4), config(10), 50),  # four processes: 5 of 2
-        (EIGHT, config(10), 80),
-        (EIGHT, config(5), 40),
-        (EIGHT, config(3), 40),  # done
-        (EIGHT, config(0, steps=55), 55),
+        (Sampler([Images(8)], 2, seed=1), loaded(10), 60),  # 5 epochs of 4
+        (Sampler([Images(16)], 1, seed=1), loaded(10), 120),  # 5 of 16
+        (EIGHT, loaded(10, accumulation=2), 60),  # 40 batches, two at a time
+        (Sampler([Images(8, repeats=2)], 1, seed=1), loaded(10), 160),  # 5 of 24
+        (Sampler([Images(8, probability=0.5)], 1, seed=1), loaded(10), 60),  # 5 of 4
+        (Sampler([Images(8)], 4, seed=1, num_ranks=4), loaded(10), 50),  # four processes: 5 of 2
+        (EIGHT, loaded(10), 80),
+        (EIGHT, loaded(5), 40),
+        (EIGHT, loaded(3), 40),  # done
+        (EIGHT, loaded(0, steps=55), 55),
     ],
 )
 def test_the_end_is_what_is_done_and_what_remains(sampler: Sampler, now: Any, total: int) -> None:
@@ -73,15 +74,15 @@ def test_half_an_epoch_stays_half_an_epoch() -> None:
     halves = Sampler([Images(8)], 2, seed=1)
     state = resumed_state(saved, halves)
     assert (state.epoch, state.position) == (5, 2)
-    found = resumed_length(config(10), halves, saved, state)
+    found = resumed_length(loaded(10), halves, saved, state)
     assert found.total_steps == 44 + 2 + 4 * 4
     assert found.notice == ("the run now ends at step 62, not 80: 44 steps are done, 4.5 of 10 epochs remain, 18 steps")
 
 
 def test_without_a_change_every_resume_ends_at_the_same_step() -> None:
     for images, batch, accumulation, epochs in itertools.product((5, 8), (1, 3), (1, 2, 3), (1.5, 4.0)):
-        sampler, now = Sampler([Images(images)], batch, seed=1), config(epochs, accumulation)
-        total = total_steps_from(now, sampler, TrainState())
+        sampler, now = Sampler([Images(images)], batch, seed=1), loaded(epochs, accumulation)
+        total = total_train_steps(now, sampler)
         epoch = position = 0
         for step in range(1, total + 1):
             for _ in range(accumulation):
