@@ -114,7 +114,7 @@ def test_an_older_folder_is_moved_away_first_and_removed_when_the_new_one_has_it
 
 
 def test_a_folder_is_renamed_before_it_is_removed(tmp_path, operations):
-    commit(tmp_path / "a")
+    commit(tmp_path / "a", "x")
     operations.clear()
     storage.remove_dir(tmp_path / "a")
     assert operations == [("rename", "a -> TRASH"), ("fsync", "./")]
