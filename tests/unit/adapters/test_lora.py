@@ -272,3 +272,33 @@ def test_wide_factors_follow_narrow_activations_and_learn_in_their_own_format() 
     [wanted] = torch.autograd.grad((x.float() @ down.weight.T @ up.weight.T * 2 * exact.detach()).sum(), up.weight)
     assert up.weight.grad.dtype == torch.float32
     torch.testing.assert_close(up.weight.grad, wanted, rtol=0.05, atol=0.05 * wanted.abs().max().item())
+
+
+def test_dropout_drops_in_training_and_not_in_evaluation() -> None:
+    denoiser, adapter = attach(dropout=0.5)
+    perturb(adapter.trainable_parameters())
+
+    def output(seed: int) -> torch.Tensor:
+        torch.manual_seed(seed)
+        return layer(x)
+
+    layer, x = denoiser.layers[0].self_attn.to_q, torch.ones(4, 32)
+    denoiser.train()
+    assert not torch.equal(output(1), output(2))
+    assert torch.equal(output(1), output(1))
+    # An input is kept with probability 0.5 and then doubled: on average nothing changes.
+    mean = torch.stack([output(seed) for seed in range(400)]).mean(dim=(0, 1))
+    denoiser.eval()
+    assert torch.equal(output(1), output(2))
+    torch.testing.assert_close(mean, output(1)[0], rtol=0.1, atol=0.1 * output(1).abs().max().item())
+    without = attach(dropout=0.0)[0].train().layers[0].self_attn.to_q
+    assert torch.equal(without(x), without(x))
+
+
+@pytest.mark.parametrize("init", ["pissa"])
+def test_a_frozen_start_is_not_dropped(init: str) -> None:
+    """Only what is trained is: the start takes away exactly what the trained factors began with."""
+    denoiser, _ = attach(dropout=0.5, init=init)
+    layer = denoiser.layers[0].self_attn.to_q
+    assert isinstance(layer.lora_dropout["default"], torch.nn.Dropout)
+    assert isinstance(layer.lora_dropout["start"], torch.nn.Identity)

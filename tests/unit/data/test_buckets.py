@@ -121,6 +121,12 @@ def test_random_crops_lie_inside_reach_both_ends_and_depend_on_the_content() -> 
     assert {crop.left for crop in crops} == {0, 1, 2, 3}
     assert {crop.top for crop in crops} == {0}
     assert plan_crop(64, 67, rules, 7, "id", "digest 5") == crops[5]
+    tall = [plan_crop(67, 64, rules, 7, "id", f"digest {number}") for number in range(300)]
+    assert {crop.top for crop in tall} == {0, 1, 2, 3}
+    assert {crop.left for crop in tall} == {0}
+    both = [plan_crop(100, 100, replace(rules, minimum_size=0, maximum_size=80, target_size=67), 7, "id", f"{n}")
+            for n in range(100)]  # fmt: skip
+    assert any(crop.top != crop.left for crop in both)
 
 
 @pytest.mark.parametrize("crop", [True, False])

@@ -250,3 +250,14 @@ def test_masks_that_leave_nothing_of_any_image_are_an_error(folders, tmp_path: P
     text = str(caught.value)
     assert "data.json: things.conditioning_data: 4 of 4 images have a mask that leaves nothing inside the crop" in text
     assert "sub/a_0.png, sub/a_1.png" in text
+
+
+def test_a_mask_is_mirrored_with_its_picture_whichever_was_asked_for_first(folders, tmp_path: Path) -> None:
+    dataset = build(folders, tmp_path)
+    sample = dataset.samples[0]
+    plain, mirrored = (dataset.masks.weights(0, each, (8, 8)) for each in (sample, sample.mirrored()))
+    torch.testing.assert_close(mirrored, plain.flip(-1), rtol=0, atol=1e-6)
+    assert (mirrored - plain).abs().max() > 0.01
+    assert torch.equal(dataset.masks.weights(0, sample, (8, 8)), plain)
+    assert not torch.equal(dataset.masks.weights(3, dataset.samples[3], (8, 8)), plain)
+    assert dataset.masks.weights(0, sample, (4, 4)).shape == (1, 4, 4)

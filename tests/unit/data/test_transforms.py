@@ -53,6 +53,27 @@ def test_the_orientation_of_the_camera_is_applied_before_the_size_is_taken() -> 
     assert upright.getpixel((0, 30)) == (0, 0, 255)
 
 
+# Corners as EXIF's table of orientations says them: the stored rows are A B / C D.
+@pytest.mark.parametrize(
+    ("tag", "upright"),
+    [(1, "AB CD"), (2, "BA DC"), (3, "DC BA"), (4, "CD AB"), (5, "AC BD"), (6, "CA DB"), (7, "DB CA"), (8, "BD AC")],
+)
+def test_each_orientation_puts_the_four_corners_where_exif_says(tag: int, upright: str) -> None:
+    colours = {"A": (255, 0, 0), "B": (0, 255, 0), "C": (0, 0, 255), "D": (255, 255, 0)}
+    image = Image.new("RGB", (4, 2))
+    for place, name in zip(((0, 0), (3, 0), (0, 1), (3, 1)), "ABCD", strict=True):
+        image.putpixel(place, colours[name])
+    exif = Image.Exif()
+    exif[0x0112] = tag
+    data = encode(image, "PNG", exif=exif)
+    turned = load_picture(data)
+    width, height = turned.size
+    assert (width, height) == ((4, 2) if tag < 5 else (2, 4))
+    assert picture_size(data) == (height, width)
+    places = ((0, 0), (width - 1, 0), (0, height - 1), (width - 1, height - 1))
+    assert [turned.getpixel(place) for place in places] == [colours[name] for name in upright.replace(" ", "")]
+
+
 def test_a_phone_s_heif_picture_stands_upright_and_is_turned_once() -> None:
     """64x48 of green and red over red and blue, orientation 6 in EXIF and as `irot`, as phones write it."""
     pytest.importorskip("pi_heif")

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -85,3 +86,47 @@ def test_who_saves_after_another_has_left_on_a_signal_is_given_time(monkeypatch)
     left = started("print('ready', flush=True); exit(143)")
     assert launcher._wait([saving, left], [signal.SIGTERM], print) == 1
     assert saving.returncode == 143
+
+
+def test_ranks_count_through_the_machines():
+    layouts = [launcher.Layout(num_processes=4, num_machines=3, machine_rank=rank) for rank in range(3)]
+    ranks = [launcher._rank(layout, local) for layout in layouts for local in range(4)]
+    assert ranks == list(range(12))
+    assert layouts[0].world_size == 12
+
+
+def test_a_signal_becomes_the_shell_s_exit_code():
+    assert [launcher._exit_code(code) for code in (0, 3, -signal.SIGKILL, -signal.SIGTERM)] == [0, 3, 137, 143]
+
+
+def ended(*codes: int | None) -> list[SimpleNamespace]:
+    return [SimpleNamespace(returncode=code, poll=lambda code=code: code) for code in codes]
+
+
+def test_who_lost_a_connection_is_not_the_cause():
+    """Code 1 is what a process ends with whose connection broke."""
+    assert launcher._first_failure(ended(None, 0)) is None
+    assert launcher._first_failure(ended(0, 1, 3)) == 2
+    assert launcher._first_failure(ended(1, 1)) == 0
+    assert launcher._first_failure(ended(0, None, -9, 4)) == 2
+
+
+def test_who_saves_has_patience_and_who_hangs_has_little():
+    saving, grace = launcher.SAVING_SECONDS, launcher.GRACE_SECONDS
+    assert launcher._patience(None, 0) == float("inf")
+    assert launcher._patience(None, 1) == launcher._patience(130, 0) == launcher._patience(143, 1) == saving
+    assert launcher._patience(None, 2) == launcher._patience(1, 0) == launcher._patience(3, 1) == grace
+
+
+def test_each_process_is_told_who_it_is(monkeypatch, tmp_path):
+    seen = {}
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(launcher.subprocess, "Popen", lambda command, **given: seen.update(given, command=command))
+    layout = launcher.Layout(2, num_machines=2, machine_rank=1, address="10.0.0.1")
+    launcher._start(["train", "--x"], layout, 1, 29500, tmp_path, 7)
+    wanted = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "10.0.0.1"}
+    wanted |= {"MASTER_PORT": "29500", "OMP_NUM_THREADS": "1", LIFELINE: "7", LAST_WORDS: str(tmp_path / "1")}
+    assert {name: seen["env"][name] for name in wanted} == wanted
+    assert seen["command"][1:] == ["-m", "simpletuner", "train", "--x"]
+    assert seen["start_new_session"]
+    assert seen["pass_fds"] == (7,)

@@ -134,6 +134,7 @@ def test_an_upload_that_the_hub_refuses_ends_with_its_own_exit_code_and_the_comm
     assert "may not write" in text
     command = text.split("to mend it: run: ")[1].split()
     assert command[:3] == ["hf", "upload", "me/stars"]
+    assert command[4:] == [".", "--private"]  # a repository that this command makes is not a public one
     assert {path.name for path in Path(command[3]).iterdir()} == {ADAPTER_FILE, "README.md"}
 
 

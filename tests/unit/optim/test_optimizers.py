@@ -253,3 +253,28 @@ def test_the_state_of_another_run_is_refused() -> None:
     reshaped = {key: value[:1] if value.ndim else value for key, value in tensors.items()}
     with pytest.raises(DataError, match="shape"):
         load_optimizer_tensors(optimizer, parameters, reshaped, plain)
+
+
+def test_what_prodigy_has_found_of_its_rate_is_saved(tmp_path: Path) -> None:
+    """Gradients of one direction: after some steps `d` has left its start, and a resumed run goes on from there."""
+    parameters = {"w": nn.Parameter(torch.zeros(3))}
+    optimizer = build_optimizer("prodigy", parameters, {"learning_rate": 1.0})
+    start = optimizer.param_groups[0]["d"]
+
+    def train_down(which: torch.optim.Optimizer, weights: dict[str, nn.Parameter], count: int) -> None:
+        for _ in range(count):
+            weights["w"].grad = weights["w"].detach() - 5
+            which.step()
+
+    train_down(optimizer, parameters, 100)
+    assert optimizer.param_groups[0]["d"] > 10 * start
+    tensors, plain = optimizer_tensors(optimizer, parameters)
+    plain = json.loads(json.dumps(plain))
+    others = {"w": nn.Parameter(parameters["w"].detach().clone())}
+    resumed = build_optimizer("prodigy", others, {"learning_rate": 1.0})
+    load_optimizer_tensors(resumed, others, tensors, plain)
+    for key in ("d", "d_max", "d_numerator", "k"):
+        assert resumed.param_groups[0][key] == optimizer.param_groups[0][key], key
+    train_down(optimizer, parameters, 5)
+    train_down(resumed, others, 5)
+    assert torch.equal(others["w"], parameters["w"])

@@ -265,6 +265,15 @@ def test_several_pictures_sizes_and_random_seeds(setup: Setup):
     assert np.array_equal(pixels(setup.output_dir / names[0].replace("20", "40")), random[0])
 
 
+def test_seeds_that_change_with_each_validation_leave_the_base_s_images_alone(setup: Setup):
+    """Images before and after training are compared with each other: the base has the seed that is written."""
+    setup.run(0)
+    plain = pixels(setup.output_dir / "benchmarks/base_model/validation_32x32.png")
+    other = Setup(Path(setup.family.source.model), setup.output_dir / "other")
+    other.run(20, validation_randomize=True)
+    assert np.array_equal(pixels(other.output_dir / "benchmarks/base_model/validation_32x32.png"), plain)
+
+
 def test_scores_name_each_picture_and_a_failing_score_keeps_the_pictures(
     setup: Setup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

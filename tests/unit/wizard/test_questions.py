@@ -87,6 +87,8 @@ def test_another_address_keeps_what_else_was_said_of_a_webhook():
 def test_an_address_is_not_shown():
     assert without_secrets(f'+    "webhook_url": "{DISCORD}",') == '+    "webhook_url": "(not shown)",'
     assert without_secrets('+    "auth_token": "${TOKEN}",') == '+    "auth_token": "${TOKEN}",'
+    for key in ("webhook_url", "callback_url", "auth_token"):
+        assert without_secrets(f'"{key}" : "abc"') == f'"{key}" : "(not shown)"'
 
 
 @pytest.mark.parametrize(

@@ -192,3 +192,21 @@ def test_the_key_table_is_that_of_diffusers_conversion():
     converted = convert_flux_transformer_checkpoint_to_diffusers(original)
     assert converted.keys() == expected.keys()
     assert all(torch.equal(converted[name], tensor) for name, tensor in expected.items())
+
+
+def test_guidance_is_one_in_training(folders):
+    """The distilled models are trained at a guidance of 1, whatever images are generated with."""
+    family = family_of(folders["dev"])
+    seen = []
+
+    def denoiser(**given):
+        seen.append(given["guidance"])
+        return (given["hidden_states"],)
+
+    latents = torch.randn(2, 16, 8, 8)
+    family.predict(denoiser, latents, torch.tensor([0.3, 0.6]), family.collate(batch_of(family, latents)))
+    assert seen[0].tolist() == [1.0, 1.0]
+    family_of(folders["schnell"]).predict(
+        denoiser, latents, torch.tensor([0.3, 0.6]), family.collate(batch_of(family, latents))
+    )
+    assert seen[1] is None

@@ -1,0 +1,113 @@
+"""Arithmetic on the weights of an adapter, against literal tensors."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from simpletuner.adapters.weights import (
+    ALPHA,
+    DORA,
+    DOWN,
+    UP,
+    AdapterWeights,
+    algorithm_of,
+    alpha_tensor,
+    fuse_loras,
+    row_norms,
+    scale_of,
+    split_lora,
+    swap_halves,
+    with_unit_scale,
+)
+
+
+def matrix(*rows: list[float]) -> torch.Tensor:
+    return torch.tensor(rows)
+
+
+def change(lora) -> torch.Tensor:
+    """What a LoRA adds to its layer, in float64."""
+    return scale_of(lora) * (lora[UP].double() @ lora[DOWN].double())
+
+
+def test_a_scale_that_half_precision_cannot_hold_is_put_into_float32():
+    """alpha 3 of rank 7: 3/7 of each entry, within the error of float32 and not of bfloat16's 8 bits."""
+    generator = torch.Generator().manual_seed(0)
+    down, up = (torch.randn(shape, generator=generator).bfloat16() for shape in ((7, 5), (6, 7)))
+    unit = with_unit_scale({DOWN: down, UP: up, ALPHA: alpha_tensor(3)})
+    assert unit[UP].dtype == torch.float32
+    torch.testing.assert_close(unit[UP].double(), up.double() * 3 / 7, rtol=1e-6, atol=0)
+    assert float(unit[ALPHA]) == 7
+    assert torch.equal(unit[DOWN], down)
+
+
+@pytest.mark.parametrize(("alpha", "factor"), [(8.0, 2.0), (2.0, 0.5), (4.0, 1.0)])
+def test_a_power_of_two_stays_in_half_precision(alpha, factor):
+    up = matrix([1.0, 2.0, 3.0, 4.0]).bfloat16()
+    unit = with_unit_scale({DOWN: torch.ones(4, 2).bfloat16(), UP: up, ALPHA: alpha_tensor(alpha)})
+    assert unit[UP].dtype == torch.bfloat16
+    assert unit[UP].tolist() == [[factor * value for value in (1.0, 2.0, 3.0, 4.0)]]
+
+
+def test_halves_are_swapped_in_the_rows_of_up_and_of_the_norms():
+    """[a; b] is written [b; a]; down has no rows of the layer."""
+    lora = {
+        UP: matrix([1.0], [2.0], [3.0], [4.0]),
+        DOWN: matrix([5.0, 6.0]),
+        DORA: matrix([7.0], [8.0], [9.0], [10.0]),
+        ALPHA: alpha_tensor(1),
+    }
+    swapped = swap_halves(lora)
+    assert swapped[UP].tolist() == [[3], [4], [1], [2]]
+    assert swapped[DORA].tolist() == [[9], [10], [7], [8]]
+    assert swapped[DOWN].tolist() == [[5, 6]]
+    assert lora[UP].tolist() == [[1], [2], [3], [4]]
+
+
+def test_several_layers_become_one_block_by_block():
+    """Rows 2 + 1 + 2, the second layer without a LoRA; ranks 1 and 2, scales 1 and 0.5."""
+    first = {UP: matrix([1.0], [2.0]), DOWN: matrix([3.0, 4.0]), ALPHA: alpha_tensor(1)}
+    third = {UP: matrix([1.0, 2.0], [3.0, 4.0]), DOWN: matrix([1.0, 0.0], [0.0, 1.0]), ALPHA: alpha_tensor(1)}
+    fused = fuse_loras([(2, first), (1, {}), (2, third)])
+    assert fused[DOWN].tolist() == [[3, 4], [1, 0], [0, 1]]
+    assert change(fused).tolist() == [[3, 4], [6, 8], [0, 0], [0.5, 1], [1.5, 2]]
+    assert float(fused[ALPHA]) == 3
+
+
+def test_layers_of_one_scale_keep_it():
+    lora = {UP: matrix([1.0]), DOWN: matrix([2.0, 2.0]), ALPHA: alpha_tensor(0.25)}
+    fused = fuse_loras([(1, lora), (1, lora)])
+    assert float(fused[ALPHA]) == 0.5
+    assert fused[UP].tolist() == [[1, 0], [0, 1]]
+    assert change(fused).tolist() == [[0.5, 0.5], [0.5, 0.5]]
+
+
+def test_a_joined_matrix_falls_apart_into_the_layers_that_it_was_made_of():
+    first = {UP: matrix([1.0], [2.0]), DOWN: matrix([3.0, 4.0]), ALPHA: alpha_tensor(0.5)}
+    second = {UP: matrix([5.0, 6.0]), DOWN: matrix([1.0, 0.0], [0.0, 1.0]), ALPHA: alpha_tensor(1)}
+    pieces = split_lora(fuse_loras([(2, first), (1, second)]), [2, 1])
+    assert [piece[UP].tolist() for piece in pieces] == [[[1], [2]], [[5, 6]]]
+    assert [piece[DOWN].tolist() for piece in pieces] == [[[3, 4]], [[1, 0], [0, 1]]]
+    assert [float(piece[ALPHA]) for piece in pieces] == [0.5, 1]
+
+
+def test_norms_are_the_lengths_of_rows_whatever_the_dimensions():
+    assert row_norms(matrix([3.0, 4.0], [6.0, 8.0])).tolist() == [[5], [10]]
+    assert row_norms(torch.ones(2, 1, 2, 2)).shape == (2, 1, 1, 1)
+    assert row_norms(torch.ones(2, 1, 2, 2)).flatten().tolist() == [2, 2]
+
+
+def test_a_lora_without_alpha_is_not_scaled_and_one_with_it_is():
+    assert scale_of({DOWN: torch.ones(4, 2)}) == 1
+    assert scale_of({DOWN: torch.ones(4, 2), ALPHA: alpha_tensor(2)}) == 0.5
+    assert float(alpha_tensor(10000)) == 10000
+
+
+def test_algorithms_are_told_by_their_tensors():
+    modules = {"a": {UP: torch.ones(1)}, "b": {"lokr_w1_a": torch.ones(1)}, "c": {"dora_scale": torch.ones(1)}}
+    assert [algorithm_of(module) for module in modules.values()] == ["lora", "lokr", "unknown"]
+    assert AdapterWeights(modules).algorithms == ["lokr", "lora", "unknown"]
+    assert AdapterWeights(modules, lycoris={"multiplier": "0.5"}).multiplier == 0.5
+    assert not AdapterWeights(modules).is_plain_lora
+    assert not AdapterWeights({"a": {UP: torch.ones(1), "lora_mid.weight": torch.ones(1)}}).is_plain_lora
