@@ -182,7 +182,7 @@ def test_a_window_that_was_begun_ahead_is_the_one_that_is_used(monkeypatch):
     source.begin_next(second)
     assert source.window(2, 0, 2).step == 2
     source.close()
-    assert sorted(built[2:]) == [(2, 0, 2), (2, 1, 1)]
+    assert (2, 0, 2) in built[2:]
 
 
 def test_what_is_built_quickly_needs_no_thread(monkeypatch):
