@@ -68,6 +68,7 @@ def build_adapter(
         untouched = adapter.start_from(start, str(init_file))
         new = f"; it says nothing of {len(untouched)} of the adapted layers" if untouched else ""
         adapter.notices.append(f"started from {init_file}{new}")
+        adapter.notices += [f"{init_file}: {line}" for line in start.notices]
     return adapter
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from simpletuner.adapters.effect import weight_change
-from simpletuner.adapters.weights import ALPHA, DOWN, UP, AdapterWeights, alpha_tensor, rank_of
+from simpletuner.adapters.weights import ALPHA, DOWN, UP, AdapterWeights, Module, alpha_tensor, is_whole_lokr, rank_of
 from simpletuner.errors import ConfigError, Problem
 
 # Above this size of the smaller side a full decomposition takes minutes; a randomised one is near enough.
@@ -46,6 +46,27 @@ def compress(weights: AdapterWeights, denoiser: nn.Module, rank: int) -> tuple[A
         whole += float(change.square().sum())
     metadata = {key: value for key, value in weights.metadata.items() if not key.startswith(("ss_", "modelspec."))}
     return AdapterWeights(modules, metadata), (lost / whole) ** 0.5 if whole else 0.0
+
+
+def rank_that_keeps(weights: AdapterWeights, denoiser: nn.Module, share: float) -> int:
+    """The smallest rank of a LoRA that leaves out at most `1 - share` of the whole change, as `compress` counts."""
+    layers = dict(denoiser.named_modules())
+    spectra = [_spectrum(layers[path], module, weights.multiplier) for path, module in weights.modules.items()]
+    longest = max(len(spectrum) for spectrum in spectra)
+    energies = torch.stack([nn.functional.pad(spectrum, (0, longest - len(spectrum))) for spectrum in spectra]).sum(0)
+    left_out = energies.flip(0).cumsum(0).flip(0)  # by a rank of 0, 1, ...
+    return max(1, int((left_out > (1 - share) ** 2 * left_out[0]).sum()))
+
+
+def _spectrum(layer: nn.Module, module: Module, multiplier: float) -> Tensor:
+    """Squared singular values of a layer's change, the largest first, in float64 on the CPU."""
+    change = weight_change(layer, module, multiplier)[0].flatten(1)
+    if is_whole_lokr(module):  # those of a Kronecker product are the products of its factors' own
+        first, second = (torch.linalg.svdvals(module[name].double().flatten(1)) for name in ("lokr_w1", "lokr_w2"))
+        values = torch.outer(first, second).flatten().square().sort(descending=True).values
+        return values * (change.double().square().sum().cpu() / values.sum().clamp_min(1e-300))
+    smaller = change if len(change) <= change.shape[1] else change.T
+    return torch.linalg.eigvalsh(smaller @ smaller.T).clamp_min(0).flip(0).double().cpu()
 
 
 def _nearest(change: Tensor, rank: int, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -47,7 +47,9 @@ def apply_weights(
         prepare_module(module, weights.lycoris.get("bypass_mode", True))
     register_network(denoiser, network, floating_dtype(denoiser))
     network.eval().requires_grad_(False)
-    return LycorisAdapter(network, weights.lycoris, spec, [MatchCount(Path(file).name, "", len(network.loras))])
+    adapter = LycorisAdapter(network, weights.lycoris, spec, [MatchCount(Path(file).name, "", len(network.loras))])
+    adapter.notices += [f"{file}: {line}" for line in weights.notices]
+    return adapter
 
 
 def check_saved_adapter(

@@ -7,7 +7,6 @@ The format is told by the keys themselves; a file may come from any program that
 from __future__ import annotations
 
 import json
-import math
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from simpletuner.adapters.formats import LYCORIS_PREFIX, PEFT_METADATA, Format
+from simpletuner.adapters.formats import LYCORIS_PREFIX, Format
 from simpletuner.adapters.layers import num_rows
 from simpletuner.adapters.metadata import is_of_first_version
+from simpletuner.adapters.peft_settings import CONFIG_FILE, config_beside, scale_of_layer, settings_in
 from simpletuner.adapters.weights import (
     ALPHA,
     DORA,
@@ -33,6 +33,7 @@ from simpletuner.adapters.weights import (
     split_lora,
     swap_halves,
 )
+from simpletuner.config.paths import adapter_file_in
 from simpletuner.errors import DataError, Problem
 from simpletuner.models.keys import OriginalModule
 from simpletuner.models.spec import FamilySpec
@@ -53,6 +54,7 @@ _SYNONYMS = {
 _ENDINGS = sorted(_SYNONYMS, key=len, reverse=True)
 
 
+_PEFT_PREFIX = "base_model.model."
 _PREFIXES: Mapping[str, Format] = {
     f"{LYCORIS_PREFIX}_": "lycoris",
     "lora_unet_": "kohya",
@@ -61,7 +63,7 @@ _PREFIXES: Mapping[str, Format] = {
 
 
 def read_adapter(path: Path, spec: FamilySpec, denoiser: nn.Module) -> AdapterWeights:
-    """Read a file.
+    """Read a file, or the one in a folder of PEFT or of diffusers.
 
     Args:
         denoiser: of the family, without an adapter; its layers give the names and sizes.
@@ -74,20 +76,27 @@ def read_adapter(path: Path, spec: FamilySpec, denoiser: nn.Module) -> AdapterWe
 
 
 def read_adapter_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors and the metadata of a safetensors file.
+    """The tensors and the metadata of a safetensors file, with PEFT's settings where they lie beside it.
+
+    Args:
+        path: a file, or a folder with a file of one of the names that PEFT and diffusers give.
 
     Raises:
         DataError: no such file, or not a safetensors file.
     """
     from safetensors import SafetensorError, safe_open
 
+    path = adapter_file_in(path)
     if not path.is_file():
         raise DataError(Problem("there is no adapter file here", file=str(path)))
     try:
         with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            metadata = file.metadata() or {}
     except SafetensorError as error:
         raise DataError(Problem(f"is not a readable safetensors file: {error}", file=str(path))) from error
+    beside = config_beside(path) if any(key.startswith(_PEFT_PREFIX) for key in tensors) else {}
+    return tensors, metadata | beside
 
 
 def adapter_from_tensors(
@@ -114,12 +123,14 @@ def adapter_from_tensors(
     if unmatched or not tensors:
         raise DataError(_unmatched_problem(unmatched, len(tensors), denoiser, file))
     layers = dict(denoiser.named_modules())
+    settings = settings_in(metadata, spec.component("denoiser").name, file)
     modules: dict[str, Module] = {}
     for module_key, module in found.items():
-        complete = _shaped(_completed(module, module_key, metadata, file))
+        complete = _shaped(_completed(module, module_key, without_prefix(module_key, spec), settings, file))
         for path, part in _in_denoiser(complete, targets[module_key], layers, file).items():
             modules[path] = part
-    return AdapterWeights(modules, metadata, lycoris_config_in(metadata, file))
+    notices = _unknown_scale(tensors, settings)
+    return AdapterWeights(modules, metadata, lycoris_config_in(metadata, file), notices)
 
 
 def format_of(tensors: Mapping[str, Tensor]) -> Format:
@@ -143,7 +154,7 @@ def without_prefix(module_key: str, spec: FamilySpec) -> str:
     """A module key without what its format puts in front."""
     component = spec.component("denoiser").name
     prefixes = (f"{LYCORIS_PREFIX}_", "lora_unet_", "lora_transformer_", "diffusion_model.", f"{component}.")
-    for prefix in (*prefixes, "base_model.model.", "transformer.", "unet.", "model.diffusion_model."):
+    for prefix in (*prefixes, _PEFT_PREFIX, "transformer.", "unet.", "model.diffusion_model."):
         if module_key.startswith(prefix):
             return module_key.removeprefix(prefix)
     return module_key
@@ -194,28 +205,23 @@ def _unmatched_problem(unmatched: list[str], count: int, denoiser: nn.Module, fi
     )
 
 
-def _completed(module: dict[str, Tensor], key: str, metadata: Mapping[str, str], file: str) -> Module:
-    """With its alpha: PEFT keeps that in the metadata, and where nobody says it the scale is 1."""
+def _completed(module: dict[str, Tensor], key: str, path: str, settings: Mapping[str, Any] | None, file: str) -> Module:
+    """With its alpha: PEFT keeps that in its settings, and where nobody says it the scale is 1."""
     if (DOWN in module) != (UP in module):
         raise DataError(Problem(f"{key} has only one half of a LoRA", file=file))
     if DOWN in module and ALPHA not in module:
         rank = rank_of(module)
-        return module | {ALPHA: alpha_tensor(_peft_scale(key, rank, metadata) * rank)}
+        scale = scale_of_layer(settings, path, rank) if settings is not None else 1.0
+        return module | {ALPHA: alpha_tensor(scale * rank)}
     return module
 
 
-def _peft_scale(key: str, rank: int, metadata: Mapping[str, str]) -> float:
-    if PEFT_METADATA not in metadata:
-        return 1.0
-    prefix, _, path = key.partition(".")
-    entries = json.loads(metadata[PEFT_METADATA])
-    settings = {name.removeprefix(f"{prefix}."): value for name, value in entries.items()}
-    alpha = settings.get("lora_alpha", rank)
-    for pattern, value in (settings.get("alpha_pattern") or {}).items():
-        plain = pattern.removeprefix("^").replace("\\.", ".")
-        if path == plain or (not pattern.startswith("^") and path.endswith(f".{plain}")):
-            alpha = value
-    return alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
+def _unknown_scale(tensors: Mapping[str, Tensor], settings: Mapping[str, Any] | None) -> tuple[str, ...]:
+    """A line where weights come from PEFT without their settings: its other files have alpha in them."""
+    is_of_peft = any(key.startswith(_PEFT_PREFIX) or ".lora_A.default." in key for key in tensors)
+    if settings is not None or not is_of_peft or any(key.endswith(f".{ALPHA}") for key in tensors):
+        return ()
+    return (f"there is no {CONFIG_FILE} beside these weights of PEFT, so alpha is taken for the rank (scale 1)",)
 
 
 def _in_denoiser(

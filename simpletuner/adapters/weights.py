@@ -50,11 +50,13 @@ class AdapterWeights:
         modules: path of a layer in the denoiser -> LyCORIS' name of a tensor -> the tensor, on the CPU.
         metadata: of the file that it was read from.
         lycoris: the configuration it was trained with, where it is known.
+        notices: what a person should know of how the file was read.
     """
 
     modules: Mapping[str, Module]
     metadata: Mapping[str, str] = field(default_factory=dict)
     lycoris: Mapping[str, Any] = field(default_factory=dict)
+    notices: tuple[str, ...] = ()
 
     @property
     def algorithms(self) -> list[str]:

@@ -19,7 +19,7 @@ def generate(
     model: Annotated[str | None, typer.Option(help="Model folder or hub id.")] = None,
     model_family: Annotated[str | None, typer.Option(help="Of --model, where its folder does not tell.")] = None,
     config: Annotated[Path | None, typer.Option(help="config.json of a run: its model and its validation_*.")] = None,
-    adapter: Annotated[Path | None, typer.Option(help="Adapter file (.safetensors) of any format.")] = None,
+    adapter: Annotated[Path | None, typer.Option(help="Adapter file (.safetensors) of any format, or folder.")] = None,
     strength: Annotated[float, typer.Option(help="How much of the adapter; 1 is as it was trained.")] = 1.0,
     reference: Annotated[list[Path] | None, typer.Option(help="Picture to edit; several times for several.")] = None,
     negative_prompt: Annotated[str | None, typer.Option(help="What guidance leads away from.")] = None,

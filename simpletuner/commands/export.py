@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from simpletuner import storage
-from simpletuner.adapters.compress import compress
+from simpletuner.adapters.compress import compress, rank_that_keeps
 from simpletuner.adapters.files import apply_weights, check_saved_adapter
 from simpletuner.adapters.formats import FORMATS, Format, encode, peft_metadata
 from simpletuner.adapters.merge import merge_into
@@ -20,6 +20,7 @@ from simpletuner.adapters.metadata import adapter_metadata, run_metadata
 from simpletuner.adapters.reading import LYCORIS_CONFIG, read_adapter
 from simpletuner.adapters.weights import AdapterWeights
 from simpletuner.cache.prompts import PromptsAhead
+from simpletuner.config.paths import ADAPTER_FILES, adapter_file_in
 from simpletuner.errors import ConfigError, DataError, Problem
 from simpletuner.models.components import ModelSource, save_model_folder
 from simpletuner.training.lock import LOCK_FILE
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     from simpletuner.models.family import ModelFamily
 
 ADAPTER_FILE = "pytorch_lora_weights.safetensors"
+# Of the change that a LoRA must keep so that nothing is said of a larger one.
+KEPT_SHARE = 0.95
 # Merged weights are rounded once more than an adapter beside them.
 MERGE_SLACK = 10
 
@@ -51,7 +54,10 @@ class Source:
     @property
     def name(self) -> str:
         """What exported files are called."""
-        name = self.file.stem if self.lock is None or self.file.name != ADAPTER_FILE else self.folder.absolute().name
+        is_named_by_folder = self.file.name in ADAPTER_FILES and (
+            self.lock is not None or self.file.name != ADAPTER_FILE
+        )
+        name = self.folder.absolute().name if is_named_by_folder else self.file.stem
         return f"{name}-ema" if self.file.absolute().parent.name == "ema" else name
 
 
@@ -70,14 +76,14 @@ def find_source(path: Path, ema: bool = False) -> Source:
     if not path.is_dir():
         allowed = "an output folder, a checkpoint, or an adapter file"
         raise ConfigError(Problem(f"there is nothing at {path}", key="SOURCE", allowed=allowed))
-    file = path / "ema" / ADAPTER_FILE if ema else path / ADAPTER_FILE
+    file = path / "ema" / ADAPTER_FILE if ema else adapter_file_in(path)
     if not file.is_file():
         if (path / "pipeline").is_dir() or list(path.glob("*/diffusion_pytorch_model*.safetensors")):
             fix = f"use {path / 'pipeline'} as a model"
             raise ConfigError(Problem(f"{path} holds a whole model and no adapter", key="SOURCE", fix=fix))
         what = "averaged (EMA) adapter" if ema else "adapter"
-        raise ConfigError(Problem(f"there is no {what} in {path}", key="SOURCE", allowed=str(file)))
-    folder = path if (path / LOCK_FILE).is_file() else path.parent
+        raise ConfigError(Problem(f"there is no {what} in {path}", key="SOURCE", allowed=" or ".join(ADAPTER_FILES)))
+    folder = path.parent if (path.parent / LOCK_FILE).is_file() and not (path / LOCK_FILE).is_file() else path
     return Source(file, folder, _lock_in(folder))
 
 
@@ -121,6 +127,8 @@ def open_export(source: Source, family: ModelFamily, rank: int | None, say: Call
         family.prompts = PromptsAhead(family, [PROBE_PROMPT])
     denoiser = _load(family)
     weights = read_adapter(source.file, family.spec, denoiser)
+    for line in weights.notices:
+        say(f"{source.file}: {line}")
     if rank is None:
         apply_weights(denoiser, weights, family.spec, str(source.file))
         return Export(source, family, weights, probe_output(family, denoiser), say)
@@ -131,6 +139,12 @@ def open_export(source: Source, family: ModelFamily, rank: int | None, say: Call
     apply_weights(whole, weights, family.spec, str(source.file))
     off = float((probe_output(family, whole) - export.reference).abs().max())
     say(f"rank {rank} leaves out {lost:.2%} of the change; the model's answer differs by {off:.3g} at most")
+    if lost > 1 - KEPT_SHARE:
+        enough = rank_that_keeps(weights, _load(family), KEPT_SHARE)
+        whole_file = family.spec.read_by("lycoris", weights.kind, [*weights.modules])
+        say(
+            f"--rank {enough} keeps {KEPT_SHARE:.0%} of it; the file without --rank in the lycoris form is {whole_file}"
+        )
     return export
 
 

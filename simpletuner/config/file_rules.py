@@ -9,7 +9,7 @@ from pathlib import Path
 from simpletuner.config.datasets import TABLE_SUFFIXES, ConditioningDataset, ImageDataset, references_for, table_path
 from simpletuner.config.draft import Draft
 from simpletuner.config.nearby import exists
-from simpletuner.config.paths import PREVIEW_FOLDER, looks_like_path
+from simpletuner.config.paths import PREVIEW_FOLDER, adapter_file_in, looks_like_path
 from simpletuner.errors import Problem
 
 
@@ -105,7 +105,7 @@ def named_checkpoint_exists(draft: Draft) -> Iterator[Problem]:
 
 def adapter_to_start_from_exists(draft: Draft) -> Iterator[Problem]:
     path = draft.config.init_lora
-    if path is not None and not path.is_file():
+    if path is not None and not adapter_file_in(path).is_file():
         yield draft.folders.missing(_as_written(path, draft), "init_lora", draft.origin("init_lora"), "file")
 
 

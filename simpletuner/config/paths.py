@@ -23,6 +23,15 @@ SINGLE_FILE = ".safetensors"
 PREVIEW_FOLDER = "preview_decoder"
 
 
+# What PEFT and diffusers call the weights of an adapter in a folder.
+ADAPTER_FILES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
+
+
+def adapter_file_in(path: Path) -> Path:
+    """The adapter file of a folder; any other path as it is."""
+    return next((path / name for name in ADAPTER_FILES if (path / name).is_file()), path)
+
+
 @dataclass(frozen=True)
 class Folders:
     """The two folders that relative paths are looked up in, as absolute paths."""

@@ -87,10 +87,11 @@ def readers_table(families: Iterable[tuple[str, Sequence[Reader], bool]]) -> str
     rows = ["| family | form | holds | read by | not, or not whole |", "|---|---|---|---|---|"]
     for title, readers, joins in families:
         for form in FORMS:
+            held: dict[tuple[str, str], list[str]] = {}
             for kind in KINDS[:-1]:
-                rows.append(
-                    f"| {title} | `{form}` | {KIND_TITLES[kind]} | {' | '.join(_cells(readers, form, kind, joins))} |"
-                )
+                held.setdefault(_cells(readers, form, kind, joins), []).append(KIND_TITLES[kind])
+            for (whole, part), kinds in held.items():
+                rows.append(f"| {title} | `{form}` | {', '.join(kinds)} | {whole} | {part} |")
     return "\n".join(rows)
 
 

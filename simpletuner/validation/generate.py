@@ -71,7 +71,8 @@ def generate_pictures(
         family.prompts = PromptsAhead(family, [*drawing.prompts, negative])
     denoiser = family.load_base()
     if adapter_file is not None:
-        apply_adapter_file(denoiser, adapter_file, family.spec, strength)
+        for line in apply_adapter_file(denoiser, adapter_file, family.spec, strength).notices:
+            say(line)
     denoiser.to(family.device).eval()
     pictures = make_pictures(
         family.pipeline(denoiser, family.load_vae()),

@@ -29,8 +29,8 @@ class AdapterOptions(OptionGroup):
     )
     init_lora: FilePath | None = option(
         None,
-        help="Adapter file (.safetensors) to start from, of any format that `simpletuner generate` reads. It must be "
-        "of the algorithm that is trained; a LoRA of smaller rank is filled up.",
+        help="Adapter file (.safetensors), or folder of PEFT, to start from, of any format that `simpletuner generate` "
+        "reads. It must be of the algorithm that is trained; a LoRA of smaller rank is filled up.",
         path="input",
     )
     lora_rank: Int = option(16, help="Rank of standard LoRA: its size and what it can learn.", level="basic", ge=1)

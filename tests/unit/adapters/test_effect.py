@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from simpletuner.adapters.compress import compress
+from simpletuner.adapters.compress import compress, rank_that_keeps
 from simpletuner.adapters.effect import make_module, weight_change
 from simpletuner.adapters.files import apply_weights
 from simpletuner.adapters.lora import LoraSettings, attach_lora
@@ -114,3 +114,11 @@ def test_a_module_that_is_read_off_is_the_one_that_draws() -> None:
     module = make_module(layer, {"diff": torch.ones(4, 4), "diff_b": torch.ones(4)}, 0.5)
     x = torch.randn(2, 4)
     torch.testing.assert_close(module(x), layer(x) + 0.5 * (x.sum(1, keepdim=True) + 1))
+
+
+@pytest.mark.parametrize("lycoris", [{"algo": "lokr", "linear_dim": 10000, "factor": 4}, CONFIGS["loha"]], ids=str)
+def test_the_rank_that_keeps_a_share_is_the_smallest_that_does(lycoris: dict[str, Any], tmp_path: Path) -> None:
+    weights, _ = saved(tmp_path, lycoris)
+    rank = rank_that_keeps(weights, tiny_omnigen_transformer(), 0.9)
+    assert compress(weights, tiny_omnigen_transformer(), rank)[1] <= 0.1
+    assert compress(weights, tiny_omnigen_transformer(), rank - 1)[1] > 0.1

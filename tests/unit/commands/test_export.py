@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -88,6 +89,13 @@ def test_a_lokr_becomes_a_lora_when_asked_and_the_loss_is_told(runs, tmp_path: P
     assert paths == [tmp_path / "small.safetensors"]
     assert {tensor.shape[0] for key, tensor in load_file(paths[0]).items() if "lora_A" in key} == {2}
     assert "leaves out" in said[0]
+    enough = int(re.match(r"--rank (\d+) keeps 95% of it", said[1])[1])
+    assert "read by LyCORIS" in said[1]
+    _, again = export(runs["lokr"], "diffusers", output=tmp_path / "enough.safetensors", rank=enough)
+    assert float(re.search(r"leaves out ([\d.]+)%", again[0])[1]) <= 5
+    assert len(again) == 2  # nothing but the file's readers
+    _, less = export(runs["lokr"], "diffusers", output=tmp_path / "less.safetensors", rank=enough - 1)
+    assert float(re.search(r"leaves out ([\d.]+)%", less[0])[1]) > 5
 
 
 def test_a_merged_model_answers_as_the_adapter_and_lacks_nothing(runs, tmp_path: Path, omnigen_folder: Path) -> None:
