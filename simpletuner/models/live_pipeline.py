@@ -50,11 +50,12 @@ class LivePipeline:
         By default the family's names of its embeddings, and the same with `negative_` in front.
 
         Args:
-            negative_prompts: None leads away from the family's dropped caption.
+            negative_prompts: None leads away from the family's dropped caption, an empty text from what the encoders
+                say of it.
         """
         family = self.family
         arguments: dict[str, Any] = {"guidance_scale": guidance_scale}
-        negatives = negative_prompts or [family.spec.dropped_caption] * len(prompts)
+        negatives = [family.spec.negative_text(text) for text in negative_prompts or [None] * len(prompts)]
         for prefix, texts in (("", prompts), ("negative_", negatives)):
             rows = [row.tensors for row in family.prompts.embeds(texts)]
             for name in rows[0]:

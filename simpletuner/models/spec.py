@@ -88,6 +88,8 @@ class FamilySpec:
         drops_references: where a caption is dropped, the references of its picture are too.
         caches_prompt_embeds: False where the prompt is only tokenised (nothing worth caching).
         dropped_caption: what a dropped caption becomes.
+        empty_negative: the text that an empty negative prompt is encoded as; another one than "" where the family
+            takes zeros for that, as it does for a dropped caption.
         default_flavour: used where `model_flavour` is not set.
         adaptable: what adapters can be attached to.
         class_aliases: preset class names that mean a class of this family (`FeedForward` -> `OmniGenFeedForward`).
@@ -136,6 +138,7 @@ class FamilySpec:
     drops_references: bool = True
     caches_prompt_embeds: bool = True
     dropped_caption: str = ""
+    empty_negative: str = ""
     preview_decoder: str | None = None
     pipeline_options: tuple[str, ...] = ()
     pipeline_aliases: tuple[str, ...] = ()
@@ -158,6 +161,10 @@ class FamilySpec:
         """Option -> default of a flavour; None is the family's first. An unknown flavour has the family's own."""
         chosen = self.flavours.get(flavour or self.default_flavour)
         return {**self.defaults, **(chosen.defaults if chosen else {})}
+
+    def negative_text(self, negative: str | None) -> str:
+        """The text whose embeddings guidance leads away from: a dropped caption's where no negative prompt is given."""
+        return self.dropped_caption if negative is None else negative or self.empty_negative
 
     def read_by(self, form: str, kind: str, paths: Sequence[str] = ()) -> str:
         """Who reads an adapter file, in one line; see `models/readers.py`."""

@@ -119,4 +119,4 @@ def fixed_prompts(loaded: LoadedRun, spec: FamilySpec) -> Iterator[str]:
     )
     for request in requests:
         yield request.prompt
-        yield request.settings.negative_prompt or ""
+        yield spec.negative_text(request.settings.negative_prompt)

@@ -67,7 +67,7 @@ def generate_pictures(
     """
     requests = requests_of(drawing, family, say)
     if family.spec.caches_prompt_embeds:
-        negative = drawing.negative_prompt or family.spec.dropped_caption
+        negative = family.spec.negative_text(drawing.negative_prompt)
         family.prompts = PromptsAhead(family, [*drawing.prompts, negative])
     denoiser = family.load_base()
     if adapter_file is not None:

@@ -45,6 +45,7 @@ SDXL = FamilySpec(
     vae_factor=8,
     patch_size=1,
     max_prompt_tokens=77,
+    empty_negative=" ",  # CLIP's tokens of nothing; "" is zeros
     pipeline_class="StableDiffusionXLPipeline",
     adaptable=(
         AdaptableModule("Attention", (f"{_BLOCK}.attn1", f"{_BLOCK}.attn2")),

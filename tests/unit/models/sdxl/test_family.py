@@ -12,6 +12,7 @@ from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 from torch import Tensor
 
 from simpletuner.batch import Batch, Crop, Sample
+from simpletuner.cache.prompts import PromptsAhead
 from simpletuner.models.components import ModelSource
 from simpletuner.models.registry import get_family_class, get_spec
 from simpletuner.models.sdxl.family import SDXL, time_ids
@@ -65,6 +66,19 @@ def test_a_model_that_does_not_zero_empty_prompts_is_believed(folder, stock, tmp
     expected, *_ = stock.encode_prompt([""])
     assert torch.equal(empty.tensors["prompt_embeds"], expected[0])
     assert family_of(other).prompt_facts() != family_of(folder).prompt_facts()
+
+
+def test_an_empty_negative_prompt_is_encoded_and_only_a_missing_one_is_zeros(folder, stock):
+    """diffusers: zeros where no negative prompt is given, the encoders' answer to an empty text where one is."""
+    family = family_of(folder)
+    family.prompts = PromptsAhead(family, ["a cat", "", " "])
+    pipeline = family.pipeline(tiny_unet())
+    for negative in (None, ""):
+        _, expected, _, expected_pooled = stock.encode_prompt("a cat", negative_prompt=negative)
+        ours = pipeline.prompt_arguments(["a cat"], None if negative is None else [negative], 5.0)
+        torch.testing.assert_close(ours["negative_prompt_embeds"], expected, rtol=0, atol=1e-5)
+        torch.testing.assert_close(ours["negative_pooled_prompt_embeds"], expected_pooled, rtol=0, atol=1e-5)
+        assert bool(expected.any()) == (negative is not None)
 
 
 def test_predict_is_the_call_that_the_pipeline_makes(folder, stock):
