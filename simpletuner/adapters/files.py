@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from simpletuner.adapters.base import MatchCount
-from simpletuner.adapters.formats import lycoris_tensors
+from simpletuner.adapters.formats import named
 from simpletuner.adapters.layers import floating_dtype
 from simpletuner.adapters.lycoris import LycorisAdapter, apply_network, isolated_lycoris, register_network
 from simpletuner.adapters.lycoris_modules import beside_the_base, prepare_module
@@ -148,7 +148,7 @@ def network_from(
     """
     from lycoris.wrapper import create_lycoris_from_weights
 
-    tensors = lycoris_tensors(weights)
+    tensors = named(weights.modules, spec, "lycoris")  # the multiplier is the network's
     with isolated_lycoris():
         try:
             network, _ = create_lycoris_from_weights(multiplier, file, denoiser, weights_sd=_loadable(tensors))

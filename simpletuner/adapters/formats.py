@@ -50,7 +50,14 @@ PEFT_METADATA = "lora_adapter_metadata"
 
 
 def encode(weights: AdapterWeights, spec: FamilySpec, file_format: Format, denoiser: nn.Module) -> dict[str, Tensor]:
-    """The tensors of a file in a format.
+    """The tensors of a file in a format; see `modules_in_file`."""
+    return named(modules_in_file(weights, spec, file_format, denoiser), spec, file_format)
+
+
+def modules_in_file(
+    weights: AdapterWeights, spec: FamilySpec, file_format: Format, denoiser: nn.Module
+) -> Mapping[str, Module]:
+    """What a file holds, by the names that its format has for the layers, without the format's prefix.
 
     Args:
         denoiser: gives the sizes of layers that are rows of one matrix elsewhere; an adapter may sit on it.
@@ -60,21 +67,23 @@ def encode(weights: AdapterWeights, spec: FamilySpec, file_format: Format, denoi
     """
     weights = with_multiplier_in_weights(weights)
     if file_format == "lycoris":
-        return lycoris_tensors(weights)
+        return weights.modules
     if file_format == "diffusers":
         _require_plain_lora(weights, file_format)
-        modules = {path: _peft_module(module) for path, module in weights.modules.items()}
+        return {path: _peft_module(module) for path, module in weights.modules.items()}
+    return original_modules(weights.modules, spec, denoiser, file_format)
+
+
+def named(modules: Mapping[str, Module], spec: FamilySpec, file_format: Format) -> dict[str, Tensor]:
+    """The tensors of `modules_in_file` by the keys of a format."""
+    if file_format == "lycoris":
+        return _named(modules, lambda path: f"{LYCORIS_PREFIX}_{path}".replace(".", "_"), {})
+    if file_format == "diffusers":
         prefix = spec.component("denoiser").name
         return _named(modules, lambda path: f"{prefix}.{path}", PEFT_NAMES)
-    modules = original_modules(weights.modules, spec, denoiser, file_format)
     if file_format == "kohya":
         return _named(modules, lambda name: f"lora_unet_{name}".replace(".", "_"), {})
     return _named(modules, lambda name: f"diffusion_model.{name}", COMFY_NAMES)
-
-
-def lycoris_tensors(weights: AdapterWeights) -> dict[str, Tensor]:
-    """The weights by LyCORIS' names, without what the multiplier of the configuration does to them."""
-    return _named(weights.modules, lambda path: f"{LYCORIS_PREFIX}_{path}".replace(".", "_"), {})
 
 
 def with_multiplier_in_weights(weights: AdapterWeights) -> AdapterWeights:

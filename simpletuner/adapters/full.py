@@ -66,7 +66,7 @@ class FullAdapter(Adapter):
         Args:
             state: needed where the denoiser is spread over processes: its whole weights.
         """
-        metadata = modelspec_metadata(self.spec.name, self.spec.title) | dict(extra_metadata)
+        metadata = modelspec_metadata(self.spec) | dict(extra_metadata)
         tensors = {
             name: (state or {}).get(name, own).detach().to("cpu", own.dtype).contiguous()
             for name, own in self.denoiser.state_dict().items()

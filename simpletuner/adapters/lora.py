@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from simpletuner.adapters.base import Adapter, MatchCount, values_replaced
-from simpletuner.adapters.formats import Format, encode, peft_metadata
+from simpletuner.adapters.formats import Format, modules_in_file, named, peft_metadata
 from simpletuner.adapters.liveness import require_live
 from simpletuner.adapters.lora_init import BASE_STARTS, start_factors
 from simpletuner.adapters.metadata import adapter_metadata
@@ -154,11 +154,11 @@ class LoraAdapter(Adapter):
         """Write the file in the format of the settings, by the family's key table."""
         with torch.no_grad(), values_replaced(self.trainable_parameters(), state):
             weights = self.weights()
-        metadata = adapter_metadata(weights, self.spec)
+        held = modules_in_file(weights, self.spec, self.settings.file_format, self.denoiser)
+        metadata = adapter_metadata(AdapterWeights(held), self.spec)
         if self.settings.file_format == "diffusers":
             metadata |= peft_metadata(weights, self.spec)
-        tensors = encode(weights, self.spec, self.settings.file_format, self.denoiser)
-        save_tensors(path, tensors, metadata | dict(extra_metadata))
+        save_tensors(path, named(held, self.spec, self.settings.file_format), metadata | dict(extra_metadata))
 
     def start_from(self, weights: AdapterWeights, file: str) -> list[str]:
         """Begin with the weights of a file; a smaller rank is filled up without changing what it does.

@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from simpletuner.adapters.weights import ALPHA, DOWN, AdapterWeights
+from simpletuner.adapters.weights import ALPHA, DOWN, AdapterWeights, rank_of
 from simpletuner.config.options import all_options
 from simpletuner.models.spec import FamilySpec
 
@@ -32,7 +32,6 @@ _KOHYA_NAMES = {
     "gradient_accumulation_steps": "gradient_accumulation_steps",
     "gradient_checkpointing": "gradient_checkpointing",
     "mixed_precision": "mixed_precision",
-    "resolution": "resolution",
     "caption_dropout_rate": "caption_dropout_probability",
 }
 # Say where things are and what is told to whom, not what is trained.
@@ -42,25 +41,34 @@ _NOT_OF_THE_RESULT = (
 )
 
 
-def modelspec_metadata(architecture: str, title: str) -> dict[str, str]:
-    """The header fields that model managers read (github.com/Stability-AI/ModelSpec)."""
+def modelspec_metadata(spec: FamilySpec, kind: str = "", what: str = "") -> dict[str, str]:
+    """The header fields that model managers read (github.com/Stability-AI/ModelSpec).
+
+    Args:
+        kind: of an adapter, behind the architecture; empty for a model.
+        what: behind the title.
+    """
     return {
         "format": "pt",
         "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.architecture": architecture,
+        "modelspec.architecture": "/".join(filter(None, (spec.keys.architecture or spec.name, kind))),
         "modelspec.implementation": _IMPLEMENTATION,
-        "modelspec.title": title,
+        "modelspec.title": " ".join(filter(None, (spec.title, what))),
+        "modelspec.prediction_type": {"v_prediction": "v"}.get(spec.prediction_type, spec.prediction_type),
     }
 
 
 def adapter_metadata(weights: AdapterWeights, spec: FamilySpec) -> dict[str, str]:
-    """ModelSpec's fields, and those of kohya's scripts (`ss_*`) that A1111, Forge and Civitai show."""
+    """ModelSpec's fields, and those of kohya's scripts (`ss_*`) that A1111, Forge and Civitai show.
+
+    Args:
+        weights: as the file holds them.
+        spec: of the weights that they belong to (`ModelFamily.spec_of_weights`).
+    """
     is_lora = weights.is_plain_lora
     kind = "lora" if is_lora else "lycoris"
-    architecture = f"{spec.keys.architecture or spec.name}/{kind}"
     algorithm = str(weights.lycoris.get("algo", "lora" if is_lora else weights.algorithms[0]))
-    metadata = modelspec_metadata(architecture, f"{spec.title} {algorithm}")
-    metadata["modelspec.prediction_type"] = {"v_prediction": "v"}.get(spec.prediction_type, spec.prediction_type)
+    metadata = modelspec_metadata(spec, kind, algorithm)
     metadata["ss_base_model_version"] = spec.keys.base_model_version or spec.name
     metadata["ss_network_module"] = spec.keys.kohya_network if is_lora else "lycoris.kohya"
     if not is_lora:
@@ -94,8 +102,18 @@ def run_metadata(lock: Mapping[str, Any], step: int) -> dict[str, str]:
     }
     pictures = sum(data["pictures"] for data in lock["data"].values())
     metadata = {f"ss_{name}": str(config[key]) for name, key in _KOHYA_NAMES.items() if config.get(key) is not None}
+    metadata |= _resolution(config)
     metadata |= {"ss_num_train_images": str(pictures), "ss_steps": str(step)}
     return metadata | {RUN_KEY: json.dumps(own, sort_keys=True), "global_step": str(step)}
+
+
+def _resolution(config: Mapping[str, Any]) -> dict[str, str]:
+    """As kohya writes it: width and height in pixels of a square of that size."""
+    size = config.get("resolution")
+    if size is None:
+        return {}
+    side = round(1000 * size**0.5) if config.get("resolution_type") == "area" else round(size)
+    return {"ss_resolution": f"({side}, {side})"}
 
 
 def _config_digest(config: Mapping[str, Any]) -> str:
@@ -110,11 +128,12 @@ def _config_digest(config: Mapping[str, Any]) -> str:
 
 def _network_size(weights: AdapterWeights) -> dict[str, str]:
     """Rank and alpha where all modules agree; kohya's word where they do not."""
-    alphas = {float(module[ALPHA]) for module in weights.modules.values() if ALPHA in module and DOWN in module}
+    loras = [module for module in weights.modules.values() if DOWN in module]
+    alphas = {float(module.get(ALPHA, rank_of(module))) for module in loras}
     ranks = weights.ranks
     dim = ranks.pop() if len(ranks) == 1 else weights.lycoris.get("linear_dim", "Dynamic")
     alpha = alphas.pop() if len(alphas) == 1 else weights.lycoris.get("linear_alpha", "Dynamic")
-    return {"ss_network_dim": str(dim), "ss_network_alpha": str(alpha)}
+    return {"ss_network_dim": str(dim), "ss_network_alpha": alpha if isinstance(alpha, str) else f"{alpha:g}"}
 
 
 def _network_arguments(weights: AdapterWeights) -> Mapping[str, object]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from simpletuner import storage
 from simpletuner.adapters.compress import compress, rank_that_keeps
 from simpletuner.adapters.files import apply_weights, check_saved_adapter
-from simpletuner.adapters.formats import FORMATS, Format, encode, peft_metadata
+from simpletuner.adapters.formats import FORMATS, Format, modules_in_file, named, peft_metadata
 from simpletuner.adapters.merge import merge_into
 from simpletuner.adapters.metadata import adapter_metadata, run_metadata
 from simpletuner.adapters.reading import LYCORIS_CONFIG, read_adapter
@@ -180,10 +180,11 @@ def write_formats(export: Export, formats: Sequence[Format], output: Path | None
 
 def write_format(export: Export, file_format: Format, path: Path) -> None:
     """Write one file under a temporary name, load it onto a fresh model, compare, and give it its name."""
-    spec = export.family.spec
+    spec = export.family.spec_of_weights
     fresh = _load(export.family)
-    tensors = encode(export.weights, spec, file_format, fresh)
-    metadata = _kept_metadata(export) | adapter_metadata(export.weights, spec)
+    held = modules_in_file(export.weights, spec, file_format, fresh)
+    tensors = named(held, spec, file_format)
+    metadata = _kept_metadata(export) | adapter_metadata(replace(export.weights, modules=held), spec)
     if file_format == "diffusers":
         metadata |= peft_metadata(export.weights, spec)
     if file_format == "lycoris" and LYCORIS_CONFIG in export.weights.metadata:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -146,6 +146,17 @@ class ModelFamily(ABC):
         """`scheduler_config.json` of the model, and what a single file says otherwise of its weights."""
         marks = objective_marks(self.source.file) if self.source.file else {}
         return {**component_config(self.source, self.spec.component("scheduler")), **marks}
+
+    @property
+    def architecture(self) -> str:
+        """What ModelSpec calls these weights; families with several sizes or kinds say which one it is."""
+        return self.spec.keys.architecture or self.spec.name
+
+    @property
+    def spec_of_weights(self) -> FamilySpec:
+        """The facts of the family as they are for these weights: what files made with them say of themselves."""
+        keys = replace(self.spec.keys, architecture=self.architecture)
+        return replace(self.spec, prediction_type=self.prediction_type, keys=keys)
 
     def scheduler_sigmas(self, quantiles: Tensor, latents: Latents) -> Tensor:
         """(B,) logit-normal sigmas, shifted as the model's own flow scheduler shifts those that it draws with."""

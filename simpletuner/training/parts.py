@@ -6,7 +6,6 @@ import atexit
 import shutil
 import tempfile
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from torch import nn
@@ -39,7 +38,7 @@ def attach_adapter(loaded: LoadedRun, family: ModelFamily, denoiser: nn.Module) 
     config = loaded.config
     return build_adapter(
         denoiser,
-        replace(family.spec, prediction_type=family.prediction_type),  # of these weights: its files say so
+        family.spec_of_weights,  # its files say so
         model_type=config.model_type,
         lora_type=config.lora_type,
         lycoris=loaded.lycoris,

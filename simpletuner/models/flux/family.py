@@ -34,6 +34,10 @@ class Flux(ModelFamily):
         return bool(self.denoiser_config.get("guidance_embeds"))
 
     @property
+    def architecture(self) -> str:
+        return super().architecture if self.takes_guidance else "flux-1-schnell"
+
+    @property
     def max_prompt_tokens(self) -> int:
         return self.spec.max_prompt_tokens if self.takes_guidance else TOKENS_WITHOUT_GUIDANCE
 

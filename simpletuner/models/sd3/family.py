@@ -25,6 +25,13 @@ CLIPS = (("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2"))
 class SD3(ModelFamily):
     """The states of both CLIP encoders side by side, filled up with zeros to T5's width, then those of T5."""
 
+    @property
+    def architecture(self) -> str:
+        """3.5 norms queries and keys; only its medium size has blocks with two attentions."""
+        if self.denoiser_config.get("dual_attention_layers"):
+            return "stable-diffusion-3.5-medium"
+        return "stable-diffusion-3.5-large" if self.denoiser_config.get("qk_norm") else "stable-diffusion-3-medium"
+
     def largest_side(self) -> int | None:
         """The position table has `pos_embed_max_size` rows of patches."""
         return self.denoiser_config["pos_embed_max_size"] * self.spec.size_multiple

@@ -194,13 +194,13 @@ def test_a_file_of_joined_layers_can_be_written_in_the_other_formats(tmp_path: P
 
 
 def test_the_metadata_tells_rank_alpha_and_model(tmp_path: Path) -> None:
-    adapter, _ = trained(alpha=2.0, file_format="kohya")
+    adapter, _ = trained(alpha=2.0, file_format="lycoris")
     adapter.save(tmp_path / "a.safetensors", {"global_step": "7"})
     with safe_open(tmp_path / "a.safetensors", framework="pt") as file:
         metadata = file.metadata()
     assert metadata["modelspec.architecture"] == "omnigen-v1/lora"
     assert metadata["ss_network_module"] == "networks.lora"
-    assert (metadata["ss_network_dim"], metadata["ss_network_alpha"]) == ("4", "2.0")
+    assert (metadata["ss_network_dim"], metadata["ss_network_alpha"]) == ("4", "2")
     assert metadata["global_step"] == "7"
 
 

@@ -64,8 +64,8 @@ def test_a_lora_is_written_in_every_format_with_the_facts_of_its_run(
         torch.testing.assert_close(answer(family, path), expected, rtol=0, atol=1e-5)
     with safe_open(paths[1], framework="pt") as file:
         metadata = file.metadata()
-    assert metadata["ss_network_dim"] == "4"
-    assert metadata["ss_network_alpha"] == "4.0"  # of the file: the run's 3 / 4 is in the weights
+    assert metadata["ss_network_dim"] == "Dynamic"  # queries, keys and values are one matrix there
+    assert metadata["ss_network_alpha"] == "Dynamic"
     assert metadata["ss_learning_rate"] == "0.01"
     assert metadata["modelspec.architecture"] == "omnigen-v1/lora"
     own = json.loads(metadata["simpletuner"])
@@ -125,13 +125,13 @@ def test_checkpoints_averages_and_single_files_are_sources(runs, tmp_path: Path,
 def test_a_file_that_fails_its_check_gets_no_name(runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import simpletuner.commands.export as module
 
-    encode = module.encode
+    named = module.named
 
     def with_a_stranger(*arguments):
-        tensors = encode(*arguments)
+        tensors = named(*arguments)
         return tensors | {"transformer.layers.9.self_attn.to_q.lora_A.weight": torch.ones(4, 32)}
 
-    monkeypatch.setattr(module, "encode", with_a_stranger)
+    monkeypatch.setattr(module, "named", with_a_stranger)
     with pytest.raises(DataError, match=r"layers\.9"):
         export(runs["lora"], "diffusers", output=tmp_path)
     assert list(tmp_path.iterdir()) == []
