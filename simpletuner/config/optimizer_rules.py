@@ -37,9 +37,24 @@ def optimizer_config_has_arguments_of_the_optimizer(draft: Draft) -> Iterator[Pr
         elif row and not _is_like(value, row.arguments[key]):
             message = f"{show_value(value)} cannot be {key} of {name}"
             yield draft.problem(message, "optimizer_config", f"a value like {show_value(row.arguments[key])}")
+        elif _is_epsilon(key) and (bad := _not_above_zero(value)) is not None:
+            message = f"{key} is {bad:g}: a weight whose gradient was always 0 would be divided by 0"
+            fix = f"leave {key} out: its own is {show_value(row.arguments[key])}"
+            yield draft.problem(message, "optimizer_config", "above 0", fix)
         elif key in LIMITS and isinstance(value, int | float) and not 0 <= value <= LIMITS[key]:
             message = f"{show_value(value)} cannot be {key} of {name}: it would train nothing, or destroy the weights"
             yield draft.problem(message, "optimizer_config", f"0 to {LIMITS[key]:g}")
+
+
+def _is_epsilon(key: str) -> bool:
+    """Whether an argument is what keeps a denominator above zero."""
+    return key.rstrip("0123456789").removeprefix("adamw_") in ("eps", "epsilon")
+
+
+def _not_above_zero(value: Any) -> float | None:
+    """The first number in a value that is 0 or less."""
+    values = value if isinstance(value, list | tuple) else [value]
+    return next((each for each in values if isinstance(each, int | float) and each <= 0), None)
 
 
 def _is_like(value: Any, default: Any) -> bool:

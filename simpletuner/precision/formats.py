@@ -51,6 +51,17 @@ class RowScaled(WeightFormat):
     def fits(self, rows: int, columns: int) -> bool:
         return True
 
+    def pack(self, weight: Tensor) -> dict[str, Tensor]:
+        data, scale = self.pack_rows(weight)
+        # A row of zeros, or one too small for the format of its scale, has a scale of 0; what a library makes of 0 / 0
+        # is NaN in float8, and then every prediction is. All its bits 0 are the number 0 in each format.
+        bits = data.view(torch.uint8).masked_fill(scale == 0, 0)
+        return {"data": bits.view(data.dtype), "scale": scale}
+
+    @abstractmethod
+    def pack_rows(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """(rows, columns) -> one byte per weight (rows, columns), and scales (rows, 1)."""
+
     def unpack(self, parts: Parts, shape: torch.Size, dtype: torch.dtype) -> Tensor:
         data, scale = parts["data"], parts["scale"].to(dtype)
         if data.dtype.is_floating_point:  # torch promotes no float8

@@ -17,14 +17,14 @@ class QuantoBytes(RowScaled):
         super().__init__()
         self.qtype = qtype
 
-    def pack(self, weight: Tensor) -> dict[str, Tensor]:
+    def pack_rows(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         from optimum.quanto import AbsmaxOptimizer, qtypes
         from optimum.quanto.tensor import quantize_weight
 
         qtype = qtypes[self.qtype]
         scale = AbsmaxOptimizer()(weight, qtype=qtype, axis=0)
         packed = quantize_weight(weight, qtype=qtype, axis=0, scale=scale, optimized=False)
-        return {"data": packed._data, "scale": packed._scale}
+        return packed._data, packed._scale
 
 
 class QuantoBits(GroupScaled):

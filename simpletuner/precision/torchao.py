@@ -16,11 +16,11 @@ class TorchaoInt8(RowScaled):
     def __init__(self) -> None:
         super().__init__(scale_size=4)
 
-    def pack(self, weight: Tensor) -> dict[str, Tensor]:
+    def pack_rows(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         from torchao.quantization import Int8Tensor, PerRow
 
         packed = Int8Tensor.from_hp(weight, PerRow())
-        return {"data": packed.qdata, "scale": packed.scale.reshape(-1, 1)}
+        return packed.qdata, packed.scale.reshape(-1, 1)
 
 
 class TorchaoFloat8(RowScaled):
@@ -29,11 +29,11 @@ class TorchaoFloat8(RowScaled):
     def __init__(self) -> None:
         super().__init__(scale_size=4)
 
-    def pack(self, weight: Tensor) -> dict[str, Tensor]:
+    def pack_rows(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         from torchao.quantization import Float8Tensor, PerRow
 
         packed = Float8Tensor.from_hp(weight, granularity=PerRow())
-        return {"data": packed.qdata, "scale": packed.scale.reshape(-1, 1)}
+        return packed.qdata, packed.scale.reshape(-1, 1)
 
 
 class TorchaoInt4(GroupScaled):

@@ -20,6 +20,7 @@ from simpletuner.optim.ema import EMA
 from simpletuner.optim.optimizers import averaged_weights, keeps_averages
 from simpletuner.optim.state import load_optimizer_tensors, optimizer_tensors
 from simpletuner.reporting.events import Notice
+from simpletuner.training.divergence import require_finite
 from simpletuner.training.evaluation import losses_as_json, losses_from_json
 from simpletuner.training.identity import compare_identity, option_changes, run_identity
 from simpletuner.training.resuming import length_facts, resumed_state
@@ -50,6 +51,8 @@ class Checkpoints:
     def __init__(self, output_dir: Path, limit: int | None):
         self.output_dir = output_dir
         self.limit = limit
+        # Whether a finite step came after the last save or load: until then the one before it stays too.
+        self.is_settled = True
 
     def found(self) -> list[Path]:
         """Folders named like checkpoints, oldest step first; says nothing of whether they are valid."""
@@ -85,7 +88,8 @@ class Checkpoints:
             return
         with storage.commit_dir(path, metadata={"global_step": run.state.global_step}) as folder:
             write_checkpoint(run, folder, content)
-        self.rotate(keep=path)
+        self.is_settled = False
+        self.rotate(keep=path, at_least=2)
 
     def save_best(self, run: Run, eval_loss: float) -> Path:
         """Commit the current state as `checkpoint-best`, in place of an earlier one.
@@ -132,14 +136,25 @@ class Checkpoints:
         path.rename(aside)
         return aside.name
 
-    def rotate(self, keep: Path) -> None:
-        """Remove the oldest checkpoints beyond the limit; only valid ones count, `keep` is never removed."""
+    def rotate(self, keep: Path, at_least: int = 1) -> None:
+        """Remove the oldest checkpoints beyond the limit; only valid ones count, `keep` is never removed.
+
+        Args:
+            at_least: are left, whatever the limit.
+        """
         if not self.limit:
             return
         valid = [path for path in self.found() if not storage.verify_dir(path, full=False)]
-        for path in valid[: max(len(valid) - self.limit, 0)]:
+        for path in valid[: max(len(valid) - max(self.limit, at_least), 0)]:
             if path != keep:
                 storage.remove_dir(path)
+
+    def settle(self) -> None:
+        """The weights of the last save have given a finite loss since: the one before it may go."""
+        if not self.is_settled:
+            self.is_settled = True
+            if self.limit == 1 and (newest := self.newest()):
+                self.rotate(keep=newest)
 
     def choose(self, wanted: str | None) -> tuple[Path | None, list[str]]:
         """The checkpoint to resume from, and what there is to tell about it.
@@ -230,10 +245,18 @@ class CheckpointContent:
 
 
 def checkpoint_content(run: Run) -> CheckpointContent:
-    """Gather what is to be written; all processes take part."""
+    """Gather what is to be written; all processes take part.
+
+    Raises:
+        DivergedError: it is not finite.
+    """
     placement = run.placement
+    require_finite(run, "weights", placement.parameters)
     own = placement.own_state()
     tensors, plain = own or optimizer_tensors(run.optimizer, placement.parameters)
+    require_finite(run, "states of the optimizer", tensors)
+    if run.ema is not None:
+        require_finite(run, "averages of the weights", run.ema.state_dict())
     weights, averages = None, keeps_averages(run.optimizer)
     if placement.is_spread or averages:
         with averaged_weights(run.optimizer):
@@ -319,6 +342,8 @@ def load_checkpoint(run: Run, path: Path) -> None:
         else:
             run.bus.emit(Notice("warning", f"{path.name} has no EMA; the average starts from its weights"))
             run.ema = EMA(parameters, run.ema.decay, run.ema.update_interval)
+    run.checkpoints.is_settled = False
+    require_finite(run, "weights", parameters)
     run.state = resumed_state(saved, run.batches.sampler)
     run.loss_scale.load_json(saved["loss_scale"])
     run.eval_losses.update(losses_from_json(saved["eval_losses"]))

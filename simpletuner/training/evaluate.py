@@ -13,6 +13,7 @@ from simpletuner import storage
 from simpletuner.errors import DataError
 from simpletuner.optim.optimizers import averaged_weights
 from simpletuner.reporting.events import CheckpointSaved, EvalDone, Notice
+from simpletuner.training.divergence import last_good_state
 from simpletuner.training.evaluation import EvalResult, best_step, losses_as_json, losses_from_json
 from simpletuner.training.run import Run
 
@@ -45,7 +46,8 @@ def evaluate(run: Run) -> None:
     if run.world.is_main:
         storage.write_json(run.output_dir / HISTORY_FILE, losses_as_json(run.eval_losses))
     if run.config.checkpoint_keep_best and step > 0 and best_step(run.eval_losses) == step:
-        path = run.checkpoints.save_best(run, run.eval_losses[step])
+        with last_good_state(run):
+            path = run.checkpoints.save_best(run, run.eval_losses[step])
         run.bus.emit(CheckpointSaved(step=step, path=path, eval_loss=run.eval_losses[step]))
     if run.is_stopped_early:
         count = run.config.early_stopping_patience

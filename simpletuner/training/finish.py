@@ -41,6 +41,7 @@ def finish_run(run: Run, seconds: float) -> None:
     outputs = save_weights(run)
     if not run.world.is_main:
         return
+    run.checkpoints.settle()
     if run.validator is not None:
         outputs |= run.validator.write_summaries(run.state.global_step)
     best = run.checkpoints.best() if run.config.checkpoint_keep_best else None

@@ -16,24 +16,24 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from simpletuner.errors import DivergedError, Problem
+from simpletuner.errors import DivergedError
 from simpletuner.optim.clipping import clip_by_norm, clip_by_value, gradient_norm
 from simpletuner.optim.optimizers import averaged_weights, set_learning_rate
 from simpletuner.randomness import reseed_global
 from simpletuner.reporting.events import CheckpointSaved, Notice, StepDone
 from simpletuner.training.batches import Window
+from simpletuner.training.divergence import explain, has_diverged, last_good_state, note_step, require_finite
 from simpletuner.training.evaluate import evaluate
 from simpletuner.training.loss_bins import INTERVAL as LOSS_BINS_INTERVAL
 from simpletuner.training.memory import memory_gb
 from simpletuner.training.run import Run
 from simpletuner.training.step import Losses, compute_losses, draw_noise, draw_quantiles
-
-MAX_SKIPPED_STEPS = 5
 
 
 @dataclass(frozen=True)
@@ -113,23 +113,28 @@ def train_window(run: Run, window: Window) -> StepOutcome:
     run.loss_scale.unscale(run.placement.parameters.values())
     outcome = summarise(run, window, losses)
     update_weights(run, step, outcome.is_finite)
+    if not outcome.is_finite:
+        require_finite(run, "weights", run.placement.parameters)  # no later step can be better
     state.global_step, state.epoch, state.position = step + 1, window.next_epoch, window.next_position
     run.epochs_before, run.epochs_after = window.epochs_before, window.epochs_after
     trained = [each for each, batch in zip(losses, window.batches, strict=True) if not batch.is_regularisation]
     run.loss_bins.add(step + 1, trained)
     if run.recomputing is not None:
         run.recomputing.after_step()
-    if state.skipped_steps >= MAX_SKIPPED_STEPS:
-        raise diverged(run, window)
+    if has_diverged(run):
+        raise diverged(run, window, losses)
     return outcome
 
 
 def update_weights(run: Run, step: int, is_finite: bool) -> None:
     """Move weights and their average, and let go of the gradients; a step that is not finite moves nothing."""
+    scale = replace(run.loss_scale)
     is_overflow = run.loss_scale.update(is_finite)
+    note_step(run, scale, is_skipped=not is_finite and not is_overflow)
     if is_finite:
         reseed_global(run.seed, "update", step)  # optimizers that round stochastically: the same in each process
         run.placement.step(run.optimizer)
+        run.last_update = step + 1
         if run.ema is not None:
             run.ema.update(run.placement.parameters, step + 1)
         run.state.skipped_steps = 0
@@ -140,6 +145,18 @@ def update_weights(run: Run, step: int, is_finite: bool) -> None:
 
 def backward_micro_batch(run: Run, window: Window, micro_step: int, weight: float) -> Losses:
     """Forward and backward of one micro-batch, its loss divided by `weight`, that of the window in all processes."""
+    with run.autocast():
+        losses = forward_micro_batch(run, window, micro_step)
+    # Now, and not before the forward pass: a backward pass does not hold the interpreter, so a window can be built
+    # beside it; beside a forward pass the two would wait for each other at each operation.
+    run.batches.begin_next(window)
+    scaled = losses.weighted_sum / weight * run.loss_scale.scale
+    run.placement.backward(scaled, is_last=micro_step == len(window.batches) - 1)
+    return losses
+
+
+def forward_micro_batch(run: Run, window: Window, micro_step: int) -> Losses:
+    """The losses of one micro-batch; the same each time it is computed."""
     batch = window.batches[micro_step]
     step = window.step
     quantiles = draw_quantiles(batch, run.seed, step)
@@ -147,25 +164,18 @@ def backward_micro_batch(run: Run, window: Window, micro_step: int, weight: floa
     perturbed_noise = run.objective.perturbed_noise(noise, batch.slots, run.seed, step)
     # Dropout inside an adapter draws from the global generator.
     reseed_global(run.seed, "denoiser", step, micro_step, *run.world.key)
-    with run.autocast():
-        losses = compute_losses(
-            run.family,
-            run.denoiser,
-            batch,
-            noise,
-            quantiles,
-            run.adapter.disabled,
-            run.objective,
-            perturbed_noise,
-            run.rollouts,
-            run.rollouts.depth(run.seed, step, micro_step),
-        )
-    # Now, and not before the forward pass: a backward pass does not hold the interpreter, so a window can be built
-    # beside it; beside a forward pass the two would wait for each other at each operation.
-    run.batches.begin_next(window)
-    scaled = losses.weighted_sum / weight * run.loss_scale.scale
-    run.placement.backward(scaled, is_last=micro_step == len(window.batches) - 1)
-    return losses
+    return compute_losses(
+        run.family,
+        run.denoiser,
+        batch,
+        noise,
+        quantiles,
+        run.adapter.disabled,
+        run.objective,
+        perturbed_noise,
+        run.rollouts,
+        run.rollouts.depth(run.seed, step, micro_step),
+    )
 
 
 def summarise(run: Run, window: Window, losses: list[Losses]) -> StepOutcome:
@@ -206,17 +216,9 @@ def weighted_means(loss: float, weight: float, kept_loss: float, kept_weight: fl
     return loss / max(weight, 1e-12), kept_loss / kept_weight if kept_weight else None
 
 
-def diverged(run: Run, window: Window) -> DivergedError:
-    """The error of a run whose numbers are no longer finite; names the last samples."""
-    captions = [caption for batch in window.batches for caption in batch.captions]
-    return DivergedError(
-        Problem(
-            f"loss or gradients were not finite for {MAX_SKIPPED_STEPS} steps in a row, up to step "
-            f"{run.state.global_step}; the checkpoints are untouched. Captions of the last one: {captions[:4]}",
-            key="learning_rate",
-            fix="lower learning_rate or max_grad_norm, or use mixed_precision bf16 instead of fp16, and resume",
-        )
-    )
+def diverged(run: Run, window: Window, losses: list[Losses]) -> DivergedError:
+    """The error of a run whose numbers are no longer finite; names the last samples and, where it shows, the reason."""
+    return explain(run, window, losses, partial(forward_micro_batch, run, window))
 
 
 def report_step(run: Run, window: Window, outcome: StepOutcome, epoch: int, seconds: float) -> None:
@@ -266,18 +268,33 @@ def is_due(run: Run, step_interval: int | None, epoch_interval: float | None = N
 
 
 def save_checkpoint(run: Run) -> str:
-    """Commit a checkpoint of the current state and tell, where that is not done yet; returns its path."""
-    step = run.state.global_step
-    if run.saved_step != step:
-        run.placement.check(f"after step {step}")
-        run.bus.emit(CheckpointSaved(step=step, path=run.checkpoints.save(run)))
-        run.saved_step = step
-    return str(run.checkpoints.path_of(step))
+    """Commit a checkpoint of the current state and tell, where that is not done yet; returns its path.
+
+    After skipped steps it is that of the last good step, from which a resume takes them once more.
+
+    Raises:
+        DivergedError: weights or optimizer state are not finite; nothing is written.
+    """
+    with last_good_state(run):
+        step = run.state.global_step
+        if run.saved_step != step:
+            run.placement.check(f"after step {step}")
+            run.bus.emit(CheckpointSaved(step=step, path=run.checkpoints.save(run)))
+            run.saved_step = step
+        return str(run.checkpoints.path_of(step))
 
 
 def maybe_checkpoint(run: Run) -> None:
+    """Save where it is due; what is due at a skipped step is made up for after the next good one."""
     config = run.config
-    if is_due(run, config.checkpoint_step_interval, config.checkpoint_epoch_interval) or run.is_finished:
+    is_skipped = run.state.skipped_steps > 0
+    if not is_skipped and run.world.is_main:
+        run.checkpoints.settle()
+    if is_due(run, config.checkpoint_step_interval, config.checkpoint_epoch_interval) or run.owes_checkpoint:
+        run.owes_checkpoint = is_skipped
+        if not is_skipped:
+            save_checkpoint(run)
+    if run.is_finished:
         save_checkpoint(run)
 
 

@@ -15,6 +15,7 @@ from simpletuner.models.family import ModelFamily
 from simpletuner.precision.quantise import copy_unpacked
 from simpletuner.randomness import keyed_generator
 from simpletuner.reporting.events import Notice
+from simpletuner.training.divergence import require_finite
 from simpletuner.training.prompts import PROBE_PROMPT
 from simpletuner.training.run import Run
 
@@ -24,7 +25,11 @@ PROBE_TOKENS = 4
 
 
 def live_output(run: Run) -> Tensor:
-    """What the live weights make of the probe, on the CPU: (1, C, h, w). All processes take part."""
+    """What the live weights make of the probe, on the CPU: (1, C, h, w). All processes take part.
+
+    Raises:
+        DivergedError: it is not finite.
+    """
     was_training = run.denoiser.training
     run.denoiser.eval()
     # As in training, for adapters in float32 may sit on a base in half precision; what is float32 throughout is
@@ -32,6 +37,7 @@ def live_output(run: Run) -> Tensor:
     with nullcontext() if probe_dtype(run) == torch.float32 else run.autocast():
         output = probe_output(run.family, run.denoiser).cpu()
     run.denoiser.train(was_training)
+    require_finite(run, "outputs of the trained model", {"output": output})
     return output
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ from simpletuner.precision.mixed import autocast
 from simpletuner.reporting.bus import EventBus
 from simpletuner.training.batches import BatchSource
 from simpletuner.training.checkpoint import Checkpoints
+from simpletuner.training.divergence import RECENT_STEPS
 from simpletuner.training.evaluation import EvalResult, Evaluator, evaluations_without_gain
 from simpletuner.training.loss_bins import LossBins
 from simpletuner.training.loss_scale import LossScale
@@ -62,6 +64,10 @@ class Run:
         epochs_before: epochs done before the last step of this process.
         epochs_after: epochs done after it.
         saved_step: the step of the last checkpoint that this process has taken part in.
+        owes_checkpoint: one was due at a step that was skipped.
+        recent_skips: of the last steps of this process, whether they were skipped.
+        last_update: the step whose update was the last one of this process.
+        before_skips: state and loss scale before the first of the skipped steps that were the last ones.
         eval_losses: global_step -> pooled eval loss, of earlier processes too.
         eval_reference: the eval loss of the untouched base, once it is known.
         loss_bins: gathers the training loss by noise level.
@@ -92,6 +98,10 @@ class Run:
     epochs_before: float = 0.0
     epochs_after: float = 0.0
     saved_step: int | None = None
+    owes_checkpoint: bool = False
+    last_update: int | None = None
+    recent_skips: deque[bool] = field(default_factory=lambda: deque(maxlen=RECENT_STEPS))
+    before_skips: tuple[TrainState, LossScale] | None = None
     eval_losses: dict[int, float] = field(default_factory=dict)
     eval_reference: EvalResult | None = None
     loss_bins: LossBins = field(default_factory=LossBins)

@@ -18,7 +18,8 @@ class TrainState:
         global_step: optimizer steps taken.
         epoch: 0-based epoch of the next micro-batch.
         position: index of the next global micro-batch within that epoch.
-        skipped_steps: optimizer steps dropped in a row because loss or gradients were not finite.
+        skipped_steps: optimizer steps dropped in a row because loss or gradients were not finite; of this process, for
+            a resume begins to count anew.
     """
 
     global_step: int = 0
@@ -27,8 +28,9 @@ class TrainState:
     skipped_steps: int = 0
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        return {key: value for key, value in asdict(self).items() if key != "skipped_steps"}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> TrainState:
-        return cls(**data)
+        """Versions before 0.2 kept `skipped_steps` too."""
+        return cls(**{key: value for key, value in data.items() if key != "skipped_steps"})

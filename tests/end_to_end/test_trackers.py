@@ -75,7 +75,7 @@ def test_a_run_that_diverges_has_its_report(tmp_path: Path, omnigen_folder: Path
     assert "were not finite" in text
     assert text.count("<img") == 12  # of the data; no picture was drawn
 
-    # A checkpoint of skipped steps alone, with an optimizer that has no state yet, can be gone on from.
+    # Nothing was saved, so the next start is a fresh one.
     monkeypatch.undo()
     train_here(folder)
     assert '<span class="pill finished">' in (folder / "output" / "report.html").read_text()

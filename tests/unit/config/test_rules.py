@@ -60,6 +60,8 @@ def test_the_sound_configuration_breaks_no_rule(workspace: Workspace) -> None:
         ({"optimizer_config": "amsgrd=true", "optimizer": "adamw"}, "optimizer_config", "did you mean amsgrad?"),
         ({"optimizer_config": "amsgrad=2", "optimizer": "adamw"}, "optimizer_config", "a value like false"),
         ({"optimizer_config": {"betas": [0.9]}, "optimizer": "came"}, "optimizer_config", "a value like [0.9"),
+        ({"optimizer_config": {"eps": 0}, "optimizer": "adamw"}, "optimizer_config", "divided by 0"),
+        ({"optimizer_config": {"eps1": -1.0}, "optimizer": "adafactor"}, "optimizer_config", "above 0"),
         ({"optimizer_config": "lr=1e-3"}, "optimizer_config", "use learning_rate"),
         ({"lr_scale_sqrt": True}, "lr_scale_sqrt", "set lr_scale to true too"),
         ({"gradient_checkpointing": "auto"}, "gradient_checkpointing", 'gradient_checkpointing_interval to "auto"'),

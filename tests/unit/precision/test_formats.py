@@ -103,6 +103,20 @@ def test_bits_survive_packing(bits: int) -> None:
     assert torch.equal(unpack_bits(pack_bits(values, bits), bits), values)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", PROMISED)
+def test_a_row_of_zeros_or_of_the_smallest_numbers_stays_finite(name: str, dtype: torch.dtype) -> None:
+    """0 divided by a scale of 0 is NaN in float8; 6e-8, the smallest of float16, divided by 448 is 0 there."""
+    weight = torch.randn(8, 128, generator=torch.Generator().manual_seed(0)).to(dtype)
+    weight[3], weight[5], weight[6], weight[7] = 0.0, 1e-7, 0.0, 0.0
+    weight[6, 0] = 6e-8
+    weight_format = get_format(name)
+    unpacked = weight_format.unpack(weight_format.pack(weight), weight.shape, dtype)
+    assert unpacked.isfinite().all()
+    assert not unpacked[[3, 7]].any()
+    assert (unpacked[5:7] - weight[5:7]).abs().max() <= 1.2e-7
+
+
 @pytest.mark.parametrize("name", PROMISED)
 def test_output_and_gradient_are_those_of_the_unpacked_weight(name: str) -> None:
     plain = layer(torch.float32)

@@ -162,7 +162,7 @@ def test_five_bad_steps_in_a_row_end_the_run_and_leave_its_checkpoints_alone(tmp
     run, recorder = toy_run(tmp_path, ONE, spoiled=range(1, 9), max_train_steps=10, checkpoint_step_interval=1)
     with pytest.raises(DivergedError, match=r"5 steps in a row, up to step 6.*caption of a"):
         run_training(run)
-    assert [event.step for event in recorder.of(CheckpointSaved)] == [1, 2, 3, 4, 5]
+    assert [event.step for event in recorder.of(CheckpointSaved)] == [1]
     assert weights_of(run) == [0.5, 1.5]
 
 
@@ -262,10 +262,7 @@ def test_a_run_goes_on_from_a_checkpoint_to_the_numbers_by_hand(tmp_path):
     assert straight.family.noisy[1:][0].tolist() == resumed.family.noisy[0].tolist()
 
 
-def test_a_checkpoint_keeps_the_loss_scale_and_the_skipped_steps(tmp_path):
-    run, _ = toy_run(tmp_path, ONE, spoiled=[1, 2], max_train_steps=3)
-    run_training(run)
-    assert load_state(tmp_path, 3)["skipped_steps"] == 2
+def test_a_checkpoint_keeps_the_loss_scale(tmp_path):
     run, _ = toy_run(tmp_path / "scaled", ONE, spoiled=[1], max_train_steps=3)
     run.loss_scale = LossScale(True, 2.0**16)
     run_training(run)
@@ -342,7 +339,7 @@ def test_two_processes_train_the_global_batch_and_draw_dropout_apart(tmp_path):
     def train(world, optimizer=None):
         folder = tmp_path / f"{world.rank}-{optimizer}"
         run, recorder = toy_run(folder, images, world=world, optimizer=optimizer, max_train_steps=2)
-        run.checkpoints = SimpleNamespace(save=lambda run: "", path_of=lambda step: "")
+        run.checkpoints = SimpleNamespace(save=lambda run: "", path_of=lambda step: "", settle=lambda: None)
         run_training(run)
         return {
             "weights": weights_of(run),
