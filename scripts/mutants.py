@@ -12,7 +12,7 @@ them with what they were about. New code comes with its own entries.
 
 Results are kept in build/mutants.jsonl, by the content of the entry, the mutated file and its tests, so that a run that
 was stopped goes on where it was. The working tree is never changed. Tests run in forks of a process that has imported
-torch and the other libraries, but nothing of this package.
+the package from a copy; a fork puts the code of its fault in, or imports all anew where that is no function's.
 """
 
 from __future__ import annotations
@@ -20,9 +20,13 @@ from __future__ import annotations
 import argparse
 import ast
 import contextlib
+import functools
 import hashlib
+import importlib
+import io
 import json
 import os
+import pkgutil
 import random
 import re
 import shutil
@@ -36,14 +40,19 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import CodeType, FunctionType
 
 ROOT = Path(__file__).resolve().parent.parent
 LISTS = ROOT / "scripts" / "mutants"
 RESULTS = ROOT / "build" / "mutants.jsonl"
+# Forks see their copy alone.
+FORGOTTEN = (ROOT, ROOT / "scripts")
 # Of all; and the packages on which everything else stands, where none may survive.
 FEWEST_CAUGHT = 0.95
 STRICT = ("training", "storage", "distributed")
 TEST_SECONDS = 120
+# Of other tests those marked slow are left out.
+WHOLE_RUNS = ("tests/end_to_end", "tests/families")
 FAILED = re.compile(r"^(?:FAILED|ERROR) (\S+)", re.MULTILINE)
 
 
@@ -225,33 +234,62 @@ class Attempt:
         return {"result": "broken", "by": f"exit code {code}: {text[-1500:]}", "seconds": seconds}
 
 
-def libraries() -> list[str]:
-    """Modules of others that the package and its tests import, in the order in which they come."""
-    code = (
-        "import importlib, pkgutil, sys, simpletuner, pytest, _pytest.assertion.rewrite\n"
-        "for m in pkgutil.walk_packages(simpletuner.__path__, 'simpletuner.'):\n"
-        "    if '__main__' not in m.name: importlib.import_module(m.name)\n"
-        "import tests.tiny, tests.tiny_sdxl, tests.tiny_flux, tests.tiny_sd3, tests.processes\n"
-        "print('\\n'.join(n for n in sys.modules if not n.startswith(('simpletuner', 'tests', '__'))))"
-    )
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"the package does not import:\n{done.stderr[-2000:]}")
-    return done.stdout.splitlines()
-
-
-def import_libraries() -> None:
-    import contextlib
-    import importlib
-    import io
-
+def import_package(folder: Path) -> None:
+    """Import all of the package, from a copy: forks then have it, and only their fault has to be put in."""
+    sys.path.insert(0, str(folder))
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        for name in libraries():
-            with contextlib.suppress(
-                Exception
-            ):  # private parts that do not stand alone: the tests import what they need
-                importlib.import_module(name)
+        import simpletuner
+
+        for module in pkgutil.walk_packages(simpletuner.__path__, "simpletuner."):
+            if "__main__" not in module.name:
+                importlib.import_module(module.name)
+        for name in ("tests.tiny", "tests.tiny_sdxl", "tests.tiny_flux", "tests.tiny_sd3", "tests.processes"):
+            importlib.import_module(name)
+    assert Path(simpletuner.__file__).is_relative_to(folder)
+
+
+def put_in(mutant: Mutant, source: str) -> bool:
+    """Give the imported function of a fault the code that it has in `source`; False where it is no function's."""
+    found: object = importlib.import_module("simpletuner." + mutant.file.removesuffix(".py").replace("/", "."))
+    code: CodeType | None = compile(source, found.__file__, "exec")  # type: ignore[attr-defined]
+    for name in mutant.function.split("."):
+        code = next((each for each in reversed(_inner(code)) if each.co_name == name), None)
+        found = vars(found).get(name)
+        if code is None or found is None:
+            return False
+        if not isinstance(found, type):
+            break  # what stands inside of it is part of its code
+    function = _bare(found)
+    if function is None or code is None or function.__code__.co_freevars != code.co_freevars:
+        return False
+    function.__code__ = code
+    return True
+
+
+def _inner(code: CodeType | None) -> list[CodeType]:
+    return [each for each in code.co_consts if isinstance(each, CodeType)] if code is not None else []
+
+
+def _bare(found: object) -> FunctionType | None:
+    """The function itself, out of its decorators; None where there is none."""
+    for _ in range(10):
+        if isinstance(found, property):
+            found = found.fget
+        elif isinstance(found, staticmethod | classmethod):
+            found = found.__func__
+        elif isinstance(found, functools.cached_property):
+            found = found.func
+        elif hasattr(found, "__wrapped__"):
+            found = found.__wrapped__
+        else:
+            break
+    return found if isinstance(found, FunctionType) else None
+
+
+def forget_package() -> None:
+    """Import the package anew where it is next asked for: its values at import have changed."""
+    for name in [name for name in sys.modules if name.split(".")[0] in ("simpletuner", "tests")]:
+        del sys.modules[name]
 
 
 def start(scratch: Scratch, mutant: Mutant | None, tests: tuple[str, ...], log: Path) -> Attempt:
@@ -260,11 +298,11 @@ def start(scratch: Scratch, mutant: Mutant | None, tests: tuple[str, ...], log: 
         scratch.plant(mutant)
     child = os.fork()
     if child == 0:
-        _run_tests(scratch.folder, tests, log)
+        _run_tests(scratch.folder, mutant, tests, log)
     return Attempt(scratch, mutant, tests, child, log, time.monotonic())
 
 
-def _run_tests(folder: Path, tests: tuple[str, ...], log: Path) -> None:
+def _run_tests(folder: Path, mutant: Mutant | None, tests: tuple[str, ...], log: Path) -> None:
     """In the fork: never returns."""
     code = 99
     try:
@@ -275,13 +313,16 @@ def _run_tests(folder: Path, tests: tuple[str, ...], log: Path) -> None:
         sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
         os.chdir(folder)
         os.environ["PYTHONPATH"] = str(folder)
-        sys.path[:] = [
-            str(folder),
-            *(path for path in sys.path if Path(path or ".").resolve() not in (ROOT, ROOT / "scripts")),
-        ]
+        sys.path[:] = [str(folder), *(path for path in sys.path if Path(path or ".").resolve() not in FORGOTTEN)]
+        if mutant is not None:
+            source = (folder / "simpletuner" / mutant.file).read_text(encoding="utf-8")
+            if not (mutant.function and put_in(mutant, source)):
+                forget_package()
         import pytest
 
         options = ["-x", "-q", "--tb=line", "--no-header", "-p", "no:cacheprovider", "-p", "no:xdist", "-W", "ignore"]
+        if not any(test.startswith(WHOLE_RUNS) for test in tests):
+            options += ["-m", "not slow"]
         code = int(pytest.main([*options, f"--basetemp={log.with_suffix('.tmp')}", *tests]))
     finally:
         sys.stdout.flush()
@@ -299,6 +340,7 @@ def run_all(
             (Path(name) / f"copy{number}").mkdir()
             free.append(Scratch(Path(name) / f"copy{number}"))
         count = 0
+        import_package(free[0].folder)
         try:
             while waiting or running:
                 while waiting and free and time.monotonic() < deadline:
@@ -378,25 +420,28 @@ def run_open(mutants: Sequence[Mutant], results: dict[Mutant, dict], workers: in
         return
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ["HF_HUB_OFFLINE"] = "1"
-    import_libraries()
     RESULTS.parent.mkdir(exist_ok=True)
     keys = {mutant: mutant.key() for mutant in mutants}
+    # A test that fails without a fault catches nothing: before the first fault its tests run without any.
+    work: dict[tuple[Mutant | None, tuple[str, ...]], None] = {}
+    for mutant in mutants:
+        work |= {(None, mutant.tests): None, (mutant, mutant.tests): None}
+    failing: dict[tuple[str, ...], object] = {}
     with RESULTS.open("a", encoding="utf-8") as file:
-        for mutant, _, result in run_all([(mutant, mutant.tests) for mutant in mutants], workers, deadline):
-            assert mutant is not None
+        for mutant, tests, result in run_all(list(work), workers, deadline):
+            if mutant is None:
+                if result["result"] != "survived":
+                    failing[tests] = result["by"]
+                    print(f"these tests fail without any fault: {' '.join(tests)}\n    {result['by']}", flush=True)
+                continue
             results[mutant] = result
+            if tests in failing:
+                results[mutant] = {"result": "broken", "by": f"fails without it: {failing[tests]}", "seconds": 0}
+                continue
             file.write(json.dumps({"key": keys[mutant], "title": mutant.title, **result}) + "\n")
             file.flush()
             shown = result["by"] if result["result"] == "caught" else str(result["by"])[:1500]
             print(f"{result['result']:9}{result['seconds']:6} s  {mutant.title}  [{shown}]", flush=True)
-        # A test that fails without a fault catches nothing.
-        suspects = {tests for mutant in mutants if (tests := mutant.tests) and mutant in results}
-        for _, tests, result in run_all([(None, tests) for tests in sorted(suspects)], workers, deadline + 120):
-            if result["result"] != "survived":
-                print(f"these tests fail without any fault: {' '.join(tests)}\n    {result['by']}", flush=True)
-                for mutant in mutants:
-                    if mutant.tests == tests:
-                        results[mutant] = {"result": "broken", "by": "its tests fail without it", "seconds": 0}
 
 
 def read_results(last: bool = False) -> dict[str, dict]:
