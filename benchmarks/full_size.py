@@ -152,7 +152,7 @@ def measure(row: Row, shape: dict[str, Any], device: torch.device, pixels: int, 
     if row.recomputes:
         denoiser.enable_gradient_checkpointing(recomputing)
     compile_blocks(denoiser, blocks, row.backend)
-    kernels = adapter.choose_kernels(device, torch.bfloat16) if row.backend == "no" else []
+    kernels = adapter.choose_kernels(device, torch.bfloat16, {}) if row.backend == "no" else []
     denoiser.train()
     parameters = adapter.trainable_parameters()
     optimizer = build_optimizer("adamw_bf16", parameters, {"learning_rate": 1e-4})

@@ -7,6 +7,8 @@ import os
 import platform
 import shutil
 import subprocess
+import sysconfig
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -20,7 +22,17 @@ def missing_compiler(device_type: str) -> str | None:
     if device_type in ("cpu", "meta"):
         is_there = any(map(shutil.which, ("c++", "g++", "clang++", "cl")))
         return None if is_there else "a C++ compiler (g++ or clang++)"
-    return None if importlib.util.find_spec("triton") else "triton"
+    if importlib.util.find_spec("triton") is None:
+        return "triton"
+    # triton compiles a stub in C for each kernel, against the headers of Python.
+    if not any(map(shutil.which, (os.environ.get("CC") or "cc", "gcc", "clang"))):
+        return "a C compiler (gcc or clang)"
+    return None if has_python_headers() else "the headers of Python (python3-dev)"
+
+
+def has_python_headers() -> bool:
+    """Whether Python.h is where compilers look for it."""
+    return (Path(sysconfig.get_path("include")) / "Python.h").is_file()
 
 
 def available_cores() -> int:
@@ -71,6 +83,35 @@ def detect_hardware() -> Hardware:
 
 
 Accelerator = tuple[Literal["cuda", "rocm"], str, int]
+
+# What hides accelerators of a kind from a program.
+VISIBLE: Mapping[str, str] = {"cuda": "CUDA_VISIBLE_DEVICES", "rocm": "HIP_VISIBLE_DEVICES"}
+# The first Linux driver that runs programs of a CUDA version (CUDA release notes, table of driver versions).
+LEAST_DRIVER: Mapping[str, str] = {"13": "580", "12": "525"}
+
+
+def least_driver(cuda_version: str | None) -> str | None:
+    """The oldest driver for a CUDA version such as 13.0; None where that is not known."""
+    return LEAST_DRIVER.get((cuda_version or "").partition(".")[0])
+
+
+def hidden_gpus(environment: Mapping[str, str]) -> list[Accelerator]:
+    """GPUs that a driver reports and nobody has hidden; of AMD those that programs can open."""
+    found = nvidia_gpus() or (amd_gpus() if os.access("/dev/kfd", os.R_OK | os.W_OK) else [])
+    if not found:
+        return []
+    visible = environment.get(VISIBLE[found[0][0]])
+    return found if visible is None or visible.strip() not in ("", "-1", "none") else []
+
+
+def nvidia_driver() -> str | None:
+    """Version of the NVIDIA driver."""
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        result = subprocess.run(query, capture_output=True, text=True, timeout=_DRIVER_SECONDS, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return next(iter(result.stdout.split()), None)
 
 
 def nvidia_gpus() -> list[Accelerator]:

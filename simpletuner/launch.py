@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -112,10 +113,12 @@ def chosen_environment(chosen: Mapping[str, str], environment: Mapping[str, str]
 
 def family_of_run(loaded: LoadedRun) -> ModelFamily:
     """The model of a configuration, on this machine's device."""
+    from simpletuner.precision.mixed import use_tf32
     from simpletuner.training.devices import number_formats, pick_device, weight_dtype
     from simpletuner.training.preflight import check_model_folder, model_source
 
     check_model_folder(loaded)
+    use_tf32(not loaded.config.disable_tf32)
     spec = get_spec(loaded.config.model_family)
     family = get_family_class(spec)(spec, model_source(loaded), pick_device(), weight_dtype(loaded.config))
     family.number_formats = number_formats(loaded.config)
@@ -144,8 +147,10 @@ def family_of_model(model: str, family_name: str | None, file: str | None = None
         raise ConfigError(problems)
     import torch
 
+    from simpletuner.precision.mixed import use_tf32
     from simpletuner.training.devices import pick_device
 
+    use_tf32(True)
     device = pick_device()
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     return get_family_class(spec)(spec, source, device, dtype)
@@ -194,10 +199,8 @@ def spec_of_model(source: ModelSource) -> FamilySpec:
     Raises:
         ConfigError: not a local folder, or no family of ours has that pipeline.
     """
-    from simpletuner.models.safe_loading import read_object
-
     index = Path(source.model) / "model_index.json"
-    pipeline = read_object(index).get("_class_name") if index.is_file() else None
+    pipeline = json.loads(index.read_text(encoding="utf-8")).get("_class_name") if index.is_file() else None
     specs, _ = all_specs()
     for spec in specs:
         published = {flavour.hub_id for flavour in spec.flavours.values()}

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from simpletuner.adapters.weights import AdapterWeights
 from simpletuner.errors import ConfigError, DataError, Problem
+from simpletuner.precision.mixed import forget_casts
 
 # The adapter is a registered child of the denoiser under this name: outside of it, DDP raises and the gradients of
 # FSDP differ by rank.
@@ -48,6 +49,7 @@ class Adapter(ABC):
 
     def __init__(self, report: list[MatchCount]):
         self.report = report
+        self.kernel_choice: dict[str, bool] = {}  # by shape, whether kernels of a library compute in place of ours
         self.notices: list[str] = []  # what a person should know of how it was attached
 
     @abstractmethod
@@ -85,11 +87,12 @@ class Adapter(ABC):
         """Which other programs read the file that `save` writes, in one line; None where that is a whole model."""
         return None
 
-    def choose_kernels(self, device: torch.device, dtype: torch.dtype) -> list[str]:
+    def choose_kernels(self, device: torch.device, dtype: torch.dtype, known: Mapping[str, bool]) -> list[str]:
         """Try what computes this adapter fastest on a device; returns lines that say what was chosen.
 
         Args:
             dtype: of the activations.
+            known: what an earlier start chose, as `kernel_choice`; only what it does not name is tried.
         """
         return []
 
@@ -134,6 +137,7 @@ def copy_into(parameters: Mapping[str, nn.Parameter], state: Mapping[str, Tensor
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(state[name])
+    forget_casts()
 
 
 @contextmanager

@@ -31,13 +31,11 @@ class KronKernels(NamedTuple):
         name: for the log.
         forward: (x (N, b * d), w1, w2) -> (N, a * c).
         backward: (gradient, x, w1, w2) -> gradients to x, w1, w2.
-        errors: by which they fail beside RuntimeError.
     """
 
     name: str
     forward: Callable[[Tensor, Tensor, Tensor], Tensor]
     backward: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
-    errors: tuple[type[Exception], ...] = ()
 
 
 def kron_linear(x: Tensor, w1: Tensor, *w2_chain: Tensor, kernels: KronKernels | None = None) -> Tensor:

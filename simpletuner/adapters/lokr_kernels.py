@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import torch
@@ -37,23 +38,39 @@ class Trial:
         shapes: of w1 and w2.
         seconds: of one forward and backward pass by ours and theirs; None where theirs gave no right numbers.
         reason: why theirs are not used, other than time.
+        known: the choice of an earlier start, which was not timed again.
     """
 
     shapes: Shapes
     seconds: tuple[float, float] | None
     reason: str = ""
+    known: bool | None = None
+
+    @property
+    def name(self) -> str:
+        return name_of(self.shapes)
 
     @property
     def is_won(self) -> bool:
+        if self.known is not None:
+            return self.known
         return self.seconds is not None and self.seconds[0] > MARGIN * self.seconds[1]
 
     def __str__(self) -> str:
-        w1, w2 = ("x".join(map(str, shape)) for shape in self.shapes)
+        w1, w2 = self.name.split()
+        if self.known is not None:
+            chosen = "LyCORIS' kernels" if self.known else "two products"
+            return f"LoKr of {w1} and {w2}: {chosen}, as the checkpoint or the main process says"
         if self.seconds is None:
             return f"LoKr of {w1} and {w2}: two products, since LyCORIS' kernels failed: {self.reason}"
         ours, theirs = (1e3 * seconds for seconds in self.seconds)
         chosen = "LyCORIS' kernels" if self.is_won else "two products"
         return f"LoKr of {w1} and {w2}: {chosen} (two products {ours:.2f} ms, LyCORIS' kernels {theirs:.2f} ms)"
+
+
+def name_of(shapes: Shapes) -> str:
+    """`4x4 768x768`."""
+    return " ".join("x".join(map(str, shape)) for shape in shapes)
 
 
 def fused_kernels(device: torch.device) -> KronKernels | None:
@@ -67,26 +84,26 @@ def fused_kernels(device: torch.device) -> KronKernels | None:
         return None
     from lycoris.kernels.library import lokr_bypass_bwd, lokr_bypass_fwd
 
-    backend, errors = backends[0], (ImportError, ValueError)
-    if backend == "triton":
-        from triton.errors import TritonError
-
-        errors = (*errors, TritonError)
+    backend = backends[0]
     return KronKernels(
         backend,
         lambda x, w1, w2: lokr_bypass_fwd(x, w1, w2, 1.0, backend),
         lambda gradient, x, w1, w2: lokr_bypass_bwd(gradient, x, w1, w2, 1.0, backend),
-        errors,
     )
 
 
 def choose_kernels(
-    modules: Iterable[LokrModule], kernels: KronKernels, device: torch.device, dtype: torch.dtype
+    modules: Iterable[LokrModule],
+    kernels: KronKernels,
+    device: torch.device,
+    dtype: torch.dtype,
+    known: Mapping[str, bool] = MappingProxyType({}),
 ) -> list[Trial]:
     """Let each module compute by `kernels` if they win on its shape; returns the trials, one for each shape.
 
     Args:
         dtype: of the activations.
+        known: `Trial.name` -> what an earlier start of the run chose. That stays: other kernels give other last bits.
     """
     trials: dict[Shapes, Trial] = {}
     for module in modules:
@@ -94,13 +111,21 @@ def choose_kernels(
             continue
         shapes = tuple(module.lokr_w1.shape), tuple(module.lokr_w2.shape)
         if shapes not in trials:
-            trials[shapes] = try_kernels(shapes, kernels, device, dtype)
+            trials[shapes] = try_kernels(shapes, kernels, device, dtype, known.get(name_of(shapes)))
         module.kron_kernels = kernels if trials[shapes].is_won else None
     return list(trials.values())
 
 
-def try_kernels(shapes: Shapes, kernels: KronKernels, device: torch.device, dtype: torch.dtype) -> Trial:
-    """Compare the numbers and the time of `kernels` with those of the two products."""
+def try_kernels(
+    shapes: Shapes, kernels: KronKernels, device: torch.device, dtype: torch.dtype, known: bool | None = None
+) -> Trial:
+    """Compare the numbers and the time of `kernels` with those of the two products.
+
+    Args:
+        known: the choice of an earlier start; kernels that won then are only tried for whether they work.
+    """
+    if known is False:
+        return Trial(shapes, None, "", known)
     (a, b), (c, d) = shapes
     generator = torch.Generator(device).manual_seed(0)
 
@@ -122,8 +147,10 @@ def try_kernels(shapes: Shapes, kernels: KronKernels, device: torch.device, dtyp
         error = max(_error(found, right) for found, right in zip(theirs(), ours(), strict=True))
         if not error < TOLERANCES[dtype]:
             return Trial(shapes, None, f"an error of {error:.1e}")
+        if known:
+            return Trial(shapes, None, "", known)
         return Trial(shapes, _median_seconds((ours, theirs), device))
-    except (RuntimeError, *kernels.errors) as failure:
+    except Exception as failure:  # noqa: BLE001 - compilers are missing or fail in ways of their own
         return Trial(shapes, None, (str(failure).strip().splitlines() or [type(failure).__name__])[0])
 
 

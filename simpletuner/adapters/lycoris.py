@@ -105,14 +105,20 @@ class LycorisAdapter(Adapter):
             for module, multiplier in zip(self.network.loras, multipliers, strict=True):
                 module.multiplier = multiplier
 
-    def choose_kernels(self, device: torch.device, dtype: torch.dtype) -> list[str]:
+    def choose_kernels(self, device: torch.device, dtype: torch.dtype, known: Mapping[str, bool]) -> list[str]:
         from lycoris.modules.lokr import LokrModule
 
-        kernels = fused_kernels(device)
-        if kernels is None:
-            return []
         modules = [m for m in self.network.loras if isinstance(m, LokrModule) and is_structured(m)]
-        return [str(trial) for trial in choose_kernels(modules, kernels, device, dtype)]
+        try:
+            kernels = fused_kernels(device)
+        except Exception as failure:  # noqa: BLE001 - imports of a compiler, which may be broken in any way
+            return [f"LoKr: two products, since LyCORIS' kernels cannot be loaded: {failure}"]
+        if kernels is None:
+            wanted = any(known.values())
+            return ["LoKr: two products, where this run had LyCORIS' kernels before: other last bits"] * wanted
+        trials = choose_kernels(modules, kernels, device, dtype, known)
+        self.kernel_choice = {trial.name: trial.is_won for trial in trials}
+        return [str(trial) for trial in trials]
 
     def start_from(self, weights: AdapterWeights, file: str) -> list[str]:
         """Begin with the weights of a file of the same algorithm; see `Adapter.start_from`."""

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from simpletuner import __version__
-from simpletuner.cli.shared import LOG_LEVEL, app, say_aside
+from simpletuner.cli.shared import LOG_LEVEL, app
 from simpletuner.errors import EXIT_INTERRUPTED, ConfigError, Problem, SimpleTunerError
 from simpletuner.quiet import hide_needless_lines
 
@@ -20,6 +20,7 @@ def main() -> None:
     """Run the command line; errors that a user can mend print without a traceback."""
     hide_needless_lines()
     try:
+        require_system(sys.platform)
         app()
     except SimpleTunerError as error:
         _tell_the_end(error.render())
@@ -36,6 +37,17 @@ def main() -> None:
         _let_go_of_stdout()
 
 
+def require_system(platform: str) -> None:
+    """Raise on a system where a run could not be ended, resumed or watched as promised.
+
+    Raises:
+        ConfigError: on Windows, which has neither the signals nor the inherited pipes that runs depend on.
+    """
+    if platform == "win32":
+        fix = "run it in WSL2, which sees the GPU through the Windows driver (INSTALL.md, Windows)"
+        raise ConfigError(Problem("simpletuner runs on Linux and macOS, not on Windows itself", fix=fix))
+
+
 @app.callback(invoke_without_command=True)
 def root(version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False) -> None:
     if version:
@@ -49,10 +61,7 @@ def _prepare_environment() -> None:
     from simpletuner.config.env_files import variables_of_files
 
     name = next((word.removeprefix("env=") for word in sys.argv if word.startswith("env=")), None)
-    found = variables_of_files(os.environ, Path.cwd(), name)
-    os.environ.update(found.variables)
-    for line in found.warnings:
-        say_aside(f"warning: {line}")
+    os.environ.update(variables_of_files(os.environ, Path.cwd(), name))
     if written := os.environ.get(LOG_LEVEL):
         import logging
 

@@ -21,7 +21,7 @@ from simpletuner.precision.mixed import DTYPES
 from simpletuner.precision.quantise import saved_bytes
 from simpletuner.training.parts import attach_adapter
 from simpletuner.training.recomputing import count_fitting
-from simpletuner.training.swapping import repeated_blocks
+from simpletuner.training.swapping import NUM_BUFFERS, repeated_blocks
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ def mix_that_fits(activations: Activations, free: int, parks: bool = False) -> r
 
 
 def swapped_bytes(config: TrainConfig, family: ModelFamily, denoiser: nn.Module) -> int:
-    """Of the frozen weights, those in main memory; two blocks are on the device, one computes and one arrives."""
+    """Of the frozen weights, those that the device does not hold: it has two buffers of the largest block's size."""
     spec, precision = family.spec, family.number_formats.base
     blocks = repeated_blocks(denoiser, spec.block_classes)
     count = len(blocks) if config.enable_group_offload else min(config.musubi_blocks_to_swap, len(blocks))
@@ -155,7 +155,7 @@ def swapped_bytes(config: TrainConfig, family: ModelFamily, denoiser: nn.Module)
         num_bytes((*block.parameters(), *block.buffers())) - saved_bytes(block, precision, (), spec.unquantised)
         for block in blocks[len(blocks) - count :]
     ]
-    return sum(sizes[: max(count - 2, 0)])
+    return max(sum(sizes) - NUM_BUFFERS * max(sizes, default=0), 0)
 
 
 def device_memory(device: torch.device) -> int:

@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from simpletuner.batch import Batch, PromptEmbeds
 from simpletuner.models.family import ModelFamily
 from simpletuner.optim.state import optimizer_tensors
+from simpletuner.training.recomputing import NUM_LEAVING
 from simpletuner.training.step import compute_losses
 
 # Weights that the optimizer is tried on: 8-bit optimizers keep small ones in full precision, so not too few.
@@ -45,13 +46,15 @@ class Activations:
 
         Args:
             recomputed: blocks that keep their input alone, until the backward pass comes to them.
-            parks_inputs: not even that; it waits in main memory.
+            parks_inputs: not even that; it waits in main memory, but for those of two blocks that are on their way.
         """
         kept = [
             (0 if parks_inputs else put_in) if index in recomputed else inside
             for index, (inside, put_in) in enumerate(zip(self.inside, self.inputs, strict=True))
         ]
-        alive = peak = self.outside + sum(kept)
+        num_parked = sum(index in recomputed for index in range(len(kept))) if parks_inputs else 0
+        on_their_way = min(NUM_LEAVING, num_parked) * max(self.inputs, default=0)
+        alive = peak = self.outside + sum(kept) + on_their_way
         for index in reversed(range(len(kept))):
             if index in recomputed:
                 peak = max(peak, alive + self.inside[index])

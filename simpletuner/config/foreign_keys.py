@@ -98,7 +98,6 @@ RETIRED: Mapping[str, str] = {
     "data_aesthetic_score": "it is a condition of the SDXL refiner, which is no family here",
     # Speed and memory: results are the same without them.
     "fuse_qkv_projections": "the same attention is computed without fusing",
-    "disable_tf32": "torch's own setting counts",
     "unet_attention_slice": "torch's own attention needs no slices",
     "sla_config": "it belongs to an attention kernel that is not built",
     "sageattention_usage": "it belongs to an attention kernel that is not built",

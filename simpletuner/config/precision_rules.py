@@ -72,7 +72,15 @@ def what_belongs_to_checkpointing_has_it(draft: Draft) -> Iterator[Problem]:
         yield draft.problem(message, "gradient_checkpointing_backend", fix="set gradient_checkpointing to true")
 
 
+def kernels_chosen_by_timing_are_not_deterministic(draft: Draft) -> Iterator[Problem]:
+    config = draft.config
+    if config.deterministic and config.dynamo_backend == "inductor":
+        message = "inductor chooses its kernels by timing them at each start, so two starts may differ in the last bits"
+        yield draft.problem(message, "deterministic", "false", fix="remove it, or set dynamo_backend to no")
+
+
 PRECISION_RULES = (
+    kernels_chosen_by_timing_are_not_deterministic,
     swapped_blocks_are_recomputed,
     what_belongs_to_checkpointing_has_it,
     packed_weights_do_not_train,

@@ -30,6 +30,7 @@ from simpletuner.models.components import (
 from simpletuner.models.single_file import objective_marks
 from simpletuner.models.spec import FamilySpec, PredictionType
 from simpletuner.models.text_encoders import TextEncoders
+from simpletuner.precision.mixed import exact_float32
 from simpletuner.precision.quantise import NumberFormats, quantise
 
 Conditioning = Mapping[str, Any]
@@ -245,7 +246,7 @@ class ModelFamily(ABC):
         """(B, 3, H, W) in [-1, 1] -> the moments of the posterior of each picture, unscaled, on the CPU."""
         # Not `vae.device` and `vae.dtype`: diffusers walks all modules for each, a millisecond a picture.
         weight = next(vae.parameters())
-        with torch.no_grad():
+        with torch.no_grad(), exact_float32():
             posterior = vae.encode(pixel_values.to(weight.device, weight.dtype)).latent_dist
         means, stds = posterior.mean.float().cpu(), posterior.std.float().cpu()
         return [LatentMoments(mean, std) for mean, std in zip(means, stds, strict=True)]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from simpletuner.errors import DataError, Problem
+from simpletuner.precision.mixed import forget_casts
 
 
 class EMA:
@@ -88,3 +89,4 @@ class EMA:
     def _write(parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> None:
         for name, value in values.items():
             parameters[name].copy_(value)
+        forget_casts()

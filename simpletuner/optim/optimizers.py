@@ -14,9 +14,13 @@ from simpletuner.config.optimizer_rules import OWN_OPTIONS
 from simpletuner.config.optimizers import OPTIMIZERS, OptimizerRow
 from simpletuner.errors import ConfigError, MissingDependency, Problem
 from simpletuner.hardware import missing_compiler
+from simpletuner.precision.mixed import forget_casts
 
 if TYPE_CHECKING:
     from torch import nn
+
+# Large enough for optimizers that keep the state of small weights in full precision.
+TRIED_SHAPE = (128, 64)
 
 
 def build_optimizer(
@@ -50,9 +54,30 @@ def build_optimizer(
     return optimizer
 
 
-def require_optimizer(name: str, config: Mapping[str, Any], device: torch.device) -> None:
-    """Make the optimizer of a small weight, before anything is loaded for it; raises what `build_optimizer` raises."""
-    build_optimizer(name, {"weight": torch.nn.Parameter(torch.zeros(8, 8, device=device))}, config)
+def require_optimizer(
+    name: str, config: Mapping[str, Any], device: torch.device, dtype: torch.dtype = torch.float32
+) -> None:
+    """Take one step with the optimizer on a small weight, before anything is loaded for it.
+
+    Args:
+        dtype: of the weights that it will train.
+
+    Raises:
+        ConfigError: what `build_optimizer` raises, or the step fails: state in float8 needs a card that computes it.
+    """
+    weight = torch.nn.Parameter(torch.zeros(TRIED_SHAPE, device=device, dtype=dtype))
+    optimizer = build_optimizer(name, {"weight": weight}, config)
+    weight.grad = torch.ones_like(weight)
+    # Compiling a step takes a processor longer than many a run; on a GPU the compiled kernel is what may fail.
+    stance = "default" if device.type == "cuda" else "force_eager"
+    try:
+        with torch.compiler.set_stance(stance):
+            optimizer.step()
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        message = f"{name} cannot take a step on {device}: {reason}"
+        fix = "use adamw_bf16 or adamw, which need nothing but torch"
+        raise ConfigError(Problem(message, key="optimizer", fix=fix)) from error
 
 
 def get_row(name: str) -> OptimizerRow:
@@ -88,6 +113,7 @@ def averaged_weights(optimizer: torch.optim.Optimizer) -> Iterator[None]:
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     kept = [parameter.detach().clone() for parameter in parameters]
     optimizer.eval()  # type: ignore[attr-defined]
+    forget_casts()
     try:
         yield
     finally:
@@ -96,6 +122,7 @@ def averaged_weights(optimizer: torch.optim.Optimizer) -> Iterator[None]:
                 parameter.copy_(value)
         for group in optimizer.param_groups:
             group["train_mode"] = True
+        forget_casts()
 
 
 def _arguments(row: OptimizerRow, name: str, config: Mapping[str, Any]) -> dict[str, Any]:

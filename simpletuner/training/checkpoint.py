@@ -290,6 +290,7 @@ def write_checkpoint(run: Run, folder: Path, content: CheckpointContent) -> None
             "loss_scale": run.loss_scale.to_json(),
             "optimizer": content.plain,
             "identity": run_identity(run),
+            "kernels": dict(run.adapter.kernel_choice),
             "eval_losses": losses_as_json(run.eval_losses),
         },
     )

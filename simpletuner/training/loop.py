@@ -28,6 +28,7 @@ from simpletuner.optim.optimizers import averaged_weights, set_learning_rate
 from simpletuner.randomness import reseed_global
 from simpletuner.reporting.events import CheckpointSaved, Notice, StepDone
 from simpletuner.training.batches import Window
+from simpletuner.training.device_failures import is_shortage
 from simpletuner.training.divergence import explain, has_diverged, last_good_state, note_step, require_finite
 from simpletuner.training.evaluate import evaluate
 from simpletuner.training.loss_bins import INTERVAL as LOSS_BINS_INTERVAL
@@ -108,7 +109,7 @@ def train_window(run: Run, window: Window) -> StepOutcome:
     step, state = window.step, run.state
     weight = max(run.world.sum([window.weight])[0], 1e-12)
     set_learning_rate(run.optimizer, learning_rate_at(run, step))
-    losses = [backward_micro_batch(run, window, micro_step, weight) for micro_step in range(len(window.batches))]
+    losses = backward_window(run, window, weight)
     run.placement.collect_gradients()
     run.loss_scale.unscale(run.placement.parameters.values())
     outcome = summarise(run, window, losses)
@@ -124,6 +125,28 @@ def train_window(run: Run, window: Window) -> StepOutcome:
     if has_diverged(run):
         raise diverged(run, window, losses)
     return outcome
+
+
+def backward_window(run: Run, window: Window, weight: float) -> list[Losses]:
+    """Forward and backward of all micro-batches.
+
+    Where memory does not suffice and blocks are recomputed by measure, a single process takes the step again with more
+    of them recomputed. All draws are keyed, and a recomputed block gives the same bits, so nothing else changes.
+    """
+    while True:
+        try:
+            return [backward_micro_batch(run, window, micro_step, weight) for micro_step in range(len(window.batches))]
+        except (RuntimeError, MemoryError) as error:
+            is_helped = run.world.size == 1 and run.recomputing is not None and is_shortage(error)
+            if not is_helped or not run.recomputing.recompute_more():  # type: ignore[union-attr]
+                raise
+            reason = str(error).splitlines()[0]
+        # Outside of the handler: the traceback holds the tensors of the pass that failed.
+        run.optimizer.zero_grad(set_to_none=True)
+        if run.family.device.type == "cuda":
+            torch.cuda.empty_cache()
+        text = f"step {window.step + 1} is taken again with more blocks recomputed: {reason}"
+        run.bus.emit(Notice("warning", text))
 
 
 def update_weights(run: Run, step: int, is_finite: bool) -> None:

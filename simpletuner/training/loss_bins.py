@@ -49,7 +49,7 @@ class LossBins:
 
     def _sums(self) -> list[list[float]]:
         """By bin: the sum of weighted losses, of weights, and of samples."""
-        sigmas, losses, weights = torch.cat([each.double().cpu() for each in self._gathered], dim=1)
+        sigmas, losses, weights = torch.cat([each.cpu().double() for each in self._gathered], dim=1)
         is_finite = losses.isfinite() & (weights > 0)
         sigmas, losses, weights = sigmas[is_finite], losses[is_finite], weights[is_finite]
         places = (sigmas * NUM_BINS).long().clamp(0, NUM_BINS - 1)

@@ -19,6 +19,7 @@ from simpletuner.distributed.world import ALONE, World
 from simpletuner.models.family import ModelFamily
 from simpletuner.models.registry import get_family_class, get_spec
 from simpletuner.optim.schedules import LrFactor, build_schedule, scaled_learning_rate
+from simpletuner.precision.mixed import use_tf32
 from simpletuner.reporting.bus import EventBus
 from simpletuner.training.batches import BatchSource
 from simpletuner.training.checkpoint import Checkpoints
@@ -54,6 +55,7 @@ def build_family(loaded: LoadedRun) -> ModelFamily:
     """The family class of the configuration, bound to its weights, device and dtype."""
     spec = get_spec(loaded.config.model_family)
     device = pick_device()
+    use_tf32(not loaded.config.disable_tf32)
     family = get_family_class(spec)(spec, model_source(loaded), device, weight_dtype(loaded.config))
     modes = {"slicing": loaded.config.vae_enable_slicing, "tiling": loaded.config.vae_enable_tiling}
     family.number_formats = number_formats(loaded.config)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from pathlib import Path
+from typing import NamedTuple
 
 import psutil
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from simpletuner.adapters.files import check_saved_adapter
 from simpletuner.batch import Batch
 from simpletuner.models.family import ModelFamily
+from simpletuner.precision.mixed import exact_float32
 from simpletuner.precision.quantise import copy_unpacked
 from simpletuner.randomness import keyed_generator
 from simpletuner.reporting.events import Notice
@@ -24,8 +26,15 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 PROBE_TOKENS = 4
 
 
-def live_output(run: Run) -> Tensor:
-    """What the live weights make of the probe, on the CPU: (1, C, h, w). All processes take part.
+class LiveOutput(NamedTuple):
+    """What live weights make of the probe, on the CPU: (1, C, h, w) with the adapter, and without."""
+
+    adapted: Tensor
+    base: Tensor
+
+
+def live_output(run: Run) -> LiveOutput:
+    """The probe through the live weights. All processes take part.
 
     Raises:
         DivergedError: it is not finite.
@@ -33,12 +42,14 @@ def live_output(run: Run) -> Tensor:
     was_training = run.denoiser.training
     run.denoiser.eval()
     # As in training, for adapters in float32 may sit on a base in half precision; what is float32 throughout is
-    # compared in float32, whatever training computes in.
-    with nullcontext() if probe_dtype(run) == torch.float32 else run.autocast():
-        output = probe_output(run.family, run.denoiser).cpu()
+    # compared in float32, whatever training computes in, and without the TF32 of GPUs.
+    with exact_float32(), nullcontext() if probe_dtype(run) == torch.float32 else run.autocast():
+        adapted = probe_output(run.family, run.denoiser).cpu()
+        with run.adapter.disabled():
+            base = probe_output(run.family, run.denoiser).cpu()
     run.denoiser.train(was_training)
-    require_finite(run, "outputs of the trained model", {"output": output})
-    return output
+    require_finite(run, "outputs of the trained model", {"output": adapted})
+    return LiveOutput(adapted, base)
 
 
 def probe_dtype(run: Run) -> torch.dtype:
@@ -46,7 +57,7 @@ def probe_dtype(run: Run) -> torch.dtype:
     return min((run.family.dtype, *(each.dtype for each in run.trainable)), key=lambda dtype: -TOLERANCE[dtype])
 
 
-def prove_adapter(run: Run, path: Path, reference: Tensor) -> None:
+def prove_adapter(run: Run, path: Path, reference: LiveOutput) -> None:
     """Reload an adapter file through its public loader onto freshly loaded base weights; outputs must be equal.
 
     Args:
@@ -72,8 +83,9 @@ def prove_adapter(run: Run, path: Path, reference: Tensor) -> None:
         fresh,
         family.spec,
         lambda denoiser: probe_output(family, denoiser),
-        reference,
+        reference.adapted,
         TOLERANCE[probe_dtype(run)],
+        reference.base,
     )
 
 

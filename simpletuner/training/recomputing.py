@@ -7,7 +7,9 @@ forgets: the backward pass would compute it again at once, while all else is sti
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import psutil
@@ -16,9 +18,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from simpletuner.config.options import TrainConfig
+from simpletuner.training.streams import CopyLane, lane_of
+from simpletuner.training.swapping import Swapped
 
 # Of the memory that was free, what stays so: sizes of batches differ, and allocators leave gaps.
 SPARE = 0.1
+# Blocks whose inputs may be on their way to main memory at a time.
+NUM_LEAVING = 2
 
 
 class Recomputing:
@@ -34,9 +40,11 @@ class Recomputing:
     def __init__(self, device: torch.device, interval: int = 1, is_measured: bool = False, parks_inputs: bool = False):
         self.device = device
         self.interval = interval
-        self.parks_inputs = parks_inputs
+        self.parking = Parking(device) if parks_inputs else None
         self.room = MeasuredRoom(device) if is_measured else None
         self._index: dict[Any, int] = {}
+        # By the tensors that it is given `checkpoint` finds out whose random state to restore; see `_Parked`.
+        self._of_device = torch.empty(0, device=device)
 
     @classmethod
     def of(cls, config: TrainConfig, device: torch.device) -> Recomputing | None:
@@ -54,40 +62,110 @@ class Recomputing:
     def __call__(self, block: Callable[..., Any], *inputs: Any) -> Any:
         is_known = block in self._index  # in the first pass nobody knows which is the last
         index = self._index.setdefault(block, len(self._index))
+        if index == 0 and self.parking is not None:
+            self.parking.begin()
         if self.room is not None:
-            is_recomputed, count = self.room.ask(index, inputs, len(self._index))
+            is_recomputed, count = self.room.ask(index, inputs, len(self._index), block)
             if count is not None:
                 with count:
                     return block(*inputs)
         else:
             is_last = is_known and index == len(self._index) - 1
             is_recomputed = index % self.interval == 0 and not is_last
+        if isinstance(forward := getattr(block, "forward", None), Swapped):
+            forward.is_recomputed = is_recomputed
         if not is_recomputed:
             return block(*inputs)
-        if self.parks_inputs:
-            return checkpoint(_Parked(block, inputs), use_reentrant=False)
+        if self.parking is not None:
+            return checkpoint(_Parked(block, inputs, self.parking), self._of_device, use_reentrant=False)
         return checkpoint(block, *inputs, use_reentrant=False)
 
     def after_step(self) -> None:
-        """Told when an optimizer step is done: then the peak of its memory is known."""
+        """Called when an optimizer step is done: then the peak of its memory is known."""
         if self.room is not None:
             self.room.after_step(len(self._index))
 
+    def recompute_more(self) -> bool:
+        """Called when the memory of a step did not suffice; whether the step can be tried again with more blocks
+        recomputed."""
+        return self.room is not None and self.room.recompute_more()
+
 
 class _Parked:
-    """A block and its inputs, which go to main memory when the block has run, and come back when it runs again."""
+    """A block and its inputs, which go to main memory when the block has run, and come back when it runs again.
 
-    def __init__(self, block: Callable[..., Any], inputs: Sequence[Any]):
+    The inputs are not arguments of `checkpoint`, which would keep them. So it is given an empty tensor of their device:
+    without one it would not restore the device's random state, and dropout would draw another mask in the second run.
+    """
+
+    def __init__(self, block: Callable[..., Any], inputs: Sequence[Any], parking: Parking):
         self.block = block
         self.inputs: list[Any] | None = list(inputs)
+        self.parking = parking
         self.parked: list[Any] = []
 
-    def __call__(self) -> Any:
+    def __call__(self, of_device: Tensor) -> Any:
         if self.inputs is None:
-            return self.block(*(value.back() if isinstance(value, _Away) else value for value in self.parked))
+            return self.block(*self.parking.back(self.parked))
         inputs, self.inputs = self.inputs, None
-        self.parked = [_Away(value) if _can_move(value) else value for value in inputs]
+        self.parked = self.parking.park(inputs)
         return self.block(*inputs)
+
+
+class Parking:
+    """Main memory where inputs of blocks wait. Copies run beside the computation, in both directions.
+
+    Args:
+        lane: where copies run; by default the device's own.
+    """
+
+    def __init__(self, device: torch.device, lane: CopyLane | None = None):
+        self.lane = lane or lane_of(device)
+        # Inputs whose copies may not be done. At most two blocks' at a time: then the computation waits for the first.
+        self._leaving: deque[tuple[list[Any], Any]] = deque()
+        self._parked: list[list[Any]] = []  # in the order of the blocks; the last ones come back first
+
+    def park(self, inputs: Sequence[Any]) -> list[Any]:
+        """`inputs` with a copy in main memory in place of each tensor that is large and of this block alone."""
+        moved = [value for value in inputs if _can_move(value)]
+        away = {id(value): _Away(value) for value in moved}
+        if moved:
+            self._leaving.append((moved, self.lane.copy(lambda: [away[id(value)].take(value) for value in moved])))
+        self._let_go(NUM_LEAVING)
+        parked = [away.get(id(value), value) for value in inputs]
+        self._parked.append(parked)
+        return parked
+
+    def back(self, parked: list[Any]) -> list[Any]:
+        """The inputs as they were; those of the block before are sent for."""
+        self._let_go(0)
+        if any(parked is each for each in self._parked):
+            while self._parked.pop() is not parked:
+                pass  # what came later was never asked for
+        self._send_for(parked)
+        for value in parked:
+            if isinstance(value, _Away):
+                self.lane.wait(value.mark)
+        inputs = [value.arrived() if isinstance(value, _Away) else value for value in parked]
+        if self._parked:
+            self._send_for(self._parked[-1])
+        return inputs
+
+    def begin(self) -> None:
+        """A forward pass begins; of an earlier one nothing is fetched ahead any more."""
+        self._parked.clear()
+
+    def _send_for(self, parked: Sequence[Any]) -> None:
+        for value in parked:
+            if isinstance(value, _Away) and value.coming is None:
+                # Made here, so that the allocator counts it to the stream that computes.
+                value.coming = torch.empty_like(value.copy, device=value.device)
+                value.mark = self.lane.copy(partial(value.coming.copy_, value.copy, non_blocking=True))
+
+    def _let_go(self, num_kept: int) -> None:
+        while len(self._leaving) > num_kept:
+            _, mark = self._leaving.popleft()
+            self.lane.wait(mark)
 
 
 def _can_move(value: Any) -> bool:
@@ -96,57 +174,78 @@ def _can_move(value: Any) -> bool:
 
 
 class _Away:
-    """A copy in main memory, made while the device goes on; the way back waits for it on the same stream."""
+    """A tensor's copy in main memory, and its way back."""
 
     def __init__(self, tensor: Tensor):
         # What a recomputation saves depends on whether its inputs ask for gradients.
         self.device, self.requires_grad = tensor.device, tensor.requires_grad
-        is_pinned = tensor.device.type == "cuda"
-        self.copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=is_pinned)
-        self.copy.copy_(tensor.detach(), non_blocking=is_pinned)
+        self.copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.device.type == "cuda")
+        self.coming: Tensor | None = None
+        self.mark: Any = None
 
-    def back(self) -> Tensor:
-        return self.copy.to(self.device, non_blocking=True, copy=True).requires_grad_(self.requires_grad)
+    def take(self, tensor: Tensor) -> None:
+        self.copy.copy_(tensor.detach(), non_blocking=True)
+
+    def arrived(self) -> Tensor:
+        tensor, self.coming = self.coming, None
+        assert tensor is not None
+        return tensor.requires_grad_(self.requires_grad)
 
 
 class MeasuredRoom:
     """How many blocks of a batch of some size need not be recomputed.
 
-    The first step of each size recomputes all blocks but one, whose saved bytes are counted; what is free at the peak
-    of that step then says how many blocks may keep theirs. Those are the last ones: when the backward pass comes to the
-    first, where it recomputes, it has freed them.
+    The first steps of each size recompute all blocks but one, whose saved bytes are counted; what is free at the peak
+    of such a step then says how many blocks may keep theirs. Those are the last ones: when the backward pass comes to
+    the first, where it recomputes, it has freed them. The very first step of a run says nothing, since the optimizer
+    makes its state at its end: only afterwards do activations and state exist together.
     """
 
     def __init__(self, device: torch.device):
         self.device = device
         self.plain_blocks: dict[int, int] = {}  # size of a block's input -> blocks that keep what they computed
         self._counted: dict[int, int] = {}  # size -> bytes of one block
+        self._seen: set[int] = set()  # sizes of this step
         self._size = 0
         self._is_measuring = False
+        self._has_state = False
 
-    def ask(self, index: int, inputs: Sequence[Any], num_blocks: int) -> tuple[bool, CountSaved | None]:
+    def ask(
+        self, index: int, inputs: Sequence[Any], num_blocks: int, block: Any = None
+    ) -> tuple[bool, CountSaved | None]:
         """(whether to recompute the block, a context that counts what it saves in place of that).
 
         Args:
             num_blocks: that are known so far, which is all of them from the second step on.
+            block: its weights do not count, since they are there anyway.
         """
         if index == 0:
             self._size = sum(value.numel() for value in inputs if isinstance(value, Tensor))
-            if self._size not in self._counted:
+            self._seen.add(self._size)
+            if self._size not in self.plain_blocks:
                 # Once for all sizes that are new in a step: the peak is that of the largest.
                 if self.device.type == "cuda" and not self._is_measuring:
                     torch.cuda.reset_peak_memory_stats(self.device)
                 self._is_measuring = True
-                return False, CountSaved(self._counted, self._size)
+                return False, CountSaved(self._counted, self._size, weights_of(block))
         if self._size not in self.plain_blocks:
             return True, None
         return index < num_blocks - self.plain_blocks[self._size], None
 
     def after_step(self, num_blocks: int) -> None:
         self._is_measuring = False
-        for size, num_bytes in self._counted.items():
-            if size not in self.plain_blocks and num_bytes:
-                self.plain_blocks[size] = count_fitting(self.free_bytes(), num_bytes, num_blocks)
+        if self._has_state:
+            for size in self._seen - self.plain_blocks.keys():
+                if num_bytes := self._counted.get(size):
+                    self.plain_blocks[size] = count_fitting(self.free_bytes(), num_bytes, num_blocks)
+        self._has_state = True
+        self._seen.clear()
+
+    def recompute_more(self) -> bool:
+        """Let fewer blocks of the present size keep what they computed; False where none did."""
+        before = self.plain_blocks.get(self._size, 1)
+        self.plain_blocks[self._size] = before // 2
+        return before > 0
 
     def free_bytes(self) -> int:
         """Bytes that were free at the peak since the count began; of main memory, those that are free now."""
@@ -168,11 +267,21 @@ def count_fitting(free: int, num_bytes: int, num_blocks: int) -> int:
 
 
 class CountSaved:
-    """Counts the bytes that autograd saves inside of the context, without those of parameters."""
+    """Counts the bytes that autograd saves inside of the context, without those of weights.
 
-    def __init__(self, counts: dict[int, int], key: int):
+    A weight is often saved as a view of itself (its transpose), hence by what it lies in.
+
+    Args:
+        counts: gets the sum under `key`.
+        weights: what does not count.
+    """
+
+    def __init__(self, counts: dict[int, int], key: int, weights: Iterable[Tensor] = ()):
         self.counts, self.key = counts, key
+        # Storages are held, so that none takes the identity of one that was freed.
         self._seen: dict[int, Any] = {}
+        for weight in weights:
+            self._is_new(weight)
 
     def __enter__(self) -> None:
         self.counts[self.key] = 0
@@ -184,8 +293,27 @@ class CountSaved:
         self._seen.clear()
 
     def _count(self, tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if not isinstance(tensor, nn.Parameter) and storage._cdata not in self._seen:
-            self._seen[storage._cdata] = storage
-            self.counts[self.key] += storage.nbytes()
+        if self._is_new(tensor):
+            self.counts[self.key] += tensor.untyped_storage().nbytes()
         return tensor
+
+    def _is_new(self, tensor: Tensor) -> bool:
+        storage = tensor.untyped_storage()
+        if storage._cdata in self._seen:
+            return False
+        self._seen[storage._cdata] = storage
+        return True
+
+
+def weights_of(block: Any) -> list[Tensor]:
+    """Parameters and buffers of a block and of the adapters that were put beside its layers (LyCORIS' hold them)."""
+    if not isinstance(block, nn.Module):
+        return []
+    modules = [*block.modules(), *(owner for each in block.modules() if (owner := _adapter_of(each)) is not None)]
+    return [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
+
+
+def _adapter_of(layer: nn.Module) -> nn.Module | None:
+    """The module whose forward pass stands in the place of a layer's own."""
+    owner = getattr(layer.__dict__.get("forward"), "__self__", None)
+    return owner if isinstance(owner, nn.Module) and owner is not layer else None

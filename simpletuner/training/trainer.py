@@ -12,6 +12,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+import torch
+
 from simpletuner import storage
 from simpletuner.adapters.base import Adapter
 from simpletuner.config.loading import LoadedRun
@@ -25,13 +27,14 @@ from simpletuner.models.family import ModelFamily
 from simpletuner.models.registry import get_spec
 from simpletuner.optim.ema import EMA
 from simpletuner.optim.optimizers import build_optimizer, require_optimizer
-from simpletuner.precision.mixed import DTYPES
+from simpletuner.precision.mixed import DTYPES, deterministic_kernels
 from simpletuner.precision.quantise import require_device
 from simpletuner.reporting.bus import EventBus
 from simpletuner.reporting.events import Notice, RunFailed, RunStarted
 from simpletuner.reporting.sinks import build_sinks
 from simpletuner.training.checkpoint import Checkpoints, load_checkpoint, read_state
-from simpletuner.training.devices import pick_device
+from simpletuner.training.device_failures import explain
+from simpletuner.training.devices import adapter_dtype, pick_device, weight_dtype
 from simpletuner.training.evaluate import read_history
 from simpletuner.training.evaluation import losses_from_json
 from simpletuner.training.finish import finish_run, was_finished
@@ -77,6 +80,7 @@ def train(loaded: LoadedRun) -> None:
         run: Run | None = None
         try:
             products = DTYPES[loaded.config.mixed_precision]
+            stack.enter_context(deterministic_kernels(loaded.config.deterministic))
             stack.enter_context(attention_kernel(loaded.config.attention_mechanism, pick_device(), products))
             with stopped_by_signals(stop):
                 run = build_run(loaded, output_dir, bus, stop, world)
@@ -101,6 +105,10 @@ def train(loaded: LoadedRun) -> None:
             raise
         except Exception as error:  # told to whoever listens; `cli.main` shows it
             step = run.state.global_step if run is not None else 0
+            what = f"training step {step + 1}" if run is not None else "preparing the run"
+            if (known := explain(error, loaded.config, pick_device(), what)) is not None:
+                bus.emit(RunFailed(step=step, message=known.render(), exit_code=known.exit_code))
+                raise known from error
             bus.emit(RunFailed(step=step, message=f"unexpected {type(error).__name__}: {error}"))
             raise
 
@@ -145,7 +153,8 @@ def build_run(loaded: LoadedRun, output_dir: Path, bus: EventBus, stop: StopRequ
 
     family = build_family(loaded)
     require_device(config.base_model_precision, family.device, family.dtype)
-    require_optimizer(config.optimizer, config.model_dump(), family.device)
+    trained_dtype = weight_dtype(config) if config.model_type == "full" else adapter_dtype(config)
+    require_optimizer(config.optimizer, config.model_dump(), family.device, trained_dtype)
     datasets, sources = prepare_data(loaded, family, output_dir, bus, stop, world)
     training = [dataset for dataset in datasets if dataset.kind == "image"]
     sampler = build_sampler(loaded, training, world)
@@ -164,9 +173,7 @@ def build_run(loaded: LoadedRun, output_dir: Path, bus: EventBus, stop: StopRequ
         if recomputing is not None:
             denoiser.enable_gradient_checkpointing(recomputing)
         compile_blocks(denoiser, family.spec.block_classes, config.dynamo_backend)
-    if config.dynamo_backend == "no":  # a compiler makes its own
-        for line in adapter.choose_kernels(family.device, DTYPES[config.mixed_precision]):
-            bus.emit(Notice("info", line))
+    choose_kernels(loaded, adapter, family.device, resume_from, bus, world)
     if world.is_main:
         write_lock(loaded, family, datasets, output_dir, bus, resumes=resume_from is not None)
     parameters = adapter.trainable_parameters()
@@ -209,6 +216,25 @@ def run_length(loaded: LoadedRun, sampler: Sampler, resume_from: Path | None) ->
         return Length(total_train_steps(loaded, sampler))
     saved = read_state(resume_from)
     return resumed_length(loaded, sampler, saved, resumed_state(saved, sampler))
+
+
+def choose_kernels(
+    loaded: LoadedRun, adapter: Adapter, device: torch.device, resume_from: Path | None, bus: EventBus, world: World
+) -> None:
+    """Let the adapter's kernels be chosen: by the checkpoint, else by the main process, which times them; for all.
+
+    Two starts may time them differently, and other kernels give other bits.
+    """
+    config = loaded.config
+    if config.dynamo_backend != "no" or config.deterministic:
+        return  # a compiler makes its own; the faster ones add up in no fixed order
+    known = read_state(resume_from).get("kernels", {}) if resume_from is not None else {}
+    lines = adapter.choose_kernels(device, DTYPES[config.mixed_precision], known) if world.is_main else []
+    choice = world.from_main(dict(adapter.kernel_choice))
+    if not world.is_main:
+        lines = adapter.choose_kernels(device, DTYPES[config.mixed_precision], choice)
+    for line in lines:
+        bus.emit(Notice("info", line))
 
 
 def tell_of_adapter(adapter: Adapter, bus: EventBus) -> None:

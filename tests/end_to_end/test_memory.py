@@ -23,6 +23,7 @@ from simpletuner.training.recomputing import MeasuredRoom, Recomputing
 from simpletuner.training.step import compute_losses, draw_noise
 from simpletuner.training.swapping import SwappedBlocks, repeated_blocks
 from tests.runs import load_here, metrics, train_here, write_run
+from tests.tiny import tiny_omnigen_folder
 from tests.tiny_folders import TINY_FOLDERS
 
 LORA = {"lora_type": "standard", "lycoris_config": None, "lora_rank": 4}
@@ -157,7 +158,8 @@ def test_swapped_weights_leave_no_copy_behind(tmp_path: Path, omnigen_folder: Pa
     loss = compute_losses(family, denoiser, batch, torch.randn(1, 4, 8, 8), torch.full((1,), 0.5, dtype=torch.float64))
     loss.weighted_sum.backward()
     assert fetched == [0, 1, 1, 0]
-    assert not swap._coming
+    assert all(buffer.nbytes == swap.weights[0].num_bytes for buffer in swap.buffers)
+    assert len(swap.buffers) == 2
 
 
 def test_more_blocks_than_there_are_cannot_be_swapped(tmp_path: Path, omnigen_folder: Path) -> None:
@@ -176,6 +178,9 @@ def test_as_many_blocks_keep_their_activations_as_fit(monkeypatch: pytest.Monkey
     with count:
         (x.exp() * 2).sum()  # keeps its result: 200 bytes
     assert [room.ask(index, (x,), index + 1)[0] for index in (1, 2, 3)] == [True, True, True]
+    room.after_step(num_blocks=8)
+    # The optimizer has made its state after the peak of the first step: the second one decides.
+    assert [room.ask(index, (x,), 8)[0] for index in (0, 1, 2, 3)] == [False, True, True, True]
     room.after_step(num_blocks=8)
     # 1000 bytes, a tenth of them spared, hold 4 more blocks of 200: the last ones, which are freed first.
     assert [room.ask(index, (x,), 8) for index in range(8)] == [(True, None)] * 3 + [(False, None)] * 5
@@ -245,9 +250,11 @@ def test_a_compiled_base_without_its_adapter_is_the_base(tmp_path: Path, omnigen
     assert step["extra"]["regularisation_loss"] == pytest.approx(0, abs=1e-9)
 
 
-def test_the_plan_counts_what_is_saved(tmp_path: Path, omnigen_folder: Path) -> None:
+def test_the_plan_counts_what_is_saved(tmp_path: Path) -> None:
+    model = tiny_omnigen_folder(tmp_path / "model", num_layers=6)
+
     def rows(**options: Any) -> dict[str, int]:
-        folder = write_run(tmp_path / str(len(list(tmp_path.iterdir()))), omnigen_folder, **options)
+        folder = write_run(tmp_path / str(len(list(tmp_path.iterdir()))), model, **options)
         return {row.name: row.num_bytes for row in planning.make_plan(load_here(folder), probe=False).memory}
 
     recomputed = {"gradient_checkpointing": True}

@@ -101,6 +101,16 @@ class PrecisionOptions(OptionGroup):
         help="Number format of the VAE.",
         planned="the VAE always works in float32: half precision adds noise to the latents",
     )
+    disable_tf32: Bool = option(
+        False,
+        help="Compute float32 products of the model exactly on NVIDIA GPUs. Otherwise their inputs are rounded to TF32 "
+        "(10 bits), several times faster. Cached latents and the check of saved adapters are exact either way.",
+    )
+    deterministic: Bool = option(
+        False,
+        help="Use only kernels that give the same bits each time: on a GPU two runs, and a run that was resumed, are "
+        "then equal bit for bit. Costs speed; on a processor runs are equal without it.",
+    )
     dynamo_backend: Literal["no", "inductor", "eager", "aot_eager", "cudagraphs"] = option(
         "no",
         help="Compile the repeated blocks with torch.compile; `inductor` makes kernels and needs triton (GPU) or a C++ "

@@ -5,6 +5,8 @@ The real ones need a GPU; stand-ins show what is done with their numbers, their 
 
 from __future__ import annotations
 
+import subprocess
+
 import pytest
 import torch
 from lycoris.modules.lokr import LokrModule
@@ -39,7 +41,7 @@ def stand_in(calls: list[str], factor: float = 1.0, failure: Exception | None = 
         with torch.enable_grad():
             return torch.autograd.grad(forward(*inputs), inputs, gradient)
 
-    return KronKernels("stand-in", forward, backward, (ImportError,))
+    return KronKernels("stand-in", forward, backward)
 
 
 def modules(**settings: int) -> list[LokrModule]:
@@ -94,7 +96,19 @@ def test_wrong_numbers_are_never_fast_enough(monkeypatch: pytest.MonkeyPatch) ->
     assert both[0].kron_kernels is None
 
 
-@pytest.mark.parametrize("failure", [ImportError("no compiler\nfound"), RuntimeError("out of memory")])
+NO_HEADERS = subprocess.CalledProcessError(1, ["gcc", "-I/usr/include/python3.11", "main.c"])
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [
+        ImportError("no compiler\nfound"),
+        RuntimeError("out of memory"),
+        NO_HEADERS,
+        FileNotFoundError("gcc"),
+        KeyError("x"),
+    ],
+)
 def test_kernels_that_fail_leave_the_two_products_and_say_why(failure: Exception) -> None:
     both = modules()
     [trial] = choose_kernels(both, stand_in([], failure=failure), CPU, torch.float32)

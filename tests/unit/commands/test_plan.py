@@ -219,7 +219,7 @@ def test_the_peak_of_recomputed_blocks_on_hand_numbers() -> None:
     assert kept.peak(range(3)) == 1000 + 6 + 30  # at the last block, where nothing is freed yet
     assert kept.peak(range(2)) == 1000 + 3 + 30
     assert kept.peak([2]) == 1000 + 10 + 20 + 3 + 30
-    assert kept.peak(range(2), parks_inputs=True) == 1000 + 30
+    assert kept.peak(range(2), parks_inputs=True) == 1000 + 30 + 2 * 3  # two inputs may be on their way
 
 
 @pytest.mark.parametrize(("free", "recomputed"), [(0, 3), (199, 3), (1_000, 0), (360, 2), (471, 1)])

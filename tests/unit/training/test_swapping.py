@@ -1,0 +1,195 @@
+"""Swapped blocks while copies and computation run at their own pace: two at a time, and never the wrong weights."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from simpletuner.training.recomputing import Parking, Recomputing
+from simpletuner.training.swapping import NUM_BUFFERS, SwappedBlocks
+
+CPU = torch.device("cpu")
+
+
+@dataclass
+class FakeStreams:
+    """A host that queues everything before anything runs; then two queues that advance in any order that marks allow.
+
+    Attributes:
+        bytes_copied: of the copies that ran.
+    """
+
+    compute: list[tuple[str, object]] = field(default_factory=list)
+    copies: list[tuple[str, object]] = field(default_factory=list)
+
+    def copy(self, function: Callable[[], object]) -> object:
+        begin, end = object(), object()
+        self.compute.append(("mark", begin))
+        self.copies += [("wait", begin), ("run", function), ("mark", end)]
+        return end
+
+    def wait(self, mark: object) -> None:
+        self.compute.append(("wait", mark))
+
+    def run(self, function: Callable[[], object]) -> None:
+        self.compute.append(("run", function))
+
+    def advance(self, seed: int) -> None:
+        rng, done, queues = random.Random(seed), set(), [self.compute, self.copies]
+        while any(queues):
+            queue = rng.choice([each for each in queues if each and (each[0][0] != "wait" or each[0][1] in done)])
+            kind, what = queue.pop(0)
+            if kind == "mark":
+                done.add(what)
+            elif kind == "run":
+                what()  # type: ignore[operator]
+
+
+def numbered_blocks(count: int) -> list[nn.Module]:
+    blocks = []
+    for index in range(count):
+        block = nn.Linear(3, 5 if index % 2 else 4)
+        nn.init.constant_(block.weight, index)
+        nn.init.constant_(block.bias, 100 + index)
+        blocks.append(block.requires_grad_(False))
+    return blocks
+
+
+def note(seen: list[tuple[Any, ...]], index: int, weights: Mapping[str, Tensor]) -> None:
+    seen.append((index, *(tensor.unique().tolist() for tensor in weights.values())))
+
+
+ORDERS = {
+    "training": [*range(6), *reversed(range(5))],
+    "a pass without gradients, then training": [*range(6), *range(6), *reversed(range(5))],
+    "out of order": [0, 1, 2, 5, 3, 4, 4, 3, 5, 2, 1, 0],
+}
+
+
+@pytest.mark.parametrize("order", ORDERS.values(), ids=ORDERS)
+def test_at_most_two_blocks_are_on_the_device_and_each_computes_with_its_own_weights(order: list[int]) -> None:
+    """However far the host is ahead: here it has queued the whole step before the first copy begins."""
+    for seed in range(40):
+        streams, seen, places = FakeStreams(), [], set()
+        blocks = numbered_blocks(6)
+        swap = SwappedBlocks(blocks, CPU, streams)
+        for index in order:
+            weights = swap.fetch(index)
+            places |= {tensor.untyped_storage().data_ptr() for tensor in weights.values()}
+            streams.run(partial(note, seen, index, weights))
+        streams.advance(seed)
+        assert seen == [(index, [index], [100 + index]) for index in order]
+        assert len(places) == len(swap.buffers) == NUM_BUFFERS
+        assert sum(buffer.nbytes for buffer in swap.buffers) == 2 * max(each.num_bytes for each in swap.weights)
+
+
+def test_a_block_is_one_copy_and_takes_no_more_memory_than_its_weights() -> None:
+    """Not one pinned block of a power of two for each tensor."""
+    streams = FakeStreams()
+    blocks = [nn.Sequential(nn.Linear(48, 48), nn.LayerNorm(48)).requires_grad_(False) for _ in range(3)]
+    wanted = sum(tensor.nbytes for tensor in blocks[0].parameters())
+    swap = SwappedBlocks(blocks, CPU, streams)
+    swap.fetch(0)
+    assert [kind for kind, _ in streams.copies].count("run") == 2  # this one, and the next in advance
+    storages = {tensor.untyped_storage().data_ptr() for tensor in blocks[0].parameters()}
+    assert len(storages) == 1
+    assert swap.weights[0].num_bytes < wanted + 4 * 256
+
+
+class Toy(nn.Module):
+    """Blocks that a recomputing denoiser calls, but for one that is called plainly, as UNets do in the middle."""
+
+    def __init__(self, count: int):
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(6, 6), nn.Tanh()) for _ in range(count))
+        self.trained = nn.ParameterList(nn.Parameter(torch.zeros(6)) for _ in range(count))
+
+    def forward(self, x: Tensor, call: Callable[..., Tensor]) -> Tensor:
+        for index, (block, trained) in enumerate(zip(self.blocks, self.trained, strict=True)):
+            x = (block(x) if index == 2 else call(block, x)) + trained
+        return x
+
+
+def test_a_block_that_is_not_recomputed_fetches_its_weights_again() -> None:
+    found = []
+    for swaps in (False, True):
+        torch.manual_seed(0)
+        toy = Toy(6)
+        toy.blocks.requires_grad_(False)
+        if swaps:
+            swap = SwappedBlocks(list(toy.blocks), CPU)
+        recomputing = Recomputing(CPU)
+        for _ in range(2):
+            toy.zero_grad()
+            toy(torch.ones(2, 6), recomputing).square().sum().backward()
+        found.append([each.grad.clone() for each in toy.trained])
+    assert len(swap.buffers) == 2
+    for ours, plain in zip(found[1], found[0], strict=True):
+        torch.testing.assert_close(ours, plain, rtol=0, atol=0)
+
+
+def test_parked_inputs_leave_beside_the_computation_two_at_a_time_and_come_back_in_advance() -> None:
+    for seed in range(20):
+        streams = FakeStreams()
+        parking = Parking(CPU, streams)
+        tensors = [torch.full((1, 2, 3), float(index)) for index in range(5)]
+        parked = []
+        for tensor in tensors:
+            parked.append(parking.park([tensor, "a mask"]))
+            assert len(parking._leaving) <= 2
+        seen: list[tuple[Any, ...]] = []
+        for index in reversed(range(5)):
+            back, mask = parking.back(parked[index])
+            assert mask == "a mask"
+            streams.run(partial(note, seen, index, {"weight": back}))
+        streams.advance(seed)
+        assert seen == [(index, [index]) for index in (4, 3, 2, 1, 0)]
+
+
+def test_checkpoint_is_given_a_tensor_by_which_it_knows_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without one it saves no random state of a GPU, and dropout draws another mask in the second run."""
+    given: list[tuple[Any, ...]] = []
+
+    def checkpoint(function: Callable[..., Any], *arguments: Any, use_reentrant: bool) -> Any:
+        given.append(arguments)
+        return function(*arguments)
+
+    monkeypatch.setattr("simpletuner.training.recomputing.checkpoint", checkpoint)
+    recomputing = Recomputing(CPU, parks_inputs=True)
+    recomputing(nn.Linear(4, 4), torch.ones(1, 2, 4, requires_grad=True))
+    [arguments] = given
+    assert [each.device for each in arguments if isinstance(each, Tensor)] == [CPU]
+    assert all(each.numel() == 0 for each in arguments)  # the input itself would be kept
+
+
+def test_weights_that_are_saved_as_views_are_no_activations() -> None:
+    from simpletuner.training.recomputing import CountSaved, weights_of
+
+    block = nn.Sequential(nn.Linear(64, 64), nn.Tanh()).requires_grad_(False)
+    x = torch.randn(2, 64, requires_grad=True)
+    counts: dict[int, int] = {}
+    with CountSaved(counts, 0, weights_of(block)):
+        block(x).sum().backward()
+    assert counts[0] == 2 * 64 * 4  # the output of tanh; the weight's transpose is 16 KB
+
+
+def test_the_weights_of_an_adapter_beside_a_layer_are_no_activations(omnigen_folder, tmp_path) -> None:
+    from simpletuner.training.parts import attach_adapter, build_family
+    from simpletuner.training.recomputing import weights_of
+    from tests.runs import load_here, write_run
+
+    loaded = load_here(write_run(tmp_path, omnigen_folder))
+    family = build_family(loaded)
+    denoiser = family.load_base()
+    adapter = attach_adapter(loaded, family, denoiser)
+    of_block = {id(each) for each in weights_of(denoiser.layers[0])}
+    own = [each for name, each in adapter.trainable_parameters().items() if "layers_0_" in name]
+    assert own
+    assert {id(each) for each in own} <= of_block
