@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -199,8 +198,10 @@ def spec_of_model(source: ModelSource) -> FamilySpec:
     Raises:
         ConfigError: not a local folder, or no family of ours has that pipeline.
     """
+    from simpletuner.models.safe_loading import read_object
+
     index = Path(source.model) / "model_index.json"
-    pipeline = json.loads(index.read_text(encoding="utf-8")).get("_class_name") if index.is_file() else None
+    pipeline = read_object(index).get("_class_name") if index.is_file() else None
     specs, _ = all_specs()
     for spec in specs:
         published = {flavour.hub_id for flavour in spec.flavours.values()}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import codecs
 import re
+import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
@@ -38,6 +39,27 @@ class NotText(ValueError):
     def __init__(self, reason: str, line: int | None = None):
         super().__init__(reason)
         self.line = line
+
+
+def one_form(name: bytes) -> bytes:
+    """A file's name or path with its accents composed (NFC): systems write `é` as one character or as two."""
+    if name.isascii():
+        return name
+    try:
+        return unicodedata.normalize("NFC", name.decode("utf-8")).encode()
+    except UnicodeDecodeError:
+        return name
+
+
+def forms_of(name: bytes) -> tuple[bytes, ...]:
+    """Every way in which systems write a name: as it is, and with its accents composed and decomposed."""
+    if name.isascii():
+        return (name,)
+    try:
+        text = name.decode("utf-8")
+    except UnicodeDecodeError:
+        return (name,)
+    return tuple(dict.fromkeys((name, *(unicodedata.normalize(form, text).encode() for form in ("NFC", "NFD")))))
 
 
 def decode(data: bytes) -> str:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from simpletuner.data.digests import DigestMemo
 from simpletuner.errors import DataError, Problem
 from simpletuner.models.components import ModelSource, component_config, component_file, component_folder
+from simpletuner.models.safe_loading import shard_names
 from simpletuner.models.single_file import is_in_file
 from simpletuner.models.spec import Component, FamilySpec
 
@@ -130,5 +131,11 @@ def _fetched_weights(source: ModelSource, component: Component, stem: str) -> li
     except DataError:
         name, _, variant = stem.partition(".")
         index = f"{name}.safetensors.index{f'.{variant}' if variant else ''}.json"
-        shards = json.loads(component_file(source, component, index).read_text())["weight_map"].values()
-        return [component_file(source, component, shard) for shard in sorted(set(shards))]
+        return [component_file(source, component, shard) for shard in _shards(component_file(source, component, index))]
+
+
+def _shards(index: Path) -> list[str]:
+    try:
+        return shard_names(index)
+    except ValueError as error:
+        raise DataError(Problem(str(error), key="pretrained_model_name_or_path", file=str(index))) from error

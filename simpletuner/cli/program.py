@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from simpletuner import __version__
-from simpletuner.cli.shared import LOG_LEVEL, app
+from simpletuner.cli.shared import LOG_LEVEL, app, say_aside
 from simpletuner.errors import EXIT_INTERRUPTED, ConfigError, Problem, SimpleTunerError
 from simpletuner.quiet import hide_needless_lines
 
@@ -61,7 +61,10 @@ def _prepare_environment() -> None:
     from simpletuner.config.env_files import variables_of_files
 
     name = next((word.removeprefix("env=") for word in sys.argv if word.startswith("env=")), None)
-    os.environ.update(variables_of_files(os.environ, Path.cwd(), name))
+    found = variables_of_files(os.environ, Path.cwd(), name)
+    os.environ.update(found.variables)
+    for line in found.warnings:
+        say_aside(f"warning: {line}")
     if written := os.environ.get(LOG_LEVEL):
         import logging
 

@@ -101,3 +101,17 @@ def export(
     family = family_of_export(source, model, model_family)
     for path in export_command(found, family, formats or (), output, rank, merge, say_aside):
         print(path)
+
+
+@app.command(short_help="Turn a pickle of tensors (.bin, .pt, .ckpt) into safetensors.")
+def convert(
+    source: Annotated[Path, typer.Argument(help="The file; the only pickle that is ever opened.", show_default=False)],
+    output: Annotated[Path | None, typer.Option(help="The .safetensors file; beside SOURCE if not given.")] = None,
+) -> None:
+    """Write the tensors of a pickle as safetensors: simpletuner convert FILE.bin [--output FILE.safetensors]
+
+    Nothing in the file runs: whatever is no tensor is refused. Training and generation read safetensors only.
+    """
+    from simpletuner.commands.convert import convert as run_convert
+
+    print(run_convert(source, output))

@@ -187,7 +187,7 @@ def _start(arguments: Sequence[str], steps: int, output_dir: Path) -> subprocess
     output_dir.mkdir(exist_ok=True)
     job = json.dumps({"arguments": list(arguments), "steps": steps, "output_dir": str(output_dir)})
     with (output_dir / "terminal.log").open("ab") as log:
-        return subprocess.Popen([sys.executable, "-c", _CHILD, job], stdout=log, stderr=subprocess.STDOUT)
+        return subprocess.Popen([sys.executable, "-P", "-c", _CHILD, job], stdout=log, stderr=subprocess.STDOUT)
 
 
 def _failed(output_dir: Path, code: int) -> DataError:

@@ -181,6 +181,19 @@ def captions_fit_their_source(draft: Draft) -> Iterator[Problem]:
             yield draft.dataset_problem(entry, "metadata_backend", message, "discovery")
 
 
+def a_fallback_has_its_use(draft: Draft) -> Iterator[Problem]:
+    for entry in draft.pictures:
+        strategy, fallback = entry.caption_strategy, entry.caption_fallback
+        if fallback is None:
+            continue
+        if entry.only_instance_prompt or strategy == "instanceprompt":
+            message = "has no use: all pictures have instance_prompt as their caption"
+            yield draft.dataset_problem(entry, "caption_fallback", message, fix="remove it, or change caption_strategy")
+        elif strategy == fallback:
+            message = "has no use: it is the caption_strategy"
+            yield draft.dataset_problem(entry, "caption_fallback", message, "instanceprompt, or no such key")
+
+
 def tables_have_their_strategy(draft: Draft) -> Iterator[Problem]:
     # Which of the keys of tables the rows of a type are read with.
     used = {"csv": ("filename_column",), "huggingface": ("caption_column",)}
@@ -230,6 +243,7 @@ DATASET_RULES = (
     conditioning_belongs_to_pictures,
     references_fit_the_family,
     captions_fit_their_source,
+    a_fallback_has_its_use,
     tables_have_their_strategy,
     caption_filters_can_be_read,
 )

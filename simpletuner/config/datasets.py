@@ -104,6 +104,13 @@ class ImageDataset(PictureSource, DatasetEntry):
         planned_values={"webshart": CAPTION_SOURCES},
         level="basic",
     )
+    caption_fallback: Literal["filename", "instanceprompt"] | None = option(
+        None,
+        help="Caption of a picture that `caption_strategy` finds none for: the words of its `filename`, or "
+        "`instance_prompt` (a prompt, or the word for the class), which is also taken where the name is a camera's. "
+        "Unset: such a picture is an error.",
+        level="basic",
+    )
     metadata_file: FilePath | None = option(
         None,
         help="Table of caption_strategy csv or parquet: a .csv, .jsonl or .parquet file. Unset: `metadata` with one of "

@@ -228,6 +228,11 @@ def read_env_variables(path: Path, shown: str, environment: Mapping[str, str]) -
     return variables
 
 
+def referenced_names(path: Path, shown: str) -> set[str]:
+    """The variables that a `config.env` file refers to as `$NAME`."""
+    return {first or second for first, second in _REFERENCE.findall(read_text_file(path, shown))}
+
+
 def env_file_option(name: str) -> str:
     """The option that a variable of a `config.env` file sets."""
     bare = name.removeprefix(ENVIRONMENT_PREFIX)

@@ -54,7 +54,10 @@ writes goes into the working folder.
 Without any of them, `config/config.json` is read, then `config.json`, then the same names with `.toml` and `.env`.
 A `config.env` file holds `NAME=value` lines with the options' names in capitals. Beside a `config.json` or `config.toml`
 it is no configuration: its variables are set before the run (`config/config.env` first, then `config/NAME/config.env` of
-the chosen `ENV`), where the environment does not set them itself.
+the chosen `ENV`), where the environment does not set them itself. There it may set `SIMPLETUNER_<OPTION>`, the variables
+of launchers, and what CUDA, NCCL, Hugging Face and W&B read for devices, caches, offline work and tokens. What would load
+code or send a token to another place (`PYTHONPATH`, `LD_PRELOAD`, `HF_ENDPOINT`, proxies) is refused by name: set it in
+the shell.
 """  # noqa: E501 - rows of a table
 
 

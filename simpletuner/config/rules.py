@@ -179,6 +179,7 @@ def captions_have_their_source(draft: Draft) -> Iterator[Problem]:
         wanted = [name for name in ("only_instance_prompt", "prepend_instance_prompt") if getattr(entry, name)] + (
             [f"caption_strategy {entry.caption_strategy}"] if entry.caption_strategy == "instanceprompt" else []
         )
+        wanted += ["caption_fallback instanceprompt"] if entry.caption_fallback == "instanceprompt" else []
         if wanted:
             message = f"is missing: {wanted[0]} needs it"
             yield draft.dataset_problem(entry, "instance_prompt", message, "a text, or a list of texts")

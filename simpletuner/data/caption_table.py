@@ -24,9 +24,10 @@ from simpletuner.data.index import Catalogue, Index
 from simpletuner.data.report import MAX_EXAMPLES, SetAside
 from simpletuner.data.tables import TableFault, columns_of, joined, read_rows
 from simpletuner.errors import DataError, Problem
+from simpletuner.text import one_form
 
 # Raise the first when the same table would be kept in another way, the second when it would give other captions.
-_FORM, _VERSION = 2, 1
+_FORM, _VERSION = 3, 1
 CAPTION_COLUMNS = ("text", "caption", "prompt")
 _QUERY_ROWS = 500
 _BUSY_SECONDS = 60.0
@@ -75,7 +76,7 @@ class CaptionTable:
     def take(self, paths: Sequence[str]) -> list[str | None]:
         """The captions of each picture in one text, variants apart by U+001E; None where there is no row."""
         found: dict[bytes, str] = {}
-        names = [os.fsencode(path) for path in paths]
+        names = [one_form(os.fsencode(path)) for path in paths]
         wanted = list(dict.fromkeys([*names, *(_stem(name) for name in names)]))
         with self._lock:
             for start in range(0, len(wanted), _QUERY_ROWS):
@@ -123,7 +124,8 @@ class CaptionTable:
     def _find_unused(self, index: Index, key: list[str]) -> None:
         with self._db:
             self._db.execute("CREATE TEMP TABLE IF NOT EXISTS there (path BLOB PRIMARY KEY) WITHOUT ROWID")
-            names = ((name,) for path in index.picture_paths() for name in (path, _stem(path)))
+            paths = map(one_form, index.picture_paths())
+            names = ((name,) for path in paths for name in (path, _stem(path)))
             self._db.executemany("INSERT OR IGNORE INTO there VALUES (?)", names)
             self._db.execute("DELETE FROM unused")
             self._db.execute("INSERT INTO unused VALUES (?, NULL, NULL)", key)  # they were looked for
@@ -163,7 +165,7 @@ class CaptionTable:
             columns = self._columns()
             for row in read_rows(self.table, {self._filename_column, *columns}):
                 name = row.name(self._filename_column).replace("\\", "/").removeprefix("./")
-                yield os.fsencode(name), joined(row.captions(columns)), row.place
+                yield one_form(os.fsencode(name)), joined(row.captions(columns)), row.place
         except (OSError, TableFault) as error:
             raise self._fault(f"cannot be read: {error}") from error
 

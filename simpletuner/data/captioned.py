@@ -27,6 +27,17 @@ def without_caption(
     positions: NDArray[np.int64], catalogue: Catalogue, index: Index, rules: CaptionRules, table: CaptionTable | None
 ) -> tuple[NDArray[np.int64], str]:
     """Those of the pictures at `positions` of a catalogue that have no caption, and what they lack."""
+    missing, lacking = without_own_caption(positions, catalogue, index, rules, table)
+    if rules.fallback is None or rules.instance_prompts:
+        return (missing, lacking) if rules.fallback is None else (missing[:0], lacking)
+    is_named = catalogue.is_named[missing] & ~catalogue.is_camera_name[missing]
+    return missing[~is_named], f"{lacking}, and no words in the file name but a camera's"
+
+
+def without_own_caption(
+    positions: NDArray[np.int64], catalogue: Catalogue, index: Index, rules: CaptionRules, table: CaptionTable | None
+) -> tuple[NDArray[np.int64], str]:
+    """Those that the strategy finds no caption for, whatever stands in for it, and what they lack."""
     if table is not None:
         return table.without_caption(positions, catalogue, index), f"no caption in {table.table}"
     if rules.reads_text_files:
@@ -34,7 +45,10 @@ def without_caption(
         lacking = "no caption in its row" if in_rows else "no text file (same name, .txt or .caption) with text in it"
         return positions[catalogue.texts[positions] < 0], lacking
     if rules.reads_file_names:
-        return positions[~catalogue.is_named[positions]], "no words in the file name"
+        is_caption = catalogue.is_named[positions]
+        if rules.fallback:
+            is_caption &= ~catalogue.is_camera_name[positions]
+        return positions[~is_caption], "no words in the file name"
     return positions[:0], ""
 
 
@@ -71,6 +85,6 @@ def refuse_uncaptioned(
         f"{len(missing)} of {num_pictures} pictures have {lacking}{notes}: {names}{more}",
         key=f"{entry.id}.caption_strategy",
         file=data_file,
-        fix="add the captions, move these pictures away, or set another caption_strategy (instanceprompt gives all "
-        "pictures one caption)",
+        fix="add the captions, set caption_fallback (instanceprompt gives these pictures one caption, filename the "
+        "name of each), or move these pictures away",
     )

@@ -6,6 +6,7 @@ A strategy gives every variant that it found; one of them is drawn when the pict
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -13,6 +14,7 @@ from typing import Literal
 
 from simpletuner.text import NotText, decode_lenient, lines_of, without_separators
 
+CaptionFallback = Literal["filename", "instanceprompt"]
 CaptionStrategy = Literal["filename", "textfile", "table", "instanceprompt"]
 
 # Files beside a picture that hold its caption; the second is what kohya's scripts write. Of both the first counts.
@@ -23,6 +25,12 @@ MAX_CAPTION_BYTES = 1_000_000
 TEXT_VERSION = "2"
 # Between the variants that a row of a table gives: the control character made for this, since captions hold newlines.
 VARIANT_SEPARATOR = "\x1e"
+
+
+_CAMERA_WORDS = {
+    *("img", "image", "dsc", "dscn", "dscf", "cimg", "imgp", "pxl", "mvi", "mvimg", "gopr", "dji", "whatsapp", "pano"),
+    *("photo", "picture", "pict", "screenshot", "scan", "untitled", "unnamed", "copy", "edited"),
+}
 
 
 @dataclass(frozen=True)
@@ -36,6 +44,8 @@ class CaptionRules:
         only_instance_prompt: the instance prompts replace what the strategy finds.
         prepend_instance_prompt: an instance prompt and a space stand before what the strategy finds.
         splits_lines: each line of a text file is a variant; otherwise the whole file is one caption.
+        fallback: where the caption comes from of a picture that the strategy finds none for. With one, the number that
+            a camera gave a file is no caption.
     """
 
     strategy: CaptionStrategy
@@ -43,6 +53,7 @@ class CaptionRules:
     only_instance_prompt: bool = False
     prepend_instance_prompt: bool = False
     splits_lines: bool = True
+    fallback: CaptionFallback | None = None
 
     @property
     def reads_text_files(self) -> bool:
@@ -62,16 +73,30 @@ def captions_of(path: str, text: str | None, rules: CaptionRules) -> tuple[str, 
     """
     if rules.strategy == "instanceprompt" or rules.only_instance_prompt:
         return rules.instance_prompts
-    if rules.strategy == "filename":
-        name = caption_from_name(path)
-        found: Sequence[str] = [name] if name else []
-    elif rules.strategy == "table":
-        found = (text or "").split(VARIANT_SEPARATOR)
-    else:
-        found = caption_variants(text or "", rules.splits_lines)
+    found = _found(path, text, rules.strategy, rules)
+    if not found and rules.fallback == "filename":
+        found = _found(path, None, "filename", rules)
+    if not found and rules.fallback:
+        return rules.instance_prompts
     if rules.prepend_instance_prompt:
         return tuple(f"{prompt} {caption}" for prompt in rules.instance_prompts for caption in found)
     return tuple(found)
+
+
+def _found(path: str, text: str | None, strategy: CaptionStrategy, rules: CaptionRules) -> Sequence[str]:
+    if strategy == "filename":
+        name = "" if rules.fallback and is_camera_name(path) else caption_from_name(path)
+        return [name] if name else []
+    if not text:
+        return []
+    return text.split(VARIANT_SEPARATOR) if strategy == "table" else caption_variants(text, rules.splits_lines)
+
+
+def is_camera_name(path: str) -> bool:
+    """Whether a file's name is the number that a camera or a program gave it: IMG_2031, DSC-0007, 00012."""
+    stem = PurePosixPath(path).stem.lower()
+    words = re.findall(r"[^\W\d_]{3,}|[^\W\d_a-zA-Z]+", stem)
+    return set(words) <= _CAMERA_WORDS if words else bool(re.search(r"\d", stem))
 
 
 def caption_from_name(path: str) -> str:

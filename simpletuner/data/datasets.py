@@ -27,6 +27,7 @@ from simpletuner.data.backends.base import Backend
 from simpletuner.data.backends.build import open_backend, source_key
 from simpletuner.data.backends.local import LocalBackend
 from simpletuner.data.caption_edits import CaptionEdits
+from simpletuner.data.caption_findings import with_caption_findings
 from simpletuner.data.caption_table import CaptionTable
 from simpletuner.data.captioned import caption_warnings, refuse_uncaptioned, without_caption
 from simpletuner.data.captions import CaptionRules
@@ -202,6 +203,7 @@ def build_dataset(
     funnel = _funnel(entry, folder, len(large_enough), len(shaped), buckets, set_aside)
     if not buckets:
         raise UnusableData([_nothing_left(entry, index, set_aside, data_file)], [funnel])
+    funnel = with_caption_findings(funnel, entry, captions, table, used.positions, catalogue, index)
     content = _content(entry, config, catalogue, captions, table, partners)
     ids, texts = catalogue.ids[used.positions], catalogue.texts[used.positions]
     seen = tuple(each.of(used.positions) for each in partners)

@@ -79,4 +79,5 @@ def caption_rules(entry: ImageDataset) -> CaptionRules:
         only_instance_prompt=entry.only_instance_prompt,
         prepend_instance_prompt=entry.prepend_instance_prompt,
         splits_lines=not entry.disable_multiline_split,
+        fallback=entry.caption_fallback,
     )

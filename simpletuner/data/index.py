@@ -24,15 +24,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simpletuner.data.backends.base import Backend
-from simpletuner.data.captions import caption_from_name
+from simpletuner.data.captions import caption_from_name, is_camera_name
 from simpletuner.data.report import MAX_EXAMPLES, Note, SetAside
 from simpletuner.data.scan import Progress, update_files
 from simpletuner.errors import DataError, Problem
+from simpletuner.text import forms_of, one_form
 
 # Raised when the tables or the meaning of a column change; an index of another version is made anew.
-INDEX_VERSION = 2
+INDEX_VERSION = 3
 
 _BUSY_SECONDS = 120.0
+# Of the byte kept of each name: 1 where it has words, and this where they are a camera's.
+_CAMERA = 2
 _WAIT_SECONDS = 0.5
 _QUERY_ROWS = 500
 
@@ -40,7 +43,7 @@ _TABLES = """
 CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value TEXT) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS folders (id INTEGER PRIMARY KEY, path BLOB UNIQUE, listing BLOB, error TEXT);
 CREATE TABLE IF NOT EXISTS files (
-    id INTEGER PRIMARY KEY, live INTEGER, folder INTEGER, path BLOB, stem BLOB, is_text INTEGER,
+    id INTEGER PRIMARY KEY, live INTEGER, folder INTEGER, path BLOB, stem BLOB, suffix BLOB, is_text INTEGER,
     size INTEGER, mtime_ns INTEGER, ctime_ns INTEGER, inode INTEGER,
     status TEXT, reason TEXT, digest BLOB, height INTEGER, width INTEGER, text TEXT
 );
@@ -59,9 +62,9 @@ _USABLE_PICTURES = """
 SELECT picture.id, picture.path, picture.digest, picture.height, picture.width, text.id, text.digest
 FROM files AS picture
 LEFT JOIN files AS text ON text.live AND text.is_text AND text.status = 'ok'
-    AND text.stem IN (picture.stem, picture.path)
+    AND text.stem IN (picture.stem, CAST(picture.stem || picture.suffix AS BLOB))
 WHERE picture.live AND NOT picture.is_text AND picture.status = 'ok'
-ORDER BY picture.path, text.stem != picture.path, text.path DESC
+ORDER BY picture.path, text.stem = picture.stem, text.path DESC
 """
 # Named, since SQLite would otherwise walk all files to find none that failed.
 _FAILURES = "files INDEXED BY live_failures WHERE live AND status != 'ok'"
@@ -79,6 +82,7 @@ class Catalogue:
         heights: pixels, upright.
         widths: pixels, upright.
         is_named: whether the file's name gives a caption.
+        is_camera_name: whether that name is one that a camera or a program gave.
         pictures_digest: changes when a path, a content or the order does.
         texts_digest: changes when a caption file does.
         num_duplicates: pictures whose bytes an earlier one has too.
@@ -89,6 +93,7 @@ class Catalogue:
     heights: NDArray[np.int32]
     widths: NDArray[np.int32]
     is_named: NDArray[np.bool_]
+    is_camera_name: NDArray[np.bool_]
     pictures_digest: str
     texts_digest: str
     num_duplicates: int
@@ -154,7 +159,7 @@ class Index:
                 np.frombuffer(texts, dtype="<i8"),
                 np.frombuffer(heights, dtype="<i4"),
                 np.frombuffer(widths, dtype="<i4"),
-                np.frombuffer(named, dtype=np.bool_),
+                *_names(np.frombuffer(named, dtype=np.uint8)),
                 *rest,
             )
 
@@ -172,10 +177,12 @@ class Index:
         query += " AND NOT is_text AND status = 'ok' ORDER BY path"
         with self._lock, self._explained():
             for path in paths:
-                stem = os.path.splitext(path)[0]  # noqa: PTH122 - names are bytes, Path is text
-                rows = self._db.execute(query, [stem + b".", stem + b"/"])
+                wanted = os.path.splitext(one_form(path))[0]  # noqa: PTH122 - names are bytes, Path is text
+                rows: list[tuple] = []
+                for stem in forms_of(wanted):
+                    rows += self._db.execute(query, [stem + b".", stem + b"/"])
                 result.append(
-                    [(r[0], PictureRow(os.fsdecode(r[1]), r[2].hex(), r[3], r[4])) for r in rows if r[5] == stem]
+                    [(r[0], PictureRow(os.fsdecode(r[1]), r[2].hex(), r[3], r[4])) for r in rows if r[5] == wanted]
                 )
         return result
 
@@ -275,7 +282,8 @@ class Index:
             texts.append(-1 if text is None else text)
             heights.append(height)
             widths.append(width)
-            named.append(bool(caption_from_name(os.fsdecode(path))))
+            name = os.fsdecode(path)
+            named.append(bool(caption_from_name(name)) + _CAMERA * is_camera_name(name))
             pictures.update(b"%d %d %d %b%b" % (len(path), height, width, digest, path))
             captions.update(text_digest or bytes(32))
         return Catalogue(
@@ -283,14 +291,15 @@ class Index:
             np.array(texts, dtype="<i8"),
             np.array(heights, dtype="<i4"),
             np.array(widths, dtype="<i4"),
-            np.array(named, dtype=np.bool_),
+            *_names(np.array(named, dtype=np.uint8)),
             pictures.hexdigest(),
             captions.hexdigest(),
             len(ids) - self._db.execute(_DISTINCT_CONTENTS).fetchone()[0],
         )
 
     def _keep(self, catalogue: Catalogue) -> None:
-        arrays = (catalogue.ids, catalogue.texts, catalogue.heights, catalogue.widths, catalogue.is_named)
+        named = catalogue.is_named + _CAMERA * catalogue.is_camera_name.astype(np.uint8)
+        arrays = (catalogue.ids, catalogue.texts, catalogue.heights, catalogue.widths, named)
         with self._db:
             self._db.execute(
                 "INSERT OR REPLACE INTO catalogue VALUES (0, ?, ?, ?, ?, ?, ?, ?, ?)",
@@ -330,6 +339,11 @@ class Index:
                     fix="make room on the disk and the folder writable; the index may be removed, it is made anew",
                 )
             ) from error
+
+
+def _names(kinds: NDArray[np.uint8]) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """(has words, is a camera's) of the names of files, from the byte that is kept of each."""
+    return (kinds & 1).astype(np.bool_), (kinds & _CAMERA).astype(np.bool_)
 
 
 def _open(path: Path) -> sqlite3.Connection:

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simpletuner.data.index import Index, PictureRow
+from simpletuner.text import one_form
 
 # Shapes may differ by a pixel of rounding, or by this share.
 _SHAPE_TOLERANCE = 0.02
@@ -47,7 +48,7 @@ def pair_pictures(pictures: Index, ids: NDArray[np.int64], partners: Index, same
         rows = pictures.pictures(ids[start : start + _QUERY_ROWS].tolist())
         candidates = partners.pictures_beside([os.fsencode(row.path) for row in rows])
         for place, (row, near) in enumerate(zip(rows, candidates, strict=True), start):
-            same = [each for each in near if each[1].path == row.path] or near
+            same = [each for each in near if _is_path_of(each[1], row)] or near
             if len(same) != 1:
                 missing.append(place)
             elif same_shape and not _has_shape_of(same[0][1], row):
@@ -55,6 +56,10 @@ def pair_pictures(pictures: Index, ids: NDArray[np.int64], partners: Index, same
             else:
                 found[place] = same[0][0]
     return Pairs(found, np.array(missing, dtype=np.int64), np.array(misshapen, dtype=np.int64))
+
+
+def _is_path_of(partner: PictureRow, picture: PictureRow) -> bool:
+    return one_form(os.fsencode(partner.path)) == one_form(os.fsencode(picture.path))
 
 
 def _has_shape_of(partner: PictureRow, picture: PictureRow) -> bool:

@@ -22,7 +22,7 @@ from simpletuner.data.backends.base import Backend, Folder, UnusableFile, join
 from simpletuner.data.captions import CAPTION_SUFFIXES, MAX_CAPTION_BYTES, TEXT_VERSION, decode_caption, name_note
 from simpletuner.data.transforms import UNREAD_SUFFIXES, UnusablePicture, decoder_version, picture_facts
 from simpletuner.hardware import available_cores
-from simpletuner.text import NotText
+from simpletuner.text import NotText, one_form
 
 # A picture that decodes; one that does not, until it or the decoder changes; one to be tried again at each scan.
 OK, BROKEN, UNREADABLE = "ok", "broken", "unreadable"
@@ -47,8 +47,9 @@ class FileState:
     inode: int
 
     @property
-    def stem(self) -> bytes:
-        return os.path.splitext(self.path)[0]  # noqa: PTH122 - names are bytes, Path is text
+    def parts(self) -> tuple[bytes, bytes]:
+        """Stem and suffix in one form: what a text, a mask and a reference are found by."""
+        return os.path.splitext(one_form(self.path))  # noqa: PTH122 - names are bytes, Path is text
 
     @property
     def suffix(self) -> str:
@@ -242,8 +243,8 @@ def _store(database: sqlite3.Connection, key: int | None, findings: Sequence[Fin
     with database:
         database.executemany("UPDATE files SET live = 0 WHERE live AND path = ?", [(f.file.path,) for f in findings])
         database.executemany(
-            "INSERT INTO files (live, folder, path, stem, is_text, size, mtime_ns, ctime_ns, inode, "
-            "status, reason, digest, height, width, text) VALUES (1, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            "INSERT INTO files (live, folder, path, stem, suffix, is_text, size, mtime_ns, ctime_ns, inode, "
+            "status, reason, digest, height, width, text) VALUES (1, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
             [_row(key, finding) for finding in findings],
         )
 
@@ -252,7 +253,7 @@ def _row(key: int | None, finding: Finding) -> tuple[object, ...]:
     file = finding.file
     signature = (file.size, file.mtime_ns, file.ctime_ns, file.inode)
     content = (finding.digest, finding.height, finding.width, finding.text)
-    return (key, file.path, file.stem, file.is_text, *signature, finding.status, finding.reason, *content)
+    return (key, file.path, *file.parts, file.is_text, *signature, finding.status, finding.reason, *content)
 
 
 def _forget_folders(database: sqlite3.Connection, keys: Sequence[int]) -> None:

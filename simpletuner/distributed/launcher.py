@@ -118,7 +118,8 @@ def _start(
         LIFELINE: str(end),
     }
     # A session of its own: Ctrl-C in the terminal reaches the launcher only, which tells each process once.
-    command = [sys.executable, "-m", "simpletuner", *arguments]
+    # -P: a torch.py in the working folder is no torch.
+    command = [sys.executable, "-P", "-m", "simpletuner", *arguments]
     return subprocess.Popen(command, env=environment, start_new_session=True, pass_fds=(end,))
 
 

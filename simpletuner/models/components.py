@@ -18,6 +18,7 @@ from simpletuner.config.paths import PREVIEW_FOLDER
 from simpletuner.errors import DataError, Problem
 from simpletuner.models.keys import KeyTable
 from simpletuner.models.reach import hub_failures, why_missing
+from simpletuner.models.safe_loading import load_errors, load_pretrained, read_object
 from simpletuner.models.single_file import dtype_in_file, is_in_file, load_from_file
 from simpletuner.models.spec import Component, FamilySpec
 
@@ -98,7 +99,7 @@ def _missing_folder(source: ModelSource, file: str | None) -> list[Problem]:
 
 def component_config(source: ModelSource, component: Component) -> dict[str, Any]:
     """The JSON configuration of a component, without loading weights."""
-    return json.loads(component_file(source, component, component.config_file).read_text())
+    return read_object(component_file(source, component, component.config_file))
 
 
 def model_index(source: ModelSource) -> dict[str, Any]:
@@ -110,7 +111,7 @@ def model_index(source: ModelSource) -> dict[str, Any]:
     path = Path(source.model) / "model_index.json"
     if not source.is_local:
         path = fetch(source.model, path.name, source.revision, "pretrained_model_name_or_path")
-    return json.loads(path.read_text()) if path.is_file() else {}
+    return read_object(path) if path.is_file() else {}
 
 
 def component_file(source: ModelSource, component: Component, name: str) -> Path:
@@ -281,13 +282,13 @@ def load_component(
     is_encoder = component.role == "text_encoder"
     try:
         if not is_encoder:
-            return cls.from_pretrained(where, torch_dtype=dtype, use_safetensors=True, **options)
+            return load_pretrained(cls, where, torch_dtype=dtype, **options)
         options["output_loading_info"] = True
-        model, report = cls.from_pretrained(where, dtype=dtype, use_safetensors=True, **options)
+        model, report = load_pretrained(cls, where, dtype=dtype, **options)
         if report["missing_keys"]:
             raise ValueError(f"the weights lack {', '.join(sorted(report['missing_keys'])[:3])}")
         return model
-    except (OSError, ValueError, RuntimeError) as error:
+    except load_errors() as error:
         raise DataError(
             Problem(
                 f"cannot load {component.name} of {where}: {error}",
@@ -313,8 +314,8 @@ def load_preview_decoder(source: ModelSource, spec: FamilySpec) -> nn.Module:
     if not Path(where).is_dir():
         fetch(where, "config.json", None, "validation_preview")
     try:
-        return AutoencoderTiny.from_pretrained(where, torch_dtype=torch.float32, use_safetensors=True)
-    except (OSError, ValueError, RuntimeError) as error:
+        return load_pretrained(AutoencoderTiny, where, torch_dtype=torch.float32)
+    except load_errors() as error:
         raise DataError(
             Problem(
                 f"cannot load the tiny autoencoder {where}: {error}",

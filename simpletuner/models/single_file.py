@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from simpletuner.errors import DataError, Problem
 from simpletuner.models.keys import KeyTable
+from simpletuner.models.safe_loading import load_errors, without_pickles
 from simpletuner.models.spec import Component
 
 if TYPE_CHECKING:
@@ -82,9 +83,10 @@ def load_from_file(
             assert keys is not None, "the denoiser's names are the family's"
             return _load_denoiser(path, source, component, cls, keys, dtype)
         if component.role == "vae":
-            return cls.from_single_file(path, config=source.model, subfolder=component.name, torch_dtype=dtype)
+            with without_pickles():
+                return cls.from_single_file(path, config=source.model, subfolder=component.name, torch_dtype=dtype)
         return _load_clip(path, source, component, cls, dtype)
-    except (OSError, KeyError, ValueError, RuntimeError) as error:
+    except load_errors() as error:
         raise _unfit(path, f"{component.name} cannot be read from it: {error}") from error
 
 
@@ -142,9 +144,10 @@ def _load_clip(path: str, source: ModelSource, component: Component, cls: Any, d
     from safetensors.torch import load_file
 
     tensors = {key: tensor for key, tensor in load_file(path).items() if key.startswith(component.in_file)}
-    model = create_diffusers_clip_model_from_ldm(
-        cls, tensors, component.name, source.model, dtype, local_files_only=source.is_local
-    )
+    with without_pickles():
+        model = create_diffusers_clip_model_from_ldm(
+            cls, tensors, component.name, source.model, dtype, local_files_only=source.is_local
+        )
     if missing := [name for name, parameter in model.named_parameters() if parameter.is_meta]:
         raise _unfit(path, f"{component.name} lacks {', '.join(missing[:3])}")
     return model

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from simpletuner.errors import DataError, Problem
 from simpletuner.models.components import component_folder, load_component
+from simpletuner.models.safe_loading import load_errors, load_tokenizer
 from simpletuner.models.spec import Component
 from simpletuner.precision.quantise import quantise
 
@@ -95,8 +96,8 @@ def _load_tokenizer(family: ModelFamily, component: Component) -> Any:
     module, _, name = component.class_name.rpartition(".")
     folder = component_folder(family.source, component)
     try:
-        return getattr(importlib.import_module(module), name).from_pretrained(folder)
-    except (OSError, ValueError) as error:
+        return load_tokenizer(getattr(importlib.import_module(module), name), folder)
+    except load_errors() as error:
         raise DataError(
             Problem(
                 f"cannot load the tokenizer {folder}: {error}",

@@ -17,6 +17,7 @@ from torch import Tensor
 from simpletuner.errors import DataError, Problem
 from simpletuner.models.components import fetch
 from simpletuner.models.lending import SMALL_BYTES, give_back_memory, num_bytes
+from simpletuner.models.safe_loading import load_errors, load_pretrained, load_tokenizer
 from simpletuner.validation.sampling import Picture
 
 if TYPE_CHECKING:
@@ -46,9 +47,9 @@ class ClipScorer:
         self.device = device
         if not Path(model).is_dir():
             fetch(model, "config.json", None, KEY)
-        self._tokenizer: Any = _loaded(AutoTokenizer.from_pretrained, model)
-        self._processor: Any = _loaded(CLIPImageProcessorPil.from_pretrained, model)
-        num_tokens = _loaded(CLIPConfig.from_pretrained, model).text_config.vocab_size
+        self._tokenizer: Any = _loaded(load_tokenizer, AutoTokenizer, model)
+        self._processor: Any = _loaded(load_tokenizer, CLIPImageProcessorPil, model)
+        num_tokens = _loaded(load_tokenizer, CLIPConfig, model).text_config.vocab_size
         # Where its files are missing, transformers makes an empty one and says nothing.
         if len(self._tokenizer) < num_tokens:
             raise DataError(
@@ -92,15 +93,15 @@ class ClipScorer:
         if self._model is None:
             from transformers import CLIPModel
 
-            self._model = _loaded(CLIPModel.from_pretrained, self.name, dtype=torch.float32, use_safetensors=True)
+            self._model = _loaded(load_pretrained, CLIPModel, self.name, dtype=torch.float32)
             self._model.eval().requires_grad_(False).to(self.device)
         return self._model
 
 
-def _loaded(load: Any, name: str, **options: Any) -> Any:
+def _loaded(load: Any, cls: Any, name: str, **options: Any) -> Any:
     try:
-        return load(name, **options)
-    except (OSError, ValueError, RuntimeError) as error:
+        return load(cls, name, **options)
+    except load_errors() as error:
         raise DataError(
             Problem(
                 f"cannot load the CLIP model {name}: {error}",

@@ -51,6 +51,7 @@ class PictureFacts:
         with_text: usable ones with a text file beside them.
         with_name: usable ones whose file name has words.
         are_numbered: the names are numbers of a camera, of which a model learns nothing.
+        without_words: usable ones without a text file whose name says nothing.
         caption: the first of the text files, "" where there is none.
         side: median of the side of the square of equal area, in pixels.
         shapes: every (height, width) that occurs.
@@ -63,6 +64,12 @@ class PictureFacts:
     shapes: frozenset[tuple[int, int]] = frozenset()
     are_numbered: bool = False
     caption: str = ""
+    without_words: int = 0
+
+    @property
+    def is_partly_captioned(self) -> bool:
+        """Whether some pictures have a text file and others none."""
+        return 0 < self.with_text < self.usable
 
     @property
     def captions(self) -> str:

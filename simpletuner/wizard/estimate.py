@@ -121,7 +121,7 @@ class Estimating:
             "unsaved": {str(path): text for path, text in {**project.texts, **texts}.items()},
         }
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "simpletuner.wizard.estimate"],
+            [sys.executable, "-P", "-m", "simpletuner.wizard.estimate"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

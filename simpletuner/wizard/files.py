@@ -288,7 +288,8 @@ def _missing_captions(project: Project, answers: Answers) -> Iterator[Problem]:
         if facts is None or entry.get("only_instance_prompt"):
             continue
         strategy = str(entry.get("caption_strategy"))
-        missing = missing_captions(facts, strategy)
+        fallback, has_prompt = entry.get("caption_fallback"), bool(entry.get("instance_prompt"))
+        missing = missing_captions(facts, strategy, str(fallback) if fallback else None, has_prompt)
         if not facts.usable:
             message = f"there are no usable pictures in {entry['instance_data_dir']}"
             yield Problem(message, key=f"{entry['id']}.instance_data_dir", fix="choose another folder")

@@ -5,7 +5,6 @@ The index is the one that training uses, in the same place, so what is looked at
 
 from __future__ import annotations
 
-import re
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,10 +20,8 @@ from simpletuner.wizard.answers import PictureFacts
 from simpletuner.wizard.thumbnails import Thumbnail, make_thumbnails
 
 NAMES_LOOKED_AT = 200
-_CAMERA_WORDS = {
-    *("img", "image", "dsc", "dscn", "dscf", "pxl", "mvi", "gopr", "dji", "photo", "picture", "pict"),
-    *("screenshot", "scan", "untitled", "unnamed", "copy", "edited"),
-}
+# Beyond this share the names of a folder are called a camera's.
+MOSTLY = 0.9
 
 
 @dataclass(frozen=True)
@@ -97,8 +94,7 @@ def look_at_folder(
     try:
         catalogue = index.scan(progress)
         report = _report(folder, catalogue, index.set_aside(with_texts=True))
-        named, caption = _are_numbered(index, catalogue), _first_caption(index, catalogue)
-        report = replace(report, facts=replace(report.facts, are_numbered=named, caption=caption))
+        report = replace(report, facts=replace(report.facts, caption=_first_caption(index, catalogue)))
         return replace(report, thumbnails=make_thumbnails(index, backend, catalogue)) if with_thumbnails else report
     finally:
         index.close()
@@ -119,8 +115,10 @@ def bucket_lines(
     return [f"{_size(size)}: {count}" for size, count in ordered]
 
 
-def missing_captions(facts: PictureFacts, strategy: str) -> int:
-    """Pictures that a caption strategy finds nothing for."""
+def missing_captions(facts: PictureFacts, strategy: str, fallback: str | None = None, has_prompt: bool = False) -> int:
+    """Pictures that a caption strategy and its fallback find nothing for."""
+    if fallback:
+        return 0 if has_prompt else facts.without_words
     found: Mapping[str, int] = {"textfile": facts.with_text, "filename": facts.with_name}
     return facts.usable - found.get(strategy, facts.usable)
 
@@ -134,10 +132,13 @@ def _report(folder: str, catalogue: Catalogue, set_aside: SetAside) -> FolderRep
         key=lambda size: size[0] * size[1],
     )
     areas = catalogue.heights.astype(np.float64) * catalogue.widths
+    has_text = catalogue.texts >= 0
     facts = PictureFacts(
         usable=len(catalogue),
-        with_text=int((catalogue.texts >= 0).sum()),
+        with_text=int(has_text.sum()),
         with_name=int(catalogue.is_named.sum()),
+        without_words=int((~has_text & (~catalogue.is_named | catalogue.is_camera_name)).sum()),
+        are_numbered=bool(len(catalogue) and catalogue.is_camera_name.mean() > MOSTLY),
         side=int(np.sqrt(np.median(areas))) if len(areas) else 0,
         shapes=frozenset((height, width) for height, width, _ in sizes),
     )
@@ -147,19 +148,6 @@ def _report(folder: str, catalogue: Catalogue, set_aside: SetAside) -> FolderRep
         problems.append(f"{count} not used: {printable(reason)} ({examples})")
     smallest, largest = (sizes[0][:2], sizes[-1][:2]) if sizes else (None, None)
     return FolderReport(folder, facts, smallest, largest, sizes, catalogue.num_duplicates, problems)
-
-
-def is_number(path: str) -> bool:
-    """Whether a file's name is the number that a camera or a program gave it: IMG_2031, DSC-0007, 00012."""
-    words = re.findall(r"[^\W\d_]{3,}|[^\W\d_a-zA-Z]+", PurePosixPath(path).stem.lower())
-    return set(words) <= _CAMERA_WORDS
-
-
-def _are_numbered(index: Index, catalogue: Catalogue) -> bool:
-    """By names from all over the folder: it may have millions."""
-    ids = [int(key) for key in catalogue.ids[:: len(catalogue) // NAMES_LOOKED_AT or 1][:NAMES_LOOKED_AT]]
-    numbered = sum(is_number(picture.path) for picture in index.pictures(ids))
-    return bool(ids) and numbered > 0.9 * len(ids)
 
 
 def _first_caption(index: Index, catalogue: Catalogue) -> str:

@@ -14,7 +14,10 @@ from simpletuner.wizard.answers import Answers
 from simpletuner.wizard.lycoris import lycoris_settings
 
 # What held-out pictures have in common with those that are trained on.
-_SHARED_KEYS = ("caption_strategy", "instance_prompt", "prepend_instance_prompt", "only_instance_prompt", "crop")
+_SHARED_KEYS = (
+    *("caption_strategy", "caption_fallback", "instance_prompt", "prepend_instance_prompt", "only_instance_prompt"),
+    "crop",
+)
 
 
 @dataclass(frozen=True)
@@ -124,6 +127,9 @@ def _entries(answers: Answers) -> dict[str, dict[str, Any]]:
         "repeats": 0,
         **answers.dataset,
     }
+    fallback = proposals.proposed_fallback(answers)
+    if main["caption_strategy"] == "textfile" and fallback and not main.get("only_instance_prompt"):
+        main.setdefault("caption_fallback", fallback)
     if main["caption_strategy"] != "instanceprompt" and "instance_prompt" in main:
         main.setdefault("prepend_instance_prompt", True)
     entries = {"pictures": main}

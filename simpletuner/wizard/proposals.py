@@ -108,13 +108,23 @@ def proposed_resolution(answers: Answers) -> int:
 
 
 def proposed_captions(answers: Answers) -> str:
-    """Captions beside the pictures where all have one; else one prompt for all where that was given."""
+    """Captions beside the pictures where there are some; else one prompt for all where that was given."""
     facts = answers.seen.get(answers.pictures)
-    if facts and facts.captions == "textfile":
+    if facts and facts.with_text:
         return "textfile"
     says_nothing = facts is not None and facts.are_numbered
     one_for_all = answers.goal == "subject" or answers.dataset.get("instance_prompt") or says_nothing
     return "instanceprompt" if one_for_all else "filename"
+
+
+def proposed_fallback(answers: Answers) -> str | None:
+    """What stands in for the text files that are missing: the prompt where one was given, or where names say nothing;
+    else the names. None where none is missing.
+    """
+    facts = answers.seen.get(answers.pictures)
+    if not facts or not facts.is_partly_captioned:
+        return None
+    return "instanceprompt" if answers.dataset.get("instance_prompt") or facts.without_words else "filename"
 
 
 def proposed_reference_type(answers: Answers) -> str:

@@ -16,11 +16,12 @@ from simpletuner.text import lines_of
 from simpletuner.wizard.answers import ADAPTERS, GOALS, Answers
 from simpletuner.wizard.lycoris import ALGORITHMS, LAYERS, PROPOSED_FACTOR, has_both_kinds_of_layers
 from simpletuner.wizard.plan import Plan
-from simpletuner.wizard.proposals import proposed_prompts
+from simpletuner.wizard.proposals import proposed_fallback, proposed_prompts
 from simpletuner.wizard.question import (
     Choices,
     Question,
     Refused,
+    dataset_question,
     option_question,
     shown,
 )
@@ -187,6 +188,13 @@ LAYERS_QUESTION = Question(
 RANK = replace(
     option_question("lora_rank", "LoRA rank"),
     applies=lambda answers: is_adapter(answers) and answers.lycoris is None,
+)
+FALLBACK = replace(
+    dataset_question("caption_fallback", "Without a text"),
+    applies=lambda answers: (
+        answers.dataset.get("caption_strategy") in (None, "textfile")
+        and bool(answers.dataset.get("caption_fallback") or proposed_fallback(answers))
+    ),
 )
 WEBHOOK = Question(
     "webhook_config",

@@ -7,7 +7,6 @@ Source: diffusers' `pipelines/omnigen/pipeline_omnigen.py`.
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -26,6 +25,7 @@ from simpletuner.models.components import component_file
 from simpletuner.models.family import LatentMoments, ModelFamily
 from simpletuner.models.omnigen.attention import TextCache
 from simpletuner.models.omnigen.tokens import PIXELS_PER_TOKEN, collate_tokens, image_placeholders
+from simpletuner.models.safe_loading import load_tokenizer, read_object
 
 # What diffusers' processor uses for everybody (`processor_omnigen.py`), so that a picture drawn there is the same.
 DEFAULT_NEGATIVE_PROMPT = (
@@ -187,7 +187,7 @@ class OmniGenPipeline(DiffusersOmniGenPipeline):
             files = [
                 component_file(self.family.source, component, n) for n in (component.config_file, "tokenizer.json")
             ]
-            self.register_modules(tokenizer=AutoTokenizer.from_pretrained(str(files[0].parent)))
+            self.register_modules(tokenizer=load_tokenizer(AutoTokenizer, files[0].parent))
         super().save_pretrained(save_directory, **kwargs)
 
 
@@ -199,7 +199,7 @@ def build_pipeline(family: ModelFamily, denoiser: nn.Module, vae: nn.Module | No
     """
     component = family.spec.component("scheduler")
     path = component_file(family.source, component, component.config_file)
-    config = json.loads(path.read_text())
+    config = read_object(path)
     if config.get("invert_sigmas") is not True or config.get("num_train_timesteps") != 1:
         raise DataError(
             Problem(

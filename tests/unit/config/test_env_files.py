@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from simpletuner.config.env_files import variables_of_files
+from simpletuner.distributed.lifeline import LAST_WORDS, LIFELINE
 from simpletuner.errors import ConfigError
 from tests.runs import run_cli, write_run
 
@@ -16,7 +17,8 @@ from .conftest import Workspace
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    for place, text in (("config", "A=1\nB='two words'\n"), ("config/luna", "export B=3\nC=$B\n")):
+    texts = {"config": "HF_HOME=1\nWANDB_NOTES='two words'\n", "config/luna": "export WANDB_NOTES=3\nTZ=$WANDB_NOTES\n"}
+    for place, text in texts.items():
         (tmp_path / place).mkdir()
         (tmp_path / place / "config.json").write_text("{}")
         (tmp_path / place / "config.env").write_text(text)
@@ -24,17 +26,19 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_the_folder_of_the_chosen_configuration_comes_last(folder: Path):
-    assert variables_of_files({}, folder) == {"A": "1", "B": "two words"}
-    expected = {"A": "1", "B": "3", "C": "3"}
-    assert variables_of_files({}, folder, "luna") == expected
+    assert variables_of_files({}, folder).variables == {"HF_HOME": "1", "WANDB_NOTES": "two words"}
+    expected = {"HF_HOME": "1", "WANDB_NOTES": "3", "TZ": "3"}
+    assert variables_of_files({}, folder, "luna").variables == expected
     for key in ("ENV", "SIMPLETUNER_ENV", "SIMPLETUNER_ENVIRONMENT"):
-        assert variables_of_files({key: "luna"}, folder) == expected
+        assert variables_of_files({key: "luna"}, folder).variables == expected
 
 
 def test_variables_that_the_file_does_not_set_come_from_the_environment(folder: Path):
-    (folder / "config/config.env").write_text('A=$HOME/runs\nD="${A} and ${NOWHERE}"\n')
+    text = 'MINE=$HOME/runs\nHF_HOME="${MINE} and ${NOWHERE}"\nSIMPLETUNER_SEED=3\nDISCORD_WEBHOOK_URL=x\n'
+    (folder / "config/config.env").write_text(text)
     found = variables_of_files({"HOME": "/home/ann"}, folder)
-    assert found == {"A": "/home/ann/runs", "D": "/home/ann/runs and "}
+    expected = {"HF_HOME": "/home/ann/runs and ", "SIMPLETUNER_SEED": "3", "DISCORD_WEBHOOK_URL": "x"}
+    assert (found.variables, found.warnings) == (expected, [])  # MINE is for the file alone
     (folder / "config/config.json").unlink()
     text = "MODEL_FAMILY=toy\nMAX_NUM_STEPS=5\nOUTPUT_DIR=$HOME/runs\nDATALOADER_CONFIG=data.json\nMODEL_TYPE=full\n"
     (folder / "config/config.env").write_text(text)
@@ -45,20 +49,67 @@ def test_variables_that_the_file_does_not_set_come_from_the_environment(folder: 
 
 def test_config_env_may_choose_the_configuration(folder: Path):
     (folder / "config/config.env").write_text("ENV=luna\n")
-    assert variables_of_files({}, folder) == {"ENV": "luna", "B": "3", "C": "3"}
+    assert variables_of_files({}, folder).variables == {"ENV": "luna", "WANDB_NOTES": "3", "TZ": "3"}
 
 
 def test_the_environment_itself_wins(folder: Path):
-    assert variables_of_files({"B": "mine"}, folder, "luna") == {"A": "1", "C": "3"}
+    assert variables_of_files({"WANDB_NOTES": "mine"}, folder, "luna").variables == {"HF_HOME": "1", "TZ": "3"}
 
 
 def test_a_config_env_that_is_the_configuration_is_not_read_twice(folder: Path):
     (folder / "config/config.json").unlink()
-    assert variables_of_files({}, folder) == {}
+    assert variables_of_files({}, folder).variables == {}
+
+
+LOADS_CODE = [
+    *("PYTHONPATH", "PYTHONSTARTUP", "PYTHONHOME", "PYTHONBREAKPOINT", "LD_PRELOAD", "LD_LIBRARY_PATH", "LD_AUDIT"),
+    *("DYLD_INSERT_LIBRARIES", "PATH", "BASH_ENV", "CC", "CXX", "CUDA_HOME", "CUDA_INJECTION64_PATH", "GCONV_PATH"),
+    *("NCCL_NET_PLUGIN", "NCCL_TUNER_PLUGIN", "NCCL_CONF_FILE", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR"),
+    *("TORCH_EXTENSIONS_DIR", "GIT_SSH_COMMAND", "HF_MODULES_CACHE", "WANDB_EXECUTABLE", "BROWSER"),
+]
+MOVES_TOKENS = [
+    *("HF_ENDPOINT", "HTTP_PROXY", "HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy", "no_proxy", "NETRC"),
+    *("HF_TOKEN_PATH", "WANDB_BASE_URL", "WANDB_X_EXTRA_HTTP_HEADERS", "WANDB_HTTPS_PROXY", "AWS_ENDPOINT_URL_S3"),
+    *("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "AWS_CONFIG_FILE", "HF_INFERENCE_ENDPOINT"),
+]
+
+
+@pytest.mark.parametrize("name", LOADS_CODE + MOVES_TOKENS)
+def test_what_loads_code_or_moves_tokens_is_refused_by_name(folder: Path, name: str):
+    (folder / "config/config.env").write_text(f"HF_HOME=1\n{name}=/tmp/x\n")
+    with pytest.raises(ConfigError) as caught:
+        variables_of_files({}, folder)
+    (problem,) = caught.value.problems
+    assert (problem.key, problem.file, problem.line) == (name, "config/config.env", 2)
+    assert ("load code" if name in LOADS_CODE else "send tokens") in problem.message
+    assert problem.fix == f"set it in the shell: export {name}=..."
+
+
+def test_what_is_not_listed_is_not_set_and_says_so(folder: Path):
+    (folder / "config/config.env").write_text(
+        f"SOME_LIBRARY_THING=1\nHF_HOME=2\nLEARNING_RATE=1\n{LAST_WORDS}=/x\n{LIFELINE}=3\n"
+    )
+    found = variables_of_files({}, folder)
+    assert found.variables == {"HF_HOME": "2"}
+    assert [line.split(" is not set")[0] for line in found.warnings] == [
+        "config/config.env:1: SOME_LIBRARY_THING",
+        "config/config.env:3: LEARNING_RATE",
+        f"config/config.env:4: {LAST_WORDS}",  # what processes of one run tell each other
+        f"config/config.env:5: {LIFELINE}",
+    ]
+
+
+def test_text_is_not_run_and_ends_no_line_where_it_does_not(folder: Path):
+    for command in ("$(touch x)", "`touch x`"):
+        (folder / "config/config.env").write_text(f"HF_HOME={command}\n")
+        with pytest.raises(ConfigError, match="holds a command, which is not run"):
+            variables_of_files({}, folder)
+    (folder / "config/config.env").write_text("WANDB_NOTES='a\u2028LD_PRELOAD=x'\n", encoding="utf-8")
+    assert variables_of_files({}, folder).variables == {"WANDB_NOTES": "a\u2028LD_PRELOAD=x"}
 
 
 def test_a_line_that_is_no_assignment_is_placed(folder: Path):
-    (folder / "config/config.env").write_text("A=1\nrm -rf x\n")
+    (folder / "config/config.env").write_text("HF_HOME=1\nrm -rf x\n")
     with pytest.raises(ConfigError, match="not an assignment") as raised:
         variables_of_files({}, folder)
     assert (raised.value.problems[0].file, raised.value.problems[0].line) == ("config/config.env", 2)

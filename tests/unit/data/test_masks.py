@@ -43,9 +43,14 @@ def folders(tmp_path: Path) -> tuple[Path, Path]:
     return pictures, masks
 
 
+ONE_CAPTION = {"caption_strategy": "instanceprompt", "instance_prompt": "a thing"}
+
+
 def build(folders: tuple[Path, Path], tmp_path: Path, kind: str = "mask", **changes):
     entries = [
-        ImageDataset(id="things", instance_data_dir=folders[0], conditioning_data="masks", **changes),
+        ImageDataset(
+            id="things", instance_data_dir=folders[0], conditioning_data="masks", **{**ONE_CAPTION, **changes}
+        ),
         ConditioningDataset(id="masks", instance_data_dir=folders[1], conditioning_type=kind),
     ]
     (dataset,) = build_datasets(entries, options(), OMNIGEN, tmp_path / "work", data_file="data.json")

@@ -13,6 +13,8 @@ from simpletuner.config.loading import load_run
 from simpletuner.config.prompt_library import LibraryPrompt
 from simpletuner.errors import ConfigError
 from simpletuner.models.registry import get_spec
+from simpletuner.reporting.report.record import CONTACT_DIR
+from simpletuner.training.trainer import train
 from simpletuner.wizard.command import Given, configure_without_screens
 from simpletuner.wizard.files import judge, save, start_command, texts_for
 from simpletuner.wizard.project import open_project
@@ -197,10 +199,44 @@ def test_what_a_start_would_refuse_is_not_written(folder: Path):
     assert not (folder / "config").exists()
 
 
-def test_pictures_without_captions_are_found_before_anything_is_saved(folder: Path, omnigen_folder: Path):
-    (folder / "pictures" / "000.txt").unlink()
-    with pytest.raises(ConfigError, match="1 of 4 pictures have no caption"):
-        configured(folder, omnigen_folder, captions="textfile")
+def rename_as_a_camera_does(folder: Path, with_text: int) -> None:
+    """The pictures become photographs of a stranger, of which the first have a text file."""
+    for number, path in enumerate(sorted((folder / "pictures").glob("*.png"))):
+        path.rename(path.with_name(f"IMG_{2031 + number}.png"))
+        text = path.with_suffix(".txt")
+        if number < with_text:
+            text.rename(text.with_name(f"IMG_{2031 + number}.txt"))
+        else:
+            text.unlink()
+
+
+def test_a_half_captioned_folder_of_photographs_trains_by_the_answers_alone(folder: Path, omnigen_folder: Path):
+    rename_as_a_camera_does(folder, with_text=2)
+    small = ("--max_train_steps=1", "--resolution=64", "--validation_disable=true", "--report_to=none")
+    configured(folder, omnigen_folder, *small, instance_prompt="my cat")
+    run = load_run((), {}, folder, get_spec)
+    (entry,) = run.datasets
+    assert (entry.caption_strategy, entry.caption_fallback) == ("textfile", "instanceprompt")
+    train(run)
+    seen = json.loads((Path(run.config.output_dir) / CONTACT_DIR / "pictures.json").read_text())
+    assert sorted(picture["caption"] for picture in seen) == [
+        "my cat", "my cat", "my cat picture 0 of set 1", "my cat picture 1 of set 1",
+    ]  # fmt: skip
+
+
+def test_a_style_from_photographs_that_nobody_named_asks_for_a_prompt(folder: Path, omnigen_folder: Path):
+    rename_as_a_camera_does(folder, with_text=2)
+    with pytest.raises(ConfigError, match="instance_prompt: is missing: caption_fallback instanceprompt needs it"):
+        configured(folder, omnigen_folder, goal="style", instance_prompt=None)
+
+
+def test_names_with_words_stand_in_for_texts_that_are_missing(folder: Path, omnigen_folder: Path):
+    for number, path in enumerate(sorted((folder / "pictures").glob("*.png"))):
+        path.rename(path.with_name(f"a red box {number}.png"))
+    (folder / "pictures" / "a red box 0.txt").write_text("a box")
+    configured(folder, omnigen_folder, goal="style", instance_prompt=None)
+    (entry,) = load_run((), {}, folder, get_spec).datasets
+    assert (entry.caption_strategy, entry.caption_fallback) == ("textfile", "filename")
 
 
 def test_unsaved_texts_are_judged_as_saved_ones_would_be(folder: Path, omnigen_folder: Path):

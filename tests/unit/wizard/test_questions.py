@@ -7,10 +7,10 @@ from collections.abc import Callable
 import pytest
 
 from simpletuner.config.options import all_options
+from simpletuner.data.captions import is_camera_name
 from simpletuner.wizard.answers import Answers
 from simpletuner.wizard.files import without_secrets
 from simpletuner.wizard.pages import page_of, pages
-from simpletuner.wizard.pictures import is_number
 from simpletuner.wizard.plan import make_plan
 from simpletuner.wizard.question import Question, option_questions
 from simpletuner.wizard.questions import FAMILY, FLAVOUR, WEBHOOK
@@ -104,7 +104,7 @@ def test_an_address_is_not_shown():
     ],
 )
 def test_the_numbers_of_a_camera_are_no_captions(name: str, is_numbered: bool):
-    assert is_number(name) is is_numbered
+    assert is_camera_name(name) is is_numbered
 
 
 def test_a_fault_names_the_page_that_asks_for_it():

@@ -1,0 +1,70 @@
+"""`simpletuner convert`: the tensors of a pickle (`.bin`, `.pt`, `.pth`, `.ckpt`) as a safetensors file.
+
+The one place where a pickle is opened, and only the file that was named: torch reads tensors and plain containers out
+of it, and refuses everything that would run.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from simpletuner import storage
+from simpletuner.errors import ConfigError, DataError, Problem
+from simpletuner.text import printable
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+# Where checkpoints of other programs keep their weights, beside what they need to train on.
+_INNER = ("state_dict", "model", "module", "params")
+
+
+def convert(source: Path, output: Path | None) -> Path:
+    """Write the tensors of `source` to `output`, by default beside it; an existing file is never replaced.
+
+    Raises:
+        ConfigError: it is no such file, or the output is there already.
+        DataError: it is damaged, holds more than tensors, or cannot be written.
+    """
+    import torch
+    from safetensors.torch import save_file
+
+    if source.suffix.lower() not in SUFFIXES or not source.is_file():
+        message = f"{source} is no such file"
+        raise ConfigError(Problem(message, allowed=f"a file that ends with {', '.join(SUFFIXES)}"))
+    output = output or source.with_suffix(".safetensors")
+    if output.suffix != ".safetensors" or output.exists():
+        message = "is there already" if output.exists() else "does not end with .safetensors"
+        raise ConfigError(Problem(f"{output} {message}", key="--output", fix="name another file"))
+    try:
+        content = torch.load(source, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = printable(" ".join(str(error).split())[:300])
+        raise _refused(source, f"holds more than tensors, and nothing of it was run: {reason}") from error
+    except (OSError, RuntimeError, ValueError, EOFError, LookupError, TypeError, AttributeError) as error:
+        raise _refused(source, f"cannot be read: {printable(' '.join(str(error).split())[:300])}") from error
+    tensors = _tensors(content)
+    if not tensors:
+        raise _refused(source, "holds no tensors by name")
+    with storage.replacing_file(output) as temporary:
+        save_file(tensors, temporary, metadata={"format": "pt"})
+    return output
+
+
+def _tensors(content: Any) -> dict[str, Tensor]:
+    import torch
+
+    if not isinstance(content, Mapping):
+        return {}
+    inner = next((content[key] for key in _INNER if isinstance(content.get(key), Mapping)), content)
+    named = {str(key): value for key, value in inner.items() if isinstance(value, torch.Tensor)}
+    # Tensors that share memory would be refused; each is written whole.
+    return {key: value.detach().contiguous().clone() for key, value in named.items()}
+
+
+def _refused(source: Path, what: str) -> DataError:
+    return DataError(Problem(f"{source} {what}", fix="get the weights as safetensors from whoever made them"))
