@@ -25,6 +25,8 @@ FALLBACK = "cp1252"
 _LINE_END = re.compile(r"\r\n|\n|\r")
 # Separators of other systems, which end no line here: vertical tab, form feed, the four of ASCII, NEL, LS and PS.
 _SEPARATORS = re.compile("[\x0b\x0c\x1c-\x1f\x85\u2028\u2029]")
+# All but tabs and line feeds; also what turns the direction of writing, and bytes that are no text.
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _CHUNK = 2**20
 
@@ -164,6 +166,16 @@ def fault_in(text: str) -> str | None:
     if _SURROGATE.search(text):
         return "holds half of a surrogate pair, or bytes that are not UTF-8"
     return None
+
+
+def for_terminal(text: str) -> str:
+    """`text` with its lines, but control characters, which move the cursor or change colours, as escapes."""
+    return _CONTROL.sub(lambda found: printable(found[0]), text)
+
+
+def has_control(text: str) -> bool:
+    """Whether a name would break a line or a terminal: a line end or another control character."""
+    return "\n" in text or "\t" in text or _CONTROL.search(text) is not None
 
 
 def printable(text: str) -> str:

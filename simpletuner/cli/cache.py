@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from simpletuner.cli.shared import PASS_ON, app, load
+from simpletuner.cli.shared import PASS_ON, app, load, say
 from simpletuner.errors import EXIT_DATA
 
 cache_app = typer.Typer(
@@ -32,7 +32,7 @@ def verify_cache(context: typer.Context) -> None:
     loaded = load(context)
     from simpletuner.commands import cache
 
-    if cache.verify(loaded, print):
+    if cache.verify(loaded, say):
         raise typer.Exit(EXIT_DATA)
 
 
@@ -48,7 +48,7 @@ def prune_cache(
     loaded = load(context)
     from simpletuner.commands import cache
 
-    cache.prune(loaded, print, dry_run, others)
+    cache.prune(loaded, say, dry_run, others)
 
 
 @cache_app.command("stats", context_settings=PASS_ON)
@@ -57,4 +57,4 @@ def count_cache(context: typer.Context) -> None:
     loaded = load(context)
     from simpletuner.commands import cache
 
-    cache.stats(loaded, print)
+    cache.stats(loaded, say)

@@ -80,7 +80,7 @@ def _tell_the_end(text: str) -> None:
     from simpletuner.distributed.launcher import leave_last_words
 
     if not leave_last_words(text, os.environ):
-        print(text, file=sys.stderr)
+        say_aside(text)
 
 
 def _let_go_of_stdout() -> None:

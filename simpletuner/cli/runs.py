@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from simpletuner.cli.shared import PASS_ON, app, load, run_in_processes, say_aside, say_for_all
+from simpletuner.cli.shared import PASS_ON, app, load, run_in_processes, say, say_aside, say_for_all
 from simpletuner.errors import ConfigError, Problem
 
 
@@ -52,7 +52,7 @@ def options(
         from simpletuner.launch import load_arguments
 
         run = load_arguments(context.args, os.environ, Path.cwd(), say_aside, check_files=False)
-        print(run_options_command(resolved=run))
+        say(run_options_command(resolved=run))
         return
     if context.args:
         raise ConfigError(
@@ -60,7 +60,7 @@ def options(
                 f'"{context.args[0]}" is not understood here', allowed="KEY, --search WORD, --resolved, --json-schema"
             )
         )
-    print(run_options_command(key=key, search=search, json_schema=json_schema))
+    say(run_options_command(key=key, search=search, json_schema=json_schema))
 
 
 @app.command(context_settings=PASS_ON, short_help="Look at configuration and data before training.")
@@ -80,7 +80,7 @@ def check(
     loaded = load(context)
     from simpletuner.commands.check import check as run_check
 
-    run_check(loaded, print, output, pictures)
+    run_check(loaded, say, output, pictures)
 
 
 @app.command(context_settings=PASS_ON, short_help="Memory, time and disk of a run before it starts.")
@@ -100,7 +100,7 @@ def plan(
     loaded = load(context)
     from simpletuner.commands.plan import plan as run_plan
 
-    run_plan(loaded, print, probe)
+    run_plan(loaded, say, probe)
 
 
 @app.command(context_settings=PASS_ON, short_help="Write the configuration, by questions on screens or by options.")
@@ -157,11 +157,11 @@ def configure(
         yes=yes,
         arguments=tuple(context.args),
     )
-    config_file = command.run_configure(given, os.environ, Path.cwd(), print)
+    config_file = command.run_configure(given, os.environ, Path.cwd(), say)
     if config_file is not None:
         from simpletuner.launch import load_arguments
 
-        loaded = load_arguments((), os.environ, Path.cwd(), print, config_file)
+        loaded = load_arguments((), os.environ, Path.cwd(), say, config_file)
         os.environ["CONFIG_PATH"] = str(config_file)  # for further processes, which are told `train`
         run_in_processes(loaded, ["train"])
 
@@ -171,7 +171,7 @@ def doctor() -> None:
     """Say what would stand in the way of training, with the remedy; the exit code is 2 where something does."""
     from simpletuner.commands.doctor import doctor as run_doctor
 
-    raise typer.Exit(run_doctor(os.environ, Path.cwd(), print))
+    raise typer.Exit(run_doctor(os.environ, Path.cwd(), say))
 
 
 @app.command("verify-resume", context_settings=PASS_ON, short_help="Prove that a killed run ends with the same bits.")
@@ -190,5 +190,5 @@ def verify_resume(
     check_model_folder(loaded)
     from simpletuner.commands.verify_resume import verify_resume as run_verify_resume
 
-    if not run_verify_resume(loaded, context.args, steps, print):
+    if not run_verify_resume(loaded, context.args, steps, say):
         raise typer.Exit(1)

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from simpletuner.text import for_terminal
+
 if TYPE_CHECKING:
     from simpletuner.config.loading import LoadedRun
 
@@ -76,9 +78,14 @@ def load(context: typer.Context) -> LoadedRun:
     return load_arguments(context.args, os.environ, Path.cwd(), say_aside)
 
 
+def say(line: str) -> None:
+    """To stdout. What it quotes (captions, names of files) may hold control characters, which no terminal gets."""
+    print(for_terminal(line))
+
+
 def say_aside(line: str) -> None:
     """To stderr: stdout holds what was asked for, and nothing else."""
-    print(line, file=sys.stderr)
+    print(for_terminal(line), file=sys.stderr)
 
 
 def say_for_all(line: str) -> None:
@@ -87,4 +94,4 @@ def say_for_all(line: str) -> None:
     from simpletuner.distributed.lifeline import LIFELINE
 
     if is_main(os.environ) and LIFELINE not in os.environ:  # else our launcher has said it
-        print(line)
+        say(line)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from simpletuner.cli.shared import app, say_aside
+from simpletuner.cli.shared import app, say, say_aside
 
 
 @app.command(short_help="One page that explains a run: report.html.")
@@ -23,7 +23,7 @@ def report(
     """
     from simpletuner.reporting.report import write_report
 
-    print(write_report(output_dir, output))
+    say(str(write_report(output_dir, output)))
 
 
 @app.command(short_help="Watch runs live on a page in the browser.")
@@ -59,4 +59,4 @@ def models(
     """List the model families that can be trained, those of other packages included."""
     from simpletuner.commands.models import show_models
 
-    show_models(name, as_json, print, say_aside)
+    show_models(name, as_json, say, say_aside)

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from simpletuner.cli.shared import PASS_ON, app, say_aside
+from simpletuner.cli.shared import PASS_ON, app, say, say_aside
 from simpletuner.errors import ConfigError, Problem
 
 
@@ -71,7 +71,7 @@ def generate(
         references=tuple(reference or ()),
     )
     for path in generate_pictures(family, drawing, adapter, output, say_aside, strength):
-        print(path)
+        say(str(path))
 
 
 @app.command(short_help="Write a trained adapter for other programs, or merge it into its model.")
@@ -100,7 +100,7 @@ def export(
     found = find_source(source, ema)
     family = family_of_export(source, model, model_family)
     for path in export_command(found, family, formats or (), output, rank, merge, say_aside):
-        print(path)
+        say(str(path))
 
 
 @app.command(short_help="Turn a pickle of tensors (.bin, .pt, .ckpt) into safetensors.")
@@ -114,4 +114,4 @@ def convert(
     """
     from simpletuner.commands.convert import convert as run_convert
 
-    print(run_convert(source, output))
+    say(str(run_convert(source, output)))

@@ -12,6 +12,7 @@ from simpletuner.config.json_reader import Document
 from simpletuner.config.names import nearest
 from simpletuner.config.values import read_float, read_int, read_sizes, read_text, read_text_or_list
 from simpletuner.errors import Problem
+from simpletuner.text import has_control
 
 MAX_NICKNAME = 100
 # What no common file system takes in a name. `<` and `>` are allowed here: the quickstart's placeholders have them,
@@ -143,7 +144,7 @@ def _nickname_fault(nickname: str, folded: Mapping[str, str]) -> str | None:
         return "the nickname is empty, or begins with a dot, or has blanks around it, and cannot name a file"
     if len(nickname) > MAX_NICKNAME:
         return f"the nickname has {len(nickname)} letters and cannot name a file; at most {MAX_NICKNAME}"
-    if _UNUSABLE.search(nickname):
+    if _UNUSABLE.search(nickname) or has_control(nickname):
         return 'the nickname holds one of / \\ : * ? " | or a control character, and cannot name a file'
     if nickname.casefold() in RESERVED:
         owner = "validation_prompt" if nickname.casefold() == RESERVED[0] else "validation_disable_unconditional"

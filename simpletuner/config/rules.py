@@ -21,6 +21,7 @@ from simpletuner.config.precision_rules import PRECISION_RULES
 from simpletuner.config.process_rules import PROCESS_RULES
 from simpletuner.config.validation_rules import VALIDATION_NOTICES, VALIDATION_RULES
 from simpletuner.errors import Problem
+from simpletuner.text import has_control, printable
 
 Rule = Callable[[Draft], Iterator[Problem]]
 Notice = Callable[[Draft], Iterator[str]]
@@ -189,8 +190,15 @@ def dataset_ids_are_names(draft: Draft) -> Iterator[Problem]:
     for entry in draft.datasets.entries:
         is_name = entry.id.strip() == entry.id and not set(entry.id) & set('/\\:*?"<>|') and entry.id.isprintable()
         if not is_name or entry.id.startswith(".") or len(entry.id) > 100:
-            message = f'"{entry.id}" cannot name a file'
+            message = f'"{printable(entry.id)}" cannot name a file'
             yield draft.dataset_problem(entry, "id", message, 'up to 100 letters, without / \\ : * ? " < > |')
+
+
+def names_stand_on_one_line(draft: Draft) -> Iterator[Problem]:
+    config = draft.config
+    for key in ("tracker_run_name", "tracker_project_name", "output_dir"):
+        if (name := getattr(config, key)) is not None and has_control(str(name)):
+            yield draft.problem(f'"{printable(str(name))}" holds a control character', key, "text on one line")
 
 
 def there_are_pictures_to_train_on(draft: Draft) -> Iterator[Problem]:
@@ -240,6 +248,7 @@ RULES: tuple[Rule, ...] = (
     size_limits_go_together,
     captions_have_their_source,
     dataset_ids_are_names,
+    names_stand_on_one_line,
     there_are_pictures_to_train_on,
     one_text_cache_is_the_default,
     *OBJECTIVE_RULES,

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from simpletuner.fonts import font_for
 from simpletuner.reporting.sinks.jsonl import read_records
+from simpletuner.text import printable
 
 if TYPE_CHECKING:
     from PIL.ImageDraw import ImageDraw
@@ -190,6 +191,7 @@ def _line(draw: ImageDraw, axes: _Axes, points: Points, colour: str, width: floa
 
 def _text(draw: ImageDraw, at: Sequence[float], text: str, colour: str, size: int, anchor: str) -> None:
     where = (at[0] * OVERSAMPLE, at[1] * OVERSAMPLE)
+    text = printable(text)  # the name of a run may be that of a folder, with line breaks
     draw.text(where, text, fill=colour, font=font_for(text, size * OVERSAMPLE), anchor=anchor)
 
 

@@ -12,6 +12,11 @@ from typing import Any
 from simpletuner.reporting.monitor.history import Image
 
 MAX_IMAGES = 32
+MAX_DEPTH = 20
+# Whole numbers above it are no longer exact in a browser.
+MAX_STEP = 2**53
+_TEXTS = ("timestamp", "severity", "title", "message")
+_WITH_STEP = ("training.evaluation", "validation.score")
 _DATA_URI = re.compile(r"data:(image/(?:png|jpeg|webp));base64,")
 
 
@@ -26,42 +31,67 @@ def read_event(body: bytes) -> tuple[Mapping[str, Any], list[Image]]:
         BadEvent: it is none.
     """
     try:
-        event = json.loads(body)
+        event = json.loads(body.decode("utf-8"), parse_constant=_refuse_constant)
     except (ValueError, RecursionError):
         raise BadEvent("not JSON") from None
+    if _depth(event) > MAX_DEPTH:
+        raise BadEvent(f"nested deeper than {MAX_DEPTH}")
     # A type that this version does not know is kept in the log.
     if not isinstance(event, dict) or not isinstance(event.get("type"), str):
         raise BadEvent("no event of a raw webhook")
     data = event.get("data")
     if not isinstance(event.get("id"), str) or not isinstance(data, dict):
         raise BadEvent("an event has id and data")
-    _check_data(data)
+    if not all(isinstance(event.get(key, ""), str | None) for key in ("run_name", *_TEXTS)):
+        raise BadEvent(f"{', '.join(_TEXTS)} are texts")
+    _check_data(event["type"], data)
     images = event.get("images", [])
     if not isinstance(images, list) or len(images) > MAX_IMAGES:
         raise BadEvent(f"images is a list of at most {MAX_IMAGES}")
     return event, [_image(text) for text in images]
 
 
-def _check_data(data: Mapping[str, Any]) -> None:
+def _depth(value: Any) -> int:
+    level, parts = 0, [value]
+    while parts and level <= MAX_DEPTH:
+        level += 1
+        inner = [part.values() if isinstance(part, dict) else part for part in parts if isinstance(part, dict | list)]
+        parts = [each for part in inner for each in part]
+    return level
+
+
+def _refuse_constant(name: str) -> None:
+    """NaN and infinities, which Python reads and no browser does."""
+    raise ValueError(name)
+
+
+def _check_data(kind: str, data: Mapping[str, Any]) -> None:
     """The parts that the history counts on; the page shows everything else as text."""
     curve = data.get("curve", [])
     if not isinstance(curve, list) or not all(isinstance(row, list) and _is_point(row) for row in curve):
         raise BadEvent("curve is a list of [step, loss, learning rate, gradient norm]")
     steps = data.get("regularisation_steps", [])
-    if not isinstance(steps, list) or not all(isinstance(step, int) for step in steps):
+    if not isinstance(steps, list) or not all(_is_step(step) for step in steps):
         raise BadEvent("regularisation_steps is a list of whole numbers")
     pictures = data.get("pictures", [])
     if not isinstance(pictures, list) or not all(isinstance(picture, dict) for picture in pictures):
         raise BadEvent("pictures is a list of objects")
     for key in ("step", "start_step"):
-        if key in data and not isinstance(data[key], int):
+        if key in data and not _is_step(data[key]):
             raise BadEvent(f"{key} is a whole number")
-    if "stage" in data and not isinstance(data["stage"], dict):
-        raise BadEvent("stage is an object")
+    if kind in _WITH_STEP and "step" not in data:
+        raise BadEvent(f"{kind} has a step")
+    stage = data.get("stage", {})
+    if not isinstance(stage, dict) or not isinstance(stage.get("progress") or {}, dict):
+        raise BadEvent("stage is an object, and its progress too")
+
+
+def _is_step(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) <= MAX_STEP
 
 
 def _is_point(row: list[Any]) -> bool:
-    return len(row) >= 4 and isinstance(row[0], int)
+    return len(row) >= 4 and _is_step(row[0])
 
 
 def _image(text: Any) -> Image:

@@ -23,6 +23,7 @@ from simpletuner.reporting.monitor.reading import BadEvent, read_event
 
 MAX_BODY_BYTES = 32 << 20
 MAX_PAGES = 32
+MAX_DIGITS = 20
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _COOKIE = "simpletuner_monitor"
 _FILES = {"/": "page.html"} | {f"/{name}": name for name in ("monitor.css", "monitor.js", "chart.js", "icon.svg")}
@@ -68,7 +69,11 @@ class MonitorHandler(BaseHTTPRequestHandler):
     timeout = 30
 
     def do_GET(self) -> None:
-        url = urlsplit(self.path)
+        try:
+            url = urlsplit(self.path)
+        except ValueError:
+            self._refuse(HTTPStatus.BAD_REQUEST, "this is no address")
+            return
         if not self._is_for_us():
             return
         if token := parse_qs(url.query).get("token"):
@@ -90,15 +95,21 @@ class MonitorHandler(BaseHTTPRequestHandler):
             return
         if not self._shows_token():
             self._refuse(HTTPStatus.UNAUTHORIZED, "X-API-Key is not the monitor's token")
-        elif not length.isdigit():
+        elif not length:
             self._refuse(HTTPStatus.LENGTH_REQUIRED, "Content-Length is missing")
-        elif int(length) > MAX_BODY_BYTES:
+        elif not (length.isascii() and length.isdigit()):
+            self._refuse(HTTPStatus.BAD_REQUEST, "Content-Length is no number")
+        elif len(length) > MAX_DIGITS or int(length) > MAX_BODY_BYTES:
             self._refuse(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"at most {MAX_BODY_BYTES} bytes")
         elif self.headers.get_content_type() != "application/json":
             # A form or a plain text could be sent by any web page without asking.
             self._refuse(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "application/json is what is understood")
         else:
-            self._take(self.rfile.read(int(length)))
+            body = self.rfile.read(int(length))
+            if len(body) < int(length):
+                self._refuse(HTTPStatus.BAD_REQUEST, "the body is shorter than Content-Length says")
+            else:
+                self._take(body)
 
     def _take(self, body: bytes) -> None:
         try:
@@ -112,7 +123,11 @@ class MonitorHandler(BaseHTTPRequestHandler):
     def _is_for_us(self) -> bool:
         """Whether the request was meant for this server; answers it where it was not."""
         host = self.headers.get("Host", "")
-        name = (urlsplit(f"//{host}").hostname or "") if host.isprintable() else ""
+        try:
+            name = (urlsplit(f"//{host}").hostname or "") if host.isprintable() else ""
+        except ValueError:
+            self._refuse(HTTPStatus.BAD_REQUEST, "Host is no name of a host")
+            return False
         if self.server.checks_host and name.lower() not in self.server.names:
             self._refuse(HTTPStatus.MISDIRECTED_REQUEST, "this is not the host that you asked for")
             return False

@@ -26,6 +26,7 @@ from simpletuner.reporting.events import (
     RunStarted,
     StepDone,
 )
+from simpletuner.text import for_terminal
 
 
 def terminal_sink(stream: IO[str] | None = None) -> PlainSink | LiveSink:
@@ -91,6 +92,7 @@ class PlainSink:
         self._write(f"{event.name}: {event.done}" + (f" of {total}" if total else ""))
 
     def _write(self, line: str) -> None:
+        line = for_terminal(line)
         self._stream.write(f"[{progress.clock_text(self._clock() - self._start)}] {line}\n")
         self._stream.flush()
 
@@ -150,7 +152,7 @@ class LiveSink:
         if self._task is None or name != self._task_name:
             self._clear()
             self._bar = self._make_bar()
-            self._task = self._bar.add_task(name, total=total, count="", facts="")
+            self._task = self._bar.add_task(for_terminal(name), total=total, count="", facts="")
             self._task_name, self._total = name, total
             self._bar.start()
         count = f"{done}/{self._total}" if self._total else ""
@@ -164,6 +166,10 @@ class LiveSink:
 
 def describe(event: Event) -> list[str]:
     """The lines that an event is told in; none for what only the bar shows, or what the end of its phase tells."""
+    return [for_terminal(line) for line in _lines(event)]
+
+
+def _lines(event: Event) -> list[str]:
     if isinstance(event, RunStarted):
         return _describe_start(event)
     if isinstance(event, PhaseStarted):

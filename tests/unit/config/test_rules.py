@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -407,3 +408,23 @@ def test_skipped_layers_are_refused_where_they_would_do_nothing(workspace: Works
     error = workspace.fails_written()
     assert key in [problem.key for problem in error.problems]
     assert words in error.render()
+
+
+@pytest.mark.parametrize("name", ["first line\nsecond", "a\tb", "a\x1b[31mb", "a\u2028b", "a\u202eb", "../../x\r"])
+@pytest.mark.parametrize("key", ["tracker_run_name", "tracker_project_name", "output_dir"])
+def test_names_of_a_run_stand_on_one_line(workspace: Workspace, key: str, name: str) -> None:
+    workspace.config[key] = name
+    (problem,) = workspace.fails_written().problems
+    assert problem.key == key
+    assert "holds a control character" in problem.message
+    assert problem.message.isprintable()
+
+
+@pytest.mark.parametrize("name", ["..", ".", "a/../../b", "..\\b", "a\nb", "a\u2028b", "a\x7fb", "C:b", "/etc"])
+def test_ids_and_nicknames_stay_in_their_folder_and_on_their_line(workspace: Workspace, name: str) -> None:
+    workspace.datasets[0]["id"] = name
+    problems = workspace.fails_written().problems
+    assert [problem.message for problem in problems if "cannot name a file" in problem.message]
+    prompts, faults = read_prompt_library(parse_json(json.dumps({name: "a prompt"}), "library.json"))
+    assert prompts == {}
+    assert "cannot name a file" in faults[0].message

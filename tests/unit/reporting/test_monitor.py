@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import http.client
 import json
+import random
+import socket
 import threading
 import uuid
 from collections.abc import Iterator
@@ -22,12 +24,14 @@ from simpletuner.reporting import events
 from simpletuner.reporting.events import StepDone
 from simpletuner.reporting.monitor.following import Follower
 from simpletuner.reporting.monitor.history import History, Image, PictureStore
+from simpletuner.reporting.monitor.reading import BadEvent, read_event
 from simpletuner.reporting.monitor.server import MonitorServer
 from simpletuner.reporting.sinks.jsonl import JsonlSink
 from simpletuner.reporting.webhooks.encoding import raw_event
 from simpletuner.reporting.webhooks.messages import CurvePoint, progress_message
 from simpletuner.reporting.webhooks.sink import WebhookSink
 
+WITHOUT_STEP = b'{"type": "training.evaluation", "id": "1", "data": {"pooled": 0.5}}'
 PNG = "data:image/png;base64,iVBORw0KGgo="
 
 
@@ -170,6 +174,94 @@ def test_what_is_no_event_is_refused(body: Any) -> None:
     with running() as server:
         assert ask(server, "POST", "/", body)[0] == 400
         assert server.history.snapshots()[0] == []
+
+
+def say_raw(server: MonitorServer, request: bytes) -> bytes:
+    """The status line that bytes on a connection get."""
+    with socket.create_connection(("127.0.0.1", server.server_port), timeout=10) as connection:
+        connection.sendall(request)
+        connection.shutdown(socket.SHUT_WR)
+        answer = b"".join(iter(lambda: connection.recv(65536), b""))
+    return answer.split(b"\r\n")[0]
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        "Content-Length: ²",
+        "Content-Length: ٣",
+        "Content-Length: -1",
+        "Content-Length: 1e3",
+        "Content-Length: 0x10",
+        "Content-Length: 10",  # of a body that has two bytes
+        "Host: [",
+    ],
+)
+def test_odd_headers_are_answered_with_400(head: str) -> None:
+    host = "" if head.startswith("Host") else "Host: localhost\r\n"
+    request = f"POST / HTTP/1.1\r\n{host}{head}\r\nContent-Type: application/json\r\n\r\n{{}}"
+    with running() as server:
+        assert say_raw(server, request.encode("utf-8")) == b"HTTP/1.1 400 Bad Request"
+        assert say_raw(server, b"GET http://[/ HTTP/1.1\r\nHost: localhost\r\n\r\n") == b"HTTP/1.1 400 Bad Request"
+        assert say_raw(server, b"POST / HTTP/1.1\r\nHost: localhost\r\n\r\n") == b"HTTP/1.1 411 Length Required"
+        too_long = b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: " + b"9" * 5000 + b"\r\n\r\n"
+        assert b" 413 " in say_raw(server, too_long)
+        assert ask(server, "POST", "/", event("training.status", {"step": 1}))[0] == 204
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"type": "training.status", "id": "1", "data": {"loss": NaN}}',
+        b'{"type": "training.status", "id": "1", "data": {"loss": -Infinity}}',
+        b'{"type": "training.status", "id": "1", "data": {"loss": ' + b"9" * 5000 + b"}}",
+        b'{"type": "training.status", "id": "1", "data": {"details": ' + b"[" * 60 + b"]" * 60 + b"}}",
+        "{}".encode("utf-16"),
+        WITHOUT_STEP,
+        WITHOUT_STEP.replace(b'"pooled"', b'"step": "7", "pooled"'),
+        WITHOUT_STEP.replace(b'"pooled"', b'"step": true, "pooled"'),
+        WITHOUT_STEP.replace(b'"pooled"', b'"step": null, "pooled"'),
+        WITHOUT_STEP.replace(b'"pooled"', b'"step": 99999999999999999999, "pooled"'),
+        WITHOUT_STEP.replace(b"training.evaluation", b"validation.score"),
+        b'{"type": "lifecycle.stage", "id": "1", "data": {"stage": {"status": "running", "progress": 3}}}',
+        b'{"type": "training.status", "id": "1", "title": ["x"], "data": {}}',
+        b'{"type": "training.status", "id": "1", "run_name": {}, "data": {}}',
+    ],
+)
+def test_events_that_make_no_sense_are_answered_with_400(body: bytes) -> None:
+    with running() as server:
+        assert ask(server, "POST", "/", body)[0] == 400
+        assert ask(server, "POST", "/", event("training.status", {"start_step": 0, "step": 1}))[0] == 204
+
+
+def test_whatever_is_posted_leaves_a_page_that_can_be_sent() -> None:
+    """Values of sound events exchanged for others: refused, or taken in without harm."""
+    rng = random.Random(5)
+    sound = [
+        event("training.status", {"start_step": 0, "step": 1, "total_steps": 3, "details": {"a": "b"}}),
+        event("training.status", {"step": 2, "curve": [[1, 0.5, 1e-4, 2.0]], "regularisation_steps": [1]}),
+        event("training.evaluation", {"step": 2, "pooled": 0.5, "reference": None}),
+        event("validation.image", {"step": 2, "pictures": [{"image": 0, "prompt": "x"}]}, images=[PNG]),
+        event("lifecycle.stage", {"stage": {"key": "a", "status": "running", "progress": {"total": 3}}}),
+        event("validation.score", {"step": 2, "metric": "clip", "mean": 3.0}),
+    ]
+    values: list[Any] = [None, True, -1, 2**70, 0.5, "", "x", "\ud800", [], [1], [[1]], [[1, 2, 3, 4]], {}, {"a": {}}]
+    history, num_taken = History(), 0
+    for number in range(3000):
+        changed = json.loads(json.dumps(rng.choice(sound)))
+        place = rng.choice([changed, changed["data"], *(v for v in changed["data"].values() if isinstance(v, dict))])
+        if place:
+            place[rng.choice(list(place))] = rng.choice(values)
+        if isinstance(changed.get("id"), str):
+            changed["id"] = str(number)
+        try:
+            taken, images = read_event(json.dumps(changed).encode())
+        except BadEvent:
+            continue
+        history.add(taken, images)
+        num_taken += 1
+    json.dumps(history.snapshots()[0], allow_nan=False)
+    assert 500 < num_taken < 2900
 
 
 def test_other_sites_are_kept_out() -> None:

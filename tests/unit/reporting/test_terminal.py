@@ -16,7 +16,7 @@ from simpletuner.reporting.events import (
     StepDone,
 )
 from simpletuner.reporting.progress import Pace, clock_text, duration_text
-from simpletuner.reporting.sinks.terminal import LiveSink, PlainSink, terminal_sink
+from simpletuner.reporting.sinks.terminal import LiveSink, PlainSink, describe, terminal_sink
 
 
 class Clock:
@@ -157,3 +157,19 @@ def test_durations_read_as_people_say_them():
         "2 h 05 min",
     ]
     assert clock_text(3661.9) == "1:01:01"
+
+
+def test_control_characters_of_a_user_never_reach_the_terminal() -> None:
+    evil = "a\x1b]0;title\x07\x1b[31m\x9b2J\u202e\r\x08b"
+    shown = "\n".join(
+        line
+        for event in (
+            Notice("warning", f"{evil}\nsecond"),
+            PhaseStarted(f"caching {evil}", 3),
+            RunStarted(evil, Path(evil), 1, 0, {"prompts": evil}),
+        )
+        for line in describe(event)
+    )
+    assert shown.count("\n") == 4
+    assert not [letter for letter in shown if letter != "\n" and not letter.isprintable()]
+    assert "a\\x1b]0;title\\x07" in shown
