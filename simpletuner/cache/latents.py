@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from simpletuner import storage
 from simpletuner.batch import Sample
+from simpletuner.cache.adopting import adopt
 from simpletuner.cache.encoded import EncodedCache
 from simpletuner.cache.encoding import (
     BatchEncoder,
@@ -28,7 +29,7 @@ from simpletuner.cache.encoding import (
     num_readers,
     read_ahead,
 )
-from simpletuner.cache.store import DamagedEntry, StoreWriter
+from simpletuner.cache.store import DamagedEntry, StoreWriter, TensorStore
 from simpletuner.data.transforms import TRANSFORM_VERSION
 from simpletuner.errors import DataError, Problem
 from simpletuner.models.family import LatentMoments
@@ -149,14 +150,28 @@ class LatentCache(EncodedCache):
         num_encoded = need.num_missing - len(filling.reasons)
         return FillReport(num_encoded, num_cached, self._unusable(dataset, filling), time.monotonic() - started)
 
-    def need(self, samples: Iterable[Sample]) -> Need:
-        """What is there of some samples and what is not; nothing is encoded."""
+    def need(self, samples: Iterable[Sample], others: Sequence[TensorStore] = ()) -> Need:
+        """What is there of some samples and what is not; nothing is encoded.
+
+        Args:
+            others: stores whose entries count as there too (`adopting.py`).
+        """
         num_entries = num_missing = num_bytes = 0
         for part in self._by_key(samples):
             missing = self.store.missing(part)
+            for other in others:
+                missing = other.missing(missing)
             num_entries, num_missing = num_entries + len(part), num_missing + len(missing)
             num_bytes += sum(self.num_bytes(part[key]) for key in missing)
         return Need(num_entries, num_missing, num_bytes)
+
+    def adopt(self, samples: Iterable[Sample], others: Sequence[TensorStore]) -> int:
+        """Take over what other stores hold of some samples; how many entries that were.
+
+        Raises:
+            DataError: the disk is full or cannot be written.
+        """
+        return sum(adopt(self.store, part.keys(), others) for part in self._by_key(samples))
 
     def _by_key(self, samples: Iterable[Sample]) -> Iterator[dict[str, Sample]]:
         """The samples in parts, by key; each key once in all."""

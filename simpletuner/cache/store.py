@@ -149,6 +149,13 @@ class TensorStore:
             self.refresh()
             return self._index.keys()
 
+    def shards_of(self, keys: Iterable[str]) -> dict[str, set[str]]:
+        """The files that hold `keys`, and all that each of them holds."""
+        wanted = set(keys)
+        with self._own_files():
+            held = {shard: set(self._index.keys_of(shard)) for shard in self._index.shards()}
+        return {shard: of_shard for shard, of_shard in held.items() if of_shard & wanted}
+
     def stats(self) -> StoreStats:
         with self._own_files():
             self.refresh()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from simpletuner.cache.latents import LatentCache
 from simpletuner.cache.prompts import CachedPrompts
-from simpletuner.cache.store import QUARANTINE, TensorStore
+from simpletuner.cache.store import QUARANTINE, StoreStats, TensorStore
 from simpletuner.commands.text import count_text
 from simpletuner.config.datasets import ImageDataset, TextEmbedsDataset
 from simpletuner.config.loading import LoadedRun
@@ -141,20 +141,35 @@ def prune(loaded: LoadedRun, say: Say, dry_run: bool = False, others: bool = Fal
 def stats(loaded: LoadedRun, say: Say) -> None:
     """Print what each folder holds and how much of it the configuration uses."""
     wanted = used_keys(loaded)
-    total = 0
+    files: dict[tuple[int, int], int] = {}  # a file with two names takes its room once
+    unused: list[str] = []
     for folder, store in _stores(loaded, say):
         held = store.stats()
-        total += held.num_bytes
+        for path in folder.path.glob("shard-*.safetensors"):
+            status = path.stat()
+            files[status.st_dev, status.st_ino] = status.st_size
+        if not folder.datasets:
+            unused.append(f"  {folder.path}: {_held(held)}")
         say(folder.label)
         shards = count_text(held.num_shards, "file")
         say(f"  {count_text(held.num_entries, 'entry', 'entries')} in {shards}, {bytes_text(held.num_bytes)}")
         if folder.datasets:
             keys, used = set(store.keys()), wanted[folder.path]
             say(f"  in use: {len(keys & used)}, unused: {len(keys - used)}, still to encode: {len(used - keys)}")
+            if keys - used:
+                unused.append(f"  {folder.path}: {len(keys - used)} of {_held(held)}")
         if folder.quarantined:
             size = bytes_text(sum(path.stat().st_size for path in folder.quarantined))
             say(f"  set aside as damaged: {count_text(len(folder.quarantined), 'file')}, {size}")
-    say(f"{bytes_text(total)} in all")
+    say(f"{bytes_text(sum(files.values()))} in all")
+    if unused:
+        say("no longer used by this configuration (`simpletuner cache prune` removes it, with --others whole folders):")
+        for line in unused:
+            say(line)
+
+
+def _held(held: StoreStats) -> str:
+    return f"{count_text(held.num_entries, 'entry', 'entries')}, {bytes_text(held.num_bytes)}"
 
 
 def used_keys(loaded: LoadedRun) -> dict[Path, set[str]]:

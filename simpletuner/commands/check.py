@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from simpletuner import storage
+from simpletuner.cache.adopting import folders_beside, opened
 from simpletuner.cache.latents import LatentCache
 from simpletuner.cache.store import TensorStore
 from simpletuner.commands.captions import CaptionCheck, check_captions
@@ -228,8 +229,9 @@ def cache_need(loaded: LoadedRun, family: ModelFamily, dataset: Dataset, fingerp
     num_all = num_missing = num_bytes = 0
     folders = [latents_folder(part.entry, Path(loaded.config.cache_dir), family.spec) for part in dataset.parts]
     for part, folder in zip(dataset.parts, folders, strict=True):
-        with TensorStore(folder) as store:
-            need = LatentCache(store, family, fingerprint).need(KeptSamples(dataset, part.id))
+        beside = folders_beside(Path(loaded.config.cache_dir) / "vae", folder)
+        with TensorStore(folder) as store, opened(beside) as others:
+            need = LatentCache(store, family, fingerprint).need(KeptSamples(dataset, part.id), others)
         num_all, num_missing = num_all + need.num_entries, num_missing + need.num_missing
         num_bytes += need.bytes_missing
     return CacheNeed(tuple(dict.fromkeys(folders)), num_all - num_missing, num_missing, num_bytes)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from simpletuner.batch import Sample
+from simpletuner.cache.adopting import folders_beside, opened
 from simpletuner.cache.encoding import ManySamples
 from simpletuner.cache.fingerprints import vae_fingerprint
 from simpletuner.cache.latents import LatentCache, OnDemandLatents
@@ -173,10 +174,15 @@ def prepare_latents(
                 sources[part.id] = made
             sources[part.id].keeps &= dataset.keeps_latents
             sources[part.id].redraws |= dataset.samples.draws.crops
-        kept.append(dataset if dataset.encodes_on_demand else fill_caches(dataset, sources, vae, bus, stop, world))
+        kept.append(
+            dataset if dataset.encodes_on_demand else fill_caches(dataset, sources, vae, cache_dir, bus, stop, world)
+        )
     for dataset in kept:
         if dataset.encodes_on_demand:
             for part in dataset.parts:
+                cache = sources[part.id].cache
+                if world.is_main and dataset.keeps_latents and not cache.store.stats().num_entries:
+                    adopt_latents(cache, KeptSamples(dataset, part.id), cache_dir)
                 sources[part.id].encode_on_demand()
     if not any(dataset.encodes_on_demand for dataset in kept):
         vae.free()
@@ -198,10 +204,20 @@ def latents_folder(entry: ImageDataset | ConditioningDataset, cache_dir: Path, s
     return Path(entry.cache_dir_vae or cache_dir / "vae" / spec.name / entry.id)
 
 
+def adopt_latents(cache: LatentCache, samples: KeptSamples, cache_dir: Path) -> int:
+    """Take over latents that are in the folder of another dataset, as after a change of an id; how many."""
+    folders = folders_beside(cache_dir / "vae", cache.store.folder)
+    if not folders:
+        return 0
+    with opened(folders) as others:
+        return cache.adopt(samples, others)
+
+
 def fill_caches(
     dataset: Dataset,
     sources: LatentSources,
     vae: LentVae,
+    cache_dir: Path,
     bus: EventBus,
     stop: StopRequest,
     world: World = ALONE,
@@ -221,6 +237,9 @@ def fill_caches(
                 progress.summary = f"0 encoded, {num_cached} cached before"
                 continue
             pictures = Pictures(share, source.pictures.read_pixels)
+            with world.main_first():
+                if world.is_main:
+                    adopt_latents(cache, KeptSamples(dataset, name), cache_dir)
             report = cache.fill(pictures, vae.load, source.batch_size, _teller(progress, stop), world.size)
             progress.summary = f"{report.num_encoded} encoded, {report.num_cached} cached before"
         unusable = [

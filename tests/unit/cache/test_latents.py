@@ -267,7 +267,7 @@ def test_progress_counts_everything_and_may_stop_the_work(cache):
 def test_a_full_disk_is_told_before_anything_is_encoded(cache, monkeypatch):
     usage = shutil.disk_usage("/")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
-    with pytest.raises(DataError, match=r"the latent cache needs 1,536 bytes, and only 1,000 are free"):
+    with pytest.raises(DataError, match=r"the latent cache needs 1.5 KiB, and only 1000 bytes are free"):
         cache.fill(Pictures(3), no_vae, batch_size=2)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from simpletuner.commands import cache
+from simpletuner.commands.check import gather
 from tests.runs import dataset, draw_pictures, load_here, write_run
 
 
@@ -105,3 +106,59 @@ def test_without_any_cache_the_verb_that_makes_it_is_named(folder):
     said: list[str] = []
     cache.verify(load_here(folder), said.append)
     assert "cache build" in said[0]
+
+
+def rename(folder: Path, old: str, new: str) -> None:
+    path = folder / "multidatabackend.json"
+    data = json.loads(path.read_text())
+    path.write_text(json.dumps([{**each, "id": new if each["id"] == old else each["id"]} for each in data]))
+
+
+def test_a_dataset_that_is_renamed_finds_its_latents(folder, monkeypatch, capsys):
+    cache.build(load_here(folder))
+    before = {path.name: path.read_bytes() for path in shards(folder)}
+    rename(folder, "pictures", "photographs")
+
+    def refuse(self):
+        raise AssertionError("everything is there")
+
+    monkeypatch.setattr("simpletuner.models.omnigen.family.OmniGen.load_vae", refuse)
+    capsys.readouterr()
+    cache.build(load_here(folder))
+    assert "0 encoded, 7 cached before" in capsys.readouterr().out
+    assert {path.name: path.read_bytes() for path in shards(folder, "photographs")} == before
+    assert shards(folder, "photographs")[0].samefile(shards(folder)[0])  # takes no room
+
+
+def test_where_files_cannot_be_linked_entries_are_copied(folder, monkeypatch, capsys):
+    cache.build(load_here(folder))
+    rename(folder, "pictures", "photographs")
+    (folder / "pictures/003.png").unlink()
+
+    def refuse(*arguments):
+        raise OSError("no links here")
+
+    monkeypatch.setattr("os.link", refuse)
+    capsys.readouterr()
+    cache.build(load_here(folder))
+    assert "0 encoded, 6 cached before" in capsys.readouterr().out
+    assert "in use: 6, unused: 0, still to encode: 0" in lines_of(cache.stats, folder)
+
+
+def test_only_what_is_wanted_of_another_folder_is_taken_over(folder):
+    cache.build(load_here(folder))
+    rename(folder, "pictures", "photographs")
+    (folder / "pictures/003.png").unlink()
+    cache.build(load_here(folder))
+    text = lines_of(cache.stats, folder)
+    assert "in use: 6, unused: 0, still to encode: 0" in text
+    assert f"  {folder.resolve()}/cache/vae/omnigen/pictures: 7 entries, " in text.split("no longer used")[1]
+
+
+def test_check_counts_what_another_name_has_encoded(folder):
+    cache.build(load_here(folder))
+    rename(folder, "pictures", "photographs")
+    found = gather(load_here(folder))
+    need = next(each.cache for each in found.datasets if each.dataset.id == "photographs")
+    assert (need.num_present, need.num_missing, need.bytes_missing) == (7, 0, 0)
+    assert not shards(folder, "photographs")  # nothing is written
