@@ -39,12 +39,16 @@ class LeftOver:
     start_second: int
     final_name: str | None
 
+    @property
+    def is_of_another_host(self) -> bool:
+        return self.host != host_digest()
+
     def is_owner_alive(self, path: Path) -> bool:
         """Whether its writer may still work on it; another machine's counts as alive for a day."""
-        if self.host != host_digest():
+        if self.is_of_another_host:
             try:
                 return time.time() - path.stat().st_mtime < _OTHER_HOST_SECONDS
-            except FileNotFoundError:
+            except OSError:
                 return True
         started = _start_second(self.pid)
         return started is not None and abs(started - self.start_second) <= _CLOCK_SECONDS

@@ -9,11 +9,9 @@ after a copy.
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import json
 import os
-import re
 import shutil
 import socket
 from collections.abc import Iterator, Mapping
@@ -21,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from simpletuner.disk import disk_errors
 from simpletuner.errors import DataError, Problem, bytes_text
 from simpletuner.leftovers import new_sibling, parse_name
 
@@ -32,15 +31,6 @@ FORMAT_VERSION = 1
 
 _CHUNK_BYTES = 8 << 20
 _QUICK_CHECK_BYTES = 1 << 20
-_FREE_SPACE = "free some space, then start again: what was committed before is untouched"
-_OTHER_FOLDER = "choose another folder, or make this one writable"
-_DISK_ERRORS = {
-    errno.ENOSPC: ("the disk is full", _FREE_SPACE),
-    errno.EDQUOT: ("the disk quota is used up", _FREE_SPACE),
-    errno.EROFS: ("the file system is read-only", _OTHER_FOLDER),
-    errno.EACCES: ("permission denied", _OTHER_FOLDER),
-    errno.EPERM: ("the operation is not permitted", _OTHER_FOLDER),
-}
 
 
 def _step(name: str) -> None:
@@ -71,7 +61,8 @@ def write_bytes(path: str | Path, data: bytes) -> None:
             _step("rename")
             temporary.replace(path)
         except BaseException:
-            temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # `sweep` removes it later; the first error is the one to tell
+                temporary.unlink(missing_ok=True)
             raise
         _fsync_dir(path.parent)
 
@@ -289,22 +280,27 @@ def remove_dir(path: str | Path) -> None:
         _fsync_dir(path.parent)
 
 
-def sweep(parent: str | Path) -> list[Path]:
+def sweep(parent: str | Path, is_locked: bool = False) -> list[Path]:
     """Clear up in `parent` after processes that died: remove what they left half-written, put back what they had moved
     aside and not replaced. Call it before looking for committed folders.
 
     What living processes work on stays; so does, for a day, what comes from another machine.
 
+    Args:
+        is_locked: this process holds the lock of the folder, so that what comes from another machine has no owner.
+
     Returns:
         What was removed or put back, by its left-over path.
     """
     parent = Path(parent)
-    if not parent.is_dir():
+    try:
+        found = sorted(parent.iterdir()) if parent.is_dir() else []
+    except OSError:  # a later start clears up
         return []
     handled = []
-    for left_over in sorted(parent.iterdir()):
+    for left_over in found:
         told = parse_name(left_over.name)
-        if told is None or told.is_owner_alive(left_over):
+        if told is None or (told.is_owner_alive(left_over) and not (is_locked and told.is_of_another_host)):
             continue
         try:
             if told.final_name is not None and not (parent / told.final_name).exists():
@@ -316,6 +312,15 @@ def sweep(parent: str | Path) -> list[Path]:
         except OSError:  # another process clears up as well, or the folder cannot be written: no harm in its staying
             continue
         handled.append(left_over)
+    return handled
+
+
+def sweep_tree(root: str | Path, is_locked: bool = False) -> list[Path]:
+    """`sweep` in a folder and all folders below it; links are not followed."""
+    handled = []
+    for folder, names, _ in os.walk(root):
+        handled += sweep(folder, is_locked)
+        names[:] = [name for name in names if parse_name(name) is None]
     return handled
 
 
@@ -344,11 +349,16 @@ def exclusive_lock(path: str | Path, purpose: str) -> Iterator[None]:
             lock.acquire()
     except filelock.Timeout:
         raise DataError(_held_by_another(path, holder, purpose)) from None
+    except NotImplementedError as error:
+        problem = Problem("its file system knows no locks", file=str(path), fix="choose a folder on another disk")
+        raise DataError(problem) from error
     try:
-        write_json(holder, {"pid": os.getpid(), "host": socket.gethostname(), "purpose": purpose})
+        with contextlib.suppress(DataError):  # it only names the holder in a message: a full disk may still be freed
+            write_json(holder, {"pid": os.getpid(), "host": socket.gethostname(), "purpose": purpose})
         yield
     finally:
-        holder.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            holder.unlink(missing_ok=True)
         lock.release()
 
 
@@ -373,23 +383,6 @@ def require_free_space(path: str | Path, num_bytes: int, what: str) -> None:
                 fix="free some space or choose a folder on another disk",
             )
         )
-
-
-@contextlib.contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
-    """Turn what the disk refuses while `path` is written into a DataError; everything else passes."""
-    try:
-        yield
-    except Exception as error:  # every branch raises; safetensors wraps I/O errors in a class of its own
-        number = error.errno if isinstance(error, OSError) else _wrapped_errno(error)
-        place = getattr(error, "filename", None)
-        is_elsewhere = place is not None and not Path(place).is_relative_to(path.parent)
-        # Inside of a folder that is being written, `commit_dir` tells it with the name that the user knows.
-        is_inside = any(parse_name(part) for part in path.parts)
-        if number not in _DISK_ERRORS or is_elsewhere or is_inside:
-            raise
-        message, fix = _DISK_ERRORS[number]
-        raise DataError(Problem(f"cannot be written: {message}", file=str(path), fix=fix)) from error
 
 
 # ---- the steps of the protocol -------------------------------------------------------------------------------------
@@ -427,12 +420,13 @@ def _publish(temporary: Path, final_path: Path, manifest: Manifest) -> None:
         temporary.rename(final_path)
     except OSError:
         if aside is not None:
-            aside.rename(final_path)
+            with contextlib.suppress(OSError):  # `sweep` puts it back later
+                aside.rename(final_path)
         raise
     _fsync_dir(final_path.parent)
     if aside is not None:
         _step("rmtree")
-        shutil.rmtree(aside)
+        shutil.rmtree(aside, ignore_errors=True)  # the new folder counts already; `sweep` removes the rest
 
 
 def _write_all(descriptor: int, data: bytes) -> None:
@@ -473,12 +467,6 @@ def _sort_metadata(path: Path) -> None:
 
 def _json_bytes(value: Any) -> bytes:
     return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
-
-
-def _wrapped_errno(error: Exception) -> int | None:
-    """The errno inside a safetensors error, which tells it in words only: `... (os error 28)`."""
-    match = re.search(r"\(os error (\d+)\)", str(error)) if type(error).__name__ == "SafetensorError" else None
-    return int(match.group(1)) if match else None
 
 
 def _held_by_another(path: Path, holder: Path, purpose: str) -> Problem:

@@ -12,6 +12,7 @@ import typer
 
 from simpletuner import __version__
 from simpletuner.cli.shared import LOG_LEVEL, app, say_aside
+from simpletuner.disk import disk_error
 from simpletuner.errors import EXIT_INTERRUPTED, ConfigError, Problem, SimpleTunerError
 from simpletuner.quiet import hide_needless_lines
 
@@ -31,6 +32,9 @@ def main() -> None:
     except Exception as error:  # the last boundary: says what happened and ends the program
         if os.environ.get("SIMPLETUNER_DEBUG") == "1":
             raise
+        if told := disk_error(error):
+            _tell_the_end(told.render())
+            sys.exit(told.exit_code)
         _tell_the_end(_report_unexpected(error))
         sys.exit(1)
     finally:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Protocol, runtime_checkable
 
+from simpletuner.errors import DataError
 from simpletuner.reporting.events import Event, Notice
 
 
@@ -48,7 +49,7 @@ class EventBus:
         for sink in list(self._sinks):
             try:
                 sink.handle(event)
-            except sink.failures as error:
+            except (*sink.failures, DataError) as error:  # `storage` words what a disk refuses as a DataError
                 self._drop(sink, error)
         for teller in self._tellers:
             for notice in teller.take_notices():
@@ -60,7 +61,7 @@ class EventBus:
             sink = self._sinks.pop()
             try:
                 sink.close()
-            except sink.failures as error:
+            except (*sink.failures, DataError) as error:
                 self.emit(Notice("warning", f"{sink.name} could not be closed ({error})"))
             if isinstance(sink, Teller):
                 self._tellers.remove(sink)

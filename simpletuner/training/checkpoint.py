@@ -22,6 +22,7 @@ from simpletuner.optim.state import load_optimizer_tensors, optimizer_tensors
 from simpletuner.reporting.events import Notice
 from simpletuner.training.divergence import require_finite
 from simpletuner.training.evaluation import losses_as_json, losses_from_json
+from simpletuner.training.full_disk import write_patiently
 from simpletuner.training.identity import compare_identity, option_changes, run_identity
 from simpletuner.training.resuming import length_facts, resumed_state
 
@@ -86,10 +87,15 @@ class Checkpoints:
     def _save_here(self, run: Run, path: Path, content: CheckpointContent) -> None:
         if path.is_dir() and not storage.verify_dir(path, full=False):
             return
-        with storage.commit_dir(path, metadata={"global_step": run.state.global_step}) as folder:
-            write_checkpoint(run, folder, content)
+
+        def commit() -> None:
+            with storage.commit_dir(path, metadata={"global_step": run.state.global_step}) as folder:
+                write_checkpoint(run, folder, content)
+
+        write_patiently(run, path.name, commit)
         self.is_settled = False
-        self.rotate(keep=path, at_least=2)
+        for line in self.rotate(keep=path, at_least=2):
+            run.bus.emit(Notice("warning", line))
 
     def save_best(self, run: Run, eval_loss: float) -> Path:
         """Commit the current state as `checkpoint-best`, in place of an earlier one.
@@ -110,11 +116,15 @@ class Checkpoints:
     def _save_best_here(self, run: Run, path: Path, content: CheckpointContent, eval_loss: float) -> None:
         step = run.state.global_step
         same = self.path_of(step)
-        with storage.commit_dir(path, metadata={"global_step": step, "eval_loss": eval_loss}) as folder:
-            if same.is_dir() and not storage.verify_dir(same, full=False):
-                storage.link_files(same, folder)
-            else:
-                write_checkpoint(run, folder, content)
+
+        def commit() -> None:
+            with storage.commit_dir(path, metadata={"global_step": step, "eval_loss": eval_loss}) as folder:
+                if same.is_dir() and not storage.verify_dir(same, full=False):
+                    storage.link_files(same, folder)
+                else:
+                    write_checkpoint(run, folder, content)
+
+        write_patiently(run, path.name, commit)
 
     def best(self) -> Path | None:
         """The folder named like the best checkpoint; says nothing of whether it is valid."""
@@ -136,25 +146,38 @@ class Checkpoints:
         path.rename(aside)
         return aside.name
 
-    def rotate(self, keep: Path, at_least: int = 1) -> None:
+    def rotate(self, keep: Path, at_least: int = 1) -> list[str]:
         """Remove the oldest checkpoints beyond the limit; only valid ones count, `keep` is never removed.
 
         Args:
             at_least: are left, whatever the limit.
+
+        Returns:
+            A line for each that could not be removed.
         """
         if not self.limit:
-            return
+            return []
+        lines = []
         valid = [path for path in self.found() if not storage.verify_dir(path, full=False)]
         for path in valid[: max(len(valid) - max(self.limit, at_least), 0)]:
-            if path != keep:
-                storage.remove_dir(path)
+            try:
+                if path != keep:
+                    storage.remove_dir(path)
+            except DataError as error:
+                lines.append(f"an old checkpoint could not be removed: {error.problems[0].render()}")
+        return lines
 
-    def settle(self) -> None:
-        """The weights of the last save have given a finite loss since: the one before it may go."""
-        if not self.is_settled:
-            self.is_settled = True
-            if self.limit == 1 and (newest := self.newest()):
-                self.rotate(keep=newest)
+    def settle(self) -> list[str]:
+        """The weights of the last save have given a finite loss since: the one before it may go.
+
+        Returns:
+            As of `rotate`.
+        """
+        if self.is_settled:
+            return []
+        self.is_settled = True
+        newest = self.newest() if self.limit == 1 else None
+        return self.rotate(keep=newest) if newest else []
 
     def choose(self, wanted: str | None) -> tuple[Path | None, list[str]]:
         """The checkpoint to resume from, and what there is to tell about it.

@@ -44,7 +44,7 @@ def evaluate(run: Run) -> None:
         )
     )
     if run.world.is_main:
-        storage.write_json(run.output_dir / HISTORY_FILE, losses_as_json(run.eval_losses))
+        write_history(run)
     if run.config.checkpoint_keep_best and step > 0 and best_step(run.eval_losses) == step:
         with last_good_state(run):
             path = run.checkpoints.save_best(run, run.eval_losses[step])
@@ -54,6 +54,14 @@ def evaluate(run: Run) -> None:
         text = f"the run ends at step {step}: {count} evaluations in a row brought no eval loss below "
         best = best_step(run.eval_losses)
         run.bus.emit(Notice("info", f"{text}{run.eval_losses[best]:.4f} of step {best} (early_stopping_patience)"))
+
+
+def write_history(run: Run) -> None:
+    """Keep the eval losses; a disk that refuses them costs a warning, for the next checkpoint holds them too."""
+    try:
+        storage.write_json(run.output_dir / HISTORY_FILE, losses_as_json(run.eval_losses))
+    except DataError as error:
+        run.bus.emit(Notice("warning", f"{error.problems[0].render()}; the next checkpoint keeps the eval losses"))
 
 
 def reference_result(run: Run, result: EvalResult) -> EvalResult | None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import shlex
 import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from torch import nn
@@ -12,6 +14,8 @@ from torch import nn
 from simpletuner import storage
 from simpletuner.adapters.metadata import run_metadata
 from simpletuner.config.loading import LoadedRun
+from simpletuner.disk import disk_error
+from simpletuner.errors import DataError
 from simpletuner.models.components import save_model_folder
 from simpletuner.optim.optimizers import averaged_weights
 from simpletuner.reporting.events import Notice, RunFinished
@@ -19,6 +23,7 @@ from simpletuner.reporting.loss_plot import draw_loss_plot
 from simpletuner.reporting.report import REPORT_FILE
 from simpletuner.reporting.sinks.jsonl import METRICS_FILE, read_records
 from simpletuner.training.evaluation import best_step
+from simpletuner.training.full_disk import write_patiently
 from simpletuner.training.lock import LOCK_FILE
 from simpletuner.training.phases import phase
 from simpletuner.training.preflight import model_source
@@ -41,22 +46,35 @@ def finish_run(run: Run, seconds: float) -> None:
     outputs = save_weights(run)
     if not run.world.is_main:
         return
-    run.checkpoints.settle()
+    for line in run.checkpoints.settle():
+        run.bus.emit(Notice("warning", line))
     if run.validator is not None:
-        outputs |= run.validator.write_summaries(run.state.global_step)
+        with costing_only(run, "sheets of the images"):
+            outputs |= run.validator.write_summaries(run.state.global_step)
     best = run.checkpoints.best() if run.config.checkpoint_keep_best else None
     if best is not None:
         step = best_step(run.eval_losses)
         outputs[f"best checkpoint (step {step}, eval loss {run.eval_losses[step]:.4f})"] = best
-    plot = draw_loss_plot(run.output_dir / METRICS_FILE, run.output_dir / "loss.png")
-    if plot is not None:
-        outputs["loss curve"] = plot
+    with costing_only(run, "loss curve"):
+        plot = draw_loss_plot(run.output_dir / METRICS_FILE, run.output_dir / "loss.png")
+        if plot is not None:
+            outputs["loss curve"] = plot
     outputs["report"] = run.output_dir / REPORT_FILE
     if (readers := run.adapter.read_by()) is not None:
         run.bus.emit(Notice("info", f"{run.adapter.file_name}: {readers}"))
     command = generate_command(run.loaded, run.family.source.model, outputs)
     run.bus.emit(RunFinished(step=run.state.global_step, seconds=seconds, outputs=outputs, commands=(command,)))
     report_run(run.output_dir, run.datasets, run.bus)
+
+
+@contextmanager
+def costing_only(run: Run, what: str) -> Iterator[None]:
+    """What the disk refuses in the block costs `what` and a warning: the weights are saved by then."""
+    try:
+        yield
+    except (OSError, DataError) as error:
+        told = disk_error(error) or error
+        run.bus.emit(Notice("warning", f"no {what}: {told}"))
 
 
 def was_finished(run: Run) -> bool:
@@ -86,8 +104,12 @@ def save_model(run: Run, folder: Path) -> Path:
     denoiser = whole_denoiser(run)
     if run.world.is_main:
         folder.mkdir(parents=True, exist_ok=True)
-        with storage.commit_dir(path) as temporary:
-            save_model_folder(run.family.source, run.family.spec, denoiser, run.family.scheduler_config, temporary)
+
+        def commit() -> None:
+            with storage.commit_dir(path) as temporary:
+                save_model_folder(run.family.source, run.family.spec, denoiser, run.family.scheduler_config, temporary)
+
+        write_patiently(run, path.name, commit)
     return path
 
 
@@ -111,9 +133,13 @@ def save_adapter(run: Run, folder: Path) -> Path:
         if run.world.is_main:
             folder.mkdir(parents=True, exist_ok=True)
             lock = storage.read_json(run.output_dir / LOCK_FILE)
-            with storage.replacing_file(path) as temporary:
-                run.adapter.save(temporary, run_metadata(lock, run.state.global_step))
-                prove_adapter(run, temporary, reference)
+
+            def commit() -> None:
+                with storage.replacing_file(path) as temporary:
+                    run.adapter.save(temporary, run_metadata(lock, run.state.global_step))
+                    prove_adapter(run, temporary, reference)
+
+            write_patiently(run, path.name, commit)
         run.world.barrier()
     return path
 

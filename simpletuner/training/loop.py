@@ -312,7 +312,8 @@ def maybe_checkpoint(run: Run) -> None:
     config = run.config
     is_skipped = run.state.skipped_steps > 0
     if not is_skipped and run.world.is_main:
-        run.checkpoints.settle()
+        for line in run.checkpoints.settle():
+            run.bus.emit(Notice("warning", line))
     if is_due(run, config.checkpoint_step_interval, config.checkpoint_epoch_interval) or run.owes_checkpoint:
         run.owes_checkpoint = is_skipped
         if not is_skipped:

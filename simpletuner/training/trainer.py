@@ -19,6 +19,7 @@ from simpletuner.adapters.base import Adapter
 from simpletuner.config.loading import LoadedRun
 from simpletuner.data.dataset import Dataset
 from simpletuner.data.sampler import Sampler
+from simpletuner.disk import disk_error, told_as_disk_errors
 from simpletuner.distributed.world import ALONE, ConnectionLost, World, joined
 from simpletuner.errors import DataError, Interrupted, Problem, SimpleTunerError, UploadError
 from simpletuner.hub.job import make_job
@@ -68,11 +69,12 @@ def train(loaded: LoadedRun) -> None:
         SimpleTunerError: anything that a user can mend; it carries the exit code.
     """
     output_dir = Path(loaded.config.output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    with ExitStack() as stack:
+    with told_as_disk_errors(), ExitStack() as stack:
+        output_dir.mkdir(parents=True, exist_ok=True)
         world = stack.enter_context(joined(os.environ))
         if world.is_main:
             stack.enter_context(storage.exclusive_lock(output_dir / ".lock", f"training into {output_dir}"))
+            storage.sweep_tree(output_dir, is_locked=True)
         stop = stack.enter_context(StopRequest())
         sinks = build_sinks(loaded.config, output_dir, webhooks=loaded.webhooks) if world.is_main else []
         publisher = build_publisher(loaded) if world.is_main else None
@@ -106,7 +108,7 @@ def train(loaded: LoadedRun) -> None:
         except Exception as error:  # told to whoever listens; `cli.main` shows it
             step = run.state.global_step if run is not None else 0
             what = f"training step {step + 1}" if run is not None else "preparing the run"
-            if (known := explain(error, loaded.config, pick_device(), what)) is not None:
+            if (known := explain(error, loaded.config, pick_device(), what) or disk_error(error)) is not None:
                 bus.emit(RunFailed(step=step, message=known.render(), exit_code=known.exit_code))
                 raise known from error
             bus.emit(RunFailed(step=step, message=f"unexpected {type(error).__name__}: {error}"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from simpletuner.config.options.declare import OptionGroup, option
-from simpletuner.config.values import FilePath, Int, Text
+from simpletuner.config.values import Bool, FilePath, Int, Text
 
 
 class CheckpointOptions(OptionGroup):
@@ -27,6 +27,11 @@ class CheckpointOptions(OptionGroup):
         unit="checkpoints",
         ge=0,
         level="basic",
+    )
+    pause_on_full_disk: Bool = option(
+        False,
+        help="Where a checkpoint finds no room on the disk, wait until there is, with a message to the webhooks. "
+        "Otherwise the run ends with exit code 3 after a second try.",
     )
     resume_from_checkpoint: Text = option(
         "latest",

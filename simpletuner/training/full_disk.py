@@ -1,0 +1,87 @@
+"""A checkpoint that the disk does not take: clear up and try again, then wait for room where the user wants that.
+
+The weights of a run stay in memory meanwhile, so nothing is lost by waiting. Only the main process writes; the others
+wait for it as they do for every save.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from simpletuner import storage
+from simpletuner.disk import DiskError
+from simpletuner.errors import Problem
+from simpletuner.reporting.events import Notice
+
+if TYPE_CHECKING:
+    from simpletuner.training.run import Run
+
+T = TypeVar("T")
+
+# Between two tries of a run that waits, and between two looks whether a signal came.
+RETRY_SECONDS = 30.0
+POLL_SECONDS = 0.5
+# A fault of a mount that is over at once needs no second message.
+FIRST_PAUSE_SECONDS = 1.0
+
+
+def write_patiently(run: Run, what: str, write: Callable[[], T]) -> T:
+    """What `write` returns. Where the disk is full or faulty, leftovers are removed and it is called once more; with
+    `pause_on_full_disk` then again and again until it succeeds or a signal comes.
+
+    Args:
+        what: is written, for messages: `checkpoint-100`.
+
+    Raises:
+        DiskError: the disk still refuses; whatever was committed before is untouched.
+    """
+    try:
+        return write()
+    except DiskError as error:
+        if not error.may_pass:
+            raise
+        freed = clear_leftovers(run)
+        text = f"{what} could not be written, and is tried again: {error.problems[0].message}"
+        run.bus.emit(Notice("warning", f"{text}; {freed} leftovers of earlier processes were removed"))
+    time.sleep(FIRST_PAUSE_SECONDS)
+    is_told = False
+    while True:
+        try:
+            result = write()
+            break
+        except DiskError as error:
+            if not (error.may_pass and run.config.pause_on_full_disk):
+                raise
+            if not is_told:
+                text = f"the run is paused at step {run.state.global_step}: {what} {error.problems[0].message}"
+                run.bus.emit(Notice("error", f"{text}. It goes on when there is room ({run.output_dir})"))
+                is_told = True
+            wait_for_room(run, what, error)
+    if is_told:
+        run.bus.emit(Notice("info", f"the run goes on: {what} is written"))
+    return result
+
+
+def wait_for_room(run: Run, what: str, error: DiskError) -> None:
+    """Let time pass before the next try.
+
+    Raises:
+        DiskError: a signal came; the state of the run is lost with the process, since there is no room for it.
+    """
+    until = time.monotonic() + RETRY_SECONDS
+    while time.monotonic() < until:
+        if run.stop:
+            problem = error.problems[0]
+            message = f"stopped while it waited for room: {what} {problem.message}"
+            fix = "free some space; the same command goes on from the checkpoint before"
+            raise DiskError(Problem(message, file=problem.file, fix=fix), error.number) from error
+        time.sleep(POLL_SECONDS)
+
+
+def clear_leftovers(run: Run) -> int:
+    """Remove what dead processes left in the folders of the run; how many files and folders that were."""
+    handled = storage.sweep_tree(run.output_dir, is_locked=True)
+    return len(handled + storage.sweep_tree(Path(run.config.cache_dir)))

@@ -1,0 +1,93 @@
+"""What the operating system refuses is one message with exit code 3, whatever its number."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sqlite3
+import sys
+
+import pytest
+
+from simpletuner import storage
+from simpletuner.cli.program import main
+from simpletuner.disk import DiskError, disk_error, told_as_disk_errors
+from simpletuner.errors import EXIT_DATA
+from simpletuner.leftovers import new_sibling
+
+NETWORK = {errno.EPIPE, errno.ESHUTDOWN, errno.ECONNABORTED, errno.ECONNREFUSED, errno.ECONNRESET}
+
+
+@pytest.mark.parametrize("number", sorted(set(errno.errorcode) - NETWORK))
+def test_every_errno_of_a_write_is_told_with_its_file(tmp_path, monkeypatch, number):
+    def refuse(name):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(storage, "_step", refuse)
+    with pytest.raises(DiskError) as caught:
+        storage.write_bytes(tmp_path / "a", b"1")
+    assert caught.value.exit_code == EXIT_DATA
+    assert str(caught.value).startswith(f"{tmp_path / 'a'}: cannot be written: ")
+    assert "\n  to mend it: " in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("error", [ConnectionResetError(104, "reset"), OSError("no number"), ValueError("x")])
+def test_what_is_no_disk_is_no_disk_error(error):
+    assert disk_error(error) is None
+    with pytest.raises(type(error)), told_as_disk_errors():
+        raise error
+
+
+def test_a_cleanup_that_fails_too_does_not_hide_the_first_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "fsync", lambda descriptor: (_ for _ in ()).throw(OSError(errno.EIO, "Input/output error")))
+    monkeypatch.setattr("pathlib.Path.unlink", lambda *a, **k: (_ for _ in ()).throw(OSError(errno.EROFS, "read-only")))
+    with pytest.raises(DiskError, match="the disk reports an error"):
+        storage.write_bytes(tmp_path / "a", b"1")
+
+
+def test_a_lock_is_held_on_a_disk_that_has_no_room_for_the_holder_s_name(tmp_path, monkeypatch):
+    def refuse(name):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(storage, "_step", refuse)
+    entered = []
+    with storage.exclusive_lock(tmp_path / ".lock", "training"):
+        entered.append(True)
+    assert entered
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "/data/x"), "/data/x: cannot be used: the disk is full"),
+        (OSError(errno.ESTALE, "Stale file handle", "/data/x"), "/data/x: cannot be used: stale file handle"),
+        (sqlite3.OperationalError("disk I/O error"), "a database of the cache cannot be used: disk I/O error"),
+    ],
+)
+def test_the_program_ends_with_one_message_and_code_3(monkeypatch, capsys, error, words):
+    monkeypatch.setattr("simpletuner.cli.program.app", lambda: (_ for _ in ()).throw(error))
+    monkeypatch.setattr(sys, "argv", ["simpletuner", "train"])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code == EXIT_DATA
+    told = capsys.readouterr().err
+    assert words in told
+    assert "Traceback" not in told
+
+
+def test_leftovers_of_another_machine_go_once_the_lock_is_held_in_all_folders_but_those_of_the_living_stay(
+    tmp_path, monkeypatch
+):
+    folders = [tmp_path, tmp_path / "ema", tmp_path / "images" / "deep"]
+    folders[-1].mkdir(parents=True)
+    folders[1].mkdir()
+    living = [new_sibling(folder / "x", "tmp") for folder in folders]
+    with monkeypatch.context() as patched:
+        patched.setattr("socket.gethostname", lambda: "another-machine")
+        foreign = [new_sibling(folder / "x", "tmp") for folder in folders]
+    for path in [*living, *foreign]:
+        path.write_bytes(b"half")
+    assert storage.sweep_tree(tmp_path) == []
+    assert sorted(storage.sweep_tree(tmp_path, is_locked=True)) == sorted(foreign)
+    assert all(path.exists() for path in living)
