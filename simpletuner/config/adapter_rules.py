@@ -108,7 +108,10 @@ def decomposed_files_have_few_readers(draft: Draft) -> Iterator[str]:
         return
     if config.lora_type == "standard" and config.use_dora:
         readers = draft.spec.read_by(config.lora_format, "dora")
-        yield f"{draft.origin('use_dora')}: use_dora: files in the {config.lora_format} form are {readers}"
+        line = f"{draft.origin('use_dora')}: use_dora: files in the {config.lora_format} form are {readers}"
+        if config.lora_format != "diffusers":
+            line += f"; with lora_format diffusers they are {draft.spec.read_by('diffusers', 'dora')}"
+        yield line
     if config.lora_type == "lycoris" and isinstance(draft.lycoris, dict) and draft.lycoris.get("dora_wd"):
         yield f"{config.lycoris_config}: dora_wd: {draft.spec.read_by('lycoris', 'dora')}"
 

@@ -34,7 +34,7 @@ class CardFacts:
         model: how people call the family.
         base_model: hub id of the base; None where it was a folder of the user's.
         licence: of the base, as the family names it.
-        kind: what was trained: `full`, or the adapter's kind (`lokr`, `lora`, ...).
+        kind: what was trained: `full`, or the adapter's kind (`lokr`, `lora`, `dora`, ...).
         usage: Python that draws with it.
         step: optimizer steps done.
         total_steps: optimizer steps at which the run ends.
@@ -45,6 +45,7 @@ class CardFacts:
         instance_prompts: words that call the subject.
         is_safe: `model_card_safe_for_work`.
         note: `model_card_note`.
+        readers: which programs read the adapter's file; empty for a whole model.
     """
 
     repo_id: str
@@ -63,6 +64,7 @@ class CardFacts:
     instance_prompts: Sequence[str] = ()
     is_safe: bool = False
     note: str | None = None
+    readers: str = ""
 
 
 def card_text(facts: CardFacts) -> str:
@@ -85,7 +87,7 @@ def front_matter(facts: CardFacts) -> str:
 
     is_full = facts.kind == "full"
     tags = ["text-to-image", "image-generation", "simpletuner", *([] if is_full else ["lora", "template:sd-lora"])]
-    if facts.kind not in ("full", "lora"):
+    if facts.kind not in ("full", "lora", "dora"):
         tags += ["lycoris", facts.kind]
     if not facts.is_safe:
         tags.append(NOT_SAFE)
@@ -126,11 +128,12 @@ def _gallery(facts: CardFacts) -> str:
 
 
 def _other_programs(facts: CardFacts) -> str:
-    """ComfyUI and others have forms of their own, which are made of this file."""
+    """Who reads the file, and how to make forms of it for others."""
     if facts.kind == "full":
         return ""
-    command = "simpletuner export pytorch_lora_weights.safetensors --format comfyui"
-    return f"For ComfyUI, kohya's scripts and others, with the downloaded file:\n\n```console\n{command}\n```"
+    command = f"simpletuner export pytorch_lora_weights.safetensors --model {facts.base_model or 'PATH'}"
+    lines = f"The file is {facts.readers}. Files for other programs are made of it, as far as they can hold it, with:"
+    return f"{lines}\n\n```console\n{command}\n```"
 
 
 def _training(facts: CardFacts) -> str:

@@ -10,9 +10,11 @@ from typing import Any
 
 from simpletuner import storage
 from simpletuner.config.loading import LoadedRun
+from simpletuner.config.lycoris_algorithms import DEFAULT_ALGORITHM
 from simpletuner.errors import DataError
 from simpletuner.hub.card import CardFacts, card_text
 from simpletuner.hub.usage import usage_code
+from simpletuner.models.readers import form_and_kind
 from simpletuner.models.spec import FamilySpec
 from simpletuner.reporting.events import SavedPicture
 
@@ -30,7 +32,8 @@ class HubJob:
         is_private: whether a new repository is.
         each_checkpoint: whether checkpoints are uploaded, beside the end.
         waits: whether training waits for the upload of a checkpoint.
-        spec, kind, base_model, licence, options, instance_prompts, is_safe, note: as in `CardFacts`.
+        spec, kind, base_model, licence, options, instance_prompts, is_safe, note, readers: as in `CardFacts`.
+        form: of the adapter's file (`lora_format`, or `lycoris`).
         title: name of the run.
     """
 
@@ -45,6 +48,8 @@ class HubJob:
     licence: str
     title: str
     options: Mapping[str, Any]
+    form: str = "lycoris"
+    readers: str = ""
     instance_prompts: tuple[str, ...] = ()
     is_safe: bool = False
     note: str | None = None
@@ -66,7 +71,9 @@ class HubJob:
         """README.md for the weights of a step; `pictures` are those that `picture_files` names."""
         first = next((picture for picture in pictures if picture.prompt), None)
         prompt = first.prompt if first else "a photo"
-        usage = usage_code(self.spec, self.kind, repo_id, self.base_model, ADAPTER_FILE, prompt, self._drawing(first))
+        usage = usage_code(
+            self.spec, self.kind, self.form, repo_id, self.base_model, ADAPTER_FILE, prompt, self._drawing(first)
+        )
         named = zip(pictures, picture_files(pictures), strict=True)
         facts = CardFacts(
             repo_id=repo_id,
@@ -85,6 +92,7 @@ class HubJob:
             instance_prompts=self.instance_prompts,
             is_safe=self.is_safe,
             note=self.note,
+            readers=self.readers,
         )
         return card_text(facts)
 
@@ -113,6 +121,7 @@ def make_job(loaded: LoadedRun, spec: FamilySpec) -> HubJob | None:
     flavour = spec.flavours[config.model_flavour or spec.default_flavour]
     model = config.pretrained_model_name_or_path or flavour.hub_id
     prompts = [prompt for entry in loaded.datasets for prompt in getattr(entry, "instance_prompt", None) or ()]
+    form, kind = form_and_kind(config, loaded.lycoris)
     return HubJob(
         output_dir=output_dir,
         name=repository_name(config),
@@ -125,6 +134,8 @@ def make_job(loaded: LoadedRun, spec: FamilySpec) -> HubJob | None:
         licence=flavour.licence,
         title=config.tracker_run_name or output_dir.name,
         options=loaded.resolved(),
+        form=form,
+        readers="" if config.model_type == "full" else spec.read_by(form, kind),
         instance_prompts=tuple(dict.fromkeys(prompts)),
         is_safe=config.model_card_safe_for_work,
         note=config.model_card_note,
@@ -132,10 +143,13 @@ def make_job(loaded: LoadedRun, spec: FamilySpec) -> HubJob | None:
 
 
 def kind_of(loaded: LoadedRun) -> str:
-    """`full`, `lora`, or the algorithm of LyCORIS."""
-    if loaded.config.model_type == "full":
+    """`full`, `lora`, `dora`, or the algorithm of LyCORIS."""
+    config = loaded.config
+    if config.model_type == "full":
         return "full"
-    return str((loaded.lycoris or {}).get("algo", "lokr")) if loaded.config.lora_type == "lycoris" else "lora"
+    if config.lora_type == "lycoris":
+        return str((loaded.lycoris or {}).get("algo", DEFAULT_ALGORITHM))
+    return "dora" if config.use_dora else "lora"
 
 
 def repository_name(config: Any) -> str:

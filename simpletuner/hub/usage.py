@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from simpletuner.models.readers import readers_of
 from simpletuner.models.spec import FamilySpec
 
 
 def usage_code(
     spec: FamilySpec,
     kind: str,
+    form: str,
     repo_id: str,
     base_model: str | None,
     file_name: str,
@@ -20,7 +22,8 @@ def usage_code(
     """Python that draws with what is in the repository.
 
     Args:
-        kind: `full`, `lora`, or an algorithm of LyCORIS.
+        kind: `full`, `lora`, `dora`, or an algorithm of LyCORIS.
+        form: of the adapter's file.
         base_model: hub id; where the base was a folder, a place to fill in.
         file_name: of the adapter in the repository.
         drawing: arguments of the pipeline beside the prompt.
@@ -34,17 +37,29 @@ def usage_code(
     if kind == "full":
         return f"{head}\n{load}{draw}"
     denoiser = f"pipeline.{spec.component('denoiser').name}"
-    if kind != "lora":
+    if form == "lycoris":
         head += "from huggingface_hub import hf_hub_download\nfrom lycoris import create_lycoris_from_weights\n"
         load += (
             f"file = hf_hub_download({repo_id!r}, {file_name!r})\n"
             f"adapter, _ = create_lycoris_from_weights(1.0, file, {denoiser})\nadapter.merge_to()\n"
         )
-    elif pipeline_loads_lora(spec):
+    elif form == "diffusers" and not pipeline_loads_lora(spec):
+        return _with_peft(spec, repo_id, base, file_name) + draw
+    elif form == "diffusers" or _is_read(spec, kind, form):
         load += f"pipeline.load_lora_weights({repo_id!r}, weight_name={file_name!r})\n"
     else:
-        return _with_peft(spec, repo_id, base, file_name) + draw
+        exported = f"{file_name.removesuffix('.safetensors')}.diffusers.safetensors"
+        load += (
+            f"# diffusers does not read the {form} form. This makes one that it reads, beside the downloaded file:\n"
+        )
+        load += f"# simpletuner export {file_name} --format diffusers --model {base_model or 'PATH'}\n"
+        load += f'pipeline.load_lora_weights("exported", weight_name={exported!r})\n'
     return f"{head}\n{load}{draw}"
+
+
+def _is_read(spec: FamilySpec, kind: str, form: str) -> bool:
+    """Whether diffusers computes what was trained from a file of this form."""
+    return any(each.program == "diffusers" and not each.instead for each in readers_of(spec.readers, form, kind))
 
 
 def pipeline_loads_lora(spec: FamilySpec) -> bool:
@@ -68,7 +83,9 @@ weights = load_file(hf_hub_download({repo_id!r}, {file_name!r}))
 weights = {{name.removeprefix("{denoiser}."): tensor for name, tensor in weights.items()}}
 ranks = {{n.removesuffix(".lora_A.weight"): len(t) for n, t in weights.items() if n.endswith(".lora_A.weight")}}
 rank = next(iter(ranks.values()))
-config = LoraConfig(r=rank, lora_alpha=rank, rank_pattern=ranks, alpha_pattern=ranks, target_modules=list(ranks))
+is_dora = any("lora_magnitude_vector" in name for name in weights)
+options = dict(rank_pattern=ranks, alpha_pattern=ranks, target_modules=list(ranks), use_dora=is_dora)
+config = LoraConfig(r=rank, lora_alpha=rank, **options)
 inject_adapter_in_model(config, pipeline.{denoiser}, state_dict=weights)
 set_peft_model_state_dict(pipeline.{denoiser}, weights)
 """

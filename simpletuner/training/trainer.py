@@ -25,6 +25,7 @@ from simpletuner.errors import DataError, Interrupted, Problem, SimpleTunerError
 from simpletuner.hub.job import make_job
 from simpletuner.hub.publisher import Publisher
 from simpletuner.models.family import ModelFamily
+from simpletuner.models.readers import form_and_kind
 from simpletuner.models.registry import get_spec
 from simpletuner.optim.ema import EMA
 from simpletuner.optim.optimizers import build_optimizer, require_optimizer
@@ -287,6 +288,9 @@ def announce(
         "device": f"{family.device} in {str(family.dtype).removeprefix('torch.')}",
         "pictures": ", ".join(f"{dataset.id}: {dataset.num_pictures}" for dataset in datasets),
     }
+    if config.model_type == "lora":
+        form, kind = form_and_kind(config, loaded.lycoris)
+        details["adapter file"] = f"{form} form, {family.spec.read_by(form, kind)}"
     bus.emit(
         RunStarted(
             run_name=config.tracker_run_name or output_dir.name,

@@ -72,3 +72,50 @@ def test_keys_of_the_other_kind_of_adapter_are_told(workspace: Workspace) -> Non
     loaded = workspace.load_written()
     assert loaded.lycoris is None
     assert [line for line in loaded.warnings if "lycoris_config: has no use with lora_type standard" in line]
+
+
+def test_sdxl_files_have_the_form_that_all_programs_read(workspace: Workspace) -> None:
+    workspace.config |= STANDARD | {"model_family": "sdxl"}
+    assert workspace.load_written().config.lora_format == "kohya"
+    workspace.config["lora_format"] = "diffusers"
+    assert workspace.load_written().config.lora_format == "diffusers"
+    workspace.config |= {"model_family": "flux"}
+    del workspace.config["lora_format"]
+    assert workspace.load_written().config.lora_format == "diffusers"
+
+
+def test_whoever_chooses_weight_decomposition_is_told_who_reads_it(workspace: Workspace) -> None:
+    workspace.config |= STANDARD | {"model_family": "sdxl", "use_dora": True}
+    [line] = [line for line in workspace.load_written().warnings if "use_dora" in line]
+    assert "files in the kohya form are read by no other program" in line
+    assert "ComfyUI computes another weight decomposition" in line
+    assert line.endswith("with lora_format diffusers they are read by diffusers")
+    workspace.config |= {"lora_type": "lycoris", "lycoris_config": "config/lycoris_config.json"}
+    del workspace.config["use_dora"]
+    workspace.lycoris["dora_wd"] = True
+    [line] = [line for line in workspace.load_written().warnings if "dora_wd" in line]
+    assert "read by LyCORIS; ComfyUI computes another weight decomposition" in line
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"multiplier": 0.5, "algo": "diag-oft", "linear_dim": 4}, "cannot be used with diag-oft"),
+        ({"multiplier": 0.5, "dora_wd": True}, "cannot be used with dora_wd"),
+        ({"multiplier": 0}, "would train nothing"),
+    ],
+    ids=str,
+)
+def test_a_multiplier_that_no_file_can_hold_is_refused(workspace: Workspace, settings: dict[str, Any], words: str):
+    workspace.lycoris |= settings
+    [problem] = workspace.fails_written().problems
+    assert problem.key == "multiplier"
+    assert words in problem.message
+
+
+def test_a_folder_of_peft_is_a_start(workspace: Workspace) -> None:
+    workspace.put("start/adapter_model.safetensors", "x")
+    workspace.config |= STANDARD | {"init_lora": "start"}
+    assert workspace.load_written().config.init_lora.name == "start"
+    workspace.config["init_lora"] = "."
+    assert "there is no file of this name" in workspace.fails_written().render()

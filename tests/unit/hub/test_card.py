@@ -8,6 +8,7 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
+from simpletuner.models.registry import get_spec
 from simpletuner.reporting.events import SavedPicture
 
 
@@ -40,12 +41,37 @@ def test_the_text_tells_of_training_and_data(card):
 
 @pytest.mark.parametrize("kind", ["lokr", pytest.param("lora", marks=pytest.mark.slow), "full"])
 def test_the_code_is_python_that_names_the_files(job, kind):
-    text = dataclasses.replace(job, kind=kind).card("me/stars", 1, 1, [], None)
+    form = "diffusers" if kind == "lora" else "lycoris"
+    text = dataclasses.replace(job, kind=kind, form=form).card("me/stars", 1, 1, [], None)
     [code] = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     ast.parse(code)
     assert "'me/stars'" in code
     assert ("create_lycoris_from_weights" in code) == (kind == "lokr")
     assert ("Shitao/OmniGen-v1-diffusers" in code) == (kind != "full")
+
+
+@pytest.mark.parametrize(
+    ("family", "kind", "form", "loader", "readers"),
+    [
+        ("sdxl", "lora", "kohya", "load_lora_weights('me/stars'", "read by diffusers, ComfyUI, A1111, Forge and"),
+        ("sdxl", "dora", "kohya", 'load_lora_weights("exported"', "diffusers drops the trained lengths"),
+        ("sd3", "lora", "kohya", 'load_lora_weights("exported"', "diffusers changes nothing, without an error"),
+        ("flux", "lora", "comfyui", 'load_lora_weights("exported"', "read by ComfyUI"),
+        ("flux", "dora", "diffusers", "load_lora_weights('me/stars'", "read by diffusers"),
+        ("flux", "lora", "lycoris", "create_lycoris_from_weights(1.0", "read by ComfyUI and LyCORIS"),
+        ("sdxl", "diag-oft", "lycoris", "create_lycoris_from_weights(1.0", "read by LyCORIS"),
+    ],
+)
+def test_the_code_loads_the_file_by_a_loader_that_reads_its_form(job, family, kind, form, loader, readers):
+    spec = get_spec(family)
+    held = kind if kind in ("lora", "dora") else "other"
+    job = dataclasses.replace(job, spec=spec, kind=kind, form=form, readers=spec.read_by(form, held))
+    text = job.card("me/stars", 1, 1, [], None)
+    [code] = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    ast.parse(code)
+    assert loader in code
+    assert ("--format diffusers" in code) == ("exported" in loader)
+    assert readers in text
 
 
 def test_the_code_draws_as_the_pictures_of_the_card_were_drawn(job, picture):
