@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 import tracemalloc
 from collections import Counter
 from dataclasses import dataclass, field
@@ -10,8 +9,10 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 
+from simpletuner.data import interleave, rounds
 from simpletuner.data.sampler import BatchPlan, Sampler, range_for_rank, slice_for_rank
 from simpletuner.data.schedule import Schedule
+from tests.costs import calls_in
 
 
 @dataclass
@@ -157,18 +158,24 @@ def test_one_picture_with_repeats_fills_batches() -> None:
     assert plan.sample_indices == (0, 0, 0, 0)
 
 
-def test_the_cost_of_a_batch_does_not_grow_with_the_dataset() -> None:
-    def seconds_per_batch(num_samples: int) -> float:
+def test_the_cost_of_a_batch_does_not_grow_with_the_dataset(monkeypatch: pytest.MonkeyPatch) -> None:
+    shuffled: list[int] = []
+    for module in (rounds, interleave):
+        permutation = module.permutation
+        monkeypatch.setattr(
+            module, "permutation", lambda length, *key, make=permutation: shuffled.append(length) or make(length, *key)
+        )
+
+    def cost(num_samples: int) -> int:
         sampler = Sampler([Fake("a", {(64, 64): num_samples}, repeats=1000)], 4, seed=1)
         sampler.batch(0, 0)  # the permutation of the pass
-        start = time.perf_counter()
-        for position in range(1, 600):
-            sampler.batch(0, position)
-        return time.perf_counter() - start
+        shuffled.clear()
+        return calls_in(lambda: [sampler.batch(0, position) for position in range(1, 600)])
 
-    small = min(seconds_per_batch(2_400) for _ in range(3))
-    large = min(seconds_per_batch(1_000_000) for _ in range(3))
-    assert large < 5 * small  # by size it would be 400 times
+    small, large = cost(2_400), cost(1_000_000)
+    assert large < 2 * small  # by size it would be 400 times
+    assert shuffled
+    assert sum(shuffled) < 8 * interleave.SEGMENT_ITEMS  # and of the images none again
 
 
 def test_positions_outside_the_epoch_are_refused() -> None:

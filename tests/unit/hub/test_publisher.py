@@ -99,12 +99,11 @@ def test_training_does_not_wait_for_a_hub_that_hangs_and_rotation_takes_nothing_
     told = Told()
     _, bus = start(job, api, told)
     with bus:
-        began = time.monotonic()
         for step in range(1, 11):
             path = checkpoint(step)
             bus.emit(CheckpointSaved(step, path))
             shutil.rmtree(path)
-        assert time.monotonic() - began < 5
+        assert not [commit for repo in hub.repos.values() for commit in repo.commits]  # the first one hangs for 30 s
         assert len(list((job.output_dir / "hub_upload").iterdir())) <= MOST_WAITING
         hub.gate.set()
         wait_for(lambda: hub.repos and "step-10" in hub.repos["me/stars"].tags)

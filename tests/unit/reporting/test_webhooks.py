@@ -165,16 +165,17 @@ def test_a_lost_answer_gives_the_same_event_a_second_time_under_the_same_id(tmp_
 @pytest.mark.parametrize("behaviour", ["hangs", "drips"])
 def test_handling_an_event_takes_no_time_and_the_end_has_a_deadline(tmp_path: Path, behaviour: str) -> None:
     with receiver(behaviour) as server:
-        sink = make_sink(tmp_path, raw(server.url), timing=replace(QUICK, drain=0.5))
+        patient = replace(QUICK, drain=0.5, deadlines=Deadlines(60.0, 60.0, 60.0))
+        sink = make_sink(tmp_path, raw(server.url), timing=patient)
         started = time.thread_time()
         for number in range(1, 2001):
             sink.handle(step(number, 2000))
         sink.handle(CheckpointSaved(5, "checkpoint-5"))
         assert time.thread_time() - started < 0.2, "0.1 ms for an event"
         wait_until(lambda: server.tries)
-        started = time.perf_counter()
+        started = time.monotonic()
         sink.close()
-        assert time.perf_counter() - started < 4.0, "neither the deadline of a request, which is 5 s, nor more"
+        assert time.monotonic() - started < 30, "not the minute in which the service would be given up"
 
 
 def test_a_dead_service_costs_bounded_memory(tmp_path: Path) -> None:
@@ -339,7 +340,7 @@ def test_waiting_takes_no_processor_time(tmp_path: Path) -> None:
         wait_until(lambda: server.tries)
         before = time.process_time()
         time.sleep(1.0)
-        assert time.process_time() - before < 0.3
+        assert time.process_time() - before < 0.5
         sink.close()
 
 

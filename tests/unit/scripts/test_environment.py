@@ -6,7 +6,6 @@ import os
 import shutil
 import signal
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
@@ -101,8 +100,6 @@ def test_a_signal_reaches_the_program_itself(clone: Path):
     process = subprocess.Popen([str(clone / "train.sh")], env=settings, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     assert process.stdout.readline() == "ran train\n"
-    started = time.monotonic()
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=30) == -signal.SIGTERM
     process.stdout.close()
-    assert time.monotonic() - started < 30
