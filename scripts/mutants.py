@@ -395,6 +395,7 @@ def main() -> int:
         print(f"{len(mutants)} faults fit the code: {dict(Counter(mutant.package for mutant in mutants))}")
         return 0
     mutants = [each for each in mutants if _is_wanted(each, given.words)]
+    mutants.sort(key=lambda each: each.package not in STRICT)
     if given.sample is not None:
         commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
         mutants = random.Random(commit.stdout).sample(mutants, min(given.sample, len(mutants)))

@@ -46,6 +46,11 @@ def test_each_family_trains_with_it_and_otherwise_than_without(models, tmp_path:
     changed = losses_of(tmp_path / "changed", models[family], family, **options)
     assert all(0 < loss < 100 for loss in changed), changed
     assert plain[0] != changed[0]
+    if "snr_gamma" in options or "loss_type" in options:  # no weight is above 1, and no Huber error above the square
+        assert changed[0] < plain[0]
+    if options.items() >= ROLLOUTS.items():
+        steps = metrics(tmp_path / "changed" / "output", "step_done")
+        assert all(step["extra"]["rollout_depth"] in (1, 2) for step in steps)
 
 
 @pytest.mark.parametrize("family", ["sdxl", "flux", "omnigen"])

@@ -15,6 +15,7 @@ from simpletuner.adapters.files import apply_adapter_file, check_saved_adapter
 from simpletuner.adapters.formats import encode
 from simpletuner.adapters.lora import LoraAdapter, LoraSettings, attach_lora
 from simpletuner.adapters.reading import read_adapter
+from simpletuner.adapters.weights import DOWN, UP, scale_of
 from simpletuner.errors import ConfigError, DataError
 from simpletuner.models.omnigen.spec import OMNIGEN
 from simpletuner.storage import save_tensors
@@ -189,8 +190,14 @@ def test_a_file_of_joined_layers_can_be_written_in_the_other_formats(tmp_path: P
     adapter.save(tmp_path / "a.safetensors", {})
     denoiser = tiny_omnigen_transformer()
     weights = read_adapter(tmp_path / "a.safetensors", OMNIGEN, denoiser)
+    trained_on = adapter.weights().modules
     for file_format in FORMATS:
         save_tensors(tmp_path / f"{file_format}.safetensors", encode(weights, OMNIGEN, file_format, denoiser))
+        again = read_adapter(tmp_path / f"{file_format}.safetensors", OMNIGEN, denoiser).modules
+        assert again.keys() == trained_on.keys()
+        for path, module in trained_on.items():
+            change, expected = (scale_of(each) * each[UP] @ each[DOWN] for each in (again[path], module))
+            torch.testing.assert_close(change, expected, rtol=0, atol=1e-6)
 
 
 def test_the_metadata_tells_rank_alpha_and_model(tmp_path: Path) -> None:

@@ -66,6 +66,17 @@ def test_disabled_is_the_base_bit_for_bit_even_with_broken_weights(quickstart) -
     assert run_stock(denoiser).isnan().all()
 
 
+def test_disabled_keeps_the_gradients_of_what_is_trained_and_gives_none_to_the_base(quickstart) -> None:
+    denoiser, adapter = attach(quickstart)
+    perturb(adapter.trainable_parameters())
+    before = {name: p.requires_grad for name, p in denoiser.named_parameters()}
+    with adapter.disabled():
+        assert not run_stock(denoiser).requires_grad
+    assert {name: p.requires_grad for name, p in denoiser.named_parameters()} == before
+    run_stock(denoiser).square().mean().backward()
+    assert all(parameter.grad is not None for parameter in adapter.trainable_parameters().values())
+
+
 def test_disabled_comes_back_after_an_error(quickstart) -> None:
     denoiser, adapter = attach(quickstart)
     perturb(adapter.trainable_parameters())

@@ -198,7 +198,13 @@ def test_more_references_than_the_family_takes_are_refused_unless_one_is_drawn(e
 def test_an_eval_dataset_has_references_and_no_masks(edits: Workspace) -> None:
     held_out = {"id": "e", "dataset_type": "eval", "instance_data_dir": "datasets/pictures"}
     edits.datasets.append(held_out | {"conditioning_data": "sources"})
-    edits.load_written()
+    entry = edits.load_written().datasets[-1]
+    assert (entry.id, entry.dataset_type, tuple(entry.conditioning_data)) == ("e", "eval", ("sources",))
+    masks = {"id": "m", "dataset_type": "conditioning", "conditioning_type": "mask", "instance_data_dir": "datasets/m"}
+    edits.datasets[-1]["conditioning_data"] = "m"
+    edits.datasets.append(masks)
+    (edits.root / "datasets/m").mkdir()
+    assert "mask" in edits.fails_written().problems[0].message
 
 
 def test_references_among_their_own_pictures_are_refused_and_those_of_others_are_not(edits: Workspace) -> None:
