@@ -68,6 +68,15 @@ class Hardware:
         return f"{count}{self.name}, {self.device_bytes / GIB:.0f} GiB; {machine}"
 
 
+# What GPUs that people own or rent have, in GiB.
+USUAL_GPUS = (8, 12, 16, 24, 48, 80)
+
+
+def gpu_with(gib: float) -> Hardware:
+    """An NVIDIA GPU of that much memory in a machine as one rents it: for who prepares a run elsewhere."""
+    return Hardware("cuda", f"a GPU with {gib:g} GiB", round(gib * GIB), 64 * GIB, 16)
+
+
 def detect_hardware() -> Hardware:
     """The accelerator that a driver reports, else the processor."""
     import psutil

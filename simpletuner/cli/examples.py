@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from simpletuner.cli.shared import app
+from simpletuner.cli.shared import app, say
 
 examples_app = typer.Typer(
     help="List or copy the shipped examples.",
@@ -35,5 +35,5 @@ def copy_example(
     from simpletuner.examples import copy_example as copy
 
     destination = copy(name, folder or Path(name))
-    print(f"copied to {destination}; train it with")
-    print(f"  CONFIG_PATH={destination / 'config.json'} simpletuner train")
+    say(f"copied to {destination}; train it with")
+    say(f"  CONFIG_PATH={destination / 'config.json'} simpletuner train")

@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from simpletuner.cli.shared import PASS_ON, app, load, run_in_processes, say, say_aside, say_for_all
+from simpletuner.cli.shared import PASS_ON, app, load, monitored, run_in_processes, say, say_aside, say_for_all
 from simpletuner.errors import ConfigError, Problem
+from simpletuner.hardware import GIB
+
+_DEVICE_MEMORY_HELP = "GiB of the GPU that will train, where it is in another machine: 8, 12, 16, 24, 48, 80, ..."
 
 
 @app.command(context_settings=PASS_ON, short_help="Train as config.json says.")
-def train(context: typer.Context) -> None:
+def train(
+    context: typer.Context,
+    monitor: Annotated[bool, typer.Option("--monitor", help="Show the run live on a page in the browser.")] = False,
+) -> None:
     """Train as the configuration says: simpletuner train [example=NAME] [env=NAME] [--key=value ...]
 
     The configuration is config/config.json or config.json of this folder; env=NAME takes config/NAME/config.json,
@@ -23,7 +30,10 @@ def train(context: typer.Context) -> None:
     """
     from simpletuner.launch import load_arguments
 
-    run_in_processes(load_arguments(context.args, os.environ, Path.cwd(), say_for_all), sys.argv[1:])
+    loaded = load_arguments(context.args, os.environ, Path.cwd(), say_for_all)
+    words = [word for word in sys.argv[1:] if word != "--monitor"]
+    with monitored(loaded) if monitor else nullcontext():
+        run_in_processes(loaded, words)
 
 
 @app.command(context_settings=PASS_ON, short_help="Explain options, or print those of this folder's run.")
@@ -92,6 +102,7 @@ def plan(
             "--probe/--no-probe", help="Time real steps; if not given, where that is cheap.", show_default=False
         ),
     ] = None,
+    device_memory: Annotated[float | None, typer.Option(help=_DEVICE_MEMORY_HELP, min=1, show_default=False)] = None,
 ) -> None:
     """Say what a run needs: simpletuner plan [example=NAME] [env=NAME] [--key=value ...]
 
@@ -100,7 +111,7 @@ def plan(
     loaded = load(context)
     from simpletuner.commands.plan import plan as run_plan
 
-    run_plan(loaded, say, probe)
+    run_plan(loaded, say, probe, None if device_memory is None else round(device_memory * GIB))
 
 
 @app.command(context_settings=PASS_ON, short_help="Write the configuration, by questions on screens or by options.")
@@ -127,6 +138,7 @@ def configure(
     prompt: Annotated[list[str] | None, typer.Option(help="Validation prompt; may be given several times.")] = None,
     output_dir: Annotated[str | None, typer.Option(help="Folder of the results.")] = None,
     config: Annotated[Path | None, typer.Option(help="The config.json to make or edit.")] = None,
+    device_memory: Annotated[int | None, typer.Option(help=_DEVICE_MEMORY_HELP, min=1, show_default=False)] = None,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Existing files may be changed.")] = False,
 ) -> None:
     """Make or edit config.json and multidatabackend.json: simpletuner configure [env=NAME] [--goal ... --data ...]
@@ -147,6 +159,7 @@ def configure(
         layers=layers,
         data=data,
         eval_data=eval_data,
+        device_memory=device_memory,
         regularisation_data=regularisation_data,
         reference_data=reference_data,
         captions=captions,

@@ -6,11 +6,14 @@ import faulthandler
 import os
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
 
+from simpletuner.program import pasteable
 from simpletuner.text import for_terminal
 
 if TYPE_CHECKING:
@@ -54,6 +57,20 @@ def run_in_processes(loaded: LoadedRun, words: list[str]) -> None:
     run_training(loaded)
 
 
+@contextmanager
+def monitored(loaded: LoadedRun) -> Iterator[None]:
+    """With a page that shows the run; only the process that was started by hand has one."""
+    from simpletuner.distributed.launcher import is_main, is_started_already
+
+    if is_started_already(os.environ) and not is_main(os.environ):
+        yield
+        return
+    from simpletuner.commands.monitor import monitor_beside
+
+    with monitor_beside(Path(loaded.config.output_dir)):
+        yield
+
+
 def check_surroundings(loaded: LoadedRun) -> None:
     """Look at the model's files, services and room before anything heavy is imported.
 
@@ -79,13 +96,15 @@ def load(context: typer.Context) -> LoadedRun:
 
 
 def say(line: str) -> None:
-    """To stdout. What it quotes (captions, names of files) may hold control characters, which no terminal gets."""
-    print(for_terminal(line))
+    """To stdout; commands of this program can be pasted. What it quotes (captions, names of files) may hold control
+    characters, which no terminal gets.
+    """
+    print(for_terminal(pasteable(line)), flush=True)
 
 
 def say_aside(line: str) -> None:
     """To stderr: stdout holds what was asked for, and nothing else."""
-    print(for_terminal(line), file=sys.stderr)
+    print(for_terminal(pasteable(line)), file=sys.stderr)
 
 
 def say_for_all(line: str) -> None:

@@ -41,6 +41,7 @@ def monitor(
             show_default=False,
         ),
     ] = None,
+    until_eof: Annotated[bool, typer.Option("--until-eof", help="End when stdin does.", hidden=True)] = False,
 ) -> None:
     """Show runs as they learn: simpletuner monitor [OUTPUT_DIR] [--host HOST] [--port PORT] [--token TOKEN]
 
@@ -48,7 +49,7 @@ def monitor(
     """
     from simpletuner.commands.monitor import monitor as run_monitor
 
-    run_monitor(output_dir, host, port, token, lambda line: print(line, flush=True))
+    run_monitor(output_dir, host, port, token, say, until_eof)
 
 
 @app.command(short_help="The model families: flavours, licences, sizes, what each supports.")
@@ -59,4 +60,4 @@ def models(
     """List the model families that can be trained, those of other packages included."""
     from simpletuner.commands.models import show_models
 
-    show_models(name, as_json, say, say_aside)
+    show_models(name, as_json, print if as_json else say, say_aside)

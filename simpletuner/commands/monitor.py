@@ -5,8 +5,11 @@ from __future__ import annotations
 import re
 import secrets
 import socket
+import subprocess
+import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from simpletuner.errors import ConfigError, Problem
@@ -15,18 +18,32 @@ from simpletuner.reporting.monitor.history import History
 from simpletuner.reporting.monitor.server import LOOPBACK, MonitorServer
 from simpletuner.reporting.sinks.jsonl import METRICS_FILE
 
+DEFAULT_PORT = 8642
 
-def monitor(output_dir: Path | None, host: str, port: int, token: str | None, say: Callable[[str], None]) -> None:
+
+def monitor(
+    output_dir: Path | None,
+    host: str,
+    port: int,
+    token: str | None,
+    say: Callable[[str], None],
+    until_eof: bool = False,
+) -> None:
     """Serve until Ctrl-C.
 
     Args:
         output_dir: follow this run's `metrics.jsonl`, for a run that has no webhook.
+        until_eof: end when stdin does, too: the program that started this one is gone then.
         token: what senders and pages must show; made where others can reach the server and none is given.
 
     Raises:
         ConfigError: there is no such run, the port is taken, or the token cannot stand in a header.
     """
     server = make_server(output_dir, host, port, token, say)
+    if until_eof:
+        threading.Thread(target=_end_with_stdin, args=(server,), name="stdin", daemon=True).start()
+    else:
+        say("Ctrl-C ends it")
     try:
         server.serve_forever(poll_interval=0.2)
     except KeyboardInterrupt:
@@ -34,6 +51,39 @@ def monitor(output_dir: Path | None, host: str, port: int, token: str | None, sa
     finally:
         server.is_over.set()
         server.server_close()
+
+
+@contextmanager
+def monitor_beside(output_dir: Path, port: int = DEFAULT_PORT) -> Iterator[None]:
+    """A monitor of a run in a process of its own, which says its address and ends with the context.
+
+    It follows the files of `output_dir`, so it costs training nothing, and it ends when its stdin does: with this
+    process, however that ends.
+
+    Args:
+        port: any free one is taken where this one is in use.
+    """
+    output_dir.mkdir(parents=True, exist_ok=True)
+    free = port if _is_free(port) else 0
+    command = [sys.executable, "-m", "simpletuner", "monitor", str(output_dir), "--port", str(free), "--until-eof"]
+    # A session of its own: Ctrl-C in the terminal is for the run, whose last pictures and numbers it still shows.
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+    try:
+        yield
+    finally:
+        assert process.stdin is not None
+        process.stdin.close()
+        process.wait()
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+        return True
 
 
 def make_server(
@@ -63,8 +113,12 @@ def make_server(
         say(f"following {output_dir / METRICS_FILE}")
         follower = Follower(output_dir.absolute(), history)
         threading.Thread(target=follower.follow, args=(server.is_over,), name="follower", daemon=True).start()
-    say("Ctrl-C ends it")
     return server
+
+
+def _end_with_stdin(server: MonitorServer) -> None:
+    sys.stdin.buffer.read()
+    server.shutdown()
 
 
 def shown_host(host: str) -> str:

@@ -80,22 +80,24 @@ class Plan:
         return sum(row.num_bytes for row in self.disk)
 
 
-def plan(loaded: LoadedRun, say: Say, probe: bool | None = None) -> Plan:
+def plan(loaded: LoadedRun, say: Say, probe: bool | None = None, other_gpu: int | None = None) -> Plan:
     """Work out and print what the run needs.
 
     Args:
         probe: whether steps are timed; None: where that is cheap.
+        other_gpu: bytes of the GPU of another machine, where the run is to train; nothing is timed then.
 
     Raises:
         SimpleTunerError: what training would raise before it loads the denoiser.
     """
-    result = make_plan(loaded, probe)
+    result = make_plan(loaded, probe, other_gpu)
     for line in plan_lines(result):
         say(line)
     return result
 
 
-def make_plan(loaded: LoadedRun, probe: bool | None = None) -> Plan:
+def make_plan(loaded: LoadedRun, probe: bool | None = None, other_gpu: int | None = None) -> Plan:
+    """As `plan`, without printing."""
     check_model_folder(loaded)
     config, family = loaded.config, build_family(loaded)
     datasets = read_datasets(loaded, family)
@@ -107,11 +109,13 @@ def make_plan(loaded: LoadedRun, probe: bool | None = None) -> Plan:
 
     longest = choose_prompts(family, training, largest, longest=True)
     shapes = read_shapes(loaded, family, largest, longest)
-    available = device_memory(family.device)
+    available = device_memory(family.device) if other_gpu is None else other_gpu
     stays_vae = any(each.encodes_on_demand for each in datasets)
     memory, other_activations = memory_rows(loaded, family, shapes, stays_vae, available)
     operations = 6 * shapes.num_parameters * shapes.activations.num_tokens
-    reason = why_no_probe(family, sum(row.num_bytes for row in memory), available, operations, probe)
+    reason = "the run trains on another machine"
+    if other_gpu is None:
+        reason = why_no_probe(family, sum(row.num_bytes for row in memory), available, operations, probe)
     missing = cache_needs(loaded, family, datasets)
     seconds = None
     beside = "".join(f" with a reference of {width}x{height}" for height, width in largest.references)
@@ -132,8 +136,9 @@ def make_plan(loaded: LoadedRun, probe: bool | None = None) -> Plan:
             notes.append(f"scheduled sampling adds {depth:.1f} passes without gradients to a batch, on average")
         if times.peak_bytes is not None:
             notes.append(f"the steps that were timed took {bytes_text(times.peak_bytes)} at most")
+    place = family.device if other_gpu is None else f"a GPU with {bytes_text(other_gpu)}"
     return Plan(
-        model=f"{family.spec.title}, {config.model_type}, {_name(family.dtype)} on {family.device}",
+        model=f"{family.spec.title}, {config.model_type}, {_name(family.dtype)} on {place}",
         parameters=shapes.num_parameters,
         trained=sum(parameter.numel() for parameter in shapes.trained.values()),
         memory=tuple(memory),

@@ -7,12 +7,15 @@ and a folder `model` that happens to be where somebody starts it does not.
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from simpletuner.config.layers import Origin
 from simpletuner.config.nearby import exists, nearest_path
 from simpletuner.errors import Problem
+
+_WINDOWS_DRIVE = re.compile(r"([A-Za-z]):[\\/]")
 
 PACKAGE = Path(__file__).resolve().parents[1]
 
@@ -62,7 +65,7 @@ class Folders:
         """The problem of a path that leads nowhere; lists every place."""
         places = " or ".join(str(place) for place in self.places(path))
         near = self.nearest(path, is_folder=what.endswith("folder"))
-        fix = f'did you mean "{near}"?' if near else None
+        fix = f'did you mean "{near}"?' if near else windows_path_fix(str(path))
         return origin.problem(
             f'"{path}": there is no {what} of this name', key=key, allowed=f"{what} at {places}", fix=fix
         )
@@ -76,6 +79,19 @@ class Folders:
         return None
 
 
+def windows_path_fix(text: str) -> str | None:
+    """What to do about a path of Windows on another system; None where it is none."""
+    if os.name == "nt":
+        return None
+    if drive := _WINDOWS_DRIVE.match(text):
+        rest = text[drive.end() :].replace("\\", "/").lstrip("/")
+        return f"this is a path of Windows; Linux under Windows (WSL) sees it as /mnt/{drive[1].lower()}/{rest}"
+    if "\\" in text:
+        return f"folders are separated by / here: {text.replace(chr(92), '/')}"
+    return None
+
+
 def looks_like_path(text: str) -> bool:
     """Whether a model's name is a path and not a hub id: those have exactly one slash and no leading dot."""
-    return text.startswith((".", "/", "~")) or text.count("/") != 1
+    is_of_windows = _WINDOWS_DRIVE.match(text) is not None or "\\" in text
+    return is_of_windows or text.startswith((".", "/", "~")) or text.count("/") != 1

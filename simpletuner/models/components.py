@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from simpletuner.config.paths import PREVIEW_FOLDER
+from simpletuner.config.paths import PREVIEW_FOLDER, looks_like_path, windows_path_fix
 from simpletuner.errors import DataError, Problem
 from simpletuner.models.keys import KeyTable
 from simpletuner.models.reach import hub_failures, why_missing
@@ -83,8 +83,7 @@ def check_local_model(source: ModelSource, spec: FamilySpec, file: str | None = 
 
 def _missing_folder(source: ModelSource, file: str | None) -> list[Problem]:
     """A path that looks like a folder and is not there; hub ids have exactly one slash and no leading dot."""
-    looks_like_path = source.model.startswith((".", "/", "~")) or source.model.count("/") != 1
-    if not looks_like_path:
+    if not looks_like_path(source.model):
         return []
     return [
         Problem(
@@ -92,7 +91,7 @@ def _missing_folder(source: ModelSource, file: str | None) -> list[Problem]:
             key="pretrained_model_name_or_path",
             file=file,
             allowed="a folder in diffusers layout, or a hub id (owner/name)",
-            fix="correct the path",
+            fix=windows_path_fix(source.model) or "correct the path",
         )
     ]
 

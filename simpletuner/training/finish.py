@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import shutil
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +16,7 @@ from simpletuner.disk import disk_error
 from simpletuner.errors import DataError
 from simpletuner.models.components import save_model_folder
 from simpletuner.optim.optimizers import averaged_weights
+from simpletuner.program import program
 from simpletuner.reporting.events import Notice, RunFinished
 from simpletuner.reporting.loss_plot import draw_loss_plot
 from simpletuner.reporting.report import REPORT_FILE
@@ -144,13 +143,6 @@ def save_adapter(run: Run, folder: Path) -> Path:
     return path
 
 
-def program() -> str:
-    """How a shell calls this program: by name where it finds that, else by the path in this environment."""
-    if shutil.which("simpletuner"):
-        return "simpletuner"
-    return str(Path(sys.executable).with_name("simpletuner"))
-
-
 def generate_command(loaded: LoadedRun, model: str, outputs: dict[str, Path]) -> str:
     """The shell command that draws with what was trained."""
     config = loaded.config
@@ -158,9 +150,9 @@ def generate_command(loaded: LoadedRun, model: str, outputs: dict[str, Path]) ->
     prompt = config.validation_prompt or next(iter(library), "a photo")
     height, width = config.validation_sizes[0]
     model = str(outputs.get("model", model))
-    words = [program(), "generate", "--model-family", config.model_family, "--model", model]
+    words = ["generate", "--model-family", config.model_family, "--model", model]
     if model_source(loaded).file and "model" not in outputs and loaded.config_file is not None:
-        words = [program(), "generate", "--config", str(loaded.config_file)]
+        words = ["generate", "--config", str(loaded.config_file)]
     if "adapter" in outputs:
         words += ["--adapter", str(outputs["adapter"])]
     words += ["--prompt", prompt, "--width", str(width), "--height", str(height)]
@@ -169,4 +161,4 @@ def generate_command(loaded: LoadedRun, model: str, outputs: dict[str, Path]) ->
         words += ["--base-precision", config.base_model_precision]
     if config.validation_negative_prompt is not None:
         words += ["--negative-prompt", config.validation_negative_prompt]
-    return shlex.join(words)
+    return f"{program()} {shlex.join(words)}"

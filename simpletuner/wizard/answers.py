@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeVar
 
 from simpletuner.config.names import nearest
 from simpletuner.errors import ConfigError, Problem
-from simpletuner.hardware import Hardware
+from simpletuner.hardware import Hardware, gpu_with
 from simpletuner.models.registry import get_spec
 from simpletuner.models.spec import FamilySpec
 from simpletuner.wizard.lycoris import ALGORITHMS, LAYERS, Layers, Lycoris
@@ -83,6 +83,7 @@ class Answers:
 
     Args:
         hardware: of this machine.
+        trains_on: GiB of the GPU that the run is written for; None: it trains on this machine.
         family: name in the registry.
         flavour: of the family; None is its default.
         model: folder or hub id in place of the flavour's.
@@ -99,6 +100,7 @@ class Answers:
     """
 
     hardware: Hardware
+    trains_on: int | None = None
     goal: Goal = "subject"
     family: str = ""
     flavour: str | None = None
@@ -117,6 +119,11 @@ class Answers:
     options: Mapping[str, Any] = field(default_factory=dict)
     seen: Mapping[str, PictureFacts] = field(default_factory=dict)
     name: str = ""
+
+    @property
+    def target(self) -> Hardware:
+        """The machine that trains."""
+        return self.hardware if self.trains_on is None else gpu_with(self.trains_on)
 
     @property
     def spec(self) -> FamilySpec:

@@ -6,9 +6,10 @@ The screens only draw: what is asked is in `pages.py`, what follows from answers
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 from rich.markup import escape
 from rich.text import Text
@@ -17,15 +18,16 @@ from textual.app import App, ComposeResult
 from textual.binding import Binding
 from textual.containers import VerticalScroll
 from textual.timer import Timer
-from textual.widgets import ContentSwitcher, Footer, Input, Static
+from textual.widget import Widget
+from textual.widgets import ContentSwitcher, Footer, Input, Static, TextArea
 from textual.worker import get_current_worker
 
-from simpletuner.errors import SimpleTunerError
+from simpletuner.errors import Problem, SimpleTunerError
 from simpletuner.wizard.command import cache_dir
 from simpletuner.wizard.fields import Field
-from simpletuner.wizard.files import save, texts_for
+from simpletuner.wizard.files import judge, save, texts_for
 from simpletuner.wizard.look import STYLE
-from simpletuner.wizard.pages import pages
+from simpletuner.wizard.pages import asked_as, pages
 from simpletuner.wizard.pictures import FolderReport, bucket_lines, folder_path, look_at_folder
 from simpletuner.wizard.plan import make_plan
 from simpletuner.wizard.project import Project
@@ -40,6 +42,13 @@ _FOLDERS = ("pictures", "reference_pictures", "eval_pictures", "regularisation_p
 # A folder is looked at when its name has stood for so long; how often a scan says how far it is.
 SETTLE_SECONDS = 0.6
 PROGRESS_SECONDS = 0.2
+# From this page on, the process that estimates memory and time is being started.
+ESTIMATE_FROM = 3
+
+
+def field_of(widget: Widget) -> Field | None:
+    """The question that a widget is part of."""
+    return next((node for node in widget.ancestors_with_self if isinstance(node, Field)), None)
 
 
 class ScanStopped(Exception):
@@ -62,6 +71,10 @@ class Wizard(App[Outcome]):
         Binding("ctrl+s", "save", "Save", priority=True),
         Binding("ctrl+r", "start", "Save and run", priority=True),
         Binding("ctrl+q", "leave", "Quit", priority=True),
+        Binding("ctrl+c", "copy_or_leave", "Quit", priority=True, show=False),
+        # With priority, so that what is typed after Tab goes into the next field however fast it comes.
+        Binding("tab", "app.focus_next", priority=True, show=False),
+        Binding("shift+tab", "app.focus_previous", priority=True, show=False),
         Binding("pagedown", "scroll(1)", "Scroll", priority=True),
         Binding("pageup", "scroll(-1)", "Scroll up", priority=True, show=False),
     ]
@@ -90,10 +103,11 @@ class Wizard(App[Outcome]):
                 with VerticalScroll(id=f"page-{number}", classes="page", can_focus=False):
                     yield Static(classes="intro", markup=False)
                     for question in page.questions:
-                        yield Field(question, self.answers, plan)
+                        yield Field(question, self.answers, plan, self.project.places.working_dir)
                     if page.title == "Pictures":
                         yield Static(id="report", markup=False)
             yield Review(id=f"page-{len(self.pages)}")
+        yield Static(id="status", markup=False)
         yield Static(id="help")
         yield Footer()
 
@@ -104,6 +118,7 @@ class Wizard(App[Outcome]):
 
     def show_page(self, position: int) -> None:
         self.position = position
+        self.say("")
         switcher = self.query_one("#pages", ContentSwitcher)
         switcher.current = f"page-{position}"
         titles = [*(page.title for page in self.pages), "Review"]
@@ -118,6 +133,8 @@ class Wizard(App[Outcome]):
             review.show(self.project, self.answers)
             review.focus_diff()
             return
+        if position >= ESTIMATE_FROM:
+            self.query_one(Review).prepare_estimate(self.project.places.working_dir)
         self.refresh_fields()
         self.query_one(f"#page-{position}").query(Field).first().input.focus()
 
@@ -144,6 +161,12 @@ class Wizard(App[Outcome]):
         if static.content != text:
             static.update(text)
 
+    def say(self, text: str) -> None:
+        """Show one message in a line of its own, in place of the one before; an empty one takes the line away."""
+        status = self.query_one("#status", Static)
+        status.update(text)
+        status.display = bool(text)
+
     def show_help(self, question: Question | None, refusal: str | None = None) -> None:
         text = ""
         if question is not None:
@@ -157,15 +180,20 @@ class Wizard(App[Outcome]):
 
     @on(Field.Changed)
     def take_answer(self, event: Field.Changed) -> None:
-        question = event.field.question
+        self.take(event.field, event.value)
+
+    def take(self, field: Field, value: Any) -> None:
+        """Make the value of a field the answer to its question, or say why it is none."""
+        question = field.question
         self._asked_to_leave = False
+        self.say("")
         try:
-            self.answers = question.write(self.answers, event.value)
+            self.answers = question.write(self.answers, value)
         except Refused as refusal:
-            event.field.add_class("refused")
+            field.add_class("refused")
             self.show_help(question, str(refusal))
             return
-        event.field.remove_class("refused")
+        field.remove_class("refused")
         self.show_help(question)
         if question.key in _FOLDERS:
             self.look_at(question.key)
@@ -173,17 +201,22 @@ class Wizard(App[Outcome]):
 
     @on(events.DescendantFocus)
     def explain(self, event: events.DescendantFocus) -> None:
-        field = next((node for node in event.widget.ancestors_with_self if isinstance(node, Field)), None)
-        if field is not None:
+        field = field_of(event.widget)
+        # The event of a field may come when its page has gone already.
+        if field is not None and self.page is not None and field.question in self.page.questions:
             self.show_help(field.question)
 
     @on(Input.Submitted)
     def action_go_on(self) -> None:
-        """To the next field; from the only one of a page to the next page."""
-        if self.page is not None and len(self.page.questions) == 1:
+        """To the next field; from the last one of a page to the next page."""
+        field = field_of(self.focused) if self.focused else None
+        if field is None or self.page is None:
+            return
+        shown = [each for each in self.query_one(f"#page-{self.position}").query(Field) if each.display]
+        if field is shown[-1]:
             self.action_go(1)
         else:
-            self.screen.focus_next()
+            shown[shown.index(field) + 1].input.focus()
 
     # ---- pictures --------------------------------------------------------------------------------------------------
 
@@ -274,9 +307,26 @@ class Wizard(App[Outcome]):
 
     # ---- moving, saving, leaving -----------------------------------------------------------------------------------
 
+    def after_typing(self, action: Callable[[], object]) -> None:
+        """Run an action once the letters that were typed before its key have become an answer."""
+        field = field_of(self.focused) if self.focused else None
+        if field is None:
+            action()
+            return
+
+        def answered() -> None:
+            if (text := field.typed()) is not None:
+                self.take(field, text)
+            action()
+
+        field.input.call_later(answered)
+
     def action_go(self, by: int) -> None:
+        self.after_typing(partial(self.go, by))
+
+    def go(self, by: int) -> None:
         target = self.position + by
-        if 0 <= target <= len(self.pages) and self.may_leave_page():
+        if 0 <= target <= len(self.pages) and self.may_leave_page(is_forward=by > 0):
             self.show_page(target)
 
     def action_scroll(self, by: int) -> None:
@@ -285,45 +335,82 @@ class Wizard(App[Outcome]):
         view = self.query_one(wanted, VerticalScroll)
         view.scroll_relative(y=by * max(1, view.size.height - 2))
 
-    def may_leave_page(self) -> bool:
-        """Whether every text on this page is an answer."""
-        refused = self.query_one(f"#page-{self.position}").query(".refused")
+    def may_leave_page(self, is_forward: bool = True) -> bool:
+        """Whether every text on this page is an answer; and for who goes on, one that a start can use."""
+        view = self.query_one(f"#page-{self.position}")
+        refused = view.query(".refused")
         if refused:
             refused.first(Field).input.focus()
-            self.notify("this answer cannot be used", severity="error")
-        return not refused
+            self.say("this answer cannot be used")
+            return False
+        problem = self.problem_here() if is_forward else None
+        if problem is not None:
+            self.query_one(f"#field-{asked_as(problem.key or '')}", Field).input.focus()
+            self.say(problem.render())
+        return problem is None
 
-    def action_save(self) -> bool:
+    def problem_here(self) -> Problem | None:
+        """What a start would say against an answer that was given on this page."""
+        if self.page is None:
+            return None
+        plan = make_plan(self.answers)
+        given = {
+            question.key
+            for question in self.page.questions
+            if question.applies(self.answers) and question.read(self.answers, plan) not in (None, "")
+        }
+        found = judge(self.project, texts_for(self.project, self.answers), self.answers).problems
+        return next((problem for problem in found if asked_as(problem.key or "") in given), None)
+
+    def action_save(self) -> None:
+        self.after_typing(self.save)
+
+    def save(self) -> bool:
         """Write the files if the checks pass; on any other page, show them first."""
         if self.page is not None:
             if self.may_leave_page():
                 self.show_page(len(self.pages))
             return False
         if self.is_looking:
-            self.notify("the pictures are still looked at", severity="warning")
+            self.say("the images are still being read; save again in a moment")
             return False
         verdict = self.query_one(Review).verdict
         if verdict is None or verdict.problems:
-            self.notify("nothing was saved: see the problems above", severity="error")
+            self.say("nothing was saved: see the problems above")
             return False
         try:
             self.project = save(self.project, texts_for(self.project, self.answers), self.answers)
         except SimpleTunerError as error:
-            self.notify(error.render(), severity="error", timeout=30)
+            self.say(error.render())
             return False
         self.outcome = "saved"
         self.query_one(Review).show(self.project, self.answers)
-        self.notify("saved")
+        self.say("saved")
         return True
 
     def action_start(self) -> None:
-        if self.action_save():
+        self.after_typing(self.start)
+
+    def start(self) -> None:
+        if self.save():
             self.exit("start")
 
+    def action_copy_or_leave(self) -> None:
+        """Ctrl+C copies what is selected in a field, as everywhere; without a selection it leaves, as in a shell."""
+        field = self.focused
+        if isinstance(field, Input | TextArea) and field.selected_text:
+            self.copy_to_clipboard(field.selected_text)
+            self.say("copied; Ctrl+Q leaves")
+            return
+        self.action_leave()
+
     def action_leave(self) -> None:
+        self.after_typing(self.leave)
+
+    def leave(self) -> None:
         if not self._asked_to_leave and texts_for(self.project, self.answers) and self.answers != self.project.answers:
             self._asked_to_leave = True
-            self.notify("not saved: Ctrl+Q again leaves", severity="warning")
+            self.say("nothing was saved yet: Ctrl+S saves, Ctrl+Q or Ctrl+C again leaves without saving")
             return
         self.workers.cancel_all()
         self.exit(self.outcome)

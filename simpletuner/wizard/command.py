@@ -29,6 +29,7 @@ class Given:
 
     Args:
         arguments: `env=NAME` and options of the run, `--key=value`.
+        device_memory: GiB of the GPU that trains, where it is not in this machine.
         yes: existing files may be changed.
     """
 
@@ -49,6 +50,7 @@ class Given:
     prompts: tuple[str, ...] | None = None
     output_dir: str | None = None
     config: Path | None = None
+    device_memory: int | None = None
     yes: bool = False
     arguments: tuple[str, ...] = ()
 
@@ -175,6 +177,7 @@ def apply(project: Project, given: Given) -> Answers:
         regularisation_pictures=given.regularisation_data or answers.regularisation_pictures,
         reference_pictures=_references(goal, given, answers),
         adapter=adapter,
+        trains_on=given.device_memory or answers.trains_on,
         factor=given.factor or answers.factor,
         rank=given.rank or (answers.rank if adapter == answers.adapter else None),
         layers=read_layers(given.layers) if given.layers else answers.layers,

@@ -107,36 +107,47 @@ def _bits_of(base_precision: str, mixed_precision: str) -> int:
 
 
 class Estimating:
-    """The other process, at work. Iterating gives what it says, as it says it; `stop` ends it.
+    """The other process. It imports torch at once and then waits: started before the review, it answers there in a
+    second or two. `ask` gives it the run; iterating gives what it says, as it says it; `stop` ends it.
 
     Args:
-        texts: of files that are not saved.
+        working_dir: of the run.
     """
 
-    def __init__(self, project: Project, texts: Mapping[Path, str]):
-        places = project.places
-        self._told = {
-            "config": str(places.config),
-            "working_dir": str(places.working_dir),
-            "unsaved": {str(path): text for path, text in {**project.texts, **texts}.items()},
-        }
+    def __init__(self, working_dir: Path):
+        self._asked: dict[str, Any] = {}
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-m", "simpletuner.wizard.estimate"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
-            cwd=places.working_dir,
+            cwd=working_dir,
             env={**os.environ, "HF_HUB_OFFLINE": "1"},
         )
+
+    def ask(self, project: Project, texts: Mapping[Path, str], other_gpu: int | None) -> None:
+        """Say which run is meant.
+
+        Args:
+            texts: of files that are not saved.
+            other_gpu: bytes of the GPU of another machine, where the run is to train.
+        """
+        places = project.places
+        self._asked = {
+            "config": str(places.config),
+            "working_dir": str(places.working_dir),
+            "unsaved": {str(path): text for path, text in {**project.texts, **texts}.items()},
+            "other_gpu": other_gpu,
+        }
 
     def __iter__(self) -> Iterator[Estimate]:
         process = self._process
         assert process.stdin is not None
         assert process.stdout is not None
-        with process, suppress(BrokenPipeError):  # it was stopped before it was told
+        with process, suppress(BrokenPipeError):  # it was stopped before it was asked
             with process.stdin:
-                json.dump(self._told, process.stdin)
+                json.dump(self._asked, process.stdin)
             for line in process.stdout:
                 if line.startswith("{"):
                     yield Estimate(**json.loads(line))
@@ -147,28 +158,30 @@ class Estimating:
 
 def main() -> None:
     """The other process: a run on stdin, estimates on stdout."""
-    told = json.load(sys.stdin)
+    import simpletuner.commands.plan  # noqa: F401 - what takes long is imported before anybody asks
+
+    asked = json.load(sys.stdin)
     try:
-        run = _load(told)
+        run = _load(asked)
         for probe in (False, None):
-            print(json.dumps(asdict(_estimate(run, probe))), flush=True)
+            print(json.dumps(asdict(_estimate(run, probe, asked["other_gpu"]))), flush=True)
     except SimpleTunerError as error:
         print(json.dumps(asdict(Estimate(error=error.problems[0].message))), flush=True)
 
 
-def _load(told: Mapping[str, Any]) -> LoadedRun:
+def _load(asked: Mapping[str, Any]) -> LoadedRun:
     from simpletuner.config.discovery import ConfigSource
     from simpletuner.config.loading import load_source
 
-    unsaved = {Path(path): text for path, text in told["unsaved"].items()}
-    source = ConfigSource(Path(told["config"]), "json")
-    return load_source(source, (), {}, Path(told["working_dir"]), get_spec, unsaved=unsaved, variables=os.environ)
+    unsaved = {Path(path): text for path, text in asked["unsaved"].items()}
+    source = ConfigSource(Path(asked["config"]), "json")
+    return load_source(source, (), {}, Path(asked["working_dir"]), get_spec, unsaved=unsaved, variables=os.environ)
 
 
-def _estimate(run: LoadedRun, probe: bool | None) -> Estimate:
+def _estimate(run: LoadedRun, probe: bool | None, other_gpu: int | None) -> Estimate:
     from simpletuner.commands.plan import make_plan
 
-    found = make_plan(run, probe)
+    found = make_plan(run, probe, other_gpu)
     reasons = [note.partition(": ")[2] for note in found.notes if note.startswith("time was not measured")]
     why_no_time = f"not measured: {reasons[0]}" if probe is None and reasons else ""
     return Estimate(found.memory_bytes, found.disk_bytes, found.free_disk, found.steps, found.seconds, why_no_time)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from textual.app import ComposeResult
@@ -11,6 +12,7 @@ from textual.widget import Widget
 from textual.widgets import Checkbox, Input, Label, RadioSet, Select, TextArea
 
 from simpletuner.wizard.answers import Answers
+from simpletuner.wizard.inputs import FolderSuggester, LinesField, TextField
 from simpletuner.wizard.marks import Choice, ChoiceList, Tick
 from simpletuner.wizard.plan import Plan
 from simpletuner.wizard.question import Question, shown
@@ -31,9 +33,10 @@ class Field(Horizontal):
             self.field = field
             self.value = value
 
-    def __init__(self, question: Question, answers: Answers, plan: Plan):
+    def __init__(self, question: Question, answers: Answers, plan: Plan, working_dir: Path):
         super().__init__(id=f"field-{question.key}", classes=question.kind)
         self.question = question
+        self.working_dir = working_dir
         self._shown = question.read(answers, plan)
         self._choices = list(question.choices(answers))
 
@@ -55,8 +58,9 @@ class Field(Horizontal):
         if kind == "yes_no":
             return Tick(yes_or_no(bool(value)), value=bool(value), id=name, compact=True)
         if kind == "lines":
-            return TextArea(shown(value), id=name, compact=True, tab_behavior="focus")
-        return Input(shown(value), id=name, compact=True, select_on_focus=False)
+            return LinesField(shown(value), id=name, compact=True, tab_behavior="focus")
+        suggester = FolderSuggester(self.working_dir) if kind == "folder" else None
+        return TextField(shown(value), id=name, compact=True, select_on_focus=False, suggester=suggester)
 
     def _options(self, value: Any) -> list[tuple[str, str]]:
         """Words and value of each choice; a value that a file holds stays choosable whatever it is."""
@@ -96,9 +100,18 @@ class Field(Horizontal):
             self._shown = value
             self.post_message(self.Changed(self, value))
 
+    def typed(self) -> str | None:
+        """The text in the field, where it is ahead of the answer that was taken from it; else None."""
+        field = self.input
+        text = field.value if isinstance(field, Input) else field.text if isinstance(field, TextArea) else None
+        if text is None or text == shown(self._shown):
+            return None
+        self._shown = text
+        return text
+
     def on_input_changed(self, event: Input.Changed) -> None:
         event.stop()
-        self._answered(event.value)
+        self._answered(event.input.value)  # not the event's: that may be of a letter ago
 
     def on_text_area_changed(self, event: TextArea.Changed) -> None:
         event.stop()

@@ -21,6 +21,7 @@ Field.lines { padding: 0 0 1 0; }
 Field.list { padding: 0 0 1 0; }
 Field.refused Input { background: $error-darken-3; }
 #report { height: auto; padding: 1 0 0 0; width: 1fr; }
+#status { height: auto; max-height: 4; padding: 0 2; background: $warning-darken-3; color: $text; display: none; }
 #help { height: 5; background: $surface; padding: 0 2; border-top: solid $primary-darken-2; color: $text; }
 #buttons { height: 1; padding: 0 2; }
 #buttons Button { margin: 0 2 0 0; }

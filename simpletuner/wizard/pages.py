@@ -19,6 +19,7 @@ from simpletuner.wizard.questions import (
     LYCORIS_RANK,
     PROMPTS,
     RANK,
+    TRAINS_ON,
     WEBHOOK,
     is_adapter,
     is_edit,
@@ -32,7 +33,7 @@ def pages() -> tuple[Page, ...]:
         Page(
             "Model",
             lambda answers: "Which model is to learn it?",
-            (FAMILY, FLAVOUR, _field_question("model", "Model folder", _MODEL_HELP, empty=None)),
+            (FAMILY, FLAVOUR, _field_question("model", "Model folder", _MODEL_HELP, "folder", empty=None)),
         ),
         Page(
             "Pictures",
@@ -55,8 +56,8 @@ def pages() -> tuple[Page, ...]:
         ),
         Page(
             "Training",
-            lambda answers: f"This machine: {answers.hardware}",
-            (ADAPTER, FACTOR, LYCORIS_RANK, RANK, LAYERS_QUESTION, *option_questions(_TRAINING)),
+            lambda answers: "How is it trained, and on which machine?",
+            (TRAINS_ON, ADAPTER, FACTOR, LYCORIS_RANK, RANK, LAYERS_QUESTION, *option_questions(_TRAINING)),
         ),
         Page(
             "Validation",
@@ -75,10 +76,15 @@ def pages() -> tuple[Page, ...]:
     )
 
 
+def asked_as(key: str) -> str:
+    """The question that asks for a key of `config.json` or of a dataset (`subject.crop`)."""
+    name = key.rpartition(".")[2]
+    return _ASKED_AS.get(name, name)
+
+
 def page_of(key: str) -> str | None:
     """Number and title of the page that asks for a key of `config.json` or of a dataset (`subject.crop`)."""
-    name = key.rpartition(".")[2]
-    name = _ASKED_AS.get(name, name)
+    name = asked_as(key)
     found = (
         f"{number}, {page.title}"
         for number, page in enumerate(pages(), 1)

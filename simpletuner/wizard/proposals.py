@@ -27,7 +27,7 @@ _BASE_FORMATS = (("int8-quanto", 8), ("nf4-bnb", 4), ("int4-quanto", 4))
 
 def memory_options(answers: Answers) -> dict[str, Any]:
     """Number formats and batch that a machine takes, from the weights of the model and what comes beside them."""
-    hardware, goal = answers.hardware, answers.goal
+    hardware, goal = answers.target, answers.goal
     gib = hardware.device_bytes / GIB
     if hardware.device == "cpu":
         return {
@@ -55,7 +55,7 @@ def base_format(answers: Answers) -> dict[str, Any]:
     Where the weights do not fit even while they are quantised, the processor quantises them.
     """
     flavour = answers.spec.flavours[answers.flavour_name]
-    room = USABLE * answers.hardware.device_bytes - BESIDE_WEIGHTS
+    room = USABLE * answers.target.device_bytes - BESIDE_WEIGHTS
     if flavour.weight_bytes() <= room:
         return {}
     built = [(name, bits) for name, bits in _BASE_FORMATS if _if_built("base_model_precision", name)]

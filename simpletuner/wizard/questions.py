@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from simpletuner.hardware import GIB
+from simpletuner.hardware import GIB, USUAL_GPUS
 from simpletuner.models.registry import all_specs
 from simpletuner.models.spec import FamilySpec, Flavour
 from simpletuner.text import lines_of
@@ -143,6 +143,19 @@ FLAVOUR = Question(
     lambda answers, plan: answers.flavour_name,
     _set_flavour,
     _flavour_choices,
+)
+TRAINS_ON = Question(
+    "trains_on",
+    "Trains on",
+    "The machine that trains: precision, optimizer and batch are proposed for it. Choose the GPU that you will rent or "
+    "use, where it is not in this machine.",
+    "choice",
+    lambda answers, plan: str(answers.trains_on or ""),
+    lambda answers, value: replace(answers, trains_on=int(value) if value else None),
+    lambda answers: [
+        ("", f"this machine ({answers.hardware})"),
+        *((str(size), f"a GPU with {size} GB") for size in USUAL_GPUS),
+    ],
 )
 ADAPTER = Question(
     "adapter",

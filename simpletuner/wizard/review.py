@@ -14,6 +14,7 @@ from textual.worker import get_current_worker
 
 from simpletuner.errors import Problem
 from simpletuner.hardware import Hardware
+from simpletuner.program import pasteable
 from simpletuner.wizard.answers import Answers
 from simpletuner.wizard.estimate import Estimate, Estimating, estimate_lines, rough_lines
 from simpletuner.wizard.files import Verdict, diff_lines, judge, start_command, texts_for
@@ -29,8 +30,9 @@ class Review(Vertical):
     DEFAULT_CSS = "Review { padding: 1 2 0 2; }"
 
     verdict: Verdict | None = None
-    estimated: tuple[Verdict, Estimate] | None = None
+    estimated: tuple[tuple[Verdict, Hardware], Estimate] | None = None
     estimating: Estimating | None = None
+    waiting: Estimating | None = None
 
     def compose(self) -> ComposeResult:
         yield Static(id="verdict")
@@ -53,18 +55,27 @@ class Review(Vertical):
         self.query_one("#diff", Static).update(diff or Text("(the files on the disk say the same)", "dim"))
         self.query_one("#estimate").display = self.verdict.run is not None
         if self.verdict.run is not None:
-            self.start_estimate(self.verdict, project, texts, answers.hardware)
+            self.start_estimate(self.verdict, project, texts, answers)
 
-    def start_estimate(self, verdict: Verdict, project: Project, texts: Mapping[Path, str], hardware: Hardware) -> None:
+    def prepare_estimate(self, working_dir: Path) -> None:
+        """Start the process that will be asked, so that the seconds of its start are over when it is."""
+        if self.waiting is None:
+            self.waiting = Estimating(working_dir)
+
+    def start_estimate(self, verdict: Verdict, project: Project, texts: Mapping[Path, str], answers: Answers) -> None:
         """Show memory, time and disk as they become known; the same run is not asked about twice."""
+        hardware = answers.target
         static = self.query_one("#estimate", Static)
-        if self.estimated and self.estimated[0] == verdict:
+        if self.estimated and self.estimated[0] == (verdict, hardware):
             static.update(estimate_text(self.estimated[1], verdict, hardware))
             return
         self.stop_estimate()
         self.estimated = None
         static.update(Text("memory, disk and time are being worked out ...", "dim"))
-        self.estimating = Estimating(project, texts)
+        self.prepare_estimate(project.places.working_dir)
+        self.estimating, self.waiting = self.waiting, None
+        assert self.estimating is not None
+        self.estimating.ask(project, texts, None if answers.trains_on is None else hardware.device_bytes)
         self.estimate(self.estimating, verdict, hardware)
 
     @work(group="estimate", exclusive=True, thread=True)
@@ -75,7 +86,7 @@ class Review(Vertical):
             if not worker.is_cancelled:
                 self.app.call_from_thread(self.show_estimate, last, verdict, hardware)
         if last and not worker.is_cancelled:
-            self.estimated = verdict, last
+            self.estimated = (verdict, hardware), last
 
     def show_estimate(self, found: Estimate, verdict: Verdict, hardware: Hardware) -> None:
         self.query_one("#estimate", Static).update(estimate_text(found, verdict, hardware))
@@ -83,10 +94,13 @@ class Review(Vertical):
     def stop_estimate(self) -> None:
         if self.estimating is not None:
             self.estimating.stop()
+            self.estimating = None
 
     def on_unmount(self) -> None:
         self.workers.cancel_group(self, "estimate")
         self.stop_estimate()
+        if self.waiting is not None:
+            self.waiting.stop()
 
 
 def verdict_text(verdict: Verdict, is_changed: bool, start: str) -> Text:
@@ -94,7 +108,10 @@ def verdict_text(verdict: Verdict, is_changed: bool, start: str) -> Text:
     parts = [Text("\n".join([problem.render(), *_asked(problem)]), "red") for problem in verdict.problems]
     if not verdict.problems:
         parts.append(
-            Text("Every check of a start passes." if is_changed else f"Saved. Start with: {start}", "bold green")
+            Text(
+                "Every check of a start passes." if is_changed else f"Saved. Start with: {pasteable(start)}",
+                "bold green",
+            )
         )
     return Text("\n").join([*parts, *(Text(f"note: {warning}", "yellow") for warning in verdict.warnings)])
 

@@ -213,7 +213,11 @@ def test_page_down_reaches_what_a_small_terminal_cuts_off(folder: Path):
 
 def test_nothing_is_saved_while_a_check_fails(folder: Path):
     async def steps(pilot: Pilot) -> None:
-        await first_run(pilot, folder / "nowhere")
+        model = folder / "model"
+        model.mkdir()
+        await first_run(pilot, model)
+        model.rmdir()
+        await pilot.press("ctrl+b", "ctrl+n")
         verdict = pilot.app.query_one(Review).verdict
         assert [problem.key for problem in verdict.problems] == ["pretrained_model_name_or_path"]
         await pilot.press("ctrl+s", "ctrl+r")
@@ -284,7 +288,7 @@ def test_without_a_terminal_the_same_files_are_written(folder: Path, omnigen_fol
     told += ["--validation_step_interval=4", "--validation_num_inference_steps=2"]
     result = subprocess.run([*program, *told], cwd=folder, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     assert result.returncode == 0, result.stderr
-    assert "start with: simpletuner train" in result.stdout
+    assert result.stdout.rstrip().endswith("simpletuner train")  # by whatever path the shell finds it
     written = contents(folder)
     for path in (folder / "config").glob("*.json"):
         path.unlink()

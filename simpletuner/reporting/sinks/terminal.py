@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from typing import IO
 
+from simpletuner.program import pasteable
 from simpletuner.reporting import progress
 from simpletuner.reporting.events import (
     CheckpointSaved,
@@ -92,7 +93,7 @@ class PlainSink:
         self._write(f"{event.name}: {event.done}" + (f" of {total}" if total else ""))
 
     def _write(self, line: str) -> None:
-        line = for_terminal(line)
+        line = for_terminal(pasteable(line))
         self._stream.write(f"[{progress.clock_text(self._clock() - self._start)}] {line}\n")
         self._stream.flush()
 
@@ -142,7 +143,7 @@ class LiveSink:
                 self._clear()
             style = _style_of(event)
             for line in describe(event):
-                self._console.print(line, style=style, markup=False)
+                self._console.print(pasteable(line), style=style, markup=False)
 
     def close(self) -> None:
         self._clear()
