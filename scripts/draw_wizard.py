@@ -69,7 +69,7 @@ async def screens() -> dict[str, str]:
     async with wizard.run_test(size=(100, 35)) as pilot:
 
         async def keep(name: str) -> None:
-            await pilot.pause(0.3)
+            await pilot.pause(1.0)
             images[name] = wizard.export_screenshot()
 
         await keep("goal")

@@ -60,6 +60,11 @@ class Hardware:
     cores: int
     num_devices: int = 1
 
+    @property
+    def trainer(self) -> str:
+        """What trains here, in a few words."""
+        return "its processor" if self.device == "cpu" else f"{self.name}, {self.device_bytes / GIB:.0f} GiB"
+
     def __str__(self) -> str:
         if self.device == "cpu":
             return f"no accelerator; the processor trains, with {self.ram_bytes / GIB:.0f} GiB and {self.cores} cores"

@@ -171,7 +171,8 @@ class Wizard(App[Outcome]):
         text = ""
         if question is not None:
             head = f"[b]{question.key}[/b]  {escape(question.help)}"
-            facts = f"[b $error]{escape(refusal)}[/]" if refusal else f"[dim]{escape(question.facts)}[/dim]"
+            known = question.facts if isinstance(question.facts, str) else question.facts(self.answers)
+            facts = f"[b $error]{escape(refusal)}[/]" if refusal else f"[dim]{escape(known)}[/dim]"
             text = f"{head}\n{facts}"
         self.put(self.query_one("#help", Static), text)
         self.query_one("#help").display = question is not None

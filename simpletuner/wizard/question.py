@@ -42,7 +42,7 @@ class Question:
         read: the answer that counts now, given or proposed.
         write: the answers with a new one, typed; raises `Refused`.
         choices: (value, words), of `list` and `choice`.
-        facts: allowed values, unit, default: one line.
+        facts: allowed values, unit, default, or what follows from the answer: one line.
         applies: whether it is asked, given the other answers.
     """
 
@@ -53,7 +53,7 @@ class Question:
     read: Callable[[Answers, Plan], Any]
     write: Callable[[Answers, Any], Answers]
     choices: Callable[[Answers], Choices] = lambda answers: ()
-    facts: str = ""
+    facts: str | Callable[[Answers], str] = ""
     applies: Callable[[Answers], bool] = lambda answers: True
 
 

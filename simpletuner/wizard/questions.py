@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from simpletuner.hardware import GIB, USUAL_GPUS
+from simpletuner.models.readers import Kind, reading_text
 from simpletuner.models.registry import all_specs
 from simpletuner.models.spec import FamilySpec, Flavour
 from simpletuner.text import lines_of
@@ -78,6 +79,16 @@ def _set_number(key: str, most: int) -> Callable[[Answers, str], Answers]:
 def _set_adapter(answers: Answers, name: str) -> Answers:
     """Another algorithm has another usual rank."""
     return answers if name == answers.adapter else replace(answers, adapter=name, rank=None)
+
+
+_KINDS: Mapping[str, Kind] = {"lora": "lora", "locon": "lora", "dora": "dora", "lokr": "lokr", "loha": "loha"}
+
+
+def adapter_readers(answers: Answers) -> str:
+    """Which other programs read the file of the chosen adapter."""
+    form = answers.options.get("lora_format") or answers.spec.defaults.get("lora_format", "diffusers")
+    kind = _KINDS.get(answers.adapter, "other")
+    return reading_text(answers.spec.readers, "lycoris" if answers.lycoris else form, kind)
 
 
 def _layer_choices(answers: Answers) -> Choices:
@@ -153,7 +164,7 @@ TRAINS_ON = Question(
     lambda answers, plan: str(answers.trains_on or ""),
     lambda answers, value: replace(answers, trains_on=int(value) if value else None),
     lambda answers: [
-        ("", f"this machine ({answers.hardware})"),
+        ("", f"this machine: {answers.hardware.trainer}"),
         *((str(size), f"a GPU with {size} GB") for size in USUAL_GPUS),
     ],
 )
@@ -166,7 +177,7 @@ ADAPTER = Question(
     _set_adapter,
     lambda answers: list(ADAPTERS.items()),
     applies=is_adapter,
-    facts="ADAPTERS.md compares them",
+    facts=lambda answers: f"its file: {adapter_readers(answers)}; ADAPTERS.md compares them",
 )
 FACTOR = Question(
     "factor",

@@ -147,6 +147,16 @@ def test_where_a_step_is_cheap_it_is_measured_and_nothing_is_written(folder):
     )
 
 
+def test_another_machines_gpu_is_compared_with_and_nothing_is_timed(folder):
+    here = planning.make_plan(load_here(folder), probe=False)
+    there = planning.make_plan(load_here(folder), probe=True, other_gpu=8 << 30)
+    assert there.available == 8 << 30
+    assert there.model.endswith("on a GPU with 8.0 GiB")
+    assert rows(there) == rows(here)
+    assert there.seconds is None
+    assert "time was not measured: the run trains on another machine" in there.notes
+
+
 def test_full_training_trains_every_parameter(folder):
     data = json.loads((folder / "multidatabackend.json").read_text())[:1]
     (folder / "multidatabackend.json").write_text(json.dumps(data))

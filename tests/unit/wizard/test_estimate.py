@@ -55,13 +55,16 @@ def test_a_model_that_is_not_here_is_not_fetched_for_an_estimate(folder: Path, m
     monkeypatch.setenv("HF_HOME", str(folder / "hub"))
     project = open_project(CONFIG, folder, CPU)
     given = answers(goal="style")
-    [found] = Estimating(project, texts_for(project, given))
+    estimating = Estimating(folder)
+    estimating.ask(project, texts_for(project, given), None)
+    [found] = estimating
     assert "Shitao/OmniGen-v1-diffusers" in found.error
     assert not (folder / "config").exists()
 
 
 def test_an_estimate_that_nobody_waits_for_ends(folder: Path):
     project = open_project(CONFIG, folder, CPU)
-    estimating = Estimating(project, texts_for(project, answers(goal="style")))
+    estimating = Estimating(folder)
+    estimating.ask(project, texts_for(project, answers(goal="style")), None)
     estimating.stop()
     assert list(estimating) == []
