@@ -14,8 +14,8 @@ from pathlib import Path
 
 NAME = "simpletuner"
 VERBS = (
-    *("cache", "check", "configure", "convert", "doctor", "examples", "export", "generate", "models", "monitor", "options"),
-    *("plan", "report", "train", "verify-resume"),
+    *("cache", "check", "configure", "convert", "doctor", "examples", "export", "generate"),
+    *("models", "monitor", "options", "plan", "report", "train", "verify-resume"),
 )
 _COMMAND = re.compile(rf"(?<![\w./-]){NAME} (?=(?:{'|'.join(VERBS)})\b)")
 

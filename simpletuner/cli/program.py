@@ -14,7 +14,6 @@ from simpletuner import __version__
 from simpletuner.cli.shared import LOG_LEVEL, app, say_aside
 from simpletuner.disk import disk_error
 from simpletuner.errors import EXIT_INTERRUPTED, ConfigError, Problem, SimpleTunerError
-from simpletuner.program import pasteable
 from simpletuner.quiet import hide_needless_lines
 
 

@@ -143,7 +143,7 @@ class LiveSink:
                 self._clear()
             style = _style_of(event)
             for line in describe(event):
-                self._console.print(pasteable(line), style=style, markup=False)
+                self._console.print(for_terminal(pasteable(line)), style=style, markup=False)
 
     def close(self) -> None:
         self._clear()
