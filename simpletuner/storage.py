@@ -140,6 +140,44 @@ def replacing_file(path: str | Path) -> Iterator[Path]:
         _fsync_dir(path.parent)
 
 
+def read_tensor_metadata(path: str | Path) -> dict[str, str]:
+    """The metadata of a safetensors file, whose length must be the one that its header says.
+
+    Raises:
+        DataError: the file is missing, cut off, or no safetensors file.
+    """
+    path = Path(path)
+    try:
+        with path.open("rb") as file:
+            length = os.fstat(file.fileno()).st_size
+            size = int.from_bytes(file.read(8), "little")
+            if not 0 < size <= length - 8:
+                raise ValueError(f"its {length} bytes do not hold the header")
+            header = json.loads(file.read(size))
+        metadata = header.pop("__metadata__", {})
+        end = 8 + size + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        if end != length:
+            raise ValueError(f"it has {length} bytes, not {end}")
+    except OSError as error:
+        raise DataError(Problem(f"cannot be read: {error.strerror}", file=str(path))) from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(Problem(f"is no whole safetensors file: {error}", file=str(path))) from error
+    return metadata
+
+
+def move(path: Path, target: Path) -> None:
+    """Give a file or folder another name on the same disk; `target` must be free.
+
+    Raises:
+        DataError: the file system is read-only or not writable.
+    """
+    with disk_errors(target):
+        _step("rename")
+        path.rename(target)
+        _fsync_dir(target.parent)
+        _fsync_dir(path.parent)
+
+
 def file_digest(path: str | Path) -> str:
     """sha256 of a file's bytes, in hex."""
     with Path(path).open("rb") as file:

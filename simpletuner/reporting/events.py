@@ -30,6 +30,9 @@ class RunStarted(Event):
         output_dir: folder of everything that the run writes.
         total_steps: optimizer steps at which the run ends.
         start_step: optimizer steps already done; 0 for a new run. Metrics after it are drawn anew.
+        run_id: of the run, the same at each start of it; empty where nobody knows.
+        branch: of the run; another one after it went back to an earlier checkpoint.
+        is_complete: nothing is left to do.
         details: facts worth a line each (model, datasets, adapter, device), in the order to print.
         options: the resolved configuration, for trackers.
     """
@@ -40,6 +43,9 @@ class RunStarted(Event):
     start_step: int = 0
     details: Mapping[str, str] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
+    run_id: str = ""
+    branch: str = ""
+    is_complete: bool = False
 
 
 @dataclass(frozen=True)
@@ -144,11 +150,13 @@ class CheckpointSaved(Event):
 
     Args:
         eval_loss: of `checkpoint-best`, which a better one replaces at any time; None for numbered checkpoints.
+        is_new: it was written now; else the run's checkpoint of this step was there already and was kept.
     """
 
     step: int
     path: Path | str
     eval_loss: float | None = None
+    is_new: bool = True
 
 
 @dataclass(frozen=True)

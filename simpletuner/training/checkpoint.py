@@ -2,13 +2,13 @@
 
 A checkpoint holds what `TrainState` and the configuration cannot give back: trainable weights, optimizer state and EMA.
 Names are matched strictly, so that a stray `checkpoint-1 (copy)` is never taken for one. `checkpoint-best` is one more,
-whole in itself: it is not counted or rotated with the others, and a run may go on from it.
+whole in itself: it is not counted or rotated with the others, and a run may go on from it. Only checkpoints of the run
+itself count (`run_history.py`): another run's beside them are neither taken for its own nor rotated.
 """
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,18 +21,19 @@ from simpletuner.optim.optimizers import averaged_weights, keeps_averages
 from simpletuner.optim.state import load_optimizer_tensors, optimizer_tensors
 from simpletuner.reporting.events import Notice
 from simpletuner.training.divergence import require_finite
+from simpletuner.training.earlier_runs import move_aside
 from simpletuner.training.evaluation import losses_as_json, losses_from_json
 from simpletuner.training.full_disk import write_patiently
 from simpletuner.training.identity import compare_identity, option_changes, run_identity
 from simpletuner.training.resuming import length_facts, resumed_state
+from simpletuner.training.run_files import BEST, CHECKPOINT_NAME
+from simpletuner.training.run_history import HISTORY_KEY, RunHistory, history_of
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from simpletuner.training.run import Run
 
-NAME = re.compile(r"^checkpoint-(\d+)$")
-BEST = "checkpoint-best"
 STATE_FILE = "training_state.json"
 OPTIMIZER_FILE = "optimizer.safetensors"
 # The trained parameters as they are, where the file that others read holds them in another form, or their average.
@@ -41,26 +42,54 @@ EMA_FILE = "ema.safetensors"
 EMA_PREFIX = "ema."  # of each tensor in it
 
 
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint that is safe now.
+
+    Args:
+        is_new: it was written; else it was there already and was kept.
+    """
+
+    path: Path
+    is_new: bool
+
+
 class Checkpoints:
-    """The checkpoints of one output folder.
+    """The checkpoints of one run.
 
     Args:
         output_dir: they are its `checkpoint-<step>` folders.
         limit: how many are kept; None or 0 keeps all.
+        history: of the run; other runs' checkpoints are not seen. None: of one that has just begun, in a folder where
+            whatever carries no mark is its own.
     """
 
-    def __init__(self, output_dir: Path, limit: int | None):
+    def __init__(self, output_dir: Path, limit: int | None, history: RunHistory | None = None):
         self.output_dir = output_dir
         self.limit = limit
+        self.history = history or RunHistory.new(adopts_unmarked=True)
         # Whether a finite step came after the last save or load: until then the one before it stays too.
         self.is_settled = True
 
     def found(self) -> list[Path]:
-        """Folders named like checkpoints, oldest step first; says nothing of whether they are valid."""
-        if not self.output_dir.is_dir():
-            return []
-        folders = [path for path in self.output_dir.iterdir() if NAME.match(path.name) and path.is_dir()]
-        return sorted(folders, key=checkpoint_step)
+        """This run's folders named like checkpoints, oldest step first; says nothing of whether they are valid."""
+        return [path for path in numbered_checkpoints(self.output_dir) if self.owns(path)]
+
+    def others(self) -> list[Path]:
+        """Whole checkpoints in the folder that are another run's, oldest step first, the best one last."""
+        best = self.output_dir / BEST
+        paths = [*numbered_checkpoints(self.output_dir), *([best] if best.is_dir() else [])]
+        return [path for path in paths if not self.owns(path)]
+
+    def owns(self, path: Path) -> bool:
+        """Whether a checkpoint is this run's; one that cannot be read counts as such, since nobody can tell."""
+        try:
+            manifest = storage.read_manifest(path)
+            step = int(manifest.metadata["global_step"])
+        except (DataError, KeyError, TypeError, ValueError):
+            return True
+        history = history_of(manifest)
+        return self.history.owns(history.mark if history else None, step)
 
     def newest(self) -> Path | None:
         """The newest whole checkpoint, or None."""
@@ -70,32 +99,49 @@ class Checkpoints:
         """Where the checkpoint of a step is, or will be."""
         return self.output_dir / f"checkpoint-{step}"
 
-    def save(self, run: Run) -> Path:
-        """Commit the current state, then rotate. A checkpoint of this step that is already valid is left as it is.
+    def has(self, step: int) -> bool:
+        """Whether this run's checkpoint of a step is there and whole."""
+        path = self.path_of(step)
+        return path.is_dir() and not storage.verify_dir(path, full=False) and self.owns(path)
+
+    def save(self, run: Run) -> Saved:
+        """Commit the current state, then rotate. This run's checkpoint of this step, if whole, is kept as it is.
 
         Raises:
             DataError: the disk is full or cannot be written; earlier checkpoints stay.
         """
         path = self.path_of(run.state.global_step)
         content = checkpoint_content(run)
+        is_new = False
         with run.placement.gathered():
             if run.world.is_main:
-                self._save_here(run, path, content)
-            run.world.barrier()
-        return path
+                is_new = self._save_here(run, path, content)
+            is_new = run.world.any(is_new)
+        return Saved(path, is_new)
 
-    def _save_here(self, run: Run, path: Path, content: CheckpointContent) -> None:
-        if path.is_dir() and not storage.verify_dir(path, full=False):
-            return
+    def _save_here(self, run: Run, path: Path, content: CheckpointContent) -> bool:
+        if self.has(run.state.global_step):
+            return False
+        self._make_way(path)
 
         def commit() -> None:
-            with storage.commit_dir(path, metadata={"global_step": run.state.global_step}) as folder:
+            with storage.commit_dir(path, metadata=self._metadata(run)) as folder:
                 write_checkpoint(run, folder, content)
 
         write_patiently(run, path.name, commit)
         self.is_settled = False
         for line in self.rotate(keep=path, at_least=2):
             run.bus.emit(Notice("warning", line))
+        return True
+
+    def _metadata(self, run: Run) -> dict[str, Any]:
+        """What the manifest says of a checkpoint."""
+        return {"global_step": run.state.global_step, HISTORY_KEY: self.history.to_json()}
+
+    def _make_way(self, path: Path) -> None:
+        """Move another run's checkpoint out of the way of this run's."""
+        if path.is_dir() and not self.owns(path):
+            move_aside(self.output_dir, path)
 
     def save_best(self, run: Run, eval_loss: float) -> Path:
         """Commit the current state as `checkpoint-best`, in place of an earlier one.
@@ -114,37 +160,39 @@ class Checkpoints:
         return path
 
     def _save_best_here(self, run: Run, path: Path, content: CheckpointContent, eval_loss: float) -> None:
-        step = run.state.global_step
-        same = self.path_of(step)
+        self._make_way(path)
 
         def commit() -> None:
-            with storage.commit_dir(path, metadata={"global_step": step, "eval_loss": eval_loss}) as folder:
-                if same.is_dir() and not storage.verify_dir(same, full=False):
-                    storage.link_files(same, folder)
+            with storage.commit_dir(path, metadata={**self._metadata(run), "eval_loss": eval_loss}) as folder:
+                if self.has(run.state.global_step):
+                    storage.link_files(self.path_of(run.state.global_step), folder)
                 else:
                     write_checkpoint(run, folder, content)
 
         write_patiently(run, path.name, commit)
 
-    def best(self) -> Path | None:
-        """The folder named like the best checkpoint; says nothing of whether it is valid."""
-        path = self.output_dir / BEST
-        return path if path.is_dir() else None
+    def link_best(self, step: int, eval_loss: float) -> None:
+        """Make this run's checkpoint of a step `checkpoint-best` as well.
 
-    def set_best_aside(self) -> str | None:
-        """Give the best checkpoint of another run another name, so that this run's is not compared with it.
-
-        Returns:
-            Its new name, None where there was none.
+        Raises:
+            DataError: the disk is full or cannot be written.
         """
+        metadata = {"global_step": step, HISTORY_KEY: self.history.to_json(), "eval_loss": eval_loss}
+        with storage.commit_dir(self.output_dir / BEST, metadata) as folder:
+            storage.link_files(self.path_of(step), folder)
+
+    def best(self) -> Path | None:
+        """The folder of this run's best checkpoint; says nothing of whether it is valid."""
+        path = self.output_dir / BEST
+        return path if path.is_dir() and self.owns(path) else None
+
+    def best_evaluation(self) -> tuple[int, float] | None:
+        """(step, eval loss) of this run's best checkpoint, if it is whole."""
         path = self.best()
-        if path is None:
+        if path is None or storage.verify_dir(path, full=False):
             return None
-        number = 1
-        while (aside := path.with_name(f"earlier-{BEST}-{number}")).exists():
-            number += 1
-        path.rename(aside)
-        return aside.name
+        metadata = storage.read_manifest(path).metadata
+        return int(metadata["global_step"]), float(metadata["eval_loss"])
 
     def rotate(self, keep: Path, at_least: int = 1) -> list[str]:
         """Remove the oldest checkpoints beyond the limit; only valid ones count, `keep` is never removed.
@@ -186,23 +234,30 @@ class Checkpoints:
             wanted: `latest`, a folder name, a path, or None / "" for a fresh start.
 
         Raises:
-            ConfigError: a named checkpoint is not there, or the folder holds only damaged ones.
+            ConfigError: a named checkpoint is not there, or the folder holds only damaged ones or other runs'.
         """
-        storage.sweep(self.output_dir)
         if not wanted:
             return None, []
         if wanted != "latest":
             return self._named(wanted), []
-        return self._latest()
+        path, notices = self._latest()
+        if path is None and (others := self.others()):
+            names = ", ".join(each.name for each in others)
+            raise ConfigError(_others_problem(f"{self.output_dir} has checkpoints of other runs only: {names}", others))
+        return path, notices
 
     def _named(self, wanted: str) -> Path:
-        for path in (self.output_dir / Path(wanted).name, Path(wanted)):
-            if path.is_dir():
-                damage = storage.verify_dir(path)
-                if damage:
-                    raise ConfigError(_resume_problem(f"{path} is damaged: {damage[0]}", self.found()))
-                return path
-        raise ConfigError(_resume_problem(f"there is no checkpoint {wanted} in {self.output_dir}", self.found()))
+        """A name is looked for in the output folder first; a path means exactly that path."""
+        is_name = Path(wanted).name == wanted
+        places = [self.output_dir / wanted, Path(wanted)] if is_name else [Path(wanted)]
+        path = next((place for place in places if place.is_dir()), None)
+        if path is None:
+            where = f"{wanted} in {self.output_dir}" if is_name else f"at {Path(wanted).absolute()}"
+            raise ConfigError(_resume_problem(f"there is no checkpoint {where}", self.found()))
+        damage = storage.verify_dir(path)
+        if damage:
+            raise ConfigError(_resume_problem(f"{path} is damaged: {damage[0]}", self.found()))
+        return path
 
     def _latest(self) -> tuple[Path | None, list[str]]:
         notices = []
@@ -224,8 +279,16 @@ class Checkpoints:
         return [path for *_, path in sorted([*numbered, *([(_best_step(best), 0, best)] if best else [])])]
 
 
+def numbered_checkpoints(output_dir: Path) -> list[Path]:
+    """Folders named like checkpoints, whoever made them, oldest step first."""
+    if not output_dir.is_dir():
+        return []
+    folders = [path for path in output_dir.iterdir() if CHECKPOINT_NAME.match(path.name) and path.is_dir()]
+    return sorted(folders, key=checkpoint_step)
+
+
 def checkpoint_step(path: Path) -> int:
-    match = NAME.match(path.name)
+    match = CHECKPOINT_NAME.match(path.name)
     assert match is not None
     return int(match.group(1))
 
@@ -245,6 +308,15 @@ def _resume_problem(message: str, found: list[Path]) -> Problem:
         key="resume_from_checkpoint",
         allowed=f"latest, or one of: {names}",
         fix="name another checkpoint, or choose another output_dir for a fresh start",
+    )
+
+
+def _others_problem(message: str, others: list[Path]) -> Problem:
+    return Problem(
+        message,
+        key="resume_from_checkpoint",
+        allowed="none for a fresh start, which moves them to earlier-runs/ and deletes nothing, or the path of one",
+        fix=f"choose one of: none, {', '.join(str(path) for path in others)}",
     )
 
 
@@ -333,8 +405,11 @@ def file_is_exact(run: Run) -> bool:
     return run.adapter.file_is_exact and not keeps_averages(run.optimizer)
 
 
-def load_checkpoint(run: Run, path: Path) -> None:
+def load_checkpoint(run: Run, path: Path, is_own: bool = True) -> None:
     """Put a verified checkpoint into a built run.
+
+    Args:
+        is_own: the checkpoint is this run's; else its eval losses are not: they are another run's.
 
     Raises:
         ConfigError: the run differs in what cannot be changed on resume (model, adapter, optimizer).
@@ -370,7 +445,8 @@ def load_checkpoint(run: Run, path: Path) -> None:
     require_finite(run, "weights", parameters)
     run.state = resumed_state(saved, run.batches.sampler)
     run.loss_scale.load_json(saved["loss_scale"])
-    run.eval_losses.update(losses_from_json(saved["eval_losses"]))
+    if is_own:
+        run.eval_losses.update(losses_from_json(saved["eval_losses"]))
 
 
 def read_state(path: Path) -> dict[str, Any]:

@@ -16,8 +16,8 @@ from simpletuner.reporting.events import CheckpointSaved, EvalDone, Notice
 from simpletuner.training.divergence import last_good_state
 from simpletuner.training.evaluation import EvalResult, best_step, losses_as_json, losses_from_json
 from simpletuner.training.run import Run
-
-HISTORY_FILE = "eval_losses.json"
+from simpletuner.training.run_files import EVAL_FILE
+from simpletuner.training.run_history import Mark, RunHistory
 
 
 def evaluate(run: Run) -> None:
@@ -43,25 +43,17 @@ def evaluate(run: Run) -> None:
             reference_per_quantile=tuple(reference.by_quantile) if reference else (),
         )
     )
-    if run.world.is_main:
-        write_history(run)
-    if run.config.checkpoint_keep_best and step > 0 and best_step(run.eval_losses) == step:
+    if keeps_best(run) and step > 0 and best_step(run.eval_losses) == step:
         with last_good_state(run):
             path = run.checkpoints.save_best(run, run.eval_losses[step])
         run.bus.emit(CheckpointSaved(step=step, path=path, eval_loss=run.eval_losses[step]))
+    if run.world.is_main:  # after the checkpoint: a best one that is recorded is there
+        write_eval_history(run)
     if run.is_stopped_early:
         count = run.config.early_stopping_patience
         text = f"the run ends at step {step}: {count} evaluations in a row brought no eval loss below "
         best = best_step(run.eval_losses)
         run.bus.emit(Notice("info", f"{text}{run.eval_losses[best]:.4f} of step {best} (early_stopping_patience)"))
-
-
-def write_history(run: Run) -> None:
-    """Keep the eval losses; a disk that refuses them costs a warning, for the next checkpoint holds them too."""
-    try:
-        storage.write_json(run.output_dir / HISTORY_FILE, losses_as_json(run.eval_losses))
-    except DataError as error:
-        run.bus.emit(Notice("warning", f"{error.problems[0].render()}; the next checkpoint keeps the eval losses"))
 
 
 def reference_result(run: Run, result: EvalResult) -> EvalResult | None:
@@ -80,12 +72,49 @@ def reference_result(run: Run, result: EvalResult) -> EvalResult | None:
     return run.eval_reference
 
 
-def read_history(output_dir: Path) -> dict[str, float | None]:
-    """The eval losses that an earlier process wrote, as JSON has them; none where the file is gone or damaged."""
-    path = output_dir / HISTORY_FILE
+def write_eval_history(run: Run) -> None:
+    """Keep the eval losses; a disk that refuses them costs a warning, for the next checkpoint holds them too."""
+    mark, losses = run.checkpoints.history.mark, losses_as_json(run.eval_losses)
     try:
-        losses = storage.read_json(path) if path.is_file() else {}
+        storage.write_json(run.output_dir / EVAL_FILE, {**mark.to_json(), "losses": losses})
+    except DataError as error:
+        run.bus.emit(Notice("warning", f"{error.problems[0].render()}; the next checkpoint keeps the eval losses"))
+
+
+def read_eval_history(output_dir: Path, history: RunHistory) -> dict[str, float | None]:
+    """The eval losses that earlier processes of this run wrote, as JSON has them; none where the file is damaged."""
+    path = output_dir / EVAL_FILE
+    try:
+        noted = storage.read_json(path) if path.is_file() else {}
+        mark = Mark.from_json(noted)
+        losses = noted["losses"] if mark else noted
         losses_from_json(losses)
-    except (DataError, ValueError, TypeError, AttributeError):
+    except (DataError, ValueError, TypeError, AttributeError, KeyError):
         return {}
-    return losses
+    return {step: loss for step, loss in losses.items() if history.owns(mark, int(step))}
+
+
+def keeps_best(run: Run) -> bool:
+    """Whether the state with the lowest eval loss is kept: unless `checkpoint_keep_best` says no."""
+    return run.evaluator is not None and run.config.checkpoint_keep_best is not False
+
+
+def restore_best(run: Run) -> None:
+    """Bring the record of eval losses and `checkpoint-best` together after a kill or a full disk came between them.
+
+    The checkpoint is committed first. One that the record lacks is added to it; where the lowest loss of the record has
+    no `checkpoint-best` (it was lost, or the run went back), the numbered checkpoint of that step becomes it.
+    """
+    best = run.checkpoints.best_evaluation()
+    if best is not None and best[0] <= run.state.global_step:
+        run.eval_losses.setdefault(*best)
+    if not run.eval_losses or not keeps_best(run):
+        return
+    step = best_step(run.eval_losses)
+    if step > 0 and (best is None or best[0] != step) and run.checkpoints.has(step):
+        try:
+            run.checkpoints.link_best(step, run.eval_losses[step])
+        except DataError as error:
+            run.bus.emit(Notice("warning", f"{error.problems[0].render()}; the best checkpoint is not kept"))
+            return
+        run.bus.emit(Notice("info", f"checkpoint-best is checkpoint-{step}, eval loss {run.eval_losses[step]:.4f}"))

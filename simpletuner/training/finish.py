@@ -13,7 +13,7 @@ from simpletuner import storage
 from simpletuner.adapters.metadata import run_metadata
 from simpletuner.config.loading import LoadedRun
 from simpletuner.disk import disk_error
-from simpletuner.errors import DataError
+from simpletuner.errors import DataError, SimpleTunerError
 from simpletuner.models.components import save_model_folder
 from simpletuner.optim.optimizers import averaged_weights
 from simpletuner.program import program
@@ -21,7 +21,6 @@ from simpletuner.reporting.events import Notice, RunFinished
 from simpletuner.reporting.loss_plot import draw_loss_plot
 from simpletuner.reporting.report import REPORT_FILE
 from simpletuner.reporting.sinks.jsonl import METRICS_FILE, read_records
-from simpletuner.training.evaluation import best_step
 from simpletuner.training.full_disk import write_patiently
 from simpletuner.training.lock import LOCK_FILE
 from simpletuner.training.phases import phase
@@ -29,8 +28,8 @@ from simpletuner.training.preflight import model_source
 from simpletuner.training.proof import live_output, prove_adapter
 from simpletuner.training.report import report_run
 from simpletuner.training.run import Run
-
-PIPELINE_DIR = "pipeline"
+from simpletuner.training.run_files import BEST, EMA_DIR, FINAL_FILE, PIPELINE_DIR, step_of
+from simpletuner.training.run_history import Mark
 
 
 def finish_run(run: Run, seconds: float) -> None:
@@ -42,23 +41,26 @@ def finish_run(run: Run, seconds: float) -> None:
         limit = run.family.max_prompt_tokens
         text = f"{run.family.num_cut_prompts} prompts were longer than {limit} tokens and were cut"
         run.bus.emit(Notice("warning", text))
+    if run.world.is_main:
+        run.guard.require()
     outputs = save_weights(run)
     if not run.world.is_main:
         return
+    note_final_weights(run)
     for line in run.checkpoints.settle():
         run.bus.emit(Notice("warning", line))
     if run.validator is not None:
         with costing_only(run, "sheets of the images"):
             outputs |= run.validator.write_summaries(run.state.global_step)
-    best = run.checkpoints.best() if run.config.checkpoint_keep_best else None
-    if best is not None:
-        step = best_step(run.eval_losses)
-        outputs[f"best checkpoint (step {step}, eval loss {run.eval_losses[step]:.4f})"] = best
+    if (best := run.checkpoints.best_evaluation()) is not None:
+        step, loss = best
+        outputs[f"best checkpoint (step {step}, eval loss {loss:.4f})"] = run.output_dir / BEST
     with costing_only(run, "loss curve"):
         plot = draw_loss_plot(run.output_dir / METRICS_FILE, run.output_dir / "loss.png")
         if plot is not None:
             outputs["loss curve"] = plot
     outputs["report"] = run.output_dir / REPORT_FILE
+    outputs["report"].unlink(missing_ok=True)  # a kill before the new one is written shall not leave that of before
     if (readers := run.adapter.read_by()) is not None:
         run.bus.emit(Notice("info", f"{run.adapter.file_name}: {readers}"))
     command = generate_command(run.loaded, run.family.source.model, outputs)
@@ -77,11 +79,51 @@ def costing_only(run: Run, what: str) -> Iterator[None]:
 
 
 def was_finished(run: Run) -> bool:
-    """Whether an earlier process brought the run to this end: the last checkpoint is older than the final weights."""
-    weights = run.output_dir / (run.adapter.file_name if run.adapter.can_be_disabled else PIPELINE_DIR)
-    ends = (record for record in read_records(run.output_dir / METRICS_FILE) if record.get("event") == "run_finished")
-    is_told = any(record.get("step") == run.state.global_step for record in ends)
-    return bool(run.world.from_main(is_told and weights.exists()))
+    """Whether an earlier process brought the run to this end: its final weights can be read, and all else is there."""
+    return bool(run.world.from_main(run.world.is_main and has_final_weights(run) and has_outputs(run)))
+
+
+def final_files(run: Run) -> list[Path]:
+    """The files that say whether the final weights are whole; the manifest stands for a folder's."""
+    folders = [run.output_dir, *([run.output_dir / EMA_DIR] if run.ema is not None else [])]
+    if run.adapter.can_be_disabled:
+        return [folder / run.adapter.file_name for folder in folders]
+    return [folder / PIPELINE_DIR / storage.MANIFEST for folder in folders]
+
+
+def note_final_weights(run: Run) -> None:
+    """Write down whose the final weights are, and of which step: the files themselves are equal in equal runs."""
+    digests = {str(path.relative_to(run.output_dir)): storage.file_digest(path) for path in final_files(run)}
+    noted = {**run.checkpoints.history.mark.to_json(), "step": run.state.global_step, "files": digests}
+    storage.write_json(run.output_dir / FINAL_FILE, noted)
+
+
+def has_final_weights(run: Run) -> bool:
+    """Whether the final weights in the folder are whole, this run's, and of its step."""
+    step, history, files = run.state.global_step, run.checkpoints.history, final_files(run)
+    try:
+        if not (run.output_dir / FINAL_FILE).is_file():  # those of an earlier version say their step themselves
+            return history.adopts_unmarked and {step_of(path) for path in files} == {step}
+        noted = storage.read_json(run.output_dir / FINAL_FILE)
+        digests = {str(path.relative_to(run.output_dir)): storage.file_digest(path) for path in files}
+        is_same = noted["step"] == step and history.owns(Mark.from_json(noted), step) and noted["files"] == digests
+    except (SimpleTunerError, OSError, KeyError, TypeError):
+        return False
+    folders = [path.parent for path in files if path.name == storage.MANIFEST]
+    return is_same and not any(storage.verify_dir(folder, full=False) for folder in folders)
+
+
+def has_outputs(run: Run) -> bool:
+    """Whether all that the end of the run at this step has made is still there: sheets, the curve, the report."""
+    records = read_records(run.output_dir / METRICS_FILE)
+    ends = [each for each in records if each.get("event") == "run_finished"]
+    outputs = next((each.get("outputs") for each in reversed(ends) if each.get("step") == run.state.global_step), None)
+    if not isinstance(outputs, dict):
+        return False
+    before = Path(str(next((each["output_dir"] for each in records if "output_dir" in each), run.output_dir)))
+    written = [Path(str(path)) for path in outputs.values()]
+    inside = [path.relative_to(before) for path in written if path.is_relative_to(before)]  # the folder may have moved
+    return all((run.output_dir / path).exists() for path in inside)
 
 
 def save_weights(run: Run) -> dict[str, Path]:
@@ -92,7 +134,7 @@ def save_weights(run: Run) -> dict[str, Path]:
             outputs = {name: save(run, run.output_dir)}
         if run.ema is not None:
             with run.ema.swapped_in(run.adapter.trainable_parameters()):
-                outputs[f"{name} (EMA)"] = save(run, run.output_dir / "ema")
+                outputs[f"{name} (EMA)"] = save(run, run.output_dir / EMA_DIR)
         run.world.barrier()
     return outputs
 
@@ -105,7 +147,7 @@ def save_model(run: Run, folder: Path) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
 
         def commit() -> None:
-            with storage.commit_dir(path) as temporary:
+            with storage.commit_dir(path, {"global_step": run.state.global_step}) as temporary:
                 save_model_folder(run.family.source, run.family.spec, denoiser, run.family.scheduler_config, temporary)
 
         write_patiently(run, path.name, commit)

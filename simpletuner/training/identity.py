@@ -87,7 +87,7 @@ def refuse_changes(saved: Mapping[str, Any], current: Mapping[str, Any], path: P
     """
     problems = [
         Problem(
-            f"{path.name} was trained with another value: {line}",
+            f"{path} was trained with another value: {line}",
             key=key,
             fix="put the old value back, or choose another output_dir for a fresh start",
         )
@@ -99,7 +99,7 @@ def refuse_changes(saved: Mapping[str, Any], current: Mapping[str, Any], path: P
         lines = ", ".join(_shape_changes(saved.get("parameters") or {}, current["parameters"]))
         problems = [
             Problem(
-                f"{path.name} holds other trained weights than this configuration has: {lines}",
+                f"{path} holds other trained weights than this configuration has: {lines}",
                 key="resume_from_checkpoint",
                 fix="put the old settings of the adapter back, or choose another output_dir for a fresh start",
             )

@@ -76,6 +76,8 @@ def run_training(run: Run) -> None:
         if run.state.global_step % LOSS_BINS_INTERVAL == 0 or run.is_finished:
             report_loss_bins(run)
 
+        if run.world.is_main:
+            run.guard.require()
         maybe_checkpoint(run)
         if outcome.stops:
             run.stop.adopt()  # what is due is made up for by the process that goes on
@@ -98,7 +100,7 @@ def begin(run: Run) -> None:
     step = run.state.global_step
     if step == 0 or step not in run.eval_losses:
         maybe_evaluate(run, always=step == 0)
-    if run.validator is not None and (step == 0 or not run.validator.has_drawn(step)):
+    if run.validator is not None and (step == 0 or not run.validator.has_drawn(step, run.ema)):
         maybe_validate(run, always=step == 0)
     if run.stop and run.world.size == 1:
         raise run.stop.error(saved=str(save_checkpoint(run)) if step else None)
@@ -302,7 +304,8 @@ def save_checkpoint(run: Run) -> str:
         step = run.state.global_step
         if run.saved_step != step:
             run.placement.check(f"after step {step}")
-            run.bus.emit(CheckpointSaved(step=step, path=run.checkpoints.save(run)))
+            saved = run.checkpoints.save(run)
+            run.bus.emit(CheckpointSaved(step=step, path=saved.path, is_new=saved.is_new))
             run.saved_step = step
         return str(run.checkpoints.path_of(step))
 

@@ -32,6 +32,7 @@ from simpletuner.training.loss_scale import LossScale
 from simpletuner.training.objective import Objective, build_objective
 from simpletuner.training.recomputing import Recomputing
 from simpletuner.training.rollout import Rollouts, build_rollouts
+from simpletuner.training.run_history import FolderGuard
 from simpletuner.training.signals import StopRequest
 from simpletuner.training.state import TrainState
 from simpletuner.training.zeros import ZeroWatch
@@ -61,6 +62,7 @@ class Run:
         world: the processes of the run; `Run` is the same in each but for its part of the batches.
         datasets: all of the run, for its report.
         recomputing: which blocks forget what they computed; None without gradient checkpointing.
+        is_complete: an earlier process has brought it to its end.
         epochs_before: epochs done before the last step of this process.
         epochs_after: epochs done after it.
         saved_step: the step of the last checkpoint that this process has taken part in.
@@ -95,6 +97,7 @@ class Run:
     world: World = ALONE
     datasets: Sequence[Dataset] = ()
     recomputing: Recomputing | None = None
+    is_complete: bool = False
     epochs_before: float = 0.0
     epochs_after: float = 0.0
     saved_step: int | None = None
@@ -114,6 +117,11 @@ class Run:
     @cached_property
     def rollouts(self) -> Rollouts:
         return build_rollouts(self.config, self.family.spec)
+
+    @cached_property
+    def guard(self) -> FolderGuard:
+        """Notices that the output folder was renamed or deleted."""
+        return FolderGuard(self.output_dir)
 
     @property
     def config(self) -> TrainConfig:

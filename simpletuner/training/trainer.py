@@ -1,14 +1,15 @@
 """Builds the parts of a run in a named order, runs the loop, and closes what it opened.
 
-Order: data -> latent caches (VAE loaded, used, freed) -> denoiser -> adapter -> optimizer and EMA -> evaluation and
-validation -> resume. What can fail cheaply comes before what is dear.
+Order: which checkpoint -> data -> latent caches (VAE loaded, used, freed) -> denoiser -> adapter -> optimizer and EMA
+-> evaluation and validation -> resume -> the output folder. What can fail cheaply comes before what is expensive, and
+what can be refused comes before anything in the output folder is changed.
 """
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -17,14 +18,12 @@ import torch
 from simpletuner import storage
 from simpletuner.adapters.base import Adapter
 from simpletuner.config.loading import LoadedRun
-from simpletuner.data.dataset import Dataset
 from simpletuner.data.sampler import Sampler
 from simpletuner.disk import disk_error, told_as_disk_errors
 from simpletuner.distributed.world import ALONE, ConnectionLost, World, joined
-from simpletuner.errors import DataError, Interrupted, Problem, SimpleTunerError, UploadError
+from simpletuner.errors import Interrupted, SimpleTunerError, UploadError
 from simpletuner.hub.job import make_job
 from simpletuner.hub.publisher import Publisher
-from simpletuner.models.family import ModelFamily
 from simpletuner.models.readers import form_and_kind
 from simpletuner.models.registry import get_spec
 from simpletuner.optim.ema import EMA
@@ -37,8 +36,8 @@ from simpletuner.reporting.sinks import build_sinks
 from simpletuner.training.checkpoint import Checkpoints, load_checkpoint, read_state
 from simpletuner.training.device_failures import explain
 from simpletuner.training.devices import adapter_dtype, pick_device, weight_dtype
-from simpletuner.training.evaluate import read_history
-from simpletuner.training.evaluation import losses_from_json
+from simpletuner.training.evaluate import read_eval_history, restore_best
+from simpletuner.training.evaluation import losses_as_json, losses_from_json
 from simpletuner.training.finish import finish_run, was_finished
 from simpletuner.training.kernels import attention_kernel, compile_blocks
 from simpletuner.training.lock import write_lock
@@ -60,6 +59,7 @@ from simpletuner.training.report import report_run
 from simpletuner.training.resuming import Length, resumed_length, resumed_state, total_train_steps
 from simpletuner.training.run import Run
 from simpletuner.training.signals import StopRequest
+from simpletuner.training.start import Start, begin_in_folder, plan_start
 from simpletuner.training.state import TrainState
 
 
@@ -89,7 +89,7 @@ def train(loaded: LoadedRun) -> None:
                 run = build_run(loaded, output_dir, bus, stop, world)
             stack.callback(run.close)
             started = time.monotonic()
-            if run.is_finished and was_finished(run):
+            if run.is_complete:
                 bus.emit(
                     Notice("info", f"{output_dir} is complete: step {run.state.global_step} of {run.max_train_steps}")
                 )
@@ -103,7 +103,8 @@ def train(loaded: LoadedRun) -> None:
         except SimpleTunerError as error:
             step = run.state.global_step if run is not None else 0
             bus.emit(RunFailed(step=step, message=error.render(), exit_code=error.exit_code))
-            if run is not None and world.is_main and not isinstance(error, Interrupted):  # who stops a run is in haste
+            is_writing = run is not None and world.is_main and run.guard.is_there()
+            if run is not None and is_writing and not isinstance(error, Interrupted):  # who stops a run is in haste
                 report_run(output_dir, run.datasets, bus)
             raise
         except Exception as error:  # told to whoever listens; `cli.main` shows it
@@ -148,11 +149,12 @@ def publish(publisher: Publisher, run: Run) -> None:
 def build_run(loaded: LoadedRun, output_dir: Path, bus: EventBus, stop: StopRequest, world: World = ALONE) -> Run:
     """All parts of the run, resumed where there is something to resume from."""
     config = loaded.config
-    checkpoints = Checkpoints(output_dir, config.checkpoints_total_limit)
-    wanted = config.resume_from_checkpoint if config.resumes else None
-    resume_from, notices = choose_checkpoint(checkpoints, wanted, world)
-    for line in [*loaded.warnings, *notices]:
+    for line in loaded.warnings:
         bus.emit(Notice("warning", line))
+    start = plan_start(loaded, output_dir, world)
+    for line in start.notices:
+        bus.emit(Notice("warning", line))
+    checkpoints = Checkpoints(output_dir, config.checkpoints_total_limit, start.history)
 
     family = build_family(loaded)
     require_device(config.base_model_precision, family.device, family.dtype)
@@ -161,9 +163,8 @@ def build_run(loaded: LoadedRun, output_dir: Path, bus: EventBus, stop: StopRequ
     datasets, sources = prepare_data(loaded, family, output_dir, bus, stop, world)
     training = [dataset for dataset in datasets if dataset.kind == "image"]
     sampler = build_sampler(loaded, training, world)
-    length = run_length(loaded, sampler, resume_from)
+    length = run_length(loaded, sampler, start.resume_from)
     total_steps = length.total_steps
-    announce(loaded, family, datasets, output_dir, resume_from, total_steps, bus)
     if length.notice:
         bus.emit(Notice("info", length.notice))
 
@@ -176,9 +177,7 @@ def build_run(loaded: LoadedRun, output_dir: Path, bus: EventBus, stop: StopRequ
         if recomputing is not None:
             denoiser.enable_gradient_checkpointing(recomputing)
         compile_blocks(denoiser, family.spec.block_classes, config.dynamo_backend)
-    choose_kernels(loaded, adapter, family.device, resume_from, bus, world)
-    if world.is_main:
-        write_lock(loaded, family, datasets, output_dir, bus, resumes=resume_from is not None)
+    choose_kernels(loaded, adapter, family.device, start.resume_from, bus, world)
     parameters = adapter.trainable_parameters()
     run = Run(
         loaded=loaded,
@@ -204,12 +203,7 @@ def build_run(loaded: LoadedRun, output_dir: Path, bus: EventBus, stop: StopRequ
         datasets=datasets,
     )
     placement.take_over(run.optimizer)
-    if resume_from is not None:
-        load_checkpoint(run, resume_from)
-        run.eval_losses |= losses_from_json(world.from_main(read_history(output_dir)), until=run.state.global_step)
-        bus.emit(Notice("info", f"resumed {resume_from.name}: step {run.state.global_step} of {total_steps}"))
-    elif world.is_main and (aside := checkpoints.set_best_aside()):
-        bus.emit(Notice("warning", f"the best checkpoint of an earlier run is kept as {aside}"))
+    resume(run, start)
     return run
 
 
@@ -240,6 +234,36 @@ def choose_kernels(
         bus.emit(Notice("info", line))
 
 
+def resume(run: Run, start: Start) -> None:
+    """Put the checkpoint into the run, then make the output folder its own: until here a start may be refused, and has
+    changed nothing there.
+
+    Raises:
+        ConfigError: the checkpoint is of another model or adapter.
+        DataError: the disk is full or cannot be written.
+    """
+    world, path = run.world, start.resume_from
+    if path is not None:
+        load_checkpoint(run, path, start.is_own)
+        if start.is_own:
+            noted = world.from_main(read_eval_history(run.output_dir, start.history))
+            run.eval_losses |= losses_from_json(noted, until=run.state.global_step)
+    told = begin_in_folder(run, start) if world.is_main else []
+    if world.is_main:
+        restore_best(run)
+    run.eval_losses |= losses_from_json(world.from_main(losses_as_json(run.eval_losses)))
+    run.is_complete = run.is_finished and was_finished(run)
+    announce(run)
+    for line in told:
+        run.bus.emit(Notice("warning", line))
+    if world.is_main:
+        write_lock(run.loaded, run.family, run.datasets, run.output_dir, run.bus, resumes=start.is_own)
+    if path is not None:
+        name = path.name if start.is_own else path
+        text = f"resumed {name}: step {run.state.global_step} of {run.max_train_steps}"
+        run.bus.emit(Notice("info", text))
+
+
 def tell_of_adapter(adapter: Adapter, bus: EventBus) -> None:
     """Say which layers it is on and how much is trained: an entry that means too little shows here."""
     for match in adapter.report:
@@ -251,53 +275,28 @@ def tell_of_adapter(adapter: Adapter, bus: EventBus) -> None:
         bus.emit(Notice("info", line))
 
 
-def choose_checkpoint(checkpoints: Checkpoints, wanted: str | None, world: World) -> tuple[Path | None, list[str]]:
-    """As `Checkpoints.choose`; the main process chooses for all.
-
-    Raises:
-        DataError: a process cannot see the checkpoint.
-    """
-    path, notices = checkpoints.choose(wanted) if world.is_main else (None, [])
-    chosen, told = world.from_main([str(path) if path else None, notices])
-    if chosen is not None and not Path(chosen).is_dir():
-        raise DataError(
-            Problem(
-                f"{chosen} is not there for process {world.rank}",
-                key="output_dir",
-                fix="give all machines one shared output_dir",
-            )
-        )
-    return Path(chosen) if chosen else None, told
-
-
-def announce(
-    loaded: LoadedRun,
-    family: ModelFamily,
-    datasets: Sequence[Dataset],
-    output_dir: Path,
-    resume_from: Path | None,
-    total_steps: int,
-    bus: EventBus,
-) -> None:
+def announce(run: Run) -> None:
     """Say what is about to run; the sinks open their files for it."""
-    config = loaded.config
-    start_step = read_state(resume_from)["state"]["global_step"] if resume_from is not None else 0
+    config, family, mark = run.config, run.family, run.checkpoints.history.mark
     details = {
         "model": f"{family.spec.title} ({family.source.model})",
         "training": f"{config.model_type} {config.lora_type if config.model_type == 'lora' else ''}".strip(),
         "device": f"{family.device} in {str(family.dtype).removeprefix('torch.')}",
-        "pictures": ", ".join(f"{dataset.id}: {dataset.num_pictures}" for dataset in datasets),
+        "pictures": ", ".join(f"{dataset.id}: {dataset.num_pictures}" for dataset in run.datasets),
     }
     if config.model_type == "lora":
-        form, kind = form_and_kind(config, loaded.lycoris)
+        form, kind = form_and_kind(config, run.loaded.lycoris)
         details["adapter file"] = f"{form} form, {family.spec.read_by(form, kind)}"
-    bus.emit(
+    run.bus.emit(
         RunStarted(
-            run_name=config.tracker_run_name or output_dir.name,
-            output_dir=output_dir,
-            total_steps=total_steps,
-            start_step=start_step,
+            run_name=config.tracker_run_name or run.output_dir.name,
+            output_dir=run.output_dir,
+            total_steps=run.max_train_steps,
+            start_step=run.state.global_step,
             details=details,
-            options=loaded.resolved(),
+            options=run.loaded.resolved(),
+            run_id=mark.run_id,
+            branch=mark.branch,
+            is_complete=run.is_complete,
         )
     )

@@ -50,7 +50,7 @@ class ExternalScript:
         if step > 0:
             self.start(step)
 
-    def has_drawn(self, step: int) -> bool:
+    def has_drawn(self, step: int, ema: Any = None) -> bool:
         """As of `Validator`; what the program has made nobody here can know, so it is not asked again."""
         return True
 

@@ -94,9 +94,17 @@ class PictureFiles:
 
     def save_sheet(self, step: int) -> SavedPicture:
         """base | step | EMA, a row per request, as `step_<step>_sheet.png`."""
-        path = self.images_dir / f"step_{step}_sheet.png"
+        path = self._sheet_path(step)
         write_png(path, self._sheet([step], f"step {step}"))
         return SavedPicture(path, "sheet", "", 0, 0, None, "grid")
+
+    def has_step(self, step: int, kinds: Sequence[Literal["live", "ema"]]) -> bool:
+        """Whether all images of a step that show these weights are there, and their sheet, which is written last."""
+        paths = [self.path(request, step, kind) for request in self.requests for kind in kinds]
+        return all(path.is_file() for path in [*paths, self._sheet_path(step)])
+
+    def _sheet_path(self, step: int) -> Path:
+        return self.images_dir / f"step_{step}_sheet.png"
 
     def write_before_after(self, step: int) -> Path | None:
         """base | some steps between | `step` | EMA, as `before_after.png`; None where `step` has no pictures."""

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
@@ -99,6 +99,7 @@ class Validator:
             "revision": family.source.revision,
             "scheduler": config.validation_noise_scheduler,
             "seed_source": config.validation_seed_source,
+            "base_model_precision": config.base_model_precision,
         }
         self.files = PictureFiles(Path(output_dir), self.requests, settings)
         self._vae = LentVae(family)
@@ -129,9 +130,9 @@ class Validator:
                 self._emit_scores(self._scorer, drawn, step)
         return [picture.path for picture in saved]
 
-    def has_drawn(self, step: int) -> bool:
-        """Whether the pictures of `step` are there: those of a run that was killed over them are not."""
-        return self.together.from_main(step in self.files.steps_with_pictures())
+    def has_drawn(self, step: int, ema: Any | None = None) -> bool:
+        """Whether all images of `step` and their sheet are there: those of a run that was killed over them are not."""
+        return self.together.from_main(self.files.has_step(step, self._step_kinds(ema)))
 
     def write_summaries(self, step: int) -> dict[str, Path]:
         """The sheets of a whole run, by what they are; none where `step` has no pictures."""
@@ -221,18 +222,20 @@ class Validator:
 
     def _kinds_due(self, ema: Any | None, step: int) -> list[Kind]:
         """Which weights are drawn at `step`, in this order."""
-        mode = self.config.ema_validation if ema is not None else "none"
         is_due = step > 0 or self.config.validation_on_startup
         # Full training has its base only before its first step.
         has_base = step == 0 or self.config.model_type != "full"
         kinds: list[Kind] = []
         if has_base and not (self.config.disable_benchmark or self.files.has_benchmark()):
             kinds.append("base")
-        if is_due and mode != "ema_only":
-            kinds.append("live")
-        if is_due and mode != "none":
-            kinds.append("ema")
+        kinds += self._step_kinds(ema) if is_due else []
         return self.together.from_main(kinds)
+
+    def _step_kinds(self, ema: Any | None) -> list[Literal["live", "ema"]]:
+        """Which weights in training are shown at each validation."""
+        mode = self.config.ema_validation if ema is not None else "none"
+        kinds: list[Literal["live", "ema"]] = ["live"] if mode != "ema_only" else []
+        return kinds if mode == "none" else [*kinds, "ema"]
 
     def _weights(self, kind: Kind, adapter: Any, ema: Any | None) -> AbstractContextManager[Any]:
         """Inside the context the denoiser has the weights of `kind`."""

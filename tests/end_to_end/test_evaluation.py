@@ -73,7 +73,8 @@ def test_the_best_checkpoint_is_the_state_of_the_lowest_loss(tmp_path: Path, omn
     )
     output = train_here(folder)
     assert storage.verify_dir(output / "checkpoint-best") == []
-    assert storage.read_manifest(output / "checkpoint-best").metadata == {"global_step": 3, "eval_loss": 7.0}
+    metadata = storage.read_manifest(output / "checkpoint-best").metadata
+    assert (metadata["global_step"], metadata["eval_loss"]) == (3, 7.0)
     assert not (output / "checkpoint-3").exists()  # rotated; the best is not
 
     other = train_here(write_run(tmp_path / "other", omnigen_folder, **{**EVERY_STEP, "max_train_steps": 3}))
@@ -107,7 +108,8 @@ def test_the_best_of_an_earlier_run_is_set_aside_at_a_fresh_start(tmp_path: Path
     output = train_here(folder)
     before = weights(output / "checkpoint-best")
     train_here(folder, "--resume_from_checkpoint=none")
-    assert weights(output / "earlier-checkpoint-best-1") == before
+    [earlier] = (output / "earlier-runs").iterdir()
+    assert weights(earlier / "checkpoint-best") == before
 
 
 def test_patience_ends_a_run_as_finished_and_a_second_start_knows(tmp_path: Path, omnigen_folder: Path, monkeypatch):
@@ -148,7 +150,7 @@ def test_a_killed_run_remembers_evaluations_after_its_last_checkpoint(
         patched.setattr(loop, "report_step", die)
         with pytest.raises(KeyboardInterrupt):
             train_here(folder)
-    assert json.loads((folder / "output" / "eval_losses.json").read_text())["4"] == 6.0
+    assert json.loads((folder / "output" / "eval_losses.json").read_text())["losses"]["4"] == 6.0
     train_here(folder)
     assert metrics(folder / "output", "run_finished")[-1]["step"] == 6
 

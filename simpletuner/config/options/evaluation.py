@@ -44,9 +44,10 @@ class EvaluationOptions(OptionGroup):
         le=0.5,
         level="basic",
     )
-    checkpoint_keep_best: Bool = option(
-        False,
-        help="Keep the state with the lowest eval loss as `checkpoint-best`, besides the checkpoints that are rotated.",
+    checkpoint_keep_best: Bool | None = option(
+        None,
+        help="Keep the state with the lowest eval loss as `checkpoint-best`, besides the checkpoints that are rotated. "
+        "Unset: wherever an eval loss is computed.",
         level="basic",
     )
     early_stopping_patience: Int | None = option(

@@ -83,6 +83,11 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     return records
 
 
+def has_run(path: Path) -> bool:
+    """Whether a run has begun in a metrics file: a start that failed before leaves its reasons alone."""
+    return any(record.get("event") == "run_started" for record in read_records(path))
+
+
 def start_from(path: Path, start_step: int) -> None:
     """Leave only what a run that goes on after `start_step` will not write again.
 

@@ -188,7 +188,8 @@ def _lines(event: Event) -> list[str]:
     if isinstance(event, CheckpointSaved) and event.eval_loss is not None:
         return [f"best checkpoint so far saved at step {event.step}, eval loss {event.eval_loss:.4f}: {event.path}"]
     if isinstance(event, CheckpointSaved):
-        return [f"checkpoint saved at step {event.step}: {event.path}"]
+        what = "saved at step" if event.is_new else "kept, it was there already: step"
+        return [f"checkpoint {what} {event.step}: {event.path}"]
     if isinstance(event, Notice):
         return [event.text if event.severity == "info" else f"{event.severity}: {event.text}"]
     if isinstance(event, RunFinished):

@@ -109,15 +109,6 @@ def test_a_named_one_is_taken_and_a_damaged_or_missing_one_refused(tmp_path):
         checkpoints.choose("checkpoint-5")
 
 
-def test_an_earlier_run_s_best_gets_a_number_that_is_free(tmp_path):
-    checkpoints = Checkpoints(tmp_path, None)
-    assert checkpoints.set_best_aside() is None
-    for number in (1, 2):
-        folder_of(tmp_path, "checkpoint-best")
-        assert checkpoints.set_best_aside() == f"earlier-checkpoint-best-{number}"
-    assert checkpoints.best() is None
-
-
 def test_the_checkpoint_of_a_step_that_is_there_already_stays_as_it_is(tmp_path):
     run, _ = toy_run(tmp_path, ONE, max_train_steps=1)
     run_training(run)
@@ -138,7 +129,9 @@ def test_the_best_one_links_the_files_of_its_step_and_notes_its_loss(tmp_path):
     best = run.checkpoints.save_best(run, 0.25)
     file = "toy.safetensors"
     assert (best / file).stat().st_ino == (tmp_path / "output/checkpoint-1" / file).stat().st_ino
-    assert dict(storage.read_manifest(best).metadata) == {"global_step": 1, "eval_loss": 0.25}
+    metadata = dict(storage.read_manifest(best).metadata)
+    assert metadata.pop("run_history")["run"] == run.checkpoints.history.run_id
+    assert metadata == {"global_step": 1, "eval_loss": 0.25}
     run.state.global_step = 2
     with torch.no_grad():
         run.denoiser.weight.fill_(9.0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +15,7 @@ from safetensors.torch import load_file
 from simpletuner.errors import DivergedError, Interrupted
 from simpletuner.randomness import keyed_seed
 from simpletuner.reporting.events import CheckpointSaved, EvalDone, LossBySigma, Notice, StepDone
-from simpletuner.training.checkpoint import load_checkpoint
+from simpletuner.training.checkpoint import Saved, load_checkpoint
 from simpletuner.training.loop import run_training
 from simpletuner.training.loss_scale import LossScale
 from tests.processes import in_processes
@@ -290,9 +291,9 @@ def test_a_checkpoint_comes_before_the_evaluation_and_the_images_of_its_step(tmp
     order = []
     run, recorder = toy_run(
         tmp_path, ONE, losses=[5, 4, 3], max_train_steps=4, eval_steps_interval=2, checkpoint_step_interval=2,
-        validation_step_interval=2, validate_after_step=3,
+        validation_step_interval=2, validate_after_step=3, checkpoint_keep_best=False,
     )  # fmt: skip
-    run.validator = SimpleNamespace(has_drawn=lambda step: True, run=lambda *a: order.append(("images", a[-1])))
+    run.validator = SimpleNamespace(has_drawn=lambda step, ema: True, run=lambda *a: order.append(("images", a[-1])))
     recorder.handle = lambda event: order.append((type(event).__name__, getattr(event, "step", None)))
     run_training(run)
     wanted = [each for each in order if each[0] in ("CheckpointSaved", "EvalDone", "images")]
@@ -339,7 +340,7 @@ def test_two_processes_train_the_global_batch_and_draw_dropout_apart(tmp_path):
     def train(world, optimizer=None):
         folder = tmp_path / f"{world.rank}-{optimizer}"
         run, recorder = toy_run(folder, images, world=world, optimizer=optimizer, max_train_steps=2)
-        run.checkpoints = SimpleNamespace(save=lambda run: "", path_of=lambda step: "", settle=list)
+        run.checkpoints = SimpleNamespace(save=lambda run: Saved(Path(), True), path_of=lambda step: "", settle=list)
         run_training(run)
         return {
             "weights": weights_of(run),

@@ -75,6 +75,7 @@ class Setup:
         options = {
             "model_type": "lora",
             "mixed_precision": "no",
+            "base_model_precision": "no_change",
             "validation_disable": False,
             "validation_prompt": "a star",
             "validation_resolution": "32x32",

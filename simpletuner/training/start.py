@@ -1,0 +1,139 @@
+"""How a run begins in its folder: fresh, from its own latest checkpoint, back at an earlier one, or from another run's.
+
+Looking and acting are apart. `plan_start` only reads, so a start that is refused changes nothing; `begin_in_folder` is
+called when nothing can be refused any more. It moves what the run does not go on with to `earlier-runs/`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from simpletuner import storage
+from simpletuner.config.loading import LoadedRun
+from simpletuner.distributed.world import World
+from simpletuner.errors import ConfigError, DataError, Problem
+from simpletuner.training.checkpoint import Checkpoints, numbered_checkpoints, read_state
+from simpletuner.training.earlier_runs import finish_move, move_earlier, write_run_history
+from simpletuner.training.evaluate import write_eval_history
+from simpletuner.training.identity import fixed_settings, refuse_changes
+from simpletuner.training.run import Run
+from simpletuner.training.run_files import BEST, final_step, read_data_reports, step_of
+from simpletuner.training.run_history import RunHistory, find_run_history
+
+
+@dataclass(frozen=True)
+class Start:
+    """How a run begins.
+
+    Args:
+        history: of the run from now on.
+        resume_from: its checkpoint; None: at step 0.
+        is_own: whether that checkpoint is this run's.
+        moves: whether files of the folder are moved to `earlier-runs/`: those after the step that the run goes back to,
+            all where it goes on with none.
+        notices: what there is to report.
+        reports: what the earlier start wrote about its data, by name.
+    """
+
+    history: RunHistory
+    resume_from: Path | None = None
+    is_own: bool = False
+    moves: bool = True
+    notices: tuple[str, ...] = ()
+    reports: Mapping[str, bytes] = field(default_factory=dict)
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps that are done already."""
+        return int(read_state(self.resume_from)["state"]["global_step"]) if self.resume_from else 0
+
+
+def plan_start(loaded: LoadedRun, output_dir: Path, world: World) -> Start:
+    """Choose the checkpoint, the same in each process, and refuse what cannot be resumed before anything is loaded.
+
+    Raises:
+        ConfigError: there is no such checkpoint, only other runs', or it was trained with other fixed options.
+        DataError: a process cannot see the checkpoint.
+    """
+    planned = _plan_here(loaded, output_dir) if world.is_main else None
+    if world.size == 1:
+        assert planned is not None
+        return planned
+    told = planned and {
+        "history": planned.history.to_json(),
+        "resume_from": str(planned.resume_from) if planned.resume_from else None,
+        "is_own": planned.is_own,
+    }
+    told = world.from_main(told)
+    path = Path(told["resume_from"]) if told["resume_from"] else None
+    if path is not None and not path.is_dir():
+        message = f"{path} is not there for process {world.rank}"
+        raise DataError(Problem(message, key="output_dir", fix="give all machines one shared output_dir"))
+    return planned or Start(RunHistory.from_json(told["history"]), path, told["is_own"])
+
+
+def _plan_here(loaded: LoadedRun, output_dir: Path) -> Start:
+    config = loaded.config
+    storage.sweep(output_dir)
+    notices = [line for line in [finish_move(output_dir)] if line]
+    best = output_dir / BEST
+    committed = [*numbered_checkpoints(output_dir), *([best] if best.is_dir() else [])]
+    history, found = find_run_history(output_dir, committed)
+    checkpoints = Checkpoints(output_dir, config.checkpoints_total_limit, history)
+    path, chosen = checkpoints.choose(config.resume_from_checkpoint.strip() if config.resumes else None)
+    reports = read_data_reports(output_dir)
+    if path is None:
+        return Start(RunHistory.new(), notices=(*notices, *chosen), reports=reports)
+    _refuse_other_options(loaded, path)
+    step = int(read_state(path)["state"]["global_step"])
+    is_own = path.resolve().parent == output_dir.resolve() and checkpoints.owns(path)
+    if not is_own:
+        text = f"starts from the checkpoint of another run: {path}"
+        return Start(RunHistory.new(step), path, False, True, (*notices, *chosen, text), reports)
+    goes_back = _has_later(checkpoints, step)
+    if goes_back:
+        found = [*found, f"goes back to {path.name}: a new branch of run {history.run_id} begins after step {step}"]
+        history = history.branched(step)
+    return Start(history, path, True, goes_back, (*notices, *chosen, *found), reports)
+
+
+def _refuse_other_options(loaded: LoadedRun, path: Path) -> None:
+    """Compare what the configuration alone decides; shapes follow when the model is there.
+
+    Raises:
+        ConfigError: a difference that cannot be.
+    """
+    refuse_changes(read_state(path)["identity"]["fixed"], fixed_settings(loaded), path)
+    config = loaded.config
+    saved = storage.read_json(path / "config.json").get("lora_rank")
+    if config.model_type == "lora" and config.lora_type == "standard" and saved not in (None, config.lora_rank):
+        message = f"{path} was trained with rank {saved}, the configuration says {config.lora_rank}"
+        fix = "put the old value back, or choose another output_dir for a fresh start"
+        raise ConfigError(Problem(message, key="lora_rank", fix=fix))
+
+
+def _has_later(checkpoints: Checkpoints, step: int) -> bool:
+    """Whether the run has been committed further than a step."""
+    best = checkpoints.best()
+    last = final_step(checkpoints.output_dir)
+    later = [step_of(path) for path in [*checkpoints.found(), *([best] if best else [])]]
+    return max([*later, last or 0]) > step
+
+
+def begin_in_folder(run: Run, start: Start) -> list[str]:
+    """Make the folder this run's: move what it does not go on with; lines about it.
+
+    Raises:
+        DataError: the disk is full or cannot be written.
+    """
+    output_dir = run.output_dir
+    if not start.moves:
+        write_run_history(output_dir, start.history)
+        return []
+    after_step = run.state.global_step if start.is_own else None
+    told = move_earlier(output_dir, start.history, after_step, {} if start.is_own else start.reports)
+    if run.eval_losses:  # less than before, where the run goes back
+        write_eval_history(run)
+    return [told] if told else []
