@@ -27,7 +27,7 @@ from simpletuner.training.full_disk import write_patiently
 from simpletuner.training.identity import compare_identity, option_changes, run_identity
 from simpletuner.training.resuming import length_facts, resumed_state
 from simpletuner.training.run_files import BEST, CHECKPOINT_NAME
-from simpletuner.training.run_history import HISTORY_KEY, RunHistory, history_of
+from simpletuner.training.run_history import HISTORY_KEY, RunHistory, find_run_history, history_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -60,14 +60,13 @@ class Checkpoints:
     Args:
         output_dir: they are its `checkpoint-<step>` folders.
         limit: how many are kept; None or 0 keeps all.
-        history: of the run; other runs' checkpoints are not seen. None: of one that has just begun, in a folder where
-            whatever carries no mark is its own.
+        history: of the run; other runs' checkpoints are not seen. None: what the checkpoints in the folder say.
     """
 
     def __init__(self, output_dir: Path, limit: int | None, history: RunHistory | None = None):
         self.output_dir = output_dir
         self.limit = limit
-        self.history = history or RunHistory.new(adopts_unmarked=True)
+        self.history = history or find_run_history(output_dir, numbered_checkpoints(output_dir))[0]
         # Whether a finite step came after the last save or load: until then the one before it stays too.
         self.is_settled = True
 

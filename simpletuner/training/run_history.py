@@ -206,4 +206,4 @@ def find_run_history(output_dir: Path, checkpoints: list[Path]) -> tuple[RunHist
         history = RunHistory.new(adopts_unmarked=True)
         text = f"{output_dir} was written by an earlier version of simpletuner: adopted as run {history.run_id}"
         return history, [text]
-    return RunHistory.new(), []
+    return RunHistory.new(adopts_unmarked=not histories), []
