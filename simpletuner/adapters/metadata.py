@@ -34,10 +34,11 @@ _KOHYA_NAMES = {
     "mixed_precision": "mixed_precision",
     "caption_dropout_rate": "caption_dropout_probability",
 }
-# Say where things are and what is told to whom, not what is trained.
+# Say where things are and run, and what is told to whom, not what is trained. The launcher picks a new port each time.
 _NOT_OF_THE_RESULT = (
     *("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "resume_from_checkpoint", "report_to"),
     *("tracker_run_name", "tracker_project_name", "webhook_config", "hub_model_id", "push_to_hub"),
+    *("main_process_ip", "main_process_port", "machine_rank"),
 )
 
 

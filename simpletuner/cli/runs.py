@@ -190,13 +190,21 @@ def doctor() -> None:
 @app.command("verify-resume", context_settings=PASS_ON, short_help="Prove that a killed run ends with the same bits.")
 def verify_resume(
     context: typer.Context,
-    steps: Annotated[int, typer.Option(help="Optimizer steps of each run.", min=6)] = 9,
+    steps: Annotated[int, typer.Option(help="Optimizer steps of each run.", min=6)] = 6,
+    run: Annotated[Path | None, typer.Option(hidden=True)] = None,
 ) -> None:
     """Train a few steps twice, once killed and resumed, and compare every bit: simpletuner verify-resume [as for train]
 
-    Both runs are made in a folder beside output_dir, which is removed; caches are used and filled as by `train`. The
-    exit code is 1 where something differs.
+    Both runs start from a copy of output_dir, in a folder beside it, which is removed; caches are used and filled as by
+    `train`. The exit code is 1 where something differs.
     """
+    if run is not None:  # a process of the proof
+        from simpletuner.commands.verify_resume import prepared_run
+        from simpletuner.launch import load_arguments
+
+        short = prepared_run(run, lambda words: load_arguments(words, os.environ, Path.cwd(), say_for_all))
+        run_in_processes(short, sys.argv[1:])
+        return
     loaded = load(context)
     from simpletuner.training.preflight import check_model_folder
 

@@ -1,8 +1,10 @@
 """`simpletuner verify-resume`: proves on one's own configuration and machine that a killed run ends with the same bits.
 
-The same few steps are trained twice, in processes of their own: once undisturbed, once killed (SIGKILL) between two
-checkpoints and started again. Every tensor of the last checkpoints and every loss is compared. Where they differ, a
-second undisturbed run tells whether this machine gives equal results at all: some kernels of accelerators do not.
+The same few steps are trained twice from a copy of the output folder, with all processes, evaluations and images of the
+run: once undisturbed, once killed (SIGKILL) at several points of a step and of what follows a step (the save, the
+rotation, the evaluation, the images), and started again each time. Then every tensor, image, loss and evaluation is
+compared. Where they differ, a second undisturbed run shows whether this machine gives equal results at all: some
+kernels of accelerators do not.
 """
 
 from __future__ import annotations
@@ -14,31 +16,71 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from simpletuner import storage
+from simpletuner.commands.run_differences import Difference, compare_runs
 from simpletuner.config.loading import LoadedRun
 from simpletuner.config.webhooks import Webhooks
-from simpletuner.errors import ConfigError, DataError, Problem, SimpleTunerError
-from simpletuner.reporting.sinks.jsonl import METRICS_FILE, read_records
+from simpletuner.errors import ConfigError, DataError, Problem
 
 Say = Callable[[str], None]
 
-# Checkpoints fall on a third and two thirds of the steps, and the kill between them.
+# Checkpoints fall on each second step. Two steps at least follow the last kill.
 FEWEST_STEPS = 6
+INTERVAL = 2
 LAST_LINES = 12
-_CHILD = "from simpletuner.commands.verify_resume import train_in_child; train_in_child()"
+# Of the operations on files that follow a step: the first, some in between, the last.
+FRACTIONS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
+KILLED = (-signal.SIGKILL, 128 + signal.SIGKILL)
+POINTS = ("in a micro-batch", "before the update", "after the update")
 
 
 @dataclass(frozen=True)
-class Difference:
-    """How two runs differ: lines for people, empty where every bit is equal; and what was compared."""
+class Death:
+    """Where a run kills itself.
 
-    lines: tuple[str, ...]
-    num_files: int
-    num_losses: int
+    Args:
+        step: after which step.
+        point: of `POINTS`, in the next step; None at an operation on files.
+        operation: which of those that follow the step, from 1.
+    """
+
+    step: int
+    point: str | None = None
+    operation: int = 0
+
+    def __str__(self) -> str:
+        if self.point:
+            return f"step {self.step + 1}: {self.point}"
+        return f"after step {self.step}: file operation {self.operation} of its checkpoint, evaluation and images"
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a process of the proof is given.
+
+    Args:
+        arguments: of the command line, from which it loads the same configuration.
+        output_dir: a folder of its own.
+        last_step: where it ends.
+        counts: gets the number of file operations after each step, as JSON.
+        death: where it kills itself.
+    """
+
+    arguments: Sequence[str]
+    output_dir: str
+    last_step: int
+    counts: str
+    death: Death | None = None
+
+    @classmethod
+    def read(cls, path: Path) -> Job:
+        raw = storage.read_json(path)
+        death = Death(**raw.pop("death")) if raw["death"] else raw.pop("death")
+        return cls(**raw, death=death)
 
 
 def verify_resume(loaded: LoadedRun, arguments: Sequence[str], steps: int, say: Say) -> bool:
@@ -46,184 +88,198 @@ def verify_resume(loaded: LoadedRun, arguments: Sequence[str], steps: int, say: 
 
     Args:
         arguments: of the command line, from which the processes load the same configuration again.
-        steps: that are trained.
+        steps: that are trained, from the newest checkpoint of the run if it has one.
 
     Raises:
-        ConfigError: the configuration trains in several processes.
+        ConfigError: the configuration trains on several machines.
         DataError: a run failed by itself.
     """
-    if loaded.config.num_processes and loaded.config.num_processes > 1:
-        message = "this command proves runs of one process"
-        raise ConfigError(Problem(message, key="num_processes", fix="add --num_processes=1"))
-    parent = Path(loaded.config.output_dir).parent
-    parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix="verify-resume-", dir=parent))
+    if loaded.config.num_machines > 1:
+        message = "this command proves runs of one machine"
+        raise ConfigError(Problem(message, key="num_machines", fix="add --num_machines=1"))
+    output_dir = Path(loaded.config.output_dir)
+    output_dir.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix="verify-resume-", dir=output_dir.parent))
     try:
-        return _verify(arguments, steps, folder, say)
+        return _Proof(loaded, tuple(arguments), steps, folder).run(say)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _verify(arguments: Sequence[str], steps: int, folder: Path, say: Say) -> bool:
-    say(f"1. {steps} steps, undisturbed")
-    straight = _run(arguments, steps, folder / "straight")
-    say("2. the same steps, killed between two checkpoints and started again")
-    killed = folder / "killed"
-    died_at, resumed_at = _run_and_kill(arguments, steps, killed)
-    say(f"   killed after step {died_at}, went on after step {resumed_at}")
-    found = compare_runs(straight, killed, steps)
-    if not found.lines:
-        say(f"equal, bit for bit: {found.num_files} files of checkpoint-{steps}, {found.num_losses} losses")
-        return True
-    say("they differ:")
-    for line in found.lines:
-        say(f"  {line}")
-    say(f"3. {steps} steps once more, undisturbed, to see whether this machine gives equal results at all")
-    again = compare_runs(straight, _run(arguments, steps, folder / "again"), steps)
-    for line in again.lines:
-        say(f"  {line}")
-    if again.lines:
-        say("two undisturbed runs differ as well: kernels of this machine are not reproducible, resumed or not")
-    else:
-        say("two undisturbed runs are equal, so the resume is at fault: please report it with your configuration")
-    return False
+class _Proof:
+    """Runs of the proof in `folder`."""
+
+    def __init__(self, loaded: LoadedRun, arguments: Sequence[str], steps: int, folder: Path):
+        self.loaded = loaded
+        self.arguments = arguments
+        self.folder = folder
+        self.steps = steps
+        self.start_step = 0
+        self.counts: dict[str, int] = {}
+
+    def run(self, say: Say) -> bool:
+        straight = self.new_folder("straight")
+        origin = f", from step {self.start_step}" if self.start_step else ""
+        say(f"1. {self.steps} steps{origin}, undisturbed")
+        self.train(straight)
+        self.counts = storage.read_json(self.folder / "counts.json")
+        deaths = self.deaths()
+        say(f"2. the same steps, killed {len(deaths)} times and started again")
+        killed = self.new_folder("killed")
+        for death in deaths:
+            self.train(killed, death)
+            say(f"   killed at: {death}")
+        self.train(killed)
+        found = compare_runs(straight, killed, self.start_step)
+        if not found.lines:
+            say(f"equal, bit for bit: {found.counted()}")
+            return True
+        say("they differ, first in:")
+        self.explain(found, straight, say)
+        return False
+
+    def explain(self, found: Difference, straight: Path, say: Say) -> None:
+        for line in found.lines:
+            say(f"  {line}")
+        say(f"3. {self.steps} steps once more, undisturbed, to see whether this machine gives equal results at all")
+        again = self.new_folder("again")
+        self.train(again)
+        repeated = compare_runs(straight, again, self.start_step)
+        for line in repeated.lines:
+            say(f"  {line}")
+        if repeated.lines:
+            say("two undisturbed runs differ as well: kernels of this machine are not reproducible, resumed or not")
+        else:
+            say("two undisturbed runs are equal, so the resume is at fault: please report it with your configuration")
+
+    def deaths(self) -> list[Death]:
+        """The points of one step between checkpoints, then operations that follow the step of a checkpoint."""
+        middle, saved = self.start_step + INTERVAL, self.start_step + 2 * INTERVAL
+        last = self.counts[str(saved)]
+        numbers = sorted({1 + round((last - 1) * fraction) for fraction in FRACTIONS})
+        return [
+            *(Death(middle, point) for point in POINTS),
+            *(Death(saved, operation=number) for number in numbers),
+        ]
+
+    def new_folder(self, name: str) -> Path:
+        """A folder with what the run has so far: its newest checkpoint, by links, and its history."""
+        from simpletuner.training.checkpoint import Checkpoints, checkpoint_step
+
+        folder = self.folder / name
+        folder.mkdir()
+        source = Path(self.loaded.config.output_dir)
+        newest = Checkpoints(source, None).newest() if self.loaded.config.resumes else None
+        if newest is not None:
+            self.start_step = checkpoint_step(newest)
+            shutil.copytree(newest, folder / newest.name, copy_function=_link)
+            for path in source.glob("*.json*"):
+                shutil.copyfile(path, folder / path.name)
+        return folder
+
+    def train(self, output_dir: Path, death: Death | None = None) -> None:
+        """Train in processes of their own, to the end or to a death.
+
+        Raises:
+            DataError: they failed by themselves, with their last lines; or they did not die.
+        """
+        last_step = self.start_step + self.steps
+        job = Job(self.arguments, str(output_dir), last_step, str(self.folder / "counts.json"), death)
+        file = self.folder / "job.json"
+        storage.write_json(file, asdict(job))
+        log = output_dir.with_suffix(".log")
+        with log.open("ab") as out:
+            command = [sys.executable, "-P", "-m", "simpletuner", "verify-resume", "--run", str(file)]
+            code = subprocess.run(command, stdout=out, stderr=subprocess.STDOUT, check=False).returncode
+        if death is not None and code in KILLED:
+            return
+        if code == 0 and death is None:
+            return
+        lines = "\n".join(log.read_text(errors="replace").splitlines()[-LAST_LINES:])
+        if code == 0:
+            raise DataError(Problem(f"the run was over before it was killed at: {death}:\n{lines}"))
+        raise DataError(Problem(f"the run failed by itself (exit code {code}):\n{lines}"))
 
 
-def compare_runs(one: Path, other: Path, steps: int) -> Difference:
-    """Compare the checkpoints of the last step, tensor by tensor, and the losses of all steps."""
-    lines: list[str] = []
-    folders = [run / f"checkpoint-{steps}" for run in (one, other)]
-    names = [{path.relative_to(each).as_posix() for path in each.rglob("*.safetensors")} for each in folders]
-    lines += [f"{name} is only in one of them" for name in sorted(names[0] ^ names[1])]
-    common = sorted(names[0] & names[1])
-    for name in common:
-        if (folders[0] / name).read_bytes() != (folders[1] / name).read_bytes():
-            lines += tensor_differences(name, folders[0] / name, folders[1] / name)
-    losses = [
-        {
-            record["step"]: record["loss"]
-            for record in read_records(run / METRICS_FILE)
-            if record["event"] == "step_done"
-        }
-        for run in (one, other)
-    ]
-    unequal = [step for step in sorted(losses[0].keys() | losses[1]) if losses[0].get(step) != losses[1].get(step)]
-    if unequal:
-        lines.append(f"the loss of step {unequal[0]} and of {len(unequal) - 1} others")
-    return Difference(tuple(lines), len(common), len(losses[0]))
-
-
-def losses_of(output_dir: Path) -> dict[int, float]:
-    """Step -> loss, as a run has recorded them."""
-    records = read_records(output_dir / METRICS_FILE)
-    return {record["step"]: record["loss"] for record in records if record["event"] == "step_done"}
-
-
-def tensor_differences(name: str, one: Path, other: Path) -> Iterator[str]:
-    """What differs in two files of tensors: how many, and by how much at most."""
-    from safetensors.torch import load_file
-
-    first, second = load_file(one), load_file(other)
-    unequal = [key for key in first.keys() & second.keys() if not first[key].equal(second[key])]
-    if first.keys() != second.keys():
-        yield f"{name}: other tensors"
-    if unequal:
-        largest = max(
-            float((first[key].double() - second[key].double()).abs().max())
-            for key in unequal
-            if first[key].shape == second[key].shape
-        )
-        yield f"{name}: {len(unequal)} of {len(first)} tensors, by {largest:.3g} at most"
-    elif first.keys() == second.keys():
-        yield f"{name}: the header only; all tensors are equal"
-
-
-def _run(arguments: Sequence[str], steps: int, output_dir: Path) -> Path:
-    """Train to the end in a process of its own.
-
-    Raises:
-        DataError: it failed; with its last lines.
-    """
-    process = _start(arguments, steps, output_dir)
-    if process.wait():
-        raise _failed(output_dir, process.returncode)
-    return output_dir
-
-
-def _run_and_kill(arguments: Sequence[str], steps: int, output_dir: Path) -> tuple[int, int]:
-    """Kill a run between two checkpoints, then let it end; (last step before the kill, step that it went on from).
-
-    Raises:
-        DataError: it failed, or was over before it could be killed.
-    """
-    wanted = _interval(steps) + 1
-    process = _start(arguments, steps, output_dir)
-    while process.poll() is None and _last_step(output_dir) < wanted:
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    died_at = _last_step(output_dir)
-    if process.returncode != -signal.SIGKILL:
-        if process.returncode:
-            raise _failed(output_dir, process.returncode)
-        raise DataError(Problem("the run was over before it could be killed", fix="give more --steps"))
-    _run(arguments, steps, output_dir)
-    starts = [record["start_step"] for record in read_records(output_dir / METRICS_FILE) if "start_step" in record]
-    if not starts or not 0 < starts[-1] < steps:
-        raise DataError(Problem("the kill did not come between two checkpoints", fix="give more --steps"))
-    return died_at, starts[-1]
-
-
-def _interval(steps: int) -> int:
-    return max(steps // 3, 1)
-
-
-def _last_step(output_dir: Path) -> int:
-    records = read_records(output_dir / METRICS_FILE)
-    return max((record["step"] for record in records if record["event"] == "step_done"), default=0)
-
-
-def _start(arguments: Sequence[str], steps: int, output_dir: Path) -> subprocess.Popen[bytes]:
-    output_dir.mkdir(exist_ok=True)
-    job = json.dumps({"arguments": list(arguments), "steps": steps, "output_dir": str(output_dir)})
-    with (output_dir / "terminal.log").open("ab") as log:
-        return subprocess.Popen([sys.executable, "-P", "-c", _CHILD, job], stdout=log, stderr=subprocess.STDOUT)
-
-
-def _failed(output_dir: Path, code: int) -> DataError:
-    lines = (output_dir / "terminal.log").read_text(errors="replace").splitlines()[-LAST_LINES:]
-    return DataError(Problem(f"the run failed by itself (exit code {code}):\n" + "\n".join(lines)))
-
-
-def train_in_child() -> None:
-    """A run of the proof: that of the command line, but short, in its own folder, and told to nobody."""
-    from simpletuner.launch import load_arguments
-    from simpletuner.training.trainer import train
-
-    job = json.loads(sys.argv[1])
+def _link(source: str, target: str) -> None:
+    """Committed files are never changed in place, so a copy of a checkpoint takes no room."""
     try:
-        loaded = load_arguments(job["arguments"], os.environ, Path.cwd(), print)
-        train(shortened(loaded, Path(job["output_dir"]), job["steps"]))
-    except SimpleTunerError as error:
-        print(error.render())
-        sys.exit(error.exit_code)
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
 
 
-def shortened(loaded: LoadedRun, output_dir: Path, steps: int) -> LoadedRun:
-    """The run with everything that decides its weights, and nothing that shows them."""
+# ---- in the processes of the proof ---------------------------------------------------------------------------------
+
+
+def prepared_run(file: Path, load: Callable[[Sequence[str]], LoadedRun]) -> LoadedRun:
+    """The short run of a job, in a process that counts its operations and dies where the job says."""
+    job = Job.read(file)
+    if os.environ.get("RANK", "0") == "0":
+        _Watch(job).begin()
+    return shortened(load(job.arguments), Path(job.output_dir), job.last_step)
+
+
+class _Watch:
+    """Counts the operations on files that follow each step, and kills the process at one point."""
+
+    def __init__(self, job: Job):
+        self.job = job
+        self.death = job.death
+        self.step = 0
+        self.counts: dict[int, int] = {}
+
+    def begin(self) -> None:
+        """Stand before the functions of the loop and each operation on files."""
+        from simpletuner.training import loop
+
+        for point, name in zip(POINTS, ("backward_micro_batch", "update_weights", "report_step"), strict=True):
+            setattr(loop, name, self._before(point, getattr(loop, name)))
+        storage._step = self.operation
+
+    def _before(self, point: str, call: Callable) -> Callable:
+        def watched(run, *arguments, **keywords):  # type: ignore[no-untyped-def]
+            is_reported = point == "after the update"
+            if self.death and self.death.point == point and run.state.global_step - is_reported == self.death.step:
+                os.kill(os.getpid(), signal.SIGKILL)
+            if is_reported:
+                self.step = run.state.global_step
+                self.counts[self.step] = 0
+            return call(run, *arguments, **keywords)
+
+        return watched
+
+    def operation(self, name: str) -> None:
+        if self.step not in self.counts:
+            return
+        self.counts[self.step] += 1
+        death = self.death
+        if death and not death.point and (self.step, self.counts[self.step]) == (death.step, death.operation):
+            os.kill(os.getpid(), signal.SIGKILL)
+        if self.death is None:
+            Path(self.job.counts).write_text(json.dumps(self.counts))
+
+
+def shortened(loaded: LoadedRun, output_dir: Path, last_step: int) -> LoadedRun:
+    """The run with everything that decides its weights, and what it shows at each second step; nothing leaves it."""
+    config = loaded.config
     changes = {
         "output_dir": output_dir,
-        "max_train_steps": steps,
+        "max_train_steps": last_step,
         "num_train_epochs": 0,
-        "checkpoint_step_interval": _interval(steps),
+        "checkpoint_step_interval": INTERVAL,
         "checkpoint_epoch_interval": None,
         "checkpoints_total_limit": None,
         "resume_from_checkpoint": "latest",
-        "validation_disable": True,
-        "eval_loss_disable": True,
         "report_to": ("none",),
         "push_to_hub": False,
         "push_checkpoints_to_hub": False,
         "webhook_config": None,
+        "early_stopping_patience": None,
     }
-    return replace(loaded, config=loaded.config.model_copy(update=changes), webhooks=Webhooks())
+    if config.eval_steps_interval or config.eval_epoch_interval:
+        changes |= {"eval_steps_interval": INTERVAL, "eval_epoch_interval": None}
+    if not config.validation_disable:
+        changes |= {"validation_step_interval": INTERVAL, "validation_epoch_interval": None}
+        changes |= {"validation_num_inference_steps": min(config.validation_num_inference_steps, 2)}
+    return replace(loaded, config=config.model_copy(update=changes), webhooks=Webhooks())

@@ -1,79 +1,148 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from PIL import Image
+from safetensors.torch import load_file, save_file
 
-from simpletuner.commands.verify_resume import compare_runs, shortened, verify_resume
+from simpletuner import storage
+from simpletuner.commands.run_differences import compare_runs
+from simpletuner.commands.verify_resume import Death, shortened, verify_resume
 from simpletuner.errors import ConfigError, DataError
-from tests.runs import load_here, write_run
+from tests.runs import load_here, train_here, write_run
 
 
 def make_run(folder: Path, weight: float = 1.0, losses: tuple[float, ...] = (0.5, 0.25), **metadata: str) -> Path:
-    """An output folder with one checkpoint of step 2."""
-    checkpoint = folder / "checkpoint-2"
-    checkpoint.mkdir(parents=True)
-    save_file({"a": torch.tensor([weight, 2.0]), "b": torch.zeros(3)}, checkpoint / "w.safetensors", metadata)
+    """An output folder with two checkpoints, an image and an evaluation."""
+    for step in (2, 4):
+        checkpoint = folder / f"checkpoint-{step}"
+        checkpoint.mkdir(parents=True)
+        tensors = {"a": torch.tensor([[1.0, 2.0], [float(step), weight]]), "b": torch.zeros(3)}
+        save_file(tensors, checkpoint / "w.safetensors", metadata)
+    (folder / "validation_images").mkdir()
+    Image.fromarray(np.full((2, 2, 3), 7, np.uint8)).save(folder / "validation_images" / "step_2_a.png")
     records = [{"event": "step_done", "step": step, "loss": loss} for step, loss in enumerate(losses, 1)]
+    records.append({"event": "eval_done", "step": 2, "pooled": 0.125})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     return folder
 
 
 def test_equal_runs_have_no_difference_and_say_what_was_compared(tmp_path: Path):
-    found = compare_runs(make_run(tmp_path / "a"), make_run(tmp_path / "b"), 2)
-    assert (found.lines, found.num_files, found.num_losses) == ((), 1, 2)
+    found = compare_runs(make_run(tmp_path / "a"), make_run(tmp_path / "b", note="another header"))
+    assert found.lines == ()
+    assert found.counted() == "4 tensors, 2 losses, 1 evaluations, 1 images"
 
 
-def test_every_kind_of_difference_is_found(tmp_path: Path):
-    one = make_run(tmp_path / "one")
-    assert compare_runs(one, make_run(tmp_path / "weight", weight=1.5), 2).lines == (
-        "w.safetensors: 1 of 2 tensors, by 0.5 at most",
+def test_the_first_tensor_that_differs_is_named_with_its_place_and_both_values(tmp_path: Path):
+    one, other = make_run(tmp_path / "one"), make_run(tmp_path / "other", weight=1.5)
+    assert compare_runs(one, other).lines[0] == (
+        "checkpoint-2/w.safetensors: a: 1 of 4 numbers, first at [1, 1]: 1.0 and 1.5"
     )
-    assert compare_runs(one, make_run(tmp_path / "loss", losses=(0.5, 0.26)), 2).lines == (
-        "the loss of step 2 and of 0 others",
-    )
-    assert compare_runs(one, make_run(tmp_path / "short", losses=(0.5,)), 2).lines
-    assert "header" in compare_runs(one, make_run(tmp_path / "header", note="x"), 2).lines[0]
-    other = make_run(tmp_path / "file")
-    (other / "checkpoint-2" / "ema.safetensors").write_bytes(b"x")
-    assert compare_runs(one, other, 2).lines == ("ema.safetensors is only in one of them",)
 
 
-def test_the_proof_changes_nothing_that_decides_the_weights_and_tells_nobody(tmp_path: Path, omnigen_folder: Path):
-    loaded = load_here(write_run(tmp_path / "run", omnigen_folder, report_to="tensorboard", use_ema=True))
+def spoil_nan(run: Path) -> None:
+    tensors = load_file(run / "checkpoint-4" / "w.safetensors")
+    save_file(tensors | {"b": torch.tensor([0.0, float("nan"), 0.0])}, run / "checkpoint-4" / "w.safetensors")
+
+
+def spoil_dtype(run: Path) -> None:
+    tensors = load_file(run / "checkpoint-4" / "w.safetensors")
+    save_file({name: tensor.bfloat16() for name, tensor in tensors.items()}, run / "checkpoint-4" / "w.safetensors")
+
+
+def spoil_image(run: Path) -> None:
+    Image.fromarray(np.full((2, 2, 3), 8, np.uint8)).save(run / "validation_images" / "step_2_a.png")
+
+
+def spoil_record(old: str, new: str) -> Callable[[Path], None]:
+    def spoil(run: Path) -> None:
+        text = (run / "metrics.jsonl").read_text()
+        assert old in text
+        (run / "metrics.jsonl").write_text(text.replace(old, new))
+
+    return spoil
+
+
+@pytest.mark.parametrize(
+    ("spoil", "line"),
+    [
+        (spoil_nan, "checkpoint-4/w.safetensors: b: 1 of 3 numbers, first at [1]: 0.0 and nan"),
+        (spoil_dtype, "checkpoint-4/w.safetensors: a is float32 [2, 2] and bfloat16 [2, 2]"),
+        (spoil_image, "validation_images/step_2_a.png: other pixels"),
+        (lambda run: (run / "validation_images" / "step_2_a.png").unlink(), "is only in one of them"),
+        (lambda run: (run / "checkpoint-2" / "w.safetensors").unlink(), "checkpoint-2/w.safetensors is only in one"),
+        (spoil_record("0.25", "0.26"), "the loss of step 2: 0.25 and 0.26"),
+        (spoil_record("0.125", "0.5"), "the evaluation of step 2: 0.125 and 0.5"),
+    ],
+)
+def test_every_kind_of_difference_is_found(tmp_path: Path, spoil: Callable[[Path], None], line: str):
+    one, other = make_run(tmp_path / "one"), make_run(tmp_path / "other")
+    spoil(other)
+    [found] = compare_runs(one, other).lines
+    assert line in found
+
+
+def test_what_lies_before_the_copied_step_is_not_compared(tmp_path: Path):
+    one, other = make_run(tmp_path / "one"), make_run(tmp_path / "other", losses=(0.7, 0.25))
+    assert compare_runs(one, other, start_step=1).lines == ()
+
+
+def test_the_proof_keeps_evaluation_images_and_average_and_nothing_leaves_it(tmp_path: Path, omnigen_folder: Path):
+    options = {"report_to": "tensorboard", "use_ema": True, "eval_steps_interval": 50, "validation_step_interval": 50}
+    images = {"validation_disable": False, "validation_prompt": "a box", "validation_resolution": "32"}
+    loaded = load_here(write_run(tmp_path / "run", omnigen_folder, **options, **images))
     short = shortened(loaded, tmp_path / "elsewhere", 9)
     before, after = loaded.resolved(), short.resolved()
-    assert {key for key in before if before[key] != after[key]} == {
-        *("output_dir", "max_train_steps", "checkpoint_step_interval", "checkpoints_total_limit"),
-        *("eval_loss_disable", "report_to"),
+    changed = {key: after[key] for key in before if before[key] != after[key]}
+    assert changed.pop("output_dir") == str(tmp_path / "elsewhere")
+    assert changed.pop("validation_num_inference_steps") == 2
+    assert changed.pop("report_to") == ["none"]
+    assert changed == {
+        "max_train_steps": 9,
+        "checkpoints_total_limit": None,
+        "eval_steps_interval": 2,
+        "validation_step_interval": 2,
     }
     assert not short.webhooks.targets
 
 
-def test_a_run_of_several_processes_is_refused_by_name(tmp_path: Path, omnigen_folder: Path):
-    loaded = load_here(write_run(tmp_path / "run", omnigen_folder), "--num_processes=2")
-    with pytest.raises(ConfigError, match="num_processes"):
-        verify_resume(loaded, (), 6, print)
+def test_a_run_of_several_machines_is_refused_by_name(tmp_path: Path, omnigen_folder: Path):
+    loaded = load_here(write_run(tmp_path / "run", omnigen_folder))
+    several = loaded.__class__(**{**vars(loaded), "config": loaded.config.model_copy(update={"num_machines": 2})})
+    with pytest.raises(ConfigError, match="num_machines"):
+        verify_resume(several, (), 6, print)
 
 
-@pytest.mark.slow
-def test_a_killed_run_of_the_tiny_model_is_proved_equal(tmp_path: Path, omnigen_folder: Path, monkeypatch):
-    folder = write_run(tmp_path / "run", omnigen_folder, use_ema=True, num_train_epochs=0)
+@pytest.mark.ci
+def test_a_run_killed_again_and_again_is_proved_equal_from_a_copy_of_the_folder(
+    tmp_path: Path, omnigen_folder: Path, monkeypatch
+):
+    images = {"validation_disable": False, "validation_prompt": "a box", "validation_resolution": "32"}
+    options = {"use_ema": True, "max_train_steps": 3, "checkpoint_step_interval": 3, "eval_steps_interval": 3}
+    folder = write_run(tmp_path / "run", omnigen_folder, **options, **images, validation_step_interval=3)
+    output = train_here(folder)
+    before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
     monkeypatch.chdir(folder)
     monkeypatch.setenv("CONFIG_PATH", "config.json")
     said: list[str] = []
-    assert verify_resume(load_here(folder), (), 30, said.append)
-    assert "went on after step" in said[2]
+    assert verify_resume(load_here(folder), (), 6, said.append), said
+    assert "from step 3" in said[0]
+    deaths = [line for line in said if "killed at" in line]
+    assert len(deaths) >= 8
     assert said[-1].startswith("equal, bit for bit")
-    assert "30 losses" in said[-1]
+    assert "6 losses" in said[-1]
+    assert {path: path.read_bytes() for path in output.rglob("*") if path.is_file()} == before
+    assert storage.verify_dir(output / "checkpoint-3") == []
     assert [path.name for path in folder.iterdir() if path.name.startswith("verify-resume-")] == []
 
 
 @pytest.mark.slow
-def test_a_run_that_fails_by_itself_is_told_with_its_reason(tmp_path: Path, omnigen_folder: Path, monkeypatch):
+def test_a_run_that_fails_by_itself_is_reported_with_its_reason(tmp_path: Path, omnigen_folder: Path, monkeypatch):
     folder = write_run(tmp_path / "run", omnigen_folder)
     monkeypatch.chdir(folder)
     monkeypatch.setenv("CONFIG_PATH", "config.json")
@@ -82,3 +151,8 @@ def test_a_run_that_fails_by_itself_is_told_with_its_reason(tmp_path: Path, omni
         path.write_bytes(b"torn")
     with pytest.raises(DataError, match="failed by itself"):
         verify_resume(loaded, (), 6, print)
+
+
+def test_a_death_says_where_it_is():
+    assert str(Death(4, "before the update")) == "step 5: before the update"
+    assert "file operation 7" in str(Death(4, operation=7))

@@ -1,0 +1,189 @@
+"""A short run with everything on, what it must leave behind, and what a fault in it may cost.
+
+The run has two steps. Each saves, evaluates, keeps the best and makes images; the second rotates the first away, and
+the end writes final weights, curves and the report. Its caches are complete when it starts.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from simpletuner import storage
+from simpletuner.errors import EXIT_DATA
+from simpletuner.leftovers import parse_name
+from simpletuner.reporting.sinks.jsonl import read_records
+from tests.faults import forks
+from tests.runs import dataset, draw_pictures, write_run
+
+OPTIONS = {
+    "max_train_steps": 2,
+    "use_ema": True,
+    "checkpoint_step_interval": 1,
+    "checkpoints_total_limit": 1,
+    "checkpoint_keep_best": True,
+    "eval_steps_interval": 1,
+    "eval_timesteps": 2,
+    "validation_disable": False,
+    "validation_prompt": "a star",
+    "validation_resolution": "32",
+    "validation_step_interval": 1,
+    "validation_num_inference_steps": 1,
+    "validation_guidance": 1.0,
+    "train_batch_size": 2,
+    "report_to": "tensorboard",
+}
+ERRORS = (errno.ENOSPC, errno.EIO, errno.EACCES, errno.EROFS)
+ENDINGS = {0, EXIT_DATA}  # what a command may end with that met a refusal of the disk
+
+
+def write(folder: Path, model: Path, **options: Any) -> Path:
+    """The run in `folder`, its images beside it; nothing is cached yet."""
+    names = {"pictures": 3, "held_out": 1}
+    for seed, (name, count) in enumerate(names.items()):
+        if not (folder.parent / name).exists():
+            draw_pictures(folder.parent / name, count, seed)
+    data = [
+        dataset("pictures", instance_data_dir=str(folder.parent / "pictures")),
+        dataset("held_out", instance_data_dir=str(folder.parent / "held_out"), dataset_type="eval"),
+    ]
+    return write_run(folder, model, data, **OPTIONS | options)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a finished run has left.
+
+    Args:
+        bits: file -> sha256, of all that must be equal: weights, optimizer state, averages, images.
+        losses: (step, loss) in the order of the record.
+        evaluations: step -> eval loss, of the history.
+        names: all files, without those that carry a time in their name.
+    """
+
+    bits: dict[str, str]
+    losses: list[tuple[int, float]]
+    evaluations: dict[str, float]
+    names: frozenset[str]
+
+
+def result_of(folder: Path) -> Result:
+    """Read what a run has left in `folder`."""
+    output = folder / "output"
+    files = sorted(path for path in output.rglob("*") if path.is_file())
+    names = frozenset(str(path.relative_to(output)) for path in files)
+    exact = [path for path in files if path.suffix in (".safetensors", ".png") and path.name != "loss.png"]
+    steps = [record for record in read_records(output / "metrics.jsonl") if record["event"] == "step_done"]
+    return Result(
+        {str(path.relative_to(output)): hashlib.sha256(path.read_bytes()).hexdigest() for path in exact},
+        [(record["step"], record["loss"]) for record in steps],
+        json.loads((output / "eval_losses.json").read_text()),
+        frozenset(name for name in names if "tfevents" not in name),
+    )
+
+
+def differences(folder: Path, expected: Result, is_record_whole: bool = True) -> Iterator[str]:
+    """Where a run differs from one that nothing happened to; one sentence each.
+
+    Args:
+        is_record_whole: no line of `metrics.jsonl` may be missing.
+    """
+    found = result_of(folder)
+    for name in sorted(expected.bits.keys() | found.bits.keys()):
+        if found.bits.get(name) != expected.bits.get(name):
+            yield f"{name} {'differs' if name in found.bits and name in expected.bits else 'is in one of them only'}"
+    if found.evaluations != expected.evaluations:
+        yield f"the history of evaluations is {found.evaluations}"
+    lost = set(expected.losses) - set(found.losses)
+    if len(set(found.losses)) != len(found.losses) or set(found.losses) - set(expected.losses):
+        yield f"the record has other losses: {found.losses}"
+    if lost and is_record_whole:
+        yield f"the record lacks {sorted(lost)}"
+    for name in sorted(expected.names - found.names - expected.bits.keys()):
+        yield f"{name} is missing"
+    for name in sorted(found.names - expected.names - found.bits.keys()):
+        yield f"{name} is left over"
+    for path in (folder / "output").glob("checkpoint-*"):
+        yield from storage.verify_dir(path)
+    yield from leftovers(folder)
+
+
+def leftovers(folder: Path) -> Iterator[str]:
+    """Temporary names that are still there."""
+    for path in sorted(folder.rglob("*")):
+        if parse_name(path.name):
+            yield f"{path.relative_to(folder)} is left over"
+
+
+class Scene:
+    """A run, what it does to files and what it leaves, and the state that each fault starts from.
+
+    Args:
+        folder: everything is in it.
+        is_cached: whether the caches are complete at the start.
+    """
+
+    def __init__(self, folder: Path, model: Path, is_cached: bool):
+        self.run = folder / "run"
+        self.start = folder / "start"
+        write(self.run, model)
+        if is_cached:
+            self._train()
+            shutil.rmtree(self.run / "output")
+        shutil.copytree(self.run, self.start)
+        self._train(record=folder / "operations")
+        self.operations = forks.operations(folder / "operations")
+        self.expected = result_of(self.run)
+        assert not list(differences(self.run, self.expected))
+        shutil.rmtree(self.run)
+
+    def _train(self, record: Path | None = None) -> None:
+        code = forks.run(self.run, record=record)
+        assert code == 0, forks.terminal(self.run)
+
+    def sites(self) -> list[forks.Operation]:
+        """One operation on the output folder for each distinct call site and kind of file."""
+        first = {each.site: each for each in reversed(self.operations) if each.path.startswith("output")}
+        return list(first.values())[::-1]
+
+    def check(self, operation: forks.Operation, error: int = 0, persists: bool = False) -> list[str]:
+        """Let the run meet a fault at an operation, start it again, and say what is wrong then.
+
+        Args:
+            error: errno; 0 kills the process.
+        """
+        shutil.copytree(self.start, self.run)
+        try:
+            fault = forks.Fault(operation.number, error, persists)
+            wrong = list(self._meet(fault))
+        finally:
+            shutil.rmtree(self.run)
+        kind = f"{errno.errorcode[error]}{' from here on' if persists else ''}" if error else "killed"
+        where = f"{kind} at {operation.number}, {operation.call} {operation.site[1]} ({', '.join(operation.where[:3])})"
+        return [f"{where}: {line}" for line in wrong]
+
+    def _meet(self, fault: forks.Fault) -> Iterator[str]:
+        code = forks.run(self.run, fault)
+        if fault.error and code not in ENDINGS:
+            yield f"ended with {code}: {last_lines(self.run)}"
+        again = forks.run(self.run)
+        if again != 0:
+            yield f"the next start ended with {again}: {last_lines(self.run)}"
+            return
+        yield from differences(self.run, self.expected, is_record_whole=not fault.error)
+
+
+def last_lines(place: Path) -> str:
+    return " | ".join(forks.terminal(place).splitlines()[-3:])
+
+
+def memory_folder() -> str | None:
+    """Where files cost no disk, if there is such a place."""
+    return "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
