@@ -64,6 +64,20 @@ def forms_of(name: bytes) -> tuple[bytes, ...]:
     return tuple(dict.fromkeys((name, *(unicodedata.normalize(form, text).encode() for form in ("NFC", "NFD")))))
 
 
+def read_file(path: Path, max_bytes: int) -> bytes:
+    """The bytes of a file that is small where it is sound.
+
+    Raises:
+        ValueError: it has more than `max_bytes`, of which no more is read.
+        OSError: it cannot be read.
+    """
+    with path.open("rb") as file:
+        data = file.read(max_bytes + 1)
+    if len(data) > max_bytes:
+        raise ValueError(f"is larger than {max_bytes:,} bytes")
+    return data
+
+
 def decode(data: bytes) -> str:
     """UTF-8, or UTF-16 and UTF-32 where the bytes begin with their mark.
 

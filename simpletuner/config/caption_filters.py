@@ -7,7 +7,7 @@ from pathlib import Path
 
 from simpletuner.config.json_reader import parse_json
 from simpletuner.errors import ConfigError
-from simpletuner.text import NotText, decode, lines_of
+from simpletuner.text import decode, lines_of, read_file
 
 MAX_FILE_BYTES = 10_000_000
 
@@ -47,12 +47,10 @@ def read_filter_file(path: Path) -> tuple[str, ...]:
         ValueError: the file cannot be read, or holds something else.
     """
     try:
-        if path.stat().st_size > MAX_FILE_BYTES:
-            raise ValueError(f'"{path}" is larger than {MAX_FILE_BYTES} bytes')
-        text = decode(path.read_bytes())
+        text = decode(read_file(path, MAX_FILE_BYTES))
     except OSError as error:
         raise ValueError(f'"{path}" cannot be read: {error.strerror}') from None
-    except NotText as error:
+    except ValueError as error:
         raise ValueError(f'"{path}" {error}') from None
     if path.suffix.lower() != ".json":
         return tuple(line for line in lines_of(text) if line.strip())

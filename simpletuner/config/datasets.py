@@ -255,6 +255,7 @@ class ConditioningDataset(DatasetEntry):
         planned_values={"controlnet": "no family that is built takes control pictures"},
         level="basic",
     )
+    follow_outside_links: Bool = option(False, help="Follow links that lead out of `instance_data_dir`.")
     source_dataset_id: Text | None = option(
         None, help="Id of the dataset whose masks or references these are, in place of its `conditioning_data`."
     )

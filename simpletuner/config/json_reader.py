@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from simpletuner.errors import ConfigError, Problem
-from simpletuner.text import NotText, decode
+from simpletuner.text import NotText, decode, read_file
 
 JsonPath = tuple[str | int, ...]
 
@@ -24,6 +24,7 @@ _PLAIN_TEXT = re.compile(r'[^"\\\x00-\x1f]*')
 _WORDS = {"true": True, "false": False, "null": None}
 _ESCAPES = {'"': '"', "\\": "\\", "/": "/", "b": "\b", "f": "\f", "n": "\n", "r": "\r", "t": "\t"}
 _MAX_DEPTH = 100
+MAX_BYTES = 50_000_000
 _MAX_DIGITS = 1000
 _QUOTES = 'JSON uses double quotes: "key": "value"'
 
@@ -74,9 +75,11 @@ def read_text_file(path: Path, shown: str | None = None, key: str | None = None)
     """A text file's content; ConfigError where it cannot be read."""
     shown = shown or str(path)
     try:
-        data = path.read_bytes()
+        data = read_file(path, MAX_BYTES)
     except OSError as error:
         raise ConfigError(Problem(f"cannot be read: {error.strerror}", key=key, file=shown)) from error
+    except ValueError as error:
+        raise ConfigError(Problem(str(error), key=key, file=shown)) from error
     if data.startswith(b"\xef\xbb\xbf"):
         fix = "save it as UTF-8 without BOM"
         raise ConfigError(Problem("starts with a byte order mark (line 1, column 1)", file=shown, line=1, fix=fix))

@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 from pydantic import BaseModel, ConfigDict
 
 from simpletuner.config.options.declare import option
-from simpletuner.config.values import FilePath, Secret, Text
+from simpletuner.config.values import Bool, FilePath, Secret, Text
 
 BackendType = Literal["local", "aws", "csv", "huggingface", "webshart", "memory"]
 NO_URLS = "pictures are not downloaded from URLs: fetch them yourself, csv_file then names local files"
@@ -35,6 +35,11 @@ class PictureSource(BaseModel):
         "the table start from and may not leave; unset, that of the table.",
         level="basic",
         path="input",
+    )
+    follow_outside_links: Bool = option(
+        False,
+        help="Of `local` and `csv`: follow links that lead out of the folder, as in a folder of links to pictures that "
+        "lie elsewhere. Off, they are counted as not used. Links within the folder are always followed.",
     )
     aws_bucket_name: Text | None = option(None, help="Of `aws`: the bucket.")
     aws_data_prefix: Text = option("", help="Of `aws`: use only keys below this one; unset, the whole bucket.")
@@ -77,7 +82,9 @@ class SourceRule(NamedTuple):
 
 
 SOURCE_RULES: Mapping[str, SourceRule] = {
-    "local": SourceRule("instance_data_dir", (), ("filename", "textfile", "csv", "parquet", "instanceprompt")),
+    "local": SourceRule(
+        "instance_data_dir", ("follow_outside_links",), ("filename", "textfile", "csv", "parquet", "instanceprompt")
+    ),
     "aws": SourceRule(
         "aws_bucket_name",
         (
@@ -93,7 +100,7 @@ SOURCE_RULES: Mapping[str, SourceRule] = {
     ),
     "csv": SourceRule(
         "csv_file",
-        ("instance_data_dir", "csv_caption_column"),
+        ("instance_data_dir", "csv_caption_column", "follow_outside_links"),
         ("csv", "filename", "instanceprompt"),
     ),
 }

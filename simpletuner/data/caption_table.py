@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from simpletuner.data.captions import VARIANT_SEPARATOR
 from simpletuner.data.index import Catalogue, Index
 from simpletuner.data.report import MAX_EXAMPLES, SetAside
-from simpletuner.data.tables import TableFault, columns_of, joined, read_rows
+from simpletuner.data.tables import TableFault, check_file, columns_of, joined, read_rows
 from simpletuner.errors import DataError, Problem
 from simpletuner.text import one_form
 
@@ -139,11 +139,14 @@ class CaptionTable:
         settings = json.dumps([_VERSION, self.table.suffix, self._filename_column, self._caption_columns])
         digest = hashlib.sha256(settings.encode())
         try:
+            check_file(self.table)
             with self.table.open("rb") as file:
                 while chunk := file.read(2**20):
                     digest.update(chunk)
         except OSError as error:
             raise self._fault(f"cannot be read: {error.strerror or error}") from error
+        except TableFault as error:
+            raise self._fault(f"cannot be read: {error}") from error
         return digest.hexdigest()
 
     def _build(self, path: Path) -> None:

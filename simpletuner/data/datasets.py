@@ -131,7 +131,7 @@ class _Scans:
     def __call__(self, entry: ImageDataset | ConditioningDataset) -> ScannedFolder:
         is_trusted = False
         if isinstance(entry, ConditioningDataset):
-            backend: Backend = LocalBackend(entry.instance_data_dir)
+            backend: Backend = LocalBackend(entry.instance_data_dir, entry.follow_outside_links)
         else:
             backend = open_backend(entry, self._data_file)
             is_trusted = bool(TRUSTING & {*entry.skip_file_discovery})

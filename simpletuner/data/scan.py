@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
-from simpletuner.data.backends.base import Backend, Folder, UnusableFile, join
+from simpletuner.data.backends.base import NOT_READ, Backend, Folder, UnusableFile, join
 from simpletuner.data.captions import CAPTION_SUFFIXES, MAX_CAPTION_BYTES, TEXT_VERSION, decode_caption, name_note
 from simpletuner.data.transforms import UNREAD_SUFFIXES, UnusablePicture, decoder_version, picture_facts
 from simpletuner.hardware import available_cores
@@ -211,7 +211,7 @@ def _look_at_each(backend: Backend, files: list[FileState]) -> list[Finding]:
 def look_at(backend: Backend, file: FileState) -> Finding:
     """Read one file and say what it is."""
     if file.size < 0:
-        return Finding(file, BROKEN, "not a regular file, or a link to nothing")
+        return Finding(file, BROKEN, NOT_READ[file.size])
     if file.suffix in UNREAD_SUFFIXES:
         return Finding(file, BROKEN, UNREAD_SUFFIXES[file.suffix])
     if file.is_text and file.size > MAX_CAPTION_BYTES:

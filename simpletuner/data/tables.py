@@ -10,6 +10,7 @@ import contextlib
 import csv
 import json
 import math
+import stat
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,9 @@ from simpletuner.text import NotText, bounded_lines, check_encoding, fault_in, w
 MAX_LINE = 10_000_000
 # Of the text in one cell, which no text encoder reads.
 MAX_CELL = 1_000_000
+# Of all captions of a million pictures: many times over.
+MAX_TEXT_TABLE = 1 << 32
+_PARQUET = b"PAR1"
 
 
 _KINDS = {
@@ -88,12 +92,33 @@ def joined(variants: Sequence[str]) -> str:
     return VARIANT_SEPARATOR.join(variants)
 
 
+def check_file(table: Path) -> None:
+    """Look at size and kind of a table before all of it is read.
+
+    Raises:
+        TableFault: it is no file, a text of an absurd size, or no Parquet file under that name.
+        OSError: it cannot be read.
+    """
+    status = table.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise TableFault("not a regular file")
+    if table.suffix.lower() == ".parquet":
+        with table.open("rb") as file:
+            start = file.read(4)
+            file.seek(max(status.st_size - 4, 0))
+            if start != _PARQUET or file.read(4) != _PARQUET:
+                raise TableFault("not a Parquet file, or cut short")
+    elif status.st_size > MAX_TEXT_TABLE:
+        raise TableFault(f"larger than {MAX_TEXT_TABLE >> 20} MiB")
+
+
 def columns_of(table: Path) -> list[str]:
     """The columns of a table; of JSON lines the keys of the first row. Empty where there is no row.
 
     Raises:
         TableFault, OSError, MissingDependency: as `read_rows`.
     """
+    check_file(table)
     try:
         if table.suffix.lower() == ".parquet":
             with _opened_parquet(table) as file:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from simpletuner.errors import DataError, Problem
-from simpletuner.text import NotText, decode
+from simpletuner.text import NotText, decode, read_file
 
 # Of a JSON file of a model: a tokenizer of 250,000 words has 20 MB.
 MAX_JSON_BYTES = 200_000_000
@@ -103,11 +103,7 @@ def read_object(path: Path) -> dict[str, Any]:
         DataError: it cannot be read, is very large, or holds something else.
     """
     try:
-        with path.open("rb") as file:
-            data = file.read(MAX_JSON_BYTES + 1)
-        if len(data) > MAX_JSON_BYTES:
-            raise ValueError(f"is larger than {MAX_JSON_BYTES:,} bytes")
-        value = json.loads(decode(data))
+        value = json.loads(decode(read_file(path, MAX_JSON_BYTES)))
         if not isinstance(value, dict):
             raise ValueError("holds no JSON object")
     except OSError as error:

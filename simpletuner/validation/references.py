@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from simpletuner.data.backends.base import MAX_FILE_BYTES
 from simpletuner.errors import DataError, Problem
+from simpletuner.text import read_file
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -44,9 +46,9 @@ def read_references(paths: Sequence[str | Path], key: str) -> tuple[ReferencePic
     pictures = []
     for path in paths:
         try:
-            data = Path(path).read_bytes()
+            data = read_file(Path(path), MAX_FILE_BYTES)
             pictures.append(ReferencePicture(str(path), hashlib.sha256(data).hexdigest(), load_picture(data)))
-        except (OSError, UnusablePicture) as error:
+        except (OSError, ValueError, UnusablePicture) as error:
             message = f"the picture {path} cannot be used: {error}"
             raise DataError(Problem(message, key=key, fix="name another picture")) from error
     return tuple(pictures)

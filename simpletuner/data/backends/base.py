@@ -11,13 +11,23 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
+# In memory at once, for each thread that reads: more than a picture of `MAX_PIXELS` takes in 8 bits.
+MAX_FILE_BYTES = 1 << 29
+NO_FILE, OUTSIDE, TOO_LARGE = -1, -2, -3
+# Size of a file in a listing -> why it is not read.
+NOT_READ = {
+    NO_FILE: "not a regular file, or a link to nothing",
+    OUTSIDE: "a link that leads out of the dataset's folder (follow_outside_links: true follows it)",
+    TOO_LARGE: f"larger than {MAX_FILE_BYTES >> 20} MiB",
+}
+
 
 class FileStat(NamedTuple):
     """One file: if any part differs, its content is looked at again.
 
     Args:
         name: within its folder, as bytes: file names need not be text.
-        size: bytes; -1 for what cannot be read as a file (a pipe, a link to nothing).
+        size: bytes; of what is not read one of `NOT_READ`.
         mtime_ns: time of the last write.
         ctime_ns: time of the last change of content or attributes, which programs cannot set back; 0 where unknown.
         inode: number of the file, or 0; tells a replaced file from the one that it replaced.

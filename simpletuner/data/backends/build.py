@@ -29,7 +29,7 @@ def open_backend(entry: ImageDataset, data_file: str | None) -> Backend:
     if entry.type == "csv":
         return _csv(entry, data_file)
     assert entry.instance_data_dir is not None
-    return LocalBackend(entry.instance_data_dir)
+    return LocalBackend(entry.instance_data_dir, entry.follow_outside_links)
 
 
 def _s3(entry: ImageDataset, data_file: str | None) -> Backend:
@@ -71,7 +71,9 @@ def _csv(entry: ImageDataset, data_file: str | None) -> Backend:
     table = Path(entry.csv_file)
     root = Path(entry.instance_data_dir or table.parent)
     caption_column = entry.csv_caption_column if _takes_captions(entry) else None
-    return CsvBackend(table, root, entry.filename_column, caption_column, entry.id, data_file)
+    return CsvBackend(
+        table, root, entry.filename_column, caption_column, entry.id, data_file, entry.follow_outside_links
+    )
 
 
 def _takes_captions(entry: ImageDataset) -> bool:

@@ -20,11 +20,41 @@ def is_url(name: str) -> bool:
     return _SCHEME.match(name.strip()) is not None
 
 
+class Fence:
+    """Where the links of a folder may lead.
+
+    A folder may come from a stranger, in an archive or a copied tree: a link in it to `~/.ssh` must not be followed.
+    A snapshot in the cache of huggingface_hub is made of links to the blobs beside it, which are its own.
+
+    Args:
+        root: the folder, resolved.
+        follows_outside: the user allows every link (`follow_outside_links`).
+    """
+
+    def __init__(self, root: bytes, follows_outside: bool):
+        self._places = None if follows_outside else [os.path.join(place, b"") for place in (root, *_blobs_of(root))]  # noqa: PTH118 - names are bytes
+
+    def keeps_out(self, path: bytes) -> bool:
+        """Whether a file or folder, links followed, lies outside."""
+        if self._places is None:
+            return False
+        real = os.path.realpath(path)
+        return not any(real.startswith(place) or real == place[:-1] for place in self._places)
+
+
+def _blobs_of(root: bytes) -> list[bytes]:
+    """`.../datasets--owner--name/snapshots/REVISION/...` -> its `blobs`."""
+    parts = root.split(b"/")
+    for index in range(len(parts) - 1, 0, -1):
+        if parts[index] == b"snapshots" and re.fullmatch(rb"(?:models|datasets|spaces)--.+", parts[index - 1]):
+            return [b"/".join([*parts[:index], b"blobs"])]
+    return []
+
+
 def path_inside(root: Path, name: str) -> bytes:
     """A table's path relative to `root`, `/`-separated; backslashes count as `/`, as tables from Windows write them.
 
-    Absolute paths are taken where they lie in `root`. Links are judged by where they lie, not by where they lead: only
-    the owner of the folder can have put them there.
+    Absolute paths are taken where they lie in `root`. Links are judged by `Fence`, when the file is read.
 
     Raises:
         UnusableFile: it leads out of `root`, or names nothing.

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from simpletuner.data.backends.base import FileStat, Folder, UnusableFile, content_number, join, listing_digest
 from simpletuner.data.backends.containment import is_url, path_inside
-from simpletuner.data.backends.local import CAPTION_SUFFIX, LocalBackend, file_numbers
+from simpletuner.data.backends.local import CAPTION_SUFFIX, LocalBackend
 from simpletuner.data.tables import TableFault, columns_of, joined, read_rows
 from simpletuner.errors import DataError, Problem
 
@@ -23,6 +22,7 @@ class CsvBackend:
         caption_column: None where no caption is asked for.
         dataset_id: named in errors, with the key.
         file: data file that errors name.
+        follows_outside: as in `LocalBackend`.
 
     Raises:
         DataError: the table cannot be read, lacks a column, or names URLs.
@@ -36,13 +36,14 @@ class CsvBackend:
         caption_column: str | None,
         dataset_id: str,
         file: str | None = None,
+        follows_outside: bool = False,
     ):
         self.location = str(root)
-        self.identity = f"{table.resolve()} {root.resolve()} {path_column} {caption_column}"
         self.num_readers = None
         self._table, self._dataset_id, self._file = table, dataset_id, file
         self._root = root
-        self._disk = LocalBackend(root)
+        self._disk = LocalBackend(root, follows_outside)
+        self.identity = f"{table.resolve()} {self._disk.identity} {path_column} {caption_column}"
         self._captions: dict[bytes, bytes] = {}
         self._refused: dict[bytes, str] = {}
         self._folders: dict[bytes, list[bytes]] = defaultdict(list)
@@ -59,7 +60,7 @@ class CsvBackend:
             if path in self._refused:
                 yield FileStat(name, 0, 0, 0, content_number(self._refused[path].encode()))
             else:
-                yield FileStat(name, *file_numbers(self._root / os.fsdecode(path)))
+                yield FileStat(name, *self._disk.numbers(path))
             if caption is not None:
                 yield FileStat(name + CAPTION_SUFFIX.encode(), len(caption), 0, 0, content_number(caption))
 

@@ -16,8 +16,10 @@ from typing import NoReturn
 from simpletuner.data.backends.hub_layout import CONVERTED_BRANCH, SUFFIX, NoSuchPart, choose_files
 from simpletuner.errors import ConfigError, DataError, Problem
 from simpletuner.models.reach import hub_failures, why_unreachable
+from simpletuner.text import decode, read_file
 
 _CARD = "README.md"
+MAX_CARD_BYTES = 2_000_000
 
 
 @dataclass(frozen=True)
@@ -116,8 +118,8 @@ def _tables_in_cache(wanted: HubDataset, reason: str) -> dict[str, Path]:
 
 def _choose(names: list[str], card: Path | None, wanted: HubDataset) -> list[str]:
     """The files of the split that is wanted, by the dataset's card where it has one."""
-    text = card.read_text(encoding="utf-8", errors="replace") if card else None
     try:
+        text = decode(read_file(card, MAX_CARD_BYTES)) if card else None
         chosen = choose_files(names, text, wanted.config, wanted.split)
     except NoSuchPart as error:
         if any(name.endswith(SUFFIX) for name in names):

@@ -1,8 +1,8 @@
 """A folder on this machine.
 
-Links are followed, to files and to folders, since link farms are how people make subsets; a folder that is reached a
-second time is not entered again, which also ends loops. Names that begin with a dot are not looked at: other programs
-keep thumbnails and resource forks there.
+Links within the folder are followed, to files and to folders, since link farms are how people make subsets; those that
+lead out of it only where the dataset says so. A folder that is reached a second time is not entered again, which also
+ends loops. Names that begin with a dot are not looked at: other programs keep thumbnails and resource forks there.
 """
 
 from __future__ import annotations
@@ -16,7 +16,18 @@ from array import array
 from collections.abc import Iterator
 from pathlib import Path
 
-from simpletuner.data.backends.base import FileStat, Folder, join
+from simpletuner.data.backends.base import (
+    MAX_FILE_BYTES,
+    NO_FILE,
+    NOT_READ,
+    OUTSIDE,
+    TOO_LARGE,
+    FileStat,
+    Folder,
+    UnusableFile,
+    join,
+)
+from simpletuner.data.backends.containment import Fence
 from simpletuner.data.captions import CAPTION_SUFFIXES
 from simpletuner.data.transforms import SUFFIXES, UNREAD_SUFFIXES
 
@@ -37,12 +48,14 @@ class LocalBackend:
 
     Args:
         root: the folder; it must exist.
+        follows_outside: links that lead out of it are followed too.
     """
 
-    def __init__(self, root: str | Path):
+    def __init__(self, root: str | Path, follows_outside: bool = False):
         self._root = os.fsencode(Path(root).resolve())
+        self._fence = Fence(self._root, follows_outside)
         self.location = str(root)
-        self.identity = os.fsdecode(self._root)
+        self.identity = os.fsdecode(self._root) + (" with links that lead out" if follows_outside else "")
         self.num_readers = None
 
     def folders(self) -> Iterator[Folder]:
@@ -50,6 +63,9 @@ class LocalBackend:
         while pending:
             path = pending.pop()
             try:
+                if self._leads_out(path):
+                    yield Folder(path, error=NOT_READ[OUTSIDE])
+                    continue
                 status = os.stat(self._absolute(path))  # noqa: PTH116 - names are bytes, Path is text
                 if (status.st_dev, status.st_ino) in entered:
                     continue
@@ -66,7 +82,7 @@ class LocalBackend:
         with os.scandir(os.fsdecode(self._absolute(folder))) as entries:
             for entry in entries:
                 if is_wanted(entry.name) and not _is_folder(entry):
-                    yield _file_stat(entry)
+                    yield FileStat(os.fsencode(entry.name), *self.numbers(join(folder, os.fsencode(entry.name))))
 
     def read(self, path: bytes) -> bytes:
         for attempt in range(_ATTEMPTS):
@@ -80,14 +96,32 @@ class LocalBackend:
 
     def _read_once(self, path: bytes) -> bytes:
         # Not blocking: opening a pipe that took a picture's name would wait for a writer forever.
+        if self._fence.keeps_out(self._absolute(path)):
+            raise UnusableFile(NOT_READ[OUTSIDE])
         descriptor = os.open(self._absolute(path), os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
         with os.fdopen(descriptor, "rb") as file:
             before = os.fstat(file.fileno())
-            data = file.read()
+            if not stat.S_ISREG(before.st_mode):
+                raise UnusableFile(NOT_READ[NO_FILE])
+            if before.st_size > MAX_FILE_BYTES:
+                raise UnusableFile(NOT_READ[TOO_LARGE])
+            data = file.read(MAX_FILE_BYTES + 1)
             after = os.fstat(file.fileno())
         if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns) or len(data) != after.st_size:
             raise OSError(errno.EAGAIN, "it changed while it was read")
         return data
+
+    def numbers(self, path: bytes) -> tuple[int, int, int, int]:
+        """Size, mtime_ns, ctime_ns and inode of a file, as in `FileStat`."""
+        place = Path(os.fsdecode(self._absolute(path)))
+        if self._leads_out(path):
+            return OUTSIDE if place.exists() else NO_FILE, 0, 0, 0
+        return file_numbers(place)
+
+    def _leads_out(self, path: bytes) -> bool:
+        """Whether a link may not be followed; of what is no link, its folder decides."""
+        absolute = self._absolute(path)
+        return bool(path) and os.path.islink(absolute) and self._fence.keeps_out(absolute)  # noqa: PTH114 - bytes
 
     def _absolute(self, path: bytes) -> bytes:
         return os.path.join(self._root, path)  # noqa: PTH118 - names are bytes, Path is text
@@ -118,7 +152,7 @@ class LocalBackend:
                         subfolders.append(os.fsencode(name))
                     continue
                 else:
-                    numbers += file_numbers(entry)
+                    numbers += self.numbers(join(folder, os.fsencode(name)))
                 names.append(name)
                 if len(names) == _CHUNK:
                     _update(digest, names, numbers)
@@ -139,21 +173,17 @@ def is_wanted(name: str) -> bool:
     return (suffix in _SUFFIXES or suffix.lower() in _SUFFIXES) and name[0] != "."
 
 
-def file_numbers(entry: os.DirEntry[str] | Path) -> tuple[int, int, int, int]:
+def file_numbers(entry: Path) -> tuple[int, int, int, int]:
     """Size, mtime_ns, ctime_ns and inode, as in `FileStat`."""
     try:
         status = entry.stat()
     except OSError:  # a link to nothing, or gone since it was listed
-        return -1, 0, 0, 0
+        return NO_FILE, 0, 0, 0
     if not stat.S_ISREG(status.st_mode):
-        return -1, 0, 0, 0
+        return NO_FILE, 0, 0, 0
     # Inodes of some network file systems, and absurd times, are beyond what SQLite's signed integers hold.
     mtime_ns, ctime_ns = status.st_mtime_ns & _INT64_MAX, status.st_ctime_ns & _INT64_MAX
     return status.st_size, mtime_ns, ctime_ns, status.st_ino & _INT64_MAX
-
-
-def _file_stat(entry: os.DirEntry[str]) -> FileStat:
-    return FileStat(os.fsencode(entry.name), *file_numbers(entry))
 
 
 def _update(digest: hashlib.blake2b, names: list[str], numbers: list[int]) -> None:

@@ -16,7 +16,15 @@ from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from simpletuner.data.backends.base import FileStat, Folder, UnusableFile, content_number
+from simpletuner.data.backends.base import (
+    MAX_FILE_BYTES,
+    NOT_READ,
+    TOO_LARGE,
+    FileStat,
+    Folder,
+    UnusableFile,
+    content_number,
+)
 from simpletuner.data.backends.local import CAPTION_SUFFIX, file_numbers
 from simpletuner.data.caption_table import CAPTION_COLUMNS
 from simpletuner.data.tables import joined
@@ -29,6 +37,7 @@ if TYPE_CHECKING:
 # Row groups of pictures that are kept decoded; those of the hub have 100 rows.
 _KEPT_BYTES = 256 * 2**20
 _KEPT_GROUPS = 2
+MAX_GROUP_BYTES = 1 << 32
 _DIGITS = 9
 
 
@@ -117,6 +126,15 @@ class ParquetBackend:
             self._starts[folder] = list(accumulate(counts, initial=0))
         return self._starts[folder]
 
+    def _check_group(self, folder: bytes, group: int) -> None:
+        num_bytes = self._open(folder).metadata.row_group(group).total_byte_size
+        if num_bytes > MAX_GROUP_BYTES:
+            message = f"{self._files[folder]} has {num_bytes >> 20} MiB in one row group"
+            fix = "write it with smaller ones (row_group_size=100)"
+            allowed = f"at most {MAX_GROUP_BYTES >> 20} MiB"
+            key = f"{self._dataset_id}.dataset_name"
+            raise DataError(Problem(message, key=key, file=self._file, allowed=allowed, fix=fix))
+
     def _load(self, folder: bytes, group: int, columns: Sequence[str]) -> pa.Table:
         """Columns of one row group, from memory where it was read lately."""
         import pyarrow as pa
@@ -126,6 +144,7 @@ class ParquetBackend:
             if key in self._groups:
                 self._groups.move_to_end(key)
                 return self._groups[key]
+            self._check_group(folder, group)
             try:
                 rows = self._open(folder).read_row_group(group, columns=list(columns), use_threads=False)
             except (pa.ArrowException, OSError) as error:
@@ -212,6 +231,8 @@ def _holds_text(kind: pa.DataType) -> bool:
 def _picture(rows: pa.Table, offset: int) -> bytes:
     value = rows.column(0)[offset].as_py()
     data = value.get("bytes") if isinstance(value, dict) else value
+    if data and len(data) > MAX_FILE_BYTES:
+        raise UnusableFile(NOT_READ[TOO_LARGE])
     if data:
         return data
     if isinstance(value, dict) and value.get("path"):

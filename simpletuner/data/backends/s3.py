@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
-from simpletuner.data.backends.base import FileStat, Folder, content_number, join
+from simpletuner.data.backends.base import MAX_FILE_BYTES, TOO_LARGE, FileStat, Folder, content_number, join
 from simpletuner.data.backends.local import is_wanted
 from simpletuner.errors import ConfigError, DataError, MissingDependency, Problem
 
@@ -184,7 +184,8 @@ def _page_files(page: dict[str, Any], prefix: str) -> Iterator[FileStat]:
     for entry in page.get("Contents", ()):
         name = entry["Key"][len(prefix) :]
         if name and is_wanted(name):
-            yield FileStat(name.encode(), entry["Size"], 0, 0, content_number(entry["ETag"].encode()))
+            size = entry["Size"] if entry["Size"] <= MAX_FILE_BYTES else TOO_LARGE
+            yield FileStat(name.encode(), size, 0, 0, content_number(entry["ETag"].encode()))
 
 
 def _page_folders(page: dict[str, Any], prefix: str, folder: bytes) -> Iterator[bytes]:

@@ -18,7 +18,7 @@ from tests.runs import load_here, write_run
 
 CONFIG = TrainConfig.model_validate({"model_family": "toy"})
 COMPLETE: dict[str, dict[str, Any]] = {
-    "local": {"instance_data_dir": "pictures"},
+    "local": {"instance_data_dir": "pictures", "follow_outside_links": True},
     "aws": {
         "aws_bucket_name": "b",
         "aws_data_prefix": "p/",
@@ -36,7 +36,13 @@ COMPLETE: dict[str, dict[str, Any]] = {
         "caption_column": ["long", "short"],
         "metadata_backend": "huggingface",
     },
-    "csv": {"csv_file": "a.csv", "csv_caption_column": "c", "filename_column": "f", "instance_data_dir": "pictures"},
+    "csv": {
+        "csv_file": "a.csv",
+        "csv_caption_column": "c",
+        "filename_column": "f",
+        "instance_data_dir": "pictures",
+        "follow_outside_links": True,
+    },
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 
 import pyarrow as pa
@@ -136,3 +137,16 @@ def test_rows_without_an_image_are_listed(tmp_path: Path) -> None:
     aside = SetAside()
     made.report_unused(index.scan(), index, aside)
     assert aside.counts == {reason: 3}
+
+
+def test_tables_that_are_too_large_or_no_files_are_not_read(tmp_path: Path) -> None:
+    for name, words in (("metadata.csv", "larger than 4096 MiB"), ("metadata.parquet", "not a Parquet file")):
+        with (tmp_path / name).open("wb") as file:
+            file.truncate(40 << 30)
+        with pytest.raises(DataError, match=words):
+            CaptionTable(tmp_path / name, tmp_path, "file_name", None, "things")
+    os.mkfifo(tmp_path / "metadata.jsonl")
+    with pytest.raises(DataError, match="not a regular file"):
+        CaptionTable(tmp_path / "metadata.jsonl", tmp_path, "file_name", None, "things")
+    with pytest.raises(DataError, match=r"line 2 has more than 10,000,000 characters"):
+        table(tmp_path / "long.csv", b"file_name,text\na.png," + b"x" * 11_000_000)

@@ -9,12 +9,13 @@ import sqlite3
 import subprocess
 import sys
 import textwrap
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from simpletuner.data.backends.base import FileStat, Folder
+from simpletuner.data.backends.base import FileStat, Folder, UnusableFile
 from simpletuner.data.backends.local import LocalBackend
 from simpletuner.data.captioned import caption_warnings
 from simpletuner.data.index import Catalogue, Index
@@ -193,15 +194,65 @@ def test_files_that_cannot_be_used_are_set_aside_and_never_touched(folder: Path,
     assert scan(folder, tmp_path)[2] == []
 
 
-def test_links_to_pictures_and_folders_are_followed_once(folder: Path, tmp_path: Path) -> None:
+def test_links_that_lead_out_are_counted_and_followed_only_where_the_dataset_says_so(
+    folder: Path, tmp_path: Path
+) -> None:
     elsewhere = write_picture(tmp_path / "elsewhere" / "q.png", seed=5).parent
+    (elsewhere / "secret.txt").write_text("a secret")
     (folder / "linked.png").symlink_to(elsewhere / "q.png")
+    (folder / "p0.txt").symlink_to(elsewhere / "secret.txt")
     (folder / "linked").symlink_to(elsewhere)
     (folder / "again").symlink_to(elsewhere)
-    index, catalogue, _ = scan(folder, tmp_path)
+    (folder / "inside.png").symlink_to("sub/p0.png")
+    (folder / "up.png").symlink_to("../pictures/sub/../../elsewhere/q.png")
+    backend = Counting(folder)
+    index = Index(tmp_path / "index.sqlite", backend)
+    catalogue = index.scan()
     found = paths(index, catalogue)
-    assert "linked.png" in found
-    assert [path for path in found if path.endswith("q.png")] == ["again/q.png"]
+    assert found == ["inside.png", *(f"p{number}.png" for number in range(5)), "sub/p0.png"]
+    assert not [path for path in backend.opened if b"q.png" in path or b".txt" in path]
+    aside = index.set_aside(with_texts=True)
+    reason = "a link that leads out of the dataset's folder (follow_outside_links: true follows it)"
+    assert aside.counts == {reason: 2, f"folder: {reason}": 2, f"caption file: {reason}": 1}
+    with pytest.raises(UnusableFile, match="leads out"):  # also where it is put there after the scan
+        backend.read(b"linked/q.png")
+    assert scan(folder, tmp_path)[2] == []
+
+    followed = LocalBackend(folder, follows_outside=True)
+    assert followed.identity != backend.identity
+    index = Index(tmp_path / "followed.sqlite", followed)
+    found = paths(index, index.scan())
+    assert {"linked.png", "up.png", "inside.png"} < {*found}
+    assert [path for path in found if path.endswith("/q.png")] == ["again/q.png"]
+
+
+def test_a_snapshot_of_the_hub_links_to_its_own_blobs(tmp_path: Path) -> None:
+    repository = tmp_path / "hub" / "datasets--ann--stars"
+    blob = write_picture(repository / "blobs" / "abc.png")
+    blob.rename(repository / "blobs" / "abc")
+    snapshot = repository / "snapshots" / "0123" / "images"
+    snapshot.mkdir(parents=True)
+    (snapshot / "a.png").symlink_to("../../../blobs/abc")
+    (snapshot / "b.png").symlink_to(write_picture(tmp_path / "hub" / "other.png"))
+    for root in (snapshot, snapshot.parent):
+        index = Index(tmp_path / f"{root.name}.sqlite", LocalBackend(root))
+        assert [Path(path).name for path in paths(index, index.scan())] == ["a.png"]
+
+
+def test_files_that_are_too_large_are_not_read(folder: Path, tmp_path: Path) -> None:
+    with (folder / "huge.png").open("wb") as file:
+        file.write((folder / "p0.png").read_bytes())
+        file.truncate(40 << 30)  # sparse: 40 GB in a few blocks
+    with (folder / "huge.txt").open("wb") as file:
+        file.truncate(40 << 30)
+    started = time.monotonic()
+    index, catalogue, _ = scan(folder, tmp_path)
+    assert time.monotonic() - started < 5
+    assert len(catalogue) == 6
+    assert index.set_aside(with_texts=True).examples == {
+        "larger than 512 MiB": ["huge.png"],
+        "caption file: larger than 1000000 bytes": ["huge.txt"],
+    }
 
 
 def test_a_name_that_is_not_text_works(tmp_path: Path) -> None:

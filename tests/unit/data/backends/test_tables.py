@@ -217,6 +217,30 @@ def test_paths_that_lead_out_are_set_aside_and_not_opened(folder: Path, tmp_path
         backend.read(name.encode())
 
 
+def test_links_that_lead_out_are_set_aside(folder: Path, tmp_path: Path) -> None:
+    (folder / "link.png").symlink_to(tmp_path / "outside.png")
+    (folder / "way").symlink_to(tmp_path)
+    text = "file_name,caption\na.png,one\nlink.png,two\nway/outside.png,three\n"
+    found, _, aside = scan(csv(folder, text), tmp_path)
+    assert list(found) == ["a.png"]
+    assert sorted(path for paths in aside.values() for path in paths) == ["link.png", "way/outside.png"]
+    assert all("leads out" in reason for reason in aside)
+    found, _, _ = scan(csv(folder, text, follows_outside=True), tmp_path / "followed")
+    assert sorted(found) == ["a.png", "link.png", "way/outside.png"]
+
+
+def test_a_row_group_of_many_gigabytes_and_an_image_of_one_are_not_read(
+    pictures: list[bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = write_table(tmp_path / "a.parquet", pictures, text=["x"] * 7)
+    monkeypatch.setattr("simpletuner.data.backends.parquet.MAX_FILE_BYTES", 100)
+    with pytest.raises(UnusableFile, match="larger than"):
+        parquet(table, name="a").read(b"a/000000000")
+    monkeypatch.setattr("simpletuner.data.backends.parquet.MAX_GROUP_BYTES", 100)
+    with pytest.raises(DataError, match="in one row group"):
+        scan(parquet(table), tmp_path)
+
+
 def test_missing_and_odd_files_are_set_aside(folder: Path, tmp_path: Path) -> None:
     (folder / "c.txt").write_text("a secret")
     backend = csv(folder, "file_name,caption\na.png,one\nnone.png,two\nc.txt,three\n,four\n")
