@@ -59,7 +59,8 @@ class Window:
 
     @property
     def num_samples(self) -> int:
-        return sum(len(batch) for batch in self.batches)
+        """Without what only fills up a batch for a process that has no sample of its own."""
+        return sum(int(batch.loss_weights.count_nonzero()) for batch in self.batches)
 
 
 class BatchSource:

@@ -45,20 +45,39 @@ def train(folder: Path, *arguments: str) -> Path:
     return folder / "output"
 
 
+# Images of a global batch of four: 5 are 4 and 1, 3 are fewer than the two processes take together.
+COUNTS = {"pictures": 5, "regularisation": 3, "held_out": 2}
+
+
+def short_batches(folder: Path) -> list[dict]:
+    """Data of which some batches have one image, so that one of two processes has none that counts."""
+    for seed, (name, count) in enumerate(COUNTS.items(), 1):
+        draw_pictures(folder / name, count, seed=seed)
+    return [
+        dataset("pictures"),
+        dataset("regularisation", is_regularisation_data=True),
+        dataset("held_out", dataset_type="eval"),
+    ]
+
+
 @pytest.fixture(scope="module")
 def one_process(tmp_path_factory, omnigen_folder) -> Path:
-    return train(write_run(tmp_path_factory.mktemp("one"), omnigen_folder, train_batch_size=4, use_ema=True))
+    folder = tmp_path_factory.mktemp("one")
+    return train(write_run(folder, omnigen_folder, short_batches(folder), train_batch_size=4, use_ema=True))
 
 
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory, omnigen_folder) -> Path:
-    """An odd number of pictures: some batches have one picture, and one process then has none that counts."""
     options = {"train_batch_size": 2, "num_processes": 2, "use_ema": True}
-    return train(write_run(tmp_path_factory.mktemp("two"), omnigen_folder, **options))
+    folder = tmp_path_factory.mktemp("two")
+    return train(write_run(folder, omnigen_folder, short_batches(folder), **options))
 
 
 def test_two_processes_train_what_one_does_with_the_same_global_batch(one_process, two_processes):
     assert_same_training(one_process, two_processes)
+    # Three batches an epoch: of 4, 1 and 3 images; eight steps are two epochs and two more.
+    samples = [step["samples"] for step in steps(two_processes)]
+    assert sorted(samples[:3]) == sorted(samples[3:6]) == [1, 3, 4]
 
 
 def test_only_the_main_process_writes_and_speaks(two_processes):
@@ -68,14 +87,15 @@ def test_only_the_main_process_writes_and_speaks(two_processes):
 
 def test_each_process_encodes_its_share_once(two_processes):
     done = [record["summary"] for record in metrics(two_processes, "phase_done") if "caching" in record["name"]]
-    # 7 pictures: 4 for the main process, 3 for the other; 3 and 2 are divided likewise.
-    assert done == ["4 encoded, 0 cached before", "2 encoded, 0 cached before", "1 encoded, 0 cached before"]
+    # 5 images: 3 for the main process, 2 for the other; 3 and 2 are divided likewise.
+    assert done == ["3 encoded, 0 cached before", "2 encoded, 0 cached before", "1 encoded, 0 cached before"]
 
 
 @pytest.mark.ci
 def test_a_stopped_run_of_two_processes_resumes_to_the_same_bits(tmp_path, omnigen_folder, two_processes):
     options = {"train_batch_size": 2, "num_processes": 2, "use_ema": True}
-    folder = write_run(tmp_path / "stopped", omnigen_folder, **options)
+    data = short_batches(tmp_path / "stopped")
+    folder = write_run(tmp_path / "stopped", omnigen_folder, data, **options)
     train(folder, "--max_train_steps=4")
     resumed = train(folder)
     assert [record["step"] for record in steps(resumed)] == list(range(1, 9))
@@ -106,7 +126,8 @@ FULL = {"model_type": "full", "use_ema": True, "learning_rate": 1e-3, "gradient_
 def test_an_adapter_on_a_spread_denoiser_trains_as_on_a_whole_one(tmp_path, omnigen_folder, one_process):
     options = {"validation_disable": False, "validation_prompt": "a box", "validation_resolution": "64"}
     options |= {"validation_num_inference_steps": 2, "validation_step_interval": 8, "validation_guidance": 1.0}
-    spread = train(write_run(tmp_path, omnigen_folder, use_ema=True, **SHARDED, **options))
+    data = short_batches(tmp_path)
+    spread = train(write_run(tmp_path, omnigen_folder, data, use_ema=True, **SHARDED, **options))
     assert_same_training(one_process, spread)
     assert_same_tensors(one_process / "checkpoint-8", spread / "checkpoint-8")
     assert list((spread / "validation_images").glob("*.png"))

@@ -81,6 +81,7 @@ def test_a_process_without_an_image_of_its_own_weighs_nothing():
     assert window.batches[0].loss_weights.tolist() == [0]
     assert window.batches[0].digests == ["a"]
     assert window.weight < 1e-9
+    assert window.num_samples == 0
 
 
 def test_the_slots_of_a_later_batch_follow_those_of_all_processes():
