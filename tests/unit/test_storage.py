@@ -353,7 +353,7 @@ def test_content_is_written_whole_however_little_the_system_takes_at_once(tmp_pa
 def test_just_enough_space_is_enough(tmp_path, monkeypatch, bytes_missing):
     monkeypatch.setattr(storage.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     if bytes_missing > 0:
-        with pytest.raises(DataError, match=r"needs 1,001 bytes, and only 1,000 are free"):
+        with pytest.raises(DataError, match="needs 1001 bytes, and only 1000 bytes are free"):
             storage.require_free_space(tmp_path, 1000 + bytes_missing, "a test")
     else:
         storage.require_free_space(tmp_path, 1000 + bytes_missing, "a test")
