@@ -13,6 +13,7 @@ import re
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import quote
 
 from simpletuner.errors import DataError, Problem
 from simpletuner.leftovers import parse_name
@@ -110,3 +111,27 @@ def told_as_disk_errors() -> Iterator[None]:
         if told is None:
             raise
         raise told from error
+
+
+def is_writable(path: Path) -> bool:
+    """Whether a file can be made or changed: its disk and its folder, or the folder above where that is missing."""
+    if path.exists() and not os.access(path, os.W_OK):
+        return False
+    folder = path.parent
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    return os.access(folder, os.W_OK)
+
+
+def copy_in_memory(path: Path) -> sqlite3.Connection:
+    """A database in memory with the content of a file that can only be read; empty where there is none, or a damaged
+    one."""
+    memory = sqlite3.connect(":memory:", check_same_thread=False)
+    try:
+        with contextlib.closing(sqlite3.connect(f"file:{quote(str(path))}?mode=ro&immutable=1", uri=True)) as source:
+            source.backup(memory)
+        memory.execute("SELECT count(*) FROM sqlite_master").fetchone()
+    except sqlite3.DatabaseError:
+        memory.close()
+        memory = sqlite3.connect(":memory:", check_same_thread=False)
+    return memory

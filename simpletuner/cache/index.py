@@ -6,6 +6,7 @@ missing, damaged or of another version. In a folder that cannot be written a cop
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import re
@@ -14,9 +15,9 @@ from collections.abc import Callable, Iterable
 from itertools import islice
 from pathlib import Path
 from typing import Concatenate, ParamSpec, TypeVar
-from urllib.parse import quote
 
 from simpletuner.cache.shards import DamagedShard, Entry, read_entries
+from simpletuner.disk import copy_in_memory
 from simpletuner.errors import DataError, Problem
 
 INDEX_NAME = "index.sqlite"
@@ -243,15 +244,10 @@ def _forget(database: sqlite3.Connection, name: str) -> None:
 
 def _copy_in_memory(path: Path) -> sqlite3.Connection:
     """A copy of the index that is there, or an empty one; `refresh` brings either up to date."""
-    memory = sqlite3.connect(":memory:", check_same_thread=False)
-    try:
-        source = sqlite3.connect(f"file:{quote(str(path))}?mode=ro&immutable=1", uri=True)
-        source.backup(memory)
-        source.close()
-        if memory.execute("PRAGMA user_version").fetchone() == (_SCHEMA_VERSION,):
+    memory = copy_in_memory(path)
+    if memory.execute("PRAGMA user_version").fetchone() == (_SCHEMA_VERSION,):
+        with contextlib.suppress(sqlite3.DatabaseError):
             return _with_schema(memory)
-    except sqlite3.DatabaseError:
-        pass
     memory.close()
     return _with_schema(sqlite3.connect(":memory:", check_same_thread=False))
 

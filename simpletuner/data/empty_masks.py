@@ -5,6 +5,7 @@ The masks are read once for each content of the two folders and each way of cutt
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,6 +14,7 @@ from simpletuner import storage
 from simpletuner.batch import Crop, Sample
 from simpletuner.data.dataset import Dataset
 from simpletuner.data.report import ProgressReport
+from simpletuner.disk import DiskError
 from simpletuner.errors import DataError, Problem
 from simpletuner.text import printable
 
@@ -67,7 +69,7 @@ def _empty_masks(dataset: Dataset, folder: Path, report: ProgressReport | None) 
         try:
             return storage.read_json(path)["empty"]
         except (DataError, KeyError, TypeError):
-            path.unlink(missing_ok=True)  # made anew
+            pass  # made anew
     empty: list[int] = []
     with ThreadPoolExecutor(_THREADS, thread_name_prefix="masks") as pool:
         for start in range(0, len(dataset.samples), _CHUNK):
@@ -77,7 +79,8 @@ def _empty_masks(dataset: Dataset, folder: Path, report: ProgressReport | None) 
             empty += [position for position, is_one in zip(positions, is_empty, strict=True) if is_one]
             if report is not None:
                 report(f"reading masks of {dataset.id}", positions.stop, len(dataset.samples))
-    storage.write_json(path, {"empty": empty})
+    with contextlib.suppress(DiskError):  # of a folder that is only read: looked for again at each start
+        storage.write_json(path, {"empty": empty})
     return empty
 
 

@@ -27,6 +27,7 @@ from simpletuner.data.backends.base import Backend
 from simpletuner.data.captions import caption_from_name, is_camera_name
 from simpletuner.data.report import MAX_EXAMPLES, Note, SetAside
 from simpletuner.data.scan import Progress, update_files
+from simpletuner.disk import copy_in_memory, is_writable
 from simpletuner.errors import DataError, Problem
 from simpletuner.text import forms_of, one_form
 
@@ -38,6 +39,9 @@ _BUSY_SECONDS = 120.0
 _CAMERA = 2
 _WAIT_SECONDS = 0.5
 _QUERY_ROWS = 500
+
+# What reading raises where bits of the file have flipped and SQLite did not notice.
+_DAMAGE = (KeyError, TypeError, ValueError, AttributeError, OverflowError)
 
 _TABLES = """
 CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value TEXT) WITHOUT ROWID;
@@ -127,9 +131,12 @@ class Index:
         self.path = path
         self.backend = backend
         self._lock = threading.Lock()
+        # A cache that can only be read serves too: what it knows is taken over, what is new is looked at each time.
+        self._is_shared = is_writable(path)
         with self._explained():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._db = _open(path)
+            if self._is_shared:
+                path.parent.mkdir(parents=True, exist_ok=True)
+            self._db = _open(path) if self._is_shared else _open_copy(path)
 
     def close(self) -> None:
         self._db.close()
@@ -145,29 +152,50 @@ class Index:
             is_trusted: where there has been a scan, take what it found and do not look at the folder.
         """
         with self._lock, self._explained(), self._only_scan(progress):
-            select = "SELECT * FROM catalogue"
-            if not is_trusted or self._db.execute(select).fetchone() is None:
-                update_files(self._db, self.backend, progress)
-            stored = self._db.execute(select).fetchone()
-            if stored is None:
-                catalogue = self._build_catalogue()
-                self._keep(catalogue)
-                return catalogue
-            _, ids, texts, heights, widths, named, *rest = stored
-            return Catalogue(
-                np.frombuffer(ids, dtype="<i8"),
-                np.frombuffer(texts, dtype="<i8"),
-                np.frombuffer(heights, dtype="<i4"),
-                np.frombuffer(widths, dtype="<i4"),
-                *_names(np.frombuffer(named, dtype=np.uint8)),
-                *rest,
-            )
+            try:
+                return self._scan(progress, is_trusted)
+            except sqlite3.OperationalError:  # locked, or no room: not the fault of the file's content
+                raise
+            except (sqlite3.DatabaseError, *_DAMAGE):
+                self._start_again()
+                return self._scan(progress, False)
+
+    def _start_again(self) -> None:
+        """Make a damaged index anew; what its files are is found out again."""
+        self._db.close()
+        if self._is_shared:
+            self.path.unlink(missing_ok=True)
+            self.path.with_name(f"{self.path.name}-journal").unlink(missing_ok=True)
+            self._db = _open(self.path)
+        else:
+            self._db = sqlite3.connect(":memory:", check_same_thread=False)
+            _make_tables(self._db)
+
+    def _scan(self, progress: Progress | None, is_trusted: bool) -> Catalogue:
+        select = "SELECT * FROM catalogue"
+        if not is_trusted or self._db.execute(select).fetchone() is None:
+            update_files(self._db, self.backend, progress)
+        stored = self._db.execute(select).fetchone()
+        if stored is None:
+            catalogue = self._build_catalogue()
+            self._keep(catalogue)
+            return catalogue
+        _, ids, texts, heights, widths, named, *rest = stored
+        return Catalogue(
+            np.frombuffer(ids, dtype="<i8"),
+            np.frombuffer(texts, dtype="<i8"),
+            np.frombuffer(heights, dtype="<i4"),
+            np.frombuffer(widths, dtype="<i4"),
+            *_names(np.frombuffer(named, dtype=np.uint8)),
+            *rest,
+        )
 
     def pictures(self, ids: Sequence[int]) -> list[PictureRow]:
         """Rows of pictures, in the order of `ids`."""
         rows = self._select("SELECT id, path, digest, height, width FROM files WHERE id IN", ids)
-        found = {row[0]: PictureRow(os.fsdecode(row[1]), row[2].hex(), row[3], row[4]) for row in rows}
-        return [found[key] for key in ids]
+        with self._explained():
+            found = {row[0]: PictureRow(os.fsdecode(row[1]), row[2].hex(), row[3], row[4]) for row in rows}
+            return [found[key] for key in ids]
 
     def pictures_beside(self, paths: Sequence[bytes]) -> list[list[tuple[int, PictureRow]]]:
         """For each path the usable pictures, with their rows, that are called so up to the extension."""
@@ -315,6 +343,9 @@ class Index:
     def _only_scan(self, progress: Progress | None) -> Iterator[None]:
         from filelock import FileLock, Timeout
 
+        if not self._is_shared:  # a copy in memory is this process's own
+            yield
+            return
         lock = FileLock(f"{self.path}.lock")
         while not lock.is_locked:
             try:
@@ -332,7 +363,7 @@ class Index:
         """Failures of the index file as errors for the user."""
         try:
             yield
-        except (sqlite3.Error, OSError) as error:
+        except (sqlite3.Error, OSError, *_DAMAGE) as error:
             raise DataError(
                 Problem(
                     f"the index of {self.backend.location} at {self.path} cannot be used: {error}",
@@ -364,6 +395,16 @@ def _open(path: Path) -> sqlite3.Connection:
     path.unlink()
     database = _connect(path)
     _make_tables(database)
+    return database
+
+
+def _open_copy(path: Path) -> sqlite3.Connection:
+    """The index at `path` in memory, for a folder that can only be read; an empty one where it is of no use."""
+    database = copy_in_memory(path)
+    if database.execute("PRAGMA user_version").fetchone()[0] != INDEX_VERSION:
+        database.close()
+        database = sqlite3.connect(":memory:", check_same_thread=False)
+        _make_tables(database)
     return database
 
 

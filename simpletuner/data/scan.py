@@ -21,8 +21,9 @@ from dataclasses import dataclass
 from simpletuner.data.backends.base import NOT_READ, Backend, Folder, UnusableFile, join
 from simpletuner.data.captions import CAPTION_SUFFIXES, MAX_CAPTION_BYTES, TEXT_VERSION, decode_caption, name_note
 from simpletuner.data.transforms import UNREAD_SUFFIXES, UnusablePicture, decoder_version, picture_facts
+from simpletuner.errors import DataError, Problem
 from simpletuner.hardware import available_cores
-from simpletuner.text import NotText, one_form
+from simpletuner.text import NotText, one_form, printable
 
 # A picture that decodes; one that does not, until it or the decoder changes; one to be tried again at each scan.
 OK, BROKEN, UNREADABLE = "ok", "broken", "unreadable"
@@ -98,6 +99,8 @@ def update_files(database: sqlite3.Connection, backend: Backend, progress: Progr
         warnings.simplefilter("ignore")
         for folder in backend.folders():
             key, listing = known.pop(folder.path, (None, None))
+            if folder.error is not None and folder.error not in NOT_READ.values():
+                _require_unknown(database, backend, folder)
             if folder.error is None and listing == folder.listing:
                 continue
             for num_files in _update_folder(database, backend, pool, key, folder):
@@ -106,6 +109,30 @@ def update_files(database: sqlite3.Connection, backend: Backend, progress: Progr
                     progress(num_done)
     if known:
         _forget_folders(database, [key for key, _ in known.values()])
+
+
+def _require_unknown(database: sqlite3.Connection, backend: Backend, folder: Folder) -> None:
+    """Raise where a folder that cannot be listed, or one below it, has images: they are not gone, and training without
+    them would be another run.
+
+    Raises:
+        DataError: names the folder and what it held.
+    """
+    below = folder.path + b"/" if folder.path else b""
+    counted = database.execute(
+        "SELECT count(*) FROM files WHERE live AND NOT is_text AND status = 'ok' AND (? = 0 OR substr(path, 1, ?) = ?)",
+        [len(below), len(below), below],
+    )
+    if num_images := counted.fetchone()[0]:
+        name = printable(os.fsdecode(folder.path)) or "."
+        raise DataError(
+            Problem(
+                f"folder {name} cannot be listed: {folder.error}; it held {num_images} images at the last start",
+                file=backend.location,
+                fix="look at the disk, its mount and the folder's permissions, and start again; if the images are "
+                "really gone, remove the folder",
+            )
+        )
 
 
 def _forget_old_texts(database: sqlite3.Connection) -> None:

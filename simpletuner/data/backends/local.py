@@ -13,8 +13,9 @@ import os
 import stat
 import time
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 from simpletuner.data.backends.base import (
     MAX_FILE_BYTES,
@@ -30,6 +31,8 @@ from simpletuner.data.backends.base import (
 from simpletuner.data.backends.containment import Fence
 from simpletuner.data.captions import CAPTION_SUFFIXES
 from simpletuner.data.transforms import SUFFIXES, UNREAD_SUFFIXES
+
+T = TypeVar("T")
 
 # Of the captions that tables show as files.
 CAPTION_SUFFIX = CAPTION_SUFFIXES[0]
@@ -66,11 +69,11 @@ class LocalBackend:
                 if self._leads_out(path):
                     yield Folder(path, error=NOT_READ[OUTSIDE])
                     continue
-                status = os.stat(self._absolute(path))  # noqa: PTH116 - names are bytes, Path is text
+                status = _retried(os.stat, self._absolute(path))
                 if (status.st_dev, status.st_ino) in entered:
                     continue
                 entered.add((status.st_dev, status.st_ino))
-                listing, subfolders = self._list(path)
+                listing, subfolders = _retried(self._list, path)
             except OSError as error:
                 yield Folder(path, error=error.strerror or str(error))
                 continue
@@ -85,14 +88,7 @@ class LocalBackend:
                     yield FileStat(os.fsencode(entry.name), *self.numbers(join(folder, os.fsencode(entry.name))))
 
     def read(self, path: bytes) -> bytes:
-        for attempt in range(_ATTEMPTS):
-            try:
-                return self._read_once(path)
-            except OSError as error:
-                if error.errno not in _RETRIED or attempt == _ATTEMPTS - 1:
-                    raise
-                time.sleep(_PAUSE_SECONDS * 2**attempt)
-        raise AssertionError("unreachable: the last attempt returns or raises")
+        return _retried(self._read_once, path)
 
     def _read_once(self, path: bytes) -> bytes:
         # Not blocking: opening a pipe that took a picture's name would wait for a writer forever.
@@ -145,8 +141,8 @@ class LocalBackend:
                         status = entry.stat(follow_symlinks=False)
                         mtime_ns, ctime_ns = status.st_mtime_ns & _INT64_MAX, status.st_ctime_ns & _INT64_MAX
                         numbers += (status.st_size, mtime_ns, ctime_ns, status.st_ino & _INT64_MAX)
-                    except OSError:  # gone since it was listed
-                        numbers += (-1, 0, 0, 0)
+                    except FileNotFoundError:  # gone since it was listed
+                        numbers += (NO_FILE, 0, 0, 0)
                 elif not is_wanted(name) or _is_folder(entry):
                     if not name.startswith(".") and _is_folder(entry):
                         subfolders.append(os.fsencode(name))
@@ -160,10 +156,24 @@ class LocalBackend:
         return digest.digest(), subfolders
 
 
+def _retried(work: Callable[[bytes], T], path: bytes) -> T:
+    """What `work` gives for a path; a passing fault of a network mount is waited out for a moment."""
+    for attempt in range(_ATTEMPTS - 1):
+        try:
+            return work(path)
+        except OSError as error:
+            if error.errno not in _RETRIED:
+                raise
+            time.sleep(_PAUSE_SECONDS * 2**attempt)
+    return work(path)
+
+
 def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_dir()
-    except OSError:  # a link to itself; one bad name must not cost the whole folder
+    except OSError as error:  # a link to itself; one bad name must not cost the whole folder
+        if error.errno in _RETRIED:
+            raise
         return False
 
 
@@ -177,7 +187,9 @@ def file_numbers(entry: Path) -> tuple[int, int, int, int]:
     """Size, mtime_ns, ctime_ns and inode, as in `FileStat`."""
     try:
         status = entry.stat()
-    except OSError:  # a link to nothing, or gone since it was listed
+    except OSError as error:  # a link to nothing or to itself, or gone since it was listed
+        if error.errno in _RETRIED:
+            raise
         return NO_FILE, 0, 0, 0
     if not stat.S_ISREG(status.st_mode):
         return NO_FILE, 0, 0, 0
