@@ -94,12 +94,15 @@ def with_multiplier_in_weights(weights: AdapterWeights) -> AdapterWeights:
     """
     if weights.multiplier == 1:
         return weights
-    modules = {path: scaled(module, weights.multiplier) for path, module in weights.modules.items()}
-    if fixed := [path for path, module in modules.items() if module is None]:
-        kind = "weight decomposition" if DORA in weights.modules[fixed[0]] else algorithm_of(weights.modules[fixed[0]])
-        message = f"the multiplier {weights.multiplier:g} cannot be put into the weights of {kind} ({fixed[0]})"
-        fix = "merge it into the model with --merge, or make a plain LoRA of it with --rank"
-        raise ConfigError(Problem(message, key="multiplier", allowed="1", fix=fix))
+    modules: dict[str, Module] = {}
+    for path, module in weights.modules.items():
+        multiplied = scaled(module, weights.multiplier)
+        if multiplied is None:
+            kind = "weight decomposition" if DORA in module else algorithm_of(module)
+            message = f"the multiplier {weights.multiplier:g} cannot be put into the weights of {kind} ({path})"
+            fix = "merge it into the model with --merge, or make a plain LoRA of it with --rank"
+            raise ConfigError(Problem(message, key="multiplier", allowed="1", fix=fix))
+        modules[path] = multiplied
     return replace(weights, modules=modules, lycoris={**weights.lycoris, "multiplier": 1.0})
 
 

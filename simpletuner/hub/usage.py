@@ -43,17 +43,17 @@ def usage_code(
             f"file = hf_hub_download({repo_id!r}, {file_name!r})\n"
             f"adapter, _ = create_lycoris_from_weights(1.0, file, {denoiser})\nadapter.merge_to()\n"
         )
-    elif form == "diffusers" and not pipeline_loads_lora(spec):
-        return _with_peft(spec, repo_id, base, file_name) + draw
     elif form == "diffusers" or _is_read(spec, kind, form):
+        if not pipeline_loads_lora(spec):
+            return _with_peft(spec, f"hf_hub_download({repo_id!r}, {file_name!r})", base) + draw
         load += f"pipeline.load_lora_weights({repo_id!r}, weight_name={file_name!r})\n"
     else:
         exported = f"{file_name.removesuffix('.safetensors')}.diffusers.safetensors"
-        load += (
-            f"# diffusers does not read the {form} form. This makes one that it reads, beside the downloaded file:\n"
-        )
-        load += f"# simpletuner export {file_name} --format diffusers --model {base_model or 'PATH'}\n"
-        load += f'pipeline.load_lora_weights("exported", weight_name={exported!r})\n'
+        note = f"# diffusers does not read the {form} form. This makes one that it reads, beside the downloaded file:\n"
+        note += f"# simpletuner export {file_name} --format diffusers --model {base_model or 'PATH'}\n"
+        if not pipeline_loads_lora(spec):
+            return note + _with_peft(spec, repr(f"exported/{exported}"), base) + draw
+        load += f'{note}pipeline.load_lora_weights("exported", weight_name={exported!r})\n'
     return f"{head}\n{load}{draw}"
 
 
@@ -69,8 +69,12 @@ def pipeline_loads_lora(spec: FamilySpec) -> bool:
     return hasattr(getattr(diffusers, spec.pipeline_class, None), "load_lora_weights")
 
 
-def _with_peft(spec: FamilySpec, repo_id: str, base: str, file_name: str) -> str:
-    """For pipelines without a loader: PEFT places the tensors, whose names are those of the denoiser's modules."""
+def _with_peft(spec: FamilySpec, file: str, base: str) -> str:
+    """For pipelines without a loader: PEFT places the tensors, whose names are those of the denoiser's modules.
+
+    Args:
+        file: of diffusers' form, as an expression.
+    """
     denoiser = spec.component("denoiser").name
     return f"""import torch
 from diffusers import {spec.pipeline_class}
@@ -79,7 +83,7 @@ from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
 from safetensors.torch import load_file
 
 pipeline = {spec.pipeline_class}.from_pretrained({base}, torch_dtype=torch.bfloat16).to("cuda")
-weights = load_file(hf_hub_download({repo_id!r}, {file_name!r}))
+weights = load_file({file})
 weights = {{name.removeprefix("{denoiser}."): tensor for name, tensor in weights.items()}}
 ranks = {{n.removesuffix(".lora_A.weight"): len(t) for n, t in weights.items() if n.endswith(".lora_A.weight")}}
 rank = next(iter(ranks.values()))

@@ -56,6 +56,7 @@ def test_the_code_is_python_that_names_the_files(job, kind):
         ("sdxl", "lora", "kohya", "load_lora_weights('me/stars'", "read by diffusers, ComfyUI, A1111, Forge and"),
         ("sdxl", "dora", "kohya", 'load_lora_weights("exported"', "diffusers drops the trained lengths"),
         ("sd3", "lora", "kohya", 'load_lora_weights("exported"', "diffusers changes nothing, without an error"),
+        ("omnigen", "dora", "kohya", "load_file('exported/", "read by no other program"),
         ("flux", "lora", "comfyui", 'load_lora_weights("exported"', "read by ComfyUI"),
         ("flux", "dora", "diffusers", "load_lora_weights('me/stars'", "read by diffusers"),
         ("flux", "lora", "lycoris", "create_lycoris_from_weights(1.0", "read by ComfyUI and LyCORIS"),
