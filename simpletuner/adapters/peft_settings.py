@@ -19,7 +19,13 @@ CONFIG_FILE = "adapter_config.json"
 # The entry that stands for `adapter_config.json` in the metadata of weights that were read.
 CONFIG_KEY = "adapter_config"
 # Starts that change the base itself: the weights of such an adapter belong on what is left of it.
-_CHANGE_THE_BASE = ("pissa", "olora", "loftq", "corda")
+_CHANGE_THE_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")
+
+# Settings with which PEFT computes something else than `up @ down` beside the layer.
+_OTHER_FUNCTIONS = (
+    *("use_qalora", "use_bdlora", "kasa_config", "monteclora_config", "arrow_config", "alora_invocation_tokens"),
+    "layer_replication",
+)
 
 
 def config_beside(weights: Path) -> dict[str, str]:
@@ -46,6 +52,9 @@ def _require_lora(config: Mapping[str, Any], file: str) -> None:
     if kind != "LORA":
         message = f"it is a {kind} adapter of PEFT, and only LORA can be read from it"
         raise DataError(Problem(message, key="peft_type", file=file, allowed="LORA"))
+    if variants := [name for name in _OTHER_FUNCTIONS if config.get(name)]:
+        message = f"{variants[0]} makes another function of its weights than LoRA"
+        raise DataError(Problem(message, key=variants[0], file=file, allowed="unset"))
     start = str(config.get("init_lora_weights", True)).lower()
     if start.startswith(_CHANGE_THE_BASE):
         message = f"its weights belong on a base that {start} has changed, not on the model as it is published"
