@@ -28,9 +28,14 @@ def prepare_module(module: LycorisBaseModule, prefers_bypass: bool = True) -> No
         prefers_bypass: the adapter's output is added to the layer's where that is equal in result.
     """
     from lycoris.modules.base import LycorisBaseModule
+    from lycoris.modules.boft import ButterflyOFTModule
+    from lycoris.modules.diag_oft import DiagOFTModule
     from lycoris.modules.dylora import DyLoraModule
     from lycoris.modules.ia3 import IA3Module
 
+    if isinstance(module, DiagOFTModule | ButterflyOFTModule):
+        never_wait_for_rotations()
+        module.get_r = MethodType(lambda module: rotations(module.oft_blocks, module.I, module.constraint), module)
     if isinstance(module, DyLoraModule):
         module.forward = MethodType(dylora_forward, module)
         module.custom_state_dict = MethodType(dylora_tensors, module)
@@ -144,6 +149,31 @@ def dylora_tensors(module: DyLoraModule) -> dict[str, Tensor]:
     tensors = type(module).custom_state_dict(module)
     up = tensors["lora_up.weight"]
     return tensors | {"lora_up.weight": up.reshape(*up.shape, *[1] * (len(module.shape) - 2))}
+
+
+def never_wait_for_rotations() -> None:
+    """Put `rotations` in the place of LyCORIS' function of the same arguments and result, which its layers call."""
+    from lycoris.functional import boft, diag_oft
+
+    diag_oft.get_r = boft.get_r = rotations
+
+
+def rotations(oft_blocks: Tensor, I: Tensor | None = None, constraint: float | None = 0) -> Tensor:  # noqa: E741
+    """OFT's and BOFT's rotations (I + Q)(I - Q)^-1 of skew-symmetric Q (Cayley), without waiting for the device.
+
+    LyCORIS asks whether the norm is above the constraint, and torch's `inverse` whether the matrix is singular, each in
+    every layer; I - Q never is, for the eigenvalues of Q are imaginary.
+
+    Args:
+        oft_blocks: (..., b, b).
+        I: (b, b) the identity.
+    """
+    identity = torch.eye(oft_blocks.shape[-1], device=oft_blocks.device) if I is None else I
+    q = oft_blocks - oft_blocks.transpose(-1, -2)
+    if constraint:
+        q = q * (constraint / (torch.norm(q) + 1e-8)).clamp(max=1.0)
+    inverse, _ = torch.linalg.inv_ex((identity - q).float())
+    return (identity + q) @ inverse
 
 
 def rotated_forward(module: LycorisBaseModule, x: Tensor, scale: float = 1.0) -> Tensor:

@@ -25,6 +25,7 @@ def shard_denoiser(
     shard_size: int | None = None,
     reshards: bool = True,
     offloads: bool = False,
+    computes_in: torch.dtype = torch.float32,
 ) -> None:
     """Spread a denoiser that lies in main memory; afterwards `device` holds this process's part.
 
@@ -37,12 +38,13 @@ def shard_denoiser(
         shard_size: processes that share one copy; None for all.
         reshards: let go of a block between its forward and backward pass.
         offloads: keep the parts in main memory.
+        computes_in: weights travel in this number format; their gradients are summed in float32, whatever it is.
 
     Raises:
         ConfigError: the processes cannot be divided so, or the model has no such blocks.
         RuntimeError: the layout obtained is not the one asked for.
     """
-    from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
+    from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
     blocks = [module for module in denoiser.modules() if type(module).__name__ in block_classes]
     if not blocks:
@@ -53,6 +55,12 @@ def shard_denoiser(
         "mesh": _mesh(world, device, shard_size),
         "ignored_params": whole,
         "offload_policy": CPUOffloadPolicy() if offloads else OffloadPolicy(),
+        # Inputs stay as they are: autocast knows better which of them are to be float32.
+        "mp_policy": MixedPrecisionPolicy(
+            param_dtype=None if computes_in == torch.float32 else computes_in,
+            reduce_dtype=torch.float32,
+            cast_forward_inputs=False,
+        ),
     }
     for parameter in whole:  # `fully_shard` moves only what it spreads
         parameter.data = parameter.data.to(device)

@@ -26,6 +26,8 @@ Item = TypeVar("Item")
 # A process may encode a whole cache while the others wait. One that dies is noticed by its closed connections and by
 # whoever started it, not by this limit.
 PATIENCE = timedelta(days=2)
+# NCCL's kernels turn on the GPUs while they wait, and one that hangs hangs for ever: nothing of ours takes so long.
+LINK_PATIENCE = timedelta(minutes=30)
 BUCKET_BYTES = 64 * 2**20
 
 
@@ -108,6 +110,14 @@ class World:
         if self.is_main:
             self.barrier()
 
+    @contextmanager
+    def in_turns(self) -> Iterator[None]:
+        """The processes of a machine do the block one after the other."""
+        for turn in range(max(self.gather(self.local_rank)) + 1):
+            if turn == self.local_rank:
+                yield
+            self.barrier()
+
     @torch.no_grad()
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Sum the gradients of all processes, in float32; one that a process does not have counts as zeros there.
@@ -144,6 +154,8 @@ def _connected() -> Iterator[None]:
     """Tell a connection that broke as what it is."""
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise  # says what it is, and of this process
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
         message = f"another process of this run has ended, and says why itself; from here it looks like: {reason}"
@@ -197,19 +209,26 @@ def joined(environment: Mapping[str, str]) -> Iterator[World]:
         return
     import torch.distributed as dist
 
-    backend = "gloo"
+    backend, device = "gloo", None
     if torch.cuda.is_available():
         if world.local_rank >= torch.cuda.device_count():
             raise ConfigError(_too_few_devices(world))
         torch.cuda.set_device(world.local_rank)
-        backend = "cpu:gloo,cuda:nccl"
-    dist.init_process_group(backend, rank=world.rank, world_size=world.size, timeout=PATIENCE)
+        backend, device = "cpu:gloo,cuda:nccl", torch.device("cuda", world.local_rank)
+    dist.init_process_group(backend, rank=world.rank, world_size=world.size, timeout=PATIENCE, device_id=device)
+    if device is not None:
+        limit_links(dist.group.WORLD._get_backend(device))
     try:
         yield world
     finally:
         # After an error the others may be anywhere: destroying the group would wait for them.
         if _is_leaving_well():
             dist.destroy_process_group()
+
+
+def limit_links(backend: Any) -> None:
+    """Give the links between accelerators their own limit: only ever gradients and weights wait there."""
+    backend._set_default_timeout(LINK_PATIENCE)
 
 
 def _is_leaving_well() -> bool:

@@ -34,6 +34,18 @@ from simpletuner.precision.mixed import exact_float32
 from simpletuner.precision.quantise import NumberFormats, quantise
 
 Conditioning = Mapping[str, Any]
+
+
+def send(tensor: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """A tensor on `device`, without waiting for the copy.
+
+    Through pinned memory: a copy to a GPU out of any other holds the host until it is done.
+    """
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, dtype, non_blocking=True)
+
+
 # Per prompt the (height, width) in pixels of each of its reference pictures.
 ReferenceSizes = Sequence[Sequence[tuple[int, int]]]
 
@@ -301,8 +313,7 @@ class ModelFamily(ABC):
         names = batch.prompt_embeds[0].tensors.keys()
         stacked = {name: [embeds.tensors[name] for embeds in batch.prompt_embeds] for name in names}
         return {
-            name: nn.utils.rnn.pad_sequence(rows, batch_first=True).to(self.device, non_blocking=True)
-            for name, rows in stacked.items()
+            name: send(nn.utils.rnn.pad_sequence(rows, batch_first=True), self.device) for name, rows in stacked.items()
         }
 
     def sigmas_at(self, quantiles: Tensor, latents: Latents) -> Tensor:

@@ -57,7 +57,7 @@ class QuantisedLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         kind = input.device.type
-        if torch.is_autocast_enabled(kind):
+        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
             input = input.to(torch.get_autocast_dtype(kind))
         return _UnpackedProduct.apply(input, self, *self.parts.values())
 

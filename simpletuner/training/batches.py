@@ -155,6 +155,8 @@ class BatchSource:
         samples = dataset.samples.take(plan.sample_indices, plan.round_number)
         slots = [first_slot + place for place in part]
         latents = torch.stack(self.sources[dataset.id].latents(samples))
+        if self.family.device.type == "cuda":
+            latents = latents.pin_memory()  # here, beside the model's work
         captions = [self.caption(dataset, sample, step, slot) for sample, slot in zip(samples, slots, strict=True)]
         references = reference_latents(
             self.sources, [self.references(sample, step, slot) for sample, slot in zip(samples, slots, strict=True)]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from simpletuner.errors import ConfigError, MissingDependency, Problem
@@ -22,6 +23,8 @@ PREFERRED: Mapping[str, SDPBackend] = {
     "native-math": SDPBackend.MATH,
     "cudnn": SDPBackend.CUDNN_ATTENTION,
 }
+# Of each kind of block: sizes become one variant when there are two; batch 1, masks and gradients double them.
+VARIANTS = 64
 OTHERS = (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
 
 
@@ -40,8 +43,29 @@ def compile_blocks(denoiser: nn.Module, block_classes: Sequence[str], backend: s
     if what is not None:
         message = f"inductor needs {what} to make kernels"
         raise MissingDependency(Problem(message, key="dynamo_backend", fix=f"install {what}, or set it to no"))
-    for block in repeated_blocks(denoiser, block_classes):
+    # A kind of block is compiled again for whatever it is called with: batch size 1, other sizes, with a mask, without
+    # gradients. Beyond its usual limit of 8, dynamo would say so in a log and compute without the compiler.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, VARIANTS)
+    blocks = repeated_blocks(denoiser, block_classes)
+    for block in blocks:
         block.compile(backend=backend)
+    if blocks:
+        blocks[0]._compiled_call_impl = _with_gradients(blocks[0]._compiled_call_impl)
+
+
+def _with_gradients(compiled: Callable[..., Any]) -> Callable[..., Any]:
+    """Let a first block's inputs ask for gradients, as those of all others do: otherwise each variant is made twice."""
+
+    def asking(value: Any) -> Any:
+        is_plain = isinstance(value, Tensor) and value.is_floating_point() and not value.requires_grad
+        return value.detach().requires_grad_() if is_plain and value.ndim > 2 else value
+
+    def call(*inputs: Any, **options: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return compiled(*inputs, **options)
+        return compiled(*map(asking, inputs), **{name: asking(value) for name, value in options.items()})
+
+    return call
 
 
 @contextmanager

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import psutil
 from torch import nn
 
 from simpletuner.adapters.base import Adapter
 from simpletuner.adapters.full import FullAdapter
 from simpletuner.config.deepspeed import read_deepspeed, stage_of
+from simpletuner.config.loading import LoadedRun
 from simpletuner.config.options import TrainConfig
 from simpletuner.distributed.placement import Copies, Parts, Placement
 from simpletuner.distributed.sharding import shard_denoiser, spread_parameters
@@ -16,7 +18,12 @@ from simpletuner.distributed.world import World
 from simpletuner.distributed.zero import Zero
 from simpletuner.errors import ConfigError, Problem
 from simpletuner.models.family import ModelFamily
+from simpletuner.precision.mixed import DTYPES
+from simpletuner.training.room import denoiser_bytes
 from simpletuner.training.swapping import move_with_swap, repeated_blocks
+
+# Main memory for weights while they are read: the file, and what is made of it.
+ROOM_TO_LOAD = 1.5
 
 
 def is_denoiser_spread(config: TrainConfig) -> bool:
@@ -24,6 +31,18 @@ def is_denoiser_spread(config: TrainConfig) -> bool:
     if config.deepspeed_config:
         return stage_of(read_deepspeed(Path(config.deepspeed_config))) == 3
     return config.fsdp_enable
+
+
+def must_take_turns(loaded: LoadedRun, family: ModelFamily, world: World) -> bool:
+    """Whether the processes of a machine load the denoiser one after the other; the same in all processes.
+
+    Those that share one set of weights cannot: they need each other to spread it.
+    """
+    if world.size == 1 or is_denoiser_spread(loaded.config) or loaded.config.deepspeed_config:
+        return False
+    size = denoiser_bytes(family.spec, family.source, loaded)
+    num_here = max(world.gather(world.local_rank)) + 1
+    return world.any(num_here * size * ROOM_TO_LOAD > psutil.virtual_memory().available)
 
 
 def place_denoiser(
@@ -71,6 +90,7 @@ def place_denoiser(
         shard_size=config.fsdp_shard_size,
         reshards=config.fsdp_reshard_after_forward,
         offloads=config.fsdp_cpu_offload,
+        computes_in=DTYPES[config.mixed_precision],
     )
     if not isinstance(adapter, FullAdapter):
         return Copies(adapter.trainable_parameters(), world)

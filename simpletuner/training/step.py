@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from simpletuner.batch import Batch
 from simpletuner.diffusion.loss import Latents, sample_means, sample_weights
 from simpletuner.diffusion.reflexflow import compensation_weights, direction_loss
-from simpletuner.models.family import ModelFamily
+from simpletuner.models.family import ModelFamily, send
 from simpletuner.randomness import keyed_generator, keyed_uniform
 from simpletuner.training.objective import PLAIN, Objective
 from simpletuner.training.rollout import ReflexFlow, Rollouts, implied_noise, roll_out
@@ -77,7 +77,7 @@ def compute_losses(
         perturbed_noise: mixed into the latents in place of `noise`, which the target keeps.
         depth: steps that the model itself leads the latents, from a noisier level to that of training; 0 none.
     """
-    sigmas = objective.sigmas_at(family, quantiles, batch.latents).to(family.device, non_blocking=True)
+    sigmas = send(objective.sigmas_at(family, quantiles, batch.latents), family.device)
     latents, noise = to_device(batch.latents, family.device), to_device(noise, family.device)
     conditioning = family.collate(batch)
     mixed_in = noise if perturbed_noise is None else to_device(perturbed_noise, family.device)
@@ -97,12 +97,12 @@ def compute_losses(
 
     model_pred = family.predict(denoiser, noisy_latents, sigmas, conditioning)
     errors = each_latent(partial(objective.errors, family), model_pred, target, sigmas)
-    masks = None if batch.masks is None else batch.masks.to(family.device, non_blocking=True)
+    masks = None if batch.masks is None else send(batch.masks, family.device)
     if drift is not None and rollouts.reflex is not None:
         per_sample = reflexive_losses(errors, model_pred, target, drift, masks, rollouts.reflex)
     else:
         per_sample = sample_means(errors, masks)
-    weights = sample_weights(batch.loss_weights.to(family.device, non_blocking=True), masks)
+    weights = sample_weights(send(batch.loss_weights, family.device), masks)
     return Losses(per_sample * objective.factors(family, sigmas), weights, sigmas)
 
 
@@ -123,8 +123,8 @@ def reflexive_losses(
 def to_device(latents: Latents, device: torch.device) -> Latents:
     """A tensor or list of tensors on `device`, without waiting for the copy."""
     if isinstance(latents, Tensor):
-        return latents.to(device, non_blocking=True)
-    return [row.to(device, non_blocking=True) for row in latents]
+        return send(latents, device)
+    return [send(row, device) for row in latents]
 
 
 def each_latent(function: Callable[..., Tensor], *values: Latents) -> Latents:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -52,7 +52,7 @@ from simpletuner.training.parts import (
     build_validator,
 )
 from simpletuner.training.phases import phase
-from simpletuner.training.place import place_denoiser
+from simpletuner.training.place import must_take_turns, place_denoiser
 from simpletuner.training.prepare import prepare_data
 from simpletuner.training.recomputing import Recomputing
 from simpletuner.training.report import report_run
@@ -168,7 +168,9 @@ def build_run(loaded: LoadedRun, output_dir: Path, bus: EventBus, stop: StopRequ
     if length.notice:
         bus.emit(Notice("info", length.notice))
 
-    with phase(bus, "loading the denoiser"):
+    # Whole weights pass through main memory, in each process: one after the other where it does not hold them all.
+    turns = world.in_turns() if must_take_turns(loaded, family, world) else nullcontext()
+    with turns, phase(bus, "loading the denoiser"):
         denoiser = family.load_base()
         adapter = attach_adapter(loaded, family, denoiser)
         tell_of_adapter(adapter, bus)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from simpletuner.batch import Batch, PromptEmbeds
 from simpletuner.diffusion.loss import Latents
-from simpletuner.models.family import Conditioning, ModelFamily, ReferenceSizes, have_one_shape
+from simpletuner.models.family import Conditioning, ModelFamily, ReferenceSizes, have_one_shape, send
 from simpletuner.models.patches import pack, position_ids, unpack
 
 # A distilled model is trained as if its picture were drawn at this guidance; then 3.5 still means 3.5 afterwards.
@@ -62,7 +62,7 @@ class Flux(ModelFamily):
 
     def collate(self, batch: Batch) -> Conditioning:
         """Also `references`: per sample the latents of its reference pictures on `self.device`."""
-        rows = [[each.to(self.device, self.dtype, non_blocking=True) for each in row] for row in batch.references]
+        rows = [[send(each, self.device, self.dtype) for each in row] for row in batch.references]
         return {**super().collate(batch), "references": rows or [[] for _ in batch.prompt_embeds]}
 
     def predict(

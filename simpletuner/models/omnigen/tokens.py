@@ -21,6 +21,7 @@ from torch.nn.functional import pad as pad_left
 from simpletuner.batch import PromptEmbeds
 from simpletuner.errors import DataError, Problem
 from simpletuner.models.components import ModelSource, component_file
+from simpletuner.models.family import send
 from simpletuner.models.spec import FamilySpec
 
 PREFIX = "<|user|>\nGenerate an image according to the following instructions\n"
@@ -224,21 +225,18 @@ def collate_tokens(
         for embeds, pad in zip(prompt_embeds, padding, strict=True)
     )
 
-    def moved(values: Tensor) -> Tensor:
-        return values.to(device, non_blocking=True)  # else the host would wait for all that the device has to do
-
-    latents = tuple(tuple(moved(latent) for latent in row) for row in references) or ((),) * len(rows)
+    latents = tuple(tuple(send(latent, device) for latent in row) for row in references) or ((),) * len(rows)
     visible = None
     if any(padding):
         visible = torch.arange(num_text)[None] >= torch.tensor(padding)[:, None]
     mask = make_condition_mask(padding, spans, num_text) if any(padding) or any(spans) else None
     return TokenRows(
-        moved(torch.stack(padded)),
-        moved(torch.tensor(lengths)),
+        send(torch.stack(padded), device),
+        send(torch.tensor(lengths), device),
         spans,
         latents,
-        None if visible is None else moved(visible),
-        None if mask is None else moved(mask),
+        None if visible is None else send(visible, device),
+        None if mask is None else send(mask, device),
     )
 
 

@@ -17,7 +17,7 @@ from simpletuner.batch import Batch, PromptEmbeds, Sample
 from simpletuner.diffusion.ddpm import NoiseSchedule
 from simpletuner.diffusion.loss import Latents
 from simpletuner.models.components import model_index
-from simpletuner.models.family import Conditioning, ModelFamily, ReferenceSizes
+from simpletuner.models.family import Conditioning, ModelFamily, ReferenceSizes, send
 from simpletuner.models.live_pipeline import LivePipeline
 from simpletuner.models.spec import PredictionType
 
@@ -63,7 +63,7 @@ class SDXL(ModelFamily):
         """Also `time_ids` (B, 6): original size, upper left corner of the crop, size of the crop, in pixels."""
         sizes = [tuple(side * self.spec.vae_factor for side in row.shape[-2:]) for row in batch.latents]
         rows = [time_ids(sample) for sample in batch.samples] or [(*size, 0, 0, *size) for size in sizes]
-        ids = torch.tensor(rows, dtype=torch.float32).to(self.device, non_blocking=True)
+        ids = send(torch.tensor(rows, dtype=torch.float32), self.device)
         return {**super().collate(batch), "time_ids": ids}
 
     def predict(

@@ -11,7 +11,7 @@ from torch import nn
 
 from simpletuner.adapters.base import base_state_dict
 from simpletuner.adapters.lycoris import attach_lycoris
-from simpletuner.adapters.lycoris_modules import prepare_module
+from simpletuner.adapters.lycoris_modules import prepare_module, rotations
 from simpletuner.errors import ConfigError
 from simpletuner.models.omnigen.spec import OMNIGEN
 from tests.tiny import tiny_omnigen_transformer
@@ -142,3 +142,15 @@ def test_every_algorithm_can_be_counted_on_a_model_without_values(algo: str) -> 
     real = attach(algo=algo)[1].trainable_parameters()
     counted = adapter.trainable_parameters()
     assert {name: p.shape for name, p in counted.items()} == {name: p.shape for name, p in real.items()}
+
+
+@pytest.mark.parametrize("constraint", [0, 0.05, 50.0])
+def test_rotations_are_those_of_lycoris(constraint: float) -> None:
+    """Whose function asks the device for values; this one does not."""
+    blocks = torch.randn(3, 4, 4, generator=torch.Generator().manual_seed(0))
+    q = blocks - blocks.transpose(1, 2)
+    if constraint and q.norm() > constraint:
+        q = q * constraint / q.norm()
+    expected = (torch.eye(4) + q) @ (torch.eye(4) - q).inverse()
+    torch.testing.assert_close(rotations(blocks, torch.eye(4), constraint), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(expected @ expected.mT, torch.eye(4).expand(3, 4, 4), rtol=0, atol=1e-4)

@@ -1,0 +1,111 @@
+"""Processes on GPUs: limits of their links, turns at main memory, number formats of spread weights, pinned copies."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from simpletuner.distributed import world as worlds
+from simpletuner.distributed.sharding import shard_denoiser
+from simpletuner.distributed.world import ConnectionLost, World, joined
+from simpletuner.models.family import send
+from simpletuner.training import place
+from tests.runs import load_here, write_run
+
+
+def test_links_between_gpus_have_a_limit_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NCCL's; what goes over the processor waits as long as another process encodes a cache."""
+    told: dict[str, Any] = {}
+    backend = SimpleNamespace(_set_default_timeout=lambda limit: told.update(links=limit))
+    group = SimpleNamespace(_get_backend=lambda device: told.update(of=device) or backend)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, **options: told.update(backend=backend, **options))
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
+    monkeypatch.setattr(dist, "group", SimpleNamespace(WORLD=group))
+    with joined({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}):
+        pass
+    assert told["backend"] == "cpu:gloo,cuda:nccl"
+    assert told["device_id"] == told["of"] == torch.device("cuda", 1)
+    assert told["links"] == timedelta(minutes=30)
+
+
+def test_memory_that_runs_out_is_no_lost_connection() -> None:
+    with pytest.raises(torch.OutOfMemoryError), worlds._connected():
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    with pytest.raises(ConnectionLost), worlds._connected():
+        raise RuntimeError("Connection closed by peer")
+
+
+def test_processes_of_a_machine_load_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two machines of three processes: the barriers between the turns are the same for all."""
+    events: list[str] = []
+    monkeypatch.setattr(World, "barrier", lambda self: events.append("barrier"))
+    monkeypatch.setattr(World, "gather", lambda self, value: [0, 1, 2, 0, 1, 2])
+    for local_rank, before in ((0, 0), (2, 2)):
+        events.clear()
+        with World(local_rank, 6, local_rank).in_turns():
+            events.append("load")
+        assert events == ["barrier"] * before + ["load"] + ["barrier"] * (3 - before)
+
+
+@pytest.mark.parametrize(("available", "waits"), [(1, True), (1 << 50, False)])
+def test_turns_are_taken_where_main_memory_does_not_hold_all(
+    available: int, waits: bool, tmp_path: Path, omnigen_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from simpletuner.training.parts import build_family
+
+    loaded = load_here(write_run(tmp_path, omnigen_folder))
+    monkeypatch.setattr(World, "gather", lambda self, value: [0, 1])
+    monkeypatch.setattr(World, "any", lambda self, flag: flag)
+    monkeypatch.setattr(place.psutil, "virtual_memory", lambda: SimpleNamespace(available=available))
+    assert place.must_take_turns(loaded, build_family(loaded), World(0, 2, 0)) is waits
+    assert not place.must_take_turns(loaded, build_family(loaded), World())
+
+
+@pytest.mark.parametrize("computes_in", [torch.bfloat16, torch.float32])
+def test_spread_weights_travel_in_the_number_format_of_products_and_gradients_are_summed_in_float32(
+    computes_in: torch.dtype,
+) -> None:
+    class Block(nn.Linear):
+        pass
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        model = nn.Sequential(Block(8, 8), Block(8, 8))
+        seen: list[torch.dtype] = []
+        model[0].register_forward_pre_hook(lambda block, inputs: seen.append(block.weight.dtype))
+        shard_denoiser(model, ("Block",), World(0, 1, 0), torch.device("cpu"), whole=set(), computes_in=computes_in)
+        x = torch.ones(2, 8)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=computes_in != torch.float32):
+            model(x).sum().backward()
+        assert seen == [computes_in]
+        assert model[0].weight.dtype == torch.float32
+        assert model[0].weight.grad.dtype == torch.float32
+        policy = model[0]._get_fsdp_state()._fsdp_param_group.mp_policy
+        assert policy.reduce_dtype == torch.float32
+        assert not policy.cast_forward_inputs
+    finally:
+        dist.destroy_process_group()
+
+
+def test_copies_to_a_gpu_come_out_of_pinned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Out of any other the host waits for them, `non_blocking` or not."""
+    calls: list[str] = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: calls.append("pin") or self)
+    monkeypatch.setattr(
+        torch.Tensor,
+        "to",
+        lambda self, device, dtype=None, non_blocking=False: calls.append(f"to {device} {non_blocking}"),
+    )
+    send(torch.zeros(2), torch.device("cuda"))
+    send(torch.zeros(2), torch.device("cpu"))
+    assert calls == ["pin", "to cuda True", "to cpu True"]
