@@ -269,6 +269,8 @@ class Wizard(App[Outcome]):
             self.call_from_thread(self.take_report, folder, report)
 
     def take_report(self, folder: str, report: FolderReport | str) -> None:
+        if not self.query(Field):  # the screens are being taken down
+            return
         self.reports[folder] = report
         if isinstance(report, FolderReport):
             self.answers = replace(self.answers, seen={**self.answers.seen, folder: report.facts})

@@ -95,8 +95,8 @@ class Field(Horizontal):
                 field.value = shown(value)
 
     def _answered(self, value: Any) -> None:
-        same = bool(self._shown) if isinstance(value, bool) else shown(self._shown)
-        if value != same:
+        is_same = value == bool(self._shown) if isinstance(value, bool) else shown(value) == shown(self._shown)
+        if not is_same:
             self._shown = value
             self.post_message(self.Changed(self, value))
 

@@ -83,7 +83,7 @@ def option_question(name: str, label: str) -> Question:
     info = all_options()[name]
 
     def write(answers: Answers, text: Any) -> Answers:
-        if text == "" and info.default is None:
+        if text in ("", None) and info.default is None:
             return replace(answers, options={**answers.options, name: None})
         values, problems = typed_options({name: Setting(name, text, Origin("default"))})
         if problems:
@@ -109,7 +109,7 @@ def dataset_question(name: str, label: str) -> Question:
     info = dataset_options("image")[name]
 
     def write(answers: Answers, text: Any) -> Answers:
-        if text == "":
+        if text in ("", None):
             return replace(answers, dataset={key: value for key, value in answers.dataset.items() if key != name})
         settings = {
             "id": Setting("id", "pictures", Origin("default")),
