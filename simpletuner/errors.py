@@ -28,6 +28,18 @@ def bytes_text(num_bytes: float) -> str:
     return f"{num_bytes:.1f} TiB"
 
 
+def shape_text(shape: Sequence[int]) -> str:
+    """(4, 8) -> `4 x 8`; a single number -> `1 number`."""
+    return " x ".join(map(str, shape)) if len(shape) else "1 number"
+
+
+def error_text(error: BaseException) -> str:
+    """What an exception of a reader says, in words: a missing key says no more than its name."""
+    if isinstance(error, KeyError):
+        return f"it has no {error.args[0] if error.args else 'such key'}"
+    return " ".join(str(error).split()) or "it has another form"
+
+
 def plain_value(value: Any) -> str:
     """A setting as people write it: `true`, `0.1`, `a, b`; `unset` where there is none."""
     if value is None:

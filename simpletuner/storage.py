@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from simpletuner.disk import disk_errors
-from simpletuner.errors import DataError, Problem, bytes_text
+from simpletuner.errors import DataError, Problem, bytes_text, error_text
 from simpletuner.leftovers import new_sibling, parse_name
 
 if TYPE_CHECKING:
@@ -269,7 +269,7 @@ def read_manifest(path: str | Path) -> Manifest:
         files = {name: (int(entry["size"]), str(entry["sha256"])) for name, entry in raw["files"].items()}
         manifest = Manifest(files, raw["metadata"], raw["format_version"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise DataError(Problem(f"is damaged: {error!r}", file=str(file))) from error
+        raise DataError(Problem(f"is damaged: {error_text(error)}", file=str(file))) from error
     if manifest.to_json()["sha256"] != raw.get("sha256"):
         raise DataError(Problem("is damaged: its own sha256 does not fit", file=str(file)))
     return manifest
@@ -294,7 +294,8 @@ def verify_dir(path: str | Path, full: bool = True) -> list[str]:
         try:
             actual = file.stat().st_size
             if actual != size:
-                problems.append(f"{file} has {actual} bytes, not {size}")
+                sizes = f"{bytes_text(actual)}, not the {bytes_text(size)}"
+                problems.append(f"{file} is damaged: it has {sizes} that were written")
             elif (full or size <= _QUICK_CHECK_BYTES) and file_digest(file) != sha256:
                 problems.append(f"{file} is damaged: its sha256 does not fit the manifest")
         except OSError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if "ci" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="long: runs with --ci"))
+
+
+@pytest.fixture(autouse=True)
+def plain_messages() -> Iterator[None]:
+    """No problem or notice that a test provokes shows Python, a digest or a number of bytes."""
+    from tests.messages import faults_of, recorded_messages
+
+    with recorded_messages() as seen:
+        yield
+    for text in seen:
+        assert not faults_of(text), f"the message shows {', '.join(faults_of(text))}: {text}"
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from simpletuner.adapters.weights import AdapterWeights
-from simpletuner.errors import ConfigError, DataError, Problem
+from simpletuner.errors import ConfigError, DataError, Problem, shape_text
 from simpletuner.precision.mixed import forget_casts
 
 # The adapter is a registered child of the denoiser under this name: outside of it, DDP raises and the gradients of
@@ -128,7 +128,9 @@ def copy_into(parameters: Mapping[str, nn.Parameter], state: Mapping[str, Tensor
     problems = [Problem(f"there is no weight for {name}") for name in parameters if name not in state]
     problems += [Problem(f"the weight {name} belongs to no trained parameter") for name in state.keys() - parameters]
     problems += [
-        Problem(f"the weight {name} has shape {tuple(state[name].shape)}; the parameter has {tuple(parameter.shape)}")
+        Problem(
+            f"the weight {name} has shape {shape_text(state[name].shape)}; the parameter {shape_text(parameter.shape)}"
+        )
         for name, parameter in parameters.items()
         if name in state and state[name].shape != parameter.shape
     ]

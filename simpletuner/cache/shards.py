@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from simpletuner import storage
-from simpletuner.errors import DataError, Problem
+from simpletuner.errors import DataError, Problem, error_text
 
 if TYPE_CHECKING:
     import torch
@@ -122,7 +122,7 @@ def read_entries(path: Path) -> dict[str, Entry]:
                 raise DamagedShard(f"{path} has a damaged header")
             places[key].append(TensorPlace(name, info["dtype"], tuple(info["shape"]), start, end))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise DamagedShard(f"{path} has a damaged header: {error!r}") from error
+        raise DamagedShard(f"{path} has a damaged header: {error_text(error)}") from error
     return {key: Entry(digests[key], tuple(places[key])) for key in digests}
 
 

@@ -43,7 +43,9 @@ def convert(source: Path, output: Path | None) -> Path:
     try:
         content = torch.load(source, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        reason = printable(" ".join(str(error).split())[:300])
+        # Of torch's text only what was found: the rest is advice to run the file all the same.
+        found = " ".join(str(error).split()).partition("WeightsUnpickler error: ")[2].partition(" by default")[0]
+        reason = printable(found[:300]) or "something that is no tensor"
         raise _refused(source, f"holds more than tensors, and nothing of it was run: {reason}") from error
     except (OSError, RuntimeError, ValueError, EOFError, LookupError, TypeError, AttributeError) as error:
         raise _refused(source, f"cannot be read: {printable(' '.join(str(error).split())[:300])}") from error

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from simpletuner.errors import ConfigError, Problem
-from simpletuner.text import NotText, decode, read_file
+from simpletuner.text import NotText, decode, printable, read_file
 
 JsonPath = tuple[str | int, ...]
 
@@ -130,7 +130,7 @@ class _Reader:
         """What stands at the position, for messages."""
         if self.position >= len(self.text):
             return "the end of the file"
-        return repr(self.text[self.position])
+        return f'"{printable(self.text[self.position])}"'
 
     def skip_blank(self) -> None:
         match = BLANK.match(self.text, self.position)

@@ -84,7 +84,7 @@ def _known(setting: Setting, merged: Merged) -> Setting | None:
             try:
                 setting = replace(setting, value=not read_bool(setting.value))
             except ValueError:
-                merged.problems.append(origin.problem(f"{setting.value!r} must be true or false", key=key))
+                merged.problems.append(origin.problem(f"{show_value(setting.value)} must be true or false", key=key))
                 return None
     if setting.key not in all_options():
         merged.problems.append(unknown_key(setting, option_names()))

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from simpletuner.data.backends.base import NOT_READ, Backend, Folder, UnusableFile, join
 from simpletuner.data.captions import CAPTION_SUFFIXES, MAX_CAPTION_BYTES, TEXT_VERSION, decode_caption, name_note
 from simpletuner.data.transforms import UNREAD_SUFFIXES, UnusablePicture, decoder_version, picture_facts
-from simpletuner.errors import DataError, Problem
+from simpletuner.errors import DataError, Problem, bytes_text
 from simpletuner.hardware import available_cores
 from simpletuner.text import NotText, one_form, printable
 
@@ -242,7 +242,7 @@ def look_at(backend: Backend, file: FileState) -> Finding:
     if file.suffix in UNREAD_SUFFIXES:
         return Finding(file, BROKEN, UNREAD_SUFFIXES[file.suffix])
     if file.is_text and file.size > MAX_CAPTION_BYTES:
-        return Finding(file, BROKEN, f"larger than {MAX_CAPTION_BYTES} bytes")
+        return Finding(file, BROKEN, f"larger than {bytes_text(MAX_CAPTION_BYTES)}")
     try:
         data = backend.read(file.path)
     except UnusableFile as error:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from simpletuner.errors import DataError, Problem
+from simpletuner.errors import DataError, Problem, shape_text
 from simpletuner.models.keys import KeyTable
 from simpletuner.models.safe_loading import load_errors, without_pickles
 from simpletuner.models.spec import Component
@@ -133,7 +133,7 @@ def _denoiser_tensors(
         if found.swaps_halves and key != wanted[2]:
             tensor = torch.cat(tensor.chunk(2)[::-1])
         if tensor.shape != shape:
-            raise _unfit(path, f"{key} is of shape {tuple(tensor.shape)}, and {name} of {tuple(shape)}")
+            raise _unfit(path, f"{key} has the shape {shape_text(tensor.shape)}, and {name} has {shape_text(shape)}")
         yield name, tensor.to(dtype)
     if left and prefix:
         raise _unfit(path, f"{len(left)} tensors belong nowhere, the first is {min(left)}")

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from simpletuner.distributed.placement import STATE_SEPARATOR as SEPARATOR
-from simpletuner.errors import DataError, Problem
+from simpletuner.errors import DataError, Problem, shape_text
 
 # How a plain value says that a tensor stands in its place.
 TENSOR, PACKED = "tensor:", "packed"
@@ -221,6 +221,8 @@ def _misfits(states: Mapping[str, Mapping[str, Any]], names: Mapping[str, nn.Par
         for key, value in states[name].items():
             if isinstance(value, Tensor) and key in LIKE_THE_WEIGHT and value.shape != shape:
                 problems.append(
-                    Problem(f"the optimizer state {key} of {name} has shape {tuple(value.shape)}, not {tuple(shape)}")
+                    Problem(
+                        f"the optimizer state {key} of {name} is {shape_text(value.shape)}, not {shape_text(shape)}"
+                    )
                 )
     return problems

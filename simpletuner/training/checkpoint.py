@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from simpletuner import __version__, storage
-from simpletuner.errors import ConfigError, DataError, Problem
+from simpletuner.errors import ConfigError, DataError, Problem, error_text
 from simpletuner.optim.ema import EMA
 from simpletuner.optim.optimizers import averaged_weights, keeps_averages
 from simpletuner.optim.state import load_optimizer_tensors, optimizer_tensors
@@ -456,7 +456,7 @@ def read_state(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError) as error:
         raise DataError(
             Problem(
-                f"{path / STATE_FILE} cannot be read ({error!r}); this is simpletuner {__version__}",
+                f"{path / STATE_FILE} cannot be read ({error_text(error)}); this is simpletuner {__version__}",
                 key="resume_from_checkpoint",
                 fix="use the version that wrote it, or another checkpoint",
             )

@@ -205,5 +205,5 @@ def test_a_prompt_that_names_a_picture_that_is_not_there_is_explained(tmp_path: 
         path.write_text("put <img><|image_1|></img> beside <img><|image_2|></img>")
     result = run_cli(write_run(tmp_path, model, entries("pairs"), caption_dropout_probability=0), "train")
     assert result.returncode == 3
-    assert "names the input pictures [1, 2], but has 1" in result.stderr
+    assert "names the input pictures 1, 2, but has 1" in result.stderr
     assert "Traceback" not in result.stderr

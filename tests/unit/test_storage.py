@@ -155,7 +155,7 @@ def test_a_flipped_bit_a_cut_and_a_missing_file_are_found(tmp_path, full):
     text.write_bytes(text.read_bytes()[:-1])
     problems = storage.verify_dir(tmp_path / "a", full)
     assert len(problems) == 2
-    assert "2 bytes, not 3" in problems[0]
+    assert "it has 2 bytes, not the 3 bytes that were written" in problems[0]
     assert "sha256" in problems[1]
     text.unlink()
     assert "cannot be read" in storage.verify_dir(tmp_path / "a", full)[0]
@@ -353,7 +353,7 @@ def test_content_is_written_whole_however_little_the_system_takes_at_once(tmp_pa
 def test_just_enough_space_is_enough(tmp_path, monkeypatch, bytes_missing):
     monkeypatch.setattr(storage.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     if bytes_missing > 0:
-        with pytest.raises(DataError, match="needs 1001 bytes, and only 1000 bytes are free"):
+        with pytest.raises(DataError, match=r"needs 1001 bytes, and only 1000 bytes are free"):
             storage.require_free_space(tmp_path, 1000 + bytes_missing, "a test")
     else:
         storage.require_free_space(tmp_path, 1000 + bytes_missing, "a test")

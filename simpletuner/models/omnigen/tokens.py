@@ -23,6 +23,7 @@ from simpletuner.errors import DataError, Problem
 from simpletuner.models.components import ModelSource, component_file
 from simpletuner.models.family import send
 from simpletuner.models.spec import FamilySpec
+from simpletuner.text import printable
 
 PREFIX = "<|user|>\nGenerate an image according to the following instructions\n"
 SUFFIX = "<|end|>\n<|assistant|>\n<|diffusion|>"
@@ -125,7 +126,8 @@ class PromptTokenizer:
         if excess > room:
             raise DataError(
                 Problem(
-                    f"the prompt is {excess} tokens too long, with {room} behind its last picture to cut: {prompt!r}",
+                    f"the prompt is {excess} tokens too long, with {room} behind its last picture to cut: "
+                    f"{_quoted(prompt)}",
                     allowed=f"{self.max_tokens} tokens of text",
                     fix="shorten the prompt",
                 )
@@ -138,6 +140,10 @@ def image_placeholders(count: int) -> str:
     return " ".join(f"<img><|image_{number}|></img>" for number in range(1, count + 1))
 
 
+def _quoted(prompt: str) -> str:
+    return f'"{printable(prompt)[:100]}"'
+
+
 def _split_at_images(text: str, has_images: bool) -> list[str]:
     return re.split(r"<\|image_\d+\|>", text) if has_images else [text]
 
@@ -145,9 +151,10 @@ def _split_at_images(text: str, has_images: bool) -> list[str]:
 def _check_placeholders(prompt: str, tags: list[int], num_references: int) -> None:
     if sorted(set(tags)) == list(range(1, num_references + 1)):
         return
+    named = ", ".join(map(str, sorted(set(tags)))) or "none"
     raise DataError(
         Problem(
-            f"the prompt names the input pictures {sorted(set(tags)) or 'none'}, but has {num_references}: {prompt!r}",
+            f"the prompt names the input pictures {named}, but has {num_references}: {_quoted(prompt)}",
             allowed="<img><|image_1|></img>, <img><|image_2|></img>, ... once or more for each input picture",
             fix="correct the prompt, or the number of reference pictures",
         )

@@ -18,6 +18,7 @@ from importlib import resources
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
+from simpletuner.errors import bytes_text
 from simpletuner.reporting.monitor.history import History, Patch
 from simpletuner.reporting.monitor.reading import BadEvent, read_event
 
@@ -100,7 +101,7 @@ class MonitorHandler(BaseHTTPRequestHandler):
         elif not (length.isascii() and length.isdigit()):
             self._refuse(HTTPStatus.BAD_REQUEST, "Content-Length is no number")
         elif len(length) > MAX_DIGITS or int(length) > MAX_BODY_BYTES:
-            self._refuse(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"at most {MAX_BODY_BYTES} bytes")
+            self._refuse(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"at most {bytes_text(MAX_BODY_BYTES)}")
         elif self.headers.get_content_type() != "application/json":
             # A form or a plain text could be sent by any web page without asking.
             self._refuse(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "application/json is what is understood")
