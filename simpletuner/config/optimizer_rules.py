@@ -37,7 +37,7 @@ def optimizer_config_has_arguments_of_the_optimizer(draft: Draft) -> Iterator[Pr
         elif row and not _is_like(value, row.arguments[key]):
             message = f"{show_value(value)} cannot be {key} of {name}"
             yield draft.problem(message, "optimizer_config", f"a value like {show_value(row.arguments[key])}")
-        elif _is_epsilon(key) and (bad := _not_above_zero(value)) is not None:
+        elif row and _is_epsilon(key) and (bad := _not_above_zero(value)) is not None:
             message = f"{key} is {bad:g}: a weight whose gradient was always 0 would be divided by 0"
             fix = f"leave {key} out: its own is {show_value(row.arguments[key])}"
             yield draft.problem(message, "optimizer_config", "above 0", fix)

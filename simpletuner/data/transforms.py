@@ -187,11 +187,11 @@ def _mask_values(image: Image.Image, binary: bool) -> NDArray[np.float32]:
         image = image.convert("RGBA")
     except ValueError as error:
         raise UnusablePicture(f"its colours cannot be read: {error}") from None
-    covers = np.asarray(image.getchannel("A"), dtype=np.float32) / 255
+    covers = np.asarray(image.getchannel("A"), dtype=np.float32) / np.float32(255)
     channels = image.convert("RGB")
     if binary:
-        return (np.asarray(channels).max(axis=2) > 0) * (covers > 0).astype(np.float32)
-    return np.asarray(channels.convert("L"), dtype=np.float32) / 255 * covers
+        return ((np.asarray(channels).max(axis=2) > 0) & (covers > 0)).astype(np.float32)
+    return (np.asarray(channels.convert("L"), dtype=np.float32) / np.float32(255) * covers).astype(np.float32)
 
 
 def to_pixels(image: Image.Image, crop: Crop, is_flipped: bool = False) -> torch.Tensor:
@@ -281,7 +281,7 @@ def _loses_low_bytes(image: Image.Image) -> bool:
     """Whether Pillow will read 16-bit colours in 8 bits: it names the stored form before it decodes."""
     if image.mode.startswith("I"):
         return False
-    for tile in image.tile:
+    for tile in getattr(image, "tile", ()):
         stored, *more = tile.args if isinstance(tile.args, tuple) else (tile.args,)
         most = more[0] if image.format == "PPM" and more else 255
         if (isinstance(stored, str) and ";16" in stored) or (isinstance(most, int) and most > 255):
