@@ -152,12 +152,12 @@ def read_tensor_metadata(path: str | Path) -> dict[str, str]:
             length = os.fstat(file.fileno()).st_size
             size = int.from_bytes(file.read(8), "little")
             if not 0 < size <= length - 8:
-                raise ValueError(f"its {length} bytes do not hold the header")
+                raise ValueError(f"its {bytes_text(length)} do not hold the header")
             header = json.loads(file.read(size))
         metadata = header.pop("__metadata__", {})
         end = 8 + size + max((entry["data_offsets"][1] for entry in header.values()), default=0)
         if end != length:
-            raise ValueError(f"it has {length} bytes, not {end}")
+            raise ValueError(f"it has {bytes_text(length)}, not {bytes_text(end)}")
     except OSError as error:
         raise DataError(Problem(f"cannot be read: {error.strerror}", file=str(path))) from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:

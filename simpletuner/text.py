@@ -74,7 +74,7 @@ def read_file(path: Path, max_bytes: int) -> bytes:
     with path.open("rb") as file:
         data = file.read(max_bytes + 1)
     if len(data) > max_bytes:
-        raise ValueError(f"is larger than {max_bytes:,} bytes")
+        raise ValueError(f"is larger than {max_bytes / 1e6:g} MB")
     return data
 
 

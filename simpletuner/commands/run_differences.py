@@ -113,6 +113,11 @@ def _compare_records(one: Path, other: Path, event: str, key: str, start_step: i
     if unequal:
         step = unequal[0]
         word = {"step_done": "loss", "eval_done": "evaluation"}[event]
-        text = f"the {word} of step {step}: {values[0].get(step)!r} and {values[1].get(step)!r}"
+        text = f"the {word} of step {step}: {' and '.join(_exact(each.get(step)) for each in values)}"
         lines.append(text + (f"; {len(unequal) - 1} later ones too" if len(unequal) > 1 else ""))
     return len(values[0])
+
+
+def _exact(value: float | None) -> str:
+    """A number with all of its digits."""
+    return "none" if value is None else f"{value:.17g}"

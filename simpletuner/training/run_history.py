@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from simpletuner import storage
-from simpletuner.errors import DataError, Problem
+from simpletuner.errors import DataError, Problem, error_text
 
 HISTORY_FILE = "run_history.json"
 HISTORY_KEY = "run_history"  # in the metadata of manifests
@@ -106,7 +106,7 @@ class RunHistory:
             branches = tuple(Branch(str(each["id"]), int(each["after_step"])) for each in data["branches"])
             history = cls(str(data["run"]), branches, bool(data["adopts_unmarked"]))
         except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"not the history of a run: {error!r}") from error
+            raise ValueError(f"not the history of a run: {error_text(error)}") from error
         if not branches:
             raise ValueError("the history of a run has no branch")
         return history
