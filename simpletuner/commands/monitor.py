@@ -65,7 +65,17 @@ def monitor_beside(output_dir: Path, port: int = DEFAULT_PORT) -> Iterator[None]
     """
     output_dir.mkdir(parents=True, exist_ok=True)
     free = port if _is_free(port) else 0
-    command = [sys.executable, "-m", "simpletuner", "monitor", str(output_dir), "--port", str(free), "--until-eof"]
+    command = [
+        sys.executable,
+        "-P",
+        "-m",
+        "simpletuner",
+        "monitor",
+        str(output_dir),
+        "--port",
+        str(free),
+        "--until-eof",
+    ]
     # A session of its own: Ctrl-C in the terminal is for the run, whose last pictures and numbers it still shows.
     process = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
     try:

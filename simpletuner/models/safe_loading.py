@@ -57,8 +57,11 @@ def load_tokenizer(cls: Any, folder: str | Path) -> Any:
     Raises:
         Exception: one of `load_errors`.
     """
-    with without_pickles():
-        return cls.from_pretrained(folder, trust_remote_code=False)
+    try:
+        with without_pickles():
+            return cls.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # what is written in Rust raises no other kind on a damaged file
+        raise ValueError(str(error)) from error
 
 
 def check_folder(folder: Path) -> None:

@@ -147,6 +147,7 @@ class ParquetBackend:
             self._check_group(folder, group)
             try:
                 rows = self._open(folder).read_row_group(group, columns=list(columns), use_threads=False)
+                rows.validate(full=True)  # texts are UTF-8, lists lie within the column
             except (pa.ArrowException, OSError) as error:
                 raise self._damaged(folder, error) from error
             starts = self._group_starts(folder)
