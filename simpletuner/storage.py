@@ -43,10 +43,16 @@ def _step(name: str) -> None:
 def write_bytes(path: str | Path, data: bytes) -> None:
     """Replace `path` by a file holding `data`: a reader sees the old content or the new, never a part.
 
+    It is on disk when this returns; inside a folder that is being committed, when that is.
+
     Raises:
         DataError: the disk is full, over quota, read-only or not writable.
     """
     path = Path(path)
+    _replace_bytes(path, data, syncs=not _is_synced_later(path))
+
+
+def _replace_bytes(path: Path, data: bytes, syncs: bool) -> None:
     temporary = new_sibling(path, "tmp")
     with disk_errors(path):
         try:
@@ -54,8 +60,9 @@ def write_bytes(path: str | Path, data: bytes) -> None:
             descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
             try:
                 _write_all(descriptor, data)
-                _step("fsync")
-                os.fsync(descriptor)
+                if syncs:
+                    _step("fsync")
+                    os.fsync(descriptor)
             finally:
                 os.close(descriptor)
             _step("rename")
@@ -64,7 +71,8 @@ def write_bytes(path: str | Path, data: bytes) -> None:
             with contextlib.suppress(OSError):  # `sweep` removes it later; the first error is the one to tell
                 temporary.unlink(missing_ok=True)
             raise
-        _fsync_dir(path.parent)
+        if syncs:
+            _fsync_dir(path.parent)
 
 
 def write_json(path: str | Path, value: Any) -> None:
@@ -110,13 +118,15 @@ def save_tensors(
 def replacing_file(path: str | Path) -> Iterator[Path]:
     """Give a path to write a file to; it replaces `path` when the block ends, and is removed when the block raises.
 
-    For writers that open files themselves. The file is on disk when this returns, with the mode that the umask asks
-    for; files that the writer left beside it (a `config.json`) go along, before it.
+    For writers that open files themselves. The file is on disk when this returns (inside a folder that is being
+    committed, when that is), with the mode that the umask asks for; files that the writer left beside it (a
+    `config.json`) go along, before it.
 
     Raises:
         DataError: the disk is full, over quota, read-only or not writable.
     """
     path = Path(path)
+    syncs = not _is_synced_later(path)
     # Such writers may go through temporary files of their own, so they get a folder that `sweep` knows.
     temporary = new_sibling(path, "tmp")
     with disk_errors(path):
@@ -129,7 +139,8 @@ def replacing_file(path: str | Path) -> Iterator[Path]:
             mode = temporary.stat().st_mode & 0o666
             for file in sorted(temporary.iterdir(), key=lambda each: each == written):
                 file.chmod(mode)
-                _fsync_file(file)
+                if syncs:
+                    _fsync_file(file)
                 _step("rename")
                 file.replace(path.with_name(file.name))
             _step("rmdir")
@@ -137,7 +148,8 @@ def replacing_file(path: str | Path) -> Iterator[Path]:
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
-        _fsync_dir(path.parent)
+        if syncs:
+            _fsync_dir(path.parent)
 
 
 def read_tensor_metadata(path: str | Path) -> dict[str, str]:
@@ -430,7 +442,7 @@ def require_free_space(path: str | Path, num_bytes: int, what: str) -> None:
 def _seal(folder: Path, metadata: Mapping[str, Any]) -> Manifest:
     """Bring all files of a folder to the disk, then write its manifest as the last one."""
     files = {}
-    folders = [folder]
+    folders = []
     for path in sorted(folder.rglob("*")):
         if path.is_dir():
             folders.append(path)
@@ -438,9 +450,9 @@ def _seal(folder: Path, metadata: Mapping[str, Any]) -> Manifest:
         _fsync_file(path)
         files[path.relative_to(folder).as_posix()] = (path.stat().st_size, file_digest(path))
     manifest = Manifest(files, json.loads(_json_bytes(dict(metadata))))
-    write_json(folder / MANIFEST, manifest.to_json())
     for each in reversed(folders):
         _fsync_dir(each)
+    _replace_bytes(folder / MANIFEST, _json_bytes(manifest.to_json()), syncs=True)
     return manifest
 
 
@@ -466,6 +478,11 @@ def _publish(temporary: Path, final_path: Path, manifest: Manifest) -> None:
     if aside is not None:
         _step("rmtree")
         shutil.rmtree(aside, ignore_errors=True)  # the new folder counts already; `sweep` removes the rest
+
+
+def _is_synced_later(path: Path) -> bool:
+    """Whether `path` is in a temporary folder: all its files are brought to the disk before it gets its name."""
+    return any(parse_name(part) for part in path.parent.parts)
 
 
 def _write_all(descriptor: int, data: bytes) -> None:

@@ -84,8 +84,9 @@ def result_of(folder: Path) -> Result:
     return Result(
         {str(path.relative_to(output)): hashlib.sha256(path.read_bytes()).hexdigest() for path in exact},
         [(record["step"], record["loss"]) for record in steps],
-        json.loads((output / "eval_losses.json").read_text()),
-        frozenset(name for name in names if "tfevents" not in name),
+        json.loads((output / "eval_losses.json").read_text())["losses"],
+        # A run that dies before its first checkpoint begins anew, and what it had left goes to `earlier-runs`.
+        frozenset(name for name in names if "tfevents" not in name and not name.startswith("earlier-runs/")),
     )
 
 

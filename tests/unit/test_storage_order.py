@@ -10,6 +10,7 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
 from simpletuner import storage
 from simpletuner.errors import DataError
@@ -82,14 +83,21 @@ def test_a_folder_is_on_the_disk_file_by_file_then_its_manifest_then_itself_then
     assert operations == [
         ("fsync", "TMP/one"),
         ("fsync", "TMP/sub/two"),
+        ("fsync", "TMP/sub/"),
         ("fsync", "TMP/TMP"),
         ("rename", "TMP/TMP -> TMP/manifest.json"),
-        ("fsync", "TMP/"),
-        ("fsync", "TMP/sub/"),
         ("fsync", "TMP/"),
         ("rename", "TMP -> a"),
         ("fsync", "./"),
     ]
+
+
+def test_files_of_a_folder_that_is_committed_are_brought_to_the_disk_once(tmp_path, operations):
+    with storage.commit_dir(tmp_path / "a") as folder:
+        storage.save_tensors(folder / "w.safetensors", {"weight": torch.ones(2)})
+        storage.write_json(folder / "state.json", {"step": 1})
+    synced = [name for call, name in operations if call == "fsync"]
+    assert synced == ["TMP/state.json", "TMP/w.safetensors", "TMP/TMP", "TMP/", "./"]
 
 
 def test_an_older_folder_is_moved_away_first_and_removed_when_the_new_one_has_its_name(
