@@ -131,6 +131,6 @@ def test_each_process_is_told_who_it_is(monkeypatch, tmp_path):
     wanted = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "10.0.0.1"}
     wanted |= {"MASTER_PORT": "29500", "OMP_NUM_THREADS": "1", LIFELINE: "7", LAST_WORDS: str(tmp_path / "1")}
     assert {name: seen["env"][name] for name in wanted} == wanted
-    assert seen["command"][1:] == ["-m", "simpletuner", "train", "--x"]
+    assert seen["command"][1:] == ["-P", "-m", "simpletuner", "train", "--x"]
     assert seen["start_new_session"]
     assert seen["pass_fds"] == (7,)

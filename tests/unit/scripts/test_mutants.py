@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-ROOT = Path(__file__).parents[3]
-SPEC = importlib.util.spec_from_file_location("mutants", ROOT / "scripts" / "mutants.py")
-assert SPEC is not None
-assert SPEC.loader is not None
-mutants = importlib.util.module_from_spec(SPEC)
-sys.modules["mutants"] = mutants
-SPEC.loader.exec_module(mutants)
+sys.path.insert(0, str(Path(__file__).parents[3] / "scripts"))
+
+import mutant_lists
+import mutant_runs
+import mutants
+from mutant_lists import Mutant, StaleError
 
 SOURCE = """
 LIMIT = 3
@@ -38,12 +37,12 @@ class Box:
 
 
 def fault(function: str, find: str, replace: str):
-    return mutants.Mutant("box", "box.py", function, find, replace, "why", ())
+    return Mutant("box", "box.py", function, find, replace, "why", ())
 
 
 def test_every_planted_fault_fits_the_code():
     """A stale one says where it was: move it to where its code is now, or remove it with what it was about."""
-    assert mutants.check(mutants.read_lists()) == []
+    assert mutant_lists.check(mutant_lists.read_lists()) == []
 
 
 def test_a_fault_is_planted_in_its_function_alone():
@@ -67,24 +66,46 @@ def test_line_breaks_count_as_spaces():
     ],
 )
 def test_a_fault_that_does_not_fit_is_an_error(function: str, find: str, replace: str, says: str):
-    with pytest.raises(mutants.StaleError, match=says):
+    with pytest.raises(StaleError, match=says):
         fault(function, find, replace).apply(SOURCE)
 
 
-def test_what_ran_well_survived_and_what_failed_was_caught(tmp_path):
-    log = tmp_path / "log"
-    log.write_text("FAILED tests/unit/test_a.py::test_b - assert 1 == 2\n")
-    attempt = mutants.Attempt(None, None, (), 0, log, 0.0)
-    assert attempt.outcome(1)["result"] == "caught"
-    assert attempt.outcome(1)["by"] == "tests/unit/test_a.py::test_b"
-    assert attempt.outcome(None)["result"] == "caught"
-    assert attempt.outcome(0)["result"] == "survived"
-    assert [attempt.outcome(code)["result"] for code in (2, 3, 4, 5, 99, -9)] == ["broken"] * 6
+def test_what_ran_well_survived_and_what_failed_was_caught():
+    caught = mutant_runs.outcome(1, "tests/unit/test_a.py::test_b", 1.0)
+    assert (caught["result"], caught["by"]) == ("caught", "tests/unit/test_a.py::test_b")
+    assert mutant_runs.outcome(None, "", 1.0)["result"] == "caught"
+    assert mutant_runs.outcome(0, "", 1.0)["result"] == "survived"
+    assert [mutant_runs.outcome(code, "", 1.0)["result"] for code in (1, 2, 3, 4, 5, 99, -9)] == ["broken"] * 7
+
+
+def test_the_code_of_a_fault_takes_the_place_of_the_imported_function_s():
+    """And of one in a decorator; a value of the module has to be imported anew."""
+    from simpletuner.training import evaluation, loss_scale
+    from simpletuner.training.evaluation import best_step
+
+    scale = loss_scale.LossScale(True, 2.0)
+    unscale = mutant_runs._bare(loss_scale.LossScale.unscale)
+    kept = evaluation.best_step.__code__, unscale.__code__
+    source = (mutant_lists.ROOT / "simpletuner/training/evaluation.py").read_text()
+    try:
+        fault = Mutant("", "training/evaluation.py", "best_step", "-step", "step", "why", ())
+        assert mutant_runs.put_in(fault, source.replace("(trained[step], step)", "(trained[step], -step)"))
+        assert best_step({1: 0.5, 2: 0.5}) == 2
+        source = (mutant_lists.ROOT / "simpletuner/training/loss_scale.py").read_text()
+        fault = Mutant("", "training/loss_scale.py", "LossScale.unscale", "_div_", "_mul_", "why", ())
+        assert mutant_runs.put_in(fault, source.replace("_foreach_div_", "_foreach_mul_"))
+        parameter = torch.nn.Parameter(torch.ones(1))
+        parameter.grad = torch.ones(1)
+        scale.unscale([parameter])
+        assert parameter.grad.item() == 2
+    finally:
+        evaluation.best_step.__code__, unscale.__code__ = kept
+    assert not mutant_runs.put_in(Mutant("", "training/loss_scale.py", "", "2000", "2001", "why", ()), source, dry=True)
 
 
 def test_too_many_survivors_fail_and_any_of_the_packages_on_which_all_stands(capsys):
     def one(number: int, package: str):
-        return mutants.Mutant(package, f"{number}.py", "", "a", "b", "why", ())
+        return Mutant(package, f"{number}.py", "", "a", "b", "why", ())
 
     caught, survived = {"result": "caught"}, {"result": "survived"}
     many = [one(number, "data") for number in range(20)]
