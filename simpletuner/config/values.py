@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -113,6 +114,11 @@ def read_text(value: Any) -> Any:
     if fault := fault_in(value):
         raise ValueError(fault)
     return value
+
+
+def read_name(value: Any) -> Any:
+    """Text on one line: line ends and tabs, which files hold where a text was wrapped, are blanks."""
+    return re.sub(r"\s*[\n\r\t]\s*", " ", read_text(value)).strip()
 
 
 def read_secret(value: Any) -> Any:
@@ -272,6 +278,7 @@ Bool = Annotated[bool, BeforeValidator(read_bool)]
 Int = Annotated[int, BeforeValidator(read_int)]
 Float = Annotated[float, BeforeValidator(read_float)]
 Text = Annotated[str, BeforeValidator(read_text)]
+Name = Annotated[str, BeforeValidator(read_name)]
 Secret = Annotated[SecretStr, BeforeValidator(read_secret)]
 SecretJsonOrPath = Annotated[SecretStr | Path, BeforeValidator(read_secret_json)]
 Sizes = Annotated[str, BeforeValidator(read_sizes)]

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator
 
 from simpletuner.config.options.declare import OptionGroup, option
-from simpletuner.config.values import Bool, Int, SecretJsonOrPath, Text, read_words
+from simpletuner.config.values import Bool, Int, Name, SecretJsonOrPath, Text, read_words
 
 TRACKER = "this tracker is not built in; a custom-tracker of a few lines can serve it, see TRACKERS.md"
 PUBLISHING = "only the Hugging Face Hub is built; copy output_dir with the tool of the store, such as aws s3 sync"
@@ -36,8 +36,8 @@ class ReportingOptions(OptionGroup):
         help="Class of the tracker that `custom-tracker` in `report_to` means, as `package.module:Class`; a module in "
         "the working folder will do.",
     )
-    tracker_run_name: Text | None = option(None, help="Name of this run in trackers. Unset: the name of `output_dir`.")
-    tracker_project_name: Text | None = option(
+    tracker_run_name: Name | None = option(None, help="Name of this run in trackers. Unset: the name of `output_dir`.")
+    tracker_project_name: Name | None = option(
         None, help="Project of this run in W&B and custom trackers. Unset: `simpletuner`. TensorBoard has no projects."
     )
     push_to_hub: Bool = option(

@@ -54,7 +54,7 @@ class TensorBoardSink:
         if self._writer is None:
             from torch.utils.tensorboard import SummaryWriter
 
-            run_name = self._run.run_name if self._run else "run"
+            run_name = folder_name(self._run.run_name) if self._run else "run"
             start_step = self._run.start_step if self._run else 0
             purge_step = start_step + 1 if start_step else None
             self._writer = SummaryWriter(str(self._log_dir / run_name), purge_step=purge_step)
@@ -81,3 +81,9 @@ class TensorBoardSink:
                 pixels = numpy.asarray(image.convert("RGB"))
             self.writer().add_image(picture_name(picture), pixels, event.step, dataformats="HWC")
         self.writer().flush()
+
+
+def folder_name(run_name: str) -> str:
+    """The folder of a run within that of all runs; `a/b` groups runs as TensorBoard does, and nothing leads out."""
+    parts = [part for part in run_name.replace("\\", "/").split("/") if part not in ("", ".", "..")]
+    return "/".join(parts) or "run"

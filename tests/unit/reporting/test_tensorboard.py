@@ -8,7 +8,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from simpletuner.reporting.events import EvalDone, PicturesMade, RunStarted, SavedPicture, StepDone
-from simpletuner.reporting.sinks.tensorboard import TensorBoardSink
+from simpletuner.reporting.sinks.tensorboard import TensorBoardSink, folder_name
 
 
 def step(number: int, loss: float) -> StepDone:
@@ -62,3 +62,10 @@ def test_nothing_is_written_before_the_first_number(tmp_path: Path):
     sink.handle(RunStarted("trial", tmp_path, 10))
     sink.close()
     assert not (tmp_path / "logs").exists()
+
+
+def test_the_name_of_a_run_does_not_lead_out_of_the_folder():
+    assert folder_name("group/first run") == "group/first run"
+    for name in ("../../x", "/x", "..\\x", "./x/..", "//x//"):
+        assert folder_name(name) == "x"
+    assert folder_name("..") == "run"
