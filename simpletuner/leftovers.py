@@ -1,4 +1,4 @@
-"""Names of what is half-written, from which anybody can tell later whether its writer still lives.
+"""Names of what is half-written, from which anybody can tell later whether its writer still lives; and its removal.
 
 `.tmp-` is being written, `.trash-` is being removed, `.aside-` was moved out of the way of its successor and ends with
 the name that it had. Host, pid and start time of the process follow, since pids come again.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import shutil
 import socket
 import time
 import uuid
@@ -68,6 +69,50 @@ def parse_name(name: str) -> LeftOver | None:
         return None
     kind, host, pid, second, final_name = match.group("kind", "host", "pid", "second", "name")
     return LeftOver(host, int(pid), int(second), final_name if kind == "aside" else None)
+
+
+def sweep(parent: str | Path, is_locked: bool = False) -> list[Path]:
+    """Clear up in `parent` after processes that died: remove what they left half-written, put back what they had moved
+    aside and not replaced. Call it before looking for committed folders.
+
+    What living processes work on stays; so does, for a day, what comes from another machine.
+
+    Args:
+        is_locked: this process holds the lock of the folder, so that what comes from another machine has no owner.
+
+    Returns:
+        What was removed or put back, by its left-over path.
+    """
+    parent = Path(parent)
+    try:
+        found = sorted(parent.iterdir()) if parent.is_dir() else []
+    except OSError:  # a later start clears up
+        return []
+    handled = []
+    for left_over in found:
+        told = parse_name(left_over.name)
+        if told is None or (told.is_owner_alive(left_over) and not (is_locked and told.is_of_another_host)):
+            continue
+        try:
+            if told.final_name is not None and not (parent / told.final_name).exists():
+                left_over.rename(parent / told.final_name)
+            elif left_over.is_dir():
+                shutil.rmtree(left_over)
+            else:
+                left_over.unlink()
+        except OSError:  # another process clears up as well, or the folder cannot be written: no harm in its staying
+            continue
+        handled.append(left_over)
+    return handled
+
+
+def sweep_tree(root: str | Path, is_locked: bool = False) -> list[Path]:
+    """`sweep` in a folder and all folders below it; links are not followed."""
+    handled = []
+    for folder, names, _ in os.walk(root):
+        handled += sweep(folder, is_locked)
+        names[:] = [name for name in names if parse_name(name) is None]
+    return handled
 
 
 def host_digest() -> str:

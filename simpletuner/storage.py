@@ -22,6 +22,8 @@ from typing import TYPE_CHECKING, Any
 from simpletuner.disk import disk_errors
 from simpletuner.errors import DataError, Problem, bytes_text, error_text
 from simpletuner.leftovers import new_sibling, parse_name
+from simpletuner.leftovers import sweep as sweep
+from simpletuner.leftovers import sweep_tree as sweep_tree
 
 if TYPE_CHECKING:
     import torch
@@ -329,50 +331,6 @@ def remove_dir(path: str | Path) -> None:
         _step("rmtree")
         shutil.rmtree(trash)
         _fsync_dir(path.parent)
-
-
-def sweep(parent: str | Path, is_locked: bool = False) -> list[Path]:
-    """Clear up in `parent` after processes that died: remove what they left half-written, put back what they had moved
-    aside and not replaced. Call it before looking for committed folders.
-
-    What living processes work on stays; so does, for a day, what comes from another machine.
-
-    Args:
-        is_locked: this process holds the lock of the folder, so that what comes from another machine has no owner.
-
-    Returns:
-        What was removed or put back, by its left-over path.
-    """
-    parent = Path(parent)
-    try:
-        found = sorted(parent.iterdir()) if parent.is_dir() else []
-    except OSError:  # a later start clears up
-        return []
-    handled = []
-    for left_over in found:
-        told = parse_name(left_over.name)
-        if told is None or (told.is_owner_alive(left_over) and not (is_locked and told.is_of_another_host)):
-            continue
-        try:
-            if told.final_name is not None and not (parent / told.final_name).exists():
-                left_over.rename(parent / told.final_name)
-            elif left_over.is_dir():
-                shutil.rmtree(left_over)
-            else:
-                left_over.unlink()
-        except OSError:  # another process clears up as well, or the folder cannot be written: no harm in its staying
-            continue
-        handled.append(left_over)
-    return handled
-
-
-def sweep_tree(root: str | Path, is_locked: bool = False) -> list[Path]:
-    """`sweep` in a folder and all folders below it; links are not followed."""
-    handled = []
-    for folder, names, _ in os.walk(root):
-        handled += sweep(folder, is_locked)
-        names[:] = [name for name in names if parse_name(name) is None]
-    return handled
 
 
 # ---- sharing a disk ------------------------------------------------------------------------------------------------

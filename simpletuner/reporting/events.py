@@ -282,3 +282,55 @@ def _plain(value: Any) -> Any:
     if value is None or isinstance(value, bool | int | float | str):
         return value
     return str(value)
+
+
+def is_sound(record: Mapping[str, Any]) -> bool:
+    """Whether a record's values are of the kinds that its event has: those of a damaged file may be anything.
+
+    Fields that this version does not know, or that are missing, are no damage: another version wrote the record.
+    """
+    if type(record.get("step", 0)) is not int:
+        return False
+    name, time = record.get("event"), record.get("time", 0)
+    if not isinstance(name, str) or not _is_of(time, "float") or not 0 <= float(time) < _LATEST_TIME:
+        return False
+    return all(_is_of(record[name], kind) for name, kind in _FIELD_KINDS.get(name, {}).items() if name in record)
+
+
+def _is_of(value: Any, kind: str) -> bool:
+    """`kind` is an annotation as it is written."""
+    if value is None:
+        return kind.endswith("| None")
+    if kind.startswith("Mapping[str, float]"):
+        return isinstance(value, dict) and all(_is_of(each, "float") for each in value.values())
+    if kind == "Mapping[str, str]":
+        return isinstance(value, dict) and all(isinstance(each, str) for each in value.values())
+    if kind == "bool":
+        return isinstance(value, bool)
+    if kind == "SavedPicture":
+        return isinstance(value, dict) and not any(isinstance(each, dict | list) for each in value.values())
+    if kind.startswith("tuple[SavedPicture"):
+        return isinstance(value, list) and all(_is_of(each, "SavedPicture") for each in value)
+    if kind.startswith("Mapping"):
+        return isinstance(value, dict)
+    if kind.startswith(("Sequence[tuple[float", "tuple[tuple[float")):
+        length = kind.split("]")[0].count("float")
+        return isinstance(value, list) and all(_is_row(row, length) for row in value)
+    if kind.startswith(("Sequence", "tuple")):
+        return isinstance(value, list)
+    if kind.startswith("int"):
+        return type(value) is int
+    if kind.startswith("float"):
+        return (isinstance(value, int | float) and not isinstance(value, bool)) or value in ("nan", "inf", "-inf")
+    return isinstance(value, str)
+
+
+def _is_row(row: Any, length: int) -> bool:
+    return isinstance(row, list) and len(row) == length and all(_is_of(each, "float") for each in row)
+
+
+_LATEST_TIME = 1e11  # seconds since 1970; no calendar has later ones
+_FIELD_KINDS = {
+    event_name_of(kind): {field.name: str(field.type) for field in dataclasses.fields(kind)}
+    for kind in Event.__subclasses__()
+}

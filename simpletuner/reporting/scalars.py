@@ -71,7 +71,7 @@ def record_scalars(record: Mapping[str, Any]) -> dict[str, float]:
     known = {field.name for field in dataclasses.fields(kind)}
     try:
         return {name: float(value) for name, value in scalars(kind(**_numbers(record, known))).items()}
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, AttributeError):  # damaged: text where a number or a table was
         return {}
 
 

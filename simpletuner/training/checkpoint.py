@@ -20,6 +20,7 @@ from simpletuner.optim.ema import EMA
 from simpletuner.optim.optimizers import averaged_weights, keeps_averages
 from simpletuner.optim.state import load_optimizer_tensors, optimizer_tensors
 from simpletuner.reporting.events import Notice
+from simpletuner.training.damage import first_whole, why_unreadable
 from simpletuner.training.divergence import require_finite
 from simpletuner.training.earlier_runs import move_aside
 from simpletuner.training.evaluation import losses_as_json, losses_from_json
@@ -234,6 +235,7 @@ class Checkpoints:
 
         Raises:
             ConfigError: a named checkpoint is not there, or the folder holds only damaged ones or other runs'.
+            DataError: the newest one cannot be read now.
         """
         if not wanted:
             return None, []
@@ -255,21 +257,12 @@ class Checkpoints:
             raise ConfigError(_resume_problem(f"there is no checkpoint {where}", self.found()))
         damage = storage.verify_dir(path)
         if damage:
-            raise ConfigError(_resume_problem(f"{path} is damaged: {damage[0]}", self.found()))
+            state = "cannot be read now" if why_unreadable(path) else "is damaged"
+            raise ConfigError(_resume_problem(f"{path} {state}: {damage[0]}", self.found()))
         return path
 
     def _latest(self) -> tuple[Path | None, list[str]]:
-        notices = []
-        for path in reversed(self._resumable()):
-            damage = storage.verify_dir(path)
-            if not damage:
-                return path, notices
-            aside = path.with_name(f"damaged-{path.name}")
-            path.rename(aside)
-            notices.append(f"{path.name} is damaged ({damage[0]}); it was set aside as {aside.name}")
-        if notices:
-            raise ConfigError(_resume_problem(f"no valid checkpoint is left in {self.output_dir}: {notices[0]}", []))
-        return None, []
+        return first_whole(self._resumable()[::-1])
 
     def _resumable(self) -> list[Path]:
         """All checkpoints, the best among them by its step (before the numbered one of the same step)."""

@@ -12,7 +12,9 @@ from pathlib import Path
 from simpletuner import storage
 from simpletuner.errors import DataError
 from simpletuner.optim.optimizers import averaged_weights
+from simpletuner.reporting.bus import EventBus
 from simpletuner.reporting.events import CheckpointSaved, EvalDone, Notice
+from simpletuner.reporting.sinks.jsonl import METRICS_FILE, read_records
 from simpletuner.training.divergence import last_good_state
 from simpletuner.training.evaluation import EvalResult, best_step, losses_as_json, losses_from_json
 from simpletuner.training.run import Run
@@ -81,17 +83,31 @@ def write_eval_history(run: Run) -> None:
         run.bus.emit(Notice("warning", f"{error.problems[0].render()}; the next checkpoint keeps the eval losses"))
 
 
-def read_eval_history(output_dir: Path, history: RunHistory) -> dict[str, float | None]:
-    """The eval losses that earlier processes of this run wrote, as JSON has them; none where the file is damaged."""
+def read_eval_history(output_dir: Path, history: RunHistory, bus: EventBus) -> dict[str, float | None]:
+    """The eval losses that earlier processes of this run wrote, as JSON has them; where the file is damaged, those that
+    `metrics.jsonl` has, for `early_stopping_patience` and the best checkpoint must not begin anew."""
     path = output_dir / EVAL_FILE
     try:
         noted = storage.read_json(path) if path.is_file() else {}
         mark = Mark.from_json(noted)
         losses = noted["losses"] if mark else noted
         losses_from_json(losses)
+        return {step: loss for step, loss in losses.items() if history.owns(mark, int(step))}
     except (DataError, ValueError, TypeError, AttributeError, KeyError):
-        return {}
-    return {step: loss for step, loss in losses.items() if history.owns(mark, int(step))}
+        recorded = recorded_losses(output_dir / METRICS_FILE)
+        text = f"{path} is damaged: {len(recorded)} eval losses are read from {METRICS_FILE} instead"
+        bus.emit(Notice("warning", text))
+        return recorded
+
+
+def recorded_losses(metrics: Path) -> dict[str, float | None]:
+    """Step -> eval loss of a metrics file, as `losses_as_json` has them; the last one of a step counts."""
+    losses: dict[str, float | None] = {}
+    for record in read_records(metrics):
+        loss = record.get("pooled")
+        if record.get("event") == "eval_done" and isinstance(record.get("step"), int):
+            losses[str(record["step"])] = float(loss) if isinstance(loss, int | float) else None
+    return losses
 
 
 def keeps_best(run: Run) -> bool:

@@ -248,7 +248,7 @@ def resume(run: Run, start: Start) -> None:
     if path is not None:
         load_checkpoint(run, path, start.is_own)
         if start.is_own:
-            noted = world.from_main(read_eval_history(run.output_dir, start.history))
+            noted = world.from_main(read_eval_history(run.output_dir, start.history, run.bus))
             run.eval_losses |= losses_from_json(noted, until=run.state.global_step)
     told = begin_in_folder(run, start) if world.is_main else []
     if world.is_main:

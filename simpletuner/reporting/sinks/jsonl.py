@@ -12,9 +12,10 @@ import time
 from pathlib import Path
 from typing import IO, Any
 
-from simpletuner.reporting.events import Event, PhaseProgress, RunStarted, to_record
+from simpletuner.reporting.events import Event, Notice, PhaseProgress, RunStarted, is_sound, to_record
 
 METRICS_FILE = "metrics.jsonl"
+MOST_WAITING_BYTES = 64 << 20
 
 
 class JsonlSink:
@@ -29,21 +30,28 @@ class JsonlSink:
 
     def __init__(self, output_dir: Path):
         self.path = Path(output_dir) / METRICS_FILE
-        self._file: IO[str] | None = None
-        # Where the run starts is known only after its data is looked at: until then lines wait here.
-        self._waiting: list[str] = []
+        self._file: IO[bytes] | None = None
+        # Where the run starts is known only after its data is looked at: until then lines wait here. So do those that a
+        # full disk does not take.
+        self._waiting = bytearray()
+        self._notices: list[Notice] = []
+        self._is_refused = False
 
     def handle(self, event: Event) -> None:
         if isinstance(event, PhaseProgress):
             return
         record = {"time": round(time.time(), 6), **to_record(event)}
-        self._waiting.append(json.dumps(record, ensure_ascii=False) + "\n")
+        self._waiting += json.dumps(record, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
         if isinstance(event, RunStarted):
             self._close_file()
             start_from(self.path, event.start_step)
             self._open()
         if self._file is not None:
-            self._flush(self._file)
+            self._try_to_flush(self._file)
+
+    def take_notices(self) -> list[Notice]:
+        taken, self._notices = self._notices, []
+        return taken
 
     def close(self) -> None:
         """Write what still waits: a run that failed before it started leaves its reasons in the file."""
@@ -51,15 +59,33 @@ class JsonlSink:
             self._flush(self._file or self._open())
         self._close_file()
 
-    def _open(self) -> IO[str]:
+    def _open(self) -> IO[bytes]:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self.path.open("a", encoding="utf-8")
+        self._file = self.path.open("ab", buffering=0)
         return self._file
 
-    def _flush(self, file: IO[str]) -> None:
-        file.writelines(self._waiting)
-        file.flush()
-        self._waiting.clear()
+    def _flush(self, file: IO[bytes]) -> None:
+        """Write what waits; what the disk has taken when it refuses more is not written again."""
+        while self._waiting:
+            del self._waiting[: file.write(self._waiting)]
+
+    def _try_to_flush(self, file: IO[bytes]) -> None:
+        """Write what waits, or keep it for the next event: a disk that is full now may have room later.
+
+        Raises:
+            OSError: so much waits that memory is no place for it.
+        """
+        try:
+            self._flush(file)
+        except OSError as error:
+            if len(self._waiting) > MOST_WAITING_BYTES:
+                raise
+            if not self._is_refused:
+                text = f"{self.path} cannot be written ({error.strerror}): what belongs there waits in memory"
+                self._notices.append(Notice("warning", text))
+            self._is_refused = True
+        else:
+            self._is_refused = False
 
     def _close_file(self) -> None:
         if self._file is not None:
@@ -68,7 +94,8 @@ class JsonlSink:
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """All whole records of a metrics file, in order; a line that a crash cut short is left out."""
+    """All sound records of a metrics file, in order: a line that a crash cut short, or whose values are not of
+    their event's kinds, is left out."""
     if not path.is_file():
         return []
     records = []
@@ -76,9 +103,9 @@ def read_records(path: Path) -> list[dict[str, Any]]:
         for line in file:
             try:
                 record = json.loads(line)
-            except json.JSONDecodeError:
+            except (ValueError, RecursionError):
                 continue
-            if isinstance(record, dict):
+            if isinstance(record, dict) and is_sound(record):
                 records.append(record)
     return records
 
