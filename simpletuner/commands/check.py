@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +77,8 @@ class DatasetCheck:
     @property
     def title(self) -> str:
         kind = "regularisation" if self.dataset.is_regularisation else KINDS[self.dataset.kind]
-        return f"{self.dataset.id} ({kind}, {count_text(len(self.dataset.samples), 'picture')})"
+        held_out = f", {self.dataset.funnel.held_out:,} held out" if self.dataset.funnel.held_out else ""
+        return f"{self.dataset.id} ({kind}, {count_text(self.dataset.funnel.bucketed, 'picture')}{held_out})"
 
     @property
     def stages(self) -> list[tuple[str, int]]:
@@ -88,6 +89,7 @@ class DatasetCheck:
             ("readable", funnel.readable),
             ("large enough", funnel.large_enough),
             ("captioned", funnel.captioned),
+            *([("held out", funnel.held_out)] if funnel.held_out else []),
             ("used", funnel.bucketed),
         ]
 
@@ -198,8 +200,10 @@ def gather(loaded: LoadedRun, report: ProgressReport | None = None) -> Check:
     datasets = read_datasets(loaded, family, report)
     require_trainable(loaded, family, datasets)
     fingerprint = fingerprint_of_vae(family, Path(config.cache_dir))
-    checks = tuple(check_dataset(loaded, family, dataset, fingerprint) for dataset in datasets)
     training = hold_out(datasets, config.eval_holdout)
+    funnels = {dataset.id: dataset.funnel for dataset in training}
+    datasets = [replace(dataset, funnel=funnels[dataset.id]) for dataset in datasets]
+    checks = tuple(check_dataset(loaded, family, dataset, fingerprint) for dataset in datasets)
     steps = count_steps(loaded, build_sampler(loaded, [each for each in training if each.kind == "image"]))
     line = steps.line(config.train_batch_size, config.gradient_accumulation_steps)
     name = config.tracker_run_name or Path(config.output_dir).name

@@ -32,6 +32,7 @@ from simpletuner.training.preflight import check_model_folder
 from simpletuner.training.prepare import read_datasets, require_trainable
 from simpletuner.training.prompts import open_prompt_cache, run_prompts
 from simpletuner.training.rollout import build_rollouts
+from simpletuner.training.room import LOG_BYTES, LOGS
 
 Say = Callable[[str], None]
 
@@ -183,6 +184,7 @@ def disk_rows(loaded: LoadedRun, shapes: Shapes, cached: tuple[int, int], total_
         Row("captions to be cached", cached[1]),
         Row(f"{count_text(kept, 'checkpoint')} of {bytes_text(checkpoint)}", kept * checkpoint),
         Row("final weights", shapes.trained_bytes * (2 if config.use_ema else 1)),
+        Row(LOGS, LOG_BYTES),
     ]
     return [row for row in rows if row.num_bytes]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -120,4 +121,4 @@ def _compare_records(one: Path, other: Path, event: str, key: str, start_step: i
 
 def _exact(value: float | None) -> str:
     """A number with all of its digits."""
-    return "none" if value is None else f"{value:.17g}"
+    return "none" if value is None else json.dumps(value)

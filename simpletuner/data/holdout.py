@@ -77,7 +77,18 @@ def _part(dataset: Dataset, entry: ImageDataset, chosen: np.ndarray, what: str) 
     if part.num_pictures == dataset.num_pictures:
         return dataset
     fingerprint = hashlib.sha256(f"{dataset.fingerprint} held out: {what}".encode()).hexdigest()
-    return dataclasses.replace(part, entry=entry, fingerprint=fingerprint)
+    counts = {size: len(members) for size, members in part.buckets.items()}
+    is_trained = entry is dataset.entry
+    shown = dataset.repeats + 1 if is_trained else 0
+    funnel = dataclasses.replace(
+        dataset.funnel,
+        dataset_id=entry.id,
+        bucketed=part.num_pictures,
+        held_out=dataset.num_pictures - part.num_pictures if is_trained else 0,
+        per_epoch=round(part.num_pictures * shown * dataset.entry.probability),
+        buckets=counts,
+    )
+    return dataclasses.replace(part, entry=entry, fingerprint=fingerprint, funnel=funnel)
 
 
 def _eval_entry(entry: ImageDataset) -> EvalDataset:

@@ -91,6 +91,7 @@ class Funnel:
         set_aside: what is not used, and why.
         notes: what is odd about readable pictures.
         warnings: lines on what its owner did not ask for.
+        held_out: pictures that are kept for the eval loss; they are not among those that are used.
     """
 
     dataset_id: str
@@ -105,6 +106,7 @@ class Funnel:
     set_aside: SetAside
     notes: Mapping[str, Note] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+    held_out: int = 0
 
     def lines(self) -> list[str]:
         """For the terminal: the stages, the buckets, and what was lost."""
@@ -136,7 +138,7 @@ class Funnel:
 
     def as_json(self) -> dict[str, Any]:
         """One entry of `dataset_report.json`."""
-        stages = ("found", "readable", "large_enough", "captioned", "bucketed", "per_epoch", "duplicates")
+        stages = ("found", "readable", "large_enough", "captioned", "held_out", "bucketed", "per_epoch", "duplicates")
         reasons = [
             {
                 "reason": printable(reason),

@@ -9,13 +9,28 @@ from simpletuner.reporting.events import StepDone
 
 
 class Pace:
-    """Seconds per step: the median of the last steps, which one slow step (the first, a checkpoint) does not move."""
+    """Seconds per step: the median of the last steps, which one slow step (the first, a checkpoint) does not move.
+
+    What lies between steps (validation, evaluation, checkpoints) is measured by the same clock and shared out evenly.
+    """
 
     def __init__(self, window: int = 50):
         self._seconds: deque[float] = deque(maxlen=window)
+        self._last: float | None = None
+        self._between = 0.0
+        self._gaps = 0
 
-    def add(self, seconds: float) -> None:
+    def add(self, seconds: float, now: float) -> None:
+        """One step more, which ended at `now` and took `seconds`."""
+        if self._last is not None:
+            self._between += max(now - self._last - seconds, 0.0)
+            self._gaps += 1
+        self._last = now
         self._seconds.append(seconds)
+
+    def seconds_left(self, steps: int) -> float:
+        """What so many steps will take, with what lies between them."""
+        return steps * (self.seconds_per_step + (self._between / self._gaps if self._gaps else 0.0))
 
     @property
     def seconds_per_step(self) -> float:
@@ -28,7 +43,7 @@ def step_facts(event: StepDone, pace: Pace, is_short: bool = False) -> str:
     Args:
         is_short: only loss, pace and time left.
     """
-    left = (event.total_steps - event.step) * pace.seconds_per_step
+    left = pace.seconds_left(event.total_steps - event.step)
     if is_short:
         return f"loss {event.loss:.4f}  {pace.seconds_per_step:.3g} s/step  {duration_text(left)} left"
     parts = [f"loss {event.loss:.4f}", f"lr {event.learning_rate:.2e}"]

@@ -16,8 +16,9 @@ from simpletuner.models.spec import FamilySpec
 from simpletuner.storage import require_free_space
 from simpletuner.training.preflight import model_source
 
-# An adapter, its optimizer state and logs; what they take is known once the model is loaded.
-LEAST_BYTES = 32 << 20
+# Beside weights, whose size is known once an adapter is made. `simpletuner plan` counts the same.
+LOG_BYTES = 32 << 20
+LOGS = "logs, report and images"
 
 
 def check_room(loaded: LoadedRun, environment: Mapping[str, str]) -> None:
@@ -28,10 +29,10 @@ def check_room(loaded: LoadedRun, environment: Mapping[str, str]) -> None:
     """
     spec, source = get_spec(loaded.config.model_family), model_source(loaded)
     weights = denoiser_bytes(spec, source, loaded)
-    checkpoint = LEAST_BYTES
-    if loaded.config.model_type == "full":
-        checkpoint = max(weights, LEAST_BYTES)  # the state of the optimizer comes on top, where it has one
-    require_free_space(loaded.config.output_dir, checkpoint, "one checkpoint")
+    is_full = loaded.config.model_type == "full"
+    # The state of the optimizer comes on top, where it has one.
+    what = f"one checkpoint, with {LOGS}," if is_full else f"the output of a run, {LOGS} alone,"
+    require_free_space(loaded.config.output_dir, LOG_BYTES + (weights if is_full else 0), what)
     if not source.is_local and weights:
         cache = hub_cache(environment)
         if not (cache / f"models--{source.model.replace('/', '--')}").is_dir():

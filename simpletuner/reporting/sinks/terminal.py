@@ -79,7 +79,7 @@ class PlainSink:
         self._stream.flush()
 
     def _step(self, event: StepDone) -> None:
-        self._pace.add(event.seconds)
+        self._pace.add(event.seconds, self._clock())
         is_edge = event.step in (1, event.total_steps)
         if is_edge or self._clock() - self._last_line >= self._interval:
             self._last_line = self._clock()
@@ -99,14 +99,20 @@ class PlainSink:
 
 
 class LiveSink:
-    """A progress bar that stays at the bottom, with the events of note scrolling above it."""
+    """A progress bar that stays at the bottom, with the events of note scrolling above it.
+
+    Args:
+        clock: monotonic seconds; the time shown is that since the start, whatever the bar is for.
+    """
 
     name = "the terminal"
     failures: tuple[type[Exception], ...] = (OSError,)
 
-    def __init__(self, stream: IO[str]):
+    def __init__(self, stream: IO[str], clock: Callable[[], float] = time.monotonic):
         from rich.console import Console
 
+        self._clock = clock
+        self._start = clock()
         self._console = Console(file=stream, highlight=False, soft_wrap=True)
         self._bar = self._make_bar()
         self._task = None
@@ -115,22 +121,33 @@ class LiveSink:
         self._pace = progress.Pace()
 
     def _make_bar(self):
-        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+        from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
+        from rich.text import Text
+
+        elapsed = self.elapsed
+
+        class RunClock(ProgressColumn):
+            def render(self, task: Task) -> Text:
+                return Text(elapsed())
 
         self._is_narrow = self._console.width < WIDE
-        columns = [
+        columns: list[ProgressColumn] = [
             TextColumn("{task.description}", style="bold", markup=False),
             BarColumn(bar_width=None),
             TextColumn("{task.fields[count]}", markup=False),
             TextColumn("{task.fields[facts]}", markup=False),
         ]
         if not self._is_narrow:
-            columns.append(TimeElapsedColumn())
+            columns.append(RunClock())
         return Progress(*columns, console=self._console, refresh_per_second=4, transient=True, expand=True)
+
+    def elapsed(self) -> str:
+        """Time since the start of the run, as the bar shows it."""
+        return progress.clock_text(self._clock() - self._start)
 
     def handle(self, event: Event) -> None:
         if isinstance(event, StepDone):
-            self._pace.add(event.seconds)
+            self._pace.add(event.seconds, self._clock())
             self._show(
                 "training", event.step, event.total_steps, progress.step_facts(event, self._pace, self._is_narrow)
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
 import json
 import re
@@ -16,6 +17,7 @@ from PIL import Image
 from simpletuner.commands.captions import check_captions
 from simpletuner.commands.check import check, gather
 from simpletuner.commands.contact_sheet import wrapped
+from simpletuner.data.holdout import place_of
 from simpletuner.data.tiles import choose_pictures, spread
 from simpletuner.errors import DataError
 from simpletuner.models.omnigen.tokens import PREFIX, SUFFIX
@@ -48,6 +50,21 @@ def test_steps_and_funnel_are_those_of_a_hand_count(folder):
     assert report["steps"] == 8
     assert [entry["found"] for entry in report["datasets"]] == [7, 3, 2]
     assert "9 batches of up to 2 in an epoch; 8 steps are 0.9 epochs" in text
+
+
+def test_held_out_pictures_are_not_counted_as_used(folder):
+    # Of the digests of the seven pictures, by hand: how many lie below the share.
+    draw_pictures(folder / "many", 40, seed=9)
+    (folder / "multidatabackend.json").write_text(json.dumps([dataset("many", repeats=1)]))
+    contents = [hashlib.sha256(path.read_bytes()).hexdigest() for path in (folder / "many").glob("*.png")]
+    held = sum(place_of(digest) < 0.25 for digest in contents)
+    assert 0 < held < 40
+    text, report = checked(folder, "--eval_holdout=0.25", "--eval_steps_interval=2")
+    (entry,) = report["datasets"]
+    assert (entry["captioned"], entry["held_out"], entry["bucketed"]) == (40, held, 40 - held)
+    assert entry["per_epoch"] == 2 * (40 - held)
+    assert entry["sizes"] == {"64x64": 40 - held}
+    assert f"many (training, {40 - held} pictures, {held} held out)" in text
 
 
 def test_nothing_is_encoded_and_the_bytes_to_come_are_those_that_come(folder):

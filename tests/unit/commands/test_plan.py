@@ -20,6 +20,7 @@ from simpletuner.commands.text import duration_text, short_count
 from simpletuner.errors import bytes_text
 from simpletuner.optim.optimizers import build_optimizer
 from simpletuner.training.parts import attach_adapter, build_family
+from simpletuner.training.room import check_room
 from simpletuner.training.step import compute_losses
 from tests.runs import dataset, draw_pictures, load_here, train_here, write_run
 
@@ -73,6 +74,15 @@ def test_a_checkpoint_is_as_large_as_planned(folder):
     assert rows(found)[planned] == pytest.approx(written, rel=0.02)
     assert planned.startswith("1 checkpoint of")
     assert rows(found)["trained weights"] * 2 == rows(found)["final weights"]
+
+
+def test_the_start_asks_for_no_room_that_the_plan_does_not_count(folder, monkeypatch):
+    found = planning.make_plan(load_here(folder), probe=False)
+    asked = []
+    monkeypatch.setattr("simpletuner.training.room.require_free_space", lambda path, size, what: asked.append(size))
+    check_room(load_here(folder), {})
+    assert asked == [rows(found)["logs, report and images"]]
+    assert sum(asked) < found.disk_bytes
 
 
 @pytest.mark.parametrize("is_checkpointed", [False, True])

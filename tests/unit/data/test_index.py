@@ -251,7 +251,7 @@ def test_files_that_are_too_large_are_not_read(folder: Path, tmp_path: Path) -> 
     assert len(catalogue) == 6
     assert index.set_aside(with_texts=True).examples == {
         "larger than 512 MiB": ["huge.png"],
-        "caption file: larger than 1000000 bytes": ["huge.txt"],
+        "caption file: larger than 976.6 KiB": ["huge.txt"],
     }
 
 

@@ -142,10 +142,47 @@ def test_a_bar_of_eighty_columns_shows_the_step_and_the_time_left_whole(monkeypa
 
 
 def test_one_slow_step_does_not_move_the_pace():
-    pace = Pace()
+    pace, now = Pace(), 0.0
     for seconds in (30.0, 1.0, 1.0, 1.0, 1.0):
-        pace.add(seconds)
+        now += seconds
+        pace.add(seconds, now)
     assert pace.seconds_per_step == 1.0
+    assert pace.seconds_left(10) == 10.0
+
+
+def test_the_time_left_counts_what_lies_between_steps():
+    pace, now = Pace(), 0.0
+    for number in range(1, 22):
+        now += 2.0
+        pace.add(2.0, now)
+        now += 30.0 if number % 10 == 0 else 0.0  # images at steps 10 and 20
+    # 20 gaps of 60 s together: 3 s for each step, beside its own 2 s.
+    assert pace.seconds_left(100) == pytest.approx(500.0)
+
+
+def test_the_time_on_the_bar_is_that_of_the_run_not_of_the_phase():
+    clock = Clock()
+    sink = LiveSink(FakeTerminal(), clock=clock)
+    clock.seconds = 60.0
+    sink.handle(step(1))
+    assert sink.elapsed() == "0:01:00"
+    sink.handle(PhaseStarted("validation", 2))
+    clock.seconds = 100.0
+    sink.handle(PhaseDone("validation", 40.0))
+    sink.handle(step(2))
+    assert sink.elapsed() == "0:01:40"
+    sink.close()
+
+
+def test_a_wide_bar_shows_that_time(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "140")
+    monkeypatch.setenv("TERM", "xterm")
+    clock, stream = Clock(), FakeTerminal()
+    sink = LiveSink(stream, clock=clock)
+    clock.seconds = 3723.0
+    sink.handle(PhaseStarted("validation", 2))
+    sink.close()
+    assert "1:02:03" in stream.getvalue()
 
 
 def test_durations_read_as_people_say_them():
