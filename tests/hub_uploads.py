@@ -17,12 +17,13 @@ TOKEN = "hf_canaryTokenThatNobodyMaySee"
 
 @dataclass
 class FakeRepo:
-    """What was committed: files of the newest state, the commits in order, tags."""
+    """What was committed: files of the newest state, the commits in order, tags, and the number of commits at each."""
 
     is_private: bool
     files: dict[str, bytes] = field(default_factory=dict)
     commits: list[tuple[str, tuple[str, ...]]] = field(default_factory=list)
     tags: list[str] = field(default_factory=list)
+    tagged: dict[str, int] = field(default_factory=dict)
 
 
 class UploadHub(ThreadingHTTPServer):
@@ -90,10 +91,29 @@ class _Handler(BaseHTTPRequestHandler):
         elif "commit" in parts:
             self._commit("/".join(parts[2:4]), body)
         elif "tag" in parts:
-            self.server.repos["/".join(parts[2:4])].tags.append(json.loads(body)["tag"])
+            self._tag(self.server.repos["/".join(parts[2:4])], json.loads(body)["tag"])
+        else:
+            self._send(404, {"error": f"unknown: {self._path}"})
+
+    def do_DELETE(self) -> None:
+        self._read()
+        parts = self._path.strip("/").split("/")
+        repo = self.server.repos["/".join(parts[2:4])]
+        if "tag" in parts and parts[-1] in repo.tagged:
+            repo.tags.remove(parts[-1])
+            del repo.tagged[parts[-1]]
             self._send(200, {})
         else:
             self._send(404, {"error": f"unknown: {self._path}"})
+
+    def _tag(self, repo: FakeRepo, tag: str) -> None:
+        """As the real Hub: a tag that is there is not moved."""
+        if tag in repo.tagged:
+            self._send(409, {"error": "Tag reference exists already"})
+            return
+        repo.tags.append(tag)
+        repo.tagged[tag] = len(repo.commits)
+        self._send(200, {})
 
     @property
     def _path(self) -> str:

@@ -96,7 +96,8 @@ def named_checkpoint_exists(draft: Draft) -> Iterator[Problem]:
     name = draft.config.resume_from_checkpoint.strip()
     if not draft.config.resumes or name == "latest":
         return
-    places = list(dict.fromkeys([draft.config.output_dir / Path(name).name, draft.folders.working_dir / name]))
+    here = [draft.config.output_dir / name] if Path(name).name == name else []  # a path means exactly that path
+    places = list(dict.fromkeys([*here, draft.folders.working_dir / name]))
     if not any(exists(place) and place.is_dir() for place in places):
         message = f'"{name}": there is no checkpoint of this name'
         allowed = f"latest, none, or a folder at {' or '.join(str(place) for place in places)}"

@@ -125,9 +125,9 @@ class Sampler:
         batches = sum(self.batches_in(epoch) for epoch in range(int(whole)))
         return batches + part * (self.batches_in(int(whole)) if part else 0)
 
-    def epochs_at(self, epoch: int, position: int) -> float:
-        """Epochs that are done where `position` of `epoch` comes next."""
-        return epoch + position / max(self.batches_in(epoch), 1)
+    def epochs_at(self, epoch: int, position: int) -> Fraction:
+        """Epochs that are done where `position` of `epoch` comes next; exact, since intervals are counted by it."""
+        return epoch + Fraction(position, max(self.batches_in(epoch), 1))
 
     def after(self, epoch: int, position: int) -> tuple[int, int]:
         """The place after the batch at `position` of `epoch`."""

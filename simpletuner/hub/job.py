@@ -63,7 +63,9 @@ class HubJob:
         """Path in the repository -> file, for the weights at the end of the run."""
         if self.kind == "full":
             return _files(self.output_dir / "pipeline", [self.output_dir / "pipeline"])
-        return _files(self.output_dir, [self.output_dir / ADAPTER_FILE, self.output_dir / "ema"])
+        # Where EMA is off, the folder is that of an earlier end.
+        averages = [self.output_dir / "ema"] if self.options.get("use_ema") else []
+        return _files(self.output_dir, [self.output_dir / ADAPTER_FILE, *averages])
 
     def card(
         self, repo_id: str, step: int, total_steps: int, pictures: Sequence[SavedPicture], eval_loss: float | None

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 from simpletuner import storage
 from simpletuner.errors import DataError, Problem, UploadError
 from simpletuner.hub.access import full_name
-from simpletuner.hub.client import is_final, make_api, reason_of, upload_failures
+from simpletuner.hub.client import is_final, make_api, reason_of, status_of, upload_failures
 from simpletuner.hub.job import HubJob, gallery, picture_files
 from simpletuner.hub.staging import Upload, stage
 from simpletuner.reporting.events import (
@@ -84,10 +84,12 @@ class Publisher:
         self._pictures: list[SavedPicture] = []
         self._eval_loss: float | None = None
         self._total_steps = 0
+        self._run: dict[str, str] = {}
 
     def handle(self, event: Event) -> None:
         if isinstance(event, RunStarted):
             self._total_steps = event.total_steps
+            self._run = {"run": event.run_id, "branch": event.branch}
             self._catch_up(event.start_step)
         elif isinstance(event, PicturesMade):
             self._pictures = gallery(event.pictures) or self._pictures
@@ -105,7 +107,7 @@ class Publisher:
         Raises:
             UploadError: it did not succeed, or `should_stop` came true; it says how to try again.
         """
-        if self._state() == {"repo": self._job.name, "step": step, "is_last": True}:
+        if self._state() == {"repo": self._job.name, "step": step, "is_last": True, **self._run}:
             return
         with self._changed:
             self._refusal = None
@@ -220,10 +222,23 @@ class Publisher:
             folder_path=upload.folder,
             commit_message=f"Weights of step {upload.step}" + (", the end of the run" if upload.is_last else ""),
         )
-        api.create_tag(self._repo_id, tag=f"step-{upload.step}", exist_ok=True)
+        self._tag(api, f"step-{upload.step}")
+
+    def _tag(self, api: HfApi, tag: str) -> None:
+        """Give the newest commit a tag; one of an earlier run, or of a branch that was left, moves to it."""
+        from huggingface_hub.errors import HfHubHTTPError
+
+        assert self._repo_id is not None
+        try:
+            api.create_tag(self._repo_id, tag=tag)
+        except HfHubHTTPError as error:
+            if status_of(error) != 409:
+                raise
+            api.delete_tag(self._repo_id, tag=tag)
+            api.create_tag(self._repo_id, tag=tag)
 
     def _done(self, upload: Upload) -> None:
-        state = {"repo": self._job.name, "step": upload.step, "is_last": upload.is_last}
+        state = {"repo": self._job.name, "step": upload.step, "is_last": upload.is_last, **self._run}
         storage.write_json(self._job.output_dir / STATE_FILE, state)
         with self._changed:
             if upload in self._waiting:
@@ -265,13 +280,18 @@ class Publisher:
         return UploadError(Problem(message, key="push_to_hub", fix=f"run: {shlex.join(words)}"))
 
     def _state(self) -> dict[str, object]:
-        """What was uploaded last, by this process or an earlier one."""
+        """What was uploaded last, by this process or an earlier one of the run.
+
+        A note without a run is that of an earlier version: the run that goes on in its folder is the same.
+        """
         try:
             state = storage.read_json(self._job.output_dir / STATE_FILE)
         except DataError:
             return {}
-        is_ours = isinstance(state, dict) and state.get("repo") == self._job.name
-        return state if is_ours else {}
+        if not isinstance(state, dict) or state.get("repo") != self._job.name:
+            return {}
+        state = self._run | state
+        return state if all(state[key] == value for key, value in self._run.items()) else {}
 
     def _tell(self, severity: Severity, text: str) -> None:
         self._notices.append(Notice(severity, text))

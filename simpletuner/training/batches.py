@@ -10,6 +10,7 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from typing import Protocol
 
 import torch
@@ -48,8 +49,8 @@ class Window:
     batches: list[Batch]
     next_epoch: int
     next_position: int
-    epochs_before: float = 0.0
-    epochs_after: float = 0.0
+    epochs_before: Fraction = Fraction(0)
+    epochs_after: Fraction = Fraction(0)
 
     @property
     def weight(self) -> float:

@@ -21,6 +21,7 @@ from simpletuner.reporting.events import Notice, RunFinished
 from simpletuner.reporting.loss_plot import draw_loss_plot
 from simpletuner.reporting.report import REPORT_FILE
 from simpletuner.reporting.sinks.jsonl import METRICS_FILE, read_records
+from simpletuner.training.earlier_runs import move_aside
 from simpletuner.training.full_disk import write_patiently
 from simpletuner.training.lock import LOCK_FILE
 from simpletuner.training.phases import phase
@@ -80,7 +81,8 @@ def costing_only(run: Run, what: str) -> Iterator[None]:
 
 def was_finished(run: Run) -> bool:
     """Whether an earlier process brought the run to this end: its final weights can be read, and all else is there."""
-    return bool(run.world.from_main(run.world.is_main and has_final_weights(run) and has_outputs(run)))
+    is_drawn = run.validator is None or run.validator.has_drawn(run.state.global_step, run.ema)
+    return bool(run.world.from_main(run.world.is_main and is_drawn and has_final_weights(run) and has_outputs(run)))
 
 
 def final_files(run: Run) -> list[Path]:
@@ -135,6 +137,8 @@ def save_weights(run: Run) -> dict[str, Path]:
         if run.ema is not None:
             with run.ema.swapped_in(run.adapter.trainable_parameters()):
                 outputs[f"{name} (EMA)"] = save(run, run.output_dir / EMA_DIR)
+        if run.ema is None and run.world.is_main and (run.output_dir / EMA_DIR).exists():
+            move_aside(run.output_dir, run.output_dir / EMA_DIR)  # averages of an earlier end, before EMA was off
         run.world.barrier()
     return outputs
 

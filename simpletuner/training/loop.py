@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from functools import partial
 
 import torch
@@ -92,12 +93,16 @@ def begin(run: Run) -> None:
     """Evaluate and draw what is due at the step that this process starts from.
 
     Of a new run that is the base, of one that goes on what a kill or a signal has cost: the checkpoint of a step is
-    older than its evaluation and pictures. (Intervals of epochs are not made up for: the step before is not known.)
+    older than its evaluation and pictures.
 
     Raises:
         Interrupted: a signal came.
     """
-    step = run.state.global_step
+    step, sampler = run.state.global_step, run.batches.sampler
+    if step > 0:
+        run.epochs_after = sampler.epochs_at(run.state.epoch, run.state.position)
+        taken = Fraction(run.batches.accumulation, max(sampler.batches_in(run.state.epoch), 1))
+        run.epochs_before = max(run.epochs_after - taken, Fraction(0))
     if step == 0 or step not in run.eval_losses:
         maybe_evaluate(run, always=step == 0)
     if run.validator is not None and (step == 0 or not run.validator.has_drawn(step, run.ema)):
@@ -289,7 +294,15 @@ def is_due(run: Run, step_interval: int | None, epoch_interval: float | None = N
     step = run.state.global_step
     if step_interval and step % step_interval == 0:
         return True
-    return bool(epoch_interval) and run.epochs_after // epoch_interval > run.epochs_before // epoch_interval
+    if not epoch_interval:
+        return False
+    interval = as_written(epoch_interval)
+    return run.epochs_after // interval > run.epochs_before // interval
+
+
+def as_written(number: float) -> Fraction:
+    """The decimal number that somebody wrote: 0.1 is a tenth, which no float is, and 0.3 // 0.1 is 2."""
+    return Fraction(str(number))
 
 
 def save_checkpoint(run: Run) -> str:
@@ -340,8 +353,8 @@ def maybe_validate(run: Run, always: bool = False) -> None:
     if run.validator is None:
         return
     is_wanted = is_due(run, config.validation_step_interval, config.validation_epoch_interval)
-    is_late_enough = (
-        run.state.global_step >= config.validate_after_step and run.epochs_after >= config.validate_after_epoch
+    is_late_enough = run.state.global_step >= config.validate_after_step and run.epochs_after >= as_written(
+        config.validate_after_epoch
     )
     if always or (is_wanted and is_late_enough) or run.is_finished:
         with averaged_weights(run.optimizer):

@@ -69,6 +69,6 @@ def resumed_length(loaded: LoadedRun, sampler: Sampler, saved: Mapping[str, Any]
     if config.max_train_steps:
         return Length(total, f"{text} (max_train_steps)")
     epochs = sampler.epochs_at(state.epoch, state.position)
-    left = max(config.num_train_epochs - epochs, 0.0)
+    left = max(config.num_train_epochs - float(epochs), 0.0)
     remain = f"{left:.3g} of {config.num_train_epochs:g} epochs remain, {total - state.global_step} steps"
     return Length(total, f"{text}, {remain}")

@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
 
@@ -98,8 +99,8 @@ class Run:
     datasets: Sequence[Dataset] = ()
     recomputing: Recomputing | None = None
     is_complete: bool = False
-    epochs_before: float = 0.0
-    epochs_after: float = 0.0
+    epochs_before: Fraction = Fraction(0)
+    epochs_after: Fraction = Fraction(0)
     saved_step: int | None = None
     owes_checkpoint: bool = False
     last_update: int | None = None

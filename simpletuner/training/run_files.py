@@ -95,7 +95,10 @@ def _after(output_dir: Path, step: int) -> Iterator[Path]:
         if numbered:
             if int(numbered[1]) > step:
                 yield path
-        elif path.name in _SHEETS or (path.name in (*_FINAL, BEST, HUB_FILE) and not 0 <= step_of(path) <= step):
+        elif path.name in (*_FINAL, BEST, HUB_FILE):
+            is_later = not 0 <= step_of(path) <= step
+            yield from [path] if is_later else []
+        elif path.name in (*_SHEETS, WANDB_FILE):  # W&B takes no step twice: the branch gets a run of its own
             yield path
     for folder in (output_dir / "validation_images", output_dir / "validation_images" / "previews"):
         for path in folder.iterdir() if folder.is_dir() else ():

@@ -199,9 +199,7 @@ def find_run_history(output_dir: Path, checkpoints: list[Path]) -> tuple[RunHist
     marked = [(path, history) for path, history in histories if history is not None]
     if marked and len({history.run_id for _, history in marked}) == 1:
         path, history = marked[-1]
-        return history, [
-            f"{HISTORY_FILE} is missing or damaged; the history of run {history.run_id} is that in {path.name}"
-        ]
+        return history, [f"{HISTORY_FILE} is missing: run {history.run_id} is continued from what {path.name} says"]
     if histories and not marked:
         history = RunHistory.new(adopts_unmarked=True)
         text = f"{output_dir} was written by an earlier version of simpletuner: adopted as run {history.run_id}"

@@ -129,7 +129,8 @@ def _take(run: RunRecord, record: Record) -> None:
     if isinstance(record.get("time"), int | float):
         run.last_time = float(record["time"])
     if kind == "run_started":
-        run.start, run.end = record, {}
+        if not (record.get("is_complete") and run.end):  # nothing was left to do: what the run's end said still holds
+            run.start, run.end = record, {}
     elif kind == "step_done" and isinstance(record.get("step"), int):
         run.steps.append(record)
         run.end = {}

@@ -7,6 +7,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from simpletuner import storage
+from simpletuner.errors import DataError
 from simpletuner.reporting.loss_plot import is_regularisation, smoothed
 from simpletuner.reporting.progress import duration_text
 from simpletuner.reporting.report.charts import Series, chart, number_text
@@ -130,18 +132,30 @@ def checkpoint_section(run: RunRecord) -> str:
     best_folder = run.output_dir / "checkpoint-best"
     if not (kept or best_folder.is_dir()):
         return ""
-    known = [(losses[step], step) for step, _ in kept if step in losses]
-    best = min(known)[1] if known and not best_folder.is_dir() else None
-    rows = [_checkpoint_row(str(step), path, losses.get(step), step == best) for step, path in kept[-MOST_ROWS:]]
+    lowest = run.best_evaluation()
+    best = lowest[0] if lowest else None  # of all evaluations: a better one whose state was not saved leaves no best
+    is_marked = best is not None and not best_folder.is_dir()
+    rows = [
+        _checkpoint_row(str(step), path, losses.get(step), is_marked and step == best)
+        for step, path in kept[-MOST_ROWS:]
+    ]
     if best_folder.is_dir():
-        told = [record for record in run.checkpoints if isinstance(record.get("eval_loss"), int | float)]
-        step, loss = (str(told[-1]["step"]), float(told[-1]["eval_loss"])) if told else ("", None)
-        rows.append(_checkpoint_row(step, best_folder, loss, True))
+        step, loss = _best_of(best_folder)
+        rows.append(_checkpoint_row("" if step is None else str(step), best_folder, loss, step == best))
     removed = len(steps) - len(kept)
     earlier = "an earlier one" if removed == 1 else f"{removed} earlier ones"
     note = f'<p class="muted">{earlier} made room for later ones.</p>' if removed else ""
     head = '<tr><th>folder</th><th class="number">step</th><th class="number">eval loss</th><th></th></tr>'
     return f'<div class="card box scroll"><table>{head}{"".join(rows)}</table></div>{note}'
+
+
+def _best_of(folder: Path) -> tuple[int | None, float | None]:
+    """(step, eval loss) that the best checkpoint itself names."""
+    try:
+        metadata = storage.read_manifest(folder).metadata
+        return int(metadata["global_step"]), float(metadata["eval_loss"])
+    except (DataError, KeyError, TypeError, ValueError):
+        return None, None
 
 
 def _checkpoint_row(step: str, path: Path, loss: float | None, is_best: bool) -> str:

@@ -37,7 +37,7 @@ def build_sinks(
     if webhooks is not None and webhooks.targets:
         from simpletuner.reporting.webhooks.sink import WebhookSink
 
-        sinks.append(WebhookSink(webhooks, output_dir, run_name=config.tracker_run_name))
+        sinks.append(WebhookSink(webhooks, output_dir, run_name=config.tracker_run_name, is_new=not config.resumes))
     if "wandb" in trackers:
         sinks.append(TrackerSink("W&B", _wandb_tracker, project))
     if "custom-tracker" in trackers:

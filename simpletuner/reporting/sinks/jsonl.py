@@ -54,8 +54,11 @@ class JsonlSink:
         return taken
 
     def close(self) -> None:
-        """Write what still waits: a run that failed before it started leaves its reasons in the file."""
-        if self._waiting:
+        """Write what still waits: a run that failed before it started leaves its reasons in the file.
+
+        Not in that of a run that is there already: a start that was refused is no part of it.
+        """
+        if self._waiting and (self._file is not None or not has_run(self.path)):
             self._flush(self._file or self._open())
         self._close_file()
 
@@ -118,12 +121,14 @@ def has_run(path: Path) -> bool:
 def start_from(path: Path, start_step: int) -> None:
     """Leave only what a run that goes on after `start_step` will not write again.
 
-    At step 0 the whole old file is another run's: it is renamed to the next free `metrics.<n>.jsonl`.
+    At step 0 the whole old file is another run's, if one has begun in it: it is renamed to the next free
+    `metrics.<n>.jsonl`.
     """
     if not path.is_file():
         return
     if start_step == 0:
-        path.rename(_free_name(path))
+        if has_run(path):
+            path.rename(_free_name(path))
         return
     kept = [record for record in read_records(path) if record.get("step", 0) <= start_step]
     temporary = path.with_suffix(".jsonl.tmp")

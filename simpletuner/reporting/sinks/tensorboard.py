@@ -56,8 +56,10 @@ class TensorBoardSink:
 
             run_name = folder_name(self._run.run_name) if self._run else "run"
             start_step = self._run.start_step if self._run else 0
-            purge_step = start_step + 1 if start_step else None
+            purge_step = start_step + 1 if start_step else 0
             self._writer = SummaryWriter(str(self._log_dir / run_name), purge_step=purge_step)
+            if self._run and self._run.run_id:
+                self._writer.add_text("run", f"{self._run.run_id}, branch {self._run.branch}", start_step)
             if self._run and self._run.options:
                 text = json.dumps(dict(self._run.options), indent=2, default=str)
                 self._writer.add_text("options", f"```json\n{text}\n```", start_step)

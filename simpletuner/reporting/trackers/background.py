@@ -49,7 +49,7 @@ class TrackerSink:
 
     def handle(self, event: Event) -> None:
         if isinstance(event, RunStarted):
-            if event.start_step >= event.total_steps:
+            if event.is_complete or event.start_step >= event.total_steps:
                 self._exit_code = 0  # nothing is left to do, which is no failure
             self._start(event)
         elif isinstance(event, RunFailed | RunFinished):
@@ -86,6 +86,8 @@ class TrackerSink:
             event.total_steps,
             event.options,
             event.details,
+            event.run_id,
+            event.branch,
         )
         self._worker = threading.Thread(target=self._work, args=(run,), name=f"tracker {self.name}", daemon=True)
         self._worker.start()

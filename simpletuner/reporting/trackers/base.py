@@ -26,6 +26,8 @@ class TrackedRun:
         total_steps: optimizer steps at which the run ends.
         options: the resolved configuration, secrets left out.
         details: facts worth a line each (model, device, pictures).
+        run_id: of the run, the same at each start of it.
+        branch: of the run; another one after it went back to an earlier checkpoint, whose steps come again.
     """
 
     name: str
@@ -35,6 +37,8 @@ class TrackedRun:
     total_steps: int
     options: Mapping[str, Any] = field(default_factory=dict)
     details: Mapping[str, str] = field(default_factory=dict)
+    run_id: str = ""
+    branch: str = ""
 
 
 class Tracker:

@@ -1,7 +1,8 @@
 """Weights & Biases: numbers, pictures and the resolved configuration, online or offline (`WANDB_MODE=offline`).
 
-A run that goes on is the same run there: its id is kept in `output_dir/wandb_run.json`. Steps that are drawn anew after
-a kill are left out, as they have the very numbers that W&B holds already.
+A run that goes on is the same run there: its id is kept in `output_dir/wandb_run.json`. Steps that are taken again
+after a kill are left out, as they have the very numbers that W&B holds already. A run that went back to an earlier
+checkpoint takes steps with other numbers: its new branch is a run of its own there, in the same group.
 """
 
 from __future__ import annotations
@@ -50,7 +51,8 @@ class WandbTracker(Tracker):
         self._run = wandb.init(
             project=run.project or DEFAULT_PROJECT,
             name=run.name,
-            id=run_id(run.output_dir, is_new=run.start_step == 0),
+            id=tracked_id(run),
+            group=run.run_id or None,
             resume="allow",
             dir=run.output_dir,
             config={**run.options, "run": dict(run.details)},
@@ -82,14 +84,19 @@ class WandbTracker(Tracker):
         self._run.finish(exit_code=exit_code)
 
 
-def run_id(output_dir: Path, is_new: bool) -> str:
-    """The id of this folder's run in W&B: the one that is kept, or for a new run a new one that is kept from now on."""
-    path = output_dir / RUN_FILE
-    if not is_new and path.is_file():
-        try:
-            return str(storage.read_json(path)["id"])
-        except (DataError, KeyError, TypeError):
-            pass  # a damaged note costs the connection to the old curve only, and a new run is made
+def tracked_id(run: TrackedRun) -> str:
+    """The id of a run in W&B: that of its branch, where it is kept, or a new one that is kept from now on.
+
+    A note without a branch is that of an earlier version, whose runs had one only.
+    """
+    path = run.output_dir / RUN_FILE
     made = secrets.token_hex(4)
-    storage.write_json(path, {"id": made})
+    if run.start_step > 0 and path.is_file():
+        try:
+            noted = storage.read_json(path)
+            if noted.get("branch", run.branch) == run.branch:
+                made = str(noted["id"])
+        except (DataError, KeyError, TypeError, AttributeError):
+            pass  # a damaged note costs the connection to the old curve only, and a new run is made
+    storage.write_json(path, {"id": made, "run": run.run_id, "branch": run.branch})
     return made

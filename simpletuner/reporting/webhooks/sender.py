@@ -18,7 +18,7 @@ from simpletuner.reporting.webhooks.encoding import PICTURE_BYTES, Body, encode
 from simpletuner.reporting.webhooks.messages import CurvePoint, Message, progress_message
 from simpletuner.reporting.webhooks.outbox import Outbox
 from simpletuner.reporting.webhooks.pictures import load_pictures
-from simpletuner.reporting.webhooks.spool import Spool, created_at, message_id
+from simpletuner.reporting.webhooks.spool import REFUSED, Spool, created_at, message_id
 from simpletuner.reporting.webhooks.transport import Deadlines, Outcome, Reply, Transport
 
 Tell = Callable[[Notice], None]
@@ -126,6 +126,8 @@ class Sender:
         if names and (ordinary is None or created_at(names[0]) <= ordinary.created):
             name = min(names, key=lambda each: self._tries.get(message_id(each), 0) // _TRIES_IN_FRONT)
             message = self.spool.read(name)
+            if message is None and not (self.spool.folder / REFUSED / name).exists():
+                return self._next_job()
             if message is None:
                 self._tell(Notice("warning", f"{self.name}: {name} cannot be read; set aside in {self.spool.folder}"))
                 return self._next_job()

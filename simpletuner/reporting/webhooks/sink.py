@@ -37,16 +37,25 @@ class WebhookSink:
         webhooks: the services, with their secrets.
         output_dir: messages that must arrive wait in `webhooks/` in it.
         run_name: what the run is called before it says so itself; unset: the name of `output_dir`.
+        is_new: a new run begins: messages of an earlier one in its folder are not sent with its own.
     """
 
     name = "webhooks"
     failures: tuple[type[Exception], ...] = ()
 
-    def __init__(self, webhooks: Webhooks, output_dir: Path, timing: Timing | None = None, run_name: str | None = None):
+    def __init__(
+        self,
+        webhooks: Webhooks,
+        output_dir: Path,
+        timing: Timing | None = None,
+        run_name: str | None = None,
+        is_new: bool = False,
+    ):
         self._timing = timing or Timing()
         self._interval = webhooks.reporting_interval
         self._run_name = run_name or Path(output_dir).name
         self._notices: deque[Notice] = deque()
+        self._is_new = is_new
         self._senders = [
             self._sender(number, target, Path(output_dir), webhooks.job_id)
             for number, target in enumerate(webhooks.targets, 1)
@@ -83,7 +92,7 @@ class WebhookSink:
 
     def _sender(self, number: int, target: Webhook, output_dir: Path, job_id: str | None) -> Sender:
         # By place and type, not by address: a service whose address was mended gets what waits for it.
-        spool = Spool(output_dir / SPOOL_FOLDER / f"{number}-{target.webhook_type}", output_dir)
+        spool = Spool(output_dir / SPOOL_FOLDER / f"{number}-{target.webhook_type}", output_dir, self._is_new)
         name = f"webhook {number} ({target.webhook_type})"
         return Sender(name, target, Outbox(), spool, self._timing, lambda: self._run_name, self._notices.append, job_id)
 

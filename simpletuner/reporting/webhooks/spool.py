@@ -35,11 +35,12 @@ class Spool:
     Args:
         folder: made when the first message comes.
         root: paths of pictures inside of it are kept relative to it, so that the folder of a run can be moved.
+        is_new: of a run that begins: what waits in the folder already is another run's, and is not sent with its own.
     """
 
-    def __init__(self, folder: Path, root: Path):
+    def __init__(self, folder: Path, root: Path, is_new: bool = False):
         self.folder, self._root = folder, root.absolute()
-        self._names: list[str] | None = None
+        self._names: list[str] | None = [] if is_new else None
 
     def add(self, message: Message) -> None:
         """Put a message on the disk.
@@ -66,7 +67,10 @@ class Spool:
         return self._names
 
     def read(self, name: str) -> Message | None:
-        """A message; None, and set aside, where its file is gone or damaged."""
+        """A message; None where its file was moved away with its run, or is damaged: then it is set aside."""
+        if not (self.folder / name).exists():
+            self.names().remove(name)
+            return None
         try:
             record = storage.read_json(self.folder / name)
             message = self._message(record)

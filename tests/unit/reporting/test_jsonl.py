@@ -53,14 +53,27 @@ def test_what_came_before_the_start_is_in_the_file_of_the_run(tmp_path: Path):
     assert not (tmp_path / "metrics.1.jsonl").exists()
 
 
-def test_a_run_that_fails_before_its_start_leaves_its_reason_and_the_old_curve(tmp_path: Path):
-    write_run(tmp_path, 0, 2, 1.0)
-    sink = JsonlSink(tmp_path)
+def fail_before_the_start(folder: Path) -> None:
+    sink = JsonlSink(folder)
     sink.handle(Notice("error", "no pictures"))
     sink.close()
+
+
+def test_a_start_that_is_refused_changes_nothing_in_the_record_of_the_run_that_is_there(tmp_path: Path):
+    write_run(tmp_path, 0, 2, 1.0)
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    fail_before_the_start(tmp_path)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+
+
+def test_the_reasons_of_starts_that_failed_stay_in_front_of_the_run_that_follows(tmp_path: Path):
+    fail_before_the_start(tmp_path)
+    fail_before_the_start(tmp_path)
+    write_run(tmp_path, 0, 2, 1.0)
     records = read_records(tmp_path / "metrics.jsonl")
-    assert records[-1]["text"] == "no pictures"
+    assert [record["text"] for record in records[:2]] == ["no pictures", "no pictures"]
     assert len(read_curves(tmp_path / "metrics.jsonl").train) == 2
+    assert not (tmp_path / "metrics.1.jsonl").exists()
 
 
 def test_a_line_that_was_cut_short_is_left_out(tmp_path: Path):

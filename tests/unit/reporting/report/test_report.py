@@ -135,6 +135,7 @@ def test_a_killed_and_a_failed_run_have_their_report_too(tmp_path: Path):
     run = make_run(tmp_path / "run", end=False)
     assert "unfinished" in Page(write_report(run)).text
     sink = JsonlSink(run)
+    sink.handle(RunStarted("a cat", run, 40, 20))
     sink.handle(RunFailed(20, "the disk is full", 3))
     sink.close()
     text = Page(write_report(run)).text
@@ -205,6 +206,7 @@ def test_each_picture_of_a_prompt_has_a_row_of_its_own(tmp_path: Path):
         path = run / "validation_images" / f"two_{index}.png"
         Image.new("RGB", (8, 8), (index, 0, 0)).save(path)
         pictures.append(SavedPicture(path, "two", "a cat", 8, 8, index, "live", index))
+    sink.handle(RunStarted("a cat", run, 40, 20))
     sink.handle(PicturesMade(20, tuple(pictures)))
     sink.close()
     text = Page(write_report(run)).text
