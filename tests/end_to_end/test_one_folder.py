@@ -282,8 +282,8 @@ def test_a_folder_of_an_earlier_version_is_adopted_and_goes_on(tmp_path: Path, o
 
     train_here(folder, "--max_train_steps=8")
     assert sum("written by an earlier version" in text for text in notices(output)) == 1
-    train_here(folder, "--resume_from_checkpoint=checkpoint-2", "--max_train_steps=3")
-    assert {path.name for path in output.glob("checkpoint-*[0-9]")} == {"checkpoint-2", "checkpoint-3"}
+    train_here(folder, "--resume_from_checkpoint=checkpoint-4", "--max_train_steps=5")
+    assert {path.name for path in output.glob("checkpoint-*[0-9]")} == {"checkpoint-4", "checkpoint-5"}
     assert storage.read_json(output / "run_history.json")["run"] == run
 
 
