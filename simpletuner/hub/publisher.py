@@ -290,8 +290,8 @@ class Publisher:
             return {}
         if not isinstance(state, dict) or state.get("repo") != self._job.name:
             return {}
-        state = self._run | state
-        return state if all(state[key] == value for key, value in self._run.items()) else {}
+        is_same = all(state.get(key, value) == value for key, value in self._run.items())
+        return {**self._run, **state} if is_same else {}
 
     def _tell(self, severity: Severity, text: str) -> None:
         self._notices.append(Notice(severity, text))
