@@ -36,6 +36,7 @@ from simpletuner.config.paths import SINGLE_FILE, Folders, looks_like_path
 from simpletuner.config.prompt_library import LibraryPrompt, read_prompt_library
 from simpletuner.config.rules import broken_rules, notices
 from simpletuner.config.sources import PictureSource
+from simpletuner.config.values import read_bool
 from simpletuner.config.webhook_reading import read_webhooks
 from simpletuner.config.webhooks import Webhooks
 from simpletuner.errors import ConfigError, Problem
@@ -202,6 +203,10 @@ class _RunReader:
         if self.spec:
             flavour = self.merged.settings.get("model_flavour")
             values = self.spec.defaults_for(str(flavour.value) if flavour and flavour.value else None)
+            if _is_on(
+                self.merged.settings.get("use_dora")
+            ):  # its files mean the same in one form only, the general one
+                values = {key: value for key, value in values.items() if key != "lora_format"}
             defaults = Layer([Setting(key, value, Origin("family")) for key, value in values.items()])
             self.merged = merge_layers([defaults, *layers])
         self.problems += self.merged.problems
@@ -376,3 +381,11 @@ class _RunReader:
         self.problems += problems
         self.merged.warnings += warnings
         return Webhooks(targets, environment.get("SIMPLETUNER_JOB_ID") or None, config.webhook_reporting_interval)
+
+
+def _is_on(setting: Setting | None) -> bool:
+    """Whether a switch is set; one at fault is told of elsewhere."""
+    try:
+        return setting is not None and bool(read_bool(setting.value))
+    except ValueError:
+        return False

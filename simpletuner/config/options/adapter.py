@@ -62,7 +62,7 @@ class AdapterOptions(OptionGroup):
     lora_format: Literal["diffusers", "kohya", "comfyui", "lycoris"] = option(
         "diffusers",
         help="File format of standard LoRA; `simpletuner export` writes the others later. SDXL's default is `kohya`, "
-        "which more programs read.",
+        "which more programs read; with `use_dora` it is `diffusers` for all.",
     )
     use_dora: Bool = option(
         False, help="Weight-decomposed LoRA (DoRA): also trains the length of each row. Slower, needs the weights."

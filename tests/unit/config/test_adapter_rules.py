@@ -77,7 +77,9 @@ def test_keys_of_the_other_kind_of_adapter_are_told(workspace: Workspace) -> Non
 def test_sdxl_files_have_the_form_that_all_programs_read(workspace: Workspace) -> None:
     workspace.config |= STANDARD | {"model_family": "sdxl"}
     assert workspace.load_written().config.lora_format == "kohya"
-    workspace.config["lora_format"] = "diffusers"
+    workspace.config["use_dora"] = True  # which kohya's form would change
+    assert workspace.load_written().config.lora_format == "diffusers"
+    workspace.config |= {"use_dora": False, "lora_format": "diffusers"}
     assert workspace.load_written().config.lora_format == "diffusers"
     workspace.config |= {"model_family": "flux"}
     del workspace.config["lora_format"]
@@ -85,7 +87,7 @@ def test_sdxl_files_have_the_form_that_all_programs_read(workspace: Workspace) -
 
 
 def test_whoever_chooses_weight_decomposition_is_told_who_reads_it(workspace: Workspace) -> None:
-    workspace.config |= STANDARD | {"model_family": "sdxl", "use_dora": True}
+    workspace.config |= STANDARD | {"model_family": "sdxl", "use_dora": True, "lora_format": "kohya"}
     [line] = [line for line in workspace.load_written().warnings if "use_dora" in line]
     assert "files in the kohya form are read by no other program" in line
     assert "ComfyUI computes another weight decomposition" in line
