@@ -14,8 +14,10 @@ from simpletuner.adapters.weights import (
     algorithm_of,
     alpha_tensor,
     fuse_loras,
+    is_whole_lokr,
     row_norms,
     scale_of,
+    scaled,
     split_lora,
     swap_halves,
     with_unit_scale,
@@ -111,3 +113,35 @@ def test_algorithms_are_told_by_their_tensors():
     assert AdapterWeights(modules, lycoris={"multiplier": "0.5"}).multiplier == 0.5
     assert not AdapterWeights(modules).is_plain_lora
     assert not AdapterWeights({"a": {UP: torch.ones(1), "lora_mid.weight": torch.ones(1)}}).is_plain_lora
+
+
+@pytest.mark.parametrize(
+    ("module", "changed"),
+    [
+        ({UP: matrix([1.0]), DOWN: matrix([1.0]), ALPHA: alpha_tensor(1)}, {UP: matrix([3.0])}),
+        ({"lokr_w1": matrix([1.0]), "lokr_w2": matrix([2.0])}, {"lokr_w1": matrix([3.0])}),
+        ({"lokr_w1_a": matrix([1.0]), "lokr_w1_b": matrix([2.0])}, {"lokr_w1_a": matrix([3.0])}),
+        ({"hada_w1_a": matrix([1.0]), "hada_w2_a": matrix([2.0])}, {"hada_w1_a": matrix([3.0])}),
+        ({"diff": matrix([1.0]), "diff_b": matrix([2.0])}, {"diff": matrix([3.0]), "diff_b": matrix([6.0])}),
+        ({"w_norm": matrix([1.0])}, {"w_norm": matrix([3.0])}),
+        ({"on_input": matrix([1.0]), "weight": matrix([2.0])}, {"weight": matrix([6.0])}),
+    ],
+    ids=str,
+)
+def test_three_times_the_change_is_three_times_one_factor_of_it(module, changed):
+    assert scaled(module, 3.0) == {**module, **changed}
+    assert scaled(module, 1) == module
+
+
+def test_a_change_that_is_no_multiple_of_a_weight_is_not_scaled():
+    decomposed = {UP: matrix([1.0]), DOWN: matrix([1.0]), DORA: matrix([1.0])}
+    assert scaled(decomposed, 3.0) is None
+    assert scaled({"oft_blocks": matrix([1.0])}, 3.0) is None
+    assert scaled(decomposed, 1) == decomposed
+
+
+def test_a_lokr_is_whole_where_neither_factor_is_of_low_rank():
+    first, second = matrix([1.0]), matrix([2.0])
+    assert is_whole_lokr({"lokr_w1": first, "lokr_w2": second})
+    assert not is_whole_lokr({"lokr_w1": first, "lokr_w2_a": second, "lokr_w2_b": second})
+    assert not is_whole_lokr({"lokr_w1_a": first, "lokr_w1_b": first, "lokr_w2": second})
