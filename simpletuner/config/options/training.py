@@ -18,7 +18,8 @@ class TrainingOptions(OptionGroup):
     )
     num_train_epochs: Float = option(
         0.0,
-        help="Length of the run in passes over the data, repeats included; fractions are allowed.",
+        help="Length of the run in passes over the data, repeats included; fractions are allowed. Where batch size or "
+        "data changed at a resume, what remains is counted from there.",
         unit="epochs",
         ge=0,
         le=1_000_000,
