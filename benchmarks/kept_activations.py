@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from full_size import FULL, PROMPT, RandomOmniGen, lokr_of_the_example
+from gpu_rows import FULL, PROMPT, RandomOmniGen, lokr_of_the_example
 from torch import Tensor
 
 from simpletuner.commands.shapes import SavedBytes, measure_activations

@@ -151,9 +151,17 @@ def swapped_bytes(config: TrainConfig, family: ModelFamily, denoiser: nn.Module)
     spec, precision = family.spec, family.number_formats.base
     blocks = repeated_blocks(denoiser, spec.block_classes)
     count = len(blocks) if config.enable_group_offload else min(config.musubi_blocks_to_swap, len(blocks))
+    return swapped_out(blocks[len(blocks) - count :], precision, spec.unquantised)
+
+
+def swapped_out(blocks: Sequence[nn.Module], precision: str, kept: Sequence[str]) -> int:
+    """Bytes of swapped blocks that the device does not hold.
+
+    Args:
+        kept: patterns of paths whose layers are not packed.
+    """
     sizes = [
-        num_bytes((*block.parameters(), *block.buffers())) - saved_bytes(block, precision, (), spec.unquantised)
-        for block in blocks[len(blocks) - count :]
+        num_bytes((*block.parameters(), *block.buffers())) - saved_bytes(block, precision, (), kept) for block in blocks
     ]
     return max(sum(sizes) - NUM_BUFFERS * max(sizes, default=0), 0)
 

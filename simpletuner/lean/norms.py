@@ -16,5 +16,5 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """`x / rms(x) * weight` over the last dimension, (..., D); statistics in float32."""
     shape = x.shape[-1:]
     if weight is None:
-        return remade(lambda x: F.rms_norm(x, shape, eps=eps), x)
+        return remade(lambda x: F.rms_norm(x, shape, None, eps), x)
     return remade(lambda x, weight: F.rms_norm(x, shape, weight, eps), x, weight)
