@@ -202,11 +202,9 @@ class _RunReader:
         self.spec = self.find_spec(get_spec)
         if self.spec:
             flavour = self.merged.settings.get("model_flavour")
-            values = self.spec.defaults_for(str(flavour.value) if flavour and flavour.value else None)
-            if _is_on(
-                self.merged.settings.get("use_dora")
-            ):  # its files mean the same in one form only, the general one
-                values = {key: value for key, value in values.items() if key != "lora_format"}
+            values = dict(self.spec.defaults_for(str(flavour.value) if flavour and flavour.value else None))
+            if "lora_format" in values and _is_on(self.merged.settings.get("use_dora")):
+                values["lora_format"] = self.spec.default_form("dora")
             defaults = Layer([Setting(key, value, Origin("family")) for key, value in values.items()])
             self.merged = merge_layers([defaults, *layers])
         self.problems += self.merged.problems

@@ -166,6 +166,10 @@ class FamilySpec:
         """The text whose embeddings guidance leads away from: a dropped caption's where no negative prompt is given."""
         return self.dropped_caption if negative is None else negative or self.empty_negative
 
+    def default_form(self, kind: str) -> str:
+        """Of the files of standard LoRA; weight decomposition (`dora`) means the same in diffusers' form alone."""
+        return "diffusers" if kind == "dora" else self.defaults.get("lora_format", "diffusers")
+
     def read_by(self, form: str, kind: str, paths: Sequence[str] = ()) -> str:
         """Who reads an adapter file, in one line; see `models/readers.py`."""
         return reading_text(self.readers, form, kind, paths)

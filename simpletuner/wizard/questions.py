@@ -86,8 +86,8 @@ _KINDS: Mapping[str, Kind] = {"lora": "lora", "locon": "lora", "dora": "dora", "
 
 def adapter_readers(answers: Answers) -> str:
     """Which other programs read the file of the chosen adapter."""
-    form = answers.options.get("lora_format") or answers.spec.defaults.get("lora_format", "diffusers")
     kind = _KINDS.get(answers.adapter, "other")
+    form = answers.options.get("lora_format") or answers.spec.default_form(kind)
     return reading_text(answers.spec.readers, "lycoris" if answers.lycoris else form, kind)
 
 

@@ -25,6 +25,7 @@ INEXACT: dict[str, tuple[dict[str, Any], dict[str, Any] | None]] = {
     "pissa": (STANDARD | {"lora_init_type": "pissa"}, None),
     "full differences": ({}, {"algo": "full"} | TARGETS),
     "dylora": ({}, {"algo": "dylora", "linear_dim": 4, "block_size": 2} | TARGETS),
+    "multiplier": ({}, {"algo": "lokr", "linear_dim": 10000, "factor": 4, "multiplier": 0.3} | TARGETS),
     "scalar": (
         {},
         {"algo": "lokr", "linear_dim": 10000, "factor": 4, "use_scalar": True, "module_dropout": 0.2} | TARGETS,

@@ -13,7 +13,7 @@ from simpletuner.wizard.files import without_secrets
 from simpletuner.wizard.pages import page_of, pages
 from simpletuner.wizard.plan import make_plan
 from simpletuner.wizard.question import Question, option_questions
-from simpletuner.wizard.questions import FAMILY, FLAVOUR, WEBHOOK
+from simpletuner.wizard.questions import FAMILY, FLAVOUR, WEBHOOK, adapter_readers
 from tests.unit.wizard.projects import answers
 
 DISCORD = "https://discord.com/api/webhooks/1/secret"
@@ -113,3 +113,12 @@ def test_a_fault_names_the_page_that_asks_for_it():
     assert page_of("learning_rate") == "4, Training"
     assert page_of("pretrained_model_name_or_path") == "2, Model"
     assert page_of("lr_end") is None
+
+
+@pytest.mark.parametrize(
+    ("adapter", "readers"),
+    [("lora", "read by diffusers, ComfyUI, A1111, Forge and kohya's scripts"), ("dora", "read by diffusers")],
+)
+def test_the_readers_of_an_adapter_are_those_of_the_form_that_training_writes(adapter: str, readers: str):
+    """Of SDXL: kohya's form, and diffusers' for DoRA."""
+    assert adapter_readers(answers(family="sdxl", adapter=adapter)) == readers
