@@ -7,11 +7,14 @@ a dataset and for the read that feeds the VAE.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import io
 import struct
+import threading
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from typing import TYPE_CHECKING
@@ -73,6 +76,33 @@ _DECODE_ERRORS = (
 )
 
 
+class _Pixels:
+    """Lets threads decode while all their pictures together have at most `limit` pixels.
+
+    A file of a few kilobytes may unpack to half a gigabyte, and a scan has a thread for each core.
+    """
+
+    def __init__(self, limit: int):
+        self._limit, self._taken = limit, 0
+        self._condition = threading.Condition()
+
+    @contextlib.contextmanager
+    def of(self, num_pixels: int) -> Iterator[None]:
+        """Wait for room, and hold it inside; one picture alone always has room."""
+        with self._condition:
+            self._condition.wait_for(lambda: not self._taken or self._taken + num_pixels <= self._limit)
+            self._taken += num_pixels
+        try:
+            yield
+        finally:
+            with self._condition:
+                self._taken -= num_pixels
+                self._condition.notify_all()
+
+
+_decoding = _Pixels(MAX_PIXELS)
+
+
 class UnusablePicture(Exception):
     """A file that cannot be trained on; `str` of it is the reason, without the file's name."""
 
@@ -109,11 +139,16 @@ def picture_facts(data: bytes) -> PictureFacts:
     Raises:
         UnusablePicture: it cannot be decoded to its last pixel.
     """
-    image = _load(data)
-    # A phone's JPEG has depth or another exposure behind the picture: nobody would call that frames.
-    moves = image.format != "MPO" and getattr(image, "is_animated", False)
-    upright = _upright(image)
-    return PictureFacts(upright.height, upright.width, SEVERAL_FRAMES if moves else None)
+    image = _opened(data)
+    with _decoding.of(image.width * image.height):
+        image = _loaded(image)
+        # A phone's JPEG has depth or another exposure behind the picture: nobody would call that frames.
+        moves = image.format != "MPO" and getattr(image, "is_animated", False)
+        upright = _upright(image)
+        facts = PictureFacts(upright.height, upright.width, SEVERAL_FRAMES if moves else None)
+        image.close()
+        del image, upright
+    return facts
 
 
 def picture_size(data: bytes) -> tuple[int, int]:
@@ -244,7 +279,11 @@ def _decode(data: bytes) -> Image.Image:
 
 
 def _load(data: bytes) -> Image.Image:
-    """The first frame as it is stored.
+    return _loaded(_opened(data))
+
+
+def _opened(data: bytes) -> Image.Image:
+    """The first frame as it is stored, before its pixels are read.
 
     Raises:
         UnusablePicture: as `picture_facts`.
@@ -268,6 +307,11 @@ def _load(data: bytes) -> Image.Image:
         raise UnusablePicture(f"{image.width}x{image.height} is more than {MAX_PIXELS} pixels")
     if image.mode == "F":
         raise UnusablePicture("floating-point values have no agreed range; save it with 8 or 16 bits")
+    return image
+
+
+def _loaded(image: Image.Image) -> Image.Image:
+    """An opened picture with its pixels."""
     loses = _loses_low_bytes(image)
     try:
         image.load()

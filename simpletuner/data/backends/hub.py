@@ -16,7 +16,7 @@ from typing import NoReturn
 from simpletuner.data.backends.hub_layout import CONVERTED_BRANCH, SUFFIX, NoSuchPart, choose_files
 from simpletuner.errors import ConfigError, DataError, Problem
 from simpletuner.models.reach import hub_failures, why_unreachable
-from simpletuner.text import decode, read_file
+from simpletuner.text import decode_lenient, read_file
 
 _CARD = "README.md"
 MAX_CARD_BYTES = 2_000_000
@@ -119,7 +119,7 @@ def _tables_in_cache(wanted: HubDataset, reason: str) -> dict[str, Path]:
 def _choose(names: list[str], card: Path | None, wanted: HubDataset) -> list[str]:
     """The files of the split that is wanted, by the dataset's card where it has one."""
     try:
-        text = decode(read_file(card, MAX_CARD_BYTES)) if card else None
+        text = decode_lenient(read_file(card, MAX_CARD_BYTES))[0] if card else None
         chosen = choose_files(names, text, wanted.config, wanted.split)
     except NoSuchPart as error:
         if any(name.endswith(SUFFIX) for name in names):

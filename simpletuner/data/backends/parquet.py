@@ -148,7 +148,7 @@ class ParquetBackend:
             try:
                 rows = self._open(folder).read_row_group(group, columns=list(columns), use_threads=False)
                 rows.validate(full=True)  # texts are UTF-8, lists lie within the column
-            except (pa.ArrowException, OSError) as error:
+            except (pa.ArrowException, OSError, ValueError) as error:
                 raise self._damaged(folder, error) from error
             starts = self._group_starts(folder)
             if rows.num_rows != starts[group + 1] - starts[group]:
@@ -164,7 +164,7 @@ class ParquetBackend:
 
         try:
             return ParquetFile(self._files[folder])
-        except (pa.ArrowException, OSError) as error:
+        except (pa.ArrowException, OSError, ValueError) as error:
             raise self._damaged(folder, error) from error
 
     def _check_columns(self) -> tuple[str, ...]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import struct
+import threading
+import time
 import zlib
 from pathlib import Path
 
@@ -12,7 +14,7 @@ import pytest
 from PIL import Image, ImageCms
 
 from simpletuner.batch import Crop
-from simpletuner.data.transforms import FORMATS, UnusablePicture, load_picture, picture_size, to_pixels
+from simpletuner.data.transforms import FORMATS, UnusablePicture, _Pixels, load_picture, picture_size, to_pixels
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"
 
@@ -227,3 +229,27 @@ def test_reduction_does_not_alias() -> None:
     columns[:, ::2] = 255
     pixels = to_pixels(Image.fromarray(columns), Crop(16, 16, 0, 0, 16, 16))
     assert pixels[:, 2:-2, 2:-2].abs().max() < 0.05
+
+
+def test_pictures_that_are_decoded_at_once_have_a_limit_together() -> None:
+    pixels, running, most = _Pixels(100), 0, 0
+    lock = threading.Lock()
+
+    def decode(size: int) -> None:
+        nonlocal running, most
+        with pixels.of(size):
+            with lock:
+                running += size
+                most = max(most, running)
+            time.sleep(0.005)
+            with lock:
+                running -= size
+
+    threads = [threading.Thread(target=decode, args=(size,)) for size in (30, 60, 50, 100, 10, 400, 20, 70) * 2]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=10)
+    assert running == 0
+    assert most == 400  # the one that is too large works, alone
+    assert pixels._taken == 0

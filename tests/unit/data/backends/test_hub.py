@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from simpletuner.data.backends.hub import HubDataset, find_tables
-from simpletuner.data.backends.hub_layout import NoSuchPart, choose_files
+from simpletuner.data.backends.hub_layout import NoSuchPart, card_configs, choose_files
 from simpletuner.errors import ConfigError, DataError
 from tests.hub import FakeHub, fake_hub
 
@@ -195,3 +195,11 @@ def test_what_the_hub_does_not_have_is_named(hub: FakeHub, tmp_path: Path) -> No
     assert "a.dataset_name" in ask(hub, tmp_path, name="me/other")[1]
     assert "a.revision" in ask(hub, tmp_path, revision="v2")[1]
     assert "a.split" in ask(hub, tmp_path, split="night")[1]
+
+
+def test_a_card_that_blows_up_is_refused() -> None:
+    lines = ["a0: &a0 [x, x]", *(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]" for n in range(1, 60))]
+    with pytest.raises(ValueError, match="refers back to itself"):
+        card_configs("---\n" + "\n".join(lines) + "\n---\n")
+    with pytest.raises(ValueError, match="nested too deeply"):
+        card_configs("---\na: " + "[" * 20_000 + "]" * 20_000 + "\n---\n")
