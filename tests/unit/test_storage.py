@@ -404,3 +404,19 @@ def test_a_process_that_began_when_the_name_says_is_alive_and_any_other_is_dead(
     assert leftovers.parse_name(".tmp-x") is None
     assert leftovers.parse_name(f".aside-{'0' * 8}-1-2-01234567-my-name").final_name == "my-name"
     assert leftovers.parse_name(f".trash-{'0' * 8}-1-2-01234567-my-name").final_name is None
+
+
+def test_what_a_living_process_writes_is_not_looked_into(tmp_path):
+    """A folder that is being written may hold what looks like a leftover of the dead: it is part of the folder."""
+    mine = leftovers.new_sibling(tmp_path / "a", "tmp")
+    (mine / "sub" / _dead_name("tmp")).mkdir(parents=True)
+    (tmp_path / "runs" / "one" / _dead_name("tmp")).mkdir(parents=True)
+    assert len(storage.sweep_tree(tmp_path)) == 1
+    assert (mine / "sub" / _dead_name("tmp")).is_dir()
+    assert list((tmp_path / "runs" / "one").iterdir()) == []
+
+
+def test_a_manifest_has_one_form_whatever_the_order_of_its_files():
+    first, second = ({name: (1, "a") for name in names} for names in ("ba", "ab"))
+    assert list(storage.Manifest(first).to_json()["files"]) == ["a", "b"]
+    assert storage.Manifest(first).to_json() == storage.Manifest(second).to_json()

@@ -12,6 +12,7 @@ import torch
 
 from simpletuner.batch import Crop, Sample
 from simpletuner.data.sampler import Sampler
+from simpletuner.data.schedule import Schedule
 from simpletuner.distributed.world import ALONE, World
 from simpletuner.randomness import keyed_seed
 from simpletuner.training import batches
@@ -212,3 +213,25 @@ def test_each_batch_is_of_one_dataset_with_its_own_mask_and_kind():
     assert (by_name["toys"].is_regularisation, by_name["toys"].masks) == (False, None)
     assert by_name["kept"].is_regularisation
     assert np.unique(by_name["kept"].masks.numpy()).tolist() == [0.5]
+
+
+def test_a_dataset_takes_part_in_its_steps_alone():
+    early, late = ToyDataset(FIVE), ToyDataset(FIVE, id="late", schedule=Schedule(start_step=3))
+    sources = {each.id: ToySource(FIVE) for each in (early, late)}
+    source = BatchSource(ToyFamily(), [early, late], sources, Sampler([early, late], 5, seed=1), 7, accumulation=2)
+    windows, place = [], (0, 0)
+    for step in range(4):
+        windows.append(source.build_window(step, *place))
+        place = windows[-1].next_epoch, windows[-1].next_position
+    seen = [{batch.dataset_id for batch in window.batches} for window in windows]
+    assert seen == [{"toys"}, {"toys"}, {"toys", "late"}, {"toys", "late"}]
+
+
+def test_samples_are_those_of_their_round():
+    data = ToyDataset(FIVE)
+    rounds, take = [], data.samples.take
+    data.samples.take = lambda positions, round_number=0: rounds.append(round_number) or take(positions)
+    source = source_of(data, size=5)
+    for epoch in range(3):
+        source.build_window(epoch, epoch, 0)
+    assert rounds == [0, 1, 2]

@@ -14,7 +14,9 @@ from simpletuner import storage
 from simpletuner.errors import ConfigError, DataError
 from simpletuner.reporting.events import CheckpointSaved, Notice
 from simpletuner.training.checkpoint import Checkpoints, load_checkpoint, read_state
+from simpletuner.training.identity import refuse_changes
 from simpletuner.training.loop import run_training
+from simpletuner.training.run_history import RunHistory
 from tests.toy import toy_run, weights_of
 
 ONE = {"a": (1.0, 3.0)}
@@ -177,6 +179,39 @@ def test_another_learning_rate_is_reported_and_another_optimizer_refused(tmp_pat
     assert any("learning_rate" in notice.text and "0.25" in notice.text for notice in recorder.of(Notice))
     with pytest.raises(ConfigError, match="optimizer"):
         load_checkpoint(toy_run(tmp_path, ONE, optimizer_name="lion")[0], saved)
+
+
+def test_the_checkpoint_of_another_optimizer_is_refused_by_its_setting(tmp_path):
+    run_training(toy_run(tmp_path, ONE, max_train_steps=1)[0])
+    saved = tmp_path / "output/checkpoint-1"
+    fixed = read_state(saved)["identity"]["fixed"]
+    refuse_changes(fixed, fixed, saved)
+    with pytest.raises(ConfigError, match="optimizer adamw → lion") as caught:
+        refuse_changes(fixed, fixed | {"optimizer": "lion"}, saved)
+    assert [problem.key for problem in caught.value.problems] == ["optimizer"]
+    with pytest.raises(ConfigError, match="2 → 3"):
+        refuse_changes(fixed, fixed | {"parameters": {"weight": [3]}}, saved)
+
+
+def test_a_run_owns_what_it_wrote_itself_up_to_where_it_went_back(tmp_path):
+    """Steps 1 to 5, then back to 3 and on to 4 and 5: the old 4 and 5 are of a branch that was left."""
+    first = RunHistory.new()
+    back = first.branched(3)
+    assert [back.owns(first.mark, step) for step in (1, 3, 4, 5)] == [True, True, False, False]
+    assert [back.owns(back.mark, step) for step in (3, 4, 5)] == [True, True, True]
+    again = back.branched(2)
+    assert [again.owns(mark, 3) for mark in (first.mark, back.mark, again.mark)] == [False, False, True]
+    assert again.owns(first.mark, 2)
+    assert not RunHistory.new().owns(first.mark, 1)
+    assert not first.owns(None, 1)
+    assert RunHistory.new(adopts_unmarked=True).owns(None, 1)
+
+
+def test_the_checkpoint_of_another_run_s_step_is_not_this_run_s(tmp_path):
+    run, _ = toy_run(tmp_path, ONE, max_train_steps=1)
+    run_training(run)
+    assert run.checkpoints.has(1)
+    assert not Checkpoints(tmp_path / "output", None, RunHistory.new()).has(1)
 
 
 def test_a_state_that_lacks_a_part_is_refused(tmp_path):

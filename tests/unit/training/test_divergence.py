@@ -11,8 +11,9 @@ from safetensors.torch import load_file
 from simpletuner.errors import DivergedError
 from simpletuner.reporting.events import CheckpointSaved
 from simpletuner.training.checkpoint import load_checkpoint
-from simpletuner.training.divergence import non_finite
+from simpletuner.training.divergence import non_finite, require_finite
 from simpletuner.training.loop import run_training
+from tests.processes import in_processes
 from tests.toy import toy_run, weights_of
 
 ONE = {"a": (1.0, 3.0)}
@@ -181,3 +182,19 @@ def test_names_of_what_is_not_finite():
         "good8": torch.tensor([448.0]).to(torch.float8_e4m3fn),
     }
     assert non_finite(tensors) == ["nan", "infinite", "float8"]
+
+
+def test_a_single_number_that_is_not_finite_is_found():
+    tensors = {"scale": torch.tensor(torch.nan), "empty": torch.zeros(0), "step": torch.tensor(3), "w": torch.ones(2)}
+    assert non_finite(tensors) == ["scale"]
+
+
+def test_all_processes_end_where_one_holds_weights_that_are_not_finite(tmp_path):
+    def work(world):
+        run, _ = toy_run(tmp_path / str(world.rank), ONE, world=world)
+        require_finite(run, "weights", {"w": torch.ones(1)})
+        with pytest.raises(DivergedError, match="weights"):
+            require_finite(run, "weights", {"w": torch.tensor([torch.nan if world.rank else 1.0])})
+        return True
+
+    assert in_processes(2, work) == [True, True]

@@ -62,7 +62,7 @@ def losses(*rows: tuple[float, float, float]) -> Losses:
 def test_losses_are_averaged_by_noise_level_with_their_weights():
     bins = LossBins()
     bins.add(4, [losses((0.05, 1.0, 1.0), (0.95, 4.0, 1.0)), losses((0.09, 3.0, 3.0))])
-    bins.add(5, [losses((1.0, 8.0, 1.0), (0.5, math.nan, 1.0), (0.45, 7.0, 0.0))])
+    bins.add(5, [losses((1.0, 8.0, 1.0), (0.5, math.nan, 1.0), (0.05, 7.0, 0.0))])
     event = bins.take(5, ALONE)
     assert event is not None
     assert (event.step, event.first_step) == (5, 4)

@@ -369,4 +369,24 @@ def test_two_processes_train_the_global_batch_and_draw_dropout_apart(tmp_path):
     assert main["numbers"][1][2] == 1
     assert main["numbers"] == other["numbers"]
     assert not set(main["draws"]) & set(other["draws"])
+    assert len(set(main["draws"])) == 2  # one a step
     assert rounded["weights"] == other_rounded["weights"]
+
+
+def test_an_evaluation_comes_at_the_start_at_its_interval_and_at_the_end(tmp_path):
+    run, recorder = toy_run(tmp_path, ONE, losses=range(9, 0, -1), max_train_steps=3, eval_steps_interval=2)
+    run_training(run)
+    assert [event.step for event in recorder.of(EvalDone)] == [0, 2, 3]
+    images = {name: (1.0, 3.0) for name in "abc"}
+    run, recorder = toy_run(tmp_path / "b", images, losses=range(9, 0, -1), max_train_steps=4, eval_epoch_interval=1)
+    run_training(run)
+    assert [event.step for event in recorder.of(EvalDone)] == [0, 3, 4]
+
+
+def test_a_checkpoint_that_is_due_at_a_skipped_step_is_saved_after_the_next_good_one(tmp_path):
+    run, recorder = toy_run(tmp_path, ONE, spoiled=[1, 2], max_train_steps=6, checkpoint_step_interval=2)
+    run_training(run)
+    assert [event.step for event in recorder.of(CheckpointSaved)] == [4, 6]
+    run, recorder = toy_run(tmp_path / "b", ONE, spoiled=[1], max_train_steps=6, checkpoint_step_interval=2)
+    run_training(run)
+    assert [event.step for event in recorder.of(CheckpointSaved)] == [3, 4, 6]

@@ -151,12 +151,23 @@ def test_a_schedule_is_the_one_that_is_written(tmp_path, options, schedule) -> N
 
 
 def test_every_other_setting_is_read(tmp_path) -> None:
-    found = objective_of(
-        tmp_path, loss_type="huber", huber_schedule="exponential", huber_c=0.25, snr_gamma=5.0, offset_noise=True,
-        noise_offset=0.5, noise_offset_probability=0.75, input_perturbation=0.125, input_perturbation_steps=9,
-    )  # fmt: skip
+    plain = load_toy(tmp_path).config
+    written = {
+        "loss_type": "huber",
+        "huber_schedule": "exponential",
+        "huber_c": 0.25,
+        "snr_gamma": 5.0,
+        "offset_noise": True,
+        "noise_offset": 0.5,
+        "noise_offset_probability": 0.75,
+        "input_perturbation": 0.125,
+        "input_perturbation_steps": 9,
+    }
+    found = build_objective(plain.model_copy(update=written))
     assert found == Objective("huber", "exponential", 0.25, 5.0, 0.5, 0.75, 0.125, 9)
-    assert objective_of(tmp_path / "off", offset_noise=False, noise_offset=0.5, snr_gamma=0.0) == PLAIN
+    off = {"offset_noise": False, "noise_offset": 0.5, "snr_gamma": 0.0}
+    assert build_objective(plain.model_copy(update=off)).noise_offset == 0
+    assert build_objective(plain.model_copy(update=off)).snr_gamma is None
 
 
 def test_chosen_levels_are_equally_likely_and_by_size() -> None:
