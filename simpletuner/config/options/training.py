@@ -22,7 +22,7 @@ class TrainingOptions(OptionGroup):
         "data changed at a resume, what remains is counted from there.",
         unit="epochs",
         ge=0,
-        le=1_000_000,
+        le=100_000,
         level="basic",
     )
     train_batch_size: Int = option(

@@ -8,12 +8,12 @@ import pytest
 
 from simpletuner.config.options import all_options
 from simpletuner.data.captions import is_camera_name
-from simpletuner.wizard.answers import Answers
+from simpletuner.wizard.answers import Answers, PictureFacts
 from simpletuner.wizard.files import without_secrets
 from simpletuner.wizard.pages import page_of, pages
 from simpletuner.wizard.plan import make_plan
 from simpletuner.wizard.question import Question, option_questions
-from simpletuner.wizard.questions import FAMILY, FLAVOUR, WEBHOOK, adapter_readers
+from simpletuner.wizard.questions import FALLBACK, FAMILY, FLAVOUR, WEBHOOK, adapter_readers
 from tests.unit.wizard.projects import answers
 
 DISCORD = "https://discord.com/api/webhooks/1/secret"
@@ -122,3 +122,25 @@ def test_a_fault_names_the_page_that_asks_for_it():
 def test_the_readers_of_an_adapter_are_those_of_the_form_that_training_writes(adapter: str, readers: str):
     """Of SDXL: kohya's form, and diffusers' for DoRA."""
     assert adapter_readers(answers(family="sdxl", adapter=adapter)) == readers
+
+
+@pytest.mark.parametrize(
+    ("with_text", "without_words", "prompt", "expected"),
+    [
+        (2, 0, None, "filename"),
+        (2, 1, None, "instanceprompt"),
+        (2, 0, "my cat", "instanceprompt"),
+        (4, 0, "my cat", None),
+        (0, 4, "my cat", None),
+    ],
+)
+def test_what_stands_in_for_missing_texts_is_asked_where_some_are_missing(with_text, without_words, prompt, expected):
+    facts = PictureFacts(usable=4, with_text=with_text, with_name=4, side=64, without_words=without_words)
+    given = answers(seen={"pictures": facts}, dataset={"instance_prompt": prompt} if prompt else {})
+    assert FALLBACK.applies(given) is (expected is not None)
+    assert FALLBACK.read(given, make_plan(given)) == expected
+    if expected:
+        other = "filename" if expected == "instanceprompt" else "instanceprompt"
+        assert other in dict(FALLBACK.choices(given))
+        changed = FALLBACK.write(given, other)
+        assert make_plan(changed).entries["pictures"]["caption_fallback"] == other
