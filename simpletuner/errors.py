@@ -15,8 +15,11 @@ EXIT_CONFIG = 2
 EXIT_DATA = 3
 EXIT_DIVERGED = 4
 EXIT_UPLOAD = 5
+EXIT_HANGUP = 129
 EXIT_INTERRUPTED = 130
 EXIT_TERMINATED = 143
+# Of a run that a signal has asked to leave.
+EXITS_OF_SIGNALS = (EXIT_HANGUP, EXIT_INTERRUPTED, EXIT_TERMINATED)
 
 
 def bytes_text(num_bytes: float) -> str:

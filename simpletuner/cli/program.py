@@ -91,7 +91,7 @@ def _let_go_of_stdout() -> None:
     """`simpletuner train | head` ends as the run did: otherwise Python's own flush at exit fails with code 120."""
     try:
         sys.stdout.flush()
-    except BrokenPipeError:
+    except OSError:  # EPIPE, or EIO of a terminal that is gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

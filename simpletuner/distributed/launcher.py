@@ -23,7 +23,7 @@ from pathlib import Path
 from types import FrameType
 
 from simpletuner.distributed.lifeline import LAST_WORDS, LIFELINE, SAVING_SECONDS, lifeline
-from simpletuner.errors import EXIT_INTERRUPTED, EXIT_TERMINATED
+from simpletuner.errors import EXITS_OF_SIGNALS
 
 # A process that hangs in a collective does not answer SIGTERM; it has nothing to save either.
 GRACE_SECONDS = 20.0
@@ -152,7 +152,7 @@ def _patience(code: int | None, times_asked: int) -> float:
     Args:
         code: of the process that ended first, None while none has.
     """
-    is_leaving = code in (None, EXIT_INTERRUPTED, EXIT_TERMINATED)
+    is_leaving = code is None or code in EXITS_OF_SIGNALS
     if not is_leaving or times_asked > 1:
         return GRACE_SECONDS
     return SAVING_SECONDS if code is not None or times_asked else float("inf")
@@ -173,7 +173,7 @@ def _signal_all(processes: Sequence[subprocess.Popen[bytes]], number: signal.Sig
 
 @contextmanager
 def _forwarded_signals(processes: Sequence[subprocess.Popen[bytes]]) -> Iterator[list[int]]:
-    """SIGTERM and SIGINT go on to every process, which save and leave; inside, the list of those that came.
+    """SIGTERM, SIGINT and SIGHUP go on to every process, which save and leave; inside, the list of those that came.
 
     SIGUSR1 goes on too: each process prints where it is, which tells why a run hangs.
     """
@@ -186,7 +186,10 @@ def _forwarded_signals(processes: Sequence[subprocess.Popen[bytes]]) -> Iterator
     def ask(number: int, frame: FrameType | None) -> None:
         _signal_all(processes, signal.Signals(number))
 
-    previous = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT)}
+    forwarded = [signal.SIGTERM, signal.SIGINT]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as under nohup, which the processes inherit
+        forwarded.append(signal.SIGHUP)
+    previous = {number: signal.signal(number, forward) for number in forwarded}
     previous[signal.SIGUSR1] = signal.signal(signal.SIGUSR1, ask)
     try:
         yield received

@@ -12,13 +12,14 @@ import json
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from simpletuner.distributed.heartbeat import Heartbeat, store_of_run, wait_for
 from simpletuner.errors import ConfigError, Problem, SimpleTunerError
 
 Item = TypeVar("Item")
@@ -39,11 +40,13 @@ class World:
         rank: 0 is the main process: it alone writes.
         size: processes of all machines together.
         local_rank: place among those of this machine; chooses the accelerator.
+        heartbeat: tells whether the others live; None in a world of one.
     """
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
+    heartbeat: Heartbeat | None = field(default=None, compare=False)
 
     @property
     def is_main(self) -> bool:
@@ -70,8 +73,18 @@ class World:
 
         total = torch.tensor(values, dtype=torch.float64)
         with _connected():
-            dist.all_reduce(total)
+            self._wait(dist.all_reduce(total, async_op=True))
         return total.tolist()
+
+    def _wait(self, work: Any) -> None:
+        """Wait for a collective on the processor, and name in messages which function of the caller does."""
+        if self.heartbeat is None:
+            work.wait()
+            return
+        frame = sys._getframe(2)
+        while frame.f_back is not None and frame.f_globals["__name__"] == __name__:
+            frame = frame.f_back
+        wait_for(work, self.heartbeat, frame.f_code.co_name)
 
     def any(self, flag: bool) -> bool:
         """Whether any process says so."""
@@ -90,11 +103,12 @@ class World:
         content = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
         lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
         with _connected():
-            dist.all_gather(lengths, torch.tensor([len(content)]))
+            self._wait(dist.all_gather(lengths, torch.tensor([len(content)]), async_op=True))
         longest = max(int(length) for length in lengths)
         rows = [torch.zeros(longest, dtype=torch.uint8) for _ in range(self.size)]
         with _connected():
-            dist.all_gather(rows, torch.cat([content, torch.zeros(longest - len(content), dtype=torch.uint8)]))
+            padded = torch.cat([content, torch.zeros(longest - len(content), dtype=torch.uint8)])
+            self._wait(dist.all_gather(rows, padded, async_op=True))
         return [json.loads(bytes(row[: int(length)].tolist())) for row, length in zip(rows, lengths, strict=True)]
 
     def from_main(self, value: Any) -> Any:
@@ -137,7 +151,10 @@ class World:
             grads = [parameter.grad for parameter in bucket if parameter.grad is not None]
             flat = torch.cat([grad.reshape(-1).float() for grad in grads])
             with _connected():
-                dist.all_reduce(flat)
+                if flat.device.type == "cpu":
+                    self._wait(dist.all_reduce(flat, async_op=True))
+                else:
+                    dist.all_reduce(flat)
             pieces = flat.split([grad.numel() for grad in grads])
             torch._foreach_copy_(grads, [piece.view_as(grad) for piece, grad in zip(pieces, grads, strict=True)])
 
@@ -197,8 +214,11 @@ def world_of(environment: Mapping[str, str]) -> World:
 
 
 @contextmanager
-def joined(environment: Mapping[str, str]) -> Iterator[World]:
+def joined(environment: Mapping[str, str], timeout_minutes: float = 10.0) -> Iterator[World]:
     """Join the processes of this run, and leave them afterwards.
+
+    Args:
+        timeout_minutes: without a sign of another process, after which it is given up.
 
     Raises:
         ConfigError: this machine has no accelerator for this process.
@@ -218,9 +238,12 @@ def joined(environment: Mapping[str, str]) -> Iterator[World]:
     dist.init_process_group(backend, rank=world.rank, world_size=world.size, timeout=PATIENCE, device_id=device)
     if device is not None:
         limit_links(dist.group.WORLD._get_backend(device))
+    heartbeat = Heartbeat(world.rank, world.size, timeout_minutes * 60)
+    heartbeat.start(store_of_run())
     try:
-        yield world
+        yield replace(world, heartbeat=heartbeat)
     finally:
+        heartbeat.stop()
         # After an error the others may be anywhere: destroying the group would wait for them.
         if _is_leaving_well():
             dist.destroy_process_group()

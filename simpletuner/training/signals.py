@@ -1,4 +1,6 @@
-"""SIGTERM and SIGINT ask a run to save and leave; a second SIGINT ends it at once.
+"""SIGTERM, SIGINT and SIGHUP (the terminal is gone) ask a run to save and leave; a second SIGINT ends it at once.
+
+SIGHUP stays ignored where it was ignored at the start, as `nohup` does.
 
 The handler only sets a number. Everything that takes time (saving, logging) happens where the loop polls it.
 """
@@ -9,9 +11,9 @@ import signal
 import threading
 from types import FrameType
 
-from simpletuner.errors import EXIT_INTERRUPTED, EXIT_TERMINATED, Interrupted
+from simpletuner.errors import EXIT_HANGUP, EXIT_INTERRUPTED, EXIT_TERMINATED, Interrupted
 
-EXIT_CODES = {signal.SIGINT: EXIT_INTERRUPTED, signal.SIGTERM: EXIT_TERMINATED}
+EXIT_CODES = {signal.SIGINT: EXIT_INTERRUPTED, signal.SIGTERM: EXIT_TERMINATED, signal.SIGHUP: EXIT_HANGUP}
 
 
 class StopRequest:
@@ -24,7 +26,8 @@ class StopRequest:
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
             for number in EXIT_CODES:
-                self._previous[number] = signal.signal(number, self._handle)
+                if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                    self._previous[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *exc_info: object) -> None:
@@ -49,6 +52,13 @@ class StopRequest:
         assert self.received is not None
         kept = f"saved {saved}; the same command goes on from there" if saved else "nothing was trained yet"
         return Interrupted(f"stopped by {self.received.name}: {kept}", EXIT_CODES[self.received])
+
+    def error_while_waiting(self) -> Interrupted | None:
+        """The error that ends a run whose other processes give no sign, so that nothing can be saved together."""
+        if self.received is None:
+            return None
+        text = "while another process gave no sign: what was trained since the last checkpoint is not saved"
+        return Interrupted(f"stopped by {self.received.name} {text}", EXIT_CODES[self.received])
 
     def check(self) -> None:
         """Raise where no optimizer step has been taken yet: during caching and set-up there is nothing to save.

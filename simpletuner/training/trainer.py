@@ -72,11 +72,13 @@ def train(loaded: LoadedRun) -> None:
     output_dir = Path(loaded.config.output_dir)
     with told_as_disk_errors(), ExitStack() as stack:
         output_dir.mkdir(parents=True, exist_ok=True)
-        world = stack.enter_context(joined(os.environ))
+        world = stack.enter_context(joined(os.environ, loaded.config.distributed_timeout))
         if world.is_main:
             stack.enter_context(storage.exclusive_lock(output_dir / ".lock", f"training into {output_dir}"))
             storage.sweep_tree(output_dir, is_locked=True)
         stop = stack.enter_context(StopRequest())
+        if world.heartbeat is not None:
+            world.heartbeat.stopping = stop.error_while_waiting
         sinks = build_sinks(loaded.config, output_dir, webhooks=loaded.webhooks) if world.is_main else []
         publisher = build_publisher(loaded) if world.is_main else None
         bus = stack.enter_context(EventBus([*sinks, publisher] if publisher else sinks))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from simpletuner.config.options.declare import OptionGroup, option
-from simpletuner.config.values import Bool, FilePath, Int, Text
+from simpletuner.config.values import Bool, FilePath, Float, Int, Text
 
 
 class ProcessOptions(OptionGroup):
@@ -29,6 +29,13 @@ class ProcessOptions(OptionGroup):
         help="Port on machine 0; unset, a free one, where there is only one machine. MASTER_PORT sets it too.",
         ge=1,
         le=65535,
+    )
+    distributed_timeout: Float = option(
+        10.0,
+        help="Minutes without any sign of another process (it is frozen, or the network has dropped) after which the "
+        "others end. A process that works, however long, gives signs.",
+        unit="minutes",
+        gt=0,
     )
     fsdp_enable: Bool = option(
         False,

@@ -14,7 +14,7 @@ from pathlib import PurePath
 from typing import Any, NamedTuple
 
 from simpletuner.config.webhooks import Severity
-from simpletuner.errors import EXIT_INTERRUPTED, EXIT_TERMINATED
+from simpletuner.errors import EXITS_OF_SIGNALS
 from simpletuner.reporting.events import (
     CheckpointSaved,
     EvalDone,
@@ -219,7 +219,7 @@ def _finished(event: RunFinished) -> list[Message]:
 
 
 def _failed(event: RunFailed) -> list[Message]:
-    is_stop = event.exit_code in (EXIT_INTERRUPTED, EXIT_TERMINATED)
+    is_stop = event.exit_code in EXITS_OF_SIGNALS
     status = "interrupted" if is_stop else "failed"
     data = {"status": status, "step": event.step, "exit_code": event.exit_code}
     title = f"training was {status} at step {event.step}" if is_stop else f"training failed at step {event.step}"

@@ -1,0 +1,102 @@
+"""A process that gives no sign is given up by name; one that only works for long is waited for."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pytest
+import torch.distributed.fsdp  # noqa: F401 - imported once, and not in each process
+
+from simpletuner.distributed import heartbeat
+from simpletuner.distributed.heartbeat import PeerLost
+from simpletuner.distributed.launcher import _free_port
+from simpletuner.distributed.world import joined
+from simpletuner.errors import Interrupted
+
+
+def in_two(first, second, minutes: float) -> list[dict]:
+    """Run two forked processes, each with its work; the second one is frozen when it asks for it."""
+    with TemporaryDirectory() as folder:
+        port, children = str(_free_port()), []
+        for rank, work in enumerate((first, second)):
+            child = os.fork()
+            if child:
+                children.append(child)
+                continue
+            answer: dict = {}
+            try:
+                signal.alarm(40)
+                variables = {"WORLD_SIZE": "2", "RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+                os.environ.update(variables)
+                with joined(os.environ, minutes) as world:
+                    started = time.monotonic()
+                    try:
+                        answer["value"] = work(world)
+                    except (PeerLost, Interrupted) as error:
+                        answer = {"error": str(error), "code": error.exit_code}
+                    answer["seconds"] = time.monotonic() - started
+                    (Path(folder) / str(rank)).write_text(json.dumps(answer))
+            finally:
+                os._exit(0)
+        os.waitpid(children[0], 0)
+        os.kill(children[1], signal.SIGKILL)
+        os.waitpid(children[1], 0)
+        files = [Path(folder) / str(rank) for rank in (0, 1)]
+        return [json.loads(file.read_text()) if file.is_file() else {} for file in files]
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch):
+    monkeypatch.setattr(heartbeat, "BEAT_SECONDS", 0.1)
+    monkeypatch.setattr(heartbeat, "QUIET_SECONDS", 0.5)
+
+
+def freeze(world):
+    world.barrier()
+    time.sleep(0.3)
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def wait_in_evaluation(world):
+    world.barrier()
+    world.barrier()
+
+
+def test_a_frozen_process_is_given_up_and_named_with_who_waited_where():
+    answer, _ = in_two(wait_in_evaluation, freeze, minutes=1.5 / 60)
+    assert answer["code"] == 3
+    assert "process 1 of 2 has given no sign for 0.025 minutes; process 0 waited for it in wait_in" in answer["error"]
+    assert 1.0 < answer["seconds"] < 8
+
+
+def test_a_process_that_works_longer_than_the_limit_is_waited_for():
+    def work(world):
+        world.barrier()
+        time.sleep(3)  # an encoding: the thread that counts goes on
+        return world.sum([1.0])
+
+    answers = in_two(lambda world: (world.barrier(), world.sum([1.0]))[1], work, minutes=1 / 60)
+    assert answers[0]["value"] == [2.0]
+    assert answers[0]["seconds"] > 2.5
+
+
+def test_who_waits_for_a_frozen_one_answers_a_signal_at_once():
+    def asked(world):
+        came = []
+        signal.signal(signal.SIGTERM, lambda *args: came.append(1))
+        world.heartbeat.stopping = lambda: Interrupted("stopped by SIGTERM", 143) if came else None
+        world.barrier()
+        if not os.fork():
+            time.sleep(1.5)
+            os.kill(os.getppid(), signal.SIGTERM)
+            os._exit(0)
+        world.barrier()
+
+    answer, _ = in_two(asked, freeze, minutes=10)
+    assert answer["code"] == 143
+    assert answer["seconds"] < 8

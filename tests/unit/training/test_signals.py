@@ -1,0 +1,43 @@
+"""Which signals ask a run to save and leave."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+
+from simpletuner.distributed import launcher
+from simpletuner.training.signals import StopRequest
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGHUP, 129), (signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_asks_to_save_and_gives_the_shell_s_exit_code(number, code):
+    before = signal.getsignal(number)
+    with StopRequest() as stop:
+        os.kill(os.getpid(), number)
+        assert stop
+        error = stop.error(saved="checkpoint-4")
+    assert error.exit_code == code
+    assert f"stopped by {number.name}: saved checkpoint-4" in str(error)
+    assert signal.getsignal(number) == before
+
+
+def test_a_hang_up_that_was_ignored_at_the_start_stays_ignored():
+    """As `nohup` leaves it."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopRequest() as stop, launcher._forwarded_signals([]) as received:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not stop
+            assert received == []
+            assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_the_launcher_passes_a_hang_up_on_and_waits_for_the_save():
+    with launcher._forwarded_signals([]) as received:
+        os.kill(os.getpid(), signal.SIGHUP)
+    assert received == [signal.SIGHUP]
+    assert launcher._patience(129, 0) == launcher._patience(143, 0)
