@@ -16,8 +16,10 @@ from simpletuner.errors import DivergedError, Interrupted
 from simpletuner.randomness import keyed_seed
 from simpletuner.reporting.events import CheckpointSaved, EvalDone, LossBySigma, Notice, StepDone
 from simpletuner.training.checkpoint import Saved, load_checkpoint
+from simpletuner.training.evaluation import EvalResult
 from simpletuner.training.loop import run_training
 from simpletuner.training.loss_scale import LossScale
+from simpletuner.training.signals import StopRequest
 from tests.processes import in_processes
 from tests.toy import ToyDataset, toy_run, weights_of
 
@@ -390,3 +392,34 @@ def test_a_checkpoint_that_is_due_at_a_skipped_step_is_saved_after_the_next_good
     run, recorder = toy_run(tmp_path / "b", ONE, spoiled=[1], max_train_steps=6, checkpoint_step_interval=2)
     run_training(run)
     assert [event.step for event in recorder.of(CheckpointSaved)] == [3, 4, 6]
+
+
+class Judging:
+    """An eval loss that is the first weight: 0 without the adapter."""
+
+    def run(self, denoiser):
+        loss = float(denoiser.weight[0])
+        return EvalResult({"held_out": loss}, loss, [(0.5, loss)])
+
+
+def test_the_base_is_the_reference_of_a_new_run_and_of_one_that_goes_on(tmp_path):
+    options = {"eval_steps_interval": 1, "checkpoint_step_interval": 1}
+    for steps in (1, 2):
+        run, recorder = toy_run(tmp_path, ONE, max_train_steps=steps, **options)
+        run.evaluator = Judging()
+        if steps == 2:
+            load_checkpoint(run, tmp_path / "output/checkpoint-1")
+        run_training(run)
+        assert [event.reference for event in recorder.of(EvalDone)] == [0] * len(recorder.of(EvalDone))
+    assert recorder.of(EvalDone)[-1].pooled == 0.75
+    assert weights_of(run) == [0.75, 2.25]
+
+
+def test_a_process_that_was_asked_itself_keeps_its_signal():
+    stop = StopRequest()
+    stop.adopt()
+    assert stop.received == signal.SIGTERM
+    stop = StopRequest()
+    stop.received = signal.SIGINT
+    stop.adopt()
+    assert stop.error(None).exit_code == 130

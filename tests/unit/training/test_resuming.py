@@ -18,6 +18,7 @@ from simpletuner.training.identity import compare_identity, differences
 from simpletuner.training.resuming import length_facts, resumed_length, resumed_state, total_train_steps
 from simpletuner.training.state import TrainState
 from tests.runs import dataset, draw_pictures, metrics, train_here, write_run
+from tests.toy import ToyDataset
 
 
 class Images:
@@ -164,3 +165,14 @@ def test_nested_settings_differ_by_their_path() -> None:
     before = {"map": {"Attention": {"factor": 16, "bias": False}}, "names": ["a"], "gone": 1}
     now = {"map": {"Attention": {"factor": 4, "bias": False}}, "names": ["a", "b"], "new": None}
     assert differences(before, now) == ["map.Attention.factor 16 → 4", "names a → a, b", "gone 1 → unset"]
+
+
+def test_the_length_of_an_epoch_is_that_of_the_epoch_that_the_run_is_in():
+    """Of two datasets one ends with the first epoch: 3 + 2 batches, then 3."""
+    data = [
+        ToyDataset({name: (0.0, 0.0) for name in "abc"}),
+        ToyDataset({name: (0.0, 0.0) for name in "de"}, id="first", schedule=Schedule(end_epoch=1)),
+    ]
+    sampler = Sampler(data, 1, seed=1)
+    facts = [length_facts(TrainState(9, epoch), sampler, 20) for epoch in (0, 1)]
+    assert facts == [{"epoch_batches": 5, "total_steps": 20}, {"epoch_batches": 3, "total_steps": 20}]
