@@ -4,7 +4,7 @@ Counted on torch's `meta` device, where nothing is computed: every operation tha
 forward and backward pass, one image of 1024 px in bf16. Attention counts as the one kernel that it is. "lean" is this
 project as it is; "plain" the same with its lean paths off, hence at the memory of the published modules.
 
-    python benchmarks/operations.py
+    python benchmarks/operations.py [omnigen] [flux]
 
 Goal: plain at most 1.00 of published. The last line is one JSON object; exit code 1 where the goal is missed.
 """
@@ -21,6 +21,7 @@ import torch
 from public_models import Side, ours, published
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from simpletuner.lean import recipes
 from simpletuner.models.omnigen import attention
@@ -40,11 +41,13 @@ class Kernels(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = function._schema.name
-        if not function.is_view and name not in NO_KERNELS:
-            self.counts[name] = self.counts.get(name, 0) + 1
         if name == "aten::_local_scalar_dense" and args[0].is_meta:
             return 0  # a wait for the device, as OmniGen's published angles have one; here there is no value
-        return function(*args, **(kwargs or {}))
+        output = function(*args, **(kwargs or {}))
+        is_on_device = any(isinstance(each, Tensor) and each.is_meta for each in tree_leaves(output))
+        if is_on_device and not function.is_view and name not in NO_KERNELS:
+            self.counts[name] = self.counts.get(name, 0) + 1
+        return output
 
     @property
     def total(self) -> int:
@@ -118,7 +121,7 @@ def compare(family: str, adapter: str, recomputes: bool, shape: Any = None) -> d
 
 def main() -> int:
     rows = {}
-    for family in ("omnigen", "flux"):
+    for family in sys.argv[1:] or ("omnigen", "flux"):
         for adapter in ("lora", "lokr"):
             for recomputes in (False, True):
                 name = f"{family} {adapter}{' recomputed' * recomputes}"

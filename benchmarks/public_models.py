@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -114,6 +113,7 @@ def ours(name: str, adapter: str, recomputes: bool, device: torch.device, pixels
 
 def published(name: str, adapter: str, recomputes: bool, device: torch.device, pixels: int, shape: Any = None) -> Side:
     """diffusers' class as it is, PEFT's adapter in it, and the shortest loss."""
+    from diffusers import FluxPipeline
     from peft import LoKrConfig, LoraConfig, inject_adapter_in_model
 
     family = family_of(name, shape, device)
@@ -136,6 +136,8 @@ def published(name: str, adapter: str, recomputes: bool, device: torch.device, p
     def make(*sizes: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         return torch.zeros(sizes, device=device, dtype=dtype)
 
+    channels = family.spec.latent_channels
+    latents, noise = make(1, channels, side, side), make(1, channels, side, side)
     if name == "omnigen":
         ids = family.encode_prompts([PROMPT])[0].tensors["input_ids"][None].to(device)
         length = ids.shape[1] + 1 + (side // 2) ** 2
@@ -143,24 +145,28 @@ def published(name: str, adapter: str, recomputes: bool, device: torch.device, p
         mask = make(1, length, length).tril()
         mask[:, ids.shape[1] + 1 :] = 1
         inputs = {
-            "hidden_states": make(1, 4, side, side), "timestep": make(1), "input_ids": ids, "input_img_latents": [],
-            "input_image_sizes": {}, "attention_mask": mask,
+            "input_ids": ids, "input_img_latents": [], "input_image_sizes": {}, "attention_mask": mask,
             "position_ids": torch.arange(length, device=device)[None],
         }  # fmt: skip
     else:
-        count = (side // 2) ** 2
         inputs = {
-            "hidden_states": make(1, count, 64), "timestep": make(1), "guidance": make(1),
-            "pooled_projections": make(1, family.shape["pooled_projection_dim"]),
+            "guidance": make(1), "pooled_projections": make(1, family.shape["pooled_projection_dim"]),
             "encoder_hidden_states": make(1, TEXT_TOKENS, family.shape["joint_attention_dim"]),
-            "txt_ids": make(TEXT_TOKENS, 3), "img_ids": make(count, 3),
+            "txt_ids": make(TEXT_TOKENS, 3),
         }  # fmt: skip
-    target = SimpleNamespace(value=None)
 
     def loss() -> Tensor:
-        output = denoiser(**inputs, return_dict=False)[0]
-        if target.value is None:
-            target.value = torch.zeros_like(output)
-        return (output.float() - target.value.float()).square().mean()
+        """Noise, prediction, error: as diffusers' training scripts have it."""
+        sigmas = torch.sigmoid(make(1, dtype=torch.float32))
+        wide = sigmas[:, None, None, None]
+        noisy = ((1 - wide) * latents + wide * noise).to(torch.bfloat16)
+        if name == "omnigen":
+            output = denoiser(noisy, 1 - sigmas, **inputs, return_dict=False)[0]
+            return (output.float() - (latents - noise).float()).square().mean()
+        packed = FluxPipeline._pack_latents(noisy, 1, 16, side, side)
+        image_ids = FluxPipeline._prepare_latent_image_ids(1, side // 2, side // 2, device, torch.bfloat16)
+        output = denoiser(packed, timestep=sigmas, img_ids=image_ids, **inputs, return_dict=False)[0]
+        output = FluxPipeline._unpack_latents(output, 8 * side, 8 * side, 8)
+        return (output.float() - (noise - latents).float()).square().mean()
 
     return Side(loss, trained)

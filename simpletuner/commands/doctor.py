@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 from simpletuner.errors import EXIT_CONFIG, EXIT_OK, bytes_text
-from simpletuner.hardware import GIB, Hardware, detect_hardware
+from simpletuner.hardware import GIB, Hardware, detect_hardware, missing_compiler
 from simpletuner.reporting.trackers.readiness import wandb_problems
 
 State = Literal["ok", "note", "fault"]
@@ -66,6 +66,8 @@ def findings(environment: Mapping[str, str], working_dir: Path) -> Iterator[Find
     hardware = detect_hardware()
     yield look_at_python(sys.version_info[:3], sys.prefix != sys.base_prefix)
     yield from look_at_torch(hardware)
+    if hardware.device == "cuda":
+        yield look_at_compiler(missing_compiler("cuda"))
     yield look_at_memory(hardware)
     yield look_at_disk(working_dir)
     requirements = importlib.metadata.requires("simpletuner") or []
@@ -180,6 +182,14 @@ def look_at_device(hardware: Hardware, has_gpu_build: bool, has_mps: bool) -> Fi
     if has_mps:
         return Finding("ok", "device", "Apple GPU (mps)")
     return Finding("note", "device", "no accelerator: training runs on the processor, which is for tiny models")
+
+
+def look_at_compiler(missing: str | None) -> Finding:
+    """Whether kernels can be compiled for a GPU; without them torch's own compute."""
+    if missing is None:
+        return Finding("ok", "compiler", "Triton, a C compiler and Python's headers: kernels can be compiled")
+    text = f"kernels cannot be compiled (LoKr, dynamo_backend inductor, some optimizers): {missing} is missing"
+    return Finding("note", "compiler", text, "apt install gcc python3-dev; Triton comes with torch on Linux")
 
 
 def look_at_memory(hardware: Hardware) -> Finding:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import psutil
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from simpletuner.batch import PromptEmbeds
 from simpletuner.commands.probe import Load
@@ -17,8 +21,9 @@ from simpletuner.config.options import TrainConfig
 from simpletuner.models.components import make_empty_component
 from simpletuner.models.family import ModelFamily
 from simpletuner.optim.optimizers import build_optimizer
+from simpletuner.precision.formats import get_format
 from simpletuner.precision.mixed import DTYPES
-from simpletuner.precision.quantise import saved_bytes
+from simpletuner.precision.quantise import NO_CHANGE, quantisable, saved_bytes
 from simpletuner.training.parts import attach_adapter
 from simpletuner.training.recomputing import count_fitting
 from simpletuner.training.swapping import NUM_BUFFERS, repeated_blocks
@@ -98,12 +103,24 @@ def memory_rows(
     if config.mixed_precision != "no":
         wide = [parameter for parameter in shapes.trained.values() if parameter.dtype == torch.float32]
         rows.append(Row("16-bit copies of trained weights", 2 * sum(parameter.numel() for parameter in wide)))
+    if (matrix := unpacked_bytes(family, computes_in=DTYPES[config.mixed_precision])) and config.model_type != "full":
+        rows.append(Row("one unpacked matrix", matrix))
     if stays_vae:
         vae = make_empty_component(family.source, family.spec.component("vae"), torch.float32)
         rows.append(Row("VAE, which stays to encode on demand", num_bytes(vae.parameters())))
     free = available - sum(row.num_bytes for row in rows)
     chosen, others = activation_rows(config, shapes.activations, free)
     return [row for row in (*rows, chosen) if row.num_bytes], others
+
+
+def unpacked_bytes(family: ModelFamily, computes_in: torch.dtype) -> int:
+    """Of the largest packed weight, which is unpacked for the moment of its product."""
+    precision = family.number_formats.base
+    if precision == NO_CHANGE:
+        return 0
+    empty = type(family)(family.spec, family.source, torch.device("meta"), family.dtype).empty_denoiser()
+    packed = quantisable(empty, get_format(precision), family.spec.block_classes, family.spec.unquantised)
+    return max((layer.weight.numel() * computes_in.itemsize for _, layer in packed), default=0)
 
 
 def activation_rows(config: TrainConfig, activations: Activations, free: int) -> tuple[Row, list[Row]]:
@@ -164,6 +181,37 @@ def swapped_out(blocks: Sequence[nn.Module], precision: str, kept: Sequence[str]
         num_bytes((*block.parameters(), *block.buffers())) - saved_bytes(block, precision, (), kept) for block in blocks
     ]
     return max(sum(sizes) - NUM_BUFFERS * max(sizes, default=0), 0)
+
+
+class PeakBytes(TorchDispatchMode):
+    """Counts what the tensors that are made inside take at most at a time; in passes without gradients."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive = self.peak = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = function(*args, **(kwargs or {}))
+        if not function.is_view:
+            for tensor in tree_leaves(output):
+                if isinstance(tensor, Tensor):
+                    self.alive += tensor.nbytes
+                    self.peak = max(self.peak, self.alive)
+                    weakref.finalize(tensor, self._free, tensor.nbytes)
+        return output
+
+    def _free(self, size: int) -> None:
+        self.alive -= size
+
+
+def decode_bytes(family: ModelFamily, height: int, width: int) -> int:
+    """The VAE in float32 and the most that it makes while it decodes one image, from shapes alone."""
+    vae: Any = make_empty_component(family.source, family.spec.component("vae"), torch.float32)
+    factor, channels = family.spec.vae_factor, family.spec.latent_channels
+    latents = torch.empty(1, channels, height // factor, width // factor, device="meta")
+    with torch.no_grad(), PeakBytes() as made:
+        vae.decode(latents, return_dict=False)
+    return num_bytes(vae.parameters()) + made.peak
 
 
 def device_memory(device: torch.device) -> int:

@@ -17,7 +17,7 @@ import torch
 
 from simpletuner.batch import PromptEmbeds
 from simpletuner.commands.check import cache_need, count_steps
-from simpletuner.commands.memory import Row, Shapes, device_memory, memory_rows, read_shapes
+from simpletuner.commands.memory import Row, Shapes, decode_bytes, device_memory, memory_rows, read_shapes
 from simpletuner.commands.probe import Load, StepTimes, time_encoding, time_steps
 from simpletuner.commands.text import columns, count_text, duration_text, short_count
 from simpletuner.config.loading import LoadedRun
@@ -121,6 +121,11 @@ def make_plan(loaded: LoadedRun, probe: bool | None = None, other_gpu: int | Non
     seconds = None
     beside = "".join(f" with a reference of {width}x{height}" for height, width in largest.references)
     notes = [f"memory is that of the largest batch, {largest.batch_size} of {largest.width}x{largest.height}{beside}"]
+    if family.device.type == "cuda":
+        notes.append("CUDA itself is not counted: what is available is what it has left")
+    if not config.validation_disable:
+        decode = decode_bytes(family, *config.validation_sizes[0])
+        notes.append(f"decoding a validation image takes {bytes_text(decode)} beside the weights, between two steps")
     if reason:
         notes.append(f"time was not measured: {reason}")
     else:

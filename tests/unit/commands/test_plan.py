@@ -13,7 +13,7 @@ from safetensors import safe_open
 from torch import nn
 
 from simpletuner.commands import plan as planning
-from simpletuner.commands.memory import mix_that_fits
+from simpletuner.commands.memory import PeakBytes, mix_that_fits
 from simpletuner.commands.probe import Load, StepTimes
 from simpletuner.commands.shapes import Activations, SavedBytes, empty_batch, optimizer_bytes
 from simpletuner.commands.text import duration_text, short_count
@@ -266,3 +266,26 @@ def test_inputs_of_blocks_count_however_they_are_handed_over() -> None:
             model[0](*inputs, **named)
         assert list(counter.inputs.values()) == [x.nbytes + condition.nbytes]
         assert counter.num_tokens == 10
+
+
+def test_the_most_that_is_alive_at_a_time_is_counted() -> None:
+    with PeakBytes() as made:
+        first = torch.empty(100, device="meta")  # 400 bytes
+        second = first * 2
+        assert made.alive == 800
+        del first
+        third = second + 1
+        assert made.alive == 800
+    assert made.peak == 800
+    assert third.shape == second.shape
+
+
+def test_a_plan_counts_the_decoding_of_images_and_unpacked_matrices(tmp_path: Path, omnigen_folder: Path) -> None:
+    folder = write_run(
+        tmp_path, omnigen_folder, base_model_precision="int8-quanto", validation_disable=False,
+        validation_prompt="a star", validation_resolution="64x64",
+    )  # fmt: skip
+    found = planning.make_plan(load_here(folder), probe=False)
+    # The largest packed matrix of the tiny model is gate and up: 128 x 32 in float32.
+    assert {row.name: row.num_bytes for row in found.memory}["one unpacked matrix"] == 128 * 32 * 4
+    assert any(note.startswith("decoding a validation image takes") for note in found.notes)
