@@ -6,6 +6,7 @@ from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -31,6 +32,8 @@ def test_links_between_gpus_have_a_limit_of_their_own(monkeypatch: pytest.Monkey
     monkeypatch.setattr(dist, "init_process_group", lambda backend, **options: told.update(backend=backend, **options))
     monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
     monkeypatch.setattr(dist, "group", SimpleNamespace(WORLD=group))
+    monkeypatch.setattr(worlds, "store_of_run", lambda: None)
+    monkeypatch.setattr(worlds, "Heartbeat", lambda *about: MagicMock())
     with joined({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}):
         pass
     assert told["backend"] == "cpu:gloo,cuda:nccl"
