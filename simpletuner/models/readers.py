@@ -54,6 +54,33 @@ class Reader:
 LYCORIS = Reader("LyCORIS", ("lycoris",), KINDS)
 
 
+def usual_readers(
+    left_out_of_kohya: tuple[str, ...] | None = (),
+    silent: tuple[Form, ...] = (),
+    left_out_by_comfyui: tuple[str, ...] = (),
+    others: tuple[str, ...] = (),
+) -> tuple[Reader, ...]:
+    """Those of a family that diffusers, ComfyUI and kohya's scripts know.
+
+    Args:
+        left_out_of_kohya: layers of kohya's form that diffusers leaves out; None where it does not read that form.
+        silent: forms that diffusers takes without an error and does nothing with.
+        left_out_by_comfyui: layers of diffusers' form that ComfyUI leaves out.
+        others: further programs that read kohya's form.
+    """
+    by_own_names: tuple[Form, ...] = ("kohya", "comfyui", "lycoris")
+    found = [Reader("diffusers", ("diffusers",), ("lora", "dora"))]
+    if left_out_of_kohya is not None:
+        found.append(Reader("diffusers", ("kohya",), ("lora",), left_out_of_kohya))
+        found.append(Reader("diffusers", ("kohya",), ("dora",), instead=NO_LENGTHS))
+    if silent:
+        found.append(Reader("diffusers", silent, ("lora", "dora"), instead=SILENT))
+    found.append(Reader("ComfyUI", by_own_names, ("lora", "lokr", "loha")))
+    found.append(Reader("ComfyUI", by_own_names, ("dora",), instead=OTHER_DORA))
+    found.append(Reader("ComfyUI", ("diffusers",), ("lora",), left_out_by_comfyui))
+    return (*found, *(Reader(name, ("kohya",), ("lora",)) for name in (*others, "kohya's scripts")))
+
+
 def readers_of(readers: Sequence[Reader], form: str, kind: str) -> list[Reader]:
     """The programs that do something with such a file."""
     return [reader for reader in (*readers, LYCORIS) if form in reader.forms and kind in reader.kinds]

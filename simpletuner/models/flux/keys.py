@@ -8,7 +8,6 @@ feed-forward. Scale and shift of the last layer are the other way round. Source:
 from __future__ import annotations
 
 from simpletuner.models.keys import KeyTable
-from simpletuner.models.readers import NO_LENGTHS, OTHER_DORA, SILENT, Reader
 
 _DOUBLE, _SINGLE = "transformer_blocks.*", "single_transformer_blocks.*"
 
@@ -51,17 +50,4 @@ FLUX_KEYS = KeyTable(
     architecture="flux-1-dev",
     base_model_version="flux1",
     kohya_network="networks.lora_flux",
-)
-
-_OUTSIDE_THE_BLOCKS = ("x_embedder", "context_embedder", "time_text_embed.*", "norm_out.linear", "proj_out")
-
-FLUX_READERS = (
-    Reader("diffusers", ("diffusers",), ("lora", "dora")),
-    Reader("diffusers", ("kohya",), ("lora",), leaves_out=_OUTSIDE_THE_BLOCKS),
-    Reader("diffusers", ("kohya",), ("dora",), instead=NO_LENGTHS),
-    Reader("diffusers", ("comfyui",), ("lora", "dora"), instead=SILENT),
-    Reader("ComfyUI", ("diffusers", "kohya", "comfyui", "lycoris"), ("lora",)),
-    Reader("ComfyUI", ("kohya", "comfyui", "lycoris"), ("lokr", "loha")),
-    Reader("ComfyUI", ("kohya", "comfyui", "lycoris"), ("dora",), instead=OTHER_DORA),
-    Reader("kohya's scripts", ("kohya",), ("lora",)),
 )

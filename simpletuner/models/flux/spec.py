@@ -6,7 +6,8 @@ Sources: black-forest-labs/flux; the released FLUX.1-dev, -schnell, -Krea-dev an
 
 from __future__ import annotations
 
-from simpletuner.models.flux.keys import FLUX_KEYS, FLUX_READERS
+from simpletuner.models.flux.keys import FLUX_KEYS
+from simpletuner.models.readers import usual_readers
 from simpletuner.models.spec import AdaptableModule, Component, FamilySpec, Flavour
 
 _DOUBLE, _SINGLE = "transformer_blocks.*", "single_transformer_blocks.*"
@@ -20,6 +21,7 @@ _FEED_FORWARD = (
     *(f"{_SINGLE}.{layer}" for layer in ("proj_mlp", "proj_out")),
 )
 _MODULATION = (f"{_DOUBLE}.norm1.linear", f"{_DOUBLE}.norm1_context.linear", f"{_SINGLE}.norm.linear")
+_OUTSIDE = ("x_embedder", "context_embedder", "time_text_embed.*", "norm_out.linear", "proj_out")
 _NON_COMMERCIAL = "FLUX.1 [dev] Non-Commercial License"
 _DEV_PARAMETERS = 11_901_408_320
 
@@ -82,7 +84,7 @@ FLUX = FamilySpec(
     default_lora_targets=_ATTENTION,
     target_groups={"attention": _ATTENTION, "feed-forward": _FEED_FORWARD, "modulation": _MODULATION},
     keys=FLUX_KEYS,
-    readers=FLUX_READERS,
+    readers=usual_readers(_OUTSIDE, silent=("comfyui",)),
     reads_single_files=True,
     block_classes=("FluxTransformerBlock", "FluxSingleTransformerBlock"),
     preview_decoder="madebyollin/taef1",

@@ -6,7 +6,6 @@ Source: that file; diffusers' `convert_sd3_transformer_checkpoint_to_diffusers`.
 from __future__ import annotations
 
 from simpletuner.models.keys import KeyTable
-from simpletuner.models.readers import OTHER_DORA, SILENT, Reader
 
 _OURS, _THEIRS = "transformer_blocks.*", "joint_blocks.*"
 
@@ -40,13 +39,4 @@ SD3_KEYS = KeyTable(
     architecture="stable-diffusion-3",
     base_model_version="sd3",
     kohya_network="networks.lora_sd3",
-)
-
-SD3_READERS = (
-    Reader("diffusers", ("diffusers",), ("lora", "dora")),
-    Reader("diffusers", ("kohya",), ("lora", "dora"), instead=SILENT),
-    Reader("ComfyUI", ("diffusers", "kohya", "comfyui", "lycoris"), ("lora",)),
-    Reader("ComfyUI", ("kohya", "comfyui", "lycoris"), ("lokr", "loha")),
-    Reader("ComfyUI", ("kohya", "comfyui", "lycoris"), ("dora",), instead=OTHER_DORA),
-    Reader("kohya's scripts", ("kohya",), ("lora",)),
 )

@@ -6,7 +6,8 @@ Sources: Esser et al. (arXiv 2403.03206); the released 3-medium, 3.5-medium and 
 
 from __future__ import annotations
 
-from simpletuner.models.sd3.keys import SD3_KEYS, SD3_READERS
+from simpletuner.models.readers import usual_readers
+from simpletuner.models.sd3.keys import SD3_KEYS
 from simpletuner.models.spec import AdaptableModule, Component, FamilySpec, Flavour
 
 _BLOCK = "transformer_blocks.*"
@@ -60,7 +61,7 @@ SD3 = FamilySpec(
     default_lora_targets=_ATTENTION,
     target_groups={"attention": _ATTENTION, "feed-forward": _FEED_FORWARD},
     keys=SD3_KEYS,
-    readers=SD3_READERS,
+    readers=usual_readers(left_out_of_kohya=None, silent=("kohya",)),
     block_classes=("JointTransformerBlock",),
     preview_decoder="madebyollin/taesd3",
     pipeline_options=("skip_guidance_layers",),

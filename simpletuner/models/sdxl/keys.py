@@ -8,7 +8,6 @@ downsampler), three output blocks. Source: Stability-AI/generative-models; diffu
 from __future__ import annotations
 
 from simpletuner.models.keys import KeyTable
-from simpletuner.models.readers import NO_LENGTHS, OTHER_DORA, Reader
 
 _RESNET = {
     "norm1": "in_layers.0",
@@ -68,17 +67,4 @@ SDXL_KEYS = KeyTable(
     renamed=_renamed(),
     architecture="stable-diffusion-xl-v1-base",
     base_model_version="sdxl_base_v1-0",
-)
-
-SDXL_READERS = (
-    Reader("diffusers", ("diffusers",), ("lora", "dora")),
-    Reader("diffusers", ("kohya",), ("lora",)),
-    Reader("diffusers", ("kohya",), ("dora",), instead=NO_LENGTHS),
-    Reader("ComfyUI", ("kohya", "comfyui", "lycoris"), ("lora", "lokr", "loha")),
-    Reader("ComfyUI", ("kohya", "comfyui", "lycoris"), ("dora",), instead=OTHER_DORA),
-    # It knows the attention's layers of this form by the names of old versions of diffusers alone.
-    Reader("ComfyUI", ("diffusers",), ("lora",), leaves_out=("*.attn*.to_*",)),
-    Reader("A1111", ("kohya",), ("lora",)),
-    Reader("Forge", ("kohya",), ("lora",)),
-    Reader("kohya's scripts", ("kohya",), ("lora",)),
 )

@@ -6,7 +6,8 @@ Sources: Podell et al., "SDXL" (arXiv 2307.01952); the released `stabilityai/sta
 
 from __future__ import annotations
 
-from simpletuner.models.sdxl.keys import SDXL_KEYS, SDXL_READERS
+from simpletuner.models.readers import usual_readers
+from simpletuner.models.sdxl.keys import SDXL_KEYS
 from simpletuner.models.spec import AdaptableModule, Component, FamilySpec, Flavour
 
 # fnmatch's star crosses dots, so `*attentions.*` is every transformer on the way down, in the middle and on the way up.
@@ -78,7 +79,8 @@ SDXL = FamilySpec(
     default_lora_targets=_ATTENTION,
     target_groups={"attention": _ATTENTION, "feed-forward": _FEED_FORWARD},
     keys=SDXL_KEYS,
-    readers=SDXL_READERS,
+    # ComfyUI knows the attention of diffusers' form by the names of old versions alone.
+    readers=usual_readers(left_out_by_comfyui=("*.attn*.to_*",), others=("A1111", "Forge")),
     reads_single_files=True,
     block_classes=("BasicTransformerBlock", "ResnetBlock2D"),
     preview_decoder="madebyollin/taesdxl",

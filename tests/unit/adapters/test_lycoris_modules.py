@@ -71,14 +71,15 @@ def test_dylora_draws_a_rank_in_training_from_the_generator_that_is_reseeded() -
     assert torch.equal(run_stock(denoiser), run_stock(denoiser))
 
 
-@pytest.mark.parametrize("settings", [{"multiplier": 0.5}, {"multiplier": 0.5, "rescaled": True}], ids=str)
+@pytest.mark.parametrize("settings", [{}, {"rescaled": True}], ids=str)
 @pytest.mark.parametrize("algo", ["diag-oft", "boft"])
 def test_a_rotation_of_another_strength_is_that_of_the_merged_weight(algo: str, settings) -> None:
     outputs = []
     for bypass_mode in (True, False):
         denoiser, adapter = attach(algo=algo, bypass_mode=bypass_mode, **settings)
         perturb(adapter.trainable_parameters())
-        outputs.append(run_stock(denoiser.eval()))
+        with adapter.scaled(0.5):
+            outputs.append(run_stock(denoiser.eval()))
     torch.testing.assert_close(*outputs, rtol=0, atol=2e-5)
 
 
