@@ -154,7 +154,8 @@ class _Proof:
 
     def deaths(self) -> list[Death]:
         """The points of one step between checkpoints, then operations that follow the step of a checkpoint."""
-        middle, saved = self.start_step + INTERVAL, self.start_step + 2 * INTERVAL
+        middle = (self.start_step // INTERVAL + 1) * INTERVAL  # the first checkpoint of the proof
+        saved = middle + INTERVAL
         last = self.counts[str(saved)]
         numbers = sorted({1 + round((last - 1) * fraction) for fraction in FRACTIONS})
         return [

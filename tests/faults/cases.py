@@ -10,6 +10,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -86,7 +87,7 @@ def result_of(folder: Path) -> Result:
         [(record["step"], record["loss"]) for record in steps],
         json.loads((output / "eval_losses.json").read_text())["losses"],
         # A run that dies before its first checkpoint begins anew, and what it had left goes to `earlier-runs`.
-        frozenset(name for name in names if "tfevents" not in name and not name.startswith("earlier-runs/")),
+        frozenset(name for name in names if not re.match(r"earlier-runs/|metrics\.\d+\.jsonl|.*tfevents", name)),
     )
 
 

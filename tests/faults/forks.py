@@ -78,11 +78,17 @@ def server() -> multiprocessing.context.ForkServerContext:
     """Forks processes in which torch is imported and `disk.c` is loaded."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.faults.warm"])
-    os.environ["LD_PRELOAD"] = str(library())
+    set_for_it = {"LD_PRELOAD": str(library()), "PYTHONPATH": str(HERE.parent.parent)}
+    before = {name: os.environ.get(name) for name in set_for_it}
+    os.environ.update(set_for_it)
     try:
         multiprocessing.forkserver.ensure_running()
     finally:
-        del os.environ["LD_PRELOAD"]
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
     return context
 
 
@@ -142,6 +148,8 @@ def _command(
     variables: dict[str, str],
     before: Callable[[], None] | None,
 ) -> None:
+    # Python says nothing where what it should import in advance cannot be imported.
+    assert "tests.faults.warm" in sys.modules, "torch was not imported in advance"
     if before is not None:
         before()
     mode = os.O_TRUNC if variables.get("RANK", "0") == "0" else os.O_APPEND
@@ -149,7 +157,8 @@ def _command(
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     os.chdir(folder)
-    os.environ.pop("LD_PRELOAD", None)
+    for name in ("LD_PRELOAD", "PYTHONPATH"):
+        os.environ.pop(name, None)
     os.environ.update({"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TMPDIR": tempfile.gettempdir()} | variables)
     sys.argv = ["simpletuner", *arguments]
     disk = ctypes.CDLL(None)
