@@ -32,8 +32,9 @@ Say = Callable[[str], None]
 FEWEST_STEPS = 6
 INTERVAL = 2
 LAST_LINES = 12
-# Of the operations on files that follow a step: the first, some in between, the last.
-FRACTIONS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
+# Of the operations on files until a checkpoint has its name: the first, some in between, the last. One more kill comes
+# at the end of the evaluation and images, after which the step is not taken again.
+FRACTIONS = (0.0, 0.25, 0.5, 0.75, 1.0)
 KILLED = (-signal.SIGKILL, 128 + signal.SIGKILL)
 POINTS = ("in a micro-batch", "before the update", "after the update")
 
@@ -66,7 +67,7 @@ class Job:
         arguments: of the command line, from which it loads the same configuration.
         output_dir: a folder of its own.
         last_step: where it ends.
-        counts: gets the number of file operations after each step, as JSON.
+        counts: gets the numbers of file operations after each step, until its checkpoint has its name and in all.
         death: where it kills itself.
     """
 
@@ -115,7 +116,7 @@ class _Proof:
         self.folder = folder
         self.steps = steps
         self.start_step = 0
-        self.counts: dict[str, int] = {}
+        self.counts: dict[str, tuple[int, int]] = {}
 
     def run(self, say: Say) -> bool:
         straight = self.new_folder("straight")
@@ -156,8 +157,8 @@ class _Proof:
         """The points of one step between checkpoints, then operations that follow the step of a checkpoint."""
         middle = (self.start_step // INTERVAL + 1) * INTERVAL  # the first checkpoint of the proof
         saved = middle + INTERVAL
-        last = self.counts[str(saved)]
-        numbers = sorted({1 + round((last - 1) * fraction) for fraction in FRACTIONS})
+        committed, last = self.counts[str(saved)]
+        numbers = sorted({1 + round((committed - 1) * fraction) for fraction in FRACTIONS} | {last})
         return [
             *(Death(middle, point) for point in POINTS),
             *(Death(saved, operation=number) for number in numbers),
@@ -228,7 +229,7 @@ class _Watch:
         self.job = job
         self.death = job.death
         self.step = 0
-        self.counts: dict[int, int] = {}
+        self.counts: dict[int, tuple[int, int]] = {}
 
     def begin(self) -> None:
         """Stand before the functions of the loop and each operation on files."""
@@ -245,7 +246,7 @@ class _Watch:
                 os.kill(os.getpid(), signal.SIGKILL)
             if is_reported:
                 self.step = run.state.global_step
-                self.counts[self.step] = 0
+                self.counts[self.step] = (0, 0)
             return call(run, *arguments, **keywords)
 
         return watched
@@ -253,9 +254,13 @@ class _Watch:
     def operation(self, name: str) -> None:
         if self.step not in self.counts:
             return
-        self.counts[self.step] += 1
+        committed, number = self.counts[self.step]
+        number += 1
+        if not (Path(self.job.output_dir) / f"checkpoint-{self.step}").exists():
+            committed = number
+        self.counts[self.step] = (committed, number)
         death = self.death
-        if death and not death.point and (self.step, self.counts[self.step]) == (death.step, death.operation):
+        if death and not death.point and (self.step, number) == (death.step, death.operation):
             os.kill(os.getpid(), signal.SIGKILL)
         if self.death is None:
             Path(self.job.counts).write_text(json.dumps(self.counts))

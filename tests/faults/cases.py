@@ -78,16 +78,16 @@ class Result:
 def result_of(folder: Path) -> Result:
     """Read what a run has left in `folder`."""
     output = folder / "output"
-    files = sorted(path for path in output.rglob("*") if path.is_file())
-    names = frozenset(str(path.relative_to(output)) for path in files)
+    # A run that dies before its first checkpoint begins anew, and what it had left goes to `earlier-runs`.
+    files = [path for path in sorted(output.rglob("*")) if path.is_file() and "earlier-runs" not in path.parts]
+    names = [str(path.relative_to(output)) for path in files]
     exact = [path for path in files if path.suffix in (".safetensors", ".png") and path.name != "loss.png"]
     steps = [record for record in read_records(output / "metrics.jsonl") if record["event"] == "step_done"]
     return Result(
         {str(path.relative_to(output)): hashlib.sha256(path.read_bytes()).hexdigest() for path in exact},
         [(record["step"], record["loss"]) for record in steps],
         json.loads((output / "eval_losses.json").read_text())["losses"],
-        # A run that dies before its first checkpoint begins anew, and what it had left goes to `earlier-runs`.
-        frozenset(name for name in names if not re.match(r"earlier-runs/|metrics\.\d+\.jsonl|.*tfevents", name)),
+        frozenset(name for name in names if not re.match(r"metrics\.\d+\.jsonl|.*tfevents", name)),
     )
 
 
