@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import signal
 import subprocess
@@ -163,6 +164,35 @@ def require_same_bits_after_a_stop(
 def run_cli(folder: Path, *arguments: str, environment: Mapping[str, str] | None = None) -> subprocess.CompletedProcess:
     """`simpletuner ARGUMENTS` in `folder`, as its own process."""
     return subprocess.run(cli(*arguments), cwd=folder, env=environment, capture_output=True, text=True, check=False)
+
+
+def run_forked(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
+    """As `run_cli`, in a fork of this process, which need not import torch again. For runs that start no processes."""
+    streams = [folder / f".forked.{name}" for name in ("stdout", "stderr")]
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            for descriptor, path in enumerate(streams, 1):
+                os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
+            sys.stdout, sys.stderr = (open(number, "w", closefd=False) for number in (1, 2))  # noqa: SIM115
+            os.chdir(folder)
+            sys.argv = ["simpletuner", *arguments]
+            from simpletuner.cli import main
+
+            main()
+            code = 0
+        except SystemExit as ended:
+            code = ended.code if isinstance(ended.code, int) else 0
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+    _, status = os.waitpid(child, 0)
+    told = [path.read_text() for path in streams]
+    for path in streams:
+        path.unlink()
+    return subprocess.CompletedProcess(arguments, os.waitstatus_to_exitcode(status), *told)
 
 
 def cli(*arguments: str) -> list[str]:

@@ -12,7 +12,7 @@ from PIL import Image
 
 from simpletuner.cache.store import TensorStore
 from simpletuner.commands import cache
-from tests.runs import dataset, draw_pictures, load_here, metrics, run_cli, train_here, write_run
+from tests.runs import dataset, draw_pictures, load_here, metrics, run_forked, train_here, write_run
 from tests.tiny import tiny_omnigen_folder
 
 
@@ -189,12 +189,12 @@ def test_a_model_edits_a_picture_on_the_command_line(tmp_path: Path, model: Path
         "2",
     )
     for index in range(2):
-        result = run_cli(
+        result = run_forked(
             tmp_path, "generate", *options, "--reference", f"sources/{index:03d}.png", "--output", f"{index}.png"
         )
         assert result.returncode == 0, result.stderr
     assert (tmp_path / "0.png").read_bytes() != (tmp_path / "1.png").read_bytes()
-    result = run_cli(tmp_path, "generate", *options, *["--reference", "sources/000.png"] * 4)
+    result = run_forked(tmp_path, "generate", *options, *["--reference", "sources/000.png"] * 4)
     assert result.returncode == 2
     assert "4 reference pictures are too many for OmniGen" in result.stderr
 
@@ -203,7 +203,7 @@ def test_a_prompt_that_names_a_picture_that_is_not_there_is_explained(tmp_path: 
     draw_pairs(tmp_path, "pairs", 2, seed=1)
     for path in (tmp_path / "pairs").glob("*.txt"):
         path.write_text("put <img><|image_1|></img> beside <img><|image_2|></img>")
-    result = run_cli(write_run(tmp_path, model, entries("pairs"), caption_dropout_probability=0), "train")
+    result = run_forked(write_run(tmp_path, model, entries("pairs"), caption_dropout_probability=0), "train")
     assert result.returncode == 3
     assert "names the input pictures 1, 2, but has 1" in result.stderr
     assert "Traceback" not in result.stderr
