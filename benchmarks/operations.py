@@ -114,8 +114,8 @@ def compare(family: str, adapter: str, recomputes: bool, shape: Any = None) -> d
         "lean": lean.total,
         "plain": plain.total,
         "published": theirs.total,
-        "plain_ratio": round(plain.total / theirs.total, 3),
-        "lean_ratio": round(lean.total / theirs.total, 3),
+        "plain_ratio": round(plain.total / theirs.total, 2),
+        "lean_ratio": round(lean.total / theirs.total, 2),
     }
 
 
