@@ -67,6 +67,10 @@ class _Handler(BaseHTTPRequestHandler):
         self._read()
         if self._path == "/api/whoami-v2":
             self._whoami()
+        elif self._path.endswith("/tree/main"):
+            files = self.server.repos[self._path[12 : -len("/tree/main")]].files
+            listed = [{"type": "file", "path": name, "size": len(data), "oid": "0"} for name, data in files.items()]
+            self._send(200, listed)
         elif self._path.startswith("/api/models/") and (repo := self.server.repos.get(self._path[12:])):
             self._send(200, {"id": self._path[12:], "private": repo.is_private, "tags": [], "siblings": []})
         else:
@@ -182,6 +186,8 @@ class _Handler(BaseHTTPRequestHandler):
             elif entry["key"] == "file":
                 repo.files[value["path"]] = base64.b64decode(value["content"])
                 names.append(value["path"])
+            elif entry["key"] == "deletedFile":
+                del repo.files[value["path"]]
             elif entry["key"] == "lfsFile":
                 repo.files[value["path"]] = self.server.blobs[value["oid"]]
                 names.append(value["path"])

@@ -26,6 +26,7 @@ from simpletuner.data.holdout import hold_out
 from simpletuner.data.sampler import Sampler
 from simpletuner.errors import bytes_text
 from simpletuner.models.family import ModelFamily
+from simpletuner.training.earlier_runs import delete_command, earlier_size
 from simpletuner.training.latents import fingerprint_of_vae
 from simpletuner.training.parts import build_family, build_sampler
 from simpletuner.training.preflight import check_model_folder
@@ -126,6 +127,7 @@ def make_plan(loaded: LoadedRun, probe: bool | None = None, other_gpu: int | Non
     if not config.validation_disable:
         decode = decode_bytes(family, *config.validation_sizes[0])
         notes.append(f"decoding a validation image takes {bytes_text(decode)} beside the weights, between two steps")
+    notes += earlier_notes(Path(config.output_dir))
     if reason:
         notes.append(f"time was not measured: {reason}")
     else:
@@ -188,10 +190,27 @@ def disk_rows(loaded: LoadedRun, shapes: Shapes, cached: tuple[int, int], total_
         Row("latents to be cached", cached[0]),
         Row("captions to be cached", cached[1]),
         Row(f"{count_text(kept, 'checkpoint')} of {bytes_text(checkpoint)}", kept * checkpoint),
+        Row("the best checkpoint", checkpoint if keeps_best(loaded) else 0),
         Row("final weights", shapes.trained_bytes * (2 if config.use_ema else 1)),
         Row(LOGS, LOG_BYTES),
     ]
     return [row for row in rows if row.num_bytes]
+
+
+def keeps_best(loaded: LoadedRun) -> bool:
+    """Whether the state with the lowest eval loss is kept beside the numbered checkpoints."""
+    config = loaded.config
+    has_interval = bool(config.eval_steps_interval or config.eval_epoch_interval) and not config.eval_loss_disable
+    has_images = bool(config.eval_holdout) or any(entry.dataset_type == "eval" for entry in loaded.datasets)
+    return has_interval and has_images and config.checkpoint_keep_best is not False
+
+
+def earlier_notes(output_dir: Path) -> list[str]:
+    """What earlier runs left in the output folder, and the command that deletes it."""
+    count, num_bytes = earlier_size(output_dir)
+    if not count:
+        return []
+    return [f"{count_text(count, 'earlier run')} take {bytes_text(num_bytes)}; to delete: {delete_command(output_dir)}"]
 
 
 def largest_load(training: Sequence[Dataset], batch_size: int) -> Load:

@@ -23,7 +23,7 @@ from simpletuner import storage
 from simpletuner.errors import DataError, Problem, UploadError
 from simpletuner.hub.access import full_name
 from simpletuner.hub.client import is_final, make_api, reason_of, status_of, upload_failures
-from simpletuner.hub.job import HubJob, gallery, picture_files
+from simpletuner.hub.job import ADAPTER_FILE, HubJob, gallery, picture_files
 from simpletuner.hub.staging import Upload, stage
 from simpletuner.reporting.events import (
     CheckpointSaved,
@@ -221,6 +221,8 @@ class Publisher:
             repo_id=self._repo_id,
             folder_path=upload.folder,
             commit_message=f"Weights of step {upload.step}" + (", the end of the run" if upload.is_last else ""),
+            # Averages of an earlier run would stand there beside weights that they are not of.
+            delete_patterns=None if (upload.folder / "ema").is_dir() else [f"ema/{ADAPTER_FILE}"],
         )
         self._tag(api, f"step-{upload.step}")
 
@@ -231,11 +233,17 @@ class Publisher:
         assert self._repo_id is not None
         try:
             api.create_tag(self._repo_id, tag=tag)
+            return
         except HfHubHTTPError as error:
             if status_of(error) != 409:
                 raise
+        try:
             api.delete_tag(self._repo_id, tag=tag)
             api.create_tag(self._repo_id, tag=tag)
+        except HfHubHTTPError as error:  # the weights are there; only their name is not
+            if not is_final(error):
+                raise
+            self._tell("warning", f"the tag {tag} stays at an earlier commit of {self._repo_id}: {reason_of(error)}")
 
     def _done(self, upload: Upload) -> None:
         state = {"repo": self._job.name, "step": upload.step, "is_last": upload.is_last, **self._run}

@@ -36,8 +36,9 @@ class CheckpointOptions(OptionGroup):
     resume_from_checkpoint: Text = option(
         "latest",
         takes="latest, none, or a checkpoint's name or path",
-        help="`latest` continues from the newest valid checkpoint in `output_dir` and starts afresh where there is "
-        "none; a checkpoint's name or path continues from it; `none` or an empty text starts afresh.",
+        help="`latest` continues from this run's newest valid checkpoint in `output_dir` and starts afresh where there "
+        "is none; a checkpoint's name or path continues from it; `none` or an empty text starts afresh. What another "
+        "run has in the folder, or this one after the named checkpoint, is moved to `earlier-runs/`.",
         level="basic",
         empty_is_value=True,
     )

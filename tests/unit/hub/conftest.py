@@ -36,6 +36,8 @@ def job(tmp_path: Path) -> HubJob:
         json.dumps([{"id": "stars", "bucketed": 45, "sizes": {"64x64": 40, "96x64": 5}}])
     )
     (tmp_path / ADAPTER_FILE).write_bytes(b"the end")
+    (tmp_path / "ema").mkdir()
+    (tmp_path / "ema" / ADAPTER_FILE).write_bytes(b"average of the end")
     return HubJob(
         output_dir=tmp_path,
         name="stars",
@@ -47,7 +49,7 @@ def job(tmp_path: Path) -> HubJob:
         base_model="Shitao/OmniGen-v1-diffusers",
         licence="MIT",
         title="Stars: a | test",
-        options={"learning_rate": 1e-3, "resolution": 64, "seed": 42, "optimizer": "adamw"},
+        options={"learning_rate": 1e-3, "resolution": 64, "seed": 42, "optimizer": "adamw", "use_ema": True},
         instance_prompts=("a xyz star",),
         note="Draws **stars**.",
     )

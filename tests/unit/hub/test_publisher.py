@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -134,7 +135,7 @@ def test_an_upload_that_the_hub_refuses_ends_with_its_own_exit_code_and_the_comm
     command = text.split("to mend it: run: ")[1].split()
     assert command[:3] == ["hf", "upload", "me/stars"]
     assert command[4:] == [".", "--private"]  # a repository that this command makes is not a public one
-    assert {path.name for path in Path(command[3]).iterdir()} == {ADAPTER_FILE, "README.md"}
+    assert {path.name for path in Path(command[3]).iterdir()} == {ADAPTER_FILE, "ema", "README.md"}
 
 
 def test_a_hub_that_never_answers_is_given_up_at_the_end(hub, api, job):
@@ -184,3 +185,37 @@ def test_an_unfinished_checkpoint_is_never_uploaded(hub, api, job, checkpoint):
         bus.emit(CheckpointSaved(10, path))
         publisher.finish(100)
     assert [summary for summary, _ in hub.repos["me/stars"].commits] == ["Weights of step 100, the end of the run"]
+
+
+def test_a_new_run_of_equal_length_uploads_and_its_tag_moves_to_it(hub, api, job):
+    def end(run_id: str, weights: bytes) -> None:
+        (job.output_dir / ADAPTER_FILE).write_bytes(weights)
+        publisher = Publisher(job, api, first_pause=0.02)
+        with EventBus([Told(), publisher]) as bus:
+            bus.emit(RunStarted("stars", job.output_dir, 100, run_id=run_id, branch=f"{run_id}-a"))
+            publisher.finish(100)
+
+    end("one", b"of one")
+    repo = hub.repos["me/stars"]
+    assert repo.tagged == {"step-100": 1}
+    end("one", b"of one")
+    assert len(repo.commits) == 1  # it is there
+    end("two", b"of two")
+    assert len(repo.commits) == 2
+    assert repo.files[ADAPTER_FILE] == b"of two"
+    assert repo.tagged == {"step-100": 2}
+
+
+def test_averages_of_an_earlier_run_do_not_stay_beside_the_new_weights(hub, api, job):
+    told = Told()
+    publisher, bus = start(job, api, told)
+    with bus:
+        publisher.finish(100)
+    repo = hub.repos["me/stars"]
+    assert f"ema/{ADAPTER_FILE}" in repo.files
+    off = replace(job, options={**job.options, "use_ema": False})
+    (job.output_dir / "hub_upload.json").unlink()
+    publisher, bus = start(off, api, told)
+    with bus:
+        publisher.finish(100)
+    assert set(repo.files) == {"README.md", ADAPTER_FILE}

@@ -57,6 +57,19 @@ def test_a_resumed_run_supersedes_the_steps_it_draws_anew(tmp_path: Path):
     ]
 
 
+def test_a_run_that_begins_again_at_step_0_supersedes_all_of_the_one_before(tmp_path: Path):
+    for run_id, end, loss in (("one", 4, 1.0), ("two", 2, 0.5)):
+        sink = TensorBoardSink(tmp_path)
+        sink.handle(RunStarted("trial", tmp_path, 10, 0, run_id=run_id, branch=f"{run_id}-a"))
+        for number in range(1, end + 1):
+            sink.handle(step(number, loss))
+        sink.close()
+    read = EventAccumulator(str(tmp_path / "logs" / "trial")).Reload()
+    assert [(point.step, point.value) for point in read.Scalars("train/loss")] == [(1, 0.5), (2, 0.5)]
+    text = read.Tensors("run/text_summary")[-1]
+    assert text.tensor_proto.string_val == [b"two, branch two-a"]
+
+
 def test_nothing_is_written_before_the_first_number(tmp_path: Path):
     sink = TensorBoardSink(tmp_path)
     sink.handle(RunStarted("trial", tmp_path, 10))
