@@ -6,11 +6,15 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
+from huggingface_hub import HfApi
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from simpletuner import storage
+from simpletuner.hub import publisher
 from simpletuner.reporting.report.record import read_run
 from simpletuner.training.run_history import Mark, RunHistory, history_of
 from tests.hub_uploads import TOKEN, upload_hub
@@ -33,6 +37,34 @@ OPTIONS = {
     "validation_method": "external-script",
     "validation_step_interval": 2,
 }
+
+
+class FakeWandb(ModuleType):
+    """What W&B gets, by id; it takes no step twice. (`test_wandb.py` asks W&B itself.)"""
+
+    def __init__(self) -> None:
+        super().__init__("wandb")
+        self.steps: dict[str, list[int]] = {}
+
+    def Settings(self, **options: Any) -> dict[str, Any]:
+        return options
+
+    def init(self, id: str, dir: Path, **options: Any) -> Any:
+        taken = self.steps.setdefault(id, [])
+
+        def log(values: dict[str, Any], step: int) -> None:
+            if "train/loss" in values:
+                taken.append(step)
+
+        return SimpleNamespace(
+            step=max(taken, default=-1) + 1,
+            settings=SimpleNamespace(mode="offline"),
+            dir=str(dir / "wandb" / id / "files"),
+            log=log,
+            finish=lambda exit_code: None,
+        )
+
+
 STARTS = ("none", "checkpoint-2", "other", "latest")
 
 
@@ -45,11 +77,12 @@ def test_each_file_belongs_to_the_run_that_the_log_names(
     script.write_text(SCRIPT)
     command = f"{sys.executable} {script} {{output_dir}} {{local_checkpoint_path}}"
     with upload_hub() as hub:
-        for name, value in {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1"}.items():
-            monkeypatch.setenv(name, value)
-        for name in ("HOME", "HF_HOME", "WANDB_CONFIG_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR"):
-            monkeypatch.setenv(name, str(tmp_path / "home"))
-        monkeypatch.setenv("WANDB_MODE", "offline")
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(publisher, "make_api", lambda: HfApi(endpoint=hub.url, token=TOKEN))
+        monkeypatch.setattr(publisher, "GIVE_UP_SECONDS", 5.0)
+        wandb = FakeWandb()
+        monkeypatch.setitem(sys.modules, "wandb", wandb)
         folder = write_run(tmp_path / "run", omnigen_folder, **OPTIONS, validation_external_script=command)
         output = train_here(folder)
         first = metrics(output, "run_started")[-1]
@@ -57,6 +90,7 @@ def test_each_file_belongs_to_the_run_that_the_log_names(
         other = tmp_path / "other"
         if start == "other":
             quiet = {**OPTIONS, "report_to": "none", "push_to_hub": False, "validation_disable": True, "seed": 9}
+            quiet["validation_method"] = "simpletuner-local"
             start = str(train_here(write_run(other, omnigen_folder, **quiet)) / "checkpoint-2")
         arguments = [f"--resume_from_checkpoint={start}", "--max_train_steps=6"]
         train_here(folder, *arguments, *(["--learning_rate=0.001"] if settings == "other" else []))
@@ -83,6 +117,8 @@ def test_each_file_belongs_to_the_run_that_the_log_names(
         assert storage.read_json(output / name).items() >= mine.items()
     assert (storage.read_json(output / "wandb_run.json")["id"] == first_id) == (start == "latest")
 
+    taken = wandb.steps[storage.read_json(output / "wandb_run.json")["id"]]
+    assert taken == list(range({"none": 1, "latest": 1}.get(start, 3), 7))
     logged = EventAccumulator(str(next((output / "logs").iterdir()))).Reload()
     before = 0 if start in ("none", "checkpoint-2", "latest") else 2
     assert [point.step for point in logged.Scalars("train/loss")] == list(range(before + 1, 7))
