@@ -21,6 +21,9 @@ from simpletuner.config.deepspeed import OUR_KEYS
 from simpletuner.distributed.placement import STATE_SEPARATOR, Copies
 from simpletuner.distributed.world import World
 
+# The state's name of the copy that the engine moves, where the weights have fewer bits.
+FLOAT32 = "float32"
+
 
 class Zero(Copies):
     """Trained weights under DeepSpeed.
@@ -165,11 +168,16 @@ class Zero(Copies):
 
     def own_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """As `optimizer_tensors` would give it in a single process."""
-        from deepspeed.utils import safe_get_full_optimizer_state
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
         states = self._flat_states()
         tensors = {}
         for name, parameter in self.parameters.items():
+            if parameter.dtype != torch.float32:
+                # The engine moves a float32 copy, of which the weights are only the rounded image.
+                whole = safe_get_full_fp32_param(parameter)
+                if self.world.is_main:
+                    tensors[f"{name}{STATE_SEPARATOR}{FLOAT32}"] = whole.reshape(self.shapes()[name]).cpu()
             for key, value in states.items():
                 path = f"{name}{STATE_SEPARATOR}{key}"
                 if value.ndim == 0:
@@ -183,8 +191,10 @@ class Zero(Copies):
 
     def load_own_state(self, tensors: Mapping[str, Tensor]) -> None:
         """Put back what `own_state` gave."""
-        from deepspeed.utils import safe_set_full_optimizer_state
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
+        copies = {key: value for key, value in tensors.items() if key.endswith(f"{STATE_SEPARATOR}{FLOAT32}")}
+        tensors = {key: value for key, value in tensors.items() if key not in copies}
         assert self._optimizer is not None
         first = next(iter(self.parameters))
         start = f"{first}{STATE_SEPARATOR}"
@@ -200,6 +210,9 @@ class Zero(Copies):
             if value.ndim:
                 parameter = self.parameters[name]
                 safe_set_full_optimizer_state(parameter, value.float().to(self._engine.device), state)
+        for key, value in copies.items():
+            name = key.partition(STATE_SEPARATOR)[0]
+            safe_set_full_fp32_param(self.parameters[name], value.to(self._engine.device))
 
     def _flat_parameters(self) -> list[Tensor]:
         """What the optimizer moves in this process."""

@@ -102,6 +102,20 @@ def load_optimizer_tensors(
         group.update(placed(saved, _device_of(group)))
 
 
+def group_numbers(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """Counters that an optimizer keeps in its groups, for whoever saves the other states by other means."""
+    return [
+        {key: group[key] for key in _own_keys(group) if isinstance(group[key], int | float)}
+        for group in optimizer.param_groups
+    ]
+
+
+def load_group_numbers(optimizer: torch.optim.Optimizer, plain: Mapping[str, Any]) -> None:
+    """Put back what `group_numbers` gave."""
+    for group, saved in zip(optimizer.param_groups, plain["groups"], strict=True):
+        group.update(saved)
+
+
 def _put(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, state: dict[str, Any]) -> None:
     """Make `state` that of a parameter; bitsandbytes makes its own memory for what it pages, which is then filled."""
     optimizer.state[parameter] = state

@@ -15,10 +15,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from simpletuner import __version__, storage
+from simpletuner.distributed.placement import STATE_SEPARATOR
+from simpletuner.distributed.zero import FLOAT32
 from simpletuner.errors import ConfigError, DataError, Problem, error_text
 from simpletuner.optim.ema import EMA
 from simpletuner.optim.optimizers import averaged_weights, keeps_averages
-from simpletuner.optim.state import load_optimizer_tensors, optimizer_tensors
+from simpletuner.optim.state import (
+    group_numbers,
+    load_group_numbers,
+    load_optimizer_tensors,
+    optimizer_tensors,
+)
 from simpletuner.reporting.events import Notice
 from simpletuner.training.damage import first_whole, why_unreadable
 from simpletuner.training.divergence import require_finite
@@ -341,6 +348,8 @@ def checkpoint_content(run: Run) -> CheckpointContent:
     require_finite(run, "weights", placement.parameters)
     own = placement.own_state()
     tensors, plain = own or optimizer_tensors(run.optimizer, placement.parameters)
+    if own:
+        plain["groups"] = group_numbers(run.optimizer)
     require_finite(run, "states of the optimizer", tensors)
     if run.ema is not None:
         require_finite(run, "averages of the weights", run.ema.state_dict())
@@ -423,8 +432,10 @@ def load_checkpoint(run: Run, path: Path, is_own: bool = True) -> None:
     tensors = load_file(path / OPTIMIZER_FILE)
     if run.placement.has_own_state:
         run.placement.load_own_state(tensors)
+        load_group_numbers(run.optimizer, saved["optimizer"])
     else:
-        load_optimizer_tensors(run.optimizer, parameters, part(tensors), saved["optimizer"])
+        own = {key: tensor for key, tensor in tensors.items() if not key.endswith(f"{STATE_SEPARATOR}{FLOAT32}")}
+        load_optimizer_tensors(run.optimizer, parameters, part(own), saved["optimizer"])
     if run.ema is not None:
         if (path / EMA_FILE).is_file():
             averages = load_file(path / EMA_FILE)
