@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
 
 from simpletuner.examples import example_dir
+from simpletuner.training.loop import run_training
 from tests.runs import dataset, metrics, train_here, write_run
 from tests.tiny import tiny_clip_folder
 
@@ -110,13 +112,19 @@ def test_pictures_can_begin_late_and_the_end_always_has_them(tmp_path: Path, omn
 
 
 @pytest.mark.slow
-def test_a_validation_that_fails_is_told_and_training_goes_on(tmp_path: Path, omnigen_folder: Path):
+def test_a_validation_that_fails_is_told_and_training_goes_on(
+    tmp_path: Path, omnigen_folder: Path, monkeypatch: pytest.MonkeyPatch
+):
     """The folder for pictures is a file."""
     watched = {"validation_disable": False, "validation_prompt": "a star", "validation_resolution": "32"}
     options = {**watched, "validation_num_inference_steps": 2, "validation_step_interval": 2, "max_train_steps": 4}
     folder = write_run(tmp_path, omnigen_folder, **options)
-    (folder / "output").mkdir()
-    (folder / "output" / "validation_images").write_text("in the way")
+
+    def train_beside_it(run: Any) -> None:  # what lies there before a fresh start is moved
+        (run.output_dir / "validation_images").write_text("in the way")
+        run_training(run)
+
+    monkeypatch.setattr("simpletuner.training.trainer.run_training", train_beside_it)
     output = train_here(folder)
     told = [record["text"] for record in metrics(output, "notice") if record["severity"] == "error"]
     assert len(told) == 2
