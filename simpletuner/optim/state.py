@@ -54,7 +54,13 @@ def optimizer_tensors(
         {key: _to_plain(group[key], f"{SEPARATOR}{index}{SEPARATOR}{key}", tensors) for key in _own_keys(group)}
         for index, group in enumerate(optimizer.param_groups)
     ]
-    summary = {"class": type(optimizer).__name__, "states": plain, "groups": groups, "on_host": _on_host(optimizer)}
+    summary = {
+        "class": type(optimizer).__name__,
+        "states": plain,
+        "groups": groups,
+        "on_host": _on_host(optimizer),
+        "strides": {key: list(tensor.stride()) for key, tensor in tensors.items() if not tensor.is_contiguous()},
+    }
     json.dumps(summary)  # a state that is neither tensor nor plain value must fail here, not at the next resume
     return _unshared(tensors), summary
 
@@ -79,6 +85,8 @@ def load_optimizer_tensors(
                 fix="resume with the optimizer of the run, or start a new run from its weights",
             )
         )
+    strides = plain.get("strides", {})  # earlier versions wrote none
+    tensors = {key: _laid_out(tensor, strides.get(key)) for key, tensor in tensors.items()}
     states: dict[str, dict[str, Any]] = {}
     inner = {value.removeprefix(TENSOR) for value in _strings(plain)}
     for key, tensor in tensors.items():
@@ -114,6 +122,14 @@ def load_group_numbers(optimizer: torch.optim.Optimizer, plain: Mapping[str, Any
     """Put back what `group_numbers` gave."""
     for group, saved in zip(optimizer.param_groups, plain["groups"], strict=True):
         group.update(saved)
+
+
+def _laid_out(tensor: Tensor, strides: list[int] | None) -> Tensor:
+    """The tensor with the strides that it was saved with. A file holds rows; a matrix that lies in columns, as a QR
+    decomposition gives it (SOAP), is multiplied by another kernel, whose last bits differ on some processors."""
+    if strides is None:
+        return tensor
+    return torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
 
 
 def _put(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, state: dict[str, Any]) -> None:
