@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import sys
+import traceback
 from pathlib import Path
 from typing import Annotated
 
@@ -24,6 +25,8 @@ def main() -> None:
         require_system(sys.platform)
         app()
     except SimpleTunerError as error:
+        if os.environ.get("SIMPLETUNER_DEBUG") == "1" and error.__cause__ is not None:
+            traceback.print_exc()  # what a disk refused may have been asked of it by a mistake of ours
         _tell_the_end(error.render())
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
@@ -98,7 +101,6 @@ def _let_go_of_stdout() -> None:
 def _report_unexpected(error: Exception) -> str:
     """Keep the traceback in a file and name it in one line: it is a fault of ours, not of the user's."""
     import tempfile
-    import traceback
 
     text = "".join(traceback.format_exception(error))
     summary = f"unexpected {type(error).__name__}: {error}"

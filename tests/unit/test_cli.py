@@ -154,6 +154,22 @@ def test_a_fault_of_ours_is_one_line_and_a_file_with_the_traceback(
         run("examples", "list")
 
 
+def test_an_error_with_a_cause_shows_its_traceback_when_debugging(run, monkeypatch):
+    def fail(name: str) -> None:
+        try:
+            raise FileNotFoundError(2, "No such file or directory", "/lost")
+        except OSError as error:
+            raise DataError("cannot be read") from error
+
+    monkeypatch.setattr("simpletuner.examples.example_summary", fail)
+    code, _, errors = run("examples", "list")
+    assert (code, errors.strip()) == (3, "cannot be read")
+    monkeypatch.setenv("SIMPLETUNER_DEBUG", "1")
+    code, _, errors = run("examples", "list")
+    assert code == 3
+    assert "FileNotFoundError: [Errno 2]" in errors
+
+
 def test_a_reader_that_leaves_early_does_not_change_the_exit_code():
     program = (
         "import sys, types, simpletuner.launch as launch, simpletuner.training.preflight as preflight\n"
