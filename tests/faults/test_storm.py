@@ -63,14 +63,16 @@ def _seconds(run: Path) -> float:
 def phase_of(run: Path) -> str:
     """What a run is doing, as its record and its temporary names show."""
     output = run / "output"
-    lines = (output / "metrics.jsonl").read_text().splitlines() if (output / "metrics.jsonl").exists() else []
+    if not (output / "metrics.jsonl").exists():  # it begins when the caches are there
+        return "caching" if (run / "cache" / "vae").exists() else "starting"
+    lines = (output / "metrics.jsonl").read_text(errors="replace").splitlines()
     last = _last_record(lines)
     if any(path.name.startswith(".tmp-") and path.is_dir() for path in output.glob(".*")):
         is_final = last.get("event") == "phase_started" and "weights" in last.get("name", "")
         return "finishing" if is_final else "saving"
     if last.get("event") == "phase_started":
         name = str(last.get("name"))
-        words = {"caching": "caching", "pictures": "validation", "weights": "finishing"}
+        words = {"pictures": "validation", "images": "validation", "weights": "finishing"}
         return next((phase for word, phase in words.items() if word in name), "starting")
     if last.get("event") == "run_finished":
         return "finishing"
