@@ -122,8 +122,10 @@ def restore_best(run: Run) -> None:
     no `checkpoint-best` (it was lost, or the run went back), the numbered checkpoint of that step becomes it.
     """
     best = run.checkpoints.best_evaluation()
-    if best is not None and best[0] <= run.state.global_step:
-        run.eval_losses.setdefault(*best)
+    if best is not None and best[0] <= run.state.global_step and best[0] not in run.eval_losses:
+        run.eval_losses[best[0]] = best[1]
+        if run.world.is_main:
+            write_eval_history(run)
     if not run.eval_losses or not keeps_best(run):
         return
     step = best_step(run.eval_losses)
