@@ -141,11 +141,11 @@ def load_entry(descriptor: int, key: str, entry: Entry) -> dict[str, torch.Tenso
         # Before memory is taken: a damaged header may ask for any amount.
         data = bytearray(place.end - place.start if place.end <= size else 0)
         if place.end > size or os.preadv(descriptor, [data], place.start) != len(data):
-            raise DamagedShard(f"entry {key} is cut short")
+            raise DamagedShard("an entry is cut short")
         _add_to_digest(digest, place.name, place.dtype, place.shape, data)
         read.append((place, data))
     if digest.hexdigest() != entry.digest:
-        raise DamagedShard(f"entry {key} does not fit its sha256")
+        raise DamagedShard("an entry does not fit its sha256")
     tensors = {}
     for place, data in read:
         dtype = getattr(torch, _DTYPES[place.dtype])
