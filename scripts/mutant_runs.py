@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,7 +79,7 @@ class Scratch:
             os.utime(path, (modified, modified))
 
 
-@dataclass
+@dataclass(eq=False)  # pytest hashes its plugins
 class Planter:
     """A plugin of pytest: when the tests are collected it runs them in forks, without a fault and with each of some.
 
@@ -133,6 +134,8 @@ class Planter:
                     os.write(writing, self.failed.encode())
                     break
             code = int(bool(self.failed))
+        except BaseException:  # noqa: BLE001 - the parent reports it
+            os.write(writing, traceback.format_exc().encode())
         finally:
             os._exit(code)
 

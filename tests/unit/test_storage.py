@@ -420,3 +420,10 @@ def test_a_manifest_has_one_form_whatever_the_order_of_its_files():
     first, second = ({name: (1, "a") for name in names} for names in ("ba", "ab"))
     assert list(storage.Manifest(first).to_json()["files"]) == ["a", "b"]
     assert storage.Manifest(first).to_json() == storage.Manifest(second).to_json()
+
+
+@pytest.mark.parametrize("change", [b"", b"one and more"])
+def test_a_file_that_shrank_or_grew_is_found(tmp_path, change):
+    _commit(tmp_path / "a")
+    (tmp_path / "a" / "data.txt").write_bytes(change)
+    assert f"{len(change)} bytes, not the 3 bytes" in storage.verify_dir(tmp_path / "a")[0]

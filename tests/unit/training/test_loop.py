@@ -423,3 +423,11 @@ def test_a_process_that_was_asked_itself_keeps_its_signal():
     stop.received = signal.SIGINT
     stop.adopt()
     assert stop.error(None).exit_code == 130
+
+
+def test_a_mask_that_is_not_drawn_does_not_count(tmp_path):
+    """With a probability of 0 the empty mask leaves the image as it is."""
+    data = [ToyDataset(ONE, mask_of={"a": 0.0})]
+    run, _ = toy_run(tmp_path, data, max_train_steps=1, masked_loss_probability=0.0)
+    run_training(run)
+    assert weights_of(run) == [0.5, 1.5]

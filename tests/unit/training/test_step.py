@@ -11,7 +11,9 @@ from simpletuner.batch import Batch
 from simpletuner.models.components import ModelSource
 from simpletuner.models.family import ModelFamily
 from simpletuner.models.registry import get_family_class, get_spec
+from simpletuner.training.objective import Objective
 from simpletuner.training.step import compute_losses, draw_noise, draw_quantiles
+from tests.toy import ToyFamily
 
 
 @pytest.fixture(scope="module")
@@ -99,3 +101,29 @@ def test_the_target_of_a_regularisation_batch_is_the_prediction_without_the_adap
 
     changed = compute_losses(family, denoiser, batch, noise, quantiles, without_adapter)
     torch.testing.assert_close(changed.per_sample, torch.ones(2), atol=1e-4, rtol=0)
+
+
+class Zero(ToyFamily):
+    """A flow family that always answers 0: its loss is the mean of the squared target."""
+
+    make_target = ModelFamily.make_target
+
+    def predict(self, denoiser, noisy_latents, sigmas, conditioning):
+        self.noisy.append(noisy_latents)
+        return torch.zeros_like(noisy_latents)
+
+
+def test_weights_of_levels_and_noise_that_the_target_does_not_know_by_hand():
+    """The target is noise - latents, (3, -1) - (1, 1); at sigma 0.5 the signal to noise ratio is 1."""
+    family = Zero()
+    latents, noise = (torch.tensor(values).reshape(1, 2, 1, 1) for values in ((1.0, 1.0), (3.0, -1.0)))
+    batch = Batch(latents, [], [0], ["a"], torch.ones(1), "d")
+    half = torch.tensor([0.5], dtype=torch.float64)
+    plain = compute_losses(family, torch.nn.Identity(), batch, noise, half)
+    assert plain.per_sample.tolist() == [4]
+    assert plain.sigmas.tolist() == [0.5]
+    perturbed = compute_losses(family, torch.nn.Identity(), batch, noise, half, perturbed_noise=noise + 2)
+    assert perturbed.per_sample.tolist() == [4]
+    assert family.noisy[1].flatten().tolist() == [3, 1]  # half of (1, 1) and half of (5, 1)
+    weighed = compute_losses(family, torch.nn.Identity(), batch, noise, half, objective=Objective(snr_gamma=0.5))
+    assert weighed.per_sample.tolist() == [pytest.approx(4 * 0.5 / 4)]  # min(1, 0.5) / (1 + 1)^2
