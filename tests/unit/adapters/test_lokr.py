@@ -8,6 +8,7 @@ from lycoris.modules.lokr import LokrModule
 from torch import nn
 
 from simpletuner.adapters.lokr import kron_linear, use_structured_forward
+from simpletuner.lean import recipes
 
 
 @pytest.fixture(autouse=True)
@@ -83,3 +84,39 @@ def test_the_product_is_never_built(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "kron", refuse)
     module(torch.randn(2, 16)).sum().backward()
     assert module.lokr_w2.grad is not None
+
+
+@pytest.mark.parametrize("chain", [((4, 5),), ((2, 5), (4, 2))], ids=["one matrix", "low rank"])
+def test_gradients_of_large_inputs_are_those_of_the_built_product(
+    monkeypatch, chain: tuple[tuple[int, int], ...]
+) -> None:
+    """Large tensors go through a backward pass of their own."""
+    monkeypatch.setattr(recipes, "LARGE", 0)
+    w1, *w2_chain = (torch.randn(shape, requires_grad=True) for shape in ((3, 2), *chain))
+    x = torch.randn(6, 10, requires_grad=True)
+    weights = torch.randn(6, 12)
+    w2 = w2_chain[0] if len(w2_chain) == 1 else w2_chain[1] @ w2_chain[0]
+    expected = torch.autograd.grad((x @ torch.kron(w1, w2).T * weights).sum(), [x, w1, *w2_chain])
+    found = torch.autograd.grad((kron_linear(x, w1, *w2_chain) * weights).sum(), [x, w1, *w2_chain])
+    for theirs, ours in zip(expected, found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_dropout_drops_in_training_alone() -> None:
+    layer = nn.Linear(24, 36)
+    module = LokrModule("lokr", layer, lora_dim=10000, factor=4, dropout=0.5)
+    use_structured_forward(module)
+    with torch.no_grad():
+        module.lokr_w2.fill_(1.0)
+    x = torch.ones(2, 24)
+
+    def added(seed: int) -> torch.Tensor:
+        torch.manual_seed(seed)
+        return (module.bypass_forward_diff(x)).detach()
+
+    module.train()
+    assert (added(1) == 0).float().mean().item() == pytest.approx(0.5, abs=0.25)
+    assert not torch.equal(added(1), added(2))
+    module.eval()
+    assert torch.equal(added(1), added(2))
+    assert (added(1) != 0).all()

@@ -277,3 +277,15 @@ def test_an_alias_gives_way_to_a_class_of_that_name(quickstart) -> None:
     assert targets.classes == {"Attention": "Attention", "FeedForward": "OmniGenFeedForward"}
     assert targets.module_algo_map["OmniGenFeedForward"] == {"factor": 8}
     assert resolve_targets(quickstart, OMNIGEN, {"FeedForward"}).classes["FeedForward"] == "FeedForward"
+
+
+def test_a_strength_multiplies_the_multiplier_that_is_written() -> None:
+    lycoris = with_preset(target_module=["Attention"]) | {"multiplier": 0.5}
+    denoiser, adapter = attach(lycoris)
+    perturb(adapter.trainable_parameters())
+    whole = run_stock(denoiser)
+    with adapter.scaled(1.0):
+        torch.testing.assert_close(run_stock(denoiser), whole, rtol=0, atol=1e-6)
+    assert {module.multiplier for module in adapter.network.loras} == {0.5}
+    with adapter.scaled(3.0):
+        assert {module.multiplier for module in adapter.network.loras} == {1.5}

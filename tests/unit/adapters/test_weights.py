@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
+from simpletuner.adapters.formats import peft_metadata
 from simpletuner.adapters.weights import (
     ALPHA,
     DORA,
@@ -22,6 +25,7 @@ from simpletuner.adapters.weights import (
     swap_halves,
     with_unit_scale,
 )
+from simpletuner.models.omnigen.spec import OMNIGEN
 
 
 def matrix(*rows: list[float]) -> torch.Tensor:
@@ -145,3 +149,15 @@ def test_a_lokr_is_whole_where_neither_factor_is_of_low_rank():
     assert is_whole_lokr({"lokr_w1": first, "lokr_w2": second})
     assert not is_whole_lokr({"lokr_w1": first, "lokr_w2_a": second, "lokr_w2_b": second})
     assert not is_whole_lokr({"lokr_w1_a": first, "lokr_w1_b": first, "lokr_w2": second})
+
+
+def test_only_ranks_that_differ_are_exceptions_for_peft():
+    def lora(rank: int) -> dict[str, torch.Tensor]:
+        return {UP: torch.ones(3, rank), DOWN: torch.ones(rank, 3), ALPHA: alpha_tensor(rank)}
+
+    weights = AdapterWeights({"a.q": lora(4), "a.k": lora(4), "b.q": lora(2)})
+    [text] = peft_metadata(weights, OMNIGEN).values()
+    found = json.loads(text)
+    assert (found["transformer.r"], found["transformer.lora_alpha"]) == (4, 4)
+    assert found["transformer.rank_pattern"] == found["transformer.alpha_pattern"] == {"^b.q": 2}
+    assert found["transformer.target_modules"] == ["a.k", "a.q", "b.q"]

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -289,3 +290,28 @@ def test_a_plan_counts_the_decoding_of_images_and_unpacked_matrices(tmp_path: Pa
     # The largest packed matrix of the tiny model is gate and up: 128 x 32 in float32.
     assert {row.name: row.num_bytes for row in found.memory}["one unpacked matrix"] == 128 * 32 * 4
     assert any(note.startswith("decoding a validation image takes") for note in found.notes)
+
+
+def test_the_largest_batch_is_the_one_with_the_most_pixels():
+    small = SimpleNamespace(id="a", batch_size=None, buckets={(64, 64): [0], (96, 32): [1]}, is_regularisation=False)
+    large = SimpleNamespace(id="b", batch_size=2, buckets={(64, 80): [0]}, is_regularisation=True)
+    for each in (small, large):
+        each.references, each.samples = (), []
+    assert planning.largest_load([small, large], 4) == Load(4, 64, 64)
+    assert planning.largest_load([small, large], 1) == Load(2, 64, 80, True)
+
+
+def test_one_checkpoint_more_than_is_kept_is_on_the_disk_while_it_is_written(folder):
+    """Weights of 400 bytes, a state of 800, an average in float32 and in the adapter's own format: 400 + 400."""
+    shapes = SimpleNamespace(trained={"w": torch.zeros(100)}, trained_bytes=400, optimizer=800)
+    options = ("--checkpoint_step_interval=2", "--checkpoints_total_limit=3", "--use_ema=true")
+    found = planning.disk_rows(load_here(folder, *options), shapes, (0, 0), 100)
+    assert found[0].num_bytes == 4 * (400 + 800 + 800)
+    assert planning.disk_rows(load_here(folder, *options), shapes, (0, 0), 4)[0].num_bytes == 2 * (400 + 800 + 800)
+
+
+def test_an_average_takes_four_bytes_a_weight(folder, omnigen_folder):
+    found = [planning.make_plan(load_here(folder, f"--use_ema={flag}"), probe=False) for flag in ("true", "false")]
+    [ema] = [row.num_bytes for row in found[0].memory if row.name.startswith("EMA")]
+    assert ema == 4 * found[0].trained
+    assert not [row for row in found[1].memory if row.name.startswith("EMA")]

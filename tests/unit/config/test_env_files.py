@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from simpletuner.config.env_files import variables_of_files
+from simpletuner.config.layers import read_env_variables
+from simpletuner.config.names import edit_distance
 from simpletuner.distributed.lifeline import LAST_WORDS, LIFELINE
 from simpletuner.errors import ConfigError
 from tests.runs import run_cli, write_run
@@ -133,3 +135,25 @@ def test_variables_of_launch_scripts_act_or_are_told(workspace: Workspace):
     run = workspace.load_written()
     assert run.config.mixed_precision == "no"
     assert any("ACCELERATE_CONFIG_PATH: is not read" in line for line in run.warnings)
+
+
+def test_text_that_is_added_stands_behind_what_is_there(tmp_path: Path) -> None:
+    path = tmp_path / "config.env"
+    path.write_text('A="one"\nA+=" two"\nB+=three\n')
+    found = {name: value for name, (value, _) in read_env_variables(path, "config.env", {}).items()}
+    assert found == {"A": "one two", "B": "three"}
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "edits"),
+    [
+        ("rate", "rate", 0),
+        ("rate", "raet", 1),
+        ("rate", "rte", 1),
+        ("rate", "raate", 1),
+        ("rate", "kite", 2),
+        ("", "ab", 2),
+    ],
+)
+def test_edits_between_two_names_by_hand(a: str, b: str, edits: int) -> None:
+    assert edit_distance(a, b) == edit_distance(b, a) == edits
