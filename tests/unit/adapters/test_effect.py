@@ -16,7 +16,7 @@ from simpletuner.adapters.lora import LoraSettings, attach_lora
 from simpletuner.adapters.lycoris import attach_lycoris
 from simpletuner.adapters.merge import merge_into
 from simpletuner.adapters.reading import read_adapter
-from simpletuner.adapters.weights import DOWN, UP, AdapterWeights
+from simpletuner.adapters.weights import ALPHA, DOWN, UP, AdapterWeights, alpha_tensor
 from simpletuner.errors import ConfigError
 from simpletuner.models.omnigen.spec import OMNIGEN
 from tests.tiny import tiny_omnigen_transformer
@@ -122,3 +122,22 @@ def test_the_rank_that_keeps_a_share_is_the_smallest_that_does(lycoris: dict[str
     rank = rank_that_keeps(weights, tiny_omnigen_transformer(), 0.9)
     assert compress(weights, tiny_omnigen_transformer(), rank)[1] <= 0.1
     assert compress(weights, tiny_omnigen_transformer(), rank - 1)[1] > 0.1
+
+
+def test_a_merge_is_computed_in_float32_and_rounded_once_with_strength_and_multiplier() -> None:
+    """1 + 0.5 * 0.5 * 2^-6: the change of 2^-8 is half of a step of bfloat16 there, and rounds to even, 1.
+
+    With 3 in its place the sum is 1 + 3 * 2^-8, which rounds up to 1 + 2^-6.
+    """
+    layer = nn.Linear(1, 2, bias=False).to(torch.bfloat16)
+    with torch.no_grad():
+        layer.weight.fill_(1.0)
+    model = nn.ModuleDict({"a": layer})
+    lora = {UP: torch.tensor([[2.0**-6], [3 * 2.0**-6]]), DOWN: torch.ones(1, 1), ALPHA: alpha_tensor(1)}
+    merge_into(model, AdapterWeights({"a": lora}, lycoris={"multiplier": 0.5}), strength=0.5)
+    assert layer.weight.flatten().tolist() == [1.0, 1 + 2**-6]
+    wide = nn.ModuleDict({"a": nn.Linear(1, 2, bias=False)})
+    with torch.no_grad():
+        wide["a"].weight.zero_()
+    merge_into(wide, AdapterWeights({"a": lora}, lycoris={"multiplier": 0.5}), strength=0.5)
+    assert wide["a"].weight.flatten().tolist() == [2**-8, 3 * 2**-8]

@@ -17,7 +17,6 @@ import torch
 from simpletuner.batch import Crop, Sample
 from simpletuner.cache import encoding
 from simpletuner.cache import latents as latents_module
-from simpletuner.cache.encoding import BatchEncoder
 from simpletuner.cache.fingerprints import vae_fingerprint
 from simpletuner.cache.latents import LatentCache, OnDemandLatents
 from simpletuner.cache.store import DamagedEntry, TensorStore
@@ -217,27 +216,6 @@ def test_latents_that_overflow_in_half_precision_are_tried_once_in_float32(cache
     pixels = pictures.read_pixels(pictures.samples[2])
     assert torch.equal(cache.get(pictures.samples[2]).mean, pixels[:, ::8, ::8])
     assert vae.dtype == torch.bfloat16
-
-
-def test_of_two_pictures_the_one_that_does_not_overflow_keeps_its_bits(cache):
-    """In float32 both would come out one larger: only the one that needs it is taken from there."""
-
-    class Half(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.scale = torch.nn.Parameter(torch.ones(()))
-
-        def encode(self, x):
-            mean = x[:, :1, ::8, ::8].float()
-            mean = mean + 1 if self.scale.dtype == torch.float32 else torch.where(mean > 0.5, torch.inf, mean)
-            posterior = type("Posterior", (), {"mean": mean, "std": torch.ones_like(mean)})
-            return type("Output", (), {"latent_dist": posterior})
-
-    encoder = BatchEncoder(cache.family, Half().to(torch.bfloat16), 3)
-    small, large = torch.full((3, 16, 16), 0.25), torch.full((3, 16, 16), 0.75)
-    first, second = encoder.encode([small, large])
-    assert first.mean.unique().tolist() == [0.25]
-    assert second.mean.unique().tolist() == [1.75]
 
 
 def test_too_little_memory_names_the_key_to_change(cache, monkeypatch):

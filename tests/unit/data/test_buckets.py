@@ -8,7 +8,15 @@ from dataclasses import replace
 import pytest
 
 from simpletuner.batch import Crop
-from simpletuner.data.buckets import BucketRules, bucket_size, choose_aspect, is_large_enough, plan_crop
+from simpletuner.data.buckets import (
+    BucketRules,
+    aspect_choices,
+    bucket_size,
+    choose_aspect,
+    has_allowed_aspect,
+    is_large_enough,
+    plan_crop,
+)
 
 SQUARE_512 = BucketRules(resolution=512, resolution_type="pixel_area", alignment=64)
 
@@ -140,3 +148,14 @@ def test_every_crop_lies_inside_the_resized_picture(crop: bool, resolution_type)
             assert cut.height % 64 == cut.width % 64 == 0
             assert 0 <= cut.top <= cut.intermediate_height - cut.height
             assert 0 <= cut.left <= cut.intermediate_width - cut.width
+
+
+def test_the_limits_of_an_aspect_are_allowed_themselves() -> None:
+    rules = replace(SQUARE_512, minimum_aspect=0.5, maximum_aspect=2.0)
+    assert [has_allowed_aspect(100, width, rules) for width in (49, 50, 200, 201)] == [False, True, True, False]
+
+
+def test_the_side_that_grows_most_decides_whether_an_image_may_grow() -> None:
+    """400 x 512 to a square of 512: the short side grows by 28 %."""
+    assert aspect_choices(400, 512, replace(SQUARE_512, max_upscale=0.2)) == ()
+    assert aspect_choices(400, 512, replace(SQUARE_512, max_upscale=0.28)) == ((1.0, 1.0),)

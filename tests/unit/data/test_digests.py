@@ -4,6 +4,7 @@ import hashlib
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 
@@ -120,3 +121,16 @@ def test_threads_and_a_second_memo_share_one_database(tmp_path):
 def test_inodes_with_the_top_bit_fit_into_the_database():
     assert digests._signed((1 << 64) - 1) == -1
     assert digests._signed(5) == 5
+
+
+def test_a_file_is_remembered_when_it_is_older_than_the_tick_of_its_times(monkeypatch) -> None:
+    now = 1_000_000_000.5
+    monkeypatch.setattr(digests.time, "time", lambda: now)
+
+    def is_settled(age: float, part_of_a_second: int) -> bool:
+        stat = SimpleNamespace(st_mtime=now - age, st_ctime=now - age, st_mtime_ns=part_of_a_second)
+        return digests._has_settled(stat)
+
+    assert [is_settled(age, 5) for age in (0.0, 0.04, 0.06)] == [False, False, True]
+    # Whole seconds are a sign of coarse time stamps.
+    assert [is_settled(age, 3_000_000_000) for age in (0.06, 1.9, 2.1)] == [False, False, True]

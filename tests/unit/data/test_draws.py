@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from simpletuner.batch import Crop, Sample
 from simpletuner.config.dataset_values import TagShuffle
 from simpletuner.config.datasets import EvalDataset, ImageDataset, TextEmbedsDataset
 from simpletuner.data.caption_edits import CaptionEdits
@@ -268,3 +269,12 @@ def test_an_eval_dataset_keeps_its_crops_whatever_the_configuration_says(folder:
     (dataset,) = build_datasets([entry], config, OMNIGEN, tmp_path / "work")
     assert not dataset.encodes_on_demand
     assert [s.crop for s in dataset.samples.take(range(12), 3)] == [s.crop for s in dataset.samples]
+
+
+def test_images_of_one_slot_draw_their_caption_each_for_itself() -> None:
+    """Key and number of variants are the same: the content of the image decides too."""
+    crop = Crop(8, 8, 0, 0, 8, 8)
+    samples = [Sample("d", f"{n}.png", f"{n:064x}", 8, 8, ("one", "two"), crop) for n in range(40)]
+    drawn = [Dataset.caption_for(None, sample, 1, 5, 0) for sample in samples]
+    assert 10 < drawn.count("one") < 30
+    assert drawn == [Dataset.caption_for(None, sample, 1, 5, 0) for sample in samples]

@@ -185,3 +185,18 @@ def test_positions_outside_the_epoch_are_refused() -> None:
     for position in (-1, sampler.batches_in(0)):
         with pytest.raises(IndexError):
             sampler.batch(0, position)
+
+
+def test_every_pass_and_every_round_has_an_order_of_its_own() -> None:
+    order = rounds.DatasetOrder(Fake("a", {(64, 64): 40}, repeats=1), 40, seed=1)
+    orders = [order.batch(number, place).sample_indices for number in range(2) for place in range(2)]
+    assert all(sorted(each) == list(range(40)) for each in orders)
+    assert len(set(orders)) == 4
+
+
+def test_a_stream_keeps_its_order_over_many_segments() -> None:
+    counts = [700, 30, 1]
+    mix = interleave.Interleaving(counts, 5, "x")
+    places = [mix.at(position) for position in range(mix.total)]
+    for stream, count in enumerate(counts):
+        assert [item for found, item in places if found == stream] == list(range(count))

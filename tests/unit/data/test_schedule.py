@@ -193,3 +193,11 @@ def test_mixed_evenly_shares_are_as_the_probabilities() -> None:
     datasets = [Fake("a", 60, Schedule(3.0)), Fake("b", 20, Schedule(1.0))]
     sampler = Sampler(datasets, 2, seed=1, mixes_evenly=True)
     assert Counter(plan.dataset_id for plan in epoch_of(sampler, 0)) == {"a": 75, "b": 25}
+
+
+def test_the_first_and_the_last_step_and_epoch_of_a_schedule_by_hand() -> None:
+    """Steps 3 to 5 follow 2, 3 and 4 steps that were taken; epochs are asked for from 0."""
+    schedule = Schedule(start_epoch=2, end_epoch=3, start_step=3, end_step=5)
+    assert [taken for taken in range(8) if schedule.in_step(taken)] == [2, 3, 4]
+    assert [epoch for epoch in range(6) if schedule.in_epoch(epoch)] == [1, 2]
+    assert all(Schedule().in_step(taken) and Schedule().in_epoch(taken) for taken in range(3))

@@ -58,3 +58,15 @@ def test_without_a_signal_at_the_end_the_last_level_is_noise_alone():
 def test_an_unknown_beta_schedule_is_refused():
     with pytest.raises(ValueError, match="squaredcos"):
         NoiseSchedule.from_config({"beta_schedule": "squaredcos_cap_v2"})
+
+
+def test_the_data_that_a_prediction_amounts_to_by_hand() -> None:
+    """abar 0.64: 0.8 of data 3 and 0.6 of noise -1 are 1.8; v is 0.8 * -1 - 0.6 * 3."""
+    schedule = NoiseSchedule(torch.tensor([0.64], dtype=torch.float64))
+    latents, noise, sigmas = torch.tensor([[3.0]]), torch.tensor([[-1.0]]), torch.tensor([1.0])
+    noisy = schedule.make_noisy(latents, noise, sigmas)
+    assert noisy.item() == pytest.approx(1.8)
+    velocity = schedule.v_target(latents, noise, sigmas)
+    assert velocity.item() == pytest.approx(-2.6)
+    assert schedule.estimate_data(noisy, velocity, sigmas, is_velocity=True).item() == pytest.approx(3)
+    assert schedule.estimate_data(noisy, noise, sigmas, is_velocity=False).item() == pytest.approx(3)

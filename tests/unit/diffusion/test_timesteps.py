@@ -11,6 +11,7 @@ from simpletuner.diffusion.timesteps import (
     beta_sigmas,
     biased_quantiles,
     chosen_sigmas,
+    fixed_quantiles,
     logit_normal_quantiles,
     logit_normal_sigmas,
     shift_of_size,
@@ -84,3 +85,7 @@ def test_quantiles_of_the_logit_normal_are_its_inverse() -> None:
     torch.testing.assert_close(
         logit_normal_quantiles(logit_normal_sigmas(QUANTILES).double()), QUANTILES, atol=1e-6, rtol=0
     )
+
+
+def test_the_levels_of_the_eval_loss_are_the_middles_of_equal_parts() -> None:
+    assert fixed_quantiles(4).tolist() == [0.125, 0.375, 0.625, 0.875]

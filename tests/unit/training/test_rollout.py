@@ -261,3 +261,9 @@ def test_noise_of_almost_clean_latents_is_not_blown_up() -> None:
     data = torch.zeros(1, 1, 1, 1)
     assert implied_noise(family, data + 0.5, data, sigmas).item() == pytest.approx(25)
     assert implied_noise(family, data + 0.5, data, torch.tensor([0.5])).item() == pytest.approx(1)
+
+
+def test_a_ramp_that_begins_at_nothing_is_a_rollout_all_the_same(tmp_path: Path) -> None:
+    options = {"max_step_offset": 2, "ramp_steps": 10, "prob_start": 0.0, "prob_end": 0.5}
+    config = load_toy(tmp_path, **{f"scheduled_sampling_{name}": value for name, value in options.items()}).config
+    assert build_rollouts(config, FAMILY).probability_at(5) == 0.25
