@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from diffusers.optimization import get_scheduler
 
 from simpletuner.errors import ConfigError
-from simpletuner.optim.schedules import SCHEDULES, build_schedule
+from simpletuner.optim.schedules import SCHEDULES, build_schedule, scaled_learning_rate
 
 RATE, STEPS, WARMUP = 2e-4, 50, 10
 
@@ -78,3 +79,12 @@ def test_mistakes_name_their_key(name: str, settings, key: str) -> None:
     with pytest.raises(ConfigError) as caught:
         factors(name, **settings)
     assert caught.value.problems[0].key == key
+
+
+@pytest.mark.parametrize(("scale", "root", "factor"), [(False, False, 1), (True, False, 36), (True, True, 6)])
+def test_the_rate_grows_with_the_images_of_a_step_of_all_processes(scale: bool, root: bool, factor: int) -> None:
+    """Batches of 3, 4 of them, 3 processes: 36 images."""
+    config = SimpleNamespace(
+        learning_rate=0.5, lr_scale=scale, lr_scale_sqrt=root, train_batch_size=3, gradient_accumulation_steps=4
+    )
+    assert scaled_learning_rate(config, 3) == 0.5 * factor

@@ -3,7 +3,16 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from simpletuner.reporting.events import CheckpointSaved, EvalDone, PicturesMade, SavedPicture, event_name, to_record
+from simpletuner.reporting.events import (
+    CheckpointSaved,
+    EvalDone,
+    PicturesMade,
+    SavedPicture,
+    StepDone,
+    event_name,
+    to_record,
+)
+from simpletuner.reporting.scalars import scalars
 
 
 def test_events_are_named_after_their_class():
@@ -36,4 +45,18 @@ def test_pictures_inside_an_event_become_plain_objects():
         "seed": 7,
         "kind": "live",
         "index": 0,
+    }
+
+
+def test_the_numbers_of_a_step_have_their_names():
+    event = StepDone(3, 10, 0.5, 1e-4, 2.0, 4.0, 8, 2, memory_gb=6.0, extra={"ema_decay": 0.9})
+    assert scalars(event) == {
+        "train/loss": 0.5,
+        "train/learning_rate": 1e-4,
+        "train/grad_norm": 2.0,
+        "train/epoch": 2,
+        "speed/seconds_per_step": 4.0,
+        "speed/samples_per_second": 2.0,
+        "memory/gb": 6.0,
+        "train/ema_decay": 0.9,
     }

@@ -90,3 +90,22 @@ def test_progress_of_phases_is_not_kept(tmp_path: Path):
     sink.handle(PhaseProgress("encoding pictures", 3))
     sink.close()
     assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_what_a_disk_takes_in_pieces_is_written_whole(tmp_path):
+    class Slow:
+        """Takes five bytes at a time, as a pipe or a disk that is nearly full may."""
+
+        def __init__(self) -> None:
+            self.taken = b""
+
+        def write(self, data: bytes) -> int:
+            self.taken += bytes(data[:5])
+            return min(len(data), 5)
+
+    sink, file = JsonlSink(tmp_path), Slow()
+    sink.handle(Notice("info", "a text that is longer than five bytes"))
+    waiting = bytes(sink._waiting)
+    sink._flush(file)
+    assert file.taken == waiting
+    assert not sink._waiting
