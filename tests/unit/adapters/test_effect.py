@@ -125,19 +125,18 @@ def test_the_rank_that_keeps_a_share_is_the_smallest_that_does(lycoris: dict[str
 
 
 def test_a_merge_is_computed_in_float32_and_rounded_once_with_strength_and_multiplier() -> None:
-    """1 + 0.5 * 0.5 * 2^-6: the change of 2^-8 is half of a step of bfloat16 there, and rounds to even, 1.
-
-    With 3 in its place the sum is 1 + 3 * 2^-8, which rounds up to 1 + 2^-6.
+    """Steps of bfloat16 above 1 are 2^-7. A change of half a step rounds to even, which is 1; one that is a little more
+    than half rounds up, though bfloat16 would take it for just half.
     """
     layer = nn.Linear(1, 2, bias=False).to(torch.bfloat16)
     with torch.no_grad():
         layer.weight.fill_(1.0)
     model = nn.ModuleDict({"a": layer})
-    lora = {UP: torch.tensor([[2.0**-6], [3 * 2.0**-6]]), DOWN: torch.ones(1, 1), ALPHA: alpha_tensor(1)}
+    lora = {UP: 4 * torch.tensor([[2.0**-8], [2.0**-8 + 2.0**-17]]), DOWN: torch.ones(1, 1), ALPHA: alpha_tensor(1)}
     merge_into(model, AdapterWeights({"a": lora}, lycoris={"multiplier": 0.5}), strength=0.5)
-    assert layer.weight.flatten().tolist() == [1.0, 1 + 2**-6]
+    assert layer.weight.flatten().tolist() == [1.0, 1 + 2**-7]
     wide = nn.ModuleDict({"a": nn.Linear(1, 2, bias=False)})
     with torch.no_grad():
         wide["a"].weight.zero_()
     merge_into(wide, AdapterWeights({"a": lora}, lycoris={"multiplier": 0.5}), strength=0.5)
-    assert wide["a"].weight.flatten().tolist() == [2**-8, 3 * 2**-8]
+    assert wide["a"].weight.flatten().tolist() == [2**-8, 2**-8 + 2**-17]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -91,3 +92,17 @@ def test_what_is_missing_is_named(tmp_path: Path, part: str) -> None:
     with pytest.raises(DataError) as caught:
         ClipScorer(str(folder), torch.device("cpu")).score([picture("a cat", (1, 2, 3))])
     assert caught.value.problems[0].key == "pretrained_evaluation_model_name_or_path"
+
+
+def test_opposite_directions_score_nothing_and_equal_ones_a_hundred(folder: Path) -> None:
+    scorer = ClipScorer(str(folder), torch.device("cpu"))
+    model = scorer._load()
+    ones = torch.ones(2, 16)
+
+    def answer(**given):
+        return SimpleNamespace(image_embeds=ones, text_embeds=torch.stack([ones[0], -ones[0]]))
+
+    answer.config = model.config
+    scorer._model = answer
+    scores = scorer._scores([picture("a", (0, 0, 0)), picture("b", (0, 0, 0))]).tolist()
+    assert scores == pytest.approx([100, 0])

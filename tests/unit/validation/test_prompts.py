@@ -7,7 +7,7 @@ import pytest
 from simpletuner.config.builtin_prompts import BUILTIN_PROMPTS
 from simpletuner.config.prompt_library import LibraryPrompt
 from simpletuner.errors import ConfigError
-from simpletuner.validation.prompts import DrawSettings, PictureRequest, requests_from_config, reseeded
+from simpletuner.validation.prompts import DrawSettings, PictureRequest, requests_from_config, reseeded, rounded_sizes
 
 
 def settings(**changes: object) -> SimpleNamespace:
@@ -124,3 +124,10 @@ def test_randomised_seeds_differ_by_step_and_are_the_same_when_a_step_is_repeate
     first, again, later = (reseeded(requests, step) for step in (10, 10, 20))
     assert first == again
     assert len({r.seed for r in [*requests, *first, *later]}) == 6
+
+
+def test_sides_go_to_the_nearest_multiple_and_to_one_at_least() -> None:
+    sizes, notices = rounded_sizes([(76, 71), (80, 64), (3, 16)], 16, None)
+    assert sizes == [(80, 64), (16, 16)]
+    assert len(notices) == 2
+    assert rounded_sizes([(96, 64)], 16, 96)[0] == [(96, 64)]

@@ -392,3 +392,13 @@ def test_a_failure_inside_of_a_picture_ends_processes_that_draw_together(setup: 
         validator.run(setup.denoiser, setup.adapter, None, 20)
     validator.together = ALONE
     assert validator.run(setup.denoiser, setup.adapter, None, 20) == []  # where one draws alone it costs the pictures
+
+
+def test_images_belong_to_their_prompt_whatever_the_strengths(setup: Setup):
+    """The weaker one is generated first, and stands second."""
+    options = {"disable_benchmark": True}
+    setup.run(20, **options)
+    alone = pixels(setup.output_dir / "validation_images/step_20_validation_0_32x32.png")
+    setup.library = {"circle": LibraryPrompt("a red circle", adapter_strength=0.5)}
+    setup.run(30, **options)
+    assert np.array_equal(pixels(setup.output_dir / "validation_images/step_30_validation_0_32x32.png"), alone)

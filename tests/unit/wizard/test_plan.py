@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -14,7 +15,7 @@ from simpletuner.models.registry import family_names, get_spec
 from simpletuner.wizard.answers import PictureFacts, read_goal
 from simpletuner.wizard.lycoris import Lycoris, lycoris_settings
 from simpletuner.wizard.plan import make_plan, nicknames
-from simpletuner.wizard.proposals import proposed_learning_rate
+from simpletuner.wizard.proposals import proposed_learning_rate, proposed_steps
 from tests.unit.wizard.projects import CPU, LARGE_GPU, SMALL_GPU, answers
 
 FEW = PictureFacts(usable=20, with_text=0, with_name=20, side=700)
@@ -156,3 +157,12 @@ def test_an_edit_is_validated_with_an_instruction_of_the_pairs():
 def test_results_are_filed_under_the_name_of_the_configuration():
     assert make_plan(answers()).config["output_dir"] == "output/pictures"
     assert make_plan(answers(name="luna")).config["output_dir"] == "output/luna"
+
+
+@pytest.mark.parametrize(
+    ("images", "batch", "steps"), [(20, 1, 2000), (20, 4, 500), (12, 2, 600), (500, 1, 3000), (1, 1, 500)]
+)
+def test_a_subject_is_seen_a_hundred_times_within_limits(images: int, batch: int, steps: int):
+    facts = SimpleNamespace(usable=images)
+    given = replace(answers(goal="subject"), seen={"pictures": facts})
+    assert proposed_steps(given, batch) == steps
