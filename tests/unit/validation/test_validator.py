@@ -400,5 +400,6 @@ def test_images_belong_to_their_prompt_whatever_the_strengths(setup: Setup):
     setup.run(20, **options)
     alone = pixels(setup.output_dir / "validation_images/step_20_validation_0_32x32.png")
     setup.library = {"circle": LibraryPrompt("a red circle", adapter_strength=0.5)}
-    setup.run(30, **options)
+    names = setup.run(30, **options)
+    assert [name.split("_")[3] for name in names[:2]] == ["validation", "circle"]
     assert np.array_equal(pixels(setup.output_dir / "validation_images/step_30_validation_0_32x32.png"), alone)
