@@ -172,7 +172,7 @@ DAMAGED_FILES = (
     Odd("itself.png", lambda path: path.symlink_to(path.name), "link to nothing"),
     Odd("pipe.png", os.mkfifo, "not a regular file"),
     Odd("socket.png", bind_socket, "not a regular file"),
-    Odd("device.png", lambda path: path.symlink_to("/dev/zero"), "not a regular file"),
+    Odd("device.png", lambda path: path.symlink_to("/dev/zero"), "a link that leads out of the dataset"),
     Odd("tiny.png", encode(noise(1, 1)), "smaller than minimum_image_size"),
     Odd("sliver.png", encode(Image.new("RGB", (60_000, 1))), "its aspect"),
 )
