@@ -27,6 +27,7 @@ import traceback
 from collections.abc import Iterator, Mapping
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -302,6 +303,15 @@ def build_models(folder: Path, families: set[str]) -> None:
         builders[family](folder / family)
 
 
+def import_package(tree: Path) -> ModuleType:
+    """The package of `tree`, and of no other clone or installation."""
+    sys.path.insert(0, str(tree))
+    package = import_module("simpletuner")
+    if not Path(str(package.__file__)).is_relative_to(tree):
+        raise SystemExit(f"simpletuner was imported from {package.__file__}, not from {tree}")
+    return package
+
+
 def run_matrix(rows: list[str], tree: Path, folder: Path) -> dict[str, Facts]:
     """Train the rows with the package of `tree`."""
     os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
@@ -309,10 +319,7 @@ def run_matrix(rows: list[str], tree: Path, folder: Path) -> dict[str, Facts]:
 
     torch.set_num_threads(1)
     build_models(folder / "models", {row.partition("/")[0] for row in rows})
-    sys.path.insert(0, str(tree))
-    package = import_module("simpletuner")
-    if not Path(str(package.__file__)).is_relative_to(tree):
-        raise SystemExit(f"simpletuner was imported from {package.__file__}, not from {tree}")
+    package = import_package(tree)
     for module in pkgutil.walk_packages(package.__path__, "simpletuner."):  # once, and not in each fork
         if not module.name.endswith("__main__"):
             import_module(module.name)
