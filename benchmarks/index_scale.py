@@ -71,7 +71,6 @@ def walk(root: Path) -> dict[str, float]:
 
 def start(root: Path, work_dir: Path) -> dict[str, float]:
     """From nothing to the latents of the first batch, and then some steps of the sampler."""
-    import resource
     from types import SimpleNamespace
 
     from simpletuner.cache.latents import LatentCache
@@ -81,6 +80,7 @@ def start(root: Path, work_dir: Path) -> dict[str, float]:
     from simpletuner.data.sampler import Sampler
     from simpletuner.models.registry import get_spec
     from simpletuner.training.latents import name_of_all
+    from simpletuner.training.memory import peak_bytes
 
     loaded = load_run((), {}, root.parent, get_spec)
     used, started = time.process_time(), time.perf_counter()
@@ -104,7 +104,7 @@ def start(root: Path, work_dir: Path) -> dict[str, float]:
         "seconds": seconds,
         "processor": processor,
         "step": (time.process_time() - stepping) / STEPS,
-        "memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "memory": peak_bytes(),
         "pictures": len(dataset.samples),
         "is_complete": is_complete,
     }

@@ -25,7 +25,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import shutil
 import socket
 import statistics
@@ -146,7 +145,9 @@ def interval(values: list[float]) -> tuple[float, float]:
 
 
 def peak_memory_mb() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    from simpletuner.training.memory import peak_bytes
+
+    return peak_bytes() / 2**20
 
 
 class Trainer:

@@ -16,7 +16,6 @@ import faulthandler
 import io
 import json
 import random
-import resource
 import shutil
 import signal
 import struct
@@ -31,7 +30,7 @@ from tests.fuzz_seeds import caption_seeds, image_seeds, json_seeds, table_seeds
 from tests.unit.data.pictures import tree_digest, write_picture
 
 SEED = 14
-CASE_SECONDS = 20.0
+CASE_SECONDS = 60.0  # a hundred times what the slowest takes, for machines with other work
 IMAGES_PER_FOLDER = 50
 INTERESTING = [0, 1, 0x7F, 0x80, 0xFF, 0x7FFF, 0x8000, 0xFFFF, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF]
 WORDS = [
@@ -289,10 +288,6 @@ def images_again(folder: Path) -> None:
     index.close()
 
 
-def peak_bytes() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
 def run(count: int, state: Path | None, tell: Callable[[str], None]) -> None:
     """Cases of all kinds until `count` are done, going on from `state`."""
     done = json.loads(state.read_text()) if state and state.exists() else dict.fromkeys(KINDS, 0)
@@ -303,7 +298,7 @@ def run(count: int, state: Path | None, tell: Callable[[str], None]) -> None:
         total = count * share // 100
         while done[kind] < total:
             numbers = range(done[kind], min(done[kind] + IMAGES_PER_FOLDER, total))
-            faulthandler.dump_traceback_later(10 * CASE_SECONDS, exit=True)
+            faulthandler.dump_traceback_later(5 * CASE_SECONDS, exit=True)
             tell(f"{kind}/{numbers.start}")
             run_part(kind, numbers)
             faulthandler.cancel_dump_traceback_later()
@@ -334,6 +329,8 @@ def main() -> None:
     except Failed as error:
         print(f"{error} (in {last[0] or options.only})")
         raise SystemExit(1) from error
+    from simpletuner.training.memory import peak_bytes
+
     print(f"{options.count} cases, {peak_bytes() >> 20} MiB at most")
 
 

@@ -11,12 +11,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch.distributed.fsdp  # noqa: F401 - imported once, here, and not in each process
+import torch
+import torch.distributed.fsdp  # imported once, here, and not in each process
 
 from simpletuner.distributed.launcher import _free_port
 from simpletuner.distributed.world import World, joined
 
-SECONDS = 60
+SECONDS = 240  # for one that hangs: on a machine with other work a start alone can take many
 
 
 def in_processes(size: int, work: Callable[[World], Any]) -> list[Any]:
@@ -43,6 +44,8 @@ def _fork(answer: Path, variables: dict[str, str], work: Callable[[World], Any])
     answer.write_text('{"error": "it ended without a word, or hung"}')
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.alarm(SECONDS)
+    # OpenMP's threads do not come along, and a computation that is divided among them would wait for them for ever.
+    torch.set_num_threads(1)
     code = 1
     try:
         os.environ.update(variables)

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
+from simpletuner.distributed.frozen import address, is_frozen_at
 from simpletuner.distributed.launcher import leave_last_words
 from simpletuner.errors import EXIT_DATA, Interrupted, Problem, SimpleTunerError
 
@@ -50,6 +51,7 @@ class Heartbeat:
     stopping: Callable[[], Interrupted | None] = lambda: None
     waits_in: str = ""
     _seen: dict[int, tuple[bytes, float]] = field(default_factory=dict)
+    _addresses: dict[int, str] = field(default_factory=dict)
     _answered: float = 0.0
     _ended: threading.Event = field(default_factory=threading.Event)
 
@@ -82,8 +84,12 @@ class Heartbeat:
         if lost := self.quiet(self.limit):
             raise PeerLost(self.problem(lost))
         error = self.stopping()
-        if error is not None and self.quiet(min(QUIET_SECONDS, self.limit)):
+        if error is not None and (self.quiet(min(QUIET_SECONDS, self.limit)) or self.frozen()):
             raise error
+
+    def frozen(self) -> list[int]:
+        """Processes of this machine that are stopped or gone."""
+        return [rank for rank, place in self._addresses.items() if is_frozen_at(place)]
 
     def problem(self, lost: list[int]) -> Problem:
         who = ", ".join(map(str, lost))
@@ -98,6 +104,8 @@ class Heartbeat:
 
     def _count(self, store: Any) -> None:
         beats = 0
+        with contextlib.suppress(RuntimeError):
+            store.set(f"address-{self.rank}", address())
         while not self._ended.wait(min(BEAT_SECONDS, self.limit / 4)):
             beats += 1
             with contextlib.suppress(RuntimeError):  # it does not answer: `_answered` grows old
@@ -106,6 +114,8 @@ class Heartbeat:
                     key = f"beat-{rank}"
                     if store.check([key]) and (now := store.get(key)) != count:
                         self._seen[rank] = (now, time.monotonic())
+                    if rank not in self._addresses and store.check([f"address-{rank}"]):
+                        self._addresses[rank] = store.get(f"address-{rank}").decode()
                 self._answered = time.monotonic()
 
     def _end_if_lost(self, store: Any) -> None:
@@ -137,7 +147,7 @@ def wait_for(work: Any, heartbeat: Heartbeat, where: str) -> None:
     heartbeat.waits_in = where
     while not work.is_completed():
         waited = time.monotonic() - started
-        if waited > BEAT_SECONDS:
+        if waited > BEAT_SECONDS or heartbeat.stopping() is not None:
             heartbeat.check()
         # Most waits are over in a moment; a long one shall cost nothing.
         time.sleep(0.0 if waited < 0.002 else 0.0005 if waited < 0.1 else 0.01)

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
+from simpletuner.distributed.frozen import is_frozen
 from simpletuner.distributed.lifeline import LAST_WORDS, LIFELINE, SAVING_SECONDS, lifeline
 from simpletuner.errors import EXITS_OF_SIGNALS
 
@@ -135,6 +136,13 @@ def _wait(processes: Sequence[subprocess.Popen[bytes]], asked: Sequence[int], sa
     while any(process.poll() is None for process in processes):
         if failed is None and (failed := _first_failure(processes)) is not None:
             _signal_all(processes, signal.SIGTERM)
+        if failed is not None or asked:
+            # Who is stopped saves nothing, however long it is waited for; who still answers leaves by itself.
+            frozen = [process for process in processes if process.poll() is None and is_frozen(process.pid)]
+            if failed is not None:
+                _signal_all(frozen, signal.SIGKILL)
+            elif frozen and len(frozen) == sum(process.poll() is None for process in processes):
+                deadline = 0.0
         code = None if failed is None else processes[failed].returncode
         deadline = min(deadline, time.monotonic() + _patience(code, len(asked)))
         if time.monotonic() > deadline:

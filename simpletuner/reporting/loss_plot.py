@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from simpletuner.fonts import font_for
 from simpletuner.reporting.sinks.jsonl import read_records
+from simpletuner.storage import replacing_file
 from simpletuner.text import printable
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ def draw_loss_plot(metrics: Path, destination: Path) -> Path | None:
     """Draw the curves of `metrics` to `destination` (PNG); None where no loss was recorded.
 
     Raises:
-        OSError: the file cannot be written.
+        DataError, OSError: the file cannot be written.
     """
     curves = read_curves(metrics)
     if not (curves.train or curves.prior or curves.evaluation):
@@ -54,7 +55,8 @@ def draw_loss_plot(metrics: Path, destination: Path) -> Path | None:
     image = Image.new("RGB", (WIDTH * OVERSAMPLE, HEIGHT * OVERSAMPLE), PAPER)
     _draw(ImageDraw.Draw(image), curves)
     destination.parent.mkdir(parents=True, exist_ok=True)
-    image.resize((WIDTH, HEIGHT), Image.Resampling.LANCZOS).save(destination)
+    with replacing_file(destination) as temporary:
+        image.resize((WIDTH, HEIGHT), Image.Resampling.LANCZOS).save(temporary, format="PNG")
     return destination
 
 

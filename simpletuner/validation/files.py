@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
 from PIL import Image
 
+from simpletuner.disk import DiskError, disk_errors
 from simpletuner.reporting.events import SavedPicture
 from simpletuner.reporting.progress import number_text
 from simpletuner.storage import write_bytes, write_json
@@ -28,6 +30,7 @@ Kind = Literal["base", "live", "ema"]
 MOST_COLUMNS = 6
 # The sheet of all steps shows small pictures, so that an evening's run still fits a screen.
 MOST_STEPS, SMALL_CELL = 24, 128
+RETRY_SECONDS = 1.0
 
 
 class PictureFiles:
@@ -86,7 +89,7 @@ class PictureFiles:
 
     def save_benchmark(self, pictures: Sequence[Picture]) -> list[SavedPicture]:
         saved = [self._save(picture, self.benchmark_path(picture.request), "base") for picture in pictures]
-        write_json(self.benchmark_dir / "benchmark.json", self._note)
+        _twice(lambda: write_json(self.benchmark_dir / "benchmark.json", self._note))
         return saved
 
     def save(self, pictures: Sequence[Picture], step: int, kind: Literal["live", "ema"]) -> list[SavedPicture]:
@@ -94,8 +97,8 @@ class PictureFiles:
 
     def save_sheet(self, step: int) -> SavedPicture:
         """base | step | EMA, a row per request, as `step_<step>_sheet.png`."""
-        path = self._sheet_path(step)
-        write_png(path, self._sheet([step], f"step {step}"))
+        path, sheet = self._sheet_path(step), self._sheet([step], f"step {step}")
+        _twice(lambda: write_png(path, sheet))
         return SavedPicture(path, "sheet", "", 0, 0, None, "grid")
 
     def has_step(self, step: int, kinds: Sequence[Literal["live", "ema"]]) -> bool:
@@ -135,7 +138,7 @@ class PictureFiles:
         return sorted(complete)
 
     def _save(self, picture: Picture, path: Path, kind: Kind) -> SavedPicture:
-        write_png(path, picture.image)
+        _twice(lambda: write_png(path, picture.image))
         request = picture.request
         size = (request.width, request.height)
         return SavedPicture(path, request.shortname, request.prompt, *size, request.seed, kind, request.index)
@@ -166,15 +169,30 @@ def spread(steps: Sequence[int], count: int) -> list[int]:
 
 
 def write_png(path: Path, image: Image.Image) -> None:
-    """Write a picture whole or not at all.
+    """Write an image whole or not at all.
 
     Raises:
-        DataError: the disk is full or cannot be written.
+        DiskError: the disk is full or cannot be written.
     """
     data = io.BytesIO()
     image.save(data, format="PNG")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
     write_bytes(path, data.getvalue())
+
+
+def _twice(write: Callable[[], None]) -> None:
+    """Write, and once more where the disk refuses it: the weights behind an image are gone a step later, so an image
+    that a passing fault has cost could not be made again.
+
+    Raises:
+        DiskError: the disk refuses it twice.
+    """
+    try:
+        write()
+    except DiskError:
+        time.sleep(RETRY_SECONDS)
+        write()
 
 
 def _read(path: Path) -> Image.Image | None:

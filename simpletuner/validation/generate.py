@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 from simpletuner.adapters.files import apply_adapter_file
 from simpletuner.cache.prompts import PromptsAhead
-from simpletuner.errors import ConfigError, DataError, Problem
+from simpletuner.errors import ConfigError, Problem
+from simpletuner.validation.files import write_png
 from simpletuner.validation.prompts import DrawSettings, PictureRequest, rounded_sizes
 from simpletuner.validation.references import read_references
 from simpletuner.validation.sampling import batch_size_for, make_pictures
@@ -80,12 +81,8 @@ def generate_pictures(
         batch_size=batch_size_for(requests),
     )
     paths = output_paths(output, len(pictures))
-    try:
-        for picture, path in zip(pictures, paths, strict=True):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            picture.image.save(path)
-    except OSError as error:
-        raise DataError(Problem(f"cannot write to {output}: {error}", key="--output")) from error
+    for picture, path in zip(pictures, paths, strict=True):
+        write_png(path, picture.image)
     return paths
 
 

@@ -20,7 +20,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from simpletuner.reporting.events import PreviewMade
+from simpletuner.errors import DataError
+from simpletuner.reporting.events import Notice, PreviewMade
 from simpletuner.validation.files import PictureFiles
 from simpletuner.validation.prompts import PictureRequest
 from simpletuner.validation.sampling import Watch
@@ -48,7 +49,7 @@ class Previews:
         decoder: nn.Module,
         every: int,
         files: PictureFiles,
-        emit: Callable[[PreviewMade], None],
+        emit: Callable[[PreviewMade | Notice], None],
     ):
         self.family = family
         self.decoder = decoder
@@ -95,7 +96,11 @@ class Previews:
         height, width = requests[0].height, requests[0].width
         pixels = self.family.decode_preview(self.decoder, self.family.unpack_latents(shown, height, width))
         for request, image in zip(requests, to_images(pixels), strict=True):
-            saved = self.files.save_preview(image, request, step, kind, index + 1)
+            try:
+                saved = self.files.save_preview(image, request, step, kind, index + 1)
+            except DataError as error:  # a preview that the disk refuses shall not cost the image
+                self.emit(Notice("warning", f"no preview at step {step}: {error}"))
+                return
             self.emit(PreviewMade(step, saved, index + 1, request.settings.steps, noise_share))
 
 

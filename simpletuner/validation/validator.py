@@ -217,8 +217,16 @@ class Validator:
                     saved += self.files.save(drawn[kind], step, kind)
         self._vae.keep_if_small()
         if kinds != ["base"]:
-            saved.append(self.files.save_sheet(step))
+            saved += self._save_sheet(step)
         return saved, drawn
+
+    def _save_sheet(self, step: int) -> list[SavedPicture]:
+        """The sheet of a step; a disk that refuses it costs the sheet, not the images that it shows."""
+        try:
+            return [self.files.save_sheet(step)]
+        except (OSError, DataError) as error:
+            self.bus.emit(Notice("warning", f"no sheet of the images at step {step}: {error}"))
+            return []
 
     def _kinds_due(self, ema: Any | None, step: int) -> list[Kind]:
         """Which weights are drawn at `step`, in this order."""

@@ -34,11 +34,16 @@ def test_a_case_that_fails_is_named_and_the_same_again(tmp_path: Path, monkeypat
 
 
 @pytest.mark.ci
+@pytest.mark.timeout(1800)
 def test_ten_thousand_mutated_files_do_no_harm_in_less_than_a_gigabyte(tmp_path: Path) -> None:
-    words = [sys.executable, "-m", "tests.fuzz", "--count", "10000", "--state", str(tmp_path / "state.json")]
+    state = tmp_path / "state.json"
+    words = [sys.executable, "-m", "tests.fuzz", "--count", "10000", "--state", str(state)]
     ended = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
-    last = ended.stdout.strip().splitlines()[-1]
-    assert ended.returncode == 0, f"{last}\n{ended.stderr[-2000:]}\n{(tmp_path / 'state.json').read_text()}"
-    found = re.fullmatch(r"10000 cases, (\d+) MiB at most", last)
-    assert found, last
-    assert int(found[1]) < 1024
+    # Libraries may print after the last line of the program.
+    found = re.search(r"^10000 cases, (\d+) MiB at most$", ended.stdout, re.MULTILINE)
+    mebibytes = int(found[1]) if found else None
+    if ended.returncode or mebibytes is None or mebibytes >= 1024:
+        done = state.read_text() if state.exists() else "nothing"
+        said = f"it said {ended.stdout.strip()[-300:]!r}, stderr {ended.stderr[-300:]!r}"
+        # All in one line: it is what the summary of a long test run shows.
+        pytest.fail(f"code {ended.returncode}, {mebibytes} MiB, done {done}, {said}\n{ended.stderr[-4000:]}")

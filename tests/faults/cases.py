@@ -141,7 +141,8 @@ class Scene:
         if is_cached:
             self._train()
             shutil.rmtree(self.run / "output")
-        shutil.copytree(self.run, self.start)
+        self.run.rename(self.start)
+        shutil.copytree(self.start, self.run)  # the recorded run begins as each run with a fault does
         self._train(record=folder / "operations")
         self.operations = forks.operations(folder / "operations")
         self.expected = result_of(self.run)
@@ -165,7 +166,7 @@ class Scene:
         """
         shutil.copytree(self.start, self.run)
         try:
-            fault = forks.Fault(operation.number, error, persists)
+            fault = forks.Fault(operation, error, persists)
             wrong = list(self._meet(fault))
         finally:
             shutil.rmtree(self.run)
@@ -175,6 +176,8 @@ class Scene:
 
     def _meet(self, fault: forks.Fault) -> Iterator[str]:
         code = forks.run(self.run, fault)
+        if not forks.was_met(self.run):
+            yield "this operation did not come"
         if fault.error and code not in ENDINGS:
             yield f"ended with {code}: {last_lines(self.run)}"
         again = forks.run(self.run)

@@ -1,8 +1,8 @@
 /* Counts each operation that changes a file below one folder, and makes one of them fail or kill the process.
  *
  * Loaded with LD_PRELOAD, so that it sees what Python, SQLite and safetensors' Rust do alike. It sleeps until
- * `fault_arm` is called. An operation is numbered from 1; at the armed number the process is killed (a write is half
- * done first) or the call fails with an errno; with `persists` all later ones fail too.
+ * `fault_arm` is called. From then on a callback decides for each operation: it happens, the process is killed (a write
+ * is half done first), or the call fails with an errno.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -10,7 +10,6 @@
 #include <fcntl.h>
 #include <signal.h>
 #include <stdarg.h>
-#include <stdatomic.h>
 #include <stdio.h>
 #include <string.h>
 #include <sys/stat.h>
@@ -18,23 +17,16 @@
 #include <sys/uio.h>
 #include <unistd.h>
 
-typedef void (*observer)(int number, const char *call, const char *path);
+/* 0: go on; -1: die; an errno: fail with it. */
+typedef int (*decider)(const char *call, const char *path);
 
 static char below[4096];
-static int armed_at, armed_errno, armed_persists;
-static observer observe;
-static atomic_int count;
+static decider decide;
 
-void fault_arm(const char *folder, int at, int error, int persists, observer callback) {
+void fault_arm(const char *folder, decider callback) {
     snprintf(below, sizeof below, "%s", folder);
-    armed_at = at;
-    armed_errno = error;
-    armed_persists = persists;
-    observe = callback;
-    atomic_store(&count, 0);
+    decide = callback;
 }
-
-int fault_count(void) { return atomic_load(&count); }
 
 #define REAL(name) ((__typeof__(&name))dlsym(RTLD_NEXT, #name))
 
@@ -61,11 +53,9 @@ static void path_at(int folder, const char *path, char *out, size_t size) {
 /* 0: go on; -1: fail with errno; 1: die, after half of a write. */
 static int judge(const char *call, const char *path) {
     if (!below[0] || strncmp(path, below, strlen(below))) return 0;
-    int number = atomic_fetch_add(&count, 1) + 1;
-    if (observe) observe(number, call, path);
-    if (!armed_at || number < armed_at || (number > armed_at && !armed_persists)) return 0;
-    if (!armed_errno) return 1;
-    errno = armed_errno;
+    int decided = decide(call, path);
+    if (decided <= 0) return -decided;
+    errno = decided;
     return -1;
 }
 

@@ -1,12 +1,13 @@
 """The real command in forked processes: torch is imported once, so that a start or a kill costs milliseconds.
 
-`disk.c` is loaded into each of them. It counts the operations that change files of the run, and can kill the process
-or refuse at one of them.
+`disk.c` is loaded into each of them. It sees the operations that change files of the run, and can kill the process or
+refuse at one of them.
 """
 
 from __future__ import annotations
 
 import ctypes
+import itertools
 import json
 import multiprocessing
 import multiprocessing.forkserver
@@ -15,6 +16,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -29,40 +31,43 @@ _LEFT_OVER = re.compile(r"\.(?:tmp|trash|aside)-[\w.-]+?(?=/|$)|\.tmp\w{6}(?=$)"
 
 
 @dataclass(frozen=True)
-class Fault:
-    """What happens at one operation.
-
-    Args:
-        at: number of the operation, from 1.
-        error: errno; 0 kills the process.
-        persists: all later operations fail too.
-    """
-
-    at: int
-    error: int = 0
-    persists: bool = False
-
-
-@dataclass(frozen=True)
 class Operation:
     """An operation that changed a file.
 
     Args:
+        number: in the order of the recorded run, from 1.
         call: `write`, `rename`, ...
         path: relative to the folder of the run.
         where: `file:line` of the innermost calls in the package, innermost first.
+        repeat: how many operations of the same site came before it. Threads and the age of files decide how many
+            operations come before one, so its number does not name it in another run; site and repeat do.
     """
 
     number: int
     call: str
     path: str
     where: tuple[str, ...]
+    repeat: int
 
     @property
     def site(self) -> tuple[str, ...]:
         """What is the same for another step, another image, another temporary name."""
         kind = re.sub(r"\d+", "#", _LEFT_OVER.sub("TMP", self.path))
         return (self.call, kind, *self.where)
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What happens at one operation.
+
+    Args:
+        error: errno; 0 kills the process.
+        persists: all later operations fail too.
+    """
+
+    at: Operation
+    error: int = 0
+    persists: bool = False
 
 
 @cache
@@ -133,7 +138,16 @@ def terminal(folder: Path) -> str:
 def operations(record: Path) -> list[Operation]:
     """What a recorded run did, in order."""
     rows = (json.loads(line) for line in record.read_text().splitlines())
-    return [Operation(number, call, path, tuple(where)) for number, call, path, where in rows]
+    return [Operation(number, call, path, tuple(where), repeat) for number, call, path, where, repeat in rows]
+
+
+def was_met(folder: Path) -> bool:
+    """Whether the last command of `folder` that was to meet a fault came to that operation."""
+    return _met_file(folder).exists()
+
+
+def _met_file(folder: Path) -> Path:
+    return folder.with_name(folder.name + ".met")
 
 
 def _terminal_file(folder: Path) -> Path:
@@ -161,24 +175,29 @@ def _command(
         os.environ.pop(name, None)
     os.environ.update({"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TMPDIR": tempfile.gettempdir()} | variables)
     sys.argv = ["simpletuner", *arguments]
-    disk = ctypes.CDLL(None)
-    observer = _observer(folder, record) if record is not None else None
-    if fault is not None or observer is not None:
-        at, error, persists = (fault.at, fault.error, fault.persists) if fault is not None else (0, 0, False)
-        disk.fault_arm(f"{folder}/".encode(), at, error, int(persists), observer)
+    if fault is not None or record is not None:
+        decide = _decider(folder, fault, record)
+        ctypes.CDLL(None).fault_arm(f"{folder}/".encode(), decide)
     from simpletuner.cli import main
 
     main()
 
 
-_Observer = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_char_p)
+_Decider = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_char_p, ctypes.c_char_p)
 
 
-def _observer(folder: Path, record: Path) -> ctypes._CFunctionType:
+def _decider(folder: Path, fault: Fault | None, record: Path | None) -> ctypes._CFunctionType:
+    """Called at each operation: notes it in `record`, and says what is to happen."""
     package = f"{Path(simpletuner.__file__).parent}/"
-    out = record.open("w", buffering=1)
+    out = record.open("w", buffering=1) if record is not None else None
+    met = _met_file(folder)
+    met.unlink(missing_ok=True)
+    seen = Counter[tuple[str, ...]]()
+    numbers = itertools.count(1)
+    is_met = False
 
-    def note(number: int, call: bytes, path: bytes) -> None:
+    def decide(call: bytes, path: bytes) -> int:
+        nonlocal is_met
         where = []
         frame = sys._getframe()
         while frame is not None and len(where) < 4:
@@ -187,6 +206,19 @@ def _observer(folder: Path, record: Path) -> ctypes._CFunctionType:
                 where.append(f"{name.removeprefix(package)}:{frame.f_lineno}")
             frame = frame.f_back
         inside = path.decode(errors="replace").removeprefix(f"{folder}/")
-        out.write(json.dumps([number, call.decode(), inside, where]) + "\n")
+        operation = Operation(next(numbers), call.decode(), inside, tuple(where), 0)
+        site = operation.site
+        repeat = seen[site]
+        seen[site] += 1
+        if out is not None:
+            out.write(json.dumps([operation.number, operation.call, inside, where, repeat]) + "\n")
+        if fault is None:
+            return 0
+        if site == fault.at.site and repeat == fault.at.repeat:
+            is_met = True
+            met.touch()
+        elif not (is_met and fault.persists):
+            return 0
+        return fault.error or -1
 
-    return _Observer(note)
+    return _Decider(decide)

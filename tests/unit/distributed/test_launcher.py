@@ -6,11 +6,13 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
 
 from simpletuner.distributed import launcher
+from simpletuner.distributed.frozen import address, is_frozen, is_frozen_at
 from simpletuner.distributed.launcher import environment_outside, is_main
 from simpletuner.distributed.lifeline import LAST_WORDS, LIFELINE, lifeline
 
@@ -83,6 +85,19 @@ def test_processes_that_hang_are_killed_soon_where_a_person_asks_twice(monkeypat
     assert len(said) == 1
 
 
+@pytest.mark.parametrize("others", [["print('ready', flush=True); exit(143)"], []], ids=["another left", "alone"])
+def test_who_is_stopped_is_not_waited_for_once_a_signal_came(others):
+    """With the time that one who saves is given, the test would take ten minutes."""
+    stopped, said = started(DEAF.format(seconds=30)), []
+    left = [started(code) for code in others]
+    stopped.send_signal(signal.SIGSTOP)
+    while not is_frozen(stopped.pid):
+        time.sleep(0.01)
+    assert launcher._wait([stopped, *left], [signal.SIGTERM], said.append) == len(left)
+    assert stopped.returncode == -signal.SIGKILL
+    assert len(said) == (0 if left else 1)
+
+
 def test_who_saves_after_another_has_left_on_a_signal_is_given_time(monkeypatch):
     """The main process may still write what another need not wait for."""
     monkeypatch.setattr(launcher, "GRACE_SECONDS", 0.1)
@@ -134,3 +149,18 @@ def test_each_process_is_told_who_it_is(monkeypatch, tmp_path):
     assert seen["command"][1:] == ["-P", "-m", "simpletuner", "train", "--x"]
     assert seen["start_new_session"]
     assert seen["pass_fds"] == (7,)
+
+
+def test_a_process_is_known_to_be_stopped_only_where_it_can_be_seen():
+    process = started(DEAF.format(seconds=30))
+    there = f"{address().rpartition('/')[0]}/{process.pid}"
+    assert not is_frozen_at(there)
+    process.send_signal(signal.SIGSTOP)
+    while not is_frozen(process.pid):
+        time.sleep(0.01)
+    assert is_frozen_at(there)
+    assert not is_frozen_at(f"another machine/{process.pid}")
+    assert not is_frozen_at(f"unknown/{process.pid}")
+    process.kill()
+    process.wait()
+    assert is_frozen(process.pid)  # gone

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from simpletuner import storage
+from simpletuner.disk import DiskError
 from simpletuner.reporting.events import EvalDone, RunStarted, StepDone
 from simpletuner.reporting.loss_plot import EVAL, draw_loss_plot, nice_ticks, read_curves, smoothed
 from simpletuner.reporting.sinks.jsonl import JsonlSink
@@ -38,6 +41,21 @@ def test_the_eval_curve_spans_the_run_and_falls(tmp_path: Path):
         # The first and last dots are centred on the ends of the axis.
         assert min(columns) == pytest.approx(96, abs=6)
         assert max(columns) == pytest.approx(1164, abs=6)
+
+
+def test_a_disk_that_refuses_the_new_curve_leaves_the_old_one_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    metrics = write_metrics(tmp_path, [1.0] * 3, {0: 1.0})
+    before = draw_loss_plot(metrics, tmp_path / "loss.png").read_bytes()
+
+    def refuse(name: str) -> None:
+        if name == "rename":
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(storage, "_step", refuse)
+    with pytest.raises(DiskError):
+        draw_loss_plot(metrics, tmp_path / "loss.png")
+    assert (tmp_path / "loss.png").read_bytes() == before
+    assert {path.name for path in tmp_path.iterdir()} == {"loss.png", metrics.name}
 
 
 def test_a_run_without_losses_draws_nothing(tmp_path: Path):

@@ -62,3 +62,9 @@ def test_a_missing_adapter_is_named(family: OmniGen, tmp_path: Path):
 def test_a_png_name_is_kept_for_one_picture_and_becomes_a_folder_for_several(tmp_path: Path):
     assert output_paths(tmp_path / "cat.png", 1) == [tmp_path / "cat.png"]
     assert output_paths(tmp_path / "cat.png", 2) == [tmp_path / "cat" / "0000.png", tmp_path / "cat" / "0001.png"]
+
+
+def test_a_folder_that_cannot_be_made_is_named(family: OmniGen, tmp_path: Path):
+    (tmp_path / "taken").write_text("no folder")
+    with pytest.raises(DataError, match=r"taken.*cannot be written"):
+        generate_pictures(family, DRAWING, None, tmp_path / "taken" / "images", list().append)

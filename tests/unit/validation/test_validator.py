@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from simpletuner import storage
 from simpletuner.adapters.lycoris import LycorisAdapter, attach_lycoris
 from simpletuner.config.prompt_library import LibraryPrompt
 from simpletuner.distributed.world import ALONE, World
@@ -207,6 +208,39 @@ def test_a_failure_costs_the_pictures_and_not_the_run(setup: Setup, monkeypatch:
     assert notice.severity == "error"
     assert "training goes on" in notice.text
     assert setup.denoiser.training
+
+
+def test_a_sheet_that_the_disk_refuses_costs_the_sheet_and_no_image(setup: Setup, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("simpletuner.validation.files.RETRY_SECONDS", 0.0)
+    real = storage.write_bytes
+
+    def write_bytes(path: Path, data: bytes) -> None:
+        if path.name.endswith("_sheet.png"):
+            raise DataError("the disk is full")
+        real(path, data)
+
+    monkeypatch.setattr("simpletuner.validation.files.write_bytes", write_bytes)
+    names = [f"validation_images/step_20_{name}_0_32x32.png" for name in ("validation", "circle")]
+    assert setup.run(20, disable_benchmark=True) == names
+    [event] = setup.recorder.of(PicturesMade)
+    assert [picture.path.name for picture in event.pictures] == [Path(name).name for name in names]
+    assert [notice.text for notice in setup.recorder.of(Notice)] == [
+        "no sheet of the images at step 20: the disk is full"
+    ]
+    assert not setup.validator().has_drawn(20)  # so the next start makes it
+
+
+def test_a_preview_that_the_disk_refuses_costs_the_preview_and_no_image(setup: Setup, omnigen_folder: Path):
+    tiny_preview_decoder().save_pretrained(setup.output_dir / "model" / "preview_decoder")
+    for part in omnigen_folder.iterdir():
+        (setup.output_dir / "model" / part.name).symlink_to(part)
+    setup.family.source = ModelSource(str(setup.output_dir / "model"))
+    (setup.output_dir / "validation_images").mkdir()
+    (setup.output_dir / "validation_images" / "previews").write_text("no folder")
+    setup.run(20, validation_preview=True)
+    assert len(setup.recorder.of(PicturesMade)[0].pictures) == 2 + 2 + 1  # base, live, sheet
+    assert setup.recorder.of(PreviewMade) == []
+    assert setup.recorder.of(Notice)[-1].text.startswith("no preview at step 20: ")
 
 
 def test_a_mistake_of_ours_is_not_hidden(setup: Setup, monkeypatch: pytest.MonkeyPatch):
