@@ -173,7 +173,7 @@ def masks(setting: Setting) -> dict[str, Any]:
         ]
         return torch.cat(parts)
 
-    found: dict[str, Any] = {"largest_difference": float((masked() - by_row()).abs().max())}
+    found: dict[str, Any] = {"largest_difference": float((masked() - by_row()).detach().abs().max())}
     for name, way in (("masked", masked), ("by_row", by_row)):
         for _ in range(3):
             way().sum().backward()

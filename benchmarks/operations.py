@@ -128,7 +128,7 @@ def main() -> int:
                 rows[name] = compare(family, adapter, recomputes)
                 print(f"{name}: {rows[name]}", flush=True)
     print(json.dumps({"benchmark": "operations", "goal": GOAL, "torch": torch.__version__, "rows": rows}))
-    return int(any(row["plain_ratio"] > GOAL for row in rows.values()))
+    return int(any(row["plain"] > GOAL * row["published"] for row in rows.values()))
 
 
 if __name__ == "__main__":

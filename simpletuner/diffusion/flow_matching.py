@@ -6,6 +6,7 @@ Fast" (arXiv 2209.03003): a straight path between data and noise, whose velocity
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
@@ -22,8 +23,7 @@ def make_noisy_latents(latents: Tensor, noise: Tensor, sigmas: Tensor) -> Tensor
         noise: (B, ...) standard normal.
         sigmas: (B,) in [0, 1].
     """
-    sigmas = append_dims(sigmas.to(latents.dtype), latents.ndim)
-    return (1 - sigmas) * latents + sigmas * noise
+    return torch.lerp(latents, noise, append_dims(sigmas.to(latents.dtype), latents.ndim))
 
 
 def velocity_target(latents: Tensor, noise: Tensor) -> Tensor:

@@ -231,7 +231,7 @@ def _trial(run: Run, window: Window, precision: str, forward: Forward) -> float 
             with autocast(run.family.device, precision):
                 losses = forward(micro_step)
             losses.weighted_sum.backward()
-            total, weight = total + float(losses.weighted_sum), weight + float(losses.weights.sum())
+            total, weight = total + float(losses.weighted_sum.detach()), weight + float(losses.weights.sum())
         grads = {str(index): each.grad for index, each in enumerate(run.trainable) if each.grad is not None}
         is_finite = math.isfinite(total) and not non_finite(grads)
     except RuntimeError:  # a device without this format, or without the memory for it: then nothing is known

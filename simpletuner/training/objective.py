@@ -160,12 +160,12 @@ class Objective:
         error = huber_error if self.loss_type == "huber" else smooth_l1_error
         return error(model_pred, target, limits)
 
-    def factors(self, family: ModelFamily, sigmas: Tensor) -> Tensor:
-        """(B,) what the loss of each sample is multiplied by."""
+    def weighted(self, family: ModelFamily, per_sample: Tensor, sigmas: Tensor) -> Tensor:
+        """(B,) losses of samples, multiplied by the min-SNR weights of their noise levels where those are on."""
         if self.snr_gamma is None:
-            return torch.ones_like(sigmas)
+            return per_sample
         signal, noise = family.signal_and_noise(sigmas)
-        return min_snr_weights((signal / noise).square(), self.snr_gamma, family.prediction_type)
+        return per_sample * min_snr_weights((signal / noise).square(), self.snr_gamma, family.prediction_type)
 
 
 PLAIN = Objective()

@@ -38,7 +38,7 @@ class Losses:
     @property
     def weighted_sum(self) -> Tensor:
         """() sum over samples; divided by the window's total weight it is the loss of the optimizer step."""
-        return (self.per_sample * self.weights).sum()
+        return self.per_sample.dot(self.weights)
 
 
 def draw_noise(batch: Batch, seed: int, step: int) -> Latents:
@@ -77,7 +77,8 @@ def compute_losses(
         perturbed_noise: mixed into the latents in place of `noise`, which the target keeps.
         depth: steps that the model itself leads the latents, from a noisier level to that of training; 0 none.
     """
-    sigmas = send(objective.sigmas_at(family, quantiles, batch.latents), family.device)
+    sigmas = objective.sigmas_at(family, quantiles, batch.latents)
+    sigmas, loss_weights = send(torch.stack([sigmas, batch.loss_weights]), family.device)  # one copy for both
     latents, noise = to_device(batch.latents, family.device), to_device(noise, family.device)
     conditioning = family.collate(batch)
     mixed_in = noise if perturbed_noise is None else to_device(perturbed_noise, family.device)
@@ -102,8 +103,7 @@ def compute_losses(
         per_sample = reflexive_losses(errors, model_pred, target, drift, masks, rollouts.reflex)
     else:
         per_sample = sample_means(errors, masks)
-    weights = sample_weights(send(batch.loss_weights, family.device), masks)
-    return Losses(per_sample * objective.factors(family, sigmas), weights, sigmas)
+    return Losses(objective.weighted(family, per_sample, sigmas), sample_weights(loss_weights, masks), sigmas)
 
 
 def reflexive_losses(

@@ -73,16 +73,18 @@ class Flux(ModelFamily):
         latents = noisy_latents.to(self.dtype)
         references = [torch.stack(each) for each in zip(*conditioning["references"], strict=True)]
         tokens = [pack(each) for each in (latents, *references)]
-        ids = [position_ids(latents), *(position_ids(each, index=1) for each in references)]
         prompt_embeds = conditioning["prompt_embeds"].to(self.dtype)
+        num_text_tokens = prompt_embeds.shape[1]
+        image_ids = [position_ids(latents), *(position_ids(each, index=1) for each in references)]
+        ids = send(torch.cat([torch.zeros(num_text_tokens, 3, dtype=self.dtype), *image_ids]), self.device)
         output = denoiser(
-            hidden_states=torch.cat(tokens, dim=1),
+            hidden_states=torch.cat(tokens, dim=1) if references else tokens[0],
             timestep=sigmas,
-            guidance=torch.full_like(sigmas, TRAINING_GUIDANCE) if self.takes_guidance else None,
+            guidance=torch.full_like(sigmas, TRAINING_GUIDANCE, dtype=self.dtype) if self.takes_guidance else None,
             pooled_projections=conditioning["pooled_prompt_embeds"].to(self.dtype),
             encoder_hidden_states=prompt_embeds,
-            txt_ids=prompt_embeds.new_zeros(prompt_embeds.shape[1], 3),
-            img_ids=torch.cat(ids),
+            txt_ids=ids[:num_text_tokens],
+            img_ids=ids[num_text_tokens:],
             return_dict=False,
         )[0]
         return unpack(output[:, : tokens[0].shape[1]], *latents.shape[-2:])

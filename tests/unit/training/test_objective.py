@@ -194,10 +194,14 @@ def test_errors_and_factors_by_hand() -> None:
         smooth = Objective("smooth_l1", schedule, 0.5).errors(family, prediction, target, sigmas)
         assert smooth[0, 0, 0, 0].item() == pytest.approx(2 * ((9 + c * c) ** 0.5 - c), rel=1e-5)
     assert PLAIN.errors(family, prediction, target, sigmas).flatten().tolist() == [9, 9]
-    assert PLAIN.factors(family, torch.tensor([0.1, 0.9])).tolist() == [1, 1]
+    assert PLAIN.weighted(family, torch.tensor([3.0, 2.0]), torch.tensor([0.1, 0.9])).tolist() == [3, 2]
     # A velocity: the error of the data is sigma^2 times its own, and counts min(9, 5) times.
-    assert Objective(snr_gamma=5.0).factors(family, sigmas).item() == pytest.approx(5 / 16, rel=1e-5)
-    assert Objective(snr_gamma=20.0).factors(family, sigmas).item() == pytest.approx(9 / 16, rel=1e-5)
+    assert Objective(snr_gamma=5.0).weighted(family, torch.tensor([2.0]), sigmas).item() == pytest.approx(
+        5 / 8, rel=1e-5
+    )
+    assert Objective(snr_gamma=20.0).weighted(family, torch.tensor([2.0]), sigmas).item() == pytest.approx(
+        9 / 8, rel=1e-5
+    )
 
 
 def test_offset_and_perturbation_are_those_of_their_slot_and_step() -> None:
