@@ -7,12 +7,16 @@ process: it is small, every optimizer can move it, and its checkpoints are those
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from simpletuner.distributed.world import World
 from simpletuner.errors import ConfigError, Problem
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 def shard_denoiser(
@@ -26,6 +30,7 @@ def shard_denoiser(
     reshards: bool = True,
     offloads: bool = False,
     computes_in: torch.dtype = torch.float32,
+    mesh: DeviceMesh | None = None,
 ) -> None:
     """Spread a denoiser that lies in main memory; afterwards `device` holds this process's part.
 
@@ -39,6 +44,8 @@ def shard_denoiser(
         reshards: let go of a block between its forward and backward pass.
         offloads: keep the parts in main memory.
         computes_in: weights travel in this number format; their gradients are summed in float32, whatever it is.
+        mesh: from `make_mesh`, where the processes of a machine load one after the other: with it no process waits for
+            another here, and a block's memory is free again as soon as its part is cut out.
 
     Raises:
         ConfigError: the processes cannot be divided so, or the model has no such blocks.
@@ -52,7 +59,7 @@ def shard_denoiser(
             Problem(f"{type(denoiser).__name__} has no {' or '.join(block_classes)} to spread", key="fsdp_enable")
         )
     options = {
-        "mesh": _mesh(world, device, shard_size),
+        "mesh": mesh or make_mesh(world, device, shard_size),
         "ignored_params": whole,
         "offload_policy": CPUOffloadPolicy() if offloads else OffloadPolicy(),
         # Inputs stay as they are: autocast knows better which of them are to be float32.
@@ -74,7 +81,12 @@ def shard_denoiser(
     _require_spread(denoiser, whole, world, shard_size)
 
 
-def _mesh(world: World, device: torch.device, shard_size: int | None):
+def make_mesh(world: World, device: torch.device, shard_size: int | None) -> DeviceMesh:
+    """Which processes share a copy of the weights; all processes have to call it at the same time.
+
+    Raises:
+        ConfigError: the processes cannot be divided so.
+    """
     from torch.distributed.device_mesh import init_device_mesh
 
     size = shard_size or world.size

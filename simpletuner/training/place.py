@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
 from torch import nn
@@ -13,7 +14,7 @@ from simpletuner.config.deepspeed import read_deepspeed, stage_of
 from simpletuner.config.loading import LoadedRun
 from simpletuner.config.options import TrainConfig
 from simpletuner.distributed.placement import Copies, Parts, Placement
-from simpletuner.distributed.sharding import shard_denoiser, spread_parameters
+from simpletuner.distributed.sharding import make_mesh, shard_denoiser, spread_parameters
 from simpletuner.distributed.world import World
 from simpletuner.distributed.zero import Zero
 from simpletuner.errors import ConfigError, Problem
@@ -21,6 +22,9 @@ from simpletuner.models.family import ModelFamily
 from simpletuner.precision.mixed import DTYPES
 from simpletuner.training.room import denoiser_bytes
 from simpletuner.training.swapping import move_with_swap, repeated_blocks
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 # Main memory for weights while they are read: the file, and what is made of it.
 ROOM_TO_LOAD = 1.5
@@ -36,21 +40,37 @@ def is_denoiser_spread(config: TrainConfig) -> bool:
 def must_take_turns(loaded: LoadedRun, family: ModelFamily, world: World) -> bool:
     """Whether the processes of a machine load the denoiser one after the other; the same in all processes.
 
-    Those that share one set of weights cannot: they need each other to spread it.
+    Each of them reads all weights, also where it then keeps a part of them (FSDP2) or moves them to its device and
+    spreads them there (DeepSpeed).
     """
-    if world.size == 1 or is_denoiser_spread(loaded.config) or loaded.config.deepspeed_config:
+    if world.size == 1:
         return False
     size = denoiser_bytes(family.spec, family.source, loaded)
     num_here = max(world.gather(world.local_rank)) + 1
     return world.any(num_here * size * ROOM_TO_LOAD > psutil.virtual_memory().available)
 
 
+def mesh_of(config: TrainConfig, family: ModelFamily, world: World) -> DeviceMesh | None:
+    """The processes that share the weights (FSDP2), for `place_denoiser`; before they load one after the other."""
+    if not config.fsdp_enable or world.size == 1:
+        return None
+    return make_mesh(world, family.device, config.fsdp_shard_size)
+
+
 def place_denoiser(
-    config: TrainConfig, family: ModelFamily, denoiser: nn.Module, adapter: Adapter, world: World
+    config: TrainConfig,
+    family: ModelFamily,
+    denoiser: nn.Module,
+    adapter: Adapter,
+    world: World,
+    mesh: DeviceMesh | None = None,
 ) -> Placement:
-    """Move a denoiser with its adapter to where it trains.
+    """Move a denoiser with its adapter to where it trains; no process waits for another.
 
     An adapter stays whole on each process; without one, each process trains its part of the weights.
+
+    Args:
+        mesh: of `mesh_of`.
 
     Raises:
         ConfigError: fsdp_enable with a single process, or processes that cannot be divided as asked.
@@ -91,6 +111,7 @@ def place_denoiser(
         reshards=config.fsdp_reshard_after_forward,
         offloads=config.fsdp_cpu_offload,
         computes_in=DTYPES[config.mixed_precision],
+        mesh=mesh,
     )
     if not isinstance(adapter, FullAdapter):
         return Copies(adapter.trainable_parameters(), world)

@@ -52,7 +52,7 @@ from simpletuner.training.parts import (
     build_validator,
 )
 from simpletuner.training.phases import phase
-from simpletuner.training.place import must_take_turns, place_denoiser
+from simpletuner.training.place import mesh_of, must_take_turns, place_denoiser
 from simpletuner.training.prepare import prepare_data
 from simpletuner.training.recomputing import Recomputing
 from simpletuner.training.report import report_run
@@ -171,12 +171,13 @@ def build_run(loaded: LoadedRun, output_dir: Path, bus: EventBus, stop: StopRequ
         bus.emit(Notice("info", length.notice))
 
     # Whole weights pass through main memory, in each process: one after the other where it does not hold them all.
+    mesh = mesh_of(config, family, world)
     turns = world.in_turns() if must_take_turns(loaded, family, world) else nullcontext()
     with turns, phase(bus, "loading the denoiser"):
         denoiser = family.load_base()
         adapter = attach_adapter(loaded, family, denoiser)
         tell_of_adapter(adapter, bus)
-        placement = place_denoiser(config, family, denoiser, adapter, world)
+        placement = place_denoiser(config, family, denoiser, adapter, world, mesh)
         recomputing = Recomputing.of(config, family.device)
         if recomputing is not None:
             denoiser.enable_gradient_checkpointing(recomputing)

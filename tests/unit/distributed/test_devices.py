@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,10 +15,11 @@ import torch.distributed as dist
 from torch import nn
 
 from simpletuner.distributed import world as worlds
-from simpletuner.distributed.sharding import shard_denoiser
+from simpletuner.distributed.sharding import make_mesh, shard_denoiser
 from simpletuner.distributed.world import ConnectionLost, World, joined
 from simpletuner.models.family import send
 from simpletuner.training import place
+from tests.processes import in_processes
 from tests.runs import load_here, write_run
 
 
@@ -72,6 +74,45 @@ def test_turns_are_taken_where_main_memory_does_not_hold_all(
     monkeypatch.setattr(place.psutil, "virtual_memory", lambda: SimpleNamespace(available=available))
     assert place.must_take_turns(loaded, build_family(loaded), World(0, 2, 0)) is waits
     assert not place.must_take_turns(loaded, build_family(loaded), World())
+
+
+@pytest.mark.parametrize("options", [{"fsdp_enable": True}, {"deepspeed_config": {"zero_optimization": {"stage": 3}}}])
+def test_processes_that_share_the_weights_take_turns_to_read_them(
+    options: dict, tmp_path: Path, omnigen_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from simpletuner.training.parts import build_family
+
+    if "deepspeed_config" in options:
+        (tmp_path / "zero.json").write_text(json.dumps(options["deepspeed_config"]))
+        options = {"deepspeed_config": str(tmp_path / "zero.json"), "grad_clip_method": "norm"}
+    loaded = load_here(write_run(tmp_path, omnigen_folder, num_processes=2, **options))
+    monkeypatch.setattr(World, "gather", lambda self, value: [0, 1])
+    monkeypatch.setattr(World, "any", lambda self, flag: flag)
+    monkeypatch.setattr(place.psutil, "virtual_memory", lambda: SimpleNamespace(available=1))
+    assert place.must_take_turns(loaded, build_family(loaded), World(0, 2, 0))
+
+
+class Half(nn.Linear):
+    """A block whose rows two processes share."""
+
+
+def test_a_process_cuts_out_its_part_before_the_next_one_loads() -> None:
+    """Row r of the weight is r, the input ones: the output is 0, 3, 6, 9, the gradient of each row 1 per process."""
+
+    def work(world: World) -> dict:
+        mesh = make_mesh(world, torch.device("cpu"), None)
+        with world.in_turns():
+            net = nn.Sequential(Half(3, 4, bias=False))
+            net[0].weight.data = torch.arange(4.0)[:, None].repeat(1, 3)
+            shard_denoiser(net, ("Half",), world, torch.device("cpu"), whole=set(), mesh=mesh)
+            own = net[0].weight.to_local().tolist()
+        output = net(torch.ones(1, 3))
+        output.sum().backward()
+        return {"own": own, "output": output.tolist(), "gradient": net[0].weight.grad.to_local().tolist()}
+
+    first, second = in_processes(2, work)
+    assert first == {"own": [[0.0] * 3, [1.0] * 3], "output": [[0, 3, 6, 9]], "gradient": [[2.0] * 3] * 2}
+    assert second == {"own": [[2.0] * 3, [3.0] * 3], "output": [[0, 3, 6, 9]], "gradient": [[2.0] * 3] * 2}
 
 
 @pytest.mark.parametrize("computes_in", [torch.bfloat16, torch.float32])
