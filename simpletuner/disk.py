@@ -37,6 +37,10 @@ _MESSAGES = {
 # What may be over in a while, at the same place.
 _PASSING = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN))
 
+# What a database raises; a message with the name of a damaged table is no text.
+DATABASE_ERRORS = (sqlite3.DatabaseError, UnicodeDecodeError)
+_DAMAGED_CONTENT = (sqlite3.SQLITE_ERROR, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_SCHEMA, sqlite3.SQLITE_MISMATCH)
+
 
 class DiskError(DataError):
     """A disk refused something.
@@ -73,6 +77,14 @@ def disk_error(error: BaseException, place: Path | None = None, what: str = "use
     named = place or getattr(error, "filename", None)
     file = os.fsdecode(named) if isinstance(named, str | bytes | os.PathLike) else None
     return DiskError(Problem(f"cannot be {what}: {message}", file=file, fix=fix), number)
+
+
+def is_damage(error: Exception) -> bool:
+    """Whether the content of a database is at fault, so that it must be made anew; else it is locked, its disk full or
+    its folder read-only. A flipped bit in the name of a table looks like a mistake of the query."""
+    if not isinstance(error, sqlite3.OperationalError):
+        return True
+    return getattr(error, "sqlite_errorcode", None) in _DAMAGED_CONTENT
 
 
 def errno_of(error: BaseException) -> int | None:
@@ -123,6 +135,12 @@ def is_writable(path: Path) -> bool:
     return os.access(folder, os.W_OK)
 
 
+def read_text(data: bytes) -> str:
+    """What a database holds as text, for `text_factory`: bytes that a flipped bit has made no text are no error here,
+    but something that nothing fits."""
+    return data.decode("utf-8", "replace")
+
+
 def copy_in_memory(path: Path) -> sqlite3.Connection:
     """A database in memory with the content of a file that can only be read; empty where there is none, or a damaged
     one."""
@@ -131,7 +149,7 @@ def copy_in_memory(path: Path) -> sqlite3.Connection:
         with contextlib.closing(sqlite3.connect(f"file:{quote(str(path))}?mode=ro&immutable=1", uri=True)) as source:
             source.backup(memory)
         memory.execute("SELECT count(*) FROM sqlite_master").fetchone()
-    except sqlite3.DatabaseError:
+    except DATABASE_ERRORS:
         memory.close()
         memory = sqlite3.connect(":memory:", check_same_thread=False)
     return memory

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Concatenate, ParamSpec, TypeVar
 
 from simpletuner.cache.shards import DamagedShard, Entry, read_entries
-from simpletuner.disk import copy_in_memory
+from simpletuner.disk import DATABASE_ERRORS, copy_in_memory, is_damage, read_text
 from simpletuner.errors import DataError, Problem
 
 INDEX_NAME = "index.sqlite"
@@ -53,7 +53,10 @@ def _mended(
     def run(self: ShardIndex, *args: _Args.args, **kwargs: _Args.kwargs) -> _Result:
         try:
             return method(self, *args, **kwargs)
-        except sqlite3.OperationalError as error:
+        except DATABASE_ERRORS as error:
+            if is_damage(error):
+                self.start_again()
+                return method(self, *args, **kwargs)
             raise DataError(
                 Problem(
                     f"the index of the cache cannot be used: {error}",
@@ -61,9 +64,6 @@ def _mended(
                     fix="make room on the disk, or end the program that holds it; what was written stays",
                 )
             ) from error
-        except sqlite3.DatabaseError:
-            self.start_again()
-            return method(self, *args, **kwargs)
 
     return run
 
@@ -73,11 +73,13 @@ class ShardIndex:
 
     Attributes:
         is_writable: whether the folder takes the index, and therefore new shards.
+        was_made_anew: all that it says was read from the shards by this process.
     """
 
     def __init__(self, folder: Path):
         self.folder = folder
         self.is_writable = True
+        self.was_made_anew = False
         self._database = self._open()
 
     def close(self) -> None:
@@ -85,6 +87,7 @@ class ShardIndex:
 
     def start_again(self) -> None:
         """Throw the index away and make it anew from the shards."""
+        self.was_made_anew = True
         self._database.close()
         if self.is_writable:
             (self.folder / INDEX_NAME).unlink(missing_ok=True)
@@ -161,7 +164,10 @@ class ShardIndex:
         """(shard, entry) of a key. Where two processes have written it, either does: keys tell the content."""
         query = "SELECT name, entry FROM entries JOIN shards ON shards.id = entries.shard WHERE key = ? LIMIT 1"
         row = self._database.execute(query, (key,)).fetchone()
-        return (row[0], Entry.from_json(row[1])) if row else None
+        try:
+            return (row[0], Entry.from_json(row[1])) if row else None
+        except (ValueError, TypeError, RecursionError) as error:
+            raise sqlite3.DatabaseError(f"a damaged entry of {row[0]}") from error
 
     @_mended
     def present(self, keys: Iterable[str]) -> set[str]:
@@ -214,23 +220,24 @@ class ShardIndex:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             return _connect(path)
-        except (OSError, sqlite3.OperationalError):
+        except (OSError, *DATABASE_ERRORS) as error:
+            if not isinstance(error, OSError) and is_damage(error):
+                path.unlink(missing_ok=True)
+                return _connect(path)
             self.is_writable = False
             return _copy_in_memory(path)
-        except sqlite3.DatabaseError:
-            path.unlink(missing_ok=True)
-            return _connect(path)
 
 
 def _connect(path: Path) -> sqlite3.Connection:
     """Open for writing; what this raises where the file cannot be written is found out now, not at the first shard."""
     database = sqlite3.connect(path, timeout=_BUSY_SECONDS, check_same_thread=False)
+    database.text_factory = read_text
     try:
         (version,) = database.execute("PRAGMA user_version").fetchone()
         if version not in (0, _SCHEMA_VERSION):
             raise sqlite3.DatabaseError(f"index of version {version}")
         return _with_schema(database)
-    except sqlite3.DatabaseError:
+    except DATABASE_ERRORS:
         database.close()
         raise
 
@@ -246,7 +253,7 @@ def _copy_in_memory(path: Path) -> sqlite3.Connection:
     """A copy of the index that is there, or an empty one; `refresh` brings either up to date."""
     memory = copy_in_memory(path)
     if memory.execute("PRAGMA user_version").fetchone() == (_SCHEMA_VERSION,):
-        with contextlib.suppress(sqlite3.DatabaseError):
+        with contextlib.suppress(*DATABASE_ERRORS):
             return _with_schema(memory)
     memory.close()
     return _with_schema(sqlite3.connect(":memory:", check_same_thread=False))

@@ -102,6 +102,9 @@ class TensorStore:
             if found is None:
                 self.refresh()  # another process may have written it
                 found = self._index.find(key)
+            if found is None and not self._index.was_made_anew:
+                self._index.start_again()  # what was there when the run began may be hidden by a damaged index
+                found = self._index.find(key)
             if found is None:
                 raise KeyError(key)
             shard, entry = found
@@ -109,6 +112,8 @@ class TensorStore:
                 return load_entry(self._descriptor(shard), key, entry)
             except FileNotFoundError:  # another process has rewritten or set aside the shard
                 self.refresh()
+                if self._index.find(key) == found:
+                    self._index.start_again()
                 return self.get(key)
             except DamagedShard as damage:
                 if self._index_was_wrong(shard, key, entry):
@@ -268,10 +273,10 @@ class TensorStore:
             return {}
 
     def _index_was_wrong(self, shard: str, key: str, entry: Entry) -> bool:
-        """Whether the shard's own header says something else than the index, which is then mended."""
-        if self._entries_of(shard).get(key, entry) == entry:
+        """Whether the shard's own header says something else than the index, which is then made anew."""
+        if self._index.was_made_anew or self._entries_of(shard).get(key, entry) == entry:
             return False
-        self._index.add(shard)
+        self._index.start_again()
         return True
 
     # ---- open files ------------------------------------------------------------------------------------------------

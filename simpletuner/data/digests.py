@@ -1,11 +1,13 @@
 """Digests of files, remembered, so that unchanged files are not read again at each start.
 
 A digest is remembered under (device, inode, size, mtime_ns, ctime_ns) of its file and read again when any of them
-differs. The memory is an SQLite file that may be deleted at any time.
+differs; so is one of a version that did not seal what it remembered. The memory is an SQLite file that may be deleted
+at any time.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 import sqlite3
 import threading
@@ -15,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 
+from simpletuner.disk import DATABASE_ERRORS, is_damage, read_text
 from simpletuner.storage import file_digest
 
 _SCHEMA = """
@@ -24,6 +27,7 @@ CREATE TABLE IF NOT EXISTS digests (
 ) WITHOUT ROWID
 """
 _COMMIT_ENTRIES = 512
+_SEAL_LENGTH = 16
 _BUSY_SECONDS = 60.0
 # A file changed within the tick of its own time stamp looks unchanged: what is younger is not remembered.
 _FINE_TICK_SECONDS = 0.05
@@ -87,19 +91,23 @@ class DigestMemo:
         key, wanted = (stat.st_dev, stat.st_ino), (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
         with self._lock:
             row = self._pending.get(key) or self._select(key)
-        return row[3] if row is not None and tuple(row[:3]) == wanted else None
+        if row is None or tuple(row[:3]) != wanted:
+            return None
+        digest = str(row[3])[:-_SEAL_LENGTH]
+        return digest if row[3] == _sealed(wanted, digest) else None
 
     def _select(self, key: tuple[int, int]) -> tuple[int, int, int, str] | None:
         query = "SELECT size, mtime_ns, ctime_ns, digest FROM digests WHERE device = ? AND inode = ?"
         try:
             return self._database.execute(query, tuple(map(_signed, key))).fetchone()
-        except sqlite3.DatabaseError as error:
+        except DATABASE_ERRORS as error:
             self._start_again(error)
             return None
 
     def _remember(self, stat: os.stat_result, digest: str) -> None:
         with self._lock:
-            self._pending[(stat.st_dev, stat.st_ino)] = (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, digest)
+            numbers = (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+            self._pending[(stat.st_dev, stat.st_ino)] = (*numbers, _sealed(numbers, digest))
             if len(self._pending) >= _COMMIT_ENTRIES:
                 self._save()
 
@@ -108,14 +116,14 @@ class DigestMemo:
         try:
             with self._database:
                 self._database.executemany("INSERT OR REPLACE INTO digests VALUES (?, ?, ?, ?, ?, ?)", rows)
-        except sqlite3.DatabaseError as error:
+        except DATABASE_ERRORS as error:
             self._start_again(error)
         self._pending.clear()
 
-    def _start_again(self, error: sqlite3.DatabaseError) -> None:
+    def _start_again(self, error: Exception) -> None:
         """Go on in memory: digests can always be computed again. A damaged file is removed, a full disk's one stays."""
         self._database.close()
-        if not isinstance(error, sqlite3.OperationalError):
+        if is_damage(error):
             self._path.unlink(missing_ok=True)
         self._database = _connect(":memory:")
 
@@ -125,24 +133,31 @@ def _open_database(path: Path) -> sqlite3.Connection:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         return _connect(str(path))
-    except (OSError, sqlite3.OperationalError):
+    except (OSError, *DATABASE_ERRORS) as error:
+        if not isinstance(error, OSError) and is_damage(error):
+            path.unlink(missing_ok=True)
+            return _connect(str(path))
         return _connect(":memory:")
-    except sqlite3.DatabaseError:
-        path.unlink(missing_ok=True)
-        return _connect(str(path))
 
 
 def _connect(place: str) -> sqlite3.Connection:
     database = sqlite3.connect(place, timeout=_BUSY_SECONDS, check_same_thread=False)
+    database.text_factory = read_text
     try:
         with database:
             database.execute(_SCHEMA)
             # A write that changes nothing: a read-only file is found out here, not when the first digest is saved.
             database.execute("DELETE FROM digests WHERE inode IS NULL")
-    except sqlite3.DatabaseError:
+    except DATABASE_ERRORS:
         database.close()
         raise
     return database
+
+
+def _sealed(numbers: tuple[int, ...], digest: str) -> str:
+    """A digest with what tells that neither it nor the numbers of its file have changed on the disk: a wrong one would
+    look like another model, and everything would be encoded again."""
+    return digest + hashlib.sha256(f"{numbers} {digest}".encode()).hexdigest()[:_SEAL_LENGTH]
 
 
 def _identity(stat: os.stat_result) -> tuple[int, int, int, int, int]:

@@ -27,7 +27,7 @@ from simpletuner.data.backends.base import Backend
 from simpletuner.data.captions import caption_from_name, is_camera_name
 from simpletuner.data.report import MAX_EXAMPLES, Note, SetAside
 from simpletuner.data.scan import Progress, update_files
-from simpletuner.disk import copy_in_memory, is_writable
+from simpletuner.disk import DATABASE_ERRORS, copy_in_memory, is_damage, is_writable
 from simpletuner.errors import DataError, Problem
 from simpletuner.text import forms_of, one_form
 
@@ -154,9 +154,9 @@ class Index:
         with self._lock, self._explained(), self._only_scan(progress):
             try:
                 return self._scan(progress, is_trusted)
-            except sqlite3.OperationalError:  # locked, or no room: not the fault of the file's content
-                raise
-            except (sqlite3.DatabaseError, *_DAMAGE):
+            except (sqlite3.DatabaseError, *_DAMAGE) as error:
+                if isinstance(error, sqlite3.DatabaseError) and not is_damage(error):
+                    raise
                 self._start_again()
                 return self._scan(progress, False)
 
@@ -387,10 +387,9 @@ def _open(path: Path) -> sqlite3.Connection:
         if version == 0:
             _make_tables(database)
             return database
-    except sqlite3.OperationalError:  # locked, read-only or full: not the fault of the file's content
-        raise
-    except sqlite3.DatabaseError:
-        pass
+    except DATABASE_ERRORS as error:
+        if not is_damage(error):
+            raise
     database.close()
     path.unlink()
     database = _connect(path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import signal
 import subprocess
 from collections import Counter
@@ -95,6 +96,8 @@ def test_a_run_that_is_killed_while_its_service_is_down_loses_no_checkpoint(
         output = train_here(folder)
     checkpoints = of_type(server, "training.checkpoint")
     assert {event["data"]["checkpoint"]["label"] for event in checkpoints} >= saved | {"checkpoint-8"}
+    run_id = json.loads((output / "run_history.json").read_text())["run"]
+    assert {event["run_id"] for event in checkpoints} == {run_id}, "both starts are of one run"
     assert max(Counter(event["id"] for event in server.accepted).values()) == 1
     assert of_type(server, "training.status")[-1]["data"]["status"] == "completed"
     assert list(spool.glob("*-*.json")) == []

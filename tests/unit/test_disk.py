@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import sqlite3
@@ -11,7 +12,7 @@ import pytest
 
 from simpletuner import storage
 from simpletuner.cli.program import main
-from simpletuner.disk import DiskError, disk_error, told_as_disk_errors
+from simpletuner.disk import DiskError, disk_error, is_damage, told_as_disk_errors
 from simpletuner.errors import EXIT_DATA
 from simpletuner.leftovers import new_sibling
 
@@ -91,3 +92,23 @@ def test_leftovers_of_another_machine_go_once_the_lock_is_held_in_all_folders_bu
     assert storage.sweep_tree(tmp_path) == []
     assert sorted(storage.sweep_tree(tmp_path, is_locked=True)) == sorted(foreign)
     assert all(path.exists() for path in living)
+
+
+def test_a_database_is_damaged_where_its_content_is_at_fault_and_not_where_it_is_locked_or_full(tmp_path):
+    def raised(statement, path=":memory:"):
+        try:
+            with contextlib.closing(sqlite3.connect(path, timeout=0)) as database:
+                database.execute(statement)
+        except sqlite3.DatabaseError as error:
+            return error
+        return None
+
+    (tmp_path / "text").write_text("no database" * 100)
+    holder = sqlite3.connect(tmp_path / "locked")
+    holder.execute("BEGIN EXCLUSIVE")
+    assert is_damage(raised("SELECT * FROM a_table_whose_name_has_changed"))
+    assert is_damage(raised("SELECT * FROM sqlite_master", tmp_path / "text"))
+    assert is_damage(UnicodeDecodeError("utf-8", b"\xe5", 0, 1, "no text"))
+    assert not is_damage(raised("CREATE TABLE a (b)", tmp_path / "locked"))
+    assert not is_damage(raised("SELECT 1", tmp_path / "none" / "a"))
+    holder.close()

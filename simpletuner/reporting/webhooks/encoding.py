@@ -65,6 +65,7 @@ def raw_event(
         "title": message.title,
         "message": message.text,
         "run_name": message.run_name,
+        "run_id": message.run_id or None,
         "prefix": target.message_prefix,
         "job_id": job_id,
         "timestamp": datetime.fromtimestamp(message.created, UTC).isoformat(timespec="milliseconds"),

@@ -51,6 +51,7 @@ class Message:
         text: one or more lines for people.
         data: facts for programs, as JSON holds them.
         pictures: files that go along, in the order of `data["pictures"]`.
+        run_id: the same at each start of a run; empty before it has begun.
         created: seconds since 1970.
         must_arrive: kept on the disk until the service has it.
     """
@@ -62,6 +63,7 @@ class Message:
     data: Mapping[str, Any] = field(default_factory=dict)
     pictures: tuple[str, ...] = ()
     run_name: str = ""
+    run_id: str = ""
     must_arrive: bool = False
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     created: float = field(default_factory=time.time)
@@ -82,13 +84,15 @@ class CurvePoint(NamedTuple):
         return cls(event.step, event.loss, event.learning_rate, event.grad_norm, event.seconds, event.is_regularisation)
 
 
-def words_for(event: Event, run_name: str) -> list[Message]:
+def words_for(event: Event, run_name: str, run_id: str = "") -> list[Message]:
     """The messages of an event; none for progress, which `progress_message` words when its time has come."""
     make = _MAKERS.get(type(event))
-    return [_named(message, run_name) for message in make(event)] if make else []
+    return [_named(message, run_name, run_id) for message in make(event)] if make else []
 
 
-def progress_message(event: StepDone | PhaseProgress, run_name: str, curve: Sequence[CurvePoint]) -> Message:
+def progress_message(
+    event: StepDone | PhaseProgress, run_name: str, curve: Sequence[CurvePoint], run_id: str = ""
+) -> Message:
     """Where the run stands now.
 
     Args:
@@ -96,7 +100,8 @@ def progress_message(event: StepDone | PhaseProgress, run_name: str, curve: Sequ
     """
     if isinstance(event, PhaseProgress):
         stage = {"key": event.name, "label": event.name, "status": "running", "progress": {"current": event.done}}
-        return _named(Message("lifecycle.stage", "info", event.name, str(event.done), {"stage": stage}), run_name)
+        message = Message("lifecycle.stage", "info", event.name, str(event.done), {"stage": stage})
+        return _named(message, run_name, run_id)
     recent = [point.seconds for point in curve[-20:]] or [event.seconds]
     left = (event.total_steps - event.step) * sum(recent) / len(recent)
     record = to_record(event)
@@ -110,7 +115,7 @@ def progress_message(event: StepDone | PhaseProgress, run_name: str, curve: Sequ
     }
     text = f"loss {event.loss:.4g}, {event.seconds:.3g} s per step, {duration_text(left)} left"
     title = f"step {event.step} of {event.total_steps}"
-    return _named(Message("training.status", "info", title, text, data), run_name)
+    return _named(Message("training.status", "info", title, text, data), run_name, run_id)
 
 
 def _curve_row(point: CurvePoint) -> list[Any]:
@@ -119,10 +124,10 @@ def _curve_row(point: CurvePoint) -> list[Any]:
     return [record[key] for key in ("step", "loss", "learning_rate", "grad_norm")]
 
 
-def _named(message: Message, run_name: str) -> Message:
+def _named(message: Message, run_name: str, run_id: str) -> Message:
     # A file name that is not UTF-8 becomes half-characters in a text, which neither JSON nor Discord can carry.
     text = message.text.encode("utf-8", "replace").decode()
-    return replace(message, text=text, run_name=run_name)
+    return replace(message, text=text, run_name=run_name, run_id=run_id)
 
 
 def _started(event: RunStarted) -> list[Message]:

@@ -37,6 +37,7 @@ def event_schema() -> Schema:
             "title": _told(TEXT, "One line for people."),
             "message": _told(TEXT, "More of it; may be empty."),
             "run_name": TEXT,
+            "run_id": _told(TEXT_OR_NULL, "The same at each start of a run; null before the run has begun."),
             "prefix": _told(TEXT_OR_NULL, "message_prefix of the webhook."),
             "job_id": _told(TEXT_OR_NULL, "SIMPLETUNER_JOB_ID of the environment."),
             "timestamp": _told({**TEXT, "format": "date-time"}, "When it happened, which may be long before."),

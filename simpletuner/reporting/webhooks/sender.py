@@ -53,7 +53,7 @@ class Sender:
 
     Args:
         name: for notices: `webhook 1 (raw)`.
-        run_name: what the run is called now; messages of progress carry it.
+        names: name and id of the run as they are now; messages of progress carry them.
         tell: called from the background thread.
     """
 
@@ -64,12 +64,12 @@ class Sender:
         outbox: Outbox,
         spool: Spool,
         timing: Timing,
-        run_name: Callable[[], str],
+        names: Callable[[], tuple[str, str]],
         tell: Tell,
         job_id: str | None = None,
     ):
         self.name, self.target, self.outbox, self.spool = name, target, outbox, spool
-        self._timing, self._run_name, self._tell, self._job_id = timing, run_name, tell, job_id
+        self._timing, self._names, self._tell, self._job_id = timing, names, tell, job_id
         self._breaker = Breaker(timing.patience)
         self._tries: dict[str, int] = {}
         self._picture_bytes = PICTURE_BYTES[target.webhook_type]
@@ -140,7 +140,8 @@ class Sender:
         if progress is None:
             return None
         self._last_progress = now
-        return Job(progress_message(progress[0], self._run_name(), progress[1]), progress=progress)
+        run_name, run_id = self._names()
+        return Job(progress_message(progress[0], run_name, progress[1], run_id), progress=progress)
 
     async def _send(self, job: Job, transport: Transport) -> bool:
         """One try; True where the message is out of the way."""

@@ -53,7 +53,7 @@ class WebhookSink:
     ):
         self._timing = timing or Timing()
         self._interval = webhooks.reporting_interval
-        self._run_name = run_name or Path(output_dir).name
+        self._run_name, self._run_id = run_name or Path(output_dir).name, ""
         self._notices: deque[Notice] = deque()
         self._is_new = is_new
         self._senders = [
@@ -94,7 +94,10 @@ class WebhookSink:
         # By place and type, not by address: a service whose address was mended gets what waits for it.
         spool = Spool(output_dir / SPOOL_FOLDER / f"{number}-{target.webhook_type}", output_dir, self._is_new)
         name = f"webhook {number} ({target.webhook_type})"
-        return Sender(name, target, Outbox(), spool, self._timing, lambda: self._run_name, self._notices.append, job_id)
+        return Sender(name, target, Outbox(), spool, self._timing, self._names, self._notices.append, job_id)
+
+    def _names(self) -> tuple[str, str]:
+        return self._run_name, self._run_id
 
     def _report_step(self, event: StepDone) -> None:
         is_due = self._interval is None or event.step % self._interval == 0 or event.step == event.total_steps
@@ -105,10 +108,10 @@ class WebhookSink:
 
     def _tell(self, event: Event) -> None:
         if isinstance(event, RunStarted):
-            self._run_name = event.run_name
+            self._run_name, self._run_id = event.run_name, event.run_id
         if isinstance(event, RunFinished | RunFailed):
             self._flush_progress()
-        messages = words_for(event, self._run_name)
+        messages = words_for(event, self._run_name, self._run_id)
         for sender in self._senders:
             if isinstance(event, PhaseDone):
                 sender.outbox.drop_phase_progress()
@@ -122,7 +125,7 @@ class WebhookSink:
         """The last step is told before the end is."""
         for sender in self._senders:
             while (progress := sender.outbox.take_progress()) is not None:
-                sender.outbox.put(progress_message(progress[0], self._run_name, progress[1]))
+                sender.outbox.put(progress_message(progress[0], self._run_name, progress[1], self._run_id))
 
     # ---- in the background thread ----
 

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+import random
+import sqlite3
 import time
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -134,3 +136,32 @@ def test_a_file_is_remembered_when_it_is_older_than_the_tick_of_its_times(monkey
     assert [is_settled(age, 5) for age in (0.0, 0.04, 0.06)] == [False, False, True]
     # Whole seconds are a sign of coarse time stamps.
     assert [is_settled(age, 3_000_000_000) for age in (0.06, 1.9, 2.1)] == [False, False, True]
+
+
+def test_bits_that_flip_in_the_memory_never_give_another_digest(tmp_path):
+    files = [_old_file(tmp_path / name, name.encode()) for name in "abcdefgh"]
+    with DigestMemo(tmp_path / "memo.sqlite") as memo:
+        expected = [memo.digest(file) for file in files]
+    whole, rng = (tmp_path / "memo.sqlite").read_bytes(), random.Random(3)
+    assert all(digest.encode() in whole for digest in expected)
+    for _ in range(150):
+        data = bytearray(whole)
+        for _ in range(rng.choice((1, 1, 2, 5, 30))):
+            data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+        (tmp_path / "memo.sqlite").write_bytes(data)
+        for _ in range(2):
+            with DigestMemo(tmp_path / "memo.sqlite") as memo:
+                assert [memo.digest(file) for file in files] == expected
+
+
+def test_a_digest_whose_row_was_changed_is_read_again(tmp_path, reads):
+    file = _old_file(tmp_path / "a", b"abc")
+    with DigestMemo(tmp_path / "memo.sqlite") as memo:
+        memo.digest(file)
+    database = sqlite3.connect(tmp_path / "memo.sqlite")
+    with database:
+        database.execute("UPDATE digests SET digest = replace(digest, 'ba78', 'ba79')")
+    database.close()
+    with DigestMemo(tmp_path / "memo.sqlite") as memo:
+        assert memo.digest(file) == hashlib.sha256(b"abc").hexdigest()
+    assert reads == [str(file)] * 2

@@ -73,7 +73,7 @@ def must_arrive(folder: Path) -> list[Any]:
 def test_a_run_is_told_in_order(tmp_path: Path) -> None:
     with receiver() as server:
         sink = make_sink(tmp_path, raw(server.url, auth_token=SecretStr("t0k"), message_prefix="lab"))
-        sink.handle(RunStarted("stars", tmp_path, 100, details={"model": "Tiny"}))
+        sink.handle(RunStarted("stars", tmp_path, 100, details={"model": "Tiny"}, run_id="a1b2"))
         sink.handle(PhaseStarted("encoding", 4))
         sink.handle(PhaseDone("encoding", 1.0, "4 pictures"))
         for number in range(1, 101):
@@ -91,6 +91,7 @@ def test_a_run_is_told_in_order(tmp_path: Path) -> None:
     curve = [row[0] for event in server.accepted for row in event["data"].get("curve", [])]
     assert curve == list(range(1, 101)), "the curve is whole, however seldom progress is sent"
     assert {event["run_name"] for event in server.accepted} == {"stars"}
+    assert {event["run_id"] for event in server.accepted} == {"a1b2"}
     assert {event["prefix"] for event in server.accepted} == {"lab"}
     assert {event["job_id"] for event in server.accepted} == {"job-1"}
     assert {headers["X-API-Key"] for headers, _ in server.requests} == {"t0k"}

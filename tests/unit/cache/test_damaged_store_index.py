@@ -1,0 +1,47 @@
+"""Bits that flip in the index of a store: whatever it says, each entry is the one that was written."""
+
+from __future__ import annotations
+
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from simpletuner.cache.index import INDEX_NAME
+from simpletuner.cache.store import QUARANTINE, TensorStore
+
+
+def entries(count: int) -> dict[str, dict[str, torch.Tensor]]:
+    return {f"key{number}": {"mean": torch.full((2, 3), float(number))} for number in range(count)}
+
+
+def flipped(data: bytes, rng: random.Random) -> bytes:
+    changed = bytearray(data)
+    for _ in range(rng.choice((1, 1, 2, 5, 30))):
+        changed[rng.randrange(len(changed))] ^= 1 << rng.randrange(8)
+    return bytes(changed)
+
+
+@pytest.mark.slow
+def test_bits_that_flip_in_the_index_cost_no_entry_and_give_none_of_another(tmp_path: Path) -> None:
+    whole = tmp_path / "whole"
+    with TensorStore(whole) as store:
+        store.put_many(entries(12))
+        store.note_complete("all", 12)
+    data, rng = (whole / INDEX_NAME).read_bytes(), random.Random(3)
+    for number in range(80):
+        folder = tmp_path / str(number)
+        shutil.copytree(whole, folder)
+        (folder / INDEX_NAME).write_bytes(flipped(data, rng))
+        with TensorStore(folder) as store:
+            # A start that believes the index, as one does whose cache is complete, and asks for each entry.
+            for key, tensors in entries(12).items():
+                assert torch.equal(store.get(key)["mean"], tensors["mean"])
+            assert store.missing(entries(13)) == ["key12"]
+            store.put_many({"key12": entries(13)["key12"]})
+            assert torch.equal(store.get("key12")["mean"], torch.full((2, 3), 12.0))
+            assert store.verify() == []
+        assert not (folder / QUARANTINE).exists()  # no shard was taken for damaged
+        shutil.rmtree(folder)
