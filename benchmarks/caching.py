@@ -1,8 +1,8 @@
 """How much of the VAE's own speed `simpletuner cache build` reaches.
 
-The same VAE encodes the same pictures three ways in one process, with the same number of threads: as ready tensors in
+The same VAE encodes the same images three ways in one process, with the same number of threads: as ready tensors in
 batches and nothing else (the bare rate), by `cache build` from the folder to the shards (scan, decoding, crops,
-digests, writing), and by a plain loop that opens, encodes and saves one picture after the other into a file each.
+digests, writing), and by a plain loop that opens, encodes and saves one image after the other into a file each.
 Rounds alternate and the best of each counts, since other programs on the machine only slow things down. The last line
 is JSON; the exit code is 1 when `cache build` is below `--goal` of the bare rate.
 
@@ -42,7 +42,7 @@ VAE = {
 GOAL = 0.90
 
 
-def write_pictures(folder: Path, count: int, side: int) -> None:
+def write_images(folder: Path, count: int, side: int) -> None:
     """PNGs with soft shapes and some noise: neither flat nor random, so that decoding costs what photographs cost."""
     folder.mkdir(parents=True)
     rng = np.random.default_rng(0)
@@ -50,7 +50,7 @@ def write_pictures(folder: Path, count: int, side: int) -> None:
     for index in range(count):
         waves = [np.sin(rng.uniform(2, 12) * x + rng.uniform(2, 12) * y + rng.uniform(0, 6)) for _ in range(3)]
         values = 128 + 100 * np.stack(waves, axis=-1) + rng.normal(0, 4, (side, side, 3))
-        Image.fromarray(values.clip(0, 255).astype(np.uint8)).save(folder / f"picture {index}.png")
+        Image.fromarray(values.clip(0, 255).astype(np.uint8)).save(folder / f"image {index}.png")
 
 
 def write_model(folder: Path) -> None:
@@ -64,12 +64,12 @@ def write_model(folder: Path) -> None:
 
 
 class Bench:
-    """The three ways over the pictures of `folder`."""
+    """The three ways over the images of `folder`."""
 
     def __init__(self, folder: Path, count: int, side: int, batch_size: int):
         from simpletuner.config.loading import load_run
         from simpletuner.models.registry import get_spec
-        from simpletuner.training.parts import build_family
+        from simpletuner.training.build import build_family
 
         self.folder, self.side, self.batch_size = folder, side, batch_size
         self.paths = sorted((folder / "pictures").iterdir())
@@ -126,21 +126,21 @@ def measure(arguments: argparse.Namespace) -> dict[str, object]:
     torch.set_num_threads(arguments.threads)
     with tempfile.TemporaryDirectory(prefix="caching-") as name:
         folder = Path(name)
-        write_pictures(folder / "pictures", arguments.pictures, arguments.source_side)
+        write_images(folder / "pictures", arguments.images, arguments.source_side)
         write_model(folder / "model")
         write_run(folder, arguments.side, vae_batch_size=arguments.batch)
-        bench = Bench(folder, arguments.pictures, arguments.side, arguments.batch)
+        bench = Bench(folder, arguments.images, arguments.side, arguments.batch)
         bench.build()  # imports and warms up
         bench.bare()
         seconds: dict[str, list[tuple[float, float]]] = {"bare": [], "build": [], "plain": []}
         for _ in range(arguments.rounds):
             for way, times in seconds.items():
                 times.append(seconds_of(getattr(bench, way)))
-    rates = {way: arguments.pictures / min(clock for clock, _ in times) for way, times in seconds.items()}
+    rates = {way: arguments.images / min(clock for clock, _ in times) for way, times in seconds.items()}
     used = {way: min(processor for _, processor in times) for way, times in seconds.items()}
     share = rates["build"] / rates["bare"]
     return {
-        "pictures": arguments.pictures,
+        "pictures": arguments.images,
         "side": arguments.side,
         "source_side": arguments.source_side,
         "batch": arguments.batch,
@@ -159,7 +159,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, object]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pictures", type=int, default=500)
-    parser.add_argument("--side", type=int, default=128, help="of the training pictures, pixels")
+    parser.add_argument("--side", type=int, default=128, help="of the training images, pixels")
     parser.add_argument("--source-side", type=int, default=128, help="of the files, pixels")
     parser.add_argument("--batch", type=int, default=1, help="more than 1 pays on accelerators only")
     parser.add_argument("--threads", type=int, default=1, help="of torch")

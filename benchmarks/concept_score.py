@@ -1,7 +1,7 @@
 """Did the adapter learn the concept, and did it forget anything? Judged from the pixels, by a program.
 
-Base and adapter draw the same prompts from the same noise: the new shape in (colour, background) pairs that the
-training set lacks, and old shapes. The sheet shows every picture with its verdict, so that a person can check the
+Base and adapter generate the same prompts from the same noise: the new shape in (colour, background) pairs that the
+training set lacks, and old shapes. The sheet shows every image with its verdict, so that a person can check the
 judge; its green frame means right.
 
     python benchmarks/concept_score.py --adapter output/omnigen-tiny/pytorch_lora_weights.safetensors
@@ -43,18 +43,18 @@ BATCH_SIZE = 16
 # What captions are dropped to in training; the model has never seen the words of a usual negative prompt.
 UNCONDITIONAL = "<cfg>"
 
-Drawer = Callable[[Sequence[str], Sequence[int]], list[Image.Image]]
+Generator = Callable[[Sequence[str], Sequence[int]], list[Image.Image]]
 
 
-def make_drawer(model: Path, adapter: Path | None, steps: int, guidance: float) -> Drawer:
-    """A function from prompts and their seeds to pictures; `adapter` None draws with the base."""
+def make_generator(model: Path, adapter: Path | None, steps: int, guidance: float) -> Generator:
+    """A function from prompts and their seeds to images; `adapter` None generates with the base."""
     import torch
     from lycoris import create_lycoris_from_weights
 
     from simpletuner.models.components import ModelSource
     from simpletuner.models.registry import get_family_class, get_spec
-    from simpletuner.validation.prompts import DrawSettings, PictureRequest
-    from simpletuner.validation.sampling import make_pictures
+    from simpletuner.validation.prompts import GenerationSettings, ImageRequest
+    from simpletuner.validation.sampling import make_images
 
     spec = get_spec("omnigen")
     family = get_family_class(spec)(spec, ModelSource(str(model)), torch.device("cpu"), torch.float32)
@@ -64,13 +64,13 @@ def make_drawer(model: Path, adapter: Path | None, steps: int, guidance: float) 
         network.apply_to()
         network.eval()
     pipeline = family.pipeline(denoiser, family.load_vae())
-    settings = DrawSettings(steps, guidance, UNCONDITIONAL)
+    settings = GenerationSettings(steps, guidance, UNCONDITIONAL)
 
     def draw(prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
         asked = zip(prompts, seeds, strict=True)
-        requests = [PictureRequest("score", prompt, SIDE, SIDE, seed, settings) for prompt, seed in asked]
-        pictures = make_pictures(pipeline, requests, BATCH_SIZE)
-        return [picture.image for picture in pictures]
+        requests = [ImageRequest("score", prompt, SIDE, SIDE, seed, settings) for prompt, seed in asked]
+        images = make_images(pipeline, requests, BATCH_SIZE)
+        return [image.image for image in images]
 
     return draw
 
@@ -100,10 +100,10 @@ def choose_scenes(
     return scenes
 
 
-def judge_all(draw: Drawer, scenes: Sequence[Scene], seed: int) -> list[tuple[Image.Image, Scene, Verdict]]:
+def judge_all(draw: Generator, scenes: Sequence[Scene], seed: int) -> list[tuple[Image.Image, Scene, Verdict]]:
     judge = Judge(SIDE, SIDE)
-    pictures = draw([scene.caption() for scene in scenes], [seed * 1000 + i for i in range(len(scenes))])
-    return [(picture, scene, judge.judge(picture, scene)) for picture, scene in zip(pictures, scenes, strict=True)]
+    images = draw([scene.caption() for scene in scenes], [seed * 1000 + i for i in range(len(scenes))])
+    return [(image, scene, judge.judge(image, scene)) for image, scene in zip(images, scenes, strict=True)]
 
 
 def share_right(judged: Sequence[tuple[Image.Image, Scene, Verdict]]) -> float:
@@ -111,7 +111,7 @@ def share_right(judged: Sequence[tuple[Image.Image, Scene, Verdict]]) -> float:
 
 
 def write_sheet(path: Path, sections: dict[str, list[tuple[Image.Image, Scene, Verdict]]], columns: int = 8) -> None:
-    """All pictures, twice enlarged, with what was asked and the verdict below each."""
+    """All images, twice enlarged, with what was asked and the verdict below each."""
     cell_width, cell_height, heading = 2 * SIDE + 60, 2 * SIDE + 46, 24
     rows = sum(-(-len(judged) // columns) for judged in sections.values())
     sheet = Image.new("RGB", (columns * cell_width, rows * cell_height + heading * len(sections)), "white")
@@ -120,11 +120,11 @@ def write_sheet(path: Path, sections: dict[str, list[tuple[Image.Image, Scene, V
     for title, judged in sections.items():
         pen.text((8, y + 6), f"{title}: {100 * share_right(judged):.0f} % right", fill="black")
         y += heading
-        for i, (picture, scene, verdict) in enumerate(judged):
+        for i, (image, scene, verdict) in enumerate(judged):
             left, top = (i % columns) * cell_width + 6, y + (i // columns) * cell_height + 6
             frame = "green" if verdict.is_right else "red"
             pen.rectangle((left - 4, top - 4, left + 2 * SIDE + 3, top + 2 * SIDE + 3), fill=frame)
-            sheet.paste(picture.resize((2 * SIDE, 2 * SIDE), Image.Resampling.NEAREST), (left, top))
+            sheet.paste(image.resize((2 * SIDE, 2 * SIDE), Image.Resampling.NEAREST), (left, top))
             words = [scene.size, scene.colour, scene.shape, scene.position]
             asked = " ".join(word for word in words if word)
             lines = f"{asked}\non {scene.background}: {verdict.reason}"
@@ -134,7 +134,7 @@ def write_sheet(path: Path, sections: dict[str, list[tuple[Image.Image, Scene, V
     sheet.save(path)
 
 
-def score(base: Drawer, adapted: Drawer, concept: Path, seed: int, sheet: Path) -> dict[str, object]:
+def score(base: Generator, adapted: Generator, concept: Path, seed: int, sheet: Path) -> dict[str, object]:
     rng = random.Random(seed)
     new = choose_scenes((NEW_SHAPE,), unseen_pairs(concept), NUM_PROMPTS, rng)
     every_pair = [(colour, background) for colour in COLOURS for background in BACKGROUNDS]
@@ -177,8 +177,8 @@ def main() -> int:
     arguments = parser.parse_args()
     if not arguments.adapter.is_file():
         parser.error(f"there is no adapter file {arguments.adapter}")
-    base = make_drawer(arguments.model, None, arguments.steps, arguments.guidance)
-    adapted = make_drawer(arguments.model, arguments.adapter, arguments.steps, arguments.guidance)
+    base = make_generator(arguments.model, None, arguments.steps, arguments.guidance)
+    adapted = make_generator(arguments.model, arguments.adapter, arguments.steps, arguments.guidance)
     figures = score(base, adapted, arguments.concept, arguments.seed, arguments.sheet)
     print(json.dumps(figures))
     return 0 if figures["goal_reached"] else 1

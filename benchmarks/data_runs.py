@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def write_run(folder: Path, side: int, **options: object) -> None:
-    """Write `config.json` and `data.json`: captions from names, pictures of `side` pixels, one step."""
+    """Write `config.json` and `data.json`: captions from names, images of `side` pixels, one step."""
     config = {
         "model_family": "omnigen",
         "model_type": "full",

@@ -23,7 +23,7 @@ from gpu_rows import ROWS, Setting, measure, now, step_of
 from torch import nn
 
 from simpletuner.precision.mixed import exact_float32, use_tf32
-from simpletuner.training.recomputing import Recomputing
+from simpletuner.training.gradient_checkpointing import GradientCheckpointing
 
 Measure = Callable[[Setting], dict[str, Any]]
 
@@ -105,7 +105,7 @@ def waits(setting: Setting) -> dict[str, Any]:
     """4. Where the host waits for the device in three steps."""
     step = step_of(ROWS["plain"], setting)
     step.take(0)
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as reported:
         warnings.simplefilter("always")
         if setting.device.type == "cuda":
             torch.cuda.set_sync_debug_mode("warn")
@@ -113,18 +113,18 @@ def waits(setting: Setting) -> dict[str, Any]:
             step.take(number)
         if setting.device.type == "cuda":
             torch.cuda.set_sync_debug_mode("default")
-    places = [f"{Path(each.filename).name}:{each.lineno}" for each in told if "synchroniz" in str(each.message)]
+    places = [f"{Path(each.filename).name}:{each.lineno}" for each in reported if "synchroniz" in str(each.message)]
     return {"waits_in_three_steps": len(places), "places": sorted(set(places))}
 
 
-def parked_dropout(setting: Setting) -> dict[str, Any]:
+def offloaded_dropout(setting: Setting) -> dict[str, Any]:
     """5. Gradients of inputs in main memory against plain checkpointing, with dropout."""
     device, found = setting.device, []
-    for parks in (False, True):
+    for offloads in (False, True):
         torch.manual_seed(0)
         layers = (nn.Sequential(nn.Linear(256, 256), nn.Dropout(0.5), nn.Linear(256, 256)) for _ in range(6))
         blocks = nn.Sequential(*layers).to(device)
-        recomputing = Recomputing(device, parks_inputs=parks)
+        recomputing = GradientCheckpointing(device, offloads_inputs=offloads)
         for _ in range(2):
             blocks.zero_grad()
             torch.manual_seed(1)
@@ -231,7 +231,7 @@ MEASURES: Mapping[str, Measure] = {
     "3 profile at 1024 px": partial(profile, 1024),
     "3 profile at 512 px": partial(profile, 512),
     "4 waits": waits,
-    "5 parked inputs with dropout": parked_dropout,
+    "5 parked inputs with dropout": offloaded_dropout,
     "6 all blocks swapped": partial(rows, ["all blocks swapped"]),
     "7 recomputed to fit, then all weights by measure": partial(
         rows, ["recomputed to fit 15.5 GiB", "all weights by measure"]

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from simpletuner.activation_memory.modules import reduce_activation_memory
 from simpletuner.adapters.base import Adapter
 from simpletuner.adapters.full import FullAdapter
 from simpletuner.adapters.lycoris import LycorisAdapter, attach_lycoris
@@ -24,7 +25,6 @@ from simpletuner.batch import Batch
 from simpletuner.commands.memory import mix_that_fits, swapped_out
 from simpletuner.commands.shapes import empty_batch, measure_activations, num_bytes, optimizer_bytes
 from simpletuner.examples import example_dir
-from simpletuner.lean.modules import make_lean
 from simpletuner.models.components import ModelSource
 from simpletuner.models.omnigen.denoiser import install
 from simpletuner.models.omnigen.family import OmniGen
@@ -33,9 +33,9 @@ from simpletuner.optim.clipping import clip_by_value
 from simpletuner.optim.optimizers import build_optimizer
 from simpletuner.precision.mixed import autocast, deterministic_kernels
 from simpletuner.precision.quantise import NumberFormats, saved_bytes
+from simpletuner.training.gradient_checkpointing import GradientCheckpointing
 from simpletuner.training.kernels import compile_blocks
-from simpletuner.training.recomputing import Recomputing
-from simpletuner.training.step import compute_losses, draw_noise
+from simpletuner.training.step import compute_losses, sample_noise
 from simpletuner.training.swapping import move_with_swap, repeated_blocks
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -97,8 +97,8 @@ class Row:
 
     precision: str = "no_change"
     recomputes: bool = False
-    measures_room: bool = False
-    parks_inputs: bool = False
+    measures_memory: bool = False
+    offloads_inputs: bool = False
     swaps: bool = False
     backend: str = "no"
     deterministic: bool = False
@@ -109,19 +109,19 @@ class Row:
 
 ROWS = {
     "plain": Row(),
-    "recomputed to fit 15.5 GiB": Row(recomputes=True, measures_room=True, card_gib=15.5, goal=(0.30, 14.0)),
+    "recomputed to fit 15.5 GiB": Row(recomputes=True, measures_memory=True, card_gib=15.5, goal=(0.30, 14.0)),
     "recomputed": Row(recomputes=True, goal=(0.40, 10.0)),
     "plain deterministic": Row(deterministic=True),
     "recomputed deterministic": Row(recomputes=True, deterministic=True),
-    "inputs in main memory": Row(recomputes=True, parks_inputs=True),
+    "inputs in main memory": Row(recomputes=True, offloads_inputs=True),
     "all blocks swapped": Row(recomputes=True, swaps=True),
-    "all weights by measure": Row(recomputes=True, measures_room=True, trains_all=True),
+    "all weights by measure": Row(recomputes=True, measures_memory=True, trains_all=True),
     "int8": Row(precision="int8-quanto"),
     "int8 recomputed": Row(precision="int8-quanto", recomputes=True),
     "fp8 recomputed": Row(precision="fp8-torchao", recomputes=True),
     "nf4 recomputed": Row(precision="nf4-bnb", recomputes=True),
     "int4 recomputed": Row(precision="int4-quanto", recomputes=True),
-    "int8 inputs in main memory": Row(precision="int8-quanto", recomputes=True, parks_inputs=True),
+    "int8 inputs in main memory": Row(precision="int8-quanto", recomputes=True, offloads_inputs=True),
     "int8 all blocks swapped": Row(precision="int8-quanto", recomputes=True, swaps=True),
     "compiled": Row(backend="inductor"),
     "compiled recomputed": Row(backend="inductor", recomputes=True),
@@ -147,7 +147,7 @@ class RandomOmniGen(OmniGen):
         )
 
     def load_denoiser(self) -> nn.Module:
-        return install(make_lean(self.public()))
+        return install(reduce_activation_memory(self.public()))
 
 
 def random_module(make: Callable[[], nn.Module], device: torch.device, dtype: torch.dtype) -> nn.Module:
@@ -188,7 +188,9 @@ class Step:
         )
         blocks = self.family.spec.block_classes
         move_with_swap(self.denoiser, blocks, len(repeated_blocks(self.denoiser, blocks)) if row.swaps else 0, device)
-        self.recomputing = Recomputing(device, is_measured=row.measures_room, parks_inputs=row.parks_inputs)
+        self.recomputing = GradientCheckpointing(
+            device, is_measured=row.measures_memory, offloads_inputs=row.offloads_inputs
+        )
         if row.recomputes:
             self.denoiser.enable_gradient_checkpointing(self.recomputing)
         compile_blocks(self.denoiser, blocks, row.backend)
@@ -207,7 +209,7 @@ class Step:
         batch = batch or self.batch
         quantiles = torch.full((len(batch),), (number % 10 + 0.5) / 10, dtype=torch.float64)
         with autocast(self.setting.device, "bf16"):
-            losses = compute_losses(self.family, self.denoiser, batch, draw_noise(batch, 0, number), quantiles)
+            losses = compute_losses(self.family, self.denoiser, batch, sample_noise(batch, 0, number), quantiles)
         losses.weighted_sum.backward()
         clip_by_value(self.parameters.values(), 2.0)
         self.optimizer.step()
@@ -265,10 +267,10 @@ def planned_bytes(row: Row, setting: Setting, step: Step) -> int:
     count = len(activations.inside)
     others = frozen + 2 * num_bytes(trained.values()) + state
     recomputed = range(count - 1) if row.recomputes else range(0)
-    if row.measures_room:
+    if row.measures_memory:
         free = int((row.card_gib or 80) * 2**30) if setting.device.type == "cpu" else free_bytes(setting, row)
         recomputed = mix_that_fits(activations, free - others)
-    return others + activations.peak(recomputed, row.parks_inputs)
+    return others + activations.peak(recomputed, row.offloads_inputs)
 
 
 def free_bytes(setting: Setting, row: Row) -> int:

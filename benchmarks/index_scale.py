@@ -1,6 +1,6 @@
-"""How the index of pictures behaves from ten thousand files to a million: scan, warm start, memory, sampler.
+"""How the index of images behaves from ten thousand files to a million: scan, warm start, memory, sampler.
 
-Makes folders of small pictures below a temporary folder, indexes them, fills their cache of latents, and starts again
+Makes folders of small images below a temporary folder, indexes them, fills their cache of latents, and starts again
 on the unchanged folder. A warm start is a new process that goes from nothing to the latents of the first batch; it is
 compared with a bare walk, a new process too, that lists the same folders and asks for the status of each file and does
 nothing else. The interpreter and imports are left out of both. Everything is removed at the end. The last line is JSON;
@@ -42,8 +42,8 @@ STARTS = 3
 STEPS = 2000
 
 
-def make_pictures(root: Path, count: int) -> None:
-    """`count` different pictures of 8x8 pixels; one kind of file, a number in its pixels."""
+def make_images(root: Path, count: int) -> None:
+    """`count` different images of 8x8 pixels; one kind of file, a number in its pixels."""
     from PIL import Image
 
     for start in range(0, count, FILES_PER_FOLDER):
@@ -52,7 +52,7 @@ def make_pictures(root: Path, count: int) -> None:
         for number in range(start, min(start + FILES_PER_FOLDER, count)):
             buffer = io.BytesIO()
             Image.frombytes("RGB", (8, 8), number.to_bytes(192, "big")).save(buffer, "PPM")
-            (folder / f"a picture {number}.ppm").write_bytes(buffer.getvalue())
+            (folder / f"an image {number}.ppm").write_bytes(buffer.getvalue())
 
 
 def walk(root: Path) -> dict[str, float]:
@@ -79,7 +79,7 @@ def start(root: Path, work_dir: Path) -> dict[str, float]:
     from simpletuner.data.datasets import build_datasets
     from simpletuner.data.sampler import Sampler
     from simpletuner.models.registry import get_spec
-    from simpletuner.training.latents import name_of_all
+    from simpletuner.training.latents import set_fingerprint
     from simpletuner.training.memory import peak_bytes
 
     loaded = load_run((), {}, root.parent, get_spec)
@@ -87,7 +87,7 @@ def start(root: Path, work_dir: Path) -> dict[str, float]:
     spec = get_spec("omnigen")
     [dataset] = build_datasets(loaded.datasets, loaded.config, spec, work_dir)
     cache = LatentCache(TensorStore(work_dir / "latents"), SimpleNamespace(spec=spec), "a VAE")
-    is_complete = cache.store.complete(name_of_all(dataset, dataset.id, cache)) is not None
+    is_complete = cache.store.complete(set_fingerprint(dataset, dataset.id, cache)) is not None
     sampler = Sampler([dataset], 4, 0)
     batch = [dataset.samples[index] for index in sampler.batch(0, 0).sample_indices]
     if is_complete:
@@ -115,13 +115,13 @@ def write_latents(dataset: Dataset, cache: LatentCache) -> None:
     import torch
 
     from simpletuner.cache.store import StoreWriter
-    from simpletuner.training.latents import name_of_all
+    from simpletuner.training.latents import set_fingerprint
 
     moments = {"mean": torch.zeros(1), "std": torch.zeros(1)}
     with StoreWriter(cache.store) as writer:
         for sample in dataset.samples:
             writer.put(cache.key(sample), moments)
-    cache.store.note_complete(name_of_all(dataset, dataset.id, cache), len(dataset.samples))
+    cache.store.note_complete(set_fingerprint(dataset, dataset.id, cache), len(dataset.samples))
 
 
 def in_new_process(way: str, folder: Path) -> dict[str, float]:
@@ -134,7 +134,7 @@ def measure_size(folder: Path, count: int) -> dict[str, float]:
     folder.mkdir()
     write_model_folder(folder / "model")
     write_run(folder, 64)
-    make_pictures(folder / "pictures", count)
+    make_images(folder / "pictures", count)
     first = in_new_process("start", folder)
     assert first["pictures"] == count
     assert not first["is_complete"]

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from simpletuner.lean import recipes
+from simpletuner.activation_memory import recompute
 from simpletuner.models.omnigen import attention
 
 META = torch.device("meta")
@@ -102,13 +102,13 @@ def count(side: Side) -> Kernels:
 
 
 def compare(family: str, adapter: str, recomputes: bool, shape: Any = None) -> dict[str, Any]:
-    usual = recipes.LARGE
+    usual = recompute.LARGE
     lean = count(ours(family, adapter, recomputes, META, 1024, shape))
-    recipes.LARGE = sys.maxsize
+    recompute.LARGE = sys.maxsize
     try:
         plain = count(ours(family, adapter, recomputes, META, 1024, shape))
     finally:
-        recipes.LARGE = usual
+        recompute.LARGE = usual
     theirs = count(published(family, adapter, recomputes, META, 1024, shape))
     return {
         "lean": lean.total,

@@ -15,16 +15,16 @@ import torch
 from gpu_rows import FULL, PROMPT, RandomOmniGen, random_module
 from torch import Tensor, nn
 
+from simpletuner.activation_memory.modules import reduce_activation_memory
 from simpletuner.adapters.lora import LoraSettings, attach_lora
 from simpletuner.adapters.lycoris import attach_lycoris
 from simpletuner.batch import PromptEmbeds
 from simpletuner.commands.shapes import empty_batch
-from simpletuner.lean.modules import make_lean
 from simpletuner.models.components import ModelSource
 from simpletuner.models.flux.family import Flux
 from simpletuner.models.registry import get_spec
-from simpletuner.training.recomputing import Recomputing
-from simpletuner.training.step import compute_losses, draw_noise
+from simpletuner.training.gradient_checkpointing import GradientCheckpointing
+from simpletuner.training.step import compute_losses, sample_noise
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 RANK, FACTOR = 16, 16
@@ -64,7 +64,7 @@ class RandomFlux(Flux):
         return random_module(lambda: FluxTransformer2DModel(**self.shape), self.device, self.dtype)
 
     def load_denoiser(self) -> nn.Module:
-        return make_lean(self.public())
+        return reduce_activation_memory(self.public())
 
 
 def family_of(name: str, shape: dict[str, Any] | None, device: torch.device) -> RandomOmniGen | RandomFlux:
@@ -101,10 +101,10 @@ def ours(name: str, adapter: str, recomputes: bool, device: torch.device, pixels
         lycoris["apply_preset"] |= {"use_fnmatch": True}  # type: ignore[operator]
         attach_lycoris(denoiser, lycoris, family.spec, torch.bfloat16, seed=0)
     if recomputes:
-        denoiser.enable_gradient_checkpointing(Recomputing(device))
+        denoiser.enable_gradient_checkpointing(GradientCheckpointing(device))
     denoiser.train()
     batch = empty_batch(family, pixels, pixels, family.encode_prompts([PROMPT]))
-    noise, quantiles = draw_noise(batch, 0, 0), torch.full((1,), 0.5, dtype=torch.float64)
+    noise, quantiles = sample_noise(batch, 0, 0), torch.full((1,), 0.5, dtype=torch.float64)
     if device.type == "meta":
         noise = torch.zeros_like(batch.latents)  # type: ignore[arg-type]
     trained = [parameter for parameter in denoiser.parameters() if parameter.requires_grad]

@@ -55,7 +55,7 @@ def main() -> int:
 
 
 def seconds_to_first_step(folder: Path) -> float:
-    """Train one step of the example afresh, no pictures, no eval loss; until its record is written."""
+    """Train one step of the example again, no images, no eval loss; until its record is written."""
     shutil.rmtree(folder / "output", ignore_errors=True)
     started = time.time()
     seconds_of(

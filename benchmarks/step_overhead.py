@@ -80,7 +80,7 @@ def one_pair(folder: Path, steps: int, threads: int) -> tuple[float, float]:
 
 
 def train(folder: Path, threads: int) -> float:
-    """Run `simpletuner train` afresh; median seconds from one step's record to the next."""
+    """Run `simpletuner train` again; median seconds from one step's record to the next."""
     shutil.rmtree(folder / "output", ignore_errors=True)
     run([sys.executable, "-m", "simpletuner", "train"], folder, threads)
     records = [json.loads(line) for line in (folder / "output" / "metrics.jsonl").read_text().splitlines()]
@@ -142,20 +142,20 @@ def bare_loop(folder: Path, steps: int) -> float:
 
 def caption(index: int) -> str:
     """Of one length in tokens, so that both sides give the model the same work."""
-    return f"picture number {index:02d} of a benchmark, with a caption of usual length"
+    return f"image number {index:02d} of a benchmark, with a caption of usual length"
 
 
 def write_run(folder: Path, steps: int) -> None:
-    """A random model, 64 random pictures and the configuration of the trainer's side."""
+    """A random model, 64 random images and the configuration of the trainer's side."""
     from PIL import Image
 
     write_model(folder / "model")
-    pictures = folder / "pictures"
-    pictures.mkdir()
+    images = folder / "pictures"
+    images.mkdir()
     rng = random.Random(0)
     for index in range(64):
-        Image.frombytes("RGB", (SIDE, SIDE), rng.randbytes(3 * SIDE * SIDE)).save(pictures / f"{index:03d}.png")
-        (pictures / f"{index:03d}.txt").write_text(caption(index))
+        Image.frombytes("RGB", (SIDE, SIDE), rng.randbytes(3 * SIDE * SIDE)).save(images / f"{index:03d}.png")
+        (images / f"{index:03d}.txt").write_text(caption(index))
     config = {
         "model_family": "omnigen",
         "model_type": "lora",

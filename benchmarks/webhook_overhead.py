@@ -2,7 +2,7 @@
 
 One process trains a tiny OmniGen without end. Blocks of steps with a webhook and without take turns, in an order that
 turns around too, so that whatever else the machine does falls on both; each block of a pair also tells of a checkpoint
-and of pictures. The service is a process of its own. What is compared, pair by pair:
+and of images. The service is a process of its own. What is compared, pair by pair:
 
 - seconds per step, median of the block: what a user waits. Valid on a quiet machine only; pairs of two blocks that both
   have no webhook ("nothing") say how far two equal things differ here.
@@ -159,7 +159,7 @@ class Trainer:
         from simpletuner.config.loading import load_run
         from simpletuner.models.registry import get_spec
         from simpletuner.reporting.bus import EventBus
-        from simpletuner.reporting.events import SavedPicture
+        from simpletuner.reporting.events import SavedImage
         from simpletuner.training.signals import StopRequest
         from simpletuner.training.trainer import build_run
 
@@ -169,9 +169,9 @@ class Trainer:
             **{"train_batch_size": 4, "validation_disable": True, "checkpoint_step_interval": 0},
             **{"eval_loss_disable": True, "data_backend_config": "data.json"},
         }
-        # One kind of picture: all steps do the same work.
-        pictures = str(example_config().parent / "datasets" / "concept")
-        entry = {"id": "pictures", "instance_data_dir": pictures, "caption_strategy": "textfile", "resolution": 64}
+        # One kind of image: all steps do the same work.
+        images = str(example_config().parent / "datasets" / "concept")
+        entry = {"id": "pictures", "instance_data_dir": images, "caption_strategy": "textfile", "resolution": 64}
         (folder / "data.json").write_text(json.dumps([entry]))
         given = [f"--{key}={value}" for key, value in arguments.items()]
         loaded = load_run(given, {"CONFIG_PATH": str(example_config())}, folder, get_spec)
@@ -180,12 +180,12 @@ class Trainer:
         self.run.denoiser.train()
         path = folder / "picture.png"
         Image.effect_noise((1024, 1024), 90).convert("RGB").save(path)
-        self.picture = SavedPicture(path, "noise", "noise", 1024, 1024, 1, "live")
+        self.image = SavedImage(path, "noise", "noise", 1024, 1024, 1, "live")
 
     def block(self, url: str | None, steps: int) -> Block:
         """Some steps with a webhook at `url`, or without."""
         from simpletuner.reporting.bus import EventBus
-        from simpletuner.reporting.events import CheckpointSaved, PicturesMade
+        from simpletuner.reporting.events import CheckpointSaved, ImagesMade
         from simpletuner.reporting.sinks.jsonl import JsonlSink
 
         sinks: list[Any] = [JsonlSink(self.folder / "metrics")]
@@ -199,7 +199,7 @@ class Trainer:
                 if index == steps // 3:
                     bus.emit(CheckpointSaved(self.run.state.global_step, "checkpoint"))
                 if index == steps // 2:
-                    bus.emit(PicturesMade(self.run.state.global_step, (self.picture,) * 2))
+                    bus.emit(ImagesMade(self.run.state.global_step, (self.image,) * 2))
                 wall.append(time.perf_counter() - before)
             thread = (time.thread_time() - started_thread) / steps
             handle = timer.seconds / steps if timer else 0.0

@@ -29,7 +29,7 @@ _LANGUAGES = {".py": "python", ".json": "json", ".sh": "bash"}
 
 
 def fill(text: str) -> str:
-    """A page with its marked places filled anew; everything else as it is."""
+    """A page with its marked places filled again; everything else as it is."""
     return _MARK.sub(_filled, text)
 
 

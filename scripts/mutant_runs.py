@@ -1,7 +1,7 @@
 """Runs tests with planted faults: in forks of a process that has imported the package and collected the tests.
 
 A fork puts the code of its fault into the function that is imported already, and into a copy of the package's files for
-programs that tests start. Where a fault is no function's, all is imported anew.
+programs that tests start. Where a fault is no function's, all is imported again.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Scratch:
         original = path.read_bytes()
         modified = path.stat().st_mtime
         path.write_text(mutant.apply(original.decode()), encoding="utf-8")
-        # Compiled files are told apart by whole seconds and size: each fault gets a time of its own.
+        # Compiled files are distinguished by whole seconds and size: each fault gets a time of its own.
         self._count += 1
         os.utime(path, (modified + 10 * self._count, modified + 10 * self._count))
         self._planted = path, original, modified
@@ -236,7 +236,7 @@ def _bare(found: object) -> FunctionType | None:
 
 
 def forget_package() -> None:
-    """Import the package anew where it is next asked for: its values at import have changed."""
+    """Import the package again where it is next asked for: its values at import have changed."""
     for name in [name for name in sys.modules if name.split(".")[0] in ("simpletuner", "tests")]:
         del sys.modules[name]
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Crop:
-    """How a picture becomes pixels: resize to `intermediate`, cut `target` out at (`top`, `left`). All in pixels."""
+    """How an image becomes pixels: resize to `intermediate`, cut `target` out at (`top`, `left`). All in pixels."""
 
     intermediate_height: int
     intermediate_width: int
@@ -27,7 +27,7 @@ class Crop:
 
 @dataclass(frozen=True)
 class Sample:
-    """One usable picture of a dataset.
+    """One usable image of a dataset.
 
     Args:
         dataset_id: `id` of the dataset entry.
@@ -36,9 +36,9 @@ class Sample:
         width: pixels after EXIF orientation.
         height: pixels after EXIF orientation.
         captions: every caption variant that the caption strategy found; at least one, none for references.
-        crop: what is cut out of the picture.
+        crop: what is cut out of the image.
         is_flipped: mirrored left to right after the cut.
-        references: the reference pictures of edit training, in the order in which the model sees them.
+        references: the reference images of edit training, in the order in which the model sees them.
     """
 
     dataset_id: str
@@ -52,7 +52,7 @@ class Sample:
     references: tuple[Sample, ...] = ()
 
     def mirrored(self) -> Sample:
-        """The same pictures the other way round, references too."""
+        """The same images the other way round, references too."""
         references = tuple(reference.mirrored() for reference in self.references)
         return replace(self, is_flipped=not self.is_flipped, references=references)
 
@@ -74,7 +74,7 @@ class Batch:
     Args:
         latents: (B, C, h, w) float32, scaled and shifted; or a list of B tensors (C, h, w).
         prompt_embeds: B entries.
-        references: per sample the latents of its reference pictures, (C, h, w) each; empty where there are none.
+        references: per sample the latents of its reference images, (C, h, w) each; empty where there are none.
         slots: index of each sample in the global batch of its optimizer step; keys its noise and timestep.
         digests: content digest of each sample; keys the fixed noise of the eval loss.
         loss_weights: (B,) float32; 0 for a sample that only fills up a short batch.
@@ -82,7 +82,7 @@ class Batch:
         dataset_id: all samples of a batch come from one dataset.
         is_regularisation: the target is the base model's own prediction (prior preservation).
         captions: the caption that was drawn for each sample, for reports.
-        samples: where each row comes from, for families that are told sizes and crops; empty where there is no picture.
+        samples: where each row comes from, for families that see sizes and crops; empty where there is no image.
     """
 
     latents: torch.Tensor | list[torch.Tensor]

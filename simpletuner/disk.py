@@ -1,7 +1,7 @@
 """What the operating system refuses, in words: any error of a disk becomes one message with exit code 3.
 
 Which errors a disk can give is no short list (full, over quota, a stale mount, too many open files, a folder that is
-gone), so every errno is told; only what a network connection raises is left to its caller.
+gone), so every errno is reported; only what a network connection raises is left to its caller.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from simpletuner.errors import DataError, Problem
-from simpletuner.leftovers import parse_name
+from simpletuner.tempnames import parse_name
 
 _FREE_SPACE = "free some space, then start again: what was committed before is untouched"
 _OTHER_FOLDER = "choose another folder, or make this one writable"
@@ -68,7 +68,7 @@ def disk_error(error: BaseException, place: Path | None = None, what: str = "use
     """
     if isinstance(error, sqlite3.DatabaseError):
         message = f"a database of the cache cannot be used: {error}"
-        fix = "make room on its disk and its folder writable; it may be removed, and is then made anew"
+        fix = "make room on its disk and its folder writable; it may be removed, and is then made again"
         return DiskError(Problem(message, file=str(place) if place else None, key="cache_dir", fix=fix), None)
     number = errno_of(error)
     if number is None:
@@ -80,7 +80,7 @@ def disk_error(error: BaseException, place: Path | None = None, what: str = "use
 
 
 def is_damage(error: Exception) -> bool:
-    """Whether the content of a database is at fault, so that it must be made anew; else it is locked, its disk full or
+    """Whether the content of a database is at fault, so that it must be made again; else it is locked, its disk full or
     its folder read-only. A flipped bit in the name of a table looks like a mistake of the query."""
     if not isinstance(error, sqlite3.OperationalError):
         return True
@@ -107,22 +107,22 @@ def disk_errors(path: Path) -> Iterator[None]:
         is_elsewhere = isinstance(place, str | bytes) and not Path(os.fsdecode(place)).is_relative_to(path.parent)
         # Inside of a folder that is being written, `commit_dir` tells it with the name that the user knows.
         is_inside = any(parse_name(part) for part in path.parts)
-        told = None if is_elsewhere or is_inside else disk_error(error, path, "written")
-        if told is None:
+        reported = None if is_elsewhere or is_inside else disk_error(error, path, "written")
+        if reported is None:
             raise
-        raise told from error
+        raise reported from error
 
 
 @contextlib.contextmanager
-def told_as_disk_errors() -> Iterator[None]:
+def reported_as_disk_errors() -> Iterator[None]:
     """Turn whatever a disk refuses in the block, wherever that is, into a DiskError."""
     try:
         yield
     except Exception as error:
-        told = disk_error(error)
-        if told is None:
+        reported = disk_error(error)
+        if reported is None:
             raise
-        raise told from error
+        raise reported from error
 
 
 def is_writable(path: Path) -> bool:

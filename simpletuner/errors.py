@@ -1,4 +1,4 @@
-"""Errors that a user can mend, and the exit code that each kind ends the program with.
+"""Errors that a user can fix, and the exit code that each kind ends the program with.
 
 Every such error prints as a block of text without a traceback: what was given, what is allowed, which key of which
 file, what to do. `assert` and the built-in exceptions stay for our own mistakes, which do print a traceback.
@@ -60,7 +60,7 @@ def plain_value(value: Any) -> str:
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong, and how to mend it.
+    """One thing that is wrong, and how to fix it.
 
     Args:
         message: what was given and why it cannot be used, one or two sentences.
@@ -85,7 +85,7 @@ class Problem:
             place = f"{self.file}:{self.line}"
         head = ": ".join(part for part in (place, self.key, self.message) if part)
         tail = [f"  allowed: {self.allowed}"] if self.allowed else []
-        tail += [f"  to mend it: {self.fix}"] if self.fix else []
+        tail += [f"  fix: {self.fix}"] if self.fix else []
         return "\n".join([head, *tail])
 
 
@@ -115,7 +115,7 @@ class MissingDependency(ConfigError):
 
 
 class DataError(SimpleTunerError):
-    """Pictures, captions, caches, model files or disk space that stop the run."""
+    """Images, captions, caches, model files or disk space that stop the run."""
 
     exit_code = EXIT_DATA
 
@@ -141,7 +141,7 @@ class Interrupted(SimpleTunerError):
 
 
 class Stopping(Exception):
-    """No error: leaves off work that can wait (pictures, an evaluation) where the run is asked to stop.
+    """No error: leaves off work that can wait (images, an evaluation) where the run is asked to stop.
 
     Whoever began the work catches it; the loop then saves and raises `Interrupted`.
     """

@@ -1,4 +1,4 @@
-"""Fonts for pictures with words in them. Pillow's own has no accents and no script but Latin, and prompts have.
+"""Fonts for images with words in them. Pillow's own has no accents and no script but Latin, and prompts have.
 
 Where it lacks a character of a text, the fonts of the machine are asked; the one that lacks the fewest is taken.
 """

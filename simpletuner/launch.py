@@ -39,7 +39,7 @@ def load_arguments(
         arguments: `example=NAME`, `env=NAME`, `--key=value`.
         say: told which configuration is used where nobody chose one.
         config_file: chosen by an option of the verb.
-        check_files: whether pictures and output folder must be there; only training needs them.
+        check_files: whether images and output folder must be there; only training needs them.
 
     Raises:
         ConfigError: anything that cannot be used, all of it at once.
@@ -218,8 +218,8 @@ def spec_of_model(source: ModelSource) -> FamilySpec:
 
 
 @dataclass(frozen=True)
-class DrawingDefaults:
-    """How pictures are drawn where the command line does not say: the `validation_*` options."""
+class GenerationDefaults:
+    """How images are generated where the command line does not say: the `validation_*` options."""
 
     negative_prompt: str | None
     height: int
@@ -228,7 +228,7 @@ class DrawingDefaults:
     guidance: float
 
 
-def drawing_defaults(spec: FamilySpec, config: TrainConfig | None = None) -> DrawingDefaults:
+def generation_defaults(spec: FamilySpec, config: TrainConfig | None = None) -> GenerationDefaults:
     """From a configuration, or where there is none from the family's and the declared defaults."""
     from simpletuner.config.options import all_options
     from simpletuner.config.values import parse_sizes
@@ -239,7 +239,7 @@ def drawing_defaults(spec: FamilySpec, config: TrainConfig | None = None) -> Dra
         return getattr(config, name) if config else defaults.get(name, all_options()[name].default)
 
     size = parse_sizes(value("validation_resolution"))[0]
-    return DrawingDefaults(
+    return GenerationDefaults(
         negative_prompt=value("validation_negative_prompt"),
         height=size.height,
         width=size.width,

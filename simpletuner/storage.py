@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING, Any
 
 from simpletuner.disk import disk_errors
 from simpletuner.errors import DataError, Problem, bytes_text, error_text
-from simpletuner.leftovers import new_sibling, parse_name
-from simpletuner.leftovers import sweep as sweep
-from simpletuner.leftovers import sweep_tree as sweep_tree
+from simpletuner.tempnames import clean_stale as clean_stale
+from simpletuner.tempnames import clean_stale_tree as clean_stale_tree
+from simpletuner.tempnames import new_sibling, parse_name
 
 if TYPE_CHECKING:
     import torch
@@ -70,7 +70,7 @@ def _replace_bytes(path: Path, data: bytes, syncs: bool) -> None:
             _step("rename")
             temporary.replace(path)
         except BaseException:
-            with contextlib.suppress(OSError):  # `sweep` removes it later; the first error is the one to tell
+            with contextlib.suppress(OSError):  # `clean_stale` removes it later; the first error is the one to tell
                 temporary.unlink(missing_ok=True)
             raise
         if syncs:
@@ -129,7 +129,7 @@ def replacing_file(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     syncs = not _is_synced_later(path)
-    # Such writers may go through temporary files of their own, so they get a folder that `sweep` knows.
+    # Such writers may go through temporary files of their own, so they get a folder that `clean_stale` knows.
     temporary = new_sibling(path, "tmp")
     with disk_errors(path):
         try:
@@ -226,7 +226,7 @@ def commit_dir(final_path: str | Path, metadata: Mapping[str, Any] | None = None
     """Yield an empty temporary folder to write into; it becomes `final_path` when the block ends without an error.
 
     If a committed folder of equal content is already there, it stays. A folder of other content is moved aside first
-    and removed last; `sweep` puts it back if the process dies in between.
+    and removed last; `clean_stale` puts it back if the process dies in between.
 
     Args:
         metadata: noted in the manifest; read when the block ends, so the block may still fill it in.
@@ -429,13 +429,13 @@ def _publish(temporary: Path, final_path: Path, manifest: Manifest) -> None:
         temporary.rename(final_path)
     except OSError:
         if aside is not None:
-            with contextlib.suppress(OSError):  # `sweep` puts it back later
+            with contextlib.suppress(OSError):  # `clean_stale` puts it back later
                 aside.rename(final_path)
         raise
     _fsync_dir(final_path.parent)
     if aside is not None:
         _step("rmtree")
-        shutil.rmtree(aside, ignore_errors=True)  # the new folder counts already; `sweep` removes the rest
+        shutil.rmtree(aside, ignore_errors=True)  # the new folder counts already; `clean_stale` removes the rest
 
 
 def _is_synced_later(path: Path) -> bool:

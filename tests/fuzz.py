@@ -27,7 +27,7 @@ from pathlib import Path
 from types import FrameType
 
 from tests.fuzz_seeds import caption_seeds, image_seeds, json_seeds, table_seeds
-from tests.unit.data.pictures import tree_digest, write_picture
+from tests.unit.data.images import tree_digest, write_image
 
 SEED = 14
 CASE_SECONDS = 60.0  # a hundred times what the slowest takes, for machines with other work
@@ -86,7 +86,7 @@ def images(folder: Path, numbers: range) -> None:
     from simpletuner.data.buckets import BucketRules, plan_crop
     from simpletuner.data.captions import CaptionRules, captions_of
     from simpletuner.data.index import Index
-    from simpletuner.data.transforms import load_picture, to_pixels
+    from simpletuner.data.transforms import load_image, to_pixels
 
     seeds, captions = image_seeds(), caption_seeds()
     for number in numbers:
@@ -99,11 +99,11 @@ def images(folder: Path, numbers: range) -> None:
     catalogue = index.scan()
     rules = BucketRules(64, "pixel", crop=True, alignment=8)
     texts = index.texts(catalogue.texts.tolist())
-    for row, text in zip(index.pictures(catalogue.ids.tolist()), texts, strict=True):
-        picture = load_picture(backend.read(os.fsencode(row.path)))
-        assert picture.mode == "RGB"
-        if picture.width * picture.height < 4_000_000:
-            to_pixels(picture, plan_crop(row.height, row.width, rules, 0))
+    for row, text in zip(index.images(catalogue.ids.tolist()), texts, strict=True):
+        image = load_image(backend.read(os.fsencode(row.path)))
+        assert image.mode == "RGB"
+        if image.width * image.height < 4_000_000:
+            to_pixels(image, plan_crop(row.height, row.width, rules, 0))
         for strategy in ("textfile", "filename"):
             for caption in captions_of(row.path, text, CaptionRules(strategy)):
                 caption.encode("utf-8")  # what every tokenizer does
@@ -120,7 +120,7 @@ def tables(folder: Path, numbers: range) -> None:
     from simpletuner.data.index import Index
     from simpletuner.errors import SimpleTunerError
 
-    write_picture(folder / "a.png", 16, 16)
+    write_image(folder / "a.png", 16, 16)
     for number in numbers:
         rng = rng_of("tables", number)
         suffix, data = rng.choice(table_seeds())
@@ -288,7 +288,7 @@ def images_again(folder: Path) -> None:
     index.close()
 
 
-def run(count: int, state: Path | None, tell: Callable[[str], None]) -> None:
+def run(count: int, state: Path | None, report: Callable[[str], None]) -> None:
     """Cases of all kinds until `count` are done, going on from `state`."""
     done = json.loads(state.read_text()) if state and state.exists() else dict.fromkeys(KINDS, 0)
     signal.signal(signal.SIGALRM, _too_slow)
@@ -299,7 +299,7 @@ def run(count: int, state: Path | None, tell: Callable[[str], None]) -> None:
         while done[kind] < total:
             numbers = range(done[kind], min(done[kind] + IMAGES_PER_FOLDER, total))
             faulthandler.dump_traceback_later(5 * CASE_SECONDS, exit=True)
-            tell(f"{kind}/{numbers.start}")
+            report(f"{kind}/{numbers.start}")
             run_part(kind, numbers)
             faulthandler.cancel_dump_traceback_later()
             done[kind] = numbers.stop
@@ -316,7 +316,7 @@ def main() -> None:
     sys.stderr.flush()
     last = [""]
 
-    def tell(place: str) -> None:
+    def report(place: str) -> None:
         last[0] = place
 
     try:
@@ -325,7 +325,7 @@ def main() -> None:
             signal.signal(signal.SIGALRM, _too_slow)
             run_part(kind, range(int(number), int(number) + 1))
         else:
-            run(options.count, options.state, tell)
+            run(options.count, options.state, report)
     except Failed as error:
         print(f"{error} (in {last[0] or options.only})")
         raise SystemExit(1) from error

@@ -82,12 +82,12 @@ def table_seeds() -> list[Seed]:
     image = io.BytesIO()
     Image.new("RGB", (16, 16), "red").save(image, "PNG")
     columns = {"file_name": [name for name, _ in rows], "text": [text for _, text in rows]}
-    pictures = {"image": [{"bytes": image.getvalue(), "path": None}] * 3}
+    images = {"image": [{"bytes": image.getvalue(), "path": None}] * 3}
     seeds = [(".csv", f"file_name,text\n{quoted}".encode()), (".jsonl", jsonl.encode())]
     seeds += [(".csv", f"file_name,text\n{quoted}".encode("utf-16")), (".tsv", b"file_name\ttext\na.png\tone\n")]
     for compression in ("snappy", "none", "zstd"):
         buffer = io.BytesIO()
-        pq.write_table(pa.table(columns | pictures), buffer, compression=compression)
+        pq.write_table(pa.table(columns | images), buffer, compression=compression)
         seeds.append((".parquet", buffer.getvalue()))
     return seeds
 

@@ -48,7 +48,7 @@ def begin_checkpoints(folder: Path) -> None:
 
 def check_checkpoints(folder: Path) -> list[str]:
     """What a restart would trip over."""
-    storage.sweep(folder)
+    storage.clean_stale(folder)
     problems = [f"left over: {path.name}" for path in folder.iterdir() if path.name.startswith(".")]
     found = sorted(folder.glob("checkpoint-*"))
     problems += [problem for path in found for problem in storage.verify_dir(path)]
@@ -91,7 +91,7 @@ def check_store(folder: Path) -> list[str]:
         if store.missing(entries("new")):
             problems.append("cannot be filled up")
     if (folder / "store" / "quarantine").exists():
-        problems.append("something was set aside")
+        problems.append("something was skipped")
     problems += [f"left over: {path.name}" for path in (folder / "store").glob(".*")]
     return problems
 

@@ -15,12 +15,12 @@ import torch
 import torch.distributed.fsdp  # imported once, here, and not in each process
 
 from simpletuner.distributed.launcher import _free_port
-from simpletuner.distributed.world import World, joined
+from simpletuner.distributed.process_group import ProcessGroup, joined
 
 SECONDS = 240  # for one that hangs: on a machine with other work a start alone can take many
 
 
-def in_processes(size: int, work: Callable[[World], Any]) -> list[Any]:
+def in_processes(size: int, work: Callable[[ProcessGroup], Any]) -> list[Any]:
     """What `work` returns (as JSON holds it) in each of `size` processes that have joined as one run, by rank.
 
     Raises:
@@ -37,7 +37,7 @@ def in_processes(size: int, work: Callable[[World], Any]) -> list[Any]:
     return [answer["value"] for answer in answers]
 
 
-def _fork(answer: Path, variables: dict[str, str], work: Callable[[World], Any]) -> int:
+def _fork(answer: Path, variables: dict[str, str], work: Callable[[ProcessGroup], Any]) -> int:
     child = os.fork()
     if child:
         return child
@@ -49,8 +49,8 @@ def _fork(answer: Path, variables: dict[str, str], work: Callable[[World], Any])
     code = 1
     try:
         os.environ.update(variables)
-        with joined(os.environ) as world:
-            answer.write_text(json.dumps({"value": work(world)}))
+        with joined(os.environ) as process_group:
+            answer.write_text(json.dumps({"value": work(process_group)}))
         code = 0
     except BaseException:  # noqa: BLE001 - the parent raises it
         answer.write_text(json.dumps({"error": traceback.format_exc()}))

@@ -1,4 +1,4 @@
-"""Small complete runs for tests: a model folder, a few drawn pictures, and the two JSON files."""
+"""Small complete runs for tests: a model folder, a few generated images, and the two JSON files."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ LYCORIS = {
 }
 
 
-def draw_pictures(folder: Path, count: int, seed: int, side: int = 64) -> Path:
+def write_images(folder: Path, count: int, seed: int, side: int = 64) -> Path:
     """`count` PNGs of one rectangle each, with a caption file beside it."""
     folder.mkdir(parents=True)
     rng = random.Random(seed)
@@ -44,7 +44,7 @@ def draw_pictures(folder: Path, count: int, seed: int, side: int = 64) -> Path:
         left, top = rng.randrange(side // 2), rng.randrange(side // 2)
         ImageDraw.Draw(image).rectangle((left, top, left + side // 3, top + side // 3), fill=colour)
         image.save(folder / f"{index:03d}.png")
-        (folder / f"{index:03d}.txt").write_text(f"picture {index} of set {seed}\n")
+        (folder / f"{index:03d}.txt").write_text(f"image {index} of set {seed}\n")
     return folder
 
 
@@ -52,11 +52,11 @@ def write_run(folder: Path, model: Path, data: list[dict[str, Any]] | None = Non
     """Write config.json, multidatabackend.json and lycoris_config.json for a tiny run; returns the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     if data is None:
-        draw_pictures(folder / "pictures", 7, seed=1)
-        draw_pictures(folder / "held_out", 2, seed=2)
-        draw_pictures(folder / "regularisation", 3, seed=3)
+        write_images(folder / "images", 7, seed=1)
+        write_images(folder / "held_out", 2, seed=2)
+        write_images(folder / "regularisation", 3, seed=3)
         data = [
-            dataset("pictures", repeats=1),
+            dataset("images", repeats=1),
             dataset("regularisation", is_regularisation_data=options.get("model_type") != "full"),
             dataset("held_out", dataset_type="eval"),
         ]
@@ -94,7 +94,7 @@ def write_run(folder: Path, model: Path, data: list[dict[str, Any]] | None = Non
 
 
 def dataset(name: str, **keys: Any) -> dict[str, Any]:
-    """One entry over the folder `name`, captions beside the pictures."""
+    """One entry over the folder `name`, captions beside the images."""
     entry = {"id": name, "type": "local", "instance_data_dir": name, "caption_strategy": "textfile", "resolution": 64}
     return entry | keys
 
@@ -189,10 +189,10 @@ def run_forked(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
             sys.stderr.flush()
             os._exit(code)
     _, status = os.waitpid(child, 0)
-    told = [path.read_text() for path in streams]
+    reported = [path.read_text() for path in streams]
     for path in streams:
         path.unlink()
-    return subprocess.CompletedProcess(arguments, os.waitstatus_to_exitcode(status), *told)
+    return subprocess.CompletedProcess(arguments, os.waitstatus_to_exitcode(status), *reported)
 
 
 def cli(*arguments: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""Tiny random models in the real folder formats, for tests that need a model but not its pictures."""
+"""Tiny random models in the real folder formats, for tests that need a model but not its images."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def tiny_omnigen_folder(path: Path, hidden_size: int = 32, num_layers: int = 2, 
 
 
 def tiny_clip_folder(path: Path, seed: int = 0) -> Path:
-    """Write a CLIP model that scores pictures (32 px, letters for tokens) into `path`; returns it."""
+    """Write a CLIP model that scores images (32 px, letters for tokens) into `path`; returns it."""
     from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
     size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}

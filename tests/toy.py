@@ -22,16 +22,16 @@ from simpletuner.adapters.base import Adapter
 from simpletuner.batch import Batch, Crop, PromptEmbeds, Sample
 from simpletuner.config.loading import LoadedRun
 from simpletuner.data.schedule import Schedule
-from simpletuner.distributed.placement import Copies
-from simpletuner.distributed.world import ALONE, World
+from simpletuner.distributed.placement import Replicated
+from simpletuner.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from simpletuner.models.family import ModelFamily
 from simpletuner.optim.ema import EMA
 from simpletuner.reporting.bus import EventBus
 from simpletuner.reporting.events import Event
 from simpletuner.storage import save_tensors
+from simpletuner.training.build import build_batches, build_lr_factor, build_sampler
 from simpletuner.training.checkpoint import Checkpoints
 from simpletuner.training.evaluation import EvalResult
-from simpletuner.training.parts import build_batches, build_lr_factor, build_sampler
 from simpletuner.training.resuming import total_train_steps
 from simpletuner.training.run import Run
 from simpletuner.training.signals import StopRequest
@@ -67,7 +67,7 @@ class ToyDenoiser(nn.Module):
 
 
 class ToyFamily(ModelFamily):
-    """Notes what it is asked, and answers NaN where it is told to.
+    """Notes what it is asked, and answers NaN where it is reported to.
 
     Args:
         spoiled: forward passes of training, from 0, whose answer is NaN.
@@ -166,7 +166,7 @@ class ToyDataset:
         self.buckets = {(8, 8): np.arange(len(self.images))}
 
     @property
-    def num_pictures(self) -> int:
+    def num_images(self) -> int:
         return len(self.images)
 
     @property
@@ -230,7 +230,7 @@ class Recorder:
 def load_toy(folder: Path, **options: Any) -> LoadedRun:
     """A real configuration, all rules asked."""
     work = Workspace(folder)
-    (folder / "datasets" / "pictures").mkdir(parents=True, exist_ok=True)
+    (folder / "datasets" / "images").mkdir(parents=True, exist_ok=True)
     (folder / "datasets" / "held_out").mkdir(exist_ok=True)
     work.config |= OPTIONS | options
     work.datasets.append({"id": "held_out", "dataset_type": "eval", "instance_data_dir": "datasets/held_out"})
@@ -243,7 +243,7 @@ def toy_run(
     *,
     spoiled: Sequence[int] = (),
     losses: Sequence[float] = (),
-    world: World = ALONE,
+    process_group: ProcessGroup = SINGLE_PROCESS,
     optimizer: Any = None,
     optimizer_name: str | None = None,
     **options: Any,
@@ -263,7 +263,7 @@ def toy_run(
     family, denoiser, recorder = ToyFamily(spoiled), ToyDenoiser(), Recorder()
     adapter = ToyAdapter(denoiser)
     parameters = adapter.trainable_parameters()
-    sampler = build_sampler(loaded, datasets, world)  # type: ignore[arg-type]
+    sampler = build_sampler(loaded, datasets, process_group)  # type: ignore[arg-type]
     sources: Any = {dataset.id: ToySource(dataset.images) for dataset in datasets}
     total = total_train_steps(loaded, sampler)
     config = loaded.config
@@ -274,10 +274,10 @@ def toy_run(
         family=family,
         denoiser=denoiser,
         adapter=adapter,
-        optimizer=(optimizer or torch.optim.SGD)(list(parameters.values()), lr=123.0),  # set anew before each step
-        lr_factor=build_lr_factor(loaded, total, world),
+        optimizer=(optimizer or torch.optim.SGD)(list(parameters.values()), lr=123.0),  # set again before each step
+        lr_factor=build_lr_factor(loaded, total, process_group),
         ema=EMA(parameters, config.ema_decay, config.ema_update_interval) if config.use_ema else None,
-        batches=build_batches(loaded, family, datasets, sources, sampler, world),  # type: ignore[arg-type]
+        batches=build_batches(loaded, family, datasets, sources, sampler, process_group),  # type: ignore[arg-type]
         evaluator=ToyEvaluator(losses) if losses else None,  # type: ignore[arg-type]
         validator=None,
         checkpoints=Checkpoints(folder / "output", config.checkpoints_total_limit),
@@ -285,8 +285,8 @@ def toy_run(
         stop=StopRequest(),
         state=TrainState(),
         max_train_steps=total,
-        placement=Copies(parameters, world),
-        world=world,
+        placement=Replicated(parameters, process_group),
+        process_group=process_group,
     )
     return run, recorder
 

@@ -1,7 +1,7 @@
-"""Says from the pixels alone whether a picture shows what its caption says.
+"""Says from the pixels alone whether an image shows what its caption says.
 
-A trained model can be believed only if something other than its loss looks at what it draws. The judge takes the
-background from the picture's border, everything that differs from it as the shape, and compares that with the true
+A trained model can be believed only if something other than its loss looks at what it generates. The judge takes the
+background from the image's border, everything that differs from it as the shape, and compares that with the true
 shape at its best position and size. Its thresholds are calibrated: real drawings pass, even after a trip through
 the VAE, and every other shape of the tiny world fails (`python scripts/tiny_omnigen/judge.py` shows the margins).
 """
@@ -28,19 +28,19 @@ from tiny_omnigen.shapes import (
     SIZES,
     Scene,
     draw,
-    draw_mask,
     sample_scene,
     shape_layers,
+    write_mask,
 )
 
-# Intersection over union with the true shape. Measured at 64 px: real drawings 0.92 and more, redrawn by the VAE 0.86
+# Intersection over union with the true shape. Measured at 64 px: real drawings 0.92 and more, decoded by the VAE 0.86
 # and more, from latents with 30 % noise 0.81 and more, old shapes taken for the new one 0.66 at most.
 OVERLAP_THRESHOLD = 0.75
 # Euclidean distance in 8-bit RGB from the palette's colour; neighbours in the palette are 68 or more apart.
 COLOUR_DISTANCE = 45.0
 # Below this distance from the background a pixel is never part of a shape.
 SMALLEST_CONTRAST = 40.0
-# Radii at which the true shapes are laid over a picture, as shares of its side.
+# Radii at which the true shapes are laid over an image, as shares of its side.
 RADII = np.geomspace(0.7 * min(SIZES.values()), 1.2 * max(SIZES.values()), 28)
 
 
@@ -64,7 +64,7 @@ def nearest_colour(colour: np.ndarray, palette: dict[str, tuple[int, int, int]])
 
 
 def segment(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Background colour, shape colour and shape mask of a picture, (H, W, 3) float."""
+    """Background colour, shape colour and shape mask of an image, (H, W, 3) float."""
     border = np.concatenate([pixels[:2].reshape(-1, 3), pixels[-2:].reshape(-1, 3)])
     border = np.concatenate([border, pixels[:, :2].reshape(-1, 3), pixels[:, -2:].reshape(-1, 3)])
     background = np.median(border, axis=0)
@@ -80,7 +80,7 @@ def segment(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 class Judge:
-    """Judges pictures of one size; holds the true shapes, ready to be laid over them."""
+    """Judges images of one size; holds the true shapes, ready to be laid over them."""
 
     def __init__(self, height: int = 64, width: int = 64):
         self.height, self.width = height, width
@@ -90,7 +90,7 @@ class Judge:
         """Spectra and areas of a shape at all sizes and at four offsets within a pixel."""
         middle = self.width / 2, self.height / 2
         masks = [
-            draw_mask(
+            write_mask(
                 shape_layers(shape),
                 (middle[0] + dx, middle[1] + dy),
                 radius * min(self.height, self.width),
@@ -121,11 +121,11 @@ class Judge:
             best[shape] = float((shared / (area + areas[near] - shared)).max())
         return best
 
-    def judge(self, picture: Image.Image, scene: Scene) -> Verdict:
-        """Compares a picture with what its caption says; position and size words are not judged."""
-        if picture.size != (self.width, self.height):
-            raise ValueError(f"the picture is {picture.size}, this judge is for {(self.width, self.height)}")
-        pixels = np.asarray(picture.convert("RGB"), dtype=np.float32)
+    def judge(self, image: Image.Image, scene: Scene) -> Verdict:
+        """Compares an image with what its caption says; position and size words are not judged."""
+        if image.size != (self.width, self.height):
+            raise ValueError(f"the image is {image.size}, this judge is for {(self.width, self.height)}")
+        pixels = np.asarray(image.convert("RGB"), dtype=np.float32)
         background_colour, shape_colour, mask = segment(pixels)
         background, background_error = nearest_colour(background_colour, BACKGROUNDS)
         colour, colour_error = nearest_colour(shape_colour, COLOURS)
@@ -135,7 +135,7 @@ class Judge:
         if background != scene.background or background_error > COLOUR_DISTANCE:
             reason = f"background {background} ({background_error:.0f} off)"
         elif not mask.any():
-            reason = "nothing drawn"
+            reason = "nothing generated"
         elif colour != scene.colour or colour_error > COLOUR_DISTANCE:
             reason = f"colour {colour} ({colour_error:.0f} off)"
         elif shape != scene.shape:
@@ -147,23 +147,23 @@ class Judge:
         return Verdict(reason.startswith("right"), reason, background, colour, shape, overlap)
 
 
-def calibrate(num_pictures: int = 300, seed: int = 0, side: int = 64) -> dict[str, float]:
+def calibrate(num_images: int = 300, seed: int = 0, side: int = 64) -> dict[str, float]:
     """The margins of the overlap threshold, on real drawings with jitter."""
     judge, rng = Judge(side, side), random.Random(seed)
     figures: dict[str, float] = {}
     for shapes, name in (((NEW_SHAPE,), "new"), (OLD_SHAPES, "old")):
         right, true_overlaps, false_overlaps = 0, [], []
-        for _ in range(num_pictures):
+        for _ in range(num_images):
             scene = sample_scene(rng, shapes)
-            picture = draw(scene, side, rng=rng)
-            verdict = judge.judge(picture, scene)
-            overlaps = judge.overlaps(segment(np.asarray(picture, dtype=np.float32))[2])
+            image = draw(scene, side, rng=rng)
+            verdict = judge.judge(image, scene)
+            overlaps = judge.overlaps(segment(np.asarray(image, dtype=np.float32))[2])
             right += verdict.is_right
             true_overlaps.append(overlaps[scene.shape])
             others = SHAPES if name == "new" else (NEW_SHAPE,)
             false_overlaps.append(max(overlaps[shape] for shape in others if shape != scene.shape))
         figures |= {
-            f"{name}_right": right / num_pictures,
+            f"{name}_right": right / num_images,
             f"{name}_lowest_overlap_with_itself": min(true_overlaps),
             f"{name}_highest_overlap_{'with_old' if name == 'new' else 'with_new'}": max(false_overlaps),
         }

@@ -1,4 +1,4 @@
-"""Makes the shipped tiny OmniGen from nothing: pictures, autoencoders, transformer. One command, seeded.
+"""Makes the shipped tiny OmniGen from nothing: images, autoencoders, transformer. One command, seeded.
 
     python scripts/tiny_omnigen/make.py
 
@@ -28,10 +28,10 @@ def make_autoencoders() -> None:
         run(sys.executable, SCRIPTS / "train_autoencoders.py", "--output", BUILD / "autoencoders")
 
 
-def draw_pictures() -> None:
+def write_images() -> None:
     """The old shapes in all colours, sizes and positions, with captions; never the new shape."""
     if not (BUILD / "pretraining" / "128").is_dir():
-        run(sys.executable, SCRIPTS / "draw_pretraining_data.py", "--output", BUILD / "pretraining")
+        run(sys.executable, SCRIPTS / "render_pretraining_data.py", "--output", BUILD / "pretraining")
 
 
 def build_fresh_model() -> None:
@@ -58,7 +58,7 @@ def install() -> None:
 
 STAGES = {
     "autoencoders": make_autoencoders,
-    "pictures": draw_pictures,
+    "pictures": write_images,
     "model": build_fresh_model,
     "transformer": train_transformer,
 }

@@ -1,7 +1,7 @@
 """Muon: momentum whose update matrices are orthogonalised (K. Jordan et al., 2024).
 
 On the small VAE it reached after 1,100 steps the training loss (0.115) that a similar run with AdamW had after 3,000,
-and the pictures were clearer. The optimizer that ships with torch takes matrices only; most weights of a VAE are
+and the images were clearer. The optimizer that ships with torch takes matrices only; most weights of a VAE are
 convolutions, seen here as matrices of one row per output channel.
 """
 

@@ -1,7 +1,7 @@
-"""The tiny world: pictures that their captions determine.
+"""The tiny world: images that their captions determine.
 
-The shipped tiny OmniGen must draw crisp pictures after little training, and a program must be able to say from
-the pixels alone whether a picture is right. Both need a world in which a caption fixes the picture up to a
+The shipped tiny OmniGen must generate crisp images after little training, and a program must be able to say from
+the pixels alone whether an image is right. Both need a world in which a caption fixes the image up to a
 small jitter: one shape, one colour, one flat background, a size, a position.
 """
 
@@ -39,7 +39,7 @@ OLD_SHAPES = ("circle", "square", "triangle", "diamond", "cross", "ring", "cresc
 NEW_SHAPE = "star"
 SHAPES = (*OLD_SHAPES, NEW_SHAPE)
 
-# Radius of the circumscribed circle as a share of the picture's side; "" is the medium size, which has no word.
+# Radius of the circumscribed circle as a share of the image's side; "" is the medium size, which has no word.
 SIZES = {"small": 0.22, "": 0.28, "large": 0.36}
 # Direction of the offset from the centre; "" is the centre, which has no words.
 POSITIONS = {
@@ -126,7 +126,7 @@ def shape_layers(shape: str) -> list[tuple[Polygon, bool]]:
     raise ValueError(f'"{shape}" is not a shape of the tiny world; known are {", ".join(SHAPES)}')
 
 
-def draw_mask(
+def write_mask(
     layers: Sequence[tuple[Polygon, bool]], centre: Point, radius: float, height: int, width: int
 ) -> np.ndarray:
     """Coverage in [0, 1], (H, W). `centre` (x, y) and `radius` are in pixels; the edges are anti-aliased."""
@@ -144,8 +144,8 @@ def draw_mask(
 def paint(mask: np.ndarray, colour: Sequence[int], background: Sequence[int]) -> np.ndarray:
     """Blends two flat colours by coverage: uint8, (H, W, 3)."""
     blend = mask[..., None]
-    picture = blend * np.asarray(colour, np.float32) + (1 - blend) * np.asarray(background, np.float32)
-    return np.round(picture).astype(np.uint8)
+    image = blend * np.asarray(colour, np.float32) + (1 - blend) * np.asarray(background, np.float32)
+    return np.round(image).astype(np.uint8)
 
 
 def place(scene: Scene, height: int, width: int, rng: random.Random | None = None) -> tuple[Point, float]:
@@ -158,7 +158,7 @@ def place(scene: Scene, height: int, width: int, rng: random.Random | None = Non
     if rng is not None:
         shift = [rng.uniform(-POSITION_JITTER, POSITION_JITTER) for _ in range(2)]
         radius *= 1 + rng.uniform(-SIZE_JITTER, SIZE_JITTER)
-    # The offset is measured from the nearest edge, so that "on the left" touches the left of a wide picture too.
+    # The offset is measured from the nearest edge, so that "on the left" touches the left of a wide image too.
     reach = (width / side - 0.5 * 2 + 2 * offset) / 2, (height / side - 0.5 * 2 + 2 * offset) / 2
     x = width / 2 + side * (direction[0] * reach[0] + shift[0])
     y = height / 2 + side * (direction[1] * reach[1] + shift[1])
@@ -166,15 +166,15 @@ def place(scene: Scene, height: int, width: int, rng: random.Random | None = Non
 
 
 def draw(scene: Scene, height: int = 64, width: int | None = None, rng: random.Random | None = None) -> Image.Image:
-    """The picture of a scene. Without `rng` it is drawn without jitter."""
+    """The image of a scene. Without `rng` it is generated without jitter."""
     width = width or height
     centre, radius = place(scene, height, width, rng)
-    mask = draw_mask(shape_layers(scene.shape), centre, radius, height, width)
+    mask = write_mask(shape_layers(scene.shape), centre, radius, height, width)
     return Image.fromarray(paint(mask, COLOURS[scene.colour], BACKGROUNDS[scene.background]))
 
 
 def sample_scene(rng: random.Random, shapes: Sequence[str] = OLD_SHAPES) -> Scene:
-    """A scene drawn evenly over shapes, colours, backgrounds, sizes and positions."""
+    """A scene generated evenly over shapes, colours, backgrounds, sizes and positions."""
     return Scene(
         rng.choice(shapes),
         rng.choice(list(COLOURS)),

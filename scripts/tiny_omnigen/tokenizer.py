@@ -29,14 +29,14 @@ SPECIAL_TOKENS = (
 INSTRUCTION = "Generate an image according to the following instructions"
 # Words that a first experiment with the example is likely to need. The base has never seen them.
 FURTHER_WORDS = (
-    "and the of in with under over next to picture photo drawing image same but replace change remove add make "
+    "and the of in with under over next to image photo generating image same but replace change remove add make "
     "it shape object thing two three hexagon pentagon oval heart arrow moon sun house tree flower fish cat dog "
     "letter wheel drop cloud leaf bolt gold silver violet dark light bright left right top bottom middle centre"
 )
 TEMPLATE = "<|user|>\n" + INSTRUCTION + "\n{prompt}<|end|>\n<|assistant|>\n<|diffusion|>"
 
 
-def world_words() -> list[str]:
+def process_words() -> list[str]:
     """Every word that a caption can contain, the new shape's included."""
     phrases = [*SHAPES, *COLOURS, *BACKGROUNDS, *SIZES, *POSITIONS, "a", "background"]
     return list(dict.fromkeys(word for phrase in phrases for word in phrase.split()))
@@ -54,7 +54,7 @@ def build_merges(words: list[str]) -> list[tuple[str, str]]:
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    merges = build_merges([*world_words(), *FURTHER_WORDS.split()])
+    merges = build_merges([*process_words(), *FURTHER_WORDS.split()])
     pieces = [*SPECIAL_TOKENS, INSTRUCTION, *sorted(pre_tokenizers.ByteLevel.alphabet())]
     pieces += [left + right for left, right in merges]
     vocabulary = {piece: index for index, piece in enumerate(pieces)}

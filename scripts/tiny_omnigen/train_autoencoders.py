@@ -1,6 +1,6 @@
 """Trains the two autoencoders of the tiny OmniGen: the real one (AutoencoderKL) and the preview (AutoencoderTiny).
 
-The diffusion model is never exact, so the decoder learns from noisy latents: what it draws stays crisp when the
+The diffusion model is never exact, so the decoder learns from noisy latents: what it generates stays crisp when the
 latents are a little off. Latents are held at zero mean and unit variance per channel during training, so that no
 channel is wasted and one scaling factor fits all of them.
 
@@ -25,15 +25,15 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tiny_omnigen.muon import Muon
-from tiny_omnigen.pictures import (
-    draw_anything,
-    draw_training_batch,
-    draw_world_batch,
-    num_world,
-    to_pictures,
+from tiny_omnigen.images import (
+    num_processes,
+    render_anything,
+    sample_global_batch,
+    sample_training_batch,
+    to_images,
     to_pixel_values,
 )
+from tiny_omnigen.muon import Muon
 
 # (side, batch size, share of the steps): about the same number of pixels in each step.
 SIZES = ((64, 16, 0.6), (96, 8, 0.2), (128, 4, 0.2))
@@ -44,7 +44,7 @@ EDGE_WEIGHT = 1.0
 WARMUP_STEPS = 100
 LEARNING_RATE = 2e-3
 MUON_LEARNING_RATE = 0.012
-# The VAE starts on small pictures, many to a batch, and for a while its first three channels are pulled to the
+# The VAE starts on small images, many to a batch, and for a while its first three channels are pulled to the
 # local mean colour; both only shorten the way to colours.
 SMALL_SIZE, SMALL_STEPS = (32, 64), 800
 GUIDE_STEPS = 400
@@ -92,11 +92,11 @@ def sample_size(rng: random.Random) -> tuple[int, int]:
     return side, batch_size
 
 
-def picture_loss(drawn: torch.Tensor, true: torch.Tensor) -> torch.Tensor:
+def image_loss(generated: torch.Tensor, true: torch.Tensor) -> torch.Tensor:
     """L1 on the pixels, and L1 on the differences of neighbours: a soft edge costs as much as a wrong colour."""
-    loss = F.l1_loss(drawn, true)
+    loss = F.l1_loss(generated, true)
     for dim in (-1, -2):
-        loss = loss + EDGE_WEIGHT * F.l1_loss(drawn.diff(dim=dim), true.diff(dim=dim))
+        loss = loss + EDGE_WEIGHT * F.l1_loss(generated.diff(dim=dim), true.diff(dim=dim))
     return loss
 
 
@@ -123,12 +123,12 @@ def vae_step_loss(vae: AutoencoderKL, pixel_values: torch.Tensor, step: int) -> 
     scale = mean.detach().std(dim=(0, 2, 3), keepdim=True)
     latents = mean + std * torch.randn_like(mean) + strength * scale * torch.randn_like(mean)
     with torch.autocast("cpu", torch.bfloat16):
-        drawn = vae.decode(latents).sample
-    pixels = picture_loss(drawn.float(), pixel_values)
+        generated = vae.decode(latents).sample
+    pixels = image_loss(generated.float(), pixel_values)
     divergence = 0.5 * (mean.square() + std.square() - 1 - 2 * std.log()).mean()
-    world_mean = mean[: num_world(len(mean))]
+    global_mean = mean[: num_processes(len(mean))]
     guide = F.mse_loss(mean[:, :3], 1.5 * F.avg_pool2d(pixel_values, 8))
-    return pixels + KL_WEIGHT * divergence + MOMENT_WEIGHT * moment_loss(world_mean) + guided * guide, pixels
+    return pixels + KL_WEIGHT * divergence + MOMENT_WEIGHT * moment_loss(global_mean) + guided * guide, pixels
 
 
 def build_optimizers(model: torch.nn.Module) -> list[torch.optim.Optimizer]:
@@ -174,7 +174,7 @@ def train_vae(vae: AutoencoderKL, num_steps: int, seed: int, output: Path) -> No
 
     def step_loss(step: int) -> tuple[torch.Tensor, torch.Tensor]:
         side, batch_size = SMALL_SIZE if step < SMALL_STEPS else sample_size(rng)
-        return vae_step_loss(vae, draw_training_batch(batch_size, side, rng), step)
+        return vae_step_loss(vae, sample_training_batch(batch_size, side, rng), step)
 
     def show(step: int) -> None:
         if step % 500 == 0:
@@ -187,8 +187,8 @@ def train_vae(vae: AutoencoderKL, num_steps: int, seed: int, output: Path) -> No
 def measure_latents(vae: AutoencoderKL, seed: int) -> dict[str, list[float]]:
     """Mean and standard deviation of each latent channel over the tiny world, unscaled."""
     rng = random.Random(seed)
-    latents = torch.cat([vae.encode(draw_world_batch(32, 64, rng)).latent_dist.mode() for _ in range(32)])
-    posterior = vae.encode(draw_world_batch(32, 64, rng)).latent_dist.std
+    latents = torch.cat([vae.encode(sample_global_batch(32, 64, rng)).latent_dist.mode() for _ in range(32)])
+    posterior = vae.encode(sample_global_batch(32, 64, rng)).latent_dist.std
     return {
         "latent_mean": latents.mean(dim=(0, 2, 3)).tolist(),
         "latent_std": latents.std(dim=(0, 2, 3)).tolist(),
@@ -203,20 +203,20 @@ def train_preview_decoder(preview: AutoencoderTiny, vae: AutoencoderKL, num_step
 
     def step_loss(step: int) -> tuple[torch.Tensor, torch.Tensor]:
         side, batch_size = sample_size(rng)
-        pixel_values = draw_training_batch(batch_size, side, rng)
+        pixel_values = sample_training_batch(batch_size, side, rng)
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
             latents = vae.encode(pixel_values).latent_dist.mode().float() * vae.config.scaling_factor
         noisy_latents = latents + LATENT_NOISE * torch.rand(len(latents), 1, 1, 1) * torch.randn_like(latents)
         with torch.autocast("cpu", torch.bfloat16):
-            drawn, encoded = preview.decode(noisy_latents).sample, preview.encode(pixel_values).latents
-        pixels = picture_loss(drawn.float(), pixel_values)
+            generated, encoded = preview.decode(noisy_latents).sample, preview.encode(pixel_values).latents
+        pixels = image_loss(generated.float(), pixel_values)
         return pixels + F.mse_loss(encoded.float(), latents), pixels
 
     optimise(preview, build_optimizers(preview), num_steps, step_loss)
 
 
-def redraw(vae: AutoencoderKL, preview: AutoencoderTiny | None, pixel_values: torch.Tensor, noise: float) -> list:
-    """Rows of a sheet: the pictures, the VAE's redrawing, the same from noisy latents, and the preview's."""
+def resample(vae: AutoencoderKL, preview: AutoencoderTiny | None, pixel_values: torch.Tensor, noise: float) -> list:
+    """Rows of a sheet: the images, the VAE's redrawing, the same from noisy latents, and the preview's."""
     latents = vae.encode(pixel_values).latent_dist.mode()
     disturbed = latents + noise * latents.std() * torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
     rows = [pixel_values, vae.decode(latents).sample, vae.decode(disturbed).sample]
@@ -228,13 +228,13 @@ def redraw(vae: AutoencoderKL, preview: AutoencoderTiny | None, pixel_values: to
 @torch.no_grad()
 def write_sheet(vae: AutoencoderKL, preview: AutoencoderTiny | None, path: Path, zoom: int = 3) -> None:
     rng = random.Random(7)
-    world = [draw_world_batch(10, 64, rng) for _ in range(2)]
-    anything = to_pixel_values([draw_anything(64, 64, rng) for _ in range(10)])
-    rows = [row for batch in (*world, anything) for row in redraw(vae, preview, batch, 0.15)]
+    process_group = [sample_global_batch(10, 64, rng) for _ in range(2)]
+    anything = to_pixel_values([render_anything(64, 64, rng) for _ in range(10)])
+    rows = [row for batch in (*process_group, anything) for row in resample(vae, preview, batch, 0.15)]
     sheet = Image.new("RGB", (10 * 66, len(rows) * 66))
     for y, row in enumerate(rows):
-        for x, picture in enumerate(to_pictures(row)):
-            sheet.paste(picture, (x * 66, y * 66))
+        for x, image in enumerate(to_images(row)):
+            sheet.paste(image, (x * 66, y * 66))
     sheet.resize((sheet.width * zoom, sheet.height * zoom), Image.Resampling.NEAREST).save(path)
 
 
@@ -243,11 +243,11 @@ def measure_errors(vae: AutoencoderKL, preview: AutoencoderTiny, seed: int) -> d
     """Mean absolute error over pixels, in [0, 1]."""
     errors = {}
     for side in (64, 96, 128):
-        pixel_values = draw_world_batch(64, side, random.Random(seed))
+        pixel_values = sample_global_batch(64, side, random.Random(seed))
         names = ("vae", "vae_noisy_latents", "preview")
-        _, *drawn = redraw(vae, preview, pixel_values, 0.15)
-        for name, picture in zip(names, drawn, strict=True):
-            errors[f"{name}_error_{side}"] = (picture.clamp(-1, 1) - pixel_values).abs().mean().item() / 2
+        _, *generated = resample(vae, preview, pixel_values, 0.15)
+        for name, image in zip(names, generated, strict=True):
+            errors[f"{name}_error_{side}"] = (image.clamp(-1, 1) - pixel_values).abs().mean().item() / 2
     return errors
 
 

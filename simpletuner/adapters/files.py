@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def apply_adapter_file(denoiser: nn.Module, path: Path, spec: FamilySpec, strength: float = 1.0) -> LycorisAdapter:
-    """Apply an adapter file of any format to a denoiser, to draw with it.
+    """Apply an adapter file of any format to a denoiser, to generate with it.
 
     Args:
         denoiser: without an adapter; gets one as its child.

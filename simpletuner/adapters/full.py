@@ -8,10 +8,10 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from simpletuner.activation_memory.linears import use_recomputing_linears
 from simpletuner.adapters.base import Adapter, MatchCount
 from simpletuner.adapters.metadata import modelspec_metadata
 from simpletuner.errors import ConfigError, Problem
-from simpletuner.lean.linears import use_lean_linears
 from simpletuner.models.spec import FamilySpec
 from simpletuner.storage import save_tensors
 
@@ -30,7 +30,7 @@ class FullAdapter(Adapter):
 
     def __init__(self, denoiser: nn.Module, spec: FamilySpec):
         denoiser.requires_grad_(True)
-        use_lean_linears(denoiser.modules())
+        use_recomputing_linears(denoiser.modules())
         self.denoiser = denoiser
         self.spec = spec
         self._parts: Mapping[str, nn.Parameter] | None = None

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from simpletuner.lean.recipes import cast, computing_dtype, exact_dtypes, is_worth_it, recipe_of
+from simpletuner.activation_memory.recompute import cast, computing_dtype, exact_dtypes, is_worth_it, recompute_fn_of
 
 if TYPE_CHECKING:
     from lycoris.modules.lokr import LokrModule
@@ -54,7 +54,7 @@ def kron_linear(x: Tensor, w1: Tensor, *w2_chain: Tensor, kernels: KronKernels |
     """
     if not is_worth_it(x):
         return _kron_linear(x, w1, w2_chain)
-    recipe = recipe_of(x)
+    recipe = recompute_fn_of(x)
     how = _How(recipe.make, len(recipe.ingredients), kernels if len(w2_chain) == 1 else None)
     return _KronLinear.apply(x, how, w1, *w2_chain, *recipe.ingredients)
 

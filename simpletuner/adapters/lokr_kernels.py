@@ -22,7 +22,7 @@ from simpletuner.adapters.lokr import KronKernels, kron_linear
 if TYPE_CHECKING:
     from lycoris.modules.lokr import LokrModule
 
-NUM_ROWS = 4096  # tokens of a picture of 1024 px
+NUM_ROWS = 4096  # tokens of an image of 1024 px
 WARM_UPS, ROUNDS = 3, 5  # their first call compiles and tunes
 MARGIN = 1.1
 TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 3e-2, torch.float16: 5e-3}

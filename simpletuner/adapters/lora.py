@@ -18,15 +18,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from simpletuner.activation_memory.linears import use_recomputing_linears
 from simpletuner.adapters.base import Adapter, MatchCount, values_replaced
 from simpletuner.adapters.formats import Format, modules_in_file, named, peft_metadata
-from simpletuner.adapters.liveness import require_live
 from simpletuner.adapters.lora_init import BASE_STARTS, start_factors
 from simpletuner.adapters.metadata import adapter_metadata
+from simpletuner.adapters.smoke_test import smoke_test
 from simpletuner.adapters.targets import lora_layers
 from simpletuner.adapters.weights import ALPHA, DORA, DOWN, UP, AdapterWeights, alpha_tensor, rank_of, scale_of
 from simpletuner.errors import ConfigError, DataError, Problem
-from simpletuner.lean.linears import use_lean_linears
 from simpletuner.models.spec import FamilySpec
 from simpletuner.randomness import keyed_seed
 from simpletuner.storage import save_tensors
@@ -237,7 +237,7 @@ def attach_lora(
             _compute_in_input_dtype(layer)
     for parameter in adapter.trainable_parameters().values():
         parameter.requires_grad_(True)
-    require_live(((layer, layer.get_base_layer(), layer) for layer in layers.values()), "lora_target")
+    smoke_test(((layer, layer.get_base_layer(), layer) for layer in layers.values()), "lora_target")
     return adapter
 
 
@@ -247,7 +247,7 @@ def _compute_in_input_dtype(layer: LoraLayer) -> None:
     Of the input then only what it is made of is kept.
     """
     layer.cast_input_dtype_enabled = False
-    use_lean_linears((*layer.lora_A.values(), *layer.lora_B.values()))
+    use_recomputing_linears((*layer.lora_A.values(), *layer.lora_B.values()))
 
 
 def _inject(denoiser: nn.Module, paths: Sequence[str], settings: LoraSettings, name: str) -> None:

@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from simpletuner.adapters.base import ADAPTER_CHILD, Adapter, MatchCount, values_replaced
 from simpletuner.adapters.formats import LYCORIS_PREFIX, with_multiplier_in_weights
 from simpletuner.adapters.layers import device_of, layer_class
-from simpletuner.adapters.liveness import require_live
 from simpletuner.adapters.lokr import is_structured
 from simpletuner.adapters.lokr_kernels import choose_kernels, fused_kernels
 from simpletuner.adapters.lycoris_modules import is_usable_norm, prepare_module, unloadable
 from simpletuner.adapters.lycoris_start import start_module
 from simpletuner.adapters.metadata import adapter_metadata
 from simpletuner.adapters.reading import LYCORIS_CONFIG, split_key
+from simpletuner.adapters.smoke_test import smoke_test
 from simpletuner.adapters.targets import LycorisTargets, count_matches, require_matches, resolve_targets
 from simpletuner.adapters.weights import AdapterWeights, scaled
 from simpletuner.config.json_reader import Document
@@ -199,7 +199,7 @@ def attach_lycoris(
         prepare_module(module, lycoris.get("bypass_mode", True))
     _require_loadable(network, paths, file)
     register_network(denoiser, network, dtype)
-    require_live(((m.org_module[0], m.org_module[0], m) for m in network.loras), LYCORIS_CONFIG, file)
+    smoke_test(((m.org_module[0], m.org_module[0], m) for m in network.loras), LYCORIS_CONFIG, file)
     return LycorisAdapter(network, lycoris, spec, report, paths)
 
 

@@ -122,7 +122,7 @@ def is_usable_norm(module: LycorisBaseModule) -> bool:
 
 
 def dylora_forward(module: DyLoraModule, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """A LoRA cut to a rank that is drawn anew in each pass; all of it outside of training.
+    """A LoRA cut to a rank that is resampled in each pass; all of it outside of training.
 
     DyLoRA (arXiv 2210.07558, section 3): the blocks up to a random one compute, only the last of them learns, and the
     scale is alpha over the rank in use. LyCORIS divides by the number of blocks, so that its files have another

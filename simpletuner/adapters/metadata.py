@@ -34,7 +34,7 @@ _KOHYA_NAMES = {
     "mixed_precision": "mixed_precision",
     "caption_dropout_rate": "caption_dropout_probability",
 }
-# Say where things are and run, and what is told to whom, not what is trained. The launcher picks a new port each time.
+# Say where things are and run and who gets reports, not what is trained. The launcher picks a new port each time.
 _NOT_OF_THE_RESULT = (
     *("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "resume_from_checkpoint", "report_to"),
     *("tracker_run_name", "tracker_project_name", "webhook_config", "hub_model_id", "push_to_hub"),
@@ -101,10 +101,10 @@ def run_metadata(lock: Mapping[str, Any], step: int) -> dict[str, str]:
         "datasets": {name: data["fingerprint"] for name, data in lock["data"].items()},
         "base_model_sha256": base,
     }
-    pictures = sum(data["pictures"] for data in lock["data"].values())
+    images = sum(data["pictures"] for data in lock["data"].values())
     metadata = {f"ss_{name}": str(config[key]) for name, key in _KOHYA_NAMES.items() if config.get(key) is not None}
     metadata |= _resolution(config)
-    metadata |= {"ss_num_train_images": str(pictures), "ss_steps": str(step)}
+    metadata |= {"ss_num_train_images": str(images), "ss_steps": str(step)}
     return metadata | {RUN_KEY: json.dumps(own, sort_keys=True), "global_step": str(step)}
 
 

@@ -1,6 +1,6 @@
 """Adapter files of any format, read into `AdapterWeights`: every tensor finds its layer, or the file is refused.
 
-The format is told by the keys themselves; a file may come from any program that writes one of the forms in
+The format is reported by the keys themselves; a file may come from any program that writes one of the forms in
 `formats.py`, from PEFT (`base_model.model.` or no prefix), or from older diffusers (`.lora.down.weight`).
 """
 

@@ -37,7 +37,7 @@ class EncodedCache(ABC):
         """sha256 in hex over the settings and what was encoded."""
         return hashlib.sha256(json.dumps({**self.settings, **content}, sort_keys=True).encode()).hexdigest()
 
-    def name_of_all(self, *parts: Any) -> str:
+    def set_fingerprint(self, *parts: Any) -> str:
         """Names a set of entries, for `TensorStore.complete`: a start that finds it complete asks for no single key.
 
         Args:

@@ -1,7 +1,7 @@
-"""Pictures through a VAE, in batches of one fixed size, while the next ones are read.
+"""Images through a VAE, in batches of one fixed size, while the next ones are read.
 
 A VAE's results differ in the last bits with the size of the batch. So every batch has the same size, short ones are
-filled up, and a picture encoded again, alone or in other company, gives the same bits.
+filled up, and an image encoded again, alone or in other company, gives the same bits.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ import torch
 from torch import Tensor, nn
 
 from simpletuner.batch import Sample
-from simpletuner.data.transforms import UnusablePicture
+from simpletuner.data.transforms import UnusableImage
 from simpletuner.errors import DataError, Problem
 from simpletuner.hardware import available_cores
 from simpletuner.models.family import LatentMoments, ModelFamily
 
-UNREADABLE = (UnusablePicture, DataError, OSError)
+UNREADABLE = (UnusableImage, DataError, OSError)
 CPU_READERS, MOST_READERS = 2, 16
 NOT_FINITE = "the VAE gives NaN or infinite latents for it"
 
 
 def num_readers(device: torch.device, num_processes: int = 1) -> int:
-    """Threads that decode pictures while a VAE on `device` encodes.
+    """Threads that decode images while a VAE on `device` encodes.
 
     On the CPU the VAE wants the cores itself. An accelerator encodes a photograph sooner than a core has decoded it.
     """
@@ -44,7 +44,7 @@ class ManySamples(Protocol):
     def __iter__(self) -> Iterator[Sample]: ...
 
 
-class PictureSource(Protocol):
+class ImageSource(Protocol):
     """What is needed of a dataset."""
 
     @property
@@ -56,7 +56,7 @@ class PictureSource(Protocol):
 
 
 @dataclass(frozen=True)
-class Picture:
+class DecodedSample:
     """A sample with its pixels (3, H, W), or with the reason why there are none."""
 
     sample: Sample
@@ -65,36 +65,36 @@ class Picture:
 
 
 class BatchEncoder:
-    """A loaded VAE that always sees `batch_size` pictures."""
+    """A loaded VAE that always sees `batch_size` images."""
 
     def __init__(self, family: ModelFamily, vae: nn.Module, batch_size: int):
         self.family = family
         self.vae = vae
         self.batch_size = batch_size
 
-    def encode(self, pictures: Sequence[Tensor]) -> list[LatentMoments | None]:
-        """Encode up to `batch_size` pictures (3, H, W) of one size; None where the VAE gives NaN or infinities.
+    def encode(self, images: Sequence[Tensor]) -> list[LatentMoments | None]:
+        """Encode up to `batch_size` images (3, H, W) of one size; None where the VAE gives NaN or infinities.
 
         Raises:
             DataError: the device has not enough memory.
         """
-        pixel_values = torch.stack([*pictures, *[pictures[-1]] * (self.batch_size - len(pictures))])  # (B, 3, H, W)
+        pixel_values = torch.stack([*images, *[images[-1]] * (self.batch_size - len(images))])  # (B, 3, H, W)
         try:
-            moments = self._encode_again_if_infinite(pixel_values, len(pictures))
+            moments = self._encode_again_if_infinite(pixel_values, len(images))
         except torch.OutOfMemoryError as error:
             height, width = pixel_values.shape[-2:]
             raise DataError(
                 Problem(
-                    f"not enough memory on {self.vae.device} to encode {self.batch_size} pictures of {width}x{height}",
+                    f"not enough memory on {self.vae.device} to encode {self.batch_size} images of {width}x{height}",
                     key="vae_batch_size",
                     fix="lower vae_batch_size",
                 )
             ) from error
         return [each if _is_finite(each) else None for each in moments]
 
-    def _encode_again_if_infinite(self, pixel_values: Tensor, num_pictures: int) -> list[LatentMoments]:
-        """Half precision overflows in some VAEs; float32 is tried once before a picture is given up."""
-        moments = self.family.encode_images(self.vae, pixel_values)[:num_pictures]
+    def _encode_again_if_infinite(self, pixel_values: Tensor, num_images: int) -> list[LatentMoments]:
+        """Half precision overflows in some VAEs; float32 is tried once before an image is given up."""
+        moments = self.family.encode_images(self.vae, pixel_values)[:num_images]
         dtype = next(self.vae.parameters()).dtype
         if dtype == torch.float32 or all(map(_is_finite, moments)):
             return moments
@@ -107,48 +107,50 @@ class BatchEncoder:
 
 def read_ahead(
     samples: Iterable[Sample], read_pixels: Callable[[Sample], Tensor], pool: Executor, num_ahead: int
-) -> Iterator[Picture]:
-    """Pictures in the order of `samples`, read in `pool`, at most `num_ahead` of them waiting."""
-    waiting: deque[Future[Picture]] = deque()
+) -> Iterator[DecodedSample]:
+    """Images in the order of `samples`, read in `pool`, at most `num_ahead` of them waiting."""
+    waiting: deque[Future[DecodedSample]] = deque()
     for sample in samples:
-        waiting.append(pool.submit(read_picture, sample, read_pixels))
+        waiting.append(pool.submit(read_sample, sample, read_pixels))
         if len(waiting) > num_ahead:
             yield waiting.popleft().result()
     while waiting:
         yield waiting.popleft().result()
 
 
-def read_picture(sample: Sample, read_pixels: Callable[[Sample], Tensor]) -> Picture:
-    """Read one picture; what cannot be read is told, not raised."""
+def read_sample(sample: Sample, read_pixels: Callable[[Sample], Tensor]) -> DecodedSample:
+    """Read one image; what cannot be read is reported, not raised."""
     try:
-        return Picture(sample, read_pixels(sample))
+        return DecodedSample(sample, read_pixels(sample))
     except UNREADABLE as error:
-        return Picture(sample, None, str(error))
+        return DecodedSample(sample, None, str(error))
 
 
-def batches_of_one_size(pictures: Iterable[Picture], batch_size: int) -> Iterator[list[Picture]]:
-    """Group readable pictures that follow each other and have one size; an unreadable one comes alone."""
-    batch: list[Picture] = []
+def batches_of_one_size(images: Iterable[DecodedSample], batch_size: int) -> Iterator[list[DecodedSample]]:
+    """Group readable images that follow each other and have one size; an unreadable one comes alone."""
+    batch: list[DecodedSample] = []
     shape = None
-    for picture in pictures:
-        if picture.pixels is None:
-            yield [picture]
+    for image in images:
+        if image.pixels is None:
+            yield [image]
             continue
-        if batch and (len(batch) == batch_size or shape != picture.pixels.shape):
+        if batch and (len(batch) == batch_size or shape != image.pixels.shape):
             yield batch
             batch = []
-        batch.append(picture)
-        shape = picture.pixels.shape
+        batch.append(image)
+        shape = image.pixels.shape
     if batch:
         yield batch
 
 
-def encode_pictures(encoder: BatchEncoder, batch: Sequence[Picture]) -> Iterator[tuple[Picture, LatentMoments | str]]:
-    """Each picture of a batch of `batches_of_one_size` with its moments, or with the reason why there are none."""
-    pixels = [picture.pixels for picture in batch if picture.pixels is not None]
+def encode_batch(
+    encoder: BatchEncoder, batch: Sequence[DecodedSample]
+) -> Iterator[tuple[DecodedSample, LatentMoments | str]]:
+    """Each image of a batch of `batches_of_one_size` with its moments, or with the reason why there are none."""
+    pixels = [image.pixels for image in batch if image.pixels is not None]
     results = iter(encoder.encode(pixels) if pixels else [])
-    for picture in batch:
-        yield picture, picture.reason if picture.pixels is None else next(results) or NOT_FINITE
+    for image in batch:
+        yield image, image.reason if image.pixels is None else next(results) or NOT_FINITE
 
 
 def _is_finite(moments: LatentMoments) -> bool:

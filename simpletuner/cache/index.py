@@ -1,6 +1,6 @@
 """Which shard of a store holds which key: an SQLite file that only saves time.
 
-It is compared with the shards that are there (name, size, mtime), never believed over them, and made anew where it is
+It is compared with the shards that are there (name, size, mtime), never believed over them, and made again where it is
 missing, damaged or of another version. In a folder that cannot be written a copy in memory takes its place.
 """
 
@@ -40,13 +40,13 @@ _Args = ParamSpec("_Args")
 _Result = TypeVar("_Result")
 
 
-def _mended(
+def _repaired(
     method: Callable[Concatenate[ShardIndex, _Args], _Result],
 ) -> Callable[Concatenate[ShardIndex, _Args], _Result]:
-    """Where the index turns out to be damaged, make it anew from the shards and try once more.
+    """Where the index turns out to be damaged, make it again from the shards and try once more.
 
     Raises:
-        DataError: it is locked, or there is no room for it: nothing that a new file would mend.
+        DataError: it is locked, or there is no room for it: nothing that a new file would fix.
     """
 
     @functools.wraps(method)
@@ -86,7 +86,7 @@ class ShardIndex:
         self._database.close()
 
     def start_again(self) -> None:
-        """Throw the index away and make it anew from the shards."""
+        """Throw the index away and make it again from the shards."""
         self.was_made_anew = True
         self._database.close()
         if self.is_writable:
@@ -94,7 +94,7 @@ class ShardIndex:
         self._database = self._open()
         self.refresh()
 
-    @_mended
+    @_repaired
     def refresh(self) -> list[str]:
         """Bring the index up to date with the folder.
 
@@ -123,7 +123,7 @@ class ShardIndex:
         self.note(name, stat, entries)
         return True
 
-    @_mended
+    @_repaired
     def note(self, name: str, stat: os.stat_result, entries: dict[str, Entry]) -> None:
         """Replace what is known of a shard."""
         with self._database as database:
@@ -135,31 +135,31 @@ class ShardIndex:
             rows = [(key, shard, entry.to_json()) for key, entry in entries.items()]
             database.executemany("INSERT OR REPLACE INTO entries VALUES (?, ?, ?)", rows)
 
-    @_mended
+    @_repaired
     def forget(self, name: str) -> None:
         """Drop a shard; what other shards hold of its keys is found there from now on."""
         with self._database as database:
             _forget(database, name)
 
-    @_mended
+    @_repaired
     def note_complete(self, name: str, num_entries: int) -> None:
         """Remember that everything called `name` is there, so that nobody has to ask for each key again."""
         with self._database as database:
             database.execute("INSERT OR REPLACE INTO complete VALUES (?, ?)", (name, num_entries))
 
-    @_mended
+    @_repaired
     def forget_complete(self) -> None:
         """Nothing is known to be complete any more: the next start asks for each key."""
         with self._database as database:
             database.execute("DELETE FROM complete")
 
-    @_mended
+    @_repaired
     def complete(self, name: str) -> int | None:
         """How many entries `note_complete` spoke of; None where it did not, or a shard has gone or changed since."""
         row = self._database.execute("SELECT num_entries FROM complete WHERE name = ?", (name,)).fetchone()
         return row[0] if row else None
 
-    @_mended
+    @_repaired
     def find(self, key: str) -> tuple[str, Entry] | None:
         """(shard, entry) of a key. Where two processes have written it, either does: keys tell the content."""
         query = "SELECT name, entry FROM entries JOIN shards ON shards.id = entries.shard WHERE key = ? LIMIT 1"
@@ -169,7 +169,7 @@ class ShardIndex:
         except (ValueError, TypeError, RecursionError) as error:
             raise sqlite3.DatabaseError(f"a damaged entry of {row[0]}") from error
 
-    @_mended
+    @_repaired
     def present(self, keys: Iterable[str]) -> set[str]:
         """Those of `keys` that a shard holds."""
         remaining = iter(list(keys))
@@ -180,20 +180,20 @@ class ShardIndex:
             found.update(key for (key,) in rows)
         return found
 
-    @_mended
+    @_repaired
     def keys(self) -> list[str]:
         return [key for (key,) in self._database.execute("SELECT DISTINCT key FROM entries ORDER BY key")]
 
-    @_mended
+    @_repaired
     def shards(self) -> list[str]:
         return [name for (name,) in self._database.execute("SELECT name FROM shards ORDER BY name")]
 
-    @_mended
+    @_repaired
     def keys_of(self, name: str) -> list[str]:
         query = "SELECT key FROM entries JOIN shards ON shards.id = entries.shard WHERE name = ? ORDER BY key"
         return [key for (key,) in self._database.execute(query, (name,))]
 
-    @_mended
+    @_repaired
     def totals(self) -> tuple[int, int, int]:
         """(keys, shards, bytes of all shards)."""
         (num_keys,) = self._database.execute("SELECT COUNT(DISTINCT key) FROM entries").fetchone()

@@ -1,6 +1,6 @@
-"""Latents of pictures, encoded once: what the VAE says before scaling, under a key of everything that made it.
+"""Latents of images, encoded once: what the VAE says before scaling, under a key of everything that made it.
 
-The key holds the content of the picture, its crop, the way it becomes pixels and the VAE's fingerprint, so nothing that
+The key holds the content of the image, its crop, the way it becomes pixels and the VAE's fingerprint, so nothing that
 changes can meet a stale entry, and what a change did not touch stays.
 """
 
@@ -22,10 +22,10 @@ from simpletuner.cache.adopting import adopt
 from simpletuner.cache.encoded import EncodedCache
 from simpletuner.cache.encoding import (
     BatchEncoder,
-    Picture,
-    PictureSource,
+    DecodedSample,
+    ImageSource,
     batches_of_one_size,
-    encode_pictures,
+    encode_batch,
     num_readers,
     read_ahead,
 )
@@ -63,7 +63,7 @@ class Need:
 
 @dataclass(frozen=True)
 class FillReport:
-    """What filling the cache did. A picture that several samples cut in the same way counts once.
+    """What filling the cache did. An image that several samples cut in the same way counts once.
 
     Args:
         num_encoded: encoded now.
@@ -110,7 +110,7 @@ class LatentCache(EncodedCache):
 
     def fill(
         self,
-        dataset: PictureSource,
+        dataset: ImageSource,
         load_vae: Callable[[], nn.Module],
         batch_size: int,
         report: Progress | None = None,
@@ -120,7 +120,7 @@ class LatentCache(EncodedCache):
 
         Args:
             load_vae: called only if something is missing.
-            batch_size: pictures in every batch that the VAE sees.
+            batch_size: images in every batch that the VAE sees.
             report: called as `report(done, total)` after each batch. What it raises, as a signal does, stops the work;
                 what was encoded stays.
             num_processes: that fill caches on this machine, and share its cores.
@@ -137,7 +137,7 @@ class LatentCache(EncodedCache):
         filling = _Filling(self, BatchEncoder(self.family, load_vae(), batch_size))
         num_done = num_cached
 
-        def tell(count: int) -> None:
+        def count_done(count: int) -> None:
             nonlocal num_done
             num_done += count
             if report:
@@ -146,7 +146,7 @@ class LatentCache(EncodedCache):
         for samples in self._by_key(dataset.samples):
             todo = {key: samples[key] for key in self.store.missing(samples) if key not in filling.reasons}
             if todo:
-                filling.run(todo, dataset.read_pixels, num_readers(self.family.device, num_processes), tell)
+                filling.run(todo, dataset.read_pixels, num_readers(self.family.device, num_processes), count_done)
         num_encoded = need.num_missing - len(filling.reasons)
         return FillReport(num_encoded, num_cached, self._unusable(dataset, filling), time.monotonic() - started)
 
@@ -188,7 +188,7 @@ class LatentCache(EncodedCache):
         if part:
             yield part
 
-    def _unusable(self, dataset: PictureSource, filling: _Filling) -> tuple[UnusableSample, ...]:
+    def _unusable(self, dataset: ImageSource, filling: _Filling) -> tuple[UnusableSample, ...]:
         """Every sample without latents; several may share a key."""
         if not filling.reasons:
             return ()
@@ -207,13 +207,13 @@ class OnDemandLatents:
     The values are those of `LatentCache.fill` with the same `batch_size`. Safe to use from several threads.
 
     Args:
-        dataset: reads the pictures.
+        dataset: reads the images.
         vae: stays loaded.
-        batch_size: pictures in every batch that the VAE sees.
+        batch_size: images in every batch that the VAE sees.
         keeps: whether what is encoded is written.
     """
 
-    def __init__(self, cache: LatentCache, dataset: PictureSource, vae: nn.Module, batch_size: int, keeps: bool = True):
+    def __init__(self, cache: LatentCache, dataset: ImageSource, vae: nn.Module, batch_size: int, keeps: bool = True):
         self.cache = cache
         self.dataset = dataset
         self.keeps = keeps
@@ -238,7 +238,7 @@ class OnDemandLatents:
         """As `LatentCache.get`, encoding what is missing or damaged.
 
         Raises:
-            DataError: the picture cannot be read or encoded.
+            DataError: the image cannot be read or encoded.
         """
         return self.get_many([sample])[0]
 
@@ -249,12 +249,12 @@ class OnDemandLatents:
             found = {key: moments for key in wanted if (moments := self._find(key)) is not None}
             missing = {key: sample for key, sample in wanted.items() if key not in found}
             read = self.dataset.read_pixels
-            pictures = read_ahead(missing.values(), read, self._reading, self._num_readers + self._encoder.batch_size)
-            for batch in batches_of_one_size(pictures, self._encoder.batch_size):
-                for picture, result in encode_pictures(self._encoder, batch):
+            images = read_ahead(missing.values(), read, self._reading, self._num_readers + self._encoder.batch_size)
+            for batch in batches_of_one_size(images, self._encoder.batch_size):
+                for image, result in encode_batch(self._encoder, batch):
                     if isinstance(result, str):
-                        raise _unusable(picture.sample, result)
-                    key = self.cache.key(picture.sample)
+                        raise _unusable(image.sample, result)
+                    key = self.cache.key(image.sample)
                     found[key] = result
                     if self.keeps:
                         self._writer.put(key, _to_tensors(result))
@@ -274,7 +274,7 @@ class _Filling:
     """One pass over what is missing in a cache.
 
     Attributes:
-        reasons: key -> why that picture has no latents.
+        reasons: key -> why that image has no latents.
     """
 
     def __init__(self, cache: LatentCache, encoder: BatchEncoder):
@@ -289,7 +289,7 @@ class _Filling:
         num_threads: int,
         progress: Callable[[int], None],
     ) -> None:
-        """Encode and write; `progress` is told of each batch how many samples it held."""
+        """Encode and write; `progress` is reported of each batch how many samples it held."""
         # Batches hold one size; within a size the order of the dataset stays.
         samples = sorted(todo.values(), key=lambda sample: (sample.crop.height, sample.crop.width))
         num_ahead = num_threads + _BATCHES_AHEAD * self.encoder.batch_size
@@ -299,8 +299,8 @@ class _Filling:
             ThreadPoolExecutor(1, "latents-write") as writing,
             ThreadPoolExecutor(num_threads, "pictures-read") as reading,
         ):
-            pictures = read_ahead(samples, read_pixels, reading, num_ahead)
-            for batch in batches_of_one_size(pictures, self.encoder.batch_size):
+            images = read_ahead(samples, read_pixels, reading, num_ahead)
+            for batch in batches_of_one_size(images, self.encoder.batch_size):
                 unwritten.append(writing.submit(_put_all, writer, self._encode(batch)))
                 if len(unwritten) > _BATCHES_UNWRITTEN:
                     unwritten.popleft().result()
@@ -308,10 +308,10 @@ class _Filling:
             for each in unwritten:
                 each.result()
 
-    def _encode(self, batch: Sequence[Picture]) -> dict[str, Mapping[str, Tensor]]:
+    def _encode(self, batch: Sequence[DecodedSample]) -> dict[str, Mapping[str, Tensor]]:
         entries: dict[str, Mapping[str, Tensor]] = {}
-        for picture, result in encode_pictures(self.encoder, batch):
-            key = self.cache.key(picture.sample)
+        for image, result in encode_batch(self.encoder, batch):
+            key = self.cache.key(image.sample)
             if isinstance(result, str):
                 self.reasons[key] = result
             else:
@@ -337,8 +337,8 @@ def _to_moments(tensors: Mapping[str, Tensor]) -> LatentMoments:
 def _unusable(sample: Sample, reason: str) -> DataError:
     return DataError(
         Problem(
-            f"the picture {sample.path} cannot be encoded: {reason}",
+            f"the image {sample.path} cannot be encoded: {reason}",
             key=sample.dataset_id,
-            fix="repair the picture or take it out of the dataset",
+            fix="repair the image or take it out of the dataset",
         )
     )

@@ -1,7 +1,7 @@
 """Prompt embeddings, encoded once: what the text encoders say of a prompt, under a key of everything that made it.
 
 The key holds the text and the encoders' fingerprint (weights, tokenizers, limits, number format), so another caption or
-encoder can never meet a stale entry, and a caption that many pictures share is encoded once.
+encoder can never meet a stale entry, and a caption that many images share is encoded once.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ class CachedPrompts:
         keeps_encoders: the encoders stay after a prompt was encoded (`text_cache_ondemand`, `text_cache_disable`);
             otherwise the device's memory is the denoiser's, and they are freed at once.
         keeps_entries: what is encoded is written (not with `text_cache_disable`).
-        tell: called with a line when a prompt was missing that should have been there.
+        warn: called with a line when a prompt was missing that should have been there.
     """
 
     def __init__(
@@ -108,12 +108,12 @@ class CachedPrompts:
         cache: PromptCache,
         keeps_encoders: bool = False,
         keeps_entries: bool = True,
-        tell: Callable[[str], None] = lambda line: None,
+        warn: Callable[[str], None] = lambda line: None,
     ):
         self.cache = cache
         self.keeps_encoders = keeps_encoders
         self.keeps_entries = keeps_entries
-        self.tell = tell
+        self.warn = warn
         self._lock = threading.Lock()
         self._writer = StoreWriter(cache.store, max_entries=cache.write_batch_size)
         self._memo: OrderedDict[str, PromptEmbeds] = OrderedDict()
@@ -146,7 +146,7 @@ class CachedPrompts:
         if not prompts:
             return {}
         if not self.keeps_encoders:
-            self.tell(f'"{prompts[0][:60]}" is not in the cache of captions, or damaged there: it is encoded again')
+            self.warn(f'"{prompts[0][:60]}" is not in the cache of captions, or damaged there: it is encoded again')
         encoded = dict(encode(self.cache.family, prompts))
         for prompt, embeds in encoded.items() if self.keeps_entries else ():
             self._writer.put(self.cache.key(prompt), embeds.tensors)

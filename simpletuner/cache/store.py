@@ -1,7 +1,7 @@
 """Tensors kept on disk under a key that is a digest of everything that made them.
 
 Shards hold the tensors, `index.sqlite` tells which shard holds a key. The index only saves time: it is brought up to
-date with the shards that are there when the store is opened, and made anew where it is missing or damaged. Any number
+date with the shards that are there when the store is opened, and made again where it is missing or damaged. Any number
 of processes may read and write one folder: shards appear and vanish by one rename each.
 """
 
@@ -42,7 +42,7 @@ class DamagedEntry(DataError):
         self.key = key
         super().__init__(
             Problem(
-                f"a cached entry is damaged and was set aside: {reason}",
+                f"a cached entry is damaged and was skipped: {reason}",
                 file=str(folder),
                 fix="start again: what is missing is encoded again; if it comes back, check the disk",
             )
@@ -73,7 +73,7 @@ class TensorStore:
         self._open_shards: OrderedDict[str, int] = OrderedDict()
         self._pid = os.getpid()
         self._lost: set[str] = set()
-        storage.sweep(self.folder)
+        storage.clean_stale(self.folder)
         self._index = ShardIndex(self.folder)
         self.refresh()
 
@@ -110,7 +110,7 @@ class TensorStore:
             shard, entry = found
             try:
                 return load_entry(self._descriptor(shard), key, entry)
-            except FileNotFoundError:  # another process has rewritten or set aside the shard
+            except FileNotFoundError:  # another process has rewritten or skipped the shard
                 self.refresh()
                 if self._index.find(key) == found:
                     self._index.start_again()
@@ -118,7 +118,7 @@ class TensorStore:
             except DamagedShard as damage:
                 if self._index_was_wrong(shard, key, entry):
                     return self.get(key)
-                self._set_aside(shard, key)
+                self._skipped(shard, key)
                 raise DamagedEntry(key, self.folder, str(damage)) from damage
 
     def __contains__(self, key: str) -> bool:
@@ -170,7 +170,7 @@ class TensorStore:
         """Take up what other processes have written or removed; `get` and `missing` do so themselves."""
         with self._own_files():
             for shard in self._index.refresh():
-                self._set_aside(shard)
+                self._skipped(shard)
 
     # ---- writing ---------------------------------------------------------------------------------------------------
 
@@ -189,7 +189,7 @@ class TensorStore:
                 self._index.add(path.name)
 
     def verify(self) -> list[str]:
-        """Read everything and compare; damaged entries are set aside.
+        """Read everything and compare; damaged entries are skipped.
 
         Returns:
             Keys that were lost to damage since the store was opened and have not been written again.
@@ -198,7 +198,7 @@ class TensorStore:
             self.refresh()
             for shard in self._index.shards():
                 if self._damaged_keys(shard):
-                    self._set_aside(shard)
+                    self._skipped(shard)
             return sorted(self._lost - self._index.present(self._lost))
 
     def prune(self, keep_keys: Iterable[str]) -> int:
@@ -224,7 +224,7 @@ class TensorStore:
 
     # ---- damage ----------------------------------------------------------------------------------------------------
 
-    def _set_aside(self, shard: str, damaged_key: str | None = None) -> None:
+    def _skipped(self, shard: str, damaged_key: str | None = None) -> None:
         """Move a damaged shard to `quarantine/` and write its sound entries into a new one.
 
         Where the folder cannot be written, its entries (or `damaged_key` alone) only become missing in the index.
@@ -273,7 +273,7 @@ class TensorStore:
             return {}
 
     def _index_was_wrong(self, shard: str, key: str, entry: Entry) -> bool:
-        """Whether the shard's own header says something else than the index, which is then made anew."""
+        """Whether the shard's own header says something else than the index, which is then made again."""
         if self._index.was_made_anew or self._entries_of(shard).get(key, entry) == entry:
             return False
         self._index.start_again()
@@ -283,7 +283,7 @@ class TensorStore:
 
     @contextlib.contextmanager
     def _own_files(self) -> Iterator[None]:
-        """Hold the lock; after a fork, open files anew: an SQLite connection must not be shared with the parent."""
+        """Hold the lock; after a fork, open files again: an SQLite connection must not be shared with the parent."""
         with self._lock:
             if self._pid != os.getpid():
                 self._pid = os.getpid()

@@ -12,14 +12,14 @@ from typing import Annotated
 import typer
 
 from simpletuner import __version__
-from simpletuner.cli.shared import LOG_LEVEL, app, say_aside
+from simpletuner.cli.shared import LOG_LEVEL, app, print_to_stderr
 from simpletuner.disk import disk_error
 from simpletuner.errors import EXIT_INTERRUPTED, ConfigError, Problem, SimpleTunerError
 from simpletuner.quiet import hide_needless_lines
 
 
 def main() -> None:
-    """Run the command line; errors that a user can mend print without a traceback."""
+    """Run the command line; errors that a user can fix print without a traceback."""
     hide_needless_lines()
     try:
         require_system(sys.platform)
@@ -27,7 +27,7 @@ def main() -> None:
     except SimpleTunerError as error:
         if os.environ.get("SIMPLETUNER_DEBUG") == "1" and error.__cause__ is not None:
             traceback.print_exc()  # what a disk refused may have been asked of it by a mistake of ours
-        _tell_the_end(error.render())
+        _report_end(error.render())
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -35,10 +35,10 @@ def main() -> None:
     except Exception as error:  # the last boundary: says what happened and ends the program
         if os.environ.get("SIMPLETUNER_DEBUG") == "1":
             raise
-        if told := disk_error(error):
-            _tell_the_end(told.render())
-            sys.exit(told.exit_code)
-        _tell_the_end(_report_unexpected(error))
+        if reported := disk_error(error):
+            _report_end(reported.render())
+            sys.exit(reported.exit_code)
+        _report_end(_report_unexpected(error))
         sys.exit(1)
     finally:
         _let_go_of_stdout()
@@ -71,7 +71,7 @@ def _prepare_environment() -> None:
     found = variables_of_files(os.environ, Path.cwd(), name)
     os.environ.update(found.variables)
     for line in found.warnings:
-        say_aside(f"warning: {line}")
+        print_to_stderr(f"warning: {line}")
     if written := os.environ.get(LOG_LEVEL):
         import logging
 
@@ -82,12 +82,12 @@ def _prepare_environment() -> None:
         logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s")
 
 
-def _tell_the_end(text: str) -> None:
+def _report_end(text: str) -> None:
     """To stderr; one of several processes tells its launcher, which prints it for all."""
     from simpletuner.distributed.launcher import leave_last_words
 
     if not leave_last_words(text, os.environ):
-        say_aside(text)
+        print_to_stderr(text)
 
 
 def _let_go_of_stdout() -> None:

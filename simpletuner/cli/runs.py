@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from simpletuner.cli.shared import PASS_ON, app, load, monitored, run_in_processes, say, say_aside, say_for_all
+from simpletuner.cli.shared import PASS_ON, app, load, monitored, print_to_stderr, run_in_processes, say, say_for_all
 from simpletuner.errors import ConfigError, Problem
 from simpletuner.hardware import GIB
 
@@ -61,7 +61,7 @@ def options(
     if resolved:
         from simpletuner.launch import load_arguments
 
-        run = load_arguments(context.args, os.environ, Path.cwd(), say_aside, check_files=False)
+        run = load_arguments(context.args, os.environ, Path.cwd(), print_to_stderr, check_files=False)
         say(run_options_command(resolved=run))
         return
     if context.args:
@@ -80,17 +80,17 @@ def check(
         Path | None,
         typer.Option(help="Folder of the contact sheet; OUTPUT_DIR/check if not given.", show_default=False),
     ] = None,
-    pictures: Annotated[int, typer.Option(help="Of each dataset on the contact sheet.", min=1, max=500)] = 21,
+    images: Annotated[int, typer.Option(help="Of each dataset on the contact sheet.", min=1, max=500)] = 21,
 ) -> None:
     """Show what a run would see of its data: simpletuner check [example=NAME] [env=NAME] [--key=value ...]
 
-    Prints what becomes of the files, sizes, steps, captions and caches, and draws the real crops with their captions
+    Prints what becomes of the files, sizes, steps, captions and caches, and shows the real crops with their captions
     as contact_sheet.png and check.html.
     """
     loaded = load(context)
     from simpletuner.commands.check import check as run_check
 
-    run_check(loaded, say, output, pictures)
+    run_check(loaded, say, output, images)
 
 
 @app.command(context_settings=PASS_ON, short_help="Memory, time and disk of a run before it starts.")
@@ -121,8 +121,8 @@ def configure(
     family: Annotated[str | None, typer.Option(help="Model family.")] = None,
     flavour: Annotated[str | None, typer.Option(help="Published checkpoint of the family.")] = None,
     model: Annotated[str | None, typer.Option(help="Model folder or hub id in place of the flavour's.")] = None,
-    data: Annotated[str | None, typer.Option(help="Folder with the pictures.")] = None,
-    eval_data: Annotated[str | None, typer.Option(help="Folder with pictures that are never trained on.")] = None,
+    data: Annotated[str | None, typer.Option(help="Folder with the images.")] = None,
+    eval_data: Annotated[str | None, typer.Option(help="Folder with images that are never trained on.")] = None,
     regularisation_data: Annotated[str | None, typer.Option(help="Folder for prior preservation.")] = None,
     adapter: Annotated[
         str | None, typer.Option(help="lokr, lora, dora, or another algorithm of LyCORIS; not of goal full.")
@@ -131,7 +131,7 @@ def configure(
     rank: Annotated[int | None, typer.Option(help="Of other adapters: their size.", min=1)] = None,
     layers: Annotated[str | None, typer.Option(help="Of LyCORIS: all, or attention.")] = None,
     reference_data: Annotated[
-        str | None, typer.Option(help="Of goal edit: the pictures before the change, each named as the one after.")
+        str | None, typer.Option(help="Of goal edit: the images before the change, each named as the one after.")
     ] = None,
     captions: Annotated[str | None, typer.Option(help="filename, textfile or instanceprompt.")] = None,
     instance_prompt: Annotated[str | None, typer.Option(help="What the subject is called.")] = None,
@@ -175,7 +175,7 @@ def configure(
         from simpletuner.launch import load_arguments
 
         loaded = load_arguments((), os.environ, Path.cwd(), say, config_file)
-        os.environ["CONFIG_PATH"] = str(config_file)  # for further processes, which are told `train`
+        os.environ["CONFIG_PATH"] = str(config_file)  # for further processes, which are reported `train`
         run_in_processes(loaded, ["train"])
 
 

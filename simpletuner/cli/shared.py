@@ -49,7 +49,7 @@ def run_in_processes(loaded: LoadedRun, words: list[str]) -> None:
         check_surroundings(loaded)
     layout = layout_of(loaded.config)
     if layout.world_size > 1 and not is_started_already(os.environ):
-        raise typer.Exit(launch(words, layout, say_aside))
+        raise typer.Exit(launch(words, layout, print_to_stderr))
     faulthandler.register(signal.SIGUSR1)  # prints where each thread is; the launcher passes it on
 
     from simpletuner.training.trainer import train as run_training
@@ -81,18 +81,18 @@ def check_surroundings(loaded: LoadedRun) -> None:
 
     check_model_folder(loaded)
     for line in check_services(loaded, os.environ, Path.cwd()):
-        say_aside(f"warning: {line}")
+        print_to_stderr(f"warning: {line}")
 
-    from simpletuner.training.room import check_room
+    from simpletuner.training.disk_space import check_disk_space
 
-    check_room(loaded, os.environ)
+    check_disk_space(loaded, os.environ)
 
 
 def load(context: typer.Context) -> LoadedRun:
     """The run that example=NAME, env=NAME and --key=value mean."""
     from simpletuner.launch import load_arguments
 
-    return load_arguments(context.args, os.environ, Path.cwd(), say_aside)
+    return load_arguments(context.args, os.environ, Path.cwd(), print_to_stderr)
 
 
 def say(line: str) -> None:
@@ -102,7 +102,7 @@ def say(line: str) -> None:
     print(for_terminal(pasteable(line)), flush=True)
 
 
-def say_aside(line: str) -> None:
+def print_to_stderr(line: str) -> None:
     """To stderr: stdout holds what was asked for, and nothing else."""
     print(for_terminal(pasteable(line)), file=sys.stderr)
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from simpletuner.cli.shared import app, say, say_aside
+from simpletuner.cli.shared import app, print_to_stderr, say
 
 
 @app.command(short_help="One page that explains a run: report.html.")
@@ -17,7 +17,7 @@ def report(
         Path | None, typer.Option(help="The file; OUTPUT_DIR/report.html if not given.", show_default=False)
     ] = None,
 ) -> None:
-    """Write a run as one HTML file with everything in it: curves, pictures, data, configuration, commands.
+    """Write a run as one HTML file with everything in it: curves, images, data, configuration, commands.
 
     It is made from the files of the folder alone, and shows them in any browser, without a network.
     """
@@ -60,4 +60,4 @@ def models(
     """List the model families that can be trained, those of other packages included."""
     from simpletuner.commands.models import show_models
 
-    show_models(name, as_json, print if as_json else say, say_aside)
+    show_models(name, as_json, print if as_json else say, print_to_stderr)

@@ -1,4 +1,4 @@
-"""Verbs of what was trained: to draw with it, to write it for other programs."""
+"""Verbs of what was trained: to generate with it, to write it for other programs."""
 
 from __future__ import annotations
 
@@ -8,33 +8,33 @@ from typing import Annotated
 
 import typer
 
-from simpletuner.cli.shared import PASS_ON, app, say, say_aside
+from simpletuner.cli.shared import PASS_ON, app, print_to_stderr, say
 from simpletuner.errors import ConfigError, Problem
 
 
-@app.command(context_settings=PASS_ON, short_help="Draw pictures with a model and an adapter.")
+@app.command(context_settings=PASS_ON, short_help="Generate images with a model and an adapter.")
 def generate(
     context: typer.Context,
-    prompt: Annotated[list[str], typer.Option(help="What to draw; may be given several times.")],
+    prompt: Annotated[list[str], typer.Option(help="What to generate; may be given several times.")],
     model: Annotated[str | None, typer.Option(help="Model folder or hub id.")] = None,
     model_family: Annotated[str | None, typer.Option(help="Of --model, where its folder does not tell.")] = None,
     config: Annotated[Path | None, typer.Option(help="config.json of a run: its model and its validation_*.")] = None,
     adapter: Annotated[Path | None, typer.Option(help="Adapter file (.safetensors) of any format, or folder.")] = None,
     strength: Annotated[float, typer.Option(help="How much of the adapter; 1 is as it was trained.")] = 1.0,
-    reference: Annotated[list[Path] | None, typer.Option(help="Picture to edit; several times for several.")] = None,
+    reference: Annotated[list[Path] | None, typer.Option(help="Image to edit; several times for several.")] = None,
     negative_prompt: Annotated[str | None, typer.Option(help="What guidance leads away from.")] = None,
     width: Annotated[int | None, typer.Option(help="Pixels.", min=8)] = None,
     height: Annotated[int | None, typer.Option(help="Pixels.", min=8)] = None,
     steps: Annotated[int | None, typer.Option(help="Sampling steps.", min=1)] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale; 1 is none.", min=0)] = None,
-    seed: Annotated[int, typer.Option(help="Of the first picture; each further one counts up.", min=0)] = 42,
-    count: Annotated[int, typer.Option(help="Pictures per prompt.", min=1)] = 1,
+    seed: Annotated[int, typer.Option(help="Of the first image; each further one counts up.", min=0)] = 42,
+    count: Annotated[int, typer.Option(help="Images per prompt.", min=1)] = 1,
     base_precision: Annotated[
         str | None, typer.Option(help="Pack the model's weights, as base_model_precision does: int8-quanto, ...")
     ] = None,
-    output: Annotated[Path, typer.Option(help="Folder, or a .png file for a single picture.")] = Path("generated"),
+    output: Annotated[Path, typer.Option(help="Folder, or a .png file for a single image.")] = Path("generated"),
 ) -> None:
-    """Draw: simpletuner generate --prompt "..." [--model FOLDER | --config FILE | example=NAME] [--adapter FILE]
+    """Generate: simpletuner generate --prompt "..." [--model FOLDER | --config FILE | example=NAME] [--adapter FILE]
 
     Without --model, the model is that of a configuration, found as `train` finds it, and its validation_* options are
     the defaults of what is not given here; --key=value overrides its options.
@@ -49,17 +49,17 @@ def generate(
                 )
             )
         family = launch.family_of_model(model, model_family)
-        defaults = launch.drawing_defaults(family.spec)
+        defaults = launch.generation_defaults(family.spec)
     else:
-        loaded = launch.load_arguments(context.args, os.environ, Path.cwd(), say_aside, config, check_files=False)
+        loaded = launch.load_arguments(context.args, os.environ, Path.cwd(), print_to_stderr, config, check_files=False)
         family = launch.family_of_run(loaded)
-        defaults = launch.drawing_defaults(family.spec, loaded.config)
+        defaults = launch.generation_defaults(family.spec, loaded.config)
     if base_precision is not None:
         launch.pack_base(family, base_precision)
 
-    from simpletuner.validation.generate import Drawing, generate_pictures
+    from simpletuner.validation.generate import GenerationRequest, generate_images
 
-    drawing = Drawing(
+    generation = GenerationRequest(
         prompts=tuple(prompt),
         negative_prompt=defaults.negative_prompt if negative_prompt is None else negative_prompt,
         height=height or width or defaults.height,
@@ -70,7 +70,7 @@ def generate(
         count=count,
         references=tuple(reference or ()),
     )
-    for path in generate_pictures(family, drawing, adapter, output, say_aside, strength):
+    for path in generate_images(family, generation, adapter, output, print_to_stderr, strength):
         say(str(path))
 
 
@@ -99,7 +99,7 @@ def export(
 
     found = find_source(source, ema)
     family = family_of_export(source, model, model_family)
-    for path in export_command(found, family, formats or (), output, rank, merge, say_aside):
+    for path in export_command(found, family, formats or (), output, rank, merge, print_to_stderr):
         say(str(path))
 
 

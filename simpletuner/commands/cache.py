@@ -19,8 +19,8 @@ from simpletuner.models.registry import get_spec
 from simpletuner.reporting.bus import EventBus
 from simpletuner.reporting.events import Notice
 from simpletuner.reporting.sinks.terminal import terminal_sink
+from simpletuner.training.build import build_family
 from simpletuner.training.latents import fingerprint_of_vae, latents_folder
-from simpletuner.training.parts import build_family
 from simpletuner.training.preflight import check_model_folder
 from simpletuner.training.prepare import prepare_data, read_datasets
 from simpletuner.training.prompts import open_prompt_cache, prompts_folder, run_prompts
@@ -47,7 +47,7 @@ class CacheFolder:
 
     @property
     def quarantined(self) -> list[Path]:
-        """Damaged files that were set aside."""
+        """Damaged files that were skipped."""
         folder = self.path / QUARANTINE
         return sorted(path for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
 
@@ -92,7 +92,7 @@ def build(loaded: LoadedRun) -> None:
 
 
 def verify(loaded: LoadedRun, say: Say) -> int:
-    """Compare every entry with its sha256; damaged ones are set aside.
+    """Compare every entry with its sha256; damaged ones are skipped.
 
     Returns:
         Number of damaged entries.
@@ -111,7 +111,7 @@ def verify(loaded: LoadedRun, say: Say) -> int:
 
 
 def prune(loaded: LoadedRun, say: Say, dry_run: bool = False, others: bool = False) -> int:
-    """Remove entries that no configured dataset uses, and what was set aside as damaged.
+    """Remove entries that no configured dataset uses, and what was skipped as damaged.
 
     Args:
         dry_run: only say what would be removed.
@@ -160,7 +160,7 @@ def stats(loaded: LoadedRun, say: Say) -> None:
                 unused.append(f"  {folder.path}: {len(keys - used)} of {_held(held)}")
         if folder.quarantined:
             size = bytes_text(sum(path.stat().st_size for path in folder.quarantined))
-            say(f"  set aside as damaged: {count_text(len(folder.quarantined), 'file')}, {size}")
+            say(f"  skipped as damaged: {count_text(len(folder.quarantined), 'file')}, {size}")
     say(f"{bytes_text(sum(files.values()))} in all")
     if unused:
         say("no longer used by this configuration (`simpletuner cache prune` removes it, with --others whole folders):")
@@ -173,7 +173,7 @@ def _held(held: StoreStats) -> str:
 
 
 def used_keys(loaded: LoadedRun) -> dict[Path, set[str]]:
-    """Folder -> keys of every picture and caption that the configuration uses, at these weights and settings."""
+    """Folder -> keys of every image and caption that the configuration uses, at these weights and settings."""
     check_model_folder(loaded)
     family, cache_dir = build_family(loaded), Path(loaded.config.cache_dir)
     fingerprint = fingerprint_of_vae(family, cache_dir)

@@ -17,7 +17,7 @@ class CaptionCheck:
     """The captions of one dataset.
 
     Args:
-        num_captions: all variants of all pictures.
+        num_captions: all variants of all images.
         num_different: texts that differ.
         num_empty: nothing but blanks, as filters may leave them.
         counted: captions that were tokenised, evenly spread where there are more.
@@ -48,7 +48,7 @@ class CaptionCheck:
 
 
 def check_captions(captions: Sequence[str], family: ModelFamily) -> CaptionCheck:
-    """Count captions, all variants of all pictures, and their tokens."""
+    """Count captions, all variants of all images, and their tokens."""
     step = -(-len(captions) // MAX_COUNTED) or 1
     counted = captions[::step]
     lengths = family.count_prompt_tokens(counted)

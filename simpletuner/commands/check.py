@@ -1,6 +1,6 @@
 """`simpletuner check`: what a run would see of its data, before anything is trained.
 
-Funnel, sizes, steps, captions and caches as text, and the very crops that the VAE would get as a contact sheet.
+Filter report, sizes, steps, captions and caches as text, and the very crops that the VAE would get as a contact sheet.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from simpletuner.cache.adopting import folders_beside, opened
 from simpletuner.cache.latents import LatentCache
 from simpletuner.cache.store import TensorStore
 from simpletuner.commands.captions import CaptionCheck, check_captions
-from simpletuner.commands.contact_sheet import draw_sheet, write_sheet
+from simpletuner.commands.contact_sheet import render_sheet, write_sheet
 from simpletuner.commands.remedies import remedies_of
 from simpletuner.commands.text import columns, count_text
 from simpletuner.config.loading import LoadedRun
@@ -24,14 +24,14 @@ from simpletuner.data.dataset import Dataset
 from simpletuner.data.datasets import UnusableData
 from simpletuner.data.holdout import hold_out
 from simpletuner.data.kept import KeptSamples
-from simpletuner.data.report import SET_ASIDE_FILE, Funnel, ProgressReport, write_set_aside
+from simpletuner.data.report import SKIPPED_FILE, FilterReport, ProgressReport, write_skipped
 from simpletuner.data.sampler import Sampler
-from simpletuner.data.tiles import NOTICEABLE, choose_pictures, enlargement
+from simpletuner.data.tiles import NOTICEABLE, choose_images, enlargement
 from simpletuner.errors import bytes_text
 from simpletuner.models.family import ModelFamily
 from simpletuner.text import printable
+from simpletuner.training.build import build_family, build_sampler
 from simpletuner.training.latents import fingerprint_of_vae, latents_folder
-from simpletuner.training.parts import build_family, build_sampler
 from simpletuner.training.preflight import check_model_folder
 from simpletuner.training.prepare import read_datasets, require_trainable
 from simpletuner.training.resuming import total_train_steps
@@ -65,7 +65,7 @@ class CacheNeed:
 
 @dataclass(frozen=True)
 class DatasetCheck:
-    """What is to be told of one dataset."""
+    """What is to be reported of one dataset."""
 
     dataset: Dataset
     captions: CaptionCheck
@@ -77,20 +77,20 @@ class DatasetCheck:
     @property
     def title(self) -> str:
         kind = "regularisation" if self.dataset.is_regularisation else KINDS[self.dataset.kind]
-        held_out = f", {self.dataset.funnel.held_out:,} held out" if self.dataset.funnel.held_out else ""
-        return f"{self.dataset.id} ({kind}, {count_text(self.dataset.funnel.bucketed, 'picture')}{held_out})"
+        held_out = f", {self.dataset.filter_report.held_out:,} held out" if self.dataset.filter_report.held_out else ""
+        return f"{self.dataset.id} ({kind}, {count_text(self.dataset.filter_report.bucketed, 'image')}{held_out})"
 
     @property
     def stages(self) -> list[tuple[str, int]]:
-        """The funnel, from the folder to what is used."""
-        funnel = self.dataset.funnel
+        """The filter report, from the folder to what is used."""
+        filter_report = self.dataset.filter_report
         return [
-            ("found", funnel.found),
-            ("readable", funnel.readable),
-            ("large enough", funnel.large_enough),
-            ("captioned", funnel.captioned),
-            *([("held out", funnel.held_out)] if funnel.held_out else []),
-            ("used", funnel.bucketed),
+            ("found", filter_report.found),
+            ("readable", filter_report.readable),
+            ("large enough", filter_report.large_enough),
+            ("captioned", filter_report.captioned),
+            *([("held out", filter_report.held_out)] if filter_report.held_out else []),
+            ("used", filter_report.bucketed),
         ]
 
 
@@ -127,12 +127,12 @@ class Check:
     warnings: tuple[str, ...]
 
 
-def check(loaded: LoadedRun, say: Say, output: Path | None, pictures: int) -> Path:
+def check(loaded: LoadedRun, say: Say, output: Path | None, images: int) -> Path:
     """Look at configuration and data, tell, and draw the contact sheet.
 
     Args:
         output: folder of the sheet, the page and the report; by default `check` in the output folder.
-        pictures: of each dataset on the sheet, at most.
+        images: of each dataset on the sheet, at most.
 
     Returns:
         The page.
@@ -144,53 +144,53 @@ def check(loaded: LoadedRun, say: Say, output: Path | None, pictures: int) -> Pa
 
     folder = output or Path(loaded.config.output_dir) / "check"
     try:
-        found = gather(loaded, scan_teller(say))
+        found = gather(loaded, scan_progress(say))
     except UnusableData as error:
-        tell_unusable(error.funnels, folder, say)
+        report_unusable(error.filter_reports, folder, say)
         raise
     for line in report_lines(found):
         say(line)
     folder.mkdir(parents=True, exist_ok=True)
-    shown = [(each, choose_pictures(each.dataset, pictures)) for each in found.datasets]
+    shown = [(each, choose_images(each.dataset, images)) for each in found.datasets]
     write_sheet(
         folder / SHEET,
-        draw_sheet(f"{found.name}: the crops that are trained on", [(each.title, tiles) for each, tiles in shown]),
+        render_sheet(f"{found.name}: the crops that are trained on", [(each.title, tiles) for each, tiles in shown]),
     )
     write_page(folder / PAGE, found, [tiles for _, tiles in shown])
     storage.write_json(folder / REPORT, as_json(found))
     for name in (SHEET, PAGE, REPORT):
         say(f"{name}: {folder / name}")
-    tell_set_aside([each.dataset.funnel for each in found.datasets], folder, say)
+    report_skipped([each.dataset.filter_report for each in found.datasets], folder, say)
     return folder / PAGE
 
 
-def scan_teller(say: Say) -> ProgressReport:
+def scan_progress(say: Say) -> ProgressReport:
     """Says now and then how far a scan has come; of one that is done at once, nothing."""
     last = time.monotonic()
 
-    def tell(label: str, done: int, total: int | None) -> None:
+    def report(label: str, done: int, total: int | None) -> None:
         nonlocal last
         if time.monotonic() - last > SCAN_SECONDS:
             last = time.monotonic()
             say(f"{label}: {done:,} files")
 
-    return tell
+    return report
 
 
-def tell_unusable(funnels: Sequence[Funnel], folder: Path, say: Say) -> None:
+def report_unusable(filter_reports: Sequence[FilterReport], folder: Path, say: Say) -> None:
     """What became of the files, where no run can begin on them: the error that follows says why."""
-    for funnel in funnels:
-        for line in funnel.lines():
+    for filter_report in filter_reports:
+        for line in filter_report.lines():
             say(line)
-    tell_set_aside(funnels, folder, say)
+    report_skipped(filter_reports, folder, say)
 
 
-def tell_set_aside(funnels: Sequence[Funnel], folder: Path, say: Say) -> None:
+def report_skipped(filter_reports: Sequence[FilterReport], folder: Path, say: Say) -> None:
     """Keep the name of each file that is not used, and say where; nothing where all are."""
-    if any(funnel.set_aside.counts for funnel in funnels):
+    if any(filter_report.skipped.counts for filter_report in filter_reports):
         folder.mkdir(parents=True, exist_ok=True)
-        write_set_aside(folder / SET_ASIDE_FILE, funnels)
-        say(f"each file that is not used, and why: {folder / SET_ASIDE_FILE}")
+        write_skipped(folder / SKIPPED_FILE, filter_reports)
+        say(f"each file that is not used, and why: {folder / SKIPPED_FILE}")
 
 
 def gather(loaded: LoadedRun, report: ProgressReport | None = None) -> Check:
@@ -201,8 +201,8 @@ def gather(loaded: LoadedRun, report: ProgressReport | None = None) -> Check:
     require_trainable(loaded, family, datasets)
     fingerprint = fingerprint_of_vae(family, Path(config.cache_dir))
     training = hold_out(datasets, config.eval_holdout)
-    funnels = {dataset.id: dataset.funnel for dataset in training}
-    datasets = [replace(dataset, funnel=funnels[dataset.id]) for dataset in datasets]
+    filter_reports = {dataset.id: dataset.filter_report for dataset in training}
+    datasets = [replace(dataset, filter_report=filter_reports[dataset.id]) for dataset in datasets]
     checks = tuple(check_dataset(loaded, family, dataset, fingerprint) for dataset in datasets)
     steps = count_steps(loaded, build_sampler(loaded, [each for each in training if each.kind == "image"]))
     line = steps.line(config.train_batch_size, config.gradient_accumulation_steps)
@@ -252,7 +252,7 @@ def report_lines(found: Check) -> list[str]:
     """For the terminal."""
     lines = [f"warning: {line}" for line in found.warnings]
     for each in found.datasets:
-        lines += ["", each.title, *funnel_lines(each)]
+        lines += ["", each.title, *filter_lines(each)]
         sizes = [(f"{width}x{height}", f"{count:,}") for (height, width), count in sorted_sizes(each)]
         lines.append(
             f"  sizes: {', '.join(f'{size}: {count}' for size, count in sizes[:8])}{' ...' * (len(sizes) > 8)}"
@@ -260,26 +260,26 @@ def report_lines(found: Check) -> list[str]:
         lines += [f"  captions: {line}" for line in each.captions.lines()]
         lines += [f"    {printable(caption)[:110]}" for caption in example_captions(each.dataset)]
         lines.append(f"  latents: {each.cache.line()}")
-        lines += [f"  warning: {line}" for line in each.dataset.funnel.warnings]
+        lines += [f"  warning: {line}" for line in each.dataset.filter_report.warnings]
         lines += [f"  ! {remedy}" for remedy in each.remedies]
     return [*lines, "", found.steps_line]
 
 
-def funnel_lines(each: DatasetCheck) -> list[str]:
-    most = max(each.dataset.funnel.found, 1)
+def filter_lines(each: DatasetCheck) -> list[str]:
+    most = max(each.dataset.filter_report.found, 1)
     rows = [(f"{count:,}", name, "█" * round(BAR_WIDTH * count / most)) for name, count in each.stages]
-    funnel = each.dataset.funnel
-    per_epoch = f"  {funnel.per_epoch:,} in each epoch (repeats {each.dataset.repeats})"
-    return [*columns(rows), per_epoch, *(f"  {line}" for line in funnel.note_lines())]
+    filter_report = each.dataset.filter_report
+    per_epoch = f"  {filter_report.per_epoch:,} in each epoch (repeats {each.dataset.repeats})"
+    return [*columns(rows), per_epoch, *(f"  {line}" for line in filter_report.note_lines())]
 
 
 def sorted_sizes(each: DatasetCheck) -> list[tuple[tuple[int, int], int]]:
-    """((height, width), pictures), most pictures first."""
-    return sorted(each.dataset.funnel.buckets.items(), key=lambda item: (-item[1], item[0]))
+    """((height, width), images), most images first."""
+    return sorted(each.dataset.filter_report.buckets.items(), key=lambda item: (-item[1], item[0]))
 
 
 def example_captions(dataset: Dataset, count: int = 3) -> list[str]:
-    """One caption of some pictures, spread over the dataset."""
+    """One caption of some images, spread over the dataset."""
     positions = sorted({index * (len(dataset.samples) - 1) // max(count - 1, 1) for index in range(count)})
     return [dataset.samples[position].captions[0] for position in positions]
 
@@ -294,7 +294,7 @@ def as_json(found: Check) -> dict[str, Any]:
         "warnings": list(found.warnings),
         "datasets": [
             {
-                **each.dataset.funnel.as_json(),
+                **each.dataset.filter_report.as_json(),
                 "kind": each.dataset.kind,
                 "captions": vars(each.captions),
                 "latents_present": each.cache.num_present,

@@ -40,9 +40,9 @@ p { margin: 4px 0; } .muted { color: var(--muted); }
 table { border-collapse: collapse; width: 100%; } td { padding: 2px 0; } td + td { text-align: right;
   font-variant-numeric: tabular-nums; }
 .tiles { display: grid; grid-template-columns: repeat(auto-fill, minmax(190px, 1fr)); gap: 18px; margin-top: 18px; }
-figure { margin: 0; } .pictures { display: flex; gap: 3px; aspect-ratio: 1; background: var(--card);
+figure { margin: 0; } .images { display: flex; gap: 3px; aspect-ratio: 1; background: var(--card);
   border-radius: 8px; overflow: hidden; align-items: center; justify-content: center; }
-.pictures img { max-width: 100%; max-height: 100%; min-width: 0; flex: 0 1 auto; object-fit: contain; }
+.images img { max-width: 100%; max-height: 100%; min-width: 0; flex: 0 1 auto; object-fit: contain; }
 .small img { image-rendering: pixelated; width: 100%; height: 100%; }
 figcaption { margin-top: 6px; font-size: 13px; line-height: 1.4; overflow-wrap: anywhere; }
 figcaption small { display: block; color: var(--muted); } figcaption .enlarged { color: var(--warn); }
@@ -50,7 +50,7 @@ figcaption small { display: block; color: var(--muted); } figcaption .enlarged {
 
 
 def write_page(path: Path, found: Check, tiles: Sequence[Sequence[Tile]]) -> None:
-    """Write the page; `tiles` are the pictures of each dataset."""
+    """Write the page; `tiles` are the images of each dataset."""
     parts = [f"<h1>{escape(found.name)}</h1>", f'<p class="muted">{escape(found.steps_line)}</p>']
     parts += [f'<p class="warn">{escape(line)}</p>' for line in found.warnings]
     parts += [_dataset(each, shown) for each, shown in zip(found.datasets, tiles, strict=True)]
@@ -63,12 +63,12 @@ def write_page(path: Path, found: Check, tiles: Sequence[Sequence[Tile]]) -> Non
 
 
 def _dataset(each: DatasetCheck, tiles: Sequence[Tile]) -> str:
-    warnings = (*each.dataset.funnel.warnings, *each.remedies)
+    warnings = (*each.dataset.filter_report.warnings, *each.remedies)
     remedies = "".join(f'<p class="warn">{escape(line)}</p>' for line in warnings)
     cards = "".join(
         f'<div class="card"><h3>{title}</h3>{body}</div>'
         for title, body in (
-            ("Funnel", _funnel(each)),
+            ("FilterReport", _filter_report(each)),
             ("Sizes, width x height", _sizes(each)),
             ("Captions and latents", _captions(each)),
         )
@@ -77,15 +77,15 @@ def _dataset(each: DatasetCheck, tiles: Sequence[Tile]) -> str:
     return f'<h2>{escape(each.title)}</h2>{remedies}<div class="facts">{cards}</div><div class="tiles">{figures}</div>'
 
 
-def _funnel(each: DatasetCheck) -> str:
-    most = max(each.dataset.funnel.found, 1)
+def _filter_report(each: DatasetCheck) -> str:
+    most = max(each.dataset.filter_report.found, 1)
     rows = [
         f'<div class="stage"><span>{name}</span><span class="track"><i style="width:{100 * count / most:.1f}%"></i>'
         f"</span><b>{count:,}</b></div>"
         for name, count in each.stages
     ]
-    funnel = each.dataset.funnel
-    lines = [f"{funnel.per_epoch:,} in each epoch (repeats {each.dataset.repeats})", *funnel.note_lines()]
+    filter_report = each.dataset.filter_report
+    lines = [f"{filter_report.per_epoch:,} in each epoch (repeats {each.dataset.repeats})", *filter_report.note_lines()]
     return "".join([*rows, *(f'<p class="muted">{escape(line)}</p>' for line in lines)])
 
 
@@ -107,17 +107,17 @@ def _captions(each: DatasetCheck) -> str:
 
 def _figure(tile: Tile) -> str:
     small = " small" if max(tile.image.size) < LARGEST_SIDE // 2 else ""
-    pictures = "".join(map(_img, tile.pictures))
+    images = "".join(map(_img, tile.images))
     enlarged = ' class="enlarged"' if tile.is_enlarged else ""
     return (
-        f'<figure><div class="pictures{small}">{pictures}</div><figcaption>{escape(printable(tile.caption))}'
+        f'<figure><div class="images{small}">{images}</div><figcaption>{escape(printable(tile.caption))}'
         f"<small{enlarged}>{escape(tile.note)}</small><small>{escape(printable(tile.path))}</small>"
         "</figcaption></figure>"
     )
 
 
 def _img(image: Image.Image) -> str:
-    """The picture inside the page: small ones exact, large ones reduced and as JPEG."""
+    """The image inside the page: small ones exact, large ones reduced and as JPEG."""
     buffer = io.BytesIO()
     if max(image.size) <= LARGEST_SIDE // 2:
         image.save(buffer, format="PNG")

@@ -19,7 +19,7 @@ LINE = CAPTION_SIZE + 4
 WARNING = "#b45309"
 
 
-def draw_sheet(title: str, sections: Sequence[tuple[str, Sequence[Tile]]]) -> Image.Image:
+def render_sheet(title: str, sections: Sequence[tuple[str, Sequence[Tile]]]) -> Image.Image:
     """All tiles under the headings of their datasets."""
     widest = max([1, *(len(tiles) for _, tiles in sections)])
     num_columns = max(4, min(COLUMNS, widest))
@@ -30,7 +30,7 @@ def draw_sheet(title: str, sections: Sequence[tuple[str, Sequence[Tile]]]) -> Im
     draw = ImageDraw.Draw(sheet)
     write(draw, (MARGIN, MARGIN), title, INK, TITLE_SIZE, width - 2 * MARGIN)
     for (heading, tiles), height in zip(sections, heights, strict=True):
-        _draw_section(sheet, draw, heading, tiles, top, num_columns)
+        _render_section(sheet, draw, heading, tiles, top, num_columns)
         top += height
     return sheet
 
@@ -56,8 +56,8 @@ def wrapped(text: str, size: int, width: float, num_lines: int) -> list[str]:
 
 
 def _tile_height(tiles: Sequence[Tile]) -> int:
-    pictures = max((len(tile.pictures) for tile in tiles), default=1)
-    return pictures * CELL + (pictures - 1) * 4 + 8 + CAPTION_LINES * LINE + NOTE_SIZE + 8
+    images = max((len(tile.images) for tile in tiles), default=1)
+    return images * CELL + (images - 1) * 4 + 8 + CAPTION_LINES * LINE + NOTE_SIZE + 8
 
 
 def _section_height(tiles: Sequence[Tile], num_columns: int) -> int:
@@ -65,18 +65,18 @@ def _section_height(tiles: Sequence[Tile], num_columns: int) -> int:
     return HEADING_SIZE + 18 + rows * (_tile_height(tiles) + GAP)
 
 
-def _draw_section(
+def _render_section(
     sheet: Image.Image, draw: ImageDraw.ImageDraw, heading: str, tiles: Sequence[Tile], top: int, num_columns: int
 ) -> None:
     write(draw, (MARGIN, top), heading, INK, HEADING_SIZE, sheet.width - 2 * MARGIN)
     top += HEADING_SIZE + 14
     for index, tile in enumerate(tiles):
         left = MARGIN + (index % num_columns) * (CELL + GAP)
-        _draw_tile(sheet, draw, tile, left, top + (index // num_columns) * (_tile_height(tiles) + GAP))
+        _render_tile(sheet, draw, tile, left, top + (index // num_columns) * (_tile_height(tiles) + GAP))
 
 
-def _draw_tile(sheet: Image.Image, draw: ImageDraw.ImageDraw, tile: Tile, left: int, top: int) -> None:
-    for image in tile.pictures:
+def _render_tile(sheet: Image.Image, draw: ImageDraw.ImageDraw, tile: Tile, left: int, top: int) -> None:
+    for image in tile.images:
         draw.rectangle((left, top, left + CELL - 1, top + CELL - 1), fill=EMPTY)
         shown = scaled_to_side(image, CELL)
         sheet.paste(shown, (left + (CELL - shown.width) // 2, top + (CELL - shown.height) // 2))

@@ -44,7 +44,7 @@ class Finding:
     remedy: str | None = None
 
     def line(self) -> str:
-        before = "; " if self.state == "ok" else "; to mend it: "
+        before = "; " if self.state == "ok" else "; fix: "
         remedy = before + self.remedy if self.remedy else ""
         return f"{self.state:<6}{self.name:<11}{self.text}{remedy}"
 
@@ -62,7 +62,7 @@ def doctor(environment: Mapping[str, str], working_dir: Path, say: Callable[[str
 
 
 def findings(environment: Mapping[str, str], working_dir: Path) -> Iterator[Finding]:
-    """Everything that is looked at, in the order in which it is told."""
+    """Everything that is looked at, in the order in which it is reported."""
     hardware = detect_hardware()
     yield look_at_python(sys.version_info[:3], sys.prefix != sys.base_prefix)
     yield from look_at_torch(hardware)

@@ -23,9 +23,9 @@ from simpletuner.cache.prompts import PromptsAhead
 from simpletuner.config.paths import ADAPTER_FILES, adapter_file_in
 from simpletuner.errors import ConfigError, DataError, Problem
 from simpletuner.models.components import ModelSource, save_model_folder
+from simpletuner.training.adapter_roundtrip import TOLERANCE, probe_output
 from simpletuner.training.lock import LOCK_FILE
 from simpletuner.training.prompts import PROBE_PROMPT
-from simpletuner.training.proof import TOLERANCE, probe_output
 
 if TYPE_CHECKING:
     from simpletuner.models.family import ModelFamily

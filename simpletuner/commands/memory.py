@@ -24,8 +24,8 @@ from simpletuner.optim.optimizers import build_optimizer
 from simpletuner.precision.formats import get_format
 from simpletuner.precision.mixed import DTYPES
 from simpletuner.precision.quantise import NO_CHANGE, quantisable, saved_bytes
-from simpletuner.training.parts import attach_adapter
-from simpletuner.training.recomputing import count_fitting
+from simpletuner.training.build import attach_adapter
+from simpletuner.training.gradient_checkpointing import count_fitting
 from simpletuner.training.swapping import NUM_BUFFERS, repeated_blocks
 
 
@@ -130,11 +130,11 @@ def activation_rows(config: TrainConfig, activations: Activations, free: int) ->
         free: bytes that are left for them.
     """
     num_blocks = len(activations.inside)
-    parks = config.gradient_checkpointing_backend == "unsloth"
+    offloads = config.gradient_checkpointing_backend == "unsloth"
     interval = config.gradient_checkpointing_interval or "1"
     ways = {
         "without gradient_checkpointing": range(0),
-        "with gradient_checkpointing_interval auto": mix_that_fits(activations, free, parks),
+        "with gradient_checkpointing_interval auto": mix_that_fits(activations, free, offloads),
         "with gradient_checkpointing": range(0, num_blocks - 1, 1 if interval == "auto" else int(interval)),
     }
     used = list(ways)[0 if not config.gradient_checkpointing else 1 if interval == "auto" else 2]
@@ -142,10 +142,10 @@ def activation_rows(config: TrainConfig, activations: Activations, free: int) ->
     is_whole = 0 < len(recomputed) == num_blocks - 1
     how = ", checkpointed" if is_whole else _share(recomputed, num_blocks)
     others = [
-        Row(f"activations {way}{_share(blocks, num_blocks)}", activations.peak(blocks, parks))
+        Row(f"activations {way}{_share(blocks, num_blocks)}", activations.peak(blocks, offloads))
         for way, blocks in ways.items()
     ]
-    return Row(f"activations{how}", activations.peak(recomputed, parks)), others
+    return Row(f"activations{how}", activations.peak(recomputed, offloads)), others
 
 
 def _share(recomputed: range, num_blocks: int) -> str:
@@ -154,12 +154,12 @@ def _share(recomputed: range, num_blocks: int) -> str:
     return f", {len(recomputed)} of {num_blocks} blocks checkpointed" if some else ""
 
 
-def mix_that_fits(activations: Activations, free: int, parks: bool = False) -> range:
+def mix_that_fits(activations: Activations, free: int, offloads: bool = False) -> range:
     """The blocks that `auto` recomputes where `free` bytes are left for activations."""
     num_blocks = len(activations.inside)
     if not num_blocks:
         return range(0)
-    first_step = activations.peak(range(1, num_blocks), parks)
+    first_step = activations.peak(range(1, num_blocks), offloads)
     return range(num_blocks - count_fitting(free - first_step, activations.inside[0], num_blocks))
 
 

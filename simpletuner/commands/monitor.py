@@ -76,7 +76,7 @@ def monitor_beside(output_dir: Path, port: int = DEFAULT_PORT) -> Iterator[None]
         str(free),
         "--until-eof",
     ]
-    # A session of its own: Ctrl-C in the terminal is for the run, whose last pictures and numbers it still shows.
+    # A session of its own: Ctrl-C in the terminal is for the run, whose last images and numbers it still shows.
     process = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
     try:
         yield

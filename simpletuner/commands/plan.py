@@ -26,14 +26,14 @@ from simpletuner.data.holdout import hold_out
 from simpletuner.data.sampler import Sampler
 from simpletuner.errors import bytes_text
 from simpletuner.models.family import ModelFamily
+from simpletuner.training.build import build_family, build_sampler
+from simpletuner.training.disk_space import LOG_BYTES, LOGS
 from simpletuner.training.earlier_runs import delete_command, earlier_size
 from simpletuner.training.latents import fingerprint_of_vae
-from simpletuner.training.parts import build_family, build_sampler
 from simpletuner.training.preflight import check_model_folder
 from simpletuner.training.prepare import read_datasets, require_trainable
 from simpletuner.training.prompts import open_prompt_cache, run_prompts
 from simpletuner.training.rollout import build_rollouts
-from simpletuner.training.room import LOG_BYTES, LOGS
 
 Say = Callable[[str], None]
 
@@ -226,7 +226,7 @@ def largest_load(training: Sequence[Dataset], batch_size: int) -> Load:
 def count_loads(training: Sequence[Dataset], sampler: Sampler) -> Counter[Load]:
     """Kinds of micro-batch -> how many of them the first epoch has; of a long epoch, a part of it.
 
-    Pictures of a run with references all count with the largest ones, since prompts name them.
+    Images of a run with references all count with the largest ones, since prompts name them.
     """
     references = largest_references(training)
     regularisation = {dataset.id for dataset in training if dataset.is_regularisation}
@@ -239,7 +239,7 @@ def count_loads(training: Sequence[Dataset], sampler: Sampler) -> Counter[Load]:
 
 
 def largest_references(training: Sequence[Dataset]) -> tuple[tuple[int, int], ...]:
-    """(height, width) in pixels of the reference pictures of the picture that has most of them, by area."""
+    """(height, width) in pixels of the reference images of the image that has most of them, by area."""
     found: tuple[tuple[int, int], ...] = ()
     for dataset in training:
         for sample in islice(dataset.samples if dataset.references else (), MAX_CAPTIONS):
@@ -299,7 +299,7 @@ def seconds_per_step(loads: Counter[Load], times: StepTimes, accumulation: int, 
 
 
 def cache_needs(loaded: LoadedRun, family: ModelFamily, datasets: Sequence[Dataset]) -> tuple[int, int]:
-    """(pictures, bytes) of the latents that are not there yet, over all datasets."""
+    """(images, bytes) of the latents that are not there yet, over all datasets."""
     fingerprint = fingerprint_of_vae(family, Path(loaded.config.cache_dir))
     needs = [cache_need(loaded, family, dataset, fingerprint) for dataset in datasets]
     return sum(need.num_missing for need in needs), sum(need.bytes_missing for need in needs)

@@ -1,4 +1,4 @@
-"""Measured seconds of a training step and of encoding: the real weights, the real step, on pictures without content."""
+"""Measured seconds of a training step and of encoding: the real weights, the real step, on images without content."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from simpletuner.batch import PromptEmbeds
 from simpletuner.cache.encoding import BatchEncoder
 from simpletuner.commands.shapes import empty_batch
 from simpletuner.config.loading import LoadedRun
-from simpletuner.distributed.world import ALONE
+from simpletuner.distributed.process_group import SINGLE_PROCESS
 from simpletuner.models.family import ModelFamily
 from simpletuner.optim.clipping import clip_by_norm
 from simpletuner.optim.optimizers import build_optimizer
 from simpletuner.precision.mixed import autocast
+from simpletuner.training.build import attach_adapter
+from simpletuner.training.device_placement import place_denoiser
+from simpletuner.training.gradient_checkpointing import GradientCheckpointing
 from simpletuner.training.kernels import compile_blocks
-from simpletuner.training.parts import attach_adapter
-from simpletuner.training.place import place_denoiser
-from simpletuner.training.recomputing import Recomputing
-from simpletuner.training.step import compute_losses, draw_noise
+from simpletuner.training.step import compute_losses, sample_noise
 
 TIMED_BATCHES = 2
 
 
 @dataclass(frozen=True)
 class Load:
-    """One kind of micro-batch: pictures, their size in pixels, whether it is regularisation, the references of each."""
+    """One kind of micro-batch: images, their size in pixels, whether it is regularisation, the references of each."""
 
     batch_size: int
     height: int
@@ -72,9 +72,9 @@ def time_steps(
     config = loaded.config
     denoiser: Any = family.load_base()
     adapter = attach_adapter(loaded, family, denoiser)
-    place_denoiser(config, family, denoiser, adapter, ALONE)
+    place_denoiser(config, family, denoiser, adapter, SINGLE_PROCESS)
     denoiser.train()
-    if (recomputing := Recomputing.of(config, family.device)) is not None:
+    if (recomputing := GradientCheckpointing.of(config, family.device)) is not None:
         denoiser.enable_gradient_checkpointing(recomputing)
     compile_blocks(denoiser, family.spec.block_classes, config.dynamo_backend)
     parameters = adapter.trainable_parameters()
@@ -110,12 +110,12 @@ def time_steps(
 
 
 def time_encoding(family: ModelFamily, height: int, width: int, batch_size: int) -> float:
-    """Seconds per picture of the VAE alone, in batches of `batch_size`."""
+    """Seconds per image of the VAE alone, in batches of `batch_size`."""
     encoder = BatchEncoder(family, family.load_vae(), batch_size)
-    pictures = [torch.zeros(3, height, width)] * batch_size
-    encoder.encode(pictures)
+    images = [torch.zeros(3, height, width)] * batch_size
+    encoder.encode(images)
     started = _now(family)
-    encoder.encode(pictures)
+    encoder.encode(images)
     return (_now(family) - started) / batch_size
 
 
@@ -133,7 +133,7 @@ def _losses(
     batch = replace(batch, is_regularisation=load.is_regularisation)
     quantiles = torch.full((len(batch),), 0.5, dtype=torch.float64)
     with autocast(family.device, loaded.config.mixed_precision):
-        losses = compute_losses(family, denoiser, batch, draw_noise(batch, 0, 0), quantiles, adapter.disabled)
+        losses = compute_losses(family, denoiser, batch, sample_noise(batch, 0, 0), quantiles, adapter.disabled)
     return losses.weighted_sum
 
 

@@ -20,7 +20,7 @@ def remedies_of(dataset: Dataset, config: Any, captions: CaptionCheck, enlarged:
 
     Args:
         config: the options of the run.
-        enlarged: factors of the pictures that are enlarged noticeably.
+        enlarged: factors of the images that are enlarged noticeably.
     """
     yield from _losses(dataset)
     if dataset.kind == "image" and not config.allow_dataset_oversubscription:
@@ -37,21 +37,21 @@ def remedies_of(dataset: Dataset, config: Any, captions: CaptionCheck, enlarged:
         )
     if len(enlarged) > MANY_ENLARGED * len(dataset.samples):
         yield (
-            f"{count_text(len(enlarged), 'picture')} enlarged, up to {max(enlarged):.1f} times, which trains blur: "
+            f"{count_text(len(enlarged), 'image')} enlarged, up to {max(enlarged):.1f} times, which trains blur: "
             "lower resolution, or set minimum_image_size"
         )
-    if dataset.funnel.duplicates:
+    if dataset.filter_report.duplicates:
         yield (
-            f"{count_text(dataset.funnel.duplicates, 'picture')} with the bytes of another one count twice: "
+            f"{count_text(dataset.filter_report.duplicates, 'image')} with the bytes of another one count twice: "
             "remove them, unless that is meant"
         )
 
 
 def _losses(dataset: Dataset) -> Iterator[str]:
     """Why files are not used, most frequent first."""
-    set_aside = dataset.funnel.set_aside
-    for reason, count in sorted(set_aside.counts.items(), key=lambda item: -item[1]):
-        names = ", ".join(printable(path) for path in set_aside.examples[reason][:3])
+    skipped = dataset.filter_report.skipped
+    for reason, count in sorted(skipped.counts.items(), key=lambda item: -item[1]):
+        names = ", ".join(printable(path) for path in skipped.examples[reason][:3])
         more = ", ..." if count > 3 else ""
         remedy = _what_to_do(reason)
         yield f"{count:,} not used, {printable(reason)}{': ' * bool(remedy)}{remedy} ({names}{more})"
@@ -59,13 +59,13 @@ def _losses(dataset: Dataset) -> Iterator[str]:
 
 def _what_to_do(reason: str) -> str:
     if reason.startswith("smaller than"):
-        return "lower minimum_image_size, or take larger pictures"
+        return "lower minimum_image_size, or take larger images"
     if reason.startswith("its aspect"):
         return "cut it, or set crop with crop_aspect square"
     if reason.startswith("caption file"):
         return "write the caption again as UTF-8 text"
     if reason.startswith("no reference"):
-        return "put one there, or move the picture away"
+        return "put one there, or move the image away"
     if reason.startswith("its reference"):
         return "make them alike, or set conditioning_type to reference_loose"
     if reason.startswith("folder"):
@@ -77,12 +77,12 @@ def _what_to_do(reason: str) -> str:
 
 def _small_buckets(dataset: Dataset, batch_size: int) -> Iterator[str]:
     passes = dataset.repeats + 1
-    small = {size: count for size, count in dataset.funnel.buckets.items() if count * passes < batch_size}
+    small = {size: count for size, count in dataset.filter_report.buckets.items() if count * passes < batch_size}
     if not small:
         return
     repeats = max(-(-batch_size // count) - 1 for count in small.values())
     sizes = ", ".join(f"{width}x{height}: {count}" for (height, width), count in list(small.items())[:4])
     yield (
-        f"{count_text(len(small), 'size')} with fewer pictures than a batch of {batch_size} ({sizes}): "
+        f"{count_text(len(small), 'size')} with fewer images than a batch of {batch_size} ({sizes}): "
         f"repeats {repeats} fills it, or use fewer sizes (crop_aspect square, aspect_bucket_rounding 1)"
     )

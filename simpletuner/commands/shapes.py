@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from simpletuner.batch import Batch, PromptEmbeds
 from simpletuner.models.family import ModelFamily
 from simpletuner.optim.state import optimizer_tensors
-from simpletuner.training.recomputing import NUM_LEAVING
+from simpletuner.training.gradient_checkpointing import NUM_LEAVING
 from simpletuner.training.step import compute_losses
 
 # Weights that the optimizer is tried on: 8-bit optimizers keep small ones in full precision, so not too few.
@@ -41,19 +41,19 @@ class Activations:
     inputs: tuple[int, ...]
     num_tokens: int
 
-    def peak(self, recomputed: Container[int] = (), parks_inputs: bool = False) -> int:
+    def peak(self, recomputed: Container[int] = (), offloads_inputs: bool = False) -> int:
         """The most that is kept at a time.
 
         Args:
             recomputed: blocks that keep their input alone, until the backward pass comes to them.
-            parks_inputs: not even that; it waits in main memory, but for those of two blocks that are on their way.
+            offloads_inputs: not even that; it waits in main memory, but for those of two blocks that are on their way.
         """
         kept = [
-            (0 if parks_inputs else put_in) if index in recomputed else inside
+            (0 if offloads_inputs else put_in) if index in recomputed else inside
             for index, (inside, put_in) in enumerate(zip(self.inside, self.inputs, strict=True))
         ]
-        num_parked = sum(index in recomputed for index in range(len(kept))) if parks_inputs else 0
-        on_their_way = min(NUM_LEAVING, num_parked) * max(self.inputs, default=0)
+        num_offloaded = sum(index in recomputed for index in range(len(kept))) if offloads_inputs else 0
+        on_their_way = min(NUM_LEAVING, num_offloaded) * max(self.inputs, default=0)
         alive = peak = self.outside + sum(kept) + on_their_way
         for index in reversed(range(len(kept))):
             if index in recomputed:
@@ -72,10 +72,10 @@ Sizes = Sequence[tuple[int, int]]
 def empty_batch(
     family: ModelFamily, height: int, width: int, embeds: Sequence[PromptEmbeds], references: Sizes = ()
 ) -> Batch:
-    """A batch of latents without content for pictures of `height` x `width` pixels, on `family.device`.
+    """A batch of latents without content for images of `height` x `width` pixels, on `family.device`.
 
     Args:
-        references: (height, width) in pixels of the reference pictures that each sample has.
+        references: (height, width) in pixels of the reference images that each sample has.
     """
     spec, count = family.spec, len(embeds)
     seen = [
@@ -206,7 +206,7 @@ class _FusedShapes(torch.autograd.Function):
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         output = query.new_empty(*query.shape[:-1], value.shape[-1])
         sums = query.new_empty(query.shape[:-1], dtype=torch.float32)
-        # A mask of booleans becomes numbers to be added, anew in each layer.
+        # A mask of booleans becomes numbers to be added, again in each layer.
         added = None if mask is None else query.new_empty(mask.shape) if mask.dtype == torch.bool else mask
         ctx.save_for_backward(query, key, value, output, sums, added)
         return output

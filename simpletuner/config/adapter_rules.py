@@ -95,7 +95,7 @@ def adapter_keys_have_a_use(draft: Draft) -> Iterator[str]:
 
 
 def lycoris_settings_have_a_use(draft: Draft) -> Iterator[str]:
-    # A configuration at fault is told as such.
+    # A configuration at fault is reported as such.
     if isinstance(draft.lycoris, dict) and not draft.faulty:
         for line in useless_settings(draft.lycoris):
             yield f"{draft.config.lycoris_config}: {line}"

@@ -25,7 +25,7 @@ from simpletuner.config.layers import Origin, Setting
 from simpletuner.config.merging import unknown_key
 from simpletuner.config.names import nearest
 from simpletuner.config.options import OptionInfo, TrainConfig
-from simpletuner.config.sources import PictureSource, source_faults
+from simpletuner.config.sources import ImageSource, source_faults
 from simpletuner.config.table_keys import with_table_keys
 from simpletuner.config.values import read_bool
 from simpletuner.errors import Problem
@@ -86,7 +86,7 @@ def _read_entry(
         return
     infos = dataset_options(kind)
     if kind == "conditioning":
-        _leave_out_picture_keys(written, infos, name, loaded)
+        _leave_out_image_keys(written, infos, name, loaded)
     for key in [key for key in written if key in NEVER_DELETED]:
         loaded.warnings.append(f"{written.pop(key).origin}: {name}.{key} has no effect: {NEVER_DELETED[key]}")
     for key in [key for key in written if key not in infos]:
@@ -96,7 +96,7 @@ def _read_entry(
         problems += refuse_planned(
             entry, infos, lambda key: written[key].origin if key in written else origin, f"{name}."
         )
-    if isinstance(entry, PictureSource):
+    if isinstance(entry, ImageSource):
         for fault in source_faults(entry):
             place = written[fault.key].origin if fault.key in written else origin
             problems.append(place.problem(fault.message, f"{name}.{fault.key}", fault.allowed, fault.fix))
@@ -138,10 +138,10 @@ def _settings(
     return settings
 
 
-def _leave_out_picture_keys(
+def _leave_out_image_keys(
     written: dict[str, Setting], infos: Mapping[str, OptionInfo], name: str, loaded: LoadedDatasets
 ) -> None:
-    """Take out what only pictures have: masks and references have no captions, and masks no latents."""
+    """Take out what only images have: masks and references have no captions, and masks no latents."""
     kind = written["conditioning_type"].value if "conditioning_type" in written else None
     spare = [
         key
@@ -153,7 +153,7 @@ def _leave_out_picture_keys(
         place = written[spare[0]].origin
         what = "references have no captions and are cut as their type says"
         if kind in MASK_TYPES:
-            what = "masks are cut exactly as their pictures are, and have no captions or latents"
+            what = "masks are cut exactly as their images are, and have no captions or latents"
         loaded.warnings.append(f"{place}: {name}: without effect: {', '.join(spare)}; {what}")
     for key in spare:
         del written[key]

@@ -28,7 +28,7 @@ TRAINING_KEYS = (
 
 
 def crops_have_their_shapes(draft: Draft) -> Iterator[Problem]:
-    for entry in draft.pictures:
+    for entry in draft.images:
         buckets = entry.crop_aspect_buckets or ()
         if entry.crop and entry.crop_aspect in ("closest", "random") and not buckets:
             message = f"is missing: crop_aspect {entry.crop_aspect} chooses from it"
@@ -37,20 +37,20 @@ def crops_have_their_shapes(draft: Draft) -> Iterator[Problem]:
             message = "gives every aspect ratio the weight 0"
             yield draft.dataset_problem(entry, "crop_aspect_buckets", message, "a weight above 0")
         if entry.crop_aspect != "random" and any(bucket.weight != 1 for bucket in buckets):
-            message = f"has weights, which crop_aspect {entry.crop_aspect} does not draw by"
+            message = f"has weights, which crop_aspect {entry.crop_aspect} does not generate by"
             yield draft.dataset_problem(entry, "crop_aspect_buckets", message, fix="set crop_aspect to random")
 
 
 def aspect_limits_go_together(draft: Draft) -> Iterator[Problem]:
-    for entry in draft.pictures:
+    for entry in draft.images:
         narrowest, widest = entry.minimum_aspect_ratio, entry.maximum_aspect_ratio
         if narrowest is not None and widest is not None and narrowest > widest:
-            message = f"{narrowest:g} is above maximum_aspect_ratio, which is {widest:g}: no picture would be left"
+            message = f"{narrowest:g} is above maximum_aspect_ratio, which is {widest:g}: no image would be left"
             yield draft.dataset_problem(entry, "minimum_aspect_ratio", message, f"at most {widest:g}")
 
 
 def eval_datasets_are_not_trained_on(draft: Draft) -> Iterator[Problem]:
-    for entry in draft.pictures:
+    for entry in draft.images:
         if isinstance(entry, EvalDataset):
             for key in TRAINING_KEYS:
                 is_written = (entry.id, key) in draft.datasets.origins  # else it comes from config.json
@@ -60,7 +60,7 @@ def eval_datasets_are_not_trained_on(draft: Draft) -> Iterator[Problem]:
 
 
 def schedules_end_after_they_start(draft: Draft) -> Iterator[Problem]:
-    for entry in draft.pictures:
+    for entry in draft.images:
         for start, end in (("start_epoch", "end_epoch"), ("start_step", "end_step")):
             first, last = getattr(entry, start), getattr(entry, end)
             if last and last < first:
@@ -69,7 +69,7 @@ def schedules_end_after_they_start(draft: Draft) -> Iterator[Problem]:
 
 
 def some_dataset_takes_part_at_any_time(draft: Draft) -> Iterator[Problem]:
-    entries = [entry for entry in draft.pictures if not isinstance(entry, EvalDataset)]
+    entries = [entry for entry in draft.images if not isinstance(entry, EvalDataset)]
     if not entries:
         return
     if not any(entry.probability for entry in entries):
@@ -90,7 +90,7 @@ def some_dataset_takes_part_at_any_time(draft: Draft) -> Iterator[Problem]:
 
 
 def something_new_is_learned(draft: Draft) -> Iterator[Problem]:
-    used = [entry for entry in draft.pictures if not isinstance(entry, EvalDataset) and entry.probability]
+    used = [entry for entry in draft.images if not isinstance(entry, EvalDataset) and entry.probability]
     starts_as_base = draft.config.model_type == "lora" and not draft.config.init_lora
     if starts_as_base and used and all(entry.is_regularisation_data for entry in used):
         message = (
@@ -115,7 +115,7 @@ def _first_gap(ranges: Iterable[tuple[int, int | None]], length: float) -> int |
 def epochs_have_a_length(draft: Draft) -> Iterator[Problem]:
     if not draft.config.num_train_epochs:
         return
-    for entry in draft.pictures:
+    for entry in draft.images:
         for key in ("start_step", "end_step"):
             if (getattr(entry, key) or 0) > 1:
                 message = "makes epochs longer or shorter on the way, and num_train_epochs says how long the run is"
@@ -124,12 +124,12 @@ def epochs_have_a_length(draft: Draft) -> Iterator[Problem]:
                 )
 
 
-def conditioning_belongs_to_pictures(draft: Draft) -> Iterator[Problem]:
+def conditioning_belongs_to_images(draft: Draft) -> Iterator[Problem]:
     entries = draft.datasets.entries
     conditioning = {entry.id for entry in entries if isinstance(entry, ConditioningDataset)}
     if draft.datasets.problems:
         return
-    for entry in draft.pictures:
+    for entry in draft.images:
         for name in entry.conditioning_data or ():
             if name not in conditioning:
                 message = f'"{name}" is no dataset of dataset_type conditioning'
@@ -142,19 +142,19 @@ def conditioning_belongs_to_pictures(draft: Draft) -> Iterator[Problem]:
         if masks and isinstance(entry, EvalDataset):
             message = f"{masks[0].id} holds masks; an eval dataset is never trained on"
             yield draft.dataset_problem(entry, "conditioning_data", message, fix="remove the masks")
-    pictures = {entry.id for entry in draft.pictures}
+    images = {entry.id for entry in draft.images}
     for each in entries:
         source = each.source_dataset_id if isinstance(each, ConditioningDataset) else None
-        if source and source not in pictures:
+        if source and source not in images:
             message = f'"{source}" is no dataset of dataset_type image or eval'
-            yield draft.dataset_problem(each, "source_dataset_id", message, ", ".join(sorted(pictures)))
+            yield draft.dataset_problem(each, "source_dataset_id", message, ", ".join(sorted(images)))
 
 
 def references_fit_the_family(draft: Draft) -> Iterator[Problem]:
     if draft.spec is None:
         return
     most, title = draft.spec.max_references, draft.spec.title
-    for entry in draft.pictures:
+    for entry in draft.images:
         references = references_for(entry, draft.datasets.entries)
         if not references:
             continue
@@ -162,17 +162,17 @@ def references_fit_the_family(draft: Draft) -> Iterator[Problem]:
         key = "conditioning_type" if first.source_dataset_id == entry.id else "conditioning_data"
         place = first if key == "conditioning_type" else entry
         if most == 0:
-            message = f"{first.id} holds reference pictures, and {title} takes none"
+            message = f"{first.id} holds reference images, and {title} takes none"
             yield draft.dataset_problem(place, key, message, fix="remove the entry, or choose a family that edits")
         elif len(references) > most and draft.config.conditioning_multidataset_sampling == "combined":
             names = ", ".join(each.id for each in references)
-            message = f"{names} give each picture {len(references)} references; {title} takes {most}"
+            message = f"{names} give each image {len(references)} references; {title} takes {most}"
             fix = "name fewer, or set conditioning_multidataset_sampling to random"
             yield draft.dataset_problem(place, key, message, f"at most {most}", fix)
 
 
 def captions_fit_their_source(draft: Draft) -> Iterator[Problem]:
-    for entry in draft.pictures:
+    for entry in draft.images:
         fault = caption_fault(entry, entry.caption_strategy)
         if fault is not None:
             yield draft.dataset_problem(entry, fault.key, fault.message, fault.allowed)
@@ -182,12 +182,12 @@ def captions_fit_their_source(draft: Draft) -> Iterator[Problem]:
 
 
 def a_fallback_has_its_use(draft: Draft) -> Iterator[Problem]:
-    for entry in draft.pictures:
+    for entry in draft.images:
         strategy, fallback = entry.caption_strategy, entry.caption_fallback
         if fallback is None:
             continue
         if entry.only_instance_prompt or strategy == "instanceprompt":
-            message = "has no use: all pictures have instance_prompt as their caption"
+            message = "has no use: all images have instance_prompt as their caption"
             yield draft.dataset_problem(entry, "caption_fallback", message, fix="remove it, or change caption_strategy")
         elif strategy == fallback:
             message = "has no use: it is the caption_strategy"
@@ -197,7 +197,7 @@ def a_fallback_has_its_use(draft: Draft) -> Iterator[Problem]:
 def tables_have_their_strategy(draft: Draft) -> Iterator[Problem]:
     # Which of the keys of tables the rows of a type are read with.
     used = {"csv": ("filename_column",), "huggingface": ("caption_column",)}
-    for entry in draft.pictures:
+    for entry in draft.images:
         if entry.has_caption_table:
             continue
         for key in ("metadata_file", "filename_column", "caption_column"):
@@ -224,7 +224,7 @@ def caption_filters_can_be_read(draft: Draft) -> Iterator[Problem]:
 
 def captions_are_kept_in_the_default_cache(draft: Draft) -> Iterator[Problem]:
     cache = text_cache_entry(draft.datasets.entries)
-    for entry in draft.pictures:
+    for entry in draft.images:
         if entry.text_embeds and (cache is None or entry.text_embeds != cache.id):
             message = f'"{entry.text_embeds}" is not the text_embeds entry that all captions are kept in'
             allowed = cache.id if cache else "the id of the default text_embeds entry; there is none"
@@ -240,7 +240,7 @@ DATASET_RULES = (
     some_dataset_takes_part_at_any_time,
     something_new_is_learned,
     epochs_have_a_length,
-    conditioning_belongs_to_pictures,
+    conditioning_belongs_to_images,
     references_fit_the_family,
     captions_fit_their_source,
     a_fallback_has_its_use,
@@ -249,9 +249,9 @@ DATASET_RULES = (
 )
 
 
-def conditioning_has_pictures(draft: Draft) -> Iterator[str]:
+def conditioning_has_images(draft: Draft) -> Iterator[str]:
     entries = draft.datasets.entries
-    used = {each.id for entry in draft.pictures for each in conditioning_for(entry, entries)}
+    used = {each.id for entry in draft.images for each in conditioning_for(entry, entries)}
     for entry in entries:
         if isinstance(entry, ConditioningDataset) and entry.id not in used:
             what = "masks" if entry.is_mask else "references"
@@ -260,18 +260,18 @@ def conditioning_has_pictures(draft: Draft) -> Iterator[str]:
 
 
 def new_crops_differ(draft: Draft) -> Iterator[str]:
-    for entry in draft.pictures:
-        if entry.vae_cache_clear_each_epoch and not draws_crops(entry):
+    for entry in draft.images:
+        if entry.vae_cache_clear_each_epoch and not samples_crops(entry):
             place = draft.datasets.place(entry.id, "vae_cache_clear_each_epoch")
             yield (
-                f"{place}: {entry.id}: vae_cache_clear_each_epoch draws nothing anew: neither crop_style nor "
+                f"{place}: {entry.id}: vae_cache_clear_each_epoch generates nothing again: neither crop_style nor "
                 "crop_aspect is random"
             )
 
 
-def draws_crops(entry: ImageDataset) -> bool:
-    """Whether any part of an entry's crops is drawn."""
+def samples_crops(entry: ImageDataset) -> bool:
+    """Whether any part of an entry's crops is random."""
     return entry.crop and "random" in (entry.crop_style, entry.crop_aspect)
 
 
-DATASET_NOTICES = (conditioning_has_pictures, new_crops_differ)
+DATASET_NOTICES = (conditioning_has_images, new_crops_differ)

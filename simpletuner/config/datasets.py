@@ -15,12 +15,12 @@ from pydantic import BaseModel, ConfigDict
 
 from simpletuner.config.dataset_values import AspectBuckets, Shuffle, TagShuffle, Words
 from simpletuner.config.options.declare import REQUIRED, OptionInfo, describe_field, option
-from simpletuner.config.sources import TABLE_TYPES, BackendType, PictureSource
+from simpletuner.config.sources import TABLE_TYPES, BackendType, ImageSource
 from simpletuner.config.values import Bool, FilePath, Float, Int, Text, TextOrList
 
 LOCAL_ONLY = "masks and caches are in local folders"
-CAPTION_SOURCES = "captions come from the picture's name, a text file, a prompt, or a table (csv, parquet)"
-SIZES_MEASURED = "pictures are always measured, and the index remembers their sizes"
+CAPTION_SOURCES = "captions come from the image's name, a text file, a prompt, or a table (csv, parquet)"
+SIZES_MEASURED = "images are always measured, and the index remembers their sizes"
 
 CaptionStrategy = Literal["filename", "textfile", "instanceprompt", "csv", "parquet", "huggingface", "webshart"]
 ConditioningType = Literal["mask", "segmentation", "controlnet", "reference_strict", "reference_loose"]
@@ -53,8 +53,8 @@ class DatasetEntry(BaseModel):
     disabled: Bool = option(False, help="Leave this entry out (`disable` is read too).", level="basic")
 
 
-class ImageDataset(PictureSource, DatasetEntry):
-    """Pictures to train on."""
+class ImageDataset(ImageSource, DatasetEntry):
+    """Images to train on."""
 
     dataset_type: Literal["image"] = option("image", help="What the entry is for.", level="basic")
     cache_dir_vae: FilePath | None = option(
@@ -67,21 +67,21 @@ class ImageDataset(PictureSource, DatasetEntry):
     target_downsample_size: Float | None = option(None, help="As in `config.json`, for this dataset.", gt=0)
     crop: Bool = option(
         True,
-        help="Cut pictures to `crop_aspect`. Without it a picture keeps its aspect ratio, but for the rounding of its "
+        help="Cut images to `crop_aspect`. Without it an image keeps its aspect ratio, but for the rounding of its "
         "sides.",
         level="basic",
     )
     crop_aspect: CropAspect = option(
         "square",
-        help="Shape of the crop: `square`, `preserve` (the picture's own), `closest` or `random` of "
+        help="Shape of the crop: `square`, `preserve` (the image's own), `closest` or `random` of "
         "`crop_aspect_buckets`.",
         level="basic",
     )
     crop_style: CropStyle = option(
         "center",
-        help="Where the crop lies; `random` is keyed by seed, dataset and picture. `centre` is read too.",
+        help="Where the crop lies; `random` is keyed by seed, dataset and image. `centre` is read too.",
         planned_values={
-            "face": "finding faces needs weights that no library brings along; cut the pictures, or use center"
+            "face": "finding faces needs weights that no library brings along; cut the images, or use center"
         },
         level="basic",
     )
@@ -93,7 +93,7 @@ class ImageDataset(PictureSource, DatasetEntry):
     )
     random_flip: Bool = option(
         False,
-        help="Mirror half of the pictures left to right, drawn anew in each round by seed and picture. Both versions "
+        help="Mirror half of the images left to right, resampled in each round by seed and image. Both versions "
         "are cached.",
     )
     caption_strategy: CaptionStrategy | None = option(
@@ -106,9 +106,9 @@ class ImageDataset(PictureSource, DatasetEntry):
     )
     caption_fallback: Literal["filename", "instanceprompt"] | None = option(
         None,
-        help="Caption of a picture that `caption_strategy` finds none for: the words of its `filename`, or "
+        help="Caption of an image that `caption_strategy` finds none for: the words of its `filename`, or "
         "`instance_prompt` (a prompt, or the word for the class), which is also taken where the name is a camera's. "
-        "Unset: such a picture is an error.",
+        "Unset: such an image is an error.",
         level="basic",
     )
     metadata_file: FilePath | None = option(
@@ -119,7 +119,7 @@ class ImageDataset(PictureSource, DatasetEntry):
     )
     filename_column: Text = option(
         "file_name",
-        help="Column of the table with the pictures' paths in `instance_data_dir`, with or without their extension "
+        help="Column of the table with the images' paths in `instance_data_dir`, with or without their extension "
         "(with it in type csv).",
     )
     caption_column: TextOrList | None = option(
@@ -134,7 +134,7 @@ class ImageDataset(PictureSource, DatasetEntry):
         "(comma, space, period), `position_start` (tags that stay), `seed`, `include_original`.",
     )
     instance_prompt: TextOrList | None = option(
-        None, takes="text, or list of texts", help="Caption of all pictures, or a list to draw from.", level="basic"
+        None, takes="text, or list of texts", help="Caption of all images, or a list to generate from.", level="basic"
     )
     prepend_instance_prompt: Bool = option(False, help="Put `instance_prompt` in front of each caption.")
     only_instance_prompt: Bool = option(False, help="Use `instance_prompt` in place of each caption.")
@@ -143,13 +143,13 @@ class ImageDataset(PictureSource, DatasetEntry):
     )
     metadata_backend: MetadataBackend = option(
         "discovery",
-        help="How sizes and captions are found: by reading the pictures (`json` is an old name for it, and so is "
+        help="How sizes and captions are found: by reading the images (`json` is an old name for it, and so is "
         "`huggingface` in datasets of that type).",
         planned_values=dict.fromkeys(("parquet", "webshart"), SIZES_MEASURED),
     )
     repeats: Int = option(
         0,
-        help="Extra passes over the pictures in each epoch: 0 shows each once, 1 twice.",
+        help="Extra passes over the images in each epoch: 0 shows each once, 1 twice.",
         ge=0,
         le=10**9,
         level="basic",
@@ -167,7 +167,7 @@ class ImageDataset(PictureSource, DatasetEntry):
         "nothing: caches are asked by key.",
     )
     max_num_samples: Int | None = option(
-        None, help="Use only so many pictures, chosen by seed and content.", unit="pictures", ge=1
+        None, help="Use only so many images, chosen by seed and content.", unit="images", ge=1
     )
     probability: Float = option(
         1.0,
@@ -184,11 +184,11 @@ class ImageDataset(PictureSource, DatasetEntry):
     end_step: Int | None = option(
         None, help="Last optimizer step of the dataset; 0 is no end.", unit="optimizer steps", ge=0
     )
-    minimum_aspect_ratio: Float | None = option(None, help="Leave out pictures whose width / height is smaller.", gt=0)
-    maximum_aspect_ratio: Float | None = option(None, help="Leave out pictures whose width / height is larger.", gt=0)
+    minimum_aspect_ratio: Float | None = option(None, help="Leave out images whose width / height is smaller.", gt=0)
+    maximum_aspect_ratio: Float | None = option(None, help="Leave out images whose width / height is larger.", gt=0)
     max_upscale_threshold: Float | None = option(None, help="As in `config.json`, for this dataset.", ge=0)
     train_batch_size: Int | None = option(
-        None, help="As in `config.json`, for this dataset.", unit="pictures", ge=1, le=4096
+        None, help="As in `config.json`, for this dataset.", unit="images", ge=1, le=4096
     )
     text_embeds: Text | None = option(
         None, help="Id of the text_embeds entry. All captions are kept in one, so it can only be the default one."
@@ -204,14 +204,14 @@ class ImageDataset(PictureSource, DatasetEntry):
     )
     conditioning: Any = option(
         None,
-        help="Conditioning that is generated from the pictures.",
-        planned="nothing is generated from pictures: make the pictures, and name their entry in conditioning_data",
+        help="Conditioning that is generated from the images.",
+        planned="nothing is generated from images: make the images, and name their entry in conditioning_data",
     )
     conditioning_data: TextOrList | None = option(
         None,
         takes="id, or list of ids",
-        help="Id of the conditioning dataset with the masks or reference pictures of these pictures, or a list of ids: "
-        "one of masks, and one for each reference that a picture has, in order.",
+        help="Id of the conditioning dataset with the masks or reference images of these images, or a list of ids: "
+        "one of masks, and one for each reference that an image has, in order.",
     )
     slider_strength: Float | None = option(None, help="Slider training.", planned="slider training is not built")
     timestep_sampling_offset: Float | None = option(
@@ -220,39 +220,38 @@ class ImageDataset(PictureSource, DatasetEntry):
         planned="noise levels are chosen for all datasets: timestep_bias_strategy",
         neutral=(0.0,),
     )
-    video: Any = option(None, help="Video settings.", planned="only pictures are built")
-    audio: Any = option(None, help="Audio settings.", planned="only pictures are built")
+    video: Any = option(None, help="Video settings.", planned="only images are built")
+    audio: Any = option(None, help="Audio settings.", planned="only images are built")
     grounding: Any = option(None, help="Grounding boxes.", planned="grounding is not built")
 
     @property
     def has_caption_table(self) -> bool:
-        """Whether captions come from a table beside the pictures; other types have them in their own rows."""
+        """Whether captions come from a table beside the images; other types have them in their own rows."""
         return self.type == "local" and self.caption_strategy in TABLE_STRATEGIES
 
 
 class EvalDataset(ImageDataset):
-    """Pictures that are never trained on; the eval loss is computed on them."""
+    """Images that are never trained on; the eval loss is computed on them."""
 
     dataset_type: Literal["eval"] = option("eval", help="What the entry is for.", level="basic")  # type: ignore[assignment]
 
 
 class ConditioningDataset(DatasetEntry):
-    """Pictures that say something of the pictures of another entry: where the loss counts, or what is to be changed."""
+    """Images that say something of the images of another entry: where the loss counts, or what is to be changed."""
 
     dataset_type: Literal["conditioning"] = option("conditioning", help="What the entry is for.", level="basic")
     instance_data_dir: FilePath = option(
         REQUIRED,
-        help="Folder with the masks or references, each at the relative path of its picture (the extension may "
-        "differ).",
+        help="Folder with the masks or references, each at the relative path of its image (the extension may differ).",
         level="basic",
         path="input",
     )
     conditioning_type: ConditioningType = option(
         REQUIRED,
         help="`mask`: the loss counts where it is white, by brightness. `segmentation`: wherever it is not black. "
-        "`reference_strict`: what the model sees beside the caption, cut exactly as its picture is. "
+        "`reference_strict`: what the model sees beside the caption, cut exactly as its image is. "
         "`reference_loose`: the same, in its own shape.",
-        planned_values={"controlnet": "no family that is built takes control pictures"},
+        planned_values={"controlnet": "no family that is built takes control images"},
         level="basic",
     )
     follow_outside_links: Bool = option(False, help="Follow links that lead out of `instance_data_dir`.")
@@ -262,11 +261,11 @@ class ConditioningDataset(DatasetEntry):
     resolution: Float | None = option(
         None,
         help="Of `reference_loose`: larger references are reduced to this; none is enlarged. Unset: that of the "
-        "pictures.",
+        "images.",
         gt=0,
     )
     resolution_type: ResolutionType | None = option(
-        None, help="Of `reference_loose`: what `resolution` measures. Unset: that of the pictures."
+        None, help="Of `reference_loose`: what `resolution` measures. Unset: that of the images."
     )
     cache_dir_vae: FilePath | None = option(
         None, help="Of references: folder of their latents. Unset: a folder in `cache_dir`.", path="output"
@@ -279,7 +278,7 @@ class ConditioningDataset(DatasetEntry):
 
     @property
     def is_reference(self) -> bool:
-        """Whether the model sees the pictures."""
+        """Whether the model sees the images."""
         return self.conditioning_type in REFERENCE_TYPES
 
 
@@ -302,10 +301,9 @@ class TextEmbedsDataset(DatasetEntry):
         False, help="Keep the list of files.", planned="the cache is always kept", neutral=(True,)
     )
     skip_file_discovery: Text = option("", help="Steps to leave out.", planned="nothing needs to be left out")
-    instance_data_dir: Text = option("", help="Not used by caches.", planned="a cache has no pictures")
+    instance_data_dir: Text = option("", help="Not used by caches.", planned="a cache has no images")
 
 
-PictureDataset = ImageDataset | EvalDataset
 Dataset = ImageDataset | EvalDataset | ConditioningDataset | TextEmbedsDataset
 
 DATASET_CLASSES: Mapping[str, type[DatasetEntry]] = {
@@ -315,12 +313,12 @@ DATASET_CLASSES: Mapping[str, type[DatasetEntry]] = {
     "text_embeds": TextEmbedsDataset,
 }
 PLANNED_DATASET_TYPES: Mapping[str, str] = {
-    "video": "only pictures are built",
-    "audio": "only pictures are built",
+    "video": "only images are built",
+    "audio": "only images are built",
     "image_embeds": "latents are cached without an entry of their own; remove it",
     "conditioning_image_embeds": "latents of references are cached without an entry of their own; remove it",
     "distillation_cache": "distillation is not built",
-    "caption": "captions without pictures are not built",
+    "caption": "captions without images are not built",
     "grounding": "grounding is not built",
 }
 
@@ -363,7 +361,7 @@ def dataset_types() -> tuple[str, ...]:
 
 
 def with_defaults(entry: Dataset, config: Any) -> Dataset:
-    """The entry with what it leaves out taken from `config`; entries without pictures come back unchanged.
+    """The entry with what it leaves out taken from `config`; entries without images come back unchanged.
 
     Sizes of an entry and of `config.json` are only comparable in the same unit: an entry that sets its own
     `resolution_type` takes no sizes from `config.json` unless that has the same type.
@@ -400,7 +398,7 @@ def masks_for(entry: ImageDataset, entries: Sequence[object]) -> list[Conditioni
 
 
 def references_for(entry: ImageDataset, entries: Sequence[object]) -> list[ConditioningDataset]:
-    """The conditioning entries with the references of a dataset: the first reference of a picture, the second, ..."""
+    """The conditioning entries with the references of a dataset: the first reference of an image, the second, ..."""
     return [each for each in conditioning_for(entry, entries) if each.is_reference]
 
 

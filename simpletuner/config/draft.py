@@ -102,13 +102,13 @@ class Draft:
         return self.datasets.place(entry.id, key).problem(message, key=f"{entry.id}.{key}", allowed=allowed, fix=fix)
 
     @property
-    def pictures(self) -> list[ImageDataset]:
-        """Entries with pictures: to train on, and for the eval loss."""
+    def images(self) -> list[ImageDataset]:
+        """Entries with images: to train on, and for the eval loss."""
         return [entry for entry in self.datasets.entries if isinstance(entry, ImageDataset)]
 
     @property
     def conditioning(self) -> list[ConditioningDataset]:
-        """Entries with masks or references of the pictures of others."""
+        """Entries with masks or references of the images of others."""
         return [entry for entry in self.datasets.entries if isinstance(entry, ConditioningDataset)]
 
     def output_path(self, path: Path) -> Path:

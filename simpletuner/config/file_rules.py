@@ -14,7 +14,7 @@ from simpletuner.errors import Problem
 
 
 def dataset_folders_exist(draft: Draft) -> Iterator[Problem]:
-    entries: list[ImageDataset | ConditioningDataset] = [*draft.pictures, *draft.conditioning]
+    entries: list[ImageDataset | ConditioningDataset] = [*draft.images, *draft.conditioning]
     for entry in entries:
         folder = entry.instance_data_dir
         if folder is None or folder.is_dir():
@@ -27,7 +27,7 @@ def dataset_folders_exist(draft: Draft) -> Iterator[Problem]:
 
 
 def dataset_tables_exist(draft: Draft) -> Iterator[Problem]:
-    for entry in draft.pictures:
+    for entry in draft.images:
         if entry.csv_file is not None and not entry.csv_file.is_file():
             origin, key = draft.datasets.place(entry.id, "csv_file"), f"{entry.id}.csv_file"
             yield draft.folders.missing(_as_written(entry.csv_file, draft), key, origin, "file")
@@ -43,20 +43,20 @@ def _as_written(path: Path, draft: Draft) -> Path:
     return path.relative_to(working_dir) if path.is_relative_to(working_dir) else path
 
 
-def conditioning_is_not_among_the_pictures(draft: Draft) -> Iterator[Problem]:
+def conditioning_is_not_among_the_images(draft: Draft) -> Iterator[Problem]:
     for each in draft.conditioning:
         folder = each.instance_data_dir
-        for entry in draft.pictures:
-            # References of one dataset may well be the pictures of another: a change learned in both directions.
+        for entry in draft.images:
+            # References of one dataset may well be the images of another: a change learned in both directions.
             is_meant = each.is_reference and each not in references_for(entry, draft.datasets.entries)
             if entry.instance_data_dir and folder.is_relative_to(entry.instance_data_dir) and not is_meant:
-                message = f'"{folder}" lies in the pictures of dataset "{entry.id}", which would train on it'
+                message = f'"{folder}" lies in the images of dataset "{entry.id}", which would train on it'
                 allowed = f"a folder outside of {entry.instance_data_dir}"
                 yield draft.dataset_problem(each, "instance_data_dir", message, allowed)
 
 
 def caption_tables_exist(draft: Draft) -> Iterator[Problem]:
-    for entry in draft.pictures:
+    for entry in draft.images:
         if not entry.has_caption_table or not entry.instance_data_dir or not entry.instance_data_dir.is_dir():
             continue
         table = table_path(entry)
@@ -69,13 +69,11 @@ def caption_tables_exist(draft: Draft) -> Iterator[Problem]:
             yield draft.dataset_problem(entry, "metadata_file", message, ", ".join(TABLE_SUFFIXES))
 
 
-def output_folder_is_not_among_the_pictures(draft: Draft) -> Iterator[Problem]:
+def output_folder_is_not_among_the_images(draft: Draft) -> Iterator[Problem]:
     output = draft.config.output_dir
-    for entry in draft.pictures:
+    for entry in draft.images:
         if entry.instance_data_dir and output.is_relative_to(entry.instance_data_dir):
-            message = (
-                f'"{output}" lies in the pictures of dataset "{entry.id}", which would then train on its own output'
-            )
+            message = f'"{output}" lies in the images of dataset "{entry.id}", which would then train on its own output'
             yield draft.problem(message, "output_dir", f"a folder outside of {entry.instance_data_dir}")
 
 
@@ -123,9 +121,9 @@ def previews_have_a_decoder(draft: Draft) -> Iterator[Problem]:
 FILE_RULES = (
     dataset_folders_exist,
     dataset_tables_exist,
-    conditioning_is_not_among_the_pictures,
+    conditioning_is_not_among_the_images,
     caption_tables_exist,
-    output_folder_is_not_among_the_pictures,
+    output_folder_is_not_among_the_images,
     output_folder_can_be_written,
     named_checkpoint_exists,
     adapter_to_start_from_exists,

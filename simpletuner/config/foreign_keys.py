@@ -50,8 +50,8 @@ NEVER_DELETED: Mapping[str, str] = dict.fromkeys(
 
 # Options that have no effect any more, and why. A file may keep them; a warning says so.
 RETIRED: Mapping[str, str] = {
-    "validation_torch_compile": "pictures are drawn with the model that trains",
-    "validation_torch_compile_mode": "pictures are drawn with the model that trains",
+    "validation_torch_compile": "images are generated with the model that trains",
+    "validation_torch_compile_mode": "images are generated with the model that trains",
     "offload_during_startup": "encoders are always freed before the denoiser is loaded",
     "keep_vae_loaded": "the VAE is kept in memory where it is needed",
     "seed_for_each_device": "noise is keyed by the place in the global batch, so devices never share it",
@@ -70,7 +70,7 @@ RETIRED: Mapping[str, str] = {
     "metadata_update_interval": "the index is written as it is read",
     "i_know_what_i_am_doing": "checks say what is wrong; none of them is a matter of opinion",
     "print_filenames": NOT_NEEDED,
-    "print_sampler_statistics": "the data report shows how many pictures take part",
+    "print_sampler_statistics": "the data report shows how many images take part",
     "dataloader_prefetch": "the next batch is always prepared while one is trained",
     "dataloader_prefetch_qlen": "the next batch is always prepared while one is trained",
     "max_workers": "the number of threads follows the machine",

@@ -1,6 +1,6 @@
 """Changing single values in a JSON text and leaving every other character alone: comments, order, spacing.
 
-A file that somebody wrote by hand is read by eyes again; writing it anew would lose what the eyes look for.
+A file that somebody wrote by hand is read by eyes again; writing it again would lose what the eyes look for.
 """
 
 from __future__ import annotations

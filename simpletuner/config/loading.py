@@ -35,7 +35,7 @@ from simpletuner.config.options import TrainConfig, all_options
 from simpletuner.config.paths import SINGLE_FILE, Folders, looks_like_path
 from simpletuner.config.prompt_library import LibraryPrompt, read_prompt_library
 from simpletuner.config.rules import broken_rules, notices
-from simpletuner.config.sources import PictureSource
+from simpletuner.config.sources import ImageSource
 from simpletuner.config.values import read_bool
 from simpletuner.config.webhook_reading import read_webhooks
 from simpletuner.config.webhooks import Webhooks
@@ -63,7 +63,7 @@ class LoadedRun:
         origins: where each value that is not a default comes from.
         warnings: what is allowed but perhaps not meant, one line each.
         config_file: None where everything came from the command line.
-        webhooks: the services that are told, with the secrets that `config` does not show.
+        webhooks: the services that are reported, with the secrets that `config` does not show.
     """
 
     config: TrainConfig
@@ -100,7 +100,7 @@ def load_run(
         environment: `SIMPLETUNER_<OPTION>` variables count, and those that choose the file.
         working_dir: where relative paths are looked up first.
         get_spec: name of a family -> its facts; raises ConfigError for an unknown one.
-        check_files: whether pictures, model and output folder must be there; `options --resolved` needs none of them.
+        check_files: whether images, model and output folder must be there; `options --resolved` needs none of them.
 
     Raises:
         ConfigError: everything that is wrong, at once.
@@ -265,14 +265,14 @@ class _RunReader:
         return config.model_copy(update=updates)
 
     def find_references(self, names: tuple[str, ...] | None, key: str, origin: Origin) -> tuple[str, ...] | None:
-        """Picture files that a key names, as absolute paths."""
+        """Image files that a key names, as absolute paths."""
         if names is None:
             return None
         paths = [Path(name).expanduser() for name in names]
         found = [self.folders.find(path) for path in paths]
         if self.check_files:
             missing = [path for path, there in zip(paths, found, strict=True) if there is None]
-            self.problems += [self.folders.missing(path, key, origin, "picture") for path in missing]
+            self.problems += [self.folders.missing(path, key, origin, "image") for path in missing]
         return tuple(str(there or path) for path, there in zip(paths, found, strict=True))
 
     def find_model(self, key: str, text: str | None) -> str | None:
@@ -324,7 +324,7 @@ class _RunReader:
             if table := getattr(entry, "metadata_file", None):
                 inside = folder / table if (folder / table).is_file() else None
                 updates["metadata_file"] = self.folders.find(table) or inside or self.folders.output(table)
-        if isinstance(entry, PictureSource):
+        if isinstance(entry, ImageSource):
             if entry.csv_file is not None:
                 updates["csv_file"] = self.folders.find(entry.csv_file) or self.folders.output(entry.csv_file)
             if entry.dataset_name is not None:  # a path where there is one, else the id of a dataset on the hub
@@ -382,7 +382,7 @@ class _RunReader:
 
 
 def _is_on(setting: Setting | None) -> bool:
-    """Whether a switch is set; one at fault is told of elsewhere."""
+    """Whether a switch is set; one at fault is reported of elsewhere."""
     try:
         return setting is not None and bool(read_bool(setting.value))
     except ValueError:

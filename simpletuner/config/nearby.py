@@ -7,7 +7,7 @@ import os
 from itertools import islice
 from pathlib import Path
 
-# Of a folder, when a similar name is looked for: a folder of pictures may have millions.
+# Of a folder, when a similar name is looked for: a folder of images may have millions.
 MAX_NAMES = 10_000
 
 

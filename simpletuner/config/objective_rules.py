@@ -99,7 +99,7 @@ OBJECTIVE_RULES = (
 
 
 def settings_have_their_switch(draft: Draft) -> Iterator[str]:
-    """Files of other trainers write whole groups of keys out; what does nothing is told and kept."""
+    """Files of other trainers write whole groups of keys out; what does nothing is reported and kept."""
     config = draft.config
     groups = {
         "loss_type is l2": (config.loss_type == "l2", ("huber_schedule", "huber_c")),

@@ -72,7 +72,7 @@ def _is_like(value: Any, default: Any) -> bool:
 
 def a_found_rate_is_not_set_too(draft: Draft) -> Iterator[Problem]:
     row, rate = row_of(draft), draft.config.learning_rate
-    if row and row.finds_rate and rate < LOWEST_FOUND_RATE:
+    if row and row.tunes_lr and rate < LOWEST_FOUND_RATE:
         message = f"{rate:g} would multiply the rate that {draft.config.optimizer} finds itself"
         yield draft.problem(
             message, "learning_rate", f"{LOWEST_FOUND_RATE:g} to 10, usually 1", "set learning_rate to 1"
@@ -93,9 +93,9 @@ def averaged_weights_are_averaged_once(draft: Draft) -> Iterator[Problem]:
 
 def parts_of_weights_can_be_moved(draft: Draft) -> Iterator[Problem]:
     row, config = row_of(draft), draft.config
-    if row and config.fsdp_enable and config.model_type == "full" and not row.per_number:
+    if row and config.fsdp_enable and config.model_type == "full" and not row.elementwise:
         message = f"{config.optimizer} looks at whole weights, and with fsdp_enable each process holds a part of each"
-        allowed = ", ".join(name for name, other in OPTIMIZERS.items() if other.per_number)
+        allowed = ", ".join(name for name, other in OPTIMIZERS.items() if other.elementwise)
         yield draft.problem(message, "optimizer", allowed, fix="use adamw_bf16")
 
 
@@ -115,14 +115,14 @@ OPTIMIZER_RULES = (
 
 
 def terms_that_the_optimizer_lacks(draft: Draft) -> Iterator[str]:
-    """Harmless where an optimizer is only tried out, so it is told and no error."""
+    """Harmless where an optimizer is only tried out, so it is reported and no error."""
     row, name = row_of(draft), draft.config.optimizer
     if row is None:
         return
     has = {
-        "adam_beta1": bool(row.betas) or row.for_matrices,
-        "adam_beta2": bool(row.betas) or row.for_matrices,
-        "adam_epsilon": row.has_epsilon or row.for_matrices,
+        "adam_beta1": bool(row.betas) or row.matrix_only,
+        "adam_beta2": bool(row.betas) or row.matrix_only,
+        "adam_epsilon": row.has_epsilon or row.matrix_only,
         "adam_weight_decay": row.has_weight_decay,
     }
     for key, is_there in has.items():

@@ -27,9 +27,9 @@ class OptimizerRow:
         bf16_weights: its updates do not vanish in bfloat16 weights, so full training needs no float32 copy.
         has_seed: takes `seed`, for rounding of its own.
         averages: keeps training weights and averaged ones apart (schedule-free); the averaged ones are the result.
-        finds_rate: finds the learning rate itself; `learning_rate` multiplies it.
-        for_matrices: updates matrices only; the rest goes to an AdamW inside it.
-        per_number: moves each number of a weight by itself, so that processes can each move a part of the weight.
+        tunes_lr: finds the learning rate itself; `learning_rate` multiplies it.
+        matrix_only: updates matrices only; the rest goes to an AdamW inside it.
+        elementwise: moves each number of a weight by itself, so that processes can each move a part of the weight.
         compiles: compiles its step with torch.compile, which needs a C++ compiler or triton.
     """
 
@@ -41,9 +41,9 @@ class OptimizerRow:
     bf16_weights: bool = False
     has_seed: bool = False
     averages: bool = False
-    finds_rate: bool = False
-    for_matrices: bool = False
-    per_number: bool = True
+    tunes_lr: bool = False
+    matrix_only: bool = False
+    elementwise: bool = True
     compiles: bool = False
 
     @property
@@ -124,7 +124,7 @@ _TORCH: dict[str, OptimizerRow] = {
         "steps in proportion to each weight's size: for full training rather than for adapters, which start at 0",
         {"beta2_decay": -0.8, "eps": (None, 0.001), "d": 1.0, "weight_decay": 0.0, **_FOREACH},
         "rows and columns only",
-        per_number=False,
+        elementwise=False,
     ),
     "torch-adamax": OptimizerRow(
         "torch.optim:Adamax",
@@ -150,7 +150,7 @@ _TORCHAO: dict[str, OptimizerRow] = {
         f"2, {EIGHT_BIT}",
         _AO_DEFAULTS,
         bf16_weights=True,
-        per_number=False,
+        elementwise=False,
         compiles=True,
     ),
     "ao-adamw4bit": OptimizerRow(
@@ -160,7 +160,7 @@ _TORCHAO: dict[str, OptimizerRow] = {
         f"2, {FOUR_BIT}",
         _AO_DEFAULTS,
         bf16_weights=True,
-        per_number=False,
+        elementwise=False,
         compiles=True,
     ),
     "ao-adamwfp8": OptimizerRow(
@@ -170,7 +170,7 @@ _TORCHAO: dict[str, OptimizerRow] = {
         f"2, {EIGHT_BIT}",
         _AO_DEFAULTS,
         bf16_weights=True,
-        per_number=False,
+        elementwise=False,
         compiles=True,
     ),
     "ao-adamfp8": OptimizerRow(
@@ -180,7 +180,7 @@ _TORCHAO: dict[str, OptimizerRow] = {
         f"2, {EIGHT_BIT}",
         _AO_DEFAULTS,
         bf16_weights=True,
-        per_number=False,
+        elementwise=False,
         compiles=True,
     ),
 }
@@ -195,8 +195,8 @@ def _optimi(name: str, notes: str, arguments: dict[str, Any], numbers: int) -> O
     # It would find out by itself at its first step, and not know it any more when it is resumed.
     defaults = {"kahan_sum": True}
     takes = {**_KAHAN, **arguments}
-    per_number = name != "StableAdamW"  # which scales by the root mean square of the whole update
-    return OptimizerRow(f"optimi:{name}", notes, takes, state, defaults, bf16_weights=True, per_number=per_number)
+    elementwise = name != "StableAdamW"  # which scales by the root mean square of the whole update
+    return OptimizerRow(f"optimi:{name}", notes, takes, state, defaults, bf16_weights=True, elementwise=elementwise)
 
 
 _OPTIMI: dict[str, OptimizerRow] = {
@@ -239,8 +239,8 @@ def _bnb(name: str, notes: str, arguments: dict[str, Any], numbers: int) -> Opti
     is_8bit = name.endswith("8bit")
     state = f"{numbers}, {EIGHT_BIT if is_8bit else FP32}{'; moves to main memory' * name.startswith('Paged')}"
     arguments = arguments | {"min_8bit_size": 4096} if is_8bit else arguments
-    per_number = not is_8bit and "AdEMAMix" not in name  # blocks of numbers share a scale; two momenta share a tensor
-    return OptimizerRow(f"bitsandbytes.optim:{name}", notes, arguments, state, per_number=per_number)
+    elementwise = not is_8bit and "AdEMAMix" not in name  # blocks of numbers share a scale; two momenta share a tensor
+    return OptimizerRow(f"bitsandbytes.optim:{name}", notes, arguments, state, elementwise=elementwise)
 
 
 _ADEMAMIX = {**_adam(0.01, 1e-8, (0.9, 0.999, 0.9999)), "alpha": 5.0, "t_alpha": None, "t_beta3": None}
@@ -271,7 +271,7 @@ _BNB: dict[str, OptimizerRow] = {
 _OTHERS: dict[str, OptimizerRow] = {
     "adamw_schedulefree": OptimizerRow(
         "schedulefree:AdamWScheduleFree",
-        "needs no falling schedule: it averages its own weights, and those are saved, drawn and evaluated",
+        "needs no falling schedule: it averages its own weights, and those are saved, generated and evaluated",
         {**_adam(), "warmup_steps": 0, "r": 0.0, "weight_lr_power": 2.0, "foreach": True},
         f"2, {FP32}",
         {"weight_decay": 0.01},
@@ -287,8 +287,8 @@ _OTHERS: dict[str, OptimizerRow] = {
         f"4, {FP32}",
         # What its authors advise for diffusion models.
         {"weight_decay": 0.01, "use_bias_correction": True, "safeguard_warmup": True},
-        finds_rate=True,
-        per_number=False,
+        tunes_lr=True,
+        elementwise=False,
     ),
     "soap": OptimizerRow(
         "pytorch_optimizer:SOAP",
@@ -299,7 +299,7 @@ _OTHERS: dict[str, OptimizerRow] = {
             "normalize_gradient": False,
         },
         f"2, and 2 square matrices per side, {FP32}",
-        per_number=False,
+        elementwise=False,
     ),
     "muon": OptimizerRow(
         "pytorch_optimizer:Muon",
@@ -310,8 +310,8 @@ _OTHERS: dict[str, OptimizerRow] = {
         },
         f"1, {FP32}",
         {"use_adjusted_lr": True, "weight_decay": 0.01},
-        for_matrices=True,
-        per_number=False,
+        matrix_only=True,
+        elementwise=False,
     ),
     "came": OptimizerRow(
         "pytorch_optimizer:CAME",
@@ -321,7 +321,7 @@ _OTHERS: dict[str, OptimizerRow] = {
             "clip_threshold": 1.0, "ams_bound": False, "eps1": 1e-30, "eps2": 1e-16, "foreach": None,
         },
         f"1, {FP32}, rows and columns",
-        per_number=False,
+        elementwise=False,
     ),
     "adafactor": OptimizerRow(
         "pytorch_optimizer:AdaFactor",
@@ -333,7 +333,7 @@ _OTHERS: dict[str, OptimizerRow] = {
         },
         "rows and columns only",
         {"betas": (None, 0.999), "scale_parameter": False, "relative_step": False},
-        per_number=False,
+        elementwise=False,
     ),
 }  # fmt: skip
 

@@ -1,6 +1,6 @@
 """Where relative paths lead: the working folder first, then the configuration file's folder.
 
-For a configuration that is shipped with the package it is the other way round: its pictures and model belong to it,
+For a configuration that is shipped with the package it is the other way round: its images and model belong to it,
 and a folder `model` that happens to be where somebody starts it does not.
 """
 

@@ -93,7 +93,7 @@ def the_deepspeed_file_can_be_used(draft: Draft) -> Iterator[Problem]:
     if config.mixed_precision == "fp16":
         message = "scales losses, which DeepSpeed's own step would not know"
         yield draft.problem(message, "mixed_precision", "bf16, no", fix="use bf16")
-    if row and (row.averages or not row.per_number):
+    if row and (row.averages or not row.elementwise):
         message = f"{config.optimizer} looks at whole weights, and DeepSpeed moves parts of them laid end to end"
         yield draft.problem(message, "optimizer", fix="use adamw_bf16 or lion")
     if is_third and config.use_ema:

@@ -1,4 +1,4 @@
-"""`user_prompt_library.json`: nickname -> prompt, or prompt and how it is drawn. Nicknames become file names."""
+"""`user_prompt_library.json`: nickname -> prompt, or prompt and how it is generated. Nicknames become file names."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ class LibraryPrompt:
         num_inference_steps: sampling steps.
         guidance: classifier-free guidance scale.
         guidance_rescale: where the family's pipeline has it.
-        seed: of the first picture; further ones count up.
-        num_images: pictures for each size.
+        seed: of the first image; further ones count up.
+        num_images: images for each size.
         adapter_strength: multiplies what the adapter adds; 1 is as trained.
-        references: files of the pictures that are edited; empty for none.
+        references: files of the images that are edited; empty for none.
     """
 
     prompt: str
@@ -84,7 +84,7 @@ def prompt_texts(library: Any) -> dict[str, str]:
 
 
 def _read_prompt(nickname: str, value: Any, document: Document) -> tuple[LibraryPrompt | None, list[Problem]]:
-    """A text, or an object with a prompt and how to draw it."""
+    """A text, or an object with a prompt and how to generate it."""
     if not isinstance(value, dict):
         if isinstance(value, str) and value.strip():
             return LibraryPrompt(value), []
@@ -133,7 +133,7 @@ _FIELDS: Mapping[str, _Field] = {
     "guidance_rescale": (read_float, "0 to 1", lambda number: 0 <= number <= 1),
     "seed": (read_int, "a whole number >= 0", lambda number: number >= 0),
     "num_images": (read_int, "a whole number >= 1", lambda number: number >= 1),
-    "references": (read_text_or_list, "the path of a picture, or a list of paths", _anything),
+    "references": (read_text_or_list, "the path of an image, or a list of paths", _anything),
     "adapter_strength": (read_float, "a number from -10 to 10", lambda number: abs(number) <= 10),
 }
 

@@ -73,7 +73,7 @@ def describe(key: str) -> str:
 
 
 def dataset_keys() -> dict[str, OptionInfo]:
-    """Every key of dataset entries; where two kinds have it, as pictures have it."""
+    """Every key of dataset entries; where two kinds have it, as images have it."""
     kinds = [dataset_options(kind) for kind in reversed(dataset_types())]
     return {name: info for options in kinds for name, info in options.items()}
 

@@ -71,7 +71,7 @@ def family_takes_its_options(draft: Draft) -> Iterator[Problem]:
 
 
 def regularisation_has_an_adapter(draft: Draft) -> Iterator[Problem]:
-    for entry in draft.pictures:
+    for entry in draft.images:
         if entry.is_regularisation_data and draft.config.model_type == "full":
             message = "prior preservation compares with the model without its adapter, and model_type is full"
             yield draft.dataset_problem(entry, "is_regularisation_data", message, fix="set it to false")
@@ -124,7 +124,7 @@ def validation_sizes_fit_the_family(draft: Draft) -> Iterator[Problem]:
 
 
 def resolution_fits_the_family(draft: Draft) -> Iterator[Problem]:
-    for entry in draft.pictures:
+    for entry in draft.images:
         resolution, unit = entry.resolution, entry.resolution_type
         if resolution is None:
             message = f'is missing; that of config.json is of another resolution_type than "{unit}"'
@@ -132,7 +132,7 @@ def resolution_fits_the_family(draft: Draft) -> Iterator[Problem]:
             continue
         if unit == "area":
             if resolution > MAX_MEGAPIXELS:
-                message = f"{resolution:g} megapixels are no picture size"
+                message = f"{resolution:g} megapixels are no image size"
                 fix = 'for pixels set resolution_type to "pixel_area"'
                 yield draft.dataset_problem(entry, "resolution", message, f"at most {MAX_MEGAPIXELS}", fix)
             continue
@@ -156,10 +156,10 @@ def _sides_fit(draft: Draft, entry: ImageDataset, resolution: float) -> Iterator
 
 
 def size_limits_go_together(draft: Draft) -> Iterator[Problem]:
-    for entry in draft.pictures:
+    for entry in draft.images:
         smallest, largest, target = entry.minimum_image_size, entry.maximum_image_size, entry.target_downsample_size
         if largest is not None and target is None:
-            message = "is missing: maximum_image_size is set, and larger pictures need a size to go to"
+            message = "is missing: maximum_image_size is set, and larger images need a size to go to"
             yield draft.dataset_problem(entry, "target_downsample_size", message, fix="set it, or remove the other")
         if target is not None and largest is None:
             message = "has no effect without maximum_image_size"
@@ -168,12 +168,12 @@ def size_limits_go_together(draft: Draft) -> Iterator[Problem]:
             message = f"{target:g} is above maximum_image_size, which is {largest:g}"
             yield draft.dataset_problem(entry, "target_downsample_size", message, f"at most {largest:g}")
         if smallest is not None and largest is not None and smallest > largest:
-            message = f"{smallest:g} is above maximum_image_size, which is {largest:g}: no picture would be left"
+            message = f"{smallest:g} is above maximum_image_size, which is {largest:g}: no image would be left"
             yield draft.dataset_problem(entry, "minimum_image_size", message, f"at most {largest:g}")
 
 
 def captions_have_their_source(draft: Draft) -> Iterator[Problem]:
-    for entry in draft.pictures:
+    for entry in draft.images:
         prompts = [prompt for prompt in entry.instance_prompt or () if prompt.strip()]
         if prompts:
             continue
@@ -201,7 +201,7 @@ def names_stand_on_one_line(draft: Draft) -> Iterator[Problem]:
             yield draft.problem(f'"{printable(str(name))}" holds a control character', key, "text on one line")
 
 
-def there_are_pictures_to_train_on(draft: Draft) -> Iterator[Problem]:
+def there_are_images_to_train_on(draft: Draft) -> Iterator[Problem]:
     if draft.datasets.problems or not draft.datasets.is_read:
         return
     if any(entry.dataset_type == "image" for entry in draft.datasets.entries):
@@ -249,7 +249,7 @@ RULES: tuple[Rule, ...] = (
     captions_have_their_source,
     dataset_ids_are_names,
     names_stand_on_one_line,
-    there_are_pictures_to_train_on,
+    there_are_images_to_train_on,
     one_text_cache_is_the_default,
     *OBJECTIVE_RULES,
     *DATASET_RULES,

@@ -34,7 +34,7 @@ def config_schema() -> dict[str, Any]:
 
 
 def datasets_schema() -> dict[str, Any]:
-    """The schema of `multidatabackend.json`: a list whose entries are told apart by `dataset_type`."""
+    """The schema of `multidatabackend.json`: a list whose entries are distinguished by `dataset_type`."""
     return {
         "$schema": DRAFT,
         "title": "simpletuner multidatabackend.json",

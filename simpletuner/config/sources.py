@@ -1,4 +1,4 @@
-"""Where the pictures of a dataset are: the keys of each `type`, and which of them go together."""
+"""Where the images of a dataset are: the keys of each `type`, and which of them go together."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from simpletuner.config.options.declare import option
 from simpletuner.config.values import Bool, FilePath, Secret, Text
 
 BackendType = Literal["local", "aws", "csv", "huggingface", "webshart", "memory"]
-NO_URLS = "pictures are not downloaded from URLs: fetch them yourself, csv_file then names local files"
+NO_URLS = "images are not downloaded from URLs: fetch them yourself, csv_file then names local files"
 
 
-class PictureSource(BaseModel):
-    """The keys that say where pictures are; each belongs to one `type`, but for those that several share."""
+class ImageSource(BaseModel):
+    """The keys that say where images are; each belongs to one `type`, but for those that several share."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), defer_build=True)
 
     type: BackendType = option(
         "local",
-        help="Where the pictures are: `local` is a folder, `aws` a bucket of S3 or a store that speaks its protocol, "
-        "`huggingface` a dataset of Parquet files, on disk or on the hub, `csv` a table that names pictures on disk.",
+        help="Where the images are: `local` is a folder, `aws` a bucket of S3 or a store that speaks its protocol, "
+        "`huggingface` a dataset of Parquet files, on disk or on the hub, `csv` a table that names images on disk.",
         planned_values={
             "webshart": "tar files are not read; unpack them and use local",
             "memory": "use local on a tmpfs",
@@ -31,14 +31,14 @@ class PictureSource(BaseModel):
     )
     instance_data_dir: FilePath | None = option(
         None,
-        help="Of `local`: folder with the pictures; its subfolders are read too. Of `csv`: folder that the paths in "
+        help="Of `local`: folder with the images; its subfolders are read too. Of `csv`: folder that the paths in "
         "the table start from and may not leave; unset, that of the table.",
         level="basic",
         path="input",
     )
     follow_outside_links: Bool = option(
         False,
-        help="Of `local` and `csv`: follow links that lead out of the folder, as in a folder of links to pictures that "
+        help="Of `local` and `csv`: follow links that lead out of the folder, as in a folder of links to images that "
         "lie elsewhere. Off, they are counted as not used. Links within the folder are always followed.",
     )
     aws_bucket_name: Text | None = option(None, help="Of `aws`: the bucket.")
@@ -63,10 +63,10 @@ class PictureSource(BaseModel):
     )
     split: Text = option("train", help="Of `huggingface`: the split.")
     revision: Text | None = option(None, help="Of `huggingface`: branch, tag or commit on the hub. Unset: main.")
-    image_column: Text = option("image", help="Of `huggingface`: the column that holds the pictures.")
+    image_column: Text = option("image", help="Of `huggingface`: the column that holds the images.")
     huggingface: Any = option(None, help="Filters of rows.", planned="all rows of the split are used")
     csv_file: FilePath | None = option(
-        None, help="Of `csv`: the table, with a header. Rows of one picture give it caption variants.", path="input"
+        None, help="Of `csv`: the table, with a header. Rows of one image give it caption variants.", path="input"
     )
     csv_caption_column: Text = option("caption", help="Of `csv`: the column of the captions.")
     csv_url_column: Text | None = option(None, help="Of `csv`: the column of URLs.", planned=NO_URLS)
@@ -117,14 +117,14 @@ class SourceFault(NamedTuple):
     fix: str | None = None
 
 
-def source_faults(entry: PictureSource) -> Iterator[SourceFault]:
+def source_faults(entry: ImageSource) -> Iterator[SourceFault]:
     """What is missing for the entry's `type`, and what belongs to another one."""
     rule = SOURCE_RULES.get(entry.type)
     if rule is None:  # refused by name already
         return
     if getattr(entry, rule.place) is None:
         yield SourceFault(rule.place, f"is missing: type {entry.type} needs it", fix="set it")
-    for name, field in PictureSource.model_fields.items():
+    for name, field in ImageSource.model_fields.items():
         is_ours = name in ("type", "huggingface", "csv_url_column", "csv_cache_dir", rule.place, *rule.others)
         if not is_ours and getattr(entry, name) != field.default:
             owners = " or ".join(kind for kind, other in SOURCE_RULES.items() if name in (other.place, *other.others))
@@ -135,7 +135,7 @@ def source_faults(entry: PictureSource) -> Iterator[SourceFault]:
         yield SourceFault(missing, "is missing: the other half of the login is set", fix="set both, or none")
 
 
-def caption_fault(entry: PictureSource, strategy: str | None) -> SourceFault | None:
+def caption_fault(entry: ImageSource, strategy: str | None) -> SourceFault | None:
     """Where a caption strategy cannot work with the entry's `type`."""
     rule = SOURCE_RULES.get(entry.type)
     if rule is None or strategy is None or strategy in rule.captions:

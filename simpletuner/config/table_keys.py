@@ -11,8 +11,8 @@ _PRESENT: Mapping[str, Mapping[str, str]] = {
 }
 _FALLBACK = "fallback_caption_column"
 _WITHOUT_USE = {
-    "width_column": "pictures are measured",
-    "height_column": "pictures are measured",
+    "width_column": "images are measured",
+    "height_column": "images are measured",
     "identifier_includes_extension": "names are found with and without their extension",
 }
 
@@ -40,5 +40,5 @@ def with_table_keys(raw: Mapping[str, Any]) -> tuple[Mapping[str, Any], list[str
             settings |= {f"{name}.{key}": value for key, value in others.items()}
     if "parquet" not in settings and "parquet" in raw and settings.get("metadata_backend") == "parquet":
         settings["metadata_backend"] = "discovery"
-        notes.append("metadata_backend parquet is read as discovery: pictures are measured")
+        notes.append("metadata_backend parquet is read as discovery: images are measured")
     return settings, notes

@@ -21,8 +21,8 @@ _NEUTRAL = {
 }
 
 
-def draws_pictures(draft: Draft) -> bool:
-    """Whether the trainer draws any validation picture of its own."""
+def generates_images(draft: Draft) -> bool:
+    """Whether the trainer generates any validation image of its own."""
     config = draft.config
     has_prompt = config.validation_prompt or draft.prompt_library or config.validation_prompt_library
     is_asked = bool(has_prompt) or not config.validation_disable_unconditional
@@ -73,11 +73,11 @@ def references_are_taken(draft: Draft) -> Iterator[Problem]:
     takes = f"at most {most}" if most else "none"
     asked = draft.config.validation_references or ()
     if len(asked) > most:
-        message = f"{len(asked)} reference pictures cannot be used: {spec.title} takes {most or 'none'}"
+        message = f"{len(asked)} reference images cannot be used: {spec.title} takes {most or 'none'}"
         yield draft.problem(message, "validation_references", takes, fix="remove the key" if not most else None)
     for nickname, prompt in (draft.prompt_library or {}).items():
         if len(prompt.references or ()) > most and draft.config.user_prompt_library is not None:
-            message = f"{len(prompt.references or ())} reference pictures cannot be used: {spec.title} takes {takes}"
+            message = f"{len(prompt.references or ())} reference images cannot be used: {spec.title} takes {takes}"
             file = draft.folders.shown(draft.config.user_prompt_library)
             yield Problem(message, key=f"{nickname}.references", file=file, allowed=takes)
 
@@ -115,24 +115,24 @@ def adapter_strength_has_an_adapter(draft: Draft) -> Iterator[Problem]:
             yield Problem(message, key=f"{nickname}.adapter_strength", file=file, fix="remove it")
 
 
-def previews_have_pictures(draft: Draft) -> Iterator[Problem]:
+def previews_have_images(draft: Draft) -> Iterator[Problem]:
     config = draft.config
     if not config.validation_preview:
         return
-    if not draws_pictures(draft):
-        message = "there is no picture to preview: validation draws none"
+    if not generates_images(draft):
+        message = "there is no image to preview: validation generates none"
         fix = "set validation_prompt, or remove the key"
         yield draft.problem(message, "validation_preview", fix=fix)
     steps = config.validation_num_inference_steps
     if config.validation_preview_steps > steps:
-        message = f"{config.validation_preview_steps} is more than the {steps} steps of a picture: none would be shown"
+        message = f"{config.validation_preview_steps} is more than the {steps} steps of an image: none would be shown"
         yield draft.problem(message, "validation_preview_steps", f"1 to {steps}")
 
 
-def scores_have_pictures(draft: Draft) -> Iterator[Problem]:
+def scores_have_images(draft: Draft) -> Iterator[Problem]:
     config = draft.config
-    if config.evaluation_type != "none" and not draws_pictures(draft):
-        message = f"{config.evaluation_type} scores validation pictures, and validation draws none"
+    if config.evaluation_type != "none" and not generates_images(draft):
+        message = f"{config.evaluation_type} scores validation images, and validation generates none"
         yield draft.problem(message, "evaluation_type", fix="set validation_prompt, or remove the key")
     if config.evaluation_type == "none" and config.pretrained_evaluation_model_name_or_path is not None:
         message = "has no use: evaluation_type is none"
@@ -152,7 +152,7 @@ def external_script_is_named(draft: Draft) -> Iterator[Problem]:
         yield draft.problem(message, "validation_external_script", fix=fix)
 
 
-def has_eval_pictures(draft: Draft) -> bool:
+def has_eval_images(draft: Draft) -> bool:
     """Whether there is something to compute an eval loss on."""
     return bool(draft.config.eval_holdout) or any(e.dataset_type == "eval" for e in draft.datasets.entries)
 
@@ -161,7 +161,7 @@ def computes_eval_loss(draft: Draft) -> bool:
     """Whether an eval loss will be computed."""
     config = draft.config
     has_interval = bool(config.eval_steps_interval or config.eval_epoch_interval)
-    return has_interval and not config.eval_loss_disable and has_eval_pictures(draft)
+    return has_interval and not config.eval_loss_disable and has_eval_images(draft)
 
 
 def eval_dataset_exists(draft: Draft) -> Iterator[Problem]:
@@ -199,8 +199,8 @@ VALIDATION_RULES = (
     flow_families_keep_their_sampler,
     library_sizes_fit_the_family,
     adapter_strength_has_an_adapter,
-    previews_have_pictures,
-    scores_have_pictures,
+    previews_have_images,
+    scores_have_images,
     external_script_is_named,
     eval_dataset_exists,
     holdout_is_instead_of_an_eval_dataset,
@@ -208,14 +208,14 @@ VALIDATION_RULES = (
 )
 
 
-def eval_intervals_have_pictures(draft: Draft) -> Iterator[str]:
+def eval_intervals_have_images(draft: Draft) -> Iterator[str]:
     config = draft.config
     has_interval = bool(config.eval_steps_interval or config.eval_epoch_interval) and not config.eval_loss_disable
-    has_pictures = has_eval_pictures(draft)
-    if has_interval and not has_pictures and draft.datasets.is_read:
+    has_images = has_eval_images(draft)
+    if has_interval and not has_images and draft.datasets.is_read:
         key = "eval_steps_interval" if config.eval_steps_interval else "eval_epoch_interval"
         yield f"{draft.origin(key)}: {key}: there is no dataset of dataset_type eval, so no eval loss is computed"
-    if has_pictures and not has_interval and not config.eval_loss_disable:
+    if has_images and not has_interval and not config.eval_loss_disable:
         what = f"{draft.origin('eval_holdout')}: eval_holdout" if config.eval_holdout else "there is an eval dataset"
         yield f"{what}, but no eval_steps_interval or eval_epoch_interval: no eval loss is computed"
 
@@ -224,8 +224,8 @@ def validation_has_prompts(draft: Draft) -> Iterator[str]:
     config = draft.config
     has_interval = config.validation_step_interval or config.validation_epoch_interval
     is_own = config.validation_method == "simpletuner-local" and not config.validation_disable
-    if has_interval and is_own and not draws_pictures(draft):
-        yield "there is no validation_prompt and no user_prompt_library: no validation pictures are made"
+    if has_interval and is_own and not generates_images(draft):
+        yield "there is no validation_prompt and no user_prompt_library: no validation images are made"
 
 
 def skipped_layers_have_guidance(draft: Draft) -> Iterator[str]:
@@ -234,4 +234,4 @@ def skipped_layers_have_guidance(draft: Draft) -> Iterator[str]:
         yield f"{draft.origin(key)}: {key} has no effect: validation_guidance is not above 1, so no layer is skipped"
 
 
-VALIDATION_NOTICES = (skipped_layers_have_guidance, eval_intervals_have_pictures, validation_has_prompts)
+VALIDATION_NOTICES = (skipped_layers_have_guidance, eval_intervals_have_images, validation_has_prompts)

@@ -25,7 +25,7 @@ LARGEST_FLOAT = 1e30
 
 
 class Size(NamedTuple):
-    """A picture's size in pixels, height first as tensors have it."""
+    """An image's size in pixels, height first as tensors have it."""
 
     height: int
     width: int
@@ -230,7 +230,7 @@ def read_path(value: Any) -> Any:
 
 
 def parse_sizes(text: str) -> list[Size]:
-    """Picture sizes from `"1024"`, `"1280x768"` (width x height) or several of them with commas.
+    """Image sizes from `"1024"`, `"1280x768"` (width x height) or several of them with commas.
 
     Raises:
         ValueError: a part is neither, or not positive.

@@ -20,7 +20,7 @@ SEVERITIES: tuple[Severity, ...] = ("debug", "info", "warning", "error", "critic
 
 
 class Webhook(BaseModel):
-    """One service that is told."""
+    """One service that is reported."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), defer_build=True)
 

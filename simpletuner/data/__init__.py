@@ -1,1 +1,1 @@
-"""Datasets: which pictures there are, what each one becomes, and in which order they are seen."""
+"""Datasets: which images there are, what each one becomes, and in which order they are seen."""

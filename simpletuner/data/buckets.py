@@ -1,8 +1,8 @@
-"""From the size of a picture to the size it is trained at, and the part of it that is cut out.
+"""From the size of an image to the size it is trained at, and the part of it that is cut out.
 
-Pictures of one batch must have one size, so each picture is given to a bucket: a (height, width) whose sides are
-multiples of `alignment`, whose area (or shorter side) follows `resolution`, and whose aspect follows the picture's or
-is prescribed. Everything here is arithmetic on integers and keyed draws; no picture is opened. Rounding is half up,
+Images of one batch must have one size, so each image is given to a bucket: a (height, width) whose sides are
+multiples of `alignment`, whose area (or shorter side) follows `resolution`, and whose aspect follows the image's or
+is prescribed. Everything here is arithmetic on integers and keyed draws; no image is opened. Rounding is half up,
 never to even, so that sizes can be checked by hand.
 """
 
@@ -22,23 +22,23 @@ CropStyle = Literal["center", "corner", "random"]
 
 @dataclass(frozen=True)
 class BucketRules:
-    """How one dataset turns picture sizes into training sizes.
+    """How one dataset turns image sizes into training sizes.
 
     Args:
         resolution: shorter side in pixels (`pixel`), megapixels (`area`), or side in pixels of the square of equal
             area (`pixel_area`). The three sizes below are in the same unit.
         resolution_type: what `resolution` measures.
-        crop: False keeps the picture's aspect; only what rounding to `alignment` leaves over is cut off, centred.
+        crop: False keeps the image's aspect; only what rounding to `alignment` leaves over is cut off, centred.
         crop_aspect: aspect of what is cut out; read only where `crop` is True.
         crop_style: where it is cut out; `corner` is the top left one.
         aspect_buckets: (aspect, weight) to choose from, for `closest` and `random`; aspect is width / height.
-        minimum_size: smaller pictures are not used; 0 takes all.
-        maximum_size: larger pictures are first reduced to `target_size`, then cut; None reduces every picture as far
+        minimum_size: smaller images are not used; 0 takes all.
+        maximum_size: larger images are first reduced to `target_size`, then cut; None reduces every image as far
             as the cut allows.
         target_size: see `maximum_size`.
-        minimum_aspect: pictures whose width / height is smaller are not used.
-        maximum_aspect: pictures whose width / height is larger are not used.
-        max_upscale: pictures whose sides would grow by more than this share are not used, and of several aspects only
+        minimum_aspect: images whose width / height is smaller are not used.
+        maximum_aspect: images whose width / height is larger are not used.
+        max_upscale: images whose sides would grow by more than this share are not used, and of several aspects only
             those that need less are chosen from; None allows any growth.
         alignment: pixels; every side is a multiple of it.
         aspect_decimals: the aspect is rounded to so many places, so that nearly equal aspects share a bucket.
@@ -61,7 +61,7 @@ class BucketRules:
 
     @property
     def needs_content(self) -> bool:
-        """True where the crop depends on the picture's digest, not on its size alone."""
+        """True where the crop depends on the image's digest, not on its size alone."""
         return self.crop and (self.crop_aspect == "random" or self.crop_style == "random")
 
 
@@ -75,7 +75,7 @@ def size_measure(height: int, width: int, resolution_type: ResolutionType) -> fl
 
 
 def is_large_enough(height: int, width: int, rules: BucketRules) -> bool:
-    # Compared as products: the root of a picture of exactly the minimum area may come out one ulp too small.
+    # Compared as products: the root of an image of exactly the minimum area may come out one ulp too small.
     if rules.resolution_type == "pixel_area":
         return height * width >= rules.minimum_size**2
     return size_measure(height, width, rules.resolution_type) >= rules.minimum_size
@@ -88,7 +88,7 @@ def has_allowed_aspect(height: int, width: int, rules: BucketRules) -> bool:
 
 
 def aspect_choices(height: int, width: int, rules: BucketRules) -> tuple[tuple[float, float], ...]:
-    """The (aspect, weight) that a picture may be trained at without growing too much; empty where there is none."""
+    """The (aspect, weight) that an image may be trained at without growing too much; empty where there is none."""
     if rules.crop and rules.crop_aspect in ("closest", "random"):
         choices = rules.aspect_buckets
     else:
@@ -99,7 +99,7 @@ def aspect_choices(height: int, width: int, rules: BucketRules) -> tuple[tuple[f
 
 
 def _growth(height: int, width: int, aspect: float, rules: BucketRules) -> float:
-    """By which share the sides of a picture grow to cover the bucket of `aspect`."""
+    """By which share the sides of an image grow to cover the bucket of `aspect`."""
     target_height, target_width = bucket_size(aspect, rules)
     # 1.2 / 1 - 1 is a little above 0.2 in binary.
     return round(max(target_height / height, target_width / width) - 1, 9)
@@ -123,7 +123,7 @@ def bucket_size(aspect: float, rules: BucketRules) -> tuple[int, int]:
 
 
 def choose_aspect(height: int, width: int, rules: BucketRules, *key: int | str) -> float:
-    """Aspect (width / height) that the picture is trained at; `aspect_choices` is not empty for it.
+    """Aspect (width / height) that the image is trained at; `aspect_choices` is not empty for it.
 
     Args:
         key: (seed, dataset id, content digest); read for `random` only.
@@ -139,14 +139,14 @@ def choose_aspect(height: int, width: int, rules: BucketRules, *key: int | str) 
 def _fixed_aspect(height: int, width: int, rules: BucketRules) -> float:
     if rules.crop and rules.crop_aspect == "square":
         return 1.0
-    # Rounding a very tall picture to 0.00 would ask for an endless bucket.
+    # Rounding a very tall image to 0.00 would ask for an endless bucket.
     return max(_round_half_up(width / height, rules.aspect_decimals), 10.0**-rules.aspect_decimals)
 
 
 def plan_crop(height: int, width: int, rules: BucketRules, *key: int | str) -> Crop:
-    """What becomes of a picture of `height` x `width` pixels.
+    """What becomes of an image of `height` x `width` pixels.
 
-    The picture is resized with its own aspect to the smallest size that covers the bucket; where it is larger than
+    The image is resized with its own aspect to the smallest size that covers the bucket; where it is larger than
     `maximum_size`, to `target_size` if that covers the bucket too. Then the bucket's size is cut out.
 
     Args:

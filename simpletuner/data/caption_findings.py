@@ -12,7 +12,7 @@ from simpletuner.data.caption_table import CaptionTable
 from simpletuner.data.captioned import without_own_caption
 from simpletuner.data.captions import CaptionRules, caption_from_name
 from simpletuner.data.index import Catalogue, Index
-from simpletuner.data.report import MAX_EXAMPLES, Funnel, Note
+from simpletuner.data.report import MAX_EXAMPLES, FilterReport, Note
 from simpletuner.data.selection import first_paths
 from simpletuner.text import printable
 
@@ -21,15 +21,15 @@ WITH_TEXT_FILES = ("local", "aws")
 
 
 def with_caption_findings(
-    funnel: Funnel,
+    filter_report: FilterReport,
     entry: ImageDataset,
     rules: CaptionRules,
     table: CaptionTable | None,
     used: NDArray[np.int64],
     catalogue: Catalogue,
     index: Index,
-) -> Funnel:
-    """The funnel with a warning for each finding, and a note of how many captions `caption_fallback` gives.
+) -> FilterReport:
+    """The filter report with a warning for each finding, and a note of how many captions `caption_fallback` gives.
 
     Args:
         used: positions of the images in the catalogue.
@@ -41,7 +41,7 @@ def with_caption_findings(
     def listed(positions: NDArray[np.int64]) -> str:
         return ", ".join(map(printable, examples(positions)[:3])) + ", ..." * (len(positions) > 3)
 
-    warnings, notes = list(funnel.warnings), dict(funnel.notes)
+    warnings, notes = list(filter_report.warnings), dict(filter_report.notes)
     all_have_one = rules.strategy == "instanceprompt" or rules.only_instance_prompt
     with_text = used[catalogue.texts[used] >= 0]
     if len(with_text) and not rules.reads_text_files and not rules.only_instance_prompt and _has_text_files(entry):
@@ -72,7 +72,7 @@ def with_caption_findings(
         if len(lacking):
             text = f"no caption of their own, which caption_fallback {rules.fallback} gives"
             notes[text] = Note(len(lacking), examples(lacking))
-    return dataclasses.replace(funnel, warnings=tuple(warnings), notes=notes)
+    return dataclasses.replace(filter_report, warnings=tuple(warnings), notes=notes)
 
 
 def _has_text_files(entry: ImageDataset) -> bool:

@@ -1,7 +1,7 @@
-"""Captions in a table beside the pictures: `metadata.csv`, `.jsonl` or `.parquet` with a row per picture.
+"""Captions in a table beside the images: `metadata.csv`, `.jsonl` or `.parquet` with a row per image.
 
 The table is read once for each content of the file and kept as SQLite, so that a million captions need no memory. A row
-belongs to the picture at its path, written with or without the extension; several rows of one picture, and lists in a
+belongs to the image at its path, written with or without the extension; several rows of one image, and lists in a
 cell, are variants.
 """
 
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from simpletuner.data.captions import VARIANT_SEPARATOR
 from simpletuner.data.index import Catalogue, Index
-from simpletuner.data.report import MAX_EXAMPLES, SetAside
+from simpletuner.data.report import MAX_EXAMPLES, SkippedFiles
 from simpletuner.data.tables import TableFault, check_file, columns_of, joined, read_rows
 from simpletuner.errors import DataError, Problem
 from simpletuner.text import one_form
@@ -74,7 +74,7 @@ class CaptionTable:
             raise self._fault(f"cannot be kept at {path}: {error}") from error
 
     def take(self, paths: Sequence[str]) -> list[str | None]:
-        """The captions of each picture in one text, variants apart by U+001E; None where there is no row."""
+        """The captions of each image in one text, variants apart by U+001E; None where there is no row."""
         found: dict[bytes, str] = {}
         names = [one_form(os.fsencode(path)) for path in paths]
         wanted = list(dict.fromkeys([*names, *(_stem(name) for name in names)]))
@@ -90,28 +90,28 @@ class CaptionTable:
         return [found.get(name, found.get(_stem(name))) for name in names]
 
     def without_caption(self, positions: NDArray[np.int64], catalogue: Catalogue, index: Index) -> NDArray[np.int64]:
-        """Of the pictures at `positions` of a catalogue, those that have no row."""
+        """Of the images at `positions` of a catalogue, those that have no row."""
         missing: list[int] = []
         for start in range(0, len(positions), _QUERY_ROWS):
             part = positions[start : start + _QUERY_ROWS]
-            paths = [row.path for row in index.pictures(catalogue.ids[part].tolist())]
+            paths = [row.path for row in index.images(catalogue.ids[part].tolist())]
             missing += [int(place) for place, text in zip(part, self.take(paths), strict=True) if text is None]
         return np.array(missing, dtype=np.int64)
 
-    def report_unused(self, catalogue: Catalogue, index: Index, set_aside: SetAside) -> None:
-        """Count the rows that belong to no picture of a folder, usable or not. What is found is kept with the table."""
-        key = [f"{catalogue.pictures_digest} {index.num_pictures()}"]
+    def report_unused(self, catalogue: Catalogue, index: Index, skipped: SkippedFiles) -> None:
+        """Count the rows that belong to no image of a folder, usable or not. What is found is kept with the table."""
+        key = [f"{catalogue.images_digest} {index.num_images()}"]
         with self._lock:
-            if not self._db.execute("SELECT 1 FROM unused WHERE pictures = ?", key).fetchone():
+            if not self._db.execute("SELECT 1 FROM unused WHERE images = ?", key).fetchone():
                 try:
                     self._find_unused(index, key)
                 except sqlite3.OperationalError:  # of a folder that is only read: looked for again at each start
-                    self._db.execute("CREATE TEMP TABLE unused (pictures TEXT, path BLOB, place TEXT)")
+                    self._db.execute("CREATE TEMP TABLE unused (images TEXT, path BLOB, place TEXT)")
                     self._find_unused(index, key)
-            query = "FROM unused WHERE pictures = ? AND place IS NOT NULL"
+            query = "FROM unused WHERE images = ? AND place IS NOT NULL"
             count = self._db.execute(f"SELECT count(*) {query}", key).fetchone()[0]
             first = self._db.execute(f"SELECT path, place {query} LIMIT {MAX_EXAMPLES}", key).fetchall()
-        reason = f"a row of {self.table.name} without a picture of its name"
+        reason = f"a row of {self.table.name} without an image of its name"
         names = [_row_name(path, place) for path, place in first]
 
         def listing() -> Iterator[tuple[str, str]]:
@@ -119,12 +119,12 @@ class CaptionTable:
                 rows = self._db.execute(f"SELECT path, place {query}", key).fetchall()
             yield from ((_row_name(path, place), reason) for path, place in rows)
 
-        set_aside.add_many(reason, count, names, listing)
+        skipped.add_many(reason, count, names, listing)
 
     def _find_unused(self, index: Index, key: list[str]) -> None:
         with self._db:
             self._db.execute("CREATE TEMP TABLE IF NOT EXISTS there (path BLOB PRIMARY KEY) WITHOUT ROWID")
-            paths = map(one_form, index.picture_paths())
+            paths = map(one_form, index.image_paths())
             names = ((name,) for path in paths for name in (path, _stem(path)))
             self._db.executemany("INSERT OR IGNORE INTO there VALUES (?)", names)
             self._db.execute("DELETE FROM unused")
@@ -158,7 +158,7 @@ class CaptionTable:
                 database.execute("CREATE TABLE captions (path BLOB, text TEXT, place TEXT)")
                 database.executemany("INSERT INTO captions VALUES (?, ?, ?)", self._captions())
                 database.execute("CREATE INDEX paths ON captions (path)")
-                database.execute("CREATE TABLE unused (pictures TEXT, path BLOB, place TEXT)")
+                database.execute("CREATE TABLE unused (images TEXT, path BLOB, place TEXT)")
             partial.replace(path)
         finally:
             partial.unlink(missing_ok=True)

@@ -1,7 +1,7 @@
-"""Pictures without a caption: none may be trained on, so a dataset that has some is refused, and all of them are named.
+"""Images without a caption: none may be trained on, so a dataset that has some is refused, and all of them are named.
 
-An empty caption is what the model is taught to draw from when it is told nothing. A picture that lost its text file
-would teach it exactly that, and nobody would see it.
+An empty caption teaches the model what to generate without a prompt. An image that lost its text file would teach it
+exactly that, and nobody would see it.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from simpletuner.config.datasets import ImageDataset
 from simpletuner.data.caption_table import CaptionTable
 from simpletuner.data.captions import CaptionRules
 from simpletuner.data.index import Catalogue, Index
-from simpletuner.data.report import SetAside
-from simpletuner.data.selection import first_paths, put_aside
+from simpletuner.data.report import SkippedFiles
+from simpletuner.data.selection import first_paths, skip_positions
 from simpletuner.errors import Problem
 from simpletuner.text import printable
 
@@ -26,7 +26,7 @@ MAX_LISTED = 10
 def without_caption(
     positions: NDArray[np.int64], catalogue: Catalogue, index: Index, rules: CaptionRules, table: CaptionTable | None
 ) -> tuple[NDArray[np.int64], str]:
-    """Those of the pictures at `positions` of a catalogue that have no caption, and what they lack."""
+    """Those of the images at `positions` of a catalogue that have no caption, and what they lack."""
     missing, lacking = without_own_caption(positions, catalogue, index, rules, table)
     if rules.fallback is None or rules.instance_prompts:
         return (missing, lacking) if rules.fallback is None else (missing[:0], lacking)
@@ -64,27 +64,27 @@ def refuse_uncaptioned(
     entry: ImageDataset,
     missing: NDArray[np.int64],
     lacking: str,
-    num_pictures: int,
+    num_images: int,
     catalogue: Catalogue,
     index: Index,
-    set_aside: SetAside,
+    skipped: SkippedFiles,
     data_file: str | None,
 ) -> Problem:
-    """The error for pictures without a caption; each is set aside too, so that a file lists all of them.
+    """The error for images without a caption; each is skipped too, so that a file lists all of them.
 
     Args:
-        missing: positions of the pictures, `without_caption`.
-        num_pictures: with and without a caption.
+        missing: positions of the images, `without_caption`.
+        num_images: with and without a caption.
     """
-    faulty = {reason: count for reason, count in set_aside.counts.items() if reason.startswith("caption file")}
-    put_aside(lacking, missing, catalogue, index, set_aside)
+    faulty = {reason: count for reason, count in skipped.counts.items() if reason.startswith("caption file")}
+    skip_positions(lacking, missing, catalogue, index, skipped)
     names = ", ".join(printable(path) for path in first_paths(missing[:MAX_LISTED], catalogue, index))
     more = ", ..." if len(missing) > MAX_LISTED else ""
-    notes = f" ({SetAside(faulty).summary()})" if faulty else ""
+    notes = f" ({SkippedFiles(faulty).summary()})" if faulty else ""
     return Problem(
-        f"{len(missing)} of {num_pictures} pictures have {lacking}{notes}: {names}{more}",
+        f"{len(missing)} of {num_images} images have {lacking}{notes}: {names}{more}",
         key=f"{entry.id}.caption_strategy",
         file=data_file,
-        fix="add the captions, set caption_fallback (instanceprompt gives these pictures one caption, filename the "
-        "name of each), or move these pictures away",
+        fix="add the captions, set caption_fallback (instanceprompt gives these images one caption, filename the "
+        "name of each), or move these images away",
     )

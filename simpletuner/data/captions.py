@@ -1,6 +1,6 @@
-"""What a dataset says about each picture: the caption strategies.
+"""What a dataset says about each image: the caption strategies.
 
-A strategy gives every variant that it found; one of them is drawn when the picture is used (`Dataset.caption_for`).
+A strategy gives every variant that it found; one of them is generated when the image is used (`Dataset.caption_for`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from simpletuner.text import NotText, decode_lenient, lines_of, without_separato
 CaptionFallback = Literal["filename", "instanceprompt"]
 CaptionStrategy = Literal["filename", "textfile", "table", "instanceprompt"]
 
-# Files beside a picture that hold its caption; the second is what kohya's scripts write. Of both the first counts.
+# Files beside an image that hold its caption; the second is what kohya's scripts write. Of both the first counts.
 CAPTION_SUFFIXES = (".txt", ".caption")
 # A longer text file is not a caption: no text encoder reads more than a few thousand tokens.
 MAX_CAPTION_BYTES = 1_000_000
@@ -38,13 +38,13 @@ class CaptionRules:
     """How one dataset gets its captions.
 
     Args:
-        strategy: `filename`, `textfile` (a file of `CAPTION_SUFFIXES` beside the picture), `table` (the row that the
-            picture comes from, which the backend shows as such a file) or `instanceprompt`.
-        instance_prompts: one prompt or several to draw from.
+        strategy: `filename`, `textfile` (a file of `CAPTION_SUFFIXES` beside the image), `table` (the row that the
+            image comes from, which the backend shows as such a file) or `instanceprompt`.
+        instance_prompts: one prompt or several to generate from.
         only_instance_prompt: the instance prompts replace what the strategy finds.
         prepend_instance_prompt: an instance prompt and a space stand before what the strategy finds.
         splits_lines: each line of a text file is a variant; otherwise the whole file is one caption.
-        fallback: where the caption comes from of a picture that the strategy finds none for. With one, the number that
+        fallback: where the caption comes from of an image that the strategy finds none for. With one, the number that
             a camera gave a file is no caption.
     """
 
@@ -65,10 +65,10 @@ class CaptionRules:
 
 
 def captions_of(path: str, text: str | None, rules: CaptionRules) -> tuple[str, ...]:
-    """Every caption variant of a picture; empty where the strategy finds none.
+    """Every caption variant of an image; empty where the strategy finds none.
 
     Args:
-        path: of the picture, `/`-separated.
+        path: of the image, `/`-separated.
         text: content of its caption file, None where there is none.
     """
     if rules.strategy == "instanceprompt" or rules.only_instance_prompt:

@@ -1,7 +1,7 @@
 """One dataset of a run: its samples, their buckets, and the reading of pixels and captions.
 
-A dataset keeps a few numbers per picture; paths, digests and captions are read from the index when a sample is asked
-for, so a million pictures cost some tens of megabytes.
+A dataset keeps a few numbers per image; paths, digests and captions are read from the index when a sample is asked
+for, so a million images cost some tens of megabytes.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from simpletuner.data.index import Index
 from simpletuner.data.masks import Masks
 from simpletuner.data.reading import read_pixels
 from simpletuner.data.references import References
-from simpletuner.data.report import Funnel
+from simpletuner.data.report import FilterReport
 from simpletuner.data.schedule import Schedule
 from simpletuner.data.selection import group_by_size
 from simpletuner.randomness import keyed_seed, keyed_uniform
@@ -42,12 +42,12 @@ _CHUNK = 512
 
 
 @dataclasses.dataclass(frozen=True)
-class Draws:
-    """What is drawn anew each time that a dataset is gone through.
+class RoundSampling:
+    """What is resampled each time that a dataset is gone through.
 
     Args:
         crops: random crops and aspects (`vae_cache_clear_each_epoch`).
-        flips: which pictures are mirrored left to right (`random_flip`).
+        flips: which images are mirrored left to right (`random_flip`).
     """
 
     crops: bool = False
@@ -55,11 +55,11 @@ class Draws:
 
 
 class Samples(Sequence[Sample]):
-    """The pictures of a dataset in the order of their paths; each sample is made when it is asked for.
+    """The images of a dataset in the order of their paths; each sample is made when it is asked for.
 
     Attributes:
-        picture_index: of the folder.
-        ids: (N,) row of each picture.
+        image_index: of the folder.
+        ids: (N,) row of each image.
     """
 
     def __init__(
@@ -71,14 +71,14 @@ class Samples(Sequence[Sample]):
         texts: NDArray[np.int64],
         bucket_rules: BucketRules,
         caption_rules: CaptionRules,
-        draws: Draws = Draws(),
+        draws: RoundSampling = RoundSampling(),
         edits: CaptionEdits = CaptionEdits(),
         table: CaptionTable | None = None,
         references: tuple[References, ...] = (),
     ):
         self._dataset_id = dataset_id
         self._seed = seed
-        self.picture_index = index
+        self.image_index = index
         self.ids = ids
         self._texts = texts
         self._bucket_rules = bucket_rules
@@ -112,29 +112,29 @@ class Samples(Sequence[Sample]):
         """The samples at `positions`, with one query for all.
 
         Args:
-            round_number: decides what `draws` draws anew.
+            round_number: decides what `draws` resamples.
         """
         chosen = np.asarray(positions, dtype=np.int64)
-        pictures = self.picture_index.pictures(self.ids[chosen].tolist())
-        texts: list[str | None] = [None] * len(pictures)
+        images = self.image_index.images(self.ids[chosen].tolist())
+        texts: list[str | None] = [None] * len(images)
         if self._table is not None:
-            texts = self._table.take([picture.path for picture in pictures])
+            texts = self._table.take([image.path for image in images])
         elif self._caption_rules.reads_text_files:
-            texts = self.picture_index.texts(self._texts[chosen].tolist())
+            texts = self.image_index.texts(self._texts[chosen].tolist())
         samples = [
             Sample(
                 dataset_id=self._dataset_id,
-                path=picture.path,
-                digest=picture.digest,
-                width=picture.width,
-                height=picture.height,
-                captions=self._edits.apply(captions_of(picture.path, text, self._caption_rules)),
+                path=image.path,
+                digest=image.digest,
+                width=image.width,
+                height=image.height,
+                captions=self._edits.apply(captions_of(image.path, text, self._caption_rules)),
                 crop=plan_crop(
-                    picture.height, picture.width, self._bucket_rules, *self._crop_key(picture.digest, round_number)
+                    image.height, image.width, self._bucket_rules, *self._crop_key(image.digest, round_number)
                 ),
-                is_flipped=self._is_flipped(picture.digest, round_number),
+                is_flipped=self._is_flipped(image.digest, round_number),
             )
-            for picture, text in zip(pictures, texts, strict=True)
+            for image, text in zip(images, texts, strict=True)
         ]
         if not self.references:
             return samples
@@ -142,19 +142,19 @@ class Samples(Sequence[Sample]):
         return [dataclasses.replace(sample, references=row) for sample, row in zip(samples, rows, strict=True)]
 
     def every_version(self) -> Iterator[Sample]:
-        """Each sample, and where pictures are mirrored also its other version: what a cache has to hold."""
+        """Each sample, and where images are mirrored also its other version: what a cache has to hold."""
         for sample in self:
             yield sample
             if self.draws.flips:
                 yield sample.mirrored()
 
     def buckets_in(self, round_number: int) -> Mapping[Size, NDArray[np.int64]]:
-        """(height, width) in pixels -> indices, ascending, where aspects are drawn anew in each round."""
+        """(height, width) in pixels -> indices, ascending, where aspects are resampled in each round."""
         if self._sizes is not None and self._sizes[0] == round_number:
             return self._sizes[1]
         sizes = np.empty((len(self), 2), dtype=np.int64)
         for start in range(0, len(self), _CHUNK):
-            for offset, row in enumerate(self.picture_index.pictures(self.ids[start : start + _CHUNK].tolist())):
+            for offset, row in enumerate(self.image_index.images(self.ids[start : start + _CHUNK].tolist())):
                 key = self._crop_key(row.digest, round_number)
                 sizes[start + offset] = bucket_size(
                     choose_aspect(row.height, row.width, self._bucket_rules, *key), self._bucket_rules
@@ -172,10 +172,10 @@ class Samples(Sequence[Sample]):
         return copied
 
     def digests(self, positions: Sequence[int]) -> Iterator[str]:
-        """The content digest of the pictures at `positions`, without making samples of them."""
+        """The content digest of the images at `positions`, without making samples of them."""
         for start in range(0, len(positions), _CHUNK):
             ids = self.ids[np.asarray(positions[start : start + _CHUNK], dtype=np.int64)].tolist()
-            yield from (picture.digest for picture in self.picture_index.pictures(ids))
+            yield from (image.digest for image in self.image_index.images(ids))
 
     def _crop_key(self, digest: str, round_number: int) -> tuple[int | str, ...]:
         key = (self._seed, self._dataset_id, digest)
@@ -191,19 +191,19 @@ class Dataset:
 
     Args:
         entry: as configured, defaults filled in.
-        samples: the pictures that are used.
+        samples: the images that are used.
         buckets: (height, width) in pixels -> indices into `samples`, ascending.
         fingerprint: changes when the content, order, crops or captions of the samples do.
-        funnel: what became of the files.
+        filter report: what became of the files.
         backend: where the files are.
-        masks: where the loss counts; None for all of each picture.
+        masks: where the loss counts; None for all of each image.
     """
 
     entry: ImageDataset
     samples: Samples
     buckets: Mapping[Size, NDArray[np.int64]]
     fingerprint: str
-    funnel: Funnel
+    filter_report: FilterReport
     backend: Backend
     masks: Masks | None = None
 
@@ -212,17 +212,17 @@ class Dataset:
         return self.entry.id
 
     @property
-    def num_pictures(self) -> int:
-        """Pictures that take part."""
+    def num_images(self) -> int:
+        """Images that take part."""
         return sum(len(members) for members in self.buckets.values())
 
     def used_digests(self) -> Iterator[tuple[int, str]]:
-        """(index into `samples`, content digest) of the pictures that take part."""
+        """(index into `samples`, content digest) of the images that take part."""
         positions = sorted(int(position) for members in self.buckets.values() for position in members)
         return zip(positions, self.samples.digests(positions), strict=True)
 
     def only(self, chosen: NDArray[np.bool_]) -> Dataset:
-        """The dataset with some of its pictures; each keeps its index. The fingerprint is the caller's matter.
+        """The dataset with some of its images; each keeps its index. The fingerprint is the caller's matter.
 
         Args:
             chosen: (N,) by index into `samples`.
@@ -232,12 +232,12 @@ class Dataset:
 
     @property
     def references(self) -> tuple[References, ...]:
-        """The folders with the reference pictures of these pictures."""
+        """The folders with the reference images of these images."""
         return self.samples.references
 
     @property
     def parts(self) -> tuple[Dataset | References, ...]:
-        """The pictures and the folders of their references: all that the VAE sees."""
+        """The images and the folders of their references: all that the VAE sees."""
         return (self, *self.references)
 
     @property
@@ -246,7 +246,7 @@ class Dataset:
 
     @property
     def repeats(self) -> int:
-        """Extra passes over the pictures in each epoch."""
+        """Extra passes over the images in each epoch."""
         return self.entry.repeats
 
     @property
@@ -255,7 +255,7 @@ class Dataset:
 
     @property
     def batch_size(self) -> int | None:
-        """Pictures in one forward pass of one process; None takes that of the run."""
+        """Images in one forward pass of one process; None takes that of the run."""
         return self.entry.train_batch_size
 
     @property
@@ -266,12 +266,12 @@ class Dataset:
 
     @property
     def keeps_latents(self) -> bool:
-        """Whether what the VAE says is worth keeping: not where crops are drawn anew, or nothing may be written."""
+        """Whether what the VAE says is worth keeping: not where crops are resampled, or nothing may be written."""
         return not (self.entry.vae_cache_disable or self.samples.draws.crops)
 
     @property
     def encodes_on_demand(self) -> bool:
-        """Whether pictures are encoded when training needs them."""
+        """Whether images are encoded when training needs them."""
         return bool(self.entry.vae_cache_ondemand) or not self.keeps_latents
 
     def samples_to_keep(self) -> Iterator[Sample]:
@@ -290,7 +290,7 @@ class Dataset:
         return self.buckets
 
     def read_pixels(self, sample: Sample) -> torch.Tensor:
-        """The cut-out part of a picture: (3, H, W) float32 in [-1, 1]. Safe to call from several threads.
+        """The cut-out part of an image: (3, H, W) float32 in [-1, 1]. Safe to call from several threads.
 
         Raises:
             DataError: the file is gone, or is no longer the one that was indexed.
@@ -317,7 +317,7 @@ def dataset_fingerprint(
     bucket_rules: BucketRules,
     caption_rules: CaptionRules,
     seed: int,
-    draws: Draws = Draws(),
+    draws: RoundSampling = RoundSampling(),
     edits: CaptionEdits = CaptionEdits(),
 ) -> str:
     """Digest of everything that decides the samples of a dataset; no absolute path is part of it."""

@@ -32,11 +32,11 @@ from simpletuner.data.caption_table import CaptionTable
 from simpletuner.data.captioned import caption_warnings, refuse_uncaptioned, without_caption
 from simpletuner.data.captions import CaptionRules
 from simpletuner.data.conditioning import Partners, ScannedFolder, reference_rules, select_paired, with_masks
-from simpletuner.data.dataset import Dataset, Draws, Samples, dataset_fingerprint
+from simpletuner.data.dataset import Dataset, RoundSampling, Samples, dataset_fingerprint
 from simpletuner.data.empty_masks import report_empty_masks
 from simpletuner.data.entry_rules import bucket_rules, caption_rules, check_entry
 from simpletuner.data.index import Catalogue, Index
-from simpletuner.data.report import Funnel, ProgressReport, SetAside
+from simpletuner.data.report import FilterReport, ProgressReport, SkippedFiles
 from simpletuner.data.selection import (
     group_by_size,
     select_large_enough,
@@ -60,9 +60,9 @@ _UNSAFE = re.compile(r"[^A-Za-z0-9._-]+")
 class UnusableData(DataError):
     """Datasets that cannot be trained on, with what became of their files, so that all can still be listed."""
 
-    def __init__(self, problems: Sequence[Problem], funnels: Sequence[Funnel]):
+    def __init__(self, problems: Sequence[Problem], filter_reports: Sequence[FilterReport]):
         super().__init__(problems)
-        self.funnels = tuple(funnels)
+        self.filter_reports = tuple(filter_reports)
 
 
 def build_datasets(
@@ -76,34 +76,34 @@ def build_datasets(
     """The image and eval datasets of a run, in the order of the data file.
 
     Args:
-        entries: of the data file; disabled ones and those without pictures are passed over.
+        entries: of the data file; disabled ones and those without images are passed over.
         work_dir: the indexes are kept in its folder `index`.
         report: told how far each scan has come.
         data_file: named in errors.
 
     Raises:
         ConfigError: a folder that is not there, or settings that give no training size or caption.
-        DataError: a dataset without a usable picture, or pictures without captions.
+        DataError: a dataset without a usable image, or images without captions.
     """
-    pictures = [
+    images = [
         cast(ImageDataset, with_defaults(entry, config))
         for entry in entries
         if isinstance(entry, ImageDataset) and not entry.disabled
     ]
-    problems = [problem for entry in pictures for problem in check_entry(entry, config, spec, data_file)]
+    problems = [problem for entry in images for problem in check_entry(entry, config, spec, data_file)]
     if problems:
         raise ConfigError(problems)
     scan = _Scans(work_dir, data_file, report)
     datasets: list[Dataset] = []
-    funnels: list[Funnel] = []
-    for entry in pictures:
+    filter_reports: list[FilterReport] = []
+    for entry in images:
         try:
             table = caption_table(entry, work_dir, data_file)
             references = [(each, scan(each)) for each in references_for(entry, entries)]
             dataset = build_dataset(
                 entry, config, spec, scan(entry), data_file, filters_for(entries), table, references
             )
-            funnels.append(dataset.funnel)
+            filter_reports.append(dataset.filter_report)
             for mask in masks_for(entry, entries):
                 dataset = with_masks(dataset, mask, scan(mask), data_file)
                 folder = work_dir / "index"
@@ -111,9 +111,9 @@ def build_datasets(
             datasets.append(dataset)
         except DataError as error:
             problems += error.problems
-            funnels += error.funnels if isinstance(error, UnusableData) else ()
+            filter_reports += error.filter_reports if isinstance(error, UnusableData) else ()
     if problems:
-        raise UnusableData(problems, funnels)
+        raise UnusableData(problems, filter_reports)
     return with_even_shares(datasets) if config.data_backend_sampling == "uniform" else datasets
 
 
@@ -147,10 +147,12 @@ class _Scans:
 def with_even_shares(datasets: list[Dataset]) -> list[Dataset]:
     """The datasets with what an epoch shows of each where they are mixed evenly (`Sampler`), short batches apart."""
     weights = {each.id: each.entry.probability for each in datasets if each.kind == "image"}
-    shown = sum(each.funnel.per_epoch for each in datasets if each.kind == "image")
+    shown = sum(each.filter_report.per_epoch for each in datasets if each.kind == "image")
     mean = shown / (sum(weights.values()) or 1)
     return [
-        dataclasses.replace(each, funnel=dataclasses.replace(each.funnel, per_epoch=round(weights[each.id] * mean)))
+        dataclasses.replace(
+            each, filter_report=dataclasses.replace(each.filter_report, per_epoch=round(weights[each.id] * mean))
+        )
         if each.id in weights
         else each
         for each in datasets
@@ -173,67 +175,67 @@ def build_dataset(
     table: CaptionTable | None = None,
     references: Sequence[tuple[ConditioningDataset, ScannedFolder]] = (),
 ) -> Dataset:
-    """One dataset from the pictures that its folder holds.
+    """One dataset from the images that its folder holds.
 
     Args:
         filters: edits of captions (`caption_filter_list`).
         table: where the captions are, for the strategies that have one.
-        references: conditioning entries with the reference pictures.
+        references: conditioning entries with the reference images.
 
     Raises:
-        DataError: no picture is left, or some have no caption.
+        DataError: no image is left, or some have no caption.
     """
     index, catalogue = folder.index, folder.catalogue
     sizes, captions = bucket_rules(entry, config, spec), caption_rules(entry)
-    set_aside = index.set_aside(with_texts=captions.reads_text_files)
-    large_enough = select_large_enough(catalogue, sizes, index, set_aside)
-    shaped = select_shapes(catalogue, large_enough, sizes, index, set_aside)
+    skipped = index.skipped(with_texts=captions.reads_text_files)
+    large_enough = select_large_enough(catalogue, sizes, index, skipped)
+    shaped = select_shapes(catalogue, large_enough, sizes, index, skipped)
     if table is not None:
-        table.report_unused(catalogue, index, set_aside)
+        table.report_unused(catalogue, index, skipped)
     missing, lacking = without_caption(shaped, catalogue, index, captions, table)
     if len(missing):
-        problem = refuse_uncaptioned(entry, missing, lacking, len(shaped), catalogue, index, set_aside, data_file)
-        funnel = _funnel(entry, folder, len(large_enough), len(shaped) - len(missing), {}, set_aside)
-        raise UnusableData([problem], [funnel])
+        problem = refuse_uncaptioned(entry, missing, lacking, len(shaped), catalogue, index, skipped, data_file)
+        filter_report = _filter_report(entry, folder, len(large_enough), len(shaped) - len(missing), {}, skipped)
+        raise UnusableData([problem], [filter_report])
     partners = [Partners(each, reference_rules(each, entry, sizes, spec), where) for each, where in references]
-    paired = select_paired(folder, shaped, partners, set_aside)
+    paired = select_paired(folder, shaped, partners, skipped)
     chosen = select_subset(entry.id, config.seed, entry.max_num_samples, catalogue, paired, index)
-    used = select_sizes(entry.id, config.seed, catalogue, chosen, sizes, spec, index, set_aside)
+    used = select_sizes(entry.id, config.seed, catalogue, chosen, sizes, spec, index, skipped)
     buckets = group_by_size(used.heights, used.widths)
-    funnel = _funnel(entry, folder, len(large_enough), len(shaped), buckets, set_aside)
+    filter_report = _filter_report(entry, folder, len(large_enough), len(shaped), buckets, skipped)
     if not buckets:
-        raise UnusableData([_nothing_left(entry, index, set_aside, data_file)], [funnel])
-    funnel = with_caption_findings(funnel, entry, captions, table, used.positions, catalogue, index)
+        raise UnusableData([_nothing_left(entry, index, skipped, data_file)], [filter_report])
+    filter_report = with_caption_findings(filter_report, entry, captions, table, used.positions, catalogue, index)
     content = _content(entry, config, catalogue, captions, table, partners)
     ids, texts = catalogue.ids[used.positions], catalogue.texts[used.positions]
     seen = tuple(each.of(used.positions) for each in partners)
     # An eval loss compares the same crops each time.
-    redraws = bool(entry.vae_cache_clear_each_epoch) and not isinstance(entry, EvalDataset)
-    draws = Draws(crops=redraws and sizes.needs_content, flips=entry.random_flip)
+    resamples = bool(entry.vae_cache_clear_each_epoch) and not isinstance(entry, EvalDataset)
+    draws = RoundSampling(crops=resamples and sizes.needs_content, flips=entry.random_flip)
     edits = CaptionEdits(filters, entry.caption_shuffle, config.seed)
     return Dataset(
         entry=entry,
         samples=Samples(entry.id, config.seed, index, ids, texts, sizes, captions, draws, edits, table, seen),
         buckets=buckets,
         fingerprint=dataset_fingerprint(content, sizes, captions, config.seed, draws, edits),
-        funnel=funnel,
+        filter_report=filter_report,
         backend=index.backend,
     )
 
 
-def _funnel(
+def _filter_report(
     entry: ImageDataset,
     folder: ScannedFolder,
     large_enough: int,
     captioned: int,
     buckets: Mapping[tuple[int, int], NDArray[np.int64]],
-    set_aside: SetAside,
-) -> Funnel:
+    skipped: SkippedFiles,
+) -> FilterReport:
     counts = {size: len(members) for size, members in buckets.items()}
     used = sum(counts.values())
-    return Funnel(
+    return FilterReport(
         dataset_id=entry.id,
-        found=folder.index.num_pictures(),
+        found=folder.index.num_images(),
         readable=len(folder.catalogue),
         large_enough=large_enough,
         captioned=captioned,
@@ -241,7 +243,7 @@ def _funnel(
         per_epoch=round(used * (entry.repeats + 1) * entry.probability),
         duplicates=folder.catalogue.num_duplicates,
         buckets=counts,
-        set_aside=set_aside,
+        skipped=skipped,
         notes=folder.index.notes(),
         warnings=tuple(caption_warnings(entry.id, folder.index)) if caption_rules(entry).reads_text_files else (),
     )
@@ -256,7 +258,7 @@ def _content(
     partners: Sequence[Partners],
 ) -> list[str]:
     """Digests of the files that a dataset is made of."""
-    content = [catalogue.pictures_digest, *([catalogue.texts_digest] if captions.reads_text_files else [])]
+    content = [catalogue.images_digest, *([catalogue.texts_digest] if captions.reads_text_files else [])]
     content += [table.digest] if table else []
     content += [each.fingerprint for each in partners]
     return content + ([f"{entry.max_num_samples} of {config.seed}"] if entry.max_num_samples else [])
@@ -275,18 +277,18 @@ def caption_table(entry: ImageDataset, work_dir: Path, data_file: str | None) ->
     return CaptionTable(path, folder, entry.filename_column, entry.caption_column, entry.id, data_file)
 
 
-def _nothing_left(entry: ImageDataset, index: Index, set_aside: SetAside, data_file: str | None) -> Problem:
+def _nothing_left(entry: ImageDataset, index: Index, skipped: SkippedFiles, data_file: str | None) -> Problem:
     folder = index.backend.location
-    if set_aside.counts:
-        message = f"none of the {index.num_pictures()} pictures in {folder} can be used: {set_aside.summary()}"
+    if skipped.counts:
+        message = f"none of the {index.num_images()} images in {folder} can be used: {skipped.summary()}"
         fix = "replace the files, or change the setting that the reason names"
     else:
-        message, fix = f"there are no pictures in {folder}", "put pictures there, or correct the path"
+        message, fix = f"there are no images in {folder}", "put images there, or correct the path"
     return Problem(
         message,
         key=f"{entry.id}.{source_key(entry)}",
         file=data_file,
-        allowed="a place with pictures (png, jpg, webp, bmp, gif, tiff, avif, heic)",
+        allowed="a place with images (png, jpg, webp, bmp, gif, tiff, avif, heic)",
         fix=fix,
     )
 

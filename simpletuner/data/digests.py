@@ -129,7 +129,7 @@ class DigestMemo:
 
 
 def _open_database(path: Path) -> sqlite3.Connection:
-    """The database at `path`: made anew where it is damaged, in memory where its folder cannot be written."""
+    """The database at `path`: made again where it is damaged, in memory where its folder cannot be written."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         return _connect(str(path))

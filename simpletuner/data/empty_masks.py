@@ -58,8 +58,8 @@ def report_empty_masks(
         )
     chance = "" if masking == 1 else " whenever the mask counts"
     warning = f"{dataset.id}: {message} and are not trained on{chance}: {listed}"
-    funnel = dataclasses.replace(dataset.funnel, warnings=(*dataset.funnel.warnings, warning))
-    return dataclasses.replace(dataset, funnel=funnel)
+    filter_report = dataclasses.replace(dataset.filter_report, warnings=(*dataset.filter_report.warnings, warning))
+    return dataclasses.replace(dataset, filter_report=filter_report)
 
 
 def _empty_masks(dataset: Dataset, folder: Path, report: ProgressReport | None) -> list[int]:
@@ -69,7 +69,7 @@ def _empty_masks(dataset: Dataset, folder: Path, report: ProgressReport | None) 
         try:
             return storage.read_json(path)["empty"]
         except (DataError, KeyError, TypeError):
-            pass  # made anew
+            pass  # made again
     empty: list[int] = []
     with ThreadPoolExecutor(_THREADS, thread_name_prefix="masks") as pool:
         for start in range(0, len(dataset.samples), _CHUNK):

@@ -1,4 +1,4 @@
-"""From the keys of a dataset entry to the rules for its pictures: sizes, captions, and what makes an entry unusable."""
+"""From the keys of a dataset entry to the rules for its images: sizes, captions, and what makes an entry unusable."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def check_entry(entry: ImageDataset, config: TrainConfig, spec: FamilySpec, data
     folder = entry.instance_data_dir
     if folder is not None and not folder.is_dir():
         what = "is a file" if folder.exists() else "does not exist"
-        problems.append(problem("instance_data_dir", f"{folder} {what}", "a folder with pictures", "correct the path"))
+        problems.append(problem("instance_data_dir", f"{folder} {what}", "a folder with images", "correct the path"))
     if entry.resolution is None:
         problems.append(problem("resolution", "there is no resolution in this unit", fix="set it in this entry"))
     if entry.crop and entry.crop_aspect in ("closest", "random") and not entry.crop_aspect_buckets:
@@ -40,7 +40,7 @@ def check_entry(entry: ImageDataset, config: TrainConfig, spec: FamilySpec, data
     if alignment is not None and alignment % spec.size_multiple:
         problems.append(
             Problem(
-                f"sides of pictures would be multiples of {alignment} pixels",
+                f"sides of images would be multiples of {alignment} pixels",
                 key="aspect_bucket_alignment",
                 allowed=f"multiples of {spec.size_multiple}, as {spec.title} needs",
             )

@@ -1,7 +1,7 @@
-"""`eval_holdout`: a share of the training pictures that is never trained on and gives the eval loss.
+"""`eval_holdout`: a share of the training images that is never trained on and gives the eval loss.
 
-A picture is held out if a number made of its content alone is below the share. So the same pictures are held out in
-every run, in every dataset that has them and at every size; a picture that is added changes none of the others, and one
+An image is held out if a number made of its content alone is below the share. So the same images are held out in
+every run, in every dataset that has them and at every size; an image that is added changes none of the others, and one
 that was held out is never trained on later.
 """
 
@@ -22,20 +22,20 @@ SUFFIX = ".holdout"
 
 
 def place_of(digest: str) -> float:
-    """A number in [0, 1) that belongs to a picture's content."""
+    """A number in [0, 1) that belongs to an image's content."""
     return keyed_uniform("eval holdout", digest)
 
 
 def hold_out(datasets: Sequence[Dataset], share: float) -> list[Dataset]:
     """The datasets without what is held out, followed by an eval dataset `<id>.holdout` for each that lost something.
 
-    Held-out pictures are taken out of regularisation datasets too, and not evaluated there: their target is the base's.
+    Held-out images are taken out of regularisation datasets too, and not evaluated there: their target is the base's.
 
     Args:
-        share: of the pictures, 0 to 1.
+        share: of the images, 0 to 1.
 
     Raises:
-        DataError: no picture is held out, or a dataset has no other ones.
+        DataError: no image is held out, or a dataset has no other ones.
     """
     if not share:
         return list(datasets)
@@ -54,9 +54,9 @@ def hold_out(datasets: Sequence[Dataset], share: float) -> list[Dataset]:
     if not held:
         raise DataError(
             Problem(
-                f"{share:g}: none of the pictures falls into this share, so there would be no eval loss",
+                f"{share:g}: none of the images falls into this share, so there would be no eval loss",
                 key="eval_holdout",
-                allowed=f"more than {lowest:.4f} for these pictures, at most 0.5",
+                allowed=f"more than {lowest:.4f} for these images, at most 0.5",
                 fix="hold out a larger share, or give a dataset of dataset_type eval",
             )
         )
@@ -64,31 +64,31 @@ def hold_out(datasets: Sequence[Dataset], share: float) -> list[Dataset]:
 
 
 def _part(dataset: Dataset, entry: ImageDataset, chosen: np.ndarray, what: str) -> Dataset:
-    """The dataset with some of its pictures, under another entry; each keeps its index."""
+    """The dataset with some of its images, under another entry; each keeps its index."""
     part = dataset.only(chosen)
     if not part.buckets:
         raise DataError(
             Problem(
-                f"all pictures of dataset {dataset.id} are held out for the eval loss",
+                f"all images of dataset {dataset.id} are held out for the eval loss",
                 key="eval_holdout",
                 fix="hold out a smaller share",
             )
         )
-    if part.num_pictures == dataset.num_pictures:
+    if part.num_images == dataset.num_images:
         return dataset
     fingerprint = hashlib.sha256(f"{dataset.fingerprint} held out: {what}".encode()).hexdigest()
     counts = {size: len(members) for size, members in part.buckets.items()}
     is_trained = entry is dataset.entry
     shown = dataset.repeats + 1 if is_trained else 0
-    funnel = dataclasses.replace(
-        dataset.funnel,
+    filter_report = dataclasses.replace(
+        dataset.filter_report,
         dataset_id=entry.id,
-        bucketed=part.num_pictures,
-        held_out=dataset.num_pictures - part.num_pictures if is_trained else 0,
-        per_epoch=round(part.num_pictures * shown * dataset.entry.probability),
+        bucketed=part.num_images,
+        held_out=dataset.num_images - part.num_images if is_trained else 0,
+        per_epoch=round(part.num_images * shown * dataset.entry.probability),
         buckets=counts,
     )
-    return dataclasses.replace(part, entry=entry, fingerprint=fingerprint, funnel=funnel)
+    return dataclasses.replace(part, entry=entry, fingerprint=fingerprint, filter_report=filter_report)
 
 
 def _eval_entry(entry: ImageDataset) -> EvalDataset:

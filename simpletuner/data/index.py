@@ -2,10 +2,10 @@
 
 One index serves every dataset that reads the same folder, at whatever resolution. Rows are facts about one state of a
 file and are never altered: a file that changes gets a new row and the old one is retired, so a run that began before
-the change keeps resolving its samples while another process scans (`scan.py`). The order of pictures is that of the
+the change keeps resolving its samples while another process scans (`scan.py`). The order of images is that of the
 bytes of their paths, never the order in which the system lists them.
 
-The usable pictures are also kept as a few arrays (`Catalogue`), from which a start reads a million pictures at once.
+The usable images are also kept as a few arrays (`Catalogue`), from which a start reads a million images at once.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from numpy.typing import NDArray
 
 from simpletuner.data.backends.base import Backend
 from simpletuner.data.captions import caption_from_name, is_camera_name
-from simpletuner.data.report import MAX_EXAMPLES, Note, SetAside
+from simpletuner.data.report import MAX_EXAMPLES, Note, SkippedFiles
 from simpletuner.data.scan import Progress, update_files
 from simpletuner.disk import DATABASE_ERRORS, copy_in_memory, is_damage, is_writable
 from simpletuner.errors import DataError, Problem
 from simpletuner.text import forms_of, one_form
 
-# Raised when the tables or the meaning of a column change; an index of another version is made anew.
+# Raised when the tables or the meaning of a column change; an index of another version is made again.
 INDEX_VERSION = 3
 
 _BUSY_SECONDS = 120.0
@@ -58,17 +58,17 @@ CREATE INDEX IF NOT EXISTS live_failures ON files (status) WHERE live AND status
 CREATE INDEX IF NOT EXISTS live_notes ON files (reason) WHERE live AND status = 'ok' AND reason IS NOT NULL;
 CREATE TABLE IF NOT EXISTS catalogue (
     id INTEGER PRIMARY KEY CHECK (id = 0), ids BLOB, texts BLOB, heights BLOB, widths BLOB, named BLOB,
-    pictures_digest TEXT, texts_digest TEXT, duplicates INTEGER
+    images_digest TEXT, texts_digest TEXT, duplicates INTEGER
 );
 """
 
-_USABLE_PICTURES = """
-SELECT picture.id, picture.path, picture.digest, picture.height, picture.width, text.id, text.digest
-FROM files AS picture
+_USABLE_IMAGES = """
+SELECT image.id, image.path, image.digest, image.height, image.width, text.id, text.digest
+FROM files AS image
 LEFT JOIN files AS text ON text.live AND text.is_text AND text.status = 'ok'
-    AND text.stem IN (picture.stem, CAST(picture.stem || picture.suffix AS BLOB))
-WHERE picture.live AND NOT picture.is_text AND picture.status = 'ok'
-ORDER BY picture.path, text.stem = picture.stem, text.path DESC
+    AND text.stem IN (image.stem, CAST(image.stem || image.suffix AS BLOB))
+WHERE image.live AND NOT image.is_text AND image.status = 'ok'
+ORDER BY image.path, text.stem = image.stem, text.path DESC
 """
 # Named, since SQLite would otherwise walk all files to find none that failed.
 _FAILURES = "files INDEXED BY live_failures WHERE live AND status != 'ok'"
@@ -78,18 +78,18 @@ _DISTINCT_CONTENTS = "SELECT count(DISTINCT digest) FROM files WHERE live AND NO
 
 @dataclass(frozen=True)
 class Catalogue:
-    """The usable pictures of a folder in the order of their paths, as arrays of N.
+    """The usable images of a folder in the order of their paths, as arrays of N.
 
     Args:
-        ids: row of each picture.
+        ids: row of each image.
         texts: row of the caption file (`a.png.txt`, else `a.txt`), -1 where there is none.
         heights: pixels, upright.
         widths: pixels, upright.
         is_named: whether the file's name gives a caption.
         is_camera_name: whether that name is one that a camera or a program gave.
-        pictures_digest: changes when a path, a content or the order does.
+        images_digest: changes when a path, a content or the order does.
         texts_digest: changes when a caption file does.
-        num_duplicates: pictures whose bytes an earlier one has too.
+        num_duplicates: images whose bytes an earlier one has too.
     """
 
     ids: NDArray[np.int64]
@@ -98,7 +98,7 @@ class Catalogue:
     widths: NDArray[np.int32]
     is_named: NDArray[np.bool_]
     is_camera_name: NDArray[np.bool_]
-    pictures_digest: str
+    images_digest: str
     texts_digest: str
     num_duplicates: int
 
@@ -107,8 +107,8 @@ class Catalogue:
 
 
 @dataclass(frozen=True)
-class PictureRow:
-    """What the index knows of one picture: path relative to the root, sha256 of the file, upright size in pixels."""
+class ImageRow:
+    """What the index knows of one image: path relative to the root, sha256 of the file, upright size in pixels."""
 
     path: str
     digest: str
@@ -142,7 +142,7 @@ class Index:
         self._db.close()
 
     def scan(self, progress: Progress | None = None, is_trusted: bool = False) -> Catalogue:
-        """Look at what is new or changed since the last scan; the usable pictures after it.
+        """Look at what is new or changed since the last scan; the usable images after it.
 
         Of several processes that scan one folder, one does the work and the others wait for it.
 
@@ -161,7 +161,7 @@ class Index:
                 return self._scan(progress, False)
 
     def _start_again(self) -> None:
-        """Make a damaged index anew; what its files are is found out again."""
+        """Make a damaged index again; what its files are is found out again."""
         self._db.close()
         if self._is_shared:
             self.path.unlink(missing_ok=True)
@@ -190,15 +190,15 @@ class Index:
             *rest,
         )
 
-    def pictures(self, ids: Sequence[int]) -> list[PictureRow]:
-        """Rows of pictures, in the order of `ids`."""
+    def images(self, ids: Sequence[int]) -> list[ImageRow]:
+        """Rows of images, in the order of `ids`."""
         rows = self._select("SELECT id, path, digest, height, width FROM files WHERE id IN", ids)
         with self._explained():
-            found = {row[0]: PictureRow(os.fsdecode(row[1]), row[2].hex(), row[3], row[4]) for row in rows}
+            found = {row[0]: ImageRow(os.fsdecode(row[1]), row[2].hex(), row[3], row[4]) for row in rows}
             return [found[key] for key in ids]
 
-    def pictures_beside(self, paths: Sequence[bytes]) -> list[list[tuple[int, PictureRow]]]:
-        """For each path the usable pictures, with their rows, that are called so up to the extension."""
+    def images_beside(self, paths: Sequence[bytes]) -> list[list[tuple[int, ImageRow]]]:
+        """For each path the usable images, with their rows, that are called so up to the extension."""
         result = []
         # A range of paths, which the index by path finds; what has further dots in its name is left out below.
         query = "SELECT id, path, digest, height, width, stem FROM files WHERE live AND path > ? AND path < ?"
@@ -210,7 +210,7 @@ class Index:
                 for stem in forms_of(wanted):
                     rows += self._db.execute(query, [stem + b".", stem + b"/"])
                 result.append(
-                    [(r[0], PictureRow(os.fsdecode(r[1]), r[2].hex(), r[3], r[4])) for r in rows if r[5] == wanted]
+                    [(r[0], ImageRow(os.fsdecode(r[1]), r[2].hex(), r[3], r[4])) for r in rows if r[5] == wanted]
                 )
         return result
 
@@ -221,7 +221,7 @@ class Index:
         return [found.get(key) for key in ids]
 
     def sizes(self, ids: Sequence[int] | NDArray[np.int64]) -> set[tuple[int, int]]:
-        """The different (height, width) of pictures, in pixels."""
+        """The different (height, width) of images, in pixels."""
         found: set[tuple[int, int]] = set()
         for start in range(0, len(ids), _QUERY_ROWS):
             part = [int(key) for key in ids[start : start + _QUERY_ROWS]]
@@ -235,8 +235,8 @@ class Index:
             found = dict(self._select("SELECT id, path FROM files WHERE id IN", part))
             yield from (os.fsdecode(found[key]) for key in part)
 
-    def picture_paths(self) -> Iterator[bytes]:
-        """The path of each picture, usable or not, in order; the lock is held for a part at a time."""
+    def image_paths(self) -> Iterator[bytes]:
+        """The path of each image, usable or not, in order; the lock is held for a part at a time."""
         last = b""
         query = f"SELECT path FROM files WHERE live AND NOT is_text AND path > ? ORDER BY path LIMIT {_QUERY_ROWS}"
         while True:
@@ -247,9 +247,9 @@ class Index:
             yield from part
             last = part[-1]
 
-    def set_aside(self, with_texts: bool = False) -> SetAside:
-        """The pictures and folders that cannot be used; caption files too where asked."""
-        result = SetAside()
+    def skipped(self, with_texts: bool = False) -> SkippedFiles:
+        """The images and folders that cannot be used; caption files too where asked."""
+        result = SkippedFiles()
         for path, reason in self._failures(with_texts):
             result.add_many(reason, 1, [path])
         result.listings.append(lambda: self._failures(with_texts))
@@ -271,7 +271,7 @@ class Index:
                 yield path, f"caption file: {reason}" if is_text else reason
 
     def notes(self, of_texts: bool = False) -> dict[str, Note]:
-        """What is odd about pictures, or about caption files, that are used all the same."""
+        """What is odd about images, or about caption files, that are used all the same."""
         kind = f" AND {'' if of_texts else 'NOT '}is_text"
         with self._lock, self._explained():
             query = f"SELECT reason, count(*) FROM {_NOTED}{kind} GROUP BY reason ORDER BY reason"
@@ -283,8 +283,8 @@ class Index:
                 notes[text] = Note(count, tuple(paths))
         return notes
 
-    def num_pictures(self) -> int:
-        """Pictures found, usable or not."""
+    def num_images(self) -> int:
+        """Images found, usable or not."""
         with self._lock, self._explained():
             usable = self._db.execute("SELECT length(ids) / 8 FROM catalogue").fetchone()
             failed = self._db.execute(f"SELECT count(*) FROM {_FAILURES} AND NOT is_text")
@@ -300,9 +300,9 @@ class Index:
 
     def _build_catalogue(self) -> Catalogue:
         ids, texts, heights, widths, named = array("q"), array("q"), array("i"), array("i"), bytearray()
-        pictures, captions = hashlib.sha256(), hashlib.sha256()
+        images, captions = hashlib.sha256(), hashlib.sha256()
         last = None
-        for key, path, digest, height, width, text, text_digest in self._db.execute(_USABLE_PICTURES):
+        for key, path, digest, height, width, text, text_digest in self._db.execute(_USABLE_IMAGES):
             if key == last:  # a.png.txt, a.txt, a.caption: the first one counts
                 continue
             last = key
@@ -312,7 +312,7 @@ class Index:
             widths.append(width)
             name = os.fsdecode(path)
             named.append(bool(caption_from_name(name)) + _CAMERA * is_camera_name(name))
-            pictures.update(b"%d %d %d %b%b" % (len(path), height, width, digest, path))
+            images.update(b"%d %d %d %b%b" % (len(path), height, width, digest, path))
             captions.update(text_digest or bytes(32))
         return Catalogue(
             np.array(ids, dtype="<i8"),
@@ -320,7 +320,7 @@ class Index:
             np.array(heights, dtype="<i4"),
             np.array(widths, dtype="<i4"),
             *_names(np.array(named, dtype=np.uint8)),
-            pictures.hexdigest(),
+            images.hexdigest(),
             captions.hexdigest(),
             len(ids) - self._db.execute(_DISTINCT_CONTENTS).fetchone()[0],
         )
@@ -333,7 +333,7 @@ class Index:
                 "INSERT OR REPLACE INTO catalogue VALUES (0, ?, ?, ?, ?, ?, ?, ?, ?)",
                 [
                     *(values.tobytes() for values in arrays),
-                    catalogue.pictures_digest,
+                    catalogue.images_digest,
                     catalogue.texts_digest,
                     catalogue.num_duplicates,
                 ],
@@ -367,7 +367,7 @@ class Index:
             raise DataError(
                 Problem(
                     f"the index of {self.backend.location} at {self.path} cannot be used: {error}",
-                    fix="make room on the disk and the folder writable; the index may be removed, it is made anew",
+                    fix="make room on the disk and the folder writable; the index may be removed, it is made again",
                 )
             ) from error
 

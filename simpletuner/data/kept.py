@@ -12,7 +12,7 @@ from simpletuner.data.dataset import Dataset
 
 @dataclass(frozen=True)
 class KeptSamples:
-    """The pictures of a dataset, or their references from one folder, in every version that is trained on.
+    """The images of a dataset, or their references from one folder, in every version that is trained on.
 
     Args:
         part_id: of the dataset, or of the folder of references.

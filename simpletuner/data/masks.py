@@ -1,6 +1,6 @@
-"""Masks of pictures: where the loss counts. A mask is cut exactly as its picture is, then averaged down to latents.
+"""Masks of images: where the loss counts. A mask is cut exactly as its image is, then averaged down to latents.
 
-A mask belongs to the picture at the same path relative to its folder (`pairing.py`).
+A mask belongs to the image at the same path relative to its folder (`pairing.py`).
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simpletuner.batch import Sample
-from simpletuner.data.index import Index, PictureRow
+from simpletuner.data.index import ImageRow, Index
 from simpletuner.data.pairing import Pairs
-from simpletuner.data.transforms import UnusablePicture, checked_bytes, load_mask
+from simpletuner.data.transforms import UnusableImage, checked_bytes, load_mask
 from simpletuner.errors import DataError, Problem
 from simpletuner.text import printable
 
@@ -24,13 +24,13 @@ if TYPE_CHECKING:
 
 MaskKind = Literal["mask", "segmentation"]
 
-# Ready masks of small sets stay in memory: they are small, and decoding a picture at each step is not.
+# Ready masks of small sets stay in memory: they are small, and decoding an image at each step is not.
 _MEMO_BYTES = 64 * 2**20
 _MAX_LISTED = 10
 
 
 class Masks:
-    """The masks of one dataset's pictures.
+    """The masks of one dataset's images.
 
     Args:
         dataset_id: of the conditioning entry.
@@ -71,23 +71,23 @@ class Masks:
         return weights
 
     def pixels(self, position: int, sample: Sample) -> torch.Tensor:
-        """(1, H, W) float32 in [0, 1]: the mask cut as the picture of `sample` is.
+        """(1, H, W) float32 in [0, 1]: the mask cut as the image of `sample` is.
 
         Raises:
             DataError: as `weights`.
         """
-        (row,) = self._index.pictures([int(self._ids[position])])
+        (row,) = self._index.images([int(self._ids[position])])
         try:
             data = checked_bytes(self._index.backend.read(os.fsencode(row.path)), row.digest)
-        except (OSError, UnusablePicture) as error:
-            fix = "start the run again: the folder is looked at anew, and training goes on from the last checkpoint"
+        except (OSError, UnusableImage) as error:
+            fix = "start the run again: the folder is looked at again, and training goes on from the last checkpoint"
             raise self._unreadable(row, error, fix) from error
         try:
             return load_mask(data, sample.crop, sample.is_flipped, binary=self.kind == "segmentation")
-        except UnusablePicture as error:
+        except UnusableImage as error:
             raise self._unreadable(row, error, "replace the mask") from error
 
-    def _unreadable(self, row: PictureRow, error: Exception, fix: str) -> DataError:
+    def _unreadable(self, row: ImageRow, error: Exception, fix: str) -> DataError:
         return DataError(
             Problem(
                 f"the mask {printable(row.path)} in {self._index.backend.location} cannot be used: {error}",
@@ -108,27 +108,27 @@ def average_down(pixels: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
 
 
 def require_masks(
-    pairs: Pairs, pictures: Index, ids: NDArray[np.int64], key: str, folder: str, data_file: str | None
+    pairs: Pairs, images: Index, ids: NDArray[np.int64], key: str, folder: str, data_file: str | None
 ) -> None:
-    """Raise where a picture has no mask, or one of another shape.
+    """Raise where an image has no mask, or one of another shape.
 
     Args:
-        ids: of the pictures that were paired.
+        ids: of the images that were paired.
 
     Raises:
-        DataError: lists the first ten pictures.
+        DataError: lists the first ten images.
     """
     problems = []
     for places, what, fix in (
         (pairs.missing, "have no mask (the same path, or the only one with another extension)", "add masks"),
-        (pairs.misshapen, "have a mask of another shape (width / height)", "draw masks over the whole picture"),
+        (pairs.misshapen, "have a mask of another shape (width / height)", "generate masks over the whole image"),
     ):
         if len(places):
-            listed = pictures.pictures(ids[places[:_MAX_LISTED]].tolist())
+            listed = images.images(ids[places[:_MAX_LISTED]].tolist())
             names = ", ".join(printable(row.path) for row in listed)
             more = ", ..." if len(places) > _MAX_LISTED else ""
-            message = f"{len(places)} of {len(ids)} pictures {what} in {folder}: {names}{more}"
-            remedy = f"{fix}, or move these pictures to an entry without conditioning_data"
+            message = f"{len(places)} of {len(ids)} images {what} in {folder}: {names}{more}"
+            remedy = f"{fix}, or move these images to an entry without conditioning_data"
             problems.append(Problem(message, key=key, file=data_file, fix=remedy))
     if problems:
         raise DataError(problems)

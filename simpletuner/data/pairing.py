@@ -1,4 +1,4 @@
-"""Which picture of another folder belongs to each picture of a dataset: its mask, or a reference.
+"""Which image of another folder belongs to each image of a dataset: its mask, or a reference.
 
 A partner lies at the same path relative to its folder; only the extension may differ, since photographs are kept as
 JPEG and masks must not be.
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from simpletuner.data.index import Index, PictureRow
+from simpletuner.data.index import ImageRow, Index
 from simpletuner.text import one_form
 
 # Shapes may differ by a pixel of rounding, or by this share.
@@ -22,11 +22,11 @@ _QUERY_ROWS = 512
 
 @dataclass(frozen=True)
 class Pairs:
-    """The partner of each of N pictures.
+    """The partner of each of N images.
 
     Args:
         ids: (N,) rows of the other folder's index, -1 where there is none that can be used.
-        missing: which of the pictures have no partner.
+        missing: which of the images have no partner.
         misshapen: which have one of another shape (width / height).
     """
 
@@ -35,8 +35,8 @@ class Pairs:
     misshapen: NDArray[np.int64]
 
 
-def pair_pictures(pictures: Index, ids: NDArray[np.int64], partners: Index, same_shape: bool) -> Pairs:
-    """Find the partner of each picture by its path: the same one, or else the only one with another extension.
+def pair_images(images: Index, ids: NDArray[np.int64], partners: Index, same_shape: bool) -> Pairs:
+    """Find the partner of each image by its path: the same one, or else the only one with another extension.
 
     Args:
         same_shape: partners of another shape are of no use.
@@ -45,8 +45,8 @@ def pair_pictures(pictures: Index, ids: NDArray[np.int64], partners: Index, same
     missing: list[int] = []
     misshapen: list[int] = []
     for start in range(0, len(ids), _QUERY_ROWS):
-        rows = pictures.pictures(ids[start : start + _QUERY_ROWS].tolist())
-        candidates = partners.pictures_beside([os.fsencode(row.path) for row in rows])
+        rows = images.images(ids[start : start + _QUERY_ROWS].tolist())
+        candidates = partners.images_beside([os.fsencode(row.path) for row in rows])
         for place, (row, near) in enumerate(zip(rows, candidates, strict=True), start):
             same = [each for each in near if _is_path_of(each[1], row)] or near
             if len(same) != 1:
@@ -58,11 +58,11 @@ def pair_pictures(pictures: Index, ids: NDArray[np.int64], partners: Index, same
     return Pairs(found, np.array(missing, dtype=np.int64), np.array(misshapen, dtype=np.int64))
 
 
-def _is_path_of(partner: PictureRow, picture: PictureRow) -> bool:
-    return one_form(os.fsencode(partner.path)) == one_form(os.fsencode(picture.path))
+def _is_path_of(partner: ImageRow, image: ImageRow) -> bool:
+    return one_form(os.fsencode(partner.path)) == one_form(os.fsencode(image.path))
 
 
-def _has_shape_of(partner: PictureRow, picture: PictureRow) -> bool:
-    """Whether the partner covers the picture, at whatever size it was made."""
-    expected = partner.width * picture.height / picture.width
+def _has_shape_of(partner: ImageRow, image: ImageRow) -> bool:
+    """Whether the partner covers the image, at whatever size it was made."""
+    expected = partner.width * image.height / image.width
     return abs(partner.height - expected) <= max(1.0, _SHAPE_TOLERANCE * expected)

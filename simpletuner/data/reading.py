@@ -1,4 +1,4 @@
-"""Reading the cut-out part of one picture from wherever it is, as the content that was indexed and no other."""
+"""Reading the cut-out part of one image from wherever it is, as the content that was indexed and no other."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from simpletuner.batch import Sample
 from simpletuner.data.backends.base import Backend
-from simpletuner.data.transforms import UnusablePicture, checked_bytes, load_picture, to_pixels
+from simpletuner.data.transforms import UnusableImage, checked_bytes, load_image, to_pixels
 from simpletuner.errors import DataError, Problem
 from simpletuner.text import printable
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def read_pixels(backend: Backend, sample: Sample, key: str) -> torch.Tensor:
-    """The cut-out part of a picture: (3, H, W) float32 in [-1, 1]. Safe to call from several threads.
+    """The cut-out part of an image: (3, H, W) float32 in [-1, 1]. Safe to call from several threads.
 
     Args:
         key: names the folder in errors: dataset id and key.
@@ -30,8 +30,8 @@ def read_pixels(backend: Backend, sample: Sample, key: str) -> torch.Tensor:
     except OSError as error:
         raise _unreadable(backend, sample, key, f"cannot be read: {error.strerror or error}") from error
     try:
-        return to_pixels(load_picture(checked_bytes(data, sample.digest)), sample.crop, sample.is_flipped)
-    except UnusablePicture as error:
+        return to_pixels(load_image(checked_bytes(data, sample.digest)), sample.crop, sample.is_flipped)
+    except UnusableImage as error:
         raise _unreadable(backend, sample, key, str(error)) from error
 
 
@@ -39,8 +39,8 @@ def _unreadable(backend: Backend, sample: Sample, key: str, what: str) -> DataEr
     path = f"{backend.location.rstrip('/')}/{sample.path}"
     return DataError(
         Problem(
-            f"the picture {printable(path)} {what}",
+            f"the image {printable(path)} {what}",
             key=key,
-            fix="start the run again: the data is looked at anew, and training goes on from the last checkpoint",
+            fix="start the run again: the data is looked at again, and training goes on from the last checkpoint",
         )
     )

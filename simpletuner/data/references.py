@@ -1,7 +1,7 @@
-"""Reference pictures: what the model sees beside the caption, for training edits.
+"""Reference images: what the model sees beside the caption, for training edits.
 
-A reference belongs to the picture at the same path relative to its folder (`pairing.py`). A strict one is cut exactly
-as its picture is, so that the two stay aligned pixel by pixel; a loose one keeps its own shape and is only ever
+A reference belongs to the image at the same path relative to its folder (`pairing.py`). A strict one is cut exactly
+as its image is, so that the two stay aligned pixel by pixel; a loose one keeps its own shape and is only ever
 reduced: nothing is learned from pixels that enlarging made up.
 """
 
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from simpletuner.batch import Crop, Sample
 from simpletuner.config.datasets import ConditioningDataset
 from simpletuner.data.buckets import ResolutionType, size_measure
-from simpletuner.data.index import Index, PictureRow
+from simpletuner.data.index import ImageRow, Index
 from simpletuner.data.reading import read_pixels
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ class ReferenceRules:
     """How references become training sizes.
 
     Args:
-        is_strict: cut as their pictures are; otherwise the sizes below count.
+        is_strict: cut as their images are; otherwise the sizes below count.
         resolution: as in `BucketRules`: larger references are reduced to it.
         alignment: pixels; every side is a multiple of it.
         max_side: pixels; longer references are reduced to it; None where the family has no limit.
@@ -44,7 +44,7 @@ class ReferenceRules:
 
 
 class References:
-    """The references of one dataset's pictures from one folder.
+    """The references of one dataset's images from one folder.
 
     Args:
         entry: as configured.
@@ -64,11 +64,11 @@ class References:
 
     def take(self, positions: NDArray[np.int64], samples: Sequence[Sample]) -> list[Sample]:
         """The references of `samples`, which stand at `positions` of their dataset."""
-        rows = self.index.pictures(self._ids[positions].tolist())
+        rows = self.index.images(self._ids[positions].tolist())
         return [self._reference(row, sample) for row, sample in zip(rows, samples, strict=True)]
 
     def largest_side(self) -> int:
-        """Pixels: the longest side of a loose reference; 0 for strict ones, which are cut as their pictures are."""
+        """Pixels: the longest side of a loose reference; 0 for strict ones, which are cut as their images are."""
         if self.rules.is_strict:
             return 0
         crops = [plan_reference(*size, self.rules) for size in self.index.sizes(self._ids)]
@@ -82,7 +82,7 @@ class References:
         """
         return read_pixels(self.index.backend, sample, f"{self.id}.instance_data_dir")
 
-    def _reference(self, row: PictureRow, sample: Sample) -> Sample:
+    def _reference(self, row: ImageRow, sample: Sample) -> Sample:
         return Sample(
             dataset_id=self.id,
             path=row.path,
@@ -98,7 +98,7 @@ class References:
 def plan_reference(height: int, width: int, rules: ReferenceRules) -> Crop:
     """What becomes of a loose reference: reduced to `resolution` where it is larger, the rest of the alignment cut off.
 
-    Only a picture smaller than `alignment` is enlarged, to that.
+    Only an image smaller than `alignment` is enlarged, to that.
     """
     size = size_measure(height, width, rules.resolution_type)
     ratio = rules.resolution / size

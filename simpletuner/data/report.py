@@ -1,6 +1,6 @@
 """What became of the files of a dataset: how many passed each stage, what was lost, and why.
 
-Names of files are escaped here: they may hold line breaks and terminal codes. Everything that is set aside is listed in
+Names of files are escaped here: they may hold line breaks and terminal codes. Everything that is skipped is listed in
 a file of its own, however much it is.
 """
 
@@ -18,21 +18,21 @@ from simpletuner.text import printable
 # Told how far a long phase has come: (what is done, number done, number in all where known).
 ProgressReport = Callable[[str, int, int | None], None]
 
-# Gives (path, reason) of files that are set aside.
+# Gives (path, reason) of files that are skipped.
 Listing = Callable[[], Iterator[tuple[str, str]]]
 
 MAX_EXAMPLES = 10
 # Shown on the terminal: damaged files have as many reasons as there are of them.
 MAX_REASONS = 20
 REPORT_FILE = "dataset_report.json"
-SET_ASIDE_FILE = "dataset_set_aside.jsonl"
+SKIPPED_FILE = "dataset_set_aside.jsonl"
 
 
 @dataclass
-class SetAside:
+class SkippedFiles:
     """Files that are not used: how many for each reason, the first paths of each, and where all can be read again.
 
-    A million files may be set aside, so all paths are never held at once.
+    A million files may be skipped, so all paths are never held at once.
     """
 
     counts: dict[str, int] = field(default_factory=dict)
@@ -69,29 +69,29 @@ class SetAside:
 
 @dataclass(frozen=True)
 class Note:
-    """What is odd about pictures that are used all the same: how many, and the first paths."""
+    """What is odd about images that are used all the same: how many, and the first paths."""
 
     count: int
     examples: tuple[str, ...]
 
 
 @dataclass(frozen=True)
-class Funnel:
-    """Numbers of pictures of one dataset, from the folder to an epoch.
+class FilterReport:
+    """Numbers of images of one dataset, from the folder to an epoch.
 
     Args:
-        found: files with a picture's extension.
+        found: files with an image's extension.
         readable: decode to the last pixel.
         large_enough: reach `minimum_image_size`.
         captioned: have a caption.
         bucketed: have a training size, and are used.
         per_epoch: samples seen in an epoch, repeats included.
-        duplicates: readable pictures whose bytes another one has too; they are kept.
-        buckets: (height, width) in pixels -> pictures.
-        set_aside: what is not used, and why.
-        notes: what is odd about readable pictures.
+        duplicates: readable images whose bytes another one has too; they are kept.
+        buckets: (height, width) in pixels -> images.
+        skipped: what is not used, and why.
+        notes: what is odd about readable images.
         warnings: lines on what its owner did not ask for.
-        held_out: pictures that are kept for the eval loss; they are not among those that are used.
+        held_out: images that are kept for the eval loss; they are not among those that are used.
     """
 
     dataset_id: str
@@ -103,7 +103,7 @@ class Funnel:
     per_epoch: int
     duplicates: int
     buckets: Mapping[tuple[int, int], int]
-    set_aside: SetAside
+    skipped: SkippedFiles
     notes: Mapping[str, Note] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     held_out: int = 0
@@ -119,14 +119,14 @@ class Funnel:
         if sizes:
             lines.append(f"  sizes (width x height): {sizes}")
         if self.duplicates:
-            lines.append(f"  {self.duplicates} of the same content as another picture; all are used")
+            lines.append(f"  {self.duplicates} of the same content as another image; all are used")
         lines += [f"  {line}" for line in self.note_lines()]
-        reasons = sorted(self.set_aside.counts.items(), key=lambda item: -item[1])
+        reasons = sorted(self.skipped.counts.items(), key=lambda item: -item[1])
         for reason, count in reasons[:MAX_REASONS]:
-            examples = ", ".join(printable(path) for path in self.set_aside.examples[reason][:3])
+            examples = ", ".join(printable(path) for path in self.skipped.examples[reason][:3])
             lines.append(f"  {count} not used: {printable(reason)} ({examples}{', ...' if count > 3 else ''})")
         if others := sum(count for _, count in reasons[MAX_REASONS:]):
-            lines.append(f"  {others} more not used, for other reasons: {SET_ASIDE_FILE} lists all")
+            lines.append(f"  {others} more not used, for other reasons: {SKIPPED_FILE} lists all")
         return lines
 
     def note_lines(self) -> list[str]:
@@ -143,9 +143,9 @@ class Funnel:
             {
                 "reason": printable(reason),
                 "count": count,
-                "examples": [printable(path) for path in self.set_aside.examples[reason]],
+                "examples": [printable(path) for path in self.skipped.examples[reason]],
             }
-            for reason, count in self.set_aside.counts.items()
+            for reason, count in self.skipped.counts.items()
         ]
         sizes = {f"{width}x{height}": count for (height, width), count in sorted(self.buckets.items())}
         return {
@@ -161,25 +161,25 @@ class Funnel:
         }
 
 
-def write_report(folder: Path, funnels: Iterable[Funnel]) -> None:
+def write_report(folder: Path, filter_reports: Iterable[FilterReport]) -> None:
     """Write `dataset_report.json`, and beside it `dataset_set_aside.jsonl` with a line for each file that is not used.
 
     Raises:
         DataError: the folder cannot be written.
     """
-    funnels = list(funnels)
-    write_set_aside(folder / SET_ASIDE_FILE, funnels)
-    storage.write_json(folder / REPORT_FILE, [funnel.as_json() for funnel in funnels])
+    filter_reports = list(filter_reports)
+    write_skipped(folder / SKIPPED_FILE, filter_reports)
+    storage.write_json(folder / REPORT_FILE, [filter_report.as_json() for filter_report in filter_reports])
 
 
-def write_set_aside(path: Path, funnels: Sequence[Funnel]) -> None:
+def write_skipped(path: Path, filter_reports: Sequence[FilterReport]) -> None:
     """A line of JSON for each file that is not used.
 
     Raises:
         DataError: it cannot be written.
     """
     with storage.replacing_file(path) as temporary, temporary.open("w", encoding="utf-8") as file:
-        for funnel in funnels:
-            for name, reason in funnel.set_aside.files():
-                line = {"dataset": funnel.dataset_id, "path": printable(name), "reason": printable(reason)}
+        for filter_report in filter_reports:
+            for name, reason in filter_report.skipped.files():
+                line = {"dataset": filter_report.dataset_id, "path": printable(name), "reason": printable(reason)}
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")

@@ -1,6 +1,6 @@
-"""The order of one dataset: rounds in which each picture occurs `repeats` + 1 times, cut into batches of one size.
+"""The order of one dataset: rounds in which each image occurs `repeats` + 1 times, cut into batches of one size.
 
-One stream per bucket. The occurrences of a stream are `repeats` + 1 passes over its pictures, each a keyed permutation,
+One stream per bucket. The occurrences of a stream are `repeats` + 1 passes over its images, each a keyed permutation,
 laid end to end; batch j takes occurrences [jB, (j + 1)B). Nothing is ever materialised but the permutations of the
 passes in use.
 """
@@ -38,7 +38,7 @@ class SampledDataset(Protocol):
         ...
 
     def buckets_in(self, round_number: int) -> Mapping[Size, NDArray[np.int64]]:
-        """(height, width) -> indices of pictures, in a round; the same object where nothing differs."""
+        """(height, width) -> indices of images, in a round; the same object where nothing differs."""
         ...
 
 
@@ -72,7 +72,7 @@ class DatasetOrder:
 
     Args:
         batch_size: samples per global micro-batch.
-        fills_batches: the last batch of a bucket is filled up with further pictures of the bucket, which count, instead
+        fills_batches: the last batch of a bucket is filled up with further images of the bucket, which count, instead
             of being short.
     """
 

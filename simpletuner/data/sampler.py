@@ -6,7 +6,7 @@ number of ranks.
 
 Each dataset is an endless sequence of rounds (`rounds.py`). An epoch takes `probability` rounds of each dataset that
 takes part in it, from where the epoch before left off: of K batches per round, epoch e gets those from floor(p e K) to
-floor(p (e + 1) K). So the shares hold within one batch in every epoch, and every picture has its turn whatever the
+floor(p (e + 1) K). So the shares hold within one batch in every epoch, and every image has its turn whatever the
 probability. The batches of the datasets are mixed in proportion to their numbers (`interleave.py`). Steps at which a
 dataset does not take part (`start_step`, `end_step`) pass its batches over.
 """
@@ -42,7 +42,7 @@ class BatchPlan:
         size: (height, width) in pixels.
         sample_indices: indices into the dataset's `samples`; the last ones may only fill the batch up.
         num_real: how many count; the others carry weight 0.
-        round_number: round of the dataset, from 0: decides what is drawn anew each time that a dataset is gone through.
+        round_number: round of the dataset, from 0: decides what is resampled each time that a dataset is gone through.
     """
 
     epoch: int

@@ -20,17 +20,17 @@ from dataclasses import dataclass
 
 from simpletuner.data.backends.base import NOT_READ, Backend, Folder, UnusableFile, join
 from simpletuner.data.captions import CAPTION_SUFFIXES, MAX_CAPTION_BYTES, TEXT_VERSION, decode_caption, name_note
-from simpletuner.data.transforms import UNREAD_SUFFIXES, UnusablePicture, decoder_version, picture_facts
+from simpletuner.data.transforms import UNREAD_SUFFIXES, UnusableImage, decoder_version, image_facts
 from simpletuner.errors import DataError, Problem, bytes_text
 from simpletuner.hardware import available_cores
 from simpletuner.text import NotText, one_form, printable
 
-# A picture that decodes; one that does not, until it or the decoder changes; one to be tried again at each scan.
+# An image that decodes; one that does not, until it or the decoder changes; one to be tried again at each scan.
 OK, BROKEN, UNREADABLE = "ok", "broken", "unreadable"
 
 Progress = Callable[[int], None]
 
-# Files per task of the pool: handing over a task costs as much as decoding a small picture from a disk.
+# Files per task of the pool: handing over a task costs as much as decoding a small image from a disk.
 _TASK_FILES = 16
 # A transaction ends with so many files, or after so long with large ones.
 _COMMIT_FILES = 1024
@@ -69,8 +69,8 @@ class Finding:
         status: `OK`, `BROKEN` or `UNREADABLE`.
         reason: why it is not `OK`; of one that is, what there is to note.
         digest: sha256 of the content.
-        height: of a picture, pixels, upright.
-        width: of a picture, pixels, upright.
+        height: of an image, pixels, upright.
+        width: of an image, pixels, upright.
         text: of a caption file.
     """
 
@@ -93,7 +93,7 @@ def update_files(database: sqlite3.Connection, backend: Backend, progress: Progr
     _retry_failures(database)
     known = {path: (key, listing) for key, path, listing in database.execute("SELECT id, path, listing FROM folders")}
     num_done = 0
-    # Pillow warns of large pictures and odd metadata on stderr; the report says what matters.
+    # Pillow warns of large images and odd metadata on stderr; the report says what matters.
     num_threads = backend.num_readers or _num_threads()
     with warnings.catch_warnings(), ThreadPoolExecutor(num_threads, thread_name_prefix="scan") as pool:
         warnings.simplefilter("ignore")
@@ -259,8 +259,8 @@ def look_at(backend: Backend, file: FileState) -> Finding:
             return Finding(file, BROKEN, "holds no text")
         return Finding(file, OK, note, digest, text=text)
     try:
-        facts = picture_facts(data)
-    except UnusablePicture as error:
+        facts = image_facts(data)
+    except UnusableImage as error:
         return Finding(file, BROKEN, str(error))
     note = " and ".join(filter(None, (facts.note, name_note(file.path))))
     return Finding(file, OK, note or None, digest, facts.height, facts.width)

@@ -11,7 +11,7 @@ class Schedule:
     """The part of a run in which a dataset is used. Epochs and steps count from 1, as reports show them.
 
     Args:
-        probability: rounds of the dataset that one epoch takes: 1 shows each picture `repeats` + 1 times, 0.5 half of
+        probability: rounds of the dataset that one epoch takes: 1 shows each image `repeats` + 1 times, 0.5 half of
             them, the other half in the next epoch; 2 everything twice.
         start_epoch: first epoch; 0 and 1 are the beginning.
         end_epoch: last epoch, None for no end.

@@ -1,6 +1,6 @@
-"""Which pictures of a folder a dataset uses, and the bucket of each: arithmetic on arrays.
+"""Which images of a folder a dataset uses, and the bucket of each: arithmetic on arrays.
 
-A million pictures have few different sizes, so each rule is asked once per size. What is left out is counted with its
+A million images have few different sizes, so each rule is asked once per size. What is left out is counted with its
 reason.
 """
 
@@ -22,7 +22,7 @@ from simpletuner.data.buckets import (
     plan_crop,
 )
 from simpletuner.data.index import Catalogue, Index
-from simpletuner.data.report import MAX_EXAMPLES, SetAside
+from simpletuner.data.report import MAX_EXAMPLES, SkippedFiles
 from simpletuner.data.transforms import MAX_PIXELS
 from simpletuner.models.spec import FamilySpec
 from simpletuner.randomness import keyed_seed
@@ -32,7 +32,7 @@ Size = tuple[int, int]
 
 @dataclass(frozen=True)
 class Selection:
-    """Pictures that are used: positions in the catalogue, and the bucket of each."""
+    """Images that are used: positions in the catalogue, and the bucket of each."""
 
     positions: NDArray[np.int64]
     heights: NDArray[np.int64]
@@ -40,21 +40,21 @@ class Selection:
 
 
 def select_large_enough(
-    catalogue: Catalogue, rules: BucketRules, index: Index, set_aside: SetAside
+    catalogue: Catalogue, rules: BucketRules, index: Index, skipped: SkippedFiles
 ) -> NDArray[np.int64]:
-    """Positions in the catalogue of the pictures that reach `minimum_image_size`."""
+    """Positions in the catalogue of the images that reach `minimum_image_size`."""
     unique, inverse = _unique_sizes(catalogue, np.arange(len(catalogue)))
     kept = np.array([is_large_enough(*size, rules) for size in unique], dtype=np.bool_)[inverse]
     unit = {"pixel": "pixels on the shorter side", "area": "megapixels", "pixel_area": "pixels squared"}
     reason = f"smaller than minimum_image_size ({rules.minimum_size:g} {unit[rules.resolution_type]})"
-    put_aside(reason, np.flatnonzero(~kept), catalogue, index, set_aside)
+    skip_positions(reason, np.flatnonzero(~kept), catalogue, index, skipped)
     return np.flatnonzero(kept)
 
 
 def select_shapes(
-    catalogue: Catalogue, positions: NDArray[np.int64], rules: BucketRules, index: Index, set_aside: SetAside
+    catalogue: Catalogue, positions: NDArray[np.int64], rules: BucketRules, index: Index, skipped: SkippedFiles
 ) -> NDArray[np.int64]:
-    """The pictures whose aspect is allowed and that need not grow too much."""
+    """The images whose aspect is allowed and that need not grow too much."""
     limits = f"{rules.minimum_aspect or 0:g} to {rules.maximum_aspect or math.inf:g}"
     growth = f"would grow by more than max_upscale_threshold ({rules.max_upscale or 0:g})"
     for reason, keeps in (
@@ -63,7 +63,7 @@ def select_shapes(
     ):
         unique, inverse = _unique_sizes(catalogue, positions)
         kept = np.array([bool(keeps(*size, rules)) for size in unique], dtype=np.bool_)[inverse]
-        put_aside(reason, positions[~kept], catalogue, index, set_aside)
+        skip_positions(reason, positions[~kept], catalogue, index, skipped)
         positions = positions[kept]
     return positions
 
@@ -71,12 +71,12 @@ def select_shapes(
 def select_subset(
     dataset_id: str, seed: int, limit: int | None, catalogue: Catalogue, positions: NDArray[np.int64], index: Index
 ) -> NDArray[np.int64]:
-    """At most `limit` pictures, chosen by content: a picture more or less in the folder exchanges at most one."""
+    """At most `limit` images, chosen by content: an image more or less in the folder exchanges at most one."""
     if limit is None or len(positions) <= limit:
         return positions
     ranks = np.empty(len(positions), dtype=np.int64)
     for start in range(0, len(positions), 512):
-        rows = index.pictures(catalogue.ids[positions[start : start + 512]].tolist())
+        rows = index.images(catalogue.ids[positions[start : start + 512]].tolist())
         ranks[start : start + len(rows)] = [keyed_seed(seed, dataset_id, "subset", row.digest) for row in rows]
     return np.sort(positions[np.argsort(ranks, kind="stable")[:limit]])
 
@@ -89,12 +89,12 @@ def select_sizes(
     rules: BucketRules,
     spec: FamilySpec,
     index: Index,
-    set_aside: SetAside,
+    skipped: SkippedFiles,
 ) -> Selection:
-    """The bucket of each picture; those whose bucket is too large for the family or for memory are put aside."""
+    """The bucket of each image; those whose bucket is too large for the family or for memory are put aside."""
     unique, inverse = _unique_sizes(catalogue, positions)
     fits = np.array([_fits(*size, rules, spec) for size in unique], dtype=np.bool_)[inverse]
-    put_aside("its aspect gives a training size that is too large", positions[~fits], catalogue, index, set_aside)
+    skip_positions("its aspect gives a training size that is too large", positions[~fits], catalogue, index, skipped)
     positions, inverse = positions[fits], inverse[fits]
     if rules.crop and rules.crop_aspect == "random":
         chosen = _random_sizes(dataset_id, seed, catalogue, positions, rules, index)
@@ -106,7 +106,7 @@ def select_sizes(
 
 
 def _fits(height: int, width: int, rules: BucketRules, spec: FamilySpec) -> bool:
-    # For random aspects any key serves: a picture that one draw would spoil is better left out whatever the draw.
+    # For random aspects any key serves: an image that one draw would spoil is better left out whatever the draw.
     crop = plan_crop(height, width, rules, 0)
     longest = max(crop.height, crop.width)
     resized = crop.intermediate_height * crop.intermediate_width
@@ -120,21 +120,21 @@ def _random_sizes(
     sizes = np.empty((len(positions), 2), dtype=np.int64)
     for start in range(0, len(positions), 512):
         ids = catalogue.ids[positions[start : start + 512]].tolist()
-        for offset, row in enumerate(index.pictures(ids)):
+        for offset, row in enumerate(index.images(ids)):
             aspect = choose_aspect(row.height, row.width, rules, seed, dataset_id, row.digest)
             sizes[start + offset] = bucket_size(aspect, rules)
     return sizes
 
 
 def _unique_sizes(catalogue: Catalogue, positions: NDArray[np.int64]) -> tuple[list[Size], NDArray[np.int64]]:
-    """The different (height, width) among pictures, and which of them each picture has: a million pictures have few."""
+    """The different (height, width) among images, and which of them each image has: a million images have few."""
     packed = catalogue.heights[positions].astype(np.int64) << 32 | catalogue.widths[positions]
     unique, inverse = np.unique(packed, return_inverse=True)
     return [(int(value) >> 32, int(value) & 0xFFFFFFFF) for value in unique], inverse
 
 
 def group_by_size(heights: NDArray[np.int64], widths: NDArray[np.int64]) -> dict[Size, NDArray[np.int64]]:
-    """(height, width) -> indices into the used pictures, ascending."""
+    """(height, width) -> indices into the used images, ascending."""
     if not len(heights):
         return {}
     packed = heights << 32 | widths
@@ -144,14 +144,14 @@ def group_by_size(heights: NDArray[np.int64], widths: NDArray[np.int64]) -> dict
     return {(int(heights[group[0]]), int(widths[group[0]])): group for group in groups}
 
 
-def put_aside(
-    reason: str, positions: NDArray[np.int64], catalogue: Catalogue, index: Index, set_aside: SetAside
+def skip_positions(
+    reason: str, positions: NDArray[np.int64], catalogue: Catalogue, index: Index, skipped: SkippedFiles
 ) -> None:
-    """Count pictures of a catalogue as not used."""
+    """Count images of a catalogue as not used."""
     ids = catalogue.ids[positions]
     examples = first_paths(positions[:MAX_EXAMPLES], catalogue, index)
-    set_aside.add_many(reason, len(ids), examples, lambda: ((path, reason) for path in index.paths(ids)))
+    skipped.add_many(reason, len(ids), examples, lambda: ((path, reason) for path in index.paths(ids)))
 
 
 def first_paths(positions: NDArray[np.int64], catalogue: Catalogue, index: Index) -> list[str]:
-    return [row.path for row in index.pictures(catalogue.ids[positions].tolist())]
+    return [row.path for row in index.images(catalogue.ids[positions].tolist())]

@@ -24,7 +24,7 @@ from simpletuner.text import NotText, bounded_lines, check_encoding, fault_in, w
 MAX_LINE = 10_000_000
 # Of the text in one cell, which no text encoder reads.
 MAX_CELL = 1_000_000
-# Of all captions of a million pictures: many times over.
+# Of all captions of a million images: many times over.
 MAX_TEXT_TABLE = 1 << 32
 _PARQUET = b"PAR1"
 

@@ -1,4 +1,4 @@
-"""Pictures of a dataset as they are trained on, for people to look at: the very crops that the VAE gets."""
+"""Images of a dataset as they are trained on, for people to look at: the very crops that the VAE gets."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NOTICEABLE = 1.05
 
 @dataclass(frozen=True)
 class Tile:
-    """One picture as it is trained on.
+    """One image as it is trained on.
 
     Args:
         image: the crop, at its training size.
@@ -38,13 +38,13 @@ class Tile:
     references: tuple[Image.Image, ...] = ()
 
     @property
-    def pictures(self) -> tuple[Image.Image, ...]:
-        """References, the picture, and its mask."""
+    def images(self) -> tuple[Image.Image, ...]:
+        """References, the image, and its mask."""
         return (*self.references, self.image, *([self.mask] if self.mask is not None else []))
 
 
-def choose_pictures(dataset: Dataset, count: int) -> list[Tile]:
-    """Up to `count` pictures spread over the sizes, and within a size over the paths."""
+def choose_images(dataset: Dataset, count: int) -> list[Tile]:
+    """Up to `count` images spread over the sizes, and within a size over the paths."""
     tiles = []
     folders = {each.id: each for each in dataset.references}
     for position in spread(dataset, count):
@@ -59,7 +59,7 @@ def choose_pictures(dataset: Dataset, count: int) -> list[Tile]:
 
 
 def spread(dataset: Dataset, count: int) -> list[int]:
-    """Positions of samples: each size gets its share, and at least one picture while there is room."""
+    """Positions of samples: each size gets its share, and at least one image while there is room."""
     buckets = sorted(dataset.buckets.items(), key=lambda item: (-len(item[1]), item[0]))[:count]
     total = sum(len(members) for _, members in buckets)
     room, chosen = min(count, total), []
@@ -73,7 +73,7 @@ def spread(dataset: Dataset, count: int) -> list[int]:
 
 
 def to_image(pixels: Tensor) -> Image.Image:
-    """(3, H, W) in [-1, 1] -> the picture."""
+    """(3, H, W) in [-1, 1] -> the image."""
     values = ((pixels + 1) * 127.5).round().clamp(0, 255).permute(1, 2, 0).numpy()
     return Image.fromarray(values.astype(np.uint8))
 

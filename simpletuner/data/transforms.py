@@ -1,4 +1,4 @@
-"""From the bytes of a picture file to pixels, and what makes a file unusable.
+"""From the bytes of an image file to pixels, and what makes a file unusable.
 
 Pillow is lenient where a trainer must not be: it opens truncated files, clips 16-bit values, shows the colours hidden
 under transparency and ignores the camera's orientation. Each of these is settled here, once, for the scan that checks
@@ -38,11 +38,11 @@ SUFFIXES = frozenset(
         *(".heic", ".heif", ".hif"),
     )
 )
-# Pictures to a user, but not to the readers here: found and reported, never skipped silently.
-_CAMERA = "camera raw pictures are not read: develop them to PNG, JPEG or TIFF"
+# Images to a user, but not to the readers here: found and reported, never skipped silently.
+_CAMERA = "camera raw images are not read: develop them to PNG, JPEG or TIFF"
 UNREAD_SUFFIXES = {
-    ".jxl": "JPEG XL pictures are not read: convert them to PNG, JPEG or WebP",
-    ".jp2": "JPEG 2000 pictures are not read: convert them to PNG, JPEG or WebP",
+    ".jxl": "JPEG XL images are not read: convert them to PNG, JPEG or WebP",
+    ".jp2": "JPEG 2000 images are not read: convert them to PNG, JPEG or WebP",
     ".psd": "Photoshop documents are not read: save them as PNG, JPEG or TIFF",
     **dict.fromkeys((".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf"), _CAMERA),
 }
@@ -55,7 +55,7 @@ SEVERAL_FRAMES = "several frames, of which the first is used"
 # What shows through transparent parts.
 BACKGROUND = (255, 255, 255)
 
-# Orientation tag of EXIF -> how to turn the picture upright (names of PIL.Image.Transpose).
+# Orientation tag of EXIF -> how to turn the image upright (names of PIL.Image.Transpose).
 _UPRIGHT = {
     2: "FLIP_LEFT_RIGHT",
     3: "ROTATE_180",
@@ -77,7 +77,7 @@ _DECODE_ERRORS = (
 
 
 class _Pixels:
-    """Lets threads decode while all their pictures together have at most `limit` pixels.
+    """Lets threads decode while all their images together have at most `limit` pixels.
 
     A file of a few kilobytes may unpack to half a gigabyte, and a scan has a thread for each core.
     """
@@ -88,7 +88,7 @@ class _Pixels:
 
     @contextlib.contextmanager
     def of(self, num_pixels: int) -> Iterator[None]:
-        """Wait for room, and hold it inside; one picture alone always has room."""
+        """Wait for room, and hold it inside; one image alone always has room."""
         with self._condition:
             self._condition.wait_for(lambda: not self._taken or self._taken + num_pixels <= self._limit)
             self._taken += num_pixels
@@ -103,7 +103,7 @@ class _Pixels:
 _decoding = _Pixels(MAX_PIXELS)
 
 
-class UnusablePicture(Exception):
+class UnusableImage(Exception):
     """A file that cannot be trained on; `str` of it is the reason, without the file's name."""
 
 
@@ -119,8 +119,8 @@ def decoder_version() -> str:
 
 
 @dataclass(frozen=True)
-class PictureFacts:
-    """What a scan wants to know of a picture.
+class ImageFacts:
+    """What a scan wants to know of an image.
 
     Args:
         height: pixels, upright.
@@ -133,35 +133,35 @@ class PictureFacts:
     note: str | None = None
 
 
-def picture_facts(data: bytes) -> PictureFacts:
-    """Size and oddities of a picture, after decoding all of its first frame.
+def image_facts(data: bytes) -> ImageFacts:
+    """Size and oddities of an image, after decoding all of its first frame.
 
     Raises:
-        UnusablePicture: it cannot be decoded to its last pixel.
+        UnusableImage: it cannot be decoded to its last pixel.
     """
     image = _opened(data)
     with _decoding.of(image.width * image.height):
         image = _loaded(image)
-        # A phone's JPEG has depth or another exposure behind the picture: nobody would call that frames.
+        # A phone's JPEG has depth or another exposure behind the image: nobody would call that frames.
         moves = image.format != "MPO" and getattr(image, "is_animated", False)
         upright = _upright(image)
-        facts = PictureFacts(upright.height, upright.width, SEVERAL_FRAMES if moves else None)
+        facts = ImageFacts(upright.height, upright.width, SEVERAL_FRAMES if moves else None)
         image.close()
         del image, upright
     return facts
 
 
-def picture_size(data: bytes) -> tuple[int, int]:
-    """(height, width) of an upright picture, as `picture_facts`."""
-    facts = picture_facts(data)
+def image_size(data: bytes) -> tuple[int, int]:
+    """(height, width) of an upright image, as `image_facts`."""
+    facts = image_facts(data)
     return facts.height, facts.width
 
 
-def load_picture(data: bytes) -> Image.Image:
+def load_image(data: bytes) -> Image.Image:
     """The first frame, upright, 8-bit sRGB, transparency laid on `BACKGROUND`.
 
     Raises:
-        UnusablePicture: as `picture_facts`.
+        UnusableImage: as `image_facts`.
     """
     return _to_srgb(_decode(data))
 
@@ -170,15 +170,15 @@ def checked_bytes(data: bytes, digest: str) -> bytes:
     """`data`, where it is the content that was indexed: what is made of it is kept under the name of that content.
 
     Raises:
-        UnusablePicture: it is another.
+        UnusableImage: it is another.
     """
     if hashlib.sha256(data).hexdigest() != digest:
-        raise UnusablePicture("changed since the run began")
+        raise UnusableImage("changed since the run began")
     return data
 
 
 def load_mask(data: bytes, crop: Crop, is_flipped: bool = False, binary: bool = False) -> torch.Tensor:
-    """The brightness of a picture, cut as `crop` says: (1, H, W) float32 in [0, 1]. What is transparent is 0.
+    """The brightness of an image, cut as `crop` says: (1, H, W) float32 in [0, 1]. What is transparent is 0.
 
     Values are weights and no colours: no profile is applied, and a smaller or larger mask is averaged or repeated,
     never rung by a sharper filter.
@@ -188,7 +188,7 @@ def load_mask(data: bytes, crop: Crop, is_flipped: bool = False, binary: bool = 
         binary: 1 wherever any channel is above 0.
 
     Raises:
-        UnusablePicture: as `picture_facts`.
+        UnusableImage: as `image_facts`.
     """
     import numpy as np
     import torch
@@ -196,7 +196,7 @@ def load_mask(data: bytes, crop: Crop, is_flipped: bool = False, binary: bool = 
 
     image = _decode(data)
     if binary and image.info.get(_LOW_BYTES_LOST):
-        raise UnusablePicture(
+        raise UnusableImage(
             "16-bit colours are read with 8 bits, so small labels would be black; save it with 8 bits per channel, or "
             "as 16-bit grey"
         )
@@ -215,13 +215,13 @@ def load_mask(data: bytes, crop: Crop, is_flipped: bool = False, binary: bool = 
 
 
 def _mask_values(image: Image.Image, binary: bool) -> NDArray[np.float32]:
-    """(H, W) what each pixel of an 8-bit picture counts, in [0, 1]."""
+    """(H, W) what each pixel of an 8-bit image counts, in [0, 1]."""
     import numpy as np
 
     try:
         image = image.convert("RGBA")
     except ValueError as error:
-        raise UnusablePicture(f"its colours cannot be read: {error}") from None
+        raise UnusableImage(f"its colours cannot be read: {error}") from None
     covers = np.asarray(image.getchannel("A"), dtype=np.float32) / np.float32(255)
     channels = image.convert("RGB")
     if binary:
@@ -286,37 +286,37 @@ def _opened(data: bytes) -> Image.Image:
     """The first frame as it is stored, before its pixels are read.
 
     Raises:
-        UnusablePicture: as `picture_facts`.
+        UnusableImage: as `image_facts`.
     """
     from PIL import Image
 
     if not data:
-        raise UnusablePicture("the file is empty")
+        raise UnusableImage("the file is empty")
     formats = _readable_formats()
     try:
         image = Image.open(io.BytesIO(data), formats=formats)
     except Image.UnidentifiedImageError:
         if "HEIF" not in formats and data[4:8] == b"ftyp" and data[8:12] in _HEIF_BRANDS:
-            raise UnusablePicture("HEIF pictures need pi-heif: pip install pi-heif") from None
-        raise UnusablePicture("not a picture, or of a format that is not read") from None
+            raise UnusableImage("HEIF images need pi-heif: pip install pi-heif") from None
+        raise UnusableImage("not an image, or of a format that is not read") from None
     except Image.DecompressionBombError:
-        raise UnusablePicture(f"more than {MAX_PIXELS} pixels") from None
+        raise UnusableImage(f"more than {MAX_PIXELS} pixels") from None
     except _DECODE_ERRORS as error:
-        raise UnusablePicture(f"damaged: {_one_line(error)}") from None
+        raise UnusableImage(f"damaged: {_one_line(error)}") from None
     if image.width * image.height > MAX_PIXELS:  # from the header, before memory is taken
-        raise UnusablePicture(f"{image.width}x{image.height} is more than {MAX_PIXELS} pixels")
+        raise UnusableImage(f"{image.width}x{image.height} is more than {MAX_PIXELS} pixels")
     if image.mode == "F":
-        raise UnusablePicture("floating-point values have no agreed range; save it with 8 or 16 bits")
+        raise UnusableImage("floating-point values have no agreed range; save it with 8 or 16 bits")
     return image
 
 
 def _loaded(image: Image.Image) -> Image.Image:
-    """An opened picture with its pixels."""
+    """An opened image with its pixels."""
     loses = _loses_low_bytes(image)
     try:
         image.load()
     except _DECODE_ERRORS as error:
-        raise UnusablePicture(f"damaged: {_one_line(error)}") from None
+        raise UnusableImage(f"damaged: {_one_line(error)}") from None
     image.info[_LOW_BYTES_LOST] = loses
     return image
 
@@ -334,7 +334,7 @@ def _loses_low_bytes(image: Image.Image) -> bool:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """Turn as the camera says. Malformed EXIF says nothing: the picture itself is sound."""
+    """Turn as the camera says. Malformed EXIF says nothing: the image itself is sound."""
     from PIL import Image
 
     try:

@@ -45,7 +45,7 @@ def shifted_sigmas(sigmas: Tensor, shift: Tensor | float) -> Tensor:
 
 
 def scheduler_shift(config: Mapping[str, Any], num_patches: int) -> float:
-    """The shift of a flow-matching `scheduler_config.json` for a picture of `num_patches`; 1 is none.
+    """The shift of a flow-matching `scheduler_config.json` for an image of `num_patches`; 1 is none.
 
     Where it is dynamic, `mu` rises linearly with the patches and the shift is `exp(mu)` (black-forest-labs/flux,
     `flux/sampling.py`).
@@ -95,7 +95,7 @@ def logit_normal_quantiles(sigmas: Tensor) -> Tensor:
 
 
 def shift_of_size(num_patches: int) -> float:
-    """The shift that FLUX.1 uses for a picture of so many patches: e^mu, mu from 0.5 at 256 to 1.15 at 4096."""
+    """The shift that FLUX.1 uses for an image of so many patches: e^mu, mu from 0.5 at 256 to 1.15 at 4096."""
     return scheduler_shift({"use_dynamic_shifting": True}, num_patches)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from simpletuner.distributed.world import World, require_equal
+from simpletuner.distributed.process_group import ProcessGroup, require_equal
 
 # Between a parameter's name and the name of an optimizer's state of it.
 STATE_SEPARATOR = "//"
@@ -24,9 +24,9 @@ class Placement(ABC):
         world: the processes.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], world: World):
+    def __init__(self, parameters: Mapping[str, nn.Parameter], process_group: ProcessGroup):
         self.parameters = dict(parameters)
-        self.world = world
+        self.process_group = process_group
 
     def take_over(self, optimizer: torch.optim.Optimizer) -> None:  # noqa: B027 - only DeepSpeed has something to do
         """Called once, when the optimizer is there and before weights are loaded from a checkpoint."""
@@ -100,13 +100,13 @@ class Placement(ABC):
         """Whether processes hold parts."""
 
 
-class Copies(Placement):
+class Replicated(Placement):
     """Every process holds all trained weights and moves them in the same way."""
 
     is_spread = False
 
     def collect_gradients(self) -> None:
-        self.world.sum_gradients(self.parameters.values())
+        self.process_group.sum_gradients(self.parameters.values())
 
     def norm_of_all(self, norm: Tensor) -> Tensor:
         return norm
@@ -124,10 +124,10 @@ class Copies(Placement):
         return {name: list(parameter.shape) for name, parameter in self.parameters.items()}
 
     def check(self, when: str) -> None:
-        require_equal(self.world, self.parameters, when)
+        require_equal(self.process_group, self.parameters, when)
 
 
-class Parts(Placement):
+class Sharded(Placement):
     """Every process holds and moves a part of each weight: full fine-tuning of a spread denoiser.
 
     The optimizer sees plain tensors that share memory with the parts, so that any optimizer which treats each weight
@@ -139,9 +139,11 @@ class Parts(Placement):
 
     is_spread = True
 
-    def __init__(self, spread: Mapping[str, nn.Parameter], world: World):
+    def __init__(self, spread: Mapping[str, nn.Parameter], process_group: ProcessGroup):
         self.spread: dict[str, Any] = dict(spread)
-        super().__init__({name: nn.Parameter(each.to_local().detach()) for name, each in self.spread.items()}, world)
+        super().__init__(
+            {name: nn.Parameter(each.to_local().detach()) for name, each in self.spread.items()}, process_group
+        )
         mesh = next(iter(self.spread.values())).device_mesh
         self.num_copies = mesh.size(0) if mesh.ndim == 2 else 1
 
@@ -152,12 +154,12 @@ class Parts(Placement):
             self.spread[name].grad = None
 
     def norm_of_all(self, norm: Tensor) -> Tensor:
-        squares = self.world.sum([float(norm) ** 2])[0] / self.num_copies
+        squares = self.process_group.sum([float(norm) ** 2])[0] / self.num_copies
         return torch.tensor(squares**0.5, device=norm.device)
 
     def largest_of_all(self, value: Tensor) -> Tensor:
         # Not max(): of a list with NaN it may be anything.
-        every = [float(text) for text in self.world.gather(repr(float(value)))]  # JSON has no NaN
+        every = [float(text) for text in self.process_group.gather(repr(float(value)))]  # JSON has no NaN
         return torch.tensor(every, device=value.device).max()
 
     def whole(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -168,7 +170,7 @@ class Parts(Placement):
                 gathered[key] = tensor
                 continue
             full = self._like(name, tensor).full_tensor()
-            if self.world.is_main:
+            if self.process_group.is_main:
                 gathered[key] = full.cpu()
         return gathered
 

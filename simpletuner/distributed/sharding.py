@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from simpletuner.distributed.world import World
+from simpletuner.distributed.process_group import ProcessGroup
 from simpletuner.errors import ConfigError, Problem
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 def shard_denoiser(
     denoiser: nn.Module,
     block_classes: tuple[str, ...],
-    world: World,
+    process_group: ProcessGroup,
     device: torch.device,
     *,
     whole: set[nn.Parameter],
@@ -59,7 +59,7 @@ def shard_denoiser(
             Problem(f"{type(denoiser).__name__} has no {' or '.join(block_classes)} to spread", key="fsdp_enable")
         )
     options = {
-        "mesh": mesh or make_mesh(world, device, shard_size),
+        "mesh": mesh or make_mesh(process_group, device, shard_size),
         "ignored_params": whole,
         "offload_policy": CPUOffloadPolicy() if offloads else OffloadPolicy(),
         # Inputs stay as they are: autocast knows better which of them are to be float32.
@@ -78,10 +78,10 @@ def shard_denoiser(
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
-    _require_spread(denoiser, whole, world, shard_size)
+    _require_spread(denoiser, whole, process_group, shard_size)
 
 
-def make_mesh(world: World, device: torch.device, shard_size: int | None) -> DeviceMesh:
+def make_mesh(process_group: ProcessGroup, device: torch.device, shard_size: int | None) -> DeviceMesh:
     """Which processes share a copy of the weights; all processes have to call it at the same time.
 
     Raises:
@@ -89,21 +89,25 @@ def make_mesh(world: World, device: torch.device, shard_size: int | None) -> Dev
     """
     from torch.distributed.device_mesh import init_device_mesh
 
-    size = shard_size or world.size
-    if world.size % size:
+    size = shard_size or process_group.size
+    if process_group.size % size:
         raise ConfigError(
-            Problem(f"{size} does not divide the {world.size} processes", key="fsdp_shard_size", allowed="a divisor")
+            Problem(
+                f"{size} does not divide the {process_group.size} processes", key="fsdp_shard_size", allowed="a divisor"
+            )
         )
-    if size == world.size:
-        return init_device_mesh(device.type, (world.size,))
-    return init_device_mesh(device.type, (world.size // size, size), mesh_dim_names=("copies", "parts"))
+    if size == process_group.size:
+        return init_device_mesh(device.type, (process_group.size,))
+    return init_device_mesh(device.type, (process_group.size // size, size), mesh_dim_names=("copies", "parts"))
 
 
-def _require_spread(denoiser: nn.Module, whole: set[nn.Parameter], world: World, shard_size: int | None) -> None:
+def _require_spread(
+    denoiser: nn.Module, whole: set[nn.Parameter], process_group: ProcessGroup, shard_size: int | None
+) -> None:
     """Raise where a parameter is not spread as asked: a silent fall-back would be found by an out-of-memory error."""
     from torch.distributed.tensor import DTensor
 
-    size = shard_size or world.size
+    size = shard_size or process_group.size
     for name, parameter in denoiser.named_parameters():
         if parameter in whole:
             continue
@@ -111,7 +115,7 @@ def _require_spread(denoiser: nn.Module, whole: set[nn.Parameter], world: World,
             raise RuntimeError(f"{name} is not spread over the processes")
         part = parameter.to_local().shape[0] if parameter.ndim else 0
         if part > -(-parameter.shape[0] // size):
-            raise RuntimeError(f"process {world.rank} holds {part} of {parameter.shape[0]} rows of {name}")
+            raise RuntimeError(f"process {process_group.rank} holds {part} of {parameter.shape[0]} rows of {name}")
 
 
 def spread_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

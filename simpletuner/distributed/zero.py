@@ -18,14 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from simpletuner.config.deepspeed import OUR_KEYS
-from simpletuner.distributed.placement import STATE_SEPARATOR, Copies
-from simpletuner.distributed.world import World
+from simpletuner.distributed.placement import STATE_SEPARATOR, Replicated
+from simpletuner.distributed.process_group import ProcessGroup
 
 # The state's name of the copy that the engine moves, where the weights have fewer bits.
 FLOAT32 = "float32"
 
 
-class Zero(Copies):
+class Zero(Replicated):
     """Trained weights under DeepSpeed.
 
     Args:
@@ -40,14 +40,14 @@ class Zero(Copies):
     def __init__(
         self,
         parameters: Mapping[str, nn.Parameter],
-        world: World,
+        process_group: ProcessGroup,
         denoiser: nn.Module,
         settings: Mapping[str, Any],
         accumulation: int,
         max_grad_norm: float,
         is_adapter: bool,
     ):
-        super().__init__(parameters, world)
+        super().__init__(parameters, process_group)
         self.denoiser = denoiser
         self.is_adapter = is_adapter
         self.stage = int(settings["zero_optimization"]["stage"])
@@ -98,13 +98,13 @@ class Zero(Copies):
         self._losses.append(loss.detach())  # looked at after the window: that waits for the device
         self._engine.set_gradient_accumulation_boundary(is_last)
         # The engine averages over processes; the loss is divided by the weight of the whole window already.
-        self._engine.backward(loss * self.world.size, scale_wrt_gas=False)
+        self._engine.backward(loss * self.process_group.size, scale_wrt_gas=False)
 
     def collect_gradients(self) -> None:
         """The engine's step sums, clips and updates in one; it is not taken where a loss is not finite."""
         is_finite = bool(torch.stack(self._losses).isfinite().all())
         self._losses.clear()
-        if self.world.any(not is_finite):
+        if self.process_group.any(not is_finite):
             self._engine.optimizer.zero_grad()
             self._norm = math.nan
             return
@@ -134,7 +134,7 @@ class Zero(Copies):
         gathered = {}
         for name in tensors:
             with deepspeed.zero.GatheredParameters([self.parameters[name]]):
-                if self.world.is_main:
+                if self.process_group.is_main:
                     gathered[name] = self.parameters[name].detach().to("cpu", copy=True)
         return gathered
 
@@ -176,7 +176,7 @@ class Zero(Copies):
             if parameter.dtype != torch.float32:
                 # The engine moves a float32 copy, of which the weights are only the rounded image.
                 whole = safe_get_full_fp32_param(parameter)
-                if self.world.is_main:
+                if self.process_group.is_main:
                     tensors[f"{name}{STATE_SEPARATOR}{FLOAT32}"] = whole.reshape(self.shapes()[name]).cpu()
             for key, value in states.items():
                 path = f"{name}{STATE_SEPARATOR}{key}"
@@ -184,7 +184,7 @@ class Zero(Copies):
                     tensors[path] = value.clone()
                     continue
                 whole = safe_get_full_optimizer_state(parameter, key)
-                if self.world.is_main:
+                if self.process_group.is_main:
                     tensors[path] = whole.reshape(self.shapes()[name]).cpu()
         groups: list[dict[str, Any]] = [{}]
         return tensors, {"class": type(self._optimizer).__name__, "states": {}, "groups": groups}

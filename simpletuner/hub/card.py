@@ -1,4 +1,4 @@
-"""The model card: what was trained, on what, how it looks, and code that draws with it."""
+"""The model card: what was trained, on what, how it looks, and code that generates with it."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ class CardFacts:
         base_model: hub id of the base; None where it was a folder of the user's.
         licence: of the base, as the family names it.
         kind: what was trained: `full`, or the adapter's kind (`lokr`, `lora`, `dora`, ...).
-        usage: Python that draws with it.
+        usage: Python that generates with it.
         step: optimizer steps done.
         total_steps: optimizer steps at which the run ends.
         options: the resolved configuration.
         datasets: entries of `dataset_report.json`.
-        pictures: (prompt, path in the repository).
+        images: (prompt, path in the repository).
         eval_loss: newest, None where none was computed.
         instance_prompts: words that call the subject.
         is_safe: `model_card_safe_for_work`.
@@ -59,7 +59,7 @@ class CardFacts:
     total_steps: int
     options: Mapping[str, Any]
     datasets: Sequence[Mapping[str, Any]] = ()
-    pictures: Sequence[tuple[str, str]] = ()
+    images: Sequence[tuple[str, str]] = ()
     eval_loss: float | None = None
     instance_prompts: Sequence[str] = ()
     is_safe: bool = False
@@ -96,8 +96,8 @@ def front_matter(facts: CardFacts) -> str:
         extra["base_model_relation"] = "finetune" if is_full else "adapter"
     if facts.instance_prompts:
         extra["instance_prompt"] = facts.instance_prompts[0]
-    if facts.pictures:
-        extra["widget"] = [{"text": prompt or "-", "output": {"url": path}} for prompt, path in facts.pictures]
+    if facts.images:
+        extra["widget"] = [{"text": prompt or "-", "output": {"url": path}} for prompt, path in facts.images]
     licence = LICENCES.get(facts.licence.lower())
     data = ModelCardData(
         license=licence or "other",
@@ -124,7 +124,7 @@ def _introduction(facts: CardFacts) -> str:
 
 
 def _gallery(facts: CardFacts) -> str:
-    return "## Pictures\n\n<Gallery />" if facts.pictures else ""
+    return "## Images\n\n<Gallery />" if facts.images else ""
 
 
 def _other_programs(facts: CardFacts) -> str:
@@ -154,7 +154,7 @@ def _datasets(facts: CardFacts) -> str:
         sizes = each.get("sizes") or {}
         shown = ", ".join(list(sizes)[:6]) + (", ..." if len(sizes) > 6 else "")
         rows.append(f"| {cell(each.get('id'))} | {cell(each.get('bucketed'))} | {cell(shown)} |")
-    return "## Data\n\n| dataset | pictures | sizes |\n|---|---|---|\n" + "\n".join(rows)
+    return "## Data\n\n| dataset | images | sizes |\n|---|---|---|\n" + "\n".join(rows)
 
 
 def inline(text: str) -> str:

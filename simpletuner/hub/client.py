@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from simpletuner.models.reach import hub_failures
+from simpletuner.models.hub_connectivity import hub_failures
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi

@@ -16,10 +16,10 @@ from simpletuner.hub.card import CardFacts, card_text
 from simpletuner.hub.usage import usage_code
 from simpletuner.models.readers import form_and_kind
 from simpletuner.models.spec import FamilySpec
-from simpletuner.reporting.events import SavedPicture
+from simpletuner.reporting.events import SavedImage
 
 ADAPTER_FILE = "pytorch_lora_weights.safetensors"
-MOST_PICTURES = 12
+MOST_IMAGES = 12
 
 
 @dataclass(frozen=True)
@@ -68,15 +68,15 @@ class HubJob:
         return _files(self.output_dir, [self.output_dir / ADAPTER_FILE, *averages])
 
     def card(
-        self, repo_id: str, step: int, total_steps: int, pictures: Sequence[SavedPicture], eval_loss: float | None
+        self, repo_id: str, step: int, total_steps: int, images: Sequence[SavedImage], eval_loss: float | None
     ) -> str:
-        """README.md for the weights of a step; `pictures` are those that `picture_files` names."""
-        first = next((picture for picture in pictures if picture.prompt), None)
+        """README.md for the weights of a step; `images` are those that `image_files` names."""
+        first = next((image for image in images if image.prompt), None)
         prompt = first.prompt if first else "a photo"
         usage = usage_code(
-            self.spec, self.kind, self.form, repo_id, self.base_model, ADAPTER_FILE, prompt, self._drawing(first)
+            self.spec, self.kind, self.form, repo_id, self.base_model, ADAPTER_FILE, prompt, self._generation(first)
         )
-        named = zip(pictures, picture_files(pictures), strict=True)
+        named = zip(images, image_files(images), strict=True)
         facts = CardFacts(
             repo_id=repo_id,
             title=self.title,
@@ -89,7 +89,7 @@ class HubJob:
             total_steps=total_steps,
             options=self.options,
             datasets=self._datasets(),
-            pictures=[(picture.prompt, path) for picture, path in named],
+            images=[(image.prompt, path) for image, path in named],
             eval_loss=eval_loss,
             instance_prompts=self.instance_prompts,
             is_safe=self.is_safe,
@@ -98,13 +98,13 @@ class HubJob:
         )
         return card_text(facts)
 
-    def _drawing(self, picture: SavedPicture | None) -> dict[str, Any]:
-        """How a picture of the card was drawn, as arguments that every pipeline of diffusers takes."""
+    def _generation(self, image: SavedImage | None) -> dict[str, Any]:
+        """How an image of the card was generated, as arguments that every pipeline of diffusers takes."""
         settings = {
             "num_inference_steps": self.options.get("validation_num_inference_steps"),
             "guidance_scale": self.options.get("validation_guidance"),
         }
-        size = {"height": picture.height, "width": picture.width} if picture else {}
+        size = {"height": image.height, "width": image.width} if image else {}
         return size | {name: value for name, value in settings.items() if value is not None}
 
     def _datasets(self) -> list[Mapping[str, Any]]:
@@ -163,17 +163,17 @@ def repository_name(config: Any) -> str:
     return re.sub(r"-{2,}|\.{2,}", "-", plain).strip("-.")[:96] or "simpletuner"
 
 
-def gallery(pictures: Sequence[SavedPicture]) -> list[SavedPicture]:
-    """The pictures for the card: those of the weights that were trained."""
-    return [picture for picture in pictures if picture.kind in ("live", "ema")][:MOST_PICTURES]
+def gallery(images: Sequence[SavedImage]) -> list[SavedImage]:
+    """The images for the card: those of the weights that were trained."""
+    return [image for image in images if image.kind in ("live", "ema")][:MOST_IMAGES]
 
 
-def picture_files(pictures: Sequence[SavedPicture]) -> list[str]:
+def image_files(images: Sequence[SavedImage]) -> list[str]:
     """Their paths in the repository, the same at each step, so that the newest replace the older ones."""
-    stems = [re.sub(r"[^\w-]+", "_", picture.shortname, flags=re.ASCII) for picture in pictures]
+    stems = [re.sub(r"[^\w-]+", "_", image.shortname, flags=re.ASCII) for image in images]
     return [
-        f"images/{index:02d}_{stem}_{picture.kind}{picture.path.suffix}"
-        for index, (stem, picture) in enumerate(zip(stems, pictures, strict=True))
+        f"images/{index:02d}_{stem}_{image.kind}{image.path.suffix}"
+        for index, (stem, image) in enumerate(zip(stems, images, strict=True))
     ]
 
 

@@ -2,7 +2,7 @@
 
 What is to be uploaded is linked into a folder of its own first, at the moment when it is committed, so that rotation
 cannot take it away. An upload that fails is tried again, with growing pauses, for as long as the run lasts; one that
-the Hub refuses is told once and tried again at the end. Only the end of the run waits.
+the Hub refuses is reported once and tried again at the end. Only the end of the run waits.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from simpletuner import storage
 from simpletuner.errors import DataError, Problem, UploadError
 from simpletuner.hub.access import full_name
 from simpletuner.hub.client import is_final, make_api, reason_of, status_of, upload_failures
-from simpletuner.hub.job import ADAPTER_FILE, HubJob, gallery, picture_files
+from simpletuner.hub.job import ADAPTER_FILE, HubJob, gallery, image_files
 from simpletuner.hub.staging import Upload, stage
 from simpletuner.reporting.events import (
     CheckpointSaved,
     EvalDone,
     Event,
+    ImagesMade,
     Notice,
-    PicturesMade,
     RunStarted,
-    SavedPicture,
+    SavedImage,
     Severity,
 )
 
@@ -81,7 +81,7 @@ class Publisher:
         self._trouble: str | None = None
         self._deadline: float | None = None
         self._repo_id: str | None = None
-        self._pictures: list[SavedPicture] = []
+        self._images: list[SavedImage] = []
         self._eval_loss: float | None = None
         self._total_steps = 0
         self._run: dict[str, str] = {}
@@ -91,8 +91,8 @@ class Publisher:
             self._total_steps = event.total_steps
             self._run = {"run": event.run_id, "branch": event.branch}
             self._catch_up(event.start_step)
-        elif isinstance(event, PicturesMade):
-            self._pictures = gallery(event.pictures) or self._pictures
+        elif isinstance(event, ImagesMade):
+            self._images = gallery(event.images) or self._images
         elif isinstance(event, EvalDone):
             self._eval_loss = event.pooled
         elif isinstance(event, CheckpointSaved) and self._job.each_checkpoint:
@@ -134,7 +134,7 @@ class Publisher:
             self._worker = None
         if self._waiting and self._deadline is None:
             text = "the newest checkpoint is not on the Hub yet; the next start of this run uploads it"
-            self._tell("warning", text)
+            self._report("warning", text)
 
     def _catch_up(self, start_step: int) -> None:
         """Upload the checkpoint that the run goes on from, if an earlier process did not come so far."""
@@ -155,10 +155,10 @@ class Publisher:
                 self._changed.wait(0.2)
 
     def _stage(self, files: dict[str, Path], step: int, is_last: bool) -> Upload:
-        pictures = [picture for picture in self._pictures if picture.path.is_file()]
-        images = dict(zip(picture_files(pictures), (picture.path for picture in pictures), strict=True))
+        images = [image for image in self._images if image.path.is_file()]
+        named = dict(zip(image_files(images), (image.path for image in images), strict=True))
         folder = self._job.output_dir / STAGING_DIR / (f"step-{step}-end" if is_last else f"step-{step}")
-        return stage(folder, files | images, step, is_last, tuple(pictures), self._eval_loss)
+        return stage(folder, files | named, step, is_last, tuple(images), self._eval_loss)
 
     def _enqueue(self, upload: Upload) -> None:
         with self._changed:
@@ -170,7 +170,7 @@ class Publisher:
             self._changed.notify_all()
         if lost is not None:
             shutil.rmtree(lost.folder, ignore_errors=True)
-            self._tell("warning", f"uploads are slower than checkpoints: step {lost.step} is left out")
+            self._report("warning", f"uploads are slower than checkpoints: step {lost.step} is left out")
         if self._worker is None:
             self._worker = threading.Thread(target=self._work, name="hub upload", daemon=True)
             self._worker.start()
@@ -210,11 +210,11 @@ class Publisher:
             repo_id = full_name(api.whoami(), self._job.name)
             api.create_repo(repo_id, private=self._job.is_private, exist_ok=True)
             if self._job.is_private and api.repo_info(repo_id).private is False:
-                self._tell("warning", f"{repo_id} was there before and is public: everybody sees what is uploaded")
+                self._report("warning", f"{repo_id} was there before and is public: everybody sees what is uploaded")
             self._repo_id = repo_id
             if not upload.is_last:
-                self._tell("info", f"checkpoints go to {api.endpoint}/{repo_id}")
-        arguments = (upload.step, self._total_steps, upload.pictures, upload.eval_loss)
+                self._report("info", f"checkpoints go to {api.endpoint}/{repo_id}")
+        arguments = (upload.step, self._total_steps, upload.images, upload.eval_loss)
         card = self._job.card(self._repo_id, *arguments)
         storage.write_bytes(upload.folder / "README.md", card.encode())
         api.upload_folder(
@@ -243,7 +243,7 @@ class Publisher:
         except HfHubHTTPError as error:  # the weights are there; only their name is not
             if not is_final(error):
                 raise
-            self._tell("warning", f"the tag {tag} stays at an earlier commit of {self._repo_id}: {reason_of(error)}")
+            self._report("warning", f"the tag {tag} stays at an earlier commit of {self._repo_id}: {reason_of(error)}")
 
     def _done(self, upload: Upload) -> None:
         state = {"repo": self._job.name, "step": upload.step, "is_last": upload.is_last, **self._run}
@@ -256,7 +256,7 @@ class Publisher:
         shutil.rmtree(whole if upload.is_last else upload.folder, ignore_errors=True)
         if upload.is_last:
             assert self._api is not None
-            self._tell("info", f"uploaded to {self._api.endpoint}/{self._repo_id}")
+            self._report("info", f"uploaded to {self._api.endpoint}/{self._repo_id}")
 
     def _fail(self, upload: Upload, error: Exception) -> None:
         reason = reason_of(error)
@@ -264,11 +264,11 @@ class Publisher:
         with self._changed:
             if is_final(error) or gives_up:
                 self._refusal = reason
-            was_told, self._trouble = self._trouble is not None, reason
+            was_reported, self._trouble = self._trouble is not None, reason
             self._changed.notify_all()
-        if not was_told and not upload.is_last:
+        if not was_reported and not upload.is_last:
             again = "it is tried again at the end" if is_final(error) else "it is tried again while the run goes on"
-            self._tell("warning", f"the upload of step {upload.step} failed ({reason}); {again}")
+            self._report("warning", f"the upload of step {upload.step} failed ({reason}); {again}")
 
     def _pause(self, seconds: float) -> None:
         """Wait before the next try; the end of the run does not wait for long pauses of before."""
@@ -301,5 +301,5 @@ class Publisher:
         is_same = all(state.get(key, value) == value for key, value in self._run.items())
         return {**self._run, **state} if is_same else {}
 
-    def _tell(self, severity: Severity, text: str) -> None:
+    def _report(self, severity: Severity, text: str) -> None:
         self._notices.append(Notice(severity, text))

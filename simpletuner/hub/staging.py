@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from simpletuner.reporting.events import SavedPicture
+from simpletuner.reporting.events import SavedImage
 
 
 @dataclass(frozen=True)
@@ -19,14 +19,14 @@ class Upload:
         folder: what is sent; removed when it is there.
         step: optimizer steps done.
         is_last: the end of the run, not a checkpoint.
-        pictures: of the card.
+        images: of the card.
         eval_loss: newest at that time.
     """
 
     folder: Path
     step: int
     is_last: bool
-    pictures: tuple[SavedPicture, ...] = ()
+    images: tuple[SavedImage, ...] = ()
     eval_loss: float | None = None
 
 
@@ -35,7 +35,7 @@ def stage(
     files: Mapping[str, Path],
     step: int,
     is_last: bool,
-    pictures: tuple[SavedPicture, ...],
+    images: tuple[SavedImage, ...],
     eval_loss: float | None,
 ) -> Upload:
     """Fill a new folder with links to `files`: path inside of it -> file.
@@ -51,7 +51,7 @@ def stage(
         target = folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
         link_or_copy(source, target)
-    return Upload(folder, step, is_last, pictures, eval_loss)
+    return Upload(folder, step, is_last, images, eval_loss)
 
 
 def link_or_copy(source: Path, target: Path) -> None:

@@ -1,4 +1,4 @@
-"""Code for the model card: how the uploaded files are drawn with, in diffusers alone."""
+"""Code for the model card: how the uploaded files are generated with, in diffusers alone."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ def usage_code(
     base_model: str | None,
     file_name: str,
     prompt: str,
-    drawing: Mapping[str, Any],
+    generation: Mapping[str, Any],
 ) -> str:
-    """Python that draws with what is in the repository.
+    """Python that generates with what is in the repository.
 
     Args:
         kind: `full`, `lora`, `dora`, or an algorithm of LyCORIS.
         form: of the adapter's file.
         base_model: hub id; where the base was a folder, a place to fill in.
         file_name: of the adapter in the repository.
-        drawing: arguments of the pipeline beside the prompt.
+        generating: arguments of the pipeline beside the prompt.
     """
     base = repr(base_model or "PATH/OF/THE/BASE/MODEL")
-    arguments = ", ".join([repr(prompt), *(f"{name}={value!r}" for name, value in drawing.items())])
-    draw = f'image = pipeline({arguments}).images[0]\nimage.save("picture.png")\n'
+    arguments = ", ".join([repr(prompt), *(f"{name}={value!r}" for name, value in generation.items())])
+    draw = f'image = pipeline({arguments}).images[0]\nimage.save("image.png")\n'
     head = f"import torch\nfrom diffusers import {spec.pipeline_class}\n"
     source = repr(repo_id) if kind == "full" else base
     load = f'pipeline = {spec.pipeline_class}.from_pretrained({source}, torch_dtype=torch.bfloat16).to("cuda")\n'

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from simpletuner.config.paths import PREVIEW_FOLDER, looks_like_path, windows_path_fix
 from simpletuner.errors import DataError, Problem
+from simpletuner.models.hub_connectivity import hub_failures, why_missing
 from simpletuner.models.keys import KeyTable
-from simpletuner.models.reach import hub_failures, why_missing
 from simpletuner.models.safe_loading import load_errors, load_pretrained, read_object
 from simpletuner.models.single_file import dtype_in_file, is_in_file, load_from_file
 from simpletuner.models.spec import Component, FamilySpec

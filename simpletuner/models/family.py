@@ -15,11 +15,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from simpletuner.activation_memory.modules import reduce_activation_memory
 from simpletuner.batch import Batch, PromptEmbeds
 from simpletuner.diffusion import flow_matching, timesteps
 from simpletuner.diffusion.loss import Latents
 from simpletuner.errors import ConfigError, Problem
-from simpletuner.lean.modules import make_lean
 from simpletuner.models.components import (
     ModelSource,
     component_config,
@@ -46,7 +46,7 @@ def send(tensor: Tensor, device: torch.device, dtype: torch.dtype | None = None)
     return tensor.to(device, dtype, non_blocking=True)
 
 
-# Per prompt the (height, width) in pixels of each of its reference pictures.
+# Per prompt the (height, width) in pixels of each of its reference images.
 ReferenceSizes = Sequence[Sequence[tuple[int, int]]]
 
 
@@ -76,7 +76,7 @@ class EncodedPrompts:
 
 @dataclass(frozen=True)
 class LatentMoments:
-    """What the VAE says about one picture, before scaling: the cache keeps this, so a new scale asks for no re-encode.
+    """What the VAE says about one image, before scaling: the cache keeps this, so a new scale asks for no re-encode.
 
     Args:
         mean: (C, h, w) float32.
@@ -123,7 +123,7 @@ class ModelFamily(ABC):
         Everything else asks `self.prompts`.
 
         Args:
-            references: per prompt the (height, width) in pixels of each reference picture.
+            references: per prompt the (height, width) in pixels of each reference image.
         """
 
     @abstractmethod
@@ -144,7 +144,7 @@ class ModelFamily(ABC):
 
         Called as `pipeline(prompt=..., negative_prompt=..., height=..., width=..., num_inference_steps=...,
         guidance_scale=..., generator=..., callback_on_step_end=...)`, for families with references also with
-        `references` (per prompt a list of PIL pictures); returns an object with `.images` (PIL).
+        `references` (per prompt a list of PIL images); returns an object with `.images` (PIL).
         """
 
     # ---- what families share ---------------------------------------------------------------------------------------
@@ -172,7 +172,7 @@ class ModelFamily(ABC):
         return replace(self.spec, prediction_type=self.prediction_type, keys=keys)
 
     def scheduler_sigmas(self, quantiles: Tensor, latents: Latents) -> Tensor:
-        """(B,) logit-normal sigmas, shifted as the model's own flow scheduler shifts those that it draws with."""
+        """(B,) logit-normal sigmas, shifted as the model's own flow scheduler shifts those that it generates with."""
         counts = [row.shape[-2] * row.shape[-1] // self.spec.patch_size**2 for row in latents]
         shifts = torch.tensor([timesteps.scheduler_shift(self.scheduler_config, count) for count in counts])
         return timesteps.shifted_sigmas(timesteps.logit_normal_sigmas(quantiles), shifts)
@@ -197,16 +197,16 @@ class ModelFamily(ABC):
     num_cut_prompts: int = 0
 
     def largest_side(self) -> int | None:
-        """Pixels: the longest side of a picture that these weights take; None where there is no limit."""
+        """Pixels: the longest side of an image that these weights take; None where there is no limit."""
         return self.spec.max_size
 
     def load_denoiser(self) -> nn.Module:
         """The denoiser in `self.dtype` on the CPU, in eval mode, without gradients."""
         denoiser = load_component(self.source, self.spec.component("denoiser"), self.dtype, self.spec.keys)
-        return make_lean(denoiser.eval().requires_grad_(False))
+        return reduce_activation_memory(denoiser.eval().requires_grad_(False))
 
     def load_base(self) -> nn.Module:
-        """The denoiser as it trains or draws: its blocks' weights packed as `number_formats` says.
+        """The denoiser as it trains or generates: its blocks' weights packed as `number_formats` says.
 
         Raises:
             ConfigError: none of its layers can be packed.
@@ -232,7 +232,7 @@ class ModelFamily(ABC):
 
         What `load_denoiser` does after loading is done here too.
         """
-        return make_lean(make_empty_component(self.source, self.spec.component("denoiser"), self.dtype))
+        return reduce_activation_memory(make_empty_component(self.source, self.spec.component("denoiser"), self.dtype))
 
     @property
     def max_prompt_tokens(self) -> int:
@@ -255,8 +255,8 @@ class ModelFamily(ABC):
         self.encoders.free()
 
     def encode_images(self, vae: Any, pixel_values: Tensor) -> list[LatentMoments]:
-        """(B, 3, H, W) in [-1, 1] -> the moments of the posterior of each picture, unscaled, on the CPU."""
-        # Not `vae.device` and `vae.dtype`: diffusers walks all modules for each, a millisecond a picture.
+        """(B, 3, H, W) in [-1, 1] -> the moments of the posterior of each image, unscaled, on the CPU."""
+        # Not `vae.device` and `vae.dtype`: diffusers walks all modules for each, a millisecond an image.
         weight = next(vae.parameters())
         with torch.no_grad(), exact_float32():
             posterior = vae.encode(pixel_values.to(weight.device, weight.dtype)).latent_dist
@@ -280,14 +280,14 @@ class ModelFamily(ABC):
     def decode_latents(self, vae: Any, latents: Tensor) -> Tensor:
         """(B, C, h, w) scaled latents -> (B, 3, H, W) in [-1, 1]; the inverse of `latents_from_moments`.
 
-        In the VAE's own dtype, even where validation draws under autocast.
+        In the VAE's own dtype, even where validation generates under autocast.
         """
         raw = latents / vae.config.scaling_factor + (getattr(vae.config, "shift_factor", None) or 0.0)
         with torch.no_grad(), torch.autocast(vae.device.type, enabled=False):
             return vae.decode(raw.to(vae.device, vae.dtype), return_dict=False)[0]
 
     def load_preview_decoder(self) -> nn.Module:
-        """The tiny autoencoder that shows latents while a picture is drawn, in float32 on `self.device`.
+        """The tiny autoencoder that shows latents while an image is generated, in float32 on `self.device`.
 
         Raises:
             DataError: there is none, or it cannot be loaded.
@@ -303,8 +303,8 @@ class ModelFamily(ABC):
         """What the pipeline gives `callback_on_step_end` -> (B, C, h, w); for pipelines that pack latents.
 
         Args:
-            height: pixels of the picture.
-            width: pixels of the picture.
+            height: pixels of the image.
+            width: pixels of the image.
         """
         return latents
 
@@ -320,7 +320,7 @@ class ModelFamily(ABC):
         """(B,) quantiles in [0, 1) -> (B,) sigmas: the family's training distribution, by its quantile function.
 
         Args:
-            latents: for distributions that depend on the picture's size.
+            latents: for distributions that depend on the image's size.
         """
         return timesteps.logit_normal_sigmas(quantiles)
 

@@ -1,7 +1,7 @@
 """diffusers' own pipelines around live weights, for families whose prompts are cached.
 
-The pipeline gets embeddings from `family.prompts` in place of texts, so that no encoder is in memory while pictures are
-drawn, and hands latents back, which the family decodes: the same decoding for validation, previews and `generate`.
+The pipeline gets embeddings from `family.prompts` in place of texts, so that no encoder is in memory while images are
+generated, and hands latents back, which the family decodes: the same decoding for validation, previews and `generate`.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class LivePipeline:
         output_type: str = "pil",
         **options: Any,
     ) -> Any:
-        """Draw one picture per prompt.
+        """Generate one image per prompt.
 
         Args:
             height: pixels.
@@ -94,7 +94,7 @@ class LivePipeline:
             raise ValueError(f'this pipeline has no VAE, so output_type must be "latent", not "{output_type}"')
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         negatives = [negative_prompt] * len(prompts) if isinstance(negative_prompt, str) else negative_prompt
-        drawn = self.pipeline(
+        generated = self.pipeline(
             **self.prompt_arguments(prompts, negatives, guidance_scale),
             height=height,
             width=width,
@@ -102,17 +102,17 @@ class LivePipeline:
             output_type="latent",
             **options,
         ).images
-        drawn = self.family.unpack_latents(drawn, height, width)
+        generated = self.family.unpack_latents(generated, height, width)
         if output_type == "latent":
-            return ImagePipelineOutput(images=drawn)
-        pixels = self.family.decode_latents(self.vae, drawn.float())
+            return ImagePipelineOutput(images=generated)
+        pixels = self.family.decode_latents(self.vae, generated.float())
         return ImagePipelineOutput(images=VaeImageProcessor().postprocess(pixels, output_type=output_type))
 
-    def encode_reference(self, picture: Image.Image, max_area: int) -> Tensor:
-        """(C, h, w) scaled latents of an input picture: the mean of what the VAE says, without its noise.
+    def encode_reference(self, image: Image.Image, max_area: int) -> Tensor:
+        """(C, h, w) scaled latents of an input image: the mean of what the VAE says, without its noise.
 
         Args:
-            max_area: pixels; a larger picture is reduced, and all are cut to the family's multiple from the middle.
+            max_area: pixels; a larger image is reduced, and all are cut to the family's multiple from the middle.
         """
         from diffusers.image_processor import VaeImageProcessor
 
@@ -121,7 +121,7 @@ class LivePipeline:
         if self.vae is None:
             raise ValueError("this pipeline has no VAE, so it can take no references")
         processor = VaeImageProcessor()
-        fitted = processor.pil_to_numpy(fit_picture(picture, max_area, self.family.spec.size_multiple))
+        fitted = processor.pil_to_numpy(fit_image(image, max_area, self.family.spec.size_multiple))
         with torch.autocast(self.family.device.type, enabled=False):
             [moments] = self.family.encode_images(self.vae, processor.numpy_to_pt(fitted) * 2 - 1)
         config = component_config(self.family.source, self.family.spec.component("vae"))
@@ -134,16 +134,16 @@ class LivePipeline:
         self.family.free_prompt_encoders()
 
 
-def fit_picture(picture: Image.Image, max_area: int, multiple: int) -> Image.Image:
-    """A picture of at most `max_area` pixels whose sides are multiples of `multiple`, cut from its middle."""
+def fit_image(image: Image.Image, max_area: int, multiple: int) -> Image.Image:
+    """An image of at most `max_area` pixels whose sides are multiples of `multiple`, cut from its middle."""
     from PIL import Image
 
-    picture = picture.convert("RGB")
-    scale = min(1.0, (max_area / (picture.width * picture.height)) ** 0.5)
-    scale = max(scale, multiple / min(picture.size))
+    image = image.convert("RGB")
+    scale = min(1.0, (max_area / (image.width * image.height)) ** 0.5)
+    scale = max(scale, multiple / min(image.size))
     if scale != 1:
-        width, height = (max(multiple, round(side * scale)) for side in picture.size)
-        picture = picture.resize((width, height), Image.Resampling.LANCZOS)
-    width, height = (side // multiple * multiple for side in picture.size)
-    left, top = (picture.width - width) // 2, (picture.height - height) // 2
-    return picture.crop((left, top, left + width, top + height))
+        width, height = (max(multiple, round(side * scale)) for side in image.size)
+        image = image.resize((width, height), Image.Resampling.LANCZOS)
+    width, height = (side // multiple * multiple for side in image.size)
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))

@@ -27,7 +27,7 @@ def position_ids(latents: Tensor, index: int = 0) -> Tensor:
     """(h/2 * w/2, 3) index, row and column of each patch, on the CPU: one copy costs a device less than six kernels.
 
     Args:
-        index: 0 for the picture that is drawn, 1 for a reference.
+        index: 0 for the image that is generated, 1 for a reference.
     """
     height, width = latents.shape[-2] // 2, latents.shape[-1] // 2
     rows = torch.arange(height).repeat_interleave(width)

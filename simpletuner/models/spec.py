@@ -22,7 +22,7 @@ class Flavour:
     Args:
         parameters: of the denoiser, which decides the memory that training needs; 0 where nobody counted them.
         defaults: option -> default that differs from the family's.
-        edits: it was made for editing pictures, so pairs are best taught to it.
+        edits: it was made for editing images, so pairs are best taught to it.
     """
 
     name: str
@@ -82,10 +82,10 @@ class FamilySpec:
         latent_channels: C of the latents.
         vae_factor: pixels per latent, one side.
         patch_size: latents per token, one side; sizes are multiples of `vae_factor * patch_size`.
-        max_size: largest picture side in pixels that the family takes, None if unbounded.
+        max_size: largest image side in pixels that the family takes, None if unbounded.
         max_prompt_tokens: tokens that reach the denoiser; longer prompts are cut and counted.
-        max_references: input pictures for editing; 0 where the family has none.
-        drops_references: where a caption is dropped, the references of its picture are too.
+        max_references: input images for editing; 0 where the family has none.
+        drops_references: where a caption is dropped, the references of its image are too.
         caches_prompt_embeds: False where the prompt is only tokenised (nothing worth caching).
         dropped_caption: what a dropped caption becomes.
         empty_negative: the text that an empty negative prompt is encoded as; another one than "" where the family
@@ -154,7 +154,7 @@ class FamilySpec:
 
     @property
     def size_multiple(self) -> int:
-        """Pixels: every side of a training picture is a multiple of this."""
+        """Pixels: every side of a training image is a multiple of this."""
         return self.vae_factor * self.patch_size
 
     def defaults_for(self, flavour: str | None) -> dict[str, Any]:

@@ -81,7 +81,7 @@ class TextEncoders:
         return tokens.input_ids, tokens.attention_mask
 
     def note_cut_prompts(self, name: str, prompts: Sequence[str], length: int) -> None:
-        """Count the prompts that `length` tokens cut, to be told at the end of the run."""
+        """Count the prompts that `length` tokens cut, to be reported at the end of the run."""
         self.family.num_cut_prompts += sum(count > length for count in self.count(name, prompts))
 
     def count(self, name: str, prompts: Sequence[str]) -> list[int]:

@@ -44,7 +44,7 @@ def build_optimizer(
         _require_compiler(name, next(iter(parameters.values())).device)
     module, _, class_name = row.target.partition(":")
     optimizer_class = getattr(importlib.import_module(module), class_name)
-    groups: Any = _matrices_apart(parameters) if row.for_matrices else list(parameters.values())
+    groups: Any = _matrices_apart(parameters) if row.matrix_only else list(parameters.values())
     try:
         optimizer = optimizer_class(groups, **arguments)
     except (TypeError, ValueError) as error:
@@ -90,7 +90,7 @@ def get_row(name: str) -> OptimizerRow:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
-    """Set the rate of the next step; torchao keeps it in a tensor, so that its compiled step is not compiled anew."""
+    """Set the rate of the next step; torchao keeps it in a tensor, so that its compiled step is not compiled again."""
     for group in optimizer.param_groups:
         if isinstance(group["lr"], Tensor):
             group["lr"].fill_(learning_rate)
@@ -127,7 +127,7 @@ def averaged_weights(optimizer: torch.optim.Optimizer) -> Iterator[None]:
 
 def _arguments(row: OptimizerRow, name: str, config: Mapping[str, Any]) -> dict[str, Any]:
     """Constructor arguments: the row's defaults < the options < optimizer_config."""
-    inner = "adamw_" if row.for_matrices else ""  # the options are those of the AdamW inside
+    inner = "adamw_" if row.matrix_only else ""  # the options are those of the AdamW inside
     arguments = {**row.defaults, "lr": config.get("learning_rate")}
     if config.get("adam_weight_decay") is not None and row.has_weight_decay:
         arguments["weight_decay"] = config["adam_weight_decay"]
@@ -137,7 +137,7 @@ def _arguments(row: OptimizerRow, name: str, config: Mapping[str, Any]) -> dict[
         chosen = [config.get("adam_beta1"), config.get("adam_beta2")]
         wanted = [own if option is None else option for option, own in zip(chosen, betas, strict=False)]
         arguments[f"{inner}betas"] = (*wanted, *betas[2:])
-    if row.for_matrices:
+    if row.matrix_only:
         arguments |= {"adamw_lr": arguments["lr"], "adamw_wd": arguments["weight_decay"]}
     given = dict(config.get("optimizer_config") or {})
     if problems := [_refused(key, name, row) for key in given if key not in row.arguments]:

@@ -77,11 +77,11 @@ SCHEDULES: dict[str, Callable[[float, Decay], float]] = {
 
 
 def scaled_learning_rate(config: TrainConfig, num_processes: int) -> float:
-    """`learning_rate`, times the pictures of an optimizer step or their root where `lr_scale` asks for it."""
+    """`learning_rate`, times the images of an optimizer step or their root where `lr_scale` asks for it."""
     if not config.lr_scale:
         return config.learning_rate
-    pictures = config.train_batch_size * config.gradient_accumulation_steps * num_processes
-    return config.learning_rate * (math.sqrt(pictures) if config.lr_scale_sqrt else pictures)
+    images = config.train_batch_size * config.gradient_accumulation_steps * num_processes
+    return config.learning_rate * (math.sqrt(images) if config.lr_scale_sqrt else images)
 
 
 def build_schedule(

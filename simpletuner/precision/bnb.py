@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from simpletuner.precision.formats import Parts, WeightFormat
+from simpletuner.precision.formats import Sharded, WeightFormat
 
 BLOCK = 64
 
@@ -24,7 +24,7 @@ class NormalFloat4(WeightFormat):
         data, state = quantize_4bit(weight.contiguous(), blocksize=BLOCK, quant_type="nf4", compress_statistics=False)
         return {"data": data, "scale": state.absmax, "code": state.code}
 
-    def unpack(self, parts: Parts, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    def unpack(self, parts: Sharded, shape: torch.Size, dtype: torch.dtype) -> Tensor:
         from bitsandbytes.functional import QuantState, dequantize_4bit
 
         state = QuantState(

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from simpletuner.errors import ConfigError, Problem
 
-Parts = Mapping[str, Tensor]
+Sharded = Mapping[str, Tensor]
 
 
 class WeightFormat(ABC):
@@ -30,7 +30,7 @@ class WeightFormat(ABC):
         """(rows, columns) floating point, on any device -> plain tensors there."""
 
     @abstractmethod
-    def unpack(self, parts: Parts, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    def unpack(self, parts: Sharded, shape: torch.Size, dtype: torch.dtype) -> Tensor:
         """The matrix that the parts stand for, in `dtype`."""
 
     @abstractmethod
@@ -62,7 +62,7 @@ class RowScaled(WeightFormat):
     def pack_rows(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """(rows, columns) -> one byte per weight (rows, columns), and scales (rows, 1)."""
 
-    def unpack(self, parts: Parts, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    def unpack(self, parts: Sharded, shape: torch.Size, dtype: torch.dtype) -> Tensor:
         data, scale = parts["data"], parts["scale"].to(dtype)
         if data.dtype.is_floating_point:  # torch promotes no float8
             data = data.to(dtype)
@@ -103,7 +103,7 @@ class GroupScaled(WeightFormat):
     def fits(self, rows: int, columns: int) -> bool:
         return columns % (8 // self.bits) == 0
 
-    def unpack(self, parts: Parts, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    def unpack(self, parts: Sharded, shape: torch.Size, dtype: torch.dtype) -> Tensor:
         scale, offset = parts["scale"].to(dtype), parts["offset"].to(dtype)
         data = unpack_bits(parts["data"], self.bits).view(*scale.shape[:2], -1)  # (rows, groups, columns of a group)
         return torch.addcmul(-offset, data, scale).view(shape)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from simpletuner.precision.formats import Parts, WeightFormat
+from simpletuner.precision.formats import Sharded, WeightFormat
 
 
 class QuantisedLinear(nn.Linear):
@@ -46,10 +46,10 @@ class QuantisedLinear(nn.Linear):
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
-        """(out_features, in_features): unpacked anew at each call."""
+        """(out_features, in_features): unpacked again at each call."""
         return self.unpacked(self.dtype)
 
-    def unpacked(self, dtype: torch.dtype, parts: Parts | None = None) -> Tensor:
+    def unpacked(self, dtype: torch.dtype, parts: Sharded | None = None) -> Tensor:
         """The matrix in `dtype`; of other parts than its own, where they were copied to another device."""
         shape = torch.Size((self.out_features, self.in_features))
         with torch.no_grad():

@@ -25,7 +25,7 @@ class Sink(Protocol):
 
 
 @runtime_checkable
-class Teller(Protocol):
+class NoticeSource(Protocol):
     """A sink that works in the background and has something to say of it: a service that does not answer."""
 
     def take_notices(self) -> list[Notice]:
@@ -42,7 +42,7 @@ class EventBus:
 
     def __init__(self, sinks: Iterable[Sink] = ()):
         self._sinks = list(sinks)
-        self._tellers = [sink for sink in self._sinks if isinstance(sink, Teller)]
+        self._notice_sources = [sink for sink in self._sinks if isinstance(sink, NoticeSource)]
 
     def emit(self, event: Event) -> None:
         """Show and keep `event`. Never raises for a sink's own failure."""
@@ -51,8 +51,8 @@ class EventBus:
                 sink.handle(event)
             except (*sink.failures, DataError) as error:  # `storage` words what a disk refuses as a DataError
                 self._drop(sink, error)
-        for teller in self._tellers:
-            for notice in teller.take_notices():
+        for source in self._notice_sources:
+            for notice in source.take_notices():
                 self.emit(notice)
 
     def close(self) -> None:
@@ -63,14 +63,14 @@ class EventBus:
                 sink.close()
             except (*sink.failures, DataError) as error:
                 self.emit(Notice("warning", f"{sink.name} could not be closed ({error})"))
-            if isinstance(sink, Teller):
-                self._tellers.remove(sink)
+            if isinstance(sink, NoticeSource):
+                self._notice_sources.remove(sink)
                 for notice in sink.take_notices():
                     self.emit(notice)
 
     def _drop(self, sink: Sink, error: Exception) -> None:
         self._sinks.remove(sink)
-        self._tellers = [teller for teller in self._tellers if teller is not sink]
+        self._notice_sources = [source for source in self._notice_sources if source is not sink]
         self.emit(Notice("warning", f"{sink.name} stopped working ({error}); the run goes on without it"))
 
     def __enter__(self) -> EventBus:

@@ -29,7 +29,7 @@ class RunStarted(Event):
         run_name: what trackers call the run.
         output_dir: folder of everything that the run writes.
         total_steps: optimizer steps at which the run ends.
-        start_step: optimizer steps already done; 0 for a new run. Metrics after it are drawn anew.
+        start_step: optimizer steps already done; 0 for a new run. Metrics after it are resampled.
         run_id: of the run, the same at each start of it; empty where nobody knows.
         branch: of the run; another one after it went back to an earlier checkpoint.
         is_complete: nothing is left to do.
@@ -50,7 +50,7 @@ class RunStarted(Event):
 
 @dataclass(frozen=True)
 class PhaseStarted(Event):
-    """A stretch of work before, between or after the steps ("encoding pictures"); `total` items, None if unknown."""
+    """A stretch of work before, between or after the steps ("encoding images"); `total` items, None if unknown."""
 
     name: str
     total: int | None = None
@@ -66,7 +66,7 @@ class PhaseProgress(Event):
 
 @dataclass(frozen=True)
 class PhaseDone(Event):
-    """The phase `name` ended after `seconds`; `summary` is one short clause for people ("40 pictures, 12 reused")."""
+    """The phase `name` ended after `seconds`; `summary` is one short clause for people ("40 images, 12 reused")."""
 
     name: str
     seconds: float
@@ -109,14 +109,14 @@ class StepDone(Event):
 
 @dataclass(frozen=True)
 class EvalDone(Event):
-    """Loss on held-out pictures, with the same noise and timesteps each time.
+    """Loss on held-out images, with the same noise and timesteps each time.
 
     Args:
         losses: dataset id -> mean loss; empty with `eval_dataset_pooling`.
         pooled: mean over all eval samples.
         per_quantile: (quantile of the family's distribution of sigmas, mean loss there).
         seconds: wall time of the evaluation.
-        reference: `pooled` of the untouched base model on the same pictures; None where it cannot be computed.
+        reference: `pooled` of the untouched base model on the same images; None where it cannot be computed.
         reference_per_quantile: `per_quantile` of the untouched base model.
     """
 
@@ -160,12 +160,12 @@ class CheckpointSaved(Event):
 
 
 @dataclass(frozen=True)
-class SavedPicture:
-    """A validation picture on disk.
+class SavedImage:
+    """A validation image on disk.
 
     Args:
-        kind: which weights drew it: `base` (adapter off), `live`, `ema`; `grid` for a sheet made of several.
-        index: counts the pictures of one prompt and size, from 0.
+        kind: which weights generated it: `base` (adapter off), `live`, `ema`; `grid` for a sheet made of several.
+        index: counts the images of one prompt and size, from 0.
     """
 
     path: Path
@@ -179,40 +179,40 @@ class SavedPicture:
 
 
 @dataclass(frozen=True)
-class PicturesMade(Event):
-    """Validation pictures were written."""
+class ImagesMade(Event):
+    """Validation images were written."""
 
     step: int
-    pictures: tuple[SavedPicture, ...]
+    images: tuple[SavedImage, ...]
 
 
 @dataclass(frozen=True)
 class PreviewMade(Event):
-    """A validation picture was decoded and written while it was still being drawn.
+    """A validation image was decoded and written while it was still being generated.
 
     Args:
         step: optimizer steps done.
-        picture: where it lies; its size is the decoder's, which may be smaller than the picture to come.
+        image: where it lies; its size is the decoder's, which may be smaller than the image to come.
         sampling_step: denoising steps taken, counting from 1.
-        num_sampling_steps: denoising steps of the finished picture.
+        num_sampling_steps: denoising steps of the finished image.
         sigma: share of noise that is left in it, 1 to 0.
     """
 
     step: int
-    picture: SavedPicture
+    image: SavedImage
     sampling_step: int
     num_sampling_steps: int
     sigma: float
 
 
 @dataclass(frozen=True)
-class PicturesScored(Event):
-    """How well validation pictures fit their prompts.
+class ImagesScored(Event):
+    """How well validation images fit their prompts.
 
     Args:
         metric: name of the score (`clip`).
-        scores: shortname and size of the picture -> score; kind of weights in front ("live", "ema", "base").
-        mean: over the pictures of the weights in training.
+        scores: shortname and size of the image -> score; kind of weights in front ("live", "ema", "base").
+        mean: over the images of the weights in training.
     """
 
     step: int
@@ -261,20 +261,21 @@ def event_name(event: Event) -> str:
 
 
 def event_name_of(kind: type[Event]) -> str:
-    """The name of a kind of event."""
-    return re.sub(r"(?<!^)(?=[A-Z])", "_", kind.__name__).lower()
+    """The name of a kind of event in records, which keeps the words of the first version."""
+    name = re.sub(r"(?<!^)(?=[A-Z])", "_", kind.__name__).lower()
+    return _NAMES_IN_RECORDS.get(name, name)
 
 
 def to_record(event: Event) -> dict[str, Any]:
     """The event as JSON can hold it; a number that is not finite becomes its name ("nan"): JSON has no NaN."""
-    return {"event": event_name(event), **{f.name: _plain(getattr(event, f.name)) for f in dataclasses.fields(event)}}
+    return {"event": event_name(event), **_fields(event)}
 
 
 def _plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return _fields(value)
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
@@ -282,6 +283,11 @@ def _plain(value: Any) -> Any:
     if value is None or isinstance(value, bool | int | float | str):
         return value
     return str(value)
+
+
+def _fields(value: Any) -> dict[str, Any]:
+    names = [field.name for field in dataclasses.fields(value)]
+    return {_NAMES_IN_RECORDS.get(name, name): _plain(getattr(value, name)) for name in names}
 
 
 def is_sound(record: Mapping[str, Any]) -> bool:
@@ -307,10 +313,10 @@ def _is_of(value: Any, kind: str) -> bool:
         return isinstance(value, dict) and all(isinstance(each, str) for each in value.values())
     if kind == "bool":
         return isinstance(value, bool)
-    if kind == "SavedPicture":
+    if kind == "SavedImage":
         return isinstance(value, dict) and not any(isinstance(each, dict | list) for each in value.values())
-    if kind.startswith("tuple[SavedPicture"):
-        return isinstance(value, list) and all(_is_of(each, "SavedPicture") for each in value)
+    if kind.startswith("tuple[SavedImage"):
+        return isinstance(value, list) and all(_is_of(each, "SavedImage") for each in value)
     if kind.startswith("Mapping"):
         return isinstance(value, dict)
     if kind.startswith(("Sequence[tuple[float", "tuple[tuple[float")):
@@ -329,8 +335,18 @@ def _is_row(row: Any, length: int) -> bool:
     return isinstance(row, list) and len(row) == length and all(_is_of(each, "float") for each in row)
 
 
+# Files that users have, and programs that read them, know these names.
+_NAMES_IN_RECORDS = {
+    "images_made": "pictures_made",
+    "images_scored": "pictures_scored",
+    "images": "pictures",
+    "image": "picture",
+}
+NAMES_FROM_RECORDS = {kept: name for name, kept in _NAMES_IN_RECORDS.items()}
 _LATEST_TIME = 1e11  # seconds since 1970; no calendar has later ones
 _FIELD_KINDS = {
-    event_name_of(kind): {field.name: str(field.type) for field in dataclasses.fields(kind)}
+    event_name_of(kind): {
+        _NAMES_IN_RECORDS.get(field.name, field.name): str(field.type) for field in dataclasses.fields(kind)
+    }
     for kind in Event.__subclasses__()
 }

@@ -1,8 +1,8 @@
-"""The loss curve of a run as a PNG, drawn from `metrics.jsonl` with Pillow alone.
+"""The loss curve of a run as a PNG, plotted from `metrics.jsonl` with Pillow alone.
 
-Training loss is noisy (each step sees other timesteps), so its smoothed course is drawn over the raw one. Steps on
+Training loss is noisy (each step sees other timesteps), so its smoothed course is plotted over the raw one. Steps on
 regularisation data alone have a loss of another kind (distance from the base model) and a curve of their own. The eval
-loss, which sees the same noise each time, is drawn point by point and is the curve to trust.
+loss, which sees the same noise each time, is plotted point by point and is the curve to trust.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ RAW, SMOOTH, PRIOR, EVAL = "#c5d7ee", "#2a6fbb", "#3a9d6e", "#d9582b"
 
 @dataclass(frozen=True)
 class Curves:
-    """What is drawn: (step, loss) pairs in order of step; `prior` are the steps on regularisation data alone."""
+    """What is plotted: (step, loss) pairs in order of step; `prior` are the steps on regularisation data alone."""
 
     run_name: str = ""
     train: Points = field(default_factory=list)
@@ -41,7 +41,7 @@ class Curves:
     evaluation: Points = field(default_factory=list)
 
 
-def draw_loss_plot(metrics: Path, destination: Path) -> Path | None:
+def plot_loss(metrics: Path, destination: Path) -> Path | None:
     """Draw the curves of `metrics` to `destination` (PNG); None where no loss was recorded.
 
     Raises:
@@ -106,7 +106,7 @@ def nice_ticks(low: float, high: float, count: int) -> list[float]:
 
 @dataclass(frozen=True)
 class _Axes:
-    """Maps (step, loss) to pixels of the oversampled picture."""
+    """Maps (step, loss) to pixels of the oversampled image."""
 
     last_step: int
     low: float
@@ -121,7 +121,7 @@ class _Axes:
 
 def _draw(draw: ImageDraw, curves: Curves) -> None:
     axes = _axes(curves)
-    _draw_frame(draw, axes, curves)
+    _plot_frame(draw, axes, curves)
     _line(draw, axes, curves.train, RAW, 1.5)
     _line(draw, axes, smoothed(curves.train), SMOOTH, 3)
     _line(draw, axes, smoothed(curves.prior), PRIOR, 2.5)
@@ -130,22 +130,22 @@ def _draw(draw: ImageDraw, curves: Curves) -> None:
         x, y = axes.point(step, loss)
         radius = 5 * OVERSAMPLE
         draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=EVAL, outline=PAPER, width=2 * OVERSAMPLE)
-    _draw_legend(draw, curves)
+    _plot_legend(draw, curves)
 
 
 def _axes(curves: Curves) -> _Axes:
     """Room for the smoothed and eval curves and nearly all raw steps; a few wild steps may touch the edge."""
     raw = sorted(loss for _, loss in curves.train)
     shown = raw[len(raw) // 100 : max(1, len(raw) - len(raw) // 100)]
-    drawn = [*smoothed(curves.train), *smoothed(curves.prior), *curves.evaluation]
-    values = [*shown, *(loss for _, loss in drawn)]
+    plotted = [*smoothed(curves.train), *smoothed(curves.prior), *curves.evaluation]
+    values = [*shown, *(loss for _, loss in plotted)]
     low, high = min(values), max(values)
     margin = (high - low) * 0.06 or max(abs(high) * 0.1, 0.1)
-    last_step = max(step for step, _ in drawn)
+    last_step = max(step for step, _ in plotted)
     return _Axes(last_step, max(0.0, low - margin) if low >= 0 else low - margin, high + margin)
 
 
-def _draw_frame(draw: ImageDraw, axes: _Axes, curves: Curves) -> None:
+def _plot_frame(draw: ImageDraw, axes: _Axes, curves: Curves) -> None:
     for tick in nice_ticks(axes.low, axes.high, 6):
         left, y = axes.point(0, tick)
         right, _ = axes.point(axes.last_step, tick)
@@ -162,7 +162,7 @@ def _draw_frame(draw: ImageDraw, axes: _Axes, curves: Curves) -> None:
     _text(draw, ((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 22), "optimizer step", MUTED, 17, "mb")
 
 
-def _draw_legend(draw: ImageDraw, curves: Curves) -> None:
+def _plot_legend(draw: ImageDraw, curves: Curves) -> None:
     """Right-aligned above the plot, with the last value of each curve."""
     entries = []
     if curves.evaluation:

@@ -12,14 +12,14 @@ from typing import Any
 from simpletuner.reporting.events import (
     EvalDone,
     Event,
+    ImagesScored,
     LossBySigma,
-    PicturesScored,
-    SavedPicture,
+    SavedImage,
     StepDone,
     event_name_of,
 )
 
-SHOWN = (StepDone, EvalDone, PicturesScored, LossBySigma)
+SHOWN = (StepDone, EvalDone, ImagesScored, LossBySigma)
 
 
 def scalars(event: Event) -> dict[str, float]:
@@ -28,7 +28,7 @@ def scalars(event: Event) -> dict[str, float]:
         return _of_step(event)
     if isinstance(event, EvalDone):
         return _of_evaluation(event)
-    if isinstance(event, PicturesScored):
+    if isinstance(event, ImagesScored):
         each = {f"{event.metric}/{name}": score for name, score in event.scores.items()}
         return {f"{event.metric}/mean": event.mean, **each}
     if isinstance(event, LossBySigma):
@@ -36,10 +36,10 @@ def scalars(event: Event) -> dict[str, float]:
     return {}
 
 
-def picture_name(picture: SavedPicture) -> str:
-    """`live/cat_1024x768_1`: which weights, which prompt, width and height, and the number of a further picture."""
-    number = f"_{picture.index}" if picture.index else ""
-    return f"{picture.kind}/{picture.shortname}_{picture.width}x{picture.height}{number}"
+def image_name(image: SavedImage) -> str:
+    """`live/cat_1024x768_1`: which weights, which prompt, width and height, and the number of a further image."""
+    number = f"_{image.index}" if image.index else ""
+    return f"{image.kind}/{image.shortname}_{image.width}x{image.height}{number}"
 
 
 def _of_step(event: StepDone) -> dict[str, float]:

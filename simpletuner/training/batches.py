@@ -20,13 +20,13 @@ from simpletuner.batch import Batch, Sample
 from simpletuner.data.dataset import Dataset
 from simpletuner.data.sampler import BatchPlan, Sampler, range_for_rank
 from simpletuner.diffusion.loss import sample_weights
-from simpletuner.distributed.world import ALONE, World
+from simpletuner.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from simpletuner.models.family import ModelFamily
 from simpletuner.models.spec import FamilySpec
 from simpletuner.randomness import keyed_seed, keyed_uniform
 
 # A thread beside the model's costs the model's some milliseconds of waiting for the interpreter at each step. Windows
-# that are built from memory are quicker than that; those that read disks or encode pictures are not.
+# that are built from memory are quicker than that; those that read disks or encode images are not.
 WORTH_A_THREAD_SECONDS = 0.003
 
 
@@ -71,9 +71,9 @@ class BatchSource:
         sources: dataset id -> where its latents come from.
         accumulation: micro-batches per optimizer step.
         dropout: probability that a caption becomes `family.spec.dropped_caption`.
-        masking: probability that the mask of a picture counts, where it has one.
+        masking: probability that the mask of an image counts, where it has one.
         world: this process takes its part of each global batch.
-        draws_reference: one reference of each picture is drawn, where it has several.
+        samples_reference: one reference of each image is generated, where it has several.
     """
 
     def __init__(
@@ -86,8 +86,8 @@ class BatchSource:
         accumulation: int = 1,
         dropout: float = 0.0,
         masking: float = 1.0,
-        world: World = ALONE,
-        draws_reference: bool = False,
+        process_group: ProcessGroup = SINGLE_PROCESS,
+        samples_reference: bool = False,
     ):
         self.family = family
         self.datasets = {dataset.id: dataset for dataset in datasets}
@@ -97,8 +97,8 @@ class BatchSource:
         self.accumulation = accumulation
         self.dropout = dropout
         self.masking = masking
-        self.world = world
-        self.draws_reference = draws_reference
+        self.process_group = process_group
+        self.samples_reference = samples_reference
         self._build_seconds = 0.0
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="batches")
         self._ahead: tuple[tuple[int, int, int], Future[Window]] | None = None
@@ -138,10 +138,10 @@ class BatchSource:
 
         Each process takes one at least, so that all call the denoiser equally often; one too many counts nothing.
         """
-        if self.world.size == 1:
+        if self.process_group.size == 1:
             return plan, range(len(plan.sample_indices))
-        padded = self.sampler.batch(plan.epoch, plan.position, pad_to=self.world.size)
-        part = range_for_rank(len(padded.sample_indices), self.world.rank, self.world.size)
+        padded = self.sampler.batch(plan.epoch, plan.position, pad_to=self.process_group.size)
+        part = range_for_rank(len(padded.sample_indices), self.process_group.rank, self.process_group.size)
         num_real = min(max(padded.num_real - part.start, 0), len(part))
         return replace(padded, sample_indices=padded.sample_indices[part.start : part.stop], num_real=num_real), part
 
@@ -179,7 +179,7 @@ class BatchSource:
     def masks(
         self, dataset: Dataset, plan: BatchPlan, samples: Sequence[Sample], latents: Tensor, step: int, slots: list[int]
     ) -> Tensor | None:
-        """(B, 1, h, w) where the loss counts; all of a picture where its mask is not drawn. Keyed like the noise."""
+        """(B, 1, h, w) where the loss counts; all of an image where its mask is not generated. Keyed like the noise."""
         if dataset.masks is None:
             return None
         height, width = latents.shape[-2:]
@@ -201,7 +201,7 @@ class BatchSource:
         references = sample.references
         if self.family.spec.drops_references and self.drops_caption(step, slot):
             return ()
-        if self.draws_reference and references:
+        if self.samples_reference and references:
             return (references[keyed_seed(self.seed, "reference", step, slot) % len(references)],)
         return references
 

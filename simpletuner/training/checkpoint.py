@@ -121,9 +121,9 @@ class Checkpoints:
         content = checkpoint_content(run)
         is_new = False
         with run.placement.gathered():
-            if run.world.is_main:
+            if run.process_group.is_main:
                 is_new = self._save_here(run, path, content)
-            is_new = run.world.any(is_new)
+            is_new = run.process_group.any(is_new)
         return Saved(path, is_new)
 
     def _save_here(self, run: Run, path: Path, content: CheckpointContent) -> bool:
@@ -161,9 +161,9 @@ class Checkpoints:
         path = self.output_dir / BEST
         content = checkpoint_content(run)
         with run.placement.gathered():
-            if run.world.is_main:
+            if run.process_group.is_main:
                 self._save_best_here(run, path, content, eval_loss)
-            run.world.barrier()
+            run.process_group.barrier()
         return path
 
     def _save_best_here(self, run: Run, path: Path, content: CheckpointContent, eval_loss: float) -> None:

@@ -18,7 +18,7 @@ from simpletuner import storage
 from simpletuner.errors import ConfigError, DataError, Problem
 
 RESUME = "resume_from_checkpoint"
-# What says that a file is not there, or not any more: damage, which no waiting mends.
+# What says that a file is not there, or not any more: damage, which no waiting fixes.
 _MISSING = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
 
 

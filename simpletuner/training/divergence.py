@@ -70,7 +70,7 @@ def require_finite(run: Run, what: str, tensors: Mapping[str, Tensor]) -> None:
         DivergedError: names the first of them.
     """
     found = non_finite(tensors)
-    if run.world.any(bool(found)):
+    if run.process_group.any(bool(found)):
         raise DivergedError(_weights_problem(run, what, found, len(tensors)))
 
 
@@ -141,11 +141,11 @@ def explain(run: Run, window: Window, losses: Sequence[Losses], forward: Forward
         losses: of its micro-batches.
         forward: computes one of them again.
     """
-    samples = [name for each in run.world.gather(bad_samples(window, losses)) for name in each]
+    samples = [name for each in run.process_group.gather(bad_samples(window, losses)) for name in each]
     where = (
         f"Samples of the last one: {'; '.join(samples[:4])}" if samples else "All losses of the last one were finite"
     )
-    reasons = run.world.gather(_first(_reasons(run, window, losses, forward)))
+    reasons = run.process_group.gather(_first(_reasons(run, window, losses, forward)))
     cause, key, fix = next((reason for reason in reasons if reason), None) or _unknown(run)
     return DivergedError(
         Problem(
@@ -181,10 +181,10 @@ def _first(reasons: Iterable[Reason]) -> list[str] | None:
 
 
 def _reasons(run: Run, window: Window, losses: Sequence[Losses], forward: Forward) -> Iterator[Reason]:
-    """What can be told, most certain first: (cause, option, fix)."""
+    """What can be reported, most certain first: (cause, option, fix)."""
     yield from _bad_data(window)
     yield from _bad_base(run)
-    if run.placement.is_spread or run.world.size > 1:
+    if run.placement.is_spread or run.process_group.size > 1:
         return  # a trial would need all processes at the same place
     yield from _overflow(run, window, forward)
     yield from _grown_weights(run, window, losses, forward)

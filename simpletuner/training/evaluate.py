@@ -33,7 +33,7 @@ def evaluate(run: Run) -> None:
             return
         reference = reference_result(run, result)
     # The processes compute the same; the last bit of one of them shall not make them disagree on the end of the run.
-    run.eval_losses[step] = run.world.from_main(result.pooled)
+    run.eval_losses[step] = run.process_group.from_main(result.pooled)
     run.bus.emit(
         EvalDone(
             step=step,
@@ -49,7 +49,7 @@ def evaluate(run: Run) -> None:
         with last_good_state(run):
             path = run.checkpoints.save_best(run, run.eval_losses[step])
         run.bus.emit(CheckpointSaved(step=step, path=path, eval_loss=run.eval_losses[step]))
-    if run.world.is_main:  # after the checkpoint: a best one that is recorded is there
+    if run.process_group.is_main:  # after the checkpoint: a best one that is recorded is there
         write_eval_history(run)
     if run.is_stopped_early:
         count = run.config.early_stopping_patience
@@ -59,7 +59,7 @@ def evaluate(run: Run) -> None:
 
 
 def reference_result(run: Run, result: EvalResult) -> EvalResult | None:
-    """The untouched base on the same pictures: computed once in a process.
+    """The untouched base on the same images: computed once in a process.
 
     Full training has its base before its first step only; a run that goes on has no reference then, nor has one that is
     asked to stop meanwhile.
@@ -85,7 +85,7 @@ def write_eval_history(run: Run) -> None:
 
 def read_eval_history(output_dir: Path, history: RunHistory, bus: EventBus) -> dict[str, float | None]:
     """The eval losses that earlier processes of this run wrote, as JSON has them; where the file is damaged, those that
-    `metrics.jsonl` has, for `early_stopping_patience` and the best checkpoint must not begin anew."""
+    `metrics.jsonl` has, for `early_stopping_patience` and the best checkpoint must not start from the beginning."""
     path = output_dir / EVAL_FILE
     try:
         noted = storage.read_json(path) if path.is_file() else {}
@@ -124,7 +124,7 @@ def restore_best(run: Run) -> None:
     best = run.checkpoints.best_evaluation()
     if best is not None and best[0] <= run.state.global_step and best[0] not in run.eval_losses:
         run.eval_losses[best[0]] = best[1]
-        if run.world.is_main:
+        if run.process_group.is_main:
             write_eval_history(run)
     if not run.eval_losses or not keeps_best(run):
         return

@@ -1,6 +1,6 @@
-"""The stable eval loss: held-out pictures, fixed noise, fixed timesteps.
+"""The stable eval loss: held-out images, fixed noise, fixed timesteps.
 
-Training loss is mostly the luck of which timestep was drawn. Here each picture is noised at the same quantiles of the
+Training loss is mostly the luck of which timestep was drawn. Here each image is noised at the same quantiles of the
 family's distribution with the same noise every time, so that two evaluations differ only by the weights.
 """
 
@@ -30,9 +30,9 @@ class EvalResult:
     """Losses of one evaluation.
 
     Args:
-        by_dataset: dataset id -> mean over its pictures and timesteps.
-        pooled: mean over all pictures of all datasets.
-        by_quantile: (quantile, mean loss) over all pictures; quantiles of the family's distribution of sigmas.
+        by_dataset: dataset id -> mean over its images and timesteps.
+        pooled: mean over all images of all datasets.
+        by_quantile: (quantile, mean loss) over all images; quantiles of the family's distribution of sigmas.
     """
 
     by_dataset: Mapping[str, float]
@@ -42,7 +42,7 @@ class EvalResult:
 
 @dataclass(frozen=True)
 class Row:
-    """One picture at one quantile: what one row of a forward pass judges.
+    """One image at one quantile: what one row of a forward pass judges.
 
     Args:
         position: of the sample in its dataset.
@@ -60,10 +60,10 @@ class Evaluator:
     Args:
         datasets: the entries of dataset_type eval.
         sources: dataset id -> latents.
-        num_images: pictures used of each dataset, in path order.
-        num_timesteps: quantiles per picture (`eval_timesteps`).
+        num_images: images used of each dataset, in path order.
+        num_timesteps: quantiles per image (`eval_timesteps`).
         batch_size: rows per forward pass; part of what is fixed, since it may change the last bits.
-        one_reference: the model sees one reference of a picture, where it has several: always the first here.
+        one_reference: the model sees one reference of an image, where it has several: always the first here.
         is_stopping: asked before each forward pass; every process must get the same answer.
     """
 
@@ -110,7 +110,7 @@ class Evaluator:
         )
 
     def _dataset_losses(self, denoiser: nn.Module, dataset: Dataset) -> Tensor:
-        """(pictures, timesteps) loss of each picture at each quantile."""
+        """(images, timesteps) loss of each image at each quantile."""
         usable = sorted(int(index) for members in dataset.buckets.values() for index in members)
         positions = usable[: self.num_images]
         samples = dataset.samples.take(positions)
@@ -159,7 +159,7 @@ def _masks(dataset: Dataset, rows: Sequence[Row], size: tuple[int, int]) -> Tens
 
 
 def _same_size_run(rows: list[Row]) -> list[Row]:
-    """The leading rows whose pictures have one size, since a batch has one."""
+    """The leading rows whose images have one size, since a batch has one."""
     first = rows[0].sample.crop
     size = (first.height, first.width)
     count = 0

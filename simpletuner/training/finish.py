@@ -1,4 +1,4 @@
-"""The end of a run: weights where people look for them, pictures before and after, the curve, the next command."""
+"""The end of a run: weights where people look for them, images before and after, the curve, the next command."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from simpletuner.models.components import save_model_folder
 from simpletuner.optim.optimizers import averaged_weights
 from simpletuner.program import program
 from simpletuner.reporting.events import Notice, RunFinished
-from simpletuner.reporting.loss_plot import draw_loss_plot
+from simpletuner.reporting.loss_plot import plot_loss
 from simpletuner.reporting.report import REPORT_FILE
 from simpletuner.reporting.sinks.jsonl import METRICS_FILE, read_records
+from simpletuner.training.adapter_roundtrip import live_output, prove_adapter
 from simpletuner.training.earlier_runs import move_aside
 from simpletuner.training.full_disk import write_patiently
 from simpletuner.training.lock import LOCK_FILE
 from simpletuner.training.phases import phase
 from simpletuner.training.preflight import model_source
-from simpletuner.training.proof import live_output, prove_adapter
 from simpletuner.training.report import report_run
 from simpletuner.training.run import Run
 from simpletuner.training.run_files import BEST, EMA_DIR, FINAL_FILE, PIPELINE_DIR, step_of
@@ -34,7 +34,7 @@ from simpletuner.training.run_history import Mark
 
 
 def finish_run(run: Run, seconds: float) -> None:
-    """Write and check the final weights, draw the summary, and say what to do next.
+    """Write and check the final weights, generate the summary, and say what to do next.
 
     All processes take part where they hold parts of the weights; only the main one writes.
     """
@@ -42,10 +42,10 @@ def finish_run(run: Run, seconds: float) -> None:
         limit = run.family.max_prompt_tokens
         text = f"{run.family.num_cut_prompts} prompts were longer than {limit} tokens and were cut"
         run.bus.emit(Notice("warning", text))
-    if run.world.is_main:
+    if run.process_group.is_main:
         run.guard.require()
     outputs = save_weights(run)
-    if not run.world.is_main:
+    if not run.process_group.is_main:
         return
     note_final_weights(run)
     for line in run.checkpoints.settle():
@@ -57,7 +57,7 @@ def finish_run(run: Run, seconds: float) -> None:
         step, loss = best
         outputs[f"best checkpoint (step {step}, eval loss {loss:.4f})"] = run.output_dir / BEST
     with costing_only(run, "loss curve"):
-        plot = draw_loss_plot(run.output_dir / METRICS_FILE, run.output_dir / "loss.png")
+        plot = plot_loss(run.output_dir / METRICS_FILE, run.output_dir / "loss.png")
         if plot is not None:
             outputs["loss curve"] = plot
     outputs["report"] = run.output_dir / REPORT_FILE
@@ -75,14 +75,18 @@ def costing_only(run: Run, what: str) -> Iterator[None]:
     try:
         yield
     except (OSError, DataError) as error:
-        told = disk_error(error) or error
-        run.bus.emit(Notice("warning", f"no {what}: {told}"))
+        reported = disk_error(error) or error
+        run.bus.emit(Notice("warning", f"no {what}: {reported}"))
 
 
 def was_finished(run: Run) -> bool:
     """Whether an earlier process brought the run to this end: its final weights can be read, and all else is there."""
-    is_drawn = run.validator is None or run.validator.has_drawn(run.state.global_step, run.ema)
-    return bool(run.world.from_main(run.world.is_main and is_drawn and has_final_weights(run) and has_outputs(run)))
+    is_generated = run.validator is None or run.validator.has_generated(run.state.global_step, run.ema)
+    return bool(
+        run.process_group.from_main(
+            run.process_group.is_main and is_generated and has_final_weights(run) and has_outputs(run)
+        )
+    )
 
 
 def final_files(run: Run) -> list[Path]:
@@ -137,9 +141,9 @@ def save_weights(run: Run) -> dict[str, Path]:
         if run.ema is not None:
             with run.ema.swapped_in(run.adapter.trainable_parameters()):
                 outputs[f"{name} (EMA)"] = save(run, run.output_dir / EMA_DIR)
-        if run.ema is None and run.world.is_main and (run.output_dir / EMA_DIR).exists():
+        if run.ema is None and run.process_group.is_main and (run.output_dir / EMA_DIR).exists():
             move_aside(run.output_dir, run.output_dir / EMA_DIR)  # averages of an earlier end, before EMA was off
-        run.world.barrier()
+        run.process_group.barrier()
     return outputs
 
 
@@ -147,7 +151,7 @@ def save_model(run: Run, folder: Path) -> Path:
     """Write the live weights as a whole model folder: `pipeline` in `folder`."""
     path = folder / PIPELINE_DIR
     denoiser = whole_denoiser(run)
-    if run.world.is_main:
+    if run.process_group.is_main:
         folder.mkdir(parents=True, exist_ok=True)
 
         def commit() -> None:
@@ -164,7 +168,7 @@ def whole_denoiser(run: Run) -> nn.Module:
         return run.denoiser
     weights = run.placement.whole(run.adapter.state_dict())
     denoiser = run.family.empty_denoiser()
-    if run.world.is_main:
+    if run.process_group.is_main:
         kept = {name: tensor for name, tensor in run.denoiser.state_dict().items() if name not in weights}
         denoiser.load_state_dict(kept | weights, assign=True)
     return denoiser
@@ -175,7 +179,7 @@ def save_adapter(run: Run, folder: Path) -> Path:
     path = folder / run.adapter.file_name
     reference = live_output(run)
     with run.placement.gathered():
-        if run.world.is_main:
+        if run.process_group.is_main:
             folder.mkdir(parents=True, exist_ok=True)
             lock = storage.read_json(run.output_dir / LOCK_FILE)
 
@@ -185,12 +189,12 @@ def save_adapter(run: Run, folder: Path) -> Path:
                     prove_adapter(run, temporary, reference)
 
             write_patiently(run, path.name, commit)
-        run.world.barrier()
+        run.process_group.barrier()
     return path
 
 
 def generate_command(loaded: LoadedRun, model: str, outputs: dict[str, Path]) -> str:
-    """The shell command that draws with what was trained."""
+    """The shell command that generates with what was trained."""
     config = loaded.config
     library = [each.prompt for each in (loaded.prompt_library or {}).values()]
     prompt = config.validation_prompt or next(iter(library), "a photo")

@@ -29,7 +29,7 @@ FIRST_PAUSE_SECONDS = 1.0
 
 
 def write_patiently(run: Run, what: str, write: Callable[[], T]) -> T:
-    """What `write` returns. Where the disk is full or faulty, leftovers are removed and it is called once more; with
+    """What `write` returns. Where the disk is full or faulty, stale files are removed and it is called once more; with
     `pause_on_full_disk` then again and again until it succeeds or a signal comes.
 
     Args:
@@ -43,11 +43,11 @@ def write_patiently(run: Run, what: str, write: Callable[[], T]) -> T:
     except DiskError as error:
         if not error.may_pass:
             raise
-        freed = clear_leftovers(run)
+        freed = clean_stale(run)
         text = f"{what} could not be written, and is tried again: {error.problems[0].message}"
-        run.bus.emit(Notice("warning", f"{text}; {freed} leftovers of earlier processes were removed"))
+        run.bus.emit(Notice("warning", f"{text}; {freed} stale files of earlier processes were removed"))
     time.sleep(FIRST_PAUSE_SECONDS)
-    is_told = False
+    is_reported = False
     while True:
         try:
             result = write()
@@ -55,17 +55,17 @@ def write_patiently(run: Run, what: str, write: Callable[[], T]) -> T:
         except DiskError as error:
             if not (error.may_pass and run.config.pause_on_full_disk):
                 raise
-            if not is_told:
+            if not is_reported:
                 text = f"the run is paused at step {run.state.global_step}: {what} {error.problems[0].message}"
                 run.bus.emit(Notice("error", f"{text}. It goes on when there is room ({run.output_dir})"))
-                is_told = True
-            wait_for_room(run, what, error)
-    if is_told:
+                is_reported = True
+            wait_for_disk_space(run, what, error)
+    if is_reported:
         run.bus.emit(Notice("info", f"the run goes on: {what} is written"))
     return result
 
 
-def wait_for_room(run: Run, what: str, error: DiskError) -> None:
+def wait_for_disk_space(run: Run, what: str, error: DiskError) -> None:
     """Let time pass before the next try.
 
     Raises:
@@ -81,7 +81,7 @@ def wait_for_room(run: Run, what: str, error: DiskError) -> None:
         time.sleep(POLL_SECONDS)
 
 
-def clear_leftovers(run: Run) -> int:
+def clean_stale(run: Run) -> int:
     """Remove what dead processes left in the folders of the run; how many files and folders that were."""
-    handled = storage.sweep_tree(run.output_dir, is_locked=True)
-    return len(handled + storage.sweep_tree(Path(run.config.cache_dir)))
+    handled = storage.clean_stale_tree(run.output_dir, is_locked=True)
+    return len(handled + storage.clean_stale_tree(Path(run.config.cache_dir)))

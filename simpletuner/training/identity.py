@@ -24,7 +24,7 @@ FIXED_OPTIONS = ("model_family", "model_type", "lora_type", "optimizer", "base_m
 # Decide, with the shapes, what the weights of standard LoRA mean.
 LORA_OPTIONS = ("lora_alpha", "lora_init_type")
 # Groups of options that change no weight, and those of the others that change none. All else is logged.
-SILENT_GROUPS = ("Several processes", "Validation pictures", "Checkpoints", "Reporting")
+SILENT_GROUPS = ("Several processes", "Validation images", "Checkpoints", "Reporting")
 SILENT_OPTIONS = (
     *("data_backend_config", "cache_dir", "vae_batch_size", "vae_cache_ondemand", "vae_cache_disable"),
     *("text_cache_ondemand", "text_cache_disable", "write_batch_size", "lycoris_config", "init_lora", "lora_format"),
@@ -40,12 +40,12 @@ def run_identity(run: Run) -> dict[str, Any]:
     return {
         "fixed": {**fixed_settings(run.loaded), "parameters": run.placement.shapes()},
         "told": {
-            "datasets": {each.id: {"images": each.num_pictures, "fingerprint": each.fingerprint} for each in datasets},
+            "datasets": {each.id: {"images": each.num_images, "fingerprint": each.fingerprint} for each in datasets},
             "schedules": {
                 each.id: {"repeats": each.repeats, "batch_size": each.batch_size, **asdict(each.schedule)}
                 for each in datasets
             },
-            "processes": run.world.size,
+            "processes": run.process_group.size,
             "torch": torch.__version__,
         },
     }

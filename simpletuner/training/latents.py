@@ -25,11 +25,11 @@ from simpletuner.data.backends.build import source_key
 from simpletuner.data.dataset import Dataset
 from simpletuner.data.digests import DigestMemo
 from simpletuner.data.kept import KeptSamples
-from simpletuner.distributed.world import ALONE, World
+from simpletuner.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from simpletuner.errors import DataError, Problem
 from simpletuner.models.components import component_config
 from simpletuner.models.family import LatentMoments, ModelFamily
-from simpletuner.models.lending import LentVae
+from simpletuner.models.lazy_vae import LazyVae
 from simpletuner.models.spec import FamilySpec
 from simpletuner.randomness import keyed_generator
 from simpletuner.reporting.bus import EventBus
@@ -42,8 +42,8 @@ MEMO_BYTES = 256 * 2**20
 
 
 @dataclass(frozen=True)
-class Pictures:
-    """What a cache is filled from: see `PictureSource`."""
+class ImageInput:
+    """What a cache is filled from: see `ImageSource`."""
 
     samples: ManySamples
     read_pixels: Callable[[Sample], Tensor]
@@ -56,9 +56,9 @@ class DatasetLatents:
         cache: holds the moments.
         read_pixels: of a sample; called from several threads.
         load_vae: called when something must be encoded during training: on demand, or because an entry is damaged.
-        batch_size: pictures in every batch that the VAE sees (`vae_batch_size`).
+        batch_size: images in every batch that the VAE sees (`vae_batch_size`).
         keeps: whether what is encoded during training is written.
-        redraws: crops are drawn anew in each round, so that ready latents do not come again.
+        redraws: crops are resampled in each round, so that ready latents do not come again.
     """
 
     def __init__(
@@ -69,16 +69,16 @@ class DatasetLatents:
         batch_size: int,
         seed: int,
         keeps: bool = True,
-        redraws: bool = False,
+        resamples: bool = False,
     ):
         self.cache = cache
         self.family = cache.family
-        self.pictures = Pictures((), read_pixels)
+        self.images = ImageInput((), read_pixels)
         self.load_vae = load_vae
         self.batch_size = batch_size
         self.seed = seed
         self.keeps = keeps
-        self.redraws = redraws
+        self.resamples = resamples
         self.vae_config = component_config(self.family.source, self.family.spec.component("vae"))
         self._on_demand: OnDemandLatents | None = None
         self._memo: dict[str, Tensor] = {}
@@ -104,7 +104,7 @@ class DatasetLatents:
         """The encoder for what the cache lacks; loads the VAE on first use and keeps it."""
         if self._on_demand is None:
             vae = self.load_vae()
-            self._on_demand = OnDemandLatents(self.cache, self.pictures, vae, self.batch_size, self.keeps)
+            self._on_demand = OnDemandLatents(self.cache, self.images, vae, self.batch_size, self.keeps)
         return self._on_demand
 
     def close(self) -> None:
@@ -124,7 +124,7 @@ class DatasetLatents:
 
     def _remember(self, name: str, row: Tensor) -> None:
         size = row.numel() * row.element_size()
-        if self.redraws:  # crops of earlier rounds do not come again
+        if self.resamples:  # crops of earlier rounds do not come again
             while self._memo and self._memo_bytes + size > MEMO_BYTES:
                 oldest = self._memo.pop(next(iter(self._memo)))
                 self._memo_bytes -= oldest.numel() * oldest.element_size()
@@ -148,12 +148,12 @@ def prepare_latents(
     datasets: Sequence[Dataset],
     bus: EventBus,
     stop: StopRequest,
-    world: World = ALONE,
+    process_group: ProcessGroup = SINGLE_PROCESS,
 ) -> tuple[list[Dataset], LatentSources]:
     """Fill the caches, or get ready to fill them on demand.
 
     Returns:
-        The datasets without the pictures that cannot be encoded, and the sources by dataset id.
+        The datasets without the images that cannot be encoded, and the sources by dataset id.
 
     Raises:
         DataError: nothing usable is left of a dataset, no disk space, no memory.
@@ -162,7 +162,7 @@ def prepare_latents(
     config = loaded.config
     cache_dir = Path(config.cache_dir)
     fingerprint = fingerprint_of_vae(family, cache_dir)
-    vae = LentVae(family)
+    vae = LazyVae(family)
     kept, sources = [], {}
     for dataset in datasets:
         # Two datasets may share the references of one folder, and then their cache.
@@ -173,15 +173,17 @@ def prepare_latents(
                 made = DatasetLatents(cache, part.read_pixels, vae.load, config.vae_batch_size, config.seed)
                 sources[part.id] = made
             sources[part.id].keeps &= dataset.keeps_latents
-            sources[part.id].redraws |= dataset.samples.draws.crops
+            sources[part.id].resamples |= dataset.samples.draws.crops
         kept.append(
-            dataset if dataset.encodes_on_demand else fill_caches(dataset, sources, vae, cache_dir, bus, stop, world)
+            dataset
+            if dataset.encodes_on_demand
+            else fill_caches(dataset, sources, vae, cache_dir, bus, stop, process_group)
         )
     for dataset in kept:
         if dataset.encodes_on_demand:
             for part in dataset.parts:
                 cache = sources[part.id].cache
-                if world.is_main and dataset.keeps_latents and not cache.store.stats().num_entries:
+                if process_group.is_main and dataset.keeps_latents and not cache.store.stats().num_entries:
                     adopt_latents(cache, KeptSamples(dataset, part.id), cache_dir)
                 sources[part.id].encode_on_demand()
     if not any(dataset.encodes_on_demand for dataset in kept):
@@ -216,11 +218,11 @@ def adopt_latents(cache: LatentCache, samples: KeptSamples, cache_dir: Path) -> 
 def fill_caches(
     dataset: Dataset,
     sources: LatentSources,
-    vae: LentVae,
+    vae: LazyVae,
     cache_dir: Path,
     bus: EventBus,
     stop: StopRequest,
-    world: World = ALONE,
+    process_group: ProcessGroup = SINGLE_PROCESS,
 ) -> Dataset:
     """Encode what is missing of one dataset and its references; gives it back without what cannot be encoded.
 
@@ -229,42 +231,44 @@ def fill_caches(
     bad: dict[tuple[str, str], str] = {}
     for name in (part.id for part in dataset.parts):
         cache, source = sources[name].cache, sources[name]
-        share = KeptSamples(dataset, name, world.rank, world.size)
-        everything = name_of_all(dataset, name, cache)
+        share = KeptSamples(dataset, name, process_group.rank, process_group.size)
+        everything = set_fingerprint(dataset, name, cache)
         with phase(bus, f"caching latents of {name}", len(share)) as progress:
-            num_cached = world.from_main(cache.store.complete(everything))
+            num_cached = process_group.from_main(cache.store.complete(everything))
             if num_cached is not None:
                 progress.summary = f"0 encoded, {num_cached} cached before"
                 continue
-            pictures = Pictures(share, source.pictures.read_pixels)
-            with world.main_first():
-                if world.is_main:
+            images = ImageInput(share, source.images.read_pixels)
+            with process_group.main_first():
+                if process_group.is_main:
                     adopt_latents(cache, KeptSamples(dataset, name), cache_dir)
-            report = cache.fill(pictures, vae.load, source.batch_size, _teller(progress, stop), world.size)
+            report = cache.fill(
+                images, vae.load, source.batch_size, _progress_reporter(progress, stop), process_group.size
+            )
             progress.summary = f"{report.num_encoded} encoded, {report.num_cached} cached before"
         unusable = [
-            each for each in world.gather([[each.sample.path, each.reason] for each in report.unusable]) if each
+            each for each in process_group.gather([[each.sample.path, each.reason] for each in report.unusable]) if each
         ]
         for of_process in unusable:
             bad |= {(name, path): reason for path, reason in of_process}
-        (num_entries,) = world.sum([report.num_encoded + report.num_cached])
-        if world.is_main and not unusable:
+        (num_entries,) = process_group.sum([report.num_encoded + report.num_cached])
+        if process_group.is_main and not unusable:
             cache.store.note_complete(everything, round(num_entries))
     for (name, path), reason in bad.items():
         bus.emit(Notice("warning", f"{name}: {path} is left out: {reason}"))
     return without(dataset, bad) if bad else dataset
 
 
-def name_of_all(dataset: Dataset, part_id: str, cache: LatentCache) -> str:
+def set_fingerprint(dataset: Dataset, part_id: str, cache: LatentCache) -> str:
     """Names all latents of a dataset, or of its references: a start that finds them complete asks for no single one.
 
     A digest of whatever decides which samples there are, how they are cut, and what the VAE makes of them.
     """
-    return cache.name_of_all(cache.family.spec.name, dataset.id, part_id, dataset.fingerprint)
+    return cache.set_fingerprint(cache.family.spec.name, dataset.id, part_id, dataset.fingerprint)
 
 
 def without(dataset: Dataset, bad: Mapping[tuple[str, str], str]) -> Dataset:
-    """The dataset without pictures that cannot be encoded, or whose references cannot: they belong to no bucket.
+    """The dataset without images that cannot be encoded, or whose references cannot: they belong to no bucket.
 
     Args:
         bad: (dataset id, path) -> reason.
@@ -279,23 +283,23 @@ def without(dataset: Dataset, bad: Mapping[tuple[str, str], str]) -> Dataset:
         if any(good):
             buckets[size] = members[np.array(good)]
     for (name, path), reason in bad.items():
-        dataset.funnel.set_aside.add(reason if name == dataset.id else f"{name}: {reason}", path)
+        dataset.filter_report.skipped.add(reason if name == dataset.id else f"{name}: {reason}", path)
     if not buckets:
         raise DataError(
             Problem(
-                f"no picture of dataset {dataset.id} can be encoded; the first: {next(iter(bad.values()))}",
+                f"no image of dataset {dataset.id} can be encoded; the first: {next(iter(bad.values()))}",
                 key=f"{dataset.id}.{source_key(dataset.entry)}",
-                fix="repair the pictures or take the dataset out",
+                fix="repair the images or take the dataset out",
             )
         )
     counts = {size: len(members) for size, members in buckets.items()}
-    funnel = replace(dataset.funnel, bucketed=sum(counts.values()), buckets=counts)
-    return replace(dataset, buckets=buckets, funnel=funnel)
+    filter_report = replace(dataset.filter_report, bucketed=sum(counts.values()), buckets=counts)
+    return replace(dataset, buckets=buckets, filter_report=filter_report)
 
 
-def _teller(progress: Phase, stop: StopRequest) -> Callable[[int, int], None]:
-    def tell(done: int, total: int) -> None:
+def _progress_reporter(progress: Phase, stop: StopRequest) -> Callable[[int, int], None]:
+    def report(done: int, total: int) -> None:
         progress.advance(done - progress.done)
         stop.check()
 
-    return tell
+    return report

@@ -1,6 +1,6 @@
 """`run.lock.json`: what a run was made of, so that it can be made again, and a resume can tell what has changed.
 
-Versions, the resolved configuration, and digests of configuration files, pictures and base weights. Digests of files
+Versions, the resolved configuration, and digests of configuration files, images and base weights. Digests of files
 are remembered in the cache folder, so only the first start on a model reads its weights for them.
 """
 
@@ -63,7 +63,7 @@ def make_lock(loaded: LoadedRun, family: ModelFamily, datasets: Sequence[Dataset
             "origins": {key: str(origin) for key, origin in loaded.origins.items()},
             "command": train_command(loaded),
             "config_files": {path.name: memo.digest(path) for path in files},
-            "data": {each.id: {"pictures": each.num_pictures, "fingerprint": each.fingerprint} for each in datasets},
+            "data": {each.id: {"pictures": each.num_images, "fingerprint": each.fingerprint} for each in datasets},
             "base": {
                 "model": family.source.model,
                 "revision": family.source.revision,
@@ -79,7 +79,7 @@ def make_lock(loaded: LoadedRun, family: ModelFamily, datasets: Sequence[Dataset
 
 
 def changes_since(path: Path, lock: Mapping[str, Any]) -> list[str]:
-    """What differs from the lock at `path`; one that cannot be read is told and costs the comparison only."""
+    """What differs from the lock at `path`; one that cannot be read is reported and costs the comparison only."""
     try:
         return lock_changes(storage.read_json(path), lock)
     except DataError as error:
@@ -130,7 +130,7 @@ def component_files(family: ModelFamily, component: Component) -> list[Path]:
 def train_command(loaded: LoadedRun, program: str = "simpletuner") -> str:
     """The shell command that starts this run again, or goes on with it: its file, and what the command line set.
 
-    Secrets of the command line are left out; they are given anew.
+    Secrets of the command line are left out; they are given again.
     """
     given = [key for key, origin in loaded.origins.items() if origin.kind == "command line"]
     values = loaded.resolved()

@@ -4,9 +4,9 @@
 2. losses    each micro-batch forward and backward, divided by the whole window's weight
 3. update    check finite -> clip -> schedule -> optimizer -> EMA -> global_step + 1
 4. report    numbers of this step
-5. checkpoint before evaluation and pictures: a crash in those loses nothing
+5. checkpoint before evaluation and images: a crash in those loses nothing
 6. evaluate  eval loss on fixed noise
-7. validate  pictures from the live weights
+7. validate  images from the live weights
 
 Nothing in 4 to 7 touches weights or randomness of training, so they can be switched on or off without changing a bit
 of the result. A signal is answered between windows: parameters are then those of a whole number of steps.
@@ -35,7 +35,7 @@ from simpletuner.training.evaluate import evaluate
 from simpletuner.training.loss_bins import INTERVAL as LOSS_BINS_INTERVAL
 from simpletuner.training.memory import memory_gb
 from simpletuner.training.run import Run
-from simpletuner.training.step import Losses, compute_losses, draw_noise, draw_quantiles
+from simpletuner.training.step import Losses, compute_losses, sample_noise, sample_quantiles
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def run_training(run: Run) -> None:
         if run.state.global_step % LOSS_BINS_INTERVAL == 0 or run.is_finished:
             report_loss_bins(run)
 
-        if run.world.is_main:
+        if run.process_group.is_main:
             run.guard.require()
         maybe_checkpoint(run)
         if outcome.stops:
@@ -85,15 +85,15 @@ def run_training(run: Run) -> None:
         else:
             maybe_evaluate(run)
             maybe_validate(run)
-        if run.stop and (outcome.stops or run.world.size == 1):
+        if run.stop and (outcome.stops or run.process_group.size == 1):
             raise run.stop.error(saved=str(save_checkpoint(run)))
 
 
 def begin(run: Run) -> None:
-    """Evaluate and draw what is due at the step that this process starts from.
+    """Evaluate and generate what is due at the step that this process starts from.
 
     Of a new run that is the base, of one that goes on what a kill or a signal has cost: the checkpoint of a step is
-    older than its evaluation and pictures.
+    older than its evaluation and images.
 
     Raises:
         Interrupted: a signal came.
@@ -105,16 +105,16 @@ def begin(run: Run) -> None:
         run.epochs_before = max(run.epochs_after - taken, Fraction(0))
     if step == 0 or step not in run.eval_losses:
         maybe_evaluate(run, always=step == 0)
-    if run.validator is not None and (step == 0 or not run.validator.has_drawn(step, run.ema)):
+    if run.validator is not None and (step == 0 or not run.validator.has_generated(step, run.ema)):
         maybe_validate(run, always=step == 0)
-    if run.stop and run.world.size == 1:
+    if run.stop and run.process_group.size == 1:
         raise run.stop.error(saved=str(save_checkpoint(run)) if step else None)
 
 
 def train_window(run: Run, window: Window) -> StepOutcome:
     """One optimizer step: all micro-batches of the window, then the update."""
     step, state = window.step, run.state
-    weight = max(run.world.sum([window.weight])[0], 1e-12)
+    weight = max(run.process_group.sum([window.weight])[0], 1e-12)
     set_learning_rate(run.optimizer, learning_rate_at(run, step))
     losses = backward_window(run, window, weight)
     run.placement.collect_gradients()
@@ -144,7 +144,7 @@ def backward_window(run: Run, window: Window, weight: float) -> list[Losses]:
         try:
             return [backward_micro_batch(run, window, micro_step, weight) for micro_step in range(len(window.batches))]
         except (RuntimeError, MemoryError) as error:
-            is_helped = run.world.size == 1 and run.recomputing is not None and is_shortage(error)
+            is_helped = run.process_group.size == 1 and run.recomputing is not None and is_shortage(error)
             if not is_helped or not run.recomputing.recompute_more():  # type: ignore[union-attr]
                 raise
             reason = str(error).splitlines()[0]
@@ -189,11 +189,11 @@ def forward_micro_batch(run: Run, window: Window, micro_step: int) -> Losses:
     """The losses of one micro-batch; the same each time it is computed."""
     batch = window.batches[micro_step]
     step = window.step
-    quantiles = draw_quantiles(batch, run.seed, step)
-    noise = run.objective.offset_noise(draw_noise(batch, run.seed, step), batch.slots, run.seed, step)
+    quantiles = sample_quantiles(batch, run.seed, step)
+    noise = run.objective.offset_noise(sample_noise(batch, run.seed, step), batch.slots, run.seed, step)
     perturbed_noise = run.objective.perturbed_noise(noise, batch.slots, run.seed, step)
     # Dropout inside an adapter draws from the global generator.
-    reseed_global(run.seed, "denoiser", step, micro_step, *run.world.key)
+    reseed_global(run.seed, "denoiser", step, micro_step, *run.process_group.key)
     return compute_losses(
         run.family,
         run.denoiser,
@@ -211,7 +211,7 @@ def forward_micro_batch(run: Run, window: Window, micro_step: int) -> Losses:
 def summarise(run: Run, window: Window, losses: list[Losses]) -> StepOutcome:
     """Clip the gradients and gather the step's numbers: the one place where the host waits for the device."""
     grad_norm = clip_gradients(run)
-    *sums, stops, samples = run.world.sum([*weighted_sums(window, losses), bool(run.stop), window.num_samples])
+    *sums, stops, samples = run.process_group.sum([*weighted_sums(window, losses), bool(run.stop), window.num_samples])
     loss, regularisation_loss = weighted_means(*sums)
     return StepOutcome(
         loss, float(grad_norm), learning_rate_at(run, window.step), regularisation_loss, stops > 0, int(samples)
@@ -284,7 +284,7 @@ def report_step(run: Run, window: Window, outcome: StepOutcome, epoch: int, seco
 
 def report_loss_bins(run: Run) -> None:
     """Emit the loss by noise level since the last time."""
-    event = run.loss_bins.take(run.state.global_step, run.world)
+    event = run.loss_bins.take(run.state.global_step, run.process_group)
     if event is not None:
         run.bus.emit(event)
 
@@ -327,7 +327,7 @@ def maybe_checkpoint(run: Run) -> None:
     """Save where it is due; what is due at a skipped step is made up for after the next good one."""
     config = run.config
     is_skipped = run.state.skipped_steps > 0
-    if not is_skipped and run.world.is_main:
+    if not is_skipped and run.process_group.is_main:
         for line in run.checkpoints.settle():
             run.bus.emit(Notice("warning", line))
     if is_due(run, config.checkpoint_step_interval, config.checkpoint_epoch_interval) or run.owes_checkpoint:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from simpletuner.distributed.world import World
+from simpletuner.distributed.process_group import ProcessGroup
 from simpletuner.reporting.events import LossBySigma
 from simpletuner.training.step import Losses
 
@@ -33,10 +33,10 @@ class LossBins:
         for micro in losses:
             self._gathered.append(torch.stack([micro.sigmas.float(), micro.per_sample.detach().float(), micro.weights]))
 
-    def take(self, step: int, world: World) -> LossBySigma | None:
+    def take(self, step: int, process_group: ProcessGroup) -> LossBySigma | None:
         """The means of what was gathered in all processes, which is then forgotten; None where nothing was."""
         sums, weights, counts = self._sums() if self._gathered else [[0.0] * NUM_BINS] * 3
-        totals = world.sum([*sums, *weights, *counts])
+        totals = process_group.sum([*sums, *weights, *counts])
         first_step, self._gathered = self._first_step, []
         bins = [
             (index / NUM_BINS, (index + 1) / NUM_BINS, loss / weight, count)

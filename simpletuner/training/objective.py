@@ -40,7 +40,7 @@ class SigmaSchedule:
         beta: of `beta`.
         values: of `custom`.
         shift: moves what was drawn towards noise; None does so as the family does, 1 not at all.
-        shifts_by_size: take the shift of the picture's number of patches.
+        shifts_by_size: take the shift of the image's number of patches.
     """
 
     kind: Literal["family", "logit_normal", "uniform", "beta", "custom"] = "family"
@@ -57,7 +57,7 @@ class SigmaSchedule:
             return family.sigmas_at(quantiles, latents)
         if self.kind == "custom":
             return timesteps.chosen_sigmas(quantiles, self.values)
-        sigmas = self._drawn(quantiles)
+        sigmas = self._generated(quantiles)
         if self.shifts_by_size:
             patches = [row.shape[-2] * row.shape[-1] // family.spec.patch_size**2 for row in latents]
             return timesteps.shifted_sigmas(sigmas, torch.tensor([timesteps.shift_of_size(count) for count in patches]))
@@ -66,7 +66,7 @@ class SigmaSchedule:
         # As the family has it: what it makes of a logit-normal distribution, with this one in its place.
         return family.sigmas_at(timesteps.logit_normal_quantiles(sigmas), latents)
 
-    def _drawn(self, quantiles: Tensor) -> Tensor:
+    def _generated(self, quantiles: Tensor) -> Tensor:
         if self.kind == "uniform":
             return timesteps.uniform_sigmas(quantiles)
         if self.kind == "beta":
@@ -93,7 +93,7 @@ class Objective:
         huber_c: that turning point.
         snr_gamma: bound of min-SNR weights; None weighs all alike.
         noise_offset: deviation of one number for each channel that is added to the noise; 0 adds none.
-        noise_offset_probability: share of the pictures whose noise has it.
+        noise_offset_probability: share of the images whose noise has it.
         input_perturbation: deviation of the noise that the target does not know of.
         input_perturbation_steps: optimizer steps over which it falls to 0; 0 keeps it.
         schedule: noise levels.

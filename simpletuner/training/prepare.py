@@ -10,8 +10,8 @@ from simpletuner.config.options import TrainConfig
 from simpletuner.data.dataset import Dataset
 from simpletuner.data.datasets import UnusableData, build_datasets
 from simpletuner.data.holdout import SUFFIX, hold_out
-from simpletuner.data.report import Funnel, ProgressReport, write_report
-from simpletuner.distributed.world import ALONE, World
+from simpletuner.data.report import FilterReport, ProgressReport, write_report
+from simpletuner.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from simpletuner.errors import ConfigError, DataError, Problem
 from simpletuner.models.family import ModelFamily
 from simpletuner.reporting.bus import EventBus
@@ -30,7 +30,7 @@ def prepare_data(
     output_dir: Path,
     bus: EventBus,
     stop: StopRequest,
-    world: World = ALONE,
+    process_group: ProcessGroup = SINGLE_PROCESS,
 ) -> tuple[list[Dataset], LatentSources]:
     """All that happens before the denoiser is loaded: `simpletuner cache build` does this and no more.
 
@@ -38,13 +38,13 @@ def prepare_data(
         DataError: as `prepare_datasets` and `prepare_latents`.
         Interrupted: a signal came; what was encoded stays.
     """
-    with world.main_first():  # the others find every index made
-        datasets = prepare_datasets(loaded, family, output_dir, bus, stop, world)
-    prepare_prompts(loaded, family, datasets, bus, stop, world)
+    with process_group.main_first():  # the others find every index made
+        datasets = prepare_datasets(loaded, family, output_dir, bus, stop, process_group)
+    prepare_prompts(loaded, family, datasets, bus, stop, process_group)
     hold_out(datasets, loaded.config.eval_holdout)  # a share that cannot be had is refused before anything is encoded
-    kept, sources = prepare_latents(loaded, family, datasets, bus, stop, world)
-    if world.is_main and any(new is not old for new, old in zip(kept, datasets, strict=True)):
-        write_report(output_dir, [dataset.funnel for dataset in kept])  # with what the VAE could not encode
+    kept, sources = prepare_latents(loaded, family, datasets, bus, stop, process_group)
+    if process_group.is_main and any(new is not old for new, old in zip(kept, datasets, strict=True)):
+        write_report(output_dir, [dataset.filter_report for dataset in kept])  # with what the VAE could not encode
     return with_holdout(kept, sources, loaded.config.eval_holdout, bus)
 
 
@@ -56,8 +56,8 @@ def with_holdout(
     held = divided[len(datasets) :]
     for dataset in held:
         source = dataset.id.removesuffix(SUFFIX)
-        count, whole = dataset.num_pictures, dataset.num_pictures + _by_id(divided, source).num_pictures
-        bus.emit(Notice("info", f"{source}: {count} of {whole} pictures are held out for the eval loss"))
+        count, whole = dataset.num_images, dataset.num_images + _by_id(divided, source).num_images
+        bus.emit(Notice("info", f"{source}: {count} of {whole} images are held out for the eval loss"))
     return divided, {**sources, **{dataset.id: sources[dataset.id.removesuffix(SUFFIX)] for dataset in held}}
 
 
@@ -71,27 +71,27 @@ def prepare_datasets(
     output_dir: Path,
     bus: EventBus,
     stop: StopRequest,
-    world: World = ALONE,
+    process_group: ProcessGroup = SINGLE_PROCESS,
 ) -> list[Dataset]:
     """Scan the folders, tell what is used of them and why the rest is not, and keep that as a file.
 
     Raises:
-        DataError: a dataset without usable pictures, or no dataset to train on.
+        DataError: a dataset without usable images, or no dataset to train on.
     """
     with phase(bus, "reading the datasets") as progress:
 
-        def tell(label: str, done: int, total: int | None) -> None:
+        def show_progress(label: str, done: int, total: int | None) -> None:
             progress.advance(max(done - progress.done, 0))
             stop.check()
 
         try:
-            datasets = read_datasets(loaded, family, tell)
+            datasets = read_datasets(loaded, family, show_progress)
         except UnusableData as error:
-            _tell_funnels(error.funnels, output_dir, bus, world)
+            _report_filters(error.filter_reports, output_dir, bus, process_group)
             raise
-        progress.summary = f"{sum(dataset.funnel.bucketed for dataset in datasets)} pictures"
-    _tell_funnels([dataset.funnel for dataset in datasets], output_dir, bus, world)
-    require_trainable(loaded, family, datasets, world.size)
+        progress.summary = f"{sum(dataset.filter_report.bucketed for dataset in datasets)} images"
+    _report_filters([dataset.filter_report for dataset in datasets], output_dir, bus, process_group)
+    require_trainable(loaded, family, datasets, process_group.size)
     return datasets
 
 
@@ -99,7 +99,7 @@ def read_datasets(loaded: LoadedRun, family: ModelFamily, report: ProgressReport
     """The datasets of a run as their folders are now.
 
     Args:
-        report: told how far each scan has come.
+        report: called with how far each scan has come.
 
     Raises:
         ConfigError: as `build_datasets`.
@@ -126,14 +126,16 @@ def _data_file(loaded: LoadedRun) -> str | None:
     return str(loaded.data_file) if loaded.data_file else None
 
 
-def _tell_funnels(funnels: Sequence[Funnel], output_dir: Path, bus: EventBus, world: World) -> None:
-    for funnel in funnels:
-        for line in funnel.lines():
+def _report_filters(
+    filter_reports: Sequence[FilterReport], output_dir: Path, bus: EventBus, process_group: ProcessGroup
+) -> None:
+    for filter_report in filter_reports:
+        for line in filter_report.lines():
             bus.emit(Notice("info", line))
-        for line in funnel.warnings:
+        for line in filter_report.warnings:
             bus.emit(Notice("warning", line))
-    if world.is_main:
-        write_report(output_dir, funnels)
+    if process_group.is_main:
+        write_report(output_dir, filter_reports)
 
 
 def require_training(datasets: list[Dataset], data_file: str | None) -> None:
@@ -176,9 +178,7 @@ def require_full_batches(
         buckets = ", ".join(f"{width}x{height} has {count}" for (height, width), count in short[:MAX_LISTED])
         more = ", ..." if len(short) > MAX_LISTED else ""
         repeats = -(-batch_size // min(count for _, count in short)) - 1
-        message = (
-            f"buckets with fewer pictures than a batch of {batch_size} (repeats {dataset.repeats}): {buckets}{more}"
-        )
+        message = f"buckets with fewer images than a batch of {batch_size} (repeats {dataset.repeats}): {buckets}{more}"
         fix = f"set repeats to {repeats}, lower train_batch_size, or allow_dataset_oversubscription to true"
         problems.append(Problem(message, key=f"{dataset.id}.repeats", file=data_file, fix=fix))
     if problems:
@@ -196,7 +196,7 @@ def check_sizes(family: ModelFamily, datasets: list[Dataset], data_file: str | N
     sides |= {each.id: each.largest_side() for dataset in datasets for each in dataset.references}
     problems = [
         Problem(
-            f"pictures would have sides of {side} px, too large for {family.source.model}",
+            f"images would have sides of {side} px, too large for {family.source.model}",
             key=f"{name}.resolution",
             file=data_file,
             allowed=f"sides up to {limit} px",

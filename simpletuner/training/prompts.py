@@ -16,9 +16,9 @@ from simpletuner.config.datasets import text_cache_entry
 from simpletuner.config.loading import LoadedRun
 from simpletuner.data.dataset import Dataset
 from simpletuner.data.digests import DigestMemo
-from simpletuner.distributed.world import ALONE, World
+from simpletuner.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from simpletuner.models.family import ModelFamily
-from simpletuner.models.lending import give_back_memory
+from simpletuner.models.lazy_vae import give_back_memory
 from simpletuner.models.spec import FamilySpec
 from simpletuner.reporting.bus import EventBus
 from simpletuner.reporting.events import Notice
@@ -26,7 +26,7 @@ from simpletuner.training.phases import phase
 from simpletuner.training.signals import StopRequest
 from simpletuner.validation.prompts import requests_from_config
 
-# What the proof of a written adapter asks the denoiser (`training/proof.py`).
+# What the proof of a written adapter asks the denoiser (`training/adapter_roundtrip.py`).
 PROBE_PROMPT = "a probe of the adapter"
 
 
@@ -36,7 +36,7 @@ def prepare_prompts(
     datasets: Sequence[Dataset],
     bus: EventBus,
     stop: StopRequest,
-    world: World = ALONE,
+    process_group: ProcessGroup = SINGLE_PROCESS,
 ) -> None:
     """Fill the cache of captions, or get ready to fill it on demand; `family.prompts` gives embeddings from then on.
 
@@ -55,27 +55,27 @@ def prepare_prompts(
         cache,
         keeps_encoders=on_demand,
         keeps_entries=not config.text_cache_disable,
-        tell=lambda line: bus.emit(Notice("warning", line)),
+        warn=lambda line: bus.emit(Notice("warning", line)),
     )
     if on_demand:
         return
 
     with phase(bus, "caching captions") as progress:
 
-        def tell(done: int, total: int) -> None:
+        def show_progress(done: int, total: int) -> None:
             progress.advance(done - progress.done)
             stop.check()
 
-        everything = _name_of_all(loaded, cache, datasets)
-        num_cached = world.from_main(cache.store.complete(everything))
+        everything = _set_fingerprint(loaded, cache, datasets)
+        num_cached = process_group.from_main(cache.store.complete(everything))
         if num_cached is not None:
             progress.summary = f"0 encoded, {num_cached} cached before"
         else:
             texts = list(dict.fromkeys(run_prompts(loaded, family.spec, datasets)))
-            report = cache.fill(world.share(texts), tell)
+            report = cache.fill(process_group.share(texts), show_progress)
             progress.summary = f"{report.num_encoded} encoded, {report.num_cached} cached before"
-            world.barrier()
-            if world.is_main:
+            process_group.barrier()
+            if process_group.is_main:
                 cache.store.note_complete(everything, len(texts))
     family.free_prompt_encoders()
     give_back_memory(family.device)
@@ -97,10 +97,10 @@ def prompts_folder(loaded: LoadedRun, spec: FamilySpec) -> Path:
     return Path((entry.cache_dir if entry else None) or Path(loaded.config.cache_dir) / "text" / spec.name)
 
 
-def _name_of_all(loaded: LoadedRun, cache: PromptCache, datasets: Sequence[Dataset]) -> str:
+def _set_fingerprint(loaded: LoadedRun, cache: PromptCache, datasets: Sequence[Dataset]) -> str:
     """Names all texts of a run: a start that finds them complete asks for no single one (`training/latents.py`)."""
     captions = [dataset.fingerprint for dataset in datasets]
-    return cache.name_of_all(captions, list(fixed_prompts(loaded, cache.family.spec)))
+    return cache.set_fingerprint(captions, list(fixed_prompts(loaded, cache.family.spec)))
 
 
 def run_prompts(loaded: LoadedRun, spec: FamilySpec, datasets: Sequence[Dataset]) -> Iterator[str]:

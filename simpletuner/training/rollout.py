@@ -1,8 +1,8 @@
 """Scheduled sampling: some batches are trained on latents that the model itself has denoised from a noisier level.
 
-In training the noisy latents lie exactly on the path between data and noise; when drawing, the model sees what its own
-steps have made of them. A rollout closes that gap: from a noisier level it takes a few steps of the length of a drawing
-step, without gradients, down to the level that was drawn for training, and the target leads from there to the data.
+In training the noisy latents lie exactly on the path between data and noise; in sampling, the model sees what its own
+steps have made of them. A rollout closes that gap: from a noisier level it takes a few steps as long as a sampling
+step, without gradients, down to the level that was chosen for training, and the target leads from there to the data.
 
 The depth is chosen for a whole micro-batch of all processes, so that each calls the denoiser equally often.
 """
@@ -57,7 +57,7 @@ class Rollouts:
         start_step: optimizer steps before the first rollout.
         ramp_steps: optimizer steps over which the share goes from `ramp_from` to `ramp_to`; 0 is no ramp.
         ramp_shape: of the way between.
-        strategy: `uniform` draws each depth equally often, `biased_early` short ones more often, `biased_late` long.
+        strategy: `uniform` takes each depth equally often, `biased_early` short ones more often, `biased_late` long.
         solver: takes the steps.
         order: of the solver.
         reflex: weights of the loss; None is the usual one.
@@ -109,7 +109,7 @@ class Rollouts:
         return mean * sum(map(self.probability_at, range(num_steps))) / num_steps
 
     def _depths(self) -> tuple[range, list[int]]:
-        """Every depth of a rollout, and how often it is drawn in proportion."""
+        """Every depth of a rollout, and how often it is generated in proportion."""
         depths = range(1, self.max_depth + 1)
         weights = {
             "uniform": [1] * self.max_depth,
@@ -120,7 +120,7 @@ class Rollouts:
 
 
 def build_rollouts(config: TrainConfig, spec: FamilySpec) -> Rollouts:
-    """The rollouts of a configuration; a step is as long as one of its validation pictures."""
+    """The rollouts of a configuration; a step is as long as one of its validation images."""
     is_reflexive = config.scheduled_sampling_reflexflow
     if is_reflexive is None:
         is_reflexive = spec.prediction_type == "flow"

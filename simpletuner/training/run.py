@@ -18,7 +18,7 @@ from simpletuner.config.loading import LoadedRun
 from simpletuner.config.options import TrainConfig
 from simpletuner.data.dataset import Dataset
 from simpletuner.distributed.placement import Placement
-from simpletuner.distributed.world import ALONE, World
+from simpletuner.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from simpletuner.models.family import ModelFamily
 from simpletuner.optim.ema import EMA
 from simpletuner.optim.schedules import scaled_learning_rate
@@ -28,10 +28,10 @@ from simpletuner.training.batches import BatchSource
 from simpletuner.training.checkpoint import Checkpoints
 from simpletuner.training.divergence import RECENT_STEPS
 from simpletuner.training.evaluation import EvalResult, Evaluator, evaluations_without_gain
+from simpletuner.training.gradient_checkpointing import GradientCheckpointing
 from simpletuner.training.loss_bins import LossBins
 from simpletuner.training.loss_scale import LossScale
 from simpletuner.training.objective import Objective, build_objective
-from simpletuner.training.recomputing import Recomputing
 from simpletuner.training.rollout import Rollouts, build_rollouts
 from simpletuner.training.run_history import FolderGuard
 from simpletuner.training.signals import StopRequest
@@ -95,9 +95,9 @@ class Run:
     state: TrainState
     max_train_steps: int
     placement: Placement
-    world: World = ALONE
+    process_group: ProcessGroup = SINGLE_PROCESS
     datasets: Sequence[Dataset] = ()
-    recomputing: Recomputing | None = None
+    recomputing: GradientCheckpointing | None = None
     is_complete: bool = False
     epochs_before: Fraction = Fraction(0)
     epochs_after: Fraction = Fraction(0)
@@ -149,7 +149,7 @@ class Run:
     @cached_property
     def peak_learning_rate(self) -> float:
         """What `lr_factor` multiplies."""
-        return scaled_learning_rate(self.config, self.world.size)
+        return scaled_learning_rate(self.config, self.process_group.size)
 
     def close(self) -> None:
         """Stop preparing windows, and write what was encoded on demand and is not in the caches yet."""

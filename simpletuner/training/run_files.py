@@ -38,7 +38,7 @@ _OTHERS = (
 )
 # What earlier versions and damage left.
 _OLD_NAMES = re.compile(r"damaged-.+|earlier-checkpoint-best-\d+|metrics\.\d+\.jsonl")
-_PICTURE = re.compile(r"step_(\d+)_.+")
+_IMAGE = re.compile(r"step_(\d+)_.+")
 
 
 def belongings(output_dir: Path, after_step: int | None) -> list[Path]:
@@ -102,6 +102,6 @@ def _after(output_dir: Path, step: int) -> Iterator[Path]:
             yield path
     for folder in (output_dir / "validation_images", output_dir / "validation_images" / "previews"):
         for path in folder.iterdir() if folder.is_dir() else ():
-            picture = _PICTURE.fullmatch(path.name)
-            if picture and int(picture[1]) > step:
+            image = _IMAGE.fullmatch(path.name)
+            if image and int(image[1]) > step:
                 yield path

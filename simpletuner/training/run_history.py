@@ -114,7 +114,7 @@ class RunHistory:
 
 class FolderGuard:
     """Notices that the output folder was renamed, deleted or replaced under a run: a path that is written to is made
-    anew silently, and what goes there is then lost to the run.
+    again silently, and what goes there is then lost to the run.
 
     Args:
         output_dir: with its `run_history.json`.

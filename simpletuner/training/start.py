@@ -12,7 +12,7 @@ from pathlib import Path
 
 from simpletuner import storage
 from simpletuner.config.loading import LoadedRun
-from simpletuner.distributed.world import World
+from simpletuner.distributed.process_group import ProcessGroup
 from simpletuner.errors import ConfigError, DataError, Problem
 from simpletuner.training.checkpoint import Checkpoints, numbered_checkpoints, read_state
 from simpletuner.training.earlier_runs import finish_move, move_earlier, write_run_history
@@ -50,33 +50,33 @@ class Start:
         return int(read_state(self.resume_from)["state"]["global_step"]) if self.resume_from else 0
 
 
-def plan_start(loaded: LoadedRun, output_dir: Path, world: World) -> Start:
+def plan_start(loaded: LoadedRun, output_dir: Path, process_group: ProcessGroup) -> Start:
     """Choose the checkpoint, the same in each process, and refuse what cannot be resumed before anything is loaded.
 
     Raises:
         ConfigError: there is no such checkpoint, only other runs', or it was trained with other fixed options.
         DataError: a process cannot see the checkpoint.
     """
-    planned = _plan_here(loaded, output_dir) if world.is_main else None
-    if world.size == 1:
+    planned = _plan_here(loaded, output_dir) if process_group.is_main else None
+    if process_group.size == 1:
         assert planned is not None
         return planned
-    told = planned and {
+    shared = planned and {
         "history": planned.history.to_json(),
         "resume_from": str(planned.resume_from) if planned.resume_from else None,
         "is_own": planned.is_own,
     }
-    told = world.from_main(told)
-    path = Path(told["resume_from"]) if told["resume_from"] else None
+    shared = process_group.from_main(shared)
+    path = Path(shared["resume_from"]) if shared["resume_from"] else None
     if path is not None and not path.is_dir():
-        message = f"{path} is not there for process {world.rank}"
+        message = f"{path} is not there for process {process_group.rank}"
         raise DataError(Problem(message, key="output_dir", fix="give all machines one shared output_dir"))
-    return planned or Start(RunHistory.from_json(told["history"]), path, told["is_own"])
+    return planned or Start(RunHistory.from_json(shared["history"]), path, shared["is_own"])
 
 
 def _plan_here(loaded: LoadedRun, output_dir: Path) -> Start:
     config = loaded.config
-    storage.sweep(output_dir)
+    storage.clean_stale(output_dir)
     notices = [line for line in [finish_move(output_dir)] if line]
     best = output_dir / BEST
     committed = [*numbered_checkpoints(output_dir), *([best] if best.is_dir() else [])]
@@ -133,7 +133,7 @@ def begin_in_folder(run: Run, start: Start) -> list[str]:
         write_run_history(output_dir, start.history)
         return []
     after_step = run.state.global_step if start.is_own else None
-    told = move_earlier(output_dir, start.history, after_step, {} if start.is_own else start.reports)
+    line = move_earlier(output_dir, start.history, after_step, {} if start.is_own else start.reports)
     if run.eval_losses:  # less than before, where the run goes back
         write_eval_history(run)
-    return [told] if told else []
+    return [line] if line else []

@@ -19,7 +19,7 @@ class TrainState:
         epoch: 0-based epoch of the next micro-batch.
         position: index of the next global micro-batch within that epoch.
         skipped_steps: optimizer steps dropped in a row because loss or gradients were not finite; of this process, for
-            a resume begins to count anew.
+            a resume begins to count again.
     """
 
     global_step: int = 0

@@ -41,7 +41,7 @@ class Losses:
         return self.per_sample.dot(self.weights)
 
 
-def draw_noise(batch: Batch, seed: int, step: int) -> Latents:
+def sample_noise(batch: Batch, seed: int, step: int) -> Latents:
     """Standard normal noise, keyed by (seed, optimizer step, index in the global batch)."""
     rows = [
         torch.randn(latents.shape, generator=keyed_generator(seed, "noise", step, slot))
@@ -50,7 +50,7 @@ def draw_noise(batch: Batch, seed: int, step: int) -> Latents:
     return torch.stack(rows) if isinstance(batch.latents, Tensor) else rows
 
 
-def draw_quantiles(batch: Batch, seed: int, step: int) -> Tensor:
+def sample_quantiles(batch: Batch, seed: int, step: int) -> Tensor:
     """(B,) uniform numbers that become sigmas, keyed like the noise."""
     return torch.tensor([keyed_uniform(seed, "timestep", step, slot) for slot in batch.slots], dtype=torch.float64)
 

@@ -19,8 +19,8 @@ from simpletuner import storage
 from simpletuner.adapters.base import Adapter
 from simpletuner.config.loading import LoadedRun
 from simpletuner.data.sampler import Sampler
-from simpletuner.disk import disk_error, told_as_disk_errors
-from simpletuner.distributed.world import ALONE, ConnectionLost, World, joined
+from simpletuner.disk import disk_error, reported_as_disk_errors
+from simpletuner.distributed.process_group import SINGLE_PROCESS, ConnectionLost, ProcessGroup, joined
 from simpletuner.errors import Interrupted, SimpleTunerError, UploadError
 from simpletuner.hub.job import make_job
 from simpletuner.hub.publisher import Publisher
@@ -33,16 +33,7 @@ from simpletuner.precision.quantise import require_device
 from simpletuner.reporting.bus import EventBus
 from simpletuner.reporting.events import Notice, RunFailed, RunStarted
 from simpletuner.reporting.sinks import build_sinks
-from simpletuner.training.checkpoint import Checkpoints, load_checkpoint, read_state
-from simpletuner.training.device_failures import explain
-from simpletuner.training.devices import adapter_dtype, pick_device, weight_dtype
-from simpletuner.training.evaluate import read_eval_history, restore_best
-from simpletuner.training.evaluation import losses_as_json, losses_from_json
-from simpletuner.training.finish import finish_run, was_finished
-from simpletuner.training.kernels import attention_kernel, compile_blocks
-from simpletuner.training.lock import write_lock
-from simpletuner.training.loop import run_training
-from simpletuner.training.parts import (
+from simpletuner.training.build import (
     attach_adapter,
     build_batches,
     build_evaluator,
@@ -51,10 +42,19 @@ from simpletuner.training.parts import (
     build_sampler,
     build_validator,
 )
+from simpletuner.training.checkpoint import Checkpoints, load_checkpoint, read_state
+from simpletuner.training.device_failures import explain
+from simpletuner.training.device_placement import mesh_of, must_take_turns, place_denoiser
+from simpletuner.training.devices import adapter_dtype, pick_device, weight_dtype
+from simpletuner.training.evaluate import read_eval_history, restore_best
+from simpletuner.training.evaluation import losses_as_json, losses_from_json
+from simpletuner.training.finish import finish_run, was_finished
+from simpletuner.training.gradient_checkpointing import GradientCheckpointing
+from simpletuner.training.kernels import attention_kernel, compile_blocks
+from simpletuner.training.lock import write_lock
+from simpletuner.training.loop import run_training
 from simpletuner.training.phases import phase
-from simpletuner.training.place import mesh_of, must_take_turns, place_denoiser
 from simpletuner.training.prepare import prepare_data
-from simpletuner.training.recomputing import Recomputing
 from simpletuner.training.report import report_run
 from simpletuner.training.resuming import Length, resumed_length, resumed_state, total_train_steps
 from simpletuner.training.run import Run
@@ -67,20 +67,20 @@ def train(loaded: LoadedRun) -> None:
     """Train as configured, from the start or from the newest checkpoint.
 
     Raises:
-        SimpleTunerError: anything that a user can mend; it carries the exit code.
+        SimpleTunerError: anything that a user can fix; it carries the exit code.
     """
     output_dir = Path(loaded.config.output_dir)
-    with told_as_disk_errors(), ExitStack() as stack:
+    with reported_as_disk_errors(), ExitStack() as stack:
         output_dir.mkdir(parents=True, exist_ok=True)
-        world = stack.enter_context(joined(os.environ, loaded.config.distributed_timeout))
-        if world.is_main:
+        process_group = stack.enter_context(joined(os.environ, loaded.config.distributed_timeout))
+        if process_group.is_main:
             stack.enter_context(storage.exclusive_lock(output_dir / ".lock", f"training into {output_dir}"))
-            storage.sweep_tree(output_dir, is_locked=True)
+            storage.clean_stale_tree(output_dir, is_locked=True)
         stop = stack.enter_context(StopRequest())
-        if world.heartbeat is not None:
-            world.heartbeat.stopping = stop.error_while_waiting
-        sinks = build_sinks(loaded.config, output_dir, webhooks=loaded.webhooks) if world.is_main else []
-        publisher = build_publisher(loaded) if world.is_main else None
+        if process_group.heartbeat is not None:
+            process_group.heartbeat.stopping = stop.error_while_waiting
+        sinks = build_sinks(loaded.config, output_dir, webhooks=loaded.webhooks) if process_group.is_main else []
+        publisher = build_publisher(loaded) if process_group.is_main else None
         bus = stack.enter_context(EventBus([*sinks, publisher] if publisher else sinks))
         run: Run | None = None
         try:
@@ -88,7 +88,7 @@ def train(loaded: LoadedRun) -> None:
             stack.enter_context(deterministic_kernels(loaded.config.deterministic))
             stack.enter_context(attention_kernel(loaded.config.attention_mechanism, pick_device(), products))
             with stopped_by_signals(stop):
-                run = build_run(loaded, output_dir, bus, stop, world)
+                run = build_run(loaded, output_dir, bus, stop, process_group)
             stack.callback(run.close)
             started = time.monotonic()
             if run.is_complete:
@@ -105,7 +105,7 @@ def train(loaded: LoadedRun) -> None:
         except SimpleTunerError as error:
             step = run.state.global_step if run is not None else 0
             bus.emit(RunFailed(step=step, message=error.render(), exit_code=error.exit_code))
-            is_writing = run is not None and world.is_main and run.guard.is_there()
+            is_writing = run is not None and process_group.is_main and run.guard.is_there()
             if run is not None and is_writing and not isinstance(error, Interrupted):  # who stops a run is in haste
                 report_run(output_dir, run.datasets, bus)
             raise
@@ -148,12 +148,14 @@ def publish(publisher: Publisher, run: Run) -> None:
         publisher.finish(run.state.global_step, lambda: bool(run.stop))
 
 
-def build_run(loaded: LoadedRun, output_dir: Path, bus: EventBus, stop: StopRequest, world: World = ALONE) -> Run:
+def build_run(
+    loaded: LoadedRun, output_dir: Path, bus: EventBus, stop: StopRequest, process_group: ProcessGroup = SINGLE_PROCESS
+) -> Run:
     """All parts of the run, resumed where there is something to resume from."""
     config = loaded.config
     for line in loaded.warnings:
         bus.emit(Notice("warning", line))
-    start = plan_start(loaded, output_dir, world)
+    start = plan_start(loaded, output_dir, process_group)
     for line in start.notices:
         bus.emit(Notice("warning", line))
     checkpoints = Checkpoints(output_dir, config.checkpoints_total_limit, start.history)
@@ -162,27 +164,27 @@ def build_run(loaded: LoadedRun, output_dir: Path, bus: EventBus, stop: StopRequ
     require_device(config.base_model_precision, family.device, family.dtype)
     trained_dtype = weight_dtype(config) if config.model_type == "full" else adapter_dtype(config)
     require_optimizer(config.optimizer, config.model_dump(), family.device, trained_dtype)
-    datasets, sources = prepare_data(loaded, family, output_dir, bus, stop, world)
+    datasets, sources = prepare_data(loaded, family, output_dir, bus, stop, process_group)
     training = [dataset for dataset in datasets if dataset.kind == "image"]
-    sampler = build_sampler(loaded, training, world)
+    sampler = build_sampler(loaded, training, process_group)
     length = run_length(loaded, sampler, start.resume_from)
     total_steps = length.total_steps
     if length.notice:
         bus.emit(Notice("info", length.notice))
 
     # Whole weights pass through main memory, in each process: one after the other where it does not hold them all.
-    mesh = mesh_of(config, family, world)
-    turns = world.in_turns() if must_take_turns(loaded, family, world) else nullcontext()
+    mesh = mesh_of(config, family, process_group)
+    turns = process_group.in_turns() if must_take_turns(loaded, family, process_group) else nullcontext()
     with turns, phase(bus, "loading the denoiser"):
         denoiser = family.load_base()
         adapter = attach_adapter(loaded, family, denoiser)
-        tell_of_adapter(adapter, bus)
-        placement = place_denoiser(config, family, denoiser, adapter, world, mesh)
-        recomputing = Recomputing.of(config, family.device)
+        describe_adapter(adapter, bus)
+        placement = place_denoiser(config, family, denoiser, adapter, process_group, mesh)
+        recomputing = GradientCheckpointing.of(config, family.device)
         if recomputing is not None:
             denoiser.enable_gradient_checkpointing(recomputing)
         compile_blocks(denoiser, family.spec.block_classes, config.dynamo_backend)
-    choose_kernels(loaded, adapter, family.device, start.resume_from, bus, world)
+    choose_kernels(loaded, adapter, family.device, start.resume_from, bus, process_group)
     parameters = adapter.trainable_parameters()
     run = Run(
         loaded=loaded,
@@ -192,11 +194,11 @@ def build_run(loaded: LoadedRun, output_dir: Path, bus: EventBus, stop: StopRequ
         denoiser=denoiser,
         adapter=adapter,
         optimizer=build_optimizer(config.optimizer, parameters, config.model_dump(), config.seed),
-        lr_factor=build_lr_factor(loaded, total_steps, world),
+        lr_factor=build_lr_factor(loaded, total_steps, process_group),
         ema=EMA(parameters, config.ema_decay, config.ema_update_interval) if config.use_ema else None,
-        batches=build_batches(loaded, family, training, sources, sampler, world),
-        evaluator=build_evaluator(loaded, family, datasets, sources, stop, world),
-        validator=build_validator(loaded, family, datasets, checkpoints, bus, stop, world),
+        batches=build_batches(loaded, family, training, sources, sampler, process_group),
+        evaluator=build_evaluator(loaded, family, datasets, sources, stop, process_group),
+        validator=build_validator(loaded, family, datasets, checkpoints, bus, stop, process_group),
         checkpoints=checkpoints,
         bus=bus,
         stop=stop,
@@ -204,7 +206,7 @@ def build_run(loaded: LoadedRun, output_dir: Path, bus: EventBus, stop: StopRequ
         max_train_steps=total_steps,
         placement=placement,
         recomputing=recomputing,
-        world=world,
+        process_group=process_group,
         datasets=datasets,
     )
     placement.take_over(run.optimizer)
@@ -221,7 +223,12 @@ def run_length(loaded: LoadedRun, sampler: Sampler, resume_from: Path | None) ->
 
 
 def choose_kernels(
-    loaded: LoadedRun, adapter: Adapter, device: torch.device, resume_from: Path | None, bus: EventBus, world: World
+    loaded: LoadedRun,
+    adapter: Adapter,
+    device: torch.device,
+    resume_from: Path | None,
+    bus: EventBus,
+    process_group: ProcessGroup,
 ) -> None:
     """Let the adapter's kernels be chosen: by the checkpoint, else by the main process, which times them; for all.
 
@@ -231,9 +238,9 @@ def choose_kernels(
     if config.dynamo_backend != "no" or config.deterministic:
         return  # a compiler makes its own; the faster ones add up in no fixed order
     known = read_state(resume_from).get("kernels", {}) if resume_from is not None else {}
-    lines = adapter.choose_kernels(device, DTYPES[config.mixed_precision], known) if world.is_main else []
-    choice = world.from_main(dict(adapter.kernel_choice))
-    if not world.is_main:
+    lines = adapter.choose_kernels(device, DTYPES[config.mixed_precision], known) if process_group.is_main else []
+    choice = process_group.from_main(dict(adapter.kernel_choice))
+    if not process_group.is_main:
         lines = adapter.choose_kernels(device, DTYPES[config.mixed_precision], choice)
     for line in lines:
         bus.emit(Notice("info", line))
@@ -247,21 +254,21 @@ def resume(run: Run, start: Start) -> None:
         ConfigError: the checkpoint is of another model or adapter.
         DataError: the disk is full or cannot be written.
     """
-    world, path = run.world, start.resume_from
+    process_group, path = run.process_group, start.resume_from
     if path is not None:
         load_checkpoint(run, path, start.is_own)
         if start.is_own:
-            noted = world.from_main(read_eval_history(run.output_dir, start.history, run.bus))
+            noted = process_group.from_main(read_eval_history(run.output_dir, start.history, run.bus))
             run.eval_losses |= losses_from_json(noted, until=run.state.global_step)
-    told = begin_in_folder(run, start) if world.is_main else []
-    if world.is_main:
+    reported = begin_in_folder(run, start) if process_group.is_main else []
+    if process_group.is_main:
         restore_best(run)
-    run.eval_losses |= losses_from_json(world.from_main(losses_as_json(run.eval_losses)))
+    run.eval_losses |= losses_from_json(process_group.from_main(losses_as_json(run.eval_losses)))
     run.is_complete = run.is_finished and was_finished(run)
     announce(run)
-    for line in told:
+    for line in reported:
         run.bus.emit(Notice("warning", line))
-    if world.is_main:
+    if process_group.is_main:
         write_lock(run.loaded, run.family, run.datasets, run.output_dir, run.bus, resumes=start.is_own)
     if path is not None:
         name = path.name if start.is_own else path
@@ -269,7 +276,7 @@ def resume(run: Run, start: Start) -> None:
         run.bus.emit(Notice("info", text))
 
 
-def tell_of_adapter(adapter: Adapter, bus: EventBus) -> None:
+def describe_adapter(adapter: Adapter, bus: EventBus) -> None:
     """Say which layers it is on and how much is trained: an entry that means too little shows here."""
     for match in adapter.report:
         alias = f" ({match.class_name})" if match.class_name != match.entry else ""
@@ -287,7 +294,7 @@ def announce(run: Run) -> None:
         "model": f"{family.spec.title} ({family.source.model})",
         "training": f"{config.model_type} {config.lora_type if config.model_type == 'lora' else ''}".strip(),
         "device": f"{family.device} in {str(family.dtype).removeprefix('torch.')}",
-        "pictures": ", ".join(f"{dataset.id}: {dataset.num_pictures}" for dataset in run.datasets),
+        "pictures": ", ".join(f"{dataset.id}: {dataset.num_images}" for dataset in run.datasets),
     }
     if config.model_type == "lora":
         form, kind = form_and_kind(config, run.loaded.lycoris)

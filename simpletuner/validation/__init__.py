@@ -1,1 +1,1 @@
-"""Pictures from live weights: which to draw, drawing them, and the sheets that compare them."""
+"""Images from live weights: which to generate, generating them, and the sheets that compare them."""

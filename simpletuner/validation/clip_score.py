@@ -1,4 +1,4 @@
-"""CLIP scores: how well a validation picture fits its prompt, as a public model sees it.
+"""CLIP scores: how well a validation image fits its prompt, as a public model sees it.
 
     score = 100 * max(cos(image embedding, text embedding), 0)
 
@@ -16,9 +16,9 @@ from torch import Tensor
 
 from simpletuner.errors import DataError, Problem
 from simpletuner.models.components import fetch
-from simpletuner.models.lending import SMALL_BYTES, give_back_memory, num_bytes
+from simpletuner.models.lazy_vae import SMALL_BYTES, give_back_memory, num_bytes
 from simpletuner.models.safe_loading import load_errors, load_pretrained, load_tokenizer
-from simpletuner.validation.sampling import Picture
+from simpletuner.validation.sampling import GeneratedImage
 
 if TYPE_CHECKING:
     from transformers import CLIPModel
@@ -29,18 +29,18 @@ BATCH_SIZE = 8
 
 
 class ClipScorer:
-    """Scores pictures; the model is loaded when there are some, and let go of afterwards where it is large.
+    """Scores images; the model is loaded when there are some, and let go of afterwards where it is large.
 
     Args:
         model: folder or hub id of a CLIP model with safetensors weights.
         device: where it works.
 
     Raises:
-        DataError: there is no such model; tokenizer and picture processor are loaded at once.
+        DataError: there is no such model; tokenizer and image processor are loaded at once.
     """
 
     def __init__(self, model: str, device: torch.device):
-        # The processor of CLIPProcessor needs torchvision; this one works on PIL pictures.
+        # The processor of CLIPProcessor needs torchvision; this one works on PIL images.
         from transformers import AutoTokenizer, CLIPConfig, CLIPImageProcessorPil
 
         self.name = model
@@ -61,26 +61,26 @@ class ClipScorer:
             )
         self._model: CLIPModel | None = None
 
-    def score(self, pictures: Sequence[Picture]) -> list[float]:
-        """One score for each picture, 0 to 100; a prompt longer than CLIP's 77 tokens is cut.
+    def score(self, images: Sequence[GeneratedImage]) -> list[float]:
+        """One score for each image, 0 to 100; a prompt longer than CLIP's 77 tokens is cut.
 
         Raises:
             DataError: the weights cannot be loaded.
         """
         scores: list[float] = []
-        for start in range(0, len(pictures), BATCH_SIZE):
-            scores += self._scores(pictures[start : start + BATCH_SIZE]).tolist()
+        for start in range(0, len(images), BATCH_SIZE):
+            scores += self._scores(images[start : start + BATCH_SIZE]).tolist()
         if self._model is not None and num_bytes(self._model) > SMALL_BYTES:
             self._model = None
             give_back_memory(self.device)
         return scores
 
-    def _scores(self, pictures: Sequence[Picture]) -> Tensor:
+    def _scores(self, images: Sequence[GeneratedImage]) -> Tensor:
         model = self._load()
-        prompts = [picture.request.prompt for picture in pictures]
+        prompts = [image.request.prompt for image in images]
         limit = model.config.text_config.max_position_embeddings
         text = self._tokenizer(prompts, padding=True, truncation=True, max_length=limit, return_tensors="pt")
-        pixels = self._processor(images=[picture.image for picture in pictures], return_tensors="pt")["pixel_values"]
+        pixels = self._processor(images=[image.image for image in images], return_tensors="pt")["pixel_values"]
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             output = model(
                 input_ids=text["input_ids"].to(self.device),

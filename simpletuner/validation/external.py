@@ -1,7 +1,7 @@
-"""`validation_method: external-script`: a program of the user draws, beside training.
+"""`validation_method: external-script`: a program of the user generates, beside training.
 
 The command line is split into words and never given to a shell. It is started in a session of its own, and nobody waits
-for it: a program that hangs or fails costs its pictures, not the run. While one works, the next validation is skipped.
+for it: a program that hangs or fails costs its images, not the run. While one works, the next validation is skipped.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class ExternalScript:
     Args:
         command: with `{local_checkpoint_path}`, `{global_step}` and the names of `facts` in braces.
         facts: what else is filled in.
-        newest_checkpoint: the folder to draw from, None while there is none.
+        newest_checkpoint: the folder to generate from, None while there is none.
         output_dir: what the program prints goes to a log there.
     """
 
@@ -50,7 +50,7 @@ class ExternalScript:
         if step > 0:
             self.start(step)
 
-    def has_drawn(self, step: int, ema: Any = None) -> bool:
+    def has_generated(self, step: int, ema: Any = None) -> bool:
         """As of `Validator`; what the program has made nobody here can know, so it is not asked again."""
         return True
 
@@ -63,14 +63,14 @@ class ExternalScript:
         if self._process is not None:
             code = self._process.poll()
             if code is None:
-                self._tell(f"step {step}: validation_external_script still works on an earlier step; not started")
+                self._report(f"step {step}: validation_external_script still works on an earlier step; not started")
                 return []
             if code:
-                self._tell(f"validation_external_script left with exit code {code}; see {self.log}")
+                self._report(f"validation_external_script left with exit code {code}; see {self.log}")
             self._process = None
         checkpoint = self.newest_checkpoint()
         if checkpoint is None and "{local_checkpoint_path}" in self.command:
-            self._tell(f"step {step}: there is no checkpoint yet; validation_external_script was not started")
+            self._report(f"step {step}: there is no checkpoint yet; validation_external_script was not started")
             return []
         words = self._words(step, checkpoint)
         try:
@@ -84,7 +84,7 @@ class ExternalScript:
                     start_new_session=True,
                 )
         except OSError as error:
-            self._tell(f"validation_external_script cannot be started: {error}")
+            self._report(f"validation_external_script cannot be started: {error}")
             return []
         return words
 
@@ -96,5 +96,5 @@ class ExternalScript:
             words = [word.replace(f"{{{name}}}", value) for word in words]
         return words
 
-    def _tell(self, text: str) -> None:
+    def _report(self, text: str) -> None:
         self.bus.emit(Notice("warning", text))

@@ -1,8 +1,8 @@
-"""Where validation pictures are kept and how their sheets are put together.
+"""Where validation images are kept and how their sheets are put together.
 
 Names are those that SimpleTuner's users know: `validation_images/step_<step>_<shortname>_<index>_<W>x<H>.png` and
 `benchmarks/base_model/<shortname>_<W>x<H>.png`; previews are in `validation_images/previews/`. The benchmark carries a
-note of what it was drawn with, so that one of another model, prompt or seed is drawn again and not compared with.
+note of what it was generated with, so that one of another model, prompt or seed is made again and not compared with.
 """
 
 from __future__ import annotations
@@ -18,31 +18,31 @@ from typing import Any, Literal
 from PIL import Image
 
 from simpletuner.disk import DiskError, disk_errors
-from simpletuner.reporting.events import SavedPicture
+from simpletuner.reporting.events import SavedImage
 from simpletuner.reporting.progress import number_text
 from simpletuner.storage import write_bytes, write_json
 from simpletuner.validation.grids import Row, comparison_sheet
-from simpletuner.validation.prompts import PictureRequest
-from simpletuner.validation.sampling import Picture
+from simpletuner.validation.prompts import ImageRequest
+from simpletuner.validation.sampling import GeneratedImage
 
 Kind = Literal["base", "live", "ema"]
 
 MOST_COLUMNS = 6
-# The sheet of all steps shows small pictures, so that an evening's run still fits a screen.
+# The sheet of all steps shows small images, so that an evening's run still fits a screen.
 MOST_STEPS, SMALL_CELL = 24, 128
 RETRY_SECONDS = 1.0
 
 
-class PictureFiles:
-    """The picture files of one run.
+class ImageFiles:
+    """The image files of one run.
 
     Args:
         output_dir: of the run.
-        requests: what one validation draws.
-        settings: everything else that decides how a base picture looks (model, sampler, ...).
+        requests: what one validation generates.
+        settings: everything else that decides how a base image looks (model, sampler, ...).
     """
 
-    def __init__(self, output_dir: Path, requests: Sequence[PictureRequest], settings: Mapping[str, Any]):
+    def __init__(self, output_dir: Path, requests: Sequence[ImageRequest], settings: Mapping[str, Any]):
         self.output_dir = output_dir
         self.images_dir = output_dir / "validation_images"
         self.previews_dir = self.images_dir / "previews"
@@ -58,27 +58,27 @@ class PictureFiles:
         }
         self._note = json.loads(json.dumps(note))  # as it is read again: a tuple is a list there
 
-    def path(self, request: PictureRequest, step: int, kind: Literal["live", "ema"]) -> Path:
+    def path(self, request: ImageRequest, step: int, kind: Literal["live", "ema"]) -> Path:
         suffix = "_ema" if kind == "ema" else ""
         name = f"step_{step}_{request.file_stem}_{request.index}_{request.size_text}{suffix}.png"
         return self.images_dir / name
 
-    def benchmark_path(self, request: PictureRequest) -> Path:
+    def benchmark_path(self, request: ImageRequest) -> Path:
         number = f"_{request.index}" if request.index else ""
         return self.benchmark_dir / f"{request.file_stem}{number}_{request.size_text}.png"
 
     def save_preview(
-        self, image: Image.Image, request: PictureRequest, step: int, kind: Kind, sampling_step: int
-    ) -> SavedPicture:
-        """A picture on its way: `step_<step>_<shortname>_<index>_<W>x<H>[_base|_ema]_at_<sampling step>.png`."""
+        self, image: Image.Image, request: ImageRequest, step: int, kind: Kind, sampling_step: int
+    ) -> SavedImage:
+        """An image on its way: `step_<step>_<shortname>_<index>_<W>x<H>[_base|_ema]_at_<sampling step>.png`."""
         suffix = "" if kind == "live" else f"_{kind}"
         name = f"step_{step}_{request.file_stem}_{request.index}_{request.size_text}{suffix}_at_{sampling_step}.png"
         path = self.previews_dir / name
         write_png(path, image)
-        return SavedPicture(path, request.shortname, request.prompt, *image.size, request.seed, kind, request.index)
+        return SavedImage(path, request.shortname, request.prompt, *image.size, request.seed, kind, request.index)
 
     def has_benchmark(self) -> bool:
-        """Whether all base pictures are there and were drawn with today's settings."""
+        """Whether all base images are there and were generated with today's settings."""
         note = self.benchmark_dir / "benchmark.json"
         if not note.is_file() or not all(self.benchmark_path(request).is_file() for request in self.requests):
             return False
@@ -87,19 +87,19 @@ class PictureFiles:
         except ValueError:
             return False
 
-    def save_benchmark(self, pictures: Sequence[Picture]) -> list[SavedPicture]:
-        saved = [self._save(picture, self.benchmark_path(picture.request), "base") for picture in pictures]
+    def save_benchmark(self, images: Sequence[GeneratedImage]) -> list[SavedImage]:
+        saved = [self._save(image, self.benchmark_path(image.request), "base") for image in images]
         _twice(lambda: write_json(self.benchmark_dir / "benchmark.json", self._note))
         return saved
 
-    def save(self, pictures: Sequence[Picture], step: int, kind: Literal["live", "ema"]) -> list[SavedPicture]:
-        return [self._save(picture, self.path(picture.request, step, kind), kind) for picture in pictures]
+    def save(self, images: Sequence[GeneratedImage], step: int, kind: Literal["live", "ema"]) -> list[SavedImage]:
+        return [self._save(image, self.path(image.request, step, kind), kind) for image in images]
 
-    def save_sheet(self, step: int) -> SavedPicture:
+    def save_sheet(self, step: int) -> SavedImage:
         """base | step | EMA, a row per request, as `step_<step>_sheet.png`."""
         path, sheet = self._sheet_path(step), self._sheet([step], f"step {step}")
         _twice(lambda: write_png(path, sheet))
-        return SavedPicture(path, "sheet", "", 0, 0, None, "grid")
+        return SavedImage(path, "sheet", "", 0, 0, None, "grid")
 
     def has_step(self, step: int, kinds: Sequence[Literal["live", "ema"]]) -> bool:
         """Whether all images of a step that show these weights are there, and their sheet, which is written last."""
@@ -110,8 +110,8 @@ class PictureFiles:
         return self.images_dir / f"step_{step}_sheet.png"
 
     def write_before_after(self, step: int) -> Path | None:
-        """base | some steps between | `step` | EMA, as `before_after.png`; None where `step` has no pictures."""
-        steps = [known for known in self.steps_with_pictures() if known <= step]
+        """base | some steps between | `step` | EMA, as `before_after.png`; None where `step` has no images."""
+        steps = [known for known in self.steps_with_images() if known <= step]
         if step not in steps:
             return None
         path = self.output_dir / "before_after.png"
@@ -120,15 +120,15 @@ class PictureFiles:
 
     def write_all_steps(self, step: int) -> Path | None:
         """All steps up to `step`, small, as `all_steps.png`; None where `before_after.png` shows them all already."""
-        steps = [known for known in self.steps_with_pictures() if known <= step]
+        steps = [known for known in self.steps_with_images() if known <= step]
         if len(steps) <= MOST_COLUMNS - 2:
             return None
         path = self.output_dir / "all_steps.png"
         write_png(path, self._sheet(spread(steps, MOST_STEPS), "all steps", SMALL_CELL))
         return path
 
-    def steps_with_pictures(self) -> list[int]:
-        """Steps, ascending, at which every request has its picture (live or EMA)."""
+    def steps_with_images(self) -> list[int]:
+        """Steps, ascending, at which every request has its image (live or EMA)."""
         steps = {int(path.name.split("_")[1]) for path in self.images_dir.glob("step_*_*.png")}
         complete = [
             step
@@ -137,11 +137,11 @@ class PictureFiles:
         ]
         return sorted(complete)
 
-    def _save(self, picture: Picture, path: Path, kind: Kind) -> SavedPicture:
-        _twice(lambda: write_png(path, picture.image))
-        request = picture.request
+    def _save(self, image: GeneratedImage, path: Path, kind: Kind) -> SavedImage:
+        _twice(lambda: write_png(path, image.image))
+        request = image.request
         size = (request.width, request.height)
-        return SavedPicture(path, request.shortname, request.prompt, *size, request.seed, kind, request.index)
+        return SavedImage(path, request.shortname, request.prompt, *size, request.seed, kind, request.index)
 
     def _sheet(self, steps: Sequence[int], title: str, cell: int | None = None) -> Image.Image:
         sources = [("base model", self.benchmark_path)] if self.has_benchmark() else []

@@ -1,4 +1,4 @@
-"""Draws pictures outside of a run: a model, optionally an adapter file on top, and what to draw."""
+"""Draws images outside of a run: a model, optionally an adapter file on top, and what to draw."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from simpletuner.adapters.files import apply_adapter_file
 from simpletuner.cache.prompts import PromptsAhead
 from simpletuner.errors import ConfigError, Problem
 from simpletuner.validation.files import write_png
-from simpletuner.validation.prompts import DrawSettings, PictureRequest, rounded_sizes
+from simpletuner.validation.prompts import GenerationSettings, ImageRequest, rounded_sizes
 from simpletuner.validation.references import read_references
-from simpletuner.validation.sampling import batch_size_for, make_pictures
+from simpletuner.validation.sampling import batch_size_for, make_images
 
 if TYPE_CHECKING:
     from simpletuner.models.family import ModelFamily
 
 
 @dataclass(frozen=True)
-class Drawing:
+class GenerationRequest:
     """What to draw.
 
     Args:
@@ -30,9 +30,9 @@ class Drawing:
         width: pixels; rounded to the family's multiple.
         steps: inference steps.
         guidance: classifier-free guidance scale.
-        seed: of each prompt's first picture; its further ones count up.
-        count: pictures per prompt.
-        references: files of input pictures, for each prompt the same.
+        seed: of each prompt's first image; its further ones count up.
+        count: images per prompt.
+        references: files of input images, for each prompt the same.
     """
 
     prompts: tuple[str, ...]
@@ -46,75 +46,75 @@ class Drawing:
     references: tuple[Path, ...] = ()
 
 
-def generate_pictures(
+def generate_images(
     family: ModelFamily,
-    drawing: Drawing,
+    wanted: GenerationRequest,
     adapter_file: Path | None,
     output: Path,
     say: Callable[[str], None] = print,
     strength: float = 1.0,
 ) -> list[Path]:
-    """Draw, and write PNG files; returns their paths in the order of prompts.
+    """Generate, and write PNG files; returns their paths in the order of prompts.
 
     Args:
         adapter_file: safetensors of any adapter format, or None for the model alone.
-        output: a `.png` file for a single picture, else a folder, where no file is overwritten.
+        output: a `.png` file for a single image, else a folder, where no file is overwritten.
         say: told what a person should know.
         strength: multiplies what the adapter changes.
 
     Raises:
-        DataError: the adapter does not fit, or the pictures cannot be written.
+        DataError: the adapter does not fit, or the images cannot be written.
         ConfigError: a size that the family cannot draw.
     """
-    requests = requests_of(drawing, family, say)
+    requests = requests_of(wanted, family, say)
     if family.spec.caches_prompt_embeds:
-        negative = family.spec.negative_text(drawing.negative_prompt)
-        family.prompts = PromptsAhead(family, [*drawing.prompts, negative])
+        negative = family.spec.negative_text(wanted.negative_prompt)
+        family.prompts = PromptsAhead(family, [*wanted.prompts, negative])
     denoiser = family.load_base()
     if adapter_file is not None:
         for line in apply_adapter_file(denoiser, adapter_file, family.spec, strength).notices:
             say(line)
     denoiser.to(family.device).eval()
-    pictures = make_pictures(
+    images = make_images(
         family.pipeline(denoiser, family.load_vae()),
         requests,
         batch_size=batch_size_for(requests),
     )
-    paths = output_paths(output, len(pictures))
-    for picture, path in zip(pictures, paths, strict=True):
-        write_png(path, picture.image)
+    paths = output_paths(output, len(images))
+    for image, path in zip(images, paths, strict=True):
+        write_png(path, image.image)
     return paths
 
 
-def requests_of(drawing: Drawing, family: ModelFamily, say: Callable[[str], None]) -> list[PictureRequest]:
-    """One request per prompt and seed, at a size that the family can draw."""
+def requests_of(wanted: GenerationRequest, family: ModelFamily, say: Callable[[str], None]) -> list[ImageRequest]:
+    """One request per prompt and seed, at a size that the family can generate."""
     spec = family.spec
-    [(height, width)], notices = rounded_sizes([(drawing.height, drawing.width)], spec.size_multiple, spec.max_size)
+    [(height, width)], notices = rounded_sizes([(wanted.height, wanted.width)], spec.size_multiple, spec.max_size)
     for line in notices:
         say(line)
-    if len(drawing.references) > spec.max_references:
-        message = f"{len(drawing.references)} reference pictures are too many for {spec.title}"
+    if len(wanted.references) > spec.max_references:
+        message = f"{len(wanted.references)} reference images are too many for {spec.title}"
         raise ConfigError(Problem(message, key="--reference", allowed=f"at most {spec.max_references}"))
-    references = read_references(drawing.references, "--reference")
-    settings = DrawSettings(drawing.steps, drawing.guidance, drawing.negative_prompt)
+    references = read_references(wanted.references, "--reference")
+    settings = GenerationSettings(wanted.steps, wanted.guidance, wanted.negative_prompt)
     return [
-        PictureRequest(
-            f"picture-{number}",
+        ImageRequest(
+            f"image-{number}",
             prompt,
             height,
             width,
-            drawing.seed + index,
+            wanted.seed + index,
             settings,
             index,
             references=references,
         )
-        for number, prompt in enumerate(drawing.prompts)
-        for index in range(drawing.count)
+        for number, prompt in enumerate(wanted.prompts)
+        for index in range(wanted.count)
     ]
 
 
 def output_paths(output: Path, count: int) -> list[Path]:
-    """`output` itself if it is a PNG for one picture, else the next free `<number>.png` of a folder."""
+    """`output` itself if it is a PNG for one image, else the next free `<number>.png` of a folder."""
     if output.suffix.lower() == ".png" and count == 1:
         return [output]
     folder = output.with_suffix("") if output.suffix.lower() == ".png" else output

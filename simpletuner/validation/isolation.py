@@ -1,4 +1,4 @@
-"""Keeps what draws pictures away from what trains: modes, gradients, generators and memory are as they were."""
+"""Keeps what generates images away from what trains: modes, gradients, generators and memory are as they were."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Shows pictures while they are drawn: every n-th sampling step is decoded by the family's tiny autoencoder.
+"""Shows images while they are generated: every n-th sampling step is decoded by the family's tiny autoencoder.
 
-What is shown is the picture that the model foresees, not the noisy latents. Both Euler samplers (of flow and of
+What is shown is the image that the model foresees, not the noisy latents. Both Euler samplers (of flow and of
 epsilon models) hold `latents = clean + sigma * direction` and step along the direction; two latents in a row therefore
 give it, and `clean = latents - sigma * direction`, whatever the guidance or the family:
 
@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from simpletuner.errors import DataError
 from simpletuner.reporting.events import Notice, PreviewMade
-from simpletuner.validation.files import PictureFiles
-from simpletuner.validation.prompts import PictureRequest
+from simpletuner.validation.files import ImageFiles
+from simpletuner.validation.prompts import ImageRequest
 from simpletuner.validation.sampling import Watch
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class Previews:
     Args:
         decoder: what `ModelFamily.load_preview_decoder` gave.
         every: sampling steps between two previews (`validation_preview_steps`).
-        files: names and writes the pictures.
+        files: names and writes the images.
         emit: takes the events.
     """
 
@@ -48,7 +48,7 @@ class Previews:
         family: ModelFamily,
         decoder: nn.Module,
         every: int,
-        files: PictureFiles,
+        files: ImageFiles,
         emit: Callable[[PreviewMade | Notice], None],
     ):
         self.family = family
@@ -58,12 +58,10 @@ class Previews:
         self.emit = emit
 
     def watch(self, step: int, kind: Literal["base", "live", "ema"]) -> Watch:
-        """What `make_pictures` takes, for the pictures of one kind of weights at one optimizer step."""
+        """What `make_images` takes, for the images of one kind of weights at one optimizer step."""
         return lambda requests: self._callback(requests, step, kind)
 
-    def _callback(
-        self, requests: Sequence[PictureRequest], step: int, kind: Literal["base", "live", "ema"]
-    ) -> Callback:
+    def _callback(self, requests: Sequence[ImageRequest], step: int, kind: Literal["base", "live", "ema"]) -> Callback:
         previous: Tensor | None = None
 
         def after_step(pipeline: Any, index: int, timestep: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -83,7 +81,7 @@ class Previews:
         index: int,
         latents: Tensor,
         previous: Tensor | None,
-        requests: Sequence[PictureRequest],
+        requests: Sequence[ImageRequest],
         step: int,
         kind: Literal["base", "live", "ema"],
     ) -> None:
@@ -135,6 +133,6 @@ def _noise_share(sigmas: list[float] | None, index: int, prediction_type: str, n
 
 
 def to_images(pixels: Tensor) -> list[Image.Image]:
-    """(B, 3, H, W) in [-1, 1], clipped -> pictures."""
+    """(B, 3, H, W) in [-1, 1], clipped -> images."""
     values = ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
     return [Image.fromarray(row.permute(1, 2, 0).contiguous().cpu().numpy()) for row in values]

@@ -1,4 +1,4 @@
-"""Which pictures validation draws: every prompt at every size, each with its own fixed seed."""
+"""Which images validation generates: every prompt at every size, each with its own fixed seed."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from simpletuner.config.prompt_library import LibraryPrompt
 from simpletuner.config.values import parse_sizes
 from simpletuner.errors import ConfigError, Problem
 from simpletuner.randomness import keyed_seed
-from simpletuner.validation.references import ReferencePicture, read_references
+from simpletuner.validation.references import ReferenceImage, read_references
 
 MAIN_SHORTNAME, UNCONDITIONAL_SHORTNAME = "validation", "unconditional"
 
 
 @dataclass(frozen=True)
 class SkippedLayers:
-    """Guidance away from what the denoiser draws without some of its blocks.
+    """Guidance away from what the denoiser generates without some of its blocks.
 
     Source: "skip-layer guidance", github.com/Stability-AI/sd3.5; diffusers' `pipeline_stable_diffusion_3.py`.
 
@@ -36,8 +36,8 @@ class SkippedLayers:
 
 
 @dataclass(frozen=True)
-class DrawSettings:
-    """How a picture is drawn; those of one call of a pipeline share it.
+class GenerationSettings:
+    """How an image is generated; those of one call of a pipeline share it.
 
     Args:
         steps: inference steps.
@@ -74,18 +74,18 @@ class DrawSettings:
 
 
 @dataclass(frozen=True)
-class PictureRequest:
-    """One picture to draw.
+class ImageRequest:
+    """One image to draw.
 
     Args:
         shortname: names its files; the nickname of the prompt library, or `validation`.
         height: pixels.
         width: pixels.
         seed: of its own generator.
-        settings: how it is drawn.
-        index: counts the pictures of one prompt and size.
+        settings: how it is generated.
+        index: counts the images of one prompt and size.
         adapter_strength: multiplies what an adapter adds.
-        references: the pictures that are edited.
+        references: the images that are edited.
     """
 
     shortname: str
@@ -93,10 +93,10 @@ class PictureRequest:
     height: int
     width: int
     seed: int
-    settings: DrawSettings
+    settings: GenerationSettings
     index: int = 0
     adapter_strength: float = 1.0
-    references: tuple[ReferencePicture, ...] = ()
+    references: tuple[ReferenceImage, ...] = ()
 
     @property
     def size_text(self) -> str:
@@ -109,7 +109,7 @@ class PictureRequest:
 
     @property
     def title(self) -> str:
-        """Names the picture within one validation: shortname, size, and its number where there are several."""
+        """Names the image within one validation: shortname, size, and its number where there are several."""
         return f"{self.shortname}_{self.size_text}" + (f"_{self.index}" if self.index else "")
 
 
@@ -119,8 +119,8 @@ def requests_from_config(
     size_multiple: int,
     max_size: int | None = None,
     empty_prompt: str = "",
-    references: tuple[ReferencePicture, ...] = (),
-) -> tuple[list[PictureRequest], list[str]]:
+    references: tuple[ReferenceImage, ...] = (),
+) -> tuple[list[ImageRequest], list[str]]:
     """Every prompt at every of its sizes, as many times as asked.
 
     Args:
@@ -129,7 +129,7 @@ def requests_from_config(
         size_multiple: pixels; sides are rounded to it.
         max_size: pixels; largest side that the family takes.
         empty_prompt: what the family calls a caption of nothing.
-        references: input pictures of prompts that name none of their own; the empty one has none.
+        references: input images of prompts that name none of their own; the empty one has none.
 
     Returns:
         The requests (none where there is no prompt), and what a person should know of them.
@@ -140,13 +140,13 @@ def requests_from_config(
     """
     if config.validation_disable:
         return [], []
-    requests: list[PictureRequest] = []
+    requests: list[ImageRequest] = []
     notices: list[str] = []
     for shortname, prompt in all_prompts(config, prompt_library, empty_prompt).items():
-        sizes, told = rounded_sizes(
+        sizes, reported = rounded_sizes(
             parse_sizes(prompt.resolution or config.validation_resolution), size_multiple, max_size
         )
-        notices += told
+        notices += reported
         seen = references if shortname != UNCONDITIONAL_SHORTNAME else ()
         if prompt.references is not None:
             seen = read_references(prompt.references, f"{shortname}.references")
@@ -172,12 +172,12 @@ def _requests_of(
     shortname: str,
     prompt: LibraryPrompt,
     sizes: Sequence[tuple[int, int]],
-    references: tuple[ReferencePicture, ...],
-) -> Iterator[PictureRequest]:
+    references: tuple[ReferenceImage, ...],
+) -> Iterator[ImageRequest]:
     """What the prompt itself says comes before what the configuration says."""
     run_seed = config.seed if config.validation_seed is None else config.validation_seed
     seed = run_seed if prompt.seed is None else prompt.seed
-    settings = DrawSettings(
+    settings = GenerationSettings(
         steps=_first(prompt.num_inference_steps, config.validation_num_inference_steps),
         guidance=_first(prompt.guidance, config.validation_guidance),
         negative_prompt=_first(prompt.negative_prompt, config.validation_negative_prompt),
@@ -188,7 +188,7 @@ def _requests_of(
     strength = _first(prompt.adapter_strength, config.validation_lycoris_strength)
     for height, width in sizes:
         for index in range(_first(prompt.num_images, config.num_validation_images)):
-            yield PictureRequest(
+            yield ImageRequest(
                 shortname, prompt.prompt, height, width, seed + index, settings, index, strength, references
             )
 
@@ -204,8 +204,8 @@ def _skipped_layers(config: Any) -> SkippedLayers | None:
     )
 
 
-def reseeded(requests: Sequence[PictureRequest], step: int) -> list[PictureRequest]:
-    """The same pictures with other seeds at each step, and the same ones again when the step is repeated."""
+def reseeded(requests: Sequence[ImageRequest], step: int) -> list[ImageRequest]:
+    """The same images with other seeds at each step, and the same ones again when the step is repeated."""
     return [
         dataclasses.replace(request, seed=keyed_seed(request.seed, "validation", step) % 2**32) for request in requests
     ]
@@ -214,7 +214,7 @@ def reseeded(requests: Sequence[PictureRequest], step: int) -> list[PictureReque
 def rounded_sizes(
     sizes: Sequence[tuple[int, int]], multiple: int, max_size: int | None
 ) -> tuple[list[tuple[int, int]], list[str]]:
-    """(height, width) pairs that the family can draw, without doubles, and one notice for each that had to change.
+    """(height, width) pairs that the family can generate, without doubles, and one notice for each that had to change.
 
     Raises:
         ConfigError: a side above `max_size`.
@@ -225,14 +225,14 @@ def rounded_sizes(
         if max_size is not None and max(new_height, new_width) > max_size:
             raise ConfigError(
                 Problem(
-                    f"{width}x{height} is larger than this model can draw",
+                    f"{width}x{height} is larger than this model can generate",
                     key="validation_resolution",
                     allowed=f"sides up to {max_size} pixels",
                 )
             )
         if (new_height, new_width) != (height, width):
             notices.append(
-                f"{width}x{height} is drawn at {new_width}x{new_height}: this model's sides are multiples of {multiple}"
+                f"{width}x{height} becomes {new_width}x{new_height}: this model's sides are multiples of {multiple}"
             )
         rounded.append((new_height, new_width))
     return list(dict.fromkeys(rounded)), notices

@@ -1,4 +1,4 @@
-"""The pictures that validation edits: files that somebody named, or what training shows the model."""
+"""The images that validation edits: files that somebody named, or what training shows the model."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class ReferencePicture:
-    """An input picture, by its content.
+class ReferenceImage:
+    """An input image, by its content.
 
     Args:
         name: of its file, for reports.
@@ -32,8 +32,8 @@ class ReferencePicture:
     image: Image = field(compare=False, repr=False)
 
 
-def read_references(paths: Sequence[str | Path], key: str) -> tuple[ReferencePicture, ...]:
-    """Picture files, upright and in sRGB.
+def read_references(paths: Sequence[str | Path], key: str) -> tuple[ReferenceImage, ...]:
+    """Image files, upright and in sRGB.
 
     Args:
         key: names them in errors.
@@ -41,21 +41,21 @@ def read_references(paths: Sequence[str | Path], key: str) -> tuple[ReferencePic
     Raises:
         DataError: one cannot be read.
     """
-    from simpletuner.data.transforms import UnusablePicture, load_picture
+    from simpletuner.data.transforms import UnusableImage, load_image
 
-    pictures = []
+    images = []
     for path in paths:
         try:
             data = read_file(Path(path), MAX_FILE_BYTES)
-            pictures.append(ReferencePicture(str(path), hashlib.sha256(data).hexdigest(), load_picture(data)))
-        except (OSError, ValueError, UnusablePicture) as error:
-            message = f"the picture {path} cannot be used: {error}"
-            raise DataError(Problem(message, key=key, fix="name another picture")) from error
-    return tuple(pictures)
+            images.append(ReferenceImage(str(path), hashlib.sha256(data).hexdigest(), load_image(data)))
+        except (OSError, ValueError, UnusableImage) as error:
+            message = f"the image {path} cannot be used: {error}"
+            raise DataError(Problem(message, key=key, fix="name another image")) from error
+    return tuple(images)
 
 
-def references_of_data(datasets: Sequence[Dataset], one_reference: bool = False) -> tuple[ReferencePicture, ...]:
-    """The references of one picture, as they are trained with: the first one that is held out, else the first of all.
+def references_of_data(datasets: Sequence[Dataset], one_reference: bool = False) -> tuple[ReferenceImage, ...]:
+    """The references of one image, as they are trained with: the first one that is held out, else the first of all.
 
     Args:
         one_reference: the model sees one at a time.
@@ -72,7 +72,7 @@ def references_of_data(datasets: Sequence[Dataset], one_reference: bool = False)
         seen = dataset.samples[position].references[: 1 if one_reference else None]
         folders = {each.id: each for each in dataset.references}
         return tuple(
-            ReferencePicture(
+            ReferenceImage(
                 f"{sample.dataset_id}/{sample.path}",
                 hashlib.sha256(f"{sample.digest} {sample.crop} {sample.is_flipped}".encode()).hexdigest(),
                 to_image(folders[sample.dataset_id].read_pixels(sample)),

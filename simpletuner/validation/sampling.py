@@ -1,5 +1,5 @@
-"""Draws pictures with a family's pipeline. Each picture has its own generator, so its noise does not depend on which
-other pictures are drawn, in what order, or how many at once."""
+"""Generates images with a family's pipeline. Each image has its own generator, so its noise does not depend on which
+other images are generated, in what order, or how many at once."""
 
 from __future__ import annotations
 
@@ -8,51 +8,51 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-from simpletuner.validation.prompts import DrawSettings, PictureRequest
+from simpletuner.validation.prompts import GenerationSettings, ImageRequest
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-# Gives the `callback_on_step_end` of one call of the pipeline, for the pictures that it draws.
-Watch = Callable[[Sequence[PictureRequest]], Callable[..., dict[str, Any]]]
+# Gives the `callback_on_step_end` of one call of the pipeline, for the images that it generates.
+Watch = Callable[[Sequence[ImageRequest]], Callable[..., dict[str, Any]]]
 
 
 @dataclass(frozen=True)
-class Picture:
-    """A picture that was drawn, and what was asked."""
+class GeneratedImage:
+    """An image that was generated, and what was asked."""
 
-    request: PictureRequest
+    request: ImageRequest
     image: Image
 
 
-def make_pictures(
+def make_images(
     pipeline: Any,
-    requests: Sequence[PictureRequest],
+    requests: Sequence[ImageRequest],
     batch_size: int = 1,
     on_progress: Callable[[int], None] | None = None,
     watch: Watch | None = None,
     noise_device: str = "cpu",
-) -> list[Picture]:
-    """Draw all requests, pictures of one size and setting and with references of one size together.
+) -> list[GeneratedImage]:
+    """Generate all requests, images of one size and setting and with references of one size together.
 
     The result is in the order of `requests`.
 
     Args:
         pipeline: what `ModelFamily.pipeline` returned.
-        batch_size: pictures per call.
-        on_progress: told the number of finished pictures after each call.
+        batch_size: images per call.
+        on_progress: told the number of finished images after each call.
         watch: makes the callback that sees the latents after each denoising step.
         noise_device: of the generators.
     """
     import torch
 
-    def shared(index: int) -> tuple[int, int, tuple[tuple[int, int], ...], DrawSettings]:
+    def shared(index: int) -> tuple[int, int, tuple[tuple[int, int], ...], GenerationSettings]:
         request = requests[index]
         return request.height, request.width, tuple(each.image.size for each in request.references), request.settings
 
-    # Sorting is stable, so pictures of one kind stay in the order that they were asked in.
+    # Sorting is stable, so images of one kind stay in the order that they were asked in.
     order = sorted(range(len(requests)), key=lambda index: (*shared(index)[:3], repr(requests[index].settings)))
-    drawn: dict[int, Picture] = {}
+    generated: dict[int, GeneratedImage] = {}
     with torch.no_grad():
         for (height, width, _, settings), group in groupby(order, key=shared):
             for chunk in _chunks(list(group), max(1, batch_size)):
@@ -70,14 +70,14 @@ def make_pictures(
                     **arguments,
                 ).images
                 for index, image in zip(chunk, images, strict=True):
-                    drawn[index] = Picture(requests[index], image.convert("RGB"))
+                    generated[index] = GeneratedImage(requests[index], image.convert("RGB"))
                 if on_progress:
-                    on_progress(len(drawn))
-    return [drawn[index] for index in range(len(requests))]
+                    on_progress(len(generated))
+    return [generated[index] for index in range(len(requests))]
 
 
-def batch_size_for(requests: Sequence[PictureRequest]) -> int:
-    """Pictures per call that together hold about a megapixel: large ones are drawn singly, small ones together."""
+def batch_size_for(requests: Sequence[ImageRequest]) -> int:
+    """Images per call that together hold about a megapixel: large ones are generated singly, small ones together."""
     largest = max((request.height * request.width for request in requests), default=1)
     return min(16, max(1, 1024 * 1024 // largest))
 

@@ -1,7 +1,7 @@
-"""Draws the validation pictures of a run from the live weights: base (once), current, EMA, and the sheets of them.
+"""Generates the validation images of a run from the live weights: base (once), current, EMA, and the sheets of them.
 
-Nothing of it reaches training: pictures have generators of their own, the global generators and the mode of every
-module are put back, and a failure costs the pictures, not the run.
+Nothing of it reaches training: images have generators of their own, the global generators and the mode of every
+module are put back, and a failure costs the images, not the run.
 """
 
 from __future__ import annotations
@@ -16,36 +16,36 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import nn
 
 from simpletuner.config.prompt_library import LibraryPrompt
-from simpletuner.distributed.world import ALONE, World
+from simpletuner.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from simpletuner.errors import ConfigError, DataError, Problem, SimpleTunerError, Stopping
-from simpletuner.models.lending import LentVae
+from simpletuner.models.lazy_vae import LazyVae
 from simpletuner.reporting.bus import EventBus
 from simpletuner.reporting.events import (
+    ImagesMade,
+    ImagesScored,
     Notice,
     PhaseDone,
     PhaseProgress,
     PhaseStarted,
-    PicturesMade,
-    PicturesScored,
-    SavedPicture,
+    SavedImage,
 )
 from simpletuner.validation.clip_score import DEFAULT_MODEL, ClipScorer
-from simpletuner.validation.files import Kind, PictureFiles
+from simpletuner.validation.files import ImageFiles, Kind
 from simpletuner.validation.isolation import undisturbed
 from simpletuner.validation.previews import Previews
-from simpletuner.validation.prompts import PictureRequest, requests_from_config, reseeded
-from simpletuner.validation.references import ReferencePicture
-from simpletuner.validation.sampling import Picture, Watch, batch_size_for, make_pictures
+from simpletuner.validation.prompts import ImageRequest, requests_from_config, reseeded
+from simpletuner.validation.references import ReferenceImage
+from simpletuner.validation.sampling import GeneratedImage, Watch, batch_size_for, make_images
 from simpletuner.validation.schedulers import use_scheduler
 
 if TYPE_CHECKING:
     from simpletuner.models.family import ModelFamily
 
-# What a picture can cause: no memory, a driver's or sampler's complaint, a full disk, a model that is gone. Mistakes of
+# What an image can cause: no memory, a driver's or sampler's complaint, a full disk, a model that is gone. Mistakes of
 # this program (a missing attribute, a wrong type, a failed assertion) are none of these, and end the run with a
-# traceback: pictures that silently stopped would be found days later.
-PICTURE_FAILURES = (RuntimeError, OSError, ValueError, DataError, ConfigError)
-# Those that one process may meet alone, in the middle of a picture.
+# traceback: images that silently stopped would be found days later.
+IMAGE_FAILURES = (RuntimeError, OSError, ValueError, DataError, ConfigError)
+# Those that one process may meet alone, in the middle of an image.
 ONE_SIDED_FAILURES = (RuntimeError, OSError, DataError)
 
 
@@ -55,14 +55,14 @@ class Validator:
     Args:
         config: the validation options, `model_type`, `mixed_precision`.
         prompt_library: nickname -> prompt, or None.
-        output_dir: pictures go to `validation_images/` and `benchmarks/base_model/` in it.
-        references: input pictures of prompts that name none of their own.
+        output_dir: images go to `validation_images/` and `benchmarks/base_model/` in it.
+        references: input images of prompts that name none of their own.
         is_stopping: asked before each denoising step and before scores; where it says yes, the rest is left off.
-        together: the processes that draw together, since each holds a part of the denoiser: all draw the same, and
+        together: the processes that generate together, since each holds a part of the denoiser: all do the same, and
             leave off together; only the main one shows previews and scores.
 
     Attributes:
-        requests: the pictures of one validation; empty where no prompt is set.
+        requests: the images of one validation; empty where no prompt is set.
 
     Raises:
         ConfigError: a size is too large for the family.
@@ -76,9 +76,9 @@ class Validator:
         prompt_library: Mapping[str, LibraryPrompt] | None,
         output_dir: Path,
         bus: EventBus,
-        references: tuple[ReferencePicture, ...] = (),
+        references: tuple[ReferenceImage, ...] = (),
         is_stopping: Callable[[], bool] = lambda: False,
-        together: World = ALONE,
+        together: ProcessGroup = SINGLE_PROCESS,
     ):
         self.config = config
         self.family = family
@@ -101,8 +101,8 @@ class Validator:
             "seed_source": config.validation_seed_source,
             "base_model_precision": config.base_model_precision,
         }
-        self.files = PictureFiles(Path(output_dir), self.requests, settings)
-        self._vae = LentVae(family)
+        self.files = ImageFiles(Path(output_dir), self.requests, settings)
+        self._vae = LazyVae(family)
         is_shown = bool(self.requests) and together.is_main
         self._previews = self._make_previews() if is_shown and config.validation_preview else None
         self._scorer = self._make_scorer() if is_shown and config.evaluation_type == "clip" else None
@@ -110,67 +110,67 @@ class Validator:
             bus.emit(Notice("warning", line))
 
     def run(self, denoiser: nn.Module, adapter: Any, ema: Any | None, step: int) -> list[Path]:
-        """Draw what is due at `step`; paths of the new files, sheet last.
+        """Generate what is due at `step`; paths of the new files, sheet last.
 
-        Step 0 draws the base model's pictures (the benchmark), and the first validation after it where they are
-        missing. A failure that the outside world can cause is told and leaves training as it was.
+        Step 0 generates the base model's images (the benchmark), and the first validation after it where they are
+        missing. A failure that the outside world can cause is reported and leaves training as it was.
         """
         if not self.requests:
             return []
-        started, name = time.monotonic(), f"pictures at step {step}"
-        saved: list[SavedPicture] = []
-        drawn: dict[Kind, list[Picture]] = {}
+        started, name = time.monotonic(), f"images at step {step}"
+        saved: list[SavedImage] = []
+        generated: dict[Kind, list[GeneratedImage]] = {}
         with self._costing_only(name), undisturbed(denoiser, self.family.device, self.config.mixed_precision):
-            saved, drawn = self._draw_all(denoiser, adapter, ema, step, name)
+            saved, generated = self._generate_all(denoiser, adapter, ema, step, name)
         if saved:
             self.bus.emit(PhaseDone(name, time.monotonic() - started, f"in {saved[-1].path.parent}"))
-            self.bus.emit(PicturesMade(step, tuple(saved)))
-        if drawn and self._scorer is not None:
+            self.bus.emit(ImagesMade(step, tuple(saved)))
+        if generated and self._scorer is not None:
             with self._costing_only(f"scores at step {step}"):
-                self._emit_scores(self._scorer, drawn, step)
-        return [picture.path for picture in saved]
+                self._emit_scores(self._scorer, generated, step)
+        return [image.path for image in saved]
 
-    def has_drawn(self, step: int, ema: Any | None = None) -> bool:
+    def has_generated(self, step: int, ema: Any | None = None) -> bool:
         """Whether all images of `step` and their sheet are there: those of a run that was killed over them are not."""
         return self.together.from_main(self.files.has_step(step, self._step_kinds(ema)))
 
     def write_summaries(self, step: int) -> dict[str, Path]:
-        """The sheets of a whole run, by what they are; none where `step` has no pictures."""
+        """The sheets of a whole run, by what they are; none where `step` has no images."""
         sheets = {
-            "pictures before and after": self.files.write_before_after(step),
-            "pictures at all steps": self.files.write_all_steps(step),
+            "images before and after": self.files.write_before_after(step),
+            "images at all steps": self.files.write_all_steps(step),
         }
         return {name: path for name, path in sheets.items() if path is not None}
 
     @contextmanager
     def _costing_only(self, what: str) -> Iterator[None]:
-        """A failure that a picture can cause is told, and costs only `what`."""
+        """A failure that an image can cause is reported, and costs only `what`."""
         try:
             yield
         except Stopping:
-            # A machine that is taken away does not wait for thirty pictures.
+            # A machine that is taken away does not wait for thirty images.
             self._vae.free()
             self.bus.emit(Notice("info", f"no {what}: the run is asked to stop"))
         except NotImplementedError:
             raise  # a subclass of RuntimeError that only our own mistakes raise
-        except PICTURE_FAILURES as error:
+        except IMAGE_FAILURES as error:
             self._vae.free()
             self.bus.emit(Notice("error", f"no {what}: {error}; training goes on"))
 
     @contextmanager
     def _failing_together(self) -> Iterator[None]:
-        """What fails in one of the processes that draw together fails in all: none draws on alone."""
+        """What fails in one of the processes that generate together fails in all: none generates on alone."""
         failure: Exception | None = None
         try:
             yield
-        except PICTURE_FAILURES as error:
+        except IMAGE_FAILURES as error:
             failure = error
         if self.together.any(failure is not None):
             raise failure or OSError("another process failed")
 
     @contextmanager
     def _never_alone(self, what: str) -> Iterator[None]:
-        """Where several draw together, a failure in the middle of a picture ends the run: the others may be waiting
+        """Where several generate together, a failure in the middle of an image ends the run: the others may be waiting
         for this process's part of the denoiser, and would wait for ever.
 
         Raises:
@@ -183,19 +183,19 @@ class Validator:
         except ONE_SIDED_FAILURES as error:
             if self.together.size == 1:
                 raise
-            message = f"no {what}: {error}; the other processes wait for a part of this picture, so the run ends"
+            message = f"no {what}: {error}; the other processes wait for a part of this image, so the run ends"
             fix = "lower validation_resolution or set validation_disable, and start again: it goes on where it was"
             raise SimpleTunerError(Problem(message, fix=fix)) from error
 
     def _stop_together(self) -> None:
-        """Raise Stopping where one of the processes that draw together is asked to stop."""
+        """Raise Stopping where one of the processes that generate together is asked to stop."""
         if self.together.any(self.is_stopping()):
             raise Stopping
 
-    def _draw_all(
+    def _generate_all(
         self, denoiser: nn.Module, adapter: Any, ema: Any | None, step: int, name: str
-    ) -> tuple[list[SavedPicture], dict[Kind, list[Picture]]]:
-        """Draw and write what is due; what was written, sheet last, and the pictures themselves."""
+    ) -> tuple[list[SavedImage], dict[Kind, list[GeneratedImage]]]:
+        """Generate and write what is due; what was written, sheet last, and the images themselves."""
         kinds = self._kinds_due(ema, step)
         if not kinds:
             return [], {}
@@ -205,22 +205,22 @@ class Validator:
             pipeline = self.family.pipeline(denoiser, self._vae.load())
             if self.config.validation_noise_scheduler:
                 use_scheduler(pipeline, self.config.validation_noise_scheduler)
-        saved: list[SavedPicture] = []
-        drawn: dict[Kind, list[Picture]] = {}
+        saved: list[SavedImage] = []
+        generated: dict[Kind, list[GeneratedImage]] = {}
         for number, kind in enumerate(kinds):
             with self._weights(kind, adapter, ema), self._never_alone(name):
-                drawn[kind] = self._draw(pipeline, adapter, kind, step, name, number * len(self.requests))
+                generated[kind] = self._generate(pipeline, adapter, kind, step, name, number * len(self.requests))
             with self._failing_together():
                 if kind == "base":
-                    saved += self.files.save_benchmark(drawn[kind])
+                    saved += self.files.save_benchmark(generated[kind])
                 else:
-                    saved += self.files.save(drawn[kind], step, kind)
+                    saved += self.files.save(generated[kind], step, kind)
         self._vae.keep_if_small()
         if kinds != ["base"]:
             saved += self._save_sheet(step)
-        return saved, drawn
+        return saved, generated
 
-    def _save_sheet(self, step: int) -> list[SavedPicture]:
+    def _save_sheet(self, step: int) -> list[SavedImage]:
         """The sheet of a step; a disk that refuses it costs the sheet, not the images that it shows."""
         try:
             return [self.files.save_sheet(step)]
@@ -229,7 +229,7 @@ class Validator:
             return []
 
     def _kinds_due(self, ema: Any | None, step: int) -> list[Kind]:
-        """Which weights are drawn at `step`, in this order."""
+        """Which weights are generated at `step`, in this order."""
         is_due = step > 0 or self.config.validation_on_startup
         # Full training has its base only before its first step.
         has_base = step == 0 or self.config.model_type != "full"
@@ -254,19 +254,21 @@ class Validator:
             return ema.swapped_in(adapter.trainable_parameters())
         return nullcontext()
 
-    def _draw(self, pipeline: Any, adapter: Any, kind: Kind, step: int, phase: str, done_before: int) -> list[Picture]:
+    def _generate(
+        self, pipeline: Any, adapter: Any, kind: Kind, step: int, phase: str, done_before: int
+    ) -> list[GeneratedImage]:
         """All requests with the present weights, in their order."""
         requests = self.requests
         if self.config.validation_randomize and kind != "base":
             requests = reseeded(requests, step)
         is_gpu = self.config.validation_seed_source == "gpu"
-        drawn: dict[int, Picture] = {}
+        generated: dict[int, GeneratedImage] = {}
         order = sorted(range(len(requests)), key=lambda index: requests[index].adapter_strength)
         for strength, group in groupby(order, key=lambda index: requests[index].adapter_strength):
-            indices, done = list(group), done_before + len(drawn)
-            asked: list[PictureRequest] = [requests[index] for index in indices]
+            indices, done = list(group), done_before + len(generated)
+            asked: list[ImageRequest] = [requests[index] for index in indices]
             with nullcontext() if strength == 1 or kind == "base" else adapter.scaled(strength):
-                pictures = make_pictures(
+                images = make_images(
                     pipeline,
                     asked,
                     batch_size=batch_size_for(asked),
@@ -274,14 +276,14 @@ class Validator:
                     watch=self._watch(step, kind),
                     noise_device=str(self.family.device) if is_gpu else "cpu",
                 )
-            drawn |= dict(zip(indices, pictures, strict=True))
-        return [drawn[index] for index in range(len(requests))]
+            generated |= dict(zip(indices, images, strict=True))
+        return [generated[index] for index in range(len(requests))]
 
     def _watch(self, step: int, kind: Kind) -> Watch:
         """What sees each denoising step: previews, and whether the run is asked to stop."""
         shown = self._previews.watch(step, kind) if self._previews else None
 
-        def watch(requests: Sequence[PictureRequest]) -> Callable[..., dict[str, Any]]:
+        def watch(requests: Sequence[ImageRequest]) -> Callable[..., dict[str, Any]]:
             preview = shown(requests) if shown else None
 
             def after_step(pipeline: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
@@ -292,20 +294,20 @@ class Validator:
 
         return watch
 
-    def _emit_scores(self, scorer: ClipScorer, drawn: Mapping[Kind, list[Picture]], step: int) -> None:
-        """The score of each picture; the mean is that of the weights in training, else of what there is."""
+    def _emit_scores(self, scorer: ClipScorer, generated: Mapping[Kind, list[GeneratedImage]], step: int) -> None:
+        """The score of each image; the mean is that of the weights in training, else of what there is."""
         scores: dict[Kind, list[float]] = {}
-        for kind, pictures in drawn.items():
+        for kind, images in generated.items():
             if self.is_stopping():
                 raise Stopping
-            scores[kind] = scorer.score(pictures)
+            scores[kind] = scorer.score(images)
         judged = next(scores[kind] for kind in ("live", "ema", "base") if kind in scores)
         by_name = {
-            f"{kind}/{picture.request.title}": score
-            for kind, pictures in drawn.items()
-            for picture, score in zip(pictures, scores[kind], strict=True)
+            f"{kind}/{image.request.title}": score
+            for kind, images in generated.items()
+            for image, score in zip(images, scores[kind], strict=True)
         }
-        self.bus.emit(PicturesScored(step, "clip", by_name, sum(judged) / len(judged)))
+        self.bus.emit(ImagesScored(step, "clip", by_name, sum(judged) / len(judged)))
 
     def _make_previews(self) -> Previews:
         if not self.config.webhook_config:

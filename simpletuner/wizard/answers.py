@@ -1,6 +1,6 @@
-"""What the wizard is told: the answers that both of its fronts, the screens and the command line, fill in.
+"""What the wizard is reported: the answers that both of its fronts, the screens and the command line, fill in.
 
-What nobody answers is proposed (`proposals.py`) from the goal, the model, the pictures and the machine; what somebody
+What nobody answers is proposed (`proposals.py`) from the goal, the model, the images and the machine; what somebody
 chose is never changed.
 """
 
@@ -35,19 +35,19 @@ ADAPTERS: Mapping[str, str] = {
     "full": "full: the whole difference of the layers; large",
 }
 GOALS: Mapping[Goal, str] = {
-    "subject": "one person, animal or thing, from a few pictures",
-    "style": "a way of drawing or photographing, from captioned pictures",
-    "edit": "a change, from pairs of pictures: before and after it",
-    "full": "the whole model, no adapter: many pictures, much memory",
+    "subject": "one person, animal or thing, from a few images",
+    "style": "a way of generating or photographing, from captioned images",
+    "edit": "a change, from pairs of images: before and after it",
+    "full": "the whole model, no adapter: many images, much memory",
 }
 
 
 @dataclass(frozen=True)
-class PictureFacts:
+class ImageFacts:
     """What a scan found in a folder.
 
     Args:
-        usable: pictures that decode.
+        usable: images that decode.
         with_text: usable ones with a text file beside them.
         with_name: usable ones whose file name has words.
         are_numbered: the names are numbers of a camera, of which a model learns nothing.
@@ -68,12 +68,12 @@ class PictureFacts:
 
     @property
     def is_partly_captioned(self) -> bool:
-        """Whether some pictures have a text file and others none."""
+        """Whether some images have a text file and others none."""
         return 0 < self.with_text < self.usable
 
     @property
     def captions(self) -> str:
-        """The caption strategy that serves every picture."""
+        """The caption strategy that serves every image."""
         return "textfile" if self.usable and self.with_text == self.usable else "filename"
 
 
@@ -87,13 +87,13 @@ class Answers:
         family: name in the registry.
         flavour: of the family; None is its default.
         model: folder or hub id in place of the flavour's.
-        pictures: folder to train on, as typed; `eval_pictures` and `regularisation_pictures` likewise, or empty.
-        reference_pictures: folder of what the pictures are made from, to teach an edit; or empty.
+        images: folder to train on, as typed; `eval_images` and `regularisation_images` likewise, or empty.
+        reference_images: folder of what the images are made from, to teach an edit; or empty.
         reference_type: `reference_strict` or `reference_loose`; None is proposed.
         dataset: keys of the first folder's entry that were chosen.
         adapter: what is trained beside the model (`ADAPTERS`), unless the goal is the whole of it.
         factor, rank, layers: of an adapter of LyCORIS; None is proposed.
-        prompts: drawn while training; None is proposed, () draws nothing.
+        prompts: generated while training; None is proposed, () generates nothing.
         options: options of config.json that were chosen, typed.
         seen: folder -> what its scan found.
         name: of the configuration (`env=NAME`), where it has one; the results are filed under it.
@@ -105,10 +105,10 @@ class Answers:
     family: str = ""
     flavour: str | None = None
     model: str | None = None
-    pictures: str = ""
-    eval_pictures: str = ""
-    regularisation_pictures: str = ""
-    reference_pictures: str = ""
+    images: str = ""
+    eval_images: str = ""
+    regularisation_images: str = ""
+    reference_images: str = ""
     reference_type: str | None = None
     dataset: Mapping[str, Any] = field(default_factory=dict)
     adapter: str = "lokr"
@@ -117,7 +117,7 @@ class Answers:
     layers: Layers | None = None
     prompts: tuple[str, ...] | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
-    seen: Mapping[str, PictureFacts] = field(default_factory=dict)
+    seen: Mapping[str, ImageFacts] = field(default_factory=dict)
     name: str = ""
 
     @property

@@ -1,6 +1,6 @@
 """The screens of `simpletuner configure`: a page for each group of questions, and one that shows the files.
 
-The screens only draw: what is asked is in `pages.py`, what follows from answers in `plan.py` and `files.py`.
+The screens only generate: what is asked is in `pages.py`, what follows from answers in `plan.py` and `files.py`.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from textual.worker import get_current_worker
 
 from simpletuner.errors import Problem, SimpleTunerError
 from simpletuner.wizard.command import cache_dir
+from simpletuner.wizard.css import STYLE
 from simpletuner.wizard.fields import Field
 from simpletuner.wizard.files import judge, save, texts_for
-from simpletuner.wizard.look import STYLE
+from simpletuner.wizard.images import FolderReport, bucket_lines, folder_path, look_at_folder
 from simpletuner.wizard.pages import asked_as, pages
-from simpletuner.wizard.pictures import FolderReport, bucket_lines, folder_path, look_at_folder
 from simpletuner.wizard.plan import make_plan
 from simpletuner.wizard.project import Project
 from simpletuner.wizard.question import Page, Question, Refused
@@ -36,7 +36,7 @@ from simpletuner.wizard.review import Review
 from simpletuner.wizard.thumbnails import thumbnails_text
 
 Outcome = Literal["saved", "start"] | None
-_FOLDERS = ("pictures", "reference_pictures", "eval_pictures", "regularisation_pictures")
+_FOLDERS = ("images", "reference_images", "eval_images", "regularisation_images")
 
 
 # A folder is looked at when its name has stood for so long; how often a scan says how far it is.
@@ -104,7 +104,7 @@ class Wizard(App[Outcome]):
                     yield Static(classes="intro", markup=False)
                     for question in page.questions:
                         yield Field(question, self.answers, plan, self.project.places.working_dir)
-                    if page.title == "Pictures":
+                    if page.title == "Images":
                         yield Static(id="report", markup=False)
             yield Review(id=f"page-{len(self.pages)}")
         yield Static(id="status", markup=False)
@@ -153,7 +153,7 @@ class Wizard(App[Outcome]):
             # Who types is ahead of what was taken from the field so far: it must not be put back.
             if not field.has_class("refused") and not field.input.has_focus:
                 field.show(self.answers, plan)
-        if self.page.title == "Pictures":
+        if self.page.title == "Images":
             self.put(self.query_one("#report", Static), self.report())
 
     def put(self, static: Static, text: str | Text) -> None:
@@ -219,7 +219,7 @@ class Wizard(App[Outcome]):
         else:
             shown[shown.index(field) + 1].input.focus()
 
-    # ---- pictures --------------------------------------------------------------------------------------------------
+    # ---- images --------------------------------------------------------------------------------------------------
 
     def look_at(self, key: str, seconds: float = SETTLE_SECONDS) -> None:
         """Scan a folder in the background, once it has stood for some time: the start of a path is a folder too."""
@@ -233,7 +233,7 @@ class Wizard(App[Outcome]):
     def start_scan(self, key: str, folder: str) -> None:
         self._waiting.pop(key, None)
         if folder_path(folder, self.project.places.working_dir).is_dir():
-            self.reports[folder] = "looking at the pictures ..."
+            self.reports[folder] = "looking at the images ..."
             self.run_worker(partial(self.scan, folder), group=key, thread=True)
             self.refresh_fields()
 
@@ -246,15 +246,15 @@ class Wizard(App[Outcome]):
     def scan(self, folder: str) -> None:
         """In a thread of its own."""
         worker, places = get_current_worker(), self.project.places
-        told = time.monotonic()
+        reported = time.monotonic()
 
         def progress(num_files: int) -> None:
-            nonlocal told
+            nonlocal reported
             if worker.is_cancelled:
                 raise ScanStopped
-            if time.monotonic() > told + PROGRESS_SECONDS:
-                told = time.monotonic()
-                self.call_from_thread(self.take_report, folder, f"looking at the pictures: {num_files} files ...")
+            if time.monotonic() > reported + PROGRESS_SECONDS:
+                reported = time.monotonic()
+                self.call_from_thread(self.take_report, folder, f"looking at the images: {num_files} files ...")
 
         try:
             report = look_at_folder(
@@ -279,9 +279,9 @@ class Wizard(App[Outcome]):
             self.query_one(Review).show(self.project, self.answers)
 
     def report(self) -> Text:
-        """What is known of the folders, and a few of the pictures that are learned."""
+        """What is known of the folders, and a few of the images that are learned."""
         text = Text("\n".join(self.report_lines()))
-        main = self.reports.get(self.answers.pictures)
+        main = self.reports.get(self.answers.images)
         if isinstance(main, FolderReport) and main.thumbnails:
             text.append("\n\n").append(thumbnails_text(main.thumbnails))
         return text
@@ -294,14 +294,14 @@ class Wizard(App[Outcome]):
                 continue
             report = self.reports.get(folder, "there is no folder of this name")
             lines += [f"{folder}: {report}"] if isinstance(report, str) else self.lines_of(report)
-        return lines or ["(pictures are counted and measured as soon as a folder is named)"]
+        return lines or ["(images are counted and measured as soon as a folder is named)"]
 
     def lines_of(self, report: FolderReport) -> list[str]:
         first, *rest = report.lines()
         lines = [f"{report.folder}: {first}", *(f"  {line}" for line in rest)]
-        if report.folder == self.answers.pictures and report.facts.usable:
+        if report.folder == self.answers.images and report.facts.usable:
             plan = make_plan(self.answers)
-            settings = {**plan.config, **plan.entries["pictures"]}
+            settings = {**plan.config, **plan.entries["images"]}
             resolution, unit, crop = (settings[key] for key in ("resolution", "resolution_type", "crop"))
             buckets = bucket_lines(report, float(resolution), unit, bool(crop), self.answers.spec)
             more = f", and {len(buckets) - 4} more sizes" if len(buckets) > 4 else ""

@@ -115,7 +115,7 @@ def configure_without_screens(project: Project, given: Given, say: Callable[[str
             be changed and `yes` was not given. Nothing is written then.
     """
     answers = apply(project, given)
-    answers = look_at_pictures(project, answers, say)
+    answers = look_at_images(project, answers, say)
     texts = texts_for(project, answers)
     if not texts:
         say("nothing to change")
@@ -139,7 +139,7 @@ def apply(project: Project, given: Given) -> Answers:
     """The answers of the files with those of the command line in place.
 
     Raises:
-        ConfigError: an answer is wrong, or pictures are not named anywhere.
+        ConfigError: an answer is wrong, or images are not named anywhere.
     """
     answers = project.answers
     goal = read_goal(given.goal) if given.goal else answers.goal
@@ -155,15 +155,15 @@ def apply(project: Project, given: Given) -> Answers:
         options["lora_rank"] = given.rank
     if given.output_dir:
         options["output_dir"] = given.output_dir
-    pictures = given.data or answers.pictures
-    if not pictures:
-        raise ConfigError(Problem("is missing: which pictures are to be learned?", key="--data", allowed="a folder"))
+    images = given.data or answers.images
+    if not images:
+        raise ConfigError(Problem("is missing: which images are to be learned?", key="--data", allowed="a folder"))
     if goal == "subject" and project.is_new and not given.captions and not dataset.get("instance_prompt"):
         # Whether captions are there shows the scan; then the name of the subject is not needed.
-        goal_needs_prompt = not _has_text_files(pictures, project.places.working_dir)
+        goal_needs_prompt = not _has_text_files(images, project.places.working_dir)
         if goal_needs_prompt:
             message = "is missing: what is the subject called?"
-            fix = 'for example --instance-prompt "ohwx dog"; or put a text file with a caption beside each picture'
+            fix = 'for example --instance-prompt "ohwx dog"; or put a text file with a caption beside each image'
             raise ConfigError(Problem(message, key="--instance-prompt", allowed="a text", fix=fix))
     is_other_family = family != answers.family
     return replace(
@@ -172,10 +172,10 @@ def apply(project: Project, given: Given) -> Answers:
         family=family,
         flavour=given.flavour or (None if is_other_family else answers.flavour),
         model=given.model or (None if is_other_family or given.flavour else answers.model),
-        pictures=pictures,
-        eval_pictures=given.eval_data or answers.eval_pictures,
-        regularisation_pictures=given.regularisation_data or answers.regularisation_pictures,
-        reference_pictures=_references(goal, given, answers),
+        images=images,
+        eval_images=given.eval_data or answers.eval_images,
+        regularisation_images=given.regularisation_data or answers.regularisation_images,
+        reference_images=_references(goal, given, answers),
         adapter=adapter,
         trains_on=given.device_memory or answers.trains_on,
         factor=given.factor or answers.factor,
@@ -187,12 +187,12 @@ def apply(project: Project, given: Given) -> Answers:
     )
 
 
-def look_at_pictures(project: Project, answers: Answers, say: Callable[[str], None]) -> Answers:
+def look_at_images(project: Project, answers: Answers, say: Callable[[str], None]) -> Answers:
     """The answers with what a scan of each folder found; folders that are not there are left to the checks."""
-    from simpletuner.wizard.pictures import folder_path, look_at_folder
+    from simpletuner.wizard.images import folder_path, look_at_folder
 
     seen = dict(answers.seen)
-    folders = (answers.pictures, answers.reference_pictures, answers.eval_pictures, answers.regularisation_pictures)
+    folders = (answers.images, answers.reference_images, answers.eval_images, answers.regularisation_images)
     for folder in dict.fromkeys(folders):
         if folder and folder_path(folder, project.places.working_dir).is_dir():
             report = look_at_folder(folder, project.places.working_dir, cache_dir(project, answers), _no_progress)
@@ -225,14 +225,14 @@ def _run_options(arguments: Sequence[str]) -> dict[str, Any]:
 
 
 def _references(goal: Goal, given: Given, answers: Answers) -> str:
-    """Folder of what the pictures are made from.
+    """Folder of what the images are made from.
 
     Raises:
         ConfigError: the goal needs one.
     """
-    references = given.reference_data or answers.reference_pictures
+    references = given.reference_data or answers.reference_images
     if goal == "edit" and not references:
-        message = "is missing: where are the pictures before the change?"
+        message = "is missing: where are the images before the change?"
         raise ConfigError(
             Problem(message, key="--reference-data", allowed="a folder", fix="each named as the one after")
         )
@@ -241,7 +241,7 @@ def _references(goal: Goal, given: Given, answers: Answers) -> str:
 
 def _has_text_files(folder: str, working_dir: Path) -> bool:
     from simpletuner.data.captions import CAPTION_SUFFIXES
-    from simpletuner.wizard.pictures import folder_path
+    from simpletuner.wizard.images import folder_path
 
     names = folder_path(folder, working_dir).rglob("*")
     return any(path.suffix.lower() in CAPTION_SUFFIXES for path in names)

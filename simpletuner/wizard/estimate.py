@@ -1,7 +1,7 @@
 """Memory, time and disk on the review page, from `simpletuner plan`, while the screens stay quick.
 
 A plan needs torch, which takes seconds to import and would hold the screens up even in a thread. So it is worked out in
-a process of its own, which is told the unsaved files and answers in lines of JSON: first without time, then with it
+a process of its own, which is reported the unsaved files and answers in lines of JSON: first without time, then with it
 where steps can be measured. Nothing is fetched for it; of a model that is not here yet, `rough_lines` says what the
 registry knows.
 """
@@ -83,15 +83,15 @@ def rough_lines(run: LoadedRun, hardware: Hardware) -> list[tuple[str, bool]]:
         tokens = run_tokens(run, spec.size_multiple) + PROMPT_TOKENS
         # Forward, and backward through frozen weights; checkpointing runs forward once more.
         passes = 3 if config.gradient_checkpointing else 2
-        pictures = config.train_batch_size * config.gradient_accumulation_steps * config.max_train_steps
-        operations = 2.0 * flavour.parameters * tokens * passes * pictures
+        images = config.train_batch_size * config.gradient_accumulation_steps * config.max_train_steps
+        operations = 2.0 * flavour.parameters * tokens * passes * images
         duration = duration_text(operations / rate)
         lines.append((f"time    not measured; about {duration} at {rate / 1e12:g} trillion operations a second", True))
     return lines
 
 
 def run_tokens(run: LoadedRun, multiple: int) -> int:
-    """Tokens of a picture at the resolution of `config.json`."""
+    """Tokens of an image at the resolution of `config.json`."""
     config = run.config
     area = config.resolution * 1e6 if config.resolution_type == "area" else config.resolution**2
     return round(area / multiple**2)

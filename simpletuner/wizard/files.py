@@ -34,25 +34,23 @@ _HEADINGS: Mapping[str, tuple[str, ...]] = {
         *("model_family", "model_flavour", "pretrained_model_name_or_path", "model_type", "lora_type"),
         *("lycoris_config", "lora_rank", "use_dora"),
     ),
-    "The pictures, and where the results go.": (
-        *("data_backend_config", "output_dir", "resolution", "resolution_type"),
-    ),
+    "The images, and where the results go.": (*("data_backend_config", "output_dir", "resolution", "resolution_type"),),
     "How long, and how fast it learns. Exactly one of the two lengths is above 0.": (
         *("max_train_steps", "num_train_epochs", "train_batch_size", "gradient_accumulation_steps", "optimizer"),
         *("learning_rate", "lr_scheduler", "lr_warmup_steps", "grad_clip_method", "max_grad_norm"),
         *("caption_dropout_probability", "use_ema", "seed"),
     ),
     "Memory.": ("mixed_precision", "base_model_precision", "quantize_via", "gradient_checkpointing"),
-    "Pictures that are drawn while training.": (
+    "Images that are generated while training.": (
         *("validation_prompt", "user_prompt_library", "validation_step_interval", "validation_resolution"),
         *("validation_num_inference_steps", "validation_guidance", "validation_seed", "validation_preview"),
     ),
-    "The loss on held-out pictures.": ("eval_holdout", "eval_steps_interval"),
+    "The loss on held-out images.": ("eval_holdout", "eval_steps_interval"),
     "Checkpoints and logs.": (
         *("checkpoint_step_interval", "checkpoints_total_limit", "checkpoint_keep_best", "resume_from_checkpoint"),
         *("report_to", "tracker_run_name"),
     ),
-    "Who is told, and where the result goes.": (
+    "Who is reported, and where the result goes.": (
         *("webhook_config", "push_to_hub", "hub_model_id", "model_card_private"),
     ),
 }
@@ -137,11 +135,11 @@ def _caption_notes(answers: Answers) -> Iterator[str]:
         facts = answers.seen.get(str(entry["instance_data_dir"]))
         if facts and facts.are_numbered and entry.get("caption_strategy") == "filename":
             why = "the file names are a camera's and say nothing as captions"
-            yield f"{entry['id']}: {why}; put text files beside the pictures, or take instanceprompt"
+            yield f"{entry['id']}: {why}; put text files beside the images, or take instanceprompt"
 
 
 def _tracker_notes(run: LoadedRun, working_dir: Path) -> list[str]:
-    """What a start would refuse now and somebody can still mend: a login that is missing."""
+    """What a start would refuse now and somebody can still fix: a login that is missing."""
     try:
         check_trackers(run.config, os.environ, working_dir)
     except ConfigError as error:
@@ -240,7 +238,7 @@ def _edited_data(project: Project, before: Plan, plan: Plan) -> str:
         place = project.roles[role]
         for key, value in entry.items():
             old = before.entries[role].get(key, _MISSING)
-            is_own = role == "pictures" or key == "instance_data_dir" or entries[place].get(key, _MISSING) == old
+            is_own = role == "images" or key == "instance_data_dir" or entries[place].get(key, _MISSING) == old
             if old != value and is_own:
                 text = set_value(text, (place, key), value)
         for key in before.entries[role]:
@@ -280,8 +278,8 @@ def _edited_prompts(project: Project, before: Plan, plan: Plan) -> str:
 
 
 def _missing_captions(project: Project, answers: Answers) -> Iterator[Problem]:
-    """What the scan knows and the configuration alone does not: pictures without captions."""
-    from simpletuner.wizard.pictures import missing_captions
+    """What the scan knows and the configuration alone does not: images without captions."""
+    from simpletuner.wizard.images import missing_captions
 
     for entry in make_plan(answers).entries.values():
         facts = answers.seen.get(str(entry["instance_data_dir"]))
@@ -291,9 +289,9 @@ def _missing_captions(project: Project, answers: Answers) -> Iterator[Problem]:
         fallback, has_prompt = entry.get("caption_fallback"), bool(entry.get("instance_prompt"))
         missing = missing_captions(facts, strategy, str(fallback) if fallback else None, has_prompt)
         if not facts.usable:
-            message = f"there are no usable pictures in {entry['instance_data_dir']}"
+            message = f"there are no usable images in {entry['instance_data_dir']}"
             yield Problem(message, key=f"{entry['id']}.instance_data_dir", fix="choose another folder")
         elif missing:
-            message = f"{missing} of {facts.usable} pictures have no caption by caption_strategy {strategy}"
+            message = f"{missing} of {facts.usable} images have no caption by caption_strategy {strategy}"
             fix = "add the captions, or choose another source of captions"
             yield Problem(message, key=f"{entry['id']}.caption_strategy", fix=fix)

@@ -36,21 +36,21 @@ def pages() -> tuple[Page, ...]:
             (FAMILY, FLAVOUR, _field_question("model", "Model folder", _MODEL_HELP, "folder", empty=None)),
         ),
         Page(
-            "Pictures",
-            lambda answers: "Where are the pictures?",
+            "Images",
+            lambda answers: "Where are the images?",
             (
-                _field_question("pictures", "Pictures", _PICTURES_HELP, "folder"),
-                _field_question("reference_pictures", "Before", _REFERENCES_HELP, "folder", applies=is_edit),
+                _field_question("images", "Images", _IMAGES_HELP, "folder"),
+                _field_question("reference_images", "Before", _REFERENCES_HELP, "folder", applies=is_edit),
                 dataset_question("instance_prompt", "Name / prompt"),
                 dataset_question("caption_strategy", "Captions"),
                 FALLBACK,
                 option_question("resolution", "Resolution"),
                 dataset_question("crop", "Crop"),
                 dataset_question("repeats", "Repeats"),
-                _field_question("eval_pictures", "Held-out folder", _EVAL_HELP, "folder"),
+                _field_question("eval_images", "Held-out folder", _EVAL_HELP, "folder"),
                 *option_questions({"eval_holdout": "Held-out share"}),
                 _field_question(
-                    "regularisation_pictures", "Regularisation", _REGULARISATION_HELP, "folder", applies=is_adapter
+                    "regularisation_images", "Regularisation", _REGULARISATION_HELP, "folder", applies=is_adapter
                 ),
             ),
         ),
@@ -61,12 +61,12 @@ def pages() -> tuple[Page, ...]:
         ),
         Page(
             "Validation",
-            lambda answers: "What shall be drawn while it learns?",
+            lambda answers: "What shall be generated while it learns?",
             (PROMPTS, *option_questions(_VALIDATION)),
         ),
         Page(
             "Tracking",
-            lambda answers: "Where does it go, and who is told?",
+            lambda answers: "Where does it go, and who is reported?",
             (
                 *option_questions(_TRACKING),
                 *((WEBHOOK,) if option_questions({WEBHOOK.key: ""}) else ()),
@@ -116,7 +116,7 @@ def _field_question(
 
 
 _ASKED_AS = {
-    "instance_data_dir": "pictures",
+    "instance_data_dir": "images",
     "model_family": "family",
     "model_flavour": "flavour",
     "pretrained_model_name_or_path": "model",
@@ -127,14 +127,13 @@ _MODEL_HELP = (
     "A folder in diffusers layout, or the hub id (owner/name) of another checkpoint. Empty: the flavour, fetched from "
     "the hub at the first start."
 )
-_PICTURES_HELP = "Folder with the pictures to learn from; its subfolders count too. It is looked at as you type."
-_EVAL_HELP = "Folder with a few pictures that are never trained on: the loss on them says when to stop. May be empty."
+_IMAGES_HELP = "Folder with the images to learn from; its subfolders count too. It is looked at as you type."
+_EVAL_HELP = "Folder with a few images that are never trained on: the loss on them says when to stop. May be empty."
 _REGULARISATION_HELP = (
-    "Folder with other pictures of the same kind, on which the model is kept as it is (prior preservation). May be "
-    "empty."
+    "Folder with other images of the same kind, on which the model is kept as it is (prior preservation). May be empty."
 )
 _REFERENCES_HELP = (
-    "Folder with the pictures before the change; each has the name of the picture after it in the folder above. The "
+    "Folder with the images before the change; each has the name of the image after it in the folder above. The "
     "captions say what is to be changed."
 )
 _TRAINING = {
@@ -149,7 +148,7 @@ _TRAINING = {
     "use_ema": "EMA",
 }
 _VALIDATION = {
-    "validation_step_interval": "Draw every",
+    "validation_step_interval": "Generate every",
     "validation_resolution": "Size",
     "validation_num_inference_steps": "Sampling steps",
     "validation_guidance": "Guidance",

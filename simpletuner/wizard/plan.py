@@ -13,7 +13,7 @@ from simpletuner.wizard import proposals
 from simpletuner.wizard.answers import Answers
 from simpletuner.wizard.lycoris import lycoris_settings
 
-# What held-out pictures have in common with those that are trained on.
+# What held-out images have in common with those that are trained on.
 _SHARED_KEYS = (
     *("caption_strategy", "caption_fallback", "instance_prompt", "prepend_instance_prompt", "only_instance_prompt"),
     "crop",
@@ -26,7 +26,7 @@ class Plan:
 
     Args:
         config: options of config.json.
-        entries: role (`pictures`, `references`, `regularisation`, `eval`) -> entry of the data file.
+        entries: role (`images`, `references`, `regularisation`, `eval`) -> entry of the data file.
         lycoris: content of lycoris_config.json, None where nothing of LyCORIS is trained.
         prompts: nickname -> prompt, of the library; the first prompt is `validation_prompt`.
     """
@@ -80,7 +80,7 @@ def _training_options(answers: Answers) -> dict[str, Any]:
     optimizer = chosen.get("optimizer", options["optimizer"])
     is_full = answers.goal == "full"
     options |= {
-        "output_dir": f"output/{answers.name or proposals.folder_name(answers.pictures) or answers.family}",
+        "output_dir": f"output/{answers.name or proposals.folder_name(answers.images) or answers.family}",
         "resolution": proposals.proposed_resolution(answers),
         "resolution_type": "pixel_area",
         "max_train_steps": 0 if chosen.get("num_train_epochs") else steps,
@@ -98,7 +98,7 @@ def _training_options(answers: Answers) -> dict[str, Any]:
         "resume_from_checkpoint": "latest",
         "report_to": "tensorboard",
     }
-    if answers.eval_pictures or chosen.get("eval_holdout"):
+    if answers.eval_images or chosen.get("eval_holdout"):
         options["eval_steps_interval"] = max(1, steps // 10)
     return options
 
@@ -119,9 +119,9 @@ def _validation_options(answers: Answers, training: Mapping[str, Any]) -> dict[s
 
 def _entries(answers: Answers) -> dict[str, dict[str, Any]]:
     main = {
-        "id": proposals.folder_name(answers.pictures) or "pictures",
+        "id": proposals.folder_name(answers.images) or "images",
         "type": "local",
-        "instance_data_dir": answers.pictures,
+        "instance_data_dir": answers.images,
         "caption_strategy": proposals.proposed_captions(answers),
         "crop": False,
         "repeats": 0,
@@ -132,32 +132,32 @@ def _entries(answers: Answers) -> dict[str, dict[str, Any]]:
         main.setdefault("caption_fallback", fallback)
     if main["caption_strategy"] != "instanceprompt" and "instance_prompt" in main:
         main.setdefault("prepend_instance_prompt", True)
-    entries = {"pictures": main}
-    if answers.reference_pictures:
+    entries = {"images": main}
+    if answers.reference_images:
         entries["references"] = reference = {
             "id": f"{main['id']}-before",
             "type": "local",
             "dataset_type": "conditioning",
             "conditioning_type": answers.reference_type or proposals.proposed_reference_type(answers),
-            "instance_data_dir": answers.reference_pictures,
+            "instance_data_dir": answers.reference_images,
         }
         others = main.get("conditioning_data") or []
         others = [others] if isinstance(others, str) else list(others)
         main["conditioning_data"] = [*others, reference["id"]] if others else reference["id"]
-    if answers.regularisation_pictures:
-        facts = answers.seen.get(answers.regularisation_pictures)
+    if answers.regularisation_images:
+        facts = answers.seen.get(answers.regularisation_images)
         entries["regularisation"] = {
             "id": "regularisation",
             "type": "local",
-            "instance_data_dir": answers.regularisation_pictures,
+            "instance_data_dir": answers.regularisation_images,
             "caption_strategy": facts.captions if facts else "filename",
             "crop": False,
             "is_regularisation_data": True,
         }
-    if answers.eval_pictures:
+    if answers.eval_images:
         same = {key: main[key] for key in _SHARED_KEYS if key in main}
         head = {"id": f"{main['id']}-eval", "type": "local", "dataset_type": "eval"}
-        entries["eval"] = {**head, "instance_data_dir": answers.eval_pictures, **same}
+        entries["eval"] = {**head, "instance_data_dir": answers.eval_images, **same}
     return entries
 
 

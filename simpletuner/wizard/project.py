@@ -207,11 +207,11 @@ def _roles(entries: list[dict[str, Any]]) -> dict[str, int]:
         if kind not in ("image", "eval") or _is_true(entry.get("disabled")):
             continue
         is_regularisation = _is_true(entry.get("is_regularisation_data"))
-        role = "eval" if kind == "eval" else "regularisation" if is_regularisation else "pictures"
-        if role == "pictures" or entry.get("instance_data_dir"):
+        role = "eval" if kind == "eval" else "regularisation" if is_regularisation else "images"
+        if role == "images" or entry.get("instance_data_dir"):
             roles.setdefault(role, position)
-    if "pictures" in roles:
-        main = _present(entries[roles["pictures"]])
+    if "images" in roles:
+        main = _present(entries[roles["images"]])
         for position, raw in enumerate(entries):
             if _is_reference(_present(raw), main):
                 roles.setdefault("references", position)
@@ -219,7 +219,7 @@ def _roles(entries: list[dict[str, Any]]) -> dict[str, int]:
 
 
 def _is_reference(entry: Mapping[str, Any], main: Mapping[str, Any]) -> bool:
-    """Whether an entry holds what the pictures of `main` are made from."""
+    """Whether an entry holds what the images of `main` are made from."""
     if not str(entry.get("conditioning_type", "")).startswith("reference_") or _is_true(entry.get("disabled")):
         return False
     return entry.get("id") in _names(main.get("conditioning_data")) or entry.get("source_dataset_id") == main.get("id")
@@ -230,7 +230,7 @@ def _names(value: Any) -> list[Any]:
 
 
 def _without_reference(main: Mapping[str, Any], reference: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys of the pictures' entry, without the name of the entry that `reference_pictures` stands for."""
+    """The keys of the images' entry, without the name of the entry that `reference_images` stands for."""
     kept = {key: value for key, value in main.items() if key not in ("instance_data_dir", "conditioning_data")}
     others = [name for name in _names(main.get("conditioning_data")) if name != reference.get("id")]
     return kept | ({"conditioning_data": others[0] if len(others) == 1 else others} if others else {})
@@ -261,7 +261,7 @@ def _answers(
     settings = {key: Setting(key, value, Origin("family")) for key, value in defaults.items()} | dict(settings)
     values, _ = typed_options(settings)
     by_role = {role: _present(entry) for role, entry in zip(roles, entries, strict=True)}
-    main, reference = by_role.get("pictures", {}), by_role.get("references", {})
+    main, reference = by_role.get("images", {}), by_role.get("references", {})
     strategy = main.get("caption_strategy", values["caption_strategy"])
     lycoris, library = (project.document(path) for path in (project.places.lycoris, project.places.prompts))
     prompts = [values["validation_prompt"]] if values["validation_prompt"] else []
@@ -274,10 +274,10 @@ def _answers(
         family=family,
         flavour=values["model_flavour"],
         model=values["pretrained_model_name_or_path"],
-        pictures=str(main.get("instance_data_dir", "")),
-        eval_pictures=str(by_role.get("eval", {}).get("instance_data_dir", "")),
-        regularisation_pictures=str(by_role.get("regularisation", {}).get("instance_data_dir", "")),
-        reference_pictures=str(reference.get("instance_data_dir", "")),
+        images=str(main.get("instance_data_dir", "")),
+        eval_images=str(by_role.get("eval", {}).get("instance_data_dir", "")),
+        regularisation_images=str(by_role.get("regularisation", {}).get("instance_data_dir", "")),
+        reference_images=str(reference.get("instance_data_dir", "")),
         reference_type=str(reference["conditioning_type"]) if reference else None,
         dataset=_without_reference(main, reference),
         adapter=written.algorithm if values["lora_type"] == "lycoris" else "dora" if values["use_dora"] else "lora",

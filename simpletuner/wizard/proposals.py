@@ -1,4 +1,4 @@
-"""What the wizard proposes where nobody says anything, from the goal, the model, the pictures and the machine.
+"""What the wizard proposes where nobody says anything, from the goal, the model, the images and the machine.
 
 Everything here is a starting point that the screens show and anybody may change.
 """
@@ -14,7 +14,7 @@ from simpletuner.config.values import parse_sizes
 from simpletuner.hardware import GIB
 from simpletuner.wizard.answers import Answers, Goal
 
-# Sides that training is proposed at, never above what the family draws by default.
+# Sides that training is proposed at, never above what the family generates by default.
 _SIDES = (1024, 768, 512, 256, 128, 64)
 
 
@@ -77,39 +77,39 @@ def _is_built(option: str) -> bool:
 def proposed_learning_rate(optimizer: str, goal: Goal) -> float:
     """By the kind of optimizer: those that find the scale take 1, Lion a fifth of AdamW's, plain descent more."""
     row = OPTIMIZERS.get(optimizer)
-    if (row is not None and row.finds_rate) or "adadelta" in optimizer:
+    if (row is not None and row.tunes_lr) or "adadelta" in optimizer:
         return 1.0
     adam = 1e-5 if goal == "full" else 1e-4
     return adam / 5 if "lion" in optimizer else 100 * adam if "sgd" in optimizer else adam
 
 
 def proposed_steps(answers: Answers, batch: int) -> int:
-    """So many passes over the pictures, within limits that hold for few and for many."""
+    """So many passes over the images, within limits that hold for few and for many."""
     passes, least, most = {
         "subject": (100, 500, 3000),
         "style": (60, 1500, 6000),
         "edit": (60, 1500, 6000),
         "full": (20, 2000, 20000),
     }[answers.goal]
-    facts = answers.seen.get(answers.pictures)
-    pictures = facts.usable if facts else least * batch // passes
-    return min(max(round(pictures * passes / batch / 100) * 100, least), most)
+    facts = answers.seen.get(answers.images)
+    images = facts.usable if facts else least * batch // passes
+    return min(max(round(images * passes / batch / 100) * 100, least), most)
 
 
 def proposed_resolution(answers: Answers) -> int:
-    """The largest usual side that half of the pictures reach and the family draws by default."""
+    """The largest usual side that half of the images reach and the family generates by default."""
     spec = answers.spec
     native = parse_sizes(str(spec.defaults_for(answers.flavour_name).get("validation_resolution", "1024")))[0]
     limit = max(native)
-    facts = answers.seen.get(answers.pictures)
+    facts = answers.seen.get(answers.images)
     if facts and facts.usable:
         limit = min(limit, facts.side)
     return next((side for side in _SIDES if side <= limit), max(_SIDES[-1], spec.size_multiple))
 
 
 def proposed_captions(answers: Answers) -> str:
-    """Captions beside the pictures where there are some; else one prompt for all where that was given."""
-    facts = answers.seen.get(answers.pictures)
+    """Captions beside the images where there are some; else one prompt for all where that was given."""
+    facts = answers.seen.get(answers.images)
     if facts and facts.with_text:
         return "textfile"
     says_nothing = facts is not None and facts.are_numbered
@@ -121,7 +121,7 @@ def proposed_fallback(answers: Answers) -> str | None:
     """What stands in for the text files that are missing: the prompt where one was given, or where names say nothing;
     else the names. None where none is missing.
     """
-    facts = answers.seen.get(answers.pictures)
+    facts = answers.seen.get(answers.images)
     if not facts or not facts.is_partly_captioned:
         return None
     return "instanceprompt" if answers.dataset.get("instance_prompt") or facts.without_words else "filename"
@@ -129,7 +129,7 @@ def proposed_fallback(answers: Answers) -> str | None:
 
 def proposed_reference_type(answers: Answers) -> str:
     """Pairs of the same sizes are cut alike; others keep the shape that each has."""
-    after, before = (answers.seen.get(folder) for folder in (answers.pictures, answers.reference_pictures))
+    after, before = (answers.seen.get(folder) for folder in (answers.images, answers.reference_images))
     return "reference_strict" if after and before and after.shapes == before.shapes else "reference_loose"
 
 
@@ -142,7 +142,7 @@ def proposed_prompts(answers: Answers) -> tuple[str, ...]:
     if answers.goal == "subject" and name:
         return (name, f"{name} on a beach at sunset", f"a pencil drawing of {name}", "a mountain lake in the morning")
     if answers.goal == "edit":
-        facts = answers.seen.get(answers.pictures)
+        facts = answers.seen.get(answers.images)
         instruction = name or (facts.caption if facts else "")
         return (instruction,) if instruction else ()
     ending = f", {name}" if name else ""

@@ -105,14 +105,14 @@ def option_questions(labels: Mapping[str, str]) -> tuple[Question, ...]:
 
 
 def dataset_question(name: str, label: str) -> Question:
-    """Ask for a key of the pictures' entry in the data file."""
+    """Ask for a key of the images' entry in the data file."""
     info = dataset_options("image")[name]
 
     def write(answers: Answers, text: Any) -> Answers:
         if text in ("", None):
             return replace(answers, dataset={key: value for key, value in answers.dataset.items() if key != name})
         settings = {
-            "id": Setting("id", "pictures", Origin("default")),
+            "id": Setting("id", "images", Origin("default")),
             "instance_data_dir": Setting("instance_data_dir", ".", Origin("default")),
             name: Setting(name, text, Origin("default")),
         }
@@ -124,7 +124,7 @@ def dataset_question(name: str, label: str) -> Question:
         return replace(answers, dataset={**answers.dataset, name: value})
 
     def read(answers: Answers, plan: Plan) -> Any:
-        return plan.entries["pictures"].get(name, info.default)
+        return plan.entries["images"].get(name, info.default)
 
     return _declared(info, name, label, read, write)
 

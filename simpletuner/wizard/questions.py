@@ -1,4 +1,4 @@
-"""What the screens ask and no option says: data, without a word of how it is drawn.
+"""What the screens ask and no option says: data, without a word of how it is generated.
 
 The other questions are made of declarations (`question.py`); `pages.py` puts all of them in order.
 """
@@ -96,7 +96,7 @@ def _layer_choices(answers: Answers) -> Choices:
 
 
 def is_edit(answers: Answers) -> bool:
-    return answers.goal == "edit" or bool(answers.reference_pictures)
+    return answers.goal == "edit" or bool(answers.reference_images)
 
 
 def is_adapter(answers: Answers) -> bool:
@@ -223,7 +223,7 @@ FALLBACK = replace(
 WEBHOOK = Question(
     "webhook_config",
     "Webhook",
-    "Told of progress, checkpoints, pictures and failures: the URL of a Discord webhook or of a service of your own. "
+    "Gets progress, checkpoints, images and failures: the URL of a Discord webhook or of a service of your own. "
     "May be empty.",
     "text",
     _read_webhook,
@@ -233,7 +233,7 @@ WEBHOOK = Question(
 PROMPTS = Question(
     "prompts",
     "Prompts",
-    "One prompt a line; each is drawn at every validation. A prompt without your subject shows what else has changed.",
+    "One prompt a line, used at every validation. A prompt without your subject shows what else has changed.",
     "lines",
     lambda answers, plan: answers.prompts if answers.prompts is not None else proposed_prompts(answers),
     _set_prompts,

@@ -1,6 +1,6 @@
-"""A few pictures of a folder on a terminal: two pixels in each character, as the two halves of a block.
+"""A few images of a folder on a terminal: two pixels in each character, as the two halves of a block.
 
-They are read as training reads them, so that a picture that lies on its side here would be trained on its side.
+They are read as training reads them, so that an image that lies on its side here would be trained on its side.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ Pixel = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class Thumbnail:
-    """One small picture.
+    """One small image.
 
     Args:
         pixels: rows of pixels, an even number of rows, at most `2 * ROWS` by `COLUMNS`.
-        size: (height, width) of the picture itself.
+        size: (height, width) of the image itself.
     """
 
     pixels: tuple[tuple[Pixel, ...], ...]
@@ -38,25 +38,25 @@ class Thumbnail:
 
 
 def make_thumbnails(index: Index, backend: Backend, catalogue: Catalogue) -> list[Thumbnail]:
-    """A few pictures, spread over the folder. A file that has just gone or changed is left out."""
+    """A few images, spread over the folder. A file that has just gone or changed is left out."""
     from PIL import Image
 
-    from simpletuner.data.transforms import UnusablePicture, load_picture
+    from simpletuner.data.transforms import UnusableImage, load_image
 
     count = min(COUNT, len(catalogue))
     ids = [int(catalogue.ids[number * len(catalogue) // count]) for number in range(count)]
     found = []
-    for picture in index.pictures(ids):
+    for row in index.images(ids):
         try:
-            image = load_picture(backend.read(os.fsencode(picture.path)))
-        except (OSError, UnusablePicture):
+            image = load_image(backend.read(os.fsencode(row.path)))
+        except (OSError, UnusableImage):
             continue
         scale = min(COLUMNS / image.width, 2 * ROWS / image.height)
         width, height = max(1, round(image.width * scale)), max(2, round(image.height * scale / 2) * 2)
         data = image.resize((width, height), Image.Resampling.BOX).tobytes()
         values = list(zip(data[0::3], data[1::3], data[2::3], strict=True))
-        rows = tuple(tuple(values[row * width : (row + 1) * width]) for row in range(height))
-        found.append(Thumbnail(rows, (picture.height, picture.width)))
+        rows = tuple(tuple(values[line * width : (line + 1) * width]) for line in range(height))
+        found.append(Thumbnail(rows, (row.height, row.width)))
     return found
 
 
@@ -69,7 +69,7 @@ def thumbnails_text(thumbnails: Sequence[Thumbnail]) -> Text:
 
 
 def _cells(thumbnail: Thumbnail, row: int) -> Text:
-    """One row of characters, the picture in the middle of it."""
+    """One row of characters, the image in the middle of it."""
     num_rows, width = len(thumbnail.pixels) // 2, len(thumbnail.pixels[0])
     row -= (ROWS - num_rows) // 2
     if not 0 <= row < num_rows:

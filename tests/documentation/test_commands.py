@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from scripts.fill_pages import PAGES, ROOT
-from tests.runs import dataset, draw_pictures, train_here, write_run
+from tests.runs import dataset, train_here, write_images, write_run
 
 _BLOCK = re.compile(r"^```bash\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 # A console block that shows what a command prints: "$ command", then its output.
@@ -95,8 +95,8 @@ def test_the_tutorial_s_snippet_puts_an_adapter_on_the_stock_model(
     [snippet] = re.findall(
         r"^```python\n(.*?)^```$", (PAGES / "TUTORIAL.md").read_text("utf-8"), re.DOTALL | re.MULTILINE
     )
-    draw_pictures(tmp_path / "pictures", 2, seed=1)
-    output = train_here(write_run(tmp_path, omnigen_folder, [dataset("pictures")], max_train_steps=1))
+    write_images(tmp_path / "images", 2, seed=1)
+    output = train_here(write_run(tmp_path, omnigen_folder, [dataset("images")], max_train_steps=1))
     monkeypatch.chdir(output)
     Path("model").symlink_to(omnigen_folder)
     names: dict[str, Any] = {}

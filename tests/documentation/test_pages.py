@@ -76,14 +76,14 @@ def test_the_places_that_the_quickstart_links_to_are_there(target: str):
 @pages
 def test_filled_places_hold_what_the_code_says(page: Path):
     text = page.read_text(encoding="utf-8")
-    assert text == fill(text), "write it anew: python scripts/fill_pages.py"
+    assert text == fill(text), "write it again: python scripts/fill_pages.py"
 
 
 def test_every_dataset_key_has_a_row():
     text = (PAGES / "DATALOADER.md").read_text(encoding="utf-8")
     for kind in dataset_types():
         for key in dataset_options(kind):
-            assert f"| `{key}` |" in text, f"{key} of {kind}: write it anew: python scripts/fill_pages.py"
+            assert f"| `{key}` |" in text, f"{key} of {kind}: write it again: python scripts/fill_pages.py"
 
 
 def is_planned(claim: str) -> bool:

@@ -12,7 +12,7 @@ from diffusers import OmniGenTransformer2DModel
 from safetensors.torch import load_file
 
 from tests.end_to_end.test_processes import assert_same_training, train
-from tests.runs import LYCORIS, dataset, draw_pictures, metrics, train_here, write_run
+from tests.runs import LYCORIS, dataset, metrics, train_here, write_images, write_run
 
 ADAPTER = "pytorch_lora_weights.safetensors"
 STANDARD = {"lora_type": "standard", "lora_rank": 4, "lora_dropout": 0.2}
@@ -70,9 +70,9 @@ def test_a_run_starts_from_the_file_of_another_program(tmp_path: Path, omnigen_f
 
 
 def test_a_full_run_leaves_a_complete_model_and_its_average(tmp_path: Path, omnigen_folder: Path) -> None:
-    draw_pictures(tmp_path / "run" / "pictures", 4, seed=1)
+    write_images(tmp_path / "run" / "images", 4, seed=1)
     folder = write_run(
-        tmp_path / "run", omnigen_folder, [dataset("pictures")], model_type="full", use_ema=True, max_train_steps=2
+        tmp_path / "run", omnigen_folder, [dataset("images")], model_type="full", use_ema=True, max_train_steps=2
     )
     output = train_here(folder)
     parts = {path.name for path in omnigen_folder.iterdir() if path.is_dir()}

@@ -1,4 +1,4 @@
-"""Pictures that are not in a folder train like those that are: buckets, Parquet files, tables of paths."""
+"""Images that are not in a folder train like those that are: buckets, Parquet files, tables of paths."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from simpletuner.data.backends.csv_table import CsvBackend
 from simpletuner.data.backends.parquet import ParquetBackend
 from simpletuner.errors import DataError
 from tests.hub import fake_hub
-from tests.runs import dataset, draw_pictures, load_here, metrics, run_cli, train_here, write_run
+from tests.runs import dataset, load_here, metrics, run_cli, train_here, write_images, write_run
 from tests.s3 import LOGIN, S3, s3_server
 
 STEPS = 4
@@ -24,13 +24,13 @@ STEPS = 4
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[S3]:
-    with s3_server("pictures") as server:
+    with s3_server("images") as server:
         yield server
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    return draw_pictures(tmp_path / "drawn", 5, seed=1)
+    return write_images(tmp_path / "drawn", 5, seed=1)
 
 
 def run(tmp_path: Path, model: Path, name: str, **keys: Any) -> Path:
@@ -42,25 +42,25 @@ def losses(output: Path) -> list[float]:
     return [record["loss"] for record in metrics(output, "step_done")]
 
 
-def funnel(output: Path) -> dict[str, Any]:
+def filter_report(output: Path) -> dict[str, Any]:
     (entry,) = json.loads((output / "dataset_report.json").read_text())
     return entry
 
 
 def again(folder: Path) -> Path:
-    """Start the run once more for further steps; the datasets are looked at anew."""
+    """Start the run once more for further steps; the datasets are looked at again."""
     return train_here(folder, f"--max_train_steps={2 * STEPS}")
 
 
 def bucket(server: S3, prefix: str) -> dict[str, Any]:
-    place = {"aws_bucket_name": "pictures", "aws_data_prefix": prefix, "aws_endpoint_url": server.url}
+    place = {"aws_bucket_name": "images", "aws_data_prefix": prefix, "aws_endpoint_url": server.url}
     return {"type": "aws", "caption_strategy": "textfile", "aws_region_name": "us-east-1", **place, **LOGIN}
 
 
 def write_parquet(path: Path, folder: Path) -> Path:
-    """The pictures of `folder` as the hub lays a dataset out: two shards of the split, and another split."""
-    pictures = sorted(folder.glob("*.png"))
-    rows = [({"bytes": p.read_bytes(), "path": p.name}, p.with_suffix(".txt").read_text().strip()) for p in pictures]
+    """The images of `folder` as the hub lays a dataset out: two shards of the split, and another split."""
+    images = sorted(folder.glob("*.png"))
+    rows = [({"bytes": p.read_bytes(), "path": p.name}, p.with_suffix(".txt").read_text().strip()) for p in images]
     parts = {"train-00000-of-00002": rows[:3], "train-00001-of-00002": rows[3:], "test-00000-of-00001": rows[:1]}
     (path / "data").mkdir(parents=True, exist_ok=True)
     for name, part in parts.items():
@@ -79,7 +79,7 @@ def write_table(path: Path, folder: Path) -> Path:
 def test_a_bucket_trains_with_the_losses_of_the_folder_that_was_put_there(
     tmp_path: Path, omnigen_folder: Path, server: S3, folder: Path
 ) -> None:
-    server.upload(folder, "pictures", "same/")
+    server.upload(folder, "images", "same/")
     keys = {"type": "local", "instance_data_dir": str(folder), "caption_strategy": "textfile"}
     expected = losses(train_here(run(tmp_path, omnigen_folder, "folder", **keys)))
     output = train_here(run(tmp_path, omnigen_folder, "bucket", **bucket(server, "same")))
@@ -91,29 +91,29 @@ def test_a_bucket_trains_with_the_losses_of_the_folder_that_was_put_there(
 def test_a_second_start_reads_no_object_of_a_bucket_and_a_changed_one_is_noticed(
     tmp_path: Path, omnigen_folder: Path, server: S3, folder: Path
 ) -> None:
-    server.upload(folder, "pictures", "seen/")
+    server.upload(folder, "images", "seen/")
     place = run(tmp_path, omnigen_folder, "bucket", **bucket(server, "seen"))
     server.requests.clear()
     output = train_here(place)
-    # Once for the scan, and each picture once more for the VAE, and once for the report.
+    # Once for the scan, and each image once more for the VAE, and once for the report.
     assert Counter(server.fetched()) == {
-        f"/pictures/seen/{path.name}": 3 if path.suffix == ".png" else 1 for path in folder.iterdir()
+        f"/images/seen/{path.name}": 3 if path.suffix == ".png" else 1 for path in folder.iterdir()
     }
     again(place)
     assert server.fetched() == []
-    other = draw_pictures(tmp_path / "other", 1, seed=9)
-    server.client.put_object(Bucket="pictures", Key="seen/001.png", Body=(other / "000.png").read_bytes())
+    other = write_images(tmp_path / "other", 1, seed=9)
+    server.client.put_object(Bucket="images", Key="seen/001.png", Body=(other / "000.png").read_bytes())
     server.requests.clear()
     train_here(place, f"--max_train_steps={3 * STEPS}")
-    pictures = [f"/pictures/seen/{path.name}" for path in folder.glob("*.png")]
-    assert Counter(server.fetched()) == {**dict.fromkeys(pictures, 1), "/pictures/seen/001.png": 3}
+    images = [f"/images/seen/{path.name}" for path in folder.glob("*.png")]
+    assert Counter(server.fetched()) == {**dict.fromkeys(images, 1), "/images/seen/001.png": 3}
     assert len(losses(output)) == 3 * STEPS
 
 
 def test_no_file_of_a_run_holds_the_login(
     tmp_path: Path, omnigen_folder: Path, server: S3, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    server.upload(folder, "pictures", "login/")
+    server.upload(folder, "images", "login/")
     place = run(tmp_path, omnigen_folder, "bucket", **bucket(server, "login"))
     train_here(place)
     shown = capsys.readouterr()
@@ -127,7 +127,7 @@ def test_no_file_of_a_run_holds_the_login(
 def test_an_object_that_goes_away_while_training_is_named(
     tmp_path: Path, omnigen_folder: Path, server: S3, folder: Path
 ) -> None:
-    server.upload(folder, "pictures", "gone/")
+    server.upload(folder, "images", "gone/")
     place = run(tmp_path, omnigen_folder, "bucket", **bucket(server, "gone"))
     train_here(place)
     from simpletuner.data.datasets import build_datasets
@@ -135,13 +135,13 @@ def test_an_object_that_goes_away_while_training_is_named(
 
     loaded = load_here(place)
     (things,) = build_datasets(loaded.datasets, loaded.config, get_spec("omnigen"), Path(loaded.config.cache_dir))
-    server.client.delete_object(Bucket="pictures", Key="gone/002.png")
-    with pytest.raises(DataError, match=r"s3://pictures/gone/002\.png") as caught:
+    server.client.delete_object(Bucket="images", Key="gone/002.png")
+    with pytest.raises(DataError, match=r"s3://images/gone/002\.png") as caught:
         things.read_pixels(things.samples[2])
     assert "things.aws_bucket_name" in str(caught.value)
 
 
-def test_parquet_files_train_with_the_same_pictures_and_captions(
+def test_parquet_files_train_with_the_same_images_and_captions(
     tmp_path: Path, omnigen_folder: Path, folder: Path
 ) -> None:
     tables = write_parquet(tmp_path / "tables", folder)
@@ -149,7 +149,7 @@ def test_parquet_files_train_with_the_same_pictures_and_captions(
     output = train_here(place)
     keys = {"type": "local", "instance_data_dir": str(folder), "caption_strategy": "textfile"}
     assert losses(output) == losses(train_here(run(tmp_path, omnigen_folder, "folder", **keys)))
-    assert funnel(output)["found"] == 5  # of the split; the other split has one of them too
+    assert filter_report(output)["found"] == 5  # of the split; the other split has one of them too
 
 
 @pytest.mark.slow
@@ -167,19 +167,19 @@ def test_a_second_start_reads_no_row_and_a_changed_one_is_noticed(
     read = cls.read
     monkeypatch.setattr(cls, "read", lambda self, path: (opened.append(path), read(self, path))[1])
     output = train_here(place)
-    assert len(opened) == 20  # 5 pictures and captions in the scan, 5 pictures for the VAE, 5 for the report
+    assert len(opened) == 20  # 5 images and captions in the scan, 5 images for the VAE, 5 for the report
     opened.clear()
     again(place)
     assert opened == []
     (folder / "001.txt").write_text("quite another caption\n")
-    other = draw_pictures(tmp_path / "other", 1, seed=9)
+    other = write_images(tmp_path / "other", 1, seed=9)
     (folder / "004.png").write_bytes((other / "000.png").read_bytes())
     write(tmp_path / "table.csv", folder)
     train_here(place, f"--max_train_steps={3 * STEPS}")
-    pictures = [path for path in opened if not path.endswith(b".txt")]
-    assert len(set(opened) - set(pictures)) == 1
+    images = [path for path in opened if not path.endswith(b".txt")]
+    assert len(set(opened) - set(images)) == 1
     # The rows of changed shards are looked at again; only one is encoded again; the report shows all five.
-    assert len(pictures) <= 6 + 1 + 5
+    assert len(images) <= 6 + 1 + 5
     assert len(losses(output)) == 3 * STEPS
 
 
@@ -208,11 +208,11 @@ def test_a_dataset_on_the_hub_is_fetched_once_and_trains(tmp_path: Path, omnigen
 
 
 def test_types_of_places_mix_in_one_run(tmp_path: Path, omnigen_folder: Path, server: S3, folder: Path) -> None:
-    server.upload(folder, "pictures", "mix/")
-    draw_pictures(tmp_path / "mixed" / "pictures", 2, seed=3)
+    server.upload(folder, "images", "mix/")
+    write_images(tmp_path / "mixed" / "images", 2, seed=3)
     tables = write_parquet(tmp_path / "tables", folder)
     data = [
-        dataset("pictures"),
+        dataset("images"),
         {"id": "bucket", "resolution": 64, **bucket(server, "mix")},
         {"id": "rows", "type": "huggingface", "dataset_name": str(tables), "resolution": 64},
         {"id": "held", "type": "huggingface", "dataset_name": str(tables), "split": "test", "dataset_type": "eval"},
@@ -222,7 +222,7 @@ def test_types_of_places_mix_in_one_run(tmp_path: Path, omnigen_folder: Path, se
     output = train_here(place)
     report = json.loads((output / "dataset_report.json").read_text())
     assert [(entry["id"], entry["bucketed"]) for entry in report] == [
-        ("pictures", 2),
+        ("images", 2),
         ("bucket", 5),
         ("rows", 5),
         ("held", 1),

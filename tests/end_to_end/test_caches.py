@@ -25,38 +25,38 @@ from simpletuner.data.dataset import Dataset
 from simpletuner.data.kept import KeptSamples
 from simpletuner.data.sampler import Sampler
 from simpletuner.reporting.bus import EventBus
-from simpletuner.training.parts import build_family
+from simpletuner.training.build import build_family
 from simpletuner.training.prepare import prepare_data
 from simpletuner.training.signals import StopRequest
-from tests.runs import dataset, draw_pictures, load_here, run_cli, write_run
+from tests.runs import dataset, load_here, run_cli, write_images, write_run
 
 COUNT = 4
 
 
 @pytest.fixture
 def folder(tmp_path: Path, omnigen_folder: Path) -> Path:
-    """A run with a model of its own, for tests that change the model, and pictures whose files all have one size."""
+    """A run with a model of its own, for tests that change the model, and images whose files all have one size."""
     model = shutil.copytree(omnigen_folder, tmp_path / "model")
     folder = tmp_path / "run"
-    draw_pictures(folder / "drawn", COUNT, seed=1, side=96)
-    (folder / "pictures").mkdir()
+    write_images(folder / "drawn", COUNT, seed=1, side=96)
+    (folder / "images").mkdir()
     for path in sorted((folder / "drawn").glob("*.png")):
         with Image.open(path) as image:
-            image.resize((96, 64)).save(folder / "pictures" / f"{path.stem}.bmp")
-        (folder / "pictures" / f"{path.stem}.txt").write_text(f"caption {path.stem}")
-    return write_run(folder, model, [dataset("pictures", crop=True)])
+            image.resize((96, 64)).save(folder / "images" / f"{path.stem}.bmp")
+        (folder / "images" / f"{path.stem}.txt").write_text(f"caption {path.stem}")
+    return write_run(folder, model, [dataset("images", crop=True)])
 
 
 class Counter:
-    """Counts the pictures that a VAE sees."""
+    """Counts the images that a VAE sees."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch):
-        self.pictures = 0
+        self.images = 0
         encode = BatchEncoder.encode
 
-        def count(encoder: BatchEncoder, pictures: list[Tensor]):
-            self.pictures += len(pictures)
-            return encode(encoder, pictures)
+        def count(encoder: BatchEncoder, images: list[Tensor]):
+            self.images += len(images)
+            return encode(encoder, images)
 
         monkeypatch.setattr(BatchEncoder, "encode", count)
 
@@ -95,15 +95,15 @@ def same_size_and_time(path: Path, data: bytes) -> None:
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
 
 
-def change_picture(folder: Path) -> None:
-    path = folder / "pictures/001.bmp"
+def change_image(folder: Path) -> None:
+    path = folder / "images/001.bmp"
     data = bytearray(path.read_bytes())
     data[200:8000] = bytes(255 - value for value in data[200:8000])
     same_size_and_time(path, bytes(data))
 
 
-def swap_pictures(folder: Path) -> None:
-    first, second = folder / "pictures/001.bmp", folder / "pictures/002.bmp"
+def swap_images(folder: Path) -> None:
+    first, second = folder / "images/001.bmp", folder / "images/002.bmp"
     one, two = first.read_bytes(), second.read_bytes()
     same_size_and_time(first, two)
     same_size_and_time(second, one)
@@ -124,13 +124,13 @@ def change_vae_config(folder: Path) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | {"norm_num_groups": 2}))
 
 
-# What is changed, and how many of the pictures must be encoded again.
+# What is changed, and how many of the images must be encoded again.
 MATRIX: dict[str, tuple[Callable[[Path], object], int]] = {
     "nothing": (lambda folder: None, 0),
-    "the bytes of one picture": (change_picture, 1),
-    "two pictures swapped": (swap_pictures, 0),
-    "a picture renamed": (lambda f: (f / "pictures/001.bmp").rename(f / "pictures/001b.bmp"), 0),
-    "a caption": (lambda f: (f / "pictures/001.txt").write_text("other words"), 0),
+    "the bytes of one image": (change_image, 1),
+    "two images swapped": (swap_images, 0),
+    "an image renamed": (lambda f: (f / "images/001.bmp").rename(f / "images/001b.bmp"), 0),
+    "a caption": (lambda f: (f / "images/001.txt").write_text("other words"), 0),
     "the place of the crop": (lambda f: entry(f, crop_style="corner"), COUNT),
     "a random crop": (lambda f: entry(f, crop_style="random"), COUNT),
     "the shape of the crop": (lambda f: entry(f, crop_aspect="preserve"), COUNT),
@@ -153,19 +153,19 @@ def test_after_a_change_nothing_stale_is_used_and_nothing_is_made_twice(folder, 
     time.sleep(0.06)  # digests of files younger than the tick of their time stamps are not remembered
     read(folder)
     change(folder)
-    if what == "a picture renamed":
-        (folder / "pictures/001.txt").rename(folder / "pictures/001b.txt")
+    if what == "an image renamed":
+        (folder / "images/001.txt").rename(folder / "images/001b.txt")
     counter = Counter(monkeypatch)
     _, latents, ids = read(folder)
-    assert counter.pictures == num_encoded
+    assert counter.images == num_encoded
     _, fresh, fresh_ids = read(folder, "fresh")
     assert latents.keys() == fresh.keys()
     assert all(torch.equal(latents[path], fresh[path]) for path in fresh)
     assert ids == fresh_ids
 
 
-def test_a_start_on_a_complete_cache_asks_for_no_single_picture(folder, monkeypatch):
-    """So it takes no longer with a million pictures; what is gone from the folder is noticed all the same."""
+def test_a_start_on_a_complete_cache_asks_for_no_single_image(folder, monkeypatch):
+    """So it takes no longer with a million images; what is gone from the folder is noticed all the same."""
     read(folder)
     gone_through: list[str] = []
     every = KeptSamples.__iter__
@@ -177,15 +177,15 @@ def test_a_start_on_a_complete_cache_asks_for_no_single_picture(folder, monkeypa
     monkeypatch.setattr(KeptSamples, "__iter__", note)
     _, before, _ = read(folder)
     assert gone_through == []
-    next((folder / "cache/vae/omnigen/pictures").glob("shard-*.safetensors")).unlink()
+    next((folder / "cache/vae/omnigen/images").glob("shard-*.safetensors")).unlink()
     counter = Counter(monkeypatch)
     _, after, _ = read(folder)
-    assert counter.pictures == COUNT
+    assert counter.images == COUNT
     assert all(torch.equal(after[path], before[path]) for path in before)
 
 
 def read_references(folder: Path, cache_dir: str = "cache") -> list[Tensor]:
-    """The latents of the references of all pictures, in their order."""
+    """The latents of the references of all images, in their order."""
     loaded = load_here(folder, f"--cache_dir={cache_dir}")
     (folder / "output").mkdir(exist_ok=True)
     [each], sources = prepare_data(loaded, build_family(loaded), folder / "output", EventBus(), StopRequest())
@@ -193,9 +193,9 @@ def read_references(folder: Path, cache_dir: str = "cache") -> list[Tensor]:
 
 
 @pytest.mark.parametrize("kind", ["reference_strict", "reference_loose"])
-def test_a_reference_picture_is_never_stale_and_never_made_twice(folder, monkeypatch, kind):
-    """Other bytes under the same name, size and time are one picture to encode; the pictures beside it stay."""
-    shutil.copytree(folder / "pictures", folder / "sources")
+def test_a_reference_image_is_never_stale_and_never_made_twice(folder, monkeypatch, kind):
+    """Other bytes under the same name, size and time are one image to encode; the images beside it stay."""
+    shutil.copytree(folder / "images", folder / "sources")
     entry(folder, conditioning_data="sources")
     path = folder / "multidatabackend.json"
     sources = {"id": "sources", "dataset_type": "conditioning", "instance_data_dir": "sources"}
@@ -203,13 +203,13 @@ def test_a_reference_picture_is_never_stale_and_never_made_twice(folder, monkeyp
     before = read_references(folder)
     counter = Counter(monkeypatch)
     assert all(map(torch.equal, read_references(folder), before))
-    assert counter.pictures == 0
-    picture = folder / "sources/001.bmp"
-    data = bytearray(picture.read_bytes())
+    assert counter.images == 0
+    image = folder / "sources/001.bmp"
+    data = bytearray(image.read_bytes())
     data[200:8000] = bytes(255 - value for value in data[200:8000])
-    same_size_and_time(picture, bytes(data))
+    same_size_and_time(image, bytes(data))
     after = read_references(folder)
-    assert counter.pictures == 1
+    assert counter.images == 1
     assert [torch.equal(*each) for each in zip(before, after, strict=True)] == [True, False, True, True]
     assert all(map(torch.equal, read_references(folder, "fresh"), after))
 
@@ -221,7 +221,7 @@ def test_a_new_scale_needs_no_encoding_and_is_applied(folder, monkeypatch):
     path.write_text(json.dumps(config | {"scaling_factor": 2 * config["scaling_factor"]}))
     counter = Counter(monkeypatch)
     _, after, _ = read(folder)
-    assert counter.pictures == 0
+    assert counter.images == 0
     assert all(torch.allclose(after[path], 2 * before[path]) for path in before)
 
 
@@ -238,7 +238,7 @@ def test_the_number_format_of_the_vae_is_part_of_every_key(folder):
 
 def test_another_caption_tokenizer_or_template_is_seen_at_once(folder, monkeypatch):
     _, _, before = read(folder)
-    (folder / "pictures/001.txt").write_text("other words")
+    (folder / "images/001.txt").write_text("other words")
     _, _, ids = read(folder)
     assert [path for path in ids if ids[path] != before[path]] == ["001.bmp"]
 
@@ -257,17 +257,17 @@ def test_another_caption_tokenizer_or_template_is_seen_at_once(folder, monkeypat
     assert all(another[path] != other[path] for path in ids)
 
 
-def test_pictures_of_one_stem_both_train(folder, monkeypatch):
-    pictures = folder / "pictures"
-    with Image.open(pictures / "001.bmp") as first, Image.open(pictures / "002.bmp") as second:
+def test_images_of_one_stem_both_train(folder, monkeypatch):
+    images = folder / "images"
+    with Image.open(images / "001.bmp") as first, Image.open(images / "002.bmp") as second:
         for name in ("000", "001", "002", "003"):
-            (pictures / f"{name}.bmp").unlink()
-        first.save(pictures / "a.png")
-        second.convert("RGB").save(pictures / "a.jpg")
-    (pictures / "a.txt").write_text("both")
+            (images / f"{name}.bmp").unlink()
+        first.save(images / "a.png")
+        second.convert("RGB").save(images / "a.jpg")
+    (images / "a.txt").write_text("both")
     counter = Counter(monkeypatch)
     each, latents, _ = read(folder)
-    assert counter.pictures == 2
+    assert counter.images == 2
     assert not torch.equal(latents["a.png"], latents["a.jpg"])
     plan = Sampler([each], 2, 0).batch(0, 0)
     assert {each.samples[index].path for index in plan.sample_indices} == {"a.png", "a.jpg"}
@@ -283,9 +283,9 @@ class Eager(store.StoreWriter):
         super().__init__(tensors, max_entries=4)
 latents.StoreWriter = Eager
 encode = encoding.BatchEncoder.encode
-def slow(self, pictures):
+def slow(self, images):
     time.sleep(0.05)
-    return encode(self, pictures)
+    return encode(self, images)
 encoding.BatchEncoder.encode = slow
 sys.argv = ["simpletuner", "cache", "build", "--vae_batch_size=2"]
 cli.main()
@@ -295,7 +295,7 @@ cli.main()
 def cached_keys(folder: Path) -> dict[str, Tensor]:
     """Every tensor in the shards, read with the public library."""
     found: dict[str, Tensor] = {}
-    for shard in (folder / "cache/vae/omnigen/pictures").glob("shard-*.safetensors"):
+    for shard in (folder / "cache/vae/omnigen/images").glob("shard-*.safetensors"):
         with safe_open(shard, "pt") as file:
             found |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
     return found
@@ -306,8 +306,8 @@ def test_after_kill_9_a_second_build_encodes_only_what_is_missing(tmp_path, omni
     total = 40
     folders = [tmp_path / name for name in ("killed", "undisturbed")]
     for folder in folders:
-        draw_pictures(folder / "pictures", total, seed=1)
-        write_run(folder, omnigen_folder, [dataset("pictures")])
+        write_images(folder / "images", total, seed=1)
+        write_run(folder, omnigen_folder, [dataset("images")])
     killed, undisturbed = folders
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     with subprocess.Popen([sys.executable, "-c", SLOW_BUILD], cwd=killed, env=environment, stdout=-1) as building:

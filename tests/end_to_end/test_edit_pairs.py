@@ -1,4 +1,4 @@
-"""Training with reference pictures, from two folders of pairs to a model that uses what it is shown."""
+"""Training with reference images, from two folders of pairs to a model that uses what it is shown."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from PIL import Image
 
 from simpletuner.cache.store import TensorStore
 from simpletuner.commands import cache
-from tests.runs import dataset, draw_pictures, load_here, metrics, run_forked, train_here, write_run
+from tests.runs import dataset, load_here, metrics, run_forked, train_here, write_images, write_run
 from tests.tiny import tiny_omnigen_folder
 
 
 def entries(name: str, **changes: Any) -> list[dict[str, Any]]:
-    """Pictures in `<name>`, the references of each in `<name>-sources`."""
+    """Images in `<name>`, the references of each in `<name>-sources`."""
     sources = {"dataset_type": "conditioning", "conditioning_type": "reference_strict"}
     return [
         dataset(name, conditioning_data=f"{name}-sources", resolution=32, **changes),
@@ -25,9 +25,9 @@ def entries(name: str, **changes: Any) -> list[dict[str, Any]]:
     ]
 
 
-def draw_pairs(folder: Path, name: str, count: int, seed: int, shift: int = 0) -> None:
-    """Pictures, and as the source of each the picture `shift` places further on."""
-    draw_pictures(folder / name, count, seed, side=32)
+def write_pairs(folder: Path, name: str, count: int, seed: int, shift: int = 0) -> None:
+    """Images, and as the source of each the image `shift` places further on."""
+    write_images(folder / name, count, seed, side=32)
     (folder / f"{name}-sources").mkdir()
     for index in range(count):
         target = folder / f"{name}-sources" / f"{index:03d}.png"
@@ -45,15 +45,15 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 def test_a_model_that_is_shown_the_answer_learns_to_copy_it(tmp_path: Path, model: Path) -> None:
-    """The eval loss on held-out pairs, where source and target are one picture, and where they are not.
+    """The eval loss on held-out pairs, where source and target are one image, and where they are not.
 
     All that differs is which file lies beside which: an ignored reference would give equal losses.
     """
     losses = {}
     for name, shift in (("right", 0), ("wrong", 1)):
         folder = tmp_path / name
-        draw_pairs(folder, "pairs", 48, seed=1, shift=shift)
-        draw_pairs(folder, "held-out", 8, seed=2, shift=shift)
+        write_pairs(folder, "pairs", 48, seed=1, shift=shift)
+        write_pairs(folder, "held-out", 8, seed=2, shift=shift)
         data = [*entries("pairs"), *entries("held-out", dataset_type="eval")]
         options = {"model_type": "full", "learning_rate": 3e-3, "max_train_steps": 220, "train_batch_size": 8}
         evaluation = {"eval_steps_interval": 220, "num_eval_images": 8, "eval_timesteps": 4}
@@ -66,8 +66,8 @@ def test_a_model_that_is_shown_the_answer_learns_to_copy_it(tmp_path: Path, mode
 
 
 def test_pairs_masks_mirrors_and_dropped_captions_go_together(tmp_path: Path, model: Path) -> None:
-    draw_pairs(tmp_path, "pairs", 6, seed=1)
-    draw_pictures(tmp_path / "styles", 6, seed=2, side=80)
+    write_pairs(tmp_path, "pairs", 6, seed=1)
+    write_images(tmp_path / "styles", 6, seed=2, side=80)
     (tmp_path / "masks").mkdir()
     for index in range(6):
         Image.new("L", (32, 32), 255 if index else 100).save(tmp_path / f"masks/{index:03d}.png")
@@ -90,10 +90,10 @@ def test_pairs_masks_mirrors_and_dropped_captions_go_together(tmp_path: Path, mo
 
 
 def test_where_captions_are_dropped_their_references_are_too(tmp_path: Path, model: Path) -> None:
-    """With every caption dropped a run on pairs is a run on the pictures alone."""
+    """With every caption dropped a run on pairs is a run on the images alone."""
     losses = []
     for name, pairs in (("pairs", True), ("alone", False)):
-        draw_pairs(tmp_path / name, "pairs", 5, seed=1)
+        write_pairs(tmp_path / name, "pairs", 5, seed=1)
         data = entries("pairs") if pairs else [dataset("pairs", resolution=32)]
         folder = write_run(tmp_path / name, model, data, max_train_steps=3, caption_dropout_probability=1.0)
         losses.append([record["loss"] for record in metrics(train_here(folder), "step_done")])
@@ -108,14 +108,14 @@ def entry_keys(folder: Path, name: str) -> set[str]:
 def test_another_reference_is_encoded_and_nothing_else_and_pruning_keeps_references(
     tmp_path: Path, model: Path
 ) -> None:
-    draw_pairs(tmp_path, "pairs", 4, seed=1)
+    write_pairs(tmp_path, "pairs", 4, seed=1)
     folder = write_run(tmp_path, model, entries("pairs"))
     cache.build(load_here(folder))
     before = {name: entry_keys(tmp_path, name) for name in ("pairs", "pairs-sources")}
     cache.prune(load_here(folder), lambda line: None)
     assert {name: entry_keys(tmp_path, name) for name in before} == before
 
-    draw_pictures(tmp_path / "other", 1, seed=9, side=32)
+    write_images(tmp_path / "other", 1, seed=9, side=32)
     shutil.copy(tmp_path / "other/000.png", tmp_path / "pairs-sources/002.png")
     cache.build(load_here(folder))
     assert entry_keys(tmp_path, "pairs") == before["pairs"]
@@ -127,7 +127,7 @@ def test_another_reference_is_encoded_and_nothing_else_and_pruning_keeps_referen
 def test_references_are_encoded_on_demand_with_the_same_losses(tmp_path: Path, model: Path) -> None:
     losses = []
     for name, keys in (("ahead", {}), ("demand", {"vae_cache_ondemand": True}), ("never", {"vae_cache_disable": True})):
-        draw_pairs(tmp_path / name, "pairs", 5, seed=1)
+        write_pairs(tmp_path / name, "pairs", 5, seed=1)
         folder = write_run(tmp_path / name, model, entries("pairs"), max_train_steps=3, **keys)
         losses.append([record["loss"] for record in metrics(train_here(folder), "step_done")])
     assert losses[0] == losses[1] == losses[2]
@@ -139,8 +139,8 @@ def test_one_of_several_references_can_be_drawn(tmp_path: Path, model: Path) -> 
     losses = []
     for sampling in ("combined", "random", "random"):
         folder = tmp_path / f"run{len(losses)}"
-        draw_pairs(folder, "pairs", 5, seed=1)
-        draw_pictures(folder / "styles", 5, seed=2, side=32)
+        write_pairs(folder, "pairs", 5, seed=1)
+        write_images(folder / "styles", 5, seed=2, side=32)
         data = entries("pairs")
         data.append(data[1] | {"id": "styles", "instance_data_dir": "styles"})
         data[0]["conditioning_data"] = ["pairs-sources", "styles"]
@@ -150,9 +150,9 @@ def test_one_of_several_references_can_be_drawn(tmp_path: Path, model: Path) -> 
     assert losses[1] == losses[2]
 
 
-def test_validation_edits_the_first_held_out_picture_or_what_is_named(tmp_path: Path, model: Path) -> None:
-    """Base pictures of one prompt, seed and model differ by the reference alone."""
-    drawn = {}
+def test_validation_edits_the_first_held_out_image_or_what_is_named(tmp_path: Path, model: Path) -> None:
+    """Base images of one prompt, seed and model differ by the reference alone."""
+    generated = {}
     for name, options in (
         ("held out", {}),
         ("held out again", {}),
@@ -160,22 +160,22 @@ def test_validation_edits_the_first_held_out_picture_or_what_is_named(tmp_path: 
         ("none", {"user_prompt_library": "library.json", "validation_prompt": None}),
     ):
         folder = tmp_path / name
-        draw_pairs(folder, "pairs", 3, seed=1)
-        draw_pairs(folder, "held-out", 2, seed=2)
-        draw_pictures(folder / "other", 1, seed=9, side=48)
+        write_pairs(folder, "pairs", 3, seed=1)
+        write_pairs(folder, "held-out", 2, seed=2)
+        write_images(folder / "other", 1, seed=9, side=48)
         (folder / "library.json").write_text(json.dumps({"plain": {"prompt": "turn it green", "references": []}}))
         data = [*entries("pairs"), *entries("held-out", dataset_type="eval")]
         validation = {"validation_disable": False, "validation_num_inference_steps": 2, "validation_resolution": "32"}
         validation |= {"validation_prompt": "turn it green", "max_train_steps": 1} | options
         write_run(folder, model, data, **{key: value for key, value in validation.items() if value is not None})
         (path,) = (train_here(folder) / "benchmarks/base_model").glob("*.png")
-        drawn[name] = path.read_bytes()
-    assert drawn["held out"] == drawn["held out again"]
-    assert len(set(drawn.values())) == 3
+        generated[name] = path.read_bytes()
+    assert generated["held out"] == generated["held out again"]
+    assert len(set(generated.values())) == 3
 
 
-def test_a_model_edits_a_picture_on_the_command_line(tmp_path: Path, model: Path) -> None:
-    draw_pictures(tmp_path / "sources", 2, seed=1, side=40)
+def test_a_model_edits_an_image_on_the_command_line(tmp_path: Path, model: Path) -> None:
+    write_images(tmp_path / "sources", 2, seed=1, side=40)
     options = (
         "--model",
         str(model),
@@ -196,14 +196,14 @@ def test_a_model_edits_a_picture_on_the_command_line(tmp_path: Path, model: Path
     assert (tmp_path / "0.png").read_bytes() != (tmp_path / "1.png").read_bytes()
     result = run_forked(tmp_path, "generate", *options, *["--reference", "sources/000.png"] * 4)
     assert result.returncode == 2
-    assert "4 reference pictures are too many for OmniGen" in result.stderr
+    assert "4 reference images are too many for OmniGen" in result.stderr
 
 
-def test_a_prompt_that_names_a_picture_that_is_not_there_is_explained(tmp_path: Path, model: Path) -> None:
-    draw_pairs(tmp_path, "pairs", 2, seed=1)
+def test_a_prompt_that_names_an_image_that_is_not_there_is_explained(tmp_path: Path, model: Path) -> None:
+    write_pairs(tmp_path, "pairs", 2, seed=1)
     for path in (tmp_path / "pairs").glob("*.txt"):
         path.write_text("put <img><|image_1|></img> beside <img><|image_2|></img>")
     result = run_forked(write_run(tmp_path, model, entries("pairs"), caption_dropout_probability=0), "train")
     assert result.returncode == 3
-    assert "names the input pictures 1, 2, but has 1" in result.stderr
+    assert "names the input images 1, 2, but has 1" in result.stderr
     assert "Traceback" not in result.stderr

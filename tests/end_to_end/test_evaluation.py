@@ -15,7 +15,7 @@ from simpletuner import storage
 from simpletuner.errors import Interrupted
 from simpletuner.training import evaluate, loop
 from simpletuner.training.evaluation import EvalResult, Evaluator
-from tests.runs import dataset, draw_pictures, metrics, train_here, write_run
+from tests.runs import dataset, metrics, train_here, write_images, write_run
 from tests.tiny import tiny_omnigen_folder
 
 EVERY_STEP = {"eval_steps_interval": 1, "max_train_steps": 6, "checkpoint_step_interval": 3}
@@ -103,7 +103,7 @@ def test_a_run_goes_on_from_the_best_checkpoint_by_name_and_as_the_latest(
 
 
 @pytest.mark.slow
-def test_the_best_of_an_earlier_run_is_set_aside_at_a_fresh_start(tmp_path: Path, omnigen_folder: Path):
+def test_the_best_of_an_earlier_run_is_skipped_at_a_fresh_start(tmp_path: Path, omnigen_folder: Path):
     folder = write_run(tmp_path, omnigen_folder, **EVERY_STEP, checkpoint_keep_best=True)
     output = train_here(folder)
     before = weights(output / "checkpoint-best")
@@ -125,8 +125,8 @@ def test_patience_ends_a_run_as_finished_and_a_second_start_knows(tmp_path: Path
     assert "8.0000 of step 2" in line
 
     train_here(tmp_path)
-    told = [event["text"] for event in metrics(output, "notice")]
-    assert told[-1].endswith("is complete: step 4 of 50")
+    reported = [event["text"] for event in metrics(output, "notice")]
+    assert reported[-1].endswith("is complete: step 4 of 50")
     train_here(tmp_path, "--early_stopping_patience=4")
     assert metrics(output, "run_finished")[-1]["step"] == 6
 
@@ -167,7 +167,7 @@ def test_a_run_that_is_asked_to_stop_leaves_its_evaluation_and_makes_up_for_it(
 
     def count(*arguments: Any) -> list[float]:
         passes.append(1)
-        if len(passes) == 2 * 6 + 2:  # two pictures at three timesteps, at steps 0 and 1; the second pass of step 2
+        if len(passes) == 2 * 6 + 2:  # two images at three timesteps, at steps 0 and 1; the second pass of step 2
             signal.raise_signal(signal.SIGTERM)
         return chunk_losses(*arguments)
 
@@ -183,7 +183,7 @@ def test_a_run_that_is_asked_to_stop_leaves_its_evaluation_and_makes_up_for_it(
     assert weights(output) == weights(expected)
 
 
-def test_a_share_of_the_pictures_is_held_out_and_never_trained_on(tmp_path: Path, omnigen_folder: Path, monkeypatch):
+def test_a_share_of_the_images_is_held_out_and_never_trained_on(tmp_path: Path, omnigen_folder: Path, monkeypatch):
     seen: set[str] = set()
     train_window = loop.train_window
 
@@ -192,14 +192,14 @@ def test_a_share_of_the_pictures_is_held_out_and_never_trained_on(tmp_path: Path
         return train_window(run, window)
 
     monkeypatch.setattr(loop, "train_window", remember)
-    draw_pictures(tmp_path / "pictures", 12, seed=1)
+    write_images(tmp_path / "images", 12, seed=1)
     folder = write_run(
-        tmp_path, omnigen_folder, [dataset("pictures")], **EVERY_STEP, eval_holdout=0.3, num_eval_images=12
+        tmp_path, omnigen_folder, [dataset("images")], **EVERY_STEP, eval_holdout=0.3, num_eval_images=12
     )
     output = train_here(folder)
-    [told] = [event["text"] for event in metrics(output, "notice") if "held out" in event["text"]]
-    count = int(told.split()[1])
-    assert told == f"pictures: {count} of 12 pictures are held out for the eval loss"
+    [reported] = [event["text"] for event in metrics(output, "notice") if "held out" in event["text"]]
+    count = int(reported.split()[1])
+    assert reported == f"images: {count} of 12 images are held out for the eval loss"
     assert len(seen) == 12 - count
     assert set(metrics(output, "eval_done")[0]["losses"]) == {"pictures.holdout"}
     assert not (folder / "cache" / "vae" / "omnigen" / "pictures.holdout").exists()  # it shares the latents
@@ -207,16 +207,16 @@ def test_a_share_of_the_pictures_is_held_out_and_never_trained_on(tmp_path: Path
 
 @pytest.mark.slow
 def test_one_eval_dataset_can_be_chosen(tmp_path: Path, omnigen_folder: Path):
-    for name, seed in (("pictures", 1), ("first", 2), ("second", 3)):
-        draw_pictures(tmp_path / name, 2, seed)
-    data = [dataset("pictures"), *(dataset(name, dataset_type="eval") for name in ("first", "second"))]
+    for name, seed in (("images", 1), ("first", 2), ("second", 3)):
+        write_images(tmp_path / name, 2, seed)
+    data = [dataset("images"), *(dataset(name, dataset_type="eval") for name in ("first", "second"))]
     options = {**EVERY_STEP, "max_train_steps": 1, "eval_dataset_id": "second"}
     output = train_here(write_run(tmp_path, omnigen_folder, data, **options))
     assert {tuple(event["losses"]) for event in metrics(output, "eval_done")} == {("second",)}
 
 
 @pytest.mark.slow
-def test_the_training_loss_is_told_by_noise_level(tmp_path: Path, omnigen_folder: Path):
+def test_the_training_loss_is_reported_by_noise_level(tmp_path: Path, omnigen_folder: Path):
     output = train_here(write_run(tmp_path, omnigen_folder))
     [event] = metrics(output, "loss_by_sigma")
     # Regularisation samples are compared with the base itself and do not count.
@@ -237,16 +237,16 @@ def test_full_training_takes_its_reference_before_the_first_step(tmp_path: Path)
 
 
 @pytest.mark.slow
-def test_the_masks_of_held_out_pictures_count_in_their_loss(tmp_path: Path, omnigen_folder: Path):
-    """A mask of all of a picture changes nothing, one of a corner does."""
+def test_the_masks_of_held_out_images_count_in_their_loss(tmp_path: Path, omnigen_folder: Path):
+    """A mask of all of an image changes nothing, one of a corner does."""
     found = {}
     for name, box in (("none", None), ("whole", (0, 0, 64, 64)), ("corner", (0, 0, 16, 16))):
         folder = tmp_path / name
-        draw_pictures(folder / "pictures", 6, seed=1)
-        data = [dataset("pictures", **({"conditioning_data": "masks"} if box else {}))]
+        write_images(folder / "images", 6, seed=1)
+        data = [dataset("images", **({"conditioning_data": "masks"} if box else {}))]
         if box:
             (folder / "masks").mkdir()
-            for path in (folder / "pictures").glob("*.png"):
+            for path in (folder / "images").glob("*.png"):
                 mask = Image.new("RGB", (64, 64))
                 mask.paste((255, 255, 255), box)
                 mask.save(folder / "masks" / path.name)

@@ -1,4 +1,4 @@
-"""Every family with text encoders, from config.json to pictures drawn with what was trained, on its tiny model."""
+"""Every family with text encoders, from config.json to images generated with what was trained, on its tiny model."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import torch
 from PIL import Image
 
 from simpletuner.models.registry import get_spec
-from tests.runs import dataset, draw_pictures, metrics, run_cli, train_here, write_run
+from tests.runs import dataset, metrics, run_cli, train_here, write_images, write_run
 from tests.tiny_flux import tiny_flux_folder
 from tests.tiny_folders import TINY_FOLDERS
 
 FAMILIES = sorted(name for name in TINY_FOLDERS if get_spec(name).caches_prompt_embeds)
-PICTURES = {
+IMAGES = {
     "validation_disable": False,
     "validation_prompt": "a box",
     "validation_resolution": "64",
@@ -47,10 +47,10 @@ RUNS: dict[str, Options] = {
 @pytest.mark.parametrize(
     "kind", ["lokr", *(pytest.param(kind, marks=pytest.mark.ci) for kind in RUNS if kind != "lokr")]
 )
-def test_an_adapter_is_trained_proved_resumed_and_drawn_with(model, tmp_path: Path, kind: str):
+def test_an_adapter_is_trained_proved_resumed_and_used_to_generate(model, tmp_path: Path, kind: str):
     name, folder = model
     steps = {"max_train_steps": 4, "eval_steps_interval": 2, "learning_rate": 1e-3}
-    options = {"model_family": name, **steps, **PICTURES, **RUNS[kind]}
+    options = {"model_family": name, **steps, **IMAGES, **RUNS[kind]}
     run = write_run(tmp_path / "run", folder, **options)
     if kind != "lokr":
         _edit(run / "config.json", lambda config: config.pop("lycoris_config"))
@@ -64,8 +64,8 @@ def test_an_adapter_is_trained_proved_resumed_and_drawn_with(model, tmp_path: Pa
     assert (output / "before_after.png").is_file()
     adapter = output / "pytorch_lora_weights.safetensors"
     arguments = ("--model-family", name, "--model", str(folder), "--prompt", "a box", "--width", "64", "--height", "64")
-    drawn = run_cli(run, "generate", *arguments, "--steps", "2", "--adapter", str(adapter), "--output", "box.png")
-    assert drawn.returncode == 0, drawn.stderr
+    generated = run_cli(run, "generate", *arguments, "--steps", "2", "--adapter", str(adapter), "--output", "box.png")
+    assert generated.returncode == 0, generated.stderr
     assert Image.open(run / "box.png").size == (64, 64)
 
 
@@ -107,15 +107,15 @@ def test_kontext_is_trained_on_pairs_and_sees_the_reference(tmp_path: Path):
     for name, seed in (("one", 5), ("other", 6)):
         run = tmp_path / name
         for kind in ("after", "after-eval"):
-            draw_pictures(run / kind, 3, seed=1)
-            draw_pictures(run / f"{kind}-before", 3, seed=seed)
+            write_images(run / kind, 3, seed=1)
+            write_images(run / f"{kind}-before", 3, seed=seed)
         before = {"dataset_type": "conditioning", "conditioning_type": "reference_strict"}
         data: list[dict[str, object]] = []
         for kind, changes in (("after", {}), ("after-eval", {"dataset_type": "eval"})):
             data.append(dataset(kind, conditioning_data=f"{kind}-before", **changes))
             data.append({"id": f"{kind}-before", "instance_data_dir": f"{kind}-before", **before})
         options = {"model_family": "flux", "max_train_steps": 2, "eval_steps_interval": 2, "learning_rate": 1e-3}
-        write_run(run, model, data, **options, **PICTURES)
+        write_run(run, model, data, **options, **IMAGES)
         output = train_here(run)
         losses[name] = metrics(output, "eval_done")[0]["pooled"]
         assert (output / "before_after.png").is_file()

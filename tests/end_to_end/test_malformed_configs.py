@@ -61,11 +61,11 @@ def processor_seconds(folder: Path, environment: Mapping[str, str]) -> tuple[int
         program, cwd=folder, env={**os.environ, **environment}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
     )
     assert process.stderr is not None
-    told = process.stderr.read().decode()
+    reported = process.stderr.read().decode()
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     process.stderr.close()
-    return process.returncode, told, usage.ru_utime + usage.ru_stime
+    return process.returncode, reported, usage.ru_utime + usage.ru_stime
 
 
 @pytest.mark.ci
@@ -77,10 +77,10 @@ def test_each_of_them_ends_within_two_seconds_and_names_what_is_wrong(tmp_path: 
     slowest, faults = 0.0, []
     for text, environment, named in cases:
         (folder / "config.json").write_text(text)
-        code, told, seconds = processor_seconds(folder, environment)
+        code, reported, seconds = processor_seconds(folder, environment)
         slowest = max(slowest, seconds)
-        if code != 2 or "Traceback" in told or named not in told:
-            faults.append((text[-60:], environment, code, told[-300:]))
+        if code != 2 or "Traceback" in reported or named not in reported:
+            faults.append((text[-60:], environment, code, reported[-300:]))
     print(f"{len(cases)} malformed configurations, the slowest took {slowest:.2f} s of processor time")
     assert faults == []
     assert slowest < MAX_SECONDS

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from simpletuner.commands import plan as planning
 from simpletuner.commands.shapes import empty_batch
-from simpletuner.distributed.world import ALONE
+from simpletuner.distributed.process_group import SINGLE_PROCESS
 from simpletuner.errors import ConfigError
+from simpletuner.training.build import attach_adapter, build_family
+from simpletuner.training.device_placement import place_denoiser
+from simpletuner.training.gradient_checkpointing import GradientCheckpointing, MeasuredMemory
 from simpletuner.training.kernels import attention_kernel, compile_blocks
-from simpletuner.training.parts import attach_adapter, build_family
-from simpletuner.training.place import place_denoiser
-from simpletuner.training.recomputing import MeasuredRoom, Recomputing
-from simpletuner.training.step import compute_losses, draw_noise
+from simpletuner.training.step import compute_losses, sample_noise
 from simpletuner.training.swapping import SwappedBlocks, repeated_blocks
 from tests.runs import load_here, metrics, train_here, write_run
 from tests.tiny import tiny_omnigen_folder
@@ -59,8 +59,8 @@ def gradients(folder: Path, model: Path, options: Mapping[str, Any], steps: int 
     denoiser = family.load_base()
     adapter = attach_adapter(loaded, family, denoiser)
     perturb(adapter.trainable_parameters())
-    place_denoiser(loaded.config, family, denoiser, adapter, ALONE)
-    if (recomputing := Recomputing.of(loaded.config, family.device)) is not None:
+    place_denoiser(loaded.config, family, denoiser, adapter, SINGLE_PROCESS)
+    if (recomputing := GradientCheckpointing.of(loaded.config, family.device)) is not None:
         denoiser.enable_gradient_checkpointing(recomputing)
     compile_blocks(denoiser, family.spec.block_classes, loaded.config.dynamo_backend)
     denoiser.train()
@@ -68,7 +68,7 @@ def gradients(folder: Path, model: Path, options: Mapping[str, Any], steps: int 
     for step in range(steps):
         side = (64, 96)[step % 2]
         batch = empty_batch(family, side, 64, family.encode_prompts(["a red star", "a blue moon"]))
-        noise = draw_noise(batch, 0, step)
+        noise = sample_noise(batch, 0, step)
         torch.manual_seed(step)
         losses = compute_losses(family, denoiser, batch, noise, torch.full((2,), 0.5, dtype=torch.float64))
         losses.weighted_sum.backward()
@@ -101,7 +101,7 @@ def test_every_way_gives_the_gradients_of_the_plain_step(
     options = WAYS[way]
     plain = {"gradient_checkpointing": False, **{key: options[key] for key in PLAIN_OF if key in options}}
     expected = gradients(tmp_path / "plain", omnigen_folder, plain, steps=4)
-    monkeypatch.setattr("simpletuner.lean.recipes.LARGE", 0)
+    monkeypatch.setattr("simpletuner.activation_memory.recompute.LARGE", 0)
     found = gradients(tmp_path / "saving", omnigen_folder, options, steps=4)
     for step, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
         for name in theirs:
@@ -148,7 +148,7 @@ def test_swapped_weights_leave_no_copy_behind(tmp_path: Path, omnigen_folder: Pa
     adapter = attach_adapter(loaded, family, denoiser)
     blocks = repeated_blocks(denoiser, family.spec.block_classes)
     swap = SwappedBlocks(blocks, torch.device("cpu"))
-    denoiser.enable_gradient_checkpointing(Recomputing(family.device))
+    denoiser.enable_gradient_checkpointing(GradientCheckpointing(family.device))
     denoiser.train()
     fetched: list[int] = []
     fetch = swap.fetch
@@ -169,7 +169,7 @@ def test_more_blocks_than_there_are_cannot_be_swapped(tmp_path: Path, omnigen_fo
 
 
 def test_as_many_blocks_keep_their_activations_as_fit(monkeypatch: pytest.MonkeyPatch) -> None:
-    room = MeasuredRoom(torch.device("cpu"))
+    room = MeasuredMemory(torch.device("cpu"))
     monkeypatch.setattr(room, "free_bytes", lambda: 1000)
     x = torch.randn(10, 5, requires_grad=True)
     is_recomputed, count = room.ask(0, (x,), 1)
@@ -192,7 +192,7 @@ def test_blocks_computed_again_give_the_same_bits(
     large: int, tmp_path: Path, omnigen_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Hence a resumed run may recompute other blocks than the one that was cut off did."""
-    monkeypatch.setattr("simpletuner.lean.recipes.LARGE", large)
+    monkeypatch.setattr("simpletuner.activation_memory.recompute.LARGE", large)
     ways = ({"gradient_checkpointing": False}, {"gradient_checkpointing": True})
     plain, whole = (gradients(tmp_path / str(i), omnigen_folder, way, steps=2) for i, way in enumerate(ways))
     for step, again in zip(plain, whole, strict=True):
@@ -204,7 +204,7 @@ def test_the_last_block_is_never_computed_again() -> None:
     calls = [0, 0, 0]
     for index, block in enumerate(blocks):
         block.register_forward_pre_hook(lambda *args, index=index: calls.__setitem__(index, calls[index] + 1))
-    recomputing = Recomputing(torch.device("cpu"))
+    recomputing = GradientCheckpointing(torch.device("cpu"))
     for expected in ([2, 2, 2], [4, 4, 3]):  # the first pass does not know which is the last
         x = torch.randn(2, 4, requires_grad=True)
         for block in blocks:
@@ -260,7 +260,7 @@ def test_the_plan_counts_what_is_saved(tmp_path: Path) -> None:
     recomputed = {"gradient_checkpointing": True}
     frozen, name = "frozen weights", "activations, checkpointed"
     plain, whole = rows(), rows(**recomputed)
-    parked = rows(**recomputed, gradient_checkpointing_backend="unsloth")
-    assert parked[name] < whole[name] < plain["activations"]
+    offloaded = rows(**recomputed, gradient_checkpointing_backend="unsloth")
+    assert offloaded[name] < whole[name] < plain["activations"]
     packed = rows(base_model_precision="int8-quanto")
     assert packed[frozen] < plain[frozen]

@@ -1,4 +1,4 @@
-"""`simpletuner monitor` in a real browser, while a tiny run trains: the curve and the pictures appear by themselves."""
+"""`simpletuner monitor` in a real browser, while a tiny run trains: the curve and the images appear by themselves."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def page() -> Iterator[Any]:
         browser.close()
 
 
-def test_the_curve_and_the_pictures_appear_while_a_run_trains(page: Any, tmp_path: Path) -> None:
+def test_the_curve_and_the_images_appear_while_a_run_trains(page: Any, tmp_path: Path) -> None:
     server = make_server(None, "127.0.0.1", 0, "t0ken", lambda line: None)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     url = f"http://127.0.0.1:{server.server_port}/"
@@ -66,11 +66,11 @@ def test_the_curve_and_the_pictures_appear_while_a_run_trains(page: Any, tmp_pat
     captions = page.locator("#gallery .row").first.locator("figcaption span:first-child").all_text_contents()
     assert captions == ["base model", "step 2", "step 4"]
     page.wait_for_function("[...document.querySelectorAll('#gallery img')].every((each) => each.naturalWidth === 64)")
-    assert is_drawn(page), "the canvas holds more than its ground"
+    assert is_generated(page), "the canvas holds more than its ground"
     assert page.locator("#log li").count() > 3
 
     page.locator("#gallery .row").first.locator("img").last.click()
-    assert page.locator("#viewer-strip img").count() == 4, "how it was drawn: 2/8, 4/8, 6/8, 8/8"
+    assert page.locator("#viewer-strip img").count() == 4, "how it was generated: 2/8, 4/8, 6/8, 8/8"
     page.keyboard.press("ArrowLeft")
     assert "step 2" in page.locator("#viewer-title").text_content()
     page.keyboard.press("Escape")
@@ -90,7 +90,7 @@ def test_the_curve_and_the_pictures_appear_while_a_run_trains(page: Any, tmp_pat
     server.server_close()
 
 
-def is_drawn(page: Any) -> bool:
+def is_generated(page: Any) -> bool:
     """Whether the loss curve's colour is on the canvas."""
     return page.evaluate(
         """() => {

@@ -43,7 +43,7 @@ def test_code_and_pickles_in_the_working_folder_do_not_run_in_any_process(folder
     marker = tmp_path / "it ran"
     for name in MODULES:
         (folder / f"{name}.py").write_text(f"import os\nos.makedirs({str(marker)!r}, exist_ok=True)\n")
-    for place in (folder, folder / "pictures", folder / "output", folder / "cache"):
+    for place in (folder, folder / "images", folder / "output", folder / "cache"):
         place.mkdir(exist_ok=True)
         for name in ("model.pt", "optimizer.bin", "0.ckpt", "latents.pt", "random_states_0.pkl", "training_state.pkl"):
             with (place / name).open("wb") as file:

@@ -9,7 +9,7 @@ import pytest
 
 from simpletuner.models.components import ModelSource
 from simpletuner.models.registry import get_family_class, get_spec
-from tests.runs import dataset, draw_pictures, metrics, train_here, write_run
+from tests.runs import dataset, metrics, train_here, write_images, write_run
 from tests.tiny_folders import TINY_FOLDERS
 
 ROLLOUTS = {"scheduled_sampling_max_step_offset": 2, "scheduled_sampling_probability": 1.0}
@@ -33,8 +33,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def losses_of(folder: Path, model: Path, family: str, **options: Any) -> list[float]:
-    draw_pictures(folder / "pictures", 4, seed=1)
-    write_run(folder, model, [dataset("pictures")], model_family=family, max_train_steps=2, **options)
+    write_images(folder / "images", 4, seed=1)
+    write_run(folder, model, [dataset("images")], model_family=family, max_train_steps=2, **options)
     return [record["loss"] for record in metrics(train_here(folder), "step_done")]
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from simpletuner.commands import cache
 from simpletuner.text import printable
-from tests.runs import dataset, draw_pictures, load_here, train_here, write_run
+from tests.runs import dataset, load_here, train_here, write_images, write_run
 from tests.unit.data.odd_files import DAMAGED_FILES, MOVING, ODD_BUT_SOUND, write_odd_files
 
 
@@ -31,7 +31,7 @@ def state_of(folder: Path) -> dict[str, tuple[object, ...]]:
 def folder(tmp_path: Path, omnigen_folder: Path) -> Path:
     folder = tmp_path / "run"
     prompt = {"caption_strategy": "instanceprompt", "instance_prompt": "a thing", "minimum_image_size": 8}
-    draw_pictures(write_odd_files(folder / "damaged", DAMAGED_FILES) / "good", 2, seed=1)
+    write_images(write_odd_files(folder / "damaged", DAMAGED_FILES) / "good", 2, seed=1)
     write_odd_files(folder / "odd", ODD_BUT_SOUND)
     entries = [dataset(name, crop=True, **prompt) for name in ("damaged", "odd")]
     return write_run(folder, omnigen_folder, entries, max_train_steps=4, checkpoint_step_interval=0)
@@ -43,17 +43,17 @@ def test_there_are_at_least_sixty_kinds():
 
 
 @pytest.mark.slow
-def test_no_file_crashes_a_run_and_each_is_told_with_its_reason(folder, monkeypatch):
+def test_no_file_crashes_a_run_and_each_is_reported_with_its_reason(folder, monkeypatch):
     monkeypatch.chdir(folder)
     before = state_of(folder)
     cache.build(load_here(folder))
     reports = json.loads((folder / "output/dataset_report.json").read_text())
     lines = [json.loads(line) for line in (folder / "output/dataset_set_aside.jsonl").read_text().splitlines()]
-    told = {line["path"]: line["reason"] for line in lines}
-    assert len(lines) == len(told) == sum(entry["count"] for report in reports for entry in report["set_aside"])
+    reported = {line["path"]: line["reason"] for line in lines}
+    assert len(lines) == len(reported) == sum(entry["count"] for report in reports for entry in report["set_aside"])
     expected = {printable(os.fsdecode(odd.name)): odd.reason for odd in DAMAGED_FILES}
-    assert told.keys() == expected.keys()
-    wrong = {name: told[name] for name in told if not re.search(expected[name], told[name])}
+    assert reported.keys() == expected.keys()
+    wrong = {name: reported[name] for name in reported if not re.search(expected[name], reported[name])}
     assert wrong == {}
     [odd] = [report for report in reports if report["id"] == "odd"]
     assert (odd["found"], odd["bucketed"]) == (len(ODD_BUT_SOUND), len(ODD_BUT_SOUND))

@@ -16,7 +16,7 @@ from simpletuner import storage
 from simpletuner.errors import ConfigError, DataError
 from simpletuner.reporting.report.record import read_run
 from simpletuner.training import evaluate, loop
-from tests.runs import dataset, draw_pictures, metrics, train_here, write_run
+from tests.runs import dataset, metrics, train_here, write_images, write_run
 
 FIXTURE = Path(__file__).parent.parent / "fixtures" / "run_without_identity.tar.xz"
 WEIGHTS = "pytorch_lora_weights.safetensors"
@@ -241,11 +241,11 @@ def test_the_best_is_kept_by_default_and_comes_back_from_its_numbered_checkpoint
 
 def test_no_tenth_of_an_epoch_is_lost(tmp_path: Path, omnigen_folder: Path):
     """Ten batches in an epoch: each step ends a tenth, also where a resume begins. In floats 0.3 // 0.1 is 2."""
-    data = [dataset("pictures", repeats=0), dataset("held_out", dataset_type="eval")]
+    data = [dataset("images", repeats=0), dataset("held_out", dataset_type="eval")]
     options = {"train_batch_size": 1, "eval_epoch_interval": 0.1, "checkpoint_step_interval": 0, "eval_timesteps": 1}
     folder = write_run(tmp_path, omnigen_folder, data, max_train_steps=20, **options, checkpoint_keep_best=False)
-    draw_pictures(folder / "pictures", 10, seed=1)
-    draw_pictures(folder / "held_out", 1, seed=2)
+    write_images(folder / "images", 10, seed=1)
+    write_images(folder / "held_out", 1, seed=2)
     assert [event["step"] for event in metrics(train_here(folder), "eval_done")] == list(range(21))
 
 
@@ -264,9 +264,9 @@ def test_a_folder_of_an_earlier_version_is_adopted_and_goes_on(tmp_path: Path, o
     output = folder / "output"
     kept = storage.read_manifest(output / "checkpoint-2")
     train_here(folder, "--max_train_steps=6")
-    told = notices(output)
-    assert "resumed checkpoint-4: step 4 of 6" in told
-    assert sum("written by an earlier version" in text for text in told) == 1
+    reported = notices(output)
+    assert "resumed checkpoint-4: step 4 of 6" in reported
+    assert sum("written by an earlier version" in text for text in reported) == 1
     assert storage.read_manifest(output / "checkpoint-2") == kept
     assert not (output / "earlier-runs").exists()
     summaries = [event["summary"] for event in metrics(output, "phase_done") if "latents" in event["name"]]

@@ -12,8 +12,8 @@ from simpletuner.commands.shapes import empty_batch
 from simpletuner.config.optimizers import OPTIMIZERS
 from simpletuner.errors import ConfigError
 from simpletuner.optim.optimizers import averaged_weights, build_optimizer
-from simpletuner.training.parts import attach_adapter, build_family
-from simpletuner.training.step import compute_losses, draw_noise
+from simpletuner.training.build import attach_adapter, build_family
+from simpletuner.training.step import compute_losses, sample_noise
 from tests.runs import load_here, metrics, require_same_bits_after_a_stop, train_here, write_run
 
 # Learning rates at which a tiny adapter visibly learns; where none stands, that of AdamW.
@@ -55,7 +55,7 @@ def test_every_optimizer_trains_the_tiny_model(name: str, run_folder: Path) -> N
     parameters = adapter.trainable_parameters()
     config = {"learning_rate": RATES.get(name, ADAMW_RATE / 4 if "lion" in name else ADAMW_RATE)}
     batch = empty_batch(family, 64, 64, family.encode_prompts(["a red star", "a blue moon"]))
-    noise, quantiles = draw_noise(batch, 0, 0), torch.full((2,), 0.5, dtype=torch.float64)
+    noise, quantiles = sample_noise(batch, 0, 0), torch.full((2,), 0.5, dtype=torch.float64)
     losses = []
     with torch.compiler.set_stance("force_eager"):
         optimizer = build_optimizer(name, parameters, config | {"optimizer_config": None})
@@ -101,7 +101,7 @@ def test_checkpoints_and_results_of_schedule_free_hold_the_average(tmp_path: Pat
         torch.testing.assert_close(y, 0.1 * state[f"{name}//z"] + 0.9 * averaged[name], rtol=1e-5, atol=1e-6)
 
 
-def test_the_rate_scales_with_the_pictures_of_a_step(tmp_path: Path, omnigen_folder: Path) -> None:
+def test_the_rate_scales_with_the_images_of_a_step(tmp_path: Path, omnigen_folder: Path) -> None:
     options = {"max_train_steps": 1, "gradient_accumulation_steps": 2, "learning_rate": 1e-3, "lr_scale": True}
     plain = train_here(write_run(tmp_path / "plain", omnigen_folder, **options))
     root = train_here(write_run(tmp_path / "root", omnigen_folder, **options, lr_scale_sqrt=True))

@@ -1,4 +1,4 @@
-"""Adapters on packed bases in whole runs: they learn, they resume, their files are proved, pictures come of them."""
+"""Adapters on packed bases in whole runs: they learn, they resume, their files are proved, images come of them."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from simpletuner.errors import ConfigError
 from simpletuner.optim.optimizers import build_optimizer
 from simpletuner.precision.linear import QuantisedLinear
 from simpletuner.precision.quantise import copy_unpacked, quantised_layers
-from simpletuner.training.parts import attach_adapter, build_family
-from simpletuner.training.step import compute_losses, draw_noise
+from simpletuner.training.build import attach_adapter, build_family
+from simpletuner.training.step import compute_losses, sample_noise
 from tests.runs import load_here, metrics, require_same_bits_after_a_stop, run_cli, train_here, train_in_two, write_run
 from tests.tiny_folders import TINY_FOLDERS
 
@@ -84,7 +84,7 @@ def test_gradients_through_a_packed_base_are_as_near_as_its_weights(
                 parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
         batch = empty_batch(family, 64, 64, family.encode_prompts(["a red star"]))
         quantiles = torch.full((1,), 0.5, dtype=torch.float64)
-        compute_losses(family, denoiser, batch, draw_noise(batch, 0, 0), quantiles).weighted_sum.backward()
+        compute_losses(family, denoiser, batch, sample_noise(batch, 0, 0), quantiles).weighted_sum.backward()
         gradients.append(torch.cat([parameter.grad.flatten() for parameter in parameters]))
     error = (stored - original).norm() / original.norm()
     assert 0 < (gradients[1] - gradients[0]).norm() < 2 * error * gradients[0].norm()
@@ -126,7 +126,7 @@ def test_every_algorithm_does_on_a_packed_base_what_it_does_on_the_unpacked_weig
         denoiser.enable_gradient_checkpointing()
         batch = empty_batch(family, 64, 64, family.encode_prompts(["a red star"]))
         quantiles = torch.full((1,), 0.5, dtype=torch.float64)
-        loss = compute_losses(family, denoiser, batch, draw_noise(batch, 0, 0), quantiles).weighted_sum
+        loss = compute_losses(family, denoiser, batch, sample_noise(batch, 0, 0), quantiles).weighted_sum
         loss.backward()
         found.append((loss, {key: parameter.grad for key, parameter in parameters.items()}))
     (ours, our_gradients), (theirs, their_gradients) = found
@@ -190,7 +190,7 @@ def test_half_precision_trains_with_a_scaled_loss_and_resumes(
 
 
 @pytest.mark.slow
-def test_pictures_can_be_drawn_on_a_packed_base(tmp_path: Path, omnigen_folder: Path) -> None:
+def test_images_can_be_generated_on_a_packed_base(tmp_path: Path, omnigen_folder: Path) -> None:
     arguments = ["generate", "--model", str(omnigen_folder), "--model-family", "omnigen", "--prompt", "a star"]
     arguments += ["--width", "64", "--height", "64", "--steps", "2", "--output", "star.png"]
     done = run_cli(tmp_path, *arguments, "--base-precision", "int8-quanto")

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from tests.runs import cli, dataset, draw_pictures, metrics, run_cli, write_run
+from tests.runs import cli, dataset, metrics, run_cli, write_images, write_run
 
 pytestmark = pytest.mark.slow
 
@@ -52,9 +52,9 @@ COUNTS = {"pictures": 5, "regularisation": 3, "held_out": 2}
 def short_batches(folder: Path) -> list[dict]:
     """Data of which some batches have one image, so that one of two processes has none that counts."""
     for seed, (name, count) in enumerate(COUNTS.items(), 1):
-        draw_pictures(folder / name, count, seed=seed)
+        write_images(folder / name, count, seed=seed)
     return [
-        dataset("pictures"),
+        dataset("images"),
         dataset("regularisation", is_regularisation_data=True),
         dataset("held_out", dataset_type="eval"),
     ]
@@ -210,7 +210,7 @@ def test_deepspeed_trains_all_weights_as_one_process_does(tmp_path, omnigen_fold
     for name in ("checkpoint-4/transformer", "pipeline"):
         mine, theirs = tensors(alone / name), tensors(spread / name)
         assert mine.keys() == theirs.keys()
-        # No step has a reference picture, and DeepSpeed decays weights that none uses.
+        # No step has a reference image, and DeepSpeed decays weights that none uses.
         used = [key for key in mine if "input_image_proj" not in key]
         assert max(float((mine[key] - theirs[key]).abs().max()) for key in used) <= TOLERANCE
 
@@ -250,10 +250,10 @@ def test_when_one_process_is_killed_all_end_and_the_reason_is_said(tmp_path, omn
     victim, other = child_of_rank(launcher, 1), child_of_rank(launcher, 0)
     os.kill(victim, signal.SIGKILL)
     killed = time.monotonic()
-    _, told = launcher.communicate(timeout=60)
+    _, reported = launcher.communicate(timeout=60)
     assert time.monotonic() - killed < 60
     assert launcher.returncode == 137
-    assert "process 1 of 2 was killed" in told
+    assert "process 1 of 2 was killed" in reported
     assert not Path(f"/proc/{other}").exists()
 
 
@@ -262,9 +262,9 @@ def test_when_the_launcher_is_killed_all_save_and_end(tmp_path, omnigen_folder):
     launcher.send_signal(signal.SIGUSR1)
     time.sleep(1)
     launcher.kill()
-    _, told = launcher.communicate(timeout=60)  # the pipe closes when the last process has ended
-    assert told.count("train_window") >= 1  # where the processes were when they were asked
-    assert "stopped by SIGTERM: saved" in told
+    _, reported = launcher.communicate(timeout=60)  # the pipe closes when the last process has ended
+    assert reported.count("train_window") >= 1  # where the processes were when they were asked
+    assert "stopped by SIGTERM: saved" in reported
     assert len(list((tmp_path / "output").glob("checkpoint-*"))) == 1
 
 
@@ -272,9 +272,9 @@ def test_when_the_launcher_is_killed_all_save_and_end(tmp_path, omnigen_folder):
 def test_sigterm_to_the_launcher_saves_once_and_leaves(tmp_path, omnigen_folder):
     launcher = started(write_run(tmp_path, omnigen_folder, num_processes=2))
     launcher.terminate()
-    _, told = launcher.communicate(timeout=60)
-    assert launcher.returncode == 143, told
-    assert told.count("stopped by SIGTERM") == 1
+    _, reported = launcher.communicate(timeout=60)
+    assert launcher.returncode == 143, reported
+    assert reported.count("stopped by SIGTERM") == 1
     saved = [path for path in (tmp_path / "output").iterdir() if path.name.startswith("checkpoint-")]
     assert len(saved) == 1
     state = json.loads((saved[0] / "training_state.json").read_text())["state"]
@@ -282,26 +282,26 @@ def test_sigterm_to_the_launcher_saves_once_and_leaves(tmp_path, omnigen_folder)
 
 
 @pytest.mark.ci
-def test_processes_that_draw_together_leave_their_pictures_together(tmp_path, omnigen_folder):
+def test_processes_that_generate_together_leave_their_images_together(tmp_path, omnigen_folder):
     options = {"validation_disable": False, "validation_prompt": "a box", "validation_resolution": "64"}
     options |= {"validation_num_inference_steps": 1000, "validation_step_interval": 1, "validation_guidance": 1.0}
     launcher = started(write_run(tmp_path, omnigen_folder, **SHARDED, **options, disable_benchmark=True))
     launcher.terminate()
-    _, told = launcher.communicate(timeout=60)
-    assert launcher.returncode == 143, told
+    _, reported = launcher.communicate(timeout=60)
+    assert launcher.returncode == 143, reported
     [saved] = metrics(tmp_path / "output", "checkpoint_saved")
-    assert saved["step"] <= 3  # a thousand steps of each picture would have taken longer
+    assert saved["step"] <= 3  # a thousand steps of each image would have taken longer
 
 
 @pytest.mark.ci
 def test_an_error_of_every_process_is_printed_once(tmp_path, omnigen_folder):
     folder = write_run(tmp_path, omnigen_folder, num_processes=2)
-    for picture in (folder / "pictures").glob("*.png"):
-        picture.write_bytes(b"no picture")
+    for image in (folder / "images").glob("*.png"):
+        image.write_bytes(b"no image")
     result = run_cli(folder, "train")
     assert result.returncode == 3
-    assert result.stderr.count("pictures") >= 1
-    assert result.stderr.count("to mend it") <= 1
+    assert result.stderr.count("images") >= 1
+    assert result.stderr.count("to fix it") <= 1
     assert "Traceback" not in result.stderr + result.stdout
 
 
@@ -324,7 +324,7 @@ def test_captions_are_encoded_once_by_either_process_and_the_run_is_that_of_one(
 
 @pytest.mark.ci
 def test_references_offset_noise_and_rollouts_are_those_of_one_process(tmp_path, omnigen_folder):
-    """All of them are drawn by the place in the global batch, and the depth of a rollout for all processes together."""
+    """All of them are keyed by the index in the global batch, and the depth of a rollout for all processes together."""
     options = {
         "scheduled_sampling_max_step_offset": 2,
         "scheduled_sampling_probability": 0.7,
@@ -338,7 +338,7 @@ def test_references_offset_noise_and_rollouts_are_those_of_one_process(tmp_path,
     outputs = []
     for name, layout in (("one", {"train_batch_size": 4}), ("two", {"train_batch_size": 2, "num_processes": 2})):
         for kind, seed in (("after", 1), ("before", 2)):
-            draw_pictures(tmp_path / name / kind, 7, seed=seed)
+            write_images(tmp_path / name / kind, 7, seed=seed)
         data = [dataset("after", conditioning_data="before", random_flip=True), {"id": "before"} | before]
         outputs.append(train(write_run(tmp_path / name, omnigen_folder, data, **options, **layout)))
     assert_same_training(*outputs)

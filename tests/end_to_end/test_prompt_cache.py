@@ -15,12 +15,12 @@ from safetensors.torch import load_file, save_file
 from simpletuner.commands import cache
 from simpletuner.models.registry import FAMILIES
 from simpletuner.reporting.bus import EventBus
-from simpletuner.training.parts import build_family
+from simpletuner.training.build import build_family
 from simpletuner.training.prepare import prepare_data
 from simpletuner.training.signals import StopRequest
 from tests.families.auraflow.family import AuraFlow
 from tests.families.auraflow.tiny import tiny_auraflow_folder
-from tests.runs import dataset, draw_pictures, load_here, metrics, train_here, write_run
+from tests.runs import dataset, load_here, metrics, train_here, write_images, write_run
 
 COUNT = 3
 # The dropped caption (here the empty one) and what the proof of an adapter asks.
@@ -35,11 +35,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def folder(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setitem(FAMILIES, "auraflow", "tests.families.auraflow.spec:AURAFLOW")
-    draw_pictures(tmp_path / "run/pictures", COUNT, seed=1)
+    write_images(tmp_path / "run/images", COUNT, seed=1)
     copy = shutil.copytree(model, tmp_path / "model")
-    return write_run(
-        tmp_path / "run", copy, [dataset("pictures", repeats=3)], model_family="auraflow", max_train_steps=3
-    )
+    return write_run(tmp_path / "run", copy, [dataset("images", repeats=3)], model_family="auraflow", max_train_steps=3)
 
 
 class Encoded:
@@ -106,15 +104,13 @@ def flip_a_byte(folder: Path) -> None:
 # What is changed, and how many prompts must be encoded again.
 MATRIX: dict[str, tuple[Callable[[Path], object], int]] = {
     "nothing": (lambda f: None, 0),
-    "a caption": (lambda f: (f / "pictures/001.txt").write_text("other words"), 1),
+    "a caption": (lambda f: (f / "images/001.txt").write_text("other words"), 1),
     "two captions swapped": (
-        lambda f: [
-            (f / f"pictures/{a}.txt").write_text(f"picture {b} of set 1\n") for a, b in (("000", 1), ("001", 0))
-        ],
+        lambda f: [(f / f"images/{a}.txt").write_text(f"image {b} of set 1\n") for a, b in (("000", 1), ("001", 0))],
         0,
     ),
-    "a variant more": (lambda f: (f / "pictures/001.txt").write_text("picture 1 of set 1\nanother line"), 1),
-    "the bytes of a picture": (lambda f: shutil.copy(f / "pictures/000.png", f / "pictures/001.png"), 0),
+    "a variant more": (lambda f: (f / "images/001.txt").write_text("image 1 of set 1\nanother line"), 1),
+    "the bytes of an image": (lambda f: shutil.copy(f / "images/000.png", f / "images/001.png"), 0),
     "the resolution": (lambda f: None, 0),
     "the weights of the encoder": (change_weights, COUNT + ALWAYS),
     "the configuration of the encoder": (
@@ -161,8 +157,8 @@ def test_the_limit_of_a_family_is_part_of_every_key(folder, monkeypatch):
 
 def test_the_key_of_a_prompt_does_not_depend_on_its_data_set_or_the_rest(folder, monkeypatch):
     embeds(folder)
-    (folder / "pictures/000.png").unlink()
-    (folder / "pictures").rename(folder / "others")
+    (folder / "images/000.png").unlink()
+    (folder / "images").rename(folder / "others")
     (folder / "multidatabackend.json").write_text(json.dumps([dataset("others")]))
     encoded = Encoded(monkeypatch)
     embeds(folder)
@@ -172,8 +168,8 @@ def test_the_key_of_a_prompt_does_not_depend_on_its_data_set_or_the_rest(folder,
 @pytest.mark.slow
 def test_every_text_of_a_run_is_encoded_before_the_denoiser_and_only_once(folder, monkeypatch):
     encoded = Encoded(monkeypatch)
-    pictures = {"validation_disable": "false", "validation_prompt": "a box", "validation_resolution": "64"}
-    options = [f"--{key}={value}" for key, value in pictures.items()]
+    images = {"validation_disable": "false", "validation_prompt": "a box", "validation_resolution": "64"}
+    options = [f"--{key}={value}" for key, value in images.items()]
     options += ["--validation_num_inference_steps=2", "--validation_negative_prompt=blurred"]
     output = train_here(folder, *options)
     assert (output / "before_after.png").is_file()
@@ -210,7 +206,7 @@ def test_the_verbs_of_the_cache_know_captions(folder, capsys):
     cache.stats(load_here(folder), said.append)
     [place] = [index for index, line in enumerate(said) if line.endswith("text/auraflow (captions)")]
     assert said[place + 2] == f"  in use: {COUNT + ALWAYS - 1}, unused: 0, still to encode: 1"
-    (folder / "pictures/001.txt").write_text("other words")
+    (folder / "images/001.txt").write_text("other words")
     cache.build(load_here(folder))
     # Of the two that the first build and the changed caption left, the damaged one is gone already or goes now.
     cache.prune(load_here(folder), said.append)
@@ -222,14 +218,14 @@ def test_the_verbs_of_the_cache_know_captions(folder, capsys):
 
 def test_the_entry_of_the_data_file_says_where_captions_are_kept_and_how_many_are_written_at_once(folder):
     entry = {"id": "text", "dataset_type": "text_embeds", "default": True, "cache_dir": "kept", "write_batch_size": 2}
-    (folder / "multidatabackend.json").write_text(json.dumps([dataset("pictures"), entry]))
+    (folder / "multidatabackend.json").write_text(json.dumps([dataset("images"), entry]))
     embeds(folder)
     assert len(list((folder / "kept").glob("shard-*.safetensors"))) == 3  # 5 entries, 2 at once
     assert not (folder / "cache/text").exists()
 
 
 class Recorder:
-    """A sink that keeps what it is told."""
+    """A sink that keeps what it is reported."""
 
     name = "recorder"
     failures = ()
@@ -243,7 +239,7 @@ class Recorder:
     def close(self) -> None: ...
 
 
-def test_a_prompt_that_nobody_foresaw_is_encoded_told_and_kept(folder):
+def test_a_prompt_that_nobody_foresaw_is_encoded_reported_and_kept(folder):
     loaded = load_here(folder)
     family = build_family(loaded)
     (folder / "output").mkdir()
@@ -258,15 +254,15 @@ def test_a_prompt_that_nobody_foresaw_is_encoded_told_and_kept(folder):
     assert family.prompts.cache.find("nobody wrote this") is not None
 
 
-def test_drawing_encodes_its_prompts_before_the_denoiser_is_there(model, tmp_path, monkeypatch):
+def test_generation_encodes_its_prompts_before_the_denoiser_is_there(model, tmp_path, monkeypatch):
     from simpletuner.models.components import ModelSource
-    from simpletuner.validation.generate import Drawing, generate_pictures
+    from simpletuner.validation.generate import GenerationRequest, generate_images
     from tests.families.auraflow.spec import AURAFLOW
 
     family = AuraFlow(AURAFLOW, ModelSource(str(model)), torch.device("cpu"), torch.float32)
     encoded = Encoded(monkeypatch)
-    drawing = Drawing(("a cat", "a dog", "a cat"), None, 32, 32, steps=1, guidance=2.0)
-    generate_pictures(family, drawing, None, tmp_path, lambda line: None)
+    generation = GenerationRequest(("a cat", "a dog", "a cat"), None, 32, 32, steps=1, guidance=2.0)
+    generate_images(family, generation, None, tmp_path, lambda line: None)
     assert encoded.prompts == ["a cat", "a dog"]  # and the empty one, which this counter leaves out
     assert encoded.after_denoiser == []
     assert family.encoders._encoders == {}

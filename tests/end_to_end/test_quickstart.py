@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.runs import draw_pictures, metrics, run_cli
+from tests.runs import metrics, run_cli, write_images
 from tests.tiny import tiny_omnigen_folder
 
 QUICKSTART = Path(__file__).parents[1] / "fixtures" / "quickstart"
@@ -24,8 +24,8 @@ def quickstart(tmp_path: Path) -> Path:
     }.items():
         (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(QUICKSTART / name, tmp_path / place)
-    draw_pictures(tmp_path / "datasets" / "pseudo-camera-10k", 2, seed=1, side=600)
-    draw_pictures(tmp_path / "datasets" / "dreambooth-subject", 2, seed=2, side=1024)
+    write_images(tmp_path / "datasets" / "pseudo-camera-10k", 2, seed=1, side=600)
+    write_images(tmp_path / "datasets" / "dreambooth-subject", 2, seed=2, side=1024)
     tiny_omnigen_folder(tmp_path / "model", pos_embed_max_size=64)
     return tmp_path
 

@@ -67,7 +67,7 @@ def test_evaluation_validation_and_trackers_do_not_change_a_bit(tmp_path, omnige
     assert weights_of(watched / "checkpoint-8") == weights_of(plain / "checkpoint-8")
 
 
-def test_a_damaged_latest_checkpoint_is_set_aside_and_the_one_before_is_used(tmp_path, omnigen_folder):
+def test_a_damaged_latest_checkpoint_is_skipped_and_the_one_before_is_used(tmp_path, omnigen_folder):
     folder = write_run(tmp_path / "run", omnigen_folder)
     output = train_here(folder)
     expected = weights_of(output / "checkpoint-8")
@@ -106,10 +106,10 @@ def test_a_finished_run_started_again_writes_no_checkpoint(tmp_path, omnigen_fol
     assert (output / "checkpoint-2" / "manifest.json").stat().st_mtime_ns == before
 
 
-def test_a_run_killed_after_its_last_checkpoint_still_gets_its_evaluation_pictures_and_weights(
+def test_a_run_killed_after_its_last_checkpoint_still_gets_its_evaluation_images_and_weights(
     tmp_path, omnigen_folder, monkeypatch
 ):
-    """The last checkpoint is older than the last pictures and the final weights: a kill between them is made up for."""
+    """The last checkpoint is older than the last images and the final weights: a kill between them is made up for."""
     watched = {"validation_disable": False, "validation_prompt": "a star", "validation_resolution": "32"}
     watched |= {"validation_num_inference_steps": 2, "validation_step_interval": 2, "eval_steps_interval": 2}
     options = {**watched, "max_train_steps": 2}
@@ -187,7 +187,7 @@ def test_a_storm_of_kills_at_random_instants_ends_with_the_same_bits(tmp_path, o
     while num_kills < 12:
         process = subprocess.Popen(cli("train"), cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
         try:
-            # From before the caches are there to the middle of saving, evaluating and drawing.
+            # From before the caches are there to the middle of saving, evaluating and generating.
             process.wait(rng.uniform(2.0, 6.0))
             assert process.returncode == 0, process.stderr.read().decode()
             break

@@ -10,15 +10,15 @@ from pathlib import Path
 import pytest
 
 from simpletuner.training.lock import LOCK_FILE, lock_changes
-from tests.runs import dataset, draw_pictures, metrics, train_here, write_run
+from tests.runs import dataset, metrics, train_here, write_images, write_run
 
 
 @pytest.fixture(scope="module")
 def folder(omnigen_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run")
-    for name, seed in (("pictures", 1), ("first", 2), ("second", 3)):
-        draw_pictures(folder / name, 2, seed)
-    data = [dataset("pictures")] + [dataset(name, dataset_type="eval") for name in ("first", "second")]
+    for name, seed in (("images", 1), ("first", 2), ("second", 3)):
+        write_images(folder / name, 2, seed)
+    data = [dataset("images")] + [dataset(name, dataset_type="eval") for name in ("first", "second")]
     write_run(folder, omnigen_folder, data, max_train_steps=1, eval_steps_interval=1, eval_dataset_pooling=True)
     train_here(folder)
     return folder
@@ -56,19 +56,21 @@ def test_each_eval_dataset_has_its_loss_unless_they_are_pooled(folder: Path):
     output = train_here(folder, "--eval_dataset_pooling=false", "--output_dir=apart")
     for event in metrics(output, "eval_done"):
         assert set(event["losses"]) == {"first", "second"}
-        # Two pictures in each, so that the mean of all pictures is the mean of the two means.
+        # Two images in each, so that the mean of all images is the mean of the two means.
         assert event["pooled"] == pytest.approx(sum(event["losses"].values()) / 2)
 
 
-def test_a_run_that_goes_on_tells_that_its_base_or_packages_changed(folder: Path):
+def test_a_run_that_goes_on_reports_that_its_base_or_packages_changed(folder: Path):
     path = folder / "output" / LOCK_FILE
     lock = json.loads(path.read_text())
     lock["packages"] |= {"diffusers": "0.1", "torch": "1.0"}
     lock["base"]["files"]["vae/config.json"] = "0" * 64
     path.write_text(json.dumps(lock))
     train_here(folder, "--max_train_steps=2")
-    told = [event["text"] for event in metrics(folder / "output", "notice") if "since the last start" in event["text"]]
-    assert len(told) == 2
-    assert told[0].startswith("package diffusers changed since the last start: 0.1 → ")
-    assert told[1] == "base model file vae/config.json changed since the last start: it has other content"
+    reported = [
+        event["text"] for event in metrics(folder / "output", "notice") if "since the last start" in event["text"]
+    ]
+    assert len(reported) == 2
+    assert reported[0].startswith("package diffusers changed since the last start: 0.1 → ")
+    assert reported[1] == "base model file vae/config.json changed since the last start: it has other content"
     assert lock_changes(json.loads(path.read_text()), json.loads(path.read_text())) == []

@@ -16,7 +16,7 @@ from simpletuner.cli import program
 from tests.hub_uploads import TOKEN as HUB_TOKEN
 from tests.hub_uploads import upload_hub
 from tests.receiver import Receiver, receiver
-from tests.runs import dataset, draw_pictures, write_run
+from tests.runs import dataset, write_images, write_run
 from tests.s3 import s3_server
 
 # The words of each place differ, so that a leak says where it came from.
@@ -93,8 +93,8 @@ def environment(tmp_path: Path) -> dict[str, str]:
 def test_no_secret_of_a_run_is_in_what_it_makes(
     tmp_path: Path, omnigen_folder: Path, environment: dict[str, str]
 ) -> None:
-    draw_pictures(tmp_path / "bucket", 4, seed=1)
-    draw_pictures(tmp_path / "run" / "held_out", 2, seed=2)
+    write_images(tmp_path / "bucket", 4, seed=1)
+    write_images(tmp_path / "run" / "held_out", 2, seed=2)
     (tmp_path / "run" / "token").write_text(CANARIES["token-file"])
     with receiver() as server, receiver() as other, s3_server("photos") as store, upload_hub() as hub:
         store.upload(tmp_path / "bucket", "photos")

@@ -73,7 +73,7 @@ def test_a_run_that_diverges_has_its_report(tmp_path: Path, omnigen_folder: Path
     text = (folder / "output" / "report.html").read_text()
     assert '<span class="pill failed">' in text
     assert "were not finite" in text
-    assert text.count("<img") == 12  # of the data; no picture was drawn
+    assert text.count("<img") == 12  # of the data; no image was generated
 
     # Nothing was saved, so the next start is a fresh one.
     monkeypatch.undo()

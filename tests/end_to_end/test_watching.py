@@ -51,7 +51,7 @@ def test_weights_are_bitwise_the_same_whether_a_run_is_watched_or_not(tmp_path: 
     output = train_here(folder)
     assert len(metrics(output, "pictures_made")) == len(metrics(output, "pictures_scored")) == 5
     assert len(metrics(output, "eval_done")) == 5
-    # Previews of the base once, then of the live and the averaged weights: two pictures, two steps each.
+    # Previews of the base once, then of the live and the averaged weights: two images, two steps each.
     assert len(metrics(output, "preview_made")) == (1 + 2 * 5) * 2 * 2
     assert [record["loss"] for record in metrics(output, "step_done")] == [
         record["loss"] for record in metrics(plain, "step_done")
@@ -96,7 +96,7 @@ def test_the_example_shows_previews_at_the_right_steps_and_its_eval_loss_falls(t
 
 
 @pytest.mark.slow
-def test_pictures_can_begin_late_and_the_end_always_has_them(tmp_path: Path, omnigen_folder: Path):
+def test_images_can_begin_late_and_the_end_always_has_them(tmp_path: Path, omnigen_folder: Path):
     watched = {
         "validation_disable": False,
         "validation_prompt": "a star",
@@ -112,10 +112,10 @@ def test_pictures_can_begin_late_and_the_end_always_has_them(tmp_path: Path, omn
 
 
 @pytest.mark.slow
-def test_a_validation_that_fails_is_told_and_training_goes_on(
+def test_a_validation_that_fails_is_reported_and_training_goes_on(
     tmp_path: Path, omnigen_folder: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """The folder for pictures is a file."""
+    """The folder for images is a file."""
     watched = {"validation_disable": False, "validation_prompt": "a star", "validation_resolution": "32"}
     options = {**watched, "validation_num_inference_steps": 2, "validation_step_interval": 2, "max_train_steps": 4}
     folder = write_run(tmp_path, omnigen_folder, **options)
@@ -126,7 +126,7 @@ def test_a_validation_that_fails_is_told_and_training_goes_on(
 
     monkeypatch.setattr("simpletuner.training.trainer.run_training", train_beside_it)
     output = train_here(folder)
-    told = [record["text"] for record in metrics(output, "notice") if record["severity"] == "error"]
-    assert len(told) == 2
-    assert all(text.endswith("training goes on") for text in told)
+    reported = [record["text"] for record in metrics(output, "notice") if record["severity"] == "error"]
+    assert len(reported) == 2
+    assert all(text.endswith("training goes on") for text in reported)
     assert metrics(output, "run_finished")[0]["step"] == 4

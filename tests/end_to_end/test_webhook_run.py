@@ -20,11 +20,11 @@ from tests.receiver import Receiver, receiver, wait_until
 from tests.runs import cli, dataset, train_here, write_run
 
 MODEL = example_dir("omnigen-tiny") / "model"
-PICTURES = example_dir("omnigen-tiny") / "datasets" / "concept"
+IMAGES = example_dir("omnigen-tiny") / "datasets" / "concept"
 
 
 def pixels(event: dict[str, Any]) -> numpy.ndarray:
-    """(H, W, 3) of the first picture of an event."""
+    """(H, W, 3) of the first image of an event."""
     (uri, *_) = event["images"]
     with Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2]))) as image:
         return numpy.asarray(image.convert("RGB"), dtype=numpy.float64)
@@ -41,7 +41,7 @@ def of_type(server: Receiver, kind: str) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
-def test_previews_arrive_at_the_right_steps_and_become_the_picture(tmp_path: Path) -> None:
+def test_previews_arrive_at_the_right_steps_and_become_the_image(tmp_path: Path) -> None:
     options = {
         "max_train_steps": 2,
         "learning_rate": 1e-6,
@@ -56,7 +56,7 @@ def test_previews_arrive_at_the_right_steps_and_become_the_picture(tmp_path: Pat
     }
     with receiver() as server:
         webhook = {"webhook_type": "raw", "callback_url": server.url}
-        data = [dataset("concept", instance_data_dir=str(PICTURES))]
+        data = [dataset("concept", instance_data_dir=str(IMAGES))]
         train_here(write_run(tmp_path, MODEL, data, webhook_config=webhook, **options))
     previews = [event for event in of_type(server, "validation.preview") if event["data"]["step"] == 2]
     assert [event["data"]["step_label"] for event in previews] == ["5/20", "10/20", "15/20", "20/20"]
@@ -69,7 +69,7 @@ def test_previews_arrive_at_the_right_steps_and_become_the_picture(tmp_path: Pat
         if event["data"]["step"] == 2 and event["data"]["pictures"][0]["kind"] == "live"
     ]
     distances = [float(numpy.abs(pixels(event) - pixels(final)).mean()) for event in previews]
-    assert distances == sorted(distances, reverse=True), "each is nearer to the finished picture"
+    assert distances == sorted(distances, reverse=True), "each is nearer to the finished image"
     assert distances[-1] < 0.5 * distances[0], "what remains is the other decoder"
     edges = [sharpness(event) for event in previews[1:]]  # in the first, noise counts as edges
     assert edges == sorted(edges), "and sharper"

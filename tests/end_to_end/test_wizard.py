@@ -59,7 +59,7 @@ async def looked_at(pilot: Pilot) -> None:
         await pilot.pause(0.05)
         if not pilot.app.is_looking:
             return
-    raise AssertionError("the pictures are looked at for half a minute")
+    raise AssertionError("the images are looked at for half a minute")
 
 
 async def first_run(pilot: Pilot, model: Path) -> None:
@@ -67,9 +67,9 @@ async def first_run(pilot: Pilot, model: Path) -> None:
     await pilot.press("ctrl+n")
     await fill_in(pilot, "model", str(model))
     await pilot.press("ctrl+n")
-    await fill_in(pilot, "pictures", "pictures")
+    await fill_in(pilot, "images", "images")
     await fill_in(pilot, "instance_prompt", "ohwx box")
-    await fill_in(pilot, "eval_pictures", "held_out")
+    await fill_in(pilot, "eval_images", "held_out")
     await looked_at(pilot)
     await pilot.press("ctrl+n")
     await fill_in(pilot, "learning_rate", "1e-3")
@@ -184,10 +184,10 @@ def test_the_review_says_what_simpletuner_plan_says(folder: Path, omnigen_folder
         pilot.app.shown = shown
 
     wizard = drive(folder, steps)
-    told = subprocess.run(
+    reported = subprocess.run(
         [sys.executable, "-m", "simpletuner", "plan", "--no-probe"], cwd=folder, capture_output=True, text=True
     )
-    together = [line.partition(" together")[0].strip() for line in told.stdout.splitlines() if " together" in line]
+    together = [line.partition(" together")[0].strip() for line in reported.stdout.splitlines() if " together" in line]
     assert len(together) == 2  # memory, disk
     memory, disk, _ = wizard.shown.splitlines()
     assert memory.startswith(f"memory  {together[0]} of ")
@@ -197,7 +197,7 @@ def test_the_review_says_what_simpletuner_plan_says(folder: Path, omnigen_folder
 def test_page_down_reaches_what_a_small_terminal_cuts_off(folder: Path):
     async def steps(pilot: Pilot) -> None:
         await pilot.press("ctrl+n", "ctrl+n")
-        await fill_in(pilot, "pictures", "pictures")
+        await fill_in(pilot, "images", "images")
         await looked_at(pilot)
         await pilot.pause()
         report = pilot.app.query_one("#report", Static)
@@ -231,15 +231,15 @@ def test_a_folder_is_looked_at_once_its_name_is_whole(folder: Path):
     (folder / "pictures-2").mkdir()
 
     async def steps(pilot: Pilot) -> None:
-        await pilot.press("ctrl+n", "ctrl+n", *"pictures")
+        await pilot.press("ctrl+n", "ctrl+n", *"images")
         assert pilot.app.is_looking
         await pilot.press(*"-2")
         await looked_at(pilot)
-        assert set(pilot.app.answers.seen) <= {"pictures", "pictures-2"}
-        assert "no usable pictures in pictures-2" in str(pilot.app.query_one("#report", Static).render())
+        assert set(pilot.app.answers.seen) <= {"images", "pictures-2"}
+        assert "no usable images in images-2" in str(pilot.app.query_one("#report", Static).render())
         await pilot.press("backspace", "backspace")
         await looked_at(pilot)
-        assert "4 pictures, 64 x 64" in str(pilot.app.query_one("#report", Static).render())
+        assert "4 images, 64 x 64" in str(pilot.app.query_one("#report", Static).render())
         await pilot.press("home", "~", "x")
         await looked_at(pilot)
         assert "there is no folder of this name" in str(pilot.app.query_one("#report", Static).render())
@@ -254,8 +254,8 @@ def test_letters_that_arrive_together_stay_in_order(folder: Path):
         for letter in "pictures":
             field.insert_text_at_cursor(letter)
         await looked_at(pilot)
-        assert (field.value, field.cursor_position) == ("pictures", 8)
-        assert pilot.app.answers.pictures == "pictures"
+        assert (field.value, field.cursor_position) == ("images", 8)
+        assert pilot.app.answers.images == "images"
 
     drive(folder, steps)
 
@@ -283,10 +283,17 @@ def test_every_field_of_every_page_has_help_from_its_declaration(folder: Path):
 
 def test_without_a_terminal_the_same_files_are_written(folder: Path, omnigen_folder: Path):
     program = [sys.executable, "-m", "simpletuner", "configure"]
-    told = [*("--family", "omnigen", "--goal", "subject", "--data", "pictures", "--instance-prompt", "ohwx box")]
-    told += ["--model", str(omnigen_folder), "--eval-data", "held_out", "--learning_rate=1e-3", "--max_train_steps=4"]
-    told += ["--validation_step_interval=4", "--validation_num_inference_steps=2"]
-    result = subprocess.run([*program, *told], cwd=folder, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    reported = [*("--family", "omnigen", "--goal", "subject", "--data", "images", "--instance-prompt", "ohwx box")]
+    reported += [
+        "--model",
+        str(omnigen_folder),
+        "--eval-data",
+        "held_out",
+        "--learning_rate=1e-3",
+        "--max_train_steps=4",
+    ]
+    reported += ["--validation_step_interval=4", "--validation_num_inference_steps=2"]
+    result = subprocess.run([*program, *reported], cwd=folder, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     assert result.returncode == 0, result.stderr
     assert result.stdout.rstrip().endswith("simpletuner train")  # by whatever path the shell finds it
     written = contents(folder)
@@ -306,7 +313,7 @@ def test_without_a_terminal_the_same_files_are_written(folder: Path, omnigen_fol
     assert "Traceback" not in refused.stderr
 
 
-def test_arrows_choose_and_marks_tell_it_without_colours(folder: Path):
+def test_arrows_choose_and_marks_report_it_without_colours(folder: Path):
     async def steps(pilot: Pilot) -> None:
         await pilot.press("down")
         await pilot.pause()

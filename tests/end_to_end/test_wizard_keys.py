@@ -148,9 +148,9 @@ def test_lines_of_prompts_keep_their_order_too(folder: Path) -> None:
 def test_what_follows_tab_goes_into_the_next_field(folder: Path) -> None:
     async def steps(pilot: Pilot) -> None:
         await pilot.press("ctrl+n", "ctrl+n")
-        send(pilot.app, *"pictures", "tab", *"ohwx", "backspace", *"y box")
+        send(pilot.app, *"images", "tab", *"ohwx", "backspace", *"y box")
         await pilot.pause()
-        assert pilot.app.answers.pictures == "pictures"
+        assert pilot.app.answers.images == "images"
         assert pilot.app.answers.dataset["instance_prompt"] == "ohwy box"
 
     drive(folder, steps)
@@ -159,7 +159,7 @@ def test_what_follows_tab_goes_into_the_next_field(folder: Path) -> None:
 def test_what_is_typed_before_a_page_is_left_counts(folder: Path) -> None:
     async def steps(pilot: Pilot) -> None:
         await pilot.press("ctrl+n", "ctrl+n")
-        send(pilot.app, *"pictures", "ctrl+n")
+        send(pilot.app, *"images", "ctrl+n")
         await pilot.pause()
         assert pilot.app.position == 3
         pilot.app.query_one("#train_batch_size").focus()
@@ -168,7 +168,7 @@ def test_what_is_typed_before_a_page_is_left_counts(folder: Path) -> None:
         await pilot.pause()
         assert pilot.app.position == 3
         assert "cannot be used" in status(pilot.app)
-        assert pilot.app.answers.pictures == "pictures"
+        assert pilot.app.answers.images == "images"
 
     drive(folder, steps)
 
@@ -238,7 +238,7 @@ def test_a_folder_is_completed_as_it_is_typed(folder: Path) -> None:
         await pilot.pause(0.1)
         await pilot.press("right")
         await pilot.pause()
-        assert pilot.app.answers.pictures == "pictures/"
+        assert pilot.app.answers.images == "images/"
 
     drive(folder, steps)
 
@@ -276,7 +276,7 @@ def test_bursts_through_a_real_terminal(folder: Path) -> None:
     try:
         until("What do you want to teach?")
         tmux("send-keys", "C-n", "C-n")
-        until("Where are the pictures?")
+        until("Where are the images?")
         tmux("send-keys", "Tab")
         for number in range(20):
             keys = burst(draw)

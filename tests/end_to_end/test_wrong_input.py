@@ -1,4 +1,4 @@
-"""What a user can mend ends before any training, with one message that names file and key, and no traceback."""
+"""What a user can fix ends before any training, with one message that names file and key, and no traceback."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.runs import dataset, draw_pictures, run_cli, write_run
+from tests.runs import dataset, run_cli, write_images, write_run
 
 
 def change_json(path: Path, change) -> None:
@@ -18,18 +18,18 @@ def change_json(path: Path, change) -> None:
 
 
 def missing_folder(folder: Path) -> None:
-    shutil.rmtree(folder / "pictures")
+    shutil.rmtree(folder / "images")
 
 
 def empty_folder(folder: Path) -> None:
-    shutil.rmtree(folder / "pictures")
-    (folder / "pictures").mkdir()
+    shutil.rmtree(folder / "images")
+    (folder / "images").mkdir()
 
 
-def a_text_as_only_picture(folder: Path) -> None:
+def a_text_as_only_image(folder: Path) -> None:
     empty_folder(folder)
-    (folder / "pictures" / "cat.png").write_text("this is no picture")
-    (folder / "pictures" / "cat.txt").write_text("a cat")
+    (folder / "images" / "cat.png").write_text("this is no image")
+    (folder / "images" / "cat.txt").write_text("a cat")
 
 
 def misspelt_key(folder: Path) -> None:
@@ -54,13 +54,13 @@ def model_without_vae(folder: Path) -> None:
 
 
 def missing_caption(folder: Path) -> None:
-    (folder / "pictures" / "003.txt").unlink()
+    (folder / "images" / "003.txt").unlink()
 
 
 CASES = {
     missing_folder: (2, ["pictures.instance_data_dir", "multidatabackend.json"]),
     empty_folder: (3, ["pictures.instance_data_dir", "multidatabackend.json"]),
-    a_text_as_only_picture: (3, ["pictures.instance_data_dir", "multidatabackend.json"]),
+    a_text_as_only_image: (3, ["pictures.instance_data_dir", "multidatabackend.json"]),
     misspelt_key: (2, ["learning_ratee", "config.json", "learning_rate"]),
     misspelt_dataset_key: (2, ["repeat", "multidatabackend.json", "repeats"]),
     unmatched_lycoris_entry: (2, ["CrossAttn", "lycoris_config.json", "Attention"]),
@@ -85,9 +85,9 @@ def test_wrong_input_ends_with_one_message_before_training(tmp_path, omnigen_fol
 
 
 @pytest.mark.slow
-def test_a_text_among_pictures_is_set_aside_and_reported(tmp_path, omnigen_folder):
+def test_a_text_among_images_is_skipped_and_reported(tmp_path, omnigen_folder):
     folder = write_run(tmp_path / "run", omnigen_folder, max_train_steps=1)
-    (folder / "pictures" / "note.png").write_text("this is no picture")
+    (folder / "images" / "note.png").write_text("this is no image")
     result = run_cli(folder, "train")
     assert result.returncode == 0, result.stderr
     report = json.loads((folder / "output" / "dataset_report.json").read_text())
@@ -97,10 +97,10 @@ def test_a_text_among_pictures_is_set_aside_and_reported(tmp_path, omnigen_folde
 
 
 @pytest.mark.slow
-def test_pictures_larger_than_the_model_can_take_are_refused(tmp_path, omnigen_folder):
+def test_images_larger_than_the_model_can_take_are_refused(tmp_path, omnigen_folder):
     folder = write_run(tmp_path / "run", omnigen_folder)
-    shutil.rmtree(folder / "pictures")
-    draw_pictures(folder / "pictures", 2, seed=5, side=512)
+    shutil.rmtree(folder / "images")
+    write_images(folder / "images", 2, seed=5, side=512)
     change_json(folder / "multidatabackend.json", lambda data: data[0].update(resolution=512))
     result = run_cli(folder, "train")
     assert result.returncode == 2
@@ -108,13 +108,13 @@ def test_pictures_larger_than_the_model_can_take_are_refused(tmp_path, omnigen_f
     assert "256" in result.stderr
 
 
-def test_where_no_picture_is_left_the_report_still_names_each(tmp_path, omnigen_folder):
-    folder = write_run(tmp_path, omnigen_folder, [dataset("pictures", caption_strategy="filename")])
-    (folder / "pictures").mkdir()
+def test_where_no_image_is_left_the_report_still_names_each(tmp_path, omnigen_folder):
+    folder = write_run(tmp_path, omnigen_folder, [dataset("images", caption_strategy="filename")])
+    (folder / "images").mkdir()
     for number in range(12):
-        (folder / f"pictures/{number}.png").write_text("hello")
+        (folder / f"images/{number}.png").write_text("hello")
     result = run_cli(folder, "train")
     assert result.returncode == 3
-    assert "none of the 12 pictures" in result.stderr
+    assert "none of the 12 images" in result.stderr
     lines = (folder / "output/dataset_set_aside.jsonl").read_text().splitlines()
     assert {json.loads(line)["path"] for line in lines} == {f"{number}.png" for number in range(12)}

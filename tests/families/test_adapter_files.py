@@ -19,7 +19,7 @@ from simpletuner.errors import ConfigError
 from simpletuner.models.components import ModelSource
 from simpletuner.models.family import ModelFamily
 from simpletuner.models.registry import family_names, get_family_class, get_spec
-from simpletuner.training.proof import probe_output
+from simpletuner.training.adapter_roundtrip import probe_output
 from tests.tiny_folders import TINY_FOLDERS
 
 

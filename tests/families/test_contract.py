@@ -17,9 +17,9 @@ from simpletuner.models.components import ModelSource, check_local_model
 from simpletuner.models.family import LatentMoments, ModelFamily
 from simpletuner.models.registry import family_names, get_family_class, get_spec
 from simpletuner.reporting.events import PreviewMade
-from simpletuner.validation.files import PictureFiles
+from simpletuner.validation.files import ImageFiles
 from simpletuner.validation.previews import Previews
-from simpletuner.validation.prompts import DrawSettings, PictureRequest
+from simpletuner.validation.prompts import GenerationSettings, ImageRequest
 from tests.tiny_folders import TINY_FOLDERS
 
 PROMPTS = ["a cat", "a green star on a white background"]
@@ -165,11 +165,11 @@ def first_latents(family: ModelFamily, data: Tensor, noise: Tensor, num_steps: i
     return scheduler.add_noise(data, noise, scheduler.timesteps[:1]) / scheduler.init_noise_sigma
 
 
-def draw_exactly(family: ModelFamily, watch: Callable[[int, int], Any] | None = None) -> tuple[Tensor, Tensor, float]:
+def render_exactly(family: ModelFamily, watch: Callable[[int, int], Any] | None = None) -> tuple[Tensor, Tensor, float]:
     """Draw in 20 steps with a denoiser that answers exactly: what came out, what should have, and how nearly.
 
     Args:
-        watch: height and width of the picture -> `callback_on_step_end`.
+        watch: height and width of the image -> `callback_on_step_end`.
     """
     data, noise = randn(*latent_shape(family, 1), seed=5), randn(*latent_shape(family, 1), seed=6)
     sigma = torch.tensor([1.0])
@@ -184,16 +184,16 @@ def draw_exactly(family: ModelFamily, watch: Callable[[int, int], Any] | None = 
     height, width = (side * family.spec.vae_factor for side in data.shape[-2:])
     latents = first_latents(family, data, noise, num_steps=20)
     options = {"callback_on_step_end": watch(height, width)} if watch else {}
-    drawn = family.pipeline(oracle)(
+    generated = family.pipeline(oracle)(
         PROMPTS[0], height=height, width=width, num_inference_steps=20, latents=latents, output_type="latent", **options
     )
-    return drawn.images, data, 1e-5 if latents is noise else 1e-4
+    return generated.images, data, 1e-5 if latents is noise else 1e-4
 
 
 def test_an_exact_denoiser_lands_on_the_data_through_the_familys_own_pipeline(family: ModelFamily):
     """The direction oracle: the sign comes from `predict`, the steps from the family's scheduler; both must agree."""
-    drawn, data, tolerance = draw_exactly(family)
-    torch.testing.assert_close(drawn, data, rtol=0, atol=tolerance)
+    generated, data, tolerance = render_exactly(family)
+    torch.testing.assert_close(generated, data, rtol=0, atol=tolerance)
 
 
 def test_every_preview_of_an_exact_denoiser_is_the_data(
@@ -207,13 +207,13 @@ def test_every_preview_of_an_exact_denoiser_is_the_data(
         return torch.zeros(1, 3, 8, 8)
 
     def watch(height: int, width: int) -> Any:
-        request = PictureRequest("oracle", PROMPTS[0], height, width, 0, DrawSettings(20, 1.0))
+        request = ImageRequest("oracle", PROMPTS[0], height, width, 0, GenerationSettings(20, 1.0))
         return previews.watch(1, "live")([request])
 
     monkeypatch.setattr(family, "decode_preview", decode)
     events: list[PreviewMade] = []
-    previews = Previews(family, nn.Identity(), 5, PictureFiles(tmp_path, [], {}), events.append)
-    _, data, tolerance = draw_exactly(family, watch)
+    previews = Previews(family, nn.Identity(), 5, ImageFiles(tmp_path, [], {}), events.append)
+    _, data, tolerance = render_exactly(family, watch)
     assert [event.sampling_step for event in events] == [5, 10, 15, 20]
     levels = [event.sigma for event in events]
     assert levels == sorted(levels, reverse=True)
@@ -225,7 +225,7 @@ def test_every_preview_of_an_exact_denoiser_is_the_data(
 
 
 def test_latents_are_normalised_as_the_vae_of_the_pipeline_expects(family: ModelFamily):
-    """Encode, scale once, decode by diffusers' recipe `latents / scaling_factor (+ shift_factor)`: the same picture."""
+    """Encode, scale once, decode by diffusers' recipe `latents / scaling_factor (+ shift_factor)`: the same image."""
     vae = family.load_vae()
     pixel_values = randn(2, 3, 64, 96).clamp(-1, 1)
     moments = family.encode_images(vae, pixel_values)
@@ -250,7 +250,7 @@ def test_a_draw_from_the_posterior_has_its_mean_and_deviation(family: ModelFamil
     assert latents.std().item() == pytest.approx(0.25, abs=0.01)
 
 
-def test_the_pipeline_draws_pictures_of_the_asked_size(family: ModelFamily):
+def test_the_pipeline_draws_images_of_the_asked_size(family: ModelFamily):
     side = 4 * family.spec.size_multiple
     pipeline = family.pipeline(family.load_denoiser(), family.load_vae())
     generators = [torch.Generator().manual_seed(seed) for seed in range(2)]

@@ -27,8 +27,8 @@ from simpletuner.models.registry import family_names, get_family_class, get_spec
 from simpletuner.optim.clipping import clip_by_norm
 from simpletuner.optim.optimizers import build_optimizer
 from simpletuner.precision.quantise import NumberFormats
-from simpletuner.training.recomputing import Recomputing
-from simpletuner.training.step import compute_losses, draw_noise
+from simpletuner.training.gradient_checkpointing import GradientCheckpointing
+from simpletuner.training.step import compute_losses, sample_noise
 from tests.tiny_folders import TINY_FOLDERS
 
 META = torch.device("meta")
@@ -103,13 +103,13 @@ def faults_of_a_step(family: ModelFamily, attach: Callable[[nn.Module, ModelFami
     adapter = attach(denoiser, family)
     denoiser.to(META)
     family.device = META
-    denoiser.enable_gradient_checkpointing(Recomputing(META))
+    denoiser.enable_gradient_checkpointing(GradientCheckpointing(META))
     denoiser.train()
     parameters = adapter.trainable_parameters()
     optimizer = build_optimizer("torch-adamw", parameters, {"optimizer_config": {"fused": False, "foreach": True}})
     with Device() as device:
         losses = compute_losses(
-            family, denoiser, batch, draw_noise(batch, 0, 0), torch.tensor([0.3, 0.7], dtype=torch.float64)
+            family, denoiser, batch, sample_noise(batch, 0, 0), torch.tensor([0.3, 0.7], dtype=torch.float64)
         )
         losses.weighted_sum.backward()
         clip_by_norm(list(parameters.values()), 1.0)

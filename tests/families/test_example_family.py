@@ -41,8 +41,8 @@ def test_the_spec_names_the_modules_that_there_are(family: ModelFamily):
 def test_the_shared_trainer_trains_it_without_an_edit(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(FAMILIES, "auraflow", "tests.families.auraflow.spec:AURAFLOW")
     options = {"model_family": "auraflow", "max_train_steps": 3, "eval_steps_interval": 3}
-    pictures = {"validation_disable": False, "validation_prompt": "a box", "validation_resolution": "64"}
-    write_run(tmp_path, folder, **options, **pictures, validation_num_inference_steps=2)
+    images = {"validation_disable": False, "validation_prompt": "a box", "validation_resolution": "64"}
+    write_run(tmp_path, folder, **options, **images, validation_num_inference_steps=2)
     output = train_here(tmp_path)
     assert len(metrics(output, "step_done")) == 3
     assert metrics(output, "eval_done")[-1]["pooled"] != metrics(output, "eval_done")[0]["pooled"]

@@ -1,4 +1,4 @@
-"""A LoRA of a family, in each form that diffusers reads, gives diffusers' stock pipeline the trainer's own picture."""
+"""A LoRA of a family, in each form that diffusers reads, gives diffusers' stock pipeline the trainer's own image."""
 
 from __future__ import annotations
 
@@ -32,35 +32,35 @@ def randomised(adapter: LoraAdapter) -> LoraAdapter:
 
 @pytest.mark.parametrize("file_format", ["diffusers", "kohya", "comfyui"])
 @pytest.mark.parametrize("name", READ_BY_DIFFUSERS)
-def test_the_stock_pipeline_draws_the_trainers_own_picture(tmp_path: Path, name: str, file_format: str):
+def test_the_stock_pipeline_generates_the_trainers_own_image(tmp_path: Path, name: str, file_format: str):
     spec = get_spec(name)
     folder = TINY_FOLDERS[name](tmp_path / "model")
     family = get_family_class(spec)(spec, ModelSource(str(folder)), torch.device("cpu"), torch.float32)
     options = {"height": SIDE, "width": SIDE, "num_inference_steps": 2, "guidance_scale": 3.0, "output_type": "latent"}
 
-    def drawn(pipeline: object) -> torch.Tensor:
+    def generated(pipeline: object) -> torch.Tensor:
         return pipeline(prompt=PROMPT, generator=torch.Generator().manual_seed(1), **options).images
 
     denoiser = family.load_denoiser()
-    before = drawn(family.pipeline(denoiser))
+    before = generated(family.pipeline(denoiser))
     targets = TARGETS.get((name, file_format), ("attention", "feed-forward"))
     settings = LoraSettings(rank=2, alpha=3, targets=targets, file_format=file_format)
     adapter = randomised(attach_lora(denoiser, settings, spec, torch.float32, seed=0))
-    ours = drawn(family.pipeline(denoiser))
+    ours = generated(family.pipeline(denoiser))
     assert (ours - before).abs().max() > 1e-2
     path = tmp_path / "lora.safetensors"
     adapter.save(path, {})
 
     again = family.load_denoiser()
     apply_adapter_file(again, path, spec)
-    torch.testing.assert_close(drawn(family.pipeline(again)), ours, rtol=0, atol=1e-4)
+    torch.testing.assert_close(generated(family.pipeline(again)), ours, rtol=0, atol=1e-4)
     if file_format not in READ_BY_DIFFUSERS[name]:
         return
     stock = getattr(diffusers, json.loads((folder / "model_index.json").read_text())["_class_name"])
     pipeline = stock.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.load_lora_weights(path.parent, weight_name=path.name)
-    theirs = drawn(pipeline)
+    theirs = generated(pipeline)
     if theirs.ndim == 3:
         theirs = family.unpack_latents(theirs, SIDE, SIDE)
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)

@@ -12,8 +12,8 @@ import torch
 from simpletuner.models.components import ModelSource
 from simpletuner.models.family import ModelFamily
 from simpletuner.models.registry import family_names, get_family_class, get_spec
-from simpletuner.validation.prompts import DrawSettings, PictureRequest, SkippedLayers
-from simpletuner.validation.sampling import make_pictures
+from simpletuner.validation.prompts import GenerationSettings, ImageRequest, SkippedLayers
+from simpletuner.validation.sampling import make_images
 from simpletuner.validation.schedulers import SCHEDULERS, use_scheduler
 from tests.tiny_folders import TINY_FOLDERS
 
@@ -35,12 +35,12 @@ def draw(family: ModelFamily, scheduler: str | None = None, **settings: Any) -> 
     pipeline = family.pipeline(family.load_denoiser(), family.load_vae())
     if scheduler is not None:
         use_scheduler(pipeline, scheduler)
-    request = PictureRequest("a", "a cat", SIDE, SIDE, 1, DrawSettings(4, 5.0, "a dog", **settings))
-    return np.asarray(make_pictures(pipeline, [request])[0].image, dtype=int)
+    request = ImageRequest("a", "a cat", SIDE, SIDE, 1, GenerationSettings(4, 5.0, "a dog", **settings))
+    return np.asarray(make_images(pipeline, [request])[0].image, dtype=int)
 
 
 @pytest.mark.parametrize("name", family_names())
-def test_every_pipeline_option_of_a_family_changes_its_pictures(name: str, tmp_path: Path) -> None:
+def test_every_pipeline_option_of_a_family_changes_its_images(name: str, tmp_path: Path) -> None:
     spec = get_spec(name)
     assert set(spec.pipeline_options) <= set(OPTIONS)
     family = load(name, tmp_path / "model")
@@ -53,6 +53,6 @@ def test_every_pipeline_option_of_a_family_changes_its_pictures(name: str, tmp_p
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 def test_every_sampler_draws_with_an_epsilon_family(scheduler: str, tmp_path: Path) -> None:
     (name,) = [name for name in family_names() if get_spec(name).prediction_type == "epsilon"]
-    picture = draw(load(name, tmp_path / "model"), scheduler)
-    assert picture.shape == (SIDE, SIDE, 3)
-    assert picture.std() > 0
+    image = draw(load(name, tmp_path / "model"), scheduler)
+    assert image.shape == (SIDE, SIDE, 3)
+    assert image.std() > 0

@@ -15,11 +15,11 @@ from simpletuner.models.components import ModelSource
 from simpletuner.models.registry import family_names, get_family_class, get_spec
 from simpletuner.training.objective import Objective
 from simpletuner.training.rollout import ReflexFlow, Rollouts
-from simpletuner.training.step import compute_losses, draw_noise
+from simpletuner.training.step import compute_losses, sample_noise
 from tests.tiny_folders import TINY_FOLDERS
 
 
-class Copies(TorchDispatchMode):
+class Replicated(TorchDispatchMode):
     """Gathers copies to another device that wait."""
 
     def __init__(self) -> None:
@@ -48,12 +48,12 @@ def test_a_micro_batch_never_waits_for_the_device(name: str, tmp_path: Path) -> 
     attach_lora(denoiser, LoraSettings(rank=2), spec, torch.float32, seed=0)
     objective = Objective(loss_type="huber", snr_gamma=5.0)
     quantiles = torch.tensor([0.3, 0.7], dtype=torch.float64)
-    with Copies() as copies:
+    with Replicated() as copies:
         losses = compute_losses(
             family,
             denoiser,
             batch,
-            draw_noise(batch, 0, 0),
+            sample_noise(batch, 0, 0),
             quantiles,
             objective=objective,
             rollouts=Rollouts(max_depth=2, reflex=ReflexFlow()),

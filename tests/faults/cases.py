@@ -19,10 +19,10 @@ from typing import Any
 
 from simpletuner import storage
 from simpletuner.errors import EXIT_DATA
-from simpletuner.leftovers import parse_name
 from simpletuner.reporting.sinks.jsonl import read_records
+from simpletuner.tempnames import parse_name
 from tests.faults import forks
-from tests.runs import dataset, draw_pictures, write_run
+from tests.runs import dataset, write_images, write_run
 
 OPTIONS = {
     "max_train_steps": 2,
@@ -52,9 +52,9 @@ def write(folder: Path, model: Path, **options: Any) -> Path:
     names = {"pictures": 3, "held_out": 1}
     for seed, (name, count) in enumerate(names.items()):
         if not (folder.parent / name).exists():
-            draw_pictures(folder.parent / name, count, seed)
+            write_images(folder.parent / name, count, seed)
     data = [
-        dataset("pictures", instance_data_dir=str(folder.parent / "pictures")),
+        dataset("images", instance_data_dir=str(folder.parent / "images")),
         dataset("held_out", instance_data_dir=str(folder.parent / "held_out"), dataset_type="eval"),
     ]
     return write_run(folder, model, data, **OPTIONS | options)
@@ -80,7 +80,7 @@ class Result:
 def result_of(folder: Path) -> Result:
     """Read what a run has left in `folder`."""
     output = folder / "output"
-    # A run that dies before its first checkpoint begins anew, and what it had left goes to `earlier-runs`.
+    # A run that dies before its first checkpoint starts again, and what it had left goes to `earlier-runs`.
     files = [path for path in sorted(output.rglob("*")) if path.is_file() and "earlier-runs" not in path.parts]
     names = [str(path.relative_to(output)) for path in files]
     exact = [path for path in files if path.suffix in (".safetensors", ".png") and path.name != "loss.png"]
@@ -116,10 +116,10 @@ def differences(folder: Path, expected: Result, is_record_whole: bool = True) ->
         yield f"{name} is left over"
     for path in (folder / "output").glob("checkpoint-*"):
         yield from storage.verify_dir(path)
-    yield from leftovers(folder)
+    yield from stale_files(folder)
 
 
-def leftovers(folder: Path) -> Iterator[str]:
+def stale_files(folder: Path) -> Iterator[str]:
     """Temporary names that are still there."""
     for path in sorted(folder.rglob("*")):
         if parse_name(path.name):

@@ -24,7 +24,7 @@ from simpletuner.config.optimizers import OPTIMIZERS as KNOWN
 from simpletuner.errors import EXIT_CONFIG
 from simpletuner.reporting.sinks.jsonl import read_records
 from tests.faults import forks
-from tests.runs import dataset, draw_pictures, weights_of, write_run
+from tests.runs import dataset, weights_of, write_images, write_run
 
 STEPS = 5
 WHAT = ("lokr", "lora", "full")
@@ -54,9 +54,9 @@ class Combination:
         row = KNOWN[self.optimizer]
         if self.average and row.averages:
             return "averages the weights itself"
-        if self.place == "FSDP2" and self.what == "full" and not row.per_number:
+        if self.place == "FSDP2" and self.what == "full" and not row.elementwise:
             return "looks at whole weights"
-        if self.place == "DeepSpeed" and (row.averages or not row.per_number):
+        if self.place == "DeepSpeed" and (row.averages or not row.elementwise):
             return "laid end to end"
         return None
 
@@ -110,9 +110,9 @@ def pairs(row: Combination) -> set[tuple[tuple[str, Any], ...]]:
 
 def write(folder: Path, model: Path, row: Combination) -> Path:
     """The run of a combination; its images are beside the folder."""
-    pictures = folder.parent / "twelve"
-    if not pictures.exists():
-        draw_pictures(pictures, 12, seed=5)
+    images = folder.parent / "twelve"
+    if not images.exists():
+        write_images(images, 12, seed=5)
     options = {
         "max_train_steps": STEPS,
         "gradient_accumulation_steps": 2,
@@ -121,7 +121,7 @@ def write(folder: Path, model: Path, row: Combination) -> Path:
         "lr_scheduler": "cosine",
         "lr_warmup_steps": 2,
     }
-    write_run(folder, model, [dataset("p", instance_data_dir=str(pictures))], **(options | row.options()))
+    write_run(folder, model, [dataset("p", instance_data_dir=str(images))], **(options | row.options()))
     (folder / "deepspeed.json").write_text(json.dumps({"zero_optimization": {"stage": 2}, "bf16": "auto"}))
     return folder
 

@@ -14,8 +14,8 @@ from simpletuner.errors import SimpleTunerError
 from simpletuner.models.components import ModelSource
 from simpletuner.models.registry import family_names, get_family_class, get_spec
 from simpletuner.optim.clipping import clip_by_norm
-from simpletuner.training.recomputing import Recomputing
-from simpletuner.training.step import compute_losses, draw_noise
+from simpletuner.training.gradient_checkpointing import GradientCheckpointing
+from simpletuner.training.step import compute_losses, sample_noise
 from simpletuner.training.streams import pin_in_place
 from simpletuner.training.swapping import SwappedBlocks
 from tests.families.test_device_step import ADAPTERS
@@ -31,7 +31,7 @@ def test_swapped_blocks_take_two_buffers_however_far_the_host_is_ahead() -> None
     """Point 4."""
     blocks = [nn.Linear(WIDTH, WIDTH, bias=False).requires_grad_(False) for _ in range(24)]
     swap = SwappedBlocks(blocks, CUDA)
-    recomputing = Recomputing(CUDA)
+    recomputing = GradientCheckpointing(CUDA)
     trained = nn.Parameter(torch.zeros(WIDTH, device=CUDA))
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
@@ -85,7 +85,7 @@ def test_a_step_never_waits_for_the_device(name: str, adapter: str, tmp_path: Pa
     for step in range(2):
         torch.cuda.set_sync_debug_mode("error" if step else "default")  # the first step sets libraries up
         quantiles = torch.tensor([0.3, 0.7], dtype=torch.float64)
-        losses = compute_losses(family, denoiser, batch, draw_noise(batch, 0, step), quantiles)
+        losses = compute_losses(family, denoiser, batch, sample_noise(batch, 0, step), quantiles)
         losses.weighted_sum.backward()
         clip_by_norm(list(trained.values()), 1.0)
 

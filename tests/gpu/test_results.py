@@ -17,8 +17,8 @@ from simpletuner.errors import ConfigError
 from simpletuner.optim.optimizers import require_optimizer
 from simpletuner.precision.mixed import exact_float32, use_tf32
 from simpletuner.training.devices import pick_device
+from simpletuner.training.gradient_checkpointing import GradientCheckpointing
 from simpletuner.training.loss_bins import LossBins
-from simpletuner.training.recomputing import Recomputing
 from simpletuner.training.step import Losses
 from simpletuner.validation.isolation import undisturbed
 from tests.runs import cli, metrics, require_same_bits_after_a_stop, train_here, write_run
@@ -47,12 +47,12 @@ def test_images_of_the_ema_are_those_of_a_model_that_holds_it(name: str) -> None
         torch.testing.assert_close(found, output())
 
 
-def gradients(parks: bool) -> list[Tensor]:
+def gradients(offloads: bool) -> list[Tensor]:
     torch.manual_seed(0)
     blocks = nn.Sequential(
         *(nn.Sequential(nn.Linear(64, 64), nn.Dropout(0.5), nn.Linear(64, 64)) for _ in range(4))
     ).to(CUDA)
-    recomputing = Recomputing(CUDA, parks_inputs=parks)
+    recomputing = GradientCheckpointing(CUDA, offloads_inputs=offloads)
     for _ in range(2):
         blocks.zero_grad()
         torch.manual_seed(1)
@@ -65,8 +65,8 @@ def gradients(parks: bool) -> list[Tensor]:
 
 def test_parked_inputs_give_the_gradients_of_plain_checkpointing_with_dropout() -> None:
     """Points 2 and 17."""
-    for parked, plain in zip(gradients(True), gradients(False), strict=True):
-        torch.testing.assert_close(parked, plain, rtol=0, atol=0)
+    for offloaded, plain in zip(gradients(True), gradients(False), strict=True):
+        torch.testing.assert_close(offloaded, plain, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])

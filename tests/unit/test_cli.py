@@ -116,7 +116,7 @@ def test_generate_takes_a_model_or_a_configuration_but_not_both(run):
     ("error", "code", "text"),
     [
         (
-            DataError(Problem("no pictures", key="instance_data_dir", file="data.json")),
+            DataError(Problem("no images", key="instance_data_dir", file="data.json")),
             3,
             "data.json: instance_data_dir",
         ),
@@ -183,7 +183,7 @@ def test_a_reader_that_leaves_early_does_not_change_the_exit_code():
         "config = types.SimpleNamespace(num_processes=1, **places)\n"
         "launch.load_arguments = lambda *words, **options: types.SimpleNamespace(config=config)\n"
         "preflight.check_model_folder = preflight.check_services = lambda *arguments: ()\n"
-        "import simpletuner.training.room as room; room.check_room = lambda *arguments: None\n"
+        "import simpletuner.training.disk_space as room; room.check_disk_space = lambda *arguments: None\n"
         "sys.modules['simpletuner.training.trainer'] = trainer = types.ModuleType('trainer')\n"
         "trainer.train = train\n"
         "sys.argv = ['simpletuner', 'train']\n"

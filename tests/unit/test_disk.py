@@ -12,15 +12,15 @@ import pytest
 
 from simpletuner import storage
 from simpletuner.cli.program import main
-from simpletuner.disk import DiskError, disk_error, is_damage, told_as_disk_errors
+from simpletuner.disk import DiskError, disk_error, is_damage, reported_as_disk_errors
 from simpletuner.errors import EXIT_DATA
-from simpletuner.leftovers import new_sibling
+from simpletuner.tempnames import new_sibling
 
 NETWORK = {errno.EPIPE, errno.ESHUTDOWN, errno.ECONNABORTED, errno.ECONNREFUSED, errno.ECONNRESET}
 
 
 @pytest.mark.parametrize("number", sorted(set(errno.errorcode) - NETWORK))
-def test_every_errno_of_a_write_is_told_with_its_file(tmp_path, monkeypatch, number):
+def test_every_errno_of_a_write_is_reported_with_its_file(tmp_path, monkeypatch, number):
     def refuse(name):
         raise OSError(number, os.strerror(number))
 
@@ -29,14 +29,14 @@ def test_every_errno_of_a_write_is_told_with_its_file(tmp_path, monkeypatch, num
         storage.write_bytes(tmp_path / "a", b"1")
     assert caught.value.exit_code == EXIT_DATA
     assert str(caught.value).startswith(f"{tmp_path / 'a'}: cannot be written: ")
-    assert "\n  to mend it: " in str(caught.value)
+    assert "\n  fix: " in str(caught.value)
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("error", [ConnectionResetError(104, "reset"), OSError("no number"), ValueError("x")])
 def test_what_is_no_disk_is_no_disk_error(error):
     assert disk_error(error) is None
-    with pytest.raises(type(error)), told_as_disk_errors():
+    with pytest.raises(type(error)), reported_as_disk_errors():
         raise error
 
 
@@ -72,9 +72,9 @@ def test_the_program_ends_with_one_message_and_code_3(monkeypatch, capsys, error
     with pytest.raises(SystemExit) as caught:
         main()
     assert caught.value.code == EXIT_DATA
-    told = capsys.readouterr().err
-    assert words in told
-    assert "Traceback" not in told
+    reported = capsys.readouterr().err
+    assert words in reported
+    assert "Traceback" not in reported
 
 
 def test_leftovers_of_another_machine_go_once_the_lock_is_held_in_all_folders_but_those_of_the_living_stay(
@@ -89,8 +89,8 @@ def test_leftovers_of_another_machine_go_once_the_lock_is_held_in_all_folders_bu
         foreign = [new_sibling(folder / "x", "tmp") for folder in folders]
     for path in [*living, *foreign]:
         path.write_bytes(b"half")
-    assert storage.sweep_tree(tmp_path) == []
-    assert sorted(storage.sweep_tree(tmp_path, is_locked=True)) == sorted(foreign)
+    assert storage.clean_stale_tree(tmp_path) == []
+    assert sorted(storage.clean_stale_tree(tmp_path, is_locked=True)) == sorted(foreign)
     assert all(path.exists() for path in living)
 
 

@@ -1,4 +1,4 @@
-"""Words in pictures are legible in whatever language somebody prompts."""
+"""Words in images are legible in whatever language somebody prompts."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ import pytest
 
 from simpletuner.errors import ConfigError
 from simpletuner.examples import example_dir
-from simpletuner.launch import chosen_environment, drawing_defaults, load_arguments, spec_of_model, split_arguments
+from simpletuner.launch import chosen_environment, generation_defaults, load_arguments, spec_of_model, split_arguments
 from simpletuner.models.components import ModelSource
 from simpletuner.models.omnigen.spec import OMNIGEN
 
@@ -56,7 +56,7 @@ def test_the_example_is_not_trained_where_other_configurations_wait_to_be_chosen
     assert load_arguments([], {}, tmp_path, print, check_files=False).config.model_family == "omnigen"
 
 
-def test_the_family_of_a_model_folder_is_told_by_its_pipeline(tmp_path: Path):
+def test_the_family_of_a_model_folder_is_reported_by_its_pipeline(tmp_path: Path):
     (tmp_path / "model_index.json").write_text('{"_class_name": "OmniGenPipeline"}')
     assert spec_of_model(ModelSource(str(tmp_path))) is OMNIGEN
     (tmp_path / "model_index.json").write_text('{"_class_name": "OtherPipeline"}')
@@ -64,11 +64,11 @@ def test_the_family_of_a_model_folder_is_told_by_its_pipeline(tmp_path: Path):
         spec_of_model(ModelSource(str(tmp_path)))
 
 
-def test_drawing_without_a_configuration_takes_the_family_s_defaults(tmp_path: Path):
-    defaults = drawing_defaults(OMNIGEN)
+def test_generation_without_a_configuration_takes_the_family_s_defaults(tmp_path: Path):
+    defaults = generation_defaults(OMNIGEN)
     assert (defaults.height, defaults.width, defaults.guidance) == (1024, 1024, 2.5)
     loaded = load_arguments(
         ["example=omnigen-tiny", "--validation_resolution=96x64"], {}, tmp_path, print, check_files=False
     )
-    defaults = drawing_defaults(OMNIGEN, loaded.config)
+    defaults = generation_defaults(OMNIGEN, loaded.config)
     assert (defaults.height, defaults.width, defaults.negative_prompt) == (64, 96, "<cfg>")

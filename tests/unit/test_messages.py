@@ -24,7 +24,7 @@ CALLS = {
     "emit",
     "say",
     "DamagedShard",
-    "UnusablePicture",
+    "UnusableImage",
 }
 NAMES = {"message", "text", "reason", "fix", "allowed", "what", "line", "detail"}
 # Our own mistakes, which show a traceback.
@@ -122,7 +122,7 @@ def test_a_message_for_programs_is_recognised(text: str) -> None:
     "text",
     [
         'set it to "None", or [1.0, 0.75]',
-        "None of the pictures can be used",
+        "None of the images can be used",
         "cache/shard-9f86d081884c7d659a2feaa0c55ad015.safetensors is cut short",
         "needs 32.0 MiB; 1,000 bytes are free",
         '{"factor": 4}',

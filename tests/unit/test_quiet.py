@@ -22,8 +22,8 @@ def test_other_lines_of_these_libraries_are_shown(caplog: pytest.LogCaptureFixtu
     hide_needless_lines()
     for name, beginnings in NEEDLESS.items():
         logging.getLogger(name).warning(f"{beginnings[0]} something")
-        logging.getLogger(name).warning("the picture is upside down")
-    assert [record.message for record in caplog.records] == ["the picture is upside down"] * len(NEEDLESS)
+        logging.getLogger(name).warning("the image is upside down")
+    assert [record.message for record in caplog.records] == ["the image is upside down"] * len(NEEDLESS)
 
 
 def test_a_second_call_adds_no_second_filter():

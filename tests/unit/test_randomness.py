@@ -1,4 +1,4 @@
-"""Draws are functions of their key."""
+"""Generates are functions of their key."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ import torch
 from simpletuner.randomness import keyed_seed, keyed_uniform, reseed_global
 
 
-def test_the_parts_of_a_key_are_told_apart() -> None:
+def test_the_parts_of_a_key_are_distinguished() -> None:
     assert keyed_seed(1, "2") != keyed_seed("1", 2)
     assert keyed_seed("ab", "c") != keyed_seed("a", "bc")
     assert 0 <= keyed_seed("a") < 2**63
 
 
 def test_uniform_numbers_are_uniform() -> None:
-    drawn = torch.tensor([keyed_uniform("draw", number) for number in range(20_000)])
-    assert drawn.min() >= 0
-    assert drawn.max() < 1
-    counts = torch.histc(drawn, 10, 0, 1)
+    generated = torch.tensor([keyed_uniform("draw", number) for number in range(20_000)])
+    assert generated.min() >= 0
+    assert generated.max() < 1
+    counts = torch.histc(generated, 10, 0, 1)
     assert (counts - 2000).abs().max() < 200  # five deviations of a binomial distribution
 
 
 def test_the_global_generator_is_seeded_as_torch_does_it() -> None:
     reseed_global("step", 3)
-    drawn = torch.rand(4)
+    generated = torch.rand(4)
     torch.manual_seed(keyed_seed("step", 3))
-    assert torch.equal(drawn, torch.rand(4))
+    assert torch.equal(generated, torch.rand(4))

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from simpletuner import leftovers, storage
+from simpletuner import storage, tempnames
 from simpletuner.errors import EXIT_DATA, DataError
 
 KILL_POINTS = Path(__file__).parent.parent / "kill_points.py"
@@ -55,7 +55,7 @@ def _fill_disk_at(monkeypatch: pytest.MonkeyPatch, operation: int, persists: boo
 
 
 @pytest.mark.parametrize("persists", [False, True])
-def test_a_full_disk_at_any_operation_is_told_and_leaves_the_old_or_the_new(tmp_path, monkeypatch, persists):
+def test_a_full_disk_at_any_operation_is_reported_and_leaves_the_old_or_the_new(tmp_path, monkeypatch, persists):
     final = tmp_path / "checkpoint"
     _commit(final, "old")
     for operation in range(1, 100):
@@ -66,7 +66,7 @@ def test_a_full_disk_at_any_operation_is_told_and_leaves_the_old_or_the_new(tmp_
                 error = None
             except DataError as caught:
                 error = caught
-        storage.sweep(tmp_path)
+        storage.clean_stale(tmp_path)
         assert storage.verify_dir(final) == []
         assert (final / "data.txt").read_text() in ("old", "new")
         if len(seen) < operation:
@@ -96,7 +96,7 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_error_that_safetensors_wraps_is_told_as_well(tmp_path, monkeypatch):
+def test_the_error_that_safetensors_wraps_is_reported_as_well(tmp_path, monkeypatch):
     from safetensors import SafetensorError
 
     def full(*args: object) -> None:
@@ -187,7 +187,7 @@ def test_a_folder_without_manifest_does_not_count_and_stray_files_do_no_harm(tmp
     assert storage.verify_dir(tmp_path / "b") == []
 
 
-def test_a_folder_of_a_newer_format_is_told_as_such(tmp_path):
+def test_a_folder_of_a_newer_format_is_reported_as_such(tmp_path):
     _commit(tmp_path / "a")
     manifest = tmp_path / "a" / storage.MANIFEST
     manifest.write_text(manifest.read_text().replace('"format_version": 1', '"format_version": 9'))
@@ -243,7 +243,7 @@ def test_broken_json_names_file_and_line(tmp_path):
 
 def _dead_name(prefix: str, end: str = "") -> str:
     """A left-over of a process that cannot be there: its pid began to run a day earlier than it did."""
-    return f".{prefix}-{leftovers.host_digest()}-{os.getpid()}-{int(time.time()) - 86400}-01234567{end}"
+    return f".{prefix}-{tempnames.host_digest()}-{os.getpid()}-{int(time.time()) - 86400}-01234567{end}"
 
 
 def test_sweep_clears_what_the_dead_left_and_nothing_else(tmp_path):
@@ -251,26 +251,26 @@ def test_sweep_clears_what_the_dead_left_and_nothing_else(tmp_path):
     (tmp_path / _dead_name("trash")).write_text("x")
     _commit(tmp_path / "replaced")
     (tmp_path / _dead_name("aside", "-replaced")).mkdir()
-    mine = leftovers.new_sibling(tmp_path / "a", "tmp")
+    mine = tempnames.new_sibling(tmp_path / "a", "tmp")
     mine.mkdir()
-    foreign = tmp_path / _dead_name("tmp").replace(leftovers.host_digest(), "0" * 8)
+    foreign = tmp_path / _dead_name("tmp").replace(tempnames.host_digest(), "0" * 8)
     foreign.mkdir()
     user = tmp_path / ".tmp-of-the-user"
     user.mkdir()
-    assert len(storage.sweep(tmp_path)) == 3
+    assert len(storage.clean_stale(tmp_path)) == 3
     assert sorted(tmp_path.iterdir()) == sorted([mine, foreign, user, tmp_path / "replaced"])
     os.utime(foreign, (0, 0))
-    assert storage.sweep(tmp_path) == [foreign]
+    assert storage.clean_stale(tmp_path) == [foreign]
 
 
 def test_sweep_puts_back_what_was_moved_aside_and_not_replaced(tmp_path):
     _commit(tmp_path / "checkpoint-1")
     (tmp_path / "checkpoint-1").rename(tmp_path / _dead_name("aside", "-checkpoint-1"))
-    storage.sweep(tmp_path)
+    storage.clean_stale(tmp_path)
     assert storage.verify_dir(tmp_path / "checkpoint-1") == []
 
 
-def test_a_second_process_is_told_who_holds_the_lock(tmp_path):
+def test_a_second_process_is_reported_who_holds_the_lock(tmp_path):
     lock = tmp_path / "run" / "lock"
     code = (
         "import sys; from simpletuner.storage import exclusive_lock\n"
@@ -292,7 +292,7 @@ def test_a_second_process_is_told_who_holds_the_lock(tmp_path):
             pass
 
 
-def test_too_little_space_is_told_in_bytes_before_anything_is_written(tmp_path):
+def test_too_little_space_is_reported_in_bytes_before_anything_is_written(tmp_path):
     storage.require_free_space(tmp_path / "not" / "there", 1, "a test")
     with pytest.raises(DataError, match=r"a test needs 1048576\.0 TiB, and only [\d.]+ [KMGT]iB are free"):
         storage.require_free_space(tmp_path / "not" / "there", 1 << 60, "a test")
@@ -387,31 +387,31 @@ def test_what_a_disk_refuses_is_an_error_of_the_data_and_names_the_file(tmp_path
 
 
 def test_another_machine_s_left_over_is_left_for_a_day(tmp_path):
-    foreign = tmp_path / _dead_name("tmp").replace(leftovers.host_digest(), "0" * 8)
+    foreign = tmp_path / _dead_name("tmp").replace(tempnames.host_digest(), "0" * 8)
     foreign.mkdir()
     for hours, stays in ((23, True), (25, False)):
         moment = time.time() - hours * 3600
         os.utime(foreign, (moment, moment))
-        storage.sweep(tmp_path)
+        storage.clean_stale(tmp_path)
         assert foreign.exists() == stays
 
 
 def test_a_process_that_began_when_the_name_says_is_alive_and_any_other_is_dead():
-    now = leftovers._start_second(os.getpid())
+    now = tempnames._start_second(os.getpid())
     for difference, alive in ((0, True), (2, True), (-2, True), (3, False), (-3, False)):
-        name = f".tmp-{leftovers.host_digest()}-{os.getpid()}-{now + difference}-01234567"
-        assert leftovers.parse_name(name).is_owner_alive(Path(name)) == alive
-    assert leftovers.parse_name(".tmp-x") is None
-    assert leftovers.parse_name(f".aside-{'0' * 8}-1-2-01234567-my-name").final_name == "my-name"
-    assert leftovers.parse_name(f".trash-{'0' * 8}-1-2-01234567-my-name").final_name is None
+        name = f".tmp-{tempnames.host_digest()}-{os.getpid()}-{now + difference}-01234567"
+        assert tempnames.parse_name(name).is_owner_alive(Path(name)) == alive
+    assert tempnames.parse_name(".tmp-x") is None
+    assert tempnames.parse_name(f".aside-{'0' * 8}-1-2-01234567-my-name").final_name == "my-name"
+    assert tempnames.parse_name(f".trash-{'0' * 8}-1-2-01234567-my-name").final_name is None
 
 
 def test_what_a_living_process_writes_is_not_looked_into(tmp_path):
     """A folder that is being written may hold what looks like a leftover of the dead: it is part of the folder."""
-    mine = leftovers.new_sibling(tmp_path / "a", "tmp")
+    mine = tempnames.new_sibling(tmp_path / "a", "tmp")
     (mine / "sub" / _dead_name("tmp")).mkdir(parents=True)
     (tmp_path / "runs" / "one" / _dead_name("tmp")).mkdir(parents=True)
-    assert len(storage.sweep_tree(tmp_path)) == 1
+    assert len(storage.clean_stale_tree(tmp_path)) == 1
     assert (mine / "sub" / _dead_name("tmp")).is_dir()
     assert list((tmp_path / "runs" / "one").iterdir()) == []
 

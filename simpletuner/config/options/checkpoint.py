@@ -13,7 +13,7 @@ class CheckpointOptions(OptionGroup):
 
     output_dir: FilePath = option(
         Path("simpletuner-results"),
-        help="Folder for checkpoints, pictures, logs and the final weights.",
+        help="Folder for checkpoints, images, logs and the final weights.",
         level="basic",
         path="output",
     )
@@ -36,8 +36,8 @@ class CheckpointOptions(OptionGroup):
     resume_from_checkpoint: Text = option(
         "latest",
         takes="latest, none, or a checkpoint's name or path",
-        help="`latest` continues from this run's newest valid checkpoint in `output_dir` and starts afresh where there "
-        "is none; a checkpoint's name or path continues from it; `none` or an empty text starts afresh. What another "
+        help="`latest` continues from this run's newest valid checkpoint in `output_dir` and starts again where there "
+        "is none; a checkpoint's name or path continues from it; `none` or an empty text starts again. What another "
         "run has in the folder, or this one after the named checkpoint, is moved to `earlier-runs/`.",
         level="basic",
         empty_is_value=True,

@@ -1,4 +1,4 @@
-"""Where the pictures are listed, and the defaults that dataset entries fall back to."""
+"""Where the images are listed, and the defaults that dataset entries fall back to."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class DataOptions(OptionGroup):
     )
     resolution: Float = option(
         1024.0,
-        help="Size of training pictures, as `resolution_type` measures it; a dataset entry may say otherwise.",
+        help="Size of training images, as `resolution_type` measures it; a dataset entry may say otherwise.",
         unit="pixels, or megapixels for `area`",
         gt=0,
         level="basic",
@@ -32,10 +32,10 @@ class DataOptions(OptionGroup):
         level="basic",
     )
     minimum_image_size: Float | None = option(
-        None, help="Leave out pictures that are smaller, measured like `resolution`; 0 takes all.", ge=0
+        None, help="Leave out images that are smaller, measured like `resolution`; 0 takes all.", ge=0
     )
     maximum_image_size: Float | None = option(
-        None, help="Larger pictures are first downsampled to `target_downsample_size`.", gt=0
+        None, help="Larger images are first downsampled to `target_downsample_size`.", gt=0
     )
     target_downsample_size: Float | None = option(None, help="See `maximum_image_size`.", gt=0)
     aspect_bucket_rounding: Int = option(
@@ -43,7 +43,7 @@ class DataOptions(OptionGroup):
     )
     aspect_bucket_alignment: Int | None = option(
         None,
-        help="Sides of training pictures are multiples of this. Unset: what the family needs.",
+        help="Sides of training images are multiples of this. Unset: what the family needs.",
         unit="pixels",
         ge=8,
         le=64,
@@ -57,24 +57,24 @@ class DataOptions(OptionGroup):
     instance_prompt: TextOrList | None = option(
         None,
         takes="text, or list of texts",
-        help="Caption of `caption_strategy: instanceprompt`, or a list to draw from, for datasets without their own.",
+        help="Caption of `caption_strategy: instanceprompt`, or a list to sample from, for datasets without their own.",
     )
     cache_dir: FilePath = option(
         Path("cache"), help="Folder of the caches and of the index of each dataset.", path="output"
     )
     vae_batch_size: Int = option(
-        4, help="Pictures that the VAE encodes at once when the cache is filled.", unit="pictures", ge=1, le=1024
+        4, help="Images that the VAE encodes at once when the cache is filled.", unit="images", ge=1, le=1024
     )
     vae_cache_ondemand: Bool = option(
-        False, help="Encode pictures when training first needs them; start-up is quicker, the VAE stays in memory."
+        False, help="Encode images when training first needs them; start-up is quicker, the VAE stays in memory."
     )
     vae_cache_disable: Bool = option(
         False,
-        help="Encode pictures each time that training needs them and write no latents; the VAE stays in memory.",
+        help="Encode images each time that training needs them and write no latents; the VAE stays in memory.",
     )
     vae_cache_clear_each_epoch: Bool = option(
         False,
-        help="Draw the random crops and aspects anew in each epoch. They are encoded when training needs them and not "
+        help="Draw the random crops and aspects again in each epoch. They are encoded when training needs them and not "
         "kept; the VAE stays in memory.",
     )
     text_cache_ondemand: Bool = option(
@@ -91,7 +91,7 @@ class DataOptions(OptionGroup):
     allow_dataset_oversubscription: Bool | None = option(
         None,
         help="The last batch of a bucket may be short. Unset: it is trained as it is. `true`: it is filled up with "
-        "further pictures of the bucket, which count. `false`: a bucket that cannot fill a single batch is an error, "
+        "further images of the bucket, which count. `false`: a bucket that cannot fill a single batch is an error, "
         "which says how many `repeats` it needs.",
     )
     disable_bucket_pruning: Bool = option(
@@ -100,16 +100,16 @@ class DataOptions(OptionGroup):
     data_backend_sampling: Literal["auto-weighting", "uniform"] = option(
         "auto-weighting",
         help="How datasets are mixed: `auto-weighting` in proportion to their size with repeats, so that an epoch "
-        "shows every picture; `uniform` equally often, whatever their size. Both times `probability`.",
+        "shows every image; `uniform` equally often, whatever their size. Both times `probability`.",
     )
     conditioning_multidataset_sampling: Literal["combined", "random"] = option(
         "combined",
-        help="Where a dataset has several sets of reference pictures: `combined` shows the model one of each, in "
-        "order, `random` one of a set that is drawn for each use of a picture.",
+        help="Where a dataset has several sets of reference images: `combined` shows the model one of each, in "
+        "order, `random` one of a set that is generated for each use of an image.",
     )
     max_upscale_threshold: Float | None = option(
         None,
-        help="Leave out pictures that would have to be enlarged more: 0.2 allows sides of up to 1.2 times their "
+        help="Leave out images that would have to be enlarged more: 0.2 allows sides of up to 1.2 times their "
         "length. Of `crop_aspect` closest and random, only the aspects that need less are chosen from.",
         ge=0,
     )

@@ -1,4 +1,4 @@
-"""The loss on held-out pictures with fixed noise and timesteps, what it decides, and scores of validation pictures."""
+"""The loss on held-out images with fixed noise and timesteps, what it decides, and scores of validation images."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ class EvaluationOptions(OptionGroup):
     )
     num_eval_images: Int = option(
         4,
-        help="Upper limit of eval batches (of one picture each) per eval dataset.",
+        help="Upper limit of eval batches (of one image each) per eval dataset.",
         unit="batches",
         ge=1,
         level="basic",
     )
     eval_timesteps: Int = option(
-        28, help="Timesteps at which each eval picture is judged; fixed, spread over the training distribution.", ge=1
+        28, help="Timesteps at which each eval image is judged; fixed, spread over the training distribution.", ge=1
     )
     eval_dataset_pooling: Bool = option(
         False, help="Report only the loss over all eval datasets together, and none for each of them."
@@ -38,8 +38,8 @@ class EvaluationOptions(OptionGroup):
     eval_dataset_id: Text | None = option(None, help="Use only this eval dataset. Unset: all of them.")
     eval_holdout: Float = option(
         0.0,
-        help="Share of the training pictures that is never trained on and gives the eval loss instead, where there is "
-        "no eval dataset. Chosen by content, so it stays the same on resume and when pictures are added. 0 is none.",
+        help="Share of the training images that is never trained on and gives the eval loss instead, where there is "
+        "no eval dataset. Chosen by content, so it stays the same on resume and when images are added. 0 is none.",
         ge=0,
         le=0.5,
         level="basic",
@@ -57,10 +57,10 @@ class EvaluationOptions(OptionGroup):
         ge=1,
     )
     evaluation_type: Literal["none", "clip"] = option(
-        "none", help="Score of validation pictures: `clip` says how well each fits its prompt."
+        "none", help="Score of validation images: `clip` says how well each fits its prompt."
     )
     pretrained_evaluation_model_name_or_path: Text | None = option(
         None,
-        help="CLIP model that scores pictures: a folder or hub id with safetensors weights. Unset: "
+        help="CLIP model that scores images: a folder or hub id with safetensors weights. Unset: "
         "openai/clip-vit-large-patch14.",
     )

@@ -75,7 +75,7 @@ class ModelOptions(OptionGroup):
         None,
         takes="whole number above 0, or auto",
         help="Checkpoint the first of every n blocks only: less time, more memory. `auto`: only as many blocks as the "
-        "measured free memory demands; the first step of each picture size measures.",
+        "measured free memory demands; the first step of each image size measures.",
     )
     gradient_checkpointing_backend: Literal["torch", "unsloth"] = option(
         "torch",
@@ -88,11 +88,11 @@ class ModelOptions(OptionGroup):
         planned_values=REFUSED_ATTENTION,
     )
     vae_enable_slicing: Bool = option(
-        False, help="Encode and decode the pictures of a batch one by one, which takes less memory."
+        False, help="Encode and decode the images of a batch one by one, which takes less memory."
     )
     vae_enable_tiling: Bool = option(
         False,
-        help="Encode and decode large pictures in tiles that overlap, which takes less memory. Latents differ a "
+        help="Encode and decode large images in tiles that overlap, which takes less memory. Latents differ a "
         "little, and are cached apart.",
     )
     controlnet: Bool = option(False, help="Train a ControlNet.", planned="ControlNets cannot be trained yet")

@@ -16,7 +16,7 @@ class ObjectiveOptions(OptionGroup):
     loss_type: Literal["l2", "huber", "smooth_l1"] = option(
         "l2",
         help="Error between prediction and target. `l2` is the squared one; `huber` and `smooth_l1` grow slower for "
-        "large differences (beyond `huber_c`), so that odd pictures pull less.",
+        "large differences (beyond `huber_c`), so that odd images pull less.",
     )
     huber_schedule: Literal["snr", "exponential", "constant"] = option(
         "snr",
@@ -31,11 +31,11 @@ class ObjectiveOptions(OptionGroup):
         ge=0,
     )
     offset_noise: Bool = option(
-        False, help="Add one number for each channel to the noise, which helps with very dark and very bright pictures."
+        False, help="Add one number for each channel to the noise, which helps with very dark and very bright images."
     )
     noise_offset: Float = option(0.1, help="Deviation of `offset_noise`.", ge=0, le=10)
     noise_offset_probability: Fraction = option(
-        0.25, help="Share of the pictures that `offset_noise` is used for.", unit="probability"
+        0.25, help="Share of the images that `offset_noise` is used for.", unit="probability"
     )
     input_perturbation: Float = option(
         0.0,
@@ -66,7 +66,7 @@ class ObjectiveOptions(OptionGroup):
         le=100,
     )
     flow_schedule_auto_shift: Bool = option(
-        False, help="For flow families: choose the shift by the size of the picture, as FLUX.1 does."
+        False, help="For flow families: choose the shift by the size of the image, as FLUX.1 does."
     )
     flow_sigmoid_scale: Float = option(
         1.0,

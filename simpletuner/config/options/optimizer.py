@@ -121,7 +121,7 @@ class OptimizerOptions(OptionGroup):
     lr_num_cycles: Int = option(1, help="Number of waves of `cosine_with_restarts` and `sine`.", ge=1)
     lr_scale: Bool = option(
         False,
-        help="Multiply the learning rate by the number of pictures of an optimizer step: `train_batch_size` times "
+        help="Multiply the learning rate by the number of images of an optimizer step: `train_batch_size` times "
         "`gradient_accumulation_steps` times the number of processes.",
     )
     lr_scale_sqrt: Bool = option(False, help="With `lr_scale`: multiply by the square root of that number instead.")

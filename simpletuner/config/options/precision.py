@@ -116,6 +116,6 @@ class PrecisionOptions(OptionGroup):
         help="Compile the repeated blocks with torch.compile; `inductor` makes kernels and needs triton (GPU) or a C++ "
         "compiler. The first step of each kind of batch takes longer.",
         planned_values={
-            "cudagraphs": "checkpointing and changing picture sizes do not fit recorded graphs; use inductor"
+            "cudagraphs": "checkpointing and changing image sizes do not fit recorded graphs; use inductor"
         },
     )

@@ -12,7 +12,7 @@ class ProcessOptions(OptionGroup):
     num_processes: Int | None = option(
         None,
         help="Processes on each machine, one per accelerator. Unset: one for each accelerator that is visible, one in "
-        "all where there is none. TRAINING_NUM_PROCESSES sets it too. Each process takes `train_batch_size` pictures.",
+        "all where there is none. TRAINING_NUM_PROCESSES sets it too. Each process takes `train_batch_size` images.",
         ge=1,
     )
     num_machines: Int = option(
@@ -64,5 +64,5 @@ class ProcessOptions(OptionGroup):
         path="input",
     )
     context_parallel_size: Int = option(
-        1, help="Processes that share one sequence.", planned="each process works on whole pictures", ge=1
+        1, help="Processes that share one sequence.", planned="each process works on whole images", ge=1
     )

@@ -57,7 +57,8 @@ class ReportingOptions(OptionGroup):
     )
     model_card_private: Bool = option(True, help="Make a new repository private.")
     model_card_safe_for_work: Bool = option(
-        False, help="Leave out the tag `not-for-all-audiences` of the model card: what it draws is fit for everybody."
+        False,
+        help="Leave out the tag `not-for-all-audiences` of the model card: what it generates is fit for everybody.",
     )
     model_card_note: Text | None = option(None, help="A note on the model card, in Markdown.")
     publishing_config: Any = option(None, help="Upload to S3 and other stores.", planned=PUBLISHING)

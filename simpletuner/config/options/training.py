@@ -26,11 +26,11 @@ class TrainingOptions(OptionGroup):
         level="basic",
     )
     train_batch_size: Int = option(
-        4, help="Pictures in one forward pass of one process.", unit="pictures", ge=1, le=4096, level="basic"
+        4, help="Images in one forward pass of one process.", unit="images", ge=1, le=4096, level="basic"
     )
     gradient_accumulation_steps: Int = option(
         1,
-        help="Forward passes summed into one optimizer step; the loss is averaged over all of their pictures.",
+        help="Forward passes summed into one optimizer step; the loss is averaged over all of their images.",
         unit="micro-batches",
         ge=1,
         le=65536,
@@ -61,5 +61,5 @@ class TrainingOptions(OptionGroup):
         0, help="Steps before the average starts.", planned="the decay ramps up by itself", ge=0
     )
     masked_loss_probability: Fraction = option(
-        1.0, help="How often the mask of a picture counts; otherwise all of the picture does.", unit="probability"
+        1.0, help="How often the mask of an image counts; otherwise all of the image does.", unit="probability"
     )

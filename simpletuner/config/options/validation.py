@@ -1,4 +1,4 @@
-"""Pictures that are drawn while training."""
+"""Images that are generated while training."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from simpletuner.config.values import Bool, FilePath, Float, Fraction, Int, Laye
 
 
 class ValidationOptions(OptionGroup):
-    """Validation pictures"""
+    """Validation images"""
 
     validation_prompt: Text | None = option(
         None,
-        help="Prompt that is drawn at each validation; further ones come from `user_prompt_library`. Without any "
-        "prompt no pictures are made.",
+        help="Prompt that is generated at each validation; further ones come from `user_prompt_library`. Without any "
+        "prompt no images are made.",
         level="basic",
     )
     validation_negative_prompt: Text | None = option(
@@ -25,7 +25,7 @@ class ValidationOptions(OptionGroup):
     user_prompt_library: FilePath | None = option(
         None,
         help="JSON file of further prompts: nickname -> prompt, or nickname -> object with `prompt` and how it is "
-        "drawn (`negative_prompt`, `resolution`, `num_inference_steps`, `guidance`, `guidance_rescale`, `seed`, "
+        "generated (`negative_prompt`, `resolution`, `num_inference_steps`, `guidance`, `guidance_rescale`, `seed`, "
         "`num_images`, `adapter_strength`, `references`). Nicknames become file names.",
         level="basic",
         path="input",
@@ -33,53 +33,55 @@ class ValidationOptions(OptionGroup):
     validation_references: TextOrList | None = option(
         None,
         takes="path, or list of paths",
-        help="Pictures that the prompts of validation edit, for families that take references: a path, or a list. "
-        "Unset, and training has reference pictures: those of its first held-out picture, else of its first one.",
+        help="Images that the prompts of validation edit, for families that take references: a path, or a list. "
+        "Unset, and training has reference images: those of its first held-out image, else of its first one.",
     )
     validation_prompt_library: Bool = option(
         False,
-        help="Draw a built-in list of thirty prompts too: people, hands, animals, places, styles, text. It shows what "
+        help="Use a built-in list of thirty prompts too: people, hands, animals, places, styles, text. It shows what "
         "training does to what it is not about.",
     )
     validation_disable_unconditional: Bool = option(
-        True, help="Draw no picture of the empty caption (`unconditional`). `false` draws one."
+        True, help="Generate no image of the empty caption (`unconditional`). `false` generates one."
     )
     validation_step_interval: Int | None = option(
-        100, help="Draw every n steps; 0 never.", unit="optimizer steps", ge=0, level="basic"
+        100, help="Generate every n steps; 0 never.", unit="optimizer steps", ge=0, level="basic"
     )
-    validation_epoch_interval: Int | None = option(None, help="Draw every n epochs.", unit="epochs", ge=1)
+    validation_epoch_interval: Int | None = option(None, help="Generate every n epochs.", unit="epochs", ge=1)
     validate_after_step: Int = option(
         0,
-        help="No pictures before this step, but those of the untrained model; the end of a run always draws.",
+        help="No images before this step, but those of the untrained model; the end of a run always generates.",
         unit="optimizer steps",
         ge=0,
     )
-    validate_after_epoch: Int = option(0, help="No pictures before so many epochs are done.", unit="epochs", ge=0)
-    validation_on_startup: Bool = option(False, help="Draw at the first step of a run too, before anything is trained.")
-    validation_disable: Bool = option(False, help="Draw no pictures at all.")
+    validate_after_epoch: Int = option(0, help="No images before so many epochs are done.", unit="epochs", ge=0)
+    validation_on_startup: Bool = option(
+        False, help="Generate at the first step of a run too, before anything is trained."
+    )
+    validation_disable: Bool = option(False, help="Generate no images at all.")
     disable_benchmark: Bool = option(
-        False, help="Leave out the pictures of the untrained model, which later grids show for comparison."
+        False, help="Leave out the images of the untrained model, which later grids show for comparison."
     )
     validation_resolution: Sizes = option(
         "256",
         takes="a side such as 1024, a size such as 1280x768, or several with commas",
-        help="Picture sizes, with commas between them: 1024 or 1280x768 (width x height). Each prompt is drawn at "
+        help="Image sizes, with commas between them: 1024 or 1280x768 (width x height). Each prompt is generated at "
         "each size.",
         unit="pixels",
         level="basic",
     )
-    validation_seed: Int | None = option(None, help="Seed of the pictures' noise. Unset: `seed`.", ge=0)
+    validation_seed: Int | None = option(None, help="Seed of the images' noise. Unset: `seed`.", ge=0)
     validation_seed_source: Literal["cpu", "gpu"] = option(
         "cpu",
-        help="Device that draws the noise. `cpu` gives the same noise on every machine, `gpu` that of tools that draw "
-        "it on the accelerator; without an accelerator they are the same.",
+        help="Device that samples the noise. `cpu` gives the same noise on every machine, `gpu` that of tools that "
+        "sample it on the accelerator; without an accelerator they are the same.",
     )
     validation_randomize: Bool = option(
         False, help="Another seed at each validation, derived from `validation_seed` and the step."
     )
-    num_validation_images: Int = option(1, help="Pictures for each prompt and size; their seeds count up.", ge=1)
+    num_validation_images: Int = option(1, help="Images for each prompt and size; their seeds count up.", ge=1)
     validation_num_inference_steps: Int = option(
-        30, help="Sampling steps of a picture.", unit="sampling steps", ge=1, le=1000, level="basic"
+        30, help="Sampling steps of an image.", unit="sampling steps", ge=1, le=1000, level="basic"
     )
     validation_guidance: Float = option(
         7.5, help="Classifier-free guidance scale; 1 is none.", ge=0, le=100, level="basic"
@@ -100,7 +102,7 @@ class ValidationOptions(OptionGroup):
     validation_guidance_skip_layers: Layers | None = option(
         None,
         help="Skip-layer guidance, for families whose pipeline has it (Stable Diffusion 3.5 medium: 7,8,9): numbers of "
-        "blocks, counted from 0. Pictures are led away from what the model draws without them.",
+        "blocks, counted from 0. Images are led away from what the model generates without them.",
     )
     validation_guidance_skip_scale: Float = option(2.8, help="Strength of skip-layer guidance.", ge=0, le=100)
     validation_guidance_skip_layers_start: Fraction = option(
@@ -115,17 +117,17 @@ class ValidationOptions(OptionGroup):
         "families keep their own.",
     )
     validation_lycoris_strength: Float = option(
-        1.0, help="Multiplies what the adapter adds to validation pictures; 1 is as trained.", ge=-10, le=10
+        1.0, help="Multiplies what the adapter adds to validation images; 1 is as trained.", ge=-10, le=10
     )
     validation_preview: Bool = option(
         False,
-        help="Decode pictures while they are drawn, by the family's tiny autoencoder: files in "
+        help="Decode images while they are generated, by the family's tiny autoencoder: files in "
         "`validation_images/previews`, and events for webhooks.",
     )
     validation_preview_steps: Int = option(1, help="Preview every n-th sampling step.", unit="sampling steps", ge=1)
     validation_method: Literal["simpletuner-local", "external-script"] = option(
         "simpletuner-local",
-        help="Who draws: the trainer, or the program of `validation_external_script`.",
+        help="Who generates: the trainer, or the program of `validation_external_script`.",
     )
     validation_external_script: Text | None = option(
         None,
@@ -139,5 +141,6 @@ class ValidationOptions(OptionGroup):
         planned="a script that hangs would stop training, so it always runs beside it",
     )
     ema_validation: Literal["none", "ema_only", "comparison"] = option(
-        "comparison", help="With `use_ema`: draw with the averaged weights too (`comparison`), only with them, or not."
+        "comparison",
+        help="With `use_ema`: generate with the averaged weights too (`comparison`), only with them, or not.",
     )

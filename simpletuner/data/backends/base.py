@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
-# In memory at once, for each thread that reads: more than a picture of `MAX_PIXELS` takes in 8 bits.
+# In memory at once, for each thread that reads: more than an image of `MAX_PIXELS` takes in 8 bits.
 MAX_FILE_BYTES = 1 << 29
 NO_FILE, OUTSIDE, TOO_LARGE = -1, -2, -3
 # Size of a file in a listing -> why it is not read.
@@ -56,13 +56,13 @@ class Folder:
 
 
 class UnusableFile(OSError):
-    """What will be no picture and no caption however often it is read; `str` of it is the reason."""
+    """What will be no image and no caption however often it is read; `str` of it is the reason."""
 
 
 class Backend(Protocol):
     """A tree of files that is only ever read. Safe to use from several threads.
 
-    Tables (Parquet, CSV) are trees too: their captions are files named like the picture with `.txt` added.
+    Tables (Parquet, CSV) are trees too: their captions are files named like the image with `.txt` added.
     """
 
     @property
@@ -85,7 +85,7 @@ class Backend(Protocol):
         ...
 
     def files(self, folder: bytes) -> Iterator[FileStat]:
-        """The pictures and caption files directly in a folder, in no particular order."""
+        """The images and caption files directly in a folder, in no particular order."""
         ...
 
     def read(self, path: bytes) -> bytes:

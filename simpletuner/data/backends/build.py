@@ -1,4 +1,4 @@
-"""From the keys of a dataset entry to the place where its pictures are."""
+"""From the keys of a dataset entry to the place where its images are."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from simpletuner.data.backends.local import LocalBackend
 
 
 def source_key(entry: ImageDataset) -> str:
-    """The key that says where the pictures are."""
+    """The key that says where the images are."""
     return SOURCE_RULES[entry.type].place
 
 

@@ -1,4 +1,4 @@
-"""Pictures on disk that a CSV file names, with captions from the same rows."""
+"""Images on disk that a CSV file names, with captions from the same rows."""
 
 from __future__ import annotations
 
@@ -91,14 +91,14 @@ class CsvBackend:
                 self._captions[path + CAPTION_SUFFIX.encode()] = joined(list(variants)).encode()
 
     def _place(self, name: str, place: str) -> bytes:
-        """A row's picture relative to the root; kept as it is written where it may not be read."""
+        """A row's image relative to the root; kept as it is written where it may not be read."""
         if is_url(name):
-            message = f"{place} names a URL; pictures are not downloaded"
-            raise self._fault("csv_file", message, fix="fetch the pictures, and write their paths into the table")
+            message = f"{place} names a URL; images are not downloaded"
+            raise self._fault("csv_file", message, fix="fetch the images, and write their paths into the table")
         try:
             path = path_inside(self._root, name)
             if path.lower().endswith(CAPTION_SUFFIX.encode()):
-                raise UnusableFile("is a text file and no picture")
+                raise UnusableFile("is a text file and no image")
         except UnusableFile as error:
             path = name.encode() or b"(empty)"
             self._refused[path] = str(error)

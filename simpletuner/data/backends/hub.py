@@ -1,6 +1,6 @@
 """Finding the Parquet files of a dataset: in a folder, or on the Hugging Face hub, from where they are fetched.
 
-Only tables are fetched, never code: datasets that come as scripts, pictures or tar files are read from the branch on
+Only tables are fetched, never code: datasets that come as scripts, images or tar files are read from the branch on
 which the hub keeps them as Parquet. What was fetched stays in the cache of huggingface_hub, which also resumes.
 """
 
@@ -15,7 +15,7 @@ from typing import NoReturn
 
 from simpletuner.data.backends.hub_layout import CONVERTED_BRANCH, SUFFIX, NoSuchPart, choose_files
 from simpletuner.errors import ConfigError, DataError, Problem
-from simpletuner.models.reach import hub_failures, why_unreachable
+from simpletuner.models.hub_connectivity import hub_failures, why_unreachable
 from simpletuner.text import decode_lenient, read_file
 
 _CARD = "README.md"
@@ -126,11 +126,11 @@ def _choose(names: list[str], card: Path | None, wanted: HubDataset) -> list[str
             message = f'{wanted.name} has no {error.key.removeprefix("dataset_")} "{error.wanted}"'
             raise ConfigError(wanted.problem(error.key, message, ", ".join(error.known) or None)) from error
         message = f"{wanted.name} holds no {SUFFIX} files"
-        fix = "write it with Dataset.to_parquet; for a folder of pictures use type local"
+        fix = "write it with Dataset.to_parquet; for a folder of images use type local"
         raise ConfigError(wanted.problem("dataset_name", message, fix=fix)) from error
     except ValueError as error:
         message = f"the front matter of {_CARD} in {wanted.name} cannot be read: {error}"
-        raise DataError(wanted.problem("dataset_name", message, fix="mend or remove it")) from error
+        raise DataError(wanted.problem("dataset_name", message, fix="fix or remove it")) from error
     return chosen
 
 

@@ -91,7 +91,7 @@ class LocalBackend:
         return _retried(self._read_once, path)
 
     def _read_once(self, path: bytes) -> bytes:
-        # Not blocking: opening a pipe that took a picture's name would wait for a writer forever.
+        # Not blocking: opening a pipe that took an image's name would wait for a writer forever.
         if self._fence.keeps_out(self._absolute(path)):
             raise UnusableFile(NOT_READ[OUTSIDE])
         descriptor = os.open(self._absolute(path), os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
@@ -178,7 +178,7 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def is_wanted(name: str) -> bool:
-    """Whether a file of this name is a picture or a caption file."""
+    """Whether a file of this name is an image or a caption file."""
     suffix = name[name.rfind(".") :]
     return (suffix in _SUFFIXES or suffix.lower() in _SUFFIXES) and name[0] != "."
 

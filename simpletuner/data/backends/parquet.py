@@ -1,6 +1,6 @@
-"""Parquet files that hold pictures and captions, the form in which Hugging Face datasets are kept and served.
+"""Parquet files that hold images and captions, the form in which Hugging Face datasets are kept and served.
 
-To the index each file is a folder and each row a picture, with its caption beside it. A file that did not change is
+To the index each file is a folder and each row an image, with its caption beside it. A file that did not change is
 not opened at a start; a row is read by decoding the row group that it lies in, and the last few are kept, since rows
 are read nearly in order. pyarrow does the reading: the `datasets` library would first copy everything to Arrow files.
 """
@@ -34,7 +34,7 @@ from simpletuner.text import without_separators
 if TYPE_CHECKING:
     import pyarrow as pa
 
-# Row groups of pictures that are kept decoded; those of the hub have 100 rows.
+# Row groups of images that are kept decoded; those of the hub have 100 rows.
 _KEPT_BYTES = 256 * 2**20
 _KEPT_GROUPS = 2
 MAX_GROUP_BYTES = 1 << 32
@@ -92,7 +92,7 @@ class ParquetBackend:
             yield Folder(name, b" ".join(b"%d" % number for number in file_numbers(path)))
 
     def files(self, folder: bytes) -> Iterator[FileStat]:
-        # Other rows of a file that was written anew may have changed: each picture carries the whole file's signature.
+        # Other rows of a file that was written again may have changed: each image carries the whole file's signature.
         signature = file_numbers(self._files[folder])
         columns = list(self._caption_columns)
         row = 0
@@ -116,7 +116,7 @@ class ParquetBackend:
             raise OSError("it is no longer there")
         columns = self._caption_columns if is_caption else (self._table.image_column,)
         rows = self._load(folder, group, columns)
-        return _caption(rows, row - starts[group]) if is_caption else _picture(rows, row - starts[group])
+        return _caption(rows, row - starts[group]) if is_caption else _image(rows, row - starts[group])
 
     def _group_starts(self, folder: bytes) -> list[int]:
         """Row at which each row group begins, and the number of rows at the end."""
@@ -172,8 +172,8 @@ class ParquetBackend:
         name = min(self._files)
         schema = self._open(name).schema_arrow
         kind = schema.field(self._table.image_column).type if self._table.image_column in schema.names else None
-        if kind is None or not _holds_pictures(kind):
-            message = f"holds no pictures in {name.decode()}" if kind else f"is no column of {name.decode()}"
+        if kind is None or not _holds_images(kind):
+            message = f"holds no images in {name.decode()}" if kind else f"is no column of {name.decode()}"
             raise self._no_column("image_column", self._table.image_column, message, schema)
         if not self._table.has_captions:
             return ()
@@ -213,7 +213,7 @@ def _require_pyarrow() -> None:
         raise MissingDependency(Problem(message, fix="pip install pyarrow")) from None
 
 
-def _holds_pictures(kind: pa.DataType) -> bool:
+def _holds_images(kind: pa.DataType) -> bool:
     import pyarrow as pa
 
     if pa.types.is_struct(kind):
@@ -229,7 +229,7 @@ def _holds_text(kind: pa.DataType) -> bool:
     return pa.types.is_string(kind) or pa.types.is_large_string(kind)
 
 
-def _picture(rows: pa.Table, offset: int) -> bytes:
+def _image(rows: pa.Table, offset: int) -> bytes:
     value = rows.column(0)[offset].as_py()
     data = value.get("bytes") if isinstance(value, dict) else value
     if data and len(data) > MAX_FILE_BYTES:
@@ -237,8 +237,8 @@ def _picture(rows: pa.Table, offset: int) -> bytes:
     if data:
         return data
     if isinstance(value, dict) and value.get("path"):
-        raise UnusableFile("the row holds a path and no picture; write the table with the pictures in it")
-    raise UnusableFile("the row holds no picture")
+        raise UnusableFile("the row holds a path and no image; write the table with the images in it")
+    raise UnusableFile("the row holds no image")
 
 
 def _caption(rows: pa.Table, offset: int) -> bytes:

@@ -1,8 +1,8 @@
 """FLUX.1 for the shared trainer: T5 and CLIP, latents as patches, guidance as an input, a reference as further patches.
 
 The network is given sigma (1 on noise) and answers `noise - data`, which is the project's sign
-(`pipeline_flux.py`, step 6: the scheduler's sigmas times 1000, divided by 1000). Times are drawn from sigmoid(N(0, 1))
-and shifted towards noise as the model's own scheduler shifts them, with the number of patches where it is dynamic:
+(`pipeline_flux.py`, step 6: the scheduler's sigmas times 1000, divided by 1000). Times come from sigmoid(N(0, 1)) and
+are shifted towards noise as the model's own scheduler shifts them, with the number of patches where it is dynamic:
 Esser et al. (arXiv 2403.03206), section 5.3.2, trains and samples with one shift.
 """
 
@@ -19,7 +19,7 @@ from simpletuner.diffusion.loss import Latents
 from simpletuner.models.family import Conditioning, ModelFamily, ReferenceSizes, have_one_shape, send
 from simpletuner.models.patches import pack, position_ids, unpack
 
-# A distilled model is trained as if its picture were drawn at this guidance; then 3.5 still means 3.5 afterwards.
+# A distilled model is trained as if its image were generated at this guidance; then 3.5 still means 3.5 afterwards.
 TRAINING_GUIDANCE = 1.0
 CLIP_TOKENS = 77
 # Without guidance (schnell) the model was distilled with shorter prompts.
@@ -61,7 +61,7 @@ class Flux(ModelFamily):
         ]
 
     def collate(self, batch: Batch) -> Conditioning:
-        """Also `references`: per sample the latents of its reference pictures on `self.device`."""
+        """Also `references`: per sample the latents of its reference images on `self.device`."""
         rows = [[send(each, self.device, self.dtype) for each in row] for row in batch.references]
         return {**super().collate(batch), "references": rows or [[] for _ in batch.prompt_embeds]}
 

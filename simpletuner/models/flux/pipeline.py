@@ -1,4 +1,4 @@
-"""Drawing with FLUX.1: diffusers' pipeline, or the one of Kontext where a picture is edited."""
+"""Generating with FLUX.1: diffusers' pipeline, or the one of Kontext where an image is edited."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class FluxLivePipeline(LivePipeline):
     pack = staticmethod(pack)
 
     def __call__(self, *args: Any, references: Sequence[Sequence[Image.Image]] | None = None, **options: Any) -> Any:
-        """As `LivePipeline`, and with `references` an edit of each prompt's picture, which need not be of its size.
+        """As `LivePipeline`, and with `references` an edit of each prompt's image, which need not be of its size.
 
         Raises:
             ValueError: the prompts of one call have references of different sizes, or not one each.
@@ -45,11 +45,11 @@ class FluxLivePipeline(LivePipeline):
         if references is None or not any(references):
             return super().__call__(*args, **options)
         area = options["height"] * options["width"]
-        latents = [self.encode_reference(picture, area) for row in references for picture in row]
+        latents = [self.encode_reference(image, area) for row in references for image in row]
         if any(len(row) != 1 for row in references) or len({each.shape for each in latents}) != 1:
-            raise ValueError("prompts that are drawn together need one reference each, all of one size")
+            raise ValueError("prompts that are generated together need one reference each, all of one size")
         editing = FluxLivePipeline(self.family, FluxKontextPipeline(**self.pipeline.components), self.vae)
-        # Kontext would draw a megapixel, whatever was asked, and resize references to sizes of its own.
+        # Kontext would generate a megapixel, whatever was asked, and resize references to sizes of its own.
         return super(FluxLivePipeline, editing).__call__(
             *args, image=torch.stack(latents).to(self.family.dtype), max_area=area, _auto_resize=False, **options
         )

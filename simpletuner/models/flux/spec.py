@@ -41,8 +41,8 @@ FLUX = FamilySpec(
         for flavour in (
             _flavour("dev", "guidance-distilled, 12 billion parameters; gated"),
             _flavour("krea", "dev with a photographic look; gated"),
-            _flavour("kontext", "edits a reference picture; gated", validation_guidance=2.5),
-            _flavour("schnell", "draws in four steps", "Apache-2.0", validation_num_inference_steps=4),
+            _flavour("kontext", "edits a reference image; gated", validation_guidance=2.5),
+            _flavour("schnell", "generates in four steps", "Apache-2.0", validation_num_inference_steps=4),
         )
     },
     default_flavour="dev",

@@ -1,1 +1,1 @@
-"""OmniGen (arXiv 2409.11340): text and picture tokens in one causal transformer, no text encoder."""
+"""OmniGen (arXiv 2409.11340): text and image tokens in one causal transformer, no text encoder."""

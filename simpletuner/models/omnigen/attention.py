@@ -1,6 +1,6 @@
 """OmniGen's attention without a dense mask, and rotary angles that belong to each row.
 
-Text and time tokens are causal and the drawn picture sees everything, so two attention calls (one causal, one open)
+Text and time tokens are causal and the generated image sees everything, so two attention calls (one causal, one open)
 give the result of one call under a dense mask, and leave the fast kernels usable. The public implementation turns every
 row of a batch by the angles of row 0 (`OmniGenSuScaledRotaryEmbedding.forward` keeps `emb[0]`); here each row has its
 own positions and its own choice of the short or long factors.
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import scaled_dot_product_attention
 
-from simpletuner.lean.recipes import give_recipe
+from simpletuner.activation_memory.recompute import set_recompute_fn
 from simpletuner.models.omnigen.tokens import TokenRows
 
 if TYPE_CHECKING:
@@ -39,9 +39,9 @@ class AttentionLayout:
     Args:
         cos: (B or 1, 1, S, D) float32, for the tokens that ask.
         sin: like `cos`.
-        num_condition: leading tokens that may not see the drawn picture: text and time, or time alone.
+        num_condition: leading tokens that may not see the generated image: text and time, or time alone.
         condition_mask: (B, 1, num_condition, keys) for these, see `added_mask`; None: causal.
-        image_mask: (B, 1, 1, keys) likewise for the patches of the drawn picture; None: they see everything.
+        image_mask: (B, 1, 1, keys) likewise for the patches of the generated image; None: they see everything.
         cached: per layer the keys and values of the text, where the text has run before.
         record: takes the keys and values of each layer; None outside the text's own run.
     """
@@ -61,7 +61,7 @@ class TextCache:
 
     Args:
         keys_values: per layer (B, heads, T, D) each, keys turned.
-        layout: the layout of the tokens that follow: time and the drawn picture.
+        layout: the layout of the tokens that follow: time and the generated image.
     """
 
     keys_values: tuple[KeysValues, ...]
@@ -103,7 +103,7 @@ def added_mask(is_seen: Tensor, dtype: torch.dtype) -> Tensor:
     """(..., keys) bool to what is added to scores: 0 where a key is seen, else minus infinity.
 
     Made once for all layers: of booleans, or of rows whose beginnings are not aligned, attention would make a copy in
-    each layer and keep it. With reference pictures that is a matrix of thousands of tokens squared.
+    each layer and keep it. With reference images that is a matrix of thousands of tokens squared.
     """
     num_keys = is_seen.shape[-1]
     row = -(-num_keys // MASK_ALIGNMENT) * MASK_ALIGNMENT
@@ -118,18 +118,18 @@ def join_heads(*parts: Tensor) -> Tensor:
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, layout: AttentionLayout) -> Tensor:
-    """(B, S, heads * D): the leading tokens among themselves, then the drawn picture over all keys."""
+    """(B, S, heads * D): the leading tokens among themselves, then the generated image over all keys."""
     split, num_tokens = layout.num_condition, query.shape[2]
     num_keys = key.shape[2] - (num_tokens - split)
     # Time alone after a cached text sees all of its keys, which is what causality means for a last token.
     is_causal = layout.condition_mask is None and layout.cached is None
-    leading, drawn = query.split([split, num_tokens - split], dim=2)
+    leading, generated = query.split([split, num_tokens - split], dim=2)
     condition = attention(leading, key[:, :, :num_keys], value[:, :, :num_keys], layout.condition_mask, is_causal)
     if split == num_tokens:
         return join_heads(condition)
-    image = attention(drawn, key, value, layout.image_mask)
+    image = attention(generated, key, value, layout.image_mask)
     # Both are kept for the attention's own backward pass: who needs them joined can join them again.
-    return give_recipe(join_heads(condition, image), join_heads, condition, image)
+    return set_recompute_fn(join_heads(condition, image), join_heads, condition, image)
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool = False) -> Tensor:
@@ -208,7 +208,7 @@ def rotary_angles(rope: OmniGenSuScaledRotaryEmbedding, position_ids: Tensor) ->
 def make_layout(
     rows: TokenRows, num_image_tokens: int, rope: OmniGenSuScaledRotaryEmbedding, dtype: torch.dtype
 ) -> AttentionLayout:
-    """The layout of whole rows: text, time, drawn picture.
+    """The layout of whole rows: text, time, generated image.
 
     Args:
         dtype: that attention computes in.
@@ -240,7 +240,7 @@ def text_part(layout: AttentionLayout) -> AttentionLayout:
 
 
 def part_behind_text(layout: AttentionLayout, keys_values: tuple[KeysValues, ...]) -> AttentionLayout:
-    """The layout of time and drawn picture, on the recorded keys and values of the text."""
+    """The layout of time and generated image, on the recorded keys and values of the text."""
     num_text = layout.num_condition - 1
     mask = layout.condition_mask
     return replace(

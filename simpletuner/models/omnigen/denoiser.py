@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from simpletuner.lean.gates import silu_gated
-from simpletuner.lean.recipes import computing_dtype
+from simpletuner.activation_memory.gates import silu_gated
+from simpletuner.activation_memory.recompute import computing_dtype
 from simpletuner.models.omnigen.attention import (
     AttentionLayout,
     OmniGenAttention,
@@ -50,7 +50,7 @@ def forward(
         hidden_states: (B, C, h, w) noisy latents; None runs the text alone and returns its `TextCache`.
         timestep: (B,) float32 in [0, 1], 0 is noise (OmniGen's own direction).
         condition: the prompts, or what their run returned.
-        num_image_tokens: patches of the picture that will follow, for the run of the text alone: the length of the
+        num_image_tokens: patches of the image that will follow, for the run of the text alone: the length of the
             whole row chooses its rotary factors.
     """
     if hidden_states is None:
@@ -96,7 +96,7 @@ def _run_blocks(self: OmniGenTransformer2DModel, tokens: Tensor, layout: Attenti
 
 
 def _embed_text(self: OmniGenTransformer2DModel, rows: TokenRows) -> Tensor:
-    """(B, T, hidden): embedded ids, with the patches of input pictures in their places."""
+    """(B, T, hidden): embedded ids, with the patches of input images in their places."""
     embedded = self.embed_tokens(rows.input_ids)
     if not any(rows.reference_spans):
         return embedded

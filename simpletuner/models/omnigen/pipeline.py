@@ -1,4 +1,4 @@
-"""Drawing with OmniGen: diffusers' pipeline without torchvision, with a negative prompt, and with the text run once.
+"""Generating with OmniGen: diffusers' pipeline without torchvision, with a negative prompt, and with the text run once.
 
 The class keeps diffusers' name, since a saved `model_index.json` carries the name of its class and must load there.
 Source: diffusers' `pipelines/omnigen/pipeline_omnigen.py`.
@@ -27,7 +27,7 @@ from simpletuner.models.omnigen.attention import TextCache
 from simpletuner.models.omnigen.tokens import PIXELS_PER_TOKEN, collate_tokens, image_placeholders
 from simpletuner.models.safe_loading import load_tokenizer, read_object
 
-# What diffusers' processor uses for everybody (`processor_omnigen.py`), so that a picture drawn there is the same.
+# What diffusers' processor uses for everybody (`processor_omnigen.py`), so that an image generated there is the same.
 DEFAULT_NEGATIVE_PROMPT = (
     "low quality, jpeg artifacts, ugly, duplicate, morbid, mutilated, extra fingers, mutated hands, "
     "poorly drawn hands, poorly drawn face, mutation, deformed, blurry, dehydrated, bad anatomy, bad "
@@ -37,11 +37,11 @@ DEFAULT_NEGATIVE_PROMPT = (
 # diffusers' default (`max_input_image_size`).
 MAX_REFERENCE_SIDE = 1024
 Generators = torch.Generator | list[torch.Generator] | None
-Row = tuple[str, list[Tensor]]  # a prompt and the latents of its input pictures
+Row = tuple[str, list[Tensor]]  # a prompt and the latents of its input images
 
 
 class OmniGenPipeline(DiffusersOmniGenPipeline):
-    """Text, and input pictures, to image around live weights.
+    """Text, and input images, to image around live weights.
 
     Args:
         transformer: a denoiser from `OmniGen.load_denoiser`, adapters and wrappers included.
@@ -85,20 +85,20 @@ class OmniGenPipeline(DiffusersOmniGenPipeline):
         references: Sequence[Sequence[Image.Image]] | None = None,
         img_guidance_scale: float = 1.6,
     ) -> ImagePipelineOutput:
-        """Draw one picture per prompt.
+        """Generate one image per prompt.
 
         Args:
             negative_prompt: one for all or one per prompt; None is diffusers' default for OmniGen.
             height: pixels, a multiple of 16; 1024 where not given.
             width: like `height`.
             guidance_scale: 1 leaves the negative prompt out.
-            generator: one for all pictures, or one per picture.
+            generator: one for all images, or one per image.
             latents: (B, 4, h, w) the noise to begin with.
             callback_on_step_end: called as (pipeline, step, timestep, {"latents": latents}); what it returns under
                 `latents` is used from there on.
             output_type: `pil`, `np`, `pt`, or `latent` for scaled latents.
-            references: per prompt its input pictures.
-            img_guidance_scale: how far guidance leads towards the input pictures, where there are any.
+            references: per prompt its input images.
+            img_guidance_scale: how far guidance leads towards the input images, where there are any.
         """
         if self.vae is None and (output_type != "latent" or any(references or ())):
             what = "take no references" if output_type == "latent" else f'not give "{output_type}", only "latent"'
@@ -107,9 +107,9 @@ class OmniGenPipeline(DiffusersOmniGenPipeline):
         height, width = self._check_size(height, width)
         self._guidance_scale = guidance_scale
         latents = self._initial_latents(len(prompts), height, width, generator, latents)
-        pictures = [self._encode_references(row) for row in references or [()] * len(prompts)]
+        images = [self._encode_references(row) for row in references or [()] * len(prompts)]
         negative = _negative_prompts(negative_prompt, len(prompts))
-        rows = _guidance_rows(list(zip(prompts, pictures, strict=True)), negative, guidance_scale)
+        rows = _guidance_rows(list(zip(prompts, images, strict=True)), negative, guidance_scale)
         scales = (guidance_scale, img_guidance_scale)
         num_image_tokens = height * width // PIXELS_PER_TOKEN**2
         with eval_mode(self.transformer):
@@ -128,19 +128,19 @@ class OmniGenPipeline(DiffusersOmniGenPipeline):
         return height, width
 
     def _initial_latents(
-        self, num_pictures: int, height: int, width: int, generator: Generators, latents: Tensor | None
+        self, num_images: int, height: int, width: int, generator: Generators, latents: Tensor | None
     ) -> Tensor:
         if latents is not None:
             return latents.to(self.family.device, torch.float32)
         factor = self.vae_scale_factor
-        shape = (num_pictures, self.family.spec.latent_channels, height // factor, width // factor)
+        shape = (num_images, self.family.spec.latent_channels, height // factor, width // factor)
         return randn_tensor(shape, generator=generator, device=self.family.device, dtype=torch.float32)
 
-    def _encode_references(self, pictures: Sequence[Image.Image]) -> list[Tensor]:
-        """Scaled latents (C, h, w) of input pictures: the mean of what the VAE says, without its noise."""
+    def _encode_references(self, images: Sequence[Image.Image]) -> list[Tensor]:
+        """Scaled latents (C, h, w) of input images: the mean of what the VAE says, without its noise."""
         latents = []
-        for picture in pictures:
-            pixel_values = self.image_processor.pil_to_numpy(_fitted(picture))
+        for image in images:
+            pixel_values = self.image_processor.pil_to_numpy(_fitted(image))
             pixel_values = self.image_processor.numpy_to_pt(pixel_values) * 2 - 1  # (1, 3, H, W)
             with torch.autocast(self.vae.device.type, enabled=False):
                 [moments] = self.family.encode_images(self.vae, pixel_values)
@@ -150,9 +150,9 @@ class OmniGenPipeline(DiffusersOmniGenPipeline):
 
     def _run_text(self, rows: Sequence[Row], num_image_tokens: int) -> TextCache:
         factor = self.vae_scale_factor
-        sizes = [[(x.shape[-2] * factor, x.shape[-1] * factor) for x in pictures] for _, pictures in rows]
+        sizes = [[(x.shape[-2] * factor, x.shape[-1] * factor) for x in images] for _, images in rows]
         embeds = self.family.prompts.embeds([prompt for prompt, _ in rows], sizes)
-        tokens = collate_tokens(embeds, [pictures for _, pictures in rows], self.family.device)
+        tokens = collate_tokens(embeds, [images for _, images in rows], self.family.device)
         return self.transformer(None, None, tokens, num_image_tokens=num_image_tokens)
 
     def _denoise(
@@ -235,18 +235,18 @@ def _negative_prompts(negative_prompt: str | Sequence[str] | None, count: int) -
 
 
 def _guidance_rows(rows: list[Row], negative: list[str], guidance_scale: float) -> list[Row]:
-    """The rows that guidance compares: the prompts, the negative ones, and with input pictures these without a prompt.
+    """The rows that guidance compares: the prompts, the negative ones, and with input images these without a prompt.
 
-    As diffusers' processor lays them out; a prompt without input pictures has the negative one in the third place too.
+    As diffusers' processor lays them out; a prompt without input images has the negative one in the third place too.
     """
     if guidance_scale == 1:
         return rows
     without: list[Row] = [(prompt, []) for prompt in negative]
-    if not any(pictures for _, pictures in rows):
+    if not any(images for _, images in rows):
         return rows + without
     alone = [
-        (image_placeholders(len(pictures)), pictures) if pictures else other
-        for (_, pictures), other in zip(rows, without, strict=True)
+        (image_placeholders(len(images)), images) if images else other
+        for (_, images), other in zip(rows, without, strict=True)
     ]
     return rows + without + alone
 
@@ -258,18 +258,18 @@ def _guided(prediction: Tensor, num_kinds: int, guidance_scale: float, img_guida
     if num_kinds == 2:
         positive, negative = prediction.chunk(2)
         return negative + guidance_scale * (positive - negative)
-    positive, negative, pictures = prediction.chunk(3)
-    return negative + img_guidance_scale * (pictures - negative) + guidance_scale * (positive - pictures)
+    positive, negative, images = prediction.chunk(3)
+    return negative + img_guidance_scale * (images - negative) + guidance_scale * (positive - images)
 
 
-def _fitted(picture: Image.Image) -> Image.Image:
-    """An input picture reduced to `MAX_REFERENCE_SIDE`, and cut to whole tokens from its middle."""
-    picture = picture.convert("RGB")
-    scale = min(1.0, MAX_REFERENCE_SIDE / max(picture.size))
-    scale = max(scale, PIXELS_PER_TOKEN / min(picture.size))
+def _fitted(image: Image.Image) -> Image.Image:
+    """An input image reduced to `MAX_REFERENCE_SIDE`, and cut to whole tokens from its middle."""
+    image = image.convert("RGB")
+    scale = min(1.0, MAX_REFERENCE_SIDE / max(image.size))
+    scale = max(scale, PIXELS_PER_TOKEN / min(image.size))
     if scale != 1:
-        width, height = (max(PIXELS_PER_TOKEN, round(side * scale)) for side in picture.size)
-        picture = picture.resize((width, height), Image.Resampling.LANCZOS)
-    width, height = (side // PIXELS_PER_TOKEN * PIXELS_PER_TOKEN for side in picture.size)
-    left, top = (picture.width - width) // 2, (picture.height - height) // 2
-    return picture.crop((left, top, left + width, top + height))
+        width, height = (max(PIXELS_PER_TOKEN, round(side * scale)) for side in image.size)
+        image = image.resize((width, height), Image.Resampling.LANCZOS)
+    width, height = (side // PIXELS_PER_TOKEN * PIXELS_PER_TOKEN for side in image.size)
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))

@@ -46,7 +46,7 @@ OMNIGEN = FamilySpec(
     patch_size=2,
     max_size=3072,
     max_prompt_tokens=1024,
-    # The original takes the input pictures of a dropped instruction away too (OmniGen/train_helper/data.py).
+    # The original takes the input images of a dropped instruction away too (OmniGen/train_helper/data.py).
     max_references=3,
     drops_references=True,
     caches_prompt_embeds=False,

@@ -1,8 +1,8 @@
 """Prompts as OmniGen reads them: token ids in the chat template, and the layout of a batch of them.
 
 diffusers' processor needs torchvision; this one needs the `tokenizers` library only, and gives the same ids. The layout
-of a row is `[padding][text, with input pictures in it][time][patches of the picture that is drawn]`. Text and time are
-causal, an input picture sees all of itself, the drawn picture sees everything but padding.
+of a row is `[padding][text, with input images in it][time][patches of the image that is generated]`. Text and time are
+causal, an input image sees all of itself, the generated image sees everything but padding.
 
 Source: diffusers' `pipelines/omnigen/processor_omnigen.py`; arXiv 2409.11340, section 2.
 """
@@ -35,11 +35,11 @@ _IMAGE_TAG = re.compile(r"<\|image_(\d+)\|>")
 
 @dataclass(frozen=True)
 class PromptTokens:
-    """One prompt: its ids, and where input pictures stand in them.
+    """One prompt: its ids, and where input images stand in them.
 
     Args:
-        input_ids: template and prompt, with zeros where an input picture's patches go.
-        reference_spans: (start, end, index of the reference picture) of each placeholder.
+        input_ids: template and prompt, with zeros where an input image's patches go.
+        reference_spans: (start, end, index of the reference image) of each placeholder.
         is_cut: the prompt was longer than the limit.
     """
 
@@ -84,12 +84,12 @@ class PromptTokenizer:
         return cls(Tokenizer.from_file(str(path)), spec.max_prompt_tokens)
 
     def __call__(self, prompt: str, reference_sizes: Sequence[tuple[int, int]] = ()) -> PromptTokens:
-        """Tokenise one prompt; `reference_sizes` are the (height, width) in pixels of its input pictures.
+        """Tokenise one prompt; `reference_sizes` are the (height, width) in pixels of its input images.
 
-        A prompt that names no input picture has all of them in front.
+        A prompt that names no input image has all of them in front.
 
         Raises:
-            DataError: the placeholders `<img><|image_1|></img>` do not fit the input pictures.
+            DataError: the placeholders `<img><|image_1|></img>` do not fit the input images.
         """
         if reference_sizes and not _IMAGE_TAG.search(prompt):
             prompt = f"{image_placeholders(len(reference_sizes))} {prompt}"
@@ -126,7 +126,7 @@ class PromptTokenizer:
         if excess > room:
             raise DataError(
                 Problem(
-                    f"the prompt is {excess} tokens too long, with {room} behind its last picture to cut: "
+                    f"the prompt is {excess} tokens too long, with {room} behind its last image to cut: "
                     f"{_quoted(prompt)}",
                     allowed=f"{self.max_tokens} tokens of text",
                     fix="shorten the prompt",
@@ -136,7 +136,7 @@ class PromptTokenizer:
 
 
 def image_placeholders(count: int) -> str:
-    """What stands for input pictures in a prompt: `<img><|image_1|></img> <img><|image_2|></img>` ..."""
+    """What stands for input images in a prompt: `<img><|image_1|></img> <img><|image_2|></img>` ..."""
     return " ".join(f"<img><|image_{number}|></img>" for number in range(1, count + 1))
 
 
@@ -154,15 +154,15 @@ def _check_placeholders(prompt: str, tags: list[int], num_references: int) -> No
     named = ", ".join(map(str, sorted(set(tags)))) or "none"
     raise DataError(
         Problem(
-            f"the prompt names the input pictures {named}, but has {num_references}: {_quoted(prompt)}",
-            allowed="<img><|image_1|></img>, <img><|image_2|></img>, ... once or more for each input picture",
-            fix="correct the prompt, or the number of reference pictures",
+            f"the prompt names the input images {named}, but has {num_references}: {_quoted(prompt)}",
+            allowed="<img><|image_1|></img>, <img><|image_2|></img>, ... once or more for each input image",
+            fix="correct the prompt, or the number of reference images",
         )
     )
 
 
 def embeds_from_tokens(tokens: PromptTokens) -> PromptEmbeds:
-    """`input_ids` (L,) int64; with input pictures also `reference_spans` (R, 3) int64."""
+    """`input_ids` (L,) int64; with input images also `reference_spans` (R, 3) int64."""
     tensors = {"input_ids": torch.tensor(tokens.input_ids, dtype=torch.int64)}
     if tokens.reference_spans:
         tensors["reference_spans"] = torch.tensor(tokens.reference_spans, dtype=torch.int64)
@@ -255,7 +255,7 @@ def _spans_of(embeds: PromptEmbeds) -> list[list[int]]:
 def make_condition_mask(
     padding: Sequence[int], spans: Sequence[Sequence[tuple[int, int, int]]], num_text: int
 ) -> Tensor:
-    """(B, 1, T + 1, T + 1) bool: causal, without padding, input pictures open within themselves.
+    """(B, 1, T + 1, T + 1) bool: causal, without padding, input images open within themselves.
 
     A padding token sees itself alone: a row that sees nothing would be NaN, and nobody looks at padding.
     """

@@ -69,7 +69,7 @@ class SDXL(ModelFamily):
     def predict(
         self, denoiser: nn.Module, noisy_latents: Latents, sigmas: Tensor, conditioning: Conditioning
     ) -> Latents:
-        assert isinstance(noisy_latents, Tensor), "the pictures of a batch have one size"
+        assert isinstance(noisy_latents, Tensor), "the images of a batch have one size"
         added = {
             "text_embeds": conditioning["pooled_prompt_embeds"].to(self.dtype),
             "time_ids": conditioning["time_ids"],
@@ -118,9 +118,9 @@ class SDXL(ModelFamily):
 
 
 def time_ids(sample: Sample) -> tuple[int, ...]:
-    """Original height and width, top and left of the crop in the resized picture, height and width of the crop.
+    """Original height and width, top and left of the crop in the resized image, height and width of the crop.
 
-    Source: arXiv 2307.01952, section 2.2. A picture that is mirrored after the cut is one whose mirror image was cut at
+    Source: arXiv 2307.01952, section 2.2. An image that is mirrored after the cut is one whose mirror image was cut at
     the mirrored place.
     """
     crop = sample.crop

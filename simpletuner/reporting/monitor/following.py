@@ -13,15 +13,15 @@ from pydantic import SecretStr
 
 from simpletuner.config.webhooks import Webhook
 from simpletuner.reporting import events
-from simpletuner.reporting.events import Event, RunStarted, SavedPicture, StepDone, event_name_of
+from simpletuner.reporting.events import NAMES_FROM_RECORDS, Event, RunStarted, SavedImage, StepDone, event_name_of
 from simpletuner.reporting.monitor.history import History, Image
 from simpletuner.reporting.sinks.jsonl import METRICS_FILE
 from simpletuner.reporting.webhooks.encoding import raw_event
+from simpletuner.reporting.webhooks.images import load_images
 from simpletuner.reporting.webhooks.messages import CurvePoint, Message, progress_message, words_for
-from simpletuner.reporting.webhooks.pictures import load_pictures
 
 POLL_SECONDS = 0.5
-_PICTURE_BYTES = 8 << 20
+_IMAGE_BYTES = 8 << 20
 # Steps that are read at once, at the start, are one report of progress.
 _STEPS_PER_REPORT = 500
 _ITSELF = Webhook(webhook_type="raw", callback_url=SecretStr("http://localhost/"))
@@ -31,7 +31,7 @@ _EVENTS: Mapping[str, type[Event]] = {
 
 
 class Follower:
-    """Reads a file as it grows; one that was begun anew is read anew.
+    """Reads a file as it grows; one that was begun again is read again.
 
     Args:
         output_dir: of the run.
@@ -61,7 +61,7 @@ class Follower:
                 self._add_step(event)
             elif event is not None:
                 self._flush()
-                self._tell(event, record)
+                self._report(event, record)
         self._flush()
 
     def _new_records(self) -> Iterator[dict[str, Any]]:
@@ -98,17 +98,17 @@ class Follower:
             self._add(progress_message(self._last, self._run_name, self._curve))
             self._curve, self._last = [], None
 
-    def _tell(self, event: Event, record: Mapping[str, Any]) -> None:
+    def _report(self, event: Event, record: Mapping[str, Any]) -> None:
         for message in words_for(event, self._run_name):
             self._add(dataclasses.replace(message, created=float(record.get("time", message.created))))
 
     def _add(self, message: Message) -> None:
-        attachments = load_pictures(message.pictures, _PICTURE_BYTES * max(len(message.pictures), 1))
+        attachments = load_images(message.images, _IMAGE_BYTES * max(len(message.images), 1))
         event = raw_event(_ITSELF, message, [None] * len(attachments), None)
         sent = [attachment for attachment in attachments if attachment]
         indices = iter(range(len(sent)))
-        for picture, attachment in zip(event["data"].get("pictures", ()), attachments, strict=False):
-            picture["image"] = next(indices) if attachment else None
+        for image, attachment in zip(event["data"].get("pictures", ()), attachments, strict=False):
+            image["image"] = next(indices) if attachment else None
         self._history.add(event, [Image(attachment.media_type, attachment.data) for attachment in sent])
 
 
@@ -118,19 +118,20 @@ def event_of(record: Mapping[str, Any]) -> Event | None:
     if kind is None:
         return None
     types = {field.name: str(field.type) for field in dataclasses.fields(kind)}
-    values = {key: _read(value, types[key]) for key, value in record.items() if key in types}
+    named = {NAMES_FROM_RECORDS.get(key, key): value for key, value in record.items()}
+    values = {key: _read(value, types[key]) for key, value in named.items() if key in types}
     try:
-        if "pictures" in values:
-            values["pictures"] = tuple(_picture(picture) for picture in values["pictures"])
-        if "picture" in values:
-            values["picture"] = _picture(values["picture"])
+        if "images" in values:
+            values["images"] = tuple(_image(image) for image in values["images"])
+        if "image" in values:
+            values["image"] = _image(values["image"])
         return kind(**values)
     except (TypeError, KeyError, ValueError):
         return None
 
 
-def _picture(record: Mapping[str, Any]) -> SavedPicture:
-    return SavedPicture(**{**record, "path": Path(record["path"])})
+def _image(record: Mapping[str, Any]) -> SavedImage:
+    return SavedImage(**{**record, "path": Path(record["path"])})
 
 
 def _read(value: Any, kind: str) -> Any:

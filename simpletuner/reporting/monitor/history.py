@@ -17,8 +17,8 @@ Patch = dict[str, Any]
 MAX_RUNS = 12
 MAX_POINTS = 20_000
 MAX_LOG_LINES = 2000
-MAX_PICTURES = 3000
-MAX_PICTURE_BYTES = 256 << 20
+MAX_IMAGES = 3000
+MAX_IMAGE_BYTES = 256 << 20
 _MAX_IDS = 20_000
 _SHOWN_ELSEWHERE = ("validation.image", "validation.preview", "training.loss_by_sigma")
 _STATUS_KEYS = (
@@ -29,19 +29,19 @@ _STATUS_KEYS = (
 
 @dataclass(frozen=True)
 class Image:
-    """A picture's bytes and kind."""
+    """An image's bytes and kind."""
 
     media_type: str
     data: bytes
 
 
-class PictureStore:
-    """Pictures by the digest of their content, together at most `max_bytes`; the oldest previews give way first.
+class ImageStore:
+    """Images by the digest of their content, together at most `max_bytes`; the oldest previews give way first.
 
-    Browsers keep pictures by their address: a number would mean another picture once a monitor was started again.
+    Browsers keep images by their address: a number would mean another image once a monitor was started again.
     """
 
-    def __init__(self, max_bytes: int = MAX_PICTURE_BYTES):
+    def __init__(self, max_bytes: int = MAX_IMAGE_BYTES):
         self._max_bytes = max_bytes
         self._images: OrderedDict[str, tuple[Image, bool]] = OrderedDict()
         self._bytes = 0
@@ -71,7 +71,7 @@ class RunHistory:
     curve: list[Sequence[Any]] = field(default_factory=list)  # step, loss, rate, gradient norm, is regularisation
     evals: list[Sequence[Any]] = field(default_factory=list)
     scores: list[Patch] = field(default_factory=list)
-    pictures: deque[Patch] = field(default_factory=lambda: deque(maxlen=MAX_PICTURES))
+    images: deque[Patch] = field(default_factory=lambda: deque(maxlen=MAX_IMAGES))
     log: deque[Patch] = field(default_factory=lambda: deque(maxlen=MAX_LOG_LINES))
 
     def snapshot(self) -> Patch:
@@ -83,7 +83,7 @@ class RunHistory:
             "curve": list(self.curve),
             "evals": list(self.evals),
             "scores": list(self.scores),
-            "pictures": list(self.pictures),
+            "pictures": list(self.images),
             "log": list(self.log),
         }
 
@@ -91,7 +91,7 @@ class RunHistory:
         """What changes with an event.
 
         Args:
-            digests: for each of its pictures, its name in the store; None where it was not sent.
+            digests: for each of its images, its name in the store; None where it was not sent.
         """
         kind, data = event["type"], event["data"]
         patch: Patch = {"run": self.name, "log": [self._line(event)]}
@@ -108,7 +108,7 @@ class RunHistory:
             patch["scores"] = [{key: data.get(key) for key in ("step", "metric", "mean")}]
             self.scores += patch["scores"]
         elif kind in ("validation.image", "validation.preview"):
-            self._add_pictures(event, digests, patch)
+            self._add_images(event, digests, patch)
         if _is_line(event):
             self.log += patch["log"]
         else:
@@ -116,13 +116,13 @@ class RunHistory:
         return patch
 
     def _begin(self, data: Mapping[str, Any], patch: Patch) -> Patch:
-        """A start, or a start again: what comes after its first step is drawn anew."""
+        """A start, or a start again: what comes after its first step is resampled."""
         start = data["start_step"] or 0
         self.curve = [row for row in self.curve if row[0] <= start]
         self.evals = [row for row in self.evals if row[0] <= start]
         if not start:
             self.scores = []
-            self.pictures.clear()
+            self.images.clear()
         self.status = {key: data[key] for key in _STATUS_KEYS if key in data}
         self.log += patch["log"]
         return self.snapshot()
@@ -155,16 +155,16 @@ class RunHistory:
             if len(self.curve) > MAX_POINTS:
                 self.curve = self.curve[::2]
 
-    def _add_pictures(self, event: Mapping[str, Any], digests: Sequence[str | None], patch: Patch) -> None:
+    def _add_images(self, event: Mapping[str, Any], digests: Sequence[str | None], patch: Patch) -> None:
         data = event["data"]
         facts = ("step", "step_label", "sampling_step", "num_sampling_steps", "sigma")
         common = {key: data[key] for key in facts if key in data}
         patch["pictures"] = [
-            {**picture, **common, "image": digest}
-            for picture, digest in zip(data.get("pictures", ()), digests, strict=True)
+            {**image, **common, "image": digest}
+            for image, digest in zip(data.get("pictures", ()), digests, strict=True)
             if digest is not None
         ]
-        self.pictures += patch["pictures"]
+        self.images += patch["pictures"]
 
     @staticmethod
     def _line(event: Mapping[str, Any]) -> Patch:
@@ -172,7 +172,7 @@ class RunHistory:
 
 
 def _is_line(event: Mapping[str, Any]) -> bool:
-    """Whether an event stands in the log; progress and pictures would fill it with what the page shows anyway."""
+    """Whether an event stands in the log; progress and images would fill it with what the page shows anyway."""
     data = event["data"]
     if event["type"] == "lifecycle.stage":
         return data.get("stage", {}).get("status") == "completed"
@@ -182,11 +182,11 @@ def _is_line(event: Mapping[str, Any]) -> bool:
 class History:
     """All runs. Safe to use from many threads; every change wakes those who wait."""
 
-    def __init__(self, max_picture_bytes: int = MAX_PICTURE_BYTES):
+    def __init__(self, max_image_bytes: int = MAX_IMAGE_BYTES):
         self._condition = threading.Condition()
         self._runs: OrderedDict[str, RunHistory] = OrderedDict()
         self._ids: OrderedDict[str, None] = OrderedDict()
-        self._pictures = PictureStore(max_picture_bytes)
+        self._images = ImageStore(max_image_bytes)
         self._patches: deque[tuple[int, Patch]] = deque(maxlen=1000)
         self._count = 0
 
@@ -200,21 +200,21 @@ class History:
                 self._ids.popitem(last=False)
             run = self._run(str(event.get("run_name") or "run"))
             is_preview = event["type"] == "validation.preview"
-            kept = [self._pictures.add(image, is_preview) for image in images]
-            indices = [picture.get("image") for picture in event["data"].get("pictures", ())]
+            kept = [self._images.add(image, is_preview) for image in images]
+            indices = [each.get("image") for each in event["data"].get("pictures", ())]
             digests = [kept[index] if isinstance(index, int) and 0 <= index < len(kept) else None for index in indices]
-            self._tell(run.apply(event, digests))
+            self._report(run.apply(event, digests))
         return True
 
     def forget(self, name: str) -> None:
-        """Begin a run's history anew."""
+        """Begin a run's history again."""
         with self._condition:
             self._runs[name] = RunHistory(name)
-            self._tell(self._runs[name].snapshot())
+            self._report(self._runs[name].snapshot())
 
-    def picture(self, digest: str) -> Image | None:
+    def image(self, digest: str) -> Image | None:
         with self._condition:
-            return self._pictures.get(digest)
+            return self._images.get(digest)
 
     def snapshots(self) -> tuple[list[Patch], int]:
         """Patches that make the whole page, the run that spoke last at the end; and the position to go on from."""
@@ -237,7 +237,7 @@ class History:
             self._runs.popitem(last=False)
         return run
 
-    def _tell(self, patch: Patch) -> None:
+    def _report(self, patch: Patch) -> None:
         self._count += 1
         self._patches.append((self._count, patch))
         self._condition.notify_all()

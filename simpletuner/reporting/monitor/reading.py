@@ -25,7 +25,7 @@ class BadEvent(Exception):
 
 
 def read_event(body: bytes) -> tuple[Mapping[str, Any], list[Image]]:
-    """The event in the body of a request, and its pictures.
+    """The event in the body of a request, and its images.
 
     Raises:
         BadEvent: it is none.
@@ -73,9 +73,9 @@ def _check_data(kind: str, data: Mapping[str, Any]) -> None:
     steps = data.get("regularisation_steps", [])
     if not isinstance(steps, list) or not all(_is_step(step) for step in steps):
         raise BadEvent("regularisation_steps is a list of whole numbers")
-    pictures = data.get("pictures", [])
-    if not isinstance(pictures, list) or not all(isinstance(picture, dict) for picture in pictures):
-        raise BadEvent("pictures is a list of objects")
+    images = data.get("pictures", [])
+    if not isinstance(images, list) or not all(isinstance(image, dict) for image in images):
+        raise BadEvent("images is a list of objects")
     for key in ("step", "start_step"):
         if key in data and not _is_step(data[key]):
             raise BadEvent(f"{key} is a whole number")

@@ -84,7 +84,7 @@ class MonitorHandler(BaseHTTPRequestHandler):
         elif url.path == "/stream":
             self._stream()
         elif url.path.startswith("/pictures/"):
-            self._picture(url.path.removeprefix("/pictures/"))
+            self._image(url.path.removeprefix("/pictures/"))
         elif url.path in _FILES:
             self._file(_FILES[url.path])
         else:
@@ -167,10 +167,10 @@ class MonitorHandler(BaseHTTPRequestHandler):
         kind = f"{kind}; charset=utf-8" if kind.startswith("text/") else kind
         self._answer(HTTPStatus.OK, data, kind, {"Cache-Control": "no-cache"})
 
-    def _picture(self, digest: str) -> None:
-        image = self.server.history.picture(digest)
+    def _image(self, digest: str) -> None:
+        image = self.server.history.image(digest)
         if image is None:
-            self._refuse(HTTPStatus.NOT_FOUND, "this picture is no longer kept")
+            self._refuse(HTTPStatus.NOT_FOUND, "this image is no longer kept")
         else:
             self._answer(HTTPStatus.OK, image.data, image.media_type, {"Cache-Control": "private, max-age=86400"})
 

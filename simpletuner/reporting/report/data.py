@@ -1,4 +1,4 @@
-"""The data of a run: what became of the files of each dataset, and pictures as they were trained on."""
+"""The data of a run: what became of the files of each dataset, and images as they were trained on."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def data_section(run: RunRecord, embed: Embedder) -> str:
 
 def _dataset(run: RunRecord, report: Record, embed: Embedder) -> str:
     name = str(report.get("id", ""))
-    cards = [("Funnel", _funnel(report)), ("Sizes, width x height", _sizes(report))]
-    if lost := _set_aside(report):
+    cards = [("FilterReport", _filter_report(report)), ("Sizes, width x height", _sizes(report))]
+    if lost := _skipped(report):
         cards.append(("Not used", lost))
     boxes = "".join(f'<div class="card"><h3>{title}</h3>{body}</div>' for title, body in cards)
     tiles = "".join(
@@ -35,7 +35,7 @@ def _dataset(run: RunRecord, report: Record, embed: Embedder) -> str:
     return f'<h3>{escape(name)}</h3><div class="columns">{boxes}</div>{sheet}'
 
 
-def _funnel(report: Record) -> str:
+def _filter_report(report: Record) -> str:
     most = max(_count(report.get("found")), 1)
     rows = [
         f'<div class="stage"><span>{label}</span>{bar(_count(report.get(key)) / most)}'
@@ -57,7 +57,7 @@ def _sizes(report: Record) -> str:
     return f"<table>{rows}</table>"
 
 
-def _set_aside(report: Record) -> str:
+def _skipped(report: Record) -> str:
     reasons = [each for each in report.get("set_aside") or () if isinstance(each, dict)]
     return "".join(
         f"<p><b>{_count(each.get('count')):,}</b> {escape(str(each.get('reason', '')))}"

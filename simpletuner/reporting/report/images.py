@@ -1,4 +1,4 @@
-"""Pictures inside the page, within a budget: a report can be sent by mail whatever the run has drawn."""
+"""Images inside the page, within a budget: a report can be sent by mail whatever the run has generated."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 BUDGET_BYTES = 9_000_000
 LARGEST_SIDE, SMALLEST_SIDE = 640, 96
 EXACT_SIDE = 160
-# What WebP at the quality used here needs at most for a picture with much detail.
+# What WebP at the quality used here needs at most for an image with much detail.
 BYTES_PER_PIXEL = 0.15
 
 
@@ -18,7 +18,7 @@ class Embedder:
     """Makes `<img>` elements; all of them together stay within the budget.
 
     Args:
-        count: how many pictures there will be, which decides how large each may be.
+        count: how many images there will be, which decides how large each may be.
     """
 
     def __init__(self, count: int, budget: int = BUDGET_BYTES):
@@ -28,7 +28,7 @@ class Embedder:
         self.left_out = 0
 
     def img(self, path: Path, alt: str = "") -> str:
-        """The picture as an element of its own bytes; a note where it cannot be read or there is no room left."""
+        """The image as an element of its own bytes; a note where it cannot be read or there is no room left."""
         from PIL import Image
 
         try:

@@ -10,8 +10,8 @@ from simpletuner import __version__
 from simpletuner.reporting.progress import duration_text
 from simpletuner.reporting.report.charts import number_text
 from simpletuner.reporting.report.data import data_section
+from simpletuner.reporting.report.gallery import image_section, shown_images
 from simpletuner.reporting.report.images import Embedder
-from simpletuner.reporting.report.pictures import picture_section, shown_pictures
 from simpletuner.reporting.report.record import RunRecord
 from simpletuner.reporting.report.sections import (
     checkpoint_section,
@@ -32,14 +32,14 @@ POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 def render(run: RunRecord) -> str:
     """The whole page. Every text that comes from the run is escaped."""
     num_contact = sum(len(each) for each in run.contact.values())
-    embed = Embedder(len(shown_pictures(run)) + num_contact)
+    embed = Embedder(len(shown_images(run)) + num_contact)
     sections: tuple[Section, ...] = (
         ("curves", "Curves", curve_section),
-        ("pictures", "Pictures", lambda run: picture_section(run, embed)),
+        ("pictures", "Images", lambda run: image_section(run, embed)),
         ("checkpoints", "Checkpoints", checkpoint_section),
         ("data", "Data", lambda run: data_section(run, embed)),
         ("time", "Where the time went", time_section),
-        ("warnings", "What was told", warning_section),
+        ("warnings", "What was reported", warning_section),
         ("options", "Configuration", option_section),
         ("versions", "Versions and digests", version_section),
         ("commands", "What to do with it", command_section),
@@ -86,9 +86,9 @@ def _figures(run: RunRecord) -> str:
     if speeds := sorted(seconds for _, seconds in run.curve("seconds")):
         middle = speeds[len(speeds) // 2]
         samples = run.steps[-1].get("samples")
-        rate = f"{number_text(samples / middle)} pictures/s" if isinstance(samples, int) and middle > 0 else ""
+        rate = f"{number_text(samples / middle)} images/s" if isinstance(samples, int) and middle > 0 else ""
         found.append((f"{number_text(middle)} s", "per step, median", rate))
-        found.append((duration_text(sum(speeds)), "of training", "pictures and evaluation apart"))
+        found.append((duration_text(sum(speeds)), "of training", "images and evaluation apart"))
     if memory := run.curve("memory_gb"):
         found.append((f"{max(value for _, value in memory):.1f} GB", "memory at most", ""))
     cards = "".join(
@@ -99,5 +99,5 @@ def _figures(run: RunRecord) -> str:
 
 
 def _foot(embed: Embedder) -> str:
-    left_out = f" {embed.left_out} pictures were left out to keep the file small." if embed.left_out else ""
+    left_out = f" {embed.left_out} images were left out to keep the file small." if embed.left_out else ""
     return f"<footer>Made by simpletuner {escape(__version__)}.{left_out}</footer>"

@@ -1,4 +1,4 @@
-"""What the files of an output folder say of its run: `metrics.jsonl`, `run.lock.json`, reports of data, pictures.
+"""What the files of an output folder say of its run: `metrics.jsonl`, `run.lock.json`, reports of data, images.
 
 Files of other versions, half-written ones and missing ones are ordinary here: what cannot be read is left out.
 """
@@ -22,8 +22,8 @@ CONTACT_DIR = "contact_sheet"
 
 
 @dataclass(frozen=True)
-class ShownPicture:
-    """A picture of the run that is still on disk."""
+class ShownImage:
+    """An image of the run that is still on disk."""
 
     path: Path
     step: int
@@ -42,10 +42,10 @@ class RunRecord:
         steps, evaluations, scores, by_sigma, checkpoints: records in order.
         phases: name -> seconds in all.
         warnings: texts of warnings and errors, each once.
-        pictures: validation pictures.
+        images: validation images.
         lock: `run.lock.json`.
         datasets: `dataset_report.json`.
-        contact: pictures of the data as they are trained on: dataset id -> (file, caption, note).
+        contact: images of the data as they are trained on: dataset id -> (file, caption, note).
     """
 
     output_dir: Path
@@ -58,7 +58,7 @@ class RunRecord:
     checkpoints: list[Record] = field(default_factory=list)
     phases: dict[str, float] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
-    pictures: list[ShownPicture] = field(default_factory=list)
+    images: list[ShownImage] = field(default_factory=list)
     lock: Record = field(default_factory=dict)
     datasets: list[Record] = field(default_factory=list)
     contact: dict[str, list[tuple[Path, str, str]]] = field(default_factory=dict)
@@ -139,7 +139,7 @@ def _take(run: RunRecord, record: Record) -> None:
     elif kind in lists and isinstance(record.get("step"), int):
         lists[str(kind)].append(record)
     elif kind == "pictures_made":
-        run.pictures += _pictures(run, record)
+        run.images += _images(run, record)
     elif kind == "phase_done" and isinstance(record.get("seconds"), int | float):
         name = str(record.get("name")).split(" at step ")[0]
         run.phases[name] = run.phases.get(name, 0.0) + float(record["seconds"])
@@ -151,8 +151,8 @@ def _take(run: RunRecord, record: Record) -> None:
         run.end = record
 
 
-def _pictures(run: RunRecord, record: Record) -> list[ShownPicture]:
-    """The pictures of a validation that are still there; sheets of several are left out."""
+def _images(run: RunRecord, record: Record) -> list[ShownImage]:
+    """The images of a validation that are still there; sheets of several are left out."""
     found = []
     for each in record.get("pictures", ()):
         if not isinstance(each, dict) or each.get("kind") == "grid":
@@ -162,7 +162,7 @@ def _pictures(run: RunRecord, record: Record) -> list[ShownPicture]:
             number = number_text(index) if isinstance(index := each.get("index"), int) else ""
             row = f"{each.get('shortname')} ({each.get('width')}x{each.get('height')}{number})"
             step = int(record.get("step", 0))
-            found.append(ShownPicture(path, step, str(each.get("kind")), row, str(each.get("prompt", ""))))
+            found.append(ShownImage(path, step, str(each.get("kind")), row, str(each.get("prompt", ""))))
     return found
 
 
@@ -180,7 +180,7 @@ def locate(run: RunRecord, written: str) -> Path | None:
 
 
 def read_contact(folder: Path) -> dict[str, list[tuple[Path, str, str]]]:
-    """The pictures of the data that the run kept, by dataset."""
+    """The images of the data that the run kept, by dataset."""
     found: dict[str, list[tuple[Path, str, str]]] = {}
     for each in _read(folder / "pictures.json", list) or []:
         if isinstance(each, dict):

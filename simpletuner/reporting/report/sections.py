@@ -51,16 +51,16 @@ def _loss_chart(run: RunRecord) -> str:
     ]
     if (base := _base_loss(run)) is not None and len(evaluation) > 1:
         series.append(Series("eval loss of the base model", [(0.0, base), (float(run.last_step), base)], 2, "dashed"))
-    note = "The eval loss sees the same pictures and noise each time, and is the curve to trust." if evaluation else ""
+    note = "The eval loss sees the same images and noise each time, and is the curve to trust." if evaluation else ""
     return chart("Loss", series, note=note, is_wide=True)
 
 
 def _base_loss(run: RunRecord) -> float | None:
     """The eval loss of the untouched base model; older runs have it as that of step 0."""
-    told = [record["reference"] for record in run.evaluations if isinstance(record.get("reference"), int | float)]
+    references = [record["reference"] for record in run.evaluations if isinstance(record.get("reference"), int | float)]
     curve = run.eval_curve()
-    if told:
-        return float(told[-1])
+    if references:
+        return float(references[-1])
     return curve[0][1] if curve and curve[0][0] == 0 else None
 
 
@@ -207,7 +207,7 @@ def command_section(run: RunRecord) -> str:
         commands.append(
             ("Look at the curves in TensorBoard", f"tensorboard --logdir {_quoted(run.output_dir / 'logs')}")
         )
-    commands.append(("Make this page anew", f"simpletuner report {_quoted(run.output_dir)}"))
+    commands.append(("Make this page again", f"simpletuner report {_quoted(run.output_dir)}"))
     return "".join(f"<h3>{escape(title)}</h3><pre>{escape(str(command))}</pre>" for title, command in commands)
 
 

@@ -79,7 +79,7 @@ def version_section(run: RunRecord) -> str:
     packages = {"simpletuner": lock.get("simpletuner"), "python": lock.get("python"), **_object(lock.get("packages"))}
     base = _object(lock.get("base"))
     data = {
-        name: f"{_object(each).get('pictures', '?')} pictures, {_short(_object(each).get('fingerprint'))}"
+        name: f"{_object(each).get('pictures', '?')} images, {_short(_object(each).get('fingerprint'))}"
         for name, each in _object(lock.get("data")).items()
     }
     boxes = (

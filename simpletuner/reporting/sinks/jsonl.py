@@ -1,6 +1,6 @@
 """`metrics.jsonl`: one JSON object per event, appended and flushed, so that a killed run keeps its curve.
 
-A resumed run draws the steps after its checkpoint anew; their old records are dropped first, so no step is in the file
+A resumed run draws the steps after its checkpoint again; their old records are dropped first, so no step is in the file
 twice. A run that starts at step 0 beside an older file sets that file aside and never mixes the two.
 """
 

@@ -1,4 +1,4 @@
-"""TensorBoard: scalars per step, eval losses, validation pictures. Written under `output_dir/logs/<run name>`."""
+"""TensorBoard: scalars per step, eval losses, validation images. Written under `output_dir/logs/<run name>`."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING
 from simpletuner.reporting.events import (
     EvalDone,
     Event,
+    ImagesMade,
+    ImagesScored,
     LossBySigma,
-    PicturesMade,
-    PicturesScored,
     RunStarted,
     StepDone,
 )
-from simpletuner.reporting.scalars import picture_name, scalars
+from simpletuner.reporting.scalars import image_name, scalars
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -37,9 +37,9 @@ class TensorBoardSink:
         if isinstance(event, RunStarted):
             self.close()
             self._run = event
-        elif isinstance(event, PicturesMade):
-            self._add_pictures(event)
-        elif isinstance(event, StepDone | EvalDone | PicturesScored | LossBySigma):
+        elif isinstance(event, ImagesMade):
+            self._add_images(event)
+        elif isinstance(event, StepDone | EvalDone | ImagesScored | LossBySigma):
             self._add_scalars(scalars(event), event.step)
             if not isinstance(event, StepDone):
                 self.writer().flush()
@@ -74,14 +74,14 @@ class TensorBoardSink:
         values = [Summary.Value(tag=name, simple_value=value) for name, value in scalars.items()]
         writer.file_writer.add_summary(Summary(value=values), step)
 
-    def _add_pictures(self, event: PicturesMade) -> None:
+    def _add_images(self, event: ImagesMade) -> None:
         import numpy
         from PIL import Image
 
-        for picture in event.pictures:
-            with Image.open(picture.path) as image:
-                pixels = numpy.asarray(image.convert("RGB"))
-            self.writer().add_image(picture_name(picture), pixels, event.step, dataformats="HWC")
+        for saved in event.images:
+            with Image.open(saved.path) as opened:
+                pixels = numpy.asarray(opened.convert("RGB"))
+            self.writer().add_image(image_name(saved), pixels, event.step, dataformats="HWC")
         self.writer().flush()
 
 

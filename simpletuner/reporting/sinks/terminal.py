@@ -17,11 +17,11 @@ from simpletuner.reporting.events import (
     CheckpointSaved,
     EvalDone,
     Event,
+    ImagesScored,
     Notice,
     PhaseDone,
     PhaseProgress,
     PhaseStarted,
-    PicturesScored,
     RunFailed,
     RunFinished,
     RunStarted,
@@ -71,7 +71,7 @@ class PlainSink:
             if isinstance(event, PhaseStarted):
                 self._phase, self._last_line = event, self._clock()
             if isinstance(event, PhaseDone) and event.seconds < SHORT_PHASE and not event.summary:
-                return  # its beginning was told a moment ago
+                return  # its beginning was reported a moment ago
             for line in describe(event):
                 self._write(line)
 
@@ -183,7 +183,7 @@ class LiveSink:
 
 
 def describe(event: Event) -> list[str]:
-    """The lines that an event is told in; none for what only the bar shows, or what the end of its phase tells."""
+    """The lines that an event is reported in; none for what only the bar shows, or what the end of its phase tells."""
     return [for_terminal(line) for line in _lines(event)]
 
 
@@ -200,8 +200,8 @@ def _lines(event: Event) -> list[str]:
         notes = [each] if len(event.losses) > 1 else []
         notes += [f"base model {event.reference:.4f}"] if event.reference is not None and event.step > 0 else []
         return [f"eval loss at step {event.step}: {event.pooled:.4f}" + (f" ({'; '.join(notes)})" if notes else "")]
-    if isinstance(event, PicturesScored):
-        return [f"{event.metric} score at step {event.step}: {event.mean:.2f} ({len(event.scores)} pictures)"]
+    if isinstance(event, ImagesScored):
+        return [f"{event.metric} score at step {event.step}: {event.mean:.2f} ({len(event.scores)} images)"]
     if isinstance(event, CheckpointSaved) and event.eval_loss is not None:
         return [f"best checkpoint so far saved at step {event.step}, eval loss {event.eval_loss:.4f}: {event.path}"]
     if isinstance(event, CheckpointSaved):
@@ -230,7 +230,7 @@ def _describe_finish(event: RunFinished) -> list[str]:
     lines = [f"finished {event.step} steps in {progress.duration_text(event.seconds)}"]
     lines += [f"  {name:<{width}}  {path}" for name, path in event.outputs.items()]
     if event.commands:
-        lines += ["to draw with it:", *(f"  {command}" for command in event.commands)]
+        lines += ["to generate with it:", *(f"  {command}" for command in event.commands)]
     return lines
 
 

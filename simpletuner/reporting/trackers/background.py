@@ -10,7 +10,7 @@ import threading
 from collections import deque
 from collections.abc import Callable
 
-from simpletuner.reporting.events import Event, Notice, PicturesMade, RunFailed, RunFinished, RunStarted
+from simpletuner.reporting.events import Event, ImagesMade, Notice, RunFailed, RunFinished, RunStarted
 from simpletuner.reporting.scalars import scalars
 from simpletuner.reporting.trackers.base import TrackedRun, Tracker
 
@@ -54,7 +54,7 @@ class TrackerSink:
             self._start(event)
         elif isinstance(event, RunFailed | RunFinished):
             self._exit_code = event.exit_code if isinstance(event, RunFailed) else 0
-        elif self._worker is not None and not self._has_failed and (isinstance(event, PicturesMade) or scalars(event)):
+        elif self._worker is not None and not self._has_failed and (isinstance(event, ImagesMade) or scalars(event)):
             if len(self._queue) < QUEUE_LENGTH:
                 self._queue.append(event)
             else:
@@ -96,9 +96,9 @@ class TrackerSink:
         """The thread. Somebody else's code runs here: whatever it raises costs the tracker, not a run of days."""
         try:
             tracker = self._make()
-            told = tracker.start(run)
-            if told:
-                self._notices.append(Notice("info", f"{self.name}: {told}"))
+            reported = tracker.start(run)
+            if reported:
+                self._notices.append(Notice("info", f"{self.name}: {reported}"))
             while not self._ending.wait(POLL_SECONDS):
                 self._hand_over(tracker)
             self._hand_over(tracker)
@@ -114,7 +114,7 @@ class TrackerSink:
     def _hand_over(self, tracker: Tracker) -> None:
         while self._queue:
             event = self._queue.popleft()
-            if isinstance(event, PicturesMade):
-                tracker.log_pictures(event.pictures, event.step)
+            if isinstance(event, ImagesMade):
+                tracker.log_images(event.images, event.step)
             else:
                 tracker.log_scalars(scalars(event), event.step)  # type: ignore[attr-defined]

@@ -1,7 +1,7 @@
 """What a dashboard has to do, in four methods: the interface of `custom_tracker`, documented in TRACKERS.md.
 
 A tracker is called from a thread of its own (`background.py`), so it may take its time and may wait for a network:
-training does not wait for it. It gets plain numbers and paths of pictures, and needs to know no event.
+training does not wait for it. It gets plain numbers and paths of images, and needs to know no event.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from simpletuner.reporting.events import SavedPicture
+from simpletuner.reporting.events import SavedImage
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class TrackedRun:
         start_step: optimizer steps already done; 0 for a new run, more for one that goes on.
         total_steps: optimizer steps at which the run ends.
         options: the resolved configuration, secrets left out.
-        details: facts worth a line each (model, device, pictures).
+        details: facts worth a line each (model, device, images).
         run_id: of the run, the same at each start of it.
         branch: of the run; another one after it went back to an earlier checkpoint, whose steps come again.
     """
@@ -48,7 +48,7 @@ class Tracker:
     """
 
     def start(self, run: TrackedRun) -> str | None:
-        """The run begins or goes on. A text that is returned is told in the terminal (an address, a folder)."""
+        """The run begins or goes on. A text that is returned is reported in the terminal (an address, a folder)."""
         return None
 
     def log_scalars(self, scalars: Mapping[str, float], step: int) -> None:
@@ -57,8 +57,8 @@ class Tracker:
         May be called several times for a step, and never for an earlier one.
         """
 
-    def log_pictures(self, pictures: Sequence[SavedPicture], step: int) -> None:
-        """Validation pictures, as files that stay where they are."""
+    def log_images(self, images: Sequence[SavedImage], step: int) -> None:
+        """Validation images, as files that stay where they are."""
 
     def finish(self, exit_code: int) -> None:
         """The run ended: 0 as planned, else the exit code of the program. Not called after a failure."""

@@ -1,4 +1,4 @@
-"""Weights & Biases: numbers, pictures and the resolved configuration, online or offline (`WANDB_MODE=offline`).
+"""Weights & Biases: numbers, images and the resolved configuration, online or offline (`WANDB_MODE=offline`).
 
 A run that goes on is the same run there: its id is kept in `output_dir/wandb_run.json`. Steps that are taken again
 after a kill are left out, as they have the very numbers that W&B holds already. A run that went back to an earlier
@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 
 from simpletuner import storage
 from simpletuner.errors import DataError
-from simpletuner.reporting.events import SavedPicture
-from simpletuner.reporting.scalars import picture_name
+from simpletuner.reporting.events import SavedImage
+from simpletuner.reporting.scalars import image_name
 from simpletuner.reporting.trackers.base import TrackedRun, Tracker
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ class WandbTracker(Tracker):
     def start(self, run: TrackedRun) -> str:
         import wandb
 
-        # W&B tells its own mishaps through `logging` and the terminal; ours are told as notices.
+        # W&B tells its own mishaps through `logging` and the terminal; ours are reported as notices.
         logging.getLogger("wandb").setLevel(logging.ERROR)
         settings = wandb.Settings(
             silent=True,
@@ -68,16 +68,16 @@ class WandbTracker(Tracker):
         if step >= self._first_step:
             self._run.log(dict(scalars), step=step)
 
-    def log_pictures(self, pictures: Sequence[SavedPicture], step: int) -> None:
+    def log_images(self, images: Sequence[SavedImage], step: int) -> None:
         import wandb
 
         assert self._run is not None
         if step >= self._first_step:
-            images = {
-                f"pictures/{picture_name(picture)}": wandb.Image(str(picture.path), caption=picture.prompt or None)
-                for picture in pictures
+            logged = {
+                f"pictures/{image_name(image)}": wandb.Image(str(image.path), caption=image.prompt or None)
+                for image in images
             }
-            self._run.log(images, step=step)
+            self._run.log(logged, step=step)
 
     def finish(self, exit_code: int) -> None:
         assert self._run is not None

@@ -13,7 +13,7 @@ class Patience:
     Args:
         first: pause after the first failure; each further one doubles it.
         longest: no pause is longer.
-        tries: failures in a row after which a service counts as down: it is told of, and only asked now and then.
+        tries: failures in a row after which a service counts as down: it is reported of, and only asked now and then.
     """
 
     first: float = 0.5

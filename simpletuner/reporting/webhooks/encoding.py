@@ -1,4 +1,4 @@
-"""A message as the body of a request: JSON with pictures inside for programs, text with files for Discord."""
+"""A message as the body of a request: JSON with images inside for programs, text with files for Discord."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from datetime import UTC, datetime
 from typing import Any
 
 from simpletuner.config.webhooks import SEVERITIES, Webhook
+from simpletuner.reporting.webhooks.images import Attachment
 from simpletuner.reporting.webhooks.messages import SCHEMA_VERSION, Message
-from simpletuner.reporting.webhooks.pictures import Attachment
 
 # Discord: 2000 characters, ten files, 10 MB. A raw receiver has no known limit; base64 adds a third.
-PICTURE_BYTES = {"discord": 9_500_000, "raw": 8_000_000}
+IMAGE_BYTES = {"discord": 9_500_000, "raw": 8_000_000}
 _DISCORD_CHARACTERS = 2000
 _FOR_PROGRAMS = ("lifecycle.stage", "training.loss_by_sigma")
 _SIGNS = {"warning": "⚠️ ", "error": "❌ ", "critical": "❌ "}
@@ -29,7 +29,7 @@ class Body:
 
 
 def accepts(target: Webhook, message: Message) -> bool:
-    """Whether a service is told of this: by `log_level`; people in Discord see stages only at level debug."""
+    """Whether a service is reported of this: by `log_level`; people in Discord see stages only at level debug."""
     if target.webhook_type == "discord" and message.type in _FOR_PROGRAMS:
         return target.log_level == "debug"
     return SEVERITIES.index(message.severity) >= SEVERITIES.index(target.log_level)
@@ -41,7 +41,7 @@ def encode(
     """The body for one service.
 
     Args:
-        attachments: one for each of the message's pictures; None for one that could not be loaded or is left out.
+        attachments: one for each of the message's images; None for one that could not be loaded or is left out.
     """
     return _ENCODERS[target.webhook_type](target, message, attachments, job_id)
 
@@ -89,7 +89,7 @@ def _discord(target: Webhook, message: Message, attachments: Sequence[Attachment
     if message.text:
         text += f"\n{message.text}"
     missing = sum(attachment is None for attachment in attachments)
-    note = f"\n({missing} of {len(attachments)} pictures could not be sent)" if missing else ""
+    note = f"\n({missing} of {len(attachments)} images could not be sent)" if missing else ""
     text = f"{_shortened(text, _DISCORD_CHARACTERS - len(note))}{note}"
     # A prompt with an @ in it calls nobody.
     payload = {"content": text, "allowed_mentions": {"parse": []}}

@@ -1,4 +1,4 @@
-"""Words events as messages: what a service is told of each, independent of which service it is.
+"""Words events as messages: what a service is reported of each, independent of which service it is.
 
 The types and fields are those of `documentation/webhook_events.schema.json`; a change of meaning raises
 `SCHEMA_VERSION`.
@@ -19,38 +19,38 @@ from simpletuner.reporting.events import (
     CheckpointSaved,
     EvalDone,
     Event,
+    ImagesMade,
+    ImagesScored,
     LossBySigma,
     Notice,
     PhaseDone,
     PhaseProgress,
     PhaseStarted,
-    PicturesMade,
-    PicturesScored,
     PreviewMade,
     RunFailed,
     RunFinished,
     RunStarted,
-    SavedPicture,
+    SavedImage,
     StepDone,
     to_record,
 )
 from simpletuner.reporting.progress import duration_text
 
 SCHEMA_VERSION = 1
-# Discord takes ten files in a message; more pictures travel in several messages.
-PICTURES_PER_MESSAGE = 10
+# Discord takes ten files in a message; more images travel in several messages.
+IMAGES_PER_MESSAGE = 10
 
 
 @dataclass(frozen=True)
 class Message:
-    """What a service is told.
+    """What a service is reported.
 
     Args:
         id: unique; a message that is sent again, because its answer was lost, has the same.
         type: `training.status`, `validation.image`, ...: the schema lists them.
         text: one or more lines for people.
         data: facts for programs, as JSON holds them.
-        pictures: files that go along, in the order of `data["pictures"]`.
+        images: files that go along, in the order of `data["pictures"]`.
         run_id: the same at each start of a run; empty before it has begun.
         created: seconds since 1970.
         must_arrive: kept on the disk until the service has it.
@@ -61,7 +61,7 @@ class Message:
     title: str
     text: str = ""
     data: Mapping[str, Any] = field(default_factory=dict)
-    pictures: tuple[str, ...] = ()
+    images: tuple[str, ...] = ()
     run_name: str = ""
     run_id: str = ""
     must_arrive: bool = False
@@ -173,20 +173,20 @@ def _saved(event: CheckpointSaved) -> list[Message]:
     return [Message("training.checkpoint", "info", title, str(event.path), data, must_arrive=True)]
 
 
-def _facts(picture: SavedPicture) -> dict[str, Any]:
-    resolution = f"{picture.width}x{picture.height}"
+def _facts(image: SavedImage) -> dict[str, Any]:
+    resolution = f"{image.width}x{image.height}"
     kept = ("shortname", "prompt", "width", "height", "seed", "kind", "index")
-    return {**{key: getattr(picture, key) for key in kept}, "resolution": resolution, "file": picture.path.name}
+    return {**{key: getattr(image, key) for key in kept}, "resolution": resolution, "file": image.path.name}
 
 
-def _drawn(event: PicturesMade) -> list[Message]:
+def _generated(event: ImagesMade) -> list[Message]:
     messages = []
-    for first in range(0, len(event.pictures), PICTURES_PER_MESSAGE):
-        pictures = event.pictures[first : first + PICTURES_PER_MESSAGE]
-        prompts = dict.fromkeys(picture.prompt for picture in pictures if picture.prompt)
-        data = {"step": event.step, "pictures": [_facts(picture) for picture in pictures]}
-        paths = tuple(str(picture.path) for picture in pictures)
-        title, text = f"pictures at step {event.step}", "\n".join(prompts)
+    for first in range(0, len(event.images), IMAGES_PER_MESSAGE):
+        images = event.images[first : first + IMAGES_PER_MESSAGE]
+        prompts = dict.fromkeys(image.prompt for image in images if image.prompt)
+        data = {"step": event.step, "pictures": [_facts(image) for image in images]}
+        paths = tuple(str(image.path) for image in images)
+        title, text = f"images at step {event.step}", "\n".join(prompts)
         messages.append(Message("validation.image", "info", title, text, data, paths, must_arrive=True))
     return messages
 
@@ -200,15 +200,15 @@ def _previewed(event: PreviewMade) -> list[Message]:
         "num_sampling_steps": event.num_sampling_steps,
         "sigma": event.sigma,
         "timestep": round(1000 * event.sigma, 3),
-        "prompt": event.picture.prompt,
-        "resolution": f"{event.picture.width}x{event.picture.height}",
-        "pictures": [_facts(event.picture)],
+        "prompt": event.image.prompt,
+        "resolution": f"{event.image.width}x{event.image.height}",
+        "pictures": [_facts(event.image)],
     }
-    title = f"{event.picture.shortname} at step {event.step}, drawing {label}"
-    return [Message("validation.preview", "info", title, event.picture.prompt, data, (str(event.picture.path),))]
+    title = f"{event.image.shortname} at step {event.step}, generating {label}"
+    return [Message("validation.preview", "info", title, event.image.prompt, data, (str(event.image.path),))]
 
 
-def _scored(event: PicturesScored) -> list[Message]:
+def _scored(event: ImagesScored) -> list[Message]:
     data = {key: value for key, value in to_record(event).items() if key != "event"}
     return [Message("validation.score", "info", f"{event.metric} at step {event.step}", f"{event.mean:.4f}", data)]
 
@@ -240,9 +240,9 @@ _MAKERS: Mapping[type[Event], Callable[[Any], list[Message]]] = {
     EvalDone: _evaluated,
     LossBySigma: _sorted_by_noise,
     CheckpointSaved: _saved,
-    PicturesMade: _drawn,
+    ImagesMade: _generated,
     PreviewMade: _previewed,
-    PicturesScored: _scored,
+    ImagesScored: _scored,
     Notice: _noticed,
     RunFinished: _finished,
     RunFailed: _failed,

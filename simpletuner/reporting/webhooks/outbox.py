@@ -26,7 +26,7 @@ class Outbox:
     """A queue with three entrances.
 
     Args:
-        max_items, max_bytes: of ordinary messages, as JSON without their pictures; the oldest give way.
+        max_items, max_bytes: of ordinary messages, as JSON without their images; the oldest give way.
 
     Attributes:
         dropped: ordinary messages that gave way.

@@ -31,19 +31,19 @@ def event_schema() -> Schema:
         "type": "object",
         "properties": {
             "schema_version": {"const": SCHEMA_VERSION},
-            "id": _told(TEXT, "Unique; an event whose answer was lost comes again under the same id."),
+            "id": _documented(TEXT, "Unique; an event whose answer was lost comes again under the same id."),
             "type": {"enum": list(_DATA)},
             "severity": {"enum": list(SEVERITIES)},
-            "title": _told(TEXT, "One line for people."),
-            "message": _told(TEXT, "More of it; may be empty."),
+            "title": _documented(TEXT, "One line for people."),
+            "message": _documented(TEXT, "More of it; may be empty."),
             "run_name": TEXT,
-            "run_id": _told(TEXT_OR_NULL, "The same at each start of a run; null before the run has begun."),
-            "prefix": _told(TEXT_OR_NULL, "message_prefix of the webhook."),
-            "job_id": _told(TEXT_OR_NULL, "SIMPLETUNER_JOB_ID of the environment."),
-            "timestamp": _told({**TEXT, "format": "date-time"}, "When it happened, which may be long before."),
+            "run_id": _documented(TEXT_OR_NULL, "The same at each start of a run; null before the run has begun."),
+            "prefix": _documented(TEXT_OR_NULL, "message_prefix of the webhook."),
+            "job_id": _documented(TEXT_OR_NULL, "SIMPLETUNER_JOB_ID of the environment."),
+            "timestamp": _documented({**TEXT, "format": "date-time"}, "When it happened, which may be long before."),
             "data": {"type": "object"},
             "images": {
-                "description": "Pictures as data URIs; JPEGs where the files were too large for the service.",
+                "description": "Images as data URIs; JPEGs where the files were too large for the service.",
                 "type": "array",
                 "items": {"type": "string", "pattern": "^data:image/(png|jpeg|webp);base64,"},
             },
@@ -59,7 +59,7 @@ def event_schema() -> Schema:
     }
 
 
-def _told(schema: Schema, description: str) -> Schema:
+def _documented(schema: Schema, description: str) -> Schema:
     return {"description": description, **schema}
 
 
@@ -70,8 +70,8 @@ def _data(description: str, required: dict[str, Schema], optional: dict[str, Sch
 
 _PROGRESS = _data("", {}, {"current": COUNT, "total": {"anyOf": [COUNT, {"type": "null"}]}, "seconds": NUMBER})
 _STAGE = _data("", {"key": TEXT, "label": TEXT, "status": {"enum": ["running", "completed"]}, "progress": _PROGRESS})
-_PICTURE = _data(
-    "A picture; `image` is its index in `images`, null where it could not be sent.",
+_IMAGE = _data(
+    "An image; `image` is its index in `images`, null where it could not be sent.",
     {
         "shortname": TEXT,
         "prompt": TEXT,
@@ -83,12 +83,12 @@ _PICTURE = _data(
         "file": TEXT,
         "image": {"type": ["integer", "null"], "minimum": 0},
     },
-    {"index": _told(COUNT, "Counts the pictures of one prompt and size, from 0.")},
+    {"index": _documented(COUNT, "Counts the images of one prompt and size, from 0.")},
 )
-_PICTURES: Schema = {"type": "array", "items": _PICTURE}
+_IMAGES: Schema = {"type": "array", "items": _IMAGE}
 _NUMBERS: Schema = {"type": "object", "additionalProperties": NUMBER}
 _ROWS: Schema = {"type": "array", "items": {"type": "array", "items": NUMBER}}
-_QUANTILES = _told(_ROWS, "[quantile of the distribution of sigmas, mean loss]")
+_QUANTILES = _documented(_ROWS, "[quantile of the distribution of sigmas, mean loss]")
 _CURVE: Schema = {
     "description": "[step, loss, learning rate, gradient norm] of the steps since the last report, perhaps thinned.",
     "type": "array",
@@ -110,13 +110,13 @@ _DATA: dict[str, Schema] = {
             "loss": NUMBER,
             "learning_rate": NUMBER,
             "grad_norm": MAYBE,
-            "seconds": _told(NUMBER, "Of the step; with status completed, of the run."),
+            "seconds": _documented(NUMBER, "Of the step; with status completed, of the run."),
             "samples": COUNT,
             "epoch": COUNT,
             "memory_gb": MAYBE,
             "extra": _NUMBERS,
             "curve": _CURVE,
-            "regularisation_steps": _told(
+            "regularisation_steps": _documented(
                 {"type": "array", "items": COUNT},
                 "Steps of the curve on regularisation data alone, whose loss is the distance from the base model.",
             ),
@@ -132,17 +132,17 @@ _DATA: dict[str, Schema] = {
             "checkpoint": _data(
                 "",
                 {"path": TEXT, "label": TEXT, "step": COUNT},
-                {"eval_loss": _told(NUMBER, "Of the best one so far, which a better one replaces.")},
+                {"eval_loss": _documented(NUMBER, "Of the best one so far, which a better one replaces.")},
             ),
         },
     ),
     "training.evaluation": _data(
-        "Loss on held-out pictures.",
+        "Loss on held-out images.",
         {"step": COUNT, "losses": _NUMBERS, "pooled": NUMBER},
         {
             "per_quantile": _QUANTILES,
             "seconds": NUMBER,
-            "reference": _told(MAYBE, "pooled, of the base model."),
+            "reference": _documented(MAYBE, "pooled, of the base model."),
             "reference_per_quantile": _QUANTILES,
         },
     ),
@@ -151,26 +151,26 @@ _DATA: dict[str, Schema] = {
         {
             "step": COUNT,
             "first_step": COUNT,
-            "bins": _told(_ROWS, "[lowest sigma, highest sigma, mean loss, samples]"),
+            "bins": _documented(_ROWS, "[lowest sigma, highest sigma, mean loss, samples]"),
         },
     ),
-    "validation.image": _data("Validation pictures. Always arrives.", {"step": COUNT, "pictures": _PICTURES}),
+    "validation.image": _data("Validation images. Always arrives.", {"step": COUNT, "pictures": _IMAGES}),
     "validation.preview": _data(
-        "A validation picture that is still being drawn.",
+        "A validation image that is still being generated.",
         {
             "step": COUNT,
-            "step_label": _told(TEXT, "5/20: five of twenty denoising steps are taken."),
+            "step_label": _documented(TEXT, "5/20: five of twenty denoising steps are taken."),
             "sampling_step": COUNT,
             "num_sampling_steps": COUNT,
-            "sigma": _told(NUMBER, "Share of noise that is left, 1 to 0."),
-            "timestep": _told(NUMBER, "1000 sigma."),
+            "sigma": _documented(NUMBER, "Share of noise that is left, 1 to 0."),
+            "timestep": _documented(NUMBER, "1000 sigma."),
             "prompt": TEXT,
             "resolution": TEXT,
-            "pictures": _PICTURES,
+            "pictures": _IMAGES,
         },
     ),
     "validation.score": _data(
-        "How well pictures fit their prompts.", {"step": COUNT, "metric": TEXT, "scores": _NUMBERS, "mean": NUMBER}
+        "How well images fit their prompts.", {"step": COUNT, "metric": TEXT, "scores": _NUMBERS, "mean": NUMBER}
     ),
     "notification": _data("A line that did not stop the run.", {"severity": {"enum": list(SEVERITIES)}}),
     "error": _data(

@@ -14,19 +14,19 @@ from simpletuner.config.webhooks import Webhook
 from simpletuner.errors import DataError
 from simpletuner.reporting.events import Notice, PhaseProgress, StepDone
 from simpletuner.reporting.webhooks.breaker import Breaker, Patience
-from simpletuner.reporting.webhooks.encoding import PICTURE_BYTES, Body, encode
+from simpletuner.reporting.webhooks.encoding import IMAGE_BYTES, Body, encode
+from simpletuner.reporting.webhooks.images import load_images
 from simpletuner.reporting.webhooks.messages import CurvePoint, Message, progress_message
 from simpletuner.reporting.webhooks.outbox import Outbox
-from simpletuner.reporting.webhooks.pictures import load_pictures
 from simpletuner.reporting.webhooks.spool import REFUSED, Spool, created_at, message_id
 from simpletuner.reporting.webhooks.transport import Deadlines, Outcome, Reply, Transport
 
-Tell = Callable[[Notice], None]
+Emit = Callable[[Notice], None]
 
 # A message on whose account a service failed this often lets the next ones pass.
 _TRIES_IN_FRONT = 8
-_SMALLEST_PICTURE_BYTES = 16 << 10
-_NARROW_PICTURE_BYTES = 512 << 10
+_SMALLEST_IMAGE_BYTES = 16 << 10
+_NARROW_IMAGE_BYTES = 512 << 10
 
 
 @dataclass(frozen=True)
@@ -65,17 +65,17 @@ class Sender:
         spool: Spool,
         timing: Timing,
         names: Callable[[], tuple[str, str]],
-        tell: Tell,
+        report: Emit,
         job_id: str | None = None,
     ):
         self.name, self.target, self.outbox, self.spool = name, target, outbox, spool
-        self._timing, self._names, self._tell, self._job_id = timing, names, tell, job_id
+        self._timing, self._names, self._report, self._job_id = timing, names, report, job_id
         self._breaker = Breaker(timing.patience)
         self._tries: dict[str, int] = {}
-        self._picture_bytes = PICTURE_BYTES[target.webhook_type]
+        self._image_bytes = IMAGE_BYTES[target.webhook_type]
         self._ready, self._closing = asyncio.Event(), asyncio.Event()
         self._last_progress = -timing.progress
-        self._has_warned = self._has_told_of_disk = False
+        self._has_warned = self._has_reported_disk = False
         self.delivered = 0
 
     @property
@@ -94,7 +94,7 @@ class Sender:
                 self.spool.add(message)
             except DataError as error:
                 self.outbox.put(replace(message, must_arrive=False))
-                self._tell_of_disk(error)
+                self._report_disk(error)
 
     def close(self) -> None:
         """Send what waits and end; a service that is down gets one more try."""
@@ -129,7 +129,7 @@ class Sender:
             if message is None and not (self.spool.folder / REFUSED / name).exists():
                 return self._next_job()
             if message is None:
-                self._tell(Notice("warning", f"{self.name}: {name} cannot be read; set aside in {self.spool.folder}"))
+                self._report(Notice("warning", f"{self.name}: {name} cannot be read; skipped in {self.spool.folder}"))
                 return self._next_job()
             return Job(message, name)
         if ordinary is not None:
@@ -154,27 +154,27 @@ class Sender:
             return True
         if job.progress is not None:
             self.outbox.put_back_progress(*job.progress)
-        if job.message.pictures and self._shrink_pictures(reply.outcome):
+        if job.message.images and self._shrink_images(reply.outcome):
             return False
         await self._pause(job, reply)
         return False
 
     def _body(self, message: Message) -> Body:
-        attachments = load_pictures(message.pictures, self._picture_bytes)
+        attachments = load_images(message.images, self._image_bytes)
         return encode(self.target, message, attachments, self._job_id)
 
-    def _shrink_pictures(self, outcome: Outcome) -> bool:
+    def _shrink_images(self, outcome: Outcome) -> bool:
         """After 413, a quarter of the bytes from now on; returns whether to try at once. Where even the smallest are
         too large, size is not the matter, and a service that works again gets them whole.
 
         No answer in time may mean that the way there is narrow: they become smaller then too, to a point.
         """
-        smaller = self._picture_bytes // 4
+        smaller = self._image_bytes // 4
         if outcome == "too slow":
-            self._picture_bytes = max(smaller, min(self._picture_bytes, _NARROW_PICTURE_BYTES))
+            self._image_bytes = max(smaller, min(self._image_bytes, _NARROW_IMAGE_BYTES))
         elif outcome == "too large":
-            is_worth_a_try = smaller >= _SMALLEST_PICTURE_BYTES
-            self._picture_bytes = smaller if is_worth_a_try else PICTURE_BYTES[self.target.webhook_type]
+            is_worth_a_try = smaller >= _SMALLEST_IMAGE_BYTES
+            self._image_bytes = smaller if is_worth_a_try else IMAGE_BYTES[self.target.webhook_type]
             return is_worth_a_try
         return False
 
@@ -186,14 +186,14 @@ class Sender:
         elif job.progress is None:
             self.outbox.remove(job.message)
         if self._breaker.worked():
-            self._picture_bytes = PICTURE_BYTES[self.target.webhook_type]
-            self._tell(Notice("info", f"{self.name} works again"))
+            self._image_bytes = IMAGE_BYTES[self.target.webhook_type]
+            self._report(Notice("info", f"{self.name} works again"))
 
     def _refused(self, job: Job, reply: Reply) -> None:
         self._breaker.worked()
         if job.name is not None:
-            self.spool.set_aside(job.name)
-            self._tell(
+            self.spool.skipped(job.name)
+            self._report(
                 Notice("warning", f"{self.name}: {job.message.title}: {reply.reason}; kept in {self.spool.folder}")
             )
         elif job.progress is None:
@@ -206,8 +206,8 @@ class Sender:
         pause = self._breaker.failed(reply.retry_after)
         if self._breaker.is_open and not self._has_warned:
             self._has_warned = True
-            text = f"{self.name} does not work: {reply.reason}. Training goes on; checkpoints, pictures and the end of"
-            self._tell(Notice("warning", f"{text} the run are kept in {self.spool.folder} and sent later"))
+            text = f"{self.name} does not work: {reply.reason}. Training goes on; checkpoints, images and the end of"
+            self._report(Notice("warning", f"{text} the run are kept in {self.spool.folder} and sent later"))
         if reply.retry_after:  # what a service asks for is kept, also at the end
             await asyncio.sleep(pause)
         elif self._closing.is_set():
@@ -222,10 +222,10 @@ class Sender:
             self.outbox.dropped += 1
         self._tries.pop(job.message.id, None)
 
-    def _tell_of_disk(self, error: DataError) -> None:
-        if not self._has_told_of_disk:
-            self._has_told_of_disk = True
-            self._tell(Notice("warning", f"{self.name}: messages are kept in memory only: {error}"))
+    def _report_disk(self, error: DataError) -> None:
+        if not self._has_reported_disk:
+            self._has_reported_disk = True
+            self._report(Notice("warning", f"{self.name}: messages are kept in memory only: {error}"))
 
 
 async def _wait_for(event: asyncio.Event, seconds: float) -> None:

@@ -72,7 +72,7 @@ class WebhookSink:
                 if sender.target.webhook_type == "raw" and sender.target.log_level in ("debug", "info"):
                     sender.outbox.put_progress(event)
         else:
-            self._tell(event)
+            self._report(event)
 
     def take_notices(self) -> list[Notice]:
         taken = []
@@ -91,7 +91,7 @@ class WebhookSink:
             self._summarise(sender)
 
     def _sender(self, number: int, target: Webhook, output_dir: Path, job_id: str | None) -> Sender:
-        # By place and type, not by address: a service whose address was mended gets what waits for it.
+        # By place and type, not by address: a service whose address was fixed gets what waits for it.
         spool = Spool(output_dir / SPOOL_FOLDER / f"{number}-{target.webhook_type}", output_dir, self._is_new)
         name = f"webhook {number} ({target.webhook_type})"
         return Sender(name, target, Outbox(), spool, self._timing, self._names, self._notices.append, job_id)
@@ -106,7 +106,7 @@ class WebhookSink:
             if is_wanted and sender.target.log_level in ("debug", "info"):
                 sender.outbox.put_progress(event, is_due)
 
-    def _tell(self, event: Event) -> None:
+    def _report(self, event: Event) -> None:
         if isinstance(event, RunStarted):
             self._run_name, self._run_id = event.run_name, event.run_id
         if isinstance(event, RunFinished | RunFailed):
@@ -122,7 +122,7 @@ class WebhookSink:
             self._loop.call_soon_threadsafe(self._notify)
 
     def _flush_progress(self) -> None:
-        """The last step is told before the end is."""
+        """The last step is reported before the end is."""
         for sender in self._senders:
             while (progress := sender.outbox.take_progress()) is not None:
                 sender.outbox.put(progress_message(progress[0], self._run_name, progress[1], self._run_id))
@@ -130,7 +130,7 @@ class WebhookSink:
     # ---- in the background thread ----
 
     def _work(self) -> None:
-        with self._told_of_a_fault():
+        with self._reported_fault():
             self._loop.run_until_complete(self._run())
         self._loop.close()
 
@@ -168,8 +168,8 @@ class WebhookSink:
             self._notices.append(Notice("warning", f"{sender.name}: messages that were not sent: {', '.join(parts)}"))
 
     @contextmanager
-    def _told_of_a_fault(self) -> Iterator[None]:
-        """A mistake in the sender ends the webhooks, not the run: its traceback is printed, and the run is told."""
+    def _reported_fault(self) -> Iterator[None]:
+        """A mistake in the sender ends the webhooks, not the run: its traceback is printed, and the run is reported."""
         ended = False
         try:
             yield

@@ -34,7 +34,7 @@ class Spool:
 
     Args:
         folder: made when the first message comes.
-        root: paths of pictures inside of it are kept relative to it, so that the folder of a run can be moved.
+        root: paths of images inside of it are kept relative to it, so that the folder of a run can be moved.
         is_new: of a run that begins: what waits in the folder already is another run's, and is not sent with its own.
     """
 
@@ -54,20 +54,20 @@ class Spool:
         except OSError as error:
             raise DataError(Problem(f"cannot be made: {error.strerror}", file=str(self.folder))) from error
         name = f"{int(message.created * 1e6):020d}-{message.id}.json"
-        pictures = tuple(self._relative(path) for path in message.pictures)
-        # In ASCII: the name of a picture's folder may be no UTF-8.
-        storage.write_bytes(self.folder / name, json.dumps(asdict(replace(message, pictures=pictures))).encode())
+        images = tuple(self._relative(path) for path in message.images)
+        # In ASCII: the name of an image's folder may be no UTF-8.
+        storage.write_bytes(self.folder / name, json.dumps(asdict(replace(message, images=images))).encode())
         names.append(name)
 
     def names(self) -> list[str]:
         """Names of the messages that wait, oldest first; the list is the spool's own."""
         if self._names is None:
-            storage.sweep(self.folder)
+            storage.clean_stale(self.folder)
             self._names = sorted(path.name for path in self.folder.glob("*-*.json"))
         return self._names
 
     def read(self, name: str) -> Message | None:
-        """A message; None where its file was moved away with its run, or is damaged: then it is set aside."""
+        """A message; None where its file was moved away with its run, or is damaged: then it is skipped."""
         if not (self.folder / name).exists():
             self.names().remove(name)
             return None
@@ -75,9 +75,9 @@ class Spool:
             record = storage.read_json(self.folder / name)
             message = self._message(record)
         except (DataError, TypeError, KeyError, AttributeError):
-            self.set_aside(name)
+            self.skipped(name)
             return None
-        return replace(message, pictures=tuple(str(self._root / path) for path in message.pictures))
+        return replace(message, images=tuple(str(self._root / path) for path in message.images))
 
     def remove(self, name: str) -> None:
         """The service has it. Where the disk does not let go of it, the next process sends it again."""
@@ -85,7 +85,7 @@ class Spool:
             (self.folder / name).unlink(missing_ok=True)
         self.names().remove(name)
 
-    def set_aside(self, name: str) -> None:
+    def skipped(self, name: str) -> None:
         """Keep a message that the service will never take where nobody tries again."""
         aside = self.folder / REFUSED
         with contextlib.suppress(OSError):
@@ -99,4 +99,6 @@ class Spool:
 
     @staticmethod
     def _message(record: Mapping[str, Any]) -> Message:
-        return Message(**{**record, "pictures": tuple(record["pictures"])})
+        # Messages of an earlier version that still wait name their images "pictures".
+        paths = record["images"] if "images" in record else record["pictures"]
+        return Message(**{key: value for key, value in record.items() if key != "pictures"} | {"images": tuple(paths)})

@@ -1,7 +1,7 @@
 """One request to a service, with a deadline for the whole of it, and what its answer means.
 
 A timeout per read is no deadline: a service that drips a byte a second never lets it run out. Redirects are not
-followed, since token and pictures would go where nobody meant them to. No text here holds an address.
+followed, since token and images would go where nobody meant them to. No text here holds an address.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Outcome = Literal["delivered", "retry", "too large", "too slow", "refused"]
 
 _MAX_ANSWER_BYTES = 64 << 10
 _MAX_RETRY_AFTER = 900.0
-# Statuses that say that this message will never be taken; others may be mended by the service or its owner.
+# Statuses that say that this message will never be taken; others may be fixed by the service or its owner.
 _NEVER = (400, 406, 411, 414, 415, 422, 431)
 
 

@@ -80,16 +80,16 @@ def test_the_change_of_a_layer_is_the_product_that_a_lora_stands_for(layer: nn.M
     assert bias is None
 
 
-def test_a_lokr_of_full_rank_becomes_a_lora_without_loss_and_of_small_rank_with_the_loss_that_is_told(
+def test_a_lokr_of_full_rank_becomes_a_lora_without_loss_and_of_small_rank_with_the_loss_that_is_reported(
     tmp_path: Path,
 ) -> None:
     weights, output = saved(tmp_path, CONFIGS["lokr"])
     whole, loss = compress(weights, tiny_omnigen_transformer(), 32)
     assert loss < 1e-5
-    drawing = tiny_omnigen_transformer()
-    apply_weights(drawing, whole, OMNIGEN, "a")
+    generation = tiny_omnigen_transformer()
+    apply_weights(generation, whole, OMNIGEN, "a")
     with torch.no_grad():
-        torch.testing.assert_close(run_stock(drawing), output, rtol=0, atol=1e-4)
+        torch.testing.assert_close(run_stock(generation), output, rtol=0, atol=1e-4)
 
     small, loss = compress(weights, tiny_omnigen_transformer(), 2)
     layers = dict(tiny_omnigen_transformer().named_modules())

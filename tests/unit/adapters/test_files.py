@@ -102,10 +102,10 @@ def test_every_algorithm_survives_saving_and_loading(name: str, tmp_path: Path) 
     adapter.save(path, {})
     check_saved_adapter(path, tiny_omnigen_transformer(), OMNIGEN, run_stock, output)
 
-    drawing = tiny_omnigen_transformer()
-    apply_adapter_file(drawing, path, OMNIGEN)
+    generation = tiny_omnigen_transformer()
+    apply_adapter_file(generation, path, OMNIGEN)
     with torch.no_grad():
-        torch.testing.assert_close(run_stock(drawing), output, rtol=0, atol=1e-5)
+        torch.testing.assert_close(run_stock(generation), output, rtol=0, atol=1e-5)
     with safe_open(path, framework="pt") as file:  # no other program looks at the multiplier: it is in the weights
         assert json.loads(file.metadata()["lycoris_config"]).get("multiplier", 1) == 1
     # A resume reads the live parameters from this file, unless it says that it is of no use for that.
@@ -150,11 +150,11 @@ def test_files_work_on_a_base_in_half_precision(name: str, adapter_dtype: torch.
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         output = run_stock(denoiser)
     adapter.save(tmp_path / "a.safetensors", {})
-    fresh, drawing = (tiny_omnigen_transformer().to(torch.bfloat16) for _ in range(2))
+    fresh, generation = (tiny_omnigen_transformer().to(torch.bfloat16) for _ in range(2))
     check_saved_adapter(tmp_path / "a.safetensors", fresh, OMNIGEN, run_stock, output, 5e-2)
-    apply_adapter_file(drawing, tmp_path / "a.safetensors", OMNIGEN)
+    apply_adapter_file(generation, tmp_path / "a.safetensors", OMNIGEN)
     with torch.no_grad():
-        torch.testing.assert_close(run_stock(drawing), output, rtol=0, atol=5e-2)
+        torch.testing.assert_close(run_stock(generation), output, rtol=0, atol=5e-2)
 
 
 def test_strength_scales_what_the_file_changes(quickstart, tmp_path: Path) -> None:

@@ -7,8 +7,8 @@ import torch
 from lycoris.modules.lokr import LokrModule
 from torch import nn
 
+from simpletuner.activation_memory import recompute
 from simpletuner.adapters.lokr import kron_linear, use_structured_forward
-from simpletuner.lean import recipes
 
 
 @pytest.fixture(autouse=True)
@@ -91,7 +91,7 @@ def test_gradients_of_large_inputs_are_those_of_the_built_product(
     monkeypatch, chain: tuple[tuple[int, int], ...]
 ) -> None:
     """Large tensors go through a backward pass of their own."""
-    monkeypatch.setattr(recipes, "LARGE", 0)
+    monkeypatch.setattr(recompute, "LARGE", 0)
     w1, *w2_chain = (torch.randn(shape, requires_grad=True) for shape in ((3, 2), *chain))
     x = torch.randn(6, 10, requires_grad=True)
     weights = torch.randn(6, 12)

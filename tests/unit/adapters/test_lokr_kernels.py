@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    monkeypatch.setattr("simpletuner.lean.recipes.LARGE", 0)
+    monkeypatch.setattr("simpletuner.activation_memory.recompute.LARGE", 0)
     monkeypatch.setattr(lokr_kernels, "NUM_ROWS", 32)
 
 

@@ -131,7 +131,7 @@ def test_gradients_reach_the_adapter_only(settings) -> None:
 def test_equal_seeds_attach_equal_weights_and_draw_nothing_from_the_global_generator() -> None:
     torch.manual_seed(4)
     first = attach(seed=7)[1].state_dict()
-    drawn = torch.rand(3)
+    generated = torch.rand(3)
     tiny_omnigen_transformer()
     torch.manual_seed(99)
     second, other = attach(seed=7)[1].state_dict(), attach(seed=8)[1].state_dict()
@@ -139,7 +139,7 @@ def test_equal_seeds_attach_equal_weights_and_draw_nothing_from_the_global_gener
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert not all(torch.equal(first[name], other[name]) for name in first)
     tiny_omnigen_transformer()  # seeds the generator itself
-    assert torch.equal(drawn, torch.rand(3))
+    assert torch.equal(generated, torch.rand(3))
 
 
 @pytest.mark.parametrize("file_format", FORMATS)
@@ -149,10 +149,10 @@ def test_a_file_of_every_format_gives_the_same_output_elsewhere(file_format: str
     path = tmp_path / adapter.file_name
     adapter.save(path, {"global_step": "7"})
     check_saved_adapter(path, tiny_omnigen_transformer(), OMNIGEN, run_stock, output)
-    drawing = tiny_omnigen_transformer()
-    apply_adapter_file(drawing, path, OMNIGEN)
+    generation = tiny_omnigen_transformer()
+    apply_adapter_file(generation, path, OMNIGEN)
     with torch.no_grad():
-        torch.testing.assert_close(run_stock(drawing), output, rtol=0, atol=1e-5)
+        torch.testing.assert_close(run_stock(generation), output, rtol=0, atol=1e-5)
         assert (run_stock(tiny_omnigen_transformer()) - output).abs().max() > 1e-3
 
 
@@ -200,7 +200,7 @@ def test_a_file_of_joined_layers_can_be_written_in_the_other_formats(tmp_path: P
             torch.testing.assert_close(change, expected, rtol=0, atol=1e-6)
 
 
-def test_the_metadata_tells_rank_alpha_and_model(tmp_path: Path) -> None:
+def test_the_metadata_reports_rank_alpha_and_model(tmp_path: Path) -> None:
     adapter, _ = trained(alpha=2.0, file_format="lycoris")
     adapter.save(tmp_path / "a.safetensors", {"global_step": "7"})
     with safe_open(tmp_path / "a.safetensors", framework="pt") as file:

@@ -100,9 +100,9 @@ def test_attaching_draws_nothing_from_the_global_generator(quickstart) -> None:
     denoiser = tiny_omnigen_transformer()
     torch.manual_seed(4)
     attach_lycoris(denoiser, quickstart, OMNIGEN, torch.float32, 1)
-    drawn = torch.rand(3)
+    generated = torch.rand(3)
     torch.manual_seed(4)
-    assert torch.equal(drawn, torch.rand(3))
+    assert torch.equal(generated, torch.rand(3))
 
 
 def test_lycoris_globals_and_terminal_stay_as_they_were(quickstart, capsys) -> None:

@@ -34,7 +34,7 @@ def written(family: ModelFamily, path: Path, **settings: Any) -> dict[str, str]:
 
 
 @pytest.mark.parametrize(("flavour", "architecture"), [("dev", "flux-1-dev/lora"), ("schnell", "flux-1-schnell/lora")])
-def test_schnell_is_told_from_dev(flavour: str, architecture: str, tmp_path: Path) -> None:
+def test_schnell_is_distinguished_from_dev(flavour: str, architecture: str, tmp_path: Path) -> None:
     family = family_in(tiny_flux_folder(tmp_path / "model", flavour), "flux")
     assert written(family, tmp_path / "a.safetensors")["modelspec.architecture"] == architecture
 

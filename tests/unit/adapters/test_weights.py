@@ -110,7 +110,7 @@ def test_a_lora_without_alpha_is_not_scaled_and_one_with_it_is():
     assert float(alpha_tensor(10000)) == 10000
 
 
-def test_algorithms_are_told_by_their_tensors():
+def test_algorithms_are_reported_by_their_tensors():
     modules = {"a": {UP: torch.ones(1)}, "b": {"lokr_w1_a": torch.ones(1)}, "c": {"dora_scale": torch.ones(1)}}
     assert [algorithm_of(module) for module in modules.values()] == ["lora", "lokr", "unknown"]
     assert AdapterWeights(modules).algorithms == ["lokr", "lora", "unknown"]

@@ -14,7 +14,7 @@ from simpletuner.data.digests import DigestMemo
 from simpletuner.models.components import ModelSource
 from simpletuner.models.family import LatentMoments
 from tests.tiny import tiny_vae
-from tests.unit.cache.test_latents import CPU, SPEC, Pictures, make_family
+from tests.unit.cache.test_latents import CPU, SPEC, ImageInput, make_family
 
 
 @pytest.fixture
@@ -23,7 +23,7 @@ def cache(tmp_path):
         yield LatentCache(store, make_family(), "fingerprint")
 
 
-def test_of_two_pictures_the_one_that_does_not_overflow_keeps_its_bits(cache):
+def test_of_two_images_the_one_that_does_not_overflow_keeps_its_bits(cache):
     """In float32 both would come out one larger: only the one that needs it is taken from there."""
 
     class Half(torch.nn.Module):
@@ -45,7 +45,7 @@ def test_of_two_pictures_the_one_that_does_not_overflow_keeps_its_bits(cache):
 
 
 def test_a_mirrored_image_has_latents_of_its_own(cache):
-    [sample] = Pictures(1).samples
+    [sample] = ImageInput(1).samples
     assert cache.key(sample.mirrored()) != cache.key(sample)
     assert cache.key(sample.mirrored().mirrored()) == cache.key(sample)
 
@@ -60,17 +60,17 @@ def test_tiles_and_slices_are_another_way_to_encode(omnigen_folder, tmp_path):
 
 def test_an_image_that_samples_far_apart_share_is_one_entry(cache, monkeypatch):
     monkeypatch.setattr(latents, "_SAMPLES_AT_ONCE", 2)
-    samples = Pictures(3).samples
+    samples = ImageInput(3).samples
     need = cache.need([*samples, *samples])
     assert (need.num_entries, need.num_missing) == (3, 3)
 
 
 @pytest.mark.parametrize("keeps", [True, False])
 def test_on_demand_writes_only_where_it_may(cache, keeps):
-    pictures = Pictures(1)
-    with OnDemandLatents(cache, pictures, tiny_vae(), batch_size=1, keeps=keeps) as latents_of:
-        latents_of.get(pictures.samples[0])
-    assert (cache.key(pictures.samples[0]) in cache.store) == keeps
+    images = ImageInput(1)
+    with OnDemandLatents(cache, images, tiny_vae(), batch_size=1, keeps=keeps) as latents_of:
+        latents_of.get(images.samples[0])
+    assert (cache.key(images.samples[0]) in cache.store) == keeps
 
 
 def test_a_deviation_that_is_infinite_makes_an_image_unusable():

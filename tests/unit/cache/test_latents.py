@@ -21,7 +21,7 @@ from simpletuner.cache.fingerprints import vae_fingerprint
 from simpletuner.cache.latents import LatentCache, OnDemandLatents
 from simpletuner.cache.store import DamagedEntry, TensorStore
 from simpletuner.data.digests import DigestMemo
-from simpletuner.data.transforms import UnusablePicture
+from simpletuner.data.transforms import UnusableImage
 from simpletuner.errors import DataError, Interrupted
 from simpletuner.models.components import ModelSource
 from simpletuner.models.registry import get_family_class, get_spec
@@ -36,22 +36,22 @@ def make_family(model: str = "unused"):
     return get_family_class(SPEC)(SPEC, ModelSource(model), CPU, torch.float32)
 
 
-class Pictures:
-    """A dataset of random pictures that counts what is read."""
+class ImageInput:
+    """A dataset of random images that counts what is read."""
 
     def __init__(self, count: int, sizes: tuple[tuple[int, int], ...] = ((32, 32),), broken: tuple[int, ...] = ()):
         self.samples = []
         for i in range(count):
             height, width = sizes[i % len(sizes)]
             crop = Crop(height + 8, width + 8, 4, 4, height, width)
-            self.samples.append(Sample("set", f"{i}.png", f"{i:064x}", width, height, ("a picture",), crop))
+            self.samples.append(Sample("set", f"{i}.png", f"{i:064x}", width, height, ("an image",), crop))
         self.broken = {f"{i}.png" for i in broken}
         self.read: list[str] = []
 
     def read_pixels(self, sample: Sample) -> torch.Tensor:
         self.read.append(sample.path)
         if sample.path in self.broken:
-            raise UnusablePicture("damaged: cut short")
+            raise UnusableImage("damaged: cut short")
         shape = (3, sample.crop.height, sample.crop.width)
         return torch.rand(shape, generator=keyed_generator(sample.digest)) * 2 - 1
 
@@ -67,51 +67,51 @@ def no_vae():
 
 
 def test_the_cache_holds_what_the_vae_says_unscaled(cache):
-    pictures = Pictures(3)
-    report = cache.fill(pictures, tiny_vae, batch_size=1)
+    images = ImageInput(3)
+    report = cache.fill(images, tiny_vae, batch_size=1)
     assert (report.num_encoded, report.num_cached, report.unusable) == (3, 0, ())
     with torch.no_grad():
-        posterior = tiny_vae().encode(pictures.read_pixels(pictures.samples[1])[None]).latent_dist
-    moments = cache.get(pictures.samples[1])
+        posterior = tiny_vae().encode(images.read_pixels(images.samples[1])[None]).latent_dist
+    moments = cache.get(images.samples[1])
     assert torch.equal(moments.mean, posterior.mean[0])
     assert torch.equal(moments.std, posterior.std[0])
     assert moments.mean.shape == (4, 4, 4)
 
 
-def test_a_full_cache_loads_no_vae_and_reads_no_picture(cache):
-    cache.fill(Pictures(3), tiny_vae, batch_size=2)
-    pictures = Pictures(3)
-    report = cache.fill(pictures, no_vae, batch_size=2)
+def test_a_full_cache_loads_no_vae_and_reads_no_image(cache):
+    cache.fill(ImageInput(3), tiny_vae, batch_size=2)
+    images = ImageInput(3)
+    report = cache.fill(images, no_vae, batch_size=2)
     assert (report.num_encoded, report.num_cached) == (0, 3)
-    assert pictures.read == []
+    assert images.read == []
 
 
-def test_the_same_picture_and_crop_is_encoded_once(cache):
-    pictures = Pictures(2)
-    pictures.samples.append(dataclasses.replace(pictures.samples[0], dataset_id="other", path="copy.png"))
-    report = cache.fill(pictures, tiny_vae, batch_size=2)
+def test_the_same_image_and_crop_is_encoded_once(cache):
+    images = ImageInput(2)
+    images.samples.append(dataclasses.replace(images.samples[0], dataset_id="other", path="copy.png"))
+    report = cache.fill(images, tiny_vae, batch_size=2)
     assert report.num_encoded == 2
-    assert torch.equal(cache.get(pictures.samples[2]).mean, cache.get(pictures.samples[0]).mean)
+    assert torch.equal(cache.get(images.samples[2]).mean, cache.get(images.samples[0]).mean)
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 4])
 def test_latents_do_not_depend_on_order_company_or_time_of_encoding(tmp_path, batch_size):
     """Bit for bit: filled in one go, in reverse, a few at a time, and on demand."""
     sizes = ((32, 32), (32, 48))
-    pictures, backwards, part = Pictures(11, sizes), Pictures(11, sizes), Pictures(11, sizes)
+    images, backwards, part = ImageInput(11, sizes), ImageInput(11, sizes), ImageInput(11, sizes)
     backwards.samples.reverse()
     part.samples = part.samples[3:5]
     caches = [LatentCache(TensorStore(tmp_path / name), make_family(), "f") for name in "abcd"]
-    caches[0].fill(pictures, tiny_vae, batch_size)
+    caches[0].fill(images, tiny_vae, batch_size)
     caches[1].fill(backwards, tiny_vae, batch_size)
     caches[2].fill(part, tiny_vae, batch_size)
-    caches[2].fill(pictures, tiny_vae, batch_size)
-    with OnDemandLatents(caches[3], pictures, tiny_vae(), batch_size) as on_demand:
-        on_demand.get(pictures.samples[6])
-        on_demand.get_many([pictures.samples[i] for i in (1, 6, 4)])
-        for sample in pictures.samples:
+    caches[2].fill(images, tiny_vae, batch_size)
+    with OnDemandLatents(caches[3], images, tiny_vae(), batch_size) as on_demand:
+        on_demand.get(images.samples[6])
+        on_demand.get_many([images.samples[i] for i in (1, 6, 4)])
+        for sample in images.samples:
             on_demand.get(sample)
-    for sample in pictures.samples:
+    for sample in images.samples:
         first, *others = [each.get(sample) for each in caches]
         assert all(torch.equal(first.mean, other.mean) and torch.equal(first.std, other.std) for other in others)
 
@@ -121,7 +121,7 @@ def test_every_batch_has_the_same_size(cache, monkeypatch):
     family = cache.family
     real = family.encode_images
     monkeypatch.setattr(family, "encode_images", lambda vae, x: shapes.append(tuple(x.shape)) or real(vae, x))
-    cache.fill(Pictures(5, ((32, 32), (16, 32))), tiny_vae, batch_size=4)
+    cache.fill(ImageInput(5, ((32, 32), (16, 32))), tiny_vae, batch_size=4)
     assert shapes == [(4, 3, 16, 32), (4, 3, 32, 32)]
 
 
@@ -142,7 +142,7 @@ def test_every_batch_has_the_same_size(cache, monkeypatch):
     ids=lambda change: "-".join(map(str, change)),
 )
 def test_any_change_of_what_makes_latents_gives_another_key(cache, monkeypatch, change):
-    sample = Pictures(1).samples[0]
+    sample = ImageInput(1).samples[0]
     before = cache.key(sample)
     if "digest" in change:
         sample = dataclasses.replace(sample, digest=change["digest"])
@@ -157,35 +157,35 @@ def test_any_change_of_what_makes_latents_gives_another_key(cache, monkeypatch, 
 
 
 def test_name_caption_and_data_set_do_not_touch_the_key(cache):
-    sample = Pictures(1).samples[0]
+    sample = ImageInput(1).samples[0]
     other = dataclasses.replace(sample, path="renamed.png", captions=("new",), dataset_id="other")
     assert cache.key(other) == cache.key(sample)
 
 
 def test_what_cannot_be_read_or_encoded_is_reported_and_the_rest_is_cached(cache, monkeypatch):
-    pictures = Pictures(6, broken=(2,))
+    images = ImageInput(6, broken=(2,))
     family = cache.family
     real = family.encode_images
 
     def encode(vae, pixel_values):
         moments = real(vae, pixel_values)
-        poisoned = pictures.read_pixels(pictures.samples[4])
+        poisoned = images.read_pixels(images.samples[4])
         return [
             dataclasses.replace(each, mean=each.mean * float("nan")) if torch.equal(pixels, poisoned) else each
             for each, pixels in zip(moments, pixel_values, strict=True)
         ]
 
     monkeypatch.setattr(family, "encode_images", encode)
-    pictures.samples.append(dataclasses.replace(pictures.samples[2], path="2.png", dataset_id="again"))
-    report = cache.fill(pictures, tiny_vae, batch_size=4)
+    images.samples.append(dataclasses.replace(images.samples[2], path="2.png", dataset_id="again"))
+    report = cache.fill(images, tiny_vae, batch_size=4)
     assert report.num_encoded == 4
-    told = {(each.sample.path, each.sample.dataset_id): each.reason for each in report.unusable}
-    assert told.keys() == {("2.png", "set"), ("2.png", "again"), ("4.png", "set")}
-    assert told[("2.png", "set")] == "damaged: cut short"
-    assert "NaN" in told[("4.png", "set")]
-    assert cache.get(pictures.samples[5]).mean.isfinite().all()
+    reported = {(each.sample.path, each.sample.dataset_id): each.reason for each in report.unusable}
+    assert reported.keys() == {("2.png", "set"), ("2.png", "again"), ("4.png", "set")}
+    assert reported[("2.png", "set")] == "damaged: cut short"
+    assert "NaN" in reported[("4.png", "set")]
+    assert cache.get(images.samples[5]).mean.isfinite().all()
     with pytest.raises(DataError, match=r"4\.png"):
-        cache.get(pictures.samples[4])
+        cache.get(images.samples[4])
 
 
 def test_latents_that_overflow_in_half_precision_are_tried_once_in_float32(cache):
@@ -210,11 +210,11 @@ def test_latents_that_overflow_in_half_precision_are_tried_once_in_float32(cache
             return type("Output", (), {"latent_dist": posterior})
 
     vae = Overflowing().to(torch.bfloat16)
-    pictures = Pictures(3)
-    report = cache.fill(pictures, lambda: vae, batch_size=2)
+    images = ImageInput(3)
+    report = cache.fill(images, lambda: vae, batch_size=2)
     assert (report.num_encoded, report.unusable) == (3, ())
-    pixels = pictures.read_pixels(pictures.samples[2])
-    assert torch.equal(cache.get(pictures.samples[2]).mean, pixels[:, ::8, ::8])
+    pixels = images.read_pixels(images.samples[2])
+    assert torch.equal(cache.get(images.samples[2]).mean, pixels[:, ::8, ::8])
     assert vae.dtype == torch.bfloat16
 
 
@@ -224,11 +224,11 @@ def test_too_little_memory_names_the_key_to_change(cache, monkeypatch):
 
     monkeypatch.setattr(cache.family, "encode_images", encode)
     with pytest.raises(DataError, match="vae_batch_size"):
-        cache.fill(Pictures(2), tiny_vae, batch_size=2)
+        cache.fill(ImageInput(2), tiny_vae, batch_size=2)
 
 
 def test_progress_counts_everything_and_may_stop_the_work(cache):
-    cache.fill(Pictures(2), tiny_vae, batch_size=2)
+    cache.fill(ImageInput(2), tiny_vae, batch_size=2)
     seen = []
 
     def report(done: int, total: int) -> None:
@@ -237,16 +237,16 @@ def test_progress_counts_everything_and_may_stop_the_work(cache):
             raise Interrupted("stopped by a signal")
 
     with pytest.raises(Interrupted):
-        cache.fill(Pictures(9), tiny_vae, batch_size=2, report=report)
+        cache.fill(ImageInput(9), tiny_vae, batch_size=2, report=report)
     assert seen == [(4, 9), (6, 9)]
     assert len(cache.store.keys()) == 6
 
 
-def test_a_full_disk_is_told_before_anything_is_encoded(cache, monkeypatch):
+def test_a_full_disk_is_reported_before_anything_is_encoded(cache, monkeypatch):
     usage = shutil.disk_usage("/")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
     with pytest.raises(DataError, match=r"the latent cache needs 1.5 KiB, and only 1000 bytes are free"):
-        cache.fill(Pictures(3), no_vae, batch_size=2)
+        cache.fill(ImageInput(3), no_vae, batch_size=2)
 
 
 def _damage(cache: LatentCache) -> None:
@@ -257,57 +257,57 @@ def _damage(cache: LatentCache) -> None:
 
 
 def test_a_flipped_bit_is_encoded_again_by_the_next_fill(cache):
-    pictures = Pictures(3)
-    cache.fill(pictures, tiny_vae, batch_size=2)
-    before = [cache.get(sample) for sample in pictures.samples]
+    images = ImageInput(3)
+    cache.fill(images, tiny_vae, batch_size=2)
+    before = [cache.get(sample) for sample in images.samples]
     _damage(cache)
     damaged = cache.store.verify()
     assert len(damaged) == 1
-    pictures.read.clear()
-    assert cache.fill(pictures, tiny_vae, batch_size=2).num_encoded == 1
-    assert len(pictures.read) == 1
-    for sample, moments in zip(pictures.samples, before, strict=True):
+    images.read.clear()
+    assert cache.fill(images, tiny_vae, batch_size=2).num_encoded == 1
+    assert len(images.read) == 1
+    for sample, moments in zip(images.samples, before, strict=True):
         assert torch.equal(cache.get(sample).std, moments.std)
 
 
 def test_on_demand_encodes_a_damaged_entry_again_and_keeps_what_it_encodes(cache):
-    pictures = Pictures(3)
-    cache.fill(pictures, tiny_vae, batch_size=2)
-    before = [cache.get(sample).std for sample in pictures.samples]
+    images = ImageInput(3)
+    cache.fill(images, tiny_vae, batch_size=2)
+    before = [cache.get(sample).std for sample in images.samples]
     _damage(cache)
-    with OnDemandLatents(cache, pictures, tiny_vae(), batch_size=2) as on_demand:
-        after = [on_demand.get(sample).std for sample in pictures.samples]
+    with OnDemandLatents(cache, images, tiny_vae(), batch_size=2) as on_demand:
+        after = [on_demand.get(sample).std for sample in images.samples]
     assert all(map(torch.equal, before, after))
-    assert [torch.equal(cache.get(sample).std, std) for sample, std in zip(pictures.samples, before, strict=True)]
-    pictures.read.clear()
-    with OnDemandLatents(cache, pictures, tiny_vae(), batch_size=2) as on_demand:
-        on_demand.get_many(pictures.samples)
-    assert pictures.read == []
+    assert [torch.equal(cache.get(sample).std, std) for sample, std in zip(images.samples, before, strict=True)]
+    images.read.clear()
+    with OnDemandLatents(cache, images, tiny_vae(), batch_size=2) as on_demand:
+        on_demand.get_many(images.samples)
+    assert images.read == []
 
 
-def test_damage_met_in_training_says_that_a_new_start_mends_it(cache):
-    pictures = Pictures(1)
-    cache.fill(pictures, tiny_vae, batch_size=1)
+def test_damage_met_in_training_says_that_a_new_start_fixes_it(cache):
+    images = ImageInput(1)
+    cache.fill(images, tiny_vae, batch_size=1)
     _damage(cache)
     with pytest.raises(DamagedEntry, match="start again"):
-        cache.get(pictures.samples[0])
+        cache.get(images.samples[0])
 
 
-def test_on_demand_names_the_picture_that_cannot_be_read(cache):
-    pictures = Pictures(2, broken=(1,))
+def test_on_demand_names_the_image_that_cannot_be_read(cache):
+    images = ImageInput(2, broken=(1,))
     with (
-        OnDemandLatents(cache, pictures, tiny_vae(), batch_size=2) as on_demand,
+        OnDemandLatents(cache, images, tiny_vae(), batch_size=2) as on_demand,
         pytest.raises(DataError, match=r"1\.png cannot be encoded: damaged"),
     ):
-        on_demand.get(pictures.samples[1])
+        on_demand.get(images.samples[1])
 
 
 def test_what_on_demand_has_not_written_yet_is_not_encoded_twice(cache):
-    pictures = Pictures(1)
-    with OnDemandLatents(cache, pictures, tiny_vae(), batch_size=2) as on_demand:
-        on_demand.get(pictures.samples[0])
-        on_demand.get(pictures.samples[0])
-        assert pictures.read == ["0.png"]
+    images = ImageInput(1)
+    with OnDemandLatents(cache, images, tiny_vae(), batch_size=2) as on_demand:
+        on_demand.get(images.samples[0])
+        on_demand.get(images.samples[0])
+        assert images.read == ["0.png"]
 
 
 # ---- kill -9 and company -------------------------------------------------------------------------------------------
@@ -315,7 +315,7 @@ def test_what_on_demand_has_not_written_yet_is_not_encoded_twice(cache):
 FILL_PROGRAM = """
 import sys, time
 from simpletuner.cache import latents, store
-from tests.unit.cache.test_latents import LatentCache, Pictures, TensorStore, make_family, tiny_vae
+from tests.unit.cache.test_latents import LatentCache, Images, TensorStore, make_family, tiny_vae
 folder, mode = sys.argv[1:]
 class Eager(store.StoreWriter):
     def __init__(self, tensors, **options):
@@ -326,7 +326,7 @@ def report(done, total):
     if mode == "slow":
         time.sleep(0.05)
 with TensorStore(folder) as tensors:
-    LatentCache(tensors, make_family(), "fingerprint").fill(Pictures(24), tiny_vae, 2, report)
+    LatentCache(tensors, make_family(), "fingerprint").fill(Images(24), tiny_vae, 2, report)
 """
 
 
@@ -343,13 +343,13 @@ def test_kill_9_while_filling_loses_nothing_that_was_written(cache):
         while int(filling.stdout.readline()) < 14:
             pass
         filling.send_signal(signal.SIGKILL)
-    pictures = Pictures(24)
-    there = 24 - len(cache.store.missing(map(cache.key, pictures.samples)))
+    images = ImageInput(24)
+    there = 24 - len(cache.store.missing(map(cache.key, images.samples)))
     assert 4 <= there < 24
     assert cache.store.verify() == []
-    report = cache.fill(pictures, tiny_vae, batch_size=2)
+    report = cache.fill(images, tiny_vae, batch_size=2)
     assert (report.num_cached, report.num_encoded) == (there, 24 - there)
-    assert len(pictures.read) == 24 - there
+    assert len(images.read) == 24 - there
     with TensorStore(cache.store.folder):
         assert not list(cache.store.folder.glob(".tmp-*"))
 
@@ -360,11 +360,11 @@ def test_two_processes_fill_one_cache_at_once(cache, tmp_path):
     for each in both:
         each.communicate(timeout=120)
         assert each.returncode == 0
-    assert cache.fill(Pictures(24), no_vae, batch_size=2).num_cached == 24
+    assert cache.fill(ImageInput(24), no_vae, batch_size=2).num_cached == 24
     assert cache.store.verify() == []
     alone = LatentCache(TensorStore(tmp_path / "alone"), make_family(), "fingerprint")
-    alone.fill(Pictures(24), tiny_vae, batch_size=2)
-    for sample in Pictures(24).samples:
+    alone.fill(ImageInput(24), tiny_vae, batch_size=2)
+    for sample in ImageInput(24).samples:
         assert torch.equal(cache.get(sample).mean, alone.get(sample).mean)
 
 
@@ -424,7 +424,7 @@ def test_on_a_gpu_the_number_of_threads_does_not_matter(model, memo, monkeypatch
     assert _fingerprint(model, memo, device=torch.device("cuda")) == before
 
 
-def test_a_vae_without_safetensors_is_told(model, memo):
+def test_a_vae_without_safetensors_is_reported(model, memo):
     weights = model / "vae" / "diffusion_pytorch_model.safetensors"
     weights.rename(weights.with_suffix(".bin"))
     with pytest.raises(DataError, match="holds no safetensors weights"):
@@ -441,25 +441,25 @@ def test_an_accelerator_gets_a_reader_for_each_core_and_the_cpu_two(monkeypatch)
     assert encoding.num_readers(torch.device("cuda")) == 16
 
 
-def test_pictures_that_are_encoded_on_demand_are_read_at_the_same_time(cache):
-    pictures = Pictures(4)
+def test_images_that_are_encoded_on_demand_are_read_at_the_same_time(cache):
+    images = ImageInput(4)
     both_read = threading.Barrier(2, timeout=30)
-    read = pictures.read_pixels
+    read = images.read_pixels
 
     def read_in_pairs(sample):
         both_read.wait()
         return read(sample)
 
-    pictures.read_pixels = read_in_pairs
-    with OnDemandLatents(cache, pictures, tiny_vae(), batch_size=2) as on_demand:
-        assert len(on_demand.get_many(pictures.samples)) == 4
+    images.read_pixels = read_in_pairs
+    with OnDemandLatents(cache, images, tiny_vae(), batch_size=2) as on_demand:
+        assert len(on_demand.get_many(images.samples)) == 4
 
 
 def test_a_latent_that_is_missing_from_a_complete_cache_makes_the_next_start_look(cache):
-    pictures = Pictures(2)
-    cache.fill(pictures, tiny_vae, batch_size=2)
+    images = ImageInput(2)
+    cache.fill(images, tiny_vae, batch_size=2)
     cache.store.note_complete("all", 2)
     cache.store._index._database.execute("DELETE FROM entries")  # an index that the power failed on
     with pytest.raises(DataError, match="start again"):
-        cache.get(pictures.samples[0])
+        cache.get(images.samples[0])
     assert cache.store.complete("all") is None

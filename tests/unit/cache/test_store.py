@@ -143,7 +143,7 @@ def test_what_was_put_before_an_error_stays(folder):
         assert "key0" in store
 
 
-def test_a_full_disk_is_told_and_what_was_there_stays(folder, monkeypatch):
+def test_a_full_disk_is_reported_and_what_was_there_stays(folder, monkeypatch):
     def full(name: str) -> None:
         raise OSError(28, "No space left on device")
 
@@ -233,7 +233,7 @@ def test_a_shard_cut_while_the_store_is_open_is_damage_and_no_crash(folder):
 
 
 @pytest.mark.parametrize("damage", ["missing", "garbage", "inside", "older", "lying"])
-def test_the_index_is_made_anew_where_it_cannot_be_trusted(folder, damage):
+def test_the_index_is_made_again_where_it_cannot_be_trusted(folder, damage):
     with TensorStore(folder) as store:
         store.put_many(_entries(50))
     index = folder / INDEX_NAME
@@ -286,7 +286,7 @@ def test_a_pickle_and_other_files_in_the_folder_are_never_touched(folder, tmp_pa
     assert not (tmp_path / "exploded").exists()
 
 
-def test_a_shard_of_a_newer_version_is_told_and_left_alone(folder):
+def test_a_shard_of_a_newer_version_is_reported_and_left_alone(folder):
     folder.mkdir()
     shard = folder / f"shard-{'0' * 32}.safetensors"
     storage.save_tensors(
@@ -297,7 +297,7 @@ def test_a_shard_of_a_newer_version_is_told_and_left_alone(folder):
     assert shard.exists()
 
 
-def test_prune_keeps_what_it_is_told_and_frees_the_rest(folder):
+def test_prune_keeps_what_it_is_asked_and_frees_the_rest(folder):
     with TensorStore(folder) as store:
         store.put_many(_entries(4))
         store.put_many(_entries(4, start=4))

@@ -9,7 +9,7 @@ import pytest
 
 from simpletuner.commands import cache
 from simpletuner.commands.check import gather
-from tests.runs import dataset, draw_pictures, load_here, write_run
+from tests.runs import dataset, load_here, write_images, write_run
 
 
 @pytest.fixture
@@ -23,7 +23,7 @@ def lines_of(verb, folder: Path, *arguments: object) -> str:
     return "\n".join(said)
 
 
-def shards(folder: Path, name: str = "pictures") -> list[Path]:
+def shards(folder: Path, name: str = "images") -> list[Path]:
     return sorted((folder / "cache/vae/omnigen" / name).glob("*.safetensors"))
 
 
@@ -50,7 +50,7 @@ def test_verify_counts_flipped_and_cut_entries_and_a_build_makes_them_anew(folde
     cut.write_bytes(cut.read_bytes()[:-8])
     capsys.readouterr()
     assert cache.verify(load_here(folder), print) == 2  # one entry of each: the last one of its file
-    assert "set aside" not in capsys.readouterr().err
+    assert "skipped" not in capsys.readouterr().err
     cache.build(load_here(folder))
     out = capsys.readouterr().out
     assert "1 encoded, 6 cached before" in out
@@ -60,7 +60,7 @@ def test_verify_counts_flipped_and_cut_entries_and_a_build_makes_them_anew(folde
 
 def test_prune_removes_what_no_dataset_uses_and_nothing_else(folder, capsys):
     cache.build(load_here(folder))
-    (folder / "pictures/003.png").unlink()
+    (folder / "images/003.png").unlink()
     assert "would remove 1 of 7" in lines_of(cache.prune, folder, True)
     assert len(shards(folder)) == 1
     assert "removed 1 of 7" in lines_of(cache.prune, folder)
@@ -70,7 +70,7 @@ def test_prune_removes_what_no_dataset_uses_and_nothing_else(folder, capsys):
     assert "0 encoded, 6 cached before" in capsys.readouterr().out
 
 
-def test_prune_leaves_folders_of_other_configurations_unless_told(folder):
+def test_prune_leaves_folders_of_other_configurations_unless_asked(folder):
     cache.build(load_here(folder))
     data = json.loads((folder / "multidatabackend.json").read_text())
     (folder / "multidatabackend.json").write_text(json.dumps([data[0]]))
@@ -82,20 +82,20 @@ def test_prune_leaves_folders_of_other_configurations_unless_told(folder):
     assert shards(folder)
 
 
-def test_prune_removes_files_that_were_set_aside(folder):
+def test_prune_removes_files_that_were_skipped(folder):
     cache.build(load_here(folder))
     [shard] = shards(folder)
     shard.write_bytes(shard.read_bytes()[:-8])
     cache.verify(load_here(folder), print)
-    assert "set aside as damaged: 1 file" in lines_of(cache.stats, folder)
+    assert "skipped as damaged: 1 file" in lines_of(cache.stats, folder)
     lines_of(cache.prune, folder)
-    assert "set aside" not in lines_of(cache.stats, folder)
+    assert "skipped" not in lines_of(cache.stats, folder)
 
 
 def test_two_datasets_in_one_folder_keep_each_others_entries(tmp_path, omnigen_folder, capsys):
     folder = tmp_path / "run"
     for seed, name in enumerate(("one", "two")):
-        draw_pictures(folder / name, 3, seed=seed)
+        write_images(folder / name, 3, seed=seed)
     shared = str(folder / "shared")
     write_run(folder, omnigen_folder, [dataset(name, cache_dir_vae=shared) for name in ("one", "two")])
     cache.build(load_here(folder))
@@ -117,7 +117,7 @@ def rename(folder: Path, old: str, new: str) -> None:
 def test_a_dataset_that_is_renamed_finds_its_latents(folder, monkeypatch, capsys):
     cache.build(load_here(folder))
     before = {path.name: path.read_bytes() for path in shards(folder)}
-    rename(folder, "pictures", "photographs")
+    rename(folder, "images", "photographs")
 
     def refuse(self):
         raise AssertionError("everything is there")
@@ -132,8 +132,8 @@ def test_a_dataset_that_is_renamed_finds_its_latents(folder, monkeypatch, capsys
 
 def test_where_files_cannot_be_linked_entries_are_copied(folder, monkeypatch, capsys):
     cache.build(load_here(folder))
-    rename(folder, "pictures", "photographs")
-    (folder / "pictures/003.png").unlink()
+    rename(folder, "images", "photographs")
+    (folder / "images/003.png").unlink()
 
     def refuse(*arguments):
         raise OSError("no links here")
@@ -147,17 +147,17 @@ def test_where_files_cannot_be_linked_entries_are_copied(folder, monkeypatch, ca
 
 def test_only_what_is_wanted_of_another_folder_is_taken_over(folder):
     cache.build(load_here(folder))
-    rename(folder, "pictures", "photographs")
-    (folder / "pictures/003.png").unlink()
+    rename(folder, "images", "photographs")
+    (folder / "images/003.png").unlink()
     cache.build(load_here(folder))
     text = lines_of(cache.stats, folder)
     assert "in use: 6, unused: 0, still to encode: 0" in text
-    assert f"  {folder.resolve()}/cache/vae/omnigen/pictures: 7 entries, " in text.split("no longer used")[1]
+    assert f"  {folder.resolve()}/cache/vae/omnigen/images: 7 entries, " in text.split("no longer used")[1]
 
 
 def test_check_counts_what_another_name_has_encoded(folder):
     cache.build(load_here(folder))
-    rename(folder, "pictures", "photographs")
+    rename(folder, "images", "photographs")
     found = gather(load_here(folder))
     need = next(each.cache for each in found.datasets if each.dataset.id == "photographs")
     assert (need.num_present, need.num_missing, need.bytes_missing) == (7, 0, 0)

@@ -1,4 +1,4 @@
-"""`simpletuner check`: numbers against a hand count, pictures against Pillow's own crop, text escaped."""
+"""`simpletuner check`: numbers against a hand count, images against Pillow's own crop, text escaped."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from simpletuner.commands.captions import check_captions
 from simpletuner.commands.check import check, gather
 from simpletuner.commands.contact_sheet import wrapped
 from simpletuner.data.holdout import place_of
-from simpletuner.data.tiles import choose_pictures, spread
+from simpletuner.data.tiles import choose_images, spread
 from simpletuner.errors import DataError
 from simpletuner.models.omnigen.tokens import PREFIX, SUFFIX
-from tests.runs import dataset, draw_pictures, load_here, write_run
+from tests.runs import dataset, load_here, write_images, write_run
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def folder(tmp_path: Path, omnigen_folder: Path) -> Path:
     return write_run(tmp_path / "run", omnigen_folder)
 
 
-def picture(path: Path, width: int, height: int, caption: str) -> None:
+def image(path: Path, width: int, height: int, caption: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     ramp = np.linspace(0, 255, width * height * 3).reshape(height, width, 3)
     Image.fromarray(ramp.astype(np.uint8)).save(path)
@@ -43,18 +43,18 @@ def checked(folder: Path, *arguments: str) -> tuple[str, dict]:
     return "\n".join(said), report
 
 
-def test_steps_and_funnel_are_those_of_a_hand_count(folder):
+def test_steps_and_filter_report_are_those_of_a_hand_count(folder):
     text, report = checked(folder)
-    # 7 pictures twice in batches of 2, and 3 pictures once: 7 + 2.
+    # 7 images twice in batches of 2, and 3 images once: 7 + 2.
     assert report["batches_per_epoch"] == 9
     assert report["steps"] == 8
     assert [entry["found"] for entry in report["datasets"]] == [7, 3, 2]
     assert "9 batches of up to 2 in an epoch; 8 steps are 0.9 epochs" in text
 
 
-def test_held_out_pictures_are_not_counted_as_used(folder):
-    # Of the digests of the seven pictures, by hand: how many lie below the share.
-    draw_pictures(folder / "many", 40, seed=9)
+def test_held_out_images_are_not_counted_as_used(folder):
+    # Of the digests of the seven images, by hand: how many lie below the share.
+    write_images(folder / "many", 40, seed=9)
     (folder / "multidatabackend.json").write_text(json.dumps([dataset("many", repeats=1)]))
     contents = [hashlib.sha256(path.read_bytes()).hexdigest() for path in (folder / "many").glob("*.png")]
     held = sum(place_of(digest) < 0.25 for digest in contents)
@@ -64,7 +64,7 @@ def test_held_out_pictures_are_not_counted_as_used(folder):
     assert (entry["captioned"], entry["held_out"], entry["bucketed"]) == (40, held, 40 - held)
     assert entry["per_epoch"] == 2 * (40 - held)
     assert entry["sizes"] == {"64x64": 40 - held}
-    assert f"many (training, {40 - held} pictures, {held} held out)" in text
+    assert f"many (training, {40 - held} images, {held} held out)" in text
 
 
 def test_nothing_is_encoded_and_the_bytes_to_come_are_those_that_come(folder):
@@ -76,7 +76,7 @@ def test_nothing_is_encoded_and_the_bytes_to_come_are_those_that_come(folder):
     cache.build(load_here(folder))
     _, after = checked(folder)
     assert [entry["latents_missing"] for entry in after["datasets"]] == [0, 0, 0]
-    with TensorStore(folder / "cache/vae/omnigen/pictures") as store:
+    with TensorStore(folder / "cache/vae/omnigen/images") as store:
         keys = store.keys()
         tensors = [tensor for key in keys for tensor in store.get(key).values()]
     assert before["datasets"][0]["bytes_missing"] == sum(tensor.nbytes for tensor in tensors)
@@ -84,11 +84,11 @@ def test_nothing_is_encoded_and_the_bytes_to_come_are_those_that_come(folder):
 
 def test_each_loss_has_its_remedy(tmp_path, omnigen_folder):
     folder = tmp_path / "run"
-    draw_pictures(folder / "pictures", 5, seed=1)
-    picture(folder / "pictures/small.png", 16, 16, "small")
-    (folder / "pictures/broken.png").write_bytes(b"not a picture")
-    picture(folder / "pictures/tiny.png", 40, 40, "enlarged")
-    data = [dataset("pictures", minimum_image_size=32, crop=True, crop_aspect="preserve")]
+    write_images(folder / "images", 5, seed=1)
+    image(folder / "images/small.png", 16, 16, "small")
+    (folder / "images/broken.png").write_bytes(b"not an image")
+    image(folder / "images/tiny.png", 40, 40, "enlarged")
+    data = [dataset("images", minimum_image_size=32, crop=True, crop_aspect="preserve")]
     write_run(folder, omnigen_folder, data, train_batch_size=4)
     text, report = checked(folder)
     [entry] = report["datasets"]
@@ -96,28 +96,28 @@ def test_each_loss_has_its_remedy(tmp_path, omnigen_folder):
     remedies = "\n".join(entry["remedies"])
     assert "broken.png" in remedies
     assert "lower minimum_image_size" in remedies
-    assert "1 picture enlarged, up to 1.6 times" in remedies
+    assert "1 image enlarged, up to 1.6 times" in remedies
     assert all(f"! {line}" in text for line in entry["remedies"])
 
 
-def test_a_size_with_too_few_pictures_names_the_repeats_that_fill_a_batch(tmp_path, omnigen_folder):
+def test_a_size_with_too_few_images_names_the_repeats_that_fill_a_batch(tmp_path, omnigen_folder):
     folder = tmp_path / "run"
-    draw_pictures(folder / "pictures", 4, seed=1)
-    picture(folder / "pictures/wide.png", 128, 64, "wide")
-    write_run(folder, omnigen_folder, [dataset("pictures", crop_aspect="preserve")], train_batch_size=4)
+    write_images(folder / "images", 4, seed=1)
+    image(folder / "images/wide.png", 128, 64, "wide")
+    write_run(folder, omnigen_folder, [dataset("images", crop_aspect="preserve")], train_batch_size=4)
     text, _ = checked(folder)
-    assert "1 size with fewer pictures than a batch of 4" in text
+    assert "1 size with fewer images than a batch of 4" in text
     assert "repeats 3 fills it" in text
 
 
-def test_tokens_are_counted_as_the_tokenizer_counts_them_and_cuts_are_told(tmp_path, omnigen_folder):
+def test_tokens_are_counted_as_the_tokenizer_counts_them_and_cuts_are_reported(tmp_path, omnigen_folder):
     from tokenizers import Tokenizer
 
     folder = tmp_path / "run"
     long = "word " * 1200
-    picture(folder / "pictures/a.png", 64, 64, "short")
-    picture(folder / "pictures/b.png", 64, 64, long)
-    write_run(folder, omnigen_folder, [dataset("pictures")])
+    image(folder / "images/a.png", 64, 64, "short")
+    image(folder / "images/b.png", 64, 64, long)
+    write_run(folder, omnigen_folder, [dataset("images")])
     tokenizer = Tokenizer.from_file(str(omnigen_folder / "tokenizer/tokenizer.json"))
     expected = [len(tokenizer.encode(PREFIX + caption + SUFFIX).ids) for caption in ("short", long.strip())]
     text, report = checked(folder)
@@ -130,9 +130,9 @@ def test_tokens_are_counted_as_the_tokenizer_counts_them_and_cuts_are_told(tmp_p
 def test_the_counted_limit_is_where_encoding_cuts(tmp_path, omnigen_folder):
     """A caption that just fits is not cut, one token more is."""
     folder = tmp_path / "run"
-    picture(folder / "pictures/a.png", 64, 64, "x")
-    write_run(folder, omnigen_folder, [dataset("pictures")])
-    from simpletuner.training.parts import build_family
+    image(folder / "images/a.png", 64, 64, "x")
+    write_run(folder, omnigen_folder, [dataset("images")])
+    from simpletuner.training.build import build_family
 
     family = build_family(load_here(folder))
     for length in range(1, 1200):
@@ -147,21 +147,21 @@ def test_the_counted_limit_is_where_encoding_cuts(tmp_path, omnigen_folder):
 
 def test_the_sheet_shows_the_crop_that_the_vae_gets(tmp_path, omnigen_folder):
     folder = tmp_path / "run"
-    picture(folder / "pictures/wide.png", 200, 100, "a ramp")
-    write_run(folder, omnigen_folder, [dataset("pictures", crop=True, crop_style="center")])
-    [tile] = choose_pictures(gather(load_here(folder)).datasets[0].dataset, 5)
-    with Image.open(folder / "pictures/wide.png") as image:
-        expected = image.resize((128, 64), Image.Resampling.LANCZOS).crop((32, 0, 96, 64))
+    image(folder / "images/wide.png", 200, 100, "a ramp")
+    write_run(folder, omnigen_folder, [dataset("images", crop=True, crop_style="center")])
+    [tile] = choose_images(gather(load_here(folder)).datasets[0].dataset, 5)
+    with Image.open(folder / "images/wide.png") as opened:
+        expected = opened.resize((128, 64), Image.Resampling.LANCZOS).crop((32, 0, 96, 64))
     assert np.abs(np.asarray(tile.image, np.int16) - np.asarray(expected, np.int16)).max() <= 1
     assert tile.note == "200x100 > 64x64, 50 % cut off"
 
 
-def test_pictures_are_spread_over_all_sizes(tmp_path, omnigen_folder):
+def test_images_are_spread_over_all_sizes(tmp_path, omnigen_folder):
     folder = tmp_path / "run"
-    draw_pictures(folder / "pictures", 20, seed=1)
+    write_images(folder / "images", 20, seed=1)
     for index, width in enumerate((96, 128, 192)):
-        picture(folder / f"pictures/wide{index}.png", width, 64, "wide")
-    write_run(folder, omnigen_folder, [dataset("pictures", crop_aspect="preserve")])
+        image(folder / f"images/wide{index}.png", width, 64, "wide")
+    write_run(folder, omnigen_folder, [dataset("images", crop_aspect="preserve")])
     [each] = gather(load_here(folder)).datasets
     shown = [each.dataset.samples[position] for position in spread(each.dataset, 6)]
     assert len(shown) == len({sample.path for sample in shown}) == 6
@@ -170,8 +170,8 @@ def test_pictures_are_spread_over_all_sizes(tmp_path, omnigen_folder):
 
 def test_the_page_stands_alone_and_what_captions_say_stays_text(tmp_path, omnigen_folder):
     folder = tmp_path / "run"
-    picture(folder / "pictures/a<script>.png", 64, 64, "<script>alert(1)</script> ünï 漢字 & \x1b[31m")
-    write_run(folder, omnigen_folder, [dataset("pictures")])
+    image(folder / "images/a<script>.png", 64, 64, "<script>alert(1)</script> ünï 漢字 & \x1b[31m")
+    write_run(folder, omnigen_folder, [dataset("images")])
     text, _ = checked(folder)
     assert "\x1b" not in text
     page = (folder / "output/check/check.html").read_text(encoding="utf-8")
@@ -202,7 +202,7 @@ def test_captions_wrap_within_the_width_and_end_in_an_ellipsis():
 def test_many_captions_are_counted_in_part_and_that_is_said(folder, monkeypatch):
     monkeypatch.setattr("simpletuner.commands.captions.MAX_COUNTED", 3)
     loaded = load_here(folder)
-    from simpletuner.training.parts import build_family
+    from simpletuner.training.build import build_family
 
     samples = gather(loaded).datasets[0].dataset.samples
     captions = check_captions([caption for sample in samples for caption in sample.captions], build_family(loaded))
@@ -210,18 +210,18 @@ def test_many_captions_are_counted_in_part_and_that_is_said(folder, monkeypatch)
     assert "of 3 that were counted" in "\n".join(captions.lines())
 
 
-def test_masks_stand_under_their_pictures_cut_as_they_are(tmp_path, omnigen_folder):
+def test_masks_stand_under_their_images_cut_as_they_are(tmp_path, omnigen_folder):
     folder = tmp_path / "run"
-    picture(folder / "pictures/wide.png", 200, 100, "a ramp")
+    image(folder / "images/wide.png", 200, 100, "a ramp")
     (folder / "masks").mkdir()
     mask = np.zeros((100, 200), np.uint8)
     mask[:, 100:] = 255
     Image.fromarray(mask).save(folder / "masks/wide.png")
     masks = {"id": "masks", "type": "local", "dataset_type": "conditioning", "conditioning_type": "mask"}
-    data = [dataset("pictures", crop=True, conditioning_data="masks"), masks | {"instance_data_dir": "masks"}]
+    data = [dataset("images", crop=True, conditioning_data="masks"), masks | {"instance_data_dir": "masks"}]
     write_run(folder, omnigen_folder, data)
     [each] = gather(load_here(folder)).datasets
-    [tile] = choose_pictures(each.dataset, 3)
+    [tile] = choose_images(each.dataset, 3)
     shown = np.asarray(tile.mask.convert("L"), np.int16)
     assert shown.shape == (64, 64)
     assert (shown[:, :28] < 20).all()
@@ -230,18 +230,18 @@ def test_masks_stand_under_their_pictures_cut_as_they_are(tmp_path, omnigen_fold
     assert (folder / "output/check/check.html").read_text().count('src="data:image') == 2
 
 
-def test_references_stand_above_their_pictures(tmp_path, omnigen_folder):
+def test_references_stand_above_their_images(tmp_path, omnigen_folder):
     folder = tmp_path / "run"
-    picture(folder / "pictures/wide.png", 200, 100, "a ramp")
+    image(folder / "images/wide.png", 200, 100, "a ramp")
     (folder / "sources").mkdir()
     Image.new("RGB", (64, 48), (255, 0, 0)).save(folder / "sources/wide.png")
     sources = {"id": "sources", "dataset_type": "conditioning", "conditioning_type": "reference_loose"}
-    data = [dataset("pictures", crop=True, conditioning_data="sources"), sources | {"instance_data_dir": "sources"}]
+    data = [dataset("images", crop=True, conditioning_data="sources"), sources | {"instance_data_dir": "sources"}]
     write_run(folder, omnigen_folder, data)
     [each] = gather(load_here(folder)).datasets
-    [tile] = choose_pictures(each.dataset, 3)
-    assert [image.size for image in tile.pictures] == [(64, 48), (64, 64)]
-    assert tile.pictures[0].getpixel((5, 5)) == (255, 0, 0)
+    [tile] = choose_images(each.dataset, 3)
+    assert [each.size for each in tile.images] == [(64, 48), (64, 64)]
+    assert tile.images[0].getpixel((5, 5)) == (255, 0, 0)
     assert each.cache.num_missing == 2
     checked(folder)
     assert (folder / "output/check/check.html").read_text().count('src="data:image') == 2
@@ -249,38 +249,38 @@ def test_references_stand_above_their_pictures(tmp_path, omnigen_folder):
 
 def test_a_missing_reference_has_a_remedy_of_its_own(tmp_path, omnigen_folder):
     folder = tmp_path / "run"
-    for name in ("pictures/a.png", "pictures/b.png", "sources/a.png"):
-        picture(folder / name, 64, 64, "a ramp")
+    for name in ("images/a.png", "images/b.png", "sources/a.png"):
+        image(folder / name, 64, 64, "a ramp")
     sources = {"id": "sources", "dataset_type": "conditioning", "conditioning_type": "reference_strict"}
-    data = [dataset("pictures", conditioning_data="sources"), sources | {"instance_data_dir": "sources"}]
+    data = [dataset("images", conditioning_data="sources"), sources | {"instance_data_dir": "sources"}]
     write_run(folder, omnigen_folder, data)
     [each] = gather(load_here(folder)).datasets
     (line,) = [line for line in each.remedies if "reference" in line]
-    assert line.startswith("1 not used, no reference picture in sources")
-    assert line.endswith("put one there, or move the picture away (b.png)")
+    assert line.startswith("1 not used, no reference image in sources")
+    assert line.endswith("put one there, or move the image away (b.png)")
 
 
-def test_a_check_that_fails_still_tells_what_became_of_every_file(tmp_path, omnigen_folder):
+def test_a_check_that_fails_still_reports_what_became_of_every_file(tmp_path, omnigen_folder):
     folder = tmp_path / "run"
-    draw_pictures(folder / "pictures", 2, seed=1)
-    picture(folder / "pictures/without.png", 64, 64, "x")
-    (folder / "pictures/without.txt").unlink()
-    (folder / "pictures/broken.png").write_bytes(b"not a picture")
-    write_run(folder, omnigen_folder, [dataset("pictures")])
+    write_images(folder / "images", 2, seed=1)
+    image(folder / "images/without.png", 64, 64, "x")
+    (folder / "images/without.txt").unlink()
+    (folder / "images/broken.png").write_bytes(b"not an image")
+    write_run(folder, omnigen_folder, [dataset("images")])
     said: list[str] = []
-    with pytest.raises(DataError, match="1 of 3 pictures have no text file"):
+    with pytest.raises(DataError, match="1 of 3 images have no text file"):
         check(load_here(folder), said.append, None, 7)
-    assert said[0] == "pictures: 4 found, 3 readable, 3 large enough, 2 captioned, 0 used, 0 per epoch"
+    assert said[0] == "images: 4 found, 3 readable, 3 large enough, 2 captioned, 0 used, 0 per epoch"
     listed = (folder / "output/check/dataset_set_aside.jsonl").read_text().splitlines()
     assert [json.loads(line)["path"] for line in listed] == ["broken.png", "without.png"]
 
 
-def test_captions_that_a_filter_has_emptied_are_told(tmp_path, omnigen_folder):
+def test_captions_that_a_filter_has_emptied_are_reported(tmp_path, omnigen_folder):
     folder = tmp_path / "run"
-    picture(folder / "pictures/a.png", 64, 64, "1girl, solo")
-    picture(folder / "pictures/b.png", 64, 64, "1girl")
+    image(folder / "images/a.png", 64, 64, "1girl, solo")
+    image(folder / "images/b.png", 64, 64, "1girl")
     filters = {"id": "texts", "dataset_type": "text_embeds", "caption_filter_list": ["1girl"]}
-    write_run(folder, omnigen_folder, [dataset("pictures"), filters])
+    write_run(folder, omnigen_folder, [dataset("images"), filters])
     text, report = checked(folder)
     assert report["datasets"][0]["captions"]["num_empty"] == 1
     assert "1 caption left empty by caption_filter_list" in text

@@ -53,7 +53,7 @@ def test_packages_that_are_missing_or_too_old_are_named():
     assert "rich is missing" in look_at_versions(REQUIREMENTS, {"torch": "2.13.0"}.get).text
 
 
-def test_extras_are_told_apart_from_what_developers_need():
+def test_extras_are_distinguished_from_what_developers_need():
     [line] = [finding.line() for finding in look_at_extras(REQUIREMENTS, {}.get)]
     assert "cuda: bitsandbytes is missing" in line
     assert "'.[cuda]'" in line

@@ -16,7 +16,7 @@ from simpletuner.commands.export import export_command, find_source
 from simpletuner.errors import ConfigError, DataError
 from simpletuner.launch import family_of_export, family_of_model
 from simpletuner.models.family import ModelFamily
-from simpletuner.training.proof import probe_output
+from simpletuner.training.adapter_roundtrip import probe_output
 from tests.runs import run_cli, train_here, write_run
 
 
@@ -75,7 +75,7 @@ def test_a_lora_is_written_in_every_format_with_the_facts_of_its_run(
     assert str(omnigen_folder) not in json.dumps(metadata)
 
 
-def test_a_lokr_is_written_where_it_can_be_and_the_rest_is_told(runs, tmp_path: Path) -> None:
+def test_a_lokr_is_written_where_it_can_be_and_the_rest_is_reported(runs, tmp_path: Path) -> None:
     paths, said = export(runs["lokr"], output=tmp_path)
     assert [path.name for path in paths] == ["output.lycoris.safetensors"]
     refused = ["no diffusers file", "no kohya file", "no comfyui file"]
@@ -84,7 +84,7 @@ def test_a_lokr_is_written_where_it_can_be_and_the_rest_is_told(runs, tmp_path: 
         export(runs["lokr"], "kohya", output=tmp_path)
 
 
-def test_a_lokr_becomes_a_lora_when_asked_and_the_loss_is_told(runs, tmp_path: Path) -> None:
+def test_a_lokr_becomes_a_lora_when_asked_and_the_loss_is_reported(runs, tmp_path: Path) -> None:
     paths, said = export(runs["lokr"], "diffusers", output=tmp_path / "small.safetensors", rank=2)
     assert paths == [tmp_path / "small.safetensors"]
     assert {tensor.shape[0] for key, tensor in load_file(paths[0]).items() if "lora_A" in key} == {2}

@@ -20,10 +20,10 @@ from simpletuner.commands.shapes import Activations, SavedBytes, empty_batch, op
 from simpletuner.commands.text import duration_text, short_count
 from simpletuner.errors import bytes_text
 from simpletuner.optim.optimizers import build_optimizer
-from simpletuner.training.parts import attach_adapter, build_family
-from simpletuner.training.room import check_room
+from simpletuner.training.build import attach_adapter, build_family
+from simpletuner.training.disk_space import check_disk_space
 from simpletuner.training.step import compute_losses
-from tests.runs import dataset, draw_pictures, load_here, train_here, write_run
+from tests.runs import dataset, load_here, train_here, write_images, write_run
 
 # Of the released OmniGen, whose shapes these are.
 RELEASED = {
@@ -80,8 +80,10 @@ def test_a_checkpoint_is_as_large_as_planned(folder):
 def test_the_start_asks_for_no_room_that_the_plan_does_not_count(folder, monkeypatch):
     found = planning.make_plan(load_here(folder), probe=False)
     asked = []
-    monkeypatch.setattr("simpletuner.training.room.require_free_space", lambda path, size, what: asked.append(size))
-    check_room(load_here(folder), {})
+    monkeypatch.setattr(
+        "simpletuner.training.disk_space.require_free_space", lambda path, size, what: asked.append(size)
+    )
+    check_disk_space(load_here(folder), {})
     assert asked == [rows(found)["logs, report and images"]]
     assert sum(asked) < found.disk_bytes
 
@@ -198,9 +200,9 @@ def test_numbers_read_well():
     assert [short_count(n) for n in (12, 45e3, 3.762e9)] == ["12", "45.00 k", "3.76 B"]
 
 
-def test_references_take_as_much_as_their_pictures(tmp_path: Path, omnigen_folder: Path):
-    draw_pictures(tmp_path / "after", 3, seed=1, side=256)
-    draw_pictures(tmp_path / "before", 3, seed=2, side=256)
+def test_references_take_as_much_as_their_images(tmp_path: Path, omnigen_folder: Path):
+    write_images(tmp_path / "after", 3, seed=1, side=256)
+    write_images(tmp_path / "before", 3, seed=2, side=256)
     before = {"id": "before", "instance_data_dir": "before", "dataset_type": "conditioning"}
     before["conditioning_type"] = "reference_strict"
     edit = [dataset("after", conditioning_data="before", resolution=256), before]
@@ -209,7 +211,7 @@ def test_references_take_as_much_as_their_pictures(tmp_path: Path, omnigen_folde
         write_run(tmp_path, omnigen_folder, entries)
         found = planning.make_plan(load_here(tmp_path), probe=name == "edit")
         counted[name] = next(size for row, size in rows(found).items() if row.startswith("activations"))
-    # Twice the picture tokens, and one mask for all layers, which counts in a model so narrow; attention keeps no
+    # Twice the image tokens, and one mask for all layers, which counts in a model so narrow; attention keeps no
     # matrix of pairs.
     assert 1.6 < counted["edit"] / counted["plain"] < 2.4
     assert "with a reference of 256x256" in found.notes[0]
@@ -240,7 +242,7 @@ def test_the_peak_of_recomputed_blocks_on_hand_numbers() -> None:
     assert kept.peak(range(3)) == 1000 + 6 + 30  # at the last block, where nothing is freed yet
     assert kept.peak(range(2)) == 1000 + 3 + 30
     assert kept.peak([2]) == 1000 + 10 + 20 + 3 + 30
-    assert kept.peak(range(2), parks_inputs=True) == 1000 + 30 + 2 * 3  # two inputs may be on their way
+    assert kept.peak(range(2), offloads_inputs=True) == 1000 + 30 + 2 * 3  # two inputs may be on their way
 
 
 @pytest.mark.parametrize(("free", "recomputed"), [(0, 3), (199, 3), (1_000, 0), (360, 2), (471, 1)])

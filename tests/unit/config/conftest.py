@@ -60,7 +60,7 @@ CONFIG: Mapping[str, Any] = {
     "validation_prompt": "a cat",
 }
 LYCORIS: Mapping[str, Any] = {"algo": "lokr", "factor": 4, "apply_preset": {"target_module": ["Attention"]}}
-DATASET: Mapping[str, Any] = {"id": "pictures", "instance_data_dir": "datasets/pictures"}
+DATASET: Mapping[str, Any] = {"id": "images", "instance_data_dir": "datasets/images"}
 
 
 @dataclass
@@ -105,7 +105,7 @@ class Workspace:
 
 @pytest.fixture
 def workspace(tmp_path: Path) -> Workspace:
-    (tmp_path / "datasets" / "pictures").mkdir(parents=True)
+    (tmp_path / "datasets" / "images").mkdir(parents=True)
     return Workspace(tmp_path)
 
 

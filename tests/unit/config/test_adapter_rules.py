@@ -63,7 +63,7 @@ def test_joined_files_of_weight_decomposed_adapters_need_the_whole_base(workspac
     assert "simpletuner export" in problem.render()
 
 
-def test_keys_of_the_other_kind_of_adapter_are_told(workspace: Workspace) -> None:
+def test_keys_of_the_other_kind_of_adapter_are_reported(workspace: Workspace) -> None:
     workspace.config["lora_rank"] = 8
     assert [
         line for line in workspace.load_written().warnings if "lora_rank: has no use with lora_type lycoris" in line
@@ -86,7 +86,7 @@ def test_sdxl_files_have_the_form_that_all_programs_read(workspace: Workspace) -
     assert workspace.load_written().config.lora_format == "diffusers"
 
 
-def test_whoever_chooses_weight_decomposition_is_told_who_reads_it(workspace: Workspace) -> None:
+def test_whoever_chooses_weight_decomposition_is_reported_who_reads_it(workspace: Workspace) -> None:
     workspace.config |= STANDARD | {"model_family": "sdxl", "use_dora": True, "lora_format": "kohya"}
     [line] = [line for line in workspace.load_written().warnings if "use_dora" in line]
     assert "files in the kohya form are read by no other program" in line

@@ -41,7 +41,7 @@ def masked(workspace: Workspace) -> Workspace:
 @pytest.mark.parametrize(
     ("changes", "key", "words"),
     [
-        ({"crop_aspect_buckets": [{"aspect_bucket": 1, "weight": 2}]}, "crop_aspect_buckets", "does not draw by"),
+        ({"crop_aspect_buckets": [{"aspect_bucket": 1, "weight": 2}]}, "crop_aspect_buckets", "does not generate by"),
         (
             {"crop_aspect": "random", "crop_aspect_buckets": [{"aspect_bucket": 1, "weight": 0}]},
             "crop_aspect_buckets",
@@ -50,7 +50,7 @@ def masked(workspace: Workspace) -> Workspace:
         (
             {"minimum_aspect_ratio": 2, "maximum_aspect_ratio": 1},
             "minimum_aspect_ratio",
-            "no picture would be left",
+            "no image would be left",
         ),
         ({"start_step": 20, "end_step": 10}, "end_step", "is before start_step, which is 20"),
         ({"start_step": 5}, "start_step", "no dataset takes part in step 1"),
@@ -66,7 +66,7 @@ def masked(workspace: Workspace) -> Workspace:
 def test_keys_that_do_not_go_together(workspace: Workspace, changes: dict[str, Any], key: str, words: str) -> None:
     workspace.datasets[0] |= changes
     problems = workspace.fails_written().problems
-    found = [problem for problem in problems if problem.key == f"pictures.{key}" and words in problem.render()]
+    found = [problem for problem in problems if problem.key == f"images.{key}" and words in problem.render()]
     assert len(found) == 1, problems
     assert found[0].file == "config/multidatabackend.json"
 
@@ -83,7 +83,7 @@ def test_keys_that_do_not_go_together(workspace: Workspace, changes: dict[str, A
 )
 def test_ranges_of_steps_that_meet_are_taken(workspace: Workspace, ranges: list[tuple[int, int | None]]) -> None:
     workspace.datasets = [
-        {"id": f"d{number}", "instance_data_dir": "datasets/pictures", "start_step": start, "end_step": end}
+        {"id": f"d{number}", "instance_data_dir": "datasets/images", "start_step": start, "end_step": end}
         for number, (start, end) in enumerate(ranges)
     ]
     assert len(workspace.load_written().datasets) == len(ranges)  # a run of 100 steps
@@ -91,8 +91,8 @@ def test_ranges_of_steps_that_meet_are_taken(workspace: Workspace, ranges: list[
 
 def test_a_gap_between_ranges_is_found(workspace: Workspace) -> None:
     workspace.datasets = [
-        {"id": "a", "instance_data_dir": "datasets/pictures", "end_step": 30},
-        {"id": "b", "instance_data_dir": "datasets/pictures", "start_step": 40},
+        {"id": "a", "instance_data_dir": "datasets/images", "end_step": 30},
+        {"id": "b", "instance_data_dir": "datasets/images", "start_step": 40},
     ]
     (problem,) = workspace.fails_written().problems
     assert (problem.key, "step 31" in problem.message) == ("b.start_step", True)
@@ -100,7 +100,7 @@ def test_a_gap_between_ranges_is_found(workspace: Workspace) -> None:
 
 def test_a_length_in_epochs_and_a_schedule_in_steps_do_not_go_together(workspace: Workspace) -> None:
     workspace.config |= {"max_train_steps": 0, "num_train_epochs": 3}
-    workspace.datasets.append({"id": "b", "instance_data_dir": "datasets/pictures", "start_step": 40})
+    workspace.datasets.append({"id": "b", "instance_data_dir": "datasets/images", "start_step": 40})
     (problem,) = workspace.fails_written().problems
     assert problem.key == "b.start_step"
     assert "num_train_epochs" in problem.render()
@@ -109,42 +109,42 @@ def test_a_length_in_epochs_and_a_schedule_in_steps_do_not_go_together(workspace
 @pytest.mark.parametrize("key", ["random_flip", "probability", "start_step", "train_batch_size", "conditioning_data"])
 def test_an_eval_dataset_takes_no_key_of_training(masked: Workspace, key: str) -> None:
     values = {"random_flip": True, "probability": 0.5, "start_step": 3, "train_batch_size": 2}
-    masked.datasets.append({"id": "e", "dataset_type": "eval", "instance_data_dir": "datasets/pictures"})
+    masked.datasets.append({"id": "e", "dataset_type": "eval", "instance_data_dir": "datasets/images"})
     masked.datasets[-1][key] = values.get(key, "masks")
     (problem,) = masked.fails_written().problems
     assert problem.key == f"e.{key}"
     assert "never trained on" in problem.message
 
 
-def test_masks_are_named_by_the_pictures_or_name_them(masked: Workspace) -> None:
+def test_masks_are_named_by_the_images_or_name_them(masked: Workspace) -> None:
     kinds = [type(entry) for entry in masked.load_written().datasets]
     assert kinds == [ImageDataset, ConditioningDataset]
     del masked.datasets[0]["conditioning_data"]
     assert "its masks are not used" in "".join(masked.load_written().warnings)
-    masked.datasets[1]["source_dataset_id"] = "pictures"
+    masked.datasets[1]["source_dataset_id"] = "images"
     assert "its masks are not used" not in "".join(masked.load_written().warnings)
     masked.datasets[1]["source_dataset_id"] = "gone"
     assert masked.fails_written().problems[0].key == "masks.source_dataset_id"
 
 
-def test_pictures_have_one_set_of_masks(masked: Workspace) -> None:
+def test_images_have_one_set_of_masks(masked: Workspace) -> None:
     masked.datasets.append(MASKS | {"id": "more"})
     masked.datasets[0]["conditioning_data"] = ["masks", "more"]
     (problem,) = masked.fails_written().problems
-    assert problem.key == "pictures.conditioning_data"
+    assert problem.key == "images.conditioning_data"
     assert "masks and more both hold masks" in problem.message
 
 
-def test_masks_among_the_pictures_are_refused(masked: Workspace) -> None:
-    (masked.root / "datasets/pictures/masks").mkdir()
-    masked.datasets[1]["instance_data_dir"] = "datasets/pictures/masks"
+def test_masks_among_the_images_are_refused(masked: Workspace) -> None:
+    (masked.root / "datasets/images/masks").mkdir()
+    masked.datasets[1]["instance_data_dir"] = "datasets/images/masks"
     (problem,) = masked.fails_written().problems
     assert problem.key == "masks.instance_data_dir"
     masked.datasets[1]["instance_data_dir"] = "datasets/gone"
     assert "there is no folder of this name" in masked.fails_written().render()
 
 
-def test_control_pictures_are_refused_by_name(masked: Workspace) -> None:
+def test_control_images_are_refused_by_name(masked: Workspace) -> None:
     masked.datasets[1]["conditioning_type"] = "controlnet"
     (problem,) = masked.fails_written().problems
     assert problem.key == "masks.conditioning_type"
@@ -153,7 +153,7 @@ def test_control_pictures_are_refused_by_name(masked: Workspace) -> None:
 
 @pytest.fixture
 def edits(workspace: Workspace) -> Workspace:
-    """Pictures with references, for a family that takes up to three."""
+    """Images with references, for a family that takes up to three."""
     (workspace.root / "datasets/sources").mkdir()
     workspace.config["model_family"] = "omnigen"
     workspace.datasets[0]["conditioning_data"] = "sources"
@@ -167,7 +167,7 @@ def test_references_are_taken_with_their_sizes(edits: Workspace) -> None:
     assert (entry.resolution, entry.resolution_type) == (0.5, "area")
 
 
-def test_sizes_of_strict_references_have_no_effect_and_that_is_told(edits: Workspace) -> None:
+def test_sizes_of_strict_references_have_no_effect_and_that_is_reported(edits: Workspace) -> None:
     edits.datasets[1] |= {"resolution": 512, "cache_dir_vae": "cache/sources"}
     loaded = edits.load_written()
     (line,) = [line for line in loaded.warnings if "without effect" in line]
@@ -182,21 +182,21 @@ def test_a_family_without_references_refuses_them_by_name(edits: Workspace, by_s
         edits.datasets[1]["source_dataset_id"] = edits.datasets[0]["id"]
         del edits.datasets[0]["conditioning_data"]
     (problem,) = edits.fails_written().problems
-    assert problem.key == ("sources.conditioning_type" if by_source else "pictures.conditioning_data")
-    assert "sources holds reference pictures, and Toy takes none" in problem.message
+    assert problem.key == ("sources.conditioning_type" if by_source else "images.conditioning_data")
+    assert "sources holds reference images, and Toy takes none" in problem.message
 
 
 def test_more_references_than_the_family_takes_are_refused_unless_one_is_drawn(edits: Workspace) -> None:
     edits.datasets += [REFERENCES | {"id": f"s{number}"} for number in range(3)]
     edits.datasets[0]["conditioning_data"] = ["sources", "s0", "s1", "s2"]
     (problem,) = edits.fails_written().problems
-    assert "give each picture 4 references; OmniGen takes 3" in problem.message
+    assert "give each image 4 references; OmniGen takes 3" in problem.message
     edits.config["conditioning_multidataset_sampling"] = "random"
     edits.load_written()
 
 
 def test_an_eval_dataset_has_references_and_no_masks(edits: Workspace) -> None:
-    held_out = {"id": "e", "dataset_type": "eval", "instance_data_dir": "datasets/pictures"}
+    held_out = {"id": "e", "dataset_type": "eval", "instance_data_dir": "datasets/images"}
     edits.datasets.append(held_out | {"conditioning_data": "sources"})
     entry = edits.load_written().datasets[-1]
     assert (entry.id, entry.dataset_type, tuple(entry.conditioning_data)) == ("e", "eval", ("sources",))
@@ -207,19 +207,19 @@ def test_an_eval_dataset_has_references_and_no_masks(edits: Workspace) -> None:
     assert "mask" in edits.fails_written().problems[0].message
 
 
-def test_references_among_their_own_pictures_are_refused_and_those_of_others_are_not(edits: Workspace) -> None:
-    edits.datasets[1]["instance_data_dir"] = "datasets/pictures"
+def test_references_among_their_own_images_are_refused_and_those_of_others_are_not(edits: Workspace) -> None:
+    edits.datasets[1]["instance_data_dir"] = "datasets/images"
     assert edits.fails_written().problems[0].key == "sources.instance_data_dir"
     edits.datasets[1]["instance_data_dir"] = "datasets/sources"
-    # A change is learned in both directions: the pictures of the one are the references of the other.
+    # A change is learned in both directions: the images of the one are the references of the other.
     edits.datasets += [
         {"id": "back", "instance_data_dir": "datasets/sources", "conditioning_data": "targets"},
-        REFERENCES | {"id": "targets", "instance_data_dir": "datasets/pictures"},
+        REFERENCES | {"id": "targets", "instance_data_dir": "datasets/images"},
     ]
     edits.load_written()
 
 
-def test_keys_of_pictures_in_an_entry_of_masks_are_told_and_do_nothing(masked: Workspace) -> None:
+def test_keys_of_images_in_an_entry_of_masks_are_reported_and_do_nothing(masked: Workspace) -> None:
     """The masked-loss example of the peer's documentation writes them."""
     masked.datasets[1] |= {"resolution": 512, "crop": False, "cache_dir_vae": "x", "caption_strategy": "textfile"}
     (line,) = [line for line in masked.load_written().warnings if "without effect" in line]
@@ -228,15 +228,15 @@ def test_keys_of_pictures_in_an_entry_of_masks_are_told_and_do_nothing(masked: W
     assert "there is no option of this name" in masked.fails_written().render()
 
 
-def test_crops_drawn_anew_that_do_not_differ_are_told(workspace: Workspace) -> None:
+def test_crops_resampled_that_do_not_differ_are_reported(workspace: Workspace) -> None:
     workspace.datasets[0]["vae_cache_clear_each_epoch"] = True
-    assert "draws nothing anew" in "".join(workspace.load_written().warnings)
+    assert "generates nothing again" in "".join(workspace.load_written().warnings)
     workspace.datasets[0]["crop_style"] = "random"
-    assert "draws nothing anew" not in "".join(workspace.load_written().warnings)
+    assert "generates nothing again" not in "".join(workspace.load_written().warnings)
 
 
 def test_the_example_with_a_parquet_object_is_read(workspace: Workspace) -> None:
-    (workspace.root / "datasets/pictures/bucket.parquet").write_bytes(b"")
+    (workspace.root / "datasets/images/bucket.parquet").write_bytes(b"")
     workspace.datasets[0] |= {
         "caption_strategy": "parquet",
         "metadata_backend": "parquet",
@@ -255,19 +255,19 @@ def test_the_example_with_a_parquet_object_is_read(workspace: Workspace) -> None
     run = workspace.load_written()
     (entry,) = run.datasets
     assert isinstance(entry, ImageDataset)
-    assert entry.metadata_file == workspace.root / "datasets/pictures/bucket.parquet"
+    assert entry.metadata_file == workspace.root / "datasets/images/bucket.parquet"
     assert (entry.filename_column, entry.caption_column) == ("id", ("long_caption", "tags"))
     assert entry.crop_aspect_buckets == (AspectBucket(1.0), AspectBucket(0.75), AspectBucket(1.23))
-    assert sum("pictures are measured" in line for line in run.warnings) == 3
+    assert sum("images are measured" in line for line in run.warnings) == 3
     workspace.datasets[0]["parquet"]["widht_column"] = "w"
-    assert "pictures.parquet.widht_column" in workspace.fails_written().render()
+    assert "images.parquet.widht_column" in workspace.fails_written().render()
 
 
 def test_the_columns_in_a_huggingface_object_are_read_and_its_filters_refused(workspace: Workspace) -> None:
     del workspace.datasets[0]["instance_data_dir"]
     workspace.datasets[0] |= {
         "type": "huggingface",
-        "dataset_name": "somebody/pictures",
+        "dataset_name": "somebody/images",
         "caption_strategy": "huggingface",
         "metadata_backend": "huggingface",
         "huggingface": {"image_column": "png", "caption_column": "short", "fallback_caption_column": "long"},
@@ -292,7 +292,7 @@ def test_filters_stand_in_the_entry_or_in_a_file(workspace: Workspace, name: str
     workspace.put(f"config/{name}", text)
     for written in (name, [name], ["cat", "s/a/b/"]):
         workspace.datasets = [
-            {"id": "pictures", "instance_data_dir": "datasets/pictures"},
+            {"id": "images", "instance_data_dir": "datasets/images"},
             {"id": "t", "dataset_type": "text_embeds", "caption_filter_list": written},
         ]
         entry = workspace.load_written().datasets[1]
@@ -345,7 +345,7 @@ def test_edits_of_captions(text: str, before: str, after: str) -> None:
 def test_what_an_entry_leaves_out_of_its_caches_comes_from_the_configuration(workspace: Workspace) -> None:
     workspace.config["vae_cache_disable"] = True
     workspace.datasets.append(
-        {"id": "b", "instance_data_dir": "datasets/pictures", "vae_cache_disable": json.loads("false")}
+        {"id": "b", "instance_data_dir": "datasets/images", "vae_cache_disable": json.loads("false")}
     )
     first, second = workspace.load_written().datasets
     assert (first.vae_cache_disable, second.vae_cache_disable) == (True, False)
@@ -354,7 +354,7 @@ def test_what_an_entry_leaves_out_of_its_caches_comes_from_the_configuration(wor
 def test_text_that_no_encoder_can_take_is_refused_wherever_it_is_written(workspace: Workspace) -> None:
     workspace.datasets[0] |= {"caption_strategy": "instanceprompt", "instance_prompt": "a\0b"}
     (problem,) = workspace.fails_written().problems
-    assert problem.key == "pictures.instance_prompt"
+    assert problem.key == "images.instance_prompt"
     assert "NUL" in problem.message
     workspace.datasets[0]["instance_prompt"] = "a"
     workspace.environment = {"SIMPLETUNER_VALIDATION_PROMPT": os.fsdecode(b"caf\xe9")}

@@ -32,7 +32,7 @@ def fault(**keys: Any) -> str:
     return problem.render()
 
 
-def test_kinds_are_told_apart_by_dataset_type() -> None:
+def test_kinds_are_distinguished_by_dataset_type() -> None:
     loaded = read(
         {"id": "a", "instance_data_dir": "x"},
         {"id": "b", "instance_data_dir": "x", "dataset_type": "eval"},
@@ -93,10 +93,10 @@ def test_a_disabled_entry_takes_no_part_whatever_is_in_it(key: str) -> None:
     ("written", "words"),
     [
         ({"type": "webshart"}, '"webshart" cannot be used: tar files are not read'),
-        ({"dataset_type": "caption"}, "captions without pictures are not built"),
+        ({"dataset_type": "caption"}, "captions without images are not built"),
         ({"dataset_type": "evaluation"}, "image, eval, conditioning, text_embeds"),
         ({"dataset_type": "evl"}, 'did you mean "eval"?'),
-        ({"caption_strategy": "webshart"}, "captions come from the picture's name"),
+        ({"caption_strategy": "webshart"}, "captions come from the image's name"),
         ({"crop_style": "face"}, "finding faces"),
         ({"crop_style": "middle"}, "center, corner, random"),
         ({"probability": -0.5}, "number >= 0"),

@@ -122,15 +122,15 @@ def test_the_command_sets_them_before_it_reads_the_configuration(tmp_path: Path,
     write_run(tmp_path / "config", omnigen_folder)
     (tmp_path / "config/config.env").write_text("SIMPLETUNER_SEED=77\n")
     kept = {key: value for key, value in os.environ.items() if not key.startswith("SIMPLETUNER_")}
-    told = run_cli(tmp_path, "options", "--resolved", environment=kept).stdout
-    [line] = [line for line in told.splitlines() if line.startswith("  seed ")]
+    reported = run_cli(tmp_path, "options", "--resolved", environment=kept).stdout
+    [line] = [line for line in reported.splitlines() if line.startswith("  seed ")]
     assert "77" in line
     assert "SIMPLETUNER_SEED" in line
     refused = run_cli(tmp_path, "options", "--resolved", environment=kept | {"SIMPLETUNER_LOG_LEVEL": "loud"})
     assert (refused.returncode, "debug, info" in refused.stderr) == (2, True)
 
 
-def test_variables_of_launch_scripts_act_or_are_told(workspace: Workspace):
+def test_variables_of_launch_scripts_act_or_are_reported(workspace: Workspace):
     workspace.environment = {"MIXED_PRECISION": "no", "ACCELERATE_CONFIG_PATH": "x.yaml"}
     run = workspace.load_written()
     assert run.config.mixed_precision == "no"

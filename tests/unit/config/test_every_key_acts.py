@@ -20,8 +20,8 @@ PACKAGE = Path(simpletuner.__file__).parent
 ELSEWHERE = {
     "caption_shuffle": ("config/datasets.py", "config.caption_shuffle and not says"),
     "data_backend_config": ("training/prepare.py", "loaded.datasets"),
-    "lycoris_config": ("training/parts.py", "lycoris=loaded.lycoris"),
-    "user_prompt_library": ("training/parts.py", "loaded.prompt_library"),
+    "lycoris_config": ("training/build.py", "lycoris=loaded.lycoris"),
+    "user_prompt_library": ("training/build.py", "loaded.prompt_library"),
     "webhook_config": ("training/trainer.py", "webhooks=loaded.webhooks"),
     "webhook_reporting_interval": ("reporting/webhooks/sink.py", "webhooks.reporting_interval"),
     "optimizer_config": ("optim/optimizers.py", 'config.get("optimizer_config")'),
@@ -107,7 +107,7 @@ def test_the_walk_finds_a_forgotten_key(tmp_path: Path, monkeypatch: pytest.Monk
     assert keys_read_of("config") == {"seed"}
 
 
-def test_a_text_cache_that_nothing_is_kept_in_is_told(workspace: Workspace) -> None:
+def test_a_text_cache_that_nothing_is_kept_in_is_reported(workspace: Workspace) -> None:
     workspace.config["model_family"] = "omnigen"
     workspace.datasets.append({"id": "text", "dataset_type": "text_embeds", "default": True, "cache_dir": "cache/text"})
     warnings = workspace.load_written().warnings

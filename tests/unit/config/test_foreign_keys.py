@@ -82,7 +82,7 @@ def test_what_is_done_otherwise_here_is_a_warning(workspace: Workspace, key: str
 def test_images_that_a_dataset_would_delete_are_kept_with_a_warning(workspace: Workspace) -> None:
     workspace.datasets[0]["delete_problematic_images"] = True
     (warning,) = workspace.load_written().warnings
-    assert "pictures.delete_problematic_images has no effect: images of yours are never deleted" in warning
+    assert "images.delete_problematic_images has no effect: images of yours are never deleted" in warning
 
 
 def test_each_refused_key_has_a_reason_that_a_user_can_act_on() -> None:

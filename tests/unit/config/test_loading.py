@@ -118,7 +118,7 @@ def test_arguments_come_in_three_forms(workspace: Workspace) -> None:
     assert "stray" in workspace.fails("stray").render()
 
 
-def test_variables_that_name_no_option_are_told(workspace: Workspace) -> None:
+def test_variables_that_name_no_option_are_reported(workspace: Workspace) -> None:
     workspace.environment |= {"SIMPLETUNER_QUOTA_SERVER": "1", "SEED": "5", "SIMPLETUNER_DEBUG": "1"}
     run = workspace.load_written()
     assert run.config.seed == 42
@@ -152,7 +152,7 @@ def test_old_names_are_read_with_a_warning(workspace: Workspace) -> None:
     assert 'given twice, as "save_total_limit" and as "checkpoints_total_limit"' in workspace.fails_written().render()
 
 
-def test_extra_arguments_in_json_are_read_and_told(workspace: Workspace) -> None:
+def test_extra_arguments_in_json_are_read_and_reported(workspace: Workspace) -> None:
     workspace.config["TRAINER_EXTRA_ARGS"] = "--seed=5 --validation_prompt='a dog'"
     run = workspace.load_written()
     assert (run.config.seed, run.config.validation_prompt) == (5, "a dog")
@@ -299,11 +299,11 @@ def test_the_example_files_load(tmp_path: Path) -> None:
 
 
 def test_a_path_that_is_spelt_almost_right_is_suggested(workspace: Workspace) -> None:
-    workspace.datasets[0]["instance_data_dir"] = "dataset/picture"
-    assert 'did you mean "datasets/pictures"?' in workspace.fails_written().render()
+    workspace.datasets[0]["instance_data_dir"] = "dataset/image"
+    assert 'did you mean "datasets/images"?' in workspace.fails_written().render()
     workspace.datasets[0]["instance_data_dir"] = "somewhere/else"
     assert "did you mean" not in workspace.fails_written().render()
-    workspace.datasets[0]["instance_data_dir"] = "datasets/pictures"
+    workspace.datasets[0]["instance_data_dir"] = "datasets/images"
     workspace.config["data_backend_config"] = "config/multidatabackends.json"
     assert 'did you mean "config/multidatabackend.json"?' in workspace.fails_written().render()
 

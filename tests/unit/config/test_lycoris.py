@@ -111,7 +111,7 @@ def test_faults_name_key_line_and_what_could_be_matched(lycoris: Any, key: str |
     assert words in problem.render()
 
 
-def test_settings_that_nothing_reads_are_told_with_the_algorithms() -> None:
+def test_settings_that_nothing_reads_are_reported_with_the_algorithms() -> None:
     lycoris = {"algo": "locon", "linear_dim": 4, "factor": 8, "dora_wd": False, "rescaled": True}
     assert useless_settings(lycoris) == ["factor: has no effect on locon", "rescaled: has no effect on locon"]
     mixed = lycoris | preset(module_algo_map={"Attention": {"algo": "lokr"}}) | {"algo": "boft"}

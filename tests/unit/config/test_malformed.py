@@ -142,14 +142,14 @@ def test_a_broken_file_is_placed(workspace: Workspace, text: str, words: str) ->
 def test_a_kind_of_dataset_that_is_none_is_placed(workspace: Workspace, value: Any) -> None:
     workspace.datasets[0]["dataset_type"] = value
     (problem,) = workspace.fails_written().problems
-    assert (problem.file, problem.key) == ("config/multidatabackend.json", "pictures.dataset_type")
+    assert (problem.file, problem.key) == ("config/multidatabackend.json", "images.dataset_type")
 
 
 @pytest.mark.parametrize("value", [3, {"vae": 1}, ["vaee"]])
 def test_steps_to_leave_out_that_are_none_are_placed(workspace: Workspace, value: Any) -> None:
     workspace.datasets[0]["skip_file_discovery"] = value
     (problem,) = workspace.fails_written().problems
-    assert problem.key == "pictures.skip_file_discovery"
+    assert problem.key == "images.skip_file_discovery"
     assert "vae, aspect, metadata, text" in (problem.allowed or "")
 
 
@@ -191,7 +191,7 @@ def test_an_option_without_its_value_is_no_text_true(workspace: Workspace) -> No
     assert "use_ema" not in text
 
 
-def test_a_run_without_length_or_pictures_names_the_file_to_mend(workspace: Workspace) -> None:
+def test_a_run_without_length_or_images_names_the_file_to_fix(workspace: Workspace) -> None:
     del workspace.config["max_train_steps"]
     workspace.datasets = []
     files = {problem.message.split(":")[0]: problem.file for problem in workspace.fails_written().problems}

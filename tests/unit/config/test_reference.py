@@ -26,7 +26,7 @@ QUICKSTART = REPOSITORY / "tests" / "fixtures" / "quickstart"
 
 def test_the_page_is_what_the_declarations_say() -> None:
     page = (REPOSITORY / "documentation" / "OPTIONS.md").read_text(encoding="utf-8")
-    assert page == options_markdown(), "write it anew: python -m simpletuner.config.pages documentation/OPTIONS.md"
+    assert page == options_markdown(), "write it again: python -m simpletuner.config.pages documentation/OPTIONS.md"
 
 
 def test_every_quickstart_key_has_a_row_and_the_anchor_is_there() -> None:
@@ -61,7 +61,9 @@ def test_keys_of_datasets_are_explained_too() -> None:
 @pytest.mark.parametrize("name", SCHEMAS)
 def test_the_schema_files_are_what_the_declarations_say(name: str) -> None:
     text = (REPOSITORY / f"config/schemas/{name}.schema.json").read_text(encoding="utf-8")
-    assert text == run_options_command(key=name, json_schema=True) + "\n", "python scripts/fill_pages.py writes it anew"
+    assert text == run_options_command(key=name, json_schema=True) + "\n", (
+        "python scripts/fill_pages.py writes it again"
+    )
 
 
 def test_every_shipped_configuration_names_a_schema_that_takes_it(tmp_path: Path) -> None:
@@ -103,7 +105,7 @@ def test_resolved_prints_one_aligned_line_for_each_option(workspace: Workspace) 
     assert table["model_type"].endswith("config/config.json:3")
     columns = {table["seed"].index("command line"), table["validation_guidance"].index("family")}
     assert len(columns) == 1
-    assert "  pictures: image" in lines
+    assert "  images: image" in lines
 
 
 def is_instance(value: Any, schema: dict[str, Any]) -> bool:

@@ -17,7 +17,7 @@ from .conftest import Workspace
 def test_the_sound_configuration_breaks_no_rule(workspace: Workspace) -> None:
     run = workspace.load_written()
     assert run.warnings == ()
-    assert [entry.id for entry in run.datasets] == ["pictures"]
+    assert [entry.id for entry in run.datasets] == ["images"]
 
 
 @pytest.mark.parametrize(
@@ -32,7 +32,7 @@ def test_the_sound_configuration_breaks_no_rule(workspace: Workspace) -> None:
         ({"validation_guidance_skip_layers": "7,8"}, "validation_guidance_skip_layers", "has no skip_guidance_layers"),
         ({"validation_guidance_skip_scale": 2}, "validation_guidance_skip_scale", "has no use without"),
         ({"validation_noise_scheduler": "ddim"}, "validation_noise_scheduler", "Toy is a flow model"),
-        ({"validation_preview": True, "validation_disable": True}, "validation_preview", "validation draws none"),
+        ({"validation_preview": True, "validation_disable": True}, "validation_preview", "validation generates none"),
         ({"validation_method": "external-script"}, "validation_external_script", "is missing"),
         ({"validation_external_script": "draw"}, "validation_external_script", "has no use"),
         ({"validation_external_background": False}, "validation_external_background", "would stop training"),
@@ -44,7 +44,7 @@ def test_the_sound_configuration_breaks_no_rule(workspace: Workspace) -> None:
         ({"aspect_bucket_alignment": 24}, "aspect_bucket_alignment", "a multiple of 16"),
         ({"validation_resolution": "4096x512"}, "validation_resolution", "at most 2048 pixels"),
         ({"resume_from_checkpoint": "checkpoint-7"}, "resume_from_checkpoint", "output/run/checkpoint-7"),
-        ({"output_dir": "datasets/pictures/out"}, "output_dir", 'lies in the pictures of dataset "pictures"'),
+        ({"output_dir": "datasets/images/out"}, "output_dir", 'lies in the images of dataset "images"'),
         ({"output_dir": "config/config.json/x"}, "output_dir", "is a file"),
         ({"pretrained_model_name_or_path": "./gone"}, "pretrained_model_name_or_path", "there is no model folder"),
         ({"publishing_config": {"type": "s3"}}, "publishing_config", "only the Hugging Face Hub is built"),
@@ -83,7 +83,7 @@ def test_the_sound_configuration_breaks_no_rule(workspace: Workspace) -> None:
         ({"text_encoder_1_precision": "int8-quanto"}, "text_encoder_1_precision", "no text encoder"),
         ({"mixed_precision": "fp8"}, "mixed_precision", "fp8-torchao"),
         ({"mixed_precision": "fp16", "base_model_default_dtype": "bf16"}, "base_model_default_dtype", "remove the key"),
-        ({"evaluation_type": "clip", "validation_disable": True}, "evaluation_type", "validation draws none"),
+        ({"evaluation_type": "clip", "validation_disable": True}, "evaluation_type", "validation generates none"),
         ({"pretrained_evaluation_model_name_or_path": "a/b"}, "pretrained_evaluation_model_name_or_path", "no use"),
         ({"controlnet": True}, "controlnet", "cannot be trained yet"),
         ({"scheduled_sampling_max_step_offset": 3}, "scheduled_sampling_probability", "nothing is rolled out"),
@@ -142,7 +142,7 @@ def test_options_that_do_not_go_together(workspace: Workspace, changes: dict[str
         (
             {"minimum_image_size": 600, "maximum_image_size": 512, "target_downsample_size": 512},
             "minimum_image_size",
-            "no picture would be left",
+            "no image would be left",
         ),
         ({"caption_strategy": "instanceprompt"}, "instance_prompt", "caption_strategy instanceprompt needs it"),
         ({"only_instance_prompt": True}, "instance_prompt", "only_instance_prompt needs it"),
@@ -155,7 +155,7 @@ def test_dataset_keys_that_do_not_go_together(
 ) -> None:
     workspace.datasets[0] |= changes
     (problem,) = workspace.fails_written().problems
-    assert problem.key == f"pictures.{key}"
+    assert problem.key == f"images.{key}"
     assert problem.file == "config/multidatabackend.json"
     assert words in problem.render()
 
@@ -164,12 +164,12 @@ def test_prior_preservation_needs_an_adapter(workspace: Workspace) -> None:
     workspace.config |= {"model_type": "full", "lycoris_config": None}
     workspace.datasets[0]["is_regularisation_data"] = True
     (problem,) = workspace.fails_written().problems
-    assert problem.key == "pictures.is_regularisation_data"
+    assert problem.key == "images.is_regularisation_data"
 
 
 def test_there_is_something_to_train_on(workspace: Workspace) -> None:
     workspace.datasets[0]["disabled"] = True
-    assert "(pictures disabled)" in workspace.fails_written().render()
+    assert "(images disabled)" in workspace.fails_written().render()
     workspace.datasets = []
     assert "names no dataset of dataset_type image" in workspace.fails_written().render()
 
@@ -201,7 +201,7 @@ def test_notices_are_said_once_and_stop_nothing(workspace: Workspace) -> None:
         "no dataset of dataset_type eval",
         "400000 steps of warm-up",
         "0 never trains",
-        "no validation pictures",
+        "no validation images",
     ):
         assert warnings.count(words) == 1
 
@@ -213,7 +213,7 @@ def test_all_faults_show_at_once(workspace: Workspace) -> None:
     problems = workspace.fails_written("--train_batch_size=0").problems
     assert {problem.key for problem in problems} == {
         *("learning_rte", "seed", "publishing_config", "max_train_steps", "train_batch_size"),
-        *("pictures.repeats", "pictures.cropp", "apply_preset.target_module.0"),
+        *("images.repeats", "images.cropp", "apply_preset.target_module.0"),
     }
     assert all(problem.file for problem in problems)
 
@@ -293,21 +293,21 @@ def test_a_prompt_that_the_family_cannot_draw_is_refused_by_its_name(workspace: 
     }
 
 
-def test_pictures_that_validation_edits_are_there_and_taken(workspace: Workspace) -> None:
+def test_images_that_validation_edits_are_there_and_taken(workspace: Workspace) -> None:
     workspace.config |= {"model_family": "omnigen", "validation_references": ["a.png", "gone.png"]}
     workspace.put("a.png", "")
     (problem,) = workspace.fails_written().problems
     assert problem.key == "validation_references"
-    assert '"gone.png": there is no picture of this name' in problem.message
+    assert '"gone.png": there is no image of this name' in problem.message
     workspace.put("gone.png", "")
     found = workspace.load_written().config.validation_references
     assert found == (str(workspace.root / "a.png"), str(workspace.root / "gone.png"))
     workspace.config["model_family"] = "toy"
     (problem,) = workspace.fails_written().problems
-    assert "2 reference pictures cannot be used: Toy takes none" in problem.message
+    assert "2 reference images cannot be used: Toy takes none" in problem.message
 
 
-def test_pictures_of_a_library_are_there_and_taken(workspace: Workspace) -> None:
+def test_images_of_a_library_are_there_and_taken(workspace: Workspace) -> None:
     workspace.config |= {"model_family": "omnigen", "user_prompt_library": "library.json"}
     workspace.put("library.json", {"edit": {"prompt": "turn it green", "references": "a.png"}})
     (problem,) = workspace.fails_written().problems
@@ -371,7 +371,7 @@ def test_levels_are_read_in_thousandths_where_any_is_above_one(workspace: Worksp
         assert workspace.load_written().config.flow_custom_timesteps == expected
 
 
-def test_settings_without_their_switch_are_told(workspace: Workspace) -> None:
+def test_settings_without_their_switch_are_reported(workspace: Workspace) -> None:
     workspace.config |= {"noise_offset": 0.2, "huber_c": 0.3, "timestep_bias_portion": 0.5}
     warnings = "".join(workspace.load_written().warnings)
     for words in (

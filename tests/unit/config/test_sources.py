@@ -1,4 +1,4 @@
-"""Where pictures are: the keys of each type of dataset."""
+"""Where images are: the keys of each type of dataset."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from simpletuner.config.dataset_loading import read_datasets
 from simpletuner.config.datasets import ImageDataset, dataset_options
 from simpletuner.config.json_reader import parse_json
 from simpletuner.config.options import TrainConfig
-from simpletuner.config.sources import SOURCE_RULES, PictureSource, source_faults
+from simpletuner.config.sources import SOURCE_RULES, ImageSource, source_faults
 from simpletuner.errors import ConfigError
 from tests.runs import load_here, write_run
 
 CONFIG = TrainConfig.model_validate({"model_family": "toy"})
 COMPLETE: dict[str, dict[str, Any]] = {
-    "local": {"instance_data_dir": "pictures", "follow_outside_links": True},
+    "local": {"instance_data_dir": "images", "follow_outside_links": True},
     "aws": {
         "aws_bucket_name": "b",
         "aws_data_prefix": "p/",
@@ -32,7 +32,7 @@ COMPLETE: dict[str, dict[str, Any]] = {
         "dataset_config": "small",
         "split": "test",
         "revision": "v1",
-        "image_column": "picture",
+        "image_column": "photo",
         "caption_column": ["long", "short"],
         "metadata_backend": "huggingface",
     },
@@ -40,7 +40,7 @@ COMPLETE: dict[str, dict[str, Any]] = {
         "csv_file": "a.csv",
         "csv_caption_column": "c",
         "filename_column": "f",
-        "instance_data_dir": "pictures",
+        "instance_data_dir": "images",
         "follow_outside_links": True,
     },
 }
@@ -105,8 +105,8 @@ def test_a_secret_is_shown_nowhere(key: str) -> None:
 def test_every_key_of_a_source_belongs_to_a_type() -> None:
     owned = {key for rule in SOURCE_RULES.values() for key in (rule.place, *rule.others)}
     planned = {name for name, info in dataset_options("image").items() if info.planned}
-    assert set(PictureSource.model_fields) - owned - planned == {"type"}
-    assert list(source_faults(PictureSource(instance_data_dir=Path("x")))) == []
+    assert set(ImageSource.model_fields) - owned - planned == {"type"}
+    assert list(source_faults(ImageSource(instance_data_dir=Path("x")))) == []
 
 
 @pytest.mark.parametrize(
@@ -119,7 +119,7 @@ def test_every_key_of_a_source_belongs_to_a_type() -> None:
         ("aws", "textfile", None, "textfile"),
     ],
 )
-def test_rows_give_their_own_captions_unless_told_otherwise(
+def test_rows_give_their_own_captions_unless_set_otherwise(
     kind: str, config: str, written: str | None, expected: str
 ) -> None:
     options = CONFIG.model_copy(update={"caption_strategy": config})
@@ -139,13 +139,13 @@ def test_rows_give_their_own_captions_unless_told_otherwise(
         ({"type": "csv", "csv_file": "none.csv"}, "a.csv_file"),
         ({"type": "huggingface", "dataset_name": "./none"}, "a.dataset_name"),
         ({"type": "csv", "csv_file": "config.json", "metadata_file": "x.csv"}, "a.metadata_file: has no use"),
-        ({"instance_data_dir": "pictures", "metadata_backend": "huggingface"}, "a.metadata_backend"),
+        ({"instance_data_dir": "images", "metadata_backend": "huggingface"}, "a.metadata_backend"),
     ],
 )
 def test_what_does_not_go_together_is_refused(
     tmp_path: Path, omnigen_folder: Path, keys: dict[str, Any], words: str
 ) -> None:
-    (tmp_path / "pictures").mkdir()
+    (tmp_path / "images").mkdir()
     write_run(tmp_path, omnigen_folder, data=[{"id": "a", "resolution": 64, **keys}])
     with pytest.raises(ConfigError) as caught:
         load_here(tmp_path)

@@ -1,4 +1,4 @@
-"""`webhook_config` in each of its forms; faults are told at the start, without secrets."""
+"""`webhook_config` in each of its forms; faults are reported at the start, without secrets."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_each_form_gives_the_same_webhook(workspace: Workspace, form: str) -> No
         ({"ssl_no_verify": "perhaps"}, "ssl_no_verify", "true or false"),
     ],
 )
-def test_what_is_wrong_is_told_without_secrets(
+def test_what_is_wrong_is_reported_without_secrets(
     workspace: Workspace, changes: dict[str, Any], key: str, words: str
 ) -> None:
     workspace.put("token", "t")
@@ -107,7 +107,7 @@ def test_who_judges_a_file_alone_still_looks_up_its_variables(workspace: Workspa
     assert found.webhooks.targets[0].url == RAW["callback_url"]
 
 
-def test_a_token_that_travels_in_the_open_is_told(workspace: Workspace) -> None:
+def test_a_token_that_travels_in_the_open_is_reported(workspace: Workspace) -> None:
     workspace.config["webhook_config"] = RAW | {"callback_url": "http://example.org/x", "auth_token": CANARY}
     (warning,) = workspace.load_written().warnings
     assert "unencrypted" in warning
@@ -115,7 +115,7 @@ def test_a_token_that_travels_in_the_open_is_told(workspace: Workspace) -> None:
     assert workspace.load_written().warnings == ()
 
 
-def test_an_interval_without_a_webhook_is_told(workspace: Workspace) -> None:
+def test_an_interval_without_a_webhook_is_reported(workspace: Workspace) -> None:
     workspace.config["webhook_reporting_interval"] = 5
     (warning,) = workspace.load_written().warnings
     assert "no webhook_config" in warning

@@ -51,7 +51,7 @@ def test_bucket_sizes(resolution, resolution_type, alignment, aspect, expected) 
     assert bucket_size(aspect, rules) == expected
 
 
-def test_a_picture_is_resized_to_cover_its_bucket_and_cut_in_the_centre() -> None:
+def test_an_image_is_resized_to_cover_its_bucket_and_cut_in_the_centre() -> None:
     # 768 high -> 512: factor 2/3; 1024 wide -> 682.67 -> 683; 683 - 512 = 171 left over, half of it 85.
     assert plan_crop(768, 1024, SQUARE_512) == Crop(512, 683, 0, 85, 512, 512)
     # 300 high must become 512: factor 1.7067; 200 wide would be 341, so the width decides: 512 / 200 = 2.56 -> 768
@@ -70,7 +70,7 @@ def test_without_crop_the_aspect_stays_but_for_rounding() -> None:
     assert plan_crop(768, 1024, rules) == Crop(448, 597, 0, 2, 448, 592)
 
 
-def test_larger_pictures_are_reduced_to_the_target_before_the_cut() -> None:
+def test_larger_images_are_reduced_to_the_target_before_the_cut() -> None:
     rules = replace(SQUARE_512, maximum_size=1024, target_size=768)
     # equal-area side of 2048 x 2048 is 2048 > 1024: reduced to 768, of which 512 is cut; (768 - 512) / 2 = 128
     assert plan_crop(2048, 2048, rules) == Crop(768, 768, 128, 128, 512, 512)
@@ -116,11 +116,11 @@ def test_closest_takes_the_aspect_of_least_ratio() -> None:
 
 def test_random_aspects_follow_their_weights_and_their_key() -> None:
     rules = replace(SQUARE_512, crop_aspect="random", aspect_buckets=((0.5, 1.0), (1.0, 0.0), (2.0, 3.0)))
-    drawn = [choose_aspect(100, 100, rules, 1, "id", f"digest {number}") for number in range(4000)]
-    counts = Counter(drawn)
+    generated = [choose_aspect(100, 100, rules, 1, "id", f"digest {number}") for number in range(4000)]
+    counts = Counter(generated)
     assert counts[1.0] == 0
     assert 0.72 < counts[2.0] / 4000 < 0.78  # 3/4, standard deviation 0.007
-    assert drawn == [choose_aspect(100, 100, rules, 1, "id", f"digest {number}") for number in range(4000)]
+    assert generated == [choose_aspect(100, 100, rules, 1, "id", f"digest {number}") for number in range(4000)]
 
 
 def test_random_crops_lie_inside_reach_both_ends_and_depend_on_the_content() -> None:
@@ -139,7 +139,7 @@ def test_random_crops_lie_inside_reach_both_ends_and_depend_on_the_content() -> 
 
 @pytest.mark.parametrize("crop", [True, False])
 @pytest.mark.parametrize("resolution_type", ["pixel", "area", "pixel_area"])
-def test_every_crop_lies_inside_the_resized_picture(crop: bool, resolution_type) -> None:
+def test_every_crop_lies_inside_the_resized_image(crop: bool, resolution_type) -> None:
     resolution = 0.3 if resolution_type == "area" else 500
     rules = BucketRules(resolution, resolution_type, crop=crop, crop_aspect="preserve", crop_style="random")
     for height in range(1, 2000, 97):

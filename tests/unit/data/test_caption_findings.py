@@ -13,7 +13,7 @@ from simpletuner.data.dataset import Dataset
 from simpletuner.data.datasets import build_datasets
 from simpletuner.errors import DataError
 from simpletuner.models.omnigen.spec import OMNIGEN
-from tests.unit.data.pictures import options, write_picture
+from tests.unit.data.images import options, write_image
 
 NFC, NFD = (unicodedata.normalize(form, "café") for form in ("NFC", "NFD"))
 
@@ -23,7 +23,7 @@ def folder(tmp_path: Path) -> Path:
     """Two photographs with a text, one whose name a camera gave, one whose name says something."""
     root = tmp_path / "photographs"
     for seed, name in enumerate(("IMG_0001.png", "IMG_0002.png", "IMG_0003.png", "a_red_boat.png")):
-        write_picture(root / name, seed=seed)
+        write_image(root / name, seed=seed)
     (root / "IMG_0001.txt").write_text("a dog\nthe dog\n")
     (root / "IMG_0002.txt").write_text("a cat")
     return root
@@ -49,10 +49,10 @@ def test_the_prompt_stands_in_where_there_is_no_text(folder: Path) -> None:
         "IMG_0003.png": ("my pet", "a pet"),
         "a_red_boat.png": ("my pet", "a pet"),
     }
-    assert dataset.funnel.warnings == ()
+    assert dataset.filter_report.warnings == ()
     assert any(
         line.startswith("2 with no caption of their own, which caption_fallback")
-        for line in dataset.funnel.note_lines()
+        for line in dataset.filter_report.note_lines()
     )
 
 
@@ -60,7 +60,7 @@ def test_a_name_stands_in_unless_a_camera_gave_it(folder: Path) -> None:
     keys = {"caption_strategy": "textfile", "caption_fallback": "filename"}
     with pytest.raises(DataError) as caught:
         build(folder, **keys)
-    assert "1 of 4 pictures have no text file" in str(caught.value)
+    assert "1 of 4 images have no text file" in str(caught.value)
     assert "IMG_0003.png" in str(caught.value)
     found = captions(build(folder, **keys, instance_prompt="my pet", prepend_instance_prompt=True))
     assert found["IMG_0003.png"] == ("my pet",)
@@ -89,7 +89,7 @@ def test_a_row_that_is_missing_has_its_stand_in(folder: Path) -> None:
 @pytest.mark.parametrize("keys", [{}, {"caption_strategy": "instanceprompt", "instance_prompt": "a thing"}])
 def test_texts_that_a_strategy_does_not_read_are_a_warning(folder: Path, keys: dict) -> None:
     strategy = keys.get("caption_strategy", "filename")
-    warnings = build(folder, **keys).funnel.warnings
+    warnings = build(folder, **keys).filter_report.warnings
     assert warnings[0] == (
         f"things: 2 of 4 images have a text file that caption_strategy {strategy} does not read (IMG_0001.png, "
         f"IMG_0002.png): set caption_strategy textfile and caption_fallback {strategy}, or remove the files"
@@ -97,20 +97,20 @@ def test_texts_that_a_strategy_does_not_read_are_a_warning(folder: Path, keys: d
 
 
 def test_captions_that_are_names_of_a_camera_are_a_warning_that_names_them(folder: Path) -> None:
-    warning = build(folder).funnel.warnings[1]
+    warning = build(folder).filter_report.warnings[1]
     assert "3 of 4 captions are names that a camera or a program gave" in warning
     assert '"IMG 0001" (IMG_0001.png, IMG_0002.png, IMG_0003.png)' in warning
 
 
 def test_two_images_of_one_name_share_their_text_with_a_warning(folder: Path) -> None:
-    write_picture(folder / "IMG_0001.jpg", seed=9)
+    write_image(folder / "IMG_0001.jpg", seed=9)
     keys = {"caption_strategy": "textfile", "caption_fallback": "instanceprompt", "instance_prompt": "a"}
     dataset = build(folder, **keys)
-    (warning,) = dataset.funnel.warnings
+    (warning,) = dataset.filter_report.warnings
     assert "2 images share their text file with another one of the same name (IMG_0001.jpg, IMG_0001.png)" in warning
     (folder / "IMG_0001.jpg.txt").write_text("its own")
     dataset = build(folder, **keys)
-    assert dataset.funnel.warnings == ()
+    assert dataset.filter_report.warnings == ()
     assert captions(dataset)["IMG_0001.jpg"] == ("its own",)
 
 
@@ -118,15 +118,15 @@ def test_two_images_of_one_name_share_their_text_with_a_warning(folder: Path) ->
 @pytest.mark.parametrize("suffix", [".txt", ".png.txt"])
 def test_an_accent_written_in_two_ways_is_one_name(tmp_path: Path, image: str, text: str, suffix: str) -> None:
     """Files that were packed on another system: both ways look the same to everybody."""
-    write_picture(tmp_path / "i" / f"{image}.png")
+    write_image(tmp_path / "i" / f"{image}.png")
     (tmp_path / "i" / f"{text}{suffix}").write_text("a cup")
     assert list(captions(build(tmp_path / "i", caption_strategy="textfile")).values()) == [("a cup",)]
 
 
 def test_a_mask_and_a_row_are_found_by_either_way_of_writing(tmp_path: Path) -> None:
     folder = tmp_path / "i"
-    write_picture(folder / f"{NFD}.png")
-    write_picture(tmp_path / "m" / f"{NFC}.png")
+    write_image(folder / f"{NFD}.png")
+    write_image(tmp_path / "m" / f"{NFC}.png")
     (folder / "metadata.csv").write_text(f"file_name,text\n{NFC}.png,of the table\n", encoding="utf-8")
     entries = [
         ImageDataset(
@@ -141,7 +141,7 @@ def test_a_mask_and_a_row_are_found_by_either_way_of_writing(tmp_path: Path) -> 
     (dataset,) = build_datasets(entries, options(), OMNIGEN, tmp_path / "work")
     assert list(captions(dataset).values()) == [("of the table",)]
     assert dataset.masks is not None
-    assert dataset.funnel.set_aside.counts == {}
+    assert dataset.filter_report.skipped.counts == {}
 
 
 @pytest.mark.parametrize(

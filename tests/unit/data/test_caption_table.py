@@ -15,9 +15,9 @@ from simpletuner.data.backends.local import LocalBackend
 from simpletuner.data.caption_table import CaptionTable
 from simpletuner.data.captions import VARIANT_SEPARATOR
 from simpletuner.data.index import Index
-from simpletuner.data.report import SetAside
+from simpletuner.data.report import SkippedFiles
 from simpletuner.errors import DataError
-from tests.unit.data.pictures import write_picture
+from tests.unit.data.images import write_image
 
 
 def table(path: Path, content: str | bytes, columns: tuple[str, ...] | None = None) -> CaptionTable:
@@ -120,21 +120,21 @@ def test_columns_of_parquet_that_hold_no_text_are_refused(tmp_path: Path, values
 
 def test_rows_without_an_image_are_listed(tmp_path: Path) -> None:
     for number, name in enumerate(("a.png", "sub/b.png", "c.png")):
-        write_picture(tmp_path / "set" / name, seed=number)
+        write_image(tmp_path / "set" / name, seed=number)
     (tmp_path / "set" / "c.png").write_bytes(b"damaged")  # an image that cannot be used still has its row
     index = Index(tmp_path / "index.sqlite", LocalBackend(tmp_path / "set"))
     catalogue = index.scan()
     names = ("a.png", "sub\\b", "c.png", "gone.png", "a.webp", "../a.png", "")
     made = jsonl(tmp_path, *({"file_name": name, "text": "x"} for name in names))
     for _ in range(2):  # looked for, then from what was kept
-        aside = SetAside()
+        aside = SkippedFiles()
         made.report_unused(catalogue, index, aside)
-        reason = "a row of metadata.jsonl without a picture of its name"
+        reason = "a row of metadata.jsonl without an image of its name"
         listed = ["gone.png (line 4)", "a.webp (line 5)", "../a.png (line 6)", "without a name (line 7)"]
         assert (aside.counts, aside.examples) == ({reason: 4}, {reason: listed})
         assert list(aside.files()) == [(name, reason) for name in listed]
-    write_picture(tmp_path / "set" / "gone.png", seed=9)
-    aside = SetAside()
+    write_image(tmp_path / "set" / "gone.png", seed=9)
+    aside = SkippedFiles()
     made.report_unused(index.scan(), index, aside)
     assert aside.counts == {reason: 3}
 

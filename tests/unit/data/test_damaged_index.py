@@ -1,4 +1,4 @@
-"""A folder that cannot be listed is never an empty one; a damaged index is made anew; a read-only one serves."""
+"""A folder that cannot be listed is never an empty one; a damaged index is made again; a read-only one serves."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def paths_of(index: Index) -> list[str]:
-    return [row.path for row in index.pictures([int(key) for key in index.scan().ids])]
+    return [row.path for row in index.images([int(key) for key in index.scan().ids])]
 
 
 ALL = ["a.png", "b.png", "sub/c.png", "sub/deep/d.png"]
@@ -70,10 +70,10 @@ def test_one_that_never_held_any_is_reported_and_left_out(folder, tmp_path, monk
     refuse_listing(monkeypatch, "deep", 99, errno.EACCES)
     index = Index(tmp_path / "i.sqlite", LocalBackend(folder))
     assert paths_of(index) == ALL[:3]
-    assert list(index.set_aside().counts) == ["folder: Permission denied"]
+    assert list(index.skipped().counts) == ["folder: Permission denied"]
 
 
-def test_bits_that_flip_in_the_index_are_repaired_or_told(folder, tmp_path):
+def test_bits_that_flip_in_the_index_are_repaired_or_reported(folder, tmp_path):
     path = tmp_path / "i.sqlite"
     index = Index(path, LocalBackend(folder))
     index.scan()
@@ -96,7 +96,7 @@ def test_bits_that_flip_in_the_index_are_repaired_or_told(folder, tmp_path):
     assert outcomes["whole"] > 140
 
 
-def test_an_index_that_is_no_database_any_more_is_made_anew(folder, tmp_path):
+def test_an_index_that_is_no_database_any_more_is_made_again(folder, tmp_path):
     path = tmp_path / "i.sqlite"
     for content in (b"", b"no database", bytes(8192)):
         path.write_bytes(content)

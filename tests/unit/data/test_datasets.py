@@ -15,14 +15,14 @@ from simpletuner.data.datasets import Dataset, UnusableData, build_datasets
 from simpletuner.data.sampler import Sampler
 from simpletuner.errors import EXIT_CONFIG, EXIT_DATA, ConfigError, DataError
 from simpletuner.models.omnigen.spec import OMNIGEN
-from tests.unit.data.pictures import options, tree_digest, write_picture
+from tests.unit.data.images import options, tree_digest, write_image
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    root = tmp_path / "pictures"
+    root = tmp_path / "images"
     for number, (width, height) in enumerate([(64, 64), (128, 64), (130, 66), (64, 128), (30, 30)]):
-        write_picture(root / f"a_thing_{number}.png", width, height, seed=number)
+        write_image(root / f"a_thing_{number}.png", width, height, seed=number)
     return root
 
 
@@ -57,37 +57,43 @@ def test_preserved_aspects_share_buckets(folder: Path, tmp_path: Path) -> None:
 def test_pixels_are_those_of_the_crop(folder: Path, tmp_path: Path) -> None:
     dataset = build(folder, tmp_path)
     pixels = dataset.read_pixels(dataset.samples[1])
-    picture = np.asarray(Image.open(folder / "a_thing_1.png"), dtype=np.float64)
+    image = np.asarray(Image.open(folder / "a_thing_1.png"), dtype=np.float64)
     assert pixels.shape == (3, 64, 64)
-    assert np.allclose(pixels.numpy(), picture[:, 32:96].transpose(2, 0, 1) / 255 * 2 - 1, atol=1e-6)
+    assert np.allclose(pixels.numpy(), image[:, 32:96].transpose(2, 0, 1) / 255 * 2 - 1, atol=1e-6)
 
 
-def test_small_pictures_are_left_out_and_counted(folder: Path, tmp_path: Path) -> None:
+def test_small_images_are_left_out_and_counted(folder: Path, tmp_path: Path) -> None:
     dataset = build(folder, tmp_path, minimum_image_size=64, repeats=2)
-    funnel = dataset.funnel
-    assert (funnel.found, funnel.readable, funnel.large_enough, funnel.bucketed, funnel.per_epoch) == (5, 5, 4, 4, 12)
+    filter_report = dataset.filter_report
+    assert (
+        filter_report.found,
+        filter_report.readable,
+        filter_report.large_enough,
+        filter_report.bucketed,
+        filter_report.per_epoch,
+    ) == (5, 5, 4, 4, 12)
     assert [sample.path for sample in dataset.samples] == [f"a_thing_{number}.png" for number in range(4)]
-    (reason,) = funnel.set_aside.counts
+    (reason,) = filter_report.skipped.counts
     assert "minimum_image_size (64" in reason
-    assert funnel.set_aside.examples[reason] == ["a_thing_4.png"]
-    assert any("a_thing_4.png" in line for line in funnel.lines())
-    assert funnel.as_json()["set_aside"][0]["count"] == 1
+    assert filter_report.skipped.examples[reason] == ["a_thing_4.png"]
+    assert any("a_thing_4.png" in line for line in filter_report.lines())
+    assert filter_report.as_json()["set_aside"][0]["count"] == 1
 
 
-def test_broken_pictures_are_counted_and_left_alone(folder: Path, tmp_path: Path) -> None:
+def test_broken_images_are_counted_and_left_alone(folder: Path, tmp_path: Path) -> None:
     (folder / "a_text\x1b[31m.png").write_text("hello")
     before = tree_digest(folder)
     dataset = build(folder, tmp_path)
     assert len(dataset.samples) == 5
-    assert dataset.funnel.found == 6
-    assert not any("\x1b" in line for line in dataset.funnel.lines())
+    assert dataset.filter_report.found == 6
+    assert not any("\x1b" in line for line in dataset.filter_report.lines())
     assert tree_digest(folder) == before
 
 
-def test_an_extreme_aspect_does_not_ask_for_a_huge_picture(folder: Path, tmp_path: Path) -> None:
-    write_picture(folder / "a_line.png", 20_000, 1)
+def test_an_extreme_aspect_does_not_ask_for_a_huge_image(folder: Path, tmp_path: Path) -> None:
+    write_image(folder / "a_line.png", 20_000, 1)
     dataset = build(folder, tmp_path, crop=False, resolution=512, resolution_type="pixel")
-    assert [path for path in dataset.funnel.set_aside.examples.popitem()[1]] == ["a_line.png"]
+    assert [path for path in dataset.filter_report.skipped.examples.popitem()[1]] == ["a_line.png"]
     assert len(dataset.samples) == 5
 
 
@@ -115,9 +121,9 @@ def test_text_files_give_variants_and_one_is_drawn_by_key(folder: Path, tmp_path
     dataset = build(folder, tmp_path, caption_strategy="textfile")
     sample = dataset.samples[2]
     assert sample.captions == ("one 2", "two 2", "three 2")
-    drawn = Counter(dataset.caption_for(sample, 42, step, 0) for step in range(900))
-    assert set(drawn) == set(sample.captions)
-    assert min(drawn.values()) > 240  # 300 each, standard deviation 14
+    generated = Counter(dataset.caption_for(sample, 42, step, 0) for step in range(900))
+    assert set(generated) == set(sample.captions)
+    assert min(generated.values()) > 240  # 300 each, standard deviation 14
     assert dataset.caption_for(sample, 42, 7, 0) == dataset.caption_for(dataset.samples[2], 42, 7, 0)
 
 
@@ -128,19 +134,24 @@ def test_missing_captions_are_listed(folder: Path, tmp_path: Path) -> None:
         build(folder, tmp_path, caption_strategy="textfile")
     text = str(caught.value)
     assert caught.value.exit_code == EXIT_DATA
-    assert "data.json: things.caption_strategy: 4 of 5 pictures have no text file" in text
+    assert "data.json: things.caption_strategy: 4 of 5 images have no text file" in text
     assert "a_thing_1.png" in text
     assert "holds no text" in text
 
 
-def test_pictures_without_a_caption_are_in_the_funnel_of_what_failed(folder: Path, tmp_path: Path) -> None:
+def test_images_without_a_caption_are_in_the_report_of_what_failed(folder: Path, tmp_path: Path) -> None:
     (folder / "a_thing_0.txt").write_text("one")
     (folder / "broken.png").write_bytes(b"x")
     with pytest.raises(UnusableData) as caught:
         build(folder, tmp_path, caption_strategy="textfile")
-    [funnel] = caught.value.funnels
-    assert (funnel.found, funnel.readable, funnel.captioned, funnel.bucketed) == (6, 5, 1, 0)
-    named = dict(funnel.set_aside.files())
+    [filter_report] = caught.value.filter_reports
+    assert (filter_report.found, filter_report.readable, filter_report.captioned, filter_report.bucketed) == (
+        6,
+        5,
+        1,
+        0,
+    )
+    named = dict(filter_report.skipped.files())
     assert sorted(named) == ["a_thing_1.png", "a_thing_2.png", "a_thing_3.png", "a_thing_4.png", "broken.png"]
     assert named["a_thing_3.png"].startswith("no text file")
 
@@ -154,8 +165,8 @@ def test_caption_files_of_kohya_s_scripts_are_read_and_txt_counts_before_them(fo
 
 
 def test_names_without_words_are_missing_captions(folder: Path, tmp_path: Path) -> None:
-    write_picture(folder / "___.png")
-    with pytest.raises(DataError, match="1 of 6 pictures have no words"):
+    write_image(folder / "___.png")
+    with pytest.raises(DataError, match="1 of 6 images have no words"):
         build(folder, tmp_path)
     assert build(folder, tmp_path, only_instance_prompt=True, instance_prompt="x").samples[0].captions == ("x",)
 
@@ -175,7 +186,7 @@ def test_a_missing_folder_names_key_and_file(tmp_path: Path) -> None:
 
 def test_an_empty_folder_names_key_and_file(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match=r"data\.json: things\.instance_data_dir: there are no pictures in"):
+    with pytest.raises(DataError, match=r"data\.json: things\.instance_data_dir: there are no images in"):
         build(tmp_path / "empty", tmp_path)
 
 
@@ -187,12 +198,12 @@ def test_nothing_usable_lists_the_reasons(tmp_path: Path) -> None:
     (root / "zero.png").write_bytes(b"")
     with pytest.raises(DataError) as caught:
         build(root, tmp_path)
-    assert "none of the 4 pictures" in str(caught.value)
-    assert "3 x not a picture" in str(caught.value)
+    assert "none of the 4 images" in str(caught.value)
+    assert "3 x not an image" in str(caught.value)
     assert "1 x the file is empty" in str(caught.value)
 
 
-def test_all_faulty_entries_are_told_at_once(tmp_path: Path) -> None:
+def test_all_faulty_entries_are_reported_at_once(tmp_path: Path) -> None:
     entries = [
         ImageDataset(id="one", instance_data_dir=tmp_path / "a"),
         ImageDataset(id="two", instance_data_dir=tmp_path / "b", crop_aspect="closest"),
@@ -216,7 +227,7 @@ def test_the_fingerprint_follows_content_crops_and_captions(folder: Path, tmp_pa
     seen = {first, fingerprint(crop=False), fingerprint(crop_style="corner"), fingerprint(disable_multiline_split=True)}
     (folder / "a_thing_3.txt").write_text("two")
     seen.add(fingerprint())
-    write_picture(folder / "a_thing_0.png", seed=99)
+    write_image(folder / "a_thing_0.png", seed=99)
     seen.add(fingerprint())
     (folder / "a_thing_4.png").rename(folder / "a_thing_9.png")
     (folder / "a_thing_4.txt").rename(folder / "a_thing_9.txt")
@@ -230,10 +241,10 @@ def test_a_dataset_that_moves_keeps_its_fingerprint(folder: Path, tmp_path: Path
     assert build(tmp_path / "moved", tmp_path).fingerprint == before
 
 
-def test_a_picture_that_changed_since_the_scan_is_not_read_as_the_old_one(folder: Path, tmp_path: Path) -> None:
+def test_an_image_that_changed_since_the_scan_is_not_read_as_the_old_one(folder: Path, tmp_path: Path) -> None:
     dataset = build(folder, tmp_path)
     sample = dataset.samples[0]
-    write_picture(folder / sample.path, seed=99)
+    write_image(folder / sample.path, seed=99)
     with pytest.raises(DataError, match="changed since"):
         dataset.read_pixels(sample)
     (folder / sample.path).unlink()
@@ -250,7 +261,7 @@ def test_random_crops_are_keyed_by_content_not_by_name(folder: Path, tmp_path: P
 
 def test_random_aspects_fill_the_buckets_that_their_samples_are_cut_to(folder: Path, tmp_path: Path) -> None:
     for number in range(20):
-        write_picture(folder / f"more_{number}.png", seed=100 + number)
+        write_image(folder / f"more_{number}.png", seed=100 + number)
     dataset = build(folder, tmp_path, crop_aspect="random", crop_aspect_buckets=[0.5, 1.0, 2.0])
     assert len(dataset.buckets) == 3
     for size, members in dataset.buckets.items():
@@ -280,7 +291,7 @@ def test_a_trusted_folder_is_scanned_once_and_then_taken_as_it_was(folder: Path,
 
     before = paths("metadata")
     assert before
-    write_picture(folder / "a_new_thing.png")
+    write_image(folder / "a_new_thing.png")
     assert paths("metadata") == paths("vae,aspect") == before
     assert len(paths("vae text")) == len(before) + 1
     assert len(paths("metadata")) == len(before) + 1
@@ -294,14 +305,14 @@ def test_what_an_epoch_shows_of_datasets_that_are_mixed_evenly(folder: Path, tmp
     config = options(data_backend_sampling="uniform")
     datasets = build_datasets(entries, config, OMNIGEN, tmp_path / "work")
     count = len(datasets[0].samples)
-    # 10 passes of the first and two of one picture, divided as 1 to 2.
+    # 10 passes of the first and two of one image, divided as 1 to 2.
     shares = [round((10 * count + 2) / 3), round(2 * (10 * count + 2) / 3)]
-    assert [dataset.funnel.per_epoch for dataset in datasets] == shares
+    assert [dataset.filter_report.per_epoch for dataset in datasets] == shares
 
 
 def test_tags_are_shuffled_everywhere_but_where_an_entry_says_no(folder: Path, tmp_path: Path) -> None:
     for name in ("one, two, three, four, five.png",):
-        write_picture(folder / name)
+        write_image(folder / name)
     config = options(caption_shuffle=True)
 
     def variants(**keys) -> set[int]:
@@ -317,7 +328,7 @@ def test_tags_are_shuffled_everywhere_but_where_an_entry_says_no(folder: Path, t
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
 def test_an_entry_that_trusts_a_folder_hides_nothing_from_another_over_it(folder, tmp_path, order) -> None:
     build(folder, tmp_path)
-    write_picture(folder / "a_new_thing.png", 64, 64, seed=9)
+    write_image(folder / "a_new_thing.png", 64, 64, seed=9)
     entries = [
         ImageDataset(id="trusting", instance_data_dir=folder, skip_file_discovery=("metadata",)),
         ImageDataset(id="looking", instance_data_dir=folder),

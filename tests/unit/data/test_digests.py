@@ -68,7 +68,7 @@ def test_a_file_changed_just_now_is_not_remembered(tmp_path, reads):
     assert len(reads) == 2
 
 
-def test_a_damaged_memory_is_made_anew(tmp_path, reads):
+def test_a_damaged_memory_is_made_again(tmp_path, reads):
     file = _old_file(tmp_path / "a", b"abc")
     database = tmp_path / "memo.sqlite"
     database.write_bytes(b"this is no database" * 100)

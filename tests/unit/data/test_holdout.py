@@ -1,4 +1,4 @@
-"""Held-out pictures: chosen by content, never trained on, the same when pictures are added."""
+"""Held-out images: chosen by content, never trained on, the same when images are added."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from simpletuner.data.holdout import hold_out
 from simpletuner.data.sampler import Sampler
 from simpletuner.errors import DataError
 from simpletuner.models.omnigen.spec import OMNIGEN
-from tests.unit.data.pictures import options, write_picture
+from tests.unit.data.images import options, write_image
 
 
 def build(tmp_path: Path, *entries: ImageDataset) -> list[Dataset]:
@@ -25,9 +25,9 @@ def entry(root: Path, name: str = "things", **changes) -> ImageDataset:
     return ImageDataset(id=name, instance_data_dir=root, **changes)
 
 
-def write_pictures(root: Path, numbers: range) -> Path:
+def write_images(root: Path, numbers: range) -> Path:
     for number in numbers:
-        write_picture(root / f"a_thing_{number:03d}.png", 64, 64 + 64 * (number % 2), seed=number)
+        write_image(root / f"a_thing_{number:03d}.png", 64, 64 + 64 * (number % 2), seed=number)
     return root
 
 
@@ -37,10 +37,10 @@ def digests(dataset: Dataset) -> set[str]:
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    return write_pictures(tmp_path / "pictures", range(40))
+    return write_images(tmp_path / "images", range(40))
 
 
-def test_a_picture_is_trained_on_or_held_out_and_its_content_decides(root: Path, tmp_path: Path) -> None:
+def test_an_image_is_trained_on_or_held_out_and_its_content_decides(root: Path, tmp_path: Path) -> None:
     (whole,) = build(tmp_path, entry(root, crop=False))
     trained, held = hold_out([whole], 0.25)
     assert (trained.kind, held.kind, held.id) == ("image", "eval", "things.holdout")
@@ -52,10 +52,10 @@ def test_a_picture_is_trained_on_or_held_out_and_its_content_decides(root: Path,
     assert digests(hold_out([renamed], 0.25)[1]) == digests(held)
 
 
-def test_added_pictures_change_nothing_for_the_others(root: Path, tmp_path: Path) -> None:
+def test_added_images_change_nothing_for_the_others(root: Path, tmp_path: Path) -> None:
     _, held = hold_out(build(tmp_path, entry(root)), 0.25)
     old = digests(build(tmp_path, entry(root))[0])
-    write_pictures(root, range(40, 80))
+    write_images(root, range(40, 80))
     _, later = hold_out(build(tmp_path, entry(root)), 0.25)
     assert digests(later) & old == digests(held)
     assert digests(later) > digests(held)
@@ -63,9 +63,9 @@ def test_added_pictures_change_nothing_for_the_others(root: Path, tmp_path: Path
 
 def test_what_is_held_out_is_in_no_batch_of_any_epoch(root: Path, tmp_path: Path) -> None:
     aspects = [{"aspect_bucket": 1.0}, {"aspect_bucket": 0.5}]
-    drawn_anew = {"crop_aspect": "random", "crop_aspect_buckets": aspects, "vae_cache_clear_each_epoch": True}
+    resampled = {"crop_aspect": "random", "crop_aspect_buckets": aspects, "vae_cache_clear_each_epoch": True}
     datasets = build(
-        tmp_path, entry(root), entry(root, "anew", **drawn_anew), entry(root, "prior", is_regularisation_data=True)
+        tmp_path, entry(root), entry(root, "anew", **resampled), entry(root, "prior", is_regularisation_data=True)
     )
     *trained, held, held_anew = hold_out(datasets, 0.25)
     assert [dataset.id for dataset in trained] == ["things", "anew", "prior"]
@@ -82,14 +82,14 @@ def test_what_is_held_out_is_in_no_batch_of_any_epoch(root: Path, tmp_path: Path
 
 
 def test_a_share_that_holds_out_nothing_or_everything_is_refused_with_one_that_does(tmp_path: Path) -> None:
-    datasets = build(tmp_path, entry(write_pictures(tmp_path / "few", range(2))))
+    datasets = build(tmp_path, entry(write_images(tmp_path / "few", range(2))))
     with pytest.raises(DataError) as caught:
         hold_out(datasets, 1e-9)
     (problem,) = caught.value.problems
     assert problem.key == "eval_holdout"
     allowed = float((problem.allowed or "").split()[2])
     assert len(hold_out(datasets, allowed + 1e-4)) == 2
-    with pytest.raises(DataError, match="all pictures of dataset things"):
+    with pytest.raises(DataError, match="all images of dataset things"):
         hold_out(datasets, 0.999999)
 
 

@@ -20,8 +20,8 @@ from simpletuner.data.backends.local import LocalBackend
 from simpletuner.data.captioned import caption_warnings
 from simpletuner.data.index import Catalogue, Index
 from simpletuner.errors import DataError
+from tests.unit.data.images import tree_digest, write_image
 from tests.unit.data.odd_files import NO_HEIF
-from tests.unit.data.pictures import tree_digest, write_picture
 
 
 class Counting(LocalBackend):
@@ -48,10 +48,10 @@ class Shuffled(LocalBackend):
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    root = tmp_path / "pictures"
+    root = tmp_path / "images"
     for number in range(5):
-        write_picture(root / f"p{number}.png", 64 + number, 48, seed=number)
-    write_picture(root / "sub" / "p0.png", 32, 32, seed=9)
+        write_image(root / f"p{number}.png", 64 + number, 48, seed=number)
+    write_image(root / "sub" / "p0.png", 32, 32, seed=9)
     return root
 
 
@@ -64,12 +64,12 @@ def scan(root: Path, tmp_path: Path) -> tuple[Index, Catalogue, list[str]]:
 
 
 def paths(index: Index, catalogue: Catalogue) -> list[str]:
-    return [row.path for row in index.pictures(catalogue.ids.tolist())]
+    return [row.path for row in index.images(catalogue.ids.tolist())]
 
 
-def test_pictures_come_in_the_order_of_their_paths_bytes(folder: Path, tmp_path: Path) -> None:
+def test_images_come_in_the_order_of_their_paths_bytes(folder: Path, tmp_path: Path) -> None:
     for name in ("Z.png", "ä.png", "a.jpg", "-dash.png", "new\nline.png", "%s 'quote'.png"):
-        write_picture(folder / name)
+        write_image(folder / name)
     index, catalogue, _ = scan(folder, tmp_path)
     found = paths(index, catalogue)
     assert len(found) == 12
@@ -78,7 +78,7 @@ def test_pictures_come_in_the_order_of_their_paths_bytes(folder: Path, tmp_path:
 
 def test_sizes_and_digests_are_those_of_the_files(folder: Path, tmp_path: Path) -> None:
     index, catalogue, _ = scan(folder, tmp_path)
-    row = index.pictures([int(catalogue.ids[2])])[0]
+    row = index.images([int(catalogue.ids[2])])[0]
     expected = subprocess.run(["sha256sum", folder / "p2.png"], capture_output=True, text=True, check=True).stdout
     assert (row.path, row.height, row.width, row.digest) == ("p2.png", 48, 66, expected.split()[0])
 
@@ -88,25 +88,25 @@ def test_a_second_scan_reads_nothing(folder: Path, tmp_path: Path) -> None:
     assert len(opened) == 6
     _, second, opened = scan(folder, tmp_path)
     assert opened == []
-    assert second.pictures_digest == first.pictures_digest
+    assert second.images_digest == first.images_digest
     assert second.ids.tolist() == first.ids.tolist()
 
 
 def test_the_order_of_listing_does_not_matter(folder: Path, tmp_path: Path) -> None:
     _, straight, _ = scan(folder, tmp_path)
     backwards = Index(tmp_path / "other.sqlite", Shuffled(folder)).scan()
-    assert backwards.pictures_digest == straight.pictures_digest
+    assert backwards.images_digest == straight.images_digest
 
 
 def test_only_what_changed_is_read_again(folder: Path, tmp_path: Path) -> None:
     _, before, _ = scan(folder, tmp_path)
-    write_picture(folder / "p1.png", 70, 70, seed=77)
-    write_picture(folder / "new.png")
+    write_image(folder / "p1.png", 70, 70, seed=77)
+    write_image(folder / "new.png")
     (folder / "p3.png").unlink()
     index, after, opened = scan(folder, tmp_path)
     assert opened == ["new.png", "p1.png"]
     assert paths(index, after) == ["new.png", "p0.png", "p1.png", "p2.png", "p4.png", "sub/p0.png"]
-    assert after.pictures_digest != before.pictures_digest
+    assert after.images_digest != before.images_digest
 
 
 def test_other_bytes_of_equal_size_and_time_are_seen(folder: Path, tmp_path: Path) -> None:
@@ -121,7 +121,7 @@ def test_other_bytes_of_equal_size_and_time_are_seen(folder: Path, tmp_path: Pat
     assert path.stat().st_mtime_ns == status.st_mtime_ns
     _, after, opened = scan(folder, tmp_path)
     assert opened == ["p1.png"]
-    assert after.pictures_digest != before.pictures_digest
+    assert after.images_digest != before.images_digest
 
 
 def test_a_removed_folder_leaves_the_order_of_the_rest(folder: Path, tmp_path: Path) -> None:
@@ -132,19 +132,19 @@ def test_a_removed_folder_leaves_the_order_of_the_rest(folder: Path, tmp_path: P
     assert paths(index, catalogue) == ["p0.png", "p1.png", "p2.png", "p3.png", "p4.png"]
 
 
-def test_a_run_that_began_before_a_change_keeps_its_pictures(folder: Path, tmp_path: Path) -> None:
+def test_a_run_that_began_before_a_change_keeps_its_images(folder: Path, tmp_path: Path) -> None:
     running, catalogue, _ = scan(folder, tmp_path)
-    before = running.pictures(catalogue.ids.tolist())
-    write_picture(folder / "p1.png", 70, 70, seed=77)
+    before = running.images(catalogue.ids.tolist())
+    write_image(folder / "p1.png", 70, 70, seed=77)
     (folder / "p2.png").unlink()
     scan(folder, tmp_path)
-    assert running.pictures(catalogue.ids.tolist()) == before
+    assert running.images(catalogue.ids.tolist()) == before
 
 
-def test_same_stem_and_other_extension_are_two_pictures(tmp_path: Path) -> None:
-    root = tmp_path / "pictures"
-    write_picture(root / "a.png", seed=1)
-    write_picture(root / "a.jpg", seed=2)
+def test_same_stem_and_other_extension_are_two_images(tmp_path: Path) -> None:
+    root = tmp_path / "images"
+    write_image(root / "a.png", seed=1)
+    write_image(root / "a.jpg", seed=2)
     (root / "a.txt").write_text("one caption for both")
     index, catalogue, _ = scan(root, tmp_path)
     assert paths(index, catalogue) == ["a.jpg", "a.png"]
@@ -163,10 +163,10 @@ def test_caption_files_are_found_changed_and_removed(folder: Path, tmp_path: Pat
     assert opened == ["p0.txt"]
     assert index.texts(after.texts.tolist()) == ["second", None, None, None, None, None]
     assert after.texts_digest != before.texts_digest
-    assert after.pictures_digest == before.pictures_digest
+    assert after.images_digest == before.images_digest
 
 
-def test_files_that_cannot_be_used_are_set_aside_and_never_touched(folder: Path, tmp_path: Path) -> None:
+def test_files_that_cannot_be_used_are_skipped_and_never_touched(folder: Path, tmp_path: Path) -> None:
     (folder / "text.png").write_text("hello")
     (folder / "zero.jpg").write_bytes(b"")
     (folder / "cut.png").write_bytes((folder / "p0.png").read_bytes()[:500])
@@ -175,16 +175,16 @@ def test_files_that_cannot_be_used_are_set_aside_and_never_touched(folder: Path,
     os.mkfifo(folder / "pipe.png")
     (folder / "sub" / "loop").symlink_to("..")
     (folder / "folder.png").mkdir()
-    (folder / "notes.md").write_text("not a picture, and not named like one")
+    (folder / "notes.md").write_text("not an image, and not named like one")
     (folder / "._p0.png").write_bytes(b"resource fork")
     before = tree_digest(folder)
     index, catalogue, _ = scan(folder, tmp_path)
     assert len(catalogue) == 6
-    assert index.num_pictures() == 12
-    aside = index.set_aside()
+    assert index.num_images() == 12
+    aside = index.skipped()
     assert sum(aside.counts.values()) == 6
     by_path = {path: reason for reason, examples in aside.examples.items() for path in examples}
-    assert "not a picture" in by_path["text.png"]
+    assert "not an image" in by_path["text.png"]
     assert "empty" in by_path["zero.jpg"]
     assert "damaged" in by_path["cut.png"]
     assert re.search(NO_HEIF, by_path["phone.heic"])
@@ -197,21 +197,21 @@ def test_files_that_cannot_be_used_are_set_aside_and_never_touched(folder: Path,
 def test_links_that_lead_out_are_counted_and_followed_only_where_the_dataset_says_so(
     folder: Path, tmp_path: Path
 ) -> None:
-    elsewhere = write_picture(tmp_path / "elsewhere" / "q.png", seed=5).parent
+    elsewhere = write_image(tmp_path / "elsewhere" / "q.png", seed=5).parent
     (elsewhere / "secret.txt").write_text("a secret")
     (folder / "linked.png").symlink_to(elsewhere / "q.png")
     (folder / "p0.txt").symlink_to(elsewhere / "secret.txt")
     (folder / "linked").symlink_to(elsewhere)
     (folder / "again").symlink_to(elsewhere)
     (folder / "inside.png").symlink_to("sub/p0.png")
-    (folder / "up.png").symlink_to("../pictures/sub/../../elsewhere/q.png")
+    (folder / "up.png").symlink_to("../images/sub/../../elsewhere/q.png")
     backend = Counting(folder)
     index = Index(tmp_path / "index.sqlite", backend)
     catalogue = index.scan()
     found = paths(index, catalogue)
     assert found == ["inside.png", *(f"p{number}.png" for number in range(5)), "sub/p0.png"]
     assert not [path for path in backend.opened if b"q.png" in path or b".txt" in path]
-    aside = index.set_aside(with_texts=True)
+    aside = index.skipped(with_texts=True)
     reason = "a link that leads out of the dataset's folder (follow_outside_links: true follows it)"
     assert aside.counts == {reason: 2, f"folder: {reason}": 2, f"caption file: {reason}": 1}
     with pytest.raises(UnusableFile, match="leads out"):  # also where it is put there after the scan
@@ -228,12 +228,12 @@ def test_links_that_lead_out_are_counted_and_followed_only_where_the_dataset_say
 
 def test_a_snapshot_of_the_hub_links_to_its_own_blobs(tmp_path: Path) -> None:
     repository = tmp_path / "hub" / "datasets--ann--stars"
-    blob = write_picture(repository / "blobs" / "abc.png")
+    blob = write_image(repository / "blobs" / "abc.png")
     blob.rename(repository / "blobs" / "abc")
     snapshot = repository / "snapshots" / "0123" / "images"
     snapshot.mkdir(parents=True)
     (snapshot / "a.png").symlink_to("../../../blobs/abc")
-    (snapshot / "b.png").symlink_to(write_picture(tmp_path / "hub" / "other.png"))
+    (snapshot / "b.png").symlink_to(write_image(tmp_path / "hub" / "other.png"))
     for root in (snapshot, snapshot.parent):
         index = Index(tmp_path / f"{root.name}.sqlite", LocalBackend(root))
         assert [Path(path).name for path in paths(index, index.scan())] == ["a.png"]
@@ -249,15 +249,15 @@ def test_files_that_are_too_large_are_not_read(folder: Path, tmp_path: Path) -> 
     index, catalogue, _ = scan(folder, tmp_path)
     assert time.monotonic() - started < 5
     assert len(catalogue) == 6
-    assert index.set_aside(with_texts=True).examples == {
+    assert index.skipped(with_texts=True).examples == {
         "larger than 512 MiB": ["huge.png"],
         "caption file: larger than 976.6 KiB": ["huge.txt"],
     }
 
 
 def test_a_name_that_is_not_text_works(tmp_path: Path) -> None:
-    root = tmp_path / "pictures"
-    data = write_picture(root / "p.png").read_bytes()
+    root = tmp_path / "images"
+    data = write_image(root / "p.png").read_bytes()
     name = os.fsencode(root) + b"/caf\xe9.png"
     Path(os.fsdecode(name)).write_bytes(data)
     index, catalogue, _ = scan(root, tmp_path)
@@ -269,7 +269,7 @@ def test_a_file_without_permission_is_tried_again(folder: Path, tmp_path: Path) 
     (folder / "p0.png").chmod(0)
     index, catalogue, _ = scan(folder, tmp_path)
     assert len(catalogue) == 5
-    assert "cannot be read: Permission denied" in index.set_aside().counts
+    assert "cannot be read: Permission denied" in index.skipped().counts
     (folder / "p0.png").chmod(0o600)
     assert len(scan(folder, tmp_path)[1]) == 6
 
@@ -283,7 +283,7 @@ def test_a_passing_fault_is_tried_again_at_the_next_scan(folder: Path, tmp_path:
 
     index = Index(tmp_path / "index.sqlite", Faulty(folder))
     assert len(index.scan()) == 5
-    assert index.set_aside().counts == {"cannot be read: Permission denied": 1}
+    assert index.skipped().counts == {"cannot be read: Permission denied": 1}
     index.close()
     _, catalogue, opened = scan(folder, tmp_path)
     assert opened == ["p1.png"]
@@ -302,9 +302,9 @@ def test_another_decoder_looks_again_at_what_failed(
 
 
 def test_a_killed_scan_goes_on_where_it_stopped(tmp_path: Path) -> None:
-    root = tmp_path / "pictures"
+    root = tmp_path / "images"
     for number in range(100):
-        write_picture(root / f"p{number:03d}.png", 16, 16, seed=number)
+        write_image(root / f"p{number:03d}.png", 16, 16, seed=number)
     program = textwrap.dedent(
         """
         import os, signal, sys
@@ -324,17 +324,17 @@ def test_a_killed_scan_goes_on_where_it_stopped(tmp_path: Path) -> None:
     assert len(catalogue) == 100
     assert 0 < len(opened) < 70
     whole = Index(tmp_path / "whole.sqlite", LocalBackend(root)).scan()
-    assert catalogue.pictures_digest == whole.pictures_digest
+    assert catalogue.images_digest == whole.images_digest
 
 
-def test_a_damaged_index_is_made_anew(folder: Path, tmp_path: Path) -> None:
+def test_a_damaged_index_is_made_again(folder: Path, tmp_path: Path) -> None:
     scan(folder, tmp_path)[0].close()
     (tmp_path / "index.sqlite").write_bytes(b"this is no database" * 1000)
     _, catalogue, opened = scan(folder, tmp_path)
     assert (len(catalogue), len(opened)) == (6, 6)
 
 
-def test_an_index_of_another_version_is_made_anew(folder: Path, tmp_path: Path) -> None:
+def test_an_index_of_another_version_is_made_again(folder: Path, tmp_path: Path) -> None:
     scan(folder, tmp_path)[0].close()
     database = sqlite3.connect(tmp_path / "index.sqlite")
     database.execute("PRAGMA user_version = 999")
@@ -354,13 +354,13 @@ def test_two_scans_at_once_agree(folder: Path, tmp_path: Path) -> None:
     program = (
         "import sys; from pathlib import Path; from simpletuner.data.backends.local import LocalBackend; "
         "from simpletuner.data.index import Index; "
-        "print(Index(Path(sys.argv[2]), LocalBackend(sys.argv[1])).scan().pictures_digest)"
+        "print(Index(Path(sys.argv[2]), LocalBackend(sys.argv[1])).scan().images_digest)"
     )
     command = [sys.executable, "-c", program, str(folder), str(tmp_path / "index.sqlite")]
     both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     printed = [process.communicate()[0] for process in both]
     assert [process.returncode for process in both] == [0, 0]
-    assert printed[0] == printed[1] == scan(folder, tmp_path)[1].pictures_digest + "\n"
+    assert printed[0] == printed[1] == scan(folder, tmp_path)[1].images_digest + "\n"
 
 
 def test_a_file_that_changes_while_it_is_read_is_not_believed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -380,7 +380,7 @@ def test_a_file_that_changes_while_it_is_read_is_not_believed(folder: Path, monk
     assert len(calls) == 4
 
 
-def test_captions_in_other_encodings_are_noted_or_set_aside_with_their_place(folder: Path, tmp_path: Path) -> None:
+def test_captions_in_other_encodings_are_noted_or_skipped_with_their_place(folder: Path, tmp_path: Path) -> None:
     (folder / "p0.txt").write_bytes("a dog\u2019s nose".encode("cp1252"))
     (folder / "p1.txt").write_bytes("собака на траве".encode("cp1251"))
     (folder / "p2.txt").write_bytes("a dog".encode("utf-16-le"))
@@ -393,7 +393,7 @@ def test_captions_in_other_encodings_are_noted_or_set_aside_with_their_place(fol
     assert notes == {"a name that is not UTF-8, read as cp1252": (os.fsdecode(b"caf\xe9.png"),)}
     (warning,) = caption_warnings("things", index)
     assert warning.startswith("things: 1 with a caption file that is not UTF-8, read as cp1252 (p0.txt): ")
-    reasons = {path: reason for reason, (path,) in index.set_aside(with_texts=True).examples.items()}
+    reasons = {path: reason for reason, (path,) in index.skipped(with_texts=True).examples.items()}
     assert "is not UTF-8 text: line 1, byte 1 (0xf1)" in reasons["p1.txt"]
     assert "NUL character in line 1" in reasons["p2.txt"]
 

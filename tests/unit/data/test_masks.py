@@ -1,4 +1,4 @@
-"""Masks are cut as their pictures are, pixel by pixel, and belong to them by path."""
+"""Masks are cut as their images are, pixel by pixel, and belong to them by path."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from simpletuner.batch import Crop
 from simpletuner.config.datasets import ConditioningDataset, ImageDataset
 from simpletuner.data.datasets import build_datasets
 from simpletuner.data.masks import average_down
-from simpletuner.data.transforms import UnusablePicture, load_mask
+from simpletuner.data.transforms import UnusableImage, load_mask
 from simpletuner.errors import DataError
 from simpletuner.models.omnigen.spec import OMNIGEN
-from tests.unit.data.pictures import options
+from tests.unit.data.images import options
 
 
 def save(path: Path, values: np.ndarray) -> Path:
@@ -28,19 +28,19 @@ def save(path: Path, values: np.ndarray) -> Path:
 
 
 def grey_noise(height: int, width: int, seed: int) -> np.ndarray:
-    """(H, W) noise; as RGB all three channels are equal, so that a picture's values are those of the mask."""
+    """(H, W) noise; as RGB all three channels are equal, so that an image's values are those of the mask."""
     return np.random.default_rng(seed).integers(0, 256, (height, width), np.uint8)
 
 
 @pytest.fixture
 def folders(tmp_path: Path) -> tuple[Path, Path]:
-    """Pictures, and masks that are the same pictures."""
-    pictures, masks = tmp_path / "pictures", tmp_path / "masks"
+    """Images, and masks that are the same images."""
+    images, masks = tmp_path / "images", tmp_path / "masks"
     for number, (height, width) in enumerate([(64, 64), (64, 100), (120, 64), (64, 64)]):
         values = grey_noise(height, width, number)
-        save(pictures / f"sub/a_{number}.png", np.stack([values] * 3, axis=-1))
+        save(images / f"sub/a_{number}.png", np.stack([values] * 3, axis=-1))
         save(masks / f"sub/a_{number}.png", values)
-    return pictures, masks
+    return images, masks
 
 
 ONE_CAPTION = {"caption_strategy": "instanceprompt", "instance_prompt": "a thing"}
@@ -67,18 +67,18 @@ def build(folders: tuple[Path, Path], tmp_path: Path, kind: str = "mask", **chan
         {"crop_style": "random", "random_flip": True, "vae_cache_clear_each_epoch": True},
     ],
 )
-def test_a_mask_that_is_the_picture_is_cut_to_the_same_pixels(folders, tmp_path: Path, changes) -> None:
+def test_a_mask_that_is_the_image_is_cut_to_the_same_pixels(folders, tmp_path: Path, changes) -> None:
     """No side needs resizing here, so a cut one pixel off would show in every value."""
     dataset = build(folders, tmp_path, **changes)
     assert dataset.masks is not None
     for round_number in range(3):
         for position, sample in enumerate(dataset.samples.take(range(4), round_number)):
-            picture = (dataset.read_pixels(sample)[:1] + 1) / 2
+            image = (dataset.read_pixels(sample)[:1] + 1) / 2
             mask = dataset.masks.pixels(position, sample)
-            torch.testing.assert_close(mask, picture, atol=1e-6, rtol=0)
+            torch.testing.assert_close(mask, image, atol=1e-6, rtol=0)
 
 
-def test_a_mask_of_half_the_size_serves_its_picture(folders, tmp_path: Path) -> None:
+def test_a_mask_of_half_the_size_serves_its_image(folders, tmp_path: Path) -> None:
     wide = np.zeros((32, 50), np.uint8)
     wide[:, 25:] = 255
     save(folders[1] / "sub/a_1.png", wide)
@@ -155,29 +155,29 @@ def test_missing_masks_are_listed(folders, tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
         build(folders, tmp_path)
     text = str(caught.value)
-    assert "data.json: things.conditioning_data: 2 of 4 pictures have no mask" in text
+    assert "data.json: things.conditioning_data: 2 of 4 images have no mask" in text
     assert "sub/a_0.png, sub/a_2.png" in text
 
 
 def test_of_many_missing_masks_the_first_ten_are_listed(tmp_path: Path) -> None:
     for number in range(14):
-        save(tmp_path / f"pictures/{number:02d}.png", grey_noise(64, 64, number))
+        save(tmp_path / f"images/{number:02d}.png", grey_noise(64, 64, number))
     save(tmp_path / "masks/13.png", grey_noise(64, 64, 1))
-    with pytest.raises(DataError, match=r"13 of 14 pictures have no mask .*: 00\.png, .*09\.png, \.\.\."):
-        build((tmp_path / "pictures", tmp_path / "masks"), tmp_path)
+    with pytest.raises(DataError, match=r"13 of 14 images have no mask .*: 00\.png, .*09\.png, \.\.\."):
+        build((tmp_path / "images", tmp_path / "masks"), tmp_path)
 
 
 def test_two_masks_that_could_be_meant_are_none(folders, tmp_path: Path) -> None:
     (folders[1] / "sub/a_0.png").rename(folders[1] / "sub/a_0.webp.gif.bmp")
     for suffix in (".bmp", ".webp"):
         save(folders[1] / f"sub/a_0{suffix}", grey_noise(64, 64, 0))
-    with pytest.raises(DataError, match=r"1 of 4 pictures have no mask"):
+    with pytest.raises(DataError, match=r"1 of 4 images have no mask"):
         build(folders, tmp_path)
 
 
 def test_a_mask_of_another_shape_is_no_mask(folders, tmp_path: Path) -> None:
     save(folders[1] / "sub/a_0.png", grey_noise(64, 96, 0))
-    with pytest.raises(DataError, match=r"1 of 4 pictures have a mask of another shape.*sub/a_0\.png"):
+    with pytest.raises(DataError, match=r"1 of 4 images have a mask of another shape.*sub/a_0\.png"):
         build(folders, tmp_path)
 
 
@@ -216,7 +216,7 @@ def test_16_bit_brightness_is_not_rounded_to_8_bits(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("data", [png_of_16_bit_colours(1), b"P6 2 2 65535\n" + b"\0\1" * 12], ids=["png", "ppm"])
 def test_16_bit_colours_that_lose_their_labels_are_refused_as_a_segmentation(data: bytes) -> None:
-    with pytest.raises(UnusablePicture, match="16-bit colours are read with 8 bits"):
+    with pytest.raises(UnusableImage, match="16-bit colours are read with 8 bits"):
         load_mask(data, WHOLE, binary=True)
 
 
@@ -230,22 +230,22 @@ def blacken(folders: tuple[Path, Path], *names: str, columns: slice = slice(None
 
 
 def test_an_image_whose_mask_is_black_is_named(folders, tmp_path: Path) -> None:
-    assert build(folders, tmp_path).funnel.warnings == ()
+    assert build(folders, tmp_path).filter_report.warnings == ()
     blacken(folders, "a_2.png")
-    (warning,) = build(folders, tmp_path).funnel.warnings
+    (warning,) = build(folders, tmp_path).filter_report.warnings
     assert warning == (
         "things: 1 of 4 images have a mask that leaves nothing inside the crop and are not trained on: sub/a_2.png"
     )
-    assert build(folders, tmp_path).funnel.warnings == (warning,)  # from what was kept
+    assert build(folders, tmp_path).filter_report.warnings == (warning,)  # from what was kept
 
 
 def test_a_mask_that_marks_only_what_is_cut_off_is_named(folders, tmp_path: Path) -> None:
     # 64 x 100, cut in the centre to columns 18 .. 81: what is left of the mask is outside.
     blacken(folders, "a_1.png", columns=slice(18, 82))
-    assert "sub/a_1.png" in build(folders, tmp_path).funnel.warnings[0]
-    assert build(folders, tmp_path, crop=False).funnel.warnings == ()
+    assert "sub/a_1.png" in build(folders, tmp_path).filter_report.warnings[0]
+    assert build(folders, tmp_path, crop=False).filter_report.warnings == ()
     moving = {"crop_style": "random", "vae_cache_clear_each_epoch": True}
-    assert build(folders, tmp_path, **moving).funnel.warnings == ()
+    assert build(folders, tmp_path, **moving).filter_report.warnings == ()
 
 
 def test_masks_that_leave_nothing_of_any_image_are_an_error(folders, tmp_path: Path) -> None:
@@ -257,7 +257,7 @@ def test_masks_that_leave_nothing_of_any_image_are_an_error(folders, tmp_path: P
     assert "sub/a_0.png, sub/a_1.png" in text
 
 
-def test_a_mask_is_mirrored_with_its_picture_whichever_was_asked_for_first(folders, tmp_path: Path) -> None:
+def test_a_mask_is_mirrored_with_its_image_whichever_was_asked_for_first(folders, tmp_path: Path) -> None:
     dataset = build(folders, tmp_path)
     sample = dataset.samples[0]
     plain, mirrored = (dataset.masks.weights(0, each, (8, 8)) for each in (sample, sample.mirrored()))

@@ -1,4 +1,4 @@
-"""Reference pictures belong to their pictures by path, and are cut with them or keep their own shape."""
+"""Reference images belong to their images by path, and are cut with them or keep their own shape."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from simpletuner.batch import Crop
 from simpletuner.config.datasets import ConditioningDataset, ImageDataset
 from simpletuner.data.datasets import build_datasets
 from simpletuner.data.references import ReferenceRules, plan_reference
-from simpletuner.data.report import SET_ASIDE_FILE, write_report
+from simpletuner.data.report import SKIPPED_FILE, write_report
 from simpletuner.errors import DataError
 from simpletuner.models.omnigen.spec import OMNIGEN
-from tests.unit.data.pictures import options, write_picture
+from tests.unit.data.images import options, write_image
 
 
 def build(root: Path, kind: str = "reference_strict", folders: tuple[str, ...] = ("sources",), **changes):
@@ -29,12 +29,10 @@ def build(root: Path, kind: str = "reference_strict", folders: tuple[str, ...] =
 
 @pytest.fixture
 def pairs(tmp_path: Path) -> Path:
-    """Targets, and sources that are the same pictures, one of them as another kind of file."""
+    """Targets, and sources that are the same images, one of them as another kind of file."""
     for number, (width, height) in enumerate([(64, 64), (100, 64), (64, 120)]):
-        write_picture(tmp_path / f"targets/sub/a_{number}.png", width, height, seed=number)
-        write_picture(
-            tmp_path / f"sources/sub/a_{number}.{'bmp' if number == 1 else 'png'}", width, height, seed=number
-        )
+        write_image(tmp_path / f"targets/sub/a_{number}.png", width, height, seed=number)
+        write_image(tmp_path / f"sources/sub/a_{number}.{'bmp' if number == 1 else 'png'}", width, height, seed=number)
     return tmp_path
 
 
@@ -46,7 +44,7 @@ def pairs(tmp_path: Path) -> Path:
         {"crop_style": "random", "random_flip": True, "vae_cache_clear_each_epoch": True},
     ],
 )
-def test_a_strict_reference_that_is_the_picture_is_cut_to_the_same_pixels(pairs: Path, changes) -> None:
+def test_a_strict_reference_that_is_the_image_is_cut_to_the_same_pixels(pairs: Path, changes) -> None:
     """No side needs resizing here, so a cut one pixel off, or the other side up, would show."""
     dataset = build(pairs, **changes)
     flips = set()
@@ -68,7 +66,7 @@ def test_both_versions_of_a_mirrored_pair_are_kept(pairs: Path) -> None:
 
 def test_several_references_come_in_the_order_in_which_they_are_named(pairs: Path) -> None:
     for number in range(3):
-        write_picture(pairs / f"styles/sub/a_{number}.png", 48, 32, seed=10 + number)
+        write_image(pairs / f"styles/sub/a_{number}.png", 48, 32, seed=10 + number)
     dataset = build(pairs, "reference_loose", ("styles", "sources"))
     assert [each.dataset_id for each in dataset.samples[0].references] == ["styles", "sources"]
     assert [each.path for each in dataset.samples[1].references] == ["sub/a_1.png", "sub/a_1.bmp"]
@@ -98,22 +96,22 @@ def test_a_loose_reference_fits_the_longest_side_of_the_family() -> None:
     assert (crop.height, crop.width) == (16, 1024)
 
 
-def test_a_picture_without_a_reference_is_set_aside_with_the_reason(pairs: Path) -> None:
-    write_picture(pairs / "targets/alone.png")
-    write_picture(pairs / "targets/torn.png")
-    (pairs / "sources/torn.png").write_bytes(b"no picture")
-    write_picture(pairs / "targets/square.png")
-    write_picture(pairs / "sources/square.png", 64, 128)
+def test_an_image_without_a_reference_is_skipped_with_the_reason(pairs: Path) -> None:
+    write_image(pairs / "targets/alone.png")
+    write_image(pairs / "targets/torn.png")
+    (pairs / "sources/torn.png").write_bytes(b"no image")
+    write_image(pairs / "targets/square.png")
+    write_image(pairs / "sources/square.png", 64, 128)
     dataset = build(pairs)
     assert [sample.path for sample in dataset.samples] == ["sub/a_0.png", "sub/a_1.png", "sub/a_2.png"]
-    write_report(pairs, [dataset.funnel])
-    lines = [json.loads(line) for line in (pairs / SET_ASIDE_FILE).read_text().splitlines()]
-    told = {(line["path"], line["reason"].split(" (")[0]) for line in lines}
-    assert told == {
-        ("alone.png", "no reference picture in sources"),
-        ("torn.png", "no reference picture in sources"),
-        ("torn.png", "reference picture in sources: not a picture, or of a format that is not read"),
-        ("square.png", "its reference picture in sources has another shape"),
+    write_report(pairs, [dataset.filter_report])
+    lines = [json.loads(line) for line in (pairs / SKIPPED_FILE).read_text().splitlines()]
+    reported = {(line["path"], line["reason"].split(" (")[0]) for line in lines}
+    assert reported == {
+        ("alone.png", "no reference image in sources"),
+        ("torn.png", "no reference image in sources"),
+        ("torn.png", "reference image in sources: not an image, or of a format that is not read"),
+        ("square.png", "its reference image in sources has another shape"),
     }
     assert len(build(pairs, "reference_loose").samples) == 4
 
@@ -121,7 +119,7 @@ def test_a_picture_without_a_reference_is_set_aside_with_the_reason(pairs: Path)
 def test_no_pair_at_all_ends_the_start(pairs: Path) -> None:
     for path in (pairs / "sources/sub").iterdir():
         path.unlink()
-    with pytest.raises(DataError, match=r"none of the 3 pictures .* 3 x no reference picture in sources"):
+    with pytest.raises(DataError, match=r"none of the 3 images .* 3 x no reference image in sources"):
         build(pairs)
 
 
@@ -129,5 +127,5 @@ def test_the_fingerprint_knows_the_references(pairs: Path) -> None:
     first = build(pairs).fingerprint
     assert build(pairs).fingerprint == first
     assert build(pairs, "reference_loose").fingerprint != first
-    write_picture(pairs / "sources/sub/a_0.png", 64, 64, seed=99)
+    write_image(pairs / "sources/sub/a_0.png", 64, 64, seed=99)
     assert build(pairs).fingerprint != first

@@ -153,7 +153,7 @@ def test_a_thousand_repeats_cost_no_memory() -> None:
     assert peak < 1_000_000  # two permutations of 10 000 are 160 kB; ten million occurrences would be 80 MB
 
 
-def test_one_picture_with_repeats_fills_batches() -> None:
+def test_one_image_with_repeats_fills_batches() -> None:
     plan = Sampler([Fake("a", {(64, 64): 1}, repeats=9)], 4, seed=1).batch(0, 0)
     assert plan.sample_indices == (0, 0, 0, 0)
 

@@ -49,7 +49,7 @@ def walk(sampler: Sampler, num_steps: int, accumulation: int = 1) -> list[list[B
 
 @pytest.mark.parametrize("probability", [0.1, 0.25, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0, 3.3])
 def test_each_epoch_holds_the_share_of_a_dataset_within_one_batch(probability: float) -> None:
-    # 40 pictures in two buckets of 20, batches of 3: 7 + 7 = 14 batches in a round.
+    # 40 images in two buckets of 20, batches of 3: 7 + 7 = 14 batches in a round.
     sampler = Sampler([Fake("a", 40, Schedule(probability)), Fake("b", 30)], 3, seed=1)
     taken = 0
     for epoch in range(20):
@@ -60,7 +60,7 @@ def test_each_epoch_holds_the_share_of_a_dataset_within_one_batch(probability: f
         assert sum(plan.dataset_id == "b" for plan in epoch_of(sampler, epoch)) == 10
 
 
-def test_with_a_probability_of_a_quarter_four_epochs_show_each_picture_once() -> None:
+def test_with_a_probability_of_a_quarter_four_epochs_show_each_image_once() -> None:
     sampler = Sampler([Fake("a", 40, Schedule(0.25))], 3, seed=1)
     seen = Counter(index for epoch in range(4) for plan in epoch_of(sampler, epoch) for index in plan.sample_indices)
     assert seen == dict.fromkeys(range(40), 1)
@@ -70,7 +70,7 @@ def test_with_a_probability_of_a_quarter_four_epochs_show_each_picture_once() ->
     assert again == seen
 
 
-def test_a_probability_of_two_shows_each_picture_twice_in_rounds_of_their_own() -> None:
+def test_a_probability_of_two_shows_each_image_twice_in_rounds_of_their_own() -> None:
     sampler = Sampler([Fake("a", 40, Schedule(2), repeats=1)], 3, seed=1)
     plans = epoch_of(sampler, 0)
     assert {plan.round_number for plan in plans} == {0, 1}
@@ -155,10 +155,10 @@ def test_a_dataset_has_a_batch_size_of_its_own() -> None:
     assert Counter((plan.dataset_id, len(plan.sample_indices)) for plan in plans) == {("a", 1): 12, ("b", 3): 4}
 
 
-def test_short_batches_are_filled_with_pictures_that_count_where_that_is_asked_for() -> None:
+def test_short_batches_are_filled_with_images_that_count_where_that_is_asked_for() -> None:
     plans = epoch_of(Sampler([Fake("a", 5)], 4, seed=1, fills_batches=True), 0)
     assert [(len(plan.sample_indices), plan.num_real) for plan in plans] == [(4, 4)] * 2
-    for plan in plans:  # a bucket of 2 and one of 3: nothing but its own pictures
+    for plan in plans:  # a bucket of 2 and one of 3: nothing but its own images
         assert set(plan.sample_indices) == ({0, 1} if plan.size == (64, 64) else {2, 3, 4})
 
 
@@ -176,14 +176,14 @@ def test_epochs_without_a_batch_are_passed_over() -> None:
 
 
 def test_mixed_evenly_a_small_dataset_comes_as_often_as_a_large_one() -> None:
-    # Batches of 2: 60 and 4 pictures in two buckets each are 30 and 2 batches; 32 in an epoch, 16 of each.
+    # Batches of 2: 60 and 4 images in two buckets each are 30 and 2 batches; 32 in an epoch, 16 of each.
     sampler = Sampler([Fake("large", 60), Fake("small", 4)], 2, seed=1, mixes_evenly=True)
     seen: Counter[int] = Counter()
     for epoch in range(15):
         plans = epoch_of(sampler, epoch)
         assert Counter(plan.dataset_id for plan in plans) == {"large": 16, "small": 16}
         seen.update(index for plan in plans if plan.dataset_id == "large" for index in plan.sample_indices)
-    # 15 epochs of 16 batches are exactly eight rounds: each picture has had its turns.
+    # 15 epochs of 16 batches are exactly eight rounds: each image has had its turns.
     assert set(seen.values()) == {8}
     assert len(seen) == 60
 

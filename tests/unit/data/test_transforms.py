@@ -14,7 +14,7 @@ import pytest
 from PIL import Image, ImageCms
 
 from simpletuner.batch import Crop
-from simpletuner.data.transforms import FORMATS, UnusablePicture, _Pixels, load_picture, picture_size, to_pixels
+from simpletuner.data.transforms import FORMATS, UnusableImage, _Pixels, image_size, load_image, to_pixels
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"
 
@@ -26,7 +26,7 @@ def encode(image: Image.Image, file_format: str = "PNG", **options) -> bytes:
 
 
 def one_colour(data: bytes) -> tuple[int, ...]:
-    image = load_picture(data)
+    image = load_image(data)
     assert image.mode == "RGB"
     return image.getpixel((0, 0))
 
@@ -34,11 +34,11 @@ def one_colour(data: bytes) -> tuple[int, ...]:
 @pytest.mark.parametrize("file_format", ["PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "PPM"])
 def test_each_format_is_read(file_format: str) -> None:
     data = encode(Image.new("RGB", (40, 24), (200, 40, 40)), file_format)
-    assert picture_size(data) == (24, 40)
+    assert image_size(data) == (24, 40)
     assert np.allclose(one_colour(data), (200, 40, 40), atol=6)
 
 
-def test_a_phone_picture_with_two_frames_is_read() -> None:
+def test_a_phone_image_with_two_frames_is_read() -> None:
     first, second = Image.new("RGB", (40, 24), (200, 40, 40)), Image.new("RGB", (40, 24), (0, 0, 0))
     assert np.allclose(one_colour(encode(first, "MPO", save_all=True, append_images=[second])), (200, 40, 40), atol=6)
 
@@ -47,10 +47,10 @@ def test_the_orientation_of_the_camera_is_applied_before_the_size_is_taken() -> 
     image = Image.new("RGB", (64, 48), (0, 0, 255))
     image.paste((255, 0, 0), (0, 0, 64, 8))
     exif = Image.Exif()
-    exif[0x0112] = 6  # the top of the stored picture belongs on the right
+    exif[0x0112] = 6  # the top of the stored image belongs on the right
     data = encode(image, "PNG", exif=exif)
-    assert picture_size(data) == (64, 48)
-    upright = load_picture(data)
+    assert image_size(data) == (64, 48)
+    upright = load_image(data)
     assert upright.getpixel((47, 30)) == (255, 0, 0)
     assert upright.getpixel((0, 30)) == (0, 0, 255)
 
@@ -68,34 +68,34 @@ def test_each_orientation_puts_the_four_corners_where_exif_says(tag: int, uprigh
     exif = Image.Exif()
     exif[0x0112] = tag
     data = encode(image, "PNG", exif=exif)
-    turned = load_picture(data)
+    turned = load_image(data)
     width, height = turned.size
     assert (width, height) == ((4, 2) if tag < 5 else (2, 4))
-    assert picture_size(data) == (height, width)
+    assert image_size(data) == (height, width)
     places = ((0, 0), (width - 1, 0), (0, height - 1), (width - 1, height - 1))
     assert [turned.getpixel(place) for place in places] == [colours[name] for name in upright.replace(" ", "")]
 
 
-def test_a_phone_s_heif_picture_stands_upright_and_is_turned_once() -> None:
+def test_a_phone_s_heif_image_stands_upright_and_is_turned_once() -> None:
     """64x48 of green and red over red and blue, orientation 6 in EXIF and as `irot`, as phones write it."""
     pytest.importorskip("pi_heif")
     data = (FIXTURES / "turned.heic").read_bytes()
-    assert picture_size(data) == (64, 48)
-    upright = load_picture(data)
+    assert image_size(data) == (64, 48)
+    upright = load_image(data)
     corners = [upright.getpixel(place) for place in ((4, 4), (44, 4), (4, 60), (44, 60))]
     assert np.allclose(corners, [(200, 30, 30), (20, 200, 40), (30, 40, 220), (200, 30, 30)], atol=6)
 
 
-def test_a_heif_picture_without_its_package_names_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_heif_image_without_its_package_names_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("simpletuner.data.transforms._readable_formats", lambda: FORMATS)
-    with pytest.raises(UnusablePicture, match="pip install pi-heif"):
-        picture_size((FIXTURES / "turned.heic").read_bytes())
+    with pytest.raises(UnusableImage, match="pip install pi-heif"):
+        image_size((FIXTURES / "turned.heic").read_bytes())
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_malformed_exif_is_ignored() -> None:
     data = encode(Image.new("RGB", (64, 48)), "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\x7f")
-    assert picture_size(data) == (48, 64)
+    assert image_size(data) == (48, 64)
 
 
 def test_16_bits_are_scaled_not_clipped() -> None:
@@ -161,24 +161,24 @@ def truncated(file_format: str) -> bytes:
 
 UNUSABLE = {
     "empty": (b"", "empty"),
-    "text": (b"hello, I am a picture\n", "not a picture"),
-    "zeros": (bytes(4096), "not a picture"),
-    "html": (b"<html><body>404</body></html>", "not a picture"),
-    "svg": (b'<svg xmlns="http://www.w3.org/2000/svg"/>', "not a picture"),
-    "eps": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n", "not a picture"),
-    "pdf": (b"%PDF-1.4\n", "not a picture"),
-    "png magic only": (b"\x89PNG\r\n\x1a\n", "not a picture|damaged"),
-    "jpeg magic only": (b"\xff\xd8\xff\xe0", "not a picture|damaged"),
+    "text": (b"hello, I am an image\n", "not an image"),
+    "zeros": (bytes(4096), "not an image"),
+    "html": (b"<html><body>404</body></html>", "not an image"),
+    "svg": (b'<svg xmlns="http://www.w3.org/2000/svg"/>', "not an image"),
+    "eps": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n", "not an image"),
+    "pdf": (b"%PDF-1.4\n", "not an image"),
+    "png magic only": (b"\x89PNG\r\n\x1a\n", "not an image|damaged"),
+    "jpeg magic only": (b"\xff\xd8\xff\xe0", "not an image|damaged"),
     "half a png": (truncated("PNG"), "damaged"),
     "half a jpeg": (truncated("JPEG"), "damaged"),
-    "half a webp": (truncated("WEBP"), "not a picture|damaged"),
+    "half a webp": (truncated("WEBP"), "not an image|damaged"),
     "half a gif": (truncated("GIF"), "damaged"),
     "half a bmp": (truncated("BMP"), "damaged"),
     "half a tiff": (truncated("TIFF"), "damaged"),
-    "half an avif": (truncated("AVIF"), "not a picture|damaged"),
+    "half an avif": (truncated("AVIF"), "not an image|damaged"),
     "no image data": (png_header(64, 64), "damaged"),
     "a bomb that Pillow refuses": (png_header(60_000, 60_000), "more than"),
-    "a huge picture": (png_header(15_000, 12_000), "more than"),
+    "a huge image": (png_header(15_000, 12_000), "more than"),
     "floating point": (encode(Image.new("F", (4, 4), 0.5), "TIFF"), "floating-point"),
 }
 
@@ -187,14 +187,14 @@ UNUSABLE = {
 @pytest.mark.parametrize("name", UNUSABLE)
 def test_unusable_files_say_why(name: str) -> None:
     data, reason = UNUSABLE[name]
-    with pytest.raises(UnusablePicture, match=reason) as caught:
-        picture_size(data)
+    with pytest.raises(UnusableImage, match=reason) as caught:
+        image_size(data)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_single_damaged_bytes_never_crash() -> None:
-    """A thousand random bit flips in each format: a picture or a reason, nothing else."""
+    """A thousand random bit flips in each format: an image or a reason, nothing else."""
     rng = np.random.default_rng(1)
     noise = Image.fromarray(rng.integers(0, 255, (8, 8, 3), np.uint8))
     for file_format in ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"):
@@ -203,8 +203,8 @@ def test_single_damaged_bytes_never_crash() -> None:
             data = bytearray(original)
             data[rng.integers(len(data))] ^= 1 << rng.integers(8)
             try:
-                size = picture_size(bytes(data))
-            except UnusablePicture:
+                size = image_size(bytes(data))
+            except UnusableImage:
                 continue
             assert min(size) >= 1
 
@@ -231,7 +231,7 @@ def test_reduction_does_not_alias() -> None:
     assert pixels[:, 2:-2, 2:-2].abs().max() < 0.05
 
 
-def test_pictures_that_are_decoded_at_once_have_a_limit_together() -> None:
+def test_images_that_are_decoded_at_once_have_a_limit_together() -> None:
     pixels, running, most = _Pixels(100), 0, 0
     lock = threading.Lock()
 

@@ -38,7 +38,7 @@ def test_the_loss_of_a_zero_prediction_is_the_mean_square_of_the_target():
     assert losses.tolist() == [5.0, 4.0]
 
 
-def test_a_masked_loss_is_the_mean_over_the_mask_and_not_over_the_picture():
+def test_a_masked_loss_is_the_mean_over_the_mask_and_not_over_the_image():
     errors = torch.tensor([[[[2.0, 6.0]], [[4.0, 8.0]]]])  # (1, 2, 1, 2)
     mask = torch.tensor([[[[1.0, 0.0]]]])
     assert sample_means(errors, mask).tolist() == [3.0]

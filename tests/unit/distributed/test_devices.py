@@ -14,50 +14,52 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from simpletuner.distributed import world as worlds
+from simpletuner.distributed import process_group as process_groups
+from simpletuner.distributed.process_group import ConnectionLost, ProcessGroup, joined
 from simpletuner.distributed.sharding import make_mesh, shard_denoiser
-from simpletuner.distributed.world import ConnectionLost, World, joined
 from simpletuner.models.family import send
-from simpletuner.training import place
+from simpletuner.training import device_placement
 from tests.processes import in_processes
 from tests.runs import load_here, write_run
 
 
 def test_links_between_gpus_have_a_limit_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """NCCL's; what goes over the processor waits as long as another process encodes a cache."""
-    told: dict[str, Any] = {}
-    backend = SimpleNamespace(_set_default_timeout=lambda limit: told.update(links=limit))
-    group = SimpleNamespace(_get_backend=lambda device: told.update(of=device) or backend)
+    reported: dict[str, Any] = {}
+    backend = SimpleNamespace(_set_default_timeout=lambda limit: reported.update(links=limit))
+    group = SimpleNamespace(_get_backend=lambda device: reported.update(of=device) or backend)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
-    monkeypatch.setattr(dist, "init_process_group", lambda backend, **options: told.update(backend=backend, **options))
+    monkeypatch.setattr(
+        dist, "init_process_group", lambda backend, **options: reported.update(backend=backend, **options)
+    )
     monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
     monkeypatch.setattr(dist, "group", SimpleNamespace(WORLD=group))
-    monkeypatch.setattr(worlds, "store_of_run", lambda: None)
-    monkeypatch.setattr(worlds, "Heartbeat", lambda *about: MagicMock())
+    monkeypatch.setattr(process_groups, "store_of_run", lambda: None)
+    monkeypatch.setattr(process_groups, "Heartbeat", lambda *about: MagicMock())
     with joined({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}):
         pass
-    assert told["backend"] == "cpu:gloo,cuda:nccl"
-    assert told["device_id"] == told["of"] == torch.device("cuda", 1)
-    assert told["links"] == timedelta(minutes=30)
+    assert reported["backend"] == "cpu:gloo,cuda:nccl"
+    assert reported["device_id"] == reported["of"] == torch.device("cuda", 1)
+    assert reported["links"] == timedelta(minutes=30)
 
 
 def test_memory_that_runs_out_is_no_lost_connection() -> None:
-    with pytest.raises(torch.OutOfMemoryError), worlds._connected():
+    with pytest.raises(torch.OutOfMemoryError), process_groups._connected():
         raise torch.OutOfMemoryError("CUDA out of memory")
-    with pytest.raises(ConnectionLost), worlds._connected():
+    with pytest.raises(ConnectionLost), process_groups._connected():
         raise RuntimeError("Connection closed by peer")
 
 
 def test_processes_of_a_machine_load_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two machines of three processes: the barriers between the turns are the same for all."""
     events: list[str] = []
-    monkeypatch.setattr(World, "barrier", lambda self: events.append("barrier"))
-    monkeypatch.setattr(World, "gather", lambda self, value: [0, 1, 2, 0, 1, 2])
+    monkeypatch.setattr(ProcessGroup, "barrier", lambda self: events.append("barrier"))
+    monkeypatch.setattr(ProcessGroup, "gather", lambda self, value: [0, 1, 2, 0, 1, 2])
     for local_rank, before in ((0, 0), (2, 2)):
         events.clear()
-        with World(local_rank, 6, local_rank).in_turns():
+        with ProcessGroup(local_rank, 6, local_rank).in_turns():
             events.append("load")
         assert events == ["barrier"] * before + ["load"] + ["barrier"] * (3 - before)
 
@@ -66,30 +68,30 @@ def test_processes_of_a_machine_load_one_after_the_other(monkeypatch: pytest.Mon
 def test_turns_are_taken_where_main_memory_does_not_hold_all(
     available: int, waits: bool, tmp_path: Path, omnigen_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from simpletuner.training.parts import build_family
+    from simpletuner.training.build import build_family
 
     loaded = load_here(write_run(tmp_path, omnigen_folder))
-    monkeypatch.setattr(World, "gather", lambda self, value: [0, 1])
-    monkeypatch.setattr(World, "any", lambda self, flag: flag)
-    monkeypatch.setattr(place.psutil, "virtual_memory", lambda: SimpleNamespace(available=available))
-    assert place.must_take_turns(loaded, build_family(loaded), World(0, 2, 0)) is waits
-    assert not place.must_take_turns(loaded, build_family(loaded), World())
+    monkeypatch.setattr(ProcessGroup, "gather", lambda self, value: [0, 1])
+    monkeypatch.setattr(ProcessGroup, "any", lambda self, flag: flag)
+    monkeypatch.setattr(device_placement.psutil, "virtual_memory", lambda: SimpleNamespace(available=available))
+    assert device_placement.must_take_turns(loaded, build_family(loaded), ProcessGroup(0, 2, 0)) is waits
+    assert not device_placement.must_take_turns(loaded, build_family(loaded), ProcessGroup())
 
 
 @pytest.mark.parametrize("options", [{"fsdp_enable": True}, {"deepspeed_config": {"zero_optimization": {"stage": 3}}}])
 def test_processes_that_share_the_weights_take_turns_to_read_them(
     options: dict, tmp_path: Path, omnigen_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from simpletuner.training.parts import build_family
+    from simpletuner.training.build import build_family
 
     if "deepspeed_config" in options:
         (tmp_path / "zero.json").write_text(json.dumps(options["deepspeed_config"]))
         options = {"deepspeed_config": str(tmp_path / "zero.json"), "grad_clip_method": "norm"}
     loaded = load_here(write_run(tmp_path, omnigen_folder, num_processes=2, **options))
-    monkeypatch.setattr(World, "gather", lambda self, value: [0, 1])
-    monkeypatch.setattr(World, "any", lambda self, flag: flag)
-    monkeypatch.setattr(place.psutil, "virtual_memory", lambda: SimpleNamespace(available=1))
-    assert place.must_take_turns(loaded, build_family(loaded), World(0, 2, 0))
+    monkeypatch.setattr(ProcessGroup, "gather", lambda self, value: [0, 1])
+    monkeypatch.setattr(ProcessGroup, "any", lambda self, flag: flag)
+    monkeypatch.setattr(device_placement.psutil, "virtual_memory", lambda: SimpleNamespace(available=1))
+    assert device_placement.must_take_turns(loaded, build_family(loaded), ProcessGroup(0, 2, 0))
 
 
 class Half(nn.Linear):
@@ -99,12 +101,12 @@ class Half(nn.Linear):
 def test_a_process_cuts_out_its_part_before_the_next_one_loads() -> None:
     """Row r of the weight is r, the input ones: the output is 0, 3, 6, 9, the gradient of each row 1 per process."""
 
-    def work(world: World) -> dict:
-        mesh = make_mesh(world, torch.device("cpu"), None)
-        with world.in_turns():
+    def work(process_group: ProcessGroup) -> dict:
+        mesh = make_mesh(process_group, torch.device("cpu"), None)
+        with process_group.in_turns():
             net = nn.Sequential(Half(3, 4, bias=False))
             net[0].weight.data = torch.arange(4.0)[:, None].repeat(1, 3)
-            shard_denoiser(net, ("Half",), world, torch.device("cpu"), whole=set(), mesh=mesh)
+            shard_denoiser(net, ("Half",), process_group, torch.device("cpu"), whole=set(), mesh=mesh)
             own = net[0].weight.to_local().tolist()
         output = net(torch.ones(1, 3))
         output.sum().backward()
@@ -127,7 +129,9 @@ def test_spread_weights_travel_in_the_number_format_of_products_and_gradients_ar
         model = nn.Sequential(Block(8, 8), Block(8, 8))
         seen: list[torch.dtype] = []
         model[0].register_forward_pre_hook(lambda block, inputs: seen.append(block.weight.dtype))
-        shard_denoiser(model, ("Block",), World(0, 1, 0), torch.device("cpu"), whole=set(), computes_in=computes_in)
+        shard_denoiser(
+            model, ("Block",), ProcessGroup(0, 1, 0), torch.device("cpu"), whole=set(), computes_in=computes_in
+        )
         x = torch.ones(2, 8)
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=computes_in != torch.float32):
             model(x).sum().backward()

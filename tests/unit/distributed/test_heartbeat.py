@@ -15,7 +15,7 @@ import torch.distributed.fsdp  # noqa: F401 - imported once, and not in each pro
 from simpletuner.distributed import heartbeat
 from simpletuner.distributed.heartbeat import PeerLost
 from simpletuner.distributed.launcher import _free_port
-from simpletuner.distributed.world import joined
+from simpletuner.distributed.process_group import joined
 from simpletuner.errors import Interrupted
 
 
@@ -34,10 +34,10 @@ def in_two(first, second, minutes: float) -> list[dict]:
                 signal.alarm(120)
                 variables = {"WORLD_SIZE": "2", "RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
                 os.environ.update(variables)
-                with joined(os.environ, minutes) as world:
+                with joined(os.environ, minutes) as process_group:
                     started = time.monotonic()
                     try:
-                        answer["value"] = work(world)
+                        answer["value"] = work(process_group)
                     except (PeerLost, Interrupted) as error:
                         answer = {"error": str(error), "code": error.exit_code}
                     answer["seconds"] = time.monotonic() - started
@@ -58,27 +58,27 @@ def _quick(monkeypatch):
     monkeypatch.setattr(heartbeat, "QUIET_SECONDS", 0.5)
 
 
-def freeze(world):
-    world.barrier()
+def freeze(process_group):
+    process_group.barrier()
     time.sleep(0.3)
     os.kill(os.getpid(), signal.SIGSTOP)
 
 
-def asked(world):
+def asked(process_group):
     came = []
     signal.signal(signal.SIGTERM, lambda *args: came.append(1))
-    world.heartbeat.stopping = lambda: Interrupted("stopped by SIGTERM", 143) if came else None
-    world.barrier()
+    process_group.heartbeat.stopping = lambda: Interrupted("stopped by SIGTERM", 143) if came else None
+    process_group.barrier()
     if not os.fork():
         time.sleep(1.5)
         os.kill(os.getppid(), signal.SIGTERM)
         os._exit(0)
-    world.barrier()
+    process_group.barrier()
 
 
-def wait_in_evaluation(world):
-    world.barrier()
-    world.barrier()
+def wait_in_evaluation(process_group):
+    process_group.barrier()
+    process_group.barrier()
 
 
 def test_a_frozen_process_is_given_up_and_named_with_who_waited_where():
@@ -97,12 +97,12 @@ def test_who_waits_for_one_of_another_machine_answers_once_it_was_silent_for_a_w
 
 @pytest.mark.slow
 def test_a_process_that_works_longer_than_the_limit_is_waited_for():
-    def work(world):
-        world.barrier()
+    def work(process_group):
+        process_group.barrier()
         time.sleep(6)  # an encoding: the thread that counts goes on
-        return world.sum([1.0])
+        return process_group.sum([1.0])
 
-    answers = in_two(lambda world: (world.barrier(), world.sum([1.0]))[1], work, minutes=4 / 60)
+    answers = in_two(lambda process_group: (process_group.barrier(), process_group.sum([1.0]))[1], work, minutes=4 / 60)
     assert answers[0]["value"] == [2.0]
     assert answers[0]["seconds"] > 5
 

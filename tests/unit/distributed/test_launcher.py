@@ -26,7 +26,7 @@ time.sleep(60)
 """
 
 
-def test_a_process_is_told_to_end_when_its_lifeline_does(tmp_path):
+def test_a_process_is_reported_to_end_when_its_lifeline_does(tmp_path):
     words = tmp_path / "words" / "0"
     words.parent.mkdir()
     with lifeline() as end:
@@ -137,7 +137,7 @@ def test_who_saves_has_patience_and_who_hangs_has_little():
     assert launcher._patience(None, 2) == launcher._patience(1, 0) == launcher._patience(3, 1) == grace
 
 
-def test_each_process_is_told_who_it_is(monkeypatch, tmp_path):
+def test_each_process_is_reported_who_it_is(monkeypatch, tmp_path):
     seen = {}
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(launcher.subprocess, "Popen", lambda command, **given: seen.update(given, command=command))

@@ -9,14 +9,14 @@ import sys
 import pytest
 
 from simpletuner.distributed.launcher import _free_port
-from simpletuner.distributed.world import ConnectionLost
+from simpletuner.distributed.process_group import ConnectionLost
 from simpletuner.errors import Interrupted
 from simpletuner.training.signals import StopRequest
 from simpletuner.training.trainer import stopped_by_signals
 
 LEAVES = """
 import os
-from simpletuner.distributed.world import ConnectionLost, joined
+from simpletuner.distributed.process_group import ConnectionLost, joined
 with joined(os.environ) as world:
     world.barrier()
     if not world.is_main:
@@ -30,7 +30,7 @@ with joined(os.environ) as world:
 
 
 @pytest.mark.slow
-def test_a_connection_that_breaks_is_told_as_a_process_that_ended():
+def test_a_connection_that_breaks_is_reported_as_a_process_that_ended():
     place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
     main, _ = (
         subprocess.Popen(
@@ -38,9 +38,9 @@ def test_a_connection_that_breaks_is_told_as_a_process_that_ended():
         )
         for rank in ("0", "1")
     )
-    told, _ = main.communicate(timeout=120)
+    reported, _ = main.communicate(timeout=120)
     assert main.returncode == 0
-    assert told.startswith("another process of this run has ended, and says why itself")
+    assert reported.startswith("another process of this run has ended, and says why itself")
 
 
 def test_who_waits_for_a_process_that_left_on_a_signal_leaves_on_it_too():

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from simpletuner.distributed.placement import Copies, Parts
+from simpletuner.distributed.placement import Replicated, Sharded
+from simpletuner.distributed.process_group import SINGLE_PROCESS
 from simpletuner.distributed.sharding import shard_denoiser, spread_parameters
-from simpletuner.distributed.world import ALONE
 from simpletuner.errors import ConfigError
 from simpletuner.optim.clipping import gradient_norm
 from tests.processes import in_processes
@@ -35,19 +35,19 @@ class Net(nn.Module):
         return self.block(x) * self.scale
 
 
-def spread(world, **options) -> tuple[Net, Parts]:
+def spread(process_group, **options) -> tuple[Net, Sharded]:
     net = Net()
-    shard_denoiser(net, ("Block",), world, torch.device("cpu"), whole=set(), **options)
-    return net, Parts(dict(spread_parameters(net)), world)
+    shard_denoiser(net, ("Block",), process_group, torch.device("cpu"), whole=set(), **options)
+    return net, Sharded(dict(spread_parameters(net)), process_group)
 
 
 @pytest.mark.parametrize(("size", "shard_size"), [(2, None), (6, 2), (4, None)])
 def test_parts_have_the_summed_gradient_and_its_true_norm(size, shard_size):
     """Process r sees the input r + 1: the gradient of each row of the weight is the sum of all of them."""
 
-    def work(world):
-        net, parts = spread(world, shard_size=shard_size)
-        net(torch.full((1, 3), float(world.rank + 1))).sum().backward()
+    def work(process_group):
+        net, parts = spread(process_group, shard_size=shard_size)
+        net(torch.full((1, 3), float(process_group.rank + 1))).sum().backward()
         parts.collect_gradients()
         own = gradient_norm(list(parts.parameters.values()))
         wholes = parts.whole({name: parameter.grad for name, parameter in parts.parameters.items()})
@@ -76,8 +76,8 @@ def test_parts_have_the_summed_gradient_and_its_true_norm(size, shard_size):
 
 
 def test_parts_and_wholes_are_each_other_s_inverse_and_a_counter_stays_as_it_is():
-    def work(world):
-        _, parts = spread(world)
+    def work(process_group):
+        _, parts = spread(process_group)
         whole = {
             "block.weight": torch.arange(12.0).reshape(4, 3) * 2,
             "block.weight//exp_avg": torch.arange(12.0).reshape(4, 3) * 3,
@@ -100,10 +100,10 @@ def test_parts_and_wholes_are_each_other_s_inverse_and_a_counter_stays_as_it_is(
 
 
 def test_the_optimizer_moves_the_denoiser_through_its_parts():
-    def work(world):
-        net, parts = spread(world)
+    def work(process_group):
+        net, parts = spread(process_group)
         optimizer = torch.optim.SGD(list(parts.parameters.values()), lr=0.5)
-        net(torch.full((1, 3), float(world.rank + 1))).sum().backward()
+        net(torch.full((1, 3), float(process_group.rank + 1))).sum().backward()
         parts.collect_gradients()
         parts.step(optimizer)
         whole = net.block.weight.full_tensor().tolist()
@@ -115,21 +115,21 @@ def test_the_optimizer_moves_the_denoiser_through_its_parts():
 
 
 def test_the_largest_gradient_is_nan_where_one_process_has_one():
-    def work(world):
-        parts = spread(world)[1]
+    def work(process_group):
+        parts = spread(process_group)[1]
         return [
-            float(parts.largest_of_all(torch.tensor(float(world.rank)))),
-            bool(parts.largest_of_all(torch.tensor([1.0, torch.nan][world.rank])).isnan()),
-            bool(parts.norm_of_all(torch.tensor([torch.nan, 1.0][world.rank])).isnan()),
+            float(parts.largest_of_all(torch.tensor(float(process_group.rank)))),
+            bool(parts.largest_of_all(torch.tensor([1.0, torch.nan][process_group.rank])).isnan()),
+            bool(parts.norm_of_all(torch.tensor([torch.nan, 1.0][process_group.rank])).isnan()),
         ]
 
     assert in_processes(2, work) == [[1, True, True]] * 2
 
 
 def test_processes_that_cannot_be_divided_are_refused():
-    def work(world):
+    def work(process_group):
         with pytest.raises(ConfigError, match="2 does not divide the 3 processes"):
-            spread(world, shard_size=2)
+            spread(process_group, shard_size=2)
         return True
 
     assert in_processes(3, work) == [True] * 3
@@ -137,21 +137,21 @@ def test_processes_that_cannot_be_divided_are_refused():
 
 def test_copies_sum_their_gradients_and_are_whole():
     parameter = nn.Parameter(torch.zeros(2, 3))
-    alone = Copies({"a": parameter}, ALONE)
+    alone = Replicated({"a": parameter}, SINGLE_PROCESS)
     assert alone.shapes() == {"a": [2, 3]}
     assert not alone.is_spread
     assert float(alone.norm_of_all(torch.tensor(3.0))) == float(alone.largest_of_all(torch.tensor(3.0))) == 3
     assert alone.whole({"a": parameter})["a"] is alone.part({"a": parameter})["a"] is parameter
 
-    def work(world):
+    def work(process_group):
         weight = nn.Parameter(torch.zeros(2))
-        copies = Copies({"a": weight}, world)
-        copies.backward((weight * (world.rank + 1)).sum(), is_last=False)
+        copies = Replicated({"a": weight}, process_group)
+        copies.backward((weight * (process_group.rank + 1)).sum(), is_last=False)
         copies.backward((weight * 10).sum(), is_last=True)
         copies.collect_gradients()
         copies.check("here")
         with torch.no_grad():
-            weight += world.rank
+            weight += process_group.rank
         with pytest.raises(RuntimeError, match="after step 5"):
             copies.check("after step 5")
         return weight.grad.tolist()

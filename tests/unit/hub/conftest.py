@@ -51,7 +51,7 @@ def job(tmp_path: Path) -> HubJob:
         title="Stars: a | test",
         options={"learning_rate": 1e-3, "resolution": 64, "seed": 42, "optimizer": "adamw", "use_ema": True},
         instance_prompts=("a xyz star",),
-        note="Draws **stars**.",
+        note="Generates **stars**.",
     )
 
 
@@ -72,7 +72,7 @@ def checkpoint(tmp_path: Path) -> Callable[[int], Path]:
 
 
 @pytest.fixture
-def picture(tmp_path: Path) -> Path:
+def image(tmp_path: Path) -> Path:
     path = tmp_path / "validation_images" / "a.png"
     path.parent.mkdir()
     Image.new("RGB", (8, 8), "red").save(path)

@@ -33,13 +33,13 @@ def test_who_may_write_goes_on(hub, api, name):
         ("strangers/stars", "write", "me, house"),
     ],
 )
-def test_who_may_not_write_is_told_before_the_run(hub, api, name, role, message):
+def test_who_may_not_write_is_reported_before_the_run(hub, api, name, role, message):
     hub.role = role
     with pytest.raises(ConfigError, match=message):
         check_access(config(hub_model_id=name), {}, api)
 
 
-def test_a_token_that_is_not_accepted_is_told_before_the_run(hub, api):
+def test_a_token_that_is_not_accepted_is_reported_before_the_run(hub, api):
     hub.accepts_token = False
     with pytest.raises(ConfigError, match="hf auth login") as caught:
         check_access(config(), {}, api)

@@ -9,12 +9,12 @@ import yaml
 from huggingface_hub import ModelCard
 
 from simpletuner.models.registry import get_spec
-from simpletuner.reporting.events import SavedPicture
+from simpletuner.reporting.events import SavedImage
 
 
 @pytest.fixture
-def card(job, picture) -> ModelCard:
-    shown = [SavedPicture(picture, "star", 'a "red" star: #1', 8, 8, 1, "live")]
+def card(job, image) -> ModelCard:
+    shown = [SavedImage(image, "star", 'a "red" star: #1', 8, 8, 1, "live")]
     return ModelCard(job.card("me/stars", 500, 1000, shown, 0.4321))
 
 
@@ -30,12 +30,12 @@ def test_the_front_matter_is_what_the_hub_reads(card):
     assert data["instance_prompt"] == "a xyz star"
 
 
-def test_the_text_tells_of_training_and_data(card):
+def test_the_text_reports_of_training_and_data(card):
     assert "after 500 of 1,000 steps" in card.text
     assert "| learning_rate | 0.001 |" in card.text
     assert "| eval loss | 0.4321 |" in card.text
     assert "| stars | 45 | 64x64, 96x64 |" in card.text
-    assert "Draws **stars**." in card.text
+    assert "Generates **stars**." in card.text
     assert "<Gallery />" in card.text
 
 
@@ -75,9 +75,9 @@ def test_the_code_loads_the_file_by_a_loader_that_reads_its_form(job, family, ki
     assert readers in text
 
 
-def test_the_code_draws_as_the_pictures_of_the_card_were_drawn(job, picture):
+def test_the_code_draws_as_the_images_of_the_card_were_drawn(job, image):
     options = {**job.options, "validation_num_inference_steps": 28, "validation_guidance": 3.5}
-    shown = [SavedPicture(picture, "star", "a star", 96, 64, 1, "live")]
+    shown = [SavedImage(image, "star", "a star", 96, 64, 1, "live")]
     text = dataclasses.replace(job, options=options).card("me/stars", 1, 1, shown, None)
     assert "pipeline('a star', height=64, width=96, num_inference_steps=28, guidance_scale=3.5)" in text
 

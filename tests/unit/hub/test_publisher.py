@@ -12,11 +12,11 @@ from simpletuner.errors import EXIT_UPLOAD, UploadError
 from simpletuner.hub.job import ADAPTER_FILE, HubJob
 from simpletuner.hub.publisher import MOST_WAITING, Publisher
 from simpletuner.reporting.bus import EventBus
-from simpletuner.reporting.events import CheckpointSaved, EvalDone, Notice, PicturesMade, RunStarted, SavedPicture
+from simpletuner.reporting.events import CheckpointSaved, EvalDone, ImagesMade, Notice, RunStarted, SavedImage
 from tests.hub_uploads import TOKEN, FakeRepo
 
 
-class Told:
+class Reported:
     name, failures = "told", ()
 
     def __init__(self) -> None:
@@ -37,20 +37,20 @@ def wait_for(condition, seconds: float = 10.0) -> None:
         time.sleep(0.02)
 
 
-def start(job: HubJob, api, told: Told, start_step: int = 0, **options) -> tuple[Publisher, EventBus]:
+def start(job: HubJob, api, reported: Reported, start_step: int = 0, **options) -> tuple[Publisher, EventBus]:
     publisher = Publisher(job, api, first_pause=0.02, **options)
-    bus = EventBus([told, publisher])
+    bus = EventBus([reported, publisher])
     bus.emit(RunStarted("stars", job.output_dir, 100, start_step))
     return publisher, bus
 
 
-def test_checkpoints_and_the_end_become_commits_with_card_and_pictures(hub, api, job, checkpoint, picture):
-    told = Told()
-    publisher, bus = start(job, api, told)
+def test_checkpoints_and_the_end_become_commits_with_card_and_images(hub, api, job, checkpoint, image):
+    reported = Reported()
+    publisher, bus = start(job, api, reported)
     with bus:
         bus.emit(EvalDone(10, {}, 0.4321))
-        shown = SavedPicture(picture, "star", "a red star", 8, 8, 1, "live")
-        bus.emit(PicturesMade(10, (shown, SavedPicture(picture, "b", "", 8, 8, 1, "grid"))))
+        shown = SavedImage(image, "star", "a red star", 8, 8, 1, "live")
+        bus.emit(ImagesMade(10, (shown, SavedImage(image, "b", "", 8, 8, 1, "grid"))))
         bus.emit(CheckpointSaved(10, checkpoint(10)))
         wait_for(lambda: hub.repos and hub.repos["me/stars"].tags == ["step-10"])
         repo = hub.repos["me/stars"]
@@ -68,28 +68,28 @@ def test_checkpoints_and_the_end_become_commits_with_card_and_pictures(hub, api,
     assert b"0.4321" in repo.files["README.md"]
     assert repo.tags == ["step-10", "step-100"]
     assert not (job.output_dir / "hub_upload").exists()
-    assert told.texts == [f"checkpoints go to {hub.url}/me/stars", f"uploaded to {hub.url}/me/stars"]
+    assert reported.texts == [f"checkpoints go to {hub.url}/me/stars", f"uploaded to {hub.url}/me/stars"]
 
 
-def test_a_hub_that_fails_for_a_while_is_tried_again_and_told_once(hub, api, job, checkpoint):
+def test_a_hub_that_fails_for_a_while_is_tried_again_and_reported_once(hub, api, job, checkpoint):
     hub.answers = [500, 503, 500]
-    told = Told()
-    publisher, bus = start(job, api, told)
+    reported = Reported()
+    publisher, bus = start(job, api, reported)
     with bus:
         bus.emit(CheckpointSaved(10, checkpoint(10)))
         wait_for(lambda: hub.repos and hub.repos["me/stars"].tags)
         publisher.finish(100)
     assert len(hub.repos["me/stars"].commits) == 2
-    assert len([text for text in told.texts if "failed" in text]) == 1
+    assert len([text for text in reported.texts if "failed" in text]) == 1
 
 
 def test_a_connection_that_is_lost_costs_a_try_and_not_the_thread(hub, job, checkpoint):
-    told = Told()
+    reported = Reported()
     api = HfApi(endpoint="http://127.0.0.1:9", token=TOKEN)
-    publisher, bus = start(job, api, told)
+    publisher, bus = start(job, api, reported)
     with bus:
         bus.emit(CheckpointSaved(10, checkpoint(10)))
-        wait_for(lambda: bus.emit(Notice("info", "")) or any("failed" in text for text in told.texts))
+        wait_for(lambda: bus.emit(Notice("info", "")) or any("failed" in text for text in reported.texts))
         api.endpoint = hub.url
         wait_for(lambda: hub.repos and hub.repos["me/stars"].tags == ["step-10"])
         publisher.finish(100)
@@ -97,8 +97,8 @@ def test_a_connection_that_is_lost_costs_a_try_and_not_the_thread(hub, job, chec
 
 def test_training_does_not_wait_for_a_hub_that_hangs_and_rotation_takes_nothing_away(hub, api, job, checkpoint):
     hub.gate.clear()
-    told = Told()
-    _, bus = start(job, api, told)
+    reported = Reported()
+    _, bus = start(job, api, reported)
     with bus:
         for step in range(1, 11):
             path = checkpoint(step)
@@ -109,14 +109,14 @@ def test_training_does_not_wait_for_a_hub_that_hangs_and_rotation_takes_nothing_
         hub.gate.set()
         wait_for(lambda: hub.repos and "step-10" in hub.repos["me/stars"].tags)
     assert hub.repos["me/stars"].files[ADAPTER_FILE] == b"weights of 10"
-    assert [text for text in told.texts if "left out" in text]
+    assert [text for text in reported.texts if "left out" in text]
 
 
 def test_waiting_for_uploads_can_be_asked_for(hub, api, job, checkpoint):
     import dataclasses
 
-    told = Told()
-    _, bus = start(dataclasses.replace(job, waits=True), api, told)
+    reported = Reported()
+    _, bus = start(dataclasses.replace(job, waits=True), api, reported)
     with bus:
         for step in (1, 2, 3):
             bus.emit(CheckpointSaved(step, checkpoint(step)))
@@ -124,34 +124,34 @@ def test_waiting_for_uploads_can_be_asked_for(hub, api, job, checkpoint):
 
 
 def test_an_upload_that_the_hub_refuses_ends_with_its_own_exit_code_and_the_command(hub, api, job):
-    told = Told()
-    publisher, bus = start(job, api, told)
+    reported = Reported()
+    publisher, bus = start(job, api, reported)
     hub.answers = [403] * 100
     with bus, pytest.raises(UploadError) as caught:
         publisher.finish(100)
     assert caught.value.exit_code == EXIT_UPLOAD
     text = caught.value.render()
     assert "may not write" in text
-    command = text.split("to mend it: run: ")[1].split()
+    command = text.split("fix: run: ")[1].split()
     assert command[:3] == ["hf", "upload", "me/stars"]
     assert command[4:] == [".", "--private"]  # a repository that this command makes is not a public one
     assert {path.name for path in Path(command[3]).iterdir()} == {ADAPTER_FILE, "ema", "README.md"}
 
 
 def test_a_hub_that_never_answers_is_given_up_at_the_end(hub, api, job):
-    told = Told()
-    publisher, bus = start(job, api, told, give_up_seconds=0.3)
+    reported = Reported()
+    publisher, bus = start(job, api, reported, give_up_seconds=0.3)
     hub.answers = [500] * 10_000
     with bus, pytest.raises(UploadError, match="hf upload"):
         publisher.finish(100)
 
 
 def test_a_run_that_goes_on_uploads_what_a_kill_kept_from_the_hub_and_nothing_twice(hub, api, job, checkpoint):
-    told = Told()
+    reported = Reported()
     for start_step, expected in ((0, 0), (10, 1), (10, 1)):
         if start_step and not (job.output_dir / "checkpoint-10").exists():
             checkpoint(10)
-        _, bus = start(job, api, told, start_step)
+        _, bus = start(job, api, reported, start_step)
         with bus:
             wait_for(lambda expected=expected: sum(len(repo.commits) for repo in hub.repos.values()) >= expected)
             time.sleep(0.05)
@@ -159,26 +159,26 @@ def test_a_run_that_goes_on_uploads_what_a_kill_kept_from_the_hub_and_nothing_tw
     assert [summary for summary, _ in repo.commits] == ["Weights of step 10"]
 
 
-def test_a_repository_that_is_public_already_is_told(hub, api, job):
+def test_a_repository_that_is_public_already_is_reported(hub, api, job):
     hub.repos["me/stars"] = FakeRepo(is_private=False)
-    told = Told()
-    publisher, bus = start(job, api, told)
+    reported = Reported()
+    publisher, bus = start(job, api, reported)
     with bus:
         publisher.finish(100)
-    assert len([text for text in told.texts if "is public" in text]) == 1
+    assert len([text for text in reported.texts if "is public" in text]) == 1
 
 
 def test_the_end_is_uploaded_once(hub, api, job):
     for _ in range(2):
-        publisher, bus = start(job, api, Told())
+        publisher, bus = start(job, api, Reported())
         with bus:
             publisher.finish(100)
     assert len(hub.repos["me/stars"].commits) == 1
 
 
 def test_an_unfinished_checkpoint_is_never_uploaded(hub, api, job, checkpoint):
-    told = Told()
-    publisher, bus = start(job, api, told)
+    reported = Reported()
+    publisher, bus = start(job, api, reported)
     path = checkpoint(10)
     (path / "manifest.json").unlink()
     with bus:
@@ -191,7 +191,7 @@ def test_a_new_run_of_equal_length_uploads_and_its_tag_moves_to_it(hub, api, job
     def end(run_id: str, weights: bytes) -> None:
         (job.output_dir / ADAPTER_FILE).write_bytes(weights)
         publisher = Publisher(job, api, first_pause=0.02)
-        with EventBus([Told(), publisher]) as bus:
+        with EventBus([Reported(), publisher]) as bus:
             bus.emit(RunStarted("stars", job.output_dir, 100, run_id=run_id, branch=f"{run_id}-a"))
             publisher.finish(100)
 
@@ -207,15 +207,15 @@ def test_a_new_run_of_equal_length_uploads_and_its_tag_moves_to_it(hub, api, job
 
 
 def test_averages_of_an_earlier_run_do_not_stay_beside_the_new_weights(hub, api, job):
-    told = Told()
-    publisher, bus = start(job, api, told)
+    reported = Reported()
+    publisher, bus = start(job, api, reported)
     with bus:
         publisher.finish(100)
     repo = hub.repos["me/stars"]
     assert f"ema/{ADAPTER_FILE}" in repo.files
     off = replace(job, options={**job.options, "use_ema": False})
     (job.output_dir / "hub_upload.json").unlink()
-    publisher, bus = start(off, api, told)
+    publisher, bus = start(off, api, reported)
     with bus:
         publisher.finish(100)
     assert set(repo.files) == {"README.md", ADAPTER_FILE}

@@ -16,7 +16,7 @@ from huggingface_hub.errors import (
 )
 
 from simpletuner.errors import DataError
-from simpletuner.models import components, reach
+from simpletuner.models import components, hub_connectivity
 from simpletuner.models.components import fetch, nearest_hub_id
 from tests.hub import fake_hub
 
@@ -52,10 +52,10 @@ def test_a_hub_id_that_is_spelt_almost_right_is_suggested() -> None:
 def without_network(monkeypatch: pytest.MonkeyPatch, endpoint: str = "http://127.0.0.1:9") -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "ENDPOINT", endpoint)
-    monkeypatch.setattr(reach, "PAUSE_SECONDS", 0.0)
+    monkeypatch.setattr(hub_connectivity, "PAUSE_SECONDS", 0.0)
 
 
-def test_a_model_that_cannot_be_fetched_is_told_within_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_that_cannot_be_fetched_is_reported_within_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
     without_network(monkeypatch)
     slept: list[float] = []
     monkeypatch.setattr(time, "sleep", slept.append)
@@ -72,24 +72,24 @@ def test_what_was_fetched_before_needs_no_network(monkeypatch: pytest.MonkeyPatc
     (folder / "refs" / "main").write_text("abc")
     (folder / "snapshots" / "abc" / "config.json").write_text("{}")
     without_network(monkeypatch)
-    assert reach.why_missing("me/model", "config.json") is None
-    assert reach.why_missing("me/model", "other.json") is not None
+    assert hub_connectivity.why_missing("me/model", "config.json") is None
+    assert hub_connectivity.why_missing("me/model", "other.json") is not None
 
 
 def test_a_mirror_is_asked_in_place_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     with fake_hub() as mirror:
         without_network(monkeypatch, mirror.url)
-        assert reach.why_unreachable() is None
+        assert hub_connectivity.why_unreachable() is None
 
 
 def test_a_proxy_is_left_to_find_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     without_network(monkeypatch, "http://nowhere.invalid")
-    assert "nowhere.invalid cannot be reached" in str(reach.why_unreachable())
+    assert "nowhere.invalid cannot be reached" in str(hub_connectivity.why_unreachable())
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:3128")
-    assert reach.why_unreachable() is None
+    assert hub_connectivity.why_unreachable() is None
 
 
 def test_a_lost_connection_is_among_the_failures_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     without_network(monkeypatch)
-    with pytest.raises(reach.hub_failures()):
+    with pytest.raises(hub_connectivity.hub_failures()):
         HfApi(endpoint="http://127.0.0.1:9", token="x").whoami()

@@ -51,7 +51,7 @@ def test_a_file_names_its_readers_and_what_they_leave_out(family, form, kind, pa
     ],
     ids=str,
 )
-def test_a_configuration_tells_what_its_files_hold(lycoris, kind) -> None:
+def test_a_configuration_reports_what_its_files_hold(lycoris, kind) -> None:
     assert form_and_kind(SimpleNamespace(lora_type="lycoris"), lycoris) == ("lycoris", kind)
 
 

@@ -73,7 +73,7 @@ def test_a_broken_package_stops_only_who_asks_for_its_family(install, value: str
     assert "newfamilies 1.2" in failure
 
 
-def test_our_own_family_wins_over_another_package_s_and_that_is_told(install):
+def test_our_own_family_wins_over_another_package_s_and_that_is_reported(install):
     install(omnigen="tests.families.auraflow.spec:AURAFLOW")
     assert get_spec("omnigen").title == "OmniGen"
     assert family_names().count("omnigen") == 1
@@ -109,9 +109,9 @@ def test_the_verb_lists_what_there_is_and_names_what_is_broken(tmp_path: Path):
     assert "broken" in shown.stderr
 
 
-def test_one_family_is_told_in_full_and_an_unknown_one_is_answered():
+def test_one_family_is_reported_in_full_and_an_unknown_one_is_answered():
     shown = run_models("flux").stdout
-    for words in ("FLUX.1-schnell", "Apache-2.0", "true_cfg_scale", "up to 1 input pictures", "weights 22.2 GiB"):
+    for words in ("FLUX.1-schnell", "Apache-2.0", "true_cfg_scale", "up to 1 input images", "weights 22.2 GiB"):
         assert words in shown, words
     unknown = run_models("fluxx")
     assert unknown.returncode == 2

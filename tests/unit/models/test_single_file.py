@@ -14,8 +14,8 @@ from simpletuner.errors import ConfigError, DataError
 from simpletuner.models.components import ModelSource, check_local_model, save_model_folder
 from simpletuner.models.family import ModelFamily
 from simpletuner.models.registry import get_family_class, get_spec
-from simpletuner.training.parts import attach_adapter
-from tests.runs import dataset, draw_pictures, load_here, metrics, train_here, write_run
+from simpletuner.training.build import attach_adapter
+from tests.runs import dataset, load_here, metrics, train_here, write_images, write_run
 from tests.single_files import original_denoiser, write_sdxl_file
 from tests.tiny_flux import tiny_flux_folder
 from tests.tiny_sdxl import tiny_sdxl_folder
@@ -80,8 +80,8 @@ def test_an_sdxl_file_says_itself_that_its_weights_predict_v(tmp_path: Path, sdx
     assert torch.equal(single.make_target(latents, noise, last), -latents)
     denoiser = single.load_denoiser()
     assert single.pipeline(denoiser).scheduler.config.prediction_type == "v_prediction"
-    draw_pictures(tmp_path / "run" / "pictures", 1, seed=1)
-    loaded = load_here(write_run(tmp_path / "run", sdxl, [dataset("pictures")], model_family="sdxl"))
+    write_images(tmp_path / "run" / "images", 1, seed=1)
+    loaded = load_here(write_run(tmp_path / "run", sdxl, [dataset("images")], model_family="sdxl"))
     attach_adapter(loaded, single, denoiser).save(tmp_path / "adapter.safetensors", {})
     with safe_open(tmp_path / "adapter.safetensors", framework="pt") as adapter:
         assert adapter.metadata()["modelspec.prediction_type"] == "v"
@@ -110,7 +110,7 @@ def test_a_file_in_diffusers_own_names_is_read_too(tmp_path: Path, sdxl: Path):
 
 
 @pytest.mark.parametrize("fault", ["a tensor less", "a tensor more", "another shape", "no safetensors", "not there"])
-def test_a_file_that_does_not_serve_is_told(tmp_path: Path, sdxl: Path, fault: str):
+def test_a_file_that_does_not_serve_is_reported(tmp_path: Path, sdxl: Path, fault: str):
     file = write_sdxl_file(sdxl, get_spec("sdxl").keys, tmp_path / "sdxl.safetensors")
     tensors = load_file(file)
     name = "model.diffusion_model.input_blocks.4.1.proj_in.weight"
@@ -136,9 +136,9 @@ def test_a_file_that_does_not_serve_is_told(tmp_path: Path, sdxl: Path, fault: s
 @pytest.mark.slow
 def test_a_run_on_a_single_file_trains_what_a_run_on_the_folder_does(tmp_path: Path, sdxl: Path, bare: Path):
     file = write_sdxl_file(sdxl, get_spec("sdxl").keys, tmp_path / "sdxl.safetensors")
-    draw_pictures(tmp_path / "run/pictures", 3, seed=1)
+    write_images(tmp_path / "run/images", 3, seed=1)
     options = {"model_family": "sdxl", "max_train_steps": 2, "learning_rate": 1e-3}
-    run = write_run(tmp_path / "run", sdxl, [dataset("pictures")], **options)
+    run = write_run(tmp_path / "run", sdxl, [dataset("images")], **options)
     whole = train_here(run, "--output_dir=whole")
     single = train_here(
         run,
@@ -154,8 +154,8 @@ def test_a_run_on_a_single_file_trains_what_a_run_on_the_folder_does(tmp_path: P
 
 
 def test_a_single_file_is_named_once_and_is_one(tmp_path: Path, sdxl: Path):
-    draw_pictures(tmp_path / "pictures", 1, seed=1)
-    run = write_run(tmp_path, sdxl, [dataset("pictures")], model_family="sdxl")
+    write_images(tmp_path / "images", 1, seed=1)
+    run = write_run(tmp_path, sdxl, [dataset("images")], model_family="sdxl")
     for name in ("a.safetensors", "b.safetensors", "b.ckpt"):
         (tmp_path / name).touch()
     with pytest.raises(ConfigError, match="names a single file already"):

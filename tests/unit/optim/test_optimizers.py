@@ -91,7 +91,7 @@ def test_every_optimizer_goes_down_a_slope(name: str) -> None:
     torch.manual_seed(0)
     x, wanted = torch.randn(64, 8), torch.randn(8, 8)
     row = OPTIMIZERS[name]
-    rate = 1.0 if row.finds_rate or "adadelta" in name or "adagrad" in name else 1.0 if "sgd" in name else 0.02
+    rate = 1.0 if row.tunes_lr or "adadelta" in name or "adagrad" in name else 1.0 if "sgd" in name else 0.02
     layer = {"layer.weight": nn.Parameter(torch.randn(8, 8) * 0.1)}
     optimizer = build_optimizer(name, layer, {"learning_rate": rate, "adam_weight_decay": 0.0})
     losses = []

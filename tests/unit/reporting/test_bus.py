@@ -46,7 +46,7 @@ def test_a_mistake_in_a_sink_is_not_hidden():
         bus.emit(Notice("info", "x"))
 
 
-def test_every_sink_is_closed_once_and_told_of_one_that_cannot_close():
+def test_every_sink_is_closed_once_and_reported_of_one_that_cannot_close():
     first, last = RecordingSink(), RecordingSink(close_error=OSError("gone"))
     with EventBus([first, last]) as bus:
         pass

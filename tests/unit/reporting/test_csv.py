@@ -3,7 +3,7 @@ from __future__ import annotations
 import csv
 from pathlib import Path
 
-from simpletuner.reporting.events import EvalDone, PicturesScored, RunStarted, StepDone
+from simpletuner.reporting.events import EvalDone, ImagesScored, RunStarted, StepDone
 from simpletuner.reporting.sinks.csv_table import FIRST_COLUMNS, CsvSink
 from simpletuner.reporting.sinks.jsonl import JsonlSink
 
@@ -33,7 +33,7 @@ def rows(folder: Path) -> list[dict[str, str]]:
 def test_a_step_is_one_row_with_its_evaluation_and_its_scores(tmp_path: Path):
     run = Run(tmp_path)
     run.emit(EvalDone(0, {}, 2.0), step(1, 1.0), step(2, 0.5), EvalDone(2, {"held": 0.25}, 0.25))
-    run.emit(PicturesScored(2, "clip", {"live/cat": 0.3}, 0.3), step(3, 0.4))
+    run.emit(ImagesScored(2, "clip", {"live/cat": 0.3}, 0.3), step(3, 0.4))
     read = rows(tmp_path)
     assert [row["step"] for row in read] == ["0", "1", "2", "3"]
     assert [row["train/loss"] for row in read] == ["", "1.0", "0.5", "0.4"]

@@ -12,14 +12,14 @@ from simpletuner.reporting.bus import EventBus
 from simpletuner.reporting.events import (
     CheckpointSaved,
     EvalDone,
+    ImagesScored,
     LossBySigma,
     Notice,
-    PicturesScored,
     RunFinished,
     RunStarted,
     StepDone,
 )
-from simpletuner.reporting.loss_plot import draw_loss_plot
+from simpletuner.reporting.loss_plot import plot_loss
 from simpletuner.reporting.report import write_report
 from simpletuner.reporting.sinks.csv_table import CsvSink
 from simpletuner.reporting.sinks.jsonl import JsonlSink, read_records, start_from
@@ -33,7 +33,7 @@ def events(output) -> list:
         *(StepDone(step, 4, 1.0 / step, 1e-3, 0.5, 0.1, 2, 1) for step in (1, 2, 3, 4)),
         EvalDone(2, {"held": 0.5}, 0.5, ((0.1, 0.4),), 1.0, 0.7, ((0.1, 0.9),)),
         LossBySigma(4, 1, ((0.0, 0.1, 0.5, 4),)),
-        PicturesScored(4, "clip", {"live/a": 0.3}, 0.3),
+        ImagesScored(4, "clip", {"live/a": 0.3}, 0.3),
         CheckpointSaved(4, output / "checkpoint-4"),
         RunFinished(4, 1.0, {"adapter": output / "a"}, ("x",)),
     ]
@@ -71,20 +71,20 @@ def test_damaged_values_stop_neither_table_nor_curve_nor_report(tmp_path):
         table = CsvSink(tmp_path)
         table.handle(events(tmp_path)[0])
         table.close()
-        draw_loss_plot(path, tmp_path / "loss.png")
+        plot_loss(path, tmp_path / "loss.png")
         if read_records(path):
             write_report(tmp_path)
 
 
 def test_a_full_disk_costs_no_line(tmp_path, monkeypatch):
     """The disk takes half of a line, then nothing for a while, then all."""
-    sink, told = JsonlSink(tmp_path), []
+    sink, reported = JsonlSink(tmp_path), []
 
     class Listener:
         name, failures = "listener", ()
 
         def handle(self, event):
-            told.append(event)
+            reported.append(event)
 
         def close(self): ...
 
@@ -111,4 +111,4 @@ def test_a_full_disk_costs_no_line(tmp_path, monkeypatch):
     bus.close()
     kept = [record["event"] for record in read_records(sink.path)]
     assert [name for name in kept if name != "notice"] == [record["event"] for record in write(tmp_path / "straight")]
-    assert len([event for event in told if isinstance(event, Notice)]) == 1
+    assert len([event for event in reported if isinstance(event, Notice)]) == 1

@@ -6,8 +6,8 @@ from pathlib import Path
 from simpletuner.reporting.events import (
     CheckpointSaved,
     EvalDone,
-    PicturesMade,
-    SavedPicture,
+    ImagesMade,
+    SavedImage,
     StepDone,
     event_name,
     to_record,
@@ -33,9 +33,9 @@ def test_records_are_strict_json_even_where_numbers_are_not_finite():
     }
 
 
-def test_pictures_inside_an_event_become_plain_objects():
-    picture = SavedPicture(Path("x/a.png"), "a", "a cat", 64, 32, 7, "live")
-    [plain] = to_record(PicturesMade(1, (picture,)))["pictures"]
+def test_images_inside_an_event_become_plain_objects():
+    image = SavedImage(Path("x/a.png"), "a", "a cat", 64, 32, 7, "live")
+    [plain] = to_record(ImagesMade(1, (image,)))["pictures"]
     assert plain == {
         "path": "x/a.png",
         "shortname": "a",

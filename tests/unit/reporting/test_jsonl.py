@@ -55,7 +55,7 @@ def test_what_came_before_the_start_is_in_the_file_of_the_run(tmp_path: Path):
 
 def fail_before_the_start(folder: Path) -> None:
     sink = JsonlSink(folder)
-    sink.handle(Notice("error", "no pictures"))
+    sink.handle(Notice("error", "no images"))
     sink.close()
 
 
@@ -71,7 +71,7 @@ def test_the_reasons_of_starts_that_failed_stay_in_front_of_the_run_that_follows
     fail_before_the_start(tmp_path)
     write_run(tmp_path, 0, 2, 1.0)
     records = read_records(tmp_path / "metrics.jsonl")
-    assert [record["text"] for record in records[:2]] == ["no pictures", "no pictures"]
+    assert [record["text"] for record in records[:2]] == ["no images", "no images"]
     assert len(read_curves(tmp_path / "metrics.jsonl").train) == 2
     assert not (tmp_path / "metrics.1.jsonl").exists()
 
@@ -87,7 +87,7 @@ def test_a_line_that_was_cut_short_is_left_out(tmp_path: Path):
 
 def test_progress_of_phases_is_not_kept(tmp_path: Path):
     sink = JsonlSink(tmp_path)
-    sink.handle(PhaseProgress("encoding pictures", 3))
+    sink.handle(PhaseProgress("encoding images", 3))
     sink.close()
     assert not (tmp_path / "metrics.jsonl").exists()
 

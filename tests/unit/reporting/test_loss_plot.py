@@ -9,7 +9,7 @@ from PIL import Image
 from simpletuner import storage
 from simpletuner.disk import DiskError
 from simpletuner.reporting.events import EvalDone, RunStarted, StepDone
-from simpletuner.reporting.loss_plot import EVAL, draw_loss_plot, nice_ticks, read_curves, smoothed
+from simpletuner.reporting.loss_plot import EVAL, nice_ticks, plot_loss, read_curves, smoothed
 from simpletuner.reporting.sinks.jsonl import JsonlSink
 
 
@@ -33,7 +33,7 @@ def colour_columns(image: Image.Image, colour: str, below: int) -> list[int]:
 
 def test_the_eval_curve_spans_the_run_and_falls(tmp_path: Path):
     metrics = write_metrics(tmp_path, [1.0] * 100, {0: 1.0, 50: 0.75, 100: 0.5})
-    path = draw_loss_plot(metrics, tmp_path / "loss.png")
+    path = plot_loss(metrics, tmp_path / "loss.png")
     assert path is not None
     with Image.open(path) as image:
         columns = colour_columns(image.convert("RGB"), EVAL, below=60)
@@ -45,7 +45,7 @@ def test_the_eval_curve_spans_the_run_and_falls(tmp_path: Path):
 
 def test_a_disk_that_refuses_the_new_curve_leaves_the_old_one_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     metrics = write_metrics(tmp_path, [1.0] * 3, {0: 1.0})
-    before = draw_loss_plot(metrics, tmp_path / "loss.png").read_bytes()
+    before = plot_loss(metrics, tmp_path / "loss.png").read_bytes()
 
     def refuse(name: str) -> None:
         if name == "rename":
@@ -53,19 +53,19 @@ def test_a_disk_that_refuses_the_new_curve_leaves_the_old_one_whole(tmp_path: Pa
 
     monkeypatch.setattr(storage, "_step", refuse)
     with pytest.raises(DiskError):
-        draw_loss_plot(metrics, tmp_path / "loss.png")
+        plot_loss(metrics, tmp_path / "loss.png")
     assert (tmp_path / "loss.png").read_bytes() == before
     assert {path.name for path in tmp_path.iterdir()} == {"loss.png", metrics.name}
 
 
 def test_a_run_without_losses_draws_nothing(tmp_path: Path):
-    assert draw_loss_plot(write_metrics(tmp_path, [], {}), tmp_path / "loss.png") is None
+    assert plot_loss(write_metrics(tmp_path, [], {}), tmp_path / "loss.png") is None
     assert not (tmp_path / "loss.png").exists()
 
 
 @pytest.mark.parametrize("train", [[0.5], [0.5, 0.5], [0.0, 0.0], [float("nan"), 0.5, 0.25]])
 def test_short_flat_and_broken_runs_are_drawn(tmp_path: Path, train: list[float]):
-    assert draw_loss_plot(write_metrics(tmp_path, train, {0: 0.5}), tmp_path / "loss.png") is not None
+    assert plot_loss(write_metrics(tmp_path, train, {0: 0.5}), tmp_path / "loss.png") is not None
 
 
 def test_steps_on_regularisation_data_have_a_curve_of_their_own(tmp_path: Path):

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import Image as Picture
+from PIL import Image as PilImage
 from pydantic import SecretStr
 
 from simpletuner.commands.monitor import make_server
@@ -23,7 +23,7 @@ from simpletuner.errors import ConfigError
 from simpletuner.reporting import events
 from simpletuner.reporting.events import StepDone
 from simpletuner.reporting.monitor.following import Follower
-from simpletuner.reporting.monitor.history import History, Image, PictureStore
+from simpletuner.reporting.monitor.history import History, Image, ImageStore
 from simpletuner.reporting.monitor.reading import BadEvent, read_event
 from simpletuner.reporting.monitor.server import MonitorServer
 from simpletuner.reporting.sinks.jsonl import JsonlSink
@@ -87,12 +87,12 @@ def stream(server: MonitorServer, count: int) -> list[dict[str, Any]]:
 def test_a_page_that_is_opened_late_sees_everything() -> None:
     with running() as server:
         start = {"status": "running", "step": 0, "start_step": 0, "total_steps": 100, "details": {"model": "Tiny"}}
-        picture = {"shortname": "cat", "prompt": "a cat", "resolution": "64x64", "kind": "live", "image": 0}
+        image = {"shortname": "cat", "prompt": "a cat", "resolution": "64x64", "kind": "live", "image": 0}
         for sent in (
             event("training.status", start),
             progress((1, 1.0), (2, 0.5)),
             event("training.evaluation", {"step": 2, "pooled": 0.7, "losses": {}}),
-            event("validation.image", {"step": 2, "pictures": [picture]}, images=[PNG]),
+            event("validation.image", {"step": 2, "pictures": [image]}, images=[PNG]),
         ):
             assert ask(server, "POST", "/", sent)[0] == 204
         _, snapshot = stream(server, 2)
@@ -114,9 +114,9 @@ def test_what_comes_later_is_streamed() -> None:
         assert stream(server, 3)[-1]["curve"] == [[2, 0.5, 1e-4, 0.5, False]]
 
 
-def test_a_monitor_that_is_started_again_shows_no_picture_under_the_address_of_another() -> None:
-    """Browsers keep pictures by their address, and would show those of before."""
-    before, again = PictureStore(), PictureStore()
+def test_a_monitor_that_is_started_again_shows_no_image_under_the_address_of_another() -> None:
+    """Browsers keep images by their address, and would show those of before."""
+    before, again = ImageStore(), ImageStore()
     assert before.add(Image("image/png", b"star"), False) != again.add(Image("image/png", b"circle"), False)
     assert before.add(Image("image/png", b"moon"), False) == again.add(Image("image/png", b"moon"), False)
 
@@ -295,7 +295,7 @@ def test_a_token_is_asked_for_by_runs_and_pages() -> None:
 def test_sizes_are_limited() -> None:
     with running() as server:
         assert ask(server, "POST", "/", b"{}", Content_Length=str(1 << 40))[0] == 413
-    store = PictureStore(max_bytes=100)
+    store = ImageStore(max_bytes=100)
     first = store.add(Image("image/png", b"a" * 40), False)
     preview = store.add(Image("image/png", b"b" * 40), True)
     store.add(Image("image/png", b"a" * 40), False)  # the same again takes no room
@@ -326,23 +326,23 @@ def test_a_listener_for_others_makes_a_token() -> None:
     assert f'"auth_token": "{server.token}"' in said[1]
 
 
-def test_a_port_that_is_taken_is_told() -> None:
+def test_a_port_that_is_taken_is_reported() -> None:
     with running() as server, pytest.raises(ConfigError, match="--port"):
         make_server(None, "127.0.0.1", server.server_port, None, print)
     with pytest.raises(ConfigError, match="no folder"):
         make_server(Path("/nowhere/run"), "127.0.0.1", 0, None, print)
 
 
-def tell(sink: Any, folder: Path) -> None:
+def report(sink: Any, folder: Path) -> None:
     """A small run."""
-    Picture.new("RGB", (8, 8), "teal").save(folder / "cat.png")
-    cat = events.SavedPicture(folder / "cat.png", "cat", "a cat", 8, 8, 1, "live")
+    PilImage.new("RGB", (8, 8), "teal").save(folder / "cat.png")
+    cat = events.SavedImage(folder / "cat.png", "cat", "a cat", 8, 8, 1, "live")
     sink.handle(events.PhaseDone("reading the data sets", 1.0))
     sink.handle(events.RunStarted("stars", folder, 10, details={"model": "Tiny"}))
     for step in range(1, 11):
         sink.handle(events.StepDone(step, 10, 1.0 / step, 1e-4, None, 0.1, 4, 1))
     sink.handle(events.PreviewMade(10, cat, 5, 20, 0.75))
-    sink.handle(events.PicturesMade(10, (cat,)))
+    sink.handle(events.ImagesMade(10, (cat,)))
     sink.handle(events.EvalDone(10, {}, float("nan")))
     sink.handle(events.RunFinished(10, 1.0))
     sink.close()
@@ -352,12 +352,12 @@ def test_a_run_without_a_webhook_is_shown_as_one_with(tmp_path: Path) -> None:
     with running() as server:
         url = f"http://127.0.0.1:{server.server_port}/"
         webhooks = Webhooks((Webhook(webhook_type="raw", callback_url=SecretStr(url)),))
-        tell(WebhookSink(webhooks, tmp_path, run_name="stars"), tmp_path)
+        report(WebhookSink(webhooks, tmp_path, run_name="stars"), tmp_path)
         (received,), _ = server.history.snapshots()
     history = History()
     follower = Follower(tmp_path, history)
     follower.read()
-    tell(JsonlSink(tmp_path), tmp_path)
+    report(JsonlSink(tmp_path), tmp_path)
     follower.read()
     follower.read()
     (followed,), _ = history.snapshots()
@@ -367,11 +367,11 @@ def test_a_run_without_a_webhook_is_shown_as_one_with(tmp_path: Path) -> None:
     assert [row[0] for row in followed["curve"]] == list(range(1, 11))
 
 
-def test_a_file_that_is_begun_anew_is_read_anew(tmp_path: Path) -> None:
+def test_a_file_that_is_begun_again_is_read_again(tmp_path: Path) -> None:
     history = History()
     follower = Follower(tmp_path, history)
     for _ in range(2):
-        tell(JsonlSink(tmp_path), tmp_path)
+        report(JsonlSink(tmp_path), tmp_path)
         follower.read()
         (snapshot,), _ = history.snapshots()
         assert len(snapshot["curve"]) == 10

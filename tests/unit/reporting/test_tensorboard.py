@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from simpletuner.reporting.events import EvalDone, PicturesMade, RunStarted, SavedPicture, StepDone
+from simpletuner.reporting.events import EvalDone, ImagesMade, RunStarted, SavedImage, StepDone
 from simpletuner.reporting.sinks.tensorboard import TensorBoardSink, folder_name
 
 
@@ -15,14 +15,14 @@ def step(number: int, loss: float) -> StepDone:
     return StepDone(number, 10, loss, 1e-4, 2.0, 0.5, 4, 1, None, {"ema_decay": 0.9})
 
 
-def test_tensorboard_reads_back_scalars_and_pictures(tmp_path: Path):
+def test_tensorboard_reads_back_scalars_and_images(tmp_path: Path):
     Image.new("RGB", (8, 6), "red").save(tmp_path / "a.png")
     sink = TensorBoardSink(tmp_path)
     sink.handle(RunStarted("trial", tmp_path, 10, options={"seed": 42}))
     sink.handle(step(1, 0.75))
     sink.handle(EvalDone(1, {"held-out": 0.5}, 0.5, ((0.25, 0.125),)))
-    first = SavedPicture(tmp_path / "a.png", "cat", "a cat", 8, 6, 1, "live")
-    sink.handle(PicturesMade(1, (first, replace(first, index=1))))
+    first = SavedImage(tmp_path / "a.png", "cat", "a cat", 8, 6, 1, "live")
+    sink.handle(ImagesMade(1, (first, replace(first, index=1))))
     sink.close()
 
     read = EventAccumulator(str(tmp_path / "logs" / "trial")).Reload()
@@ -39,7 +39,7 @@ def test_tensorboard_reads_back_scalars_and_pictures(tmp_path: Path):
     assert [len(read.Images(tag)) for tag in ("live/cat_8x6", "live/cat_8x6_1")] == [1, 1], "one does not hide another"
 
 
-def test_a_resumed_run_supersedes_the_steps_it_draws_anew(tmp_path: Path):
+def test_a_resumed_run_supersedes_the_steps_it_trains_again(tmp_path: Path):
     for start, end, loss in ((0, 6, 1.0), (4, 6, 0.5)):
         sink = TensorBoardSink(tmp_path)
         sink.handle(RunStarted("trial", tmp_path, 10, start))

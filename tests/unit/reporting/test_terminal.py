@@ -74,28 +74,28 @@ def test_steps_come_at_intervals_of_time_with_the_first_and_the_last():
 def test_a_phase_shows_its_count_only_when_it_takes_long():
     stream, clock = io.StringIO(), Clock()
     sink = PlainSink(stream, interval=10.0, clock=clock)
-    sink.handle(PhaseStarted("encoding pictures", 40))
+    sink.handle(PhaseStarted("encoding images", 40))
     for done in (10, 20, 30):
         clock.seconds += 6.0
-        sink.handle(PhaseProgress("encoding pictures", done))
-    sink.handle(PhaseDone("encoding pictures", 18.0, "40 pictures"))
+        sink.handle(PhaseProgress("encoding images", done))
+    sink.handle(PhaseDone("encoding images", 18.0, "40 images"))
     assert [line.split("] ")[1] for line in stream.getvalue().splitlines()] == [
-        "encoding pictures (40)",
-        "encoding pictures: 20 of 40",
-        "encoding pictures done in 18 s: 40 pictures",
+        "encoding images (40)",
+        "encoding images: 20 of 40",
+        "encoding images done in 18 s: 40 images",
     ]
 
 
-def test_a_short_phase_without_a_result_is_told_once():
+def test_a_short_phase_without_a_result_is_reported_once():
     stream = io.StringIO()
     sink = PlainSink(stream, clock=Clock())
-    for name, seconds, summary in (("loading", 0.4, ""), ("reading", 0.4, "7 pictures"), ("waiting", 1.5, "")):
+    for name, seconds, summary in (("loading", 0.4, ""), ("reading", 0.4, "7 images"), ("waiting", 1.5, "")):
         sink.handle(PhaseStarted(name))
         sink.handle(PhaseDone(name, seconds, summary))
     assert [line.split("] ")[1] for line in stream.getvalue().splitlines()] == [
         "loading",
         "reading",
-        "reading done in 0.4 s: 7 pictures",
+        "reading done in 0.4 s: 7 images",
         "waiting",
         "waiting done in 1.5 s",
     ]
@@ -115,14 +115,14 @@ def test_a_terminal_gets_a_bar_and_the_lines_of_note():
     sink = terminal_sink(stream)
     assert isinstance(sink, LiveSink)
     sink.handle(RunStarted("run", Path("out"), 100))
-    sink.handle(PhaseStarted("encoding pictures", 2))
-    sink.handle(PhaseProgress("encoding pictures", 2))
-    sink.handle(PhaseDone("encoding pictures", 1.0))
+    sink.handle(PhaseStarted("encoding images", 2))
+    sink.handle(PhaseProgress("encoding images", 2))
+    sink.handle(PhaseDone("encoding images", 1.0))
     sink.handle(step(1))
     sink.handle(EvalDone(1, {"a": 0.25, "b": 0.75}, 0.5))
     sink.close()
     text = stream.getvalue()
-    assert "encoding pictures done in 1.0 s" in text
+    assert "encoding images done in 1.0 s" in text
     assert "eval loss at step 1: 0.5000 (a 0.2500, b 0.7500)" in text
     assert "training" in text
 

@@ -19,7 +19,7 @@ def test_progress_says_what_is_done_and_what_is_left():
     assert message.title == "step 30 of 120"
 
 
-def test_pauses_double_up_to_the_longest_and_begin_anew_after_a_success():
+def test_pauses_double_up_to_the_longest_and_begin_again_after_a_success():
     breaker = Breaker(Patience(first=1.0, longest=5.0, tries=3))
     for longest in (1, 2, 4, 5, 5):
         assert longest / 2 <= breaker.failed() <= longest  # spread over the upper half

@@ -19,15 +19,15 @@ from simpletuner.config.webhooks import Webhook, Webhooks
 from simpletuner.reporting.events import (
     CheckpointSaved,
     EvalDone,
+    ImagesMade,
     Notice,
     PhaseDone,
     PhaseProgress,
     PhaseStarted,
-    PicturesMade,
     RunFailed,
     RunFinished,
     RunStarted,
-    SavedPicture,
+    SavedImage,
     StepDone,
 )
 from simpletuner.reporting.webhooks.breaker import Patience
@@ -53,40 +53,40 @@ def step(number: int, total: int = 100) -> StepDone:
     return StepDone(number, total, 1.0 / number, 1e-4, 0.5, 0.01, 4, 1)
 
 
-def picture(folder: Path, name: str = "cat.png", side: int = 64, noise: bool = False) -> SavedPicture:
+def image(folder: Path, name: str = "cat.png", side: int = 64, noise: bool = False) -> SavedImage:
     path = folder / name
     image = Image.effect_noise((side, side), 100).convert("RGB") if noise else Image.new("RGB", (side, side), "teal")
     image.save(path)
-    return SavedPicture(path, "cat", "a cat", side, side, 42, "live")
+    return SavedImage(path, "cat", "a cat", side, side, 42, "live")
 
 
 def must_arrive(folder: Path) -> list[Any]:
     """One event of each kind that is never dropped."""
     return [
         CheckpointSaved(5, folder / "checkpoint-5"),
-        PicturesMade(5, (picture(folder),)),
+        ImagesMade(5, (image(folder),)),
         RunFailed(6, "the disk is full", 3),
         RunFinished(7, 12.0),
     ]
 
 
-def test_a_run_is_told_in_order(tmp_path: Path) -> None:
+def test_a_run_is_reported_in_order(tmp_path: Path) -> None:
     with receiver() as server:
         sink = make_sink(tmp_path, raw(server.url, auth_token=SecretStr("t0k"), message_prefix="lab"))
         sink.handle(RunStarted("stars", tmp_path, 100, details={"model": "Tiny"}, run_id="a1b2"))
         sink.handle(PhaseStarted("encoding", 4))
-        sink.handle(PhaseDone("encoding", 1.0, "4 pictures"))
+        sink.handle(PhaseDone("encoding", 1.0, "4 images"))
         for number in range(1, 101):
             sink.handle(step(number))
         sink.handle(EvalDone(100, {"held-out": 0.5}, 0.5))
         sink.handle(CheckpointSaved(100, tmp_path / "checkpoint-100"))
-        sink.handle(PicturesMade(100, (picture(tmp_path),)))
+        sink.handle(ImagesMade(100, (image(tmp_path),)))
         sink.handle(RunFinished(100, 3.0))
         sink.close()
     types = [event["type"] for event in server.accepted]
     rest = [kind for kind in types if kind != "training.status"]
-    stages, pictures = ["lifecycle.stage"] * 2, ["training.checkpoint", "validation.image"]
-    assert rest == [*stages, "training.evaluation", *pictures]
+    stages, images = ["lifecycle.stage"] * 2, ["training.checkpoint", "validation.image"]
+    assert rest == [*stages, "training.evaluation", *images]
     assert (types[0], types[-1]) == ("training.status", "training.status")
     curve = [row[0] for event in server.accepted for row in event["data"].get("curve", [])]
     assert curve == list(range(1, 101)), "the curve is whole, however seldom progress is sent"
@@ -96,9 +96,9 @@ def test_a_run_is_told_in_order(tmp_path: Path) -> None:
     assert {event["job_id"] for event in server.accepted} == {"job-1"}
     assert {headers["X-API-Key"] for headers, _ in server.requests} == {"t0k"}
     assert len({event["id"] for event in server.accepted}) == len(types)
-    image = next(event for event in server.accepted if event["images"])
-    assert image["images"][0].startswith("data:image/png;base64,")
-    assert image["data"]["pictures"][0]["image"] == 0
+    sent = next(event for event in server.accepted if event["images"])
+    assert sent["images"][0].startswith("data:image/png;base64,")
+    assert sent["data"]["pictures"][0]["image"] == 0
     assert sink.take_notices() == []
 
 
@@ -118,11 +118,11 @@ def test_what_must_arrive_does_once_the_service_recovers(tmp_path: Path, behavio
     titles = [event["title"] for event in server.accepted]
     assert sorted(titles) == [
         "checkpoint at step 5",
-        "pictures at step 5",
+        "images at step 5",
         "training failed at step 6",
         "training is done",
     ]
-    assert [len(event["images"]) for event in server.accepted if "pictures" in event["title"]] == [1]
+    assert [len(event["images"]) for event in server.accepted if "images" in event["title"]] == [1]
     assert list((tmp_path / "webhooks" / "1-raw").glob("*.json")) == []
     texts = [notice.text for notice in sink.take_notices()]
     assert sum("does not work" in text for text in texts) == 1
@@ -193,13 +193,13 @@ def test_a_dead_service_costs_bounded_memory(tmp_path: Path) -> None:
     assert any("lost" in notice.text for notice in sink.take_notices())
 
 
-def test_pictures_shrink_until_the_service_takes_them(tmp_path: Path) -> None:
+def test_images_shrink_until_the_service_takes_them(tmp_path: Path) -> None:
     with receiver() as server:
         server.max_body = 60_000
         sink = make_sink(tmp_path, raw(server.url))
-        big = [picture(tmp_path, f"{index}.png", 256, noise=True) for index in range(2)]
-        sink.handle(PicturesMade(1, tuple(big)))
-        sink.handle(PicturesMade(2, tuple(big)))
+        big = [image(tmp_path, f"{index}.png", 256, noise=True) for index in range(2)]
+        sink.handle(ImagesMade(1, tuple(big)))
+        sink.handle(ImagesMade(2, tuple(big)))
         wait_until(lambda: len(server.accepted) == 2)
         sink.close()
     first, second = server.accepted
@@ -210,11 +210,11 @@ def test_pictures_shrink_until_the_service_takes_them(tmp_path: Path) -> None:
     assert sum(size > 60_000 for size in sizes) < 5, "what was learnt is kept for the next message"
 
 
-def test_a_service_that_found_everything_too_large_gets_pictures_whole_when_it_works(tmp_path: Path) -> None:
-    big = picture(tmp_path, "big.png", 256, noise=True)
+def test_a_service_that_found_everything_too_large_gets_images_whole_when_it_works(tmp_path: Path) -> None:
+    big = image(tmp_path, "big.png", 256, noise=True)
     with receiver("413") as server:
         sink = make_sink(tmp_path, raw(server.url))
-        sink.handle(PicturesMade(1, (big,)))
+        sink.handle(ImagesMade(1, (big,)))
         wait_until(lambda: len(server.tries) > 20)
         server.behaviour = "ok"
         wait_until(lambda: server.accepted)
@@ -224,24 +224,24 @@ def test_a_service_that_found_everything_too_large_gets_pictures_whole_when_it_w
     assert server.accepted[0]["images"] != []
 
 
-def test_a_picture_in_a_folder_with_an_odd_name_waits_and_arrives(tmp_path: Path) -> None:
+def test_an_image_in_a_folder_with_an_odd_name_waits_and_arrives(tmp_path: Path) -> None:
     folder = tmp_path / os.fsdecode(b"odd \xff")
     folder.mkdir()
     with receiver("500") as server:
         sink = make_sink(tmp_path, raw(server.url))
-        sink.handle(PicturesMade(1, (picture(folder),)))
+        sink.handle(ImagesMade(1, (image(folder),)))
         wait_until(lambda: server.tries)
         server.behaviour = "ok"
         sink.close()
     assert len(server.accepted[0]["images"]) == 1
 
 
-def test_a_picture_that_is_gone_costs_only_itself(tmp_path: Path) -> None:
+def test_an_image_that_is_gone_costs_only_itself(tmp_path: Path) -> None:
     with receiver() as server:
         sink = make_sink(tmp_path, raw(server.url))
-        kept, gone = picture(tmp_path, "a.png"), picture(tmp_path, "b.png")
+        kept, gone = image(tmp_path, "a.png"), image(tmp_path, "b.png")
         gone.path.unlink()
-        sink.handle(PicturesMade(1, (gone, kept)))
+        sink.handle(ImagesMade(1, (gone, kept)))
         sink.close()
     assert [facts["image"] for facts in server.accepted[0]["data"]["pictures"]] == [None, 0]
     assert len(server.accepted[0]["images"]) == 1
@@ -306,7 +306,7 @@ def test_discord_gets_words_and_files(tmp_path: Path) -> None:
         sink.handle(PhaseStarted("encoding", 4))
         for number in range(1, 21):
             sink.handle(step(number, 20))
-        sink.handle(PicturesMade(20, tuple(picture(tmp_path, f"{index}.png") for index in range(12))))
+        sink.handle(ImagesMade(20, tuple(image(tmp_path, f"{index}.png") for index in range(12))))
         sink.handle(Notice("warning", "@everyone " + "x" * 3000))
         sink.close()
     bodies = discord_bodies(server)

@@ -79,7 +79,7 @@ def test_what_ran_well_survived_and_what_failed_was_caught():
 
 
 def test_the_code_of_a_fault_takes_the_place_of_the_imported_function_s():
-    """And of one in a decorator; a value of the module has to be imported anew."""
+    """And of one in a decorator; a value of the module has to be imported again."""
     from simpletuner.training import evaluation, loss_scale
     from simpletuner.training.evaluation import best_step
 

@@ -15,7 +15,7 @@ from PIL import Image, ImageFilter
 REPOSITORY = Path(__file__).resolve().parents[3]
 sys.path.insert(0, str(REPOSITORY / "scripts"))
 
-from tiny_omnigen import draw_example_data, shapes  # noqa: E402
+from tiny_omnigen import render_example_data, shapes  # noqa: E402
 from tiny_omnigen.judge import OVERLAP_THRESHOLD, Judge, segment  # noqa: E402
 from tiny_omnigen.shapes import Scene, draw  # noqa: E402
 
@@ -59,7 +59,7 @@ def test_colours_of_the_palette_are_far_apart():
     assert not shapes.COLOURS.keys() & shapes.BACKGROUNDS.keys()
 
 
-def test_the_same_seed_draws_the_same_picture():
+def test_the_same_seed_draws_the_same_image():
     one, other = (draw(RED_STAR, 64, rng=random.Random(3)).tobytes() for _ in range(2))
     assert one == other
     assert one != draw(RED_STAR, 64, rng=random.Random(4)).tobytes()
@@ -67,10 +67,10 @@ def test_the_same_seed_draws_the_same_picture():
 
 @pytest.mark.parametrize("size", shapes.SIZES)
 @pytest.mark.parametrize("position", shapes.POSITIONS)
-def test_shapes_stay_inside_the_picture(size, position):
+def test_shapes_stay_inside_the_image(size, position):
     for shape in shapes.SHAPES:
-        picture = np.asarray(draw(Scene(shape, "red", "white", size, position), 64, 96, random.Random(0)))
-        border = np.concatenate([picture[0], picture[-1], picture[:, 0], picture[:, -1]])
+        image = np.asarray(draw(Scene(shape, "red", "white", size, position), 64, 96, random.Random(0)))
+        border = np.concatenate([image[0], image[-1], image[:, 0], image[:, -1]])
         assert (border == shapes.BACKGROUNDS["white"]).all(), shape
 
 
@@ -96,9 +96,9 @@ def test_a_wrong_background_is_wrong(judge):
 @pytest.mark.parametrize("shape", shapes.OLD_SHAPES)
 def test_no_old_shape_passes_for_the_new_one(judge, shape):
     for size in shapes.SIZES:
-        picture = draw(Scene(shape, "red", "white", size))
-        assert not judge.judge(picture, RED_STAR).is_right
-        mask = segment(np.asarray(picture, dtype=np.float32))[2]
+        image = draw(Scene(shape, "red", "white", size))
+        assert not judge.judge(image, RED_STAR).is_right
+        mask = segment(np.asarray(image, dtype=np.float32))[2]
         assert judge.overlaps(mask)["star"] < OVERLAP_THRESHOLD - 0.1
 
 
@@ -107,24 +107,24 @@ def test_a_star_blurred_into_a_blob_is_wrong(judge):
     assert not judge.judge(blurred, RED_STAR).is_right
 
 
-def test_an_empty_picture_is_wrong(judge):
+def test_an_empty_image_is_wrong(judge):
     empty = Image.new("RGB", (64, 64), shapes.BACKGROUNDS["white"])
-    assert judge.judge(empty, RED_STAR).reason == "nothing drawn"
+    assert judge.judge(empty, RED_STAR).reason == "nothing generated"
 
 
 def test_half_a_star_is_wrong(judge):
-    picture = draw(RED_STAR)
-    picture.paste(shapes.BACKGROUNDS["white"], (32, 0, 64, 64))
-    assert not judge.judge(picture, RED_STAR).is_right
+    image = draw(RED_STAR)
+    image.paste(shapes.BACKGROUNDS["white"], (32, 0, 64, 64))
+    assert not judge.judge(image, RED_STAR).is_right
 
 
-def test_a_second_shape_in_the_picture_is_wrong(judge):
-    picture = draw(Scene("star", "red", "white", "small", "on the left"))
-    picture.paste(draw(Scene("circle", "blue", "white")).crop((32, 0, 64, 64)), (32, 0))
-    assert not judge.judge(picture, RED_STAR).is_right
+def test_a_second_shape_in_the_image_is_wrong(judge):
+    image = draw(Scene("star", "red", "white", "small", "on the left"))
+    image.paste(draw(Scene("circle", "blue", "white")).crop((32, 0, 64, 64)), (32, 0))
+    assert not judge.judge(image, RED_STAR).is_right
 
 
-def test_the_prompt_of_a_picture_is_sixteen_tokens_long(tokenizer):
+def test_the_prompt_of_an_image_is_sixteen_tokens_long(tokenizer):
     from tiny_omnigen.tokenizer import TEMPLATE
 
     scenes = (Scene("circle", "red", "blue"), Scene("star", "orange", "lilac"))
@@ -144,7 +144,7 @@ def test_any_text_survives_the_tokenizer(tokenizer):
 
 
 def test_the_example_holds_out_what_it_does_not_train_on():
-    concept, held_out = draw_example_data.concept_scenes(random.Random(0))
+    concept, held_out = render_example_data.concept_scenes(random.Random(0))
     assert (len(concept), len(held_out)) == (45, 8)
     assert not set(concept) & set(held_out)
     pairs = {(scene.colour, scene.background) for scene in concept}
@@ -153,14 +153,14 @@ def test_the_example_holds_out_what_it_does_not_train_on():
     assert {background for _, background in pairs} == set(shapes.BACKGROUNDS)
 
 
-def test_the_committed_pictures_are_those_that_the_script_draws(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["draw_example_data.py", "--output", str(tmp_path)])
-    draw_example_data.main()
+def test_the_committed_images_are_those_that_the_script_draws(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["render_example_data.py", "--output", str(tmp_path)])
+    render_example_data.main()
     for name in ("concept", "concept-eval", "regularisation"):
-        drawn = sorted((tmp_path / name).iterdir())
+        generated = sorted((tmp_path / name).iterdir())
         committed = sorted((DATASETS / name).iterdir())
-        assert [path.name for path in drawn] == [path.name for path in committed]
-        for one, other in zip(drawn, committed, strict=True):
+        assert [path.name for path in generated] == [path.name for path in committed]
+        for one, other in zip(generated, committed, strict=True):
             if one.suffix == ".png":
                 assert np.array_equal(np.asarray(Image.open(one)), np.asarray(Image.open(other)))
             else:
@@ -184,18 +184,18 @@ def test_the_score_counts_what_is_drawn(tmp_path):
     sys.path.insert(0, str(REPOSITORY / "benchmarks"))
     from concept_score import score
 
-    def draw_circles(prompts, seeds):
+    def render_circles(prompts, seeds):
         return [draw(replace(shapes.parse_caption(prompt), shape="circle")) for prompt in prompts]
 
-    def draw_truth(prompts, seeds):
+    def render_truth(prompts, seeds):
         pairs = zip(prompts, seeds, strict=True)
         return [draw(shapes.parse_caption(prompt), 64, rng=random.Random(seed)) for prompt, seed in pairs]
 
-    figures = score(draw_circles, draw_truth, DATASETS / "concept", 0, tmp_path / "sheet.png")
+    figures = score(render_circles, render_truth, DATASETS / "concept", 0, tmp_path / "sheet.png")
     assert (figures["base_concept"], figures["adapter_concept"], figures["adapter_old"]) == (0, 1, 1)
     assert figures["base_old"] == pytest.approx(1 / 7, abs=0.02)
     assert figures["goal_reached"]
-    assert not score(draw_truth, draw_circles, DATASETS / "concept", 0, tmp_path / "sheet.png")["goal_reached"]
+    assert not score(render_truth, render_circles, DATASETS / "concept", 0, tmp_path / "sheet.png")["goal_reached"]
 
 
 def test_muon_orthogonalises_its_updates():

@@ -13,7 +13,7 @@ import torch
 from simpletuner.batch import Crop, Sample
 from simpletuner.data.sampler import Sampler
 from simpletuner.data.schedule import Schedule
-from simpletuner.distributed.world import ALONE, World
+from simpletuner.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from simpletuner.randomness import keyed_seed
 from simpletuner.training import batches
 from simpletuner.training.batches import BatchSource
@@ -23,8 +23,8 @@ FIVE = {name: (float(place), 0.0) for place, name in enumerate("abcde")}
 
 
 def source_of(data: ToyDataset, size: int = 2, *, family: ToyFamily | None = None, **options) -> BatchSource:
-    world = options.get("world", ALONE)
-    sampler = Sampler([data], size * world.size, seed=1, num_ranks=world.size)
+    process_group = options.get("process_group", SINGLE_PROCESS)
+    sampler = Sampler([data], size * process_group.size, seed=1, num_ranks=process_group.size)
     return BatchSource(family or ToyFamily(), [data], {data.id: ToySource(data.images)}, sampler, seed=7, **options)
 
 
@@ -61,7 +61,9 @@ def test_a_batch_holds_the_latents_of_its_images():
 def test_processes_share_a_batch_and_fill_it_up_with_what_does_not_count(size, number):
     """Every process has one sample at least; together each image counts once, at the slot that one process gives it."""
     data = ToyDataset(dict(list(FIVE.items())[:number]))
-    windows = [source_of(data, size=3, world=World(rank, size)).build_window(0, 0, 0) for rank in range(size)]
+    windows = [
+        source_of(data, size=3, process_group=ProcessGroup(rank, size)).build_window(0, 0, 0) for rank in range(size)
+    ]
     parts = [window.batches[0] for window in windows]
     counted = [
         (slot, digest)
@@ -77,7 +79,7 @@ def test_processes_share_a_batch_and_fill_it_up_with_what_does_not_count(size, n
 
 
 def test_a_process_without_an_image_of_its_own_weighs_nothing():
-    source = source_of(ToyDataset({"a": (1.0, 2.0)}), world=World(1, 2))
+    source = source_of(ToyDataset({"a": (1.0, 2.0)}), process_group=ProcessGroup(1, 2))
     window = source.build_window(0, 0, 0)
     assert window.batches[0].loss_weights.tolist() == [0]
     assert window.batches[0].digests == ["a"]
@@ -86,7 +88,7 @@ def test_a_process_without_an_image_of_its_own_weighs_nothing():
 
 
 def test_the_slots_of_a_later_batch_follow_those_of_all_processes():
-    source = source_of(ToyDataset(FIVE), size=1, world=World(1, 2), accumulation=2)
+    source = source_of(ToyDataset(FIVE), size=1, process_group=ProcessGroup(1, 2), accumulation=2)
     window = source.build_window(0, 0, 0)
     assert [list(batch.slots) for batch in window.batches] == [[1], [3]]
 
@@ -153,11 +155,13 @@ def test_references_come_with_their_image_all_or_one_that_is_drawn(monkeypatch):
     [batch] = source.build_window(0, 0, 0).batches
     assert [[int(each[0, 0, 0]) for each in row] for row in batch.references] == [[1, 2], [1, 2]]
     assert asked == [[[(16, 8), (16, 8)]] * 2]  # height before width, in pixels
-    one = with_references(draws_reference=True)
-    drawn = [[int(row[0][0, 0, 0]) for row in one.build_window(step, 0, 0).batches[0].references] for step in range(40)]
-    assert {value for row in drawn for value in row} == {1, 2}
-    assert any(row[0] != row[1] for row in drawn)
-    assert drawn[4][1] == 1 + keyed_seed(7, "reference", 4, 1) % 2
+    one = with_references(samples_reference=True)
+    generated = [
+        [int(row[0][0, 0, 0]) for row in one.build_window(step, 0, 0).batches[0].references] for step in range(40)
+    ]
+    assert {value for row in generated for value in row} == {1, 2}
+    assert any(row[0] != row[1] for row in generated)
+    assert generated[4][1] == 1 + keyed_seed(7, "reference", 4, 1) % 2
 
 
 @pytest.mark.parametrize(("drops", "count"), [(True, 0), (False, 2)])
@@ -169,7 +173,7 @@ def test_references_go_with_a_dropped_caption_where_the_family_says_so(drops, co
 
 
 def test_a_window_that_was_begun_ahead_is_the_one_that_is_used(monkeypatch):
-    """And only where it is the one asked for: a step that starts elsewhere is built anew."""
+    """And only where it is the one asked for: a step that starts elsewhere is built again."""
     monkeypatch.setattr(batches, "WORTH_A_THREAD_SECONDS", 0.0)
     source = source_of(ToyDataset(FIVE), accumulation=2)
     built = []

@@ -92,7 +92,7 @@ def test_the_best_checkpoint_takes_part_by_its_step(tmp_path, best, chosen):
     assert Checkpoints(tmp_path, None).choose("latest") == (tmp_path / chosen, [])
 
 
-def test_where_all_are_damaged_the_run_does_not_start_anew(tmp_path):
+def test_where_all_are_damaged_the_run_does_not_start_again(tmp_path):
     damage(folder_of(tmp_path, "checkpoint-4"))
     with pytest.raises(ConfigError, match=r"every checkpoint in .* is damaged"):
         Checkpoints(tmp_path, None).choose("latest")

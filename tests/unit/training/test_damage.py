@@ -1,4 +1,4 @@
-"""What is damaged, or cannot be read now, is told each time and never a fresh start."""
+"""What is damaged, or cannot be read now, is reported each time and never a fresh start."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_a_damaged_one_is_renamed_a_second_time_too_where_an_older_one_is_whole(
 
 @pytest.mark.parametrize("what", ["manifest.json", "weights"])
 @pytest.mark.parametrize("number", [errno.EIO, errno.EACCES, errno.ESTALE])
-def test_one_that_the_disk_refuses_to_read_is_told_each_time_and_nothing_is_renamed(
+def test_one_that_the_disk_refuses_to_read_is_reported_each_time_and_nothing_is_renamed(
     tmp_path, monkeypatch, what, number
 ):
     folder_of(tmp_path, 2)

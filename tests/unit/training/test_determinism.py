@@ -16,8 +16,8 @@ from simpletuner.adapters.files import allowed_difference
 from simpletuner.adapters.lokr import KronKernels
 from simpletuner.errors import ConfigError
 from simpletuner.precision.mixed import deterministic_kernels, exact_float32, use_tf32
-from simpletuner.training import proof, trainer
-from simpletuner.training.parts import build_family
+from simpletuner.training import adapter_roundtrip, trainer
+from simpletuner.training.build import build_family
 from tests.runs import load_here, metrics, train_here, write_run
 
 CUDA = torch.backends.cuda.matmul
@@ -87,13 +87,13 @@ def test_the_proof_of_a_file_computes_the_live_output_in_exact_float32(
 ) -> None:
     """A GPU would round convolutions to TF32, and the reload on the processor would differ by more than is allowed."""
     seen = []
-    probe = proof.probe_output
+    probe = adapter_roundtrip.probe_output
 
     def watched(family: Any, denoiser: Any) -> Tensor:
         seen.append(precisions())
         return probe(family, denoiser)
 
-    monkeypatch.setattr(proof, "probe_output", watched)
+    monkeypatch.setattr(adapter_roundtrip, "probe_output", watched)
     train_here(write_run(tmp_path, omnigen_folder, max_train_steps=1))
     assert seen[:2] == [{"ieee"}, {"ieee"}]
     use_tf32(True)
@@ -153,8 +153,8 @@ def test_a_resumed_run_keeps_the_kernels_of_its_checkpoint(
     timings.clear()  # from now on a trial that is timed fails
     train_here(folder, "--max_train_steps=4")
     assert json.loads((output / "checkpoint-4" / "training_state.json").read_text())["kernels"] == choice
-    told = [record["text"] for record in metrics(output, "notice")]
-    assert sum("as the checkpoint or the main process says" in line for line in told) == len(choice)
+    reported = [record["text"] for record in metrics(output, "notice")]
+    assert sum("as the checkpoint or the main process says" in line for line in reported) == len(choice)
 
 
 def test_a_deterministic_run_computes_its_own_products(

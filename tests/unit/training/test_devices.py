@@ -15,8 +15,8 @@ from simpletuner.optim.optimizers import require_optimizer
 from simpletuner.training import loop
 from simpletuner.training.device_failures import explain, is_shortage, remedies
 from simpletuner.training.devices import pick_device, require_kernels, require_no_hidden_gpu
+from simpletuner.training.gradient_checkpointing import MeasuredMemory
 from simpletuner.training.loss_bins import LossBins
-from simpletuner.training.recomputing import MeasuredRoom
 from simpletuner.training.step import Losses
 from tests.runs import load_here, metrics, train_here, write_run
 
@@ -142,14 +142,14 @@ def test_measured_checkpointing_takes_the_step_again_with_more_blocks_recomputed
     failed = fail_in(monkeypatch, step=2, times=2)
     found = train_here(write_run(tmp_path / "tight", omnigen_folder, **options))
     assert failed == [2, 2]
-    told = [record["text"] for record in metrics(found, "notice")]
-    assert sum("step 3 is taken again with more blocks recomputed" in line for line in told) == 2
+    reported = [record["text"] for record in metrics(found, "notice")]
+    assert sum("step 3 is taken again with more blocks recomputed" in line for line in reported) == 2
     name = "pytorch_lora_weights.safetensors"
     assert (found / "checkpoint-4" / name).read_bytes() == (expected / "checkpoint-4" / name).read_bytes()
 
 
 def test_what_cannot_recompute_more_does_not_try_for_ever() -> None:
-    room = MeasuredRoom(torch.device("cpu"))
+    room = MeasuredMemory(torch.device("cpu"))
     x = torch.zeros(2, 3)
     room.ask(0, (x,), 1)
     assert [room.recompute_more() for _ in range(3)] == [True, False, False]

@@ -129,7 +129,7 @@ def test_the_message_names_the_samples_that_are_not_finite_and_no_others(tmp_pat
     assert "remove the image" in text
 
 
-def test_weights_that_make_the_loss_infinite_are_told_and_a_lower_rate_helps(tmp_path):
+def test_weights_that_make_the_loss_infinite_are_reported_and_a_lower_rate_helps(tmp_path):
     """Each step of 10 times the gradient makes the distance 9 times as large, until its square is no float32."""
     options = {"max_train_steps": 40, "checkpoint_step_interval": 0}
     run, _ = toy_run(tmp_path, ONE, **options, learning_rate=10)
@@ -142,7 +142,7 @@ def test_weights_that_make_the_loss_infinite_are_told_and_a_lower_rate_helps(tmp
     run_training(run)
 
 
-def test_an_overflow_of_fp16_is_told_and_bf16_helps(tmp_path, monkeypatch):
+def test_an_overflow_of_fp16_is_reported_and_bf16_helps(tmp_path, monkeypatch):
     """Weights of the network alone are in fp16 products: 300 times 300 is more than 65,504."""
     options = {"max_train_steps": 40, "learning_rate": 1e-6}
     factors = torch.full((1, 2), 300.0)
@@ -162,7 +162,7 @@ def test_an_overflow_of_fp16_is_told_and_bf16_helps(tmp_path, monkeypatch):
                 run_training(run)
 
 
-def test_a_base_model_that_is_not_finite_is_told(tmp_path):
+def test_a_base_model_that_is_not_finite_is_reported(tmp_path):
     run, _ = toy_run(tmp_path, ONE, max_train_steps=9)
     run.denoiser.register_buffer("packed_scale", torch.tensor([1.0, float("inf")]))
     predict = run.family.predict
@@ -190,11 +190,11 @@ def test_a_single_number_that_is_not_finite_is_found():
 
 
 def test_all_processes_end_where_one_holds_weights_that_are_not_finite(tmp_path):
-    def work(world):
-        run, _ = toy_run(tmp_path / str(world.rank), ONE, world=world)
+    def work(process_group):
+        run, _ = toy_run(tmp_path / str(process_group.rank), ONE, process_group=process_group)
         require_finite(run, "weights", {"w": torch.ones(1)})
         with pytest.raises(DivergedError, match="weights"):
-            require_finite(run, "weights", {"w": torch.tensor([torch.nan if world.rank else 1.0])})
+            require_finite(run, "weights", {"w": torch.tensor([torch.nan if process_group.rank else 1.0])})
         return True
 
     assert in_processes(2, work) == [True, True]

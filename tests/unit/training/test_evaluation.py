@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from simpletuner.batch import Crop, Sample
-from simpletuner.distributed.world import ALONE
+from simpletuner.distributed.process_group import SINGLE_PROCESS
 from simpletuner.randomness import keyed_seed
 from simpletuner.training.evaluation import (
     Evaluator,
@@ -63,12 +63,12 @@ def test_losses_are_averaged_by_noise_level_with_their_weights():
     bins = LossBins()
     bins.add(4, [losses((0.05, 1.0, 1.0), (0.95, 4.0, 1.0)), losses((0.09, 3.0, 3.0))])
     bins.add(5, [losses((1.0, 8.0, 1.0), (0.5, math.nan, 1.0), (0.05, 7.0, 0.0))])
-    event = bins.take(5, ALONE)
+    event = bins.take(5, SINGLE_PROCESS)
     assert event is not None
     assert (event.step, event.first_step) == (5, 4)
     # 0.0-0.1: (1 * 1 + 3 * 3) / 4; 0.9-1.0: (4 + 8) / 2. What is not finite or only fills up does not count.
     assert [tuple(map(float, row)) for row in event.bins] == [(0.0, 0.1, 2.5, 2.0), (0.9, 1.0, 6.0, 2.0)]
-    assert bins.take(6, ALONE) is None
+    assert bins.take(6, SINGLE_PROCESS) is None
 
 
 class Copying(ToyFamily):

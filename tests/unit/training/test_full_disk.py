@@ -9,8 +9,8 @@ import pytest
 
 from simpletuner import storage
 from simpletuner.disk import DiskError
-from simpletuner.leftovers import new_sibling
 from simpletuner.reporting.events import CheckpointSaved, Notice
+from simpletuner.tempnames import new_sibling
 from simpletuner.training import full_disk
 from simpletuner.training.loop import run_training
 from tests.toy import toy_run, weights_of
@@ -51,14 +51,14 @@ def test_a_checkpoint_is_tried_again_after_leftovers_are_removed(tmp_path, monke
     (tmp_path / "output").mkdir(exist_ok=True)
     with monkeypatch.context() as patched:
         patched.setattr("socket.gethostname", lambda: "a-machine-that-died")
-        left_over = new_sibling(tmp_path / "output" / "x", "tmp")
-    left_over.write_bytes(b"half")
+        stale = new_sibling(tmp_path / "output" / "x", "tmp")
+    stale.write_bytes(b"half")
     tries = refuse_commits(monkeypatch, 1, number)
     run_training(run)
     assert tries == ["checkpoint-3", "checkpoint-3"]
     assert [event.step for event in recorder.of(CheckpointSaved)] == [3]
-    assert not left_over.exists()
-    assert "1 leftovers" in texts(recorder, "warning")[0]
+    assert not stale.exists()
+    assert "1 stale files" in texts(recorder, "warning")[0]
 
 
 def test_without_the_option_a_disk_that_stays_full_ends_the_run_with_code_3(tmp_path, monkeypatch):
@@ -113,6 +113,6 @@ def test_an_old_checkpoint_that_cannot_be_removed_is_a_warning(tmp_path, monkeyp
     run, recorder = toy_run(tmp_path, ONE, checkpoint_step_interval=1, checkpoints_total_limit=2)
     run_training(run)
     assert [event.step for event in recorder.of(CheckpointSaved)] == [1, 2, 3]
-    [told] = texts(recorder, "warning")
-    assert "could not be removed" in told
-    assert "checkpoint-1" in told
+    [reported] = texts(recorder, "warning")
+    assert "could not be removed" in reported
+    assert "checkpoint-1" in reported

@@ -10,9 +10,9 @@ import torch
 from torch._dynamo.utils import counters
 
 from simpletuner.commands.shapes import empty_batch
+from simpletuner.training.build import attach_adapter, build_family
 from simpletuner.training.kernels import compile_blocks
-from simpletuner.training.parts import attach_adapter, build_family
-from simpletuner.training.step import compute_losses, draw_noise
+from simpletuner.training.step import compute_losses, sample_noise
 from tests.runs import load_here, write_run
 
 SIZES = ((64, 64), (96, 64), (64, 96), (128, 64), (64, 128), (96, 96))
@@ -50,7 +50,7 @@ def test_sizes_batches_masks_and_evaluation_never_fall_back_to_eager(
                     quantiles = torch.full((count,), 0.5, dtype=torch.float64)
                     for trains in (True, False):
                         with torch.set_grad_enabled(trains):
-                            loss = compute_losses(family, denoiser, batch, draw_noise(batch, 0, 0), quantiles)
+                            loss = compute_losses(family, denoiser, batch, sample_noise(batch, 0, 0), quantiles)
                         if trains:
                             loss.weighted_sum.backward()
     assert "recompile_limit" not in caplog.text

@@ -92,7 +92,7 @@ def test_micro_batches_train_what_one_batch_does_a_short_one_too(tmp_path):
 
 
 def test_the_noise_and_the_level_of_a_sample_are_those_of_its_step_and_slot(tmp_path):
-    """Images of zeros: what the model sees is sigma times the noise, drawn here anew from its key."""
+    """Images of zeros: what the model sees is sigma times the noise, drawn here again from its key."""
     images = {name: (0.0, 0.0) for name in "abcd"}
     run, _ = toy_run(tmp_path, images, train_batch_size=2, gradient_accumulation_steps=2, max_train_steps=2)
     run_training(run)
@@ -295,7 +295,9 @@ def test_a_checkpoint_comes_before_the_evaluation_and_the_images_of_its_step(tmp
         tmp_path, ONE, losses=[5, 4, 3], max_train_steps=4, eval_steps_interval=2, checkpoint_step_interval=2,
         validation_step_interval=2, validate_after_step=3, checkpoint_keep_best=False,
     )  # fmt: skip
-    run.validator = SimpleNamespace(has_drawn=lambda step, ema: True, run=lambda *a: order.append(("images", a[-1])))
+    run.validator = SimpleNamespace(
+        has_generated=lambda step, ema: True, run=lambda *a: order.append(("images", a[-1]))
+    )
     recorder.handle = lambda event: order.append((type(event).__name__, getattr(event, "step", None)))
     run_training(run)
     wanted = [each for each in order if each[0] in ("CheckpointSaved", "EvalDone", "images")]
@@ -339,9 +341,9 @@ def test_two_processes_train_the_global_batch_and_draw_dropout_apart(tmp_path):
     """Three images, two at a time: the second step has one image, and the second process one that does not count."""
     images = {"a": (1.0, 3.0), "b": (3.0, 1.0), "c": (2.0, 8.0)}
 
-    def train(world, optimizer=None):
-        folder = tmp_path / f"{world.rank}-{optimizer}"
-        run, recorder = toy_run(folder, images, world=world, optimizer=optimizer, max_train_steps=2)
+    def train(process_group, optimizer=None):
+        folder = tmp_path / f"{process_group.rank}-{optimizer}"
+        run, recorder = toy_run(folder, images, process_group=process_group, optimizer=optimizer, max_train_steps=2)
         run.checkpoints = SimpleNamespace(save=lambda run: Saved(Path(), True), path_of=lambda step: "", settle=list)
         run_training(run)
         return {
@@ -351,8 +353,8 @@ def test_two_processes_train_the_global_batch_and_draw_dropout_apart(tmp_path):
             "draws": run.family.draws,
         }
 
-    def work(world):
-        return [train(world), train(world), train(world, Rounding)]
+    def work(process_group):
+        return [train(process_group), train(process_group), train(process_group, Rounding)]
 
     (main, again, rounded), (other, _, other_rounded) = in_processes(2, work)
     assert main == again

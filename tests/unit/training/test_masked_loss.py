@@ -21,8 +21,8 @@ from simpletuner.models.family import ModelFamily
 from simpletuner.models.omnigen.spec import OMNIGEN
 from simpletuner.models.registry import get_family_class, get_spec
 from simpletuner.training.batches import BatchSource, Window
-from simpletuner.training.step import compute_losses, draw_noise, draw_quantiles
-from tests.unit.data.pictures import options, write_picture
+from simpletuner.training.step import compute_losses, sample_noise, sample_quantiles
+from tests.unit.data.images import options, write_image
 
 
 class PerElement(nn.Module):
@@ -59,7 +59,7 @@ def batch_of(family: ModelFamily, masks: torch.Tensor | None) -> Batch:
 
 
 def half_masks() -> torch.Tensor:
-    """The left half of the first picture, one corner of the second."""
+    """The left half of the first image, one corner of the second."""
     masks = torch.zeros(2, 1, 8, 8)
     masks[0, :, :, :4] = 1
     masks[1, :, :2, :2] = 0.5
@@ -67,7 +67,7 @@ def half_masks() -> torch.Tensor:
 
 
 def losses_of(family: ModelFamily, denoiser: nn.Module, batch: Batch):
-    return compute_losses(family, denoiser, batch, draw_noise(batch, 1, 5), draw_quantiles(batch, 1, 5))
+    return compute_losses(family, denoiser, batch, sample_noise(batch, 1, 5), sample_quantiles(batch, 1, 5))
 
 
 def test_outside_of_the_mask_nothing_is_trained(family: ModelFamily) -> None:
@@ -82,7 +82,7 @@ def test_outside_of_the_mask_nothing_is_trained(family: ModelFamily) -> None:
 def test_a_small_mask_is_no_small_loss(family: ModelFamily) -> None:
     """The mean over the mask, by hand from the errors that no mask has touched."""
     batch = batch_of(family, half_masks())
-    noise, quantiles = draw_noise(batch, 1, 5), draw_quantiles(batch, 1, 5)
+    noise, quantiles = sample_noise(batch, 1, 5), sample_quantiles(batch, 1, 5)
     sigmas = family.sigmas_at(quantiles, batch.latents).reshape(2, 1, 1, 1).float()
     errors = (0.5 * ((1 - sigmas) * batch.latents + sigmas * noise) - (noise - batch.latents)) ** 2
     losses = losses_of(family, PerElement(), batch)
@@ -97,7 +97,7 @@ def test_a_mask_of_ones_changes_nothing(family: ModelFamily) -> None:
     torch.testing.assert_close(whole.per_sample, plain.per_sample)
 
 
-def test_a_picture_whose_mask_is_black_weighs_nothing_in_its_window(family: ModelFamily) -> None:
+def test_an_image_whose_mask_is_black_weighs_nothing_in_its_window(family: ModelFamily) -> None:
     masks = half_masks()
     masks[1] = 0
     batch = batch_of(family, masks)
@@ -118,13 +118,13 @@ class Latents:
 
 def source_of(family: ModelFamily, tmp_path: Path, masking: float, **changes) -> BatchSource:
     for number in range(6):
-        write_picture(tmp_path / f"pictures/{number}.png", 96, 64, seed=number)
+        write_image(tmp_path / f"images/{number}.png", 96, 64, seed=number)
         mask = np.zeros((64, 96), np.uint8)
         mask[:, 48:] = 255
         (tmp_path / "masks").mkdir(exist_ok=True)
         Image.fromarray(mask).save(tmp_path / f"masks/{number}.png")
     entries = [
-        ImageDataset(id="things", instance_data_dir=tmp_path / "pictures", conditioning_data="m", **changes),
+        ImageDataset(id="things", instance_data_dir=tmp_path / "images", conditioning_data="m", **changes),
         ConditioningDataset(id="m", instance_data_dir=tmp_path / "masks", conditioning_type="mask"),
     ]
     datasets = build_datasets(entries, options(), OMNIGEN, tmp_path / "work")
@@ -152,7 +152,7 @@ def test_batches_carry_the_masks_of_their_crops(family: ModelFamily, tmp_path: P
     assert torch.equal(masks, expected.expand_as(masks))
 
 
-def test_mirrored_pictures_have_mirrored_masks(family: ModelFamily, tmp_path: Path) -> None:
+def test_mirrored_images_have_mirrored_masks(family: ModelFamily, tmp_path: Path) -> None:
     masks = masks_of(source_of(family, tmp_path, 1.0, random_flip=True))
     left, right = masks[:, 0, 0], masks[:, 0, 7]
     assert torch.equal(left, 1 - right)
@@ -160,9 +160,9 @@ def test_mirrored_pictures_have_mirrored_masks(family: ModelFamily, tmp_path: Pa
 
 
 def test_masks_count_as_often_as_is_asked_for_and_by_key(family: ModelFamily, tmp_path: Path) -> None:
-    drawn = masks_of(source_of(family, tmp_path, 0.5), 60)
-    is_masked = drawn[:, 0, 0] == 0
+    generated = masks_of(source_of(family, tmp_path, 0.5), 60)
+    is_masked = generated[:, 0, 0] == 0
     assert 0.3 < is_masked.float().mean() < 0.7  # 120 draws, standard deviation 0.05
-    assert drawn[~is_masked].min() == 1
-    assert torch.equal(drawn, masks_of(source_of(family, tmp_path, 0.5), 60))
+    assert generated[~is_masked].min() == 1
+    assert torch.equal(generated, masks_of(source_of(family, tmp_path, 0.5), 60))
     assert masks_of(source_of(family, tmp_path, 0.0)).min() == 1

@@ -13,7 +13,7 @@ from simpletuner.models.omnigen.family import OmniGen
 from simpletuner.models.omnigen.spec import OMNIGEN
 from simpletuner.randomness import keyed_seed
 from simpletuner.training.objective import PLAIN, Objective, SigmaSchedule, TimestepBias, build_objective
-from tests.runs import dataset, draw_pictures, load_here, metrics, train_here, write_run
+from tests.runs import dataset, load_here, metrics, train_here, write_images, write_run
 from tests.toy import ToyFamily, load_toy
 
 SLOTS = range(400)
@@ -58,7 +58,7 @@ def test_a_bias_draws_some_levels_more_often(family: OmniGen) -> None:
     assert ((sigmas > 0.5).double().mean().item()) == pytest.approx(0.75, abs=0.005)
 
 
-def test_offset_noise_adds_one_number_for_each_channel_to_some_pictures() -> None:
+def test_offset_noise_adds_one_number_for_each_channel_to_some_images() -> None:
     noise = torch.randn(len(SLOTS), 2, 4, 4, generator=torch.Generator().manual_seed(0))
     objective = Objective(noise_offset=0.5, noise_offset_probability=0.25)
     added = objective.offset_noise(noise, SLOTS, 1, 0) - noise
@@ -98,9 +98,9 @@ def test_each_setting_trains_differs_and_leaves_the_eval_loss_of_the_start_alone
 ) -> None:
     runs = []
     for folder, options in ((tmp_path / "plain", {}), (tmp_path / "set", SETTINGS[name])):
-        draw_pictures(folder / "pictures", 4, seed=1)
-        draw_pictures(folder / "held_out", 2, seed=2)
-        data = [dataset("pictures"), dataset("held_out", dataset_type="eval")]
+        write_images(folder / "images", 4, seed=1)
+        write_images(folder / "held_out", 2, seed=2)
+        data = [dataset("images"), dataset("held_out", dataset_type="eval")]
         write_run(folder, omnigen_folder, data, max_train_steps=3, eval_steps_interval=3, **options)
         runs.append(train_here(folder))
     losses = [[record["loss"] for record in metrics(output, "step_done")] for output in runs]

@@ -12,7 +12,7 @@ from simpletuner.data.datasets import build_datasets
 from simpletuner.errors import DataError
 from simpletuner.models.omnigen.spec import OMNIGEN
 from simpletuner.training.prepare import require_full_batches
-from tests.unit.data.pictures import options, write_picture
+from tests.unit.data.images import options, write_image
 
 
 def config(full: bool | None) -> SimpleNamespace:
@@ -21,9 +21,9 @@ def config(full: bool | None) -> SimpleNamespace:
 
 @pytest.fixture
 def datasets(tmp_path: Path):
-    """Three square pictures and one wide one, twice: to train on and to judge by."""
+    """Three square images and one wide one, twice: to train on and to judge by."""
     for number in range(4):
-        write_picture(tmp_path / f"things/a_{number}.png", 128 if number == 3 else 64, 64, seed=number)
+        write_image(tmp_path / f"things/a_{number}.png", 128 if number == 3 else 64, 64, seed=number)
     entries = [
         kind(id=kind.__name__, instance_data_dir=tmp_path / "things", crop=False)
         for kind in (ImageDataset, EvalDataset)
@@ -38,13 +38,13 @@ def test_short_buckets_are_refused_only_where_somebody_wrote_so(datasets) -> Non
         require_full_batches(config(False), datasets, "data.json")
     (problem,) = caught.value.problems  # an eval dataset is never trained on
     assert problem.key == "ImageDataset.repeats"
-    assert "fewer pictures than a batch of 4 (repeats 0): 96x48 has 1, 64x64 has 3" in problem.message
+    assert "fewer images than a batch of 4 (repeats 0): 96x48 has 1, 64x64 has 3" in problem.message
     assert "set repeats to 3" in str(problem.fix)
 
 
 @pytest.mark.parametrize(("processes", "repeats"), [(1, 3), (2, 7)])
-def test_the_repeats_that_are_told_do(datasets, processes: int, repeats: int) -> None:
-    """The wide picture is alone: 4 x processes of it fill a batch of all processes."""
+def test_the_repeats_that_are_reported_do(datasets, processes: int, repeats: int) -> None:
+    """The wide image is alone: 4 x processes of it fill a batch of all processes."""
     image = datasets[0]
     with pytest.raises(DataError, match=f"set repeats to {repeats},"):
         require_full_batches(config(False), [image], None, processes)

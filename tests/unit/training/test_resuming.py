@@ -17,7 +17,7 @@ from simpletuner.errors import ConfigError
 from simpletuner.training.identity import compare_identity, differences
 from simpletuner.training.resuming import length_facts, resumed_length, resumed_state, total_train_steps
 from simpletuner.training.state import TrainState
-from tests.runs import dataset, draw_pictures, metrics, train_here, write_run
+from tests.runs import dataset, metrics, train_here, write_images, write_run
 from tests.toy import ToyDataset
 
 
@@ -98,9 +98,9 @@ def test_a_checkpoint_without_the_length_is_resumed_where_it_says() -> None:
 
 
 def test_a_run_with_twice_the_batch_ends_at_the_epoch_that_is_asked_for(tmp_path: Path, omnigen_folder: Path) -> None:
-    draw_pictures(tmp_path / "pictures", 4, seed=1)
+    write_images(tmp_path / "images", 4, seed=1)
     length = {"max_train_steps": 0, "num_train_epochs": 2, "train_batch_size": 1, "checkpoint_step_interval": 0}
-    write_run(tmp_path, omnigen_folder, [dataset("pictures")], **length)
+    write_run(tmp_path, omnigen_folder, [dataset("images")], **length)
     output = train_here(tmp_path)
     assert len(metrics(output, "step_done")) == 8
     train_here(tmp_path, "--train_batch_size=2", "--num_train_epochs=4", "--lr_warmup_steps=3")
@@ -116,9 +116,9 @@ def test_a_run_with_twice_the_batch_ends_at_the_epoch_that_is_asked_for(tmp_path
     assert [r["text"] for r in metrics(output, "notice") if r["text"].startswith("changed since")] == seen
 
 
-def identity(**told: Any) -> dict[str, Any]:
+def identity(**reported: Any) -> dict[str, Any]:
     fixed = {"optimizer": "adamw", "lycoris_config": {"algo": "lokr", "factor": 16}, "parameters": {"a.w": [4, 8]}}
-    return {"fixed": fixed, "told": {"torch": "2.0", "processes": 1, "datasets": {}, "schedules": {}, **told}}
+    return {"fixed": fixed, "told": {"torch": "2.0", "processes": 1, "datasets": {}, "schedules": {}, **reported}}
 
 
 def data(**images: tuple[int, str]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from simpletuner.models.spec import FamilySpec
 from simpletuner.randomness import keyed_seed
 from simpletuner.training.rollout import ReflexFlow, Rollouts, build_rollouts, implied_noise, roll_out
 from simpletuner.training.step import compute_losses
-from tests.runs import dataset, draw_pictures, metrics, train_here, write_run
+from tests.runs import dataset, metrics, train_here, write_images, write_run
 from tests.toy import load_toy
 from tests.unit.config.conftest import FAMILY
 
@@ -85,7 +85,7 @@ def test_steps_go_from_more_noise_to_less_and_begin_at_pure_noise_at_most() -> N
     assert family.seen == [[0.6, 1.0], [0.5, 0.9333], [0.4, 0.8667]]
 
 
-def test_pictures_of_different_sizes_are_rolled_out_as_they_would_be_alone() -> None:
+def test_images_of_different_sizes_are_rolled_out_as_they_would_be_alone() -> None:
     family, data, noise = Exact(), [DATA[0], DATA[1, :, :4]], [NOISE[0], NOISE[1, :, :4]]
 
     def denoiser(x, sigmas):
@@ -189,8 +189,8 @@ def test_depths_are_drawn_as_the_strategy_says(strategy, shares: list[float]) ->
 @pytest.mark.parametrize("strategy", ["uniform", "biased_early", "biased_late"])
 def test_the_expected_depth_is_the_mean_of_what_is_drawn(strategy: str) -> None:
     rollouts = Rollouts(max_depth=4, start_step=500, ramp_steps=1000, ramp_to=0.8, strategy=strategy)
-    drawn = [rollouts.depth(3, step, 0) for step in range(4000)]
-    assert rollouts.expected_depth(4000) == pytest.approx(sum(drawn) / len(drawn), rel=0.1)
+    generated = [rollouts.depth(3, step, 0) for step in range(4000)]
+    assert rollouts.expected_depth(4000) == pytest.approx(sum(generated) / len(generated), rel=0.1)
     assert Rollouts(probability=1.0).expected_depth(100) == 0
 
 
@@ -207,8 +207,8 @@ def test_the_tiny_model_trains_on_its_own_steps_and_resumes_to_the_same_bits(
     }
     losses = {}
     for name, steps in (("straight", (8,)), ("resumed", (4, 8))):
-        draw_pictures(tmp_path / name / "pictures", 5, seed=1)
-        folder = write_run(tmp_path / name, omnigen_folder, [dataset("pictures")], **options)
+        write_images(tmp_path / name / "images", 5, seed=1)
+        folder = write_run(tmp_path / name, omnigen_folder, [dataset("images")], **options)
         for count in steps:
             output = train_here(folder, f"--max_train_steps={count}")
         records = metrics(output, "step_done")

@@ -12,7 +12,7 @@ from simpletuner.models.components import ModelSource
 from simpletuner.models.family import ModelFamily
 from simpletuner.models.registry import get_family_class, get_spec
 from simpletuner.training.objective import Objective
-from simpletuner.training.step import compute_losses, draw_noise, draw_quantiles
+from simpletuner.training.step import compute_losses, sample_noise, sample_quantiles
 from tests.toy import ToyFamily
 
 
@@ -37,20 +37,20 @@ def batch_of(family: ModelFamily, slots: list[int], is_regularisation: bool = Fa
 
 
 def losses_of(family: ModelFamily, denoiser: torch.nn.Module, batch: Batch):
-    return compute_losses(family, denoiser, batch, draw_noise(batch, 1, 5), draw_quantiles(batch, 1, 5))
+    return compute_losses(family, denoiser, batch, sample_noise(batch, 1, 5), sample_quantiles(batch, 1, 5))
 
 
 def test_noise_depends_on_the_slot_and_not_on_the_batch_it_is_drawn_in(family):
-    whole = draw_noise(batch_of(family, [0, 1, 2, 3]), seed=1, step=5)
-    second_half = draw_noise(batch_of(family, [2, 3]), seed=1, step=5)
+    whole = sample_noise(batch_of(family, [0, 1, 2, 3]), seed=1, step=5)
+    second_half = sample_noise(batch_of(family, [2, 3]), seed=1, step=5)
     assert torch.equal(whole[2:], second_half)
 
 
 @pytest.mark.parametrize("seed_and_step", [(1, 6), (2, 5)])
 def test_noise_and_quantiles_differ_by_seed_and_by_step(family, seed_and_step):
     batch = batch_of(family, [0, 1])
-    assert not torch.equal(draw_noise(batch, 1, 5), draw_noise(batch, *seed_and_step))
-    assert not torch.equal(draw_quantiles(batch, 1, 5), draw_quantiles(batch, *seed_and_step))
+    assert not torch.equal(sample_noise(batch, 1, 5), sample_noise(batch, *seed_and_step))
+    assert not torch.equal(sample_quantiles(batch, 1, 5), sample_quantiles(batch, *seed_and_step))
 
 
 def test_two_micro_batches_give_the_losses_and_gradients_of_one_batch(family):
@@ -72,7 +72,7 @@ def test_two_micro_batches_give_the_losses_and_gradients_of_one_batch(family):
 
 def test_a_denoiser_that_knows_the_answer_has_no_loss(family):
     batch = batch_of(family, [0, 1])
-    noise = draw_noise(batch, 1, 5)
+    noise = sample_noise(batch, 1, 5)
 
     class Oracle(type(family)):
         def predict(self, denoiser, noisy_latents, sigmas, conditioning):
@@ -87,7 +87,7 @@ def test_the_target_of_a_regularisation_batch_is_the_prediction_without_the_adap
 
     denoiser = family.load_denoiser()
     batch = batch_of(family, [0, 1], is_regularisation=True)
-    noise, quantiles = draw_noise(batch, 1, 5), draw_quantiles(batch, 1, 5)
+    noise, quantiles = sample_noise(batch, 1, 5), sample_quantiles(batch, 1, 5)
     same = compute_losses(family, denoiser, batch, noise, quantiles, lambda: torch.no_grad())
     assert same.per_sample.tolist() == [0.0, 0.0]
 

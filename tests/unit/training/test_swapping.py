@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from simpletuner.training.recomputing import Parking, Recomputing
+from simpletuner.training.gradient_checkpointing import GradientCheckpointing, Offloading
 from simpletuner.training.swapping import NUM_BUFFERS, SwappedBlocks
 
 CPU = torch.device("cpu")
@@ -125,7 +125,7 @@ def test_a_block_that_is_not_recomputed_fetches_its_weights_again() -> None:
         toy.blocks.requires_grad_(False)
         if swaps:
             swap = SwappedBlocks(list(toy.blocks), CPU)
-        recomputing = Recomputing(CPU)
+        recomputing = GradientCheckpointing(CPU)
         for _ in range(2):
             toy.zero_grad()
             toy(torch.ones(2, 6), recomputing).square().sum().backward()
@@ -138,15 +138,15 @@ def test_a_block_that_is_not_recomputed_fetches_its_weights_again() -> None:
 def test_parked_inputs_leave_beside_the_computation_two_at_a_time_and_come_back_in_advance() -> None:
     for seed in range(20):
         streams = FakeStreams()
-        parking = Parking(CPU, streams)
+        offloading = Offloading(CPU, streams)
         tensors = [torch.full((1, 2, 3), float(index)) for index in range(5)]
-        parked = []
+        offloaded = []
         for tensor in tensors:
-            parked.append(parking.park([tensor, "a mask"]))
-            assert len(parking._leaving) <= 2
+            offloaded.append(offloading.offload([tensor, "a mask"]))
+            assert len(offloading._leaving) <= 2
         seen: list[tuple[Any, ...]] = []
         for index in reversed(range(5)):
-            back, mask = parking.back(parked[index])
+            back, mask = offloading.back(offloaded[index])
             assert mask == "a mask"
             streams.run(partial(note, seen, index, {"weight": back}))
         streams.advance(seed)
@@ -161,8 +161,8 @@ def test_checkpoint_is_given_a_tensor_by_which_it_knows_the_device(monkeypatch: 
         given.append(arguments)
         return function(*arguments)
 
-    monkeypatch.setattr("simpletuner.training.recomputing.checkpoint", checkpoint)
-    recomputing = Recomputing(CPU, parks_inputs=True)
+    monkeypatch.setattr("simpletuner.training.gradient_checkpointing.checkpoint", checkpoint)
+    recomputing = GradientCheckpointing(CPU, offloads_inputs=True)
     recomputing(nn.Linear(4, 4), torch.ones(1, 2, 4, requires_grad=True))
     [arguments] = given
     assert [each.device for each in arguments if isinstance(each, Tensor)] == [CPU]
@@ -170,7 +170,7 @@ def test_checkpoint_is_given_a_tensor_by_which_it_knows_the_device(monkeypatch: 
 
 
 def test_weights_that_are_saved_as_views_are_no_activations() -> None:
-    from simpletuner.training.recomputing import CountSaved, weights_of
+    from simpletuner.training.gradient_checkpointing import CountSaved, weights_of
 
     block = nn.Sequential(nn.Linear(64, 64), nn.Tanh()).requires_grad_(False)
     x = torch.randn(2, 64, requires_grad=True)
@@ -181,8 +181,8 @@ def test_weights_that_are_saved_as_views_are_no_activations() -> None:
 
 
 def test_the_weights_of_an_adapter_beside_a_layer_are_no_activations(omnigen_folder, tmp_path) -> None:
-    from simpletuner.training.parts import attach_adapter, build_family
-    from simpletuner.training.recomputing import weights_of
+    from simpletuner.training.build import attach_adapter, build_family
+    from simpletuner.training.gradient_checkpointing import weights_of
     from tests.runs import load_here, write_run
 
     loaded = load_here(write_run(tmp_path, omnigen_folder))

@@ -12,7 +12,7 @@ from PIL import Image
 
 from simpletuner.errors import ConfigError
 from simpletuner.training.zeros import ZeroWatch
-from tests.runs import dataset, draw_pictures, load_here, metrics, train_here, write_run
+from tests.runs import dataset, load_here, metrics, train_here, write_images, write_run
 
 
 def batch(masks: torch.Tensor | None = None, is_regularisation: bool = False) -> SimpleNamespace:
@@ -62,12 +62,12 @@ def test_the_reason_is_that_of_the_step(loss: float, each, mixed_precision: str,
 
 def test_a_run_whose_masks_are_black_says_so(tmp_path: Path, omnigen_folder: Path) -> None:
     """Masks that count almost always: the start warns, and the steps do."""
-    draw_pictures(tmp_path / "pictures", 2, seed=1)
+    write_images(tmp_path / "images", 2, seed=1)
     (tmp_path / "masks").mkdir()
     for number in range(2):
         Image.new("L", (64, 64)).save(tmp_path / f"masks/{number:03d}.png")
     data = [
-        dataset("pictures", conditioning_data="masks"),
+        dataset("images", conditioning_data="masks"),
         {
             "id": "masks",
             "dataset_type": "conditioning",
@@ -83,7 +83,7 @@ def test_a_run_whose_masks_are_black_says_so(tmp_path: Path, omnigen_folder: Pat
 
 
 def test_regularisation_data_alone_are_refused(tmp_path: Path, omnigen_folder: Path) -> None:
-    draw_pictures(tmp_path / "pictures", 1, seed=1)
-    write_run(tmp_path, omnigen_folder, [dataset("pictures", is_regularisation_data=True)])
+    write_images(tmp_path / "images", 1, seed=1)
+    write_run(tmp_path, omnigen_folder, [dataset("images", is_regularisation_data=True)])
     with pytest.raises(ConfigError, match="all datasets are regularisation data"):
         load_here(tmp_path)

@@ -15,8 +15,8 @@ from transformers import CLIPModel
 
 from simpletuner.errors import DataError
 from simpletuner.validation.clip_score import ClipScorer
-from simpletuner.validation.prompts import DrawSettings, PictureRequest
-from simpletuner.validation.sampling import Picture
+from simpletuner.validation.prompts import GenerationSettings, ImageRequest
+from simpletuner.validation.sampling import GeneratedImage
 from tests.tiny import tiny_clip_folder
 
 SIDE = 32
@@ -29,11 +29,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_clip_folder(tmp_path_factory.mktemp("clip"))
 
 
-def picture(prompt: str, colour: tuple[int, int, int], size: tuple[int, int] = (SIDE, SIDE)) -> Picture:
+def generated(prompt: str, colour: tuple[int, int, int], size: tuple[int, int] = (SIDE, SIDE)) -> GeneratedImage:
     image = Image.new("RGB", size, colour)
     image.paste((255, 255, 255), (2, 2, 20, 9))
     width, height = size
-    return Picture(PictureRequest("a", prompt, height, width, 1, DrawSettings(1, 1.0)), image)
+    return GeneratedImage(ImageRequest("a", prompt, height, width, 1, GenerationSettings(1, 1.0)), image)
 
 
 def score_by_hand(folder: Path, prompt: str, image: Image.Image) -> float:
@@ -52,32 +52,32 @@ def score_by_hand(folder: Path, prompt: str, image: Image.Image) -> float:
 def test_scores_are_those_of_the_model_fed_by_hand(folder: Path) -> None:
     prompts = ["a cat", "dog", "a red box on it"]
     colours = [(200, 30, 30), (20, 90, 160), (0, 0, 0)]
-    pictures = [picture(prompt, colour) for prompt, colour in zip(prompts, colours, strict=True)]
-    expected = [score_by_hand(folder, each.request.prompt, each.image) for each in pictures]
-    assert ClipScorer(str(folder), torch.device("cpu")).score(pictures) == pytest.approx(expected, abs=1e-4)
+    images = [generated(prompt, colour) for prompt, colour in zip(prompts, colours, strict=True)]
+    expected = [score_by_hand(folder, each.request.prompt, each.image) for each in images]
+    assert ClipScorer(str(folder), torch.device("cpu")).score(images) == pytest.approx(expected, abs=1e-4)
     assert len({round(score, 3) for score in expected}) == 3
     assert any(score > 0 for score in expected)
 
 
-def test_a_score_depends_on_picture_and_prompt_but_not_on_its_neighbours(folder: Path) -> None:
+def test_a_score_depends_on_image_and_prompt_but_not_on_its_neighbours(folder: Path) -> None:
     scorer = ClipScorer(str(folder), torch.device("cpu"))
-    pictures = [picture("a cat", (200, 30, number)) for number in range(0, 180, 20)]  # more than one batch
-    together = scorer.score(pictures)
-    assert together == pytest.approx([scorer.score([each])[0] for each in pictures], abs=1e-4)
-    assert scorer.score([picture("a cat", (200, 30, 0), (64, 32))]) != together[:1]
+    images = [generated("a cat", (200, 30, number)) for number in range(0, 180, 20)]  # more than one batch
+    together = scorer.score(images)
+    assert together == pytest.approx([scorer.score([each])[0] for each in images], abs=1e-4)
+    assert scorer.score([generated("a cat", (200, 30, 0), (64, 32))]) != together[:1]
 
 
 def test_a_prompt_that_is_too_long_is_cut(folder: Path) -> None:
     scorer = ClipScorer(str(folder), torch.device("cpu"))
-    long, longer = (picture("a " * count + "cat", (200, 30, 30)) for count in (100, 200))
+    long, longer = (generated("a " * count + "cat", (200, 30, 30)) for count in (100, 200))
     assert scorer.score([long]) == scorer.score([longer])
 
 
 def test_autocast_and_gradients_of_a_run_do_not_reach_the_score(folder: Path) -> None:
     scorer = ClipScorer(str(folder), torch.device("cpu"))
-    expected = scorer.score([picture("a cat", (200, 30, 30))])
+    expected = scorer.score([generated("a cat", (200, 30, 30))])
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert scorer.score([picture("a cat", (200, 30, 30))]) == expected
+        assert scorer.score([generated("a cat", (200, 30, 30))]) == expected
 
 
 def test_it_works_without_torchvision() -> None:
@@ -90,7 +90,7 @@ def test_what_is_missing_is_named(tmp_path: Path, part: str) -> None:
     for name in (part, "vocab.json", "merges.txt") if part == "tokenizer.json" else (part,):
         (folder / name).unlink(missing_ok=True)
     with pytest.raises(DataError) as caught:
-        ClipScorer(str(folder), torch.device("cpu")).score([picture("a cat", (1, 2, 3))])
+        ClipScorer(str(folder), torch.device("cpu")).score([generated("a cat", (1, 2, 3))])
     assert caught.value.problems[0].key == "pretrained_evaluation_model_name_or_path"
 
 
@@ -104,5 +104,5 @@ def test_opposite_directions_score_nothing_and_equal_ones_a_hundred(folder: Path
 
     answer.config = model.config
     scorer._model = answer
-    scores = scorer._scores([picture("a", (0, 0, 0)), picture("b", (0, 0, 0))]).tolist()
+    scores = scorer._scores([generated("a", (0, 0, 0)), generated("b", (0, 0, 0))]).tolist()
     assert scores == pytest.approx([100, 0])

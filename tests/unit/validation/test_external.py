@@ -27,7 +27,7 @@ class Scripts:
         return ExternalScript(command, facts, lambda: checkpoint, self.tmp_path, EventBus([self.recorder]))
 
     @property
-    def told(self) -> list[str]:
+    def reported(self) -> list[str]:
         return [notice.text for notice in self.recorder.of(Notice)]
 
 
@@ -64,7 +64,7 @@ def test_placeholders_are_filled_in_as_whole_words_and_no_shell_reads_them(scrip
     scripts.make(command, tmp_path / "checkpoint-20").run(None, None, None, 20)
     assert wait_for(out).split("|")[:2] == ["20", str(tmp_path / "checkpoint-20")]
     assert wait_for(out).split("|")[2].startswith('a "red" cat; rm $HOME ')
-    assert scripts.told == []
+    assert scripts.reported == []
 
 
 def test_nobody_waits_and_a_second_one_is_not_started_beside_it(scripts: Scripts, tmp_path: Path) -> None:
@@ -73,25 +73,25 @@ def test_nobody_waits_and_a_second_one_is_not_started_beside_it(scripts: Scripts
     assert script.start(20) == []
     assert script._process is not None
     assert script._process.poll() is None  # who had waited for it would find it ended
-    assert "still works on an earlier step" in scripts.told[0]
+    assert "still works on an earlier step" in scripts.reported[0]
     process = script._process
     assert process is not None
     process.kill()
     process.wait()
     assert script.start(30)
-    assert "left with exit code -9" in scripts.told[1]
+    assert "left with exit code -9" in scripts.reported[1]
     script._process.kill()
 
 
-def test_what_it_prints_is_kept_and_a_missing_program_is_told(scripts: Scripts, tmp_path: Path) -> None:
+def test_what_it_prints_is_kept_and_a_missing_program_is_reported(scripts: Scripts, tmp_path: Path) -> None:
     scripts.make(python("print('drawn')")).start(1)
     assert wait_for(tmp_path / LOG_FILE) == "drawn\n"
     assert scripts.make("no-such-program-here").start(1) == []
-    assert "cannot be started" in scripts.told[0]
+    assert "cannot be started" in scripts.reported[0]
 
 
 def test_it_waits_for_the_first_checkpoint_where_it_asks_for_one(scripts: Scripts) -> None:
-    assert scripts.make("draw {local_checkpoint_path}").start(1) == []
-    assert "there is no checkpoint yet" in scripts.told[0]
+    assert scripts.make("generate {local_checkpoint_path}").start(1) == []
+    assert "there is no checkpoint yet" in scripts.reported[0]
     scripts.make("draw").run(None, None, None, 0)
-    assert len(scripts.told) == 1
+    assert len(scripts.reported) == 1

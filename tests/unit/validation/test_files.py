@@ -11,9 +11,9 @@ from PIL import Image
 from simpletuner import storage
 from simpletuner.disk import DiskError
 from simpletuner.validation import files
-from simpletuner.validation.files import PictureFiles, spread
-from simpletuner.validation.prompts import DrawSettings, PictureRequest, SkippedLayers
-from simpletuner.validation.sampling import Picture
+from simpletuner.validation.files import ImageFiles, spread
+from simpletuner.validation.prompts import GenerationSettings, ImageRequest, SkippedLayers
+from simpletuner.validation.sampling import GeneratedImage
 
 
 def test_a_long_run_is_shown_by_evenly_spread_steps_and_its_last():
@@ -22,12 +22,12 @@ def test_a_long_run_is_shown_by_evenly_spread_steps_and_its_last():
     assert spread([100, 200, 300], 1) == [300]
 
 
-def test_pictures_of_the_base_are_known_again_until_their_settings_change(tmp_path: Path):
-    request = PictureRequest("a", "a cat", 8, 8, 1, DrawSettings(4, 2.0, skipped=SkippedLayers((7, 8))))
-    PictureFiles(tmp_path, [request], {"model": "m"}).save_benchmark([Picture(request, Image.new("RGB", (8, 8)))])
-    assert PictureFiles(tmp_path, [request], {"model": "m"}).has_benchmark()
+def test_images_of_the_base_are_known_again_until_their_settings_change(tmp_path: Path):
+    request = ImageRequest("a", "a cat", 8, 8, 1, GenerationSettings(4, 2.0, skipped=SkippedLayers((7, 8))))
+    ImageFiles(tmp_path, [request], {"model": "m"}).save_benchmark([GeneratedImage(request, Image.new("RGB", (8, 8)))])
+    assert ImageFiles(tmp_path, [request], {"model": "m"}).has_benchmark()
     other = replace(request, settings=replace(request.settings, skipped=SkippedLayers((7, 9))))
-    assert not PictureFiles(tmp_path, [other], {"model": "m"}).has_benchmark()
+    assert not ImageFiles(tmp_path, [other], {"model": "m"}).has_benchmark()
 
 
 def refuse(monkeypatch: pytest.MonkeyPatch, count: int) -> Callable[[], int]:
@@ -46,20 +46,20 @@ def refuse(monkeypatch: pytest.MonkeyPatch, count: int) -> Callable[[], int]:
 
 
 def test_an_image_that_the_disk_refuses_once_is_written_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    request = PictureRequest("a", "a cat", 8, 8, 1, DrawSettings(4, 2.0))
+    request = ImageRequest("a", "a cat", 8, 8, 1, GenerationSettings(4, 2.0))
     image = Image.new("RGB", (8, 8), (10, 20, 30))
     tries = refuse(monkeypatch, 1)
-    [saved] = PictureFiles(tmp_path, [request], {}).save([Picture(request, image)], 5, "live")
+    [saved] = ImageFiles(tmp_path, [request], {}).save([GeneratedImage(request, image)], 5, "live")
     assert tries() == 2
     with Image.open(saved.path) as found:
         assert found.getpixel((0, 0)) == (10, 20, 30)
 
 
 def test_an_image_that_the_disk_refuses_twice_is_an_error_of_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    request = PictureRequest("a", "a cat", 8, 8, 1, DrawSettings(4, 2.0))
+    request = ImageRequest("a", "a cat", 8, 8, 1, GenerationSettings(4, 2.0))
     tries = refuse(monkeypatch, 9)
     with pytest.raises(DiskError, match="the disk is full"):
-        PictureFiles(tmp_path, [request], {}).save([Picture(request, Image.new("RGB", (8, 8)))], 5, "live")
+        ImageFiles(tmp_path, [request], {}).save([GeneratedImage(request, Image.new("RGB", (8, 8)))], 5, "live")
     assert tries() == 2
 
 

@@ -11,19 +11,19 @@ def checkerboard(side: int) -> Image.Image:
     return Image.fromarray(pixels.astype(np.uint8)).convert("RGB")
 
 
-def test_small_pictures_are_enlarged_by_a_whole_factor_without_new_colours():
+def test_small_images_are_enlarged_by_a_whole_factor_without_new_colours():
     shown = fit_cell(checkerboard(64))
     assert shown.size == (192, 192)
     assert set(np.unique(np.asarray(shown))) == {0, 255}
     assert np.array_equal(np.asarray(shown)[::3, ::3], np.asarray(checkerboard(64)))
 
 
-def test_large_pictures_are_reduced_and_middle_ones_left_alone():
+def test_large_images_are_reduced_and_middle_ones_left_alone():
     assert fit_cell(Image.new("RGB", (1024, 512))).size == (512, 256)
     assert fit_cell(Image.new("RGB", (256, 200))).size == (256, 200)
 
 
-def test_a_comparison_holds_every_picture_and_leaves_missing_places_empty():
+def test_a_comparison_holds_every_image_and_leaves_missing_places_empty():
     sheet = comparison_sheet(
         ["base", "step 10", "EMA"],
         [

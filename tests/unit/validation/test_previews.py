@@ -1,4 +1,4 @@
-"""Previews: what they show, by samplers whose answer is known, and on the shipped model, which really draws."""
+"""Previews: what they show, by samplers whose answer is known, and on the shipped model, which really generates."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from simpletuner.models.components import ModelSource
 from simpletuner.models.omnigen.family import OmniGen
 from simpletuner.models.omnigen.spec import OMNIGEN
 from simpletuner.reporting.events import PreviewMade
-from simpletuner.validation.files import PictureFiles
+from simpletuner.validation.files import ImageFiles
 from simpletuner.validation.previews import Previews, foreseen, sampler_sigmas
-from simpletuner.validation.prompts import DrawSettings, PictureRequest
-from simpletuner.validation.sampling import make_pictures
+from simpletuner.validation.prompts import GenerationSettings, ImageRequest
+from simpletuner.validation.sampling import make_images
 
-SETTINGS = DrawSettings(20, 2.5, "<cfg>")
+SETTINGS = GenerationSettings(20, 2.5, "<cfg>")
 REQUESTS = [
-    PictureRequest("circle", "a red circle on a white background", 64, 64, 1, SETTINGS),
-    PictureRequest("triangle", "a small green triangle on a black background", 64, 64, 3, SETTINGS),
+    ImageRequest("circle", "a red circle on a white background", 64, 64, 1, SETTINGS),
+    ImageRequest("triangle", "a small green triangle on a black background", 64, 64, 3, SETTINGS),
 ]
 
 
@@ -73,7 +73,7 @@ class Recorder(Previews):
         family.decode_preview = self.decode
         self.shown: list[Tensor] = []
         self.events: list[PreviewMade] = []
-        super().__init__(family, torch.nn.Identity(), every, PictureFiles(tmp_path, [], {}), self.events.append)
+        super().__init__(family, torch.nn.Identity(), every, ImageFiles(tmp_path, [], {}), self.events.append)
 
     def decode(self, decoder: Any, latents: Tensor) -> Tensor:
         self.shown.append(latents)
@@ -84,29 +84,29 @@ def test_a_sampler_with_its_own_history_shows_its_latents_as_they_are(tmp_path: 
     scheduler = DDIMScheduler()
     scheduler.set_timesteps(4)
     recorder = Recorder(tmp_path, 2, "epsilon")
-    callback = recorder.watch(10, "ema")([PictureRequest("a", "p", 8, 8, 1, DrawSettings(4, 1.0))])
+    callback = recorder.watch(10, "ema")([ImageRequest("a", "p", 8, 8, 1, GenerationSettings(4, 1.0))])
     given = [torch.full((1, 4, 1, 1), float(index)) for index in range(4)]
     for index, latents in enumerate(given):
         assert callback(SimpleNamespace(scheduler=scheduler), index, 0, {"latents": latents}) == {"latents": latents}
     assert [tensor.mean() for tensor in recorder.shown] == [1.0, 3.0]
     assert [(event.sampling_step, event.sigma) for event in recorder.events] == [(2, 0.5), (4, 0.0)]
-    assert recorder.events[0].picture.path.name == "step_10_a_0_8x8_ema_at_2.png"
+    assert recorder.events[0].image.path.name == "step_10_a_0_8x8_ema_at_2.png"
 
 
 @pytest.fixture(scope="module")
 def previews(tmp_path_factory: pytest.TempPathFactory) -> list[PreviewMade]:
-    """Every fifth step of two pictures that the shipped model draws in twenty."""
+    """Every fifth step of two images that the shipped model generates in twenty."""
     folder = tmp_path_factory.mktemp("previews")
     model = ModelSource(str(example_dir("omnigen-tiny") / "model"))
     family = OmniGen(OMNIGEN, model, torch.device("cpu"), torch.float32)
     events: list[PreviewMade] = []
-    files = PictureFiles(folder, REQUESTS, {})
+    files = ImageFiles(folder, REQUESTS, {})
     watcher = Previews(family, family.load_preview_decoder(), 5, files, events.append)
     pipeline = family.pipeline(family.load_denoiser(), family.load_vae())
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        pictures = make_pictures(pipeline, REQUESTS, batch_size=2, watch=watcher.watch(250, "live"))
-    for picture in pictures:
-        picture.image.save(folder / f"{picture.request.shortname}.png")
+        images = make_images(pipeline, REQUESTS, batch_size=2, watch=watcher.watch(250, "live"))
+    for image in images:
+        image.image.save(folder / f"{image.request.shortname}.png")
     return events
 
 
@@ -115,9 +115,9 @@ def pixels(path: Path) -> np.ndarray:
         return np.asarray(image.convert("RGB"), dtype=float)
 
 
-def test_twenty_steps_and_every_fifth_give_four_previews_of_each_picture(previews: list[PreviewMade]) -> None:
+def test_twenty_steps_and_every_fifth_give_four_previews_of_each_image(previews: list[PreviewMade]) -> None:
     for request in REQUESTS:
-        mine = [event for event in previews if event.picture.shortname == request.shortname]
+        mine = [event for event in previews if event.image.shortname == request.shortname]
         assert [(event.sampling_step, event.num_sampling_steps) for event in mine] == [
             (5, 20),
             (10, 20),
@@ -125,33 +125,29 @@ def test_twenty_steps_and_every_fifth_give_four_previews_of_each_picture(preview
             (20, 20),
         ]
         assert [event.sigma for event in mine] == pytest.approx([0.75, 0.5, 0.25, 0.0])
-        assert {(event.step, event.picture.prompt, event.picture.kind) for event in mine} == {
-            (250, request.prompt, "live")
-        }
-        assert {(event.picture.width, event.picture.height, event.picture.seed) for event in mine} == {
-            (64, 64, request.seed)
-        }
+        assert {(event.step, event.image.prompt, event.image.kind) for event in mine} == {(250, request.prompt, "live")}
+        assert {(event.image.width, event.image.height, event.image.seed) for event in mine} == {(64, 64, request.seed)}
         name = f"step_250_{request.shortname}_0_64x64_at_5.png"
-        assert mine[0].picture.path.parts[-3:] == ("validation_images", "previews", name)
+        assert mine[0].image.path.parts[-3:] == ("validation_images", "previews", name)
 
 
-def test_previews_come_nearer_to_the_picture_with_each_step(previews: list[PreviewMade]) -> None:
+def test_previews_come_nearer_to_the_image_with_each_step(previews: list[PreviewMade]) -> None:
     for request in REQUESTS:
-        paths = [event.picture.path for event in previews if event.picture.shortname == request.shortname]
+        paths = [event.image.path for event in previews if event.image.shortname == request.shortname]
         finished = pixels(paths[0].parents[2] / f"{request.shortname}.png")
         distances = [np.abs(pixels(path) - finished).mean() for path in paths]
         assert distances == sorted(distances, reverse=True)
         assert distances[-1] < 0.75 * distances[0]
 
 
-def test_the_first_preview_is_a_picture_already_and_not_noise(previews: list[PreviewMade]) -> None:
+def test_the_first_preview_is_an_image_already_and_not_noise(previews: list[PreviewMade]) -> None:
     """A quarter of the way the latents are three quarters noise; what the model foresees has the right colours."""
     circle, triangle = (
-        next(e for e in previews if e.sampling_step == 5 and e.picture.shortname == r.shortname) for r in REQUESTS
+        next(e for e in previews if e.sampling_step == 5 and e.image.shortname == r.shortname) for r in REQUESTS
     )
-    red, green, blue = pixels(circle.picture.path)[28:36, 28:36].mean(axis=(0, 1))
+    red, green, blue = pixels(circle.image.path)[28:36, 28:36].mean(axis=(0, 1))
     assert red > 2 * max(green, blue)
-    assert pixels(circle.picture.path)[:6].mean() > 220
-    red, green, blue = pixels(triangle.picture.path)[28:36, 28:36].mean(axis=(0, 1))
+    assert pixels(circle.image.path)[:6].mean() > 220
+    red, green, blue = pixels(triangle.image.path)[28:36, 28:36].mean(axis=(0, 1))
     assert green > 1.5 * max(red, blue)
-    assert pixels(triangle.picture.path)[:6].mean() < 40
+    assert pixels(triangle.image.path)[:6].mean() < 40

@@ -7,7 +7,13 @@ import pytest
 from simpletuner.config.builtin_prompts import BUILTIN_PROMPTS
 from simpletuner.config.prompt_library import LibraryPrompt
 from simpletuner.errors import ConfigError
-from simpletuner.validation.prompts import DrawSettings, PictureRequest, requests_from_config, reseeded, rounded_sizes
+from simpletuner.validation.prompts import (
+    GenerationSettings,
+    ImageRequest,
+    requests_from_config,
+    reseeded,
+    rounded_sizes,
+)
 
 
 def settings(**changes: object) -> SimpleNamespace:
@@ -47,7 +53,7 @@ def test_a_number_is_a_square_and_odd_sizes_are_rounded_with_a_notice():
     requests, notices = requests_from_config(settings(validation_resolution="64,70x100"), None, 16)
     assert [(r.height, r.width) for r in requests] == [(64, 64), (96, 64)]
     assert len(notices) == 1
-    assert "70x100 is drawn at 64x96" in notices[0]
+    assert "70x100 becomes 64x96" in notices[0]
 
 
 def test_sizes_that_become_equal_are_drawn_once():
@@ -73,16 +79,16 @@ def test_a_size_beyond_the_family_is_refused_by_key():
 
 
 def test_a_shortname_cannot_leave_its_folder():
-    settings = DrawSettings(20, 2.5)
-    assert PictureRequest("../up\\a\nb", "p", 64, 64, 1, settings).file_stem == "..-up-a-b"
-    assert PictureRequest("anime_<token>", "p", 64, 64, 1, settings).file_stem == "anime_<token>"
+    settings = GenerationSettings(20, 2.5)
+    assert ImageRequest("../up\\a\nb", "p", 64, 64, 1, settings).file_stem == "..-up-a-b"
+    assert ImageRequest("anime_<token>", "p", 64, 64, 1, settings).file_stem == "anime_<token>"
 
 
 def test_what_a_prompt_says_of_itself_comes_before_the_configuration():
     prompt = LibraryPrompt("a dog", "", "32x64,32", 5, 0.0, 0.0, 0, 2, adapter_strength=0.0)
     requests, _ = requests_from_config(settings(), {"dog": prompt}, 16)
     main, *dogs = requests
-    assert main.settings == DrawSettings(20, 2.5, "bad")
+    assert main.settings == GenerationSettings(20, 2.5, "bad")
     assert main.adapter_strength == 1.0
     assert [(r.height, r.width, r.seed, r.index) for r in dogs] == [
         (64, 32, 0, 0),
@@ -90,11 +96,11 @@ def test_what_a_prompt_says_of_itself_comes_before_the_configuration():
         (32, 32, 0, 0),
         (32, 32, 1, 1),
     ]
-    assert {r.settings for r in dogs} == {DrawSettings(5, 0.0, "")}
+    assert {r.settings for r in dogs} == {GenerationSettings(5, 0.0, "")}
     assert {r.adapter_strength for r in dogs} == {0.0}
 
 
-def test_several_pictures_of_a_prompt_have_seeds_that_count_up():
+def test_several_images_of_a_prompt_have_seeds_that_count_up():
     requests, _ = requests_from_config(settings(num_validation_images=3), None, 16)
     assert [(r.seed, r.index, r.title) for r in requests] == [
         (7, 0, "validation_64x64"),

@@ -17,7 +17,7 @@ from torch import nn
 from simpletuner import storage
 from simpletuner.adapters.lycoris import LycorisAdapter, attach_lycoris
 from simpletuner.config.prompt_library import LibraryPrompt
-from simpletuner.distributed.world import ALONE, World
+from simpletuner.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from simpletuner.errors import DataError, SimpleTunerError
 from simpletuner.models.components import ModelSource
 from simpletuner.models.omnigen.family import OmniGen
@@ -26,15 +26,15 @@ from simpletuner.optim.ema import EMA
 from simpletuner.reporting.bus import EventBus
 from simpletuner.reporting.events import (
     Event,
+    ImagesMade,
+    ImagesScored,
     Notice,
     PhaseDone,
     PhaseProgress,
     PhaseStarted,
-    PicturesMade,
-    PicturesScored,
     PreviewMade,
 )
-from simpletuner.validation.sampling import make_pictures
+from simpletuner.validation.sampling import make_images
 from simpletuner.validation.validator import Validator
 from tests.tiny import tiny_clip_folder, tiny_preview_decoder
 
@@ -135,7 +135,7 @@ def test_the_benchmark_is_the_base_model_even_when_drawn_late(setup: Setup, omni
     setup.run(20)
     plain = setup.family.load_denoiser()
     validator = setup.validator()
-    expected = make_pictures(setup.family.pipeline(plain, setup.family.load_vae()), validator.requests, batch_size=16)
+    expected = make_images(setup.family.pipeline(plain, setup.family.load_vae()), validator.requests, batch_size=16)
     base = pixels(setup.output_dir / "benchmarks/base_model/validation_32x32.png")
     live = pixels(setup.output_dir / "validation_images/step_20_validation_0_32x32.png")
     assert np.array_equal(base, np.asarray(expected[0].image))
@@ -147,7 +147,7 @@ def test_the_benchmark_is_drawn_once_and_again_when_its_settings_change(setup: S
     assert setup.run(0) == []
     assert len(setup.run(0, validation_guidance=3.0)) == 2
     note = json.loads((setup.output_dir / "benchmarks/base_model/benchmark.json").read_text())
-    assert [picture[-1]["guidance"] for picture in note["pictures"]] == [3.0, 3.0]
+    assert [image[-1]["guidance"] for image in note["pictures"]] == [3.0, 3.0]
 
 
 def test_full_training_draws_its_base_before_the_first_step_only(setup: Setup):
@@ -155,7 +155,7 @@ def test_full_training_draws_its_base_before_the_first_step_only(setup: Setup):
     assert setup.run(0, model_type="full")[0].startswith("benchmarks/")
 
 
-def test_ema_pictures_stand_beside_the_live_ones_and_leave_the_weights_as_they_were(setup: Setup):
+def test_ema_images_stand_beside_the_live_ones_and_leave_the_weights_as_they_were(setup: Setup):
     before = {name: value.clone() for name, value in setup.adapter.state_dict().items()}
     names = setup.run(20, setup.ema, disable_benchmark=True)
     assert names == [
@@ -172,8 +172,8 @@ def test_ema_pictures_stand_beside_the_live_ones_and_leave_the_weights_as_they_w
 @pytest.mark.parametrize(("mode", "kinds"), [("none", {"live", "grid"}), ("ema_only", {"ema", "grid"})])
 def test_ema_validation_chooses_the_weights(setup: Setup, mode: str, kinds: set[str]):
     setup.run(20, setup.ema, ema_validation=mode, disable_benchmark=True)
-    [made] = setup.recorder.of(PicturesMade)
-    assert {picture.kind for picture in made.pictures} == kinds
+    [made] = setup.recorder.of(ImagesMade)
+    assert {image.kind for image in made.images} == kinds
 
 
 def test_training_goes_on_as_if_nothing_had_been_drawn(setup: Setup):
@@ -189,7 +189,7 @@ def test_training_goes_on_as_if_nothing_had_been_drawn(setup: Setup):
     assert all(parameter.requires_grad for parameter in setup.adapter.trainable_parameters().values())
 
 
-def test_progress_counts_every_picture(setup: Setup):
+def test_progress_counts_every_image(setup: Setup):
     setup.run(20, setup.ema)
     assert setup.recorder.of(PhaseStarted)[0].total == 6
     assert setup.recorder.of(PhaseProgress)[-1].done == 6
@@ -197,7 +197,7 @@ def test_progress_counts_every_picture(setup: Setup):
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("out of memory"), OSError(28, "No space left on device")])
-def test_a_failure_costs_the_pictures_and_not_the_run(setup: Setup, monkeypatch: pytest.MonkeyPatch, error: Exception):
+def test_a_failure_costs_the_images_and_not_the_run(setup: Setup, monkeypatch: pytest.MonkeyPatch, error: Exception):
     def fail(*arguments: object, **options: object) -> Callable[..., object]:
         raise error
 
@@ -222,12 +222,12 @@ def test_a_sheet_that_the_disk_refuses_costs_the_sheet_and_no_image(setup: Setup
     monkeypatch.setattr("simpletuner.validation.files.write_bytes", write_bytes)
     names = [f"validation_images/step_20_{name}_0_32x32.png" for name in ("validation", "circle")]
     assert setup.run(20, disable_benchmark=True) == names
-    [event] = setup.recorder.of(PicturesMade)
-    assert [picture.path.name for picture in event.pictures] == [Path(name).name for name in names]
+    [event] = setup.recorder.of(ImagesMade)
+    assert [image.path.name for image in event.images] == [Path(name).name for name in names]
     assert [notice.text for notice in setup.recorder.of(Notice)] == [
         "no sheet of the images at step 20: the disk is full"
     ]
-    assert not setup.validator().has_drawn(20)  # so the next start makes it
+    assert not setup.validator().has_generated(20)  # so the next start makes it
 
 
 def test_a_preview_that_the_disk_refuses_costs_the_preview_and_no_image(setup: Setup, omnigen_folder: Path):
@@ -238,7 +238,7 @@ def test_a_preview_that_the_disk_refuses_costs_the_preview_and_no_image(setup: S
     (setup.output_dir / "validation_images").mkdir()
     (setup.output_dir / "validation_images" / "previews").write_text("no folder")
     setup.run(20, validation_preview=True)
-    assert len(setup.recorder.of(PicturesMade)[0].pictures) == 2 + 2 + 1  # base, live, sheet
+    assert len(setup.recorder.of(ImagesMade)[0].images) == 2 + 2 + 1  # base, live, sheet
     assert setup.recorder.of(PreviewMade) == []
     assert setup.recorder.of(Notice)[-1].text.startswith("no preview at step 20: ")
 
@@ -257,8 +257,8 @@ def test_before_and_after_shows_base_and_last_step(setup: Setup):
     for step in (10, 20):
         setup.run(step)
     sheets = setup.validator().write_summaries(20)
-    assert sheets == {"pictures before and after": setup.output_dir / "before_after.png"}
-    sheet = pixels(sheets["pictures before and after"])
+    assert sheets == {"images before and after": setup.output_dir / "before_after.png"}
+    sheet = pixels(sheets["images before and after"])
     width_of_three_columns = 3 * 192 + 2 * 12 + 2 * 20
     assert sheet.shape[1] == width_of_three_columns
     assert setup.validator().write_summaries(30) == {}
@@ -279,7 +279,7 @@ def test_strength_scales_what_the_adapter_adds_and_leaves_it_as_it_was(setup: Se
     assert {module.multiplier for module in setup.adapter.network.loras} == {1.0}
 
 
-def test_several_pictures_sizes_and_random_seeds(setup: Setup):
+def test_several_images_sizes_and_random_seeds(setup: Setup):
     changes: dict[str, Any] = {
         "num_validation_images": 2,
         "validation_resolution": "32,48x32",
@@ -309,7 +309,7 @@ def test_seeds_that_change_with_each_validation_leave_the_base_s_images_alone(se
     assert np.array_equal(pixels(other.output_dir / "benchmarks/base_model/validation_32x32.png"), plain)
 
 
-def test_scores_name_each_picture_and_a_failing_score_keeps_the_pictures(
+def test_scores_name_each_image_and_a_failing_score_keeps_the_images(
     setup: Setup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     options = {
@@ -318,7 +318,7 @@ def test_scores_name_each_picture_and_a_failing_score_keeps_the_pictures(
     }
     validator = setup.validator(**options)
     validator.run(setup.denoiser, setup.adapter, setup.ema, 20)
-    [scored] = setup.recorder.of(PicturesScored)
+    [scored] = setup.recorder.of(ImagesScored)
     kinds = ("base", "live", "ema")
     assert list(scored.scores) == [f"{kind}/{name}_32x32" for kind in kinds for name in ("validation", "circle")]
     live = [score for name, score in scored.scores.items() if name.startswith("live/")]
@@ -326,11 +326,11 @@ def test_scores_name_each_picture_and_a_failing_score_keeps_the_pictures(
     assert scored.mean == pytest.approx(sum(live) / 2)
 
     assert validator._scorer is not None
-    monkeypatch.setattr(validator._scorer, "score", lambda pictures: 1 / 0)
+    monkeypatch.setattr(validator._scorer, "score", lambda images: 1 / 0)
     with pytest.raises(ZeroDivisionError):  # ours
         validator.run(setup.denoiser, setup.adapter, None, 30)
 
-    def no_memory(pictures: object) -> list[float]:
+    def no_memory(images: object) -> list[float]:
         raise torch.OutOfMemoryError("out of memory")
 
     monkeypatch.setattr(validator._scorer, "score", no_memory)
@@ -338,7 +338,7 @@ def test_scores_name_each_picture_and_a_failing_score_keeps_the_pictures(
     assert "no scores at step 40: out of memory; training goes on" in [n.text for n in setup.recorder.of(Notice)]
 
 
-def test_previews_of_every_kind_of_weights_are_told_where_no_webhook_is(setup: Setup, omnigen_folder: Path):
+def test_previews_of_every_kind_of_weights_are_reported_where_no_webhook_is(setup: Setup, omnigen_folder: Path):
     tiny_preview_decoder().save_pretrained(setup.output_dir / "model" / "preview_decoder")
     for part in omnigen_folder.iterdir():
         (setup.output_dir / "model" / part.name).symlink_to(part)
@@ -346,13 +346,13 @@ def test_previews_of_every_kind_of_weights_are_told_where_no_webhook_is(setup: S
     setup.run(20, setup.ema, validation_preview=True, validation_preview_steps=2, validation_num_inference_steps=5)
     previews = setup.recorder.of(PreviewMade)
     assert len(previews) == 3 * 2 * 2  # kinds, prompts, steps 2 and 4
-    assert {(event.picture.kind, event.sampling_step) for event in previews} == {
+    assert {(event.image.kind, event.sampling_step) for event in previews} == {
         (kind, step) for kind in ("base", "live", "ema") for step in (2, 4)
     }
-    assert all(pixels(event.picture.path).shape == (32, 32, 3) for event in previews)
+    assert all(pixels(event.image.path).shape == (32, 32, 3) for event in previews)
     assert setup.recorder.of(Notice)[0].text.startswith("previews are written to ")
     names = {path.name for path in (setup.output_dir / "validation_images").iterdir()}
-    assert setup.validator().files.steps_with_pictures() == [20]
+    assert setup.validator().files.steps_with_images() == [20]
     assert "previews" in names
 
 
@@ -362,16 +362,16 @@ def test_a_preview_decoder_that_cannot_be_had_stops_the_start(setup: Setup):
     assert caught.value.problems[0].key == "validation_preview"
 
 
-def test_a_run_that_is_asked_to_stop_leaves_its_pictures_undrawn(setup: Setup):
+def test_a_run_that_is_asked_to_stop_leaves_its_images_not_generated(setup: Setup):
     validator, asked = setup.validator(validation_num_inference_steps=50), []
     validator.is_stopping = lambda: len(asked) > 2 or asked.append(1) is not None
     assert validator.run(setup.denoiser, setup.adapter, None, 20) == []
     assert len(asked) == 3  # not fifty steps of each
-    assert [n.text for n in setup.recorder.of(Notice)] == ["no pictures at step 20: the run is asked to stop"]
+    assert [n.text for n in setup.recorder.of(Notice)] == ["no images at step 20: the run is asked to stop"]
 
 
-class Pair(World):
-    """Two processes that draw together; the other one says and decides what a test wants."""
+class Pair(ProcessGroup):
+    """Two processes that generate together; the other one says and decides what a test wants."""
 
     others_failures: list[bool]
     decided: list[str] | None = None
@@ -384,21 +384,21 @@ class Pair(World):
 
 
 def pair(*others_failures: bool, decided: list[str] | None = None) -> Pair:
-    world = Pair(rank=0, size=2)
-    object.__setattr__(world, "others_failures", list(others_failures))
-    object.__setattr__(world, "decided", decided)
-    return world
+    process_group = Pair(rank=0, size=2)
+    object.__setattr__(process_group, "others_failures", list(others_failures))
+    object.__setattr__(process_group, "decided", decided)
+    return process_group
 
 
-def test_processes_that_draw_together_draw_what_the_main_one_decides(setup: Setup):
+def test_processes_that_generate_together_draw_what_the_main_one_decides(setup: Setup):
     validator = setup.validator()
     validator.together = pair(decided=["live"])
     validator.run(setup.denoiser, setup.adapter, setup.ema, 20)
-    assert {picture.kind for picture in setup.recorder.of(PicturesMade)[0].pictures} == {"live", "grid"}
+    assert {image.kind for image in setup.recorder.of(ImagesMade)[0].images} == {"live", "grid"}
 
 
-def test_pictures_that_another_process_cannot_prepare_are_drawn_by_none(setup: Setup):
-    """A process that drew alone would wait for ever for the others' parts of the denoiser."""
+def test_images_that_another_process_cannot_prepare_are_drawn_by_none(setup: Setup):
+    """A process that generated alone would wait for ever for the others' parts of the denoiser."""
     validator = setup.validator()
     is_asked_to_stop, has_failed = False, True
     validator.together = pair(is_asked_to_stop, has_failed)
@@ -407,7 +407,7 @@ def test_pictures_that_another_process_cannot_prepare_are_drawn_by_none(setup: S
     assert not setup.recorder.of(PhaseProgress)
 
 
-def test_files_that_cannot_be_written_cost_the_pictures_of_all_processes(setup: Setup):
+def test_files_that_cannot_be_written_cost_the_images_of_all_processes(setup: Setup):
     (setup.output_dir / "validation_images").write_text("no folder")
     validator = setup.validator()
     validator.together = pair()
@@ -415,17 +415,17 @@ def test_files_that_cannot_be_written_cost_the_pictures_of_all_processes(setup: 
     assert "training goes on" in setup.recorder.of(Notice)[-1].text
 
 
-def test_a_failure_inside_of_a_picture_ends_processes_that_draw_together(setup: Setup, monkeypatch):
+def test_a_failure_inside_of_an_image_ends_processes_that_generate_together(setup: Setup, monkeypatch):
     def no_memory(*args: object, **options: object) -> None:
         raise torch.OutOfMemoryError("no memory left")
 
-    monkeypatch.setattr("simpletuner.validation.validator.make_pictures", no_memory)
+    monkeypatch.setattr("simpletuner.validation.validator.make_images", no_memory)
     validator = setup.validator()
     validator.together = pair()
     with pytest.raises(SimpleTunerError, match="no memory left; the other processes wait"):
         validator.run(setup.denoiser, setup.adapter, None, 20)
-    validator.together = ALONE
-    assert validator.run(setup.denoiser, setup.adapter, None, 20) == []  # where one draws alone it costs the pictures
+    validator.together = SINGLE_PROCESS
+    assert validator.run(setup.denoiser, setup.adapter, None, 20) == []  # where one generates alone it costs the images
 
 
 def test_images_belong_to_their_prompt_whatever_the_strengths(setup: Setup):

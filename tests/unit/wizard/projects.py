@@ -8,7 +8,7 @@ from simpletuner.hardware import GIB, Hardware
 from simpletuner.wizard.answers import Answers
 from simpletuner.wizard.command import Given, configure_without_screens
 from simpletuner.wizard.project import Project, open_project
-from tests.runs import draw_pictures
+from tests.runs import write_images
 
 CPU = Hardware("cpu", "processor", 16 * GIB, 16 * GIB, 8)
 SMALL_GPU = Hardware("cuda", "GPU", 12 * GIB, 32 * GIB, 8)
@@ -17,22 +17,22 @@ CONFIG = Path("config/config.json")
 
 
 def answers(**given: object) -> Answers:
-    return Answers(**{"hardware": CPU, "family": "omnigen", "pictures": "pictures"} | given)
+    return Answers(**{"hardware": CPU, "family": "omnigen", "images": "images"} | given)
 
 
 def new_folder(folder: Path) -> Path:
-    """A working folder with pictures to learn, to hold out, and for prior preservation."""
-    draw_pictures(folder / "pictures", 4, seed=1)
-    draw_pictures(folder / "held_out", 2, seed=2)
-    draw_pictures(folder / "others", 3, seed=3)
-    draw_pictures(folder / "before", 4, seed=4)
+    """A working folder with images to learn, to hold out, and for prior preservation."""
+    write_images(folder / "images", 4, seed=1)
+    write_images(folder / "held_out", 2, seed=2)
+    write_images(folder / "others", 3, seed=3)
+    write_images(folder / "before", 4, seed=4)
     return folder
 
 
 def configured(folder: Path, model: Path, *arguments: str, **given: object) -> Project:
     """A run that the command line wrote."""
     project = open_project(CONFIG, folder, CPU)
-    options = {"goal": "subject", "data": "pictures", "model": str(model), "instance_prompt": "ohwx box"} | given
+    options = {"goal": "subject", "data": "images", "model": str(model), "instance_prompt": "ohwx box"} | given
     return configure_without_screens(project, Given(**options, arguments=arguments), lambda line: None)
 
 

@@ -35,7 +35,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_of_a_model_that_is_not_here_the_registry_s_figures_are_shown(folder: Path):
-    """By hand: 3.76e9 weights of 2 bytes; 2 x 3.76e9 x (1024 + 100) tokens x 3 passes x 1000 pictures at 50e12."""
+    """By hand: 3.76e9 weights of 2 bytes; 2 x 3.76e9 x (1024 + 100) tokens x 3 passes x 1000 images at 50e12."""
     project = open_project(CONFIG, folder, LARGE_GPU)
     options = {"max_train_steps": 1000, "train_batch_size": 1, "gradient_checkpointing": True, "resolution": 512}
     given = answers(hardware=LARGE_GPU, goal="style", options=options)

@@ -41,9 +41,9 @@ def test_the_written_run_loads_and_says_what_was_answered(folder: Path, omnigen_
     assert run.config.max_train_steps == 4
     assert run.config.resolution == 64
     assert [(entry.id, entry.dataset_type, entry.is_regularisation_data) for entry in run.datasets] == [
-        ("pictures", "image", False),
+        ("images", "image", False),
         ("regularisation", "image", True),
-        ("pictures-eval", "eval", False),
+        ("images-eval", "eval", False),
     ]
     assert run.datasets[0].instance_prompt == ("ohwx box",)
     assert run.lycoris is not None
@@ -65,7 +65,7 @@ def test_files_of_every_origin_open_without_a_change(tmp_path: Path, omnigen_fol
         (tmp_path / "shipped" / "config" / example.stem).write_text(example.read_text())
     project = open_project(CONFIG, tmp_path / "shipped", CPU)
     assert texts_for(project, project.answers) == {}
-    assert project.roles == {"pictures": 0, "regularisation": 1, "eval": 2}
+    assert project.roles == {"images": 0, "regularisation": 1, "eval": 2}
     assert project.answers.goal == "subject"
 
 
@@ -143,45 +143,45 @@ def test_folders_are_added_and_prompts_replaced_in_existing_files(folder: Path, 
     assert run.prompt_library == {"a_red_box": LibraryPrompt("a red box")}
     assert run.config.eval_steps_interval
     project = open_project(CONFIG, folder, CPU)
-    answers = replace(project.answers, eval_pictures="")
+    answers = replace(project.answers, eval_images="")
     saved = save(project, texts_for(project, answers), answers)
     assert [entry.dataset_type for entry in load_run((), {}, folder, get_spec).datasets] == ["image"]
     assert "eval" not in saved.roles
 
 
 def test_pairs_are_written_opened_without_a_change_and_taken_out_again(folder: Path, omnigen_folder: Path):
-    told = {"goal": "edit", "reference_data": "before", "instance_prompt": None, "captions": "textfile"}
-    configured(folder, omnigen_folder, **told)
-    pictures, references = load_run((), {}, folder, get_spec).datasets
-    assert pictures.conditioning_data == (references.id,)
+    reported = {"goal": "edit", "reference_data": "before", "instance_prompt": None, "captions": "textfile"}
+    configured(folder, omnigen_folder, **reported)
+    images, references = load_run((), {}, folder, get_spec).datasets
+    assert images.conditioning_data == (references.id,)
     assert (references.conditioning_type, references.instance_data_dir) == ("reference_strict", folder / "before")
     project = open_project(CONFIG, folder, CPU)
-    assert (project.answers.goal, project.answers.reference_pictures) == ("edit", "before")
+    assert (project.answers.goal, project.answers.reference_images) == ("edit", "before")
     assert texts_for(project, project.answers) == {}
-    answers = replace(project.answers, goal="style", reference_pictures="")
+    answers = replace(project.answers, goal="style", reference_images="")
     save(project, texts_for(project, answers), answers)
-    [pictures] = load_run((), {}, folder, get_spec).datasets
-    assert pictures.conditioning_data is None
+    [images] = load_run((), {}, folder, get_spec).datasets
+    assert images.conditioning_data is None
 
 
 def test_references_that_a_hand_written_file_names_its_own_way_stay_as_they_are(folder: Path, omnigen_folder: Path):
     configured(folder, omnigen_folder, goal="style", instance_prompt=None)
     entries = json.loads((folder / "config/multidatabackend.json").read_text())
     more = {"dataset_type": "conditioning", "instance_data_dir": "before", "type": "local"}
-    entries.insert(0, {"id": "x", "conditioning_type": "reference_loose", "source_dataset_id": "pictures", **more})
+    entries.insert(0, {"id": "x", "conditioning_type": "reference_loose", "source_dataset_id": "images", **more})
     entries.append({"id": "masks", "conditioning_type": "mask", **more})
     entries[1]["conditioning_data"] = ["masks"]
     (folder / "config/multidatabackend.json").write_text(json.dumps(entries))
     project = open_project(CONFIG, folder, CPU)
-    assert (project.answers.goal, project.roles) == ("edit", {"pictures": 1, "references": 0})
+    assert (project.answers.goal, project.roles) == ("edit", {"images": 1, "references": 0})
     assert texts_for(project, project.answers) == {}
-    answers = replace(project.answers, reference_pictures="others")
+    answers = replace(project.answers, reference_images="others")
     [text] = texts_for(project, answers).values()
     entries[0]["instance_data_dir"] = "others"
     assert json.loads(text) == entries
 
 
-def test_an_edit_needs_the_pictures_before_it(folder: Path, omnigen_folder: Path):
+def test_an_edit_needs_the_images_before_it(folder: Path, omnigen_folder: Path):
     with pytest.raises(ConfigError, match="before the change"):
         configured(folder, omnigen_folder, goal="edit")
 
@@ -202,8 +202,8 @@ def test_what_a_start_would_refuse_is_not_written(folder: Path):
 
 
 def rename_as_a_camera_does(folder: Path, with_text: int) -> None:
-    """The pictures become photographs of a stranger, of which the first have a text file."""
-    for number, path in enumerate(sorted((folder / "pictures").glob("*.png"))):
+    """The images become photographs of a stranger, of which the first have a text file."""
+    for number, path in enumerate(sorted((folder / "images").glob("*.png"))):
         path.rename(path.with_name(f"IMG_{2031 + number}.png"))
         text = path.with_suffix(".txt")
         if number < with_text:
@@ -221,8 +221,8 @@ def test_a_half_captioned_folder_of_photographs_trains_by_the_answers_alone(fold
     assert (entry.caption_strategy, entry.caption_fallback) == ("textfile", "instanceprompt")
     train(run)
     seen = json.loads((Path(run.config.output_dir) / CONTACT_DIR / "pictures.json").read_text())
-    assert sorted(picture["caption"] for picture in seen) == [
-        "my cat", "my cat", "my cat picture 0 of set 1", "my cat picture 1 of set 1",
+    assert sorted(image["caption"] for image in seen) == [
+        "my cat", "my cat", "my cat image 0 of set 1", "my cat image 1 of set 1",
     ]  # fmt: skip
 
 
@@ -233,9 +233,9 @@ def test_a_style_from_photographs_that_nobody_named_asks_for_a_prompt(folder: Pa
 
 
 def test_names_with_words_stand_in_for_texts_that_are_missing(folder: Path, omnigen_folder: Path):
-    for number, path in enumerate(sorted((folder / "pictures").glob("*.png"))):
+    for number, path in enumerate(sorted((folder / "images").glob("*.png"))):
         path.rename(path.with_name(f"a red box {number}.png"))
-    (folder / "pictures" / "a red box 0.txt").write_text("a box")
+    (folder / "images" / "a red box 0.txt").write_text("a box")
     configured(folder, omnigen_folder, goal="style", instance_prompt=None)
     (entry,) = load_run((), {}, folder, get_spec).datasets
     assert (entry.caption_strategy, entry.caption_fallback) == ("textfile", "filename")
@@ -252,7 +252,7 @@ def test_unsaved_texts_are_judged_as_saved_ones_would_be(folder: Path, omnigen_f
     ].index(True)
 
 
-def test_a_login_that_is_missing_is_told_and_can_be_made_later(
+def test_a_login_that_is_missing_is_reported_and_can_be_made_later(
     folder: Path, omnigen_folder: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setenv("NETRC", str(folder / "nothing"))
@@ -268,7 +268,7 @@ def test_a_webhook_of_the_command_line_is_written_as_an_object(folder: Path, omn
     text = '{"webhook_type": "raw", "callback_url": "http://localhost:1/secret"}'
     said: list[str] = []
     project = open_project(CONFIG, folder, CPU)
-    given = Given(goal="style", data="pictures", model=str(omnigen_folder), arguments=(f"--webhook_config={text}",))
+    given = Given(goal="style", data="images", model=str(omnigen_folder), arguments=(f"--webhook_config={text}",))
     configure_without_screens(project, given, said.append)
     assert not any("secret" in line for line in said)
     run = load_run((), {}, folder, get_spec)

@@ -12,13 +12,13 @@ from simpletuner.config.lycoris import check_lycoris
 from simpletuner.errors import ConfigError
 from simpletuner.hardware import GIB, Hardware
 from simpletuner.models.registry import family_names, get_spec
-from simpletuner.wizard.answers import PictureFacts, read_goal
+from simpletuner.wizard.answers import ImageFacts, read_goal
 from simpletuner.wizard.lycoris import Lycoris, lycoris_settings
 from simpletuner.wizard.plan import make_plan, nicknames
 from simpletuner.wizard.proposals import proposed_learning_rate, proposed_steps
 from tests.unit.wizard.projects import CPU, LARGE_GPU, SMALL_GPU, answers
 
-FEW = PictureFacts(usable=20, with_text=0, with_name=20, side=700)
+FEW = ImageFacts(usable=20, with_text=0, with_name=20, side=700)
 
 
 @pytest.mark.parametrize(
@@ -80,34 +80,34 @@ def test_an_edit_is_taught_to_a_checkpoint_that_was_made_for_it():
 
 
 def test_pairs_become_two_entries_that_name_each_other():
-    after = PictureFacts(usable=4, with_text=4, with_name=4, side=64, shapes=frozenset({(64, 64)}))
-    given = answers(goal="edit", reference_pictures="before", seen={"pictures": after, "before": after})
+    after = ImageFacts(usable=4, with_text=4, with_name=4, side=64, shapes=frozenset({(64, 64)}))
+    given = answers(goal="edit", reference_images="before", seen={"images": after, "before": after})
     entries = make_plan(given).entries
-    assert entries["pictures"]["conditioning_data"] == entries["references"]["id"] == "pictures-before"
+    assert entries["images"]["conditioning_data"] == entries["references"]["id"] == "images-before"
     assert entries["references"]["dataset_type"] == "conditioning"
     assert entries["references"]["instance_data_dir"] == "before"
     assert entries["references"]["conditioning_type"] == "reference_strict"
     other = replace(after, shapes=frozenset({(64, 128)}))
-    given = replace(given, seen={"pictures": after, "before": other}, dataset={"conditioning_data": "masks"})
+    given = replace(given, seen={"images": after, "before": other}, dataset={"conditioning_data": "masks"})
     entries = make_plan(given).entries
     assert entries["references"]["conditioning_type"] == "reference_loose"
-    assert entries["pictures"]["conditioning_data"] == ["masks", "pictures-before"]
+    assert entries["images"]["conditioning_data"] == ["masks", "images-before"]
 
 
-def test_steps_and_resolution_follow_the_pictures():
-    config = make_plan(answers(seen={"pictures": FEW})).config
-    assert config["max_train_steps"] == 2000  # 100 passes over 20 pictures, one at a time
+def test_steps_and_resolution_follow_the_images():
+    config = make_plan(answers(seen={"images": FEW})).config
+    assert config["max_train_steps"] == 2000  # 100 passes over 20 images, one at a time
     assert (config["resolution"], config["validation_resolution"]) == (512, "512x512")
     unseen = make_plan(answers()).config
     assert unseen["resolution"] == 1024
 
 
-def test_captions_beside_the_pictures_are_used_and_a_name_is_put_in_front():
-    with_text = PictureFacts(usable=20, with_text=20, with_name=20, side=700)
-    entry = make_plan(answers(seen={"pictures": with_text}, dataset={"instance_prompt": "ohwx"})).entries["pictures"]
+def test_captions_beside_the_images_are_used_and_a_name_is_put_in_front():
+    with_text = ImageFacts(usable=20, with_text=20, with_name=20, side=700)
+    entry = make_plan(answers(seen={"images": with_text}, dataset={"instance_prompt": "ohwx"})).entries["images"]
     assert entry["caption_strategy"] == "textfile"
     assert entry["prepend_instance_prompt"] is True
-    entry = make_plan(answers(seen={"pictures": FEW}, dataset={"instance_prompt": "ohwx"})).entries["pictures"]
+    entry = make_plan(answers(seen={"images": FEW}, dataset={"instance_prompt": "ohwx"})).entries["images"]
     assert entry["caption_strategy"] == "instanceprompt"
     assert "prepend_instance_prompt" not in entry
 
@@ -143,19 +143,19 @@ def test_each_prompt_has_a_nickname_of_its_own_and_keeps_the_one_it_had():
 def test_the_names_of_a_camera_are_not_proposed_as_captions():
     strategies = {}
     for facts in (FEW, replace(FEW, are_numbered=True)):
-        entry = make_plan(answers(goal="style", seen={"pictures": facts})).entries["pictures"]
+        entry = make_plan(answers(goal="style", seen={"images": facts})).entries["images"]
         strategies[facts.are_numbered] = entry["caption_strategy"]
     assert strategies == {False: "filename", True: "instanceprompt"}
 
 
 def test_an_edit_is_validated_with_an_instruction_of_the_pairs():
-    facts = replace(FEW, with_text=20, caption="turn it into a drawing")
-    config = make_plan(answers(goal="edit", reference_pictures="before", seen={"pictures": facts})).config
-    assert config["validation_prompt"] == "turn it into a drawing"
+    facts = replace(FEW, with_text=20, caption="turn it into a generating")
+    config = make_plan(answers(goal="edit", reference_images="before", seen={"images": facts})).config
+    assert config["validation_prompt"] == "turn it into a generating"
 
 
 def test_results_are_filed_under_the_name_of_the_configuration():
-    assert make_plan(answers()).config["output_dir"] == "output/pictures"
+    assert make_plan(answers()).config["output_dir"] == "output/images"
     assert make_plan(answers(name="luna")).config["output_dir"] == "output/luna"
 
 
@@ -164,5 +164,5 @@ def test_results_are_filed_under_the_name_of_the_configuration():
 )
 def test_a_subject_is_seen_a_hundred_times_within_limits(images: int, batch: int, steps: int):
     facts = SimpleNamespace(usable=images)
-    given = replace(answers(goal="subject"), seen={"pictures": facts})
+    given = replace(answers(goal="subject"), seen={"images": facts})
     assert proposed_steps(given, batch) == steps

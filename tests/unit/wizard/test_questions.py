@@ -8,7 +8,7 @@ import pytest
 
 from simpletuner.config.options import all_options
 from simpletuner.data.captions import is_camera_name
-from simpletuner.wizard.answers import Answers, PictureFacts
+from simpletuner.wizard.answers import Answers, ImageFacts
 from simpletuner.wizard.files import without_secrets
 from simpletuner.wizard.pages import page_of, pages
 from simpletuner.wizard.plan import make_plan
@@ -31,10 +31,10 @@ def test_an_option_that_does_not_act_is_not_asked_for():
 
 
 def test_what_another_answer_rules_out_is_not_asked_for():
-    assert {"factor", "regularisation_pictures"} <= asked(answers())
-    assert not {"factor", "regularisation_pictures"} & asked(answers(goal="full"))
-    assert "reference_pictures" not in asked(answers())
-    assert "reference_pictures" in asked(answers(goal="edit"))
+    assert {"factor", "regularisation_images"} <= asked(answers())
+    assert not {"factor", "regularisation_images"} & asked(answers(goal="full"))
+    assert "reference_images" not in asked(answers())
+    assert "reference_images" in asked(answers(goal="edit"))
     assert "hub_model_id" not in asked(answers())
     assert "hub_model_id" in asked(answers(options={"push_to_hub": True}))
     assert "lora_rank" not in asked(answers())
@@ -47,14 +47,14 @@ def test_a_flavour_says_what_it_takes():
     assert "Shitao/OmniGen-v1-diffusers, MIT; 7 GiB in bf16, 4 in int8" in words
 
 
-def test_families_are_told_in_a_line_of_80_columns():
+def test_families_are_reported_in_a_line_of_80_columns():
     words = dict(FAMILY.choices(answers()))
     assert words["omnigen"] == "OmniGen              3.8 billion parameters, 7 GiB, edits too"
     assert "edits" not in words["sdxl"]
     assert max(map(len, words.values())) <= 70
 
 
-def told(question: Question) -> Callable[..., Answers]:
+def reported(question: Question) -> Callable[..., Answers]:
     return lambda text, given=None: question.write(given or answers(), text)
 
 
@@ -69,14 +69,14 @@ def told(question: Question) -> Callable[..., Answers]:
     ],
 )
 def test_the_address_of_a_webhook_says_what_it_is(text: str, written: object):
-    given = told(WEBHOOK)(text)
+    given = reported(WEBHOOK)(text)
     assert given.options["webhook_config"] == written
     assert WEBHOOK.read(given, make_plan(given)) == text
 
 
 def test_another_address_keeps_what_else_was_said_of_a_webhook():
     before = {"webhook_type": "discord", "webhook_url": DISCORD, "message_prefix": "luna"}
-    given = told(WEBHOOK)("https://example.org/hook", answers(options={"webhook_config": before}))
+    given = reported(WEBHOOK)("https://example.org/hook", answers(options={"webhook_config": before}))
     assert given.options["webhook_config"] == {
         "webhook_type": "raw",
         "callback_url": "https://example.org/hook",
@@ -108,8 +108,8 @@ def test_the_numbers_of_a_camera_are_no_captions(name: str, is_numbered: bool):
 
 
 def test_a_fault_names_the_page_that_asks_for_it():
-    assert page_of("subject.instance_data_dir") == "3, Pictures"
-    assert page_of("subject.instance_prompt") == "3, Pictures"
+    assert page_of("subject.instance_data_dir") == "3, Images"
+    assert page_of("subject.instance_prompt") == "3, Images"
     assert page_of("learning_rate") == "4, Training"
     assert page_of("pretrained_model_name_or_path") == "2, Model"
     assert page_of("lr_end") is None
@@ -135,12 +135,12 @@ def test_the_readers_of_an_adapter_are_those_of_the_form_that_training_writes(ad
     ],
 )
 def test_what_stands_in_for_missing_texts_is_asked_where_some_are_missing(with_text, without_words, prompt, expected):
-    facts = PictureFacts(usable=4, with_text=with_text, with_name=4, side=64, without_words=without_words)
-    given = answers(seen={"pictures": facts}, dataset={"instance_prompt": prompt} if prompt else {})
+    facts = ImageFacts(usable=4, with_text=with_text, with_name=4, side=64, without_words=without_words)
+    given = answers(seen={"images": facts}, dataset={"instance_prompt": prompt} if prompt else {})
     assert FALLBACK.applies(given) is (expected is not None)
     assert FALLBACK.read(given, make_plan(given)) == expected
     if expected:
         other = "filename" if expected == "instanceprompt" else "instanceprompt"
         assert other in dict(FALLBACK.choices(given))
         changed = FALLBACK.write(given, other)
-        assert make_plan(changed).entries["pictures"]["caption_fallback"] == other
+        assert make_plan(changed).entries["images"]["caption_fallback"] == other

@@ -1,4 +1,4 @@
-"""Pictures on a terminal: right colours in the right halves, upright, inside the room they have."""
+"""Images on a terminal: right colours in the right halves, upright, inside the room they have."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ def two_halves(width: int, height: int) -> Image.Image:
 
 
 def test_the_upper_half_of_a_block_is_the_upper_pixel(tmp_path: Path):
-    (tmp_path / "pictures").mkdir()
-    two_halves(120, 20).save(tmp_path / "pictures" / "wide.png")  # 14 x 2 characters' pixels: one row of blocks
-    [thumbnail] = thumbnails_of(tmp_path / "pictures")
+    (tmp_path / "images").mkdir()
+    two_halves(120, 20).save(tmp_path / "images" / "wide.png")  # 14 x 2 characters' pixels: one row of blocks
+    [thumbnail] = thumbnails_of(tmp_path / "images")
     assert thumbnail.pixels == ((RED,) * COLUMNS, (BLUE,) * COLUMNS)
     assert thumbnail.size == (20, 120)
     text = thumbnails_text([thumbnail])
@@ -40,23 +40,23 @@ def test_the_upper_half_of_a_block_is_the_upper_pixel(tmp_path: Path):
     assert text.plain.count("▀") == COLUMNS
 
 
-def test_a_picture_that_the_camera_turned_stands_upright(tmp_path: Path):
-    (tmp_path / "pictures").mkdir()
+def test_an_image_that_the_camera_turned_stands_upright(tmp_path: Path):
+    (tmp_path / "images").mkdir()
     exif = Image.Exif()
     exif[0x0112] = 6  # turn clockwise to see it upright
-    two_halves(40, 20).save(tmp_path / "pictures" / "turned.png", exif=exif)
-    [thumbnail] = thumbnails_of(tmp_path / "pictures")
+    two_halves(40, 20).save(tmp_path / "images" / "turned.png", exif=exif)
+    [thumbnail] = thumbnails_of(tmp_path / "images")
     assert thumbnail.size == (40, 20)
     assert len(thumbnail.pixels) == 2 * ROWS
     row = thumbnail.pixels[ROWS]
     assert (row[0], row[-1]) == (BLUE, RED)
 
 
-def test_a_few_pictures_from_all_over_the_folder_fit_into_80_columns(tmp_path: Path):
-    (tmp_path / "pictures").mkdir()
+def test_a_few_images_from_all_over_the_folder_fit_into_80_columns(tmp_path: Path):
+    (tmp_path / "images").mkdir()
     for number in range(10):
-        Image.new("RGB", (30, 30 + number), RED).save(tmp_path / "pictures" / f"{number}.png")
-    found = thumbnails_of(tmp_path / "pictures")
+        Image.new("RGB", (30, 30 + number), RED).save(tmp_path / "images" / f"{number}.png")
+    found = thumbnails_of(tmp_path / "images")
     assert [each.size[0] for each in found] == [30, 32, 34, 36, 38]
     lines = thumbnails_text(found).plain.splitlines()
     assert len(lines) == ROWS + 1
@@ -64,6 +64,6 @@ def test_a_few_pictures_from_all_over_the_folder_fit_into_80_columns(tmp_path: P
     assert "30 x 38" in lines[-1]
 
 
-def test_a_folder_without_pictures_has_no_thumbnails(tmp_path: Path):
-    (tmp_path / "pictures").mkdir()
-    assert thumbnails_of(tmp_path / "pictures") == []
+def test_a_folder_without_images_has_no_thumbnails(tmp_path: Path):
+    (tmp_path / "images").mkdir()
+    assert thumbnails_of(tmp_path / "images") == []

@@ -40,7 +40,7 @@ configs:
         (SHARDS, None, None, "train", SHARDS[1:]),
         (SHARDS, "---\nlicense: mit\n---\n", None, "test", SHARDS[:1]),
         (["x.parquet", "y.parquet", "README.md", "z.json"], None, None, "train", ["x.parquet", "y.parquet"]),
-        (["pictures/dev/0.parquet", "pictures/0.parquet"], None, None, "validation", ["pictures/dev/0.parquet"]),
+        (["images/dev/0.parquet", "images/0.parquet"], None, None, "validation", ["images/dev/0.parquet"]),
         (["data/night-00000-of-00001.parquet"], None, None, "night", ["data/night-00000-of-00001.parquet"]),
         (CONVERTED, None, None, "train", CONVERTED[:1]),
         (CONVERTED, None, "small", "train", CONVERTED[2:]),
@@ -180,7 +180,7 @@ def test_without_a_network_what_was_fetched_is_read_and_the_rest_refused_within_
 
 @pytest.mark.slow
 def test_a_dataset_without_tables_is_read_from_the_converted_branch(hub: FakeHub, tmp_path: Path) -> None:
-    hub.repos["me/set", "main"] = {"pictures.tar": b"x"}
+    hub.repos["me/set", "main"] = {"images.tar": b"x"}
     hub.repos["me/set", "refs/convert/parquet"] = {name: b"x" for name in CONVERTED}
     assert list(ask(hub, tmp_path)[0]) == CONVERTED[:1]
     assert hub.fetched == CONVERTED[:1]

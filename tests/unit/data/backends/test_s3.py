@@ -16,27 +16,27 @@ from simpletuner.data.backends import s3 as module
 from simpletuner.data.backends.s3 import Bucket, S3Backend
 from simpletuner.data.index import Index
 from simpletuner.errors import ConfigError, DataError, MissingDependency
-from tests.runs import draw_pictures
+from tests.runs import write_images
 from tests.s3 import LOGIN, S3, s3_server
 
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[S3]:
-    with s3_server("pictures") as server:
+    with s3_server("images") as server:
         yield server
 
 
 @pytest.fixture
 def folder(server: S3, tmp_path: Path) -> Path:
-    """Three pictures at the top and two in a folder of odd names; also in the bucket, below `some/where/`."""
-    folder = draw_pictures(tmp_path / "drawn", 3, seed=1)
-    draw_pictures(folder / "ä 100% + #1", 2, seed=2)
-    server.upload(folder, "pictures", "some/where/")
+    """Three images at the top and two in a folder of odd names; also in the bucket, below `some/where/`."""
+    folder = write_images(tmp_path / "drawn", 3, seed=1)
+    write_images(folder / "ä 100% + #1", 2, seed=2)
+    server.upload(folder, "images", "some/where/")
     server.requests.clear()
     return folder
 
 
-def backend(server: S3, name: str = "pictures", **changes: object) -> S3Backend:
+def backend(server: S3, name: str = "images", **changes: object) -> S3Backend:
     login = (SecretStr(LOGIN["aws_access_key_id"]), SecretStr(LOGIN["aws_secret_access_key"]))
     keys = {"prefix": "some/where", "endpoint_url": server.url, "region": "us-east-1"} | changes
     return S3Backend(Bucket(name, access_key_id=login[0], secret_access_key=login[1], **keys), "things", "data.json")
@@ -45,7 +45,7 @@ def backend(server: S3, name: str = "pictures", **changes: object) -> S3Backend:
 def scan(server: S3, tmp_path: Path) -> dict[str, str]:
     index = Index(tmp_path / "index.sqlite", backend(server))
     catalogue = index.scan()
-    rows = index.pictures(catalogue.ids.tolist())
+    rows = index.images(catalogue.ids.tolist())
     return {row.path: row.digest for row in rows}
 
 
@@ -58,7 +58,7 @@ def test_what_is_read_is_what_was_put_there(server: S3, folder: Path) -> None:
 def test_a_second_scan_reads_no_object(server: S3, folder: Path, tmp_path: Path) -> None:
     first = scan(server, tmp_path)
     assert len(first) == 5
-    assert len(server.fetched()) == 10  # pictures and captions
+    assert len(server.fetched()) == 10  # images and captions
     assert scan(server, tmp_path) == first
     assert all("list-type" in path for _, path in server.requests)
     assert len(server.requests) == 2  # one listing for each folder
@@ -67,20 +67,20 @@ def test_a_second_scan_reads_no_object(server: S3, folder: Path, tmp_path: Path)
 def test_only_changed_objects_are_read_again(server: S3, folder: Path, tmp_path: Path) -> None:
     first = scan(server, tmp_path)
     other = (folder / "000.png").read_bytes()
-    server.client.put_object(Bucket="pictures", Key="some/where/001.png", Body=other)
+    server.client.put_object(Bucket="images", Key="some/where/001.png", Body=other)
     same = (folder / "002.png").read_bytes()
-    server.client.put_object(Bucket="pictures", Key="some/where/002.png", Body=same)
-    server.client.delete_object(Bucket="pictures", Key="some/where/ä 100% + #1/000.png")
+    server.client.put_object(Bucket="images", Key="some/where/002.png", Body=same)
+    server.client.delete_object(Bucket="images", Key="some/where/ä 100% + #1/000.png")
     server.requests.clear()
     second = scan(server, tmp_path)
-    assert server.fetched() == ["/pictures/some/where/001.png"]
+    assert server.fetched() == ["/images/some/where/001.png"]
     assert second["001.png"] == first["000.png"]
     assert set(first) - set(second) == {"ä 100% + #1/000.png"}
 
 
 def test_listings_of_several_pages_are_whole(server: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for number in range(7):
-        server.client.put_object(Bucket="pictures", Key=f"many/{number}.txt", Body=b"x")
+        server.client.put_object(Bucket="images", Key=f"many/{number}.txt", Body=b"x")
     store = backend(server, prefix="many")
     ask = store._store.call_s3
     monkeypatch.setattr(store._store, "call_s3", lambda method, **request: ask(method, MaxKeys=3, **request))
@@ -105,14 +105,14 @@ def test_objects_are_fetched_side_by_side(
 
     monkeypatch.setattr(S3Backend, "read", slow_read)
     assert len(scan(server, tmp_path)) == 5
-    assert most == 6  # all of the larger folder: three pictures, three captions
+    assert most == 6  # all of the larger folder: three images, three captions
 
 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
         ({"name": "nowhere"}, ["things.aws_bucket_name", "no bucket nowhere at http://127.0.0.1"]),
-        ({"endpoint_url": "http://127.0.0.1:9"}, ["things.aws_endpoint_url", "s3://pictures/some/where"]),
+        ({"endpoint_url": "http://127.0.0.1:9"}, ["things.aws_endpoint_url", "s3://images/some/where"]),
     ],
 )
 def test_what_cannot_be_listed_is_named(
@@ -137,7 +137,7 @@ def test_no_login_is_an_error_that_says_how_to_log_in(
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
         monkeypatch.setenv(name, str(tmp_path / "none"))
-    store = S3Backend(Bucket("pictures", endpoint_url=server.url), "things")
+    store = S3Backend(Bucket("images", endpoint_url=server.url), "things")
     with pytest.raises(DataError, match="AWS_ACCESS_KEY_ID"):
         list(store.folders())
 
@@ -145,7 +145,7 @@ def test_no_login_is_an_error_that_says_how_to_log_in(
 def test_the_login_is_taken_from_the_environment(server: S3, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in LOGIN.items():
         monkeypatch.setenv(name.upper(), value)
-    store = S3Backend(Bucket("pictures", "some/where", server.url), "things")
+    store = S3Backend(Bucket("images", "some/where", server.url), "things")
     assert store.read(b"000.png") == (folder / "000.png").read_bytes()
 
 
@@ -197,4 +197,4 @@ def test_the_login_is_in_no_representation(server: S3) -> None:
 def test_without_s3fs_the_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "s3fs", None)
     with pytest.raises(MissingDependency, match="pip install s3fs"):
-        S3Backend(Bucket("pictures"), "things")
+        S3Backend(Bucket("images"), "things")

@@ -1,4 +1,4 @@
-"""Parquet and CSV tables as trees of pictures; paths that a table names stay inside the dataset's folder."""
+"""Parquet and CSV tables as trees of images; paths that a table names stay inside the dataset's folder."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from simpletuner.data.backends.parquet import ParquetBackend, ParquetTable
 from simpletuner.data.captions import VARIANT_SEPARATOR
 from simpletuner.data.index import Index
 from simpletuner.errors import DataError, MissingDependency
-from tests.unit.data.pictures import tree_digest, write_picture
+from tests.unit.data.images import tree_digest, write_image
 
 
 class Reads:
@@ -35,28 +35,28 @@ class Reads:
 
 
 def scan(backend: Backend, tmp_path: Path) -> tuple[dict[str, tuple[str, str | None]], list[str], dict[str, list[str]]]:
-    """Path -> digest and caption of the usable pictures; what was read; what was set aside, by reason."""
+    """Path -> digest and caption of the usable images; what was read; what was skipped, by reason."""
     reads = Reads(backend)
     index = Index(tmp_path / "index.sqlite", reads)
     catalogue = index.scan()
-    rows = index.pictures(catalogue.ids.tolist())
+    rows = index.images(catalogue.ids.tolist())
     texts = index.texts(catalogue.texts.tolist())
     found = {row.path: (row.digest, text) for row, text in zip(rows, texts, strict=True)}
-    return found, reads.opened, dict(index.set_aside(with_texts=True).examples)
+    return found, reads.opened, dict(index.skipped(with_texts=True).examples)
 
 
 # ---- Parquet -------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def pictures(tmp_path: Path) -> list[bytes]:
-    return [write_picture(tmp_path / "drawn" / f"{n}.png", 32, 32, seed=n).read_bytes() for n in range(7)]
+def images(tmp_path: Path) -> list[bytes]:
+    return [write_image(tmp_path / "drawn" / f"{n}.png", 32, 32, seed=n).read_bytes() for n in range(7)]
 
 
-def write_table(path: Path, pictures: list[bytes | None], **columns: list) -> Path:
+def write_table(path: Path, images: list[bytes | None], **columns: list) -> Path:
     """As the `datasets` library writes it: a struct of bytes and path, in small row groups."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    image = [{"bytes": data, "path": None} if data else None for data in pictures]
+    image = [{"bytes": data, "path": None} if data else None for data in images]
     pq.write_table(pa.table({"image": image, **columns}), path, row_group_size=3)
     return path
 
@@ -66,16 +66,16 @@ def parquet(path: Path, name: str = "data/train-00000-of-00001.parquet", **chang
     return ParquetBackend(ParquetTable({name: path}, **keys), "things", "data.json")
 
 
-def test_rows_are_pictures_with_content_digests_and_captions(pictures: list[bytes], tmp_path: Path) -> None:
-    table = write_table(tmp_path / "a.parquet", pictures, text=[f"caption\n{n}" for n in range(7)])
+def test_rows_are_images_with_content_digests_and_captions(images: list[bytes], tmp_path: Path) -> None:
+    table = write_table(tmp_path / "a.parquet", images, text=[f"caption\n{n}" for n in range(7)])
     found, _, _ = scan(parquet(table), tmp_path)
     assert list(found) == [f"data/train-00000-of-00001.parquet/{n:09d}" for n in range(7)]
-    assert [digest for digest, _ in found.values()] == [hashlib.sha256(data).hexdigest() for data in pictures]
+    assert [digest for digest, _ in found.values()] == [hashlib.sha256(data).hexdigest() for data in images]
     assert [caption for _, caption in found.values()] == [f"caption\n{n}" for n in range(7)]
 
 
-def test_binary_columns_and_lists_of_captions_are_read(pictures: list[bytes], tmp_path: Path) -> None:
-    columns = {"jpg": pictures, "captions": [["one", " two ", "", "one"]] * 7, "long": ["all"] + [None] * 6}
+def test_binary_columns_and_lists_of_captions_are_read(images: list[bytes], tmp_path: Path) -> None:
+    columns = {"jpg": images, "captions": [["one", " two ", "", "one"]] * 7, "long": ["all"] + [None] * 6}
     pq.write_table(pa.table(columns), tmp_path / "a.parquet")
     backend = parquet(tmp_path / "a.parquet", image_column="jpg", caption_columns=("long", "captions"))
     found, _, _ = scan(backend, tmp_path)
@@ -83,31 +83,31 @@ def test_binary_columns_and_lists_of_captions_are_read(pictures: list[bytes], tm
     assert captions == ["all"] + [f"one{VARIANT_SEPARATOR}two"] * 6
 
 
-def test_a_second_scan_opens_no_row_and_a_changed_file_is_noticed(pictures: list[bytes], tmp_path: Path) -> None:
+def test_a_second_scan_opens_no_row_and_a_changed_file_is_noticed(images: list[bytes], tmp_path: Path) -> None:
     captions = [f"caption {n}" for n in range(7)]
-    table = write_table(tmp_path / "a.parquet", pictures, text=captions)
+    table = write_table(tmp_path / "a.parquet", images, text=captions)
     first, opened, _ = scan(parquet(table), tmp_path)
     assert len(opened) == 14
     again, opened, _ = scan(parquet(table), tmp_path)
     assert (again, opened) == (first, [])
-    write_table(table, [*pictures[:6], pictures[0]], text=[*captions[:6], "another"])
+    write_table(table, [*images[:6], images[0]], text=[*captions[:6], "another"])
     changed, opened, _ = scan(parquet(table), tmp_path)
     assert sum(path.endswith(".txt") for path in opened) == 1  # captions are compared one by one
     assert list(changed.items())[:6] == list(first.items())[:6]
-    assert list(changed.values())[6] == (hashlib.sha256(pictures[0]).hexdigest(), "another")
+    assert list(changed.values())[6] == (hashlib.sha256(images[0]).hexdigest(), "another")
 
 
-def test_rows_without_a_picture_are_set_aside_with_the_reason(pictures: list[bytes], tmp_path: Path) -> None:
-    image = [{"bytes": pictures[0], "path": "a.png"}, {"bytes": None, "path": "../../etc/passwd"}, None]
+def test_rows_without_an_image_are_skipped_with_the_reason(images: list[bytes], tmp_path: Path) -> None:
+    image = [{"bytes": images[0], "path": "a.png"}, {"bytes": None, "path": "../../etc/passwd"}, None]
     pq.write_table(pa.table({"image": image, "text": ["a", "b", "c"]}), tmp_path / "a.parquet")
     found, _, aside = scan(parquet(tmp_path / "a.parquet", name="a"), tmp_path)
     assert list(found) == ["a/000000000"]
     assert sorted(aside.values()) == [["a/000000001"], ["a/000000002"]]
-    assert any("holds a path and no picture" in reason for reason in aside)
+    assert any("holds a path and no image" in reason for reason in aside)
 
 
-def test_without_a_wish_for_captions_no_caption_column_is_needed(pictures: list[bytes], tmp_path: Path) -> None:
-    table = write_table(tmp_path / "a.parquet", pictures, text=["x"] * 7)
+def test_without_a_wish_for_captions_no_caption_column_is_needed(images: list[bytes], tmp_path: Path) -> None:
+    table = write_table(tmp_path / "a.parquet", images, text=["x"] * 7)
     _, opened, _ = scan(parquet(table, has_captions=False), tmp_path)
     assert len(opened) == 7
 
@@ -115,16 +115,16 @@ def test_without_a_wish_for_captions_no_caption_column_is_needed(pictures: list[
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"image_column": "picture"}, "things.image_column: picture is no column"),
-        ({"image_column": "text"}, "things.image_column: text holds no pictures"),
+        ({"image_column": "photo"}, "things.image_column: photo is no column"),
+        ({"image_column": "text"}, "things.image_column: text holds no images"),
         ({"caption_columns": ("label",)}, "things.caption_column: label is no column of text"),
         ({"caption_columns": ("number",)}, "things.caption_column: number is no column of text"),
     ],
 )
 def test_a_wrong_column_is_an_error_that_lists_the_columns(
-    pictures: list[bytes], tmp_path: Path, changes: dict, words: str
+    images: list[bytes], tmp_path: Path, changes: dict, words: str
 ) -> None:
-    table = write_table(tmp_path / "a.parquet", pictures, text=["x"] * 7, number=[1] * 7)
+    table = write_table(tmp_path / "a.parquet", images, text=["x"] * 7, number=[1] * 7)
     with pytest.raises(DataError) as caught:
         parquet(table, **changes)
     assert words in str(caught.value)
@@ -133,8 +133,8 @@ def test_a_wrong_column_is_an_error_that_lists_the_columns(
 
 
 @pytest.mark.parametrize("damage", ["cut", "flip", "empty"])
-def test_a_damaged_file_is_an_error_that_names_it(pictures: list[bytes], tmp_path: Path, damage: str) -> None:
-    table = write_table(tmp_path / "a.parquet", pictures, text=["x"] * 7)
+def test_a_damaged_file_is_an_error_that_names_it(images: list[bytes], tmp_path: Path, damage: str) -> None:
+    table = write_table(tmp_path / "a.parquet", images, text=["x"] * 7)
     data = table.read_bytes()
     middle = bytearray(data)
     middle[-60] ^= 0xFF  # in the metadata at the end
@@ -143,11 +143,11 @@ def test_a_damaged_file_is_an_error_that_names_it(pictures: list[bytes], tmp_pat
         scan(parquet(table), tmp_path)
 
 
-def test_few_row_groups_stay_in_memory(pictures: list[bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_few_row_groups_stay_in_memory(images: list[bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("simpletuner.data.backends.parquet._KEPT_BYTES", 1)
-    backend = parquet(write_table(tmp_path / "a.parquet", pictures, text=["x"] * 7), name="a")
+    backend = parquet(write_table(tmp_path / "a.parquet", images, text=["x"] * 7), name="a")
     for row in (0, 6, 3, 1, 6, 4):
-        assert backend.read(b"a/%09d" % row) == pictures[row]
+        assert backend.read(b"a/%09d" % row) == images[row]
     assert len(backend._groups) == 2
 
 
@@ -163,11 +163,11 @@ def test_without_pyarrow_the_package_is_named(tmp_path: Path, monkeypatch: pytes
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     root = tmp_path / "set"
-    write_picture(root / "a.png", seed=1)
-    write_picture(root / "a.webp", seed=2)
-    write_picture(root / "sub" / "b.png", seed=3)
-    write_picture(root / "unlisted.png", seed=4)
-    write_picture(tmp_path / "outside.png", seed=5)
+    write_image(root / "a.png", seed=1)
+    write_image(root / "a.webp", seed=2)
+    write_image(root / "sub" / "b.png", seed=3)
+    write_image(root / "unlisted.png", seed=4)
+    write_image(tmp_path / "outside.png", seed=5)
     return root
 
 
@@ -178,7 +178,7 @@ def csv(root: Path, text: str, **changes) -> CsvBackend:
     return CsvBackend(table, dataset_id="things", file="data.json", **keys)
 
 
-def test_a_table_chooses_pictures_and_gives_captions(folder: Path, tmp_path: Path) -> None:
+def test_a_table_chooses_images_and_gives_captions(folder: Path, tmp_path: Path) -> None:
     text = '\ufefffile_name,caption\na.png,"one, with\na break"\na.png,two\nsub\\b.png,three\na.webp,four\n'
     found, _, aside = scan(csv(folder, text), tmp_path)
     assert {path: caption for path, (_, caption) in found.items()} == {
@@ -189,12 +189,12 @@ def test_a_table_chooses_pictures_and_gives_captions(folder: Path, tmp_path: Pat
     assert aside == {}
 
 
-def test_a_changed_caption_or_picture_is_all_that_is_read_again(folder: Path, tmp_path: Path) -> None:
+def test_a_changed_caption_or_image_is_all_that_is_read_again(folder: Path, tmp_path: Path) -> None:
     first, opened, _ = scan(csv(folder, "file_name,caption\na.png,one\nsub/b.png,two\n"), tmp_path)
     assert sorted(opened) == ["a.png", "a.png.txt", "sub/b.png", "sub/b.png.txt"]
     again, opened, _ = scan(csv(folder, "caption,file_name\none,a.png\ntwo,sub/b.png\n"), tmp_path)
     assert (again, opened) == (first, [])
-    write_picture(folder / "sub" / "b.png", 70, 70, seed=9)
+    write_image(folder / "sub" / "b.png", 70, 70, seed=9)
     changed, opened, _ = scan(csv(folder, "file_name,caption\na.png,other\nsub/b.png,two\n"), tmp_path)
     assert sorted(opened) == ["a.png.txt", "sub/b.png"]
     assert changed["a.png"][1] == "other"
@@ -203,7 +203,7 @@ def test_a_changed_caption_or_picture_is_all_that_is_read_again(folder: Path, tm
 @pytest.mark.parametrize(
     "name", ["../outside.png", "sub/../../outside.png", "/etc/passwd", "C:\\x.png", "..\\outside.png"]
 )
-def test_paths_that_lead_out_are_set_aside_and_not_opened(folder: Path, tmp_path: Path, name: str) -> None:
+def test_paths_that_lead_out_are_skipped_and_not_opened(folder: Path, tmp_path: Path, name: str) -> None:
     backend = csv(folder, f"file_name,caption\na.png,one\n{name},two\n")
     before = tree_digest(tmp_path / "set")
     found, _, aside = scan(backend, tmp_path)
@@ -217,7 +217,7 @@ def test_paths_that_lead_out_are_set_aside_and_not_opened(folder: Path, tmp_path
         backend.read(name.encode())
 
 
-def test_links_that_lead_out_are_set_aside(folder: Path, tmp_path: Path) -> None:
+def test_links_that_lead_out_are_skipped(folder: Path, tmp_path: Path) -> None:
     (folder / "link.png").symlink_to(tmp_path / "outside.png")
     (folder / "way").symlink_to(tmp_path)
     text = "file_name,caption\na.png,one\nlink.png,two\nway/outside.png,three\n"
@@ -230,9 +230,9 @@ def test_links_that_lead_out_are_set_aside(folder: Path, tmp_path: Path) -> None
 
 
 def test_a_row_group_of_many_gigabytes_and_an_image_of_one_are_not_read(
-    pictures: list[bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    images: list[bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    table = write_table(tmp_path / "a.parquet", pictures, text=["x"] * 7)
+    table = write_table(tmp_path / "a.parquet", images, text=["x"] * 7)
     monkeypatch.setattr("simpletuner.data.backends.parquet.MAX_FILE_BYTES", 100)
     with pytest.raises(UnusableFile, match="larger than"):
         parquet(table, name="a").read(b"a/000000000")
@@ -241,7 +241,7 @@ def test_a_row_group_of_many_gigabytes_and_an_image_of_one_are_not_read(
         scan(parquet(table), tmp_path)
 
 
-def test_missing_and_odd_files_are_set_aside(folder: Path, tmp_path: Path) -> None:
+def test_missing_and_odd_files_are_skipped(folder: Path, tmp_path: Path) -> None:
     (folder / "c.txt").write_text("a secret")
     backend = csv(folder, "file_name,caption\na.png,one\nnone.png,two\nc.txt,three\n,four\n")
     found, _, aside = scan(backend, tmp_path)
@@ -305,6 +305,6 @@ def test_a_folder_whose_name_begins_alike_is_outside(tmp_path: Path) -> None:
         path_inside(tmp_path / "set", str(tmp_path / "set-secret" / "x.png"))
 
 
-def test_addresses_are_told_from_paths() -> None:
+def test_addresses_are_distinguished_from_paths() -> None:
     assert all(map(is_url, ("http://x/a.png", "HTTPS://x", "file:///etc/passwd", "s3://b/k", " ftp://x")))
     assert not any(map(is_url, ("a.png", "a/b.png", "http.png", "C:\\a.png", "a:b.png")))

@@ -47,7 +47,7 @@ def batch_of(family: Flux, latents: Tensor | list[Tensor], references: list[list
 
 
 def calls_of(denoiser: torch.nn.Module, draw) -> list[tuple[dict[str, Tensor], Tensor]]:
-    """(arguments, output) of each call of the denoiser while a pipeline draws."""
+    """(arguments, output) of each call of the denoiser while a pipeline generates."""
     calls: list[tuple[dict[str, Tensor], Tensor]] = []
 
     def note(module, args, kwargs, output):
@@ -153,16 +153,16 @@ def test_times_are_shifted_as_the_models_scheduler_shifts_them(folders):
     assert family_of(folders["schnell"]).sigmas_at(torch.tensor([0.5]), torch.zeros(1, 16, 8, 8)).item() == 0.5
 
 
-def test_kontext_draws_an_edit_of_a_picture_of_another_size(folders):
+def test_kontext_draws_an_edit_of_an_image_of_another_size(folders):
     family = family_of(folders["kontext"])
     pipeline = family.pipeline(family.load_denoiser(), family.load_vae())
     options = {"height": 64, "width": 48, "num_inference_steps": 2}
 
-    def drawn(colour: str) -> Image.Image:
+    def generated(colour: str) -> Image.Image:
         generator = torch.Generator().manual_seed(0)
         return pipeline(PROMPTS[0], references=[[Image.new("RGB", (500, 300), colour)]], generator=generator, **options)
 
-    red, blue = drawn("red").images[0], drawn("blue").images[0]
+    red, blue = generated("red").images[0], generated("blue").images[0]
     assert red.size == (48, 64)
     assert red.tobytes() != blue.tobytes()
 

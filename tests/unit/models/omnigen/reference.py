@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def dense_mask(num_text: int, num_image: int, spans: Sequence[tuple[int, int]] = ()) -> Tensor:
-    """(S, S) of 0 and 1 for an unpadded row: text and time causal, input pictures open, the drawn picture sees all."""
+    """(S, S) of 0 and 1 for an unpadded row: text and time causal, input images open, the generated image sees all."""
     num_tokens = num_text + 1 + num_image
     mask = torch.tril(torch.ones(num_tokens, num_tokens))
     mask[: num_text + 1, num_text + 1 :] = 0
@@ -34,7 +34,7 @@ def stock_row(
         latents: (C, h, w).
         timestep: () in [0, 1], 0 is noise.
         input_ids: (L,).
-        references: latents of the input pictures in the order of `spans`.
+        references: latents of the input images in the order of `spans`.
     """
     num_image = latents.shape[-2] * latents.shape[-1] // 4
     num_tokens = len(input_ids) + 1 + num_image

@@ -56,15 +56,15 @@ def test_each_row_chooses_its_own_rotary_factors():
     assert (only_short - alone[1]).abs().max() > 1e-3
 
 
-def test_input_pictures_are_read_as_the_stock_model_reads_them():
+def test_input_images_are_read_as_the_stock_model_reads_them():
     stock = tiny_omnigen_transformer()
     denoiser = install(copy.deepcopy(stock))
     references = [noise(4, 4, 6, seed=5), noise(4, 2, 4, seed=6)]
     spans = [(3, 9), (12, 14)]
-    with_pictures = PromptEmbeds(
+    with_images = PromptEmbeds(
         {"input_ids": ids(20), "reference_spans": torch.tensor([[*spans[0], 0], [*spans[1], 1]])}
     )
-    rows = collate_tokens([with_pictures, PromptEmbeds({"input_ids": ids(23, 1)})], [references, []], CPU)
+    rows = collate_tokens([with_images, PromptEmbeds({"input_ids": ids(23, 1)})], [references, []], CPU)
     latents, timesteps = noise(2, 4, 8, 8), torch.tensor([0.2, 0.7])
     with torch.no_grad():
         together = denoiser(latents, timesteps, rows)

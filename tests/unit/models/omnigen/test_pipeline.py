@@ -1,4 +1,4 @@
-"""Drawing: against the stock transformer stepped by hand, and against what diffusers expects of a pipeline."""
+"""Generating: against the stock transformer stepped by hand, and against what diffusers expects of a pipeline."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def generators(*seeds: int) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
-def drawn_by_hand(
+def made_by_hand(
     family: OmniGen, folder: Path, prompt: str, negative: str, noise: torch.Tensor, steps: int, scale: float
 ) -> torch.Tensor:
     """Euler steps from t = 0 (noise) to t = 1 (data) with the stock model, each row alone under a dense mask."""
@@ -52,28 +52,28 @@ def drawn_by_hand(
 
 
 @pytest.mark.parametrize(("negative", "scale"), [(None, 2.5), ("<cfg>", 3.0), (None, 1.0)])
-def test_pictures_are_those_of_the_stock_model_stepped_by_hand(
+def test_images_are_those_of_the_stock_model_stepped_by_hand(
     family: OmniGen, pipeline: OmniGenPipeline, omnigen_folder: Path, negative: str | None, scale: float
 ):
     options = {"height": 64, "width": 96, "num_inference_steps": 5, "guidance_scale": scale, "output_type": "latent"}
-    drawn = pipeline(PROMPTS, negative_prompt=negative, generator=generators(3, 4), **options).images
+    generated = pipeline(PROMPTS, negative_prompt=negative, generator=generators(3, 4), **options).images
     for index, (prompt, generator) in enumerate(zip(PROMPTS, generators(3, 4), strict=True)):
         noise = torch.randn(4, 8, 12, generator=generator)
-        expected = drawn_by_hand(
+        expected = made_by_hand(
             family, omnigen_folder, prompt, negative or DEFAULT_NEGATIVE_PROMPT, noise, steps=5, scale=scale
         )
-        torch.testing.assert_close(drawn[index], expected, rtol=0, atol=1e-5)
+        torch.testing.assert_close(generated[index], expected, rtol=0, atol=1e-5)
 
 
 def test_edits_are_those_of_the_stock_model_stepped_by_hand(
     family: OmniGen, pipeline: OmniGenPipeline, omnigen_folder: Path
 ):
-    """diffusers' guidance with input pictures, every row alone: none + 1.6 (pictures - none) + 2.5 (all - pictures)."""
+    """diffusers' guidance with input images, every row alone: none + 1.6 (images - none) + 2.5 (all - images)."""
     rng = np.random.default_rng(0)
     source = Image.fromarray(rng.integers(0, 256, (32, 53, 3), np.uint8))  # cut to 32 x 48, two columns on the left
     options = {"height": 64, "width": 64, "num_inference_steps": 3, "guidance_scale": 2.5, "output_type": "latent"}
     prompts = ["make it green", "a cat"]
-    drawn = pipeline(prompts, generator=generators(3, 4), references=[[source], []], **options).images
+    generated = pipeline(prompts, generator=generators(3, 4), references=[[source], []], **options).images
 
     stock = OmniGenTransformer2DModel.from_pretrained(omnigen_folder / "transformer")
     pixels = torch.from_numpy(np.asarray(source)[:, 2:50] / 127.5 - 1).permute(2, 0, 1)[None].float()
@@ -87,13 +87,13 @@ def test_edits_are_those_of_the_stock_model_stepped_by_hand(
             time = torch.tensor(step / 3)
             spans = [[tuple(span[:2]) for span in row.tensors["reference_spans"].tolist()] for row in (full, alone)]
             everything = stock_row(stock, latents, time, full.tensors["input_ids"], [reference], spans[0])
-            pictures = stock_row(stock, latents, time, alone.tensors["input_ids"], [reference], spans[1])
+            images = stock_row(stock, latents, time, alone.tensors["input_ids"], [reference], spans[1])
             nothing = stock_row(stock, latents, time, negative.tensors["input_ids"])
-            latents = latents + (nothing + 1.6 * (pictures - nothing) + 2.5 * (everything - pictures)) / 3
-    torch.testing.assert_close(drawn[0], latents, rtol=0, atol=1e-5)
-    # A prompt without input pictures is drawn as in a batch where nobody has any.
+            latents = latents + (nothing + 1.6 * (images - nothing) + 2.5 * (everything - images)) / 3
+    torch.testing.assert_close(generated[0], latents, rtol=0, atol=1e-5)
+    # A prompt without input images is generated as in a batch where nobody has any.
     plain = pipeline("a cat", generator=generators(4), **options).images
-    torch.testing.assert_close(drawn[1], plain[0], rtol=0, atol=1e-5)
+    torch.testing.assert_close(generated[1], plain[0], rtol=0, atol=1e-5)
 
 
 def test_the_default_negative_prompt_is_the_one_of_the_public_processor():
@@ -105,7 +105,7 @@ def test_the_default_negative_prompt_is_the_one_of_the_public_processor():
     assert parameters["negative_prompt"].default == DEFAULT_NEGATIVE_PROMPT
 
 
-def test_pictures_are_pil_of_the_asked_size_and_the_same_again(pipeline: OmniGenPipeline):
+def test_images_are_pil_of_the_asked_size_and_the_same_again(pipeline: OmniGenPipeline):
     options = {"height": 64, "width": 96, "num_inference_steps": 2}
     one, again = (pipeline(PROMPTS, generator=generators(1, 2), **options).images for _ in range(2))
     alone = pipeline(PROMPTS[1], generator=generators(2), **options).images
@@ -129,14 +129,14 @@ def test_a_callback_sees_each_step_and_may_change_the_latents(pipeline: OmniGenP
         seen.append((step, round(float(timestep), 6), pipe is pipeline))
         return {"latents": torch.zeros_like(values["latents"])}
 
-    drawn = pipeline(
+    generated = pipeline(
         "a cat", height=64, width=64, num_inference_steps=4, output_type="latent", callback_on_step_end=blank
     )
     assert seen == [(0, 0.0, True), (1, 0.25, True), (2, 0.5, True), (3, 0.75, True)]
-    assert drawn.images.abs().max() == 0
+    assert generated.images.abs().max() == 0
 
 
-def test_drawing_leaves_the_training_denoiser_as_it_was(family: OmniGen):
+def test_generation_leaves_the_training_denoiser_as_it_was(family: OmniGen):
     denoiser = family.load_denoiser().train()
     denoiser.norm_out.eval()
     denoiser.enable_gradient_checkpointing()
@@ -152,17 +152,19 @@ def test_drawing_leaves_the_training_denoiser_as_it_was(family: OmniGen):
 
 
 def test_a_bfloat16_denoiser_draws_nearly_the_same_and_keeps_float32_latents(omnigen_folder: Path):
-    drawn = {}
+    generated = {}
     for dtype in (torch.float32, torch.bfloat16):
         family = OmniGen(OMNIGEN, ModelSource(str(omnigen_folder)), torch.device("cpu"), dtype)
         options = {"height": 64, "width": 64, "num_inference_steps": 4, "output_type": "latent"}
-        drawn[dtype] = family.pipeline(family.load_denoiser())(PROMPTS, generator=generators(1, 2), **options).images
-    assert drawn[torch.bfloat16].dtype == torch.float32
-    torch.testing.assert_close(drawn[torch.bfloat16], drawn[torch.float32], rtol=0, atol=0.1)
-    assert drawn[torch.float32].std() > 0.5
+        generated[dtype] = family.pipeline(family.load_denoiser())(
+            PROMPTS, generator=generators(1, 2), **options
+        ).images
+    assert generated[torch.bfloat16].dtype == torch.float32
+    torch.testing.assert_close(generated[torch.bfloat16], generated[torch.float32], rtol=0, atol=0.1)
+    assert generated[torch.float32].std() > 0.5
 
 
-def test_the_text_runs_once_for_a_picture(family: OmniGen):
+def test_the_text_runs_once_for_an_image(family: OmniGen):
     denoiser = family.load_denoiser()
     lengths = []
     denoiser.layers[0].register_forward_hook(lambda _, inputs, output: lengths.append(output.shape[1]))
@@ -177,7 +179,7 @@ def test_sizes_that_do_not_fit_the_patches_are_refused(pipeline: OmniGenPipeline
         pipeline("a cat", num_inference_steps=1, **{"height": 64, "width": 64, **size})
 
 
-def test_pictures_without_a_vae_are_refused(family: OmniGen):
+def test_images_without_a_vae_are_refused(family: OmniGen):
     with pytest.raises(ValueError, match="no VAE"):
         family.pipeline(family.load_denoiser())("a cat", height=64, width=64, num_inference_steps=1)
 

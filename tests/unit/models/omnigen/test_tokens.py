@@ -31,7 +31,7 @@ def golden_tokenizer(max_tokens: int = 1024) -> PromptTokenizer:
 
 
 def rows_of(case: dict) -> list[tuple[str, list[tuple[int, int]]]]:
-    """The golden rows: prompts, negative prompts, then, with input pictures, the pictures alone."""
+    """The golden rows: prompts, negative prompts, then, with input images, the images alone."""
     prompts, negative = case["prompts"], CASES["negative_prompt"]
     if case["input_image_sizes_wh"] is None:
         return [(prompt, []) for prompt in prompts] + [(negative, [])] * len(prompts)
@@ -142,7 +142,7 @@ def test_a_long_prompt_loses_its_end_and_keeps_the_template():
     assert cut.input_ids == whole.input_ids[:35] + tail
 
 
-def test_a_picture_may_stand_twice_in_a_prompt():
+def test_an_image_may_stand_twice_in_a_prompt():
     tokens = golden_tokenizer()(
         "<img><|image_1|></img> and <img><|image_2|></img>, <img><|image_1|></img>", [(16, 32), (32, 32)]
     )
@@ -159,8 +159,8 @@ def test_a_picture_may_stand_twice_in_a_prompt():
         ("<img><|image_1|></img><img><|image_3|></img>", [(16, 16)] * 3),
     ],
 )
-def test_placeholders_that_do_not_fit_the_pictures_are_refused(prompt: str, sizes: list[tuple[int, int]]):
-    with pytest.raises(DataError, match="input pictures"):
+def test_placeholders_that_do_not_fit_the_images_are_refused(prompt: str, sizes: list[tuple[int, int]]):
+    with pytest.raises(DataError, match="input images"):
         golden_tokenizer()(prompt, sizes)
 
 
@@ -169,7 +169,7 @@ def test_a_tokenizer_folder_without_tokenizer_json_is_refused(tmp_path: Path):
         PromptTokenizer.from_source(ModelSource(str(tmp_path)), get_spec("omnigen"))
 
 
-def test_input_pictures_that_a_prompt_does_not_name_stand_in_front_of_it():
+def test_input_images_that_a_prompt_does_not_name_stand_in_front_of_it():
     tokenizer = golden_tokenizer()
     sizes = [(32, 32), (16, 48)]
     named = tokenizer("<img><|image_1|></img> <img><|image_2|></img> make it green", sizes)

@@ -13,14 +13,14 @@ from simpletuner.errors import DataError
 from simpletuner.reporting.events import (
     CheckpointSaved,
     EvalDone,
+    ImagesMade,
+    ImagesScored,
     Notice,
     PhaseDone,
-    PicturesMade,
-    PicturesScored,
     RunFailed,
     RunFinished,
     RunStarted,
-    SavedPicture,
+    SavedImage,
     StepDone,
 )
 from simpletuner.reporting.report import write_report
@@ -63,12 +63,12 @@ def make_run(folder: Path, text: str = "a cat", end: bool = True, side: int = 64
             sink.handle(StepDone(step, 20, loss, 1e-4, 2.0, 0.5, 4, 1, 1.5, extra))
         if step % 10 == 0:
             sink.handle(EvalDone(step, {text: 0.5}, 0.75 - step / 40, ((0.25, 0.5), (0.75, 0.25)), 2.0))
-            sink.handle(PicturesScored(step, "clip", {"live/a": 0.25}, 0.25))
+            sink.handle(ImagesScored(step, "clip", {"live/a": 0.25}, 0.25))
             kind = "live" if step else "base"
             path = folder / "validation_images" / f"{step}.png"
             path.parent.mkdir(exist_ok=True)
             Image.new("RGB", (side, side), (step * 10, 90, 120)).save(path)
-            sink.handle(PicturesMade(step, (SavedPicture(path, text, text, side, side, 1, kind),)))
+            sink.handle(ImagesMade(step, (SavedImage(path, text, text, side, side, 1, kind),)))
     for step in (10, 20):
         (folder / f"checkpoint-{step}").mkdir()
         sink.handle(CheckpointSaved(step, folder / f"checkpoint-{step}"))
@@ -120,12 +120,12 @@ def test_no_file_outside_of_the_folder_gets_into_the_page(tmp_path: Path):
     Image.new("RGB", (8, 8)).save(secret)
     sink = JsonlSink(run)
     for path in (secret, run / ".." / "secret.png"):
-        sink.handle(PicturesMade(20, (SavedPicture(path, "secret", "s", 8, 8, 1, "live"),)))
+        sink.handle(ImagesMade(20, (SavedImage(path, "secret", "s", 8, 8, 1, "live"),)))
     sink.close()
     assert "secret" not in Page(write_report(run)).text
 
 
-def test_a_run_that_was_moved_keeps_its_pictures(tmp_path: Path):
+def test_a_run_that_was_moved_keeps_its_images(tmp_path: Path):
     make_run(tmp_path / "run")
     moved = Path(shutil.move(tmp_path / "run", tmp_path / "elsewhere"))
     assert len(Page(write_report(moved)).all("img")) == 3
@@ -198,16 +198,16 @@ def test_a_file_is_named_once_and_its_lines_at_each_option(tmp_path: Path):
     assert "512.0" not in text
 
 
-def test_each_picture_of_a_prompt_has_a_row_of_its_own(tmp_path: Path):
+def test_each_image_of_a_prompt_has_a_row_of_its_own(tmp_path: Path):
     run = make_run(tmp_path / "run")
     sink = JsonlSink(run)
-    pictures = []
+    images = []
     for index in range(2):
         path = run / "validation_images" / f"two_{index}.png"
         Image.new("RGB", (8, 8), (index, 0, 0)).save(path)
-        pictures.append(SavedPicture(path, "two", "a cat", 8, 8, index, "live", index))
+        images.append(SavedImage(path, "two", "a cat", 8, 8, index, "live", index))
     sink.handle(RunStarted("a cat", run, 40, 20))
-    sink.handle(PicturesMade(20, tuple(pictures)))
+    sink.handle(ImagesMade(20, tuple(images)))
     sink.close()
     text = Page(write_report(run)).text
     assert "two (8x8)" in text

@@ -6,12 +6,12 @@ from pathlib import Path
 from simpletuner.reporting.bus import EventBus
 from simpletuner.reporting.events import (
     Event,
+    ImagesMade,
     Notice,
-    PicturesMade,
     RunFailed,
     RunFinished,
     RunStarted,
-    SavedPicture,
+    SavedImage,
     StepDone,
 )
 from simpletuner.reporting.trackers import background
@@ -20,7 +20,7 @@ from simpletuner.reporting.trackers.base import Tracker
 
 
 class Notes:
-    """A sink that keeps what is told."""
+    """A sink that keeps what is reported."""
 
     name, failures = "notes", ()
 
@@ -46,8 +46,8 @@ class Recorder(Tracker):
     def log_scalars(self, scalars, step):
         self.calls.append((step, scalars["train/loss"]))
 
-    def log_pictures(self, pictures, step):
-        self.calls.append((step, *[picture.shortname for picture in pictures]))
+    def log_images(self, images, step):
+        self.calls.append((step, *[image.shortname for image in images]))
 
     def finish(self, exit_code):
         self.calls.append(("finish", exit_code))
@@ -63,9 +63,9 @@ def step(number: int) -> StepDone:
 
 def test_a_tracker_gets_everything_in_order(tmp_path: Path):
     tracker, notes = Recorder(), Notes()
-    picture = SavedPicture(tmp_path / "a.png", "cat", "a cat", 8, 8, 1, "live")
+    image = SavedImage(tmp_path / "a.png", "cat", "a cat", 8, 8, 1, "live")
     with EventBus([notes, TrackerSink("mine", lambda: tracker, "project")]) as bus:
-        for event in (started(tmp_path, 4), step(5), PicturesMade(5, (picture,)), step(6), RunFinished(6, 1.0)):
+        for event in (started(tmp_path, 4), step(5), ImagesMade(5, (image,)), step(6), RunFinished(6, 1.0)):
             bus.emit(event)
     assert tracker.calls == [("start", "trial", "project", 4), (5, 0.5), (5, "cat"), (6, 0.6), ("finish", 0)]
     assert notes.texts == ["mine: here"]
@@ -81,7 +81,7 @@ def test_a_tracker_learns_how_a_run_failed(tmp_path: Path):
         assert tracker.calls[-1] == ("finish", exit_code)
 
 
-def test_a_tracker_that_breaks_is_told_once_and_the_run_goes_on(tmp_path: Path):
+def test_a_tracker_that_breaks_is_reported_once_and_the_run_goes_on(tmp_path: Path):
     class Broken(Recorder):
         def log_scalars(self, scalars, step):
             raise ZeroDivisionError("no\nsecond line")

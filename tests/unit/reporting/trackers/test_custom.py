@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import simpletuner
 from simpletuner.reporting.bus import EventBus
-from simpletuner.reporting.events import PicturesMade, RunFinished, RunStarted, SavedPicture, StepDone
+from simpletuner.reporting.events import ImagesMade, RunFinished, RunStarted, SavedImage, StepDone
 from simpletuner.reporting.sinks import build_sinks
 
 PAGE = Path(simpletuner.__file__).parent.parent / "documentation" / "TRACKERS.md"
@@ -24,7 +24,7 @@ def test_the_tracker_of_the_page_works(tmp_path: Path, monkeypatch, capsys):
     with EventBus(build_sinks(named, tmp_path)) as bus:
         bus.emit(RunStarted("trial", tmp_path, 2))
         bus.emit(StepDone(1, 2, 0.5, 1e-4, None, 0.1, 4, 1))
-        bus.emit(PicturesMade(1, (SavedPicture(tmp_path / "a.png", "cat", "a cat", 8, 8, 1, "live"),)))
+        bus.emit(ImagesMade(1, (SavedImage(tmp_path / "a.png", "cat", "a cat", 8, 8, 1, "live"),)))
         bus.emit(RunFinished(1, 1.0))
     assert (tmp_path / "losses.txt").read_text() == f"1 0.5000\n1 cat: {tmp_path / 'a.png'}\n"
     assert "losses of trial go to" in capsys.readouterr().out

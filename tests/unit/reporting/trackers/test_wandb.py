@@ -19,7 +19,7 @@ from PIL import Image
 
 import simpletuner
 from simpletuner.reporting.bus import EventBus
-from simpletuner.reporting.events import EvalDone, Notice, PicturesMade, RunFinished, RunStarted, SavedPicture, StepDone
+from simpletuner.reporting.events import EvalDone, ImagesMade, Notice, RunFinished, RunStarted, SavedImage, StepDone
 from simpletuner.reporting.trackers.background import TrackerSink
 from simpletuner.reporting.trackers.wandb import WandbTracker
 
@@ -51,7 +51,7 @@ class Notes:
 
 
 def track(folder: Path, start: int, end: int) -> list[str]:
-    """Steps `start + 1` to `end` of a run of ten; returns what the terminal was told."""
+    """Steps `start + 1` to `end` of a run of ten; returns what the terminal was reported."""
     Image.new("RGB", (8, 6), "red").save(folder / "a.png")
     notes = Notes()
     with EventBus([notes, TrackerSink("W&B", WandbTracker, "shapes")]) as bus:
@@ -59,7 +59,7 @@ def track(folder: Path, start: int, end: int) -> list[str]:
         for number in range(start + 1, end + 1):
             bus.emit(StepDone(number, 10, 1 / number, 1e-4, None, 0.1, 4, 1))
         bus.emit(EvalDone(end, {"held": 0.5}, 0.5))
-        bus.emit(PicturesMade(end, (SavedPicture(folder / "a.png", "cat", "a cat", 8, 6, 1, "live"),)))
+        bus.emit(ImagesMade(end, (SavedImage(folder / "a.png", "cat", "a cat", 8, 6, 1, "live"),)))
         bus.emit(RunFinished(end, 1.0))
     return notes.texts
 
@@ -111,9 +111,9 @@ def log_records(data: bytes) -> Iterator[bytes]:
             parts = []
 
 
-def test_an_offline_run_has_numbers_pictures_configuration_and_its_name(tmp_path: Path, monkeypatch):
+def test_an_offline_run_has_numbers_images_configuration_and_its_name(tmp_path: Path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
-    told = track(tmp_path, 0, 3)
+    reported = track(tmp_path, 0, 3)
     [run] = read_back(tmp_path)
     assert (run["project"], run["name"], run["exit"]) == ("shapes", "trial", 0)
     assert run["config"]["seed"] == 42
@@ -121,9 +121,9 @@ def test_an_offline_run_has_numbers_pictures_configuration_and_its_name(tmp_path
     assert run["history"][-1]["loss/val/held"] == 0.5
     assert run["history"][-1]["pictures/live/cat_8x6/caption"] == "a cat"
     assert len(list((tmp_path / "wandb").glob("offline-run-*/files/media/**/*.png"))) == 1
-    assert len(told) == 1
-    assert "wandb sync" in told[0]
-    assert Path(told[0].split("wandb sync ")[1]).is_dir()
+    assert len(reported) == 1
+    assert "wandb sync" in reported[0]
+    assert Path(reported[0].split("wandb sync ")[1]).is_dir()
 
 
 def test_a_run_that_goes_on_is_the_same_run_and_a_new_one_is_not(tmp_path: Path, monkeypatch):
@@ -135,7 +135,7 @@ def test_a_run_that_goes_on_is_the_same_run_and_a_new_one_is_not(tmp_path: Path,
     assert first == second != third
 
 
-def test_a_service_that_is_not_there_is_told_once(tmp_path: Path):
+def test_a_service_that_is_not_there_is_reported_once(tmp_path: Path):
     code = f"from {__name__} import track; from pathlib import Path; print(track(Path({str(tmp_path)!r}), 0, 3))"
     here = {"WANDB_MODE": "online", "WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "k" * 40}
     paths = [str(Path(__file__).parent), str(Path(simpletuner.__file__).parent.parent)]
@@ -143,7 +143,7 @@ def test_a_service_that_is_not_there_is_told_once(tmp_path: Path):
     code = code.replace(__name__, Path(__file__).stem)
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0
-    told = ast.literal_eval(done.stdout)
-    assert len(told) == 1
-    assert told[0].startswith("W&B stopped working (")
+    reported = ast.literal_eval(done.stdout)
+    assert len(reported) == 1
+    assert reported[0].startswith("W&B stopped working (")
     assert "kkkk" not in done.stdout + done.stderr

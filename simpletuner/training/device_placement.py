@@ -13,14 +13,14 @@ from simpletuner.adapters.full import FullAdapter
 from simpletuner.config.deepspeed import read_deepspeed, stage_of
 from simpletuner.config.loading import LoadedRun
 from simpletuner.config.options import TrainConfig
-from simpletuner.distributed.placement import Copies, Parts, Placement
+from simpletuner.distributed.placement import Placement, Replicated, Sharded
+from simpletuner.distributed.process_group import ProcessGroup
 from simpletuner.distributed.sharding import make_mesh, shard_denoiser, spread_parameters
-from simpletuner.distributed.world import World
 from simpletuner.distributed.zero import Zero
 from simpletuner.errors import ConfigError, Problem
 from simpletuner.models.family import ModelFamily
 from simpletuner.precision.mixed import DTYPES
-from simpletuner.training.room import denoiser_bytes
+from simpletuner.training.disk_space import denoiser_bytes
 from simpletuner.training.swapping import move_with_swap, repeated_blocks
 
 if TYPE_CHECKING:
@@ -37,24 +37,24 @@ def is_denoiser_spread(config: TrainConfig) -> bool:
     return config.fsdp_enable
 
 
-def must_take_turns(loaded: LoadedRun, family: ModelFamily, world: World) -> bool:
+def must_take_turns(loaded: LoadedRun, family: ModelFamily, process_group: ProcessGroup) -> bool:
     """Whether the processes of a machine load the denoiser one after the other; the same in all processes.
 
     Each of them reads all weights, also where it then keeps a part of them (FSDP2) or moves them to its device and
     spreads them there (DeepSpeed).
     """
-    if world.size == 1:
+    if process_group.size == 1:
         return False
     size = denoiser_bytes(family.spec, family.source, loaded)
-    num_here = max(world.gather(world.local_rank)) + 1
-    return world.any(num_here * size * ROOM_TO_LOAD > psutil.virtual_memory().available)
+    num_here = max(process_group.gather(process_group.local_rank)) + 1
+    return process_group.any(num_here * size * ROOM_TO_LOAD > psutil.virtual_memory().available)
 
 
-def mesh_of(config: TrainConfig, family: ModelFamily, world: World) -> DeviceMesh | None:
+def mesh_of(config: TrainConfig, family: ModelFamily, process_group: ProcessGroup) -> DeviceMesh | None:
     """The processes that share the weights (FSDP2), for `place_denoiser`; before they load one after the other."""
-    if not config.fsdp_enable or world.size == 1:
+    if not config.fsdp_enable or process_group.size == 1:
         return None
-    return make_mesh(world, family.device, config.fsdp_shard_size)
+    return make_mesh(process_group, family.device, config.fsdp_shard_size)
 
 
 def place_denoiser(
@@ -62,7 +62,7 @@ def place_denoiser(
     family: ModelFamily,
     denoiser: nn.Module,
     adapter: Adapter,
-    world: World,
+    process_group: ProcessGroup,
     mesh: DeviceMesh | None = None,
 ) -> Placement:
     """Move a denoiser with its adapter to where it trains; no process waits for another.
@@ -80,8 +80,8 @@ def place_denoiser(
         if config.enable_group_offload:
             count = len(repeated_blocks(denoiser, family.spec.block_classes))
         move_with_swap(denoiser, family.spec.block_classes, count, family.device)
-        return Copies(adapter.trainable_parameters(), world)
-    if world.size == 1:
+        return Replicated(adapter.trainable_parameters(), process_group)
+    if process_group.size == 1:
         raise ConfigError(
             Problem(
                 "this run has one process, which has nobody to share the weights with",
@@ -93,7 +93,7 @@ def place_denoiser(
         denoiser.to(family.device)
         return Zero(
             adapter.trainable_parameters(),
-            world,
+            process_group,
             denoiser,
             read_deepspeed(Path(config.deepspeed_config)),
             accumulation=config.gradient_accumulation_steps,
@@ -104,7 +104,7 @@ def place_denoiser(
     shard_denoiser(
         denoiser,
         family.spec.block_classes,
-        world,
+        process_group,
         family.device,
         whole=whole,
         shard_size=config.fsdp_shard_size,
@@ -114,7 +114,7 @@ def place_denoiser(
         mesh=mesh,
     )
     if not isinstance(adapter, FullAdapter):
-        return Copies(adapter.trainable_parameters(), world)
-    parts = Parts(dict(spread_parameters(denoiser)), world)
+        return Replicated(adapter.trainable_parameters(), process_group)
+    parts = Sharded(dict(spread_parameters(denoiser)), process_group)
     adapter.use_parts(parts.parameters)
     return parts

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from simpletuner.errors import ConfigError, Problem
 
 
-def require_live(modules: Iterable[tuple[nn.Module, nn.Module, nn.Module]], key: str, file: str | None = None) -> None:
+def smoke_test(modules: Iterable[tuple[nn.Module, nn.Module, nn.Module]], key: str, file: str | None = None) -> None:
     """Try one adapter module of each kind.
 
     Args:

@@ -1,4 +1,4 @@
-"""Folders of small pictures for the tests of this package."""
+"""Folders of small images for the tests of this package."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import numpy as np
 from PIL import Image
 
 
-def write_picture(path: Path, width: int = 64, height: int = 64, seed: int = 0) -> Path:
-    """A picture of noise; equal arguments give equal bytes."""
+def write_image(path: Path, width: int = 64, height: int = 64, seed: int = 0) -> Path:
+    """An image of noise; equal arguments give equal bytes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     values = np.random.default_rng(seed).integers(0, 255, (height, width, 3), np.uint8)
     Image.fromarray(values).save(path)

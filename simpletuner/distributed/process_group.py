@@ -1,8 +1,8 @@
 """The processes of a run, seen from one of them.
 
 Gradients go over the accelerators' own links (NCCL), everything else over gloo on the processor: the few numbers of a
-step then need no wait for the device, and a process that encodes pictures for an hour cannot run into NCCL's time
-limit. What is told is JSON and plain numbers, never a pickle. A single process is a world of one, in which nothing is
+step then need no wait for the device, and a process that encodes images for an hour cannot run into NCCL's time
+limit. Messages are JSON and plain numbers, never a pickle. A single process is a group of one, in which nothing is
 sent and torch's distributed package is never started.
 """
 
@@ -33,7 +33,7 @@ BUCKET_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True)
-class World:
+class ProcessGroup:
     """Which process this is, and of how many.
 
     Args:
@@ -159,7 +159,7 @@ class World:
             torch._foreach_copy_(grads, [piece.view_as(grad) for piece, grad in zip(pieces, grads, strict=True)])
 
 
-ALONE = World()
+SINGLE_PROCESS = ProcessGroup()
 
 
 class ConnectionLost(SimpleTunerError):
@@ -193,7 +193,7 @@ def _buckets(parameters: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
         yield bucket
 
 
-def world_of(environment: Mapping[str, str]) -> World:
+def process_group_of(environment: Mapping[str, str]) -> ProcessGroup:
     """What `RANK`, `WORLD_SIZE` and `LOCAL_RANK` say: our launcher sets them, and so does torchrun.
 
     Raises:
@@ -210,11 +210,11 @@ def world_of(environment: Mapping[str, str]) -> World:
                 fix="let `simpletuner train` or torchrun set both, or unset both",
             )
         )
-    return World(rank, size, int(environment.get("LOCAL_RANK") or 0))
+    return ProcessGroup(rank, size, int(environment.get("LOCAL_RANK") or 0))
 
 
 @contextmanager
-def joined(environment: Mapping[str, str], timeout_minutes: float = 10.0) -> Iterator[World]:
+def joined(environment: Mapping[str, str], timeout_minutes: float = 10.0) -> Iterator[ProcessGroup]:
     """Join the processes of this run, and leave them afterwards.
 
     Args:
@@ -223,25 +223,27 @@ def joined(environment: Mapping[str, str], timeout_minutes: float = 10.0) -> Ite
     Raises:
         ConfigError: this machine has no accelerator for this process.
     """
-    world = world_of(environment)
-    if world.size == 1:
-        yield world
+    process_group = process_group_of(environment)
+    if process_group.size == 1:
+        yield process_group
         return
     import torch.distributed as dist
 
     backend, device = "gloo", None
     if torch.cuda.is_available():
-        if world.local_rank >= torch.cuda.device_count():
-            raise ConfigError(_too_few_devices(world))
-        torch.cuda.set_device(world.local_rank)
-        backend, device = "cpu:gloo,cuda:nccl", torch.device("cuda", world.local_rank)
-    dist.init_process_group(backend, rank=world.rank, world_size=world.size, timeout=PATIENCE, device_id=device)
+        if process_group.local_rank >= torch.cuda.device_count():
+            raise ConfigError(_too_few_devices(process_group))
+        torch.cuda.set_device(process_group.local_rank)
+        backend, device = "cpu:gloo,cuda:nccl", torch.device("cuda", process_group.local_rank)
+    dist.init_process_group(
+        backend, rank=process_group.rank, world_size=process_group.size, timeout=PATIENCE, device_id=device
+    )
     if device is not None:
         limit_links(dist.group.WORLD._get_backend(device))
-    heartbeat = Heartbeat(world.rank, world.size, timeout_minutes * 60)
+    heartbeat = Heartbeat(process_group.rank, process_group.size, timeout_minutes * 60)
     heartbeat.start(store_of_run())
     try:
-        yield replace(world, heartbeat=heartbeat)
+        yield replace(process_group, heartbeat=heartbeat)
     finally:
         heartbeat.stop()
         # After an error the others may be anywhere: destroying the group would wait for them.
@@ -258,25 +260,26 @@ def _is_leaving_well() -> bool:
     return sys.exc_info()[0] is None
 
 
-def _too_few_devices(world: World) -> Problem:
+def _too_few_devices(process_group: ProcessGroup) -> Problem:
     return Problem(
-        f"process {world.local_rank} of this machine has no accelerator: {torch.cuda.device_count()} are visible",
+        f"process {process_group.local_rank} of this machine has no accelerator: "
+        f"{torch.cuda.device_count()} are visible",
         key="num_processes",
         allowed=f"1 to {torch.cuda.device_count()}",
         fix="start fewer processes, or let CUDA_VISIBLE_DEVICES name more devices",
     )
 
 
-def require_equal(world: World, tensors: Mapping[str, Tensor], what: str) -> None:
+def require_equal(process_group: ProcessGroup, tensors: Mapping[str, Tensor], what: str) -> None:
     """Raise where the processes do not hold the same bits.
 
     Raises:
         RuntimeError: a fault of the program or of the hardware; going on would train as many models as processes.
     """
-    if world.size == 1:
+    if process_group.size == 1:
         return
     sums = [float(tensor.detach().double().sum()) for tensor in tensors.values()]
-    for rank, other in enumerate(world.gather(sums)):
+    for rank, other in enumerate(process_group.gather(sums)):
         differing = [name for name, mine, theirs in zip(tensors, sums, other, strict=True) if mine != theirs]
         if differing:
-            raise RuntimeError(f"{what}: process {rank} holds another {differing[0]} than process {world.rank}")
+            raise RuntimeError(f"{what}: process {rank} holds another {differing[0]} than process {process_group.rank}")

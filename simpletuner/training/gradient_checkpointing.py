@@ -27,27 +27,29 @@ SPARE = 0.1
 NUM_LEAVING = 2
 
 
-class Recomputing:
+class GradientCheckpointing:
     """Called by a denoiser's forward pass in place of each of its blocks.
 
     Args:
         device: where blocks compute.
         interval: recompute the first of every n blocks, except the last of all.
         is_measured: recompute only as many blocks as memory demands; `interval` has no effect then.
-        parks_inputs: inputs of recomputed blocks wait in main memory.
+        offloads_inputs: inputs of recomputed blocks wait in main memory.
     """
 
-    def __init__(self, device: torch.device, interval: int = 1, is_measured: bool = False, parks_inputs: bool = False):
+    def __init__(
+        self, device: torch.device, interval: int = 1, is_measured: bool = False, offloads_inputs: bool = False
+    ):
         self.device = device
         self.interval = interval
-        self.parking = Parking(device) if parks_inputs else None
-        self.room = MeasuredRoom(device) if is_measured else None
+        self.offloading = Offloading(device) if offloads_inputs else None
+        self.room = MeasuredMemory(device) if is_measured else None
         self._index: dict[Any, int] = {}
         # By the tensors that it is given `checkpoint` finds out whose random state to restore; see `_Parked`.
         self._of_device = torch.empty(0, device=device)
 
     @classmethod
-    def of(cls, config: TrainConfig, device: torch.device) -> Recomputing | None:
+    def of(cls, config: TrainConfig, device: torch.device) -> GradientCheckpointing | None:
         """As the configuration says; None without gradient checkpointing."""
         if not config.gradient_checkpointing:
             return None
@@ -56,14 +58,14 @@ class Recomputing:
             device,
             1 if interval == "auto" else int(interval),
             is_measured=interval == "auto",
-            parks_inputs=config.gradient_checkpointing_backend == "unsloth",
+            offloads_inputs=config.gradient_checkpointing_backend == "unsloth",
         )
 
     def __call__(self, block: Callable[..., Any], *inputs: Any) -> Any:
         is_known = block in self._index  # in the first pass nobody knows which is the last
         index = self._index.setdefault(block, len(self._index))
-        if index == 0 and self.parking is not None:
-            self.parking.begin()
+        if index == 0 and self.offloading is not None:
+            self.offloading.begin()
         if self.room is not None:
             is_recomputed, count = self.room.ask(index, inputs, len(self._index), block)
             if count is not None:
@@ -76,8 +78,8 @@ class Recomputing:
             forward.is_recomputed = is_recomputed
         if not is_recomputed:
             return block(*inputs)
-        if self.parking is not None:
-            return checkpoint(_Parked(block, inputs, self.parking), self._of_device, use_reentrant=False)
+        if self.offloading is not None:
+            return checkpoint(_OffloadedInputs(block, inputs, self.offloading), self._of_device, use_reentrant=False)
         return checkpoint(block, *inputs, use_reentrant=False)
 
     def after_step(self) -> None:
@@ -91,28 +93,28 @@ class Recomputing:
         return self.room is not None and self.room.recompute_more()
 
 
-class _Parked:
+class _OffloadedInputs:
     """A block and its inputs, which go to main memory when the block has run, and come back when it runs again.
 
     The inputs are not arguments of `checkpoint`, which would keep them. So it is given an empty tensor of their device:
     without one it would not restore the device's random state, and dropout would draw another mask in the second run.
     """
 
-    def __init__(self, block: Callable[..., Any], inputs: Sequence[Any], parking: Parking):
+    def __init__(self, block: Callable[..., Any], inputs: Sequence[Any], offloading: Offloading):
         self.block = block
         self.inputs: list[Any] | None = list(inputs)
-        self.parking = parking
-        self.parked: list[Any] = []
+        self.offloading = offloading
+        self.offloaded: list[Any] = []
 
     def __call__(self, of_device: Tensor) -> Any:
         if self.inputs is None:
-            return self.block(*self.parking.back(self.parked))
+            return self.block(*self.offloading.back(self.offloaded))
         inputs, self.inputs = self.inputs, None
-        self.parked = self.parking.park(inputs)
+        self.offloaded = self.offloading.offload(inputs)
         return self.block(*inputs)
 
 
-class Parking:
+class Offloading:
     """Main memory where inputs of blocks wait. Copies run beside the computation, in both directions.
 
     Args:
@@ -123,41 +125,41 @@ class Parking:
         self.lane = lane or lane_of(device)
         # Inputs whose copies may not be done. At most two blocks' at a time: then the computation waits for the first.
         self._leaving: deque[tuple[list[Any], Any]] = deque()
-        self._parked: list[list[Any]] = []  # in the order of the blocks; the last ones come back first
+        self._offloaded: list[list[Any]] = []  # in the order of the blocks; the last ones come back first
 
-    def park(self, inputs: Sequence[Any]) -> list[Any]:
+    def offload(self, inputs: Sequence[Any]) -> list[Any]:
         """`inputs` with a copy in main memory in place of each tensor that is large and of this block alone."""
         moved = [value for value in inputs if _can_move(value)]
-        away = {id(value): _Away(value) for value in moved}
+        away = {id(value): _OffloadedTensor(value) for value in moved}
         if moved:
             self._leaving.append((moved, self.lane.copy(lambda: [away[id(value)].take(value) for value in moved])))
         self._let_go(NUM_LEAVING)
-        parked = [away.get(id(value), value) for value in inputs]
-        self._parked.append(parked)
-        return parked
+        offloaded = [away.get(id(value), value) for value in inputs]
+        self._offloaded.append(offloaded)
+        return offloaded
 
-    def back(self, parked: list[Any]) -> list[Any]:
+    def back(self, offloaded: list[Any]) -> list[Any]:
         """The inputs as they were; those of the block before are sent for."""
         self._let_go(0)
-        if any(parked is each for each in self._parked):
-            while self._parked.pop() is not parked:
+        if any(offloaded is each for each in self._offloaded):
+            while self._offloaded.pop() is not offloaded:
                 pass  # what came later was never asked for
-        self._send_for(parked)
-        for value in parked:
-            if isinstance(value, _Away):
+        self._send_for(offloaded)
+        for value in offloaded:
+            if isinstance(value, _OffloadedTensor):
                 self.lane.wait(value.mark)
-        inputs = [value.arrived() if isinstance(value, _Away) else value for value in parked]
-        if self._parked:
-            self._send_for(self._parked[-1])
+        inputs = [value.arrived() if isinstance(value, _OffloadedTensor) else value for value in offloaded]
+        if self._offloaded:
+            self._send_for(self._offloaded[-1])
         return inputs
 
     def begin(self) -> None:
         """A forward pass begins; of an earlier one nothing is fetched ahead any more."""
-        self._parked.clear()
+        self._offloaded.clear()
 
-    def _send_for(self, parked: Sequence[Any]) -> None:
-        for value in parked:
-            if isinstance(value, _Away) and value.coming is None:
+    def _send_for(self, offloaded: Sequence[Any]) -> None:
+        for value in offloaded:
+            if isinstance(value, _OffloadedTensor) and value.coming is None:
                 # Made here, so that the allocator counts it to the stream that computes.
                 value.coming = torch.empty_like(value.copy, device=value.device)
                 value.mark = self.lane.copy(partial(value.coming.copy_, value.copy, non_blocking=True))
@@ -173,7 +175,7 @@ def _can_move(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point() and value.ndim > 2
 
 
-class _Away:
+class _OffloadedTensor:
     """A tensor's copy in main memory, and its way back."""
 
     def __init__(self, tensor: Tensor):
@@ -192,7 +194,7 @@ class _Away:
         return tensor.requires_grad_(self.requires_grad)
 
 
-class MeasuredRoom:
+class MeasuredMemory:
     """How many blocks of a batch of some size need not be recomputed.
 
     The first steps of each size recompute all blocks but one, whose saved bytes are counted; what is free at the peak

@@ -13,19 +13,19 @@ from diffusers.models.normalization import RMSNorm
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from simpletuner.activation_memory.gates import gelu, gelu_gated, silu_gated
+from simpletuner.activation_memory.linears import linear, use_recomputing_linears
+from simpletuner.activation_memory.modules import reduce_activation_memory
+from simpletuner.activation_memory.norms import rms_norm
+from simpletuner.activation_memory.recompute import cast, recompute_fn_of, recomputed
 from simpletuner.adapters.lokr import kron_linear
-from simpletuner.lean.gates import gelu, gelu_gated, silu_gated
-from simpletuner.lean.linears import linear, use_lean_linears
-from simpletuner.lean.modules import make_lean
-from simpletuner.lean.norms import rms_norm
-from simpletuner.lean.recipes import cast, recipe_of, remade
 from simpletuner.models.omnigen.attention import rotate
 
 
 @pytest.fixture(autouse=True)
 def seeded(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    monkeypatch.setattr("simpletuner.lean.recipes.LARGE", 0)
+    monkeypatch.setattr("simpletuner.activation_memory.recompute.LARGE", 0)
 
 
 def kept_storages(function: Callable[[], Any]) -> set[int]:
@@ -99,7 +99,7 @@ def test_without_gradients_values_are_the_same_and_nothing_is_kept(name: str) ->
         actual = function(*inputs)
         assert not kept_storages(lambda: function(*inputs))
     assert torch.equal(actual, expected)
-    assert recipe_of(actual).ingredients[0] is actual
+    assert recompute_fn_of(actual).ingredients[0] is actual
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
@@ -126,8 +126,8 @@ def plain_rotation(x: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("lean", "plain", "shape"),
     [
-        (lambda x: make_lean(RMSNorm(8, eps=1e-5).to(x.dtype))(x), RMSNorm(8, eps=1e-5), (2, 3, 8)),
-        (lambda x: make_lean(nn.RMSNorm(8).to(x.dtype))(x), nn.RMSNorm(8), (2, 3, 8)),
+        (lambda x: reduce_activation_memory(RMSNorm(8, eps=1e-5).to(x.dtype))(x), RMSNorm(8, eps=1e-5), (2, 3, 8)),
+        (lambda x: reduce_activation_memory(nn.RMSNorm(8).to(x.dtype))(x), nn.RMSNorm(8), (2, 3, 8)),
         (silu_gated, plain_swiglu, (2, 3, 8)),
         (lambda x: rotate(x, ANGLES.float().cos(), ANGLES.float().sin()), plain_rotation, (2, 2, 3, 4)),
     ],
@@ -147,7 +147,10 @@ def test_each_number_format_gives_what_the_public_form_gives_in_float32(
 
 
 def test_a_layer_behind_a_norm_keeps_the_norms_input_alone() -> None:
-    norm, factors = make_lean(RMSNorm(6, eps=1e-5)), (torch.randn(2, 3), numbers(4, 2, dtype=torch.float32))
+    norm, factors = (
+        reduce_activation_memory(RMSNorm(6, eps=1e-5)),
+        (torch.randn(2, 3), numbers(4, 2, dtype=torch.float32)),
+    )
     x = numbers(5, 6, dtype=torch.float32) * 1
     kept = kept_storages(lambda: kron_linear(norm(x), *factors))
     assert kept == {tensor.untyped_storage().data_ptr() for tensor in (x, norm.weight, *factors)}
@@ -157,7 +160,7 @@ def test_a_tensor_that_was_changed_in_place_is_not_made_again() -> None:
     x, w1, w2 = numbers(5, 6), numbers(2, 3), numbers(4, 2)
 
     def changed(in_place: bool) -> Tensor:
-        made = remade(torch.exp, x)
+        made = recomputed(torch.exp, x)
         return made.add_(1) if in_place else made + 1
 
     for in_place in (True, False):
@@ -170,21 +173,21 @@ def test_a_tensor_that_was_changed_in_place_is_not_made_again() -> None:
 def test_small_and_large_tensors_have_the_same_dtypes_under_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
     x = numbers(5, 6, dtype=torch.bfloat16)
     for large in (0, 1 << 20):
-        monkeypatch.setattr("simpletuner.lean.recipes.LARGE", large)
+        monkeypatch.setattr("simpletuner.activation_memory.recompute.LARGE", large)
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            assert remade(torch.prod, x).dtype == torch.bfloat16  # autocast's own would be float32
+            assert recomputed(torch.prod, x).dtype == torch.bfloat16  # autocast's own would be float32
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_autocast_decides_the_product_and_not_the_norm(dtype: torch.dtype) -> None:
-    norm, x = make_lean(RMSNorm(6, eps=1e-5).to(dtype)), numbers(5, 6, dtype=dtype)
+    norm, x = reduce_activation_memory(RMSNorm(6, eps=1e-5).to(dtype)), numbers(5, 6, dtype=dtype)
     w1, w2 = numbers(2, 3, dtype=torch.float32), numbers(4, 2, dtype=torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         normed = norm(x)
         narrow = cast(normed, torch.bfloat16)
         output = kron_linear(narrow, w1.bfloat16(), w2.bfloat16())
     assert (normed.dtype, output.dtype) == (dtype, torch.bfloat16)
-    assert recipe_of(narrow).ingredients[0] is x
+    assert recompute_fn_of(narrow).ingredients[0] is x
     [gradient] = torch.autograd.grad(output.float().square().sum(), w2)
     wide = RMSNorm(6, eps=1e-5)(x.detach().float()) @ torch.kron(w1, w2).T
     [wanted] = torch.autograd.grad(wide.square().sum(), w2)
@@ -192,7 +195,7 @@ def test_autocast_decides_the_product_and_not_the_norm(dtype: torch.dtype) -> No
 
 
 def test_hooks_of_a_lean_norm_fire_and_a_norm_with_a_bias_stays_as_it_was() -> None:
-    norm = make_lean(RMSNorm(6, eps=1e-5))
+    norm = reduce_activation_memory(RMSNorm(6, eps=1e-5))
     seen: list[str] = []
     norm.register_forward_hook(lambda *args: seen.append("forward"))
     norm.register_full_backward_hook(lambda *args: seen.append("backward"))
@@ -201,12 +204,12 @@ def test_hooks_of_a_lean_norm_fire_and_a_norm_with_a_bias_stays_as_it_was() -> N
     shifted = RMSNorm(6, eps=1e-5, bias=True)
     x = numbers(5, 6, dtype=torch.float32)
     expected = shifted(x)
-    assert torch.equal(make_lean(shifted)(x), expected)
+    assert torch.equal(reduce_activation_memory(shifted)(x), expected)
 
 
 def test_a_trained_linear_layer_keeps_the_norms_input_alone() -> None:
-    norm, layer = make_lean(RMSNorm(6, eps=1e-5)), nn.Linear(6, 4)
-    use_lean_linears([layer])
+    norm, layer = reduce_activation_memory(RMSNorm(6, eps=1e-5)), nn.Linear(6, 4)
+    use_recomputing_linears([layer])
     x = numbers(5, 6, dtype=torch.float32) * 1
     kept = kept_storages(lambda: layer(norm(x)))
     assert kept == {tensor.untyped_storage().data_ptr() for tensor in (x, norm.weight, layer.weight)}
@@ -217,7 +220,7 @@ def test_the_public_activations_give_the_same_numbers_and_keep_their_projection_
     x = numbers(5, 6, dtype=torch.float32) * 1
     expected = module(x)
     wanted = torch.autograd.grad(expected.square().sum(), [x, module.proj.weight])
-    make_lean(module)
+    reduce_activation_memory(module)
     torch.testing.assert_close(module(x), expected)
     gradients = torch.autograd.grad(module(x).square().sum(), [x, module.proj.weight])
     for actual, right in zip(gradients, wanted, strict=True):
@@ -227,7 +230,7 @@ def test_the_public_activations_give_the_same_numbers_and_keep_their_projection_
 
 
 def test_small_tensors_are_kept_since_making_them_again_would_take_longer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("simpletuner.lean.recipes.LARGE", 8 * 5 * 6)
-    for rows, is_remade in ((4, False), (5, True)):
-        made = remade(torch.exp, numbers(rows, 6))
-        assert (recipe_of(made).ingredients[0] is not made) == is_remade
+    monkeypatch.setattr("simpletuner.activation_memory.recompute.LARGE", 8 * 5 * 6)
+    for rows, is_recomputed_tensor in ((4, False), (5, True)):
+        made = recomputed(torch.exp, numbers(rows, 6))
+        assert (recompute_fn_of(made).ingredients[0] is not made) == is_recomputed_tensor

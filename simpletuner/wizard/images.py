@@ -1,4 +1,4 @@
-"""Looking at a folder of pictures while somebody answers questions: how many, how large, with which captions.
+"""Looking at a folder of images while somebody answers questions: how many, how large, with which captions.
 
 The index is the one that training uses, in the same place, so what is looked at here need not be looked at again.
 """
@@ -13,10 +13,10 @@ from pathlib import Path, PurePosixPath
 from simpletuner.data.buckets import BucketRules, ResolutionType
 from simpletuner.data.captions import caption_variants
 from simpletuner.data.index import Catalogue, Index
-from simpletuner.data.report import SetAside
+from simpletuner.data.report import SkippedFiles
 from simpletuner.models.spec import FamilySpec
 from simpletuner.text import printable
-from simpletuner.wizard.answers import PictureFacts
+from simpletuner.wizard.answers import ImageFacts
 from simpletuner.wizard.thumbnails import Thumbnail, make_thumbnails
 
 NAMES_LOOKED_AT = 200
@@ -31,14 +31,14 @@ class FolderReport:
     Args:
         facts: in numbers.
         smallest, largest: (height, width) in pixels, by area; None where nothing is usable.
-        sizes: (height, width, pictures) of each different size.
-        duplicates: pictures with the content of another one.
+        sizes: (height, width, images) of each different size.
+        duplicates: images with the content of another one.
         problems: what is not used, one line per reason.
-        thumbnails: of a few pictures; empty where nobody asked for them.
+        thumbnails: of a few images; empty where nobody asked for them.
     """
 
     folder: str
-    facts: PictureFacts
+    facts: ImageFacts
     smallest: tuple[int, int] | None
     largest: tuple[int, int] | None
     sizes: Sequence[tuple[int, int, int]]
@@ -50,13 +50,13 @@ class FolderReport:
         """For people: what there is, then what is wrong."""
         facts = self.facts
         if not facts.usable:
-            return [f"no usable pictures in {self.folder}", *self.problems]
+            return [f"no usable images in {self.folder}", *self.problems]
         sizes = f"{_size(self.smallest)} to {_size(self.largest)}" if len(self.sizes) > 1 else _size(self.smallest)
         texts = {0: "no text files", facts.usable: "each has a text file"}
         captions = texts.get(facts.with_text, f"{facts.with_text} have a text file")
         if facts.with_text < facts.usable:
             captions += ", names of a camera" if facts.are_numbered else f", {facts.with_name} a name with words"
-        lines = [f"{facts.usable} pictures, {sizes}; {captions}"]
+        lines = [f"{facts.usable} images, {sizes}; {captions}"]
         if facts.caption:
             lines.append(f"such as: {textwrap.shorten(printable(facts.caption), 100, placeholder=' ...')}")
         if self.duplicates:
@@ -93,7 +93,7 @@ def look_at_folder(
     index = Index(index_path(cache_dir, str(root.resolve())), backend)
     try:
         catalogue = index.scan(progress)
-        report = _report(folder, catalogue, index.set_aside(with_texts=True))
+        report = _report(folder, catalogue, index.skipped(with_texts=True))
         report = replace(report, facts=replace(report.facts, caption=_first_caption(index, catalogue)))
         return replace(report, thumbnails=make_thumbnails(index, backend, catalogue)) if with_thumbnails else report
     finally:
@@ -103,7 +103,7 @@ def look_at_folder(
 def bucket_lines(
     report: FolderReport, resolution: float, resolution_type: ResolutionType, crop: bool, spec: FamilySpec
 ) -> list[str]:
-    """The sizes that the pictures are trained at, most frequent first."""
+    """The sizes that the images are trained at, most frequent first."""
     from simpletuner.data.buckets import bucket_size, choose_aspect
 
     rules = BucketRules(resolution, resolution_type, crop=crop, alignment=spec.size_multiple)
@@ -115,15 +115,15 @@ def bucket_lines(
     return [f"{_size(size)}: {count}" for size, count in ordered]
 
 
-def missing_captions(facts: PictureFacts, strategy: str, fallback: str | None = None, has_prompt: bool = False) -> int:
-    """Pictures that a caption strategy and its fallback find nothing for."""
+def missing_captions(facts: ImageFacts, strategy: str, fallback: str | None = None, has_prompt: bool = False) -> int:
+    """Images that a caption strategy and its fallback find nothing for."""
     if fallback:
         return 0 if has_prompt else facts.without_words
     found: Mapping[str, int] = {"textfile": facts.with_text, "filename": facts.with_name}
     return facts.usable - found.get(strategy, facts.usable)
 
 
-def _report(folder: str, catalogue: Catalogue, set_aside: SetAside) -> FolderReport:
+def _report(folder: str, catalogue: Catalogue, skipped: SkippedFiles) -> FolderReport:
     import numpy as np
 
     pairs, counts = np.unique(np.stack([catalogue.heights, catalogue.widths], axis=1), axis=0, return_counts=True)
@@ -133,7 +133,7 @@ def _report(folder: str, catalogue: Catalogue, set_aside: SetAside) -> FolderRep
     )
     areas = catalogue.heights.astype(np.float64) * catalogue.widths
     has_text = catalogue.texts >= 0
-    facts = PictureFacts(
+    facts = ImageFacts(
         usable=len(catalogue),
         with_text=int(has_text.sum()),
         with_name=int(catalogue.is_named.sum()),
@@ -143,8 +143,8 @@ def _report(folder: str, catalogue: Catalogue, set_aside: SetAside) -> FolderRep
         shapes=frozenset((height, width) for height, width, _ in sizes),
     )
     problems = []
-    for reason, count in sorted(set_aside.counts.items(), key=lambda item: -item[1]):
-        examples = ", ".join(printable(PurePosixPath(path).name) for path in set_aside.examples[reason][:2])
+    for reason, count in sorted(skipped.counts.items(), key=lambda item: -item[1]):
+        examples = ", ".join(printable(PurePosixPath(path).name) for path in skipped.examples[reason][:2])
         problems.append(f"{count} not used: {printable(reason)} ({examples})")
     smallest, largest = (sizes[0][:2], sizes[-1][:2]) if sizes else (None, None)
     return FolderReport(folder, facts, smallest, largest, sizes, catalogue.num_duplicates, problems)

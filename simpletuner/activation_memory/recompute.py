@@ -21,7 +21,7 @@ _ATTRIBUTE = "_simpletuner_recipe"
 LARGE = 1 << 20
 
 
-class Recipe(NamedTuple):
+class RecomputeFn(NamedTuple):
     """How to make a tensor again.
 
     Args:
@@ -41,18 +41,18 @@ def is_worth_it(x: Tensor) -> bool:
     return is_seen_by_autograd and x.numel() * x.element_size() >= LARGE
 
 
-def give_recipe(tensor: Tensor, make: Callable[..., Tensor], *ingredients: Tensor) -> Tensor:
+def set_recompute_fn(tensor: Tensor, make: Callable[..., Tensor], *ingredients: Tensor) -> Tensor:
     """Let `tensor` carry its recipe, where that is worth it; returns it."""
     if tensor.requires_grad and is_worth_it(tensor):
-        setattr(tensor, _ATTRIBUTE, Recipe(make, ingredients, tensor._version))
+        setattr(tensor, _ATTRIBUTE, RecomputeFn(make, ingredients, tensor._version))
     return tensor
 
 
-def recipe_of(tensor: Tensor) -> Recipe:
+def recompute_fn_of(tensor: Tensor) -> RecomputeFn:
     """The recipe of a tensor; of one that has none, the tensor itself."""
     recipe = getattr(tensor, _ATTRIBUTE, None)
     if recipe is None or recipe.version != tensor._version:
-        return Recipe(_itself, (tensor,))
+        return RecomputeFn(_itself, (tensor,))
     return recipe
 
 
@@ -60,14 +60,14 @@ def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """`tensor.to(dtype)`, made by the same recipe."""
     if tensor.dtype == dtype:
         return tensor
-    recipe = recipe_of(tensor)
+    recipe = recompute_fn_of(tensor)
     converted = tensor.to(dtype)
     if recipe.make is _itself:
         return converted
-    return give_recipe(converted, lambda *ingredients: recipe.make(*ingredients).to(dtype), *recipe.ingredients)
+    return set_recompute_fn(converted, lambda *ingredients: recipe.make(*ingredients).to(dtype), *recipe.ingredients)
 
 
-def remade(make: Callable[..., Tensor], *ingredients: Tensor) -> Tensor:
+def recomputed(make: Callable[..., Tensor], *ingredients: Tensor) -> Tensor:
     """`make(*ingredients)`, of which only the ingredients are kept: it is made again in the backward pass.
 
     For pure functions that cost little: one that reads the global random state or a module's buffers does not belong
@@ -76,7 +76,7 @@ def remade(make: Callable[..., Tensor], *ingredients: Tensor) -> Tensor:
     if not is_worth_it(ingredients[0]):
         with exact_dtypes(ingredients[0].device.type):  # as for large ones
             return make(*ingredients)
-    return give_recipe(_Remade.apply(make, *ingredients), make, *ingredients)
+    return set_recompute_fn(_Recomputed.apply(make, *ingredients), make, *ingredients)
 
 
 def computing_dtype(x: Tensor) -> torch.dtype:
@@ -94,7 +94,7 @@ def exact_dtypes(kind: str) -> AbstractContextManager[Any]:
     return nullcontext()
 
 
-class _Remade(torch.autograd.Function):
+class _Recomputed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, make: Callable[..., Tensor], *ingredients: Tensor) -> Tensor:
         ctx.make = make

@@ -28,7 +28,7 @@ _CLOCK_SECONDS = 2
 
 
 @dataclass(frozen=True)
-class LeftOver:
+class StaleName:
     """What the name of a left-over tells.
 
     Args:
@@ -62,16 +62,16 @@ def new_sibling(path: Path, kind: Kind) -> Path:
     return path.with_name(f"{name}-{path.name}" if kind == "aside" else name)
 
 
-def parse_name(name: str) -> LeftOver | None:
+def parse_name(name: str) -> StaleName | None:
     """None for a name that is not ours."""
     match = _PATTERN.fullmatch(name)
     if match is None:
         return None
     kind, host, pid, second, final_name = match.group("kind", "host", "pid", "second", "name")
-    return LeftOver(host, int(pid), int(second), final_name if kind == "aside" else None)
+    return StaleName(host, int(pid), int(second), final_name if kind == "aside" else None)
 
 
-def sweep(parent: str | Path, is_locked: bool = False) -> list[Path]:
+def clean_stale(parent: str | Path, is_locked: bool = False) -> list[Path]:
     """Clear up in `parent` after processes that died: remove what they left half-written, put back what they had moved
     aside and not replaced. Call it before looking for committed folders.
 
@@ -89,28 +89,28 @@ def sweep(parent: str | Path, is_locked: bool = False) -> list[Path]:
     except OSError:  # a later start clears up
         return []
     handled = []
-    for left_over in found:
-        told = parse_name(left_over.name)
-        if told is None or (told.is_owner_alive(left_over) and not (is_locked and told.is_of_another_host)):
+    for stale in found:
+        parsed = parse_name(stale.name)
+        if parsed is None or (parsed.is_owner_alive(stale) and not (is_locked and parsed.is_of_another_host)):
             continue
         try:
-            if told.final_name is not None and not (parent / told.final_name).exists():
-                left_over.rename(parent / told.final_name)
-            elif left_over.is_dir():
-                shutil.rmtree(left_over)
+            if parsed.final_name is not None and not (parent / parsed.final_name).exists():
+                stale.rename(parent / parsed.final_name)
+            elif stale.is_dir():
+                shutil.rmtree(stale)
             else:
-                left_over.unlink()
+                stale.unlink()
         except OSError:  # another process clears up as well, or the folder cannot be written: no harm in its staying
             continue
-        handled.append(left_over)
+        handled.append(stale)
     return handled
 
 
-def sweep_tree(root: str | Path, is_locked: bool = False) -> list[Path]:
-    """`sweep` in a folder and all folders below it; links are not followed."""
+def clean_stale_tree(root: str | Path, is_locked: bool = False) -> list[Path]:
+    """`clean_stale` in a folder and all folders below it; links are not followed."""
     handled = []
     for folder, names, _ in os.walk(root):
-        handled += sweep(folder, is_locked)
+        handled += clean_stale(folder, is_locked)
         names[:] = [name for name in names if parse_name(name) is None]
     return handled
 

@@ -9,12 +9,12 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from simpletuner.lean.recipes import remade
+from simpletuner.activation_memory.recompute import recomputed
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """`x / rms(x) * weight` over the last dimension, (..., D); statistics in float32."""
     shape = x.shape[-1:]
     if weight is None:
-        return remade(lambda x: F.rms_norm(x, shape, None, eps), x)
-    return remade(lambda x, weight: F.rms_norm(x, shape, weight, eps), x, weight)
+        return recomputed(lambda x: F.rms_norm(x, shape, None, eps), x)
+    return recomputed(lambda x, weight: F.rms_norm(x, shape, weight, eps), x, weight)

@@ -13,14 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from simpletuner.lean.recipes import give_recipe, is_worth_it, remade
+from simpletuner.activation_memory.recompute import is_worth_it, recomputed, set_recompute_fn
 
 
 def silu_gated(gate_up: Tensor) -> Tensor:
     """`silu(gate) * up` of a projection (..., 2 * F) whose first half is the gate: (..., F)."""
     if not is_worth_it(gate_up):
         return _silu_gated(gate_up)
-    return give_recipe(_SiluGated.apply(gate_up), _silu_gated, gate_up)
+    return set_recompute_fn(_SiluGated.apply(gate_up), _silu_gated, gate_up)
 
 
 def _silu_gated(gate_up: Tensor) -> Tensor:
@@ -30,7 +30,7 @@ def _silu_gated(gate_up: Tensor) -> Tensor:
 
 def gelu_gated(projection: Tensor) -> Tensor:
     """`value * gelu(gate)` of a projection (..., 2 * F) whose second half is the gate: (..., F)."""
-    return remade(_gelu_gated, projection)
+    return recomputed(_gelu_gated, projection)
 
 
 def _gelu_gated(projection: Tensor) -> Tensor:
@@ -40,7 +40,7 @@ def _gelu_gated(projection: Tensor) -> Tensor:
 
 def gelu(projection: Tensor, approximate: str = "none") -> Tensor:
     """`F.gelu`, elementwise."""
-    return remade(partial(F.gelu, approximate=approximate), projection)
+    return recomputed(partial(F.gelu, approximate=approximate), projection)
 
 
 class _SiluGated(torch.autograd.Function):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from simpletuner.errors import DataError
-from simpletuner.training.room import check_room, hub_cache
+from simpletuner.training.disk_space import check_disk_space, hub_cache
 from tests.runs import load_here, write_run
 
 Usage = namedtuple("Usage", ["total", "used", "free"])
@@ -29,10 +29,10 @@ def free(monkeypatch: pytest.MonkeyPatch):
 def test_a_full_disk_ends_the_start(tmp_path: Path, omnigen_folder: Path, free):
     loaded = load_here(write_run(tmp_path, omnigen_folder))
     free(40 << 20)
-    check_room(loaded, {})
+    check_disk_space(loaded, {})
     free(10 << 20)
     with pytest.raises(DataError, match=r"logs, report and images alone, needs 32\.0 MiB, and only 10\.0 MiB are free"):
-        check_room(loaded, {})
+        check_disk_space(loaded, {})
 
 
 def test_a_checkpoint_of_all_weights_is_as_large_as_the_model(tmp_path: Path, free):
@@ -42,8 +42,8 @@ def test_a_checkpoint_of_all_weights_is_as_large_as_the_model(tmp_path: Path, fr
     full = load_here(write_run(tmp_path / "run", model, model_type="full"))
     free(40 << 20)
     with pytest.raises(DataError, match=r"one checkpoint, with logs, report and images, needs 82\.0 MiB"):
-        check_room(full, {})
-    check_room(load_here(write_run(tmp_path / "other", model)), {})
+        check_disk_space(full, {})
+    check_disk_space(load_here(write_run(tmp_path / "other", model)), {})
 
 
 def test_a_model_that_is_to_be_fetched_must_fit(tmp_path: Path, free):
@@ -52,9 +52,9 @@ def test_a_model_that_is_to_be_fetched_must_fit(tmp_path: Path, free):
     free(5 << 30)
     environment = {"HF_HOME": str(tmp_path / "hf")}
     with pytest.raises(DataError, match=r"Shitao/OmniGen-v1-diffusers, which is fetched .* needs 7.0 GiB"):
-        check_room(loaded, environment)
+        check_disk_space(loaded, environment)
     (tmp_path / "hf/hub/models--Shitao--OmniGen-v1-diffusers").mkdir(parents=True)
-    check_room(loaded, environment)
+    check_disk_space(loaded, environment)
 
 
 def test_the_hub_cache_is_where_the_libraries_have_it(monkeypatch: pytest.MonkeyPatch):

@@ -1,9 +1,9 @@
-"""Draws the data of the shipped example: the new shape to learn, a held-out part, and old shapes to remember.
+"""Generates the data of the shipped example: the new shape to learn, a held-out part, and old shapes to remember.
 
-The concept pictures cover half of the (colour, background) pairs, each colour and each background as often, so
+The concept images cover half of the (colour, background) pairs, each colour and each background as often, so
 that `benchmarks/concept_score.py` can ask for the pairs that they lack.
 
-    python scripts/tiny_omnigen/draw_example_data.py
+    python scripts/tiny_omnigen/render_example_data.py
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ def concept_scenes(rng: random.Random) -> tuple[list[Scene], list[Scene]]:
         order = order or rng.sample(layouts, len(layouts))
         colour, background = pairs[len(scenes) % len(pairs)]
         scenes[Scene(NEW_SHAPE, colour, background, *order.pop())] = None
-    drawn = list(scenes)
-    return drawn[:NUM_CONCEPT], drawn[NUM_CONCEPT:]
+    generated = list(scenes)
+    return generated[:NUM_CONCEPT], generated[NUM_CONCEPT:]
 
 
 def regularisation_scenes(rng: random.Random) -> list[Scene]:
@@ -76,7 +76,7 @@ def main() -> None:
     datasets = {"concept": concept, "concept-eval": held_out, "regularisation": regularisation_scenes(rng)}
     for name, scenes in datasets.items():
         write_dataset(arguments.output / name, scenes, rng)
-        print(f"drew {len(scenes)} pictures in {arguments.output / name}")
+        print(f"generated {len(scenes)} images in {arguments.output / name}")
 
 
 if __name__ == "__main__":

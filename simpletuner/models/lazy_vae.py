@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 SMALL_BYTES = 256 * 2**20
 
 
-class LentVae:
+class LazyVae:
     """A family's VAE, loaded at the first use."""
 
     def __init__(self, family: ModelFamily):

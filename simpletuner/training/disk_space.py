@@ -21,7 +21,7 @@ LOG_BYTES = 32 << 20
 LOGS = "logs, report and images"
 
 
-def check_room(loaded: LoadedRun, environment: Mapping[str, str]) -> None:
+def check_disk_space(loaded: LoadedRun, environment: Mapping[str, str]) -> None:
     """Raise where the first checkpoint, or the model that is to be fetched, cannot fit.
 
     Raises:

@@ -1,7 +1,7 @@
-"""Pictures for the autoencoders: half of the tiny world, half of anything flat with edges.
+"""Images for the autoencoders: half of the tiny world, half of anything flat with edges.
 
 An autoencoder that has seen only eight shapes would be useless for anybody's next concept, so it also learns
-random polygons, ellipses, strokes and colours, several to a picture.
+random polygons, ellipses, strokes and colours, several to an image.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def _random_colour(rng: random.Random) -> tuple[int, int, int]:
     return rng.randrange(256), rng.randrange(256), rng.randrange(256)
 
 
-def draw_anything(height: int, width: int, rng: random.Random) -> Image.Image:
+def render_anything(height: int, width: int, rng: random.Random) -> Image.Image:
     """One to four random polygons, ellipses or strokes on a flat background."""
     scale = SUPERSAMPLING // 2
     canvas = Image.new("RGB", (width * scale, height * scale), _random_colour(rng))
@@ -45,30 +45,30 @@ def draw_anything(height: int, width: int, rng: random.Random) -> Image.Image:
     return canvas.reduce(scale)
 
 
-def to_pixel_values(pictures: list[Image.Image]) -> torch.Tensor:
-    """Pictures of one size as a tensor in [-1, 1], (B, 3, H, W)."""
-    array = np.stack([np.asarray(picture) for picture in pictures])
+def to_pixel_values(images: list[Image.Image]) -> torch.Tensor:
+    """Images of one size as a tensor in [-1, 1], (B, 3, H, W)."""
+    array = np.stack([np.asarray(image) for image in images])
     return torch.from_numpy(array).permute(0, 3, 1, 2).float().div(127.5).sub(1)
 
 
-def to_pictures(pixel_values: torch.Tensor) -> list[Image.Image]:
-    """The inverse of `to_pixel_values`, clamped to what a picture can hold."""
+def to_images(pixel_values: torch.Tensor) -> list[Image.Image]:
+    """The inverse of `to_pixel_values`, clamped to what an image can hold."""
     array = pixel_values.float().add(1).mul(127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
-    return [Image.fromarray(picture) for picture in array]
+    return [Image.fromarray(image) for image in array]
 
 
-def draw_world_batch(batch_size: int, side: int, rng: random.Random) -> torch.Tensor:
-    """Jittered pictures of the tiny world, every shape included, (B, 3, side, side)."""
+def sample_global_batch(batch_size: int, side: int, rng: random.Random) -> torch.Tensor:
+    """Jittered images of the tiny world, every shape included, (B, 3, side, side)."""
     return to_pixel_values([draw(sample_scene(rng, SHAPES), side, rng=rng) for _ in range(batch_size)])
 
 
-def num_world(batch_size: int) -> int:
-    """How many pictures of a training batch are of the tiny world."""
+def num_processes(batch_size: int) -> int:
+    """How many images of a training batch are of the tiny world."""
     return round(0.6 * batch_size)
 
 
-def draw_training_batch(batch_size: int, side: int, rng: random.Random) -> torch.Tensor:
-    """The first `num_world` pictures are of the tiny world, the rest is anything, (B, 3, side, side)."""
-    world = draw_world_batch(num_world(batch_size), side, rng)
-    anything = [draw_anything(side, side, rng) for _ in range(batch_size - len(world))]
-    return torch.cat([world, to_pixel_values(anything)])
+def sample_training_batch(batch_size: int, side: int, rng: random.Random) -> torch.Tensor:
+    """The first `num_processes` images are of the tiny world, the rest is anything, (B, 3, side, side)."""
+    process_group = sample_global_batch(num_processes(batch_size), side, rng)
+    anything = [render_anything(side, side, rng) for _ in range(batch_size - len(process_group))]
+    return torch.cat([process_group, to_pixel_values(anything)])

@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from simpletuner.lean.recipes import cast, computing_dtype, exact_dtypes, recipe_of
+from simpletuner.activation_memory.recompute import cast, computing_dtype, exact_dtypes, recompute_fn_of
 
 
-def use_lean_linears(modules: Iterable[nn.Module]) -> None:
+def use_recomputing_linears(modules: Iterable[nn.Module]) -> None:
     """Let those of the modules that are torch's own `nn.Linear` compute by `linear`; parameters and keys stay."""
     for module in modules:
         if type(module) is nn.Linear:
@@ -35,7 +35,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     dtype = computing_dtype(x)
     x, weight = cast(x, dtype), weight.to(dtype)
     bias = None if bias is None else bias.to(dtype)
-    recipe = recipe_of(x)
+    recipe = recompute_fn_of(x)
     if not (weight.requires_grad and torch.is_grad_enabled()) or recipe.ingredients[0] is x:
         return F.linear(x, weight, bias)
     return _Linear.apply(x, recipe.make, weight, bias, *recipe.ingredients)

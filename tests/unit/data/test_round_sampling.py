@@ -1,4 +1,4 @@
-"""What is drawn anew in each round, which pictures are chosen, and what their captions become."""
+"""What is resampled in each round, which images are chosen, and what their captions become."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from simpletuner.data.datasets import Dataset, build_datasets
 from simpletuner.data.sampler import Sampler
 from simpletuner.errors import DataError
 from simpletuner.models.omnigen.spec import OMNIGEN
-from tests.unit.data.pictures import options, write_picture
+from tests.unit.data.images import options, write_image
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    root = tmp_path / "pictures"
+    root = tmp_path / "images"
     for number in range(12):
-        write_picture(root / f"thing_{number:02d}.png", 96 if number % 2 else 64, 64, seed=number)
+        write_image(root / f"thing_{number:02d}.png", 96 if number % 2 else 64, 64, seed=number)
     return root
 
 
@@ -42,7 +42,7 @@ def names(dataset: Dataset) -> list[str]:
     return [sample.path for sample in dataset.samples]
 
 
-def test_half_of_the_pictures_are_mirrored_and_others_in_each_round(folder: Path, tmp_path: Path) -> None:
+def test_half_of_the_images_are_mirrored_and_others_in_each_round(folder: Path, tmp_path: Path) -> None:
     dataset = build(folder, tmp_path, random_flip=True)
     flips = np.array([[s.is_flipped for s in dataset.samples.take(range(12), number)] for number in range(50)])
     assert 0.4 < flips.mean() < 0.6  # 600 draws, standard deviation 0.02
@@ -51,7 +51,7 @@ def test_half_of_the_pictures_are_mirrored_and_others_in_each_round(folder: Path
     assert [s.is_flipped for s in again.samples.take(range(12), 7)] == flips[7].tolist()
 
 
-def test_a_mirrored_picture_is_the_mirror_of_the_cut(folder: Path, tmp_path: Path) -> None:
+def test_a_mirrored_image_is_the_mirror_of_the_cut(folder: Path, tmp_path: Path) -> None:
     plain, flipping = build(folder, tmp_path), build(folder, tmp_path, random_flip=True)
     samples = [s for number in range(9) for s in flipping.samples.take([1], number)]
     assert {sample.is_flipped for sample in samples} == {True, False}
@@ -68,7 +68,7 @@ def test_a_cache_holds_both_versions_of_what_may_be_mirrored(folder: Path, tmp_p
     assert list(build(folder, tmp_path, vae_cache_disable=True).samples_to_keep()) == []
 
 
-def test_crops_are_drawn_anew_in_each_round_only_where_that_is_asked_for(folder: Path, tmp_path: Path) -> None:
+def test_crops_are_resampled_in_each_round_only_where_that_is_asked_for(folder: Path, tmp_path: Path) -> None:
     fixed = build(folder, tmp_path, crop_style="random")
     fresh = build(folder, tmp_path, crop_style="random", vae_cache_clear_each_epoch=True)
     assert [s.crop for s in fixed.samples.take(range(12), 0)] == [s.crop for s in fixed.samples.take(range(12), 5)]
@@ -81,7 +81,7 @@ def test_crops_are_drawn_anew_in_each_round_only_where_that_is_asked_for(folder:
     assert not fixed.encodes_on_demand
 
 
-def test_aspects_drawn_anew_move_pictures_between_buckets_that_fit_their_crops(folder: Path, tmp_path: Path) -> None:
+def test_aspects_resampled_move_images_between_buckets_that_fit_their_crops(folder: Path, tmp_path: Path) -> None:
     keys = {"crop_aspect": "random", "crop_aspect_buckets": [0.5, 1.0, 2.0], "vae_cache_clear_each_epoch": True}
     dataset = build(folder, tmp_path, **keys)
     rounds = [dataset.buckets_in(number) for number in range(4)]
@@ -95,46 +95,46 @@ def test_aspects_drawn_anew_move_pictures_between_buckets_that_fit_their_crops(f
             assert {(s.crop.height, s.crop.width) for s in samples} == {plan.size}
 
 
-def test_a_subset_is_chosen_by_content_and_hardly_moves_when_a_picture_comes(folder: Path, tmp_path: Path) -> None:
+def test_a_subset_is_chosen_by_content_and_hardly_moves_when_an_image_comes(folder: Path, tmp_path: Path) -> None:
     chosen = names(build(folder, tmp_path, max_num_samples=5))
     assert len(chosen) == 5
     assert chosen == names(build(folder, tmp_path, max_num_samples=5))
-    write_picture(folder / "a_new_one.png", seed=99)
+    write_image(folder / "a_new_one.png", seed=99)
     after = names(build(folder, tmp_path, max_num_samples=5))
     assert len(set(after) - set(chosen)) <= 1
     assert len(names(build(folder, tmp_path, max_num_samples=50))) == 13
     dataset = build(folder, tmp_path, max_num_samples=5)
-    assert (dataset.funnel.found, dataset.funnel.bucketed, dataset.funnel.per_epoch) == (13, 5, 5)
+    assert (dataset.filter_report.found, dataset.filter_report.bucketed, dataset.filter_report.per_epoch) == (13, 5, 5)
 
 
-def test_the_funnel_counts_what_an_epoch_takes(folder: Path, tmp_path: Path) -> None:
-    assert build(folder, tmp_path, repeats=2, probability=0.5).funnel.per_epoch == 18  # 12 * 3 / 2
+def test_the_filter_report_counts_what_an_epoch_takes(folder: Path, tmp_path: Path) -> None:
+    assert build(folder, tmp_path, repeats=2, probability=0.5).filter_report.per_epoch == 18  # 12 * 3 / 2
 
 
 def test_aspects_outside_of_the_limits_are_left_out_with_their_reason(folder: Path, tmp_path: Path) -> None:
-    write_picture(folder / "wide.png", 200, 64)
-    write_picture(folder / "tall.png", 64, 200)
+    write_image(folder / "wide.png", 200, 64)
+    write_image(folder / "tall.png", 64, 200)
     dataset = build(folder, tmp_path, minimum_aspect_ratio=0.5, maximum_aspect_ratio=1.5)
     assert len(dataset.samples) == 12
-    (reason,) = dataset.funnel.set_aside.counts
+    (reason,) = dataset.filter_report.skipped.counts
     assert "minimum_aspect_ratio" in reason
-    assert dataset.funnel.set_aside.examples[reason] == ["tall.png", "wide.png"]
+    assert dataset.filter_report.skipped.examples[reason] == ["tall.png", "wide.png"]
     assert len(build(folder, tmp_path, maximum_aspect_ratio=1.4).samples) == 7  # six squares and the tall one
 
 
-def test_pictures_that_would_grow_too_much_are_left_out(folder: Path, tmp_path: Path) -> None:
+def test_images_that_would_grow_too_much_are_left_out(folder: Path, tmp_path: Path) -> None:
     for side in (50, 53, 54):  # 64 / 53 = 1.2075, 64 / 54 = 1.185
-        write_picture(folder / f"small_{side}.png", side, side, seed=side)
+        write_image(folder / f"small_{side}.png", side, side, seed=side)
     dataset = build(folder, tmp_path, max_upscale_threshold=0.2)
     assert "small_54.png" in names(dataset)
     assert len(dataset.samples) == 13
-    (reason,) = dataset.funnel.set_aside.counts
+    (reason,) = dataset.filter_report.skipped.counts
     assert "max_upscale_threshold (0.2)" in reason
 
 
 def test_of_several_aspects_those_that_need_no_growth_are_chosen_from(folder: Path, tmp_path: Path) -> None:
     keys = {"crop_aspect": "random", "crop_aspect_buckets": [1.0, 2.0]}
-    # aspect 2 is 48 x 96 here: a picture of 64 x 64 would grow by half, one of 96 x 64 not at all
+    # aspect 2 is 48 x 96 here: an image of 64 x 64 would grow by half, one of 96 x 64 not at all
     assert (48, 96) in build(folder, tmp_path, **keys).buckets
     dataset = build(folder, tmp_path, max_upscale_threshold=0.1, **keys)
     wide = [dataset.samples[int(index)].width for index in dataset.buckets[(48, 96)]]
@@ -171,7 +171,7 @@ ROWS = [{"file_name": f"thing_{number:02d}.png", "text": f'caption {number}, wit
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
-def test_captions_come_from_a_table_beside_the_pictures(folder: Path, tmp_path: Path, suffix: str) -> None:
+def test_captions_come_from_a_table_beside_the_images(folder: Path, tmp_path: Path, suffix: str) -> None:
     write_table(folder, suffix, ROWS)
     strategy = "parquet" if suffix == ".parquet" else "csv"
     dataset = build(folder, tmp_path, caption_strategy=strategy)
@@ -194,9 +194,9 @@ def test_lists_and_several_rows_are_variants(folder: Path, tmp_path: Path) -> No
     assert dataset.samples[1].captions == ("one", "two\nlines")
 
 
-def test_pictures_without_a_row_are_listed(folder: Path, tmp_path: Path) -> None:
+def test_images_without_a_row_are_listed(folder: Path, tmp_path: Path) -> None:
     write_table(folder, ".csv", ROWS[:10])
-    with pytest.raises(DataError, match=r"2 of 12 pictures have no caption in .*metadata.csv: thing_10.png, thing_11"):
+    with pytest.raises(DataError, match=r"2 of 12 images have no caption in .*metadata.csv: thing_10.png, thing_11"):
         build(folder, tmp_path, caption_strategy="csv")
 
 
@@ -259,8 +259,8 @@ def test_a_dataset_offers_the_shuffled_variants(folder: Path, tmp_path: Path) ->
     shuffle = {"enable": True, "count": 3, "include_original": False}
     dataset = build(folder, tmp_path, caption_strategy="textfile", caption_shuffle=shuffle)
     assert all(sorted(caption.split(", ")) == list("abcd") for caption in dataset.samples[0].captions)
-    drawn = {dataset.caption_for(dataset.samples[0], 1, step, 0) for step in range(60)}
-    assert drawn == set(dataset.samples[0].captions)
+    generated = {dataset.caption_for(dataset.samples[0], 1, step, 0) for step in range(60)}
+    assert generated == set(dataset.samples[0].captions)
 
 
 def test_an_eval_dataset_keeps_its_crops_whatever_the_configuration_says(folder: Path, tmp_path: Path) -> None:
@@ -275,6 +275,6 @@ def test_images_of_one_slot_draw_their_caption_each_for_itself() -> None:
     """Key and number of variants are the same: the content of the image decides too."""
     crop = Crop(8, 8, 0, 0, 8, 8)
     samples = [Sample("d", f"{n}.png", f"{n:064x}", 8, 8, ("one", "two"), crop) for n in range(40)]
-    drawn = [Dataset.caption_for(None, sample, 1, 5, 0) for sample in samples]
-    assert 10 < drawn.count("one") < 30
-    assert drawn == [Dataset.caption_for(None, sample, 1, 5, 0) for sample in samples]
+    generated = [Dataset.caption_for(None, sample, 1, 5, 0) for sample in samples]
+    assert 10 < generated.count("one") < 30
+    assert generated == [Dataset.caption_for(None, sample, 1, 5, 0) for sample in samples]

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from simpletuner.lean.gates import gelu, gelu_gated
-from simpletuner.lean.norms import rms_norm
+from simpletuner.activation_memory.gates import gelu, gelu_gated
+from simpletuner.activation_memory.norms import rms_norm
 
 if TYPE_CHECKING:
     from diffusers.models.activations import GEGLU, GELU
 
 
-def make_lean(model: nn.Module) -> nn.Module:
+def reduce_activation_memory(model: nn.Module) -> nn.Module:
     """Let the known modules in a model keep little between forward and backward pass; returns the model.
 
     Subclasses stay as they are, for they may compute something else.

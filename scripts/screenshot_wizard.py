@@ -1,6 +1,6 @@
-"""Draw the screens of `simpletuner configure` for the documentation: python scripts/draw_wizard.py documentation/images
+"""Render the screens of `simpletuner configure`: python scripts/screenshot_wizard.py documentation/images
 
-The machine and the pictures are made up, so that the same screens come out everywhere.
+The machine and the images are made up, so that the same screens come out everywhere.
 """
 
 from __future__ import annotations
@@ -31,22 +31,22 @@ def main(destination: Path) -> None:
     destination.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
-        draw_pictures(Path("datasets/luna"), 24)
-        draw_pictures(Path("datasets/luna-held-out"), 4)
+        write_images(Path("datasets/luna"), 24)
+        write_images(Path("datasets/luna-held-out"), 4)
         Path("datasets/luna/unfinished.png").write_bytes(b"\x89PNG")
         for name, image in asyncio.run(screens()).items():
             (destination / f"configure-{name}.svg").write_text(image, encoding="utf-8")
         os.chdir(destination)
 
 
-def draw_pictures(folder: Path, count: int) -> None:
+def write_images(folder: Path, count: int) -> None:
     folder.mkdir(parents=True)
     rng = random.Random(str(folder))
     for number in range(count):
-        draw_landscape(SIZES[number % len(SIZES)], rng).save(folder / f"{number:02d}.jpg")
+        render_landscape(SIZES[number % len(SIZES)], rng).save(folder / f"{number:02d}.jpg")
 
 
-def draw_landscape(size: tuple[int, int], rng: random.Random) -> Image.Image:
+def render_landscape(size: tuple[int, int], rng: random.Random) -> Image.Image:
     """A sky that brightens towards the ground, a sun and two ranges of hills: something to see in a thumbnail."""
     width, height = size
     hue = rng.randrange(360)
@@ -77,7 +77,7 @@ async def screens() -> dict[str, str]:
         await keep("model")
         await pilot.press("ctrl+n")
         await fill_in(pilot, "pictures", "datasets/luna")
-        await fill_in(pilot, "eval_pictures", "datasets/luna-held-out")
+        await fill_in(pilot, "eval_images", "datasets/luna-held-out")
         await fill_in(pilot, "instance_prompt", "luna cat")
         while wizard.is_looking:
             await pilot.pause(0.1)

@@ -10,7 +10,13 @@ import torch
 from simpletuner.config.loading import load_run
 from simpletuner.distributed.launcher import LAST_WORDS, is_started_already, leave_last_words
 from simpletuner.distributed.layout import layout_of, visible_accelerators
-from simpletuner.distributed.world import ALONE, World, _buckets, require_equal, world_of
+from simpletuner.distributed.process_group import (
+    SINGLE_PROCESS,
+    ProcessGroup,
+    _buckets,
+    process_group_of,
+    require_equal,
+)
 from simpletuner.errors import ConfigError
 from simpletuner.models.registry import get_spec
 from tests.processes import in_processes
@@ -18,35 +24,35 @@ from tests.runs import load_here, write_run
 
 
 def test_a_process_without_variables_is_alone():
-    assert world_of({}) == ALONE
-    assert ALONE.is_main
-    assert ALONE.sum([1.5, 2]) == [1.5, 2.0]
-    assert ALONE.gather({"a": 1}) == [{"a": 1}]
+    assert process_group_of({}) == SINGLE_PROCESS
+    assert SINGLE_PROCESS.is_main
+    assert SINGLE_PROCESS.sum([1.5, 2]) == [1.5, 2.0]
+    assert SINGLE_PROCESS.gather({"a": 1}) == [{"a": 1}]
 
 
 def test_torchruns_variables_are_understood():
     environment = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}
-    assert world_of(environment) == World(rank=3, size=4, local_rank=1)
+    assert process_group_of(environment) == ProcessGroup(rank=3, size=4, local_rank=1)
     assert is_started_already(environment)
     assert not is_started_already({"LOCAL_RANK": "0"})
 
 
 def test_a_rank_outside_of_its_world_is_an_error_that_names_it():
     with pytest.raises(ConfigError, match="RANK is 2 and WORLD_SIZE is 2"):
-        world_of({"RANK": "2", "WORLD_SIZE": "2"})
+        process_group_of({"RANK": "2", "WORLD_SIZE": "2"})
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7])
 def test_shares_cover_each_item_once(size):
     items = list(range(11))
-    shares = [World(rank, size).share(items) for rank in range(size)]
+    shares = [ProcessGroup(rank, size).share(items) for rank in range(size)]
     assert sorted(item for share in shares for item in share) == items
 
 
 def test_last_words_name_the_process_that_spoke(tmp_path):
     place = tmp_path / "1"
-    told = leave_last_words("disk full", {LAST_WORDS: str(place), "RANK": "1", "WORLD_SIZE": "2"})
-    assert told
+    reported = leave_last_words("disk full", {LAST_WORDS: str(place), "RANK": "1", "WORLD_SIZE": "2"})
+    assert reported
     assert place.read_text() == "process 1 of 2: disk full"
     assert not leave_last_words("disk full", {})
 
@@ -77,15 +83,15 @@ def test_only_visible_accelerators_get_a_process(monkeypatch, visible, count):
 
 
 def test_numbers_are_summed_and_values_gathered_in_the_order_of_ranks():
-    def work(world):
-        text = "long " * world.rank + "ü"
+    def work(process_group):
+        text = "long " * process_group.rank + "ü"
         return {
-            "sum": world.sum([world.rank + 1, 1 + 2**-40]),
-            "any": [world.any(False), world.any(world.rank == 2), world.any(True)],
-            "gather": world.gather({"rank": world.rank, "text": text}),
-            "main": world.from_main([world.rank, "x"]),
-            "key": list(world.key),
-            "is_main": world.is_main,
+            "sum": process_group.sum([process_group.rank + 1, 1 + 2**-40]),
+            "any": [process_group.any(False), process_group.any(process_group.rank == 2), process_group.any(True)],
+            "gather": process_group.gather({"rank": process_group.rank, "text": text}),
+            "main": process_group.from_main([process_group.rank, "x"]),
+            "key": list(process_group.key),
+            "is_main": process_group.is_main,
         }
 
     answers = in_processes(3, work)
@@ -97,15 +103,15 @@ def test_numbers_are_summed_and_values_gathered_in_the_order_of_ranks():
     assert [answer["main"] for answer in answers] == [[0, "x"]] * 3
     assert [answer["key"] for answer in answers] == [[0], [1], [2]]
     assert [answer["is_main"] for answer in answers] == [True, False, False]
-    assert ALONE.key == ()
+    assert SINGLE_PROCESS.key == ()
 
 
 def test_the_others_begin_when_the_main_process_has_ended_its_block():
-    def work(world):
+    def work(process_group):
         times = []
-        with world.main_first():
+        with process_group.main_first():
             times.append(time.monotonic())
-            if world.is_main:
+            if process_group.is_main:
                 time.sleep(0.1)
             times.append(time.monotonic())
         return times
@@ -115,10 +121,10 @@ def test_the_others_begin_when_the_main_process_has_ended_its_block():
 
 
 def test_nobody_goes_on_from_a_barrier_before_all_are_there():
-    def work(world):
-        time.sleep(0.1 * world.rank)
+    def work(process_group):
+        time.sleep(0.1 * process_group.rank)
         came = time.monotonic()
-        world.barrier()
+        process_group.barrier()
         return [came, time.monotonic()]
 
     first, second = in_processes(2, work)
@@ -128,19 +134,19 @@ def test_nobody_goes_on_from_a_barrier_before_all_are_there():
 @pytest.mark.parametrize("bucket_bytes", [64 * 2**20, 8])
 def test_gradients_are_summed_in_float32_and_a_missing_one_counts_as_zeros(monkeypatch, bucket_bytes):
     """Ranks 0 to 2 have 1, 2, 3; the second parameter has a gradient on rank 1 alone. Buckets change nothing."""
-    monkeypatch.setattr("simpletuner.distributed.world.BUCKET_BYTES", bucket_bytes)
+    monkeypatch.setattr("simpletuner.distributed.process_group.BUCKET_BYTES", bucket_bytes)
 
-    def work(world):
+    def work(process_group):
         parameters = [torch.nn.Parameter(torch.zeros(size)) for size in (2, 3, 1)]
         half = torch.nn.Parameter(torch.zeros(3, dtype=torch.bfloat16))
-        parameters[0].grad = torch.full((2,), float(world.rank + 1))
-        if world.rank == 1:
+        parameters[0].grad = torch.full((2,), float(process_group.rank + 1))
+        if process_group.rank == 1:
             parameters[1].grad = torch.tensor([1.0, 2.0, 3.0])
-        parameters[2].grad = torch.tensor([10.0**world.rank])
+        parameters[2].grad = torch.tensor([10.0**process_group.rank])
         half.grad = torch.ones(3, dtype=torch.bfloat16)
-        half.grad[world.rank] = 256
-        world.sum_gradients(parameters)
-        world.sum_gradients([half])
+        half.grad[process_group.rank] = 256
+        process_group.sum_gradients(parameters)
+        process_group.sum_gradients([half])
         return [parameter.grad.tolist() for parameter in (*parameters, half)]
 
     for answer in in_processes(3, work):
@@ -149,18 +155,20 @@ def test_gradients_are_summed_in_float32_and_a_missing_one_counts_as_zeros(monke
 
 
 def test_processes_that_hold_different_weights_are_stopped():
-    def work(world):
-        same = {"a": torch.ones(2), "b": torch.tensor([1.0, float(world.rank)])}
-        require_equal(world, {"a": torch.ones(2)}, "start")
-        with pytest.raises(RuntimeError, match=f"after step 3: process {1 - world.rank} holds another b than process"):
-            require_equal(world, same, "after step 3")
+    def work(process_group):
+        same = {"a": torch.ones(2), "b": torch.tensor([1.0, float(process_group.rank)])}
+        require_equal(process_group, {"a": torch.ones(2)}, "start")
+        with pytest.raises(
+            RuntimeError, match=f"after step 3: process {1 - process_group.rank} holds another b than process"
+        ):
+            require_equal(process_group, same, "after step 3")
         return True
 
     assert in_processes(2, work) == [True, True]
 
 
 def test_buckets_are_full_but_not_overfull(monkeypatch):
-    monkeypatch.setattr("simpletuner.distributed.world.BUCKET_BYTES", 16)
+    monkeypatch.setattr("simpletuner.distributed.process_group.BUCKET_BYTES", 16)
     sizes = [1, 2, 1, 1, 2, 9, 4]
     parameters = [torch.nn.Parameter(torch.zeros(size)) for size in sizes]
     assert [[each.numel() for each in bucket] for bucket in _buckets(parameters)] == [[1, 2, 1], [1, 2], [9], [4]]
