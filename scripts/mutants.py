@@ -25,6 +25,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 from mutant_lists import ROOT, Mutant, check, read_lists
 from mutant_runs import run_all
@@ -75,7 +76,7 @@ def _is_wanted(mutant: Mutant, words: Sequence[str]) -> bool:
     return not words or any(word == mutant.package or word in mutant.title for word in words)
 
 
-def run_open(mutants: Sequence[Mutant], results: dict[Mutant, dict], workers: int, deadline: float) -> None:
+def run_open(mutants: Sequence[Mutant], results: dict[Mutant, dict[str, Any]], workers: int, deadline: float) -> None:
     """Fill in `results`, and keep each of them in the file."""
     if not mutants:
         return
@@ -92,7 +93,7 @@ def run_open(mutants: Sequence[Mutant], results: dict[Mutant, dict], workers: in
             print(f"{result['result']:9}{result['seconds']:6} s  {mutant.title}  [{result['by']}]", flush=True)
 
 
-def read_results(last: bool = False) -> dict[str, dict]:
+def read_results(last: bool = False) -> dict[str, dict[str, Any]]:
     """Earlier results by key; with `last`, by title."""
     if not RESULTS.is_file():
         return {}
@@ -100,7 +101,7 @@ def read_results(last: bool = False) -> dict[str, dict]:
     return {record["title" if last else "key"]: record for record in records if record["result"] != "broken"}
 
 
-def report(mutants: Sequence[Mutant], results: dict[Mutant, dict]) -> int:
+def report(mutants: Sequence[Mutant], results: dict[Mutant, dict[str, Any]]) -> int:
     """Print what was found by package; 0 where enough was caught."""
     tried = [mutant for mutant in mutants if mutant in results]
     missed = [mutant for mutant in tried if results[mutant]["result"] != "caught"]

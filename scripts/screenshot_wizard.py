@@ -11,6 +11,7 @@ import random
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from PIL import Image, ImageColor, ImageDraw
 from textual import events
@@ -94,10 +95,10 @@ async def screens() -> dict[str, str]:
     return images
 
 
-async def fill_in(pilot: Pilot, field: str, text: str) -> None:
+async def fill_in(pilot: Pilot[Any], field: str, text: str) -> None:
     pilot.app.query_one(f"#{field}").focus()
     await pilot.pause()
-    pilot.app.focused.post_message(events.Paste(text))
+    pilot.app.query_one(f"#{field}").post_message(events.Paste(text))
     await pilot.pause()
 
 

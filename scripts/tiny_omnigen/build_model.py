@@ -16,7 +16,10 @@ from pathlib import Path
 
 import diffusers
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny, FlowMatchEulerDiscreteScheduler, OmniGenTransformer2DModel
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
+from diffusers.models.transformers.transformer_omnigen import OmniGenTransformer2DModel
+from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -91,7 +94,7 @@ def choose_transformer(
     if trained is not None:
         return OmniGenTransformer2DModel.from_pretrained(trained, torch_dtype=torch.bfloat16)
     vocab_size = -(-num_tokens // 32) * 32
-    return build_transformer(vocab_size, pad_token_id, seed).to(torch.bfloat16)
+    return build_transformer(vocab_size, pad_token_id, seed).bfloat16()
 
 
 def tidy_configurations(output: Path) -> None:

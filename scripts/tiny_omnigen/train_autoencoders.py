@@ -20,7 +20,8 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, AutoencoderTiny
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -71,10 +72,11 @@ def build_vae() -> AutoencoderKL:
             if isinstance(module, torch.nn.Conv2d):
                 gain = 0.3 if name.endswith(("conv2", "decoder.conv_out")) else 1.0
                 torch.nn.init.normal_(module.weight, std=gain * module.weight[0].numel() ** -0.5)
-                torch.nn.init.zeros_(module.bias)
+                if module.bias is not None:
+                    torch.nn.init.zeros_(module.bias)
         # The posterior starts narrow: at its default of unit variance the decoder sees mostly noise for long.
-        vae.quant_conv.weight[vae.config.latent_channels :] *= 0.1
-        vae.quant_conv.bias[vae.config.latent_channels :] = -5.0
+        vae.quant_conv.weight[vae.config["latent_channels"] :] *= 0.1
+        vae.quant_conv.bias[vae.config["latent_channels"] :] = -5.0
     return vae
 
 
@@ -205,7 +207,7 @@ def train_preview_decoder(preview: AutoencoderTiny, vae: AutoencoderKL, num_step
         side, batch_size = sample_size(rng)
         pixel_values = sample_training_batch(batch_size, side, rng)
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-            latents = vae.encode(pixel_values).latent_dist.mode().float() * vae.config.scaling_factor
+            latents = vae.encode(pixel_values).latent_dist.mode().float() * vae.config["scaling_factor"]
         noisy_latents = latents + LATENT_NOISE * torch.rand(len(latents), 1, 1, 1) * torch.randn_like(latents)
         with torch.autocast("cpu", torch.bfloat16):
             generated, encoded = preview.decode(noisy_latents).sample, preview.encode(pixel_values).latents
@@ -215,13 +217,15 @@ def train_preview_decoder(preview: AutoencoderTiny, vae: AutoencoderKL, num_step
     optimise(preview, build_optimizers(preview), num_steps, step_loss)
 
 
-def resample(vae: AutoencoderKL, preview: AutoencoderTiny | None, pixel_values: torch.Tensor, noise: float) -> list:
+def resample(
+    vae: AutoencoderKL, preview: AutoencoderTiny | None, pixel_values: torch.Tensor, noise: float
+) -> list[torch.Tensor]:
     """Rows of a sheet: the images, the VAE's redrawing, the same from noisy latents, and the preview's."""
     latents = vae.encode(pixel_values).latent_dist.mode()
     disturbed = latents + noise * latents.std() * torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
     rows = [pixel_values, vae.decode(latents).sample, vae.decode(disturbed).sample]
     if preview is not None:
-        rows.append(preview.decode(latents * vae.config.scaling_factor).sample)
+        rows.append(preview.decode(latents * vae.config["scaling_factor"]).sample)
     return rows
 
 
@@ -278,7 +282,7 @@ def main() -> None:
     preview.eval().save_pretrained(arguments.output / "preview_decoder")
     write_sheet(vae, preview, arguments.output / "sheet.png")
 
-    metrics = {"scaling_factor": vae.config.scaling_factor, **measure_latents(vae, arguments.seed + 1)}
+    metrics = {"scaling_factor": vae.config["scaling_factor"], **measure_latents(vae, arguments.seed + 1)}
     metrics |= measure_errors(vae, preview, arguments.seed + 3)
     (arguments.output / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(metrics))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -158,7 +158,8 @@ def load_with_peft(tensors: dict[str, Tensor], denoiser: nn.Module, spec: Family
         use_dora=any("lora_magnitude_vector" in key for key in bare),
     )
     inject_adapter_in_model(config, denoiser, adapter_name="file", state_dict=bare)
-    unexpected = set_peft_model_state_dict(denoiser, bare, adapter_name="file").unexpected_keys
+    result = cast(Any, set_peft_model_state_dict(denoiser, bare, adapter_name="file"))
+    unexpected = result.unexpected_keys
     if unexpected:
         names = ", ".join(unexpected[:5])
         raise DataError(Problem(f"PEFT cannot place {len(unexpected)} tensors: {names}", file=str(path)))

@@ -150,7 +150,7 @@ def original_modules(
         is_decomposed = any(part is not None and DORA in part for part in parts)
         fused = fuse_loras(
             [
-                (num_rows(layers[path]), part or ({DORA: row_norms(layers[path].weight)} if is_decomposed else {}))  # type: ignore[arg-type]
+                (num_rows(layers[path]), part or ({DORA: row_norms(layers[path].weight)} if is_decomposed else {}))
                 for path, part in zip(original.parts, parts, strict=True)
             ]
         )

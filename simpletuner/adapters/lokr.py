@@ -142,6 +142,9 @@ class _KronLinear(torch.autograd.Function):
         how: _How = ctx.how
         w1, *tensors = ctx.saved_tensors
         w2_chain = tensors[: len(tensors) - how.num_ingredients]
+        to_chain: Sequence[Tensor | None]
+        to_w1: Tensor | None
+        to_x: Tensor | None
         needs_x, _, needs_w1, *needs_w2 = ctx.needs_input_grad[: 3 + len(w2_chain)]
         with exact_dtypes(gradient.device.type):
             x = how.make(*tensors[len(w2_chain) :])

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -93,10 +93,10 @@ class LoraAdapter(Adapter):
         """Names are those of a diffusers file without its prefix: `layers.0.self_attn.to_q.lora_A.weight`."""
         found: dict[str, nn.Parameter] = {}
         for path, layer in self.layers.items():
-            found[f"{path}.lora_A.weight"] = layer.lora_A[TRAINED].weight
-            found[f"{path}.lora_B.weight"] = layer.lora_B[TRAINED].weight
+            found[f"{path}.lora_A.weight"] = _parameter(layer, "lora_A", TRAINED)
+            found[f"{path}.lora_B.weight"] = _parameter(layer, "lora_B", TRAINED)
             if self.settings.use_dora:
-                found[f"{path}.lora_magnitude_vector"] = layer.lora_magnitude_vector[TRAINED].weight
+                found[f"{path}.lora_magnitude_vector"] = _parameter(layer, "lora_magnitude_vector", TRAINED)
         return found
 
     def all_parameters(self) -> list[nn.Parameter]:
@@ -124,7 +124,8 @@ class LoraAdapter(Adapter):
 
         On the answers, because a weight-decomposed layer is no sum with a part that could be multiplied.
         """
-        hooks = [layer.register_forward_hook(partial(_on_the_way, strength)) for layer in self.layers.values()]
+        modules = [self.denoiser.get_submodule(path) for path in self.layers]
+        hooks = [module.register_forward_hook(partial(_on_the_way, strength)) for module in modules]
         try:
             yield
         finally:
@@ -136,11 +137,11 @@ class LoraAdapter(Adapter):
         modules = {}
         for path, layer in self.layers.items():
             names = [name for name in (TRAINED, START) if name in layer.lora_A]
-            down = torch.cat([layer.lora_A[name].weight.detach() for name in names])
-            up = torch.cat([layer.lora_B[name].weight.detach() for name in names], dim=1)
+            down = torch.cat([_parameter(layer, "lora_A", name).detach() for name in names])
+            up = torch.cat([_parameter(layer, "lora_B", name).detach() for name in names], dim=1)
             module = {DOWN: down, UP: up, ALPHA: alpha_tensor(self.settings.scale * down.shape[0])}
             if self.settings.use_dora:
-                magnitude = layer.lora_magnitude_vector[TRAINED].weight.detach()
+                magnitude = _parameter(layer, "lora_magnitude_vector", TRAINED).detach()
                 module[DORA] = magnitude.reshape(-1, *[1] * (up.dim() - 1))
             modules[path] = {name: tensor.to("cpu", copy=True) for name, tensor in module.items()}
         return AdapterWeights(modules)
@@ -237,8 +238,16 @@ def attach_lora(
             _compute_in_input_dtype(layer)
     for parameter in adapter.trainable_parameters().values():
         parameter.requires_grad_(True)
-    smoke_test(((layer, layer.get_base_layer(), layer) for layer in layers.values()), "lora_target")
+    modules = [(denoiser.get_submodule(path), layer.get_base_layer()) for path, layer in layers.items()]
+    smoke_test(((module, base, module) for module, base in modules), "lora_target")
     return adapter
+
+
+def _parameter(layer: LoraLayer, kind: str, name: str) -> nn.Parameter:
+    """`lora_A`, `lora_B` or `lora_magnitude_vector` of one of a layer's adapters."""
+    parameter = getattr(layer, kind)[name].weight
+    assert isinstance(parameter, nn.Parameter)
+    return parameter
 
 
 def _compute_in_input_dtype(layer: LoraLayer) -> None:
@@ -271,13 +280,13 @@ def _inject(denoiser: nn.Module, paths: Sequence[str], settings: LoraSettings, n
         raise ConfigError(Problem(f"PEFT refuses this adapter: {error}", key="lora_type")) from error
     if name == START:
         for path in paths:
-            denoiser.get_submodule(path).set_adapter([TRAINED, START])
+            cast("LoraLayer", denoiser.get_submodule(path)).set_adapter([TRAINED, START])
 
 
 def _take_start(layers: Mapping[str, LoraLayer], settings: LoraSettings) -> None:
     """Give the trained LoRA its part of each weight, and the frozen one the opposite."""
     for path, layer in layers.items():
-        weight = layer.get_base_layer().weight
+        weight = cast(Tensor, layer.get_base_layer().weight)
         if weight.is_meta:
             continue
         # A quantised weight is of a class of its own, even where it calls itself floating.
@@ -289,5 +298,5 @@ def _take_start(layers: Mapping[str, LoraLayer], settings: LoraSettings) -> None
         down, up = start_factors(weight.to(place), settings.rank, settings.scale, settings.init)
         with torch.no_grad():
             for name, sign in ((TRAINED, 1), (START, -1)):
-                layer.lora_A[name].weight.copy_(down)
-                layer.lora_B[name].weight.copy_(sign * up)
+                _parameter(layer, "lora_A", name).copy_(down)
+                _parameter(layer, "lora_B", name).copy_(sign * up)

@@ -35,10 +35,11 @@ class FullDifference(FullModule):
         LycorisBaseModule.__init__(
             self, lora_name, org_module, multiplier, dropout, rank_dropout, module_dropout, rank_dropout_scale, False
         )
-        if self.is_quant or type(org_module.weight) not in (Tensor, nn.Parameter):
+        weight, bias = org_module.weight, org_module.bias
+        if self.is_quant or not isinstance(weight, Tensor) or type(weight) not in (Tensor, nn.Parameter):
             raise ValueError("full trains whole weights, and those of the base are packed")
-        self.weight = nn.Parameter(torch.zeros_like(org_module.weight))
-        self.bias = None if org_module.bias is None else nn.Parameter(torch.zeros_like(org_module.bias))
+        self.weight = nn.Parameter(torch.zeros_like(weight))
+        self.bias = nn.Parameter(torch.zeros_like(bias)) if isinstance(bias, Tensor) else None
         self.is_diff = True
 
     @classmethod

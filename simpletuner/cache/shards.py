@@ -14,7 +14,7 @@ import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from simpletuner import storage
 from simpletuner.errors import DataError, Problem, error_text
@@ -154,7 +154,7 @@ def load_entry(descriptor: int, key: str, entry: Entry) -> dict[str, torch.Tenso
     return tensors
 
 
-def _read_header(path: Path) -> tuple[dict, int]:
+def _read_header(path: Path) -> tuple[dict[str, Any], int]:
     """The JSON header of a safetensors file, and where the data starts."""
     size = path.stat().st_size
     with path.open("rb") as file:

@@ -19,12 +19,16 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from simpletuner import storage
 from simpletuner.commands.run_differences import Difference, compare_runs
 from simpletuner.config.loading import LoadedRun
 from simpletuner.config.webhooks import Webhooks
 from simpletuner.errors import ConfigError, DataError, Problem
+
+if TYPE_CHECKING:
+    from simpletuner.training.run import Run
 
 Say = Callable[[str], None]
 
@@ -239,8 +243,8 @@ class _Watch:
             setattr(loop, name, self._before(point, getattr(loop, name)))
         storage._step = self.operation
 
-    def _before(self, point: str, call: Callable) -> Callable:
-        def watched(run, *arguments, **keywords):  # type: ignore[no-untyped-def]
+    def _before(self, point: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def watched(run: Run, *arguments: Any, **keywords: Any) -> Any:
             is_reported = point == "after the update"
             if self.death and self.death.point == point and run.state.global_step - is_reported == self.death.step:
                 os.kill(os.getpid(), signal.SIGKILL)

@@ -114,7 +114,7 @@ def _from_environment_name(key: str, name: str, backend: Backend | None, working
 
 def _backend_of(path: Path) -> Backend:
     ending = path.suffix.lstrip(".").lower()
-    return ending if ending in _FILE_BACKENDS else "json"  # type: ignore[return-value]
+    return ending if ending in _FILE_BACKENDS else "json"
 
 
 def _not_found(message: str, places: list[Path]) -> ConfigError:

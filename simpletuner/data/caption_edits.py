@@ -6,6 +6,7 @@ will ask for.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -30,7 +31,7 @@ class CaptionEdits:
     seed: int = 0
 
     @cached_property
-    def _parsed(self) -> list[tuple]:
+    def _parsed(self) -> list[tuple[re.Pattern[str], str]]:
         return [parse_filter(text) for text in self.filters]
 
     def apply(self, captions: Sequence[str]) -> tuple[str, ...]:

@@ -108,7 +108,7 @@ class Samples(Sequence[Sample]):
         for start in range(0, len(self), _CHUNK):
             yield from self.take(range(start, min(start + _CHUNK, len(self))))
 
-    def take(self, positions: Sequence[int], round_number: int = 0) -> list[Sample]:
+    def take(self, positions: Sequence[int] | NDArray[np.int64], round_number: int = 0) -> list[Sample]:
         """The samples at `positions`, with one query for all.
 
         Args:

@@ -19,6 +19,7 @@ from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -206,7 +207,7 @@ class Index:
         with self._lock, self._explained():
             for path in paths:
                 wanted = os.path.splitext(one_form(path))[0]  # noqa: PTH122 - names are bytes, Path is text
-                rows: list[tuple] = []
+                rows: list[tuple[Any, ...]] = []
                 for stem in forms_of(wanted):
                     rows += self._db.execute(query, [stem + b".", stem + b"/"])
                 result.append(
@@ -290,8 +291,8 @@ class Index:
             failed = self._db.execute(f"SELECT count(*) FROM {_FAILURES} AND NOT is_text")
             return (usable[0] if usable else 0) + failed.fetchone()[0]
 
-    def _select(self, query: str, ids: Sequence[int]) -> list[tuple]:
-        rows: list[tuple] = []
+    def _select(self, query: str, ids: Sequence[int]) -> list[tuple[Any, ...]]:
+        rows: list[tuple[Any, ...]] = []
         with self._lock, self._explained():
             for start in range(0, len(ids), _QUERY_ROWS):
                 part = [int(key) for key in ids[start : start + _QUERY_ROWS]]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from simpletuner.batch import Sample
+from simpletuner.batch import Crop, Sample
 from simpletuner.data.index import ImageRow, Index
 from simpletuner.data.pairing import Pairs
 from simpletuner.data.transforms import UnusableImage, checked_bytes, load_mask
@@ -44,7 +44,7 @@ class Masks:
         self.kind = kind
         self._index = index
         self._ids = ids
-        self._memo: dict[tuple, torch.Tensor] = {}
+        self._memo: dict[tuple[int, Crop, bool, tuple[int, int]], torch.Tensor] = {}
         self._memo_bytes = 0
         self._lock = threading.Lock()
 

@@ -238,8 +238,9 @@ def joined(environment: Mapping[str, str], timeout_minutes: float = 10.0) -> Ite
     dist.init_process_group(
         backend, rank=process_group.rank, world_size=process_group.size, timeout=PATIENCE, device_id=device
     )
-    if device is not None:
-        limit_links(dist.group.WORLD._get_backend(device))
+    world = dist.group.WORLD
+    if device is not None and world is not None:
+        limit_links(world._get_backend(device))
     heartbeat = Heartbeat(process_group.rank, process_group.size, timeout_minutes * 60)
     heartbeat.start(store_of_run())
     try:

@@ -7,7 +7,7 @@ process: it is small, every optimizer can move it, and its checkpoints are those
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -58,7 +58,7 @@ def shard_denoiser(
         raise ConfigError(
             Problem(f"{type(denoiser).__name__} has no {' or '.join(block_classes)} to spread", key="fsdp_enable")
         )
-    options = {
+    options: dict[str, Any] = {
         "mesh": mesh or make_mesh(process_group, device, shard_size),
         "ignored_params": whole,
         "offload_policy": CPUOffloadPolicy() if offloads else OffloadPolicy(),

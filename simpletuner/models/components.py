@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from simpletuner.config.paths import PREVIEW_FOLDER, looks_like_path, windows_path_fix
 from simpletuner.errors import DataError, Problem
@@ -24,6 +24,7 @@ from simpletuner.models.spec import Component, FamilySpec
 
 if TYPE_CHECKING:
     import torch
+    from diffusers.models.modeling_utils import ModelMixin
     from torch import nn
 
 
@@ -156,7 +157,7 @@ def save_model_folder(
     """
     for component in spec.components:
         if component.role == "denoiser":
-            denoiser.save_pretrained(folder / component.name)
+            cast("ModelMixin", denoiser).save_pretrained(folder / component.name)
         elif component.role == "vae" and source.vae:
             shutil.copytree(
                 other_vae_file(source.vae, component, component.config_file).parent, folder / component.name

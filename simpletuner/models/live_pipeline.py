@@ -7,6 +7,7 @@ generated, and hands latents back, which the family decodes: the same decoding f
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import repeat
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -55,7 +56,7 @@ class LivePipeline:
         """
         family = self.family
         arguments: dict[str, Any] = {"guidance_scale": guidance_scale}
-        negatives = [family.spec.negative_text(text) for text in negative_prompts or [None] * len(prompts)]
+        negatives = [family.spec.negative_text(text) for text in negative_prompts or repeat(None, len(prompts))]
         for prefix, texts in (("", prompts), ("negative_", negatives)):
             rows = [row.tensors for row in family.prompts.embeds(texts)]
             for name in rows[0]:
@@ -104,7 +105,7 @@ class LivePipeline:
         ).images
         generated = self.family.unpack_latents(generated, height, width)
         if output_type == "latent":
-            return ImagePipelineOutput(images=generated)
+            return ImagePipelineOutput(images=generated)  # type: ignore[arg-type]  # as diffusers' own do
         pixels = self.family.decode_latents(self.vae, generated.float())
         return ImagePipelineOutput(images=VaeImageProcessor().postprocess(pixels, output_type=output_type))
 

@@ -9,6 +9,10 @@ from typing import Any
 
 import torch
 
+# Torch makes these attributes at run time, which type checkers do not see.
+_deterministic: Any = torch.utils.deterministic
+_cudnn: Any = torch.backends.cudnn
+
 DTYPES: Mapping[str, torch.dtype] = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -40,18 +44,18 @@ def deterministic_kernels(is_on: bool) -> Iterator[None]:
         yield
         return
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    before = torch.are_deterministic_algorithms_enabled(), _deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    _deterministic.fill_uninitialized_memory = False
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before[0])
-        torch.utils.deterministic.fill_uninitialized_memory = before[1]
+        _deterministic.fill_uninitialized_memory = before[1]
 
 
 # Where torch computes in float32 on a GPU, and whether it rounds the inputs of products to TF32 (10 bits) there.
-_FLOAT32_PLACES = (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn)
+_FLOAT32_PLACES: tuple[Any, ...] = (torch.backends.cuda.matmul, _cudnn.conv, _cudnn.rnn)
 
 
 def use_tf32(is_on: bool) -> None:

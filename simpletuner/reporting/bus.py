@@ -33,6 +33,11 @@ class NoticeSource(Protocol):
         ...
 
 
+def failures_of(sink: Sink) -> tuple[type[Exception], ...]:
+    """What costs the sink and not the run; `storage` words what a disk refuses as a DataError."""
+    return (*sink.failures, DataError)
+
+
 class EventBus:
     """Hands each event to each sink, in the order of the sinks. Works as a context manager that closes them.
 
@@ -49,7 +54,7 @@ class EventBus:
         for sink in list(self._sinks):
             try:
                 sink.handle(event)
-            except (*sink.failures, DataError) as error:  # `storage` words what a disk refuses as a DataError
+            except failures_of(sink) as error:
                 self._drop(sink, error)
         for source in self._notice_sources:
             for notice in source.take_notices():
@@ -61,7 +66,7 @@ class EventBus:
             sink = self._sinks.pop()
             try:
                 sink.close()
-            except (*sink.failures, DataError) as error:
+            except failures_of(sink) as error:
                 self.emit(Notice("warning", f"{sink.name} could not be closed ({error})"))
             if isinstance(sink, NoticeSource):
                 self._notice_sources.remove(sink)

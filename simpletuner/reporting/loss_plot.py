@@ -67,13 +67,13 @@ def read_curves(metrics: Path) -> Curves:
     evaluation: dict[int, float] = {}
     run_name = ""
     for record in read_records(metrics):
-        kind, step = record.get("event"), record.get("step")
+        kind, step = record.get("event"), int(record.get("step", 0))
         if kind == "run_started":
             run_name = str(record.get("run_name", ""))
         elif kind == "step_done" and isinstance(record.get("loss"), int | float):
-            (prior if is_regularisation(record) else train)[int(step)] = float(record["loss"])
+            (prior if is_regularisation(record) else train)[step] = float(record["loss"])
         elif kind == "eval_done" and isinstance(record.get("pooled"), int | float):
-            evaluation[int(step)] = float(record["pooled"])
+            evaluation[step] = float(record["pooled"])
     return Curves(run_name, sorted(train.items()), sorted(prior.items()), sorted(evaluation.items()))
 
 

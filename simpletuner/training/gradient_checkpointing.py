@@ -131,8 +131,13 @@ class Offloading:
         """`inputs` with a copy in main memory in place of each tensor that is large and of this block alone."""
         moved = [value for value in inputs if _can_move(value)]
         away = {id(value): _OffloadedTensor(value) for value in moved}
+
+        def copy_out() -> None:
+            for value in moved:
+                away[id(value)].take(value)
+
         if moved:
-            self._leaving.append((moved, self.lane.copy(lambda: [away[id(value)].take(value) for value in moved])))
+            self._leaving.append((moved, self.lane.copy(copy_out)))
         self._let_go(NUM_LEAVING)
         offloaded = [away.get(id(value), value) for value in inputs]
         self._offloaded.append(offloaded)

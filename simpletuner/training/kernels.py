@@ -49,8 +49,8 @@ def compile_blocks(denoiser: nn.Module, block_classes: Sequence[str], backend: s
     blocks = repeated_blocks(denoiser, block_classes)
     for block in blocks:
         block.compile(backend=backend)
-    if blocks:
-        blocks[0]._compiled_call_impl = _with_gradients(blocks[0]._compiled_call_impl)
+        if block is blocks[0] and block._compiled_call_impl is not None:
+            block._compiled_call_impl = _with_gradients(block._compiled_call_impl)
 
 
 def _with_gradients(compiled: Callable[..., Any]) -> Callable[..., Any]:
@@ -80,8 +80,8 @@ def attention_kernel(mechanism: str, device: torch.device, dtype: torch.dtype) -
         return
     _require_kernel(mechanism, device, dtype)
     wanted = PREFERRED[mechanism]
-    order = [wanted] if wanted == SDPBackend.MATH else [wanted, *(kernel for kernel in OTHERS if kernel != wanted)]
-    with sdpa_kernel(order, set_priority=True):
+    others = [] if wanted == SDPBackend.MATH else [kernel for kernel in OTHERS if kernel != wanted]
+    with sdpa_kernel([wanted, *others], set_priority=True):
         yield
 
 

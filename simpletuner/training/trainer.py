@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 
@@ -182,7 +183,7 @@ def build_run(
         placement = place_denoiser(config, family, denoiser, adapter, process_group, mesh)
         recomputing = GradientCheckpointing.of(config, family.device)
         if recomputing is not None:
-            denoiser.enable_gradient_checkpointing(recomputing)
+            cast(Any, denoiser).enable_gradient_checkpointing(recomputing)
         compile_blocks(denoiser, family.spec.block_classes, config.dynamo_backend)
     choose_kernels(loaded, adapter, family.device, start.resume_from, bus, process_group)
     parameters = adapter.trainable_parameters()

@@ -78,7 +78,8 @@ class ClipScorer:
     def _scores(self, images: Sequence[GeneratedImage]) -> Tensor:
         model = self._load()
         prompts = [image.request.prompt for image in images]
-        limit = model.config.text_config.max_position_embeddings
+        text_config: Any = model.config.text_config
+        limit = text_config.max_position_embeddings
         text = self._tokenizer(prompts, padding=True, truncation=True, max_length=limit, return_tensors="pt")
         pixels = self._processor(images=[image.image for image in images], return_tensors="pt")["pixel_values"]
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):

@@ -12,6 +12,7 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -144,9 +145,10 @@ class ImageFiles:
         return SavedImage(path, request.shortname, request.prompt, *size, request.seed, kind, request.index)
 
     def _sheet(self, steps: Sequence[int], title: str, cell: int | None = None) -> Image.Image:
+        sources: list[tuple[str, Callable[[ImageRequest], Path]]]
         sources = [("base model", self.benchmark_path)] if self.has_benchmark() else []
-        sources += [(f"step {step}", lambda r, step=step: self.path(r, step, "live")) for step in steps]
-        sources += [(f"step {steps[-1]}, EMA", lambda r: self.path(r, steps[-1], "ema"))]
+        sources += [(f"step {step}", partial(self.path, step=step, kind="live")) for step in steps]
+        sources += [(f"step {steps[-1]}, EMA", partial(self.path, step=steps[-1], kind="ema"))]
         kept = [(title, find) for title, find in sources if any(find(request).is_file() for request in self.requests)]
         rows = [
             Row(

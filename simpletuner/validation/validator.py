@@ -266,13 +266,17 @@ class Validator:
         order = sorted(range(len(requests)), key=lambda index: requests[index].adapter_strength)
         for strength, group in groupby(order, key=lambda index: requests[index].adapter_strength):
             indices, done = list(group), done_before + len(generated)
+
+            def report(count: int, done: int = done) -> None:
+                self.bus.emit(PhaseProgress(phase, done + count))
+
             asked: list[ImageRequest] = [requests[index] for index in indices]
             with nullcontext() if strength == 1 or kind == "base" else adapter.scaled(strength):
                 images = make_images(
                     pipeline,
                     asked,
                     batch_size=batch_size_for(asked),
-                    on_progress=lambda count, done=done: self.bus.emit(PhaseProgress(phase, done + count)),
+                    on_progress=report,
                     watch=self._watch(step, kind),
                     noise_device=str(self.family.device) if is_gpu else "cpu",
                 )

@@ -6,11 +6,12 @@ Only the instance's `forward` and its attention processors are replaced, togethe
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from types import MethodType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from simpletuner.activation_memory.gates import silu_gated
 from simpletuner.activation_memory.recompute import computing_dtype
@@ -25,16 +26,26 @@ from simpletuner.models.omnigen.attention import (
 from simpletuner.models.omnigen.tokens import TokenRows
 
 if TYPE_CHECKING:
-    from diffusers.models.transformers.transformer_omnigen import OmniGenFeedForward, OmniGenTransformer2DModel
+    from diffusers.models.transformers.transformer_omnigen import (
+        OmniGenBlock,
+        OmniGenFeedForward,
+        OmniGenTransformer2DModel,
+    )
 
 
-def install(transformer: OmniGenTransformer2DModel) -> OmniGenTransformer2DModel:
-    """Give a stock transformer this forward pass; returns it."""
-    for layer, block in enumerate(transformer.layers):
-        block.self_attn.set_processor(OmniGenAttention(layer))
-        block.mlp.forward = MethodType(feed_forward, block.mlp)
-    transformer.forward = MethodType(forward, transformer)
+def install(denoiser: nn.Module) -> OmniGenTransformer2DModel:
+    """Give a stock OmniGen transformer this forward pass; returns it."""
+    transformer = cast("OmniGenTransformer2DModel", denoiser)
+    for layer, block in enumerate(cast("Sequence[OmniGenBlock]", transformer.layers)):
+        block.self_attn.set_processor(cast(Any, OmniGenAttention(layer)))
+        _replace_forward(block.mlp, feed_forward)
+    _replace_forward(transformer, forward)
     return transformer
+
+
+def _replace_forward(module: nn.Module, function: Callable[..., Any]) -> None:
+    """Of this instance; the class stays as it is."""
+    setattr(module, "forward", MethodType(function, module))  # noqa: B010
 
 
 def forward(
@@ -68,7 +79,7 @@ def forward(
     patches = self.norm(tokens[:, -patches.shape[1] :])
     patches = self.proj_out(self.norm_out(patches, temb=self.t_embedder(time_projection)))
     height, width = hidden_states.shape[-2:]
-    return _unpatchify(patches, height, width, self.config.patch_size)
+    return _unpatchify(patches, height, width, self.config["patch_size"])
 
 
 def feed_forward(self: OmniGenFeedForward, hidden_states: Tensor) -> Tensor:
@@ -87,9 +98,10 @@ def _run_text(self: OmniGenTransformer2DModel, rows: TokenRows, num_image_tokens
 
 def _run_blocks(self: OmniGenTransformer2DModel, tokens: Tensor, layout: AttentionLayout) -> Tensor:
     """(B, S, hidden) through all blocks; the layout travels as their `attention_mask`."""
+    checkpoint = self._gradient_checkpointing_func if torch.is_grad_enabled() and self.gradient_checkpointing else None
     for block in self.layers:
-        if torch.is_grad_enabled() and self.gradient_checkpointing:
-            tokens = self._gradient_checkpointing_func(block, tokens, layout, None)
+        if checkpoint is not None:
+            tokens = checkpoint(block, tokens, layout, None)
         else:
             tokens = block(tokens, attention_mask=layout, image_rotary_emb=None)
     return tokens

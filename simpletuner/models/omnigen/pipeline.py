@@ -116,7 +116,7 @@ class OmniGenPipeline(DiffusersOmniGenPipeline):
             text = self._run_text(rows, num_image_tokens)
             latents = self._denoise(latents, text, len(rows), num_inference_steps, scales, callback_on_step_end)
         if output_type == "latent":
-            return ImagePipelineOutput(images=latents)
+            return ImagePipelineOutput(images=latents)  # type: ignore[arg-type]  # as diffusers' own do
         pixels = self.family.decode_latents(self.vae, latents)
         return ImagePipelineOutput(images=self.image_processor.postprocess(pixels, output_type=output_type))
 
@@ -178,7 +178,7 @@ class OmniGenPipeline(DiffusersOmniGenPipeline):
                 progress_bar.update()
         return latents
 
-    def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
+    def save_pretrained(self, save_directory: Any, *arguments: Any, **kwargs: Any) -> None:
         """Write the whole model in diffusers' layout, tokenizer included; diffusers' own class loads it."""
         if self.tokenizer is None:
             from transformers import AutoTokenizer
@@ -188,7 +188,7 @@ class OmniGenPipeline(DiffusersOmniGenPipeline):
                 component_file(self.family.source, component, n) for n in (component.config_file, "tokenizer.json")
             ]
             self.register_modules(tokenizer=load_tokenizer(AutoTokenizer, files[0].parent))
-        super().save_pretrained(save_directory, **kwargs)
+        super().save_pretrained(save_directory, *arguments, **kwargs)
 
 
 def build_pipeline(family: ModelFamily, denoiser: nn.Module, vae: nn.Module | None) -> OmniGenPipeline:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
 from simpletuner.program import pasteable
 from simpletuner.reporting import progress
@@ -28,6 +28,9 @@ from simpletuner.reporting.events import (
     StepDone,
 )
 from simpletuner.text import for_terminal
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
 
 
 def terminal_sink(stream: IO[str] | None = None) -> PlainSink | LiveSink:
@@ -115,12 +118,12 @@ class LiveSink:
         self._start = clock()
         self._console = Console(file=stream, highlight=False, soft_wrap=True)
         self._bar = self._make_bar()
-        self._task = None
+        self._task: TaskID | None = None
         self._task_name = ""
         self._total: int | None = None
         self._pace = progress.Pace()
 
-    def _make_bar(self):
+    def _make_bar(self) -> Progress:
         from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
         from rich.text import Text
 

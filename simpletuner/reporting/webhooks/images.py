@@ -50,4 +50,4 @@ def load_image(path: str, max_bytes: int) -> Attachment | None:
             return Attachment(f"{file.stem}.jpg", "image/jpeg", buffer.getvalue())
         # Bytes go with the area; a little less, so that it seldom takes a third round.
         factor = min(0.9 * (max_bytes / size) ** 0.5, 0.9)
-        image = image.resize([max(int(side * factor), 1) for side in image.size])  # type: ignore[arg-type]
+        image = image.resize([max(int(side * factor), 1) for side in image.size])
