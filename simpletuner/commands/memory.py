@@ -21,9 +21,8 @@ from simpletuner.config.options import TrainConfig
 from simpletuner.models.components import make_empty_component
 from simpletuner.models.family import ModelFamily
 from simpletuner.optim.optimizers import build_optimizer
-from simpletuner.precision.formats import get_format
 from simpletuner.precision.mixed import DTYPES
-from simpletuner.precision.quantise import NO_CHANGE, quantisable, saved_bytes
+from simpletuner.precision.quantise import NO_CHANGE, get_format, quantisable, saved_bytes
 from simpletuner.training.build import attach_adapter
 from simpletuner.training.gradient_checkpointing import count_fitting
 from simpletuner.training.swapping import NUM_BUFFERS, repeated_blocks

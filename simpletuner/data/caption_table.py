@@ -22,13 +22,12 @@ from numpy.typing import NDArray
 from simpletuner.data.captions import VARIANT_SEPARATOR
 from simpletuner.data.index import Catalogue, Index
 from simpletuner.data.report import MAX_EXAMPLES, SkippedFiles
-from simpletuner.data.tables import TableFault, check_file, columns_of, joined, read_rows
+from simpletuner.data.tables import CAPTION_COLUMNS, TableFault, check_file, columns_of, joined, read_rows
 from simpletuner.errors import DataError, Problem
 from simpletuner.text import one_form
 
 # Raise the first when the same table would be kept in another way, the second when it would give other captions.
 _FORM, _VERSION = 3, 1
-CAPTION_COLUMNS = ("text", "caption", "prompt")
 _QUERY_ROWS = 500
 _BUSY_SECONDS = 60.0
 

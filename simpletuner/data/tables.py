@@ -26,6 +26,8 @@ MAX_LINE = 10_000_000
 MAX_CELL = 1_000_000
 # Of all captions of a million images: many times over.
 MAX_TEXT_TABLE = 1 << 32
+# Where captions are looked for, unless a dataset names its columns.
+CAPTION_COLUMNS = ("text", "caption", "prompt")
 _PARQUET = b"PAR1"
 
 

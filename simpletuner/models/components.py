@@ -271,7 +271,8 @@ def load_component(
     module, _, name = component.class_name.rpartition(".")
     cls = getattr(importlib.import_module(module), name)
     if source.file and not (component.role == "vae" and source.vae) and is_in_file(source.file, component):
-        return load_from_file(source.file, source, component, cls, keys, dtype)
+        config = component_config(source, component) if component.role == "denoiser" else {}
+        return load_from_file(source.file, source.model, component, cls, dtype, keys, config)
     where: str | Path = source.model
     options: dict[str, Any] = {"subfolder": component.name, "revision": source.revision, "variant": source.variant}
     if component.role == "vae" and source.vae:

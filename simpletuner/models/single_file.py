@@ -7,8 +7,9 @@ from a model folder or the hub.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from simpletuner.errors import DataError, Problem, shape_text
@@ -19,8 +20,6 @@ from simpletuner.models.spec import Component
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
-
-    from simpletuner.models.components import ModelSource
 
 # In front of the denoiser's names; a file of the denoiser alone may have none.
 DENOISER_PREFIXES = ("model.diffusion_model.", "diffusion_model.")
@@ -67,13 +66,20 @@ def objective_marks(path: str) -> dict[str, Any]:
 
 
 def load_from_file(
-    path: str, source: ModelSource, component: Component, cls: Any, keys: KeyTable | None, dtype: torch.dtype
+    path: str,
+    model: str,
+    component: Component,
+    cls: Any,
+    dtype: torch.dtype,
+    keys: KeyTable | None,
+    config: Mapping[str, Any],
 ) -> nn.Module:
     """One part out of a single file, in `dtype`.
 
     Args:
-        source: where the part's configuration is.
+        model: folder or hub id with the configurations of VAE and encoders.
         keys: of the denoiser.
+        config: of the denoiser.
 
     Raises:
         DataError: tensors are missing, left over, or do not fit the configuration.
@@ -81,24 +87,20 @@ def load_from_file(
     try:
         if component.role == "denoiser":
             assert keys is not None, "the denoiser's names are the family's"
-            return _load_denoiser(path, source, component, cls, keys, dtype)
+            return _load_denoiser(path, cls, keys, dtype, config)
         if component.role == "vae":
             with without_pickles():
-                return cls.from_single_file(path, config=source.model, subfolder=component.name, torch_dtype=dtype)
-        return _load_clip(path, source, component, cls, dtype)
+                return cls.from_single_file(path, config=model, subfolder=component.name, torch_dtype=dtype)
+        return _load_clip(path, model, component, cls, dtype)
     except load_errors() as error:
         raise _unfit(path, f"{component.name} cannot be read from it: {error}") from error
 
 
-def _load_denoiser(
-    path: str, source: ModelSource, component: Component, cls: Any, keys: KeyTable, dtype: torch.dtype
-) -> nn.Module:
+def _load_denoiser(path: str, cls: Any, keys: KeyTable, dtype: torch.dtype, config: Mapping[str, Any]) -> nn.Module:
     from accelerate import init_empty_weights
 
-    from simpletuner.models.components import component_config
-
     with init_empty_weights():
-        model = cls.from_config(component_config(source, component))
+        model = cls.from_config(dict(config))
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     with _opened(path) as file:
         model.load_state_dict(dict(_denoiser_tensors(path, file, shapes, keys, dtype)), assign=True)
@@ -139,14 +141,14 @@ def _denoiser_tensors(
         raise _unfit(path, f"{len(left)} tensors belong nowhere, the first is {min(left)}")
 
 
-def _load_clip(path: str, source: ModelSource, component: Component, cls: Any, dtype: torch.dtype) -> nn.Module:
+def _load_clip(path: str, model_name: str, component: Component, cls: Any, dtype: torch.dtype) -> nn.Module:
     from diffusers.loaders.single_file_utils import create_diffusers_clip_model_from_ldm
     from safetensors.torch import load_file
 
     tensors = {key: tensor for key, tensor in load_file(path).items() if key.startswith(component.in_file)}
     with without_pickles():
         model = create_diffusers_clip_model_from_ldm(
-            cls, tensors, component.name, source.model, dtype, local_files_only=source.is_local
+            cls, tensors, component.name, model_name, dtype, local_files_only=Path(model_name).is_dir()
         )
     if missing := [name for name, parameter in model.named_parameters() if parameter.is_meta]:
         raise _unfit(path, f"{component.name} lacks {', '.join(missing[:3])}")

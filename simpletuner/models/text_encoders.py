@@ -4,18 +4,27 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from simpletuner.errors import DataError, Problem
-from simpletuner.models.components import component_folder, load_component
+from simpletuner.models.components import ModelSource, component_folder, load_component
 from simpletuner.models.safe_loading import load_errors, load_tokenizer
-from simpletuner.models.spec import Component
-from simpletuner.precision.quantise import quantise
+from simpletuner.models.spec import Component, FamilySpec
+from simpletuner.precision.quantise import NumberFormats, quantise
 
-if TYPE_CHECKING:
-    from simpletuner.models.family import ModelFamily
+
+class EncoderSettings(Protocol):
+    """What loading and using encoders needs of a model family."""
+
+    spec: FamilySpec
+    source: ModelSource
+    device: torch.device
+    dtype: torch.dtype
+    number_formats: NumberFormats
+    num_cut_prompts: int
 
 
 class TextEncoders:
@@ -25,7 +34,7 @@ class TextEncoders:
         family: knows where they are, and in which number format and on which device encoders work.
     """
 
-    def __init__(self, family: ModelFamily):
+    def __init__(self, family: EncoderSettings):
         self.family = family
         self._tokenizers: dict[str, Any] = {}
         self._encoders: dict[str, nn.Module] = {}
@@ -37,7 +46,7 @@ class TextEncoders:
             DataError: it cannot be read.
         """
         if name not in self._tokenizers:
-            self._tokenizers[name] = _load_tokenizer(self.family, self._component(name))
+            self._tokenizers[name] = _load_tokenizer(self.family.source, self._component(name))
         return self._tokenizers[name]
 
     def encoder(self, name: str = "text_encoder") -> Any:
@@ -92,9 +101,9 @@ class TextEncoders:
         return next(part for part in self.family.spec.components if part.name == name)
 
 
-def _load_tokenizer(family: ModelFamily, component: Component) -> Any:
+def _load_tokenizer(source: ModelSource, component: Component) -> Any:
     module, _, name = component.class_name.rpartition(".")
-    folder = component_folder(family.source, component)
+    folder = component_folder(source, component)
     try:
         return load_tokenizer(getattr(importlib.import_module(module), name), folder)
     except load_errors() as error:

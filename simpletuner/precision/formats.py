@@ -13,8 +13,6 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from simpletuner.errors import ConfigError, Problem
-
 Sharded = Mapping[str, Tensor]
 
 
@@ -111,23 +109,3 @@ class GroupScaled(WeightFormat):
     def num_bytes(self, rows: int, columns: int, item_size: int) -> int:
         groups = columns // group_size(columns)
         return rows * columns * self.bits // 8 + 2 * item_size * rows * groups
-
-
-def get_format(name: str) -> WeightFormat:
-    """The format of a value of `base_model_precision`; imports its library.
-
-    Raises:
-        ConfigError: no such format.
-    """
-    scheme, _, library = name.partition("-")
-    if library == "quanto":
-        from simpletuner.precision.quanto import FORMATS
-    elif library == "torchao":
-        from simpletuner.precision.torchao import FORMATS
-    elif library == "bnb":
-        from simpletuner.precision.bnb import FORMATS
-    else:
-        FORMATS = {}
-    if scheme not in FORMATS:
-        raise ConfigError(Problem(f'"{name}" is no number format', key="base_model_precision"))
-    return FORMATS[scheme]()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from simpletuner.errors import ConfigError, Problem
-from simpletuner.precision.formats import WeightFormat, get_format
+from simpletuner.precision.formats import WeightFormat
 from simpletuner.precision.linear import QuantisedLinear
 
 NO_CHANGE = "no_change"
@@ -125,3 +125,23 @@ def require_device(precision: str, device: torch.device, dtype: torch.dtype) -> 
         message = f"{precision} does not work on {device} here: {error}"
         fix = "use int8-quanto or int8-torchao, which need nothing but torch"
         raise ConfigError(Problem(message, key="base_model_precision", fix=fix)) from error
+
+
+def get_format(name: str) -> WeightFormat:
+    """The format of a value of `base_model_precision`; imports its library.
+
+    Raises:
+        ConfigError: no such format.
+    """
+    scheme, _, library = name.partition("-")
+    if library == "quanto":
+        from simpletuner.precision.quanto import FORMATS
+    elif library == "torchao":
+        from simpletuner.precision.torchao import FORMATS
+    elif library == "bnb":
+        from simpletuner.precision.bnb import FORMATS
+    else:
+        FORMATS = {}
+    if scheme not in FORMATS:
+        raise ConfigError(Problem(f'"{name}" is no number format', key="base_model_precision"))
+    return FORMATS[scheme]()

@@ -23,7 +23,6 @@ from textual.widgets import ContentSwitcher, Footer, Input, Static, TextArea
 from textual.worker import get_current_worker
 
 from simpletuner.errors import Problem, SimpleTunerError
-from simpletuner.wizard.command import cache_dir
 from simpletuner.wizard.css import STYLE
 from simpletuner.wizard.fields import Field
 from simpletuner.wizard.files import judge, save, texts_for
@@ -258,7 +257,7 @@ class Wizard(App[Outcome]):
 
         try:
             report = look_at_folder(
-                folder, places.working_dir, cache_dir(self.project, self.answers), progress, with_thumbnails=True
+                folder, places.working_dir, places.cache_dir(self.answers), progress, with_thumbnails=True
             )
         except ScanStopped:
             return

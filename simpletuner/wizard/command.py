@@ -195,15 +195,10 @@ def look_at_images(project: Project, answers: Answers, say: Callable[[str], None
     folders = (answers.images, answers.reference_images, answers.eval_images, answers.regularisation_images)
     for folder in dict.fromkeys(folders):
         if folder and folder_path(folder, project.places.working_dir).is_dir():
-            report = look_at_folder(folder, project.places.working_dir, cache_dir(project, answers), _no_progress)
+            report = look_at_folder(folder, project.places.working_dir, project.places.cache_dir(answers), _no_progress)
             seen[folder] = report.facts
             say(f"{folder}: " + "; ".join(report.lines()))
     return replace(answers, seen=seen)
-
-
-def cache_dir(project: Project, answers: Answers) -> Path:
-    """Where the run keeps its index."""
-    return project.places.working_dir / Path(str(answers.options.get("cache_dir", "cache"))).expanduser()
 
 
 def _run_options(arguments: Sequence[str]) -> dict[str, Any]:

@@ -66,6 +66,10 @@ class Places:
         """As it is written into config.json, and shown: short inside the working folder."""
         return Folders(self.working_dir, None).shown(path)
 
+    def cache_dir(self, answers: Answers) -> Path:
+        """Where the run keeps its index."""
+        return self.working_dir / Path(str(answers.options.get("cache_dir", "cache"))).expanduser()
+
 
 @dataclass(frozen=True)
 class Project:

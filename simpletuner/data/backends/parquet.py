@@ -26,8 +26,7 @@ from simpletuner.data.backends.base import (
     content_number,
 )
 from simpletuner.data.backends.local import CAPTION_SUFFIX, file_numbers
-from simpletuner.data.caption_table import CAPTION_COLUMNS
-from simpletuner.data.tables import joined
+from simpletuner.data.tables import CAPTION_COLUMNS, joined
 from simpletuner.errors import DataError, MissingDependency, Problem
 from simpletuner.text import without_separators
 

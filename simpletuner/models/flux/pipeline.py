@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from PIL import Image
 from torch import nn
 
 from simpletuner.models.components import model_index
+from simpletuner.models.family import ModelFamily
 from simpletuner.models.live_pipeline import LivePipeline
 from simpletuner.models.patches import pack
 
-if TYPE_CHECKING:
-    from simpletuner.models.flux.family import Flux
 
-
-def build_pipeline(family: Flux, denoiser: nn.Module, vae: nn.Module | None) -> FluxLivePipeline:
+def build_pipeline(family: ModelFamily, denoiser: nn.Module, vae: nn.Module | None) -> FluxLivePipeline:
     """A pipeline on live weights, of the class that the model names for itself, with the model's own scheduler."""
     from diffusers import FlowMatchEulerDiscreteScheduler, FluxKontextPipeline, FluxPipeline
 

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from simpletuner.config.options import all_options
 from simpletuner.errors import ConfigError
-from simpletuner.precision.formats import get_format, pack_bits, unpack_bits
+from simpletuner.precision.formats import pack_bits, unpack_bits
 from simpletuner.precision.linear import QuantisedLinear
-from simpletuner.precision.quantise import quantise, quantised_layers, require_device, saved_bytes
+from simpletuner.precision.quantise import get_format, quantise, quantised_layers, require_device, saved_bytes
 
 # Bits per weight of a 256 x 512 matrix in bfloat16, scales included, and the relative error of normal weights.
 PROMISED = {
