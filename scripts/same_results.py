@@ -150,7 +150,8 @@ def write_run(folder: Path, model: Path, row: str) -> None:
         data.append(_dataset("masks", dataset_type="conditioning", conditioning_type="mask"))
     if variant == "regularization":
         write_images(folder / "others", 3, seed=4)
-        data.append(_dataset("others", is_regularisation_data=True))
+        # So many repeats that some of the few steps are of this dataset.
+        data.append(_dataset("others", is_regularisation_data=True, repeats=5))
     model_options = {"model_family": family, "pretrained_model_name_or_path": str(model)}
     config = OPTIONS | model_options | ADAPTERS[adapter] | VARIANTS[variant]
     (folder / "config.json").write_text(json.dumps(config))

@@ -58,6 +58,8 @@ def test_two_calls_of_the_quick_rows_are_equal(tmp_path: Path):
     before = json.loads(first.stdout)
     assert list(before) == list(same_results.QUICK)
     assert all(set(facts["exit"]) == {0} for facts in before.values())
+    extras = [value for name, value in before["flux/dora/regularization"]["metrics"].items() if name.endswith("extra")]
+    assert any("regularisation_loss" in extra for extra in extras), "no step was of the regularization dataset"
     (tmp_path / "before.json").write_text(first.stdout)
     again = subprocess.run([*script, "--compare", str(tmp_path / "before.json")], capture_output=True, text=True)
     assert again.stdout.splitlines() == ["8 of 8 rows are equal"]
