@@ -26,15 +26,21 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+# On a bare machine the clone is not installed: neither here nor for the programs that are started.
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT))
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), str(ROOT))))
+
 # What is imported here and not part of an installation of torch 2.11 with its own requirements (numpy among them).
 WHEELS = (
     "diffusers", "transformers", "tokenizers", "huggingface_hub", "safetensors", "accelerate", "peft", "lycoris-lora",
     "einops", "pydantic", "pydantic-core", "annotated-types", "typing-inspection", "typer", "click", "shellingham",
     "rich", "markdown-it-py", "mdurl", "pygments", "pillow", "httpx", "httpcore", "anyio", "h11", "idna", "certifi",
     "psutil", "tenacity", "regex", "tqdm", "requests", "urllib3", "charset-normalizer", "PyYAML", "packaging",
-    "hf-xet", "optimum-quanto", "torchao",
+    "hf-xet", "optimum-quanto", "torchao", "toml", "importlib-metadata", "zipp", "lazy-importer", "httpx2", "httpcore2",
+    "truststore", "annotated-doc", "typing-extensions",
 )  # fmt: skip
-# Done without: bitsandbytes (the row nf4), deepspeed, wandb, tensorboard.
+# Done without: bitsandbytes (the row nf4), deepspeed, wandb, tensorboard; ninja, with which quanto would compile.
 LIMIT_SECONDS = {"8 resumed bits": 420, "10 number formats": 420, "published": 420}
 USUAL_LIMIT_SECONDS = 240
 LEFT = 3

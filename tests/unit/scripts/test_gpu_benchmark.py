@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import json
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 FOLDER = Path(__file__).resolve().parents[3] / "benchmarks"
 
@@ -132,3 +136,17 @@ def test_the_wheels_of_a_bare_machine_are_pinned_and_complete(benchmark: ModuleT
     assert all("==" in line for line in lines)
     names = {name.lower() for name in benchmark.WHEELS}
     assert not names & {"torch", "bitsandbytes", "deepspeed"}  # there already, or too large
+    there = everything_needed_by(["torch", "numpy"])
+    assert everything_needed_by(names) - {canonicalize_name(name) for name in names} - there == {"ninja"}
+
+
+def everything_needed_by(names: Iterable[str]) -> set[str]:
+    """The packages and what they require, as they are installed here; extras and other systems left out."""
+    found: set[str] = set()
+    waiting = [canonicalize_name(name) for name in names]
+    while waiting:
+        if (name := waiting.pop()) not in found:
+            found.add(name)
+            lines = map(Requirement, importlib.metadata.requires(name) or ())
+            waiting += [canonicalize_name(r.name) for r in lines if not r.marker or r.marker.evaluate({"extra": ""})]
+    return found
