@@ -17,7 +17,7 @@ VERBS = (
     *("cache", "check", "configure", "convert", "doctor", "examples", "export", "generate"),
     *("models", "monitor", "options", "plan", "report", "train", "verify-resume"),
 )
-_COMMAND = re.compile(rf"(?<![\w./-]){NAME} (?=(?:{'|'.join(VERBS)})\b)")
+_COMMAND = re.compile(rf"(?<![\w./-])(?<!-m ){NAME} (?=(?:{'|'.join(VERBS)})\b)")
 
 
 @functools.cache

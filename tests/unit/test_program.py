@@ -64,6 +64,7 @@ def test_another_installation_on_the_path_is_not_taken_for_this_one(
 def test_without_a_script_the_module_is_run(environment: Path) -> None:
     (environment / "simpletuner").unlink()
     assert program() == f"{sys.executable} -m simpletuner"
+    assert pasteable(pasteable("simpletuner train")) == pasteable("simpletuner train")
 
 
 @pytest.mark.parametrize(
