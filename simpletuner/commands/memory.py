@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import psutil
 import torch
-from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch import nn
 
 from simpletuner.batch import PromptEmbeds
 from simpletuner.commands.probe import Load
-from simpletuner.commands.shapes import Activations, measure_activations, num_bytes, optimizer_bytes
+from simpletuner.commands.shapes import (
+    Activations,
+    PeakBytes,
+    measure_activations,
+    num_bytes,
+    optimizer_bytes,
+    step_bytes,
+)
 from simpletuner.config.loading import LoadedRun
 from simpletuner.config.options import TrainConfig
 from simpletuner.models.components import make_empty_component
@@ -46,6 +50,7 @@ class Shapes:
         trained: the parameters that are trained, on `meta`.
         activations: at the largest size.
         optimizer: bytes of the optimizer's state.
+        update: bytes that a step of the optimizer makes besides.
     """
 
     num_parameters: int
@@ -55,6 +60,7 @@ class Shapes:
     swapped_bytes: int
     activations: Activations
     optimizer: int
+    update: int
 
 
 def read_shapes(loaded: LoadedRun, family: ModelFamily, load: Load, embeds: Sequence[PromptEmbeds]) -> Shapes:
@@ -72,14 +78,18 @@ def read_shapes(loaded: LoadedRun, family: ModelFamily, load: Load, embeds: Sequ
         trained = attach_adapter(loaded, empty, denoiser).trainable_parameters()
     is_full = config.model_type == "full"
     trained_bytes = num_bytes(trained.values())
-    optimizer = optimizer_bytes(
-        trained, lambda tried: build_optimizer(config.optimizer, tried, config.model_dump(), config.seed)
-    )
+
+    def make_optimizer(tried: dict[str, nn.Parameter]) -> torch.optim.Optimizer:
+        return build_optimizer(config.optimizer, tried, config.model_dump(), config.seed)
+
+    optimizer, update = optimizer_bytes(trained, make_optimizer), step_bytes(trained, make_optimizer)
     for parameter in denoiser.parameters():
         parameter.data = parameter.data.to(computes_in)
     empty.dtype = computes_in
     activations = measure_activations(empty, denoiser, load.height, load.width, embeds, load.references)
-    return Shapes(count, 0 if is_full else frozen, dict(trained), trained_bytes, swapped, activations, optimizer)
+    return Shapes(
+        count, 0 if is_full else frozen, dict(trained), trained_bytes, swapped, activations, optimizer, update
+    )
 
 
 def memory_rows(
@@ -109,7 +119,9 @@ def memory_rows(
         rows.append(Row("VAE, which stays to encode on demand", num_bytes(vae.parameters())))
     free = available - sum(row.num_bytes for row in rows)
     chosen, others = activation_rows(config, shapes.activations, free)
-    return [row for row in (*rows, chosen) if row.num_bytes], others
+    # The activations are gone when the optimizer takes its step, so what it makes has their room.
+    update = Row(f"a step of {config.optimizer}, beyond the activations", max(shapes.update - chosen.num_bytes, 0))
+    return [row for row in (*rows, chosen, update) if row.num_bytes], others
 
 
 def unpacked_bytes(family: ModelFamily, computes_in: torch.dtype) -> int:
@@ -180,27 +192,6 @@ def swapped_out(blocks: Sequence[nn.Module], precision: str, kept: Sequence[str]
         num_bytes((*block.parameters(), *block.buffers())) - saved_bytes(block, precision, (), kept) for block in blocks
     ]
     return max(sum(sizes) - NUM_BUFFERS * max(sizes, default=0), 0)
-
-
-class PeakBytes(TorchDispatchMode):
-    """Counts what the tensors that are made inside take at most at a time; in passes without gradients."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.alive = self.peak = 0
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        output = function(*args, **(kwargs or {}))
-        if not function.is_view:
-            for tensor in tree_leaves(output):
-                if isinstance(tensor, Tensor):
-                    self.alive += tensor.nbytes
-                    self.peak = max(self.peak, self.alive)
-                    weakref.finalize(tensor, self._free, tensor.nbytes)
-        return output
-
-    def _free(self, size: int) -> None:
-        self.alive -= size
 
 
 def decode_bytes(family: ModelFamily, height: int, width: int) -> int:

@@ -7,6 +7,7 @@ gradient checkpointing.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from simpletuner.batch import Batch, PromptEmbeds
 from simpletuner.models.family import ModelFamily
@@ -235,6 +238,59 @@ def optimizer_bytes(parameters: Mapping[str, nn.Parameter], make_optimizer: Any)
         optimizer.step()
     kept, _ = optimizer_tensors(optimizer, tried)
     return round(num_bytes(kept.values()) * total / sum(parameter.numel() for parameter in tried.values()))
+
+
+def step_bytes(parameters: Mapping[str, nn.Parameter], make_optimizer: Any) -> int:
+    """The most that a step of the optimizer makes besides what it keeps, from shapes alone; 0 where only values tell.
+
+    On a GPU torch's own optimizers move all weights at once, which here they are asked for: that makes more.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    made = PeakBytes()
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True), torch.compiler.set_stance("force_eager"):
+            tried = {
+                name: nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype))
+                for name, parameter in parameters.items()
+            }
+            optimizer = make_optimizer(tried)
+            for group in optimizer.param_groups:
+                if group.get("foreach", False) is None and not group.get("fused"):
+                    group["foreach"] = True
+            for parameter in tried.values():
+                parameter.grad = torch.empty_like(parameter)
+            optimizer.step()
+            with torch.no_grad(), made:
+                optimizer.step()
+    except RuntimeError:  # it asks for a value: bitsandbytes in 8 bits, Prodigy
+        return 0
+    return made.peak
+
+
+class PeakBytes(TorchDispatchMode):
+    """Counts what the tensors that are made inside take at most at a time; in passes without gradients."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive = self.peak = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {_storage_of(each) for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)}
+        output = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(output):
+            if isinstance(tensor, Tensor) and _storage_of(tensor) not in given:  # no view, and not written in place
+                self.alive += tensor.nbytes
+                self.peak = max(self.peak, self.alive)
+                weakref.finalize(tensor, self._free, tensor.nbytes)
+        return output
+
+    def _free(self, size: int) -> None:
+        self.alive -= size
+
+
+def _storage_of(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
 
 
 def _cut_shape(shape: torch.Size) -> list[int]:

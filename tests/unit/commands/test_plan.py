@@ -7,16 +7,18 @@ import shutil
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import MagicMock, patch
 
 import pytest
 import torch
 from safetensors import safe_open
 from torch import nn
 
+from simpletuner.commands import memory
 from simpletuner.commands import plan as planning
-from simpletuner.commands.memory import PeakBytes, mix_that_fits
+from simpletuner.commands.memory import mix_that_fits
 from simpletuner.commands.probe import Load, StepTimes
-from simpletuner.commands.shapes import Activations, SavedBytes, empty_batch, optimizer_bytes
+from simpletuner.commands.shapes import Activations, PeakBytes, SavedBytes, empty_batch, optimizer_bytes, step_bytes
 from simpletuner.commands.text import duration_text, short_count
 from simpletuner.errors import bytes_text
 from simpletuner.optim.optimizers import build_optimizer
@@ -130,6 +132,35 @@ def test_the_state_of_the_optimizer_is_what_it_keeps(name):
     optimizer.step()
     kept = sum(v.nbytes for state in optimizer.state.values() for v in state.values() if isinstance(v, torch.Tensor))
     assert planned == pytest.approx(kept, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("adamw", 0),  # one fused call, in place
+        ("torch-adadelta", 2 * 5 * 4 * 64 * 256),  # the delta and the deviation of all weights at once
+        ("torch-rmsprop", 5 * 4 * 64 * 256),  # the root of the average
+        ("adafactor", 5 * 4 * 64 * 256),  # the update of each weight, and sums of its rows and columns
+        ("bnb-adamw8bit", 0),
+    ],
+)
+def test_what_a_step_of_the_optimizer_makes_besides_its_state_is_counted(name: str, expected: int) -> None:
+    """Five weights of 64 x 256 in float32."""
+    weights = {f"p{index}": nn.Parameter(torch.zeros(64, 256, device="meta")) for index in range(5)}
+    made = step_bytes(weights, lambda tried: build_optimizer(name, tried, {}, 0))
+    assert made == pytest.approx(expected, rel=0.05)
+
+
+def test_a_plan_has_room_for_the_step_of_the_optimizer_where_the_activations_leave_too_little() -> None:
+    with patch.object(memory, "activation_rows", lambda *given: (memory.Row("activations", 300), [])):
+        shapes = memory.Shapes(1, 0, {}, 0, 0, MagicMock(), 0, update=1000)
+        family = MagicMock(number_formats=MagicMock(base="no_change"))
+        loaded = MagicMock(config=MagicMock(optimizer="came", use_ema=False, mixed_precision="no"))
+        rows, _ = memory.memory_rows(loaded, family, shapes, False, 10**6)
+    assert [(row.name, row.num_bytes) for row in rows] == [
+        ("activations", 300),
+        ("a step of came, beyond the activations", 700),
+    ]
 
 
 def test_a_model_of_billions_is_planned_without_its_weights(folder, tmp_path, omnigen_folder):
