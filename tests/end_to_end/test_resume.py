@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import signal
 import subprocess
 import time
 from pathlib import Path
@@ -211,6 +212,22 @@ def test_sigterm_saves_and_leaves_with_143(tmp_path, omnigen_folder):
     assert process.returncode == 143
     assert "Traceback" not in errors
     assert list((folder / "output").glob("checkpoint-*/manifest.json"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("words", "code"), [((), 129), (("nohup",), 0)], ids=["a terminal that closes", "nohup"])
+def test_a_hang_up_saves_and_leaves_but_not_under_nohup(tmp_path, omnigen_folder, words, code):
+    steps = 60 if words else 100_000
+    folder = write_run(tmp_path / "run", omnigen_folder, max_train_steps=steps, checkpoint_step_interval=0)
+    command = [*words, *cli("train")]
+    process = subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    wait_for(folder / "output" / "metrics.jsonl", process, containing='"step_done"')
+    process.send_signal(signal.SIGHUP)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == code, errors
+    assert "Traceback" not in errors
+    assert list((folder / "output").glob("checkpoint-*/manifest.json"))
+    assert (folder / "output" / "pytorch_lora_weights.safetensors").exists() == (code == 0)
 
 
 def wait_for(path: Path, process: subprocess.Popen, containing: str = "", seconds: float = 120.0) -> None:
