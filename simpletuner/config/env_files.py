@@ -31,7 +31,7 @@ _OWN = frozenset(
     {*ENVIRONMENT_NAMES, *BACKEND_NAMES, "CONFIG_PATH", EXTRA_ARGUMENTS, *LAUNCH_VARIABLES, *ACCELERATE_VARIABLES}
 )
 # Between the processes of one run.
-_INTERNAL = ("SIMPLETUNER_LIFELINE", "SIMPLETUNER_LAST_WORDS")
+_INTERNAL = ("SIMPLETUNER_LIFELINE", "SIMPLETUNER_LAST_WORDS", "SIMPLETUNER_LISTENER")
 # Of libraries. Whole names: families such as NCCL_* and WANDB_* have members that load plug-ins or name another server.
 LISTED = frozenset(
     f"{family}{name}"

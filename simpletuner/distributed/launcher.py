@@ -23,7 +23,7 @@ from pathlib import Path
 from types import FrameType
 
 from simpletuner.distributed.frozen import is_frozen
-from simpletuner.distributed.lifeline import LAST_WORDS, LIFELINE, SAVING_SECONDS, lifeline
+from simpletuner.distributed.lifeline import LAST_WORDS, LIFELINE, LISTENER, SAVING_SECONDS, lifeline
 from simpletuner.errors import EXITS_OF_SIGNALS
 
 # A process that hangs in a collective does not answer SIGTERM; it has nothing to save either.
@@ -31,7 +31,10 @@ GRACE_SECONDS = 20.0
 POLL_SECONDS = 0.1
 # What says which of several processes one is: set by this module, torchrun and accelerate.
 OF_ONE_PROCESS = frozenset(
-    ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", LAST_WORDS, LIFELINE)
+    (
+        *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
+        *(LAST_WORDS, LIFELINE, LISTENER),
+    )
 )
 
 
@@ -80,10 +83,14 @@ def launch(arguments: Sequence[str], layout: Layout, say: Callable[[str], None])
         say: told the last words of the process that failed first.
     """
     with tempfile.TemporaryDirectory(prefix="simpletuner-") as folder, lifeline() as end:
-        port = layout.port or _free_port()
+        listener = listen() if layout.port is None else None
+        port = layout.port or listener.getsockname()[1]  # type: ignore[union-attr]
         processes = [
-            _start(arguments, layout, local_rank, port, Path(folder), end) for local_rank in range(layout.num_processes)
+            _start(arguments, layout, local_rank, port, Path(folder), end, listener)
+            for local_rank in range(layout.num_processes)
         ]
+        if listener is not None:
+            listener.close()  # the main process has its own
         with _forwarded_signals(processes) as received:
             failed = _wait(processes, received, say)
         if failed is None:
@@ -104,7 +111,13 @@ def _rank(layout: Layout, local_rank: int) -> int:
 
 
 def _start(
-    arguments: Sequence[str], layout: Layout, local_rank: int, port: int, folder: Path, end: int
+    arguments: Sequence[str],
+    layout: Layout,
+    local_rank: int,
+    port: int,
+    folder: Path,
+    end: int,
+    listener: socket.socket | None = None,
 ) -> subprocess.Popen[bytes]:
     environment = os.environ | {
         "RANK": str(_rank(layout, local_rank)),
@@ -121,7 +134,11 @@ def _start(
     # A session of its own: Ctrl-C in the terminal reaches the launcher only, which tells each process once.
     # -P: a torch.py in the working folder is no torch.
     command = [sys.executable, "-P", "-m", "simpletuner", *arguments]
-    return subprocess.Popen(command, env=environment, start_new_session=True, pass_fds=(end,))
+    descriptors = [end]
+    if listener is not None and local_rank == 0:
+        environment[LISTENER] = str(listener.fileno())
+        descriptors.append(listener.fileno())
+    return subprocess.Popen(command, env=environment, start_new_session=True, pass_fds=tuple(descriptors))
 
 
 def _wait(processes: Sequence[subprocess.Popen[bytes]], asked: Sequence[int], say: Callable[[str], None]) -> int | None:
@@ -233,7 +250,11 @@ def leave_last_words(text: str, environment: Mapping[str, str]) -> bool:
     return False
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+def listen() -> socket.socket:
+    """A socket on a free port of this machine, which the main process takes over.
+
+    It listens from the start: a free port that is only remembered may be taken by another program until the main
+    process uses it, also by one of its own peers, whose connection to a port that nobody listens on yet can get that
+    very port as its own end and then meets itself.
+    """
+    return socket.create_server(("127.0.0.1", 0), backlog=1024)

@@ -17,6 +17,8 @@ from pathlib import Path
 
 # The descriptor of the reading end.
 LIFELINE = "SIMPLETUNER_LIFELINE"
+# The descriptor of the socket at which the main process is found.
+LISTENER = "SIMPLETUNER_LISTENER"
 # Where a process leaves its last words for the launcher.
 LAST_WORDS = "SIMPLETUNER_LAST_WORDS"
 # To finish a step and save, when a signal asks for it. A process that hangs in a collective answers none.

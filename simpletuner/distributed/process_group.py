@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from simpletuner.distributed.heartbeat import Heartbeat, store_of_run, wait_for
+from simpletuner.distributed.lifeline import LISTENER
 from simpletuner.errors import ConfigError, Problem, SimpleTunerError
 
 Item = TypeVar("Item")
@@ -236,7 +237,12 @@ def joined(environment: Mapping[str, str], timeout_minutes: float = 10.0) -> Ite
         torch.cuda.set_device(process_group.local_rank)
         backend, device = "cpu:gloo,cuda:nccl", torch.device("cuda", process_group.local_rank)
     dist.init_process_group(
-        backend, rank=process_group.rank, world_size=process_group.size, timeout=PATIENCE, device_id=device
+        backend,
+        store=_own_store(environment, process_group.size),
+        rank=process_group.rank,
+        world_size=process_group.size,
+        timeout=PATIENCE,
+        device_id=device,
     )
     world = dist.group.WORLD
     if device is not None and world is not None:
@@ -250,6 +256,21 @@ def joined(environment: Mapping[str, str], timeout_minutes: float = 10.0) -> Ite
         # After an error the others may be anywhere: destroying the group would wait for them.
         if _is_leaving_well():
             dist.destroy_process_group()
+
+
+def _own_store(environment: Mapping[str, str], size: int) -> Any:
+    """The store of the run, in the main process of our launcher, which has handed over the socket for it; None
+    elsewhere: torch finds it by address and port.
+    """
+    import torch.distributed as dist
+
+    if LISTENER not in environment:
+        return None
+    descriptor, port = int(environment[LISTENER]), int(environment["MASTER_PORT"])
+    store = dist.TCPStore(
+        environment["MASTER_ADDR"], port, size, True, PATIENCE, multi_tenant=True, master_listen_fd=descriptor
+    )
+    return dist.PrefixStore("default_pg", store)  # as torch calls it in the others
 
 
 def limit_links(backend: Any) -> None:

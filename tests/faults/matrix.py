@@ -147,9 +147,11 @@ def train(folder: Path, row: Combination, dies: bool = False) -> list[int]:
 
 
 def _free_port() -> int:
-    from simpletuner.distributed.launcher import _free_port as free_port
+    """Processes of a fork server inherit no socket, so this one is closed before they are started."""
+    from simpletuner.distributed.launcher import listen
 
-    return free_port()
+    with listen() as listener:
+        return listener.getsockname()[1]
 
 
 def _wait(processes: Sequence[BaseProcess]) -> list[int]:

@@ -14,15 +14,16 @@ import torch.distributed.fsdp  # noqa: F401 - imported once, and not in each pro
 
 from simpletuner.distributed import heartbeat
 from simpletuner.distributed.heartbeat import PeerLost
-from simpletuner.distributed.launcher import _free_port
+from simpletuner.distributed.launcher import listen
 from simpletuner.distributed.process_group import joined
 from simpletuner.errors import Interrupted
+from tests.processes import variables_of
 
 
 def in_two(first, second, minutes: float) -> list[dict]:
     """Run two forked processes, each with its work; the second one is frozen when it asks for it."""
-    with TemporaryDirectory() as folder:
-        port, children = str(_free_port()), []
+    with TemporaryDirectory() as folder, listen() as listener:
+        ranks, children = variables_of(2, listener), []
         for rank, work in enumerate((first, second)):
             child = os.fork()
             if child:
@@ -32,8 +33,7 @@ def in_two(first, second, minutes: float) -> list[dict]:
             try:
                 signal.signal(signal.SIGALRM, signal.SIG_DFL)  # a handler of Python's waits for the end of a call
                 signal.alarm(120)
-                variables = {"WORLD_SIZE": "2", "RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-                os.environ.update(variables)
+                os.environ.update(ranks[rank])
                 with joined(os.environ, minutes) as process_group:
                     started = time.monotonic()
                     try:

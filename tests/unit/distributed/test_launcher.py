@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -14,7 +15,7 @@ import pytest
 from simpletuner.distributed import launcher
 from simpletuner.distributed.frozen import address, is_frozen, is_frozen_at
 from simpletuner.distributed.launcher import environment_outside, is_main
-from simpletuner.distributed.lifeline import LAST_WORDS, LIFELINE, lifeline
+from simpletuner.distributed.lifeline import LAST_WORDS, LIFELINE, LISTENER, lifeline
 
 WAITS = """
 import os, time
@@ -42,7 +43,15 @@ def test_a_process_is_reported_to_end_when_its_lifeline_does(tmp_path):
 
 
 def test_a_program_that_a_process_starts_is_none_of_the_processes():
-    environment = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_PORT": "1", LAST_WORDS: "x", LIFELINE: "3", "HOME": "/home"}
+    environment = {
+        "RANK": "1",
+        "WORLD_SIZE": "2",
+        "MASTER_PORT": "1",
+        LAST_WORDS: "x",
+        LIFELINE: "3",
+        LISTENER: "4",
+        "HOME": "/home",
+    }
     assert environment_outside(environment) == {"HOME": "/home"}
 
 
@@ -149,6 +158,22 @@ def test_each_process_is_reported_who_it_is(monkeypatch, tmp_path):
     assert seen["command"][1:] == ["-P", "-m", "simpletuner", "train", "--x"]
     assert seen["start_new_session"]
     assert seen["pass_fds"] == (7,)
+    assert LISTENER not in seen["env"]
+
+
+def test_the_main_process_of_a_machine_gets_the_socket_that_the_others_find_it_at(monkeypatch, tmp_path):
+    started = []
+    monkeypatch.setattr(launcher.subprocess, "Popen", lambda command, **given: started.append(given))
+    with launcher.listen() as listener:
+        port = listener.getsockname()[1]
+        for rank in (0, 1):
+            launcher._start(["train"], launcher.Layout(2), rank, port, tmp_path, 7, listener)
+        with socket.create_connection(("127.0.0.1", port)):  # nobody has taken it over yet, and it answers already
+            pass
+        with pytest.raises(OSError, match="in use"):
+            socket.create_server(("127.0.0.1", port))
+        assert [each["pass_fds"] for each in started] == [(7, listener.fileno()), (7,)]
+        assert [each["env"].get(LISTENER) for each in started] == [str(listener.fileno()), None]
 
 
 def test_a_process_is_known_to_be_stopped_only_where_it_can_be_seen():

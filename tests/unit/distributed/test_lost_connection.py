@@ -8,11 +8,12 @@ import sys
 
 import pytest
 
-from simpletuner.distributed.launcher import _free_port
+from simpletuner.distributed.launcher import listen
 from simpletuner.distributed.process_group import ConnectionLost
 from simpletuner.errors import Interrupted
 from simpletuner.training.signals import StopRequest
 from simpletuner.training.trainer import stopped_by_signals
+from tests.processes import variables_of
 
 LEAVES = """
 import os
@@ -31,13 +32,12 @@ with joined(os.environ) as world:
 
 @pytest.mark.slow
 def test_a_connection_that_breaks_is_reported_as_a_process_that_ended():
-    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
-    main, _ = (
-        subprocess.Popen(
-            [sys.executable, "-c", LEAVES], env=os.environ | place | {"RANK": rank}, stdout=subprocess.PIPE, text=True
+    with listen() as listener:
+        command, open_too = [sys.executable, "-c", LEAVES], (listener.fileno(),)
+        main, _ = (
+            subprocess.Popen(command, env=os.environ | place, stdout=subprocess.PIPE, text=True, pass_fds=open_too)
+            for place in variables_of(2, listener)
         )
-        for rank in ("0", "1")
-    )
     reported, _ = main.communicate(timeout=120)
     assert main.returncode == 0
     assert reported.startswith("another process of this run has ended, and says why itself")
