@@ -49,7 +49,7 @@ ENDINGS = {0, EXIT_DATA}  # what a command may end with that met a refusal of th
 
 def write(folder: Path, model: Path, **options: Any) -> Path:
     """The run in `folder`, its images beside it; nothing is cached yet."""
-    names = {"pictures": 3, "held_out": 1}
+    names = {"images": 3, "held_out": 1}
     for seed, (name, count) in enumerate(names.items()):
         if not (folder.parent / name).exists():
             write_images(folder.parent / name, count, seed)

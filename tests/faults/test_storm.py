@@ -72,7 +72,7 @@ def phase_of(run: Path) -> str:
         return "finishing" if is_final else "saving"
     if last.get("event") == "phase_started":
         name = str(last.get("name"))
-        words = {"pictures": "validation", "images": "validation", "weights": "finishing"}
+        words = {"images": "validation", "weights": "finishing"}
         return next((phase for word, phase in words.items() if word in name), "starting")
     if last.get("event") == "run_finished":
         return "finishing"
