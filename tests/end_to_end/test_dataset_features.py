@@ -86,7 +86,7 @@ def test_what_may_be_mirrored_is_cached_in_both_versions_and_what_is_not_kept_is
     folder = prepare(tmp_path / "run", omnigen_folder, data, max_train_steps=4)
     train_here(folder)
     counts = {name: entries_in(folder / "cache/vae/omnigen" / name) for name in ("images", "more", "regularisation")}
-    assert counts == {"pictures": 10, "more": 0, "regularisation": 3}
+    assert counts == {"images": 10, "more": 0, "regularisation": 3}
 
 
 def test_a_mask_changes_what_is_learned_and_a_probability_of_zero_does_not(tmp_path, omnigen_folder) -> None:

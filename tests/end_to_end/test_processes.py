@@ -46,7 +46,7 @@ def train(folder: Path, *arguments: str) -> Path:
 
 
 # Images of a global batch of four: 5 are 4 and 1, 3 are fewer than the two processes take together.
-COUNTS = {"pictures": 5, "regularisation": 3, "held_out": 2}
+COUNTS = {"images": 5, "regularisation": 3, "held_out": 2}
 
 
 def short_batches(folder: Path) -> list[dict]:

@@ -35,7 +35,7 @@ def test_the_lock_names_versions_files_data_and_weights(folder: Path, omnigen_fo
     assert lock["config_files"] == {
         name: sha256(folder / name) for name in ("config.json", "multidatabackend.json", "lycoris_config.json")
     }
-    assert {name: each["pictures"] for name, each in lock["data"].items()} == {"pictures": 2, "first": 2, "second": 2}
+    assert {name: each["pictures"] for name, each in lock["data"].items()} == {"images": 2, "first": 2, "second": 2}
     weights = "transformer/diffusion_pytorch_model.safetensors"
     assert lock["base"]["files"][weights] == sha256(omnigen_folder / weights)
     assert {name.partition("/")[0] for name in lock["base"]["files"]} == {
