@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from pathlib import Path
 
 from simpletuner.config.datasets import dataset_options
@@ -19,9 +20,12 @@ from simpletuner.config.reference import option_rows, planned_values_text, schem
 from simpletuner.config.webhooks import webhook_options
 from simpletuner.models.readers import readers_table
 from simpletuner.models.registry import FAMILIES, get_spec
-from simpletuner.reporting.webhooks.schema import event_schema
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # this file is run as a script, and imported by tests
+
+from scripts.webhook_schema import event_schema  # noqa: E402
+
 PAGES = ROOT / "documentation"
 SCHEMAS = ("config", "multidatabackend")
 _MARK = re.compile(r"<!-- (table|file): (\S+) -->\n.*?<!-- end -->", re.DOTALL)

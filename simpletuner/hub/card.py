@@ -1,12 +1,13 @@
-"""The model card: what was trained, on what, how it looks, and code that generates with it."""
+"""The model card: what was trained, on what, example images, and code that uses it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from simpletuner import __version__
+from simpletuner.templating import render
 
 # Names of licences as families carry them -> identifiers that the Hub knows; others are "other" with their name.
 LICENCES: Mapping[str, str] = {
@@ -35,7 +36,7 @@ class CardFacts:
         base_model: hub id of the base; None where it was a folder of the user's.
         licence: of the base, as the family names it.
         kind: what was trained: `full`, or the adapter's kind (`lokr`, `lora`, `dora`, ...).
-        usage: Python that generates with it.
+        usage: Python that generates images with it.
         step: optimizer steps done.
         total_steps: optimizer steps at which the run ends.
         options: the resolved configuration.
@@ -69,16 +70,14 @@ class CardFacts:
 
 def card_text(facts: CardFacts) -> str:
     """The whole README.md."""
-    sections = (
-        _introduction(facts),
-        _gallery(facts),
-        f"## Use it\n\n```python\n{facts.usage.strip()}\n```",
-        _other_programs(facts),
-        _training(facts),
-        _datasets(facts),
-        f"Trained with simpletuner {__version__}.",
+    options = ((name, facts.options.get(name)) for name in HYPERPARAMETERS)
+    return render(
+        "model_card.md",
+        **{each.name: getattr(facts, each.name) for each in fields(facts)},
+        version=__version__,
+        front_matter=front_matter(facts),
+        hyperparameters=[(name, value) for name, value in options if value not in (None, "")],
     )
-    return f"---\n{front_matter(facts)}\n---\n\n" + "\n\n".join(filter(None, sections)) + "\n"
 
 
 def front_matter(facts: CardFacts) -> str:
@@ -109,63 +108,3 @@ def front_matter(facts: CardFacts) -> str:
         **extra,
     )
     return str(data.to_yaml()).strip()
-
-
-def _introduction(facts: CardFacts) -> str:
-    what = "A fine-tuned version" if facts.kind == "full" else f"An adapter ({facts.kind})"
-    base = f"[{facts.base_model}](https://huggingface.co/{facts.base_model})" if facts.base_model else facts.model
-    lines = [f"# {inline(facts.title)}", f"{what} of {base}, after {facts.step:,} of {facts.total_steps:,} steps."]
-    if facts.instance_prompts:
-        words = ", ".join(f"`{inline(prompt)}`" for prompt in facts.instance_prompts)
-        lines.append(f"It was trained with the words {words}.")
-    if facts.note:
-        lines.append(facts.note.strip())
-    return "\n\n".join(lines)
-
-
-def _gallery(facts: CardFacts) -> str:
-    return "## Images\n\n<Gallery />" if facts.images else ""
-
-
-def _other_programs(facts: CardFacts) -> str:
-    """Who reads the file, and how to make forms of it for others."""
-    if facts.kind == "full":
-        return ""
-    command = f"simpletuner export pytorch_lora_weights.safetensors --model {facts.base_model or 'PATH'}"
-    lines = f"The file is {facts.readers}. Files for other programs are made of it, as far as they can hold it, with:"
-    return f"{lines}\n\n```console\n{command}\n```"
-
-
-def _training(facts: CardFacts) -> str:
-    rows = [("steps", facts.step)] + [
-        (name, facts.options[name]) for name in HYPERPARAMETERS if facts.options.get(name) not in (None, "")
-    ]
-    if facts.eval_loss is not None:
-        rows.append(("eval loss", f"{facts.eval_loss:.4f}"))
-    body = "\n".join(f"| {name} | {cell(value)} |" for name, value in rows)
-    return f"## Training\n\n| | |\n|---|---|\n{body}"
-
-
-def _datasets(facts: CardFacts) -> str:
-    if not facts.datasets:
-        return ""
-    rows = []
-    for each in facts.datasets:
-        sizes = each.get("sizes") or {}
-        shown = ", ".join(list(sizes)[:6]) + (", ..." if len(sizes) > 6 else "")
-        rows.append(f"| {cell(each.get('id'))} | {cell(each.get('bucketed'))} | {cell(shown)} |")
-    return "## Data\n\n| dataset | images | sizes |\n|---|---|---|\n" + "\n".join(rows)
-
-
-def inline(text: str) -> str:
-    """A text of the user's that must stay within its line and is no markup."""
-    return " ".join(text.replace("<", "&lt;").replace("`", "'").split())
-
-
-def cell(value: Any) -> str:
-    """A value as it can stand in a cell of a table."""
-    if isinstance(value, bool):
-        value = str(value).lower()
-    elif isinstance(value, float):
-        value = f"{value:g}"
-    return inline(str(value)).replace("|", "\\|")

@@ -8,7 +8,6 @@ the Hub refuses is reported once and tried again at the end. Only the end of the
 from __future__ import annotations
 
 import logging
-import random
 import re
 import shlex
 import shutil
@@ -184,17 +183,33 @@ class Publisher:
 
         disable_progress_bars()
         logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
-        pause = self._first_pause
-        while (upload := self._next()) is not None:
-            try:
-                self._send(upload)
-            except upload_failures() as error:
-                self._fail(upload, error)
-                self._pause(pause * random.uniform(0.8, 1.2))
-                pause = min(pause * 2, LONGEST_PAUSE)
-            else:
-                pause, self._trouble = self._first_pause, None
-                self._done(upload)
+        from tenacity import Retrying, retry_if_exception_type, wait_random_exponential
+
+        retrying = Retrying(
+            retry=retry_if_exception_type(upload_failures()),
+            wait=wait_random_exponential(self._first_pause, LONGEST_PAUSE),
+            sleep=self._pause,
+        )
+        while retrying(self._send_next):
+            pass
+
+    def _send_next(self) -> bool:
+        """One try of the newest upload; False at the end. A try after a failure may send a newer one.
+
+        Raises:
+            Exception: one of `upload_failures`; it is noted already.
+        """
+        upload = self._next()
+        if upload is None:
+            return False
+        try:
+            self._send(upload)
+        except upload_failures() as error:
+            self._fail(upload, error)
+            raise
+        self._trouble = None
+        self._done(upload)
+        return True
 
     def _next(self) -> Upload | None:
         """The upload to try now; None at the end."""

@@ -12,12 +12,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from simpletuner.reporting.charts import Points
+
 Patch = dict[str, Any]
 
 MAX_RUNS = 12
 MAX_POINTS = 20_000
 MAX_LOG_LINES = 2000
 MAX_IMAGES = 3000
+# Larger numbers, and NaN, are no point of a curve.
+MAX_LOSS = 1e300
 MAX_IMAGE_BYTES = 256 << 20
 _MAX_IDS = 20_000
 _SHOWN_ELSEWHERE = ("validation.image", "validation.preview", "training.loss_by_sigma")
@@ -179,6 +183,10 @@ def _is_line(event: Mapping[str, Any]) -> bool:
     return "curve" not in data and event["type"] not in _SHOWN_ELSEWHERE
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < MAX_LOSS
+
+
 class History:
     """All runs. Safe to use from many threads; every change wakes those who wait."""
 
@@ -215,6 +223,19 @@ class History:
     def image(self, digest: str) -> Image | None:
         with self._condition:
             return self._images.get(digest)
+
+    def losses(self, name: str) -> tuple[Points, Points, Points, float | None, float]:
+        """What `loss_series` takes, of a run; no points where there is no such run."""
+        with self._condition:
+            run = self._runs.get(name, RunHistory(name))
+            rows = [row for row in run.curve if _is_number(row[1])]
+            evals = [row for row in run.evals if _is_number(row[1])]
+        train = [(float(row[0]), float(row[1])) for row in rows if not row[4]]
+        prior = [(float(row[0]), float(row[1])) for row in rows if row[4]]
+        base = [float(row[2]) for row in evals if _is_number(row[2])]
+        last_step = max([float(row[0]) for row in (*rows[-1:], *evals[-1:])], default=0.0)
+        evaluation = [(float(row[0]), float(row[1])) for row in evals]
+        return train, prior, evaluation, base[-1] if base else None, last_step
 
     def snapshots(self) -> tuple[list[Patch], int]:
         """Patches that make the whole page, the run that spoke last at the end; and the position to go on from."""

@@ -19,12 +19,14 @@ from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 from simpletuner.errors import bytes_text
+from simpletuner.reporting.charts import chart, loss_series
 from simpletuner.reporting.monitor.history import History, Patch
 from simpletuner.reporting.monitor.reading import BadEvent, read_event
 
 MAX_BODY_BYTES = 32 << 20
 MAX_PAGES = 32
 MAX_DIGITS = 20
+MIN_SIDE, MAX_SIDE = 120, 4000
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _COOKIE = "simpletuner_monitor"
 _FILES = {"/": "page.html"} | {f"/{name}": name for name in ("monitor.css", "monitor.js", "chart.js", "icon.svg")}
@@ -83,6 +85,8 @@ class MonitorHandler(BaseHTTPRequestHandler):
             self._refuse(HTTPStatus.UNAUTHORIZED, "open the address that the monitor printed, with its token")
         elif url.path == "/stream":
             self._stream()
+        elif url.path == "/chart":
+            self._chart(parse_qs(url.query))
         elif url.path.startswith("/pictures/"):
             self._image(url.path.removeprefix("/pictures/"))
         elif url.path in _FILES:
@@ -173,6 +177,17 @@ class MonitorHandler(BaseHTTPRequestHandler):
             self._refuse(HTTPStatus.NOT_FOUND, "this image is no longer kept")
         else:
             self._answer(HTTPStatus.OK, image.data, image.media_type, {"Cache-Control": "private, max-age=86400"})
+
+    def _chart(self, question: dict[str, list[str]]) -> None:
+        """The loss chart of a run as SVG; empty where it has no points."""
+        given = {key: values[0] for key, values in question.items()}
+        sides = [given.get("width", ""), given.get("height", "")]
+        if not all(side.isascii() and side.isdigit() and MIN_SIDE <= int(side[:5]) <= MAX_SIDE for side in sides):
+            self._refuse(HTTPStatus.BAD_REQUEST, f"width and height are {MIN_SIDE} to {MAX_SIDE} pixels")
+            return
+        series = loss_series(*self.server.history.losses(given.get("run", "")))
+        svg = chart("loss", series, size=(int(sides[0]), int(sides[1])), is_log=given.get("log") == "1")
+        self._answer(HTTPStatus.OK, svg.encode(), "image/svg+xml; charset=utf-8", {"Cache-Control": "no-store"})
 
     def _stream(self) -> None:
         """Server-sent events: the whole state first, then what changes."""

@@ -8,8 +8,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from simpletuner import storage
-from simpletuner.reporting.report.page import render
 from simpletuner.reporting.report.record import read_run
+from simpletuner.reporting.report.view import view_of
+from simpletuner.templating import render, to_bytes
 
 REPORT_FILE = "report.html"
 
@@ -21,5 +22,5 @@ def write_report(output_dir: Path, destination: Path | None = None) -> Path:
         DataError: there is no run in the folder, or the disk is full.
     """
     path = destination or output_dir / REPORT_FILE
-    storage.write_bytes(path, render(read_run(output_dir)).encode("utf-8", "backslashreplace"))
+    storage.write_bytes(path, to_bytes(render("report.html", **view_of(read_run(output_dir)))))
     return path

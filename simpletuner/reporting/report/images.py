@@ -1,11 +1,16 @@
-"""Images inside the page, within a budget: a report can be sent by mail whatever the run has generated."""
+"""Images inside a page, within a budget: a report can be sent by mail however many images the run generated."""
 
 from __future__ import annotations
 
 import base64
 import io
-from html import escape
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from markupsafe import Markup
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 BUDGET_BYTES = 9_000_000
 LARGEST_SIDE, SMALLEST_SIDE = 640, 96
@@ -27,31 +32,38 @@ class Embedder:
         self._left = budget
         self.left_out = 0
 
-    def img(self, path: Path, alt: str = "") -> str:
-        """The image as an element of its own bytes; a note where it cannot be read or there is no room left."""
+    def img(self, path: Path, alt: str = "") -> Markup:
+        """The file as an element that holds its bytes; a note if it cannot be read or there is no room left."""
         from PIL import Image
 
         try:
             with Image.open(path) as image:
-                data, is_small = self._encoded(image.convert("RGB"))
+                return self.img_of(image.convert("RGB"), alt)
         except (OSError, ValueError, Image.DecompressionBombError):
-            return '<span class="missing">not readable</span>'
+            return Markup('<span class="missing">not readable</span>')
+
+    def img_of(self, image: Image, alt: str = "") -> Markup:
+        """As `img`, of an image in memory."""
+        is_small = max(image.size) <= EXACT_SIDE
+        data = _webp(image, None if is_small else self.side)
         if len(data) > self._left:
             self.left_out += 1
-            return '<span class="missing">no room</span>'
+            return Markup('<span class="missing">no room</span>')
         self._left -= len(data)
-        text = base64.b64encode(data).decode()
-        small = ' class="small"' if is_small else ""
-        return f'<img{small} alt="{escape(alt)}" decoding="async" src="data:image/webp;base64,{text}">'
+        element = Markup('<img{} alt="{}" decoding="async" src="data:image/webp;base64,{}">')
+        small = Markup(' class="small"') if is_small else ""
+        return element.format(small, alt, base64.b64encode(data).decode())
 
-    def _encoded(self, image) -> tuple[bytes, bool]:  # type: ignore[no-untyped-def]
-        from PIL import Image
 
-        buffer = io.BytesIO()
-        is_small = max(image.size) <= EXACT_SIDE
-        if is_small:
-            image.save(buffer, format="WEBP", lossless=True)
-        else:
-            image.thumbnail((self.side, self.side), Image.Resampling.LANCZOS)
-            image.save(buffer, format="WEBP", quality=82)
-        return buffer.getvalue(), is_small
+def _webp(image: Image, side: int | None) -> bytes:
+    """Reduced to `side`; None: exact."""
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    if side is None:
+        image.save(buffer, format="WEBP", lossless=True)
+    else:
+        reduced = image.copy()
+        reduced.thumbnail((side, side), Image.Resampling.LANCZOS)
+        reduced.save(buffer, format="WEBP", quality=82)
+    return buffer.getvalue()

@@ -1,35 +1,33 @@
-"""What the run was made of: each option with its value and where that came from, versions, digests."""
+"""What the run was made of: each option with its value and its origin, versions, digests."""
 
 from __future__ import annotations
 
 import json
-from html import escape
 from pathlib import PurePath
 from typing import Any
 
 from simpletuner.config.options import all_options
 from simpletuner.reporting.report.record import RunRecord
 
+DIGEST_DIGITS = 16
 
-def option_section(run: RunRecord) -> str:
-    """What somebody set, in full; what was left to its default, folded away."""
+
+def options_of(run: RunRecord) -> dict[str, Any]:
+    """What somebody set, and what kept its default: rows of (name, value, origin)."""
     config = run.lock.get("config") or run.start.get("options") or {}
-    origins = run.lock.get("origins") or {}
     if not config:
-        return ""
+        return {}
     known = all_options()
     order = [name for name in known if name in config] + [name for name in config if name not in known]
+    origins = {name: str(origin) for name, origin in (run.lock.get("origins") or {}).items()}
     if not origins:  # an older run did not keep them: what differs from the defaults was set by somebody
         origins = {name: "" for name in order if name not in known or config[name] != _as_json(known[name].default)}
-    shown, files = _short_origins({name: str(origin) for name, origin in origins.items()})
-    given = [(name, config[name], shown[name]) for name in order if name in origins]
-    others = [(name, config[name], "default") for name in order if name not in origins]
-    folded = (
-        f'<details class="more"><summary>{len(others)} options at their defaults</summary>'
-        f'<div class="card box options">{_table(others)}</div></details>'
-    )
-    where = "".join(f'<p class="muted">{escape(name)} is {escape(path)}</p>' for name, path in files.items())
-    return f'<div class="card box options">{_table(given)}</div>{where}{folded if others else ""}'
+    shown, files = _short_origins(origins)
+    return {
+        "given": [(name, _value(config[name]), shown[name]) for name in order if name in origins],
+        "defaults": [(name, _value(config[name]), "default") for name in order if name not in origins],
+        "files": files,
+    }
 
 
 def _short_origins(origins: dict[str, str]) -> tuple[dict[str, str], dict[str, str]]:
@@ -52,15 +50,6 @@ def _as_json(value: Any) -> Any:
     return json.loads(json.dumps(value, default=str))
 
 
-def _table(rows: list[tuple[str, Any, str]]) -> str:
-    body = "".join(
-        f'<tr><td class="code">{escape(name)}</td><td class="code">{escape(_value(value))}</td>'
-        f'<td class="muted">{escape(origin)}</td></tr>'
-        for name, value, origin in rows
-    )
-    return f"<table><tr><th>option</th><th>value</th><th>from</th></tr>{body}</table>"
-
-
 def _value(value: Any) -> str:
     if isinstance(value, str):
         return value
@@ -71,26 +60,24 @@ def _value(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-def version_section(run: RunRecord) -> str:
-    """Packages, and the digests that say whether a file is still the one that was used."""
+def versions_of(run: RunRecord) -> list[tuple[str, dict[str, str]]]:
+    """Packages, and the digests that say whether a file is still the one that was used: (title, name -> text)."""
     lock = run.lock
     if not lock:
-        return ""
+        return []
     packages = {"simpletuner": lock.get("simpletuner"), "python": lock.get("python"), **_object(lock.get("packages"))}
     base = _object(lock.get("base"))
     data = {
         name: f"{_object(each).get('pictures', '?')} images, {_short(_object(each).get('fingerprint'))}"
         for name, each in _object(lock.get("data")).items()
     }
-    boxes = (
+    tables = (
         ("Packages", {name: str(version) for name, version in packages.items()}),
         ("Configuration files", _digests(lock.get("config_files"))),
         ("Data", data),
         (f"Base model: {base.get('model', '')}", _digests(base.get("files"))),
     )
-    shown = "".join(f'<div class="card"><h3>{escape(title)}</h3>{_pairs(rows)}</div>' for title, rows in boxes if rows)
-    note = '<p class="muted">sha256, its first sixteen digits; run.lock.json has them in full.</p>'
-    return f'<div class="columns wide">{shown}</div>{note}'
+    return [(title, rows) for title, rows in tables if rows]
 
 
 def _digests(value: Any) -> dict[str, str]:
@@ -98,14 +85,7 @@ def _digests(value: Any) -> dict[str, str]:
 
 
 def _short(digest: Any) -> str:
-    return str(digest)[:16]
-
-
-def _pairs(rows: dict[str, str]) -> str:
-    body = "".join(
-        f'<tr><td>{escape(name)}</td><td class="code nowrap">{escape(text)}</td></tr>' for name, text in rows.items()
-    )
-    return f"<table>{body}</table>"
+    return str(digest)[:DIGEST_DIGITS]
 
 
 def _object(value: Any) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """What waits for one service, between the thread that trains and the thread that sends.
 
-Bounded: progress is only ever the latest, ordinary messages give way when there are too many, and what must arrive
-waits here only until the sender has put it on the disk. Every operation is a few microseconds under a lock.
+Bounded: only the latest progress is kept, the oldest ordinary messages are dropped when there are too many, and what
+must arrive waits here only until the sender has put it on the disk. Every operation takes a few microseconds.
 """
 
 from __future__ import annotations
@@ -10,74 +10,64 @@ import json
 import threading
 from collections import deque
 from dataclasses import asdict
-from typing import Literal
 
 from simpletuner.reporting.events import PhaseProgress, StepDone
 from simpletuner.reporting.webhooks.messages import CurvePoint, Message
 
-Slot = Literal["phase", "steps"]
+# An event, and the steps since the last report.
+Progress = tuple[StepDone | PhaseProgress, list[CurvePoint]]
 
 MAX_ITEMS = 500
-MAX_BYTES = 4 << 20
+MAX_BYTES = 4 << 20  # of ordinary messages, as JSON without their images
 MAX_CURVE_POINTS = 1000
 
 
 class Outbox:
     """A queue with three entrances.
 
-    Args:
-        max_items, max_bytes: of ordinary messages, as JSON without their images; the oldest give way.
-
     Attributes:
-        dropped: ordinary messages that gave way.
+        dropped: ordinary messages that were dropped.
+        num_bytes: what ordinary messages take.
     """
 
-    def __init__(self, max_items: int = MAX_ITEMS, max_bytes: int = MAX_BYTES):
+    def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._max_items, self._max_bytes = max_items, max_bytes
         self._ordinary: deque[tuple[Message, int]] = deque()
-        self._bytes = 0
-        self._urgent: deque[Message] = deque()
-        self._progress: dict[Slot, StepDone | PhaseProgress] = {}
+        self._urgent: list[Message] = []
+        self._progress: dict[type, StepDone | PhaseProgress] = {}
         self._curve: list[CurvePoint] = []
-        self.dropped = 0
+        self.num_bytes = self.dropped = 0
 
     def put(self, message: Message) -> None:
-        """Add a message; the oldest ordinary ones give way to it."""
-        if message.must_arrive:
-            with self._lock:
-                self._urgent.append(message)
-            return
-        size = len(json.dumps(asdict(message), ensure_ascii=False))
+        """Add a message; the oldest ordinary ones make room for it."""
+        size = 0 if message.must_arrive else len(json.dumps(asdict(message), ensure_ascii=False))
         with self._lock:
+            if message.must_arrive:
+                self._urgent.append(message)
+                return
             self._ordinary.append((message, size))
-            self._bytes += size
-            while len(self._ordinary) > self._max_items or (self._bytes > self._max_bytes and self._ordinary):
-                _, freed = self._ordinary.popleft()
-                self._bytes -= freed
+            self.num_bytes += size
+            while self._ordinary and (len(self._ordinary) > MAX_ITEMS or self.num_bytes > MAX_BYTES):
+                self.num_bytes -= self._ordinary.popleft()[1]
                 self.dropped += 1
 
     def put_progress(self, event: StepDone | PhaseProgress, is_reported: bool = True) -> None:
-        """Where the run stands; takes the place of what was reported before and not sent.
+        """Where the run stands; replaces what was reported before and not sent.
 
         Args:
             is_reported: False: only a point of the curve.
         """
         with self._lock:
-            if isinstance(event, PhaseProgress):
-                self._progress["phase"] = event
-                return
-            self._curve.append(CurvePoint.of(event))
-            if len(self._curve) > MAX_CURVE_POINTS:
-                self._curve = self._curve[::2]
+            if isinstance(event, StepDone):
+                self._curve.append(CurvePoint.of(event))
+                self._curve = _thinned(self._curve)
             if is_reported:
-                self._progress["steps"] = event
+                self._progress[type(event)] = event
 
     def take_urgent(self) -> list[Message]:
         """Remove and return what must be put on the disk."""
         with self._lock:
-            taken = list(self._urgent)
-            self._urgent.clear()
+            taken, self._urgent = self._urgent, []
         return taken
 
     def first(self) -> Message | None:
@@ -86,38 +76,37 @@ class Outbox:
             return self._ordinary[0][0] if self._ordinary else None
 
     def remove(self, message: Message) -> None:
-        """Take a message out, where it has not given way in the meantime."""
+        """Remove a message, unless it was dropped in the meantime."""
         with self._lock:
             if self._ordinary and self._ordinary[0][0] is message:
-                self._bytes -= self._ordinary.popleft()[1]
+                self.num_bytes -= self._ordinary.popleft()[1]
 
-    def take_progress(self) -> tuple[StepDone | PhaseProgress, list[CurvePoint]] | None:
+    def take_progress(self) -> Progress | None:
         """The progress that waits, and the curve since the last one; phases before steps."""
         with self._lock:
-            if "phase" in self._progress:
-                return self._progress.pop("phase"), []
-            if "steps" not in self._progress:
+            if (phase := self._progress.pop(PhaseProgress, None)) is not None:
+                return phase, []
+            if (step := self._progress.pop(StepDone, None)) is None:
                 return None
             curve, self._curve = self._curve, []
-            return self._progress.pop("steps"), curve
+            return step, curve
 
     def put_back_progress(self, event: StepDone | PhaseProgress, curve: list[CurvePoint]) -> None:
         """Return what could not be sent, unless there is something newer."""
         with self._lock:
-            self._curve = [*curve, *self._curve]
-            while len(self._curve) > MAX_CURVE_POINTS:
-                self._curve = self._curve[::2]
-            self._progress.setdefault("phase" if isinstance(event, PhaseProgress) else "steps", event)
+            self._curve = _thinned([*curve, *self._curve])
+            self._progress.setdefault(type(event), event)
 
     def drop_phase_progress(self) -> None:
         """Forget the progress of a phase that is over."""
         with self._lock:
-            self._progress.pop("phase", None)
-
-    @property
-    def num_bytes(self) -> int:
-        """What ordinary messages take."""
-        return self._bytes
+            self._progress.pop(PhaseProgress, None)
 
     def __len__(self) -> int:
         return len(self._ordinary)
+
+
+def _thinned(curve: list[CurvePoint]) -> list[CurvePoint]:
+    while len(curve) > MAX_CURVE_POINTS:
+        curve = curve[::2]
+    return curve

@@ -1,32 +1,58 @@
 """Brings the messages of one outbox to its service, one at a time and in order, for as long as it takes.
 
 Runs inside the event loop of the background thread. What must arrive goes to the disk at once, also while a request is
-under way, and leaves it when the service has answered.
+under way, and leaves it when the service has answered. tenacity decides when to try again.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 from simpletuner.config.webhooks import Webhook
 from simpletuner.errors import DataError
-from simpletuner.reporting.events import Notice, PhaseProgress, StepDone
-from simpletuner.reporting.webhooks.breaker import Breaker, Patience
-from simpletuner.reporting.webhooks.encoding import IMAGE_BYTES, Body, encode
+from simpletuner.reporting.events import Notice
+from simpletuner.reporting.webhooks.encoding import IMAGE_BYTES, encode
 from simpletuner.reporting.webhooks.images import load_images
-from simpletuner.reporting.webhooks.messages import CurvePoint, Message, progress_message
-from simpletuner.reporting.webhooks.outbox import Outbox
-from simpletuner.reporting.webhooks.spool import REFUSED, Spool, created_at, message_id
-from simpletuner.reporting.webhooks.transport import Deadlines, Outcome, Reply, Transport
+from simpletuner.reporting.webhooks.messages import Message, progress_message
+from simpletuner.reporting.webhooks.outbox import Outbox, Progress
+from simpletuner.reporting.webhooks.spool import Spool, created_at, message_id
+from simpletuner.reporting.webhooks.transport import Deadlines, DeliveryFailed, Refused, TooLarge, TooSlow, Transport
 
-Emit = Callable[[Notice], None]
+if TYPE_CHECKING:
+    from tenacity import RetryCallState
 
-# A message on whose account a service failed this often lets the next ones pass.
-_TRIES_IN_FRONT = 8
-_SMALLEST_IMAGE_BYTES = 16 << 10
-_NARROW_IMAGE_BYTES = 512 << 10
+# After so many failures a message lets the others pass: it may itself be what the service fails on.
+_MAX_TRIES_IN_FRONT = 8
+_MIN_IMAGE_BYTES = 16 << 10
+_SLOW_IMAGE_BYTES = 512 << 10
+
+
+@dataclass(frozen=True)
+class Patience:
+    """Seconds, but for `tries`.
+
+    Args:
+        first: pause after the first failure; each further one doubles it. Pauses are random, so that many runs do not
+            ask at once.
+        longest: no pause is longer.
+        tries: failures in a row after which a service counts as down, which is reported.
+    """
+
+    first: float = 0.5
+    longest: float = 300.0
+    tries: int = 5
+
+    def pause(self, state: RetryCallState) -> float:
+        """Seconds until the next try; never less than the service asks for."""
+        from tenacity import wait_random_exponential
+
+        error = state.outcome.exception() if state.outcome else None
+        asked_for = error.retry_after if isinstance(error, DeliveryFailed) else None
+        return max(wait_random_exponential(self.first, self.longest)(state), asked_for or 0.0)
 
 
 @dataclass(frozen=True)
@@ -41,11 +67,11 @@ class Timing:
 
 @dataclass
 class Job:
-    """A message that is being sent, and where it came from."""
+    """A message that is being sent, and where it came from: a file of the spool, progress, or the outbox."""
 
     message: Message
-    name: str | None = None
-    progress: tuple[StepDone | PhaseProgress, list[CurvePoint]] | None = None
+    file: str | None = None
+    progress: Progress | None = None
 
 
 class Sender:
@@ -54,84 +80,98 @@ class Sender:
     Args:
         name: for notices: `webhook 1 (raw)`.
         names: name and id of the run as they are now; messages of progress carry them.
-        tell: called from the background thread.
+        notify: called from the background thread.
     """
 
     def __init__(
         self,
         name: str,
         target: Webhook,
-        outbox: Outbox,
         spool: Spool,
         timing: Timing,
         names: Callable[[], tuple[str, str]],
-        report: Emit,
+        notify: Callable[[Notice], None],
         job_id: str | None = None,
     ):
-        self.name, self.target, self.outbox, self.spool = name, target, outbox, spool
-        self._timing, self._names, self._report, self._job_id = timing, names, report, job_id
-        self._breaker = Breaker(timing.patience)
-        self._tries: dict[str, int] = {}
+        self.name, self.target, self.outbox, self.spool = name, target, Outbox(), spool
+        self._timing, self._names, self._notify, self._job_id = timing, names, notify, job_id
+        self._tries: Counter[str] = Counter()
         self._image_bytes = IMAGE_BYTES[target.webhook_type]
         self._ready, self._closing = asyncio.Event(), asyncio.Event()
         self._last_progress = -timing.progress
-        self._has_warned = self._has_reported_disk = False
-        self.delivered = 0
+        self._warned: set[str] = set()
+        self._must_wait = False
+        self.is_down = False
 
-    @property
-    def is_down(self) -> bool:
-        """Whether the service counts as down."""
-        return self._breaker.is_open
-
-    def notify(self) -> None:
+    def wake(self) -> None:
         """Something was put into the outbox: what must arrive goes to the disk now."""
-        self._keep_urgent()
+        self._spool_urgent()
         self._ready.set()
-
-    def _keep_urgent(self) -> None:
-        for message in self.outbox.take_urgent():
-            try:
-                self.spool.add(message)
-            except DataError as error:
-                self.outbox.put(replace(message, must_arrive=False))
-                self._report_disk(error)
 
     def close(self) -> None:
         """Send what waits and end; a service that is down gets one more try."""
-        self.notify()
+        self.wake()
         self._closing.set()
 
     async def run(self) -> None:
-        """Send until `close` was called and nothing waits."""
-        transport = Transport(self.target, self._timing.deadlines)
+        """Send until `close` was called and nothing waits, or the service is down."""
+        from tenacity import AsyncRetrying, retry_if_exception_type
+
+        retrying = AsyncRetrying(
+            retry=retry_if_exception_type(DeliveryFailed),
+            wait=self._timing.patience.pause,
+            before_sleep=self._failed,
+            stop=lambda state: self.is_down and self._closing.is_set(),
+            sleep=self._sleep,
+            reraise=True,
+        )
+        async with Transport(self.target, self._timing.deadlines) as transport:
+            try:
+                while await retrying(self._send_next, transport):
+                    if self.is_down:
+                        self.is_down, self._image_bytes = False, IMAGE_BYTES[self.target.webhook_type]
+                        self._notify(Notice("info", f"{self.name} works again"))
+            except DeliveryFailed:
+                return
+
+    async def _send_next(self, transport: Transport) -> bool:
+        """Send the next message, as soon as there is one; False at the end, when nothing waits."""
+        while True:
+            self._ready.clear()
+            job = self._next_job()
+            if job is not None:
+                break
+            if self._closing.is_set():
+                return False
+            await _wait_for(self._ready, self._timing.progress)
         try:
-            while True:
-                self._ready.clear()
-                job = self._next_job()
-                if job is not None:
-                    if not await self._send(job, transport) and self._closing.is_set() and self._breaker.is_open:
-                        return
-                elif self._closing.is_set():
-                    return
-                else:
-                    await _wait_for(self._ready, self._timing.progress)
-        finally:
-            await transport.close()
+            await self._post(job.message, transport)
+        except Refused as error:
+            self._refused(job, error)
+        except DeliveryFailed:
+            self._put_back(job)
+            raise
+        else:
+            self._tries.pop(job.message.id, None)
+            if job.file is not None:
+                self.spool.remove(job.file)
+            elif job.progress is None:
+                self.outbox.remove(job.message)
+        return True
 
     def _next_job(self) -> Job | None:
         """The oldest of what waits, what failed often behind the rest; progress when nothing else does."""
-        self._keep_urgent()
+        self._spool_urgent()
         ordinary = self.outbox.first()
-        names = self.spool.names()
-        if names and (ordinary is None or created_at(names[0]) <= ordinary.created):
-            name = min(names, key=lambda each: self._tries.get(message_id(each), 0) // _TRIES_IN_FRONT)
-            message = self.spool.read(name)
-            if message is None and not (self.spool.folder / REFUSED / name).exists():
-                return self._next_job()
-            if message is None:
-                self._report(Notice("warning", f"{self.name}: {name} cannot be read; skipped in {self.spool.folder}"))
-                return self._next_job()
-            return Job(message, name)
+        while (names := self.spool.names()) and (ordinary is None or created_at(names[0]) <= ordinary.created):
+            name = min(names, key=lambda each: self._tries[message_id(each)] // _MAX_TRIES_IN_FRONT)
+            try:
+                message = self.spool.read(name)
+            except DataError as error:
+                self._notify(Notice("warning", f"{self.name}: {error}"))
+                continue
+            if message is not None:
+                return Job(message, name)
         if ordinary is not None:
             return Job(ordinary)
         now = asyncio.get_running_loop().time()
@@ -143,89 +183,75 @@ class Sender:
         run_name, run_id = self._names()
         return Job(progress_message(progress[0], run_name, progress[1], run_id), progress=progress)
 
-    async def _send(self, job: Job, transport: Transport) -> bool:
-        """One try; True where the message is out of the way."""
-        reply = await transport.post(self._body(job.message), job.message.id)
-        if reply.outcome == "delivered":
-            self._delivered(job)
-            return True
-        if reply.outcome == "refused":
-            self._refused(job, reply)
-            return True
+    def _spool_urgent(self) -> None:
+        for message in self.outbox.take_urgent():
+            try:
+                self.spool.add(message)
+            except DataError as error:
+                self.outbox.put(replace(message, must_arrive=False))
+                self._warn_once("disk", f"{self.name}: messages are kept in memory only: {error}")
+
+    async def _post(self, message: Message, transport: Transport) -> None:
+        """One try. If the service finds images too large, they are sent smaller at once, and from then on.
+
+        If even the smallest are too large, size is not the problem, and they are sent in full once it works again. No
+        answer in time may mean a slow connection: images become smaller then too, down to a limit.
+        """
+        while True:
+            images = load_images(message.images, self._image_bytes)
+            try:
+                return await transport.post(encode(self.target, message, images, self._job_id), message.id)
+            except TooLarge:
+                if not message.images:
+                    raise
+                self._image_bytes //= 4
+                if self._image_bytes < _MIN_IMAGE_BYTES:
+                    self._image_bytes = IMAGE_BYTES[self.target.webhook_type]
+                    raise
+            except TooSlow:
+                if message.images:
+                    smallest = min(self._image_bytes, _SLOW_IMAGE_BYTES)
+                    self._image_bytes = max(self._image_bytes // 4, smallest)
+                raise
+
+    def _refused(self, job: Job, error: Refused) -> None:
+        if job.file is not None:
+            self.spool.reject(job.file)
+            text = f"{self.name}: {job.message.title}: {error}; kept in {self.spool.folder}"
+            self._notify(Notice("warning", text))
+        elif job.progress is None:
+            self.outbox.remove(job.message)
+
+    def _put_back(self, job: Job) -> None:
+        """After a failure. An ordinary message that failed often is dropped."""
+        self._tries[job.message.id] += 1
         if job.progress is not None:
             self.outbox.put_back_progress(*job.progress)
-        if job.message.images and self._shrink_images(reply.outcome):
-            return False
-        await self._pause(job, reply)
-        return False
-
-    def _body(self, message: Message) -> Body:
-        attachments = load_images(message.images, self._image_bytes)
-        return encode(self.target, message, attachments, self._job_id)
-
-    def _shrink_images(self, outcome: Outcome) -> bool:
-        """After 413, a quarter of the bytes from now on; returns whether to try at once. Where even the smallest are
-        too large, size is not the matter, and a service that works again gets them whole.
-
-        No answer in time may mean that the way there is narrow: they become smaller then too, to a point.
-        """
-        smaller = self._image_bytes // 4
-        if outcome == "too slow":
-            self._image_bytes = max(smaller, min(self._image_bytes, _NARROW_IMAGE_BYTES))
-        elif outcome == "too large":
-            is_worth_a_try = smaller >= _SMALLEST_IMAGE_BYTES
-            self._image_bytes = smaller if is_worth_a_try else IMAGE_BYTES[self.target.webhook_type]
-            return is_worth_a_try
-        return False
-
-    def _delivered(self, job: Job) -> None:
-        self.delivered += 1
-        self._tries.pop(job.message.id, None)
-        if job.name is not None:
-            self.spool.remove(job.name)
-        elif job.progress is None:
-            self.outbox.remove(job.message)
-        if self._breaker.worked():
-            self._image_bytes = IMAGE_BYTES[self.target.webhook_type]
-            self._report(Notice("info", f"{self.name} works again"))
-
-    def _refused(self, job: Job, reply: Reply) -> None:
-        self._breaker.worked()
-        if job.name is not None:
-            self.spool.skipped(job.name)
-            self._report(
-                Notice("warning", f"{self.name}: {job.message.title}: {reply.reason}; kept in {self.spool.folder}")
-            )
-        elif job.progress is None:
-            self.outbox.remove(job.message)
-
-    async def _pause(self, job: Job, reply: Reply) -> None:
-        tries = self._tries[job.message.id] = self._tries.get(job.message.id, 0) + 1
-        if tries >= _TRIES_IN_FRONT and job.name is None:
-            self._give_up(job)
-        pause = self._breaker.failed(reply.retry_after)
-        if self._breaker.is_open and not self._has_warned:
-            self._has_warned = True
-            text = f"{self.name} does not work: {reply.reason}. Training goes on; checkpoints, images and the end of"
-            self._report(Notice("warning", f"{text} the run are kept in {self.spool.folder} and sent later"))
-        if reply.retry_after:  # what a service asks for is kept, also at the end
-            await asyncio.sleep(pause)
-        elif self._closing.is_set():
-            await asyncio.sleep(min(pause, self._timing.drain / 4))
-        else:
-            await _wait_for(self._closing, pause)
-
-    def _give_up(self, job: Job) -> None:
-        """An ordinary message that may itself be what the service stumbles over."""
-        if job.progress is None:
+        elif job.file is None and self._tries[job.message.id] >= _MAX_TRIES_IN_FRONT:
             self.outbox.remove(job.message)
             self.outbox.dropped += 1
-        self._tries.pop(job.message.id, None)
 
-    def _report_disk(self, error: DataError) -> None:
-        if not self._has_reported_disk:
-            self._has_reported_disk = True
-            self._report(Notice("warning", f"{self.name}: messages are kept in memory only: {error}"))
+    def _failed(self, state: RetryCallState) -> None:
+        error = state.outcome.exception() if state.outcome else None
+        self._must_wait = isinstance(error, DeliveryFailed) and bool(error.retry_after)
+        if state.attempt_number >= self._timing.patience.tries:
+            self.is_down = True
+            text = f"{self.name} does not work: {error}. Training continues; checkpoints, images and the end of the run"
+            self._warn_once("down", f"{text} are kept in {self.spool.folder} and sent later")
+
+    def _warn_once(self, subject: str, text: str) -> None:
+        if subject not in self._warned:
+            self._warned.add(subject)
+            self._notify(Notice("warning", text))
+
+    async def _sleep(self, seconds: float) -> None:
+        """The pause between two tries. The end of a run shortens it, unless the service asked for it."""
+        if self._must_wait:
+            await asyncio.sleep(seconds)
+        elif self._closing.is_set():
+            await asyncio.sleep(min(seconds, self._timing.drain / 4))
+        else:
+            await _wait_for(self._closing, seconds)
 
 
 async def _wait_for(event: asyncio.Event, seconds: float) -> None:

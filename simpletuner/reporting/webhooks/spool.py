@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 from simpletuner import storage
 from simpletuner.errors import DataError, Problem
@@ -34,8 +32,8 @@ class Spool:
 
     Args:
         folder: made when the first message comes.
-        root: paths of images inside of it are kept relative to it, so that the folder of a run can be moved.
-        is_new: of a run that begins: what waits in the folder already is another run's, and is not sent with its own.
+        root: paths of images inside of it are stored relative to it, so that the folder of a run can be moved.
+        is_new: the run is new: what is in the folder already belongs to another run, and is not sent with its own.
     """
 
     def __init__(self, folder: Path, root: Path, is_new: bool = False):
@@ -52,10 +50,11 @@ class Spool:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise DataError(Problem(f"cannot be made: {error.strerror}", file=str(self.folder))) from error
+            raise DataError(Problem(f"cannot be created: {error.strerror}", file=str(self.folder))) from error
         name = f"{int(message.created * 1e6):020d}-{message.id}.json"
-        images = tuple(self._relative(path) for path in message.images)
-        # In ASCII: the name of an image's folder may be no UTF-8.
+        paths = [Path(path).absolute() for path in message.images]
+        images = tuple(str(path.relative_to(self._root) if path.is_relative_to(self._root) else path) for path in paths)
+        # In ASCII: the name of an image's folder may not be UTF-8.
         storage.write_bytes(self.folder / name, json.dumps(asdict(replace(message, images=images))).encode())
         names.append(name)
 
@@ -67,38 +66,33 @@ class Spool:
         return self._names
 
     def read(self, name: str) -> Message | None:
-        """A message; None where its file was moved away with its run, or is damaged: then it is skipped."""
+        """A message; None if its file was moved away with its run.
+
+        Raises:
+            DataError: it is damaged, and no longer waits.
+        """
         if not (self.folder / name).exists():
             self.names().remove(name)
             return None
         try:
             record = storage.read_json(self.folder / name)
-            message = self._message(record)
+            # Messages of an earlier version that still wait name their images "pictures".
+            images = record.pop("images", None) or record.pop("pictures", ())
+            return Message(**record, images=tuple(str(self._root / path) for path in images))
         except (DataError, TypeError, KeyError, AttributeError):
-            self.skipped(name)
-            return None
-        return replace(message, images=tuple(str(self._root / path) for path in message.images))
+            self.reject(name)
+            raise DataError(Problem(f"{name} cannot be read; moved to {self.folder / REFUSED}")) from None
 
     def remove(self, name: str) -> None:
-        """The service has it. Where the disk does not let go of it, the next process sends it again."""
+        """The service has it. If the disk does not delete it, the next process sends it again."""
         with contextlib.suppress(OSError):
             (self.folder / name).unlink(missing_ok=True)
         self.names().remove(name)
 
-    def skipped(self, name: str) -> None:
-        """Keep a message that the service will never take where nobody tries again."""
-        aside = self.folder / REFUSED
+    def reject(self, name: str) -> None:
+        """Move a message that the service will never take to a folder from which nothing is sent."""
+        rejected = self.folder / REFUSED
         with contextlib.suppress(OSError):
-            aside.mkdir(parents=True, exist_ok=True)
-            (self.folder / name).replace(aside / name)
+            rejected.mkdir(parents=True, exist_ok=True)
+            (self.folder / name).replace(rejected / name)
         self.names().remove(name)
-
-    def _relative(self, path: str) -> str:
-        absolute = Path(path).absolute()
-        return str(absolute.relative_to(self._root) if absolute.is_relative_to(self._root) else absolute)
-
-    @staticmethod
-    def _message(record: Mapping[str, Any]) -> Message:
-        # Messages of an earlier version that still wait name their images "pictures".
-        paths = record["images"] if "images" in record else record["pictures"]
-        return Message(**{key: value for key, value in record.items() if key != "pictures"} | {"images": tuple(paths)})

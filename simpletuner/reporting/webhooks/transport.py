@@ -1,7 +1,7 @@
 """One request to a service, with a deadline for the whole of it, and what its answer means.
 
-A timeout per read is no deadline: a service that drips a byte a second never lets it run out. Redirects are not
-followed, since token and images would go where nobody meant them to. No text here holds an address.
+A timeout per read is no deadline: a service that sends a byte a second never exceeds it. Redirects are not followed,
+since the token and the images would go to an address that nobody wrote. No text here contains an address.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import logging
 import time
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from simpletuner import __version__
 from simpletuner.config.webhooks import Webhook
@@ -21,27 +21,42 @@ from simpletuner.reporting.webhooks.encoding import Body
 if TYPE_CHECKING:
     import httpx
 
-Outcome = Literal["delivered", "retry", "too large", "too slow", "refused"]
-
 _MAX_ANSWER_BYTES = 64 << 10
 _MAX_RETRY_AFTER = 900.0
-# Statuses that say that this message will never be taken; others may be fixed by the service or its owner.
-_NEVER = (400, 406, 411, 414, 415, 422, 431)
+# Statuses that say that this message will never be accepted; others may change once somebody fixes the service.
+_FINAL = (400, 406, 411, 414, 415, 422, 431)
+_REASONS = {
+    "ConnectError": "no connection",
+    "RemoteProtocolError": "it closed the connection",
+    "ReadError": "it closed the connection",
+    "WriteError": "it closed the connection",
+    "ProxyError": "the proxy refuses",
+    "InvalidURL": "its address is no URL",
+}
 
 
-@dataclass(frozen=True)
-class Reply:
-    """What came of a request.
+class DeliveryFailed(Exception):
+    """The service did not take a message now, and may take it later. The text says why.
 
     Args:
-        outcome: `retry`: the service is at fault, not the message.
-        reason: words for people, without the address.
         retry_after: seconds that the service asks for.
     """
 
-    outcome: Outcome
-    reason: str = ""
-    retry_after: float | None = None
+    def __init__(self, reason: str, retry_after: float | None = None):
+        super().__init__(reason)
+        self.retry_after = retry_after
+
+
+class TooLarge(DeliveryFailed):
+    """The service takes no message of this size."""
+
+
+class TooSlow(DeliveryFailed):
+    """The answer did not come in time."""
+
+
+class Refused(Exception):
+    """The service will never take this message."""
 
 
 @dataclass(frozen=True)
@@ -58,86 +73,83 @@ class Deadlines:
 
 
 class Transport:
-    """A connection to one service; used inside an event loop."""
+    """A connection to one service; used inside an event loop, as a context manager."""
 
     def __init__(self, target: Webhook, deadlines: Deadlines):
         import httpx
 
-        self._url = target.url
-        self._deadlines = deadlines
-        headers = {"User-Agent": f"simpletuner/{__version__}"}
-        if target.auth_token:
-            headers["X-API-Key"] = target.auth_token.get_secret_value()
+        self._url, self._deadlines = target.url, deadlines
+        token = {"X-API-Key": target.auth_token.get_secret_value()} if target.auth_token else {}
         self._client = httpx.AsyncClient(
-            headers=headers,
-            follow_redirects=False,
-            # Reading the certificates of the world takes a while, and http:// needs none.
+            headers={"User-Agent": f"simpletuner/{__version__}", **token},
+            # Loading the certificate store takes a while, and http:// needs none.
             verify=not target.ssl_no_verify and self._url.startswith("https"),
             timeout=httpx.Timeout(deadlines.read, connect=deadlines.connect),
             limits=httpx.Limits(max_connections=1),
         )
         addresses = [self._url]
-        with contextlib.suppress(httpx.InvalidURL):  # `post` tells of it
+        with contextlib.suppress(httpx.InvalidURL):  # `post` reports it
             addresses.append(str(httpx.URL(self._url)))
         self._log_filter = _HidesAddresses(*addresses)
-        logging.getLogger("httpx").addFilter(self._log_filter)
 
-    async def post(self, body: Body, message_id: str) -> Reply:
-        """Send a body. Never raises for what a network or a service can do."""
+    async def __aenter__(self) -> Transport:
+        logging.getLogger("httpx").addFilter(self._log_filter)
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        logging.getLogger("httpx").removeFilter(self._log_filter)
+        await self._client.aclose()
+
+    async def post(self, body: Body, message_id: str) -> None:
+        """Deliver a body.
+
+        Raises:
+            DeliveryFailed: for whatever a network or a service can do.
+            Refused: the service will never take it.
+        """
         import httpx
 
-        headers = {"X-Event-Id": message_id}
-        content: dict[str, Any] = {"content": body.content}
+        request: dict[str, Any] = {"headers": {"X-Event-Id": message_id}, "content": body.content}
         if body.files:
-            files = [
-                (f"files[{index}]", (file.name, file.data, file.media_type)) for index, file in enumerate(body.files)
-            ]
-            content = {"data": {"payload_json": body.content.decode()}, "files": files}
+            files = [(f"files[{i}]", (each.name, each.data, each.media_type)) for i, each in enumerate(body.files)]
+            request |= {"content": None, "data": {"payload_json": body.content.decode()}, "files": files}
         else:
-            headers["Content-Type"] = "application/json"
+            request["headers"]["Content-Type"] = "application/json"
         deadline = self._deadlines.of(body)
         try:
             async with (
                 asyncio.timeout(deadline),
-                self._client.stream("POST", self._url, headers=headers, **content) as response,
+                self._client.stream("POST", self._url, **request) as response,
             ):
-                await _read_some(response)
-                return reply_to(response)
+                # Read the answer, so that the connection can be used again; an endless answer costs the connection.
+                num_bytes = 0
+                async for chunk in response.aiter_raw():
+                    num_bytes += len(chunk)
+                    if num_bytes > _MAX_ANSWER_BYTES:
+                        break
         except TimeoutError:
-            return Reply("too slow", f"no whole answer within {deadline:.0f} s")
+            raise TooSlow(f"no complete answer within {deadline:.0f} s") from None
         except httpx.ConnectTimeout:
-            return Reply("retry", f"no connection within {self._deadlines.connect:g} s")
+            raise DeliveryFailed(f"no connection within {self._deadlines.connect:g} s") from None
         except httpx.TimeoutException:
-            return Reply("too slow", f"no answer for {self._deadlines.read:g} s")
+            raise TooSlow(f"no answer for {self._deadlines.read:g} s") from None
         except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:
-            return Reply("retry", _words(error))
-
-    async def close(self) -> None:
-        logging.getLogger("httpx").removeFilter(self._log_filter)
-        await self._client.aclose()
+            raise DeliveryFailed(_reason_of(error)) from None
+        require_delivered(response)
 
 
-async def _read_some(response: httpx.Response) -> None:
-    """Read the answer, so that the connection can be used again; an answer without end costs the connection."""
-    num_bytes = 0
-    async for chunk in response.aiter_raw():
-        num_bytes += len(chunk)
-        if num_bytes > _MAX_ANSWER_BYTES:
-            return
-
-
-def reply_to(response: httpx.Response) -> Reply:
-    """What a status means."""
+def require_delivered(response: httpx.Response) -> None:
+    """Raise what a status means; nothing for a success."""
     status = response.status_code
     if response.is_success:
-        return Reply("delivered")
+        return
     if status == 413:
-        return Reply("too large", "it takes no message of this size (413)")
-    if response.is_redirect or 300 <= status < 400:
-        return Reply("retry", f"it redirects ({status}), which is not followed: write the new address")
-    if status in _NEVER:
-        return Reply("refused", f"it does not accept this message ({status})")
-    return Reply("retry", f"it answers {status}", retry_after(response.headers.get("Retry-After")))
+        raise TooLarge("it takes no message of this size (413)")
+    if 300 <= status < 400:
+        raise DeliveryFailed(f"it redirects ({status}), which is not followed: configure the new address")
+    if status in _FINAL:
+        raise Refused(f"it does not accept this message ({status})")
+    raise DeliveryFailed(f"it answers {status}", retry_after(response.headers.get("Retry-After")))
 
 
 def retry_after(header: str | None) -> float | None:
@@ -154,20 +166,11 @@ def retry_after(header: str | None) -> float | None:
     return min(max(seconds, 0.0), _MAX_RETRY_AFTER)  # NaN becomes 0
 
 
-def _words(error: Exception) -> str:
-    """A failure in words; the exception's own text may hold the address."""
-    text = str(error)
-    if "CERTIFICATE_VERIFY_FAILED" in text:
+def _reason_of(error: Exception) -> str:
+    """The exception's own text may contain the address."""
+    if "CERTIFICATE_VERIFY_FAILED" in str(error):
         return "its certificate is not trusted (ssl_no_verify accepts any)"
-    known = {
-        "ConnectError": "no connection",
-        "RemoteProtocolError": "it broke off",
-        "ReadError": "it broke off",
-        "WriteError": "it broke off",
-        "ProxyError": "the proxy refuses",
-        "InvalidURL": "its address is no URL",
-    }
-    return known.get(type(error).__name__, type(error).__name__)
+    return _REASONS.get(type(error).__name__, type(error).__name__)
 
 
 class _HidesAddresses(logging.Filter):

@@ -183,7 +183,7 @@ def test_the_page_stands_alone_and_what_captions_say_stays_text(tmp_path, omnige
     assert "link" not in tags
     assert "漢字" in page
     assert not re.findall(r'(?:src|href)="(?!data:)', page)
-    [data] = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
+    [data] = re.findall(r'src="data:image/webp;base64,([^"]+)"', page)
     assert Image.open(io.BytesIO(base64.b64decode(data))).size == (64, 64)
 
 

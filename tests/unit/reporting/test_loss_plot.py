@@ -8,8 +8,9 @@ from PIL import Image
 
 from simpletuner import storage
 from simpletuner.disk import DiskError
+from simpletuner.reporting.charts import nice_ticks, smoothed
 from simpletuner.reporting.events import EvalDone, RunStarted, StepDone
-from simpletuner.reporting.loss_plot import EVAL, nice_ticks, plot_loss, read_curves, smoothed
+from simpletuner.reporting.loss_plot import EVAL, plot_loss, read_curves
 from simpletuner.reporting.sinks.jsonl import JsonlSink
 
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 from PIL import Image as PilImage
@@ -376,3 +377,26 @@ def test_a_file_that_is_begun_again_is_read_again(tmp_path: Path) -> None:
         (snapshot,), _ = history.snapshots()
         assert len(snapshot["curve"]) == 10
         assert len(snapshot["log"]) == 4
+
+
+def test_the_chart_is_an_svg_of_the_points_of_a_run_and_of_no_other() -> None:
+    """Positions by hand: the plot is 400 - 58 - 14 = 328 pixels wide, and step 2 of 1 to 3 stands in its middle."""
+    with running() as server:
+        assert ask(server, "POST", "/", progress((1, 1.0), (2, 0.5), (3, 0.25)))[0] == 204
+        status, body, headers = ask(server, "GET", "/chart?run=stars&width=400&height=200&log=0")
+        assert (status, headers["Content-Type"]) == (200, "image/svg+xml; charset=utf-8")
+        lines = [each for each in ElementTree.fromstring(body).iter() if each.tag.endswith("polyline")]
+        steps = [[float(point.split(",")[0]) for point in line.get("points", "").split()] for line in lines]
+        assert steps == [[58.0, 222.0, 386.0]] * 2, "each step, and smoothed"
+        assert ask(server, "GET", "/chart?run=other&width=400&height=200")[:2] == (200, b"")
+        for query in ("width=400", "width=-1&height=5", "width=99999&height=200", "width=4e2&height=200"):
+            assert ask(server, "GET", f"/chart?run=stars&{query}")[0] == 400
+
+
+def test_on_a_logarithmic_axis_equal_ratios_are_equal_heights() -> None:
+    with running() as server:
+        ask(server, "POST", "/", progress((1, 1.0), (2, 0.1), (3, 0.01)))
+        _, body, _ = ask(server, "GET", "/chart?run=stars&width=400&height=200&log=1")
+        line = next(each for each in ElementTree.fromstring(body).iter() if "faint" in each.get("class", ""))
+        heights = [float(point.split(",")[1]) for point in line.get("points", "").split()]
+        assert heights[1] - heights[0] == pytest.approx(heights[2] - heights[1], abs=0.2)

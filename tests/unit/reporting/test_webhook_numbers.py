@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import pytest
+from tenacity import RetryCallState, Retrying
 
 from simpletuner.reporting.events import StepDone
-from simpletuner.reporting.webhooks.breaker import Breaker, Patience
 from simpletuner.reporting.webhooks.messages import CurvePoint, progress_message
+from simpletuner.reporting.webhooks.sender import Patience
+from simpletuner.reporting.webhooks.transport import DeliveryFailed
 
 
 def test_progress_says_what_is_done_and_what_is_left():
@@ -19,11 +20,23 @@ def test_progress_says_what_is_done_and_what_is_left():
     assert message.title == "step 30 of 120"
 
 
-def test_pauses_double_up_to_the_longest_and_begin_again_after_a_success():
-    breaker = Breaker(Patience(first=1.0, longest=5.0, tries=3))
-    for longest in (1, 2, 4, 5, 5):
-        assert longest / 2 <= breaker.failed() <= longest  # spread over the upper half
-    assert breaker.is_open
-    assert breaker.worked()
-    assert not breaker.is_open
-    assert breaker.failed(retry_after=60.0) == pytest.approx(60)
+def pauses(patience: Patience, error: Exception, count: int) -> list[float]:
+    """The pause after each of the first failures, as tenacity asks for it."""
+    found = []
+    for number in range(1, count + 1):
+        state = RetryCallState(Retrying(), None, (), {})
+        state.attempt_number = number
+        state.set_exception((type(error), error, None))
+        found.append(patience.pause(state))
+    return found
+
+
+def test_pauses_double_up_to_the_longest_and_are_spread():
+    rounds = [pauses(Patience(first=1.0, longest=5.0), DeliveryFailed("down"), 5) for _ in range(300)]
+    for limit, *found in zip((1, 2, 4, 5, 5), *rounds, strict=True):
+        assert 0.9 * limit < max(found) <= limit
+        assert min(found) < 0.2 * limit
+
+
+def test_a_service_is_never_asked_before_it_wants_to_be():
+    assert min(pauses(Patience(first=1.0, longest=5.0), DeliveryFailed("busy", retry_after=60.0), 5)) == 60

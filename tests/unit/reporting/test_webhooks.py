@@ -30,8 +30,7 @@ from simpletuner.reporting.events import (
     SavedImage,
     StepDone,
 )
-from simpletuner.reporting.webhooks.breaker import Patience
-from simpletuner.reporting.webhooks.sender import Timing
+from simpletuner.reporting.webhooks.sender import Patience, Timing
 from simpletuner.reporting.webhooks.sink import WebhookSink
 from simpletuner.reporting.webhooks.transport import Deadlines
 from tests.receiver import Receiver, receiver, wait_until

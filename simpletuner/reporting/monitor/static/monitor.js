@@ -56,8 +56,9 @@ function show() {
   showHead(run);
   showStage(run.stage);
   showTiles(run);
-  chart.set(run.curve, run.evals, run.status.total_steps);
+  chart.set(shown, run.curve);
   $("eval-key").hidden = !run.evals.length;
+  $("base-key").hidden = run.evals.length < 2 || !run.evals.some((row) => Number.isFinite(row[2]));
   $("prior-key").hidden = !run.curve.some((row) => row[4]);
   showDetails(run.status);
   showDrawing(run);
@@ -289,7 +290,6 @@ $("theme").addEventListener("click", () => {
   const theme = document.documentElement.dataset.theme === "light" ? "dark" : "light";
   document.documentElement.dataset.theme = theme;
   localStorage.setItem("theme", theme);
-  chart.draw();
 });
 $("runs").addEventListener("change", (event) => { shown = event.target.value; isPinned = true; isDirty = true; });
 $("log-scale").addEventListener("click", () => {
