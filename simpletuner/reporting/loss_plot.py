@@ -1,8 +1,8 @@
 """The loss curve of a run as a PNG, from `metrics.jsonl`.
 
-Training loss is noisy (each step sees other timesteps), so its smoothed course is drawn over the raw one. Steps on
+Training loss is noisy (each step sees other timesteps), so its smoothed course is plotted over the raw one. Steps on
 regularisation data alone have a loss of another kind (distance from the base model) and a curve of their own. The eval
-loss, which sees the same noise each time, is drawn point by point and is the curve to trust.
+loss, which sees the same noise each time, is plotted point by point and is the curve to trust.
 """
 
 from __future__ import annotations
