@@ -39,7 +39,7 @@ def verify_cache(context: typer.Context) -> None:
 @cache_app.command("prune", context_settings=PASS_ON)
 def prune_cache(
     context: typer.Context,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be removed.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print what would be removed.")] = False,
     others: Annotated[
         bool, typer.Option("--others", help="Also empty cache folders that no dataset of this configuration uses.")
     ] = False,

@@ -14,7 +14,7 @@ from simpletuner.cli.shared import PASS_ON, app, load, monitored, print_to_stder
 from simpletuner.errors import ConfigError, Problem
 from simpletuner.hardware import GIB
 
-_DEVICE_MEMORY_HELP = "GiB of the GPU that will train, where it is in another machine: 8, 12, 16, 24, 48, 80, ..."
+_DEVICE_MEMORY_HELP = "GiB of the GPU that will train, if it is in another machine: 8, 12, 16, 24, 48, 80, ..."
 
 
 @app.command(context_settings=PASS_ON, short_help="Train as config.json says.")
@@ -73,7 +73,7 @@ def options(
     say(run_options_command(key=key, search=search, json_schema=json_schema))
 
 
-@app.command(context_settings=PASS_ON, short_help="Look at configuration and data before training.")
+@app.command(context_settings=PASS_ON, short_help="Check configuration and data before training.")
 def check(
     context: typer.Context,
     output: Annotated[
@@ -114,7 +114,7 @@ def plan(
     run_plan(loaded, say, probe, None if device_memory is None else round(device_memory * GIB))
 
 
-@app.command(context_settings=PASS_ON, short_help="Write the configuration, by questions on screens or by options.")
+@app.command(context_settings=PASS_ON, short_help="Write a configuration, with a wizard or from options.")
 def configure(
     context: typer.Context,
     goal: Annotated[str | None, typer.Option(help="subject, style, edit or full.")] = None,
@@ -128,8 +128,8 @@ def configure(
         str | None, typer.Option(help="lokr, lora, dora, or another algorithm of LyCORIS; not of goal full.")
     ] = None,
     factor: Annotated[int | None, typer.Option(help="Of lokr: the larger, the smaller the adapter.", min=1)] = None,
-    rank: Annotated[int | None, typer.Option(help="Of other adapters: their size.", min=1)] = None,
-    layers: Annotated[str | None, typer.Option(help="Of LyCORIS: all, or attention.")] = None,
+    rank: Annotated[int | None, typer.Option(help="For other adapters: the rank.", min=1)] = None,
+    layers: Annotated[str | None, typer.Option(help="For LyCORIS: all, or attention.")] = None,
     reference_data: Annotated[
         str | None, typer.Option(help="Of goal edit: the images before the change, each named as the one after.")
     ] = None,
@@ -179,7 +179,7 @@ def configure(
         run_in_processes(loaded, ["train"])
 
 
-@app.command(short_help="Look at this machine and installation.")
+@app.command(short_help="Check this machine and installation.")
 def doctor() -> None:
     """Say what would stand in the way of training, with the remedy; the exit code is 2 where something does."""
     from simpletuner.commands.doctor import doctor as run_doctor
@@ -187,7 +187,11 @@ def doctor() -> None:
     raise typer.Exit(run_doctor(os.environ, Path.cwd(), say))
 
 
-@app.command("verify-resume", context_settings=PASS_ON, short_help="Prove that a killed run ends with the same bits.")
+@app.command(
+    "verify-resume",
+    context_settings=PASS_ON,
+    short_help="Test that a killed and resumed run is bit-identical.",
+)
 def verify_resume(
     context: typer.Context,
     steps: Annotated[int, typer.Option(help="Optimizer steps of each run.", min=6)] = 6,

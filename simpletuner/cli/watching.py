@@ -12,7 +12,7 @@ from simpletuner.cli.shared import app, print_to_stderr, say
 
 @app.command(short_help="One page that explains a run: report.html.")
 def report(
-    output_dir: Annotated[Path, typer.Argument(help="output_dir of a run; it may still be going on.")],
+    output_dir: Annotated[Path, typer.Argument(help="output_dir of a run; it may still be running.")],
     output: Annotated[
         Path | None, typer.Option(help="The file; OUTPUT_DIR/report.html if not given.", show_default=False)
     ] = None,
@@ -36,7 +36,7 @@ def monitor(
     token: Annotated[
         str | None,
         typer.Option(
-            help="What runs and pages must show. Made for you where other machines can reach the page.",
+            help="Token that senders and browsers must show. Generated if other machines can reach the page.",
             envvar="SIMPLETUNER_MONITOR_TOKEN",
             show_default=False,
         ),

@@ -17,17 +17,17 @@ def generate(
     context: typer.Context,
     prompt: Annotated[list[str], typer.Option(help="What to generate; may be given several times.")],
     model: Annotated[str | None, typer.Option(help="Model folder or hub id.")] = None,
-    model_family: Annotated[str | None, typer.Option(help="Of --model, where its folder does not tell.")] = None,
+    model_family: Annotated[str | None, typer.Option(help="Of --model, if its folder does not say.")] = None,
     config: Annotated[Path | None, typer.Option(help="config.json of a run: its model and its validation_*.")] = None,
     adapter: Annotated[Path | None, typer.Option(help="Adapter file (.safetensors) of any format, or folder.")] = None,
-    strength: Annotated[float, typer.Option(help="How much of the adapter; 1 is as it was trained.")] = 1.0,
+    strength: Annotated[float, typer.Option(help="Strength of the adapter; 1 is as trained.")] = 1.0,
     reference: Annotated[list[Path] | None, typer.Option(help="Image to edit; several times for several.")] = None,
-    negative_prompt: Annotated[str | None, typer.Option(help="What guidance leads away from.")] = None,
+    negative_prompt: Annotated[str | None, typer.Option(help="Negative prompt.")] = None,
     width: Annotated[int | None, typer.Option(help="Pixels.", min=8)] = None,
     height: Annotated[int | None, typer.Option(help="Pixels.", min=8)] = None,
     steps: Annotated[int | None, typer.Option(help="Sampling steps.", min=1)] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale; 1 is none.", min=0)] = None,
-    seed: Annotated[int, typer.Option(help="Of the first image; each further one counts up.", min=0)] = 42,
+    seed: Annotated[int, typer.Option(help="Seed of the first image; each further image adds 1.", min=0)] = 42,
     count: Annotated[int, typer.Option(help="Images per prompt.", min=1)] = 1,
     base_precision: Annotated[
         str | None, typer.Option(help="Pack the model's weights, as base_model_precision does: int8-quanto, ...")
@@ -84,11 +84,11 @@ def export(
         ),
     ] = None,
     output: Annotated[Path | None, typer.Option(help="Folder, or a .safetensors file for one format.")] = None,
-    rank: Annotated[int | None, typer.Option(help="Make a plain LoRA of this rank of it first.", min=1)] = None,
+    rank: Annotated[int | None, typer.Option(help="Convert it to a plain LoRA of this rank first.", min=1)] = None,
     merge: Annotated[bool, typer.Option("--merge", help="Write the whole model with the adapter in it.")] = False,
-    ema: Annotated[bool, typer.Option("--ema", help="The averaged weights of the folder.")] = False,
-    model: Annotated[str | None, typer.Option(help="Model folder or hub id, if it is not where it was.")] = None,
-    model_family: Annotated[str | None, typer.Option(help="Of --model, where its folder does not tell.")] = None,
+    ema: Annotated[bool, typer.Option("--ema", help="Use the EMA weights of the folder.")] = False,
+    model: Annotated[str | None, typer.Option(help="Model folder or hub id, if it was moved.")] = None,
+    model_family: Annotated[str | None, typer.Option(help="Of --model, if its folder does not say.")] = None,
 ) -> None:
     """Write files for other programs: simpletuner export FOLDER [--format kohya] [--rank N | --merge]
 
@@ -103,7 +103,7 @@ def export(
         say(str(path))
 
 
-@app.command(short_help="Turn a pickle of tensors (.bin, .pt, .ckpt) into safetensors.")
+@app.command(short_help="Convert a pickle of tensors (.bin, .pt, .ckpt) into safetensors.")
 def convert(
     source: Annotated[Path, typer.Argument(help="The file; the only pickle that is ever opened.", show_default=False)],
     output: Annotated[Path | None, typer.Option(help="The .safetensors file; beside SOURCE if not given.")] = None,

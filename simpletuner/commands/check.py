@@ -55,7 +55,7 @@ class CacheNeed:
 
     def line(self) -> str:
         if not self.num_present + self.num_missing:
-            return "none are kept: they are encoded when training needs them"
+            return "none are cached: they are encoded on demand"
         where = " and ".join(str(folder) for folder in self.folders)
         if not self.num_missing:
             return f"all {count_text(self.num_present, 'latent')} in {where}"

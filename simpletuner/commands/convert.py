@@ -45,13 +45,13 @@ def convert(source: Path, output: Path | None) -> Path:
     except pickle.UnpicklingError as error:
         # Of torch's text only what was found: the rest is advice to run the file all the same.
         found = " ".join(str(error).split()).partition("WeightsUnpickler error: ")[2].partition(" by default")[0]
-        reason = printable(found[:300]) or "something that is no tensor"
-        raise _refused(source, f"holds more than tensors, and nothing of it was run: {reason}") from error
+        reason = printable(found[:300]) or "an object that is no tensor"
+        raise _refused(source, f"contains more than tensors, and none of it was run: {reason}") from error
     except (OSError, RuntimeError, ValueError, EOFError, LookupError, TypeError, AttributeError) as error:
         raise _refused(source, f"cannot be read: {printable(' '.join(str(error).split())[:300])}") from error
     tensors = _tensors(content)
     if not tensors:
-        raise _refused(source, "holds no tensors by name")
+        raise _refused(source, "contains no named tensors")
     with storage.replacing_file(output) as temporary:
         save_file(tensors, temporary, metadata={"format": "pt"})
     return output

@@ -56,7 +56,7 @@ def doctor(environment: Mapping[str, str], working_dir: Path, say: Callable[[str
         say(finding.line())
         faults += finding.state == "fault"
         notes += finding.state == "note"
-    found = [f"{faults} {'fault' if faults == 1 else 'faults'}"] if faults else ["nothing stands in the way"]
+    found = [f"{faults} {'fault' if faults == 1 else 'faults'}"] if faults else ["ready to train"]
     say(f"\n{', '.join([*found, *([f'{notes} noted'] if notes else [])])}")
     return EXIT_CONFIG if faults else EXIT_OK
 
@@ -95,8 +95,8 @@ def look_at_versions(requirements: list[str], version_of: Callable[[str], str | 
     wrong, count = _unmet(requirements, version_of)
     if wrong:
         remedy = "pip install -c constraints.txt . in the clone"
-        return Finding("fault", "versions", f"{', '.join(wrong)} of {count} packages do not fit", remedy)
-    return Finding("ok", "versions", f"all {count} required packages fit")
+        return Finding("fault", "versions", f"{', '.join(wrong)} of {count} packages have unsuitable versions", remedy)
+    return Finding("ok", "versions", f"all {count} required packages have suitable versions")
 
 
 def look_at_extras(requirements: list[str], version_of: Callable[[str], str | None]) -> Iterator[Finding]:
@@ -162,7 +162,7 @@ def look_at_torch(hardware: Hardware) -> Iterator[Finding]:
         for number in range(torch.cuda.device_count()):
             free, total = torch.cuda.mem_get_info(number)
             text = f"{torch.cuda.get_device_name(number)}, {bytes_text(free)} of {bytes_text(total)} free"
-            no_bf16 = "it computes no bf16: set mixed_precision to no"
+            no_bf16 = "it does not support bf16: set mixed_precision to no"
             supports_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
             yield Finding("ok", "device", text) if supports_bf16 else Finding("note", "device", text, no_bf16)
         return
@@ -178,10 +178,10 @@ def look_at_device(hardware: Hardware, has_gpu_build: bool, has_mps: bool) -> Fi
             if has_gpu_build
             else f"install torch from PyTorch's index for {kind}: INSTALL.md, torch for your hardware"
         )
-        return Finding("fault", "device", f"the driver reports {hardware.name}, and torch does not see it", remedy)
+        return Finding("fault", "device", f"the driver reports {hardware.name}, but torch does not see it", remedy)
     if has_mps:
         return Finding("ok", "device", "Apple GPU (mps)")
-    return Finding("note", "device", "no accelerator: training runs on the processor, which is for tiny models")
+    return Finding("note", "device", "no accelerator: training runs on the CPU, which suits only tiny models")
 
 
 def look_at_compiler(missing: str | None) -> Finding:
@@ -206,9 +206,9 @@ def look_at_disk(working_dir: Path) -> Finding:
     free = shutil.disk_usage(working_dir).free
     text = f"{bytes_text(free)} free at {working_dir}"
     if not os.access(working_dir, os.W_OK):
-        return Finding("fault", "disk", f"{working_dir} cannot be written", "work in a folder of your own")
+        return Finding("fault", "disk", f"{working_dir} cannot be written", "use a folder that you can write to")
     if free < LITTLE_DISK:
-        return Finding("note", "disk", text, "make room: models, caches and checkpoints take tens of GiB")
+        return Finding("note", "disk", text, "free some space: models, caches and checkpoints take tens of GiB")
     return Finding("ok", "disk", text)
 
 
@@ -221,7 +221,7 @@ def look_at_caches(environment: Mapping[str, str]) -> Finding:
     folder = Path(environment.get("HF_HUB_CACHE") or home / "hub")
     existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
     if not os.access(existing, os.W_OK):
-        return Finding("fault", "hub cache", f"{folder} cannot be written", "set HF_HOME to a folder of your own")
+        return Finding("fault", "hub cache", f"{folder} cannot be written", "set HF_HOME to a writable folder")
     count = sum(1 for _ in folder.glob("models--*"))
     free = bytes_text(shutil.disk_usage(existing).free)
     return Finding("ok", "hub cache", f"{count} models in {folder}, {free} free")
@@ -234,7 +234,7 @@ def look_at_logins(environment: Mapping[str, str]) -> Iterator[Finding]:
     endpoint = environment.get("HF_ENDPOINT")
     at = f" at {endpoint}" if endpoint else ""
     if environment.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
-        yield Finding("note", "hub", "HF_HUB_OFFLINE is set: models that are not here cannot be fetched", "unset it")
+        yield Finding("note", "hub", "HF_HUB_OFFLINE is set: models cannot be downloaded", "unset it")
     elif get_token():
         yield Finding("ok", "hub", f"logged in{at}")
     else:

@@ -138,7 +138,7 @@ def open_export(source: Source, family: ModelFamily, rank: int | None, say: Call
     whole = _load(family)
     apply_weights(whole, weights, family.spec, str(source.file))
     off = float((probe_output(family, whole) - export.reference).abs().max())
-    say(f"rank {rank} leaves out {lost:.2%} of the change; the model's answer differs by {off:.3g} at most")
+    say(f"rank {rank} leaves out {lost:.2%} of the change; the model's output differs by {off:.3g} at most")
     if lost > 1 - KEPT_SHARE:
         enough = rank_that_keeps(weights, _load(family), KEPT_SHARE)
         whole_file = family.spec.read_by("lycoris", weights.kind, [*weights.modules])
@@ -231,7 +231,7 @@ def _require_merged(export: Export, folder: Path) -> None:
     if not off <= allowed:  # NaN fails too
         message = f"the merged model gives another output: it differs by {off:.3g}, allowed is {allowed:.3g}"
         raise DataError(Problem(message, file=str(folder)))
-    export.say(f"merged: the answer differs from the adapter's by {off:.3g}")
+    export.say(f"merged: the output differs from the adapter's by {off:.3g}")
 
 
 def _kept_metadata(export: Export) -> dict[str, str]:

@@ -116,7 +116,7 @@ def memory_rows(
         rows.append(Row("one unpacked matrix", matrix))
     if stays_vae:
         vae = make_empty_component(family.source, family.spec.component("vae"), torch.float32)
-        rows.append(Row("VAE, which stays to encode on demand", num_bytes(vae.parameters())))
+        rows.append(Row("VAE, kept to encode on demand", num_bytes(vae.parameters())))
     free = available - sum(row.num_bytes for row in rows)
     chosen, others = activation_rows(config, shapes.activations, free)
     # The activations are gone when the optimizer takes its step, so what it makes has their room.

@@ -41,7 +41,7 @@ def show_models(name: str | None, as_json: bool, say: Say, warn: Say) -> None:
         for line in detail_lines(spec) if name else short_lines(spec):
             say(line)
     if not name:
-        say("`simpletuner models NAME` tells what a family supports.")
+        say("`simpletuner models NAME` shows what a family supports.")
 
 
 def short_lines(spec: FamilySpec) -> list[str]:

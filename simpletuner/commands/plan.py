@@ -123,7 +123,7 @@ def make_plan(loaded: LoadedRun, probe: bool | None = None, other_gpu: int | Non
     beside = "".join(f" with a reference of {width}x{height}" for height, width in largest.references)
     notes = [f"memory is that of the largest batch, {largest.batch_size} of {largest.width}x{largest.height}{beside}"]
     if family.device.type == "cuda":
-        notes.append("CUDA itself is not counted: what is available is what it has left")
+        notes.append("the CUDA context is not counted; available memory is what it leaves")
     if not config.validation_disable:
         decode = decode_bytes(family, *config.validation_sizes[0])
         notes.append(f"decoding a validation image takes {bytes_text(decode)} beside the weights, between two steps")
@@ -275,9 +275,7 @@ def why_no_probe(family: ModelFamily, needed: int, available: int, operations: f
     if not family.source.is_local:
         return "the weights are on the hub; --probe fetches them"
     if family.device.type == "cpu" and operations > CPU_PROBE_OPERATIONS:
-        return (
-            f"a batch takes {operations / 1e12:,.0f} tera-operations, too many for a CPU; --probe does it all the same"
-        )
+        return f"a batch takes {operations / 1e12:,.0f} tera-operations, too many for a CPU; --probe runs it anyway"
     return ""
 
 

@@ -100,7 +100,7 @@ def verify_resume(loaded: LoadedRun, arguments: Sequence[str], steps: int, say: 
         DataError: a run failed by itself.
     """
     if loaded.config.num_machines > 1:
-        message = "this command proves runs of one machine"
+        message = "this command tests runs on one machine"
         raise ConfigError(Problem(message, key="num_machines", fix="add --num_machines=1"))
     output_dir = Path(loaded.config.output_dir)
     output_dir.parent.mkdir(parents=True, exist_ok=True)
@@ -129,7 +129,7 @@ class _Proof:
         self.train(straight)
         self.counts = storage.read_json(self.folder / "counts.json")
         deaths = self.deaths()
-        say(f"2. the same steps, killed {len(deaths)} times and started again")
+        say(f"2. the same steps, killed {len(deaths)} times and resumed")
         killed = self.new_folder("killed")
         for death in deaths:
             self.train(killed, death)
@@ -146,16 +146,16 @@ class _Proof:
     def explain(self, found: Difference, straight: Path, say: Say) -> None:
         for line in found.lines:
             say(f"  {line}")
-        say(f"3. {self.steps} steps once more, undisturbed, to see whether this machine gives equal results at all")
+        say(f"3. {self.steps} steps once more, uninterrupted, to see whether this machine is deterministic")
         again = self.new_folder("again")
         self.train(again)
         repeated = compare_runs(straight, again, self.start_step)
         for line in repeated.lines:
             say(f"  {line}")
         if repeated.lines:
-            say("two undisturbed runs differ as well: kernels of this machine are not reproducible, resumed or not")
+            say("two uninterrupted runs differ as well: kernels of this machine are not reproducible, resumed or not")
         else:
-            say("two undisturbed runs are equal, so the resume is at fault: please report it with your configuration")
+            say("two uninterrupted runs are equal, so the resume is at fault: please report it with your configuration")
 
     def deaths(self) -> list[Death]:
         """The points of one step between checkpoints, then operations that follow the step of a checkpoint."""
@@ -204,7 +204,7 @@ class _Proof:
         lines = "\n".join(log.read_text(errors="replace").splitlines()[-LAST_LINES:])
         if code == 0:
             raise DataError(Problem(f"the run was over before it was killed at: {death}:\n{lines}"))
-        raise DataError(Problem(f"the run failed by itself (exit code {code}):\n{lines}"))
+        raise DataError(Problem(f"the run failed before it was killed (exit code {code}):\n{lines}"))
 
 
 def _link(source: str, target: str) -> None:

@@ -12,7 +12,7 @@ from simpletuner.hub.job import repository_name
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
-LOGIN = "run: hf auth login, with a token that may write; or set HF_TOKEN"
+LOGIN = "run: hf auth login, with a token that has write permission; or set HF_TOKEN"
 WRITING_ROLES = ("write", "admin", "contributor")
 
 
@@ -39,7 +39,7 @@ def check_access(config: Any, environment: Mapping[str, str], api: HfApi | None 
             raise ConfigError(Problem(f"{_where(api)}: {reason_of(error)}", key="push_to_hub", fix=LOGIN)) from error
         if _has_no_token(api):
             raise ConfigError(Problem("nobody is logged in to the Hub", key="push_to_hub", fix=LOGIN)) from error
-        return [f"{_where(api)} does not answer now ({reason_of(error)}); uploads are tried while the run goes on"]
+        return [f"{_where(api)} does not answer now ({reason_of(error)}); uploads are retried during the run"]
     problems = list(access_problems(me, repository_name(config)))
     if problems:
         raise ConfigError(problems)

@@ -169,7 +169,7 @@ class Publisher:
             self._changed.notify_all()
         if lost is not None:
             shutil.rmtree(lost.folder, ignore_errors=True)
-            self._report("warning", f"uploads are slower than checkpoints: step {lost.step} is left out")
+            self._report("warning", f"uploads are slower than checkpoints: step {lost.step} is skipped")
         if self._worker is None:
             self._worker = threading.Thread(target=self._work, name="hub upload", daemon=True)
             self._worker.start()
@@ -225,7 +225,7 @@ class Publisher:
             repo_id = full_name(api.whoami(), self._job.name)
             api.create_repo(repo_id, private=self._job.is_private, exist_ok=True)
             if self._job.is_private and api.repo_info(repo_id).private is False:
-                self._report("warning", f"{repo_id} was there before and is public: everybody sees what is uploaded")
+                self._report("warning", f"{repo_id} existed before and is public: everybody can see the uploads")
             self._repo_id = repo_id
             if not upload.is_last:
                 self._report("info", f"checkpoints go to {api.endpoint}/{repo_id}")
@@ -282,7 +282,7 @@ class Publisher:
             was_reported, self._trouble = self._trouble is not None, reason
             self._changed.notify_all()
         if not was_reported and not upload.is_last:
-            again = "it is tried again at the end" if is_final(error) else "it is tried again while the run goes on"
+            again = "it is retried at the end of the run" if is_final(error) else "it is retried during the run"
             self._report("warning", f"the upload of step {upload.step} failed ({reason}); {again}")
 
     def _pause(self, seconds: float) -> None:

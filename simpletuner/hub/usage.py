@@ -1,4 +1,4 @@
-"""Code for the model card: how the uploaded files are generated with, in diffusers alone."""
+"""Code for the model card: how to generate images with the uploaded files, in diffusers alone."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def usage_code(
     prompt: str,
     generation: Mapping[str, Any],
 ) -> str:
-    """Python that generates with what is in the repository.
+    """Python that generates images with what is in the repository.
 
     Args:
         kind: `full`, `lora`, `dora`, or an algorithm of LyCORIS.

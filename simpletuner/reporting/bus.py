@@ -76,7 +76,7 @@ class EventBus:
     def _drop(self, sink: Sink, error: Exception) -> None:
         self._sinks.remove(sink)
         self._notice_sources = [source for source in self._notice_sources if source is not sink]
-        self.emit(Notice("warning", f"{sink.name} stopped working ({error}); the run goes on without it"))
+        self.emit(Notice("warning", f"{sink.name} stopped working ({error}); the run continues without it"))
 
     def __enter__(self) -> EventBus:
         return self

@@ -27,17 +27,17 @@ ADAPTERS: Mapping[str, str] = {
     "dora": "DoRA: LoRA, and the length of each row; slower",
     "loha": "LoHa: two low-rank matrices, multiplied; slower",
     "locon": "LoCon: LoRA in the format of LyCORIS",
-    "dylora": "DyLoRA: LoRA that works cut to any smaller rank",
+    "dylora": "DyLoRA: LoRA that can be cut to any smaller rank",
     "glora": "GLoRA: LoRA, and a factor of the weight",
-    "diag-oft": "Diag-OFT: rotates what each layer gives",
-    "boft": "BOFT: rotates it in several steps",
+    "diag-oft": "Diag-OFT: rotates the output of each layer",
+    "boft": "BOFT: the same rotation, in several steps",
     "ia3": "IA3: one factor for each output; the smallest file",
-    "full": "full: the whole difference of the layers; large",
+    "full": "full: the full weight difference; large",
 }
 GOALS: Mapping[Goal, str] = {
     "subject": "one person, animal or thing, from a few images",
-    "style": "a way of generating or photographing, from captioned images",
-    "edit": "a change, from pairs of images: before and after it",
+    "style": "a visual style, from captioned images",
+    "edit": "an edit, from pairs of images: before and after",
     "full": "the whole model, no adapter: many images, much memory",
 }
 

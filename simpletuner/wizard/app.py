@@ -232,7 +232,7 @@ class Wizard(App[Outcome]):
     def start_scan(self, key: str, folder: str) -> None:
         self._waiting.pop(key, None)
         if folder_path(folder, self.project.places.working_dir).is_dir():
-            self.reports[folder] = "looking at the images ..."
+            self.reports[folder] = "reading the images ..."
             self.run_worker(partial(self.scan, folder), group=key, thread=True)
             self.refresh_fields()
 
@@ -253,7 +253,7 @@ class Wizard(App[Outcome]):
                 raise ScanStopped
             if time.monotonic() > reported + PROGRESS_SECONDS:
                 reported = time.monotonic()
-                self.call_from_thread(self.take_report, folder, f"looking at the images: {num_files} files ...")
+                self.call_from_thread(self.take_report, folder, f"reading the images: {num_files} files ...")
 
         try:
             report = look_at_folder(

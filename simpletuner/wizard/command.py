@@ -76,7 +76,7 @@ def run_configure(
         return None
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         message, fix = (
-            "there is no terminal to ask on",
+            "there is no terminal to show the wizard",
             "give at least --goal and --data, see `simpletuner configure -h`",
         )
         raise ConfigError(Problem(message, fix=fix))
@@ -97,7 +97,7 @@ def find_project(given: Given, environment: Mapping[str, str], working_dir: Path
     """
     chosen, _ = split_arguments(given.arguments)
     if "example" in chosen:
-        fix = f"simpletuner examples copy {chosen['example']} makes a folder of your own"
+        fix = f"simpletuner examples copy {chosen['example']} makes a copy to edit"
         raise ConfigError(Problem("shipped examples are not edited", key="example", fix=fix))
     if given.config is not None:
         return open_project(given.config, working_dir, hardware)
@@ -157,7 +157,7 @@ def apply(project: Project, given: Given) -> Answers:
         options["output_dir"] = given.output_dir
     images = given.data or answers.images
     if not images:
-        raise ConfigError(Problem("is missing: which images are to be learned?", key="--data", allowed="a folder"))
+        raise ConfigError(Problem("is missing: the folder with the training images", key="--data", allowed="a folder"))
     if goal == "subject" and project.is_new and not given.captions and not dataset.get("instance_prompt"):
         # Whether captions are there shows the scan; then the name of the subject is not needed.
         goal_needs_prompt = not _has_text_files(images, project.places.working_dir)
@@ -212,8 +212,8 @@ def _run_options(arguments: Sequence[str]) -> dict[str, Any]:
     values, problems = typed_options(merged.settings)
     for key in merged.settings:
         if key in ANSWERED:
-            fix = "--goal, --family, --flavour, --model, --adapter and --prompt say it"
-            problems.append(Problem("follows from other answers here", key=f"--{key}", fix=fix))
+            fix = "use --goal, --family, --flavour, --model, --adapter and --prompt"
+            problems.append(Problem("is derived from other answers", key=f"--{key}", fix=fix))
     if merged.problems or problems:
         raise ConfigError([*merged.problems, *problems])
     return {key: values[key] for key in merged.settings}
@@ -227,9 +227,9 @@ def _references(goal: Goal, given: Given, answers: Answers) -> str:
     """
     references = given.reference_data or answers.reference_images
     if goal == "edit" and not references:
-        message = "is missing: where are the images before the change?"
+        message = "is missing: the folder with the images before the edit"
         raise ConfigError(
-            Problem(message, key="--reference-data", allowed="a folder", fix="each named as the one after")
+            Problem(message, key="--reference-data", allowed="a folder", fix="each named like the image after the edit")
         )
     return references
 

@@ -50,7 +50,7 @@ _HEADINGS: Mapping[str, tuple[str, ...]] = {
         *("checkpoint_step_interval", "checkpoints_total_limit", "checkpoint_keep_best", "resume_from_checkpoint"),
         *("report_to", "tracker_run_name"),
     ),
-    "Who is reported, and where the result goes.": (
+    "Where the result is uploaded, and which services are notified.": (
         *("webhook_config", "push_to_hub", "hub_model_id", "model_card_private"),
     ),
 }
@@ -134,8 +134,8 @@ def _caption_notes(answers: Answers) -> Iterator[str]:
     for entry in make_plan(answers).entries.values():
         facts = answers.seen.get(str(entry["instance_data_dir"]))
         if facts and facts.are_numbered and entry.get("caption_strategy") == "filename":
-            why = "the file names are a camera's and say nothing as captions"
-            yield f"{entry['id']}: {why}; put text files beside the images, or take instanceprompt"
+            why = "the file names were given by a camera and are useless as captions"
+            yield f"{entry['id']}: {why}; put text files beside the images, or use instanceprompt"
 
 
 def _tracker_notes(run: LoadedRun, working_dir: Path) -> list[str]:
@@ -157,7 +157,7 @@ def save(project: Project, texts: Mapping[Path, str], answers: Answers) -> Proje
     for path in texts:
         on_disk = read_text_file(path, project.places.shown(path)) if path.exists() else None
         if on_disk != project.texts.get(path):
-            message, fix = "was changed by something else in the meantime; nothing was saved", "open it again"
+            message, fix = "was changed by another program in the meantime; nothing was saved", "open it again"
             raise ConfigError(Problem(message, file=project.places.shown(path), fix=fix))
     for path, text in texts.items():
         try:

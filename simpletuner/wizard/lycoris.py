@@ -15,7 +15,7 @@ from simpletuner.models.spec import FamilySpec
 Layers = Literal["all", "attention", "as written"]
 LAYERS: Mapping[Layers, str] = {
     "all": "attention and feed-forward: learns most",
-    "attention": "attention only: smaller and steadier",
+    "attention": "attention only: smaller and more stable",
 }
 ATTENTION, FEED_FORWARD = "Attention", "FeedForward"
 

@@ -29,10 +29,10 @@ from simpletuner.wizard.questions import (
 def pages() -> tuple[Page, ...]:
     """Every page but the last one, which shows the files."""
     return (
-        Page("Goal", lambda answers: "What do you want to teach?", (GOAL,)),
+        Page("Goal", lambda answers: "What should the model learn?", (GOAL,)),
         Page(
             "Model",
-            lambda answers: "Which model is to learn it?",
+            lambda answers: "Which model do you want to train?",
             (FAMILY, FLAVOUR, _field_question("model", "Model folder", _MODEL_HELP, "folder", empty=None)),
         ),
         Page(
@@ -61,12 +61,12 @@ def pages() -> tuple[Page, ...]:
         ),
         Page(
             "Validation",
-            lambda answers: "What shall be generated while it learns?",
+            lambda answers: "Which images should validation generate?",
             (PROMPTS, *option_questions(_VALIDATION)),
         ),
         Page(
             "Tracking",
-            lambda answers: "Where does it go, and who is reported?",
+            lambda answers: "Where does the result go, and who is notified?",
             (
                 *option_questions(_TRACKING),
                 *((WEBHOOK,) if option_questions({WEBHOOK.key: ""}) else ()),
@@ -127,10 +127,10 @@ _MODEL_HELP = (
     "A folder in diffusers layout, or the hub id (owner/name) of another checkpoint. Empty: the flavour, fetched from "
     "the hub at the first start."
 )
-_IMAGES_HELP = "Folder with the images to learn from; its subfolders count too. It is looked at as you type."
-_EVAL_HELP = "Folder with a few images that are never trained on: the loss on them says when to stop. May be empty."
+_IMAGES_HELP = "Folder with the training images, subfolders included. It is scanned as you type."
+_EVAL_HELP = "Folder with a few images that are never trained on: the loss on them shows when to stop. Optional."
 _REGULARISATION_HELP = (
-    "Folder with other images of the same kind, on which the model is kept as it is (prior preservation). May be empty."
+    "Folder with other images of the same kind, on which the model stays unchanged (prior preservation). Optional."
 )
 _REFERENCES_HELP = (
     "Folder with the images before the change; each has the name of the image after it in the folder above. The "

@@ -105,7 +105,7 @@ def open_project(config: Path, working_dir: Path, hardware: Hardware) -> Project
     working_dir = working_dir.absolute()
     config = working_dir / config
     if config.suffix != ".json":
-        message, fix = "is not JSON, the only form that is edited here", "change it by hand, or move it away"
+        message, fix = "is not JSON, the only format that is edited here", "edit it by hand, or move it away"
         raise ConfigError(Problem(message, file=str(config), allowed="config.json", fix=fix))
     if not config.exists():
         return _new_project(config, working_dir, hardware)

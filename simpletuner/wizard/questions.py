@@ -131,7 +131,7 @@ def _set_prompts(answers: Answers, text: str) -> Answers:
 GOAL = Question(
     "goal",
     "",
-    "What is proposed on the next pages follows from it. The arrows choose, Enter goes on.",
+    "The next pages propose settings for it. Arrow keys choose, Enter continues.",
     "list",
     lambda answers, plan: answers.goal,
     lambda answers, value: replace(answers, goal=value),
@@ -140,7 +140,7 @@ GOAL = Question(
 FAMILY = Question(
     "family",
     "",
-    "The model that learns; the weights' size is that in bf16, of its usual checkpoint.",
+    "The model family; sizes are those of its default checkpoint in bf16.",
     "list",
     lambda answers, plan: answers.family,
     _set_family,
@@ -149,7 +149,7 @@ FAMILY = Question(
 FLAVOUR = Question(
     "flavour",
     "Flavour",
-    "Which published checkpoint of the family.",
+    "The published checkpoint of the family.",
     "choice",
     lambda answers, plan: answers.flavour_name,
     _set_flavour,
@@ -171,7 +171,7 @@ TRAINS_ON = Question(
 ADAPTER = Question(
     "adapter",
     "Adapter",
-    "What is trained beside the model, which stays as it is.",
+    "The adapter type. The weights of the model stay frozen.",
     "choice",
     lambda answers, plan: answers.adapter,
     _set_adapter,
@@ -224,11 +224,11 @@ WEBHOOK = Question(
     "webhook_config",
     "Webhook",
     "Gets progress, checkpoints, images and failures: the URL of a Discord webhook or of a service of your own. "
-    "May be empty.",
+    "Optional.",
     "text",
     _read_webhook,
     _set_webhook,
-    facts="${NAME} takes the URL from an environment variable, so that it stands in no file",
+    facts="${NAME} takes the URL from an environment variable, so that no file contains it",
 )
 PROMPTS = Question(
     "prompts",

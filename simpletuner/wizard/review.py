@@ -52,7 +52,7 @@ class Review(Vertical):
         self.verdict = judge(project, texts, answers)
         self.query_one("#verdict", Static).update(verdict_text(self.verdict, bool(texts), start_command(project)))
         diff = Text("\n").join(coloured(line) for line in diff_lines(project, texts))
-        self.query_one("#diff", Static).update(diff or Text("(the files on the disk say the same)", "dim"))
+        self.query_one("#diff", Static).update(diff or Text("(the files on disk are up to date)", "dim"))
         self.query_one("#estimate").display = self.verdict.run is not None
         if self.verdict.run is not None:
             self.start_estimate(self.verdict, project, texts, answers)
@@ -71,7 +71,7 @@ class Review(Vertical):
             return
         self.stop_estimate()
         self.estimated = None
-        static.update(Text("memory, disk and time are being worked out ...", "dim"))
+        static.update(Text("estimating memory, disk and time ...", "dim"))
         self.prepare_estimate(project.places.working_dir)
         self.estimating, self.waiting = self.waiting, None
         assert self.estimating is not None
@@ -109,7 +109,7 @@ def verdict_text(verdict: Verdict, is_changed: bool, start: str) -> Text:
     if not verdict.problems:
         parts.append(
             Text(
-                "Every check of a start passes." if is_changed else f"Saved. Start with: {pasteable(start)}",
+                "All checks pass." if is_changed else f"Saved. Start with: {pasteable(start)}",
                 "bold green",
             )
         )
@@ -127,7 +127,7 @@ def estimate_text(found: Estimate, verdict: Verdict, hardware: Hardware) -> Text
     if not found.error:
         return _coloured_by_wellness(estimate_lines(found, hardware))
     rough = rough_lines(verdict.run, hardware) if verdict.run else []
-    reason = "more is known once the model is here; nothing is fetched for an estimate" if rough else found.error
+    reason = "rough until the model is downloaded; an estimate downloads nothing" if rough else found.error
     return _coloured_by_wellness(rough).append("\n" if rough else "").append(reason, "dim")
 
 

@@ -274,7 +274,7 @@ def test_bursts_through_a_real_terminal(folder: Path) -> None:
     command = f"{sys.executable} -m simpletuner configure"
     tmux("new-session", "-d", "-x", "80", "-y", "24", "-c", str(folder), command)
     try:
-        until("What do you want to teach?")
+        until("What should the model learn?")
         tmux("send-keys", "C-n", "C-n")
         until("Where are the images?")
         tmux("send-keys", "Tab")

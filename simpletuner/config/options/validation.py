@@ -19,7 +19,7 @@ class ValidationOptions(OptionGroup):
     )
     validation_negative_prompt: Text | None = option(
         None,
-        help="What guidance leads away from. Unset: the family's own; an empty text is a negative prompt too.",
+        help="Negative prompt. Unset: the family's own; an empty text is a negative prompt too.",
         empty_is_value=True,
     )
     user_prompt_library: FilePath | None = option(

@@ -31,7 +31,7 @@ _EVENTS: Mapping[str, type[Event]] = {
 
 
 class Follower:
-    """Reads a file as it grows; one that was begun again is read again.
+    """Reads a file as it grows; one that was started again is read from its beginning.
 
     Args:
         output_dir: of the run.

@@ -120,7 +120,7 @@ class RunHistory:
         return patch
 
     def _begin(self, data: Mapping[str, Any], patch: Patch) -> Patch:
-        """A start, or a start again: what comes after its first step is resampled."""
+        """A start, or a start again: what comes after its first step is removed."""
         start = data["start_step"] or 0
         self.curve = [row for row in self.curve if row[0] <= start]
         self.evals = [row for row in self.evals if row[0] <= start]
@@ -215,7 +215,7 @@ class History:
         return True
 
     def forget(self, name: str) -> None:
-        """Begin a run's history again."""
+        """Clear the history of a run."""
         with self._condition:
             self._runs[name] = RunHistory(name)
             self._report(self._runs[name].snapshot())

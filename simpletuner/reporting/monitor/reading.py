@@ -38,7 +38,7 @@ def read_event(body: bytes) -> tuple[Mapping[str, Any], list[Image]]:
         raise BadEvent(f"nested deeper than {MAX_DEPTH}")
     # A type that this version does not know is kept in the log.
     if not isinstance(event, dict) or not isinstance(event.get("type"), str):
-        raise BadEvent("no event of a raw webhook")
+        raise BadEvent("not an event of a raw webhook")
     data = event.get("data")
     if not isinstance(event.get("id"), str) or not isinstance(data, dict):
         raise BadEvent("an event has id and data")

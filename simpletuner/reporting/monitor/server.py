@@ -75,7 +75,7 @@ class MonitorHandler(BaseHTTPRequestHandler):
         try:
             url = urlsplit(self.path)
         except ValueError:
-            self._refuse(HTTPStatus.BAD_REQUEST, "this is no address")
+            self._refuse(HTTPStatus.BAD_REQUEST, "this is not a valid address")
             return
         if not self._is_for_us():
             return
@@ -103,7 +103,7 @@ class MonitorHandler(BaseHTTPRequestHandler):
         elif not length:
             self._refuse(HTTPStatus.LENGTH_REQUIRED, "Content-Length is missing")
         elif not (length.isascii() and length.isdigit()):
-            self._refuse(HTTPStatus.BAD_REQUEST, "Content-Length is no number")
+            self._refuse(HTTPStatus.BAD_REQUEST, "Content-Length is not a number")
         elif len(length) > MAX_DIGITS or int(length) > MAX_BODY_BYTES:
             self._refuse(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"at most {bytes_text(MAX_BODY_BYTES)}")
         elif self.headers.get_content_type() != "application/json":
@@ -131,7 +131,7 @@ class MonitorHandler(BaseHTTPRequestHandler):
         try:
             name = (urlsplit(f"//{host}").hostname or "") if host.isprintable() else ""
         except ValueError:
-            self._refuse(HTTPStatus.BAD_REQUEST, "Host is no name of a host")
+            self._refuse(HTTPStatus.BAD_REQUEST, "Host is not a host name")
             return False
         if self.server.checks_host and name.lower() not in self.server.names:
             self._refuse(HTTPStatus.MISDIRECTED_REQUEST, "this is not the host that you asked for")

@@ -84,7 +84,7 @@ class JsonlSink:
             if len(self._waiting) > MOST_WAITING_BYTES:
                 raise
             if not self._is_refused:
-                text = f"{self.path} cannot be written ({error.strerror}): what belongs there waits in memory"
+                text = f"{self.path} cannot be written ({error.strerror}): its records wait in memory"
                 self._notices.append(Notice("warning", text))
             self._is_refused = True
         else:

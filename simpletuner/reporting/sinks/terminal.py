@@ -208,14 +208,14 @@ def _lines(event: Event) -> list[str]:
     if isinstance(event, CheckpointSaved) and event.eval_loss is not None:
         return [f"best checkpoint so far saved at step {event.step}, eval loss {event.eval_loss:.4f}: {event.path}"]
     if isinstance(event, CheckpointSaved):
-        what = "saved at step" if event.is_new else "kept, it was there already: step"
+        what = "saved at step" if event.is_new else "already saved at step"
         return [f"checkpoint {what} {event.step}: {event.path}"]
     if isinstance(event, Notice):
         return [event.text if event.severity == "info" else f"{event.severity}: {event.text}"]
     if isinstance(event, RunFinished):
         return _describe_finish(event)
     if isinstance(event, RunFailed):
-        # The message itself goes to stderr, where the program tells why it leaves.
+        # The message itself goes to stderr, where the program says why it ends.
         return [f"the run ended early at step {event.step} (exit code {event.exit_code})"]
     return []
 
@@ -224,7 +224,7 @@ def _describe_start(event: RunStarted) -> list[str]:
     width = max((len(name) for name in event.details), default=0)
     lines = [f"run {event.run_name}: {event.total_steps} steps, output in {event.output_dir}"]
     if event.start_step:
-        lines.append(f"goes on after step {event.start_step}")
+        lines.append(f"resumes after step {event.start_step}")
     return lines + [f"  {name:<{width}}  {text}" for name, text in event.details.items()]
 
 
@@ -233,7 +233,7 @@ def _describe_finish(event: RunFinished) -> list[str]:
     lines = [f"finished {event.step} steps in {progress.duration_text(event.seconds)}"]
     lines += [f"  {name:<{width}}  {path}" for name, path in event.outputs.items()]
     if event.commands:
-        lines += ["to generate with it:", *(f"  {command}" for command in event.commands)]
+        lines += ["to generate images with it:", *(f"  {command}" for command in event.commands)]
     return lines
 
 

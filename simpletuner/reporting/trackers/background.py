@@ -108,7 +108,7 @@ class TrackerSink:
             self._queue.clear()
             reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
             self._notices.append(
-                Notice("warning", f"{self.name} stopped working ({reason}); the run goes on without it")
+                Notice("warning", f"{self.name} stopped working ({reason}); the run continues without it")
             )
 
     def _hand_over(self, tracker: Tracker) -> None:

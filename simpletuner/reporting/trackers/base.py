@@ -44,7 +44,7 @@ class TrackedRun:
 class Tracker:
     """Base of trackers; each method does nothing until it is written.
 
-    Whatever a method raises ends the tracker with one warning, and the run goes on without it.
+    Whatever a method raises ends the tracker with one warning, and the run continues without it.
     """
 
     def start(self, run: TrackedRun) -> str | None:

@@ -29,7 +29,7 @@ class Body:
 
 
 def accepts(target: Webhook, message: Message) -> bool:
-    """Whether a service is reported of this: by `log_level`; people in Discord see stages only at level debug."""
+    """Whether a service gets this: by `log_level`; people in Discord see stages only at level debug."""
     if target.webhook_type == "discord" and message.type in _FOR_PROGRAMS:
         return target.log_level == "debug"
     return SEVERITIES.index(message.severity) >= SEVERITIES.index(target.log_level)

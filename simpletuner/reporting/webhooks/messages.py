@@ -1,4 +1,4 @@
-"""Words events as messages: what a service is reported of each, independent of which service it is.
+"""Words events as messages: what a service gets of each, independent of which service it is.
 
 The types and fields are those of `documentation/webhook_events.schema.json`; a change of meaning raises
 `SCHEMA_VERSION`.
@@ -43,7 +43,7 @@ IMAGES_PER_MESSAGE = 10
 
 @dataclass(frozen=True)
 class Message:
-    """What a service is reported.
+    """What a service gets.
 
     Args:
         id: unique; a message that is sent again, because its answer was lost, has the same.
@@ -133,7 +133,7 @@ def _named(message: Message, run_name: str, run_id: str) -> Message:
 def _started(event: RunStarted) -> list[Message]:
     record = to_record(event)
     data = {key: record[key] for key in ("output_dir", "total_steps", "start_step", "details")}
-    title = f"goes on after step {event.start_step}" if event.start_step else "training starts"
+    title = f"resumes after step {event.start_step}" if event.start_step else "training starts"
     lines = [f"{event.total_steps} steps", *(f"{name}: {text}" for name, text in event.details.items())]
     data = {"status": "running", "step": event.start_step, **data}
     return [Message("training.status", "info", title, "\n".join(lines), data)]
@@ -232,7 +232,7 @@ def _failed(event: RunFailed) -> list[Message]:
     return [Message(kind, severity, title, event.message, data, must_arrive=True)]  # type: ignore[arg-type]
 
 
-# What has no line here is not told: progress has `progress_message`. A test lists every event.
+# What has no line here is not sent: progress has `progress_message`. A test lists every event.
 _MAKERS: Mapping[type[Event], Callable[[Any], list[Message]]] = {
     RunStarted: _started,
     PhaseStarted: _phase_started,

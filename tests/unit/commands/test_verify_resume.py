@@ -149,7 +149,7 @@ def test_a_run_that_fails_by_itself_is_reported_with_its_reason(tmp_path: Path, 
     loaded = load_here(folder)
     for path in (folder / "images").glob("*.png"):
         path.write_bytes(b"torn")
-    with pytest.raises(DataError, match="failed by itself"):
+    with pytest.raises(DataError, match="failed before it was killed"):
         verify_resume(loaded, (), 6, print)
 
 

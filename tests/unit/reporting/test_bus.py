@@ -36,7 +36,7 @@ def test_a_sink_that_breaks_is_dropped_with_one_warning_and_the_rest_go_on():
     texts = [event.text for event in healthy.events]
     assert [text for text in texts if text.isdigit()] == ["0", "1", "2"]
     assert [text for text in texts if "disk full" in text] == [
-        "recorder stopped working (disk full); the run goes on without it"
+        "recorder stopped working (disk full); the run continues without it"
     ]
 
 

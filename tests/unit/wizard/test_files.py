@@ -182,7 +182,7 @@ def test_references_that_a_hand_written_file_names_its_own_way_stay_as_they_are(
 
 
 def test_an_edit_needs_the_images_before_it(folder: Path, omnigen_folder: Path):
-    with pytest.raises(ConfigError, match="before the change"):
+    with pytest.raises(ConfigError, match="before the edit"):
         configured(folder, omnigen_folder, goal="edit")
 
 

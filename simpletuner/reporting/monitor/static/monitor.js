@@ -40,7 +40,7 @@ function connected(isOn) {
   $("link").lastElementChild.textContent = isOn ? "live" : "connection lost";
 }
 
-// Patches may come faster than anybody can look: the page is drawn at most once a frame.
+// Patches may come faster than anybody can look: the page is updated at most once a frame.
 function frame() {
   if (isDirty) { isDirty = false; show(); }
   requestAnimationFrame(frame);
@@ -61,7 +61,7 @@ function show() {
   $("base-key").hidden = run.evals.length < 2 || !run.evals.some((row) => Number.isFinite(row[2]));
   $("prior-key").hidden = !run.curve.some((row) => row[4]);
   showDetails(run.status);
-  showDrawing(run);
+  showGenerating(run);
   showGallery(run);
   showLog(run.log);
 }
@@ -125,26 +125,26 @@ function showDetails(status) {
   $("commands").lastElementChild.textContent = (status.commands ?? []).join("\n");
 }
 
-// ---- pictures ----
+// ---- images ----
 
-const keyOf = (picture) => `${picture.shortname}|${picture.resolution}|${picture.index ?? 0}|${picture.kind}`;
-const isPreview = (picture) => picture.step_label !== undefined;
+const keyOf = (image) => `${image.shortname}|${image.resolution}|${image.index ?? 0}|${image.kind}`;
+const isPreview = (image) => image.step_label !== undefined;
 
-// Of each picture being drawn, the furthest preview; gone when the picture itself is there.
-function showDrawing(run) {
+// The latest preview of each image that is being generated; removed when the image itself is there.
+function showGenerating(run) {
   const previews = run.pictures.filter(isPreview), step = previews.at(-1)?.step;
   const done = new Set(run.pictures.filter((each) => !isPreview(each)).map((each) => `${each.step}|${keyOf(each)}`));
   const latest = new Map();
   for (const each of previews) if (each.step === step && !done.has(`${step}|${keyOf(each)}`)) latest.set(keyOf(each), each);
   const isOver = run.status.status !== "running" || !latest.size;
-  $("drawing-card").hidden = isOver;
-  if (isOver) return $("drawing").replaceChildren();
-  $("drawing-step").textContent = `step ${step}`;
-  keyed($("drawing"), [...latest.entries()], (figure, picture) => {
-    figure.bar.style.width = `${(100 * picture.sampling_step) / picture.num_sampling_steps}%`;
-    figure.label.textContent = picture.step_label;
-  }, (picture) => {
-    const figure = thumbnail(picture, picture.shortname, picture.step_label);
+  $("generating-card").hidden = isOver;
+  if (isOver) return $("generating").replaceChildren();
+  $("generating-step").textContent = `step ${step}`;
+  keyed($("generating"), [...latest.entries()], (figure, image) => {
+    figure.bar.style.width = `${(100 * image.sampling_step) / image.num_sampling_steps}%`;
+    figure.label.textContent = image.step_label;
+  }, (image) => {
+    const figure = thumbnail(image, image.shortname, image.step_label);
     figure.bar = element("div");
     figure.label = figure.querySelector("figcaption span:last-child");
     figure.insertBefore(element("div", { className: "progress" }, figure.bar), figure.lastChild);
@@ -156,48 +156,48 @@ function showGallery(run) {
   const finished = run.pictures.filter((each) => !isPreview(each) && each.kind !== "grid");
   $("gallery-card").hidden = !finished.length;
   const rows = new Map();
-  for (const picture of finished) {
-    const name = `${picture.shortname}|${picture.resolution}|${picture.index ?? 0}`;
+  for (const image of finished) {
+    const name = `${image.shortname}|${image.resolution}|${image.index ?? 0}`;
     if (!rows.has(name)) rows.set(name, new Map());
-    rows.get(name).set(`${picture.step}|${picture.kind}`, picture);
+    rows.get(name).set(`${image.step}|${image.kind}`, image);
   }
-  $("gallery-count").textContent = `${counted(finished.length, "picture")}, ${counted(rows.size, "prompt")}`;
+  $("gallery-count").textContent = `${counted(finished.length, "image")}, ${counted(rows.size, "prompt")}`;
   keyed($("gallery"), [...rows.entries()], updateRow, makeRow);
 }
 
-function makeRow(pictures) {
-  const [first] = pictures.values(), row = element("section");
+function makeRow(images) {
+  const [first] = images.values(), row = element("section");
   row.strip = element("div", { className: "row" });
   const title = element("div", { className: "prompt" }, element("b", { textContent: first.shortname + (first.index ? `, no. ${first.index + 1}` : "") }), element("span", { textContent: first.prompt }));
   row.append(title, row.strip);
   return row;
 }
 
-function updateRow(row, pictures) {
+function updateRow(row, images) {
   const rank = { base: 0, live: 1, ema: 2 };
-  const order = [...pictures.entries()].sort(([, a], [, b]) =>
+  const order = [...images.entries()].sort(([, a], [, b]) =>
     (a.kind !== "base") - (b.kind !== "base") || a.step - b.step || rank[a.kind] - rank[b.kind]);
   const isAtEnd = row.strip.scrollLeft + row.strip.clientWidth >= row.strip.scrollWidth - 40;
   const before = row.strip.children.length;
-  keyed(row.strip, order, () => {}, (picture) => {
-    const when = picture.kind === "base" ? "base model" : `step ${picture.step}`;
-    return thumbnail(picture, when, picture.kind === "ema" ? "EMA" : "");
+  keyed(row.strip, order, () => {}, (image) => {
+    const when = image.kind === "base" ? "base model" : `step ${image.step}`;
+    return thumbnail(image, when, image.kind === "ema" ? "EMA" : "");
   });
   [...row.strip.children].forEach((figure, index) => figure.classList.toggle("newest", index === order.length - 1));
   if (row.strip.children.length > before && isAtEnd) row.strip.scrollLeft = row.strip.scrollWidth;
 }
 
-function thumbnail(picture, left, right) {
-  const image = element("img", { src: `/pictures/${picture.image}`, alt: picture.prompt || picture.shortname, loading: "lazy" });
-  image.style.setProperty("--ratio", `${picture.width} / ${picture.height}`);
+function thumbnail(image, left, right) {
+  const img = element("img", { src: `/pictures/${image.image}`, alt: image.prompt || image.shortname, loading: "lazy" });
+  img.style.setProperty("--ratio", `${image.width} / ${image.height}`);
   const caption = element("figcaption", {}, element("span", { textContent: left }), element("span", { textContent: right }));
-  const figure = element("figure", {}, image, caption);
-  image.addEventListener("click", () => view(figure.picture));
-  image.addEventListener("error", () => figure.remove());
+  const figure = element("figure", {}, img, caption);
+  img.addEventListener("click", () => view(figure.image));
+  img.addEventListener("error", () => figure.remove());
   return figure;
 }
 
-// Children of `parent` by key: kept where they are, changed or made; pictures do not flicker.
+// Children of `parent` by key: kept where they are, changed or made; images do not flicker.
 function keyed(parent, entries, update, make) {
   const old = new Map([...parent.children].map((child) => [child.dataset.key, child]));
   entries.forEach(([key, item], index) => {
@@ -206,8 +206,8 @@ function keyed(parent, entries, update, make) {
     old.delete(key);
     // In place first: what is nowhere has no width, and cannot be scrolled.
     if (parent.children[index] !== child) parent.insertBefore(child, parent.children[index] ?? null);
-    if (child.picture !== item) {
-      child.picture = item;
+    if (child.image !== item) {
+      child.image = item;
       if (child.tagName === "FIGURE") child.querySelector("img").src = `/pictures/${item.image}`;
       update(child, item);
     }
@@ -215,29 +215,29 @@ function keyed(parent, entries, update, make) {
   for (const child of old.values()) child.remove();
 }
 
-// ---- one picture, large ----
+// ---- one image, large ----
 
 let viewed = null;
 
-function view(picture) {
-  viewed = picture;
-  const previews = runs.get(shown).pictures.filter((each) => isPreview(each) && each.step === picture.step && keyOf(each) === keyOf(picture));
-  const label = isPreview(picture) ? `, drawing ${picture.step_label}` : picture.kind === "ema" ? ", EMA" : "";
-  $("viewer-image").src = `/pictures/${picture.image}`;
-  $("viewer-title").textContent = `${picture.shortname} · ${picture.kind === "base" ? "base model" : `step ${picture.step}`}${label} · ${picture.resolution}`;
-  $("viewer-prompt").textContent = picture.prompt;
+function view(image) {
+  viewed = image;
+  const previews = runs.get(shown).pictures.filter((each) => isPreview(each) && each.step === image.step && keyOf(each) === keyOf(image));
+  const label = isPreview(image) ? `, sampling step ${image.step_label}` : image.kind === "ema" ? ", EMA" : "";
+  $("viewer-image").src = `/pictures/${image.image}`;
+  $("viewer-title").textContent = `${image.shortname} · ${image.kind === "base" ? "base model" : `step ${image.step}`}${label} · ${image.resolution}`;
+  $("viewer-prompt").textContent = image.prompt;
   $("viewer-strip").replaceChildren(...previews.map((each) => {
-    const image = element("img", { src: `/pictures/${each.image}`, alt: each.step_label, title: each.step_label });
-    image.addEventListener("click", () => { $("viewer-image").src = image.src; });
-    return image;
+    const img = element("img", { src: `/pictures/${each.image}`, alt: each.step_label, title: each.step_label });
+    img.addEventListener("click", () => { $("viewer-image").src = img.src; });
+    return img;
   }));
   if (!$("viewer").open) $("viewer").showModal();
 }
 
 function turn(by) {
-  const row = [...document.querySelectorAll("#gallery .row")].find((each) => [...each.children].some((figure) => figure.picture === viewed));
-  const pictures = row ? [...row.children].map((figure) => figure.picture) : [];
-  const next = pictures[pictures.indexOf(viewed) + by];
+  const row = [...document.querySelectorAll("#gallery .row")].find((each) => [...each.children].some((figure) => figure.image === viewed));
+  const images = row ? [...row.children].map((figure) => figure.image) : [];
+  const next = images[images.indexOf(viewed) + by];
   if (next) view(next);
 }
 

@@ -92,7 +92,7 @@ def test_a_tracker_that_breaks_is_reported_once_and_the_run_goes_on(tmp_path: Pa
         bus.emit(started(tmp_path))
         for number in range(1, 50):
             bus.emit(step(number))
-    assert notes.texts == ["mine: here", "mine stopped working (ZeroDivisionError: no); the run goes on without it"]
+    assert notes.texts == ["mine: here", "mine stopped working (ZeroDivisionError: no); the run continues without it"]
     assert tracker.calls == [("start", "trial", None, 0)]
 
 
