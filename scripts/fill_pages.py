@@ -22,9 +22,9 @@ from simpletuner.models.readers import readers_table
 from simpletuner.models.registry import FAMILIES, get_spec
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # this file is run as a script, and imported by tests
+sys.path.insert(0, str(ROOT / "scripts"))  # where a test imports this file
 
-from scripts.webhook_schema import event_schema  # noqa: E402
+from webhook_schema import event_schema  # noqa: E402
 
 PAGES = ROOT / "documentation"
 SCHEMAS = ("config", "multidatabackend")
