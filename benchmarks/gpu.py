@@ -38,7 +38,8 @@ WHEELS = (
     "rich", "markdown-it-py", "mdurl", "pygments", "pillow", "httpx", "httpcore", "anyio", "h11", "idna", "certifi",
     "psutil", "tenacity", "regex", "tqdm", "requests", "urllib3", "charset-normalizer", "PyYAML", "packaging",
     "hf-xet", "optimum-quanto", "torchao", "toml", "importlib-metadata", "zipp", "lazy-importer", "httpx2", "httpcore2",
-    "truststore", "annotated-doc", "typing-extensions",
+    "truststore", "annotated-doc", "typing-extensions", "jinja2", "markupsafe", "matplotlib", "contourpy", "cycler",
+    "fonttools", "kiwisolver", "pyparsing", "python-dateutil", "six",
 )  # fmt: skip
 # Done without: bitsandbytes (the row nf4), deepspeed, wandb, tensorboard; ninja, with which quanto would compile.
 LIMIT_SECONDS = {"8 resumed bits": 420, "10 number formats": 420, "published": 420}
