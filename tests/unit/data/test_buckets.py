@@ -10,6 +10,7 @@ import pytest
 from simpletuner.batch import Crop
 from simpletuner.data.buckets import (
     BucketRules,
+    _weighted_choice,
     aspect_choices,
     bucket_size,
     choose_aspect,
@@ -159,3 +160,9 @@ def test_the_side_that_grows_most_decides_whether_an_image_may_grow() -> None:
     """400 x 512 to a square of 512: the short side grows by 28 %."""
     assert aspect_choices(400, 512, replace(SQUARE_512, max_upscale=0.2)) == ()
     assert aspect_choices(400, 512, replace(SQUARE_512, max_upscale=0.28)) == ((1.0, 1.0),)
+
+
+@pytest.mark.parametrize(("uniform", "chosen"), [(0.0, 1.0), (0.2499, 1.0), (0.25, 2.0), (0.9999, 2.0)])
+def test_an_aspect_is_chosen_up_to_its_share_and_never_without_a_weight(uniform: float, chosen: float) -> None:
+    """Weights of 0, 1 and 3."""
+    assert _weighted_choice(((0.5, 0.0), (1.0, 1.0), (2.0, 3.0)), uniform) == chosen

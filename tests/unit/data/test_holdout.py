@@ -10,7 +10,7 @@ import pytest
 from simpletuner.config.datasets import ImageDataset
 from simpletuner.data.dataset import Dataset
 from simpletuner.data.datasets import build_datasets
-from simpletuner.data.holdout import hold_out
+from simpletuner.data.holdout import hold_out, place_of
 from simpletuner.data.sampler import Sampler
 from simpletuner.errors import DataError
 from simpletuner.models.omnigen.spec import OMNIGEN
@@ -96,3 +96,9 @@ def test_a_share_that_holds_out_nothing_or_everything_is_refused_with_one_that_d
 def test_nothing_is_held_out_where_nothing_is_asked(root: Path, tmp_path: Path) -> None:
     datasets = build(tmp_path, entry(root))
     assert hold_out(datasets, 0.0) == datasets
+
+
+def test_digests_that_differ_in_one_place_only_are_held_out_independently() -> None:
+    digest = hashlib.sha256(b"an image").hexdigest()
+    others = [f"{digest[:at]}{'0' if digest[at] != '0' else '1'}{digest[at + 1 :]}" for at in range(len(digest))]
+    assert len({place_of(each) for each in (digest, *others)}) == 1 + len(others)

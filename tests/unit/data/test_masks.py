@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -266,3 +267,15 @@ def test_a_mask_is_mirrored_with_its_image_whichever_was_asked_for_first(folders
     assert torch.equal(dataset.masks.weights(0, sample, (8, 8)), plain)
     assert not torch.equal(dataset.masks.weights(3, dataset.samples[3], (8, 8)), plain)
     assert dataset.masks.weights(0, sample, (4, 4)).shape == (1, 4, 4)
+
+
+def test_a_mask_follows_its_image_to_another_crop(folders, tmp_path: Path) -> None:
+    """As crops that are chosen anew in each round ask for it: first the whole image, then its upper left quarter."""
+    dataset = build(folders, tmp_path)
+    sample = dataset.samples[0]
+    crop = sample.crop
+    doubled = replace(crop, intermediate_height=2 * crop.height, intermediate_width=2 * crop.width, top=0, left=0)
+    whole = dataset.masks.weights(0, sample, (8, 8))
+    quarter = dataset.masks.weights(0, replace(sample, crop=doubled), (8, 8))
+    assert torch.equal(quarter, average_down(dataset.masks.pixels(0, replace(sample, crop=doubled)), (8, 8)))
+    assert not torch.equal(quarter, whole)

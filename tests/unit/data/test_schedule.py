@@ -201,3 +201,7 @@ def test_the_first_and_the_last_step_and_epoch_of_a_schedule_by_hand() -> None:
     assert [taken for taken in range(8) if schedule.in_step(taken)] == [2, 3, 4]
     assert [epoch for epoch in range(6) if schedule.in_epoch(epoch)] == [1, 2]
     assert all(Schedule().in_step(taken) and Schedule().in_epoch(taken) for taken in range(3))
+
+
+def test_a_dataset_that_begins_in_epoch_0_or_1_has_been_through_one_round_an_epoch() -> None:
+    assert [Schedule(start_epoch=first).rounds_before(3) for first in (0, 1, 2, 4)] == [3, 3, 2, 0]
