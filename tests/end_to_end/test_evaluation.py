@@ -201,8 +201,8 @@ def test_a_share_of_the_images_is_held_out_and_never_trained_on(tmp_path: Path, 
     count = int(reported.split()[1])
     assert reported == f"images: {count} of 12 images are held out for the eval loss"
     assert len(seen) == 12 - count
-    assert set(metrics(output, "eval_done")[0]["losses"]) == {"pictures.holdout"}
-    assert not (folder / "cache" / "vae" / "omnigen" / "pictures.holdout").exists()  # it shares the latents
+    assert set(metrics(output, "eval_done")[0]["losses"]) == {"images.holdout"}
+    assert not (folder / "cache" / "vae" / "omnigen" / "images.holdout").exists()  # it shares the latents
 
 
 @pytest.mark.slow

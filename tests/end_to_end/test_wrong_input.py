@@ -58,9 +58,9 @@ def missing_caption(folder: Path) -> None:
 
 
 CASES = {
-    missing_folder: (2, ["pictures.instance_data_dir", "multidatabackend.json"]),
-    empty_folder: (3, ["pictures.instance_data_dir", "multidatabackend.json"]),
-    a_text_as_only_image: (3, ["pictures.instance_data_dir", "multidatabackend.json"]),
+    missing_folder: (2, ["images.instance_data_dir", "multidatabackend.json"]),
+    empty_folder: (3, ["images.instance_data_dir", "multidatabackend.json"]),
+    a_text_as_only_image: (3, ["images.instance_data_dir", "multidatabackend.json"]),
     misspelt_key: (2, ["learning_ratee", "config.json", "learning_rate"]),
     misspelt_dataset_key: (2, ["repeat", "multidatabackend.json", "repeats"]),
     unmatched_lycoris_entry: (2, ["CrossAttn", "lycoris_config.json", "Attention"]),
@@ -104,7 +104,7 @@ def test_images_larger_than_the_model_can_take_are_refused(tmp_path, omnigen_fol
     change_json(folder / "multidatabackend.json", lambda data: data[0].update(resolution=512))
     result = run_cli(folder, "train")
     assert result.returncode == 2
-    assert "pictures.resolution" in result.stderr
+    assert "images.resolution" in result.stderr
     assert "256" in result.stderr
 
 
