@@ -4,12 +4,13 @@ Base and adapter generate the same prompts from the same noise: the new shape in
 training set lacks, and old shapes. The sheet shows every image with its verdict, so that a person can check the
 judge; its green frame means right.
 
-    python benchmarks/concept_score.py --adapter output/omnigen-tiny/pytorch_lora_weights.safetensors
+    python benchmarks/concept_score.py --adapter output/omnigen-tiny/pytorch_lora_weights.safetensors --side 128
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import random
 import sys
@@ -34,7 +35,6 @@ from tiny_omnigen.shapes import (  # noqa: E402
 )
 
 EXAMPLE = REPOSITORY / "simpletuner/examples/omnigen-tiny"
-SIDE = 64
 NUM_PROMPTS = 64
 LARGEST_BASE_SHARE = 0.2
 SMALLEST_ADAPTER_SHARE = 0.8
@@ -46,7 +46,7 @@ UNCONDITIONAL = "<cfg>"
 Generator = Callable[[Sequence[str], Sequence[int]], list[Image.Image]]
 
 
-def make_generator(model: Path, adapter: Path | None, steps: int, guidance: float) -> Generator:
+def make_generator(model: Path, adapter: Path | None, steps: int, guidance: float, side: int) -> Generator:
     """A function from prompts and their seeds to images; `adapter` None generates with the base."""
     import torch
     from lycoris import create_lycoris_from_weights
@@ -68,7 +68,7 @@ def make_generator(model: Path, adapter: Path | None, steps: int, guidance: floa
 
     def draw(prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
         asked = zip(prompts, seeds, strict=True)
-        requests = [ImageRequest("score", prompt, SIDE, SIDE, seed, settings) for prompt, seed in asked]
+        requests = [ImageRequest("score", prompt, side, side, seed, settings) for prompt, seed in asked]
         images = make_images(pipeline, requests, BATCH_SIZE)
         return [image.image for image in images]
 
@@ -100,9 +100,15 @@ def choose_scenes(
     return scenes
 
 
+@functools.cache
+def judge_of(width: int, height: int) -> Judge:
+    """The judge of a size, built once: its templates take longer than judging."""
+    return Judge(height, width)
+
+
 def judge_all(draw: Generator, scenes: Sequence[Scene], seed: int) -> list[tuple[Image.Image, Scene, Verdict]]:
-    judge = Judge(SIDE, SIDE)
     images = draw([scene.caption() for scene in scenes], [seed * 1000 + i for i in range(len(scenes))])
+    judge = judge_of(*images[0].size)
     return [(image, scene, judge.judge(image, scene)) for image, scene in zip(images, scenes, strict=True)]
 
 
@@ -111,8 +117,9 @@ def share_right(judged: Sequence[tuple[Image.Image, Scene, Verdict]]) -> float:
 
 
 def write_sheet(path: Path, sections: dict[str, list[tuple[Image.Image, Scene, Verdict]]], columns: int = 8) -> None:
-    """All images, twice enlarged, with what was asked and the verdict below each."""
-    cell_width, cell_height, heading = 2 * SIDE + 60, 2 * SIDE + 46, 24
+    """All images, small ones enlarged, with what was asked and the verdict below each."""
+    shown = 128
+    cell_width, cell_height, heading = shown + 60, shown + 46, 24
     rows = sum(-(-len(judged) // columns) for judged in sections.values())
     sheet = Image.new("RGB", (columns * cell_width, rows * cell_height + heading * len(sections)), "white")
     pen = ImageDraw.Draw(sheet)
@@ -123,12 +130,12 @@ def write_sheet(path: Path, sections: dict[str, list[tuple[Image.Image, Scene, V
         for i, (image, scene, verdict) in enumerate(judged):
             left, top = (i % columns) * cell_width + 6, y + (i // columns) * cell_height + 6
             frame = "green" if verdict.is_right else "red"
-            pen.rectangle((left - 4, top - 4, left + 2 * SIDE + 3, top + 2 * SIDE + 3), fill=frame)
-            sheet.paste(image.resize((2 * SIDE, 2 * SIDE), Image.Resampling.NEAREST), (left, top))
+            pen.rectangle((left - 4, top - 4, left + shown + 3, top + shown + 3), fill=frame)
+            sheet.paste(image.resize((shown, shown), Image.Resampling.NEAREST), (left, top))
             words = [scene.size, scene.colour, scene.shape, scene.position]
             asked = " ".join(word for word in words if word)
             lines = f"{asked}\non {scene.background}: {verdict.reason}"
-            pen.multiline_text((left - 2, top + 2 * SIDE + 4), lines, fill=frame, font_size=9, spacing=1)
+            pen.multiline_text((left - 2, top + shown + 4), lines, fill=frame, font_size=9, spacing=1)
         y += -(-len(judged) // columns) * cell_height
     path.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path)
@@ -171,14 +178,15 @@ def main() -> int:
     parser.add_argument("--model", type=Path, default=EXAMPLE / "model", help="model folder of the base")
     parser.add_argument("--concept", type=Path, default=EXAMPLE / "datasets/concept", help="what was trained on")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--side", type=int, default=64, help="width and height in pixels, a multiple of 16")
     parser.add_argument("--steps", type=int, default=20, help="denoising steps")
     parser.add_argument("--guidance", type=float, default=2.5)
     parser.add_argument("--sheet", type=Path, default=Path("output/concept_score.png"))
     arguments = parser.parse_args()
     if not arguments.adapter.is_file():
         parser.error(f"there is no adapter file {arguments.adapter}")
-    base = make_generator(arguments.model, None, arguments.steps, arguments.guidance)
-    adapted = make_generator(arguments.model, arguments.adapter, arguments.steps, arguments.guidance)
+    base = make_generator(arguments.model, None, arguments.steps, arguments.guidance, arguments.side)
+    adapted = make_generator(arguments.model, arguments.adapter, arguments.steps, arguments.guidance, arguments.side)
     figures = score(base, adapted, arguments.concept, arguments.seed, arguments.sheet)
     print(json.dumps(figures))
     return 0 if figures["goal_reached"] else 1

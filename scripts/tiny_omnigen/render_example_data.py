@@ -19,9 +19,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tiny_omnigen.shapes import BACKGROUNDS, COLOURS, NEW_SHAPE, OLD_SHAPES, POSITIONS, SIZES, Scene, draw
 
 DEFAULT_OUTPUT = Path(__file__).resolve().parents[2] / "simpletuner/examples/omnigen-tiny/datasets"
-NUM_CONCEPT = 45  # each of the fifteen layouts three times
+NUM_CONCEPT = 120  # each of the fifteen layouts eight times
 NUM_EVAL = 8
-SIDE = 64
+SIDE = 128
 
 
 def seen_pairs() -> list[tuple[str, str]]:

@@ -48,6 +48,7 @@ def test_the_curve_and_the_images_appear_while_a_run_trains(page: Any, tmp_path:
         **{"tracker_run_name": "stars <b>", "output_dir": "output", "cache_dir": "cache", "webhook_config": webhook},
         **{"max_train_steps": 4, "train_batch_size": 2, "eval_steps_interval": 2, "num_eval_images": 2},
         **{"validation_step_interval": 2, "validation_num_inference_steps": 8, "report_to": "none"},
+        **{"validation_resolution": "64x64", "vae_cache_ondemand": True},
         **{"validation_preview": True, "validation_preview_steps": 2},
     }
     arguments = [f"--{key}={value}" for key, value in options.items()]

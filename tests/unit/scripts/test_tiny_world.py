@@ -145,7 +145,7 @@ def test_any_text_survives_the_tokenizer(tokenizer):
 
 def test_the_example_holds_out_what_it_does_not_train_on():
     concept, held_out = render_example_data.concept_scenes(random.Random(0))
-    assert (len(concept), len(held_out)) == (45, 8)
+    assert (len(concept), len(held_out)) == (120, 8)
     assert not set(concept) & set(held_out)
     pairs = {(scene.colour, scene.background) for scene in concept}
     assert len(pairs) == 32
@@ -178,6 +178,15 @@ def test_the_benchmark_asks_only_for_pairs_that_the_training_set_lacks():
     assert len(asked) == 32
     assert not asked & seen
     assert len(set(scenes)) == 64
+
+
+def test_images_are_judged_at_the_size_that_they_have():
+    sys.path.insert(0, str(REPOSITORY / "benchmarks"))
+    from concept_score import judge_all
+
+    scenes = [replace(RED_STAR, size="large"), Scene("circle", "blue", "black", "large")]
+    judged = judge_all(lambda prompts, seeds: [draw(shapes.parse_caption(p), 48) for p in prompts], scenes, 0)
+    assert [(image.size, verdict.is_right) for image, _, verdict in judged] == [((48, 48), True)] * 2
 
 
 def test_the_score_counts_what_is_drawn(tmp_path):
