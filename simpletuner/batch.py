@@ -72,7 +72,7 @@ class Batch:
     """One micro-batch of one process.
 
     Args:
-        latents: (B, C, h, w) float32, scaled and shifted; or a list of B tensors (C, h, w).
+        latents: (B, C, h, w) float32, scaled and shifted: buckets give a batch one size.
         prompt_embeds: B entries.
         references: per sample the latents of its reference images, (C, h, w) each; empty where there are none.
         slots: index of each sample in the global batch of its optimizer step; keys its noise and timestep.
@@ -85,7 +85,7 @@ class Batch:
         samples: where each row comes from, for families that see sizes and crops; empty where there is no image.
     """
 
-    latents: torch.Tensor | list[torch.Tensor]
+    latents: torch.Tensor
     prompt_embeds: Sequence[PromptEmbeds]
     slots: Sequence[int]
     digests: Sequence[str]
@@ -99,3 +99,23 @@ class Batch:
 
     def __len__(self) -> int:
         return len(self.slots)
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """What a denoiser is given beside noisy latents and sigmas, for all samples of a batch and on the device.
+
+    Args:
+        tensors: (B, ...) each, under the names that the family's `collate` chose.
+        references: per sample the latents of its reference images, (C, h, w) each, of any size.
+    """
+
+    tensors: Mapping[str, torch.Tensor]
+    references: Sequence[Sequence[torch.Tensor]] = ()
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self.tensors[name]
+
+    def with_tensors(self, **tensors: torch.Tensor) -> Conditioning:
+        """The same with further tensors."""
+        return replace(self, tensors={**self.tensors, **tensors})

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from simpletuner.adapters.base import Adapter
-from simpletuner.batch import Batch, Crop, PromptEmbeds, Sample
+from simpletuner.batch import Batch, Conditioning, Crop, PromptEmbeds, Sample
 from simpletuner.config.loading import LoadedRun
 from simpletuner.data.schedule import Schedule
 from simpletuner.distributed.placement import Replicated
@@ -66,6 +66,13 @@ class ToyDenoiser(nn.Module):
         return self.weight.reshape(1, 2, 1, 1) + torch.zeros_like(noisy_latents)
 
 
+@dataclass(frozen=True)
+class ToyConditioning(Conditioning):
+    """The whole batch, so that a test can look at what reached the model."""
+
+    batch: Batch = None  # type: ignore[assignment]
+
+
 class ToyFamily(ModelFamily):
     """Notes what it is asked, and answers NaN where it is reported to.
 
@@ -84,8 +91,8 @@ class ToyFamily(ModelFamily):
     def encode_prompts(self, prompts: Sequence[str], references: Any = None) -> list[PromptEmbeds]:
         return [PromptEmbeds({"length": torch.tensor([float(len(prompt))])}) for prompt in prompts]
 
-    def collate(self, batch: Batch) -> Mapping[str, Any]:
-        return {"batch": batch}
+    def collate(self, batch: Batch) -> ToyConditioning:
+        return ToyConditioning({}, batch=batch)
 
     def make_target(self, latents: Tensor, noise: Tensor, sigmas: Tensor) -> Tensor:
         return latents
@@ -97,7 +104,7 @@ class ToyFamily(ModelFamily):
         if torch.is_grad_enabled():
             if len(self.batches) in self.spoiled:
                 prediction = prediction * torch.nan
-            self.batches.append(conditioning["batch"])
+            self.batches.append(conditioning.batch)
             self.draws.append(float(torch.rand(1)))
         return prediction
 

@@ -13,8 +13,6 @@ from torch import Tensor
 
 from simpletuner.diffusion.flow_matching import append_dims
 
-Latents = Tensor | list[Tensor]
-
 
 def squared_error(model_pred: Tensor, target: Tensor) -> Tensor:
     """Element-wise squared error in float32, whatever the inputs' dtype."""
@@ -79,26 +77,21 @@ def min_snr_weights(snr: Tensor, gamma: float, predicts: Literal["epsilon", "v_p
     return torch.where(snr > gamma, gamma / snr, torch.ones_like(snr))
 
 
-def sample_means(errors: Latents, masks: Latents | None = None) -> Tensor:
+def sample_means(errors: Tensor, masks: Tensor | None = None) -> Tensor:
     """(B,) mean of each sample's element-wise errors.
 
     Args:
-        errors: (B, C, h, w), or a list of B tensors (C, h, w).
-        masks: (B, 1, h, w) in [0, 1], or a list; the mean is over mask area, so a small mask is not a small loss.
+        errors: (B, C, h, w).
+        masks: (B, 1, h, w) in [0, 1]; the mean is over mask area, so a small mask is not a small loss.
             A sample whose mask is all zero gives 0: `sample_weights` gives it no weight either.
     """
-    if isinstance(errors, list):
-        each_mask = masks if masks is not None else [None] * len(errors)
-        pairs = zip(errors, each_mask, strict=True)
-        return torch.cat([sample_means(e[None], None if m is None else m[None]) for e, m in pairs])
     if masks is None:
         return errors.flatten(1).mean(dim=1)
-    assert isinstance(masks, Tensor)
     weights = masks.to(errors.dtype).expand_as(errors).flatten(1)
     return (errors.flatten(1) * weights).sum(dim=1) / weights.sum(dim=1).clamp_min(1e-12)
 
 
-def sample_weights(loss_weights: Tensor, masks: Latents | None = None) -> Tensor:
+def sample_weights(loss_weights: Tensor, masks: Tensor | None = None) -> Tensor:
     """(B,) what each sample counts: its own weight, or 0 where its mask leaves nothing."""
     if masks is None:
         return loss_weights

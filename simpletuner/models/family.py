@@ -16,9 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from simpletuner.activation_memory.modules import reduce_activation_memory
-from simpletuner.batch import Batch, PromptEmbeds
+from simpletuner.batch import Batch, Conditioning, PromptEmbeds
 from simpletuner.diffusion import flow_matching, timesteps
-from simpletuner.diffusion.loss import Latents
 from simpletuner.errors import ConfigError, Problem
 from simpletuner.models.components import (
     ModelSource,
@@ -32,8 +31,6 @@ from simpletuner.models.spec import FamilySpec, PredictionType
 from simpletuner.models.text_encoders import TextEncoders
 from simpletuner.precision.mixed import exact_float32
 from simpletuner.precision.quantise import NumberFormats, quantise
-
-Conditioning = Mapping[str, Any]
 
 
 def send(tensor: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
@@ -127,13 +124,11 @@ class ModelFamily(ABC):
         """
 
     @abstractmethod
-    def predict(
-        self, denoiser: nn.Module, noisy_latents: Latents, sigmas: Tensor, conditioning: Conditioning
-    ) -> Latents:
+    def predict(self, denoiser: nn.Module, noisy_latents: Tensor, sigmas: Tensor, conditioning: Conditioning) -> Tensor:
         """The denoiser's output in the canonical sign: for flow families the velocity `noise - latents`.
 
         Args:
-            noisy_latents: (B, C, h, w), or a list of B tensors (C, h, w).
+            noisy_latents: (B, C, h, w).
             sigmas: (B,) float32 in [0, 1]; 0 is data.
             conditioning: what `collate` returned.
         """
@@ -171,22 +166,24 @@ class ModelFamily(ABC):
         keys = replace(self.spec.keys, architecture=self.architecture)
         return replace(self.spec, prediction_type=self.prediction_type, keys=keys)
 
-    def scheduler_sigmas(self, quantiles: Tensor, latents: Latents) -> Tensor:
+    def scheduler_sigmas(self, quantiles: Tensor, latents: Tensor) -> Tensor:
         """(B,) logit-normal sigmas, shifted as the model's own flow scheduler shifts those that it generates with."""
-        counts = [row.shape[-2] * row.shape[-1] // self.spec.patch_size**2 for row in latents]
-        shifts = torch.tensor([timesteps.scheduler_shift(self.scheduler_config, count) for count in counts])
-        return timesteps.shifted_sigmas(timesteps.logit_normal_sigmas(quantiles), shifts)
+        num_patches = latents.shape[-2] * latents.shape[-1] // self.spec.patch_size**2
+        shift = torch.tensor(timesteps.scheduler_shift(self.scheduler_config, num_patches))
+        return timesteps.shifted_sigmas(timesteps.logit_normal_sigmas(quantiles), shift.expand(len(quantiles)))
 
     def predict_each(
-        self, denoiser: nn.Module, noisy_latents: Latents, sigmas: Tensor, conditioning: Conditioning
-    ) -> Latents:
-        """`predict` for one row after the other, where the rows of a batch have different shapes."""
+        self, denoiser: nn.Module, noisy_latents: Tensor, sigmas: Tensor, conditioning: Conditioning
+    ) -> Tensor:
+        """`predict` for one sample after the other, where their references have different shapes."""
         rows = []
-        for i, latents in enumerate(noisy_latents):
-            alone = {name: values[i : i + 1] for name, values in conditioning.items()}
-            [row] = self.predict(denoiser, latents[None], sigmas[i : i + 1], alone)
-            rows.append(row)
-        return rows if isinstance(noisy_latents, list) else torch.stack(rows)
+        for i in range(len(noisy_latents)):
+            one = slice(i, i + 1)
+            alone = Conditioning(
+                {name: tensor[one] for name, tensor in conditioning.tensors.items()}, conditioning.references[one]
+            )
+            rows.append(self.predict(denoiser, noisy_latents[one], sigmas[one], alone))
+        return torch.cat(rows)
 
     # ---- defaults a family may override ----------------------------------------------------------------------------
 
@@ -309,14 +306,15 @@ class ModelFamily(ABC):
         return latents
 
     def collate(self, batch: Batch) -> Conditioning:
-        """Pad and stack a batch's prompt embeddings on `self.device`, under the names of the family's PromptEmbeds."""
-        names = batch.prompt_embeds[0].tensors.keys()
-        stacked = {name: [embeds.tensors[name] for embeds in batch.prompt_embeds] for name in names}
-        return {
-            name: send(nn.utils.rnn.pad_sequence(rows, batch_first=True), self.device) for name, rows in stacked.items()
-        }
+        """Prompt embeddings, padded and stacked under the names that they have, and references; on `self.device`."""
+        tensors = {}
+        for name in batch.prompt_embeds[0].tensors:
+            rows = [embeds.tensors[name] for embeds in batch.prompt_embeds]
+            tensors[name] = send(nn.utils.rnn.pad_sequence(rows, batch_first=True), self.device)
+        references = [[send(each, self.device, self.dtype) for each in row] for row in batch.references]
+        return Conditioning(tensors, references or [()] * len(batch))
 
-    def sigmas_at(self, quantiles: Tensor, latents: Latents) -> Tensor:
+    def sigmas_at(self, quantiles: Tensor, latents: Tensor) -> Tensor:
         """(B,) quantiles in [0, 1) -> (B,) sigmas: the family's training distribution, by its quantile function.
 
         Args:

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from simpletuner.diffusion import timesteps
 from simpletuner.diffusion.loss import (
-    Latents,
     huber_error,
     huber_limits,
     min_snr_weights,
@@ -51,7 +50,7 @@ class SigmaSchedule:
     shift: float | None = None
     shifts_by_size: bool = False
 
-    def sigmas_at(self, family: ModelFamily, quantiles: Tensor, latents: Latents) -> Tensor:
+    def sigmas_at(self, family: ModelFamily, quantiles: Tensor, latents: Tensor) -> Tensor:
         """(B,) quantiles in [0, 1) -> (B,) float32 sigmas."""
         if self.kind == "family":
             return family.sigmas_at(quantiles, latents)
@@ -59,8 +58,9 @@ class SigmaSchedule:
             return timesteps.chosen_sigmas(quantiles, self.values)
         sigmas = self._generated(quantiles)
         if self.shifts_by_size:
-            patches = [row.shape[-2] * row.shape[-1] // family.spec.patch_size**2 for row in latents]
-            return timesteps.shifted_sigmas(sigmas, torch.tensor([timesteps.shift_of_size(count) for count in patches]))
+            num_patches = latents.shape[-2] * latents.shape[-1] // family.spec.patch_size**2
+            shift = torch.tensor(timesteps.shift_of_size(num_patches))
+            return timesteps.shifted_sigmas(sigmas, shift.expand(len(sigmas)))
         if self.shift is not None:
             return timesteps.shifted_sigmas(sigmas, self.shift)
         # As the family has it: what it makes of a logit-normal distribution, with this one in its place.
@@ -111,20 +111,18 @@ class Objective:
     schedule: SigmaSchedule = SigmaSchedule()
     bias: TimestepBias | None = None
 
-    def sigmas_at(self, family: ModelFamily, quantiles: Tensor, latents: Latents) -> Tensor:
+    def sigmas_at(self, family: ModelFamily, quantiles: Tensor, latents: Tensor) -> Tensor:
         """(B,) quantiles in [0, 1) -> (B,) float32 sigmas."""
         if self.bias is not None:
-            first = latents[:1]
 
             def one_size(each: Tensor) -> Tensor:
-                rows = first.expand(len(each), *first.shape[1:]) if isinstance(first, Tensor) else first * len(each)
-                return self.schedule.sigmas_at(family, each, rows)
+                return self.schedule.sigmas_at(family, each, latents[:1].expand(len(each), *latents.shape[1:]))
 
             bias = self.bias
             quantiles = timesteps.biased_quantiles(quantiles, one_size, bias.low, bias.high, bias.multiplier)
         return self.schedule.sigmas_at(family, quantiles, latents)
 
-    def offset_noise(self, noise: Latents, slots: Sequence[int], seed: int, step: int) -> Latents:
+    def offset_noise(self, noise: Tensor, slots: Sequence[int], seed: int, step: int) -> Tensor:
         """The noise with one number more for each channel, keyed as the noise is."""
         if not self.noise_offset:
             return noise
@@ -134,9 +132,9 @@ class Objective:
                 generator = keyed_generator(seed, "noise offset", step, slot)
                 row = row + self.noise_offset * torch.randn(row.shape[0], 1, 1, generator=generator)
             rows.append(row)
-        return torch.stack(rows) if isinstance(noise, Tensor) else rows
+        return torch.stack(rows)
 
-    def perturbed_noise(self, noise: Latents, slots: Sequence[int], seed: int, step: int) -> Latents | None:
+    def perturbed_noise(self, noise: Tensor, slots: Sequence[int], seed: int, step: int) -> Tensor | None:
         """What is mixed into the latents in place of `noise`, which the target keeps; None where they are the same.
 
         Source: Ning et al., "Input Perturbation Reduces Exposure Bias in Diffusion Models" (arXiv 2301.11706).
@@ -149,7 +147,7 @@ class Objective:
             + left * self.input_perturbation * torch.randn(row.shape, generator=keyed_generator(seed, "input", step, s))
             for row, s in zip(noise, slots, strict=True)
         ]
-        return torch.stack(rows) if isinstance(noise, Tensor) else rows
+        return torch.stack(rows)
 
     def errors(self, family: ModelFamily, model_pred: Tensor, target: Tensor, sigmas: Tensor) -> Tensor:
         """(B, C, h, w) float32 error of each element."""

@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor, nn
 
+from simpletuner.batch import Conditioning
 from simpletuner.diffusion.flow_matching import append_dims
-from simpletuner.diffusion.loss import Latents
 from simpletuner.diffusion.solvers import Level, Solver, SolverName
-from simpletuner.models.family import Conditioning, ModelFamily
+from simpletuner.models.family import ModelFamily
 from simpletuner.models.spec import FamilySpec
 from simpletuner.randomness import keyed_uniform
 
@@ -150,41 +150,32 @@ def roll_out(
     family: ModelFamily,
     denoiser: nn.Module,
     conditioning: Conditioning,
-    latents: Latents,
-    noise: Latents,
+    latents: Tensor,
+    noise: Tensor,
     sigmas: Tensor,
     depth: int,
     rollouts: Rollouts,
-) -> Latents:
+) -> Tensor:
     """Latents at `sigmas` as the model makes them in `depth` steps from a noisier level.
 
     Args:
-        latents: (B, C, h, w) data, or a list of B tensors.
+        latents: (B, C, h, w) data.
         noise: like `latents`; the noisier level mixes both.
         sigmas: (B,) where the rollout ends. It begins `depth` steps higher, at pure noise at most.
     """
     start = (sigmas + depth * rollouts.step_length).clamp_max(1.0)
     levels = [start + (sigmas - start) * (number / depth) for number in range(depth)] + [sigmas]
-    # Rows of different sizes go through the model together and through solvers of their own.
-    parts = [slice(None)] if isinstance(latents, Tensor) else [slice(i, i + 1) for i in range(len(latents))]
-    data = [latents] if isinstance(latents, Tensor) else [row[None] for row in latents]
-    blended = [noise] if isinstance(noise, Tensor) else [row[None] for row in noise]
-    current = [family.make_noisy(x, n, start[part]).float() for x, n, part in zip(data, blended, parts, strict=True)]
-    solvers = [Solver(rollouts.solver, rollouts.order) for _ in parts]
+    solver = Solver(rollouts.solver, rollouts.order)
+    current = family.make_noisy(latents, noise, start).float()
     for here, there in pairwise(levels):
-        noisy = current[0] if isinstance(latents, Tensor) else [row[0] for row in current]
-        prediction = family.predict(denoiser, noisy, here, conditioning)
-        answers = [prediction] if isinstance(prediction, Tensor) else [row[None] for row in prediction]
-        current = [
-            solver.step(
-                x,
-                family.estimate_data(x, answer.float(), here[part]),
-                Level(*family.signal_and_noise(here[part])),
-                Level(*family.signal_and_noise(there[part])),
-            )
-            for solver, x, answer, part in zip(solvers, current, answers, parts, strict=True)
-        ]
-    return current[0] if isinstance(latents, Tensor) else [row[0] for row in current]
+        prediction = family.predict(denoiser, current, here, conditioning).float()
+        current = solver.step(
+            current,
+            family.estimate_data(current, prediction, here),
+            Level(*family.signal_and_noise(here)),
+            Level(*family.signal_and_noise(there)),
+        )
+    return current
 
 
 def implied_noise(family: ModelFamily, noisy_latents: Tensor, latents: Tensor, sigmas: Tensor) -> Tensor:

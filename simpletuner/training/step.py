@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from simpletuner.batch import Batch
-from simpletuner.diffusion.loss import Latents, sample_means, sample_weights
+from simpletuner.diffusion.loss import sample_means, sample_weights
 from simpletuner.diffusion.reflexflow import compensation_weights, direction_loss
 from simpletuner.models.family import ModelFamily, send
 from simpletuner.randomness import keyed_generator, keyed_uniform
@@ -41,13 +40,13 @@ class Losses:
         return self.per_sample.dot(self.weights)
 
 
-def sample_noise(batch: Batch, seed: int, step: int) -> Latents:
-    """Standard normal noise, keyed by (seed, optimizer step, index in the global batch)."""
+def sample_noise(batch: Batch, seed: int, step: int) -> Tensor:
+    """(B, C, h, w) standard normal noise, keyed by (seed, optimizer step, index in the global batch)."""
     rows = [
         torch.randn(latents.shape, generator=keyed_generator(seed, "noise", step, slot))
         for latents, slot in zip(batch.latents, batch.slots, strict=True)
     ]
-    return torch.stack(rows) if isinstance(batch.latents, Tensor) else rows
+    return torch.stack(rows)
 
 
 def sample_quantiles(batch: Batch, seed: int, step: int) -> Tensor:
@@ -59,18 +58,18 @@ def compute_losses(
     family: ModelFamily,
     denoiser: nn.Module,
     batch: Batch,
-    noise: Latents,
+    noise: Tensor,
     quantiles: Tensor,
     without_adapter: Callable[[], AbstractContextManager[None]] | None = None,
     objective: Objective = PLAIN,
-    perturbed_noise: Latents | None = None,
+    perturbed_noise: Tensor | None = None,
     rollouts: Rollouts = NO_ROLLOUTS,
     depth: int = 0,
 ) -> Losses:
     """Noise the latents, predict, compare.
 
     Args:
-        noise: like `batch.latents`.
+        noise: (B, C, h, w).
         quantiles: (B,) of the distribution of sigmas.
         without_adapter: context in which the denoiser is the untouched base; needed for regularisation batches, whose
             target is the base's own prediction (prior preservation).
@@ -79,25 +78,25 @@ def compute_losses(
     """
     sigmas = objective.sigmas_at(family, quantiles, batch.latents)
     sigmas, loss_weights = send(torch.stack([sigmas, batch.loss_weights]), family.device)  # one copy for both
-    latents, noise = to_device(batch.latents, family.device), to_device(noise, family.device)
+    latents, noise = send(batch.latents, family.device), send(noise, family.device)
     conditioning = family.collate(batch)
-    mixed_in = noise if perturbed_noise is None else to_device(perturbed_noise, family.device)
-    noisy_latents = each_latent(family.make_noisy, latents, mixed_in, sigmas)
-    drift: Latents | None = None
+    mixed_in = noise if perturbed_noise is None else send(perturbed_noise, family.device)
+    noisy_latents = family.make_noisy(latents, mixed_in, sigmas)
+    drift: Tensor | None = None
     if depth and not batch.is_regularisation:
         rolled = roll_out(family, denoiser, conditioning, latents, noise, sigmas, depth, rollouts)
-        noise = each_latent(partial(implied_noise, family), rolled, latents, sigmas)
-        drift = each_latent(torch.sub, rolled, noisy_latents)
+        noise = implied_noise(family, rolled, latents, sigmas)
+        drift = rolled - noisy_latents
         noisy_latents = rolled
     if batch.is_regularisation:
         assert without_adapter is not None
         with without_adapter(), torch.no_grad():
             target = family.predict(denoiser, noisy_latents, sigmas, conditioning)
     else:
-        target = each_latent(family.make_target, latents, noise, sigmas)
+        target = family.make_target(latents, noise, sigmas)
 
     model_pred = family.predict(denoiser, noisy_latents, sigmas, conditioning)
-    errors = each_latent(partial(objective.errors, family), model_pred, target, sigmas)
+    errors = objective.errors(family, model_pred, target, sigmas)
     masks = None if batch.masks is None else send(batch.masks, family.device)
     if drift is not None and rollouts.reflex is not None:
         per_sample = reflexive_losses(errors, model_pred, target, drift, masks, rollouts.reflex)
@@ -107,28 +106,10 @@ def compute_losses(
 
 
 def reflexive_losses(
-    errors: Latents, model_pred: Latents, target: Latents, drift: Latents, masks: Tensor | None, reflex: ReflexFlow
+    errors: Tensor, model_pred: Tensor, target: Tensor, drift: Tensor, masks: Tensor | None, reflex: ReflexFlow
 ) -> Tensor:
     """(B,) losses of rolled-out latents: errors that weigh by drift, and the direction of the prediction."""
-    scale = each_latent(partial(compensation_weights, alpha=reflex.alpha), drift)
-    error = sample_means(each_latent(torch.mul, errors, scale), masks)
+    error = sample_means(errors * compensation_weights(drift, reflex.alpha), masks)
     if masks is not None:
-        model_pred, target = (each_latent(torch.mul, values, masks) for values in (model_pred, target))
-    direction = each_latent(direction_loss, model_pred, target)
-    return reflex.error * error + reflex.direction * (
-        direction if isinstance(direction, Tensor) else torch.stack(direction)
-    )
-
-
-def to_device(latents: Latents, device: torch.device) -> Latents:
-    """A tensor or list of tensors on `device`, without waiting for the copy."""
-    if isinstance(latents, Tensor):
-        return send(latents, device)
-    return [send(row, device) for row in latents]
-
-
-def each_latent(function: Callable[..., Tensor], *values: Latents) -> Latents:
-    """Apply a batched function to tensors (B, ...), or row by row where latents are lists of mixed sizes."""
-    if all(isinstance(value, Tensor) for value in values):
-        return function(*values)
-    return [function(*(row[None] for row in rows))[0] for rows in zip(*values, strict=True)]
+        model_pred, target = model_pred * masks, target * masks
+    return reflex.error * error + reflex.direction * direction_loss(model_pred, target)

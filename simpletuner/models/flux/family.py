@@ -14,9 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from simpletuner.batch import Batch, PromptEmbeds
-from simpletuner.diffusion.loss import Latents
-from simpletuner.models.family import Conditioning, ModelFamily, ReferenceSizes, have_one_shape, send
+from simpletuner.batch import Conditioning, PromptEmbeds
+from simpletuner.models.family import ModelFamily, ReferenceSizes, have_one_shape
 from simpletuner.models.patches import pack, position_ids, unpack
 
 # A distilled model is trained as if its image were generated at this guidance; then 3.5 still means 3.5 afterwards.
@@ -60,18 +59,11 @@ class Flux(ModelFamily):
             for row, pool in zip(states, pooled, strict=True)
         ]
 
-    def collate(self, batch: Batch) -> Conditioning:
-        """Also `references`: per sample the latents of its reference images on `self.device`."""
-        rows = [[send(each, self.device, self.dtype) for each in row] for row in batch.references]
-        return {**super().collate(batch), "references": rows or [[] for _ in batch.prompt_embeds]}
-
-    def predict(
-        self, denoiser: nn.Module, noisy_latents: Latents, sigmas: Tensor, conditioning: Conditioning
-    ) -> Latents:
-        if isinstance(noisy_latents, list) or not have_one_shape(conditioning["references"]):
+    def predict(self, denoiser: nn.Module, noisy_latents: Tensor, sigmas: Tensor, conditioning: Conditioning) -> Tensor:
+        if not have_one_shape(conditioning.references):
             return self.predict_each(denoiser, noisy_latents, sigmas, conditioning)
         latents = noisy_latents.to(self.dtype)
-        references = [torch.stack(each) for each in zip(*conditioning["references"], strict=True)]
+        references = [torch.stack(each) for each in zip(*conditioning.references, strict=True)]
         tokens = [pack(each) for each in (latents, *references)]
         prompt_embeds = conditioning["prompt_embeds"].to(self.dtype)
         num_text_tokens = prompt_embeds.shape[1]
@@ -89,7 +81,7 @@ class Flux(ModelFamily):
         )[0]
         return unpack(output[:, : tokens[0].shape[1]], *latents.shape[-2:])
 
-    def sigmas_at(self, quantiles: Tensor, latents: Latents) -> Tensor:
+    def sigmas_at(self, quantiles: Tensor, latents: Tensor) -> Tensor:
         return self.scheduler_sigmas(quantiles, latents)
 
     def unpack_latents(self, latents: Tensor, height: int, width: int) -> Tensor:

@@ -114,7 +114,7 @@ def _embed_text(self: OmniGenTransformer2DModel, rows: TokenRows) -> Tensor:
         return embedded
     weight = self.patch_embedding.input_image_proj.weight
     lines = []
-    for line, spans, latents in zip(embedded, rows.reference_spans, rows.reference_latents, strict=True):
+    for line, spans, latents in zip(embedded, rows.reference_spans, rows.references, strict=True):
         for start, end, index in spans:
             patches = self.patch_embedding(latents[index][None].to(weight.dtype), is_input_image=True)[0]
             line = torch.cat([line[:start], patches.to(line.dtype), line[end:]])

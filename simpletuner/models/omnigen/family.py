@@ -13,12 +13,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from simpletuner.batch import Batch, PromptEmbeds
-from simpletuner.diffusion.loss import Latents
+from simpletuner.batch import Batch, Conditioning, PromptEmbeds
 from simpletuner.models.components import component_config
-from simpletuner.models.family import Conditioning, ModelFamily
+from simpletuner.models.family import ModelFamily
 from simpletuner.models.omnigen.denoiser import install
-from simpletuner.models.omnigen.tokens import PromptTokenizer, collate_tokens, embeds_from_tokens
+from simpletuner.models.omnigen.tokens import PromptTokenizer, TokenRows, collate_tokens, embeds_from_tokens
 
 
 class OmniGen(ModelFamily):
@@ -66,18 +65,11 @@ class OmniGen(ModelFamily):
             self._tokenizer = PromptTokenizer.from_source(self.source, self.spec)
         return self._tokenizer
 
-    def collate(self, batch: Batch) -> Conditioning:
-        """`{"rows": TokenRows}` on `self.device`."""
-        return {"rows": collate_tokens(batch.prompt_embeds, batch.references, self.device)}
+    def collate(self, batch: Batch) -> TokenRows:
+        return collate_tokens(batch.prompt_embeds, batch.references, self.device)
 
-    def predict(
-        self, denoiser: nn.Module, noisy_latents: Latents, sigmas: Tensor, conditioning: Conditioning
-    ) -> Latents:
-        rows = conditioning["rows"]
-        if isinstance(noisy_latents, list):
-            each = enumerate(noisy_latents)
-            return [self.predict(denoiser, x[None], sigmas[i : i + 1], {"rows": rows.row(i)})[0] for i, x in each]
-        return -denoiser(noisy_latents.to(self.dtype), 1 - sigmas, rows)
+    def predict(self, denoiser: nn.Module, noisy_latents: Tensor, sigmas: Tensor, conditioning: Conditioning) -> Tensor:
+        return -denoiser(noisy_latents.to(self.dtype), 1 - sigmas, conditioning)
 
     def pipeline(self, denoiser: nn.Module, vae: nn.Module | None = None) -> Any:
         from simpletuner.models.omnigen.pipeline import build_pipeline

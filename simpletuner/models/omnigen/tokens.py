@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad as pad_left
 
-from simpletuner.batch import PromptEmbeds
+from simpletuner.batch import Conditioning, PromptEmbeds
 from simpletuner.errors import DataError, Problem
 from simpletuner.models.components import ModelSource, component_file
 from simpletuner.models.family import send
@@ -170,25 +170,29 @@ def embeds_from_tokens(tokens: PromptTokens) -> PromptEmbeds:
 
 
 @dataclass(frozen=True)
-class TokenRows:
+class TokenRows(Conditioning):
     """The prompts of a batch, padded on the left, and what each token may see.
 
     Args:
-        input_ids: (B, T) int64.
-        lengths: (B,) int64, real tokens of each row.
+        tensors: `input_ids` (B, T) int64; `lengths` (B,) int64, real tokens of each row; where a row is padded
+            `text_visible` (B, T) bool, False on padding; where plain causality does not say it all `condition_mask`
+            (B, 1, T + 1, T + 1) bool, which text and time tokens (rows) see which (columns).
         reference_spans: per row (start, end, index of the reference), counted in the padded row.
-        reference_latents: per row its reference latents, (C, h, w) each, scaled.
-        text_visible: (B, T) bool, False on padding; None where no row is padded.
-        condition_mask: (B, 1, T + 1, T + 1) bool, which text and time tokens (rows) see which (columns); None where
-            plain causality says it all.
     """
 
-    input_ids: Tensor
-    lengths: Tensor
-    reference_spans: tuple[tuple[tuple[int, int, int], ...], ...]
-    reference_latents: tuple[tuple[Tensor, ...], ...]
-    text_visible: Tensor | None
-    condition_mask: Tensor | None
+    reference_spans: tuple[tuple[tuple[int, int, int], ...], ...] = ()
+
+    @property
+    def input_ids(self) -> Tensor:
+        return self["input_ids"]
+
+    @property
+    def text_visible(self) -> Tensor | None:
+        return self.tensors.get("text_visible")
+
+    @property
+    def condition_mask(self) -> Tensor | None:
+        return self.tensors.get("condition_mask")
 
     @property
     def num_text(self) -> int:
@@ -197,21 +201,8 @@ class TokenRows:
     def position_ids(self, num_image_tokens: int) -> Tensor:
         """(B, T + 1 + N) int64: 0 on padding, then counted through text, time and patches."""
         num_tokens = self.num_text + 1 + num_image_tokens
-        padding = (self.num_text - self.lengths)[:, None]
-        return (torch.arange(num_tokens, device=self.lengths.device)[None] - padding).clamp_min(0)
-
-    def row(self, index: int) -> TokenRows:
-        """One row as a batch of its own, with its padding."""
-        one = slice(index, index + 1)
-        return replace(
-            self,
-            input_ids=self.input_ids[one],
-            lengths=self.lengths[one],
-            reference_spans=self.reference_spans[one],
-            reference_latents=self.reference_latents[one],
-            text_visible=None if self.text_visible is None else self.text_visible[one],
-            condition_mask=None if self.condition_mask is None else self.condition_mask[one],
-        )
+        padding = (self.num_text - self["lengths"])[:, None]
+        return (torch.arange(num_tokens, device=padding.device)[None] - padding).clamp_min(0)
 
 
 def collate_tokens(
@@ -232,19 +223,13 @@ def collate_tokens(
         for embeds, pad in zip(prompt_embeds, padding, strict=True)
     )
 
-    latents = tuple(tuple(send(latent, device) for latent in row) for row in references) or ((),) * len(rows)
-    visible = None
+    tensors = {"input_ids": torch.stack(padded), "lengths": torch.tensor(lengths)}
     if any(padding):
-        visible = torch.arange(num_text)[None] >= torch.tensor(padding)[:, None]
-    mask = make_condition_mask(padding, spans, num_text) if any(padding) or any(spans) else None
-    return TokenRows(
-        send(torch.stack(padded), device),
-        send(torch.tensor(lengths), device),
-        spans,
-        latents,
-        None if visible is None else send(visible, device),
-        None if mask is None else send(mask, device),
-    )
+        tensors["text_visible"] = torch.arange(num_text)[None] >= torch.tensor(padding)[:, None]
+    if any(padding) or any(spans):
+        tensors["condition_mask"] = make_condition_mask(padding, spans, num_text)
+    latents = [[send(latent, device) for latent in row] for row in references] or [()] * len(rows)
+    return TokenRows({name: send(tensor, device) for name, tensor in tensors.items()}, latents, spans)
 
 
 def _spans_of(embeds: PromptEmbeds) -> list[list[int]]:

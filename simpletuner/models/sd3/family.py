@@ -13,9 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from simpletuner.batch import PromptEmbeds
-from simpletuner.diffusion.loss import Latents
-from simpletuner.models.family import Conditioning, ModelFamily, ReferenceSizes
+from simpletuner.batch import Conditioning, PromptEmbeds
+from simpletuner.models.family import ModelFamily, ReferenceSizes
 from simpletuner.models.live_pipeline import LivePipeline
 
 CLIP_TOKENS = 77
@@ -60,11 +59,7 @@ class SD3(ModelFamily):
             for row, pool in zip(rows, pools, strict=True)
         ]
 
-    def predict(
-        self, denoiser: nn.Module, noisy_latents: Latents, sigmas: Tensor, conditioning: Conditioning
-    ) -> Latents:
-        if isinstance(noisy_latents, list):
-            return self.predict_each(denoiser, noisy_latents, sigmas, conditioning)
+    def predict(self, denoiser: nn.Module, noisy_latents: Tensor, sigmas: Tensor, conditioning: Conditioning) -> Tensor:
         return denoiser(
             hidden_states=noisy_latents.to(self.dtype),
             timestep=1000 * sigmas,
@@ -73,7 +68,7 @@ class SD3(ModelFamily):
             return_dict=False,
         )[0]
 
-    def sigmas_at(self, quantiles: Tensor, latents: Latents) -> Tensor:
+    def sigmas_at(self, quantiles: Tensor, latents: Tensor) -> Tensor:
         return self.scheduler_sigmas(quantiles, latents)
 
     def pipeline(self, denoiser: nn.Module, vae: nn.Module | None = None) -> Any:

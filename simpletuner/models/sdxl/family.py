@@ -13,11 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from simpletuner.batch import Batch, PromptEmbeds, Sample
+from simpletuner.batch import Batch, Conditioning, PromptEmbeds, Sample
 from simpletuner.diffusion.ddpm import NoiseSchedule
-from simpletuner.diffusion.loss import Latents
 from simpletuner.models.components import model_index
-from simpletuner.models.family import Conditioning, ModelFamily, ReferenceSizes, send
+from simpletuner.models.family import ModelFamily, ReferenceSizes, send
 from simpletuner.models.live_pipeline import LivePipeline
 from simpletuner.models.spec import PredictionType
 
@@ -61,15 +60,12 @@ class SDXL(ModelFamily):
 
     def collate(self, batch: Batch) -> Conditioning:
         """Also `time_ids` (B, 6): original size, upper left corner of the crop, size of the crop, in pixels."""
-        sizes = [tuple(side * self.spec.vae_factor for side in row.shape[-2:]) for row in batch.latents]
-        rows = [time_ids(sample) for sample in batch.samples] or [(*size, 0, 0, *size) for size in sizes]
+        size = tuple(side * self.spec.vae_factor for side in batch.latents.shape[-2:])
+        rows = [time_ids(sample) for sample in batch.samples] or [(*size, 0, 0, *size)] * len(batch)
         ids = send(torch.tensor(rows, dtype=torch.float32), self.device)
-        return {**super().collate(batch), "time_ids": ids}
+        return super().collate(batch).with_tensors(time_ids=ids)
 
-    def predict(
-        self, denoiser: nn.Module, noisy_latents: Latents, sigmas: Tensor, conditioning: Conditioning
-    ) -> Latents:
-        assert isinstance(noisy_latents, Tensor), "the images of a batch have one size"
+    def predict(self, denoiser: nn.Module, noisy_latents: Tensor, sigmas: Tensor, conditioning: Conditioning) -> Tensor:
         added = {
             "text_embeds": conditioning["pooled_prompt_embeds"].to(self.dtype),
             "time_ids": conditioning["time_ids"],
@@ -82,7 +78,7 @@ class SDXL(ModelFamily):
             return_dict=False,
         )[0]
 
-    def sigmas_at(self, quantiles: Tensor, latents: Latents) -> Tensor:
+    def sigmas_at(self, quantiles: Tensor, latents: Tensor) -> Tensor:
         return self.schedule.sigmas_at(quantiles)
 
     def make_noisy(self, latents: Tensor, noise: Tensor, sigmas: Tensor) -> Tensor:

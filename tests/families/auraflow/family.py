@@ -13,10 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from simpletuner.batch import Batch, PromptEmbeds
-from simpletuner.diffusion.loss import Latents
+from simpletuner.batch import Batch, Conditioning, PromptEmbeds
 from simpletuner.models.components import component_config
-from simpletuner.models.family import Conditioning, ModelFamily, ReferenceSizes
+from simpletuner.models.family import ModelFamily, ReferenceSizes
 from simpletuner.models.live_pipeline import LivePipeline
 
 
@@ -33,16 +32,13 @@ class AuraFlow(ModelFamily):
 
     def collate(self, batch: Batch) -> Conditioning:
         """(B, max_prompt_tokens, D): zeros behind each prompt, which is what the pipeline makes of its padding."""
-        return {"prompt_embeds": self.pad_prompts(batch.prompt_embeds)}
+        return Conditioning({"prompt_embeds": self.pad_prompts(batch.prompt_embeds)})
 
     def pad_prompts(self, embeds: Sequence[PromptEmbeds]) -> Tensor:
         rows, length = [each.tensors["prompt_embeds"] for each in embeds], self.spec.max_prompt_tokens
         return torch.stack([pad(row, (0, 0, 0, length - len(row))) for row in rows]).to(self.device, self.dtype)
 
-    def predict(
-        self, denoiser: nn.Module, noisy_latents: Latents, sigmas: Tensor, conditioning: Conditioning
-    ) -> Latents:
-        assert isinstance(noisy_latents, Tensor)
+    def predict(self, denoiser: nn.Module, noisy_latents: Tensor, sigmas: Tensor, conditioning: Conditioning) -> Tensor:
         output = denoiser(
             noisy_latents.to(self.dtype),
             encoder_hidden_states=conditioning["prompt_embeds"],

@@ -75,7 +75,7 @@ class Copying(ToyFamily):
     """Predicts what it sees, so the loss is the mean of (sigma * (noise - latents))^2: noise and level by hand."""
 
     def predict(self, denoiser, noisy_latents, sigmas, conditioning):
-        self.batches.append(conditioning["batch"])
+        self.batches.append(conditioning.batch)
         self.modes.append((denoiser.training, torch.is_grad_enabled()))
         return noisy_latents
 

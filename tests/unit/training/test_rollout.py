@@ -6,12 +6,11 @@ import contextlib
 import dataclasses
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
-from simpletuner.batch import Batch, PromptEmbeds
+from simpletuner.batch import Batch, Conditioning, PromptEmbeds
 from simpletuner.diffusion.ddpm import NoiseSchedule
 from simpletuner.models.family import ModelFamily
 from simpletuner.models.spec import FamilySpec
@@ -33,8 +32,8 @@ class Exact(ModelFamily):
     def encode_prompts(self, prompts, references=None):
         return [PromptEmbeds({"x": torch.zeros(1)})] * len(prompts)
 
-    def collate(self, batch: Batch) -> dict[str, Any]:
-        return {}
+    def collate(self, batch: Batch) -> Conditioning:
+        return Conditioning({})
 
     def pipeline(self, denoiser, vae=None):
         raise AssertionError
@@ -74,34 +73,25 @@ def batch() -> Batch:
 @pytest.mark.parametrize("family", [Exact(), Epsilon()])
 def test_a_perfect_model_leads_back_to_the_very_latents_of_training(family, solver: str) -> None:
     answer = (lambda x, s: NOISE) if isinstance(family, Epsilon) else (lambda x, s: NOISE - DATA)
-    rolled = roll_out(family, answer, {}, DATA, NOISE, SIGMAS, 3, Rollouts(solver=solver, step_length=0.05))
+    rolled = roll_out(
+        family, answer, Conditioning({}), DATA, NOISE, SIGMAS, 3, Rollouts(solver=solver, step_length=0.05)
+    )
     torch.testing.assert_close(rolled, family.make_noisy(DATA, NOISE, SIGMAS), rtol=0, atol=2e-4)
     torch.testing.assert_close(implied_noise(family, rolled, DATA, SIGMAS), NOISE, rtol=0, atol=2e-3)
 
 
 def test_steps_go_from_more_noise_to_less_and_begin_at_pure_noise_at_most() -> None:
     family = Exact()
-    roll_out(family, lambda x, s: NOISE - DATA, {}, DATA, NOISE, SIGMAS, 3, Rollouts(step_length=0.1))
+    roll_out(family, lambda x, s: NOISE - DATA, Conditioning({}), DATA, NOISE, SIGMAS, 3, Rollouts(step_length=0.1))
     assert family.seen == [[0.6, 1.0], [0.5, 0.9333], [0.4, 0.8667]]
-
-
-def test_images_of_different_sizes_are_rolled_out_as_they_would_be_alone() -> None:
-    family, data, noise = Exact(), [DATA[0], DATA[1, :, :4]], [NOISE[0], NOISE[1, :, :4]]
-
-    def denoiser(x, sigmas):
-        return [-0.5 * row for row in x] if isinstance(x, list) else -0.5 * x
-
-    together = roll_out(family, denoiser, {}, data, noise, SIGMAS, 3, Rollouts())
-    for index in range(2):
-        one = slice(index, index + 1)
-        alone = roll_out(family, denoiser, {}, data[index][None], noise[index][None], SIGMAS[one], 3, Rollouts())
-        torch.testing.assert_close(together[index], alone[0])
 
 
 def test_the_target_of_a_drifted_latent_ends_on_the_data() -> None:
     """A model that predicts too little: the corrected velocity takes what it made of the latents to the data."""
     family = Exact()
-    rolled = roll_out(family, lambda x, s: 0.5 * (NOISE - DATA), {}, DATA, NOISE, SIGMAS, 2, Rollouts(step_length=0.1))
+    rolled = roll_out(
+        family, lambda x, s: 0.5 * (NOISE - DATA), Conditioning({}), DATA, NOISE, SIGMAS, 2, Rollouts(step_length=0.1)
+    )
     assert (rolled - family.make_noisy(DATA, NOISE, SIGMAS)).abs().max() > 0.01
     target = family.make_target(DATA, implied_noise(family, rolled, DATA, SIGMAS), SIGMAS)
     torch.testing.assert_close(family.estimate_data(rolled, target, SIGMAS), DATA, rtol=0, atol=1e-4)

@@ -83,19 +83,6 @@ def test_predict_is_the_stock_model_with_time_and_sign_turned(family: OmniGen, o
             torch.testing.assert_close(velocity[index], expected, rtol=0, atol=1e-5)
 
 
-def test_latents_of_different_sizes_are_predicted_one_by_one(family: OmniGen):
-    denoiser = family.load_denoiser()
-    latents, sigmas = [torch.randn(4, 8, 8), torch.randn(4, 4, 12)], torch.tensor([0.2, 0.7])
-    prompts = ["a cat", "a green star on a white background"]
-    conditioning = family.collate(batch_of(family, latents, prompts))
-    with torch.no_grad():
-        together = family.predict(denoiser, latents, sigmas, conditioning)
-        for index, prompt in enumerate(prompts):
-            alone = family.collate(batch_of(family, latents[index][None], [prompt]))
-            expected = family.predict(denoiser, latents[index][None], sigmas[index : index + 1], alone)[0]
-            torch.testing.assert_close(together[index], expected, rtol=0, atol=1e-5)
-
-
 def test_cut_prompts_are_counted(family: OmniGen):
     family.encode_prompts(["a cat", "a red circle on a blue background, " * 200])
     assert family.num_cut_prompts == 1

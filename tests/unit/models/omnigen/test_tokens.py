@@ -55,7 +55,7 @@ def test_a_batch_has_the_layout_of_the_public_processor(case: dict):
 
     golden = torch.tensor([[[int(digit) for digit in line] for line in mask] for mask in case["attention_mask"]]).bool()
     num_condition = rows.num_text + 1
-    padding = (rows.num_text - rows.lengths).tolist()
+    padding = (rows.num_text - rows["lengths"]).tolist()
     for index, pad in enumerate(padding):
         causal = torch.ones(num_condition, num_condition, dtype=torch.bool).tril()
         condition = causal if rows.condition_mask is None else rows.condition_mask[index, 0]
