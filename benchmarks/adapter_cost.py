@@ -26,9 +26,9 @@ from simpletuner.adapters.lora import LoraSettings, attach_lora
 from simpletuner.adapters.lycoris import attach_lycoris
 from simpletuner.batch import Batch
 from simpletuner.examples import example_dir
+from simpletuner.families.registry import get_family_class, get_spec
 from simpletuner.models.components import ModelSource
 from simpletuner.models.family import ModelFamily
-from simpletuner.models.registry import get_family_class, get_spec
 
 BATCH, SIDE = 8, 16
 GROUPS = ("attention", "feed-forward")

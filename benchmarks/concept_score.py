@@ -51,8 +51,8 @@ def make_generator(model: Path, adapter: Path | None, steps: int, guidance: floa
     import torch
     from lycoris import create_lycoris_from_weights
 
+    from simpletuner.families.registry import get_family_class, get_spec
     from simpletuner.models.components import ModelSource
-    from simpletuner.models.registry import get_family_class, get_spec
     from simpletuner.validation.prompts import GenerationSettings, ImageRequest
     from simpletuner.validation.sampling import make_images
 

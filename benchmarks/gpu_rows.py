@@ -25,10 +25,10 @@ from simpletuner.batch import Batch
 from simpletuner.commands.memory import mix_that_fits, swapped_out
 from simpletuner.commands.shapes import empty_batch, measure_activations, num_bytes, optimizer_bytes
 from simpletuner.examples import example_dir
+from simpletuner.families.registry import get_spec
 from simpletuner.models.components import ModelSource
 from simpletuner.models.omnigen.denoiser import install
 from simpletuner.models.omnigen.family import OmniGen
-from simpletuner.models.registry import get_spec
 from simpletuner.optim.clipping import clip_by_value
 from simpletuner.optim.optimizers import build_optimizer
 from simpletuner.precision.mixed import autocast, deterministic_kernels

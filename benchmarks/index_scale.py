@@ -78,11 +78,11 @@ def start(root: Path, work_dir: Path) -> dict[str, float]:
     from simpletuner.config.loading import load_run
     from simpletuner.data.datasets import build_datasets
     from simpletuner.data.sampler import Sampler
-    from simpletuner.models.registry import get_spec
+    from simpletuner.families.registry import get_spec
     from simpletuner.training.latents import set_fingerprint
     from simpletuner.training.memory import peak_bytes
 
-    loaded = load_run((), {}, root.parent, get_spec)
+    loaded = load_run((), {}, root.parent)
     used, started = time.process_time(), time.perf_counter()
     spec = get_spec("omnigen")
     [dataset] = build_datasets(loaded.datasets, loaded.config, spec, work_dir)

@@ -103,8 +103,8 @@ def bare_loop(folder: Path, steps: int) -> float:
 
     from simpletuner.adapters.lycoris import attach_lycoris
     from simpletuner.batch import Batch
+    from simpletuner.families.registry import get_family_class, get_spec
     from simpletuner.models.components import ModelSource
-    from simpletuner.models.registry import get_family_class, get_spec
     from simpletuner.optim.adamw_bf16 import AdamWBF16
 
     spec = get_spec("omnigen")

@@ -157,7 +157,6 @@ class Trainer:
         from PIL import Image
 
         from simpletuner.config.loading import load_run
-        from simpletuner.models.registry import get_spec
         from simpletuner.reporting.bus import EventBus
         from simpletuner.reporting.events import SavedImage
         from simpletuner.training.signals import StopRequest
@@ -174,7 +173,7 @@ class Trainer:
         entry = {"id": "pictures", "instance_data_dir": images, "caption_strategy": "textfile", "resolution": 64}
         (folder / "data.json").write_text(json.dumps([entry]))
         given = [f"--{key}={value}" for key, value in arguments.items()]
-        loaded = load_run(given, {"CONFIG_PATH": str(example_config())}, folder, get_spec)
+        loaded = load_run(given, {"CONFIG_PATH": str(example_config())}, folder)
         (folder / "output").mkdir()
         self.run = build_run(loaded, folder / "output", EventBus(), StopRequest())
         self.run.denoiser.train()

@@ -18,8 +18,8 @@ from simpletuner.config.options import OptionInfo
 from simpletuner.config.pages import optimizers_table, options_markdown
 from simpletuner.config.reference import option_rows, planned_values_text, schema_text
 from simpletuner.config.webhooks import webhook_options
-from simpletuner.models.readers import readers_table
-from simpletuner.models.registry import FAMILIES, get_spec
+from simpletuner.families.readers import readers_table
+from simpletuner.families.registry import FAMILIES, get_spec
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))  # where a test imports this file

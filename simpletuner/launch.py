@@ -11,14 +11,14 @@ from simpletuner.config.discovery import find_config, named_configurations
 from simpletuner.config.paths import looks_like_path
 from simpletuner.errors import ConfigError, Problem
 from simpletuner.examples import DEFAULT_EXAMPLE, example_dir
-from simpletuner.models.registry import all_specs, get_family_class, get_spec
+from simpletuner.families.registry import all_specs, get_family_class, get_spec
 
 if TYPE_CHECKING:
     from simpletuner.config.loading import LoadedRun
     from simpletuner.config.options import TrainConfig
+    from simpletuner.families.spec import FamilySpec
     from simpletuner.models.components import ModelSource
     from simpletuner.models.family import ModelFamily
-    from simpletuner.models.spec import FamilySpec
 
 # What chooses a configuration file; one given on the command line replaces all of them.
 _CHOICES = ("CONFIG_PATH", "ENV", "SIMPLETUNER_ENV", "SIMPLETUNER_ENVIRONMENT")
@@ -54,7 +54,7 @@ def load_arguments(
         _refuse_to_guess(named_configurations(working_dir))
         say(f"no configuration in {working_dir}: using the shipped example {DEFAULT_EXAMPLE}")
         environment = chosen_environment({"example": DEFAULT_EXAMPLE}, environment)
-    return load_run(options, environment, working_dir, get_spec, check_files)
+    return load_run(options, environment, working_dir, check_files)
 
 
 def _refuse_to_guess(names: Sequence[str]) -> None:

@@ -145,8 +145,8 @@ def jsons(folder: Path, numbers: range) -> None:
     """JSON files of a run and of a model."""
     from simpletuner.config.loading import load_run
     from simpletuner.errors import SimpleTunerError
+    from simpletuner.families.registry import get_spec
     from simpletuner.models.components import ModelSource, load_component
-    from simpletuner.models.registry import get_spec
     from simpletuner.models.text_encoders import _load_tokenizer
     from tests.runs import write_run
 
@@ -163,7 +163,7 @@ def jsons(folder: Path, numbers: range) -> None:
         path.write_bytes(mutate(before, rng))
         with case("jsons", number), contextlib.suppress(SimpleTunerError), quiet():
             if name.startswith("run/"):
-                load_run((), {}, folder / "run", get_spec)
+                load_run((), {}, folder / "run")
             elif "tokenizer" in name:
                 _load_tokenizer(family, parts["tokenizer"])
             else:
@@ -175,8 +175,8 @@ def headers(folder: Path, numbers: range) -> None:
     """Headers of safetensors files: of a model, of an adapter, of one file that is a whole model."""
     from simpletuner.adapters.reading import read_adapter_file
     from simpletuner.errors import SimpleTunerError
+    from simpletuner.families.registry import get_spec
     from simpletuner.models.components import load_component
-    from simpletuner.models.registry import get_spec
     from simpletuner.models.single_file import names_in_file
 
     model = model_folder(folder)

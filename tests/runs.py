@@ -17,7 +17,6 @@ from PIL import Image, ImageDraw
 
 from simpletuner.config.loading import LoadedRun, load_run
 from simpletuner.errors import Interrupted
-from simpletuner.models.registry import get_spec
 from simpletuner.training import loop
 from simpletuner.training.trainer import train
 
@@ -101,7 +100,7 @@ def dataset(name: str, **keys: Any) -> dict[str, Any]:
 
 def load_here(folder: Path, *arguments: str) -> LoadedRun:
     """Load the run of `folder` in this process."""
-    return load_run(arguments, {}, folder, get_spec)
+    return load_run(arguments, {}, folder)
 
 
 def train_here(folder: Path, *arguments: str) -> Path:

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from simpletuner.models.keys import KeyTable
+from simpletuner.families.keys import KeyTable
 
 # diffusers' names of the VAE -> the original's.
 _VAE = (

@@ -23,8 +23,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from simpletuner.adapters.layers import is_adaptable
-from simpletuner.models.keys import KeyTable
-from simpletuner.models.spec import FamilySpec
+from simpletuner.families.keys import KeyTable
+from simpletuner.families.spec import FamilySpec
 from tests.tiny_flux import tiny_flux_transformer
 
 Weights = dict[str, Tensor]

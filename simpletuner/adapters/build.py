@@ -16,7 +16,7 @@ from simpletuner.adapters.lycoris import attach_lycoris
 from simpletuner.adapters.reading import read_adapter
 from simpletuner.config.options import TrainConfig
 from simpletuner.errors import ConfigError, Problem
-from simpletuner.models.spec import FamilySpec
+from simpletuner.families.spec import FamilySpec
 
 
 def build_adapter(

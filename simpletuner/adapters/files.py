@@ -17,7 +17,7 @@ from simpletuner.adapters.lycoris_modules import beside_the_base, prepare_module
 from simpletuner.adapters.reading import adapter_from_tensors, format_of, read_adapter, read_adapter_file
 from simpletuner.adapters.weights import AdapterWeights
 from simpletuner.errors import DataError, Problem
-from simpletuner.models.spec import FamilySpec
+from simpletuner.families.spec import FamilySpec
 
 if TYPE_CHECKING:
     from lycoris.modules.base import LycorisBaseModule

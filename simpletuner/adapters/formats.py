@@ -35,9 +35,9 @@ from simpletuner.adapters.weights import (
     with_unit_scale,
 )
 from simpletuner.errors import ConfigError, Problem
-from simpletuner.models.keys import OriginalModule
-from simpletuner.models.readers import FORMS, Form
-from simpletuner.models.spec import FamilySpec
+from simpletuner.families.keys import OriginalModule
+from simpletuner.families.readers import FORMS, Form
+from simpletuner.families.spec import FamilySpec
 
 Format = Form
 FORMATS = FORMS

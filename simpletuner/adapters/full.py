@@ -12,7 +12,7 @@ from simpletuner.activation_memory.linears import use_recomputing_linears
 from simpletuner.adapters.base import Adapter, MatchCount
 from simpletuner.adapters.metadata import modelspec_metadata
 from simpletuner.errors import ConfigError, Problem
-from simpletuner.models.spec import FamilySpec
+from simpletuner.families.spec import FamilySpec
 from simpletuner.storage import save_tensors
 
 

@@ -27,7 +27,7 @@ from simpletuner.adapters.smoke_test import smoke_test
 from simpletuner.adapters.targets import lora_layers
 from simpletuner.adapters.weights import ALPHA, DORA, DOWN, UP, AdapterWeights, alpha_tensor, rank_of, scale_of
 from simpletuner.errors import ConfigError, DataError, Problem
-from simpletuner.models.spec import FamilySpec
+from simpletuner.families.spec import FamilySpec
 from simpletuner.randomness import keyed_seed
 from simpletuner.storage import save_tensors
 

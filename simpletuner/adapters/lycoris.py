@@ -30,7 +30,7 @@ from simpletuner.config.json_reader import Document
 from simpletuner.config.lycoris import check_lycoris
 from simpletuner.config.lycoris_algorithms import DEFAULT_ALGORITHM
 from simpletuner.errors import ConfigError, DataError, Problem
-from simpletuner.models.spec import FamilySpec
+from simpletuner.families.spec import FamilySpec
 from simpletuner.randomness import keyed_seed
 from simpletuner.storage import save_tensors
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from simpletuner.adapters.weights import ALPHA, DOWN, AdapterWeights, rank_of
 from simpletuner.config.options import all_options
-from simpletuner.models.spec import FamilySpec
+from simpletuner.families.spec import FamilySpec
 
 # Our own entry: what `run.lock.json` says of the run that made the file.
 RUN_KEY = "simpletuner"

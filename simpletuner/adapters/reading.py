@@ -35,8 +35,8 @@ from simpletuner.adapters.weights import (
 )
 from simpletuner.config.paths import adapter_file_in
 from simpletuner.errors import DataError, Problem
-from simpletuner.models.keys import OriginalModule
-from simpletuner.models.spec import FamilySpec
+from simpletuner.families.keys import OriginalModule
+from simpletuner.families.spec import FamilySpec
 
 LYCORIS_CONFIG = "lycoris_config"  # metadata entry with the configuration, as JSON
 

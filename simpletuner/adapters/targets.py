@@ -21,7 +21,7 @@ from simpletuner.config.lora import ALL_LINEAR, LAYER_CLASSES, lora_patterns
 from simpletuner.config.lycoris_algorithms import NORMS
 from simpletuner.config.lycoris_presets import with_preset_applied
 from simpletuner.errors import ConfigError, Problem
-from simpletuner.models.spec import FamilySpec
+from simpletuner.families.spec import FamilySpec
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from simpletuner.errors import ConfigError, Problem
-from simpletuner.models.readers import Kind
+from simpletuner.families.readers import Kind
 
 Module = Mapping[str, Tensor]
 

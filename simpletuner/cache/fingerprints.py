@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from simpletuner.data.digests import DigestMemo
 from simpletuner.errors import DataError, Problem
+from simpletuner.families.spec import Component, FamilySpec
 from simpletuner.models.components import ModelSource, component_config, component_file, component_folder
 from simpletuner.models.safe_loading import shard_names
 from simpletuner.models.single_file import is_in_file
-from simpletuner.models.spec import Component, FamilySpec
 
 if TYPE_CHECKING:
     import torch

@@ -15,7 +15,7 @@ from simpletuner.config.datasets import ImageDataset, TextEmbedsDataset
 from simpletuner.config.loading import LoadedRun
 from simpletuner.data.kept import KeptSamples
 from simpletuner.errors import bytes_text
-from simpletuner.models.registry import get_spec
+from simpletuner.families.registry import get_spec
 from simpletuner.reporting.bus import EventBus
 from simpletuner.reporting.events import Notice
 from simpletuner.reporting.sinks.terminal import terminal_sink

@@ -12,8 +12,8 @@ from typing import Any
 
 from simpletuner.commands.text import columns, short_count
 from simpletuner.errors import bytes_text
-from simpletuner.models.registry import all_specs, get_spec
-from simpletuner.models.spec import FamilySpec, Flavour
+from simpletuner.families.registry import all_specs, get_spec
+from simpletuner.families.spec import FamilySpec, Flavour
 
 Say = Callable[[str], None]
 

@@ -2,67 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from simpletuner.config.dataset_loading import LoadedDatasets
 from simpletuner.config.datasets import ConditioningDataset, Dataset, ImageDataset
 from simpletuner.config.layers import Origin
-from simpletuner.config.lycoris import Adaptable
 from simpletuner.config.options import TrainConfig
 from simpletuner.config.paths import Folders
 from simpletuner.config.prompt_library import LibraryPrompt
 from simpletuner.errors import Problem
-
-
-class FamilyFacts(Protocol):
-    """What the configuration asks of a family; `models.spec.FamilySpec` has it."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def title(self) -> str: ...
-    @property
-    def flavours(self) -> Mapping[str, Any]: ...
-    @property
-    def max_size(self) -> int | None: ...
-    @property
-    def size_multiple(self) -> int: ...
-    @property
-    def adaptable(self) -> tuple[Adaptable, ...]: ...
-    @property
-    def class_aliases(self) -> Mapping[str, str]: ...
-    @property
-    def block_classes(self) -> tuple[str, ...]: ...
-    @property
-    def target_groups(self) -> Mapping[str, tuple[str, ...]]: ...
-    @property
-    def default_lora_targets(self) -> tuple[str, ...]: ...
-    @property
-    def defaults(self) -> Mapping[str, Any]: ...
-    def defaults_for(self, flavour: str | None) -> Mapping[str, Any]: ...
-    def default_form(self, kind: str) -> str: ...
-    def read_by(self, form: str, kind: str, paths: Sequence[str] = ()) -> str: ...
-    @property
-    def ignored_options(self) -> Mapping[str, str]: ...
-    @property
-    def unusable_options(self) -> Mapping[str, tuple[tuple[Any, ...], str]]: ...
-    @property
-    def keys(self) -> Any: ...
-    @property
-    def components(self) -> tuple[Any, ...]: ...
-    @property
-    def caches_prompt_embeds(self) -> bool: ...
-    @property
-    def max_references(self) -> int: ...
-    @property
-    def prediction_type(self) -> str: ...
-    @property
-    def preview_decoder(self) -> str | None: ...
-    @property
-    def pipeline_options(self) -> tuple[str, ...]: ...
+from simpletuner.families.spec import FamilySpec
 
 
 @dataclass
@@ -77,7 +28,7 @@ class Draft:
     """
 
     config: TrainConfig
-    spec: FamilyFacts | None
+    spec: FamilySpec | None
     datasets: LoadedDatasets
     origins: Mapping[str, Origin]
     folders: Folders
@@ -110,7 +61,3 @@ class Draft:
     def conditioning(self) -> list[ConditioningDataset]:
         """Entries with masks or references of the images of others."""
         return [entry for entry in self.datasets.entries if isinstance(entry, ConditioningDataset)]
-
-    def output_path(self, path: Path) -> Path:
-        """Where a folder that is made on demand lies."""
-        return self.folders.output(path)

@@ -6,7 +6,7 @@ imported, so that they show within a second.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from simpletuner.config.checking import check_settings, refuse_planned
 from simpletuner.config.dataset_loading import LoadedDatasets, read_datasets
 from simpletuner.config.datasets import Dataset, TextEmbedsDataset
 from simpletuner.config.discovery import ConfigSource, find_config, no_config_error
-from simpletuner.config.draft import Draft, FamilyFacts
+from simpletuner.config.draft import Draft
 from simpletuner.config.file_rules import broken_file_rules
 from simpletuner.config.json_reader import Document, parse_json, read_json_file
 from simpletuner.config.layers import (
@@ -40,6 +40,8 @@ from simpletuner.config.values import read_bool
 from simpletuner.config.webhook_reading import read_webhooks
 from simpletuner.config.webhooks import Webhooks
 from simpletuner.errors import ConfigError, Problem
+from simpletuner.families.registry import get_spec
+from simpletuner.families.spec import FamilySpec
 
 DEFAULT_DATA_FILE = "multidatabackend.json"
 # Options that name a model: a folder, or a hub id.
@@ -90,7 +92,6 @@ def load_run(
     arguments: Sequence[str],
     environment: Mapping[str, str],
     working_dir: Path,
-    get_spec: Callable[[str], FamilyFacts],
     check_files: bool = True,
 ) -> LoadedRun:
     """Read and check a whole configuration.
@@ -99,7 +100,6 @@ def load_run(
         arguments: options of the command line, `--key=value` and the like.
         environment: `SIMPLETUNER_<OPTION>` variables count, and those that choose the file.
         working_dir: where relative paths are looked up first.
-        get_spec: name of a family -> its facts; raises ConfigError for an unknown one.
         check_files: whether images, model and output folder must be there; `options --resolved` needs none of them.
 
     Raises:
@@ -108,7 +108,7 @@ def load_run(
     source = find_config(environment, working_dir.absolute())
     if source is None:
         raise no_config_error(working_dir.absolute())
-    return load_source(source, arguments, environment, working_dir, get_spec, check_files)
+    return load_source(source, arguments, environment, working_dir, check_files)
 
 
 def load_source(
@@ -116,7 +116,6 @@ def load_source(
     arguments: Sequence[str],
     environment: Mapping[str, str],
     working_dir: Path,
-    get_spec: Callable[[str], FamilyFacts],
     check_files: bool = True,
     unsaved: Mapping[Path, str] | None = None,
     variables: Mapping[str, str] | None = None,
@@ -133,7 +132,7 @@ def load_source(
         ConfigError: everything that is wrong, at once.
     """
     reader = _RunReader(source, working_dir.absolute(), check_files, unsaved or {})
-    reader.read_layers(arguments, environment, get_spec)
+    reader.read_layers(arguments, environment)
     config = reader.make_config()
     datasets = reader.read_datasets(config)
     lycoris = reader.read_lycoris(config)
@@ -179,11 +178,9 @@ class _RunReader:
         self.shown = self.folders.shown(path) if path else "command line"
         self.problems: list[Problem] = []
         self.merged = Merged()
-        self.spec: FamilyFacts | None = None
+        self.spec: FamilySpec | None = None
 
-    def read_layers(
-        self, arguments: Sequence[str], environment: Mapping[str, str], get_spec: Callable[[str], FamilyFacts]
-    ) -> None:
+    def read_layers(self, arguments: Sequence[str], environment: Mapping[str, str]) -> None:
         """Defaults < family < file < environment < command line; defaults are the declarations' own."""
         known = option_names()
         layers = []
@@ -199,7 +196,7 @@ class _RunReader:
         if self.problems:
             raise ConfigError(self.problems)
         self.merged = merge_layers(layers)
-        self.spec = self.find_spec(get_spec)
+        self.spec = self.find_spec()
         if self.spec:
             flavour = self.merged.settings.get("model_flavour")
             values = dict(self.spec.defaults_for(str(flavour.value) if flavour and flavour.value else None))
@@ -215,7 +212,7 @@ class _RunReader:
             return json_layer(self.unsaved[path.absolute()], self.shown)
         return read_file_layer(self.source, self.shown, known, environment)
 
-    def find_spec(self, get_spec: Callable[[str], FamilyFacts]) -> FamilyFacts | None:
+    def find_spec(self) -> FamilySpec | None:
         family = self.merged.settings.get("model_family")
         if family is None:
             return None

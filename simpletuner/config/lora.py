@@ -3,29 +3,18 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Protocol
+from collections.abc import Iterator, Sequence
 
-from simpletuner.config.lycoris import Adaptable, module_paths
+from simpletuner.config.lycoris import module_paths
 from simpletuner.config.names import nearest
+from simpletuner.families.spec import FamilySpec
 
 DEFAULT = "default"
 ALL_LINEAR = "all-linear"
 LAYER_CLASSES = ("Linear", "Conv1d", "Conv2d", "Conv3d")
 
 
-class Targets(Protocol):
-    """What a family says of its layers; `models.spec.FamilySpec` has it."""
-
-    @property
-    def adaptable(self) -> tuple[Adaptable, ...]: ...
-    @property
-    def target_groups(self) -> Mapping[str, tuple[str, ...]]: ...
-    @property
-    def default_lora_targets(self) -> tuple[str, ...]: ...
-
-
-def lora_patterns(entry: str, spec: Targets) -> tuple[str, ...]:
+def lora_patterns(entry: str, spec: FamilySpec) -> tuple[str, ...]:
     """The fnmatch patterns of module paths that one entry of `lora_target` stands for."""
     if entry == DEFAULT:
         return tuple(spec.default_lora_targets)
@@ -34,7 +23,7 @@ def lora_patterns(entry: str, spec: Targets) -> tuple[str, ...]:
     return spec.target_groups.get(entry, (entry,))
 
 
-def unknown_targets(targets: Sequence[str], spec: Targets) -> Iterator[tuple[str, str, str | None]]:
+def unknown_targets(targets: Sequence[str], spec: FamilySpec) -> Iterator[tuple[str, str, str | None]]:
     """(entry, what is allowed, the nearest name) of each entry that stands for no layer of the family."""
     layers = [each for each in spec.adaptable if each.class_name in LAYER_CLASSES]
     paths = list(module_paths(layers))

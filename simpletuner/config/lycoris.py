@@ -8,7 +8,7 @@ from __future__ import annotations
 import fnmatch
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from simpletuner.config.checking import show_value
 from simpletuner.config.json_reader import Document, JsonPath
@@ -23,6 +23,7 @@ from simpletuner.config.lycoris_presets import preset_targets, usable_presets
 from simpletuner.config.names import nearest
 from simpletuner.config.values import read_float
 from simpletuner.errors import Problem
+from simpletuner.families.spec import AdaptableModule, FamilySpec
 
 # Settings of LyCORIS that this program refuses, and why.
 UNUSABLE_KEYS = {
@@ -59,32 +60,7 @@ ENTRY_NAMES_FOR = {
 _TRIED_INDICES = 128
 
 
-class Layers(Protocol):
-    """What a family says of its layers; `models.spec.FamilySpec` has it."""
-
-    @property
-    def title(self) -> str: ...
-    @property
-    def adaptable(self) -> tuple[Adaptable, ...]: ...
-    @property
-    def class_aliases(self) -> Mapping[str, str]: ...
-    @property
-    def target_groups(self) -> Mapping[str, tuple[str, ...]]: ...
-    @property
-    def block_classes(self) -> tuple[str, ...]: ...
-
-
-class Adaptable(Protocol):
-    """A class of layers, as `FamilySpec.adaptable` lists them."""
-
-    @property
-    def class_name(self) -> str: ...
-
-    @property
-    def names(self) -> tuple[str, ...]: ...
-
-
-def check_lycoris(document: Document, spec: Layers) -> list[Problem]:
+def check_lycoris(document: Document, spec: FamilySpec) -> list[Problem]:
     """Everything that is wrong with a `lycoris_config.json`."""
     lycoris = document.value
     if not isinstance(lycoris, dict):
@@ -110,7 +86,9 @@ def check_lycoris(document: Document, spec: Layers) -> list[Problem]:
     return problems or check_targets(document, spec.adaptable, spec.class_aliases)
 
 
-def check_targets(document: Document, adaptable: Sequence[Adaptable], aliases: Mapping[str, str]) -> list[Problem]:
+def check_targets(
+    document: Document, adaptable: Sequence[AdaptableModule], aliases: Mapping[str, str]
+) -> list[Problem]:
     """Entries of `apply_preset` that match nothing in the family; lists what could be matched."""
     preset = document.value.get("apply_preset", {})
     use_fnmatch = preset.get("use_fnmatch", False) is True
@@ -138,7 +116,7 @@ def check_targets(document: Document, adaptable: Sequence[Adaptable], aliases: M
     return problems
 
 
-def module_paths(adaptable: Sequence[Adaptable]) -> Iterable[str]:
+def module_paths(adaptable: Sequence[AdaptableModule]) -> Iterable[str]:
     """Paths that modules of the family may have; each `*` of a pattern stands for a number."""
     for module in adaptable:
         for pattern in module.names:
@@ -160,7 +138,7 @@ def _pattern_problems(
     pattern: str,
     use_fnmatch: bool,
     paths: Sequence[str],
-    adaptable: Sequence[Adaptable],
+    adaptable: Sequence[AdaptableModule],
 ) -> list[Problem]:
     if use_fnmatch:
         matches = any(fnmatch.fnmatchcase(path, pattern) for path in paths)
@@ -178,7 +156,7 @@ def _pattern_problems(
     return [_problem(document, at, f'"{pattern}" matches no module', allowed=known)]
 
 
-def _bad_preset(document: Document, lycoris: Mapping[str, Any], spec: Layers) -> list[Problem]:
+def _bad_preset(document: Document, lycoris: Mapping[str, Any], spec: FamilySpec) -> list[Problem]:
     name = lycoris.get("preset")
     if name is None:
         return []

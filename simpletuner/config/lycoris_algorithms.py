@@ -9,6 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from simpletuner.config.options.adapter import AdapterOptions
+from simpletuner.families.readers import Form, Kind
+
 ALGORITHMS = ("lokr", "loha", "locon", "lora", "glora", "diag-oft", "boft", "full", "dylora", "ia3")
 DEFAULT_ALGORITHM = "lora"  # as in LyCORIS
 UNUSABLE_ALGORITHMS = {
@@ -48,6 +51,26 @@ Fault = tuple[Place, str, str]
 def algorithms_in(lycoris: Mapping[str, Any]) -> set[str]:
     """Every algorithm that a configuration uses, also those of single layers."""
     return {str(settings.get("algo", lycoris.get("algo", DEFAULT_ALGORITHM))) for _, settings in _places(lycoris)}
+
+
+def form_and_kind(options: AdapterOptions, lycoris: Mapping[str, Any] | None) -> tuple[Form, Kind]:
+    """What a run's adapter file will be; `lycoris` is its `lycoris_config.json`."""
+    if options.lora_type == "standard":
+        return options.lora_format, "dora" if options.use_dora else "lora"
+    return "lycoris", kind_of_lycoris(lycoris or {})
+
+
+def kind_of_lycoris(lycoris: Mapping[str, Any]) -> Kind:
+    """What the files of a `lycoris_config.json` hold."""
+    used = algorithms_in(lycoris)
+    kind = {"locon": "lora", "lora": "lora", "dylora": "lora", "lokr": "lokr", "loha": "loha"}
+    kinds = {kind.get(algorithm, "other") for algorithm in used}
+    if len(kinds) > 1 or lycoris.get("train_norm"):
+        return "other"
+    found = kinds.pop()
+    if lycoris.get("dora_wd"):
+        found = "dora" if found == "lora" else "other"
+    return found  # type: ignore[return-value]
 
 
 def useless_settings(lycoris: Mapping[str, Any]) -> list[str]:

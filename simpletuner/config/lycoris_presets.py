@@ -7,10 +7,9 @@ chance something else. What the names mean is clear, and the family says which o
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from simpletuner.config.lycoris import Layers
+from simpletuner.families.spec import FamilySpec
 
 PRESETS = ("full", "full-lin", "attn-mlp", "attn-only", "unet-only", "unet-transformer-only", "unet-convblock-only")
 UNUSABLE_PRESETS = {
@@ -21,7 +20,7 @@ _GROUPS = {"attn-only": ("attention",), "attn-mlp": ("attention", "feed-forward"
 _CONV_BLOCKS = ("ResnetBlock2D", "Downsample2D", "Upsample2D")
 
 
-def with_preset_applied(lycoris: Mapping[str, Any], spec: Layers) -> Mapping[str, Any]:
+def with_preset_applied(lycoris: Mapping[str, Any], spec: FamilySpec) -> Mapping[str, Any]:
     """The configuration with `apply_preset` in place of a preset's name; unchanged where it names none.
 
     Raises:
@@ -35,12 +34,12 @@ def with_preset_applied(lycoris: Mapping[str, Any], spec: Layers) -> Mapping[str
     return rest | {"apply_preset": targets} if targets else rest
 
 
-def usable_presets(spec: Layers) -> list[str]:
+def usable_presets(spec: FamilySpec) -> list[str]:
     """Names of the presets that have layers in a family."""
     return [name for name in PRESETS if _targets(name, spec) is not None]
 
 
-def preset_targets(name: str, spec: Layers) -> Mapping[str, Any]:
+def preset_targets(name: str, spec: FamilySpec) -> Mapping[str, Any]:
     """The `apply_preset` that a name stands for; empty where every layer is meant."""
     if name in UNUSABLE_PRESETS:
         raise ValueError(UNUSABLE_PRESETS[name])
@@ -50,7 +49,7 @@ def preset_targets(name: str, spec: Layers) -> Mapping[str, Any]:
     return targets
 
 
-def _targets(name: str, spec: Layers) -> Mapping[str, Any] | None:
+def _targets(name: str, spec: FamilySpec) -> Mapping[str, Any] | None:
     """None where the family has none of these layers."""
     if name in ("full", "unet-only"):
         return {}

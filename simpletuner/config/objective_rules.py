@@ -6,8 +6,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from simpletuner.config.checking import is_neutral
-from simpletuner.config.draft import Draft, FamilyFacts
+from simpletuner.config.draft import Draft
 from simpletuner.errors import Problem
+from simpletuner.families.spec import FamilySpec
 
 # Option -> values that change nothing.
 FLOW_OPTIONS: Mapping[str, tuple[Any, ...]] = {
@@ -27,7 +28,7 @@ def _is_set(draft: Draft, key: str) -> bool:
     return not is_neutral(getattr(draft.config, key), FLOW_OPTIONS[key])
 
 
-def meaningless_options(spec: FamilyFacts) -> Mapping[str, str]:
+def meaningless_options(spec: FamilySpec) -> Mapping[str, str]:
     """Option -> why it has no meaning for a family: what is written there is ignored with a warning."""
     if spec.prediction_type == "flow":
         return spec.ignored_options

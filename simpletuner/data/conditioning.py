@@ -23,7 +23,7 @@ from simpletuner.data.pairing import pair_images
 from simpletuner.data.references import ReferenceRules, References
 from simpletuner.data.report import SkippedFiles
 from simpletuner.data.selection import skip_positions
-from simpletuner.models.spec import FamilySpec
+from simpletuner.families.spec import FamilySpec
 
 
 @dataclasses.dataclass(frozen=True)

@@ -45,7 +45,7 @@ from simpletuner.data.selection import (
     select_subset,
 )
 from simpletuner.errors import ConfigError, DataError, Problem
-from simpletuner.models.spec import FamilySpec
+from simpletuner.families.spec import FamilySpec
 
 if TYPE_CHECKING:
     from simpletuner.config.options.catalogue import TrainConfig

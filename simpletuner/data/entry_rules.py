@@ -8,7 +8,7 @@ from simpletuner.config.datasets import ImageDataset
 from simpletuner.data.buckets import BucketRules, CropStyle
 from simpletuner.data.captions import CaptionRules, CaptionStrategy
 from simpletuner.errors import Problem
-from simpletuner.models.spec import FamilySpec
+from simpletuner.families.spec import FamilySpec
 
 if TYPE_CHECKING:
     from simpletuner.config.options.catalogue import TrainConfig

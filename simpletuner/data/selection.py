@@ -24,7 +24,7 @@ from simpletuner.data.buckets import (
 from simpletuner.data.index import Catalogue, Index
 from simpletuner.data.report import MAX_EXAMPLES, SkippedFiles
 from simpletuner.data.transforms import MAX_PIXELS
-from simpletuner.models.spec import FamilySpec
+from simpletuner.families.spec import FamilySpec
 from simpletuner.randomness import keyed_seed
 
 Size = tuple[int, int]

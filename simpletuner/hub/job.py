@@ -10,12 +10,11 @@ from typing import Any
 
 from simpletuner import storage
 from simpletuner.config.loading import LoadedRun
-from simpletuner.config.lycoris_algorithms import DEFAULT_ALGORITHM
+from simpletuner.config.lycoris_algorithms import DEFAULT_ALGORITHM, form_and_kind
 from simpletuner.errors import DataError
+from simpletuner.families.spec import FamilySpec
 from simpletuner.hub.card import CardFacts, card_text
 from simpletuner.hub.usage import usage_code
-from simpletuner.models.readers import form_and_kind
-from simpletuner.models.spec import FamilySpec
 from simpletuner.reporting.events import SavedImage
 
 ADAPTER_FILE = "pytorch_lora_weights.safetensors"

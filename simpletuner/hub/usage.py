@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from simpletuner.models.readers import readers_of
-from simpletuner.models.spec import FamilySpec
+from simpletuner.families.readers import readers_of
+from simpletuner.families.spec import FamilySpec
 
 
 def usage_code(

@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any, cast
 
 from simpletuner.config.paths import PREVIEW_FOLDER, looks_like_path, windows_path_fix
 from simpletuner.errors import DataError, Problem
+from simpletuner.families.keys import KeyTable
+from simpletuner.families.spec import Component, FamilySpec
 from simpletuner.models.hub_connectivity import hub_failures, why_missing
-from simpletuner.models.keys import KeyTable
 from simpletuner.models.safe_loading import load_errors, load_pretrained, read_object
 from simpletuner.models.single_file import dtype_in_file, is_in_file, load_from_file
-from simpletuner.models.spec import Component, FamilySpec
 
 if TYPE_CHECKING:
     import torch
@@ -231,7 +231,7 @@ def _not_fetched(name: str, repository: str, key: str, error: Exception) -> Data
 
 def nearest_hub_id(model: str) -> str | None:
     """The published checkpoint whose hub id is almost `model`; None where it is one, or none is near."""
-    from simpletuner.models.registry import all_specs
+    from simpletuner.families.registry import all_specs
 
     known = [flavour.hub_id for spec in all_specs()[0] for flavour in spec.flavours.values()]
     near = difflib.get_close_matches(model, known, n=1, cutoff=0.85)

@@ -19,6 +19,7 @@ from simpletuner.activation_memory.modules import reduce_activation_memory
 from simpletuner.batch import Batch, Conditioning, PromptEmbeds
 from simpletuner.diffusion import flow_matching, timesteps
 from simpletuner.errors import ConfigError, Problem
+from simpletuner.families.spec import FamilySpec, PredictionType
 from simpletuner.models.components import (
     ModelSource,
     component_config,
@@ -27,7 +28,6 @@ from simpletuner.models.components import (
     make_empty_component,
 )
 from simpletuner.models.single_file import objective_marks
-from simpletuner.models.spec import FamilySpec, PredictionType
 from simpletuner.models.text_encoders import TextEncoders
 from simpletuner.precision.mixed import exact_float32
 from simpletuner.precision.quantise import NumberFormats, quantise

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from simpletuner.errors import DataError, Problem, shape_text
-from simpletuner.models.keys import KeyTable
+from simpletuner.families.keys import KeyTable
+from simpletuner.families.spec import Component
 from simpletuner.models.safe_loading import load_errors, without_pickles
-from simpletuner.models.spec import Component
 
 if TYPE_CHECKING:
     import torch

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from simpletuner.errors import DataError, Problem
+from simpletuner.families.spec import Component, FamilySpec
 from simpletuner.models.components import ModelSource, component_folder, load_component
 from simpletuner.models.safe_loading import load_errors, load_tokenizer
-from simpletuner.models.spec import Component, FamilySpec
 from simpletuner.precision.quantise import NumberFormats, quantise
 
 

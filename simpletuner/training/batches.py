@@ -21,8 +21,8 @@ from simpletuner.data.dataset import Dataset
 from simpletuner.data.sampler import BatchPlan, Sampler, range_for_rank
 from simpletuner.diffusion.loss import sample_weights
 from simpletuner.distributed.process_group import SINGLE_PROCESS, ProcessGroup
+from simpletuner.families.spec import FamilySpec
 from simpletuner.models.family import ModelFamily
-from simpletuner.models.spec import FamilySpec
 from simpletuner.randomness import keyed_seed, keyed_uniform
 
 # A thread beside the model's costs the model's some milliseconds of waiting for the interpreter at each step. Windows

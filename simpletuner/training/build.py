@@ -16,8 +16,8 @@ from simpletuner.config.loading import LoadedRun
 from simpletuner.data.dataset import Dataset
 from simpletuner.data.sampler import Sampler
 from simpletuner.distributed.process_group import SINGLE_PROCESS, ProcessGroup
+from simpletuner.families.registry import get_family_class, get_spec
 from simpletuner.models.family import ModelFamily
-from simpletuner.models.registry import get_family_class, get_spec
 from simpletuner.optim.schedules import LrFactor, build_schedule, scaled_learning_rate
 from simpletuner.precision.mixed import use_tf32
 from simpletuner.reporting.bus import EventBus

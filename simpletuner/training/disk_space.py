@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from simpletuner.config.loading import LoadedRun
+from simpletuner.families.registry import get_spec
+from simpletuner.families.spec import FamilySpec
 from simpletuner.models.components import ModelSource
-from simpletuner.models.registry import get_spec
-from simpletuner.models.spec import FamilySpec
 from simpletuner.storage import require_free_space
 from simpletuner.training.preflight import model_source
 

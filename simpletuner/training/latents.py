@@ -27,10 +27,10 @@ from simpletuner.data.digests import DigestMemo
 from simpletuner.data.kept import KeptSamples
 from simpletuner.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from simpletuner.errors import DataError, Problem
+from simpletuner.families.spec import FamilySpec
 from simpletuner.models.components import component_config
 from simpletuner.models.family import LatentMoments, ModelFamily
 from simpletuner.models.lazy_vae import LazyVae
-from simpletuner.models.spec import FamilySpec
 from simpletuner.randomness import keyed_generator
 from simpletuner.reporting.bus import EventBus
 from simpletuner.reporting.events import Notice

@@ -18,9 +18,9 @@ from simpletuner.config.loading import LoadedRun
 from simpletuner.data.dataset import Dataset
 from simpletuner.data.digests import DigestMemo
 from simpletuner.errors import DataError
+from simpletuner.families.spec import Component
 from simpletuner.models.components import component_file
 from simpletuner.models.family import ModelFamily
-from simpletuner.models.spec import Component
 from simpletuner.reporting.bus import EventBus
 from simpletuner.reporting.events import Notice
 from simpletuner.training.phases import phase

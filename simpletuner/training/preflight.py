@@ -8,9 +8,9 @@ from pathlib import Path
 from simpletuner.config.loading import LoadedRun
 from simpletuner.config.paths import SINGLE_FILE
 from simpletuner.errors import ConfigError
+from simpletuner.families.registry import get_spec
 from simpletuner.hub.access import check_access
 from simpletuner.models.components import ModelSource, check_local_model
-from simpletuner.models.registry import get_spec
 from simpletuner.reporting.trackers.readiness import check_trackers
 
 

@@ -17,9 +17,9 @@ from simpletuner.config.loading import LoadedRun
 from simpletuner.data.dataset import Dataset
 from simpletuner.data.digests import DigestMemo
 from simpletuner.distributed.process_group import SINGLE_PROCESS, ProcessGroup
+from simpletuner.families.spec import FamilySpec
 from simpletuner.models.family import ModelFamily
 from simpletuner.models.lazy_vae import give_back_memory
-from simpletuner.models.spec import FamilySpec
 from simpletuner.reporting.bus import EventBus
 from simpletuner.reporting.events import Notice
 from simpletuner.training.phases import phase

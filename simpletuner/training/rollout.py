@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from simpletuner.batch import Conditioning
 from simpletuner.diffusion.flow_matching import append_dims
 from simpletuner.diffusion.solvers import Level, Solver, SolverName
+from simpletuner.families.spec import FamilySpec
 from simpletuner.models.family import ModelFamily
-from simpletuner.models.spec import FamilySpec
 from simpletuner.randomness import keyed_uniform
 
 if TYPE_CHECKING:

@@ -19,14 +19,14 @@ import torch
 from simpletuner import storage
 from simpletuner.adapters.base import Adapter
 from simpletuner.config.loading import LoadedRun
+from simpletuner.config.lycoris_algorithms import form_and_kind
 from simpletuner.data.sampler import Sampler
 from simpletuner.disk import disk_error, reported_as_disk_errors
 from simpletuner.distributed.process_group import SINGLE_PROCESS, ConnectionLost, ProcessGroup, joined
 from simpletuner.errors import Interrupted, SimpleTunerError, UploadError
+from simpletuner.families.registry import get_spec
 from simpletuner.hub.job import make_job
 from simpletuner.hub.publisher import Publisher
-from simpletuner.models.readers import form_and_kind
-from simpletuner.models.registry import get_spec
 from simpletuner.optim.ema import EMA
 from simpletuner.optim.optimizers import build_optimizer, require_optimizer
 from simpletuner.precision.mixed import DTYPES, deterministic_kernels

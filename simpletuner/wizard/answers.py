@@ -12,9 +12,9 @@ from typing import Any, Literal, TypeVar
 
 from simpletuner.config.names import nearest
 from simpletuner.errors import ConfigError, Problem
+from simpletuner.families.registry import get_spec
+from simpletuner.families.spec import FamilySpec
 from simpletuner.hardware import Hardware, gpu_with
-from simpletuner.models.registry import get_spec
-from simpletuner.models.spec import FamilySpec
 from simpletuner.wizard.lycoris import ALGORITHMS, LAYERS, Layers, Lycoris
 
 Goal = Literal["subject", "style", "edit", "full"]

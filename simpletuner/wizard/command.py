@@ -12,9 +12,9 @@ from simpletuner.config.discovery import find_config
 from simpletuner.config.layers import parse_arguments
 from simpletuner.config.merging import merge_layers
 from simpletuner.errors import ConfigError, Problem
+from simpletuner.families.registry import get_spec
 from simpletuner.hardware import Hardware, detect_hardware
 from simpletuner.launch import chosen_environment, split_arguments
-from simpletuner.models.registry import get_spec
 from simpletuner.wizard.answers import Answers, Goal, read_adapter, read_goal, read_layers
 from simpletuner.wizard.files import diff_lines, judge, save, start_command, texts_for
 from simpletuner.wizard.lycoris import ALGORITHMS

@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any
 from simpletuner.commands.text import count_text, duration_text
 from simpletuner.config.loading import LoadedRun
 from simpletuner.errors import SimpleTunerError, bytes_text
+from simpletuner.families.registry import get_spec
 from simpletuner.hardware import Hardware
-from simpletuner.models.registry import get_spec
 
 if TYPE_CHECKING:
     from simpletuner.wizard.project import Project
@@ -175,7 +175,7 @@ def _load(asked: Mapping[str, Any]) -> LoadedRun:
 
     unsaved = {Path(path): text for path, text in asked["unsaved"].items()}
     source = ConfigSource(Path(asked["config"]), "json")
-    return load_source(source, (), {}, Path(asked["working_dir"]), get_spec, unsaved=unsaved, variables=os.environ)
+    return load_source(source, (), {}, Path(asked["working_dir"]), unsaved=unsaved, variables=os.environ)
 
 
 def _estimate(run: LoadedRun, probe: bool | None, other_gpu: int | None) -> Estimate:

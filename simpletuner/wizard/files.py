@@ -19,7 +19,6 @@ from simpletuner.config.json_writer import INDENT, json_text, remove_value, set_
 from simpletuner.config.loading import LoadedRun, load_source
 from simpletuner.config.prompt_library import prompt_texts
 from simpletuner.errors import ConfigError, DataError, Problem
-from simpletuner.models.registry import get_spec
 from simpletuner.reporting.trackers.readiness import check_trackers
 from simpletuner.storage import write_bytes
 from simpletuner.text import lines_of
@@ -120,7 +119,7 @@ def judge(project: Project, texts: Mapping[Path, str], answers: Answers) -> Verd
     places = project.places
     try:
         source, unsaved = ConfigSource(places.config, "json"), {**project.texts, **texts}
-        run = load_source(source, (), {}, places.working_dir, get_spec, unsaved=unsaved, variables=os.environ)
+        run = load_source(source, (), {}, places.working_dir, unsaved=unsaved, variables=os.environ)
         check_model_folder(run)
     except ConfigError as error:
         return Verdict(None, tuple(error.problems), ())

@@ -14,7 +14,7 @@ from simpletuner.data.buckets import BucketRules, ResolutionType
 from simpletuner.data.captions import caption_variants
 from simpletuner.data.index import Catalogue, Index
 from simpletuner.data.report import SkippedFiles
-from simpletuner.models.spec import FamilySpec
+from simpletuner.families.spec import FamilySpec
 from simpletuner.text import printable
 from simpletuner.wizard.answers import ImageFacts
 from simpletuner.wizard.thumbnails import Thumbnail, make_thumbnails

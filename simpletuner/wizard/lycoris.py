@@ -9,7 +9,7 @@ from typing import Any, Literal
 from simpletuner.config.json_reader import JsonPath, parse_json
 from simpletuner.config.json_writer import remove_value, set_value
 from simpletuner.config.lycoris_algorithms import DEFAULT_ALGORITHM
-from simpletuner.models.spec import FamilySpec
+from simpletuner.families.spec import FamilySpec
 
 # Which layers are adapted; "as written": as the file says, in words of its own.
 Layers = Literal["all", "attention", "as written"]

@@ -22,8 +22,8 @@ from simpletuner.config.paths import Folders
 from simpletuner.config.prompt_library import prompt_texts
 from simpletuner.config.values import read_bool, read_path
 from simpletuner.errors import ConfigError, Problem
+from simpletuner.families.registry import family_names, get_spec
 from simpletuner.hardware import Hardware
-from simpletuner.models.registry import family_names, get_spec
 from simpletuner.wizard.answers import Answers, Goal
 from simpletuner.wizard.lycoris import Lycoris, read_lycoris
 

@@ -9,10 +9,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
+from simpletuner.families.readers import Kind, reading_text
+from simpletuner.families.registry import all_specs
+from simpletuner.families.spec import FamilySpec, Flavour
 from simpletuner.hardware import GIB, USUAL_GPUS
-from simpletuner.models.readers import Kind, reading_text
-from simpletuner.models.registry import all_specs
-from simpletuner.models.spec import FamilySpec, Flavour
 from simpletuner.text import lines_of
 from simpletuner.wizard.answers import ADAPTERS, GOALS, Answers
 from simpletuner.wizard.lycoris import ALGORITHMS, LAYERS, PROPOSED_FACTOR, has_both_kinds_of_layers

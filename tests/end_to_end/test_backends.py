@@ -131,7 +131,7 @@ def test_an_object_that_goes_away_while_training_is_named(
     place = run(tmp_path, omnigen_folder, "bucket", **bucket(server, "gone"))
     train_here(place)
     from simpletuner.data.datasets import build_datasets
-    from simpletuner.models.registry import get_spec
+    from simpletuner.families.registry import get_spec
 
     loaded = load_here(place)
     (things,) = build_datasets(loaded.datasets, loaded.config, get_spec("omnigen"), Path(loaded.config.cache_dir))

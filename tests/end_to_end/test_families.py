@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from simpletuner.models.registry import get_spec
+from simpletuner.families.registry import get_spec
 from tests.runs import dataset, metrics, run_cli, train_here, write_images, write_run
 from tests.tiny_flux import tiny_flux_folder
 from tests.tiny_folders import TINY_FOLDERS

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from simpletuner.families.registry import get_family_class, get_spec
 from simpletuner.models.components import ModelSource
-from simpletuner.models.registry import get_family_class, get_spec
 from tests.runs import dataset, metrics, train_here, write_images, write_run
 from tests.tiny_folders import TINY_FOLDERS
 

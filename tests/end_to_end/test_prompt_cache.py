@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from simpletuner.commands import cache
-from simpletuner.models.registry import FAMILIES
+from simpletuner.families.registry import FAMILIES
 from simpletuner.reporting.bus import EventBus
 from simpletuner.training.build import build_family
 from simpletuner.training.prepare import prepare_data

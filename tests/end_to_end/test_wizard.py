@@ -15,7 +15,6 @@ from textual.pilot import Pilot
 from textual.widgets import Static
 
 from simpletuner.config.loading import load_run
-from simpletuner.models.registry import get_spec
 from simpletuner.wizard.app import Wizard
 from simpletuner.wizard.project import open_project
 from simpletuner.wizard.questions import FAMILY
@@ -104,7 +103,7 @@ def test_from_the_first_screen_to_a_trained_adapter(folder: Path, omnigen_folder
 
     wizard = drive(folder, steps)
     assert wizard.outcome == "saved"
-    run = load_run((), {}, folder, get_spec)
+    run = load_run((), {}, folder)
     assert run.warnings == ()
     assert (run.config.learning_rate, run.config.max_train_steps, run.config.resolution) == (1e-3, 4, 64)
     monkeypatch.chdir(folder)

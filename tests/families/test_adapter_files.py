@@ -16,9 +16,9 @@ from simpletuner.adapters.lycoris import attach_lycoris
 from simpletuner.adapters.reading import adapter_from_tensors, read_adapter
 from simpletuner.adapters.weights import ALPHA, DOWN, UP, AdapterWeights
 from simpletuner.errors import ConfigError
+from simpletuner.families.registry import family_names, get_family_class, get_spec
 from simpletuner.models.components import ModelSource
 from simpletuner.models.family import ModelFamily
-from simpletuner.models.registry import family_names, get_family_class, get_spec
 from simpletuner.training.adapter_roundtrip import probe_output
 from tests.tiny_folders import TINY_FOLDERS
 

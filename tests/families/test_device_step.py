@@ -21,9 +21,9 @@ from simpletuner.adapters.full import FullAdapter
 from simpletuner.adapters.lora import LoraSettings, attach_lora
 from simpletuner.adapters.lycoris import attach_lycoris
 from simpletuner.commands.shapes import empty_batch
+from simpletuner.families.registry import family_names, get_family_class, get_spec
 from simpletuner.models.components import ModelSource
 from simpletuner.models.family import ModelFamily
-from simpletuner.models.registry import family_names, get_family_class, get_spec
 from simpletuner.optim.clipping import clip_by_norm
 from simpletuner.optim.optimizers import build_optimizer
 from simpletuner.precision.quantise import NumberFormats

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from simpletuner.families.registry import FAMILIES, get_family_class
 from simpletuner.models.components import ModelSource
 from simpletuner.models.family import ModelFamily
-from simpletuner.models.registry import FAMILIES, get_family_class
 from tests.families.auraflow.spec import AURAFLOW
 from tests.families.auraflow.tiny import tiny_auraflow_folder
 

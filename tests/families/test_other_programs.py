@@ -22,9 +22,9 @@ from simpletuner.adapters.lycoris import attach_lycoris
 from simpletuner.adapters.reading import read_adapter
 from simpletuner.adapters.weights import AdapterWeights
 from simpletuner.errors import ConfigError
-from simpletuner.models.readers import FORMS, NO_LENGTHS, SILENT, readers_of
-from simpletuner.models.registry import get_spec
-from simpletuner.models.spec import FamilySpec
+from simpletuner.families.readers import FORMS, NO_LENGTHS, SILENT, readers_of
+from simpletuner.families.registry import get_spec
+from simpletuner.families.spec import FamilySpec
 from tests.tiny_sd3 import tiny_sd3_transformer
 from tests.tiny_sdxl import tiny_unet
 from tests.witnesses import (

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from simpletuner.adapters.lora import LoraAdapter, LoraSettings, attach_lora
+from simpletuner.families.registry import get_family_class, get_spec
 from simpletuner.models.components import ModelSource
-from simpletuner.models.registry import get_family_class, get_spec
 from simpletuner.validation.generate import apply_adapter_file
 from tests.tiny_folders import TINY_FOLDERS
 

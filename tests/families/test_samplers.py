@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+from simpletuner.families.registry import family_names, get_family_class, get_spec
 from simpletuner.models.components import ModelSource
 from simpletuner.models.family import ModelFamily
-from simpletuner.models.registry import family_names, get_family_class, get_spec
 from simpletuner.validation.prompts import GenerationSettings, ImageRequest, SkippedLayers
 from simpletuner.validation.sampling import make_images
 from simpletuner.validation.schedulers import SCHEDULERS, use_scheduler

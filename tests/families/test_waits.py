@@ -11,8 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from simpletuner.adapters.lora import LoraSettings, attach_lora
 from simpletuner.commands.shapes import empty_batch
+from simpletuner.families.registry import family_names, get_family_class, get_spec
 from simpletuner.models.components import ModelSource
-from simpletuner.models.registry import family_names, get_family_class, get_spec
 from simpletuner.training.objective import Objective
 from simpletuner.training.rollout import ReflexFlow, Rollouts
 from simpletuner.training.step import compute_losses, sample_noise

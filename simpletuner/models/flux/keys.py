@@ -7,7 +7,7 @@ feed-forward. Scale and shift of the last layer are the other way round. Source:
 
 from __future__ import annotations
 
-from simpletuner.models.keys import KeyTable
+from simpletuner.families.keys import KeyTable
 
 _DOUBLE, _SINGLE = "transformer_blocks.*", "single_transformer_blocks.*"
 

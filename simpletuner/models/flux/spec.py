@@ -6,9 +6,9 @@ Sources: black-forest-labs/flux; the released FLUX.1-dev, -schnell, -Krea-dev an
 
 from __future__ import annotations
 
+from simpletuner.families.readers import usual_readers
+from simpletuner.families.spec import AdaptableModule, Component, FamilySpec, Flavour
 from simpletuner.models.flux.keys import FLUX_KEYS
-from simpletuner.models.readers import usual_readers
-from simpletuner.models.spec import AdaptableModule, Component, FamilySpec, Flavour
 
 _DOUBLE, _SINGLE = "transformer_blocks.*", "single_transformer_blocks.*"
 _ATTENTION = (

@@ -5,8 +5,8 @@ Source: VectorSpaceLab/OmniGen; diffusers' `scripts/convert_omnigen_to_diffusers
 
 from __future__ import annotations
 
-from simpletuner.models.keys import KeyTable
-from simpletuner.models.readers import Reader
+from simpletuner.families.keys import KeyTable
+from simpletuner.families.readers import Reader
 
 OMNIGEN_KEYS = KeyTable(
     renamed={

@@ -5,8 +5,8 @@ Sources: arXiv 2409.11340; the released `Shitao/OmniGen-v1-diffusers`; diffusers
 
 from __future__ import annotations
 
+from simpletuner.families.spec import AdaptableModule, Component, FamilySpec, Flavour
 from simpletuner.models.omnigen.keys import OMNIGEN_KEYS, OMNIGEN_READERS
-from simpletuner.models.spec import AdaptableModule, Component, FamilySpec, Flavour
 
 _OWN_TIMES = "OmniGen is trained on logit-normal times with mean 0 and deviation 1, without a shift"
 

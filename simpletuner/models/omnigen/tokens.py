@@ -20,9 +20,9 @@ from torch.nn.functional import pad as pad_left
 
 from simpletuner.batch import Conditioning, PromptEmbeds
 from simpletuner.errors import DataError, Problem
+from simpletuner.families.spec import FamilySpec
 from simpletuner.models.components import ModelSource, component_file
 from simpletuner.models.family import send
-from simpletuner.models.spec import FamilySpec
 from simpletuner.text import printable
 
 PREFIX = "<|user|>\nGenerate an image according to the following instructions\n"

@@ -5,7 +5,7 @@ Source: that file; diffusers' `convert_sd3_transformer_checkpoint_to_diffusers`.
 
 from __future__ import annotations
 
-from simpletuner.models.keys import KeyTable
+from simpletuner.families.keys import KeyTable
 
 _OURS, _THEIRS = "transformer_blocks.*", "joint_blocks.*"
 

@@ -6,9 +6,9 @@ Sources: Esser et al. (arXiv 2403.03206); the released 3-medium, 3.5-medium and 
 
 from __future__ import annotations
 
-from simpletuner.models.readers import usual_readers
+from simpletuner.families.readers import usual_readers
+from simpletuner.families.spec import AdaptableModule, Component, FamilySpec, Flavour
 from simpletuner.models.sd3.keys import SD3_KEYS
-from simpletuner.models.spec import AdaptableModule, Component, FamilySpec, Flavour
 
 _BLOCK = "transformer_blocks.*"
 _ATTENTION = (

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from simpletuner.batch import Batch, Conditioning, PromptEmbeds, Sample
 from simpletuner.diffusion.ddpm import NoiseSchedule
+from simpletuner.families.spec import PredictionType
 from simpletuner.models.components import model_index
 from simpletuner.models.family import ModelFamily, ReferenceSizes, send
 from simpletuner.models.live_pipeline import LivePipeline
-from simpletuner.models.spec import PredictionType
 
 ENCODERS = (("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2"))
 

@@ -7,7 +7,7 @@ downsampler), three output blocks. Source: Stability-AI/generative-models; diffu
 
 from __future__ import annotations
 
-from simpletuner.models.keys import KeyTable
+from simpletuner.families.keys import KeyTable
 
 _RESNET = {
     "norm1": "in_layers.0",

@@ -6,9 +6,9 @@ Sources: Podell et al., "SDXL" (arXiv 2307.01952); the released `stabilityai/sta
 
 from __future__ import annotations
 
-from simpletuner.models.readers import usual_readers
+from simpletuner.families.readers import usual_readers
+from simpletuner.families.spec import AdaptableModule, Component, FamilySpec, Flavour
 from simpletuner.models.sdxl.keys import SDXL_KEYS
-from simpletuner.models.spec import AdaptableModule, Component, FamilySpec, Flavour
 
 # fnmatch's star crosses dots, so `*attentions.*` is every transformer on the way down, in the middle and on the way up.
 _BLOCK = "*attentions.*.transformer_blocks.*"

@@ -5,7 +5,7 @@ Sources: the released `fal/AuraFlow-v0.3`; diffusers' `auraflow_transformer_2d.p
 
 from __future__ import annotations
 
-from simpletuner.models.spec import AdaptableModule, Component, FamilySpec, Flavour
+from simpletuner.families.spec import AdaptableModule, Component, FamilySpec, Flavour
 
 BLOCKS = ("joint_transformer_blocks.*", "single_transformer_blocks.*")
 

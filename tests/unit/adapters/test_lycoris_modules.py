@@ -107,7 +107,7 @@ def test_a_norm_that_lycoris_cannot_train_is_refused_and_one_that_it_can_is_trai
 
     from dataclasses import replace
 
-    from simpletuner.models.spec import AdaptableModule
+    from simpletuner.families.spec import AdaptableModule
 
     spec = replace(OMNIGEN, adaptable=(AdaptableModule("LayerNorm", ("norm",)), AdaptableModule("Linear", ("proj",))))
     lycoris = {"algo": "locon", "linear_dim": 2, "train_norm": True}

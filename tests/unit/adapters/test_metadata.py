@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 
 from simpletuner.adapters.lora import LoraSettings, attach_lora
 from simpletuner.adapters.metadata import run_metadata
+from simpletuner.families.registry import get_family_class, get_spec
 from simpletuner.models.components import ModelSource
 from simpletuner.models.family import ModelFamily
-from simpletuner.models.registry import get_family_class, get_spec
 from tests.tiny_flux import tiny_flux_folder
 from tests.tiny_sd3 import tiny_sd3_folder
 from tests.tiny_sdxl import tiny_sdxl_folder

@@ -23,8 +23,8 @@ from simpletuner.cache.store import DamagedEntry, TensorStore
 from simpletuner.data.digests import DigestMemo
 from simpletuner.data.transforms import UnusableImage
 from simpletuner.errors import DataError, Interrupted
+from simpletuner.families.registry import get_family_class, get_spec
 from simpletuner.models.components import ModelSource
-from simpletuner.models.registry import get_family_class, get_spec
 from simpletuner.randomness import keyed_generator
 from tests.tiny import tiny_vae
 

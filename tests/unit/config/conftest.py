@@ -7,13 +7,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
 from simpletuner.config.loading import LoadedRun, load_run
 from simpletuner.errors import ConfigError
-from simpletuner.models.registry import get_spec
-from simpletuner.models.spec import AdaptableModule, Component, FamilySpec, Flavour
+from simpletuner.families.registry import get_spec
+from simpletuner.families.spec import AdaptableModule, Component, FamilySpec, Flavour
 
 FAMILY = FamilySpec(
     name="toy",
@@ -86,7 +87,8 @@ class Workspace:
         return path
 
     def load(self, *arguments: str, check_files: bool = True) -> LoadedRun:
-        return load_run(arguments, self.environment, self.root, find_spec, check_files)
+        with mock.patch("simpletuner.config.loading.get_spec", find_spec):
+            return load_run(arguments, self.environment, self.root, check_files)
 
     def load_written(self, *arguments: str, check_files: bool = True) -> LoadedRun:
         self.write()

@@ -14,7 +14,6 @@ import pytest
 from simpletuner.config.loading import load_run
 from simpletuner.config.options import all_options
 from simpletuner.config.reference import resolved_text
-from simpletuner.models.registry import get_spec
 
 from .conftest import Workspace, find_spec
 
@@ -271,8 +270,8 @@ def test_reading_a_run_imports_no_torch_and_is_quick(quickstart: Callable[[str],
     root = quickstart("multidatabackend-eval.json").root
     script = (
         "import sys; from pathlib import Path; from simpletuner.config.loading import load_run; "
-        "from simpletuner.models.registry import get_spec; "
-        f"load_run([], {{}}, Path({str(root)!r}), get_spec, check_files=False); "
+        "from simpletuner.families.registry import get_spec; "
+        f"load_run([], {{}}, Path({str(root)!r}), check_files=False); "
         "print([name for name in ('torch', 'numpy', 'diffusers', 'transformers') if name in sys.modules])"
     )
     seconds = []
@@ -291,7 +290,7 @@ def test_the_example_files_load(tmp_path: Path) -> None:
         workspace.put(f"config/{example.name.removesuffix('.example')}", example.read_text(encoding="utf-8"))
     for name in ("subject", "regularisation", "subject-eval"):
         (tmp_path / "datasets" / name).mkdir(parents=True)
-    run = load_run([], {}, tmp_path, get_spec)
+    run = load_run([], {}, tmp_path)
     assert not run.warnings
     assert [entry.id for entry in run.datasets] == ["subject", "regularisation", "subject-eval"]
     assert run.prompt_library

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -103,7 +104,8 @@ def test_who_judges_a_file_alone_still_looks_up_its_variables(workspace: Workspa
     workspace.config["webhook_config"] = {"webhook_type": "raw", "callback_url": "${HOOK}"}
     workspace.write()
     source = ConfigSource(workspace.root / "config/config.json", "json")
-    found = load_source(source, (), {}, workspace.root, find_spec, variables={"HOOK": RAW["callback_url"]})
+    with mock.patch("simpletuner.config.loading.get_spec", find_spec):
+        found = load_source(source, (), {}, workspace.root, variables={"HOOK": RAW["callback_url"]})
     assert found.webhooks.targets[0].url == RAW["callback_url"]
 
 

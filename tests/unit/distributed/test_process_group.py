@@ -18,7 +18,6 @@ from simpletuner.distributed.process_group import (
     require_equal,
 )
 from simpletuner.errors import ConfigError
-from simpletuner.models.registry import get_spec
 from tests.processes import in_processes
 from tests.runs import load_here, write_run
 
@@ -61,7 +60,7 @@ def test_launchers_variables_set_options(tmp_path, omnigen_folder, monkeypatch):
     write_run(tmp_path, omnigen_folder)
     environment = {"TRAINING_NUM_PROCESSES": "2", "TRAINING_NUM_MACHINES": "3", "NODE_RANK": "1"}
     environment |= {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
-    layout = layout_of(load_run((), environment, tmp_path, get_spec).config)
+    layout = layout_of(load_run((), environment, tmp_path).config)
     assert (layout.world_size, layout.machine_rank, layout.address, layout.port) == (6, 1, "10.0.0.1", 29500)
 
 
@@ -178,6 +177,6 @@ def test_node_rank_wins_over_machine_rank(tmp_path, omnigen_folder):
     write_run(tmp_path, omnigen_folder)
     environment = {"TRAINING_NUM_MACHINES": "3", "NODE_RANK": "1", "MACHINE_RANK": "2"}
     environment |= {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
-    assert layout_of(load_run((), environment, tmp_path, get_spec).config).machine_rank == 1
+    assert layout_of(load_run((), environment, tmp_path).config).machine_rank == 1
     del environment["NODE_RANK"]
-    assert layout_of(load_run((), environment, tmp_path, get_spec).config).machine_rank == 2
+    assert layout_of(load_run((), environment, tmp_path).config).machine_rank == 2

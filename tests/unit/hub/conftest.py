@@ -11,8 +11,8 @@ from huggingface_hub import HfApi, constants
 from PIL import Image
 
 from simpletuner import storage
+from simpletuner.families.registry import get_spec
 from simpletuner.hub.job import ADAPTER_FILE, HubJob
-from simpletuner.models.registry import get_spec
 from tests.hub_uploads import TOKEN, upload_hub
 
 

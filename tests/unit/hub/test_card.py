@@ -8,7 +8,7 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
-from simpletuner.models.registry import get_spec
+from simpletuner.families.registry import get_spec
 from simpletuner.reporting.events import SavedImage
 
 

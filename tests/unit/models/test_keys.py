@@ -6,8 +6,8 @@ import fnmatch
 
 import pytest
 
-from simpletuner.models.keys import KeyTable, OriginalModule
-from simpletuner.models.registry import family_names, get_spec
+from simpletuner.families.keys import KeyTable, OriginalModule
+from simpletuner.families.registry import family_names, get_spec
 
 FLUX_LIKE = KeyTable(
     renamed={

@@ -8,8 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from simpletuner.models.readers import form_and_kind
-from simpletuner.models.registry import get_spec
+from simpletuner.config.lycoris_algorithms import form_and_kind
+from simpletuner.families.registry import get_spec
 
 OUTSIDE, INSIDE = "x_embedder", "single_transformer_blocks.0.attn.to_q"
 ATTENTION = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
@@ -56,6 +56,6 @@ def test_a_configuration_reports_what_its_files_hold(lycoris, kind) -> None:
 
 
 def test_the_table_is_read_without_torch() -> None:
-    code = "import sys; from simpletuner.models.registry import get_spec; get_spec('flux').read_by('kohya', 'lora')"
+    code = "import sys; from simpletuner.families.registry import get_spec; get_spec('flux').read_by('kohya', 'lora')"
     check = "; assert not {'torch', 'diffusers', 'lycoris', 'peft'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code + check], check=True)

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from simpletuner.errors import ConfigError
-from simpletuner.models import registry
-from simpletuner.models.registry import all_specs, family_names, get_family_class, get_spec
+from simpletuner.families import registry
+from simpletuner.families.registry import all_specs, family_names, get_family_class, get_spec
 from tests.families.auraflow.spec import AURAFLOW
 
 ROOT = Path(__file__).parents[3]

@@ -11,9 +11,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from simpletuner.errors import ConfigError, DataError
+from simpletuner.families.registry import get_family_class, get_spec
 from simpletuner.models.components import ModelSource, check_local_model, save_model_folder
 from simpletuner.models.family import ModelFamily
-from simpletuner.models.registry import get_family_class, get_spec
 from simpletuner.training.build import attach_adapter
 from tests.runs import dataset, load_here, metrics, train_here, write_images, write_run
 from tests.single_files import original_denoiser, write_sdxl_file

@@ -12,8 +12,8 @@ import torch
 
 from simpletuner.batch import Batch, Conditioning, PromptEmbeds
 from simpletuner.diffusion.ddpm import NoiseSchedule
+from simpletuner.families.spec import FamilySpec
 from simpletuner.models.family import ModelFamily
-from simpletuner.models.spec import FamilySpec
 from simpletuner.randomness import keyed_seed
 from simpletuner.training.rollout import ReflexFlow, Rollouts, build_rollouts, implied_noise, roll_out
 from simpletuner.training.step import compute_losses

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from simpletuner.batch import Batch
+from simpletuner.families.registry import get_family_class, get_spec
 from simpletuner.models.components import ModelSource
 from simpletuner.models.family import ModelFamily
-from simpletuner.models.registry import get_family_class, get_spec
 from simpletuner.training.objective import Objective
 from simpletuner.training.step import compute_losses, sample_noise, sample_quantiles
 from tests.toy import ToyFamily

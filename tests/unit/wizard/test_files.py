@@ -12,7 +12,6 @@ import pytest
 from simpletuner.config.loading import load_run
 from simpletuner.config.prompt_library import LibraryPrompt
 from simpletuner.errors import ConfigError
-from simpletuner.models.registry import get_spec
 from simpletuner.reporting.report.record import CONTACT_DIR
 from simpletuner.training.trainer import train
 from simpletuner.wizard.command import Given, configure_without_screens
@@ -36,7 +35,7 @@ def changed_lines(before: str, after: str) -> list[str]:
 
 def test_the_written_run_loads_and_says_what_was_answered(folder: Path, omnigen_folder: Path):
     configured(folder, omnigen_folder, "--max_train_steps=4", eval_data="held_out", regularisation_data="others")
-    run = load_run((), {}, folder, get_spec)
+    run = load_run((), {}, folder)
     assert run.warnings == ()
     assert run.config.max_train_steps == 4
     assert run.config.resolution == 64
@@ -111,26 +110,26 @@ def test_from_adapter_to_full_training_and_back_the_run_loads(folder: Path, omni
     assert "lycoris_config" not in json.loads(
         "".join(line for line in contents(folder)["config.json"].splitlines() if "//" not in line)
     )
-    assert load_run((), {}, folder, get_spec).config.model_type == "full"
+    assert load_run((), {}, folder).config.model_type == "full"
     configured(folder, omnigen_folder, goal="subject", yes=True)
-    assert load_run((), {}, folder, get_spec).lycoris is not None
+    assert load_run((), {}, folder).lycoris is not None
 
 
 def test_from_lokr_to_dora_and_lora_and_back_the_run_loads(folder: Path, omnigen_folder: Path):
     configured(folder, omnigen_folder)
     configured(folder, omnigen_folder, adapter="dora", yes=True)
-    run = load_run((), {}, folder, get_spec)
+    run = load_run((), {}, folder)
     assert (run.config.lora_type, run.config.use_dora, run.config.lora_rank) == ("standard", True, 16)
     (warning,) = run.warnings  # says who reads the file
     assert "PEFT" in warning
     configured(folder, omnigen_folder, "--lora_rank=4", adapter="lora", yes=True)
-    run = load_run((), {}, folder, get_spec)
+    run = load_run((), {}, folder)
     assert (run.config.use_dora, run.config.lora_rank, run.lycoris) == (False, 4, None)
     project = open_project(CONFIG, folder, CPU)
     assert project.answers.adapter == "lora"
     assert texts_for(project, project.answers) == {}
     configured(folder, omnigen_folder, adapter="lokr", yes=True)
-    run = load_run((), {}, folder, get_spec)
+    run = load_run((), {}, folder)
     assert run.lycoris is not None
     assert run.warnings == ()
 
@@ -138,21 +137,21 @@ def test_from_lokr_to_dora_and_lora_and_back_the_run_loads(folder: Path, omnigen
 def test_folders_are_added_and_prompts_replaced_in_existing_files(folder: Path, omnigen_folder: Path):
     configured(folder, omnigen_folder)
     configured(folder, omnigen_folder, eval_data="held_out", prompts=("ohwx box", "a red box"), yes=True)
-    run = load_run((), {}, folder, get_spec)
+    run = load_run((), {}, folder)
     assert [entry.dataset_type for entry in run.datasets] == ["image", "eval"]
     assert run.prompt_library == {"a_red_box": LibraryPrompt("a red box")}
     assert run.config.eval_steps_interval
     project = open_project(CONFIG, folder, CPU)
     answers = replace(project.answers, eval_images="")
     saved = save(project, texts_for(project, answers), answers)
-    assert [entry.dataset_type for entry in load_run((), {}, folder, get_spec).datasets] == ["image"]
+    assert [entry.dataset_type for entry in load_run((), {}, folder).datasets] == ["image"]
     assert "eval" not in saved.roles
 
 
 def test_pairs_are_written_opened_without_a_change_and_taken_out_again(folder: Path, omnigen_folder: Path):
     reported = {"goal": "edit", "reference_data": "before", "instance_prompt": None, "captions": "textfile"}
     configured(folder, omnigen_folder, **reported)
-    images, references = load_run((), {}, folder, get_spec).datasets
+    images, references = load_run((), {}, folder).datasets
     assert images.conditioning_data == (references.id,)
     assert (references.conditioning_type, references.instance_data_dir) == ("reference_strict", folder / "before")
     project = open_project(CONFIG, folder, CPU)
@@ -160,7 +159,7 @@ def test_pairs_are_written_opened_without_a_change_and_taken_out_again(folder: P
     assert texts_for(project, project.answers) == {}
     answers = replace(project.answers, goal="style", reference_images="")
     save(project, texts_for(project, answers), answers)
-    [images] = load_run((), {}, folder, get_spec).datasets
+    [images] = load_run((), {}, folder).datasets
     assert images.conditioning_data is None
 
 
@@ -216,7 +215,7 @@ def test_a_half_captioned_folder_of_photographs_trains_by_the_answers_alone(fold
     rename_as_a_camera_does(folder, with_text=2)
     small = ("--max_train_steps=1", "--resolution=64", "--validation_disable=true", "--report_to=none")
     configured(folder, omnigen_folder, *small, instance_prompt="my cat")
-    run = load_run((), {}, folder, get_spec)
+    run = load_run((), {}, folder)
     (entry,) = run.datasets
     assert (entry.caption_strategy, entry.caption_fallback) == ("textfile", "instanceprompt")
     train(run)
@@ -237,7 +236,7 @@ def test_names_with_words_stand_in_for_texts_that_are_missing(folder: Path, omni
         path.rename(path.with_name(f"a red box {number}.png"))
     (folder / "images" / "a red box 0.txt").write_text("a box")
     configured(folder, omnigen_folder, goal="style", instance_prompt=None)
-    (entry,) = load_run((), {}, folder, get_spec).datasets
+    (entry,) = load_run((), {}, folder).datasets
     assert (entry.caption_strategy, entry.caption_fallback) == ("textfile", "filename")
 
 
@@ -271,7 +270,7 @@ def test_a_webhook_of_the_command_line_is_written_as_an_object(folder: Path, omn
     given = Given(goal="style", data="images", model=str(omnigen_folder), arguments=(f"--webhook_config={text}",))
     configure_without_screens(project, given, said.append)
     assert not any("secret" in line for line in said)
-    run = load_run((), {}, folder, get_spec)
+    run = load_run((), {}, folder)
     assert run.webhooks.targets[0].url == "http://localhost:1/secret"
     project = open_project(CONFIG, folder, CPU)
     assert project.answers.options["webhook_config"] == json.loads(text)
@@ -307,7 +306,7 @@ def test_a_second_configuration_in_a_folder_has_files_of_its_own(folder: Path, o
     given = Given(goal="style", data="others", model=str(omnigen_folder), prompts=("a", "b"), captions="instanceprompt")
     configure_without_screens(project, replace(given, instance_prompt="a sketch"), lambda line: None)
     assert {name: contents(folder)[name] for name in before} == before
-    run = load_run((), {"CONFIG_PATH": "config/sketch.json"}, folder, get_spec)
+    run = load_run((), {"CONFIG_PATH": "config/sketch.json"}, folder)
     assert run.data_file == folder / "config" / "sketch.multidatabackend.json"
     assert run.lycoris_file == folder / "config" / "sketch.lycoris_config.json"
 

@@ -14,7 +14,7 @@ from simpletuner.config.lycoris import check_lycoris
 from simpletuner.config.lycoris_algorithms import ALGORITHMS as TRAINABLE
 from simpletuner.config.lycoris_algorithms import useless_settings
 from simpletuner.errors import ConfigError
-from simpletuner.models.registry import family_names, get_spec
+from simpletuner.families.registry import family_names, get_spec
 from simpletuner.wizard.answers import ADAPTERS, read_adapter, read_layers
 from simpletuner.wizard.files import texts_for
 from simpletuner.wizard.lycoris import ALGORITHMS, Lycoris, edited_lycoris, lycoris_settings, read_lycoris
@@ -133,12 +133,12 @@ def test_the_command_line_changes_algorithm_rank_and_layers(tmp_path: Path, omni
         "linear_alpha": 6,
         "apply_preset": {"target_module": ["Attention"]},
     }
-    run = load_run((), {}, folder, get_spec)
+    run = load_run((), {}, folder)
     assert (run.lycoris, run.warnings) == (written(folder), ())
     project = open_project(CONFIG, folder, CPU)
     assert texts_for(project, project.answers) == {}
     configured(folder, omnigen_folder, adapter="lora", rank=5, yes=True)
-    assert load_run((), {}, folder, get_spec).config.lora_rank == 5
+    assert load_run((), {}, folder).config.lora_rank == 5
     configured(folder, omnigen_folder, adapter="dylora", yes=True)
     assert (written(folder)["algo"], written(folder)["linear_dim"]) == ("dylora", 16)
 

@@ -10,8 +10,8 @@ import pytest
 from simpletuner.config.json_reader import Document
 from simpletuner.config.lycoris import check_lycoris
 from simpletuner.errors import ConfigError
+from simpletuner.families.registry import family_names, get_spec
 from simpletuner.hardware import GIB, Hardware
-from simpletuner.models.registry import family_names, get_spec
 from simpletuner.wizard.answers import ImageFacts, read_goal
 from simpletuner.wizard.lycoris import Lycoris, lycoris_settings
 from simpletuner.wizard.plan import make_plan, nicknames

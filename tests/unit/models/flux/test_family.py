@@ -13,10 +13,10 @@ from PIL import Image
 from torch import Tensor
 
 from simpletuner.batch import Batch
+from simpletuner.families.registry import get_family_class, get_spec
 from simpletuner.models.components import ModelSource
 from simpletuner.models.flux.family import TRAINING_GUIDANCE, Flux
 from simpletuner.models.patches import pack, position_ids, unpack
-from simpletuner.models.registry import get_family_class, get_spec
 from tests.tiny_flux import tiny_flux_folder, tiny_flux_transformer
 
 CPU = torch.device("cpu")

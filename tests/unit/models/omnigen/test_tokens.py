@@ -10,6 +10,7 @@ import torch
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 
 from simpletuner.errors import DataError
+from simpletuner.families.registry import get_spec
 from simpletuner.models.components import ModelSource
 from simpletuner.models.omnigen.tokens import (
     PREFIX,
@@ -18,7 +19,6 @@ from simpletuner.models.omnigen.tokens import (
     collate_tokens,
     embeds_from_tokens,
 )
-from simpletuner.models.registry import get_spec
 from tests.tiny import GOLDEN
 
 CASES = json.loads((GOLDEN / "omnigen" / "processor_cases.json").read_text())

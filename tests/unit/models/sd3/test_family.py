@@ -11,8 +11,8 @@ from diffusers.loaders.single_file_utils import convert_sd3_transformer_checkpoi
 from torch import Tensor
 
 from simpletuner.batch import Batch
+from simpletuner.families.registry import get_family_class, get_spec
 from simpletuner.models.components import ModelSource, check_local_model
-from simpletuner.models.registry import get_family_class, get_spec
 from simpletuner.models.sd3.family import SD3
 from tests.tiny_sd3 import tiny_sd3_folder, tiny_sd3_transformer
 

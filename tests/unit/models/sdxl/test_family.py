@@ -13,8 +13,8 @@ from torch import Tensor
 
 from simpletuner.batch import Batch, Crop, Sample
 from simpletuner.cache.prompts import PromptsAhead
+from simpletuner.families.registry import get_family_class, get_spec
 from simpletuner.models.components import ModelSource
-from simpletuner.models.registry import get_family_class, get_spec
 from simpletuner.models.sdxl.family import SDXL, time_ids
 from tests.tiny_sdxl import tiny_sdxl_folder, tiny_unet
 

@@ -8,11 +8,9 @@ the readers that can be run: diffusers, PEFT and LyCORIS. What is said of ComfyU
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
-
-from simpletuner.config.lycoris_algorithms import algorithms_in
+from typing import Literal, get_args
 
 Form = Literal["diffusers", "kohya", "comfyui", "lycoris"]
 # What a file holds: LoRA (with convolutions: LoCon), LoRA with weight decomposition, LoKr, LoHa, anything else.
@@ -84,31 +82,6 @@ def usual_readers(
 def readers_of(readers: Sequence[Reader], form: str, kind: str) -> list[Reader]:
     """The programs that do something with such a file."""
     return [reader for reader in (*readers, LYCORIS) if form in reader.forms and kind in reader.kinds]
-
-
-def form_and_kind(config: Any, lycoris: Mapping[str, Any] | None) -> tuple[Form, Kind]:
-    """What a run's adapter file will be.
-
-    Args:
-        config: `lora_type`, `lora_format` and `use_dora` of the run.
-        lycoris: its `lycoris_config.json`.
-    """
-    if config.lora_type == "standard":
-        return config.lora_format, "dora" if config.use_dora else "lora"
-    return "lycoris", kind_of_lycoris(lycoris or {})
-
-
-def kind_of_lycoris(lycoris: Mapping[str, Any]) -> Kind:
-    """What the files of a `lycoris_config.json` hold."""
-    used = algorithms_in(lycoris)
-    kind = {"locon": "lora", "lora": "lora", "dylora": "lora", "lokr": "lokr", "loha": "loha"}
-    kinds = {kind.get(algorithm, "other") for algorithm in used}
-    if len(kinds) > 1 or lycoris.get("train_norm"):
-        return "other"
-    found = kinds.pop()
-    if lycoris.get("dora_wd"):
-        found = "dora" if found == "lora" else "other"
-    return found  # type: ignore[return-value]
 
 
 def reading_text(readers: Sequence[Reader], form: str, kind: str, paths: Sequence[str] = ()) -> str:

@@ -14,7 +14,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from simpletuner.errors import ConfigError, Problem
-from simpletuner.models.spec import FamilySpec
+from simpletuner.families.spec import FamilySpec
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint

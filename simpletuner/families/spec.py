@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from simpletuner.models.keys import KeyTable
-from simpletuner.models.readers import Reader, reading_text
+from simpletuner.families.keys import KeyTable
+from simpletuner.families.readers import Reader, reading_text
 
 PredictionType = Literal["flow", "epsilon", "v_prediction"]
 
@@ -171,7 +171,7 @@ class FamilySpec:
         return "diffusers" if kind == "dora" else self.defaults.get("lora_format", "diffusers")
 
     def read_by(self, form: str, kind: str, paths: Sequence[str] = ()) -> str:
-        """Who reads an adapter file, in one line; see `models/readers.py`."""
+        """Who reads an adapter file, in one line; see `families/readers.py`."""
         return reading_text(self.readers, form, kind, paths)
 
     def component(self, role: str) -> Component:
