@@ -68,12 +68,12 @@ class Bench:
 
     def __init__(self, folder: Path, count: int, side: int, batch_size: int):
         from simpletuner.config.loading import load_run
-        from simpletuner.training.build import build_family
+        from simpletuner.models.build import build_family
 
         self.folder, self.side, self.batch_size = folder, side, batch_size
         self.paths = sorted((folder / "pictures").iterdir())
         self.load = lambda *arguments: load_run(arguments, {}, folder)
-        self.family = build_family(self.load())
+        self.family = build_family(self.load().config)
         self.vae = self.family.load_vae()
         self.pixels = [self.read(path) for path in self.paths]
         self.rounds = 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,7 @@ from simpletuner.config.discovery import find_config, named_configurations
 from simpletuner.config.paths import looks_like_path
 from simpletuner.errors import ConfigError, Problem
 from simpletuner.examples import DEFAULT_EXAMPLE, example_dir
-from simpletuner.families.registry import all_specs, get_family_class, get_spec
+from simpletuner.families.registry import all_specs, get_spec
 
 if TYPE_CHECKING:
     from simpletuner.config.loading import LoadedRun
@@ -110,53 +110,62 @@ def chosen_environment(chosen: Mapping[str, str], environment: Mapping[str, str]
     return kept | {"ENV": chosen["env"]}
 
 
-def family_of_run(loaded: LoadedRun) -> ModelFamily:
-    """The model of a configuration, on this machine's device."""
-    from simpletuner.precision.mixed import use_tf32
-    from simpletuner.training.devices import number_formats, pick_device, weight_dtype
-    from simpletuner.training.preflight import check_model_folder, model_source
+def family_of_run(loaded: LoadedRun, precision: str | None = None) -> ModelFamily:
+    """The model of a configuration, on this machine's device.
+
+    Args:
+        precision: number format of its weights in place of the configuration's.
+
+    Raises:
+        ConfigError: its folder is incomplete.
+    """
+    from simpletuner.models.build import build_family
+    from simpletuner.training.preflight import check_model_folder
 
     check_model_folder(loaded)
-    use_tf32(not loaded.config.disable_tf32)
-    spec = get_spec(loaded.config.model_family)
-    family = get_family_class(spec)(spec, model_source(loaded), pick_device(), weight_dtype(loaded.config))
-    family.number_formats = number_formats(loaded.config)
-    return family
+    replaced = {} if precision is None else {"base_model_precision": precision}
+    return build_family(loaded.config.model_copy(update=replaced))
 
 
-def family_of_model(model: str, family_name: str | None, file: str | None = None) -> ModelFamily:
+def family_of_model(model: str, family_name: str | None, precision: str | None = None, **options: Any) -> ModelFamily:
     """A model folder or hub id, on this machine's device; bfloat16 where there is an accelerator.
 
     Args:
-        file: a single file that some of its parts come from.
+        precision: number format of its weights.
+        options: further options of the model, such as its VAE.
 
     Raises:
         ConfigError: the folder is incomplete, or its family is not known.
     """
+    from simpletuner.config.options import TrainConfig
     from simpletuner.models.components import ModelSource, check_local_model
 
-    source = ModelSource(model, file=file)
+    source = ModelSource(model)
     if not source.is_local and looks_like_path(model):
         raise ConfigError(
             Problem(f"there is no model folder at {model}", key="--model", allowed="a folder, or a hub id")
         )
     spec = get_spec(family_name) if family_name else spec_of_model(source)
-    problems = check_local_model(source, spec)
-    if problems:
+    from simpletuner.models.build import build_family, model_source
+    from simpletuner.models.devices import pick_device
+
+    config = TrainConfig(
+        model_family=spec.name,
+        pretrained_model_name_or_path=model,
+        mixed_precision="no" if pick_device().type == "cpu" else "bf16",
+        base_model_precision=precision or "no_change",
+        **options,
+    )
+    if problems := check_local_model(model_source(config), spec):
         raise ConfigError(problems)
-    import torch
-
-    from simpletuner.precision.mixed import use_tf32
-    from simpletuner.training.devices import pick_device
-
-    use_tf32(True)
-    device = pick_device()
-    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    return get_family_class(spec)(spec, source, device, dtype)
+    return build_family(config)
 
 
 def family_of_export(source: Path, model: str | None, family_name: str | None) -> ModelFamily:
-    """The model of an adapter: the named one, else that of the run that lies around the adapter.
+    """The model of an adapter: that of the run that lies around the adapter, unless another one is named.
+
+    Args:
+        model: where the run's model lies now, or another model; its revision and variant are not the run's.
 
     Raises:
         ConfigError: nobody says which model it is, or it is not where it was.
@@ -166,30 +175,31 @@ def family_of_export(source: Path, model: str | None, family_name: str | None) -
     places = [source, *source.absolute().parents[:3]]
     lock = next((place / "run.lock.json" for place in places if (place / "run.lock.json").is_file()), None)
     facts = storage.read_json(lock) if lock else {}
-    model = model or facts.get("base", {}).get("model")
+    base, config = facts.get("base", {}), facts.get("config", {})
+    taken = {"pretrained_vae_model_name_or_path": config.get("pretrained_vae_model_name_or_path")}
+    if model is None:
+        taken |= {key: config.get(key) for key in ("revision", "variant")}
+        model = base.get("model")
     if model is None:
         raise ConfigError(
             Problem(f"no run.lock.json near {source} says which model it belongs to", key="--model", fix="add --model")
         )
-    file = facts.get("base", {}).get("file")
-    return family_of_model(model, family_name or facts.get("config", {}).get("model_family"), file)
+    taken["pretrained_transformer_model_name_or_path"] = base.get("file")
+    return family_of_model(model, family_name or config.get("model_family"), **taken)
 
 
-def pack_base(family: ModelFamily, precision: str) -> None:
-    """Let `family.load_base` pack its weights so.
+def require_number_format(precision: str) -> None:
+    """Raise where `--base-precision` names no number format.
 
     Raises:
-        ConfigError: no such number format, or it does not work on this device.
+        ConfigError: lists all.
     """
     from simpletuner.config.options import all_options
-    from simpletuner.precision.quantise import require_device
 
     choices = all_options()["base_model_precision"].choices
     if precision not in choices:
         message = f'"{precision}" is no number format'
         raise ConfigError(Problem(message, key="--base-precision", allowed=", ".join(choices)))
-    require_device(precision, family.device, family.dtype)
-    family.number_formats = replace(family.number_formats, base=precision)
 
 
 def spec_of_model(source: ModelSource) -> FamilySpec:

@@ -41,6 +41,8 @@ def generate(
     """
     from simpletuner import launch
 
+    if base_precision is not None:
+        launch.require_number_format(base_precision)
     if model is not None:
         if config is not None or context.args:
             raise ConfigError(
@@ -48,14 +50,12 @@ def generate(
                     "--model needs no configuration", key="--model", fix="give --model, or --config with --key=value"
                 )
             )
-        family = launch.family_of_model(model, model_family)
+        family = launch.family_of_model(model, model_family, base_precision)
         defaults = launch.generation_defaults(family.spec)
     else:
         loaded = launch.load_arguments(context.args, os.environ, Path.cwd(), print_to_stderr, config, check_files=False)
-        family = launch.family_of_run(loaded)
+        family = launch.family_of_run(loaded, base_precision)
         defaults = launch.generation_defaults(family.spec, loaded.config)
-    if base_precision is not None:
-        launch.pack_base(family, base_precision)
 
     from simpletuner.validation.generate import GenerationRequest, generate_images
 

@@ -16,10 +16,10 @@ from simpletuner.config.loading import LoadedRun
 from simpletuner.data.kept import KeptSamples
 from simpletuner.errors import bytes_text
 from simpletuner.families.registry import get_spec
+from simpletuner.models.build import build_family
 from simpletuner.reporting.bus import EventBus
 from simpletuner.reporting.events import Notice
 from simpletuner.reporting.sinks.terminal import terminal_sink
-from simpletuner.training.build import build_family
 from simpletuner.training.latents import fingerprint_of_vae, latents_folder
 from simpletuner.training.preflight import check_model_folder
 from simpletuner.training.prepare import prepare_data, read_datasets
@@ -80,7 +80,7 @@ def build(loaded: LoadedRun) -> None:
     with EventBus([terminal_sink()]) as bus, StopRequest() as stop:
         for line in loaded.warnings:
             bus.emit(Notice("warning", line))
-        family = build_family(loaded)
+        family = build_family(loaded.config)
         _, sources = prepare_data(_without_on_demand(loaded), family, output_dir, bus, stop)
         folders = {source.cache.store.folder: source.cache.store for source in sources.values()}
         if isinstance(family.prompts, CachedPrompts):
@@ -175,7 +175,7 @@ def _held(held: StoreStats) -> str:
 def used_keys(loaded: LoadedRun) -> dict[Path, set[str]]:
     """Folder -> keys of every image and caption that the configuration uses, at these weights and settings."""
     check_model_folder(loaded)
-    family, cache_dir = build_family(loaded), Path(loaded.config.cache_dir)
+    family, cache_dir = build_family(loaded.config), Path(loaded.config.cache_dir)
     fingerprint = fingerprint_of_vae(family, cache_dir)
     keys: dict[Path, set[str]] = {}
     datasets = read_datasets(loaded, family)

@@ -28,9 +28,10 @@ from simpletuner.data.report import SKIPPED_FILE, FilterReport, ProgressReport, 
 from simpletuner.data.sampler import Sampler
 from simpletuner.data.tiles import NOTICEABLE, choose_images, enlargement
 from simpletuner.errors import bytes_text
+from simpletuner.models.build import build_family
 from simpletuner.models.family import ModelFamily
 from simpletuner.text import printable
-from simpletuner.training.build import build_family, build_sampler
+from simpletuner.training.build import build_sampler
 from simpletuner.training.latents import fingerprint_of_vae, latents_folder
 from simpletuner.training.preflight import check_model_folder
 from simpletuner.training.prepare import read_datasets, require_trainable
@@ -196,7 +197,7 @@ def report_skipped(filter_reports: Sequence[FilterReport], folder: Path, say: Sa
 def gather(loaded: LoadedRun, report: ProgressReport | None = None) -> Check:
     """Scan, and find out; nothing is encoded."""
     check_model_folder(loaded)
-    config, family = loaded.config, build_family(loaded)
+    config, family = loaded.config, build_family(loaded.config)
     datasets = read_datasets(loaded, family, report)
     require_trainable(loaded, family, datasets)
     fingerprint = fingerprint_of_vae(family, Path(config.cache_dir))

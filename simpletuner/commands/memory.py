@@ -196,7 +196,7 @@ def swapped_out(blocks: Sequence[nn.Module], precision: str, kept: Sequence[str]
 
 def decode_bytes(family: ModelFamily, height: int, width: int) -> int:
     """The VAE in float32 and the most that it makes while it decodes one image, from shapes alone."""
-    vae: Any = make_empty_component(family.source, family.spec.component("vae"), torch.float32)
+    vae: Any = family.empty_vae()
     factor, channels = family.spec.vae_factor, family.spec.latent_channels
     latents = torch.empty(1, channels, height // factor, width // factor, device="meta")
     with torch.no_grad(), PeakBytes() as made:

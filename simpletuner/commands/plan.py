@@ -25,8 +25,9 @@ from simpletuner.data.dataset import Dataset
 from simpletuner.data.holdout import hold_out
 from simpletuner.data.sampler import Sampler
 from simpletuner.errors import bytes_text
+from simpletuner.models.build import build_family
 from simpletuner.models.family import ModelFamily
-from simpletuner.training.build import build_family, build_sampler
+from simpletuner.training.build import build_sampler
 from simpletuner.training.disk_space import LOG_BYTES, LOGS
 from simpletuner.training.earlier_runs import delete_command, earlier_size
 from simpletuner.training.latents import fingerprint_of_vae
@@ -101,7 +102,7 @@ def plan(loaded: LoadedRun, say: Say, probe: bool | None = None, other_gpu: int 
 def make_plan(loaded: LoadedRun, probe: bool | None = None, other_gpu: int | None = None) -> Plan:
     """As `plan`, without printing."""
     check_model_folder(loaded)
-    config, family = loaded.config, build_family(loaded)
+    config, family = loaded.config, build_family(loaded.config)
     datasets = read_datasets(loaded, family)
     require_trainable(loaded, family, datasets)
     training = [dataset for dataset in hold_out(datasets, config.eval_holdout) if dataset.kind == "image"]

@@ -30,7 +30,7 @@ from simpletuner.models.components import (
 from simpletuner.models.single_file import objective_marks
 from simpletuner.models.text_encoders import TextEncoders
 from simpletuner.precision.mixed import exact_float32
-from simpletuner.precision.quantise import NumberFormats, quantise
+from simpletuner.precision.quantise import NumberFormats, quantise, require_device
 
 
 def send(tensor: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
@@ -206,9 +206,10 @@ class ModelFamily(ABC):
         """The denoiser as it trains or generates: its blocks' weights packed as `number_formats` says.
 
         Raises:
-            ConfigError: none of its layers can be packed.
+            ConfigError: none of its layers can be packed, or this device cannot compute with them.
         """
         formats = self.number_formats
+        require_device(formats.base, self.device, self.dtype)
         return quantise(
             self.load_denoiser(),
             formats.base,
@@ -219,9 +220,7 @@ class ModelFamily(ABC):
 
     def load_vae(self) -> nn.Module:
         """The VAE in float32 (half precision adds noise to latents), in eval mode, on `self.device`."""
-        vae = load_component(self.source, self.spec.component("vae"), torch.float32)
-        for mode in self.vae_modes:
-            _enable(vae, mode)
+        vae = self._with_modes(load_component(self.source, self.spec.component("vae"), torch.float32))
         return vae.eval().requires_grad_(False).to(self.device)
 
     def empty_denoiser(self) -> nn.Module:
@@ -230,6 +229,24 @@ class ModelFamily(ABC):
         What `load_denoiser` does after loading is done here too.
         """
         return reduce_activation_memory(make_empty_component(self.source, self.spec.component("denoiser"), self.dtype))
+
+    def empty_vae(self) -> nn.Module:
+        """The VAE as `load_vae` gives it, without values, on torch's `meta` device."""
+        return self._with_modes(make_empty_component(self.source, self.spec.component("vae"), torch.float32))
+
+    def _with_modes(self, vae: nn.Module) -> nn.Module:
+        """Turn on slicing or tiling, where they are asked for.
+
+        Raises:
+            ConfigError: this VAE cannot.
+        """
+        for mode in self.vae_modes:
+            switch = getattr(vae, f"enable_{mode}", None)
+            if switch is None:
+                message = f"{type(vae).__name__}, the VAE of this model, has no {mode}"
+                raise ConfigError(Problem(message, key=f"vae_enable_{mode}", fix="remove the key"))
+            switch()
+        return vae
 
     @property
     def max_prompt_tokens(self) -> int:
@@ -342,19 +359,6 @@ class ModelFamily(ABC):
     def estimate_data(self, noisy_latents: Tensor, model_pred: Tensor, sigmas: Tensor) -> Tensor:
         """(B, C, h, w) the latents that a prediction amounts to."""
         return flow_matching.data_from_velocity(noisy_latents, model_pred, sigmas)
-
-
-def _enable(vae: nn.Module, mode: str) -> None:
-    """Turn on slicing or tiling.
-
-    Raises:
-        ConfigError: this VAE cannot.
-    """
-    switch = getattr(vae, f"enable_{mode}", None)
-    if switch is None:
-        message = f"{type(vae).__name__}, the VAE of this model, has no {mode}"
-        raise ConfigError(Problem(message, key=f"vae_enable_{mode}", fix="remove the key"))
-    switch()
 
 
 def have_one_shape(rows: Sequence[Sequence[Tensor]]) -> bool:

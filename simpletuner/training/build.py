@@ -16,18 +16,15 @@ from simpletuner.config.loading import LoadedRun
 from simpletuner.data.dataset import Dataset
 from simpletuner.data.sampler import Sampler
 from simpletuner.distributed.process_group import SINGLE_PROCESS, ProcessGroup
-from simpletuner.families.registry import get_family_class, get_spec
+from simpletuner.models.devices import adapter_dtype
 from simpletuner.models.family import ModelFamily
 from simpletuner.optim.schedules import LrFactor, build_schedule, scaled_learning_rate
-from simpletuner.precision.mixed import use_tf32
 from simpletuner.reporting.bus import EventBus
 from simpletuner.training.batches import BatchSource
 from simpletuner.training.checkpoint import Checkpoints
 from simpletuner.training.device_placement import is_denoiser_spread
-from simpletuner.training.devices import adapter_dtype, number_formats, pick_device, weight_dtype
 from simpletuner.training.evaluation import Evaluator
 from simpletuner.training.latents import LatentSources
-from simpletuner.training.preflight import model_source
 from simpletuner.training.signals import StopRequest
 from simpletuner.validation.external import ExternalScript
 from simpletuner.validation.references import read_references, references_of_data
@@ -49,18 +46,6 @@ def attach_adapter(loaded: LoadedRun, family: ModelFamily, denoiser: nn.Module) 
         lora=lora_settings(config),
         init_file=config.init_lora,
     )
-
-
-def build_family(loaded: LoadedRun) -> ModelFamily:
-    """The family class of the configuration, bound to its weights, device and dtype."""
-    spec = get_spec(loaded.config.model_family)
-    device = pick_device()
-    use_tf32(not loaded.config.disable_tf32)
-    family = get_family_class(spec)(spec, model_source(loaded), device, weight_dtype(loaded.config))
-    modes = {"slicing": loaded.config.vae_enable_slicing, "tiling": loaded.config.vae_enable_tiling}
-    family.number_formats = number_formats(loaded.config)
-    family.vae_modes = tuple(mode for mode, is_on in modes.items() if is_on)
-    return family
 
 
 def build_sampler(

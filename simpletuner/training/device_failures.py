@@ -11,7 +11,7 @@ import torch
 
 from simpletuner.config.options import TrainConfig
 from simpletuner.errors import ConfigError, Problem
-from simpletuner.training.devices import swaps_blocks
+from simpletuner.models.devices import swaps_blocks
 
 # How libraries say it without an exception of their own: torch on a processor and on Apple GPUs, cuBLAS, cuDNN, CUDA.
 _SIGNS = (

@@ -12,9 +12,9 @@ from pathlib import Path
 from simpletuner.config.loading import LoadedRun
 from simpletuner.families.registry import get_spec
 from simpletuner.families.spec import FamilySpec
+from simpletuner.models.build import model_source
 from simpletuner.models.components import ModelSource
 from simpletuner.storage import require_free_space
-from simpletuner.training.preflight import model_source
 
 # Beside weights, whose size is known once an adapter is made. `simpletuner plan` counts the same.
 LOG_BYTES = 32 << 20
@@ -27,7 +27,7 @@ def check_disk_space(loaded: LoadedRun, environment: Mapping[str, str]) -> None:
     Raises:
         DataError: names the folder, what is needed and what is free.
     """
-    spec, source = get_spec(loaded.config.model_family), model_source(loaded)
+    spec, source = get_spec(loaded.config.model_family), model_source(loaded.config)
     weights = denoiser_bytes(spec, source, loaded)
     is_full = loaded.config.model_type == "full"
     # The state of the optimizer comes on top, where it has one.

@@ -14,6 +14,7 @@ from simpletuner.adapters.metadata import run_metadata
 from simpletuner.config.loading import LoadedRun
 from simpletuner.disk import disk_error
 from simpletuner.errors import DataError, SimpleTunerError
+from simpletuner.models.build import model_source
 from simpletuner.models.components import save_model_folder
 from simpletuner.optim.optimizers import averaged_weights
 from simpletuner.program import program
@@ -26,7 +27,6 @@ from simpletuner.training.earlier_runs import move_aside
 from simpletuner.training.full_disk import write_patiently
 from simpletuner.training.lock import LOCK_FILE
 from simpletuner.training.phases import phase
-from simpletuner.training.preflight import model_source
 from simpletuner.training.report import report_run
 from simpletuner.training.run import Run
 from simpletuner.training.run_files import BEST, EMA_DIR, FINAL_FILE, PIPELINE_DIR, step_of
@@ -201,7 +201,7 @@ def generate_command(loaded: LoadedRun, model: str, outputs: dict[str, Path]) ->
     height, width = config.validation_sizes[0]
     model = str(outputs.get("model", model))
     words = ["generate", "--model-family", config.model_family, "--model", model]
-    if model_source(loaded).file and "model" not in outputs and loaded.config_file is not None:
+    if model_source(loaded.config).file and "model" not in outputs and loaded.config_file is not None:
         words = ["generate", "--config", str(loaded.config_file)]
     if "adapter" in outputs:
         words += ["--adapter", str(outputs["adapter"])]

@@ -6,29 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from simpletuner.config.loading import LoadedRun
-from simpletuner.config.paths import SINGLE_FILE
 from simpletuner.errors import ConfigError
 from simpletuner.families.registry import get_spec
 from simpletuner.hub.access import check_access
-from simpletuner.models.components import ModelSource, check_local_model
+from simpletuner.models.build import model_source
+from simpletuner.models.components import check_local_model
 from simpletuner.reporting.trackers.readiness import check_trackers
-
-
-def model_source(loaded: LoadedRun) -> ModelSource:
-    """Where the weights are: the configured folder or hub id, else the hub id of the flavour."""
-    config = loaded.config
-    spec = get_spec(config.model_family)
-    flavour = spec.flavours[config.model_flavour or spec.default_flavour]
-    model, file = config.pretrained_model_name_or_path, config.pretrained_transformer_model_name_or_path
-    if model and model.endswith(SINGLE_FILE):
-        model, file = None, model
-    return ModelSource(
-        model=model or flavour.hub_id,
-        vae=config.pretrained_vae_model_name_or_path,
-        revision=config.revision,
-        variant=config.variant,
-        file=file,
-    )
 
 
 def check_model_folder(loaded: LoadedRun) -> None:
@@ -39,7 +22,7 @@ def check_model_folder(loaded: LoadedRun) -> None:
     """
     origin = loaded.origins.get("pretrained_model_name_or_path")
     file = str(origin.file) if origin is not None and origin.file else None
-    problems = check_local_model(model_source(loaded), get_spec(loaded.config.model_family), file)
+    problems = check_local_model(model_source(loaded.config), get_spec(loaded.config.model_family), file)
     if problems:
         raise ConfigError(problems)
 

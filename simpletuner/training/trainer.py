@@ -27,6 +27,8 @@ from simpletuner.errors import Interrupted, SimpleTunerError, UploadError
 from simpletuner.families.registry import get_spec
 from simpletuner.hub.job import make_job
 from simpletuner.hub.publisher import Publisher
+from simpletuner.models.build import build_family
+from simpletuner.models.devices import adapter_dtype, pick_device, weight_dtype
 from simpletuner.optim.ema import EMA
 from simpletuner.optim.optimizers import build_optimizer, require_optimizer
 from simpletuner.precision.mixed import DTYPES, deterministic_kernels
@@ -38,7 +40,6 @@ from simpletuner.training.build import (
     attach_adapter,
     build_batches,
     build_evaluator,
-    build_family,
     build_lr_factor,
     build_sampler,
     build_validator,
@@ -46,7 +47,6 @@ from simpletuner.training.build import (
 from simpletuner.training.checkpoint import Checkpoints, load_checkpoint, read_state
 from simpletuner.training.device_failures import explain
 from simpletuner.training.device_placement import mesh_of, must_take_turns, place_denoiser
-from simpletuner.training.devices import adapter_dtype, pick_device, weight_dtype
 from simpletuner.training.evaluate import read_eval_history, restore_best
 from simpletuner.training.evaluation import losses_as_json, losses_from_json
 from simpletuner.training.finish import finish_run, was_finished
@@ -161,7 +161,7 @@ def build_run(
         bus.emit(Notice("warning", line))
     checkpoints = Checkpoints(output_dir, config.checkpoints_total_limit, start.history)
 
-    family = build_family(loaded)
+    family = build_family(loaded.config)
     require_device(config.base_model_precision, family.device, family.dtype)
     trained_dtype = weight_dtype(config) if config.model_type == "full" else adapter_dtype(config)
     require_optimizer(config.optimizer, config.model_dump(), family.device, trained_dtype)

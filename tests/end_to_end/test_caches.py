@@ -24,8 +24,8 @@ from simpletuner.cache.encoding import BatchEncoder
 from simpletuner.data.dataset import Dataset
 from simpletuner.data.kept import KeptSamples
 from simpletuner.data.sampler import Sampler
+from simpletuner.models.build import build_family
 from simpletuner.reporting.bus import EventBus
-from simpletuner.training.build import build_family
 from simpletuner.training.prepare import prepare_data
 from simpletuner.training.signals import StopRequest
 from tests.runs import dataset, load_here, run_cli, write_images, write_run
@@ -64,7 +64,7 @@ class Counter:
 def read(folder: Path, cache_dir: str = "cache") -> tuple[Dataset, dict[str, Tensor], dict[str, list[int]]]:
     """The dataset, its latents by path and its token ids by path, as a training run gets them."""
     loaded = load_here(folder, f"--cache_dir={cache_dir}")
-    family = build_family(loaded)
+    family = build_family(loaded.config)
     (folder / "output").mkdir(exist_ok=True)
     [each], sources = prepare_data(loaded, family, folder / "output", EventBus(), StopRequest())
     samples = list(each.samples)
@@ -188,7 +188,7 @@ def read_references(folder: Path, cache_dir: str = "cache") -> list[Tensor]:
     """The latents of the references of all images, in their order."""
     loaded = load_here(folder, f"--cache_dir={cache_dir}")
     (folder / "output").mkdir(exist_ok=True)
-    [each], sources = prepare_data(loaded, build_family(loaded), folder / "output", EventBus(), StopRequest())
+    [each], sources = prepare_data(loaded, build_family(loaded.config), folder / "output", EventBus(), StopRequest())
     return [sources["sources"].latents(sample.references)[0] for sample in each.samples]
 
 
@@ -229,7 +229,7 @@ def test_the_number_format_of_the_vae_is_part_of_every_key(folder):
     from simpletuner.cache.fingerprints import vae_fingerprint
     from simpletuner.data.digests import DigestMemo
 
-    family = build_family(load_here(folder))
+    family = build_family(load_here(folder).config)
     with DigestMemo(folder / "memo.sqlite") as memo:
         formats = (torch.float32, torch.bfloat16, torch.float16)
         prints = {vae_fingerprint(family.source, family.spec, memo, family.device, dtype) for dtype in formats}

@@ -16,7 +16,8 @@ from simpletuner.commands import plan as planning
 from simpletuner.commands.shapes import empty_batch
 from simpletuner.distributed.process_group import SINGLE_PROCESS
 from simpletuner.errors import ConfigError
-from simpletuner.training.build import attach_adapter, build_family
+from simpletuner.models.build import build_family
+from simpletuner.training.build import attach_adapter
 from simpletuner.training.device_placement import place_denoiser
 from simpletuner.training.gradient_checkpointing import GradientCheckpointing, MeasuredMemory
 from simpletuner.training.kernels import attention_kernel, compile_blocks
@@ -55,7 +56,7 @@ PLAIN_OF = ("base_model_precision", "lora_type", "lycoris_config", "lora_rank", 
 def gradients(folder: Path, model: Path, options: Mapping[str, Any], steps: int = 2) -> list[dict[str, Tensor]]:
     """Of the adapter, for a few batches of two sizes."""
     loaded = load_here(write_run(folder, model, **options))
-    family = build_family(loaded)
+    family = build_family(loaded.config)
     denoiser = family.load_base()
     adapter = attach_adapter(loaded, family, denoiser)
     perturb(adapter.trainable_parameters())
@@ -143,7 +144,7 @@ def test_a_run_that_saves_memory_ends_with_the_weights_of_one_that_does_not(
 def test_swapped_weights_leave_no_copy_behind(tmp_path: Path, omnigen_folder: Path) -> None:
     options = {"gradient_checkpointing": True, "enable_group_offload": True}
     loaded = load_here(write_run(tmp_path, omnigen_folder, **options))
-    family = build_family(loaded)
+    family = build_family(loaded.config)
     denoiser = family.load_base()
     adapter = attach_adapter(loaded, family, denoiser)
     blocks = repeated_blocks(denoiser, family.spec.block_classes)

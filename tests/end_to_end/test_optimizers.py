@@ -11,8 +11,9 @@ from safetensors.torch import load_file
 from simpletuner.commands.shapes import empty_batch
 from simpletuner.config.optimizers import OPTIMIZERS
 from simpletuner.errors import ConfigError
+from simpletuner.models.build import build_family
 from simpletuner.optim.optimizers import averaged_weights, build_optimizer
-from simpletuner.training.build import attach_adapter, build_family
+from simpletuner.training.build import attach_adapter
 from simpletuner.training.step import compute_losses, sample_noise
 from tests.runs import load_here, metrics, require_same_bits_after_a_stop, train_here, write_run
 
@@ -49,7 +50,7 @@ SLOW = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for 
 @pytest.mark.parametrize("name", SLOW)
 def test_every_optimizer_trains_the_tiny_model(name: str, run_folder: Path) -> None:
     loaded = load_here(run_folder)
-    family = build_family(loaded)
+    family = build_family(loaded.config)
     denoiser = family.load_denoiser()
     adapter = attach_adapter(loaded, family, denoiser)
     parameters = adapter.trainable_parameters()

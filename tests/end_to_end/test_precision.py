@@ -17,10 +17,11 @@ from simpletuner.config.optimizers import OPTIMIZERS
 from simpletuner.config.options import all_options
 from simpletuner.data.digests import DigestMemo
 from simpletuner.errors import ConfigError
+from simpletuner.models.build import build_family
 from simpletuner.optim.optimizers import build_optimizer
 from simpletuner.precision.linear import QuantisedLinear
 from simpletuner.precision.quantise import copy_unpacked, quantised_layers
-from simpletuner.training.build import attach_adapter, build_family
+from simpletuner.training.build import attach_adapter
 from simpletuner.training.step import compute_losses, sample_noise
 from tests.runs import load_here, metrics, require_same_bits_after_a_stop, run_cli, train_here, train_in_two, write_run
 from tests.tiny_folders import TINY_FOLDERS
@@ -38,7 +39,7 @@ def slow_but(names: Iterable[str], quick: Sequence[str]) -> list[Any]:
 @pytest.mark.parametrize("adapter", ADAPTERS)
 def test_an_adapter_trains_on_a_packed_base(precision: str, adapter: str, tmp_path: Path, omnigen_folder: Path) -> None:
     loaded = load_here(write_run(tmp_path, omnigen_folder, base_model_precision=precision, **ADAPTERS[adapter]))
-    family = build_family(loaded)
+    family = build_family(loaded.config)
     denoiser = family.load_base()
     before = {path: layer.weight for path, layer in quantised_layers(denoiser).items()}
     assert len(before) == 2 * 6
@@ -69,7 +70,7 @@ def test_gradients_through_a_packed_base_are_as_near_as_its_weights(
     precision: str, adapter: str, tmp_path: Path, omnigen_folder: Path
 ) -> None:
     loaded = load_here(write_run(tmp_path, omnigen_folder, base_model_precision=precision, **ADAPTERS[adapter]))
-    family = build_family(loaded)
+    family = build_family(loaded.config)
     plain, packed = family.load_denoiser(), family.load_base()
     pairs = [(layer.weight, plain.get_submodule(path).weight) for path, layer in quantised_layers(packed).items()]
     stored, original = (
@@ -112,7 +113,7 @@ def test_every_algorithm_does_on_a_packed_base_what_it_does_on_the_unpacked_weig
     lycoris = {"algo": "lokr", "apply_preset": {"target_module": ["Attention", "FeedForward"]}} | ALGORITHMS[name]
     (folder / "lycoris_config.json").write_text(json.dumps(lycoris))
     loaded = load_here(folder)
-    family = build_family(loaded)
+    family = build_family(loaded.config)
     packed, plain = family.load_base(), family.load_denoiser()
     copy_unpacked(packed, plain)
     found = []
@@ -141,7 +142,7 @@ def test_text_encoders_are_packed_and_their_cache_knows(tmp_path: Path) -> None:
     found, keys = [], []
     for precision in ("no_change", "int8-quanto"):
         folder = write_run(tmp_path / precision, model, model_family="flux", text_encoder_2_precision=precision)
-        family = build_family(load_here(folder))
+        family = build_family(load_here(folder).config)
         [embeds] = family.encode_prompts(["a red star"])
         found.append(embeds.tensors)
         assert bool(quantised_layers(family.encoders.encoder("text_encoder_2"))) == (precision != "no_change")
@@ -208,7 +209,7 @@ def test_one_step_of_every_optimizer_on_every_packed_base(
     precision: str, adapter: str, tmp_path: Path, omnigen_folder: Path
 ) -> None:
     loaded = load_here(write_run(tmp_path, omnigen_folder, base_model_precision=precision, **ADAPTERS[adapter]))
-    family = build_family(loaded)
+    family = build_family(loaded.config)
     batch = empty_batch(family, 64, 64, family.encode_prompts(["a red star"]))
     noise, quantiles = torch.randn(1, 4, 8, 8), torch.full((1,), 0.5, dtype=torch.float64)
     for name in OPTIMIZERS:

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from simpletuner.commands import cache
 from simpletuner.families.registry import FAMILIES
+from simpletuner.models.build import build_family
 from simpletuner.reporting.bus import EventBus
-from simpletuner.training.build import build_family
 from simpletuner.training.prepare import prepare_data
 from simpletuner.training.signals import StopRequest
 from tests.families.auraflow.family import AuraFlow
@@ -66,7 +66,7 @@ class Encoded:
 def embeds(folder: Path, *arguments: str) -> dict[str, torch.Tensor]:
     """Caption -> embedding, as a training run gets them."""
     loaded = load_here(folder, *arguments)
-    family = build_family(loaded)
+    family = build_family(loaded.config)
     (folder / "output").mkdir(exist_ok=True)
     [each], _ = prepare_data(loaded, family, folder / "output", EventBus(), StopRequest())
     captions = [caption for sample in each.samples for caption in sample.captions]
@@ -241,7 +241,7 @@ class Recorder:
 
 def test_a_prompt_that_nobody_foresaw_is_encoded_reported_and_kept(folder):
     loaded = load_here(folder)
-    family = build_family(loaded)
+    family = build_family(loaded.config)
     (folder / "output").mkdir()
     recorder = Recorder()
     with EventBus([recorder]) as bus:

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from simpletuner.adapters.lokr_kernels import fused_kernels, try_kernels
 from simpletuner.config.optimizers import OPTIMIZERS
 from simpletuner.errors import ConfigError
+from simpletuner.models.devices import pick_device
 from simpletuner.optim.optimizers import require_optimizer
 from simpletuner.precision.mixed import exact_float32, use_tf32
-from simpletuner.training.devices import pick_device
 from simpletuner.training.gradient_checkpointing import GradientCheckpointing
 from simpletuner.training.loss_bins import LossBins
 from simpletuner.training.step import Losses

@@ -132,9 +132,9 @@ def test_the_counted_limit_is_where_encoding_cuts(tmp_path, omnigen_folder):
     folder = tmp_path / "run"
     image(folder / "images/a.png", 64, 64, "x")
     write_run(folder, omnigen_folder, [dataset("images")])
-    from simpletuner.training.build import build_family
+    from simpletuner.models.build import build_family
 
-    family = build_family(load_here(folder))
+    family = build_family(load_here(folder).config)
     for length in range(1, 1200):
         [count] = family.count_prompt_tokens(["z" * length])
         if count > family.spec.max_prompt_tokens:
@@ -202,10 +202,12 @@ def test_captions_wrap_within_the_width_and_end_in_an_ellipsis():
 def test_many_captions_are_counted_in_part_and_that_is_said(folder, monkeypatch):
     monkeypatch.setattr("simpletuner.commands.captions.MAX_COUNTED", 3)
     loaded = load_here(folder)
-    from simpletuner.training.build import build_family
+    from simpletuner.models.build import build_family
 
     samples = gather(loaded).datasets[0].dataset.samples
-    captions = check_captions([caption for sample in samples for caption in sample.captions], build_family(loaded))
+    captions = check_captions(
+        [caption for sample in samples for caption in sample.captions], build_family(loaded.config)
+    )
     assert captions.counted == 3
     assert "of 3 that were counted" in "\n".join(captions.lines())
 

@@ -21,8 +21,9 @@ from simpletuner.commands.probe import Load, StepTimes
 from simpletuner.commands.shapes import Activations, PeakBytes, SavedBytes, empty_batch, optimizer_bytes, step_bytes
 from simpletuner.commands.text import duration_text, short_count
 from simpletuner.errors import bytes_text
+from simpletuner.models.build import build_family
 from simpletuner.optim.optimizers import build_optimizer
-from simpletuner.training.build import attach_adapter, build_family
+from simpletuner.training.build import attach_adapter
 from simpletuner.training.disk_space import check_disk_space
 from simpletuner.training.step import compute_losses
 from tests.runs import dataset, load_here, train_here, write_images, write_run
@@ -93,7 +94,7 @@ def test_the_start_asks_for_no_room_that_the_plan_does_not_count(folder, monkeyp
 @pytest.mark.parametrize("is_checkpointed", [False, True])
 def test_activations_from_shapes_are_those_that_a_real_pass_saves(folder, is_checkpointed):
     loaded = load_here(folder)
-    family = build_family(loaded)
+    family = build_family(loaded.config)
     load, embeds = Load(2, 64, 64), family.encode_prompts(["a short one", "a somewhat longer caption"])
     planned = planning.read_shapes(loaded, family, load, embeds).activations
 

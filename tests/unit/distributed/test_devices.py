@@ -68,14 +68,14 @@ def test_processes_of_a_machine_load_one_after_the_other(monkeypatch: pytest.Mon
 def test_turns_are_taken_where_main_memory_does_not_hold_all(
     available: int, waits: bool, tmp_path: Path, omnigen_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from simpletuner.training.build import build_family
+    from simpletuner.models.build import build_family
 
     loaded = load_here(write_run(tmp_path, omnigen_folder))
     monkeypatch.setattr(ProcessGroup, "gather", lambda self, value: [0, 1])
     monkeypatch.setattr(ProcessGroup, "any", lambda self, flag: flag)
     monkeypatch.setattr(device_placement.psutil, "virtual_memory", lambda: SimpleNamespace(available=available))
-    assert device_placement.must_take_turns(loaded, build_family(loaded), ProcessGroup(0, 2, 0)) is waits
-    assert not device_placement.must_take_turns(loaded, build_family(loaded), ProcessGroup())
+    assert device_placement.must_take_turns(loaded, build_family(loaded.config), ProcessGroup(0, 2, 0)) is waits
+    assert not device_placement.must_take_turns(loaded, build_family(loaded.config), ProcessGroup())
 
 
 @pytest.mark.parametrize("options", [{"fsdp_enable": True}, {"deepspeed_config": {"zero_optimization": {"stage": 3}}}])

@@ -15,9 +15,9 @@ from simpletuner.adapters import lokr_kernels, lycoris
 from simpletuner.adapters.files import allowed_difference
 from simpletuner.adapters.lokr import KronKernels
 from simpletuner.errors import ConfigError
+from simpletuner.models.build import build_family
 from simpletuner.precision.mixed import deterministic_kernels, exact_float32, use_tf32
 from simpletuner.training import adapter_roundtrip, trainer
-from simpletuner.training.build import build_family
 from tests.runs import load_here, metrics, train_here, write_run
 
 CUDA = torch.backends.cuda.matmul
@@ -66,14 +66,14 @@ def test_kernels_that_inductor_times_are_refused_under_it(tmp_path: Path, omnige
 
 @pytest.mark.parametrize(("disabled", "precision"), [(True, "ieee"), (False, "tf32")])
 def test_float32_of_every_kind_is_named(disabled: bool, precision: str, tmp_path: Path, omnigen_folder: Path) -> None:
-    build_family(load_here(write_run(tmp_path, omnigen_folder, disable_tf32=disabled)))
+    build_family(load_here(write_run(tmp_path, omnigen_folder, disable_tf32=disabled)).config)
     assert precisions() == {precision}
 
 
 def test_latents_are_encoded_in_exact_float32(
     tmp_path: Path, omnigen_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    family = build_family(load_here(write_run(tmp_path, omnigen_folder)))
+    family = build_family(load_here(write_run(tmp_path, omnigen_folder)).config)
     vae, seen = family.load_vae(), []
     encode = vae.encode
     monkeypatch.setattr(vae, "encode", lambda pixels: seen.append(precisions()) or encode(pixels))

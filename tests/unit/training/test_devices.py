@@ -11,10 +11,10 @@ import torch
 
 from simpletuner.cli.program import require_system
 from simpletuner.errors import ConfigError, SimpleTunerError
+from simpletuner.models.devices import pick_device, require_kernels, require_no_hidden_gpu
 from simpletuner.optim.optimizers import require_optimizer
 from simpletuner.training import loop
 from simpletuner.training.device_failures import explain, is_shortage, remedies
-from simpletuner.training.devices import pick_device, require_kernels, require_no_hidden_gpu
 from simpletuner.training.gradient_checkpointing import MeasuredMemory
 from simpletuner.training.loss_bins import LossBins
 from simpletuner.training.step import Losses

@@ -10,7 +10,8 @@ import torch
 from torch._dynamo.utils import counters
 
 from simpletuner.commands.shapes import empty_batch
-from simpletuner.training.build import attach_adapter, build_family
+from simpletuner.models.build import build_family
+from simpletuner.training.build import attach_adapter
 from simpletuner.training.kernels import compile_blocks
 from simpletuner.training.step import compute_losses, sample_noise
 from tests.runs import load_here, write_run
@@ -26,7 +27,7 @@ def test_sizes_batches_masks_and_evaluation_never_fall_back_to_eager(
     torch._dynamo.reset()
     counters.clear()
     loaded = load_here(write_run(tmp_path, omnigen_folder))
-    family = build_family(loaded)
+    family = build_family(loaded.config)
     denoiser = family.load_base()
     attach_adapter(loaded, family, denoiser)
     calls = {"compiled": 0}

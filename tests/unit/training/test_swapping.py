@@ -181,12 +181,13 @@ def test_weights_that_are_saved_as_views_are_no_activations() -> None:
 
 
 def test_the_weights_of_an_adapter_beside_a_layer_are_no_activations(omnigen_folder, tmp_path) -> None:
-    from simpletuner.training.build import attach_adapter, build_family
+    from simpletuner.models.build import build_family
+    from simpletuner.training.build import attach_adapter
     from simpletuner.training.gradient_checkpointing import weights_of
     from tests.runs import load_here, write_run
 
     loaded = load_here(write_run(tmp_path, omnigen_folder))
-    family = build_family(loaded)
+    family = build_family(loaded.config)
     denoiser = family.load_base()
     adapter = attach_adapter(loaded, family, denoiser)
     of_block = {id(each) for each in weights_of(denoiser.layers[0])}

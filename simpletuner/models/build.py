@@ -1,0 +1,45 @@
+"""Where a configuration becomes a model: family, weights, device and number formats, for training and every command.
+
+Whoever needs a model builds it here, so that no command forgets an option of it.
+"""
+
+from __future__ import annotations
+
+from simpletuner.config.options import TrainConfig
+from simpletuner.config.paths import SINGLE_FILE
+from simpletuner.families.registry import get_family_class, get_spec
+from simpletuner.models.components import ModelSource
+from simpletuner.models.devices import number_formats, pick_device, weight_dtype
+from simpletuner.models.family import ModelFamily
+from simpletuner.precision.mixed import use_tf32
+
+
+def build_family(config: TrainConfig) -> ModelFamily:
+    """The family of a configuration, bound to its weights on this machine's device; nothing is loaded yet.
+
+    Raises:
+        ConfigError: the family is unknown, or this torch cannot use the GPU that is there.
+    """
+    spec = get_spec(config.model_family)
+    use_tf32(not config.disable_tf32)
+    family: ModelFamily = get_family_class(spec)(spec, model_source(config), pick_device(), weight_dtype(config))
+    family.number_formats = number_formats(config)
+    modes = {"slicing": config.vae_enable_slicing, "tiling": config.vae_enable_tiling}
+    family.vae_modes = tuple(mode for mode, is_on in modes.items() if is_on)
+    return family
+
+
+def model_source(config: TrainConfig) -> ModelSource:
+    """Where the weights are: the configured folder or hub id, else the hub id of the flavour."""
+    spec = get_spec(config.model_family)
+    flavour = spec.flavours[config.model_flavour or spec.default_flavour]
+    model, file = config.pretrained_model_name_or_path, config.pretrained_transformer_model_name_or_path
+    if model and model.endswith(SINGLE_FILE):
+        model, file = None, model
+    return ModelSource(
+        model=model or flavour.hub_id,
+        vae=config.pretrained_vae_model_name_or_path,
+        revision=config.revision,
+        variant=config.variant,
+        file=file,
+    )

@@ -1,0 +1,124 @@
+"""One place builds a family: options of the model reach it through every command, and an export takes its run's."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from simpletuner.cli.program import app
+from simpletuner.commands import cache
+from simpletuner.commands.check import check
+from simpletuner.commands.memory import decode_bytes
+from simpletuner.commands.plan import plan
+from simpletuner.config.loading import LoadedRun
+from simpletuner.errors import ConfigError
+from simpletuner.launch import family_of_export, family_of_model
+from simpletuner.models.family import ModelFamily
+from simpletuner.models.omnigen.family import OmniGen
+from simpletuner.training.trainer import train
+from tests.runs import dataset, write_images, load_here, write_run
+
+OPTIONS = {
+    "vae_enable_slicing": True,
+    "vae_enable_tiling": True,
+    "base_model_precision": "int8-quanto",
+    "quantize_via": "cpu",
+    "variant": "fp16",
+    "revision": "main",
+    "mixed_precision": "bf16",
+}
+
+
+class Reached(Exception):
+    """Something is about to be loaded: the family is as the command has built it."""
+
+
+@pytest.fixture
+def built(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[ModelFamily]]:
+    """The families that are built from here on; nothing of them can be loaded."""
+    families: list[ModelFamily] = []
+    init = ModelFamily.__init__
+
+    def noted(family: ModelFamily, *args: object, **kwargs: object) -> None:
+        init(family, *args, **kwargs)
+        families.append(family)
+
+    def stop(family: ModelFamily) -> None:
+        raise Reached
+
+    monkeypatch.setattr(ModelFamily, "__init__", noted)
+    for owner, name in ((ModelFamily, "load_vae"), (OmniGen, "load_denoiser"), (OmniGen, "empty_denoiser")):
+        monkeypatch.setattr(owner, name, stop)
+    tf32 = torch.backends.cuda.matmul.allow_tf32
+    yield families
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
+
+
+def generate(loaded: LoadedRun) -> None:
+    arguments = ["generate", "--config", str(loaded.config_file), "--prompt", "a star"]
+    raise CliRunner().invoke(app, arguments).exception or AssertionError
+
+
+COMMANDS: dict[str, Callable[[LoadedRun], object]] = {
+    "train": train,
+    "generate": generate,
+    "plan": lambda loaded: plan(loaded, print, probe=False),
+    "check": lambda loaded: check(loaded, print, None, 1),
+    "cache build": cache.build,
+    "cache prune": cache.used_keys,
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_options_of_the_model_reach_every_command(
+    command: str, tmp_path: Path, omnigen_folder: Path, built: list[ModelFamily], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_images(tmp_path / "images", 2, seed=1)
+    vae = shutil.copytree(omnigen_folder / "vae", tmp_path / "other-vae")
+    folder = write_run(
+        tmp_path, omnigen_folder, [dataset("images")], **OPTIONS, pretrained_vae_model_name_or_path=str(vae)
+    )
+    with contextlib.suppress(Reached):
+        COMMANDS[command](load_here(folder))
+    family = built[0]
+    assert family.vae_modes == ("slicing", "tiling")
+    assert family.number_formats.base == "int8-quanto"
+    assert not family.number_formats.packs_on_device
+    assert (family.source.vae, family.source.variant, family.source.revision) == (str(vae), "fp16", "main")
+    assert family.dtype == torch.bfloat16
+
+
+def test_an_export_takes_vae_revision_and_variant_from_its_run(
+    tmp_path: Path, omnigen_folder: Path, built: list[ModelFamily]
+) -> None:
+    vae = shutil.copytree(omnigen_folder / "vae", tmp_path / "other-vae")
+    config = {"model_family": "omnigen", "revision": "v2", "variant": "fp16"}
+    config["pretrained_vae_model_name_or_path"] = str(vae)
+    lock = {"config": config, "base": {"model": str(omnigen_folder)}}
+    (tmp_path / "run.lock.json").write_text(json.dumps(lock))
+    source = family_of_export(tmp_path, None, None).source
+    assert (source.model, source.vae, source.revision, source.variant) == (str(omnigen_folder), str(vae), "v2", "fp16")
+    moved = shutil.copytree(omnigen_folder, tmp_path / "moved")
+    source = family_of_export(tmp_path, str(moved), None).source
+    assert (source.model, source.vae, source.revision, source.variant) == (str(moved), str(vae), None, None)
+
+
+def test_a_model_alone_is_packed_as_asked(omnigen_folder: Path, built: list[ModelFamily]) -> None:
+    assert family_of_model(str(omnigen_folder), "omnigen", "int8-quanto").number_formats.base == "int8-quanto"
+    assert family_of_model(str(omnigen_folder), "omnigen").number_formats.base == "no_change"
+    with pytest.raises(ConfigError, match="no model folder"):
+        family_of_model("./nowhere", "omnigen")
+
+
+def test_a_plan_counts_a_vae_that_decodes_in_tiles_with_less_memory(omnigen_folder: Path) -> None:
+    whole = family_of_model(str(omnigen_folder), "omnigen")
+    tiled = family_of_model(str(omnigen_folder), "omnigen", vae_enable_tiling=True)
+    assert decode_bytes(tiled, 512, 512) < decode_bytes(whole, 512, 512)
