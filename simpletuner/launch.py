@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +14,7 @@ from simpletuner.families.registry import all_specs, get_spec
 
 if TYPE_CHECKING:
     from simpletuner.config.loading import LoadedRun
-    from simpletuner.config.options import TrainConfig
+    from simpletuner.config.options.validation import ValidationOptions
     from simpletuner.families.spec import FamilySpec
     from simpletuner.models.components import ModelSource
     from simpletuner.models.family import ModelFamily
@@ -149,12 +148,14 @@ def family_of_model(model: str, family_name: str | None, precision: str | None =
     from simpletuner.models.build import build_family, model_source
     from simpletuner.models.devices import pick_device
 
-    config = TrainConfig(
-        model_family=spec.name,
-        pretrained_model_name_or_path=model,
-        mixed_precision="no" if pick_device().type == "cpu" else "bf16",
-        base_model_precision=precision or "no_change",
-        **options,
+    config = TrainConfig.model_validate(
+        {
+            "model_family": spec.name,
+            "pretrained_model_name_or_path": model,
+            "mixed_precision": "no" if pick_device().type == "cpu" else "bf16",
+            "base_model_precision": precision or "no_change",
+            **options,
+        }
     )
     if problems := check_local_model(model_source(config), spec):
         raise ConfigError(problems)
@@ -227,32 +228,9 @@ def spec_of_model(source: ModelSource) -> FamilySpec:
     )
 
 
-@dataclass(frozen=True)
-class GenerationDefaults:
-    """How images are generated where the command line does not say: the `validation_*` options."""
-
-    negative_prompt: str | None
-    height: int
-    width: int
-    steps: int
-    guidance: float
-
-
-def generation_defaults(spec: FamilySpec, config: TrainConfig | None = None) -> GenerationDefaults:
-    """From a configuration, or where there is none from the family's and the declared defaults."""
-    from simpletuner.config.options import all_options
-    from simpletuner.config.values import parse_sizes
+def generation_options(spec: FamilySpec) -> ValidationOptions:
+    """How images are generated where there is no configuration: the family's and the declared defaults."""
+    from simpletuner.config.options.validation import ValidationOptions
 
     defaults = spec.defaults_for(None)
-
-    def value(name: str) -> Any:
-        return getattr(config, name) if config else defaults.get(name, all_options()[name].default)
-
-    size = parse_sizes(value("validation_resolution"))[0]
-    return GenerationDefaults(
-        negative_prompt=value("validation_negative_prompt"),
-        height=size.height,
-        width=size.width,
-        steps=value("validation_num_inference_steps"),
-        guidance=value("validation_guidance"),
-    )
+    return ValidationOptions(**{name: defaults[name] for name in ValidationOptions.model_fields.keys() & defaults})

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from simpletuner.cli.shared import PASS_ON, app, print_to_stderr, say
 from simpletuner.errors import ConfigError, Problem
+
+if TYPE_CHECKING:
+    from simpletuner.config.options.validation import ValidationOptions
 
 
 @app.command(context_settings=PASS_ON, short_help="Generate images with a model and an adapter.")
@@ -43,6 +46,7 @@ def generate(
 
     if base_precision is not None:
         launch.require_number_format(base_precision)
+    options: ValidationOptions
     if model is not None:
         if config is not None or context.args:
             raise ConfigError(
@@ -51,25 +55,22 @@ def generate(
                 )
             )
         family = launch.family_of_model(model, model_family, base_precision)
-        defaults = launch.generation_defaults(family.spec)
+        options = launch.generation_options(family.spec)
     else:
         loaded = launch.load_arguments(context.args, os.environ, Path.cwd(), print_to_stderr, config, check_files=False)
         family = launch.family_of_run(loaded, base_precision)
-        defaults = launch.generation_defaults(family.spec, loaded.config)
+        options = loaded.config
 
     from simpletuner.validation.generate import GenerationRequest, generate_images
 
-    generation = GenerationRequest(
-        prompts=tuple(prompt),
-        negative_prompt=defaults.negative_prompt if negative_prompt is None else negative_prompt,
-        height=height or width or defaults.height,
-        width=width or height or defaults.width,
-        steps=steps or defaults.steps,
-        guidance=defaults.guidance if guidance is None else guidance,
-        seed=seed,
-        count=count,
-        references=tuple(reference or ()),
-    )
+    given = {
+        "validation_negative_prompt": negative_prompt,
+        "validation_num_inference_steps": steps,
+        "validation_guidance": guidance,
+        "validation_resolution": f"{width or height}x{height or width}" if width or height else None,
+    }
+    options = options.model_copy(update={name: value for name, value in given.items() if value is not None})
+    generation = GenerationRequest(tuple(prompt), options, seed, count, tuple(reference or ()))
     for path in generate_images(family, generation, adapter, output, print_to_stderr, strength):
         say(str(path))
 

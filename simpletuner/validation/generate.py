@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING
 
 from simpletuner.adapters.files import apply_adapter_file
 from simpletuner.cache.prompts import PromptsAhead
+from simpletuner.config.options.validation import ValidationOptions
+from simpletuner.config.values import parse_sizes
 from simpletuner.errors import ConfigError, Problem
 from simpletuner.validation.files import write_png
-from simpletuner.validation.prompts import GenerationSettings, ImageRequest, rounded_sizes
+from simpletuner.validation.prompts import ImageRequest, rounded_sizes, settings_of
 from simpletuner.validation.references import read_references
-from simpletuner.validation.sampling import batch_size_for, make_images
+from simpletuner.validation.sampling import batch_size_for, make_images, noise_device, pipeline_for
 
 if TYPE_CHECKING:
     from simpletuner.models.family import ModelFamily
@@ -21,26 +23,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """What to draw.
+    """What to generate.
 
     Args:
         prompts: at least one.
-        negative_prompt: None is the family's own.
-        height: pixels; rounded to the family's multiple.
-        width: pixels; rounded to the family's multiple.
-        steps: inference steps.
-        guidance: classifier-free guidance scale.
+        options: size (the first of `validation_resolution`, rounded to the family's multiple), steps, guidance,
+            scheduler and device of the noise, as validation takes them.
         seed: of each prompt's first image; its further ones count up.
         count: images per prompt.
         references: files of input images, for each prompt the same.
     """
 
     prompts: tuple[str, ...]
-    negative_prompt: str | None
-    height: int
-    width: int
-    steps: int
-    guidance: float
+    options: ValidationOptions
     seed: int = 42
     count: int = 1
     references: tuple[Path, ...] = ()
@@ -68,7 +63,7 @@ def generate_images(
     """
     requests = requests_of(wanted, family, say)
     if family.spec.caches_prompt_embeds:
-        negative = family.spec.negative_text(wanted.negative_prompt)
+        negative = family.spec.negative_text(wanted.options.validation_negative_prompt)
         family.prompts = PromptsAhead(family, [*wanted.prompts, negative])
     denoiser = family.load_base()
     if adapter_file is not None:
@@ -76,9 +71,10 @@ def generate_images(
             say(line)
     denoiser.to(family.device).eval()
     images = make_images(
-        family.pipeline(denoiser, family.load_vae()),
+        pipeline_for(wanted.options, family, denoiser, family.load_vae()),
         requests,
         batch_size=batch_size_for(requests),
+        noise_device=noise_device(wanted.options, family),
     )
     paths = output_paths(output, len(images))
     for image, path in zip(images, paths, strict=True):
@@ -89,14 +85,15 @@ def generate_images(
 def requests_of(wanted: GenerationRequest, family: ModelFamily, say: Callable[[str], None]) -> list[ImageRequest]:
     """One request per prompt and seed, at a size that the family can generate."""
     spec = family.spec
-    [(height, width)], notices = rounded_sizes([(wanted.height, wanted.width)], spec.size_multiple, spec.max_size)
+    size = parse_sizes(wanted.options.validation_resolution)[0]
+    [(height, width)], notices = rounded_sizes([size], spec.size_multiple, spec.max_size)
     for line in notices:
         say(line)
     if len(wanted.references) > spec.max_references:
         message = f"{len(wanted.references)} reference images are too many for {spec.title}"
         raise ConfigError(Problem(message, key="--reference", allowed=f"at most {spec.max_references}"))
     references = read_references(wanted.references, "--reference")
-    settings = GenerationSettings(wanted.steps, wanted.guidance, wanted.negative_prompt)
+    settings = settings_of(wanted.options)
     return [
         ImageRequest(
             f"image-{number}",

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from simpletuner.config.builtin_prompts import BUILTIN_PROMPTS
+from simpletuner.config.options import TrainConfig
+from simpletuner.config.options.validation import ValidationOptions
 from simpletuner.config.prompt_library import LibraryPrompt
 from simpletuner.config.values import parse_sizes
 from simpletuner.errors import ConfigError, Problem
@@ -114,7 +116,7 @@ class ImageRequest:
 
 
 def requests_from_config(
-    config: Any,
+    config: TrainConfig,
     prompt_library: Mapping[str, LibraryPrompt] | None,
     size_multiple: int,
     max_size: int | None = None,
@@ -124,7 +126,6 @@ def requests_from_config(
     """Every prompt at every of its sizes, as many times as asked.
 
     Args:
-        config: read are the `validation_*` options of prompts, sizes, seeds and guidance, and `seed`.
         prompt_library: nickname -> prompt.
         size_multiple: pixels; sides are rounded to it.
         max_size: pixels; largest side that the family takes.
@@ -140,6 +141,7 @@ def requests_from_config(
     """
     if config.validation_disable:
         return [], []
+    seed = config.seed if config.validation_seed is None else config.validation_seed
     requests: list[ImageRequest] = []
     notices: list[str] = []
     for shortname, prompt in all_prompts(config, prompt_library, empty_prompt).items():
@@ -150,57 +152,63 @@ def requests_from_config(
         seen = references if shortname != UNCONDITIONAL_SHORTNAME else ()
         if prompt.references is not None:
             seen = read_references(prompt.references, f"{shortname}.references")
-        requests += _requests_of(config, shortname, prompt, sizes, seen)
+        requests += _requests_of(config, seed, shortname, prompt, sizes, seen)
     return requests, list(dict.fromkeys(notices))
 
 
 def all_prompts(
-    config: Any, prompt_library: Mapping[str, LibraryPrompt] | None, empty_prompt: str
+    options: ValidationOptions, prompt_library: Mapping[str, LibraryPrompt] | None, empty_prompt: str
 ) -> dict[str, LibraryPrompt]:
     """Shortname -> prompt: the main one, the built-in library, the user's own (which wins), the empty one."""
-    prompts = {MAIN_SHORTNAME: LibraryPrompt(config.validation_prompt)} if config.validation_prompt else {}
-    if config.validation_prompt_library:
+    prompts = {MAIN_SHORTNAME: LibraryPrompt(options.validation_prompt)} if options.validation_prompt else {}
+    if options.validation_prompt_library:
         prompts |= {nickname: LibraryPrompt(prompt) for nickname, prompt in BUILTIN_PROMPTS.items()}
     prompts |= prompt_library or {}
-    if not config.validation_disable_unconditional:
+    if not options.validation_disable_unconditional:
         prompts[UNCONDITIONAL_SHORTNAME] = LibraryPrompt(empty_prompt)
     return prompts
 
 
 def _requests_of(
-    config: Any,
+    options: ValidationOptions,
+    run_seed: int,
     shortname: str,
     prompt: LibraryPrompt,
     sizes: Sequence[tuple[int, int]],
     references: tuple[ReferenceImage, ...],
 ) -> Iterator[ImageRequest]:
     """What the prompt itself says comes before what the configuration says."""
-    run_seed = config.seed if config.validation_seed is None else config.validation_seed
     seed = run_seed if prompt.seed is None else prompt.seed
-    settings = GenerationSettings(
-        steps=_first(prompt.num_inference_steps, config.validation_num_inference_steps),
-        guidance=_first(prompt.guidance, config.validation_guidance),
-        negative_prompt=_first(prompt.negative_prompt, config.validation_negative_prompt),
-        guidance_rescale=_first(prompt.guidance_rescale, config.validation_guidance_rescale),
-        true_guidance=config.validation_guidance_real,
-        skipped=_skipped_layers(config),
-    )
-    strength = _first(prompt.adapter_strength, config.validation_lycoris_strength)
+    settings = settings_of(options, prompt)
+    strength = _first(prompt.adapter_strength, options.validation_lycoris_strength)
     for height, width in sizes:
-        for index in range(_first(prompt.num_images, config.num_validation_images)):
+        for index in range(_first(prompt.num_images, options.num_validation_images)):
             yield ImageRequest(
                 shortname, prompt.prompt, height, width, seed + index, settings, index, strength, references
             )
 
 
-def _skipped_layers(config: Any) -> SkippedLayers | None:
-    if config.validation_guidance_skip_layers is None:
+def settings_of(options: ValidationOptions, prompt: LibraryPrompt | None = None) -> GenerationSettings:
+    """How images are generated; what a prompt itself says comes first."""
+    own = prompt or LibraryPrompt("")
+    return GenerationSettings(
+        steps=_first(own.num_inference_steps, options.validation_num_inference_steps),
+        guidance=_first(own.guidance, options.validation_guidance),
+        negative_prompt=_first(own.negative_prompt, options.validation_negative_prompt),
+        guidance_rescale=_first(own.guidance_rescale, options.validation_guidance_rescale),
+        true_guidance=options.validation_guidance_real,
+        skipped=_skipped_layers(options),
+    )
+
+
+def _skipped_layers(options: ValidationOptions) -> SkippedLayers | None:
+    if options.validation_guidance_skip_layers is None:
         return None
     return SkippedLayers(
-        config.validation_guidance_skip_layers,
-        config.validation_guidance_skip_scale,
-        config.validation_guidance_skip_layers_start,
-        config.validation_guidance_skip_layers_stop,
+        options.validation_guidance_skip_layers,
+        options.validation_guidance_skip_scale,
+        options.validation_guidance_skip_layers_start,
+        options.validation_guidance_skip_layers_stop,
     )
 
 

@@ -9,9 +9,14 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from simpletuner.validation.prompts import GenerationSettings, ImageRequest
+from simpletuner.validation.schedulers import use_scheduler
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+    from torch import nn
+
+    from simpletuner.config.options.validation import ValidationOptions
+    from simpletuner.models.family import ModelFamily
 
 # Gives the `callback_on_step_end` of one call of the pipeline, for the images that it generates.
 Watch = Callable[[Sequence[ImageRequest]], Callable[..., dict[str, Any]]]
@@ -74,6 +79,19 @@ def make_images(
                 if on_progress:
                     on_progress(len(generated))
     return [generated[index] for index in range(len(requests))]
+
+
+def pipeline_for(options: ValidationOptions, family: ModelFamily, denoiser: nn.Module, vae: nn.Module) -> Any:
+    """The family's pipeline around live weights, with the scheduler that the options name."""
+    pipeline = family.pipeline(denoiser, vae)
+    if options.validation_noise_scheduler:
+        use_scheduler(pipeline, options.validation_noise_scheduler)
+    return pipeline
+
+
+def noise_device(options: ValidationOptions, family: ModelFamily) -> str:
+    """Where the noise of images is sampled."""
+    return str(family.device) if options.validation_seed_source == "gpu" else "cpu"
 
 
 def batch_size_for(requests: Sequence[ImageRequest]) -> int:

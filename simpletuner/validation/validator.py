@@ -35,10 +35,17 @@ from simpletuner.validation.isolation import undisturbed
 from simpletuner.validation.previews import Previews
 from simpletuner.validation.prompts import ImageRequest, requests_from_config, reseeded
 from simpletuner.validation.references import ReferenceImage
-from simpletuner.validation.sampling import GeneratedImage, Watch, batch_size_for, make_images
-from simpletuner.validation.schedulers import use_scheduler
+from simpletuner.validation.sampling import (
+    GeneratedImage,
+    Watch,
+    batch_size_for,
+    make_images,
+    noise_device,
+    pipeline_for,
+)
 
 if TYPE_CHECKING:
+    from simpletuner.config.options import TrainConfig
     from simpletuner.models.family import ModelFamily
 
 # What an image can cause: no memory, a driver's or sampler's complaint, a full disk, a model that is gone. Mistakes of
@@ -71,7 +78,7 @@ class Validator:
 
     def __init__(
         self,
-        config: Any,
+        config: TrainConfig,
         family: ModelFamily,
         prompt_library: Mapping[str, LibraryPrompt] | None,
         output_dir: Path,
@@ -202,9 +209,7 @@ class Validator:
         self._stop_together()
         self.bus.emit(PhaseStarted(name, len(kinds) * len(self.requests)))
         with self._failing_together():
-            pipeline = self.family.pipeline(denoiser, self._vae.load())
-            if self.config.validation_noise_scheduler:
-                use_scheduler(pipeline, self.config.validation_noise_scheduler)
+            pipeline = pipeline_for(self.config, self.family, denoiser, self._vae.load())
         saved: list[SavedImage] = []
         generated: dict[Kind, list[GeneratedImage]] = {}
         for number, kind in enumerate(kinds):
@@ -261,7 +266,6 @@ class Validator:
         requests = self.requests
         if self.config.validation_randomize and kind != "base":
             requests = reseeded(requests, step)
-        is_gpu = self.config.validation_seed_source == "gpu"
         generated: dict[int, GeneratedImage] = {}
         order = sorted(range(len(requests)), key=lambda index: requests[index].adapter_strength)
         for strength, group in groupby(order, key=lambda index: requests[index].adapter_strength):
@@ -278,7 +282,7 @@ class Validator:
                     batch_size=batch_size_for(asked),
                     on_progress=report,
                     watch=self._watch(step, kind),
-                    noise_device=str(self.family.device) if is_gpu else "cpu",
+                    noise_device=noise_device(self.config, self.family),
                 )
             generated |= dict(zip(indices, images, strict=True))
         return [generated[index] for index in range(len(requests))]

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from simpletuner.commands import cache
+from simpletuner.config.options.validation import ValidationOptions
 from simpletuner.families.registry import FAMILIES
 from simpletuner.models.build import build_family
 from simpletuner.reporting.bus import EventBus
@@ -261,7 +262,8 @@ def test_generation_encodes_its_prompts_before_the_denoiser_is_there(model, tmp_
 
     family = AuraFlow(AURAFLOW, ModelSource(str(model)), torch.device("cpu"), torch.float32)
     encoded = Encoded(monkeypatch)
-    generation = GenerationRequest(("a cat", "a dog", "a cat"), None, 32, 32, steps=1, guidance=2.0)
+    options = ValidationOptions(validation_resolution="32", validation_num_inference_steps=1, validation_guidance=2.0)
+    generation = GenerationRequest(("a cat", "a dog", "a cat"), options)
     generate_images(family, generation, None, tmp_path, lambda line: None)
     assert encoded.prompts == ["a cat", "a dog"]  # and the empty one, which this counter leaves out
     assert encoded.after_denoiser == []

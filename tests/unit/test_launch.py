@@ -6,7 +6,7 @@ import pytest
 
 from simpletuner.errors import ConfigError
 from simpletuner.examples import example_dir
-from simpletuner.launch import chosen_environment, generation_defaults, load_arguments, spec_of_model, split_arguments
+from simpletuner.launch import chosen_environment, generation_options, load_arguments, spec_of_model, split_arguments
 from simpletuner.models.components import ModelSource
 from simpletuner.models.omnigen.spec import OMNIGEN
 
@@ -65,10 +65,6 @@ def test_the_family_of_a_model_folder_is_reported_by_its_pipeline(tmp_path: Path
 
 
 def test_generation_without_a_configuration_takes_the_family_s_defaults(tmp_path: Path):
-    defaults = generation_defaults(OMNIGEN)
-    assert (defaults.height, defaults.width, defaults.guidance) == (1024, 1024, 2.5)
-    loaded = load_arguments(
-        ["example=omnigen-tiny", "--validation_resolution=96x64"], {}, tmp_path, print, check_files=False
-    )
-    defaults = generation_defaults(OMNIGEN, loaded.config)
-    assert (defaults.height, defaults.width, defaults.negative_prompt) == (64, 96, "<cfg>")
+    options = generation_options(OMNIGEN)
+    assert (options.validation_resolution, options.validation_guidance) == ("1024x1024", 2.5)
+    assert options.validation_noise_scheduler is None

@@ -23,7 +23,7 @@ from simpletuner.launch import family_of_export, family_of_model
 from simpletuner.models.family import ModelFamily
 from simpletuner.models.omnigen.family import OmniGen
 from simpletuner.training.trainer import train
-from tests.runs import dataset, write_images, load_here, write_run
+from tests.runs import dataset, load_here, write_images, write_run
 
 OPTIONS = {
     "vae_enable_slicing": True,

@@ -1,21 +1,32 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from diffusers import DDIMScheduler
 from PIL import Image
 
 from simpletuner.adapters.lycoris import attach_lycoris
+from simpletuner.config.options.validation import ValidationOptions
 from simpletuner.errors import DataError
 from simpletuner.models.components import ModelSource
 from simpletuner.models.omnigen.family import OmniGen
 from simpletuner.models.omnigen.spec import OMNIGEN
 from simpletuner.validation.generate import GenerationRequest, generate_images, output_paths
+from simpletuner.validation.sampling import noise_device
 
 LOKR = {"algo": "lokr", "linear_dim": 10000, "factor": 4, "apply_preset": {"target_module": ["Attention"]}}
-GENERATION = GenerationRequest(("a star", "a circle"), "<cfg>", 32, 40, 2, 2.0, seed=5, count=2)
+OPTIONS = ValidationOptions(
+    validation_negative_prompt="<cfg>",
+    validation_resolution="40x32",
+    validation_num_inference_steps=2,
+    validation_guidance=2.0,
+)
+GENERATION = GenerationRequest(("a star", "a circle"), OPTIONS, seed=5, count=2)
 
 
 @pytest.fixture
@@ -68,3 +79,41 @@ def test_a_folder_that_cannot_be_made_is_named(family: OmniGen, tmp_path: Path):
     (tmp_path / "taken").write_text("no folder")
     with pytest.raises(DataError, match=r"taken.*cannot be written"):
         generate_images(family, GENERATION, None, tmp_path / "taken" / "images", list().append)
+
+
+class Noted:
+    """A pipeline that notes what it is called with."""
+
+    def __init__(self) -> None:
+        self.scheduler = DDIMScheduler()
+        self.calls: list[dict[str, Any]] = []
+
+    def __call__(self, **arguments: Any) -> SimpleNamespace:
+        self.calls.append(arguments)
+        return SimpleNamespace(images=[Image.new("RGB", (8, 8)) for _ in arguments["prompt"]])
+
+
+def test_every_option_of_guidance_and_sampling_reaches_the_pipeline(family: OmniGen, tmp_path: Path, monkeypatch):
+    options = OPTIONS.model_copy(
+        update={
+            "validation_guidance_rescale": 0.7,
+            "validation_guidance_real": 3.0,
+            "validation_guidance_skip_layers": (1, 2),
+            "validation_guidance_skip_scale": 1.5,
+            "validation_noise_scheduler": "unipc",
+        }
+    )
+    pipeline = Noted()
+    monkeypatch.setattr(family, "pipeline", lambda denoiser, vae: pipeline)
+    generate_images(family, GenerationRequest(("a star",), options), None, tmp_path, list().append)
+    [call] = pipeline.calls
+    assert type(pipeline.scheduler).__name__ == "UniPCMultistepScheduler"
+    assert (call["height"], call["width"], call["num_inference_steps"], call["guidance_scale"]) == (32, 32, 2, 2.0)
+    assert (call["guidance_rescale"], call["true_cfg_scale"]) == (0.7, 3.0)
+    assert (call["skip_guidance_layers"], call["skip_layer_guidance_scale"]) == ([1, 2], 1.5)
+
+
+def test_noise_is_sampled_where_the_options_say(family: OmniGen):
+    family.device = torch.device("meta")
+    assert noise_device(OPTIONS, family) == "cpu"
+    assert noise_device(OPTIONS.model_copy(update={"validation_seed_source": "gpu"}), family) == "meta"
