@@ -24,6 +24,7 @@ from simpletuner.adapters.lycoris import LycorisAdapter, attach_lycoris
 from simpletuner.batch import Batch
 from simpletuner.commands.memory import mix_that_fits, swapped_out
 from simpletuner.commands.shapes import empty_batch, measure_activations, num_bytes, optimizer_bytes
+from simpletuner.config.options.optimizer import OptimizerOptions
 from simpletuner.examples import example_dir
 from simpletuner.families.registry import get_spec
 from simpletuner.models.components import ModelSource
@@ -198,7 +199,7 @@ class Step:
         self.kernels = adapter.choose_kernels(device, torch.bfloat16, {}) if chooses else []
         self.denoiser.train()
         self.parameters = adapter.trainable_parameters()
-        self.optimizer = build_optimizer("adamw_bf16", self.parameters, {"learning_rate": 1e-4})
+        self.optimizer = build_optimizer(OptimizerOptions(optimizer="adamw_bf16", learning_rate=1e-4), self.parameters)
         self.batch = self.batch_of(setting.pixels)
 
     def batch_of(self, pixels: int) -> Batch:
@@ -261,7 +262,9 @@ def planned_bytes(row: Row, setting: Setting, step: Step) -> int:
     else:
         with torch.device("meta"):
             trained = lokr_of_the_example(denoiser, family).trainable_parameters()
-    state = optimizer_bytes(trained, lambda tried: build_optimizer("adamw_bf16", tried, {"learning_rate": 1e-4}))
+    state = optimizer_bytes(
+        trained, lambda tried: build_optimizer(OptimizerOptions(optimizer="adamw_bf16", learning_rate=1e-4), tried)
+    )
     embeds = step.family.encode_prompts([PROMPT] * setting.batch_size)
     activations = measure_activations(family, denoiser, setting.pixels, setting.pixels, embeds)
     count = len(activations.inside)

@@ -80,7 +80,7 @@ def read_shapes(loaded: LoadedRun, family: ModelFamily, load: Load, embeds: Sequ
     trained_bytes = num_bytes(trained.values())
 
     def make_optimizer(tried: dict[str, nn.Parameter]) -> torch.optim.Optimizer:
-        return build_optimizer(config.optimizer, tried, config.model_dump(), config.seed)
+        return build_optimizer(config, tried, config.seed)
 
     optimizer, update = optimizer_bytes(trained, make_optimizer), step_bytes(trained, make_optimizer)
     for parameter in denoiser.parameters():

@@ -78,7 +78,7 @@ def time_steps(
         denoiser.enable_gradient_checkpointing(recomputing)
     compile_blocks(denoiser, family.spec.block_classes, config.dynamo_backend)
     parameters = adapter.trainable_parameters()
-    optimizer = build_optimizer(config.optimizer, parameters, config.model_dump(), config.seed)
+    optimizer = build_optimizer(config, parameters, config.seed)
     if family.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(family.device)
 

@@ -19,27 +19,29 @@ from simpletuner.precision.mixed import forget_casts
 if TYPE_CHECKING:
     from torch import nn
 
+    from simpletuner.config.options.optimizer import OptimizerOptions
+
 # Large enough for optimizers that keep the state of small weights in full precision.
 TRIED_SHAPE = (128, 64)
 
 
 def build_optimizer(
-    name: str, parameters: Mapping[str, nn.Parameter], config: Mapping[str, Any], seed: int = 0
+    options: OptimizerOptions, parameters: Mapping[str, nn.Parameter], seed: int = 0
 ) -> torch.optim.Optimizer:
-    """The optimizer `name` over `parameters`, in their order.
+    """The optimizer of a configuration over `parameters`, in their order.
 
     Args:
+        options: `optimizer_config` wins over the others; what is None keeps the optimizer's own default.
         parameters: trained parameters by name.
-        config: reads learning_rate, adam_beta1, adam_beta2, adam_weight_decay, adam_epsilon and optimizer_config
-            (wins over the others); what is absent or None keeps the optimizer's default.
         seed: of the run, for optimizers that draw random numbers.
 
     Raises:
         ConfigError: no such optimizer, an argument that it does not take, or a value that it refuses.
         MissingDependency: it compiles its step, and there is nothing to compile with.
     """
+    name = options.optimizer
     row = get_row(name)
-    arguments = _arguments(row, name, config) | ({"seed": seed} if row.has_seed else {})
+    arguments = _arguments(row, options) | ({"seed": seed} if row.has_seed else {})
     if row.compiles:
         _require_compiler(name, next(iter(parameters.values())).device)
     module, _, class_name = row.target.partition(":")
@@ -54,9 +56,7 @@ def build_optimizer(
     return optimizer
 
 
-def require_optimizer(
-    name: str, config: Mapping[str, Any], device: torch.device, dtype: torch.dtype = torch.float32
-) -> None:
+def require_optimizer(options: OptimizerOptions, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
     """Take one step with the optimizer on a small weight, before anything is loaded for it.
 
     Args:
@@ -66,7 +66,7 @@ def require_optimizer(
         ConfigError: what `build_optimizer` raises, or the step fails: state in float8 needs a card that computes it.
     """
     weight = torch.nn.Parameter(torch.zeros(TRIED_SHAPE, device=device, dtype=dtype))
-    optimizer = build_optimizer(name, {"weight": weight}, config)
+    optimizer = build_optimizer(options, {"weight": weight})
     weight.grad = torch.ones_like(weight)
     # Compiling a step takes a processor longer than many a run; on a GPU the compiled kernel is what may fail.
     stance = "default" if device.type == "cuda" else "force_eager"
@@ -75,7 +75,7 @@ def require_optimizer(
             optimizer.step()
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        message = f"{name} cannot take a step on {device}: {reason}"
+        message = f"{options.optimizer} cannot take a step on {device}: {reason}"
         fix = "use adamw_bf16 or adamw, which need nothing but torch"
         raise ConfigError(Problem(message, key="optimizer", fix=fix)) from error
 
@@ -125,26 +125,26 @@ def averaged_weights(optimizer: torch.optim.Optimizer) -> Iterator[None]:
         forget_casts()
 
 
-def _arguments(row: OptimizerRow, name: str, config: Mapping[str, Any]) -> dict[str, Any]:
+def _arguments(row: OptimizerRow, options: OptimizerOptions) -> dict[str, Any]:
     """Constructor arguments: the row's defaults < the options < optimizer_config."""
     inner = "adamw_" if row.matrix_only else ""  # the options are those of the AdamW inside
-    arguments = {**row.defaults, "lr": config.get("learning_rate")}
-    if config.get("adam_weight_decay") is not None and row.has_weight_decay:
-        arguments["weight_decay"] = config["adam_weight_decay"]
-    if config.get("adam_epsilon") is not None and (row.has_epsilon or inner):
-        arguments[f"{inner}eps"] = config["adam_epsilon"]
+    arguments = {**row.defaults, "lr": options.learning_rate}
+    if options.adam_weight_decay is not None and row.has_weight_decay:
+        arguments["weight_decay"] = options.adam_weight_decay
+    if options.adam_epsilon is not None and (row.has_epsilon or inner):
+        arguments[f"{inner}eps"] = options.adam_epsilon
     if betas := row.betas or row.arguments.get("adamw_betas", ()):
-        chosen = [config.get("adam_beta1"), config.get("adam_beta2")]
-        wanted = [own if option is None else option for option, own in zip(chosen, betas, strict=False)]
+        chosen = [options.adam_beta1, options.adam_beta2]
+        wanted = [own if beta is None else beta for beta, own in zip(chosen, betas, strict=False)]
         arguments[f"{inner}betas"] = (*wanted, *betas[2:])
     if row.matrix_only:
         arguments |= {"adamw_lr": arguments["lr"], "adamw_wd": arguments["weight_decay"]}
-    given = dict(config.get("optimizer_config") or {})
-    if problems := [_refused(key, name, row) for key in given if key not in row.arguments]:
+    given = options.optimizer_config or {}
+    if problems := [_refused(key, options.optimizer, row) for key in given if key not in row.arguments]:
         raise ConfigError(problems)
     for key, value in given.items():
         arguments[key] = tuple(value) if isinstance(row.arguments[key], tuple) else value
-    return {key: value for key, value in arguments.items() if key != "lr" or value is not None}
+    return arguments
 
 
 def _refused(key: str, name: str, row: OptimizerRow) -> Problem:

@@ -164,7 +164,7 @@ def build_run(
     family = build_family(loaded.config)
     require_device(config.base_model_precision, family.device, family.dtype)
     trained_dtype = weight_dtype(config) if config.model_type == "full" else adapter_dtype(config)
-    require_optimizer(config.optimizer, config.model_dump(), family.device, trained_dtype)
+    require_optimizer(config, family.device, trained_dtype)
     datasets, sources = prepare_data(loaded, family, output_dir, bus, stop, process_group)
     training = [dataset for dataset in datasets if dataset.kind == "image"]
     sampler = build_sampler(loaded, training, process_group)
@@ -194,7 +194,7 @@ def build_run(
         family=family,
         denoiser=denoiser,
         adapter=adapter,
-        optimizer=build_optimizer(config.optimizer, parameters, config.model_dump(), config.seed),
+        optimizer=build_optimizer(config, parameters, config.seed),
         lr_factor=build_lr_factor(loaded, total_steps, process_group),
         ema=EMA(parameters, config.ema_decay, config.ema_update_interval) if config.use_ema else None,
         batches=build_batches(loaded, family, training, sources, sampler, process_group),

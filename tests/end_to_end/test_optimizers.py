@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from simpletuner.commands.shapes import empty_batch
 from simpletuner.config.optimizers import OPTIMIZERS
+from simpletuner.config.options.optimizer import OptimizerOptions
 from simpletuner.errors import ConfigError
 from simpletuner.models.build import build_family
 from simpletuner.optim.optimizers import averaged_weights, build_optimizer
@@ -59,7 +60,9 @@ def test_every_optimizer_trains_the_tiny_model(name: str, run_folder: Path) -> N
     noise, quantiles = sample_noise(batch, 0, 0), torch.full((2,), 0.5, dtype=torch.float64)
     losses = []
     with torch.compiler.set_stance("force_eager"):
-        optimizer = build_optimizer(name, parameters, config | {"optimizer_config": None})
+        optimizer = build_optimizer(
+            OptimizerOptions(optimizer=name, **(config | {"optimizer_config": None})), parameters
+        )
         for _ in range(40):
             with torch.no_grad(), averaged_weights(optimizer):
                 losses.append(float(compute_losses(family, denoiser, batch, noise, quantiles).weighted_sum))

@@ -15,6 +15,7 @@ from simpletuner.cache.fingerprints import prompt_fingerprint
 from simpletuner.commands.shapes import empty_batch
 from simpletuner.config.optimizers import OPTIMIZERS
 from simpletuner.config.options import all_options
+from simpletuner.config.options.optimizer import OptimizerOptions
 from simpletuner.data.digests import DigestMemo
 from simpletuner.errors import ConfigError
 from simpletuner.models.build import build_family
@@ -45,7 +46,7 @@ def test_an_adapter_trains_on_a_packed_base(precision: str, adapter: str, tmp_pa
     assert len(before) == 2 * 6
     trained = attach_adapter(loaded, family, denoiser)
     parameters = trained.trainable_parameters()
-    optimizer = build_optimizer("adamw", parameters, {"learning_rate": 1e-2})
+    optimizer = build_optimizer(OptimizerOptions(optimizer="adamw", learning_rate=1e-2), parameters)
     batch = empty_batch(family, 64, 64, family.encode_prompts(["a red star", "a blue moon"]))
     noise, quantiles = torch.randn(2, 4, 8, 8), torch.full((2,), 0.5, dtype=torch.float64)
     losses = []
@@ -217,7 +218,7 @@ def test_one_step_of_every_optimizer_on_every_packed_base(
         trained = attach_adapter(loaded, family, denoiser)
         parameters = trained.trainable_parameters()
         with torch.compiler.set_stance("force_eager"):
-            optimizer = build_optimizer(name, parameters, {"learning_rate": 1e-2})
+            optimizer = build_optimizer(OptimizerOptions(optimizer=name, learning_rate=1e-2), parameters)
             loss = compute_losses(family, denoiser, batch, noise, quantiles).weighted_sum
             loss.backward()
             holders = [key for key, parameter in denoiser.named_parameters() if parameter.grad is not None]

@@ -21,6 +21,7 @@ from simpletuner.adapters.full import FullAdapter
 from simpletuner.adapters.lora import LoraSettings, attach_lora
 from simpletuner.adapters.lycoris import attach_lycoris
 from simpletuner.commands.shapes import empty_batch
+from simpletuner.config.options.optimizer import OptimizerOptions
 from simpletuner.families.registry import family_names, get_family_class, get_spec
 from simpletuner.models.components import ModelSource
 from simpletuner.models.family import ModelFamily
@@ -106,7 +107,9 @@ def faults_of_a_step(family: ModelFamily, attach: Callable[[nn.Module, ModelFami
     denoiser.enable_gradient_checkpointing(GradientCheckpointing(META))
     denoiser.train()
     parameters = adapter.trainable_parameters()
-    optimizer = build_optimizer("torch-adamw", parameters, {"optimizer_config": {"fused": False, "foreach": True}})
+    optimizer = build_optimizer(
+        OptimizerOptions(optimizer="torch-adamw", optimizer_config={"fused": False, "foreach": True}), parameters
+    )
     with Device() as device:
         losses = compute_losses(
             family, denoiser, batch, sample_noise(batch, 0, 0), torch.tensor([0.3, 0.7], dtype=torch.float64)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from simpletuner.adapters.lokr_kernels import fused_kernels, try_kernels
 from simpletuner.config.optimizers import OPTIMIZERS
+from simpletuner.config.options.optimizer import OptimizerOptions
 from simpletuner.errors import ConfigError
 from simpletuner.models.devices import pick_device
 from simpletuner.optim.optimizers import require_optimizer
@@ -107,7 +108,7 @@ def test_every_optimizer_takes_a_step_or_says_why_not(name: str) -> None:
     """Point 11: at the start of a run, not at its first step."""
     reason = name
     try:
-        require_optimizer(name, {"learning_rate": 1e-4}, CUDA)
+        require_optimizer(OptimizerOptions(optimizer=name, learning_rate=1e-4), CUDA)
     except ConfigError as error:
         reason = error.render()
     assert name in reason

@@ -20,6 +20,7 @@ from simpletuner.commands.memory import mix_that_fits
 from simpletuner.commands.probe import Load, StepTimes
 from simpletuner.commands.shapes import Activations, PeakBytes, SavedBytes, empty_batch, optimizer_bytes, step_bytes
 from simpletuner.commands.text import duration_text, short_count
+from simpletuner.config.options.optimizer import OptimizerOptions
 from simpletuner.errors import bytes_text
 from simpletuner.models.build import build_family
 from simpletuner.optim.optimizers import build_optimizer
@@ -126,8 +127,8 @@ def test_the_state_of_the_optimizer_is_what_it_keeps(name):
     parameters = {f"p{i}": nn.Parameter(torch.zeros(shape)) for i, shape in enumerate([(64, 48), (64,), (3, 700, 300)])}
     dtype = torch.bfloat16 if name == "adamw_bf16" else torch.float32
     parameters = {key: nn.Parameter(value.detach().to(dtype)) for key, value in parameters.items()}
-    planned = optimizer_bytes(parameters, lambda tried: build_optimizer(name, tried, {}, 0))
-    optimizer = build_optimizer(name, parameters, {}, 0)
+    planned = optimizer_bytes(parameters, lambda tried: build_optimizer(OptimizerOptions(optimizer=name), tried))
+    optimizer = build_optimizer(OptimizerOptions(optimizer=name), parameters)
     for parameter in parameters.values():
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()

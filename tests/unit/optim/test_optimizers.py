@@ -15,7 +15,7 @@ from torch import nn
 
 from simpletuner.config.optimizers import OPTIMIZERS
 from simpletuner.config.options import all_options
-from simpletuner.config.options.optimizer import REFUSED_OPTIMIZERS, RefusedOptimizer
+from simpletuner.config.options.optimizer import REFUSED_OPTIMIZERS, OptimizerOptions, RefusedOptimizer
 from simpletuner.errors import ConfigError, DataError, MissingDependency
 from simpletuner.optim.optimizers import averaged_weights, build_optimizer, set_learning_rate
 from simpletuner.optim.state import load_optimizer_tensors, optimizer_tensors
@@ -66,20 +66,28 @@ def test_the_option_offers_the_rows() -> None:
 
 @pytest.mark.parametrize("name", ["adamw", "adamw_bf16", "torch-radam", "bnb-adamw8bit", "adamw_schedulefree", "soap"])
 def test_the_options_reach_the_optimizer(name: str) -> None:
-    group = build_optimizer(name, named_weights(), CONFIG | {"adam_epsilon": 1e-6}).param_groups[0]
+    group = build_optimizer(
+        OptimizerOptions(optimizer=name, **(CONFIG | {"adam_epsilon": 1e-6})), named_weights()
+    ).param_groups[0]
     assert (group["lr"], group["betas"], group["weight_decay"], group["eps"]) == (1e-2, (0.8, 0.95), 0.1, 1e-6)
 
 
 def test_a_third_decay_stays_the_optimizer_s_own() -> None:
-    assert build_optimizer("came", named_weights(), CONFIG).param_groups[0]["betas"] == (0.8, 0.95, 0.9999)
-    group = build_optimizer("bnb-lion8bit-paged", named_weights(), {"learning_rate": 1e-3}).param_groups[0]
+    assert build_optimizer(OptimizerOptions(optimizer="came", **CONFIG), named_weights()).param_groups[0]["betas"] == (
+        0.8,
+        0.95,
+        0.9999,
+    )
+    group = build_optimizer(
+        OptimizerOptions(optimizer="bnb-lion8bit-paged", learning_rate=1e-3), named_weights()
+    ).param_groups[0]
     assert (group["betas"], group["weight_decay"]) == ((0.9, 0.99), 0)
 
 
 def test_muon_moves_matrices_and_leaves_the_rest_to_adamw() -> None:
     shapes = {"layer.weight": (4, 5), "layer.bias": (4,), "embed_tokens.weight": (9, 4)}
     parameters = {name: nn.Parameter(torch.randn(shape)) for name, shape in shapes.items()}
-    matrices, rest = build_optimizer("muon", parameters, CONFIG).param_groups
+    matrices, rest = build_optimizer(OptimizerOptions(optimizer="muon", **CONFIG), parameters).param_groups
     assert [id(p) for p in matrices["params"]] == [id(parameters["layer.weight"])]
     assert [id(p) for p in rest["params"]] == [id(parameters["layer.bias"]), id(parameters["embed_tokens.weight"])]
     assert (rest["lr"], rest["betas"], rest["weight_decay"]) == (1e-2, (0.8, 0.95), 0.1)
@@ -93,7 +101,7 @@ def test_every_optimizer_goes_down_a_slope(name: str) -> None:
     row = OPTIMIZERS[name]
     rate = 1.0 if row.tunes_lr or "adadelta" in name or "adagrad" in name else 1.0 if "sgd" in name else 0.02
     layer = {"layer.weight": nn.Parameter(torch.randn(8, 8) * 0.1)}
-    optimizer = build_optimizer(name, layer, {"learning_rate": rate, "adam_weight_decay": 0.0})
+    optimizer = build_optimizer(OptimizerOptions(optimizer=name, learning_rate=rate, adam_weight_decay=0.0), layer)
     losses = []
     for _ in range(300):
         optimizer.zero_grad()
@@ -106,22 +114,22 @@ def test_every_optimizer_goes_down_a_slope(name: str) -> None:
 
 def test_optimizer_config_wins_over_the_options() -> None:
     config = CONFIG | {"optimizer_config": {"weight_decay": 0.25, "amsgrad": True, "betas": [0.5, 0.6]}}
-    group = build_optimizer("torch-adamw", named_weights(), config).param_groups[0]
+    group = build_optimizer(OptimizerOptions(optimizer="torch-adamw", **config), named_weights()).param_groups[0]
     assert (group["weight_decay"], group["amsgrad"], group["betas"]) == (0.25, True, (0.5, 0.6))
 
 
 @pytest.mark.parametrize(
     ("name", "config", "key", "says"),
     [
-        ("adamw9", {}, "optimizer", "allowed: adafactor, adamw, adamw_bf16"),
+        ("dadaptation", {}, "optimizer", "allowed: adafactor, adamw, adamw_bf16"),
         ("adamw_bf16", {"optimizer_config": {"kahan": True}}, "optimizer_config", "allowed: betas, eps, weight_decay"),
         ("adamw", {"optimizer_config": {"lr": 1}}, "optimizer_config", "learning_rate"),
-        ("adamw", {"adam_beta2": 1.5}, "optimizer_config", "refuses its settings"),
+        ("adamw", {"optimizer_config": {"eps": -1.0}}, "optimizer_config", "refuses its settings"),
     ],
 )
 def test_each_mistake_names_its_key_and_what_is_allowed(name: str, config, key: str, says: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        build_optimizer(name, named_weights(), CONFIG | config)
+        build_optimizer(OptimizerOptions(optimizer=name, **(CONFIG | config)), named_weights())
     assert caught.value.problems[0].key == key
     assert says in caught.value.render()
 
@@ -129,11 +137,11 @@ def test_each_mistake_names_its_key_and_what_is_allowed(name: str, config, key: 
 def test_what_has_to_be_compiled_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shutil.which", lambda name: None)
     with pytest.raises(MissingDependency, match=r"(?s)C\+\+ compiler.*bnb-adamw8bit"):
-        build_optimizer("ao-adamw8bit", named_weights(), CONFIG)
+        build_optimizer(OptimizerOptions(optimizer="ao-adamw8bit", **CONFIG), named_weights())
 
 
 def test_a_rate_in_a_tensor_stays_the_same_tensor() -> None:
-    optimizer = build_optimizer("ao-adamw8bit", named_weights(), CONFIG)
+    optimizer = build_optimizer(OptimizerOptions(optimizer="ao-adamw8bit", **CONFIG), named_weights())
     tensor = optimizer.param_groups[0]["lr"]
     set_learning_rate(optimizer, 0.25)
     assert optimizer.param_groups[0]["lr"] is tensor
@@ -143,7 +151,9 @@ def test_a_rate_in_a_tensor_stays_the_same_tensor() -> None:
 def test_schedule_free_s_average_is_what_its_authors_compute() -> None:
     """x of the paper (arXiv 2405.15682): the mean of all z where the rate is constant and r is 0."""
     parameters = {"w": nn.Parameter(torch.zeros(4))}
-    optimizer = build_optimizer("adamw_schedulefree", parameters, {"learning_rate": 0.1, "adam_weight_decay": 0.0})
+    optimizer = build_optimizer(
+        OptimizerOptions(optimizer="adamw_schedulefree", learning_rate=0.1, adam_weight_decay=0.0), parameters
+    )
     iterates = []
     for step in range(5):
         train(optimizer, parameters, range(step, step + 1))
@@ -161,17 +171,17 @@ def test_state_survives_files_bit_for_bit(name: str, dtype: torch.dtype, tmp_pat
     if dtype == torch.bfloat16 and not OPTIMIZERS[name].bf16_weights:
         pytest.skip("its weights are float32")
     whole = named_weights(dtype)
-    undisturbed = build_optimizer(name, whole, CONFIG, seed=3)
+    undisturbed = build_optimizer(OptimizerOptions(optimizer=name, **CONFIG), whole, seed=3)
     train(undisturbed, whole, range(6))
 
     parameters = named_weights(dtype)
-    optimizer = build_optimizer(name, parameters, CONFIG, seed=3)
+    optimizer = build_optimizer(OptimizerOptions(optimizer=name, **CONFIG), parameters, seed=3)
     train(optimizer, parameters, range(3))
     tensors, plain = optimizer_tensors(optimizer, parameters)
     save_file(tensors, tmp_path / "optimizer.safetensors")
     (tmp_path / "state.json").write_text(json.dumps(plain))
 
-    resumed = build_optimizer(name, parameters, CONFIG, seed=3)
+    resumed = build_optimizer(OptimizerOptions(optimizer=name, **CONFIG), parameters, seed=3)
     saved = json.loads((tmp_path / "state.json").read_text())
     load_optimizer_tensors(resumed, parameters, load_file(tmp_path / "optimizer.safetensors"), saved)
     again, plain_again = optimizer_tensors(resumed, parameters)
@@ -201,7 +211,7 @@ def test_a_matrix_that_lies_in_columns_lies_so_again(tmp_path: Path) -> None:
 def test_a_state_of_eight_bits_is_saved_as_eight_bits() -> None:
     for name in ("bnb-lion8bit-paged", "ao-adamw8bit"):
         parameters = {"w": nn.Parameter(torch.randn(128, 64))}
-        optimizer = build_optimizer(name, parameters, CONFIG)
+        optimizer = build_optimizer(OptimizerOptions(optimizer=name, **CONFIG), parameters)
         train(optimizer, parameters, range(1))
         tensors, _ = optimizer_tensors(optimizer, parameters)
         assert [t.shape for t in tensors.values() if t.dtype == torch.uint8] == [(128, 64)] * (1 + ("ao" in name))
@@ -209,11 +219,11 @@ def test_a_state_of_eight_bits_is_saved_as_eight_bits() -> None:
 
 def test_a_loaded_state_shares_no_memory_with_the_file() -> None:
     parameters = named_weights()
-    optimizer = build_optimizer("adamw", parameters, CONFIG)
+    optimizer = build_optimizer(OptimizerOptions(optimizer="adamw", **CONFIG), parameters)
     train(optimizer, parameters, range(1))
     tensors, plain = optimizer_tensors(optimizer, parameters)
     kept = {key: value.clone() for key, value in tensors.items()}
-    resumed = build_optimizer("adamw", parameters, CONFIG)
+    resumed = build_optimizer(OptimizerOptions(optimizer="adamw", **CONFIG), parameters)
     load_optimizer_tensors(resumed, parameters, kept, plain)
     train(resumed, parameters, range(2))
     assert all(torch.equal(kept[key], tensors[key]) for key in kept)
@@ -221,10 +231,10 @@ def test_a_loaded_state_shares_no_memory_with_the_file() -> None:
 
 def test_settings_come_from_the_configuration_not_from_the_checkpoint() -> None:
     parameters = named_weights()
-    optimizer = build_optimizer("adamw", parameters, CONFIG)
+    optimizer = build_optimizer(OptimizerOptions(optimizer="adamw", **CONFIG), parameters)
     train(optimizer, parameters, range(1))
     tensors, plain = optimizer_tensors(optimizer, parameters)
-    resumed = build_optimizer("adamw", parameters, CONFIG | {"learning_rate": 0.5})
+    resumed = build_optimizer(OptimizerOptions(optimizer="adamw", **(CONFIG | {"learning_rate": 0.5})), parameters)
     load_optimizer_tensors(resumed, parameters, tensors, plain)
     assert resumed.param_groups[0]["lr"] == 0.5
 
@@ -234,7 +244,7 @@ def test_counters_stay_where_the_optimizer_keeps_them() -> None:
 
     def made() -> tuple[torch.optim.Optimizer, dict[str, nn.Parameter]]:
         parameters = {"w": nn.Parameter(torch.empty(3, device="meta"))}
-        return build_optimizer("torch-radam", parameters, CONFIG), parameters
+        return build_optimizer(OptimizerOptions(optimizer="torch-radam", **CONFIG), parameters), parameters
 
     optimizer, parameters = made()
     optimizer.state[parameters["w"]] = {"step": torch.tensor(3.0), "exp_avg": torch.empty(3, device="meta")}
@@ -248,20 +258,24 @@ def test_counters_stay_where_the_optimizer_keeps_them() -> None:
 
 def test_a_fresh_optimizer_has_no_state_and_takes_none() -> None:
     parameters = named_weights()
-    tensors, plain = optimizer_tensors(build_optimizer("adamw", parameters, CONFIG), parameters)
+    tensors, plain = optimizer_tensors(
+        build_optimizer(OptimizerOptions(optimizer="adamw", **CONFIG), parameters), parameters
+    )
     assert tensors == {}
-    resumed = build_optimizer("adamw", parameters, CONFIG)
+    resumed = build_optimizer(OptimizerOptions(optimizer="adamw", **CONFIG), parameters)
     load_optimizer_tensors(resumed, parameters, tensors, plain)
     assert not resumed.state
 
 
 def test_the_state_of_another_run_is_refused() -> None:
     parameters = named_weights()
-    optimizer = build_optimizer("adamw", parameters, CONFIG)
+    optimizer = build_optimizer(OptimizerOptions(optimizer="adamw", **CONFIG), parameters)
     train(optimizer, parameters, range(1))
     tensors, plain = optimizer_tensors(optimizer, parameters)
     with pytest.raises(DataError, match="AdamWBF16"):
-        load_optimizer_tensors(build_optimizer("adamw_bf16", parameters, CONFIG), parameters, tensors, plain)
+        load_optimizer_tensors(
+            build_optimizer(OptimizerOptions(optimizer="adamw_bf16", **CONFIG), parameters), parameters, tensors, plain
+        )
     renamed = {key.replace("a.weight", "c.weight"): value for key, value in tensors.items()}
     with pytest.raises(DataError, match=r"c\.weight"):
         load_optimizer_tensors(optimizer, parameters, renamed, plain)
@@ -273,7 +287,7 @@ def test_the_state_of_another_run_is_refused() -> None:
 def test_what_prodigy_has_found_of_its_rate_is_saved(tmp_path: Path) -> None:
     """Gradients of one direction: after some steps `d` has left its start, and a resumed run goes on from there."""
     parameters = {"w": nn.Parameter(torch.zeros(3))}
-    optimizer = build_optimizer("prodigy", parameters, {"learning_rate": 1.0})
+    optimizer = build_optimizer(OptimizerOptions(optimizer="prodigy", learning_rate=1.0), parameters)
     start = optimizer.param_groups[0]["d"]
 
     def train_down(which: torch.optim.Optimizer, weights: dict[str, nn.Parameter], count: int) -> None:
@@ -286,7 +300,7 @@ def test_what_prodigy_has_found_of_its_rate_is_saved(tmp_path: Path) -> None:
     tensors, plain = optimizer_tensors(optimizer, parameters)
     plain = json.loads(json.dumps(plain))
     others = {"w": nn.Parameter(parameters["w"].detach().clone())}
-    resumed = build_optimizer("prodigy", others, {"learning_rate": 1.0})
+    resumed = build_optimizer(OptimizerOptions(optimizer="prodigy", learning_rate=1.0), others)
     load_optimizer_tensors(resumed, others, tensors, plain)
     for key in ("d", "d_max", "d_numerator", "k"):
         assert resumed.param_groups[0][key] == optimizer.param_groups[0][key], key

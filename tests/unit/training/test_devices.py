@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from simpletuner.cli.program import require_system
+from simpletuner.config.options.optimizer import OptimizerOptions
 from simpletuner.errors import ConfigError, SimpleTunerError
 from simpletuner.models.devices import pick_device, require_kernels, require_no_hidden_gpu
 from simpletuner.optim.optimizers import require_optimizer
@@ -181,7 +182,7 @@ def test_an_optimizer_is_tried_by_a_real_step(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(torch.optim.RMSprop, "step", step)
     with pytest.raises(ConfigError, match="torch-rmsprop cannot take a step on cpu: type fp8e4nv not supported"):
-        require_optimizer("torch-rmsprop", {"learning_rate": 1e-3}, torch.device("cpu"))
+        require_optimizer(OptimizerOptions(optimizer="torch-rmsprop", learning_rate=1e-3), torch.device("cpu"))
 
 
 def test_the_loss_by_noise_level_needs_no_float64_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:

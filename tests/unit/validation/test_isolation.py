@@ -13,6 +13,7 @@ from simpletuner.adapters.base import Adapter, values_replaced
 from simpletuner.adapters.full import FullAdapter
 from simpletuner.adapters.lora import LoraSettings, attach_lora
 from simpletuner.adapters.lycoris import attach_lycoris
+from simpletuner.config.options.optimizer import OptimizerOptions
 from simpletuner.models.omnigen.spec import OMNIGEN
 from simpletuner.optim.ema import EMA
 from simpletuner.optim.optimizers import averaged_weights, build_optimizer
@@ -89,7 +90,7 @@ def test_weights_that_a_checkpoint_or_an_optimizer_puts_in_place_are_seen_too(na
             assert float((output(denoiser) - live).abs().max()) > 1e-2
         torch.testing.assert_close(output(denoiser), live, rtol=0, atol=0)
 
-    optimizer = build_optimizer("adamw_schedulefree", parameters, {"learning_rate": 0.05})
+    optimizer = build_optimizer(OptimizerOptions(optimizer="adamw_schedulefree", learning_rate=0.05), parameters)
     for _ in range(3):
         for parameter in parameters.values():
             parameter.grad = torch.ones_like(parameter)
