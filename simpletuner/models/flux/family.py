@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from simpletuner.batch import Conditioning, PromptEmbeds
-from simpletuner.models.family import ModelFamily, ReferenceSizes, have_one_shape
+from simpletuner.models.family import ModelFamily, ReferenceSizes, have_one_shape, send
 from simpletuner.models.patches import pack, position_ids, unpack
 
 # A distilled model is trained as if its image were generated at this guidance; then 3.5 still means 3.5 afterwards.

@@ -82,7 +82,7 @@ def test_turns_are_taken_where_main_memory_does_not_hold_all(
 def test_processes_that_share_the_weights_take_turns_to_read_them(
     options: dict, tmp_path: Path, omnigen_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from simpletuner.training.build import build_family
+    from simpletuner.models.build import build_family
 
     if "deepspeed_config" in options:
         (tmp_path / "zero.json").write_text(json.dumps(options["deepspeed_config"]))
@@ -91,7 +91,7 @@ def test_processes_that_share_the_weights_take_turns_to_read_them(
     monkeypatch.setattr(ProcessGroup, "gather", lambda self, value: [0, 1])
     monkeypatch.setattr(ProcessGroup, "any", lambda self, flag: flag)
     monkeypatch.setattr(device_placement.psutil, "virtual_memory", lambda: SimpleNamespace(available=1))
-    assert device_placement.must_take_turns(loaded, build_family(loaded), ProcessGroup(0, 2, 0))
+    assert device_placement.must_take_turns(loaded, build_family(loaded.config), ProcessGroup(0, 2, 0))
 
 
 class Half(nn.Linear):
