@@ -116,7 +116,7 @@ def measure_activations(
         counter: of the denoiser; for who wants to know more of what is saved.
     """
     batch = empty_batch(family, height, width, embeds, references)
-    noise = torch.zeros_like(batch.latents)  # type: ignore[arg-type]
+    noise = torch.zeros_like(batch.latents)
     counter = counter or SavedBytes(denoiser, family.spec.block_classes)
     denoiser.train()
     with counter, _FusedAttention():

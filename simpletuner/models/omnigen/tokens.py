@@ -228,7 +228,7 @@ def collate_tokens(
         tensors["text_visible"] = torch.arange(num_text)[None] >= torch.tensor(padding)[:, None]
     if any(padding) or any(spans):
         tensors["condition_mask"] = make_condition_mask(padding, spans, num_text)
-    latents = [[send(latent, device) for latent in row] for row in references] or [()] * len(rows)
+    latents = [[send(latent, device) for latent in row] for row in references] or [[] for _ in rows]
     return TokenRows({name: send(tensor, device) for name, tensor in tensors.items()}, latents, spans)
 
 

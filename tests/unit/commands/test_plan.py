@@ -149,7 +149,7 @@ def test_the_state_of_the_optimizer_is_what_it_keeps(name):
 def test_what_a_step_of_the_optimizer_makes_besides_its_state_is_counted(name: str, expected: int) -> None:
     """Five weights of 64 x 256 in float32."""
     weights = {f"p{index}": nn.Parameter(torch.zeros(64, 256, device="meta")) for index in range(5)}
-    made = step_bytes(weights, lambda tried: build_optimizer(name, tried, {}, 0))
+    made = step_bytes(weights, lambda tried: build_optimizer(OptimizerOptions(optimizer=name), tried))
     assert made == pytest.approx(expected, rel=0.05)
 
 
