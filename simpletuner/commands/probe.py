@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from simpletuner.training.build import attach_adapter
 from simpletuner.training.device_placement import place_denoiser
 from simpletuner.training.gradient_checkpointing import GradientCheckpointing
 from simpletuner.training.kernels import compile_blocks
+from simpletuner.training.losses.prior_preservation import aim_at_base
 from simpletuner.training.step import compute_losses, sample_noise
 
 TIMED_BATCHES = 2
@@ -132,8 +134,10 @@ def _losses(
     batch = empty_batch(family, load.height, load.width, prompts, load.references)
     batch = replace(batch, is_regularisation=load.is_regularisation)
     quantiles = torch.full((len(batch),), 0.5, dtype=torch.float64)
+    aim = partial(aim_at_base, family=family, denoiser=denoiser, without_adapter=adapter.disabled)
+    changes = [aim] if load.is_regularisation else []
     with autocast(family.device, loaded.config.mixed_precision):
-        losses = compute_losses(family, denoiser, batch, sample_noise(batch, 0, 0), quantiles, adapter.disabled)
+        losses = compute_losses(family, denoiser, batch, sample_noise(batch, 0, 0), quantiles, changes=changes)
     return losses.weighted_sum
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from simpletuner.config.checking import is_neutral
 from simpletuner.config.draft import Draft
+from simpletuner.config.losses import LOSSES
 from simpletuner.errors import Problem
 from simpletuner.families.spec import FamilySpec
 
@@ -103,7 +104,7 @@ def settings_have_their_switch(draft: Draft) -> Iterator[str]:
     """Files of other trainers write whole groups of keys out; what does nothing is reported and kept."""
     config = draft.config
     groups = {
-        "loss_type is l2": (config.loss_type == "l2", ("huber_schedule", "huber_c")),
+        f"loss_type is {config.loss_type}": (True, _options_of_other_losses(config.loss_type)),
         "offset_noise is false": (not config.offset_noise, ("noise_offset", "noise_offset_probability")),
         "input_perturbation is 0": (not config.input_perturbation, ("input_perturbation_steps",)),
         "timestep_bias_strategy is none": (
@@ -119,6 +120,12 @@ def settings_have_their_switch(draft: Draft) -> Iterator[str]:
         for key in keys if is_off else ():
             if getattr(config, key) != type(config).model_fields[key].default:
                 yield f"{draft.origin(key)}: {key}: has no effect: {reason}"
+
+
+def _options_of_other_losses(loss_type: str) -> tuple[str, ...]:
+    """Options that some loss reads, and this one does not."""
+    names = dict.fromkeys(name for row in LOSSES.values() for name in row.options)
+    return tuple(name for name in names if name not in LOSSES[loss_type].options)
 
 
 OBJECTIVE_NOTICES = (settings_have_their_switch,)

@@ -33,7 +33,11 @@ from simpletuner.training.device_failures import is_shortage
 from simpletuner.training.divergence import explain, has_diverged, last_good_state, note_step, require_finite
 from simpletuner.training.evaluate import evaluate
 from simpletuner.training.loss_bins import INTERVAL as LOSS_BINS_INTERVAL
+from simpletuner.training.losses.base import Change
+from simpletuner.training.losses.perturbation import perturb
+from simpletuner.training.losses.prior_preservation import aim_at_base
 from simpletuner.training.memory import memory_gb
+from simpletuner.training.rollout import train_from_rollout
 from simpletuner.training.run import Run
 from simpletuner.training.step import Losses, compute_losses, sample_noise, sample_quantiles
 
@@ -187,25 +191,24 @@ def backward_micro_batch(run: Run, window: Window, micro_step: int, weight: floa
 
 def forward_micro_batch(run: Run, window: Window, micro_step: int) -> Losses:
     """The losses of one micro-batch; the same each time it is computed."""
-    batch = window.batches[micro_step]
-    step = window.step
-    quantiles = sample_quantiles(batch, run.seed, step)
-    noise = run.objective.offset_noise(sample_noise(batch, run.seed, step), batch.slots, run.seed, step)
-    perturbed_noise = run.objective.perturbed_noise(noise, batch.slots, run.seed, step)
-    # Dropout inside an adapter draws from the global generator.
-    reseed_global(run.seed, "denoiser", step, micro_step, *run.process_group.key)
-    return compute_losses(
-        run.family,
-        run.denoiser,
-        batch,
-        noise,
-        quantiles,
-        run.adapter.disabled,
-        run.objective,
-        perturbed_noise,
-        run.rollouts,
-        run.rollouts.depth(run.seed, step, micro_step),
-    )
+    batch, step, seed = window.batches[micro_step], window.step, run.seed
+    family, denoiser, objective = run.family, run.denoiser, run.objective
+    noise = objective.offset_noise(sample_noise(batch, seed, step), batch.slots, seed, step)
+    perturbed_noise = objective.perturbed_noise(noise, batch.slots, seed, step)
+    depth = run.rollouts.depth(seed, step, micro_step)
+
+    changes: list[Change] = []
+    if perturbed_noise is not None:
+        changes.append(partial(perturb, family=family, perturbed_noise=perturbed_noise))
+    if batch.is_regularisation:
+        changes.append(partial(aim_at_base, family=family, denoiser=denoiser, without_adapter=run.adapter.disabled))
+    elif depth:
+        changes.append(
+            partial(train_from_rollout, family=family, denoiser=denoiser, depth=depth, rollouts=run.rollouts)
+        )
+    # Dropout inside an adapter samples from the global generator.
+    reseed_global(seed, "denoiser", step, micro_step, *run.process_group.key)
+    return compute_losses(family, denoiser, batch, noise, sample_quantiles(batch, seed, step), objective, changes)
 
 
 def summarise(run: Run, window: Window, losses: list[Losses]) -> StepOutcome:

@@ -5,22 +5,18 @@ The eval loss never sees any of it: it stays the family's own, so that two setti
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
 from simpletuner.diffusion import timesteps
-from simpletuner.diffusion.loss import (
-    huber_error,
-    huber_limits,
-    min_snr_weights,
-    smooth_l1_error,
-    squared_error,
-)
 from simpletuner.models.family import ModelFamily
 from simpletuner.randomness import keyed_generator, keyed_uniform
+from simpletuner.training.losses.base import Loss, build_loss
+from simpletuner.training.losses.l2 import L2
+from simpletuner.training.losses.min_snr import min_snr_weights
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -88,9 +84,7 @@ class Objective:
     """How training differs from predicting the family's target with the mean squared error.
 
     Args:
-        loss_type: error of each element.
-        huber_schedule: how the turning point of the other two errors follows the noise.
-        huber_c: that turning point.
+        loss: error of each element.
         snr_gamma: bound of min-SNR weights; None weighs all alike.
         noise_offset: deviation of one number for each channel that is added to the noise; 0 adds none.
         noise_offset_probability: share of the images whose noise has it.
@@ -100,9 +94,7 @@ class Objective:
         bias: some of them more often.
     """
 
-    loss_type: Literal["l2", "huber", "smooth_l1"] = "l2"
-    huber_schedule: str = "snr"
-    huber_c: float = 0.1
+    loss: Loss = field(default_factory=L2)
     snr_gamma: float | None = None
     noise_offset: float = 0.0
     noise_offset_probability: float = 0.25
@@ -149,15 +141,6 @@ class Objective:
         ]
         return torch.stack(rows)
 
-    def errors(self, family: ModelFamily, model_pred: Tensor, target: Tensor, sigmas: Tensor) -> Tensor:
-        """(B, C, h, w) float32 error of each element."""
-        if self.loss_type == "l2":
-            return squared_error(model_pred, target)
-        signal, noise = family.signal_and_noise(sigmas)
-        limits = huber_limits(self.huber_schedule, self.huber_c, sigmas, noise / signal.clamp_min(1e-8))
-        error = huber_error if self.loss_type == "huber" else smooth_l1_error
-        return error(model_pred, target, limits)
-
     def weighted(self, family: ModelFamily, per_sample: Tensor, sigmas: Tensor) -> Tensor:
         """(B,) losses of samples, multiplied by the min-SNR weights of their noise levels where those are on."""
         if self.snr_gamma is None:
@@ -172,9 +155,7 @@ PLAIN = Objective()
 def build_objective(config: TrainConfig) -> Objective:
     """The objective of a configuration."""
     return Objective(
-        loss_type=config.loss_type,
-        huber_schedule=config.huber_schedule,
-        huber_c=config.huber_c,
+        loss=build_loss(config),
         snr_gamma=config.snr_gamma or None,
         noise_offset=config.noise_offset if config.offset_noise else 0.0,
         noise_offset_probability=config.noise_offset_probability,

@@ -10,7 +10,8 @@ The depth is chosen for a whole micro-batch of all processes, so that each calls
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Literal
 
@@ -23,27 +24,14 @@ from simpletuner.diffusion.solvers import Level, Solver, SolverName
 from simpletuner.families.spec import FamilySpec
 from simpletuner.models.family import ModelFamily
 from simpletuner.randomness import keyed_uniform
+from simpletuner.training.losses.base import Example
+from simpletuner.training.losses.reflexflow import ReflexFlow
 
 if TYPE_CHECKING:
     from simpletuner.config.options import TrainConfig
 
 # The drift of latents is divided by their noise to find the target; below this much it would be blown up.
 LEAST_NOISE = 0.02
-
-
-@dataclass(frozen=True)
-class ReflexFlow:
-    """Weights of the loss on rolled-out latents (`diffusion/reflexflow.py`).
-
-    Args:
-        alpha: of the frequency compensation, within the error.
-        direction: of the anti-drift term (beta 1).
-        error: of the error (beta 2).
-    """
-
-    alpha: float = 1.0
-    direction: float = 10.0
-    error: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -143,6 +131,20 @@ def build_rollouts(config: TrainConfig, spec: FamilySpec) -> Rollouts:
         order=config.scheduled_sampling_order,
         reflex=reflex if is_reflexive else None,
     )
+
+
+def train_from_rollout(
+    example: Example, family: ModelFamily, denoiser: nn.Module, depth: int, rollouts: Rollouts
+) -> Example:
+    """The example with latents that the model itself has made; its target leads from there to the data."""
+    latents, sigmas = example.latents, example.sigmas
+    rolled = roll_out(family, denoiser, example.conditioning, latents, example.noise, sigmas, depth, rollouts)
+    noise = implied_noise(family, rolled, latents, sigmas)
+    target = family.make_target(latents, noise, sigmas)
+    drifted = replace(example, noise=noise, noisy_latents=rolled, target=target)
+    if rollouts.reflex is None:
+        return drifted
+    return replace(drifted, mean=partial(rollouts.reflex.losses, drift=rolled - example.noisy_latents))
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ from simpletuner.adapters.lora import LoraSettings, attach_lora
 from simpletuner.commands.shapes import empty_batch
 from simpletuner.families.registry import family_names, get_family_class, get_spec
 from simpletuner.models.components import ModelSource
+from simpletuner.training.losses.huber import Huber
+from simpletuner.training.losses.reflexflow import ReflexFlow
 from simpletuner.training.objective import Objective
-from simpletuner.training.rollout import ReflexFlow, Rollouts
+from simpletuner.training.rollout import Rollouts, train_from_rollout
 from simpletuner.training.step import compute_losses, sample_noise
 from tests.tiny_folders import TINY_FOLDERS
 
@@ -46,7 +49,8 @@ def test_a_micro_batch_never_waits_for_the_device(name: str, tmp_path: Path) -> 
     family.device = torch.device("meta")
     denoiser = family.empty_denoiser()
     attach_lora(denoiser, LoraSettings(rank=2), spec, torch.float32, seed=0)
-    objective = Objective(loss_type="huber", snr_gamma=5.0)
+    objective = Objective(loss=Huber(), snr_gamma=5.0)
+    rollouts = Rollouts(max_depth=2, reflex=ReflexFlow())
     quantiles = torch.tensor([0.3, 0.7], dtype=torch.float64)
     with Replicated() as copies:
         losses = compute_losses(
@@ -55,9 +59,8 @@ def test_a_micro_batch_never_waits_for_the_device(name: str, tmp_path: Path) -> 
             batch,
             sample_noise(batch, 0, 0),
             quantiles,
-            objective=objective,
-            rollouts=Rollouts(max_depth=2, reflex=ReflexFlow()),
-            depth=2,
+            objective,
+            [partial(train_from_rollout, family=family, denoiser=denoiser, depth=2, rollouts=rollouts)],
         )
         losses.weighted_sum.backward()
     assert copies.waiting == []

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import BeforeValidator
 
+from simpletuner.config.losses import LOSSES
 from simpletuner.config.options.declare import OptionGroup, option
 from simpletuner.config.values import Bool, Float, Fraction, Int, read_sigmas
+
+if TYPE_CHECKING:
+    LossName = str
+else:
+    LossName = Literal[tuple(LOSSES)]
 
 
 class ObjectiveOptions(OptionGroup):
     """Loss and noise"""
 
-    loss_type: Literal["l2", "huber", "smooth_l1"] = option(
+    loss_type: LossName = option(
         "l2",
-        help="Error between prediction and target. `l2` is the squared one; `huber` and `smooth_l1` grow slower for "
-        "large differences (beyond `huber_c`), so that odd images pull less.",
+        help="Error between prediction and target. "
+        + " ".join(f"`{name}` {row.help}." for name, row in LOSSES.items()),
     )
     huber_schedule: Literal["snr", "exponential", "constant"] = option(
         "snr",

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 
 from simpletuner.diffusion.flow_matching import data_from_velocity, make_noisy_latents, velocity_target
-from simpletuner.diffusion.loss import sample_means, sample_weights, squared_error
+from simpletuner.diffusion.loss import sample_means, sample_weights
 from simpletuner.diffusion.timesteps import fixed_quantiles, logit_normal_sigmas
+from simpletuner.training.losses.l2 import squared_error
 
 LATENTS = torch.tensor([[[[1.0, -2.0]]], [[[0.5, 4.0]]]])
 NOISE = torch.tensor([[[[0.0, 1.0]]], [[[-1.5, 2.0]]]])

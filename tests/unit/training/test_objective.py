@@ -12,6 +12,8 @@ from simpletuner.models.components import ModelSource
 from simpletuner.models.omnigen.family import OmniGen
 from simpletuner.models.omnigen.spec import OMNIGEN
 from simpletuner.randomness import keyed_seed
+from simpletuner.training.losses.huber import Huber
+from simpletuner.training.losses.smooth_l1 import SmoothL1
 from simpletuner.training.objective import PLAIN, Objective, SigmaSchedule, TimestepBias, build_objective
 from tests.runs import dataset, load_here, metrics, train_here, write_images, write_run
 from tests.toy import ToyFamily, load_toy
@@ -162,7 +164,7 @@ def test_every_other_setting_is_read(tmp_path) -> None:
         "input_perturbation_steps": 9,
     }
     found = build_objective(plain.model_copy(update=written))
-    assert found == Objective("huber", "exponential", 0.25, 5.0, 0.5, 0.75, 0.125, 9)
+    assert found == Objective(Huber("exponential", 0.25), 5.0, 0.5, 0.75, 0.125, 9)
     off = {"offset_noise": False, "noise_offset": 0.5, "snr_gamma": 0.0}
     assert build_objective(plain.model_copy(update=off)).noise_offset == 0
     assert build_objective(plain.model_copy(update=off)).snr_gamma is None
@@ -181,25 +183,22 @@ def test_the_deviation_of_a_logit_normal_schedule_is_its_scale() -> None:
     assert sigma == pytest.approx(1 / (1 + 2.718281828**-0.5), abs=1e-5)
 
 
-def test_errors_and_factors_by_hand() -> None:
+def test_errors_and_weights_of_levels_by_hand() -> None:
     """At sigma 0.25 the signal is 0.75 and the noise 0.25, their ratio 3, its square 9."""
     family, sigmas = ToyFamily(), torch.tensor([0.25])
     prediction, target = torch.full((1, 2, 1, 1), 3.0), torch.zeros(1, 2, 1, 1)
     limits = {"constant": 0.5, "exponential": 0.5**0.25, "snr": 0.5 / (1 + 1 / 3) ** 2 + 0.5}
     for schedule, c in limits.items():
-        huber = Objective("huber", schedule, 0.5).errors(family, prediction, target, sigmas)
+        huber = Huber(schedule, 0.5).errors(family, prediction, target, sigmas)
         assert huber[0, 0, 0, 0].item() == pytest.approx(2 * c * ((9 + c * c) ** 0.5 - c), rel=1e-5)
-        smooth = Objective("smooth_l1", schedule, 0.5).errors(family, prediction, target, sigmas)
+        smooth = SmoothL1(schedule, 0.5).errors(family, prediction, target, sigmas)
         assert smooth[0, 0, 0, 0].item() == pytest.approx(2 * ((9 + c * c) ** 0.5 - c), rel=1e-5)
-    assert PLAIN.errors(family, prediction, target, sigmas).flatten().tolist() == [9, 9]
+    assert PLAIN.loss.errors(family, prediction, target, sigmas).flatten().tolist() == [9, 9]
     assert PLAIN.weighted(family, torch.tensor([3.0, 2.0]), torch.tensor([0.1, 0.9])).tolist() == [3, 2]
     # A velocity: the error of the data is sigma^2 times its own, and counts min(9, 5) times.
-    assert Objective(snr_gamma=5.0).weighted(family, torch.tensor([2.0]), sigmas).item() == pytest.approx(
-        5 / 8, rel=1e-5
-    )
-    assert Objective(snr_gamma=20.0).weighted(family, torch.tensor([2.0]), sigmas).item() == pytest.approx(
-        9 / 8, rel=1e-5
-    )
+    for gamma, weight in ((5.0, 5 / 8), (20.0, 9 / 8)):
+        found = Objective(snr_gamma=gamma).weighted(family, torch.tensor([2.0]), sigmas)
+        assert found.item() == pytest.approx(weight, rel=1e-5)
 
 
 def test_offset_and_perturbation_are_those_of_their_slot_and_step() -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,10 +15,12 @@ from simpletuner.diffusion.ddpm import NoiseSchedule
 from simpletuner.families.spec import FamilySpec
 from simpletuner.models.family import ModelFamily
 from simpletuner.randomness import keyed_seed
-from simpletuner.training.rollout import ReflexFlow, Rollouts, build_rollouts, implied_noise, roll_out
+from simpletuner.training.loop import forward_micro_batch
+from simpletuner.training.losses.reflexflow import ReflexFlow
+from simpletuner.training.rollout import Rollouts, build_rollouts, implied_noise, roll_out, train_from_rollout
 from simpletuner.training.step import compute_losses
 from tests.runs import dataset, metrics, train_here, write_images, write_run
-from tests.toy import load_toy
+from tests.toy import ToyDataset, load_toy, toy_run
 from tests.unit.config.conftest import FAMILY
 
 
@@ -109,44 +111,46 @@ def test_the_loss_is_zero_for_whoever_knows_the_way_back_and_no_gradient_goes_th
         return scale * (NOISE - DATA)
 
     quantiles = torch.tensor([0.4, 0.6], dtype=torch.float64)
-    losses = compute_losses(
-        family, denoiser, batch(), NOISE, quantiles, rollouts=Rollouts(max_depth=4, reflex=reflex), depth=3
-    )
+    rollouts = Rollouts(max_depth=4, reflex=reflex)
+    roll = partial(train_from_rollout, family=family, denoiser=denoiser, depth=3, rollouts=rollouts)
+    losses = compute_losses(family, denoiser, batch(), NOISE, quantiles, changes=[roll])
     assert calls == [False, False, False, True]
     assert losses.per_sample.max().item() == pytest.approx(0, abs=1e-5)
     losses.weighted_sum.backward()
     assert scale.grad is not None
 
 
-def test_regularisation_is_never_rolled_out_and_keeps_the_base_as_its_target() -> None:
-    family, calls = Exact(), []
-
-    def denoiser(x, sigmas):
-        calls.append(torch.is_grad_enabled())
-        return 0.3 * x
-
-    kept = dataclasses.replace(batch(), is_regularisation=True)
-    quantiles = torch.tensor([0.4, 0.6], dtype=torch.float64)
-    rollouts = Rollouts(max_depth=4, reflex=ReflexFlow())
-    losses = compute_losses(
-        family, denoiser, kept, NOISE, quantiles, contextlib.nullcontext, rollouts=rollouts, depth=3
-    )
-    assert calls == [False, True]
-    assert losses.per_sample.tolist() == [0, 0]
+def test_regularisation_is_never_rolled_out_and_keeps_the_base_as_its_target(tmp_path: Path) -> None:
+    """Two passes: the base's answer, which is the target, and the prediction. An image to train on has three more."""
+    rolled = {
+        "scheduled_sampling_max_step_offset": 3,
+        "scheduled_sampling_probability": 1.0,
+        "scheduled_sampling_reflexflow": False,
+    }
+    passes = {}
+    for is_regularisation in (True, False):
+        data = ToyDataset({"a": (4.0, 2.0)}, is_regularisation=is_regularisation)
+        folder = tmp_path / str(is_regularisation)
+        folder.mkdir()
+        run, _ = toy_run(folder, [data], **rolled)
+        depth = run.rollouts.depth(run.seed, 0, 0)
+        losses = forward_micro_batch(run, run.batches.build_window(0, 0, 0), 0)
+        passes[is_regularisation] = len(run.family.sigmas)
+        # The toy and its base both answer 0; the target of an image to train on is (4, 2).
+        assert losses.per_sample.tolist() == pytest.approx([0.0 if is_regularisation else 10.0])
+    assert passes == {True: 2, False: 1 + depth}
 
 
 def test_reflexflow_by_hand() -> None:
     """No drift: the error counts once, and a prediction at right angles to the target costs 10 * 2 more."""
-    from simpletuner.training.step import reflexive_losses
-
     target, prediction = torch.zeros(1, 1, 2, 2), torch.zeros(1, 1, 2, 2)
     target[0, 0, 0, 0], prediction[0, 0, 0, 1] = 2.0, 4.0
     errors = (prediction - target).square()  # 4 and 16: a mean of 5
     drift = torch.zeros(1, 1, 2, 2)
-    assert reflexive_losses(errors, prediction, target, drift, None, ReflexFlow()).tolist() == [25.0]
+    assert ReflexFlow().losses(errors, prediction, target, None, drift=drift).tolist() == [25.0]
     # A mask that leaves the left column: the error is 4 / 2, and the masked prediction is zero, without a direction.
     mask = torch.tensor([[[[1.0, 0.0], [1.0, 0.0]]]])
-    assert reflexive_losses(errors, prediction, target, drift, mask, ReflexFlow(direction=1)).tolist() == [4.0]
+    assert ReflexFlow(direction=1).losses(errors, prediction, target, mask, drift=drift).tolist() == [4.0]
 
 
 def test_shares_follow_the_ramp() -> None:

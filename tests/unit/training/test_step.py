@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ from simpletuner.batch import Batch
 from simpletuner.families.registry import get_family_class, get_spec
 from simpletuner.models.components import ModelSource
 from simpletuner.models.family import ModelFamily
+from simpletuner.training.losses.perturbation import perturb
+from simpletuner.training.losses.prior_preservation import aim_at_base
 from simpletuner.training.objective import Objective
 from simpletuner.training.step import compute_losses, sample_noise, sample_quantiles
 from tests.toy import ToyFamily
@@ -88,7 +91,9 @@ def test_the_target_of_a_regularisation_batch_is_the_prediction_without_the_adap
     denoiser = family.load_denoiser()
     batch = batch_of(family, [0, 1], is_regularisation=True)
     noise, quantiles = sample_noise(batch, 1, 5), sample_quantiles(batch, 1, 5)
-    same = compute_losses(family, denoiser, batch, noise, quantiles, lambda: torch.no_grad())
+    aim = partial(aim_at_base, family=family, denoiser=denoiser)
+    plain = partial(aim, without_adapter=torch.no_grad)
+    same = compute_losses(family, denoiser, batch, noise, quantiles, changes=[plain])
     assert same.per_sample.tolist() == [0.0, 0.0]
 
     @contextmanager
@@ -99,7 +104,9 @@ def test_the_target_of_a_regularisation_batch_is_the_prediction_without_the_adap
         with torch.no_grad():
             denoiser.proj_out.bias.add_(1.0)
 
-    changed = compute_losses(family, denoiser, batch, noise, quantiles, without_adapter)
+    changed = compute_losses(
+        family, denoiser, batch, noise, quantiles, changes=[partial(aim, without_adapter=without_adapter)]
+    )
     torch.testing.assert_close(changed.per_sample, torch.ones(2), atol=1e-4, rtol=0)
 
 
@@ -122,7 +129,8 @@ def test_weights_of_levels_and_noise_that_the_target_does_not_know_by_hand():
     plain = compute_losses(family, torch.nn.Identity(), batch, noise, half)
     assert plain.per_sample.tolist() == [4]
     assert plain.sigmas.tolist() == [0.5]
-    perturbed = compute_losses(family, torch.nn.Identity(), batch, noise, half, perturbed_noise=noise + 2)
+    more = partial(perturb, family=family, perturbed_noise=noise + 2)
+    perturbed = compute_losses(family, torch.nn.Identity(), batch, noise, half, changes=[more])
     assert perturbed.per_sample.tolist() == [4]
     assert family.noisy[1].flatten().tolist() == [3, 1]  # half of (1, 1) and half of (5, 1)
     weighed = compute_losses(family, torch.nn.Identity(), batch, noise, half, objective=Objective(snr_gamma=0.5))

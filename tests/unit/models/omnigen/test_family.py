@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from simpletuner.batch import Batch, PromptEmbeds
-from simpletuner.diffusion.loss import sample_means, squared_error
+from simpletuner.diffusion.loss import sample_means
 from simpletuner.models.components import ModelSource
 from simpletuner.models.omnigen.family import OmniGen
 from simpletuner.models.omnigen.spec import OMNIGEN
+from simpletuner.training.losses.l2 import squared_error
 from tests.unit.models.omnigen.reference import stock_row
 
 

@@ -12,12 +12,46 @@ here is this project's own form of these two parts, with the paper's weights as 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
+
+from simpletuner.diffusion.loss import sample_means
 
 # Frequencies up to this share of the highest one count as low.
 LOW_FREQUENCIES = 0.5
 _EPS = 1e-8
+
+
+@dataclass(frozen=True)
+class ReflexFlow:
+    """Weights of the loss.
+
+    Args:
+        alpha: of the frequency compensation, within the error.
+        direction: of the anti-drift term (beta 1).
+        error: of the error (beta 2).
+    """
+
+    alpha: float = 1.0
+    direction: float = 10.0
+    error: float = 1.0
+
+    def losses(
+        self, errors: Tensor, model_pred: Tensor, target: Tensor, masks: Tensor | None, *, drift: Tensor
+    ) -> Tensor:
+        """(B,) losses: errors that weigh by drift, and the direction of the prediction.
+
+        Args:
+            errors: (B, C, h, w) of each element.
+            masks: (B, 1, h, w) where the loss counts, or None.
+            drift: (B, C, h, w) rolled-out latents minus those that training would have used.
+        """
+        error = sample_means(errors * compensation_weights(drift, self.alpha), masks)
+        if masks is not None:
+            model_pred, target = model_pred * masks, target * masks
+        return self.error * error + self.direction * direction_loss(model_pred, target)
 
 
 def low_frequencies(values: Tensor) -> Tensor:
