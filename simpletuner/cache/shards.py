@@ -58,7 +58,7 @@ class TensorPlace:
 
 @dataclass(frozen=True)
 class Entry:
-    """Where the tensors of one key lie, and the sha256 that `entry_digest` must give."""
+    """Where the tensors of one key lie, and their sha256 (`_digest_of_tensors`)."""
 
     digest: str
     tensors: tuple[TensorPlace, ...]

@@ -1,8 +1,8 @@
 """Which samples make up each batch: a pure function of (seed, epoch, position) and of what the datasets hold.
 
 The state of the sampler is two integers, so a resume needs nothing else, and any batch can be asked for in any order.
-The global batch is formed here; ranks take their slice of it (`slice_for_rank`), so the order survives a change of the
-number of ranks.
+The global batch is formed here; each process takes its part of it (`range_for_rank`), so the order
+survives a change of the number of processes.
 
 Each dataset is an endless sequence of rounds (`rounds.py`). An epoch takes `probability` rounds of each dataset that
 takes part in it, from where the epoch before left off: of K batches per round, epoch e gets those from floor(p e K) to
@@ -19,15 +19,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import accumulate
-from typing import TypeVar
 
 import numpy as np
 
 from simpletuner.data.interleave import Interleaving
 from simpletuner.data.rounds import DatasetOrder, SampledDataset, Size
 from simpletuner.errors import ConfigError, Problem
-
-Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -218,12 +215,6 @@ def _nothing_takes_part(step: int, epoch: int) -> Problem:
         key="start_epoch, end_epoch, start_step, end_step, probability",
         fix="let one dataset take part at any time, or end the run earlier (max_train_steps)",
     )
-
-
-def slice_for_rank(items: Sequence[Item], rank: int, world_size: int) -> Sequence[Item]:
-    """The part of a global batch that `rank` works on: contiguous, lengths differing by one at most."""
-    span = range_for_rank(len(items), rank, world_size)
-    return items[span.start : span.stop]
 
 
 def range_for_rank(length: int, rank: int, world_size: int) -> range:

@@ -88,6 +88,7 @@ class StepDone(Event):
         epoch: the epoch that the step belongs to.
         memory_gb: peak of the device; of the process where there is no accelerator.
         extra: further scalars by name (`ema_decay`, `regularisation_loss`).
+        is_regularisation: all samples were regularization data: then the loss is the distance from the base model.
     """
 
     step: int
@@ -100,11 +101,7 @@ class StepDone(Event):
     epoch: int
     memory_gb: float | None = None
     extra: Mapping[str, float] = field(default_factory=dict)
-
-    @property
-    def is_regularisation(self) -> bool:
-        """Whether all samples were regularisation data: then the loss is the distance from the base model."""
-        return self.extra.get("regularisation_loss") == self.loss
+    is_regularisation: bool = False
 
 
 @dataclass(frozen=True)

@@ -89,7 +89,12 @@ def read_curves(metrics: Path) -> Curves:
 
 
 def is_regularisation(record: Mapping[str, Any]) -> bool:
-    """As `StepDone.is_regularisation`, of a record of `metrics.jsonl`."""
+    """As `StepDone.is_regularisation`, of a record of `metrics.jsonl`.
+
+    Files of earlier versions do not say it: there the loss of the step is that of its regularization data.
+    """
+    if "is_regularisation" in record:
+        return bool(record["is_regularisation"])
     return (record.get("extra") or {}).get("regularisation_loss") == record["loss"]
 
 

@@ -137,8 +137,8 @@ class Checkpoints:
 
         write_patiently(run, path.name, commit)
         self.is_settled = False
-        for line in self.rotate(keep=path, at_least=2):
-            run.bus.emit(Notice("warning", line))
+        for notice in self.rotate(keep=path, at_least=2):
+            run.bus.emit(notice)
         return True
 
     def _metadata(self, run: Run) -> dict[str, Any]:
@@ -201,28 +201,30 @@ class Checkpoints:
         metadata = storage.read_manifest(path).metadata
         return int(metadata["global_step"]), float(metadata["eval_loss"])
 
-    def rotate(self, keep: Path, at_least: int = 1) -> list[str]:
+    def rotate(self, keep: Path, at_least: int = 1) -> list[Notice]:
         """Remove the oldest checkpoints beyond the limit; only valid ones count, `keep` is never removed.
 
         Args:
             at_least: are left, whatever the limit.
 
         Returns:
-            A line for each that could not be removed.
+            What was removed, and what could not be.
         """
         if not self.limit:
             return []
-        lines = []
+        notices = []
         valid = [path for path in self.found() if not storage.verify_dir(path, full=False)]
         for path in valid[: max(len(valid) - max(self.limit, at_least), 0)]:
             try:
                 if path != keep:
                     storage.remove_dir(path)
+                    notices.append(Notice("info", f"{path.name} removed: checkpoints_total_limit is {self.limit}"))
             except DataError as error:
-                lines.append(f"an old checkpoint could not be removed: {error.problems[0].render()}")
-        return lines
+                text = f"an old checkpoint could not be removed: {error.problems[0].render()}"
+                notices.append(Notice("warning", text))
+        return notices
 
-    def settle(self) -> list[str]:
+    def settle(self) -> list[Notice]:
         """The weights of the last save have given a finite loss since: the one before it may go.
 
         Returns:

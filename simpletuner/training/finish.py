@@ -48,8 +48,8 @@ def finish_run(run: Run, seconds: float) -> None:
     if not run.process_group.is_main:
         return
     note_final_weights(run)
-    for line in run.checkpoints.settle():
-        run.bus.emit(Notice("warning", line))
+    for notice in run.checkpoints.settle():
+        run.bus.emit(notice)
     if run.validator is not None:
         with costing_only(run, "sheets of the images"):
             outputs |= run.validator.write_summaries(run.state.global_step)

@@ -47,6 +47,7 @@ class StepOutcome:
     """Numbers of one optimizer step, the same in every process; `loss` is not finite where the step was skipped.
 
     Args:
+        is_regularisation: all samples were regularization data.
         stops: a signal has reached one of the processes.
         samples: of all processes.
     """
@@ -55,6 +56,7 @@ class StepOutcome:
     grad_norm: float
     learning_rate: float
     regularisation_loss: float | None
+    is_regularisation: bool = False
     stops: bool = False
     samples: int = 0
 
@@ -217,7 +219,13 @@ def summarise(run: Run, window: Window, losses: list[Losses]) -> StepOutcome:
     *sums, stops, samples = run.process_group.sum([*weighted_sums(window, losses), bool(run.stop), window.num_samples])
     loss, regularisation_loss = weighted_means(*sums)
     return StepOutcome(
-        loss, float(grad_norm), learning_rate_at(run, window.step), regularisation_loss, stops > 0, int(samples)
+        loss=loss,
+        grad_norm=float(grad_norm),
+        learning_rate=learning_rate_at(run, window.step),
+        regularisation_loss=regularisation_loss,
+        is_regularisation=all(batch.is_regularisation for batch in window.batches),
+        stops=stops > 0,
+        samples=int(samples),
     )
 
 
@@ -274,6 +282,7 @@ def report_step(run: Run, window: Window, outcome: StepOutcome, epoch: int, seco
             epoch=epoch + 1,
             memory_gb=memory_gb(run.family.device),
             extra=extra,
+            is_regularisation=outcome.is_regularisation,
         )
     )
     if run.state.skipped_steps:
@@ -309,7 +318,7 @@ def as_written(number: float) -> Fraction:
 
 
 def save_checkpoint(run: Run) -> str:
-    """Commit a checkpoint of the current state and tell, where that is not done yet; returns its path.
+    """Commit a checkpoint of the current state and report it, unless that is done; returns its path.
 
     After skipped steps it is that of the last good step, from which a resume takes them once more.
 
@@ -327,16 +336,19 @@ def save_checkpoint(run: Run) -> str:
 
 
 def maybe_checkpoint(run: Run) -> None:
-    """Save where it is due; what is due at a skipped step is made up for after the next good one."""
+    """Save a checkpoint if one is due. One that is due at a skipped step is saved after the next good step."""
     config = run.config
     is_skipped = run.state.skipped_steps > 0
     if not is_skipped and run.process_group.is_main:
-        for line in run.checkpoints.settle():
-            run.bus.emit(Notice("warning", line))
+        for notice in run.checkpoints.settle():
+            run.bus.emit(notice)
     if is_due(run, config.checkpoint_step_interval, config.checkpoint_epoch_interval) or run.owes_checkpoint:
-        run.owes_checkpoint = is_skipped
         if not is_skipped:
             save_checkpoint(run)
+        elif not run.owes_checkpoint:
+            text = f"checkpoint-{run.state.global_step} is not saved, its step was skipped"
+            run.bus.emit(Notice("warning", f"{text}: one is saved after the next step that is not"))
+        run.owes_checkpoint = is_skipped
     if run.is_finished:
         save_checkpoint(run)
 

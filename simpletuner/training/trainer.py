@@ -20,6 +20,7 @@ from simpletuner import storage
 from simpletuner.adapters.base import Adapter
 from simpletuner.config.loading import LoadedRun
 from simpletuner.config.lycoris_algorithms import form_and_kind
+from simpletuner.config.options import TrainConfig
 from simpletuner.data.sampler import Sampler
 from simpletuner.disk import disk_error, reported_as_disk_errors
 from simpletuner.distributed.process_group import SINGLE_PROCESS, ConnectionLost, ProcessGroup, joined
@@ -288,6 +289,18 @@ def describe_adapter(adapter: Adapter, bus: EventBus) -> None:
         bus.emit(Notice("info", line))
 
 
+def checkpoint_plan(config: TrainConfig) -> str:
+    """When checkpoints are saved and how many are kept, for the start of the log."""
+    steps, epochs, limit = (
+        config.checkpoint_step_interval,
+        config.checkpoint_epoch_interval,
+        config.checkpoints_total_limit,
+    )
+    intervals = [f"every {steps} steps"] if steps else []
+    intervals += [f"every {epochs:g} epochs"] if epochs else []
+    return f"{', '.join([*intervals, 'at the end'])}; {f'the last {limit} are kept' if limit else 'all are kept'}"
+
+
 def announce(run: Run) -> None:
     """Say what is about to run; the sinks open their files for it."""
     config, family, mark = run.config, run.family, run.checkpoints.history.mark
@@ -297,6 +310,7 @@ def announce(run: Run) -> None:
         "device": f"{family.device} in {str(family.dtype).removeprefix('torch.')}",
         "pictures": ", ".join(f"{dataset.id}: {dataset.num_images}" for dataset in run.datasets),
     }
+    details["checkpoints"] = checkpoint_plan(config)
     if config.model_type == "lora":
         form, kind = form_and_kind(config, run.loaded.lycoris)
         details["adapter file"] = f"{form} form, {family.spec.read_by(form, kind)}"

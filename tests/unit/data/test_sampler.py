@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from simpletuner.data import interleave, rounds
-from simpletuner.data.sampler import BatchPlan, Sampler, range_for_rank, slice_for_rank
+from simpletuner.data.sampler import BatchPlan, Sampler, range_for_rank
 from simpletuner.data.schedule import Schedule
 from tests.costs import calls_in
 
@@ -126,7 +126,8 @@ def test_a_short_batch_says_how_many_count() -> None:
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 def test_ranks_together_make_the_same_global_batch(world_size: int) -> None:
     for plan in epoch_of(Sampler(MIXED, 8, seed=4)):
-        parts = [slice_for_rank(plan.sample_indices, rank, world_size) for rank in range(world_size)]
+        ranges = [range_for_rank(len(plan.sample_indices), rank, world_size) for rank in range(world_size)]
+        parts = [plan.sample_indices[part.start : part.stop] for part in ranges]
         assert sum(parts, ()) == plan.sample_indices
         slots = [
             slot for rank in range(world_size) for slot in range_for_rank(len(plan.sample_indices), rank, world_size)

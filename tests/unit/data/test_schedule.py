@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 
-from simpletuner.data.sampler import BatchPlan, Sampler, slice_for_rank
+from simpletuner.data.sampler import BatchPlan, Sampler, range_for_rank
 from simpletuner.data.schedule import Schedule
 from simpletuner.errors import ConfigError
 from tests.costs import calls_in
@@ -146,7 +146,8 @@ def test_ranks_together_make_the_batches_of_one(world_size: int) -> None:
     alone = walk(Sampler([datasets[0], Fake("b", 21, batch_size=4)], 8, seed=2), 30)
     together = walk(Sampler(datasets, 8, seed=2, num_ranks=world_size), 30)
     for (one,), (many,) in zip(alone, together, strict=True):
-        parts = [slice_for_rank(many.sample_indices, rank, world_size) for rank in range(world_size)]
+        ranges = [range_for_rank(len(many.sample_indices), rank, world_size) for rank in range(world_size)]
+        parts = [many.sample_indices[part.start : part.stop] for part in ranges]
         assert sum(parts, ()) == one.sample_indices
 
 

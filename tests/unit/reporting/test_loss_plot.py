@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import json
 from pathlib import Path
 
 import pytest
@@ -72,12 +73,23 @@ def test_short_flat_and_broken_runs_are_drawn(tmp_path: Path, train: list[float]
 def test_steps_on_regularisation_data_have_a_curve_of_their_own(tmp_path: Path):
     sink = JsonlSink(tmp_path)
     sink.handle(StepDone(1, 3, 0.75, 1e-4, None, 0.1, 4, 1))
-    sink.handle(StepDone(2, 3, 0.01, 1e-4, None, 0.1, 4, 1, extra={"regularisation_loss": 0.01}))
+    sink.handle(
+        StepDone(2, 3, 0.01, 1e-4, None, 0.1, 4, 1, extra={"regularisation_loss": 0.01}, is_regularisation=True)
+    )
     sink.handle(StepDone(3, 3, 0.5, 1e-4, None, 0.1, 4, 1, extra={"regularisation_loss": 0.02}))
+    sink.handle(StepDone(4, 5, 0.0, 1e-4, None, 0.1, 4, 1, extra={"regularisation_loss": 0.0}))
     sink.close()
     curves = read_curves(sink.path)
-    assert curves.train == [(1, 0.75), (3, 0.5)]
+    assert curves.train == [(1, 0.75), (3, 0.5), (4, 0.0)]
     assert curves.prior == [(2, 0.01)]
+
+
+def test_a_file_of_before_the_field_is_read_by_its_losses(tmp_path: Path):
+    steps = [(1, 0.75, {}), (2, 0.01, {"regularisation_loss": 0.01}), (3, 0.5, {"regularisation_loss": 0.02})]
+    records = [{"event": "step_done", "step": step, "loss": loss, "extra": extra} for step, loss, extra in steps]
+    (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps(record)}\n" for record in records))
+    curves = read_curves(tmp_path / "metrics.jsonl")
+    assert (curves.train, curves.prior) == ([(1, 0.75), (3, 0.5)], [(2, 0.01)])
 
 
 def test_smoothing_a_constant_changes_nothing():

@@ -126,7 +126,7 @@ def test_steps_on_regularisation_data_are_marked_in_the_curve() -> None:
     history = History()
     steps = [
         StepDone(1, 3, 2.0, 1e-4, 0.5, 0.1, 4, 1),
-        StepDone(2, 3, 0.1, 1e-4, 0.5, 0.1, 4, 1, extra={"regularisation_loss": 0.1}),
+        StepDone(2, 3, 0.1, 1e-4, 0.5, 0.1, 4, 1, extra={"regularisation_loss": 0.1}, is_regularisation=True),
         StepDone(3, 3, 1.0, 1e-4, 0.5, 0.1, 4, 1, extra={"regularisation_loss": 0.2}),  # both kinds in one step
     ]
     message = progress_message(steps[-1], "stars", [CurvePoint.of(each) for each in steps])

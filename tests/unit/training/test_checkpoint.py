@@ -17,7 +17,8 @@ from simpletuner.training.checkpoint import Checkpoints, load_checkpoint, read_s
 from simpletuner.training.identity import refuse_changes
 from simpletuner.training.loop import run_training
 from simpletuner.training.run_history import RunHistory
-from tests.toy import toy_run, weights_of
+from simpletuner.training.trainer import checkpoint_plan
+from tests.toy import load_toy, toy_run, weights_of
 
 ONE = {"a": (1.0, 3.0)}
 
@@ -46,12 +47,29 @@ def test_the_last_ones_are_kept(tmp_path, limit, kept):
     assert names(tmp_path / "output") == [f"checkpoint-{step}" for step in kept]
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"checkpoint_step_interval": 500}, "every 500 steps, at the end; the last 5 are kept"),
+        (
+            {"checkpoint_epoch_interval": 0.5, "checkpoints_total_limit": 0},
+            "every 0.5 epochs, at the end; all are kept",
+        ),
+        ({}, "at the end; the last 5 are kept"),
+    ],
+)
+def test_the_start_of_the_log_says_when_checkpoints_are_saved(tmp_path, options, words):
+    written = {"checkpoint_step_interval": 0, "checkpoints_total_limit": 5} | options
+    assert checkpoint_plan(load_toy(tmp_path, **written).config) == words
+
+
 def test_what_is_damaged_or_has_another_name_is_not_counted_and_not_removed(tmp_path):
     others = ["checkpoint-1 (copy)", "my-checkpoint-1", "checkpoint-", "checkpoint-best"]
     for name in ["checkpoint-1", "checkpoint-2", "checkpoint-3", "checkpoint-10", *others]:
         folder_of(tmp_path, name)
     damage(tmp_path / "checkpoint-2")
-    Checkpoints(tmp_path, 2).rotate(keep=tmp_path / "checkpoint-10")
+    notices = Checkpoints(tmp_path, 2).rotate(keep=tmp_path / "checkpoint-10")
+    assert [notice.text for notice in notices] == ["checkpoint-1 removed: checkpoints_total_limit is 2"]
     assert names(tmp_path) == sorted(["checkpoint-2", "checkpoint-3", "checkpoint-10", *others])
 
 

@@ -230,7 +230,7 @@ def test_regularisation_pulls_to_the_base_and_is_reported_apart(tmp_path):
     run, recorder = toy_run(tmp_path, data, gradient_accumulation_steps=2, max_train_steps=2)
     run_training(run)
     first, second = steps_of(recorder)
-    assert (first.loss, first.extra["regularisation_loss"]) == (2.5, 0)
+    assert (first.loss, first.extra["regularisation_loss"], first.is_regularisation) == (2.5, 0, False)
     # Weights (0.25, 0.75): 5.625 / 2 from the image, 0.625 / 2 from the base.
     assert (second.loss, second.extra["regularisation_loss"]) == (pytest.approx(1.5625), pytest.approx(0.3125))
     assert weights_of(run) == pytest.approx([0.375, 1.125])
@@ -387,10 +387,26 @@ def test_an_evaluation_comes_at_the_start_at_its_interval_and_at_the_end(tmp_pat
     assert [event.step for event in recorder.of(EvalDone)] == [0, 3, 4]
 
 
+def test_a_step_says_whether_it_saw_regularisation_alone(tmp_path):
+    """Weights of 0 answer as the base does, so both losses of a window are 0: only the field tells its kind."""
+    for is_regularisation in (True, False):
+        data = [ToyDataset({"a": (0.0, 0.0)}, is_regularisation=is_regularisation)]
+        data.append(ToyDataset({"b": (0.0, 0.0)}, id="kept", is_regularisation=True))
+        folder = tmp_path / str(is_regularisation)
+        folder.mkdir()
+        run, recorder = toy_run(folder, data, gradient_accumulation_steps=2, max_train_steps=1)
+        run_training(run)
+        [step] = steps_of(recorder)
+        assert (step.loss, step.extra["regularisation_loss"], step.is_regularisation) == (0, 0, is_regularisation)
+
+
 def test_a_checkpoint_that_is_due_at_a_skipped_step_is_saved_after_the_next_good_one(tmp_path):
     run, recorder = toy_run(tmp_path, ONE, spoiled=[1, 2], max_train_steps=6, checkpoint_step_interval=2)
     run_training(run)
     assert [event.step for event in recorder.of(CheckpointSaved)] == [4, 6]
+    assert [event.text for event in recorder.of(Notice) if "checkpoint-" in event.text] == [
+        "checkpoint-2 is not saved, its step was skipped: one is saved after the next step that is not"
+    ]
     run, recorder = toy_run(tmp_path / "b", ONE, spoiled=[1], max_train_steps=6, checkpoint_step_interval=2)
     run_training(run)
     assert [event.step for event in recorder.of(CheckpointSaved)] == [3, 4, 6]

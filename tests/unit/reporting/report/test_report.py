@@ -60,7 +60,7 @@ def make_run(folder: Path, text: str = "a cat", end: bool = True, side: int = 64
         if step:
             extra = {"regularisation_loss": 0.125} if step % 7 == 0 else {}
             loss = 0.125 if extra else 1 / step
-            sink.handle(StepDone(step, 20, loss, 1e-4, 2.0, 0.5, 4, 1, 1.5, extra))
+            sink.handle(StepDone(step, 20, loss, 1e-4, 2.0, 0.5, 4, 1, 1.5, extra, bool(extra)))
         if step % 10 == 0:
             sink.handle(EvalDone(step, {text: 0.5}, 0.75 - step / 40, ((0.25, 0.5), (0.75, 0.25)), 2.0))
             sink.handle(ImagesScored(step, "clip", {"live/a": 0.25}, 0.25))
