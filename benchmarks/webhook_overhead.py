@@ -176,7 +176,7 @@ class Trainer:
         loaded = load_run(given, {"CONFIG_PATH": str(example_config())}, folder)
         (folder / "output").mkdir()
         self.run = build_run(loaded, folder / "output", EventBus(), StopRequest())
-        self.run.denoiser.train()
+        self.run.model.denoiser.train()
         path = folder / "picture.png"
         Image.effect_noise((1024, 1024), 90).convert("RGB").save(path)
         self.image = SavedImage(path, "noise", "noise", 1024, 1024, 1, "live")
@@ -190,15 +190,15 @@ class Trainer:
         sinks: list[Any] = [JsonlSink(self.folder / "metrics")]
         timer = HandleTimer(webhook_sink(url, Path(tempfile.mkdtemp(dir=self.folder)))) if url else None
         with EventBus([*sinks, timer] if timer else sinks) as bus:
-            self.run.bus = bus
+            self.run.session.bus = bus
             wall, started, started_thread = [], time.perf_counter(), time.thread_time()
             for index in range(steps):
                 before = time.perf_counter()
                 self.step()
                 if index == steps // 3:
-                    bus.emit(CheckpointSaved(self.run.state.global_step, "checkpoint"))
+                    bus.emit(CheckpointSaved(self.run.progress.global_step, "checkpoint"))
                 if index == steps // 2:
-                    bus.emit(ImagesMade(self.run.state.global_step, (self.image,) * 2))
+                    bus.emit(ImagesMade(self.run.progress.global_step, (self.image,) * 2))
                 wall.append(time.perf_counter() - before)
             thread = (time.thread_time() - started_thread) / steps
             handle = timer.seconds / steps if timer else 0.0
@@ -210,8 +210,8 @@ class Trainer:
         from simpletuner.training.loop import report_step, train_window
 
         run, started = self.run, time.perf_counter()
-        epoch = run.state.epoch
-        window = run.batches.window(run.state.global_step, epoch, run.state.position)
+        epoch = run.progress.epoch
+        window = run.batches.window(run.progress.global_step, epoch, run.progress.position)
         outcome = train_window(run, window)
         report_step(run, window, outcome, epoch, time.perf_counter() - started)
 

@@ -116,8 +116,8 @@ def stop_after(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
     def report_and_signal(run, *arguments):
         report(run, *arguments)
-        if run.state.global_step == step:
-            run.stop.received = signal.SIGTERM
+        if run.progress.global_step == step:
+            run.session.stop.received = signal.SIGTERM
 
     monkeypatch.setattr(loop, "report_step", report_and_signal)
 

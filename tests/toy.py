@@ -32,10 +32,11 @@ from simpletuner.storage import save_tensors
 from simpletuner.training.build import build_batches, build_lr_factor, build_sampler
 from simpletuner.training.checkpoint import Checkpoints
 from simpletuner.training.evaluation import EvalResult
+from simpletuner.training.loss_scale import LossScale
+from simpletuner.training.progress import Progress
 from simpletuner.training.resuming import total_train_steps
-from simpletuner.training.run import Run
+from simpletuner.training.run import Model, Run, Session
 from simpletuner.training.signals import StopRequest
-from simpletuner.training.state import TrainState
 from tests.unit.config.conftest import FAMILY, Workspace
 
 OPTIONS = {
@@ -277,26 +278,32 @@ def toy_run(
     run = Run(
         loaded=loaded,
         seed=config.seed,
-        output_dir=folder / "output",
-        family=family,
-        denoiser=denoiser,
-        adapter=adapter,
-        optimizer=(optimizer or torch.optim.SGD)(list(parameters.values()), lr=123.0),  # set again before each step
-        lr_factor=build_lr_factor(loaded, total, process_group),
-        ema=EMA(parameters, config.ema_decay, config.ema_update_interval) if config.use_ema else None,
+        model=Model(
+            family=family,
+            denoiser=denoiser,
+            adapter=adapter,
+            placement=Replicated(parameters, process_group),
+            optimizer=(optimizer or torch.optim.SGD)(list(parameters.values()), lr=123.0),  # set again before each step
+            lr_factor=build_lr_factor(loaded, total, process_group),
+            ema=EMA(parameters, config.ema_decay, config.ema_update_interval) if config.use_ema else None,
+        ),
+        progress=Progress(loss_scale=LossScale.of(config.mixed_precision)),
+        session=Session(
+            folder / "output",
+            Path(config.cache_dir),
+            EventBus([recorder]),
+            StopRequest(),
+            Checkpoints(folder / "output", config.checkpoints_total_limit),
+            process_group,
+            config.pause_on_full_disk,
+        ),
         batches=build_batches(loaded, family, datasets, sources, sampler, process_group),  # type: ignore[arg-type]
         evaluator=ToyEvaluator(losses) if losses else None,  # type: ignore[arg-type]
         validator=None,
-        checkpoints=Checkpoints(folder / "output", config.checkpoints_total_limit),
-        bus=EventBus([recorder]),
-        stop=StopRequest(),
-        state=TrainState(),
         max_train_steps=total,
-        placement=Replicated(parameters, process_group),
-        process_group=process_group,
     )
     return run, recorder
 
 
 def weights_of(run: Run) -> list[float]:
-    return run.adapter.state_dict()["weight"].tolist()
+    return run.model.adapter.state_dict()["weight"].tolist()

@@ -246,10 +246,10 @@ class _Watch:
     def _before(self, point: str, call: Callable[..., Any]) -> Callable[..., Any]:
         def watched(run: Run, *arguments: Any, **keywords: Any) -> Any:
             is_reported = point == "after the update"
-            if self.death and self.death.point == point and run.state.global_step - is_reported == self.death.step:
+            if self.death and self.death.point == point and run.progress.global_step - is_reported == self.death.step:
                 os.kill(os.getpid(), signal.SIGKILL)
             if is_reported:
-                self.step = run.state.global_step
+                self.step = run.progress.global_step
                 self.counts[self.step] = (0, 0)
             return call(run, *arguments, **keywords)
 

@@ -16,10 +16,9 @@ from simpletuner.models.family import ModelFamily
 from simpletuner.precision.mixed import exact_float32
 from simpletuner.precision.quantise import copy_unpacked
 from simpletuner.randomness import keyed_generator
-from simpletuner.reporting.events import Notice
 from simpletuner.training.divergence import require_finite
 from simpletuner.training.prompts import PROBE_PROMPT
-from simpletuner.training.run import Run
+from simpletuner.training.run import Model, Run, Session
 
 # Largest relative difference by dtype: a layer plus its adapter rounds otherwise than the merged layer.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 1e-2}
@@ -39,25 +38,26 @@ def live_output(run: Run) -> LiveOutput:
     Raises:
         DivergedError: it is not finite.
     """
-    was_training = run.denoiser.training
-    run.denoiser.eval()
+    model = run.model
+    was_training = model.denoiser.training
+    model.denoiser.eval()
     # As in training, for adapters in float32 may sit on a base in half precision; what is float32 throughout is
     # compared in float32, whatever training computes in, and without the TF32 of GPUs.
-    with exact_float32(), nullcontext() if probe_dtype(run) == torch.float32 else run.autocast():
-        adapted = probe_output(run.family, run.denoiser).cpu()
-        with run.adapter.disabled():
-            base = probe_output(run.family, run.denoiser).cpu()
-    run.denoiser.train(was_training)
+    with exact_float32(), nullcontext() if probe_dtype(model) == torch.float32 else run.autocast():
+        adapted = probe_output(model.family, model.denoiser).cpu()
+        with model.adapter.disabled():
+            base = probe_output(model.family, model.denoiser).cpu()
+    model.denoiser.train(was_training)
     require_finite(run, "outputs of the trained model", {"output": adapted})
     return LiveOutput(adapted, base)
 
 
-def probe_dtype(run: Run) -> torch.dtype:
+def probe_dtype(model: Model) -> torch.dtype:
     """The coarsest number format of base and adapter: how alike two outputs can be."""
-    return min((run.family.dtype, *(each.dtype for each in run.trainable)), key=lambda dtype: -TOLERANCE[dtype])
+    return min((model.family.dtype, *(each.dtype for each in model.trainable)), key=lambda dtype: -TOLERANCE[dtype])
 
 
-def prove_adapter(run: Run, path: Path, reference: LiveOutput) -> None:
+def prove_adapter(model: Model, session: Session, path: Path, reference: LiveOutput) -> None:
     """Reload an adapter file through its public loader onto freshly loaded base weights; outputs must be equal.
 
     Args:
@@ -68,23 +68,21 @@ def prove_adapter(run: Run, path: Path, reference: LiveOutput) -> None:
     Raises:
         DataError: the file is not what was trained.
     """
-    size = sum(parameter.numel() * parameter.element_size() for parameter in run.family.empty_denoiser().parameters())
+    size = sum(each.numel() * each.element_size() for each in model.family.empty_denoiser().parameters())
     if psutil.virtual_memory().available < 1.5 * size:
-        run.bus.emit(
-            Notice("warning", f"{path.name} was not checked on a fresh model: that takes {size / 2**30:.1f} GiB")
-        )
+        session.warn(f"{path.name} was not checked on a fresh model: that takes {size / 2**30:.1f} GiB")
         return
-    family = type(run.family)(run.family.spec, run.family.source, torch.device("cpu"), run.family.dtype)
-    family.prompts = run.family.prompts
+    family = type(model.family)(model.family.spec, model.family.source, torch.device("cpu"), model.family.dtype)
+    family.prompts = model.family.prompts
     fresh = family.load_denoiser()
-    copy_unpacked(run.denoiser, fresh)  # public loaders know no packed weights; these are what was computed with
+    copy_unpacked(model.denoiser, fresh)  # public loaders know no packed weights; these are what was computed with
     check_saved_adapter(
         path,
         fresh,
         family.spec,
         lambda denoiser: probe_output(family, denoiser),
         reference.adapted,
-        TOLERANCE[probe_dtype(run)],
+        TOLERANCE[probe_dtype(model)],
         reference.base,
     )
 

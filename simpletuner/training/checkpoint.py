@@ -1,6 +1,6 @@
 """Checkpoints: committed whole or not at all, found by name and manifest, rotated only after the new one is safe.
 
-A checkpoint holds what `TrainState` and the configuration cannot give back: trainable weights, optimizer state and EMA.
+A checkpoint holds what `Progress` and the configuration cannot give back: trainable weights, optimizer state and EMA.
 Names are matched strictly, so that a stray `checkpoint-1 (copy)` is never taken for one. `checkpoint-best` is one more,
 whole in itself: it is not counted or rotated with the others, and a run may go on from it. Only checkpoints of the run
 itself count (`run_history.py`): another run's beside them are neither taken for its own nor rotated.
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,14 +33,14 @@ from simpletuner.training.earlier_runs import move_aside
 from simpletuner.training.evaluation import losses_as_json, losses_from_json
 from simpletuner.training.full_disk import write_patiently
 from simpletuner.training.identity import compare_identity, option_changes, run_identity
-from simpletuner.training.resuming import length_facts, resumed_state
+from simpletuner.training.resuming import length_facts, resumed_progress
 from simpletuner.training.run_files import BEST, CHECKPOINT_NAME
 from simpletuner.training.run_history import HISTORY_KEY, RunHistory, find_run_history, history_of
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from simpletuner.training.run import Run
+    from simpletuner.training.run import Model, Run
 
 STATE_FILE = "training_state.json"
 OPTIMIZER_FILE = "optimizer.safetensors"
@@ -117,17 +117,17 @@ class Checkpoints:
         Raises:
             DataError: the disk is full or cannot be written; earlier checkpoints stay.
         """
-        path = self.path_of(run.state.global_step)
+        path = self.path_of(run.progress.global_step)
         content = checkpoint_content(run)
         is_new = False
-        with run.placement.gathered():
-            if run.process_group.is_main:
+        with run.model.placement.gathered():
+            if run.session.process_group.is_main:
                 is_new = self._save_here(run, path, content)
-            is_new = run.process_group.any(is_new)
+            is_new = run.session.process_group.any(is_new)
         return Saved(path, is_new)
 
     def _save_here(self, run: Run, path: Path, content: CheckpointContent) -> bool:
-        if self.has(run.state.global_step):
+        if self.has(run.progress.global_step):
             return False
         self._make_way(path)
 
@@ -135,15 +135,15 @@ class Checkpoints:
             with storage.commit_dir(path, metadata=self._metadata(run)) as folder:
                 write_checkpoint(run, folder, content)
 
-        write_patiently(run, path.name, commit)
+        write_patiently(run.session, run.progress.global_step, path.name, commit)
         self.is_settled = False
         for notice in self.rotate(keep=path, at_least=2):
-            run.bus.emit(notice)
+            run.session.bus.emit(notice)
         return True
 
     def _metadata(self, run: Run) -> dict[str, Any]:
         """What the manifest says of a checkpoint."""
-        return {"global_step": run.state.global_step, HISTORY_KEY: self.history.to_json()}
+        return {"global_step": run.progress.global_step, HISTORY_KEY: self.history.to_json()}
 
     def _make_way(self, path: Path) -> None:
         """Move another run's checkpoint out of the way of this run's."""
@@ -160,10 +160,10 @@ class Checkpoints:
         """
         path = self.output_dir / BEST
         content = checkpoint_content(run)
-        with run.placement.gathered():
-            if run.process_group.is_main:
+        with run.model.placement.gathered():
+            if run.session.process_group.is_main:
                 self._save_best_here(run, path, content, eval_loss)
-            run.process_group.barrier()
+            run.session.process_group.barrier()
         return path
 
     def _save_best_here(self, run: Run, path: Path, content: CheckpointContent, eval_loss: float) -> None:
@@ -171,12 +171,12 @@ class Checkpoints:
 
         def commit() -> None:
             with storage.commit_dir(path, metadata={**self._metadata(run), "eval_loss": eval_loss}) as folder:
-                if self.has(run.state.global_step):
-                    storage.link_files(self.path_of(run.state.global_step), folder)
+                if self.has(run.progress.global_step):
+                    storage.link_files(self.path_of(run.progress.global_step), folder)
                 else:
                     write_checkpoint(run, folder, content)
 
-        write_patiently(run, path.name, commit)
+        write_patiently(run.session, run.progress.global_step, path.name, commit)
 
     def link_best(self, step: int, eval_loss: float) -> None:
         """Make this run's checkpoint of a step `checkpoint-best` as well.
@@ -346,66 +346,71 @@ def checkpoint_content(run: Run) -> CheckpointContent:
     Raises:
         DivergedError: it is not finite.
     """
-    placement = run.placement
+    placement = run.model.placement
     require_finite(run, "weights", placement.parameters)
     own = placement.own_state()
-    tensors, plain = own or optimizer_tensors(run.optimizer, placement.parameters)
+    tensors, plain = own or optimizer_tensors(run.model.optimizer, placement.parameters)
     if own:
-        plain["groups"] = group_numbers(run.optimizer)
+        plain["groups"] = group_numbers(run.model.optimizer)
     require_finite(run, "states of the optimizer", tensors)
-    if run.ema is not None:
-        require_finite(run, "averages of the weights", run.ema.state_dict())
-    weights, averages = None, keeps_averages(run.optimizer)
+    if run.model.ema is not None:
+        require_finite(run, "averages of the weights", run.model.ema.state_dict())
+    weights, averages = None, keeps_averages(run.model.optimizer)
     if placement.is_spread or averages:
-        with averaged_weights(run.optimizer):
-            live = run.adapter.state_dict().items()
+        with averaged_weights(run.model.optimizer):
+            live = run.model.adapter.state_dict().items()
             weights = placement.whole({name: tensor.clone() if averages else tensor for name, tensor in live})
     return CheckpointContent(
         weights=weights,
-        trained=None if file_is_exact(run) else placement.whole(run.adapter.state_dict()),
+        trained=None if file_is_exact(run.model) else placement.whole(run.model.adapter.state_dict()),
         optimizer=tensors if own else placement.whole(tensors),
         plain=plain,
-        ema=placement.whole(run.ema.state_dict()) if run.ema is not None else None,
+        ema=placement.whole(run.model.ema.state_dict()) if run.model.ema is not None else None,
     )
 
 
 def write_checkpoint(run: Run, folder: Path, content: CheckpointContent) -> None:
     """Write all files of a checkpoint into `folder` (not yet committed)."""
-    metadata = {"global_step": str(run.state.global_step)}
-    run.adapter.save(weights_file(run, folder), metadata, state=content.weights)
+    metadata = {"global_step": str(run.progress.global_step)}
+    run.model.adapter.save(weights_file(run.model, folder), metadata, state=content.weights)
     if content.trained is not None:
         storage.save_tensors(folder / TRAINABLE_FILE, dict(content.trained))
     storage.save_tensors(folder / OPTIMIZER_FILE, dict(content.optimizer))
     if content.ema is not None:
         storage.save_tensors(folder / EMA_FILE, {f"{EMA_PREFIX}{name}": value for name, value in content.ema.items()})
-        run.adapter.save(weights_file(run, folder / "ema"), metadata, state=content.ema)
+        run.model.adapter.save(weights_file(run.model, folder / "ema"), metadata, state=content.ema)
     storage.write_json(
         folder / STATE_FILE,
         {
             "version": __version__,
-            "state": run.state.to_json(),
-            "length": length_facts(run.state, run.batches.sampler, run.max_train_steps),
-            "loss_scale": run.loss_scale.to_json(),
+            "state": run.progress.place(),
+            "length": length_facts(run.progress, run.batches.sampler, run.max_train_steps),
+            "loss_scale": run.progress.loss_scale.to_json(),
             "optimizer": content.plain,
-            "identity": run_identity(run),
-            "kernels": dict(run.adapter.kernel_choice),
-            "eval_losses": losses_as_json(run.eval_losses),
+            "identity": _identity(run),
+            "kernels": dict(run.model.adapter.kernel_choice),
+            "eval_losses": losses_as_json(run.progress.eval_losses),
         },
     )
     storage.write_json(folder / "config.json", run.loaded.resolved())
 
 
-def weights_file(run: Run, folder: Path) -> Path:
+def _identity(run: Run) -> dict[str, Any]:
+    datasets, shapes = run.batches.datasets.values(), run.model.placement.shapes()
+    return run_identity(run.loaded, datasets, shapes, run.session.process_group.size)
+
+
+def weights_file(model: Model, folder: Path) -> Path:
     """Where the weights are in a checkpoint: an adapter at the top, a denoiser in the folder that diffusers reads."""
-    if not run.adapter.can_be_disabled:
-        folder = folder / run.family.spec.component("denoiser").name
+    if not model.adapter.can_be_disabled:
+        folder = folder / model.family.spec.component("denoiser").name
     folder.mkdir(parents=True, exist_ok=True)
-    return folder / run.adapter.file_name
+    return folder / model.adapter.file_name
 
 
-def file_is_exact(run: Run) -> bool:
+def file_is_exact(model: Model) -> bool:
     """Whether the file that others read holds the trained parameters as they are."""
-    return run.adapter.file_is_exact and not keeps_averages(run.optimizer)
+    return model.adapter.file_is_exact and not keeps_averages(model.optimizer)
 
 
 def load_checkpoint(run: Run, path: Path, is_own: bool = True) -> None:
@@ -419,39 +424,42 @@ def load_checkpoint(run: Run, path: Path, is_own: bool = True) -> None:
         DataError: the checkpoint was made by a version that this one cannot read.
     """
     saved = read_state(path)
-    changes = compare_identity(saved["identity"], run_identity(run), path)
+    changes = compare_identity(saved["identity"], _identity(run), path)
     for change in [*changes, *option_changes(storage.read_json(path / "config.json"), run.loaded, path)]:
-        run.bus.emit(Notice("warning", change))
+        run.session.warn(change)
     from safetensors.torch import load_file
 
-    parameters, part = run.placement.parameters, run.placement.part
+    parameters, part = run.model.placement.parameters, run.model.placement.part
     is_apart = (
-        not file_is_exact(run) and (path / TRAINABLE_FILE).is_file()
+        not file_is_exact(run.model) and (path / TRAINABLE_FILE).is_file()
     )  # a version before may have had it in the file
-    weights = load_file(path / TRAINABLE_FILE if is_apart else weights_file(run, path))
-    with run.placement.writing():
-        run.adapter.load_state_dict(part({name: tensor for name, tensor in weights.items() if name in parameters}))
+    weights = load_file(path / TRAINABLE_FILE if is_apart else weights_file(run.model, path))
+    with run.model.placement.writing():
+        run.model.adapter.load_state_dict(
+            part({name: tensor for name, tensor in weights.items() if name in parameters})
+        )
     tensors = load_file(path / OPTIMIZER_FILE)
-    if run.placement.has_own_state:
-        run.placement.load_own_state(tensors)
-        load_group_numbers(run.optimizer, saved["optimizer"])
+    if run.model.placement.has_own_state:
+        run.model.placement.load_own_state(tensors)
+        load_group_numbers(run.model.optimizer, saved["optimizer"])
     else:
         own = {key: tensor for key, tensor in tensors.items() if not key.endswith(f"{STATE_SEPARATOR}{FLOAT32}")}
-        load_optimizer_tensors(run.optimizer, parameters, part(own), saved["optimizer"])
-    if run.ema is not None:
+        load_optimizer_tensors(run.model.optimizer, parameters, part(own), saved["optimizer"])
+    if run.model.ema is not None:
         if (path / EMA_FILE).is_file():
             averages = load_file(path / EMA_FILE)
             whole = {name.removeprefix(EMA_PREFIX): average for name, average in averages.items()}
-            run.ema.load_state_dict(part(whole))
+            run.model.ema.load_state_dict(part(whole))
         else:
-            run.bus.emit(Notice("warning", f"{path.name} has no EMA; the average starts from its weights"))
-            run.ema = EMA(parameters, run.ema.decay, run.ema.update_interval)
-    run.checkpoints.is_settled = False
+            run.session.warn(f"{path.name} has no EMA; the average starts from its weights")
+            run.model.ema = EMA(parameters, run.model.ema.decay, run.model.ema.update_interval)
+    run.session.checkpoints.is_settled = False
     require_finite(run, "weights", parameters)
-    run.state = resumed_state(saved, run.batches.sampler)
-    run.loss_scale.load_json(saved["loss_scale"])
+    place = resumed_progress(saved, run.batches.sampler)
+    run.progress = replace(place, loss_scale=run.progress.loss_scale, eval_losses=run.progress.eval_losses)
+    run.progress.loss_scale.load_json(saved["loss_scale"])
     if is_own:
-        run.eval_losses.update(losses_from_json(saved["eval_losses"]))
+        run.progress.eval_losses.update(losses_from_json(saved["eval_losses"]))
 
 
 def read_state(path: Path) -> dict[str, Any]:

@@ -7,9 +7,10 @@ processes of a run, so that they end together.
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,8 +22,8 @@ from simpletuner.precision.mixed import autocast
 
 if TYPE_CHECKING:
     from simpletuner.training.batches import Window
-    from simpletuner.training.loss_scale import LossScale
-    from simpletuner.training.run import Run
+    from simpletuner.training.progress import Progress
+    from simpletuner.training.run import Model, Run
     from simpletuner.training.step import Losses
 
 # Skipped steps in a row, and among the most recent ones, that end a run.
@@ -70,19 +71,19 @@ def require_finite(run: Run, what: str, tensors: Mapping[str, Tensor]) -> None:
         DivergedError: names the first of them.
     """
     found = non_finite(tensors)
-    if run.process_group.any(bool(found)):
+    if run.session.process_group.any(bool(found)):
         raise DivergedError(_weights_problem(run, what, found, len(tensors)))
 
 
 def _weights_problem(run: Run, what: str, found: Sequence[str], count: int) -> Problem:
     share = f"{len(found)} of {count} tensors, {found[0]} first" if found else "those of another process"
-    if run.last_update is None:
+    if run.skips.last_update is None:
         message = f"the {what} that the run starts from are not finite ({share}); {UNTOUCHED}"
         return Problem(message, key="resume_from_checkpoint", fix=f"choose other ones{_from_where(run)}")
-    rate = run.peak_learning_rate * run.lr_factor(run.last_update - 1)
+    rate = run.peak_learning_rate * run.model.lr_factor(run.skips.last_update - 1)
     return Problem(
-        f"the {what} are not finite after the update of step {run.last_update} ({share}); they are not saved, and "
-        f"{UNTOUCHED}",
+        f"the {what} are not finite after the update of step {run.skips.last_update} ({share}); they are not saved, "
+        f"and {UNTOUCHED}",
         key="learning_rate",
         fix=f"lower learning_rate (it was {rate:g} at this step){_from_where(run)}",
     )
@@ -91,43 +92,58 @@ def _weights_problem(run: Run, what: str, found: Sequence[str], count: int) -> P
 @contextmanager
 def last_good_state(run: Run) -> Iterator[None]:
     """Inside, the run stands where it stood before its latest skipped steps, which moved no weight."""
-    if not run.state.skipped_steps or run.before_skips is None:
+    if not run.skips.in_a_row or run.skips.before is None:
         yield
         return
-    now, scale = run.state, run.loss_scale
-    run.state, run.loss_scale = run.before_skips
+    now = run.progress
+    run.progress = run.skips.before
     try:
         yield
     finally:
-        run.state, run.loss_scale = now, scale
+        run.progress = now
 
 
 # ---- when a run ends -----------------------------------------------------------------------------------------------
 
 
-def note_step(run: Run, scale: LossScale, is_skipped: bool) -> None:
-    """Count a step, before `run.state` moves on.
+@dataclass
+class Skips:
+    """The steps of this process whose loss or gradients were not finite; a resume begins to count anew.
 
     Args:
-        scale: the loss scale before the step.
-        is_skipped: and not for an overflow that the loss scale answers.
+        in_a_row: steps that were skipped since the last good one.
+        recent: of the last steps, whether they were skipped.
+        last_update: the step whose update was the last one.
+        before: the progress before the first of the skipped steps that were the last ones.
     """
-    if is_skipped and run.state.skipped_steps == 0:
-        run.before_skips = replace(run.state), scale
-    elif not is_skipped:
-        run.before_skips = None
-    run.recent_skips.append(is_skipped)
 
+    in_a_row: int = 0
+    recent: deque[bool] = field(default_factory=lambda: deque(maxlen=RECENT_STEPS))
+    last_update: int | None = None
+    before: Progress | None = None
 
-def has_diverged(run: Run) -> bool:
-    """Whether too many steps were skipped, in a row or among the recent ones."""
-    return run.state.skipped_steps >= MAX_SKIPPED_STEPS or sum(run.recent_skips) >= RECENT_STEPS * MAX_SHARE
+    def note(self, before: Progress, is_skipped: bool) -> None:
+        """Count a step.
 
+        Args:
+            before: the progress before the step.
+            is_skipped: and not for an overflow that the loss scale answers.
+        """
+        if is_skipped and self.in_a_row == 0:
+            self.before = before
+        elif not is_skipped:
+            self.before = None
+        self.recent.append(is_skipped)
 
-def how_many(run: Run) -> str:
-    if run.state.skipped_steps >= MAX_SKIPPED_STEPS:
-        return f"{MAX_SKIPPED_STEPS} steps in a row"
-    return f"{sum(run.recent_skips)} of the last {len(run.recent_skips)} steps"
+    @property
+    def are_too_many(self) -> bool:
+        """Whether the run has diverged: in a row, or among the recent steps."""
+        return self.in_a_row >= MAX_SKIPPED_STEPS or sum(self.recent) >= RECENT_STEPS * MAX_SHARE
+
+    def __str__(self) -> str:
+        if self.in_a_row >= MAX_SKIPPED_STEPS:
+            return f"{MAX_SKIPPED_STEPS} steps in a row"
+        return f"{sum(self.recent)} of the last {len(self.recent)} steps"
 
 
 # ---- why -----------------------------------------------------------------------------------------------------------
@@ -141,15 +157,15 @@ def explain(run: Run, window: Window, losses: Sequence[Losses], forward: Forward
         losses: of its micro-batches.
         forward: computes one of them again.
     """
-    samples = [name for each in run.process_group.gather(bad_samples(window, losses)) for name in each]
+    samples = [name for each in run.session.process_group.gather(bad_samples(window, losses)) for name in each]
     where = (
         f"Samples of the last one: {'; '.join(samples[:4])}" if samples else "All losses of the last one were finite"
     )
-    reasons = run.process_group.gather(_first(_reasons(run, window, losses, forward)))
+    reasons = run.session.process_group.gather(_first(_reasons(run, window, losses, forward)))
     cause, key, fix = next((reason for reason in reasons if reason), None) or _unknown(run)
     return DivergedError(
         Problem(
-            f"loss or gradients were not finite for {how_many(run)}, up to step {run.state.global_step}; {UNTOUCHED}. "
+            f"loss or gradients were not finite for {run.skips}, up to step {run.progress.global_step}; {UNTOUCHED}. "
             f"{cause}. {where}",
             key=key,
             fix=fix,
@@ -183,8 +199,8 @@ def _first(reasons: Iterable[Reason]) -> list[str] | None:
 def _reasons(run: Run, window: Window, losses: Sequence[Losses], forward: Forward) -> Iterator[Reason]:
     """What can be reported, most certain first: (cause, option, fix)."""
     yield from _bad_data(window)
-    yield from _bad_base(run)
-    if run.placement.is_spread or run.process_group.size > 1:
+    yield from _bad_base(run.model, run.config.base_model_precision)
+    if run.model.placement.is_spread or run.session.process_group.size > 1:
         return  # a trial would need all processes at the same place
     yield from _overflow(run, window, forward)
     yield from _grown_weights(run, window, losses, forward)
@@ -203,11 +219,10 @@ def _bad_data(window: Window) -> Iterator[Reason]:
                 )
 
 
-def _bad_base(run: Run) -> Iterator[Reason]:
-    trained = {id(parameter) for parameter in run.trainable}
-    frozen = {name: each for name, each in run.denoiser.named_parameters() if id(each) not in trained}
-    if found := non_finite({**frozen, **dict(run.denoiser.named_buffers())}):
-        precision = run.config.base_model_precision
+def _bad_base(model: Model, precision: str) -> Iterator[Reason]:
+    trained = {id(parameter) for parameter in model.trainable}
+    frozen = {name: each for name, each in model.denoiser.named_parameters() if id(each) not in trained}
+    if found := non_finite({**frozen, **dict(model.denoiser.named_buffers())}):
         is_packed = precision != "no_change"
         fix = "set base_model_precision to no_change" if is_packed else "fetch the model's files again"
         text = f"{len(found)} tensors of the frozen base model are not finite, {found[0]} first"
@@ -228,26 +243,26 @@ def _trial(run: Run, window: Window, precision: str, forward: Forward) -> float 
     total = weight = 0.0
     try:
         for micro_step in range(len(window.batches)):
-            with autocast(run.family.device, precision):
+            with autocast(run.model.family.device, precision):
                 losses = forward(micro_step)
             losses.weighted_sum.backward()
             total, weight = total + float(losses.weighted_sum.detach()), weight + float(losses.weights.sum())
-        grads = {str(index): each.grad for index, each in enumerate(run.trainable) if each.grad is not None}
+        grads = {str(index): each.grad for index, each in enumerate(run.model.trainable) if each.grad is not None}
         is_finite = math.isfinite(total) and not non_finite(grads)
     except RuntimeError:  # a device without this format, or without the memory for it: then nothing is known
         return None
     finally:
-        run.optimizer.zero_grad(set_to_none=True)
+        run.model.optimizer.zero_grad(set_to_none=True)
     return total / max(weight, 1e-12) if is_finite else None
 
 
 def _grown_weights(run: Run, window: Window, losses: Sequence[Losses], forward: Forward) -> Iterator[Reason]:
-    if not run.adapter.can_be_disabled or not bad_samples(window, losses):
+    if not run.model.adapter.can_be_disabled or not bad_samples(window, losses):
         return
-    with torch.no_grad(), run.adapter.disabled(), run.autocast():
+    with torch.no_grad(), run.model.adapter.disabled(), run.autocast():
         without = [forward(micro_step).weighted_sum for micro_step in range(len(window.batches))]
     if torch.stack(without).isfinite().all():
-        largest = max(float(parameter.detach().abs().max()) for parameter in run.trainable)
+        largest = max(float(parameter.detach().abs().max()) for parameter in run.model.trainable)
         yield (
             f"The trained weights do it, for without them the loss is finite: they are as large as {largest:.3g}",
             "learning_rate",
@@ -266,11 +281,11 @@ def _lower_rate(run: Run) -> str:
 
 def _from_where(run: Run) -> str:
     """How to go on: from the newest checkpoint whose weights are known to give finite losses."""
-    found = run.checkpoints.found()
+    found = run.session.checkpoints.found()
     if not found:
         return " and start again"
     # No finite step came after a save that is not settled: its weights may be what is wrong.
-    good = found if run.checkpoints.is_settled else found[:-1]
+    good = found if run.session.checkpoints.is_settled else found[:-1]
     if not good:
         return " and start again with resume_from_checkpoint= (empty)"
     if good[-1] is found[-1]:

@@ -7,6 +7,7 @@ checkpoint of the same step is older than its evaluation: a run that goes on kno
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 from simpletuner import storage
@@ -17,7 +18,7 @@ from simpletuner.reporting.events import CheckpointSaved, EvalDone, Notice
 from simpletuner.reporting.sinks.jsonl import METRICS_FILE, read_records
 from simpletuner.training.divergence import last_good_state
 from simpletuner.training.evaluation import EvalResult, best_step, losses_as_json, losses_from_json
-from simpletuner.training.run import Run
+from simpletuner.training.run import Run, Session
 from simpletuner.training.run_files import EVAL_FILE
 from simpletuner.training.run_history import Mark, RunHistory
 
@@ -25,16 +26,16 @@ from simpletuner.training.run_history import Mark, RunHistory
 def evaluate(run: Run) -> None:
     """Compute the eval loss of the live weights, tell it, and keep the state if it is the best so far."""
     assert run.evaluator is not None
-    step, started = run.state.global_step, time.monotonic()
-    with averaged_weights(run.optimizer), run.autocast():
-        result = run.evaluator.run(run.denoiser)
+    step, started = run.progress.global_step, time.monotonic()
+    with averaged_weights(run.model.optimizer), run.autocast():
+        result = run.evaluator.run(run.model.denoiser)
         if result is None:
-            run.bus.emit(Notice("info", f"no eval loss at step {step}: the run is asked to stop"))
+            run.session.inform(f"no eval loss at step {step}: the run is asked to stop")
             return
         reference = reference_result(run, result)
     # The processes compute the same; the last bit of one of them shall not make them disagree on the end of the run.
-    run.eval_losses[step] = run.process_group.from_main(result.pooled)
-    run.bus.emit(
+    run.progress.eval_losses[step] = run.session.process_group.from_main(result.pooled)
+    run.session.bus.emit(
         EvalDone(
             step=step,
             losses={} if run.config.eval_dataset_pooling else dict(result.by_dataset),
@@ -45,17 +46,17 @@ def evaluate(run: Run) -> None:
             reference_per_quantile=tuple(reference.by_quantile) if reference else (),
         )
     )
-    if keeps_best(run) and step > 0 and best_step(run.eval_losses) == step:
+    if keeps_best(run) and step > 0 and best_step(run.progress.eval_losses) == step:
         with last_good_state(run):
-            path = run.checkpoints.save_best(run, run.eval_losses[step])
-        run.bus.emit(CheckpointSaved(step=step, path=path, eval_loss=run.eval_losses[step]))
-    if run.process_group.is_main:  # after the checkpoint: a best one that is recorded is there
-        write_eval_history(run)
+            path = run.session.checkpoints.save_best(run, run.progress.eval_losses[step])
+        run.session.bus.emit(CheckpointSaved(step=step, path=path, eval_loss=run.progress.eval_losses[step]))
+    if run.session.process_group.is_main:  # after the checkpoint: a best one that is recorded is there
+        write_eval_history(run.session, run.progress.eval_losses)
     if run.is_stopped_early:
         count = run.config.early_stopping_patience
         text = f"the run ends at step {step}: {count} evaluations in a row brought no eval loss below "
-        best = best_step(run.eval_losses)
-        run.bus.emit(Notice("info", f"{text}{run.eval_losses[best]:.4f} of step {best} (early_stopping_patience)"))
+        best = best_step(run.progress.eval_losses)
+        run.session.inform(f"{text}{run.progress.eval_losses[best]:.4f} of step {best} (early_stopping_patience)")
 
 
 def reference_result(run: Run, result: EvalResult) -> EvalResult | None:
@@ -66,21 +67,21 @@ def reference_result(run: Run, result: EvalResult) -> EvalResult | None:
     """
     assert run.evaluator is not None
     if run.eval_reference is None:
-        if run.state.global_step == 0 and run.config.init_lora is None:
+        if run.progress.global_step == 0 and run.config.init_lora is None:
             run.eval_reference = result  # an adapter starts as no change at all
-        elif run.adapter.can_be_disabled:
-            with run.adapter.disabled():
-                run.eval_reference = run.evaluator.run(run.denoiser)
+        elif run.model.adapter.can_be_disabled:
+            with run.model.adapter.disabled():
+                run.eval_reference = run.evaluator.run(run.model.denoiser)
     return run.eval_reference
 
 
-def write_eval_history(run: Run) -> None:
+def write_eval_history(session: Session, eval_losses: Mapping[int, float]) -> None:
     """Keep the eval losses; a disk that refuses them costs a warning, for the next checkpoint holds them too."""
-    mark, losses = run.checkpoints.history.mark, losses_as_json(run.eval_losses)
+    mark, losses = session.checkpoints.history.mark, losses_as_json(eval_losses)
     try:
-        storage.write_json(run.output_dir / EVAL_FILE, {**mark.to_json(), "losses": losses})
+        storage.write_json(session.output_dir / EVAL_FILE, {**mark.to_json(), "losses": losses})
     except DataError as error:
-        run.bus.emit(Notice("warning", f"{error.problems[0].render()}; the next checkpoint keeps the eval losses"))
+        session.warn(f"{error.problems[0].render()}; the next checkpoint keeps the eval losses")
 
 
 def read_eval_history(output_dir: Path, history: RunHistory, bus: EventBus) -> dict[str, float | None]:
@@ -121,18 +122,18 @@ def restore_best(run: Run) -> None:
     The checkpoint is committed first. One that the record lacks is added to it; where the lowest loss of the record has
     no `checkpoint-best` (it was lost, or the run went back), the numbered checkpoint of that step becomes it.
     """
-    best = run.checkpoints.best_evaluation()
-    if best is not None and best[0] <= run.state.global_step and best[0] not in run.eval_losses:
-        run.eval_losses[best[0]] = best[1]
-        if run.process_group.is_main:
-            write_eval_history(run)
-    if not run.eval_losses or not keeps_best(run):
+    best = run.session.checkpoints.best_evaluation()
+    if best is not None and best[0] <= run.progress.global_step and best[0] not in run.progress.eval_losses:
+        run.progress.eval_losses[best[0]] = best[1]
+        if run.session.process_group.is_main:
+            write_eval_history(run.session, run.progress.eval_losses)
+    if not run.progress.eval_losses or not keeps_best(run):
         return
-    step = best_step(run.eval_losses)
-    if step > 0 and (best is None or best[0] != step) and run.checkpoints.has(step):
+    step = best_step(run.progress.eval_losses)
+    if step > 0 and (best is None or best[0] != step) and run.session.checkpoints.has(step):
         try:
-            run.checkpoints.link_best(step, run.eval_losses[step])
+            run.session.checkpoints.link_best(step, run.progress.eval_losses[step])
         except DataError as error:
-            run.bus.emit(Notice("warning", f"{error.problems[0].render()}; the best checkpoint is not kept"))
+            run.session.warn(f"{error.problems[0].render()}; the best checkpoint is not kept")
             return
-        run.bus.emit(Notice("info", f"checkpoint-best is checkpoint-{step}, eval loss {run.eval_losses[step]:.4f}"))
+        run.session.inform(f"checkpoint-best is checkpoint-{step}, eval loss {run.progress.eval_losses[step]:.4f}")

@@ -18,7 +18,7 @@ from simpletuner.models.build import model_source
 from simpletuner.models.components import save_model_folder
 from simpletuner.optim.optimizers import averaged_weights
 from simpletuner.program import program
-from simpletuner.reporting.events import Notice, RunFinished
+from simpletuner.reporting.events import RunFinished
 from simpletuner.reporting.loss_plot import plot_loss
 from simpletuner.reporting.report import REPORT_FILE
 from simpletuner.reporting.sinks.jsonl import METRICS_FILE, read_records
@@ -28,7 +28,7 @@ from simpletuner.training.full_disk import write_patiently
 from simpletuner.training.lock import LOCK_FILE
 from simpletuner.training.phases import phase
 from simpletuner.training.report import report_run
-from simpletuner.training.run import Run
+from simpletuner.training.run import Model, Run, Session
 from simpletuner.training.run_files import BEST, EMA_DIR, FINAL_FILE, PIPELINE_DIR, step_of
 from simpletuner.training.run_history import Mark
 
@@ -38,80 +38,89 @@ def finish_run(run: Run, seconds: float) -> None:
 
     All processes take part where they hold parts of the weights; only the main one writes.
     """
-    if run.family.num_cut_prompts:
-        limit = run.family.max_prompt_tokens
-        text = f"{run.family.num_cut_prompts} prompts were longer than {limit} tokens and were cut"
-        run.bus.emit(Notice("warning", text))
-    if run.process_group.is_main:
-        run.guard.require()
+    if run.model.family.num_cut_prompts:
+        limit = run.model.family.max_prompt_tokens
+        text = f"{run.model.family.num_cut_prompts} prompts were longer than {limit} tokens and were cut"
+        run.session.warn(text)
+    if run.session.process_group.is_main:
+        run.session.guard.require()
     outputs = save_weights(run)
-    if not run.process_group.is_main:
+    if not run.session.process_group.is_main:
         return
     note_final_weights(run)
-    for notice in run.checkpoints.settle():
-        run.bus.emit(notice)
+    for notice in run.session.checkpoints.settle():
+        run.session.bus.emit(notice)
     if run.validator is not None:
-        with costing_only(run, "sheets of the images"):
-            outputs |= run.validator.write_summaries(run.state.global_step)
-    if (best := run.checkpoints.best_evaluation()) is not None:
+        with costing_only(run.session, "sheets of the images"):
+            outputs |= run.validator.write_summaries(run.progress.global_step)
+    if (best := run.session.checkpoints.best_evaluation()) is not None:
         step, loss = best
-        outputs[f"best checkpoint (step {step}, eval loss {loss:.4f})"] = run.output_dir / BEST
-    with costing_only(run, "loss curve"):
-        plot = plot_loss(run.output_dir / METRICS_FILE, run.output_dir / "loss.png")
+        outputs[f"best checkpoint (step {step}, eval loss {loss:.4f})"] = run.session.output_dir / BEST
+    with costing_only(run.session, "loss curve"):
+        plot = plot_loss(run.session.output_dir / METRICS_FILE, run.session.output_dir / "loss.png")
         if plot is not None:
             outputs["loss curve"] = plot
-    outputs["report"] = run.output_dir / REPORT_FILE
+    outputs["report"] = run.session.output_dir / REPORT_FILE
     outputs["report"].unlink(missing_ok=True)  # a kill before the new one is written shall not leave that of before
-    if (readers := run.adapter.read_by()) is not None:
-        run.bus.emit(Notice("info", f"{run.adapter.file_name}: {readers}"))
-    command = generate_command(run.loaded, run.family.source.model, outputs)
-    run.bus.emit(RunFinished(step=run.state.global_step, seconds=seconds, outputs=outputs, commands=(command,)))
-    report_run(run.output_dir, run.datasets, run.bus)
+    if (readers := run.model.adapter.read_by()) is not None:
+        run.session.inform(f"{run.model.adapter.file_name}: {readers}")
+    command = generate_command(run.loaded, run.model.family.source.model, outputs)
+    run.session.bus.emit(
+        RunFinished(step=run.progress.global_step, seconds=seconds, outputs=outputs, commands=(command,))
+    )
+    report_run(run.session.output_dir, run.datasets, run.session.bus)
 
 
 @contextmanager
-def costing_only(run: Run, what: str) -> Iterator[None]:
+def costing_only(session: Session, what: str) -> Iterator[None]:
     """What the disk refuses in the block costs `what` and a warning: the weights are saved by then."""
     try:
         yield
     except (OSError, DataError) as error:
         reported = disk_error(error) or error
-        run.bus.emit(Notice("warning", f"no {what}: {reported}"))
+        session.warn(f"no {what}: {reported}")
 
 
 def was_finished(run: Run) -> bool:
     """Whether an earlier process brought the run to this end: its final weights can be read, and all else is there."""
-    is_generated = run.validator is None or run.validator.has_generated(run.state.global_step, run.ema)
+    is_generated = run.validator is None or run.validator.has_generated(run.progress.global_step, run.model.ema)
     return bool(
-        run.process_group.from_main(
-            run.process_group.is_main and is_generated and has_final_weights(run) and has_outputs(run)
+        run.session.process_group.from_main(
+            run.session.process_group.is_main and is_generated and has_final_weights(run) and has_outputs(run)
         )
     )
 
 
-def final_files(run: Run) -> list[Path]:
+def final_files(model: Model, output_dir: Path) -> list[Path]:
     """The files that say whether the final weights are whole; the manifest stands for a folder's."""
-    folders = [run.output_dir, *([run.output_dir / EMA_DIR] if run.ema is not None else [])]
-    if run.adapter.can_be_disabled:
-        return [folder / run.adapter.file_name for folder in folders]
+    folders = [output_dir, *([output_dir / EMA_DIR] if model.ema is not None else [])]
+    if model.adapter.can_be_disabled:
+        return [folder / model.adapter.file_name for folder in folders]
     return [folder / PIPELINE_DIR / storage.MANIFEST for folder in folders]
 
 
 def note_final_weights(run: Run) -> None:
     """Write down whose the final weights are, and of which step: the files themselves are equal in equal runs."""
-    digests = {str(path.relative_to(run.output_dir)): storage.file_digest(path) for path in final_files(run)}
-    noted = {**run.checkpoints.history.mark.to_json(), "step": run.state.global_step, "files": digests}
-    storage.write_json(run.output_dir / FINAL_FILE, noted)
+    digests = {
+        str(path.relative_to(run.session.output_dir)): storage.file_digest(path)
+        for path in final_files(run.model, run.session.output_dir)
+    }
+    noted = {**run.session.checkpoints.history.mark.to_json(), "step": run.progress.global_step, "files": digests}
+    storage.write_json(run.session.output_dir / FINAL_FILE, noted)
 
 
 def has_final_weights(run: Run) -> bool:
     """Whether the final weights in the folder are whole, this run's, and of its step."""
-    step, history, files = run.state.global_step, run.checkpoints.history, final_files(run)
+    step, history, files = (
+        run.progress.global_step,
+        run.session.checkpoints.history,
+        final_files(run.model, run.session.output_dir),
+    )
     try:
-        if not (run.output_dir / FINAL_FILE).is_file():  # those of an earlier version say their step themselves
+        if not (run.session.output_dir / FINAL_FILE).is_file():  # those of an earlier version say their step themselves
             return history.adopts_unmarked and {step_of(path) for path in files} == {step}
-        noted = storage.read_json(run.output_dir / FINAL_FILE)
-        digests = {str(path.relative_to(run.output_dir)): storage.file_digest(path) for path in files}
+        noted = storage.read_json(run.session.output_dir / FINAL_FILE)
+        digests = {str(path.relative_to(run.session.output_dir)): storage.file_digest(path) for path in files}
         is_same = noted["step"] == step and history.owns(Mark.from_json(noted), step) and noted["files"] == digests
     except (SimpleTunerError, OSError, KeyError, TypeError):
         return False
@@ -121,75 +130,85 @@ def has_final_weights(run: Run) -> bool:
 
 def has_outputs(run: Run) -> bool:
     """Whether all that the end of the run at this step has made is still there: sheets, the curve, the report."""
-    records = read_records(run.output_dir / METRICS_FILE)
+    records = read_records(run.session.output_dir / METRICS_FILE)
     ends = [each for each in records if each.get("event") == "run_finished"]
-    outputs = next((each.get("outputs") for each in reversed(ends) if each.get("step") == run.state.global_step), None)
+    outputs = next(
+        (each.get("outputs") for each in reversed(ends) if each.get("step") == run.progress.global_step), None
+    )
     if not isinstance(outputs, dict):
         return False
-    before = Path(str(next((each["output_dir"] for each in records if "output_dir" in each), run.output_dir)))
+    before = Path(str(next((each["output_dir"] for each in records if "output_dir" in each), run.session.output_dir)))
     written = [Path(str(path)) for path in outputs.values()]
     inside = [path.relative_to(before) for path in written if path.is_relative_to(before)]  # the folder may have moved
-    return all((run.output_dir / path).exists() for path in inside)
+    return all((run.session.output_dir / path).exists() for path in inside)
 
 
 def save_weights(run: Run) -> dict[str, Path]:
     """Final weights in the output folder, and their EMA; an adapter is proved before it counts."""
-    name, save = ("adapter", save_adapter) if run.adapter.can_be_disabled else ("model", save_model)
-    with phase(run.bus, "saving and checking the weights"):
-        with averaged_weights(run.optimizer):
-            outputs = {name: save(run, run.output_dir)}
-        if run.ema is not None:
-            with run.ema.swapped_in(run.adapter.trainable_parameters()):
-                outputs[f"{name} (EMA)"] = save(run, run.output_dir / EMA_DIR)
-        if run.ema is None and run.process_group.is_main and (run.output_dir / EMA_DIR).exists():
-            move_aside(run.output_dir, run.output_dir / EMA_DIR)  # averages of an earlier end, before EMA was off
-        run.process_group.barrier()
+    name, save = ("adapter", save_adapter) if run.model.adapter.can_be_disabled else ("model", save_model)
+    with phase(run.session.bus, "saving and checking the weights"):
+        with averaged_weights(run.model.optimizer):
+            outputs = {name: save(run, run.session.output_dir)}
+        if run.model.ema is not None:
+            with run.model.ema.swapped_in(run.model.adapter.trainable_parameters()):
+                outputs[f"{name} (EMA)"] = save(run, run.session.output_dir / EMA_DIR)
+        if run.model.ema is None and run.session.process_group.is_main and (run.session.output_dir / EMA_DIR).exists():
+            move_aside(
+                run.session.output_dir, run.session.output_dir / EMA_DIR
+            )  # averages of an earlier end, before EMA was off
+        run.session.process_group.barrier()
     return outputs
 
 
 def save_model(run: Run, folder: Path) -> Path:
     """Write the live weights as a whole model folder: `pipeline` in `folder`."""
     path = folder / PIPELINE_DIR
-    denoiser = whole_denoiser(run)
-    if run.process_group.is_main:
+    denoiser = whole_denoiser(run.model, run.session.process_group.is_main)
+    if run.session.process_group.is_main:
         folder.mkdir(parents=True, exist_ok=True)
 
         def commit() -> None:
-            with storage.commit_dir(path, {"global_step": run.state.global_step}) as temporary:
-                save_model_folder(run.family.source, run.family.spec, denoiser, run.family.scheduler_config, temporary)
+            with storage.commit_dir(path, {"global_step": run.progress.global_step}) as temporary:
+                save_model_folder(
+                    run.model.family.source,
+                    run.model.family.spec,
+                    denoiser,
+                    run.model.family.scheduler_config,
+                    temporary,
+                )
 
-        write_patiently(run, path.name, commit)
+        write_patiently(run.session, run.progress.global_step, path.name, commit)
     return path
 
 
-def whole_denoiser(run: Run) -> nn.Module:
+def whole_denoiser(model: Model, is_main: bool) -> nn.Module:
     """The denoiser; one that is spread over processes is put together in main memory, on the main process."""
-    if not run.placement.is_spread:
-        return run.denoiser
-    weights = run.placement.whole(run.adapter.state_dict())
-    denoiser = run.family.empty_denoiser()
-    if run.process_group.is_main:
-        kept = {name: tensor for name, tensor in run.denoiser.state_dict().items() if name not in weights}
+    if not model.placement.is_spread:
+        return model.denoiser
+    weights = model.placement.whole(model.adapter.state_dict())
+    denoiser = model.family.empty_denoiser()
+    if is_main:
+        kept = {name: tensor for name, tensor in model.denoiser.state_dict().items() if name not in weights}
         denoiser.load_state_dict(kept | weights, assign=True)
     return denoiser
 
 
 def save_adapter(run: Run, folder: Path) -> Path:
     """Write the live adapter to `folder` under a temporary name, prove it, then give it its name."""
-    path = folder / run.adapter.file_name
+    path = folder / run.model.adapter.file_name
     reference = live_output(run)
-    with run.placement.gathered():
-        if run.process_group.is_main:
+    with run.model.placement.gathered():
+        if run.session.process_group.is_main:
             folder.mkdir(parents=True, exist_ok=True)
-            lock = storage.read_json(run.output_dir / LOCK_FILE)
+            lock = storage.read_json(run.session.output_dir / LOCK_FILE)
 
             def commit() -> None:
                 with storage.replacing_file(path) as temporary:
-                    run.adapter.save(temporary, run_metadata(lock, run.state.global_step))
-                    prove_adapter(run, temporary, reference)
+                    run.model.adapter.save(temporary, run_metadata(lock, run.progress.global_step))
+                    prove_adapter(run.model, run.session, temporary, reference)
 
-            write_patiently(run, path.name, commit)
-        run.process_group.barrier()
+            write_patiently(run.session, run.progress.global_step, path.name, commit)
+        run.session.process_group.barrier()
     return path
 
 

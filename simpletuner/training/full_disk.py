@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from simpletuner import storage
@@ -17,7 +16,7 @@ from simpletuner.errors import Problem
 from simpletuner.reporting.events import Notice
 
 if TYPE_CHECKING:
-    from simpletuner.training.run import Run
+    from simpletuner.training.run import Session
 
 T = TypeVar("T")
 
@@ -28,11 +27,12 @@ POLL_SECONDS = 0.5
 FIRST_PAUSE_SECONDS = 1.0
 
 
-def write_patiently(run: Run, what: str, write: Callable[[], T]) -> T:
+def write_patiently(session: Session, step: int, what: str, write: Callable[[], T]) -> T:
     """What `write` returns. Where the disk is full or faulty, stale files are removed and it is called once more; with
     `pause_on_full_disk` then again and again until it succeeds or a signal comes.
 
     Args:
+        step: where the run stands, for messages.
         what: is written, for messages: `checkpoint-100`.
 
     Raises:
@@ -43,9 +43,9 @@ def write_patiently(run: Run, what: str, write: Callable[[], T]) -> T:
     except DiskError as error:
         if not error.may_pass:
             raise
-        freed = clean_stale(run)
+        freed = clean_stale(session)
         text = f"{what} could not be written, and is tried again: {error.problems[0].message}"
-        run.bus.emit(Notice("warning", f"{text}; {freed} stale files of earlier processes were removed"))
+        session.warn(f"{text}; {freed} stale files of earlier processes were removed")
     time.sleep(FIRST_PAUSE_SECONDS)
     is_reported = False
     while True:
@@ -53,19 +53,19 @@ def write_patiently(run: Run, what: str, write: Callable[[], T]) -> T:
             result = write()
             break
         except DiskError as error:
-            if not (error.may_pass and run.config.pause_on_full_disk):
+            if not (error.may_pass and session.pauses_on_full_disk):
                 raise
             if not is_reported:
-                text = f"the run is paused at step {run.state.global_step}: {what} {error.problems[0].message}"
-                run.bus.emit(Notice("error", f"{text}. It goes on when there is room ({run.output_dir})"))
+                text = f"the run is paused at step {step}: {what} {error.problems[0].message}"
+                session.bus.emit(Notice("error", f"{text}. It goes on when there is room ({session.output_dir})"))
                 is_reported = True
-            wait_for_disk_space(run, what, error)
+            wait_for_disk_space(session, what, error)
     if is_reported:
-        run.bus.emit(Notice("info", f"the run goes on: {what} is written"))
+        session.inform(f"the run goes on: {what} is written")
     return result
 
 
-def wait_for_disk_space(run: Run, what: str, error: DiskError) -> None:
+def wait_for_disk_space(session: Session, what: str, error: DiskError) -> None:
     """Let time pass before the next try.
 
     Raises:
@@ -73,7 +73,7 @@ def wait_for_disk_space(run: Run, what: str, error: DiskError) -> None:
     """
     until = time.monotonic() + RETRY_SECONDS
     while time.monotonic() < until:
-        if run.stop:
+        if session.stop:
             problem = error.problems[0]
             message = f"stopped while it waited for room: {what} {problem.message}"
             fix = "free some space; the same command goes on from the checkpoint before"
@@ -81,7 +81,7 @@ def wait_for_disk_space(run: Run, what: str, error: DiskError) -> None:
         time.sleep(POLL_SECONDS)
 
 
-def clean_stale(run: Run) -> int:
+def clean_stale(session: Session) -> int:
     """Remove what dead processes left in the folders of the run; how many files and folders that were."""
-    handled = storage.clean_stale_tree(run.output_dir, is_locked=True)
-    return len(handled + storage.clean_stale_tree(Path(run.config.cache_dir)))
+    handled = storage.clean_stale_tree(session.output_dir, is_locked=True)
+    return len(handled + storage.clean_stale_tree(session.cache_dir))

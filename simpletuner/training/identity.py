@@ -6,7 +6,7 @@ the weights may be changed on purpose: a difference is logged, and the run goes 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,7 @@ from simpletuner.errors import ConfigError, Problem, plain_value
 
 if TYPE_CHECKING:
     from simpletuner.config.loading import LoadedRun
-    from simpletuner.training.run import Run
+    from simpletuner.data.dataset import Dataset
 
 FIXED_OPTIONS = ("model_family", "model_type", "lora_type", "optimizer", "base_model_precision")
 # Decide, with the shapes, what the weights of standard LoRA mean.
@@ -34,18 +34,24 @@ SILENT_OPTIONS = (
 )
 
 
-def run_identity(run: Run) -> dict[str, Any]:
-    """JSON-able facts that a resume is compared with."""
-    datasets = run.batches.datasets.values()
+def run_identity(
+    loaded: LoadedRun, datasets: Collection[Dataset], shapes: Mapping[str, Sequence[int]], num_processes: int
+) -> dict[str, Any]:
+    """JSON-able facts that a resume is compared with.
+
+    Args:
+        datasets: that are trained on.
+        shapes: of the trained weights.
+    """
     return {
-        "fixed": {**fixed_settings(run.loaded), "parameters": run.placement.shapes()},
+        "fixed": {**fixed_settings(loaded), "parameters": dict(shapes)},
         "told": {
             "datasets": {each.id: {"images": each.num_images, "fingerprint": each.fingerprint} for each in datasets},
             "schedules": {
                 each.id: {"repeats": each.repeats, "batch_size": each.batch_size, **asdict(each.schedule)}
                 for each in datasets
             },
-            "processes": run.process_group.size,
+            "processes": num_processes,
             "torch": torch.__version__,
         },
     }

@@ -23,14 +23,15 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from simpletuner.config.options import TrainConfig
 from simpletuner.errors import DivergedError
 from simpletuner.optim.clipping import clip_by_norm, clip_by_value, gradient_norm
 from simpletuner.optim.optimizers import averaged_weights, set_learning_rate
 from simpletuner.randomness import reseed_global
-from simpletuner.reporting.events import CheckpointSaved, Notice, StepDone
+from simpletuner.reporting.events import CheckpointSaved, StepDone
 from simpletuner.training.batches import Window
 from simpletuner.training.device_failures import is_shortage
-from simpletuner.training.divergence import explain, has_diverged, last_good_state, note_step, require_finite
+from simpletuner.training.divergence import explain, last_good_state, require_finite
 from simpletuner.training.evaluate import evaluate
 from simpletuner.training.loss_bins import INTERVAL as LOSS_BINS_INTERVAL
 from simpletuner.training.losses.base import Change
@@ -38,7 +39,7 @@ from simpletuner.training.losses.perturbation import perturb
 from simpletuner.training.losses.prior_preservation import aim_at_base
 from simpletuner.training.memory import memory_gb
 from simpletuner.training.rollout import train_from_rollout
-from simpletuner.training.run import Run
+from simpletuner.training.run import Model, Run
 from simpletuner.training.step import Losses, compute_losses, sample_noise, sample_quantiles
 
 
@@ -66,33 +67,33 @@ class StepOutcome:
 
 
 def run_training(run: Run) -> None:
-    """Train until `run.max_train_steps`, from wherever `run.state` stands.
+    """Train until `run.max_train_steps`, from wherever `run.progress` stands.
 
     Raises:
         DivergedError: too many steps in a row without finite gradients.
         Interrupted: a signal came; the state is saved.
     """
-    run.denoiser.train()
+    run.model.denoiser.train()
     begin(run)
     while not run.is_finished:
         started = time.perf_counter()
-        epoch = run.state.epoch
-        window = run.batches.window(run.state.global_step, epoch, run.state.position)
+        epoch = run.progress.epoch
+        window = run.batches.window(run.progress.global_step, epoch, run.progress.position)
         outcome = train_window(run, window)
         report_step(run, window, outcome, epoch, time.perf_counter() - started)
-        if run.state.global_step % LOSS_BINS_INTERVAL == 0 or run.is_finished:
+        if run.progress.global_step % LOSS_BINS_INTERVAL == 0 or run.is_finished:
             report_loss_bins(run)
 
-        if run.process_group.is_main:
-            run.guard.require()
+        if run.session.process_group.is_main:
+            run.session.guard.require()
         maybe_checkpoint(run)
         if outcome.stops:
-            run.stop.adopt()  # what is due is made up for by the process that goes on
+            run.session.stop.adopt()  # what is due is made up for by the process that goes on
         else:
             maybe_evaluate(run)
             maybe_validate(run)
-        if run.stop and (outcome.stops or run.process_group.size == 1):
-            raise run.stop.error(saved=str(save_checkpoint(run)))
+        if run.session.stop and (outcome.stops or run.session.process_group.size == 1):
+            raise run.session.stop.error(saved=str(save_checkpoint(run)))
 
 
 def begin(run: Run) -> None:
@@ -104,38 +105,38 @@ def begin(run: Run) -> None:
     Raises:
         Interrupted: a signal came.
     """
-    step, sampler = run.state.global_step, run.batches.sampler
+    step, sampler = run.progress.global_step, run.batches.sampler
     if step > 0:
-        run.epochs_after = sampler.epochs_at(run.state.epoch, run.state.position)
-        taken = Fraction(run.batches.accumulation, max(sampler.batches_in(run.state.epoch), 1))
+        run.epochs_after = sampler.epochs_at(run.progress.epoch, run.progress.position)
+        taken = Fraction(run.batches.accumulation, max(sampler.batches_in(run.progress.epoch), 1))
         run.epochs_before = max(run.epochs_after - taken, Fraction(0))
-    if step == 0 or step not in run.eval_losses:
+    if step == 0 or step not in run.progress.eval_losses:
         maybe_evaluate(run, always=step == 0)
-    if run.validator is not None and (step == 0 or not run.validator.has_generated(step, run.ema)):
+    if run.validator is not None and (step == 0 or not run.validator.has_generated(step, run.model.ema)):
         maybe_validate(run, always=step == 0)
-    if run.stop and run.process_group.size == 1:
-        raise run.stop.error(saved=str(save_checkpoint(run)) if step else None)
+    if run.session.stop and run.session.process_group.size == 1:
+        raise run.session.stop.error(saved=str(save_checkpoint(run)) if step else None)
 
 
 def train_window(run: Run, window: Window) -> StepOutcome:
     """One optimizer step: all micro-batches of the window, then the update."""
-    step, state = window.step, run.state
-    weight = max(run.process_group.sum([window.weight])[0], 1e-12)
-    set_learning_rate(run.optimizer, learning_rate_at(run, step))
+    step, progress = window.step, run.progress
+    weight = max(run.session.process_group.sum([window.weight])[0], 1e-12)
+    set_learning_rate(run.model.optimizer, learning_rate_at(run, step))
     losses = backward_window(run, window, weight)
-    run.placement.collect_gradients()
-    run.loss_scale.unscale(run.placement.parameters.values())
+    run.model.placement.collect_gradients()
+    run.progress.loss_scale.unscale(run.model.placement.parameters.values())
     outcome = summarise(run, window, losses)
     update_weights(run, step, outcome.is_finite)
     if not outcome.is_finite:
-        require_finite(run, "weights", run.placement.parameters)  # no later step can be better
-    state.global_step, state.epoch, state.position = step + 1, window.next_epoch, window.next_position
+        require_finite(run, "weights", run.model.placement.parameters)  # no later step can be better
+    progress.global_step, progress.epoch, progress.position = step + 1, window.next_epoch, window.next_position
     run.epochs_before, run.epochs_after = window.epochs_before, window.epochs_after
     trained = [each for each, batch in zip(losses, window.batches, strict=True) if not batch.is_regularisation]
     run.loss_bins.add(step + 1, trained)
-    if run.recomputing is not None:
-        run.recomputing.after_step()
-    if has_diverged(run):
+    if run.model.gradient_checkpointing is not None:
+        run.model.gradient_checkpointing.after_step()
+    if run.skips.are_too_many:
         raise diverged(run, window, losses)
     return outcome
 
@@ -150,33 +151,37 @@ def backward_window(run: Run, window: Window, weight: float) -> list[Losses]:
         try:
             return [backward_micro_batch(run, window, micro_step, weight) for micro_step in range(len(window.batches))]
         except (RuntimeError, MemoryError) as error:
-            is_helped = run.process_group.size == 1 and run.recomputing is not None and is_shortage(error)
-            if not is_helped or not run.recomputing.recompute_more():  # type: ignore[union-attr]
+            is_helped = (
+                run.session.process_group.size == 1
+                and run.model.gradient_checkpointing is not None
+                and is_shortage(error)
+            )
+            if not is_helped or not run.model.gradient_checkpointing.recompute_more():  # type: ignore[union-attr]
                 raise
             reason = str(error).splitlines()[0]
         # Outside of the handler: the traceback holds the tensors of the pass that failed.
-        run.optimizer.zero_grad(set_to_none=True)
-        if run.family.device.type == "cuda":
+        run.model.optimizer.zero_grad(set_to_none=True)
+        if run.model.family.device.type == "cuda":
             torch.cuda.empty_cache()
         text = f"step {window.step + 1} is taken again with more blocks recomputed: {reason}"
-        run.bus.emit(Notice("warning", text))
+        run.session.warn(text)
 
 
 def update_weights(run: Run, step: int, is_finite: bool) -> None:
     """Move weights and their average, and let go of the gradients; a step that is not finite moves nothing."""
-    scale = replace(run.loss_scale)
-    is_overflow = run.loss_scale.update(is_finite)
-    note_step(run, scale, is_skipped=not is_finite and not is_overflow)
+    before = replace(run.progress, loss_scale=replace(run.progress.loss_scale))
+    is_overflow = run.progress.loss_scale.update(is_finite)
+    run.skips.note(before, is_skipped=not is_finite and not is_overflow)
     if is_finite:
         reseed_global(run.seed, "update", step)  # optimizers that round stochastically: the same in each process
-        run.placement.step(run.optimizer)
-        run.last_update = step + 1
-        if run.ema is not None:
-            run.ema.update(run.placement.parameters, step + 1)
-        run.state.skipped_steps = 0
+        run.model.placement.step(run.model.optimizer)
+        run.skips.last_update = step + 1
+        if run.model.ema is not None:
+            run.model.ema.update(run.model.placement.parameters, step + 1)
+        run.skips.in_a_row = 0
     elif not is_overflow:
-        run.state.skipped_steps += 1
-    run.optimizer.zero_grad(set_to_none=True)
+        run.skips.in_a_row += 1
+    run.model.optimizer.zero_grad(set_to_none=True)
 
 
 def backward_micro_batch(run: Run, window: Window, micro_step: int, weight: float) -> Losses:
@@ -186,15 +191,15 @@ def backward_micro_batch(run: Run, window: Window, micro_step: int, weight: floa
     # Now, and not before the forward pass: a backward pass does not hold the interpreter, so a window can be built
     # beside it; beside a forward pass the two would wait for each other at each operation.
     run.batches.begin_next(window)
-    scaled = losses.weighted_sum / weight * run.loss_scale.scale
-    run.placement.backward(scaled, is_last=micro_step == len(window.batches) - 1)
+    scaled = losses.weighted_sum / weight * run.progress.loss_scale.scale
+    run.model.placement.backward(scaled, is_last=micro_step == len(window.batches) - 1)
     return losses
 
 
 def forward_micro_batch(run: Run, window: Window, micro_step: int) -> Losses:
     """The losses of one micro-batch; the same each time it is computed."""
     batch, step, seed = window.batches[micro_step], window.step, run.seed
-    family, denoiser, objective = run.family, run.denoiser, run.objective
+    family, denoiser, objective = run.model.family, run.model.denoiser, run.objective
     noise = objective.offset_noise(sample_noise(batch, seed, step), batch.slots, seed, step)
     perturbed_noise = objective.perturbed_noise(noise, batch.slots, seed, step)
     depth = run.rollouts.depth(seed, step, micro_step)
@@ -203,20 +208,24 @@ def forward_micro_batch(run: Run, window: Window, micro_step: int) -> Losses:
     if perturbed_noise is not None:
         changes.append(partial(perturb, family=family, perturbed_noise=perturbed_noise))
     if batch.is_regularisation:
-        changes.append(partial(aim_at_base, family=family, denoiser=denoiser, without_adapter=run.adapter.disabled))
+        changes.append(
+            partial(aim_at_base, family=family, denoiser=denoiser, without_adapter=run.model.adapter.disabled)
+        )
     elif depth:
         changes.append(
             partial(train_from_rollout, family=family, denoiser=denoiser, depth=depth, rollouts=run.rollouts)
         )
     # Dropout inside an adapter samples from the global generator.
-    reseed_global(seed, "denoiser", step, micro_step, *run.process_group.key)
+    reseed_global(seed, "denoiser", step, micro_step, *run.session.process_group.key)
     return compute_losses(family, denoiser, batch, noise, sample_quantiles(batch, seed, step), objective, changes)
 
 
 def summarise(run: Run, window: Window, losses: list[Losses]) -> StepOutcome:
     """Clip the gradients and gather the step's numbers: the one place where the host waits for the device."""
-    grad_norm = clip_gradients(run)
-    *sums, stops, samples = run.process_group.sum([*weighted_sums(window, losses), bool(run.stop), window.num_samples])
+    grad_norm = clip_gradients(run.model, run.config)
+    *sums, stops, samples = run.session.process_group.sum(
+        [*weighted_sums(window, losses), bool(run.session.stop), window.num_samples]
+    )
     loss, regularisation_loss = weighted_means(*sums)
     return StepOutcome(
         loss=loss,
@@ -230,18 +239,17 @@ def summarise(run: Run, window: Window, losses: list[Losses]) -> StepOutcome:
 
 
 def learning_rate_at(run: Run, step: int) -> float:
-    return run.peak_learning_rate * run.lr_factor(step)
+    return run.peak_learning_rate * run.model.lr_factor(step)
 
 
-def clip_gradients(run: Run) -> Tensor:
+def clip_gradients(model: Model, config: TrainConfig) -> Tensor:
     """() the joint norm of the gradients (largest absolute value where clipping is by value), before clipping."""
-    config = run.config
-    if (norm := run.placement.norm_before_clipping) is not None:
+    if (norm := model.placement.norm_before_clipping) is not None:
         return norm
     if config.max_grad_norm and config.grad_clip_method == "value":
-        return run.placement.largest_of_all(clip_by_value(run.trainable, config.max_grad_norm))
-    norm = run.placement.norm_of_all(gradient_norm(run.trainable))
-    return clip_by_norm(run.trainable, config.max_grad_norm, norm) if config.max_grad_norm else norm
+        return model.placement.largest_of_all(clip_by_value(model.trainable, config.max_grad_norm))
+    norm = model.placement.norm_of_all(gradient_norm(model.trainable))
+    return clip_by_norm(model.trainable, config.max_grad_norm, norm) if config.max_grad_norm else norm
 
 
 def weighted_sums(window: Window, losses: list[Losses]) -> tuple[float, float, float, float]:
@@ -265,14 +273,14 @@ def diverged(run: Run, window: Window, losses: list[Losses]) -> DivergedError:
 def report_step(run: Run, window: Window, outcome: StepOutcome, epoch: int, seconds: float) -> None:
     """Emit the numbers of a step."""
     extra = {"regularisation_loss": outcome.regularisation_loss} if outcome.regularisation_loss is not None else {}
-    if run.ema is not None:
-        extra["ema_decay"] = run.ema.decay_at(window.step + 1)
+    if run.model.ema is not None:
+        extra["ema_decay"] = run.model.ema.decay_at(window.step + 1)
     if run.rollouts.max_depth:
         depths = [run.rollouts.depth(run.seed, window.step, number) for number in range(len(window.batches))]
         extra["rollout_depth"] = sum(depths) / len(depths)
-    run.bus.emit(
+    run.session.bus.emit(
         StepDone(
-            step=run.state.global_step,
+            step=run.progress.global_step,
             total_steps=run.max_train_steps,
             loss=outcome.loss,
             learning_rate=outcome.learning_rate,
@@ -280,30 +288,30 @@ def report_step(run: Run, window: Window, outcome: StepOutcome, epoch: int, seco
             seconds=seconds,
             samples=outcome.samples,
             epoch=epoch + 1,
-            memory_gb=memory_gb(run.family.device),
+            memory_gb=memory_gb(run.model.family.device),
             extra=extra,
             is_regularisation=outcome.is_regularisation,
         )
     )
-    if run.state.skipped_steps:
-        run.bus.emit(Notice("warning", f"step {run.state.global_step}: loss or gradients not finite, step skipped"))
+    if run.skips.in_a_row:
+        run.session.warn(f"step {run.progress.global_step}: loss or gradients not finite, step skipped")
     zeros = run.zero_watch.add(
         outcome.loss, outcome.grad_norm, window.batches, run.config.mixed_precision, run.is_finished
     )
     if zeros:
-        run.bus.emit(Notice("warning", f"step {run.state.global_step}: {zeros}"))
+        run.session.warn(f"step {run.progress.global_step}: {zeros}")
 
 
 def report_loss_bins(run: Run) -> None:
     """Emit the loss by noise level since the last time."""
-    event = run.loss_bins.take(run.state.global_step, run.process_group)
+    event = run.loss_bins.take(run.progress.global_step, run.session.process_group)
     if event is not None:
-        run.bus.emit(event)
+        run.session.bus.emit(event)
 
 
 def is_due(run: Run, step_interval: int | None, epoch_interval: float | None = None) -> bool:
     """Whether the step just taken ends an interval of steps, or crossed an interval of epochs."""
-    step = run.state.global_step
+    step = run.progress.global_step
     if step_interval and step % step_interval == 0:
         return True
     if not epoch_interval:
@@ -326,28 +334,28 @@ def save_checkpoint(run: Run) -> str:
         DivergedError: weights or optimizer state are not finite; nothing is written.
     """
     with last_good_state(run):
-        step = run.state.global_step
+        step = run.progress.global_step
         if run.saved_step != step:
-            run.placement.check(f"after step {step}")
-            saved = run.checkpoints.save(run)
-            run.bus.emit(CheckpointSaved(step=step, path=saved.path, is_new=saved.is_new))
+            run.model.placement.check(f"after step {step}")
+            saved = run.session.checkpoints.save(run)
+            run.session.bus.emit(CheckpointSaved(step=step, path=saved.path, is_new=saved.is_new))
             run.saved_step = step
-        return str(run.checkpoints.path_of(step))
+        return str(run.session.checkpoints.path_of(step))
 
 
 def maybe_checkpoint(run: Run) -> None:
     """Save a checkpoint if one is due. One that is due at a skipped step is saved after the next good step."""
     config = run.config
-    is_skipped = run.state.skipped_steps > 0
-    if not is_skipped and run.process_group.is_main:
-        for notice in run.checkpoints.settle():
-            run.bus.emit(notice)
+    is_skipped = run.skips.in_a_row > 0
+    if not is_skipped and run.session.process_group.is_main:
+        for notice in run.session.checkpoints.settle():
+            run.session.bus.emit(notice)
     if is_due(run, config.checkpoint_step_interval, config.checkpoint_epoch_interval) or run.owes_checkpoint:
         if not is_skipped:
             save_checkpoint(run)
         elif not run.owes_checkpoint:
-            text = f"checkpoint-{run.state.global_step} is not saved, its step was skipped"
-            run.bus.emit(Notice("warning", f"{text}: one is saved after the next step that is not"))
+            text = f"checkpoint-{run.progress.global_step} is not saved, its step was skipped"
+            run.session.warn(f"{text}: one is saved after the next step that is not")
         run.owes_checkpoint = is_skipped
     if run.is_finished:
         save_checkpoint(run)
@@ -368,10 +376,10 @@ def maybe_validate(run: Run, always: bool = False) -> None:
     if run.validator is None:
         return
     is_wanted = is_due(run, config.validation_step_interval, config.validation_epoch_interval)
-    is_late_enough = run.state.global_step >= config.validate_after_step and run.epochs_after >= as_written(
+    is_late_enough = run.progress.global_step >= config.validate_after_step and run.epochs_after >= as_written(
         config.validate_after_epoch
     )
     if always or (is_wanted and is_late_enough) or run.is_finished:
-        with averaged_weights(run.optimizer):
-            run.validator.run(run.denoiser, run.adapter, run.ema, run.state.global_step)
-        run.denoiser.train()
+        with averaged_weights(run.model.optimizer):
+            run.validator.run(run.model.denoiser, run.model.adapter, run.model.ema, run.progress.global_step)
+        run.model.denoiser.train()

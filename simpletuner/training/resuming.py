@@ -14,17 +14,17 @@ from typing import Any
 
 from simpletuner.config.loading import LoadedRun
 from simpletuner.data.sampler import Sampler
-from simpletuner.training.state import TrainState
+from simpletuner.training.progress import Progress
 
 
-def length_facts(state: TrainState, sampler: Sampler, total_steps: int) -> dict[str, int]:
+def length_facts(state: Progress, sampler: Sampler, total_steps: int) -> dict[str, int]:
     """What a checkpoint keeps beside its state, so that another length of epochs is noticed."""
     return {"epoch_batches": sampler.batches_in(state.epoch), "total_steps": total_steps}
 
 
-def resumed_state(saved: Mapping[str, Any], sampler: Sampler) -> TrainState:
-    """The saved state; the same share of the epoch is done where the epoch now has another number of batches."""
-    state = TrainState.from_json(saved["state"])
+def resumed_progress(saved: Mapping[str, Any], sampler: Sampler) -> Progress:
+    """The saved place; the same share of the epoch is done where the epoch now has another number of batches."""
+    state = Progress.at(saved["state"])
     now = sampler.batches_in(state.epoch)
     before = saved.get("length", {}).get("epoch_batches", now)
     if before == now:
@@ -45,13 +45,13 @@ class Length:
     notice: str | None = None
 
 
-def total_train_steps(loaded: LoadedRun, sampler: Sampler, state: TrainState | None = None) -> int:
+def total_train_steps(loaded: LoadedRun, sampler: Sampler, state: Progress | None = None) -> int:
     """Optimizer steps at which the run ends: `max_train_steps`, or those taken and those of the epochs that remain.
 
     Args:
         state: where the run stands; None at its beginning.
     """
-    config, state = loaded.config, state or TrainState()
+    config, state = loaded.config, state or Progress()
     if config.max_train_steps:
         return config.max_train_steps
     done = sampler.batches_before(state.epoch) + state.position if state.global_step else Fraction(0)
@@ -59,7 +59,7 @@ def total_train_steps(loaded: LoadedRun, sampler: Sampler, state: TrainState | N
     return max(state.global_step + math.ceil(remaining / config.gradient_accumulation_steps), 1)
 
 
-def resumed_length(loaded: LoadedRun, sampler: Sampler, saved: Mapping[str, Any], state: TrainState) -> Length:
+def resumed_length(loaded: LoadedRun, sampler: Sampler, saved: Mapping[str, Any], state: Progress) -> Length:
     """Where a resumed run ends, and one line where that is not where it would have ended before."""
     config, total = loaded.config, total_train_steps(loaded, sampler, state)
     before = saved.get("length", {}).get("total_steps", total)

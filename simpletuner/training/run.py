@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -24,54 +23,103 @@ from simpletuner.optim.ema import EMA
 from simpletuner.optim.schedules import scaled_learning_rate
 from simpletuner.precision.mixed import autocast
 from simpletuner.reporting.bus import EventBus
+from simpletuner.reporting.events import Notice
 from simpletuner.training.batches import BatchSource
 from simpletuner.training.checkpoint import Checkpoints
-from simpletuner.training.divergence import RECENT_STEPS
+from simpletuner.training.divergence import Skips
 from simpletuner.training.evaluation import EvalResult, Evaluator, evaluations_without_gain
 from simpletuner.training.gradient_checkpointing import GradientCheckpointing
 from simpletuner.training.loss_bins import LossBins
-from simpletuner.training.loss_scale import LossScale
 from simpletuner.training.objective import Objective, build_objective
+from simpletuner.training.progress import Progress
 from simpletuner.training.rollout import Rollouts, build_rollouts
 from simpletuner.training.run_history import FolderGuard
 from simpletuner.training.signals import StopRequest
-from simpletuner.training.state import TrainState
 from simpletuner.training.zeros import ZeroWatch
 from simpletuner.validation.external import ExternalScript
 from simpletuner.validation.validator import Validator
 
 
 @dataclass
+class Model:
+    """What is trained, and what moves it.
+
+    Args:
+        family: the model family, bound to its weights.
+        denoiser: the network; the adapter is a registered child of it.
+        adapter: what trains; for full training the denoiser's own parameters.
+        placement: whether each process holds all of the trained weights, or a part.
+        optimizer: over `adapter.trainable_parameters()`.
+        lr_factor: optimizer step -> multiple of `Run.peak_learning_rate`; a pure function.
+        ema: average of the trainable parameters, or None.
+        gradient_checkpointing: which blocks are recomputed in the backward pass; None without gradient checkpointing.
+    """
+
+    family: ModelFamily
+    denoiser: nn.Module
+    adapter: Adapter
+    placement: Placement
+    optimizer: torch.optim.Optimizer
+    lr_factor: Callable[[int], float]
+    ema: EMA | None = None
+    gradient_checkpointing: GradientCheckpointing | None = None
+
+    @cached_property
+    def trainable(self) -> list[nn.Parameter]:
+        return list(self.adapter.trainable_parameters().values())
+
+
+@dataclass
+class Session:
+    """This process of a run: where it writes, who listens, and what may stop it.
+
+    Args:
+        cache_dir: beside `output_dir` the other folder that it writes to.
+        checkpoints: of the run, in `output_dir`.
+        process_group: the processes of the run; `Run` is the same in each but for its part of the batches.
+        pauses_on_full_disk: wait for space where a checkpoint finds none.
+    """
+
+    output_dir: Path
+    cache_dir: Path
+    bus: EventBus
+    stop: StopRequest
+    checkpoints: Checkpoints
+    process_group: ProcessGroup = SINGLE_PROCESS
+    pauses_on_full_disk: bool = False
+
+    @cached_property
+    def guard(self) -> FolderGuard:
+        """Notices that the output folder was renamed or deleted."""
+        return FolderGuard(self.output_dir)
+
+    def inform(self, text: str) -> None:
+        """Log one line."""
+        self.bus.emit(Notice("info", text))
+
+    def warn(self, text: str) -> None:
+        """Log one line that somebody should read."""
+        self.bus.emit(Notice("warning", text))
+
+
+@dataclass
 class Run:
-    """Everything that a step of training touches.
+    """A run: its model, where it stands, this process of it, and where its batches come from.
 
     Args:
         loaded: the configuration and where it came from.
         seed: of all keyed randomness.
-        family: the model family, bound to its weights.
-        denoiser: the network; the adapter is a registered child of it.
-        adapter: what trains; for full training the denoiser's own parameters.
-        optimizer: over `adapter.trainable_parameters()`.
-        lr_factor: optimizer step -> multiple of `peak_learning_rate`; a pure function.
-        ema: average of the trainable parameters, or None.
         batches: windows of micro-batches.
         evaluator: None where there is no eval dataset or no interval.
         validator: None where validation is off.
-        state: where the run stands.
         max_train_steps: optimizer steps at which the run ends.
-        placement: whether each process holds all of the trained weights, or a part.
-        world: the processes of the run; `Run` is the same in each but for its part of the batches.
         datasets: all of the run, for its report.
-        recomputing: which blocks forget what they computed; None without gradient checkpointing.
         is_complete: an earlier process has brought it to its end.
         epochs_before: epochs done before the last step of this process.
         epochs_after: epochs done after it.
         saved_step: the step of the last checkpoint that this process has taken part in.
         owes_checkpoint: one was due at a step that was skipped.
-        recent_skips: of the last steps of this process, whether they were skipped.
-        last_update: the step whose update was the last one of this process.
-        before_skips: state and loss scale before the first of the skipped steps that were the last ones.
-        eval_losses: global_step -> pooled eval loss, of earlier processes too.
+        skips: steps of this process that were skipped.
         eval_reference: the eval loss of the untouched base, once it is known.
         loss_bins: gathers the training loss by noise level.
         zero_watch: notices steps that train nothing.
@@ -79,34 +127,20 @@ class Run:
 
     loaded: LoadedRun
     seed: int
-    output_dir: Path
-    family: ModelFamily
-    denoiser: nn.Module
-    adapter: Adapter
-    optimizer: torch.optim.Optimizer
-    lr_factor: Callable[[int], float]
-    ema: EMA | None
+    model: Model
+    progress: Progress
+    session: Session
     batches: BatchSource
     evaluator: Evaluator | None
     validator: Validator | ExternalScript | None
-    checkpoints: Checkpoints
-    bus: EventBus
-    stop: StopRequest
-    state: TrainState
     max_train_steps: int
-    placement: Placement
-    process_group: ProcessGroup = SINGLE_PROCESS
     datasets: Sequence[Dataset] = ()
-    recomputing: GradientCheckpointing | None = None
     is_complete: bool = False
     epochs_before: Fraction = Fraction(0)
     epochs_after: Fraction = Fraction(0)
     saved_step: int | None = None
     owes_checkpoint: bool = False
-    last_update: int | None = None
-    recent_skips: deque[bool] = field(default_factory=lambda: deque(maxlen=RECENT_STEPS))
-    before_skips: tuple[TrainState, LossScale] | None = None
-    eval_losses: dict[int, float] = field(default_factory=dict)
+    skips: Skips = field(default_factory=Skips)
     eval_reference: EvalResult | None = None
     loss_bins: LossBins = field(default_factory=LossBins)
     zero_watch: ZeroWatch = field(default_factory=ZeroWatch)
@@ -117,45 +151,32 @@ class Run:
 
     @cached_property
     def rollouts(self) -> Rollouts:
-        return build_rollouts(self.config, self.family.spec)
-
-    @cached_property
-    def guard(self) -> FolderGuard:
-        """Notices that the output folder was renamed or deleted."""
-        return FolderGuard(self.output_dir)
+        return build_rollouts(self.config, self.model.family.spec)
 
     @property
     def config(self) -> TrainConfig:
         return self.loaded.config
 
-    @cached_property
-    def trainable(self) -> list[nn.Parameter]:
-        return list(self.adapter.trainable_parameters().values())
-
     @property
     def is_finished(self) -> bool:
-        return self.state.global_step >= self.max_train_steps or self.is_stopped_early
+        return self.progress.global_step >= self.max_train_steps or self.is_stopped_early
 
     @property
     def is_stopped_early(self) -> bool:
         """Whether `early_stopping_patience` is used up; a function of the eval losses, so a resumed run knows too."""
         patience = self.config.early_stopping_patience
-        return patience is not None and evaluations_without_gain(self.eval_losses) >= patience
-
-    @cached_property
-    def loss_scale(self) -> LossScale:
-        return LossScale.of(self.config.mixed_precision)
+        return patience is not None and evaluations_without_gain(self.progress.eval_losses) >= patience
 
     @cached_property
     def peak_learning_rate(self) -> float:
         """What `lr_factor` multiplies."""
-        return scaled_learning_rate(self.config, self.process_group.size)
+        return scaled_learning_rate(self.config, self.session.process_group.size)
 
     def close(self) -> None:
         """Stop preparing windows, and write what was encoded on demand and is not in the caches yet."""
         self.batches.close()
-        self.family.prompts.close()
+        self.model.family.prompts.close()
 
     def autocast(self) -> AbstractContextManager[None]:
         """Matrix products in `mixed_precision`; a no-op where it is `no`."""
-        return autocast(self.family.device, self.config.mixed_precision)
+        return autocast(self.model.family.device, self.config.mixed_precision)

@@ -128,12 +128,12 @@ def begin_in_folder(run: Run, start: Start) -> list[str]:
     Raises:
         DataError: the disk is full or cannot be written.
     """
-    output_dir = run.output_dir
+    output_dir = run.session.output_dir
     if not start.moves:
         write_run_history(output_dir, start.history)
         return []
-    after_step = run.state.global_step if start.is_own else None
+    after_step = run.progress.global_step if start.is_own else None
     line = move_earlier(output_dir, start.history, after_step, {} if start.is_own else start.reports)
-    if run.eval_losses:  # less than before, where the run goes back
-        write_eval_history(run)
+    if run.progress.eval_losses:  # less than before, where the run goes back
+        write_eval_history(run.session, run.progress.eval_losses)
     return [line] if line else []

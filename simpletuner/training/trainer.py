@@ -55,14 +55,15 @@ from simpletuner.training.gradient_checkpointing import GradientCheckpointing
 from simpletuner.training.kernels import attention_kernel, compile_blocks
 from simpletuner.training.lock import write_lock
 from simpletuner.training.loop import run_training
+from simpletuner.training.loss_scale import LossScale
 from simpletuner.training.phases import phase
 from simpletuner.training.prepare import prepare_data
+from simpletuner.training.progress import Progress
 from simpletuner.training.report import report_run
-from simpletuner.training.resuming import Length, resumed_length, resumed_state, total_train_steps
-from simpletuner.training.run import Run
+from simpletuner.training.resuming import Length, resumed_length, resumed_progress, total_train_steps
+from simpletuner.training.run import Model, Run, Session
 from simpletuner.training.signals import StopRequest
 from simpletuner.training.start import Start, begin_in_folder, plan_start
-from simpletuner.training.state import TrainState
 
 
 def train(loaded: LoadedRun) -> None:
@@ -95,24 +96,26 @@ def train(loaded: LoadedRun) -> None:
             started = time.monotonic()
             if run.is_complete:
                 bus.emit(
-                    Notice("info", f"{output_dir} is complete: step {run.state.global_step} of {run.max_train_steps}")
+                    Notice(
+                        "info", f"{output_dir} is complete: step {run.progress.global_step} of {run.max_train_steps}"
+                    )
                 )
             else:
                 run_training(run)
                 finish_run(run, time.monotonic() - started)
             if publisher is not None:
-                publish(publisher, run)
+                publish(publisher, run.progress.global_step, run.session)
         except UploadError:
             raise  # the run itself is done, and its sinks have been told so
         except SimpleTunerError as error:
-            step = run.state.global_step if run is not None else 0
+            step = run.progress.global_step if run is not None else 0
             bus.emit(RunFailed(step=step, message=error.render(), exit_code=error.exit_code))
-            is_writing = run is not None and process_group.is_main and run.guard.is_there()
+            is_writing = run is not None and process_group.is_main and run.session.guard.is_there()
             if run is not None and is_writing and not isinstance(error, Interrupted):  # who stops a run is in haste
                 report_run(output_dir, run.datasets, bus)
             raise
         except Exception as error:  # told to whoever listens; `cli.main` shows it
-            step = run.state.global_step if run is not None else 0
+            step = run.progress.global_step if run is not None else 0
             what = f"training step {step + 1}" if run is not None else "preparing the run"
             if (known := explain(error, loaded.config, pick_device(), what) or disk_error(error)) is not None:
                 bus.emit(RunFailed(step=step, message=known.render(), exit_code=known.exit_code))
@@ -140,14 +143,14 @@ def build_publisher(loaded: LoadedRun) -> Publisher | None:
     return Publisher(job) if job is not None else None
 
 
-def publish(publisher: Publisher, run: Run) -> None:
+def publish(publisher: Publisher, step: int, session: Session) -> None:
     """Upload the end of the run.
 
     Raises:
         UploadError: it did not succeed.
     """
-    with phase(run.bus, "uploading to the Hub"):
-        publisher.finish(run.state.global_step, lambda: bool(run.stop))
+    with phase(session.bus, "uploading to the Hub"):
+        publisher.finish(step, lambda: bool(session.stop))
 
 
 def build_run(
@@ -188,30 +191,31 @@ def build_run(
         compile_blocks(denoiser, family.spec.block_classes, config.dynamo_backend)
     choose_kernels(loaded, adapter, family.device, start.resume_from, bus, process_group)
     parameters = adapter.trainable_parameters()
-    run = Run(
-        loaded=loaded,
-        seed=config.seed,
-        output_dir=output_dir,
+    model = Model(
         family=family,
         denoiser=denoiser,
         adapter=adapter,
+        placement=placement,
         optimizer=build_optimizer(config, parameters, config.seed),
         lr_factor=build_lr_factor(loaded, total_steps, process_group),
         ema=EMA(parameters, config.ema_decay, config.ema_update_interval) if config.use_ema else None,
+        gradient_checkpointing=recomputing,
+    )
+    run = Run(
+        loaded=loaded,
+        seed=config.seed,
+        model=model,
+        progress=Progress(loss_scale=LossScale.of(config.mixed_precision)),
+        session=Session(
+            output_dir, Path(config.cache_dir), bus, stop, checkpoints, process_group, config.pause_on_full_disk
+        ),
         batches=build_batches(loaded, family, training, sources, sampler, process_group),
         evaluator=build_evaluator(loaded, family, datasets, sources, stop, process_group),
         validator=build_validator(loaded, family, datasets, checkpoints, bus, stop, process_group),
-        checkpoints=checkpoints,
-        bus=bus,
-        stop=stop,
-        state=TrainState(),
         max_train_steps=total_steps,
-        placement=placement,
-        recomputing=recomputing,
-        process_group=process_group,
         datasets=datasets,
     )
-    placement.take_over(run.optimizer)
+    placement.take_over(run.model.optimizer)
     resume(run, start)
     return run
 
@@ -221,7 +225,7 @@ def run_length(loaded: LoadedRun, sampler: Sampler, resume_from: Path | None) ->
     if resume_from is None:
         return Length(total_train_steps(loaded, sampler))
     saved = read_state(resume_from)
-    return resumed_length(loaded, sampler, saved, resumed_state(saved, sampler))
+    return resumed_length(loaded, sampler, saved, resumed_progress(saved, sampler))
 
 
 def choose_kernels(
@@ -256,26 +260,28 @@ def resume(run: Run, start: Start) -> None:
         ConfigError: the checkpoint is of another model or adapter.
         DataError: the disk is full or cannot be written.
     """
-    process_group, path = run.process_group, start.resume_from
+    process_group, path = run.session.process_group, start.resume_from
     if path is not None:
         load_checkpoint(run, path, start.is_own)
         if start.is_own:
-            noted = process_group.from_main(read_eval_history(run.output_dir, start.history, run.bus))
-            run.eval_losses |= losses_from_json(noted, until=run.state.global_step)
+            noted = process_group.from_main(read_eval_history(run.session.output_dir, start.history, run.session.bus))
+            run.progress.eval_losses |= losses_from_json(noted, until=run.progress.global_step)
     reported = begin_in_folder(run, start) if process_group.is_main else []
     if process_group.is_main:
         restore_best(run)
-    run.eval_losses |= losses_from_json(process_group.from_main(losses_as_json(run.eval_losses)))
+    run.progress.eval_losses |= losses_from_json(process_group.from_main(losses_as_json(run.progress.eval_losses)))
     run.is_complete = run.is_finished and was_finished(run)
     announce(run)
     for line in reported:
-        run.bus.emit(Notice("warning", line))
+        run.session.warn(line)
     if process_group.is_main:
-        write_lock(run.loaded, run.family, run.datasets, run.output_dir, run.bus, resumes=start.is_own)
+        write_lock(
+            run.loaded, run.model.family, run.datasets, run.session.output_dir, run.session.bus, resumes=start.is_own
+        )
     if path is not None:
         name = path.name if start.is_own else path
-        text = f"resumed {name}: step {run.state.global_step} of {run.max_train_steps}"
-        run.bus.emit(Notice("info", text))
+        text = f"resumed {name}: step {run.progress.global_step} of {run.max_train_steps}"
+        run.session.inform(text)
 
 
 def describe_adapter(adapter: Adapter, bus: EventBus) -> None:
@@ -303,7 +309,7 @@ def checkpoint_plan(config: TrainConfig) -> str:
 
 def announce(run: Run) -> None:
     """Say what is about to run; the sinks open their files for it."""
-    config, family, mark = run.config, run.family, run.checkpoints.history.mark
+    config, family, mark = run.config, run.model.family, run.session.checkpoints.history.mark
     details = {
         "model": f"{family.spec.title} ({family.source.model})",
         "training": f"{config.model_type} {config.lora_type if config.model_type == 'lora' else ''}".strip(),
@@ -314,12 +320,12 @@ def announce(run: Run) -> None:
     if config.model_type == "lora":
         form, kind = form_and_kind(config, run.loaded.lycoris)
         details["adapter file"] = f"{form} form, {family.spec.read_by(form, kind)}"
-    run.bus.emit(
+    run.session.bus.emit(
         RunStarted(
-            run_name=config.tracker_run_name or run.output_dir.name,
-            output_dir=run.output_dir,
+            run_name=config.tracker_run_name or run.session.output_dir.name,
+            output_dir=run.session.output_dir,
             total_steps=run.max_train_steps,
-            start_step=run.state.global_step,
+            start_step=run.progress.global_step,
             details=details,
             options=run.loaded.resolved(),
             run_id=mark.run_id,

@@ -29,7 +29,7 @@ def fall_until(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     """Let each eval loss be 10 - step up to `step` and 20 afterwards, so that a test knows which is the best."""
 
     def known(run: Any) -> None:
-        now = run.state.global_step
+        now = run.progress.global_step
         result = EvalResult({"held_out": 0.0}, 10.0 - now if now <= step else 20.0, [])
         run.evaluator = SimpleNamespace(run=lambda denoiser: result)
         real(run)
@@ -142,7 +142,7 @@ def test_a_killed_run_remembers_evaluations_after_its_last_checkpoint(
     report = loop.report_step
 
     def die(run: Any, *arguments: Any) -> None:
-        if run.state.global_step == 5:
+        if run.progress.global_step == 5:
             raise KeyboardInterrupt
         report(run, *arguments)
 

@@ -186,8 +186,8 @@ def test_output_dir_that_is_renamed_under_a_run_ends_it_at_the_next_write(
 
     def rename(run: Any, *arguments: Any) -> None:
         report(run, *arguments)
-        if run.state.global_step == 3:
-            run.output_dir.rename(tmp_path / "renamed")
+        if run.progress.global_step == 3:
+            run.session.output_dir.rename(tmp_path / "renamed")
 
     with monkeypatch.context() as patched:
         patched.setattr(loop, "report_step", rename)
@@ -206,7 +206,7 @@ def test_a_kill_around_the_best_checkpoint_is_made_up_for(
     real = evaluate.write_eval_history
 
     def die(run: Any) -> None:
-        if run.state.global_step == 2:
+        if run.progress.global_step == 2:
             if moment == "after the record":
                 real(run)
             raise KeyboardInterrupt

@@ -119,7 +119,7 @@ def test_a_run_killed_after_its_last_checkpoint_still_gets_its_evaluation_images
     evaluate = loop.maybe_evaluate
 
     def die(run: Any, always: bool = False) -> None:
-        if run.state.global_step == 2:
+        if run.progress.global_step == 2:
             raise KeyboardInterrupt
         evaluate(run, always)
 

@@ -121,7 +121,7 @@ def test_a_validation_that_fails_is_reported_and_training_goes_on(
     folder = write_run(tmp_path, omnigen_folder, **options)
 
     def train_beside_it(run: Any) -> None:  # what lies there before a fresh start is moved
-        (run.output_dir / "validation_images").write_text("in the way")
+        (run.session.output_dir / "validation_images").write_text("in the way")
         run_training(run)
 
     monkeypatch.setattr("simpletuner.training.trainer.run_training", train_beside_it)

@@ -182,7 +182,7 @@ class _Death:
 
         def die(run: Any, *arguments: Any) -> Any:
             done = real(run, *arguments)
-            if run.state.global_step == step:
+            if run.progress.global_step == step:
                 os.kill(os.getpid(), signal.SIGKILL)
             return done
 

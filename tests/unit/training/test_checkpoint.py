@@ -42,7 +42,7 @@ def names(output: Path) -> list[str]:
 def test_the_last_ones_are_kept(tmp_path, limit, kept):
     run, recorder = toy_run(tmp_path, ONE, max_train_steps=5, checkpoint_step_interval=1, checkpoints_total_limit=limit)
     run_training(run)
-    run.checkpoints.settle()  # as the end of a run does, once the last weights have shown a finite output
+    run.session.checkpoints.settle()  # as the end of a run does, once the last weights have shown a finite output
     assert [event.step for event in recorder.of(CheckpointSaved)] == [1, 2, 3, 4, 5]
     assert names(tmp_path / "output") == [f"checkpoint-{step}" for step in kept]
 
@@ -60,7 +60,7 @@ def test_the_last_ones_are_kept(tmp_path, limit, kept):
 )
 def test_the_start_of_the_log_says_when_checkpoints_are_saved(tmp_path, options, words):
     written = {"checkpoint_step_interval": 0, "checkpoints_total_limit": 5} | options
-    assert checkpoint_plan(load_toy(tmp_path, **written).config) == words
+    assert checkpoint_plan(load_toy(tmp_path).config.model_copy(update=written)) == words
 
 
 def test_what_is_damaged_or_has_another_name_is_not_counted_and_not_removed(tmp_path):
@@ -135,27 +135,27 @@ def test_the_checkpoint_of_a_step_that_is_there_already_stays_as_it_is(tmp_path)
     saved = tmp_path / "output/checkpoint-1"
     inode = saved.stat().st_ino
     with torch.no_grad():
-        run.denoiser.weight.fill_(9.0)
-    run.checkpoints.save(run)
+        run.model.denoiser.weight.fill_(9.0)
+    run.session.checkpoints.save(run)
     assert saved.stat().st_ino == inode
     (saved / "toy.safetensors").write_bytes(b"damaged")
-    run.checkpoints.save(run)
+    run.session.checkpoints.save(run)
     assert load_file(saved / "toy.safetensors")["weight"].tolist() == [9, 9]
 
 
 def test_the_best_one_links_the_files_of_its_step_and_notes_its_loss(tmp_path):
     run, _ = toy_run(tmp_path, ONE, max_train_steps=1)
     run_training(run)
-    best = run.checkpoints.save_best(run, 0.25)
+    best = run.session.checkpoints.save_best(run, 0.25)
     file = "toy.safetensors"
     assert (best / file).stat().st_ino == (tmp_path / "output/checkpoint-1" / file).stat().st_ino
     metadata = dict(storage.read_manifest(best).metadata)
-    assert metadata.pop("run_history")["run"] == run.checkpoints.history.run_id
+    assert metadata.pop("run_history")["run"] == run.session.checkpoints.history.run_id
     assert metadata == {"global_step": 1, "eval_loss": 0.25}
-    run.state.global_step = 2
+    run.progress.global_step = 2
     with torch.no_grad():
-        run.denoiser.weight.fill_(9.0)
-    run.checkpoints.save_best(run, 0.125)
+        run.model.denoiser.weight.fill_(9.0)
+    run.session.checkpoints.save_best(run, 0.125)
     assert load_file(best / file)["weight"].tolist() == [9, 9]
     assert load_file(tmp_path / "output/checkpoint-1" / file)["weight"].tolist() == [0.5, 1.5]
 
@@ -163,7 +163,7 @@ def test_the_best_one_links_the_files_of_its_step_and_notes_its_loss(tmp_path):
 def test_a_checkpoint_holds_all_that_a_run_stands_on(tmp_path):
     momentum = partial(torch.optim.SGD, momentum=0.9)
     run, _ = toy_run(tmp_path, ONE, max_train_steps=1, optimizer=momentum, use_ema=True)
-    run.eval_losses = {0: 5.0, 1: float("nan")}
+    run.progress.eval_losses = {0: 5.0, 1: float("nan")}
     run_training(run)
     saved = tmp_path / "output/checkpoint-1"
     assert {path.name for path in saved.iterdir()} == {
@@ -184,8 +184,8 @@ def test_an_average_that_is_new_starts_from_the_weights_of_the_checkpoint(tmp_pa
     run, recorder = toy_run(tmp_path, ONE, max_train_steps=1, use_ema=True, ema_decay=0.75)
     load_checkpoint(run, tmp_path / "output/checkpoint-1")
     assert weights_of(run) == [0.5, 1.5]
-    assert run.ema.state_dict()["weight"].tolist() == [0.5, 1.5]
-    assert run.ema.decay == 0.75
+    assert run.model.ema.state_dict()["weight"].tolist() == [0.5, 1.5]
+    assert run.model.ema.decay == 0.75
     assert any("has no EMA" in notice.text for notice in recorder.of(Notice))
 
 
@@ -228,7 +228,7 @@ def test_a_run_owns_what_it_wrote_itself_up_to_where_it_went_back(tmp_path):
 def test_the_checkpoint_of_another_run_s_step_is_not_this_run_s(tmp_path):
     run, _ = toy_run(tmp_path, ONE, max_train_steps=1)
     run_training(run)
-    assert run.checkpoints.has(1)
+    assert run.session.checkpoints.has(1)
     assert not Checkpoints(tmp_path / "output", None, RunHistory.new()).has(1)
 
 

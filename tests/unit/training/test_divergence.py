@@ -58,7 +58,7 @@ def test_weights_and_states_that_are_not_finite_are_never_saved_and_rotate_nothi
     again, _ = toy_run(tmp_path, ONE, optimizer=partial(Poisoned, at=0, momentum=0.9), **options)
     load_checkpoint(again, tmp_path / "output/checkpoint-3")
     run_training(again)
-    assert again.state.global_step == 10
+    assert again.progress.global_step == 10
 
 
 def test_without_a_checkpoint_interval_the_update_is_found_at_the_next_step_and_at_the_last_one(tmp_path):
@@ -66,7 +66,7 @@ def test_without_a_checkpoint_interval_the_update_is_found_at_the_next_step_and_
         run, recorder = toy_run(tmp_path / str(at), ONE, optimizer=partial(Poisoned, at=at), max_train_steps=steps)
         with pytest.raises(DivergedError, match=f"weights are not finite after the update of step {at}"):
             run_training(run)
-        assert run.state.global_step == at
+        assert run.progress.global_step == at
         assert saved(recorder) == []
 
 
@@ -87,10 +87,10 @@ def test_a_run_stopped_at_a_skipped_step_saves_the_last_good_one_and_goes_on_to_
     assert load_file(tmp_path / "stopped/output/checkpoint-2/toy.safetensors")["weight"].tolist() == weights_of(stopped)
     resumed, _ = toy_run(tmp_path / "stopped", ONE, spoiled=[0, 1], **options)
     load_checkpoint(resumed, tmp_path / "stopped/output/checkpoint-2")
-    assert (resumed.state.global_step, resumed.state.skipped_steps) == (2, 0)
+    assert (resumed.progress.global_step, resumed.skips.in_a_row) == (2, 0)
     run_training(resumed)
     assert weights_of(resumed) == weights_of(straight)
-    assert torch.equal(resumed.ema.state_dict()["weight"], straight.ema.state_dict()["weight"])
+    assert torch.equal(resumed.model.ema.state_dict()["weight"], straight.model.ema.state_dict()["weight"])
 
 
 def test_every_fifth_step_skipped_ends_the_run_too(tmp_path):
@@ -102,7 +102,7 @@ def test_every_fifth_step_skipped_ends_the_run_too(tmp_path):
 def test_one_bad_step_in_ten_goes_on(tmp_path):
     run, _ = toy_run(tmp_path, ONE, spoiled=range(0, 120, 10), max_train_steps=120)
     run_training(run)
-    assert run.state.global_step == 120
+    assert run.progress.global_step == 120
 
 
 def test_with_a_limit_of_one_the_checkpoint_before_stays_until_the_new_one_has_shown_a_finite_loss(tmp_path):
@@ -133,7 +133,7 @@ def test_weights_that_make_the_loss_infinite_are_reported_and_a_lower_rate_helps
     """Each step of 10 times the gradient makes the distance 9 times as large, until its square is no float32."""
     options = {"max_train_steps": 40, "checkpoint_step_interval": 0}
     run, _ = toy_run(tmp_path, ONE, **options, learning_rate=10)
-    run.adapter.can_be_disabled = True
+    run.model.adapter.can_be_disabled = True
     with pytest.raises(
         DivergedError, match=r"(?s)trained weights do it.*as large as 3.65e\+19.*lower learning_rate \(10\)"
     ):
@@ -148,13 +148,13 @@ def test_an_overflow_of_fp16_is_reported_and_bf16_helps(tmp_path, monkeypatch):
     factors = torch.full((1, 2), 300.0)
     for precision in ("fp16", "bf16"):
         run, _ = toy_run(tmp_path / precision, ONE, **options, mixed_precision=precision)
-        predict = run.family.predict
+        predict = run.model.family.predict
 
         def overflowing(denoiser, latents, *rest, predict=predict):
             prediction = predict(denoiser, latents, *rest)
             return prediction + 1e-6 * (factors @ factors.T).float().reshape(1, 1, 1, 1)
 
-        monkeypatch.setattr(run.family, "predict", overflowing)
+        monkeypatch.setattr(run.model.family, "predict", overflowing)
         if precision == "bf16":
             run_training(run)
         else:
@@ -164,9 +164,9 @@ def test_an_overflow_of_fp16_is_reported_and_bf16_helps(tmp_path, monkeypatch):
 
 def test_a_base_model_that_is_not_finite_is_reported(tmp_path):
     run, _ = toy_run(tmp_path, ONE, max_train_steps=9)
-    run.denoiser.register_buffer("packed_scale", torch.tensor([1.0, float("inf")]))
-    predict = run.family.predict
-    run.family.predict = lambda denoiser, *rest: predict(denoiser, *rest) * denoiser.packed_scale.sum()
+    run.model.denoiser.register_buffer("packed_scale", torch.tensor([1.0, float("inf")]))
+    predict = run.model.family.predict
+    run.model.family.predict = lambda denoiser, *rest: predict(denoiser, *rest) * denoiser.packed_scale.sum()
     with pytest.raises(DivergedError, match="frozen base model are not finite, packed_scale"):
         run_training(run)
 

@@ -90,7 +90,7 @@ def test_a_signal_ends_the_wait(tmp_path, monkeypatch):
 
     def stop(tries):
         if len(tries) == 3:
-            run.stop.received = signal.SIGTERM
+            run.session.stop.received = signal.SIGTERM
 
     refuse_commits(monkeypatch, 99, before=stop)
     with pytest.raises(DiskError, match="stopped while it waited for room"):

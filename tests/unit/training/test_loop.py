@@ -36,7 +36,7 @@ def test_each_step_moves_by_its_reported_rate_times_the_gradient(tmp_path):
     """A warm-up of 2 steps to 0.5: rates 0, 0.25, 0.5, 0.5."""
     run, recorder = toy_run(tmp_path, ONE, lr_scheduler="constant_with_warmup", lr_warmup_steps=2, max_train_steps=4)
     seen = []
-    run.bus._sinks[0].handle = lambda event: (recorder.events.append(event), seen.append(weights_of(run)))
+    run.session.bus._sinks[0].handle = lambda event: (recorder.events.append(event), seen.append(weights_of(run)))
     run_training(run)
     assert [step.learning_rate for step in steps_of(recorder)] == [0, 0.25, 0.5, 0.5]
     assert seen[:4] == [[0, 0], [0.25, 0.75], [0.625, 1.875], [0.8125, 2.4375]]
@@ -88,7 +88,7 @@ def test_micro_batches_train_what_one_batch_does_a_short_one_too(tmp_path):
         run_training(run)
         assert weights_of(run) == pytest.approx([1, 2])
         assert steps_of(recorder)[0].loss == pytest.approx((5 + 5 + 34) / 3)
-        assert [list(batch.slots) for batch in run.family.batches] == slots
+        assert [list(batch.slots) for batch in run.model.family.batches] == slots
 
 
 def test_the_noise_and_the_level_of_a_sample_are_those_of_its_step_and_slot(tmp_path):
@@ -101,7 +101,7 @@ def test_the_noise_and_the_level_of_a_sample_are_those_of_its_step_and_slot(tmp_
             noise = torch.randn(2, 1, 1, generator=torch.Generator().manual_seed(keyed_seed(3, "noise", step, slot)))
             quantile = keyed_seed(3, "timestep", step, slot) / 2**63
             sigma = torch.sigmoid(torch.special.ndtri(torch.tensor(quantile, dtype=torch.float64)))
-            torch.testing.assert_close(run.family.noisy[call][row], noise * sigma.float())
+            torch.testing.assert_close(run.model.family.noisy[call][row], noise * sigma.float())
 
 
 def test_the_saved_average_is_the_one_by_hand(tmp_path):
@@ -126,7 +126,7 @@ def test_an_average_of_every_second_step_takes_the_second_and_the_fourth(tmp_pat
     run_training(run)
     second = 0.75 * 0.75
     fourth = 5 / 14 * second + 9 / 14 * 0.9375
-    assert run.ema.state_dict()["weight"][0].item() == pytest.approx(fourth)
+    assert run.model.ema.state_dict()["weight"][0].item() == pytest.approx(fourth)
 
 
 def test_a_step_that_is_not_finite_moves_nothing_and_the_next_one_does(tmp_path):
@@ -137,7 +137,7 @@ def test_a_step_that_is_not_finite_moves_nothing_and_the_next_one_does(tmp_path)
     assert [step.loss for step in steps_of(recorder)] == pytest.approx([5, float("nan"), 1.25], nan_ok=True)
     assert [notice.text for notice in recorder.of(Notice)] == ["step 2: loss or gradients not finite, step skipped"]
     first = 9 / 11 * 0.5
-    assert run.ema.state_dict()["weight"][0].item() == pytest.approx(4 / 13 * first + 9 / 13 * 1.2)
+    assert run.model.ema.state_dict()["weight"][0].item() == pytest.approx(4 / 13 * first + 9 / 13 * 1.2)
 
 
 def test_a_skipped_step_leaves_order_slots_and_position_as_they_are(tmp_path):
@@ -147,16 +147,16 @@ def test_a_skipped_step_leaves_order_slots_and_position_as_they_are(tmp_path):
         options = {"train_batch_size": 2, "gradient_accumulation_steps": 2, "max_train_steps": 5}
         run, _ = toy_run(tmp_path / name, images, spoiled=spoiled, **options)
         run_training(run)
-        seen[name] = [(list(batch.digests), list(batch.slots)) for batch in run.family.batches]
+        seen[name] = [(list(batch.digests), list(batch.slots)) for batch in run.model.family.batches]
         # Three batches an epoch, two a step.
-        assert (run.state.global_step, run.state.epoch, run.state.position) == (5, 3, 1)
+        assert (run.progress.global_step, run.progress.epoch, run.progress.position) == (5, 3, 1)
     assert seen["straight"] == seen["spoiled"]
 
 
 def test_a_good_step_forgives_the_bad_ones_before_it(tmp_path):
     run, recorder = toy_run(tmp_path, ONE, spoiled=[0, 1, 2, 3, 5, 6, 7, 8], max_train_steps=10)
     run_training(run)
-    assert run.state.skipped_steps == 0
+    assert run.skips.in_a_row == 0
     assert weights_of(run) == [0.75, 2.25]
     assert len(steps_of(recorder)) == 10
 
@@ -183,7 +183,7 @@ def test_gradients_are_clipped_as_they_are_whatever_the_loss_scale(tmp_path, met
     """The gradient is (-3, -4), its norm 5."""
     options = {"grad_clip_method": method, "max_grad_norm": limit, "max_train_steps": 1}
     run, recorder = toy_run(tmp_path, {"a": (3.0, 4.0)}, **options)
-    run.loss_scale = LossScale(scale > 1, scale)
+    run.progress.loss_scale = LossScale(scale > 1, scale)
     run_training(run)
     assert weights_of(run) == pytest.approx(expected)
     assert steps_of(recorder)[0].grad_norm == pytest.approx(reported)
@@ -192,10 +192,10 @@ def test_gradients_are_clipped_as_they_are_whatever_the_loss_scale(tmp_path, met
 
 def test_an_overflow_halves_the_scale_and_counts_as_no_divergence(tmp_path):
     run, _ = toy_run(tmp_path, ONE, spoiled=range(6), max_train_steps=8)
-    run.loss_scale = LossScale(True, 2.0**16)
+    run.progress.loss_scale = LossScale(True, 2.0**16)
     run_training(run)
-    assert run.loss_scale.scale == 2.0**10
-    assert run.loss_scale.good_steps == 2
+    assert run.progress.loss_scale.scale == 2.0**10
+    assert run.progress.loss_scale.good_steps == 2
     assert weights_of(run) == [0.75, 2.25]
 
 
@@ -209,7 +209,7 @@ def test_epochs_are_counted_across_their_edge(tmp_path):
     assert [event.step for event in recorder.of(CheckpointSaved)] == [2, 3, 5]
     states = [load_state(tmp_path, step) for step in (2, 3, 5)]
     assert [(each["epoch"], each["position"]) for each in states] == [(1, 1), (2, 0), (3, 1)]
-    names = [digest for batch in run.family.batches for digest in batch.digests]
+    names = [digest for batch in run.model.family.batches for digest in batch.digests]
     assert sorted(names[:3]) == sorted(names[3:6]) == sorted(names[6:9]) == ["a", "b", "c"]
 
 
@@ -254,25 +254,25 @@ def test_a_run_goes_on_from_a_checkpoint_to_the_numbers_by_hand(tmp_path):
     run_training(toy_run(tmp_path / "stopped", images, **options | {"max_train_steps": 1})[0])
     resumed, recorder = toy_run(tmp_path / "stopped", images, **options)
     load_checkpoint(resumed, tmp_path / "stopped/output/checkpoint-1")
-    assert resumed.state.global_step == 1
+    assert resumed.progress.global_step == 1
     run_training(resumed)
     for run in (straight, resumed):
         assert weights_of(run) == pytest.approx([weight, 3 * weight])
-        assert run.ema.state_dict()["weight"].tolist() == pytest.approx([average, 3 * average])
+        assert run.model.ema.state_dict()["weight"].tolist() == pytest.approx([average, 3 * average])
     assert [step.step for step in steps_of(recorder)] == [2, 3]
-    batches = [[batch.digests for batch in run.family.batches] for run in (straight, resumed)]
+    batches = [[batch.digests for batch in run.model.family.batches] for run in (straight, resumed)]
     assert batches[0][1:] == batches[1]
-    assert straight.family.noisy[1:][0].tolist() == resumed.family.noisy[0].tolist()
+    assert straight.model.family.noisy[1:][0].tolist() == resumed.model.family.noisy[0].tolist()
 
 
 def test_a_checkpoint_keeps_the_loss_scale(tmp_path):
     run, _ = toy_run(tmp_path / "scaled", ONE, spoiled=[1], max_train_steps=3)
-    run.loss_scale = LossScale(True, 2.0**16)
+    run.progress.loss_scale = LossScale(True, 2.0**16)
     run_training(run)
     resumed, _ = toy_run(tmp_path / "scaled", ONE)
-    resumed.loss_scale = LossScale(True)
+    resumed.progress.loss_scale = LossScale(True)
     load_checkpoint(resumed, tmp_path / "scaled/output/checkpoint-3")
-    assert (resumed.loss_scale.scale, resumed.loss_scale.good_steps) == (2.0**15, 1)
+    assert (resumed.progress.loss_scale.scale, resumed.progress.loss_scale.good_steps) == (2.0**15, 1)
 
 
 def test_a_run_that_learns_no_more_ends_after_its_patience_and_keeps_the_best(tmp_path):
@@ -285,7 +285,7 @@ def test_a_run_that_learns_no_more_ends_after_its_patience_and_keeps_the_best(tm
     resumed, _ = toy_run(tmp_path, ONE, max_train_steps=10, **options)
     load_checkpoint(resumed, tmp_path / "output/checkpoint-3")
     # The checkpoint of step 3 was written after its evaluation, so it knows all of them.
-    assert resumed.eval_losses == {0: 5, 1: 4, 2: 4.5, 3: 4.25}
+    assert resumed.progress.eval_losses == {0: 5, 1: 4, 2: 4.5, 3: 4.25}
     assert resumed.is_finished
 
 
@@ -318,7 +318,7 @@ def test_a_signal_saves_the_step_that_it_interrupts_once(tmp_path):
     def stop_at_two(event):
         recorder.events.append(event)
         if isinstance(event, StepDone) and event.step == 2:
-            run.stop.received = signal.SIGINT
+            run.session.stop.received = signal.SIGINT
 
     recorder.handle = stop_at_two
     with pytest.raises(Interrupted, match=r"stopped by SIGINT: saved .*checkpoint-2") as caught:
@@ -344,13 +344,15 @@ def test_two_processes_train_the_global_batch_and_draw_dropout_apart(tmp_path):
     def train(process_group, optimizer=None):
         folder = tmp_path / f"{process_group.rank}-{optimizer}"
         run, recorder = toy_run(folder, images, process_group=process_group, optimizer=optimizer, max_train_steps=2)
-        run.checkpoints = SimpleNamespace(save=lambda run: Saved(Path(), True), path_of=lambda step: "", settle=list)
+        run.session.checkpoints = SimpleNamespace(
+            save=lambda run: Saved(Path(), True), path_of=lambda step: "", settle=list
+        )
         run_training(run)
         return {
             "weights": weights_of(run),
             "numbers": [(step.loss, step.grad_norm, step.samples) for step in steps_of(recorder)],
-            "batches": [[*each.digests, *each.slots, *each.loss_weights.tolist()] for each in run.family.batches],
-            "draws": run.family.draws,
+            "batches": [[*each.digests, *each.slots, *each.loss_weights.tolist()] for each in run.model.family.batches],
+            "draws": run.model.family.draws,
         }
 
     def work(process_group):

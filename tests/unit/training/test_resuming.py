@@ -15,8 +15,8 @@ from simpletuner.data.sampler import Sampler
 from simpletuner.data.schedule import Schedule
 from simpletuner.errors import ConfigError
 from simpletuner.training.identity import compare_identity, differences
-from simpletuner.training.resuming import length_facts, resumed_length, resumed_state, total_train_steps
-from simpletuner.training.state import TrainState
+from simpletuner.training.progress import Progress
+from simpletuner.training.resuming import length_facts, resumed_length, resumed_progress, total_train_steps
 from tests.runs import dataset, metrics, train_here, write_images, write_run
 from tests.toy import ToyDataset
 
@@ -41,8 +41,8 @@ def loaded(epochs: float, accumulation: int = 1, steps: int = 0) -> Any:
 
 
 def saved_after(steps: int, epoch: int, position: int, sampler: Sampler, total: int) -> dict[str, Any]:
-    state = TrainState(steps, epoch, position)
-    return {"state": state.to_json(), "length": length_facts(state, sampler, total)}
+    state = Progress(steps, epoch, position)
+    return {"state": state.place(), "length": length_facts(state, sampler, total)}
 
 
 EIGHT = Sampler([Images(8)], 1, seed=1)  # 8 batches an epoch
@@ -65,7 +65,7 @@ EIGHT = Sampler([Images(8)], 1, seed=1)  # 8 batches an epoch
 )
 def test_the_end_is_what_is_done_and_what_remains(sampler: Sampler, now: Any, total: int) -> None:
     saved = saved_after(40, 5, 0, EIGHT, 40)
-    found = resumed_length(now, sampler, saved, resumed_state(saved, sampler))
+    found = resumed_length(now, sampler, saved, resumed_progress(saved, sampler))
     assert found.total_steps == total
     assert (found.notice is None) == (total == 40)
 
@@ -73,7 +73,7 @@ def test_the_end_is_what_is_done_and_what_remains(sampler: Sampler, now: Any, to
 def test_half_an_epoch_stays_half_an_epoch() -> None:
     saved = saved_after(44, 5, 4, EIGHT, 80)
     halves = Sampler([Images(8)], 2, seed=1)
-    state = resumed_state(saved, halves)
+    state = resumed_progress(saved, halves)
     assert (state.epoch, state.position) == (5, 2)
     found = resumed_length(loaded(10), halves, saved, state)
     assert found.total_steps == 44 + 2 + 4 * 4
@@ -89,12 +89,12 @@ def test_without_a_change_every_resume_ends_at_the_same_step() -> None:
             for _ in range(accumulation):
                 epoch, position = sampler.after(*sampler.seek(epoch, position, step - 1))
             saved = saved_after(step, epoch, position, sampler, total)
-            found = resumed_length(now, sampler, saved, resumed_state(saved, sampler))
+            found = resumed_length(now, sampler, saved, resumed_progress(saved, sampler))
             assert (found.total_steps, found.notice) == (total, None)
 
 
 def test_a_checkpoint_without_the_length_is_resumed_where_it_says() -> None:
-    assert resumed_state({"state": TrainState(3, 0, 3).to_json()}, EIGHT).position == 3
+    assert resumed_progress({"state": Progress(3, 0, 3).place()}, EIGHT).position == 3
 
 
 def test_a_run_with_twice_the_batch_ends_at_the_epoch_that_is_asked_for(tmp_path: Path, omnigen_folder: Path) -> None:
@@ -174,5 +174,5 @@ def test_the_length_of_an_epoch_is_that_of_the_epoch_that_the_run_is_in():
         ToyDataset({name: (0.0, 0.0) for name in "de"}, id="first", schedule=Schedule(end_epoch=1)),
     ]
     sampler = Sampler(data, 1, seed=1)
-    facts = [length_facts(TrainState(9, epoch), sampler, 20) for epoch in (0, 1)]
+    facts = [length_facts(Progress(9, epoch), sampler, 20) for epoch in (0, 1)]
     assert facts == [{"epoch_batches": 5, "total_steps": 20}, {"epoch_batches": 3, "total_steps": 20}]

@@ -135,7 +135,7 @@ def test_regularisation_is_never_rolled_out_and_keeps_the_base_as_its_target(tmp
         run, _ = toy_run(folder, [data], **rolled)
         depth = run.rollouts.depth(run.seed, 0, 0)
         losses = forward_micro_batch(run, run.batches.build_window(0, 0, 0), 0)
-        passes[is_regularisation] = len(run.family.sigmas)
+        passes[is_regularisation] = len(run.model.family.sigmas)
         # The toy and its base both answer 0; the target of an image to train on is (4, 2).
         assert losses.per_sample.tolist() == pytest.approx([0.0 if is_regularisation else 10.0])
     assert passes == {True: 2, False: 1 + depth}
