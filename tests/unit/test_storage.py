@@ -427,3 +427,14 @@ def test_a_file_that_shrank_or_grew_is_found(tmp_path, change):
     _commit(tmp_path / "a")
     (tmp_path / "a" / "data.txt").write_bytes(change)
     assert f"{len(change)} bytes, not the 3 bytes" in storage.verify_dir(tmp_path / "a")[0]
+
+
+def test_a_tensor_file_has_exactly_the_length_that_its_header_says(tmp_path):
+    path = tmp_path / "a.safetensors"
+    storage.save_tensors(path, {"first": torch.zeros(4), "second": torch.zeros(4)}, {"of": "a test"})
+    assert storage.read_tensor_metadata(path) == {"of": "a test"}
+    whole = path.read_bytes()
+    for damaged in (whole[:-1], whole[:-16], whole + b"x"):
+        path.write_bytes(damaged)
+        with pytest.raises(DataError, match="is no whole safetensors file"):
+            storage.read_tensor_metadata(path)

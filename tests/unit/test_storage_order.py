@@ -142,3 +142,11 @@ def test_an_older_folder_comes_back_where_the_new_one_cannot_have_its_name(tmp_p
         commit(tmp_path / "a", "new")
     assert (tmp_path / "a" / "data.txt").read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_move_is_on_the_disk_in_both_folders_when_it_returns(tmp_path, operations):
+    for name in ("old", "new"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "old/a").write_text("a")
+    storage.move(tmp_path / "old/a", tmp_path / "new/a")
+    assert operations == [("rename", "old/a -> new/a"), ("fsync", "new/"), ("fsync", "old/")]

@@ -112,3 +112,14 @@ def test_who_waits_for_a_frozen_one_answers_a_signal_at_once(monkeypatch):
     answer, _ = in_two(asked, freeze, minutes=10)
     assert answer["code"] == 143
     assert answer["seconds"] < 60  # and not after ten minutes
+
+
+def test_a_store_that_does_not_answer_is_the_loss_of_its_keeper_who_does_not_lose_himself() -> None:
+    now = time.monotonic()
+    for rank, lost in ((0, []), (1, [0]), (2, [0])):
+        beat = heartbeat.Heartbeat(rank, 3, limit=60.0)
+        beat._answered = now - 100
+        assert beat.quiet(60.0) == lost
+    beat = heartbeat.Heartbeat(1, 3, limit=60.0)
+    beat._answered, beat._seen = now, {0: (b"7", now), 2: (b"7", now - 100)}
+    assert beat.quiet(60.0) == [2]
