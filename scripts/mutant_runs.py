@@ -185,7 +185,14 @@ def import_package(folder: Path) -> None:
         for module in pkgutil.walk_packages(simpletuner.__path__, "simpletuner."):
             if "__main__" not in module.name:
                 importlib.import_module(module.name)
-        for name in ("tests.tiny", "tests.tiny_sdxl", "tests.tiny_flux", "tests.tiny_sd3", "tests.processes"):
+        for name in (
+            "tests.tiny",
+            "tests.tiny_sdxl",
+            "tests.tiny_flux",
+            "tests.tiny_sd3",
+            "tests.tiny_omnigen2",
+            "tests.processes",
+        ):
             importlib.import_module(name)
     assert Path(simpletuner.__file__).is_relative_to(folder)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 NAME = "simpletuner"
 VERBS = (
-    *("cache", "check", "configure", "convert", "doctor", "examples", "export", "generate"),
+    *("cache", "check", "configure", "convert", "doctor", "examples", "export", "generate", "import"),
     *("models", "monitor", "options", "plan", "report", "train", "verify-resume"),
 )
 _COMMAND = re.compile(rf"(?<![\w./-])(?<!-m ){NAME} (?=(?:{'|'.join(VERBS)})\b)")

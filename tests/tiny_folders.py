@@ -7,12 +7,14 @@ from pathlib import Path
 
 from tests.tiny import tiny_omnigen_folder
 from tests.tiny_flux import tiny_flux_folder
+from tests.tiny_omnigen2 import tiny_omnigen2_folder
 from tests.tiny_sd3 import tiny_sd3_folder
 from tests.tiny_sdxl import tiny_sdxl_folder
 
 TINY_FOLDERS: Mapping[str, Callable[[Path], Path]] = {
     "flux": tiny_flux_folder,
     "omnigen": tiny_omnigen_folder,
+    "omnigen2": tiny_omnigen2_folder,
     "sd3": tiny_sd3_folder,
     "sdxl": tiny_sdxl_folder,
 }

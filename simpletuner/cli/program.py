@@ -66,7 +66,9 @@ def root(version: Annotated[bool, typer.Option("--version", help="Print the vers
 def _prepare_environment() -> None:
     """Set what `config.env` beside a configuration sets, and the level of what libraries log."""
     from simpletuner.config.env_files import variables_of_files
+    from simpletuner.distributed.launcher import forget_machine_numbers
 
+    forget_machine_numbers(os.environ)
     name = next((word.removeprefix("env=") for word in sys.argv if word.startswith("env=")), None)
     found = variables_of_files(os.environ, Path.cwd(), name)
     os.environ.update(found.variables)

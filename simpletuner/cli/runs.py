@@ -22,15 +22,18 @@ def train(
     context: typer.Context,
     monitor: Annotated[bool, typer.Option("--monitor", help="Show the run live on a page in the browser.")] = False,
 ) -> None:
-    """Train as the configuration says: simpletuner train [example=NAME] [env=NAME] [--key=value ...]
+    """Train as the configuration says: simpletuner train [example=NAME | env=NAME | --config FILE] [--key=value ...]
 
     The configuration is config/config.json or config.json of this folder; env=NAME takes config/NAME/config.json,
     example=NAME one that is shipped. With none of them the example omnigen-tiny is trained. Every option of the
-    configuration can be given here as --key=value; `simpletuner options` lists them.
+    configuration can be given here as --key=value; `simpletuner options` lists them. --config takes a config.json, or
+    the options file (.yml) of OmniGen2's own program.
     """
+    from simpletuner.cli.imports import run_of_options
     from simpletuner.launch import load_arguments
 
-    loaded = load_arguments(context.args, os.environ, Path.cwd(), say_for_all)
+    arguments, config_file = run_of_options(context.args, os.environ, Path.cwd(), say_for_all)
+    loaded = load_arguments(arguments, os.environ, Path.cwd(), say_for_all, config_file)
     words = [word for word in sys.argv[1:] if word != "--monitor"]
     with monitored(loaded) if monitor else nullcontext():
         run_in_processes(loaded, words)

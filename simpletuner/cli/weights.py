@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from click.core import ParameterSource
 
 from simpletuner.cli.shared import PASS_ON, app, print_to_stderr, say
 from simpletuner.errors import ConfigError, Problem
@@ -18,7 +20,9 @@ if TYPE_CHECKING:
 @app.command(context_settings=PASS_ON, short_help="Generate images with a model and an adapter.")
 def generate(
     context: typer.Context,
-    prompt: Annotated[list[str], typer.Option(help="What to generate; may be given several times.")],
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="What to generate; may be given several times.", show_default=False)
+    ] = None,
     model: Annotated[str | None, typer.Option(help="Model folder or hub id.")] = None,
     model_family: Annotated[str | None, typer.Option(help="Of --model, if its folder does not say.")] = None,
     config: Annotated[Path | None, typer.Option(help="config.json of a run: its model and its validation_*.")] = None,
@@ -40,10 +44,21 @@ def generate(
     """Generate: simpletuner generate --prompt "..." [--model FOLDER | --config FILE | example=NAME] [--adapter FILE]
 
     Without --model, the model is that of a configuration, found as `train` finds it, and its validation_* options are
-    the defaults of what is not given here; --key=value overrides its options.
+    the defaults of what is not given here; --key=value overrides its options. With --instruction in place of --prompt
+    the flags are those of OmniGen2's inference.py.
     """
     from simpletuner import launch
+    from simpletuner.commands.omnigen2 import inference
 
+    if inference.is_asked(context.args):
+        typed = {"seed": seed, "height": height, "width": width}
+        chosen = [name for name in typed if context.get_parameter_source(name) is not ParameterSource.DEFAULT]
+        words = [*context.args, *(f"--{name}={typed[name]}" for name in chosen)]
+        for path in _generate_by_instruction(words):
+            say(str(path))
+        return
+    if not prompt:
+        raise ConfigError(Problem("--prompt is missing", fix='add --prompt "..."'))
     if base_precision is not None:
         launch.require_number_format(base_precision)
     options: ValidationOptions
@@ -73,6 +88,16 @@ def generate(
     generation = GenerationRequest(tuple(prompt), options, seed, count, tuple(reference or ()))
     for path in generate_images(family, generation, adapter, output, print_to_stderr, strength):
         say(str(path))
+
+
+def _generate_by_instruction(words: Sequence[str]) -> list[Path]:
+    """Generate by the flags of OmniGen2's inference.py."""
+    from simpletuner import launch
+    from simpletuner.commands.omnigen2 import inference
+
+    flags = inference.parse(words)
+    family = launch.family_of_model(flags["model_path"], "omnigen2")
+    return inference.generate(flags, family, print_to_stderr)
 
 
 @app.command(short_help="Write a trained adapter for other programs, or merge it into its model.")
@@ -106,13 +131,33 @@ def export(
 
 @app.command(short_help="Convert a pickle of tensors (.bin, .pt, .ckpt) into safetensors.")
 def convert(
-    source: Annotated[Path, typer.Argument(help="The file; the only pickle that is ever opened.", show_default=False)],
+    source: Annotated[
+        Path | None, typer.Argument(help="The file; the only pickle that is ever opened.", show_default=False)
+    ] = None,
     output: Annotated[Path | None, typer.Option(help="The .safetensors file; beside SOURCE if not given.")] = None,
+    config_path: Annotated[Path | None, typer.Option("--config_path", help="Options file of an OmniGen2 run.")] = None,
+    model_path: Annotated[
+        Path | None, typer.Option("--model_path", help="Its weights, or its checkpoint here.")
+    ] = None,
+    save_path: Annotated[Path | None, typer.Option("--save_path", help="Folder for what generation reads.")] = None,
 ) -> None:
     """Write the tensors of a pickle as safetensors: simpletuner convert FILE.bin [--output FILE.safetensors]
 
-    Nothing in the file runs: whatever is no tensor is refused. Training and generation read safetensors only.
+    Nothing in the file runs: whatever is no tensor is refused. Training and generation read safetensors only. A
+    checkpoint of OmniGen2's own program, or of an OmniGen2 run here: simpletuner convert --config_path FILE.yml
+    --model_path FILE --save_path FOLDER
     """
+    paths = (config_path, model_path, save_path)
+    if any(paths):
+        if source is not None or output is not None or not all(paths):
+            allowed = "SOURCE [--output FILE], or --config_path FILE --model_path FILE --save_path FOLDER"
+            raise ConfigError(Problem("these do not go together", allowed=allowed))
+        from simpletuner.commands.omnigen2.convert import convert_checkpoint
+
+        say(str(convert_checkpoint(config_path, model_path, save_path, print_to_stderr)))  # type: ignore[arg-type]
+        return
+    if source is None:
+        raise ConfigError(Problem("SOURCE is missing", allowed="a .bin, .pt, .pth or .ckpt file"))
     from simpletuner.commands.convert import convert as run_convert
 
     say(str(run_convert(source, output)))

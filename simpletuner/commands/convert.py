@@ -30,7 +30,6 @@ def convert(source: Path, output: Path | None) -> Path:
         ConfigError: it is no such file, or the output is there already.
         DataError: it is damaged, holds more than tensors, or cannot be written.
     """
-    import torch
     from safetensors.torch import save_file
 
     if source.suffix.lower() not in SUFFIXES or not source.is_file():
@@ -40,6 +39,20 @@ def convert(source: Path, output: Path | None) -> Path:
     if output.suffix != ".safetensors" or output.exists():
         message = "is there already" if output.exists() else "does not end with .safetensors"
         raise ConfigError(Problem(f"{output} {message}", key="--output", fix="name another file"))
+    tensors = read_pickle(source)
+    with storage.replacing_file(output) as temporary:
+        save_file(tensors, temporary, metadata={"format": "pt"})
+    return output
+
+
+def read_pickle(source: Path) -> dict[str, Tensor]:
+    """The tensors of a pickle by name; nothing else in it is made, and nothing runs.
+
+    Raises:
+        DataError: it is damaged, or holds more than tensors, or none.
+    """
+    import torch
+
     try:
         content = torch.load(source, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -52,9 +65,7 @@ def convert(source: Path, output: Path | None) -> Path:
     tensors = _tensors(content)
     if not tensors:
         raise _refused(source, "contains no named tensors")
-    with storage.replacing_file(output) as temporary:
-        save_file(tensors, temporary, metadata={"format": "pt"})
-    return output
+    return tensors
 
 
 def _tensors(content: Any) -> dict[str, Tensor]:

@@ -41,6 +41,16 @@ def crops_have_their_shapes(draft: Draft) -> Iterator[Problem]:
             yield draft.dataset_problem(entry, "crop_aspect_buckets", message, fix="set crop_aspect to random")
 
 
+def own_sizes_are_not_cut(draft: Draft) -> Iterator[Problem]:
+    for entry in draft.images:
+        if not entry.enlarge and entry.crop:
+            message = "false keeps the sizes of images, and crop cuts them to one shape"
+            yield draft.dataset_problem(entry, "enlarge", message, fix="set crop to false, or remove the key")
+        if entry.enlarge and entry.maximum_side is not None:
+            message = f"{entry.maximum_side} limits images that keep their own size, and these are enlarged"
+            yield draft.dataset_problem(entry, "maximum_side", message, fix="set enlarge to false, or remove the key")
+
+
 def aspect_limits_go_together(draft: Draft) -> Iterator[Problem]:
     for entry in draft.images:
         narrowest, widest = entry.minimum_aspect_ratio, entry.maximum_aspect_ratio
@@ -234,6 +244,7 @@ def captions_are_kept_in_the_default_cache(draft: Draft) -> Iterator[Problem]:
 DATASET_RULES = (
     captions_are_kept_in_the_default_cache,
     crops_have_their_shapes,
+    own_sizes_are_not_cut,
     aspect_limits_go_together,
     eval_datasets_are_not_trained_on,
     schedules_end_after_they_start,

@@ -30,6 +30,7 @@ REFERENCE_TYPES = ("reference_strict", "reference_loose")
 REFERENCE_KEYS: Mapping[str, tuple[str, ...]] = {
     "resolution": ("reference_loose",),
     "resolution_type": ("reference_loose",),
+    "maximum_side": ("reference_loose",),
     "cache_dir_vae": REFERENCE_TYPES,
 }
 MetadataBackend = Literal["discovery", "json", "parquet", "huggingface", "webshart"]
@@ -90,6 +91,14 @@ class ImageDataset(ImageSource, DatasetEntry):
         takes="list of numbers or objects",
         help="Aspect ratios (width / height) of `crop_aspect` closest and random; for random also "
         '`{"aspect_bucket": 1.5, "weight": 2}`.',
+    )
+    enlarge: Bool = option(
+        True,
+        help="`false`, with `crop` false: an image that is not larger than `resolution` keeps its own size, its sides "
+        "rounded down.",
+    )
+    maximum_side: Int | None = option(
+        None, help="With `enlarge` false: images with a longer side are reduced to this.", unit="pixels", ge=64
     )
     random_flip: Bool = option(
         False,
@@ -266,6 +275,9 @@ class ConditioningDataset(DatasetEntry):
     )
     resolution_type: ResolutionType | None = option(
         None, help="Of `reference_loose`: what `resolution` measures. Unset: that of the images."
+    )
+    maximum_side: Int | None = option(
+        None, help="Of `reference_loose`: references with a longer side are reduced to this.", unit="pixels", ge=64
     )
     cache_dir_vae: FilePath | None = option(
         None, help="Of references: folder of their latents. Unset: a folder in `cache_dir`.", path="output"

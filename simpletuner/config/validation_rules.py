@@ -12,11 +12,13 @@ from simpletuner.errors import Problem
 PIPELINE_OPTIONS: Mapping[str, str] = {
     "validation_guidance_rescale": "guidance_rescale",
     "validation_guidance_real": "true_cfg_scale",
+    "validation_guidance_image": "img_guidance_scale",
     "validation_guidance_skip_layers": "skip_guidance_layers",
 }
 _NEUTRAL = {
     "validation_guidance_rescale": 0,
     "validation_guidance_real": 1,
+    "validation_guidance_image": None,
     "validation_guidance_skip_layers": None,
 }
 

@@ -42,6 +42,8 @@ class BucketRules:
             those that need less are chosen from; None allows any growth.
         alignment: pixels; every side is a multiple of it.
         aspect_decimals: the aspect is rounded to so many places, so that nearly equal aspects share a bucket.
+        enlarges: False keeps the size of images that are not larger than `resolution`; only where `crop` is False.
+        max_side: pixels; longer images are reduced to it. Read only where nothing is enlarged.
     """
 
     resolution: float
@@ -58,6 +60,8 @@ class BucketRules:
     max_upscale: float | None = None
     alignment: int = 64
     aspect_decimals: int = 2
+    enlarges: bool = True
+    max_side: int | None = None
 
     @property
     def needs_content(self) -> bool:
@@ -93,7 +97,7 @@ def aspect_choices(height: int, width: int, rules: BucketRules) -> tuple[tuple[f
         choices = rules.aspect_buckets
     else:
         choices = ((_fixed_aspect(height, width, rules), 1.0),)
-    if rules.max_upscale is None:
+    if rules.max_upscale is None or not rules.enlarges:
         return choices
     return tuple(choice for choice in choices if _growth(height, width, choice[0], rules) <= rules.max_upscale)
 
@@ -143,6 +147,41 @@ def _fixed_aspect(height: int, width: int, rules: BucketRules) -> float:
     return max(_round_half_up(width / height, rules.aspect_decimals), 10.0**-rules.aspect_decimals)
 
 
+def training_size(height: int, width: int, rules: BucketRules, *key: int | str) -> tuple[int, int]:
+    """(height, width) that an image is trained at.
+
+    Args:
+        key: as in `choose_aspect`.
+    """
+    if not rules.enlarges:
+        crop = _plan_own_size(height, width, rules)
+        return crop.height, crop.width
+    return bucket_size(choose_aspect(height, width, rules, *key), rules)
+
+
+def _plan_own_size(height: int, width: int, rules: BucketRules) -> Crop:
+    return plan_reduction(height, width, rules.resolution, rules.resolution_type, rules.alignment, rules.max_side)
+
+
+def plan_reduction(
+    height: int, width: int, resolution: float, resolution_type: ResolutionType, alignment: int, max_side: int | None
+) -> Crop:
+    """An image reduced to `resolution` and `max_side` where it is larger, the rest of the alignment cut off.
+
+    Only an image smaller than `alignment` is enlarged, to that.
+    """
+    ratio = resolution / size_measure(height, width, resolution_type)
+    scale = min(1.0, math.sqrt(ratio) if resolution_type == "area" else ratio)
+    if max_side is not None:
+        scale = min(scale, max_side / max(height, width))
+    target_height, target_width = (_align_down(side * scale, alignment) for side in (height, width))
+    cover = max(target_height / height, target_width / width)
+    resized_height = max(target_height, math.floor(height * cover + 0.5))
+    resized_width = max(target_width, math.floor(width * cover + 0.5))
+    top, left = (resized_height - target_height) // 2, (resized_width - target_width) // 2
+    return Crop(resized_height, resized_width, top, left, target_height, target_width)
+
+
 def plan_crop(height: int, width: int, rules: BucketRules, *key: int | str) -> Crop:
     """What becomes of an image of `height` x `width` pixels.
 
@@ -152,7 +191,9 @@ def plan_crop(height: int, width: int, rules: BucketRules, *key: int | str) -> C
     Args:
         key: (seed, dataset id, content digest); read for random aspects and random crops only.
     """
-    target_height, target_width = bucket_size(choose_aspect(height, width, rules, *key), rules)
+    if not rules.enlarges:
+        return _plan_own_size(height, width, rules)
+    target_height, target_width = training_size(height, width, rules, *key)
     scale = max(target_height / height, target_width / width)
     if rules.crop and rules.maximum_size is not None and rules.target_size is not None:
         size = size_measure(height, width, rules.resolution_type)
@@ -192,6 +233,11 @@ def _weighted_choice(choices: tuple[tuple[float, float], ...], uniform: float) -
 def _align(pixels: float, alignment: int) -> int:
     """The nearest multiple of `alignment`, at least one."""
     return max(alignment, math.floor(pixels / alignment + 0.5) * alignment)
+
+
+def _align_down(pixels: float, alignment: int) -> int:
+    # 511.9999 is 512 that a root has rounded.
+    return max(alignment, math.floor(round(pixels, 6) / alignment) * alignment)
 
 
 def _round_half_up(value: float, decimals: int) -> float:

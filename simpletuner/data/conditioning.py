@@ -97,7 +97,7 @@ def reference_rules(
         resolution=entry.resolution or sizes.resolution,
         resolution_type=entry.resolution_type or sizes.resolution_type,
         alignment=sizes.alignment,
-        max_side=spec.max_size,
+        max_side=min(filter(None, (entry.maximum_side, spec.max_size)), default=None),
     )
 
 

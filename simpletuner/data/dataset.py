@@ -20,7 +20,7 @@ from simpletuner.batch import Sample
 from simpletuner.config.datasets import EvalDataset, ImageDataset
 from simpletuner.data.backends.base import Backend
 from simpletuner.data.backends.build import source_key
-from simpletuner.data.buckets import BucketRules, bucket_size, choose_aspect, plan_crop
+from simpletuner.data.buckets import BucketRules, plan_crop, training_size
 from simpletuner.data.caption_edits import CaptionEdits
 from simpletuner.data.caption_table import CaptionTable
 from simpletuner.data.captions import CaptionRules, captions_of
@@ -156,9 +156,7 @@ class Samples(Sequence[Sample]):
         for start in range(0, len(self), _CHUNK):
             for offset, row in enumerate(self.image_index.images(self.ids[start : start + _CHUNK].tolist())):
                 key = self._crop_key(row.digest, round_number)
-                sizes[start + offset] = bucket_size(
-                    choose_aspect(row.height, row.width, self._bucket_rules, *key), self._bucket_rules
-                )
+                sizes[start + offset] = training_size(row.height, row.width, self._bucket_rules, *key)
         buckets: Mapping[Size, NDArray[np.int64]] = group_by_size(sizes[:, 0], sizes[:, 1])
         if self._chosen is not None:
             buckets = only_chosen(buckets, self._chosen)
@@ -321,9 +319,12 @@ def dataset_fingerprint(
     edits: CaptionEdits = CaptionEdits(),
 ) -> str:
     """Digest of everything that decides the samples of a dataset; no absolute path is part of it."""
+    sizes = dataclasses.asdict(bucket_rules)
+    if bucket_rules.enlarges:  # the keys of what came later change no fingerprint from before
+        del sizes["enlarges"], sizes["max_side"]
     rules: dict[str, Any] = {
         "content": list(content),
-        "buckets": dataclasses.asdict(bucket_rules),
+        "buckets": sizes,
         "captions": dataclasses.asdict(caption_rules),
         "seed": seed if bucket_rules.needs_content or draws.flips else None,
         "draws": dataclasses.asdict(draws),

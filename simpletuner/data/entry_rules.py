@@ -67,6 +67,8 @@ def bucket_rules(entry: ImageDataset, config: TrainConfig, spec: FamilySpec) -> 
         max_upscale=entry.max_upscale_threshold,
         alignment=config.aspect_bucket_alignment or spec.size_multiple,
         aspect_decimals=config.aspect_bucket_rounding,
+        enlarges=entry.enlarge,
+        max_side=entry.maximum_side,
     )
 
 

@@ -8,7 +8,6 @@ reduced: nothing is learned from pixels that enlarging made up.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -17,7 +16,7 @@ from numpy.typing import NDArray
 
 from simpletuner.batch import Crop, Sample
 from simpletuner.config.datasets import ConditioningDataset
-from simpletuner.data.buckets import ResolutionType, size_measure
+from simpletuner.data.buckets import ResolutionType, plan_reduction
 from simpletuner.data.index import ImageRow, Index
 from simpletuner.data.reading import read_pixels
 
@@ -96,23 +95,5 @@ class References:
 
 
 def plan_reference(height: int, width: int, rules: ReferenceRules) -> Crop:
-    """What becomes of a loose reference: reduced to `resolution` where it is larger, the rest of the alignment cut off.
-
-    Only an image smaller than `alignment` is enlarged, to that.
-    """
-    size = size_measure(height, width, rules.resolution_type)
-    ratio = rules.resolution / size
-    scale = min(1.0, math.sqrt(ratio) if rules.resolution_type == "area" else ratio)
-    if rules.max_side is not None:
-        scale = min(scale, rules.max_side / max(height, width))
-    target_height, target_width = (_align_down(side * scale, rules.alignment) for side in (height, width))
-    cover = max(target_height / height, target_width / width)
-    resized_height = max(target_height, math.floor(height * cover + 0.5))
-    resized_width = max(target_width, math.floor(width * cover + 0.5))
-    top, left = (resized_height - target_height) // 2, (resized_width - target_width) // 2
-    return Crop(resized_height, resized_width, top, left, target_height, target_width)
-
-
-def _align_down(pixels: float, alignment: int) -> int:
-    # 511.9999 is 512 that a root has rounded.
-    return max(alignment, math.floor(round(pixels, 6) / alignment) * alignment)
+    """What becomes of a loose reference."""
+    return plan_reduction(height, width, rules.resolution, rules.resolution_type, rules.alignment, rules.max_side)

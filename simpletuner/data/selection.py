@@ -15,11 +15,10 @@ from numpy.typing import NDArray
 from simpletuner.data.buckets import (
     BucketRules,
     aspect_choices,
-    bucket_size,
-    choose_aspect,
     has_allowed_aspect,
     is_large_enough,
     plan_crop,
+    training_size,
 )
 from simpletuner.data.index import Catalogue, Index
 from simpletuner.data.report import MAX_EXAMPLES, SkippedFiles
@@ -100,7 +99,7 @@ def select_sizes(
         chosen = _random_sizes(dataset_id, seed, catalogue, positions, rules, index)
     else:
         # No key: only random aspects are drawn by content.
-        table = np.array([bucket_size(choose_aspect(*size, rules), rules) for size in unique], dtype=np.int64)
+        table = np.array([training_size(*size, rules) for size in unique], dtype=np.int64)
         chosen = table.reshape(-1, 2)[inverse]
     return Selection(positions, chosen[:, 0], chosen[:, 1])
 
@@ -121,8 +120,7 @@ def _random_sizes(
     for start in range(0, len(positions), 512):
         ids = catalogue.ids[positions[start : start + 512]].tolist()
         for offset, row in enumerate(index.images(ids)):
-            aspect = choose_aspect(row.height, row.width, rules, seed, dataset_id, row.digest)
-            sizes[start + offset] = bucket_size(aspect, rules)
+            sizes[start + offset] = training_size(row.height, row.width, rules, seed, dataset_id, row.digest)
     return sizes
 
 

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,8 +62,20 @@ class Layout:
 
 
 def is_started_already(environment: Mapping[str, str]) -> bool:
-    """Whether this is one of several processes: torchrun, accelerate or this module has started it."""
-    return "RANK" in environment and "WORLD_SIZE" in environment
+    """Whether this is one of several processes: torchrun, accelerate or this module has started it.
+
+    Each of them says which process of its machine it is. RANK and WORLD_SIZE alone may be numbers of machines: shells
+    of clusters export them so.
+    """
+    is_numbered = "LOCAL_RANK" in environment or "TORCHELASTIC_RUN_ID" in environment
+    return is_numbered and "RANK" in environment and "WORLD_SIZE" in environment
+
+
+def forget_machine_numbers(environment: MutableMapping[str, str]) -> None:
+    """Remove RANK and WORLD_SIZE where they are not those of a process."""
+    if not is_started_already(environment):
+        for name in ("RANK", "WORLD_SIZE"):
+            environment.pop(name, None)
 
 
 def is_main(environment: Mapping[str, str]) -> bool:

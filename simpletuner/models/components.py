@@ -41,6 +41,7 @@ class ModelSource:
         revision: hub revision.
         variant: weight file variant (`fp16`).
         file: a single `.safetensors` file; what it holds is taken from it, all else from `model`.
+        denoiser: folder of another denoiser, with its `config.json`, or None.
     """
 
     model: str
@@ -48,6 +49,7 @@ class ModelSource:
     revision: str | None = None
     variant: str | None = None
     file: str | None = None
+    denoiser: str | None = None
 
     @property
     def is_local(self) -> bool:
@@ -122,6 +124,8 @@ def component_file(source: ModelSource, component: Component, name: str) -> Path
     """
     if component.role == "vae" and source.vae:
         return other_vae_file(source.vae, component, name)
+    if component.role == "denoiser" and source.denoiser:
+        return Path(source.denoiser) / name
     if source.is_local:
         return Path(source.model) / component.name / name
     return fetch(source.model, f"{component.name}/{name}", source.revision, "pretrained_model_name_or_path")
@@ -173,9 +177,11 @@ def save_model_folder(
         shutil.copytree(own, folder / PREVIEW_FOLDER)
     index = {component.name: list(component.class_name.rpartition(".")[::2]) for component in spec.components}
     classes = {name: [module.partition(".")[0], cls] for name, (module, cls) in index.items()}
-    own_facts = {key: value for key, value in model_index(source).items() if not isinstance(value, list)}
+    # The classes by the names that the model itself has for them: other programs look for these.
+    index_of_model = model_index(source).items()
+    kept = {key: value for key, value in index_of_model if not isinstance(value, list) or key in classes}
     (folder / "model_index.json").write_text(
-        json.dumps({"_class_name": spec.pipeline_class, **own_facts, **classes}, indent=2)
+        json.dumps({"_class_name": spec.pipeline_class, **classes, **kept}, indent=2)
     )
 
 
@@ -279,6 +285,8 @@ def load_component(
         where, options = source.vae, {}
         if Path(where).is_dir():
             where = other_vae_file(source.vae, component, component.config_file).parent
+    if component.role == "denoiser" and source.denoiser:
+        where, options = source.denoiser, {}
     # transformers draws weights that a file lacks at random; what is loaded here must be what was published.
     is_encoder = component.role == "text_encoder"
     try:

@@ -74,6 +74,7 @@ class BatchSource:
         masking: probability that the mask of an image counts, where it has one.
         world: this process takes its part of each global batch.
         samples_reference: one reference of each image is generated, where it has several.
+        reference_dropout: share of the dropped captions whose references are dropped too; None is the family's own.
     """
 
     def __init__(
@@ -88,6 +89,7 @@ class BatchSource:
         masking: float = 1.0,
         process_group: ProcessGroup = SINGLE_PROCESS,
         samples_reference: bool = False,
+        reference_dropout: float | None = None,
     ):
         self.family = family
         self.datasets = {dataset.id: dataset for dataset in datasets}
@@ -99,6 +101,7 @@ class BatchSource:
         self.masking = masking
         self.process_group = process_group
         self.samples_reference = samples_reference
+        self.reference_dropout = float(family.spec.drops_references) if reference_dropout is None else reference_dropout
         self._build_seconds = 0.0
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="batches")
         self._ahead: tuple[tuple[int, int, int], Future[Window]] | None = None
@@ -199,7 +202,7 @@ class BatchSource:
     def references(self, sample: Sample, step: int, slot: int) -> Sequence[Sample]:
         """The references that the model sees: all, a drawn one, or none, where they are dropped with the caption."""
         references = sample.references
-        if self.family.spec.drops_references and self.drops_caption(step, slot):
+        if self.drops_caption(step, slot) and self.drops_references(step, slot):
             return ()
         if self.samples_reference and references:
             return (references[keyed_seed(self.seed, "reference", step, slot) % len(references)],)
@@ -208,6 +211,10 @@ class BatchSource:
     def drops_caption(self, step: int, slot: int) -> bool:
         """Whether the caption of a slot is dropped; keyed like the noise."""
         return bool(self.dropout) and keyed_uniform(self.seed, "caption dropout", step, slot) < self.dropout
+
+    def drops_references(self, step: int, slot: int) -> bool:
+        """Whether the references of a slot are dropped where its caption is."""
+        return keyed_uniform(self.seed, "reference dropout", step, slot) < self.reference_dropout
 
     def close(self) -> None:
         """Stop preparing windows, which hold no state, and let the sources write what they have."""

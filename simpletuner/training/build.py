@@ -93,6 +93,7 @@ def build_batches(
         config.seed,
         accumulation=config.gradient_accumulation_steps,
         dropout=config.caption_dropout_probability or 0.0,
+        reference_dropout=config.reference_dropout_probability,
         masking=config.masked_loss_probability,
         process_group=process_group,
         samples_reference=config.conditioning_multidataset_sampling == "random",

@@ -47,6 +47,7 @@ class GenerationSettings:
         negative_prompt: None leaves the family's own default.
         guidance_rescale: 0 is none; only for pipelines that have it.
         true_guidance: real guidance of a distilled model; 1 is none.
+        image_guidance: guidance towards the references; None leaves the pipeline's own.
         skipped: only for pipelines that can skip layers.
     """
 
@@ -56,6 +57,7 @@ class GenerationSettings:
     guidance_rescale: float = 0.0
     true_guidance: float = 1.0
     skipped: SkippedLayers | None = None
+    image_guidance: float | None = None
 
     def arguments(self) -> dict[str, Any]:
         """Arguments of a pipeline; those that not every pipeline takes only where they are set."""
@@ -68,6 +70,8 @@ class GenerationSettings:
             arguments["guidance_rescale"] = self.guidance_rescale
         if self.true_guidance != 1:
             arguments["true_cfg_scale"] = self.true_guidance
+        if self.image_guidance is not None:
+            arguments["img_guidance_scale"] = self.image_guidance
         if self.skipped is not None:
             arguments["skip_guidance_layers"] = list(self.skipped.layers)
             for name in ("scale", "start", "stop"):
@@ -198,6 +202,7 @@ def settings_of(options: ValidationOptions, prompt: LibraryPrompt | None = None)
         guidance_rescale=_first(own.guidance_rescale, options.validation_guidance_rescale),
         true_guidance=options.validation_guidance_real,
         skipped=_skipped_layers(options),
+        image_guidance=options.validation_guidance_image,
     )
 
 

@@ -8,11 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from simpletuner.families.registry import family_names, get_family_class, get_spec
 from simpletuner.models.components import ModelSource
 from simpletuner.models.family import ModelFamily
 from simpletuner.validation.prompts import GenerationSettings, ImageRequest, SkippedLayers
+from simpletuner.validation.references import ReferenceImage
 from simpletuner.validation.sampling import make_images
 from simpletuner.validation.schedulers import SCHEDULERS, use_scheduler
 from tests.tiny_folders import TINY_FOLDERS
@@ -22,6 +24,7 @@ OPTIONS = {
     "guidance_rescale": {"guidance_rescale": 0.7},
     "true_cfg_scale": {"true_guidance": 4.0},
     "skip_guidance_layers": {"skipped": SkippedLayers((0,), start=0.0, stop=0.8)},
+    "img_guidance_scale": {"image_guidance": 4.0},
 }
 
 
@@ -31,11 +34,19 @@ def load(name: str, folder: Path) -> ModelFamily:
     return get_family_class(spec)(spec, source, torch.device("cpu"), torch.float32)
 
 
-def draw(family: ModelFamily, scheduler: str | None = None, **settings: Any) -> np.ndarray:
+REFERENCE = ReferenceImage("red", "red", Image.new("RGB", (SIDE, SIDE), "red"))
+
+
+def draw(
+    family: ModelFamily, scheduler: str | None = None, references: tuple[ReferenceImage, ...] = (), **settings: Any
+) -> np.ndarray:
+    """With references the placeholder of the prompt too, for families that have some."""
     pipeline = family.pipeline(family.load_denoiser(), family.load_vae())
     if scheduler is not None:
         use_scheduler(pipeline, scheduler)
-    request = ImageRequest("a", "a cat", SIDE, SIDE, 1, GenerationSettings(4, 5.0, "a dog", **settings))
+    prompt = "<img><|image_1|></img> a cat" if references and family.spec.name == "omnigen" else "a cat"
+    settings = GenerationSettings(4, 5.0, "a dog", **settings)
+    request = ImageRequest("a", prompt, SIDE, SIDE, 1, settings, references=references)
     return np.asarray(make_images(pipeline, [request])[0].image, dtype=int)
 
 
@@ -44,9 +55,10 @@ def test_every_pipeline_option_of_a_family_changes_its_images(name: str, tmp_pat
     spec = get_spec(name)
     assert set(spec.pipeline_options) <= set(OPTIONS)
     family = load(name, tmp_path / "model")
-    plain = draw(family)
     for option in spec.pipeline_options:
-        assert not np.array_equal(draw(family, **OPTIONS[option]), plain), option
+        references = (REFERENCE,) if option == "img_guidance_scale" else ()
+        plain, changed = (draw(family, references=references, **options) for options in ({}, OPTIONS[option]))
+        assert not np.array_equal(changed, plain), option
 
 
 @pytest.mark.slow

@@ -48,6 +48,11 @@ class TrainingOptions(OptionGroup):
         unit="probability",
         level="basic",
     )
+    reference_dropout_probability: Fraction | None = option(
+        None,
+        help="Share of the dropped captions whose reference images are dropped too. Unset: all of them.",
+        unit="probability",
+    )
     use_ema: Bool = option(
         False,
         help="Keep a running average of the trained weights (float32); it is saved beside them.",

@@ -96,6 +96,13 @@ class ValidationOptions(OptionGroup):
         ge=0,
         le=100,
     )
+    validation_guidance_image: Float | None = option(
+        None,
+        help="How far guidance leads towards the reference images, for families whose pipeline has it (OmniGen, "
+        "OmniGen2). Unset: 1.6 and 2.",
+        ge=0,
+        le=100,
+    )
     validation_no_cfg_until_timestep: Int = option(
         2, help="Steps without real guidance.", planned="the pipelines of diffusers guide at every step"
     )
@@ -114,7 +121,7 @@ class ValidationOptions(OptionGroup):
     validation_noise_scheduler: Literal["ddim", "ddpm", "euler", "euler-a", "unipc", "dpm++"] | None = option(
         None,
         help="Another sampler than the model's own, for families that predict noise (epsilon, v-prediction). Flow "
-        "families keep their own.",
+        "families keep their own; OmniGen2 also takes `dpm++`.",
     )
     validation_lycoris_strength: Float = option(
         1.0, help="Multiplies what the adapter adds to validation images; 1 is as trained.", ge=-10, le=10

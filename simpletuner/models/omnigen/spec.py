@@ -84,6 +84,7 @@ OMNIGEN = FamilySpec(
     readers=OMNIGEN_READERS,
     block_classes=("OmniGenBlock",),
     preview_decoder="madebyollin/taesdxl",
+    pipeline_options=("img_guidance_scale",),
     defaults={
         "validation_guidance": 2.5,
         "validation_num_inference_steps": 30,
@@ -91,6 +92,10 @@ OMNIGEN = FamilySpec(
     },
     ignored_options={"flow_schedule_shift": _OWN_TIMES, "flow_schedule_auto_shift": _OWN_TIMES},
     unusable_options={
+        "reference_dropout_probability": (
+            (None, 1, 1.0),
+            "OmniGen reads references through its caption, so that a dropped one has none",
+        ),
         "flow_sigmoid_scale": ((None, 1, 1.0), _OWN_TIMES),
         "flow_use_uniform_schedule": ((None, False), _OWN_TIMES),
         "flow_use_beta_schedule": ((None, False), _OWN_TIMES),

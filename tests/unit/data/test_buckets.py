@@ -17,6 +17,7 @@ from simpletuner.data.buckets import (
     has_allowed_aspect,
     is_large_enough,
     plan_crop,
+    training_size,
 )
 
 SQUARE_512 = BucketRules(resolution=512, resolution_type="pixel_area", alignment=64)
@@ -69,6 +70,27 @@ def test_without_crop_the_aspect_stays_but_for_rounding() -> None:
     # aspect 1.33; 512 * sqrt(1.33) = 590.5 -> 592; 512 / sqrt(1.33) = 443.96 -> 448
     # 448 / 768 = 0.58333 and 592 / 1024 = 0.578: height decides; 1024 * 0.58333 = 597.3 -> 597; 5 left over, half 2
     assert plan_crop(768, 1024, rules) == Crop(448, 597, 0, 2, 448, 592)
+
+
+OWN_SIZE = BucketRules(1024, "pixel_area", crop=False, alignment=16, enlarges=False, max_side=2048)
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [
+        ((640, 961), (640, 960)),  # not larger than 1024 x 1024: its own size, rounded down
+        ((1024, 1024), (1024, 1024)),
+        ((2048, 2048), (1024, 1024)),
+        ((3000, 2000), (1248, 832)),  # sqrt(1048576 / 6000000) = 0.418: 1254 and 836
+        ((4096, 200), (2048, 96)),  # the area would do, the side decides: 2048 and 100
+    ],
+)
+def test_an_image_that_is_not_enlarged_keeps_its_own_size_up_to_the_limits(size, expected) -> None:
+    crop = plan_crop(*size, OWN_SIZE)
+    assert (crop.height, crop.width) == training_size(*size, OWN_SIZE)
+    assert (crop.height, crop.width) == expected
+    assert crop.intermediate_height <= size[0]
+    assert crop.intermediate_width <= size[1]
 
 
 def test_larger_images_are_reduced_to_the_target_before_the_cut() -> None:

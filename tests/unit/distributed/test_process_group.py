@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from simpletuner.config.loading import load_run
-from simpletuner.distributed.launcher import LAST_WORDS, is_started_already, leave_last_words
+from simpletuner.distributed.launcher import LAST_WORDS, forget_machine_numbers, is_started_already, leave_last_words
 from simpletuner.distributed.layout import layout_of, visible_accelerators
 from simpletuner.distributed.process_group import (
     SINGLE_PROCESS,
@@ -34,6 +34,19 @@ def test_torchruns_variables_are_understood():
     assert process_group_of(environment) == ProcessGroup(rank=3, size=4, local_rank=1)
     assert is_started_already(environment)
     assert not is_started_already({"LOCAL_RANK": "0"})
+    assert is_started_already({"RANK": "0", "WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "none"})
+
+
+def test_a_shell_that_exports_numbers_of_machines_makes_no_process():
+    """As clusters do, and as OmniGen2's and FireRed's documents recommend."""
+    environment = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
+    assert not is_started_already(environment)
+    forget_machine_numbers(environment)
+    assert environment == {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
+    assert process_group_of(environment) == SINGLE_PROCESS
+    worker = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}
+    forget_machine_numbers(worker)
+    assert worker == {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}
 
 
 def test_a_rank_outside_of_its_world_is_an_error_that_names_it():

@@ -164,6 +164,21 @@ def test_references_come_with_their_image_all_or_one_that_is_drawn(monkeypatch):
     assert generated[4][1] == 1 + keyed_seed(7, "reference", 4, 1) % 2
 
 
+def test_a_share_of_dropped_captions_takes_its_references_along_and_no_other():
+    """The two draws are keyed apart: among dropped captions half keep their references, among kept ones all."""
+    counts = {True: [], False: []}
+    source = with_references(dropout=0.5, reference_dropout=0.5)
+    for step in range(100):
+        [batch] = source.build_window(step, 0, 0).batches
+        for caption, row in zip(batch.captions, batch.references or [(), ()], strict=True):
+            counts[caption == source.family.spec.dropped_caption].append(len(row))
+    assert set(counts[False]) == {2}
+    assert set(counts[True]) == {0, 2}
+    assert 0.35 < counts[True].count(0) / len(counts[True]) < 0.65
+    [batch] = with_references(dropout=1.0, reference_dropout=0.0).build_window(0, 0, 0).batches
+    assert [len(row) for row in batch.references] == [2, 2]
+
+
 @pytest.mark.parametrize(("drops", "count"), [(True, 0), (False, 2)])
 def test_references_go_with_a_dropped_caption_where_the_family_says_so(drops, count):
     family = ToyFamily()

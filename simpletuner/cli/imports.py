@@ -1,0 +1,109 @@
+"""Files of other training programs, read as runs of this one: `import`, and `train --config FILE.yml`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from simpletuner.cli.shared import PASS_ON, app, print_to_stderr, say
+from simpletuner.errors import ConfigError, Problem
+
+PROGRAMS = ("omnigen2",)
+YAML = (".yml", ".yaml")
+# What OmniGen2's own `train.py` takes beside its options file, and what this program adds to them.
+_VALUES, _SWITCHES = ("config", "global_batch_size", "data_path"), ("skip_bad_rows",)
+
+
+@app.command("import", context_settings=PASS_ON, short_help="Write the two JSON files from another program's options.")
+def import_run(
+    context: typer.Context,
+    program: Annotated[str, typer.Argument(help="Whose file it is: omnigen2.", show_default=False)],
+    source: Annotated[Path, typer.Argument(help="Its options file (options/ft.yml).", show_default=False)],
+    output: Annotated[
+        Path | None, typer.Option(help="Folder of the two files; config/NAME if not given.", show_default=False)
+    ] = None,
+    skip_bad_rows: Annotated[
+        bool, typer.Option("--skip_bad_rows", "--skip-bad-rows", help="Leave out rows that cannot be used.")
+    ] = False,
+) -> None:
+    """Write config.json and multidatabackend.json: simpletuner import omnigen2 FILE.yml [--output FOLDER]
+
+    Every key is translated, or refused with its reason. `simpletuner train --config FILE.yml` does the same and trains.
+    """
+    import os
+
+    from simpletuner.commands.omnigen2.run import Overrides, import_run
+    from simpletuner.config.yaml_reader import read_yaml
+
+    if program not in PROGRAMS:
+        raise ConfigError(Problem(f'"{program}" is no program whose files are read', allowed=", ".join(PROGRAMS)))
+    name = read_yaml(source).values.get("name") or source.stem
+    folder = output or Path("config") / str(name)
+    processes = processes_of(context.args, os.environ)
+    written = import_run(
+        source, Path.cwd(), processes, print_to_stderr, Overrides(skips_bad_rows=skip_bad_rows), folder
+    )
+    say(str(written))
+
+
+def run_of_options(
+    arguments: Sequence[str], environment: Mapping[str, str], working_dir: Path, say: Callable[[str], None]
+) -> tuple[list[str], Path | None]:
+    """(arguments of the run, its `config.json`) where `--config FILE` names a file; None where there is none.
+
+    Raises:
+        ConfigError: anything in the options file, or in the data that it names, that cannot be used.
+    """
+    found, rest = _taken(arguments)
+    if "config" not in found:
+        return list(arguments), None
+    file = Path(found["config"])
+    if file.suffix.lower() not in YAML:
+        if len(found) > 1:
+            others = ", ".join(f"--{name}" for name in found if name != "config")
+            raise ConfigError(Problem(f"{others} belongs to an options file (.yml)", key="--config"))
+        return rest, file
+    from simpletuner.commands.omnigen2.run import Overrides, import_run
+
+    size = found.get("global_batch_size")
+    if size is not None and not size.isdecimal():
+        raise ConfigError(Problem(f'"{size}" is no whole number', key="--global_batch_size"))
+    overrides = Overrides(int(size) if size else None, found.get("data_path"), "skip_bad_rows" in found)
+    return rest, import_run(file, working_dir, processes_of(rest, environment), say, overrides)
+
+
+def processes_of(arguments: Sequence[str], environment: Mapping[str, str]) -> int:
+    """The processes that a run with these arguments has, on all machines."""
+    from simpletuner.config.layers import environment_layer, parse_arguments
+    from simpletuner.config.merging import option_names
+    from simpletuner.distributed.layout import visible_accelerators
+
+    layers = (environment_layer(environment, option_names()), parse_arguments(arguments))
+    given = {setting.key: setting.value for layer in layers for setting in layer.settings}
+    counts = [given.get("num_processes") or max(visible_accelerators(), 1), given.get("num_machines") or 1]
+    if not all(str(count).isdecimal() for count in counts):
+        raise ConfigError(Problem(f'"{counts[0]}" and "{counts[1]}" are no numbers', key="num_processes, num_machines"))
+    return int(counts[0]) * int(counts[1])
+
+
+def _taken(arguments: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """The options of an options file with their values, and all other words."""
+    found: dict[str, str] = {}
+    rest: list[str] = []
+    words = list(arguments)
+    while words:
+        word = words.pop(0)
+        name, equals, value = word.removeprefix("--").partition("=")
+        name = name.replace("-", "_") if word.startswith("--") else ""
+        if name in _SWITCHES and not equals:
+            found[name] = ""
+        elif name in _VALUES:
+            if not equals and not words:
+                raise ConfigError(Problem("it needs a value", key=f"--{name}"))
+            found[name] = value if equals else words.pop(0)
+        else:
+            rest.append(word)
+    return found, rest
