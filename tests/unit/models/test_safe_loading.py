@@ -217,7 +217,7 @@ def test_convert_runs_nothing_and_names_what_it_refuses(tmp_path: Path, marker: 
     write_pickle(tmp_path / "a.bin", marker)
     torch.save({"a": torch.ones(1), "b": Payload(marker)}, tmp_path / "b.pt")
     for name in ("a.bin", "b.pt"):
-        with pytest.raises(DataError, match="holds more than tensors, and nothing of it was run"):
+        with pytest.raises(DataError, match="contains more than tensors, and none of it was run"):
             convert(tmp_path / name, None)
     (tmp_path / "c.pt").write_bytes(b"no pickle")
     with pytest.raises(DataError, match=r"c\.pt"):
