@@ -17,6 +17,7 @@ from simpletuner.config.discovery import BACKEND_NAMES, ENVIRONMENT_NAMES
 from simpletuner.config.layers import (
     ACCELERATE_VARIABLES,
     ENVIRONMENT_PREFIX,
+    INTERNAL,
     LAUNCH_VARIABLES,
     Origin,
     read_env_variables,
@@ -30,8 +31,6 @@ FILE = "config.env"
 _OWN = frozenset(
     {*ENVIRONMENT_NAMES, *BACKEND_NAMES, "CONFIG_PATH", EXTRA_ARGUMENTS, *LAUNCH_VARIABLES, *ACCELERATE_VARIABLES}
 )
-# Between the processes of one run.
-_INTERNAL = ("SIMPLETUNER_LIFELINE", "SIMPLETUNER_LAST_WORDS", "SIMPLETUNER_LISTENER")
 # Of libraries. Whole names: families such as NCCL_* and WANDB_* have members that load plug-ins or name another server.
 LISTED = frozenset(
     f"{family}{name}"
@@ -108,7 +107,7 @@ def _read(folder: Path, working_dir: Path, environment: Mapping[str, str], found
         raise ConfigError(problems)
     helpers = referenced_names(file, shown)
     for name, (value, origin) in written.items():
-        is_own = name in _OWN or (name.startswith(ENVIRONMENT_PREFIX) and name not in _INTERNAL)
+        is_own = name in _OWN or (name.startswith(ENVIRONMENT_PREFIX) and name not in INTERNAL)
         if is_own or name in LISTED or _WEBHOOKS.fullmatch(name):
             found.variables[name] = value
         elif name not in helpers:

@@ -22,11 +22,13 @@ from simpletuner.text import lines_of
 OriginKind = Literal["default", "family", "file", "environment", "command line"]
 
 ENVIRONMENT_PREFIX = "SIMPLETUNER_"
+# Between the processes of one run.
+INTERNAL = ("SIMPLETUNER_LIFELINE", "SIMPLETUNER_LAST_WORDS", "SIMPLETUNER_LISTENER")
 # Variables of that prefix that are not options: they choose files, or serve other parts of the program.
 OTHER_VARIABLES = frozenset(
     {
         *(*ENVIRONMENT_NAMES, *BACKEND_NAMES, "SIMPLETUNER_DEBUG", "SIMPLETUNER_LOG_LEVEL"),
-        *("SIMPLETUNER_JOB_ID", "SIMPLETUNER_MONITOR_TOKEN"),
+        *("SIMPLETUNER_JOB_ID", "SIMPLETUNER_MONITOR_TOKEN", *INTERNAL),
     }
 )
 

@@ -14,6 +14,7 @@ import pytest
 from simpletuner.config.loading import load_run
 from simpletuner.config.options import all_options
 from simpletuner.config.reference import resolved_text
+from simpletuner.distributed.lifeline import LAST_WORDS, LIFELINE, LISTENER
 
 from .conftest import Workspace, find_spec
 
@@ -119,6 +120,7 @@ def test_arguments_come_in_three_forms(workspace: Workspace) -> None:
 
 def test_variables_that_name_no_option_are_reported(workspace: Workspace) -> None:
     workspace.environment |= {"SIMPLETUNER_QUOTA_SERVER": "1", "SEED": "5", "SIMPLETUNER_DEBUG": "1"}
+    workspace.environment |= {LAST_WORDS: "/x", LIFELINE: "3", LISTENER: "4"}  # of our launcher
     run = workspace.load_written()
     assert run.config.seed == 42
     assert [line for line in run.warnings if "environment" in line] == [
