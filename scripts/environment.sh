@@ -13,7 +13,7 @@ find_python() {
         fi
     done
     echo "simpletuner needs Python 3.11 or newer with its venv module, and none was found." >&2
-    echo "  to mend it: install it (Debian, Ubuntu: apt install python3 python3-venv), or set PYTHON=/path/to/python3" >&2
+    echo "  fix: install it (Debian, Ubuntu: apt install python3 python3-venv), or set PYTHON=/path/to/python3" >&2
     return 2
 }
 

@@ -36,7 +36,7 @@ def load_arguments(
 
     Args:
         arguments: `example=NAME`, `env=NAME`, `--key=value`.
-        say: told which configuration is used where nobody chose one.
+        say: called with the configuration that is used where nobody chose one.
         config_file: chosen by an option of the verb.
         check_files: whether images and output folder must be there; only training needs them.
 

@@ -79,7 +79,7 @@ def adapter_metadata(weights: AdapterWeights, spec: FamilySpec) -> dict[str, str
 
 
 def is_of_first_version(metadata: Mapping[str, str], spec: FamilySpec) -> bool:
-    """Whether this program wrote a file before it wrote `VERSION_KEY`: told by the run, or by its own title."""
+    """Whether this program wrote a file before it wrote `VERSION_KEY`: known by the run, or by its own title."""
     if VERSION_KEY in metadata:
         return False
     has_own_title = metadata.get("modelspec.title", "").startswith(f"{spec.title} ")

@@ -99,7 +99,7 @@ class Export:
         family: bound to the model.
         weights: of the adapter, perhaps made smaller.
         reference: what the model with these weights answers to the probe.
-        say: told what a person should know.
+        say: prints a line for the user.
     """
 
     source: Source

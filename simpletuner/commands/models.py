@@ -26,7 +26,7 @@ def show_models(name: str | None, as_json: bool, say: Say, warn: Say) -> None:
     Args:
         name: of a family; None tells all.
         as_json: the same facts for programs.
-        warn: told of packages whose families cannot be loaded, where one of ours is asked for or all are.
+        warn: called for packages whose families cannot be loaded, where one of ours is asked for or all are.
 
     Raises:
         ConfigError: no such family, or its package cannot be loaded.

@@ -78,7 +78,7 @@ def build_datasets(
     Args:
         entries: of the data file; disabled ones and those without images are passed over.
         work_dir: the indexes are kept in its folder `index`.
-        report: told how far each scan has come.
+        report: called with the progress of each scan.
         data_file: named in errors.
 
     Raises:

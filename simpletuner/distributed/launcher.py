@@ -92,7 +92,7 @@ def launch(arguments: Sequence[str], layout: Layout, say: Callable[[str], None])
     """Run `simpletuner ARGUMENTS` in each process until all have ended; returns the exit code of the run.
 
     Args:
-        say: told the last words of the process that failed first.
+        say: called with the last lines of the process that failed first.
     """
     with tempfile.TemporaryDirectory(prefix="simpletuner-") as folder, lifeline() as end:
         listener = listen() if layout.port is None else None
@@ -158,7 +158,7 @@ def _wait(processes: Sequence[subprocess.Popen[bytes]], asked: Sequence[int], sa
 
     Args:
         asked: the signals that came so far.
-        say: told where a process does not do what it was asked.
+        say: called where a process does not do what it was asked.
     """
     failed: int | None = None
     deadline = float("inf")

@@ -1,4 +1,4 @@
-"""What a device can fail by in a correct run, told with what helps: too little memory, no deterministic kernel.
+"""What a device can fail by in a correct run, reported with the fix: too little memory, no deterministic kernel.
 
 Memory that does not suffice is recognized whoever says so, and answered by what helps in this configuration.
 """

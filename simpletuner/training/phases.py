@@ -1,4 +1,4 @@
-"""Stretches of work around the steps, told as events."""
+"""Stretches of work around the steps, reported as events."""
 
 from __future__ import annotations
 

@@ -106,7 +106,7 @@ def train(loaded: LoadedRun) -> None:
             if publisher is not None:
                 publish(publisher, run.progress.global_step, run.session)
         except UploadError:
-            raise  # the run itself is done, and its sinks have been told so
+            raise  # the run itself is done, and its sinks have reported it
         except SimpleTunerError as error:
             step = run.progress.global_step if run is not None else 0
             bus.emit(RunFailed(step=step, message=error.render(), exit_code=error.exit_code))

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import difflib
 import subprocess
 import sys
-from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
@@ -15,28 +13,12 @@ from textual.pilot import Pilot
 from textual.widgets import Static
 
 from simpletuner.config.loading import load_run
-from simpletuner.wizard.app import Wizard
-from simpletuner.wizard.project import open_project
 from simpletuner.wizard.questions import FAMILY
 from simpletuner.wizard.review import Review
 from tests.runs import metrics, train_here
-from tests.unit.wizard.projects import CONFIG, CPU, configured, contents, new_folder
+from tests.unit.wizard.projects import CONFIG, configured, contents, drive, new_folder
 
 pytestmark = pytest.mark.slow
-
-Steps = Callable[[Pilot], Awaitable[None]]
-
-
-def drive(folder: Path, steps: Steps) -> Wizard:
-    """Run the wizard in `folder` with the keys that `steps` presses."""
-    wizard = Wizard(open_project(CONFIG, folder, CPU))
-
-    async def run() -> None:
-        async with wizard.run_test(size=(80, 24)) as pilot:
-            await steps(pilot)
-
-    asyncio.run(run())
-    return wizard
 
 
 async def fill_in(pilot: Pilot, field: str, text: str) -> None:

@@ -10,7 +10,6 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
@@ -21,8 +20,7 @@ from textual.widgets import Input, Static
 
 from simpletuner.wizard.app import Wizard
 from simpletuner.wizard.inputs import TextField
-from simpletuner.wizard.project import open_project
-from tests.unit.wizard.projects import CONFIG, CPU, new_folder
+from tests.unit.wizard.projects import drive, new_folder
 
 pytestmark = pytest.mark.slow
 
@@ -63,17 +61,6 @@ def send(app: App, *keys: str) -> None:
     for key in keys:
         letter = key if len(key) == 1 else None
         app.post_message(events.Key("space" if key == " " else key, letter))
-
-
-def drive(folder: Path, steps: Callable[[Pilot], Awaitable[None]]) -> Wizard:
-    wizard = Wizard(open_project(CONFIG, folder, CPU))
-
-    async def run() -> None:
-        async with wizard.run_test(size=(80, 24)) as pilot:
-            await steps(pilot)
-
-    asyncio.run(run())
-    return wizard
 
 
 def status(app: Wizard) -> str:

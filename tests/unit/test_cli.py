@@ -1,3 +1,5 @@
+"""The command line: start-up time, exit codes, suggestions for misspelled words."""
+
 from __future__ import annotations
 
 import json
@@ -62,7 +64,7 @@ def test_the_version_is_the_package_s(run):
 
 
 def test_a_misspelt_verb_ends_with_a_suggestion(run):
-    code, _, errors = run("trian")
+    code, _, errors = run("trian")  # codespell:ignore
     assert code == 2
     assert "train" in errors
 

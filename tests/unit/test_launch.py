@@ -1,3 +1,5 @@
+"""Which configuration, family and model a command works on."""
+
 from __future__ import annotations
 
 from pathlib import Path

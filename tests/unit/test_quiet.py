@@ -1,3 +1,5 @@
+"""Needless lines of libraries are hidden, all others are shown."""
+
 from __future__ import annotations
 
 import logging

@@ -1,3 +1,5 @@
+"""The commit protocol: a kill or a full disk at any operation leaves the old file or the new one, whole."""
+
 from __future__ import annotations
 
 import errno

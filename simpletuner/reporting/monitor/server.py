@@ -1,8 +1,8 @@
 """The monitor's HTTP server: takes events, serves the page, and streams what changes to it.
 
-It listens on this machine only, unless told otherwise, and then asks for a token. A page of another site that the user
-has open can reach a server on this machine too; so the Host header must be ours, and what a browser sends for another
-site is refused.
+It listens on this machine only, unless --host says otherwise, and then asks for a token. A page of another site that
+the user has open can reach a server on this machine too; so the Host header must be ours, and what a browser sends
+for another site is refused.
 """
 
 from __future__ import annotations

@@ -1,3 +1,5 @@
+"""Cached latents: equal to what the VAE gives, keyed by all that makes them, independent of order and batch."""
+
 from __future__ import annotations
 
 import dataclasses

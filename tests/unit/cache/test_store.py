@@ -1,3 +1,5 @@
+"""The store of tensors: what is put comes back bit for bit, is committed in shards, and damage is reported."""
+
 from __future__ import annotations
 
 import contextlib

@@ -1,3 +1,5 @@
+"""`simpletuner verify-resume`: every difference between two runs is found and named, equal runs have none."""
+
 from __future__ import annotations
 
 import json

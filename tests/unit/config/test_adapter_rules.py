@@ -14,7 +14,7 @@ STANDARD = {"lora_type": "standard", "lycoris_config": None}
 @pytest.mark.parametrize(
     ("changes", "key", "words"),
     [
-        ({"lora_target": "attention,atention"}, "lora_target", '"atention" matches no layer'),
+        ({"lora_target": "attention,atention"}, "lora_target", '"atention" matches no layer'),  # codespell:ignore
         ({"lora_target": "layers.*.self_attn.to_v"}, "lora_target", "layers.*.self_attn.to_q"),
         ({"lora_target": []}, "lora_target", "names no layer"),
         ({"lora_init_type": "loftq"}, "lora_init_type", "set base_model_precision instead"),

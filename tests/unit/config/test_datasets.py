@@ -100,7 +100,7 @@ def test_a_disabled_entry_takes_no_part_whatever_is_in_it(key: str) -> None:
         ({"crop_style": "face"}, "finding faces"),
         ({"crop_style": "middle"}, "center, corner, random"),
         ({"probability": -0.5}, "number >= 0"),
-        ({"crop_aspect_buckets": [{"aspect_bucket": 1, "wieght": 2}]}, 'did you mean "weight"?'),
+        ({"crop_aspect_buckets": [{"aspect_bucket": 1, "wieght": 2}]}, 'did you mean "weight"?'),  # codespell:ignore
         ({"crop_aspect_buckets": [1, 0]}, "not above 0"),
         ({"caption_shuffle": {"enable": True, "split_on": "tab"}}, "comma, space, period"),
         ({"caption_shuffle": True}, '{"enable": true'),

@@ -62,7 +62,7 @@ def test_comments_are_blank() -> None:
         ("{\"a\": 'b'}", 1, 7, "single quotes"),
         ('{"a" 1}', 1, 6, '":"'),
         ('{"a": 1 "b": 2}', 1, 9, '","'),
-        ('{"a": tru}', 1, 7, "value"),
+        ('{"a": tru}', 1, 7, "value"),  # codespell:ignore
         ('{"a": NaN}', 1, 7, "value"),
         ('{"a": 01}', 1, 7, "begins with 0"),
         ('{"a": "b}', 1, 7, "closing quote"),

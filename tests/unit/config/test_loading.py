@@ -213,7 +213,7 @@ def test_the_file_is_chosen_by_the_environment(workspace: Workspace) -> None:
         assert value in workspace.fails().render()
     workspace.environment = {"ENV": "othr"}
     assert 'did you mean "other"?' in workspace.fails().render()
-    workspace.environment = {"CONFIG_PATH": "elsewere/mine.json"}
+    workspace.environment = {"CONFIG_PATH": "elsewere/mine.json"}  # codespell:ignore
     assert 'did you mean "elsewhere/mine.json"?' in workspace.fails().render()
     workspace.environment = {"CONFIG_BACKEND": "cmd"}
     arguments = [f"--{key}={value}" for key, value in workspace.config.items()]

@@ -46,7 +46,11 @@ def test_targets_of_the_family_are_accepted(lycoris: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("lycoris", "key", "words"),
     [
-        (preset(target_module=["Attention", "Atention"]), "apply_preset.target_module.1", 'did you mean "Attention"?'),
+        (
+            preset(target_module=["Attention", "Atention"]),
+            "apply_preset.target_module.1",
+            'did you mean "Attention"?',
+        ),
         (preset(module_algo_map={"Nothing": {}}), "apply_preset.module_algo_map.Nothing", "FeedForward, Linear"),
         (preset(target_name=["blocks.0"]), "apply_preset.target_name.0", "layers.*.self_attn"),
         (preset(target_name=["("]), "apply_preset.target_name.0", "not a regular expression"),

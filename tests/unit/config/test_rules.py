@@ -263,7 +263,7 @@ def test_a_prompt_may_say_how_it_is_drawn() -> None:
 @pytest.mark.parametrize(
     ("fields", "key", "words"),
     [
-        ('"prompt": "x", "guidence": 3', "a.guidence", 'did you mean "guidance"?'),
+        ('"prompt": "x", "guidence": 3', "a.guidence", 'did you mean "guidance"?'),  # codespell:ignore
         ('"prompt": "x", "num_inference_steps": 0', "a.num_inference_steps", "1 to 1000"),
         ('"prompt": "x", "resolution": "big"', "a.resolution", "is not a size"),
         ('"prompt": " "', "a.prompt", "outside of what is allowed"),

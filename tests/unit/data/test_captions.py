@@ -1,3 +1,5 @@
+"""How file names, text files and instance prompts become captions, in every encoding that is accepted."""
+
 from __future__ import annotations
 
 import os

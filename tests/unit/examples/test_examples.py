@@ -1,3 +1,5 @@
+"""Shipped examples: their configurations are accepted, and copies are independent of the package."""
+
 from __future__ import annotations
 
 from pathlib import Path

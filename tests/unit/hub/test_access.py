@@ -1,3 +1,5 @@
+"""Whether uploads are allowed is found out before a run, with the reason and the fix."""
+
 from __future__ import annotations
 
 from types import SimpleNamespace

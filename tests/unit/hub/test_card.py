@@ -1,3 +1,5 @@
+"""The model card: its front matter is valid, its code runs, and user text cannot break it."""
+
 from __future__ import annotations
 
 import ast

@@ -1,3 +1,5 @@
+"""Uploads in the background: what is committed, retries, and what a failing Hub costs."""
+
 from __future__ import annotations
 
 import shutil

@@ -1,3 +1,5 @@
+"""The event bus: a failing sink is dropped with one warning, a programming mistake in a sink is raised."""
+
 from __future__ import annotations
 
 import pytest

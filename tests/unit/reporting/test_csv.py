@@ -1,3 +1,5 @@
+"""`metrics.csv`: one row per step, and a resumed run has each step once."""
+
 from __future__ import annotations
 
 import csv
@@ -6,10 +8,11 @@ from pathlib import Path
 from simpletuner.reporting.events import EvalDone, ImagesScored, RunStarted, StepDone
 from simpletuner.reporting.sinks.csv_table import FIRST_COLUMNS, CsvSink
 from simpletuner.reporting.sinks.jsonl import JsonlSink
+from tests.events import step_done
 
 
 def step(number: int, loss: float, **extra: float) -> StepDone:
-    return StepDone(number, 10, loss, 1e-4, None, 0.5, 4, 1, extra=extra)
+    return step_done(number, loss=loss, seconds=0.5, extra=extra)
 
 
 class Run:

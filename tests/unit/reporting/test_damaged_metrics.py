@@ -17,12 +17,12 @@ from simpletuner.reporting.events import (
     Notice,
     RunFinished,
     RunStarted,
-    StepDone,
 )
 from simpletuner.reporting.loss_plot import plot_loss
 from simpletuner.reporting.report import write_report
 from simpletuner.reporting.sinks.csv_table import CsvSink
 from simpletuner.reporting.sinks.jsonl import JsonlSink, read_records, start_from
+from tests.events import step_done
 
 DAMAGE = ["text", None, True, [], {}, -1, 1.5, [[1]], "nan", 10**30]
 
@@ -30,7 +30,10 @@ DAMAGE = ["text", None, True, [], {}, -1, 1.5, [[1]], "nan", 10**30]
 def events(output) -> list:
     return [
         RunStarted("run", output, 4, 0, {"model": "toy"}, {"seed": 1}),
-        *(StepDone(step, 4, 1.0 / step, 1e-3, 0.5, 0.1, 2, 1) for step in (1, 2, 3, 4)),
+        *(
+            step_done(step, total_steps=4, loss=1.0 / step, learning_rate=1e-3, grad_norm=0.5, samples=2)
+            for step in (1, 2, 3, 4)
+        ),
         EvalDone(2, {"held": 0.5}, 0.5, ((0.1, 0.4),), 1.0, 0.7, ((0.1, 0.9),)),
         LossBySigma(4, 1, ((0.0, 0.1, 0.5, 4),)),
         ImagesScored(4, "clip", {"live/a": 0.3}, 0.3),

@@ -1,3 +1,5 @@
+"""Events as records: names, strict JSON, and the scalars of a step."""
+
 from __future__ import annotations
 
 import json

@@ -1,3 +1,5 @@
+"""`metrics.jsonl`: a killed run keeps its steps, a resumed run has none twice, runs do not mix."""
+
 from __future__ import annotations
 
 import json
@@ -6,10 +8,11 @@ from pathlib import Path
 from simpletuner.reporting.events import EvalDone, Notice, PhaseProgress, RunStarted, StepDone
 from simpletuner.reporting.loss_plot import read_curves
 from simpletuner.reporting.sinks.jsonl import JsonlSink, read_records
+from tests.events import step_done
 
 
 def step(number: int, loss: float) -> StepDone:
-    return StepDone(number, 10, loss, 1e-4, None, 0.1, 4, 1)
+    return step_done(number, loss=loss)
 
 
 def write_run(folder: Path, start: int, end: int, loss: float) -> None:

@@ -1,3 +1,5 @@
+"""`loss.png`: which curves it has and what it shows of short, damaged and regularization runs."""
+
 from __future__ import annotations
 
 import errno
@@ -10,16 +12,17 @@ from PIL import Image
 from simpletuner import storage
 from simpletuner.disk import DiskError
 from simpletuner.reporting.charts import nice_ticks, smoothed
-from simpletuner.reporting.events import EvalDone, RunStarted, StepDone
+from simpletuner.reporting.events import EvalDone, RunStarted
 from simpletuner.reporting.loss_plot import EVAL, plot_loss, read_curves
 from simpletuner.reporting.sinks.jsonl import JsonlSink
+from tests.events import step_done
 
 
 def write_metrics(folder: Path, train: list[float], evaluation: dict[int, float]) -> Path:
     sink = JsonlSink(folder)
     sink.handle(RunStarted("trial", folder, len(train)))
     for number, loss in enumerate(train, start=1):
-        sink.handle(StepDone(number, len(train), loss, 1e-4, None, 0.1, 4, 1))
+        sink.handle(step_done(number, total_steps=len(train), loss=loss))
     for number, loss in evaluation.items():
         sink.handle(EvalDone(number, {"a": loss}, loss))
     sink.close()
@@ -72,12 +75,10 @@ def test_short_flat_and_broken_runs_are_drawn(tmp_path: Path, train: list[float]
 
 def test_steps_on_regularisation_data_have_a_curve_of_their_own(tmp_path: Path):
     sink = JsonlSink(tmp_path)
-    sink.handle(StepDone(1, 3, 0.75, 1e-4, None, 0.1, 4, 1))
-    sink.handle(
-        StepDone(2, 3, 0.01, 1e-4, None, 0.1, 4, 1, extra={"regularisation_loss": 0.01}, is_regularisation=True)
-    )
-    sink.handle(StepDone(3, 3, 0.5, 1e-4, None, 0.1, 4, 1, extra={"regularisation_loss": 0.02}))
-    sink.handle(StepDone(4, 5, 0.0, 1e-4, None, 0.1, 4, 1, extra={"regularisation_loss": 0.0}))
+    sink.handle(step_done(1, total_steps=3, loss=0.75))
+    sink.handle(step_done(2, total_steps=3, loss=0.01, extra={"regularisation_loss": 0.01}, is_regularisation=True))
+    sink.handle(step_done(3, total_steps=3, extra={"regularisation_loss": 0.02}))
+    sink.handle(step_done(4, total_steps=5, loss=0.0, extra={"regularisation_loss": 0.0}))
     sink.close()
     curves = read_curves(sink.path)
     assert curves.train == [(1, 0.75), (3, 0.5), (4, 0.0)]

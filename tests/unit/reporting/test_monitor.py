@@ -22,7 +22,6 @@ from simpletuner.commands.monitor import make_server
 from simpletuner.config.webhooks import Webhook, Webhooks
 from simpletuner.errors import ConfigError
 from simpletuner.reporting import events
-from simpletuner.reporting.events import StepDone
 from simpletuner.reporting.monitor.following import Follower
 from simpletuner.reporting.monitor.history import History, Image, ImageStore
 from simpletuner.reporting.monitor.reading import BadEvent, read_event
@@ -31,6 +30,7 @@ from simpletuner.reporting.sinks.jsonl import JsonlSink
 from simpletuner.reporting.webhooks.encoding import raw_event
 from simpletuner.reporting.webhooks.messages import CurvePoint, progress_message
 from simpletuner.reporting.webhooks.sink import WebhookSink
+from tests.events import step_done
 
 WITHOUT_STEP = b'{"type": "training.evaluation", "id": "1", "data": {"pooled": 0.5}}'
 PNG = "data:image/png;base64,iVBORw0KGgo="
@@ -125,9 +125,13 @@ def test_a_monitor_that_is_started_again_shows_no_image_under_the_address_of_ano
 def test_steps_on_regularisation_data_are_marked_in_the_curve() -> None:
     history = History()
     steps = [
-        StepDone(1, 3, 2.0, 1e-4, 0.5, 0.1, 4, 1),
-        StepDone(2, 3, 0.1, 1e-4, 0.5, 0.1, 4, 1, extra={"regularisation_loss": 0.1}, is_regularisation=True),
-        StepDone(3, 3, 1.0, 1e-4, 0.5, 0.1, 4, 1, extra={"regularisation_loss": 0.2}),  # both kinds in one step
+        step_done(1, total_steps=3, loss=2.0, grad_norm=0.5),
+        step_done(
+            2, total_steps=3, loss=0.1, grad_norm=0.5, extra={"regularisation_loss": 0.1}, is_regularisation=True
+        ),
+        step_done(
+            3, total_steps=3, loss=1.0, grad_norm=0.5, extra={"regularisation_loss": 0.2}
+        ),  # both kinds in one step
     ]
     message = progress_message(steps[-1], "stars", [CurvePoint.of(each) for each in steps])
     target = Webhook(webhook_type="raw", callback_url=SecretStr("http://localhost/"))
@@ -341,7 +345,7 @@ def report(sink: Any, folder: Path) -> None:
     sink.handle(events.PhaseDone("reading the data sets", 1.0))
     sink.handle(events.RunStarted("stars", folder, 10, details={"model": "Tiny"}))
     for step in range(1, 11):
-        sink.handle(events.StepDone(step, 10, 1.0 / step, 1e-4, None, 0.1, 4, 1))
+        sink.handle(step_done(step, loss=1.0 / step))
     sink.handle(events.PreviewMade(10, cat, 5, 20, 0.75))
     sink.handle(events.ImagesMade(10, (cat,)))
     sink.handle(events.EvalDone(10, {}, float("nan")))

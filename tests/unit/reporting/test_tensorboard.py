@@ -1,3 +1,5 @@
+"""TensorBoard files as its own reader reads them, resumed runs included."""
+
 from __future__ import annotations
 
 from dataclasses import replace
@@ -9,10 +11,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from simpletuner.reporting.events import EvalDone, ImagesMade, RunStarted, SavedImage, StepDone
 from simpletuner.reporting.sinks.tensorboard import TensorBoardSink, folder_name
+from tests.events import step_done
 
 
 def step(number: int, loss: float) -> StepDone:
-    return StepDone(number, 10, loss, 1e-4, 2.0, 0.5, 4, 1, None, {"ema_decay": 0.9})
+    return step_done(number, loss=loss, grad_norm=2.0, seconds=0.5, extra={"ema_decay": 0.9})
 
 
 def test_tensorboard_reads_back_scalars_and_images(tmp_path: Path):

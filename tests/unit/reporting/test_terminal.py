@@ -1,3 +1,5 @@
+"""What a run prints: plain lines in a pipe, a progress bar in a terminal."""
+
 from __future__ import annotations
 
 import io
@@ -17,6 +19,7 @@ from simpletuner.reporting.events import (
 )
 from simpletuner.reporting.progress import Pace, clock_text, duration_text
 from simpletuner.reporting.sinks.terminal import LiveSink, PlainSink, describe, terminal_sink
+from tests.events import step_done
 
 
 class Clock:
@@ -33,7 +36,7 @@ class FakeTerminal(io.StringIO):
 
 
 def step(number: int, seconds: float = 2.0) -> StepDone:
-    return StepDone(number, 100, 0.5, 1e-4, 1.5, seconds, 4, 1, 3.25)
+    return step_done(number, total_steps=100, grad_norm=1.5, seconds=seconds, memory_gb=3.25)
 
 
 def test_a_pipe_gets_plain_lines_without_colour_codes():
@@ -133,7 +136,7 @@ def test_a_bar_of_eighty_columns_shows_the_step_and_the_time_left_whole(monkeypa
     monkeypatch.setenv("TERM", "xterm")
     stream = FakeTerminal()
     sink = terminal_sink(stream)
-    sink.handle(StepDone(1234, 10_000, 0.5, 1e-4, 1.5, 2.0, 4, 1, 23.25))
+    sink.handle(step_done(1234, total_steps=10_000, grad_norm=1.5, seconds=2.0, memory_gb=23.25))
     sink.close()
     shown = stream.getvalue()
     assert "1234/10000" in shown

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from tenacity import RetryCallState, Retrying
 
-from simpletuner.reporting.events import StepDone
 from simpletuner.reporting.webhooks.messages import CurvePoint, progress_message
 from simpletuner.reporting.webhooks.sender import Patience
 from simpletuner.reporting.webhooks.transport import DeliveryFailed
+from tests.events import step_done
 
 
 def test_progress_says_what_is_done_and_what_is_left():
     """30 of 120 steps; the last ones took 2 s each, so 90 more take 180 s."""
-    steps = [StepDone(number, 120, 0.5, 1e-4, None, 2.0, 4, 1) for number in range(28, 31)]
+    steps = [step_done(number, total_steps=120, seconds=2.0) for number in range(28, 31)]
     message = progress_message(steps[-1], "run", [CurvePoint.of(step) for step in steps])
     assert message.data["percent"] == 25
     assert message.data["eta_seconds"] == 180

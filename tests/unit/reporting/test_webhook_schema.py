@@ -17,6 +17,7 @@ from simpletuner.reporting.events import Event, LossBySigma, PhaseProgress, Save
 from simpletuner.reporting.webhooks.encoding import raw_event
 from simpletuner.reporting.webhooks.images import Attachment
 from simpletuner.reporting.webhooks.messages import CurvePoint, progress_message, words_for
+from tests.events import step_done
 
 TARGET = Webhook(webhook_type="raw", callback_url=SecretStr("http://localhost/"))
 IMAGE = SavedImage(Path("cat.png"), "cat", "a cat", 64, 48, None, "base")
@@ -37,7 +38,7 @@ EXAMPLES: list[Event] = [
     events.RunFailed(5, "no", 3),
     events.RunFailed(5, "stopped", 143),
 ]
-STEP = StepDone(3, 10, float("inf"), 1e-4, None, 0.5, 4, 1, 1.5, {"ema_decay": 0.9})
+STEP = step_done(3, loss=float("inf"), seconds=0.5, memory_gb=1.5, extra={"ema_decay": 0.9})
 
 
 def published() -> dict[str, Any]:

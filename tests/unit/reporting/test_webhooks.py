@@ -33,6 +33,7 @@ from simpletuner.reporting.events import (
 from simpletuner.reporting.webhooks.sender import Patience, Timing
 from simpletuner.reporting.webhooks.sink import WebhookSink
 from simpletuner.reporting.webhooks.transport import Deadlines
+from tests.events import step_done
 from tests.receiver import Receiver, receiver, wait_until
 
 QUICK = Timing(Deadlines(5.0, 5.0, 5.0), Patience(0.02, 0.1, 3), progress=0.05, drain=20.0)
@@ -49,7 +50,7 @@ def make_sink(folder: Path, *targets: Webhook, interval: int | None = None, timi
 
 
 def step(number: int, total: int = 100) -> StepDone:
-    return StepDone(number, total, 1.0 / number, 1e-4, 0.5, 0.01, 4, 1)
+    return step_done(number, total_steps=total, loss=1.0 / number, grad_norm=0.5, seconds=0.01)
 
 
 def image(folder: Path, name: str = "cat.png", side: int = 64, noise: bool = False) -> SavedImage:

@@ -65,3 +65,30 @@ def test_an_issue_form_has_fields_with_labels(path: Path):
     fields = [field for field in form["body"] if field["type"] != "markdown"]
     assert len({field["id"] for field in fields}) == len(fields)
     assert all(field["attributes"]["label"] for field in fields)
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("the adapter is trained", ""),
+        ("the adaptor recieves gradients", "recieves ==> receives"),
+        ("def mend_cache(): ...", "mend ==> fix"),
+        ("# a cache that is Mended", "Mended ==> Fixed"),
+    ],
+)
+def test_a_misspelled_and_a_banned_word_are_found_also_inside_of_names(tmp_path: Path, text: str, found: str):
+    file = tmp_path / "module.py"
+    file.write_text(f"{text}\n")
+    result = subprocess.run([str(ROOT / "scripts/check_spelling.sh"), str(file)], capture_output=True, text=True)
+    assert (result.returncode == 0) == (found == "")
+    assert found in result.stdout
+
+
+def test_each_banned_word_has_a_replacement_and_a_reason():
+    lines = (ROOT / "scripts/banned_words.txt").read_text().splitlines()
+    assert lines
+    for line in lines:
+        word, replacement, reason = line.replace("->", ",", 1).split(",")
+        assert word.isalpha()
+        assert replacement.strip()
+        assert len(reason.split()) > 2

@@ -1,3 +1,5 @@
+"""The peak memory that is reported is that of this process."""
+
 from __future__ import annotations
 
 import subprocess

@@ -1,3 +1,5 @@
+"""Files of validation images: sheets, the known images of the base model, and disks that refuse."""
+
 from __future__ import annotations
 
 import errno

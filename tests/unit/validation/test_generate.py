@@ -1,3 +1,5 @@
+"""`simpletuner generate`: file names, the effect of the adapter, refused paths."""
+
 from __future__ import annotations
 
 from pathlib import Path

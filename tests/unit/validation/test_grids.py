@@ -1,3 +1,5 @@
+"""Sheets of images: scaling, order, missing images, cut text."""
+
 from __future__ import annotations
 
 import numpy as np

@@ -1,3 +1,5 @@
+"""Which validation images a configuration asks for: prompts, sizes, seeds."""
+
 from __future__ import annotations
 
 from types import SimpleNamespace

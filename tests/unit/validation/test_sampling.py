@@ -1,3 +1,5 @@
+"""Images are the same alone and in a batch, and depend on their own seed only."""
+
 from __future__ import annotations
 
 from dataclasses import replace

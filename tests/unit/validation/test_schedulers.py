@@ -1,3 +1,5 @@
+"""Samplers by name: each is known and keeps the noise schedule of the model."""
+
 from __future__ import annotations
 
 from types import SimpleNamespace

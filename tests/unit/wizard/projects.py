@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Awaitable, Callable
 from pathlib import Path
+
+from textual.pilot import Pilot
 
 from simpletuner.hardware import GIB, Hardware
 from simpletuner.wizard.answers import Answers
+from simpletuner.wizard.app import Wizard
 from simpletuner.wizard.command import Given, configure_without_screens
 from simpletuner.wizard.project import Project, open_project
 from tests.runs import write_images
@@ -39,3 +44,15 @@ def configured(folder: Path, model: Path, *arguments: str, **given: object) -> P
 def contents(folder: Path) -> dict[str, str]:
     """Every JSON file of a configuration, by name."""
     return {path.name: path.read_text() for path in (folder / "config").glob("*.json")}
+
+
+def drive(folder: Path, steps: Callable[[Pilot], Awaitable[None]]) -> Wizard:
+    """Run the wizard in `folder` with the keys that `steps` presses."""
+    wizard = Wizard(open_project(CONFIG, folder, CPU))
+
+    async def run() -> None:
+        async with wizard.run_test(size=(80, 24)) as pilot:
+            await steps(pilot)
+
+    asyncio.run(run())
+    return wizard

@@ -1,3 +1,5 @@
+"""The HTML report: it holds the whole run, escapes user text, and takes nothing from outside of its folder."""
+
 from __future__ import annotations
 
 import json
@@ -21,11 +23,11 @@ from simpletuner.reporting.events import (
     RunFinished,
     RunStarted,
     SavedImage,
-    StepDone,
 )
 from simpletuner.reporting.report import write_report
 from simpletuner.reporting.report.images import Embedder
 from simpletuner.reporting.sinks.jsonl import JsonlSink
+from tests.events import step_done
 
 EVIL = "<script>alert(1)</script><img src=x onerror=alert(2)>\"'&"
 
@@ -60,7 +62,18 @@ def make_run(folder: Path, text: str = "a cat", end: bool = True, side: int = 64
         if step:
             extra = {"regularisation_loss": 0.125} if step % 7 == 0 else {}
             loss = 0.125 if extra else 1 / step
-            sink.handle(StepDone(step, 20, loss, 1e-4, 2.0, 0.5, 4, 1, 1.5, extra, bool(extra)))
+            sink.handle(
+                step_done(
+                    step,
+                    total_steps=20,
+                    loss=loss,
+                    grad_norm=2.0,
+                    seconds=0.5,
+                    memory_gb=1.5,
+                    extra=extra,
+                    is_regularisation=bool(extra),
+                )
+            )
         if step % 10 == 0:
             sink.handle(EvalDone(step, {text: 0.5}, 0.75 - step / 40, ((0.25, 0.5), (0.75, 0.25)), 2.0))
             sink.handle(ImagesScored(step, "clip", {"live/a": 0.25}, 0.25))
@@ -169,7 +182,15 @@ def test_a_run_of_many_steps_makes_a_small_page_without_losing_a_peak(tmp_path: 
     sink = JsonlSink(tmp_path)
     sink.handle(RunStarted("long", tmp_path, 20_000))
     for step in range(1, 20_001):
-        sink.handle(StepDone(step, 20_000, 1.0 + (step % 10) / 100, 1e-4, 9.5 if step == 7777 else 1.0, 0.5, 4, 1))
+        sink.handle(
+            step_done(
+                step,
+                total_steps=20_000,
+                loss=1.0 + (step % 10) / 100,
+                grad_norm=9.5 if step == 7777 else 1.0,
+                seconds=0.5,
+            )
+        )
     sink.close()
     html = write_report(tmp_path).read_text()
     assert len(html) < 200_000

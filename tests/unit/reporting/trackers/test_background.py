@@ -1,3 +1,5 @@
+"""Trackers in threads of their own: order, failures, and a tracker that hangs never slows a step."""
+
 from __future__ import annotations
 
 import threading
@@ -17,6 +19,7 @@ from simpletuner.reporting.events import (
 from simpletuner.reporting.trackers import background
 from simpletuner.reporting.trackers.background import TrackerSink
 from simpletuner.reporting.trackers.base import Tracker
+from tests.events import step_done
 
 
 class Notes:
@@ -58,7 +61,7 @@ def started(folder: Path, start_step: int = 0) -> RunStarted:
 
 
 def step(number: int) -> StepDone:
-    return StepDone(number, 10, number / 10, 1e-4, None, 0.1, 4, 1)
+    return step_done(number, loss=number / 10)
 
 
 def test_a_tracker_gets_everything_in_order(tmp_path: Path):

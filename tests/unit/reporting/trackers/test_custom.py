@@ -8,8 +8,9 @@ from types import SimpleNamespace
 
 import simpletuner
 from simpletuner.reporting.bus import EventBus
-from simpletuner.reporting.events import ImagesMade, RunFinished, RunStarted, SavedImage, StepDone
+from simpletuner.reporting.events import ImagesMade, RunFinished, RunStarted, SavedImage
 from simpletuner.reporting.sinks import build_sinks
+from tests.events import step_done
 
 PAGE = Path(simpletuner.__file__).parent.parent / "documentation" / "TRACKERS.md"
 
@@ -23,7 +24,7 @@ def test_the_tracker_of_the_page_works(tmp_path: Path, monkeypatch, capsys):
     )
     with EventBus(build_sinks(named, tmp_path)) as bus:
         bus.emit(RunStarted("trial", tmp_path, 2))
-        bus.emit(StepDone(1, 2, 0.5, 1e-4, None, 0.1, 4, 1))
+        bus.emit(step_done(1, total_steps=2))
         bus.emit(ImagesMade(1, (SavedImage(tmp_path / "a.png", "cat", "a cat", 8, 8, 1, "live"),)))
         bus.emit(RunFinished(1, 1.0))
     assert (tmp_path / "losses.txt").read_text() == f"1 0.5000\n1 cat: {tmp_path / 'a.png'}\n"

@@ -1,3 +1,5 @@
+"""Trackers that cannot work are refused before a run, with the fix."""
+
 from __future__ import annotations
 
 from pathlib import Path

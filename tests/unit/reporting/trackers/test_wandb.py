@@ -19,9 +19,10 @@ from PIL import Image
 
 import simpletuner
 from simpletuner.reporting.bus import EventBus
-from simpletuner.reporting.events import EvalDone, ImagesMade, Notice, RunFinished, RunStarted, SavedImage, StepDone
+from simpletuner.reporting.events import EvalDone, ImagesMade, Notice, RunFinished, RunStarted, SavedImage
 from simpletuner.reporting.trackers.background import TrackerSink
 from simpletuner.reporting.trackers.wandb import WandbTracker
+from tests.events import step_done
 
 pytestmark = pytest.mark.slow
 
@@ -57,7 +58,7 @@ def track(folder: Path, start: int, end: int) -> list[str]:
     with EventBus([notes, TrackerSink("W&B", WandbTracker, "shapes")]) as bus:
         bus.emit(RunStarted("trial", folder, 10, start, {"device": "cpu"}, {"seed": 42}))
         for number in range(start + 1, end + 1):
-            bus.emit(StepDone(number, 10, 1 / number, 1e-4, None, 0.1, 4, 1))
+            bus.emit(step_done(number, loss=1 / number))
         bus.emit(EvalDone(end, {"held": 0.5}, 0.5))
         bus.emit(ImagesMade(end, (SavedImage(folder / "a.png", "cat", "a cat", 8, 6, 1, "live"),)))
         bus.emit(RunFinished(end, 1.0))
