@@ -129,9 +129,8 @@ def test_steps_on_regularisation_data_are_marked_in_the_curve() -> None:
         step_done(
             2, total_steps=3, loss=0.1, grad_norm=0.5, extra={"regularisation_loss": 0.1}, is_regularisation=True
         ),
-        step_done(
-            3, total_steps=3, loss=1.0, grad_norm=0.5, extra={"regularisation_loss": 0.2}
-        ),  # both kinds in one step
+        # Both kinds in one step.
+        step_done(3, total_steps=3, loss=1.0, grad_norm=0.5, extra={"regularisation_loss": 0.2}),
     ]
     message = progress_message(steps[-1], "stars", [CurvePoint.of(each) for each in steps])
     target = Webhook(webhook_type="raw", callback_url=SecretStr("http://localhost/"))
