@@ -223,7 +223,7 @@ def test_convert_runs_nothing_and_names_what_it_refuses(tmp_path: Path, marker: 
     with pytest.raises(DataError, match=r"c\.pt"):
         convert(tmp_path / "c.pt", None)
     torch.save([1, 2], tmp_path / "d.pt")
-    with pytest.raises(DataError, match="holds no tensors"):
+    with pytest.raises(DataError, match="contains no named tensors"):
         convert(tmp_path / "d.pt", None)
     save_file({"a": torch.ones(1)}, tmp_path / "e.safetensors")
     with pytest.raises(ConfigError, match="a file that ends with"):
