@@ -83,7 +83,9 @@ def check(
         Path | None,
         typer.Option(help="Folder of the contact sheet; OUTPUT_DIR/check if not given.", show_default=False),
     ] = None,
-    images: Annotated[int, typer.Option(help="Of each dataset on the contact sheet.", min=1, max=500)] = 21,
+    images: Annotated[
+        int, typer.Option("--images", "--pictures", help="Of each dataset on the contact sheet.", min=1, max=500)
+    ] = 21,
 ) -> None:
     """Show what a run would see of its data: simpletuner check [example=NAME] [env=NAME] [--key=value ...]
 
