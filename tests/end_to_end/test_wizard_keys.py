@@ -221,7 +221,7 @@ def test_ctrl_c_leaves_as_in_a_shell_and_asks_before_answers_are_lost(folder: Pa
 def test_a_folder_is_completed_as_it_is_typed(folder: Path) -> None:
     async def steps(pilot: Pilot) -> None:
         await pilot.press("ctrl+n", "ctrl+n")
-        await pilot.press(*"pict")
+        await pilot.press(*"imag")
         await pilot.pause(0.1)
         await pilot.press("right")
         await pilot.pause()
