@@ -20,13 +20,13 @@ def tiny_omnigen2_transformer(seed: int = 0, in_channels: int = 16) -> OmniGen2T
     torch.manual_seed(seed)
     return OmniGen2Transformer2DModel(
         in_channels=in_channels,
-        hidden_size=48,
+        hidden_size=64,
         num_layers=2,
         num_refiner_layers=1,
         num_attention_heads=4,
         num_kv_heads=2,
         multiple_of=16,
-        axes_dim_rope=(4, 4, 4),
+        axes_dim_rope=(4, 6, 6),
         axes_lens=(1024, 300, 300),
         text_feat_dim=TEXT_SIZE,
     ).eval()

@@ -17,8 +17,8 @@ from tests.tiny_omnigen2 import tiny_omnigen2_transformer
 
 ARCHITECTURE = """
 model:
-  arch_opt: {patch_size: 2, in_channels: 16, hidden_size: 48, num_layers: 2, num_refiner_layers: 1,
-    num_attention_heads: 4, num_kv_heads: 2, multiple_of: 16, axes_dim_rope: [4, 4, 4], axes_lens: [1024, 300, 300],
+  arch_opt: {patch_size: 2, in_channels: 16, hidden_size: 64, num_layers: 2, num_refiner_layers: 1,
+    num_attention_heads: 4, num_kv_heads: 2, multiple_of: 16, axes_dim_rope: [4, 6, 6], axes_lens: [1024, 300, 300],
     text_feat_dim: 24, timestep_scale: !!float 1000}
 """
 INPUTS = (torch.ones(1, 16, 4, 4), torch.tensor([0.5]), torch.ones(1, 3, 24))
