@@ -19,6 +19,9 @@ PACKAGE = Path(simpletuner.__file__).parent
 # Keys that act without being read as `config.<key>` or `entry.<key>`: where they do, and words that must stand there.
 ELSEWHERE = {
     "caption_shuffle": ("config/datasets.py", "config.caption_shuffle and not says"),
+    # A loss is built from the options that its fields are named after.
+    "huber_c": ("training/losses/huber.py", "self.huber_c"),
+    "huber_schedule": ("training/losses/huber.py", "self.huber_schedule"),
     "data_backend_config": ("training/prepare.py", "loaded.datasets"),
     "lycoris_config": ("training/build.py", "lycoris=loaded.lycoris"),
     "user_prompt_library": ("training/build.py", "loaded.prompt_library"),
