@@ -38,10 +38,10 @@ WHEELS = (
     "rich", "markdown-it-py", "mdurl", "pygments", "pillow", "httpx", "httpcore", "anyio", "h11", "idna", "certifi",
     "psutil", "tenacity", "regex", "tqdm", "requests", "urllib3", "charset-normalizer", "PyYAML", "packaging",
     "hf-xet", "optimum-quanto", "torchao", "toml", "importlib-metadata", "zipp", "lazy-importer", "httpx2", "httpcore2",
-    "truststore", "annotated-doc", "typing-extensions", "jinja2", "markupsafe", "matplotlib", "contourpy", "cycler",
-    "fonttools", "kiwisolver", "pyparsing", "python-dateutil", "six",
+    "truststore", "annotated-doc", "typing-extensions", "jinja2", "markupsafe",
 )  # fmt: skip
-# Done without: bitsandbytes (the row nf4), deepspeed, wandb, tensorboard; ninja, with which quanto would compile.
+# Done without: bitsandbytes (the row nf4), deepspeed, wandb, tensorboard; matplotlib, without which a run warns that it
+# has no loss curve; ninja, with which quanto would compile.
 LIMIT_SECONDS = {"8 resumed bits": 420, "10 number formats": 420, "published": 420}
 USUAL_LIMIT_SECONDS = 240
 LEFT = 3

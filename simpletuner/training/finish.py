@@ -73,10 +73,10 @@ def finish_run(run: Run, seconds: float) -> None:
 
 @contextmanager
 def costing_only(session: Session, what: str) -> Iterator[None]:
-    """What the disk refuses in the block costs `what` and a warning: the weights are saved by then."""
+    """What fails in the block costs `what` and a warning: the weights are saved by then."""
     try:
         yield
-    except (OSError, DataError) as error:
+    except (OSError, DataError, ImportError) as error:
         reported = disk_error(error) or error
         session.warn(f"no {what}: {reported}")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,14 @@ def test_stray_folders_are_never_taken_for_checkpoints(tmp_path, omnigen_folder)
         (output / name).mkdir()
     train_here(folder, "--max_train_steps=4")
     assert [record["step"] for record in metrics(output, "step_done")] == [1, 2, 3, 4]
+
+
+def test_a_chart_library_that_cannot_be_imported_costs_the_loss_curve_only(tmp_path, omnigen_folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    output = train_here(write_run(tmp_path / "run", omnigen_folder, max_train_steps=1))
+    assert any("no loss curve: " in record["text"] for record in metrics(output, "notice"))
+    assert len(metrics(output, "run_finished")) == 1
+    assert not (output / "loss.png").exists()
 
 
 def test_a_finished_run_started_again_writes_no_checkpoint(tmp_path, omnigen_folder, capsys):

@@ -25,6 +25,9 @@ for _name in (
         "PIL.JpegImagePlugin",
         "PIL.GifImagePlugin",
         "numpy.ctypeslib",
+        "matplotlib.backends.backend_agg",
+        "matplotlib.figure",
+        "matplotlib.font_manager",
     ),
 ):
     importlib.import_module(_name)
