@@ -13,6 +13,9 @@ import torch
 from simpletuner.batch import Crop, Sample
 from simpletuner.distributed.process_group import SINGLE_PROCESS
 from simpletuner.randomness import keyed_seed
+from simpletuner.reporting.bus import EventBus
+from simpletuner.reporting.events import Notice
+from simpletuner.training.evaluate import read_eval_history
 from simpletuner.training.evaluation import (
     Evaluator,
     best_step,
@@ -21,8 +24,9 @@ from simpletuner.training.evaluation import (
     losses_from_json,
 )
 from simpletuner.training.loss_bins import LossBins
+from simpletuner.training.run_history import RunHistory
 from simpletuner.training.step import Losses
-from tests.toy import ToyDataset, ToyFamily, ToySource
+from tests.toy import Recorder, ToyDataset, ToyFamily, ToySource
 
 
 def test_the_best_step_is_the_earliest_of_the_lowest_and_not_the_untrained_model():
@@ -189,3 +193,19 @@ def test_the_caption_is_the_first_and_one_reference_is_the_first_too():
         tuple(each.flatten().tolist()) for batch in evaluator.family.batches for row in batch.references for each in row
     }
     assert shown == THREE["b"]
+
+
+DAMAGES = {"cut": '{"losses": {"1": 5', "other kind": "[]", "no number": '{"losses": {"1": "five"}}', "empty": ""}
+
+
+@pytest.mark.parametrize("text", DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_record_of_eval_losses_is_read_from_the_metrics_and_patience_goes_on(tmp_path, text):
+    """Losses 5, 6, 7 are two evaluations without gain: read as nothing, patience would begin anew."""
+    history, recorder = RunHistory.new(), Recorder()
+    (tmp_path / "eval_losses.json").write_text(text)
+    records = [{"event": "eval_done", "step": step, "pooled": loss} for step, loss in ((1, 5.0), (2, 6.0), (3, 7.0))]
+    (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps(record)}\n" for record in records))
+    losses = losses_from_json(read_eval_history(tmp_path, history, EventBus([recorder])))
+    assert evaluations_without_gain(losses) == 2
+    [notice] = recorder.of(Notice)
+    assert "is damaged: 3 eval losses are read from metrics.jsonl instead" in notice.text
