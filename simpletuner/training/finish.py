@@ -76,9 +76,10 @@ def costing_only(session: Session, what: str) -> Iterator[None]:
     """What fails in the block costs `what` and a warning: the weights are saved by then."""
     try:
         yield
-    except (OSError, DataError, ImportError) as error:
-        reported = disk_error(error) or error
-        session.warn(f"no {what}: {reported}")
+    except (OSError, DataError) as error:
+        session.warn(f"no {what}: {disk_error(error) or error}")
+    except ImportError as error:
+        session.warn(f"no {what}: the package {error.name or ''} cannot be imported; fix: install it again")
 
 
 def was_finished(run: Run) -> bool:
