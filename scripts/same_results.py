@@ -24,7 +24,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -165,21 +165,34 @@ def _dataset(name: str, **keys: Any) -> Facts:
 
 
 def train(folder: Path, *arguments: str) -> int:
-    """`simpletuner train ARGUMENTS` in `folder`, in a fork of this process; what it prints is in `log`.
+    """`simpletuner train ARGUMENTS` in `folder`, in a fork of this process.
 
     Returns:
         The exit code.
+    """
+
+    def command() -> None:
+        os.chdir(folder)
+        sys.argv = ["simpletuner", "train", *arguments]
+        import_module("simpletuner.cli").main()
+
+    return in_fork(command, folder / "log")
+
+
+def in_fork(work: Callable[[], None], log: Path) -> int:
+    """Do work in a fork of this process, which keeps what it imports to itself; returns the exit code.
+
+    Args:
+        log: gets what the work prints.
     """
     child = os.fork()
     if child == 0:
         code = 1
         try:
-            log = os.open(folder / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-            os.dup2(log, 1)
-            os.dup2(log, 2)
-            os.chdir(folder)
-            sys.argv = ["simpletuner", "train", *arguments]
-            import_module("simpletuner.cli").main()
+            file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            os.dup2(file, 1)
+            os.dup2(file, 2)
+            work()
             code = 0
         except SystemExit as ended:
             code = ended.code if isinstance(ended.code, int) else 0
@@ -297,11 +310,16 @@ def compare(before: Mapping[str, Facts], after: Mapping[str, Facts]) -> int:
 
 def build_models(folder: Path, families: set[str]) -> None:
     """Tiny random models of this tree's tests, the same for every tree that is tried."""
-    sys.path.insert(0, str(ROOT))
-    builders = import_module("tests.tiny_folders").TINY_FOLDERS
-    sys.path.remove(str(ROOT))
-    for family in sorted(families):
-        builders[family](folder / family)
+
+    def build() -> None:
+        sys.path.insert(0, str(ROOT))
+        builders = import_module("tests.tiny_folders").TINY_FOLDERS
+        for family in sorted(families):
+            builders[family](folder / family)
+
+    folder.mkdir(parents=True)
+    if in_fork(build, folder / "log"):  # in a fork, since the builders import this tree's package
+        raise SystemExit((folder / "log").read_text())
 
 
 def import_package(tree: Path) -> ModuleType:
