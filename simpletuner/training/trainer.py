@@ -314,7 +314,7 @@ def announce(run: Run) -> None:
         "model": f"{family.spec.title} ({family.source.model})",
         "training": f"{config.model_type} {config.lora_type if config.model_type == 'lora' else ''}".strip(),
         "device": f"{family.device} in {str(family.dtype).removeprefix('torch.')}",
-        "pictures": ", ".join(f"{dataset.id}: {dataset.num_images}" for dataset in run.datasets),
+        "images": ", ".join(f"{dataset.id}: {dataset.num_images}" for dataset in run.datasets),
     }
     details["checkpoints"] = checkpoint_plan(config)
     if config.model_type == "lora":

@@ -31,6 +31,7 @@ def settings(**changes: object) -> SimpleNamespace:
         "validation_guidance": 2.5,
         "validation_guidance_rescale": 0.0,
         "validation_guidance_real": 1.0,
+        "validation_guidance_image": None,
         "validation_guidance_skip_layers": None,
         "validation_negative_prompt": "bad",
         "validation_lycoris_strength": 1.0,

@@ -92,6 +92,7 @@ class Setup:
             "validation_disable_unconditional": True,
             "validation_guidance_rescale": 0.0,
             "validation_guidance_real": 1.0,
+            "validation_guidance_image": None,
             "validation_guidance_skip_layers": None,
             "validation_lycoris_strength": 1.0,
             "num_validation_images": 1,
