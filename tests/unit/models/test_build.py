@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,6 +20,7 @@ from simpletuner.commands.plan import plan
 from simpletuner.config.loading import LoadedRun
 from simpletuner.errors import ConfigError
 from simpletuner.launch import family_of_export, family_of_model
+from simpletuner.models import build
 from simpletuner.models.family import ModelFamily
 from simpletuner.models.omnigen.family import OmniGen
 from simpletuner.training.trainer import train
@@ -41,7 +42,7 @@ class Reached(Exception):
 
 
 @pytest.fixture
-def built(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[ModelFamily]]:
+def built(monkeypatch: pytest.MonkeyPatch) -> list[ModelFamily]:
     """The families that are built from here on; nothing of them can be loaded."""
     families: list[ModelFamily] = []
     init = ModelFamily.__init__
@@ -56,9 +57,8 @@ def built(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[ModelFamily]]:
     monkeypatch.setattr(ModelFamily, "__init__", noted)
     for owner, name in ((ModelFamily, "load_vae"), (OmniGen, "load_denoiser"), (OmniGen, "empty_denoiser")):
         monkeypatch.setattr(owner, name, stop)
-    tf32 = torch.backends.cuda.matmul.allow_tf32
-    yield families
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
+    monkeypatch.setattr(build, "use_tf32", lambda is_on: None)  # a switch of the whole process
+    return families
 
 
 def generate(loaded: LoadedRun) -> None:
