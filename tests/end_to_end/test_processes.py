@@ -32,7 +32,7 @@ def assert_same_training(one: Path, other: Path) -> None:
     for mine, theirs in zip(steps(one), steps(other), strict=True):
         assert mine["step"] == theirs["step"]
         assert mine["samples"] == theirs["samples"]
-        assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-6, abs=TOLERANCE)  # losses of 20 differ in float32
+        assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-5, abs=TOLERANCE)
         assert mine["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
     mine, theirs = weights(one), weights(other)
     assert mine.keys() == theirs.keys()
