@@ -43,7 +43,7 @@ def write_images(folder: Path, count: int, seed: int, side: int = 64) -> Path:
         left, top = rng.randrange(side // 2), rng.randrange(side // 2)
         ImageDraw.Draw(image).rectangle((left, top, left + side // 3, top + side // 3), fill=colour)
         image.save(folder / f"{index:03d}.png")
-        (folder / f"{index:03d}.txt").write_text(f"image {index} of set {seed}\n")
+        (folder / f"{index:03d}.txt").write_text(f"picture {index} of set {seed}\n")
     return folder
 
 
