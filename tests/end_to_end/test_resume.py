@@ -229,7 +229,14 @@ def test_a_hang_up_saves_and_leaves_but_not_under_nohup(tmp_path, omnigen_folder
     steps = 60 if words else 100_000
     folder = write_run(tmp_path / "run", omnigen_folder, max_train_steps=steps, checkpoint_step_interval=0)
     command = [*words, *cli("train")]
-    process = subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        cwd=folder,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # the tests may run under nohup themselves
+    )
     wait_for(folder / "output" / "metrics.jsonl", process, containing='"step_done"')
     process.send_signal(signal.SIGHUP)
     _, errors = process.communicate(timeout=300)
