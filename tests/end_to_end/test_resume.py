@@ -239,7 +239,10 @@ def test_a_hang_up_saves_and_leaves_but_not_under_nohup(tmp_path, omnigen_folder
     )
     wait_for(folder / "output" / "metrics.jsonl", process, containing='"step_done"')
     process.send_signal(signal.SIGHUP)
-    _, errors = process.communicate(timeout=300)
+    try:
+        _, errors = process.communicate(timeout=300)
+    finally:
+        process.kill()
     assert process.returncode == code, errors
     assert "Traceback" not in errors
     assert list((folder / "output").glob("checkpoint-*/manifest.json"))
