@@ -52,11 +52,6 @@ def test_a_sample_with_an_empty_mask_counts_nothing():
     assert sample_means(torch.ones(2, 4, 2, 2), masks).tolist() == [0.0, 1.0]
 
 
-def test_a_list_of_mixed_sizes_gives_the_losses_of_its_rows():
-    rows = [torch.rand(4, 2, 2), torch.rand(4, 3, 5)]
-    assert sample_means(rows).tolist() == [float(rows[0].mean()), float(rows[1].mean())]
-
-
 def test_bfloat16_predictions_are_compared_in_float32():
     assert squared_error(torch.zeros(3, dtype=torch.bfloat16), torch.ones(3)).dtype == torch.float32
 
