@@ -53,8 +53,8 @@ def test_no_file_crashes_a_run_and_each_is_reported_with_its_reason(folder, monk
     [odd] = [report for report in reports if report["id"] == "odd"]
     assert (odd["found"], odd["bucketed"]) == (len(ODD_BUT_SOUND), len(ODD_BUT_SOUND))
     assert odd["duplicates"] == 1
-    [note] = odd["notes"]
-    assert (note["note"], note["count"]) == ("several frames, of which the first is used", len(MOVING))
+    [note] = [note for note in odd["notes"] if note["note"] == "several frames, of which the first is used"]
+    assert note["count"] == len(MOVING)
     assert note["examples"] == sorted(MOVING)
     assert not Path("unpickled").exists()
 

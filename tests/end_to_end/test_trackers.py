@@ -22,7 +22,7 @@ from simpletuner.reporting.trackers.base import Tracker
 
 class Slow(Tracker):
     def start(self, run):
-        self.folder = run.session.output_dir
+        self.folder = run.output_dir
 
     def log_scalars(self, scalars, step):
         import time

@@ -59,6 +59,9 @@ class Tracker:
 
     def log_images(self, images: Sequence[SavedImage], step: int) -> None:
         """Validation images, as files that stay where they are."""
+        # Trackers written for the first version have the method under its old name.
+        if (log_pictures := getattr(self, "log_pictures", None)) is not None:
+            log_pictures(images, step)
 
     def finish(self, exit_code: int) -> None:
         """The run ended: 0 as planned, else the exit code of the program. Not called after a failure."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,6 +11,7 @@ import simpletuner
 from simpletuner.reporting.bus import EventBus
 from simpletuner.reporting.events import ImagesMade, RunFinished, RunStarted, SavedImage
 from simpletuner.reporting.sinks import build_sinks
+from simpletuner.reporting.trackers.base import Tracker
 from tests.events import step_done
 
 PAGE = Path(simpletuner.__file__).parent.parent / "documentation" / "TRACKERS.md"
@@ -29,3 +31,13 @@ def test_the_tracker_of_the_page_works(tmp_path: Path, monkeypatch, capsys):
         bus.emit(RunFinished(1, 1.0))
     assert (tmp_path / "losses.txt").read_text() == f"1 0.5000\n1 cat: {tmp_path / 'a.png'}\n"
     assert "losses of trial go to" in capsys.readouterr().out
+
+
+def test_a_tracker_of_the_first_version_gets_images_under_the_old_name() -> None:
+    class Old(Tracker):
+        def log_pictures(self, pictures: Sequence[SavedImage], step: int) -> None:
+            seen.append((pictures, step))
+
+    seen: list[object] = []
+    Old().log_images([], 3)
+    assert seen == [([], 3)]
