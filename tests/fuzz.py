@@ -155,7 +155,7 @@ def jsons(folder: Path, numbers: range) -> None:
     spec = get_spec("sdxl")
     parts = {part.name: part for part in spec.components}
     sound = json_seeds(folder / "run", model)
-    family = type("Family", (), {"source": ModelSource(str(model))})()
+    source = ModelSource(str(model))
     for number in numbers:
         rng = rng_of("jsons", number)
         name = rng.choice(sorted(sound))
@@ -165,7 +165,7 @@ def jsons(folder: Path, numbers: range) -> None:
             if name.startswith("run/"):
                 load_run((), {}, folder / "run")
             elif "tokenizer" in name:
-                _load_tokenizer(family, parts["tokenizer"])
+                _load_tokenizer(source, parts["tokenizer"])
             else:
                 load_part(model, parts[Path(name).parent.name], load_component)
         path.write_bytes(before)
