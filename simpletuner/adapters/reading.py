@@ -84,19 +84,28 @@ def read_adapter_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     Raises:
         DataError: no such file, or not a safetensors file.
     """
-    from safetensors import SafetensorError, safe_open
-
     path = adapter_file_in(path)
     if not path.is_file():
         raise DataError(Problem("there is no adapter file here", file=str(path)))
+    tensors, metadata = read_tensor_file(path)
+    beside = config_beside(path) if any(key.startswith(_PEFT_PREFIX) for key in tensors) else {}
+    return tensors, metadata | beside
+
+
+def read_tensor_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and the metadata of a safetensors file.
+
+    Raises:
+        DataError: not a safetensors file.
+    """
+    from safetensors import SafetensorError, safe_open
+
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-            metadata = file.metadata() or {}
+            return tensors, file.metadata() or {}
     except SafetensorError as error:
         raise DataError(Problem(f"is not a readable safetensors file: {error}", file=str(path))) from error
-    beside = config_beside(path) if any(key.startswith(_PEFT_PREFIX) for key in tensors) else {}
-    return tensors, metadata | beside
 
 
 def adapter_from_tensors(

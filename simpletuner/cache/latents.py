@@ -289,7 +289,7 @@ class _Filling:
         num_threads: int,
         progress: Callable[[int], None],
     ) -> None:
-        """Encode and write; `progress` is reported of each batch how many samples it held."""
+        """Encode and write; `progress` is called with the number of samples of each batch."""
         # Batches hold one size; within a size the order of the dataset stays.
         samples = sorted(todo.values(), key=lambda sample: (sample.crop.height, sample.crop.width))
         num_ahead = num_threads + _BATCHES_AHEAD * self.encoder.batch_size

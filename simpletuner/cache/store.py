@@ -110,7 +110,7 @@ class TensorStore:
             shard, entry = found
             try:
                 return load_entry(self._descriptor(shard), key, entry)
-            except FileNotFoundError:  # another process has rewritten or skipped the shard
+            except FileNotFoundError:  # another process has rewritten or moved the shard
                 self.refresh()
                 if self._index.find(key) == found:
                     self._index.start_again()
@@ -189,7 +189,7 @@ class TensorStore:
                 self._index.add(path.name)
 
     def verify(self) -> list[str]:
-        """Read everything and compare; damaged entries are skipped.
+        """Read everything and compare; damaged entries are moved to quarantine.
 
         Returns:
             Keys that were lost to damage since the store was opened and have not been written again.

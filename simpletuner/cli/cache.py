@@ -28,7 +28,7 @@ def build_cache(context: typer.Context) -> None:
 
 @cache_app.command("verify", context_settings=PASS_ON)
 def verify_cache(context: typer.Context) -> None:
-    """Read every entry and compare it with its sha256; damaged ones are skipped, and the exit code is 3."""
+    """Read every entry and compare it with its sha256; damaged ones are moved to quarantine, and the exit code is 3."""
     loaded = load(context)
     from simpletuner.commands import cache
 
@@ -44,7 +44,7 @@ def prune_cache(
         bool, typer.Option("--others", help="Also empty cache folders that no dataset of this configuration uses.")
     ] = False,
 ) -> None:
-    """Remove entries that no configured dataset uses, and files that were skipped as damaged."""
+    """Remove entries that no configured dataset uses, and damaged files in quarantine."""
     loaded = load(context)
     from simpletuner.commands import cache
 

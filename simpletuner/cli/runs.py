@@ -180,7 +180,7 @@ def configure(
         from simpletuner.launch import load_arguments
 
         loaded = load_arguments((), os.environ, Path.cwd(), say, config_file)
-        os.environ["CONFIG_PATH"] = str(config_file)  # for further processes, which are reported `train`
+        os.environ["CONFIG_PATH"] = str(config_file)  # for further processes, whose command is `train`
         run_in_processes(loaded, ["train"])
 
 

@@ -47,7 +47,7 @@ class CacheFolder:
 
     @property
     def quarantined(self) -> list[Path]:
-        """Damaged files that were skipped."""
+        """Damaged files that were moved to quarantine."""
         folder = self.path / QUARANTINE
         return sorted(path for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
 
@@ -92,7 +92,7 @@ def build(loaded: LoadedRun) -> None:
 
 
 def verify(loaded: LoadedRun, say: Say) -> int:
-    """Compare every entry with its sha256; damaged ones are skipped.
+    """Compare every entry with its sha256; damaged ones are moved to quarantine.
 
     Returns:
         Number of damaged entries.
@@ -111,7 +111,7 @@ def verify(loaded: LoadedRun, say: Say) -> int:
 
 
 def prune(loaded: LoadedRun, say: Say, dry_run: bool = False, others: bool = False) -> int:
-    """Remove entries that no configured dataset uses, and what was skipped as damaged.
+    """Remove entries that no configured dataset uses, and what is in quarantine as damaged.
 
     Args:
         dry_run: only say what would be removed.

@@ -37,7 +37,7 @@ def crops_have_their_shapes(draft: Draft) -> Iterator[Problem]:
             message = "gives every aspect ratio the weight 0"
             yield draft.dataset_problem(entry, "crop_aspect_buckets", message, "a weight above 0")
         if entry.crop_aspect != "random" and any(bucket.weight != 1 for bucket in buckets):
-            message = f"has weights, which crop_aspect {entry.crop_aspect} does not generate by"
+            message = f"has weights, which crop_aspect {entry.crop_aspect} does not sample by"
             yield draft.dataset_problem(entry, "crop_aspect_buckets", message, fix="set crop_aspect to random")
 
 
@@ -275,7 +275,7 @@ def new_crops_differ(draft: Draft) -> Iterator[str]:
         if entry.vae_cache_clear_each_epoch and not samples_crops(entry):
             place = draft.datasets.place(entry.id, "vae_cache_clear_each_epoch")
             yield (
-                f"{place}: {entry.id}: vae_cache_clear_each_epoch generates nothing again: neither crop_style nor "
+                f"{place}: {entry.id}: vae_cache_clear_each_epoch resamples nothing: neither crop_style nor "
                 "crop_aspect is random"
             )
 

@@ -14,7 +14,7 @@ SEPARATORS = {"comma": ",", "space": " ", "period": "."}
 
 
 class AspectBucket(NamedTuple):
-    """An aspect ratio (width / height) and how often it is generated, relative to the others."""
+    """An aspect ratio (width / height) and how often it is sampled, relative to the others."""
 
     aspect: float
     weight: float = 1.0

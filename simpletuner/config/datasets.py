@@ -143,7 +143,7 @@ class ImageDataset(ImageSource, DatasetEntry):
         "(comma, space, period), `position_start` (tags that stay), `seed`, `include_original`.",
     )
     instance_prompt: TextOrList | None = option(
-        None, takes="text, or list of texts", help="Caption of all images, or a list to generate from.", level="basic"
+        None, takes="text, or list of texts", help="Caption of all images, or a list to sample from.", level="basic"
     )
     prepend_instance_prompt: Bool = option(False, help="Put `instance_prompt` in front of each caption.")
     only_instance_prompt: Bool = option(False, help="Use `instance_prompt` in place of each caption.")
@@ -213,8 +213,8 @@ class ImageDataset(ImageSource, DatasetEntry):
     )
     conditioning: Any = option(
         None,
-        help="Conditioning that is generated from the images.",
-        planned="nothing is generated from images: make the images, and name their entry in conditioning_data",
+        help="Conditioning that is made from the images.",
+        planned="nothing is made from images: make the images, and name their entry in conditioning_data",
     )
     conditioning_data: TextOrList | None = option(
         None,

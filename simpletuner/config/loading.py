@@ -65,7 +65,7 @@ class LoadedRun:
         origins: where each value that is not a default comes from.
         warnings: what is allowed but perhaps not meant, one line each.
         config_file: None where everything came from the command line.
-        webhooks: the services that are reported, with the secrets that `config` does not show.
+        webhooks: the services that get events, with the secrets that `config` does not show.
     """
 
     config: TrainConfig
@@ -379,7 +379,7 @@ class _RunReader:
 
 
 def _is_on(setting: Setting | None) -> bool:
-    """Whether a switch is set; one at fault is reported of elsewhere."""
+    """Whether a switch is set; one at fault is reported elsewhere."""
     try:
         return setting is not None and bool(read_bool(setting.value))
     except ValueError:

@@ -271,7 +271,7 @@ _BNB: dict[str, OptimizerRow] = {
 _OTHERS: dict[str, OptimizerRow] = {
     "adamw_schedulefree": OptimizerRow(
         "schedulefree:AdamWScheduleFree",
-        "needs no falling schedule: it averages its own weights, and those are saved, generated and evaluated",
+        "needs no falling schedule: it averages its own weights, and those are saved, evaluated and generate images",
         {**_adam(), "warmup_steps": 0, "r": 0.0, "weight_lr_power": 2.0, "foreach": True},
         f"2, {FP32}",
         {"weight_decay": 0.01},

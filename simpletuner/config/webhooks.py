@@ -20,7 +20,7 @@ SEVERITIES: tuple[Severity, ...] = ("debug", "info", "warning", "error", "critic
 
 
 class Webhook(BaseModel):
-    """One service that is reported."""
+    """One service that gets events."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), defer_build=True)
 

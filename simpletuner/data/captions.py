@@ -40,7 +40,7 @@ class CaptionRules:
     Args:
         strategy: `filename`, `textfile` (a file of `CAPTION_SUFFIXES` beside the image), `table` (the row that the
             image comes from, which the backend shows as such a file) or `instanceprompt`.
-        instance_prompts: one prompt or several to generate from.
+        instance_prompts: one prompt or several to sample from.
         only_instance_prompt: the instance prompts replace what the strategy finds.
         prepend_instance_prompt: an instance prompt and a space stand before what the strategy finds.
         splits_lines: each line of a text file is a variant; otherwise the whole file is one caption.

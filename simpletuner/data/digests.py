@@ -155,7 +155,7 @@ def _connect(place: str) -> sqlite3.Connection:
 
 
 def _sealed(numbers: tuple[int, ...], digest: str) -> str:
-    """A digest with what tells that neither it nor the numbers of its file have changed on the disk: a wrong one would
+    """A digest with what shows that neither it nor the numbers of its file have changed on the disk: a wrong one would
     look like another model, and everything would be encoded again."""
     return digest + hashlib.sha256(f"{numbers} {digest}".encode()).hexdigest()[:_SEAL_LENGTH]
 

@@ -121,7 +121,7 @@ def require_masks(
     problems = []
     for places, what, fix in (
         (pairs.missing, "have no mask (the same path, or the only one with another extension)", "add masks"),
-        (pairs.misshapen, "have a mask of another shape (width / height)", "generate masks over the whole image"),
+        (pairs.misshapen, "have a mask of another shape (width / height)", "make masks of the whole image"),
     ):
         if len(places):
             listed = images.images(ids[places[:_MAX_LISTED]].tolist())

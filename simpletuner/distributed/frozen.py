@@ -1,6 +1,6 @@
 """Whether a process of this machine is stopped (SIGSTOP) and answers nothing.
 
-A heartbeat that fails to come tells this too, for processes of other machines as well, but only after a while.
+A heartbeat that fails to come shows this too, for processes of other machines as well, but only after a while.
 """
 
 from __future__ import annotations

@@ -167,7 +167,7 @@ class ModelFamily(ABC):
         return replace(self.spec, prediction_type=self.prediction_type, keys=keys)
 
     def scheduler_sigmas(self, quantiles: Tensor, latents: Tensor) -> Tensor:
-        """(B,) logit-normal sigmas, shifted as the model's own flow scheduler shifts those that it generates with."""
+        """(B,) logit-normal sigmas, shifted as the model's own flow scheduler shifts those of its sampling."""
         num_patches = latents.shape[-2] * latents.shape[-1] // self.spec.patch_size**2
         shift = torch.tensor(timesteps.scheduler_shift(self.scheduler_config, num_patches))
         return timesteps.shifted_sigmas(timesteps.logit_normal_sigmas(quantiles), shift.expand(len(quantiles)))

@@ -101,7 +101,7 @@ def legend(series: Sequence[Series]) -> list[Series]:
 
 @dataclass(frozen=True)
 class Axes:
-    """Maps values to positions in the picture. With `is_log`, `low` and `high` are exponents of ten."""
+    """Maps values to positions in the chart. With `is_log`, `low` and `high` are exponents of ten."""
 
     left: float
     right: float

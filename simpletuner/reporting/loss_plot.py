@@ -139,7 +139,7 @@ def _eval_label(points: Points) -> str:
 
 
 def _range(curves: Curves) -> tuple[float, float]:
-    """Room for the smoothed and eval curves and nearly all raw steps; a few outliers may leave the picture."""
+    """Room for the smoothed and eval curves and nearly all raw steps; a few outliers may leave the chart."""
     raw = sorted(loss for _, loss in curves.train)
     cut = len(raw) // 100
     shown = raw[cut : max(1, len(raw) - cut)]

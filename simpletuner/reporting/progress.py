@@ -75,7 +75,7 @@ def duration_text(seconds: float) -> str:
 
 
 def number_text(index: int) -> str:
-    """What tells a further image of one prompt and size from the first: `, no. 2`."""
+    """What distinguishes a further image of one prompt and size from the first: `, no. 2`."""
     return f", no. {index + 1}" if index else ""
 
 

@@ -73,7 +73,7 @@ class BatchSource:
         dropout: probability that a caption becomes `family.spec.dropped_caption`.
         masking: probability that the mask of an image counts, where it has one.
         world: this process takes its part of each global batch.
-        samples_reference: one reference of each image is generated, where it has several.
+        samples_reference: one reference of each image is sampled, where it has several.
         reference_dropout: share of the dropped captions whose references are dropped too; None is the family's own.
     """
 
@@ -182,7 +182,7 @@ class BatchSource:
     def masks(
         self, dataset: Dataset, plan: BatchPlan, samples: Sequence[Sample], latents: Tensor, step: int, slots: list[int]
     ) -> Tensor | None:
-        """(B, 1, h, w) where the loss counts; all of an image where its mask is not generated. Keyed like the noise."""
+        """(B, 1, h, w) where the loss counts; all of an image where its mask does not apply. Keyed like the noise."""
         if dataset.masks is None:
             return None
         height, width = latents.shape[-2:]

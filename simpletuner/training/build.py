@@ -108,7 +108,7 @@ def build_evaluator(
     stop: StopRequest,
     process_group: ProcessGroup = SINGLE_PROCESS,
 ) -> Evaluator | None:
-    """None where there is nothing to evaluate; an interval without an eval dataset is reported by `config/rules.py`."""
+    """None where there is nothing to evaluate; `config/rules.py` reports an interval without an eval dataset."""
     config = loaded.config
     wanted = config.eval_dataset_id
     held_out = [dataset for dataset in datasets if dataset.kind == "eval" and wanted in (None, dataset.id)]

@@ -197,7 +197,7 @@ def _first(reasons: Iterable[Reason]) -> list[str] | None:
 
 
 def _reasons(run: Run, window: Window, losses: Sequence[Losses], forward: Forward) -> Iterator[Reason]:
-    """What can be reported, most certain first: (cause, option, fix)."""
+    """What may be the cause, most certain first: (cause, option, fix)."""
     yield from _bad_data(window)
     yield from _bad_base(run.model, run.config.base_model_precision)
     if run.model.placement.is_spread or run.session.process_group.size > 1:

@@ -34,7 +34,7 @@ from simpletuner.training.run_history import Mark
 
 
 def finish_run(run: Run, seconds: float) -> None:
-    """Write and check the final weights, generate the summary, and say what to do next.
+    """Write and check the final weights, write the summary, and say what to do next.
 
     All processes take part where they hold parts of the weights; only the main one writes.
     """

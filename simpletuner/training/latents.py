@@ -58,7 +58,7 @@ class DatasetLatents:
         load_vae: called when something must be encoded during training: on demand, or because an entry is damaged.
         batch_size: images in every batch that the VAE sees (`vae_batch_size`).
         keeps: whether what is encoded during training is written.
-        redraws: crops are resampled in each round, so that ready latents do not come again.
+        resamples: crops are resampled in each round, so that ready latents do not come again.
     """
 
     def __init__(

@@ -97,7 +97,7 @@ class Rollouts:
         return mean * sum(map(self.probability_at, range(num_steps))) / num_steps
 
     def _depths(self) -> tuple[range, list[int]]:
-        """Every depth of a rollout, and how often it is generated in proportion."""
+        """Every depth of a rollout, and how often it is sampled in proportion."""
         depths = range(1, self.max_depth + 1)
         weights = {
             "uniform": [1] * self.max_depth,

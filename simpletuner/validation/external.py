@@ -26,7 +26,7 @@ class ExternalScript:
     Args:
         command: with `{local_checkpoint_path}`, `{global_step}` and the names of `facts` in braces.
         facts: what else is filled in.
-        newest_checkpoint: the folder to generate from, None while there is none.
+        newest_checkpoint: the folder to generate with, None while there is none.
         output_dir: what the program prints goes to a log there.
     """
 

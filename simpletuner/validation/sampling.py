@@ -45,7 +45,7 @@ def make_images(
     Args:
         pipeline: what `ModelFamily.pipeline` returned.
         batch_size: images per call.
-        on_progress: told the number of finished images after each call.
+        on_progress: called with the number of finished images after each call.
         watch: makes the callback that sees the latents after each denoising step.
         noise_device: of the generators.
     """

@@ -6,7 +6,7 @@ import importlib
 from collections.abc import Mapping
 from typing import Any
 
-# Name of the option's value -> class of diffusers, and what it is reported beyond the model's own configuration.
+# Name of the option's value -> class of diffusers, and its arguments beyond the model's own configuration.
 SCHEDULERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "ddim": ("DDIMScheduler", {}),
     "ddpm": ("DDPMScheduler", {}),

@@ -166,7 +166,7 @@ class Validator:
 
     @contextmanager
     def _failing_together(self) -> Iterator[None]:
-        """What fails in one of the processes that generate together fails in all: none generates on alone."""
+        """What fails in one of the processes that generate together fails in all: none goes on alone."""
         failure: Exception | None = None
         try:
             yield
@@ -234,7 +234,7 @@ class Validator:
             return []
 
     def _kinds_due(self, ema: Any | None, step: int) -> list[Kind]:
-        """Which weights are generated at `step`, in this order."""
+        """Which weights generate at `step`, in this order."""
         is_due = step > 0 or self.config.validation_on_startup
         # Full training has its base only before its first step.
         has_base = step == 0 or self.config.model_type != "full"

@@ -1,4 +1,4 @@
-"""What the wizard is reported: the answers that both of its fronts, the screens and the command line, fill in.
+"""What the wizard is given: the answers that both of its fronts, the screens and the command line, fill in.
 
 What nobody answers is proposed (`proposals.py`) from the goal, the model, the images and the machine; what somebody
 chose is never changed.

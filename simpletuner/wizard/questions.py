@@ -1,4 +1,4 @@
-"""What the screens ask and no option says: data, without a word of how it is generated.
+"""What the screens ask and no option says: data, without a word of how it is laid out.
 
 The other questions are made of declarations (`question.py`); `pages.py` puts all of them in order.
 """

@@ -47,7 +47,7 @@ class Review(Vertical):
         self.query_one("#diff-scroll").focus()
 
     def show(self, project: Project, answers: Answers) -> None:
-        """Check the answers, and generate the files."""
+        """Check the answers, and show the files."""
         texts = texts_for(project, answers)
         self.verdict = judge(project, texts, answers)
         self.query_one("#verdict", Static).update(verdict_text(self.verdict, bool(texts), start_command(project)))

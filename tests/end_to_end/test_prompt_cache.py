@@ -107,10 +107,10 @@ MATRIX: dict[str, tuple[Callable[[Path], object], int]] = {
     "nothing": (lambda f: None, 0),
     "a caption": (lambda f: (f / "images/001.txt").write_text("other words"), 1),
     "two captions swapped": (
-        lambda f: [(f / f"images/{a}.txt").write_text(f"image {b} of set 1\n") for a, b in (("000", 1), ("001", 0))],
+        lambda f: [(f / f"images/{a}.txt").write_text(f"picture {b} of set 1\n") for a, b in (("000", 1), ("001", 0))],
         0,
     ),
-    "a variant more": (lambda f: (f / "images/001.txt").write_text("image 1 of set 1\nanother line"), 1),
+    "a variant more": (lambda f: (f / "images/001.txt").write_text("picture 1 of set 1\nanother line"), 1),
     "the bytes of an image": (lambda f: shutil.copy(f / "images/000.png", f / "images/001.png"), 0),
     "the resolution": (lambda f: None, 0),
     "the weights of the encoder": (change_weights, COUNT + ALWAYS),

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from simpletuner import storage
+from simpletuner.adapters.reading import read_tensor_file
 from simpletuner.commands.convert import SUFFIXES, read_pickle
 from simpletuner.config.paths import ADAPTER_FILES
 from simpletuner.config.yaml_reader import YamlDocument, read_yaml
@@ -95,15 +96,7 @@ def _copied(weights: Path, save_path: Path) -> Path:
 
 
 def _tensors(path: Path) -> dict[str, Tensor]:
-    if path.suffix == ".safetensors":
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        try:
-            return load_file(path)
-        except SafetensorError as error:
-            raise DataError(Problem(f"is not a readable safetensors file: {error}", file=str(path))) from error
-    return read_pickle(path)
+    return read_tensor_file(path)[0] if path.suffix == ".safetensors" else read_pickle(path)
 
 
 def _write_lora(tensors: dict[str, Tensor], document: YamlDocument, save_path: Path) -> Path:

@@ -105,7 +105,7 @@ class DataOptions(OptionGroup):
     conditioning_multidataset_sampling: Literal["combined", "random"] = option(
         "combined",
         help="Where a dataset has several sets of reference images: `combined` shows the model one of each, in "
-        "order, `random` one of a set that is generated for each use of an image.",
+        "order, `random` one of a set that is sampled for each use of an image.",
     )
     max_upscale_threshold: Float | None = option(
         None,

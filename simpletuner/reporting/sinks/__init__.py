@@ -28,7 +28,7 @@ def build_sinks(
         config: read are `report_to`, whose names the configuration has checked, `tracker_project_name`,
             `tracker_run_name` and `custom_tracker`.
         stream: where the terminal's lines go; stdout where not given.
-        webhooks: services that are reported.
+        webhooks: services that get events.
     """
     sinks: list[Sink] = [terminal_sink(stream), JsonlSink(output_dir), CsvSink(output_dir)]
     trackers, project = trackers_of(config), config.tracker_project_name

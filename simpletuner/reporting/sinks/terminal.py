@@ -186,7 +186,7 @@ class LiveSink:
 
 
 def describe(event: Event) -> list[str]:
-    """The lines that an event is reported in; none for what only the bar shows, or what the end of its phase tells."""
+    """The lines that report an event; none for what only the bar shows, or what the end of its phase says."""
     return [for_terminal(line) for line in _lines(event)]
 
 

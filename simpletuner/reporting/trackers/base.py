@@ -48,7 +48,7 @@ class Tracker:
     """
 
     def start(self, run: TrackedRun) -> str | None:
-        """The run begins or goes on. A text that is returned is reported in the terminal (an address, a folder)."""
+        """The run begins or goes on. A text that is returned is printed in the terminal (an address, a folder)."""
         return None
 
     def log_scalars(self, scalars: Mapping[str, float], step: int) -> None:

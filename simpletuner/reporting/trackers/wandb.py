@@ -37,7 +37,7 @@ class WandbTracker(Tracker):
     def start(self, run: TrackedRun) -> str:
         import wandb
 
-        # W&B tells its own mishaps through `logging` and the terminal; ours are reported as notices.
+        # W&B reports its own failures through `logging` and the terminal; ours are reported as notices.
         logging.getLogger("wandb").setLevel(logging.ERROR)
         settings = wandb.Settings(
             silent=True,

@@ -41,7 +41,7 @@ def masked(workspace: Workspace) -> Workspace:
 @pytest.mark.parametrize(
     ("changes", "key", "words"),
     [
-        ({"crop_aspect_buckets": [{"aspect_bucket": 1, "weight": 2}]}, "crop_aspect_buckets", "does not generate by"),
+        ({"crop_aspect_buckets": [{"aspect_bucket": 1, "weight": 2}]}, "crop_aspect_buckets", "does not sample by"),
         (
             {"crop_aspect": "random", "crop_aspect_buckets": [{"aspect_bucket": 1, "weight": 0}]},
             "crop_aspect_buckets",
@@ -230,9 +230,9 @@ def test_keys_of_images_in_an_entry_of_masks_are_reported_and_do_nothing(masked:
 
 def test_crops_resampled_that_do_not_differ_are_reported(workspace: Workspace) -> None:
     workspace.datasets[0]["vae_cache_clear_each_epoch"] = True
-    assert "generates nothing again" in "".join(workspace.load_written().warnings)
+    assert "resamples nothing" in "".join(workspace.load_written().warnings)
     workspace.datasets[0]["crop_style"] = "random"
-    assert "generates nothing again" not in "".join(workspace.load_written().warnings)
+    assert "resamples nothing" not in "".join(workspace.load_written().warnings)
 
 
 def test_the_example_with_a_parquet_object_is_read(workspace: Workspace) -> None:

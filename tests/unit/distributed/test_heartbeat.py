@@ -108,7 +108,7 @@ def test_a_process_that_works_longer_than_the_limit_is_waited_for():
 
 
 def test_who_waits_for_a_frozen_one_answers_a_signal_at_once(monkeypatch):
-    monkeypatch.setattr(heartbeat, "QUIET_SECONDS", 300)  # it is seen to be stopped, long before its silence tells
+    monkeypatch.setattr(heartbeat, "QUIET_SECONDS", 300)  # it is seen to be stopped, long before its silence shows it
     answer, _ = in_two(asked, freeze, minutes=10)
     assert answer["code"] == 143
     assert answer["seconds"] < 60  # and not after ten minutes

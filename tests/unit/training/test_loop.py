@@ -390,7 +390,7 @@ def test_an_evaluation_comes_at_the_start_at_its_interval_and_at_the_end(tmp_pat
 
 
 def test_a_step_says_whether_it_saw_regularisation_alone(tmp_path):
-    """Weights of 0 answer as the base does, so both losses of a window are 0: only the field tells its kind."""
+    """Weights of 0 answer as the base does, so both losses of a window are 0: only the field states its kind."""
     for is_regularisation in (True, False):
         data = [ToyDataset({"a": (0.0, 0.0)}, is_regularisation=is_regularisation)]
         data.append(ToyDataset({"b": (0.0, 0.0)}, id="kept", is_regularisation=True))

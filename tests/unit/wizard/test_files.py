@@ -221,7 +221,7 @@ def test_a_half_captioned_folder_of_photographs_trains_by_the_answers_alone(fold
     train(run)
     seen = json.loads((Path(run.config.output_dir) / CONTACT_DIR / "pictures.json").read_text())
     assert sorted(image["caption"] for image in seen) == [
-        "my cat", "my cat", "my cat image 0 of set 1", "my cat image 1 of set 1",
+        "my cat", "my cat", "my cat picture 0 of set 1", "my cat picture 1 of set 1",
     ]  # fmt: skip
 
 

@@ -1,6 +1,6 @@
-// The loss chart: the server makes the picture (the same as in the report); this file loads it and shows values.
+// The loss chart: the server makes the chart (the same as in the report); this file loads it and shows values.
 
-const MIN_PAUSE = 500; // milliseconds between two pictures of a run that goes on
+const MIN_PAUSE = 500; // milliseconds between two charts of a running run
 
 export class Chart {
   constructor(place, tip) {

@@ -31,7 +31,7 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> ModelFamily:
 
 
 @pytest.fixture(scope="module")
-def picture() -> Image.Image:
+def image() -> Image.Image:
     pixels = np.random.default_rng(0).integers(0, 256, (48, 80, 3), dtype=np.uint8)
     return Image.fromarray(pixels)
 
@@ -111,43 +111,43 @@ class ByHand:
 @pytest.mark.parametrize("scales", [(5.0, 2.0), (4.0, 1.0), (1.0, 2.0)], ids=str)
 @pytest.mark.parametrize("has_reference", [False, True])
 def test_eulers_steps_lead_where_the_original_goes(
-    family: ModelFamily, picture: Image.Image, has_reference: bool, scales: tuple[float, float]
+    family: ModelFamily, image: Image.Image, has_reference: bool, scales: tuple[float, float]
 ) -> None:
     pipeline = family.pipeline(family.load_denoiser(), family.load_vae())
-    by_hand = ByHand(family, pipeline.encode_reference(picture) if has_reference else None)
-    references = [picture] if has_reference else None
+    by_hand = ByHand(family, pipeline.encode_reference(image) if has_reference else None)
+    references = [image] if has_reference else None
     ours = generate(family, references, guidance_scale=scales[0], img_guidance_scale=scales[1])
     torch.testing.assert_close(ours, by_hand.euler(*scales), rtol=0, atol=1e-4)
 
 
-def test_guidance_ends_where_its_range_does(family: ModelFamily, picture: Image.Image) -> None:
+def test_guidance_ends_where_its_range_does(family: ModelFamily, image: Image.Image) -> None:
     """0.2 to 0.6 of five steps are the second, third and fourth, both ends included."""
     pipeline = family.pipeline(family.load_denoiser(), family.load_vae())
-    by_hand = ByHand(family, pipeline.encode_reference(picture))
-    ours = generate(family, [picture], cfg_range=(0.2, 0.6))
+    by_hand = ByHand(family, pipeline.encode_reference(image))
+    ours = generate(family, [image], cfg_range=(0.2, 0.6))
     torch.testing.assert_close(ours, by_hand.euler(5.0, 2.0, (0.2, 0.6)), rtol=0, atol=1e-4)
     assert (ours - by_hand.euler(5.0, 2.0)).abs().max() > 1e-2
 
 
-def test_the_second_sampler_is_dpm_solver_on_the_same_noise_levels(family: ModelFamily, picture: Image.Image) -> None:
+def test_the_second_sampler_is_dpm_solver_on_the_same_noise_levels(family: ModelFamily, image: Image.Image) -> None:
     pipeline = family.pipeline(family.load_denoiser(), family.load_vae())
-    by_hand = ByHand(family, pipeline.encode_reference(picture))
-    ours = generate(family, [picture], scheduler="dpm++")
+    by_hand = ByHand(family, pipeline.encode_reference(image))
+    ours = generate(family, [image], scheduler="dpm++")
     torch.testing.assert_close(ours, by_hand.dpm_solver(5.0, 2.0), rtol=0, atol=1e-4)
     assert (ours - by_hand.euler(5.0, 2.0)).abs().max() > 1e-2
 
 
-def test_several_references_are_seen_in_their_order(family: ModelFamily, picture: Image.Image) -> None:
-    other = picture.rotate(180).crop((0, 0, 32, 48))
-    first, second, alone = (generate(family, each) for each in ([picture, other], [other, picture], [picture]))
+def test_several_references_are_seen_in_their_order(family: ModelFamily, image: Image.Image) -> None:
+    other = image.rotate(180).crop((0, 0, 32, 48))
+    first, second, alone = (generate(family, each) for each in ([image, other], [other, image], [image]))
     assert (first - second).abs().max() > 1e-3
     assert (first - alone).abs().max() > 1e-3
 
 
-def test_images_drawn_together_are_those_drawn_alone(family: ModelFamily, picture: Image.Image) -> None:
+def test_images_drawn_together_are_those_drawn_alone(family: ModelFamily, image: Image.Image) -> None:
     pipeline = family.pipeline(family.load_denoiser(), family.load_vae())
     options = {"height": HEIGHT, "width": WIDTH, "num_inference_steps": 2, "output_type": "latent"}
-    prompts, references = [PROMPT, "a longer prompt than that"], [[picture], []]
+    prompts, references = [PROMPT, "a longer prompt than that"], [[image], []]
     latents = torch.cat([noise(), noise().flip(1)])
     together = pipeline(prompts, latents=latents, references=references, **options).images
     for row in range(2):
@@ -155,10 +155,10 @@ def test_images_drawn_together_are_those_drawn_alone(family: ModelFamily, pictur
         torch.testing.assert_close(together[row], one[0], rtol=0, atol=1e-4)
 
 
-def test_what_cannot_be_generated_is_refused(family: ModelFamily, picture: Image.Image) -> None:
+def test_what_cannot_be_generated_is_refused(family: ModelFamily, image: Image.Image) -> None:
     pipeline = family.pipeline(family.load_denoiser())
     with pytest.raises(ValueError, match="no VAE, so it can take no references"):
-        pipeline(PROMPT, height=64, width=64, output_type="latent", references=[[picture]])
+        pipeline(PROMPT, height=64, width=64, output_type="latent", references=[[image]])
     with pytest.raises(ValueError, match="multiples of 16, not 64 and 72"):
         pipeline(PROMPT, height=64, width=72, output_type="latent")
 
