@@ -153,10 +153,9 @@ def save_weights(run: Run) -> dict[str, Path]:
         if run.model.ema is not None:
             with run.model.ema.swapped_in(run.model.adapter.trainable_parameters()):
                 outputs[f"{name} (EMA)"] = save(run, run.session.output_dir / EMA_DIR)
-        if run.model.ema is None and run.session.process_group.is_main and (run.session.output_dir / EMA_DIR).exists():
-            move_aside(
-                run.session.output_dir, run.session.output_dir / EMA_DIR
-            )  # averages of an earlier end, before EMA was off
+        averages = run.session.output_dir / EMA_DIR
+        if run.model.ema is None and run.session.process_group.is_main and averages.exists():
+            move_aside(run.session.output_dir, averages)  # of an earlier end, before EMA was off
         run.session.process_group.barrier()
     return outputs
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from torch import Tensor
 from simpletuner.batch import Conditioning
 from simpletuner.config.losses import LOSSES
 from simpletuner.diffusion.loss import sample_means
+from simpletuner.families.registry import load_dotted
 from simpletuner.models.family import ModelFamily
 
 if TYPE_CHECKING:
@@ -40,9 +40,7 @@ class Loss(ABC):
 def build_loss(config: TrainConfig) -> Loss:
     """The loss of a configuration."""
     row = LOSSES[config.loss_type]
-    module, _, name = row.target.partition(":")
-    kind = getattr(importlib.import_module(module), name)
-    loss: Loss = kind(**{option: getattr(config, option) for option in row.options})
+    loss: Loss = load_dotted(row.target)(**{option: getattr(config, option) for option in row.options})
     return loss
 
 
