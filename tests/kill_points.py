@@ -91,7 +91,7 @@ def check_store(folder: Path) -> list[str]:
         if store.missing(entries("new")):
             problems.append("cannot be filled up")
     if (folder / "store" / "quarantine").exists():
-        problems.append("something was skipped")
+        problems.append("something was moved to quarantine")
     problems += [f"left over: {path.name}" for path in (folder / "store").glob(".*")]
     return problems
 

@@ -73,13 +73,13 @@ class ShardIndex:
 
     Attributes:
         is_writable: whether the folder takes the index, and therefore new shards.
-        was_made_anew: all that it says was read from the shards by this process.
+        was_rebuilt: all that it says was read from the shards by this process.
     """
 
     def __init__(self, folder: Path):
         self.folder = folder
         self.is_writable = True
-        self.was_made_anew = False
+        self.was_rebuilt = False
         self._database = self._open()
 
     def close(self) -> None:
@@ -87,7 +87,7 @@ class ShardIndex:
 
     def start_again(self) -> None:
         """Throw the index away and make it again from the shards."""
-        self.was_made_anew = True
+        self.was_rebuilt = True
         self._database.close()
         if self.is_writable:
             (self.folder / INDEX_NAME).unlink(missing_ok=True)

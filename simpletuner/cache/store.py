@@ -42,7 +42,7 @@ class DamagedEntry(DataError):
         self.key = key
         super().__init__(
             Problem(
-                f"a cached entry is damaged and was skipped: {reason}",
+                f"a cached entry is damaged and was moved to quarantine: {reason}",
                 file=str(folder),
                 fix="start again: what is missing is encoded again; if it comes back, check the disk",
             )
@@ -102,7 +102,7 @@ class TensorStore:
             if found is None:
                 self.refresh()  # another process may have written it
                 found = self._index.find(key)
-            if found is None and not self._index.was_made_anew:
+            if found is None and not self._index.was_rebuilt:
                 self._index.start_again()  # what was there when the run began may be hidden by a damaged index
                 found = self._index.find(key)
             if found is None:
@@ -118,7 +118,7 @@ class TensorStore:
             except DamagedShard as damage:
                 if self._index_was_wrong(shard, key, entry):
                     return self.get(key)
-                self._skipped(shard, key)
+                self._quarantine(shard, key)
                 raise DamagedEntry(key, self.folder, str(damage)) from damage
 
     def __contains__(self, key: str) -> bool:
@@ -170,7 +170,7 @@ class TensorStore:
         """Take up what other processes have written or removed; `get` and `missing` do so themselves."""
         with self._own_files():
             for shard in self._index.refresh():
-                self._skipped(shard)
+                self._quarantine(shard)
 
     # ---- writing ---------------------------------------------------------------------------------------------------
 
@@ -198,7 +198,7 @@ class TensorStore:
             self.refresh()
             for shard in self._index.shards():
                 if self._damaged_keys(shard):
-                    self._skipped(shard)
+                    self._quarantine(shard)
             return sorted(self._lost - self._index.present(self._lost))
 
     def prune(self, keep_keys: Iterable[str]) -> int:
@@ -224,7 +224,7 @@ class TensorStore:
 
     # ---- damage ----------------------------------------------------------------------------------------------------
 
-    def _skipped(self, shard: str, damaged_key: str | None = None) -> None:
+    def _quarantine(self, shard: str, damaged_key: str | None = None) -> None:
         """Move a damaged shard to `quarantine/` and write its sound entries into a new one.
 
         Where the folder cannot be written, its entries (or `damaged_key` alone) only become missing in the index.
@@ -274,7 +274,7 @@ class TensorStore:
 
     def _index_was_wrong(self, shard: str, key: str, entry: Entry) -> bool:
         """Whether the shard's own header says something else than the index, which is then made again."""
-        if self._index.was_made_anew or self._entries_of(shard).get(key, entry) == entry:
+        if self._index.was_rebuilt or self._entries_of(shard).get(key, entry) == entry:
             return False
         self._index.start_again()
         return True

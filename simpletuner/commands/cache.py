@@ -160,7 +160,7 @@ def stats(loaded: LoadedRun, say: Say) -> None:
                 unused.append(f"  {folder.path}: {len(keys - used)} of {_held(held)}")
         if folder.quarantined:
             size = bytes_text(sum(path.stat().st_size for path in folder.quarantined))
-            say(f"  skipped as damaged: {count_text(len(folder.quarantined), 'file')}, {size}")
+            say(f"  in quarantine as damaged: {count_text(len(folder.quarantined), 'file')}, {size}")
     say(f"{bytes_text(sum(files.values()))} in all")
     if unused:
         say("no longer used by this configuration (`simpletuner cache prune` removes it, with --others whole folders):")

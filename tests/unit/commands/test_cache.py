@@ -87,7 +87,7 @@ def test_prune_removes_files_that_were_skipped(folder):
     [shard] = shards(folder)
     shard.write_bytes(shard.read_bytes()[:-8])
     cache.verify(load_here(folder), print)
-    assert "skipped as damaged: 1 file" in lines_of(cache.stats, folder)
+    assert "in quarantine as damaged: 1 file" in lines_of(cache.stats, folder)
     lines_of(cache.prune, folder)
     assert "skipped" not in lines_of(cache.stats, folder)
 
