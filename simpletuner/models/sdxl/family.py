@@ -1,42 +1,26 @@
-"""Stable Diffusion XL for the shared trainer: two CLIP encoders, sizes as conditioning, and discrete noise levels.
-
-The UNet is given the level t = 0 ... 999 and answers the noise (or v, where its scheduler says so); the project's sigma
-is (t + 1) / 1000 (`diffusion/ddpm.py`), and the answer is the target as it is.
-"""
+"""Stable Diffusion XL for the shared trainer: two CLIP encoders in front of the UNet of `size_conditioned_unet.py`."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from functools import cached_property
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from simpletuner.batch import Batch, Conditioning, PromptEmbeds, Sample
-from simpletuner.diffusion.ddpm import NoiseSchedule
-from simpletuner.families.spec import PredictionType
-from simpletuner.models.components import model_index
-from simpletuner.models.family import ModelFamily, ReferenceSizes, send
+from simpletuner.batch import PromptEmbeds
+from simpletuner.models.family import ReferenceSizes
 from simpletuner.models.live_pipeline import LivePipeline
+from simpletuner.models.size_conditioned_unet import SizeConditionedUNet
 
 ENCODERS = (("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2"))
 
 
-class SDXL(ModelFamily):
+class SDXL(SizeConditionedUNet):
     """The base model; embeddings are the states before the last layer of both encoders, side by side."""
 
-    @cached_property
-    def schedule(self) -> NoiseSchedule:
-        return NoiseSchedule.from_config(self.scheduler_config)
-
-    @cached_property
-    def zeroes_empty_prompts(self) -> bool:
-        """SDXL was trained with zeros where a caption was dropped, and its pipeline guides away from zeros."""
-        return bool(model_index(self.source).get("force_zeros_for_empty_prompt", True))
-
-    def prompt_facts(self) -> Mapping[str, Any]:
-        return {**super().prompt_facts(), "zeroes_empty_prompts": self.zeroes_empty_prompts}
+    # SDXL was trained with zeros where a caption was dropped, and its pipeline guides away from zeros.
+    zeroes_empty_prompts_by_default = True
 
     def count_prompt_tokens(self, prompts: Sequence[str]) -> list[int]:
         return self.encoders.count("tokenizer", prompts)
@@ -58,67 +42,14 @@ class SDXL(ModelFamily):
             for row, pool, factor in zip(torch.cat(states, dim=-1), pooled, kept, strict=True)
         ]
 
-    def collate(self, batch: Batch) -> Conditioning:
-        """Also `time_ids` (B, 6): original size, upper left corner of the crop, size of the crop, in pixels."""
-        size = tuple(side * self.spec.vae_factor for side in batch.latents.shape[-2:])
-        rows = [time_ids(sample) for sample in batch.samples] or [(*size, 0, 0, *size)] * len(batch)
-        ids = send(torch.tensor(rows, dtype=torch.float32), self.device)
-        return super().collate(batch).with_tensors(time_ids=ids)
-
-    def predict(self, denoiser: nn.Module, noisy_latents: Tensor, sigmas: Tensor, conditioning: Conditioning) -> Tensor:
-        added = {
-            "text_embeds": conditioning["pooled_prompt_embeds"].to(self.dtype),
-            "time_ids": conditioning["time_ids"],
-        }
-        return denoiser(
-            noisy_latents.to(self.dtype),
-            self.schedule.timesteps(sigmas),
-            encoder_hidden_states=conditioning["prompt_embeds"].to(self.dtype),
-            added_cond_kwargs=added,
-            return_dict=False,
-        )[0]
-
-    def sigmas_at(self, quantiles: Tensor, latents: Tensor) -> Tensor:
-        return self.schedule.sigmas_at(quantiles)
-
-    def make_noisy(self, latents: Tensor, noise: Tensor, sigmas: Tensor) -> Tensor:
-        return self.schedule.make_noisy(latents, noise, sigmas)
-
-    def make_target(self, latents: Tensor, noise: Tensor, sigmas: Tensor) -> Tensor:
-        if self.prediction_type == "v_prediction":
-            return self.schedule.v_target(latents, noise, sigmas)
-        return noise
-
-    @property
-    def prediction_type(self) -> PredictionType:
-        return self.scheduler_config.get("prediction_type", self.spec.prediction_type)
-
-    def signal_and_noise(self, sigmas: Tensor) -> tuple[Tensor, Tensor]:
-        return self.schedule.signal_and_noise(sigmas)
-
-    def estimate_data(self, noisy_latents: Tensor, model_pred: Tensor, sigmas: Tensor) -> Tensor:
-        return self.schedule.estimate_data(noisy_latents, model_pred, sigmas, self.prediction_type == "v_prediction")
-
     def pipeline(self, denoiser: nn.Module, vae: nn.Module | None = None) -> Any:
-        import diffusers
+        from diffusers import StableDiffusionXLPipeline
 
-        scheduler_class = getattr(diffusers, self.scheduler_config["_class_name"])
-        pipeline = diffusers.StableDiffusionXLPipeline(
+        pipeline = StableDiffusionXLPipeline(
             **dict.fromkeys(("vae", *sum(ENCODERS, ()))),
             unet=denoiser,
-            scheduler=scheduler_class.from_config(self.scheduler_config),
+            scheduler=self.make_scheduler(),
             force_zeros_for_empty_prompt=self.zeroes_empty_prompts,
             add_watermarker=False,
         )
         return LivePipeline(self, pipeline, vae)
-
-
-def time_ids(sample: Sample) -> tuple[int, ...]:
-    """Original height and width, top and left of the crop in the resized image, height and width of the crop.
-
-    Source: arXiv 2307.01952, section 2.2. An image that is mirrored after the cut is one whose mirror image was cut at
-    the mirrored place.
-    """
-    crop = sample.crop
-    left = crop.intermediate_width - crop.left - crop.width if sample.is_flipped else crop.left
-    return sample.height, sample.width, crop.top, left, crop.height, crop.width

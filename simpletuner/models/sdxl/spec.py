@@ -6,15 +6,12 @@ Sources: Podell et al., "SDXL" (arXiv 2307.01952); the released `stabilityai/sta
 
 from __future__ import annotations
 
+from simpletuner.families.keys import KeyTable
 from simpletuner.families.readers import usual_readers
-from simpletuner.families.spec import AdaptableModule, Component, FamilySpec, Flavour
-from simpletuner.models.sdxl.keys import SDXL_KEYS
+from simpletuner.families.spec import Component, FamilySpec, Flavour
+from simpletuner.models.unet_layers import ATTENTION, FEED_FORWARD, UNET_ADAPTABLE, original_unet_names
 
-# fnmatch's star crosses dots, so `*attentions.*` is every transformer on the way down, in the middle and on the way up.
-_BLOCK = "*attentions.*.transformer_blocks.*"
 _CLIP = "transformers.CLIPText"
-_ATTENTION = tuple(f"{_BLOCK}.attn*.to_{name}" for name in ("q", "k", "v", "out.0"))
-_FEED_FORWARD = (f"{_BLOCK}.ff.net.0.proj", f"{_BLOCK}.ff.net.2")
 
 
 def _flavour(name: str, words: str, licence: str) -> Flavour:
@@ -48,37 +45,14 @@ SDXL = FamilySpec(
     max_prompt_tokens=77,
     empty_negative=" ",  # CLIP's tokens of nothing; "" is zeros
     pipeline_class="StableDiffusionXLPipeline",
-    adaptable=(
-        AdaptableModule("Attention", (f"{_BLOCK}.attn1", f"{_BLOCK}.attn2")),
-        AdaptableModule("FeedForward", (f"{_BLOCK}.ff",)),
-        AdaptableModule("BasicTransformerBlock", (_BLOCK,)),
-        AdaptableModule("Transformer2DModel", ("*attentions.*",)),
-        AdaptableModule("ResnetBlock2D", ("*resnets.*",)),
-        AdaptableModule("Downsample2D", ("down_blocks.*.downsamplers.*",)),
-        AdaptableModule("Upsample2D", ("up_blocks.*.upsamplers.*",)),
-        AdaptableModule("TimestepEmbedding", ("time_embedding", "add_embedding")),
-        AdaptableModule("LayerNorm", (f"{_BLOCK}.norm*",)),
-        AdaptableModule("GroupNorm", ("*attentions.*.norm", "*resnets.*.norm1", "*resnets.*.norm2", "conv_norm_out")),
-        AdaptableModule(
-            "Conv2d",
-            (
-                *("conv_in", "conv_out", "*resnets.*.conv1", "*resnets.*.conv2", "*resnets.*.conv_shortcut"),
-                *("down_blocks.*.downsamplers.*.conv", "up_blocks.*.upsamplers.*.conv"),
-            ),
-        ),
-        AdaptableModule(
-            "Linear",
-            (
-                *_ATTENTION,
-                *_FEED_FORWARD,
-                *("*attentions.*.proj_in", "*attentions.*.proj_out", "*resnets.*.time_emb_proj"),
-                *("time_embedding.linear_*", "add_embedding.linear_*"),
-            ),
-        ),
+    adaptable=UNET_ADAPTABLE,
+    default_lora_targets=ATTENTION,
+    target_groups={"attention": ATTENTION, "feed-forward": FEED_FORWARD},
+    keys=KeyTable(
+        renamed=original_unet_names(),
+        architecture="stable-diffusion-xl-v1-base",
+        base_model_version="sdxl_base_v1-0",
     ),
-    default_lora_targets=_ATTENTION,
-    target_groups={"attention": _ATTENTION, "feed-forward": _FEED_FORWARD},
-    keys=SDXL_KEYS,
     # ComfyUI knows the attention of diffusers' form by the names of old versions alone.
     readers=usual_readers(left_out_by_comfyui=("*.attn*.to_*",), others=("A1111", "Forge")),
     reads_single_files=True,

@@ -15,7 +15,8 @@ from simpletuner.batch import Batch, Crop, Sample
 from simpletuner.cache.prompts import PromptsAhead
 from simpletuner.families.registry import get_family_class, get_spec
 from simpletuner.models.components import ModelSource
-from simpletuner.models.sdxl.family import SDXL, time_ids
+from simpletuner.models.sdxl.family import SDXL
+from simpletuner.models.size_conditioned_unet import time_ids
 from tests.tiny_sdxl import tiny_sdxl_folder, tiny_unet
 
 CPU = torch.device("cpu")

@@ -1,13 +1,47 @@
-"""SDXL's modules by the names of the original release (`sgm/modules/diffusionmodules/openaimodel.py`).
+"""The layers of SDXL's UNet, which other models have too: what adapters attach to, and the names of the original.
 
 The original counts every module that has a resolution of its own: three input blocks for a level (two and a
-downsampler), three output blocks. Source: Stability-AI/generative-models; diffusers'
-`convert_original_stable_diffusion_to_diffusers.py`.
+downsampler), three output blocks. Source: Stability-AI/generative-models
+(`sgm/modules/diffusionmodules/openaimodel.py`); diffusers' `convert_original_stable_diffusion_to_diffusers.py`.
 """
 
 from __future__ import annotations
 
-from simpletuner.families.keys import KeyTable
+from simpletuner.families.spec import AdaptableModule
+
+# fnmatch's star crosses dots, so `*attentions.*` is every transformer on the way down, in the middle and on the way up.
+BLOCK = "*attentions.*.transformer_blocks.*"
+ATTENTION = tuple(f"{BLOCK}.attn*.to_{name}" for name in ("q", "k", "v", "out.0"))
+FEED_FORWARD = (f"{BLOCK}.ff.net.0.proj", f"{BLOCK}.ff.net.2")
+
+UNET_ADAPTABLE = (
+    AdaptableModule("Attention", (f"{BLOCK}.attn1", f"{BLOCK}.attn2")),
+    AdaptableModule("FeedForward", (f"{BLOCK}.ff",)),
+    AdaptableModule("BasicTransformerBlock", (BLOCK,)),
+    AdaptableModule("Transformer2DModel", ("*attentions.*",)),
+    AdaptableModule("ResnetBlock2D", ("*resnets.*",)),
+    AdaptableModule("Downsample2D", ("down_blocks.*.downsamplers.*",)),
+    AdaptableModule("Upsample2D", ("up_blocks.*.upsamplers.*",)),
+    AdaptableModule("TimestepEmbedding", ("time_embedding", "add_embedding")),
+    AdaptableModule("LayerNorm", (f"{BLOCK}.norm*",)),
+    AdaptableModule("GroupNorm", ("*attentions.*.norm", "*resnets.*.norm1", "*resnets.*.norm2", "conv_norm_out")),
+    AdaptableModule(
+        "Conv2d",
+        (
+            *("conv_in", "conv_out", "*resnets.*.conv1", "*resnets.*.conv2", "*resnets.*.conv_shortcut"),
+            *("down_blocks.*.downsamplers.*.conv", "up_blocks.*.upsamplers.*.conv"),
+        ),
+    ),
+    AdaptableModule(
+        "Linear",
+        (
+            *ATTENTION,
+            *FEED_FORWARD,
+            *("*attentions.*.proj_in", "*attentions.*.proj_out", "*resnets.*.time_emb_proj"),
+            *("time_embedding.linear_*", "add_embedding.linear_*"),
+        ),
+    ),
+)
 
 _RESNET = {
     "norm1": "in_layers.0",
@@ -38,7 +72,8 @@ def _blocks() -> dict[str, str]:
     return blocks
 
 
-def _renamed() -> dict[str, str]:
+def original_unet_names() -> dict[str, str]:
+    """Path in the denoiser -> path in the original layout; see `KeyTable.renamed`."""
     blocks = _blocks()
     inner = {
         f"{path}.{part}": f"{name}.{other}"
@@ -61,10 +96,3 @@ def _renamed() -> dict[str, str]:
         "add_embedding.linear_1": "label_emb.0.0",
         "add_embedding.linear_2": "label_emb.0.2",
     }
-
-
-SDXL_KEYS = KeyTable(
-    renamed=_renamed(),
-    architecture="stable-diffusion-xl-v1-base",
-    base_model_version="sdxl_base_v1-0",
-)
