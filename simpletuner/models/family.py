@@ -29,6 +29,7 @@ from simpletuner.models.components import (
 )
 from simpletuner.models.single_file import objective_marks
 from simpletuner.models.text_encoders import TextEncoders
+from simpletuner.models.vae_config import is_video_vae, latent_statistics
 from simpletuner.precision.mixed import exact_float32
 from simpletuner.precision.quantise import NumberFormats, quantise, require_device
 
@@ -272,9 +273,13 @@ class ModelFamily(ABC):
         """(B, 3, H, W) in [-1, 1] -> the moments of the posterior of each image, unscaled, on the CPU."""
         # Not `vae.device` and `vae.dtype`: diffusers walks all modules for each, a millisecond an image.
         weight = next(vae.parameters())
+        pixel_values = pixel_values.to(weight.device, weight.dtype)
+        encodes_videos = is_video_vae(vae.config)
         with torch.no_grad(), exact_float32():
-            posterior = vae.encode(pixel_values.to(weight.device, weight.dtype)).latent_dist
+            posterior = vae.encode(pixel_values[:, :, None] if encodes_videos else pixel_values).latent_dist
         means, stds = posterior.mean.float().cpu(), posterior.std.float().cpu()
+        if encodes_videos:
+            means, stds = means[:, :, 0], stds[:, :, 0]
         return [LatentMoments(mean, std) for mean, std in zip(means, stds, strict=True)]
 
     def latents_from_moments(
@@ -284,21 +289,25 @@ class ModelFamily(ABC):
 
         Args:
             generator: keyed by (seed, content).
-            vae_config: the VAE's configuration; `scaling_factor` and, where not null, `shift_factor` are read.
+            vae_config: the VAE's configuration; `latent_statistics` reads it.
         """
         latents = moments.mean
         if moments.std is not None:
             latents = latents + moments.std * torch.randn(latents.shape, generator=generator)
-        return (latents - (vae_config.get("shift_factor") or 0.0)) * vae_config["scaling_factor"]
+        mean, scale = latent_statistics(vae_config)
+        return (latents - mean) * scale
 
     def decode_latents(self, vae: Any, latents: Tensor) -> Tensor:
         """(B, C, h, w) scaled latents -> (B, 3, H, W) in [-1, 1]; the inverse of `latents_from_moments`.
 
         In the VAE's own dtype, even where validation generates under autocast.
         """
-        raw = latents / vae.config.scaling_factor + (getattr(vae.config, "shift_factor", None) or 0.0)
+        mean, scale = latent_statistics(vae.config, latents.device)
+        raw = (latents / scale + mean).to(vae.device, vae.dtype)
         with torch.no_grad(), torch.autocast(vae.device.type, enabled=False):
-            return vae.decode(raw.to(vae.device, vae.dtype), return_dict=False)[0]
+            if is_video_vae(vae.config):
+                return vae.decode(raw[:, :, None], return_dict=False)[0][:, :, 0]
+            return vae.decode(raw, return_dict=False)[0]
 
     def load_preview_decoder(self) -> nn.Module:
         """The tiny autoencoder that shows latents while an image is generated, in float32 on `self.device`.

@@ -226,20 +226,30 @@ def test_every_preview_of_an_exact_denoiser_is_the_data(
 
 
 def test_latents_are_normalised_as_the_vae_of_the_pipeline_expects(family: ModelFamily):
-    """Encode, scale once, decode by diffusers' recipe `latents / scaling_factor (+ shift_factor)`: the same image."""
+    """Encode, scale once, decode by diffusers' recipe: the same image.
+
+    The recipe is `latents / scaling_factor + shift_factor`, or `latents * latents_std + latents_mean`.
+    """
     vae = family.load_vae()
     pixel_values = randn(2, 3, 64, 96).clamp(-1, 1)
     moments = family.encode_images(vae, pixel_values)
     means = [LatentMoments(each.mean) for each in moments]
     latents = torch.stack([family.latents_from_moments(each, torch.Generator(), vae.config) for each in means])
-    factor, shift = vae.config.scaling_factor, getattr(vae.config, "shift_factor", None) or 0.0
+    frames = (slice(None), slice(None), None) if hasattr(vae.config, "temperal_downsample") else ()
     with torch.no_grad():
-        posterior = vae.encode(pixel_values).latent_dist
+        posterior = vae.encode(pixel_values[frames]).latent_dist
         expected = vae.decode(posterior.mean).sample
-        theirs = vae.decode(latents / factor + shift).sample
-    torch.testing.assert_close(latents, (posterior.mean - shift) * factor, rtol=0, atol=1e-6)
+        scaled = latents[frames]
+        if getattr(vae.config, "latents_std", None) is not None:
+            mean, std = (torch.tensor(values) for values in (vae.config.latents_mean, vae.config.latents_std))
+            raw = (scaled.movedim(1, -1) * std + mean).movedim(-1, 1)
+        else:
+            raw = scaled / vae.config.scaling_factor + (getattr(vae.config, "shift_factor", None) or 0.0)
+        theirs = vae.decode(raw).sample
+    torch.testing.assert_close(raw, posterior.mean, rtol=0, atol=1e-5)
     torch.testing.assert_close(theirs, expected, rtol=0, atol=1e-4)
-    torch.testing.assert_close(family.decode_latents(vae, latents), expected, rtol=0, atol=1e-4)
+    decoded = family.decode_latents(vae, latents)
+    torch.testing.assert_close(decoded[frames], expected, rtol=0, atol=1e-4)
     assert next(vae.parameters()).dtype == torch.float32
 
 
