@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,9 +73,16 @@ def prompt_fingerprint(family: ModelFamily, memo: DigestMemo) -> str:
         "tokenizers": {part.name: _tokenizer_digests(source, part, memo) for part in tokenizers},
         "facts": dict(family.prompt_facts()),
         "precision": {part.name: family.encoders.precision(part.name) for part in encoders},
+        **_attention(encoders),
         **_arithmetic(family.device, family.dtype),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _attention(encoders: Sequence[Component]) -> dict[str, Any]:
+    """The implementation of attention, of encoders whose states depend on it; nothing where none does."""
+    named = {part.name: part.attention for part in encoders if part.attention}
+    return {"attention": named} if named else {}
 
 
 def _arithmetic(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:

@@ -48,6 +48,9 @@ class Component:
         role: what the trainer uses it for.
         config_file: the file that shows that the folder is there.
         in_file: how keys of this part begin in a single file of the whole model; empty where such files lack it.
+        attention: of an encoder whose states depend on how transformers computes attention (rows of left padding do):
+            the implementation that it is loaded with, which is part of the key of every cached prompt. Empty:
+            transformers' own choice.
     """
 
     name: str
@@ -55,6 +58,7 @@ class Component:
     role: Literal["denoiser", "vae", "text_encoder", "tokenizer", "scheduler", "processor"]
     config_file: str = "config.json"
     in_file: tuple[str, ...] = ()
+    attention: str = ""
 
 
 @dataclass(frozen=True)

@@ -293,6 +293,8 @@ def load_component(
         if not is_encoder:
             return load_pretrained(cls, where, torch_dtype=dtype, **options)
         options["output_loading_info"] = True
+        if component.attention:
+            options["attn_implementation"] = component.attention
         model, report = load_pretrained(cls, where, dtype=dtype, **options)
         if report["missing_keys"]:
             raise ValueError(f"the weights lack {', '.join(sorted(report['missing_keys'])[:3])}")

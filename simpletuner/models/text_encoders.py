@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from simpletuner.errors import DataError, Problem
 from simpletuner.families.spec import Component, FamilySpec
 from simpletuner.models.components import ModelSource, component_folder, load_component
+from simpletuner.models.hidden_states import hidden_states
 from simpletuner.models.safe_loading import load_errors, load_tokenizer
 from simpletuner.precision.quantise import NumberFormats, quantise
 
@@ -88,6 +89,34 @@ class TextEncoders:
             list(prompts), truncation=True, max_length=length, padding="max_length", return_tensors="pt"
         ).to(self.family.device)
         return tokens.input_ids, tokens.attention_mask
+
+    def states_of(
+        self,
+        texts: Sequence[str],
+        layers: Sequence[int],
+        length: int,
+        *,
+        name: str = "text_encoder",
+        tokenizer: str = "tokenizer",
+        final_norm: bool = True,
+    ) -> list[Tensor]:
+        """Per text (L, K, D): the states of K layers of a language model for its tokens, on the CPU.
+
+        Each text is read by itself, without padding, so that its states do not depend on the others.
+
+        Args:
+            texts: with their template; what is longer than `length` tokens is cut and counted.
+            layers: see `hidden_states.py`.
+            name: folder of the encoder.
+            tokenizer: folder of the tokenizer.
+        """
+        self.note_cut_prompts(tokenizer, texts, length)
+        tokenize, encoder, rows = self.tokenizer(tokenizer), self.encoder(name), []
+        for text in texts:
+            ids = tokenize(text, truncation=True, max_length=length, return_tensors="pt").input_ids
+            [states] = hidden_states(encoder, layers, final_norm, input_ids=ids.to(self.family.device))
+            rows.append(states.cpu())
+        return rows
 
     def note_cut_prompts(self, name: str, prompts: Sequence[str], length: int) -> None:
         """Count the prompts that `length` tokens cut, to be reported at the end of the run."""

@@ -41,16 +41,9 @@ class OmniGen2(ModelFamily):
         Each prompt is read by itself, without padding, so that its states do not depend on the others.
         """
         texts = [chat_text(prompt) for prompt in prompts]
-        self.encoders.note_cut_prompts("processor", texts, self.max_prompt_tokens)
-        tokenizer, encoder = self.encoders.tokenizer("processor"), self.encoders.encoder("mllm")
-        embeds = []
-        for text in texts:
-            ids = tokenizer(text, truncation=True, max_length=self.max_prompt_tokens, return_tensors="pt").input_ids
-            with torch.no_grad():
-                # Not the whole model: its head would compute probabilities of 150,000 words for each token.
-                states = encoder.model(send(ids, self.device), use_cache=False).last_hidden_state
-            embeds.append(PromptEmbeds({"prompt_embeds": states[0].cpu()}))
-        return embeds
+        places = {"name": "mllm", "tokenizer": "processor"}
+        rows = self.encoders.states_of(texts, [-1], self.max_prompt_tokens, **places)
+        return [PromptEmbeds({"prompt_embeds": row[:, 0]}) for row in rows]
 
     def collate(self, batch: Batch) -> Conditioning:
         return self.condition_on(batch.prompt_embeds, batch.references)
