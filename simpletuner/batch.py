@@ -108,13 +108,21 @@ class Conditioning:
     Args:
         tensors: (B, ...) each, under the names that the family's `collate` chose.
         references: per sample the latents of its reference images, (C, h, w) each, of any size.
+        num_tokens: per sample the tokens of its prompt before padding, for networks that are wrong on padded rows.
     """
 
     tensors: Mapping[str, torch.Tensor]
     references: Sequence[Sequence[torch.Tensor]] = ()
+    num_tokens: Sequence[int] = ()
 
     def __getitem__(self, name: str) -> torch.Tensor:
         return self.tensors[name]
+
+    def row(self, index: int) -> Conditioning:
+        """One sample, as a batch of its own."""
+        one = slice(index, index + 1)
+        tensors = {name: tensor[one] for name, tensor in self.tensors.items()}
+        return Conditioning(tensors, self.references[one], self.num_tokens[one])
 
     def with_tensors(self, **tensors: torch.Tensor) -> Conditioning:
         """The same with further tensors."""

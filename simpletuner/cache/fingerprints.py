@@ -5,15 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from simpletuner.data.digests import DigestMemo
-from simpletuner.errors import DataError, Problem
 from simpletuner.families.spec import Component, FamilySpec
-from simpletuner.models.components import ModelSource, component_config, component_file, component_folder
-from simpletuner.models.safe_loading import shard_names
-from simpletuner.models.single_file import is_in_file
+from simpletuner.models.components import ModelSource, component_config, component_folder
+from simpletuner.models.weight_files import weight_files
 
 if TYPE_CHECKING:
     import torch
@@ -102,48 +99,3 @@ def _tokenizer_digests(source: ModelSource, component: Component, memo: DigestMe
 def _decides_encoding(name: str) -> bool:
     """Keys with an underscore are notes (`_name_or_path`, `_diffusers_version`), all but the class."""
     return name == "_class_name" or not (name in _NOT_ENCODING or name.startswith("_"))
-
-
-def weight_files(source: ModelSource, component: Component) -> list[Path]:
-    """The safetensors files that a component is loaded from.
-
-    Raises:
-        DataError: there are none.
-    """
-    if source.file and not (component.role == "vae" and source.vae) and is_in_file(source.file, component):
-        return [Path(source.file)]
-    variant = f".{source.variant}" if source.variant else ""
-    stem = ("model" if component.role == "text_encoder" else "diffusion_pytorch_model") + variant
-    if source.is_local or (component.role == "vae" and source.vae):
-        whole = component_file(source, component, f"{stem}.safetensors")
-        files = [whole] if whole.is_file() else sorted(whole.parent.glob("*.safetensors"))
-    else:
-        files = _fetched_weights(source, component, stem)
-        whole = files[0]
-    if not files:
-        raise DataError(
-            Problem(
-                f"{whole.parent} holds no safetensors weights",
-                key="pretrained_vae_model_name_or_path" if source.vae else "pretrained_model_name_or_path",
-                allowed="a component folder with *.safetensors",
-                fix="complete the folder, or name another model",
-            )
-        )
-    return files
-
-
-def _fetched_weights(source: ModelSource, component: Component, stem: str) -> list[Path]:
-    """The weights of a component of a hub repository: one file, or those that its index names."""
-    try:
-        return [component_file(source, component, f"{stem}.safetensors")]
-    except DataError:
-        name, _, variant = stem.partition(".")
-        index = f"{name}.safetensors.index{f'.{variant}' if variant else ''}.json"
-        return [component_file(source, component, shard) for shard in _shards(component_file(source, component, index))]
-
-
-def _shards(index: Path) -> list[str]:
-    try:
-        return shard_names(index)
-    except ValueError as error:
-        raise DataError(Problem(str(error), key="pretrained_model_name_or_path", file=str(index))) from error

@@ -156,6 +156,11 @@ class ModelFamily(ABC):
         marks = objective_marks(self.source.file) if self.source.file else {}
         return {**component_config(self.source, self.spec.component("scheduler")), **marks}
 
+    @cached_property
+    def vae_config(self) -> Mapping[str, Any]:
+        """`config.json` of the VAE; a family whose VAE has statistics of latents among its weights adds them."""
+        return component_config(self.source, self.spec.component("vae"))
+
     @property
     def architecture(self) -> str:
         """What ModelSpec calls these weights; families with several sizes or kinds say which one it is."""
@@ -167,23 +172,28 @@ class ModelFamily(ABC):
         keys = replace(self.spec.keys, architecture=self.architecture)
         return replace(self.spec, prediction_type=self.prediction_type, keys=keys)
 
+    def training_shift(self, num_patches: int) -> float:
+        """How far training moves sigmas towards noise: as the scheduler of the model says.
+
+        A family overrides it where its pipeline shifts in another way than it was trained, or where distilled weights
+        have one shift for all sizes.
+        """
+        return timesteps.scheduler_shift(self.scheduler_config, num_patches)
+
     def scheduler_sigmas(self, quantiles: Tensor, latents: Tensor) -> Tensor:
-        """(B,) logit-normal sigmas, shifted as the model's own flow scheduler shifts those of its sampling."""
+        """(B,) logit-normal sigmas, moved by `training_shift`."""
         num_patches = latents.shape[-2] * latents.shape[-1] // self.spec.patch_size**2
-        shift = torch.tensor(timesteps.scheduler_shift(self.scheduler_config, num_patches))
+        shift = torch.tensor(self.training_shift(num_patches))
         return timesteps.shifted_sigmas(timesteps.logit_normal_sigmas(quantiles), shift.expand(len(quantiles)))
 
     def predict_each(
         self, denoiser: nn.Module, noisy_latents: Tensor, sigmas: Tensor, conditioning: Conditioning
     ) -> Tensor:
-        """`predict` for one sample after the other, where their references have different shapes."""
-        rows = []
-        for i in range(len(noisy_latents)):
-            one = slice(i, i + 1)
-            alone = Conditioning(
-                {name: tensor[one] for name, tensor in conditioning.tensors.items()}, conditioning.references[one]
-            )
-            rows.append(self.predict(denoiser, noisy_latents[one], sigmas[one], alone))
+        """`predict` for one sample after the other, where their references or prompts do not fit one batch."""
+        rows = [
+            self.predict(denoiser, noisy_latents[i : i + 1], sigmas[i : i + 1], conditioning.row(i))
+            for i in range(len(noisy_latents))
+        ]
         return torch.cat(rows)
 
     # ---- defaults a family may override ----------------------------------------------------------------------------

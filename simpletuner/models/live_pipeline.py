@@ -13,8 +13,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from simpletuner.models.components import component_config
-
 if TYPE_CHECKING:
     from PIL import Image
 
@@ -125,8 +123,8 @@ class LivePipeline:
         fitted = processor.pil_to_numpy(fit_image(image, max_area, self.family.spec.size_multiple))
         with torch.autocast(self.family.device.type, enabled=False):
             [moments] = self.family.encode_images(self.vae, processor.numpy_to_pt(fitted) * 2 - 1)
-        config = component_config(self.family.source, self.family.spec.component("vae"))
-        return self.family.latents_from_moments(LatentMoments(moments.mean), torch.Generator(), config)
+        mean = LatentMoments(moments.mean)
+        return self.family.latents_from_moments(mean, torch.Generator(), self.family.vae_config)
 
     def save_pretrained(self, folder: Any, **options: Any) -> None:
         """Write the whole model in diffusers' layout, encoders and VAE included."""

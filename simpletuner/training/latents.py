@@ -28,7 +28,6 @@ from simpletuner.data.kept import KeptSamples
 from simpletuner.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from simpletuner.errors import DataError, Problem
 from simpletuner.families.spec import FamilySpec
-from simpletuner.models.components import component_config
 from simpletuner.models.family import LatentMoments, ModelFamily
 from simpletuner.models.lazy_vae import LazyVae
 from simpletuner.randomness import keyed_generator
@@ -79,7 +78,7 @@ class DatasetLatents:
         self.seed = seed
         self.keeps = keeps
         self.resamples = resamples
-        self.vae_config = component_config(self.family.source, self.family.spec.component("vae"))
+        self.vae_config = self.family.vae_config
         self._on_demand: OnDemandLatents | None = None
         self._memo: dict[str, Tensor] = {}
         self._memo_bytes = 0

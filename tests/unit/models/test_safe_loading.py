@@ -13,7 +13,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from simpletuner.cache.fingerprints import weight_files
 from simpletuner.commands.convert import convert
 from simpletuner.errors import ConfigError, DataError
 from simpletuner.families.registry import get_family_class, get_spec
@@ -21,6 +20,7 @@ from simpletuner.families.spec import Component
 from simpletuner.models.components import ModelSource, component_config, load_component, load_preview_decoder
 from simpletuner.models.safe_loading import shard_names, without_pickles
 from simpletuner.models.single_file import names_in_file
+from simpletuner.models.weight_files import weight_files
 from simpletuner.validation.clip_score import ClipScorer
 from tests.tiny import tiny_clip_folder, tiny_preview_decoder
 from tests.tiny_sdxl import tiny_sdxl_folder
