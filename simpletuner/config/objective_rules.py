@@ -21,8 +21,21 @@ FLOW_OPTIONS: Mapping[str, tuple[Any, ...]] = {
     "flow_beta_schedule_alpha": (2,),
     "flow_beta_schedule_beta": (2,),
     "flow_custom_timesteps": (None,),
+    "flow_logit_mean": (0,),
+    "flow_use_mode_schedule": (False,),
+    "flow_mode_scale": (1.29,),
+    "flow_schedule_auto_shift_curve": ("exponential",),
+    "flow_schedule_terminal": (0,),
+    "flow_loss_weighting": ("none",),
 }
-SHAPES = ("flow_use_uniform_schedule", "flow_use_beta_schedule", "flow_custom_timesteps")
+SHAPES = ("flow_use_uniform_schedule", "flow_use_beta_schedule", "flow_use_mode_schedule", "flow_custom_timesteps")
+# Option -> the switch without which nothing reads it.
+SWITCHES: Mapping[str, str] = {
+    "flow_beta_schedule_alpha": "flow_use_beta_schedule",
+    "flow_beta_schedule_beta": "flow_use_beta_schedule",
+    "flow_mode_scale": "flow_use_mode_schedule",
+    "flow_schedule_auto_shift_curve": "flow_schedule_auto_shift",
+}
 
 
 def _is_set(draft: Draft, key: str) -> bool:
@@ -47,19 +60,20 @@ def noise_levels_are_chosen_once(draft: Draft) -> Iterator[Problem]:
     chosen = [key for key in SHAPES if _is_set(draft, key)]
     for key in chosen[1:]:
         yield draft.problem(f"{chosen[0]} chooses the noise levels already", key, fix="keep one of them")
-    if chosen and _is_set(draft, "flow_sigmoid_scale"):
-        message = f"has no use: {chosen[0]} replaces the logit-normal noise levels"
-        yield draft.problem(message, "flow_sigmoid_scale", fix="remove the key")
+    for key in ("flow_sigmoid_scale", "flow_logit_mean"):
+        if chosen and _is_set(draft, key):
+            message = f"has no use: {chosen[0]} replaces the logit-normal noise levels"
+            yield draft.problem(message, key, fix="remove the key")
     if _is_set(draft, "flow_schedule_shift") and draft.config.flow_schedule_auto_shift:
         message = "flow_schedule_auto_shift chooses the shift already"
         yield draft.problem(message, "flow_schedule_shift", fix="keep one of them")
-    for key in ("flow_schedule_shift", "flow_schedule_auto_shift"):
+    for key in ("flow_schedule_shift", "flow_schedule_auto_shift", "flow_schedule_terminal"):
         if _is_set(draft, key) and _is_set(draft, "flow_custom_timesteps"):
             message = "has no use: flow_custom_timesteps are taken as they are"
             yield draft.problem(message, key, fix="remove the key")
-    for key in ("flow_beta_schedule_alpha", "flow_beta_schedule_beta"):
-        if getattr(draft.config, key) != 2 and not draft.config.flow_use_beta_schedule:
-            yield draft.problem("has no use without flow_use_beta_schedule", key, fix="set it, or remove this key")
+    for key, switch in SWITCHES.items():
+        if _is_set(draft, key) and not getattr(draft.config, switch):
+            yield draft.problem(f"has no use without {switch}", key, fix="set it, or remove this key")
 
 
 def biased_levels_are_some(draft: Draft) -> Iterator[Problem]:
@@ -128,4 +142,12 @@ def _options_of_other_losses(loss_type: str) -> tuple[str, ...]:
     return tuple(name for name in names if name not in LOSSES[loss_type].options)
 
 
-OBJECTIVE_NOTICES = (settings_have_their_switch,)
+def strata_have_images(draft: Draft) -> Iterator[str]:
+    config = draft.config
+    per_process = config.train_batch_size * config.gradient_accumulation_steps
+    if config.timestep_stratified and per_process * (config.num_processes or 0) * config.num_machines == 1:
+        reason = "a step has one image: raise train_batch_size or gradient_accumulation_steps"
+        yield f"{draft.origin('timestep_stratified')}: timestep_stratified: has no effect: {reason}"
+
+
+OBJECTIVE_NOTICES = (settings_have_their_switch, strata_have_images)

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+
+ShiftCurve = Literal["exponential", "sqrt"]
 
 # Points of a table of a distribution that has no closed form; its quantiles are exact to about the square of the pitch.
 _TABLE = 16384
@@ -82,6 +84,40 @@ def beta_sigmas(quantiles: Tensor, alpha: float, beta: float) -> Tensor:
     return interpolate(quantiles.double() * below[-1], below, theta).sin().square().to(torch.float32)
 
 
+def mode_sigmas(quantiles: Tensor, scale: float) -> Tensor:
+    """Sigmas of SD3's mode sampling with heavy tails: a scale above 0 prefers the middle, below 0 the ends.
+
+    Source: Esser et al. (arXiv 2403.03206), equation 20, turned round so that it rises with the quantile; its
+    distribution is symmetric.
+
+    Args:
+        scale: in [-1, 2 / (pi - 2)], where the function is monotonic.
+    """
+    quantiles = quantiles.double()
+    bent = (math.pi / 2 * quantiles).cos().square() - 1 + quantiles
+    return (quantiles + scale * bent).to(torch.float32)
+
+
+def stretched_sigmas(sigmas: Tensor, terminal: float) -> Tensor:
+    """Sigmas of [0, 1] spread over [terminal, 1], as flow schedulers with `shift_terminal` spread theirs.
+
+    diffusers divides by the distance of the last sigma of its grid from 1; here sigmas are continuous, and the last
+    one is 0.
+    """
+    return 1 - (1 - sigmas) * (1 - terminal)
+
+
+def level_weights(sigmas: Tensor, weighting: Literal["sigma_sqrt", "cosmap"]) -> Tensor:
+    """(B,) weights of noise levels: `sigma_sqrt` 1 / sigma^2, `cosmap` 2 / (pi (1 - 2 sigma + 2 sigma^2)).
+
+    Source: Esser et al. (arXiv 2403.03206), section 3.1; the first one under the name that diffusers' scripts gave it.
+    Below a thousandth, where their grids end, it grows no further.
+    """
+    if weighting == "sigma_sqrt":
+        return sigmas.clamp_min(1e-3) ** -2.0
+    return 2 / (math.pi * (1 - 2 * sigmas + 2 * sigmas.square()))
+
+
 def chosen_sigmas(quantiles: Tensor, values: Sequence[float]) -> Tensor:
     """Equally likely ones of `values`, by size: sigmas in [0, 1]."""
     table = torch.tensor(sorted(values), dtype=torch.float32)
@@ -94,8 +130,14 @@ def logit_normal_quantiles(sigmas: Tensor) -> Tensor:
     return torch.special.ndtr(torch.logit(sigmas.double(), eps=1e-12))
 
 
-def shift_of_size(num_patches: int) -> float:
-    """The shift that FLUX.1 uses for an image of so many patches: e^mu, mu from 0.5 at 256 to 1.15 at 4096."""
+def shift_of_size(num_patches: int, curve: ShiftCurve = "exponential") -> float:
+    """The shift for an image of so many patches.
+
+    `exponential` is FLUX.1's: e^mu, mu from 0.5 at 256 patches to 1.15 at 4096. `sqrt` is sqrt(patches) / 20, with
+    which OmniGen2 samples (`omnigen2/transport/transport.py`, its shift v2).
+    """
+    if curve == "sqrt":
+        return math.sqrt(num_patches) / 20
     return scheduler_shift({"use_dynamic_shifting": True}, num_patches)
 
 

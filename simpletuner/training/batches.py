@@ -43,7 +43,11 @@ class LatentSource(Protocol):
 
 @dataclass(frozen=True)
 class Window:
-    """The micro-batches of one optimizer step, where the data stand after it, and the epochs done before and after."""
+    """The micro-batches of one optimizer step, where the data stand after it, and the epochs done before and after.
+
+    Args:
+        num_slots: samples of the global batch of the step, those of the other processes included.
+    """
 
     step: int
     batches: list[Batch]
@@ -51,6 +55,7 @@ class Window:
     next_position: int
     epochs_before: Fraction = Fraction(0)
     epochs_after: Fraction = Fraction(0)
+    num_slots: int = 0
 
     @property
     def weight(self) -> float:
@@ -75,6 +80,7 @@ class BatchSource:
         world: this process takes its part of each global batch.
         samples_reference: one reference of each image is sampled, where it has several.
         reference_dropout: share of the dropped captions whose references are dropped too; None is the family's own.
+        weighs_by_size: an image counts as much as it has latents.
     """
 
     def __init__(
@@ -90,6 +96,7 @@ class BatchSource:
         process_group: ProcessGroup = SINGLE_PROCESS,
         samples_reference: bool = False,
         reference_dropout: float | None = None,
+        weighs_by_size: bool = False,
     ):
         self.family = family
         self.datasets = {dataset.id: dataset for dataset in datasets}
@@ -102,6 +109,7 @@ class BatchSource:
         self.process_group = process_group
         self.samples_reference = samples_reference
         self.reference_dropout = float(family.spec.drops_references) if reference_dropout is None else reference_dropout
+        self.weighs_by_size = weighs_by_size
         self._build_seconds = 0.0
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="batches")
         self._ahead: tuple[tuple[int, int, int], Future[Window]] | None = None
@@ -134,7 +142,7 @@ class BatchSource:
             slot += len(plan.sample_indices)
             epoch, position = self.sampler.after(epoch, position)
         self._build_seconds = time.perf_counter() - started
-        return Window(step, batches, epoch, position, epochs_before, self.sampler.epochs_at(epoch, position))
+        return Window(step, batches, epoch, position, epochs_before, self.sampler.epochs_at(epoch, position), slot)
 
     def own_part(self, plan: BatchPlan) -> tuple[BatchPlan, range]:
         """What this process takes of a global batch, and where in it that is.
@@ -170,7 +178,7 @@ class BatchSource:
             prompt_embeds=self.family.prompts.embeds(captions, reference_sizes(references, self.family.spec)),
             slots=slots,
             digests=[sample.digest for sample in samples],
-            loss_weights=torch.tensor(plan.loss_weights),
+            loss_weights=torch.tensor(plan.loss_weights) * (latents[0][0].numel() if self.weighs_by_size else 1),
             dataset_id=dataset.id,
             references=references,
             masks=self.masks(dataset, plan, samples, latents, step, slots),

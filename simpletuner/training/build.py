@@ -97,6 +97,7 @@ def build_batches(
         masking=config.masked_loss_probability,
         process_group=process_group,
         samples_reference=config.conditioning_multidataset_sampling == "random",
+        weighs_by_size=config.loss_balance == "pixels",
     )
 
 

@@ -217,7 +217,8 @@ def forward_micro_batch(run: Run, window: Window, micro_step: int) -> Losses:
         )
     # Dropout inside an adapter samples from the global generator.
     reseed_global(seed, "denoiser", step, micro_step, *run.session.process_group.key)
-    return compute_losses(family, denoiser, batch, noise, sample_quantiles(batch, seed, step), objective, changes)
+    quantiles = sample_quantiles(batch, seed, step, window.num_slots if objective.is_stratified else 1)
+    return compute_losses(family, denoiser, batch, noise, quantiles, objective, changes)
 
 
 def summarise(run: Run, window: Window, losses: list[Losses]) -> StepOutcome:

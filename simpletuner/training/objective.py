@@ -6,6 +6,7 @@ The eval loss never sees any of it: it stays the family's own, so that two setti
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -30,24 +31,36 @@ class SigmaSchedule:
 
     Args:
         kind: `family` is the family's own distribution.
-        scale: deviation of the normal whose sigmoid `logit_normal` is.
+        mean: of the normal whose sigmoid `logit_normal` is.
+        scale: its deviation.
         alpha: of `beta`.
         beta: of `beta`.
+        mode_scale: of `mode`.
         values: of `custom`.
         shift: moves what was drawn towards noise; None does so as the family does, 1 not at all.
         shifts_by_size: take the shift of the image's number of patches.
+        curve: how that shift grows.
+        terminal: the least noise level; what was drawn is spread over the levels from there on.
     """
 
-    kind: Literal["family", "logit_normal", "uniform", "beta", "custom"] = "family"
+    kind: Literal["family", "logit_normal", "uniform", "beta", "mode", "custom"] = "family"
     scale: float = 1.0
     alpha: float = 2.0
     beta: float = 2.0
     values: tuple[float, ...] = ()
     shift: float | None = None
     shifts_by_size: bool = False
+    mean: float = 0.0
+    mode_scale: float = 1.29
+    curve: timesteps.ShiftCurve = "exponential"
+    terminal: float = 0.0
 
     def sigmas_at(self, family: ModelFamily, quantiles: Tensor, latents: Tensor) -> Tensor:
         """(B,) quantiles in [0, 1) -> (B,) float32 sigmas."""
+        sigmas = self._shifted(family, quantiles, latents)
+        return timesteps.stretched_sigmas(sigmas, self.terminal) if self.terminal else sigmas
+
+    def _shifted(self, family: ModelFamily, quantiles: Tensor, latents: Tensor) -> Tensor:
         if self.kind == "family":
             return family.sigmas_at(quantiles, latents)
         if self.kind == "custom":
@@ -55,7 +68,7 @@ class SigmaSchedule:
         sigmas = self._generated(quantiles)
         if self.shifts_by_size:
             num_patches = latents.shape[-2] * latents.shape[-1] // family.spec.patch_size**2
-            shift = torch.tensor(timesteps.shift_of_size(num_patches))
+            shift = torch.tensor(timesteps.shift_of_size(num_patches, self.curve))
             return timesteps.shifted_sigmas(sigmas, shift.expand(len(sigmas)))
         if self.shift is not None:
             return timesteps.shifted_sigmas(sigmas, self.shift)
@@ -67,7 +80,9 @@ class SigmaSchedule:
             return timesteps.uniform_sigmas(quantiles)
         if self.kind == "beta":
             return timesteps.beta_sigmas(quantiles, self.alpha, self.beta)
-        return timesteps.logit_normal_sigmas(quantiles, std=self.scale)
+        if self.kind == "mode":
+            return timesteps.mode_sigmas(quantiles, self.mode_scale)
+        return timesteps.logit_normal_sigmas(quantiles, self.mean, self.scale)
 
 
 @dataclass(frozen=True)
@@ -92,6 +107,8 @@ class Objective:
         input_perturbation_steps: optimizer steps over which it falls to 0; 0 keeps it.
         schedule: noise levels.
         bias: some of them more often.
+        is_stratified: the images of an optimizer step share the noise levels out among them.
+        weighting: of noise levels, as SD3's scripts have it.
     """
 
     loss: Loss = field(default_factory=L2)
@@ -102,6 +119,8 @@ class Objective:
     input_perturbation_steps: int = 0
     schedule: SigmaSchedule = SigmaSchedule()
     bias: TimestepBias | None = None
+    is_stratified: bool = False
+    weighting: Literal["none", "sigma_sqrt", "cosmap"] = "none"
 
     def sigmas_at(self, family: ModelFamily, quantiles: Tensor, latents: Tensor) -> Tensor:
         """(B,) quantiles in [0, 1) -> (B,) float32 sigmas."""
@@ -142,7 +161,9 @@ class Objective:
         return torch.stack(rows)
 
     def weighted(self, family: ModelFamily, per_sample: Tensor, sigmas: Tensor) -> Tensor:
-        """(B,) losses of samples, multiplied by the min-SNR weights of their noise levels where those are on."""
+        """(B,) losses of samples, multiplied by the weights of their noise levels where there are some."""
+        if self.weighting != "none":
+            per_sample = per_sample * timesteps.level_weights(sigmas, self.weighting)
         if self.snr_gamma is None:
             return per_sample
         signal, noise = family.signal_and_noise(sigmas)
@@ -163,21 +184,30 @@ def build_objective(config: TrainConfig) -> Objective:
         input_perturbation_steps=config.input_perturbation_steps,
         schedule=_schedule(config),
         bias=_bias(config),
+        is_stratified=config.timestep_stratified,
+        weighting=config.flow_loss_weighting,
     )
 
 
 def _schedule(config: TrainConfig) -> SigmaSchedule:
-    shift, by_size = config.flow_schedule_shift or None, config.flow_schedule_auto_shift
     if config.flow_custom_timesteps is not None:
         return SigmaSchedule("custom", values=config.flow_custom_timesteps)
+    shift = partial(
+        SigmaSchedule,
+        shift=config.flow_schedule_shift or None,
+        shifts_by_size=config.flow_schedule_auto_shift,
+        curve=config.flow_schedule_auto_shift_curve,
+        terminal=config.flow_schedule_terminal,
+    )
     if config.flow_use_uniform_schedule:
-        return SigmaSchedule("uniform", shift=shift, shifts_by_size=by_size)
+        return shift("uniform")
     if config.flow_use_beta_schedule:
-        alpha, beta = config.flow_beta_schedule_alpha, config.flow_beta_schedule_beta
-        return SigmaSchedule("beta", alpha=alpha, beta=beta, shift=shift, shifts_by_size=by_size)
-    if shift is None and not by_size and config.flow_sigmoid_scale == 1:
-        return SigmaSchedule()
-    return SigmaSchedule("logit_normal", config.flow_sigmoid_scale, shift=shift, shifts_by_size=by_size)
+        return shift("beta", alpha=config.flow_beta_schedule_alpha, beta=config.flow_beta_schedule_beta)
+    if config.flow_use_mode_schedule:
+        return shift("mode", mode_scale=config.flow_mode_scale)
+    mean, scale = config.flow_logit_mean, config.flow_sigmoid_scale
+    is_family = not config.flow_schedule_shift and not config.flow_schedule_auto_shift and (mean, scale) == (0, 1)
+    return shift("family") if is_family else shift("logit_normal", mean=mean, scale=scale)
 
 
 def _bias(config: TrainConfig) -> TimestepBias | None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from simpletuner.batch import Batch
+from simpletuner.data.interleave import permutation
 from simpletuner.diffusion.loss import sample_weights
 from simpletuner.models.family import ModelFamily, send
 from simpletuner.randomness import keyed_generator, keyed_uniform
@@ -45,9 +46,18 @@ def sample_noise(batch: Batch, seed: int, step: int) -> Tensor:
     return torch.stack(rows)
 
 
-def sample_quantiles(batch: Batch, seed: int, step: int) -> Tensor:
-    """(B,) uniform numbers that become sigmas, keyed like the noise."""
-    return torch.tensor([keyed_uniform(seed, "timestep", step, slot) for slot in batch.slots], dtype=torch.float64)
+def sample_quantiles(batch: Batch, seed: int, step: int, num_strata: int = 1) -> Tensor:
+    """(B,) uniform numbers that become sigmas, keyed like the noise.
+
+    Args:
+        num_strata: equal parts of [0, 1), of which each slot of the global batch gets one, in an order that is keyed by
+            the step; as many as it has samples.
+    """
+    strata = permutation(num_strata, seed, "strata", step) if num_strata > 1 else [0]
+    quantiles = [
+        (strata[slot % num_strata] + keyed_uniform(seed, "timestep", step, slot)) / num_strata for slot in batch.slots
+    ]
+    return torch.tensor(quantiles, dtype=torch.float64)
 
 
 def compute_losses(

@@ -22,6 +22,8 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "flux: shift": ("flux", {"flow_schedule_shift": 5}),
     "flux: uniform": ("flux", {"flow_use_uniform_schedule": True, "flow_schedule_auto_shift": True}),
     "flux: beta": ("flux", {"flow_use_beta_schedule": True, "flow_beta_schedule_alpha": 4}),
+    "flux: mode, terminal": ("flux", {"flow_use_mode_schedule": True, "flow_schedule_terminal": 0.1}),
+    "flux: strata, weights": ("flux", {"timestep_stratified": True, "flow_loss_weighting": "cosmap"}),
     "flux: chosen": ("flux", {"flow_custom_timesteps": "1000, 750, 500"}),
     "flux: rollouts": ("flux", ROLLOUTS | {"scheduled_sampling_sampler": "dpm"}),
 }

@@ -111,6 +111,7 @@ def translate(document: YamlDocument) -> Translation:
         "cache_dir": f"experiments/{name}/cache",
         "seed": keys.take("seed", int, 0),
         "resume_from_checkpoint": keys.take("resume_from_checkpoint", str, "none"),
+        "loss_balance": "pixels",  # the original divides a sum over latents by their number
     }
     sizes = _data(keys, config)
     _model(keys, config, notes)
@@ -188,19 +189,24 @@ def _model(keys: Keys, config: dict[str, Any], notes: list[str]) -> None:
 
 def _transport(keys: Keys, config: dict[str, Any], max_output_pixels: int) -> None:
     kind = keys.take("transport.snr_type", str, "lognorm")
-    if kind != "lognorm":
-        keys.refuse("transport.snr_type", f'"{kind}" is not built for these files', "lognorm")
+    if kind == "stratified_uniform":
+        config |= {"flow_use_uniform_schedule": True, "timestep_stratified": True}
+    elif kind != "lognorm":
+        keys.refuse("transport.snr_type", f'"{kind}" cannot be trained with', "lognorm, stratified_uniform")
     version = keys.take("transport.time_shift_version", str, "v1")
-    if version != "v1":
-        keys.refuse("transport.time_shift_version", f'"{version}" is not built', "v1")
+    if version not in ("v1", "v2"):
+        keys.refuse("transport.time_shift_version", f'"{version}" is no shift', "v1, v2")
     is_shifted = keys.take("transport.do_shift", bool, False)
     is_dynamic = keys.take("transport.dynamic_time_shift", bool, False)
     if not is_shifted:
         config["flow_schedule_shift"] = 1.0
+    elif is_dynamic and version == "v2":
+        config |= {"flow_schedule_auto_shift": True, "flow_schedule_auto_shift_curve": "sqrt"}
     elif not is_dynamic:
-        # One shift for all images, that of the largest: exp(mu), mu linear in the number of patches.
+        # One shift for all images, that of the largest: exp(mu), mu linear in the number of patches, or their root.
         tokens = max_output_pixels // 256
-        config["flow_schedule_shift"] = round(math.exp(0.5 + (1.15 - 0.5) * (tokens - 256) / (4096 - 256)), 6)
+        mu = 0.5 + (1.15 - 0.5) * (tokens - 256) / (4096 - 256)
+        config["flow_schedule_shift"] = round(math.sqrt(tokens) / 20 if version == "v2" else math.exp(mu), 6)
 
 
 def _training(keys: Keys, config: dict[str, Any]) -> None:

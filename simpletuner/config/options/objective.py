@@ -53,6 +53,16 @@ class ObjectiveOptions(OptionGroup):
     input_perturbation_steps: Int = option(
         0, help="Steps over which `input_perturbation` falls to 0; 0 keeps it.", unit="optimizer steps", ge=0
     )
+    loss_balance: Literal["images", "pixels"] = option(
+        "images",
+        help="What an image counts in the loss of a step: `images` all the same, `pixels` as much as it has pixels, so "
+        "that every latent counts the same.",
+    )
+    timestep_stratified: Bool = option(
+        False,
+        help="Divide the noise levels into as many equally likely parts as a step has images, in all processes "
+        "together, and give each image one of them: the loss and its gradient vary less.",
+    )
     timestep_bias_strategy: Literal["none", "earlier", "later", "range"] = option(
         "none",
         help="Train some noise levels more often: the `earlier` (little noise) or `later` (much noise) "
@@ -72,13 +82,32 @@ class ObjectiveOptions(OptionGroup):
         le=100,
     )
     flow_schedule_auto_shift: Bool = option(
-        False, help="For flow families: choose the shift by the size of the image, as FLUX.1 does."
+        False, help="For flow families: choose the shift by the size of the image, as `flow_schedule_auto_shift_curve`."
+    )
+    flow_schedule_auto_shift_curve: Literal["exponential", "sqrt"] = option(
+        "exponential",
+        help="How the shift of `flow_schedule_auto_shift` grows with the tokens of the image: `exponential` is "
+        "FLUX.1's, e^0.5 at 256 and e^1.15 at 4096; `sqrt` is the root of their number divided by 20.",
+    )
+    flow_schedule_terminal: Float = option(
+        0.0,
+        help="For flow families: the least noise level. The others are spread over the rest, after any shift, as "
+        "schedulers with `shift_terminal` do when sampling.",
+        ge=0,
+        lt=1,
     )
     flow_sigmoid_scale: Float = option(
         1.0,
         help="For flow families: spread of the logit-normal noise levels; larger ones reach further out.",
         gt=0,
         le=100,
+    )
+    flow_logit_mean: Float = option(
+        0.0,
+        help="For flow families: mean of the normal whose sigmoid the logit-normal noise levels are; above 0 is more "
+        "noise.",
+        ge=-10,
+        le=10,
     )
     flow_use_uniform_schedule: Bool = option(
         False, help="For flow families: draw all noise levels equally often, in place of logit-normal ones."
@@ -91,6 +120,22 @@ class ObjectiveOptions(OptionGroup):
     )
     flow_beta_schedule_beta: Float = option(
         2.0, help="Of `flow_use_beta_schedule`: larger means less noise.", ge=0.5, le=100
+    )
+    flow_use_mode_schedule: Bool = option(
+        False,
+        help="For flow families: draw noise levels by SD3's mode sampling with heavy tails, in place of logit-normal "
+        "ones.",
+    )
+    flow_mode_scale: Float = option(
+        1.29,
+        help="Of `flow_use_mode_schedule`: above 0 prefers levels in the middle, below 0 those near data and noise.",
+        ge=-1,
+        le=1.75,
+    )
+    flow_loss_weighting: Literal["none", "sigma_sqrt", "cosmap"] = option(
+        "none",
+        help="For flow families: weights of noise levels. `sigma_sqrt` is 1 / sigma^2, at most a million; `cosmap` is "
+        "2 / (pi (1 - 2 sigma + 2 sigma^2)).",
     )
     flow_custom_timesteps: Annotated[tuple[float, ...], BeforeValidator(read_sigmas)] | None = option(
         None,

@@ -90,15 +90,22 @@ OMNIGEN = FamilySpec(
         "validation_num_inference_steps": 30,
         "validation_resolution": "1024x1024",
     },
-    ignored_options={"flow_schedule_shift": _OWN_TIMES, "flow_schedule_auto_shift": _OWN_TIMES},
+    ignored_options={
+        "flow_schedule_shift": _OWN_TIMES,
+        "flow_schedule_auto_shift": _OWN_TIMES,
+        "flow_schedule_auto_shift_curve": _OWN_TIMES,
+    },
     unusable_options={
         "reference_dropout_probability": (
             (None, 1, 1.0),
             "OmniGen reads references through its caption, so that a dropped one has none",
         ),
         "flow_sigmoid_scale": ((None, 1, 1.0), _OWN_TIMES),
+        "flow_logit_mean": ((None, 0, 0.0), _OWN_TIMES),
+        "flow_schedule_terminal": ((None, 0, 0.0), _OWN_TIMES),
         "flow_use_uniform_schedule": ((None, False), _OWN_TIMES),
         "flow_use_beta_schedule": ((None, False), _OWN_TIMES),
+        "flow_use_mode_schedule": ((None, False), _OWN_TIMES),
         "flow_custom_timesteps": ((None, ""), _OWN_TIMES),
         "validation_noise_scheduler": (
             (None, ""),

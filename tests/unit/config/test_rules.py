@@ -97,6 +97,15 @@ def test_the_sound_configuration_breaks_no_rule(workspace: Workspace) -> None:
             "flow_use_uniform_schedule chooses",
         ),
         ({"flow_beta_schedule_alpha": 3}, "flow_beta_schedule_alpha", "has no use without"),
+        ({"flow_mode_scale": 1}, "flow_mode_scale", "has no use without flow_use_mode_schedule"),
+        (
+            {"flow_schedule_auto_shift_curve": "sqrt"},
+            "flow_schedule_auto_shift_curve",
+            "has no use without flow_schedule_auto_shift",
+        ),
+        ({"flow_use_mode_schedule": True, "flow_logit_mean": 1}, "flow_logit_mean", "has no use"),
+        ({"flow_custom_timesteps": "0.5", "flow_schedule_terminal": 0.1}, "flow_schedule_terminal", "as they are"),
+        ({"flow_schedule_terminal": 1}, "flow_schedule_terminal", "< 1"),
         (
             {"flow_custom_timesteps": "0.5", "flow_schedule_auto_shift": True},
             "flow_schedule_auto_shift",
@@ -326,7 +335,16 @@ def test_an_optimizer_that_looks_at_whole_weights_gets_no_parts(workspace: Works
     workspace.load_written()
 
 
-@pytest.mark.parametrize(("key", "value"), [("flow_sigmoid_scale", 2), ("flow_use_beta_schedule", True)])
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("flow_sigmoid_scale", 2),
+        ("flow_logit_mean", 0.5),
+        ("flow_schedule_terminal", 0.02),
+        ("flow_use_beta_schedule", True),
+        ("flow_use_mode_schedule", True),
+    ],
+)
 def test_a_family_whose_levels_are_fixed_refuses_others_by_name(workspace: Workspace, key: str, value: object) -> None:
     workspace.config |= {"model_family": "omnigen", key: value}
     found = [problem for problem in workspace.fails_written().problems if problem.key == key]
@@ -342,6 +360,8 @@ def test_a_family_whose_levels_are_fixed_refuses_others_by_name(workspace: Works
         ("sdxl", "flow_use_beta_schedule", True, "Stable Diffusion XL is no flow model"),
         ("sdxl", "flow_beta_schedule_alpha", 4.0, "Stable Diffusion XL is no flow model"),
         ("sdxl", "flow_custom_timesteps", "0.5,1", "Stable Diffusion XL is no flow model"),
+        ("sdxl", "flow_schedule_terminal", 0.02, "Stable Diffusion XL is no flow model"),
+        ("sdxl", "flow_loss_weighting", "cosmap", "Stable Diffusion XL is no flow model"),
     ],
 )
 def test_noise_levels_that_a_family_has_no_use_for_are_ignored_with_a_warning(
@@ -430,3 +450,10 @@ def test_ids_and_nicknames_stay_in_their_folder_and_on_their_line(workspace: Wor
     prompts, faults = read_prompt_library(parse_json(json.dumps({name: "a prompt"}), "library.json"))
     assert prompts == {}
     assert "cannot name a file" in faults[0].message
+
+
+@pytest.mark.parametrize(("batch_size", "warns"), [(1, True), (2, False)])
+def test_strata_of_a_single_image_have_no_effect(workspace: Workspace, batch_size: int, warns: bool) -> None:
+    workspace.config |= {"timestep_stratified": True, "num_processes": 1, "train_batch_size": batch_size}
+    lines = [line for line in workspace.load_written().warnings if "timestep_stratified" in line]
+    assert any("a step has one image" in line for line in lines) is warns

@@ -12,10 +12,13 @@ from simpletuner.diffusion.timesteps import (
     biased_quantiles,
     chosen_sigmas,
     fixed_quantiles,
+    level_weights,
     logit_normal_quantiles,
     logit_normal_sigmas,
+    mode_sigmas,
     shift_of_size,
     shifted_sigmas,
+    stretched_sigmas,
     uniform_sigmas,
 )
 
@@ -51,6 +54,55 @@ def test_a_shift_of_three_moves_the_middle_to_three_quarters() -> None:
 def test_the_shift_of_a_size_is_that_of_flux() -> None:
     # mu is 0.5 at 256 tokens and 1.15 at 4096; in the middle, at 2176, 0.825.
     assert [shift_of_size(n) for n in (256, 2176, 4096)] == pytest.approx([math.exp(m) for m in (0.5, 0.825, 1.15)])
+
+
+def test_the_shift_that_grows_with_the_root_is_the_root_divided_by_twenty() -> None:
+    assert [shift_of_size(n, "sqrt") for n in (400, 1024, 4096)] == pytest.approx([1.0, 1.6, 3.2])
+
+
+def test_a_stretch_leaves_noise_and_moves_the_least_level_to_its_end() -> None:
+    sigmas = stretched_sigmas(torch.tensor([0.0, 0.5, 1.0]), 0.02)
+    assert sigmas.tolist() == pytest.approx([0.02, 0.51, 1.0])
+
+
+def test_a_stretched_grid_is_that_of_diffusers_but_for_its_last_sigma() -> None:
+    """Their grid of 1000 ends at a thousandth, shifted; ours at 0: no level differs by more than that."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    scheduler = FlowMatchEulerDiscreteScheduler(
+        use_dynamic_shifting=True, shift_terminal=0.02, base_shift=0.5, max_shift=0.9, max_image_seq_len=8192
+    )
+    scheduler.set_timesteps(sigmas=torch.linspace(1, 1e-3, 1000).tolist(), mu=0.5)
+    ours = stretched_sigmas(shifted_sigmas(torch.linspace(1, 1e-3, 1000), math.exp(0.5)), 0.02)
+    torch.testing.assert_close(scheduler.sigmas[:-1], ours, rtol=0, atol=math.exp(0.5) * 1e-3)
+
+
+def test_mode_sampling_by_hand() -> None:
+    """At a quarter cos^2 is (2 + sqrt(2)) / 4 = 0.853553; with a scale of 1 that adds 0.103553. 0 is uniform."""
+    quarters = torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0], dtype=torch.float64)
+    assert mode_sigmas(quarters, 1.0).tolist() == pytest.approx([0, 0.353553, 0.5, 0.646447, 1], abs=1e-6)
+    assert mode_sigmas(quarters, 0.0).tolist() == pytest.approx(quarters.tolist(), abs=1e-7)
+    assert (mode_sigmas(QUANTILES, 1.29).diff() > 0).all()
+
+
+def test_mode_sampling_has_the_distribution_of_diffusers() -> None:
+    from diffusers.training_utils import compute_density_for_timestep_sampling
+
+    torch.manual_seed(0)
+    theirs = 1 - compute_density_for_timestep_sampling("mode", 200_000, mode_scale=1.29)  # counts from noise
+    ours = mode_sigmas(QUANTILES, 1.29)
+    torch.testing.assert_close(theirs.double().quantile(QUANTILES).float(), ours, rtol=0, atol=0.006)
+
+
+@pytest.mark.parametrize("name", ["sigma_sqrt", "cosmap"])
+def test_weights_of_levels_are_those_of_diffusers(name: str) -> None:
+    from diffusers.training_utils import compute_loss_weighting_for_sd3
+
+    sigmas = torch.tensor([0.001, 0.25, 0.5, 1.0])
+    torch.testing.assert_close(level_weights(sigmas, name), compute_loss_weighting_for_sd3(name, sigmas))
+    by_hand = {"sigma_sqrt": [16.0, 4.0, 1.0], "cosmap": [1.018592, 1.273240, 0.636620]}
+    assert level_weights(sigmas, name)[1:].tolist() == pytest.approx(by_hand[name], abs=1e-5)
+    assert level_weights(torch.zeros(1), "sigma_sqrt").item() == pytest.approx(1e6, rel=1e-5)
 
 
 def test_chosen_levels_come_equally_often() -> None:

@@ -93,6 +93,26 @@ def test_the_slots_of_a_later_batch_follow_those_of_all_processes():
     assert [list(batch.slots) for batch in window.batches] == [[1], [3]]
 
 
+def test_a_window_knows_how_many_samples_all_processes_have_in_it():
+    """Five images in global batches of 4: the second one of an epoch has a single image."""
+    source = source_of(ToyDataset(FIVE), size=2, process_group=ProcessGroup(1, 2), accumulation=2)
+    assert source.build_window(0, 0, 0).num_slots == 5
+    assert source_of(ToyDataset(FIVE), accumulation=2).build_window(0, 0, 0).num_slots == 4
+
+
+def test_an_image_counts_as_much_as_it_has_latents_where_that_is_asked():
+    class Sizes(ToySource):
+        def latents(self, samples):
+            return [torch.zeros(2, 3, 4) for _ in samples]
+
+    for weighs_by_size, weight in ((True, 12), (False, 1)):
+        source = source_of(ToyDataset(FIVE), weighs_by_size=weighs_by_size)
+        source.sources = {"toy": Sizes(FIVE)} | {key: Sizes(FIVE) for key in source.sources}
+        window = source.build_window(0, 0, 0)
+        assert window.batches[0].loss_weights.tolist() == [weight, weight]
+        assert (window.weight, window.num_samples) == (2 * weight, 2)
+
+
 def test_captions_are_dropped_by_step_and_by_slot_as_often_as_asked():
     source = source_of(ToyDataset(FIVE), dropout=0.3)
     by_step = [source.drops_caption(step, 0) for step in range(1000)]

@@ -141,6 +141,13 @@ def test_a_bias_covers_the_portion_that_is_written(tmp_path, options, expected) 
             SigmaSchedule("beta", alpha=3.0, beta=1.5),
         ),
         ({"flow_sigmoid_scale": 0.5}, SigmaSchedule("logit_normal", 0.5)),
+        ({"flow_logit_mean": -0.5}, SigmaSchedule("logit_normal", mean=-0.5)),
+        ({"flow_use_mode_schedule": True, "flow_mode_scale": 0.5}, SigmaSchedule("mode", mode_scale=0.5)),
+        ({"flow_schedule_terminal": 0.02}, SigmaSchedule("family", terminal=0.02)),
+        (
+            {"flow_schedule_auto_shift": True, "flow_schedule_auto_shift_curve": "sqrt"},
+            SigmaSchedule("logit_normal", shifts_by_size=True, curve="sqrt"),
+        ),
         ({"flow_custom_timesteps": "0.5,1"}, SigmaSchedule("custom", values=(0.5, 1.0))),
         ({"flow_custom_timesteps": "250,500"}, SigmaSchedule("custom", values=(0.25, 0.5))),
         ({}, SigmaSchedule()),
@@ -162,9 +169,12 @@ def test_every_other_setting_is_read(tmp_path) -> None:
         "noise_offset_probability": 0.75,
         "input_perturbation": 0.125,
         "input_perturbation_steps": 9,
+        "timestep_stratified": True,
+        "flow_loss_weighting": "cosmap",
     }
     found = build_objective(plain.model_copy(update=written))
-    assert found == Objective(Huber("exponential", 0.25), 5.0, 0.5, 0.75, 0.125, 9)
+    expected = Objective(Huber("exponential", 0.25), 5.0, 0.5, 0.75, 0.125, 9, is_stratified=True, weighting="cosmap")
+    assert found == expected
     off = {"offset_noise": False, "noise_offset": 0.5, "snr_gamma": 0.0}
     assert build_objective(plain.model_copy(update=off)).noise_offset == 0
     assert build_objective(plain.model_copy(update=off)).snr_gamma is None
@@ -181,6 +191,35 @@ def test_the_deviation_of_a_logit_normal_schedule_is_its_scale() -> None:
     schedule = SigmaSchedule("logit_normal", 0.5, shift=1.0)
     sigma = schedule.sigmas_at(ToyFamily(), torch.tensor([0.841344746]), torch.zeros(1, 2, 1, 1)).item()
     assert sigma == pytest.approx(1 / (1 + 2.718281828**-0.5), abs=1e-5)
+
+
+def test_the_mean_of_a_logit_normal_schedule_is_the_logit_of_its_middle() -> None:
+    """The middle is sigmoid(1) = 0.731059: a mean above 0 is more noise."""
+    schedule = SigmaSchedule("logit_normal", mean=1.0, shift=1.0)
+    half = torch.tensor([0.5], dtype=torch.float64)
+    assert schedule.sigmas_at(ToyFamily(), half, torch.zeros(1, 2, 1, 1)).item() == pytest.approx(0.731059, abs=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["family", "uniform"])
+def test_a_terminal_is_the_least_level_after_any_shift(kind) -> None:
+    """Of a shift of 3, 0.5 becomes 0.75; spread over what is above 0.2 that is 1 - 0.25 * 0.8 = 0.8."""
+    half, latents = torch.tensor([0.5], dtype=torch.float64), torch.zeros(1, 2, 1, 1)
+    assert SigmaSchedule(kind, terminal=0.2).sigmas_at(ToyFamily(), half, latents).item() == pytest.approx(0.6)
+    schedule = SigmaSchedule("uniform", shift=3.0, terminal=0.2)
+    assert schedule.sigmas_at(ToyFamily(), half, latents).item() == pytest.approx(0.8)
+
+
+def test_the_shift_by_size_follows_the_chosen_curve(family: OmniGen) -> None:
+    """80 x 80 latents are 1600 tokens, whose root divided by 20 is 2: the middle becomes 2/3."""
+    schedule = SigmaSchedule("uniform", shifts_by_size=True, curve="sqrt")
+    sigma = schedule.sigmas_at(family, torch.tensor([0.5]), torch.zeros(1, 4, 80, 80)).item()
+    assert sigma == pytest.approx(2 / 3, abs=1e-6)
+
+
+def test_losses_are_multiplied_by_the_weights_of_their_levels() -> None:
+    losses, sigmas = torch.tensor([2.0, 2.0]), torch.tensor([0.5, 1.0])
+    weighted = Objective(weighting="sigma_sqrt").weighted(ToyFamily(), losses, sigmas)
+    assert weighted.tolist() == [8, 2]
 
 
 def test_errors_and_weights_of_levels_by_hand() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -54,6 +55,26 @@ def test_noise_and_quantiles_differ_by_seed_and_by_step(family, seed_and_step):
     batch = batch_of(family, [0, 1])
     assert not torch.equal(sample_noise(batch, 1, 5), sample_noise(batch, *seed_and_step))
     assert not torch.equal(sample_quantiles(batch, 1, 5), sample_quantiles(batch, *seed_and_step))
+
+
+def test_each_slot_of_a_global_batch_gets_another_part_of_the_levels(family):
+    """Eight slots, taken two at a time as micro-batches and processes take them: one quantile in each eighth."""
+    parts = [batch_of(family, [0, 1])] * 4
+    for step in range(3):
+        quantiles = [
+            sample_quantiles(replace(part, slots=[2 * place, 2 * place + 1]), 1, step, num_strata=8)
+            for place, part in enumerate(parts)
+        ]
+        assert sorted((torch.cat(quantiles) * 8).long().tolist()) == list(range(8))
+    orders = [(sample_quantiles(replace(parts[0], slots=range(8)), 1, s, 8) * 8).long().tolist() for s in range(4)]
+    assert len({tuple(order) for order in orders}) > 1
+
+
+def test_one_stratum_is_a_plain_draw(family):
+    batch = batch_of(family, [0, 1])
+    assert torch.equal(sample_quantiles(batch, 1, 5, num_strata=1), sample_quantiles(batch, 1, 5))
+    within = sample_quantiles(batch, 1, 5, num_strata=2) * 2 % 1
+    torch.testing.assert_close(within, sample_quantiles(batch, 1, 5))
 
 
 def test_two_micro_batches_give_the_losses_and_gradients_of_one_batch(family):

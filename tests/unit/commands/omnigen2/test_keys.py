@@ -34,6 +34,7 @@ def test_the_shipped_lora_options_become_these() -> None:
         "cache_dir": "experiments/ft_lora/cache",
         "seed": 2233,
         "resume_from_checkpoint": "latest",
+        "loss_balance": "pixels",
         "caption_dropout_probability": 0.0001,
         "reference_dropout_probability": 0.5,
         "pretrained_model_name_or_path": "OmniGen2/OmniGen2",
@@ -93,12 +94,21 @@ def test_a_small_number_is_a_number(tmp_path: Path) -> None:
         ("{do_shift: true, dynamic_time_shift: true}", None),
         ("{do_shift: false}", 1.0),
         ("{do_shift: true, dynamic_time_shift: false}", math.exp(1.15)),  # 1048576 pixels are 4096 tokens
+        ("{do_shift: true, dynamic_time_shift: false, time_shift_version: v2}", 3.2),
+        ("{do_shift: true, dynamic_time_shift: true, time_shift_version: v2}", None),
     ],
 )
 def test_the_shift_of_times(tmp_path: Path, transport: str, shift: float | None) -> None:
     text = MINIMAL.replace("transport: {do_shift: true, dynamic_time_shift: true}", f"transport: {transport}")
     found = translated(tmp_path, text).config.get("flow_schedule_shift")
     assert found == (None if shift is None else pytest.approx(shift, abs=1e-5))
+
+
+def test_stratified_times_and_the_second_shift_are_options_here(tmp_path: Path) -> None:
+    text = "snr_type: stratified_uniform, time_shift_version: v2, do_shift: true"
+    config = translated(tmp_path, MINIMAL.replace("do_shift: true", text)).config
+    assert (config["flow_use_uniform_schedule"], config["timestep_stratified"]) == (True, True)
+    assert (config["flow_schedule_auto_shift"], config["flow_schedule_auto_shift_curve"]) == (True, "sqrt")
 
 
 def test_a_cosine_ends_with_the_run(tmp_path: Path) -> None:
@@ -118,8 +128,8 @@ def test_a_cosine_ends_with_the_run(tmp_path: Path) -> None:
             ["train.batch_sise: there is no such key", "did you mean train.batch_size?"],
         ),
         ("batch_size: 2", "batch_size: two", ['"two" cannot be used', "a whole number", "options.yml:5"]),
-        ("do_shift: true", "snr_type: stratified_uniform, do_shift: true", ['"stratified_uniform" is not built']),
-        ("do_shift: true", "time_shift_version: v2, do_shift: true", ['"v2" is not built']),
+        ("do_shift: true", "snr_type: zero, do_shift: true", ['"zero" cannot be trained with', "stratified_uniform"]),
+        ("do_shift: true", "time_shift_version: v3, do_shift: true", ['"v3" is no shift', "v1, v2"]),
         ("data_path: mix.yml", "data_path: mix.yml, use_chat_template: false", ["chat template"]),
         ("data_path: mix.yml", "data_path: mix.yml, maximum_text_tokens: 512", ["512 cannot be set", "888"]),
         ("1e-18", "1e-5", ["a warm-up begins at 0"]),
