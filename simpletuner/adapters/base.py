@@ -114,6 +114,10 @@ class Adapter(ABC):
         """The trained parameters, detached, sharing memory with the live ones."""
         return {name: parameter.detach() for name, parameter in self.trainable_parameters().items()}
 
+    def state_to_save(self) -> dict[str, Tensor]:
+        """`state_dict`, and what else this process holds a part of: all that `save` needs of a spread denoiser."""
+        return self.state_dict()
+
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Copy `state` into the live parameters, bit for bit where the dtype is the same.
 

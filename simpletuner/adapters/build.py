@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,8 @@ def build_adapter(
     lycoris_file: str | None = None,
     lora: LoraSettings | None = None,
     init_file: Path | None = None,
+    modules: Sequence[str] = (),
+    low_modules: Sequence[str] = (),
 ) -> Adapter:
     """Attach what the configuration asks for to a frozen denoiser.
 
@@ -40,13 +42,15 @@ def build_adapter(
         lycoris_file: its path, for messages.
         lora: needed for lora_type standard.
         init_file: an adapter file to start from.
+        modules: of full fine-tuning: parts of the names of the weights that train.
+        low_modules: likewise, at half the rate.
 
     Raises:
         ConfigError: a combination that cannot be trained.
         DataError: the file to start from does not fit.
     """
     if model_type == "full":
-        return FullAdapter(denoiser, spec)
+        return FullAdapter(denoiser, spec, modules, low_modules)
     if model_type != "lora":
         raise ConfigError(Problem(f'"{model_type}" cannot be trained', key="model_type", allowed="lora, full"))
     # Read while the layers still have the names and classes that files know.

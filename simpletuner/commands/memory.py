@@ -77,6 +77,7 @@ def read_shapes(loaded: LoadedRun, family: ModelFamily, load: Load, embeds: Sequ
     with torch.device("meta"):
         trained = attach_adapter(loaded, empty, denoiser).trainable_parameters()
     is_full = config.model_type == "full"
+    untrained = num_bytes(parameter for parameter in denoiser.parameters() if not parameter.requires_grad)
     trained_bytes = num_bytes(trained.values())
 
     def make_optimizer(tried: dict[str, nn.Parameter]) -> torch.optim.Optimizer:
@@ -87,9 +88,9 @@ def read_shapes(loaded: LoadedRun, family: ModelFamily, load: Load, embeds: Sequ
         parameter.data = parameter.data.to(computes_in)
     empty.dtype = computes_in
     activations = measure_activations(empty, denoiser, load.height, load.width, embeds, load.references)
-    return Shapes(
-        count, 0 if is_full else frozen, dict(trained), trained_bytes, swapped, activations, optimizer, update
-    )
+    if is_full:
+        frozen = untrained
+    return Shapes(count, frozen, dict(trained), trained_bytes, swapped, activations, optimizer, update)
 
 
 def memory_rows(

@@ -8,6 +8,8 @@ from typing import Any
 from simpletuner.config.draft import Draft
 from simpletuner.config.lora import unknown_targets
 from simpletuner.config.lycoris_algorithms import algorithms_in, useless_settings
+from simpletuner.config.optimizers import OPTIMIZERS
+from simpletuner.config.trained_parts import LOW_MODULES, MODULES
 from simpletuner.errors import Problem
 
 # Starts that are a part of the base's weights, so that neither a file nor a magnitude of its own can stand beside them.
@@ -50,6 +52,23 @@ def lora_start_is_one(draft: Draft) -> Iterator[Problem]:
         yield draft.problem(f"{init} and init_lora are both a start", "lora_init_type", allowed, "remove one of them")
     if init == "orthogonal" and config.lora_rank % 2:
         yield draft.problem(f"{config.lora_rank} is odd, and lora_init_type orthogonal needs an even rank", "lora_rank")
+
+
+def parts_of_the_model_are_trained_whole(draft: Draft) -> Iterator[Problem]:
+    config = draft.config
+    for key in (MODULES, LOW_MODULES):
+        if not getattr(config, key):
+            continue
+        if config.model_type != "full":
+            message = "chooses weights of the model itself, and model_type is lora"
+            yield draft.problem(message, key, fix="remove the key (lora_target chooses layers of an adapter)")
+        if config.deepspeed_config:
+            message = "chooses some of the weights, and deepspeed_config spreads all"
+            yield draft.problem(message, key, fix="use fsdp_enable in place of deepspeed_config, or remove the key")
+    row = OPTIMIZERS.get(config.optimizer)
+    if config.trainable_modules_low_learning_rate and row and (row.tunes_lr or row.matrix_only):
+        message = f"{config.optimizer} has one learning rate for all weights"
+        yield draft.problem(message, LOW_MODULES, fix="use adamw_bf16, or remove the key")
 
 
 def joined_magnitudes_have_their_base(draft: Draft) -> Iterator[Problem]:
@@ -122,5 +141,6 @@ ADAPTER_RULES = (
     lora_start_is_one,
     joined_magnitudes_have_their_base,
     weights_that_are_read_are_plain,
+    parts_of_the_model_are_trained_whole,
 )
 ADAPTER_NOTICES = (adapter_keys_have_a_use, lycoris_settings_have_a_use, decomposed_files_have_few_readers)

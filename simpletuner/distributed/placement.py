@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -134,16 +134,17 @@ class Sharded(Placement):
     by itself works.
 
     Args:
-        spread: `DTensor` parameters by name.
+        spread: `DTensor` parameters by name, frozen ones too.
+        trained: names of those that train.
     """
 
     is_spread = True
 
-    def __init__(self, spread: Mapping[str, nn.Parameter], process_group: ProcessGroup):
+    def __init__(self, spread: Mapping[str, nn.Parameter], process_group: ProcessGroup, trained: Collection[str]):
         self.spread: dict[str, Any] = dict(spread)
-        super().__init__(
-            {name: nn.Parameter(each.to_local().detach()) for name, each in self.spread.items()}, process_group
-        )
+        local = {name: each.to_local().detach() for name, each in self.spread.items()}
+        super().__init__({name: nn.Parameter(local[name]) for name in local if name in trained}, process_group)
+        self.frozen = {name: tensor for name, tensor in local.items() if name not in trained}
         mesh = next(iter(self.spread.values())).device_mesh
         self.num_copies = mesh.size(0) if mesh.ndim == 2 else 1
 
@@ -166,7 +167,7 @@ class Sharded(Placement):
         gathered = {}
         for key, tensor in tensors.items():
             name = key.partition(STATE_SEPARATOR)[0]
-            if tensor.shape != self.parameters[name].shape:
+            if tensor.shape != self.spread[name].to_local().shape:
                 gathered[key] = tensor
                 continue
             full = self._like(name, tensor).full_tensor()
@@ -188,7 +189,7 @@ class Sharded(Placement):
         return parts
 
     def shapes(self) -> dict[str, list[int]]:
-        return {name: list(parameter.shape) for name, parameter in self.spread.items()}
+        return {name: list(self.spread[name].shape) for name in self.parameters}
 
     def check(self, when: str) -> None:
         """Nothing: no weight is held twice within a copy, and copies get one and the same sum of gradients."""

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from simpletuner.config.optimizer_rules import OWN_OPTIONS
 from simpletuner.config.optimizers import OPTIMIZERS, OptimizerRow
+from simpletuner.config.trained_parts import LOW_RATE, rates_of
 from simpletuner.errors import ConfigError, MissingDependency, Problem
 from simpletuner.hardware import missing_compiler
 from simpletuner.precision.mixed import forget_casts
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
     from simpletuner.config.options.optimizer import OptimizerOptions
 
+# Key of a parameter group: what the learning rate is multiplied by.
+RATE = "rate"
 # Large enough for optimizers that keep the state of small weights in full precision.
 TRIED_SHAPE = (128, 64)
 
@@ -46,7 +49,7 @@ def build_optimizer(
         _require_compiler(name, next(iter(parameters.values())).device)
     module, _, class_name = row.target.partition(":")
     optimizer_class = getattr(importlib.import_module(module), class_name)
-    groups: Any = _matrices_apart(parameters) if row.matrix_only else list(parameters.values())
+    groups: Any = _matrices_apart(parameters) if row.matrix_only else _by_rate(parameters, options)
     try:
         optimizer = optimizer_class(groups, **arguments)
     except (TypeError, ValueError) as error:
@@ -92,10 +95,11 @@ def get_row(name: str) -> OptimizerRow:
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
     """Set the rate of the next step; torchao keeps it in a tensor, so that its compiled step is not compiled again."""
     for group in optimizer.param_groups:
+        rate = learning_rate * group.get(RATE, 1.0)
         if isinstance(group["lr"], Tensor):
-            group["lr"].fill_(learning_rate)
+            group["lr"].fill_(rate)
         else:
-            group["lr"] = learning_rate
+            group["lr"] = rate
 
 
 def keeps_averages(optimizer: torch.optim.Optimizer) -> bool:
@@ -151,6 +155,18 @@ def _refused(key: str, name: str, row: OptimizerRow) -> Problem:
     if key in OWN_OPTIONS:
         return Problem(f"{key} has an option of its own", key="optimizer_config", fix=f"use {OWN_OPTIONS[key]}")
     return Problem(f"{name} takes no {key}", key="optimizer_config", allowed=", ".join(sorted(row.arguments)))
+
+
+def _by_rate(parameters: Mapping[str, nn.Parameter], options: OptimizerOptions) -> list[Any]:
+    """The parameters; in two groups where some of them train at a lower rate."""
+    if not options.trainable_modules_low_learning_rate:
+        return list(parameters.values())
+    rates = rates_of(parameters, options.trainable_modules, options.trainable_modules_low_learning_rate)
+    groups = [
+        {"params": [parameters[name] for name in parameters if rates.get(name, 1.0) == rate], RATE: rate}
+        for rate in (1.0, LOW_RATE)
+    ]
+    return [group for group in groups if group["params"]]
 
 
 def _matrices_apart(parameters: Mapping[str, nn.Parameter]) -> list[dict[str, Any]]:

@@ -45,7 +45,19 @@ def attach_adapter(loaded: LoadedRun, family: ModelFamily, denoiser: nn.Module) 
         lycoris_file=str(loaded.lycoris_file) if loaded.lycoris_file else None,
         lora=lora_settings(config),
         init_file=config.init_lora,
+        modules=config.trainable_modules,
+        low_modules=config.trainable_modules_low_learning_rate,
     )
+
+
+def require_trained_parts(loaded: LoadedRun, family: ModelFamily) -> None:
+    """Look for the weights that `trainable_modules` names, by shapes alone, before anything is read or encoded.
+
+    Raises:
+        ConfigError: a text that is in no weight's name.
+    """
+    if loaded.config.trainable_modules or loaded.config.trainable_modules_low_learning_rate:
+        attach_adapter(loaded, family, family.empty_denoiser())
 
 
 def build_sampler(

@@ -358,7 +358,7 @@ def checkpoint_content(run: Run) -> CheckpointContent:
     weights, averages = None, keeps_averages(run.model.optimizer)
     if placement.is_spread or averages:
         with averaged_weights(run.model.optimizer):
-            live = run.model.adapter.state_dict().items()
+            live = run.model.adapter.state_to_save().items()
             weights = placement.whole({name: tensor.clone() if averages else tensor for name, tensor in live})
     return CheckpointContent(
         weights=weights,
@@ -378,7 +378,8 @@ def write_checkpoint(run: Run, folder: Path, content: CheckpointContent) -> None
     storage.save_tensors(folder / OPTIMIZER_FILE, dict(content.optimizer))
     if content.ema is not None:
         storage.save_tensors(folder / EMA_FILE, {f"{EMA_PREFIX}{name}": value for name, value in content.ema.items()})
-        run.model.adapter.save(weights_file(run.model, folder / "ema"), metadata, state=content.ema)
+        state = {**(content.weights or {}), **content.ema}
+        run.model.adapter.save(weights_file(run.model, folder / "ema"), metadata, state=state)
     storage.write_json(
         folder / STATE_FILE,
         {

@@ -115,6 +115,6 @@ def place_denoiser(
     )
     if not isinstance(adapter, FullAdapter):
         return Replicated(adapter.trainable_parameters(), process_group)
-    parts = Sharded(dict(spread_parameters(denoiser)), process_group)
-    adapter.use_parts(parts.parameters)
+    parts = Sharded(dict(spread_parameters(denoiser)), process_group, adapter.rates.keys())
+    adapter.use_parts(parts.parameters, parts.frozen)
     return parts

@@ -185,7 +185,7 @@ def whole_denoiser(model: Model, is_main: bool) -> nn.Module:
     """The denoiser; one that is spread over processes is put together in main memory, on the main process."""
     if not model.placement.is_spread:
         return model.denoiser
-    weights = model.placement.whole(model.adapter.state_dict())
+    weights = model.placement.whole(model.adapter.state_to_save())
     denoiser = model.family.empty_denoiser()
     if is_main:
         kept = {name: tensor for name, tensor in model.denoiser.state_dict().items() if name not in weights}

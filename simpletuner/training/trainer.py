@@ -44,6 +44,7 @@ from simpletuner.training.build import (
     build_lr_factor,
     build_sampler,
     build_validator,
+    require_trained_parts,
 )
 from simpletuner.training.checkpoint import Checkpoints, load_checkpoint, read_state
 from simpletuner.training.device_failures import explain
@@ -169,6 +170,7 @@ def build_run(
     require_device(config.base_model_precision, family.device, family.dtype)
     trained_dtype = weight_dtype(config) if config.model_type == "full" else adapter_dtype(config)
     require_optimizer(config, family.device, trained_dtype)
+    require_trained_parts(loaded, family)
     datasets, sources = prepare_data(loaded, family, output_dir, bus, stop, process_group)
     training = [dataset for dataset in datasets if dataset.kind == "image"]
     sampler = build_sampler(loaded, training, process_group)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator
 
 from simpletuner.config.options.declare import OptionGroup, option
-from simpletuner.config.values import Arguments, Bool, Float, Int
+from simpletuner.config.values import Arguments, Bool, Float, Int, read_words
 
 # Known from elsewhere, and why they are refused: each with the nearest that acts.
 REFUSED_OPTIMIZERS = {
@@ -125,6 +127,18 @@ class OptimizerOptions(OptionGroup):
         "`gradient_accumulation_steps` times the number of processes.",
     )
     lr_scale_sqrt: Bool = option(False, help="With `lr_scale`: multiply by the square root of that number instead.")
+    trainable_modules: Annotated[tuple[str, ...], BeforeValidator(read_words)] = option(
+        (),
+        takes="list of texts, or text with commas",
+        help="With `model_type` full: only weights train whose names hold one of these texts, such as `attn.to_q`; "
+        "`.` is in the names of all. Unset: all weights.",
+    )
+    trainable_modules_low_learning_rate: Annotated[tuple[str, ...], BeforeValidator(read_words)] = option(
+        (),
+        takes="list of texts, or text with commas",
+        help="With `model_type` full: weights with these texts in their names train too, at half of `learning_rate`; "
+        "`trainable_modules` wins.",
+    )
     text_encoder_lr: Float | None = option(
         None, help="Learning rate of the text encoder.", planned="text encoders are not trained"
     )

@@ -9,6 +9,7 @@ import torch
 
 from simpletuner.adapters.build import build_adapter
 from simpletuner.adapters.full import FullAdapter
+from simpletuner.config.trained_parts import rates_of
 from simpletuner.errors import ConfigError, DataError
 from simpletuner.models.omnigen.spec import OMNIGEN
 from tests.tiny import tiny_omnigen_transformer
@@ -60,3 +61,35 @@ def test_what_cannot_be_trained_is_refused_by_key(settings, key: str) -> None:
     with pytest.raises(ConfigError) as caught:
         build_adapter(tiny_omnigen_transformer(), OMNIGEN, **(BUILD | settings))
     assert caught.value.problems[0].key == key
+
+
+def test_texts_choose_weights_by_parts_of_their_names() -> None:
+    names = ["x_embedder.weight", "layers.0.to_q.weight", "layers.1.to_q.weight", "layers.1.to_k.weight"]
+    assert rates_of(names, (), ()) == dict.fromkeys(names, 1.0)
+    assert rates_of(names, (".",), ()) == dict.fromkeys(names, 1.0)
+    assert rates_of(names, ("layers.1",), ("to_q",)) == {names[1]: 0.5, names[2]: 1.0, names[3]: 1.0}
+
+
+@pytest.mark.parametrize(
+    ("modules", "low", "key", "words"),
+    [
+        (("self_attn", "ropj_out"), (), "trainable_modules", 'no weight has "ropj_out" in its name'),
+        (("proj_outt",), (), "trainable_modules", 'did you mean "proj_out"?'),
+        (("self_attn",), ("nothing",), "trainable_modules_low_learning_rate", "input_layernorm"),
+        (("self_attn",), ("to_q",), "trainable_modules_low_learning_rate", "are in trainable_modules already"),
+    ],
+)
+def test_a_text_that_trains_nothing_is_refused(modules, low, key: str, words: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        FullAdapter(tiny_omnigen_transformer(), OMNIGEN, modules, low)
+    assert [problem.key for problem in caught.value.problems] == [key]
+    assert words in caught.value.render()
+
+
+def test_weights_that_are_not_named_are_frozen_and_saved() -> None:
+    denoiser = tiny_omnigen_transformer()
+    adapter = FullAdapter(denoiser, OMNIGEN, ("to_q",))
+    frozen = {name for name, parameter in denoiser.named_parameters() if not parameter.requires_grad}
+    assert set(adapter.trainable_parameters()) == {name for name, _ in denoiser.named_parameters()} - frozen
+    assert all("to_q" not in name for name in frozen)
+    assert [(each.entry, each.modules) for each in adapter.report] == [("to_q", len(adapter.trainable_parameters()))]

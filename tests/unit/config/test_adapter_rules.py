@@ -121,3 +121,23 @@ def test_a_folder_of_peft_is_a_start(workspace: Workspace) -> None:
     assert workspace.load_written().config.init_lora.name == "start"
     workspace.config["init_lora"] = "."
     assert "there is no file of this name" in workspace.fails_written().render()
+
+
+@pytest.mark.parametrize(
+    ("changes", "key", "words"),
+    [
+        ({}, "trainable_modules", "model_type is lora"),
+        ({"model_type": "full", "deepspeed_config": "zero.json"}, "trainable_modules", "fsdp_enable in place"),
+        (
+            {"model_type": "full", "optimizer": "muon", "trainable_modules_low_learning_rate": ["mlp"]},
+            "trainable_modules_low_learning_rate",
+            "one learning rate for all weights",
+        ),
+    ],
+)
+def test_parts_of_a_model_train_where_they_can(workspace: Workspace, changes: dict[str, Any], key: str, words) -> None:
+    workspace.put("zero.json", {"zero_optimization": {"stage": 2}})
+    workspace.config |= {"lycoris_config": None} if changes else {}
+    workspace.config |= {"trainable_modules": ["self_attn"]} | changes
+    problems = workspace.fails_written().problems
+    assert any(problem.key == key and words in problem.render() for problem in problems)

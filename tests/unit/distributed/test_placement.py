@@ -38,7 +38,33 @@ class Net(nn.Module):
 def spread(process_group, **options) -> tuple[Net, Sharded]:
     net = Net()
     shard_denoiser(net, ("Block",), process_group, torch.device("cpu"), whole=set(), **options)
-    return net, Sharded(dict(spread_parameters(net)), process_group)
+    return net, Sharded(parts := dict(spread_parameters(net)), process_group, parts.keys())
+
+
+def test_frozen_weights_are_spread_too_and_come_back_whole():
+    """The scale alone trains; the block's weight has no gradient, no optimizer's place, and is whole when saved."""
+
+    def work(process_group):
+        net = Net()
+        net.block.weight.requires_grad_(False)
+        shard_denoiser(net, ("Block",), process_group, torch.device("cpu"), whole=set())
+        parts = Sharded(dict(spread_parameters(net)), process_group, {"scale"})
+        net(torch.ones(1, 3)).sum().backward()
+        parts.collect_gradients()
+        wholes = parts.whole({**parts.parameters, **parts.frozen})
+        return {
+            "trained": list(parts.parameters),
+            "shapes": parts.shapes(),
+            "held": list(parts.frozen["block.weight"].shape),
+            "whole": {name: tensor.tolist() for name, tensor in wholes.items()},
+        }
+
+    main, other = in_processes(2, work)
+    assert main["trained"] == other["trained"] == ["scale"]
+    assert main["shapes"] == {"scale": [4]}
+    assert main["held"] == other["held"] == [2, 3]
+    assert main["whole"] == {"scale": [1.0] * 4, "block.weight": torch.arange(12.0).reshape(4, 3).tolist()}
+    assert other["whole"] == {}
 
 
 @pytest.mark.parametrize(("size", "shard_size"), [(2, None), (6, 2), (4, None)])
