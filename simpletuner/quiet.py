@@ -33,6 +33,8 @@ def hide_needless_lines() -> None:
         logging.getLogger(name).addFilter(_Without(beginnings))
     # Where the weights are in main memory, so is the state.
     warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")
+    # diffusers' own transformer of Chroma imports it from where it was.
+    warnings.filterwarnings("ignore", message="`FluxPosEmbed` is deprecated")
     warnings.filterwarnings("ignore", message="`torch.jit.script_method` is deprecated")
 
 

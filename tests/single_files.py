@@ -40,7 +40,7 @@ def original_denoiser(folder: Path, keys: KeyTable, norm_name: str = "weight") -
         joined = torch.cat([tensors[f"{part}.{kind}"] for part in found.parts])
         if found.swaps_halves:
             joined = torch.cat(joined.chunk(2)[::-1])
-        kind = norm_name if found.name.endswith("_norm") else kind
+        kind = norm_name if re.search(r"(_norm|\.norms\.\d+)$", found.name) else kind
         original[f"{found.name}.{kind}"] = joined.contiguous()
     return original
 

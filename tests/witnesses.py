@@ -15,6 +15,7 @@ from typing import Any
 import diffusers
 import torch
 from diffusers.loaders.single_file_utils import (
+    convert_chroma_transformer_checkpoint_to_diffusers,
     convert_flux_transformer_checkpoint_to_diffusers,
     convert_ldm_unet_checkpoint,
     convert_sd3_transformer_checkpoint_to_diffusers,
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 from simpletuner.adapters.layers import is_adaptable
 from simpletuner.families.keys import KeyTable
 from simpletuner.families.spec import FamilySpec
+from tests.tiny_chroma import tiny_chroma_transformer
 from tests.tiny_flux import tiny_flux_transformer
 
 Weights = dict[str, Tensor]
@@ -60,6 +62,7 @@ def converted(spec: FamilySpec, original: Mapping[str, Tensor], denoiser: Any) -
         prefixed = {f"model.diffusion_model.{name}": tensor for name, tensor in original.items()}
         return convert_ldm_unet_checkpoint(prefixed, dict(denoiser.config))
     convert: Callable[[Weights], Weights] = {
+        "chroma": convert_chroma_transformer_checkpoint_to_diffusers,
         "flux": convert_flux_transformer_checkpoint_to_diffusers,
         "sd3": convert_sd3_transformer_checkpoint_to_diffusers,
     }[spec.name]
@@ -90,7 +93,8 @@ def original_weights(denoiser: nn.Module, keys: KeyTable) -> Weights:
             joined = torch.cat([state[f"{part}.{kind}"] for part in found.parts])
             if found.swaps_halves:
                 joined = torch.cat(joined.chunk(2)[::-1])
-            original[f"{found.name}.{'scale' if found.name.endswith(('query_norm', 'key_norm')) else kind}"] = joined
+            is_norm = found.name.endswith(("query_norm", "key_norm")) or ".norms." in found.name
+            original[f"{found.name}.{'scale' if is_norm else kind}"] = joined
     return original
 
 
@@ -185,9 +189,16 @@ def stock_layers(denoiser: nn.Module) -> dict[str, Any]:
 
 
 def narrow_flux() -> nn.Module:
-    """A tiny FLUX.1 whose linear layers have the real one's rows, on four inputs each, for diffusers' converters know
-    FLUX.1 by the number 3072. Its layers can be asked, it cannot run as a whole."""
-    denoiser = tiny_flux_transformer()
+    return _narrow(tiny_flux_transformer())
+
+
+def narrow_chroma() -> nn.Module:
+    return _narrow(tiny_chroma_transformer())
+
+
+def _narrow(denoiser: nn.Module) -> nn.Module:
+    """A tiny FLUX.1 or Chroma whose linear layers have the real one's rows, on four inputs each, for diffusers'
+    converters know FLUX.1 by the number 3072. Its layers can be asked, it cannot run as a whole."""
     torch.manual_seed(0)
     for path, layer in list(denoiser.named_modules()):
         if isinstance(layer, nn.Linear):
@@ -196,7 +207,7 @@ def narrow_flux() -> nn.Module:
             rows = 18432 if path.endswith(("norm1.linear", "norm1_context.linear")) else rows
             rows = {"norm_out.linear": 6144, "proj_out": 64}.get(path, rows)
             parent, _, name = path.rpartition(".")
-            setattr(denoiser.get_submodule(parent), name, nn.Linear(4, rows))
+            setattr(denoiser.get_submodule(parent), name, nn.Linear(4, rows, bias=layer.bias is not None))
     return denoiser
 
 

@@ -34,6 +34,7 @@ class Reader:
         forms: of the files.
         kinds: of what they hold.
         leaves_out: fnmatch patterns of layers that it does not change, without an error.
+        refuses: fnmatch patterns of layers with one of which it takes no file at all.
         instead: what it does in place of the right thing; empty where it computes what was trained.
     """
 
@@ -42,10 +43,19 @@ class Reader:
     kinds: tuple[Kind, ...]
     leaves_out: tuple[str, ...] = ()
     instead: str = ""
+    refuses: tuple[str, ...] = ()
 
     def layers_left_out(self, paths: Iterable[str]) -> list[str]:
         """Those of the adapted layers that it does not change."""
-        return [path for path in paths if any(fnmatch.fnmatchcase(path, pattern) for pattern in self.leaves_out)]
+        return [path for path in paths if _fits(path, self.leaves_out)]
+
+    def layers_refused(self, paths: Iterable[str]) -> list[str]:
+        """Those of the adapted layers that make it refuse the file."""
+        return [path for path in paths if _fits(path, self.refuses)]
+
+
+def _fits(path: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatchcase(path, pattern) for pattern in patterns)
 
 
 # LyCORIS' own loader reads its own names, whatever the model.
@@ -57,6 +67,7 @@ def usual_readers(
     silent: tuple[Form, ...] = (),
     left_out_by_comfyui: tuple[str, ...] = (),
     others: tuple[str, ...] = (),
+    refused_of_kohya: tuple[str, ...] = (),
 ) -> tuple[Reader, ...]:
     """Those of a family that diffusers, ComfyUI and kohya's scripts know.
 
@@ -65,12 +76,13 @@ def usual_readers(
         silent: forms that diffusers takes without an error and does nothing with.
         left_out_by_comfyui: layers of diffusers' form that ComfyUI leaves out.
         others: further programs that read kohya's form.
+        refused_of_kohya: layers with which diffusers refuses a file of kohya's form.
     """
     by_own_names: tuple[Form, ...] = ("kohya", "comfyui", "lycoris")
     found = [Reader("diffusers", ("diffusers",), ("lora", "dora"))]
     if left_out_of_kohya is not None:
-        found.append(Reader("diffusers", ("kohya",), ("lora",), left_out_of_kohya))
-        found.append(Reader("diffusers", ("kohya",), ("dora",), instead=NO_LENGTHS))
+        found.append(Reader("diffusers", ("kohya",), ("lora",), left_out_of_kohya, refuses=refused_of_kohya))
+        found.append(Reader("diffusers", ("kohya",), ("dora",), instead=NO_LENGTHS, refuses=refused_of_kohya))
     if silent:
         found.append(Reader("diffusers", silent, ("lora", "dora"), instead=SILENT))
     found.append(Reader("ComfyUI", by_own_names, ("lora", "lokr", "loha")))
@@ -94,7 +106,9 @@ def reading_text(readers: Sequence[Reader], form: str, kind: str, paths: Sequenc
     whole, remarks = [], []
     for reader in readers_of(readers, form, kind):
         left = reader.layers_left_out(paths)
-        if reader.instead:
+        if refused := reader.layers_refused(paths):
+            remarks.append(f"{reader.program} refuses it for {len(refused)} of {len(paths)} layers")
+        elif reader.instead:
             remarks.append(f"{reader.program} {reader.instead}")
         elif left and len(left) == len(paths):
             remarks.append(f"{reader.program} changes none of its layers")
@@ -126,12 +140,14 @@ def _cells(readers: Sequence[Reader], form: Form, kind: Kind, joins: bool) -> tu
     if form == "diffusers" and kind not in ("lora", "dora"):
         return "not written", "`--rank` makes a LoRA of it"
     found = readers_of(readers, form, kind)
-    whole = [reader.program for reader in found if not reader.instead and not reader.leaves_out]
-    parts = [f"{reader.program}: {_limit(reader)}" for reader in found if reader.instead or reader.leaves_out]
+    whole = [reader.program for reader in found if not _limit(reader)]
+    parts = [f"{reader.program}: {_limit(reader)}" for reader in found if _limit(reader)]
     if joins and form in ("kohya", "comfyui") and kind in ("lokr", "loha"):
         parts.append("only layers that are not part of a joined matrix (`qkv`) are written")
     return ", ".join(whole) or "none", "; ".join(parts)
 
 
 def _limit(reader: Reader) -> str:
-    return reader.instead or "leaves out " + ", ".join(f"`{pattern}`" for pattern in reader.leaves_out)
+    words = {"leaves out": reader.leaves_out, "refuses files with": reader.refuses}
+    named = (f"{verb} {', '.join(f'`{each}`' for each in patterns)}" for verb, patterns in words.items() if patterns)
+    return reader.instead or ", ".join(named)

@@ -27,6 +27,7 @@ FAMILIES: dict[str, str] = {
     "sdxl": "simpletuner.models.sdxl.spec:SDXL",
     "flux": "simpletuner.models.flux.spec:FLUX",
     "sd3": "simpletuner.models.sd3.spec:SD3",
+    "chroma": "simpletuner.models.chroma.spec:CHROMA",
     "omnigen2": "simpletuner.models.omnigen2.spec:OMNIGEN2",
 }
 

@@ -31,6 +31,7 @@ from tests.witnesses import (
     answers,
     assert_same,
     differences,
+    narrow_chroma,
     narrow_flux,
     original_weights,
     read_by_diffusers,
@@ -38,7 +39,7 @@ from tests.witnesses import (
     read_by_own_names,
 )
 
-DENOISERS = {"sdxl": tiny_unet, "flux": narrow_flux, "sd3": tiny_sd3_transformer}
+DENOISERS = {"sdxl": tiny_unet, "flux": narrow_flux, "chroma": narrow_chroma, "sd3": tiny_sd3_transformer}
 BLOCKS = ("attention", "feed-forward")
 LORA = {
     "default layers": LoraSettings(rank=4, alpha=3),  # some rows of joined matrices are not trained
@@ -117,6 +118,10 @@ def require_table_of_diffusers(
             read_by_diffusers(path, spec, stock)
         return
     [reader] = readers
+    if reader.layers_refused(weights.modules):
+        with pytest.raises(ValueError, match="Incompatible keys"):
+            read_by_diffusers(path, spec, stock)
+        return
     theirs = answers(read_by_diffusers(path, spec, stock))
     if reader.instead == SILENT:
         assert_same(theirs, before, TOLERANCE)
@@ -166,5 +171,5 @@ def test_a_table_of_readers_names_only_layers_of_its_family() -> None:
     for family, make in DENOISERS.items():
         layers = answers(make())
         for reader in get_spec(family).readers:
-            for pattern in reader.leaves_out:
+            for pattern in (*reader.leaves_out, *reader.refuses):
                 assert type(reader)("x", (), (), (pattern,)).layers_left_out(layers), (family, pattern)

@@ -9,18 +9,9 @@ from __future__ import annotations
 from simpletuner.families.readers import usual_readers
 from simpletuner.families.spec import AdaptableModule, Component, FamilySpec, Flavour
 from simpletuner.models.flux.keys import FLUX_KEYS
+from simpletuner.models.flux_blocks import ATTENTION, DOUBLE, FEED_FORWARD, SINGLE
 
-_DOUBLE, _SINGLE = "transformer_blocks.*", "single_transformer_blocks.*"
-_ATTENTION = (
-    *(f"{_DOUBLE}.attn.to_{name}" for name in ("q", "k", "v", "out.0", "add_out")),
-    *(f"{_DOUBLE}.attn.add_{name}_proj" for name in "qkv"),
-    *(f"{_SINGLE}.attn.to_{name}" for name in "qkv"),
-)
-_FEED_FORWARD = (
-    *(f"{_DOUBLE}.{part}.net.{layer}" for part in ("ff", "ff_context") for layer in ("0.proj", "2")),
-    *(f"{_SINGLE}.{layer}" for layer in ("proj_mlp", "proj_out")),
-)
-_MODULATION = (f"{_DOUBLE}.norm1.linear", f"{_DOUBLE}.norm1_context.linear", f"{_SINGLE}.norm.linear")
+_MODULATION = (f"{DOUBLE}.norm1.linear", f"{DOUBLE}.norm1_context.linear", f"{SINGLE}.norm.linear")
 _OUTSIDE = ("x_embedder", "context_embedder", "time_text_embed.*", "norm_out.linear", "proj_out")
 _NON_COMMERCIAL = "FLUX.1 [dev] Non-Commercial License"
 _DEV_PARAMETERS = 11_901_408_320
@@ -64,25 +55,25 @@ FLUX = FamilySpec(
     pipeline_class="FluxPipeline",
     pipeline_aliases=("FluxKontextPipeline",),
     adaptable=(
-        AdaptableModule("FluxAttention", (f"{_DOUBLE}.attn", f"{_SINGLE}.attn")),
-        AdaptableModule("FeedForward", (f"{_DOUBLE}.ff", f"{_DOUBLE}.ff_context")),
-        AdaptableModule("FluxTransformerBlock", (_DOUBLE,)),
-        AdaptableModule("FluxSingleTransformerBlock", (_SINGLE,)),
-        AdaptableModule("AdaLayerNormZero", (f"{_DOUBLE}.norm1", f"{_DOUBLE}.norm1_context")),
-        AdaptableModule("AdaLayerNormZeroSingle", (f"{_SINGLE}.norm",)),
+        AdaptableModule("FluxAttention", (f"{DOUBLE}.attn", f"{SINGLE}.attn")),
+        AdaptableModule("FeedForward", (f"{DOUBLE}.ff", f"{DOUBLE}.ff_context")),
+        AdaptableModule("FluxTransformerBlock", (DOUBLE,)),
+        AdaptableModule("FluxSingleTransformerBlock", (SINGLE,)),
+        AdaptableModule("AdaLayerNormZero", (f"{DOUBLE}.norm1", f"{DOUBLE}.norm1_context")),
+        AdaptableModule("AdaLayerNormZeroSingle", (f"{SINGLE}.norm",)),
         AdaptableModule("AdaLayerNormContinuous", ("norm_out",)),
         AdaptableModule(
             "Linear",
             (
-                *(*_ATTENTION, *_FEED_FORWARD, *_MODULATION),
+                *(*ATTENTION, *FEED_FORWARD, *_MODULATION),
                 *("x_embedder", "context_embedder", "norm_out.linear", "proj_out"),
                 *(f"time_text_embed.{part}_embedder.linear_*" for part in ("timestep", "text", "guidance")),
             ),
         ),
     ),
     class_aliases={"Attention": "FluxAttention"},
-    default_lora_targets=_ATTENTION,
-    target_groups={"attention": _ATTENTION, "feed-forward": _FEED_FORWARD, "modulation": _MODULATION},
+    default_lora_targets=ATTENTION,
+    target_groups={"attention": ATTENTION, "feed-forward": FEED_FORWARD, "modulation": _MODULATION},
     keys=FLUX_KEYS,
     readers=usual_readers(_OUTSIDE, silent=("comfyui",)),
     reads_single_files=True,

@@ -30,6 +30,10 @@ FEED_FORWARD = "down_blocks.1.attentions.0.transformer_blocks.0.ff.net.2"
             *("flux", "kohya", "lora", (INSIDE, OUTSIDE)),
             "read by ComfyUI and kohya's scripts; diffusers leaves out 1 of 2 layers",
         ),
+        (
+            *("chroma", "kohya", "lora", (INSIDE, "distilled_guidance_layer.in_proj")),
+            "read by ComfyUI and kohya's scripts; diffusers refuses it for 1 of 2 layers",
+        ),
         ("flux", "lycoris", "lokr", (), "read by ComfyUI and LyCORIS"),
         ("omnigen", "kohya", "lora", (), "read by no other program that is known"),
     ],

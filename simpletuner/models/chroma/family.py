@@ -1,0 +1,122 @@
+"""Chroma for the shared trainer: FLUX.1's latents and blocks, T5 alone, and real guidance in place of a distilled one.
+
+The network is given sigma (1 on noise) and answers `noise - data`, which is the project's sign (`pipeline_chroma.py`,
+step 6). Times come from sigmoid(N(0, 1)) and are shifted as the model's own scheduler shifts them.
+
+T5 sees its attention mask, and the network sees the tokens of the prompt and exactly one token of padding
+(lodestone-rock/flow, `src/models/chroma/model.py`). Those rows alone are kept and given to it, without a mask, which
+computes the same: diffusers' pipeline adds its mask to the scores in place of masking, and its gradient checkpointing
+leaves the mask of the single blocks away (0.42.1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import repeat
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from simpletuner.batch import Batch, Conditioning, PromptEmbeds
+from simpletuner.models.family import ModelFamily, ReferenceSizes, send
+from simpletuner.models.live_pipeline import LivePipeline
+from simpletuner.models.patches import pack, position_ids, unpack
+
+
+class Chroma(ModelFamily):
+    """No pooled text and no guidance input; a dropped caption is the encoded empty text."""
+
+    def load_denoiser(self) -> nn.Module:
+        return _without_waiting(super().load_denoiser())
+
+    def empty_denoiser(self) -> nn.Module:
+        return _without_waiting(super().empty_denoiser())
+
+    def count_prompt_tokens(self, prompts: Sequence[str]) -> list[int]:
+        return self.encoders.count("tokenizer", prompts)
+
+    def encode_prompts(self, prompts: Sequence[str], references: ReferenceSizes | None = None) -> list[PromptEmbeds]:
+        """`prompt_embeds` (T, D): the states of a prompt's tokens and of the first token of padding, if any."""
+        length = self.max_prompt_tokens
+        self.encoders.note_cut_prompts("tokenizer", prompts, length)
+        ids, mask = self.encoders.tokenize("tokenizer", prompts, length)
+        with torch.no_grad():
+            states = self.encoders.encoder()(ids, attention_mask=mask)[0]
+        counts = mask.sum(dim=1).tolist()
+        return [
+            PromptEmbeds({"prompt_embeds": row[: count + 1].cpu()}) for row, count in zip(states, counts, strict=True)
+        ]
+
+    def collate(self, batch: Batch) -> Conditioning:
+        """Also `num_text_tokens` (B,), which stays on the CPU: it decides which rows share a call."""
+        counts = [len(embeds.tensors["prompt_embeds"]) for embeds in batch.prompt_embeds]
+        return super().collate(batch).with_tensors(num_text_tokens=torch.tensor(counts))
+
+    def predict(self, denoiser: nn.Module, noisy_latents: Tensor, sigmas: Tensor, conditioning: Conditioning) -> Tensor:
+        counts = conditioning["num_text_tokens"].tolist()
+        if len(set(counts)) > 1:
+            return self.predict_each(denoiser, noisy_latents, sigmas, conditioning)
+        latents, num_text_tokens = noisy_latents.to(self.dtype), counts[0]
+        text_ids = torch.zeros(num_text_tokens, 3, dtype=self.dtype)
+        ids = send(torch.cat([text_ids, position_ids(latents)]), self.device)
+        output = denoiser(
+            hidden_states=pack(latents),
+            timestep=sigmas,
+            encoder_hidden_states=conditioning["prompt_embeds"][:, :num_text_tokens].to(self.dtype),
+            txt_ids=ids[:num_text_tokens],
+            img_ids=ids[num_text_tokens:],
+            return_dict=False,
+        )[0]
+        return unpack(output, *latents.shape[-2:])
+
+    def sigmas_at(self, quantiles: Tensor, latents: Tensor) -> Tensor:
+        return self.scheduler_sigmas(quantiles, latents)
+
+    def unpack_latents(self, latents: Tensor, height: int, width: int) -> Tensor:
+        return unpack(latents, height // self.spec.vae_factor, width // self.spec.vae_factor)
+
+    def pipeline(self, denoiser: nn.Module, vae: nn.Module | None = None) -> Any:
+        from diffusers import ChromaPipeline, FlowMatchEulerDiscreteScheduler
+
+        scheduler = FlowMatchEulerDiscreteScheduler.from_config(self.scheduler_config)
+        parts = dict.fromkeys(("vae", "text_encoder", "tokenizer"))
+        return ChromaLivePipeline(self, ChromaPipeline(transformer=denoiser, scheduler=scheduler, **parts), vae)
+
+
+def _without_waiting(denoiser: Any) -> Any:
+    """diffusers makes a part of the time's embedding on the CPU in each call, so that a GPU waits for its copy."""
+    embedding = denoiser.time_text_embed
+    embedding.forward = MethodType(_embed_time, embedding)
+    return denoiser
+
+
+def _embed_time(self: Any, timestep: Tensor) -> Tensor:
+    """(B,) times -> (B, M, D): time, a guidance of 0, and the number of each of the M rows of modulation."""
+    guidance = self.guidance_proj(torch.zeros_like(timestep))
+    of_call = torch.cat([self.time_proj(timestep), guidance], dim=1).to(timestep.dtype)
+    of_row = self.mod_proj.to(timestep.dtype)
+    shape = (len(timestep), len(of_row), -1)
+    return torch.cat([of_call[:, None].expand(shape), of_row.expand(shape)], dim=-1)
+
+
+class ChromaLivePipeline(LivePipeline):
+    """diffusers' pipeline, given masks of booleans: those it does not add to the scores."""
+
+    pack = staticmethod(pack)
+
+    def prompt_arguments(
+        self, prompts: Sequence[str], negative_prompts: Sequence[str] | None, guidance_scale: float
+    ) -> dict[str, Any]:
+        family = self.family
+        arguments: dict[str, Any] = {"guidance_scale": guidance_scale}
+        negatives = [family.spec.negative_text(text) for text in negative_prompts or repeat(None, len(prompts))]
+        for prefix, texts in (("", prompts), ("negative_", negatives)):
+            rows = [row.tensors["prompt_embeds"] for row in family.prompts.embeds(texts)]
+            kept = [torch.ones(len(row), dtype=torch.bool) for row in rows]
+            embeds = pad_sequence(rows, batch_first=True).to(family.device, family.dtype)
+            arguments[f"{prefix}prompt_embeds"] = embeds
+            arguments[f"{prefix}prompt_attention_mask"] = pad_sequence(kept, batch_first=True).to(family.device)
+        return arguments
