@@ -116,6 +116,21 @@ def test_a_module_that_is_read_off_is_the_one_that_draws() -> None:
     torch.testing.assert_close(module(x), layer(x) + 0.5 * (x.sum(1, keepdim=True) + 1))
 
 
+def test_a_layer_of_more_inputs_than_are_read_at_once_is_read_to_its_end() -> None:
+    layer = nn.Linear(1030, 2)
+    row = torch.arange(1030.0).repeat(2, 1)
+    change, bias = weight_change(layer, {"diff": row, "diff_b": torch.tensor([1.0, -1.0])}, 0.5)
+    torch.testing.assert_close(change, 0.5 * row, rtol=0, atol=1e-4)
+    torch.testing.assert_close(bias, torch.tensor([0.5, -0.5]), rtol=0, atol=1e-4)
+
+
+def test_a_normalisation_changes_by_its_own_tensors_times_the_multiplier() -> None:
+    module = {"w_norm": torch.tensor([1.0, 2.0]), "b_norm": torch.tensor([3.0, 5.0])}
+    change, bias = weight_change(nn.LayerNorm(2), module, 0.5)
+    assert (change.tolist(), bias.tolist()) == ([0.5, 1.0], [1.5, 2.5])  # type: ignore[union-attr]
+    assert weight_change(nn.RMSNorm(2), {"w_norm": module["w_norm"]}, 0.5)[1] is None
+
+
 @pytest.mark.parametrize("lycoris", [{"algo": "lokr", "linear_dim": 10000, "factor": 4}, CONFIGS["loha"]], ids=str)
 def test_the_rank_that_keeps_a_share_is_the_smallest_that_does(lycoris: dict[str, Any], tmp_path: Path) -> None:
     weights, _ = saved(tmp_path, lycoris)

@@ -135,6 +135,21 @@ def test_a_misspelt_variable_is_as_wrong_as_a_misspelt_key(workspace: Workspace)
     assert 'did you mean "SIMPLETUNER_LEARNING_RATE"?' in text
 
 
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [
+        ("learning_rte", "learning_rate"),
+        ("save_total_limt", "checkpoints_total_limit"),
+        ("optimizer_bta1", "adam_beta1"),
+    ],
+)
+def test_a_misspelt_old_name_suggests_the_present_one(workspace: Workspace, key: str, meant: str) -> None:
+    workspace.config[key] = 1
+    assert (
+        f'{key}: there is no option of this name\n  fix: did you mean "{meant}"?' in workspace.fails_written().render()
+    )
+
+
 def test_extra_arguments_with_an_open_quote_are_placed(workspace: Workspace) -> None:
     workspace.config["TRAINER_EXTRA_ARGS"] = "--validation_prompt='a dog"
     assert "config/config.json:10: TRAINER_EXTRA_ARGS: has unbalanced quotes" in workspace.fails_written().render()

@@ -88,7 +88,17 @@ def test_machines_that_cannot_meet_are_refused_before_anything_starts(tmp_path, 
     }
 
 
-@pytest.mark.parametrize(("visible", "count"), [("0,2", 2), ("", 0), ("-1", 0), ("GPU-5d3", 1)])
+@pytest.mark.parametrize(("visible", "processes"), [("", 1), ("0", 1), ("0,1,2", 3)])
+def test_each_accelerator_has_a_process_and_a_machine_without_one_has_one(
+    tmp_path, omnigen_folder, monkeypatch, visible, processes
+):
+    write_run(tmp_path, omnigen_folder)
+    config = load_run((), {}, tmp_path).config
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert layout_of(config).num_processes == processes
+
+
+@pytest.mark.parametrize(("visible", "count"), [("0,2", 2), ("", 0), ("-1", 0), ("1,-1", 1), ("GPU-5d3", 1)])
 def test_only_visible_accelerators_get_a_process(monkeypatch, visible, count):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     assert visible_accelerators() == count

@@ -152,6 +152,7 @@ def test_the_best_one_links_the_files_of_its_step_and_notes_its_loss(tmp_path):
     metadata = dict(storage.read_manifest(best).metadata)
     assert metadata.pop("run_history")["run"] == run.session.checkpoints.history.run_id
     assert metadata == {"global_step": 1, "eval_loss": 0.25}
+    assert run.session.checkpoints.best_evaluation() == (1, 0.25)
     run.progress.global_step = 2
     with torch.no_grad():
         run.model.denoiser.weight.fill_(9.0)
