@@ -177,7 +177,8 @@ def family_of_export(source: Path, model: str | None, family_name: str | None) -
     lock = next((place / "run.lock.json" for place in places if (place / "run.lock.json").is_file()), None)
     facts = storage.read_json(lock) if lock else {}
     base, config = facts.get("base", {}), facts.get("config", {})
-    taken = {"pretrained_vae_model_name_or_path": config.get("pretrained_vae_model_name_or_path")}
+    kept = ("pretrained_vae_model_name_or_path", "text_encoder_paths", "tokenizer_max_length")
+    taken = {key: config.get(key) for key in kept}
     if model is None:
         taken |= {key: config.get(key) for key in ("revision", "variant")}
         model = base.get("model")

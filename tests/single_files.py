@@ -42,10 +42,12 @@ def original_denoiser(folder: Path, keys: KeyTable, norm_name: str = "weight") -
             joined = torch.cat(joined.chunk(2)[::-1])
         kind = norm_name if re.search(r"(_norm|\.norms\.\d+)$", found.name) else kind
         original[f"{found.name}.{kind}"] = joined.contiguous()
+    if "pos_embed.pos_embed" in original:  # SD3's table of positions is a tensor without a module
+        original["pos_embed"] = original.pop("pos_embed.pos_embed")
     return original
 
 
-def original_vae(folder: Path) -> dict[str, Tensor]:
+def original_vae(folder: Path, prefix: str = "first_stage_model.") -> dict[str, Tensor]:
     original = {}
     for name, tensor in _tensors(folder).items():
         is_attention = re.search(r"attentions\.0\.to_", name) and name.endswith("weight")
@@ -54,7 +56,7 @@ def original_vae(folder: Path) -> dict[str, Tensor]:
         # The original counts the decoder's levels from the other end.
         name = re.sub(r"up_blocks\.(\d)\.resnets\.(\d)", lambda m: f"up.{3 - int(m[1])}.block.{m[2]}", name)
         name = re.sub(r"up_blocks\.(\d)\.upsamplers\.0", lambda m: f"up.{3 - int(m[1])}.upsample", name)
-        original[f"first_stage_model.{name}"] = tensor[:, :, None, None].contiguous() if is_attention else tensor
+        original[f"{prefix}{name}"] = tensor[:, :, None, None].contiguous() if is_attention else tensor
     return original
 
 
@@ -97,4 +99,16 @@ def write_sdxl_file(folder: Path, keys: KeyTable, path: Path) -> Path:
     """A whole SDXL in one file."""
     unet = {f"model.diffusion_model.{name}": t for name, t in original_denoiser(folder / "unet", keys).items()}
     save_file(unet | original_vae(folder / "vae") | original_clips(folder), path)
+    return path
+
+
+def write_sd3_file(folder: Path, keys: KeyTable, path: Path, with_t5: bool = True) -> Path:
+    """A whole SD3 in one file, as `sd3_medium_incl_clips` and `..._t5xxlfp16` are."""
+    tensors = {f"model.diffusion_model.{n}": t for n, t in original_denoiser(folder / "transformer", keys).items()}
+    encoders = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"} | ({"text_encoder_3": "t5xxl"} if with_t5 else {})
+    for name, theirs in encoders.items():
+        for key, tensor in _tensors(folder / name).items():
+            if theirs != "clip_l" or key != "text_projection.weight":  # which is the identity there
+                tensors[f"text_encoders.{theirs}.transformer.{key}"] = tensor
+    save_file(tensors | original_vae(folder / "vae"), path)
     return path

@@ -36,7 +36,8 @@ _KOHYA_NAMES = {
 }
 # Say where things are and run and who gets reports, not what is trained. The launcher picks a new port each time.
 _NOT_OF_THE_RESULT = (
-    *("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "resume_from_checkpoint", "report_to"),
+    *("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "text_encoder_paths"),
+    *("resume_from_checkpoint", "report_to"),
     *("tracker_run_name", "tracker_project_name", "webhook_config", "hub_model_id", "push_to_hub"),
     *("main_process_ip", "main_process_port", "machine_rank"),
 )

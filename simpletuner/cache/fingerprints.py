@@ -58,8 +58,8 @@ def prompt_fingerprint(family: ModelFamily, memo: DigestMemo) -> str:
         DataError: an encoder has no safetensors weights, or they cannot be fetched.
     """
     source, spec = family.source, family.spec
-    encoders = [part for part in spec.components if part.role == "text_encoder"]
-    tokenizers = [part for part in spec.components if part.role in ("tokenizer", "processor")]
+    encoders = [part for part in source.parts(spec) if part.role == "text_encoder"]
+    tokenizers = [part for part in source.parts(spec) if part.role in ("tokenizer", "processor")]
     configs = {part.name: component_config(source, part) for part in encoders}
     parts = {
         "weights": {part.name: [memo.digest(path) for path in weight_files(source, part)] for part in encoders},

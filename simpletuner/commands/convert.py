@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 from simpletuner import storage
 from simpletuner.errors import ConfigError, DataError, Problem
+from simpletuner.models.safe_loading import PICKLES
 from simpletuner.text import printable
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+SUFFIXES = PICKLES
 # Where checkpoints of other programs keep their weights, beside what they need to train on.
 _INNER = ("state_dict", "model", "module", "params")
 

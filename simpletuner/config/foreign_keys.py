@@ -223,7 +223,6 @@ UNBUILT: Mapping[str, Unbuilt] = {
     "t5_padding": Unbuilt("captions are padded as the family was trained", ("unmodified",)),
     "sd3_clip_uncond_behaviour": Unbuilt("a dropped caption is the encoded empty text", ("empty_string",)),
     "sd3_t5_uncond_behaviour": Unbuilt("a dropped caption is the encoded empty text", ("empty_string",)),
-    "tokenizer_max_length": Unbuilt("captions have the length that the family was trained with"),
     "gradient_precision": Unbuilt("gradients have the precision of what they move", ("unmodified",)),
     "prodigy_steps": Unbuilt(
         "the learning rate is found during the whole run", where=("optimizer", "prodigy"), fix="use prodigy without it"
@@ -238,7 +237,9 @@ UNBUILT: Mapping[str, Unbuilt] = {
     "ramtorch_text_encoder": Unbuilt("encoders are freed after encoding", fix="use text_encoder_1_precision"),
     "ramtorch_vae": Unbuilt("the VAE is freed after encoding"),
     "ramtorch_controlnet": Unbuilt("ControlNets cannot be trained yet"),
-    "pretrained_t5_model_name_or_path": Unbuilt("text encoders come from pretrained_model_name_or_path"),
+    "pretrained_t5_model_name_or_path": Unbuilt(
+        "text encoders come from pretrained_model_name_or_path", fix="use text_encoder_paths"
+    ),
     "pretrained_transformer_subfolder": Unbuilt(
         "a model folder has the layout that diffusers saves", ("transformer",), fix="use the folder's own name"
     ),

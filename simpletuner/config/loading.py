@@ -32,7 +32,7 @@ from simpletuner.config.lycoris import check_lycoris
 from simpletuner.config.merging import Merged, merge_layers, option_names
 from simpletuner.config.objective_rules import meaningless_options
 from simpletuner.config.options import TrainConfig, all_options
-from simpletuner.config.paths import SINGLE_FILE, Folders, looks_like_path
+from simpletuner.config.paths import SINGLE_FILE, WITHOUT, Folders, looks_like_path
 from simpletuner.config.prompt_library import LibraryPrompt, read_prompt_library
 from simpletuner.config.rules import broken_rules, notices
 from simpletuner.config.sources import ImageSource
@@ -259,6 +259,11 @@ class _RunReader:
         )
         for key in MODEL_KEYS:
             updates[key] = self.find_model(key, getattr(config, key))
+        key = "text_encoder_paths"
+        updates[key] = config.text_encoder_paths and tuple(
+            place if place in ("", WITHOUT) else self.find_model(key, place) or ""
+            for place in config.text_encoder_paths
+        )
         return config.model_copy(update=updates)
 
     def find_references(self, names: tuple[str, ...] | None, key: str, origin: Origin) -> tuple[str, ...] | None:

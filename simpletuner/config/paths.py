@@ -22,6 +22,8 @@ PACKAGE = Path(__file__).resolve().parents[1]
 
 # How the name of a model in one file ends.
 SINGLE_FILE = ".safetensors"
+# In place of the path of a text encoder that a run does without.
+WITHOUT = "none"
 # Where a model folder may carry a tiny autoencoder of its own, in the form of diffusers' AutoencoderTiny.
 PREVIEW_FOLDER = "preview_decoder"
 

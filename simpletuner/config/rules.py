@@ -61,6 +61,27 @@ def a_single_file_is_named_once(draft: Draft) -> Iterator[Problem]:
         yield draft.problem(message, key, fix="let that name a folder or hub id, or remove one of them")
 
 
+def text_encoders_are_the_family_s(draft: Draft) -> Iterator[Problem]:
+    encoders = [part.name for part in draft.spec.components if part.role == "text_encoder"] if draft.spec else []
+    given = len(draft.config.text_encoder_paths or ())
+    if draft.spec and given > len(encoders):
+        message = f"names {given} text encoders, and {draft.spec.title} has {len(encoders)}"
+        yield draft.problem(message, "text_encoder_paths", ", ".join(encoders) or "no such key", "remove the others")
+
+
+def prompts_have_a_length_of_the_family(draft: Draft) -> Iterator[Problem]:
+    length, key = draft.config.tokenizer_max_length, "tokenizer_max_length"
+    if draft.spec is None or length is None:
+        return
+    if draft.spec.prompt_lengths is None:
+        message = f"{draft.spec.title} reads captions of the length that it was trained with"
+        yield draft.problem(message, key, fix="remove the key")
+        return
+    shortest, longest = draft.spec.prompt_lengths
+    if not shortest <= length <= longest:
+        yield draft.problem(f"{length} tokens are no length of {draft.spec.title}", key, f"{shortest} to {longest}")
+
+
 def family_takes_its_options(draft: Draft) -> Iterator[Problem]:
     for key, (neutral, reason) in (draft.spec.unusable_options if draft.spec else {}).items():
         value = getattr(draft.config, key, None)
@@ -236,6 +257,8 @@ RULES: tuple[Rule, ...] = (
     exactly_one_length_is_set,
     flavour_belongs_to_the_family,
     a_single_file_is_named_once,
+    text_encoders_are_the_family_s,
+    prompts_have_a_length_of_the_family,
     family_takes_its_options,
     *ADAPTER_RULES,
     regularisation_has_an_adapter,

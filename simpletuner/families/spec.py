@@ -51,6 +51,7 @@ class Component:
         attention: of an encoder whose states depend on how transformers computes attention (rows of left padding do):
             the implementation that it is loaded with, which is part of the key of every cached prompt. Empty:
             transformers' own choice.
+        is_optional: the model works without this text encoder.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Component:
     config_file: str = "config.json"
     in_file: tuple[str, ...] = ()
     attention: str = ""
+    is_optional: bool = False
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,8 @@ class FamilySpec:
         max_prompt_tokens: tokens that reach the denoiser; longer prompts are cut and counted.
         max_references: input images for editing; 0 where the family has none.
         drops_references: where a caption is dropped, the references of its image are too.
+        prompt_lengths: (shortest, longest) number of tokens that `tokenizer_max_length` may set; None where the family
+            reads prompts of one length.
         caches_prompt_embeds: False where the prompt is only tokenised (nothing worth caching).
         dropped_caption: what a dropped caption becomes.
         empty_negative: the text that an empty negative prompt is encoded as; another one than "" where the family
@@ -140,6 +144,7 @@ class FamilySpec:
     max_size: int | None = None
     max_references: int = 0
     drops_references: bool = True
+    prompt_lengths: tuple[int, int] | None = None
     caches_prompt_embeds: bool = True
     dropped_caption: str = ""
     empty_negative: str = ""

@@ -24,6 +24,7 @@ def build_family(config: TrainConfig) -> ModelFamily:
     use_tf32(not config.disable_tf32)
     family: ModelFamily = get_family_class(spec)(spec, model_source(config), pick_device(), weight_dtype(config))
     family.number_formats = number_formats(config)
+    family.prompt_length = config.tokenizer_max_length
     modes = {"slicing": config.vae_enable_slicing, "tiling": config.vae_enable_tiling}
     family.vae_modes = tuple(mode for mode, is_on in modes.items() if is_on)
     return family
@@ -36,10 +37,12 @@ def model_source(config: TrainConfig) -> ModelSource:
     model, file = config.pretrained_model_name_or_path, config.pretrained_transformer_model_name_or_path
     if model and model.endswith(SINGLE_FILE):
         model, file = None, model
+    encoders = [component.name for component in spec.components if component.role == "text_encoder"]
     return ModelSource(
         model=model or flavour.hub_id,
         vae=config.pretrained_vae_model_name_or_path,
         revision=config.revision,
         variant=config.variant,
         file=file,
+        encoders={name: place for name, place in zip(encoders, config.text_encoder_paths or (), strict=False) if place},
     )

@@ -10,17 +10,17 @@ import importlib
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from simpletuner.config.paths import PREVIEW_FOLDER, looks_like_path, windows_path_fix
+from simpletuner.config.paths import PREVIEW_FOLDER, SINGLE_FILE, WITHOUT, looks_like_path, windows_path_fix
 from simpletuner.errors import DataError, Problem
 from simpletuner.families.keys import KeyTable
 from simpletuner.families.spec import Component, FamilySpec
 from simpletuner.models.hub_connectivity import hub_failures, why_missing
-from simpletuner.models.safe_loading import load_errors, load_pretrained, read_object
-from simpletuner.models.single_file import dtype_in_file, is_in_file, load_from_file
+from simpletuner.models.safe_loading import CONVERT, PICKLES, load_errors, load_pretrained, read_object
+from simpletuner.models.single_file import as_folder, dtype_in_file, is_in_file, load_from_file
 
 if TYPE_CHECKING:
     import torch
@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 
 
 FILE_KEY = "pretrained_transformer_model_name_or_path"
+_TEXT = ("text_encoder", "tokenizer")
+# Files that the configuration of their part lies beside.
+_NAMES_IN_FOLDER = ("model.safetensors", "diffusion_pytorch_model.safetensors")
 
 
 @dataclass(frozen=True)
@@ -37,11 +40,12 @@ class ModelSource:
 
     Args:
         model: folder or hub id (`pretrained_model_name_or_path`).
-        vae: folder or hub id of another VAE (`pretrained_vae_model_name_or_path`), or None.
+        vae: file, folder or hub id of another VAE (`pretrained_vae_model_name_or_path`), or None.
         revision: hub revision.
         variant: weight file variant (`fp16`).
         file: a single `.safetensors` file; what it holds is taken from it, all else from `model`.
         denoiser: folder of another denoiser, with its `config.json`, or None.
+        encoders: text encoder -> its own file or folder (`text_encoder_paths`), or `WITHOUT`.
     """
 
     model: str
@@ -50,10 +54,36 @@ class ModelSource:
     variant: str | None = None
     file: str | None = None
     denoiser: str | None = None
+    encoders: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def is_local(self) -> bool:
         return Path(self.model).is_dir()
+
+    def lacks(self, name: str) -> bool:
+        """Whether the run does without this part."""
+        return self.encoders.get(name) == WITHOUT
+
+    def parts(self, spec: FamilySpec) -> list[Component]:
+        """The components that the run uses: all but an encoder that it does without, and its tokenizer."""
+        missing = {name.replace("text_encoder", kind) for name in self.encoders if self.lacks(name) for kind in _TEXT}
+        return [component for component in spec.components if component.name not in missing]
+
+    def own_place(self, component: Component) -> str | None:
+        """The file, folder or hub id that a part comes from in place of the model."""
+        if component.role == "text_encoder":
+            return self.encoders.get(component.name)
+        return {"vae": self.vae, "denoiser": self.denoiser}.get(component.role)
+
+    def file_of(self, component: Component) -> str | None:
+        """The single file that holds a part; None where it has a folder.
+
+        Raises:
+            DataError: the file is not there, or no safetensors file.
+        """
+        if own := self.own_place(component):
+            return own if own.endswith(SINGLE_FILE) else None
+        return self.file if self.file and is_in_file(self.file, component) else None
 
 
 def check_local_model(source: ModelSource, spec: FamilySpec, file: str | None = None) -> list[Problem]:
@@ -63,12 +93,12 @@ def check_local_model(source: ModelSource, spec: FamilySpec, file: str | None = 
         return [Problem(message, key=FILE_KEY, file=file, fix="name a folder in diffusers layout, or a hub id")]
     if source.file and not Path(source.file).is_file():
         return [Problem(f"there is no file {source.file}", key=FILE_KEY, file=file, fix="correct the path")]
+    problems = [problem for part in spec.components if (problem := _unusable_place(source, part)) is not None]
     if not source.is_local:
-        return _missing_folder(source, file)
+        return problems + _missing_folder(source, file)
     root = Path(source.model)
-    problems = []
-    for component in spec.components:
-        if component.role == "vae" and source.vae:
+    for component in source.parts(spec):
+        if component.role in ("vae", "text_encoder") and source.own_place(component):
             continue
         if not (root / component.name / component.config_file).is_file():
             problems.append(
@@ -82,6 +112,27 @@ def check_local_model(source: ModelSource, spec: FamilySpec, file: str | None = 
                 )
             )
     return problems
+
+
+def _unusable_place(source: ModelSource, component: Component) -> Problem | None:
+    """What is wrong with the path of a part of its own; hub ids are not looked at."""
+    own = source.own_place(component)
+    if not own or component.role == "denoiser":
+        return None
+    is_encoder = component.role == "text_encoder"
+    key = "text_encoder_paths" if is_encoder else "pretrained_vae_model_name_or_path"
+    allowed = f"a {SINGLE_FILE} file, or a folder with {component.config_file}{'' if is_encoder else ', or a hub id'}"
+    if source.lacks(component.name):
+        if component.is_optional:
+            return None
+        return Problem(f"nothing works without {component.name}", key=key, allowed=allowed)
+    if Path(own).suffix.lower() in PICKLES:
+        return Problem(f"{own} is a pickle: {CONVERT}", key=key, allowed=allowed)
+    if own.endswith(SINGLE_FILE):
+        return None if Path(own).is_file() else Problem(f"there is no file {own}", key=key, fix="correct the path")
+    if is_encoder and not Path(own, component.config_file).is_file():
+        return Problem(f"{own} has no {component.config_file}", key=key, allowed=allowed)
+    return None
 
 
 def _missing_folder(source: ModelSource, file: str | None) -> list[Problem]:
@@ -122,10 +173,13 @@ def component_file(source: ModelSource, component: Component, name: str) -> Path
     Raises:
         DataError: the file is not there or cannot be fetched.
     """
-    if component.role == "vae" and source.vae:
-        return other_vae_file(source.vae, component, name)
-    if component.role == "denoiser" and source.denoiser:
-        return Path(source.denoiser) / name
+    own = source.own_place(component)
+    if own and own.endswith(SINGLE_FILE):
+        beside = Path(own).with_name(name)
+        if Path(own).name in _NAMES_IN_FOLDER and beside.is_file():
+            return beside
+    elif own:
+        return other_vae_file(own, component, name) if component.role == "vae" else Path(own) / name
     if source.is_local:
         return Path(source.model) / component.name / name
     return fetch(source.model, f"{component.name}/{name}", source.revision, "pretrained_model_name_or_path")
@@ -159,29 +213,28 @@ def save_model_folder(
     Raises:
         DataError: a part cannot be fetched, or read from a single file.
     """
-    for component in spec.components:
+    for component in source.parts(spec):
         if component.role == "denoiser":
             cast("ModelMixin", denoiser).save_pretrained(folder / component.name)
-        elif component.role == "vae" and source.vae:
-            shutil.copytree(
-                other_vae_file(source.vae, component, component.config_file).parent, folder / component.name
-            )
-        elif source.file and is_in_file(source.file, component):
-            dtype = dtype_in_file(source.file, component)
+        elif (file := source.file_of(component)) is not None:
+            dtype = dtype_in_file(file, component)
             load_component(source, component, dtype).save_pretrained(folder / component.name)  # type: ignore[operator]
+        elif source.own_place(component):
+            shutil.copytree(component_file(source, component, component.config_file).parent, folder / component.name)
         else:
             shutil.copytree(component_folder(source, component), folder / component.name)
         if component.role == "scheduler":
             (folder / component.name / component.config_file).write_text(json.dumps(scheduler_config, indent=2))
     if (own := Path(source.model) / PREVIEW_FOLDER).is_dir():
         shutil.copytree(own, folder / PREVIEW_FOLDER)
-    index = {component.name: list(component.class_name.rpartition(".")[::2]) for component in spec.components}
-    classes = {name: [module.partition(".")[0], cls] for name, (module, cls) in index.items()}
+    index = {component.name: list(component.class_name.rpartition(".")[::2]) for component in source.parts(spec)}
+    classes: dict[str, Any] = {name: [module.partition(".")[0], cls] for name, (module, cls) in index.items()}
     # The classes by the names that the model itself has for them: other programs look for these.
     index_of_model = model_index(source).items()
     kept = {key: value for key, value in index_of_model if not isinstance(value, list) or key in classes}
+    absent = {component.name: [None, None] for component in spec.components if component.name not in classes}
     (folder / "model_index.json").write_text(
-        json.dumps({"_class_name": spec.pipeline_class, **classes, **kept}, indent=2)
+        json.dumps({"_class_name": spec.pipeline_class, **classes, **absent, **kept}, indent=2)
     )
 
 
@@ -276,17 +329,16 @@ def load_component(
     """
     module, _, name = component.class_name.rpartition(".")
     cls = getattr(importlib.import_module(module), name)
-    if source.file and not (component.role == "vae" and source.vae) and is_in_file(source.file, component):
-        config = component_config(source, component) if component.role == "denoiser" else {}
-        return load_from_file(source.file, source.model, component, cls, dtype, keys, config)
+    file = source.file_of(component)
+    if file is not None and not (component.role == "text_encoder" and source.own_place(component)):
+        config_file = component_file(source, component, component.config_file)
+        return load_from_file(file, component, cls, dtype, keys, config_file)
     where: str | Path = source.model
     options: dict[str, Any] = {"subfolder": component.name, "revision": source.revision, "variant": source.variant}
-    if component.role == "vae" and source.vae:
-        where, options = source.vae, {}
-        if Path(where).is_dir():
-            where = other_vae_file(source.vae, component, component.config_file).parent
-    if component.role == "denoiser" and source.denoiser:
-        where, options = source.denoiser, {}
+    if own := source.own_place(component):
+        where, options = own, {}
+        if Path(own).is_dir():
+            where = component_file(source, component, component.config_file).parent
     # transformers draws weights that a file lacks at random; what is loaded here must be what was published.
     is_encoder = component.role == "text_encoder"
     try:
@@ -295,7 +347,8 @@ def load_component(
         options["output_loading_info"] = True
         if component.attention:
             options["attn_implementation"] = component.attention
-        model, report = load_pretrained(cls, where, dtype=dtype, **options)
+        with as_folder(where, file and component_file(source, component, component.config_file)) as folder:
+            model, report = load_pretrained(cls, folder, dtype=dtype, **options)
         if report["missing_keys"]:
             raise ValueError(f"the weights lack {', '.join(sorted(report['missing_keys'])[:3])}")
         return model

@@ -201,6 +201,9 @@ class ModelFamily(ABC):
     # Ways of the VAE to take less memory, as diffusers calls them: "slicing", "tiling".
     vae_modes: tuple[str, ...] = ()
 
+    # `tokenizer_max_length`, for families that read prompts of several lengths.
+    prompt_length: int | None = None
+
     # Prompts so far that were longer than `spec.max_prompt_tokens` and were cut; `encode_prompts` counts them.
     num_cut_prompts: int = 0
 
@@ -262,7 +265,7 @@ class ModelFamily(ABC):
     @property
     def max_prompt_tokens(self) -> int:
         """Tokens of a prompt that these weights read; longer ones are cut."""
-        return self.spec.max_prompt_tokens
+        return self.prompt_length or self.spec.max_prompt_tokens
 
     def count_prompt_tokens(self, prompts: Sequence[str]) -> list[int] | None:
         """Tokens of each prompt before anything is cut, template included; None where the family cannot tell."""

@@ -19,6 +19,7 @@ from simpletuner.text import NotText, decode, read_file
 
 # Of a JSON file of a model: a tokenizer of 250,000 words has 20 MB.
 MAX_JSON_BYTES = 200_000_000
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 CONVERT = "only safetensors are read, a pickle may run a program; to turn one into them: simpletuner convert FILE"
 _ADAPTER = "adapter_config.json"
 _KERNEL_KEYS = ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation")

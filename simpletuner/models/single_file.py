@@ -7,6 +7,7 @@ from a model folder or the hub.
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from simpletuner.errors import DataError, Problem, shape_text
 from simpletuner.families.keys import KeyTable
 from simpletuner.families.spec import Component
-from simpletuner.models.safe_loading import load_errors, without_pickles
+from simpletuner.models.safe_loading import load_errors, read_object, without_pickles
 
 if TYPE_CHECKING:
     import torch
@@ -51,7 +52,8 @@ def names_in_file(path: str) -> set[str]:
 def dtype_in_file(path: str, component: Component) -> torch.dtype:
     """The number format in which a single file holds a part that is in it."""
     with _opened(path) as file:
-        return next(file.get_tensor(key).dtype for key in file.keys() if key.startswith(component.in_file))  # noqa: SIM118
+        names = sorted(file.keys(), key=lambda name: not name.startswith(component.in_file))
+        return file.get_tensor(names[0]).dtype
 
 
 def objective_marks(path: str) -> dict[str, Any]:
@@ -67,19 +69,17 @@ def objective_marks(path: str) -> dict[str, Any]:
 
 def load_from_file(
     path: str,
-    model: str,
     component: Component,
     cls: Any,
     dtype: torch.dtype,
     keys: KeyTable | None,
-    config: Mapping[str, Any],
+    config_file: Path,
 ) -> nn.Module:
     """One part out of a single file, in `dtype`.
 
     Args:
-        model: folder or hub id with the configurations of VAE and encoders.
         keys: of the denoiser.
-        config: of the denoiser.
+        config_file: of the part.
 
     Raises:
         DataError: tensors are missing, left over, or do not fit the configuration.
@@ -87,11 +87,11 @@ def load_from_file(
     try:
         if component.role == "denoiser":
             assert keys is not None, "the denoiser's names are the family's"
-            return _load_denoiser(path, cls, keys, dtype, config)
+            return _load_denoiser(path, cls, keys, dtype, read_object(config_file))
         if component.role == "vae":
             with without_pickles():
-                return cls.from_single_file(path, config=model, subfolder=component.name, torch_dtype=dtype)
-        return _load_clip(path, model, component, cls, dtype)
+                return cls.from_single_file(path, config=str(config_file.parent), torch_dtype=dtype)
+        return _load_encoder(path, component, cls, dtype, config_file)
     except load_errors() as error:
         raise _unfit(path, f"{component.name} cannot be read from it: {error}") from error
 
@@ -122,6 +122,7 @@ def _denoiser_tensors(
         found = keys.original(module)
         # Norms of some releases call their weight a scale; a file in diffusers' own names is read too.
         wanted = [f"{prefix}{found.name}.{kind}", f"{prefix}{found.name}.scale", f"{prefix}{name}"]
+        wanted += [prefix + keys.original(name).name]  # a tensor that a table names, not its module
         key = next((each for each in wanted if each in there), None)
         if key is None:
             raise _unfit(path, f"it has no {wanted[0]}, which is {name} here")
@@ -141,18 +142,37 @@ def _denoiser_tensors(
         raise _unfit(path, f"{len(left)} tensors belong nowhere, the first is {min(left)}")
 
 
-def _load_clip(path: str, model_name: str, component: Component, cls: Any, dtype: torch.dtype) -> nn.Module:
-    from diffusers.loaders.single_file_utils import create_diffusers_clip_model_from_ldm
+def _load_encoder(path: str, component: Component, cls: Any, dtype: torch.dtype, config_file: Path) -> nn.Module:
+    """A text encoder out of a file of a whole model, by diffusers' own conversion: CLIP's, or that of T5."""
+    from diffusers.loaders import single_file_utils
     from safetensors.torch import load_file
 
     tensors = {key: tensor for key, tensor in load_file(path).items() if key.startswith(component.in_file)}
+    is_clip = component.class_name.rpartition(".")[2].startswith("CLIP")
+    kind = "clip_model_from_ldm" if is_clip else "t5_model_from_checkpoint"
+    create = getattr(single_file_utils, f"create_diffusers_{kind}")
     with without_pickles():
-        model = create_diffusers_clip_model_from_ldm(
-            cls, tensors, component.name, model_name, dtype, local_files_only=Path(model_name).is_dir()
-        )
+        model = create(cls, tensors, "", str(config_file.parent), dtype, local_files_only=True)
+    model.tie_weights()
     if missing := [name for name, parameter in model.named_parameters() if parameter.is_meta]:
         raise _unfit(path, f"{component.name} lacks {', '.join(missing[:3])}")
     return model
+
+
+@contextmanager
+def as_folder(where: str | Path, config_file: Path | None) -> Iterator[str | Path]:
+    """The folder, or a file as one beside its configuration: so a library reads a file of any name.
+
+    Args:
+        where: a file where `config_file` is given.
+    """
+    if config_file is None:
+        yield where
+        return
+    with tempfile.TemporaryDirectory(prefix="simpletuner-part-") as folder:
+        Path(folder, "model.safetensors").symlink_to(Path(where).absolute())
+        Path(folder, config_file.name).symlink_to(config_file.absolute())
+        yield folder
 
 
 @contextmanager

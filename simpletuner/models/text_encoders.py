@@ -74,7 +74,7 @@ class TextEncoders:
 
     def everything(self) -> dict[str, Any]:
         """Folder -> tokenizer or encoder, all of them: what a whole saved model needs."""
-        parts = self.family.spec.components
+        parts = self.family.source.parts(self.family.spec)
         return {part.name: self.tokenizer(part.name) for part in parts if part.role == "tokenizer"} | {
             part.name: self.encoder(part.name) for part in parts if part.role == "text_encoder"
         }

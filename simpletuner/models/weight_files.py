@@ -10,7 +10,6 @@ from simpletuner.errors import DataError, Problem
 from simpletuner.families.spec import Component
 from simpletuner.models.components import ModelSource, component_file
 from simpletuner.models.safe_loading import shard_names
-from simpletuner.models.single_file import is_in_file
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -54,11 +53,11 @@ def weight_files(source: ModelSource, component: Component) -> list[Path]:
     Raises:
         DataError: there are none.
     """
-    if source.file and not (component.role == "vae" and source.vae) and is_in_file(source.file, component):
-        return [Path(source.file)]
+    if (file := source.file_of(component)) is not None:
+        return [Path(file)]
     variant = f".{source.variant}" if source.variant else ""
     stem = ("model" if component.role == "text_encoder" else "diffusion_pytorch_model") + variant
-    if source.is_local or (component.role == "vae" and source.vae):
+    if source.is_local or source.own_place(component):
         whole = component_file(source, component, f"{stem}.safetensors")
         files = [whole] if whole.is_file() else sorted(whole.parent.glob("*.safetensors"))
     else:

@@ -15,6 +15,7 @@ from typing import Any
 
 from simpletuner import __version__, storage
 from simpletuner.config.loading import LoadedRun
+from simpletuner.config.paths import SINGLE_FILE
 from simpletuner.data.dataset import Dataset
 from simpletuner.data.digests import DigestMemo
 from simpletuner.errors import DataError
@@ -71,7 +72,7 @@ def make_lock(loaded: LoadedRun, family: ModelFamily, datasets: Sequence[Dataset
                 "files": ({"single file": memo.digest(family.source.file)} if family.source.file else {})
                 | {
                     f"{component.name}/{path.name}": memo.digest(path)
-                    for component in family.spec.components
+                    for component in family.source.parts(family.spec)
                     for path in component_files(family, component)
                 },
             },
@@ -124,6 +125,9 @@ def config_files(loaded: LoadedRun) -> list[Path]:
 def component_files(family: ModelFamily, component: Component) -> list[Path]:
     """Configuration and weights of one part of the model that are on this machine, by name."""
     folder = component_file(family.source, component, component.config_file).parent
+    own = family.source.own_place(component)
+    if own and own.endswith(SINGLE_FILE):
+        return [*sorted(folder.glob("*.json")), Path(own)]
     return sorted(path for path in folder.glob("*.*") if path.suffix in (".json", ".safetensors") and path.is_file())
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from simpletuner.config.options.declare import REQUIRED, OptionGroup, option
-from simpletuner.config.values import Bool, Checkpointing, Int, Interval, Text
+from simpletuner.config.values import Bool, Checkpointing, Int, Interval, Text, TextOrList
 
 NO_OTHER_FAMILY = "no family that is built uses it"
 
@@ -61,7 +61,21 @@ class ModelOptions(OptionGroup):
         "`pretrained_unet_model_name_or_path` is read too.",
     )
     pretrained_vae_model_name_or_path: Text | None = option(
-        None, help="Folder or hub id to take the VAE from instead of the model's own."
+        None, help="File (`.safetensors`), folder or hub id to take the VAE from instead of the model's own."
+    )
+    text_encoder_paths: TextOrList | None = option(
+        None,
+        takes="path, or list of paths",
+        help="Text encoders in place of the model's, in the family's order: each a `.safetensors` file or a folder in "
+        "diffusers layout. An empty text takes the model's, and `none` does without one, where the family can (the "
+        "third of Stable Diffusion 3).",
+    )
+    tokenizer_max_length: Int | None = option(
+        None,
+        help="Tokens of a caption that reach the model, for families that take several lengths (FLUX.1, Stable "
+        "Diffusion 3: those of T5). Unset: the family's own.",
+        unit="tokens",
+        ge=1,
     )
     revision: Text | None = option(None, help="Hub revision (branch, tag or commit) of the model.")
     variant: Text | None = option(None, help="Variant of the weight files, for example `fp16`.")

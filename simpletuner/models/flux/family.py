@@ -38,7 +38,7 @@ class Flux(ModelFamily):
 
     @property
     def max_prompt_tokens(self) -> int:
-        return self.spec.max_prompt_tokens if self.takes_guidance else TOKENS_WITHOUT_GUIDANCE
+        return self.prompt_length or (self.spec.max_prompt_tokens if self.takes_guidance else TOKENS_WITHOUT_GUIDANCE)
 
     def count_prompt_tokens(self, prompts: Sequence[str]) -> list[int]:
         return self.encoders.count("tokenizer_2", prompts)

@@ -51,6 +51,7 @@ FLUX = FamilySpec(
     vae_factor=8,
     patch_size=2,
     max_prompt_tokens=512,
+    prompt_lengths=(1, 512),
     max_references=1,
     pipeline_class="FluxPipeline",
     pipeline_aliases=("FluxKontextPipeline",),

@@ -21,6 +21,14 @@ SD3_KEYS = KeyTable(
         f"{_OURS}.ff.net.2": f"{_THEIRS}.x_block.mlp.fc2",
         f"{_OURS}.ff_context.net.0.proj": f"{_THEIRS}.context_block.mlp.fc1",
         f"{_OURS}.ff_context.net.2": f"{_THEIRS}.context_block.mlp.fc2",
+        **{
+            f"{_OURS}.{attention}.norm_{ours}": f"{_THEIRS}.{part}.{attention}.ln_{theirs}"
+            for attention, part in (("attn", "x_block"), ("attn2", "x_block"))
+            for ours, theirs in (("q", "q"), ("k", "k"))
+        },
+        f"{_OURS}.attn.norm_added_q": f"{_THEIRS}.context_block.attn.ln_q",
+        f"{_OURS}.attn.norm_added_k": f"{_THEIRS}.context_block.attn.ln_k",
+        "pos_embed.pos_embed": "pos_embed",  # the tensor itself
         "pos_embed.proj": "x_embedder.proj",
         "time_text_embed.timestep_embedder.linear_1": "t_embedder.mlp.0",
         "time_text_embed.timestep_embedder.linear_2": "t_embedder.mlp.2",

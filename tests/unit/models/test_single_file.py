@@ -10,14 +10,18 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from simpletuner.cache.fingerprints import prompt_fingerprint, vae_fingerprint
+from simpletuner.data.digests import DigestMemo
 from simpletuner.errors import ConfigError, DataError
 from simpletuner.families.registry import get_family_class, get_spec
 from simpletuner.models.components import ModelSource, check_local_model, save_model_folder
 from simpletuner.models.family import ModelFamily
+from simpletuner.models.single_file import is_in_file
 from simpletuner.training.build import attach_adapter
 from tests.runs import dataset, load_here, metrics, train_here, write_images, write_run
-from tests.single_files import original_denoiser, write_sdxl_file
+from tests.single_files import original_denoiser, original_vae, write_sd3_file, write_sdxl_file
 from tests.tiny_flux import tiny_flux_folder
+from tests.tiny_sd3 import tiny_sd3_folder
 from tests.tiny_sdxl import tiny_sdxl_folder
 
 CPU = torch.device("cpu")
@@ -67,6 +71,95 @@ def test_a_file_of_flux_s_transformer_alone_takes_the_rest_from_the_folder(tmp_p
     whole, single = (family_of("flux", ModelSource(str(folder), file=each)) for each in (None, str(file)))
     assert_same(single.load_denoiser(), whole.load_denoiser())
     assert_same(single.load_vae(), whole.load_vae())
+
+
+@pytest.fixture(scope="module")
+def sd3(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its first encoder has the projection that released files leave out: the identity."""
+    folder = tiny_sd3_folder(tmp_path_factory.mktemp("sd3"))
+    file = folder / "text_encoder/model.safetensors"
+    save_file(load_file(file) | {"text_projection.weight": torch.eye(8)}, file, {"format": "pt"})
+    return folder
+
+
+def test_a_whole_sd3_in_one_file_is_the_folder_that_it_was_written_from(sd3: Path, tmp_path: Path):
+    """The denoiser also as diffusers reads it out of the same file."""
+    import diffusers
+
+    bare = shutil.copytree(sd3, tmp_path / "bare", ignore=shutil.ignore_patterns("*.safetensors"))
+    file = write_sd3_file(sd3, get_spec("sd3").keys, tmp_path / "sd3.safetensors")
+    whole, single = (family_of("sd3", s) for s in (ModelSource(str(sd3)), ModelSource(str(bare), file=str(file))))
+    denoiser = single.load_denoiser()
+    assert_same(denoiser, whole.load_denoiser())
+    assert_same(
+        denoiser, diffusers.SD3Transformer2DModel.from_single_file(file, config=str(bare), subfolder="transformer")
+    )
+    assert_same(single.load_vae(), whole.load_vae())
+    prompts = [each.encode_prompts(["a cat"])[0].tensors for each in (single, whole)]
+    assert all(torch.equal(prompts[0][name], prompts[1][name]) for name in prompts[1])
+
+    smaller = write_sd3_file(sd3, get_spec("sd3").keys, tmp_path / "clips.safetensors", with_t5=False)
+    encoder = get_spec("sd3").components[4]
+    assert encoder.name == "text_encoder_3"
+    assert not is_in_file(str(smaller), encoder)
+    source = ModelSource(str(bare), file=str(smaller), encoders={"text_encoder_3": "none"})
+    without = family_of("sd3", source)
+    save_model_folder(source, without.spec, without.load_denoiser(), without.scheduler_config, tmp_path)
+    pipeline = diffusers.StableDiffusion3Pipeline.from_pretrained(tmp_path, text_encoder_3=None, tokenizer_3=None)
+    assert_same(pipeline.text_encoder_2, whole.encoders.encoder("text_encoder_2"))
+
+
+def test_each_part_may_have_a_file_of_its_own(tmp_path: Path):
+    """FLUX.1 as its release has it: CLIP, T5, transformer and VAE in four places, with names of any kind."""
+    folder = tiny_flux_folder(tmp_path / "flux")
+    bare = shutil.copytree(folder, tmp_path / "bare", ignore=shutil.ignore_patterns("*.safetensors"))
+    clip = shutil.copyfile(folder / "text_encoder/model.safetensors", tmp_path / "clip_l.safetensors")
+    save_file(original_vae(folder / "vae", prefix=""), tmp_path / "ae.safetensors")
+    save_file(original_denoiser(folder / "transformer", get_spec("flux").keys), tmp_path / "flux1-dev.safetensors")
+    source = ModelSource(
+        str(bare),
+        vae=str(tmp_path / "ae.safetensors"),
+        file=str(tmp_path / "flux1-dev.safetensors"),
+        encoders={"text_encoder": str(clip), "text_encoder_2": str(folder / "text_encoder_2")},
+    )
+    assert check_local_model(source, get_spec("flux")) == []
+    whole, parts = family_of("flux", ModelSource(str(folder))), family_of("flux", source)
+    assert_same(parts.load_denoiser(), whole.load_denoiser())
+    assert_same(parts.load_vae(), whole.load_vae())
+    prompts = [each.encode_prompts(["a cat"])[0].tensors for each in (parts, whole)]
+    assert all(torch.equal(prompts[0][name], prompts[1][name]) for name in prompts[1])
+    with DigestMemo(tmp_path / "digests.sqlite") as memo:
+        before = [vae_fingerprint(source, parts.spec, memo, CPU, torch.float32), prompt_fingerprint(parts, memo)]
+        for file in (clip, tmp_path / "ae.safetensors"):
+            save_file({name: 2 * tensor for name, tensor in load_file(file).items()}, file)
+        after = [vae_fingerprint(source, parts.spec, memo, CPU, torch.float32), prompt_fingerprint(parts, memo)]
+    assert not set(before) & set(after)  # cached latents and captions are those of these files
+    written = tmp_path / "written"
+    save_model_folder(source, parts.spec, parts.load_denoiser(), parts.scheduler_config, written)
+    assert load_file(written / "text_encoder_2/model.safetensors").keys()
+
+
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [("t5.bin", "is a pickle"), ("t5.safetensors", "there is no file"), ("t5", "no config.json"), ("none", "without")],
+)
+def test_a_text_encoder_s_path_is_checked_before_anything_is_loaded(tmp_path: Path, sdxl: Path, place: str, message):
+    path = place if place == "none" else str(tmp_path / place)
+    [problem] = check_local_model(ModelSource(str(sdxl), encoders={"text_encoder": path}), get_spec("sdxl"))
+    assert message in problem.message
+    assert problem.key == "text_encoder_paths"
+
+
+def test_lengths_of_captions_and_text_encoders_are_the_family_s(tmp_path: Path, sdxl: Path):
+    write_images(tmp_path / "images", 1, seed=1)
+    run = write_run(tmp_path, sdxl, [dataset("images")], model_family="sdxl", text_encoder_paths=["", "", "none"])
+    with pytest.raises(ConfigError) as caught:
+        load_here(run, "--tokenizer_max_length=77")
+    text = caught.value.render()
+    assert "names 3 text encoders, and Stable Diffusion XL has 2" in text
+    assert "reads captions of the length that it was trained with" in text
+    with pytest.raises(ConfigError, match="600 tokens are no length"):
+        load_here(run, "--model_family=flux", "--tokenizer_max_length=600")
 
 
 def test_an_sdxl_file_says_itself_that_its_weights_predict_v(tmp_path: Path, sdxl: Path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,8 @@ from torch import Tensor
 
 from simpletuner.batch import Batch
 from simpletuner.families.registry import get_family_class, get_spec
-from simpletuner.models.components import ModelSource, check_local_model
-from simpletuner.models.sd3.family import SD3
+from simpletuner.models.components import ModelSource
+from simpletuner.models.sd3.family import CLIPS, SD3
 from tests.tiny_sd3 import tiny_sd3_folder, tiny_sd3_transformer
 
 PROMPTS = ["a cat", "A green star, on white!"]
@@ -77,18 +78,10 @@ def test_the_key_table_is_that_of_diffusers_conversion():
     """Also of the last block, whose context norm has its halves the other way round, since no gates come after them."""
     state = tiny_sd3_transformer().state_dict()
     keys = get_spec("sd3").keys.in_model(state)
-    norms = {"norm_q": "x_block.attn.ln_q", "norm_k": "x_block.attn.ln_k"}
-    norms |= {"norm_added_q": "context_block.attn.ln_q", "norm_added_k": "context_block.attn.ln_k"}
     original = {"pos_embed": state["pos_embed.pos_embed"]}
     for name in state:
         module, _, kind = name.rpartition(".")
         if name == "pos_embed.pos_embed":
-            continue
-        last = module.rpartition(".")[2]
-        if last in norms:
-            number = module.split(".")[1]
-            path = norms[last].replace("attn.", "attn2.") if ".attn2." in module else norms[last]
-            original[f"joint_blocks.{number}.{path}.{kind}"] = state[name]
             continue
         found = keys.original(module)
         tensor = torch.cat([state[f"{part}.{kind}"] for part in found.parts])
@@ -100,10 +93,26 @@ def test_the_key_table_is_that_of_diffusers_conversion():
     assert all(torch.equal(converted[name], tensor) for name, tensor in state.items())
 
 
-def test_a_single_file_is_refused_by_name(folder):
-    source = ModelSource(str(folder), file="sd3.safetensors")
-    [problem] = check_local_model(source, get_spec("sd3"))
-    assert "Stable Diffusion 3 cannot be read from a single file" in problem.message
+def test_prompts_of_77_tokens_and_prompts_without_t5_are_the_pipeline_s(folder, stock):
+    source = ModelSource(str(folder))
+    family = get_family_class(get_spec("sd3"))(get_spec("sd3"), source, torch.device("cpu"), torch.float32)
+    family.prompt_length = 77
+    with torch.no_grad():
+        embeds = stock.encode_prompt(PROMPTS, None, None, max_sequence_length=77)[0]
+    ours = torch.stack([each.tensors["prompt_embeds"] for each in family.encode_prompts(PROMPTS)])
+    assert ours.shape[1] == 77 + 77
+    assert torch.equal(ours, embeds)
+
+    family.source = replace(source, encoders={"text_encoder_3": "none"})
+    parts = {name: getattr(stock, name) for name in ("transformer", "vae", "scheduler")}
+    clips = {name: getattr(stock, name) for pair in CLIPS for name in pair}
+    without = StableDiffusion3Pipeline(**parts, **clips, text_encoder_3=None, tokenizer_3=None)
+    with torch.no_grad():
+        embeds, _, pooled, _ = without.encode_prompt(PROMPTS, None, None, max_sequence_length=77)
+    for row, expected, pool in zip(family.encode_prompts(PROMPTS), embeds, pooled, strict=True):
+        assert torch.equal(row.tensors["prompt_embeds"], expected)
+        assert torch.equal(row.tensors["pooled_prompt_embeds"], pool)
+    assert family.count_prompt_tokens(["a cat"]) == [6]  # CLIP's: four letters, start and end
 
 
 def test_the_position_table_limits_the_sides(family):
