@@ -8,6 +8,7 @@ from pathlib import Path
 from tests.tiny import tiny_omnigen_folder
 from tests.tiny_chroma import tiny_chroma_folder
 from tests.tiny_flux import tiny_flux_folder
+from tests.tiny_kolors import tiny_kolors_folder
 from tests.tiny_omnigen2 import tiny_omnigen2_folder
 from tests.tiny_sd3 import tiny_sd3_folder
 from tests.tiny_sdxl import tiny_sdxl_folder
@@ -15,6 +16,7 @@ from tests.tiny_sdxl import tiny_sdxl_folder
 TINY_FOLDERS: Mapping[str, Callable[[Path], Path]] = {
     "chroma": tiny_chroma_folder,
     "flux": tiny_flux_folder,
+    "kolors": tiny_kolors_folder,
     "omnigen": tiny_omnigen_folder,
     "omnigen2": tiny_omnigen2_folder,
     "sd3": tiny_sd3_folder,

@@ -16,11 +16,11 @@ CLIP_SIZES = (8, 16)
 POOLED_SIZE = 16
 
 
-def tiny_unet(seed: int = 0) -> UNet2DConditionModel:
+def tiny_unet(seed: int = 0, pooled_size: int = POOLED_SIZE, **changes: object) -> UNet2DConditionModel:
     """A stock UNet with three levels, transformers on the two lower ones."""
     torch.manual_seed(seed)
     time_size = 8
-    return UNet2DConditionModel(
+    config: dict[str, object] = dict(
         sample_size=8,
         block_out_channels=(8, 16, 16),
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
@@ -33,8 +33,9 @@ def tiny_unet(seed: int = 0) -> UNet2DConditionModel:
         use_linear_projection=True,
         addition_embed_type="text_time",
         addition_time_embed_dim=time_size,
-        projection_class_embeddings_input_dim=POOLED_SIZE + 6 * time_size,
-    ).eval()
+        projection_class_embeddings_input_dim=pooled_size + 6 * time_size,
+    )
+    return UNet2DConditionModel(**(config | changes)).eval()
 
 
 def sdxl_scheduler(**changes: object) -> EulerDiscreteScheduler:

@@ -58,9 +58,11 @@ def read_by_own_names(path: Path, spec: FamilySpec, denoiser: nn.Module) -> nn.M
 
 def converted(spec: FamilySpec, original: Mapping[str, Tensor], denoiser: Any) -> Weights:
     """Weights of the original layout in diffusers' layout, by diffusers."""
-    if spec.name == "sdxl":
+    if spec.name in ("sdxl", "kolors"):
         prefixed = {f"model.diffusion_model.{name}": tensor for name, tensor in original.items()}
-        return convert_ldm_unet_checkpoint(prefixed, dict(denoiser.config))
+        unet = convert_ldm_unet_checkpoint(prefixed, dict(denoiser.config))
+        # Kolors' own layer, which no original release has.
+        return unet | {name: tensor for name, tensor in original.items() if name.startswith("encoder_hid_proj")}
     convert: Callable[[Weights], Weights] = {
         "chroma": convert_chroma_transformer_checkpoint_to_diffusers,
         "flux": convert_flux_transformer_checkpoint_to_diffusers,

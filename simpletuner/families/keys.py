@@ -41,6 +41,7 @@ class KeyTable:
         architecture: `modelspec.architecture`, in front of `/lora`; the family's name where it is empty.
         base_model_version: `ss_base_model_version`; the family's name where it is empty.
         kohya_network: `ss_network_module` of a plain LoRA.
+        kohya_has_own_names: files in kohya's form have the denoiser's names, because its readers know no others.
     """
 
     renamed: Mapping[str, str] = field(default_factory=dict)
@@ -49,6 +50,7 @@ class KeyTable:
     architecture: str = ""
     base_model_version: str = ""
     kohya_network: str = "networks.lora"
+    kohya_has_own_names: bool = False
 
     def in_model(self, names: Iterable[str], swaps_last_block: bool = True) -> KeyTable:
         """The table for one model, in which it is known which block is the last.

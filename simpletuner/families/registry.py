@@ -29,6 +29,7 @@ FAMILIES: dict[str, str] = {
     "sd3": "simpletuner.models.sd3.spec:SD3",
     "chroma": "simpletuner.models.chroma.spec:CHROMA",
     "omnigen2": "simpletuner.models.omnigen2.spec:OMNIGEN2",
+    "kolors": "simpletuner.models.kolors.spec:KOLORS",
 }
 
 

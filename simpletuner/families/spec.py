@@ -52,6 +52,8 @@ class Component:
             the implementation that it is loaded with, which is part of the key of every cached prompt. Empty:
             transformers' own choice.
         is_optional: the model works without this text encoder.
+        library: what `model_index.json` names in front of the class; the first word of `class_name` where it is empty.
+        package: an optional package that reads this tokenizer where its folder has no `tokenizer.json`.
     """
 
     name: str
@@ -61,6 +63,14 @@ class Component:
     in_file: tuple[str, ...] = ()
     attention: str = ""
     is_optional: bool = False
+    library: str = ""
+    package: str = ""
+
+    @property
+    def index_entry(self) -> list[str]:
+        """Library and class, as `model_index.json` names them."""
+        module, _, name = self.class_name.rpartition(".")
+        return [self.library or module.partition(".")[0], name]
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import importlib.util
 import json
 import shutil
 from collections.abc import Mapping
@@ -97,6 +98,7 @@ def check_local_model(source: ModelSource, spec: FamilySpec, file: str | None = 
     if not source.is_local:
         return problems + _missing_folder(source, file)
     root = Path(source.model)
+    problems += _missing_packages(root, spec, file)
     for component in source.parts(spec):
         if component.role in ("vae", "text_encoder") and source.own_place(component):
             continue
@@ -133,6 +135,32 @@ def _unusable_place(source: ModelSource, component: Component) -> Problem | None
     if is_encoder and not Path(own, component.config_file).is_file():
         return Problem(f"{own} has no {component.config_file}", key=key, allowed=allowed)
     return None
+
+
+def _missing_packages(root: Path, spec: FamilySpec, file: str | None) -> list[Problem]:
+    """Optional packages without which a tokenizer of a local folder cannot be read."""
+    folders = [(root / component.name, component) for component in spec.components]
+    return [
+        missing_package(component, folder, file)
+        for folder, component in folders
+        if folder.is_dir() and lacks_package(component, folder)
+    ]
+
+
+def lacks_package(component: Component, folder: Path) -> bool:
+    """Whether this tokenizer needs a package that is not installed."""
+    is_needed = bool(component.package) and not (folder / "tokenizer.json").is_file()
+    return is_needed and importlib.util.find_spec(component.package) is None
+
+
+def missing_package(component: Component, folder: Path, file: str | None = None) -> Problem:
+    """What is said of it."""
+    return Problem(
+        f"the tokenizer {folder} needs {component.package}, which is not installed",
+        key="pretrained_model_name_or_path",
+        file=file,
+        fix=f"pip install {component.package}",
+    )
 
 
 def _missing_folder(source: ModelSource, file: str | None) -> list[Problem]:
@@ -227,8 +255,7 @@ def save_model_folder(
             (folder / component.name / component.config_file).write_text(json.dumps(scheduler_config, indent=2))
     if (own := Path(source.model) / PREVIEW_FOLDER).is_dir():
         shutil.copytree(own, folder / PREVIEW_FOLDER)
-    index = {component.name: list(component.class_name.rpartition(".")[::2]) for component in source.parts(spec)}
-    classes: dict[str, Any] = {name: [module.partition(".")[0], cls] for name, (module, cls) in index.items()}
+    classes: dict[str, Any] = {component.name: component.index_entry for component in source.parts(spec)}
     # The classes by the names that the model itself has for them: other programs look for these.
     index_of_model = model_index(source).items()
     kept = {key: value for key, value in index_of_model if not isinstance(value, list) or key in classes}

@@ -2,33 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from functools import cached_property
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
 from simpletuner.batch import Batch, Conditioning, Sample
-from simpletuner.models.components import model_index
 from simpletuner.models.discrete import DiscreteFamily
 from simpletuner.models.family import send
 
 
 class SizeConditionedUNet(DiscreteFamily):
     """A family around that UNet; its prompts are `prompt_embeds` (L, D) and `pooled_prompt_embeds` (P,)."""
-
-    # What its pipeline does with an empty prompt where `model_index.json` does not say it.
-    zeroes_empty_prompts_by_default = False
-
-    @cached_property
-    def zeroes_empty_prompts(self) -> bool:
-        """Whether an empty prompt is zeros in place of what the encoders say of it."""
-        default = self.zeroes_empty_prompts_by_default
-        return bool(model_index(self.source).get("force_zeros_for_empty_prompt", default))
-
-    def prompt_facts(self) -> Mapping[str, Any]:
-        return {**super().prompt_facts(), "zeroes_empty_prompts": self.zeroes_empty_prompts}
 
     def collate(self, batch: Batch) -> Conditioning:
         """Also `time_ids` (B, 6): original size, upper left corner of the crop, size of the crop, in pixels."""

@@ -9,9 +9,15 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from simpletuner.errors import DataError, Problem
+from simpletuner.errors import DataError, MissingDependency, Problem
 from simpletuner.families.spec import Component, FamilySpec
-from simpletuner.models.components import ModelSource, component_folder, load_component
+from simpletuner.models.components import (
+    ModelSource,
+    component_folder,
+    lacks_package,
+    load_component,
+    missing_package,
+)
 from simpletuner.models.hidden_states import hidden_states
 from simpletuner.models.safe_loading import load_errors, load_tokenizer
 from simpletuner.precision.quantise import NumberFormats, quantise
@@ -45,6 +51,7 @@ class TextEncoders:
 
         Raises:
             DataError: it cannot be read.
+            MissingDependency: it needs a package that is not installed.
         """
         if name not in self._tokenizers:
             self._tokenizers[name] = _load_tokenizer(self.family.source, self._component(name))
@@ -133,6 +140,8 @@ class TextEncoders:
 def _load_tokenizer(source: ModelSource, component: Component) -> Any:
     module, _, name = component.class_name.rpartition(".")
     folder = component_folder(source, component)
+    if lacks_package(component, folder):
+        raise MissingDependency(missing_package(component, folder))
     try:
         return load_tokenizer(getattr(importlib.import_module(module), name), folder)
     except load_errors() as error:

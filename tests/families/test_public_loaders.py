@@ -18,7 +18,12 @@ from tests.tiny_folders import TINY_FOLDERS
 PROMPT = "a cat"
 SIDE = 64
 # Family -> the forms that its stock pipeline reads; ComfyUI's own is not among them.
-READ_BY_DIFFUSERS = {"flux": ("diffusers", "kohya"), "sd3": ("diffusers",), "sdxl": ("diffusers", "kohya")}
+READ_BY_DIFFUSERS = {
+    "flux": ("diffusers", "kohya"),
+    "kolors": ("diffusers", "kohya"),
+    "sd3": ("diffusers",),
+    "sdxl": ("diffusers", "kohya"),
+}
 # diffusers takes the joined matrix of FLUX.1's single blocks for one of 3072 rows a part; its own tests look at it.
 TARGETS = {("flux", "kohya"): ("transformer_blocks.*.attn.*to_?", "transformer_blocks.*.ff.net.*", "*.0.proj_out")}
 

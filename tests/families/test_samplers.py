@@ -63,8 +63,8 @@ def test_every_pipeline_option_of_a_family_changes_its_images(name: str, tmp_pat
 
 @pytest.mark.slow
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
-def test_every_sampler_draws_with_an_epsilon_family(scheduler: str, tmp_path: Path) -> None:
-    (name,) = [name for name in family_names() if get_spec(name).prediction_type == "epsilon"]
+@pytest.mark.parametrize("name", [name for name in family_names() if get_spec(name).prediction_type == "epsilon"])
+def test_every_sampler_draws_with_an_epsilon_family(name: str, scheduler: str, tmp_path: Path) -> None:
     image = draw(load(name, tmp_path / "model"), scheduler)
     assert image.shape == (SIDE, SIDE, 3)
     assert image.std() > 0

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import nn
 
 from simpletuner.batch import PromptEmbeds
+from simpletuner.models.components import model_index
 from simpletuner.models.family import ReferenceSizes
 from simpletuner.models.live_pipeline import LivePipeline
 from simpletuner.models.size_conditioned_unet import SizeConditionedUNet
@@ -19,8 +21,13 @@ ENCODERS = (("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2"))
 class SDXL(SizeConditionedUNet):
     """The base model; embeddings are the states before the last layer of both encoders, side by side."""
 
-    # SDXL was trained with zeros where a caption was dropped, and its pipeline guides away from zeros.
-    zeroes_empty_prompts_by_default = True
+    @cached_property
+    def zeroes_empty_prompts(self) -> bool:
+        """SDXL was trained with zeros where a caption was dropped, and its pipeline guides away from zeros."""
+        return bool(model_index(self.source).get("force_zeros_for_empty_prompt", True))
+
+    def prompt_facts(self) -> Mapping[str, Any]:
+        return {**super().prompt_facts(), "zeroes_empty_prompts": self.zeroes_empty_prompts}
 
     def count_prompt_tokens(self, prompts: Sequence[str]) -> list[int]:
         return self.encoders.count("tokenizer", prompts)
