@@ -143,6 +143,17 @@ def test_a_run_killed_again_and_again_is_proved_equal_from_a_copy_of_the_folder(
     assert [path.name for path in folder.iterdir() if path.name.startswith("verify-resume-")] == []
 
 
+@pytest.mark.ci
+def test_two_processes_are_killed_together_and_proved_equal(tmp_path: Path, omnigen_folder: Path, monkeypatch):
+    folder = write_run(tmp_path / "run", omnigen_folder, num_processes=2, use_ema=True)
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("CONFIG_PATH", "config.json")
+    said: list[str] = []
+    assert verify_resume(load_here(folder), (), 4, said.append), said
+    assert len([line for line in said if "killed at" in line]) >= 5
+    assert said[-1].startswith("equal, bit for bit")
+
+
 @pytest.mark.slow
 def test_a_run_that_fails_by_itself_is_reported_with_its_reason(tmp_path: Path, omnigen_folder: Path, monkeypatch):
     folder = write_run(tmp_path / "run", omnigen_folder)
