@@ -168,6 +168,7 @@ class ToyDataset:
     captions: Sequence[str] = ()
     mask_of: Mapping[str, float] | None = None
     fingerprint: str = "f"
+    prompt_files: Any = None
 
     def __post_init__(self) -> None:
         self.samples = ToySamples(self.id, list(self.images), self.captions)

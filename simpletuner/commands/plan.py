@@ -252,6 +252,8 @@ def largest_references(training: Sequence[Dataset]) -> tuple[tuple[int, int], ..
 def choose_prompts(family: ModelFamily, training: Sequence[Dataset], load: Load, longest: bool) -> list[PromptEmbeds]:
     """Prompts of one micro-batch: the longest captions, or the middle ones."""
     batch_size = load.batch_size
+    if all(dataset.prompt_files for dataset in training):
+        return _prompts_of_files(training, batch_size, longest)
     captions: list[str] = []
     for dataset in training:
         step = max(1, len(dataset.samples) * len(training) // MAX_CAPTIONS)
@@ -265,6 +267,18 @@ def choose_prompts(family: ModelFamily, training: Sequence[Dataset], load: Load,
     embeds = family.encode_prompts((chosen * batch_size)[:batch_size], sizes)
     family.free_prompt_encoders()
     return embeds
+
+
+def _prompts_of_files(training: Sequence[Dataset], batch_size: int, longest: bool) -> list[PromptEmbeds]:
+    """As `choose_prompts`, where the embeddings are in files."""
+    found = []
+    for dataset in training:
+        samples = dataset.samples[:batch_size]
+        assert dataset.prompt_files is not None, "choose_prompts asks"
+        found += [dataset.prompt_files.read(row.files[0]) for row in dataset.prompt_files.take(samples)]
+    found.sort(key=lambda each: -max(len(tensor) for tensor in each.tensors.values()))
+    start = 0 if longest else max(0, len(found) // 2 - batch_size // 2)
+    return (found[start:] * batch_size)[:batch_size]
 
 
 def why_no_probe(family: ModelFamily, needed: int, available: int, operations: float, wanted: bool | None) -> str:

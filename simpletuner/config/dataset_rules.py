@@ -218,6 +218,32 @@ def tables_have_their_strategy(draft: Draft) -> Iterator[Problem]:
                 yield draft.dataset_problem(entry, key, message, fix="set caption_strategy to csv or parquet")
 
 
+def embeddings_of_files_stand_for_captions(draft: Draft) -> Iterator[Problem]:
+    key = "prompt_embeds_column"
+    for entry in draft.images:
+        if entry.dropped_prompt_embeds_column and not entry.prompt_embeds_column:
+            message = f"has no use without {key}"
+            yield draft.dataset_problem(entry, "dropped_prompt_embeds_column", message, fix=f"add {key}")
+        if not entry.prompt_embeds_column:
+            continue
+        if draft.spec and not draft.spec.prompt_tensors:
+            message = f"files of embeddings are not read for {draft.spec.title}"
+            yield draft.dataset_problem(entry, key, message, fix="remove the key")
+        if not entry.has_caption_table:
+            message = f"is a column of a table, and caption_strategy is {entry.caption_strategy}, type {entry.type}"
+            yield draft.dataset_problem(entry, key, message, fix="set caption_strategy to csv or parquet")
+        changed = {
+            "caption_shuffle": entry.caption_shuffle,
+            "prepend_instance_prompt": entry.prepend_instance_prompt,
+            "only_instance_prompt": entry.only_instance_prompt,
+            "caption_fallback": entry.caption_fallback,
+            "caption_filter_list of the text_embeds entry": filters_for(draft.datasets.entries),
+        }
+        for name in (name for name, value in changed.items() if value):
+            message = f"the embeddings are those of captions as they are, and {name} changes captions"
+            yield draft.dataset_problem(entry, key, message, fix=f"remove {name}, or this key")
+
+
 def caption_filters_can_be_read(draft: Draft) -> Iterator[Problem]:
     texts = [entry for entry in draft.datasets.entries if isinstance(entry, TextEmbedsDataset)]
     used = filters_for(texts)
@@ -256,6 +282,7 @@ DATASET_RULES = (
     captions_fit_their_source,
     a_fallback_has_its_use,
     tables_have_their_strategy,
+    embeddings_of_files_stand_for_captions,
     caption_filters_can_be_read,
 )
 

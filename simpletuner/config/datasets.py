@@ -137,6 +137,16 @@ class ImageDataset(ImageSource, DatasetEntry):
         help="Column of the table with the captions; of a list, the first that holds text. Unset: the first of text, "
         "caption and prompt that is there.",
     )
+    prompt_embeds_column: Text | None = option(
+        None,
+        help="Column of the table with the embeddings of the captions, made beforehand: a `.safetensors` file, or a "
+        "list with one for each caption; relative paths lead from the table. No text encoder reads these captions.",
+    )
+    dropped_prompt_embeds_column: Text | None = option(
+        None,
+        help="With `prompt_embeds_column`: column of the table with the file that stands for the dropped caption of "
+        "an image. Unset, or where a row names none: the family's dropped caption is encoded.",
+    )
     caption_shuffle: Shuffle = option(
         None,
         help="Further variants of each caption with its tags in another order: `enable`, `count` (1), `split_on` "

@@ -42,6 +42,7 @@ class CaptionTable:
         caption_columns: of these the first that holds text counts; None for the first of `CAPTION_COLUMNS` there is.
         key: names the table in errors: dataset id and key.
         data_file: named in errors.
+        column_key: the key of the dataset that names the columns.
 
     Raises:
         DataError: the table cannot be read, or lacks a column.
@@ -56,11 +57,12 @@ class CaptionTable:
         caption_columns: Sequence[str] | None,
         key: str,
         data_file: str | None = None,
+        column_key: str = "caption_column",
     ):
         self.table = table
         self._filename_column = filename_column
         self._caption_columns = caption_columns
-        self._key, self._data_file = key, data_file
+        self._key, self._data_file, self._column_key = key, data_file, column_key
         self._lock = threading.Lock()
         self.digest = self._file_digest()
         path = folder / f"captions-{self.digest[:32]}-{_FORM}.sqlite"
@@ -184,7 +186,7 @@ class CaptionTable:
         missing = [name for name in self._caption_columns or () if name not in known]
         if missing or not columns:
             message = f"has no column {' or '.join(missing or CAPTION_COLUMNS)}"
-            raise self._fault(message, "caption_column", f"one of its columns: {there}")
+            raise self._fault(message, self._column_key, f"one of its columns: {there}")
         return columns if self._caption_columns else columns[:1]
 
     def _fault(self, message: str, key: str = "metadata_file", allowed: str | None = None) -> DataError:

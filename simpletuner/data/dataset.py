@@ -26,12 +26,13 @@ from simpletuner.data.caption_table import CaptionTable
 from simpletuner.data.captions import CaptionRules, captions_of
 from simpletuner.data.index import Index
 from simpletuner.data.masks import Masks
+from simpletuner.data.prompt_files import PromptFiles, variant
 from simpletuner.data.reading import read_pixels
 from simpletuner.data.references import References
 from simpletuner.data.report import FilterReport
 from simpletuner.data.schedule import Schedule
 from simpletuner.data.selection import group_by_size
-from simpletuner.randomness import keyed_seed, keyed_uniform
+from simpletuner.randomness import keyed_uniform
 
 if TYPE_CHECKING:
     import torch
@@ -195,6 +196,7 @@ class Dataset:
         filter report: what became of the files.
         backend: where the files are.
         masks: where the loss counts; None for all of each image.
+        prompt_files: embeddings of the captions, made beforehand; None where they are encoded.
     """
 
     entry: ImageDataset
@@ -204,6 +206,7 @@ class Dataset:
     filter_report: FilterReport
     backend: Backend
     masks: Masks | None = None
+    prompt_files: PromptFiles | None = None
 
     @property
     def id(self) -> str:
@@ -297,9 +300,7 @@ class Dataset:
 
     def caption_for(self, sample: Sample, *key: int | str) -> str:
         """One of the caption variants of a sample, drawn by `key` (seed, step, slot)."""
-        if len(sample.captions) == 1:
-            return sample.captions[0]
-        return sample.captions[keyed_seed(*key, "caption", sample.digest) % len(sample.captions)]
+        return sample.captions[variant(len(sample.captions), sample, *key)]
 
 
 def only_chosen(

@@ -36,6 +36,7 @@ from simpletuner.data.dataset import Dataset, RoundSampling, Samples, dataset_fi
 from simpletuner.data.empty_masks import report_empty_masks
 from simpletuner.data.entry_rules import bucket_rules, caption_rules, check_entry
 from simpletuner.data.index import Catalogue, Index
+from simpletuner.data.prompt_files import PromptFiles
 from simpletuner.data.report import FilterReport, ProgressReport, SkippedFiles
 from simpletuner.data.selection import (
     group_by_size,
@@ -100,8 +101,9 @@ def build_datasets(
         try:
             table = caption_table(entry, work_dir, data_file)
             references = [(each, scan(each)) for each in references_for(entry, entries)]
+            files = prompt_files(entry, spec, work_dir, data_file)
             dataset = build_dataset(
-                entry, config, spec, scan(entry), data_file, filters_for(entries), table, references
+                entry, config, spec, scan(entry), data_file, filters_for(entries), table, references, files
             )
             filter_reports.append(dataset.filter_report)
             for mask in masks_for(entry, entries):
@@ -174,6 +176,7 @@ def build_dataset(
     filters: tuple[str, ...] = (),
     table: CaptionTable | None = None,
     references: Sequence[tuple[ConditioningDataset, ScannedFolder]] = (),
+    prompt_files: PromptFiles | None = None,
 ) -> Dataset:
     """One dataset from the images that its folder holds.
 
@@ -181,6 +184,7 @@ def build_dataset(
         filters: edits of captions (`caption_filter_list`).
         table: where the captions are, for the strategies that have one.
         references: conditioning entries with the reference images.
+        prompt_files: embeddings of the captions.
 
     Raises:
         DataError: no image is left, or some have no caption.
@@ -213,9 +217,14 @@ def build_dataset(
     resamples = bool(entry.vae_cache_clear_each_epoch) and not isinstance(entry, EvalDataset)
     draws = RoundSampling(crops=resamples and sizes.needs_content, flips=entry.random_flip)
     edits = CaptionEdits(filters, entry.caption_shuffle, config.seed)
+    samples = Samples(entry.id, config.seed, index, ids, texts, sizes, captions, draws, edits, table, seen)
+    if prompt_files is not None:
+        content += prompt_files.fingerprint
+        prompt_files.require_files(samples)
     return Dataset(
         entry=entry,
-        samples=Samples(entry.id, config.seed, index, ids, texts, sizes, captions, draws, edits, table, seen),
+        samples=samples,
+        prompt_files=prompt_files,
         buckets=buckets,
         fingerprint=dataset_fingerprint(content, sizes, captions, config.seed, draws, edits),
         filter_report=filter_report,
@@ -275,6 +284,25 @@ def caption_table(entry: ImageDataset, work_dir: Path, data_file: str | None) ->
         return None
     folder = work_dir / "index"
     return CaptionTable(path, folder, entry.filename_column, entry.caption_column, entry.id, data_file)
+
+
+def prompt_files(entry: ImageDataset, spec: FamilySpec, work_dir: Path, data_file: str | None) -> PromptFiles | None:
+    """The embeddings that stand for the captions of an entry; None where captions are encoded.
+
+    Raises:
+        DataError: the table cannot be read, or has no such column.
+    """
+    path = table_path(entry)
+    if entry.prompt_embeds_column is None or path is None:
+        return None
+
+    def table(column: str, key: str) -> CaptionTable:
+        return CaptionTable(path, work_dir / "index", entry.filename_column, [column], entry.id, data_file, key)
+
+    named = table(entry.prompt_embeds_column, "prompt_embeds_column")
+    instead = entry.dropped_prompt_embeds_column
+    dropped = table(instead, "dropped_prompt_embeds_column") if instead else None
+    return PromptFiles(named, dropped, spec.prompt_tensors, entry.id)
 
 
 def _nothing_left(entry: ImageDataset, index: Index, skipped: SkippedFiles, data_file: str | None) -> Problem:

@@ -105,6 +105,8 @@ class FamilySpec:
         prompt_lengths: (shortest, longest) number of tokens that `tokenizer_max_length` may set; None where the family
             reads prompts of one length.
         caches_prompt_embeds: False where the prompt is only tokenised (nothing worth caching).
+        prompt_tensors: names of the tensors that `encode_prompts` makes of a prompt; what a file of embeddings holds.
+            Empty where files of them are not read.
         dropped_caption: what a dropped caption becomes.
         empty_negative: the text that an empty negative prompt is encoded as; another one than "" where the family
             takes zeros for that, as it does for a dropped caption.
@@ -156,6 +158,7 @@ class FamilySpec:
     drops_references: bool = True
     prompt_lengths: tuple[int, int] | None = None
     caches_prompt_embeds: bool = True
+    prompt_tensors: tuple[str, ...] = ()
     dropped_caption: str = ""
     empty_negative: str = ""
     preview_decoder: str | None = None

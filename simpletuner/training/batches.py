@@ -16,7 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from simpletuner.batch import Batch, Sample
+from simpletuner.batch import Batch, PromptEmbeds, Sample
 from simpletuner.data.dataset import Dataset
 from simpletuner.data.sampler import BatchPlan, Sampler, range_for_rank
 from simpletuner.diffusion.loss import sample_weights
@@ -175,7 +175,7 @@ class BatchSource:
         )
         return Batch(
             latents=latents,
-            prompt_embeds=self.family.prompts.embeds(captions, reference_sizes(references, self.family.spec)),
+            prompt_embeds=self.prompt_embeds(dataset, samples, captions, references, step, slots),
             slots=slots,
             digests=[sample.digest for sample in samples],
             loss_weights=torch.tensor(plan.loss_weights) * (latents[0][0].numel() if self.weighs_by_size else 1),
@@ -206,6 +206,29 @@ class BatchSource:
         if self.drops_caption(step, slot):
             return self.family.spec.dropped_caption
         return dataset.caption_for(sample, self.seed, step, slot)
+
+    def prompt_embeds(
+        self,
+        dataset: Dataset,
+        samples: Sequence[Sample],
+        captions: Sequence[str],
+        references: Sequence[Sequence[Tensor]],
+        step: int,
+        slots: Sequence[int],
+    ) -> list[PromptEmbeds]:
+        """Of `captions`: what the family's prompts give, or what the files of the dataset hold."""
+        sizes = reference_sizes(references, self.family.spec)
+        if dataset.prompt_files is None:
+            return self.family.prompts.embeds(captions, sizes)
+        rows = []
+        for place, (sample, row) in enumerate(zip(samples, dataset.prompt_files.take(samples), strict=True)):
+            if not self.drops_caption(step, slots[place]):
+                rows.append(dataset.prompt_files.embeds(row, sample, self.seed, step, slots[place]))
+            elif row.dropped is not None:
+                rows.append(dataset.prompt_files.read(row.dropped))
+            else:
+                rows += self.family.prompts.embeds([captions[place]], sizes and [sizes[place]])
+        return rows
 
     def references(self, sample: Sample, step: int, slot: int) -> Sequence[Sample]:
         """The references that the model sees: all, a drawn one, or none, where they are dropped with the caption."""

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from simpletuner.batch import Batch, Sample
+from simpletuner.batch import Batch, PromptEmbeds, Sample
 from simpletuner.data.dataset import Dataset
 from simpletuner.diffusion.timesteps import fixed_quantiles
 from simpletuner.errors import Stopping
-from simpletuner.models.family import ModelFamily
+from simpletuner.models.family import ModelFamily, ReferenceSizes
 from simpletuner.randomness import keyed_generator
 from simpletuner.training.batches import LatentSource, reference_latents, reference_sizes
 from simpletuner.training.step import compute_losses
@@ -129,6 +129,15 @@ class Evaluator:
     def _references(self, sample: Sample) -> Sequence[Sample]:
         return sample.references[:1] if self.one_reference else sample.references
 
+    def _prompt_embeds(
+        self, dataset: Dataset, samples: Sequence[Sample], sizes: ReferenceSizes | None
+    ) -> list[PromptEmbeds]:
+        """Of the first caption of each sample."""
+        files = dataset.prompt_files
+        if files is None:
+            return self.family.prompts.embeds([sample.captions[0] for sample in samples], sizes)
+        return [files.read(row.files[0]) for row in files.take(samples)]
+
     def _chunk_losses(self, denoiser: nn.Module, dataset: Dataset, rows: list[Row]) -> list[float]:
         samples = [row.sample for row in rows]
         latents = torch.stack(self.sources[dataset.id].latents(samples))
@@ -138,7 +147,7 @@ class Evaluator:
         sizes = reference_sizes(references, self.family.spec)
         batch = Batch(
             latents=latents,
-            prompt_embeds=self.family.prompts.embeds([sample.captions[0] for sample in samples], sizes),
+            prompt_embeds=self._prompt_embeds(dataset, samples, sizes),
             slots=range(len(rows)),
             digests=[sample.digest for sample in samples],
             loss_weights=torch.ones(len(rows)),

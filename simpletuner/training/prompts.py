@@ -100,23 +100,32 @@ def prompts_folder(loaded: LoadedRun, spec: FamilySpec) -> Path:
 def _set_fingerprint(loaded: LoadedRun, cache: PromptCache, datasets: Sequence[Dataset]) -> str:
     """Names all texts of a run: a start that finds them complete asks for no single one (`training/latents.py`)."""
     captions = [dataset.fingerprint for dataset in datasets]
-    return cache.set_fingerprint(captions, list(fixed_prompts(loaded, cache.family.spec)))
+    return cache.set_fingerprint(captions, list(fixed_prompts(loaded, cache.family.spec, datasets)))
 
 
 def run_prompts(loaded: LoadedRun, spec: FamilySpec, datasets: Sequence[Dataset]) -> Iterator[str]:
     """Every text that the run may ask for: the fixed ones, and all variants of all captions."""
-    yield from fixed_prompts(loaded, spec)
+    yield from fixed_prompts(loaded, spec, datasets)
     for dataset in datasets:
-        for sample in dataset.samples:
+        for sample in dataset.samples if dataset.prompt_files is None else ():
             yield from sample.captions
 
 
-def fixed_prompts(loaded: LoadedRun, spec: FamilySpec) -> Iterator[str]:
+def fixed_prompts(loaded: LoadedRun, spec: FamilySpec, datasets: Sequence[Dataset]) -> Iterator[str]:
     """The texts that stand in no dataset: dropped captions, validation, proof."""
-    yield from (spec.dropped_caption, "", PROBE_PROMPT)
+    if not has_all_embeddings(loaded, datasets):
+        yield from (spec.dropped_caption, "", PROBE_PROMPT)
     requests, _ = requests_from_config(
         loaded.config, loaded.prompt_library, spec.size_multiple, empty_prompt=spec.dropped_caption
     )
     for request in requests:
         yield request.prompt
         yield spec.negative_text(request.settings.negative_prompt)
+
+
+def has_all_embeddings(loaded: LoadedRun, datasets: Sequence[Dataset]) -> bool:
+    """Whether training asks for no text: all embeddings are in files, and there is no adapter file to prove."""
+    config = loaded.config
+    drops = bool(config.caption_dropout_probability)
+    files = [dataset.prompt_files for dataset in datasets]
+    return config.model_type == "full" and all(each and (each.has_dropped or not drops) for each in files)

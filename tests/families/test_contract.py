@@ -284,5 +284,6 @@ def test_prompts_survive_a_round_trip_through_a_safetensors_file(family: ModelFa
     save_file(dict(embeds.tensors), tmp_path / "prompt.safetensors")
     loaded = load_file(tmp_path / "prompt.safetensors")
     assert loaded.keys() == embeds.tensors.keys()
+    assert set(family.spec.prompt_tensors) in (set(), loaded.keys())
     assert all(torch.equal(loaded[name], tensor) for name, tensor in embeds.tensors.items())
     assert all(loaded[name].dtype == tensor.dtype for name, tensor in embeds.tensors.items())

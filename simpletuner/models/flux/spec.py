@@ -52,6 +52,7 @@ FLUX = FamilySpec(
     patch_size=2,
     max_prompt_tokens=512,
     prompt_lengths=(1, 512),
+    prompt_tensors=("prompt_embeds", "pooled_prompt_embeds"),
     max_references=1,
     pipeline_class="FluxPipeline",
     pipeline_aliases=("FluxKontextPipeline",),

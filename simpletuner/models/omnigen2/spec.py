@@ -46,6 +46,7 @@ OMNIGEN2 = FamilySpec(
     vae_factor=8,
     patch_size=2,
     max_prompt_tokens=888,
+    prompt_tensors=("prompt_embeds",),
     max_references=5,
     dropped_caption=DROPPED_INSTRUCTION,
     pipeline_class="OmniGen2Pipeline",

@@ -58,6 +58,7 @@ SD3 = FamilySpec(
     patch_size=2,
     max_prompt_tokens=256,
     prompt_lengths=(1, 512),
+    prompt_tensors=("prompt_embeds", "pooled_prompt_embeds"),
     pipeline_class="StableDiffusion3Pipeline",
     adaptable=(
         AdaptableModule("Attention", (f"{_BLOCK}.attn", f"{_BLOCK}.attn2")),

@@ -43,6 +43,7 @@ SDXL = FamilySpec(
     vae_factor=8,
     patch_size=1,
     max_prompt_tokens=77,
+    prompt_tensors=("prompt_embeds", "pooled_prompt_embeds"),
     empty_negative=" ",  # CLIP's tokens of nothing; "" is zeros
     pipeline_class="StableDiffusionXLPipeline",
     adaptable=UNET_ADAPTABLE,

@@ -28,6 +28,7 @@ AURAFLOW = FamilySpec(
     patch_size=2,
     max_size=1536,
     max_prompt_tokens=256,
+    prompt_tensors=("prompt_embeds",),
     pipeline_class="AuraFlowPipeline",
     adaptable=(
         AdaptableModule("Attention", tuple(f"{block}.attn" for block in BLOCKS)),

@@ -369,3 +369,32 @@ def test_only_line_ends_end_a_line_of_a_filter_file(workspace: Workspace) -> Non
     entry = workspace.load_written().datasets[1]
     assert isinstance(entry, TextEmbedsDataset)
     assert entry.caption_filter_list == ("cat\x0bdog", "s/a/b\u2028/")
+
+
+@pytest.mark.parametrize(
+    ("changes", "key", "words"),
+    [
+        ({"dropped_prompt_embeds_column": "dropped"}, "dropped_prompt_embeds_column", "without prompt_embeds_column"),
+        ({"prompt_embeds_column": "embeds"}, "prompt_embeds_column", "set caption_strategy to csv or parquet"),
+        (
+            {"prompt_embeds_column": "embeds", "caption_strategy": "csv", "caption_shuffle": {"enable": True}},
+            "prompt_embeds_column",
+            "remove caption_shuffle",
+        ),
+    ],
+)
+def test_files_of_embeddings_are_those_of_captions_as_they_are(
+    workspace: Workspace, changes: dict[str, Any], key: str, words: str
+) -> None:
+    workspace.put("datasets/images/metadata.csv", "file_name,text,embeds\na.png,a cat,a.safetensors\n")
+    workspace.config["model_family"] = "sdxl"
+    workspace.datasets[0] |= changes
+    problems = workspace.fails_written().problems
+    assert [problem.key for problem in problems] == [f"images.{key}"]
+    assert words in problems[0].render()
+
+
+def test_a_family_without_files_of_embeddings_refuses_them(workspace: Workspace) -> None:
+    workspace.put("datasets/images/metadata.csv", "file_name,text,embeds\na.png,a cat,a.safetensors\n")
+    workspace.datasets[0] |= {"prompt_embeds_column": "embeds", "caption_strategy": "csv"}
+    assert "files of embeddings are not read for Toy" in workspace.fails_written().render()
