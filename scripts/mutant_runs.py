@@ -191,6 +191,7 @@ def import_package(folder: Path) -> None:
             "tests.tiny_flux",
             "tests.tiny_sd3",
             "tests.tiny_omnigen2",
+            "tests.tiny_qwen_image",
             "tests.processes",
         ):
             importlib.import_module(name)

@@ -10,6 +10,7 @@ from tests.tiny_chroma import tiny_chroma_folder
 from tests.tiny_flux import tiny_flux_folder
 from tests.tiny_kolors import tiny_kolors_folder
 from tests.tiny_omnigen2 import tiny_omnigen2_folder
+from tests.tiny_qwen_image import tiny_qwen_image_folder
 from tests.tiny_sd3 import tiny_sd3_folder
 from tests.tiny_sdxl import tiny_sdxl_folder
 
@@ -19,6 +20,7 @@ TINY_FOLDERS: Mapping[str, Callable[[Path], Path]] = {
     "kolors": tiny_kolors_folder,
     "omnigen": tiny_omnigen_folder,
     "omnigen2": tiny_omnigen2_folder,
+    "qwen_image": tiny_qwen_image_folder,
     "sd3": tiny_sd3_folder,
     "sdxl": tiny_sdxl_folder,
 }

@@ -12,7 +12,10 @@ from simpletuner.models.omnigen2.transformer import OmniGen2Transformer2DModel
 from tests.tiny_flux import tiny_flux_vae
 
 TEXT_SIZE = 24
-SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>")
+SPECIAL_TOKENS = (
+    *("<|endoftext|>", "<|im_start|>", "<|im_end|>"),
+    *("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"),
+)
 
 
 def tiny_omnigen2_transformer(seed: int = 0, in_channels: int = 16) -> OmniGen2Transformer2DModel:
@@ -45,7 +48,10 @@ def tiny_mllm(vocab_size: int, seed: int = 1) -> Qwen2_5_VLForConditionalGenerat
         "rope_parameters": {"rope_type": "default", "mrope_section": [2, 2, 2], "rope_theta": 1_000_000.0},
     }
     vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": TEXT_SIZE}
-    model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision)).eval()
+    names = ("vision_start_token_id", "vision_end_token_id", "image_token_id", "video_token_id")
+    special = {name: vocab_size - len(names) + number for number, name in enumerate(names)}
+    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, **special)
+    model = Qwen2_5_VLForConditionalGeneration(config).eval()
     # Embeddings of the released model's initial size (0.02) would make all prompts alike.
     model.model.language_model.embed_tokens.weight.data.mul_(50)
     return model

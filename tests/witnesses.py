@@ -67,6 +67,7 @@ def converted(spec: FamilySpec, original: Mapping[str, Tensor], denoiser: Any) -
         "chroma": convert_chroma_transformer_checkpoint_to_diffusers,
         "flux": convert_flux_transformer_checkpoint_to_diffusers,
         "sd3": convert_sd3_transformer_checkpoint_to_diffusers,
+        "qwen_image": dict,  # released in the layout of diffusers
     }[spec.name]
     return convert(dict(original))
 

@@ -30,6 +30,7 @@ FAMILIES: dict[str, str] = {
     "chroma": "simpletuner.models.chroma.spec:CHROMA",
     "omnigen2": "simpletuner.models.omnigen2.spec:OMNIGEN2",
     "kolors": "simpletuner.models.kolors.spec:KOLORS",
+    "qwen_image": "simpletuner.models.qwen_image.spec:QWEN_IMAGE",
 }
 
 

@@ -196,6 +196,19 @@ class ModelFamily(ABC):
         ]
         return torch.cat(rows)
 
+    def condition_on(self, prompts: Sequence[PromptEmbeds], references: Sequence[Sequence[Tensor]]) -> Conditioning:
+        """What `collate` returns in families whose denoiser takes a mask.
+
+        `prompt_embeds` (B, L, D), and `prompt_mask` (B, L) bool where prompts are padded; references per row.
+        """
+        rows = [embeds.tensors["prompt_embeds"] for embeds in prompts]
+        tensors = {"prompt_embeds": send(nn.utils.rnn.pad_sequence(rows, batch_first=True), self.device, self.dtype)}
+        if len({len(row) for row in rows}) > 1:
+            masks = [torch.ones(len(row), dtype=torch.bool) for row in rows]
+            tensors["prompt_mask"] = send(nn.utils.rnn.pad_sequence(masks, batch_first=True), self.device)
+        seen = [[send(each, self.device, self.dtype) for each in row] for row in references]
+        return Conditioning(tensors, seen or [()] * len(rows))
+
     # ---- defaults a family may override ----------------------------------------------------------------------------
 
     # Ways of the VAE to take less memory, as diffusers calls them: "slicing", "tiling".

@@ -24,6 +24,8 @@ from simpletuner.validation.prompts import GenerationSettings, ImageRequest
 from tests.tiny_folders import TINY_FOLDERS
 
 PROMPTS = ["a cat", "a green star on a white background"]
+# Layers whose output nobody reads: the text that leaves the last block of the tiny network.
+UNREAD_LAYERS = {"qwen_image": ("transformer.blocks.1.attn.to.add.out",)}
 
 
 @pytest.fixture(scope="module", params=family_names())
@@ -114,10 +116,16 @@ def test_with_an_adapter_only_the_adapter_gets_gradients(family: ModelFamily):
     latents = randn(*latent_shape(family, 2))
     conditioning = family.collate(batch_of(family, latents, PROMPTS))
     family.predict(denoiser, latents, torch.tensor([0.2, 0.7]), conditioning).square().mean().backward()
-    own = {id(parameter) for parameter in adapter.trainable_parameters().values()}
+    unread = UNREAD_LAYERS.get(family.spec.name, ())
+    own = {
+        name: parameter
+        for name, parameter in adapter.trainable_parameters().items()
+        if not any(layer in name.replace("_", ".") for layer in unread)
+    }
     assert own
-    assert {id(parameter) for parameter in denoiser.parameters() if parameter.grad is not None} == own
-    gradients = [parameter.grad for parameter in adapter.trainable_parameters().values()]
+    ids = {id(parameter) for parameter in own.values()}
+    assert {id(parameter) for parameter in denoiser.parameters() if parameter.grad is not None} == ids
+    gradients = [parameter.grad for parameter in own.values()]
     assert all(gradient.isfinite().all() for gradient in gradients)
     assert any(gradient.abs().max() > 0 for gradient in gradients)
 

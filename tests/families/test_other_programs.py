@@ -26,6 +26,7 @@ from simpletuner.families.readers import FORMS, NO_LENGTHS, SILENT, readers_of
 from simpletuner.families.registry import get_spec
 from simpletuner.families.spec import FamilySpec
 from tests.tiny_kolors import tiny_kolors_unet
+from tests.tiny_qwen_image import tiny_qwen_image_transformer
 from tests.tiny_sd3 import tiny_sd3_transformer
 from tests.tiny_sdxl import tiny_unet
 from tests.witnesses import (
@@ -46,6 +47,7 @@ DENOISERS = {
     "chroma": narrow_chroma,
     "sd3": tiny_sd3_transformer,
     "kolors": tiny_kolors_unet,
+    "qwen_image": tiny_qwen_image_transformer,
 }
 BLOCKS = ("attention", "feed-forward")
 LORA = {
@@ -60,6 +62,8 @@ LYCORIS = {
     "loha": {"algo": "loha", "linear_dim": 2, "linear_alpha": 3, "preset": "attn-mlp"},
 }
 TOLERANCE = 1e-5
+# What diffusers says of a file that it does not read.
+REFUSALS = r"Invalid LoRA checkpoint|not been correctly renamed|should be empty|Target modules .* not found"
 
 
 def trained(denoiser: nn.Module, spec: FamilySpec, name: str) -> Adapter:
@@ -122,7 +126,7 @@ def require_table_of_diffusers(
     """diffusers' pipeline reads the file as the table says; where the table is silent, it refuses the file."""
     readers = [reader for reader in readers_of(spec.readers, form, weights.kind) if reader.program == "diffusers"]
     if not readers:
-        with pytest.raises(ValueError, match=r"Invalid LoRA checkpoint|not been correctly renamed"):
+        with pytest.raises(ValueError, match=REFUSALS):
             read_by_diffusers(path, spec, stock)
         return
     [reader] = readers

@@ -12,6 +12,7 @@ import torch
 from simpletuner.adapters.lora import LoraAdapter, LoraSettings, attach_lora
 from simpletuner.families.registry import get_family_class, get_spec
 from simpletuner.models.components import ModelSource
+from simpletuner.models.patches import unpack
 from simpletuner.validation.generate import apply_adapter_file
 from tests.tiny_folders import TINY_FOLDERS
 
@@ -23,7 +24,10 @@ READ_BY_DIFFUSERS = {
     "kolors": ("diffusers", "kohya"),
     "sd3": ("diffusers",),
     "sdxl": ("diffusers", "kohya"),
+    "qwen_image": ("diffusers", "kohya", "comfyui"),
 }
+# What a stock pipeline calls the guidance, where it is not `guidance_scale`.
+GUIDANCE = {"qwen_image": {"true_cfg_scale": 3.0, "negative_prompt": " "}}
 # diffusers takes the joined matrix of FLUX.1's single blocks for one of 3072 rows a part; its own tests look at it.
 TARGETS = {("flux", "kohya"): ("transformer_blocks.*.attn.*to_?", "transformer_blocks.*.ff.net.*", "*.0.proj_out")}
 
@@ -41,10 +45,11 @@ def test_the_stock_pipeline_generates_the_trainers_own_image(tmp_path: Path, nam
     spec = get_spec(name)
     folder = TINY_FOLDERS[name](tmp_path / "model")
     family = get_family_class(spec)(spec, ModelSource(str(folder)), torch.device("cpu"), torch.float32)
-    options = {"height": SIDE, "width": SIDE, "num_inference_steps": 2, "guidance_scale": 3.0, "output_type": "latent"}
+    options = {"height": SIDE, "width": SIDE, "num_inference_steps": 2, "output_type": "latent"}
 
-    def generated(pipeline: object) -> torch.Tensor:
-        return pipeline(prompt=PROMPT, generator=torch.Generator().manual_seed(1), **options).images
+    def generated(pipeline: object, **guidance: object) -> torch.Tensor:
+        guidance = guidance or {"guidance_scale": 3.0}
+        return pipeline(prompt=PROMPT, generator=torch.Generator().manual_seed(1), **guidance, **options).images
 
     denoiser = family.load_denoiser()
     before = generated(family.pipeline(denoiser))
@@ -65,7 +70,7 @@ def test_the_stock_pipeline_generates_the_trainers_own_image(tmp_path: Path, nam
     pipeline = stock.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.load_lora_weights(path.parent, weight_name=path.name)
-    theirs = generated(pipeline)
+    theirs = generated(pipeline, **GUIDANCE.get(name, {}))
     if theirs.ndim == 3:
-        theirs = family.unpack_latents(theirs, SIDE, SIDE)
+        theirs = unpack(theirs, *ours.shape[-2:])
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)

@@ -11,13 +11,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 
 from simpletuner.batch import Batch, Conditioning, PromptEmbeds
 from simpletuner.diffusion import timesteps
-from simpletuner.models.family import ModelFamily, ReferenceSizes, send
+from simpletuner.models.family import ModelFamily, ReferenceSizes
 from simpletuner.models.omnigen2.spec import DROPPED_INSTRUCTION
 
 # The literal texts that OmniGen2 was trained with: the second one where an instruction is dropped.
@@ -47,16 +45,6 @@ class OmniGen2(ModelFamily):
 
     def collate(self, batch: Batch) -> Conditioning:
         return self.condition_on(batch.prompt_embeds, batch.references)
-
-    def condition_on(self, prompts: Sequence[PromptEmbeds], references: Sequence[Sequence[Tensor]]) -> Conditioning:
-        """`prompt_embeds` (B, L, D), and `prompt_mask` (B, L) where prompts are padded; references per row."""
-        rows = [embeds.tensors["prompt_embeds"] for embeds in prompts]
-        tensors = {"prompt_embeds": send(pad_sequence(rows, batch_first=True), self.device, self.dtype)}
-        if len({len(row) for row in rows}) > 1:
-            masks = [torch.ones(len(row), dtype=torch.bool) for row in rows]
-            tensors["prompt_mask"] = send(pad_sequence(masks, batch_first=True), self.device)
-        seen = [[send(each, self.device, self.dtype) for each in row] for row in references]
-        return Conditioning(tensors, seen or [()] * len(rows))
 
     def predict(self, denoiser: nn.Module, noisy_latents: Tensor, sigmas: Tensor, conditioning: Conditioning) -> Tensor:
         latents, mask = noisy_latents.to(self.dtype), conditioning.tensors.get("prompt_mask")

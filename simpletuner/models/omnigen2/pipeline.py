@@ -6,25 +6,17 @@ Source: VectorSpaceLab/OmniGen2 (Apache-2.0), `omnigen2/pipelines/omnigen2/pipel
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
 
 import torch
-from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
-from diffusers.image_processor import VaeImageProcessor
+from diffusers import DPMSolverMultistepScheduler
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
-from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image, ImageOps
-from torch import Tensor, nn
+from torch import Tensor
 
 from simpletuner.batch import Conditioning
 from simpletuner.diffusion.timesteps import shifted_sigmas
-from simpletuner.models.components import save_model_folder
-from simpletuner.models.family import LatentMoments
-
-if TYPE_CHECKING:
-    from simpletuner.models.omnigen2.family import OmniGen2
+from simpletuner.models.flow_pipeline import Callback, FlowPipeline, Generators
 
 # A reference image is reduced to so many pixels and to this longer side, and never enlarged.
 MAX_REFERENCE_PIXELS = 1024 * 1024
@@ -32,27 +24,13 @@ MAX_REFERENCE_SIDE = 1024
 PIXELS_PER_TOKEN = 16
 IMAGE_GUIDANCE = 2.0
 
-Generators = torch.Generator | list[torch.Generator] | None
-Callback = Callable[[Any, int, Any, dict[str, Tensor]], dict[str, Tensor]]
 
-
-class OmniGen2Pipeline:
+class OmniGen2Pipeline(FlowPipeline):
     """Text, and reference images, to image around live weights.
-
-    Args:
-        family: encodes prompts, predicts, and knows device and dtype.
-        transformer: the denoiser, adapters and wrappers included.
-        vae: for references and for pixels; None where only latents are asked for.
 
     Attributes:
         scheduler: Euler's steps; a `DPMSolverMultistepScheduler` in its place is used on the same noise levels.
     """
-
-    def __init__(self, family: OmniGen2, transformer: nn.Module, vae: nn.Module | None):
-        self.family = family
-        self.transformer = transformer
-        self.vae: Any = vae
-        self.scheduler: Any = FlowMatchEulerDiscreteScheduler()  # its own shift of 1 is none
 
     @torch.no_grad()
     def __call__(
@@ -91,50 +69,25 @@ class OmniGen2Pipeline:
         Raises:
             ValueError: a size that is no multiple of 16, or no VAE where one is needed.
         """
-        if self.vae is None and (output_type != "latent" or any(references or ())):
-            what = "take no references" if output_type == "latent" else f'not give "{output_type}", only "latent"'
-            raise ValueError(f"this pipeline has no VAE, so it can {what}")
+        self.require_vae(output_type, references)
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         negatives = [negative_prompt] * len(prompts) if isinstance(negative_prompt, str) else negative_prompt
-        latents = self._first_latents(len(prompts), height, width, generator, latents)
+        latents = self.first_latents(len(prompts), height, width, generator, latents)
         seen = [[self.encode_reference(each) for each in row] for row in references or [()] * len(prompts)]
         rows = self._conditions(prompts, negatives or [None] * len(prompts), seen)
-        sigmas = self._set_sigmas(num_inference_steps, latents)
-        for step, (sigma, timestep) in enumerate(zip(sigmas, self.scheduler.timesteps, strict=True)):
+
+        def predict(latents: Tensor, sigmas: Tensor, step: int) -> Tensor:
             is_guided = cfg_range[0] <= step / num_inference_steps <= cfg_range[1]
-            scales = (guidance_scale, img_guidance_scale) if is_guided else (1.0, 1.0)
-            prediction = self._guided(latents, sigma, rows, *scales)
-            latents = self.scheduler.step(prediction, timestep, latents, return_dict=False)[0]
-            if callback_on_step_end is not None:
-                latents = callback_on_step_end(self, step, timestep, {"latents": latents}).pop("latents", latents)
-        if output_type == "latent":
-            return ImagePipelineOutput(images=latents)  # type: ignore[arg-type]  # as diffusers' own do
-        pixels = self.family.decode_latents(self.vae, latents)
-        return ImagePipelineOutput(images=VaeImageProcessor().postprocess(pixels, output_type=output_type))
+            return self._guided(
+                latents, sigmas, rows, *((guidance_scale, img_guidance_scale) if is_guided else (1.0, 1.0))
+            )
+
+        sigmas = self._set_sigmas(num_inference_steps, latents)
+        return self.output(self.denoise(latents, sigmas, predict, callback_on_step_end), output_type)
 
     def encode_reference(self, image: Image.Image) -> Tensor:
-        """(C, h, w) scaled latents of a reference image: the mean of what the VAE says, without its noise."""
-        processor = VaeImageProcessor()
-        pixel_values = processor.numpy_to_pt(processor.pil_to_numpy(fit_reference(image))) * 2 - 1
-        with torch.autocast(self.family.device.type, enabled=False):
-            [moments] = self.family.encode_images(self.vae, pixel_values)
-        return self.family.latents_from_moments(LatentMoments(moments.mean), torch.Generator(), self.vae.config)
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write the whole model in the released layout, encoder and VAE included."""
-        family = self.family
-        save_model_folder(family.source, family.spec, self.transformer, family.scheduler_config, Path(folder))
-
-    def _first_latents(
-        self, count: int, height: int, width: int, generator: Generators, latents: Tensor | None
-    ) -> Tensor:
-        spec, device = self.family.spec, self.family.device
-        if height % spec.size_multiple or width % spec.size_multiple:
-            raise ValueError(f"height and width must be multiples of {spec.size_multiple}, not {height} and {width}")
-        if latents is not None:
-            return latents.to(device, torch.float32)
-        shape = (count, spec.latent_channels, height // spec.vae_factor, width // spec.vae_factor)
-        return randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+        """(C, h, w) scaled latents of a reference image of any size."""
+        return self.encode_fitted(fit_reference(image))
 
     def _conditions(
         self, prompts: Sequence[str], negatives: Sequence[str | None], references: Sequence[Sequence[Tensor]]
@@ -147,10 +100,9 @@ class OmniGen2Pipeline:
         return [family.condition_on(embeds, seen) for embeds, seen in pairs]
 
     def _guided(
-        self, latents: Tensor, sigma: float, rows: Sequence[Conditioning], text_scale: float, image_scale: float
+        self, latents: Tensor, sigmas: Tensor, rows: Sequence[Conditioning], text_scale: float, image_scale: float
     ) -> Tensor:
         """(B, C, h, w) float32 from the predictions for `_conditions`."""
-        sigmas = torch.full((len(latents),), sigma, device=latents.device)
 
         def predict(row: Conditioning) -> Tensor:
             return self.family.predict(self.transformer, latents, sigmas, row).float()
