@@ -50,7 +50,7 @@ def table(name: str) -> str:
         return optimizers_table()
     if name == "adapter-readers":
         specs = [get_spec(family) for family in FAMILIES]
-        return readers_table((spec.title, spec.readers, bool(spec.keys.fused)) for spec in specs)
+        return readers_table((spec.title, spec.readers, spec.keys.joining_forms) for spec in specs)
     kind, _, part = name.partition("/")
     infos = list((webhook_options() if kind == "webhook" else dataset_options(kind)).values())
     if part == "values-not-built":

@@ -192,6 +192,7 @@ def import_package(folder: Path) -> None:
             "tests.tiny_sd3",
             "tests.tiny_omnigen2",
             "tests.tiny_qwen_image",
+            "tests.tiny_z_image",
             "tests.processes",
         ):
             importlib.import_module(name)

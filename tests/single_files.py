@@ -36,6 +36,9 @@ def original_denoiser(folder: Path, keys: KeyTable, norm_name: str = "weight") -
     original = {}
     for name in tensors:
         module, _, kind = name.rpartition(".")
+        if not module:  # a tensor of the network itself
+            original[name] = tensors[name]
+            continue
         found = keys.original(module)
         joined = torch.cat([tensors[f"{part}.{kind}"] for part in found.parts])
         if found.swaps_halves:

@@ -13,6 +13,7 @@ from tests.tiny_omnigen2 import tiny_omnigen2_folder
 from tests.tiny_qwen_image import tiny_qwen_image_folder
 from tests.tiny_sd3 import tiny_sd3_folder
 from tests.tiny_sdxl import tiny_sdxl_folder
+from tests.tiny_z_image import tiny_z_image_folder
 
 TINY_FOLDERS: Mapping[str, Callable[[Path], Path]] = {
     "chroma": tiny_chroma_folder,
@@ -23,4 +24,5 @@ TINY_FOLDERS: Mapping[str, Callable[[Path], Path]] = {
     "qwen_image": tiny_qwen_image_folder,
     "sd3": tiny_sd3_folder,
     "sdxl": tiny_sdxl_folder,
+    "z_image": tiny_z_image_folder,
 }

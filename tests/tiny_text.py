@@ -7,7 +7,14 @@ import string
 from pathlib import Path
 
 import torch
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    Qwen3Config,
+    T5Config,
+    T5EncoderModel,
+)
 
 CLIP_START, CLIP_END = "<|startoftext|>", "<|endoftext|>"
 
@@ -82,3 +89,23 @@ def tiny_t5(hidden_size: int = 16, seed: int = 0) -> T5EncoderModel:
         initializer_factor=1.0,
     )
     return T5EncoderModel(config).eval()
+
+
+def tiny_qwen3(cls: type, vocab_size: int = 261, hidden_size: int = 16, num_layers: int = 4) -> torch.nn.Module:
+    """A stock Qwen3 over the tokens of `write_qwen2_tokenizer`, with or without its head."""
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        intermediate_size=2 * hidden_size,
+        num_hidden_layers=num_layers,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        tie_word_embeddings=False,
+    )
+    model = cls(config).eval()
+    model.base_model.norm.weight.data.uniform_(0.5, 2)  # with ones, a state normed twice would be the same
+    # Embeddings of the released model's initial size (0.02) would make all prompts alike.
+    model.base_model.embed_tokens.weight.data.mul_(50)
+    return model

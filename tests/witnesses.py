@@ -19,6 +19,7 @@ from diffusers.loaders.single_file_utils import (
     convert_flux_transformer_checkpoint_to_diffusers,
     convert_ldm_unet_checkpoint,
     convert_sd3_transformer_checkpoint_to_diffusers,
+    convert_z_image_transformer_checkpoint_to_diffusers,
 )
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -68,6 +69,7 @@ def converted(spec: FamilySpec, original: Mapping[str, Tensor], denoiser: Any) -
         "flux": convert_flux_transformer_checkpoint_to_diffusers,
         "sd3": convert_sd3_transformer_checkpoint_to_diffusers,
         "qwen_image": dict,  # released in the layout of diffusers
+        "z_image": convert_z_image_transformer_checkpoint_to_diffusers,
     }[spec.name]
     return convert(dict(original))
 
@@ -86,7 +88,9 @@ def original_weights(denoiser: nn.Module, keys: KeyTable) -> Weights:
     for name, tensor in state.items():
         module, _, kind = name.rpartition(".")
         parent, _, last = module.rpartition(".")
-        if name == "pos_embed.pos_embed":
+        if not module:  # a tensor of the network itself
+            original[name] = tensor
+        elif name == "pos_embed.pos_embed":
             original["pos_embed"] = tensor
         elif last in _SD3_NORMS and "joint_blocks" in keys.original(parent).name:
             _, number, attention = parent.split(".")

@@ -66,7 +66,7 @@ def modules_in_file(
         ConfigError: the format cannot hold this algorithm.
     """
     weights = with_multiplier_in_weights(weights)
-    if file_format == "lycoris" or (file_format == "kohya" and spec.keys.kohya_has_own_names):
+    if file_format == "lycoris" or file_format in spec.keys.own_names:
         return weights.modules
     if file_format == "diffusers":
         _require_plain_lora(weights, file_format)

@@ -73,7 +73,7 @@ def parts_of_the_model_are_trained_whole(draft: Draft) -> Iterator[Problem]:
 
 def joined_magnitudes_have_their_base(draft: Draft) -> Iterator[Problem]:
     config = draft.config
-    joins = draft.spec is not None and bool(draft.spec.keys.fused) and config.lora_format in ("kohya", "comfyui")
+    joins = draft.spec is not None and config.lora_format in draft.spec.keys.joining_forms
     if joins and config.model_type == "lora" and config.use_dora and config.fsdp_enable:
         message = f"{config.lora_format} files join layers, with use_dora by the lengths of the base's rows, and "
         message += "fsdp_enable spreads those over the processes"

@@ -12,6 +12,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
+from simpletuner.families.readers import Form
+
 
 @dataclass(frozen=True)
 class OriginalModule:
@@ -36,21 +38,29 @@ class KeyTable:
         renamed: path in the denoiser -> path in the original layout, of modules and of everything below them; the
             longest entry that fits counts. What no entry fits is called the same in both.
         fused: path in the original layout -> paths in the denoiser that are its rows, from the top.
+        unused: tensors and modules of original files that no network has; they are skipped.
+        own_names: forms of adapter files that have the denoiser's names, because their readers know these best.
         swapped: paths in the denoiser whose halves of rows are swapped in the original layout (scale and shift). A `$`
             stands for the last block of a model, which `in_model` finds.
         architecture: `modelspec.architecture`, in front of `/lora`; the family's name where it is empty.
         base_model_version: `ss_base_model_version`; the family's name where it is empty.
         kohya_network: `ss_network_module` of a plain LoRA.
-        kohya_has_own_names: files in kohya's form have the denoiser's names, because its readers know no others.
     """
 
     renamed: Mapping[str, str] = field(default_factory=dict)
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    unused: tuple[str, ...] = ()
+    own_names: tuple[Form, ...] = ()
     swapped: tuple[str, ...] = ()
     architecture: str = ""
     base_model_version: str = ""
     kohya_network: str = "networks.lora"
-    kohya_has_own_names: bool = False
+
+    @property
+    def joining_forms(self) -> tuple[Form, ...]:
+        """The forms of adapter files in which some layers are rows of one matrix."""
+        forms: tuple[Form, ...] = ("kohya", "comfyui")
+        return tuple(form for form in forms if self.fused and form not in self.own_names)
 
     def in_model(self, names: Iterable[str], swaps_last_block: bool = True) -> KeyTable:
         """The table for one model, in which it is known which block is the last.

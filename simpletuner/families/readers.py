@@ -123,14 +123,14 @@ def _joined(names: Sequence[str]) -> str:
     return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
 
 
-def readers_table(families: Iterable[tuple[str, Sequence[Reader], bool]]) -> str:
-    """The table of the documentation: title, readers, and whether the original release joins layers, of each family."""
+def readers_table(families: Iterable[tuple[str, Sequence[Reader], Sequence[Form]]]) -> str:
+    """The table of the documentation: title, readers, and the forms that join layers, of each family."""
     rows = ["| family | form | holds | read by | not, or not whole |", "|---|---|---|---|---|"]
-    for title, readers, joins in families:
+    for title, readers, joining in families:
         for form in FORMS:
             held: dict[tuple[str, str], list[str]] = {}
             for kind in KINDS[:-1]:
-                held.setdefault(_cells(readers, form, kind, joins), []).append(KIND_TITLES[kind])
+                held.setdefault(_cells(readers, form, kind, form in joining), []).append(KIND_TITLES[kind])
             for (whole, part), kinds in held.items():
                 rows.append(f"| {title} | `{form}` | {', '.join(kinds)} | {whole} | {part} |")
     return "\n".join(rows)
@@ -142,7 +142,7 @@ def _cells(readers: Sequence[Reader], form: Form, kind: Kind, joins: bool) -> tu
     found = readers_of(readers, form, kind)
     whole = [reader.program for reader in found if not _limit(reader)]
     parts = [f"{reader.program}: {_limit(reader)}" for reader in found if _limit(reader)]
-    if joins and form in ("kohya", "comfyui") and kind in ("lokr", "loha"):
+    if joins and kind in ("lokr", "loha"):
         parts.append("only layers that are not part of a joined matrix (`qkv`) are written")
     return ", ".join(whole) or "none", "; ".join(parts)
 

@@ -31,6 +31,7 @@ FAMILIES: dict[str, str] = {
     "omnigen2": "simpletuner.models.omnigen2.spec:OMNIGEN2",
     "kolors": "simpletuner.models.kolors.spec:KOLORS",
     "qwen_image": "simpletuner.models.qwen_image.spec:QWEN_IMAGE",
+    "z_image": "simpletuner.models.z_image.spec:Z_IMAGE",
 }
 
 

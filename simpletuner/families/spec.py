@@ -110,6 +110,7 @@ class FamilySpec:
         dropped_caption: what a dropped caption becomes.
         empty_negative: the text that an empty negative prompt is encoded as; another one than "" where the family
             takes zeros for that, as it does for a dropped caption.
+        no_guidance: the guidance scale that is none: 1 where the answers are mixed, 0 where guidance is added.
         default_flavour: used where `model_flavour` is not set.
         adaptable: what adapters can be attached to.
         class_aliases: preset class names that mean a class of this family (`FeedForward` -> `OmniGenFeedForward`).
@@ -161,6 +162,7 @@ class FamilySpec:
     prompt_tensors: tuple[str, ...] = ()
     dropped_caption: str = ""
     empty_negative: str = ""
+    no_guidance: float = 1.0
     preview_decoder: str | None = None
     pipeline_options: tuple[str, ...] = ()
     pipeline_aliases: tuple[str, ...] = ()

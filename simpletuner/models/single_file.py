@@ -116,7 +116,8 @@ def _denoiser_tensors(
     there = set(file.keys())
     keys = keys.in_model(shapes)
     prefix = next((each for each in DENOISER_PREFIXES if any(key.startswith(each) for key in there)), "")
-    left = {key for key in there if key.startswith(prefix)}
+    unused = tuple(f"{prefix}{name}." for name in keys.unused)
+    left = {key for key in there if key.startswith(prefix) and not key.startswith(unused)}
     for name, shape in shapes.items():
         module, _, kind = name.rpartition(".")
         found = keys.original(module)

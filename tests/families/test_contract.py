@@ -150,6 +150,8 @@ class ExactAnswer(nn.Module):
         output = self.denoiser(*args, **kwargs)
         if args and args[0] is None:
             return output
+        if isinstance(output, tuple) and isinstance(output[0], list):  # one tensor a row, with an axis for frames
+            return ([self.answer.reshape(row.shape) for row in output[0]],)
         if isinstance(output, tuple):
             return (self.answer.expand_as(output[0]),)
         return self.answer.expand_as(output)

@@ -7,6 +7,7 @@ it was trained, or what the table says instead. `tests/witnesses.py` knows none 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,7 @@ from tests.tiny_kolors import tiny_kolors_unet
 from tests.tiny_qwen_image import tiny_qwen_image_transformer
 from tests.tiny_sd3 import tiny_sd3_transformer
 from tests.tiny_sdxl import tiny_unet
+from tests.tiny_z_image import tiny_z_image_transformer
 from tests.witnesses import (
     answers,
     assert_same,
@@ -48,6 +50,7 @@ DENOISERS = {
     "sd3": tiny_sd3_transformer,
     "kolors": tiny_kolors_unet,
     "qwen_image": tiny_qwen_image_transformer,
+    "z_image": tiny_z_image_transformer,
 }
 BLOCKS = ("attention", "feed-forward")
 LORA = {
@@ -85,7 +88,7 @@ def is_held(spec: FamilySpec, form: str, weights: AdapterWeights) -> bool:
     keys = spec.keys.in_model(weights.modules)
     joined = [path for path in weights.modules if len(keys.original(path).parts) > 1]
     is_lora = weights.kind in ("lora", "dora")
-    return is_lora or form == "lycoris" or (form != "diffusers" and not joined)
+    return is_lora or form == "lycoris" or form in spec.keys.own_names or (form != "diffusers" and not joined)
 
 
 @pytest.mark.parametrize("name", [*LORA, *LYCORIS])
@@ -107,11 +110,13 @@ def test_every_form_does_elsewhere_what_the_table_says(family: str, name: str, t
         metadata = peft_metadata(weights, spec) if form == "diffusers" else {}
         save_file(encode(weights, spec, form, make()), path, metadata)
         require_table_of_diffusers(path, spec, form, weights, before, ours, make())
-        has_own_names = form == "lycoris" or (form == "kohya" and spec.keys.kohya_has_own_names)
-        if form in ("kohya", "comfyui") and not has_own_names:
-            assert_same(answers(read_by_original_names(path, spec, make())), ours, TOLERANCE)
-        if has_own_names:
-            assert_same(answers(read_by_own_names(path, spec, make())), ours, TOLERANCE)
+        if form != "diffusers":
+            assert_same(answers(witness_of(spec, form)(path, spec, make())), ours, TOLERANCE)
+
+
+def witness_of(spec: FamilySpec, form: str) -> Callable[[Path, FamilySpec, nn.Module], nn.Module]:
+    has_own_names = form == "lycoris" or form in spec.keys.own_names
+    return read_by_own_names if has_own_names else read_by_original_names
 
 
 def require_table_of_diffusers(
@@ -141,8 +146,7 @@ def require_table_of_diffusers(
     if reader.instead == NO_LENGTHS:
         plain = {key: tensor for key, tensor in load_file(path).items() if "dora_scale" not in key}
         save_file(plain, path.with_name("plain.safetensors"))
-        read = read_by_own_names if spec.keys.kohya_has_own_names else read_by_original_names
-        ours = answers(read(path.with_name("plain.safetensors"), spec, DENOISERS[spec.name]()))
+        ours = answers(witness_of(spec, form)(path.with_name("plain.safetensors"), spec, DENOISERS[spec.name]()))
     left = reader.layers_left_out(weights.modules)
     assert_same(theirs, ours | {layer: before[layer] for layer in left}, TOLERANCE)
 

@@ -25,6 +25,7 @@ READ_BY_DIFFUSERS = {
     "sd3": ("diffusers",),
     "sdxl": ("diffusers", "kohya"),
     "qwen_image": ("diffusers", "kohya", "comfyui"),
+    "z_image": ("diffusers", "kohya", "comfyui"),
 }
 # What a stock pipeline calls the guidance, where it is not `guidance_scale`.
 GUIDANCE = {"qwen_image": {"true_cfg_scale": 3.0, "negative_prompt": " "}}

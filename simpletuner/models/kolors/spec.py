@@ -59,7 +59,7 @@ KOLORS = FamilySpec(
         architecture="kolors",
         base_model_version="kolors",
         # KolorsPipeline reads kohya's form under diffusers' names alone.
-        kohya_has_own_names=True,
+        own_names=("kohya",),
     ),
     readers=(
         Reader("diffusers", ("diffusers",), ("lora", "dora")),

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3Model
+from transformers import Qwen3ForCausalLM, Qwen3Model
 
 from simpletuner.cache.fingerprints import prompt_fingerprint
 from simpletuner.data.digests import DigestMemo
@@ -17,26 +17,9 @@ from simpletuner.models.components import ModelSource, load_component
 from simpletuner.models.hidden_states import hidden_states
 from simpletuner.models.text_encoders import TextEncoders
 from tests.tiny_omnigen2 import tiny_omnigen2_folder, write_qwen2_tokenizer
+from tests.tiny_text import tiny_qwen3
 
-NUM_LAYERS = 4
 TEXTS = ["a cat", "<|im_start|>user\na green star on white<|im_end|>\n"]
-
-
-def tiny_qwen3(cls: type, vocab_size: int = 261) -> nn.Module:
-    torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=vocab_size,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=NUM_LAYERS,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-        tie_word_embeddings=False,
-    )
-    model = cls(config).eval()
-    model.base_model.norm.weight.data.uniform_(0.5, 2)  # ones would not tell whether it was applied to a normed state
-    return model
 
 
 @pytest.fixture(scope="module", params=[Qwen3Model, Qwen3ForCausalLM], ids=["body", "with a head"])

@@ -1,0 +1,108 @@
+"""Z-Image for the shared trainer: Qwen3's states of a chat with one question, and lists of rows in place of batches.
+
+Z-Image counts time from noise (t = 0) to data (t = 1) and answers `data - noise` (diffusers' `pipeline_z_image.py`,
+step 6). Here sigma is 0 on data and the velocity is `noise - data`: t = 1 - sigma, and the output changes sign.
+Captions must not be padded: the network fills each up to a multiple of 32 with tokens that it has learned. Times come
+from sigmoid(N(0, 1)) and are shifted as the model's own scheduler shifts those of its sampling, the same at every size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import repeat
+from typing import Any
+
+import torch
+from diffusers.models.transformers.transformer_z_image import RopeEmbedder
+from torch import Tensor, nn
+
+from simpletuner.batch import Batch, Conditioning, PromptEmbeds
+from simpletuner.models.family import ModelFamily, ReferenceSizes, send
+from simpletuner.models.live_pipeline import LivePipeline
+
+# Qwen3's chat template with one message, as `enable_thinking=True` renders it.
+TEMPLATE = "<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n"
+# The state that the last layer reads.
+LAYER = -2
+
+
+class ZImage(ModelFamily):
+    """The base and Turbo differ in weights and shift alone."""
+
+    def largest_side(self) -> int:
+        """The rotary tables have so many rows and columns of patches."""
+        return min(self.denoiser_config["axes_lens"][1:]) * self.spec.size_multiple
+
+    def load_denoiser(self) -> nn.Module:
+        return with_rotary_tables(super().load_denoiser())
+
+    def empty_denoiser(self) -> nn.Module:
+        return with_rotary_tables(super().empty_denoiser())
+
+    def count_prompt_tokens(self, prompts: Sequence[str]) -> list[int]:
+        return self.encoders.count("tokenizer", [TEMPLATE.format(prompt=prompt) for prompt in prompts])
+
+    def prompt_facts(self) -> Mapping[str, Any]:
+        return {**super().prompt_facts(), "template": TEMPLATE, "layer": LAYER}
+
+    def encode_prompts(self, prompts: Sequence[str], references: ReferenceSizes | None = None) -> list[PromptEmbeds]:
+        """`prompt_embeds` (L, D): the whole chat, template included; of one too long the end of the template is cut."""
+        texts = [TEMPLATE.format(prompt=prompt) for prompt in prompts]
+        rows = self.encoders.states_of(texts, [LAYER], self.max_prompt_tokens)
+        return [PromptEmbeds({"prompt_embeds": row[:, 0]}) for row in rows]
+
+    def collate(self, batch: Batch) -> Conditioning:
+        """Padded as usual; `num_tokens` says what of each row counts."""
+        num_tokens = [len(each.tensors["prompt_embeds"]) for each in batch.prompt_embeds]
+        return Conditioning(super().collate(batch).tensors, [()] * len(batch), num_tokens)
+
+    def predict(self, denoiser: nn.Module, noisy_latents: Tensor, sigmas: Tensor, conditioning: Conditioning) -> Tensor:
+        frames = noisy_latents.to(self.dtype)[:, :, None]  # a list of videos of one frame
+        embeds = conditioning["prompt_embeds"].to(self.dtype)
+        captions = [row[:length] for row, length in zip(embeds, conditioning.num_tokens, strict=True)]
+        times = (1000 - 1000 * sigmas) / 1000  # as the pipeline rounds them
+        answers = denoiser([*frames], times, captions, return_dict=False)[0]
+        return -torch.stack(answers)[:, :, 0]
+
+    def sigmas_at(self, quantiles: Tensor, latents: Tensor) -> Tensor:
+        return self.scheduler_sigmas(quantiles, latents)
+
+    def pipeline(self, denoiser: nn.Module, vae: nn.Module | None = None) -> Any:
+        from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline
+
+        scheduler = FlowMatchEulerDiscreteScheduler.from_config(self.scheduler_config)
+        parts: dict[str, Any] = dict.fromkeys(("vae", "text_encoder", "tokenizer"))
+        return ZImageLivePipeline(self, ZImagePipeline(scheduler=scheduler, transformer=denoiser, **parts), vae)
+
+
+class ZImageLivePipeline(LivePipeline):
+    """diffusers' pipeline, whose guidance adds to the prompt's answer: 0 is none, and 1 is what others call 2."""
+
+    def prompt_arguments(
+        self, prompts: Sequence[str], negative_prompts: Sequence[str] | None, guidance_scale: float
+    ) -> dict[str, Any]:
+        family = self.family
+        negatives = [family.spec.negative_text(text) for text in negative_prompts or repeat(None, len(prompts))]
+        return {"guidance_scale": guidance_scale} | {
+            name: [
+                send(row.tensors["prompt_embeds"], family.device, family.dtype) for row in family.prompts.embeds(texts)
+            ]
+            for name, texts in (("prompt_embeds", prompts), ("negative_prompt_embeds", negatives))
+        }
+
+
+class RotaryTables(RopeEmbedder):
+    """diffusers' tables, which are no buffers: sent to the device at first use without making the host wait."""
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        if self.freqs_cis is None or self.freqs_cis[0].device != ids.device:
+            made = self.freqs_cis or self.precompute_freqs_cis(self.axes_dims, self.axes_lens, theta=self.theta)
+            self.freqs_cis = [send(table, ids.device) for table in made]
+        return super().__call__(ids)
+
+
+def with_rotary_tables(denoiser: Any) -> nn.Module:
+    """The same denoiser, whose tables are `RotaryTables`."""
+    own = denoiser.rope_embedder
+    denoiser.rope_embedder = RotaryTables(own.theta, own.axes_dims, own.axes_lens)
+    return denoiser
