@@ -94,6 +94,8 @@ class ZImageLivePipeline(LivePipeline):
 class RotaryTables(RopeEmbedder):
     """diffusers' tables, which are no buffers: sent to the device at first use without making the host wait."""
 
+    freqs_cis: list[Tensor] | None  # type: ignore[assignment]  # diffusers' annotation says None alone
+
     def __call__(self, ids: Tensor) -> Tensor:
         if self.freqs_cis is None or self.freqs_cis[0].device != ids.device:
             made = self.freqs_cis or self.precompute_freqs_cis(self.axes_dims, self.axes_lens, theta=self.theta)
