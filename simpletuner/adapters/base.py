@@ -158,15 +158,3 @@ def values_replaced(parameters: Mapping[str, nn.Parameter], state: Mapping[str, 
         yield
     finally:
         copy_into(parameters, kept)
-
-
-def base_state_dict(denoiser: nn.Module) -> dict[str, Tensor]:
-    """The denoiser's own weights under their own names, without those of an attached adapter.
-
-    A LyCORIS network is a child of the denoiser; PEFT's layers stand in the place of those that they adapt.
-    """
-    return {
-        name.replace(".base_layer.", "."): tensor
-        for name, tensor in denoiser.state_dict().items()
-        if not name.startswith(f"{ADAPTER_CHILD}.") and ".lora_" not in name
-    }

@@ -19,7 +19,7 @@ from simpletuner.batch import PromptEmbeds
 from simpletuner.commands.check import cache_need, count_steps
 from simpletuner.commands.memory import Row, Shapes, decode_bytes, device_memory, memory_rows, read_shapes
 from simpletuner.commands.probe import Load, StepTimes, time_encoding, time_steps
-from simpletuner.commands.text import columns, count_text, duration_text, short_count
+from simpletuner.commands.text import columns, count_text, short_count
 from simpletuner.config.loading import LoadedRun
 from simpletuner.data.dataset import Dataset
 from simpletuner.data.holdout import hold_out
@@ -27,6 +27,7 @@ from simpletuner.data.sampler import Sampler
 from simpletuner.errors import bytes_text
 from simpletuner.models.build import build_family
 from simpletuner.models.family import ModelFamily
+from simpletuner.reporting.progress import duration_text
 from simpletuner.training.build import build_sampler
 from simpletuner.training.disk_space import LOG_BYTES, LOGS
 from simpletuner.training.earlier_runs import delete_command, earlier_size

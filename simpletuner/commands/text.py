@@ -13,18 +13,6 @@ def count_text(count: int, one: str, many: str | None = None) -> str:
     return f"{count:,} {one if count == 1 else many or one + 's'}"
 
 
-def duration_text(seconds: float) -> str:
-    """`4.2 s`, `4 min 10 s`, `3 h 20 min`, `2 d 4 h`: two units at most."""
-    if seconds < 60:
-        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    days, hours = divmod(hours, 24)
-    parts = [(days, "d"), (hours, "h"), (minutes, "min"), (rest, "s")]
-    first = next(index for index, (number, _) in enumerate(parts) if number)
-    return " ".join(f"{number} {unit}" for number, unit in parts[first : first + 2] if number)
-
-
 def short_count(count: float) -> str:
     """3.76e9 -> `3.76 B`: parameters."""
     for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):

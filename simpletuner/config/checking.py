@@ -13,9 +13,9 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from simpletuner.config.layers import Origin, Setting
-from simpletuner.config.names import nearest
 from simpletuner.config.options.declare import OptionInfo
 from simpletuner.errors import Problem
+from simpletuner.spelling import did_you_mean
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -76,8 +76,7 @@ def _fault_problem(info: OptionInfo, setting: Setting, fault: Mapping[str, Any],
         message = f"{shown} is {_BOUND_WORDS[kind]}"
     elif kind == "literal_error":
         message = f"{shown} is not one of the choices"
-        near = nearest(str(fault["input"]), info.choices)
-        fix = f'did you mean "{near}"?' if near else None
+        fix = did_you_mean(str(fault["input"]), info.choices)
         allowed = _likely_choices(str(fault["input"]), info)
     elif kind == "value_error":
         message = f"{shown}: {fault['ctx']['error']}"

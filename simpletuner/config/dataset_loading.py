@@ -23,12 +23,12 @@ from simpletuner.config.foreign_keys import NEVER_DELETED
 from simpletuner.config.json_reader import Document
 from simpletuner.config.layers import Origin, Setting
 from simpletuner.config.merging import unknown_key
-from simpletuner.config.names import nearest
 from simpletuner.config.options import OptionInfo, TrainConfig
 from simpletuner.config.sources import ImageSource, source_faults
 from simpletuner.config.table_keys import with_table_keys
 from simpletuner.config.values import read_bool
 from simpletuner.errors import Problem
+from simpletuner.spelling import did_you_mean
 
 
 @dataclass
@@ -174,8 +174,7 @@ def _dataset_type(settings: Mapping[str, Setting], name: str, problems: list[Pro
     assert setting is not None
     reason = PLANNED_DATASET_TYPES.get(str(kind))
     message = f"{show_value(kind)} cannot be used: {reason}" if reason else f"{show_value(kind)} is no kind of dataset"
-    near = nearest(str(kind), DATASET_CLASSES)
-    fix = f'did you mean "{near}"?' if near and not reason else None
+    fix = None if reason else did_you_mean(str(kind), DATASET_CLASSES)
     problems.append(
         setting.origin.problem(message, key=f"{name}.dataset_type", allowed=", ".join(DATASET_CLASSES), fix=fix)
     )

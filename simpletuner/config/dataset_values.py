@@ -7,8 +7,8 @@ from typing import Annotated, Any, NamedTuple
 
 from pydantic import BeforeValidator
 
-from simpletuner.config.names import nearest
 from simpletuner.config.values import read_bool, read_float, read_int, read_words
+from simpletuner.spelling import did_you_mean
 
 SEPARATORS = {"comma": ",", "space": " ", "period": "."}
 
@@ -86,8 +86,8 @@ def read_tag_shuffle(value: Any) -> Any:
 def _refuse_unknown(value: dict[str, Any], known: tuple[str, ...]) -> None:
     for key in value:
         if key not in known:
-            near = nearest(str(key), known)
-            raise ValueError(f'there is no "{key}" in it' + (f'; did you mean "{near}"?' if near else ""))
+            hint = did_you_mean(str(key), known)
+            raise ValueError(f'there is no "{key}" in it' + (f"; {hint}" if hint else ""))
 
 
 SKIPPABLE = ("vae", "aspect", "metadata", "text")
@@ -98,8 +98,8 @@ def read_skipped(value: Any) -> Any:
     words = read_words(value)
     for word in words:
         if word not in SKIPPABLE:
-            near = nearest(str(word), SKIPPABLE)
-            hint = f'; did you mean "{near}"?' if near else ""
+            question = did_you_mean(str(word), SKIPPABLE)
+            hint = f"; {question}" if question else ""
             raise ValueError(f'"{word}" is none of {", ".join(SKIPPABLE)}{hint}')
     return words
 

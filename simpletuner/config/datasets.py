@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
@@ -444,8 +444,3 @@ def filters_for(entries: Sequence[object]) -> tuple[str, ...]:
     chosen = text_cache_entry(entries)
     filters = chosen.caption_filter_list if chosen else None
     return filters or ()
-
-
-def backend_types() -> tuple[str, ...]:
-    """Every `type` that is known, built or not."""
-    return get_args(BackendType)

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-from simpletuner.config.names import nearest
 from simpletuner.config.nearby import nearest_path
 from simpletuner.errors import ConfigError, Problem
+from simpletuner.spelling import did_you_mean
 
 Backend = Literal["json", "toml", "env", "cmd"]
 
@@ -105,9 +105,8 @@ def _from_environment_name(key: str, name: str, backend: Backend | None, working
     found = next((place for place in places if place.is_file()), None)
     if found is None:
         known = named_configurations(working_dir, "*") + named_configurations(working_dir, "*/*")
-        near = nearest(name, known)
         message = f'"{name}": there is no configuration of this name'
-        fix = f'did you mean "{near}"?' if near else f"make config/{name}/config.json, or leave {key} out"
+        fix = did_you_mean(name, known) or f"make config/{name}/config.json, or leave {key} out"
         raise ConfigError(Problem(message, key=key, allowed=", ".join(known) or "default", fix=fix))
     return ConfigSource(found, _backend_of(found))
 

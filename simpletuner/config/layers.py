@@ -15,8 +15,9 @@ from typing import Any, Literal
 
 from simpletuner.config.discovery import BACKEND_NAMES, ENVIRONMENT_NAMES, ConfigSource
 from simpletuner.config.json_reader import parse_json, read_text_file
-from simpletuner.config.names import ENV_FILE_NAMES, EXTRA_ARGUMENTS, nearest
+from simpletuner.config.names import ENV_FILE_NAMES, EXTRA_ARGUMENTS
 from simpletuner.errors import ConfigError, Problem
+from simpletuner.spelling import nearest
 from simpletuner.text import lines_of
 
 OriginKind = Literal["default", "family", "file", "environment", "command line"]

@@ -6,8 +6,8 @@ import fnmatch
 from collections.abc import Iterator, Sequence
 
 from simpletuner.config.lycoris import module_paths
-from simpletuner.config.names import nearest
 from simpletuner.families.spec import FamilySpec
+from simpletuner.spelling import nearest
 
 DEFAULT = "default"
 ALL_LINEAR = "all-linear"

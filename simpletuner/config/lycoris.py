@@ -20,10 +20,10 @@ from simpletuner.config.lycoris_algorithms import (
     faults,
 )
 from simpletuner.config.lycoris_presets import preset_targets, usable_presets
-from simpletuner.config.names import nearest
 from simpletuner.config.values import read_float
 from simpletuner.errors import Problem
 from simpletuner.families.spec import AdaptableModule, FamilySpec
+from simpletuner.spelling import did_you_mean, nearest
 
 # Settings of LyCORIS that this program refuses, and why.
 UNUSABLE_KEYS = {
@@ -167,8 +167,7 @@ def _bad_preset(document: Document, lycoris: Mapping[str, Any], spec: FamilySpec
         preset_targets(str(name), spec)
     except ValueError as error:
         usable = usable_presets(spec)
-        near = nearest(str(name), usable)
-        fix = f'did you mean "{near}"?' if near else "write apply_preset"
+        fix = did_you_mean(str(name), usable) or "write apply_preset"
         message = f'"{name}" cannot be used with {spec.title}: {error}'
         return [_problem(document, ("preset",), message, ", ".join(usable), fix)]
     return []
@@ -201,9 +200,8 @@ def _bad_algorithm(document: Document, at: JsonPath, settings: Mapping[str, Any]
     if algo in ALGORITHMS:
         return []
     reason = UNUSABLE_ALGORITHMS.get(str(algo))
-    near = nearest(str(algo), ALGORITHMS)
     message = f"{show_value(algo)} cannot be trained: {reason}" if reason else f"{show_value(algo)} is no algorithm"
-    fix = f'did you mean "{near}"?' if near and not reason else None
+    fix = None if reason else did_you_mean(str(algo), ALGORITHMS)
     return [_problem(document, at, message, allowed=", ".join(ALGORITHMS), fix=fix)]
 
 

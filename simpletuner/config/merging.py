@@ -8,10 +8,10 @@ from dataclasses import dataclass, field, replace
 from simpletuner.config.checking import show_value
 from simpletuner.config.foreign_keys import INVERTED, RENAMED, RETIRED, UNBUILT, VALUE_ALIASES
 from simpletuner.config.layers import Layer, Setting
-from simpletuner.config.names import nearest
 from simpletuner.config.options import all_options
 from simpletuner.config.values import read_bool
 from simpletuner.errors import Problem
+from simpletuner.spelling import nearest
 
 
 @dataclass

@@ -7,9 +7,9 @@ from typing import Any
 
 from simpletuner.config.checking import show_value
 from simpletuner.config.draft import Draft
-from simpletuner.config.names import nearest
 from simpletuner.config.optimizers import OPTIMIZERS, OptimizerRow
 from simpletuner.errors import Problem
+from simpletuner.spelling import did_you_mean
 
 # Arguments that have an option of their own.
 OWN_OPTIONS = {"lr": "learning_rate"}
@@ -31,8 +31,7 @@ def optimizer_config_has_arguments_of_the_optimizer(draft: Draft) -> Iterator[Pr
             message = f"{key} has an option of its own"
             yield draft.problem(message, "optimizer_config", fix=f"use {OWN_OPTIONS[key]}")
         elif row and key not in row.arguments:
-            near = nearest(key, row.arguments)
-            fix = f"did you mean {near}?" if near else None
+            fix = did_you_mean(key, row.arguments)
             yield draft.problem(f"{name} takes no {key}", "optimizer_config", ", ".join(sorted(row.arguments)), fix)
         elif row and not _is_like(value, row.arguments[key]):
             message = f"{show_value(value)} cannot be {key} of {name}"

@@ -9,9 +9,9 @@ from typing import Any
 
 from simpletuner.config.checking import show_value
 from simpletuner.config.json_reader import Document
-from simpletuner.config.names import nearest
 from simpletuner.config.values import read_float, read_int, read_sizes, read_text, read_text_or_list
 from simpletuner.errors import Problem
+from simpletuner.spelling import did_you_mean
 from simpletuner.text import has_control
 
 MAX_NICKNAME = 100
@@ -97,8 +97,7 @@ def _read_prompt(nickname: str, value: Any, document: Document) -> tuple[Library
         line = document.line(nickname, key)
         place = f"{nickname}.{key}"
         if key not in _FIELDS:
-            near = nearest(key, _FIELDS)
-            fix = f'did you mean "{near}"?' if near else None
+            fix = did_you_mean(key, _FIELDS)
             message, allowed = "is not known", ", ".join(_FIELDS)
             problems.append(Problem(message, key=place, file=document.file, line=line, allowed=allowed, fix=fix))
             continue

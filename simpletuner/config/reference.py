@@ -11,10 +11,10 @@ from simpletuner.config.checking import show_value
 from simpletuner.config.datasets import KEY_ALIASES, dataset_options, dataset_types
 from simpletuner.config.foreign_keys import RENAMED, RETIRED, UNBUILT
 from simpletuner.config.loading import LoadedRun
-from simpletuner.config.names import nearest
 from simpletuner.config.options import OptionInfo, all_options
 from simpletuner.config.schema import config_schema, datasets_schema
 from simpletuner.errors import ConfigError, Problem
+from simpletuner.spelling import did_you_mean
 
 WIDTH = 100
 
@@ -63,8 +63,8 @@ def describe(key: str) -> str:
     if name not in infos and name in entries:
         return "\n".join(_describe(entries[name], "key of an entry of multidatabackend.json"))
     if name not in infos:
-        near = nearest(name, [*infos, *entries, *RENAMED, *RETIRED, *UNBUILT])
-        fix = f'did you mean "{near}"?' if near else "`simpletuner options --search WORD` finds options"
+        known = [*infos, *entries, *RENAMED, *RETIRED, *UNBUILT]
+        fix = did_you_mean(name, known) or "`simpletuner options --search WORD` finds options"
         raise ConfigError(Problem("there is no option of this name", key=name, fix=fix))
     lines = _describe(infos[name], infos[name].group)
     if name in entries:

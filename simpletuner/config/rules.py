@@ -13,7 +13,6 @@ from simpletuner.config.checking import is_neutral, show_value
 from simpletuner.config.dataset_rules import DATASET_NOTICES, DATASET_RULES
 from simpletuner.config.datasets import ImageDataset, TextEmbedsDataset
 from simpletuner.config.draft import Draft
-from simpletuner.config.names import nearest
 from simpletuner.config.objective_rules import OBJECTIVE_NOTICES, OBJECTIVE_RULES
 from simpletuner.config.optimizer_rules import OPTIMIZER_NOTICES, OPTIMIZER_RULES
 from simpletuner.config.paths import SINGLE_FILE
@@ -21,6 +20,7 @@ from simpletuner.config.precision_rules import PRECISION_RULES
 from simpletuner.config.process_rules import PROCESS_RULES
 from simpletuner.config.validation_rules import VALIDATION_NOTICES, VALIDATION_RULES
 from simpletuner.errors import Problem
+from simpletuner.spelling import did_you_mean
 from simpletuner.text import has_control, printable
 
 Rule = Callable[[Draft], Iterator[Problem]]
@@ -45,9 +45,8 @@ def exactly_one_length_is_set(draft: Draft) -> Iterator[Problem]:
 def flavour_belongs_to_the_family(draft: Draft) -> Iterator[Problem]:
     flavour, spec = draft.config.model_flavour, draft.spec
     if spec and flavour and flavour not in spec.flavours:
-        near = nearest(flavour, spec.flavours)
         message = f'"{flavour}" is no flavour of {spec.title}'
-        fix = f'did you mean "{near}"?' if near else None
+        fix = did_you_mean(flavour, spec.flavours)
         yield draft.problem(message, "model_flavour", ", ".join(spec.flavours), fix)
 
 

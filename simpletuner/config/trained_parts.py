@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 
-from simpletuner.config.names import nearest
 from simpletuner.errors import Problem
+from simpletuner.spelling import did_you_mean
 
 # Of what `trainable_modules_low_learning_rate` names.
 LOW_RATE = 0.5
@@ -41,8 +41,7 @@ def unmatched(names: Sequence[str], modules: Sequence[str], low_modules: Sequenc
                 message = f'all weights whose names hold "{text}" are in {MODULES} already'
                 yield Problem(message, key=key, fix="remove one of them")
             elif not any(text in name for name in names):
-                near = nearest(text, words)
-                fix = f'did you mean "{near}"?' if near else None
+                fix = did_you_mean(text, words)
                 yield Problem(f'no weight has "{text}" in its name', key=key, allowed=_shown(words), fix=fix)
 
 

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from simpletuner.batch import Crop
 from simpletuner.randomness import keyed_uniform
 
-ResolutionType = Literal["pixel", "area", "pixel_area"]
-CropAspect = Literal["square", "preserve", "closest", "random"]
+if TYPE_CHECKING:
+    from simpletuner.config.datasets import CropAspect, ResolutionType
+
 CropStyle = Literal["center", "corner", "random"]
 
 

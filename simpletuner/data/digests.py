@@ -12,9 +12,6 @@ import os
 import sqlite3
 import threading
 import time
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
 from pathlib import Path
 
 from simpletuner.disk import DATABASE_ERRORS, is_damage, read_text
@@ -73,19 +70,6 @@ class DigestMemo:
         if _identity(before) == _identity(after) and _has_settled(after):
             self._remember(after, digest)
         return digest
-
-    def digest_many(self, paths: Iterable[str | Path], num_threads: int = 4) -> Iterator[tuple[Path, str | OSError]]:
-        """Each path with its digest, or with the error that stopped reading it; in order, files read in parallel."""
-        remaining = iter(Path(path) for path in paths)
-        with ThreadPoolExecutor(num_threads, thread_name_prefix="digest") as pool:
-            while window := list(islice(remaining, 64 * num_threads)):
-                yield from zip(window, pool.map(self._digest_or_error, window), strict=True)
-
-    def _digest_or_error(self, path: Path) -> str | OSError:
-        try:
-            return self.digest(path)
-        except OSError as error:
-            return error
 
     def _recall(self, stat: os.stat_result) -> str | None:
         key, wanted = (stat.st_dev, stat.st_ino), (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)

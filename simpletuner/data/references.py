@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simpletuner.batch import Crop, Sample
-from simpletuner.config.datasets import ConditioningDataset
-from simpletuner.data.buckets import ResolutionType, plan_reduction
+from simpletuner.config.datasets import ConditioningDataset, ResolutionType
+from simpletuner.data.buckets import plan_reduction
 from simpletuner.data.index import ImageRow, Index
 from simpletuner.data.reading import read_pixels
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import shutil
 from pathlib import Path
 
 from simpletuner.errors import ConfigError, DataError, Problem
+from simpletuner.spelling import did_you_mean
 
 DEFAULT_EXAMPLE = "omnigen-tiny"
 
@@ -24,13 +24,12 @@ def example_dir(name: str) -> Path:
         ConfigError: there is none of that name; suggests the nearest.
     """
     if name not in example_names():
-        near = difflib.get_close_matches(name, example_names(), n=1)
         raise ConfigError(
             Problem(
                 f'there is no example "{name}"',
                 key="example",
                 allowed=", ".join(example_names()),
-                fix=f'did you mean "{near[0]}"?' if near else None,
+                fix=did_you_mean(name, example_names()),
             )
         )
     return _root() / name

@@ -8,13 +8,13 @@ all others.
 
 from __future__ import annotations
 
-import difflib
 import functools
 import importlib
 from typing import TYPE_CHECKING, Any
 
 from simpletuner.errors import ConfigError, Problem
 from simpletuner.families.spec import FamilySpec
+from simpletuner.spelling import did_you_mean
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
@@ -50,12 +50,9 @@ def get_spec(name: str) -> FamilySpec:
         return load_dotted(FAMILIES[name])
     if name in plugins():
         return load_plugin(plugins()[name])
-    near = difflib.get_close_matches(name, family_names(), n=1)
-    hint = f'did you mean "{near[0]}"?' if near else None
+    fix = did_you_mean(name, family_names())
     raise ConfigError(
-        Problem(
-            f'"{name}" is not a known model family', key="model_family", allowed=", ".join(family_names()), fix=hint
-        )
+        Problem(f'"{name}" is not a known model family', key="model_family", allowed=", ".join(family_names()), fix=fix)
     )
 
 

@@ -5,7 +5,6 @@ A model is a folder in diffusers layout or a hub id. Only safetensors are read, 
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import importlib.util
 import json
@@ -22,6 +21,7 @@ from simpletuner.families.spec import Component, FamilySpec
 from simpletuner.models.hub_connectivity import hub_failures, why_missing
 from simpletuner.models.safe_loading import CONVERT, PICKLES, load_errors, load_pretrained, read_object
 from simpletuner.models.single_file import as_folder, dtype_in_file, is_in_file, load_from_file
+from simpletuner.spelling import nearest
 
 if TYPE_CHECKING:
     import torch
@@ -320,8 +320,7 @@ def nearest_hub_id(model: str) -> str | None:
     from simpletuner.families.registry import all_specs
 
     known = [flavour.hub_id for spec in all_specs()[0] for flavour in spec.flavours.values()]
-    near = difflib.get_close_matches(model, known, n=1, cutoff=0.85)
-    return near[0] if near and model not in known else None
+    return None if model in known else nearest(model, known)
 
 
 def make_empty_component(source: ModelSource, component: Component, dtype: torch.dtype) -> nn.Module:

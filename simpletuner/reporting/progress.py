@@ -62,16 +62,15 @@ def step_line(event: StepDone, pace: Pace) -> str:
 
 
 def duration_text(seconds: float) -> str:
-    """`0.4 s`, `42 s`, `3 min 12 s`, `2 h 05 min`."""
-    if seconds < 10:
-        return f"{seconds:.1f} s"
+    """`0.4 s`, `42 s`, `3 min 12 s`, `2 h 05 min`, `2 d 4 h`."""
     if seconds < 60:
-        return f"{seconds:.0f} s"
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
     minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes} min {rest:02d} s"
     hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min"
+    days, hours = divmod(hours, 24)
+    if days:
+        return f"{days} d {hours} h"
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
 
 
 def number_text(index: int) -> str:

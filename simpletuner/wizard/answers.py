@@ -10,11 +10,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
-from simpletuner.config.names import nearest
 from simpletuner.errors import ConfigError, Problem
 from simpletuner.families.registry import get_spec
 from simpletuner.families.spec import FamilySpec
 from simpletuner.hardware import Hardware, gpu_with
+from simpletuner.spelling import did_you_mean
 from simpletuner.wizard.lycoris import ALGORITHMS, LAYERS, Layers, Lycoris
 
 Goal = Literal["subject", "style", "edit", "full"]
@@ -178,6 +178,5 @@ def _one_of(known: Mapping[Name, str], text: str, key: str, what: str) -> Name:
     for name in known:
         if text == name:
             return name
-    near = nearest(text, known)
-    fix = f'did you mean "{near}"?' if near else None
+    fix = did_you_mean(text, known)
     raise ConfigError(Problem(f'"{text}" is not {what}', key=key, allowed=", ".join(known), fix=fix))

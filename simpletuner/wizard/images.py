@@ -10,7 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
-from simpletuner.data.buckets import BucketRules, ResolutionType
+from simpletuner.config.datasets import ResolutionType
+from simpletuner.data.buckets import BucketRules
 from simpletuner.data.captions import caption_variants
 from simpletuner.data.index import Catalogue, Index
 from simpletuner.data.report import SkippedFiles

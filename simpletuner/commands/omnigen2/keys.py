@@ -5,7 +5,6 @@ Source: VectorSpaceLab/OmniGen2 (Apache-2.0), `options/ft.yml`, `options/ft_lora
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from typing import Any
 
 from simpletuner.config.yaml_reader import YamlDocument
 from simpletuner.errors import ConfigError, Problem
+from simpletuner.spelling import did_you_mean
 
 REQUIRED: Any = object()
 MAX_TOKENS = 888
@@ -92,8 +92,7 @@ class Keys:
     def refuse_others(self) -> None:
         """Add a problem for each key that nobody asked for."""
         for key in self.document.values.keys() - self.taken:
-            near = difflib.get_close_matches(key, self.taken, n=1)
-            self.refuse(key, "there is no such key", fix=f"did you mean {near[0]}?" if near else "remove it")
+            self.refuse(key, "there is no such key", fix=did_you_mean(key, self.taken) or "remove it")
 
 
 def translate(document: YamlDocument) -> Translation:

@@ -22,21 +22,6 @@ from simpletuner.config.options.training import TrainingOptions
 from simpletuner.config.options.validation import ValidationOptions
 from simpletuner.config.values import Size, parse_sizes
 
-GROUPS: tuple[type[OptionGroup], ...] = (
-    ModelOptions,
-    DataOptions,
-    TrainingOptions,
-    ObjectiveOptions,
-    AdapterOptions,
-    OptimizerOptions,
-    PrecisionOptions,
-    ProcessOptions,
-    ValidationOptions,
-    EvaluationOptions,
-    CheckpointOptions,
-    ReportingOptions,
-)
-
 
 class TrainConfig(
     ModelOptions,
@@ -65,6 +50,10 @@ class TrainConfig(
     def resumes(self) -> bool:
         """Whether a checkpoint is to be continued, if there is one."""
         return self.resume_from_checkpoint.strip().lower() not in ("", "none")
+
+
+# In this order pages and the wizard show them.
+GROUPS: tuple[type[OptionGroup], ...] = TrainConfig.__bases__
 
 
 @functools.cache

@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from simpletuner.adapters.base import ADAPTER_CHILD
+
 QUICKSTART = Path(__file__).parents[2] / "fixtures" / "quickstart" / "lycoris_config.json"
 
 
@@ -40,3 +42,15 @@ def perturb(parameters: dict[str, nn.Parameter], std: float = 0.05) -> None:
     with torch.no_grad():
         for parameter in parameters.values():
             parameter.add_(std * torch.randn(parameter.shape, generator=generator).to(parameter.dtype))
+
+
+def base_state_dict(denoiser: nn.Module) -> dict[str, Tensor]:
+    """The denoiser's own weights under their own names, without those of an attached adapter.
+
+    A LyCORIS network is a child of the denoiser; PEFT's layers stand in the place of those that they adapt.
+    """
+    return {
+        name.replace(".base_layer.", "."): tensor
+        for name, tensor in denoiser.state_dict().items()
+        if not name.startswith(f"{ADAPTER_CHILD}.") and ".lora_" not in name
+    }

@@ -10,7 +10,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from simpletuner.adapters.base import MatchCount, base_state_dict
+from simpletuner.adapters.base import MatchCount
 from simpletuner.adapters.files import apply_adapter_file, check_saved_adapter
 from simpletuner.adapters.formats import encode
 from simpletuner.adapters.lora import LoraAdapter, LoraSettings, attach_lora
@@ -20,7 +20,7 @@ from simpletuner.errors import ConfigError, DataError
 from simpletuner.models.omnigen.spec import OMNIGEN
 from simpletuner.storage import save_tensors
 from tests.tiny import tiny_omnigen_transformer
-from tests.unit.adapters.conftest import perturb, run_stock
+from tests.unit.adapters.conftest import base_state_dict, perturb, run_stock
 
 FORMATS = ("diffusers", "kohya", "comfyui", "lycoris")
 

@@ -11,13 +11,13 @@ from lycoris.config import PRESET
 from lycoris.logging import logger
 from lycoris.wrapper import LycorisNetwork, create_lycoris
 
-from simpletuner.adapters.base import MatchCount, base_state_dict
+from simpletuner.adapters.base import MatchCount
 from simpletuner.adapters.lycoris import attach_lycoris
 from simpletuner.adapters.targets import resolve_targets
 from simpletuner.errors import ConfigError
 from simpletuner.models.omnigen.spec import OMNIGEN
 from tests.tiny import tiny_omnigen_transformer
-from tests.unit.adapters.conftest import perturb, run_stock
+from tests.unit.adapters.conftest import base_state_dict, perturb, run_stock
 
 
 def attach(lycoris: dict[str, Any], dtype: torch.dtype = torch.float32, seed: int = 1):

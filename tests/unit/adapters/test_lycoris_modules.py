@@ -9,13 +9,12 @@ import torch
 from lycoris.modules.ia3 import IA3Module
 from torch import nn
 
-from simpletuner.adapters.base import base_state_dict
 from simpletuner.adapters.lycoris import attach_lycoris
 from simpletuner.adapters.lycoris_modules import prepare_module, rotations
 from simpletuner.errors import ConfigError
 from simpletuner.models.omnigen.spec import OMNIGEN
 from tests.tiny import tiny_omnigen_transformer
-from tests.unit.adapters.conftest import perturb, run_stock
+from tests.unit.adapters.conftest import base_state_dict, perturb, run_stock
 
 TARGETS = {"apply_preset": {"target_module": ["Attention", "FeedForward"]}}
 ALGORITHMS = ("lokr", "loha", "locon", "glora", "diag-oft", "boft", "full", "dylora", "ia3")

@@ -9,9 +9,9 @@ import pytest
 
 from simpletuner.config.env_files import variables_of_files
 from simpletuner.config.layers import read_env_variables
-from simpletuner.config.names import edit_distance
 from simpletuner.distributed.lifeline import LAST_WORDS, LIFELINE
 from simpletuner.errors import ConfigError
+from simpletuner.spelling import edit_distance
 from tests.runs import run_cli, write_run
 
 from .conftest import Workspace

@@ -11,9 +11,9 @@ import pytest
 
 from simpletuner.config.datasets import dataset_options
 from simpletuner.config.foreign_keys import RENAMED, RETIRED, UNBUILT
-from simpletuner.config.names import nearest
 from simpletuner.config.options import OptionInfo, all_options
 from simpletuner.errors import EXIT_CONFIG
+from simpletuner.spelling import nearest
 
 from .conftest import Workspace
 

@@ -58,7 +58,7 @@ def test_the_sound_configuration_breaks_no_rule(workspace: Workspace) -> None:
         ({"optimizer": "prodigy"}, "learning_rate", "set learning_rate to 1"),
         ({"optimizer": "adamw_schedulefree", "use_ema": True}, "use_ema", "averages the weights itself"),
         ({"optimizer": "adamw_schedulefree", "lr_scheduler": "cosine"}, "lr_scheduler", "falling learning rate"),
-        ({"optimizer_config": "amsgrd=true", "optimizer": "adamw"}, "optimizer_config", "did you mean amsgrad?"),
+        ({"optimizer_config": "amsgrd=true", "optimizer": "adamw"}, "optimizer_config", 'did you mean "amsgrad"?'),
         ({"optimizer_config": "amsgrad=2", "optimizer": "adamw"}, "optimizer_config", "a value like false"),
         ({"optimizer_config": {"betas": [0.9]}, "optimizer": "came"}, "optimizer_config", "a value like [0.9"),
         ({"optimizer_config": {"eps": 0}, "optimizer": "adamw"}, "optimizer_config", "divided by 0"),

@@ -84,14 +84,13 @@ def test_a_memory_damaged_inside_costs_a_read_and_no_error(tmp_path):
     files = [_old_file(tmp_path / f"{i}", b"%d" % i) for i in range(3)]
     database = tmp_path / "memo.sqlite"
     with DigestMemo(database) as memo:
-        list(memo.digest_many(files))
+        for file in files:
+            memo.digest(file)
     data = bytearray(database.read_bytes())
     data[4096:] = b"\xff" * (len(data) - 4096)
     database.write_bytes(data)
     with DigestMemo(database) as memo:
-        assert [digest for _, digest in memo.digest_many(files)] == [
-            hashlib.sha256(b"%d" % i).hexdigest() for i in range(3)
-        ]
+        assert [memo.digest(file) for file in files] == [hashlib.sha256(b"%d" % i).hexdigest() for i in range(3)]
 
 
 def test_without_a_place_to_write_the_memory_lasts_as_long_as_the_object(tmp_path, reads):
@@ -99,16 +98,6 @@ def test_without_a_place_to_write_the_memory_lasts_as_long_as_the_object(tmp_pat
     with DigestMemo("/proc/no/such/place/memo.sqlite") as memo:
         assert memo.digest(file) == memo.digest(file)
     assert len(reads) == 1
-
-
-def test_many_files_keep_their_order_and_their_errors(tmp_path):
-    good = tmp_path / "good"
-    good.write_bytes(b"1")
-    with DigestMemo(tmp_path / "memo.sqlite") as memo:
-        results = list(memo.digest_many([tmp_path / "missing", good]))
-    assert [path.name for path, _ in results] == ["missing", "good"]
-    assert isinstance(results[0][1], FileNotFoundError)
-    assert results[1][1] == hashlib.sha256(b"1").hexdigest()
 
 
 def test_threads_and_a_second_memo_share_one_database(tmp_path):

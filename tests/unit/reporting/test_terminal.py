@@ -189,12 +189,13 @@ def test_a_wide_bar_shows_that_time(monkeypatch):
 
 
 def test_durations_read_as_people_say_them():
-    assert [duration_text(s) for s in (0.42, 42.4, 192, 3599.6, 7500)] == [
+    assert [duration_text(s) for s in (0.42, 42.4, 192, 3599.6, 7500, 187200)] == [
         "0.4 s",
         "42 s",
         "3 min 12 s",
         "1 h 00 min",
         "2 h 05 min",
+        "2 d 4 h",
     ]
     assert clock_text(3661.9) == "1:01:01"
 

@@ -125,7 +125,7 @@ def test_a_cosine_ends_with_the_run(tmp_path: Path) -> None:
         (
             "batch_size: 2",
             "batch_sise: 2",
-            ["train.batch_sise: there is no such key", "did you mean train.batch_size?"],
+            ["train.batch_sise: there is no such key", 'did you mean "train.batch_size"?'],
         ),
         ("batch_size: 2", "batch_size: two", ['"two" cannot be used', "a whole number", "options.yml:5"]),
         ("do_shift: true", "snr_type: zero, do_shift: true", ['"zero" cannot be trained with', "stratified_uniform"]),
