@@ -6,6 +6,7 @@
 | `kohya` | `lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight` | kohya's scripts, A1111, Forge, ComfyUI |
 | `comfyui` | `diffusion_model.double_blocks.0.img_attn.qkv.lora_A.weight` | ComfyUI |
 | `lycoris` | `lycoris_blocks_0_attn_to_q.lokr_w1` | LyCORIS; ComfyUI for families that it knows in diffusers' names |
+| `diffsynth` | `blocks.0.attn.a_to_qkv.lora_A.default.weight` | DiffSynth-Studio, for the families that it has |
 
 Only plain LoRA is known to all of them; the other algorithms keep LyCORIS' names behind the format's module names.
 """
@@ -35,7 +36,7 @@ from simpletuner.adapters.weights import (
     with_unit_scale,
 )
 from simpletuner.errors import ConfigError, Problem
-from simpletuner.families.keys import OriginalModule
+from simpletuner.families.keys import KeyTable, OriginalModule
 from simpletuner.families.readers import FORMS, Form
 from simpletuner.families.spec import FamilySpec
 
@@ -44,6 +45,7 @@ FORMATS = FORMS
 
 LYCORIS_PREFIX = "lycoris"
 PEFT_NAMES = {DOWN: "lora_A.weight", UP: "lora_B.weight", DORA: "lora_magnitude_vector"}
+DIFFSYNTH_NAMES = {DOWN: "lora_A.default.weight", UP: "lora_B.default.weight"}
 COMFY_NAMES = {DOWN: "lora_A.weight", UP: "lora_B.weight"}
 # The header entry in which diffusers keeps PEFT's settings.
 PEFT_METADATA = "lora_adapter_metadata"
@@ -63,7 +65,7 @@ def modules_in_file(
         denoiser: gives the sizes of layers that are rows of one matrix elsewhere; an adapter may sit on it.
 
     Raises:
-        ConfigError: the format cannot hold this algorithm.
+        ConfigError: the format cannot hold this algorithm, or has no names for this family.
     """
     weights = with_multiplier_in_weights(weights)
     if file_format == "lycoris" or file_format in spec.keys.own_names:
@@ -71,7 +73,9 @@ def modules_in_file(
     if file_format == "diffusers":
         _require_plain_lora(weights, file_format)
         return {path: _peft_module(module) for path, module in weights.modules.items()}
-    return original_modules(weights.modules, spec, denoiser, file_format)
+    if file_format == "diffsynth":
+        return _diffsynth_modules(weights, spec, denoiser)
+    return original_modules(weights.modules, spec.keys, denoiser, file_format)
 
 
 def named(modules: Mapping[str, Module], spec: FamilySpec, file_format: Format) -> dict[str, Tensor]:
@@ -81,6 +85,8 @@ def named(modules: Mapping[str, Module], spec: FamilySpec, file_format: Format) 
     if file_format == "diffusers":
         prefix = spec.component("denoiser").name
         return _named(modules, lambda path: f"{prefix}.{path}", PEFT_NAMES)
+    if file_format == "diffsynth":
+        return _named(modules, str, DIFFSYNTH_NAMES)
     if file_format == "kohya":
         return _named(modules, lambda name: f"lora_unet_{name}".replace(".", "_"), {})
     return _named(modules, lambda name: f"diffusion_model.{name}", COMFY_NAMES)
@@ -125,8 +131,20 @@ def peft_metadata(weights: AdapterWeights, spec: FamilySpec) -> dict[str, str]:
     return {PEFT_METADATA: json.dumps({f"{prefix}.{key}": value for key, value in settings.items()}, sort_keys=True)}
 
 
+def _diffsynth_modules(weights: AdapterWeights, spec: FamilySpec, denoiser: nn.Module) -> dict[str, Module]:
+    """Plain LoRA of scale 1: its readers know no alpha, and multiply by what they are called with, which is 1."""
+    if spec.diffsynth is None:
+        message = f"DiffSynth-Studio has no {spec.title}"
+        raise ConfigError(Problem(message, key="format", allowed=", ".join(FORMS)))
+    if not weights.is_plain_lora or any(DORA in module for module in weights.modules.values()):
+        message = "diffsynth files hold plain LoRA without weight decomposition"
+        raise ConfigError(Problem(message, key="format", allowed="lycoris", fix="make a plain LoRA of it with --rank"))
+    found = original_modules(weights.modules, spec.diffsynth, denoiser, "diffsynth")
+    return {name: _peft_module(module) for name, module in found.items()}
+
+
 def original_modules(
-    modules: Mapping[str, Module], spec: FamilySpec, denoiser: nn.Module, file_format: str
+    modules: Mapping[str, Module], keys: KeyTable, denoiser: nn.Module, file_format: str
 ) -> dict[str, Module]:
     """The modules by their original names, those that are rows of one matrix in one piece.
 
@@ -134,7 +152,7 @@ def original_modules(
         ConfigError: a module that is not plain LoRA would have to be taken apart or put together.
     """
     layers = dict(denoiser.named_modules())
-    keys = spec.keys.in_model(layers)
+    keys = keys.in_model(layers)
     by_original: dict[str, OriginalModule] = {}
     for path in modules:
         original = keys.original(path)

@@ -24,6 +24,11 @@ def is_adaptable(module: nn.Module) -> bool:
     return isinstance(module, ADAPTABLE_LAYERS)
 
 
+def is_layer(module: nn.Module) -> bool:
+    """Whether a module holds weights of its own, quantised or not, and is no mere container of others."""
+    return is_adaptable(module) or next(module.parameters(recurse=False), None) is not None
+
+
 def layer_class(module: nn.Module) -> str:
     """The class name by which a configuration calls a module: for a linear or convolutional layer torch's own.
 

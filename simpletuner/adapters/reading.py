@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from simpletuner.adapters.formats import LYCORIS_PREFIX, Format
-from simpletuner.adapters.layers import num_rows
+from simpletuner.adapters.layers import is_layer, num_rows
 from simpletuner.adapters.metadata import is_of_first_version
 from simpletuner.adapters.peft_settings import CONFIG_FILE, config_beside, scale_of_layer, settings_in
 from simpletuner.adapters.weights import (
@@ -178,15 +178,14 @@ def module_names(spec: FamilySpec, denoiser: nn.Module, swaps_last_block: bool =
         swaps_last_block: see `KeyTable.in_model`.
     """
     found: dict[str, OriginalModule] = {}
-    paths = [path for path, _ in denoiser.named_modules() if path]
-    keys = spec.keys.in_model(paths, swaps_last_block)
-    for path in paths:
-        original = keys.original(path)
+    # No containers: where one is called as a layer is elsewhere (`to_out`), the layer in it is meant.
+    paths = [path for path, module in denoiser.named_modules() if path and is_layer(module)]
+    own = [OriginalModule(path, (path,)) for path in paths]
+    own += [OriginalModule(path.removesuffix(".0"), (path,)) for path in paths if path.endswith("to_out.0")]
+    tables = [spec.keys.in_model(paths, swaps_last_block), *([spec.diffsynth] if spec.diffsynth else [])]
+    for original in [*own, *(keys.original(path) for keys in tables for path in paths)]:
         for name in (original.name, original.name.replace(".", "_")):
             found.setdefault(name, original)
-    for path in paths:
-        own = OriginalModule(path, (path,))
-        found[path] = found[path.replace(".", "_")] = own
     return found
 
 
@@ -230,7 +229,9 @@ def _unknown_scale(tensors: Mapping[str, Tensor], settings: Mapping[str, Any] | 
     is_of_peft = any(key.startswith(_PEFT_PREFIX) or ".lora_A.default." in key for key in tensors)
     if settings is not None or not is_of_peft or any(key.endswith(f".{ALPHA}") for key in tensors):
         return ()
-    return (f"there is no {CONFIG_FILE} beside these weights of PEFT, so alpha is taken for the rank (scale 1)",)
+    text = f"there is no {CONFIG_FILE} beside these weights of PEFT, so alpha is taken for the rank (scale 1)"
+    is_of_diffsynth = not any(key.startswith(_PEFT_PREFIX) for key in tensors)
+    return (f"{text}; `simpletuner convert FILE --alpha N` writes another one" if is_of_diffsynth else text,)
 
 
 def _in_denoiser(

@@ -17,7 +17,7 @@ from torch import nn
 
 from simpletuner.adapters.base import MatchCount
 from simpletuner.adapters.layers import is_adaptable, is_linear, layer_class
-from simpletuner.config.lora import ALL_LINEAR, LAYER_CLASSES, lora_patterns
+from simpletuner.config.lora import ALL_LINEAR, LAYER_CLASSES, fits, lora_patterns
 from simpletuner.config.lycoris_algorithms import NORMS
 from simpletuner.config.lycoris_presets import with_preset_applied
 from simpletuner.errors import ConfigError, Problem
@@ -184,7 +184,8 @@ def lora_layers(denoiser: nn.Module, targets: Sequence[str], spec: FamilySpec) -
     """The layers that standard LoRA adapts, in the denoiser's order, and how many each entry stands for.
 
     Args:
-        targets: `default`, `all-linear`, names of `spec.target_groups`, or fnmatch patterns of module paths.
+        targets: `default`, `all-linear`, names of `spec.target_groups`, fnmatch patterns of module paths, or
+            DiffSynth-Studio's names.
 
     Raises:
         ConfigError: an entry stands for no linear layer.
@@ -196,8 +197,7 @@ def lora_layers(denoiser: nn.Module, targets: Sequence[str], spec: FamilySpec) -
         found = [
             path
             for path, module in layers.items()
-            if any(fnmatch.fnmatchcase(path, pattern) for pattern in patterns)
-            and (entry != ALL_LINEAR or is_linear(module))
+            if any(fits(path, pattern) for pattern in patterns) and (entry != ALL_LINEAR or is_linear(module))
         ]
         classes = sorted({layer_class(layers[path]) for path in found})
         report.append(MatchCount(entry, ", ".join(classes), len(found)))

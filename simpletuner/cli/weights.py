@@ -106,7 +106,8 @@ def export(
     formats: Annotated[
         list[str] | None,
         typer.Option(
-            "--format", help="diffusers, kohya, comfyui or lycoris; may be given several times. All if unset."
+            "--format",
+            help="diffusers, kohya, comfyui, lycoris or diffsynth; several may be given. The first four if unset.",
         ),
     ] = None,
     output: Annotated[Path | None, typer.Option(help="Folder, or a .safetensors file for one format.")] = None,
@@ -135,6 +136,9 @@ def convert(
         Path | None, typer.Argument(help="The file; the only pickle that is ever opened.", show_default=False)
     ] = None,
     output: Annotated[Path | None, typer.Option(help="The .safetensors file; beside SOURCE if not given.")] = None,
+    alpha: Annotated[
+        float | None, typer.Option(help="Of a LoRA whose file does not say it, as DiffSynth-Studio's: --lora_alpha.")
+    ] = None,
     config_path: Annotated[Path | None, typer.Option("--config_path", help="Options file of an OmniGen2 run.")] = None,
     model_path: Annotated[
         Path | None, typer.Option("--model_path", help="Its weights, or its checkpoint here.")
@@ -143,14 +147,15 @@ def convert(
 ) -> None:
     """Write the tensors of a pickle as safetensors: simpletuner convert FILE.bin [--output FILE.safetensors]
 
-    Nothing in the file runs: whatever is no tensor is refused. Training and generation read safetensors only. A
+    Nothing in the file runs: whatever is no tensor is refused. Training and generation read safetensors only. Files of
+    DiffSynth-Studio do not say with which alpha they were trained: give it where it was not the rank (--alpha 8). A
     checkpoint of OmniGen2's own program, or of an OmniGen2 run here: simpletuner convert --config_path FILE.yml
     --model_path FILE --save_path FOLDER
     """
     paths = (config_path, model_path, save_path)
     if any(paths):
-        if source is not None or output is not None or not all(paths):
-            allowed = "SOURCE [--output FILE], or --config_path FILE --model_path FILE --save_path FOLDER"
+        if source is not None or output is not None or alpha is not None or not all(paths):
+            allowed = "SOURCE [--output FILE] [--alpha N], or --config_path FILE --model_path FILE --save_path FOLDER"
             raise ConfigError(Problem("these do not go together", allowed=allowed))
         from simpletuner.commands.omnigen2.convert import convert_checkpoint
 
@@ -160,4 +165,4 @@ def convert(
         raise ConfigError(Problem("SOURCE is missing", allowed="a .bin, .pt, .pth or .ckpt file"))
     from simpletuner.commands.convert import convert as run_convert
 
-    say(str(run_convert(source, output)))
+    say(str(run_convert(source, output, alpha)))

@@ -24,11 +24,14 @@ SUFFIXES = PICKLES
 _INNER = ("state_dict", "model", "module", "params")
 
 
-def convert(source: Path, output: Path | None) -> Path:
+def convert(source: Path, output: Path | None, alpha: float | None = None) -> Path:
     """Write the tensors of `source` to `output`, by default beside it; an existing file is never replaced.
 
+    Args:
+        alpha: of a LoRA that does not say its own; the file then has it beside each layer's weights.
+
     Raises:
-        ConfigError: it is no such file, or the output is there already.
+        ConfigError: it is no such file, the output is there already, or `alpha` belongs to nothing in it.
         DataError: it is damaged, holds more than tensors, or cannot be written.
     """
     from safetensors.torch import save_file
@@ -41,9 +44,21 @@ def convert(source: Path, output: Path | None) -> Path:
         message = "is there already" if output.exists() else "does not end with .safetensors"
         raise ConfigError(Problem(f"{output} {message}", key="--output", fix="name another file"))
     tensors = read_pickle(source)
+    if alpha is not None:
+        tensors |= _alphas(tensors, alpha)
     with storage.replacing_file(output) as temporary:
         save_file(tensors, temporary, metadata={"format": "pt"})
     return output
+
+
+def _alphas(tensors: Mapping[str, Tensor], alpha: float) -> dict[str, Tensor]:
+    import torch
+
+    layers = [key.partition(".lora_A.")[0] for key in tensors if ".lora_A." in key]
+    if not layers or any(key.endswith(".alpha") for key in tensors):
+        message = "has alpha already" if layers else "holds no LoRA of PEFT's names (lora_A)"
+        raise ConfigError(Problem(f"the file {message}", key="--alpha", fix="leave it out"))
+    return {f"{layer}.alpha": torch.tensor(alpha) for layer in layers}
 
 
 def read_pickle(source: Path) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from simpletuner import storage
 from simpletuner.adapters.compress import compress, rank_that_keeps
 from simpletuner.adapters.files import apply_weights, check_saved_adapter
-from simpletuner.adapters.formats import FORMATS, Format, modules_in_file, named, peft_metadata
+from simpletuner.adapters.formats import ALL_FORMS, FORMATS, Format, modules_in_file, named, peft_metadata
 from simpletuner.adapters.merge import merge_into
 from simpletuner.adapters.metadata import adapter_metadata, run_metadata
 from simpletuner.adapters.reading import LYCORIS_CONFIG, read_adapter
@@ -271,13 +271,13 @@ def export_command(
         ConfigError: options that do not go together, or a format that cannot hold the adapter.
         DataError: the adapter does not fit the model, or a written file failed its check.
     """
-    unknown = [name for name in formats if name not in FORMATS]
+    unknown = [name for name in formats if name not in ALL_FORMS]
     if unknown:
-        raise ConfigError(Problem(f'"{unknown[0]}" is no format', key="--format", allowed=", ".join(FORMATS)))
+        raise ConfigError(Problem(f'"{unknown[0]}" is no format', key="--format", allowed=", ".join(ALL_FORMS)))
     with torch.no_grad():
         export = open_export(source, family, rank, say)
         if not merge:
-            return write_formats(export, [name for name in FORMATS if name in formats], output)
+            return write_formats(export, [name for name in ALL_FORMS if name in formats], output)
         if formats:
             raise ConfigError(Problem("--merge writes a model and --format an adapter", fix="give one of them"))
         return [write_merged(export, output)]

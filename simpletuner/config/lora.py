@@ -6,6 +6,7 @@ import fnmatch
 from collections.abc import Iterator, Sequence
 
 from simpletuner.config.lycoris import module_paths
+from simpletuner.families.diffsynth import target_patterns
 from simpletuner.families.spec import FamilySpec
 from simpletuner.spelling import nearest
 
@@ -20,16 +21,30 @@ def lora_patterns(entry: str, spec: FamilySpec) -> tuple[str, ...]:
         return tuple(spec.default_lora_targets)
     if entry == ALL_LINEAR:
         return ("*",)
-    return spec.target_groups.get(entry, (entry,))
+    if entry in spec.target_groups:
+        return spec.target_groups[entry]
+    own = any(fits(path, entry) for path in _layer_paths(spec))
+    return (entry,) if own else target_patterns([entry], spec)[entry] or (entry,)
+
+
+def fits(path: str, pattern: str) -> bool:
+    """Whether a pattern names this layer, or the container that holds nothing but it: diffusers' `to_out`."""
+    return fnmatch.fnmatchcase(path, pattern) or (
+        path.endswith("to_out.0") and fnmatch.fnmatchcase(path.removesuffix(".0"), pattern)
+    )
+
+
+def _layer_paths(spec: FamilySpec) -> list[str]:
+    return list(module_paths([each for each in spec.adaptable if each.class_name in LAYER_CLASSES]))
 
 
 def unknown_targets(targets: Sequence[str], spec: FamilySpec) -> Iterator[tuple[str, str, str | None]]:
     """(entry, what is allowed, the nearest name) of each entry that stands for no layer of the family."""
     layers = [each for each in spec.adaptable if each.class_name in LAYER_CLASSES]
-    paths = list(module_paths(layers))
+    paths = _layer_paths(spec)
     names = [DEFAULT, ALL_LINEAR, *spec.target_groups]
     for entry in targets:
-        if entry in names or any(fnmatch.fnmatchcase(path, entry) for path in paths):
+        if entry in names or target_patterns([entry], spec)[entry] or any(fits(path, entry) for path in paths):
             continue
         patterns = [pattern for each in layers for pattern in each.names]
         yield entry, ", ".join([*names, *patterns]), nearest(entry, names)

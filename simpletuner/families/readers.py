@@ -12,10 +12,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-Form = Literal["diffusers", "kohya", "comfyui", "lycoris"]
+Form = Literal["diffusers", "kohya", "comfyui", "lycoris", "diffsynth"]
 # What a file holds: LoRA (with convolutions: LoCon), LoRA with weight decomposition, LoKr, LoHa, anything else.
 Kind = Literal["lora", "dora", "lokr", "loha", "other"]
-FORMS: tuple[Form, ...] = get_args(Form)
+ALL_FORMS: tuple[Form, ...] = get_args(Form)
+# Those that every family has: DiffSynth-Studio trains some of them.
+FORMS = ALL_FORMS[:-1]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 KIND_TITLES = {"lora": "LoRA, LoCon", "dora": "DoRA", "lokr": "LoKr", "loha": "LoHa", "other": "other algorithms"}
 
@@ -58,6 +60,8 @@ def _fits(path: str, patterns: Sequence[str]) -> bool:
     return any(fnmatch.fnmatchcase(path, pattern) for pattern in patterns)
 
 
+# Its own files alone, of the families that it has.
+DIFFSYNTH = Reader("DiffSynth-Studio", ("diffsynth",), ("lora",))
 # LyCORIS' own loader reads its own names, whatever the model.
 LYCORIS = Reader("LyCORIS", ("lycoris",), KINDS)
 
@@ -93,7 +97,7 @@ def usual_readers(
 
 def readers_of(readers: Sequence[Reader], form: str, kind: str) -> list[Reader]:
     """The programs that do something with such a file."""
-    return [reader for reader in (*readers, LYCORIS) if form in reader.forms and kind in reader.kinds]
+    return [reader for reader in (*readers, LYCORIS, DIFFSYNTH) if form in reader.forms and kind in reader.kinds]
 
 
 def reading_text(readers: Sequence[Reader], form: str, kind: str, paths: Sequence[str] = ()) -> str:

@@ -118,6 +118,7 @@ class FamilySpec:
             should be among them, for LyCORIS' presets are made of these.
         default_lora_targets: fnmatch patterns of the linears that standard LoRA adapts by default.
         keys: names of the denoiser's modules in kohya's and ComfyUI's files.
+        diffsynth: names of the denoiser's modules in DiffSynth-Studio; None where it has no such model.
         readers: which other programs read adapter files of the family.
         block_classes: repeated blocks, for checkpointing, FSDP and compile; quantisation packs their linear layers.
         unquantised: fnmatch patterns of linear layers in them that are never packed.
@@ -153,6 +154,7 @@ class FamilySpec:
     class_aliases: Mapping[str, str] = field(default_factory=dict)
     target_groups: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     keys: KeyTable = field(default_factory=KeyTable)
+    diffsynth: KeyTable | None = None
     readers: tuple[Reader, ...] = ()
     max_size: int | None = None
     max_references: int = 0

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from simpletuner.families.readers import usual_readers
 from simpletuner.families.spec import AdaptableModule, Component, FamilySpec, Flavour
+from simpletuner.models.diffsynth_names import FLUX_IN_DIFFSYNTH
 from simpletuner.models.flux.keys import FLUX_KEYS
 from simpletuner.models.flux_blocks import ATTENTION, DOUBLE, FEED_FORWARD, SINGLE
 
@@ -77,6 +78,7 @@ FLUX = FamilySpec(
     default_lora_targets=ATTENTION,
     target_groups={"attention": ATTENTION, "feed-forward": FEED_FORWARD, "modulation": _MODULATION},
     keys=FLUX_KEYS,
+    diffsynth=FLUX_IN_DIFFSYNTH,
     readers=usual_readers(_OUTSIDE, silent=("comfyui",)),
     reads_single_files=True,
     block_classes=("FluxTransformerBlock", "FluxSingleTransformerBlock"),

@@ -8,6 +8,7 @@ from __future__ import annotations
 from simpletuner.families.keys import KeyTable
 from simpletuner.families.readers import NO_LENGTHS, OTHER_DORA, Reader
 from simpletuner.families.spec import AdaptableModule, Component, FamilySpec, Flavour
+from simpletuner.models.diffsynth_names import UNET_IN_DIFFSYNTH
 from simpletuner.models.unet_layers import ATTENTION, FEED_FORWARD, UNET_ADAPTABLE, original_unet_names
 
 _COMFYUI = "ComfyUI with a node for Kolors"
@@ -61,6 +62,7 @@ KOLORS = FamilySpec(
         # KolorsPipeline reads kohya's form under diffusers' names alone.
         own_names=("kohya",),
     ),
+    diffsynth=UNET_IN_DIFFSYNTH,
     readers=(
         Reader("diffusers", ("diffusers",), ("lora", "dora")),
         Reader("diffusers", ("kohya",), ("lora",), ("add_embedding.*", "encoder_hid_proj")),

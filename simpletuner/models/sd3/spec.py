@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from simpletuner.families.readers import usual_readers
 from simpletuner.families.spec import AdaptableModule, Component, FamilySpec, Flavour
+from simpletuner.models.diffsynth_names import SD3_IN_DIFFSYNTH
 from simpletuner.models.sd3.keys import SD3_KEYS
 
 _BLOCK = "transformer_blocks.*"
@@ -69,6 +70,7 @@ SD3 = FamilySpec(
     default_lora_targets=_ATTENTION,
     target_groups={"attention": _ATTENTION, "feed-forward": _FEED_FORWARD},
     keys=SD3_KEYS,
+    diffsynth=SD3_IN_DIFFSYNTH,
     readers=usual_readers(left_out_of_kohya=None, silent=("kohya",)),
     reads_single_files=True,
     block_classes=("JointTransformerBlock",),

@@ -9,6 +9,7 @@ from __future__ import annotations
 from simpletuner.families.keys import KeyTable
 from simpletuner.families.readers import usual_readers
 from simpletuner.families.spec import Component, FamilySpec, Flavour
+from simpletuner.models.diffsynth_names import UNET_IN_DIFFSYNTH
 from simpletuner.models.unet_layers import ATTENTION, FEED_FORWARD, UNET_ADAPTABLE, original_unet_names
 
 _CLIP = "transformers.CLIPText"
@@ -54,6 +55,7 @@ SDXL = FamilySpec(
         architecture="stable-diffusion-xl-v1-base",
         base_model_version="sdxl_base_v1-0",
     ),
+    diffsynth=UNET_IN_DIFFSYNTH,
     # ComfyUI knows the attention of diffusers' form by the names of old versions alone.
     readers=usual_readers(left_out_by_comfyui=("*.attn*.to_*",), others=("A1111", "Forge")),
     reads_single_files=True,
