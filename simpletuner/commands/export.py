@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from simpletuner import storage
 from simpletuner.adapters.compress import compress, rank_that_keeps
 from simpletuner.adapters.files import apply_weights, check_saved_adapter
-from simpletuner.adapters.formats import ALL_FORMS, FORMATS, Format, modules_in_file, named, peft_metadata
+from simpletuner.adapters.formats import FORMATS, Format, modules_in_file, named, peft_metadata
 from simpletuner.adapters.merge import merge_into
 from simpletuner.adapters.metadata import adapter_metadata, run_metadata
 from simpletuner.adapters.reading import LYCORIS_CONFIG, read_adapter
@@ -22,6 +22,7 @@ from simpletuner.adapters.weights import AdapterWeights
 from simpletuner.cache.prompts import PromptsAhead
 from simpletuner.config.paths import ADAPTER_FILES, adapter_file_in
 from simpletuner.errors import ConfigError, DataError, Problem
+from simpletuner.families.readers import ALL_FORMS
 from simpletuner.models.components import ModelSource, save_model_folder
 from simpletuner.training.adapter_roundtrip import TOLERANCE, probe_output
 from simpletuner.training.lock import LOCK_FILE
