@@ -130,6 +130,8 @@ class FamilySpec:
         reads_single_files: the key table names every tensor of the denoiser, so that a file of the original layout can
             be read.
         pipeline_aliases: other pipelines whose models are of this family, by the name in `model_index.json`.
+        refused_models: pipelines (by the name in `model_index.json`) and hub ids of models that look like this family
+            and are another network -> reason.
         defaults: option -> default that differs for this family.
         ignored_options: option -> reason: without meaning for this family; a warning says so, and the default counts.
         unusable_options: option -> (neutral values, reason): refused unless they hold a neutral value.
@@ -168,6 +170,7 @@ class FamilySpec:
     preview_decoder: str | None = None
     pipeline_options: tuple[str, ...] = ()
     pipeline_aliases: tuple[str, ...] = ()
+    refused_models: Mapping[str, str] = field(default_factory=dict)
     reads_single_files: bool = False
     defaults: Mapping[str, Any] = field(default_factory=dict)
     ignored_options: Mapping[str, str] = field(default_factory=dict)

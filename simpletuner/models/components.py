@@ -10,7 +10,7 @@ import importlib.util
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -88,7 +88,9 @@ class ModelSource:
 
 
 def check_local_model(source: ModelSource, spec: FamilySpec, file: str | None = None) -> list[Problem]:
-    """What is missing in a local model folder, before anything is loaded; empty for a hub id."""
+    """What is missing in a local model folder, before anything is loaded, or why the model cannot be of this family."""
+    if refusal := _refusal(source, spec):
+        return [replace(refusal, file=file)]
     if source.file and not spec.reads_single_files:
         message = f"{spec.title} cannot be read from a single file yet"
         return [Problem(message, key=FILE_KEY, file=file, fix="name a folder in diffusers layout, or a hub id")]
@@ -161,6 +163,18 @@ def missing_package(component: Component, folder: Path, file: str | None = None)
         file=file,
         fix=f"pip install {component.package}",
     )
+
+
+def _refusal(source: ModelSource, spec: FamilySpec) -> Problem | None:
+    """Of a model that the family refuses by name; a hub id is known without asking the hub."""
+    names = [source.model]
+    if source.is_local and (Path(source.model) / "model_index.json").is_file():
+        names.append(str(model_index(source).get("_class_name")))
+    for refused, reason in spec.refused_models.items():
+        if any(name.lower() == refused.lower() for name in names):
+            message = f"{source.model} ({refused}) cannot be trained as {spec.title}: {reason}"
+            return Problem(message, key="pretrained_model_name_or_path", fix="name another model")
+    return None
 
 
 def _missing_folder(source: ModelSource, file: str | None) -> list[Problem]:

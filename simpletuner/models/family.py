@@ -207,7 +207,7 @@ class ModelFamily(ABC):
             masks = [torch.ones(len(row), dtype=torch.bool) for row in rows]
             tensors["prompt_mask"] = send(nn.utils.rnn.pad_sequence(masks, batch_first=True), self.device)
         seen = [[send(each, self.device, self.dtype) for each in row] for row in references]
-        return Conditioning(tensors, seen or [()] * len(rows))
+        return Conditioning(tensors, seen or [()] * len(rows), [len(row) for row in rows])
 
     # ---- defaults a family may override ----------------------------------------------------------------------------
 

@@ -23,6 +23,11 @@ def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
     return patches.permute(0, 3, 1, 4, 2, 5).reshape(batch, size // 4, height, width)
 
 
+def flatten(latents: Tensor) -> Tensor:
+    """(B, C, h, w) -> (B, h w, C): a token per place, rows from the top."""
+    return latents.flatten(2).mT
+
+
 def position_ids(latents: Tensor, index: int = 0) -> Tensor:
     """(h/2 * w/2, 3) index, row and column of each patch, on the CPU: one copy costs a device less than six kernels.
 

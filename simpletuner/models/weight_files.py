@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def read_tensors(source: ModelSource, component: Component, names: Sequence[str]) -> dict[str, Tensor]:
-    """Name -> tensor, out of the weights of a component; nothing else of them is read.
+    """Name -> tensor, in the order of `names`, out of the weights of a component; nothing else of them is read.
 
     Raises:
         DataError: a name is in none of the files, or they are damaged or cannot be fetched.
@@ -32,7 +32,7 @@ def read_tensors(source: ModelSource, component: Component, names: Sequence[str]
             raise _unfit(path, f"{path.name} cannot be read: {error}") from error
     if missing := [name for name in names if name not in found]:
         raise _unfit(paths[0], f"the weights of {component.name} have no {missing[0]}")
-    return found
+    return {name: found[name] for name in names}
 
 
 def _unfit(path: Path, message: str) -> DataError:

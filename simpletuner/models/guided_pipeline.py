@@ -1,0 +1,124 @@
+"""Generating with a second prediction that guidance leads away from: a call of the contract, and what families vary.
+
+For families whose public pipeline cannot be used around live weights: it wants its encoders or its VAE, or takes one
+set of references for a whole batch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import repeat
+from typing import TYPE_CHECKING
+
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
+from PIL import Image
+from torch import Tensor, nn
+
+from simpletuner.batch import Conditioning
+from simpletuner.diffusion.timesteps import scheduler_shift
+from simpletuner.models.flow_pipeline import Callback, FlowPipeline, Generators
+from simpletuner.models.live_pipeline import fit_image
+
+if TYPE_CHECKING:
+    from simpletuner.models.family import ModelFamily
+
+# A reference is reduced to so many pixels and never enlarged.
+MAX_REFERENCE_PIXELS = 1024 * 1024
+
+
+class GuidedFlowPipeline(FlowPipeline):
+    """Text, and references, to image around live weights; a family overrides what is its own."""
+
+    def __init__(self, family: ModelFamily, transformer: nn.Module, vae: nn.Module | None):
+        super().__init__(family, transformer, vae, FlowMatchEulerDiscreteScheduler.from_config(family.scheduler_config))
+
+    def sampling_mu(self, num_patches: int, num_steps: int) -> float:
+        """The logarithm of the shift of sampling; the scheduler ignores it where its own shift is fixed."""
+        return math.log(scheduler_shift(self.family.scheduler_config, num_patches))
+
+    def first_sigmas(self, num_steps: int) -> Sequence[float]:
+        """The noise levels before each step, before they are shifted."""
+        return torch.linspace(1, 1 / num_steps, num_steps, dtype=torch.float64).tolist()
+
+    def is_guided(self, guidance_scale: float) -> bool:
+        """Whether a second prediction, for the negative prompt, is made."""
+        return guidance_scale > 1
+
+    def guided(self, asked: Tensor, negative: Tensor, guidance_scale: float) -> Tensor:
+        """What the predictions for prompt and negative prompt make together."""
+        return negative + guidance_scale * (asked - negative)
+
+    def fit_reference(self, image: Image.Image) -> Image.Image:
+        """A reference at the size that the VAE sees."""
+        return fit_image(image, MAX_REFERENCE_PIXELS, self.family.spec.size_multiple)
+
+    def condition(
+        self, prompts: Sequence[str], references: Sequence[Sequence[Image.Image]], guidance_scale: float
+    ) -> Conditioning:
+        """What the denoiser is told of prompts and fitted references.
+
+        Args:
+            guidance_scale: for networks that take it as an input.
+        """
+        seen = [[self.encode_fitted(each) for each in row] for row in references]
+        return self.family.condition_on(self.family.prompts.embeds(prompts), seen)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        negative_prompt: str | Sequence[str] | None = None,
+        *,
+        height: int,
+        width: int,
+        num_inference_steps: int = 28,
+        guidance_scale: float = 4.0,
+        generator: Generators = None,
+        latents: Tensor | None = None,
+        callback_on_step_end: Callback | None = None,
+        output_type: str = "pil",
+        references: Sequence[Sequence[Image.Image]] | None = None,
+    ) -> ImagePipelineOutput:
+        """Generate one image per prompt.
+
+        Args:
+            negative_prompt: one for all or one per prompt; None leads away from a dropped caption.
+            height: pixels, a multiple of the family's `size_multiple`.
+            width: like `height`.
+            guidance_scale: in the family's own convention.
+            generator: one for all images, or one per image.
+            latents: (B, C, h, w) the noise to begin with.
+            callback_on_step_end: see `FlowPipeline.denoise`.
+            output_type: `pil`, `np`, `pt`, or `latent` for scaled latents.
+            references: per prompt its reference images, of any size.
+
+        Raises:
+            ValueError: a size that does not fit, or no VAE where one is needed.
+        """
+        self.require_vae(output_type, references)
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        negatives = [negative_prompt] * len(prompts) if isinstance(negative_prompt, str) else negative_prompt
+        latents = self.first_latents(len(prompts), height, width, generator, latents)
+        images = [[self.fit_reference(each) for each in row] for row in references or [()] * len(prompts)]
+        told = [self.condition(prompts, images, guidance_scale)]
+        if self.is_guided(guidance_scale):
+            texts = [self.family.spec.negative_text(text) for text in negatives or repeat(None, len(prompts))]
+            told.append(self.condition(texts, images, guidance_scale))
+
+        def predict(latents: Tensor, sigmas: Tensor, step: int) -> Tensor:
+            asked, *negative = (self.family.predict(self.transformer, latents, sigmas, each).float() for each in told)
+            return self.guided(asked, negative[0], guidance_scale) if negative else asked
+
+        sigmas = self.set_sigmas(num_inference_steps, latents)
+        return self.output(self.denoise(latents, sigmas, predict, callback_on_step_end), output_type)
+
+    def set_sigmas(self, num_steps: int, latents: Tensor) -> list[float]:
+        """The noise levels before each step, shifted; the scheduler steps along them."""
+        num_patches = latents.shape[-2] * latents.shape[-1] // self.family.spec.patch_size**2
+        mu = self.sampling_mu(num_patches, num_steps)
+        self.scheduler.set_timesteps(sigmas=list(self.first_sigmas(num_steps)), device=latents.device, mu=mu)
+        self.scheduler.set_begin_index(0)
+        return (self.scheduler.timesteps / self.scheduler.config.num_train_timesteps).tolist()
