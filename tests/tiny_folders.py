@@ -8,6 +8,7 @@ from pathlib import Path
 from tests.tiny import tiny_omnigen_folder
 from tests.tiny_chroma import tiny_chroma_folder
 from tests.tiny_flux import tiny_flux_folder
+from tests.tiny_flux2 import tiny_flux2_folder
 from tests.tiny_kolors import tiny_kolors_folder
 from tests.tiny_omnigen2 import tiny_omnigen2_folder
 from tests.tiny_qwen_image import tiny_qwen_image_folder
@@ -19,6 +20,7 @@ TINY_FOLDERS: Mapping[str, Callable[[Path], Path]] = {
     "chroma": tiny_chroma_folder,
     "flux": tiny_flux_folder,
     "kolors": tiny_kolors_folder,
+    "flux2": tiny_flux2_folder,
     "omnigen": tiny_omnigen_folder,
     "omnigen2": tiny_omnigen2_folder,
     "qwen_image": tiny_qwen_image_folder,

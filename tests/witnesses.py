@@ -16,6 +16,7 @@ import diffusers
 import torch
 from diffusers.loaders.single_file_utils import (
     convert_chroma_transformer_checkpoint_to_diffusers,
+    convert_flux2_transformer_checkpoint_to_diffusers,
     convert_flux_transformer_checkpoint_to_diffusers,
     convert_ldm_unet_checkpoint,
     convert_sd3_transformer_checkpoint_to_diffusers,
@@ -67,6 +68,7 @@ def converted(spec: FamilySpec, original: Mapping[str, Tensor], denoiser: Any) -
     convert: Callable[[Weights], Weights] = {
         "chroma": convert_chroma_transformer_checkpoint_to_diffusers,
         "flux": convert_flux_transformer_checkpoint_to_diffusers,
+        "flux2": convert_flux2_transformer_checkpoint_to_diffusers,
         "sd3": convert_sd3_transformer_checkpoint_to_diffusers,
         "qwen_image": dict,  # released in the layout of diffusers
         "z_image": convert_z_image_transformer_checkpoint_to_diffusers,

@@ -32,6 +32,7 @@ FAMILIES: dict[str, str] = {
     "kolors": "simpletuner.models.kolors.spec:KOLORS",
     "qwen_image": "simpletuner.models.qwen_image.spec:QWEN_IMAGE",
     "z_image": "simpletuner.models.z_image.spec:Z_IMAGE",
+    "flux2": "simpletuner.models.flux2.spec:FLUX2",
 }
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import Flux2Pipeline
 from torch import Tensor, nn
 
 from simpletuner.adapters.lycoris import attach_lycoris
@@ -244,13 +245,17 @@ def test_latents_are_normalised_as_the_vae_of_the_pipeline_expects(family: Model
     pixel_values = randn(2, 3, 64, 96).clamp(-1, 1)
     moments = family.encode_images(vae, pixel_values)
     means = [LatentMoments(each.mean) for each in moments]
-    latents = torch.stack([family.latents_from_moments(each, torch.Generator(), vae.config) for each in means])
+    latents = torch.stack([family.latents_from_moments(each, torch.Generator(), family.vae_config) for each in means])
     frames = (slice(None), slice(None), None) if hasattr(vae.config, "temperal_downsample") else ()
     with torch.no_grad():
         posterior = vae.encode(pixel_values[frames]).latent_dist
         expected = vae.decode(posterior.mean).sample
         scaled = latents[frames]
-        if getattr(vae.config, "latents_std", None) is not None:
+        if hasattr(vae, "bn"):  # FLUX.2: patches of latents, scaled by statistics that are weights
+            variance = vae.bn.running_var + vae.config.batch_norm_eps
+            patches = scaled.movedim(1, -1) * variance.sqrt() + vae.bn.running_mean
+            raw = Flux2Pipeline._unpatchify_latents(patches.movedim(-1, 1))
+        elif getattr(vae.config, "latents_std", None) is not None:
             mean, std = (torch.tensor(values) for values in (vae.config.latents_mean, vae.config.latents_std))
             raw = (scaled.movedim(1, -1) * std + mean).movedim(-1, 1)
         else:

@@ -26,6 +26,7 @@ from simpletuner.errors import ConfigError
 from simpletuner.families.readers import FORMS, NO_LENGTHS, SILENT, readers_of
 from simpletuner.families.registry import get_spec
 from simpletuner.families.spec import FamilySpec
+from tests.tiny_flux2 import tiny_flux2_transformer
 from tests.tiny_kolors import tiny_kolors_unet
 from tests.tiny_qwen_image import tiny_qwen_image_transformer
 from tests.tiny_sd3 import tiny_sd3_transformer
@@ -46,6 +47,7 @@ from tests.witnesses import (
 DENOISERS = {
     "sdxl": tiny_unet,
     "flux": narrow_flux,
+    "flux2": tiny_flux2_transformer,
     "chroma": narrow_chroma,
     "sd3": tiny_sd3_transformer,
     "kolors": tiny_kolors_unet,
@@ -66,7 +68,7 @@ LYCORIS = {
 }
 TOLERANCE = 1e-5
 # What diffusers says of a file that it does not read.
-REFUSALS = r"Invalid LoRA checkpoint|not been correctly renamed|should be empty|Target modules .* not found"
+REFUSALS = r"Invalid (LoRA|adapter) checkpoint|not been correctly renamed|should be empty|Target modules .* not found"
 
 
 def trained(denoiser: nn.Module, spec: FamilySpec, name: str) -> Adapter:

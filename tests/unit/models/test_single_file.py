@@ -21,6 +21,7 @@ from simpletuner.training.build import attach_adapter
 from tests.runs import dataset, load_here, metrics, train_here, write_images, write_run
 from tests.single_files import original_denoiser, original_vae, write_sd3_file, write_sdxl_file
 from tests.tiny_flux import tiny_flux_folder
+from tests.tiny_folders import TINY_FOLDERS
 from tests.tiny_sd3 import tiny_sd3_folder
 from tests.tiny_sdxl import tiny_sdxl_folder
 
@@ -62,13 +63,14 @@ def test_a_whole_sdxl_in_one_file_is_the_folder_that_it_was_written_from(sdxl: P
 
 
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
-def test_a_file_of_flux_s_transformer_alone_takes_the_rest_from_the_folder(tmp_path: Path, prefix: str):
-    folder = tiny_flux_folder(tmp_path / "flux")
-    original = original_denoiser(folder / "transformer", get_spec("flux").keys, norm_name="scale")
+@pytest.mark.parametrize("name", ["flux", "flux2"])
+def test_a_file_of_flux_s_transformer_alone_takes_the_rest_from_the_folder(tmp_path: Path, name: str, prefix: str):
+    folder = TINY_FOLDERS[name](tmp_path / name)
+    original = original_denoiser(folder / "transformer", get_spec(name).keys, norm_name="scale")
     assert "double_blocks.0.img_attn.norm.query_norm.scale" in original
     file = tmp_path / "flux.safetensors"
     save_file({prefix + name: tensor for name, tensor in original.items()}, file)
-    whole, single = (family_of("flux", ModelSource(str(folder), file=each)) for each in (None, str(file)))
+    whole, single = (family_of(name, ModelSource(str(folder), file=each)) for each in (None, str(file)))
     assert_same(single.load_denoiser(), whole.load_denoiser())
     assert_same(single.load_vae(), whole.load_vae())
 
