@@ -13,6 +13,7 @@ from simpletuner.cache.store import QUARANTINE, StoreStats, TensorStore
 from simpletuner.commands.text import count_text
 from simpletuner.config.datasets import ImageDataset, TextEmbedsDataset
 from simpletuner.config.loading import LoadedRun
+from simpletuner.data.entry_rules import latents_folder
 from simpletuner.data.kept import KeptSamples
 from simpletuner.errors import bytes_text
 from simpletuner.families.registry import get_spec
@@ -20,7 +21,7 @@ from simpletuner.models.build import build_family
 from simpletuner.reporting.bus import EventBus
 from simpletuner.reporting.events import Notice
 from simpletuner.reporting.sinks.terminal import terminal_sink
-from simpletuner.training.latents import fingerprint_of_vae, latents_folder
+from simpletuner.training.latents import fingerprint_of_vae
 from simpletuner.training.preflight import check_model_folder
 from simpletuner.training.prepare import prepare_data, read_datasets
 from simpletuner.training.prompts import open_prompt_cache, prompts_folder, run_prompts
@@ -64,6 +65,10 @@ def cache_folders(loaded: LoadedRun) -> list[CacheFolder]:
     if spec.caches_prompt_embeds:
         users.setdefault(prompts_folder(loaded, spec).resolve(), []).append(CAPTIONS)
     found = {path.parent.resolve() for path in cache_dir.rglob("shard-*.safetensors") if path.parent.name != QUARANTINE}
+    for entry in loaded.datasets:  # records: a folder for each part, in that of the entry
+        if isinstance(entry, ImageDataset) and entry.type == "records" and not entry.disabled:
+            place = latents_folder(entry, cache_dir, spec).resolve()
+            users |= {path: [f"{entry.id}: {path.name}"] for path in found if path.parent == place}
     there = found | {path for path in users if path.is_dir()}
     return [CacheFolder(path, tuple(users.get(path, ()))) for path in sorted(there)]
 

@@ -22,6 +22,7 @@ from simpletuner.commands.text import columns, count_text
 from simpletuner.config.loading import LoadedRun
 from simpletuner.data.dataset import Dataset
 from simpletuner.data.datasets import UnusableData
+from simpletuner.data.entry_rules import latents_folder
 from simpletuner.data.holdout import hold_out
 from simpletuner.data.kept import KeptSamples
 from simpletuner.data.report import SKIPPED_FILE, FilterReport, ProgressReport, write_skipped
@@ -32,7 +33,7 @@ from simpletuner.models.build import build_family
 from simpletuner.models.family import ModelFamily
 from simpletuner.text import printable
 from simpletuner.training.build import build_sampler
-from simpletuner.training.latents import fingerprint_of_vae, latents_folder
+from simpletuner.training.latents import fingerprint_of_vae
 from simpletuner.training.preflight import check_model_folder
 from simpletuner.training.prepare import read_datasets, require_trainable
 from simpletuner.training.resuming import total_train_steps

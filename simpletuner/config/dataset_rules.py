@@ -43,12 +43,37 @@ def crops_have_their_shapes(draft: Draft) -> Iterator[Problem]:
 
 def own_sizes_are_not_cut(draft: Draft) -> Iterator[Problem]:
     for entry in draft.images:
-        if not entry.enlarge and entry.crop:
+        if not entry.enlarge and entry.crop and entry.type != "records":
             message = "false keeps the sizes of images, and crop cuts them to one shape"
             yield draft.dataset_problem(entry, "enlarge", message, fix="set crop to false, or remove the key")
-        if entry.enlarge and entry.maximum_side is not None:
+        if entry.enlarge and entry.maximum_side is not None and entry.type != "records":
             message = f"{entry.maximum_side} limits images that keep their own size, and these are enlarged"
             yield draft.dataset_problem(entry, "maximum_side", message, fix="set enlarge to false, or remove the key")
+
+
+# Keys of datasets whose images are cut or chosen by folder.
+NOT_OF_RECORDS = {
+    **dict.fromkeys(
+        ("crop", "crop_aspect", "crop_style", "crop_aspect_buckets", "maximum_image_size", "target_downsample_size"),
+        "targets keep their shape, as their references do",
+    ),
+    "conditioning_data": "the rows name their references",
+    "max_num_samples": "the table says which rows there are",
+}
+
+
+def records_have_keys_of_their_own(draft: Draft) -> Iterator[Problem]:
+    for entry in draft.images:
+        if entry.type != "records":
+            continue
+        for key, reason in NOT_OF_RECORDS.items():
+            is_written = (entry.id, key) in draft.datasets.origins
+            if is_written and getattr(entry, key) not in (None, False):
+                yield draft.dataset_problem(entry, key, f"cannot be used with records: {reason}", fix="remove the key")
+        for own, other in (("max_output_pixels", "resolution"), ("max_side_length", "maximum_side")):
+            if getattr(entry, own) is not None and (entry.id, other) in draft.datasets.origins:
+                message = f"{other} is written too, and both say how large a target may be"
+                yield draft.dataset_problem(entry, own, message, fix="keep one of them")
 
 
 def aspect_limits_go_together(draft: Draft) -> Iterator[Problem]:
@@ -271,6 +296,7 @@ DATASET_RULES = (
     captions_are_kept_in_the_default_cache,
     crops_have_their_shapes,
     own_sizes_are_not_cut,
+    records_have_keys_of_their_own,
     aspect_limits_go_together,
     eval_datasets_are_not_trained_on,
     schedules_end_after_they_start,

@@ -104,6 +104,15 @@ def read_skipped(value: Any) -> Any:
     return words
 
 
+def read_pixel_counts(value: Any) -> Any:
+    """A whole number or a list of some, each above 0 -> a tuple of them."""
+    counts = tuple(read_int(each) for each in (value if isinstance(value, list | tuple) else [value]))
+    if not counts or min(counts) < 1:
+        raise ValueError("must be a number of pixels, or a list of some")
+    return counts
+
+
 AspectBuckets = Annotated[tuple[AspectBucket, ...], BeforeValidator(read_aspect_buckets)]
 Shuffle = Annotated[TagShuffle | None, BeforeValidator(read_tag_shuffle)]
+PixelCounts = Annotated[tuple[int, ...], BeforeValidator(read_pixel_counts)]
 Words = Annotated[tuple[str, ...], BeforeValidator(read_skipped)]

@@ -22,7 +22,9 @@ LOCAL_ONLY = "masks and caches are in local folders"
 CAPTION_SOURCES = "captions come from the image's name, a text file, a prompt, or a table (csv, parquet)"
 SIZES_MEASURED = "images are always measured, and the index remembers their sizes"
 
-CaptionStrategy = Literal["filename", "textfile", "instanceprompt", "csv", "parquet", "huggingface", "webshart"]
+CaptionStrategy = Literal[
+    "filename", "textfile", "instanceprompt", "csv", "parquet", "huggingface", "records", "webshart"
+]
 ConditioningType = Literal["mask", "segmentation", "controlnet", "reference_strict", "reference_loose"]
 MASK_TYPES = ("mask", "segmentation")
 REFERENCE_TYPES = ("reference_strict", "reference_loose")
@@ -48,7 +50,7 @@ class DatasetEntry(BaseModel):
     type: BackendType = option(
         "local",
         help="Where the files are: `local` is a folder.",
-        planned_values=dict.fromkeys(("aws", "csv", "huggingface", "webshart", "memory"), LOCAL_ONLY),
+        planned_values=dict.fromkeys(("aws", "csv", "huggingface", "records", "webshart", "memory"), LOCAL_ONLY),
         level="basic",
     )
     disabled: Bool = option(False, help="Leave this entry out (`disable` is read too).", level="basic")
@@ -108,8 +110,8 @@ class ImageDataset(ImageSource, DatasetEntry):
     caption_strategy: CaptionStrategy | None = option(
         None,
         help="Where captions come from: the file's `filename`, a `textfile` beside it, `instanceprompt`, or a table "
-        "(`csv` or `parquet`, see `metadata_file`). Datasets of type csv and huggingface have them in their rows "
-        "(`csv`, `huggingface`).",
+        "(`csv` or `parquet`, see `metadata_file`). Datasets of type csv, huggingface and records have them in their "
+        "rows (`csv`, `huggingface`, `records`).",
         planned_values={"webshart": CAPTION_SOURCES},
         level="basic",
     )
@@ -151,6 +153,12 @@ class ImageDataset(ImageSource, DatasetEntry):
         None,
         help="Further variants of each caption with its tags in another order: `enable`, `count` (1), `split_on` "
         "(comma, space, period), `position_start` (tags that stay), `seed`, `include_original`.",
+    )
+    caption_openers: TextOrList | None = option(
+        None,
+        takes="text, or list of texts",
+        help="Words that captions begin with, such as `The image shows `: half of the time a caption is trained "
+        "without the first of these that it has, wherever that stands. Of records, those of rows without references.",
     )
     instance_prompt: TextOrList | None = option(
         None, takes="text, or list of texts", help="Caption of all images, or a list to sample from.", level="basic"
@@ -242,6 +250,11 @@ class ImageDataset(ImageSource, DatasetEntry):
     video: Any = option(None, help="Video settings.", planned="only images are built")
     audio: Any = option(None, help="Audio settings.", planned="only images are built")
     grounding: Any = option(None, help="Grounding boxes.", planned="grounding is not built")
+
+    @property
+    def images_folder(self) -> Path | None:
+        """The folder whose images are all used; None where they are named elsewhere, or are no files."""
+        return None if self.type == "records" else self.instance_data_dir
 
     @property
     def has_caption_table(self) -> bool:

@@ -31,6 +31,9 @@ def dataset_tables_exist(draft: Draft) -> Iterator[Problem]:
         if entry.csv_file is not None and not entry.csv_file.is_file():
             origin, key = draft.datasets.place(entry.id, "csv_file"), f"{entry.id}.csv_file"
             yield draft.folders.missing(_as_written(entry.csv_file, draft), key, origin, "file")
+        if entry.records_file is not None and not exists(entry.records_file):
+            origin, key = draft.datasets.place(entry.id, "records_file"), f"{entry.id}.records_file"
+            yield draft.folders.missing(_as_written(entry.records_file, draft), key, origin, "file or folder")
         name = entry.dataset_name
         if name is not None and looks_like_path(name) and not exists(Path(name)):
             origin, key = draft.datasets.place(entry.id, "dataset_name"), f"{entry.id}.dataset_name"
@@ -49,7 +52,7 @@ def conditioning_is_not_among_the_images(draft: Draft) -> Iterator[Problem]:
         for entry in draft.images:
             # References of one dataset may well be the images of another: a change learned in both directions.
             is_meant = each.is_reference and each not in references_for(entry, draft.datasets.entries)
-            if entry.instance_data_dir and folder.is_relative_to(entry.instance_data_dir) and not is_meant:
+            if entry.images_folder and folder.is_relative_to(entry.images_folder) and not is_meant:
                 message = f'"{folder}" lies in the images of dataset "{entry.id}", which would train on it'
                 allowed = f"a folder outside of {entry.instance_data_dir}"
                 yield draft.dataset_problem(each, "instance_data_dir", message, allowed)
@@ -72,7 +75,7 @@ def caption_tables_exist(draft: Draft) -> Iterator[Problem]:
 def output_folder_is_not_among_the_images(draft: Draft) -> Iterator[Problem]:
     output = draft.config.output_dir
     for entry in draft.images:
-        if entry.instance_data_dir and output.is_relative_to(entry.instance_data_dir):
+        if entry.images_folder and output.is_relative_to(entry.images_folder):
             message = f'"{output}" lies in the images of dataset "{entry.id}", which would then train on its own output'
             yield draft.problem(message, "output_dir", f"a folder outside of {entry.instance_data_dir}")
 

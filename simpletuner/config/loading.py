@@ -329,6 +329,11 @@ class _RunReader:
         if isinstance(entry, ImageSource):
             if entry.csv_file is not None:
                 updates["csv_file"] = self.folders.find(entry.csv_file) or self.folders.output(entry.csv_file)
+            if entry.records_file is not None:
+                found = self.folders.find(entry.records_file)
+                updates["records_file"] = found or self.folders.output(entry.records_file)
+            if entry.type == "records" and entry.instance_data_dir is None:
+                updates["instance_data_dir"] = self.folders.working_dir
             if entry.dataset_name is not None:  # a path where there is one, else the id of a dataset on the hub
                 found = self.folders.find(Path(entry.dataset_name).expanduser())
                 updates["dataset_name"] = str(found or entry.dataset_name)

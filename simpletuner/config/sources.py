@@ -7,10 +7,11 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict
 
+from simpletuner.config.dataset_values import PixelCounts
 from simpletuner.config.options.declare import option
-from simpletuner.config.values import Bool, FilePath, Secret, Text
+from simpletuner.config.values import Bool, FilePath, Int, Secret, Text, TextOrList
 
-BackendType = Literal["local", "aws", "csv", "huggingface", "webshart", "memory"]
+BackendType = Literal["local", "aws", "csv", "huggingface", "records", "webshart", "memory"]
 NO_URLS = "images are not downloaded from URLs: fetch them yourself, csv_file then names local files"
 
 
@@ -22,7 +23,8 @@ class ImageSource(BaseModel):
     type: BackendType = option(
         "local",
         help="Where the images are: `local` is a folder, `aws` a bucket of S3 or a store that speaks its protocol, "
-        "`huggingface` a dataset of Parquet files, on disk or on the hub, `csv` a table that names images on disk.",
+        "`huggingface` a dataset of Parquet files, on disk or on the hub, `csv` a table that names images on disk, "
+        "`records` rows of edits, each with a target, references and an instruction.",
         planned_values={
             "webshart": "tar files are not read; unpack them and use local",
             "memory": "use local on a tmpfs",
@@ -32,7 +34,8 @@ class ImageSource(BaseModel):
     instance_data_dir: FilePath | None = option(
         None,
         help="Of `local`: folder with the images; its subfolders are read too. Of `csv`: folder that the paths in "
-        "the table start from and may not leave; unset, that of the table.",
+        "the table start from and may not leave; unset, that of the table. Of `records`: folder that paths start from; "
+        "unset, the working folder. What is not there is looked for beside the table.",
         level="basic",
         path="input",
     )
@@ -69,6 +72,45 @@ class ImageSource(BaseModel):
         None, help="Of `csv`: the table, with a header. Rows of one image give it caption variants.", path="input"
     )
     csv_caption_column: Text = option("caption", help="Of `csv`: the column of the captions.")
+    records_file: FilePath | None = option(
+        None,
+        help="Of `records`: a table (.jsonl, .json, .csv, .tsv, .parquet), a folder with some, a `.yml` mix of them as "
+        "OmniGen2 has it, or a plain folder with `target`, `reference_1` and so on.",
+        path="input",
+    )
+    skip_bad_rows: Bool = option(
+        False, help="Of `records`: leave out rows that cannot be used, and say how many. Otherwise they are an error."
+    )
+    languages: TextOrList | None = option(
+        None,
+        takes="text, or list of texts",
+        help="Of `records`: languages of the instructions (`instruction_zh`; the column without one is `en`). Unset: "
+        "all, as variants of one caption.",
+    )
+    inverse_instructions: Bool = option(
+        False,
+        help="Of `records`: rows with one reference and an `inverse_instruction` are trained the other way round too.",
+    )
+    tasks: TextOrList | None = option(
+        None, takes="text, or list of texts", help="Of `records`: take the rows of these tasks only. Unset: of all."
+    )
+    max_output_pixels: Int | None = option(
+        None,
+        help="Of `records`: larger targets are reduced to this. Unset: to `resolution`. None is enlarged unless "
+        "`enlarge` is written.",
+        unit="pixels in all",
+        ge=4096,
+    )
+    max_side_length: Int | None = option(
+        None, help="Of `records`: targets and references with a longer side are reduced to this.", unit="pixels", ge=64
+    )
+    max_input_pixels: PixelCounts | None = option(
+        None,
+        takes="whole number, or list of whole numbers",
+        help="Of `records`: larger references are reduced to this; of a list the first one counts for rows with one "
+        "reference, the second for rows with two, the last for all with more. Unset: to `resolution`.",
+        unit="pixels in all",
+    )
     csv_url_column: Text | None = option(None, help="Of `csv`: the column of URLs.", planned=NO_URLS)
     csv_cache_dir: FilePath | None = option(None, help="Of `csv`: folder of downloads.", planned=NO_URLS)
 
@@ -98,6 +140,14 @@ SOURCE_RULES: Mapping[str, SourceRule] = {
         ("dataset_config", "split", "revision", "image_column"),
         ("huggingface", "instanceprompt"),
     ),
+    "records": SourceRule(
+        "records_file",
+        (
+            *("instance_data_dir", "skip_bad_rows", "languages", "inverse_instructions", "tasks"),
+            *("max_output_pixels", "max_side_length", "max_input_pixels"),
+        ),
+        ("records", "instanceprompt"),
+    ),
     "csv": SourceRule(
         "csv_file",
         ("instance_data_dir", "csv_caption_column", "follow_outside_links"),
@@ -105,7 +155,7 @@ SOURCE_RULES: Mapping[str, SourceRule] = {
     ),
 }
 # Types whose tables hold captions: the strategy of the same name is their default.
-TABLE_TYPES = ("huggingface", "csv")
+TABLE_TYPES = ("huggingface", "csv", "records")
 
 
 class SourceFault(NamedTuple):

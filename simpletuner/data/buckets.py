@@ -45,6 +45,7 @@ class BucketRules:
         aspect_decimals: the aspect is rounded to so many places, so that nearly equal aspects share a bucket.
         enlarges: False keeps the size of images that are not larger than `resolution`; only where `crop` is False.
         max_side: pixels; longer images are reduced to it. Read only where nothing is enlarged.
+        stretches: sides are stretched to a multiple of `alignment` where nothing is enlarged, so that nothing is cut.
     """
 
     resolution: float
@@ -63,6 +64,7 @@ class BucketRules:
     aspect_decimals: int = 2
     enlarges: bool = True
     max_side: int | None = None
+    stretches: bool = False
 
     @property
     def needs_content(self) -> bool:
@@ -161,21 +163,33 @@ def training_size(height: int, width: int, rules: BucketRules, *key: int | str) 
 
 
 def _plan_own_size(height: int, width: int, rules: BucketRules) -> Crop:
-    return plan_reduction(height, width, rules.resolution, rules.resolution_type, rules.alignment, rules.max_side)
+    limits = (rules.resolution, rules.resolution_type, rules.alignment, rules.max_side)
+    return plan_reduction(height, width, *limits, rules.stretches)
 
 
 def plan_reduction(
-    height: int, width: int, resolution: float, resolution_type: ResolutionType, alignment: int, max_side: int | None
+    height: int,
+    width: int,
+    resolution: float,
+    resolution_type: ResolutionType,
+    alignment: int,
+    max_side: int | None,
+    stretches: bool = False,
 ) -> Crop:
     """An image reduced to `resolution` and `max_side` where it is larger, the rest of the alignment cut off.
 
     Only an image smaller than `alignment` is enlarged, to that.
+
+    Args:
+        stretches: the sides are stretched down to the alignment, and nothing is cut off.
     """
     ratio = resolution / size_measure(height, width, resolution_type)
     scale = min(1.0, math.sqrt(ratio) if resolution_type == "area" else ratio)
     if max_side is not None:
         scale = min(scale, max_side / max(height, width))
     target_height, target_width = (_align_down(side * scale, alignment) for side in (height, width))
+    if stretches:
+        return Crop(target_height, target_width, 0, 0, target_height, target_width)
     cover = max(target_height / height, target_width / width)
     resized_height = max(target_height, math.floor(height * cover + 0.5))
     resized_width = max(target_width, math.floor(width * cover + 0.5))

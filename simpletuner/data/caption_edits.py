@@ -22,6 +22,7 @@ class CaptionEdits:
 
     Args:
         filters: texts that `parse_filter` takes, applied in order.
+        openers: a caption that has one of them is trained without it half of the time.
         shuffle: None leaves tags in their order.
         seed: of the run, for a shuffle that has none of its own.
     """
@@ -29,6 +30,7 @@ class CaptionEdits:
     filters: tuple[str, ...] = ()
     shuffle: TagShuffle | None = None
     seed: int = 0
+    openers: tuple[str, ...] = ()
 
     @cached_property
     def _parsed(self) -> list[tuple[re.Pattern[str], str]]:
@@ -38,6 +40,11 @@ class CaptionEdits:
         """Every variant after the edits. A caption that the filters empty stays, as the empty caption."""
         if self.filters:
             captions = [self._filtered(caption) for caption in captions]
+        if self.openers:
+            shorter = [self._without_opener(caption) for caption in captions]
+            # Each with its other form, or twice, so that all of several variants stay equally likely.
+            if shorter != list(captions):
+                captions = [each for pair in zip(captions, shorter, strict=True) for each in pair]
         if self.shuffle:
             variants = [variant for caption in captions for variant in self._shuffled(caption, self.shuffle)]
             captions = list(dict.fromkeys(variants))
@@ -47,6 +54,12 @@ class CaptionEdits:
         for pattern, replacement in self._parsed:
             caption = pattern.sub(replacement, caption)
         return caption.strip()
+
+    def _without_opener(self, caption: str) -> str:
+        """The caption without the first of the openers that it has, wherever that stands; never empty."""
+        opener = next((each for each in self.openers if each in caption), None)
+        shorter = caption.replace(opener, "").strip() if opener else ""
+        return shorter or caption
 
     def _shuffled(self, caption: str, shuffle: TagShuffle) -> list[str]:
         """The caption and its shuffled variants; the caption alone where there is nothing to shuffle."""

@@ -68,7 +68,10 @@ class Partners:
     @property
     def fingerprint(self) -> str:
         """Changes when a reference, the pairing or the sizes do."""
-        parts = [self.entry.id, self.folder.catalogue.images_digest, dataclasses.asdict(self.rules)]
+        rules = dataclasses.asdict(self.rules)
+        if not self.rules.stretches:  # a fingerprint from before stays
+            del rules["stretches"]
+        parts = [self.entry.id, self.folder.catalogue.images_digest, rules]
         return hashlib.sha256(repr(parts).encode()).hexdigest()
 
     def _report_unusable(self, skipped: SkippedFiles) -> None:
@@ -98,6 +101,7 @@ def reference_rules(
         resolution_type=entry.resolution_type or sizes.resolution_type,
         alignment=sizes.alignment,
         max_side=min(filter(None, (entry.maximum_side, spec.max_size)), default=None),
+        stretches=spec.stretches,
     )
 
 

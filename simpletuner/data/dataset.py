@@ -323,12 +323,22 @@ def dataset_fingerprint(
     sizes = dataclasses.asdict(bucket_rules)
     if bucket_rules.enlarges:  # the keys of what came later change no fingerprint from before
         del sizes["enlarges"], sizes["max_side"]
+    if not bucket_rules.stretches:
+        del sizes["stretches"]
     rules: dict[str, Any] = {
         "content": list(content),
         "buckets": sizes,
         "captions": dataclasses.asdict(caption_rules),
         "seed": seed if bucket_rules.needs_content or draws.flips else None,
         "draws": dataclasses.asdict(draws),
-        "edits": dataclasses.asdict(edits) if edits.filters or edits.shuffle else None,
+        "edits": _edits_of(edits),
     }
     return hashlib.sha256(json.dumps(rules, sort_keys=True).encode()).hexdigest()
+
+
+def _edits_of(edits: CaptionEdits) -> dict[str, Any] | None:
+    """Edits as a fingerprint has them: what came later is only in it where it is used."""
+    if not (edits.filters or edits.shuffle or edits.openers):
+        return None
+    found = dataclasses.asdict(edits)
+    return found if edits.openers else {key: value for key, value in found.items() if key != "openers"}

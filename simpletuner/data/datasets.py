@@ -37,6 +37,8 @@ from simpletuner.data.empty_masks import report_empty_masks
 from simpletuner.data.entry_rules import bucket_rules, caption_rules, check_entry
 from simpletuner.data.index import Catalogue, Index
 from simpletuner.data.prompt_files import PromptFiles
+from simpletuner.data.record_parts import record_parts
+from simpletuner.data.records import bad_rows
 from simpletuner.data.report import FilterReport, ProgressReport, SkippedFiles
 from simpletuner.data.selection import (
     group_by_size,
@@ -99,6 +101,9 @@ def build_datasets(
     filter_reports: list[FilterReport] = []
     for entry in images:
         try:
+            if entry.type == "records":
+                datasets += datasets_of_records(entry, config, spec, scan, data_file, filters_for(entries))
+                continue
             table = caption_table(entry, work_dir, data_file)
             references = [(each, scan(each)) for each in references_for(entry, entries)]
             files = prompt_files(entry, spec, work_dir, data_file)
@@ -130,12 +135,17 @@ class _Scans:
         self._done: dict[str, ScannedFolder] = {}
         self._trusted: set[str] = set()
 
-    def __call__(self, entry: ImageDataset | ConditioningDataset) -> ScannedFolder:
+    def __call__(self, entry: ImageDataset | ConditioningDataset, backend: Backend | None = None) -> ScannedFolder:
+        """The index of an entry's files.
+
+        Args:
+            backend: with the files; None opens the one that the entry names.
+        """
         is_trusted = False
         if isinstance(entry, ConditioningDataset):
-            backend: Backend = LocalBackend(entry.instance_data_dir, entry.follow_outside_links)
+            backend = backend or LocalBackend(entry.instance_data_dir, entry.follow_outside_links)
         else:
-            backend = open_backend(entry, self._data_file)
+            backend = backend or open_backend(entry, self._data_file)
             is_trusted = bool(TRUSTING & {*entry.skip_file_discovery})
         name = backend.identity
         if name not in self._done or (name in self._trusted and not is_trusted):
@@ -144,6 +154,43 @@ class _Scans:
             self._done[name] = ScannedFolder(index, catalogue)
             self._trusted = self._trusted | {name} if is_trusted else self._trusted - {name}
         return self._done[name]
+
+
+def datasets_of_records(
+    entry: ImageDataset,
+    config: TrainConfig,
+    spec: FamilySpec,
+    scan: _Scans,
+    data_file: str | None,
+    filters: tuple[str, ...],
+) -> list[Dataset]:
+    """The parts of an entry of type records.
+
+    Raises:
+        ConfigError, DataError: as `record_parts` and `build_dataset`.
+    """
+    notes: list[str] = []
+    problems: list[Problem] = []
+    datasets, filter_reports = [], []
+    for part in record_parts(entry, config, spec, data_file, notes):
+        references = [(each, scan(each, backend)) for each, backend in part.references]
+        folder = scan(part.entry, part.backend)
+        try:
+            dataset = build_dataset(part.entry, config, spec, folder, data_file, filters, None, references)
+            filter_reports.append(dataset.filter_report)
+            datasets.append(dataset)
+        except UnusableData as error:  # no row of this part is left
+            filter_reports += error.filter_reports
+        problems += part.problems(filter_reports[-1].skipped)
+    if problems and not (entry.skip_bad_rows and datasets):
+        raise UnusableData(bad_rows(problems, f"{entry.id}.records_file"), filter_reports)
+    if notes and datasets:
+        first = datasets[0]
+        warnings = (*first.filter_report.warnings, *(f"{entry.id}: {note}" for note in notes))
+        datasets[0] = dataclasses.replace(
+            first, filter_report=dataclasses.replace(first.filter_report, warnings=warnings)
+        )
+    return datasets
 
 
 def with_even_shares(datasets: list[Dataset]) -> list[Dataset]:
@@ -216,7 +263,7 @@ def build_dataset(
     # An eval loss compares the same crops each time.
     resamples = bool(entry.vae_cache_clear_each_epoch) and not isinstance(entry, EvalDataset)
     draws = RoundSampling(crops=resamples and sizes.needs_content, flips=entry.random_flip)
-    edits = CaptionEdits(filters, entry.caption_shuffle, config.seed)
+    edits = CaptionEdits(filters, entry.caption_shuffle, config.seed, entry.caption_openers or ())
     samples = Samples(entry.id, config.seed, index, ids, texts, sizes, captions, draws, edits, table, seen)
     if prompt_files is not None:
         content += prompt_files.fingerprint

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from simpletuner.config.datasets import ImageDataset
+from simpletuner.config.datasets import ConditioningDataset, ImageDataset
 from simpletuner.data.buckets import BucketRules, CropStyle
 from simpletuner.data.captions import CaptionRules, CaptionStrategy
 from simpletuner.errors import Problem
@@ -69,7 +70,13 @@ def bucket_rules(entry: ImageDataset, config: TrainConfig, spec: FamilySpec) -> 
         aspect_decimals=config.aspect_bucket_rounding,
         enlarges=entry.enlarge,
         max_side=entry.maximum_side,
+        stretches=spec.stretches and not entry.enlarge,
     )
+
+
+def latents_folder(entry: ImageDataset | ConditioningDataset, cache_dir: Path, spec: FamilySpec) -> Path:
+    """Where the latents of a dataset, or of a folder of references, are kept; of records a folder for each part."""
+    return Path(entry.cache_dir_vae or cache_dir / "vae" / spec.name / entry.id)
 
 
 def caption_rules(entry: ImageDataset) -> CaptionRules:

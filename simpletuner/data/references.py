@@ -33,6 +33,7 @@ class ReferenceRules:
         resolution: as in `BucketRules`: larger references are reduced to it.
         alignment: pixels; every side is a multiple of it.
         max_side: pixels; longer references are reduced to it; None where the family has no limit.
+        stretches: sides are stretched down to the alignment instead of cut.
     """
 
     is_strict: bool
@@ -40,6 +41,7 @@ class ReferenceRules:
     resolution_type: ResolutionType
     alignment: int
     max_side: int | None = None
+    stretches: bool = False
 
 
 class References:
@@ -96,4 +98,5 @@ class References:
 
 def plan_reference(height: int, width: int, rules: ReferenceRules) -> Crop:
     """What becomes of a loose reference."""
-    return plan_reduction(height, width, rules.resolution, rules.resolution_type, rules.alignment, rules.max_side)
+    limits = (rules.resolution, rules.resolution_type, rules.alignment, rules.max_side)
+    return plan_reduction(height, width, *limits, rules.stretches)

@@ -101,6 +101,8 @@ class FamilySpec:
         max_size: largest image side in pixels that the family takes, None if unbounded.
         max_prompt_tokens: tokens that reach the denoiser; longer prompts are cut and counted.
         max_references: input images for editing; 0 where the family has none.
+        stretches: images that keep their own size, and loose references, are stretched to multiples of
+            `size_multiple`, as the family was trained; otherwise the rest is cut off.
         drops_references: where a caption is dropped, the references of its image are too.
         prompt_lengths: (shortest, longest) number of tokens that `tokenizer_max_length` may set; None where the family
             reads prompts of one length.
@@ -160,6 +162,7 @@ class FamilySpec:
     readers: tuple[Reader, ...] = ()
     max_size: int | None = None
     max_references: int = 0
+    stretches: bool = False
     drops_references: bool = True
     prompt_lengths: tuple[int, int] | None = None
     caches_prompt_embeds: bool = True

@@ -19,15 +19,14 @@ from simpletuner.cache.encoding import ManySamples
 from simpletuner.cache.fingerprints import vae_fingerprint
 from simpletuner.cache.latents import LatentCache, OnDemandLatents
 from simpletuner.cache.store import DamagedEntry, TensorStore
-from simpletuner.config.datasets import ConditioningDataset, ImageDataset
 from simpletuner.config.loading import LoadedRun
 from simpletuner.data.backends.build import source_key
 from simpletuner.data.dataset import Dataset
 from simpletuner.data.digests import DigestMemo
+from simpletuner.data.entry_rules import latents_folder
 from simpletuner.data.kept import KeptSamples
 from simpletuner.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from simpletuner.errors import DataError, Problem
-from simpletuner.families.spec import FamilySpec
 from simpletuner.models.family import LatentMoments, ModelFamily
 from simpletuner.models.lazy_vae import LazyVae
 from simpletuner.randomness import keyed_generator
@@ -198,11 +197,6 @@ def fingerprint_of_vae(family: ModelFamily, cache_dir: Path) -> str:
     """
     with DigestMemo(cache_dir / "digests.sqlite") as memo:
         return vae_fingerprint(family.source, family.spec, memo, family.device, torch.float32, family.vae_modes)
-
-
-def latents_folder(entry: ImageDataset | ConditioningDataset, cache_dir: Path, spec: FamilySpec) -> Path:
-    """Where the latents of a dataset, or of a folder of references, are kept."""
-    return Path(entry.cache_dir_vae or cache_dir / "vae" / spec.name / entry.id)
 
 
 def adopt_latents(cache: LatentCache, samples: KeptSamples, cache_dir: Path) -> int:

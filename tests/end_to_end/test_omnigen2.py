@@ -85,13 +85,14 @@ def test_an_edit_has_the_size_of_its_only_image(model: Path, tmp_path: Path) -> 
     assert Image.open(path).size == (96, 64)
 
 
-def test_the_shipped_mix_gives_its_ratios(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """0.5, 0.3 and 0.2 of 14 rows, of which 6, 6 and 2 are there."""
+def test_the_shipped_mix_becomes_one_entry_with_its_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     words = ["--config", str(ROOT / "options" / "ft.yml"), "--data_path", str(EXAMPLE / "mix.yml")]
     _, config_file = run_of_options([*words, "--num_processes=8"], {}, Path.cwd(), print)
     assert config_file is not None
-    entries = json.loads((config_file.parent / "multidatabackend.json").read_text())
-    shares = [entry["probability"] for entry in entries if "probability" in entry]
-    assert shares == pytest.approx([0.5 * 14 / 6, 0.3 * 14 / 6, 0.2 * 14 / 2])
+    [entry] = json.loads((config_file.parent / "multidatabackend.json").read_text())
+    assert (entry["type"], entry["records_file"]) == ("records", str(EXAMPLE / "mix.yml"))
+    assert (entry["max_output_pixels"], entry["max_side_length"]) == (1048576, 2048)
+    assert entry["max_input_pixels"] == [1048576, 1048576, 589824, 262144]
+    assert "The image shows " in entry["caption_openers"]
     assert json.loads(config_file.read_text())["gradient_accumulation_steps"] == 1

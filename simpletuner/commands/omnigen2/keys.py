@@ -6,7 +6,7 @@ Source: VectorSpaceLab/OmniGen2 (Apache-2.0), `options/ft.yml`, `options/ft_lora
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -308,8 +308,3 @@ def accumulation(translation: Translation, document: YamlDocument, num_processes
     count = total // per_pass
     line = f"train.global_batch_size {total} is met by {count} forward passes of {num_processes} processes in each step"
     return count, line
-
-
-def input_pixels(limits: Sequence[int], count: int) -> int:
-    """The pixels that each of `count` references may have."""
-    return limits[min(count, len(limits)) - 1]

@@ -48,6 +48,7 @@ OMNIGEN2 = FamilySpec(
     max_prompt_tokens=888,
     prompt_tensors=("prompt_embeds",),
     max_references=5,
+    stretches=True,
     dropped_caption=DROPPED_INSTRUCTION,
     pipeline_class="OmniGen2Pipeline",
     adaptable=(

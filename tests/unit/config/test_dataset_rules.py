@@ -398,3 +398,31 @@ def test_a_family_without_files_of_embeddings_refuses_them(workspace: Workspace)
     workspace.put("datasets/images/metadata.csv", "file_name,text,embeds\na.png,a cat,a.safetensors\n")
     workspace.datasets[0] |= {"prompt_embeds_column": "embeds", "caption_strategy": "csv"}
     assert "files of embeddings are not read for Toy" in workspace.fails_written().render()
+
+
+@pytest.mark.parametrize(
+    ("changes", "key", "words"),
+    [
+        ({"records_file": "none.jsonl"}, "records_file", "there is no file or folder of this name"),
+        ({"crop": True}, "crop", "targets keep their shape"),
+        ({"crop_style": "random"}, "crop_style", "targets keep their shape"),
+        ({"max_num_samples": 3}, "max_num_samples", "the table says which rows"),
+        ({"conditioning_data": "before"}, "conditioning_data", "the rows name their references"),
+        ({"max_output_pixels": 65536, "resolution": 512}, "max_output_pixels", "resolution is written too"),
+        ({"max_input_pixels": [65536, 0]}, "max_input_pixels", "number of pixels"),
+        ({"caption_strategy": "textfile"}, "caption_strategy", "has no source in a dataset of type records"),
+    ],
+)
+def test_records_take_no_key_of_folders(workspace: Workspace, changes: dict[str, Any], key: str, words: str) -> None:
+    workspace.put("rows.jsonl", "{}\n")
+    workspace.datasets = [{"id": "edits", "type": "records", "records_file": "rows.jsonl", **changes}]
+    found = [problem for problem in workspace.fails_written().problems if problem.key == f"edits.{key}"]
+    assert any(words in problem.render() for problem in found), workspace.fails_written().render()
+
+
+def test_records_start_from_the_working_folder_which_may_hold_the_output(workspace: Workspace) -> None:
+    workspace.put("rows.jsonl", "{}\n")
+    workspace.datasets = [{"id": "edits", "type": "records", "records_file": "rows.jsonl", "max_input_pixels": 65536}]
+    [entry] = workspace.load_written().datasets
+    assert (entry.instance_data_dir, entry.records_file) == (workspace.root, workspace.root / "rows.jsonl")
+    assert (entry.caption_strategy, entry.max_input_pixels) == ("records", (65536,))

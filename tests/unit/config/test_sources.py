@@ -36,6 +36,17 @@ COMPLETE: dict[str, dict[str, Any]] = {
         "caption_column": ["long", "short"],
         "metadata_backend": "huggingface",
     },
+    "records": {
+        "records_file": "rows.jsonl",
+        "instance_data_dir": "images",
+        "skip_bad_rows": True,
+        "languages": ["en", "zh"],
+        "inverse_instructions": True,
+        "tasks": "edit",
+        "max_output_pixels": 1048576,
+        "max_side_length": 2048,
+        "max_input_pixels": [1048576, 589824],
+    },
     "csv": {
         "csv_file": "a.csv",
         "csv_caption_column": "c",

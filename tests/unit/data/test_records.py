@@ -1,0 +1,200 @@
+"""Rows of edits: what a row may say, which files are read, and that a bad row is named."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from simpletuner.data.records import Record, RecordRules, read_records
+from simpletuner.errors import DataError
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "images").mkdir()
+    for name in "abcd":
+        Image.new("RGB", (32, 48), "red").save(tmp_path / "images" / f"{name}.png")
+    return tmp_path
+
+
+def write_rows(path: Path, *rows: dict[str, Any]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def read(path: Path, root: Path, **rules: Any) -> list[Record]:
+    return read_records(path, RecordRules(root, **rules), "edits.records_file", [])
+
+
+def only(folder: Path, row: dict[str, Any], **rules: Any) -> Record:
+    [record] = read(write_rows(folder / "rows.jsonl", row), folder, **rules)
+    return record
+
+
+OMNIGEN2 = {"task_type": "edit", "instruction": "add", "input_images": ["images/b.png"], "output_image": "images/a.png"}
+FIRERED = {"source_image": "images/b.png", "edit_image": "images/a.png", "instruction": "add", "instruction_cn": "加"}
+OWN = {"target": "images/a.png", "references": ["images/b.png"], "instruction": "add", "task": "edit"}
+
+
+@pytest.mark.parametrize("row", [OMNIGEN2, FIRERED, OWN, FIRERED | {"target_image": "images/a.png"}])
+def test_the_same_row_has_several_forms(folder: Path, row: dict[str, Any]) -> None:
+    record = only(folder, row, languages=("en",))
+    assert (record.target.name, [each.name for each in record.references]) == ("a.png", ["b.png"])
+    assert record.captions == ("add",)
+    assert (record.name, record.line) == ("1-a", 1)
+
+
+@pytest.mark.parametrize("suffix", ["csv", "tsv", "json", "parquet"])
+def test_tables_of_every_kind_hold_rows(folder: Path, suffix: str) -> None:
+    path = folder / f"rows.{suffix}"
+    rows = [OWN, {"target": "images/c.png", "references": None, "instruction": "plain", "task": "t2i"}]
+    if suffix == "json":
+        path.write_text(json.dumps(rows))
+    elif suffix == "parquet":
+        arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+        parquet.write_table(arrow.Table.from_pylist(rows), path)
+    else:
+        mark = "\t" if suffix == "tsv" else ","
+        lines = [mark.join(("target", "reference_1", "reference_2", "instruction"))]
+        lines += [mark.join(("images/a.png", "images/b.png", "", "add")), mark.join(("images/c.png", "", "", "plain"))]
+        path.write_text("\n".join(lines) + "\n")
+    found = read(path, folder)
+    assert [(each.target.name, len(each.references), each.captions) for each in found] == [
+        ("a.png", 1, ("add",)),
+        ("c.png", 0, ("plain",)),
+    ]
+
+
+def test_a_cell_of_a_csv_file_may_hold_a_list(folder: Path) -> None:
+    (folder / "rows.csv").write_text(
+        'target,references,instruction\nimages/a.png,"[""images/b.png"", ""images/c.png""]",join them\n'
+    )
+    [record] = read(folder / "rows.csv", folder)
+    assert [each.name for each in record.references] == ["b.png", "c.png"]
+
+
+def test_languages_are_variants_of_which_some_may_be_chosen(folder: Path) -> None:
+    by_column = {
+        "target": "images/a.png",
+        "instruction": "add",
+        "instruction_zh": "加",
+        "instruction_de": ["zu", "dazu"],
+    }
+    by_object = {"target": "images/a.png", "instruction": {"en": "add", "zh": "加", "de": ["zu", "dazu"]}}
+    for row in (by_column, by_object):
+        assert only(folder, row).captions == ("add", "加", "zu", "dazu")
+        assert only(folder, row, languages=("de", "en")).captions == ("add", "zu", "dazu")
+    with pytest.raises(DataError, match='"instruction" is missing in fr'):
+        only(folder, by_column, languages=("fr",))
+
+
+def test_an_inverse_instruction_is_a_row_the_other_way_round(folder: Path) -> None:
+    path = write_rows(folder / "rows.jsonl", OWN | {"inverse_instruction": "remove"})
+    assert len(read(path, folder)) == 1
+    forward, backward = read(path, folder, takes_inverse=True)
+    assert (backward.target, backward.references, backward.captions) == (
+        *forward.references,
+        (forward.target,),
+        ("remove",),
+    )
+    assert (forward.name, backward.name) == ("1-a", "1-a-inverse")
+    two = OWN | {"references": ["images/b.png", "images/c.png"], "inverse_instruction": "remove"}
+    assert len(read(write_rows(folder / "two.jsonl", two), folder, takes_inverse=True)) == 1
+
+
+def test_rows_of_some_tasks_only(folder: Path) -> None:
+    path = write_rows(folder / "rows.jsonl", OWN, OWN | {"task": "t2i"}, OMNIGEN2)
+    assert [each.line for each in read(path, folder, tasks=("edit",))] == [1, 3]
+    with pytest.raises(DataError, match="holds no usable row of the tasks ic"):
+        read(path, folder, tasks=("ic",))
+
+
+def test_a_plain_folder_pairs_by_name(folder: Path) -> None:
+    """The reference of b has another extension; c has two, d none."""
+    root = folder / "plain"
+    for path in (
+        "target/b.png",
+        "reference_1/b.jpg",
+        "target/c.png",
+        "reference_1/c.png",
+        "reference_2/c.png",
+        "target/d.png",
+    ):
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (16, 16)).save(root / path)
+    for name in "bcd":
+        (root / f"target/{name}.txt").write_text(f"make {name}\nor so\n")
+    found = read(root, folder)
+    assert [(each.name, [path.name for path in each.references]) for each in found] == [
+        ("b", ["b.jpg"]),
+        ("c", ["c.png", "c.png"]),
+        ("d", []),
+    ]
+    assert found[0].captions == ("make b", "or so")
+    (root / "target/d.txt").unlink()
+    with pytest.raises(DataError, match=r'plain/d: "instruction" is missing'):
+        read(root, folder)
+
+
+def test_a_plain_folder_may_have_one_folder_for_each_sample(folder: Path) -> None:
+    for sample, names in (("one", ("target", "reference_1")), ("two", ("target", "reference_1", "reference_2"))):
+        (folder / "plain" / sample).mkdir(parents=True)
+        for name in names:
+            Image.new("RGB", (16, 16)).save(folder / "plain" / sample / f"{name}.png")
+        (folder / "plain" / sample / "instruction.txt").write_text(f"do {sample}")
+    found = read(folder / "plain", folder)
+    assert [(each.name, len(each.references), each.captions) for each in found] == [
+        ("one", 1, ("do one",)),
+        ("two", 2, ("do two",)),
+    ]
+
+
+def test_tables_in_a_folder_and_lists_of_rows_are_read(folder: Path) -> None:
+    write_rows(folder / "rows" / "deep" / "1.jsonl", OWN)
+    (folder / "rows" / "2.json").write_text(json.dumps([OWN, OMNIGEN2]))
+    assert [each.file.name for each in read(folder / "rows", folder)] == ["2.json", "2.json", "1.jsonl"]
+
+
+def test_paths_are_looked_for_in_the_root_then_beside_the_file(folder: Path) -> None:
+    Image.new("RGB", (16, 16)).save(folder / "images" / "near.png")
+    path = write_rows(folder / "images" / "rows.jsonl", OWN | {"target": "near.png"}, OWN)
+    assert [each.target.name for each in read(path, folder)] == ["near.png", "a.png"]
+
+
+@pytest.mark.parametrize(
+    ("bad", "words"),
+    [
+        ({"target": "images/none.png"}, 'there is no image "images/none.png"'),
+        ({"references": ["images/none.png"]}, 'there is no image "images/none.png"'),
+        ({"references": {"1": "images/b.png"}}, '"references" is no list of paths'),
+        ({"references": None, "reference_2": "images/b.png"}, '"reference_1" is missing, and a later one is given'),
+        ({"reference_1": "images/b.png"}, '"references" and "reference_1" both name references'),
+        ({"instruction": " "}, '"instruction" is missing'),
+        ({"instruction": 3}, '"instruction" is no text'),
+        ({"target": None}, '"target" is missing'),
+        ({"output_image": "images/b.png"}, '"target" and "output_image" differ'),
+        ({"reference": ["images/b.png"]}, 'there is no column "reference" in rows; did you mean "references"?'),
+        ({"instructions": "more"}, 'there is no column "instructions" in rows; did you mean "instruction"?'),
+    ],
+)
+def test_a_bad_row_is_named_with_file_and_line(folder: Path, bad: dict[str, Any], words: str) -> None:
+    path = write_rows(folder / "rows.jsonl", OWN, OWN | bad)
+    with pytest.raises(DataError) as error:
+        read(path, folder)
+    assert f"{path}:2: {words}" in error.value.render()
+    notes: list[str] = []
+    records = read_records(path, RecordRules(folder, skips_bad_rows=True), "edits.records_file", notes)
+    assert len(records) == 1
+    assert "1 rows of" in notes[0]
+    assert words in notes[0]
+
+
+def test_a_table_that_is_none_is_named(folder: Path) -> None:
+    (folder / "rows.jsonl").write_text('{"target": \n')
+    with pytest.raises(DataError, match="line 1 is not JSON"):
+        read(folder / "rows.jsonl", folder)
