@@ -11,7 +11,7 @@ import typer
 from simpletuner.cli.shared import PASS_ON, app, print_to_stderr, say
 from simpletuner.errors import ConfigError, Problem
 
-PROGRAMS = ("omnigen2",)
+PROGRAMS = ("omnigen2", "diffsynth")
 YAML = (".yml", ".yaml")
 # What OmniGen2's own `train.py` takes beside its options file, and what this program adds to them.
 _VALUES, _SWITCHES = ("config", "global_batch_size", "data_path"), ("skip_bad_rows",)
@@ -20,8 +20,10 @@ _VALUES, _SWITCHES = ("config", "global_batch_size", "data_path"), ("skip_bad_ro
 @app.command("import", context_settings=PASS_ON, short_help="Write the two JSON files from another program's options.")
 def import_run(
     context: typer.Context,
-    program: Annotated[str, typer.Argument(help="Whose file it is: omnigen2.", show_default=False)],
-    source: Annotated[Path, typer.Argument(help="Its options file (options/ft.yml).", show_default=False)],
+    program: Annotated[str, typer.Argument(help="Whose it is: omnigen2 or diffsynth.", show_default=False)],
+    source: Annotated[
+        Path, typer.Argument(help="Its options file (options/ft.yml); of diffsynth the model.", show_default=False)
+    ],
     output: Annotated[
         Path | None, typer.Option(help="Folder of the two files; config/NAME if not given.", show_default=False)
     ] = None,
@@ -31,6 +33,7 @@ def import_run(
 ) -> None:
     """Write config.json and multidatabackend.json: simpletuner import omnigen2 FILE.yml [--output FOLDER]
 
+    simpletuner import diffsynth flux|kolors|sd3|hunyuan-dit FLAGS [--output FOLDER] takes the flags of that script.
     Every key is translated, or refused with its reason. `simpletuner train --config FILE.yml` does the same and trains.
     """
     import os
@@ -40,6 +43,15 @@ def import_run(
 
     if program not in PROGRAMS:
         raise ConfigError(Problem(f'"{program}" is no program whose files are read', allowed=", ".join(PROGRAMS)))
+    if program == "diffsynth":
+        from simpletuner.commands.diffsynth import run as scripts
+
+        translation = scripts.translate(
+            str(source), context.args, Path.cwd(), lambda rest: processes_of(rest, os.environ)
+        )
+        folder = output or Path("config") / f"diffsynth-{source}"
+        say(str(scripts.import_run(translation, folder, print_to_stderr)))
+        return
     name = read_yaml(source).values.get("name") or source.stem
     folder = output or Path("config") / str(name)
     processes = processes_of(context.args, os.environ)

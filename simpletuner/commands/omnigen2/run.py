@@ -7,15 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from simpletuner import storage
 from simpletuner.commands.omnigen2.keys import Translation, accumulation, translate
+from simpletuner.commands.run_files import CONFIG, DATA, write_run_files
 from simpletuner.config.json_writer import json_text
 from simpletuner.config.paths import Folders
 from simpletuner.config.yaml_reader import read_yaml
 from simpletuner.data.mixes import read_sources
-from simpletuner.errors import ConfigError, Problem
+from simpletuner.errors import ConfigError
 
-CONFIG, DATA = "config.json", "multidatabackend.json"
 # An instruction of a text-to-image row that has one of these is trained without it half of the time.
 # Source: VectorSpaceLab/OmniGen2 (Apache-2.0), `omnigen2/dataset/omnigen2_train_dataset.py`.
 OPENERS = (
@@ -83,12 +82,7 @@ def import_run(
     texts = {CONFIG: json_text(config) + "\n", DATA: json_text(entries) + "\n"}
     if folder is None:
         texts[f"{name}.yml"] = options_file.read_text(encoding="utf-8")
-    else:
-        _refuse_existing(folder, texts)
-    for file, text in texts.items():
-        if not (place / file).is_file() or (place / file).read_text(encoding="utf-8") != text:
-            place.mkdir(parents=True, exist_ok=True)
-            storage.write_bytes(place / file, text.encode())
+    write_run_files(place, texts, replaces=folder is None)
     for note in notes:
         say(f"{options_file}: {note}")
     return place / CONFIG
@@ -107,10 +101,3 @@ def dataset_of(translation: Translation, mix: Path, working_dir: Path, skips_bad
         "max_input_pixels": list(limits) if len(limits) > 1 else limits[0],
         "caption_openers": list(OPENERS),
     }
-
-
-def _refuse_existing(folder: Path, names: dict[str, str]) -> None:
-    there = [name for name in names if (folder / name).exists()]
-    if there:
-        message = f"{folder} has {' and '.join(there)} already"
-        raise ConfigError(Problem(message, key="--output", fix="name another folder, or move the files away"))

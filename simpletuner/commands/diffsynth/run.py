@@ -1,0 +1,244 @@
+"""From the flags of a script to the JSON files of a run here."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from simpletuner.commands.diffsynth.flags import parse, script_of
+from simpletuner.commands.diffsynth.scripts import Script
+from simpletuner.commands.diffsynth.targets import lora_target
+from simpletuner.commands.diffsynth.weights import weight_options
+from simpletuner.commands.run_files import CONFIG, DATA, write_run_files
+from simpletuner.config.foreign_keys import RENAMED
+from simpletuner.config.json_writer import json_text
+from simpletuner.config.layers import parse_arguments
+from simpletuner.config.options import all_options
+from simpletuner.errors import ConfigError, Problem
+from simpletuner.families.registry import get_spec
+
+DEEPSPEED = "deepspeed.json"
+FORMATS = {"32": "no", "16": "fp16", "16-mixed": "fp16", "bf16": "bf16"}
+
+
+@dataclass
+class Translation:
+    """What a command line amounts to.
+
+    Args:
+        config: options of `config.json`.
+        data: entries of `multidatabackend.json`.
+        deepspeed: content of a DeepSpeed file, or empty.
+        rest: words that no file may hold: options of this program that are secrets.
+        notes: lines for the user.
+    """
+
+    config: dict[str, Any]
+    data: list[dict[str, Any]]
+    deepspeed: dict[str, Any] = field(default_factory=dict)
+    rest: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def translate(
+    name: str, words: Sequence[str], working_dir: Path, processes_of: Callable[[list[str]], int]
+) -> Translation:
+    """Everything on a script's command line.
+
+    Args:
+        name: of the script.
+        processes_of: how many processes a run with these options of this program has.
+
+    Raises:
+        ConfigError: a flag that cannot be used, a file that is not there, or pickled weights.
+    """
+    flags, rest = parse(name, words)
+    script = script_of(name)
+    given, secrets = _options_of(rest)
+    spec = get_spec(script.family)
+    notes: list[str] = []
+    if problems := [*_refused(flags), *_misfits(flags, spec.size_multiple, working_dir)]:
+        raise ConfigError(problems)
+    processes = processes_of(rest)
+    stage = _stage(flags, processes, notes)
+    per_epoch = math.ceil(math.ceil(flags.steps_per_epoch / processes) / flags.accumulate_grad_batches)
+    output = flags.output_path or f"output/{script.name}"
+    config: dict[str, Any] = {
+        "model_family": script.family,
+        "output_dir": output,
+        "cache_dir": f"{output.rstrip('/')}/cache",
+        **weight_options(script, flags, working_dir, notes.append),
+        **_adapter(script, flags),
+        "max_train_steps": flags.max_epochs * per_epoch,
+        "num_train_epochs": 0,
+        "checkpoint_step_interval": per_epoch,
+        "checkpoints_total_limit": 0,
+        "train_batch_size": flags.batch_size,
+        "gradient_accumulation_steps": flags.accumulate_grad_batches,
+        "gradient_checkpointing": flags.use_gradient_checkpointing,
+        "mixed_precision": _number_format(flags, stage, notes),
+        "optimizer": "torch-adamw",
+        "learning_rate": flags.learning_rate,
+        **{"adam_beta1": 0.9, "adam_beta2": 0.999, "adam_epsilon": 1e-8, "adam_weight_decay": 0.01},
+        **{"lr_scheduler": "constant", "lr_warmup_steps": 0, "max_grad_norm": 0.0, "grad_clip_method": "norm"},
+        "caption_dropout_probability": 0.0,
+        "aspect_bucket_alignment": max(spec.size_multiple, 8),
+        "validation_resolution": f"{flags.width}x{flags.height}",
+        "validation_step_interval": per_epoch,
+        **script.config,
+        **given,
+    }
+    if flags.dataloader_num_workers:
+        notes.append("--dataloader_num_workers has no effect: the next batch is always prepared while one is trained")
+    if getattr(flags, "num_timesteps", None) is not None:
+        notes.append("--num_timesteps has no effect, in the original either")
+    deepspeed = {"zero_optimization": {"stage": stage}} if stage else {}
+    return Translation(config, [_dataset(flags)], deepspeed, secrets, notes)
+
+
+def write_run(translation: Translation, say: Callable[[str], None]) -> Path:
+    """Write the files into the run's own folder, anew where they were there; returns its `config.json`."""
+    return _write(translation, Path(translation.config["output_dir"]) / "diffsynth", say, replaces=True)
+
+
+def import_run(translation: Translation, folder: Path, say: Callable[[str], None]) -> Path:
+    """Write the files for somebody to edit.
+
+    Raises:
+        ConfigError: a file is there already.
+    """
+    return _write(translation, folder, say, replaces=False)
+
+
+def _write(translation: Translation, folder: Path, say: Callable[[str], None], replaces: bool) -> Path:
+    config = translation.config
+    texts = {}
+    if translation.deepspeed:
+        config = {**config, "deepspeed_config": str(folder / DEEPSPEED)}
+        texts[DEEPSPEED] = json_text(translation.deepspeed) + "\n"
+    texts |= {CONFIG: json_text(config) + "\n", DATA: json_text(translation.data) + "\n"}
+    write_run_files(folder, texts, replaces)
+    for line in translation.notes:
+        say(line)
+    return folder / CONFIG
+
+
+def _options_of(words: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """(options of this program as JSON has them, words of those that are secrets)."""
+    known = all_options()
+    given, secrets = {}, []
+    for setting in parse_arguments(words).settings:
+        key = RENAMED.get(setting.key, setting.key)
+        if key in known and known[key].is_secret:
+            secrets.append(f"--{key}={setting.value}")
+        else:
+            given[key] = _plain(setting.value)
+    return given, secrets
+
+
+def _plain(value: Any) -> Any:
+    """A number or truth value of a command line as JSON has it; other texts as they are."""
+    try:
+        found = json.loads(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+    return found if isinstance(found, bool | int | float) else value
+
+
+def _adapter(script: Script, flags: argparse.Namespace) -> dict[str, Any]:
+    options = {
+        "model_type": "lora",
+        "lora_type": "standard",
+        "lora_rank": flags.lora_rank,
+        "lora_alpha": flags.lora_alpha,
+        "lora_dropout": 0.0,
+        "lora_init_type": {"kaiming": "default"}.get(flags.init_lora_weights, flags.init_lora_weights),
+        "lora_target": lora_target(flags.lora_target_modules, script.family),
+    }
+    if flags.pretrained_lora_path:
+        options["init_lora"] = flags.pretrained_lora_path
+    if getattr(flags, "align_to_opensource_format", False):
+        options["lora_format"] = "kohya"
+    if getattr(flags, "quantize", None):
+        options["base_model_precision"] = "fp8-quanto"
+    return options
+
+
+def _dataset(flags: argparse.Namespace) -> dict[str, Any]:
+    """The images of `<dataset_path>/train`, cut to one size."""
+    path = Path(flags.dataset_path)
+    name = re.sub(r"[^\w.-]", "-", path.resolve().name).strip("-.")
+    is_square = flags.width == flags.height
+    shape = (
+        {"crop_aspect": "square", "resolution": flags.width, "resolution_type": "pixel"}
+        if is_square
+        else {
+            "crop_aspect": "closest",
+            "crop_aspect_buckets": [flags.width / flags.height],
+            "resolution": flags.width * flags.height / 1e6,
+            "resolution_type": "area",
+        }
+    )
+    crops = {"crop_style": "center"} if flags.center_crop else _RANDOM_CROPS
+    return {
+        "id": name or "images",
+        "type": "local",
+        "instance_data_dir": str(path / "train"),
+        "caption_strategy": "csv",
+        "crop": True,
+        **shape,
+        **crops,
+        "minimum_image_size": 0,
+        "random_flip": flags.random_flip,
+    }
+
+
+# Sampled anew in each round, which latents on disk would not be.
+_RANDOM_CROPS = {"crop_style": "random", "vae_cache_clear_each_epoch": True}
+
+
+def _stage(flags: argparse.Namespace, processes: int, notes: list[str]) -> int:
+    stage = 0 if flags.training_strategy == "auto" else int(flags.training_strategy[-1])
+    if stage and processes == 1:
+        notes.append(
+            f"--training_strategy {flags.training_strategy} has no effect: one process has nobody to share with"
+        )
+        return 0
+    return stage
+
+
+def _number_format(flags: argparse.Namespace, stage: int, notes: list[str]) -> str:
+    found = FORMATS[flags.precision]
+    if stage and found == "fp16":
+        notes.append(f"--precision {flags.precision}: with DeepSpeed it is bf16, which needs no scaled loss")
+        return "bf16"
+    return found
+
+
+def _refused(flags: argparse.Namespace) -> Iterator[Problem]:
+    if flags.modelscope_model_id or flags.modelscope_access_token:
+        key = "--modelscope_model_id" if flags.modelscope_model_id else "--modelscope_access_token"
+        message = "this program uploads to the Hugging Face hub only"
+        fix = "use --push_to_hub and --hub_model_id=OWNER/NAME, or upload the output folder with `modelscope upload`"
+        yield Problem(message, key=key, fix=fix)
+    if flags.use_swanlab or any(getattr(flags, f"swanlab_{name}") for name in ("project", "name", "mode", "logdir")):
+        yield Problem("SwanLab is no tracker that is built", key="--use_swanlab", fix="use --report_to=tensorboard")
+    if getattr(flags, "preset_lora_path", None):
+        fix = "merge it with `simpletuner export --merge`, and name the merged transformer"
+        yield Problem("a LoRA is not merged before training", key="--preset_lora_path", fix=fix)
+
+
+def _misfits(flags: argparse.Namespace, multiple: int, working_dir: Path) -> Iterator[Problem]:
+    for side in ("height", "width"):
+        if (pixels := getattr(flags, side)) % multiple:
+            yield Problem(f"{pixels} is no multiple of {multiple}", f"--{side}", allowed=f"multiples of {multiple}")
+    table = working_dir / Path(flags.dataset_path).expanduser() / "train" / "metadata.csv"
+    if not table.is_file():
+        fix = "put the images and metadata.csv (file_name,text) into train/ there"
+        yield Problem(f"there is no {table}", key="--dataset_path", fix=fix)

@@ -1,0 +1,152 @@
+"""The commands of DiffSynth-Studio's scripts, on tiny models: train, a checkpoint an epoch, and the public pipelines'
+images with the LoRA.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from simpletuner import cli
+from simpletuner.config.loading import LoadedRun, load_run
+from simpletuner.families.registry import get_spec
+from simpletuner.launch import family_of_run
+from simpletuner.validation.generate import apply_adapter_file
+from tests.runs import write_images
+from tests.single_files import original_denoiser, original_vae, write_sd3_file
+from tests.tiny_flux import tiny_flux_folder
+from tests.tiny_sd3 import tiny_sd3_folder
+
+PROMPT = "a cat"
+SIDE = 64
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., int]:
+    """Calls the command line in a folder that holds `data/dog`; returns the exit code."""
+    monkeypatch.chdir(tmp_path)
+    write_dataset(tmp_path / "data" / "dog" / "train", "a dog")
+
+    def call(*words: str) -> int:
+        monkeypatch.setattr(sys, "argv", ["simpletuner", *words])
+        try:
+            cli.main()
+        except SystemExit as leaving:
+            return int(leaving.code or 0)
+        return 0
+
+    return call
+
+
+def write_dataset(folder: Path, caption: str) -> None:
+    """Five images and `metadata.csv`, as the scripts' page shows it."""
+    write_images(folder, 5, seed=1, side=80)
+    for text in folder.glob("*.txt"):
+        text.unlink()
+    rows = [f"{path.name},{caption}" for path in sorted(folder.glob("*.png"))]
+    (folder / "metadata.csv").write_text("\n".join(["file_name,text", *rows, ""]), encoding="utf-8")
+
+
+def bare(folder: Path) -> Path:
+    """The folder without weights: tokenizers and configurations, which the original files lack."""
+    weights = shutil.ignore_patterns("*.safetensors")
+    return shutil.copytree(folder, folder.parent / "bare", ignore=weights)
+
+
+# As in the scripts' own commands, smaller.
+FLAGS = [
+    *("--dataset_path", "data/dog", "--output_path", "./models", "--max_epochs", "2", "--steps_per_epoch", "3"),
+    *("--height", str(SIDE), "--width", str(SIDE), "--center_crop", "--precision", "32", "--learning_rate", "1e-2"),
+    *("--lora_rank", "4", "--lora_alpha", "8", "--use_gradient_checkpointing"),
+]
+OURS = [
+    *("--report_to=none", "--num_processes=1", f"--validation_prompt={PROMPT}"),
+    *("--validation_num_inference_steps=2", "--validation_step_interval=0"),
+]
+
+
+def require_epochs_and_sheet() -> LoadedRun:
+    """A checkpoint for each epoch, and images without and with the LoRA side by side; returns the run."""
+    for step in (3, 6):
+        assert (Path("models") / f"checkpoint-{step}" / "pytorch_lora_weights.safetensors").is_file()
+    assert not list(Path("models").glob("checkpoint-[1245]"))
+    with Image.open("models/before_after.png") as sheet:
+        assert sheet.width > 2 * sheet.height / 2
+    return load_run([], {"CONFIG_PATH": "models/diffsynth/config.json"}, Path.cwd())
+
+
+def image_of(pipeline: Any, **options: Any) -> Tensor:
+    return pipeline(
+        prompt=PROMPT,
+        height=SIDE,
+        width=SIDE,
+        num_inference_steps=2,
+        guidance_scale=3.0,
+        output_type="latent",
+        generator=torch.Generator().manual_seed(0),
+        **options,
+    ).images
+
+
+def trained_image(loaded: LoadedRun) -> tuple[Tensor, Tensor]:
+    """Our latents without and with the run's LoRA."""
+    family = family_of_run(loaded)
+    denoiser = family.load_denoiser()
+    before = image_of(family.pipeline(denoiser))
+    apply_adapter_file(denoiser, Path("models/pytorch_lora_weights.safetensors"), family.spec)
+    return before, image_of(family.pipeline(denoiser))
+
+
+def require_same_image(loaded: LoadedRun, pipeline: Any, unpack: Callable[[Tensor], Tensor], **options: Any) -> None:
+    before, ours = trained_image(loaded)
+    assert (ours - before).abs().max() > 1e-3
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.load_lora_weights("models", weight_name="pytorch_lora_weights.safetensors")
+    torch.testing.assert_close(unpack(image_of(pipeline, **options)), ours, rtol=0, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_flux_trains_from_its_four_files_and_generates_as_diffusers_does(run: Callable[..., int], tmp_path: Path):
+    folder = tiny_flux_folder(tmp_path / "flux")
+    save_file(original_vae(folder / "vae", prefix=""), "ae.safetensors")
+    save_file(
+        original_denoiser(folder / "transformer", get_spec("flux").keys, norm_name="scale"), "flux1-dev.safetensors"
+    )
+    clip = shutil.copyfile(folder / "text_encoder/model.safetensors", "clip.safetensors")
+    words = [
+        *("diffsynth", "flux", "--pretrained_text_encoder_path", clip),
+        *("--pretrained_text_encoder_2_path", str(folder / "text_encoder_2")),
+        *("--pretrained_dit_path", "flux1-dev.safetensors", "--pretrained_vae_path", "ae.safetensors"),
+    ]
+    assert run(*words, *FLAGS, *OURS, f"--pretrained_model_name_or_path={bare(folder)}") == 0
+    loaded = require_epochs_and_sheet()
+    tensors = load_file("models/pytorch_lora_weights.safetensors")
+    # The joint block: twelve layers and two modulations; the single one: q, k, v, mlp, out, modulation.
+    assert len(tensors) == 2 * (12 + 2 + 6)
+    pipeline = diffusers.FluxPipeline.from_pretrained(folder)
+    family = family_of_run(loaded)
+    require_same_image(loaded, pipeline, lambda latents: family.unpack_latents(latents, SIDE, SIDE))
+
+
+@pytest.mark.slow
+def test_sd3_trains_from_one_file_without_t5_and_generates_as_diffusers_does(run: Callable[..., int], tmp_path: Path):
+    folder = tiny_sd3_folder(tmp_path / "sd3")
+    file = folder / "text_encoder/model.safetensors"
+    save_file(load_file(file) | {"text_projection.weight": torch.eye(8)}, file, {"format": "pt"})
+    single = write_sd3_file(folder, get_spec("sd3").keys, tmp_path / "sd3_medium_incl_clips.safetensors", with_t5=False)
+    words = ["diffsynth", "sd3", "--pretrained_path", str(single)]
+    assert run(*words, *FLAGS, *OURS, f"--pretrained_model_name_or_path={bare(folder)}") == 0
+    loaded = require_epochs_and_sheet()
+    assert len(load_file("models/pytorch_lora_weights.safetensors")) == 2 * 6 * 2
+    pipeline = diffusers.StableDiffusion3Pipeline.from_pretrained(folder, text_encoder_3=None, tokenizer_3=None)
+    require_same_image(loaded, pipeline, lambda latents: latents, max_sequence_length=77)
