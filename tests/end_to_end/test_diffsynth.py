@@ -25,6 +25,7 @@ from simpletuner.validation.generate import apply_adapter_file
 from tests.runs import write_images
 from tests.single_files import original_denoiser, original_vae, write_sd3_file
 from tests.tiny_flux import tiny_flux_folder
+from tests.tiny_kolors import tiny_kolors_folder
 from tests.tiny_sd3 import tiny_sd3_folder
 
 PROMPT = "a cat"
@@ -150,3 +151,20 @@ def test_sd3_trains_from_one_file_without_t5_and_generates_as_diffusers_does(run
     assert len(load_file("models/pytorch_lora_weights.safetensors")) == 2 * 6 * 2
     pipeline = diffusers.StableDiffusion3Pipeline.from_pretrained(folder, text_encoder_3=None, tokenizer_3=None)
     require_same_image(loaded, pipeline, lambda latents: latents, max_sequence_length=77)
+
+
+@pytest.mark.slow
+def test_kolors_trains_on_chinese_captions_and_generates_as_diffusers_does(run: Callable[..., int], tmp_path: Path):
+    folder = tiny_kolors_folder(tmp_path / "kolors")
+    shutil.rmtree("data/dog")
+    write_dataset(tmp_path / "data/dog/train", "一只小狗")
+    words = [
+        *("diffsynth", "kolors", "--pretrained_unet_path", str(folder / "unet/diffusion_pytorch_model.safetensors")),
+        *("--pretrained_text_encoder_path", str(folder / "text_encoder")),
+        *("--pretrained_fp16_vae_path", str(folder / "vae/diffusion_pytorch_model.safetensors")),
+    ]
+    assert run(*words, *FLAGS, *OURS) == 0
+    loaded = require_epochs_and_sheet()
+    assert loaded.config.pretrained_model_name_or_path == str(folder)  # the folder around the three
+    pipeline = diffusers.KolorsPipeline.from_pretrained(folder)
+    require_same_image(loaded, pipeline, lambda latents: latents)

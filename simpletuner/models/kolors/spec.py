@@ -70,6 +70,7 @@ KOLORS = FamilySpec(
         Reader(_COMFYUI, ("kohya", "comfyui", "lycoris"), ("lora", "lokr", "loha")),
         Reader(_COMFYUI, ("kohya", "comfyui", "lycoris"), ("dora",), instead=OTHER_DORA),
     ),
+    reads_single_files=True,
     block_classes=("BasicTransformerBlock", "ResnetBlock2D"),
     preview_decoder="madebyollin/taesdxl",
     defaults={

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from simpletuner.adapters.targets import lora_layers
+from simpletuner.commands.diffsynth.flags import parse, parser_of
 from simpletuner.commands.diffsynth.run import Translation, import_run, translate
 from simpletuner.commands.diffsynth.scripts import SCRIPTS
 from simpletuner.commands.diffsynth.targets import lora_target
@@ -20,6 +23,8 @@ from simpletuner.config.loading import load_run
 from simpletuner.data.datasets import build_datasets
 from simpletuner.errors import ConfigError
 from simpletuner.families.registry import family_names, get_spec
+
+ROOT = Path(__file__).parents[4]
 
 
 @pytest.fixture(autouse=True)
@@ -277,3 +282,19 @@ def test_a_name_is_the_end_of_a_path() -> None:
         "transformer_blocks.*.norm1.linear",
         "transformer_blocks.*.ff.net.2",
     ]
+
+
+@pytest.mark.parametrize("page", ["DIFFSYNTH.md", "DIFFSYNTH.zh.md"])
+def test_the_page_s_commands_and_flags_are_those_of_the_scripts(page: str) -> None:
+    text = (ROOT / "documentation/quickstart" / page).read_text(encoding="utf-8")
+    commands = re.findall(r"simpletuner diffsynth (\S+) \\\n((?:  .*\n)+)", text)
+    assert [name for name, _ in commands] == list(SCRIPTS)
+    for name, words in commands:
+        flags, rest = parse(name, shlex.split(words.replace("\\\n", " ")))
+        assert rest == []
+        assert (flags.steps_per_epoch, flags.lora_rank, flags.center_crop) == (500, 4, True)
+    flags_of_all = {
+        word for name in SCRIPTS for word in parser_of(name)._option_string_actions if word.startswith("--")
+    }
+    unnamed = [word for word in flags_of_all if word not in text and not word.startswith(("--modelscope", "--swanlab"))]
+    assert unnamed == ["--help"]
