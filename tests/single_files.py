@@ -65,24 +65,32 @@ def original_vae(folder: Path, prefix: str = "first_stage_model.") -> dict[str, 
 
 def original_clips(folder: Path) -> dict[str, Tensor]:
     """The first encoder as transformers has it, the second in OpenCLIP's layout."""
-    first = {
-        f"conditioner.embedders.0.transformer.text_model.{name.removeprefix('text_model.')}": tensor
-        for name, tensor in _tensors(folder / "text_encoder").items()
+    first = _clip_of_transformers(folder / "text_encoder", "conditioner.embedders.0.")
+    return first | _open_clip(folder / "text_encoder_2", "conditioner.embedders.1.")
+
+
+def _clip_of_transformers(folder: Path, prefix: str) -> dict[str, Tensor]:
+    return {
+        f"{prefix}transformer.text_model.{name.removeprefix('text_model.')}": tensor
+        for name, tensor in _tensors(folder).items()
     }
-    second, names = {}, {}
-    tensors = {name.removeprefix("text_model."): t for name, t in _tensors(folder / "text_encoder_2").items()}
+
+
+def _open_clip(folder: Path, prefix: str) -> dict[str, Tensor]:
+    original, names = {}, {}
+    tensors = {name.removeprefix("text_model."): tensor for name, tensor in _tensors(folder).items()}
     names["embeddings.token_embedding.weight"] = "token_embedding.weight"
     names["embeddings.position_embedding.weight"] = "positional_embedding"
     for name, tensor in tensors.items():
         if match := re.fullmatch(r"encoder\.layers\.(\d+)\.self_attn\.q_proj\.(weight|bias)", name):
             parts = [tensors[name.replace("q_proj", f"{each}_proj")] for each in "qkv"]
-            second[f"transformer.resblocks.{match[1]}.attn.in_proj_{match[2]}"] = torch.cat(parts)
+            original[f"transformer.resblocks.{match[1]}.attn.in_proj_{match[2]}"] = torch.cat(parts)
             continue
         if re.search(r"self_attn\.[kv]_proj", name):
             continue
         name = names.get(name, name)
         if name == "text_projection.weight":
-            second["text_projection"] = tensor.T.contiguous()
+            original["text_projection"] = tensor.T.contiguous()
             continue
         for ours, theirs in (
             (r"encoder\.layers\.", "transformer.resblocks."),
@@ -94,14 +102,22 @@ def original_clips(folder: Path) -> dict[str, Tensor]:
             ("final_layer_norm", "ln_final"),
         ):
             name = re.sub(ours, theirs, name)
-        second[name] = tensor
-    return first | {f"conditioner.embedders.1.model.{name}": tensor for name, tensor in second.items()}
+        original[name] = tensor
+    return {f"{prefix}model.{name}": tensor for name, tensor in original.items()}
 
 
 def write_sdxl_file(folder: Path, keys: KeyTable, path: Path) -> Path:
     """A whole SDXL in one file."""
     unet = {f"model.diffusion_model.{name}": t for name, t in original_denoiser(folder / "unet", keys).items()}
     save_file(unet | original_vae(folder / "vae") | original_clips(folder), path)
+    return path
+
+
+def write_sd15_file(folder: Path, keys: KeyTable, path: Path, is_second: bool = False) -> Path:
+    """A whole Stable Diffusion 1.5 in one file, or 2.1, whose encoder is OpenCLIP's."""
+    unet = {f"model.diffusion_model.{name}": t for name, t in original_denoiser(folder / "unet", keys).items()}
+    encoder = (_open_clip if is_second else _clip_of_transformers)(folder / "text_encoder", "cond_stage_model.")
+    save_file(unet | original_vae(folder / "vae") | encoder, path)
     return path
 
 

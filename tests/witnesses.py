@@ -8,6 +8,7 @@ nothing of this project's tables, bring the sum back to diffusers' layout.
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,8 @@ Weights = dict[str, Tensor]
 def read_by_diffusers(path: Path, spec: FamilySpec, denoiser: nn.Module) -> nn.Module:
     """Let the family's pipeline load a file onto a stock denoiser."""
     cls = getattr(diffusers, spec.pipeline_class)
-    names = [component.name for component in spec.components]
+    asked = inspect.signature(cls).parameters.values()
+    names = [each.name for each in asked if each.default is each.empty]
     parts = dict.fromkeys(names) | {spec.component("denoiser").name: denoiser}
     cls(**parts).load_lora_weights(path.parent, weight_name=path.name)
     return denoiser
@@ -60,7 +62,7 @@ def read_by_own_names(path: Path, spec: FamilySpec, denoiser: nn.Module) -> nn.M
 
 def converted(spec: FamilySpec, original: Mapping[str, Tensor], denoiser: Any) -> Weights:
     """Weights of the original layout in diffusers' layout, by diffusers."""
-    if spec.name in ("sdxl", "kolors"):
+    if spec.name in ("sdxl", "kolors", "sd15"):
         prefixed = {f"model.diffusion_model.{name}": tensor for name, tensor in original.items()}
         unet = convert_ldm_unet_checkpoint(prefixed, dict(denoiser.config))
         # Kolors' own layer, which no original release has.

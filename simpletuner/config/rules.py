@@ -28,6 +28,8 @@ Notice = Callable[[Draft], Iterator[str]]
 
 _REPOSITORY = re.compile(r"(?:\w[\w.-]*/)?\w(?:[\w.-]*\w)?", re.ASCII)
 
+# How prompts are encoded, where a family has a choice: option -> its default.
+PROMPT_OPTIONS = {"clip_skip": 1}
 # In the unit of `area`: larger numbers are pixels by mistake.
 MAX_MEGAPIXELS = 20
 
@@ -88,6 +90,15 @@ def family_takes_its_options(draft: Draft) -> Iterator[Problem]:
             allowed = f"only {show_value(next((item for item in neutral if item is not None), None))}"
             message = f"{show_value(value)} cannot be used with {draft.config.model_family}: {reason}"
             yield draft.problem(message, key, allowed, fix="remove the key")
+
+
+def prompts_are_encoded_as_the_family_can(draft: Draft) -> Iterator[Problem]:
+    for key, default in PROMPT_OPTIONS.items() if draft.spec else ():
+        value = getattr(draft.config, key)
+        if value != default and key not in draft.spec.prompt_options:
+            message = f"{show_value(value)} has no meaning for {draft.spec.title}"
+            reason = draft.spec.other_prompt_options.get(key)
+            yield draft.problem(f"{message}: {reason}" if reason else message, key, fix="remove the key")
 
 
 def regularisation_has_an_adapter(draft: Draft) -> Iterator[Problem]:
@@ -259,6 +270,7 @@ RULES: tuple[Rule, ...] = (
     text_encoders_are_the_family_s,
     prompts_have_a_length_of_the_family,
     family_takes_its_options,
+    prompts_are_encoded_as_the_family_can,
     *ADAPTER_RULES,
     regularisation_has_an_adapter,
     a_falling_schedule_falls,

@@ -25,6 +25,7 @@ ENTRY_POINTS = "simpletuner.families"
 FAMILIES: dict[str, str] = {
     "omnigen": "simpletuner.models.omnigen.spec:OMNIGEN",
     "sdxl": "simpletuner.models.sdxl.spec:SDXL",
+    "sd15": "simpletuner.models.sd15.spec:SD15",
     "flux": "simpletuner.models.flux.spec:FLUX",
     "sd3": "simpletuner.models.sd3.spec:SD3",
     "chroma": "simpletuner.models.chroma.spec:CHROMA",

@@ -129,6 +129,8 @@ class FamilySpec:
             `preview_decoder/`.
         pipeline_options: arguments that the family's pipeline takes beyond those of the contract: `guidance_rescale`,
             `true_cfg_scale`, `skip_guidance_layers`.
+        prompt_options: options of how prompts are encoded that the family takes: `clip_skip`.
+        other_prompt_options: option of that kind -> why it has no meaning here.
         reads_single_files: the key table names every tensor of the denoiser, so that a file of the original layout can
             be read.
         pipeline_aliases: other pipelines whose models are of this family, by the name in `model_index.json`.
@@ -172,6 +174,8 @@ class FamilySpec:
     no_guidance: float = 1.0
     preview_decoder: str | None = None
     pipeline_options: tuple[str, ...] = ()
+    prompt_options: tuple[str, ...] = ()
+    other_prompt_options: Mapping[str, str] = field(default_factory=dict)
     pipeline_aliases: tuple[str, ...] = ()
     refused_models: Mapping[str, str] = field(default_factory=dict)
     reads_single_files: bool = False

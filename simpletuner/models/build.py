@@ -25,6 +25,7 @@ def build_family(config: TrainConfig) -> ModelFamily:
     family: ModelFamily = get_family_class(spec)(spec, model_source(config), pick_device(), weight_dtype(config))
     family.number_formats = number_formats(config)
     family.prompt_length = config.tokenizer_max_length
+    family.clip_skip = config.clip_skip
     modes = {"slicing": config.vae_enable_slicing, "tiling": config.vae_enable_tiling}
     family.vae_modes = tuple(mode for mode, is_on in modes.items() if is_on)
     return family

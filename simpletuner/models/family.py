@@ -217,6 +217,9 @@ class ModelFamily(ABC):
     # `tokenizer_max_length`, for families that read prompts of several lengths.
     prompt_length: int | None = None
 
+    # `clip_skip`: the layer of CLIP that is the text, counted from the last.
+    clip_skip: int = 1
+
     # Prompts so far that were longer than `spec.max_prompt_tokens` and were cut; `encode_prompts` counts them.
     num_cut_prompts: int = 0
 

@@ -7,6 +7,8 @@ downsampler), three output blocks. Source: Stability-AI/generative-models
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from simpletuner.families.spec import AdaptableModule
 
 # fnmatch's star crosses dots, so `*attentions.*` is every transformer on the way down, in the middle and on the way up.
@@ -53,28 +55,39 @@ _RESNET = {
 }
 
 
-def _blocks() -> dict[str, str]:
-    """Path of a residual network or transformer in the denoiser -> its path in the original."""
+def _blocks(attention: Sequence[bool]) -> dict[str, str]:
+    """Path of a residual network, transformer or change of size in the denoiser -> its path in the original."""
     blocks = {
         "mid_block.resnets.0": "middle_block.0",
         "mid_block.attentions.0": "middle_block.1",
         "mid_block.resnets.1": "middle_block.2",
     }
-    for level in range(3):
+    last = len(attention) - 1
+    for level, has_attention in enumerate(attention):
         for place in range(2):
             blocks[f"down_blocks.{level}.resnets.{place}"] = f"input_blocks.{3 * level + place + 1}.0"
-            if level > 0:
+            if has_attention:
                 blocks[f"down_blocks.{level}.attentions.{place}"] = f"input_blocks.{3 * level + place + 1}.1"
+        if level < last:
+            blocks[f"down_blocks.{level}.downsamplers.0.conv"] = f"input_blocks.{3 * level + 3}.0.op"
+    for level, has_attention in enumerate(reversed(attention)):
         for place in range(3):
             blocks[f"up_blocks.{level}.resnets.{place}"] = f"output_blocks.{3 * level + place}.0"
-            if level < 2:
+            if has_attention:
                 blocks[f"up_blocks.{level}.attentions.{place}"] = f"output_blocks.{3 * level + place}.1"
+        if level < last:
+            place_after = 2 if has_attention else 1
+            blocks[f"up_blocks.{level}.upsamplers.0.conv"] = f"output_blocks.{3 * level + 2}.{place_after}.conv"
     return blocks
 
 
-def original_unet_names() -> dict[str, str]:
-    """Path in the denoiser -> path in the original layout; see `KeyTable.renamed`."""
-    blocks = _blocks()
+def original_unet_names(attention: Sequence[bool] = (False, True, True)) -> dict[str, str]:
+    """Path in the denoiser -> path in the original layout; see `KeyTable.renamed`.
+
+    Args:
+        attention: for each level on the way down, whether it has transformers; SDXL's.
+    """
+    blocks = _blocks(attention)
     inner = {
         f"{path}.{part}": f"{name}.{other}"
         for path, name in blocks.items()
@@ -85,10 +98,6 @@ def original_unet_names() -> dict[str, str]:
         **blocks,
         **inner,
         "conv_in": "input_blocks.0.0",
-        "down_blocks.0.downsamplers.0.conv": "input_blocks.3.0.op",
-        "down_blocks.1.downsamplers.0.conv": "input_blocks.6.0.op",
-        "up_blocks.0.upsamplers.0.conv": "output_blocks.2.2.conv",
-        "up_blocks.1.upsamplers.0.conv": "output_blocks.5.2.conv",
         "conv_norm_out": "out.0",
         "conv_out": "out.2",
         "time_embedding.linear_1": "time_embed.0",

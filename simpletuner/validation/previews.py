@@ -6,13 +6,17 @@ give it, and `clean = latents - sigma * direction`, whatever the guidance or the
 
     direction = (latents - previous) / (sigma - previous_sigma)
 
-Sources: Lipman et al., "Flow Matching for Generative Modeling" (arXiv 2210.02747), and Karras et al., "Elucidating the
-Design Space of Diffusion-Based Generative Models" (arXiv 2206.00364), algorithm 1 without churn. Other samplers keep
-their own history, so their latents are shown as they are.
+DDIM and PNDM step likewise along the noise that they foresee, on latents scaled by the data's share of the level.
+
+Sources: Lipman et al., "Flow Matching for Generative Modeling" (arXiv 2210.02747), Karras et al., "Elucidating the
+Design Space of Diffusion-Based Generative Models" (arXiv 2206.00364), algorithm 1 without churn, Song et al. (arXiv
+2010.02502), equation 13, and Liu et al. (arXiv 2202.09778), equation 11. Other samplers keep their own history, so
+their latents are shown as they are.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -30,6 +34,7 @@ if TYPE_CHECKING:
     from simpletuner.models.family import ModelFamily
 
 EULER_SAMPLERS = ("FlowMatchEulerDiscreteScheduler", "EulerDiscreteScheduler")
+LEVEL_SAMPLERS = ("DDIMScheduler", "PNDMScheduler")
 Callback = Callable[[Any, int, Any, dict[str, Tensor]], dict[str, Tensor]]
 
 
@@ -85,12 +90,12 @@ class Previews:
         step: int,
         kind: Literal["base", "live", "ema"],
     ) -> None:
-        sigmas = sampler_sigmas(pipeline.scheduler)
-        if previous is not None and sigmas is not None and type(pipeline.scheduler).__name__ in EULER_SAMPLERS:
-            shown = foreseen(latents.float(), previous.float(), sigmas[index + 1], sigmas[index])
-        else:
-            shown = latents
-        noise_share = _noise_share(sigmas, index, self.family.spec.prediction_type, requests[0].settings.steps)
+        scheduler, num_steps = pipeline.scheduler, len(pipeline.scheduler.timesteps)
+        sigmas = sampler_sigmas(scheduler)
+        shown = latents
+        if previous is not None and sigmas is not None:
+            shown = _foreseen_by(type(scheduler).__name__, latents, previous, sigmas[index + 1], sigmas[index])
+        noise_share = _noise_share(sigmas, index, self.family.spec.prediction_type, num_steps)
         height, width = requests[0].height, requests[0].width
         pixels = self.family.decode_preview(self.decoder, self.family.unpack_latents(shown, height, width))
         for request, image in zip(requests, to_images(pixels), strict=True):
@@ -99,7 +104,7 @@ class Previews:
             except DataError as error:  # a preview that the disk refuses shall not cost the image
                 self.emit(Notice("warning", f"no preview at step {step}: {error}"))
                 return
-            self.emit(PreviewMade(step, saved, index + 1, request.settings.steps, noise_share))
+            self.emit(PreviewMade(step, saved, index + 1, num_steps, noise_share))
 
 
 def foreseen(latents: Tensor, previous: Tensor, sigma: float, previous_sigma: float) -> Tensor:
@@ -113,8 +118,31 @@ def foreseen(latents: Tensor, previous: Tensor, sigma: float, previous_sigma: fl
     return latents - sigma * direction
 
 
+def _foreseen_by(sampler: str, latents: Tensor, previous: Tensor, sigma: float, previous_sigma: float) -> Tensor:
+    """What a sampler is heading for, or its latents where two of them do not tell.
+
+    PNDM asks for its second level twice; nothing follows from two latents of one level, or of one without data.
+    """
+    if sigma == previous_sigma or not math.isfinite(previous_sigma):
+        return latents
+    if sampler in EULER_SAMPLERS:
+        return foreseen(latents.float(), previous.float(), sigma, previous_sigma)
+    if sampler in LEVEL_SAMPLERS:  # the data's share of a level is 1 / sqrt(1 + sigma^2)
+        unscaled = [
+            row.float() * (1 + level**2) ** 0.5 for row, level in ((latents, sigma), (previous, previous_sigma))
+        ]
+        return foreseen(*unscaled, sigma, previous_sigma)
+    return latents
+
+
 def sampler_sigmas(scheduler: Any) -> list[float] | None:
-    """The sampler's noise levels before each step and after the last, falling; None where it has none."""
+    """The sampler's noise levels before each step and after the last, falling; None where it has none.
+
+    Of DDIM and PNDM the noise of a level by its data.
+    """
+    if type(scheduler).__name__ in LEVEL_SAMPLERS:
+        kept = [*scheduler.alphas_cumprod[scheduler.timesteps.cpu()].tolist(), float(scheduler.final_alpha_cumprod)]
+        return [((1 - share) / share) ** 0.5 if share else math.inf for share in kept]
     sigmas = getattr(scheduler, "sigmas", None)
     if sigmas is None:
         return None
@@ -128,6 +156,8 @@ def _noise_share(sigmas: list[float] | None, index: int, prediction_type: str, n
     if sigmas is None:
         return 1 - (index + 1) / num_steps
     sigma = sigmas[index + 1]
+    if math.isinf(sigma):
+        return 1.0
     # Epsilon samplers have latents = clean + sigma * noise; divided by 1 + sigma that is the flow's mixture.
     return sigma if prediction_type == "flow" else sigma / (1 + sigma)
 

@@ -30,6 +30,7 @@ from tests.tiny_flux2 import tiny_flux2_transformer
 from tests.tiny_kolors import tiny_kolors_unet
 from tests.tiny_qwen_image import tiny_qwen_image_transformer
 from tests.tiny_sd3 import tiny_sd3_transformer
+from tests.tiny_sd15 import tiny_sd15_unet
 from tests.tiny_sdxl import tiny_unet
 from tests.tiny_z_image import tiny_z_image_transformer
 from tests.witnesses import (
@@ -53,6 +54,7 @@ DENOISERS = {
     "kolors": tiny_kolors_unet,
     "qwen_image": tiny_qwen_image_transformer,
     "z_image": tiny_z_image_transformer,
+    "sd15": tiny_sd15_unet,
 }
 BLOCKS = ("attention", "feed-forward")
 LORA = {

@@ -24,6 +24,7 @@ READ_BY_DIFFUSERS = {
     "flux": ("diffusers", "kohya"),
     "kolors": ("diffusers", "kohya"),
     "flux2": ("diffusers", "kohya"),
+    "sd15": ("diffusers", "kohya"),
     "sd3": ("diffusers",),
     "sdxl": ("diffusers", "kohya"),
     "qwen_image": ("diffusers", "kohya", "comfyui"),

@@ -77,6 +77,15 @@ class ModelOptions(OptionGroup):
         unit="tokens",
         ge=1,
     )
+    clip_skip: Int = option(
+        1,
+        help="Which layer of the CLIP encoder is the text, counted from the last, for families that take several: 1 is "
+        "the last, 2 the one before it, which most anime models of Stable Diffusion 1.5 want. Programs count alike "
+        "but for diffusers, where it is one less.",
+        unit="layers",
+        ge=1,
+        le=12,
+    )
     revision: Text | None = option(None, help="Hub revision (branch, tag or commit) of the model.")
     variant: Text | None = option(None, help="Variant of the weight files, for example `fp16`.")
     gradient_checkpointing: Checkpointing = option(

@@ -62,6 +62,7 @@ SDXL = FamilySpec(
     block_classes=("BasicTransformerBlock", "ResnetBlock2D"),
     preview_decoder="madebyollin/taesdxl",
     pipeline_options=("guidance_rescale",),
+    other_prompt_options={"clip_skip": "it always reads the layer before the last, which others call clip skip 2"},
     defaults={
         "lora_format": "kohya",  # the form that every program reads
         "aspect_bucket_alignment": 64,  # of the sizes that it was trained on (arXiv 2307.01952, appendix I)

@@ -9,7 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    PNDMScheduler,
+)
 from PIL import Image
 from torch import Tensor
 
@@ -53,6 +59,29 @@ def test_along_an_epsilon_sampler_the_clean_latents_are_foreseen_at_each_step() 
     check_foreseen(scheduler, clean + noise * scheduler.sigmas[0], clean, lambda latents: noise)
 
 
+@pytest.mark.parametrize("sampler", [DDIMScheduler, PNDMScheduler])
+def test_along_ddim_and_pndm_the_clean_latents_are_foreseen(sampler: Any, tmp_path: Path) -> None:
+    """PNDM takes a step more than it was asked for, and its second two times."""
+    options = {"skip_prk_steps": True} if sampler is PNDMScheduler else {"clip_sample": False}
+    scheduler = sampler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1, **options)
+    scheduler.set_timesteps(6)
+    clean, noise = torch.randn(2, 1, 4, 2, 2, generator=torch.Generator().manual_seed(0))
+    latents = scheduler.add_noise(clean, noise, scheduler.timesteps[:1])
+    recorder = Recorder(tmp_path, 1, "epsilon")
+    callback = recorder.watch(10, "ema")([ImageRequest("a", "p", 8, 8, 1, GenerationSettings(6, 1.0))])
+    for index, timestep in enumerate(scheduler.timesteps):
+        latents = scheduler.step(noise, timestep, latents, return_dict=False)[0]
+        callback(SimpleNamespace(scheduler=scheduler), index, timestep, {"latents": latents})
+    unknown = (0, 1) if sampler is PNDMScheduler else (0,)  # the first step has none before it
+    for index, shown in enumerate(recorder.shown):
+        assert torch.allclose(shown, clean, atol=1e-4) == (index not in unknown)
+    levels = [event.sigma for event in recorder.events]
+    assert levels == sorted(levels, reverse=True)
+    assert {event.num_sampling_steps for event in recorder.events} == {len(scheduler.timesteps)}
+    last = 0.0 if sampler is DDIMScheduler else 0.00085**0.5 / (0.99915**0.5 + 0.00085**0.5)
+    assert levels[-1] == pytest.approx(last, abs=1e-5)
+
+
 def check_foreseen(scheduler: Any, latents: Tensor, clean: Tensor, predict: Any) -> None:
     sigmas = sampler_sigmas(scheduler)
     assert sigmas is not None
@@ -81,7 +110,7 @@ class Recorder(Previews):
 
 
 def test_a_sampler_with_its_own_history_shows_its_latents_as_they_are(tmp_path: Path) -> None:
-    scheduler = DDIMScheduler()
+    scheduler = DDPMScheduler()
     scheduler.set_timesteps(4)
     recorder = Recorder(tmp_path, 2, "epsilon")
     callback = recorder.watch(10, "ema")([ImageRequest("a", "p", 8, 8, 1, GenerationSettings(4, 1.0))])
