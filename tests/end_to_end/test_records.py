@@ -1,0 +1,123 @@
+"""Training on records with OmniGen2: resumed to the bit, from caches alone, and by two processes as by one."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from safetensors.torch import load_file
+
+from simpletuner.models.family import ModelFamily
+from simpletuner.models.text_encoders import TextEncoders
+from tests.runs import metrics, require_same_bits_after_a_stop, run_cli, train_here, write_run
+from tests.tiny_omnigen2 import tiny_omnigen2_folder
+
+ROOT = Path(__file__).parents[2]
+EXAMPLE = ROOT / "data_configs" / "train" / "example"
+# All that is drawn anew for each image and step.
+DRAWN = {
+    "caption_dropout_probability": 0.5,
+    "reference_dropout_probability": 0.5,
+    "timestep_stratified": True,
+    "loss_balance": "pixels",
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_omnigen2_folder(tmp_path_factory.mktemp("omnigen2"))
+
+
+def write(folder: Path, model: Path, **options: Any) -> Path:
+    entry = {"id": "mix", "type": "records", "records_file": str(EXAMPLE / "mix.yml"), "max_output_pixels": 4096}
+    entry |= {"max_input_pixels": [4096, 2304], "caption_openers": ["The image shows "]}
+    defaults = {"model_family": "omnigen2", "lora_type": "standard", "lycoris_config": None, "max_train_steps": 6}
+    return write_run(folder, model, [entry], **{**defaults, "train_batch_size": 2, **DRAWN, **options})
+
+
+@pytest.mark.slow
+def test_a_stopped_run_on_records_ends_with_the_same_bits(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    require_same_bits_after_a_stop(
+        lambda folder: write(folder, model, gradient_accumulation_steps=2), tmp_path, monkeypatch, step=3
+    )
+
+
+@pytest.mark.slow
+def test_a_second_epoch_and_a_second_start_load_neither_language_model_nor_vae(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The 14 rows are 10 batches; 25 steps reach into the third epoch."""
+    loaded: list[str] = []
+    for owner, name in ((ModelFamily, "load_vae"), (TextEncoders, "encoder")):
+        real = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *args, real=real, name=name: loaded.append(name) or real(*args))
+    output = train_here(write(tmp_path, model, max_train_steps=25, checkpoint_step_interval=0))
+    epochs = [record["epoch"] for record in metrics(output, "step_done")]
+    assert epochs[-1] >= 2
+    # The VAE once; the language model for the captions and for the one that stands for a dropped instruction.
+    assert loaded.count("load_vae") == 1
+    assert "encoder" in loaded
+    first, loaded[:] = list(loaded), []
+    shutil.rmtree(output)
+    again = train_here(tmp_path)
+    assert loaded == [], first
+    assert [record["loss"] for record in metrics(again, "step_done")][-1] > 0
+
+
+def write_options(folder: Path, name: str) -> Path:
+    """A shipped options file whose optimizer moves weights within a few steps."""
+    text = (ROOT / "options" / f"{name}.yml").read_text()
+    path = folder / f"{name}.yml"
+    path.write_text(
+        text.replace("!!float 8e-7", "1e-2").replace("8e-7", "1e-2").replace("warmup_t: 500", "warmup_t: 0")
+    )
+    assert "1e-2" in path.read_text()
+    return path
+
+
+def train_options(folder: Path, name: str, model: Path, *arguments: str) -> Path:
+    folder.mkdir()
+    words = ["--config", str(write_options(folder, name)), "--data_path", str(EXAMPLE / "mix.yml")]
+    words += ["--global_batch_size", "4", f"--pretrained_model_name_or_path={model}", "--max_train_steps=4"]
+    result = run_cli(folder, "train", *words, "--report_to=none", "--mixed_precision=no", *arguments)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return folder / "experiments" / name
+
+
+@pytest.mark.ci
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ft_lora", "ft"])
+def test_the_shipped_commands_with_two_processes_that_share_one_model(name: str, model: Path, tmp_path: Path) -> None:
+    """Train, convert and generate as in OmniGen2's own sequence; weights are those of one process."""
+    alone = train_options(tmp_path / "one", name, model, "--num_processes=1")
+    spread = train_options(tmp_path / "two", name, model, "--num_processes=2", "--fsdp_enable=true")
+    pairs = zip(metrics(alone, "step_done"), metrics(spread, "step_done"), strict=True)
+    for one, two in pairs:
+        assert (one["step"], one["samples"]) == (two["step"], two["samples"])
+        assert one["loss"] == pytest.approx(two["loss"], rel=1e-4, abs=1e-5)
+    part = "transformer_lora" if name == "ft_lora" else "transformer"
+    tensors = []
+    for experiment in (alone, spread):
+        checkpoint = experiment / "checkpoint-4"
+        words = ["--config_path", str(experiment / f"{name}.yml"), "--model_path"]
+        words += [str(checkpoint / "pytorch_model_fsdp.bin"), "--save_path", str(checkpoint / part)]
+        result = run_cli(tmp_path, "convert", *words)
+        assert result.returncode == 0, result.stdout + result.stderr
+        [file] = (checkpoint / part).glob("*.safetensors")
+        tensors.append(load_file(file))
+    assert tensors[0].keys() == tensors[1].keys()
+    assert max(float((tensors[0][key] - tensors[1][key]).abs().max()) for key in tensors[0]) < 2e-4
+    if name == "ft_lora":
+        assert all(".lora_A." in key or ".lora_B." in key for key in tensors[1])
+    words = ["--model_path", str(model), f"--{part}_path", str(spread / "checkpoint-4" / part)]
+    words += ["--num_inference_step", "2", "--height", "64", "--width", "64", "--instruction", "A crystal ladybug"]
+    result = run_cli(tmp_path, "generate", *words, "--output_image_path", "out.png")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert Image.open(tmp_path / "out.png").size == (64, 64)
+    assert json.loads((spread / "config.json").read_text())["gradient_accumulation_steps"] == 1
