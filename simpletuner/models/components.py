@@ -125,7 +125,7 @@ def _unusable_place(source: ModelSource, component: Component) -> Problem | None
         return None
     is_encoder = component.role == "text_encoder"
     key = "text_encoder_paths" if is_encoder else "pretrained_vae_model_name_or_path"
-    allowed = f"a {SINGLE_FILE} file, or a folder with {component.config_file}{'' if is_encoder else ', or a hub id'}"
+    allowed = f"a {SINGLE_FILE} file, a folder with {component.config_file}, or a hub id"
     if source.lacks(component.name):
         if component.is_optional:
             return None
@@ -134,7 +134,8 @@ def _unusable_place(source: ModelSource, component: Component) -> Problem | None
         return Problem(f"{own} is a pickle: {CONVERT}", key=key, allowed=allowed)
     if own.endswith(SINGLE_FILE):
         return None if Path(own).is_file() else Problem(f"there is no file {own}", key=key, fix="correct the path")
-    if is_encoder and not Path(own, component.config_file).is_file():
+    is_folder = Path(own).is_dir() or looks_like_path(own)
+    if is_encoder and is_folder and not Path(own, component.config_file).is_file():
         return Problem(f"{own} has no {component.config_file}", key=key, allowed=allowed)
     return None
 
@@ -221,7 +222,10 @@ def component_file(source: ModelSource, component: Component, name: str) -> Path
         if Path(own).name in _NAMES_IN_FOLDER and beside.is_file():
             return beside
     elif own:
-        return other_vae_file(own, component, name) if component.role == "vae" else Path(own) / name
+        if component.role == "vae":
+            return other_vae_file(own, component, name)
+        is_on_hub = component.role == "text_encoder" and not Path(own).is_dir() and not looks_like_path(own)
+        return fetch(own, name, None, "text_encoder_paths") if is_on_hub else Path(own) / name
     if source.is_local:
         return Path(source.model) / component.name / name
     return fetch(source.model, f"{component.name}/{name}", source.revision, "pretrained_model_name_or_path")

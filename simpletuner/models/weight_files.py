@@ -57,7 +57,8 @@ def weight_files(source: ModelSource, component: Component) -> list[Path]:
         return [Path(file)]
     variant = f".{source.variant}" if source.variant else ""
     stem = ("model" if component.role == "text_encoder" else "diffusion_pytorch_model") + variant
-    if source.is_local or source.own_place(component):
+    own = source.own_place(component)
+    if Path(own).is_dir() if own else source.is_local:
         whole = component_file(source, component, f"{stem}.safetensors")
         files = [whole] if whole.is_file() else sorted(whole.parent.glob("*.safetensors"))
     else:

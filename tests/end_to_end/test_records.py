@@ -95,7 +95,9 @@ def train_options(folder: Path, name: str, model: Path, *arguments: str) -> Path
 @pytest.mark.parametrize("name", ["ft_lora", "ft"])
 def test_the_shipped_commands_with_two_processes_that_share_one_model(name: str, model: Path, tmp_path: Path) -> None:
     """Train, convert and generate as in OmniGen2's own sequence; weights are those of one process."""
-    alone = train_options(tmp_path / "one", name, model, "--num_processes=1")
+    # Two images of each process are one batch of four.
+    whole = ("--num_processes=1", "--train_batch_size=4", "--gradient_accumulation_steps=1")
+    alone = train_options(tmp_path / "one", name, model, *whole)
     spread = train_options(tmp_path / "two", name, model, "--num_processes=2", "--fsdp_enable=true")
     pairs = zip(metrics(alone, "step_done"), metrics(spread, "step_done"), strict=True)
     for one, two in pairs:

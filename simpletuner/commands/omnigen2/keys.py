@@ -167,14 +167,16 @@ def _model(keys: Keys, config: dict[str, Any], notes: list[str]) -> None:
     model = keys.take("model.pretrained_model_path", str)
     config["pretrained_model_name_or_path"] = model
     vae = keys.take("model.pretrained_vae_model_name_or_path", str, None)
-    if vae is not None and Path(vae).is_dir() and Path(vae) != Path(model):
+    if vae is not None and _comes_from(vae, model, "vae"):
         config["pretrained_vae_model_name_or_path"] = vae
     elif vae is not None and vae != model:
         notes.append(
             f"model.pretrained_vae_model_name_or_path: the same VAE is in {model}, which is used; {vae} is not"
         )
     encoder = keys.take("model.pretrained_text_encoder_model_name_or_path", str, None)
-    if encoder is not None and encoder != model:
+    if encoder is not None and _comes_from(encoder, model, "mllm"):
+        config["text_encoder_paths"] = encoder
+    elif encoder is not None and encoder != model:
         key = "model.pretrained_text_encoder_model_name_or_path"
         notes.append(f"{key}: the language model in {model} is used; {encoder} is not")
     if keys.take("model.resize_token_embeddings", bool, False):
@@ -184,6 +186,13 @@ def _model(keys: Keys, config: dict[str, Any], notes: list[str]) -> None:
             keys.taken.add(key)
     if any(key.startswith("model.arch_opt") for key in keys.document.lines):
         notes.append(f"model.arch_opt has no effect: {_OWN_ARCHITECTURE}")
+
+
+def _comes_from(source: str, model: str, part: str) -> bool:
+    """Whether a part is taken from a source of its own: a folder, or a hub id where the model's folder lacks it."""
+    if Path(source).is_dir():
+        return Path(source) != Path(model)
+    return Path(model).is_dir() and not (Path(model) / part / "config.json").is_file() and source != model
 
 
 def _transport(keys: Keys, config: dict[str, Any], max_output_pixels: int) -> None:

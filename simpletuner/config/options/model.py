@@ -66,9 +66,9 @@ class ModelOptions(OptionGroup):
     text_encoder_paths: TextOrList | None = option(
         None,
         takes="path, or list of paths",
-        help="Text encoders in place of the model's, in the family's order: each a `.safetensors` file or a folder in "
-        "diffusers layout. An empty text takes the model's, and `none` does without one, where the family can (the "
-        "third of Stable Diffusion 3).",
+        help="Text encoders in place of the model's, in the family's order: each a `.safetensors` file, a folder with "
+        "`config.json` and weights, or a hub id. An empty text takes the model's, and `none` does without one, where "
+        "the family can (the third of Stable Diffusion 3).",
     )
     tokenizer_max_length: Int | None = option(
         None,

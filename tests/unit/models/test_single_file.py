@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -12,11 +13,13 @@ from safetensors.torch import load_file, save_file
 
 from simpletuner.cache.fingerprints import prompt_fingerprint, vae_fingerprint
 from simpletuner.data.digests import DigestMemo
-from simpletuner.errors import ConfigError, DataError
+from simpletuner.errors import ConfigError, DataError, Problem
 from simpletuner.families.registry import get_family_class, get_spec
+from simpletuner.models import components
 from simpletuner.models.components import ModelSource, check_local_model, save_model_folder
 from simpletuner.models.family import ModelFamily
 from simpletuner.models.single_file import is_in_file
+from simpletuner.models.weight_files import weight_files
 from simpletuner.training.build import attach_adapter
 from tests.runs import dataset, load_here, metrics, train_here, write_images, write_run
 from tests.single_files import original_denoiser, original_vae, write_sd3_file, write_sdxl_file
@@ -143,13 +146,44 @@ def test_each_part_may_have_a_file_of_its_own(tmp_path: Path):
 
 @pytest.mark.parametrize(
     ("place", "message"),
-    [("t5.bin", "is a pickle"), ("t5.safetensors", "there is no file"), ("t5", "no config.json"), ("none", "without")],
+    [("t5.bin", "is a pickle"), ("t5.safetensors", "there is no file"), ("none", "without")],
 )
 def test_a_text_encoder_s_path_is_checked_before_anything_is_loaded(tmp_path: Path, sdxl: Path, place: str, message):
     path = place if place == "none" else str(tmp_path / place)
     [problem] = check_local_model(ModelSource(str(sdxl), encoders={"text_encoder": path}), get_spec("sdxl"))
     assert message in problem.message
     assert problem.key == "text_encoder_paths"
+
+
+def test_a_text_encoder_s_folder_has_a_configuration_and_a_hub_id_is_not_looked_at(tmp_path: Path, sdxl: Path):
+    (tmp_path / "t5").mkdir()
+    for place in (str(tmp_path / "t5"), "./t5"):
+        [problem] = check_local_model(ModelSource(str(sdxl), encoders={"text_encoder": place}), get_spec("sdxl"))
+        assert "has no config.json" in problem.message
+    assert check_local_model(ModelSource(str(sdxl), encoders={"text_encoder": "owner/name"}), get_spec("sdxl")) == []
+
+
+def test_a_text_encoder_of_another_repository_is_fetched_in_its_parts(
+    tmp_path: Path, sdxl: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Weights in shards, as language models are published: the index says which."""
+    source = ModelSource(str(sdxl), encoders={"text_encoder": "owner/name"})
+    [component] = [part for part in get_spec("sdxl").components if part.name == "text_encoder"]
+    shards = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    index = {"weight_map": {"a": shards[0], "b": shards[1]}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    asked = []
+
+    def fetch(repository: str, name: str, revision: str | None, key: str) -> Path:
+        asked.append((repository, name, key))
+        if name == "model.safetensors":
+            raise DataError(Problem("the model is there and has no such file"))
+        return tmp_path / name
+
+    monkeypatch.setattr(components, "fetch", fetch)
+    assert [path.name for path in weight_files(source, component)] == shards
+    assert {repository for repository, _, _ in asked} == {"owner/name"}
+    assert {key for _, _, key in asked} == {"text_encoder_paths"}
 
 
 def test_lengths_of_captions_and_text_encoders_are_the_family_s(tmp_path: Path, sdxl: Path):

@@ -111,6 +111,28 @@ def test_stratified_times_and_the_second_shift_are_options_here(tmp_path: Path) 
     assert (config["flow_schedule_auto_shift"], config["flow_schedule_auto_shift_curve"]) == (True, "sqrt")
 
 
+def test_parts_come_from_folders_of_their_own_and_from_the_hub_where_the_model_lacks_them(tmp_path: Path) -> None:
+    """The VAE of FLUX.1 is gated, so that the model's own is used where there is one."""
+    keys = "pretrained_vae_model_name_or_path: {vae}, pretrained_text_encoder_model_name_or_path: {encoder}"
+
+    def parts(model: Path | str, vae: str, encoder: str) -> tuple[str | None, str | None, int]:
+        text = MINIMAL.replace("OmniGen2/OmniGen2}", f"{model}, {keys.format(vae=vae, encoder=encoder)}}}")
+        found = translated(tmp_path, text)
+        config = found.config
+        return config.get("pretrained_vae_model_name_or_path"), config.get("text_encoder_paths"), len(found.notes)
+
+    hub = ("black-forest-labs/FLUX.1-dev", "Qwen/Qwen2.5-VL-3B-Instruct")
+    assert parts("OmniGen2/OmniGen2", *hub) == (None, None, 2)
+    (tmp_path / "bare").mkdir()
+    assert parts(tmp_path / "bare", *hub) == (*hub, 0)
+    for part in ("vae", "mllm"):
+        (tmp_path / "whole" / part).mkdir(parents=True)
+        (tmp_path / "whole" / part / "config.json").write_text("{}")
+    assert parts(tmp_path / "whole", *hub) == (None, None, 2)
+    own = (str(tmp_path / "whole" / "vae"), str(tmp_path / "whole" / "mllm"))
+    assert parts("OmniGen2/OmniGen2", *own) == (*own, 0)
+
+
 def test_a_cosine_ends_with_the_run(tmp_path: Path) -> None:
     cosine = "lr_scheduler: timm_cosine, t_initial: 8, lr_min: 1e-6, warmup_t: 2, warmup_prefix: true, cycle_decay: 1.0"
     config = translated(tmp_path, MINIMAL.replace("batch_size: 2", f"batch_size: 2, {cosine}")).config

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 
 from simpletuner.batch import Batch
 from simpletuner.families.registry import get_family_class, get_spec
-from simpletuner.models.components import ModelSource
+from simpletuner.models.components import ModelSource, check_local_model
 from simpletuner.models.family import ModelFamily
 from simpletuner.models.omnigen2.family import chat_text
 from tests.tiny_omnigen2 import tiny_omnigen2_folder
@@ -96,3 +97,17 @@ def test_a_saved_model_names_its_parts_as_the_original_does(family: ModelFamily,
     assert all(torch.equal(saved[name], tensor) for name, tensor in kept.items())
     [before], [after] = (each.encode_prompts(["a cat"]) for each in (family, again))
     assert torch.equal(before.tensors["prompt_embeds"], after.tensors["prompt_embeds"])
+
+
+def test_language_model_and_vae_may_come_from_folders_of_their_own(family: ModelFamily, tmp_path: Path) -> None:
+    """As in OmniGen2's options files: a bare model folder, its parts elsewhere."""
+    whole = Path(family.source.model)
+    bare = shutil.copytree(whole, tmp_path / "bare", ignore=shutil.ignore_patterns("mllm", "vae"))
+    for name in ("mllm", "vae"):
+        shutil.copytree(whole / name, tmp_path / name)
+    source = ModelSource(str(bare), vae=str(tmp_path / "vae"), encoders={"mllm": str(tmp_path / "mllm")})
+    assert check_local_model(source, family.spec) == []
+    parts = type(family)(family.spec, source, family.device, family.dtype)
+    [ours], [theirs] = (each.encode_prompts(["add a hat"]) for each in (parts, family))
+    assert torch.equal(ours.tensors["prompt_embeds"], theirs.tensors["prompt_embeds"])
+    assert parts.load_vae().config.latent_channels == 16
