@@ -74,7 +74,7 @@ OMNIGEN2 = FamilySpec(
     readers=(
         Reader("OmniGen2", ("diffusers",), ("lora",)),
         Reader("PEFT", ("diffusers",), ("lora", "dora")),
-        Reader("ComfyUI", ("kohya", "comfyui", "lycoris"), ("lora", "lokr", "loha")),
+        Reader("ComfyUI", ("kohya", "comfyui"), ("lora", "lokr", "loha")),
     ),
     block_classes=("OmniGen2TransformerBlock",),
     preview_decoder="madebyollin/taef1",
