@@ -136,6 +136,8 @@ def _denoiser_tensors(
             tensor = file.get_slice(key)[start : start + shape[0]]
         if found.swaps_halves and key != wanted[2]:
             tensor = torch.cat(tensor.chunk(2)[::-1])
+        if key == wanted[3] and tensor.numel() == shape.numel():  # rows of a matrix may stand one after the other there
+            tensor = tensor.reshape(shape)
         if tensor.shape != shape:
             raise _unfit(path, f"{key} has the shape {shape_text(tensor.shape)}, and {name} has {shape_text(shape)}")
         yield name, tensor.to(dtype)

@@ -103,7 +103,7 @@ def test_full_training_writes_a_whole_model_for_the_stock_pipeline(model, tmp_pa
     run = write_run(tmp_path / "run", folder, model_family=name, model_type="full", max_train_steps=1)
     output = train_here(run)
     written = output / "pipeline"
-    image = pipeline_of(name, written)("a box", height=64, width=64, num_inference_steps=2).images[0]
+    image = pipeline_of(name, written)(prompt="a box", height=64, width=64, num_inference_steps=2).images[0]
     assert image.size == (64, 64)
     index = json.loads((written / "model_index.json").read_text())
     assert index["_class_name"] == get_spec(name).pipeline_class
