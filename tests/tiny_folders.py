@@ -10,6 +10,7 @@ from tests.tiny_chroma import tiny_chroma_folder
 from tests.tiny_flux import tiny_flux_folder
 from tests.tiny_flux2 import tiny_flux2_folder
 from tests.tiny_kolors import tiny_kolors_folder
+from tests.tiny_krea2 import tiny_krea2_folder
 from tests.tiny_omnigen2 import tiny_omnigen2_folder
 from tests.tiny_qwen_image import tiny_qwen_image_folder
 from tests.tiny_sd3 import tiny_sd3_folder
@@ -22,6 +23,7 @@ TINY_FOLDERS: Mapping[str, Callable[[Path], Path]] = {
     "flux": tiny_flux_folder,
     "kolors": tiny_kolors_folder,
     "flux2": tiny_flux2_folder,
+    "krea2": tiny_krea2_folder,
     "omnigen": tiny_omnigen_folder,
     "omnigen2": tiny_omnigen2_folder,
     "qwen_image": tiny_qwen_image_folder,

@@ -19,6 +19,7 @@ from diffusers.loaders.single_file_utils import (
     convert_chroma_transformer_checkpoint_to_diffusers,
     convert_flux2_transformer_checkpoint_to_diffusers,
     convert_flux_transformer_checkpoint_to_diffusers,
+    convert_krea2_transformer_checkpoint_to_diffusers,
     convert_ldm_unet_checkpoint,
     convert_sd3_transformer_checkpoint_to_diffusers,
     convert_z_image_transformer_checkpoint_to_diffusers,
@@ -71,6 +72,7 @@ def converted(spec: FamilySpec, original: Mapping[str, Tensor], denoiser: Any) -
         "chroma": convert_chroma_transformer_checkpoint_to_diffusers,
         "flux": convert_flux_transformer_checkpoint_to_diffusers,
         "flux2": convert_flux2_transformer_checkpoint_to_diffusers,
+        "krea2": convert_krea2_transformer_checkpoint_to_diffusers,
         "sd3": convert_sd3_transformer_checkpoint_to_diffusers,
         "qwen_image": dict,  # released in the layout of diffusers
         "z_image": convert_z_image_transformer_checkpoint_to_diffusers,
@@ -78,6 +80,10 @@ def converted(spec: FamilySpec, original: Mapping[str, Tensor], denoiser: Any) -
     return convert(dict(original))
 
 
+# Norms whose weight is a scale there.
+_SCALES = ("query_norm", "key_norm", "prenorm", "postnorm", "qnorm", "knorm", "txtmlp.0", "last.norm")
+# Rows of a matrix that stand one after the other there.
+_FLAT = ".mod.lin"
 # Norms of queries and keys, which no adapter changes and no table names.
 _SD3_NORMS = {"norm_q": "x_block.{}.ln_q", "norm_k": "x_block.{}.ln_k"} | {
     f"norm_added_{name}": f"context_block.{{}}.ln_{name}" for name in "qk"
@@ -92,8 +98,11 @@ def original_weights(denoiser: nn.Module, keys: KeyTable) -> Weights:
     for name, tensor in state.items():
         module, _, kind = name.rpartition(".")
         parent, _, last = module.rpartition(".")
+        whole = keys.original(name).name
         if not module:  # a tensor of the network itself
             original[name] = tensor
+        elif not whole.endswith(f".{kind}"):  # a tensor that the table names, not its module
+            original[whole] = tensor.flatten() if whole.endswith(_FLAT) else tensor
         elif name == "pos_embed.pos_embed":
             original["pos_embed"] = tensor
         elif last in _SD3_NORMS and "joint_blocks" in keys.original(parent).name:
@@ -104,7 +113,7 @@ def original_weights(denoiser: nn.Module, keys: KeyTable) -> Weights:
             joined = torch.cat([state[f"{part}.{kind}"] for part in found.parts])
             if found.swaps_halves:
                 joined = torch.cat(joined.chunk(2)[::-1])
-            is_norm = found.name.endswith(("query_norm", "key_norm")) or ".norms." in found.name
+            is_norm = found.name.endswith(_SCALES) or ".norms." in found.name
             original[f"{found.name}.{'scale' if is_norm else kind}"] = joined
     return original
 

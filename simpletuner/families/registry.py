@@ -34,6 +34,7 @@ FAMILIES: dict[str, str] = {
     "qwen_image": "simpletuner.models.qwen_image.spec:QWEN_IMAGE",
     "z_image": "simpletuner.models.z_image.spec:Z_IMAGE",
     "flux2": "simpletuner.models.flux2.spec:FLUX2",
+    "krea2": "simpletuner.models.krea2.spec:KREA2",
 }
 
 

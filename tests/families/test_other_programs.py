@@ -28,6 +28,7 @@ from simpletuner.families.registry import get_spec
 from simpletuner.families.spec import FamilySpec
 from tests.tiny_flux2 import tiny_flux2_transformer
 from tests.tiny_kolors import tiny_kolors_unet
+from tests.tiny_krea2 import tiny_krea2_transformer
 from tests.tiny_qwen_image import tiny_qwen_image_transformer
 from tests.tiny_sd3 import tiny_sd3_transformer
 from tests.tiny_sd15 import tiny_sd15_unet
@@ -49,6 +50,7 @@ DENOISERS = {
     "sdxl": tiny_unet,
     "flux": narrow_flux,
     "flux2": tiny_flux2_transformer,
+    "krea2": tiny_krea2_transformer,
     "chroma": narrow_chroma,
     "sd3": tiny_sd3_transformer,
     "kolors": tiny_kolors_unet,

@@ -25,6 +25,7 @@ READ_BY_DIFFUSERS = {
     "kolors": ("diffusers", "kohya"),
     "flux2": ("diffusers", "kohya"),
     "sd15": ("diffusers", "kohya"),
+    "krea2": ("diffusers",),
     "sd3": ("diffusers",),
     "sdxl": ("diffusers", "kohya"),
     "qwen_image": ("diffusers", "kohya", "comfyui"),

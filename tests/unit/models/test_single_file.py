@@ -25,8 +25,10 @@ from tests.runs import dataset, load_here, metrics, train_here, write_images, wr
 from tests.single_files import original_denoiser, original_vae, write_sd3_file, write_sdxl_file
 from tests.tiny_flux import tiny_flux_folder
 from tests.tiny_folders import TINY_FOLDERS
+from tests.tiny_krea2 import tiny_krea2_transformer
 from tests.tiny_sd3 import tiny_sd3_folder
 from tests.tiny_sdxl import tiny_sdxl_folder
+from tests.witnesses import original_weights
 
 CPU = torch.device("cpu")
 
@@ -196,6 +198,17 @@ def test_lengths_of_captions_and_text_encoders_are_the_family_s(tmp_path: Path, 
     assert "reads captions of the length that it was trained with" in text
     with pytest.raises(ConfigError, match="600 tokens are no length"):
         load_here(run, "--model_family=flux", "--tokenizer_max_length=600")
+
+
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+def test_a_file_of_krea_2_has_its_modulation_flat_and_its_norms_as_scales(tmp_path: Path, prefix: str):
+    folder = TINY_FOLDERS["krea2"](tmp_path / "krea2")
+    original = original_weights(tiny_krea2_transformer(), get_spec("krea2").keys)
+    assert original["blocks.0.mod.lin"].dim() == original["last.norm.scale"].dim() == 1
+    file = tmp_path / "krea2.safetensors"
+    save_file({prefix + name: tensor.contiguous() for name, tensor in original.items()}, file)
+    whole, single = (family_of("krea2", ModelSource(str(folder), file=each)) for each in (None, str(file)))
+    assert_same(single.load_denoiser(), whole.load_denoiser())
 
 
 def test_an_sdxl_file_says_itself_that_its_weights_predict_v(tmp_path: Path, sdxl: Path):
