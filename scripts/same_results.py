@@ -33,7 +33,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 Facts = dict[str, Any]
 
-FAMILIES = ("omnigen", "sdxl", "flux", "sd3", "kolors")
+FAMILIES = ("omnigen", "sdxl", "flux", "sd3", "kolors", "hunyuan_dit")
 ADAPTERS: Mapping[str, Facts] = {
     "lokr": {"lora_type": "lycoris", "lycoris_config": "lycoris_config.json"},
     "lora": {"lora_type": "standard", "lora_rank": 4},

@@ -9,6 +9,7 @@ from tests.tiny import tiny_omnigen_folder
 from tests.tiny_chroma import tiny_chroma_folder
 from tests.tiny_flux import tiny_flux_folder
 from tests.tiny_flux2 import tiny_flux2_folder
+from tests.tiny_hunyuan_dit import tiny_hunyuan_dit_folder
 from tests.tiny_kolors import tiny_kolors_folder
 from tests.tiny_krea2 import tiny_krea2_folder
 from tests.tiny_omnigen2 import tiny_omnigen2_folder
@@ -21,6 +22,7 @@ from tests.tiny_z_image import tiny_z_image_folder
 TINY_FOLDERS: Mapping[str, Callable[[Path], Path]] = {
     "chroma": tiny_chroma_folder,
     "flux": tiny_flux_folder,
+    "hunyuan_dit": tiny_hunyuan_dit_folder,
     "kolors": tiny_kolors_folder,
     "flux2": tiny_flux2_folder,
     "krea2": tiny_krea2_folder,

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 from transformers import (
+    BertConfig,
+    BertModel,
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
@@ -73,6 +75,33 @@ def write_t5_tokenizer(path: Path) -> Path:
     config = {"tokenizer_class": "T5Tokenizer", "model_max_length": 512, "extra_ids": 0, **special}
     (path / "tokenizer_config.json").write_text(json.dumps(config))
     return path
+
+
+def write_bert_tokenizer(path: Path) -> Path:
+    """A BERT tokenizer whose words are single letters."""
+    special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    letters = [*string.ascii_lowercase, *string.digits, *".,-"]
+    tokens = [*special.values(), "[MASK]", *letters, *(f"##{letter}" for letter in letters)]
+    path.mkdir(parents=True)
+    (path / "vocab.txt").write_text("\n".join(tokens))
+    config = {"tokenizer_class": "BertTokenizer", "model_max_length": 77, "do_lower_case": True, **special}
+    (path / "tokenizer_config.json").write_text(json.dumps(config))
+    return path
+
+
+def tiny_bert(hidden_size: int = 16, seed: int = 0) -> BertModel:
+    """A stock BERT over `write_bert_tokenizer`'s 83 tokens, without its pooler."""
+    torch.manual_seed(seed)
+    config = BertConfig(
+        vocab_size=96,
+        hidden_size=hidden_size,
+        intermediate_size=2 * hidden_size,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=77,
+        initializer_range=0.5,
+    )
+    return BertModel(config, add_pooling_layer=False).eval()
 
 
 def tiny_t5(hidden_size: int = 16, seed: int = 0) -> T5EncoderModel:

@@ -73,7 +73,8 @@ def resolve_targets(lycoris: Mapping[str, Any], spec: FamilySpec, present_classe
         names=names,
         module_algo_map={in_denoiser(name): settings for name, settings in module_map.items()},
         name_algo_map=dict(preset.get("name_algo_map", {})),
-        exclude=tuple(preset.get("exclude_name", [])),
+        # Such a pattern means the same as a regular expression.
+        exclude=(*preset.get("exclude_name", []), *spec.unadaptable),
         use_fnmatch=bool(preset.get("use_fnmatch", False)),
         enable_conv=bool(preset.get("enable_conv", True)),
     )
@@ -190,7 +191,11 @@ def lora_layers(denoiser: nn.Module, targets: Sequence[str], spec: FamilySpec) -
     Raises:
         ConfigError: an entry stands for no linear layer.
     """
-    layers = {path: module for path, module in denoiser.named_modules() if is_adaptable(module)}
+    layers = {
+        path: module
+        for path, module in denoiser.named_modules()
+        if is_adaptable(module) and not any(fnmatch.fnmatchcase(path, pattern) for pattern in spec.unadaptable)
+    }
     report, wanted = [], set()
     for entry in targets:
         patterns = lora_patterns(entry, spec)

@@ -31,6 +31,7 @@ FAMILIES: dict[str, str] = {
     "chroma": "simpletuner.models.chroma.spec:CHROMA",
     "omnigen2": "simpletuner.models.omnigen2.spec:OMNIGEN2",
     "kolors": "simpletuner.models.kolors.spec:KOLORS",
+    "hunyuan_dit": "simpletuner.models.hunyuan_dit.spec:HUNYUAN_DIT",
     "qwen_image": "simpletuner.models.qwen_image.spec:QWEN_IMAGE",
     "z_image": "simpletuner.models.z_image.spec:Z_IMAGE",
     "flux2": "simpletuner.models.flux2.spec:FLUX2",

@@ -52,6 +52,7 @@ class Component:
             the implementation that it is loaded with, which is part of the key of every cached prompt. Empty:
             transformers' own choice.
         is_optional: the model works without this text encoder.
+        load_options: further arguments of its `from_pretrained`, of a text encoder.
         library: what `model_index.json` names in front of the class; the first word of `class_name` where it is empty.
         package: an optional package that reads this tokenizer where its folder has no `tokenizer.json`.
     """
@@ -63,6 +64,7 @@ class Component:
     in_file: tuple[str, ...] = ()
     attention: str = ""
     is_optional: bool = False
+    load_options: Mapping[str, Any] = field(default_factory=dict)
     library: str = ""
     package: str = ""
 
@@ -123,6 +125,7 @@ class FamilySpec:
         diffsynth: names of the denoiser's modules in DiffSynth-Studio; None where it has no such model.
         readers: which other programs read adapter files of the family.
         block_classes: repeated blocks, for checkpointing, FSDP and compile; quantisation packs their linear layers.
+        unadaptable: fnmatch patterns of layers on which no adapter may sit.
         unquantised: fnmatch patterns of linear layers in them that are never packed.
         pipeline_class: name written to `model_index.json`.
         preview_decoder: hub id of the tiny autoencoder that decodes previews; a model folder may carry its own in
@@ -156,6 +159,7 @@ class FamilySpec:
     adaptable: tuple[AdaptableModule, ...]
     block_classes: tuple[str, ...]
     default_lora_targets: tuple[str, ...]
+    unadaptable: tuple[str, ...] = ()
     unquantised: tuple[str, ...] = ()
     class_aliases: Mapping[str, str] = field(default_factory=dict)
     target_groups: Mapping[str, tuple[str, ...]] = field(default_factory=dict)

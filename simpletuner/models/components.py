@@ -388,7 +388,7 @@ def load_component(
     try:
         if not is_encoder:
             return load_pretrained(cls, where, torch_dtype=dtype, **options)
-        options["output_loading_info"] = True
+        options |= {"output_loading_info": True, **component.load_options}
         if component.attention:
             options["attn_implementation"] = component.attention
         with as_folder(where, file and component_file(source, component, component.config_file)) as folder:

@@ -58,7 +58,9 @@ class LivePipeline:
         for prefix, texts in (("", prompts), ("negative_", negatives)):
             rows = [row.tensors for row in family.prompts.embeds(texts)]
             for name in rows[0]:
-                arguments[prefix + name] = torch.stack([row[name] for row in rows]).to(family.device, family.dtype)
+                stacked = torch.stack([row[name] for row in rows])
+                dtype = family.dtype if stacked.is_floating_point() else None  # masks stay as they are
+                arguments[prefix + name] = stacked.to(family.device, dtype)
         return arguments
 
     def pack(self, latents: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from simpletuner.families.diffsynth import target_patterns
 from simpletuner.families.registry import get_spec
 from tests.tiny import tiny_omnigen_transformer
 from tests.tiny_flux import tiny_flux_transformer
+from tests.tiny_hunyuan_dit import tiny_hunyuan_dit_transformer
 from tests.tiny_kolors import tiny_kolors_unet
 from tests.tiny_sd3 import tiny_sd3_transformer
 
@@ -62,6 +63,16 @@ def flux_layers(denoiser: nn.Module) -> dict[str, list[str]]:
     return found
 
 
+def hunyuan_dit_layers(denoiser: nn.Module) -> dict[str, list[str]]:
+    """Its names are diffusers', but for the container of the last layer of an attention."""
+    found = {}
+    for n in range(len(denoiser.blocks)):
+        for attention in (f"blocks.{n}.attn1", f"blocks.{n}.attn2"):
+            found |= {f"{attention}.{name}": [f"{attention}.{name}"] for name in QKV}
+            found[f"{attention}.to_out"] = [f"{attention}.to_out.0"]
+    return found
+
+
 # R: residual, A: attention, D and U: other sizes, p: keeps or fetches what skips a level.
 UNET_BLOCKS = "RpRpDp" + "RApRApDp" + "RApRAp" + "RAR" + "pRApRApRAU" + "pRApRApRAU" + "pRpRpR"
 
@@ -93,6 +104,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], dict[str,
         "norm1_b.linear,to_qkv_mlp",
     ),
     "sd3": (tiny_sd3_transformer, sd3_layers, "a_to_qkv,b_to_qkv"),
+    "hunyuan_dit": (tiny_hunyuan_dit_transformer, hunyuan_dit_layers, "to_q,to_k,to_v,to_out"),
     "kolors": (tiny_kolors_unet, unet_layers, "to_q,to_k,to_v,to_out"),
 }
 

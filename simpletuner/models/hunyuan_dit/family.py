@@ -1,0 +1,145 @@
+"""Hunyuan-DiT for the shared trainer: BERT and mT5 with fixed lengths, and v of a discrete schedule.
+
+The network is given t = 0 ... 999 and answers v in the first four of eight channels; the other four were a variance,
+which nothing here trains or reads (`pipeline_hunyuandit.py`, denoising loop). Its text is always 77 and 256 tokens
+long: a learned padding stands where the masks are 0, but the pooled vector is of all 256 states of mT5.
+
+Sizes of images are (width, height), as the weights of 1.1 were trained with (Tencent/HunyuanDiT,
+`hydit/data_loader/arrow_load_stream.py`); diffusers' pipeline has the target the other way round by default.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from simpletuner.batch import Batch, Conditioning, PromptEmbeds, Sample
+from simpletuner.models.discrete import DiscreteFamily
+from simpletuner.models.family import ReferenceSizes, send
+from simpletuner.models.hunyuan_dit.blocks import prepare
+from simpletuner.models.live_pipeline import LivePipeline
+from simpletuner.models.size_conditioned_unet import time_ids
+
+BERT_TOKENS = 77
+# Pixels of the side to which the rotary table is scaled (`pipeline_hunyuandit.py`, step 7).
+BASE_SIZE = 512
+
+
+class HunyuanDiT(DiscreteFamily):
+    """Embeddings are padded, with their masks; `_2` are those of mT5."""
+
+    @property
+    def architecture(self) -> str:
+        is_given_sizes = self.denoiser_config.get("use_style_cond_and_image_meta_size", True)
+        return f"hunyuan-dit-v{'1.1' if is_given_sizes else '1.2'}"
+
+    def load_denoiser(self) -> nn.Module:
+        return prepare(super().load_denoiser())
+
+    def empty_denoiser(self) -> nn.Module:
+        return prepare(super().empty_denoiser())
+
+    def count_prompt_tokens(self, prompts: Sequence[str]) -> list[int]:
+        return self.encoders.count("tokenizer_2", prompts)
+
+    def encode_prompts(self, prompts: Sequence[str], references: ReferenceSizes | None = None) -> list[PromptEmbeds]:
+        """`prompt_embeds` (77, D) and `prompt_embeds_2` (256, D), and their masks (77,) and (256,)."""
+        self.encoders.note_cut_prompts("tokenizer_2", prompts, self.max_prompt_tokens)
+        rows: list[dict[str, Tensor]] = [{} for _ in prompts]
+        for suffix, length in (("", BERT_TOKENS), ("_2", self.spec.max_prompt_tokens)):
+            ids, mask = self.encoders.tokenize(f"tokenizer{suffix}", prompts, length)
+            with torch.no_grad():
+                states = self.encoders.encoder(f"text_encoder{suffix}")(ids, attention_mask=mask)[0]
+            for row, embeds, kept in zip(rows, states.cpu(), mask.cpu(), strict=True):
+                row |= {f"prompt_embeds{suffix}": embeds.clone(), f"prompt_attention_mask{suffix}": kept.clone()}
+        return [PromptEmbeds(row) for row in rows]
+
+    def collate(self, batch: Batch) -> Conditioning:
+        """Also `image_meta_size` (B, 6): original size, size of the crop, its upper left corner; across, then down."""
+        height, width = (side * self.spec.vae_factor for side in batch.latents.shape[-2:])
+        rows = [meta_size(sample) for sample in batch.samples] or [(width, height, width, height, 0, 0)] * len(batch)
+        sizes = send(torch.tensor(rows, dtype=torch.float32), self.device)
+        return super().collate(batch).with_tensors(image_meta_size=sizes)
+
+    def predict(self, denoiser: nn.Module, noisy_latents: Tensor, sigmas: Tensor, conditioning: Conditioning) -> Tensor:
+        style = torch.zeros(len(noisy_latents), dtype=torch.long, device=noisy_latents.device)
+        output = denoiser(
+            noisy_latents.to(self.dtype),
+            self.schedule.timesteps(sigmas).float(),
+            encoder_hidden_states=conditioning["prompt_embeds"].to(self.dtype),
+            text_embedding_mask=conditioning["prompt_attention_mask"],
+            encoder_hidden_states_t5=conditioning["prompt_embeds_2"].to(self.dtype),
+            text_embedding_mask_t5=conditioning["prompt_attention_mask_2"],
+            image_meta_size=conditioning["image_meta_size"],
+            style=style,
+            image_rotary_emb=self.rotary_table(*noisy_latents.shape[-2:]),
+            return_dict=False,
+        )[0]
+        return output[:, : noisy_latents.shape[1]]
+
+    def rotary_table(self, height: int, width: int) -> tuple[Tensor, Tensor]:
+        """Cosines and sines (h/2 * w/2, head size) of an image; the longer side counts from 0 to 32.
+
+        Args:
+            height: of the latents.
+            width: of the latents.
+        """
+        from diffusers.models.embeddings import get_2d_rotary_pos_embed
+        from diffusers.pipelines.hunyuandit.pipeline_hunyuandit import get_resize_crop_region_for_grid
+
+        patch = self.denoiser_config["patch_size"]
+        grid = height // patch, width // patch
+        region = get_resize_crop_region_for_grid(grid, BASE_SIZE // self.spec.vae_factor // patch)
+        table = get_2d_rotary_pos_embed(
+            self.denoiser_config["attention_head_dim"], region, grid, device=torch.device("cpu"), output_type="pt"
+        )
+        return send(table[0], self.device), send(table[1], self.device)
+
+    def pipeline(self, denoiser: nn.Module, vae: nn.Module | None = None) -> Any:
+        from diffusers import HunyuanDiTPipeline
+
+        parts: dict[str, Any] = dict.fromkeys(
+            ("vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "safety_checker", "feature_extractor")
+        )
+        scheduler = self.make_scheduler()
+        pipeline = HunyuanDiTPipeline(**parts, transformer=denoiser, scheduler=scheduler, requires_safety_checker=False)
+        return HunyuanDiTLivePipeline(self, pipeline, vae)
+
+
+class HunyuanDiTLivePipeline(LivePipeline):
+    """Images of the size that is asked for, with latents and times in float32 whatever the denoiser computes in."""
+
+    def pack(self, latents: Tensor) -> Tensor:
+        return latents.float()
+
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        negative_prompt: str | Sequence[str] | None = None,
+        *,
+        height: int,
+        width: int,
+        latents: Tensor | None = None,
+        generator: Any = None,
+        **options: Any,
+    ) -> Any:
+        from diffusers.utils.torch_utils import randn_tensor
+
+        if latents is None:
+            count = 1 if isinstance(prompt, str) else len(prompt)
+            sides = (side // self.family.spec.vae_factor for side in (height, width))
+            shape = (count, self.family.spec.latent_channels, *sides)
+            latents = randn_tensor(shape, generator=generator, device=self.family.device)
+        options = {"target_size": (width, height), **options, "use_resolution_binning": False}
+        return super().__call__(
+            prompt, negative_prompt, height=height, width=width, latents=latents, generator=generator, **options
+        )
+
+
+def meta_size(sample: Sample) -> tuple[int, ...]:
+    """Original width and height, width and height of the crop, left and top of the crop in the resized image."""
+    height, width, top, left, crop_height, crop_width = time_ids(sample)
+    return width, height, crop_width, crop_height, left, top
