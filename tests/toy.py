@@ -162,6 +162,7 @@ class ToyDataset:
     images: Mapping[str, Sequence[float]]
     id: str = "toys"
     repeats: int = 0
+    with_replacement: bool = False
     is_regularisation: bool = False
     batch_size: int | None = None
     schedule: Schedule = field(default_factory=Schedule)

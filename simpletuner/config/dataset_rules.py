@@ -23,7 +23,7 @@ from simpletuner.errors import Problem
 # Keys that say how an entry is trained on; an eval dataset never is.
 TRAINING_KEYS = (
     *("random_flip", "probability", "start_epoch", "end_epoch", "start_step", "end_step", "train_batch_size"),
-    *("caption_shuffle", "vae_cache_clear_each_epoch"),
+    *("caption_shuffle", "vae_cache_clear_each_epoch", "with_replacement"),
 )
 
 

@@ -181,6 +181,11 @@ class ImageDataset(ImageSource, DatasetEntry):
         le=10**9,
         level="basic",
     )
+    with_replacement: Bool = option(
+        False,
+        help="Draw each image of a batch by itself: one may come twice in a pass and another not at all, and all "
+        "batches are full. Otherwise each image comes once in a pass.",
+    )
     is_regularisation_data: Bool = option(
         False,
         help="Prior preservation: the target is the base model's own prediction. Needs an adapter. "

@@ -251,6 +251,11 @@ class Dataset:
         return self.entry.repeats
 
     @property
+    def with_replacement(self) -> bool:
+        """Whether each image of a batch is a draw of its own."""
+        return self.entry.with_replacement
+
+    @property
     def is_regularisation(self) -> bool:
         return self.entry.is_regularisation_data
 

@@ -2,7 +2,8 @@
 
 One stream per bucket. The occurrences of a stream are `repeats` + 1 passes over its images, each a keyed permutation,
 laid end to end; batch j takes occurrences [jB, (j + 1)B). Nothing is ever materialised but the permutations of the
-passes in use.
+passes in use. A dataset may have its images drawn with replacement instead: then each batch is full, and its images are
+independent keyed draws.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from simpletuner.data.interleave import Interleaving, permutation
+from simpletuner.data.interleave import Interleaving, generator, permutation
 from simpletuner.data.schedule import Schedule
 
 Size = tuple[int, int]
@@ -31,6 +32,11 @@ class SampledDataset(Protocol):
 
     @property
     def schedule(self) -> Schedule: ...
+
+    @property
+    def with_replacement(self) -> bool:
+        """Whether each image of a batch is a draw of its own."""
+        ...
 
     @property
     def batch_size(self) -> int | None:
@@ -99,6 +105,9 @@ class DatasetOrder:
         current = self._round(round_number)
         stream_index, number = current.mix.at(position)
         stream = current.streams[stream_index]
+        if self.dataset.with_replacement:
+            length = max(self.batch_size, pad_to or 0)
+            return RoundBatch(stream.size, self._draws(round_number, stream, number, length), self.batch_size)
         start = number * self.batch_size
         num_real = self.batch_size if self.fills_batches else min(self.batch_size, stream.num_occurrences - start)
         indices = self._occurrences(round_number, stream, start, max(num_real, pad_to or 0))
@@ -127,6 +136,10 @@ class DatasetOrder:
             if occurrences:
                 streams.append(_Stream(size, members, occurrences, -(-occurrences // self.batch_size)))
         return tuple(streams)
+
+    def _draws(self, round_number: int, stream: _Stream, number: int, length: int) -> tuple[int, ...]:
+        draws = generator(*self._key, round_number, *stream.size, "draws", number)
+        return tuple(stream.members[draws.integers(0, len(stream.members), size=length)].tolist())
 
     def _occurrences(self, round_number: int, stream: _Stream, start: int, length: int) -> tuple[int, ...]:
         indices: list[int] = []

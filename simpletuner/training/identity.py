@@ -48,7 +48,12 @@ def run_identity(
         "told": {
             "datasets": {each.id: {"images": each.num_images, "fingerprint": each.fingerprint} for each in datasets},
             "schedules": {
-                each.id: {"repeats": each.repeats, "batch_size": each.batch_size, **asdict(each.schedule)}
+                each.id: {
+                    "repeats": each.repeats,
+                    "batch_size": each.batch_size,
+                    **asdict(each.schedule),
+                    **({"with_replacement": True} if each.with_replacement else {}),
+                }
                 for each in datasets
             },
             "processes": num_processes,

@@ -173,7 +173,7 @@ def require_full_batches(
             for size, members in sorted(dataset.buckets.items())
             if len(members) * (dataset.repeats + 1) < batch_size
         ]
-        if dataset.kind != "image" or not short:
+        if dataset.kind != "image" or not short or dataset.with_replacement:
             continue
         buckets = ", ".join(f"{width}x{height} has {count}" for (height, width), count in short[:MAX_LISTED])
         more = ", ..." if len(short) > MAX_LISTED else ""

@@ -22,7 +22,7 @@ from simpletuner.config.loading import LoadedRun, load_run
 from simpletuner.families.registry import get_spec
 from simpletuner.launch import family_of_run
 from simpletuner.validation.generate import apply_adapter_file
-from tests.runs import write_images
+from tests.runs import run_cli, write_images
 from tests.single_files import original_denoiser, original_vae, write_sd3_file
 from tests.tiny_flux import tiny_flux_folder
 from tests.tiny_kolors import tiny_kolors_folder
@@ -168,3 +168,24 @@ def test_kolors_trains_on_chinese_captions_and_generates_as_diffusers_does(run: 
     assert loaded.config.pretrained_model_name_or_path == str(folder)  # the folder around the three
     pipeline = diffusers.KolorsPipeline.from_pretrained(folder)
     require_same_image(loaded, pipeline, lambda latents: latents)
+
+
+@pytest.mark.ci
+def test_two_processes_share_the_batches_of_an_epoch_and_deepspeed_spreads_them(
+    run: Callable[..., int], tmp_path: Path
+):
+    folder = tiny_sd3_folder(tmp_path / "sd3")
+    write_sd3_file(folder, get_spec("sd3").keys, tmp_path / "sd3.safetensors")
+    words = ["diffsynth", "sd3", "--pretrained_path", "sd3.safetensors", *FLAGS, "--steps_per_epoch", "6"]
+    ours = ["--report_to=none", "--num_processes=2", f"--pretrained_model_name_or_path={bare(folder)}"]
+    for strategy in ("auto", "deepspeed_stage_2"):
+        output = ["--output_path", strategy, "--training_strategy", strategy]
+        result = run_cli(tmp_path, *words, *output, *ours)
+        assert result.returncode == 0, result.stderr
+    [plain, spread] = [
+        load_file(Path(each) / "checkpoint-6/pytorch_lora_weights.safetensors")
+        for each in ("auto", "deepspeed_stage_2")
+    ]
+    assert plain.keys() == spread.keys()
+    for name, tensor in plain.items():
+        torch.testing.assert_close(spread[name], tensor, rtol=0, atol=1e-5)

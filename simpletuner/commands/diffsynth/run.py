@@ -195,6 +195,7 @@ def _dataset(flags: argparse.Namespace) -> dict[str, Any]:
         **shape,
         **crops,
         "minimum_image_size": 0,
+        "with_replacement": True,
         "random_flip": flags.random_flip,
     }
 

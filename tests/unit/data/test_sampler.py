@@ -22,6 +22,7 @@ class Fake:
     repeats: int = 0
     schedule: Schedule = field(default_factory=Schedule)
     batch_size: int | None = None
+    with_replacement: bool = False
     buckets: dict[tuple[int, int], np.ndarray] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -152,6 +153,24 @@ def test_a_thousand_repeats_cost_no_memory() -> None:
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 1_000_000  # two permutations of 10 000 are 160 kB; ten million occurrences would be 80 MB
+
+
+def test_draws_with_replacement_are_independent_and_fill_every_batch() -> None:
+    """Ten images in batches of four are three batches of four; over many rounds each image comes equally often."""
+    dataset = Fake("a", {(64, 64): 10}, with_replacement=True)
+    sampler = Sampler([dataset], 4, seed=1)
+    plans = [plan for epoch in range(1000) for plan in epoch_of(sampler, epoch)]
+    assert {(len(plan.sample_indices), plan.num_real) for plan in plans} == {(4, 4)}
+    counts = Counter(index for plan in plans for index in plan.sample_indices)
+    # 12,000 draws of ten: 1200 each, with a deviation of 33.
+    assert all(abs(counts[index] - 1200) < 4 * 33 for index in range(10))
+    # In a batch of four independent draws, all differ with probability 10 * 9 * 8 * 7 / 10 ** 4.
+    all_differ = sum(len(set(plan.sample_indices)) == 4 for plan in plans) / len(plans)
+    assert abs(all_differ - 0.504) < 4 * 0.0092
+    # Nor are the batches of a round alike, but for one in ten thousand.
+    assert sum(plans[i].sample_indices == plans[i + 1].sample_indices for i in range(0, 3000, 3)) < 5
+    assert Sampler([dataset], 4, seed=1).batch(7, 2).sample_indices == plans[7 * 3 + 2].sample_indices
+    assert Sampler([dataset], 4, seed=2).batch(7, 2).sample_indices != plans[7 * 3 + 2].sample_indices
 
 
 def test_one_image_with_repeats_fills_batches() -> None:

@@ -20,6 +20,7 @@ class Fake:
     count: int
     schedule: Schedule = field(default_factory=Schedule)
     repeats: int = 0
+    with_replacement: bool = False
     batch_size: int | None = None
 
     def __post_init__(self) -> None:

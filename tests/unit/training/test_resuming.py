@@ -26,6 +26,7 @@ class Images:
 
     id = "a"
     batch_size = None
+    with_replacement = False
 
     def __init__(self, count: int, repeats: int = 0, probability: float = 1.0):
         self.repeats, self.schedule = repeats, Schedule(probability=probability)

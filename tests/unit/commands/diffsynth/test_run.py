@@ -120,6 +120,7 @@ def test_the_page_s_command_for_flux_becomes_these_files() -> None:
             "resolution_type": "pixel",
             "crop_style": "center",
             "minimum_image_size": 0,
+            "with_replacement": True,
             "random_flip": False,
         }
     ]
