@@ -5,12 +5,14 @@ These are plain containers. They hold tensors of any device and know nothing of 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
+    from PIL.Image import Image
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,42 @@ class Sample:
         """The same images the other way round, references too."""
         references = tuple(reference.mirrored() for reference in self.references)
         return replace(self, is_flipped=not self.is_flipped, references=references)
+
+
+def _no_image() -> Image:
+    raise ValueError("of this reference image only the size is known")
+
+
+@dataclass(frozen=True)
+class PromptImage:
+    """A reference image as it is given to the encoders of its prompt, of which most ask for its size alone.
+
+    Args:
+        height: pixels.
+        width: pixels.
+        content: tells images apart: a digest of what is shown.
+        load: gives the image, RGB and of this size.
+    """
+
+    height: int
+    width: int
+    content: str = ""
+    load: Callable[[], Image] = field(default=_no_image, compare=False, repr=False)
+
+    @classmethod
+    def of(cls, image: Image) -> PromptImage:
+        """An image that is in memory; its pixels are its content."""
+        image = image.convert("RGB")
+        content = hashlib.sha256(f"{image.size}".encode() + image.tobytes()).hexdigest()
+        return cls(image.height, image.width, content, lambda: image)
+
+
+@dataclass(frozen=True)
+class PromptRequest:
+    """What is encoded: a text, and the reference images that the encoders see with it."""
+
+    text: str
+    images: tuple[PromptImage, ...] = ()
 
 
 @dataclass(frozen=True)

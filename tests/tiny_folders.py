@@ -13,7 +13,7 @@ from tests.tiny_hunyuan_dit import tiny_hunyuan_dit_folder
 from tests.tiny_kolors import tiny_kolors_folder
 from tests.tiny_krea2 import tiny_krea2_folder
 from tests.tiny_omnigen2 import tiny_omnigen2_folder
-from tests.tiny_qwen_image import tiny_qwen_image_folder
+from tests.tiny_qwen_image import tiny_qwen_image_edit_folder, tiny_qwen_image_folder
 from tests.tiny_sd3 import tiny_sd3_folder
 from tests.tiny_sd15 import tiny_sd15_folder
 from tests.tiny_sdxl import tiny_sdxl_folder
@@ -30,6 +30,7 @@ TINY_FOLDERS: Mapping[str, Callable[[Path], Path]] = {
     "omnigen2": tiny_omnigen2_folder,
     "qwen_image": tiny_qwen_image_folder,
     "sd15": tiny_sd15_folder,
+    "qwen_image_edit": tiny_qwen_image_edit_folder,
     "sd3": tiny_sd3_folder,
     "sdxl": tiny_sdxl_folder,
     "z_image": tiny_z_image_folder,

@@ -31,9 +31,21 @@ def tiny_qwen_image_vae(seed: int = 0) -> AutoencoderKLQwenImage:
     return AutoencoderKLQwenImage(base_dim=4, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1).eval()
 
 
-def tiny_qwen_image_folder(path: Path) -> Path:
+def tiny_qwen_image_edit_folder(path: Path, pipeline_class: str = "QwenImageEditPlusPipeline", **config: Any) -> Path:
+    """`tiny_qwen_image_folder` with an image processor: an edit model of the kind that `pipeline_class` says."""
+    from transformers import Qwen2VLImageProcessorPil
+
+    tiny_qwen_image_folder(path, **config)
+    Qwen2VLImageProcessorPil(min_pixels=56 * 56, max_pixels=12_845_056).save_pretrained(path / "processor")
+    index = json.loads((path / "model_index.json").read_text())
+    index |= {"_class_name": pipeline_class, "processor": ["transformers", "Qwen2VLProcessor"]}
+    (path / "model_index.json").write_text(json.dumps(index))
+    return path
+
+
+def tiny_qwen_image_folder(path: Path, **config: Any) -> Path:
     """Write transformer, VAE, language model, tokenizer, scheduler and `model_index.json` into `path`; returns it."""
-    tiny_qwen_image_transformer().save_pretrained(path / "transformer")
+    tiny_qwen_image_transformer(**config).save_pretrained(path / "transformer")
     tiny_qwen_image_vae().save_pretrained(path / "vae")
     tiny_mllm(write_qwen2_tokenizer(path / "tokenizer")).save_pretrained(path / "text_encoder")
     # The released settings.

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from simpletuner.adapters.base import Adapter
-from simpletuner.batch import Batch, Conditioning, Crop, PromptEmbeds, Sample
+from simpletuner.batch import Batch, Conditioning, Crop, PromptEmbeds, PromptImage, Sample
 from simpletuner.config.loading import LoadedRun
 from simpletuner.data.schedule import Schedule
 from simpletuner.distributed.placement import Replicated
@@ -189,6 +189,9 @@ class ToyDataset:
 
     def buckets_in(self, round_number: int) -> Mapping[tuple[int, int], Any]:
         return self.buckets
+
+    def prompt_images(self, rows: Sequence[Sequence[Sample]]) -> list[tuple[PromptImage, ...]]:
+        return [tuple(PromptImage(each.crop.height, each.crop.width, each.digest) for each in row) for row in rows]
 
     def caption_for(self, sample: Sample, *key: int | str) -> str:
         return sample.captions[0]

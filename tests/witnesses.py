@@ -75,6 +75,7 @@ def converted(spec: FamilySpec, original: Mapping[str, Tensor], denoiser: Any) -
         "krea2": convert_krea2_transformer_checkpoint_to_diffusers,
         "sd3": convert_sd3_transformer_checkpoint_to_diffusers,
         "qwen_image": dict,  # released in the layout of diffusers
+        "qwen_image_edit": dict,
         "z_image": convert_z_image_transformer_checkpoint_to_diffusers,
     }[spec.name]
     return convert(dict(original))

@@ -1,7 +1,8 @@
 """Prompt embeddings, encoded once: what the text encoders say of a prompt, under a key of everything that made it.
 
-The key holds the text and the encoders' fingerprint (weights, tokenizers, limits, number format), so another caption or
-encoder can never meet a stale entry, and a caption that many images share is encoded once.
+The key holds the text, the images where the encoders see them, and the encoders' fingerprint (weights, tokenizers,
+limits, number format), so another caption or encoder can never meet a stale entry, and a caption that many images share
+is encoded once.
 """
 
 from __future__ import annotations
@@ -14,10 +15,10 @@ from typing import Any
 
 import torch
 
-from simpletuner.batch import PromptEmbeds
+from simpletuner.batch import PromptEmbeds, PromptImage, PromptRequest
 from simpletuner.cache.encoded import EncodedCache
 from simpletuner.cache.store import DamagedEntry, StoreWriter
-from simpletuner.models.family import ModelFamily, ReferenceSizes
+from simpletuner.models.family import ModelFamily, PromptReferences
 
 # Raise it when the same inputs would be stored in another way.
 SCHEMA_VERSION = 1
@@ -45,24 +46,25 @@ class PromptCache(EncodedCache):
     def settings(self) -> dict[str, Any]:
         return {"schema": SCHEMA_VERSION, "encoders": self.fingerprint}
 
-    def key(self, prompt: str) -> str:
-        """sha256 in hex over everything that decides the embeddings of `prompt`."""
-        return self.digest({"prompt": prompt})
+    def key(self, request: PromptRequest) -> str:
+        """sha256 in hex over everything that decides the embeddings of a prompt."""
+        images = [image.content for image in request.images]
+        return self.digest({"prompt": request.text, **({"images": images} if images else {})})
 
-    def find(self, prompt: str) -> PromptEmbeds | None:
-        """The embeddings of `prompt`; None where they are missing or damaged."""
+    def find(self, request: PromptRequest) -> PromptEmbeds | None:
+        """The embeddings of a prompt; None where they are missing or damaged."""
         try:
-            return PromptEmbeds(self.store.get(self.key(prompt)))
+            return PromptEmbeds(self.store.get(self.key(request)))
         except (KeyError, DamagedEntry):
             return None
 
-    def missing(self, prompts: Iterable[str]) -> tuple[list[str], int]:
-        """Those of `prompts` that are not there, each once, and how many different ones are."""
-        texts = {self.key(prompt): prompt for prompt in prompts}
-        missing = self.store.missing(texts)
-        return [texts[key] for key in missing], len(texts) - len(missing)
+    def missing(self, requests: Iterable[PromptRequest]) -> tuple[list[PromptRequest], int]:
+        """Those of `requests` that are not there, each once, and how many different ones are."""
+        known = {self.key(request): request for request in requests}
+        missing = self.store.missing(known)
+        return [known[key] for key in missing], len(known) - len(missing)
 
-    def fill(self, prompts: Iterable[str], report: Progress | None = None) -> PromptFillReport:
+    def fill(self, requests: Iterable[PromptRequest], report: Progress | None = None) -> PromptFillReport:
         """Encode what is missing; the encoders are loaded only if something is.
 
         Args:
@@ -72,25 +74,36 @@ class PromptCache(EncodedCache):
         Raises:
             DataError: the encoders cannot be loaded, or the disk has no room.
         """
-        missing, num_cached = self.missing(prompts)
+        missing, num_cached = self.missing(requests)
         with StoreWriter(self.store, max_entries=self.write_batch_size) as writer:
-            for done, (prompt, embeds) in enumerate(encode(self.family, missing), start=1):
-                writer.put(self.key(prompt), embeds.tensors)
+            for done, (request, embeds) in enumerate(encode(self.family, missing), start=1):
+                writer.put(self.key(request), embeds.tensors)
                 if report and (done % BATCH_SIZE == 0 or done == len(missing)):
                     report(num_cached + done, num_cached + len(missing))
         return PromptFillReport(len(missing), num_cached)
 
 
-def encode(family: ModelFamily, prompts: Sequence[str]) -> Iterator[tuple[str, PromptEmbeds]]:
+def encode(family: ModelFamily, requests: Sequence[PromptRequest]) -> Iterator[tuple[PromptRequest, PromptEmbeds]]:
     """Each prompt with its embeddings on the CPU, in batches of one fixed size, outside of any autocast."""
-    for start in range(0, len(prompts), BATCH_SIZE):
-        chunk = prompts[start : start + BATCH_SIZE]
-        filled = [*chunk, *[""] * (BATCH_SIZE - len(chunk))]
+    size = 1 if family.reads_prompts_singly else BATCH_SIZE
+    for start in range(0, len(requests), size):
+        chunk = requests[start : start + size]
+        filled = [*chunk, *[PromptRequest("")] * (size - len(chunk))]
+        images = [request.images for request in filled]
         with torch.no_grad(), torch.autocast(family.device.type, enabled=False):
-            rows = family.encode_prompts(filled)[: len(chunk)]
-        for prompt, row in zip(chunk, rows, strict=True):
+            rows = family.encode_prompts([request.text for request in filled], images if any(images) else None)
+        for request, row in zip(chunk, rows[: len(chunk)], strict=True):
             # Copies: a row of a batch would keep the whole batch in memory.
-            yield prompt, PromptEmbeds({name: tensor.detach().cpu().clone() for name, tensor in row.tensors.items()})
+            yield request, PromptEmbeds({name: tensor.detach().cpu().clone() for name, tensor in row.tensors.items()})
+
+
+def requests_of(
+    family: ModelFamily, prompts: Sequence[str], references: PromptReferences | None
+) -> list[PromptRequest]:
+    """What the encoders of a family are asked for: they get no images that they do not look at."""
+    if references is None or not family.spec.prompts_see_references:
+        return [PromptRequest(prompt) for prompt in prompts]
+    return [PromptRequest(prompt, tuple(images)) for prompt, images in zip(prompts, references, strict=True)]
 
 
 class CachedPrompts:
@@ -116,49 +129,52 @@ class CachedPrompts:
         self.warn = warn
         self._lock = threading.Lock()
         self._writer = StoreWriter(cache.store, max_entries=cache.write_batch_size)
-        self._memo: OrderedDict[str, PromptEmbeds] = OrderedDict()
+        self._memo: OrderedDict[PromptRequest, PromptEmbeds] = OrderedDict()
         self._memo_bytes = 0
 
-    def embeds(self, prompts: Sequence[str], references: ReferenceSizes | None = None) -> list[PromptEmbeds]:
-        """One entry per prompt. References do not matter: no encoder whose results are cached sees them."""
+    def embeds(self, prompts: Sequence[str], references: PromptReferences | None = None) -> list[PromptEmbeds]:
+        """One entry per prompt."""
+        requests = requests_of(self.cache.family, prompts, references)
         with self._lock:
-            found: dict[str, PromptEmbeds] = {}
-            for prompt in prompts:
-                embeds = self._memo.get(prompt) or self._find(prompt)
+            found: dict[PromptRequest, PromptEmbeds] = {}
+            for request in requests:
+                embeds = self._memo.get(request) or self._find(request)
                 if embeds is not None:
-                    found[prompt] = embeds
-            found |= self._encode([prompt for prompt in dict.fromkeys(prompts) if prompt not in found])
-            for prompt, embeds in found.items():
-                self._remember(prompt, embeds)
-            return [found[prompt] for prompt in prompts]
+                    found[request] = embeds
+            found |= self._encode([request for request in dict.fromkeys(requests) if request not in found])
+            for request, embeds in found.items():
+                self._remember(request, embeds)
+            return [found[request] for request in requests]
 
     def close(self) -> None:
         """Write what was encoded and is not written yet."""
         self._writer.flush()
 
-    def _find(self, prompt: str) -> PromptEmbeds | None:
+    def _find(self, request: PromptRequest) -> PromptEmbeds | None:
         if not self.keeps_entries:
             return None
-        waiting = self._writer.waiting(self.cache.key(prompt))
-        return PromptEmbeds(waiting) if waiting is not None else self.cache.find(prompt)
+        waiting = self._writer.waiting(self.cache.key(request))
+        return PromptEmbeds(waiting) if waiting is not None else self.cache.find(request)
 
-    def _encode(self, prompts: Sequence[str]) -> Mapping[str, PromptEmbeds]:
-        if not prompts:
+    def _encode(self, requests: Sequence[PromptRequest]) -> Mapping[PromptRequest, PromptEmbeds]:
+        if not requests:
             return {}
         if not self.keeps_encoders:
-            self.warn(f'"{prompts[0][:60]}" is not in the cache of captions, or damaged there: it is encoded again')
-        encoded = dict(encode(self.cache.family, prompts))
-        for prompt, embeds in encoded.items() if self.keeps_entries else ():
-            self._writer.put(self.cache.key(prompt), embeds.tensors)
+            self.warn(
+                f'"{requests[0].text[:60]}" is not in the cache of captions, or damaged there: it is encoded again'
+            )
+        encoded = dict(encode(self.cache.family, requests))
+        for request, embeds in encoded.items() if self.keeps_entries else ():
+            self._writer.put(self.cache.key(request), embeds.tensors)
         if not self.keeps_encoders:
             self.cache.family.free_prompt_encoders()
         return encoded
 
-    def _remember(self, prompt: str, embeds: PromptEmbeds) -> None:
-        if prompt in self._memo:
-            self._memo.move_to_end(prompt)
+    def _remember(self, request: PromptRequest, embeds: PromptEmbeds) -> None:
+        if request in self._memo:
+            self._memo.move_to_end(request)
             return
-        self._memo[prompt] = embeds
+        self._memo[request] = embeds
         self._memo_bytes += _num_bytes(embeds)
         while self._memo_bytes > MEMO_BYTES:
             self._memo_bytes -= _num_bytes(self._memo.popitem(last=False)[1])
@@ -170,19 +186,22 @@ class PromptsAhead:
     Args:
         family: its encoders are freed again.
         prompts: those that are known; others are encoded when they are asked for.
+        images: the references that each of them has.
     """
 
-    def __init__(self, family: ModelFamily, prompts: Iterable[str]):
+    def __init__(self, family: ModelFamily, prompts: Iterable[str], images: Sequence[PromptImage] = ()):
         self.family = family
-        self._known: dict[str, PromptEmbeds] = {}
-        self.embeds(list(prompts))
+        self._known: dict[PromptRequest, PromptEmbeds] = {}
+        texts = list(prompts)
+        self.embeds(texts, [images] * len(texts))
 
-    def embeds(self, prompts: Sequence[str], references: ReferenceSizes | None = None) -> list[PromptEmbeds]:
-        missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._known]
+    def embeds(self, prompts: Sequence[str], references: PromptReferences | None = None) -> list[PromptEmbeds]:
+        requests = requests_of(self.family, prompts, references)
+        missing = [request for request in dict.fromkeys(requests) if request not in self._known]
         if missing:
             self._known |= dict(encode(self.family, missing))
             self.family.free_prompt_encoders()
-        return [self._known[prompt] for prompt in prompts]
+        return [self._known[request] for request in requests]
 
     def close(self) -> None:
         """There is nothing to write."""

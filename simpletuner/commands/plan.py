@@ -14,8 +14,9 @@ from itertools import islice
 from pathlib import Path
 
 import torch
+from PIL import Image
 
-from simpletuner.batch import PromptEmbeds
+from simpletuner.batch import PromptEmbeds, PromptImage
 from simpletuner.commands.check import cache_need, count_steps
 from simpletuner.commands.memory import Row, Shapes, decode_bytes, device_memory, memory_rows, read_shapes
 from simpletuner.commands.probe import Load, StepTimes, time_encoding, time_steps
@@ -264,10 +265,15 @@ def choose_prompts(family: ModelFamily, training: Sequence[Dataset], load: Load,
     ordered = [caption for _, caption in sorted(zip(lengths, captions, strict=True), reverse=True)]
     start = 0 if longest else max(0, len(ordered) // 2 - batch_size // 2)
     chosen = ordered[start : start + batch_size]
-    sizes = [load.references] * batch_size if load.references else None
-    embeds = family.encode_prompts((chosen * batch_size)[:batch_size], sizes)
+    images = [_blank_image(*size) for size in load.references]
+    embeds = family.encode_prompts((chosen * batch_size)[:batch_size], [images] * batch_size)
     family.free_prompt_encoders()
     return embeds
+
+
+def _blank_image(height: int, width: int) -> PromptImage:
+    """Stands for a reference: encoders make as many tokens of it as of any other of its size."""
+    return PromptImage(height, width, load=lambda: Image.new("RGB", (width, height)))
 
 
 def _prompts_of_files(training: Sequence[Dataset], batch_size: int, longest: bool) -> list[PromptEmbeds]:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from simpletuner.batch import Sample
+from simpletuner.batch import PromptImage, Sample
 from simpletuner.config.datasets import EvalDataset, ImageDataset
 from simpletuner.data.backends.base import Backend
 from simpletuner.data.backends.build import source_key
@@ -302,6 +302,11 @@ class Dataset:
             DataError: the file is gone, or is no longer the one that was indexed.
         """
         return read_pixels(self.backend, sample, f"{self.id}.{source_key(self.entry)}")
+
+    def prompt_images(self, rows: Sequence[Sequence[Sample]]) -> list[tuple[PromptImage, ...]]:
+        """Rows of references as the encoders of prompts are given them."""
+        folders = {each.id: each for each in self.references}
+        return [tuple(folders[each.dataset_id].prompt_image(each) for each in row) for row in rows]
 
     def caption_for(self, sample: Sample, *key: int | str) -> str:
         """One of the caption variants of a sample, drawn by `key` (seed, step, slot)."""

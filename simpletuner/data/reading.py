@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,7 @@ from simpletuner.text import printable
 
 if TYPE_CHECKING:
     import torch
+    from PIL.Image import Image
 
 
 def read_pixels(backend: Backend, sample: Sample, key: str) -> torch.Tensor:
@@ -33,6 +35,20 @@ def read_pixels(backend: Backend, sample: Sample, key: str) -> torch.Tensor:
         return to_pixels(load_image(checked_bytes(data, sample.digest)), sample.crop, sample.is_flipped)
     except UnusableImage as error:
         raise _unreadable(backend, sample, key, str(error)) from error
+
+
+def to_image(pixels: torch.Tensor) -> Image:
+    """(3, H, W) in [-1, 1] -> the image."""
+    import numpy as np
+    from PIL import Image
+
+    values = ((pixels + 1) * 127.5).round().clamp(0, 255).permute(1, 2, 0).numpy()
+    return Image.fromarray(values.astype(np.uint8))
+
+
+def shown_content(sample: Sample) -> str:
+    """Names what of an image is shown: its content, its cut, and whether it is mirrored."""
+    return hashlib.sha256(f"{sample.digest} {sample.crop} {sample.is_flipped}".encode()).hexdigest()
 
 
 def _unreadable(backend: Backend, sample: Sample, key: str, what: str) -> DataError:

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from simpletuner.batch import Crop, Sample
+from simpletuner.batch import Crop, PromptImage, Sample
 from simpletuner.config.datasets import ConditioningDataset, ResolutionType
 from simpletuner.data.buckets import plan_reduction
 from simpletuner.data.index import ImageRow, Index
-from simpletuner.data.reading import read_pixels
+from simpletuner.data.reading import read_pixels, shown_content, to_image
 
 if TYPE_CHECKING:
     import torch
@@ -82,6 +82,11 @@ class References:
             DataError: the file is gone or has changed.
         """
         return read_pixels(self.index.backend, sample, f"{self.id}.instance_data_dir")
+
+    def prompt_image(self, sample: Sample) -> PromptImage:
+        """A reference as the encoders of its prompt may see it: the cut-out part."""
+        crop = sample.crop
+        return PromptImage(crop.height, crop.width, shown_content(sample), lambda: to_image(self.read_pixels(sample)))
 
     def _reference(self, row: ImageRow, sample: Sample) -> Sample:
         return Sample(

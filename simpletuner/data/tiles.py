@@ -10,6 +10,7 @@ from torch import Tensor
 
 from simpletuner.batch import Sample
 from simpletuner.data.dataset import Dataset
+from simpletuner.data.reading import to_image
 
 # Rounding to the alignment enlarges nearly everything by a little, which nobody sees.
 NOTICEABLE = 1.05
@@ -70,12 +71,6 @@ def spread(dataset: Dataset, count: int) -> list[int]:
         chosen += [int(members[place * len(members) // number]) for place in range(number)]
         room -= number
     return chosen
-
-
-def to_image(pixels: Tensor) -> Image.Image:
-    """(3, H, W) in [-1, 1] -> the image."""
-    values = ((pixels + 1) * 127.5).round().clamp(0, 255).permute(1, 2, 0).numpy()
-    return Image.fromarray(values.astype(np.uint8))
 
 
 def mask_image(weights: Tensor) -> Image.Image:

@@ -33,6 +33,7 @@ FAMILIES: dict[str, str] = {
     "kolors": "simpletuner.models.kolors.spec:KOLORS",
     "hunyuan_dit": "simpletuner.models.hunyuan_dit.spec:HUNYUAN_DIT",
     "qwen_image": "simpletuner.models.qwen_image.spec:QWEN_IMAGE",
+    "qwen_image_edit": "simpletuner.models.qwen_image_edit.spec:QWEN_IMAGE_EDIT",
     "z_image": "simpletuner.models.z_image.spec:Z_IMAGE",
     "flux2": "simpletuner.models.flux2.spec:FLUX2",
     "krea2": "simpletuner.models.krea2.spec:KREA2",

@@ -105,6 +105,8 @@ class FamilySpec:
         max_references: input images for editing; 0 where the family has none.
         stretches: images that keep their own size, and loose references, are stretched to multiples of
             `size_multiple`, as the family was trained; otherwise the rest is cut off.
+        prompts_see_references: the encoders of prompts look at the reference images: the embeddings of a caption are
+            other ones for each set of references.
         drops_references: where a caption is dropped, the references of its image are too.
         prompt_lengths: (shortest, longest) number of tokens that `tokenizer_max_length` may set; None where the family
             reads prompts of one length.
@@ -169,6 +171,7 @@ class FamilySpec:
     max_size: int | None = None
     max_references: int = 0
     stretches: bool = False
+    prompts_see_references: bool = False
     drops_references: bool = True
     prompt_lengths: tuple[int, int] | None = None
     caches_prompt_embeds: bool = True

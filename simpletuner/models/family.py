@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from simpletuner.activation_memory.modules import reduce_activation_memory
-from simpletuner.batch import Batch, Conditioning, PromptEmbeds
+from simpletuner.batch import Batch, Conditioning, PromptEmbeds, PromptImage
 from simpletuner.diffusion import flow_matching, timesteps
 from simpletuner.errors import ConfigError, Problem
 from simpletuner.families.spec import FamilySpec, PredictionType
@@ -44,14 +44,15 @@ def send(tensor: Tensor, device: torch.device, dtype: torch.dtype | None = None)
     return tensor.to(device, dtype, non_blocking=True)
 
 
-# Per prompt the (height, width) in pixels of each of its reference images.
-ReferenceSizes = Sequence[Sequence[tuple[int, int]]]
+# Per prompt its reference images.
+PromptReferences = Sequence[Sequence[PromptImage]]
+ReferenceSizes = PromptReferences
 
 
 class PromptSource(Protocol):
     """Where the embeddings of prompts come from: a cache, or the family's encoders."""
 
-    def embeds(self, prompts: Sequence[str], references: ReferenceSizes | None = None) -> list[PromptEmbeds]:
+    def embeds(self, prompts: Sequence[str], references: PromptReferences | None = None) -> list[PromptEmbeds]:
         """One entry per prompt, on the CPU; may be called from several threads."""
         ...
 
@@ -65,7 +66,7 @@ class EncodedPrompts:
     def __init__(self, family: ModelFamily):
         self.family = family
 
-    def embeds(self, prompts: Sequence[str], references: ReferenceSizes | None = None) -> list[PromptEmbeds]:
+    def embeds(self, prompts: Sequence[str], references: PromptReferences | None = None) -> list[PromptEmbeds]:
         return self.family.encode_prompts(prompts, references)
 
     def close(self) -> None:
@@ -113,7 +114,7 @@ class ModelFamily(ABC):
     # ---- what each family writes -----------------------------------------------------------------------------------
 
     @abstractmethod
-    def encode_prompts(self, prompts: Sequence[str], references: ReferenceSizes | None = None) -> list[PromptEmbeds]:
+    def encode_prompts(self, prompts: Sequence[str], references: PromptReferences | None = None) -> list[PromptEmbeds]:
         """Turn prompts into what the denoiser reads: one entry per prompt, unpadded.
 
         Loads the tokenizer and text encoders on first use (`free_prompt_encoders` drops them). Results may be cached,
@@ -121,7 +122,8 @@ class ModelFamily(ABC):
         Everything else asks `self.prompts`.
 
         Args:
-            references: per prompt the (height, width) in pixels of each reference image.
+            references: per prompt its reference images; only where `spec.prompts_see_references` is true can more than
+                their sizes be asked for.
         """
 
     @abstractmethod
@@ -219,6 +221,10 @@ class ModelFamily(ABC):
 
     # `clip_skip`: the layer of CLIP that is the text, counted from the last.
     clip_skip: int = 1
+
+    # Whether `encode_prompts` reads each prompt by itself. Others get them in batches of one size, or the last bits of
+    # their embeddings would depend on the company.
+    reads_prompts_singly: bool = False
 
     # Prompts so far that were longer than `spec.max_prompt_tokens` and were cut; `encode_prompts` counts them.
     num_cut_prompts: int = 0

@@ -57,6 +57,14 @@ class TextEncoders:
             self._tokenizers[name] = _load_tokenizer(self.family.source, self._component(name))
         return self._tokenizers[name]
 
+    def image_processor(self, name: str = "processor") -> Any:
+        """What cuts images into patches for an encoder that sees them, from folder `name`.
+
+        Raises:
+            DataError: it cannot be read.
+        """
+        return self.tokenizer(name)
+
     def encoder(self, name: str = "text_encoder") -> Any:
         """The text encoder in folder `name`, in eval mode, without gradients.
 
@@ -147,7 +155,7 @@ def _load_tokenizer(source: ModelSource, component: Component) -> Any:
     except load_errors() as error:
         raise DataError(
             Problem(
-                f"cannot load the tokenizer {folder}: {error}",
+                f"cannot load the {component.role} {folder}: {error}",
                 key="pretrained_model_name_or_path",
                 allowed="the files that transformers' save_pretrained writes",
             )

@@ -21,7 +21,6 @@ from simpletuner.data.dataset import Dataset
 from simpletuner.data.sampler import BatchPlan, Sampler, range_for_rank
 from simpletuner.diffusion.loss import sample_weights
 from simpletuner.distributed.process_group import SINGLE_PROCESS, ProcessGroup
-from simpletuner.families.spec import FamilySpec
 from simpletuner.models.family import ModelFamily
 from simpletuner.randomness import keyed_seed, keyed_uniform
 
@@ -170,17 +169,15 @@ class BatchSource:
         if self.family.device.type == "cuda":
             latents = latents.pin_memory()  # here, beside the model's work
         captions = [self.caption(dataset, sample, step, slot) for sample, slot in zip(samples, slots, strict=True)]
-        references = reference_latents(
-            self.sources, [self.references(sample, step, slot) for sample, slot in zip(samples, slots, strict=True)]
-        )
+        shown = [self.references(sample, step, slot) for sample, slot in zip(samples, slots, strict=True)]
         return Batch(
             latents=latents,
-            prompt_embeds=self.prompt_embeds(dataset, samples, captions, references, step, slots),
+            prompt_embeds=self.prompt_embeds(dataset, samples, captions, shown, step, slots),
             slots=slots,
             digests=[sample.digest for sample in samples],
             loss_weights=torch.tensor(plan.loss_weights) * (latents[0][0].numel() if self.weighs_by_size else 1),
             dataset_id=dataset.id,
-            references=references,
+            references=reference_latents(self.sources, shown),
             masks=self.masks(dataset, plan, samples, latents, step, slots),
             is_regularisation=dataset.is_regularisation,
             captions=captions,
@@ -212,14 +209,14 @@ class BatchSource:
         dataset: Dataset,
         samples: Sequence[Sample],
         captions: Sequence[str],
-        references: Sequence[Sequence[Tensor]],
+        references: Sequence[Sequence[Sample]],
         step: int,
         slots: Sequence[int],
     ) -> list[PromptEmbeds]:
         """Of `captions`: what the family's prompts give, or what the files of the dataset hold."""
-        sizes = reference_sizes(references, self.family.spec)
+        images = dataset.prompt_images(references)
         if dataset.prompt_files is None:
-            return self.family.prompts.embeds(captions, sizes)
+            return self.family.prompts.embeds(captions, images)
         rows = []
         for place, (sample, row) in enumerate(zip(samples, dataset.prompt_files.take(samples), strict=True)):
             if not self.drops_caption(step, slots[place]):
@@ -227,7 +224,7 @@ class BatchSource:
             elif row.dropped is not None:
                 rows.append(dataset.prompt_files.read(row.dropped))
             else:
-                rows += self.family.prompts.embeds([captions[place]], sizes and [sizes[place]])
+                rows += self.family.prompts.embeds([captions[place]], [images[place]])
         return rows
 
     def references(self, sample: Sample, step: int, slot: int) -> Sequence[Sample]:
@@ -261,9 +258,3 @@ def reference_latents(
     if not any(references):
         return []
     return [[sources[each.dataset_id].latents([each])[0] for each in row] for row in references]
-
-
-def reference_sizes(references: Sequence[Sequence[Tensor]], spec: FamilySpec) -> list[list[tuple[int, int]]] | None:
-    """The (height, width) in pixels of each reference, for `encode_prompts`; None where no sample has any."""
-    sizes = [[(x.shape[-2] * spec.vae_factor, x.shape[-1] * spec.vae_factor) for x in row] for row in references]
-    return sizes or None

@@ -27,7 +27,7 @@ from simpletuner.training.evaluation import Evaluator
 from simpletuner.training.latents import LatentSources
 from simpletuner.training.signals import StopRequest
 from simpletuner.validation.external import ExternalScript
-from simpletuner.validation.references import read_references, references_of_data
+from simpletuner.validation.references import references_of_run
 from simpletuner.validation.validator import Validator
 
 
@@ -169,10 +169,7 @@ def build_validator(
         command = config.validation_external_script
         assert command is not None, "validation_rules.external_script_is_named"
         return ExternalScript(command, facts, checkpoints.newest, checkpoints.output_dir, bus)
-    if config.validation_references is not None:
-        references = read_references(config.validation_references, "validation_references")
-    else:
-        references = references_of_data(datasets, config.conditioning_multidataset_sampling == "random")
+    references = references_of_run(config, datasets, config.conditioning_multidataset_sampling == "random")
     images_dir = checkpoints.output_dir
     if not process_group.is_main:
         images_dir = Path(tempfile.mkdtemp(prefix="simpletuner-"))

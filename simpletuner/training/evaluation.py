@@ -17,9 +17,9 @@ from simpletuner.batch import Batch, PromptEmbeds, Sample
 from simpletuner.data.dataset import Dataset
 from simpletuner.diffusion.timesteps import fixed_quantiles
 from simpletuner.errors import Stopping
-from simpletuner.models.family import ModelFamily, ReferenceSizes
+from simpletuner.models.family import ModelFamily
 from simpletuner.randomness import keyed_generator
-from simpletuner.training.batches import LatentSource, reference_latents, reference_sizes
+from simpletuner.training.batches import LatentSource, reference_latents
 from simpletuner.training.step import compute_losses
 
 EVAL_SEED = 0
@@ -130,12 +130,13 @@ class Evaluator:
         return sample.references[:1] if self.one_reference else sample.references
 
     def _prompt_embeds(
-        self, dataset: Dataset, samples: Sequence[Sample], sizes: ReferenceSizes | None
+        self, dataset: Dataset, samples: Sequence[Sample], references: Sequence[Sequence[Sample]]
     ) -> list[PromptEmbeds]:
         """Of the first caption of each sample."""
         files = dataset.prompt_files
         if files is None:
-            return self.family.prompts.embeds([sample.captions[0] for sample in samples], sizes)
+            captions = [sample.captions[0] for sample in samples]
+            return self.family.prompts.embeds(captions, dataset.prompt_images(references))
         return [files.read(row.files[0]) for row in files.take(samples)]
 
     def _chunk_losses(self, denoiser: nn.Module, dataset: Dataset, rows: list[Row]) -> list[float]:
@@ -143,16 +144,15 @@ class Evaluator:
         latents = torch.stack(self.sources[dataset.id].latents(samples))
         generators = [keyed_generator(EVAL_SEED, "eval noise", row.sample.digest, row.quantile) for row in rows]
         noise = torch.stack([torch.randn(latents.shape[1:], generator=generator) for generator in generators])
-        references = reference_latents(self.sources, [self._references(sample) for sample in samples])
-        sizes = reference_sizes(references, self.family.spec)
+        shown = [self._references(sample) for sample in samples]
         batch = Batch(
             latents=latents,
-            prompt_embeds=self._prompt_embeds(dataset, samples, sizes),
+            prompt_embeds=self._prompt_embeds(dataset, samples, shown),
             slots=range(len(rows)),
             digests=[sample.digest for sample in samples],
             loss_weights=torch.ones(len(rows)),
             dataset_id=dataset.id,
-            references=references,
+            references=reference_latents(self.sources, shown),
             masks=_masks(dataset, rows, (latents.shape[-2], latents.shape[-1])),
             samples=samples,
         )

@@ -1,7 +1,8 @@
 """Where the embeddings of captions and prompts come from: a filled cache, or encoders that stay for what is missing.
 
 Families whose denoiser reads tokens ask their tokenizer each time. For all others every text of the run is encoded
-before the denoiser is loaded, and the encoders are freed; `text_cache_ondemand` keeps them.
+before the denoiser is loaded, and the encoders are freed; `text_cache_ondemand` keeps them. Where encoders look at
+reference images, a text is encoded once for each set of references that it may have.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from simpletuner.batch import PromptImage, PromptRequest
 from simpletuner.cache.fingerprints import prompt_fingerprint
 from simpletuner.cache.prompts import CachedPrompts, PromptCache
 from simpletuner.cache.store import TensorStore
@@ -16,7 +18,9 @@ from simpletuner.config.datasets import text_cache_entry
 from simpletuner.config.loading import LoadedRun
 from simpletuner.data.dataset import Dataset
 from simpletuner.data.digests import DigestMemo
+from simpletuner.data.holdout import hold_out
 from simpletuner.distributed.process_group import SINGLE_PROCESS, ProcessGroup
+from simpletuner.errors import ConfigError, Problem
 from simpletuner.families.spec import FamilySpec
 from simpletuner.models.family import ModelFamily
 from simpletuner.models.lazy_vae import give_back_memory
@@ -25,6 +29,7 @@ from simpletuner.reporting.events import Notice
 from simpletuner.training.phases import phase
 from simpletuner.training.signals import StopRequest
 from simpletuner.validation.prompts import requests_from_config
+from simpletuner.validation.references import ReferenceImage, references_of_run
 
 # What the proof of a written adapter asks the denoiser (`training/adapter_roundtrip.py`).
 PROBE_PROMPT = "a probe of the adapter"
@@ -49,8 +54,10 @@ def prepare_prompts(
     if not family.spec.caches_prompt_embeds:
         return
     config = loaded.config
-    cache = open_prompt_cache(loaded, family)
     on_demand = config.text_cache_ondemand or config.text_cache_disable
+    if family.spec.prompts_see_references and not on_demand:
+        require_lasting_references(datasets)
+    cache = open_prompt_cache(loaded, family)
     family.prompts = CachedPrompts(
         cache,
         keeps_encoders=on_demand,
@@ -71,14 +78,27 @@ def prepare_prompts(
         if num_cached is not None:
             progress.summary = f"0 encoded, {num_cached} cached before"
         else:
-            texts = list(dict.fromkeys(run_prompts(loaded, family.spec, datasets)))
-            report = cache.fill(process_group.share(texts), show_progress)
+            wanted = list(dict.fromkeys(run_prompts(loaded, family.spec, datasets)))
+            report = cache.fill(process_group.share(wanted), show_progress)
             progress.summary = f"{report.num_encoded} encoded, {report.num_cached} cached before"
             process_group.barrier()
             if process_group.is_main:
-                cache.store.note_complete(everything, len(texts))
+                cache.store.note_complete(everything, len(wanted))
     family.free_prompt_encoders()
     give_back_memory(family.device)
+
+
+def require_lasting_references(datasets: Sequence[Dataset]) -> None:
+    """Refuse references that are cut anew in each round: what encoders say of them cannot be made beforehand.
+
+    Raises:
+        ConfigError: names the dataset.
+    """
+    for dataset in datasets:
+        if dataset.samples.draws.crops and any(each.rules.is_strict for each in dataset.references):
+            message = f"{dataset.id}: its references are cut anew in each round, and prompts are encoded with them"
+            fix = "remove the key, or set text_cache_ondemand, which keeps the encoders in memory"
+            raise ConfigError(Problem(message, key=f"{dataset.id}.vae_cache_clear_each_epoch", fix=fix))
 
 
 def open_prompt_cache(loaded: LoadedRun, family: ModelFamily) -> PromptCache:
@@ -99,28 +119,73 @@ def prompts_folder(loaded: LoadedRun, spec: FamilySpec) -> Path:
 
 def _set_fingerprint(loaded: LoadedRun, cache: PromptCache, datasets: Sequence[Dataset]) -> str:
     """Names all texts of a run: a start that finds them complete asks for no single one (`training/latents.py`)."""
+    spec = cache.family.spec
     captions = [dataset.fingerprint for dataset in datasets]
-    return cache.set_fingerprint(captions, list(fixed_prompts(loaded, cache.family.spec, datasets)))
+    fixed = list(fixed_prompts(loaded, spec, datasets))
+    if not spec.prompts_see_references:
+        return cache.set_fingerprint(captions, [request.text for request in fixed])
+    texts = [[request.text, [image.content for image in request.images]] for request in fixed]
+    seen = [_sees_one_reference(loaded), keeps_references_of_dropped(loaded, spec)]
+    return cache.set_fingerprint(captions, texts, seen)
 
 
-def run_prompts(loaded: LoadedRun, spec: FamilySpec, datasets: Sequence[Dataset]) -> Iterator[str]:
+def run_prompts(loaded: LoadedRun, spec: FamilySpec, datasets: Sequence[Dataset]) -> Iterator[PromptRequest]:
     """Every text that the run may ask for: the fixed ones, and all variants of all captions."""
     yield from fixed_prompts(loaded, spec, datasets)
     for dataset in datasets:
+        if spec.prompts_see_references and dataset.references:
+            yield from _prompts_with_references(loaded, spec, dataset)
+            continue
         for sample in dataset.samples if dataset.prompt_files is None else ():
-            yield from sample.captions
+            for caption in sample.captions:
+                yield PromptRequest(caption)
 
 
-def fixed_prompts(loaded: LoadedRun, spec: FamilySpec, datasets: Sequence[Dataset]) -> Iterator[str]:
+def _prompts_with_references(loaded: LoadedRun, spec: FamilySpec, dataset: Dataset) -> Iterator[PromptRequest]:
+    """The captions of each sample with the references that the model sees with them, and where a caption may be
+    dropped alone, the dropped caption with them."""
+    files = dataset.prompt_files
+    drops = keeps_references_of_dropped(loaded, spec) and not (files and files.has_dropped)
+    dropped = (spec.dropped_caption,) if drops else ()
+    for sample in dataset.samples.every_version():
+        one = _sees_one_reference(loaded)
+        rows = [(each,) for each in sample.references] if one else [sample.references]
+        for images in dataset.prompt_images(rows):
+            for text in (*(() if files else sample.captions), *dropped):
+                yield PromptRequest(text, images)
+
+
+def fixed_prompts(loaded: LoadedRun, spec: FamilySpec, datasets: Sequence[Dataset]) -> Iterator[PromptRequest]:
     """The texts that stand in no dataset: dropped captions, validation, proof."""
+    config = loaded.config
     if not has_all_embeddings(loaded, datasets):
-        yield from (spec.dropped_caption, "", PROBE_PROMPT)
+        yield from map(PromptRequest, (spec.dropped_caption, "", PROBE_PROMPT))
+    references: tuple[ReferenceImage, ...] = ()
+    if spec.prompts_see_references and not config.validation_disable:
+        divided = hold_out(list(datasets), config.eval_holdout)
+        references = references_of_run(config, divided, _sees_one_reference(loaded))
     requests, _ = requests_from_config(
-        loaded.config, loaded.prompt_library, spec.size_multiple, empty_prompt=spec.dropped_caption
+        config,
+        loaded.prompt_library,
+        spec.size_multiple,
+        empty_prompt=spec.dropped_caption,
+        references=references,
     )
     for request in requests:
-        yield request.prompt
-        yield spec.negative_text(request.settings.negative_prompt)
+        seen = request.references if spec.prompts_see_references else ()
+        images = tuple(PromptImage.of(each.image) for each in seen)
+        yield PromptRequest(request.prompt, images)
+        yield PromptRequest(spec.negative_text(request.settings.negative_prompt), images)
+
+
+def keeps_references_of_dropped(loaded: LoadedRun, spec: FamilySpec) -> bool:
+    """Whether a caption may be dropped while the references of its image stay."""
+    share = loaded.config.reference_dropout_probability
+    return bool(loaded.config.caption_dropout_probability) and (spec.drops_references if share is None else share) < 1
+
+
+def _sees_one_reference(loaded: LoadedRun) -> bool:
+    return loaded.config.conditioning_multidataset_sampling == "random"
 
 
 def has_all_embeddings(loaded: LoadedRun, datasets: Sequence[Dataset]) -> bool:

@@ -15,6 +15,7 @@ from simpletuner.text import read_file
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from simpletuner.config.options.validation import ValidationOptions
     from simpletuner.data.dataset import Dataset
 
 
@@ -54,6 +55,20 @@ def read_references(paths: Sequence[str | Path], key: str) -> tuple[ReferenceIma
     return tuple(images)
 
 
+def references_of_run(config: ValidationOptions, datasets: Sequence[Dataset], one: bool) -> tuple[ReferenceImage, ...]:
+    """The input images of validation prompts that name none of their own.
+
+    Args:
+        one: the model sees one reference at a time.
+
+    Raises:
+        DataError: one cannot be read.
+    """
+    if config.validation_references is not None:
+        return read_references(config.validation_references, "validation_references")
+    return references_of_data(datasets, one)
+
+
 def references_of_data(datasets: Sequence[Dataset], one_reference: bool = False) -> tuple[ReferenceImage, ...]:
     """The references of one image, as they are trained with: the first one that is held out, else the first of all.
 
@@ -63,7 +78,7 @@ def references_of_data(datasets: Sequence[Dataset], one_reference: bool = False)
     Raises:
         DataError: a file has gone or changed since the scan.
     """
-    from simpletuner.data.tiles import to_image
+    from simpletuner.data.reading import shown_content, to_image
 
     with_references = [dataset for dataset in datasets if dataset.references]
     chosen = sorted(with_references, key=lambda dataset: dataset.kind != "eval")[:1]  # stable: file order within a kind
@@ -74,7 +89,7 @@ def references_of_data(datasets: Sequence[Dataset], one_reference: bool = False)
         return tuple(
             ReferenceImage(
                 f"{sample.dataset_id}/{sample.path}",
-                hashlib.sha256(f"{sample.digest} {sample.crop} {sample.is_flipped}".encode()).hexdigest(),
+                shown_content(sample),
                 to_image(folders[sample.dataset_id].read_pixels(sample)),
             )
             for sample in seen

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from simpletuner.batch import PromptRequest
 from simpletuner.commands import cache
 from simpletuner.config.options.validation import ValidationOptions
 from simpletuner.families.registry import FAMILIES
@@ -252,7 +253,7 @@ def test_a_prompt_that_nobody_foresaw_is_encoded_reported_and_kept(folder):
     family.prompts.close()
     assert sum("nobody wrote this" in str(event) for event in recorder.events) == 1
     assert torch.equal(first.tensors["prompt_embeds"], again.tensors["prompt_embeds"])
-    assert family.prompts.cache.find("nobody wrote this") is not None
+    assert family.prompts.cache.find(PromptRequest("nobody wrote this")) is not None
 
 
 def test_generation_encodes_its_prompts_before_the_denoiser_is_there(model, tmp_path, monkeypatch):

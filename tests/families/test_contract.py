@@ -26,7 +26,7 @@ from tests.tiny_folders import TINY_FOLDERS
 
 PROMPTS = ["a cat", "a green star on a white background"]
 # Layers whose output nobody reads: the text that leaves the last block of the tiny network.
-UNREAD_LAYERS = {"qwen_image": ("transformer.blocks.1.attn.to.add.out",)}
+UNREAD_LAYERS = dict.fromkeys(("qwen_image", "qwen_image_edit"), ("transformer.blocks.1.attn.to.add.out",))
 
 
 @pytest.fixture(scope="module", params=family_names())

@@ -55,6 +55,7 @@ DENOISERS = {
     "sd3": tiny_sd3_transformer,
     "kolors": tiny_kolors_unet,
     "qwen_image": tiny_qwen_image_transformer,
+    "qwen_image_edit": tiny_qwen_image_transformer,
     "z_image": tiny_z_image_transformer,
     "sd15": tiny_sd15_unet,
 }

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from simpletuner.batch import Batch, Conditioning, PromptEmbeds
 from simpletuner.models.components import component_config
-from simpletuner.models.family import ModelFamily
+from simpletuner.models.family import ModelFamily, PromptReferences
 from simpletuner.models.omnigen.denoiser import install
 from simpletuner.models.omnigen.tokens import PromptTokenizer, TokenRows, collate_tokens, embeds_from_tokens
 
@@ -46,16 +46,14 @@ class OmniGen(ModelFamily):
     def count_prompt_tokens(self, prompts: Sequence[str]) -> list[int]:
         return [self._prompt_tokenizer().count(prompt) for prompt in prompts]
 
-    def encode_prompts(
-        self, prompts: Sequence[str], references: Sequence[Sequence[tuple[int, int]]] | None = None
-    ) -> list[PromptEmbeds]:
+    def encode_prompts(self, prompts: Sequence[str], references: PromptReferences | None = None) -> list[PromptEmbeds]:
         """`input_ids` (L,) int64 per prompt; with references also `reference_spans` (R, 3): start, end, reference.
 
         Raises:
             DataError: the placeholders of a prompt do not fit its references.
         """
         tokenizer = self._prompt_tokenizer()
-        sizes = references if references is not None else [()] * len(prompts)
+        sizes = [[(each.height, each.width) for each in row] for row in references or [()] * len(prompts)]
         tokens = [tokenizer(prompt, row) for prompt, row in zip(prompts, sizes, strict=True)]
         self.num_cut_prompts += sum(each.is_cut for each in tokens)
         return [embeds_from_tokens(each) for each in tokens]

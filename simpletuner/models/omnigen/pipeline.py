@@ -20,6 +20,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch import Tensor, nn
 
+from simpletuner.batch import PromptImage
 from simpletuner.errors import DataError, Problem
 from simpletuner.models.components import component_file
 from simpletuner.models.family import LatentMoments, ModelFamily
@@ -150,8 +151,8 @@ class OmniGenPipeline(DiffusersOmniGenPipeline):
 
     def _run_text(self, rows: Sequence[Row], num_image_tokens: int) -> TextCache:
         factor = self.vae_scale_factor
-        sizes = [[(x.shape[-2] * factor, x.shape[-1] * factor) for x in images] for _, images in rows]
-        embeds = self.family.prompts.embeds([prompt for prompt, _ in rows], sizes)
+        seen = [[PromptImage(x.shape[-2] * factor, x.shape[-1] * factor) for x in images] for _, images in rows]
+        embeds = self.family.prompts.embeds([prompt for prompt, _ in rows], seen)
         tokens = collate_tokens(embeds, [images for _, images in rows], self.family.device)
         return self.transformer(None, None, tokens, num_image_tokens=num_image_tokens)
 

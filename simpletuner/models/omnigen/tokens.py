@@ -229,7 +229,8 @@ def collate_tokens(
     if any(padding) or any(spans):
         tensors["condition_mask"] = make_condition_mask(padding, spans, num_text)
     latents = [[send(latent, device) for latent in row] for row in references] or [[] for _ in rows]
-    return TokenRows({name: send(tensor, device) for name, tensor in tensors.items()}, latents, spans)
+    on_device = {name: send(tensor, device) for name, tensor in tensors.items()}
+    return TokenRows(on_device, latents, reference_spans=spans)
 
 
 def _spans_of(embeds: PromptEmbeds) -> list[list[int]]:

@@ -27,6 +27,8 @@ TEMPLATE = "<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n{user}<|im
 class OmniGen2(ModelFamily):
     """The language model reads the instruction alone; reference images go to the denoiser as latents."""
 
+    reads_prompts_singly = True
+
     def count_prompt_tokens(self, prompts: Sequence[str]) -> list[int]:
         return self.encoders.count("processor", [chat_text(prompt) for prompt in prompts])
 

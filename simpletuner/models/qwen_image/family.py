@@ -59,6 +59,8 @@ class QwenImage(ModelFamily):
                 fix = "name a model of Qwen-Image, Qwen-Image-Edit or FireRed-Image-Edit"
                 raise ConfigError(Problem(message, key="pretrained_model_name_or_path", fix=fix))
 
+    reads_prompts_singly = True
+
     def count_prompt_tokens(self, prompts: Sequence[str]) -> list[int]:
         """Without the template, whose states are dropped."""
         counts = self.encoders.count("tokenizer", [TEMPLATE.format(prompt) for prompt in prompts])

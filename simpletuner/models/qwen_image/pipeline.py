@@ -17,14 +17,14 @@ from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from PIL import Image
 from torch import Tensor, nn
 
-from simpletuner.batch import Conditioning
+from simpletuner.batch import Conditioning, PromptImage
 from simpletuner.diffusion.timesteps import scheduler_shift
 from simpletuner.models.flow_pipeline import Callback, FlowPipeline, Generators
 from simpletuner.models.live_pipeline import fit_image
 from simpletuner.models.patches import pack, unpack
 
 if TYPE_CHECKING:
-    from simpletuner.models.family import ModelFamily
+    from simpletuner.models.family import ModelFamily, PromptReferences
 
 # A reference image is reduced to so many pixels, and never enlarged.
 MAX_REFERENCE_PIXELS = 1024 * 1024
@@ -73,8 +73,9 @@ class QwenImagePipeline(FlowPipeline):
         self.require_vae(output_type, references)
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         negatives = [negative_prompt] * len(prompts) if isinstance(negative_prompt, str) else negative_prompt
-        images = [[self.fit_reference(each) for each in row] for row in references or [()] * len(prompts)]
-        seen = [[self.encode_fitted(each) for each in row] for row in images]
+        rows = references or [()] * len(prompts)
+        images = [[PromptImage.of(each) for each in row] for row in rows]
+        seen = [[self.encode_reference(each) for each in row] for row in rows]
         latents = self.first_latents(len(prompts), height, width, generator, latents)
         wanted = self.condition(prompts, images, seen)
         unwanted = None
@@ -92,15 +93,15 @@ class QwenImagePipeline(FlowPipeline):
         sigmas = self.set_sigmas(num_inference_steps, latents)
         return self.output(self.denoise(latents, sigmas, predict, callback_on_step_end), output_type)
 
-    def fit_reference(self, image: Image.Image) -> Image.Image:
-        """A reference image in a size that the VAE and the patches take."""
-        return fit_image(image, MAX_REFERENCE_PIXELS, self.family.spec.size_multiple)
+    def encode_reference(self, image: Image.Image) -> Tensor:
+        """(C, h, w) scaled latents of a reference image of any size."""
+        return self.encode_fitted(fit_image(image, MAX_REFERENCE_PIXELS, self.family.spec.size_multiple))
 
     def condition(
-        self, prompts: Sequence[str], images: Sequence[Sequence[Image.Image]], seen: Sequence[Sequence[Tensor]]
+        self, prompts: Sequence[str], images: PromptReferences, latents: Sequence[Sequence[Tensor]]
     ) -> Conditioning:
         """What the denoiser is told: embeddings of the prompts, and the latents of their references."""
-        return self.family.condition_on(self.family.prompts.embeds(prompts), seen)
+        return self.family.condition_on(self.family.prompts.embeds(prompts, images), latents)
 
     def set_sigmas(self, num_steps: int, latents: Tensor) -> list[float]:
         """The noise levels before each step: shifted with the size of the image, then stretched to the last one."""

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from simpletuner.batch import Crop, Sample
+from simpletuner.batch import Crop, PromptImage, Sample
 from simpletuner.data.sampler import Sampler
 from simpletuner.data.schedule import Schedule
 from simpletuner.distributed.process_group import SINGLE_PROCESS, ProcessGroup
@@ -171,10 +171,11 @@ def with_references(**options) -> BatchSource:
 def test_references_come_with_their_image_all_or_one_that_is_drawn(monkeypatch):
     asked = []
     source = with_references()
-    monkeypatch.setattr(source.family, "encode_prompts", lambda prompts, sizes=None: asked.append(sizes) or [None] * 2)
+    monkeypatch.setattr(source.family, "encode_prompts", lambda prompts, seen=None: asked.append(seen) or [None] * 2)
     [batch] = source.build_window(0, 0, 0).batches
     assert [[int(each[0, 0, 0]) for each in row] for row in batch.references] == [[1, 2], [1, 2]]
-    assert asked == [[[(16, 8), (16, 8)]] * 2]  # height before width, in pixels
+    first, second = batch.digests
+    assert asked == [[tuple(PromptImage(16, 8, f"{name}{number}") for number in (1, 2)) for name in (first, second)]]
     one = with_references(samples_reference=True)
     generated = [
         [int(row[0][0, 0, 0]) for row in one.build_window(step, 0, 0).batches[0].references] for step in range(40)

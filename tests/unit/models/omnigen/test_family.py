@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from simpletuner.batch import Batch, PromptEmbeds
+from simpletuner.batch import Batch, PromptEmbeds, PromptImage
 from simpletuner.diffusion.loss import sample_means
 from simpletuner.models.components import ModelSource
 from simpletuner.models.omnigen.family import OmniGen
@@ -91,7 +91,7 @@ def test_cut_prompts_are_counted(family: OmniGen):
 
 def test_references_reach_the_denoiser(family: OmniGen):
     denoiser = family.load_denoiser()
-    [embeds] = family.encode_prompts(["turn <img><|image_1|></img> green"], [[(32, 48)]])
+    [embeds] = family.encode_prompts(["turn <img><|image_1|></img> green"], [[PromptImage(32, 48)]])
     assert isinstance(embeds, PromptEmbeds)
     outputs = []
     for seed in range(2):

@@ -11,6 +11,7 @@ import torch
 from diffusers.models.transformers.transformer_omnigen import OmniGenTransformer2DModel
 from PIL import Image
 
+from simpletuner.batch import PromptImage
 from simpletuner.errors import DataError
 from simpletuner.models.components import ModelSource
 from simpletuner.models.omnigen.family import OmniGen
@@ -81,7 +82,7 @@ def test_edits_are_those_of_the_stock_model_stepped_by_hand(
     with torch.no_grad():
         reference = pipeline.vae.encode(pixels).latent_dist.mean[0] * 0.13025
         tag = "<img><|image_1|></img>"
-        full, alone = family.encode_prompts([f"{tag} make it green", tag], [[(32, 48)]] * 2)
+        full, alone = family.encode_prompts([f"{tag} make it green", tag], [[PromptImage(32, 48)]] * 2)
         [negative] = family.encode_prompts([DEFAULT_NEGATIVE_PROMPT])
         for step in range(3):
             time = torch.tensor(step / 3)
