@@ -168,11 +168,13 @@ def _share(recomputed: range, num_blocks: int) -> str:
 
 def mix_that_fits(activations: Activations, free: int, offloads: bool = False) -> range:
     """The blocks that `auto` recomputes where `free` bytes are left for activations."""
-    num_blocks = len(activations.inside)
+    counts = activations.inside
+    num_blocks = len(counts)
     if not num_blocks:
         return range(0)
-    first_step = activations.peak(range(1, num_blocks), offloads)
-    return range(num_blocks - count_fitting(free - first_step, activations.inside[0], num_blocks))
+    measured = {counts.index(count) for count in counts}  # the first block of each kind, as a run measures
+    first_step = activations.peak([index for index in range(num_blocks) if index not in measured], offloads)
+    return range(num_blocks - count_fitting(free - first_step, counts, sum(counts[index] for index in measured)))
 
 
 def swapped_bytes(config: TrainConfig, family: ModelFamily, denoiser: nn.Module) -> int:

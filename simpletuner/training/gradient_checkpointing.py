@@ -7,10 +7,12 @@ forgets: the backward pass would compute it again at once, while all else is sti
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Any
+from itertools import accumulate
+from typing import Any, TypeAlias
 
 import psutil
 import torch
@@ -23,6 +25,8 @@ from simpletuner.training.swapping import Swapped
 
 # Of the memory that was free, what stays so: sizes of batches differ, and allocators leave gaps.
 SPARE = 0.1
+# Blocks of one kind keep equally much: their class, and the shapes of what they are given.
+Kind: TypeAlias = tuple[type, tuple[torch.Size, ...]]
 # Blocks whose inputs may be on their way to main memory at a time.
 NUM_LEAVING = 2
 
@@ -85,7 +89,7 @@ class GradientCheckpointing:
     def after_step(self) -> None:
         """Called when an optimizer step is done: then the peak of its memory is known."""
         if self.room is not None:
-            self.room.after_step(len(self._index))
+            self.room.after_step()
 
     def recompute_more(self) -> bool:
         """Called when the memory of a step did not suffice; whether the step can be tried again with more blocks
@@ -202,16 +206,18 @@ class _OffloadedTensor:
 class MeasuredMemory:
     """How many blocks of a batch of some size need not be recomputed.
 
-    The first steps of each size recompute all blocks but one, whose saved bytes are counted; what is free at the peak
-    of such a step then says how many blocks may keep theirs. Those are the last ones: when the backward pass comes to
-    the first, where it recomputes, it has freed them. The very first step of a run says nothing, since the optimizer
-    makes its state at its end: only afterwards do activations and state exist together.
+    The first steps of each size recompute all blocks but the first of each kind, whose saved bytes are counted: text
+    refiners, image blocks and the levels of a UNet keep very different amounts. What is free at the peak of such a step
+    then says how many blocks may keep theirs. Those are the last ones: when the backward pass comes to the first, where
+    it recomputes, it has freed them. The very first step of a run says nothing, since the optimizer makes its state at
+    its end: only afterwards do activations and state exist together.
     """
 
     def __init__(self, device: torch.device):
         self.device = device
-        self.plain_blocks: dict[int, int] = {}  # size of a block's input -> blocks that keep what they computed
-        self._counted: dict[int, int] = {}  # size -> bytes of one block
+        self.plain_blocks: dict[int, int] = {}  # size of the first block's input -> blocks that keep what they computed
+        self._kinds: dict[int, list[Kind]] = {}  # size -> kind of each block
+        self._counted: dict[tuple[int, Kind], int] = {}  # size and kind -> bytes of one block
         self._seen: set[int] = set()  # sizes of this step
         self._size = 0
         self._is_measuring = False
@@ -227,24 +233,35 @@ class MeasuredMemory:
             block: its weights do not count, since they are there anyway.
         """
         if index == 0:
-            self._size = sum(value.numel() for value in inputs if isinstance(value, Tensor))
-            self._seen.add(self._size)
-            if self._size not in self.plain_blocks:
-                # Once for all sizes that are new in a step: the peak is that of the largest.
-                if self.device.type == "cuda" and not self._is_measuring:
-                    torch.cuda.reset_peak_memory_stats(self.device)
-                self._is_measuring = True
-                return False, CountSaved(self._counted, self._size, weights_of(block))
-        if self._size not in self.plain_blocks:
+            self._begin(sum(value.numel() for value in inputs if isinstance(value, Tensor)))
+        if self._size in self.plain_blocks:
+            return index < num_blocks - self.plain_blocks[self._size], None
+        kinds = self._kinds[self._size]
+        if index == len(kinds):
+            kinds.append((type(block), tuple(value.shape for value in inputs if isinstance(value, Tensor))))
+        kind = kinds[index]
+        if kinds.index(kind) < index:
             return True, None
-        return index < num_blocks - self.plain_blocks[self._size], None
+        return False, CountSaved(self._counted, (self._size, kind), weights_of(block))
 
-    def after_step(self, num_blocks: int) -> None:
+    def _begin(self, size: int) -> None:
+        """A forward pass of this size begins."""
+        self._size = size
+        self._seen.add(size)
+        if size not in self.plain_blocks:
+            self._kinds.setdefault(size, [])
+            # Once for all sizes that are new in a step: the peak is that of the largest.
+            if self.device.type == "cuda" and not self._is_measuring:
+                torch.cuda.reset_peak_memory_stats(self.device)
+            self._is_measuring = True
+
+    def after_step(self) -> None:
         self._is_measuring = False
         if self._has_state:
             for size in self._seen - self.plain_blocks.keys():
-                if num_bytes := self._counted.get(size):
-                    self.plain_blocks[size] = count_fitting(self.free_bytes(), num_bytes, num_blocks)
+                counts = [self._counted.get((size, kind), 0) for kind in self._kinds[size]]
+                measured = sum(self._counted.get((size, kind), 0) for kind in set(self._kinds[size]))
+                self.plain_blocks[size] = count_fitting(self.free_bytes(), counts, measured)
         self._has_state = True
         self._seen.clear()
 
@@ -263,14 +280,17 @@ class MeasuredMemory:
         return free + max(kept, 0)
 
 
-def count_fitting(free: int, num_bytes: int, num_blocks: int) -> int:
-    """How many blocks may keep what they computed.
+def count_fitting(free: int, counts: Sequence[int], measured: int) -> int:
+    """How many of the last blocks may keep what they computed; at least one, which the backward pass meets first.
 
     Args:
-        free: bytes at the peak of a step in which one block did.
-        num_bytes: that one block keeps.
+        free: bytes at the peak of a step in which some blocks did.
+        counts: bytes that each block keeps.
+        measured: of those that kept theirs in that step.
     """
-    return min(num_blocks, 1 + int(max(free, 0) * (1 - SPARE) / max(num_bytes, 1)))
+    room = measured + int(max(free, 0) * (1 - SPARE))
+    kept = list(accumulate(reversed(counts)))
+    return max(bisect_right(kept, room), min(len(counts), 1))
 
 
 class CountSaved:
@@ -283,7 +303,7 @@ class CountSaved:
         weights: what does not count.
     """
 
-    def __init__(self, counts: dict[int, int], key: int, weights: Iterable[Tensor] = ()):
+    def __init__(self, counts: dict[Any, int], key: Any, weights: Iterable[Tensor] = ()):
         self.counts, self.key = counts, key
         # Storages are held, so that none takes the identity of one that was freed.
         self._seen: dict[int, Any] = {}

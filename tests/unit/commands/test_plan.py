@@ -278,6 +278,14 @@ def test_the_planned_mix_is_what_a_run_measures(free: int, recomputed: int) -> N
     assert mix_that_fits(kept, free) == range(recomputed)
 
 
+def test_a_small_block_at_the_front_does_not_stand_for_the_large_ones() -> None:
+    """Ten bytes of the first and 100 of the second are kept while they are measured; the peak is 213."""
+    kept = Activations(outside=0, inside=(10, 100, 100, 100, 100), inputs=(1,) * 5, num_tokens=0)
+    assert kept.peak([2, 3, 4]) == 213
+    # 90 of 100 free bytes, and the 110 that were measured, hold two blocks; ten bytes less hold one.
+    assert [mix_that_fits(kept, 213 + free) for free in (0, 100, 99)] == [range(4), range(3), range(4)]
+
+
 def test_inputs_of_blocks_count_however_they_are_handed_over() -> None:
     class Block(nn.Module):
         def forward(self, x: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
