@@ -10,6 +10,7 @@ import psutil
 import torch
 from torch import nn
 
+from simpletuner.adapters.assistant import find_assistant
 from simpletuner.batch import PromptEmbeds
 from simpletuner.commands.probe import Load
 from simpletuner.commands.shapes import (
@@ -110,6 +111,8 @@ def memory_rows(
         Row(f"state of {config.optimizer}", shapes.optimizer),
         Row("EMA, float32", 4 * count if config.use_ema else 0),
     ]
+    if (assistant := find_assistant(config, fetches=False)) is not None:
+        rows.append(Row("assistant LoRA, frozen", assistant.stat().st_size))
     if config.mixed_precision != "no":
         wide = [parameter for parameter in shapes.trained.values() if parameter.dtype == torch.float32]
         rows.append(Row("16-bit copies of trained weights", 2 * sum(parameter.numel() for parameter in wide)))

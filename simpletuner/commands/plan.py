@@ -16,12 +16,14 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from simpletuner.adapters.assistant import find_assistant, wants_assistant
 from simpletuner.batch import PromptEmbeds, PromptImage
 from simpletuner.commands.check import cache_need, count_steps
 from simpletuner.commands.memory import Row, Shapes, decode_bytes, device_memory, memory_rows, read_shapes
 from simpletuner.commands.probe import Load, StepTimes, time_encoding, time_steps
 from simpletuner.commands.text import columns, count_text, short_count
 from simpletuner.config.loading import LoadedRun
+from simpletuner.config.options import TrainConfig
 from simpletuner.data.dataset import Dataset
 from simpletuner.data.holdout import hold_out
 from simpletuner.data.sampler import Sampler
@@ -130,7 +132,7 @@ def make_plan(loaded: LoadedRun, probe: bool | None = None, other_gpu: int | Non
     if not config.validation_disable:
         decode = decode_bytes(family, *config.validation_sizes[0])
         notes.append(f"decoding a validation image takes {bytes_text(decode)} beside the weights, between two steps")
-    notes += earlier_notes(Path(config.output_dir))
+    notes += [*assistant_notes(config), *earlier_notes(Path(config.output_dir))]
     if reason:
         notes.append(f"time was not measured: {reason}")
     else:
@@ -163,6 +165,15 @@ def make_plan(loaded: LoadedRun, probe: bool | None = None, other_gpu: int | Non
         seconds=seconds,
         notes=tuple(notes),
     )
+
+
+def assistant_notes(config: TrainConfig) -> list[str]:
+    """What is not counted of an assistant LoRA."""
+    if not wants_assistant(config):
+        return []
+    if find_assistant(config, fetches=False) is None:
+        return [f"the assistant LoRA {config.assistant_lora_path} is fetched at the start; its memory is not counted"]
+    return ["time is without the assistant LoRA, which adds two small products to each of its layers"]
 
 
 def caption_bytes(

@@ -71,6 +71,21 @@ def parts_of_the_model_are_trained_whole(draft: Draft) -> Iterator[Problem]:
         yield draft.problem(message, LOW_MODULES, fix="use adamw_bf16, or remove the key")
 
 
+def assistant_serves_an_adapter(draft: Draft) -> Iterator[Problem]:
+    config, key = draft.config, "assistant_lora_path"
+    is_wanted = config.assistant_lora_path is not None and config.assistant_lora_strength > 0
+    if not is_wanted:
+        return
+    if config.model_type != "lora":
+        if draft.origin(key).kind != "family":
+            yield draft.problem("is beside an adapter that trains, and model_type is full", key, fix="remove the key")
+        return
+    for spread in ("fsdp_enable", "deepspeed_config"):
+        if getattr(config, spread):
+            message = f"{spread} spreads the base, and the assistant LoRA works beside a whole one"
+            yield draft.problem(message, key, fix=f"remove {spread}, or set assistant_lora_strength to 0")
+
+
 def joined_magnitudes_have_their_base(draft: Draft) -> Iterator[Problem]:
     config = draft.config
     joins = draft.spec is not None and config.lora_format in draft.spec.keys.joining_forms
@@ -139,6 +154,7 @@ ADAPTER_RULES = (
     adapter_has_its_configuration,
     lora_targets_exist,
     lora_start_is_one,
+    assistant_serves_an_adapter,
     joined_magnitudes_have_their_base,
     weights_that_are_read_are_plain,
     parts_of_the_model_are_trained_whole,

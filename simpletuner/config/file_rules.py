@@ -9,7 +9,7 @@ from pathlib import Path
 from simpletuner.config.datasets import TABLE_SUFFIXES, ConditioningDataset, ImageDataset, references_for, table_path
 from simpletuner.config.draft import Draft
 from simpletuner.config.nearby import exists
-from simpletuner.config.paths import PREVIEW_FOLDER, adapter_file_in, looks_like_path
+from simpletuner.config.paths import ADAPTER_FILES, PREVIEW_FOLDER, adapter_file_in, adapter_on_hub, looks_like_path
 from simpletuner.errors import Problem
 
 
@@ -111,6 +111,17 @@ def adapter_to_start_from_exists(draft: Draft) -> Iterator[Problem]:
         yield draft.folders.missing(_as_written(path, draft), "init_lora", draft.origin("init_lora"), "file")
 
 
+def assistant_exists(draft: Draft) -> Iterator[Problem]:
+    where, key = draft.config.assistant_lora_path, "assistant_lora_path"
+    if where is None or adapter_file_in(Path(where)).is_file():
+        return
+    if Path(where).exists():
+        allowed = f"a .safetensors file, or a folder with {' or '.join(ADAPTER_FILES)}"
+        yield draft.problem(f'"{where}" holds no adapter file', key, allowed, "name the file")
+    elif adapter_on_hub(where) is None:
+        yield draft.folders.missing(Path(where), key, draft.origin(key), "file")
+
+
 def previews_have_a_decoder(draft: Draft) -> Iterator[Problem]:
     config, spec = draft.config, draft.spec
     if not config.validation_preview or spec is None or spec.preview_decoder is not None:
@@ -130,6 +141,7 @@ FILE_RULES = (
     output_folder_can_be_written,
     named_checkpoint_exists,
     adapter_to_start_from_exists,
+    assistant_exists,
     previews_have_a_decoder,
 )
 

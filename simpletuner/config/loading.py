@@ -259,6 +259,8 @@ class _RunReader:
         )
         for key in MODEL_KEYS:
             updates[key] = self.find_model(key, getattr(config, key))
+        if (assistant := config.assistant_lora_path) is not None:
+            updates["assistant_lora_path"] = str(self.folders.find(Path(assistant).expanduser()) or assistant)
         key = "text_encoder_paths"
         updates[key] = config.text_encoder_paths and tuple(
             place if place in ("", WITHOUT) else self.find_model(key, place) or ""

@@ -16,6 +16,7 @@ from simpletuner.config.nearby import exists, nearest_path
 from simpletuner.errors import Problem
 
 _WINDOWS_DRIVE = re.compile(r"([A-Za-z]):[\\/]")
+_HUB_FILE = re.compile(r"(?P<owner>\w[\w.-]*)/(?P<name>\w[\w.-]*)(/(?P<file>[\w./-]+\.safetensors))?")
 
 PACKAGE = Path(__file__).resolve().parents[1]
 
@@ -91,6 +92,14 @@ def windows_path_fix(text: str) -> str | None:
     if "\\" in text:
         return f"folders are separated by / here: {text.replace(chr(92), '/')}"
     return None
+
+
+def adapter_on_hub(text: str) -> tuple[str, str] | None:
+    """`owner/name` or `owner/name/file.safetensors` -> repository and file; None for what can only be a path."""
+    match = _HUB_FILE.fullmatch(text)
+    if match is None or match["name"].endswith(SINGLE_FILE):
+        return None
+    return f"{match['owner']}/{match['name']}", match["file"] or ADAPTER_FILES[-1]
 
 
 def looks_like_path(text: str) -> bool:

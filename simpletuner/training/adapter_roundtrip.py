@@ -10,6 +10,7 @@ import psutil
 import torch
 from torch import Tensor, nn
 
+from simpletuner.adapters.assistant import without_assistant
 from simpletuner.adapters.files import check_saved_adapter
 from simpletuner.batch import Batch
 from simpletuner.models.family import ModelFamily
@@ -43,7 +44,8 @@ def live_output(run: Run) -> LiveOutput:
     model.denoiser.eval()
     # As in training, for adapters in float32 may sit on a base in half precision; what is float32 throughout is
     # compared in float32, whatever training computes in, and without the TF32 of GPUs.
-    with exact_float32(), nullcontext() if probe_dtype(model) == torch.float32 else run.autocast():
+    products = nullcontext() if probe_dtype(model) == torch.float32 else run.autocast()
+    with exact_float32(), products, without_assistant(model.denoiser):  # which is in no file
         adapted = probe_output(model.family, model.denoiser).cpu()
         with model.adapter.disabled():
             base = probe_output(model.family, model.denoiser).cpu()

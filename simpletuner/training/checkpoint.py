@@ -398,7 +398,7 @@ def write_checkpoint(run: Run, folder: Path, content: CheckpointContent) -> None
 
 def _identity(run: Run) -> dict[str, Any]:
     datasets, shapes = run.batches.datasets.values(), run.model.placement.shapes()
-    return run_identity(run.loaded, datasets, shapes, run.session.process_group.size)
+    return run_identity(run.loaded, datasets, shapes, run.session.process_group.size, run.model.assistant)
 
 
 def weights_file(model: Model, folder: Path) -> Path:

@@ -17,6 +17,7 @@ from simpletuner.config.options import all_options
 from simpletuner.errors import ConfigError, Problem, plain_value
 
 if TYPE_CHECKING:
+    from simpletuner.adapters.assistant import Assistant
     from simpletuner.config.loading import LoadedRun
     from simpletuner.data.dataset import Dataset
 
@@ -35,13 +36,18 @@ SILENT_OPTIONS = (
 
 
 def run_identity(
-    loaded: LoadedRun, datasets: Collection[Dataset], shapes: Mapping[str, Sequence[int]], num_processes: int
+    loaded: LoadedRun,
+    datasets: Collection[Dataset],
+    shapes: Mapping[str, Sequence[int]],
+    num_processes: int,
+    assistant: Assistant | None = None,
 ) -> dict[str, Any]:
     """JSON-able facts that a resume is compared with.
 
     Args:
         datasets: that are trained on.
         shapes: of the trained weights.
+        assistant: the frozen LoRA that is on while training.
     """
     return {
         "fixed": {**fixed_settings(loaded), "parameters": dict(shapes)},
@@ -58,6 +64,7 @@ def run_identity(
             },
             "processes": num_processes,
             "torch": torch.__version__,
+            "assistant": assistant.identity if assistant else {},
         },
     }
 
@@ -84,6 +91,7 @@ def compare_identity(saved: Mapping[str, Any], current: Mapping[str, Any], path:
     machine = {"processes": "number of processes", "torch": "version of torch"}
     old, new = ({title: side.get(key) for key, title in machine.items() if key in before} for side in (before, now))
     lines += differences(old, new)
+    lines += _assistant_changes(before.get("assistant", {}), now["assistant"])
     return [f"changed since {path.name}: {line}" for line in lines]
 
 
@@ -182,6 +190,13 @@ def _dataset_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> Itera
                 change = f"{_images(abs(count - was))} {'added' if count > was else 'removed'} ({was} → {count})"
             yield f"dataset {name}: {change}"
     yield from (f"dataset {name} removed" for name in gone)
+
+
+def _assistant_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+    if bool(before) != bool(now):
+        yield f"an assistant LoRA {'is on while training now' if now else 'was on while training'}"
+    elif before.get("sha256") != now.get("sha256"):  # digests say nothing to anybody
+        yield "the assistant LoRA is another file"
 
 
 def _images(count: int) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from simpletuner.adapters.assistant import Assistant
 from simpletuner.adapters.base import Adapter
 from simpletuner.config.loading import LoadedRun
 from simpletuner.config.options import TrainConfig
@@ -52,6 +53,7 @@ class Model:
         optimizer: over `adapter.trainable_parameters()`.
         lr_factor: optimizer step -> multiple of `Run.peak_learning_rate`; a pure function.
         ema: average of the trainable parameters, or None.
+        assistant: the frozen LoRA that is on while training, or None.
         gradient_checkpointing: which blocks are recomputed in the backward pass; None without gradient checkpointing.
     """
 
@@ -62,6 +64,7 @@ class Model:
     optimizer: torch.optim.Optimizer
     lr_factor: Callable[[int], float]
     ema: EMA | None = None
+    assistant: Assistant | None = None
     gradient_checkpointing: GradientCheckpointing | None = None
 
     @cached_property

@@ -17,6 +17,7 @@ from typing import Any, cast
 import torch
 
 from simpletuner import storage
+from simpletuner.adapters.assistant import attach_assistant, find_assistant
 from simpletuner.adapters.base import Adapter
 from simpletuner.config.loading import LoadedRun
 from simpletuner.config.lycoris_algorithms import form_and_kind
@@ -171,6 +172,7 @@ def build_run(
     trained_dtype = weight_dtype(config) if config.model_type == "full" else adapter_dtype(config)
     require_optimizer(config, family.device, trained_dtype)
     require_trained_parts(loaded, family)
+    assistant_file = find_assistant(config)
     datasets, sources = prepare_data(loaded, family, output_dir, bus, stop, process_group)
     training = [dataset for dataset in datasets if dataset.kind == "image"]
     sampler = build_sampler(loaded, training, process_group)
@@ -184,6 +186,10 @@ def build_run(
     turns = process_group.in_turns() if must_take_turns(loaded, family, process_group) else nullcontext()
     with turns, phase(bus, "loading the denoiser"):
         denoiser = family.load_base()
+        assistant = None
+        if assistant_file is not None:
+            assistant = attach_assistant(denoiser, assistant_file, config.assistant_lora_strength, family.spec)
+            bus.emit(Notice("info", f"assistant LoRA: {assistant}"))
         adapter = attach_adapter(loaded, family, denoiser)
         describe_adapter(adapter, bus)
         placement = place_denoiser(config, family, denoiser, adapter, process_group, mesh)
@@ -201,6 +207,7 @@ def build_run(
         optimizer=build_optimizer(config, parameters, config.seed),
         lr_factor=build_lr_factor(loaded, total_steps, process_group),
         ema=EMA(parameters, config.ema_decay, config.ema_update_interval) if config.use_ema else None,
+        assistant=assistant,
         gradient_checkpointing=recomputing,
     )
     run = Run(

@@ -8,15 +8,17 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from simpletuner.adapters.assistant import without_assistant
 from simpletuner.precision.mixed import autocast
 
 
 @contextmanager
 def undisturbed(denoiser: nn.Module, device: torch.device, mixed_precision: str) -> Iterator[None]:
-    """Eval mode, no gradients, `mixed_precision`; afterwards modes and generators are as before."""
+    """Eval mode, no gradients, `mixed_precision`, no assistant LoRA; afterwards all is as before."""
     modes = {module: module.training for module in denoiser.modules()}
     devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), torch.no_grad(), autocast(device, mixed_precision):
+    kept = torch.random.fork_rng(devices=devices)
+    with kept, torch.no_grad(), autocast(device, mixed_precision), without_assistant(denoiser):
         denoiser.eval()
         try:
             yield

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator
 
 from simpletuner.config.options.declare import OptionGroup, option
-from simpletuner.config.values import Bool, FilePath, Float, Int, read_words
+from simpletuner.config.values import Bool, FilePath, Float, Int, Text, read_words
 
 _NEEDS_DATA = "it takes its start from activations or gradients on data, before the run has any"
 
@@ -32,6 +32,16 @@ class AdapterOptions(OptionGroup):
         help="Adapter file (.safetensors), or folder of PEFT, to start from, of any format that `simpletuner generate` "
         "reads. It must be of the algorithm that is trained; a LoRA of smaller rank is filled up.",
         path="input",
+    )
+    assistant_lora_path: Text | None = option(
+        None,
+        help="LoRA that is on while training and off in validation, generation and all files, so that distilled "
+        "weights (Turbo, schnell) keep their few steps; it never trains. A `.safetensors` file, a folder with one of "
+        "a usual name, or a hub id, perhaps with a file behind it (`owner/name/file.safetensors`). Some flavours have "
+        "one by default.",
+    )
+    assistant_lora_strength: Float = option(
+        1.0, help="Multiplies what the assistant LoRA adds; 0 trains without it.", ge=0
     )
     lora_rank: Int = option(16, help="Rank of standard LoRA: its size and what it can learn.", level="basic", ge=1)
     lora_alpha: Float | None = option(

@@ -6,6 +6,8 @@ Sources: black-forest-labs/flux; the released FLUX.1-dev, -schnell, -Krea-dev an
 
 from __future__ import annotations
 
+from typing import Any
+
 from simpletuner.families.readers import usual_readers
 from simpletuner.families.spec import AdaptableModule, Component, FamilySpec, Flavour
 from simpletuner.models.diffsynth_names import FLUX_IN_DIFFSYNTH
@@ -18,7 +20,7 @@ _NON_COMMERCIAL = "FLUX.1 [dev] Non-Commercial License"
 _DEV_PARAMETERS = 11_901_408_320
 
 
-def _flavour(name: str, words: str, licence: str = _NON_COMMERCIAL, **defaults: float) -> Flavour:
+def _flavour(name: str, words: str, licence: str = _NON_COMMERCIAL, **defaults: Any) -> Flavour:
     repository = {"krea": "Krea-dev", "kontext": "Kontext-dev"}.get(name, name)
     hub_id = f"black-forest-labs/FLUX.1-{repository}"
     return Flavour(name, hub_id, words, licence, _DEV_PARAMETERS, defaults, edits=name == "kontext")
@@ -34,7 +36,13 @@ FLUX = FamilySpec(
             _flavour("dev", "guidance-distilled, 12 billion parameters; gated"),
             _flavour("krea", "dev with a photographic look; gated"),
             _flavour("kontext", "edits a reference image; gated", validation_guidance=2.5),
-            _flavour("schnell", "generates in four steps", "Apache-2.0", validation_num_inference_steps=4),
+            _flavour(
+                "schnell",
+                "generates in four steps",
+                "Apache-2.0",
+                validation_num_inference_steps=4,
+                assistant_lora_path="ostris/FLUX.1-schnell-training-adapter",
+            ),
         )
     },
     default_flavour="dev",

@@ -18,6 +18,7 @@ _FEED_FORWARD = tuple(f"{block}.feed_forward.w{number}" for block in _BLOCKS for
 _MODULATION = tuple(f"{block}.adaLN_modulation.0" for block in _MODULATED)
 _OUTSIDE = ("all_x_embedder.2-1", "all_final_layer.2-1.*")
 _PARAMETERS = 6_154_908_736
+_ASSISTANT = "ostris/zimage_turbo_training_adapter"  # made on images of Turbo itself
 
 Z_IMAGE = FamilySpec(
     name="z_image",
@@ -39,7 +40,11 @@ Z_IMAGE = FamilySpec(
                 "distilled: generates in 8 steps without guidance",
                 "Apache-2.0",
                 _PARAMETERS,
-                {"validation_guidance": 0.0, "validation_num_inference_steps": 8},
+                {
+                    "validation_guidance": 0.0,
+                    "validation_num_inference_steps": 8,
+                    "assistant_lora_path": f"{_ASSISTANT}/zimage_turbo_training_adapter_v2.safetensors",
+                },
             ),
         )
     },

@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 
+from simpletuner.adapters.assistant import wants_assistant
+
 from .conftest import Workspace
 
 STANDARD = {"lora_type": "standard", "lycoris_config": None}
@@ -141,3 +143,49 @@ def test_parts_of_a_model_train_where_they_can(workspace: Workspace, changes: di
     workspace.config |= {"trainable_modules": ["self_attn"]} | changes
     problems = workspace.fails_written().problems
     assert any(problem.key == key and words in problem.render() for problem in problems)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"assistant_lora_path": "gone.safetensors"}, "there is no file of this name"),
+        ({"assistant_lora_path": "models/gone.safetensors"}, "there is no file of this name"),
+        ({"assistant_lora_path": "./helpers/v2"}, "there is no file of this name"),
+        ({"assistant_lora_path": "config"}, "holds no adapter file"),
+        ({"assistant_lora_path": "owner/name", "model_type": "full"}, "beside an adapter that trains"),
+        ({"assistant_lora_path": "owner/name", "fsdp_enable": True, "num_processes": 2}, "works beside a whole one"),
+    ],
+)
+def test_assistants_that_cannot_be_used(workspace: Workspace, changes: dict[str, Any], words: str) -> None:
+    workspace.config |= STANDARD | changes
+    problems = workspace.fails_written().problems
+    assert [problem.key for problem in problems] == ["assistant_lora_path"]
+    assert words in problems[0].render()
+
+
+@pytest.mark.parametrize(
+    "where", ["owner/name", "owner/name/v2.safetensors", "owner/name/a/b.safetensors", "here.safetensors"]
+)
+def test_an_assistant_is_a_file_or_on_the_hub(workspace: Workspace, where: str) -> None:
+    workspace.put("here.safetensors", "x")
+    workspace.config |= STANDARD | {"assistant_lora_path": where}
+    found = workspace.load_written().config.assistant_lora_path
+    assert found is not None
+    assert found.endswith(where)
+
+
+def test_distilled_flavours_have_an_assistant_which_other_training_leaves_away(workspace: Workspace) -> None:
+    workspace.config |= STANDARD | {"model_family": "z_image", "model_flavour": "turbo"}
+    config = workspace.load_written().config
+    assert config.assistant_lora_path == (
+        "ostris/zimage_turbo_training_adapter/zimage_turbo_training_adapter_v2.safetensors"
+    )
+    assert wants_assistant(config)
+    workspace.config |= {"assistant_lora_strength": 0}
+    assert not wants_assistant(workspace.load_written().config)
+    workspace.config |= {"assistant_lora_strength": 1, "model_type": "full"}
+    assert not wants_assistant(workspace.load_written().config)
+    workspace.config |= {"model_type": "lora", "model_flavour": "base"}
+    assert not wants_assistant(workspace.load_written().config)
+    workspace.config |= {"model_family": "flux", "model_flavour": "schnell"}
+    assert workspace.load_written().config.assistant_lora_path == "ostris/FLUX.1-schnell-training-adapter"
