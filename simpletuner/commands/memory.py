@@ -206,7 +206,7 @@ def decode_bytes(family: ModelFamily, height: int, width: int) -> int:
     factor, channels = family.spec.vae_factor, family.spec.latent_channels
     latents = torch.empty(1, channels, height // factor, width // factor, device="meta")
     with torch.no_grad(), PeakBytes() as made:
-        vae.decode(latents, return_dict=False)
+        family.decode_latents(vae, latents)
     return num_bytes(vae.parameters()) + made.peak
 
 

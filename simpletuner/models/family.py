@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Protocol
@@ -42,6 +43,11 @@ def send(tensor: Tensor, device: torch.device, dtype: torch.dtype | None = None)
     if device.type == "cuda" and tensor.device.type == "cpu":
         tensor = tensor.pin_memory()
     return tensor.to(device, dtype, non_blocking=True)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Nothing inside is computed in another number format than its tensors have; on `meta` nothing is anyway."""
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 # Per prompt its reference images.
@@ -339,7 +345,7 @@ class ModelFamily(ABC):
         """
         mean, scale = latent_statistics(vae.config, latents.device)
         raw = (latents / scale + mean).to(vae.device, vae.dtype)
-        with torch.no_grad(), torch.autocast(vae.device.type, enabled=False):
+        with torch.no_grad(), without_autocast(vae.device):
             if is_video_vae(vae.config):
                 return vae.decode(raw[:, :, None], return_dict=False)[0][:, :, 0]
             return vae.decode(raw, return_dict=False)[0]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from simpletuner.adapters.lycoris import attach_lycoris
 from simpletuner.batch import Batch
+from simpletuner.commands.memory import decode_bytes
 from simpletuner.diffusion.loss import sample_means
 from simpletuner.families.registry import family_names, get_family_class, get_spec
 from simpletuner.models.components import ModelSource, check_local_model
@@ -327,6 +328,12 @@ def test_the_pipeline_draws_images_of_the_asked_size(family: ModelFamily):
         generator=generators,
     ).images
     assert [image.size for image in images] == [(side, side)] * 2
+
+
+def test_the_memory_of_decoding_an_image_is_known_from_shapes(family: ModelFamily):
+    small, large = (decode_bytes(family, side, side) for side in (64, 128))
+    weights = sum(parameter.numel() for parameter in family.empty_vae().parameters())
+    assert 4 * weights < small < large
 
 
 def test_prompts_survive_a_round_trip_through_a_safetensors_file(family: ModelFamily, tmp_path: Path):

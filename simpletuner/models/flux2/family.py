@@ -22,7 +22,14 @@ from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 from simpletuner.batch import Batch, Conditioning, PromptEmbeds
 from simpletuner.families.spec import FamilySpec
 from simpletuner.models.components import component_config, model_index
-from simpletuner.models.family import LatentMoments, ModelFamily, ReferenceSizes, have_one_shape, send
+from simpletuner.models.family import (
+    LatentMoments,
+    ModelFamily,
+    PromptReferences,
+    have_one_shape,
+    send,
+    without_autocast,
+)
 from simpletuner.models.guided_pipeline import GuidedFlowPipeline
 from simpletuner.models.hidden_states import hidden_states
 from simpletuner.models.patches import flatten
@@ -68,7 +75,7 @@ class Flux2(ModelFamily):
         tokenizer = self.encoders.tokenizer()
         return [len(ids) for ids in tokenizer(self._chats(prompts), add_special_tokens=False, verbose=False).input_ids]
 
-    def encode_prompts(self, prompts: Sequence[str], references: ReferenceSizes | None = None) -> list[PromptEmbeds]:
+    def encode_prompts(self, prompts: Sequence[str], references: PromptReferences | None = None) -> list[PromptEmbeds]:
         """`prompt_embeds` (512, 3 D): FLUX.2 was trained on the states of the padding too, so all of them are kept."""
         length = self.max_prompt_tokens
         self.num_cut_prompts += sum(count > length for count in self.count_prompt_tokens(prompts))
@@ -104,7 +111,7 @@ class Flux2(ModelFamily):
     def decode_latents(self, vae: Any, latents: Tensor) -> Tensor:
         mean, scale = latent_statistics(self.vae_config, latents.device)
         raw = pixel_shuffle(latents / scale + mean, 2).to(vae.device, vae.dtype)
-        with torch.no_grad(), torch.autocast(vae.device.type, enabled=False):
+        with torch.no_grad(), without_autocast(vae.device):
             return vae.decode(raw, return_dict=False)[0]
 
     def collate(self, batch: Batch) -> Conditioning:

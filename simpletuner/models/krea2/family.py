@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from simpletuner.batch import Batch, Conditioning, PromptEmbeds
 from simpletuner.models.components import model_index
-from simpletuner.models.family import ModelFamily, ReferenceSizes, send
+from simpletuner.models.family import ModelFamily, PromptReferences, send
 from simpletuner.models.guided_pipeline import GuidedFlowPipeline
 from simpletuner.models.hidden_states import hidden_states
 from simpletuner.models.patches import pack, position_ids, unpack
@@ -53,7 +53,7 @@ class Krea2(ModelFamily):
         counts = self.encoders.count("tokenizer", [PREFIX + prompt for prompt in prompts])
         return [count - PREFIX_TOKENS + SUFFIX_TOKENS for count in counts]
 
-    def encode_prompts(self, prompts: Sequence[str], references: ReferenceSizes | None = None) -> list[PromptEmbeds]:
+    def encode_prompts(self, prompts: Sequence[str], references: PromptReferences | None = None) -> list[PromptEmbeds]:
         """`prompt_embeds` (L, 12, D): states of the prompt and of the suffix, which is never cut.
 
         Each prompt is read by itself, without padding. The public pipeline pads between prompt and suffix and counts
