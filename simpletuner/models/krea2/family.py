@@ -36,6 +36,8 @@ DISTILLED_MU = 1.15
 class Krea2(ModelFamily):
     """`model_index.json` says whether weights are distilled, and which layers are text."""
 
+    reads_prompts_singly = True
+
     @property
     def is_distilled(self) -> bool:
         return bool(model_index(self.source).get("is_distilled"))
