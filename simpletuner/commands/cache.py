@@ -57,18 +57,19 @@ def cache_folders(loaded: LoadedRun) -> list[CacheFolder]:
     """Those of the configured datasets that are there, and every other one in `cache_dir`."""
     spec, cache_dir = get_spec(loaded.config.model_family), Path(loaded.config.cache_dir)
     users: dict[Path, list[str]] = {}
+    records: dict[Path, str] = {}
     for entry in loaded.datasets:
         if entry.disabled or isinstance(entry, TextEmbedsDataset):
             continue
-        if isinstance(entry, ImageDataset) or entry.is_reference:
+        if isinstance(entry, ImageDataset) and entry.type == "records":
+            records[latents_folder(entry, cache_dir, spec).resolve()] = entry.id
+        elif isinstance(entry, ImageDataset) or entry.is_reference:
             users.setdefault(latents_folder(entry, cache_dir, spec).resolve(), []).append(entry.id)
     if spec.caches_prompt_embeds:
         users.setdefault(prompts_folder(loaded, spec).resolve(), []).append(CAPTIONS)
     found = {path.parent.resolve() for path in cache_dir.rglob("shard-*.safetensors") if path.parent.name != QUARANTINE}
-    for entry in loaded.datasets:  # records: a folder for each part, in that of the entry
-        if isinstance(entry, ImageDataset) and entry.type == "records" and not entry.disabled:
-            place = latents_folder(entry, cache_dir, spec).resolve()
-            users |= {path: [f"{entry.id}: {path.name}"] for path in found if path.parent == place}
+    # Of records each part has a folder of its own in that of the entry.
+    users |= {path: [records[path.parent]] for path in found if path.parent in records}
     there = found | {path for path in users if path.is_dir()}
     return [CacheFolder(path, tuple(users.get(path, ()))) for path in sorted(there)]
 
@@ -159,7 +160,7 @@ def stats(loaded: LoadedRun, say: Say) -> None:
         shards = count_text(held.num_shards, "file")
         say(f"  {count_text(held.num_entries, 'entry', 'entries')} in {shards}, {bytes_text(held.num_bytes)}")
         if folder.datasets:
-            keys, used = set(store.keys()), wanted[folder.path]
+            keys, used = set(store.keys()), wanted.get(folder.path, set())
             say(f"  in use: {len(keys & used)}, unused: {len(keys - used)}, still to encode: {len(used - keys)}")
             if keys - used:
                 unused.append(f"  {folder.path}: {len(keys - used)} of {_held(held)}")

@@ -11,9 +11,18 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file
 
+from simpletuner.commands import cache
 from simpletuner.models.family import ModelFamily
 from simpletuner.models.text_encoders import TextEncoders
-from tests.runs import metrics, require_same_bits_after_a_stop, run_cli, train_here, write_run
+from tests.runs import (
+    load_here,
+    metrics,
+    require_same_bits_after_a_stop,
+    run_cli,
+    train_here,
+    write_images,
+    write_run,
+)
 from tests.tiny_omnigen2 import tiny_omnigen2_folder
 
 ROOT = Path(__file__).parents[2]
@@ -68,6 +77,30 @@ def test_a_second_epoch_and_a_second_start_load_neither_language_model_nor_vae(
     again = train_here(tmp_path)
     assert loaded == [], first
     assert [record["loss"] for record in metrics(again, "step_done")][-1] > 0
+
+
+def test_caches_of_records_are_a_folder_for_each_part_of_which_pruning_keeps_what_is_used(
+    omnigen_folder: Path, tmp_path: Path
+) -> None:
+    write_images(tmp_path / "images", 4, seed=1, side=32)
+    names = [f"images/{number:03d}.png" for number in range(4)]
+    rows = [{"target": names[0], "references": names[1 : 1 + number], "instruction": "x"} for number in range(3)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    entry = {"id": "edits", "type": "records", "records_file": "rows.jsonl", "resolution": 32}
+    folder = write_run(tmp_path, omnigen_folder, [entry])
+    cache.build(load_here(folder))
+    lines: list[str] = []
+    cache.stats(load_here(folder), lines.append)
+    assert sum("in use: 1, unused: 0, still to encode: 0" in line for line in lines) == 6
+    # A part whose rows are gone is kept by nothing.
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:2]))
+    cache.stats(load_here(folder), lines.append)
+    pruned: list[str] = []
+    cache.prune(load_here(folder), pruned.append)
+    kept = {line.split(" (")[0].rpartition("/")[2]: "removed 0 of 1" in line for line in pruned if "entries" in line}
+    parts = ("edits-0", "edits-1", "edits-1-reference-1")
+    gone = ("edits-2", "edits-2-reference-1", "edits-2-reference-2")
+    assert kept == dict.fromkeys(parts, True) | dict.fromkeys(gone, False)
 
 
 def write_options(folder: Path, name: str) -> Path:
