@@ -81,7 +81,7 @@ def sample_edits(seed: int) -> tuple[list[Edit], list[Edit]]:
     rng.shuffle(combinations)
     held = combinations[:NUM_HELD_OUT]
     taken = {*held}
-    edits = []
+    edits: list[Edit] = []
     while len(edits) < NUM_PAIRS:
         shape, colour, background = rng.choice(combinations[NUM_HELD_OUT:])
         other = rng.choice([each for each in COLOURS if each != colour])
@@ -248,8 +248,8 @@ def main() -> int:
     arguments = parser.parse_args()
     edits, held_out = sample_edits(arguments.seed)
     adapter = arguments.adapter or train_adapter(arguments.folder.resolve(), edits, arguments.train_steps)
-    generators = [make_generator(each, arguments.steps, arguments.guidance) for each in (None, adapter)]
-    figures = score(held_out, *generators, arguments.folder / "sheet.png")
+    base, adapted = (make_generator(each, arguments.steps, arguments.guidance) for each in (None, adapter))
+    figures = score(held_out, base, adapted, arguments.folder / "sheet.png")
     print(json.dumps(figures))
     return 0 if figures["goal_reached"] else 1
 

@@ -174,6 +174,7 @@ def _part(
 
 
 def _reference(entry: ImageDataset, name: str, caches: Path, count: int) -> ConditioningDataset:
+    assert entry.records_file is not None
     limits = entry.max_input_pixels or ()
     return ConditioningDataset(
         id=name,
