@@ -12,6 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from simpletuner.commands import cache
+from simpletuner.families.registry import all_specs, get_spec
 from simpletuner.models.family import ModelFamily
 from simpletuner.models.text_encoders import TextEncoders
 from tests.runs import (
@@ -23,6 +24,7 @@ from tests.runs import (
     write_images,
     write_run,
 )
+from tests.tiny_folders import TINY_FOLDERS
 from tests.tiny_omnigen2 import tiny_omnigen2_folder
 
 ROOT = Path(__file__).parents[2]
@@ -53,7 +55,7 @@ def test_a_stopped_run_on_records_ends_with_the_same_bits(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     require_same_bits_after_a_stop(
-        lambda folder: write(folder, model, gradient_accumulation_steps=2), tmp_path, monkeypatch, step=3
+        lambda folder: write(folder, model, max_train_steps=4, gradient_accumulation_steps=2), tmp_path, monkeypatch, 2
     )
 
 
@@ -77,6 +79,32 @@ def test_a_second_epoch_and_a_second_start_load_neither_language_model_nor_vae(
     again = train_here(tmp_path)
     assert loaded == [], first
     assert [record["loss"] for record in metrics(again, "step_done")][-1] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", [spec.name for spec in all_specs()[0] if spec.max_references])
+def test_every_family_that_edits_trains_on_rows_with_different_numbers_of_references(
+    family: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Targets of two shapes, references of others; captions with and without their references are dropped."""
+    spec = get_spec(family)
+    for name, size in (("a", (64, 64)), ("b", (96, 64)), ("c", (48, 80))):
+        Image.new("RGB", size, (40, 90, 160)).save(tmp_path / f"{name}.png")
+    numbers = range(min(spec.max_references, 2) + 1)
+    rows = [
+        {"target": f"{target}.png", "references": ["c.png", "b.png"][:number], "instruction": f"edit {number}"}
+        for target in "ab"
+        for number in numbers
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    entry = {"id": "edits", "type": "records", "records_file": "rows.jsonl", "max_output_pixels": 6144}
+    options = {"max_train_steps": len(rows), "train_batch_size": 2, "caption_dropout_probability": 0.5}
+    options |= {"model_family": family, "lora_type": "standard", "lycoris_config": None, "checkpoint_step_interval": 0}
+    folder = write_run(tmp_path, TINY_FOLDERS[family](tmp_path_factory.mktemp(family)), [entry], **options)
+    losses = [record["loss"] for record in metrics(train_here(folder), "step_done")]
+    # Each row is a batch of its own: no other has its shape and number of references.
+    assert len(losses) == len(rows)
+    assert all(0 < loss < 100 for loss in losses)
 
 
 def test_caches_of_records_are_a_folder_for_each_part_of_which_pruning_keeps_what_is_used(
