@@ -172,13 +172,14 @@ def family_of_export(source: Path, model: str | None, family_name: str | None) -
         ConfigError: nobody says which model it is, or it is not where it was.
     """
     from simpletuner import storage
+    from simpletuner.config.options.model import PROMPT_OPTIONS
 
     places = [source, *source.absolute().parents[:3]]
     lock = next((place / "run.lock.json" for place in places if (place / "run.lock.json").is_file()), None)
     facts = storage.read_json(lock) if lock else {}
     base, config = facts.get("base", {}), facts.get("config", {})
-    kept = ("pretrained_vae_model_name_or_path", "text_encoder_paths", "tokenizer_max_length")
-    taken = {key: config.get(key) for key in kept}
+    kept = ("pretrained_vae_model_name_or_path", "text_encoder_paths", "tokenizer_max_length", *PROMPT_OPTIONS)
+    taken = {key: config[key] for key in kept if key in config}
     if model is None:
         taken |= {key: config.get(key) for key in ("revision", "variant")}
         model = base.get("model")

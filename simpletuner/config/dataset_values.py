@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Annotated, Any, NamedTuple
 
 from pydantic import BeforeValidator
@@ -30,6 +30,9 @@ class TagShuffle:
         split_on: what stands between tags: a key of `SEPARATORS`.
         position_start: so many first tags stay in their place.
         include_original: the caption as it is written is one of the variants.
+        keep_separator: text between parts of a caption: tags before the first stay in front, those after a second stay
+            at the end. It is never trained.
+        dropout: probability of each tag that does not stay, to be left away from a variant.
     """
 
     count: int = 1
@@ -37,6 +40,8 @@ class TagShuffle:
     split_on: str = "comma"
     position_start: int = 0
     include_original: bool = True
+    keep_separator: str | None = None
+    dropout: float = 0.0
 
 
 def read_aspect_buckets(value: Any) -> Any:
@@ -69,7 +74,7 @@ def read_tag_shuffle(value: Any) -> Any:
         return value or None
     if not isinstance(value, dict):
         raise ValueError('must be an object such as {"enable": true, "count": 3}')
-    _refuse_unknown(value, ("enable", "count", "seed", "split_on", "position_start", "include_original"))
+    _refuse_unknown(value, ("enable", *(each.name for each in fields(TagShuffle))))
     if not read_bool(value.get("enable", False)):
         return None
     split_on = value.get("split_on", "comma")
@@ -80,7 +85,14 @@ def read_tag_shuffle(value: Any) -> Any:
         raise ValueError("count must be 1 to 1000, and position_start at least 0")
     seed = value.get("seed")
     original = read_bool(value.get("include_original", True))
-    return TagShuffle(count, None if seed is None else read_int(seed), split_on, start, original)
+    separator, dropout = value.get("keep_separator"), read_float(value.get("dropout", 0.0))
+    if separator is not None and not (isinstance(separator, str) and separator.strip()):
+        raise ValueError("keep_separator must be a text such as |||")
+    if separator is not None and SEPARATORS[split_on].strip() and SEPARATORS[split_on] in separator:
+        raise ValueError(f"keep_separator must not hold what split_on stands for ({SEPARATORS[split_on]})")
+    if not 0 <= dropout < 1:
+        raise ValueError("dropout must be at least 0 and below 1")
+    return TagShuffle(count, None if seed is None else read_int(seed), split_on, start, original, separator, dropout)
 
 
 def _refuse_unknown(value: dict[str, Any], known: tuple[str, ...]) -> None:

@@ -152,7 +152,9 @@ class ImageDataset(ImageSource, DatasetEntry):
     caption_shuffle: Shuffle = option(
         None,
         help="Further variants of each caption with its tags in another order: `enable`, `count` (1), `split_on` "
-        "(comma, space, period), `position_start` (tags that stay), `seed`, `include_original`.",
+        "(comma, space, period), `position_start` (tags that stay), `keep_separator` (a text such as `|||`: tags "
+        "before it stay, and those after a second one), `dropout` (probability of each other tag to be left "
+        "away), `seed`, `include_original`.",
     )
     caption_openers: TextOrList | None = option(
         None,

@@ -15,6 +15,8 @@ from simpletuner.config.datasets import ImageDataset, TextEmbedsDataset
 from simpletuner.config.draft import Draft
 from simpletuner.config.objective_rules import OBJECTIVE_NOTICES, OBJECTIVE_RULES
 from simpletuner.config.optimizer_rules import OPTIMIZER_NOTICES, OPTIMIZER_RULES
+from simpletuner.config.options import all_options
+from simpletuner.config.options.model import PROMPT_OPTIONS
 from simpletuner.config.paths import SINGLE_FILE
 from simpletuner.config.precision_rules import PRECISION_RULES
 from simpletuner.config.process_rules import PROCESS_RULES
@@ -28,8 +30,6 @@ Notice = Callable[[Draft], Iterator[str]]
 
 _REPOSITORY = re.compile(r"(?:\w[\w.-]*/)?\w(?:[\w.-]*\w)?", re.ASCII)
 
-# How prompts are encoded, where a family has a choice: option -> its default.
-PROMPT_OPTIONS = {"clip_skip": 1}
 # In the unit of `area`: larger numbers are pixels by mistake.
 MAX_MEGAPIXELS = 20
 
@@ -78,9 +78,10 @@ def prompts_have_a_length_of_the_family(draft: Draft) -> Iterator[Problem]:
         message = f"{draft.spec.title} reads captions of the length that it was trained with"
         yield draft.problem(message, key, fix="remove the key")
         return
-    shortest, longest = draft.spec.prompt_lengths
-    if not shortest <= length <= longest:
-        yield draft.problem(f"{length} tokens are no length of {draft.spec.title}", key, f"{shortest} to {longest}")
+    lengths = draft.spec.prompt_lengths
+    if length not in lengths:
+        allowed = f"{lengths[0]} to {lengths[-1]}" if lengths.step == 1 else ", ".join(map(str, lengths))
+        yield draft.problem(f"{length} tokens are no length of {draft.spec.title}", key, allowed)
 
 
 def family_takes_its_options(draft: Draft) -> Iterator[Problem]:
@@ -93,9 +94,9 @@ def family_takes_its_options(draft: Draft) -> Iterator[Problem]:
 
 
 def prompts_are_encoded_as_the_family_can(draft: Draft) -> Iterator[Problem]:
-    for key, default in PROMPT_OPTIONS.items() if draft.spec else ():
+    for key in PROMPT_OPTIONS if draft.spec else ():
         value = getattr(draft.config, key)
-        if value != default and key not in draft.spec.prompt_options:
+        if value != all_options()[key].default and key not in draft.spec.prompt_options:
             message = f"{show_value(value)} has no meaning for {draft.spec.title}"
             reason = draft.spec.other_prompt_options.get(key)
             yield draft.problem(f"{message}: {reason}" if reason else message, key, fix="remove the key")

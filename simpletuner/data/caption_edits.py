@@ -13,7 +13,7 @@ from functools import cached_property
 
 from simpletuner.config.caption_filters import parse_filter
 from simpletuner.config.dataset_values import SEPARATORS, TagShuffle
-from simpletuner.data.interleave import permutation
+from simpletuner.data.interleave import generator, permutation
 
 
 @dataclass(frozen=True)
@@ -62,16 +62,34 @@ class CaptionEdits:
         return shorter or caption
 
     def _shuffled(self, caption: str, shuffle: TagShuffle) -> list[str]:
-        """The caption and its shuffled variants; the caption alone where there is nothing to shuffle."""
+        """The caption and its variants; the caption alone where there is nothing to shuffle or drop."""
+        first, loose, last = split_tags(caption, shuffle)
         separator = SEPARATORS[shuffle.split_on]
-        tags = [tag.strip() for tag in caption.split(separator) if tag.strip()]
-        fixed, loose = tags[: shuffle.position_start], tags[shuffle.position_start :]
-        if len(loose) < 2:
-            return [caption]
-        seed = self.seed if shuffle.seed is None else shuffle.seed
         joint = separator if separator == " " else f"{separator} "
-        variants = [caption] if shuffle.include_original else []
+        has_marks = bool(shuffle.keep_separator) and shuffle.keep_separator in caption
+        original = joint.join([*first, *loose, *last]) if has_marks else caption
+        if not loose or (len(loose) < 2 and not shuffle.dropout):
+            return [original]
+        seed = self.seed if shuffle.seed is None else shuffle.seed
+        variants = [original] if shuffle.include_original else []
         for number in range(shuffle.count):
             order = permutation(len(loose), seed, "tags", caption, number)
-            variants.append(joint.join([*fixed, *(loose[index] for index in order)]))
+            if shuffle.dropout:
+                is_kept = generator(seed, "dropped tags", caption, number).random(len(loose)) >= shuffle.dropout
+                order = order[is_kept[order]]
+            variants.append(joint.join([*first, *(loose[index] for index in order), *last]))
         return variants
+
+
+def split_tags(caption: str, shuffle: TagShuffle) -> tuple[list[str], list[str], list[str]]:
+    """Tags that stay in front, those that are shuffled and dropped, and those that stay at the end.
+
+    Marks in the caption say where each part ends; a caption without one has `position_start` first tags that stay.
+    """
+    separator = SEPARATORS[shuffle.split_on]
+    pieces = caption.split(shuffle.keep_separator, 2) if shuffle.keep_separator else [caption]
+    parts = [[tag.strip() for tag in piece.split(separator) if tag.strip()] for piece in pieces]
+    if len(parts) == 1:
+        start = shuffle.position_start
+        return parts[0][:start], parts[0][start:], []
+    return parts[0], parts[1], parts[2] if len(parts) > 2 else []

@@ -108,8 +108,8 @@ class FamilySpec:
         prompts_see_references: the encoders of prompts look at the reference images: the embeddings of a caption are
             other ones for each set of references.
         drops_references: where a caption is dropped, the references of its image are too.
-        prompt_lengths: (shortest, longest) number of tokens that `tokenizer_max_length` may set; None where the family
-            reads prompts of one length.
+        prompt_lengths: numbers of tokens that `tokenizer_max_length` may set; None where the family reads prompts of
+            one length.
         caches_prompt_embeds: False where the prompt is only tokenised (nothing worth caching).
         prompt_tensors: names of the tensors that `encode_prompts` makes of a prompt; what a file of embeddings holds.
             Empty where files of them are not read.
@@ -134,7 +134,8 @@ class FamilySpec:
             `preview_decoder/`.
         pipeline_options: arguments that the family's pipeline takes beyond those of the contract: `guidance_rescale`,
             `true_cfg_scale`, `skip_guidance_layers`.
-        prompt_options: options of how prompts are encoded that the family takes: `clip_skip`.
+        prompt_options: options of how prompts are encoded that the family takes: `clip_skip`,
+            `force_zeros_for_empty_prompt`.
         other_prompt_options: option of that kind -> why it has no meaning here.
         reads_single_files: the key table names every tensor of the denoiser, so that a file of the original layout can
             be read.
@@ -173,7 +174,7 @@ class FamilySpec:
     stretches: bool = False
     prompts_see_references: bool = False
     drops_references: bool = True
-    prompt_lengths: tuple[int, int] | None = None
+    prompt_lengths: range | None = None
     caches_prompt_embeds: bool = True
     prompt_tensors: tuple[str, ...] = ()
     dropped_caption: str = ""

@@ -26,6 +26,7 @@ def build_family(config: TrainConfig) -> ModelFamily:
     family.number_formats = number_formats(config)
     family.prompt_length = config.tokenizer_max_length
     family.clip_skip = config.clip_skip
+    family.force_zeros_for_empty_prompt = config.force_zeros_for_empty_prompt
     modes = {"slicing": config.vae_enable_slicing, "tiling": config.vae_enable_tiling}
     family.vae_modes = tuple(mode for mode, is_on in modes.items() if is_on)
     return family

@@ -20,7 +20,7 @@ from simpletuner.families.keys import KeyTable
 from simpletuner.families.spec import Component, FamilySpec
 from simpletuner.models.hub_connectivity import hub_failures, why_missing
 from simpletuner.models.safe_loading import CONVERT, PICKLES, load_errors, load_pretrained, read_object
-from simpletuner.models.single_file import as_folder, dtype_in_file, is_in_file, load_from_file
+from simpletuner.models.single_file import as_folder, dtype_in_file, is_in_file, load_from_file, refused_marks
 from simpletuner.spelling import nearest
 
 if TYPE_CHECKING:
@@ -96,6 +96,11 @@ def check_local_model(source: ModelSource, spec: FamilySpec, file: str | None = 
         return [Problem(message, key=FILE_KEY, file=file, fix="name a folder in diffusers layout, or a hub id")]
     if source.file and not Path(source.file).is_file():
         return [Problem(f"there is no file {source.file}", key=FILE_KEY, file=file, fix="correct the path")]
+    if source.file and (marks := refused_marks(source.file)):
+        message = (
+            f"{source.file} says by {', '.join(marks)} that its noise levels are those of EDM, which are not built"
+        )
+        return [Problem(message, key=FILE_KEY, file=file, fix="name another model")]
     problems = [problem for part in spec.components if (problem := _unusable_place(source, part)) is not None]
     if not source.is_local:
         return problems + _missing_folder(source, file)

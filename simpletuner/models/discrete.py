@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from simpletuner.diffusion.ddpm import NoiseSchedule
+from simpletuner.errors import ConfigError, Problem
 from simpletuner.families.spec import PredictionType
 from simpletuner.models.family import ModelFamily
 
@@ -20,6 +21,14 @@ class DiscreteFamily(ModelFamily):
 
     @cached_property
     def schedule(self) -> NoiseSchedule:
+        """The noise levels of the model's scheduler.
+
+        Raises:
+            ConfigError: it is one of EDM (arXiv 2206.00364), whose configuration holds no betas.
+        """
+        if (name := str(self.scheduler_config.get("_class_name"))).startswith("EDM"):
+            message = f"{self.source.model} has a {name}: noise levels of EDM are not built"
+            raise ConfigError(Problem(message, key="pretrained_model_name_or_path", fix="name another model"))
         return NoiseSchedule.from_config(self.scheduler_config)
 
     @property

@@ -232,6 +232,9 @@ class ModelFamily(ABC):
     # their embeddings would depend on the company.
     reads_prompts_singly: bool = False
 
+    # `force_zeros_for_empty_prompt`, where it is set: whether an empty prompt is zeros.
+    force_zeros_for_empty_prompt: bool | None = None
+
     # Prompts so far that were longer than `spec.max_prompt_tokens` and were cut; `encode_prompts` counts them.
     num_cut_prompts: int = 0
 
@@ -294,6 +297,12 @@ class ModelFamily(ABC):
     def max_prompt_tokens(self) -> int:
         """Tokens of a prompt that these weights read; longer ones are cut."""
         return self.prompt_length or self.spec.max_prompt_tokens
+
+    @property
+    def prompt_settings(self) -> dict[str, Any]:
+        """What the configuration says of how prompts are encoded, where it is not the default."""
+        keys = ("prompt_length", "clip_skip", "force_zeros_for_empty_prompt")
+        return {key: getattr(self, key) for key in keys if getattr(self, key) != getattr(ModelFamily, key)}
 
     def count_prompt_tokens(self, prompts: Sequence[str]) -> list[int] | None:
         """Tokens of each prompt before anything is cut, template included; None where the family cannot tell."""

@@ -56,6 +56,20 @@ def dtype_in_file(path: str, component: Component) -> torch.dtype:
         return file.get_tensor(names[0]).dtype
 
 
+# Empty tensors of files whose weights know the noise levels of EDM (arXiv 2206.00364): CosXL and Playground 2.5.
+_EDM_MARKS = ("edm_vpred.sigma_max", "edm_vpred.sigma_min", "edm_mean", "edm_std")
+
+
+def refused_marks(path: str) -> list[str]:
+    """Empty tensors by which a file says that its weights were trained with noise that no family here makes.
+
+    Raises:
+        DataError: the file is not there, or no safetensors file.
+    """
+    names = names_in_file(path)
+    return [mark for mark in _EDM_MARKS if mark in names]
+
+
 def objective_marks(path: str) -> dict[str, Any]:
     """What a file says by empty tensors of its weights, in the words of `scheduler_config.json`.
 

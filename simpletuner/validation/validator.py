@@ -104,7 +104,7 @@ class Validator:
             "model": family.source.model,
             "vae": family.source.vae,
             **({"text_encoders": dict(family.source.encoders)} if family.source.encoders else {}),
-            **({"prompt_length": family.prompt_length} if family.prompt_length else {}),
+            **family.prompt_settings,
             "revision": family.source.revision,
             "scheduler": config.validation_noise_scheduler,
             "seed_source": config.validation_seed_source,

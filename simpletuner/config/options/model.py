@@ -7,6 +7,8 @@ from typing import Literal
 from simpletuner.config.options.declare import REQUIRED, OptionGroup, option
 from simpletuner.config.values import Bool, Checkpointing, Int, Interval, Text, TextOrList
 
+# How prompts are encoded, where a family has a choice (`FamilySpec.prompt_options`).
+PROMPT_OPTIONS = ("clip_skip", "force_zeros_for_empty_prompt")
 NO_OTHER_FAMILY = "no family that is built uses it"
 
 
@@ -72,8 +74,9 @@ class ModelOptions(OptionGroup):
     )
     tokenizer_max_length: Int | None = option(
         None,
-        help="Tokens of a caption that reach the model, for families that take several lengths (FLUX.1, Stable "
-        "Diffusion 3: those of T5). Unset: the family's own.",
+        help="Tokens of a caption that reach the model, for families that take several lengths: those of T5 (FLUX.1, "
+        "Chroma, Stable Diffusion 3), or for SDXL, Stable Diffusion 1.5 and 2.1 one to four chunks of CLIP (77, 152, "
+        "227, 302). Unset: the family's own.",
         unit="tokens",
         ge=1,
     )
@@ -85,6 +88,12 @@ class ModelOptions(OptionGroup):
         unit="layers",
         ge=1,
         le=12,
+    )
+    force_zeros_for_empty_prompt: Bool | None = option(
+        None,
+        help="Of SDXL's kind: what a dropped caption and a missing negative prompt are, zeros (`true`, what SDXL was "
+        "trained with) or the encoded empty text (`false`, what most models for drawings were trained with and other "
+        "programs generate with). Unset: what the model says of itself.",
     )
     revision: Text | None = option(None, help="Hub revision (branch, tag or commit) of the model.")
     variant: Text | None = option(None, help="Variant of the weight files, for example `fp16`.")

@@ -46,6 +46,7 @@ CHROMA = FamilySpec(
     vae_factor=8,
     patch_size=2,
     max_prompt_tokens=512,
+    prompt_lengths=range(1, 513),
     pipeline_class="ChromaPipeline",
     adaptable=(
         AdaptableModule("FluxAttention", (f"{DOUBLE}.attn", f"{SINGLE}.attn")),

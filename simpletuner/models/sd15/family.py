@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from simpletuner.batch import Conditioning, PromptEmbeds
 from simpletuner.families.spec import FamilySpec
+from simpletuner.models.clip_chunks import chunk_ids, join_chunks
 from simpletuner.models.discrete import DiscreteFamily
 from simpletuner.models.family import ReferenceSizes
 from simpletuner.models.live_pipeline import LivePipeline
@@ -46,14 +47,17 @@ class SD15(DiscreteFamily):
         return self.encoders.count("tokenizer", prompts)
 
     def encode_prompts(self, prompts: Sequence[str], references: ReferenceSizes | None = None) -> list[PromptEmbeds]:
-        """`prompt_embeds` (77, D): a layer's states, `clip_skip` from the end, after the final norm."""
+        """`prompt_embeds` (L, D): a layer's states, `clip_skip` from the end, after the final norm.
+
+        L is 77, or what `tokenizer_max_length` says: prompts are read in chunks then.
+        """
         length = self.max_prompt_tokens
         self.encoders.note_cut_prompts("tokenizer", prompts, length)
-        ids, _ = self.encoders.tokenize("tokenizer", prompts, length)
+        ids = chunk_ids(self.encoders.tokenizer(), prompts, length).to(self.device)
         encoder = self.encoders.encoder()
         with torch.no_grad():
-            layers = encoder(ids, output_hidden_states=True).hidden_states
-            states = encoder.final_layer_norm(layers[-self.clip_skip])
+            layers = encoder(ids.flatten(0, 1), output_hidden_states=True).hidden_states
+            states = join_chunks(encoder.final_layer_norm(layers[-self.clip_skip]), len(prompts))
         return [PromptEmbeds({"prompt_embeds": row.cpu()}) for row in states]
 
     def predict(self, denoiser: nn.Module, noisy_latents: Tensor, sigmas: Tensor, conditioning: Conditioning) -> Tensor:

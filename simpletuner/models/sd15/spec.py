@@ -11,6 +11,7 @@ from typing import Any
 from simpletuner.families.keys import KeyTable
 from simpletuner.families.readers import usual_readers
 from simpletuner.families.spec import AdaptableModule, Component, FamilySpec, Flavour
+from simpletuner.models.clip_lengths import CLIP_LENGTHS
 from simpletuner.models.unet_layers import ATTENTION, FEED_FORWARD, UNET_ADAPTABLE, original_unet_names
 
 _SECOND = "CreativeML Open RAIL++-M"
@@ -55,6 +56,7 @@ SD15 = FamilySpec(
     vae_factor=8,
     patch_size=1,
     max_prompt_tokens=77,
+    prompt_lengths=CLIP_LENGTHS,
     pipeline_class="StableDiffusionPipeline",
     adaptable=(*UNET_ADAPTABLE, _PROJECTIONS),
     default_lora_targets=ATTENTION,

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from simpletuner.batch import PromptEmbeds
+from simpletuner.models.clip_chunks import chunk_ids, join_chunks
 from simpletuner.models.components import model_index
 from simpletuner.models.family import ReferenceSizes
 from simpletuner.models.live_pipeline import LivePipeline
@@ -23,7 +24,12 @@ class SDXL(SizeConditionedUNet):
 
     @cached_property
     def zeroes_empty_prompts(self) -> bool:
-        """SDXL was trained with zeros where a caption was dropped, and its pipeline guides away from zeros."""
+        """SDXL was trained with zeros where a caption was dropped, and its pipeline guides away from zeros.
+
+        Models that were made of it often were not: the option says so, else the model itself.
+        """
+        if self.force_zeros_for_empty_prompt is not None:
+            return self.force_zeros_for_empty_prompt
         return bool(model_index(self.source).get("force_zeros_for_empty_prompt", True))
 
     def prompt_facts(self) -> Mapping[str, Any]:
@@ -33,16 +39,19 @@ class SDXL(SizeConditionedUNet):
         return self.encoders.count("tokenizer", prompts)
 
     def encode_prompts(self, prompts: Sequence[str], references: ReferenceSizes | None = None) -> list[PromptEmbeds]:
-        """`prompt_embeds` (77, D) and `pooled_prompt_embeds` (P,) of the second encoder; zeros for an empty prompt."""
-        length = self.spec.max_prompt_tokens
+        """`prompt_embeds` (L, D) and `pooled_prompt_embeds` (P,) of the second encoder; zeros for an empty prompt.
+
+        L is 77, or what `tokenizer_max_length` says: prompts are read in chunks then, and pooled from the first.
+        """
+        length = self.max_prompt_tokens
         self.encoders.note_cut_prompts("tokenizer", prompts, length)
         states, pooled = [], torch.empty(0)
         with torch.no_grad():
             for tokenizer, encoder in ENCODERS:
-                ids, _ = self.encoders.tokenize(tokenizer, prompts, length)
-                output = self.encoders.encoder(encoder)(ids, output_hidden_states=True)
-                states.append(output.hidden_states[-2])
-                pooled = output[0]
+                ids = chunk_ids(self.encoders.tokenizer(tokenizer), prompts, length).to(self.device)
+                output = self.encoders.encoder(encoder)(ids.flatten(0, 1), output_hidden_states=True)
+                states.append(join_chunks(output.hidden_states[-2], len(prompts)))
+                pooled = output[0].unflatten(0, ids.shape[:2])[:, 0]
         kept = [0.0 if self.zeroes_empty_prompts and not prompt else 1.0 for prompt in prompts]
         return [
             PromptEmbeds({"prompt_embeds": (row * factor).cpu(), "pooled_prompt_embeds": (pool * factor).cpu()})

@@ -32,6 +32,7 @@ def test_the_sound_configuration_breaks_no_rule(workspace: Workspace) -> None:
         ({"validation_guidance_skip_layers": "7,8"}, "validation_guidance_skip_layers", "has no skip_guidance_layers"),
         ({"validation_guidance_skip_scale": 2}, "validation_guidance_skip_scale", "has no use without"),
         ({"clip_skip": 2}, "clip_skip", "2 has no meaning for Toy"),
+        ({"force_zeros_for_empty_prompt": False}, "force_zeros_for_empty_prompt", "false has no meaning for Toy"),
         ({"clip_skip": 0}, "clip_skip", "0 is too small"),
         ({"validation_noise_scheduler": "ddim"}, "validation_noise_scheduler", "Toy is a flow model"),
         ({"validation_preview": True, "validation_disable": True}, "validation_preview", "validation generates none"),

@@ -253,6 +253,35 @@ def test_a_shuffle_without_the_original_leaves_captions_that_have_nothing_to_shu
     assert len(edits.apply(["a b c d e"])) == 1
 
 
+def test_tags_before_and_behind_the_marks_stay_and_the_marks_are_never_trained() -> None:
+    shuffle = TagShuffle(count=5, position_start=2, keep_separator="|||")
+    marked = "1girl, solo ||| red hair, smile, park ||| watercolor"
+    variants = CaptionEdits(shuffle=shuffle, seed=1).apply([marked])
+    assert variants[0] == "1girl, solo, red hair, smile, park, watercolor"
+    assert len(variants) > 2
+    for variant in variants:
+        assert variant.startswith("1girl, solo, ")
+        assert variant.endswith(", watercolor")
+        assert sorted(variant.split(", ")[2:-1]) == ["park", "red hair", "smile"]
+    # One mark: nothing stays at the end. None: `position_start` counts. Nothing to shuffle: the marks go all the same.
+    assert all(each.startswith("a, ") for each in CaptionEdits(shuffle=shuffle).apply(["a ||| b, c, d"]))
+    assert all(each.startswith("a, b, ") for each in CaptionEdits(shuffle=shuffle).apply(["a, b, c, d, e"]))
+    assert CaptionEdits(shuffle=shuffle).apply(["a ||| b"]) == ("a, b",)
+
+
+def test_each_loose_tag_is_dropped_as_often_as_asked_and_those_that_stay_never() -> None:
+    tags = [f"tag{number}" for number in range(10)]
+    shuffle = TagShuffle(count=1000, include_original=False, keep_separator="|||", dropout=0.3)
+    variants = CaptionEdits(shuffle=shuffle, seed=1).apply([f"first ||| {', '.join(tags)} ||| last"])
+    assert all(variant.startswith("first") and variant.endswith("last") for variant in variants)
+    for tag in tags:
+        share = sum(tag in variant.split(", ") for variant in variants) / len(variants)
+        assert share == pytest.approx(0.7, abs=0.06)  # four deviations of a thousand draws
+    kept = [variant.split(", ")[1:-1] for variant in variants]
+    assert any(row != sorted(row) for row in kept)
+    assert CaptionEdits(shuffle=shuffle, seed=1).apply([f"first ||| {', '.join(tags)} ||| last"]) == variants
+
+
 def test_a_dataset_offers_the_shuffled_variants(folder: Path, tmp_path: Path) -> None:
     for path in folder.glob("*.png"):
         path.with_suffix(".txt").write_text("a, b, c, d")

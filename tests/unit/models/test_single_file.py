@@ -192,10 +192,12 @@ def test_lengths_of_captions_and_text_encoders_are_the_family_s(tmp_path: Path, 
     write_images(tmp_path / "images", 1, seed=1)
     run = write_run(tmp_path, sdxl, [dataset("images")], model_family="sdxl", text_encoder_paths=["", "", "none"])
     with pytest.raises(ConfigError) as caught:
-        load_here(run, "--tokenizer_max_length=77")
+        load_here(run, "--tokenizer_max_length=150")
     text = caught.value.render()
     assert "names 3 text encoders, and Stable Diffusion XL has 2" in text
-    assert "reads captions of the length that it was trained with" in text
+    assert "77, 152, 227, 302" in text
+    with pytest.raises(ConfigError, match="reads captions of the length that it was trained with"):
+        load_here(run, "--model_family=kolors", "--tokenizer_max_length=77")
     with pytest.raises(ConfigError, match="600 tokens are no length"):
         load_here(run, "--model_family=flux", "--tokenizer_max_length=600")
 
@@ -227,6 +229,17 @@ def test_an_sdxl_file_says_itself_that_its_weights_predict_v(tmp_path: Path, sdx
     attach_adapter(loaded, single, denoiser).save(tmp_path / "adapter.safetensors", {})
     with safe_open(tmp_path / "adapter.safetensors", framework="pt") as adapter:
         assert adapter.metadata()["modelspec.prediction_type"] == "v"
+
+
+@pytest.mark.parametrize("mark", ["edm_vpred.sigma_max", "edm_mean"])
+def test_a_file_with_noise_levels_of_edm_is_refused(mark: str, tmp_path: Path, sdxl: Path):
+    """CosXL and Playground 2.5 have the same tensors as SDXL, and would be trained to pieces."""
+    file = tmp_path / "edm.safetensors"
+    save_file({"model.diffusion_model.out.2.bias": torch.zeros(1), mark: torch.tensor([80.0])}, file)
+    [problem] = check_local_model(ModelSource(str(sdxl), file=str(file)), get_spec("sdxl"))
+    assert mark in problem.message
+    [problem] = check_local_model(ModelSource("stabilityai/cosxl"), get_spec("sdxl"))
+    assert "noise levels are those of EDM" in problem.message
 
 
 def test_a_model_folder_can_be_written_from_a_single_file(sdxl: Path, bare: Path, tmp_path: Path):

@@ -89,7 +89,7 @@ def test_prompts_are_encoded_to_their_tokens_and_one_of_padding(family, name):
 
 
 def test_a_prompt_that_fills_all_tokens_has_none_of_padding(family, monkeypatch):
-    monkeypatch.setattr(Chroma, "max_prompt_tokens", 10)
+    monkeypatch.setattr(family, "prompt_length", 10)
     [call] = calls_of("full_length")
     [row] = family.encode_prompts(CASES["full_length"]["prompts"])
     assert_near(row.tensors["prompt_embeds"], call["prompt_embeds"][0])

@@ -83,6 +83,22 @@ def test_clip_skip_is_an_earlier_layer_after_the_final_norm() -> None:
         assert_near(row.tensors["prompt_embeds"], expected)
 
 
+def test_a_prompt_of_two_chunks_is_their_states_one_behind_the_other() -> None:
+    family = family_of("v1_5")
+    words = ["a", "red", "fox", "in", "the", "snow,", "wide", "photo"]
+    long, tokenizer = " ".join(words * 12), family.encoders.tokenizer()
+    ids = tokenizer(long, add_special_tokens=False).input_ids
+    assert 75 < len(ids) < 150
+    begin, end = tokenizer.bos_token_id, tokenizer.eos_token_id
+    chunks = torch.tensor([[begin, *ids[:75], end], [begin, *ids[75:], *[end] * (76 - len(ids[75:]))]])
+    encoder = family.encoders.encoder()
+    with torch.no_grad():
+        first, second = encoder(chunks).last_hidden_state
+    family.prompt_length = 152
+    [row] = family.encode_prompts([long])
+    assert_near(row.tensors["prompt_embeds"], torch.cat([first[:-1], second[1:]]))
+
+
 @pytest.mark.parametrize(("version", "name"), [("v1_5", "guided"), ("v2_1", "guided"), ("v1_5", "clip_skip")])
 def test_the_pipeline_generates_the_golden_latents(version: str, name: str) -> None:
     """With the model's own sampler and guidance, from the golden noise."""

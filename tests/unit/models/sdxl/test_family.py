@@ -13,6 +13,7 @@ from torch import Tensor
 
 from simpletuner.batch import Batch, Crop, Sample
 from simpletuner.cache.prompts import PromptsAhead
+from simpletuner.errors import ConfigError
 from simpletuner.families.registry import get_family_class, get_spec
 from simpletuner.models.components import ModelSource
 from simpletuner.models.sdxl.family import SDXL
@@ -146,3 +147,90 @@ def test_the_key_table_is_that_of_diffusers_conversion():
     converted = convert_ldm_unet_checkpoint(original, dict(unet.config))
     assert converted.keys() == unet.state_dict().keys()
     assert all(converted[name].data_ptr() == tensor.data_ptr() for name, tensor in unet.state_dict().items())
+
+
+def by_hand(family: SDXL, chunks: list[str]) -> tuple[Tensor, Tensor]:
+    """(77, D) states of each chunk as the pipeline encodes a prompt, one behind the other, and all pooled vectors."""
+    states, pooled = [], []
+    for name in ("", "_2"):
+        tokenizer, encoder = (
+            family.encoders.tokenizer(f"tokenizer{name}"),
+            family.encoders.encoder(f"text_encoder{name}"),
+        )
+        ids = tokenizer(chunks, padding="max_length", max_length=77, return_tensors="pt").input_ids
+        with torch.no_grad():
+            output = encoder(ids, output_hidden_states=True)
+        states.append(output.hidden_states[-2])
+        pooled = output[0]
+    return torch.cat(states, dim=-1), pooled
+
+
+def test_a_prompt_of_several_chunks_is_their_states_one_behind_the_other(folder):
+    """Each between a begin and an end, of which the first begin and the last end stay; pooled is the first chunk."""
+    family = family_of(folder)
+    first, second = " ".join("a" * 75), " ".join("b" * 9)  # the tiny tokenizer has a token for each letter
+    family.prompt_length = 227
+    [row] = family.encode_prompts([f"{first} {second}"])
+    states, pooled = by_hand(family, [first, second, ""])
+    expected = torch.cat([states[0, :1], *(chunk[1:-1] for chunk in states), states[2, -1:]])
+    assert expected.shape[0] == 3 * 75 + 2
+    torch.testing.assert_close(row.tensors["prompt_embeds"], expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(row.tensors["pooled_prompt_embeds"], pooled[0], rtol=0, atol=1e-5)
+    assert family.num_cut_prompts == 0
+    assert family.prompt_facts() != family_of(folder).prompt_facts()
+
+
+def test_a_prompt_of_two_chunks_reaches_the_denoiser_whole_in_training_and_in_images(folder):
+    family = family_of(folder)
+    family.prompt_length = 152
+    denoiser, latents, sigma = family.load_denoiser(), torch.randn(1, 4, 8, 8), torch.tensor([0.5])
+    answers, images = [], []
+    for end in ("cat", "dog"):  # beyond the 77 tokens
+        prompt = "z" * 80 + end
+        with torch.no_grad():
+            conditioning = family.collate(batch_of(family, latents, [prompt]))
+            answers.append(family.predict(denoiser, latents, sigma, conditioning))
+            options = {"num_inference_steps": 1, "output_type": "latent", "latents": latents, "guidance_scale": 3.0}
+            images.append(family.pipeline(denoiser)(prompt, "a short negative", height=64, width=64, **options).images)
+    assert (answers[0] - answers[1]).abs().max() > 1e-5
+    assert (images[0] - images[1]).abs().max() > 1e-5
+
+
+@pytest.mark.parametrize("is_forced", [True, False])
+def test_the_option_decides_whether_an_empty_prompt_is_zeros(folder, is_forced):
+    family = family_of(folder)
+    family.force_zeros_for_empty_prompt = is_forced
+    [empty] = family.encode_prompts([""])
+    states, pooled = by_hand(family, [""])
+    expected = torch.zeros_like(states[0]) if is_forced else states[0]
+    torch.testing.assert_close(empty.tensors["prompt_embeds"], expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(empty.tensors["pooled_prompt_embeds"], pooled[0] * (not is_forced), rtol=0, atol=1e-5)
+    given = family.pipeline(family.load_denoiser()).prompt_arguments(["a cat"], None, 5.0)
+    torch.testing.assert_close(given["negative_prompt_embeds"][0], expected, rtol=0, atol=1e-5)
+
+
+def test_a_model_with_a_scheduler_of_edm_is_refused(tmp_path):
+    """Its configuration holds no betas; those of diffusers' defaults would train it to pieces."""
+    import json
+
+    folder = tiny_sdxl_folder(tmp_path / "model")
+    path = folder / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps({"_class_name": "EDMDPMSolverMultistepScheduler", "sigma_max": 80.0}))
+    with pytest.raises(ConfigError, match="noise levels of EDM"):
+        family_of(folder).sigmas_at(torch.tensor([0.5]), torch.zeros(1, 4, 8, 8))
+
+
+def test_a_model_without_data_at_its_last_level_has_the_public_numbers(tmp_path):
+    """Euler with trailing steps, as diffusers computes it: levels, their sigmas, and the scale of the first noise."""
+    model = tiny_sdxl_folder(
+        *(tmp_path / "model",), prediction_type="v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing"
+    )
+    family = family_of(model)
+    signal, _ = family.signal_and_noise(torch.tensor([0.001, 0.5, 0.999, 1.0]))
+    expected = torch.tensor([0.99915, 0.242359, 1.968e-7, 0.0])
+    torch.testing.assert_close(signal.square(), expected, rtol=1e-3, atol=1e-9)
+    scheduler = family.pipeline(tiny_unet()).scheduler
+    scheduler.set_timesteps(4)
+    assert scheduler.timesteps.tolist() == [999, 749, 499, 249]
+    assert scheduler.sigmas.tolist() == pytest.approx([4096, 5.3987, 1.7681, 0.72706, 0], rel=1e-4)
+    assert float(scheduler.init_noise_sigma) == pytest.approx(4096, rel=1e-3)
