@@ -4,6 +4,7 @@ images with the LoRA.
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 from collections.abc import Callable
@@ -13,7 +14,9 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -25,6 +28,7 @@ from simpletuner.validation.generate import apply_adapter_file
 from tests.runs import run_cli, write_images
 from tests.single_files import original_denoiser, original_vae, write_sd3_file
 from tests.tiny_flux import tiny_flux_folder
+from tests.tiny_hunyuan_dit import tiny_hunyuan_dit_folder
 from tests.tiny_kolors import tiny_kolors_folder
 from tests.tiny_sd3 import tiny_sd3_folder
 
@@ -148,7 +152,8 @@ def test_sd3_trains_from_one_file_without_t5_and_generates_as_diffusers_does(run
     words = ["diffsynth", "sd3", "--pretrained_path", str(single)]
     assert run(*words, *FLAGS, *OURS, f"--pretrained_model_name_or_path={bare(folder)}") == 0
     loaded = require_epochs_and_sheet()
-    assert len(load_file("models/pytorch_lora_weights.safetensors")) == 2 * 6 * 2
+    # Two blocks with six layers, and the second attention of the first one.
+    assert len(load_file("models/pytorch_lora_weights.safetensors")) == 2 * (2 * 6 + 3)
     pipeline = diffusers.StableDiffusion3Pipeline.from_pretrained(folder, text_encoder_3=None, tokenizer_3=None)
     require_same_image(loaded, pipeline, lambda latents: latents, max_sequence_length=77)
 
@@ -168,6 +173,31 @@ def test_kolors_trains_on_chinese_captions_and_generates_as_diffusers_does(run: 
     assert loaded.config.pretrained_model_name_or_path == str(folder)  # the folder around the three
     pipeline = diffusers.KolorsPipeline.from_pretrained(folder)
     require_same_image(loaded, pipeline, lambda latents: latents)
+
+
+@pytest.mark.slow
+def test_hunyuan_dit_trains_from_its_folder_and_generates_as_diffusers_and_peft_do(
+    run: Callable[..., int], tmp_path: Path
+):
+    """diffusers has no loader of LoRA files for this pipeline, so PEFT's own reads the file."""
+    folder = tiny_hunyuan_dit_folder(tmp_path / "hunyuan")
+    shutil.rmtree("data/dog")
+    write_dataset(tmp_path / "data/dog/train", "一只小狗")
+    assert run("diffsynth", "hunyuan-dit", "--pretrained_path", str(folder), *FLAGS, *OURS) == 0
+    loaded = require_epochs_and_sheet()
+    before, ours = trained_image(loaded)
+    assert (ours - before).abs().max() > 1e-3
+    pipeline = diffusers.HunyuanDiTPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    with safe_open("models/pytorch_lora_weights.safetensors", "pt") as file:
+        tensors = {name.removeprefix("transformer."): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        written = json.loads(file.metadata()["lora_adapter_metadata"])
+    names = ("r", "lora_alpha", "target_modules")
+    settings = LoraConfig(**{name: written[f"transformer.{name}"] for name in names})
+    inject_adapter_in_model(settings, pipeline.transformer)
+    assert not set_peft_model_state_dict(pipeline.transformer, tensors).unexpected_keys
+    theirs = image_of(pipeline, use_resolution_binning=False, target_size=(SIDE, SIDE))
+    torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-4)
 
 
 @pytest.mark.ci

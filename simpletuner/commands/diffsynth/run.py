@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from simpletuner.commands.diffsynth.flags import parse, script_of
-from simpletuner.commands.diffsynth.scripts import Script
 from simpletuner.commands.diffsynth.targets import lora_target
 from simpletuner.commands.diffsynth.weights import weight_options
 from simpletuner.commands.run_files import CONFIG, DATA, write_run_files
@@ -22,6 +21,7 @@ from simpletuner.config.layers import parse_arguments
 from simpletuner.config.options import all_options
 from simpletuner.errors import ConfigError, Problem
 from simpletuner.families.registry import get_spec
+from simpletuner.families.spec import FamilySpec
 
 DEEPSPEED = "deepspeed.json"
 FORMATS = {"32": "no", "16": "fp16", "16-mixed": "fp16", "bf16": "bf16"}
@@ -74,7 +74,7 @@ def translate(
         "output_dir": output,
         "cache_dir": f"{output.rstrip('/')}/cache",
         **weight_options(script, flags, working_dir, notes.append),
-        **_adapter(script, flags),
+        **_adapter(spec, flags),
         "max_train_steps": flags.max_epochs * per_epoch,
         "num_train_epochs": 0,
         "checkpoint_step_interval": per_epoch,
@@ -151,7 +151,7 @@ def _plain(value: Any) -> Any:
     return found if isinstance(found, bool | int | float) else value
 
 
-def _adapter(script: Script, flags: argparse.Namespace) -> dict[str, Any]:
+def _adapter(spec: FamilySpec, flags: argparse.Namespace) -> dict[str, Any]:
     options = {
         "model_type": "lora",
         "lora_type": "standard",
@@ -159,7 +159,7 @@ def _adapter(script: Script, flags: argparse.Namespace) -> dict[str, Any]:
         "lora_alpha": flags.lora_alpha,
         "lora_dropout": 0.0,
         "lora_init_type": {"kaiming": "default"}.get(flags.init_lora_weights, flags.init_lora_weights),
-        "lora_target": lora_target(flags.lora_target_modules, script.family),
+        "lora_target": lora_target(flags.lora_target_modules, spec),
     }
     if flags.pretrained_lora_path:
         options["init_lora"] = flags.pretrained_lora_path

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
+from diffusers import FluxTransformer2DModel, HunyuanDiT2DModel, SD3Transformer2DModel, UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -63,8 +63,10 @@ def test_the_page_s_command_for_flux_becomes_these_files() -> None:
         *("--width", "1024", "--center_crop", "--precision", "bf16", "--learning_rate", "1e-4", "--lora_rank", "4"),
         *("--lora_alpha", "4", "--use_gradient_checkpointing", "--align_to_opensource_format"),
     )
-    targets = found.config.pop("lora_target")
-    assert len(targets) == 20
+    names = SCRIPTS["flux"].targets
+    assert found.config.pop("lora_target") == [
+        "single_transformer_blocks.*.proj_out" if name == "proj_out" else name for name in names
+    ]
     assert found.config == {
         "model_family": "flux",
         "output_dir": "./models",
@@ -201,7 +203,7 @@ def test_images_are_cut_to_width_and_height(folder: Path, side: tuple[int, int],
         ("sd3", [*SD3, "--modelscope_access_token", "x"], "Hugging Face hub only"),
         ("sd3", [*SD3, "--use_swanlab"], "report_to"),
         ("sd3", [*SD3, "--height", "1000"], "1000 is no multiple of 16"),
-        ("sd3", [*SD3, "--lora_target_modules", "to_q"], "ends no layer's path"),
+        ("sd3", [*SD3, "--lora_target_modules", "to_q"], "ends no path of a layer"),
         ("sd3", [*SD3, "--precision", "8"], "invalid choice"),
         ("sd3", [*SD3, "--max_epochs", "0"], "--max_epochs"),
         ("sd3", ["--pretrained_path", "owner/name"], "--dataset_path"),
@@ -257,32 +259,56 @@ def test_several_files_of_sd3_are_told_apart_by_what_they_hold(folder: Path) -> 
         translated("sd3", "--pretrained_path", "l.safetensors", *SD3[2:])
 
 
-# Layers of the published sizes that DiffSynth's default names stand for, counted in its files.
-FULL_SIZE: dict[str, tuple[Any, int]] = {
-    "flux": (FluxTransformer2DModel, 494),
-    "sd3": (SD3Transformer2DModel, 144),
+# Sizes of the published models, and how many layers DiffSynth's default names stand for, counted in its files.
+FULL_SIZE: dict[str, tuple[Any, dict[str, Any], int]] = {
+    "flux": (FluxTransformer2DModel, {}, 494),
+    "sd3": (SD3Transformer2DModel, {"num_layers": 24, "num_attention_heads": 24, "caption_projection_dim": 1536}, 144),
+    "kolors": (
+        UNet2DConditionModel,
+        {
+            "block_out_channels": (320, 640, 1280),
+            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            "transformer_layers_per_block": (1, 2, 10),
+            "attention_head_dim": (5, 10, 20),
+            "cross_attention_dim": 2048,
+            "use_linear_projection": True,
+        },
+        560,
+    ),
+    "hunyuan-dit": (
+        HunyuanDiT2DModel,
+        {
+            "num_attention_heads": 16,
+            "attention_head_dim": 88,
+            "in_channels": 4,
+            "patch_size": 2,
+            "sample_size": 128,
+            "hidden_size": 1408,
+            "num_layers": 40,
+            "mlp_ratio": 4.3637,
+            "cross_attention_dim": 1024,
+            "cross_attention_dim_t5": 2048,
+            "pooled_projection_dim": 1024,
+        },
+        320,
+    ),
 }
 
 
 @pytest.mark.parametrize("name", FULL_SIZE)
 def test_default_targets_are_the_layers_of_the_published_models(name: str) -> None:
-    cls, count = FULL_SIZE[name]
-    options = {"num_layers": 24, "caption_projection_dim": 1536, "num_attention_heads": 24} if name == "sd3" else {}
+    cls, options, count = FULL_SIZE[name]
     with torch.device("meta"):
         denoiser = cls(**options)
-    targets = lora_target(",".join(SCRIPTS[name].targets), name)
-    paths, _ = lora_layers(denoiser, targets, get_spec(name))
+    spec = get_spec(SCRIPTS[name].family)
+    paths, _ = lora_layers(denoiser, lora_target(",".join(SCRIPTS[name].targets), spec), spec)
     assert len(paths) == count
 
 
 def test_a_name_is_the_end_of_a_path() -> None:
-    assert lora_target("proj_out", "flux") == ["single_transformer_blocks.*.proj_out"]
-    assert lora_target("final_proj_out", "flux") == ["proj_out"]
-    assert lora_target("attn1.to_out", "hunyuan_dit") == ["blocks.*.attn1.to_out.0"]
-    assert lora_target("norm1_a.linear, ff_a.2", "sd3") == [
-        "transformer_blocks.*.norm1.linear",
-        "transformer_blocks.*.ff.net.2",
-    ]
+    assert lora_target("proj_out", get_spec("flux")) == ["single_transformer_blocks.*.proj_out"]
+    assert lora_target("attn1.to_out, mlp.2", get_spec("hunyuan_dit")) == ["attn1.to_out", "mlp.2"]
 
 
 @pytest.mark.parametrize("page", ["DIFFSYNTH.md", "DIFFSYNTH.zh.md"])
