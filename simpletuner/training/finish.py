@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from torch import nn
 
@@ -14,7 +15,6 @@ from simpletuner.adapters.metadata import run_metadata
 from simpletuner.config.loading import LoadedRun
 from simpletuner.disk import disk_error
 from simpletuner.errors import DataError, SimpleTunerError
-from simpletuner.models.build import model_source
 from simpletuner.models.components import save_model_folder
 from simpletuner.optim.optimizers import averaged_weights
 from simpletuner.program import program
@@ -31,6 +31,9 @@ from simpletuner.training.report import report_run
 from simpletuner.training.run import Model, Run, Session
 from simpletuner.training.run_files import BEST, EMA_DIR, FINAL_FILE, PIPELINE_DIR, step_of
 from simpletuner.training.run_history import Mark
+
+if TYPE_CHECKING:
+    from simpletuner.models.family import ModelFamily
 
 
 def finish_run(run: Run, seconds: float) -> None:
@@ -64,7 +67,7 @@ def finish_run(run: Run, seconds: float) -> None:
     outputs["report"].unlink(missing_ok=True)  # a kill before the new one is written shall not leave that of before
     if (readers := run.model.adapter.read_by()) is not None:
         run.session.inform(f"{run.model.adapter.file_name}: {readers}")
-    command = generate_command(run.loaded, run.model.family.source.model, outputs)
+    command = generate_command(run.loaded, run.model.family, outputs)
     run.session.bus.emit(
         RunFinished(step=run.progress.global_step, seconds=seconds, outputs=outputs, commands=(command,))
     )
@@ -212,16 +215,19 @@ def save_adapter(run: Run, folder: Path) -> Path:
     return path
 
 
-def generate_command(loaded: LoadedRun, model: str, outputs: dict[str, Path]) -> str:
-    """The shell command that generates with what was trained."""
+def generate_command(loaded: LoadedRun, family: ModelFamily, outputs: dict[str, Path]) -> str:
+    """The shell command that generates with what was trained; by the configuration where it says what no flag does."""
     config = loaded.config
     library = [each.prompt for each in (loaded.prompt_library or {}).values()]
     prompt = config.validation_prompt or next(iter(library), "a photo")
     height, width = config.validation_sizes[0]
-    model = str(outputs.get("model", model))
+    model = str(outputs.get("model", family.source.model))
     words = ["generate", "--model-family", config.model_family, "--model", model]
-    if model_source(loaded.config).file and "model" not in outputs and loaded.config_file is not None:
+    is_file, is_whole = bool(family.source.file), "model" in outputs
+    needs_configuration = not is_whole if is_file else bool(family.prompt_settings)
+    if needs_configuration and loaded.config_file is not None:
         words = ["generate", "--config", str(loaded.config_file)]
+        words += [f"--pretrained_model_name_or_path={model}"] if is_whole else []
     if "adapter" in outputs:
         words += ["--adapter", str(outputs["adapter"])]
     words += ["--prompt", prompt, "--width", str(width), "--height", str(height)]
