@@ -17,6 +17,7 @@ from simpletuner.cache.latents import LatentCache
 from simpletuner.cache.store import TensorStore
 from simpletuner.commands.captions import CaptionCheck, check_captions
 from simpletuner.commands.contact_sheet import render_sheet, write_sheet
+from simpletuner.commands.encoding import TextCost, text_cost
 from simpletuner.commands.remedies import remedies_of
 from simpletuner.commands.text import columns, count_text
 from simpletuner.config.loading import LoadedRun
@@ -127,6 +128,7 @@ class Check:
     steps: Steps
     steps_line: str
     warnings: tuple[str, ...]
+    text: TextCost | None = None
 
 
 def check(loaded: LoadedRun, say: Say, output: Path | None, images: int) -> Path:
@@ -209,7 +211,7 @@ def gather(loaded: LoadedRun, report: ProgressReport | None = None) -> Check:
     steps = count_steps(loaded, build_sampler(loaded, [each for each in training if each.kind == "image"]))
     line = steps.line(config.train_batch_size, config.gradient_accumulation_steps)
     name = config.tracker_run_name or Path(config.output_dir).name
-    return Check(name, checks, steps, line, loaded.warnings)
+    return Check(name, checks, steps, line, loaded.warnings, text_cost(loaded, family, datasets))
 
 
 def check_dataset(loaded: LoadedRun, family: ModelFamily, dataset: Dataset, fingerprint: str) -> DatasetCheck:
@@ -264,7 +266,8 @@ def report_lines(found: Check) -> list[str]:
         lines.append(f"  latents: {each.cache.line()}")
         lines += [f"  warning: {line}" for line in each.dataset.filter_report.warnings]
         lines += [f"  ! {remedy}" for remedy in each.remedies]
-    return [*lines, "", found.steps_line]
+    texts = [f"captions: {line}" for line in (found.text.lines() if found.text else ())]
+    return [*lines, "", *texts, found.steps_line]
 
 
 def filter_lines(each: DatasetCheck) -> list[str]:
@@ -286,6 +289,19 @@ def example_captions(dataset: Dataset, count: int = 3) -> list[str]:
     return [dataset.samples[position].captions[0] for position in positions]
 
 
+def text_json(text: TextCost) -> dict[str, Any]:
+    """Bytes are None where they are not known."""
+    cost = text.cost
+    return {
+        "texts": text.num_texts,
+        "missing": text.num_missing,
+        "bytes_each": cost.caption_bytes if cost else None,
+        "bytes_on_disk": text.disk_bytes if cost else None,
+        "encoder_bytes": cost.weight_bytes if cost else None,
+        "peak_bytes": cost.peak_bytes if cost else None,
+    }
+
+
 def as_json(found: Check) -> dict[str, Any]:
     """`check.json`: the same numbers for programs."""
     return {
@@ -294,6 +310,7 @@ def as_json(found: Check) -> dict[str, Any]:
         "steps": found.steps.total,
         "epochs": found.steps.epochs,
         "warnings": list(found.warnings),
+        **({"captions": text_json(found.text)} if found.text else {}),
         "datasets": [
             {
                 **each.dataset.filter_report.as_json(),

@@ -14,11 +14,11 @@ from itertools import islice
 from pathlib import Path
 
 import torch
-from PIL import Image
 
 from simpletuner.adapters.assistant import find_assistant, wants_assistant
-from simpletuner.batch import PromptEmbeds, PromptImage
+from simpletuner.batch import PromptEmbeds
 from simpletuner.commands.check import cache_need, count_steps
+from simpletuner.commands.encoding import MAX_CAPTIONS, blank_image, choose_texts, encoding_cost, text_cost
 from simpletuner.commands.memory import Row, Shapes, decode_bytes, device_memory, memory_rows, read_shapes
 from simpletuner.commands.probe import Load, StepTimes, time_encoding, time_steps
 from simpletuner.commands.text import columns, count_text, short_count
@@ -37,7 +37,6 @@ from simpletuner.training.earlier_runs import delete_command, earlier_size
 from simpletuner.training.latents import fingerprint_of_vae
 from simpletuner.training.preflight import check_model_folder
 from simpletuner.training.prepare import read_datasets, require_trainable
-from simpletuner.training.prompts import open_prompt_cache, run_prompts
 from simpletuner.training.rollout import build_rollouts
 
 Say = Callable[[str], None]
@@ -45,7 +44,6 @@ Say = Callable[[str], None]
 # Beyond it a probe on a CPU takes minutes; an accelerator is always probed.
 CPU_PROBE_OPERATIONS = 2e12
 PROBED_LOADS = 3
-MAX_CAPTIONS = 2000
 MAX_BATCHES = 5000
 
 
@@ -119,6 +117,9 @@ def make_plan(loaded: LoadedRun, probe: bool | None = None, other_gpu: int | Non
     available = device_memory(family.device) if other_gpu is None else other_gpu
     stays_vae = any(each.encodes_on_demand for each in datasets)
     memory, other_activations = memory_rows(loaded, family, shapes, stays_vae, available)
+    captions = text_cost(loaded, family, datasets)
+    if captions is not None and captions.stays and captions.cost is not None:
+        memory.append(Row("text encoders, kept to encode on demand", captions.cost.weight_bytes))
     operations = 6 * shapes.num_parameters * shapes.activations.num_tokens
     reason = "the run trains on another machine"
     if other_gpu is None:
@@ -132,6 +133,7 @@ def make_plan(loaded: LoadedRun, probe: bool | None = None, other_gpu: int | Non
     if not config.validation_disable:
         decode = decode_bytes(family, *config.validation_sizes[0])
         notes.append(f"decoding a validation image takes {bytes_text(decode)} beside the weights, between two steps")
+    notes += [f"captions: {line}" for line in (captions.lines() if captions else ())]
     notes += [*assistant_notes(config), *earlier_notes(Path(config.output_dir))]
     if reason:
         notes.append(f"time was not measured: {reason}")
@@ -157,9 +159,7 @@ def make_plan(loaded: LoadedRun, probe: bool | None = None, other_gpu: int | Non
         memory=tuple(memory),
         other_activations=tuple(other_activations),
         available=available,
-        disk=tuple(
-            disk_rows(loaded, shapes, (missing[1], caption_bytes(loaded, family, datasets, longest)), steps.total)
-        ),
+        disk=tuple(disk_rows(loaded, shapes, (missing[1], captions.disk_bytes if captions else 0), steps.total)),
         free_disk=free_disk(Path(config.output_dir)),
         steps=steps.total,
         seconds=seconds,
@@ -174,18 +174,6 @@ def assistant_notes(config: TrainConfig) -> list[str]:
     if find_assistant(config, fetches=False) is None:
         return [f"the assistant LoRA {config.assistant_lora_path} is fetched at the start; its memory is not counted"]
     return ["time is without the assistant LoRA, which adds two small products to each of its layers"]
-
-
-def caption_bytes(
-    loaded: LoadedRun, family: ModelFamily, datasets: Sequence[Dataset], embeds: Sequence[PromptEmbeds]
-) -> int:
-    """What the embeddings of captions will take that are not cached yet, if each is like `embeds`."""
-    if not family.spec.caches_prompt_embeds or loaded.config.text_cache_disable:
-        return 0
-    cache = open_prompt_cache(loaded, family)
-    missing, _ = cache.missing(run_prompts(loaded, family.spec, datasets))
-    cache.store.close()
-    return len(missing) * max(sum(tensor.nbytes for tensor in each.tensors.values()) for each in embeds)
 
 
 def disk_rows(loaded: LoadedRun, shapes: Shapes, cached: tuple[int, int], total_steps: int) -> list[Row]:
@@ -263,28 +251,17 @@ def largest_references(training: Sequence[Dataset]) -> tuple[tuple[int, int], ..
 
 
 def choose_prompts(family: ModelFamily, training: Sequence[Dataset], load: Load, longest: bool) -> list[PromptEmbeds]:
-    """Prompts of one micro-batch: the longest captions, or the middle ones."""
+    """Prompts of one micro-batch: the longest captions, from shapes where that can be, or the middle ones."""
     batch_size = load.batch_size
     if all(dataset.prompt_files for dataset in training):
         return _prompts_of_files(training, batch_size, longest)
-    captions: list[str] = []
-    for dataset in training:
-        step = max(1, len(dataset.samples) * len(training) // MAX_CAPTIONS)
-        for position in range(0, len(dataset.samples), step):
-            captions += dataset.samples[position].captions
-    lengths = family.count_prompt_tokens(captions) or [len(caption) for caption in captions]
-    ordered = [caption for _, caption in sorted(zip(lengths, captions, strict=True), reverse=True)]
-    start = 0 if longest else max(0, len(ordered) // 2 - batch_size // 2)
-    chosen = ordered[start : start + batch_size]
-    images = [_blank_image(*size) for size in load.references]
-    embeds = family.encode_prompts((chosen * batch_size)[:batch_size], [images] * batch_size)
+    texts = choose_texts(family, training, batch_size, longest)
+    images = [[blank_image(*size) for size in load.references]] * batch_size
+    if longest and family.spec.caches_prompt_embeds and (cost := encoding_cost(family, texts, images)) is not None:
+        return list(cost.embeds)
+    embeds = family.encode_prompts(texts, images)
     family.free_prompt_encoders()
     return embeds
-
-
-def _blank_image(height: int, width: int) -> PromptImage:
-    """Stands for a reference: encoders make as many tokens of it as of any other of its size."""
-    return PromptImage(height, width, load=lambda: Image.new("RGB", (width, height)))
 
 
 def _prompts_of_files(training: Sequence[Dataset], batch_size: int, longest: bool) -> list[PromptEmbeds]:

@@ -119,7 +119,7 @@ def measure_activations(
     noise = torch.zeros_like(batch.latents)
     counter = counter or SavedBytes(denoiser, family.spec.block_classes)
     denoiser.train()
-    with counter, _FusedAttention():
+    with counter, FusedAttention():
         compute_losses(family, denoiser, batch, noise, torch.full((len(batch),), 0.5, dtype=torch.float64))
     return Activations(
         outside=counter.saved.get(None, 0),
@@ -187,7 +187,7 @@ class SavedBytes:
         return True
 
 
-class _FusedAttention(TorchFunctionMode):
+class FusedAttention(TorchFunctionMode):
     """Attention as the fused kernels of accelerators keep it: inputs, output, one number per query, and the mask.
 
     On `meta` torch would take it apart into products, and count a matrix of all pairs of tokens.
