@@ -205,6 +205,17 @@ def require_number_format(precision: str) -> None:
         raise ConfigError(Problem(message, key="--base-precision", allowed=", ".join(choices)))
 
 
+def spec_of_name(model: str) -> FamilySpec:
+    """The family of a model folder or hub id.
+
+    Raises:
+        ConfigError: it cannot be told.
+    """
+    from simpletuner.models.components import ModelSource
+
+    return spec_of_model(ModelSource(model))
+
+
 def spec_of_model(source: ModelSource) -> FamilySpec:
     """The family whose pipeline `model_index.json` names, or that publishes this checkpoint.
 

@@ -11,7 +11,7 @@ import typer
 from simpletuner.cli.shared import PASS_ON, app, print_to_stderr, say
 from simpletuner.errors import ConfigError, Problem
 
-PROGRAMS = ("omnigen2", "diffsynth")
+PROGRAMS = ("omnigen2", "diffsynth", "firered")
 YAML = (".yml", ".yaml")
 # What OmniGen2's own `train.py` takes beside its options file, and what this program adds to them.
 _VALUES, _SWITCHES = ("config", "global_batch_size", "data_path"), ("skip_bad_rows",)
@@ -20,9 +20,13 @@ _VALUES, _SWITCHES = ("config", "global_batch_size", "data_path"), ("skip_bad_ro
 @app.command("import", context_settings=PASS_ON, short_help="Write the two JSON files from another program's options.")
 def import_run(
     context: typer.Context,
-    program: Annotated[str, typer.Argument(help="Whose it is: omnigen2 or diffsynth.", show_default=False)],
+    program: Annotated[str, typer.Argument(help="Whose it is: omnigen2, diffsynth or firered.", show_default=False)],
     source: Annotated[
-        Path, typer.Argument(help="Its options file (options/ft.yml); of diffsynth the model.", show_default=False)
+        Path,
+        typer.Argument(
+            help="Its options file (options/ft.yml); of diffsynth the model; of firered the command: sft.",
+            show_default=False,
+        ),
     ],
     output: Annotated[
         Path | None, typer.Option(help="Folder of the two files; config/NAME if not given.", show_default=False)
@@ -34,6 +38,8 @@ def import_run(
     """Write config.json and multidatabackend.json: simpletuner import omnigen2 FILE.yml [--output FOLDER]
 
     simpletuner import diffsynth flux|kolors|sd3|hunyuan-dit FLAGS [--output FOLDER] takes the flags of that script.
+    simpletuner import firered sft FLAGS [--output FOLDER] takes those of FireRed-Image-Edit, or its whole command that
+    begins with accelerate launch.
     Every key is translated, or refused with its reason. `simpletuner train --config FILE.yml` does the same and trains.
     """
     import os
@@ -52,6 +58,10 @@ def import_run(
         folder = output or Path("config") / f"diffsynth-{source}"
         say(str(scripts.import_run(translation, folder, print_to_stderr)))
         return
+    if program == "firered":
+        words = [str(source), *context.args, *(["--skip_bad_rows"] if skip_bad_rows else [])]
+        say(str(_import_sft(words, output)))
+        return
     name = read_yaml(source).values.get("name") or source.stem
     folder = output or Path("config") / str(name)
     processes = processes_of(context.args, os.environ)
@@ -59,6 +69,29 @@ def import_run(
         source, Path.cwd(), processes, print_to_stderr, Overrides(skips_bad_rows=skip_bad_rows), folder
     )
     say(str(written))
+
+
+def _import_sft(words: Sequence[str], output: Path | None) -> Path:
+    """Write what a command of FireRed-Image-Edit's sft amounts to; returns its `config.json`."""
+    import os
+
+    from simpletuner.commands.firered.launched import command_of
+    from simpletuner.commands.firered.run import translate_command, write_configuration
+    from simpletuner.launch import spec_of_name
+
+    command = command_of(words)
+
+    def processes(rest: Sequence[str]) -> int:
+        own = [f"--{name}={value}" for name, value in command.options.items()]
+        return processes_of([*own, *rest], os.environ)
+
+    translation = translate_command(
+        command.flags, {**os.environ, **command.variables}, Path.cwd(), spec_of_name, processes
+    )
+    for note in translation.notes:
+        print_to_stderr(note)
+    name = Path(translation.config["output_dir"]).name
+    return write_configuration(translation, command.options, output or Path("config") / name, print_to_stderr)
 
 
 def run_of_options(

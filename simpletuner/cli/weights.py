@@ -133,7 +133,8 @@ def export(
 @app.command(short_help="Convert a pickle of tensors (.bin, .pt, .ckpt) into safetensors.")
 def convert(
     source: Annotated[
-        Path | None, typer.Argument(help="The file; the only pickle that is ever opened.", show_default=False)
+        Path | None,
+        typer.Argument(help="The file, or a folder; the only pickles that are ever opened.", show_default=False),
     ] = None,
     output: Annotated[Path | None, typer.Option(help="The .safetensors file; beside SOURCE if not given.")] = None,
     alpha: Annotated[
@@ -147,10 +148,10 @@ def convert(
 ) -> None:
     """Write the tensors of a pickle as safetensors: simpletuner convert FILE.bin [--output FILE.safetensors]
 
-    Nothing in the file runs: whatever is no tensor is refused. Training and generation read safetensors only. Files of
-    DiffSynth-Studio do not say with which alpha they were trained: give it where it was not the rank (--alpha 8). A
-    checkpoint of OmniGen2's own program, or of an OmniGen2 run here: simpletuner convert --config_path FILE.yml
-    --model_path FILE --save_path FOLDER
+    Of a folder all pickles in it are converted, each beside itself. Nothing in a file runs: whatever is no tensor is
+    refused. Training and generation read safetensors only. Files of DiffSynth-Studio do not say with which alpha they
+    were trained: give it where it was not the rank (--alpha 8). A checkpoint of OmniGen2's own program, or of an
+    OmniGen2 run here: simpletuner convert --config_path FILE.yml --model_path FILE --save_path FOLDER
     """
     paths = (config_path, model_path, save_path)
     if any(paths):
@@ -164,5 +165,12 @@ def convert(
     if source is None:
         raise ConfigError(Problem("SOURCE is missing", allowed="a .bin, .pt, .pth or .ckpt file"))
     from simpletuner.commands.convert import convert as run_convert
+    from simpletuner.commands.convert import convert_folder
 
+    if source.is_dir():
+        if output is not None or alpha is not None:
+            allowed = "FOLDER alone: files are written beside their sources"
+            raise ConfigError(Problem("a folder takes no further option", allowed=allowed))
+        say(f"{convert_folder(source)} files written in {source}")
+        return
     say(str(run_convert(source, output, alpha)))

@@ -51,6 +51,27 @@ def convert(source: Path, output: Path | None, alpha: float | None = None) -> Pa
     return output
 
 
+def convert_folder(folder: Path) -> int:
+    """Write the tensors of every pickle in a folder and those below it, each beside it, as `convert` does.
+
+    What was converted before stays, so that a command that was killed goes on.
+
+    Returns:
+        files written.
+
+    Raises:
+        ConfigError: there is no such file in it.
+        DataError: as `convert`.
+    """
+    sources = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    if not sources:
+        raise ConfigError(Problem(f"{folder} holds no such file", allowed=f"files that end with {', '.join(SUFFIXES)}"))
+    left = [path for path in sources if not path.with_suffix(".safetensors").exists()]
+    for path in left:
+        convert(path, None)
+    return len(left)
+
+
 def _alphas(tensors: Mapping[str, Tensor], alpha: float) -> dict[str, Tensor]:
     import torch
 
@@ -87,6 +108,8 @@ def read_pickle(source: Path) -> dict[str, Tensor]:
 def _tensors(content: Any) -> dict[str, Tensor]:
     import torch
 
+    if isinstance(content, torch.Tensor):  # a file that is one tensor, as embeddings are kept
+        content = {"tensor": content}
     if not isinstance(content, Mapping):
         return {}
     inner = next((content[key] for key in _INNER if isinstance(content.get(key), Mapping)), content)

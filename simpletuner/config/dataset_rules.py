@@ -254,7 +254,7 @@ def embeddings_of_files_stand_for_captions(draft: Draft) -> Iterator[Problem]:
         if draft.spec and not draft.spec.prompt_tensors:
             message = f"files of embeddings are not read for {draft.spec.title}"
             yield draft.dataset_problem(entry, key, message, fix="remove the key")
-        if not entry.has_caption_table:
+        if not (entry.has_caption_table or entry.type == "records"):
             message = f"is a column of a table, and caption_strategy is {entry.caption_strategy}, type {entry.type}"
             yield draft.dataset_problem(entry, key, message, fix="set caption_strategy to csv or parquet")
         changed = {
@@ -262,6 +262,7 @@ def embeddings_of_files_stand_for_captions(draft: Draft) -> Iterator[Problem]:
             "prepend_instance_prompt": entry.prepend_instance_prompt,
             "only_instance_prompt": entry.only_instance_prompt,
             "caption_fallback": entry.caption_fallback,
+            "caption_openers": entry.caption_openers,
             "caption_filter_list of the text_embeds entry": filters_for(draft.datasets.entries),
         }
         for name in (name for name, value in changed.items() if value):

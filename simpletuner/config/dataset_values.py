@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Annotated, Any, NamedTuple
 
@@ -124,7 +125,22 @@ def read_pixel_counts(value: Any) -> Any:
     return counts
 
 
+def read_count_weights(value: Any) -> Any:
+    """`{"0": 1, "2": 0.5}` or `0=1,2=0.5` -> weights by whole number, at least one above 0."""
+    if isinstance(value, str):
+        value = dict(part.split("=", 1) for part in value.split(",") if "=" in part) or None
+    if not isinstance(value, Mapping):
+        raise ValueError('must be an object such as {"0": 1, "1": 2}')
+    weights = {read_int(count): read_float(weight) for count, weight in value.items()}
+    if any(count < 0 for count in weights) or any(weight < 0 for weight in weights.values()):
+        raise ValueError("must hold numbers from 0 on")
+    if not any(weights.values()):
+        raise ValueError("must hold a weight above 0")
+    return weights
+
+
 AspectBuckets = Annotated[tuple[AspectBucket, ...], BeforeValidator(read_aspect_buckets)]
 Shuffle = Annotated[TagShuffle | None, BeforeValidator(read_tag_shuffle)]
+CountWeights = Annotated[dict[int, float], BeforeValidator(read_count_weights)]
 PixelCounts = Annotated[tuple[int, ...], BeforeValidator(read_pixel_counts)]
 Words = Annotated[tuple[str, ...], BeforeValidator(read_skipped)]

@@ -142,12 +142,15 @@ class ImageDataset(ImageSource, DatasetEntry):
     prompt_embeds_column: Text | None = option(
         None,
         help="Column of the table with the embeddings of the captions, made beforehand: a `.safetensors` file, or a "
-        "list with one for each caption; relative paths lead from the table. No text encoder reads these captions.",
+        "list with one for each caption; relative paths lead from the table. No text encoder reads these captions. Of "
+        "`records`: how the names of such columns begin, which end as those of the instructions do: `NAME_en`, "
+        "`NAME_cn`, and for inverse instructions `NAME_en_inv`.",
     )
     dropped_prompt_embeds_column: Text | None = option(
         None,
         help="With `prompt_embeds_column`: column of the table with the file that stands for the dropped caption of "
-        "an image. Unset, or where a row names none: the family's dropped caption is encoded.",
+        "an image. Unset, or where a row names none: the family's dropped caption is encoded. Of `records`, that of "
+        "inverse instructions ends in `_inv`.",
     )
     caption_shuffle: Shuffle = option(
         None,

@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict
 
-from simpletuner.config.dataset_values import PixelCounts
+from simpletuner.config.dataset_values import CountWeights, PixelCounts
 from simpletuner.config.options.declare import option
 from simpletuner.config.values import Bool, FilePath, Int, Secret, Text, TextOrList
 
@@ -94,6 +94,12 @@ class ImageSource(BaseModel):
     tasks: TextOrList | None = option(
         None, takes="text, or list of texts", help="Of `records`: take the rows of these tasks only. Unset: of all."
     )
+    reference_weights: CountWeights | None = option(
+        None,
+        takes="object, or text such as 0=1,1=2",
+        help="Of `records`: weights of the rows by their number of references; those of numbers that are not named are "
+        "not trained. Unset: every row counts the same.",
+    )
     max_output_pixels: Int | None = option(
         None,
         help="Of `records`: larger targets are reduced to this. Unset: to `resolution`. None is enlarged unless "
@@ -144,7 +150,7 @@ SOURCE_RULES: Mapping[str, SourceRule] = {
         "records_file",
         (
             *("instance_data_dir", "skip_bad_rows", "languages", "inverse_instructions", "tasks"),
-            *("max_output_pixels", "max_side_length", "max_input_pixels"),
+            *("reference_weights", "max_output_pixels", "max_side_length", "max_input_pixels"),
         ),
         ("records", "instanceprompt"),
     ),

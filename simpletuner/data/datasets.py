@@ -176,7 +176,9 @@ def datasets_of_records(
         references = [(each, scan(each, backend)) for each, backend in part.references]
         folder = scan(part.entry, part.backend)
         try:
-            dataset = build_dataset(part.entry, config, spec, folder, data_file, filters, None, references)
+            dataset = build_dataset(
+                part.entry, config, spec, folder, data_file, filters, None, references, part.prompt_files
+            )
             filter_reports.append(dataset.filter_report)
             datasets.append(dataset)
         except UnusableData as error:  # no row of this part is left

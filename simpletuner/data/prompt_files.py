@@ -9,10 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from simpletuner.batch import PromptEmbeds, Sample
-from simpletuner.data.caption_table import CaptionTable
 from simpletuner.data.captions import VARIANT_SEPARATOR
 from simpletuner.errors import DataError, Problem
 from simpletuner.randomness import keyed_seed
@@ -22,6 +21,24 @@ if TYPE_CHECKING:
 
 SUFFIX = ".safetensors"
 _CHUNK, _LISTED = 512, 10
+
+
+class NamedFiles(Protocol):
+    """Which files belong to an image: a table beside the images, or rows of records."""
+
+    @property
+    def table(self) -> Path:
+        """The file that names them; relative names lead from its folder."""
+        ...
+
+    @property
+    def digest(self) -> str:
+        """Changes when other files are named."""
+        ...
+
+    def take(self, paths: Sequence[str]) -> list[str | None]:
+        """The files of each image in one text, apart by U+001E; None where none are named."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -47,7 +64,7 @@ class PromptFiles:
         key: names the dataset in errors.
     """
 
-    def __init__(self, table: CaptionTable, dropped: CaptionTable | None, names: Sequence[str], key: str):
+    def __init__(self, table: NamedFiles, dropped: NamedFiles | None, names: Sequence[str], key: str):
         self._table, self._dropped, self._names, self._key = table, dropped, tuple(names), key
 
     @property

@@ -8,15 +8,16 @@ as many rows as all files together; smaller files repeat, of larger ones the res
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from simpletuner.config.datasets import ConditioningDataset, ImageDataset
-from simpletuner.data.backends.records import RecordsBackend
+from simpletuner.data.backends.records import RecordFiles, RecordsBackend
 from simpletuner.data.entry_rules import latents_folder
 from simpletuner.data.mixes import Source, read_sources
+from simpletuner.data.prompt_files import PromptFiles
 from simpletuner.data.records import Record, RecordRules, read_records
 from simpletuner.data.report import SkippedFiles
 from simpletuner.errors import DataError, Problem
@@ -35,12 +36,14 @@ class RecordPart:
         backend: with the targets and instructions.
         references: the first one of each row, the second one, ...
         records: the rows.
+        prompt_files: embeddings of the captions, where the entry names columns of them.
     """
 
     entry: ImageDataset
     backend: RecordsBackend
     references: tuple[tuple[ConditioningDataset, RecordsBackend], ...]
     records: Sequence[Record]
+    prompt_files: PromptFiles | None = None
 
     def problems(self, skipped: SkippedFiles) -> list[Problem]:
         """The rows whose images were skipped, each by file and line with the last of its reasons."""
@@ -69,6 +72,8 @@ def record_parts(
         entry.inverse_instructions,
         entry.tasks or (),
         entry.skip_bad_rows,
+        entry.prompt_embeds_column,
+        entry.dropped_prompt_embeds_column,
     )
     key = f"{entry.id}.records_file"
     sources = read_sources(entry.records_file, entry.instance_data_dir)
@@ -78,14 +83,48 @@ def record_parts(
     names = _Names(entry.id)
     parts = []
     for source, own in zip(sources, rows, strict=True):
-        counts = sorted({len(record.references) for record in own})
+        parted = _by_count(own)
+        counts = sorted(_trained_counts(entry, parted, source, data_file))
         for count in counts:
-            part = [record for record in own if len(record.references) == count]
-            share = source.weight / weights * len(part) / len(own)
+            part = parted[count]
+            share = _share(source.weight / weights, entry, parted, count)
             rounds = share if config.data_backend_sampling == "uniform" else share * total / len(part)
-            name = names.unused(source.name if len(sources) > 1 else "", str(count) if len(counts) > 1 else "")
+            name = names.unused(source.name if len(sources) > 1 else "", str(count) if len(parted) > 1 else "")
             parts.append(_part(entry, name, part, source, entry.probability * rounds, config, spec))
     return parts
+
+
+def _by_count(records: Sequence[Record]) -> dict[int, list[Record]]:
+    """Number of references -> the rows that have so many."""
+    found: dict[int, list[Record]] = {}
+    for record in records:
+        found.setdefault(len(record.references), []).append(record)
+    return found
+
+
+def _trained_counts(
+    entry: ImageDataset, parted: Mapping[int, Sequence[Record]], source: Source, data_file: str | None
+) -> list[int]:
+    """The numbers of references whose rows are trained.
+
+    Raises:
+        DataError: `reference_weights` leaves none.
+    """
+    weights = entry.reference_weights
+    counts = list(parted) if weights is None else [count for count in parted if weights.get(count)]
+    if not counts:
+        held = ", ".join(map(str, sorted(parted)))
+        message = f"the rows of {source.path} have {held} references, which weigh nothing"
+        raise DataError(Problem(message, f"{entry.id}.reference_weights", data_file))
+    return counts
+
+
+def _share(whole: float, entry: ImageDataset, parted: Mapping[int, Sequence[Record]], count: int) -> float:
+    """What the rows with so many references have of the share of their source."""
+    if entry.reference_weights is None:
+        return whole * len(parted[count]) / sum(map(len, parted.values()))
+    present = {each: weight for each, weight in entry.reference_weights.items() if each in parted}
+    return whole * present[count] / sum(present.values())
 
 
 def _rows_of(source: Source, rules: RecordRules, key: str, notes: list[str]) -> list[Record]:
@@ -162,6 +201,8 @@ def _part(
         updates |= {"resolution": math.sqrt(entry.max_output_pixels), "resolution_type": "pixel_area"}
     identity = f"{source.path.resolve()} {name} {entry.instance_data_dir} {entry.languages} {entry.tasks}"
     identity += f" {entry.inverse_instructions}"
+    if entry.prompt_embeds_column:
+        identity += f" {entry.prompt_embeds_column}"
     references = tuple(
         (
             _reference(entry, f"{name}-reference-{number + 1}", caches, count),
@@ -170,7 +211,11 @@ def _part(
         for number in range(count)
     )
     backend = RecordsBackend(records, None, source.path, identity)
-    return RecordPart(entry.model_copy(update=updates), backend, references, records)
+    files = None
+    if entry.prompt_embeds_column is not None:
+        named, dropped = (RecordFiles(records, source.path, is_dropped) for is_dropped in (False, True))
+        files = PromptFiles(named, dropped, spec.prompt_tensors, name)
+    return RecordPart(entry.model_copy(update=updates), backend, references, records, files)
 
 
 def _reference(entry: ImageDataset, name: str, caches: Path, count: int) -> ConditioningDataset:

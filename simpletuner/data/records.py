@@ -12,7 +12,7 @@ import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from simpletuner.config.paths import Folders
 from simpletuner.data.captions import CAPTION_SUFFIXES
@@ -33,6 +33,11 @@ _NAMES = (*TARGET, *REFERENCES, *TASK, INSTRUCTION, INVERSE)
 _ALMOST, _SHORT = 2, 6
 # Language of the column without one in its name.
 PLAIN = "en"
+SAFETENSORS = ".safetensors"
+# How the names of columns with embeddings of inverse instructions end.
+INVERSE_FILES = "_inv"
+# What a row whose embeddings are in files, and whose texts are empty, is called in reports.
+NO_INSTRUCTION = "(no instruction)"
 # Of what is wrong with rows: the first ones show what it is.
 MAX_PROBLEMS = 20
 
@@ -48,6 +53,8 @@ class Record:
         captions: the variants of the instruction.
         file: that the row is in.
         line: where in it; None where that is not known.
+        prompt_files: embeddings of the captions, where they are read.
+        dropped_prompt_file: stands for the dropped caption.
     """
 
     name: str
@@ -56,6 +63,8 @@ class Record:
     captions: tuple[str, ...]
     file: Path
     line: int | None
+    prompt_files: tuple[Path, ...] = ()
+    dropped_prompt_file: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -68,6 +77,8 @@ class RecordRules:
         takes_inverse: a row with an inverse instruction and one reference is a second one, the other way round.
         tasks: rows of other tasks are passed over; all count where there are none.
         skips_bad_rows: rows that cannot be used are left out.
+        prompt_column: how the columns of embeddings begin (`NAME_en`, `NAME_cn_inv`); None reads none.
+        dropped_column: of the embeddings of a dropped caption.
     """
 
     root: Path
@@ -75,6 +86,8 @@ class RecordRules:
     takes_inverse: bool = False
     tasks: tuple[str, ...] = ()
     skips_bad_rows: bool = False
+    prompt_column: str | None = None
+    dropped_column: str | None = None
 
 
 def record_files(path: Path) -> list[Path]:
@@ -97,7 +110,8 @@ def read_records(path: Path, rules: RecordRules, key: str, notes: list[str]) -> 
     records: list[Record] = []
     problems: list[Problem] = []
     plain = _plain_samples(path) if path.is_dir() else None
-    sources = [(path, plain)] if plain is not None else [(file, _table_rows(file)) for file in record_files(path)]
+    tables = [] if plain is not None else record_files(path)
+    sources = [(path, plain)] if plain is not None else [(file, _table_rows(file, rules)) for file in tables]
     for file, rows in sources:
         try:
             _add_rows(file, rows, rules, records, problems)
@@ -151,16 +165,67 @@ def _records_of(
         return []
     names = [_text(_cell(cells, TARGET), TARGET[0], cells), *_reference_names(cells)]
     target, *references = (_found(each, folders) for each in names)
-    captions = _instructions(cells, INSTRUCTION, rules.languages)
-    if not captions:
+    stem = f"{name}-{target.stem}" if line is not None else name
+    texts = _captions(cells, INSTRUCTION, folders, rules)
+    if not texts.captions:
         of = f" in {', '.join(rules.languages)}" if rules.languages else ""
         raise ValueError(f'"{INSTRUCTION}" is missing{of}')
-    stem = f"{name}-{target.stem}" if line is not None else name
-    found = [Record(stem, target, tuple(references), captions, file, line)]
-    inverse = _instructions(cells, INVERSE, rules.languages) if rules.takes_inverse and len(references) == 1 else ()
-    if inverse:
-        found.append(Record(f"{stem}-inverse", references[0], (target,), inverse, file, line))
+    found = [Record(stem, target, tuple(references), texts.captions, file, line, texts.files, texts.dropped)]
+    if rules.takes_inverse and len(references) == 1:
+        texts = _captions(cells, INVERSE, folders, rules)
+        if texts.captions:
+            back = f"{stem}-inverse"
+            found.append(Record(back, references[0], (target,), texts.captions, file, line, texts.files, texts.dropped))
     return found
+
+
+class _Captions(NamedTuple):
+    """Variants of an instruction; where embeddings are read, a file for each and one for the dropped caption."""
+
+    captions: tuple[str, ...]
+    files: tuple[Path, ...] = ()
+    dropped: Path | None = None
+
+
+def _captions(cells: Mapping[str, Any], name: str, folders: Folders, rules: RecordRules) -> _Captions:
+    """The instructions under `name`; a row whose embeddings are read may have none.
+
+    Raises:
+        ValueError: a text that is none, or embeddings that are not there.
+    """
+    by_language = _by_language(cells, name, rules.languages)
+    texts = [(language, text) for language, found in by_language.items() for text in found]
+    if rules.prompt_column is None:
+        return _Captions(tuple(dict.fromkeys(text for _, text in texts)))
+    if several := next((language for language, found in by_language.items() if len(found) > 1), None):
+        raise ValueError(f'"{name}" has several texts in {several}, and one file of embeddings')
+    suffix = INVERSE_FILES if name == INVERSE else ""
+    if not texts and name == INSTRUCTION:
+        texts = [(next(iter(by_language), PLAIN), NO_INSTRUCTION)]
+    named: dict[str, str] = {}
+    for language, text in texts:  # of two languages with one text the first
+        named.setdefault(text, f"{rules.prompt_column}_{language}{suffix}")
+    files = tuple(_embeddings(cells, column, folders) for column in named.values())
+    instead = f"{rules.dropped_column}{suffix}" if rules.dropped_column else None
+    dropped = _embeddings(cells, instead, folders) if instead and files and cells.get(instead) else None
+    return _Captions(tuple(named), files, dropped)
+
+
+def _embeddings(cells: Mapping[str, Any], column: str, folders: Folders) -> Path:
+    """The safetensors file that a cell names, or the one that was made of it."""
+    name = cells.get(column)
+    if not isinstance(name, str) or not name.strip():
+        raise ValueError(f'"{column}" is missing')
+    path = folders.find(Path(name).with_suffix(SAFETENSORS))
+    if path is not None:
+        return path
+    found = folders.find(Path(name))
+    if found is not None:
+        raise ValueError(
+            f'"{name}" is a pickle, which may run a program; turn all of its folder into {SAFETENSORS} files with '
+            f"simpletuner convert {found.parent}"
+        )
+    raise ValueError(f'there is no file "{name}"')
 
 
 def _cell(cells: Mapping[str, Any], names: Sequence[str]) -> Any:
@@ -199,9 +264,9 @@ def _reference_names(cells: Mapping[str, Any]) -> list[str]:
     return listed or numbered
 
 
-def _instructions(cells: Mapping[str, Any], name: str, languages: Collection[str]) -> tuple[str, ...]:
+def _by_language(cells: Mapping[str, Any], name: str, languages: Collection[str]) -> dict[str, list[str]]:
     """The instructions under `name` and `name_<language>`: a text, a list of variants, or an object by language."""
-    found: list[str] = []
+    found: dict[str, list[str]] = {}
     for column, value in cells.items():
         if column == name:
             by_language = value if isinstance(value, Mapping) else {PLAIN: value}
@@ -211,12 +276,13 @@ def _instructions(cells: Mapping[str, Any], name: str, languages: Collection[str
             continue
         for language, texts in by_language.items():
             if not languages or language in languages:
+                own = found.setdefault(language, [])
                 for each in texts if isinstance(texts, list | tuple) else [texts]:
                     if each is not None and not isinstance(each, str):
                         raise ValueError(f'"{column}" is no text')
                     if each and each.strip():
-                        found.append(_checked(without_separators(each).strip(), column))
-    return tuple(dict.fromkeys(found))
+                        own.append(_checked(without_separators(each).strip(), column))
+    return found
 
 
 def _text(value: Any, key: str, cells: Mapping[str, Any]) -> str:
@@ -250,14 +316,16 @@ def _found(name: str, folders: Folders) -> Path:
     return path
 
 
-def _table_rows(file: Path) -> Iterator[_Row]:
+def _table_rows(file: Path, rules: RecordRules) -> Iterator[_Row]:
     """The rows of a table, named by their line. A `.json` file is one list, whose rows have numbers in place of lines.
 
     Raises:
         TableFault, OSError, NotText: it cannot be read.
     """
     if file.suffix.lower() != ".json":
-        columns = [name for name in columns_of(file) if _is_read(name)] if file.suffix.lower() == ".parquet" else ()
+        is_parquet = file.suffix.lower() == ".parquet"
+        own = tuple(filter(None, (rules.prompt_column, rules.dropped_column)))
+        columns = [name for name in columns_of(file) if _is_read(name) or name.startswith(own)] if is_parquet else ()
         for row in read_rows(file, columns):
             line = int(row.place.rpartition(" ")[2])
             yield str(line), line, row.cells

@@ -27,9 +27,11 @@ def logit_normal_sigmas(quantiles: Tensor, mean: float = 0.0, std: float = 1.0) 
     Source: Esser et al., "Scaling Rectified Flow Transformers" (arXiv 2403.03206), section 3.1.
 
     Args:
-        quantiles: (B,) in [0, 1); 0 is moved to the smallest float32 step, so that no sigma is infinite's image.
+        quantiles: (B,) in [0, 1); 0 is moved to the smallest float64 step, so that no sigma is infinite's image.
     """
-    eps = torch.finfo(torch.float32).eps
+    # The smallest step of float64, not of float32: quantiles of other distributions (uniform, beta) reach far out, and
+    # those beyond the limit would all have one level.
+    eps = torch.finfo(torch.float64).eps
     normal = torch.special.ndtri(quantiles.to(torch.float64).clamp(eps, 1 - eps))
     return torch.sigmoid(mean + std * normal).to(torch.float32)
 

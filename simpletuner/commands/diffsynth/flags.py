@@ -7,20 +7,14 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 from simpletuner.commands.diffsynth.scripts import SCRIPTS, Script
+from simpletuner.commands.flags import FlagParser
 from simpletuner.errors import ConfigError, Problem
 
 PRECISIONS = ("32", "16", "16-mixed", "bf16")
 STRATEGIES = ("auto", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3")
-
-
-class _Parser(argparse.ArgumentParser):
-    """Python's own, which raises in place of ending the program."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(Problem(message, allowed=f"the flags of `simpletuner {self.prog} --help`"))
 
 
 def parse(name: str, words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -49,7 +43,7 @@ def parser_of(name: str) -> argparse.ArgumentParser:
     """
     script = script_of(name)
     ends = "Every option of this program can be given too, as --key=value: simpletuner options"
-    parser = _Parser(f"diffsynth {name}", allow_abbrev=False, epilog=ends)
+    parser = FlagParser(f"diffsynth {name}", ends)
     for flag, text in script.paths.items():
         parser.add_argument(f"--{flag}", required=True, help=text)
     if script.name == "flux":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -14,11 +13,8 @@ from typing import Any
 from simpletuner.commands.diffsynth.flags import parse, script_of
 from simpletuner.commands.diffsynth.targets import lora_target
 from simpletuner.commands.diffsynth.weights import weight_options
-from simpletuner.commands.run_files import CONFIG, DATA, write_run_files
-from simpletuner.config.foreign_keys import RENAMED
+from simpletuner.commands.run_files import CONFIG, DATA, options_of, write_run_files
 from simpletuner.config.json_writer import json_text
-from simpletuner.config.layers import parse_arguments
-from simpletuner.config.options import all_options
 from simpletuner.errors import ConfigError, Problem
 from simpletuner.families.registry import get_spec
 from simpletuner.families.spec import FamilySpec
@@ -60,7 +56,7 @@ def translate(
     """
     flags, rest = parse(name, words)
     script = script_of(name)
-    given, secrets = _options_of(rest)
+    given, secrets = options_of(rest)
     spec = get_spec(script.family)
     notes: list[str] = []
     if problems := [*_refused(flags), *_misfits(flags, spec.size_multiple, working_dir)]:
@@ -127,28 +123,6 @@ def _write(translation: Translation, folder: Path, say: Callable[[str], None], r
     for line in translation.notes:
         say(line)
     return folder / CONFIG
-
-
-def _options_of(words: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
-    """(options of this program as JSON has them, words of those that are secrets)."""
-    known = all_options()
-    given, secrets = {}, []
-    for setting in parse_arguments(words).settings:
-        key = RENAMED.get(setting.key, setting.key)
-        if key in known and known[key].is_secret:
-            secrets.append(f"--{key}={setting.value}")
-        else:
-            given[key] = _plain(setting.value)
-    return given, secrets
-
-
-def _plain(value: Any) -> Any:
-    """A number or truth value of a command line as JSON has it; other texts as they are."""
-    try:
-        found = json.loads(value) if isinstance(value, str) else value
-    except ValueError:
-        return value
-    return found if isinstance(found, bool | int | float) else value
 
 
 def _adapter(spec: FamilySpec, flags: argparse.Namespace) -> dict[str, Any]:

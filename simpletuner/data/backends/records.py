@@ -6,6 +6,7 @@ target and reference of a row have one name, by which they are paired as those o
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -37,8 +38,7 @@ class RecordsBackend:
         self._captions: dict[bytes, bytes] = {}
         for record in records:
             image = record.target if number is None else record.references[number]
-            folder = os.fsencode(_folder_of(record, location))
-            name = os.fsencode(record.name + image.suffix)
+            folder, name = place_of(record, image, location)
             self._folders[folder].append(name)
             self._images[join(folder, name)] = image
             if number is None:
@@ -62,8 +62,43 @@ class RecordsBackend:
         return self._disk.read(os.fsencode(self._images[path]))
 
 
+def place_of(record: Record, image: Path, location: Path) -> tuple[bytes, bytes]:
+    """(folder, name) of one of a row's images in the tree."""
+    return os.fsencode(_folder_of(record, location)), os.fsencode(record.name + image.suffix)
+
+
 def _folder_of(record: Record, location: Path) -> str:
     """The table of a row below the folder of all tables; empty for rows of one table or of a plain folder."""
     if not location.is_dir() or record.file == location:
         return ""
     return str(record.file.relative_to(location))
+
+
+class RecordFiles:
+    """The files of embeddings that rows name, by the names of their targets in the tree.
+
+    Args:
+        records: rows with equally many references.
+        location: table or folder of the rows.
+        is_dropped: those for dropped captions.
+    """
+
+    def __init__(self, records: Sequence[Record], location: Path, is_dropped: bool):
+        self.table = location
+        self._files: dict[str, str] = {}
+        for record in records:
+            files = record.prompt_files
+            if is_dropped:
+                files = (record.dropped_prompt_file,) if record.dropped_prompt_file else ()
+            if files:
+                path = os.fsdecode(join(*place_of(record, record.target, location)))
+                self._files[path] = joined([str(file) for file in files])
+
+    @property
+    def digest(self) -> str:
+        """Changes when other files are named."""
+        return hashlib.sha256(repr(sorted(self._files.items())).encode()).hexdigest()
+
+    def take(self, paths: Sequence[str]) -> list[str | None]:
+        """The files of each image, apart by U+001E."""
+        return [self._files.get(path) for path in paths]

@@ -50,6 +50,7 @@ QWEN_IMAGE = FamilySpec(
     vae_factor=8,
     patch_size=2,
     max_prompt_tokens=512,
+    prompt_tensors=("prompt_embeds",),
     # What the published examples lead away from; an empty text would be another prompt.
     dropped_caption=" ",
     empty_negative=" ",

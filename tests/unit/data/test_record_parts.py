@@ -228,3 +228,18 @@ def test_rows_left_out_are_in_the_report(folder: Path) -> None:
     path = write_rows(folder / "rows.jsonl", row("a"), row("none"))
     [dataset] = build(folder, path, skip_bad_rows=True)
     assert any("1 rows of" in line for line in dataset.filter_report.warnings)
+
+
+def test_weights_of_numbers_of_references_decide_their_shares(folder: Path) -> None:
+    """Weights 1 and 3 of rows without and with two references; those with one are not trained."""
+    rows = [row("a")] * 8 + [row("b", "a")] * 8 + [row("c", "a", "b")] * 24
+    path = write_rows(folder / "rows.jsonl", *rows)
+    datasets = build(folder, path, reference_weights={0: 1.0, 2: 3.0}, config={"data_backend_sampling": "uniform"})
+    assert {each.id: each.entry.probability for each in datasets} == pytest.approx({"edits-0": 0.25, "edits-2": 0.75})
+    datasets = build(folder, path, reference_weights={0: 1.0, 2: 3.0})
+    assert shares(folder, datasets, 4) == {"edits-0": 40, "edits-2": 120}
+
+
+def test_weights_that_leave_no_row_are_refused(folder: Path) -> None:
+    with pytest.raises(DataError, match="have 1 references, which weigh nothing"):
+        build(folder, write_rows(folder / "rows.jsonl", row("b", "a")), reference_weights={0: 1.0, 1: 0.0})

@@ -198,3 +198,65 @@ def test_a_table_that_is_none_is_named(folder: Path) -> None:
     (folder / "rows.jsonl").write_text('{"target": \n')
     with pytest.raises(DataError, match="line 1 is not JSON"):
         read(folder / "rows.jsonl", folder)
+
+
+EMBEDS = {"prompt_column": "embeddings_tensor", "dropped_column": "embeddings_tensor_droptext"}
+
+
+def embedded(folder: Path, row: dict[str, Any], *names: str, suffix: str = ".safetensors") -> dict[str, Any]:
+    """The row with columns of embeddings, whose files are there."""
+    for name in names:
+        (folder / f"0_{name}{suffix}").write_bytes(b"")
+    return row | {f"embeddings_tensor_{name}": f"0_{name}{suffix}" for name in names}
+
+
+def test_embeddings_belong_to_the_texts_of_their_languages(folder: Path) -> None:
+    """A text that is empty takes no part; the file of the dropped caption is none of the variants."""
+    both = embedded(folder, FIRERED, "en", "cn", "droptext")
+    record = only(folder, both, **EMBEDS)
+    assert record.captions == ("add", "加")
+    assert [path.name for path in record.prompt_files] == ["0_en.safetensors", "0_cn.safetensors"]
+    assert record.dropped_prompt_file == folder / "0_droptext.safetensors"
+    assert only(folder, both | {"instruction": ""}, **EMBEDS).captions == ("加",)
+    assert only(folder, both, languages=("cn",), **EMBEDS).prompt_files == (folder / "0_cn.safetensors",)
+    same = only(folder, both | {"instruction_cn": "add"}, **EMBEDS)
+    assert (same.captions, [path.name for path in same.prompt_files]) == (("add",), ["0_en.safetensors"])
+
+
+def test_a_row_whose_embeddings_are_read_needs_no_text(folder: Path) -> None:
+    row = embedded(folder, FIRERED | {"instruction": None, "instruction_cn": ""}, "en", "cn")
+    record = only(folder, row, **EMBEDS)
+    assert record.captions == ("(no instruction)",)
+    assert [path.name for path in record.prompt_files] == ["0_en.safetensors"]
+    assert record.dropped_prompt_file is None
+
+
+def test_the_way_back_has_embeddings_of_its_own(folder: Path) -> None:
+    names = ("en", "cn", "droptext", "en_inv", "cn_inv", "droptext_inv")
+    row = embedded(folder, FIRERED | {"inverse_instruction": "remove", "inverse_instruction_cn": ""}, *names)
+    there, back = read(write_rows(folder / "rows.jsonl", row), folder, takes_inverse=True, **EMBEDS)
+    assert (there.target.name, back.target.name, back.captions) == ("a.png", "b.png", ("remove",))
+    assert [path.name for path in (*back.prompt_files, back.dropped_prompt_file)] == [
+        *("0_en_inv.safetensors", "0_droptext_inv.safetensors")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("names", "suffix", "words"),
+    [
+        (("en",), ".safetensors", '"embeddings_tensor_cn" is missing'),
+        (("en", "cn"), ".pt", "simpletuner convert"),
+    ],
+)
+def test_embeddings_that_cannot_be_read_name_their_row(folder: Path, names, suffix: str, words: str) -> None:
+    with pytest.raises(DataError) as caught:
+        only(folder, embedded(folder, FIRERED, *names, suffix=suffix), **EMBEDS)
+    assert words in caught.value.render()
+    assert "rows.jsonl" in caught.value.render()
+
+
+def test_a_pickle_that_was_converted_is_read_in_its_new_form(folder: Path) -> None:
+    row = embedded(folder, FIRERED, "en", "cn", suffix=".pt")
+    for name in ("en", "cn"):
+        (folder / f"0_{name}.safetensors").write_bytes(b"")
+    assert [path.suffix for path in only(folder, row, **EMBEDS).prompt_files] == [".safetensors"] * 2

@@ -141,3 +141,10 @@ def test_quantiles_of_the_logit_normal_are_its_inverse() -> None:
 
 def test_the_levels_of_the_eval_loss_are_the_middles_of_equal_parts() -> None:
     assert fixed_quantiles(4).tolist() == [0.125, 0.375, 0.625, 0.875]
+
+
+@pytest.mark.parametrize("level", [0.001, 0.003, 0.5, 0.997, 0.999])
+def test_levels_of_other_distributions_survive_the_way_through_the_normal(level: float) -> None:
+    """A family moves uniform levels as it moves its own: those far out must not all become one."""
+    quantiles = logit_normal_quantiles(torch.tensor([level]))
+    assert float(logit_normal_sigmas(quantiles)) == pytest.approx(level, rel=1e-3)

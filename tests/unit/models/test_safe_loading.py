@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from simpletuner.commands.convert import convert
+from simpletuner.commands.convert import convert, convert_folder
 from simpletuner.errors import ConfigError, DataError
 from simpletuner.families.registry import get_family_class, get_spec
 from simpletuner.families.spec import Component
@@ -211,6 +211,25 @@ def test_convert_writes_the_tensors_of_a_pickle(tmp_path: Path, wrap: Callable) 
     assert all(torch.equal(found[key], tensors[key]) for key in tensors)
     with pytest.raises(ConfigError, match="is there already"):
         convert(tmp_path / "weights.ckpt", None)
+
+
+def test_convert_takes_a_folder_of_files_that_are_one_tensor(tmp_path: Path, marker: Path) -> None:
+    for number, name in enumerate(("0_en.pt", "deeper/1_en.pt", "done.pt")):
+        path = tmp_path / "embeddings" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(torch.full((2, 3), float(number), dtype=torch.bfloat16), path)
+    save_file({"tensor": torch.ones(1)}, tmp_path / "embeddings/done.safetensors")
+    assert convert_folder(tmp_path / "embeddings") == 2
+    assert convert_folder(tmp_path / "embeddings") == 0
+    [found] = load_file(tmp_path / "embeddings/deeper/1_en.safetensors").values()
+    assert torch.equal(found, torch.full((2, 3), 1.0, dtype=torch.bfloat16))
+    write_pickle(tmp_path / "embeddings/payload.pt", marker)
+    with pytest.raises(DataError, match="none of it was run"):
+        convert_folder(tmp_path / "embeddings")
+    assert not marker.exists()
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError, match="holds no such file"):
+        convert_folder(tmp_path / "empty")
 
 
 def test_convert_runs_nothing_and_names_what_it_refuses(tmp_path: Path, marker: Path) -> None:

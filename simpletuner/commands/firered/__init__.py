@@ -1,0 +1,1 @@
+"""Command lines of FireRed-Image-Edit's training, read as work of this program: embeddings first, then a run."""
