@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -62,6 +63,7 @@ def generate(
     if base_precision is not None:
         launch.require_number_format(base_precision)
     options: ValidationOptions
+    kernels: AbstractContextManager[None] = nullcontext()
     if model is not None:
         if config is not None or context.args:
             raise ConfigError(
@@ -75,6 +77,9 @@ def generate(
         loaded = launch.load_arguments(context.args, os.environ, Path.cwd(), print_to_stderr, config, check_files=False)
         family = launch.family_of_run(loaded, base_precision)
         options = loaded.config
+        from simpletuner.training.kernels import chosen_kernels
+
+        kernels = chosen_kernels(loaded.config, family.device)
 
     from simpletuner.validation.generate import GenerationRequest, generate_images
 
@@ -86,7 +91,9 @@ def generate(
     }
     options = options.model_copy(update={name: value for name, value in given.items() if value is not None})
     generation = GenerationRequest(tuple(prompt), options, seed, count, tuple(reference or ()))
-    for path in generate_images(family, generation, adapter, output, print_to_stderr, strength):
+    with kernels:
+        paths = generate_images(family, generation, adapter, output, print_to_stderr, strength)
+    for path in paths:
         say(str(path))
 
 

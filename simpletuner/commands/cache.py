@@ -21,6 +21,7 @@ from simpletuner.models.build import build_family
 from simpletuner.reporting.bus import EventBus
 from simpletuner.reporting.events import Notice
 from simpletuner.reporting.sinks.terminal import terminal_sink
+from simpletuner.training.kernels import chosen_kernels
 from simpletuner.training.latents import fingerprint_of_vae
 from simpletuner.training.preflight import check_model_folder
 from simpletuner.training.prepare import prepare_data, read_datasets
@@ -87,7 +88,8 @@ def build(loaded: LoadedRun) -> None:
         for line in loaded.warnings:
             bus.emit(Notice("warning", line))
         family = build_family(loaded.config)
-        _, sources = prepare_data(_without_on_demand(loaded), family, output_dir, bus, stop)
+        with chosen_kernels(loaded.config, family.device):
+            _, sources = prepare_data(_without_on_demand(loaded), family, output_dir, bus, stop)
         folders = {source.cache.store.folder: source.cache.store for source in sources.values()}
         if isinstance(family.prompts, CachedPrompts):
             folders[family.prompts.cache.store.folder] = family.prompts.cache.store

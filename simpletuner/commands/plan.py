@@ -34,6 +34,7 @@ from simpletuner.reporting.progress import duration_text
 from simpletuner.training.build import build_sampler
 from simpletuner.training.disk_space import LOG_BYTES, LOGS
 from simpletuner.training.earlier_runs import delete_command, earlier_size
+from simpletuner.training.kernels import chosen_kernels
 from simpletuner.training.latents import fingerprint_of_vae
 from simpletuner.training.preflight import check_model_folder
 from simpletuner.training.prepare import read_datasets, require_trainable
@@ -140,7 +141,8 @@ def make_plan(loaded: LoadedRun, probe: bool | None = None, other_gpu: int | Non
     else:
         loads = count_loads(training, sampler)
         typical = choose_prompts(family, training, largest, longest=False)
-        times = time_steps(loaded, family, [load for load, _ in loads.most_common(PROBED_LOADS)], typical)
+        with chosen_kernels(loaded.config, family.device):
+            times = time_steps(loaded, family, [load for load, _ in loads.most_common(PROBED_LOADS)], typical)
         common = loads.most_common(1)[0][0]
         encode = time_encoding(family, common.height, common.width, config.vae_batch_size) if missing[0] else 0.0
         depth = build_rollouts(config, family.spec).expected_depth(steps.total)

@@ -11,8 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from simpletuner.config.options import TrainConfig
 from simpletuner.errors import ConfigError, MissingDependency, Problem
 from simpletuner.hardware import missing_compiler
+from simpletuner.precision.mixed import DTYPES, deterministic_kernels
 from simpletuner.training.swapping import repeated_blocks
 
 # Value of `attention_mechanism` -> kernel that is tried first. The others follow, for what it cannot do: a mask, or a
@@ -66,6 +68,18 @@ def _with_gradients(compiled: Callable[..., Any]) -> Callable[..., Any]:
         return compiled(*map(asking, inputs), **{name: asking(value) for name, value in options.items()})
 
     return call
+
+
+@contextmanager
+def chosen_kernels(config: TrainConfig, device: torch.device) -> Iterator[None]:
+    """Inside the context torch computes as `deterministic` and `attention_mechanism` say: training, images, timings.
+
+    Raises:
+        ConfigError: the device has no such kernel.
+    """
+    products = DTYPES[config.mixed_precision]
+    with deterministic_kernels(config.deterministic), attention_kernel(config.attention_mechanism, device, products):
+        yield
 
 
 @contextmanager

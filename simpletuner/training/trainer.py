@@ -33,7 +33,7 @@ from simpletuner.models.build import build_family
 from simpletuner.models.devices import adapter_dtype, pick_device, weight_dtype
 from simpletuner.optim.ema import EMA
 from simpletuner.optim.optimizers import build_optimizer, require_optimizer
-from simpletuner.precision.mixed import DTYPES, deterministic_kernels
+from simpletuner.precision.mixed import DTYPES
 from simpletuner.precision.quantise import require_device
 from simpletuner.reporting.bus import EventBus
 from simpletuner.reporting.events import Notice, RunFailed, RunStarted
@@ -54,7 +54,7 @@ from simpletuner.training.evaluate import read_eval_history, restore_best
 from simpletuner.training.evaluation import losses_as_json, losses_from_json
 from simpletuner.training.finish import finish_run, was_finished
 from simpletuner.training.gradient_checkpointing import GradientCheckpointing
-from simpletuner.training.kernels import attention_kernel, compile_blocks
+from simpletuner.training.kernels import chosen_kernels, compile_blocks
 from simpletuner.training.lock import write_lock
 from simpletuner.training.loop import run_training
 from simpletuner.training.loss_scale import LossScale
@@ -89,9 +89,7 @@ def train(loaded: LoadedRun) -> None:
         bus = stack.enter_context(EventBus([*sinks, publisher] if publisher else sinks))
         run: Run | None = None
         try:
-            products = DTYPES[loaded.config.mixed_precision]
-            stack.enter_context(deterministic_kernels(loaded.config.deterministic))
-            stack.enter_context(attention_kernel(loaded.config.attention_mechanism, pick_device(), products))
+            stack.enter_context(chosen_kernels(loaded.config, pick_device()))
             with stopped_by_signals(stop):
                 run = build_run(loaded, output_dir, bus, stop, process_group)
             stack.callback(run.close)

@@ -96,6 +96,34 @@ def test_options_of_the_model_reach_every_command(
     assert family.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("command", ["train", "generate", "cache build", "plan with times"])
+def test_what_computes_takes_the_kernels_that_were_chosen(
+    command: str, tmp_path: Path, omnigen_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[tuple[bool, bool]] = []
+
+    def note(*_: object) -> None:
+        found.append((torch.are_deterministic_algorithms_enabled(), torch.backends.cuda.flash_sdp_enabled()))
+        raise Reached
+
+    for name in ("load_vae", "load_base"):
+        monkeypatch.setattr(ModelFamily, name, note)
+    monkeypatch.chdir(tmp_path)
+    write_images(tmp_path / "images", 2, seed=1)
+    options = {"attention_mechanism": "native-math", "deterministic": True}
+    loaded = load_here(write_run(tmp_path, omnigen_folder, [dataset("images")], **options))
+    commands = {**COMMANDS, "plan with times": lambda loaded: plan(loaded, print, probe=True)}
+    with contextlib.suppress(Reached):
+        commands[command](loaded)
+    assert found[0] == (True, False)
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert torch.backends.cuda.flash_sdp_enabled()
+    config = Path(tmp_path, "config.json")
+    config.write_text(config.read_text().replace("native-math", "cudnn"))
+    with pytest.raises(ConfigError, match=r"(?s)attention_mechanism.*cpu has no such kernel"):
+        commands[command](load_here(tmp_path))
+
+
 def test_an_export_takes_vae_revision_and_variant_from_its_run(
     tmp_path: Path, omnigen_folder: Path, built: list[ModelFamily]
 ) -> None:
