@@ -35,6 +35,9 @@ def generate(
     height: Annotated[int | None, typer.Option(help="Pixels.", min=8)] = None,
     steps: Annotated[int | None, typer.Option(help="Sampling steps.", min=1)] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale; 1 is none.", min=0)] = None,
+    guidance_image: Annotated[
+        float | None, typer.Option(help="Guidance towards the references, where the family has it.", min=0)
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the first image; each further image adds 1.", min=0)] = 42,
     count: Annotated[int, typer.Option(help="Images per prompt.", min=1)] = 1,
     base_precision: Annotated[
@@ -81,12 +84,17 @@ def generate(
 
         kernels = chosen_kernels(loaded.config, family.device)
 
+    if guidance_image is not None and "img_guidance_scale" not in family.spec.pipeline_options:
+        message = f"the pipeline of {family.spec.title} has one guidance scale"
+        raise ConfigError(Problem(message, key="--guidance-image", fix="remove it"))
+
     from simpletuner.validation.generate import GenerationRequest, generate_images
 
     given = {
         "validation_negative_prompt": negative_prompt,
         "validation_num_inference_steps": steps,
         "validation_guidance": guidance,
+        "validation_guidance_image": guidance_image,
         "validation_resolution": f"{width or height}x{height or width}" if width or height else None,
     }
     options = options.model_copy(update={name: value for name, value in given.items() if value is not None})

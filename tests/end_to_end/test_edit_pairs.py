@@ -194,6 +194,11 @@ def test_a_model_edits_an_image_on_the_command_line(tmp_path: Path, model: Path)
         )
         assert result.returncode == 0, result.stderr
     assert (tmp_path / "0.png").read_bytes() != (tmp_path / "1.png").read_bytes()
+    # The pipeline's own guidance towards the references is 1.6.
+    for value, is_same in (("1.6", True), ("4", False)):
+        words = ("--reference", "sources/001.png", "--guidance-image", value, "--output", f"{value}.png")
+        assert run_forked(tmp_path, "generate", *options, *words).returncode == 0
+        assert ((tmp_path / f"{value}.png").read_bytes() == (tmp_path / "1.png").read_bytes()) is is_same
     result = run_forked(tmp_path, "generate", *options, *["--reference", "sources/000.png"] * 4)
     assert result.returncode == 2
     assert "4 reference images are too many for OmniGen" in result.stderr
