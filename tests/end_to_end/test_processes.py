@@ -323,7 +323,7 @@ def test_captions_are_encoded_once_by_either_process_and_the_run_is_that_of_one(
 
 
 @pytest.mark.ci
-def test_references_offset_noise_and_rollouts_are_those_of_one_process(tmp_path, omnigen_folder):
+def test_references_offset_noise_strata_and_rollouts_are_those_of_one_process(tmp_path, omnigen_folder):
     """All of them are keyed by the index in the global batch, and the depth of a rollout for all processes together."""
     options = {
         "scheduled_sampling_max_step_offset": 2,
@@ -331,6 +331,8 @@ def test_references_offset_noise_and_rollouts_are_those_of_one_process(tmp_path,
         "offset_noise": True,
         "noise_offset_probability": 0.5,
         "input_perturbation": 0.1,
+        "timestep_stratified": True,
+        "loss_balance": "pixels",
         "gradient_accumulation_steps": 2,
         "max_train_steps": 4,
     }
