@@ -6,6 +6,7 @@ and no values: what it returns has the shapes of the real embeddings.
 
 from __future__ import annotations
 
+import copy
 import importlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -150,9 +151,8 @@ def encoding_cost(
         images: references of each text.
     """
     # On the processor: ids and masks keep their values, only what comes out of encoders has none.
-    empty = type(family)(family.spec, family.source, torch.device("cpu"), family.dtype)
-    empty.number_formats = family.number_formats
-    empty.prompt_length = family.prompt_length
+    empty = copy.copy(family)
+    empty.device = torch.device("cpu")
     empty.encoders = encoders = EmptyEncoders(empty)
     filled = [texts[index % len(texts)] for index in range(max(BATCH_SIZE, len(texts)))]
     seen = [images[index % len(images)] for index in range(len(filled))] if images else None
