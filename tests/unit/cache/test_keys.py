@@ -27,6 +27,8 @@ def test_of_two_images_the_one_that_does_not_overflow_keeps_its_bits(cache):
     """In float32 both would come out one larger: only the one that needs it is taken from there."""
 
     class Half(torch.nn.Module):
+        config = {"scaling_factor": 1.0}
+
         def __init__(self):
             super().__init__()
             self.scale = torch.nn.Parameter(torch.ones(()))

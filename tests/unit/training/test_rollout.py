@@ -120,6 +120,28 @@ def test_the_loss_is_zero_for_whoever_knows_the_way_back_and_no_gradient_goes_th
     assert scale.grad is not None
 
 
+def test_the_drift_is_the_way_from_the_latents_of_training_to_those_that_were_rolled_out() -> None:
+    seen: list[torch.Tensor] = []
+
+    class Watched(ReflexFlow):
+        def losses(self, errors, model_pred, target, masks, *, drift):
+            seen.append(drift)
+            return super().losses(errors, model_pred, target, masks, drift=drift)
+
+    def denoiser(x, sigmas):
+        return 0.5 * (NOISE - DATA)
+
+    family, rollouts = Exact(), Rollouts(max_depth=4, reflex=Watched())
+    roll = partial(train_from_rollout, family=family, denoiser=denoiser, depth=2, rollouts=rollouts)
+    compute_losses(family, denoiser, batch(), NOISE, torch.tensor([0.4, 0.6], dtype=torch.float64), changes=[roll])
+    # Each of the two steps goes half as far as it should: the latents end short by half of the way that they went.
+    (drift,) = seen
+    direction = (NOISE - DATA).flatten(1)
+    shares = drift.flatten(1) / direction
+    assert torch.allclose(shares, shares[:, :1].expand_as(shares), atol=1e-3)
+    assert shares[:, 0].tolist() == pytest.approx([0.5 * 2 * rollouts.step_length] * 2, abs=1e-3)
+
+
 def test_regularisation_is_never_rolled_out_and_keeps_the_base_as_its_target(tmp_path: Path) -> None:
     """Two passes: the base's answer, which is the target, and the prediction. An image to train on has three more."""
     rolled = {
