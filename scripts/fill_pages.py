@@ -18,6 +18,7 @@ from simpletuner.config.options import OptionInfo
 from simpletuner.config.pages import optimizers_table, options_markdown
 from simpletuner.config.reference import option_rows, planned_values_text, schema_text
 from simpletuner.config.webhooks import webhook_options
+from simpletuner.families.presets import CARDS, presets_of
 from simpletuner.families.readers import readers_table
 from simpletuner.families.registry import FAMILIES, get_spec
 
@@ -45,17 +46,53 @@ def _filled(match: re.Match[str]) -> str:
 
 def table(name: str) -> str:
     """Rows for `KIND` (built keys of that dataset type, or `webhook`), `KIND/not-built`, `KIND/values-not-built`,
-    `optimizers` or `adapter-readers`."""
+    `optimizers`, `adapter-readers`, `models` or `presets`."""
     if name == "optimizers":
         return optimizers_table()
     if name == "adapter-readers":
         specs = [get_spec(family) for family in FAMILIES]
         return readers_table((spec.title, spec.readers, spec.keys.joining_forms) for spec in specs)
+    if name == "models":
+        return models_table()
+    if name == "presets":
+        return presets_table()
     kind, _, part = name.partition("/")
     infos = list((webhook_options() if kind == "webhook" else dataset_options(kind)).values())
     if part == "values-not-built":
         return values_table([info for info in infos if info.planned_values and not info.planned])
     return "\n".join(option_rows(info for info in infos if bool(info.planned) == (part == "not-built")))
+
+
+def models_table() -> str:
+    """Each family with its page and flavours, and how its first flavour trains on a small and on a middle card."""
+    small, middle = CARDS[0], 24
+    rows = []
+    for family in FAMILIES:
+        spec = get_spec(family)
+        page = f"documentation/quickstart/{family.upper()}.md"
+        title = f"[{spec.title}]({page})" if (ROOT / page).is_file() else spec.title
+        found = presets_of(family, spec.default_flavour)
+        ways = [preset.way() if (preset := found.get(card)) else "" for card in (small, middle)]
+        rows.append(f"| {title} | {', '.join(spec.flavours)} | {' | '.join(ways)} |")
+    head = f"| model | flavours | a LoRA on {small} GB | on {middle} GB |"
+    return "\n".join([head, "|---|---|---|---|", *rows])
+
+
+def presets_table() -> str:
+    """What trains on which card: a row for each flavour of other needs."""
+    rows = []
+    for family in FAMILIES:
+        alike: dict[tuple[str, ...], list[str]] = {}
+        for flavour in get_spec(family).flavours:
+            found = presets_of(family, flavour)
+            if found:
+                cells = tuple(preset.text() if (preset := found.get(card)) else "" for card in CARDS)
+                alike.setdefault(cells, []).append(flavour)
+        rows += [
+            f"| {get_spec(family).title} {', '.join(names)} | {' | '.join(cells)} |" for cells, names in alike.items()
+        ]
+    head = f"| model | {' | '.join(f'{card} GB' for card in CARDS)} |"
+    return "\n".join([head, "|---" * (len(CARDS) + 1) + "|", *rows])
 
 
 def values_table(infos: list[OptionInfo]) -> str:
@@ -79,7 +116,7 @@ def main() -> None:
     for name in SCHEMAS:
         (ROOT / "config" / "schemas" / f"{name}.schema.json").write_text(schema_text(name) + "\n", encoding="utf-8")
     (PAGES / "webhook_events.schema.json").write_text(event_schema_text(), encoding="utf-8")
-    for page in sorted(PAGES.rglob("*.md")):
+    for page in (ROOT / "README.md", *sorted(PAGES.rglob("*.md"))):
         text = page.read_text(encoding="utf-8")
         if fill(text) != text:
             page.write_text(fill(text), encoding="utf-8")

@@ -10,7 +10,7 @@ import typer
 from simpletuner.cli.shared import app, say
 
 examples_app = typer.Typer(
-    help="List or copy the shipped examples.",
+    help="List or copy the shipped examples, and configurations for a model on a card.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
@@ -19,11 +19,14 @@ app.add_typer(examples_app, name="examples")
 
 @examples_app.command("list")
 def list_examples() -> None:
-    """List the shipped examples."""
+    """List the shipped examples, and configurations of every model for cards of 8 to 80 GB."""
     from simpletuner.examples import example_names, example_summary
+    from simpletuner.examples.presets import preset_lines
 
     for name in example_names():
         print(f"{name}  ({example_summary(name)})")
+    for line in preset_lines():
+        print(line)
 
 
 @examples_app.command("copy")

@@ -12,6 +12,7 @@ from typing import Any
 
 from simpletuner.commands.text import columns, short_count
 from simpletuner.errors import bytes_text
+from simpletuner.families.presets import presets_of, smallest_card
 from simpletuner.families.registry import all_specs, get_spec
 from simpletuner.families.spec import FamilySpec, Flavour
 
@@ -46,7 +47,10 @@ def show_models(name: str | None, as_json: bool, say: Say, warn: Say) -> None:
 
 def short_lines(spec: FamilySpec) -> list[str]:
     """Title, and a row for each flavour."""
-    rows = [(flavour.name, flavour.hub_id, _size(flavour), flavour.licence) for flavour in spec.flavours.values()]
+    rows = [
+        (flavour.name, flavour.hub_id, _size(flavour), _card(spec, flavour), flavour.licence)
+        for flavour in spec.flavours.values()
+    ]
     return [f"{spec.name}: {spec.title}", *columns(rows), ""]
 
 
@@ -59,6 +63,8 @@ def detail_lines(spec: FamilySpec) -> list[str]:
         if flavour.parameters:
             sizes = ", ".join(f"{bytes_text(flavour.weight_bytes(bits))} in {bits} bits" for bits in (16, 8, 4))
             lines.append(f"    denoiser: {short_count(flavour.parameters)} parameters; frozen weights {sizes}")
+        for card, preset in presets_of(spec.name, flavour.name).items():
+            lines.append(f"    on {card} GB: {preset.text() if preset else 'a LoRA does not fit'}")
     lines.append("the model")
     return lines + columns(list(facts(spec).items()))
 
@@ -93,6 +99,11 @@ def as_dict(spec: FamilySpec) -> dict[str, Any]:
         "default_flavour": spec.default_flavour,
         **facts(spec),
     }
+
+
+def _card(spec: FamilySpec, flavour: Flavour) -> str:
+    card = smallest_card(spec.name, flavour.name)
+    return f"a LoRA from {card} GB on" if card else ""
 
 
 def _size(flavour: Flavour) -> str:

@@ -24,14 +24,12 @@ def example_dir(name: str) -> Path:
         ConfigError: there is none of that name; suggests the nearest.
     """
     if name not in example_names():
-        raise ConfigError(
-            Problem(
-                f'there is no example "{name}"',
-                key="example",
-                allowed=", ".join(example_names()),
-                fix=did_you_mean(name, example_names()),
-            )
-        )
+        from simpletuner.examples.presets import presets
+
+        known = [*example_names(), *(preset[0] for preset in presets())]
+        allowed = f"{', '.join(example_names())}, and the presets of `simpletuner examples list`"
+        message = f'there is no example "{name}"'
+        raise ConfigError(Problem(message, key="example", allowed=allowed, fix=did_you_mean(name, known)))
     return _root() / name
 
 
@@ -43,15 +41,15 @@ def example_summary(name: str) -> str:
 
 
 def copy_example(name: str, destination: Path) -> Path:
-    """Copy an example to a folder of one's own, which must not exist or be empty; returns it.
+    """Copy an example or write a preset (`presets.py`) to a folder of one's own, which must not exist or be empty.
 
     Raises:
         ConfigError: unknown name, or the folder holds something.
         DataError: it cannot be written.
     """
     from simpletuner.config.reference import schema_text
+    from simpletuner.examples.presets import write_preset
 
-    source = example_dir(name)
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
         raise ConfigError(
             Problem(
@@ -61,7 +59,9 @@ def copy_example(name: str, destination: Path) -> Path:
             )
         )
     try:
-        shutil.copytree(source, destination, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
+        if not write_preset(name, destination):
+            source = example_dir(name)
+            shutil.copytree(source, destination, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
         # What "$schema" of a copy names: editors then complete and check what is changed in it.
         (destination / "config.schema.json").write_text(schema_text("config") + "\n", encoding="utf-8")
     except OSError as error:

@@ -39,7 +39,11 @@ _HEADINGS: Mapping[str, tuple[str, ...]] = {
         *("learning_rate", "lr_scheduler", "lr_warmup_steps", "grad_clip_method", "max_grad_norm"),
         *("caption_dropout_probability", "use_ema", "seed"),
     ),
-    "Memory.": ("mixed_precision", "base_model_precision", "quantize_via", "gradient_checkpointing"),
+    "Memory.": (
+        *("mixed_precision", "base_model_precision", "quantize_via", "gradient_checkpointing"),
+        *("gradient_checkpointing_interval", "gradient_checkpointing_backend", "musubi_blocks_to_swap"),
+        *(f"text_encoder_{number}_precision" for number in (1, 2, 3, 4)),
+    ),
     "Images that are generated while training.": (
         *("validation_prompt", "user_prompt_library", "validation_step_interval", "validation_resolution"),
         *("validation_num_inference_steps", "validation_guidance", "validation_seed", "validation_preview"),

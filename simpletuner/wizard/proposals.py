@@ -11,6 +11,7 @@ from typing import Any
 from simpletuner.config.optimizers import OPTIMIZERS
 from simpletuner.config.options import all_options
 from simpletuner.config.values import parse_sizes
+from simpletuner.families.presets import Preset, preset_for
 from simpletuner.hardware import GIB
 from simpletuner.wizard.answers import Answers, Goal
 
@@ -20,6 +21,8 @@ _SIDES = (1024, 768, 512, 256, 128, 64)
 
 # What training an adapter takes beside the frozen weights, with checkpointing: activations, adapter, the driver.
 BESIDE_WEIGHTS = 4 * GIB
+# GiB of a card from which on batches are larger than those of the presets.
+ROOMY = 48
 USABLE = 0.9
 # Formats of the frozen weights by what they keep of the model, and their bits.
 _BASE_FORMATS = (("int8-quanto", 8), ("nf4-bnb", 4), ("int4-quanto", 4))
@@ -42,11 +45,23 @@ def memory_options(answers: Answers) -> dict[str, Any]:
         "optimizer": "adamw_bf16",
         "train_batch_size": 1 if gib < 32 or (goal == "full" and gib < 64) else 2 if gib < 64 else 4,
     }
-    if goal != "full" and answers.adapter != "full":
-        options |= base_format(answers)
+    if goal == "full" or answers.adapter == "full":
+        return options
+    if (preset := card_preset(answers)) is not None:
+        return options | {name: value for name, value in preset.options.items() if name != "resolution"}
+    options |= base_format(answers)
     if "base_model_precision" in options and hardware.device == "cuda" and gib < 15:
         options |= {"optimizer": _if_built("optimizer", "bnb-lion8bit-paged") or options["optimizer"]}
     return options
+
+
+def card_preset(answers: Answers) -> Preset | None:
+    """What was computed for an adapter of this model on a card of this size; None where there is room to spare, or
+    nothing was computed."""
+    gib = answers.target.device_bytes / GIB
+    if answers.target.device != "cuda" or answers.goal == "full" or gib >= ROOMY:
+        return None
+    return preset_for(answers.family, answers.flavour_name, round(gib))
 
 
 def base_format(answers: Answers) -> dict[str, Any]:
@@ -101,6 +116,8 @@ def proposed_resolution(answers: Answers) -> int:
     spec = answers.spec
     native = parse_sizes(str(spec.defaults_for(answers.flavour_name).get("validation_resolution", "1024")))[0]
     limit = max(native)
+    if (preset := card_preset(answers)) is not None:
+        limit = min(limit, preset.options["resolution"])
     facts = answers.seen.get(answers.images)
     if facts and facts.usable:
         limit = min(limit, facts.side)

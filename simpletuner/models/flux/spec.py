@@ -17,13 +17,14 @@ from simpletuner.models.flux_blocks import ATTENTION, DOUBLE, FEED_FORWARD, SING
 _MODULATION = (f"{DOUBLE}.norm1.linear", f"{DOUBLE}.norm1_context.linear", f"{SINGLE}.norm.linear")
 _OUTSIDE = ("x_embedder", "context_embedder", "time_text_embed.*", "norm_out.linear", "proj_out")
 _NON_COMMERCIAL = "FLUX.1 [dev] Non-Commercial License"
-_DEV_PARAMETERS = 11_901_408_320
+_DEV_PARAMETERS, _SCHNELL_PARAMETERS = 11_901_408_320, 11_891_178_560  # schnell has no guidance as an input
 
 
 def _flavour(name: str, words: str, licence: str = _NON_COMMERCIAL, **defaults: Any) -> Flavour:
     repository = {"krea": "Krea-dev", "kontext": "Kontext-dev"}.get(name, name)
     hub_id = f"black-forest-labs/FLUX.1-{repository}"
-    return Flavour(name, hub_id, words, licence, _DEV_PARAMETERS, defaults, edits=name == "kontext")
+    parameters = _SCHNELL_PARAMETERS if name == "schnell" else _DEV_PARAMETERS
+    return Flavour(name, hub_id, words, licence, parameters, defaults, edits=name == "kontext")
 
 
 FLUX = FamilySpec(

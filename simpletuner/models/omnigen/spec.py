@@ -22,7 +22,7 @@ OMNIGEN = FamilySpec(
             hub_id="Shitao/OmniGen-v1-diffusers",
             description="3.8 billion parameters, Phi-3 token layout, SDXL VAE, up to 1024 px",
             licence="MIT",
-            parameters=3_760_000_000,
+            parameters=3_762_072_592,
             edits=True,
         )
     },

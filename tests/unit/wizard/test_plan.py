@@ -10,6 +10,7 @@ import pytest
 from simpletuner.config.json_reader import Document
 from simpletuner.config.lycoris import check_lycoris
 from simpletuner.errors import ConfigError
+from simpletuner.families.presets import preset_for
 from simpletuner.families.registry import family_names, get_spec
 from simpletuner.hardware import GIB, Hardware
 from simpletuner.wizard.answers import ImageFacts, read_goal
@@ -52,10 +53,21 @@ def test_number_formats_and_batch_follow_the_machine():
     assert large["train_batch_size"] > small["train_batch_size"]
 
 
-def test_a_model_that_does_not_fit_is_quantised(monkeypatch: pytest.MonkeyPatch):
+def test_an_adapter_is_proposed_as_it_was_computed_for_the_card():
+    for gib, card in ((8, 8), (10, 8), (12, 12), (16, 16), (24, 24)):
+        config = make_plan(answers(hardware=Hardware("cuda", "GPU", gib * GIB, 32 * GIB, 8))).config
+        preset = preset_for("omnigen", "v1", card)
+        assert preset is not None
+        assert {name: config[name] for name in preset.options} == preset.options
+        assert ("base_model_precision" in config) == (gib < 12)
+    assert "base_model_precision" not in make_plan(answers(hardware=SMALL_GPU, goal="full")).config
+
+
+def test_on_a_card_without_a_preset_a_model_that_does_not_fit_is_quantised(monkeypatch: pytest.MonkeyPatch):
     """By hand: 3.76e9 weights are 7.0 GiB in 16 bits and 3.5 in 8; 4 GiB come beside them, of 90 % of the card."""
     monkeypatch.setattr("simpletuner.wizard.proposals._if_built", lambda option, value: value)
     monkeypatch.setattr("simpletuner.wizard.proposals._is_built", lambda option: True)
+    monkeypatch.setattr("simpletuner.wizard.proposals.card_preset", lambda answers: None)
     formats = {}
     for gib in (6, 8, 10, 12, 16, 24):
         config = make_plan(answers(hardware=Hardware("cuda", "GPU", gib * GIB, 32 * GIB, 8))).config
@@ -69,7 +81,6 @@ def test_a_model_that_does_not_fit_is_quantised(monkeypatch: pytest.MonkeyPatch)
         16: (None, None, "adamw_bf16"),
         24: (None, None, "adamw_bf16"),
     }
-    assert "base_model_precision" not in make_plan(answers(hardware=SMALL_GPU, goal="full")).config
 
 
 def test_an_edit_is_taught_to_a_checkpoint_that_was_made_for_it():
