@@ -15,7 +15,8 @@ def clip_by_value(parameters: Iterable[nn.Parameter], max_value: float) -> Tenso
     Returns:
         () float32: the largest absolute value before clipping; NaN or infinite if any element was.
     """
-    grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    # Of a parameter with fewer rows than there are processes, some hold nothing.
+    grads = [parameter.grad for parameter in parameters if parameter.grad is not None and parameter.grad.numel()]
     if not grads:
         return torch.zeros(())
     largest = torch.stack([norm.float() for norm in torch._foreach_norm(grads, float("inf"))]).max()

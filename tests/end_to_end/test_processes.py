@@ -13,6 +13,7 @@ import pytest
 from safetensors.torch import load_file
 
 from tests.runs import cli, dataset, metrics, run_cli, write_images, write_run
+from tests.tiny_folders import TINY_FOLDERS
 
 pytestmark = pytest.mark.slow
 
@@ -347,3 +348,19 @@ def test_references_offset_noise_strata_and_rollouts_are_those_of_one_process(tm
     depths = [[record["extra"]["rollout_depth"] for record in steps(output)] for output in outputs]
     assert depths[0] == depths[1]
     assert sum(depths[0]) > 0
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize("layout", [{}, {"fsdp_enable": True, "model_type": "full"}], ids=["lora", "full, spread"])
+@pytest.mark.parametrize("family", ["kolors", "hunyuan_dit"])
+def test_two_processes_train_a_family_with_discrete_levels_as_one_does(tmp_path, family, layout):
+    """One of Hunyuan-DiT's weights has a single row, of which one process then holds nothing."""
+    model = TINY_FOLDERS[family](tmp_path / "model")
+    options = {"model_family": family, "max_train_steps": 2, "learning_rate": 1e-3, "gradient_checkpointing": True}
+    options |= {"model_type": layout.get("model_type", "lora")}
+    one = train(write_run(tmp_path / "one", model, train_batch_size=4, **options))
+    two = train(write_run(tmp_path / "two", model, train_batch_size=2, num_processes=2, **(options | layout)))
+    if options["model_type"] == "full":
+        assert_same_tensors(one / "pipeline", two / "pipeline")
+    else:
+        assert_same_training(one, two)

@@ -49,5 +49,5 @@ class Kolors(SizeConditionedUNet):
     def pipeline(self, denoiser: nn.Module, vae: nn.Module | None = None) -> Any:
         from diffusers.pipelines.kolors.pipeline_kolors import KolorsPipeline
 
-        parts: dict[str, Any] = dict.fromkeys(("vae", "text_encoder", "tokenizer"))
-        return LivePipeline(self, KolorsPipeline(**parts, unet=denoiser, scheduler=self.make_scheduler()), vae)
+        parts: dict[str, Any] = {**dict.fromkeys(("vae", "text_encoder", "tokenizer")), "unet": denoiser}
+        return LivePipeline(self, KolorsPipeline(**parts, scheduler=self.make_scheduler()), vae)

@@ -56,3 +56,10 @@ def test_without_gradients_nothing_is_measured() -> None:
     parameters = [nn.Parameter(torch.zeros(2))]
     assert clip_by_value(parameters, 1.0).item() == gradient_norm(parameters).item() == 0
     assert clip_by_norm(parameters, 1.0).item() == 0
+
+
+def test_a_process_that_holds_nothing_of_a_parameter_clips_the_others() -> None:
+    """Of a weight with one row, of which another process has all."""
+    parameters = with_grads([], [0.5, -3.0])
+    assert clip_by_value(parameters, 1.0).item() == 3.0
+    assert grads_of(parameters) == [[], [0.5, -1.0]]
