@@ -16,10 +16,21 @@ from tests.tiny_sdxl import sdxl_scheduler, tiny_unet
 TEXT_SIZE = 16
 
 
-def tiny_kolors_unet(seed: int = 0) -> UNet2DConditionModel:
-    """A stock UNet that projects the text states itself."""
+def tiny_kolors_unet(seed: int = 0, **changes: object) -> UNet2DConditionModel:
+    """A stock UNet that projects the text states itself, with the blocks of the real one."""
     text = {"encoder_hid_dim": TEXT_SIZE, "encoder_hid_dim_type": "text_proj", "cross_attention_dim": 24}
-    return tiny_unet(seed, pooled_size=TEXT_SIZE, **text)
+    return tiny_unet(seed, pooled_size=TEXT_SIZE, **(text | changes))
+
+
+# Two levels in place of three, with one transformer each: SDXL's tiny folder has them all.
+FEW_BLOCKS = {
+    "block_out_channels": (8, 16),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+    "layers_per_block": 1,
+    "transformer_layers_per_block": (1, 1),
+    "attention_head_dim": (1, 2),
+}
 
 
 def tiny_chatglm(seed: int = 0) -> ChatGLMModel:
@@ -51,7 +62,7 @@ def tiny_chatglm(seed: int = 0) -> ChatGLMModel:
 
 def tiny_kolors_folder(path: Path) -> Path:
     """Write unet, VAE, encoder, tokenizer, scheduler and `model_index.json` into `path`; returns it."""
-    tiny_kolors_unet().save_pretrained(path / "unet")
+    tiny_kolors_unet(**FEW_BLOCKS).save_pretrained(path / "unet")
     tiny_vae().save_pretrained(path / "vae")
     tiny_chatglm(seed=1).save_pretrained(path / "text_encoder")
     shutil.copytree(GOLDEN / "kolors" / "model" / "tokenizer", path / "tokenizer")
