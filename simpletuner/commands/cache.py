@@ -195,7 +195,7 @@ def used_keys(loaded: LoadedRun) -> dict[Path, set[str]]:
                 keys.setdefault(folder.resolve(), set()).update(map(cache.key, KeptSamples(dataset, part.id)))
     if family.spec.caches_prompt_embeds:
         prompts = open_prompt_cache(loaded, family)
-        wanted = {prompts.key(request) for request in run_prompts(loaded, family.spec, datasets)}
+        wanted = {prompts.key(request) for request in run_prompts(loaded, family, datasets)}
         keys.setdefault(prompts.store.folder.resolve(), set()).update(wanted)
         prompts.store.close()
     return keys

@@ -104,7 +104,7 @@ def text_cost(loaded: LoadedRun, family: ModelFamily, datasets: Sequence[Dataset
     if not family.spec.caches_prompt_embeds:
         return None
     config, folder = loaded.config, prompts_folder(loaded, family.spec)
-    wanted = list(dict.fromkeys(run_prompts(loaded, family.spec, datasets)))
+    wanted = list(dict.fromkeys(run_prompts(loaded, family, datasets)))
     missing = len(wanted)
     if folder.exists():  # else no text was encoded, and its key would ask for digests of all encoders
         cache = open_prompt_cache(loaded, family)

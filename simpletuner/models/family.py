@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,9 @@ from simpletuner.models.text_encoders import TextEncoders
 from simpletuner.models.vae_config import is_video_vae, latent_statistics
 from simpletuner.precision.mixed import exact_float32
 from simpletuner.precision.quantise import NumberFormats, quantise, require_device
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 
 def send(tensor: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
@@ -314,6 +317,10 @@ class ModelFamily(ABC):
         A family with a template, or with limits of its own, adds them: they are part of the key of every cached prompt.
         """
         return {"family": self.spec.family_class, "max_prompt_tokens": self.max_prompt_tokens}
+
+    def prompt_image(self, image: Image) -> PromptImage:
+        """A reference image that is generated with, as the encoders of its prompt are given it."""
+        return PromptImage.of(image)
 
     def free_prompt_encoders(self) -> None:
         """Drop what `encode_prompts` loaded."""

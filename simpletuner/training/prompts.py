@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from simpletuner.batch import PromptImage, PromptRequest
+from simpletuner.batch import PromptRequest
 from simpletuner.cache.fingerprints import prompt_fingerprint
 from simpletuner.cache.prompts import CachedPrompts, PromptCache
 from simpletuner.cache.store import TensorStore
@@ -78,7 +78,7 @@ def prepare_prompts(
         if num_cached is not None:
             progress.summary = f"0 encoded, {num_cached} cached before"
         else:
-            wanted = list(dict.fromkeys(run_prompts(loaded, family.spec, datasets)))
+            wanted = list(dict.fromkeys(run_prompts(loaded, family, datasets)))
             report = cache.fill(process_group.share(wanted), show_progress)
             progress.summary = f"{report.num_encoded} encoded, {report.num_cached} cached before"
             process_group.barrier()
@@ -121,7 +121,7 @@ def _set_fingerprint(loaded: LoadedRun, cache: PromptCache, datasets: Sequence[D
     """Names all texts of a run: a start that finds them complete asks for no single one (`training/latents.py`)."""
     spec = cache.family.spec
     captions = [dataset.fingerprint for dataset in datasets]
-    fixed = list(fixed_prompts(loaded, spec, datasets))
+    fixed = list(fixed_prompts(loaded, cache.family, datasets))
     if not spec.prompts_see_references:
         return cache.set_fingerprint(captions, [request.text for request in fixed])
     texts = [[request.text, [image.content for image in request.images]] for request in fixed]
@@ -129,9 +129,10 @@ def _set_fingerprint(loaded: LoadedRun, cache: PromptCache, datasets: Sequence[D
     return cache.set_fingerprint(captions, texts, seen)
 
 
-def run_prompts(loaded: LoadedRun, spec: FamilySpec, datasets: Sequence[Dataset]) -> Iterator[PromptRequest]:
+def run_prompts(loaded: LoadedRun, family: ModelFamily, datasets: Sequence[Dataset]) -> Iterator[PromptRequest]:
     """Every text that the run may ask for: the fixed ones, and all variants of all captions."""
-    yield from fixed_prompts(loaded, spec, datasets)
+    yield from fixed_prompts(loaded, family, datasets)
+    spec = family.spec
     for dataset in datasets:
         if spec.prompts_see_references and dataset.references:
             yield from _prompts_with_references(loaded, spec, dataset)
@@ -155,9 +156,9 @@ def _prompts_with_references(loaded: LoadedRun, spec: FamilySpec, dataset: Datas
                 yield PromptRequest(text, images)
 
 
-def fixed_prompts(loaded: LoadedRun, spec: FamilySpec, datasets: Sequence[Dataset]) -> Iterator[PromptRequest]:
+def fixed_prompts(loaded: LoadedRun, family: ModelFamily, datasets: Sequence[Dataset]) -> Iterator[PromptRequest]:
     """The texts that stand in no dataset: dropped captions, validation, proof."""
-    config = loaded.config
+    config, spec = loaded.config, family.spec
     if not has_all_embeddings(loaded, datasets):
         yield from map(PromptRequest, (spec.dropped_caption, "", PROBE_PROMPT))
     references: tuple[ReferenceImage, ...] = ()
@@ -173,7 +174,7 @@ def fixed_prompts(loaded: LoadedRun, spec: FamilySpec, datasets: Sequence[Datase
     )
     for request in requests:
         seen = request.references if spec.prompts_see_references else ()
-        images = tuple(PromptImage.of(each.image) for each in seen)
+        images = tuple(family.prompt_image(each.image) for each in seen)
         yield PromptRequest(request.prompt, images)
         yield PromptRequest(spec.negative_text(request.settings.negative_prompt), images)
 

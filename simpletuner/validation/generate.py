@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from simpletuner.adapters.files import apply_adapter_file
-from simpletuner.batch import PromptImage
 from simpletuner.cache.prompts import PromptsAhead
 from simpletuner.config.options.validation import ValidationOptions
 from simpletuner.config.values import parse_sizes
@@ -65,7 +64,7 @@ def generate_images(
     requests = requests_of(wanted, family, say)
     if family.spec.caches_prompt_embeds:
         negative = family.spec.negative_text(wanted.options.validation_negative_prompt)
-        images = [PromptImage.of(each.image) for each in requests[0].references]
+        images = [family.prompt_image(each.image) for each in requests[0].references]
         family.prompts = PromptsAhead(family, [*wanted.prompts, negative], images)
     denoiser = family.load_base()
     if adapter_file is not None:

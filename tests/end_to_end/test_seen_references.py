@@ -135,7 +135,7 @@ def test_a_dropped_caption_is_encoded_with_references_only_where_it_may_keep_the
     family = build_family(loaded.config)
     (tmp_path / "output").mkdir()
     datasets = prepare_datasets(loaded, family, tmp_path / "output", EventBus(), StopRequest())
-    wanted = list(run_prompts(loaded, family.spec, datasets))
+    wanted = list(run_prompts(loaded, family, datasets))
     assert len([each for each in wanted if each.images]) == count
 
 

@@ -60,7 +60,7 @@ def test_what_is_cached_is_no_more_to_come_and_no_text_takes_more_than_was_said(
     assert (before.num_missing, after.num_missing, after.disk_bytes) == (5, 0, 0)
     assert before.cost is not None
     cache = open_prompt_cache(loaded, family)
-    entries = [cache.store.get(cache.key(each)) for each in run_prompts(loaded, family.spec, datasets)]
+    entries = [cache.store.get(cache.key(each)) for each in run_prompts(loaded, family, datasets)]
     sizes = [sum(tensor.nbytes for tensor in entry.values()) for entry in entries]
     assert max(sizes) == before.cost.caption_bytes
     assert prompts_folder(loaded, family.spec) == before.folder

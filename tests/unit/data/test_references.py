@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -55,6 +56,22 @@ def test_a_strict_reference_that_is_the_image_is_cut_to_the_same_pixels(pairs: P
             assert reference.dataset_id == "sources"
             assert torch.equal(dataset.references[0].read_pixels(reference), dataset.read_pixels(sample))
     assert len(flips) == (2 if "random_flip" in changes else 1)
+
+
+def test_the_encoders_of_prompts_are_given_what_the_vae_is_given(pairs: Path) -> None:
+    dataset = build(pairs, "reference_loose", random_flip=True)
+    shapes = set()
+    for sample in dataset.samples:
+        [[plain], [mirrored]] = dataset.prompt_images([sample.references, sample.mirrored().references])
+        crop = sample.references[0].crop
+        assert (plain.height, plain.width) == (crop.height, crop.width)
+        pixels = torch.from_numpy(np.array(plain.load())).permute(2, 0, 1) / 127.5 - 1
+        expected = dataset.references[0].read_pixels(sample.references[0])
+        torch.testing.assert_close(pixels.float(), expected, rtol=0, atol=0.005)
+        assert np.array_equal(np.array(mirrored.load()), np.array(plain.load())[:, ::-1])
+        assert plain.content != mirrored.content
+        shapes.add((plain.height > plain.width) - (plain.height < plain.width))
+    assert shapes == {-1, 0, 1}
 
 
 def test_both_versions_of_a_mirrored_pair_are_kept(pairs: Path) -> None:

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from simpletuner.batch import Batch, PromptEmbeds
 from simpletuner.errors import ConfigError
 from simpletuner.families.registry import get_family_class, get_spec
-from simpletuner.models.components import ModelSource
+from simpletuner.models.components import ModelSource, check_local_model
 from simpletuner.models.family import ModelFamily
 from simpletuner.models.qwen_image.family import TEMPLATE, TEMPLATE_TOKENS
 from tests.golden_qwen_image import FOLDER, assert_near, golden_case, golden_family, golden_folder
@@ -131,3 +131,15 @@ def test_weights_with_parts_that_are_not_fed_are_refused_by_name(tmp_path: Path,
     for load in (family.load_denoiser, family.empty_denoiser):
         with pytest.raises(ConfigError, match=part):
             load()
+
+
+def test_a_denoiser_in_one_file_is_read_under_comfyuis_names(family: ModelFamily, tmp_path: Path) -> None:
+    weights = load_file(FOLDER / "weights.safetensors")
+    save_file(
+        {f"model.diffusion_model.{name}": tensor for name, tensor in weights.items()}, tmp_path / "one.safetensors"
+    )
+    source = ModelSource(family.source.model, file=str(tmp_path / "one.safetensors"))
+    single = get_family_class(family.spec)(family.spec, source, torch.device("cpu"), torch.float32)
+    assert check_local_model(source, family.spec) == []
+    loaded = single.load_denoiser().state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in weights.items())
