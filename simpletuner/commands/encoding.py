@@ -10,6 +10,7 @@ import copy
 import importlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map
 
 from simpletuner.batch import PromptEmbeds, PromptImage
 from simpletuner.cache.prompts import BATCH_SIZE
@@ -115,8 +117,7 @@ def text_cost(loaded: LoadedRun, family: ModelFamily, datasets: Sequence[Dataset
     texts = choose_texts(family, datasets, BATCH_SIZE, longest=True) or [wanted[0].text]
     images = None
     if family.spec.prompts_see_references:
-        sides = [part.largest_side() for dataset in datasets for part in dataset.references]
-        images = [[blank_image(side, side) for side in sides]] * len(texts)
+        images = [[blank_image(*size) for size in largest_references(datasets)]] * len(texts)
     on_demand = config.text_cache_ondemand or config.text_cache_disable
     cost = encoding_cost(family, texts, images)
     return TextCost(len(wanted), missing, cost, on_demand, not config.text_cache_disable, folder)
@@ -134,6 +135,16 @@ def choose_texts(family: ModelFamily, datasets: Sequence[Dataset], count: int, l
     start = 0 if longest else max(0, len(ordered) // 2 - count // 2)
     chosen = ordered[start : start + count]
     return (chosen * count)[:count]
+
+
+def largest_references(training: Sequence[Dataset]) -> tuple[tuple[int, int], ...]:
+    """(height, width) in pixels of the reference images of the image that has most of them, by area."""
+    found: tuple[tuple[int, int], ...] = ()
+    for dataset in training:
+        for sample in islice(dataset.samples if dataset.references else (), MAX_CAPTIONS):
+            sizes = tuple((each.crop.height, each.crop.width) for each in sample.references)
+            found = max(found, sizes, key=lambda row: sum(height * width for height, width in row))
+    return found
 
 
 def blank_image(height: int, width: int) -> PromptImage:
@@ -195,6 +206,11 @@ def _without_values(cls: Any, source: ModelSource, component: Component) -> nn.M
         return cls(config_class.from_dict(config))
 
 
+def _without_value(leaf: Any) -> Any:
+    """Tables with values (positions, masks) lose them where they meet what has none."""
+    return leaf.to("meta") if isinstance(leaf, Tensor) and leaf.dim() and not leaf.is_meta else leaf
+
+
 class _StaysOnMeta(TorchFunctionMode):
     """What is moved to the processor without having values stays where it is, and no shortcut is taken for it: masks
     are asked whether they hide nothing."""
@@ -203,6 +219,8 @@ class _StaysOnMeta(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = dict(kwargs or {})
+        if any(isinstance(each, Tensor) and each.is_meta for each in tree_leaves((args, kwargs))):
+            args, kwargs = tree_map(_without_value, (args, kwargs))
         if args and isinstance(args[0], Tensor) and args[0].is_meta:
             if func is Tensor.__bool__:
                 return False

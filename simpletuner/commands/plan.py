@@ -10,7 +10,6 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 
 import torch
@@ -18,7 +17,7 @@ import torch
 from simpletuner.adapters.assistant import find_assistant, wants_assistant
 from simpletuner.batch import PromptEmbeds
 from simpletuner.commands.check import cache_need, count_steps
-from simpletuner.commands.encoding import MAX_CAPTIONS, blank_image, choose_texts, encoding_cost, text_cost
+from simpletuner.commands.encoding import blank_image, choose_texts, encoding_cost, largest_references, text_cost
 from simpletuner.commands.memory import Row, Shapes, decode_bytes, device_memory, memory_rows, read_shapes
 from simpletuner.commands.probe import Load, StepTimes, time_encoding, time_steps
 from simpletuner.commands.text import columns, count_text, short_count
@@ -240,16 +239,6 @@ def count_loads(training: Sequence[Dataset], sampler: Sampler) -> Counter[Load]:
         batch = sampler.batch(0, index * batches // min(batches, MAX_BATCHES))
         loads[Load(len(batch.sample_indices), *batch.size, batch.dataset_id in regularisation, references)] += 1
     return loads
-
-
-def largest_references(training: Sequence[Dataset]) -> tuple[tuple[int, int], ...]:
-    """(height, width) in pixels of the reference images of the image that has most of them, by area."""
-    found: tuple[tuple[int, int], ...] = ()
-    for dataset in training:
-        for sample in islice(dataset.samples if dataset.references else (), MAX_CAPTIONS):
-            sizes = tuple((each.crop.height, each.crop.width) for each in sample.references)
-            found = max(found, sizes, key=lambda row: sum(height * width for height, width in row))
-    return found
 
 
 def choose_prompts(family: ModelFamily, training: Sequence[Dataset], load: Load, longest: bool) -> list[PromptEmbeds]:

@@ -15,8 +15,7 @@ from tests.tiny_folders import TINY_FOLDERS
 
 PROMPTS = ["a cat", "a green star on a white background"]
 ENCODING = [name for name in family_names() if get_spec(name).caches_prompt_embeds]
-# Encoders that mix tables with values into what has none: one by TorchScript, the other for images.
-NOT_KNOWN = ("kolors", "qwen_image_edit")
+NOT_KNOWN = ("kolors",)  # an encoder of TorchScript
 DEEP = ("krea2",)  # of 36 layers
 
 
