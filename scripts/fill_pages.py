@@ -69,8 +69,10 @@ def models_table() -> str:
     rows = []
     for family in FAMILIES:
         spec = get_spec(family)
-        page = f"documentation/quickstart/{family.upper()}.md"
-        title = f"[{spec.title}]({page})" if (ROOT / page).is_file() else spec.title
+        # A family that is another one with references stands on its page.
+        pages = [f"documentation/quickstart/{name.upper()}.md" for name in (family, family.rpartition("_")[0])]
+        page = next((each for each in pages if (ROOT / each).is_file()), None)
+        title = f"[{spec.title}]({page})" if page else spec.title
         found = presets_of(family, spec.default_flavour)
         ways = [preset.way() if (preset := found.get(card)) else "" for card in (small, middle)]
         rows.append(f"| {title} | {', '.join(spec.flavours)} | {' | '.join(ways)} |")

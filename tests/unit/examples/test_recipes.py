@@ -21,7 +21,7 @@ def test_there_are_recipes():
 def test_a_recipe_is_accepted_as_it_stands(name: str):
     loaded = load_arguments([f"env=examples/{name}"], {}, RECOMPUTE_FNS.parents[1], print, check_files=False)
     assert loaded.warnings == ()
-    assert name.replace("-", "_").startswith(loaded.config.model_family)
+    assert loaded.config.model_family == name.partition("-")[0]
     own = [loaded.config_file, loaded.data_file, loaded.config.user_prompt_library]
     own += [loaded.lycoris_file] if loaded.config.model_type == "lora" and loaded.config.lora_type == "lycoris" else []
     assert all(path is not None and path.parent == RECOMPUTE_FNS / name for path in own)
