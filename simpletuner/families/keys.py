@@ -38,6 +38,7 @@ class KeyTable:
         renamed: path in the denoiser -> path in the original layout, of modules and of everything below them; the
             longest entry that fits counts. What no entry fits is called the same in both.
         fused: path in the original layout -> paths in the denoiser that are its rows, from the top.
+        fused_in_files: the same for single files alone, where adapter files know the layers one by one.
         unused: tensors and modules of original files that no network has; they are skipped.
         own_names: forms of adapter files that have the denoiser's names, because their readers know these best.
         swapped: paths in the denoiser whose halves of rows are swapped in the original layout (scale and shift). A `$`
@@ -49,6 +50,7 @@ class KeyTable:
 
     renamed: Mapping[str, str] = field(default_factory=dict)
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    fused_in_files: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     unused: tuple[str, ...] = ()
     own_names: tuple[Form, ...] = ()
     swapped: tuple[str, ...] = ()
@@ -61,6 +63,11 @@ class KeyTable:
         """The forms of adapter files in which some layers are rows of one matrix."""
         forms: tuple[Form, ...] = ("kohya", "comfyui")
         return tuple(form for form in forms if self.fused and form not in self.own_names)
+
+    @property
+    def of_files(self) -> KeyTable:
+        """The table for weights in a single file."""
+        return replace(self, fused={**self.fused, **self.fused_in_files})
 
     def in_model(self, names: Iterable[str], swaps_last_block: bool = True) -> KeyTable:
         """The table for one model, in which it is known which block is the last.

@@ -119,6 +119,9 @@ class GuidedFlowPipeline(FlowPipeline):
         """The noise levels before each step, shifted; the scheduler steps along them."""
         num_patches = latents.shape[-2] * latents.shape[-1] // self.family.spec.patch_size**2
         mu = self.sampling_mu(num_patches, num_steps)
+        if num_steps == 1:  # the first level is the last one: there is nothing to stretch
+            config = self.scheduler.config
+            self.scheduler = FlowMatchEulerDiscreteScheduler.from_config(config, shift_terminal=None)
         self.scheduler.set_timesteps(sigmas=list(self.first_sigmas(num_steps)), device=latents.device, mu=mu)
         self.scheduler.set_begin_index(0)
         return (self.scheduler.timesteps / self.scheduler.config.num_train_timesteps).tolist()

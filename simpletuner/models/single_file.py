@@ -128,7 +128,7 @@ def _denoiser_tensors(
     import torch
 
     there = set(file.keys())
-    keys = keys.in_model(shapes)
+    keys = keys.of_files.in_model(shapes)
     prefix = next((each for each in DENOISER_PREFIXES if any(key.startswith(each) for key in there)), "")
     unused = tuple(f"{prefix}{name}." for name in keys.unused)
     left = {key for key in there if key.startswith(prefix) and not key.startswith(unused)}
