@@ -14,6 +14,7 @@ from tests.tiny_kolors import tiny_kolors_folder
 from tests.tiny_krea2 import tiny_krea2_folder
 from tests.tiny_omnigen2 import tiny_omnigen2_folder
 from tests.tiny_qwen_image import tiny_qwen_image_edit_folder, tiny_qwen_image_folder
+from tests.tiny_qwen_image_21 import tiny_qwen_image_21_folder
 from tests.tiny_sd3 import tiny_sd3_folder
 from tests.tiny_sd15 import tiny_sd15_folder
 from tests.tiny_sdxl import tiny_sdxl_folder
@@ -26,6 +27,7 @@ TINY_FOLDERS: Mapping[str, Callable[[Path], Path]] = {
     "kolors": tiny_kolors_folder,
     "flux2": tiny_flux2_folder,
     "krea2": tiny_krea2_folder,
+    "qwen_image_21": tiny_qwen_image_21_folder,
     "omnigen": tiny_omnigen_folder,
     "omnigen2": tiny_omnigen2_folder,
     "qwen_image": tiny_qwen_image_folder,

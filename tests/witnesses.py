@@ -38,7 +38,8 @@ Weights = dict[str, Tensor]
 
 def read_by_diffusers(path: Path, spec: FamilySpec, denoiser: nn.Module) -> nn.Module:
     """Let the family's pipeline load a file onto a stock denoiser."""
-    cls = getattr(diffusers, spec.pipeline_class)
+    # Qwen-Image 2.1's pipeline has the loader of Qwen-Image's, and cannot be made without a processor.
+    cls = getattr(diffusers, {"QwenImage21Pipeline": "QwenImagePipeline"}.get(spec.pipeline_class, spec.pipeline_class))
     asked = inspect.signature(cls).parameters.values()
     names = [each.name for each in asked if each.default is each.empty]
     parts = dict.fromkeys(names) | {spec.component("denoiser").name: denoiser}
@@ -75,6 +76,7 @@ def converted(spec: FamilySpec, original: Mapping[str, Tensor], denoiser: Any) -
         "krea2": convert_krea2_transformer_checkpoint_to_diffusers,
         "sd3": convert_sd3_transformer_checkpoint_to_diffusers,
         "qwen_image": dict,  # released in the layout of diffusers
+        "qwen_image_21": dict,
         "qwen_image_edit": dict,
         "z_image": convert_z_image_transformer_checkpoint_to_diffusers,
     }[spec.name]

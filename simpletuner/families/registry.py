@@ -37,6 +37,7 @@ FAMILIES: dict[str, str] = {
     "z_image": "simpletuner.models.z_image.spec:Z_IMAGE",
     "flux2": "simpletuner.models.flux2.spec:FLUX2",
     "krea2": "simpletuner.models.krea2.spec:KREA2",
+    "qwen_image_21": "simpletuner.models.qwen_image_21.spec:QWEN_IMAGE_21",
 }
 
 

@@ -285,6 +285,8 @@ def test_latents_are_normalised_as_the_vae_of_the_pipeline_expects(family: Model
     means = [LatentMoments(each.mean) for each in moments]
     latents = torch.stack([family.latents_from_moments(each, torch.Generator(), family.vae_config) for each in means])
     frames = (slice(None), slice(None), None) if hasattr(vae.config, "temperal_downsample") else ()
+    if vae.config.get("in_channels") == 4:  # Qwen-Image 2.1: an opaque alpha
+        pixel_values = torch.cat([pixel_values, torch.ones_like(pixel_values[:, :1])], dim=1)
     with torch.no_grad():
         posterior = vae.encode(pixel_values[frames]).latent_dist
         expected = vae.decode(posterior.mean).sample
@@ -302,7 +304,7 @@ def test_latents_are_normalised_as_the_vae_of_the_pipeline_expects(family: Model
     torch.testing.assert_close(raw, posterior.mean, rtol=0, atol=1e-5)
     torch.testing.assert_close(theirs, expected, rtol=0, atol=1e-4)
     decoded = family.decode_latents(vae, latents)
-    torch.testing.assert_close(decoded[frames], expected, rtol=0, atol=1e-4)
+    torch.testing.assert_close(decoded[frames], expected[:, :3], rtol=0, atol=1e-4)
     assert next(vae.parameters()).dtype == torch.float32
 
 

@@ -26,6 +26,7 @@ from tests.single_files import original_denoiser, original_vae, write_sd3_file, 
 from tests.tiny_flux import tiny_flux_folder
 from tests.tiny_folders import TINY_FOLDERS
 from tests.tiny_krea2 import tiny_krea2_transformer
+from tests.tiny_qwen_image_21 import tiny_qwen_image_21_transformer
 from tests.tiny_sd3 import tiny_sd3_folder
 from tests.tiny_sdxl import tiny_sdxl_folder
 from tests.witnesses import original_weights
@@ -210,6 +211,21 @@ def test_a_file_of_krea_2_has_its_modulation_flat_and_its_norms_as_scales(tmp_pa
     file = tmp_path / "krea2.safetensors"
     save_file({prefix + name: tensor.contiguous() for name, tensor in original.items()}, file)
     whole, single = (family_of("krea2", ModelSource(str(folder), file=each)) for each in (None, str(file)))
+    assert_same(single.load_denoiser(), whole.load_denoiser())
+
+
+@pytest.mark.parametrize("joins", [True, False])
+def test_a_file_of_qwen_image_21_is_read_with_gate_and_projection_joined_or_apart(tmp_path: Path, joins: bool):
+    folder = TINY_FOLDERS["qwen_image_21"](tmp_path / "model")
+    tensors = tiny_qwen_image_21_transformer().state_dict()
+    if joins:  # as ComfyUI has them, the gate's rows first
+        for block in range(2):
+            name = f"transformer_blocks.{block}.img_mlp"
+            gate, up = tensors.pop(f"{name}.gate_layer.weight"), tensors.pop(f"{name}.proj.weight")
+            tensors[f"{name}.gate_up.weight"] = torch.cat([gate, up])
+    file = tmp_path / "model.safetensors"
+    save_file(tensors, file)
+    whole, single = (family_of("qwen_image_21", ModelSource(str(folder), file=each)) for each in (None, str(file)))
     assert_same(single.load_denoiser(), whole.load_denoiser())
 
 
