@@ -158,6 +158,12 @@ def _klein(double: int, single: int, heads: int, width: int, encoder: int) -> Sh
     return Shape(denoiser, {"prompt_embeds": (512, width)}, (encoder,))
 
 
+_QWEN_21 = Shape(
+    {},
+    {"prompt_embeds": (TEXT_TOKENS, 4096), "image_slots": (TEXT_TOKENS,)},
+    (8_767_123_696,),
+    ids=("image_slots",),
+)
 _KLEIN_4B, _KLEIN_9B = _klein(5, 20, 24, 7680, 4_022_468_096), _klein(8, 24, 32, 12288, 8_190_735_360)
 
 
@@ -227,6 +233,7 @@ SHAPES: Mapping[tuple[str, str], Shape] = {
     ("flux2", "klein-base-9b"): _KLEIN_9B,
     ("flux2", "klein-9b"): _KLEIN_9B,
     ("flux2", "dev"): Shape({}, {"prompt_embeds": (512, 15360)}, (23_572_403_200,)),
+    ("qwen_image_21", "2.1"): _QWEN_21,
+    ("qwen_image_21", "2.1-turbo"): _QWEN_21,
     ("krea2", "raw"): Shape({}, {"prompt_embeds": (TEXT_TOKENS, 12, 2560)}, (4_437_815_808,)),
-    ("qwen_image_21", "2.1"): _text({}, 4096, 8_767_123_696),
 }

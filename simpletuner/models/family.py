@@ -360,7 +360,11 @@ class ModelFamily(ABC):
         In the VAE's own dtype, even where validation generates under autocast.
         """
         mean, scale = latent_statistics(vae.config, latents.device)
-        raw = (latents / scale + mean).to(vae.device, vae.dtype)
+        return self.decode_raw(vae, latents / scale + mean)
+
+    def decode_raw(self, vae: Any, latents: Tensor) -> Tensor:
+        """(B, c, h, w) what the VAE itself takes -> (B, 3, H, W) in [-1, 1]."""
+        raw = latents.to(vae.device, vae.dtype)
         with torch.no_grad(), without_autocast(vae.device):
             if is_video_vae(vae.config):
                 return vae.decode(raw[:, :, None], return_dict=False)[0][:, :, 0]

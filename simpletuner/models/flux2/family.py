@@ -22,14 +22,7 @@ from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 from simpletuner.batch import Batch, Conditioning, PromptEmbeds
 from simpletuner.families.spec import FamilySpec
 from simpletuner.models.components import component_config, model_index
-from simpletuner.models.family import (
-    LatentMoments,
-    ModelFamily,
-    PromptReferences,
-    have_one_shape,
-    send,
-    without_autocast,
-)
+from simpletuner.models.family import LatentMoments, ModelFamily, PromptReferences, have_one_shape, send
 from simpletuner.models.guided_pipeline import GuidedFlowPipeline
 from simpletuner.models.hidden_states import hidden_states
 from simpletuner.models.patches import flatten
@@ -110,9 +103,7 @@ class Flux2(ModelFamily):
 
     def decode_latents(self, vae: Any, latents: Tensor) -> Tensor:
         mean, scale = latent_statistics(self.vae_config, latents.device)
-        raw = pixel_shuffle(latents / scale + mean, 2).to(vae.device, vae.dtype)
-        with torch.no_grad(), without_autocast(vae.device):
-            return vae.decode(raw, return_dict=False)[0]
+        return self.decode_raw(vae, pixel_shuffle(latents / scale + mean, 2))
 
     def collate(self, batch: Batch) -> Conditioning:
         return self.condition_on(batch.prompt_embeds, batch.references)
