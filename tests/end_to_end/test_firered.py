@@ -9,12 +9,17 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from typer.testing import CliRunner
 
 from simpletuner.batch import Batch
+from simpletuner.cli import app
+from simpletuner.commands.convert import convert_folder
+from simpletuner.commands.firered.extract import extract
+from simpletuner.commands.firered.extract_flags import parse_extract
 from simpletuner.commands.firered.run import load_sft
-from simpletuner.config.loading import LoadedRun
-from simpletuner.errors import Interrupted
-from simpletuner.launch import spec_of_name
+from simpletuner.config.loading import LoadedRun, load_run
+from simpletuner.errors import DataError, Interrupted
+from simpletuner.launch import family_of_model, spec_of_name
 from simpletuner.models.build import build_family
 from simpletuner.training.build import build_sampler
 from simpletuner.training.objective import build_objective
@@ -24,7 +29,7 @@ from simpletuner.training.trainer import train
 from tests.runs import metrics, stop_after, weights_of
 from tests.tiny_omnigen2 import TEXT_SIZE
 from tests.tiny_qwen_image import tiny_qwen_image_edit_folder
-from tests.unit.commands.firered.edits import write_images, write_task
+from tests.unit.commands.firered.edits import write_images, write_table, write_task
 
 
 @pytest.fixture(scope="module")
@@ -138,3 +143,55 @@ def test_noise_levels_have_the_declared_distribution_and_no_step_the_noise_of_an
     steps = torch.arange(1000) / 1000
     distance = torch.maximum((uniform - steps).abs(), (uniform - steps - 1e-3).abs()).max()
     assert distance < 1.63 / 1000**0.5
+
+
+@pytest.mark.slow
+def test_embeddings_of_stage_one_train_as_those_that_are_encoded_on_demand(model, tmp_path) -> None:
+    """The same images, wording and dropped captions (none): losses are equal to a millionth."""
+    images = [str(path) for path in write_images(tmp_path / "images")]
+    rows = [
+        {"source_image": images[0], "target_image": images[1], "instruction": "Add a hat.", "instruction_cn": "加帽子"},
+        {"source_image": images[1:3], "target_image": images[3], "instruction": "Merge them."},
+    ]
+    table = write_table(tmp_path / "rows.jsonl", rows)
+    task = tmp_path / "meta/task"
+    paths = [str(table), f"--output_jsonl_dir={task}", f"--embeddings_save_dir={task}/embeddings"]
+    flags = parse_extract([*paths, "--image_sample_size=64", "--disable_inverse"])
+    family = family_of_model(str(model), None)
+    extract(flags, tmp_path, 0, 1, lambda: family, lambda line: None)
+    losses = []
+    for mode in ("offline", "sync"):
+        changes = {"train_data_weights": "task=1", "condition_encoder_mode": mode, "learning_rate": "1e-3"}
+        words = words_of(model, task.parent, tmp_path / mode, "--caption_dropout_probability=0", **changes)
+        train(load(words, tmp_path))
+        losses.append([record["loss"] for record in metrics(tmp_path / mode, "step_done")])
+    assert losses[0] == pytest.approx(losses[1], abs=1e-6)
+    assert len(losses[0]) == 4
+
+
+def test_a_command_is_written_as_files_that_mean_the_same_run(model, meta, tmp_path, monkeypatch) -> None:
+    words = words_of(model, meta, tmp_path / "run", "--validation_prompt=a hat")
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(app, ["import", "firered", "sft", *words, "--output", "config/edit"])
+    assert done.exit_code == 0, done.output
+    written = load_run([], {"ENV": "edit"}, tmp_path)
+    meant = load(words, tmp_path)
+    fields = {"data_backend_config"}
+    assert written.config.model_dump(exclude=fields) == meant.config.model_dump(exclude=fields)
+    assert written.datasets == meant.datasets
+    assert written.config.validation_prompt == "a hat"
+
+
+def test_original_embeddings_are_refused_with_the_command_that_turns_them(model, meta, tmp_path) -> None:
+    for path in (meta / "dataset_a/embeddings").glob("0_*.safetensors"):
+        [tensor] = load_file(path).values()
+        torch.save(tensor, path.with_suffix(".pt"))
+        path.unlink()
+    table = meta / "dataset_a/rows_rank_000.jsonl"
+    table.write_text(table.read_text().replace(".safetensors", ".pt"))
+    words = words_of(model, meta, tmp_path / "run")
+    with pytest.raises(DataError) as caught:
+        load(words, tmp_path)
+    assert f"simpletuner convert {meta}/dataset_a/embeddings" in caught.value.render()
+    convert_folder(meta / "dataset_a/embeddings")
+    assert load(words, tmp_path).datasets
