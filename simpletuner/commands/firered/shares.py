@@ -105,9 +105,9 @@ def shares(
         notes.append(f"--{COUNTS}: no row has {n} source images; the weights that are left are {left}")
     for task in tasks:
         if unseen := sorted(set(rows[task]) - present.keys()):
-            n = ", ".join(map(str, unseen))
+            numbers = ", ".join(map(str, unseen))
             what = "is never trained" if len(unseen) == len(rows[task]) else "is trained in part"
-            notes.append(f"--{COUNTS}: {task} {what}: its rows with {n} source images have no weight")
+            notes.append(f"--{COUNTS}: {task} {what}: its rows with {numbers} source images have no weight")
     return {
         (task, n): weight / total * tasks[task] / sum(tasks[each] for each in there[n])
         for n, weight in present.items()

@@ -218,10 +218,11 @@ def test_values_that_are_none_are_refused(words: list[str], said: str) -> None:
 
 
 def test_other_words_are_options_of_this_program() -> None:
-    assert parse_sft([*NEEDED, "--use_ema", "--validation_prompt=a hat"]).rest == (
-        "--use_ema",
-        "--validation_prompt=a hat",
-    )
+    """Behind a flag that takes several words too, and where the value holds blanks."""
+    words = ["--trainable_modules", "attn", "--validation_prompt=a hat", "--use_ema", "--ema_decay", "0.9"]
+    flags = parse_sft([*NEEDED, *words])
+    assert flags["trainable_modules"] == ["attn"]
+    assert flags.rest == ("--validation_prompt=a hat", "--use_ema", "--ema_decay", "0.9")
 
 
 def test_every_flag_acts_or_says_why_not() -> None:
