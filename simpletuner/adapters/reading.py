@@ -6,6 +6,7 @@ The format is reported by the keys themselves; a file may come from any program 
 
 from __future__ import annotations
 
+import fnmatch
 import json
 from collections import defaultdict
 from collections.abc import Mapping
@@ -138,7 +139,7 @@ def adapter_from_tensors(
         complete = _shaped(_completed(module, module_key, without_prefix(module_key, spec), settings, file))
         for path, part in _in_denoiser(complete, targets[module_key], layers, file).items():
             modules[path] = part
-    notices = _unknown_scale(tensors, settings)
+    notices = _unknown_scale(tensors, settings) + _without_effect(modules, spec)
     return AdapterWeights(modules, metadata, lycoris_config_in(metadata, file), notices)
 
 
@@ -222,6 +223,14 @@ def _completed(module: dict[str, Tensor], key: str, path: str, settings: Mapping
         scale = scale_of_layer(settings, path, rank) if settings is not None else 1.0
         return module | {ALPHA: alpha_tensor(scale * rank)}
     return module
+
+
+def _without_effect(modules: dict[str, Module], spec: FamilySpec) -> tuple[str, ...]:
+    """Leave away layers on which no adapter may sit, which other programs adapt all the same; a line says so."""
+    idle = [path for path in modules if any(fnmatch.fnmatchcase(path, pattern) for pattern in spec.unadaptable)]
+    for path in idle:
+        del modules[path]
+    return (f"left away, for an adapter there changes nothing: {', '.join(idle)}",) if idle else ()
 
 
 def _unknown_scale(tensors: Mapping[str, Tensor], settings: Mapping[str, Any] | None) -> tuple[str, ...]:
