@@ -226,11 +226,11 @@ def _completed(module: dict[str, Tensor], key: str, path: str, settings: Mapping
 
 
 def _without_effect(modules: dict[str, Module], spec: FamilySpec) -> tuple[str, ...]:
-    """Leave away layers on which no adapter may sit, which other programs adapt all the same; a line says so."""
+    """Drop layers on which no adapter may sit, and which other programs adapt all the same; a line says so."""
     idle = [path for path in modules if any(fnmatch.fnmatchcase(path, pattern) for pattern in spec.unadaptable)]
     for path in idle:
         del modules[path]
-    return (f"left away, for an adapter there changes nothing: {', '.join(idle)}",) if idle else ()
+    return (f"dropped, because an adapter there changes nothing: {', '.join(idle)}",) if idle else ()
 
 
 def _unknown_scale(tensors: Mapping[str, Tensor], settings: Mapping[str, Any] | None) -> tuple[str, ...]:

@@ -126,7 +126,7 @@ def test_tencents_own_folder_is_read_with_its_scale(tmp_path: Path) -> None:
     save_file(file, tmp_path / "adapter_model.safetensors")
     (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 8}))
     weights = read_adapter(tmp_path, SPEC, denoiser)
-    assert weights.notices == ("left away, for an adapter there changes nothing: time_extra_emb.pooler.q_proj",)
+    assert weights.notices == ("dropped, because an adapter there changes nothing: time_extra_emb.pooler.q_proj",)
     read = weights.modules
     changes = {path: (m[UP] @ m[DOWN]) * float(m[ALPHA]) / len(m[DOWN]) for path, m in read.items()}
     q, k, v = deltas["attn1.Wqkv"].chunk(3)
