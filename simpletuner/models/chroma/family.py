@@ -51,15 +51,14 @@ class Chroma(ModelFamily):
         ]
 
     def collate(self, batch: Batch) -> Conditioning:
-        """Also `num_text_tokens` (B,), which stays on the CPU: it decides which rows share a call."""
-        counts = [len(embeds.tensors["prompt_embeds"]) for embeds in batch.prompt_embeds]
-        return super().collate(batch).with_tensors(num_text_tokens=torch.tensor(counts))
+        """Padded as usual; `num_tokens` says what of each row counts."""
+        num_tokens = [len(each.tensors["prompt_embeds"]) for each in batch.prompt_embeds]
+        return Conditioning(super().collate(batch).tensors, [()] * len(batch), num_tokens)
 
     def predict(self, denoiser: nn.Module, noisy_latents: Tensor, sigmas: Tensor, conditioning: Conditioning) -> Tensor:
-        counts = conditioning["num_text_tokens"].tolist()
-        if len(set(counts)) > 1:
+        if len(set(conditioning.num_tokens)) > 1:
             return self.predict_each(denoiser, noisy_latents, sigmas, conditioning)
-        latents, num_text_tokens = noisy_latents.to(self.dtype), counts[0]
+        latents, num_text_tokens = noisy_latents.to(self.dtype), conditioning.num_tokens[0]
         text_ids = torch.zeros(num_text_tokens, 3, dtype=self.dtype)
         ids = send(torch.cat([text_ids, position_ids(latents)]), self.device)
         output = denoiser(
