@@ -30,7 +30,6 @@ def test_a_recipe_is_accepted_as_it_stands(name: str):
 
 def test_recipes_write_into_folders_of_their_own():
     loaded = [
-        load_arguments([f"env=examples/{name}"], {}, RECIPES.parents[1], print, check_files=False)
-        for name in NAMES
+        load_arguments([f"env=examples/{name}"], {}, RECIPES.parents[1], print, check_files=False) for name in NAMES
     ]
     assert len({each.config.output_dir for each in loaded}) == len(NAMES)
