@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from diffusers import FlowMatchEulerDiscreteScheduler
 from PIL import Image
 from torch import Tensor
 
@@ -43,9 +42,3 @@ class QwenImagePipeline(GuidedFlowPipeline):
         combined = unwanted + guidance_scale * (wanted - unwanted)
         combined *= wanted.norm(dim=-1, keepdim=True) / combined.norm(dim=-1, keepdim=True)
         return unpack(combined, *asked.shape[-2:])
-
-    def set_sigmas(self, num_steps: int, latents: Tensor) -> list[float]:
-        if num_steps == 1:  # the first noise level is the last one: there is nothing to stretch
-            config = self.family.scheduler_config
-            self.scheduler = FlowMatchEulerDiscreteScheduler.from_config(config, shift_terminal=None)
-        return super().set_sigmas(num_steps, latents)

@@ -34,6 +34,8 @@ class QwenImage21(ModelFamily):
     """What stands for a reference in the text is replaced by its latents; rows of other lengths fit no batch."""
 
     reads_prompts_singly = True
+    # Pixels of a reference that is generated with; larger and smaller ones are scaled to it.
+    reference_area = 1024 * 1024
 
     @cached_property
     def image_processor(self) -> Any:
@@ -80,6 +82,20 @@ class QwenImage21(ModelFamily):
         inputs = {name: send(tensor, self.device) for name, tensor in inputs.items()}
         [states] = hidden_states(self.encoders.encoder(), [-1], final_norm=False, **inputs)
         return PromptEmbeds({"prompt_embeds": states[dropped:, 0].cpu(), "image_slots": slots[dropped:]})
+
+    def fit_reference(self, image: Image.Image) -> Image.Image:
+        """A reference that is generated with, RGBA, at the size that encoder and VAE see."""
+        ratio, multiple = image.width / image.height, self.spec.size_multiple
+        sides = (math.sqrt(self.reference_area * ratio), math.sqrt(self.reference_area / ratio))
+        width, height = (max(multiple, round(side / multiple) * multiple) for side in sides)
+        return image.convert("RGBA").resize((width, height), Image.Resampling.LANCZOS)
+
+    def prompt_image(self, image: Image.Image) -> PromptImage:
+        """In front of white, where it is transparent."""
+        fitted = self.fit_reference(image)
+        shown = Image.new("RGB", fitted.size, "white")
+        shown.paste(fitted, mask=fitted.getchannel("A"))
+        return PromptImage.of(shown)
 
     def encode_images(self, vae: Any, pixel_values: Tensor) -> list[LatentMoments]:
         """With an opaque alpha, where there is none: the VAE has four channels."""
@@ -154,11 +170,10 @@ def wrong_size(image: PromptImage) -> DataError:
 
 
 class QwenImage21Pipeline(GuidedFlowPipeline):
-    """References are scaled to one area, larger or smaller; the encoder sees what is transparent in white."""
+    """Encoder and VAE are shown each reference at one size, that of `QwenImage21.fit_reference`."""
 
     pack = staticmethod(flatten)
-    # Pixels of a reference.
-    reference_area = 1024 * 1024
+    family: QwenImage21
 
     def sampling_mu(self, num_patches: int, num_steps: int) -> float:
         return math.log(self.family.training_shift(num_patches))
@@ -169,20 +184,12 @@ class QwenImage21Pipeline(GuidedFlowPipeline):
         return own if len(own) == num_steps else super().first_sigmas(num_steps)
 
     def fit_reference(self, image: Image.Image) -> Image.Image:
-        ratio, multiple = image.width / image.height, self.family.spec.size_multiple
-        sides = (math.sqrt(self.reference_area * ratio), math.sqrt(self.reference_area / ratio))
-        width, height = (max(multiple, round(side / multiple) * multiple) for side in sides)
-        return image.convert("RGBA").resize((width, height), Image.Resampling.LANCZOS)
+        """As it is: `prompt_image` is given what was asked for."""
+        return image
 
     def condition(
         self, prompts: Sequence[str], references: Sequence[Sequence[Image.Image]], guidance_scale: float
     ) -> Conditioning:
-        seen = [[self.encode_fitted(each) for each in row] for row in references]
-        shown = [[PromptImage.of(over_white(each)) for each in row] for row in references]
+        shown = [[self.family.prompt_image(each) for each in row] for row in references]
+        seen = [[self.encode_fitted(self.family.fit_reference(each)) for each in row] for row in references]
         return self.family.condition_on(self.family.prompts.embeds(prompts, shown), seen)
-
-
-def over_white(image: Image.Image) -> Image.Image:
-    white = Image.new("RGB", image.size, (255, 255, 255))
-    white.paste(image, mask=image.getchannel("A"))
-    return white

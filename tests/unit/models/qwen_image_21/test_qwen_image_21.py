@@ -18,6 +18,7 @@ from simpletuner.batch import Conditioning, PromptEmbeds, PromptImage
 from simpletuner.errors import DataError
 from simpletuner.models.family import ModelFamily
 from simpletuner.models.patches import flatten
+from simpletuner.models.qwen_image_21.family import QwenImage21
 from tests.end_to_end.test_edit_pairs import entries, write_pairs
 from tests.golden_cases import assert_near, assert_trains_as, family_of
 from tests.runs import metrics, train_here, write_run
@@ -82,7 +83,7 @@ def test_latents_have_an_opaque_alpha_and_images_lose_it(family: ModelFamily):
 
 
 @pytest.mark.parametrize("name", ["t2i", "guided", "reference", "references"])
-def test_the_pipeline_makes_the_calls_and_the_image_of_diffusers(family: ModelFamily, name: str):
+def test_the_pipeline_makes_the_calls_and_the_image_of_diffusers(family: QwenImage21, name: str, monkeypatch):
     """From text and pictures on: states, places of references, latents, guidance, steps."""
     case, tensors = CASES[name], golden(name)
     pictures = [Image.fromarray(each.numpy()) for each in references_of(tensors, ".picture")]
@@ -96,9 +97,9 @@ def test_the_pipeline_makes_the_calls_and_the_image_of_diffusers(family: ModelFa
         return found
 
     pipeline = family.pipeline(denoiser, family.load_vae())
-    pipeline.reference_area = case["output_resolution"] ** 2
+    monkeypatch.setattr(family, "reference_area", case["output_resolution"] ** 2, raising=False)
     for picture, expected in zip(pictures, references_of(tensors, ".latents"), strict=True):
-        assert_near(pipeline.encode_fitted(pipeline.fit_reference(picture))[None], expected)
+        assert_near(pipeline.encode_fitted(family.fit_reference(picture))[None], expected)
     images = pipeline(
         case["prompts"],
         case["negative_prompt"],
@@ -209,8 +210,18 @@ def test_references_of_other_sizes_than_the_encoder_saw_are_an_error(family: Mod
 
 
 @pytest.mark.slow
-def test_a_run_learns_from_pairs_and_generates_with_the_reference(tmp_path: Path):
-    """Captions are encoded together with the references, whose latents fit what the encoder saw."""
+def test_a_run_learns_from_pairs_and_generates_with_the_reference(tmp_path: Path, monkeypatch):
+    """Captions are encoded together with the references, and all of them before the denoiser is there."""
+    events: list[str] = []
+    for method in ("_encode", "load_denoiser"):
+        original = getattr(QwenImage21, method)
+
+        def note(*args: Any, original: Any = original, method: str = method) -> Any:
+            events.append(method)
+            return original(*args)
+
+        monkeypatch.setattr(QwenImage21, method, note)
+    monkeypatch.setattr(QwenImage21, "reference_area", 32 * 32)
     write_pairs(tmp_path, "pairs", 3, seed=1)
     write_pairs(tmp_path, "held-out", 1, seed=2)
     data = [*entries("pairs", random_flip=True), *entries("held-out", dataset_type="eval")]
@@ -234,3 +245,5 @@ def test_a_run_learns_from_pairs_and_generates_with_the_reference(tmp_path: Path
     output = train_here(write_run(tmp_path, model, data, **options))
     assert len(metrics(output, "step_done")) == 3
     assert list((output / "validation_images").glob("*.png"))
+    assert "_encode" in events
+    assert "_encode" not in events[events.index("load_denoiser") :]
