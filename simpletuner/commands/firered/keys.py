@@ -93,9 +93,26 @@ def translate(flags: SftFlags, spec: FamilySpec, environment: Mapping[str, str],
     return config
 
 
-def notes_of(flags: SftFlags) -> list[str]:
-    """A line for each flag that was given and does nothing."""
-    return [f"--{name} has no effect: {why}" for name, why in WITHOUT_EFFECT.items() if name in flags.given]
+def notes_of(flags: SftFlags, environment: Mapping[str, str], config: Mapping[str, Any]) -> list[str]:
+    """A line for each flag that was given and does nothing, or something else than its name says.
+
+    Args:
+        config: what `translate` gave.
+    """
+    notes = [f"--{name} has no effect: {why}" for name, why in WITHOUT_EFFECT.items() if name in flags.given]
+    if is_spread(flags, environment) and not config.get("fsdp_enable"):
+        notes.append("--use_fsdp has no effect: one process, or NO_SHARD, shares no weights")
+    if environment.get("FSDP_STATE_DICT_TYPE", "").startswith(("SHARDED", "LOCAL")):
+        kind = environment["FSDP_STATE_DICT_TYPE"]
+        notes.append(
+            f"--fsdp_state_dict_type {kind}: checkpoints hold whole weights, which any number of processes reads"
+        )
+    return notes
+
+
+def is_spread(flags: SftFlags, environment: Mapping[str, str]) -> bool:
+    """Whether the flags or `accelerate launch` ask for FSDP."""
+    return bool(flags["use_fsdp"]) or environment.get("ACCELERATE_USE_FSDP", "").lower() == "true"
 
 
 def _trained_weights(flags: SftFlags) -> dict[str, Any]:
@@ -173,7 +190,7 @@ def _sharding(
     for name, instead in _ENGINES.items():
         if environment.get(name, "").lower() == "true":
             problems.append(Problem("this engine of accelerate is not read", key=name, fix=f"use {instead}"))
-    if not (flags["use_fsdp"] or environment.get("ACCELERATE_USE_FSDP", "").lower() == "true"):
+    if not is_spread(flags, environment):
         return {}
     wrapped = [name.strip() for name in environment.get("FSDP_TRANSFORMER_CLS_TO_WRAP", "").split(",")]
     if wrong := [name for name in wrapped if name and name not in spec.block_classes]:

@@ -73,7 +73,7 @@ def translate_command(
     scheduler = component_config(ModelSource(flags["pretrained_model_name_or_path"]), spec.component("scheduler"))
     if scheduler.get("shift_terminal"):
         config["flow_schedule_terminal"] = scheduler["shift_terminal"]
-    notes = notes_of(flags)
+    notes = notes_of(flags, environment, config)
     datasets, num_rows = _datasets(flags, working_dir, notes)
     config |= _length(flags, num_rows, size)
     return Translation(config, datasets, notes, flags.rest)

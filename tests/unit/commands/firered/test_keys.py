@@ -254,9 +254,14 @@ def test_every_flag_acts_or_says_why_not() -> None:
 
 
 def test_flags_without_effect_are_reported_where_they_are_given() -> None:
-    assert notes_of(parse_sft(NEEDED)) == []
-    [line] = notes_of(parse_sft([*NEEDED, "--dataloader_num_workers=8"]))
+    assert notes_of(parse_sft(NEEDED), {}, {}) == []
+    [line] = notes_of(parse_sft([*NEEDED, "--dataloader_num_workers=8"]), {}, {})
     assert line.startswith("--dataloader_num_workers has no effect: ")
+    sharded = FSDP | {"FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"}
+    alone, whole = notes_of(parse_sft(NEEDED), sharded, {})
+    assert alone.startswith("--use_fsdp has no effect")
+    assert "whole weights" in whole
+    assert notes_of(parse_sft(NEEDED), FSDP, {"fsdp_enable": True}) == []
 
 
 @pytest.mark.parametrize(
