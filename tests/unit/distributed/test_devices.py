@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,8 +19,11 @@ from simpletuner.distributed import process_group as process_groups
 from simpletuner.distributed import sharding
 from simpletuner.distributed.process_group import ConnectionLost, ProcessGroup, joined
 from simpletuner.distributed.sharding import make_mesh, shard_denoiser
+from simpletuner.distributed.zero import Zero
+from simpletuner.models.build import build_family
 from simpletuner.models.family import send
 from simpletuner.training import device_placement
+from simpletuner.training.build import attach_adapter
 from tests.processes import in_processes
 from tests.runs import load_here, write_run
 
@@ -69,8 +73,6 @@ def test_processes_of_a_machine_load_one_after_the_other(monkeypatch: pytest.Mon
 def test_turns_are_taken_where_main_memory_does_not_hold_all(
     available: int, waits: bool, tmp_path: Path, omnigen_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from simpletuner.models.build import build_family
-
     loaded = load_here(write_run(tmp_path, omnigen_folder))
     monkeypatch.setattr(ProcessGroup, "gather", lambda self, value: [0, 1])
     monkeypatch.setattr(ProcessGroup, "any", lambda self, flag: flag)
@@ -83,8 +85,6 @@ def test_turns_are_taken_where_main_memory_does_not_hold_all(
 def test_processes_that_share_the_weights_take_turns_to_read_them(
     options: dict, tmp_path: Path, omnigen_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from simpletuner.models.build import build_family
-
     if "deepspeed_config" in options:
         (tmp_path / "zero.json").write_text(json.dumps(options["deepspeed_config"]))
         options = {"deepspeed_config": str(tmp_path / "zero.json"), "grad_clip_method": "norm"}
@@ -95,6 +95,11 @@ def test_processes_that_share_the_weights_take_turns_to_read_them(
     assert device_placement.must_take_turns(loaded, build_family(loaded.config), ProcessGroup(0, 2, 0))
 
 
+def of_one_machine(process_group: ProcessGroup) -> ProcessGroup:
+    """The processes of `in_processes` call themselves machines of one process each; those take no turns."""
+    return ProcessGroup(process_group.rank, process_group.size, process_group.rank)
+
+
 class Half(nn.Linear):
     """A block whose rows two processes share."""
 
@@ -102,7 +107,8 @@ class Half(nn.Linear):
 def test_a_process_cuts_out_its_part_before_the_next_one_loads() -> None:
     """Row r of the weight is r, the input ones: the output is 0, 3, 6, 9, the gradient of each row 1 per process."""
 
-    def work(process_group: ProcessGroup) -> dict:
+    def work(joined_group: ProcessGroup) -> dict:
+        process_group = of_one_machine(joined_group)
         mesh = make_mesh(process_group, torch.device("cpu"), None)
         sharding.make_mesh = None  # of this process: making a mesh waits for all, and they wait for their turn
         with process_group.in_turns():
@@ -117,6 +123,33 @@ def test_a_process_cuts_out_its_part_before_the_next_one_loads() -> None:
     first, second = in_processes(2, work)
     assert first == {"own": [[0.0] * 3, [1.0] * 3], "output": [[0, 3, 6, 9]], "gradient": [[2.0] * 3] * 2}
     assert second == {"own": [[2.0] * 3, [3.0] * 3], "output": [[0, 3, 6, 9]], "gradient": [[2.0] * 3] * 2}
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_deepspeed_s_processes_load_one_after_the_other_and_wait_for_nobody_meanwhile(
+    stage: int, tmp_path: Path, omnigen_folder: Path
+) -> None:
+    """Two real processes: one that waited for the other inside of its turn would never end."""
+    (tmp_path / "zero.json").write_text(json.dumps({"zero_optimization": {"stage": stage}}))
+    options = {"deepspeed_config": str(tmp_path / "zero.json"), "grad_clip_method": "norm", "lora_type": "standard"}
+    loaded = load_here(write_run(tmp_path, omnigen_folder, num_processes=2, **options))
+
+    def work(joined_group: ProcessGroup) -> list[float]:
+        process_group = of_one_machine(joined_group)
+        family = build_family(loaded.config)
+        device_placement.psutil.virtual_memory = lambda: SimpleNamespace(available=1)  # of this process
+        assert device_placement.must_take_turns(loaded, family, process_group)
+        with process_group.in_turns():
+            began = time.monotonic()
+            denoiser = family.load_base()
+            adapter = attach_adapter(loaded, family, denoiser)
+            placement = device_placement.place_denoiser(loaded.config, family, denoiser, adapter, process_group)
+            ended = time.monotonic()
+        assert isinstance(placement, Zero)
+        return [began, ended]
+
+    (first_began, first_ended), (second_began, second_ended) = in_processes(2, work)
+    assert first_began < first_ended <= second_began < second_ended
 
 
 @pytest.mark.parametrize("computes_in", [torch.bfloat16, torch.float32])

@@ -140,6 +140,16 @@ def test_the_wheels_of_a_bare_machine_are_pinned_and_complete(benchmark: ModuleT
     assert everything_needed_by(names) - {canonicalize_name(name) for name in names} - there == {"ninja"}
 
 
+def test_the_wheels_take_the_torch_of_a_bare_machine(benchmark: ModuleType) -> None:
+    """2.11, with which rented machines come."""
+    lines = [(name, Requirement(line)) for name in benchmark.WHEELS for line in importlib.metadata.requires(name) or ()]
+    of_torch = [
+        (name, each.specifier) for name, each in lines if each.name == "torch" and "extra" not in str(each.marker)
+    ]
+    assert {"accelerate", "peft", "optimum-quanto"} <= {name for name, _ in of_torch}
+    assert [name for name, specifier in of_torch if not specifier.contains("2.11.0")] == []
+
+
 def everything_needed_by(names: Iterable[str]) -> set[str]:
     """The packages and what they require, as they are installed here; extras and other systems left out."""
     found: set[str] = set()
