@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from simpletuner.batch import PromptRequest
+from simpletuner.batch import PromptRequest, Sample
 from simpletuner.cache.fingerprints import prompt_fingerprint
 from simpletuner.cache.prompts import CachedPrompts, PromptCache
 from simpletuner.cache.store import TensorStore
@@ -150,7 +150,7 @@ def _prompts_with_references(loaded: LoadedRun, spec: FamilySpec, dataset: Datas
     dropped = (spec.dropped_caption,) if drops else ()
     for sample in dataset.samples.every_version():
         one = _sees_one_reference(loaded)
-        rows = [(each,) for each in sample.references] if one else [sample.references]
+        rows: list[Sequence[Sample]] = [[each] for each in sample.references] if one else [sample.references]
         for images in dataset.prompt_images(rows):
             for text in (*(() if files else sample.captions), *dropped):
                 yield PromptRequest(text, images)

@@ -46,7 +46,9 @@ def size_of_area(width: int, height: int, area: int) -> tuple[int, int]:
     ratio = width / height
     exact_width = (area * ratio) ** 0.5
     exact_height = exact_width / ratio
-    return tuple(max(1, round(side / SIDE_MULTIPLE)) * SIDE_MULTIPLE for side in (exact_width, exact_height))
+    rounded = (max(1, round(side / SIDE_MULTIPLE)) * SIDE_MULTIPLE for side in (exact_width, exact_height))
+    width, height = rounded
+    return width, height
 
 
 def fit_to_area(image: Image.Image, area: int) -> Image.Image:

@@ -99,7 +99,10 @@ class Tokenizer:
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout["name"])
 def test_the_layout_of_tokens_and_the_sizes_of_images_are_those_of_the_release(layout: dict[str, Any]) -> None:
     ids = layout["input_ids"] or [token for token, count in layout["input_ids_runs"] for _ in range(count)]
-    image_token = 151655
+    image_token, end = 151655, "<|im_end|>\n<|im_start|>assistant\n"
+    instruction = layout["template_text"].rpartition("<|vision_end|>")[2].removesuffix(end)
+    labels = "QwenImageEditPlusPipeline" in layout["name"]
+    assert chat_text(instruction, len(layout["images"]), labels) == layout["template_text"]
     single = [token for token, run in groupby(ids) for token in ([token] if token == image_token else run)]
     images = [Image.new("RGB", tuple(each["picture"])) for each in layout["images"]]
     area = 1024 * 1024 if "QwenImageEditPipeline" in layout["name"] else 384 * 384
