@@ -218,9 +218,9 @@ class _StaysOnMeta(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        kwargs = dict(kwargs or {})
-        if any(isinstance(each, Tensor) and each.is_meta for each in tree_leaves((args, kwargs))):
-            args, kwargs = tree_map(_without_value, (args, kwargs))
+        named: dict[str, Any] = dict(kwargs or {})
+        if any(isinstance(each, Tensor) and each.is_meta for each in tree_leaves((args, named))):
+            args, named = tree_map(_without_value, (args, named))
         if args and isinstance(args[0], Tensor) and args[0].is_meta:
             if func is Tensor.__bool__:
                 return False
@@ -228,7 +228,7 @@ class _StaysOnMeta(TorchFunctionMode):
                 return args[0]
             if func is Tensor.to:
                 args = (args[0], *(each for each in args[1:] if not isinstance(each, torch.device | str)))
-                kwargs.pop("device", None)
-                if len(args) == 1 and not kwargs.keys() & {"dtype"}:
+                named.pop("device", None)
+                if len(args) == 1 and not named.keys() & {"dtype"}:
                     return args[0]
-        return func(*args, **kwargs)
+        return func(*args, **named)

@@ -94,5 +94,7 @@ def prompt_states(encoder: Any, inputs: dict[str, Tensor], device: torch.device)
         inputs: of `encoder_inputs`.
         device: of the encoder.
     """
-    states = hidden_states(encoder, [-1], **{name: tensor.to(device) for name, tensor in inputs.items()})
+    states = hidden_states(
+        encoder, [-1], final_norm=True, **{name: tensor.to(device) for name, tensor in inputs.items()}
+    )
     return states[0, TEMPLATE_TOKENS:, 0].cpu()
