@@ -15,7 +15,6 @@ from tests.tiny_folders import TINY_FOLDERS
 
 PROMPTS = ["a cat", "a green star on a white background"]
 ENCODING = [name for name in family_names() if get_spec(name).caches_prompt_embeds]
-NOT_KNOWN = ("kolors",)  # an encoder of TorchScript
 DEEP = ("krea2",)  # of 36 layers
 
 
@@ -28,9 +27,6 @@ def test_embeddings_from_shapes_are_like_the_real_ones(name: str, tmp_path: Path
     with monkeypatch.context() as patch:
         patch.setattr(TextEncoders, "encoder", lambda self, name="text_encoder": pytest.fail("loaded"))
         cost = encoding_cost(family, PROMPTS, images)
-    if name in NOT_KNOWN:
-        assert cost is None
-        return
     real = family.encode_prompts(PROMPTS, images)
     assert cost is not None
     for found, expected in zip(cost.embeds, real, strict=True):

@@ -6,9 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from simpletuner.commands.check import check
-from simpletuner.commands.encoding import text_cost
+from simpletuner.commands.encoding import EmptyEncoders, text_cost
 from simpletuner.commands.memory import Row
 from simpletuner.commands.plan import make_plan
 from simpletuner.commands.plan import plan as print_plan
@@ -74,3 +75,17 @@ def test_on_demand_the_encoders_are_counted_beside_the_denoiser_and_without_a_ca
     assert not any("caption" in row.name for row in found.disk)
     assert any("none of it is written" in note for note in found.notes)
     assert any("they stay in memory" in note for note in found.notes)
+
+
+def test_what_cannot_be_known_from_shapes_is_said_and_is_no_error(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = load_here(folder)
+    family = build_family(loaded.config)
+    monkeypatch.setattr(
+        EmptyEncoders, "encoder", lambda self, name="text_encoder": torch.empty(1, device="meta").item()
+    )
+    found = text_cost(loaded, family, read_datasets(loaded, family))
+    assert found is not None
+    assert (found.cost, found.disk_bytes) == (None, 0)
+    assert found.lines() == ["5 of 5 texts to encode; what that takes is not known for this model before it is done"]
