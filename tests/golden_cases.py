@@ -13,7 +13,7 @@ from simpletuner.batch import Conditioning, PromptEmbeds
 from simpletuner.diffusion.loss import sample_means
 from simpletuner.families.registry import get_family_class, get_spec
 from simpletuner.models.components import ModelSource
-from simpletuner.models.family import ModelFamily, ReferenceSizes
+from simpletuner.models.family import ModelFamily, PromptReferences
 from simpletuner.training.losses.l2 import squared_error
 
 
@@ -37,7 +37,7 @@ class GivenPrompts:
     def __init__(self, table: Mapping[str, Mapping[str, Tensor]]):
         self.table = table
 
-    def embeds(self, prompts: Sequence[str], references: ReferenceSizes | None = None) -> list[PromptEmbeds]:
+    def embeds(self, prompts: Sequence[str], references: PromptReferences | None = None) -> list[PromptEmbeds]:
         return [PromptEmbeds(self.table[prompt]) for prompt in prompts]
 
     def close(self) -> None: ...

@@ -55,7 +55,6 @@ def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
 
 # Per prompt its reference images.
 PromptReferences = Sequence[Sequence[PromptImage]]
-ReferenceSizes = PromptReferences
 
 
 class PromptSource(Protocol):

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from simpletuner.batch import Batch, Conditioning, PromptEmbeds
-from simpletuner.models.family import ModelFamily, ReferenceSizes, send
+from simpletuner.models.family import ModelFamily, PromptReferences, send
 from simpletuner.models.live_pipeline import LivePipeline
 from simpletuner.models.patches import pack, position_ids, unpack
 
@@ -38,7 +38,7 @@ class Chroma(ModelFamily):
     def count_prompt_tokens(self, prompts: Sequence[str]) -> list[int]:
         return self.encoders.count("tokenizer", prompts)
 
-    def encode_prompts(self, prompts: Sequence[str], references: ReferenceSizes | None = None) -> list[PromptEmbeds]:
+    def encode_prompts(self, prompts: Sequence[str], references: PromptReferences | None = None) -> list[PromptEmbeds]:
         """`prompt_embeds` (T, D): the states of a prompt's tokens and of the first token of padding, if any."""
         length = self.max_prompt_tokens
         self.encoders.note_cut_prompts("tokenizer", prompts, length)

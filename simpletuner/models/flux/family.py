@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from simpletuner.batch import Conditioning, PromptEmbeds
-from simpletuner.models.family import ModelFamily, ReferenceSizes, have_one_shape, send
+from simpletuner.models.family import ModelFamily, PromptReferences, have_one_shape, send
 from simpletuner.models.patches import pack, position_ids, unpack
 
 # A distilled model is trained as if its image were generated at this guidance; then 3.5 still means 3.5 afterwards.
@@ -43,7 +43,7 @@ class Flux(ModelFamily):
     def count_prompt_tokens(self, prompts: Sequence[str]) -> list[int]:
         return self.encoders.count("tokenizer_2", prompts)
 
-    def encode_prompts(self, prompts: Sequence[str], references: ReferenceSizes | None = None) -> list[PromptEmbeds]:
+    def encode_prompts(self, prompts: Sequence[str], references: PromptReferences | None = None) -> list[PromptEmbeds]:
         """`prompt_embeds` (T, D) of T5, padding included, and `pooled_prompt_embeds` (P,) of CLIP.
 
         FLUX.1 was trained on T5's states of the padding too, so all of them are kept.

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from simpletuner.batch import Batch, Conditioning, PromptEmbeds, Sample
 from simpletuner.models.discrete import DiscreteFamily
-from simpletuner.models.family import ReferenceSizes, send
+from simpletuner.models.family import PromptReferences, send
 from simpletuner.models.hunyuan_dit.blocks import prepare
 from simpletuner.models.live_pipeline import LivePipeline
 from simpletuner.models.size_conditioned_unet import time_ids
@@ -45,7 +45,7 @@ class HunyuanDiT(DiscreteFamily):
     def count_prompt_tokens(self, prompts: Sequence[str]) -> list[int]:
         return self.encoders.count("tokenizer_2", prompts)
 
-    def encode_prompts(self, prompts: Sequence[str], references: ReferenceSizes | None = None) -> list[PromptEmbeds]:
+    def encode_prompts(self, prompts: Sequence[str], references: PromptReferences | None = None) -> list[PromptEmbeds]:
         """`prompt_embeds` (77, D) and `prompt_embeds_2` (256, D), and their masks (77,) and (256,)."""
         self.encoders.note_cut_prompts("tokenizer_2", prompts, self.max_prompt_tokens)
         rows: list[dict[str, Tensor]] = [{} for _ in prompts]

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from simpletuner.batch import PromptEmbeds
-from simpletuner.models.family import ReferenceSizes
+from simpletuner.models.family import PromptReferences
 from simpletuner.models.live_pipeline import LivePipeline
 from simpletuner.models.size_conditioned_unet import SizeConditionedUNet
 
@@ -25,7 +25,7 @@ class Kolors(SizeConditionedUNet):
     def count_prompt_tokens(self, prompts: Sequence[str]) -> list[int]:
         return self.encoders.count("tokenizer", prompts)
 
-    def encode_prompts(self, prompts: Sequence[str], references: ReferenceSizes | None = None) -> list[PromptEmbeds]:
+    def encode_prompts(self, prompts: Sequence[str], references: PromptReferences | None = None) -> list[PromptEmbeds]:
         """`prompt_embeds` (256, D), padding included, and `pooled_prompt_embeds` (D,)."""
         length = self.spec.max_prompt_tokens
         self.encoders.note_cut_prompts("tokenizer", prompts, length)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from simpletuner.batch import Batch, Conditioning, PromptEmbeds
 from simpletuner.diffusion import timesteps
-from simpletuner.models.family import ModelFamily, ReferenceSizes
+from simpletuner.models.family import ModelFamily, PromptReferences
 from simpletuner.models.omnigen2.spec import DROPPED_INSTRUCTION
 
 # The literal texts that OmniGen2 was trained with: the second one where an instruction is dropped.
@@ -35,7 +35,7 @@ class OmniGen2(ModelFamily):
     def prompt_facts(self) -> Mapping[str, Any]:
         return {**super().prompt_facts(), "template": [TEMPLATE, SYSTEM_PROMPT, DROPPED_SYSTEM_PROMPT]}
 
-    def encode_prompts(self, prompts: Sequence[str], references: ReferenceSizes | None = None) -> list[PromptEmbeds]:
+    def encode_prompts(self, prompts: Sequence[str], references: PromptReferences | None = None) -> list[PromptEmbeds]:
         """`prompt_embeds` (L, D) per prompt: the last hidden states of the whole chat, system prompt included.
 
         Each prompt is read by itself, without padding, so that its states do not depend on the others.

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from simpletuner.batch import Batch, Conditioning, PromptEmbeds
 from simpletuner.errors import ConfigError, Problem
-from simpletuner.models.family import ModelFamily, ReferenceSizes, have_one_shape, send
+from simpletuner.models.family import ModelFamily, PromptReferences, have_one_shape, send
 from simpletuner.models.patches import pack, unpack
 
 TEMPLATE = (
@@ -69,7 +69,7 @@ class QwenImage(ModelFamily):
     def prompt_facts(self) -> Mapping[str, Any]:
         return {**super().prompt_facts(), "template": [TEMPLATE, TEMPLATE_TOKENS]}
 
-    def encode_prompts(self, prompts: Sequence[str], references: ReferenceSizes | None = None) -> list[PromptEmbeds]:
+    def encode_prompts(self, prompts: Sequence[str], references: PromptReferences | None = None) -> list[PromptEmbeds]:
         """`prompt_embeds` (L, D) per prompt: the last states of the chat from the prompt's first token on."""
         texts = [TEMPLATE.format(prompt) for prompt in prompts]
         rows = self.encoders.states_of(texts, [-1], TEMPLATE_TOKENS + self.max_prompt_tokens)

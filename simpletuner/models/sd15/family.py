@@ -17,7 +17,7 @@ from simpletuner.batch import Conditioning, PromptEmbeds
 from simpletuner.families.spec import FamilySpec
 from simpletuner.models.clip_chunks import chunk_ids, join_chunks
 from simpletuner.models.discrete import DiscreteFamily
-from simpletuner.models.family import ReferenceSizes
+from simpletuner.models.family import PromptReferences
 from simpletuner.models.live_pipeline import LivePipeline
 
 
@@ -46,7 +46,7 @@ class SD15(DiscreteFamily):
     def count_prompt_tokens(self, prompts: Sequence[str]) -> list[int]:
         return self.encoders.count("tokenizer", prompts)
 
-    def encode_prompts(self, prompts: Sequence[str], references: ReferenceSizes | None = None) -> list[PromptEmbeds]:
+    def encode_prompts(self, prompts: Sequence[str], references: PromptReferences | None = None) -> list[PromptEmbeds]:
         """`prompt_embeds` (L, D): a layer's states, `clip_skip` from the end, after the final norm.
 
         L is 77, or what `tokenizer_max_length` says: prompts are read in chunks then.

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from simpletuner.batch import Conditioning, PromptEmbeds
-from simpletuner.models.family import ModelFamily, ReferenceSizes
+from simpletuner.models.family import ModelFamily, PromptReferences
 from simpletuner.models.live_pipeline import LivePipeline
 
 CLIP_TOKENS = 77
@@ -54,7 +54,7 @@ class SD3(ModelFamily):
     def _longest_tokenizer(self) -> str:
         return "tokenizer" if self.lacks_t5 else "tokenizer_3"
 
-    def encode_prompts(self, prompts: Sequence[str], references: ReferenceSizes | None = None) -> list[PromptEmbeds]:
+    def encode_prompts(self, prompts: Sequence[str], references: PromptReferences | None = None) -> list[PromptEmbeds]:
         """`prompt_embeds` (77 + T, D), padding included, and `pooled_prompt_embeds` (P,) of both CLIP encoders."""
         self.encoders.note_cut_prompts(self._longest_tokenizer, prompts, self.max_prompt_tokens)
         clip_states, pooled = [], []

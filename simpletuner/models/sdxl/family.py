@@ -12,7 +12,7 @@ from torch import nn
 from simpletuner.batch import PromptEmbeds
 from simpletuner.models.clip_chunks import chunk_ids, join_chunks
 from simpletuner.models.components import model_index
-from simpletuner.models.family import ReferenceSizes
+from simpletuner.models.family import PromptReferences
 from simpletuner.models.live_pipeline import LivePipeline
 from simpletuner.models.size_conditioned_unet import SizeConditionedUNet
 
@@ -38,7 +38,7 @@ class SDXL(SizeConditionedUNet):
     def count_prompt_tokens(self, prompts: Sequence[str]) -> list[int]:
         return self.encoders.count("tokenizer", prompts)
 
-    def encode_prompts(self, prompts: Sequence[str], references: ReferenceSizes | None = None) -> list[PromptEmbeds]:
+    def encode_prompts(self, prompts: Sequence[str], references: PromptReferences | None = None) -> list[PromptEmbeds]:
         """`prompt_embeds` (L, D) and `pooled_prompt_embeds` (P,) of the second encoder; zeros for an empty prompt.
 
         L is 77, or what `tokenizer_max_length` says: prompts are read in chunks then, and pooled from the first.

@@ -17,7 +17,7 @@ from diffusers.models.transformers.transformer_z_image import RopeEmbedder
 from torch import Tensor, nn
 
 from simpletuner.batch import Batch, Conditioning, PromptEmbeds
-from simpletuner.models.family import ModelFamily, ReferenceSizes, send
+from simpletuner.models.family import ModelFamily, PromptReferences, send
 from simpletuner.models.live_pipeline import LivePipeline
 
 # Qwen3's chat template with one message, as `enable_thinking=True` renders it.
@@ -45,7 +45,7 @@ class ZImage(ModelFamily):
     def prompt_facts(self) -> Mapping[str, Any]:
         return {**super().prompt_facts(), "template": TEMPLATE, "layer": LAYER}
 
-    def encode_prompts(self, prompts: Sequence[str], references: ReferenceSizes | None = None) -> list[PromptEmbeds]:
+    def encode_prompts(self, prompts: Sequence[str], references: PromptReferences | None = None) -> list[PromptEmbeds]:
         """`prompt_embeds` (L, D): the whole chat, template included; of one too long the end of the template is cut."""
         texts = [TEMPLATE.format(prompt=prompt) for prompt in prompts]
         rows = self.encoders.states_of(texts, [LAYER], self.max_prompt_tokens)

@@ -15,14 +15,14 @@ from torch.nn.functional import pad
 
 from simpletuner.batch import Batch, Conditioning, PromptEmbeds
 from simpletuner.models.components import component_config
-from simpletuner.models.family import ModelFamily, ReferenceSizes
+from simpletuner.models.family import ModelFamily, PromptReferences
 from simpletuner.models.live_pipeline import LivePipeline
 
 
 class AuraFlow(ModelFamily):
     """A text encoder, and a transformer that has no attention mask: every prompt is padded to the same length."""
 
-    def encode_prompts(self, prompts: Sequence[str], references: ReferenceSizes | None = None) -> list[PromptEmbeds]:
+    def encode_prompts(self, prompts: Sequence[str], references: PromptReferences | None = None) -> list[PromptEmbeds]:
         """`prompt_embeds` (L, D) per prompt."""
         self.encoders.note_cut_prompts("tokenizer", prompts, self.spec.max_prompt_tokens)
         ids, mask = self.encoders.tokenize("tokenizer", prompts, self.spec.max_prompt_tokens)
