@@ -194,6 +194,8 @@ def test_latents_that_overflow_in_half_precision_are_tried_once_in_float32(cache
     class Overflowing(torch.nn.Module):
         """Says infinity unless it is in float32, like VAEs whose activations leave half precision's range."""
 
+        config = {"scaling_factor": 1.0}
+
         def __init__(self):
             super().__init__()
             self.scale = torch.nn.Parameter(torch.ones(()))
