@@ -181,3 +181,18 @@ def test_beside_packed_and_16_bit_bases_it_changes_what_it_changes_in_float32(
         changes.append(probe_output(family, denoiser).float() - off)
     expected, found = changes
     assert (found - expected).norm() < 0.2 * expected.norm()
+
+
+def test_a_file_with_alpha_does_what_the_same_without_it_does(model: Path, assistant: Path, tmp_path: Path) -> None:
+    """diffusers' form has the scale in its weights, ComfyUI's has it as alpha."""
+    other = write_assistant(
+        tmp_path / "alpha.safetensors", family_of(model), targets=("feed-forward",), file_format="comfyui"
+    )
+    assert any(key.endswith(".alpha") for key in load_file(other))
+    outputs = []
+    for file in (assistant, other):
+        family = family_of(model)
+        denoiser = family.load_denoiser()
+        attach_assistant(denoiser, file, 1.0, family.spec)
+        outputs.append(probe_output(family, denoiser))
+    torch.testing.assert_close(*outputs, rtol=0, atol=1e-5)
