@@ -94,11 +94,14 @@ def family_takes_its_options(draft: Draft) -> Iterator[Problem]:
 
 
 def prompts_are_encoded_as_the_family_can(draft: Draft) -> Iterator[Problem]:
-    for key in PROMPT_OPTIONS if draft.spec else ():
+    spec = draft.spec
+    if spec is None:
+        return
+    for key in PROMPT_OPTIONS:
         value = getattr(draft.config, key)
-        if value != all_options()[key].default and key not in draft.spec.prompt_options:
-            message = f"{show_value(value)} has no meaning for {draft.spec.title}"
-            reason = draft.spec.other_prompt_options.get(key)
+        if value != all_options()[key].default and key not in spec.prompt_options:
+            message = f"{show_value(value)} has no meaning for {spec.title}"
+            reason = spec.other_prompt_options.get(key)
             yield draft.problem(f"{message}: {reason}" if reason else message, key, fix="remove the key")
 
 

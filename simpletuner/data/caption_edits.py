@@ -66,7 +66,7 @@ class CaptionEdits:
         first, loose, last = split_tags(caption, shuffle)
         separator = SEPARATORS[shuffle.split_on]
         joint = separator if separator == " " else f"{separator} "
-        has_marks = bool(shuffle.keep_separator) and shuffle.keep_separator in caption
+        has_marks = shuffle.keep_separator is not None and shuffle.keep_separator in caption
         original = joint.join([*first, *loose, *last]) if has_marks else caption
         if not loose or (len(loose) < 2 and not shuffle.dropout):
             return [original]

@@ -396,8 +396,8 @@ def load_component(
         options |= {"output_loading_info": True, **component.load_options}
         if component.attention:
             options["attn_implementation"] = component.attention
-        config_file = component_file(source, component, component.config_file) if file else None
-        with as_folder(where, config_file) as folder:
+        own_config = component_file(source, component, component.config_file) if file else None
+        with as_folder(where, own_config) as folder:
             model, report = load_pretrained(cls, folder, dtype=dtype, **options)
         if report["missing_keys"]:
             raise ValueError(f"the weights lack {', '.join(sorted(report['missing_keys'])[:3])}")

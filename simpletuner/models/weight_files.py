@@ -23,7 +23,8 @@ def read_tensors(source: ModelSource, component: Component, names: Sequence[str]
     """
     from safetensors import SafetensorError, safe_open
 
-    found, paths = {}, weight_files(source, component)
+    found: dict[str, Tensor] = {}
+    paths = weight_files(source, component)
     for path in paths:
         try:
             with safe_open(path, framework="pt") as file:

@@ -64,8 +64,8 @@ def generate_images(
     requests = requests_of(wanted, family, say)
     if family.spec.caches_prompt_embeds:
         negative = family.spec.negative_text(wanted.options.validation_negative_prompt)
-        images = [family.prompt_image(each.image) for each in requests[0].references]
-        family.prompts = PromptsAhead(family, [*wanted.prompts, negative], images)
+        seen = [family.prompt_image(each.image) for each in requests[0].references]
+        family.prompts = PromptsAhead(family, [*wanted.prompts, negative], seen)
     denoiser = family.load_base()
     if adapter_file is not None:
         for line in apply_adapter_file(denoiser, adapter_file, family.spec, strength).notices:

@@ -128,10 +128,10 @@ def _foreseen_by(sampler: str, latents: Tensor, previous: Tensor, sigma: float, 
     if sampler in EULER_SAMPLERS:
         return foreseen(latents.float(), previous.float(), sigma, previous_sigma)
     if sampler in LEVEL_SAMPLERS:  # the data's share of a level is 1 / sqrt(1 + sigma^2)
-        unscaled = [
+        unscaled, unscaled_before = (
             row.float() * (1 + level**2) ** 0.5 for row, level in ((latents, sigma), (previous, previous_sigma))
-        ]
-        return foreseen(*unscaled, sigma, previous_sigma)
+        )
+        return foreseen(unscaled, unscaled_before, sigma, previous_sigma)
     return latents
 
 

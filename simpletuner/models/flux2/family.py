@@ -84,7 +84,7 @@ class Flux2(ModelFamily):
         """The prompts in the chat that the model was trained with, by the tokenizer's own template."""
         template = partial(self.encoders.tokenizer().apply_chat_template, tokenize=False)
         if self.language_model == "mistral3":
-            return [template(chat) for chat in format_input(prompts, SYSTEM_MESSAGE)]
+            return [template(chat) for chat in format_input([*prompts], SYSTEM_MESSAGE)]
         chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
         return [template(chat, add_generation_prompt=True, enable_thinking=False) for chat in chats]
 

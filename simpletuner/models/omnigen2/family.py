@@ -41,8 +41,7 @@ class OmniGen2(ModelFamily):
         Each prompt is read by itself, without padding, so that its states do not depend on the others.
         """
         texts = [chat_text(prompt) for prompt in prompts]
-        places = {"name": "mllm", "tokenizer": "processor"}
-        rows = self.encoders.states_of(texts, [-1], self.max_prompt_tokens, **places)
+        rows = self.encoders.states_of(texts, [-1], self.max_prompt_tokens, name="mllm", tokenizer="processor")
         return [PromptEmbeds({"prompt_embeds": row[:, 0]}) for row in rows]
 
     def collate(self, batch: Batch) -> Conditioning:

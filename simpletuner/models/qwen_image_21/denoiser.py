@@ -12,8 +12,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import diffusers
 import torch
+from diffusers.models.transformers import transformer_qwenimage21 as published
 from diffusers.models.transformers.transformer_qwenimage21 import QwenImage21Rope, _qwenimage21_prefix_segments
 from torch import Tensor
 
@@ -24,10 +24,13 @@ LATENTS_PER_SLOT = 4
 Shapes = tuple[tuple[int, int, int], ...]
 
 
-class QwenImage21Transformer2DModel(diffusers.QwenImage21Transformer2DModel):
+class QwenImage21Transformer2DModel(published.QwenImage21Transformer2DModel):
     """diffusers' network, under its name, with another way through it."""
 
-    def forward(  # type: ignore[override]
+    config: Any
+    _gradient_checkpointing_func: Any
+
+    def forward(
         self,
         hidden_states: Tensor,
         encoder_hidden_states: Tensor,

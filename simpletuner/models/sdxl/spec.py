@@ -19,7 +19,7 @@ _CLIP = "transformers.CLIPText"
 
 
 _FAIR = "Fair AI Public License 1.0-SD"
-_V = {"validation_guidance": 4.5, "validation_guidance_rescale": 0.7}
+_V: dict[str, Any] = {"validation_guidance": 4.5, "validation_guidance_rescale": 0.7}
 _EDM = "its noise levels are those of EDM, which are not built"
 
 
@@ -44,7 +44,8 @@ _FLAVOURS = (
     _anime("illustrious-0.1", "OnomaAIResearch/Illustrious-xl-early-release-v0", "drawings by tags"),
     _anime("noobai-1.1", "Laxhar/noobai-XL-1.1", "drawings by tags, predicts the noise", f"{_FAIR}, not commercial"),
     _anime(
-        *("noobai-v-1.0", "Laxhar/noobai-XL-Vpred-1.0", "drawings by tags, predicts v", f"{_FAIR}, not commercial"),
+        *("noobai-v-1.0", "Laxhar/noobai-XL-Vpred-1.0", "drawings by tags, predicts v"),
+        licence=f"{_FAIR}, not commercial",
         **_V,
     ),
     _anime("pony-6", "AstraliteHeart/pony-diffusion-v6", "drawings by tags", f"{_FAIR}, modified"),
