@@ -50,6 +50,12 @@ COLOUR_DISTANCE, KEPT_DISTANCE = 45.0, 20.0
 # Intersection over union of the shape with what it was before.
 SMALLEST_OVERLAP = 0.75
 
+LYCORIS = {
+    "algo": "full",
+    "multiplier": 1.0,
+    "apply_preset": {"target_module": ["Attention", "FeedForward", "Conv2d"]},
+}
+
 Generator = Callable[[Sequence["Edit"]], list[Image.Image]]
 
 
@@ -120,10 +126,8 @@ def train_adapter(folder: Path, edits: Sequence[Edit], steps: int) -> Path:
         "model_family": "omnigen",
         "pretrained_model_name_or_path": str(MODEL),
         "model_type": "lora",
-        "lora_type": "standard",
-        "lora_rank": 64,
-        "lora_alpha": 64,
-        "lora_target": "all-linear",
+        "lora_type": "lycoris",
+        "lycoris_config": "lycoris_config.json",
         "output_dir": "output",
         "data_backend_config": "multidatabackend.json",
         "train_batch_size": 8,
@@ -138,6 +142,9 @@ def train_adapter(folder: Path, edits: Sequence[Edit], steps: int) -> Path:
         "mixed_precision": "no",
         "caption_dropout_probability": 0.05,
         "timestep_stratified": True,
+        "timestep_bias_strategy": "later",
+        "timestep_bias_portion": 0.5,
+        "timestep_bias_multiplier": 4.0,
         "resolution": SIDE,
         "checkpoint_step_interval": 0,
         "validation_disable": True,
@@ -145,6 +152,7 @@ def train_adapter(folder: Path, edits: Sequence[Edit], steps: int) -> Path:
         "seed": 42,
     }
     (folder / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
+    (folder / "lycoris_config.json").write_text(json.dumps(LYCORIS, indent=1), encoding="utf-8")
     (folder / "multidatabackend.json").write_text(json.dumps(data, indent=1), encoding="utf-8")
     train(load_run((), {}, folder))
     return folder / "output/pytorch_lora_weights.safetensors"
@@ -153,9 +161,8 @@ def train_adapter(folder: Path, edits: Sequence[Edit], steps: int) -> Path:
 def make_generator(adapter: Path | None, steps: int, guidance: float) -> Generator:
     """A function from edits to images; `adapter` None edits with the base."""
     import torch
-    from safetensors.torch import load_file
 
-    from simpletuner.adapters.files import load_with_peft
+    from simpletuner.adapters.files import apply_adapter_file
     from simpletuner.families.registry import get_family_class, get_spec
     from simpletuner.models.components import ModelSource
 
@@ -163,7 +170,7 @@ def make_generator(adapter: Path | None, steps: int, guidance: float) -> Generat
     family = get_family_class(spec)(spec, ModelSource(str(MODEL)), torch.device("cpu"), torch.float32)
     denoiser = family.load_denoiser()
     if adapter is not None:
-        load_with_peft(load_file(adapter), denoiser, spec, adapter)
+        apply_adapter_file(denoiser, adapter, spec)
     pipeline = family.pipeline(denoiser, family.load_vae())
 
     def edit(edits: Sequence[Edit]) -> list[Image.Image]:
@@ -241,7 +248,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--adapter", type=Path, help="judge this file; otherwise one is trained")
     parser.add_argument("--folder", type=Path, default=Path("output/edit_score"), help="for pairs, run and sheet")
-    parser.add_argument("--train-steps", type=int, default=1200)
+    parser.add_argument("--train-steps", type=int, default=650)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=20, help="denoising steps")
     parser.add_argument("--guidance", type=float, default=1.0)
