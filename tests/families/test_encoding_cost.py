@@ -15,6 +15,8 @@ from tests.tiny_folders import TINY_FOLDERS
 
 PROMPTS = ["a cat", "a green star on a white background"]
 ENCODING = [name for name in family_names() if get_spec(name).caches_prompt_embeds]
+# Its encoder picks the states of images by a mask, whose values it needs.
+NOT_KNOWN = ("qwen_image_21",)
 DEEP = ("krea2",)  # of 36 layers
 
 
@@ -27,6 +29,9 @@ def test_embeddings_from_shapes_are_like_the_real_ones(name: str, tmp_path: Path
     with monkeypatch.context() as patch:
         patch.setattr(TextEncoders, "encoder", lambda self, name="text_encoder": pytest.fail("loaded"))
         cost = encoding_cost(family, PROMPTS, images)
+    if name in NOT_KNOWN:
+        assert cost is None
+        return
     real = family.encode_prompts(PROMPTS, images)
     assert cost is not None
     for found, expected in zip(cost.embeds, real, strict=True):
