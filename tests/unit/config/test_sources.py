@@ -43,6 +43,7 @@ COMPLETE: dict[str, dict[str, Any]] = {
         "languages": ["en", "zh"],
         "inverse_instructions": True,
         "tasks": "edit",
+        "reference_weights": {"1": 2, "2": 1},
         "max_output_pixels": 1048576,
         "max_side_length": 2048,
         "max_input_pixels": [1048576, 589824],
