@@ -14,8 +14,8 @@ from pathlib import Path
 
 NAME = "simpletuner"
 VERBS = (
-    *("cache", "check", "configure", "convert", "doctor", "examples", "export", "generate", "import"),
-    *("models", "monitor", "options", "plan", "report", "train", "verify-resume"),
+    *("cache", "check", "configure", "convert", "diffsynth", "doctor", "examples", "export", "extract-vlm-embeds"),
+    *("generate", "import", "models", "monitor", "options", "plan", "report", "sft", "train", "verify-resume"),
 )
 _COMMAND = re.compile(rf"(?<![\w./-])(?<!-m ){NAME} (?=(?:{'|'.join(VERBS)})\b)")
 

@@ -91,7 +91,7 @@ def compare_identity(saved: Mapping[str, Any], current: Mapping[str, Any], path:
     machine = {"processes": "number of processes", "torch": "version of torch"}
     old, new = ({title: side.get(key) for key, title in machine.items() if key in before} for side in (before, now))
     lines += differences(old, new)
-    lines += _assistant_changes(before.get("assistant", {}), now["assistant"])
+    lines += _assistant_changes(before.get("assistant", {}), now.get("assistant", {}))
     return [f"changed since {path.name}: {line}" for line in lines]
 
 

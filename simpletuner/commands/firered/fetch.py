@@ -17,6 +17,7 @@ from pathlib import Path
 from urllib.parse import urljoin, urlsplit
 
 from simpletuner import storage
+from simpletuner.errors import bytes_text
 
 SCHEMES = ("http", "https")
 MAX_BYTES = 64 * 2**20
@@ -88,7 +89,7 @@ def _read(url: str, answer: http.client.HTTPResponse, deadline: float) -> bytes:
         if len(content) > MAX_BYTES:
             raise FetchError(f"{url}: it has more than {MAX_BYTES >> 20} MiB")
     if answer.length:
-        raise FetchError(f"{url}: it ends {answer.length} bytes too soon")
+        raise FetchError(f"{url}: it ends {bytes_text(answer.length)} too soon")
     return bytes(content)
 
 

@@ -47,6 +47,7 @@ def test_a_misspelt_option_is_named_with_its_file(workspace: Workspace, key: str
     assert (problem.key, problem.file, problem.line) == (wrong, "config/config.json", 10)
 
 
+@pytest.mark.slow
 def test_suggestions_are_right() -> None:
     draw = random.Random(7)
     trials = [(key, misspelt(key, draw)) for key in sorted(all_options()) for _ in range(3)]

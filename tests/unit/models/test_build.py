@@ -146,6 +146,7 @@ def test_a_model_alone_is_packed_as_asked(omnigen_folder: Path, built: list[Mode
         family_of_model("./nowhere", "omnigen")
 
 
+@pytest.mark.slow
 def test_a_plan_counts_a_vae_that_decodes_in_tiles_with_less_memory(omnigen_folder: Path) -> None:
     whole = family_of_model(str(omnigen_folder), "omnigen")
     tiled = family_of_model(str(omnigen_folder), "omnigen", vae_enable_tiling=True)

@@ -40,6 +40,7 @@ def fault(function: str, find: str, replace: str):
     return Mutant("box", "box.py", function, find, replace, "why", ())
 
 
+@pytest.mark.slow
 def test_every_planted_fault_fits_the_code():
     """A stale one says where it was: move it to where its code is now, or remove it with what it was about."""
     assert mutant_lists.check(mutant_lists.read_lists()) == []

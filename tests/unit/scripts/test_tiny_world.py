@@ -189,6 +189,7 @@ def test_images_are_judged_at_the_size_that_they_have():
     assert [(image.size, verdict.is_right) for image, _, verdict in judged] == [((48, 48), True)] * 2
 
 
+@pytest.mark.slow
 def test_the_score_counts_what_is_drawn(tmp_path):
     sys.path.insert(0, str(REPOSITORY / "benchmarks"))
     from concept_score import score

@@ -183,12 +183,13 @@ def test_the_caption_is_the_first_and_one_reference_is_the_first_too():
     first, second = (Sample("toys", name, name, 8, 8, (), Crop(8, 8, 0, 0, 8, 8)) for name in "bc")
     data.samples.rows = [dataclasses.replace(row, references=(first, second)) for row in data.samples.rows]
     asked = []
-    evaluator.family.encode_prompts = lambda prompts, sizes=None: (
-        asked.append((prompts, sizes)) or [None] * len(prompts)
+    evaluator.family.encode_prompts = lambda prompts, references=None: (
+        asked.append((prompts, references)) or [None] * len(prompts)
     )
     evaluator.run(torch.nn.Identity())
     assert {prompt for prompts, _ in asked for prompt in prompts} == {"one"}
-    assert {tuple(row) for _, sizes in asked for row in sizes} == {((8, 8),)}
+    seen = {(each.height, each.width, each.content) for _, rows in asked for row in rows for each in row}
+    assert seen == {(8, 8, "b")}
     [shown] = {
         tuple(each.flatten().tolist()) for batch in evaluator.family.batches for row in batch.references for each in row
     }

@@ -168,6 +168,7 @@ def test_a_folder_without_a_run_is_said_to_be_one(tmp_path: Path):
         write_report(tmp_path)
 
 
+@pytest.mark.slow
 def test_the_page_stays_small_however_much_was_drawn(tmp_path: Path):
     noise = np.random.default_rng(1).integers(0, 255, (768, 768, 3), dtype=np.uint8)
     Image.fromarray(noise).save(tmp_path / "noise.png")
