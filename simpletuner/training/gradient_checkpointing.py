@@ -78,13 +78,13 @@ class GradientCheckpointing:
         else:
             is_last = is_known and index == len(self._index) - 1
             is_recomputed = index % self.interval == 0 and not is_last
-        if isinstance(forward := getattr(block, "forward", None), Swapped):
-            forward.is_recomputed = is_recomputed
         if not is_recomputed:
-            return block(*inputs)
+            return _run(block, False, *inputs)
+        recomputing = partial(_run, block, True)
         if self.offloading is not None:
-            return checkpoint(_OffloadedInputs(block, inputs, self.offloading), self._of_device, use_reentrant=False)
-        return checkpoint(block, *inputs, use_reentrant=False)
+            away = _OffloadedInputs(recomputing, inputs, self.offloading)
+            return checkpoint(away, self._of_device, use_reentrant=False)
+        return checkpoint(recomputing, *inputs, use_reentrant=False)
 
     def after_step(self) -> None:
         """Called when an optimizer step is done: then the peak of its memory is known."""
@@ -95,6 +95,14 @@ class GradientCheckpointing:
         """Called when the memory of a step did not suffice; whether the step can be tried again with more blocks
         recomputed."""
         return self.room is not None and self.room.recompute_more()
+
+
+def _run(block: Callable[..., Any], is_recomputed: bool, *inputs: Any) -> Any:
+    """The block, which knows what becomes of this call: rows that go through it one by one may be treated differently,
+    and the backward pass computes an earlier one again after a later one was kept."""
+    if isinstance(forward := getattr(block, "forward", None), Swapped):
+        forward.is_recomputed = is_recomputed
+    return block(*inputs)
 
 
 class _OffloadedInputs:
