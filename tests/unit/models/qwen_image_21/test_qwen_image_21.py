@@ -247,3 +247,10 @@ def test_a_run_learns_from_pairs_and_generates_with_the_reference(tmp_path: Path
     assert list((output / "validation_images").glob("*.png"))
     assert "_encode" in events
     assert "_encode" not in events[events.index("load_denoiser") :]
+
+
+def test_a_saved_network_is_diffusers_own(family: QwenImage21, tmp_path: Path):
+    family.load_denoiser().save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["_class_name"] == "QwenImage21Transformer2DModel"
+    again = QwenImage21Transformer2DModel.from_pretrained(tmp_path).state_dict()
+    assert all(torch.equal(again[name], tensor) for name, tensor in family.load_denoiser().state_dict().items())
