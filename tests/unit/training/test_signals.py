@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterator
 
 import pytest
 
 from simpletuner.distributed import launcher
 from simpletuner.training.signals import StopRequest
+
+
+@pytest.fixture(autouse=True)
+def hang_up() -> Iterator[None]:
+    """A hang-up is not ignored here, whatever the tests were started under."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGHUP, 129), (signal.SIGTERM, 143), (signal.SIGINT, 130)])
