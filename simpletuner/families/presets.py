@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from simpletuner.hardware import GIB
+
 PRESETS_FILE = Path(__file__).with_name("presets.json")
 CARDS = (8, 12, 16, 24, 80)  # GB
-_GIB = 1 << 30
 # Of the memory that a card is sold with: what the driver, CUDA's context and gaps between tensors leave.
-_SHARE, _CONTEXT = 0.94, 0.6 * _GIB
+_SHARE, _CONTEXT = 0.94, 0.6 * GIB
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Preset:
 
 def usable_bytes(gib: float) -> int:
     """Of a card of so many GB, what a run may take."""
-    return int(_SHARE * gib * _GIB - _CONTEXT)
+    return int(_SHARE * gib * GIB - _CONTEXT)
 
 
 @functools.cache

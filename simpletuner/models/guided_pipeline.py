@@ -58,7 +58,7 @@ class GuidedFlowPipeline(FlowPipeline):
     def condition(
         self, prompts: Sequence[str], references: Sequence[Sequence[Image.Image]], guidance_scale: float
     ) -> Conditioning:
-        """What the denoiser is told of prompts and fitted references.
+        """The conditioning of prompts and fitted references.
 
         Args:
             guidance_scale: for networks that take it as an input.
@@ -103,14 +103,16 @@ class GuidedFlowPipeline(FlowPipeline):
         negatives = [negative_prompt] * len(prompts) if isinstance(negative_prompt, str) else negative_prompt
         latents = self.first_latents(len(prompts), height, width, generator, latents)
         images = [[self.fit_reference(each) for each in row] for row in references or [()] * len(prompts)]
-        told = [self.condition(prompts, images, guidance_scale)]
+        conditionings = [self.condition(prompts, images, guidance_scale)]
         if self.is_guided(guidance_scale):
             texts = [self.family.spec.negative_text(text) for text in negatives or repeat(None, len(prompts))]
-            told.append(self.condition(texts, images, guidance_scale))
+            conditionings.append(self.condition(texts, images, guidance_scale))
 
         def predict(latents: Tensor, sigmas: Tensor, step: int) -> Tensor:
-            asked, *negative = (self.family.predict(self.transformer, latents, sigmas, each).float() for each in told)
-            return self.guided(asked, negative[0], guidance_scale) if negative else asked
+            positive, *negative = (
+                self.family.predict(self.transformer, latents, sigmas, each).float() for each in conditionings
+            )
+            return self.guided(positive, negative[0], guidance_scale) if negative else positive
 
         sigmas = self.set_sigmas(num_inference_steps, latents)
         return self.output(self.denoise(latents, sigmas, predict, callback_on_step_end), output_type)
@@ -119,9 +121,9 @@ class GuidedFlowPipeline(FlowPipeline):
         """The noise levels before each step, shifted; the scheduler steps along them."""
         num_patches = latents.shape[-2] * latents.shape[-1] // self.family.spec.patch_size**2
         mu = self.sampling_mu(num_patches, num_steps)
-        if num_steps == 1:  # the first level is the last one: there is nothing to stretch
-            config = self.scheduler.config
-            self.scheduler = FlowMatchEulerDiscreteScheduler.from_config(config, shift_terminal=None)
+        # Of one step the first level is the last one: there is nothing to stretch.
+        terminal = None if num_steps == 1 else self.family.scheduler_config.get("shift_terminal")
+        self.scheduler.register_to_config(shift_terminal=terminal)
         self.scheduler.set_timesteps(sigmas=list(self.first_sigmas(num_steps)), device=latents.device, mu=mu)
         self.scheduler.set_begin_index(0)
         return (self.scheduler.timesteps / self.scheduler.config.num_train_timesteps).tolist()

@@ -152,9 +152,9 @@ class Flux2Pipeline(GuidedFlowPipeline):
     def condition(
         self, prompts: Sequence[str], references: Sequence[Sequence[Image.Image]], guidance_scale: float
     ) -> Conditioning:
-        told = super().condition(prompts, references, guidance_scale)
+        conditioning = super().condition(prompts, references, guidance_scale)
         guidance = torch.full((len(prompts),), guidance_scale, device=self.family.device)
-        return told.with_tensors(guidance=guidance) if self.family.takes_guidance else told
+        return conditioning.with_tensors(guidance=guidance) if self.family.takes_guidance else conditioning
 
 
 def _positions(num_text_tokens: int, images: Sequence[Tensor]) -> Tensor:

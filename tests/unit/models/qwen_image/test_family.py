@@ -68,6 +68,15 @@ def test_one_step_of_sampling_begins_at_noise(family: ModelFamily) -> None:
     assert pipeline.set_sigmas(1, torch.zeros(1, 16, 8, 8)) == [1.0]
 
 
+def test_an_image_of_one_step_leaves_the_levels_of_later_images_stretched(family: ModelFamily) -> None:
+    pipeline, latents = family.pipeline(family.load_denoiser()), torch.zeros(1, 16, 64, 64)
+    fresh = pipeline.set_sigmas(4, latents)
+    assert pipeline.set_sigmas(1, latents) == [1.0]
+    assert pipeline.set_sigmas(4, latents) == fresh
+    assert fresh[-1] == pytest.approx(0.02, abs=1e-6)
+
+
+
 @pytest.mark.parametrize("number", [0, 1])
 def test_the_embeddings_are_the_states_of_the_language_model_behind_the_template(
     family: ModelFamily, number: int
