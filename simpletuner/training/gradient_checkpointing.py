@@ -25,8 +25,8 @@ from simpletuner.training.swapping import Swapped
 
 # Of the memory that was free, what stays so: sizes of batches differ, and allocators leave gaps.
 SPARE = 0.1
-# Blocks of one kind keep equally much: their class, and the shapes of what they are given.
-Kind: TypeAlias = tuple[type, tuple[torch.Size, ...]]
+# Blocks of one kind keep about equally much: their class, and the rounded sizes of what they are given.
+Kind: TypeAlias = tuple[type, tuple[int, ...]]
 # Blocks whose inputs may be on their way to main memory at a time.
 NUM_LEAVING = 2
 
@@ -71,7 +71,7 @@ class GradientCheckpointing:
         if index == 0 and self.offloading is not None:
             self.offloading.begin()
         if self.room is not None:
-            is_recomputed, count = self.room.ask(index, inputs, len(self._index), block)
+            is_recomputed, count = self.room.ask(index, inputs, block)
             if count is not None:
                 with count:
                     return block(*inputs)
@@ -223,61 +223,58 @@ class MeasuredMemory:
 
     def __init__(self, device: torch.device):
         self.device = device
-        self.plain_blocks: dict[int, int] = {}  # size of the first block's input -> blocks that keep what they computed
-        self._kinds: dict[int, list[Kind]] = {}  # size -> kind of each block
-        self._counted: dict[tuple[int, Kind], int] = {}  # size and kind -> bytes of one block
-        self._seen: set[int] = set()  # sizes of this step
-        self._size = 0
-        self._is_measuring = False
+        # Place and kind of a block -> whether it is recomputed. The first blocks may see text alone, so that a pass is
+        # known by all of its blocks and not by its beginning.
+        self.recomputes: dict[tuple[int, Kind], bool] = {}
+        self._counted: dict[Kind, int] = {}  # bytes that one block keeps
+        self._pass: list[
+            tuple[Kind, bool]
+        ] = []  # kind of each block, and whether it is recomputed; as far as it has come
+        self._measuring: list[list[tuple[Kind, bool]]] = []  # the passes of this step in which something is counted
         self._has_state = False
 
-    def ask(
-        self, index: int, inputs: Sequence[Any], num_blocks: int, block: Any = None
-    ) -> tuple[bool, CountSaved | None]:
+    def ask(self, index: int, inputs: Sequence[Any], block: Any = None) -> tuple[bool, CountSaved | None]:
         """(whether to recompute the block, a context that counts what it saves in place of that).
 
         Args:
-            num_blocks: that are known so far, which is all of them from the second step on.
+            index: of the block in its forward pass.
             block: its weights do not count, since they are there anyway.
         """
         if index == 0:
-            self._begin(sum(value.numel() for value in inputs if isinstance(value, Tensor)))
-        if self._size in self.plain_blocks:
-            return index < num_blocks - self.plain_blocks[self._size], None
-        kinds = self._kinds[self._size]
-        if index == len(kinds):
-            kinds.append((type(block), tuple(value.shape for value in inputs if isinstance(value, Tensor))))
-        kind = kinds[index]
-        if kinds.index(kind) < index:
-            return True, None
-        return False, CountSaved(self._counted, (self._size, kind), weights_of(block))
-
-    def _begin(self, size: int) -> None:
-        """A forward pass of this size begins."""
-        self._size = size
-        self._seen.add(size)
-        if size not in self.plain_blocks:
-            self._kinds.setdefault(size, [])
-            # Once for all sizes that are new in a step: the peak is that of the largest.
-            if self.device.type == "cuda" and not self._is_measuring:
-                torch.cuda.reset_peak_memory_stats(self.device)
-            self._is_measuring = True
+            self._pass = []
+        kind = type(block), tuple(_rounded(value.numel()) for value in inputs if isinstance(value, Tensor))
+        known = self.recomputes.get((index, kind))
+        is_recomputed = any(kind == other for other, _ in self._pass) if known is None else known
+        self._pass.append((kind, is_recomputed))
+        if known is not None:
+            return known, None
+        if self.device.type == "cuda" and not self._measuring:
+            torch.cuda.reset_peak_memory_stats(self.device)  # once for all that is new in a step
+        if not any(self._pass is each for each in self._measuring):
+            self._measuring.append(self._pass)
+        return is_recomputed, None if is_recomputed else CountSaved(self._counted, kind, weights_of(block))
 
     def after_step(self) -> None:
-        self._is_measuring = False
-        if self._has_state:
-            for size in self._seen - self.plain_blocks.keys():
-                counts = [self._counted.get((size, kind), 0) for kind in self._kinds[size]]
-                measured = sum(self._counted.get((size, kind), 0) for kind in set(self._kinds[size]))
-                self.plain_blocks[size] = count_fitting(self.free_bytes(), counts, measured)
+        """What was free at the peak of a step that has counted says how many blocks of its passes are kept."""
+        for blocks in self._measuring if self._has_state else ():
+            counts = [self._counted.get(kind, 0) for kind, _ in blocks]
+            kept = sum(count for count, (_, is_recomputed) in zip(counts, blocks, strict=True) if not is_recomputed)
+            num_recomputed = len(blocks) - count_fitting(self.free_bytes(), counts, kept)
+            for index, (kind, _) in enumerate(blocks):
+                # Text refiners are alike for images of all sizes: what one of them needs holds for all.
+                place = (index, kind)
+                self.recomputes[place] = self.recomputes.get(place, False) or index < num_recomputed
         self._has_state = True
-        self._seen.clear()
+        self._measuring.clear()
 
     def recompute_more(self) -> bool:
-        """Let fewer blocks of the present size keep what they computed; False where none did."""
-        before = self.plain_blocks.get(self._size, 1)
-        self.plain_blocks[self._size] = before // 2
-        return before > 0
+        """Let fewer blocks of the present pass keep what they computed; False where none did."""
+        places = [(index, kind) for index, (kind, _) in enumerate(self._pass)]
+        kept = [place for place, (_, is_recomputed) in zip(places, self._pass, strict=True) if not is_recomputed]
+        fewer = set(kept[-(-len(kept) // 2) :])
+        self.recomputes.update({place: place not in fewer for place in places})
+        self._pass = [(kind, place not in fewer) for place, (kind, _) in zip(places, self._pass, strict=True)]
+        return bool(kept)
 
     def free_bytes(self) -> int:
         """Bytes that were free at the peak since the count began; of main memory, those that are free now."""
@@ -286,6 +283,12 @@ class MeasuredMemory:
         free, _ = torch.cuda.mem_get_info(self.device)
         kept = torch.cuda.memory_reserved(self.device) - torch.cuda.max_memory_allocated(self.device)
         return free + max(kept, 0)
+
+
+def _rounded(size: int) -> int:
+    """Sizes that differ by a sixteenth at most are one: captions of all lengths are not measured one by one."""
+    step = max(size.bit_length() - 5, 0)
+    return -(-size >> step) << step if step else size
 
 
 def count_fitting(free: int, counts: Sequence[int], measured: int) -> int:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -171,45 +172,68 @@ def test_more_blocks_than_there_are_cannot_be_swapped(tmp_path: Path, omnigen_fo
         gradients(tmp_path, omnigen_folder, options)
 
 
+def asked(room: MeasuredMemory, blocks: Sequence[tuple[nn.Module, Tensor]]) -> list[bool]:
+    """Which blocks of a forward pass are recomputed; where one is counted, it keeps its result."""
+    found = []
+    for index, (module, x) in enumerate(blocks):
+        is_recomputed, count = room.ask(index, (x,), module)
+        with count or nullcontext():
+            x.exp()
+        found.append(is_recomputed)
+    return found
+
+
 def test_as_many_blocks_keep_their_activations_as_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     room = MeasuredMemory(torch.device("cpu"))
     monkeypatch.setattr(room, "free_bytes", lambda: 1000)
-    x = torch.randn(10, 5, requires_grad=True)
-    is_recomputed, count = room.ask(0, (x,), 1)
-    assert not is_recomputed
-    assert count is not None
-    with count:
-        (x.exp() * 2).sum()  # keeps its result: 200 bytes
-    assert [room.ask(index, (x,), index + 1)[0] for index in range(1, 8)] == [True] * 7
-    room.after_step()
-    # The optimizer has made its state after the peak of the first step: the second one decides.
-    assert [room.ask(index, (x,), 8)[0] for index in (0, 1, 2, 3)] == [False, True, True, True]
-    room.after_step()
-    # 1000 bytes, a tenth of them spared, hold 4 more blocks of 200: the last ones, which are freed first.
-    assert [room.ask(index, (x,), 8) for index in range(8)] == [(True, None)] * 3 + [(False, None)] * 5
-    assert room.ask(0, (torch.zeros(20, 5),), 8)[1] is not None  # another size is measured again
+    blocks = [(nn.Tanh(), torch.randn(10, 5, requires_grad=True))] * 8  # each keeps 200 bytes
+    # The optimizer makes its state after the peak of the first step: the second one decides.
+    for _ in range(2):
+        assert asked(room, blocks) == [False] + [True] * 7
+        room.after_step()
+    # 1000 bytes, a tenth of them spared, hold 4 more blocks: the last ones, which are freed first.
+    assert asked(room, blocks) == [True] * 3 + [False] * 5
+    assert asked(room, [(nn.Tanh(), torch.zeros(20, 5))] * 2) == [False, True]  # another size is measured again
 
 
 def test_each_kind_of_block_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two text refiners that keep 20 bytes stand before six blocks that keep 200."""
     room = MeasuredMemory(torch.device("cpu"))
     monkeypatch.setattr(room, "free_bytes", lambda: 500)
-    refiner, block = torch.nn.Identity(), torch.nn.Tanh()
     text, image = torch.randn(1, 5, requires_grad=True), torch.randn(10, 5, requires_grad=True)
-    steps = [(refiner, text)] * 2 + [(block, image)] * 6
+    blocks = [(nn.Identity(), text)] * 2 + [(nn.Tanh(), image)] * 6
     for _ in range(2):
-        measured = []
-        for index, (module, x) in enumerate(steps):
-            is_recomputed, count = room.ask(index, (x,), 8, module)
-            if count is not None:
-                with count:
-                    x.exp()
-                measured.append(index)
-            assert is_recomputed == (count is None)
-        assert measured == [0, 2]
+        assert asked(room, blocks) == [False, True, False] + [True] * 5
         room.after_step()
     # 450 of 500 bytes, and the 220 of the blocks that were measured, hold three blocks of 200.
-    assert [room.ask(index, (x,), 8, module)[0] for index, (module, x) in enumerate(steps)] == [True] * 5 + [False] * 3
+    assert asked(room, blocks) == [True] * 5 + [False] * 3
+
+
+def test_a_larger_image_behind_the_same_text_is_measured_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first block sees the text alone: it says nothing of how much the blocks behind it keep."""
+    room = MeasuredMemory(torch.device("cpu"))
+    monkeypatch.setattr(room, "free_bytes", lambda: 500)
+    text = (nn.Identity(), torch.randn(1, 5, requires_grad=True))
+    small, large = ([text] + [(nn.Tanh(), torch.randn(rows, 5, requires_grad=True))] * 3 for rows in (10, 100))
+    for _ in range(2):
+        asked(room, small)
+        room.after_step()
+    assert asked(room, small) == [False] * 4
+    assert asked(room, large) == [False, False, True, True]
+    room.after_step()
+    # Each of the large ones keeps 2000 bytes: one alone fits.
+    assert asked(room, large)[1:] == [True, True, False]
+    assert asked(room, small)[1:] == [False] * 3
+
+
+def test_captions_of_almost_one_length_are_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    room = MeasuredMemory(torch.device("cpu"))
+    monkeypatch.setattr(room, "free_bytes", lambda: 0)
+    for _ in range(2):
+        asked(room, [(nn.Tanh(), torch.zeros(1000, 5, requires_grad=True))] * 3)
+        room.after_step()
+    counted = [room.ask(0, (torch.zeros(rows, 5),), nn.Tanh())[1] is not None for rows in (990, 1000, 1200)]
+    assert counted == [False, False, True]
 
 
 @pytest.mark.parametrize("large", [0, 1 << 20])

@@ -152,10 +152,11 @@ def test_measured_checkpointing_takes_the_step_again_with_more_blocks_recomputed
 def test_what_cannot_recompute_more_does_not_try_for_ever() -> None:
     room = MeasuredMemory(torch.device("cpu"))
     x = torch.zeros(2, 3)
-    room.ask(0, (x,), 1)
+    room.ask(0, (x,))
     assert [room.recompute_more() for _ in range(3)] == [True, False, False]
-    room.plain_blocks[6] = 5
-    assert [room.recompute_more() for _ in range(4)] == [True, True, True, False]  # 5, 2, 1, 0
+    for index in range(5):
+        room.ask(index, (torch.zeros(index + 1, 30),))  # each of a kind of its own
+    assert [room.recompute_more() for _ in range(4)] == [True, True, True, False]  # 5, 2, 1, 0 keep theirs
 
 
 def test_starting_without_memory_says_so(tmp_path: Path, omnigen_folder: Path) -> None:

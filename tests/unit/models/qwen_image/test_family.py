@@ -76,7 +76,6 @@ def test_an_image_of_one_step_leaves_the_levels_of_later_images_stretched(family
     assert fresh[-1] == pytest.approx(0.02, abs=1e-6)
 
 
-
 @pytest.mark.parametrize("number", [0, 1])
 def test_the_embeddings_are_the_states_of_the_language_model_behind_the_template(
     family: ModelFamily, number: int
