@@ -45,9 +45,12 @@ COMMON: Mapping[str, Any] = {
     "mixed_precision": "bf16",
     "train_batch_size": 1,
     "use_ema": False,
+    "assistant_lora_strength": 0,
 }
 RECOMPUTED = {"gradient_checkpointing": True, "gradient_checkpointing_interval": "auto"}
 OFFLOADED = RECOMPUTED | {"gradient_checkpointing_backend": "unsloth"}
+# Of a flavour that trains beside an assistant LoRA: Z-Image-Turbo's takes so much, whether it is here or not.
+ASSISTANT_BYTES = 340 * 10**6
 # A block that keeps what it computed keeps its weights too, so every block is recomputed.
 SWAPPED = {"gradient_checkpointing": True, "gradient_checkpointing_backend": "unsloth"}
 # On the processor: before they are packed, the weights may be larger than the card.
@@ -115,8 +118,9 @@ class Model:
         saved = saved_bytes(self.denoiser, base, spec.block_classes, spec.unquantised)
         swapped = swapped_bytes(run.config, family, self.denoiser)
         shapes = replace(self._shapes[side], frozen_bytes=self.frozen - saved, swapped_bytes=swapped)
-        rows, _ = memory_rows(run, family, shapes, False, available)
-        return sum(row.num_bytes for row in rows), swapped
+        assistant = ASSISTANT_BYTES if has_assistant(spec, self.flavour) else 0
+        rows, _ = memory_rows(run, family, shapes, False, available - assistant)
+        return sum(row.num_bytes for row in rows) + assistant, swapped
 
     def preset(self, gib: int) -> dict[str, Any] | None:
         """The first way that fits a card, or None."""
@@ -154,6 +158,11 @@ def write_model(spec: FamilySpec, shape: Shape, folder: Path) -> None:
     (folder / "model_index.json").write_text(json.dumps({"_class_name": spec.pipeline_class}))
 
 
+def has_assistant(spec: FamilySpec, flavour: str) -> bool:
+    """Whether a flavour trains beside an assistant LoRA."""
+    return "assistant_lora_path" in spec.defaults_for(flavour)
+
+
 def sides_of(spec: FamilySpec, flavour: str) -> list[int]:
     """Sides that a flavour is trained at, the largest first."""
     native = int(str(spec.defaults_for(flavour).get("validation_resolution", "1024")).partition("x")[0])
@@ -169,14 +178,14 @@ def shape_of(spec: FamilySpec, flavour: str) -> Shape | None:
 def presets_of(name: str, cards: Sequence[int] = CARDS) -> dict[str, Any]:
     """flavour -> GB of the card -> preset, or null where nothing fits."""
     spec = get_spec(name)
-    made: dict[tuple[int, tuple[int, ...]], dict[str, Any]] = {}  # flavours of one shape and one size are alike
+    made: dict[tuple[int, bool, tuple[int, ...]], dict[str, Any]] = {}  # flavours of one shape and one size are alike
     found: dict[str, Any] = {}
     for flavour in spec.flavours:
         shape = shape_of(spec, flavour)
         if shape is None:
             continue
         with tempfile.TemporaryDirectory() as folder:
-            key = (id(shape), tuple(sides_of(spec, flavour)))
+            key = id(shape), has_assistant(spec, flavour), tuple(sides_of(spec, flavour))
             if key not in made:
                 model = Model(spec, flavour, shape, Path(folder))
                 made[key] = {str(gib): model.preset(gib) for gib in cards}

@@ -209,7 +209,7 @@ def spec_of_name(model: str) -> FamilySpec:
     """The family of a model folder or hub id.
 
     Raises:
-        ConfigError: it cannot be told.
+        ConfigError: it is not known.
     """
     from simpletuner.models.components import ModelSource
 

@@ -104,8 +104,8 @@ def test_images_and_files_are_of_the_trained_adapter_alone(tmp_path: Path, model
         expected = numpy.asarray(Image.open(path), dtype=int)
         found = [each for each in output.rglob("*.png") if numpy.asarray(Image.open(each)).shape == expected.shape]
         assert min(abs(numpy.asarray(Image.open(each), dtype=int) - expected).max() for each in found) <= 1, kind
-    told = [each["text"] for each in metrics(output, "notice")]
-    assert any("assistant LoRA: assistant.safetensors on 12 layers, strength 1" in line for line in told)
+    notices = [each["text"] for each in metrics(output, "notice")]
+    assert any("assistant LoRA: assistant.safetensors on 12 layers, strength 1" in line for line in notices)
 
 
 @pytest.mark.slow
@@ -128,8 +128,8 @@ def test_a_resume_with_another_file_is_reported(tmp_path: Path, model: Path, ass
     train_here(folder, "--max_train_steps=1")
     write_assistant(own, family_of(model), seed=9, targets=("feed-forward",))
     output = train_here(folder)
-    told = [each["text"] for each in metrics(output, "notice")]
-    assert "changed since checkpoint-1: the assistant LoRA is another file" in told
+    notices = [each["text"] for each in metrics(output, "notice")]
+    assert "changed since checkpoint-1: the assistant LoRA is another file" in notices
 
 
 def first_loss(folder: Path, model: Path, assistant: Path | None, **options: Any) -> float:

@@ -119,11 +119,11 @@ def test_the_pipeline_makes_the_calls_and_the_latents_of_diffusers(
     states = [tensors[f"call_{call}.encoder_hidden_states"][0] for call in range(case["calls_per_step"])]
     given = {text: {"prompt_embeds": rows} for text, rows in zip(texts, states, strict=True)}
     monkeypatch.setattr(family, "prompts", GivenPrompts(given))
-    pictures = [Image.fromarray(each.numpy()) for each in references_of(tensors, ".picture")]
+    images = [Image.fromarray(each.numpy()) for each in references_of(tensors, ".picture")]
     denoiser = family.load_denoiser()
     pipeline = family.pipeline(denoiser, family.load_vae())
-    for picture, expected in zip(pictures, references_of(tensors, ".latents"), strict=True):
-        assert_near(pipeline.encode_fitted(pipeline.fit_reference(picture))[None], expected)
+    for image, expected in zip(images, references_of(tensors, ".latents"), strict=True):
+        assert_near(pipeline.encode_fitted(pipeline.fit_reference(image))[None], expected)
     calls: list[dict[str, Tensor]] = []
 
     def record(_module, _args, kwargs, output):
@@ -137,7 +137,7 @@ def test_the_pipeline_makes_the_calls_and_the_latents_of_diffusers(
         num_inference_steps=case["steps"],
         guidance_scale=case["guidance_scale"],
         latents=tensors["latents"],
-        references=[pictures],
+        references=[images],
         output_type="latent",
     ).images
     assert_near(pipeline.scheduler.sigmas, tensors["scheduler_sigmas"])

@@ -84,9 +84,9 @@ def test_latents_have_an_opaque_alpha_and_images_lose_it(family: ModelFamily):
 
 @pytest.mark.parametrize("name", ["t2i", "guided", "reference", "references"])
 def test_the_pipeline_makes_the_calls_and_the_image_of_diffusers(family: QwenImage21, name: str, monkeypatch):
-    """From text and pictures on: states, places of references, latents, guidance, steps."""
+    """From text and images on: states, places of references, latents, guidance, steps."""
     case, tensors = CASES[name], golden(name)
-    pictures = [Image.fromarray(each.numpy()) for each in references_of(tensors, ".picture")]
+    images = [Image.fromarray(each.numpy()) for each in references_of(tensors, ".picture")]
     denoiser = family.load_denoiser()
     calls: list[tuple[dict[str, Any], Tensor]] = []
     denoiser.register_forward_hook(lambda _, args, kwargs, output: calls.append((kwargs, output[0])), with_kwargs=True)
@@ -98,8 +98,8 @@ def test_the_pipeline_makes_the_calls_and_the_image_of_diffusers(family: QwenIma
 
     pipeline = family.pipeline(denoiser, family.load_vae())
     monkeypatch.setattr(family, "reference_area", case["output_resolution"] ** 2, raising=False)
-    for picture, expected in zip(pictures, references_of(tensors, ".latents"), strict=True):
-        assert_near(pipeline.encode_fitted(family.fit_reference(picture))[None], expected)
+    for image, expected in zip(images, references_of(tensors, ".latents"), strict=True):
+        assert_near(pipeline.encode_fitted(family.fit_reference(image))[None], expected)
     images = pipeline(
         case["prompts"],
         case["negative_prompt"],
@@ -108,7 +108,7 @@ def test_the_pipeline_makes_the_calls_and_the_image_of_diffusers(family: QwenIma
         num_inference_steps=case["steps"],
         guidance_scale=case["true_cfg_scale"],
         latents=tensors["latents"],
-        references=[pictures],
+        references=[images],
         callback_on_step_end=keep,
         output_type="pt",
     ).images
@@ -193,8 +193,8 @@ def test_turbo_steps_along_its_own_levels(tmp_path: Path):
 
 
 def test_references_of_other_sizes_than_the_encoder_saw_are_an_error(family: ModelFamily):
-    picture = Image.new("RGB", (64, 64), "red")
-    [row] = family.encode_prompts(["a cat"], [[PromptImage.of(picture)]])
+    image = Image.new("RGB", (64, 64), "red")
+    [row] = family.encode_prompts(["a cat"], [[PromptImage.of(image)]])
     assert int(row.tensors["image_slots"].sum()) == 4
     latents, denoiser = torch.zeros(1, 64, 4, 4), family.load_denoiser()
     for references in ([[torch.zeros(64, 2, 4)]], [[]]):
