@@ -17,7 +17,7 @@ from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from PIL import Image
 from torch import Tensor, nn
 
-from simpletuner.batch import Conditioning
+from simpletuner.batch import Conditioning, PromptImage
 from simpletuner.diffusion.timesteps import scheduler_shift
 from simpletuner.models.flow_pipeline import Callback, FlowPipeline, Generators
 from simpletuner.models.live_pipeline import fit_image
@@ -47,24 +47,29 @@ class GuidedFlowPipeline(FlowPipeline):
         """Whether a second prediction, for the negative prompt, is made."""
         return guidance_scale > 1
 
-    def guided(self, asked: Tensor, negative: Tensor, guidance_scale: float) -> Tensor:
+    def guided(self, positive: Tensor, negative: Tensor, guidance_scale: float) -> Tensor:
         """What the predictions for prompt and negative prompt make together."""
-        return negative + guidance_scale * (asked - negative)
+        return negative + guidance_scale * (positive - negative)
 
     def fit_reference(self, image: Image.Image) -> Image.Image:
         """A reference at the size that the VAE sees."""
         return fit_image(image, MAX_REFERENCE_PIXELS, self.family.spec.size_multiple)
 
     def condition(
-        self, prompts: Sequence[str], references: Sequence[Sequence[Image.Image]], guidance_scale: float
+        self,
+        prompts: Sequence[str],
+        images: Sequence[Sequence[PromptImage]] | None,
+        references: Sequence[Sequence[Tensor]],
+        guidance_scale: float,
     ) -> Conditioning:
-        """The conditioning of prompts and fitted references.
+        """The conditioning of prompts and references.
 
         Args:
+            images: the references as encoders see them; None for encoders that see none.
+            references: their latents.
             guidance_scale: for networks that take it as an input.
         """
-        seen = [[self.encode_fitted(each) for each in row] for row in references]
-        return self.family.condition_on(self.family.prompts.embeds(prompts), seen)
+        return self.family.condition_on(self.family.prompts.embeds(prompts, images), references)
 
     @torch.no_grad()
     def __call__(
@@ -102,11 +107,15 @@ class GuidedFlowPipeline(FlowPipeline):
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         negatives = [negative_prompt] * len(prompts) if isinstance(negative_prompt, str) else negative_prompt
         latents = self.first_latents(len(prompts), height, width, generator, latents)
-        images = [[self.fit_reference(each) for each in row] for row in references or [()] * len(prompts)]
-        conditionings = [self.condition(prompts, images, guidance_scale)]
+        rows = references or [()] * len(prompts)
+        seen = [[self.encode_fitted(self.fit_reference(each)) for each in row] for row in rows]
+        images = None
+        if self.family.spec.prompts_see_references:
+            images = [[self.family.prompt_image(each) for each in row] for row in rows]
+        conditionings = [self.condition(prompts, images, seen, guidance_scale)]
         if self.is_guided(guidance_scale):
             texts = [self.family.spec.negative_text(text) for text in negatives or repeat(None, len(prompts))]
-            conditionings.append(self.condition(texts, images, guidance_scale))
+            conditionings.append(self.condition(texts, images, seen, guidance_scale))
 
         def predict(latents: Tensor, sigmas: Tensor, step: int) -> Tensor:
             positive, *negative = (

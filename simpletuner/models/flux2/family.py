@@ -15,11 +15,10 @@ from typing import Any
 import torch
 from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu, format_input
 from diffusers.pipelines.flux2.system_messages import SYSTEM_MESSAGE
-from PIL import Image
 from torch import Tensor, nn
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
-from simpletuner.batch import Batch, Conditioning, PromptEmbeds
+from simpletuner.batch import Batch, Conditioning, PromptEmbeds, PromptImage
 from simpletuner.families.spec import FamilySpec
 from simpletuner.models.components import component_config, model_index
 from simpletuner.models.family import LatentMoments, ModelFamily, PromptReferences, have_one_shape, send
@@ -150,9 +149,13 @@ class Flux2Pipeline(GuidedFlowPipeline):
         return guidance_scale > 1 and not (self.family.takes_guidance or self.family.is_distilled)
 
     def condition(
-        self, prompts: Sequence[str], references: Sequence[Sequence[Image.Image]], guidance_scale: float
+        self,
+        prompts: Sequence[str],
+        images: Sequence[Sequence[PromptImage]] | None,
+        references: Sequence[Sequence[Tensor]],
+        guidance_scale: float,
     ) -> Conditioning:
-        conditioning = super().condition(prompts, references, guidance_scale)
+        conditioning = super().condition(prompts, images, references, guidance_scale)
         guidance = torch.full((len(prompts),), guidance_scale, device=self.family.device)
         return conditioning.with_tensors(guidance=guidance) if self.family.takes_guidance else conditioning
 

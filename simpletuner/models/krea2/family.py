@@ -109,5 +109,5 @@ class Krea2Pipeline(GuidedFlowPipeline):
     def is_guided(self, guidance_scale: float) -> bool:
         return guidance_scale > 0
 
-    def guided(self, asked: Tensor, negative: Tensor, guidance_scale: float) -> Tensor:
-        return asked + guidance_scale * (asked - negative)
+    def guided(self, positive: Tensor, negative: Tensor, guidance_scale: float) -> Tensor:
+        return positive + guidance_scale * (positive - negative)

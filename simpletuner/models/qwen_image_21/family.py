@@ -184,12 +184,4 @@ class QwenImage21Pipeline(GuidedFlowPipeline):
         return own if len(own) == num_steps else super().first_sigmas(num_steps)
 
     def fit_reference(self, image: Image.Image) -> Image.Image:
-        """As it is: `prompt_image` is given what was asked for."""
-        return image
-
-    def condition(
-        self, prompts: Sequence[str], references: Sequence[Sequence[Image.Image]], guidance_scale: float
-    ) -> Conditioning:
-        shown = [[self.family.prompt_image(each) for each in row] for row in references]
-        seen = [[self.encode_fitted(self.family.fit_reference(each)) for each in row] for row in references]
-        return self.family.condition_on(self.family.prompts.embeds(prompts, shown), seen)
+        return self.family.fit_reference(image)
