@@ -143,7 +143,8 @@ class Wizard(App[Outcome]):
 
     def refresh_fields(self) -> None:
         """Show the answers that count now on this page: proposals move with other answers."""
-        if self.page is None:
+        # A timer may end while the screens are being taken down.
+        if self.page is None or not self.is_running:
             return
         plan, view = make_plan(self.answers), self.query_one(f"#page-{self.position}")
         self.put(view.query(".intro").first(Static), self.page.intro(self.answers))
@@ -268,7 +269,7 @@ class Wizard(App[Outcome]):
             self.call_from_thread(self.take_report, folder, report)
 
     def take_report(self, folder: str, report: FolderReport | str) -> None:
-        if not self.query(Field):  # the screens are being taken down
+        if not self.is_running:  # the screens are being taken down
             return
         self.reports[folder] = report
         if isinstance(report, FolderReport):

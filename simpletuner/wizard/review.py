@@ -89,7 +89,8 @@ class Review(Vertical):
             self.estimated = (verdict, hardware), last
 
     def show_estimate(self, found: Estimate, verdict: Verdict, hardware: Hardware) -> None:
-        self.query_one("#estimate", Static).update(estimate_text(found, verdict, hardware))
+        if self.is_running:  # the screens may be taken down by now
+            self.query_one("#estimate", Static).update(estimate_text(found, verdict, hardware))
 
     def stop_estimate(self) -> None:
         if self.estimating is not None:
