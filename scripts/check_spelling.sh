@@ -12,7 +12,7 @@ VENV="${VENV_PATH:-$root/.venv}"
 
 # Test data, other languages, tables of names of other programs, and what is not text.
 skipped='(^|/)(constraints\.txt|banned_words\.txt|LICENSE)$|^tests/(fixtures/|golden/|unit/scripts/test_checks\.py)|^scripts/mutants/'
-skipped+='|^documentation/(images/|DECISIONS\.md)|\.zh\.md$|\.(json|png|xz|heic|safetensors|svg)$'
+skipped+='|^documentation/images/|\.zh\.md$|\.(json|png|xz|heic|safetensors|svg)$'
 if (($#)); then files=("$@"); else mapfile -t files < <(git ls-files); fi
 mapfile -t files < <(printf '%s\n' "${files[@]}" | grep -vE "$skipped")
 ((${#files[@]})) || exit 0
