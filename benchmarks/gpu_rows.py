@@ -22,8 +22,6 @@ from simpletuner.adapters.base import Adapter
 from simpletuner.adapters.full import FullAdapter
 from simpletuner.adapters.lycoris import LycorisAdapter, attach_lycoris
 from simpletuner.batch import Batch
-from simpletuner.commands.memory import mix_that_fits, swapped_out
-from simpletuner.commands.shapes import empty_batch, measure_activations, num_bytes, optimizer_bytes
 from simpletuner.config.options.optimizer import OptimizerOptions
 from simpletuner.examples import example_dir
 from simpletuner.families.registry import get_spec
@@ -36,6 +34,8 @@ from simpletuner.precision.mixed import autocast, deterministic_kernels
 from simpletuner.precision.quantise import NumberFormats, saved_bytes
 from simpletuner.training.gradient_checkpointing import GradientCheckpointing
 from simpletuner.training.kernels import compile_blocks
+from simpletuner.training.planning.memory import mix_that_fits, swapped_out
+from simpletuner.training.planning.shapes import empty_batch, measure_activations, num_bytes, optimizer_bytes
 from simpletuner.training.step import compute_losses, sample_noise
 from simpletuner.training.swapping import move_with_swap, repeated_blocks
 

@@ -21,7 +21,7 @@ import torch
 from gpu_rows import FULL, PROMPT, RandomOmniGen, lokr_of_the_example
 from torch import Tensor
 
-from simpletuner.commands.shapes import SavedBytes, measure_activations
+from simpletuner.training.planning.shapes import SavedBytes, measure_activations
 
 LIMIT = 11.5
 LAYER = 1  # the first may have an input without gradient

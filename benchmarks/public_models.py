@@ -19,11 +19,11 @@ from simpletuner.activation_memory.modules import reduce_activation_memory
 from simpletuner.adapters.lora import LoraSettings, attach_lora
 from simpletuner.adapters.lycoris import attach_lycoris
 from simpletuner.batch import PromptEmbeds
-from simpletuner.commands.shapes import empty_batch
 from simpletuner.families.registry import get_spec
 from simpletuner.models.components import ModelSource
 from simpletuner.models.flux.family import Flux
 from simpletuner.training.gradient_checkpointing import GradientCheckpointing
+from simpletuner.training.planning.shapes import empty_batch
 from simpletuner.training.step import compute_losses, sample_noise
 
 REPOSITORY = Path(__file__).resolve().parent.parent

@@ -21,9 +21,6 @@ import torch
 from released_shapes import SHAPES, Shape, embeds_of
 from torch import nn
 
-from simpletuner.commands.memory import Shapes, memory_rows, read_shapes, swapped_bytes
-from simpletuner.commands.probe import Load
-from simpletuner.commands.shapes import num_bytes
 from simpletuner.config.discovery import ConfigSource
 from simpletuner.config.loading import LoadedRun, load_source
 from simpletuner.families.presets import CARDS, PRESETS_FILE, usable_bytes
@@ -33,6 +30,8 @@ from simpletuner.hardware import GIB
 from simpletuner.models.build import build_family
 from simpletuner.models.family import ModelFamily
 from simpletuner.precision.quantise import NumberFormats, saved_bytes
+from simpletuner.training.planning.memory import Shapes, memory_rows, read_shapes, swapped_bytes
+from simpletuner.training.planning.shapes import Load, num_bytes
 from simpletuner.training.swapping import repeated_blocks
 
 SIDES = (1024, 768, 512)

@@ -199,6 +199,11 @@ def printable(text: str) -> str:
     )
 
 
+def count_text(count: int, one: str, many: str | None = None) -> str:
+    """3, `file` -> `3 files`."""
+    return f"{count:,} {one if count == 1 else many or one + 's'}"
+
+
 def _looks_western(data: bytes) -> bool:
     """Whether the bytes above ASCII stand between others, as accents do, and not in runs, as letters of CJK do."""
     letters = [letter for letter in data.decode(FALLBACK, "ignore") if letter.isalpha()]

@@ -10,7 +10,6 @@ from pathlib import Path
 from simpletuner.cache.latents import LatentCache
 from simpletuner.cache.prompts import CachedPrompts
 from simpletuner.cache.store import QUARANTINE, StoreStats, TensorStore
-from simpletuner.commands.text import count_text
 from simpletuner.config.datasets import ImageDataset, TextEmbedsDataset
 from simpletuner.config.loading import LoadedRun
 from simpletuner.data.entry_rules import latents_folder
@@ -21,6 +20,7 @@ from simpletuner.models.build import build_family
 from simpletuner.reporting.bus import EventBus
 from simpletuner.reporting.events import Notice
 from simpletuner.reporting.sinks.terminal import terminal_sink
+from simpletuner.text import count_text
 from simpletuner.training.kernels import chosen_kernels
 from simpletuner.training.latents import fingerprint_of_vae
 from simpletuner.training.preflight import check_model_folder

@@ -17,9 +17,8 @@ from simpletuner.cache.latents import LatentCache
 from simpletuner.cache.store import TensorStore
 from simpletuner.commands.captions import CaptionCheck, check_captions
 from simpletuner.commands.contact_sheet import render_sheet, write_sheet
-from simpletuner.commands.encoding import TextCost, text_cost
 from simpletuner.commands.remedies import remedies_of
-from simpletuner.commands.text import columns, count_text
+from simpletuner.commands.text import columns
 from simpletuner.config.loading import LoadedRun
 from simpletuner.data.dataset import Dataset
 from simpletuner.data.datasets import UnusableData
@@ -32,9 +31,10 @@ from simpletuner.data.tiles import NOTICEABLE, choose_images, enlargement
 from simpletuner.errors import bytes_text
 from simpletuner.models.build import build_family
 from simpletuner.models.family import ModelFamily
-from simpletuner.text import printable
+from simpletuner.text import count_text, printable
 from simpletuner.training.build import build_sampler
 from simpletuner.training.latents import fingerprint_of_vae
+from simpletuner.training.planning.encoding import TextCost, text_cost
 from simpletuner.training.preflight import check_model_folder
 from simpletuner.training.prepare import read_datasets, require_trainable
 from simpletuner.training.resuming import total_train_steps

@@ -17,10 +17,8 @@ import torch
 from simpletuner.adapters.assistant import find_assistant, wants_assistant
 from simpletuner.batch import PromptEmbeds
 from simpletuner.commands.check import cache_need, count_steps
-from simpletuner.commands.encoding import blank_image, choose_texts, encoding_cost, largest_references, text_cost
-from simpletuner.commands.memory import Row, Shapes, decode_bytes, device_memory, memory_rows, read_shapes
-from simpletuner.commands.probe import Load, StepTimes, time_encoding, time_steps
-from simpletuner.commands.text import columns, count_text, short_count
+from simpletuner.commands.probe import StepTimes, time_encoding, time_steps
+from simpletuner.commands.text import columns, short_count
 from simpletuner.config.loading import LoadedRun
 from simpletuner.config.options import TrainConfig
 from simpletuner.data.dataset import Dataset
@@ -30,11 +28,21 @@ from simpletuner.errors import bytes_text
 from simpletuner.models.build import build_family
 from simpletuner.models.family import ModelFamily
 from simpletuner.reporting.progress import duration_text
+from simpletuner.text import count_text
 from simpletuner.training.build import build_sampler
 from simpletuner.training.disk_space import LOG_BYTES, LOGS
 from simpletuner.training.earlier_runs import delete_command, earlier_size
 from simpletuner.training.kernels import chosen_kernels
 from simpletuner.training.latents import fingerprint_of_vae
+from simpletuner.training.planning.encoding import (
+    blank_image,
+    choose_texts,
+    encoding_cost,
+    largest_references,
+    text_cost,
+)
+from simpletuner.training.planning.memory import Row, Shapes, decode_bytes, device_memory, memory_rows, read_shapes
+from simpletuner.training.planning.shapes import Load
 from simpletuner.training.preflight import check_model_folder
 from simpletuner.training.prepare import read_datasets, require_trainable
 from simpletuner.training.rollout import build_rollouts

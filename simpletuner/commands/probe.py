@@ -14,7 +14,6 @@ from torch import Tensor
 from simpletuner.adapters.base import Adapter
 from simpletuner.batch import PromptEmbeds
 from simpletuner.cache.encoding import BatchEncoder
-from simpletuner.commands.shapes import empty_batch
 from simpletuner.config.loading import LoadedRun
 from simpletuner.distributed.process_group import SINGLE_PROCESS
 from simpletuner.models.family import ModelFamily
@@ -26,24 +25,10 @@ from simpletuner.training.device_placement import place_denoiser
 from simpletuner.training.gradient_checkpointing import GradientCheckpointing
 from simpletuner.training.kernels import compile_blocks
 from simpletuner.training.losses.prior_preservation import aim_at_base
+from simpletuner.training.planning.shapes import Load, empty_batch
 from simpletuner.training.step import compute_losses, sample_noise
 
 TIMED_BATCHES = 2
-
-
-@dataclass(frozen=True)
-class Load:
-    """One kind of micro-batch: images, their size in pixels, whether it is regularisation, the references of each."""
-
-    batch_size: int
-    height: int
-    width: int
-    is_regularisation: bool = False
-    references: tuple[tuple[int, int], ...] = ()
-
-    @property
-    def num_pixels(self) -> int:
-        return self.batch_size * sum(height * width for height, width in ((self.height, self.width), *self.references))
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from simpletuner.commands.captions import CaptionCheck
-from simpletuner.commands.text import count_text
 from simpletuner.data.dataset import Dataset
-from simpletuner.text import printable
+from simpletuner.text import count_text, printable
 
 MANY_ENLARGED = 0.1
 # Reasons of `transforms.py` that end with what to do.

@@ -8,11 +8,6 @@ from collections.abc import Sequence
 _NUMBER = re.compile(r"[\d.,]+(?![\w.-]).*")  # no name that begins with a digit
 
 
-def count_text(count: int, one: str, many: str | None = None) -> str:
-    """3, `file` -> `3 files`."""
-    return f"{count:,} {one if count == 1 else many or one + 's'}"
-
-
 def short_count(count: float) -> str:
     """3.76e9 -> `3.76 B`: parameters."""
     for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):

@@ -18,12 +18,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from simpletuner.commands.text import count_text
 from simpletuner.config.loading import LoadedRun
 from simpletuner.errors import SimpleTunerError, bytes_text
 from simpletuner.families.registry import get_spec
 from simpletuner.hardware import Hardware
 from simpletuner.reporting.progress import duration_text
+from simpletuner.text import count_text
 
 if TYPE_CHECKING:
     from simpletuner.wizard.project import Project

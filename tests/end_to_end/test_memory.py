@@ -14,7 +14,6 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from simpletuner.commands import plan as planning
-from simpletuner.commands.shapes import empty_batch
 from simpletuner.distributed.process_group import SINGLE_PROCESS
 from simpletuner.errors import ConfigError
 from simpletuner.models.build import build_family
@@ -22,6 +21,7 @@ from simpletuner.training.build import attach_adapter
 from simpletuner.training.device_placement import place_denoiser
 from simpletuner.training.gradient_checkpointing import GradientCheckpointing, MeasuredMemory
 from simpletuner.training.kernels import attention_kernel, compile_blocks
+from simpletuner.training.planning.shapes import empty_batch
 from simpletuner.training.step import compute_losses, sample_noise
 from simpletuner.training.swapping import SwappedBlocks, repeated_blocks
 from tests.runs import load_here, metrics, train_here, write_run

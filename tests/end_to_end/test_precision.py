@@ -12,7 +12,6 @@ import torch
 from safetensors.torch import load_file
 
 from simpletuner.cache.fingerprints import prompt_fingerprint
-from simpletuner.commands.shapes import empty_batch
 from simpletuner.config.optimizers import OPTIMIZERS
 from simpletuner.config.options import all_options
 from simpletuner.config.options.optimizer import OptimizerOptions
@@ -23,6 +22,7 @@ from simpletuner.optim.optimizers import build_optimizer
 from simpletuner.precision.linear import QuantisedLinear
 from simpletuner.precision.quantise import copy_unpacked, quantised_layers
 from simpletuner.training.build import attach_adapter
+from simpletuner.training.planning.shapes import empty_batch
 from simpletuner.training.step import compute_losses, sample_noise
 from tests.runs import load_here, metrics, require_same_bits_after_a_stop, run_cli, train_here, train_in_two, write_run
 from tests.tiny_folders import TINY_FOLDERS

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 from simpletuner.adapters.lycoris import attach_lycoris
 from simpletuner.batch import Batch
-from simpletuner.commands.memory import decode_bytes
 from simpletuner.diffusion.loss import sample_means
 from simpletuner.families.registry import family_names, get_family_class, get_spec
 from simpletuner.models.components import ModelSource, check_local_model
 from simpletuner.models.family import LatentMoments, ModelFamily
 from simpletuner.reporting.events import PreviewMade
 from simpletuner.training.losses.l2 import squared_error
+from simpletuner.training.planning.memory import decode_bytes
 from simpletuner.validation.files import ImageFiles
 from simpletuner.validation.previews import Previews
 from simpletuner.validation.prompts import GenerationSettings, ImageRequest

@@ -20,7 +20,6 @@ from simpletuner.adapters.base import Adapter
 from simpletuner.adapters.full import FullAdapter
 from simpletuner.adapters.lora import LoraSettings, attach_lora
 from simpletuner.adapters.lycoris import attach_lycoris
-from simpletuner.commands.shapes import empty_batch
 from simpletuner.config.options.optimizer import OptimizerOptions
 from simpletuner.families.registry import family_names, get_family_class, get_spec
 from simpletuner.models.components import ModelSource
@@ -29,6 +28,7 @@ from simpletuner.optim.clipping import clip_by_norm
 from simpletuner.optim.optimizers import build_optimizer
 from simpletuner.precision.quantise import NumberFormats
 from simpletuner.training.gradient_checkpointing import GradientCheckpointing
+from simpletuner.training.planning.shapes import empty_batch
 from simpletuner.training.step import compute_losses, sample_noise
 from tests.tiny_folders import TINY_FOLDERS
 

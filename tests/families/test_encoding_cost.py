@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from simpletuner.commands.encoding import blank_image, encoding_cost
 from simpletuner.families.registry import family_names, get_family_class, get_spec
 from simpletuner.models.components import ModelSource
 from simpletuner.models.text_encoders import TextEncoders
+from simpletuner.training.planning.encoding import blank_image, encoding_cost
 from tests.tiny_folders import TINY_FOLDERS
 
 PROMPTS = ["a cat", "a green star on a white background"]

@@ -11,12 +11,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from simpletuner.adapters.lora import LoraSettings, attach_lora
-from simpletuner.commands.shapes import empty_batch
 from simpletuner.families.registry import family_names, get_family_class, get_spec
 from simpletuner.models.components import ModelSource
 from simpletuner.training.losses.huber import Huber
 from simpletuner.training.losses.reflexflow import ReflexFlow
 from simpletuner.training.objective import Objective
+from simpletuner.training.planning.shapes import empty_batch
 from simpletuner.training.rollout import Rollouts, train_from_rollout
 from simpletuner.training.step import compute_losses, sample_noise
 from tests.tiny_folders import TINY_FOLDERS

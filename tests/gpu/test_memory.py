@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import nn
 
-from simpletuner.commands.shapes import empty_batch
 from simpletuner.errors import SimpleTunerError
 from simpletuner.families.registry import family_names, get_family_class, get_spec
 from simpletuner.models.components import ModelSource
 from simpletuner.optim.clipping import clip_by_norm
 from simpletuner.training.gradient_checkpointing import GradientCheckpointing
+from simpletuner.training.planning.shapes import empty_batch
 from simpletuner.training.step import compute_losses, sample_noise
 from simpletuner.training.streams import pin_in_place
 from simpletuner.training.swapping import SwappedBlocks

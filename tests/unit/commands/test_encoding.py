@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from simpletuner.commands.check import check
-from simpletuner.commands.encoding import EmptyEncoders, text_cost
-from simpletuner.commands.memory import Row
 from simpletuner.commands.plan import make_plan
 from simpletuner.commands.plan import plan as print_plan
 from simpletuner.models.build import build_family
 from simpletuner.models.text_encoders import TextEncoders
+from simpletuner.training.planning.encoding import EmptyEncoders, text_cost
+from simpletuner.training.planning.memory import Row
 from simpletuner.training.prepare import read_datasets
 from simpletuner.training.prompts import open_prompt_cache, prompts_folder, run_prompts
 from tests.runs import dataset, load_here, train_here, write_images, write_run

@@ -14,11 +14,8 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from simpletuner.commands import memory
 from simpletuner.commands import plan as planning
-from simpletuner.commands.memory import mix_that_fits
-from simpletuner.commands.probe import Load, StepTimes
-from simpletuner.commands.shapes import Activations, PeakBytes, SavedBytes, empty_batch, optimizer_bytes, step_bytes
+from simpletuner.commands.probe import StepTimes
 from simpletuner.commands.text import short_count
 from simpletuner.config.options.optimizer import OptimizerOptions
 from simpletuner.errors import bytes_text
@@ -26,6 +23,17 @@ from simpletuner.models.build import build_family
 from simpletuner.optim.optimizers import build_optimizer
 from simpletuner.training.build import attach_adapter
 from simpletuner.training.disk_space import check_disk_space
+from simpletuner.training.planning import memory
+from simpletuner.training.planning.memory import mix_that_fits
+from simpletuner.training.planning.shapes import (
+    Activations,
+    Load,
+    PeakBytes,
+    SavedBytes,
+    empty_batch,
+    optimizer_bytes,
+    step_bytes,
+)
 from simpletuner.training.step import compute_losses
 from tests.runs import dataset, load_here, train_here, write_images, write_run
 

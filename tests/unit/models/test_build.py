@@ -15,7 +15,6 @@ from typer.testing import CliRunner
 from simpletuner.cli.program import app
 from simpletuner.commands import cache
 from simpletuner.commands.check import check
-from simpletuner.commands.memory import decode_bytes
 from simpletuner.commands.plan import plan
 from simpletuner.config.loading import LoadedRun
 from simpletuner.errors import ConfigError
@@ -23,6 +22,7 @@ from simpletuner.launch import family_of_export, family_of_model
 from simpletuner.models import build
 from simpletuner.models.family import ModelFamily
 from simpletuner.models.omnigen.family import OmniGen
+from simpletuner.training.planning.memory import decode_bytes
 from simpletuner.training.trainer import train
 from tests.runs import dataset, load_here, write_images, write_run
 

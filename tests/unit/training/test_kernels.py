@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from simpletuner.commands.shapes import empty_batch
 from simpletuner.models.build import build_family
 from simpletuner.training.build import attach_adapter
 from simpletuner.training.kernels import compile_blocks
+from simpletuner.training.planning.shapes import empty_batch
 from simpletuner.training.step import compute_losses, sample_noise
 from tests.runs import load_here, write_run
 

@@ -65,6 +65,21 @@ class Activations:
         return peak
 
 
+@dataclass(frozen=True)
+class Load:
+    """One kind of micro-batch: images, their size in pixels, whether it is regularisation, the references of each."""
+
+    batch_size: int
+    height: int
+    width: int
+    is_regularisation: bool = False
+    references: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def num_pixels(self) -> int:
+        return self.batch_size * sum(height * width for height, width in ((self.height, self.width), *self.references))
+
+
 def num_bytes(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 

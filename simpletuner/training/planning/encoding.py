@@ -22,8 +22,6 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from simpletuner.batch import PromptEmbeds, PromptImage
 from simpletuner.cache.prompts import BATCH_SIZE
-from simpletuner.commands.shapes import FusedAttention, PeakBytes, num_bytes
-from simpletuner.commands.text import count_text
 from simpletuner.config.loading import LoadedRun
 from simpletuner.data.dataset import Dataset
 from simpletuner.errors import bytes_text
@@ -32,6 +30,8 @@ from simpletuner.models.components import ModelSource, component_config
 from simpletuner.models.family import ModelFamily
 from simpletuner.models.text_encoders import TextEncoders
 from simpletuner.precision.quantise import saved_bytes
+from simpletuner.text import count_text
+from simpletuner.training.planning.shapes import FusedAttention, PeakBytes, num_bytes
 from simpletuner.training.prompts import open_prompt_cache, prompts_folder, run_prompts
 
 MAX_CAPTIONS = 2000

@@ -12,15 +12,6 @@ from torch import nn
 
 from simpletuner.adapters.assistant import find_assistant
 from simpletuner.batch import PromptEmbeds
-from simpletuner.commands.probe import Load
-from simpletuner.commands.shapes import (
-    Activations,
-    PeakBytes,
-    measure_activations,
-    num_bytes,
-    optimizer_bytes,
-    step_bytes,
-)
 from simpletuner.config.loading import LoadedRun
 from simpletuner.config.options import TrainConfig
 from simpletuner.models.components import make_empty_component
@@ -30,6 +21,15 @@ from simpletuner.precision.mixed import DTYPES
 from simpletuner.precision.quantise import NO_CHANGE, get_format, quantisable, saved_bytes
 from simpletuner.training.build import attach_adapter
 from simpletuner.training.gradient_checkpointing import count_fitting
+from simpletuner.training.planning.shapes import (
+    Activations,
+    Load,
+    PeakBytes,
+    measure_activations,
+    num_bytes,
+    optimizer_bytes,
+    step_bytes,
+)
 from simpletuner.training.swapping import NUM_BUFFERS, repeated_blocks
 
 
