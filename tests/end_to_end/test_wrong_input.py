@@ -108,6 +108,7 @@ def test_images_larger_than_the_model_can_take_are_refused(tmp_path, omnigen_fol
     assert "256" in result.stderr
 
 
+@pytest.mark.slow
 def test_where_no_image_is_left_the_report_still_names_each(tmp_path, omnigen_folder):
     folder = write_run(tmp_path, omnigen_folder, [dataset("images", caption_strategy="filename")])
     (folder / "images").mkdir()

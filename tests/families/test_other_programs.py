@@ -100,7 +100,12 @@ def is_held(spec: FamilySpec, form: str, weights: AdapterWeights) -> bool:
     return is_lora or form == "lycoris" or form in spec.keys.own_names or (form != "diffusers" and not joined)
 
 
-@pytest.mark.parametrize("name", [*LORA, *LYCORIS])
+QUICK = ("default layers", "lokr")
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in (*LORA, *LYCORIS)]
+)
 @pytest.mark.parametrize("family", DENOISERS)
 def test_every_form_does_elsewhere_what_the_table_says(family: str, name: str, tmp_path: Path) -> None:
     spec, make = get_spec(family), DENOISERS[family]

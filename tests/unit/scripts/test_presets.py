@@ -39,7 +39,7 @@ def test_a_shape_has_as_many_parameters_as_the_release(family: str, flavour: str
 
 
 @pytest.mark.parametrize(
-    "family", [pytest.param(name, marks=() if name == "sd15" else pytest.mark.ci) for name in FAMILIES]
+    "family", [pytest.param(name, marks=pytest.mark.slow if name == "sd15" else pytest.mark.ci) for name in FAMILIES]
 )
 def test_the_file_holds_what_the_shapes_give(family: str):
     assert computed_presets(family) == json.loads(PRESETS_FILE.read_text())[family]

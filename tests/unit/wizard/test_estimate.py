@@ -51,6 +51,7 @@ def test_of_a_model_that_is_not_here_the_registry_s_figures_are_shown(folder: Pa
     assert "23 h 29 min at 0.3 trillion" in time
 
 
+@pytest.mark.slow
 def test_a_model_that_is_not_here_is_not_fetched_for_an_estimate(folder: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("HF_HOME", str(folder / "hub"))
     project = open_project(CONFIG, folder, CPU)

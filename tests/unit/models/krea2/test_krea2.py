@@ -106,6 +106,7 @@ def test_the_pipeline_makes_the_calls_and_the_image_of_diffusers(
     assert_near(image, tensors["image"])
 
 
+@pytest.mark.slow
 def test_a_step_of_training_has_the_loss_and_the_gradients_of_the_public_script(raw: ModelFamily):
     """Two prompts of different length in one batch."""
     tensors = golden("training")
