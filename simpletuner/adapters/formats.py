@@ -68,14 +68,17 @@ def modules_in_file(
         ConfigError: the format cannot hold this algorithm, or has no names for this family.
     """
     weights = with_multiplier_in_weights(weights)
-    if file_format == "lycoris" or file_format in spec.keys.own_names:
-        return weights.modules
     if file_format == "diffusers":
         _require_plain_lora(weights, file_format)
         return {path: _peft_module(module) for path, module in weights.modules.items()}
     if file_format == "diffsynth":
         return _diffsynth_modules(weights, spec, denoiser)
-    return original_modules(weights.modules, spec.keys, denoiser, file_format)
+    modules = weights.modules
+    if file_format != "lycoris" and file_format not in spec.keys.own_names:
+        modules = original_modules(modules, spec.keys, denoiser, file_format)
+    if file_format in spec.keys.without_alpha:
+        return {name: _without_alpha(module) if UP in module else module for name, module in modules.items()}
+    return modules
 
 
 def named(modules: Mapping[str, Module], spec: FamilySpec, file_format: Format) -> dict[str, Tensor]:
@@ -197,10 +200,13 @@ def _require_plain_lora(weights: AdapterWeights, file_format: str) -> None:
         )
 
 
+def _without_alpha(lora: Module) -> dict[str, Tensor]:
+    """A LoRA of scale 1: half of the readers would ignore its alpha, and the others apply it."""
+    return {name: tensor for name, tensor in with_unit_scale(lora).items() if name != ALPHA}
+
+
 def _peft_module(module: Module) -> dict[str, Tensor]:
-    """Without alpha, which half of the readers would ignore and the others apply."""
-    peft = with_unit_scale(module)
-    del peft[ALPHA]
+    peft = _without_alpha(module)
     if DORA in peft:  # PEFT's shape: that of the weight's rows, in front of them a one where they have more dimensions
         kernel = peft[DORA].shape[2:]
         peft[DORA] = peft[DORA].reshape(1, -1, *kernel) if kernel else peft[DORA].flatten()

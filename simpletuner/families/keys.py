@@ -41,6 +41,8 @@ class KeyTable:
         fused_in_files: the same for single files alone, where adapter files know the layers one by one.
         unused: tensors and modules of original files that no network has; they are skipped.
         own_names: forms of adapter files that have the denoiser's names, because their readers know these best.
+        without_alpha: forms of adapter files in which LoRA has the scale 1 and no alpha, because diffusers reads them
+            so, and refuses them with alpha. Of other families it takes them without an error and changes nothing.
         swapped: paths in the denoiser whose halves of rows are swapped in the original layout (scale and shift). A `$`
             stands for the last block of a model, which `in_model` finds.
         architecture: `modelspec.architecture`, in front of `/lora`; the family's name where it is empty.
@@ -53,6 +55,7 @@ class KeyTable:
     fused_in_files: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     unused: tuple[str, ...] = ()
     own_names: tuple[Form, ...] = ()
+    without_alpha: tuple[Form, ...] = ()
     swapped: tuple[str, ...] = ()
     architecture: str = ""
     base_model_version: str = ""

@@ -37,6 +37,7 @@ class Reader:
         kinds: of what they hold.
         leaves_out: fnmatch patterns of layers that it does not change, without an error.
         refuses: fnmatch patterns of layers with one of which it takes no file at all.
+        misreads: fnmatch patterns of layers that it changes in another way than they were trained, without an error.
         instead: what it does in place of the right thing; empty where it computes what was trained.
     """
 
@@ -46,6 +47,7 @@ class Reader:
     leaves_out: tuple[str, ...] = ()
     instead: str = ""
     refuses: tuple[str, ...] = ()
+    misreads: tuple[str, ...] = ()
 
     def layers_left_out(self, paths: Iterable[str]) -> list[str]:
         """Those of the adapted layers that it does not change."""
@@ -54,6 +56,10 @@ class Reader:
     def layers_refused(self, paths: Iterable[str]) -> list[str]:
         """Those of the adapted layers that make it refuse the file."""
         return [path for path in paths if _fits(path, self.refuses)]
+
+    def layers_misread(self, paths: Iterable[str]) -> list[str]:
+        """Those of the adapted layers that it changes otherwise than they were trained."""
+        return [path for path in paths if _fits(path, self.misreads)]
 
 
 def _fits(path: str, patterns: Sequence[str]) -> bool:
@@ -118,6 +124,8 @@ def reading_text(readers: Sequence[Reader], form: str, kind: str, paths: Sequenc
             remarks.append(f"{reader.program} changes none of its layers")
         elif left:
             remarks.append(f"{reader.program} leaves out {len(left)} of {len(paths)} layers")
+        elif misread := reader.layers_misread(paths):
+            remarks.append(f"{reader.program} misreads {len(misread)} of {len(paths)} layers")
         else:
             whole.append(reader.program)
     return "; ".join([f"read by {_joined(whole)}" if whole else "read by no other program that is known", *remarks])
@@ -152,6 +160,6 @@ def _cells(readers: Sequence[Reader], form: Form, kind: Kind, joins: bool) -> tu
 
 
 def _limit(reader: Reader) -> str:
-    words = {"leaves out": reader.leaves_out, "refuses files with": reader.refuses}
+    words = {"leaves out": reader.leaves_out, "misreads": reader.misreads, "refuses files with": reader.refuses}
     named = (f"{verb} {', '.join(f'`{each}`' for each in patterns)}" for verb, patterns in words.items() if patterns)
     return reader.instead or ", ".join(named)

@@ -19,13 +19,13 @@ from tests.tiny_folders import TINY_FOLDERS
 
 PROMPT = "a cat"
 SIDE = 64
-# Family -> the forms that its stock pipeline reads; ComfyUI's own is not among them.
+# Family -> the forms that its stock pipeline reads.
 READ_BY_DIFFUSERS = {
     "flux": ("diffusers", "kohya"),
     "kolors": ("diffusers", "kohya"),
-    "flux2": ("diffusers", "kohya"),
+    "flux2": ("diffusers", "kohya", "comfyui"),
     "sd15": ("diffusers", "kohya"),
-    "krea2": ("diffusers",),
+    "krea2": ("diffusers", "comfyui"),
     "sd3": ("diffusers",),
     "sdxl": ("diffusers", "kohya"),
     "qwen_image": ("diffusers", "kohya", "comfyui"),

@@ -45,6 +45,7 @@ FLUX2_KEYS = KeyTable(
         "double_blocks.*.txt_attn.qkv": tuple(f"{_DOUBLE}.attn.add_{name}_proj" for name in "qkv"),
     },
     swapped=("norm_out.linear",),
+    without_alpha=("comfyui",),
     architecture="flux-2",
     base_model_version="flux2",
     kohya_network="networks.lora_flux_2",

@@ -5,7 +5,7 @@ Sources: black-forest-labs/flux2; diffusers' `transformer_flux2.py`, `pipeline_f
 
 from __future__ import annotations
 
-from simpletuner.families.readers import Reader, usual_readers
+from simpletuner.families.readers import NO_LENGTHS, Reader, usual_readers
 from simpletuner.families.spec import AdaptableModule, Component, FamilySpec, Flavour
 from simpletuner.models.flux2.keys import FLUX2_KEYS
 
@@ -82,6 +82,9 @@ FLUX2 = FamilySpec(
             left_out_by_comfyui=("time_guidance_embed.*", *_MODULATION),
         ),
         Reader("diffusers", ("lycoris",), ("lokr",)),
+        # By the original names it does not exchange the halves of the last norm.
+        Reader("diffusers", ("comfyui",), ("lora",), misreads=("norm_out.linear",)),
+        Reader("diffusers", ("comfyui",), ("dora",), instead=NO_LENGTHS),
     ),
     reads_single_files=True,
     block_classes=("Flux2TransformerBlock", "Flux2SingleTransformerBlock"),

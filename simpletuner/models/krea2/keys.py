@@ -41,6 +41,7 @@ KREA2_KEYS = KeyTable(
         "final_layer": "last",
         "final_layer.scale_shift_table": "last.modulation.lin",
     },
+    without_alpha=("comfyui",),
     architecture="krea-2",
     base_model_version="krea2",
     kohya_network="networks.lora_krea2",

@@ -6,7 +6,7 @@ training script `train_dreambooth_lora_krea2.py`.
 
 from __future__ import annotations
 
-from simpletuner.families.readers import SILENT, Reader, usual_readers
+from simpletuner.families.readers import NO_LENGTHS, SILENT, Reader, usual_readers
 from simpletuner.families.spec import AdaptableModule, Component, FamilySpec, Flavour
 from simpletuner.models.krea2.keys import KREA2_KEYS
 
@@ -62,6 +62,8 @@ KREA2 = FamilySpec(
     readers=(
         *usual_readers(left_out_of_kohya=None, silent=("kohya",), others=("musubi-tuner",)),
         Reader("diffusers", ("kohya",), ("lokr", "loha"), instead=SILENT),
+        Reader("diffusers", ("comfyui",), ("lora",)),
+        Reader("diffusers", ("comfyui",), ("dora",), instead=NO_LENGTHS),
     ),
     reads_single_files=True,
     block_classes=("Krea2TransformerBlock",),
