@@ -1,6 +1,6 @@
 """Did the adapter learn the concept, and did it forget anything? Judged from the pixels, by a program.
 
-Base and adapter generate the same prompts from the same noise: the new shape in (colour, background) pairs that the
+Base and adapter generate the same prompts from the same noise: the new shape in (color, background) pairs that the
 training set lacks, and old shapes. The sheet shows every image with its verdict, so that a person can check the
 judge; its green frame means right.
 
@@ -76,7 +76,7 @@ def make_generator(model: Path, adapter: Path | None, steps: int, guidance: floa
 
 
 def unseen_pairs(concept: Path) -> list[tuple[str, str]]:
-    """(colour, background) pairs that the captions of the training set lack."""
+    """(color, background) pairs that the captions of the training set lack."""
     captions = [path.read_text(encoding="utf-8") for path in sorted(concept.glob("*.txt"))]
     if not captions:
         raise SystemExit(f"error: there are no captions (*.txt) in {concept}")

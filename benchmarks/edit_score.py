@@ -1,9 +1,9 @@
 """Does an adapter learn to edit? Trained on pairs of the tiny world, judged on inputs that it has not seen, by pixels.
 
-The shipped tiny OmniGen was trained on text alone. Rows of `records` teach it one edit, "recolor the shape <colour>":
-the reference has a shape in one colour, the target is the same image in another one. Held-out inputs are combinations
-of shape, colour and background that no row has, on either side. An edit is right where the shape, of the same kind and
-in the same place, has the asked colour, and the rest of the image is what it was. The sheet shows input, base and
+The shipped tiny OmniGen was trained on text alone. Rows of `records` teach it one edit, "recolor the shape <color>":
+the reference has a shape in one color, the target is the same image in another one. Held-out inputs are combinations
+of shape, color and background that no row has, on either side. An edit is right where the shape, of the same kind and
+in the same place, has the asked color, and the rest of the image is what it was. The sheet shows input, base and
 adapter; a green frame means right.
 
     python benchmarks/edit_score.py                       # makes the pairs, trains, judges
@@ -61,7 +61,7 @@ Generator = Callable[[Sequence["Edit"]], list[Image.Image]]
 
 @dataclass(frozen=True)
 class Edit:
-    """One edit: a scene, its jitter, and the colour that its shape is to have."""
+    """One edit: a scene, its jitter, and the color that its shape is to have."""
 
     scene: Scene
     colour: str
@@ -81,7 +81,7 @@ class Edit:
 
 
 def sample_edits(seed: int) -> tuple[list[Edit], list[Edit]]:
-    """Edits to train on and held-out ones, whose combinations of shape, colour and background no trained one has."""
+    """Edits to train on and held-out ones, whose combinations of shape, color and background no trained one has."""
     rng = random.Random(seed)
     combinations = [(s, c, b) for s in OLD_SHAPES for c in COLOURS for b in BACKGROUNDS]
     rng.shuffle(combinations)

@@ -2,7 +2,7 @@
 
 Both sides train the same LoKr on the same random OmniGen (4 to 5 million parameters, 128 px, batch 4, bfloat16) with
 the same clip and optimizer, EMA off. The bare loop is forward, backward, clip and step on tensors that lie in memory;
-the trainer reads its cache, draws noise, tokenises captions, reports. They run in turn, each in a process of its own.
+the trainer reads its cache, draws noise, tokenizes captions, reports. They run in turn, each in a process of its own.
 
     python benchmarks/step_overhead.py
 

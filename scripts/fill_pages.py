@@ -64,7 +64,7 @@ def table(name: str) -> str:
 
 
 def models_table() -> str:
-    """Each family with its page and flavours, and how its first flavour trains on a small and on a middle card."""
+    """Each family with its page and flavors, and how its first flavor trains on a small and on a middle card."""
     small, middle = CARDS[0], 24
     rows = []
     for family in FAMILIES:
@@ -76,12 +76,12 @@ def models_table() -> str:
         found = presets_of(family, spec.default_flavour)
         ways = [preset.way() if (preset := found.get(card)) else "" for card in (small, middle)]
         rows.append(f"| {title} | {', '.join(spec.flavours)} | {' | '.join(ways)} |")
-    head = f"| model | flavours | a LoRA on {small} GB | on {middle} GB |"
+    head = f"| model | flavors | a LoRA on {small} GB | on {middle} GB |"
     return "\n".join([head, "|---|---|---|---|", *rows])
 
 
 def presets_table() -> str:
-    """What trains on which card: a row for each flavour of other needs."""
+    """What trains on which card: a row for each flavor of other needs."""
     rows = []
     for family in FAMILIES:
         alike: dict[tuple[str, ...], list[str]] = {}

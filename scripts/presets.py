@@ -48,7 +48,7 @@ COMMON: Mapping[str, Any] = {
 }
 RECOMPUTED = {"gradient_checkpointing": True, "gradient_checkpointing_interval": "auto"}
 OFFLOADED = RECOMPUTED | {"gradient_checkpointing_backend": "unsloth"}
-# Of a flavour that trains beside an assistant LoRA: Z-Image-Turbo's takes so much, whether it is here or not.
+# Of a flavor that trains beside an assistant LoRA: Z-Image-Turbo's takes so much, whether it is here or not.
 ASSISTANT_BYTES = 340 * 10**6
 # A block that keeps what it computed keeps its weights too, so every block is recomputed.
 SWAPPED = {"gradient_checkpointing": True, "gradient_checkpointing_backend": "unsloth"}
@@ -158,18 +158,18 @@ def write_model(spec: FamilySpec, shape: Shape, folder: Path) -> None:
 
 
 def has_assistant(spec: FamilySpec, flavour: str) -> bool:
-    """Whether a flavour trains beside an assistant LoRA."""
+    """Whether a flavor trains beside an assistant LoRA."""
     return "assistant_lora_path" in spec.defaults_for(flavour)
 
 
 def sides_of(spec: FamilySpec, flavour: str) -> list[int]:
-    """Sides that a flavour is trained at, the largest first."""
+    """Sides that a flavor is trained at, the largest first."""
     native = int(str(spec.defaults_for(flavour).get("validation_resolution", "1024")).partition("x")[0])
     return [side for side in SIDES if side <= native]
 
 
 def shape_of(spec: FamilySpec, flavour: str) -> Shape | None:
-    """The shape of a flavour: its own, or that of the family's first one that has any."""
+    """The shape of a flavor: its own, or that of the family's first one that has any."""
     own = SHAPES.get((spec.name, flavour))
     return own or next((shape for (family, _), shape in SHAPES.items() if family == spec.name), None)
 
@@ -177,7 +177,7 @@ def shape_of(spec: FamilySpec, flavour: str) -> Shape | None:
 def presets_of(name: str, cards: Sequence[int] = CARDS) -> dict[str, Any]:
     """flavour -> GB of the card -> preset, or null where nothing fits."""
     spec = get_spec(name)
-    made: dict[tuple[int, bool, tuple[int, ...]], dict[str, Any]] = {}  # flavours of one shape and one size are alike
+    made: dict[tuple[int, bool, tuple[int, ...]], dict[str, Any]] = {}  # flavors of one shape and one size are alike
     found: dict[str, Any] = {}
     for flavour in spec.flavours:
         shape = shape_of(spec, flavour)

@@ -48,7 +48,7 @@ def write_images(folder: Path, count: int) -> None:
 
 
 def render_landscape(size: tuple[int, int], rng: random.Random) -> Image.Image:
-    """A sky that brightens towards the ground, a sun and two ranges of hills: something to see in a thumbnail."""
+    """A sky that brightens toward the ground, a sun and two ranges of hills: something to see in a thumbnail."""
     width, height = size
     hue = rng.randrange(360)
     image = Image.new("RGB", size)

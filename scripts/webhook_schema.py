@@ -118,7 +118,7 @@ _DATA: dict[str, Schema] = {
             "curve": _CURVE,
             "regularisation_steps": _documented(
                 {"type": "array", "items": COUNT},
-                "Steps of the curve on regularisation data alone, whose loss is the distance from the base model.",
+                "Steps of the curve on regularization data alone, whose loss is the distance from the base model.",
             ),
             "outputs": {"type": "object", "additionalProperties": TEXT},
             "commands": {"type": "array", "items": TEXT},

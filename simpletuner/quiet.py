@@ -1,6 +1,6 @@
 """Keeps remarks that libraries make about themselves while they are imported off the terminal.
 
-diffusers imports every quantisation library that is installed, whether a run uses it or not, and lycoris and peft do
+diffusers imports every quantization library that is installed, whether a run uses it or not, and lycoris and peft do
 the same: there is no switch to load them later. Each then says which of its optional kernels this machine lacks. Those
 kernels are not used here, and what a run does use is checked by name at its start.
 """

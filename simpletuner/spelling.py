@@ -1,4 +1,4 @@
-"""What a misspelt name most likely means: every "did you mean" asks here."""
+"""What a misspelled name most likely means: every "did you mean" asks here."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def did_you_mean(word: str, known: Iterable[str]) -> str | None:
 def nearest(word: str, known: Iterable[str]) -> str | None:
     """The known name that `word` most likely means, or None where none is near.
 
-    Ranked by the number of single-letter edits (insertion, deletion, replacement, exchange of neighbours), then by
+    Ranked by the number of single-letter edits (insertion, deletion, replacement, exchange of neighbors), then by
     difflib's ratio; names that differ in more than a third of their letters are not near.
     """
     folded = word.lower().replace("-", "_")
@@ -38,7 +38,7 @@ def nearest(word: str, known: Iterable[str]) -> str | None:
 
 
 def edit_distance(a: str, b: str) -> int:
-    """Single-letter edits from `a` to `b`, an exchange of neighbours counting as one (optimal string alignment)."""
+    """Single-letter edits from `a` to `b`, an exchange of neighbors counting as one (optimal string alignment)."""
     before, previous = [0] * (len(b) + 1), list(range(len(b) + 1))
     for i, x in enumerate(a, 1):
         current = [i]

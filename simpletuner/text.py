@@ -183,7 +183,7 @@ def fault_in(text: str) -> str | None:
 
 
 def for_terminal(text: str) -> str:
-    """`text` with its lines, but control characters, which move the cursor or change colours, as escapes."""
+    """`text` with its lines, but control characters, which move the cursor or change colors, as escapes."""
     return _CONTROL.sub(lambda found: printable(found[0]), text)
 
 

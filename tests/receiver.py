@@ -18,7 +18,7 @@ class Receiver:
     """Received requests and what the server answers.
 
     Attributes:
-        behaviour: `ok`, `hangs`, `drips`, or a status as text.
+        behavior: `ok`, `hangs`, `drips`, or a status as text.
         requests: bodies of all requests that came whole, in order; (headers, body).
         accepted: the events (raw) that were answered with 204, in order.
     """

@@ -34,7 +34,7 @@ EMBEDDING_STD = 0.1
 
 
 def build_transformer(vocab_size: int, pad_token_id: int, seed: int) -> OmniGenTransformer2DModel:
-    """A fresh transformer with an initialisation that suits its width."""
+    """A fresh transformer with an initialization that suits its width."""
     num_frequencies = HIDDEN_SIZE // NUM_HEADS // 2
     factors = [1.0] * num_frequencies
     transformer = OmniGenTransformer2DModel(

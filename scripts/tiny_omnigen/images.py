@@ -1,7 +1,7 @@
 """Images for the autoencoders: half of the tiny world, half of anything flat with edges.
 
 An autoencoder that has seen only eight shapes would be useless for anybody's next concept, so it also learns
-random polygons, ellipses, strokes and colours, several to an image.
+random polygons, ellipses, strokes and colors, several to an image.
 """
 
 from __future__ import annotations

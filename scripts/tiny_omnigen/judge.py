@@ -36,7 +36,7 @@ from tiny_omnigen.shapes import (
 # Intersection over union with the true shape. Measured at 64 px: real drawings 0.92 and more, decoded by the VAE 0.86
 # and more, from latents with 30 % noise 0.81 and more, old shapes taken for the new one 0.66 at most.
 OVERLAP_THRESHOLD = 0.75
-# Euclidean distance in 8-bit RGB from the palette's colour; neighbours in the palette are 68 or more apart.
+# Euclidean distance in 8-bit RGB from the palette's color; neighbors in the palette are 68 or more apart.
 COLOUR_DISTANCE = 45.0
 # Below this distance from the background a pixel is never part of a shape.
 SMALLEST_CONTRAST = 40.0
@@ -57,14 +57,14 @@ class Verdict:
 
 
 def nearest_colour(colour: np.ndarray, palette: dict[str, tuple[int, int, int]]) -> tuple[str, float]:
-    """Name of the nearest colour of the palette, and the distance to it."""
+    """Name of the nearest color of the palette, and the distance to it."""
     distances = {name: float(np.linalg.norm(colour - np.array(value))) for name, value in palette.items()}
     name = min(distances, key=distances.__getitem__)
     return name, distances[name]
 
 
 def segment(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Background colour, shape colour and shape mask of an image, (H, W, 3) float."""
+    """Background color, shape color and shape mask of an image, (H, W, 3) float."""
     border = np.concatenate([pixels[:2].reshape(-1, 3), pixels[-2:].reshape(-1, 3)])
     border = np.concatenate([border, pixels[:, :2].reshape(-1, 3), pixels[:, -2:].reshape(-1, 3)])
     background = np.median(border, axis=0)
@@ -137,7 +137,7 @@ class Judge:
         elif not mask.any():
             reason = "nothing generated"
         elif colour != scene.colour or colour_error > COLOUR_DISTANCE:
-            reason = f"colour {colour} ({colour_error:.0f} off)"
+            reason = f"color {colour} ({colour_error:.0f} off)"
         elif shape != scene.shape:
             reason = f"looks like a {shape} ({overlaps[shape]:.2f})"
         elif overlap < OVERLAP_THRESHOLD:

@@ -29,7 +29,7 @@ def make_autoencoders() -> None:
 
 
 def write_images() -> None:
-    """The old shapes in all colours, sizes and positions, with captions; never the new shape."""
+    """The old shapes in all colors, sizes and positions, with captions; never the new shape."""
     if not (BUILD / "pretraining" / "128").is_dir():
         run(sys.executable, SCRIPTS / "render_pretraining_data.py", "--output", BUILD / "pretraining")
 

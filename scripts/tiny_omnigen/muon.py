@@ -1,4 +1,4 @@
-"""Muon: momentum whose update matrices are orthogonalised (K. Jordan et al., 2024).
+"""Muon: momentum whose update matrices are orthogonalized (K. Jordan et al., 2024).
 
 On the small VAE it reached after 1,100 steps the training loss (0.115) that a similar run with AdamW had after 3,000,
 and the images were clearer. The optimizer that ships with torch takes matrices only; most weights of a VAE are
@@ -12,7 +12,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-# Of the quintic a*x + b*x^3 + c*x^5, which pushes every singular value towards 1, fastest the small ones.
+# Of the quintic a*x + b*x^3 + c*x^5, which pushes every singular value toward 1, fastest the small ones.
 QUINTIC = (3.4445, -4.7750, 2.0315)
 NUM_ITERATIONS = 5
 

@@ -1,6 +1,6 @@
 """Generates the data of the shipped example: the new shape to learn, a held-out part, and old shapes to remember.
 
-The concept images cover half of the (colour, background) pairs, each colour and each background as often, so
+The concept images cover half of the (color, background) pairs, each color and each background as often, so
 that `benchmarks/concept_score.py` can ask for the pairs that they lack.
 
     python scripts/tiny_omnigen/render_example_data.py
@@ -25,7 +25,7 @@ SIDE = 128
 
 
 def seen_pairs() -> list[tuple[str, str]]:
-    """Half of the (colour, background) pairs; every colour meets four backgrounds, every background four colours."""
+    """Half of the (color, background) pairs; every color meets four backgrounds, every background four colors."""
     return [
         (colour, background)
         for i, colour in enumerate(COLOURS)
@@ -49,7 +49,7 @@ def concept_scenes(rng: random.Random) -> tuple[list[Scene], list[Scene]]:
 
 
 def regularisation_scenes(rng: random.Random) -> list[Scene]:
-    """One scene of an old shape for each (colour, background) pair."""
+    """One scene of an old shape for each (color, background) pair."""
     pairs = [(colour, background) for colour in COLOURS for background in BACKGROUNDS]
     rng.shuffle(pairs)
     return [

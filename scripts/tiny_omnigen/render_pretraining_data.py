@@ -32,6 +32,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("build/tiny_omnigen/pretraining"))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
+        "--images",
         "--pictures",
         nargs="+",
         default=["64:12000", "128:3000"],

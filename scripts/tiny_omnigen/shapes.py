@@ -2,7 +2,7 @@
 
 The shipped tiny OmniGen must generate crisp images after little training, and a program must be able to say from
 the pixels alone whether an image is right. Both need a world in which a caption fixes the image up to a
-small jitter: one shape, one colour, one flat background, a size, a position.
+small jitter: one shape, one color, one flat background, a size, a position.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ SHAPES = (*OLD_SHAPES, NEW_SHAPE)
 
 # Radius of the circumscribed circle as a share of the image's side; "" is the medium size, which has no word.
 SIZES = {"small": 0.22, "": 0.28, "large": 0.36}
-# Direction of the offset from the centre; "" is the centre, which has no words.
+# Direction of the offset from the center; "" is the center, which has no words.
 POSITIONS = {
     "": (0, 0),
     "on the left": (-1, 0),
@@ -142,7 +142,7 @@ def write_mask(
 
 
 def paint(mask: np.ndarray, colour: Sequence[int], background: Sequence[int]) -> np.ndarray:
-    """Blends two flat colours by coverage: uint8, (H, W, 3)."""
+    """Blends two flat colors by coverage: uint8, (H, W, 3)."""
     blend = mask[..., None]
     image = blend * np.asarray(colour, np.float32) + (1 - blend) * np.asarray(background, np.float32)
     return np.round(image).astype(np.uint8)
@@ -174,7 +174,7 @@ def draw(scene: Scene, height: int = 64, width: int | None = None, rng: random.R
 
 
 def sample_scene(rng: random.Random, shapes: Sequence[str] = OLD_SHAPES) -> Scene:
-    """A scene generated evenly over shapes, colours, backgrounds, sizes and positions."""
+    """A scene generated evenly over shapes, colors, backgrounds, sizes and positions."""
     return Scene(
         rng.choice(shapes),
         rng.choice(list(COLOURS)),

@@ -46,16 +46,16 @@ WARMUP_STEPS = 100
 LEARNING_RATE = 2e-3
 MUON_LEARNING_RATE = 0.012
 # The VAE starts on small images, many to a batch, and for a while its first three channels are pulled to the
-# local mean colour; both only shorten the way to colours.
+# local mean color; both only shorten the way to colors.
 SMALL_SIZE, SMALL_STEPS = (32, 64), 800
 GUIDE_STEPS = 400
 
 
 def build_vae() -> AutoencoderKL:
-    """A small VAE whose initialisation lets colours through from the first step.
+    """A small VAE whose initialization lets colors through from the first step.
 
-    Group norm over few channels and the usual shrinking convolutions hide the colour of a flat area: one group,
-    unit-gain convolutions and quiet residual branches learn colours in 200 steps instead of several thousand.
+    Group norm over few channels and the usual shrinking convolutions hide the color of a flat area: one group,
+    unit-gain convolutions and quiet residual branches learn colors in 200 steps instead of several thousand.
     """
     vae = AutoencoderKL(
         block_out_channels=(32, 32, 48, 64),
@@ -95,7 +95,7 @@ def sample_size(rng: random.Random) -> tuple[int, int]:
 
 
 def image_loss(generated: torch.Tensor, true: torch.Tensor) -> torch.Tensor:
-    """L1 on the pixels, and L1 on the differences of neighbours: a soft edge costs as much as a wrong colour."""
+    """L1 on the pixels, and L1 on the differences of neighbors: a soft edge costs as much as a wrong color."""
     loss = F.l1_loss(generated, true)
     for dim in (-1, -2):
         loss = loss + EDGE_WEIGHT * F.l1_loss(generated.diff(dim=dim), true.diff(dim=dim))

@@ -9,7 +9,7 @@ from simpletuner.adapters.effect import weight_change
 from simpletuner.adapters.weights import ALPHA, DOWN, UP, AdapterWeights, Module, alpha_tensor, is_whole_lokr, rank_of
 from simpletuner.errors import ConfigError, Problem
 
-# Above this size of the smaller side a full decomposition takes minutes; a randomised one is near enough.
+# Above this size of the smaller side a full decomposition takes minutes; a randomized one is near enough.
 FULL_SVD_SIDE = 1024
 
 
@@ -20,7 +20,7 @@ def compress(weights: AdapterWeights, denoiser: nn.Module, rank: int) -> tuple[A
         the LoRA, and the part of the whole change that is lost: 0 is none of it, 1 all.
 
     Raises:
-        ConfigError: the adapter changes biases or normalisations, which a LoRA cannot.
+        ConfigError: the adapter changes biases or normalizations, which a LoRA cannot.
     """
     layers = dict(denoiser.named_modules())
     modules: dict[str, dict[str, Tensor]] = {}
@@ -34,7 +34,7 @@ def compress(weights: AdapterWeights, denoiser: nn.Module, rank: int) -> tuple[A
         if bias is not None or change.dim() < 2:
             raise ConfigError(
                 Problem(
-                    f"{path}: the adapter changes a bias or a normalisation, which a plain LoRA cannot hold",
+                    f"{path}: the adapter changes a bias or a normalization, which a plain LoRA cannot hold",
                     key="--rank",
                     fix="export it in the lycoris format, or merge it into the model with --merge",
                 )

@@ -32,7 +32,7 @@ def weight_change(
     """What the adapter adds to a layer's weight and bias, in float32; None where the bias stays.
 
     Args:
-        layer: linear, convolutional without groups, or a normalisation; with plain weights.
+        layer: linear, convolutional without groups, or a normalization; with plain weights.
         module: the adapter's tensors for it.
         device: where this is computed and the results are; None is where the layer is.
 

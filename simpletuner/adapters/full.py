@@ -79,7 +79,7 @@ class FullAdapter(Adapter):
             Problem(
                 "prior preservation takes its target from the base model, which full fine-tuning overwrites",
                 key="is_regularisation_data",
-                allowed="regularisation datasets with model_type lora",
+                allowed="regularization datasets with model_type lora",
                 fix="remove is_regularisation_data from the dataset, or train an adapter",
             )
         )

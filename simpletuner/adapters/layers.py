@@ -1,6 +1,6 @@
-"""Layers that an adapter can sit on, seen through quantisation.
+"""Layers that an adapter can sit on, seen through quantization.
 
-A quantised layer has a class of its own (`QuantisedLinear`, quanto's `QLinear`) or a packed weight inside of a plain
+A quantized layer has a class of its own (`QuantisedLinear`, quanto's `QLinear`) or a packed weight inside of a plain
 `Linear` (torchao). Presets and targets name the class that the layer had before, so that is what counts here.
 """
 
@@ -15,17 +15,17 @@ ADAPTABLE_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether a layer is a linear one, quantised or not: every library derives its own from torch's."""
+    """Whether a layer is a linear one, quantized or not: every library derives its own from torch's."""
     return isinstance(module, nn.Linear)
 
 
 def is_adaptable(module: nn.Module) -> bool:
-    """Whether a layer is linear or convolutional, quantised or not."""
+    """Whether a layer is linear or convolutional, quantized or not."""
     return isinstance(module, ADAPTABLE_LAYERS)
 
 
 def is_layer(module: nn.Module) -> bool:
-    """Whether a module holds weights of its own, quantised or not, and is no mere container of others."""
+    """Whether a module holds weights of its own, quantized or not, and is no mere container of others."""
     return is_adaptable(module) or next(module.parameters(recurse=False), None) is not None
 
 
@@ -33,7 +33,7 @@ def layer_class(module: nn.Module) -> str:
     """The class name by which a configuration calls a module: for a linear or convolutional layer torch's own.
 
     A subclass that the model itself defines (`LoRACompatibleConv`, `FP32LayerNorm`) keeps its name: only what comes
-    from a quantisation library was something else before.
+    from a quantization library was something else before.
     """
     cls = type(module)
     if is_adaptable(module) and cls.__module__.startswith(QUANTISERS):

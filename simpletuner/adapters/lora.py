@@ -289,7 +289,7 @@ def _take_start(layers: Mapping[str, LoraLayer], settings: LoraSettings) -> None
         weight = cast(Tensor, layer.get_base_layer().weight)
         if weight.is_meta:
             continue
-        # A quantised weight is of a class of its own, even where it calls itself floating.
+        # A quantized weight is of a class of its own, even where it calls itself floating.
         if weight.dim() != 2 or not weight.is_floating_point() or type(weight) not in (Tensor, nn.Parameter):
             message = f"{settings.init} decomposes the weight of {path}, which is packed or no matrix"
             raise ConfigError(Problem(message, key="lora_init_type", fix="use default or gaussian"))

@@ -2,7 +2,7 @@
 
 Both give the adapter a part of the weight and leave the rest frozen: `W = (W - s B0 A0) + s B0 A0`. PEFT rewrites the
 frozen weight for that, so that a file only works on that residual, and the base is gone: prior preservation, a
-quantised base and every loader need it. Here the base stays as it is and a frozen second LoRA takes the start away:
+quantized base and every loader need it. Here the base stays as it is and a frozen second LoRA takes the start away:
 `W + s (B A - B0 A0)`, which has the same gradients and is saved as one LoRA of twice the rank, as PEFT's own
 conversion does.
 """
@@ -23,7 +23,7 @@ def start_factors(weight: Tensor, rank: int, scale: float, init: str) -> tuple[T
 
     Args:
         weight: (out, in), not packed.
-        init: one of `BASE_STARTS`; `pissa_niter_16` is the randomised, faster decomposition.
+        init: one of `BASE_STARTS`; `pissa_niter_16` is the randomized, faster decomposition.
     """
     matrix = weight.detach().float()
     if init == "olora":

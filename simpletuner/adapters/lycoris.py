@@ -176,7 +176,7 @@ def attach_lycoris(
 ) -> LycorisAdapter:
     """Freeze the denoiser and attach a new adapter to it, as `lycoris` says.
 
-    The adapter starts as no change at all. Equal seeds give equal weights. A quantised base is quantised before this.
+    The adapter starts as no change at all. Equal seeds give equal weights. A quantized base is quantized before this.
 
     Args:
         denoiser: gets the adapter as its child `adapter`.
@@ -275,7 +275,7 @@ def _create_network(
     options = {key: value for key, value in lycoris.items() if key not in ("apply_preset", "preset")}
     if options.get("bypass_mode"):  # chosen by `prepare_module`: LyCORIS takes it where it is wrong too
         del options["bypass_mode"]
-    # The classes that the layers have now: a quantised `Linear` may be a `QLinear`.
+    # The classes that the layers have now: a quantized `Linear` may be a `QLinear`.
     classes: dict[str, set[str]] = {}
     for module in denoiser.modules():
         classes.setdefault(layer_class(module), set()).add(type(module).__name__)

@@ -112,7 +112,7 @@ def beside_the_base(module: LycorisBaseModule) -> LycorisBaseModule:
 
 
 def is_usable_norm(module: LycorisBaseModule) -> bool:
-    """Whether a module on a normalisation can compute: LyCORIS makes some that fail in their forward pass.
+    """Whether a module on a normalization can compute: LyCORIS makes some that fail in their forward pass.
 
     It knows LayerNorm and GroupNorm with weight and bias; RMSNorm has no place in it.
     """

@@ -52,10 +52,10 @@ def resolve_targets(lycoris: Mapping[str, Any], spec: FamilySpec, present_classe
 
     An alias of the family is used where the denoiser has no class of the name that was written. Without
     `apply_preset`, all linear and convolutional layers are adapted, as LyCORIS does, and with `train_norm` the
-    normalisations that it knows.
+    normalizations that it knows.
 
     Args:
-        present_classes: names by `layer_class`, which sees through quantisation.
+        present_classes: names by `layer_class`, which sees through quantization.
     """
     preset = with_preset_applied(lycoris, spec).get("apply_preset") or {}
     module_map = preset.get("module_algo_map", {})

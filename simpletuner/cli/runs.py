@@ -125,7 +125,7 @@ def configure(
     goal: Annotated[str | None, typer.Option(help="subject, style, edit or full.")] = None,
     family: Annotated[str | None, typer.Option(help="Model family.")] = None,
     flavour: Annotated[str | None, typer.Option(help="Published checkpoint of the family.")] = None,
-    model: Annotated[str | None, typer.Option(help="Model folder or hub id in place of the flavour's.")] = None,
+    model: Annotated[str | None, typer.Option(help="Model folder or hub id in place of the flavor's.")] = None,
     data: Annotated[str | None, typer.Option(help="Folder with the images.")] = None,
     eval_data: Annotated[str | None, typer.Option(help="Folder with images that are never trained on.")] = None,
     regularisation_data: Annotated[str | None, typer.Option(help="Folder for prior preservation.")] = None,

@@ -52,7 +52,7 @@ def monitor(
     run_monitor(output_dir, host, port, token, say, until_eof)
 
 
-@app.command(short_help="The model families: flavours, licences, sizes, what each supports.")
+@app.command(short_help="The model families: flavors, licenses, sizes, what each supports.")
 def models(
     name: Annotated[str | None, typer.Argument(help="A family; without one all are listed.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,

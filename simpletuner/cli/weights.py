@@ -36,7 +36,7 @@ def generate(
     steps: Annotated[int | None, typer.Option(help="Sampling steps.", min=1)] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale; 1 is none.", min=0)] = None,
     guidance_image: Annotated[
-        float | None, typer.Option(help="Guidance towards the references, where the family has it.", min=0)
+        float | None, typer.Option(help="Guidance toward the references, where the family has it.", min=0)
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the first image; each further image adds 1.", min=0)] = 42,
     count: Annotated[int, typer.Option(help="Images per prompt.", min=1)] = 1,

@@ -20,7 +20,7 @@ class CaptionCheck:
         num_captions: all variants of all images.
         num_different: texts that differ.
         num_empty: nothing but blanks, as filters may leave them.
-        counted: captions that were tokenised, evenly spread where there are more.
+        counted: captions that were tokenized, evenly spread where there are more.
         tokens: (least, median, most) tokens with the model's template; None where the family cannot tell.
         limit: tokens that reach the denoiser.
         num_cut: of the counted ones, those that are longer.

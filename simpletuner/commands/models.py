@@ -1,4 +1,4 @@
-"""`simpletuner models`: which families and flavours there are, what they need, and what each supports.
+"""`simpletuner models`: which families and flavors there are, what they need, and what each supports.
 
 Everything comes from the specs, so it is reported without torch and without a model.
 """
@@ -46,7 +46,7 @@ def show_models(name: str | None, as_json: bool, say: Say, warn: Say) -> None:
 
 
 def short_lines(spec: FamilySpec) -> list[str]:
-    """Title, and a row for each flavour."""
+    """Title, and a row for each flavor."""
     rows = [
         (flavour.name, flavour.hub_id, _size(flavour), _card(spec, flavour), flavour.licence)
         for flavour in spec.flavours.values()

@@ -129,7 +129,7 @@ def something_new_is_learned(draft: Draft) -> Iterator[Problem]:
     starts_as_base = draft.config.model_type == "lora" and not draft.config.init_lora
     if starts_as_base and used and all(entry.is_regularisation_data for entry in used):
         message = (
-            "all datasets are regularisation data, whose target is what the base model predicts: the loss would be 0"
+            "all datasets are regularization data, whose target is what the base model predicts: the loss would be 0"
         )
         fix = "add a dataset to learn from, or set it to false"
         yield draft.dataset_problem(used[0], "is_regularisation_data", message, fix=fix)

@@ -1,6 +1,6 @@
 """The entries of `multidatabackend.json`: one class per kind of dataset, every key declared once.
 
-A misspelt or unknown key is an error here, as it is in `config.json`. Values that an entry leaves out and that
+A misspelled or unknown key is an error here, as it is in `config.json`. Values that an entry leaves out and that
 `config.json` has a default for are filled in by `with_defaults`, and nowhere else.
 """
 

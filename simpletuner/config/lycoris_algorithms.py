@@ -151,5 +151,5 @@ def _faults_of_norms(lycoris: Mapping[str, Any], layer_classes: set[str], title:
         message = "cannot be used with train_norm: LyCORIS keeps the rows that it should drop"
         yield ("rank_dropout",), message, "remove one of them"
     if not layer_classes & set(NORMS):
-        message = f"{title} has no normalisation that LyCORIS can train: it knows LayerNorm and GroupNorm"
+        message = f"{title} has no normalization that LyCORIS can train: it knows LayerNorm and GroupNorm"
         yield ("train_norm",), message, "remove it"

@@ -1,4 +1,4 @@
-"""From settings as written to one setting per option: old names, retired names, misspelt names, layers."""
+"""From settings as written to one setting per option: old names, retired names, misspelled names, layers."""
 
 from __future__ import annotations
 

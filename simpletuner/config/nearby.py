@@ -1,4 +1,4 @@
-"""What lies where a path leads, or almost where it leads: a misspelt file is found by its neighbours."""
+"""What lies where a path leads, or almost where it leads: a misspelled file is found by its neighbors."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def exists(path: Path) -> bool:
 
 
 def nearest_path(path: Path) -> Path | None:
-    """The existing path whose parts are those of `path`, or are spelt almost like them."""
+    """The existing path whose parts are those of `path`, or are spelled almost like them."""
     if exists(path):
         return path
     if path == path.parent:

@@ -74,7 +74,7 @@ class Folders:
         )
 
     def nearest(self, path: Path, is_folder: bool) -> Path | None:
-        """What exists and is spelt almost like `path`, relative as it is."""
+        """What exists and is spelled almost like `path`, relative as it is."""
         for place in self.places(path):
             found = nearest_path(place)
             if found is not None and found.is_dir() == is_folder:

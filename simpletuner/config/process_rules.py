@@ -64,7 +64,7 @@ def sharding_takes_plain_weights(draft: Draft) -> Iterator[Problem]:
     precision = draft.config.base_model_precision
     if draft.config.fsdp_enable and precision not in (None, "no_change"):
         yield draft.problem(
-            f'cannot spread weights quantised as "{precision}": their packed form has no parts',
+            f'cannot spread weights quantized as "{precision}": their packed form has no parts',
             "fsdp_enable",
             fix="set base_model_precision to no_change: spread over two processes, bf16 takes what int8 takes on one",
         )

@@ -47,7 +47,7 @@ def exactly_one_length_is_set(draft: Draft) -> Iterator[Problem]:
 def flavour_belongs_to_the_family(draft: Draft) -> Iterator[Problem]:
     flavour, spec = draft.config.model_flavour, draft.spec
     if spec and flavour and flavour not in spec.flavours:
-        message = f'"{flavour}" is no flavour of {spec.title}'
+        message = f'"{flavour}" is no flavor of {spec.title}'
         fix = did_you_mean(flavour, spec.flavours)
         yield draft.problem(message, "model_flavour", ", ".join(spec.flavours), fix)
 

@@ -29,7 +29,7 @@ class BucketRules:
         resolution: shorter side in pixels (`pixel`), megapixels (`area`), or side in pixels of the square of equal
             area (`pixel_area`). The three sizes below are in the same unit.
         resolution_type: what `resolution` measures.
-        crop: False keeps the image's aspect; only what rounding to `alignment` leaves over is cut off, centred.
+        crop: False keeps the image's aspect; only what rounding to `alignment` leaves over is cut off, centered.
         crop_aspect: aspect of what is cut out; read only where `crop` is True.
         crop_style: where it is cut out; `corner` is the top left one.
         aspect_buckets: (aspect, weight) to choose from, for `closest` and `random`; aspect is width / height.

@@ -29,7 +29,7 @@ def place_of(digest: str) -> float:
 def hold_out(datasets: Sequence[Dataset], share: float) -> list[Dataset]:
     """The datasets without what is held out, followed by an eval dataset `<id>.holdout` for each that lost something.
 
-    Held-out images are taken out of regularisation datasets too, and not evaluated there: their target is the base's.
+    Held-out images are taken out of regularization datasets too, and not evaluated there: their target is the base's.
 
     Args:
         share: of the images, 0 to 1.

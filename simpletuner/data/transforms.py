@@ -1,6 +1,6 @@
 """From the bytes of an image file to pixels, and what makes a file unusable.
 
-Pillow is lenient where a trainer must not be: it opens truncated files, clips 16-bit values, shows the colours hidden
+Pillow is lenient where a trainer must not be: it opens truncated files, clips 16-bit values, shows the colors hidden
 under transparency and ignores the camera's orientation. Each of these is settled here, once, for the scan that checks
 a dataset and for the read that feeds the VAE.
 """
@@ -66,7 +66,7 @@ _UPRIGHT = {
     8: "ROTATE_90",
 }
 _ORIENTATION_TAG = 0x0112
-# Set in `info` of what `_load` gives: 16-bit colours that Pillow reads in 8 bits.
+# Set in `info` of what `_load` gives: 16-bit colors that Pillow reads in 8 bits.
 _LOW_BYTES_LOST = "simpletuner low bytes lost"
 
 # What Pillow's readers raise on damaged files; there is no common base class, and each of these has been seen.
@@ -180,7 +180,7 @@ def checked_bytes(data: bytes, digest: str) -> bytes:
 def load_mask(data: bytes, crop: Crop, is_flipped: bool = False, binary: bool = False) -> torch.Tensor:
     """The brightness of an image, cut as `crop` says: (1, H, W) float32 in [0, 1]. What is transparent is 0.
 
-    Values are weights and no colours: no profile is applied, and a smaller or larger mask is averaged or repeated,
+    Values are weights and no colors: no profile is applied, and a smaller or larger mask is averaged or repeated,
     never rung by a sharper filter.
 
     Args:
@@ -197,10 +197,10 @@ def load_mask(data: bytes, crop: Crop, is_flipped: bool = False, binary: bool = 
     image = _decode(data)
     if binary and image.info.get(_LOW_BYTES_LOST):
         raise UnusableImage(
-            "16-bit colours are read with 8 bits, so small labels would be black; save it with 8 bits per channel, or "
-            "as 16-bit grey"
+            "16-bit colors are read with 8 bits, so small labels would be black; save it with 8 bits per channel, or "
+            "as 16-bit gray"
         )
-    if image.mode.startswith("I"):  # 16-bit grey, as it is: a label of 1 is not black
+    if image.mode.startswith("I"):  # 16-bit gray, as it is: a label of 1 is not black
         stored = np.clip(np.asarray(image).astype(np.float32), 0, 65535)
         values = (stored > 0).astype(np.float32) if binary else stored / 65535
     else:
@@ -221,7 +221,7 @@ def _mask_values(image: Image.Image, binary: bool) -> NDArray[np.float32]:
     try:
         image = image.convert("RGBA")
     except ValueError as error:
-        raise UnusableImage(f"its colours cannot be read: {error}") from None
+        raise UnusableImage(f"its colors cannot be read: {error}") from None
     covers = np.asarray(image.getchannel("A"), dtype=np.float32) / np.float32(255)
     channels = image.convert("RGB")
     if binary:
@@ -322,7 +322,7 @@ def _loaded(image: Image.Image) -> Image.Image:
 
 
 def _loses_low_bytes(image: Image.Image) -> bool:
-    """Whether Pillow will read 16-bit colours in 8 bits: it names the stored form before it decodes."""
+    """Whether Pillow will read 16-bit colors in 8 bits: it names the stored form before it decodes."""
     if image.mode.startswith("I"):
         return False
     for tile in getattr(image, "tile", ()):
@@ -365,7 +365,7 @@ def _to_srgb(image: Image.Image) -> Image.Image:
 
 
 def _apply_profile(image: Image.Image, profile: bytes | None) -> Image.Image:
-    """Convert to sRGB by the embedded profile; a damaged profile, or one of another colour space, says nothing."""
+    """Convert to sRGB by the embedded profile; a damaged profile, or one of another color space, says nothing."""
     from PIL import ImageCms
 
     if not profile and image.mode != "LAB":
@@ -384,7 +384,7 @@ def _apply_profile(image: Image.Image, profile: bytes | None) -> Image.Image:
 
 
 def _scale_to_8_bits(image: Image.Image) -> Image.Image:
-    """16-bit grey to 8 bits by scale; Pillow's own conversion clips everything above 255."""
+    """16-bit gray to 8 bits by scale; Pillow's own conversion clips everything above 255."""
     import numpy as np
     from PIL import Image
 

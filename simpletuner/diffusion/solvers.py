@@ -92,7 +92,7 @@ class Solver:
 
 
 def _first_order(noisy: Tensor, data: Tensor, level: Level, target: Level) -> tuple[Tensor, Tensor]:
-    """The step that keeps the implied noise, and the (B,) amount by which it moves towards `data`."""
+    """The step that keeps the implied noise, and the (B,) amount by which it moves toward `data`."""
     kept = target.noise / level.noise
     amount = target.signal - level.signal * kept
     return _like(kept, noisy) * noisy + _like(amount, noisy) * data, amount

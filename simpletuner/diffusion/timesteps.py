@@ -37,7 +37,7 @@ def logit_normal_sigmas(quantiles: Tensor, mean: float = 0.0, std: float = 1.0) 
 
 
 def shifted_sigmas(sigmas: Tensor, shift: Tensor | float) -> Tensor:
-    """Sigmas moved towards noise, `s sigma / (1 + (s - 1) sigma)`; a shift of 1 leaves them.
+    """Sigmas moved toward noise, `s sigma / (1 + (s - 1) sigma)`; a shift of 1 leaves them.
 
     Source: Esser et al. (arXiv 2403.03206), equation 23. FLUX.1's `exp(mu) / (exp(mu) + 1 / sigma - 1)` is the same
     with s = exp(mu).

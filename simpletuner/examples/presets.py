@@ -18,7 +18,7 @@ _HEAD = """// A LoRA of {title} ({hub_id}) on a card of {card} GB.
 
 
 def presets() -> Iterator[tuple[str, FamilySpec, Flavour, int, Preset]]:
-    """Name, family, flavour, GB of the card, options."""
+    """Name, family, flavor, GB of the card, options."""
     for family in FAMILIES:
         spec = get_spec(family)
         for flavour in spec.flavours.values():
@@ -28,7 +28,7 @@ def presets() -> Iterator[tuple[str, FamilySpec, Flavour, int, Preset]]:
 
 
 def preset_lines() -> list[str]:
-    """A line for each flavour: its names in short, and what the smallest card does."""
+    """A line for each flavor: its names in short, and what the smallest card does."""
     cards: dict[str, list[int]] = {}
     smallest: dict[str, Preset] = {}
     for name, _, _, card, preset in presets():

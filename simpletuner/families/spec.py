@@ -110,7 +110,7 @@ class FamilySpec:
         drops_references: where a caption is dropped, the references of its image are too.
         prompt_lengths: numbers of tokens that `tokenizer_max_length` may set; None where the family reads prompts of
             one length.
-        caches_prompt_embeds: False where the prompt is only tokenised (nothing worth caching).
+        caches_prompt_embeds: False where the prompt is only tokenized (nothing worth caching).
         prompt_tensors: names of the tensors that `encode_prompts` makes of a prompt; what a file of embeddings holds.
             Empty where files of them are not read.
         dropped_caption: what a dropped caption becomes.
@@ -126,9 +126,9 @@ class FamilySpec:
         keys: names of the denoiser's modules in kohya's and ComfyUI's files.
         diffsynth: names of the denoiser's modules in DiffSynth-Studio; None where it has no such model.
         readers: which other programs read adapter files of the family.
-        block_classes: repeated blocks, for checkpointing, FSDP and compile; quantisation packs their linear layers.
+        block_classes: repeated blocks, for checkpointing, FSDP and compile; quantization packs their linear layers.
         unadaptable: fnmatch patterns of layers on which no adapter may sit.
-        unquantised: fnmatch patterns of linear layers in them that are never packed.
+        unquantized: fnmatch patterns of linear layers in them that are never packed.
         pipeline_class: name written to `model_index.json`.
         preview_decoder: hub id of the tiny autoencoder that decodes previews; a model folder may carry its own in
             `preview_decoder/`.
@@ -194,7 +194,7 @@ class FamilySpec:
     def __post_init__(self) -> None:
         names = {flavour.name for flavour in self.flavours.values()}
         if names != self.flavours.keys() or self.default_flavour not in names:
-            raise ValueError(f"{self.name}: flavours {', '.join(names)} are listed as {', '.join(self.flavours)}")
+            raise ValueError(f"{self.name}: flavors {', '.join(names)} are listed as {', '.join(self.flavours)}")
 
     @property
     def size_multiple(self) -> int:
@@ -202,7 +202,7 @@ class FamilySpec:
         return self.vae_factor * self.patch_size
 
     def defaults_for(self, flavour: str | None) -> dict[str, Any]:
-        """Option -> default of a flavour; None is the family's first. An unknown flavour has the family's own."""
+        """Option -> default of a flavor; None is the family's first. An unknown flavor has the family's own."""
         chosen = self.flavours.get(flavour or self.default_flavour)
         return {**self.defaults, **(chosen.defaults if chosen else {})}
 

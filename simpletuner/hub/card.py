@@ -9,7 +9,7 @@ from typing import Any
 from simpletuner import __version__
 from simpletuner.templating import render
 
-# Names of licences as families carry them -> identifiers that the Hub knows; others are "other" with their name.
+# Names of licenses as families carry them -> identifiers that the Hub knows; others are "other" with their name.
 LICENCES: Mapping[str, str] = {
     "mit": "mit",
     "apache 2.0": "apache-2.0",
@@ -34,7 +34,7 @@ class CardFacts:
         title: of the run.
         model: how people call the family.
         base_model: hub id of the base; None where it was a folder of the user's.
-        licence: of the base, as the family names it.
+        license: of the base, as the family names it.
         kind: what was trained: `full`, or the adapter's kind (`lokr`, `lora`, `dora`, ...).
         usage: Python that generates images with it.
         step: optimizer steps done.

@@ -14,7 +14,7 @@ FINAL_ANSWERS = (400, 401, 403, 404, 409, 422)
 
 
 def make_api() -> HfApi:
-    """A client with the token of the environment or of `hf auth login`; it honours HF_ENDPOINT."""
+    """A client with the token of the environment or of `hf auth login`; it honors HF_ENDPOINT."""
     from huggingface_hub import HfApi
 
     return HfApi(library_name="simpletuner")

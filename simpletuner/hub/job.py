@@ -31,7 +31,7 @@ class HubJob:
         is_private: whether a new repository is.
         each_checkpoint: whether checkpoints are uploaded, beside the end.
         waits: whether training waits for the upload of a checkpoint.
-        spec, kind, base_model, licence, options, instance_prompts, is_safe, note, readers: as in `CardFacts`.
+        spec, kind, base_model, license, options, instance_prompts, is_safe, note, readers: as in `CardFacts`.
         form: of the adapter's file (`lora_format`, or `lycoris`).
         title: name of the run.
     """

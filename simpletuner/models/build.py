@@ -33,7 +33,7 @@ def build_family(config: TrainConfig) -> ModelFamily:
 
 
 def model_source(config: TrainConfig) -> ModelSource:
-    """Where the weights are: the configured folder or hub id, else the hub id of the flavour."""
+    """Where the weights are: the configured folder or hub id, else the hub id of the flavor."""
     spec = get_spec(config.model_family)
     flavour = spec.flavours[config.model_flavour or spec.default_flavour]
     model, file = config.pretrained_model_name_or_path, config.pretrained_transformer_model_name_or_path

@@ -324,7 +324,7 @@ def _not_fetched(name: str, repository: str, key: str, error: Exception) -> Data
     fix = "check the connection and HF_ENDPOINT, or give a model folder; what was fetched before is used without it"
     if isinstance(error, GatedRepoError):
         reason = "its owner must let you in"
-        fix = f"accept the licence on https://huggingface.co/{repository}, then log in: hf auth login"
+        fix = f"accept the license on https://huggingface.co/{repository}, then log in: hf auth login"
     elif isinstance(error, RepositoryNotFoundError):
         reason, fix = (
             "there is no such model on the hub, or it is private",

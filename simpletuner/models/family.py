@@ -69,7 +69,7 @@ class PromptSource(Protocol):
 
 
 class EncodedPrompts:
-    """Encodes prompts when they are asked for: what families that only tokenise always do."""
+    """Encodes prompts when they are asked for: what families that only tokenize always do."""
 
     def __init__(self, family: ModelFamily):
         self.family = family
@@ -183,7 +183,7 @@ class ModelFamily(ABC):
         return replace(self.spec, prediction_type=self.prediction_type, keys=keys)
 
     def training_shift(self, num_patches: int) -> float:
-        """How far training moves sigmas towards noise: as the scheduler of the model says.
+        """How far training moves sigmas toward noise: as the scheduler of the model says.
 
         A family overrides it where its pipeline shifts in another way than it was trained, or where distilled weights
         have one shift for all sizes.

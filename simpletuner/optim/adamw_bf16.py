@@ -134,7 +134,7 @@ class AdamWBF16(torch.optim.Optimizer):
 
 
 def stochastic_bf16(values: Tensor, generator: torch.Generator) -> Tensor:
-    """Round float32 to one of the two neighbouring bfloat16 numbers so that the expected value is exact.
+    """Round float32 to one of the two neighboring bfloat16 numbers so that the expected value is exact.
 
     bfloat16 is the upper half of float32: a uniform 16-bit number added to the lower half carries into the upper half
     with exactly the right probability. Values that bfloat16 holds exactly stay.

@@ -38,7 +38,7 @@ class EMA:
 
     @torch.no_grad()
     def update(self, parameters: Mapping[str, nn.Parameter], step: int) -> None:
-        """Move the average towards the live parameters, if it is its turn.
+        """Move the average toward the live parameters, if it is its turn.
 
         Args:
             step: optimizer steps done so far, 1 after the first.

@@ -1,7 +1,7 @@
 """Learning rate schedules as pure functions of the optimizer step: there is no state to save, none to get wrong.
 
 Formulas are those of diffusers' `optimization.py` (constant, linear, cosine, cosine_with_restarts, polynomial), with
-one generalisation: where diffusers ends at 0, the rate ends at `lr_end`.
+one generalization: where diffusers ends at 0, the rate ends at `lr_end`.
 """
 
 from __future__ import annotations

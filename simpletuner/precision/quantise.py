@@ -91,7 +91,7 @@ def quantised_layers(module: nn.Module) -> dict[str, QuantisedLinear]:
 
 
 def copy_unpacked(quantised: nn.Module, plain: nn.Module) -> None:
-    """Give a plain copy of a model the weights that a quantised one computes with."""
+    """Give a plain copy of a model the weights that a quantized one computes with."""
     for name, layer in quantised_layers(quantised).items():
         own: Tensor = plain.get_submodule(name).weight  # type: ignore[assignment]
         own.data.copy_(layer.unpacked(own.dtype))

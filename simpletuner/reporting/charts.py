@@ -39,7 +39,7 @@ def loss_series(train: Points, prior: Points, evaluation: Points, base: float | 
 
     Args:
         train: (step, loss).
-        prior: steps on regularisation data alone, whose loss is the distance from the base model.
+        prior: steps on regularization data alone, whose loss is the distance from the base model.
         evaluation: eval loss.
         base: eval loss of the untouched base model.
     """

@@ -1,7 +1,7 @@
 """The loss curve of a run as a PNG, from `metrics.jsonl`.
 
 Training loss is noisy (each step sees other timesteps), so its smoothed course is plotted over the raw one. Steps on
-regularisation data alone have a loss of another kind (distance from the base model) and a curve of their own. The eval
+regularization data alone have a loss of another kind (distance from the base model) and a curve of their own. The eval
 loss, which sees the same noise each time, is plotted point by point and is the curve to trust.
 """
 
@@ -32,7 +32,7 @@ FONTS = ("DejaVu Sans", "Noto Sans CJK SC", "WenQuanYi Zen Hei", "PingFang SC", 
 
 @dataclass(frozen=True)
 class Curves:
-    """(step, loss) pairs in order of step; `prior` are the steps on regularisation data alone."""
+    """(step, loss) pairs in order of step; `prior` are the steps on regularization data alone."""
 
     run_name: str = ""
     train: Points = field(default_factory=list)

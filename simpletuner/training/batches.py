@@ -58,7 +58,7 @@ class Window:
 
     @property
     def weight(self) -> float:
-        """What all samples of the window count together; the loss of the step is normalised by it."""
+        """What all samples of the window count together; the loss of the step is normalized by it."""
         weights = [sample_weights(batch.loss_weights, batch.masks).sum() for batch in self.batches]
         return max(float(sum(weights)), 1e-12)
 

@@ -254,7 +254,7 @@ def clip_gradients(model: Model, config: TrainConfig) -> Tensor:
 
 
 def weighted_sums(window: Window, losses: list[Losses]) -> tuple[float, float, float, float]:
-    """(loss, weight) of all samples of the window, and (loss, weight) of its regularisation samples."""
+    """(loss, weight) of all samples of the window, and (loss, weight) of its regularization samples."""
     pairs = torch.stack([torch.stack([micro.weighted_sum.detach(), micro.weights.sum()]) for micro in losses]).tolist()
     sums, weights = zip(*pairs, strict=True)
     kept = [index for index, batch in enumerate(window.batches) if batch.is_regularisation]
@@ -262,7 +262,7 @@ def weighted_sums(window: Window, losses: list[Losses]) -> tuple[float, float, f
 
 
 def weighted_means(loss: float, weight: float, kept_loss: float, kept_weight: float) -> tuple[float, float | None]:
-    """(mean over all samples, mean over regularisation samples or None) from `weighted_sums`."""
+    """(mean over all samples, mean over regularization samples or None) from `weighted_sums`."""
     return loss / max(weight, 1e-12), kept_loss / kept_weight if kept_weight else None
 
 

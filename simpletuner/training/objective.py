@@ -37,7 +37,7 @@ class SigmaSchedule:
         beta: of `beta`.
         mode_scale: of `mode`.
         values: of `custom`.
-        shift: moves what was drawn towards noise; None does so as the family does, 1 not at all.
+        shift: moves what was drawn toward noise; None does so as the family does, 1 not at all.
         shifts_by_size: take the shift of the image's number of patches.
         curve: how that shift grows.
         terminal: the least noise level; what was drawn is spread over the levels from there on.

@@ -51,7 +51,7 @@ def probable_reason(loss: float, batches: Sequence[Batch], mixed_precision: str)
     if all(batch.masks is not None and not bool((batch.masks > 0).any()) for batch in batches):
         return "the masks of these images leave nothing to train on; look at the masks"
     if all(batch.is_regularisation for batch in batches):
-        return "these images are regularisation data, whose target is what the base model predicts; add training images"
+        return "these images are regularization data, whose target is what the base model predicts; add training images"
     if loss and mixed_precision == "fp16":
         return "the gradients are too small for fp16; use mixed_precision bf16"
     if loss:

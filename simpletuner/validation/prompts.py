@@ -47,7 +47,7 @@ class GenerationSettings:
         negative_prompt: None leaves the family's own default.
         guidance_rescale: 0 is none; only for pipelines that have it.
         true_guidance: real guidance of a distilled model; 1 is none.
-        image_guidance: guidance towards the references; None leaves the pipeline's own.
+        image_guidance: guidance toward the references; None leaves the pipeline's own.
         skipped: only for pipelines that can skip layers.
     """
 

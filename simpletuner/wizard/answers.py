@@ -85,8 +85,8 @@ class Answers:
         hardware: of this machine.
         trains_on: GiB of the GPU that the run is written for; None: it trains on this machine.
         family: name in the registry.
-        flavour: of the family; None is its default.
-        model: folder or hub id in place of the flavour's.
+        flavor: of the family; None is its default.
+        model: folder or hub id in place of the flavor's.
         images: folder to train on, as typed; `eval_images` and `regularisation_images` likewise, or empty.
         reference_images: folder of what the images are made from, to teach an edit; or empty.
         reference_type: `reference_strict` or `reference_loose`; None is proposed.

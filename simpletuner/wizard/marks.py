@@ -1,6 +1,6 @@
-"""Buttons that show without colours what is chosen, and a list in which arrows choose.
+"""Buttons that show without colors what is chosen, and a list in which arrows choose.
 
-Textual's own tell by colour alone, which not every terminal and not every eye has; and in its list the arrows only
+Textual's own tell by color alone, which not every terminal and not every eye has; and in its list the arrows only
 move, so that who goes on to the next page has chosen nothing.
 """
 

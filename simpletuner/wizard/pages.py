@@ -50,7 +50,7 @@ def pages() -> tuple[Page, ...]:
                 _field_question("eval_images", "Held-out folder", _EVAL_HELP, "folder"),
                 *option_questions({"eval_holdout": "Held-out share"}),
                 _field_question(
-                    "regularisation_images", "Regularisation", _REGULARISATION_HELP, "folder", applies=is_adapter
+                    "regularisation_images", "Regularization", _REGULARISATION_HELP, "folder", applies=is_adapter
                 ),
             ),
         ),
@@ -124,7 +124,7 @@ _ASKED_AS = {
     "user_prompt_library": "prompts",
 }
 _MODEL_HELP = (
-    "A folder in diffusers layout, or the hub id (owner/name) of another checkpoint. Empty: the flavour, fetched from "
+    "A folder in diffusers layout, or the hub id (owner/name) of another checkpoint. Empty: the flavor, fetched from "
     "the hub at the first start."
 )
 _IMAGES_HELP = "Folder with the training images, subfolders included. It is scanned as you type."

@@ -194,7 +194,7 @@ def test_a_model_edits_an_image_on_the_command_line(tmp_path: Path, model: Path)
         )
         assert result.returncode == 0, result.stderr
     assert (tmp_path / "0.png").read_bytes() != (tmp_path / "1.png").read_bytes()
-    # The pipeline's own guidance towards the references is 1.6.
+    # The pipeline's own guidance toward the references is 1.6.
     for value, is_same in (("1.6", True), ("4", False)):
         words = ("--reference", "sources/001.png", "--guidance-image", value, "--output", f"{value}.png")
         assert run_forked(tmp_path, "generate", *options, *words).returncode == 0

@@ -219,7 +219,7 @@ def test_one_eval_dataset_can_be_chosen(tmp_path: Path, omnigen_folder: Path):
 def test_the_training_loss_is_reported_by_noise_level(tmp_path: Path, omnigen_folder: Path):
     output = train_here(write_run(tmp_path, omnigen_folder))
     [event] = metrics(output, "loss_by_sigma")
-    # Regularisation samples are compared with the base itself and do not count.
+    # Regularization samples are compared with the base itself and do not count.
     records = [record for record in metrics(output, "step_done") if "regularisation_loss" not in record["extra"]]
     assert (event["step"], event["first_step"]) == (8, records[0]["step"])
     assert sum(count for *_, count in event["bins"]) == sum(record["samples"] for record in records)

@@ -293,7 +293,7 @@ def test_compiled_blocks_train_in_a_run(tmp_path: Path, omnigen_folder: Path) ->
 
 @pytest.mark.ci
 def test_a_compiled_base_without_its_adapter_is_the_base(tmp_path: Path, omnigen_folder: Path) -> None:
-    """The first batch of this run is regularisation: an adapter that changes nothing yet is compared with the base."""
+    """The first batch of this run is regularization: an adapter that changes nothing yet is compared with the base."""
     folder = write_run(tmp_path, omnigen_folder, max_train_steps=1, dynamo_backend="inductor")
     [step] = metrics(train_here(folder), "step_done")
     assert step["extra"]["regularisation_loss"] == pytest.approx(0, abs=1e-9)

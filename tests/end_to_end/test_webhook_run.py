@@ -31,7 +31,7 @@ def pixels(event: dict[str, Any]) -> numpy.ndarray:
 
 
 def sharpness(event: dict[str, Any]) -> float:
-    """Mean square of the differences between neighbours: blurred edges have less."""
+    """Mean square of the differences between neighbors: blurred edges have less."""
     image = pixels(event)
     return float((numpy.diff(image, axis=0) ** 2).mean() + (numpy.diff(image, axis=1) ** 2).mean())
 
@@ -102,4 +102,4 @@ def test_a_run_that_is_killed_while_its_service_is_down_loses_no_checkpoint(
     assert of_type(server, "training.status")[-1]["data"]["status"] == "completed"
     assert list(spool.glob("*-*.json")) == []
     weights = "pytorch_lora_weights.safetensors"
-    assert (output / weights).read_bytes() == (plain / weights).read_bytes(), "and the run learnt what it would have"
+    assert (output / weights).read_bytes() == (plain / weights).read_bytes(), "and the run learned what it would have"

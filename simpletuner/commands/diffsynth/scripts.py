@@ -24,7 +24,7 @@ class Script:
     Args:
         name: as the command calls it.
         family: of this program.
-        flavour: whose hub id has the tokenizers and configurations that the original files lack.
+        flavor: whose hub id has the tokenizers and configurations that the original files lack.
         paths: flag of each file or folder of weights -> help.
         safetensors: the repository that has these weights in diffusers' layout, without pickles.
         targets: of `--lora_target_modules`.

@@ -37,7 +37,7 @@ class AdapterOptions(OptionGroup):
         None,
         help="LoRA that is on while training and off in validation, generation and all files, so that distilled "
         "weights (Turbo, schnell) keep their few steps; it never trains. A `.safetensors` file, a folder with one of "
-        "a usual name, or a hub id, perhaps with a file behind it (`owner/name/file.safetensors`). Some flavours have "
+        "a usual name, or a hub id, perhaps with a file behind it (`owner/name/file.safetensors`). Some flavors have "
         "one by default.",
     )
     assistant_lora_strength: Float = option(
@@ -64,7 +64,7 @@ class AdapterOptions(OptionGroup):
         help="First weights of standard LoRA. `pissa` and `olora` start from parts of the base's own weights; their "
         "files have twice the rank, so that they fit the untouched model.",
         planned_values={
-            "loftq": "it replaces the base by a quantised one, without which the file is of no use; set "
+            "loftq": "it replaces the base by a quantized one, without which the file is of no use; set "
             "base_model_precision instead",
             **dict.fromkeys(("eva", "corda", "lora_ga"), _NEEDS_DATA),
         },

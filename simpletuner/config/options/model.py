@@ -53,13 +53,13 @@ class ModelOptions(OptionGroup):
         level="basic",
     )
     pretrained_model_name_or_path: Text | None = option(
-        None, help="Folder in diffusers layout, or hub id (owner/name). Unset: the flavour's hub id.", level="basic"
+        None, help="Folder in diffusers layout, or hub id (owner/name). Unset: the flavor's hub id.", level="basic"
     )
     pretrained_transformer_model_name_or_path: Text | None = option(
         None,
         help="Single `.safetensors` file with the denoiser, and perhaps more, as ComfyUI and the original releases "
         "keep it; what it holds is taken from it, all else from the model. A whole model in one file may be named by "
-        "`pretrained_model_name_or_path`; what it lacks comes from the flavour's hub id. "
+        "`pretrained_model_name_or_path`; what it lacks comes from the flavor's hub id. "
         "`pretrained_unet_model_name_or_path` is read too.",
     )
     pretrained_vae_model_name_or_path: Text | None = option(

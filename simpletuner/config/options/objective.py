@@ -76,7 +76,7 @@ class ObjectiveOptions(OptionGroup):
     timestep_bias_end: Float = option(1000, help="Most noise of `range`, in thousandths.", ge=0, le=1000)
     flow_schedule_shift: Float | None = option(
         None,
-        help="For flow families: move the noise levels of training towards noise (above 1) or data (below 1). Unset or "
+        help="For flow families: move the noise levels of training toward noise (above 1) or data (below 1). Unset or "
         "0: as the family has it.",
         ge=0,
         le=100,

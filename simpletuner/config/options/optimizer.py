@@ -16,11 +16,11 @@ REFUSED_OPTIMIZERS = {
     "torch-sparseadam": "it takes sparse gradients, which no layer here makes; use torch-adam",
     "dadaptation": "its package is no longer maintained; use prodigy, which follows from it",
     "deepspeed-adamw": "it is DeepSpeed's own; use adamw_bf16",
-    "sdnq-adamw": "it stands on another quantisation library; use ao-adamw8bit",
-    "sdnq-adafactor": "it stands on another quantisation library; use adafactor",
-    "sdnq-came": "it stands on another quantisation library; use came",
-    "sdnq-lion": "it stands on another quantisation library; use bnb-lion8bit",
-    "sdnq-muon": "it stands on another quantisation library; use muon",
+    "sdnq-adamw": "it stands on another quantization library; use ao-adamw8bit",
+    "sdnq-adafactor": "it stands on another quantization library; use adafactor",
+    "sdnq-came": "it stands on another quantization library; use came",
+    "sdnq-lion": "it stands on another quantization library; use bnb-lion8bit",
+    "sdnq-muon": "it stands on another quantization library; use muon",
 }
 
 OptimizerName = Literal[

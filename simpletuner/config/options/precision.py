@@ -7,9 +7,9 @@ from typing import Any, Literal
 from simpletuner.config.options.declare import OptionGroup, option
 from simpletuner.config.values import Bool
 
-NO_GRADIENT = "it quantises activations too, and torchao's layers then give no gradient; use int8-torchao"
+NO_GRADIENT = "it quantizes activations too, and torchao's layers then give no gradient; use int8-torchao"
 PIPELINE = "layers are packed one at a time, on cpu or accelerator; use accelerator"
-UNCALIBRATED = "quantised activations need ranges measured on sample batches, which is not built"
+UNCALIBRATED = "quantized activations need ranges measured on sample batches, which is not built"
 
 Precision = Literal[
     "no_change",
@@ -47,11 +47,11 @@ REFUSED = {
     **dict.fromkeys(("fp8-native", "fp8-transformerengine"), "products in float8 are not built; use fp8-torchao"),
     **dict.fromkeys(
         ("int8-sdnq", "uint8-sdnq", "int16-sdnq", "uint16-sdnq", "fp16-sdnq", "int6-sdnq", "int5-sdnq", "uint5-sdnq"),
-        "it stands on another quantisation library; use int8-quanto",
+        "it stands on another quantization library; use int8-quanto",
     ),
-    "fp8-sdnq": "it stands on another quantisation library; use fp8-quanto",
+    "fp8-sdnq": "it stands on another quantization library; use fp8-quanto",
     **dict.fromkeys(
-        ("uint4-sdnq", "uint3-sdnq", "uint2-sdnq"), "it stands on another quantisation library; use int4-quanto"
+        ("uint4-sdnq", "uint3-sdnq", "uint2-sdnq"), "it stands on another quantization library; use int4-quanto"
     ),
 }
 
@@ -86,7 +86,7 @@ class PrecisionOptions(OptionGroup):
         help="Where layers are packed, one at a time: on the `accelerator` (faster, and the default), or on the `cpu`.",
         planned_values={"pipeline": PIPELINE},
     )
-    quantize_activations: Bool = option(False, help="Quantise activations too.", planned=UNCALIBRATED)
+    quantize_activations: Bool = option(False, help="Quantize activations too.", planned=UNCALIBRATED)
     base_model_default_dtype: Literal["bf16", "fp32"] | None = option(
         None,
         help="Number format of frozen weights that are not packed, and from which packing starts. Unset: that of "

@@ -38,7 +38,7 @@ class TrainingOptions(OptionGroup):
     )
     seed: Int = option(
         42,
-        help="Decides adapter initialisation, order, crops, noise, timesteps and caption dropout. The same seed and "
+        help="Decides adapter initialization, order, crops, noise, timesteps and caption dropout. The same seed and "
         "data give the same run.",
         ge=0,
     )

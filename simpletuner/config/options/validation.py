@@ -98,7 +98,7 @@ class ValidationOptions(OptionGroup):
     )
     validation_guidance_image: Float | None = option(
         None,
-        help="How far guidance leads towards the reference images, for families whose pipeline has it (OmniGen, "
+        help="How far guidance leads toward the reference images, for families whose pipeline has it (OmniGen, "
         "OmniGen2). Unset: 1.6 and 2.",
         ge=0,
         le=100,

@@ -97,7 +97,7 @@ class Flux2(ModelFamily):
         return {**config, "latents_mean": mean.tolist(), "latents_std": deviation.tolist()}
 
     def encode_images(self, vae: Any, pixel_values: Tensor) -> list[LatentMoments]:
-        """The mode of the posterior alone, in patches: 2 x 2 neighbours of a channel are four channels."""
+        """The mode of the posterior alone, in patches: 2 x 2 neighbors of a channel are four channels."""
         return [LatentMoments(pixel_unshuffle(each.mean, 2)) for each in super().encode_images(vae, pixel_values)]
 
     def decode_latents(self, vae: Any, latents: Tensor) -> Tensor:

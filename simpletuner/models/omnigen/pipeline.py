@@ -99,7 +99,7 @@ class OmniGenPipeline(DiffusersOmniGenPipeline):
                 `latents` is used from there on.
             output_type: `pil`, `np`, `pt`, or `latent` for scaled latents.
             references: per prompt its input images.
-            img_guidance_scale: how far guidance leads towards the input images, where there are any.
+            img_guidance_scale: how far guidance leads toward the input images, where there are any.
         """
         if self.vae is None and (output_type != "latent" or any(references or ())):
             what = "take no references" if output_type == "latent" else f'not give "{output_type}", only "latent"'

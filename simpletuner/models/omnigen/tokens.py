@@ -51,8 +51,8 @@ class PromptTokens:
 class PromptTokenizer:
     """Turns prompts into ids as `tokenizer.json` states it.
 
-    Its post-processor decides about BOS, as in transformers. Its normaliser rules too, as when the weights were
-    trained: transformers 5 rebuilds Llama tokenisers from their vocabulary, and then a `Prepend` is lost.
+    Its post-processor decides about BOS, as in transformers. Its normalizer rules too, as when the weights were
+    trained: transformers 5 rebuilds Llama tokenizers from their vocabulary, and then a `Prepend` is lost.
 
     Args:
         backend: a `tokenizers.Tokenizer`.

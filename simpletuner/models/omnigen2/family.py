@@ -3,7 +3,7 @@
 OmniGen2 counts time from noise (t = 0) to data (t = 1) and predicts `data - noise` (VectorSpaceLab/OmniGen2,
 `omnigen2/transport/transport.py`). Here sigma is 0 on data and the velocity is `noise - data`: t = 1 - sigma, and the
 output changes sign. Its training times are sigmoid(N(0, 1)), and so are the sigmas, for the normal is symmetric; they
-are shifted towards noise by exp(mu), mu linear in the number of patches, as FLUX.1's are.
+are shifted toward noise by exp(mu), mu linear in the number of patches, as FLUX.1's are.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Generating with OmniGen2: guidance towards the instruction and towards the reference images, each with its strength.
+"""Generating with OmniGen2: guidance toward the instruction and toward the reference images, each with its strength.
 
 Source: VectorSpaceLab/OmniGen2 (Apache-2.0), `omnigen2/pipelines/omnigen2/pipeline_omnigen2.py` and its schedulers.
 """
@@ -56,8 +56,8 @@ class OmniGen2Pipeline(FlowPipeline):
             negative_prompt: one for all or one per prompt; None leads away from a dropped instruction.
             height: pixels, a multiple of 16.
             width: like `height`.
-            guidance_scale: how far guidance leads towards the instruction; up to 1 there is none of either kind.
-            img_guidance_scale: how far it leads towards the references, for prompts that have any; up to 1 not at all.
+            guidance_scale: how far guidance leads toward the instruction; up to 1 there is none of either kind.
+            img_guidance_scale: how far it leads toward the references, for prompts that have any; up to 1 not at all.
             cfg_range: shares of the sampling steps between which there is guidance, both included.
             generator: one for all images, or one per image.
             latents: (B, 16, h, w) the noise to begin with.

@@ -72,7 +72,7 @@ class RunHistory:
     name: str
     status: Patch = field(default_factory=dict)
     stage: Patch | None = None
-    curve: list[Sequence[Any]] = field(default_factory=list)  # step, loss, rate, gradient norm, is regularisation
+    curve: list[Sequence[Any]] = field(default_factory=list)  # step, loss, rate, gradient norm, is regularization
     evals: list[Sequence[Any]] = field(default_factory=list)
     scores: list[Patch] = field(default_factory=list)
     images: deque[Patch] = field(default_factory=lambda: deque(maxlen=MAX_IMAGES))

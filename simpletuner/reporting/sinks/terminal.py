@@ -1,6 +1,6 @@
 """What a person at the terminal sees: a live bar in a terminal, plain timed lines into a pipe or log.
 
-Lines into a pipe carry no colour codes and come at intervals of seconds, not of steps, so that a fast run does not
+Lines into a pipe carry no color codes and come at intervals of seconds, not of steps, so that a fast run does not
 flood a log and a slow one still shows that it lives.
 """
 

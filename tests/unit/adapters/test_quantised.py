@@ -1,4 +1,4 @@
-"""Adapters on a base that was quantised first: found by the classes that the layers had, alive, and learning."""
+"""Adapters on a base that was quantized first: found by the classes that the layers had, alive, and learning."""
 
 from __future__ import annotations
 

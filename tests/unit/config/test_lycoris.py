@@ -92,7 +92,7 @@ def test_targets_of_the_family_are_accepted(lycoris: dict[str, Any]) -> None:
             "apply_preset.module_algo_map.Attention.factor",
             "not a number",
         ),
-        ({"algo": "lokr", "train_norm": True}, "train_norm", "no normalisation that LyCORIS can train"),
+        ({"algo": "lokr", "train_norm": True}, "train_norm", "no normalization that LyCORIS can train"),
         ({"algo": "lokr", "preset": "atn-only"}, "preset", 'did you mean "attn-only"?'),
         ({"algo": "lokr", "preset": "attn-mlp"}, "preset", "this model has no such layers"),
         ({"algo": "lokr", "preset": "ia3"}, "preset", "layers of Stable Diffusion"),

@@ -22,7 +22,7 @@ LETTERS = string.ascii_lowercase + "_"
 
 
 def misspelt(word: str, draw: random.Random) -> str:
-    """The word with one letter left out, put in, replaced, or exchanged with its neighbour."""
+    """The word with one letter left out, put in, replaced, or exchanged with its neighbor."""
     while True:
         at = draw.randrange(len(word))
         letter = draw.choice(LETTERS)

@@ -217,7 +217,7 @@ def test_16_bit_brightness_is_not_rounded_to_8_bits(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("data", [png_of_16_bit_colours(1), b"P6 2 2 65535\n" + b"\0\1" * 12], ids=["png", "ppm"])
 def test_16_bit_colours_that_lose_their_labels_are_refused_as_a_segmentation(data: bytes) -> None:
-    with pytest.raises(UnusableImage, match="16-bit colours are read with 8 bits"):
+    with pytest.raises(UnusableImage, match="16-bit colors are read with 8 bits"):
         load_mask(data, WHOLE, binary=True)
 
 
@@ -241,7 +241,7 @@ def test_an_image_whose_mask_is_black_is_named(folders, tmp_path: Path) -> None:
 
 
 def test_a_mask_that_marks_only_what_is_cut_off_is_named(folders, tmp_path: Path) -> None:
-    # 64 x 100, cut in the centre to columns 18 .. 81: what is left of the mask is outside.
+    # 64 x 100, cut in the center to columns 18 .. 81: what is left of the mask is outside.
     blacken(folders, "a_1.png", columns=slice(18, 82))
     assert "sub/a_1.png" in build(folders, tmp_path).filter_report.warnings[0]
     assert build(folders, tmp_path, crop=False).filter_report.warnings == ()

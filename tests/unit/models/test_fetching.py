@@ -26,7 +26,7 @@ RESPONSE = httpx.Response(404, request=httpx.Request("GET", "https://huggingface
 @pytest.mark.parametrize(
     ("error", "words"),
     [
-        (GatedRepoError("gated", response=RESPONSE), "accept the licence on https://huggingface.co/Shitao/OmniGen-v1"),
+        (GatedRepoError("gated", response=RESPONSE), "accept the license on https://huggingface.co/Shitao/OmniGen-v1"),
         (RepositoryNotFoundError("no", response=RESPONSE), "no such model on the hub, or it is private"),
         (RemoteEntryNotFoundError("no", response=RESPONSE), "name a model in diffusers layout"),
         (LocalEntryNotFoundError("offline"), "check the connection and HF_ENDPOINT"),

@@ -207,7 +207,7 @@ def test_images_shrink_until_the_service_takes_them(tmp_path: Path) -> None:
     assert first["images"][0].startswith("data:image/jpeg")
     sizes = [len(body) for _, body in server.requests]
     assert sizes[-1] <= 60_000
-    assert sum(size > 60_000 for size in sizes) < 5, "what was learnt is kept for the next message"
+    assert sum(size > 60_000 for size in sizes) < 5, "what was learned is kept for the next message"
 
 
 def test_a_service_that_found_everything_too_large_gets_images_whole_when_it_works(tmp_path: Path) -> None:

@@ -62,7 +62,7 @@ def test_a_larger_card_is_never_worse_off():
 def test_a_card_between_two_takes_the_preset_of_the_smaller():
     assert preset_for("sdxl", "base-1.0", 20) == presets_of("sdxl", "base-1.0")[16]
     assert preset_for("sdxl", "base-1.0", 6) is None
-    assert preset_for("sdxl", "no such flavour", 24) is None
+    assert preset_for("sdxl", "no such flavor", 24) is None
 
 
 def test_models_says_what_trains_on_which_card():

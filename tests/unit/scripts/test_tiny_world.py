@@ -84,7 +84,7 @@ def test_real_drawings_are_right(judge):
 def test_a_wrong_colour_is_wrong(judge):
     verdict = judge.judge(draw(Scene("star", "orange", "white")), RED_STAR)
     assert not verdict.is_right
-    assert verdict.reason.startswith("colour orange")
+    assert verdict.reason.startswith("color orange")
 
 
 def test_a_wrong_background_is_wrong(judge):

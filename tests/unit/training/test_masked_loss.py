@@ -145,7 +145,7 @@ def masks_of(source: BatchSource, num_steps: int = 12) -> torch.Tensor:
 
 
 def test_batches_carry_the_masks_of_their_crops(family: ModelFamily, tmp_path: Path) -> None:
-    # 96 x 64 cut in the centre: columns 16 .. 79, white from 48 on, which is the fifth of eight latents.
+    # 96 x 64 cut in the center: columns 16 .. 79, white from 48 on, which is the fifth of eight latents.
     expected = torch.zeros(8, 8)
     expected[:, 4:] = 1
     masks = masks_of(source_of(family, tmp_path, 1.0))

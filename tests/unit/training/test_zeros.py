@@ -50,7 +50,7 @@ def test_a_short_run_is_judged_by_all_of_its_steps() -> None:
             "no",
             "loss and gradient were .* the masks of these images leave nothing",
         ),
-        (0.0, batch(is_regularisation=True), "no", "regularisation data"),
+        (0.0, batch(is_regularisation=True), "no", "regularization data"),
         (0.5, batch(), "fp16", "the gradient was .* too small for fp16"),
         (0.5, batch(torch.ones(1, 1, 8, 8)), "bf16", "no trained weight changes the prediction"),
     ],
@@ -85,5 +85,5 @@ def test_a_run_whose_masks_are_black_says_so(tmp_path: Path, omnigen_folder: Pat
 def test_regularisation_data_alone_are_refused(tmp_path: Path, omnigen_folder: Path) -> None:
     write_images(tmp_path / "images", 1, seed=1)
     write_run(tmp_path, omnigen_folder, [dataset("images", is_regularisation_data=True)])
-    with pytest.raises(ConfigError, match="all datasets are regularisation data"):
+    with pytest.raises(ConfigError, match="all datasets are regularization data"):
         load_here(tmp_path)

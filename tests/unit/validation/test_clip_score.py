@@ -37,7 +37,7 @@ def generated(prompt: str, colour: tuple[int, int, int], size: tuple[int, int] =
 
 
 def score_by_hand(folder: Path, prompt: str, image: Image.Image) -> float:
-    """Byte tokens of the tiny vocabulary, normalised pixels, and the model's own logit."""
+    """Byte tokens of the tiny vocabulary, normalized pixels, and the model's own logit."""
     model = CLIPModel.from_pretrained(folder).eval()
     vocabulary = json.loads((folder / "vocab.json").read_text())
     letters = [token for word in prompt.split() for token in [*word[:-1], f"{word[-1]}</w>"]]

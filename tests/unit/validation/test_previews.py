@@ -170,7 +170,7 @@ def test_previews_come_nearer_to_the_image_with_each_step(previews: list[Preview
 
 
 def test_the_first_preview_is_an_image_already_and_not_noise(previews: list[PreviewMade]) -> None:
-    """A quarter of the way the latents are three quarters noise; what the model foresees has the right colours."""
+    """A quarter of the way the latents are three quarters noise; what the model foresees has the right colors."""
     circle, triangle = (
         next(e for e in previews if e.sampling_step == 5 and e.image.shortname == r.shortname) for r in REQUESTS
     )

@@ -1,4 +1,4 @@
-"""Images on a terminal: right colours in the right halves, upright, inside the room they have."""
+"""Images on a terminal: right colors in the right halves, upright, inside the room they have."""
 
 from __future__ import annotations
 
