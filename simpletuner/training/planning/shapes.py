@@ -67,7 +67,7 @@ class Activations:
 
 @dataclass(frozen=True)
 class Load:
-    """One kind of micro-batch: images, their size in pixels, whether it is regularisation, the references of each."""
+    """One kind of micro-batch: images, their size in pixels, whether it is regularization, the references of each."""
 
     batch_size: int
     height: int
