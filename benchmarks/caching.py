@@ -71,7 +71,7 @@ class Bench:
         from simpletuner.models.build import build_family
 
         self.folder, self.side, self.batch_size = folder, side, batch_size
-        self.paths = sorted((folder / "pictures").iterdir())
+        self.paths = sorted((folder / "images").iterdir())
         self.load = lambda *arguments: load_run(arguments, {}, folder)
         self.family = build_family(self.load().config)
         self.vae = self.family.load_vae()
@@ -125,7 +125,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, object]:
     torch.set_num_threads(arguments.threads)
     with tempfile.TemporaryDirectory(prefix="caching-") as name:
         folder = Path(name)
-        write_images(folder / "pictures", arguments.images, arguments.source_side)
+        write_images(folder / "images", arguments.images, arguments.source_side)
         write_model(folder / "model")
         write_run(folder, arguments.side, vae_batch_size=arguments.batch)
         bench = Bench(folder, arguments.images, arguments.side, arguments.batch)
@@ -139,7 +139,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, object]:
     used = {way: min(processor for _, processor in times) for way, times in seconds.items()}
     share = rates["build"] / rates["bare"]
     return {
-        "pictures": arguments.images,
+        "images": arguments.images,
         "side": arguments.side,
         "source_side": arguments.source_side,
         "batch": arguments.batch,
@@ -157,7 +157,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, object]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--pictures", type=int, default=500)
+    parser.add_argument("--images", type=int, default=500)
     parser.add_argument("--side", type=int, default=128, help="of the training images, pixels")
     parser.add_argument("--source-side", type=int, default=128, help="of the files, pixels")
     parser.add_argument("--batch", type=int, default=1, help="more than 1 pays on accelerators only")

@@ -1,4 +1,4 @@
-"""What the benchmarks of the data engine start from: a run over a folder `pictures`, its model never loaded whole."""
+"""What the benchmarks of the data engine start from: a run over a folder `images`, its model never loaded whole."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def write_run(folder: Path, side: int, **options: object) -> None:
         "validation_disable": True,
         **options,
     }
-    data = [{"id": "pictures", "type": "local", "instance_data_dir": "pictures", "caption_strategy": "filename"}]
+    data = [{"id": "images", "type": "local", "instance_data_dir": "images", "caption_strategy": "filename"}]
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "data.json").write_text(json.dumps(data))
 

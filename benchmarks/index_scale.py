@@ -105,7 +105,7 @@ def start(root: Path, work_dir: Path) -> dict[str, float]:
         "processor": processor,
         "step": (time.process_time() - stepping) / STEPS,
         "memory": peak_bytes(),
-        "pictures": len(dataset.samples),
+        "images": len(dataset.samples),
         "is_complete": is_complete,
     }
 
@@ -134,9 +134,9 @@ def measure_size(folder: Path, count: int) -> dict[str, float]:
     folder.mkdir()
     write_model_folder(folder / "model")
     write_run(folder, 64)
-    make_images(folder / "pictures", count)
+    make_images(folder / "images", count)
     first = in_new_process("start", folder)
-    assert first["pictures"] == count
+    assert first["images"] == count
     assert not first["is_complete"]
     walks, starts = [], []
     for _ in range(STARTS):
@@ -180,10 +180,10 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.way == "walk":
-        print(json.dumps(walk(arguments.folder / "pictures")))
+        print(json.dumps(walk(arguments.folder / "images")))
         return 0
     if arguments.way == "start":
-        print(json.dumps(start(arguments.folder / "pictures", arguments.folder / "work")))
+        print(json.dumps(start(arguments.folder / "images", arguments.folder / "work")))
         return 0
     sizes = []
     for count in arguments.files:

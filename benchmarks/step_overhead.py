@@ -150,7 +150,7 @@ def write_run(folder: Path, steps: int) -> None:
     from PIL import Image
 
     write_model(folder / "model")
-    images = folder / "pictures"
+    images = folder / "images"
     images.mkdir()
     rng = random.Random(0)
     for index in range(64):
@@ -177,7 +177,7 @@ def write_run(folder: Path, steps: int) -> None:
         "validation_disable": True,
         "report_to": "none",
     }
-    entry = {"id": "pictures", "type": "local", "instance_data_dir": "pictures", "caption_strategy": "textfile"}
+    entry = {"id": "images", "type": "local", "instance_data_dir": "images", "caption_strategy": "textfile"}
     data = [entry | {"resolution": SIDE, "resolution_type": "pixel_area"}]
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "multidatabackend.json").write_text(json.dumps(data))

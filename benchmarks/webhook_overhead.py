@@ -170,7 +170,7 @@ class Trainer:
         }
         # One kind of image: all steps do the same work.
         images = str(example_config().parent / "datasets" / "concept")
-        entry = {"id": "pictures", "instance_data_dir": images, "caption_strategy": "textfile", "resolution": 64}
+        entry = {"id": "images", "instance_data_dir": images, "caption_strategy": "textfile", "resolution": 64}
         (folder / "data.json").write_text(json.dumps([entry]))
         given = [f"--{key}={value}" for key, value in arguments.items()]
         loaded = load_run(given, {"CONFIG_PATH": str(example_config())}, folder)
