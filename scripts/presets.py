@@ -113,7 +113,7 @@ class Model:
         if side not in self._shapes:
             plain = self.load({"resolution": side})
             self._shapes[side] = read_shapes(plain, self.family(plain), Load(1, side, side), [embeds_of(self.shape)])
-        base = NumberFormats(run.config.base_model_precision).base
+        base = NumberFormats(run.config.precision.base_model_precision).base
         saved = saved_bytes(self.denoiser, base, spec.block_classes, spec.unquantised)
         swapped = swapped_bytes(run.config, family, self.denoiser)
         shapes = replace(self._shapes[side], frozen_bytes=self.frozen - saved, swapped_bytes=swapped)

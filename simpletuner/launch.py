@@ -123,7 +123,7 @@ def family_of_run(loaded: LoadedRun, precision: str | None = None) -> ModelFamil
 
     check_model_folder(loaded)
     replaced = {} if precision is None else {"base_model_precision": precision}
-    return build_family(loaded.config.model_copy(update=replaced))
+    return build_family(loaded.config.with_values(replaced))
 
 
 def family_of_model(model: str, family_name: str | None, precision: str | None = None, **options: Any) -> ModelFamily:
@@ -148,7 +148,7 @@ def family_of_model(model: str, family_name: str | None, precision: str | None =
     from simpletuner.models.build import build_family, model_source
     from simpletuner.models.devices import pick_device
 
-    config = TrainConfig.model_validate(
+    config = TrainConfig.from_values(
         {
             "model_family": spec.name,
             "pretrained_model_name_or_path": model,

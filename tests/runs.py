@@ -107,7 +107,7 @@ def train_here(folder: Path, *arguments: str) -> Path:
     """Train the run of `folder` in this process; returns the output folder."""
     loaded = load_here(folder, *arguments)
     train(loaded)
-    return Path(loaded.config.output_dir)
+    return Path(loaded.config.checkpoint.output_dir)
 
 
 def stop_after(step: int, monkeypatch: pytest.MonkeyPatch) -> None:

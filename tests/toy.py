@@ -282,7 +282,7 @@ def toy_run(
     config = loaded.config
     run = Run(
         loaded=loaded,
-        seed=config.seed,
+        seed=config.training.seed,
         model=Model(
             family=family,
             denoiser=denoiser,
@@ -290,17 +290,19 @@ def toy_run(
             placement=Replicated(parameters, process_group),
             optimizer=(optimizer or torch.optim.SGD)(list(parameters.values()), lr=123.0),  # set again before each step
             lr_factor=build_lr_factor(loaded, total, process_group),
-            ema=EMA(parameters, config.ema_decay, config.ema_update_interval) if config.use_ema else None,
+            ema=EMA(parameters, config.training.ema_decay, config.training.ema_update_interval)
+            if config.training.use_ema
+            else None,
         ),
-        progress=Progress(loss_scale=LossScale.of(config.mixed_precision)),
+        progress=Progress(loss_scale=LossScale.of(config.precision.mixed_precision)),
         session=Session(
             folder / "output",
-            Path(config.cache_dir),
+            Path(config.data.cache_dir),
             EventBus([recorder]),
             StopRequest(),
-            Checkpoints(folder / "output", config.checkpoints_total_limit),
+            Checkpoints(folder / "output", config.checkpoint.checkpoints_total_limit),
             process_group,
-            config.pause_on_full_disk,
+            config.checkpoint.pause_on_full_disk,
         ),
         batches=build_batches(loaded, family, datasets, sources, sampler, process_group),  # type: ignore[arg-type]
         evaluator=ToyEvaluator(losses) if losses else None,  # type: ignore[arg-type]

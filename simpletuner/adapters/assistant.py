@@ -88,7 +88,7 @@ def find_assistant(config: TrainConfig, fetches: bool = True) -> Path | None:
     Raises:
         DataError: it cannot be fetched.
     """
-    where = config.assistant_lora_path
+    where = config.adapter.assistant_lora_path
     if where is None or not wants_assistant(config):
         return None
     on_hub = None if Path(where).exists() else adapter_on_hub(where)
@@ -103,7 +103,11 @@ def find_assistant(config: TrainConfig, fetches: bool = True) -> Path | None:
 
 
 def wants_assistant(config: TrainConfig) -> bool:
-    return bool(config.assistant_lora_path and config.assistant_lora_strength and config.model_type == "lora")
+    return bool(
+        config.adapter.assistant_lora_path
+        and config.adapter.assistant_lora_strength
+        and config.model.model_type == "lora"
+    )
 
 
 def attach_assistant(denoiser: nn.Module, file: Path, strength: float, spec: FamilySpec) -> Assistant:

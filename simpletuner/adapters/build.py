@@ -79,11 +79,11 @@ def build_adapter(
 def lora_settings(config: TrainConfig) -> LoraSettings:
     """Standard LoRA as the configuration describes it."""
     return LoraSettings(
-        rank=config.lora_rank,
-        alpha=config.lora_alpha,
-        dropout=config.lora_dropout,
-        init=config.lora_init_type,
-        use_dora=config.use_dora,
-        targets=config.lora_target,
-        file_format=config.lora_format,
+        rank=config.adapter.lora_rank,
+        alpha=config.adapter.lora_alpha,
+        dropout=config.adapter.lora_dropout,
+        init=config.adapter.lora_init_type,
+        use_dora=config.adapter.use_dora,
+        targets=config.adapter.lora_target,
+        file_format=config.adapter.lora_format,
     )

@@ -67,7 +67,7 @@ def monitored(loaded: LoadedRun) -> Iterator[None]:
         return
     from simpletuner.commands.monitor import monitor_beside
 
-    with monitor_beside(Path(loaded.config.output_dir)):
+    with monitor_beside(Path(loaded.config.checkpoint.output_dir)):
         yield
 
 

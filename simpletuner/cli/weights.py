@@ -79,7 +79,7 @@ def generate(
     else:
         loaded = launch.load_arguments(context.args, os.environ, Path.cwd(), print_to_stderr, config, check_files=False)
         family = launch.family_of_run(loaded, base_precision)
-        options = loaded.config
+        options = loaded.config.validation
         from simpletuner.training.kernels import chosen_kernels
 
         kernels = chosen_kernels(loaded.config, family.device)

@@ -56,7 +56,7 @@ class CacheFolder:
 
 def cache_folders(loaded: LoadedRun) -> list[CacheFolder]:
     """Those of the configured datasets that are there, and every other one in `cache_dir`."""
-    spec, cache_dir = get_spec(loaded.config.model_family), Path(loaded.config.cache_dir)
+    spec, cache_dir = get_spec(loaded.config.model.model_family), Path(loaded.config.data.cache_dir)
     users: dict[Path, list[str]] = {}
     records: dict[Path, str] = {}
     for entry in loaded.datasets:
@@ -82,7 +82,7 @@ def build(loaded: LoadedRun) -> None:
         SimpleTunerError: as training would.
     """
     check_model_folder(loaded)
-    output_dir = Path(loaded.config.output_dir)
+    output_dir = Path(loaded.config.checkpoint.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     with EventBus([terminal_sink()]) as bus, StopRequest() as stop:
         for line in loaded.warnings:
@@ -183,7 +183,7 @@ def _held(held: StoreStats) -> str:
 def used_keys(loaded: LoadedRun) -> dict[Path, set[str]]:
     """Folder -> keys of every image and caption that the configuration uses, at these weights and settings."""
     check_model_folder(loaded)
-    family, cache_dir = build_family(loaded.config), Path(loaded.config.cache_dir)
+    family, cache_dir = build_family(loaded.config), Path(loaded.config.data.cache_dir)
     fingerprint = fingerprint_of_vae(family, cache_dir)
     keys: dict[Path, set[str]] = {}
     datasets = read_datasets(loaded, family)
@@ -204,7 +204,7 @@ def used_keys(loaded: LoadedRun) -> dict[Path, set[str]]:
 def _stores(loaded: LoadedRun, say: Say) -> Iterator[tuple[CacheFolder, TensorStore]]:
     folders = cache_folders(loaded)
     if not folders:
-        say(f"there is no cache yet in {loaded.config.cache_dir}; `simpletuner cache build` makes it")
+        say(f"there is no cache yet in {loaded.config.data.cache_dir}; `simpletuner cache build` makes it")
     for folder in folders:
         with closing(TensorStore(folder.path)) as store:
             yield folder, store
@@ -218,7 +218,7 @@ def _remove(paths: list[Path]) -> int:
 
 
 def _without_on_demand(loaded: LoadedRun) -> LoadedRun:
-    config = loaded.config.model_copy(update={"vae_cache_ondemand": False, "text_cache_ondemand": False})
+    config = loaded.config.with_values({"vae_cache_ondemand": False, "text_cache_ondemand": False})
     entries = tuple(
         entry.model_copy(update={"vae_cache_ondemand": False}) if isinstance(entry, ImageDataset) else entry
         for entry in loaded.datasets

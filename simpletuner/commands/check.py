@@ -146,7 +146,7 @@ def check(loaded: LoadedRun, say: Say, output: Path | None, images: int) -> Path
     """
     from simpletuner.commands.check_page import write_page
 
-    folder = output or Path(loaded.config.output_dir) / "check"
+    folder = output or Path(loaded.config.checkpoint.output_dir) / "check"
     try:
         found = gather(loaded, scan_progress(say))
     except UnusableData as error:
@@ -203,14 +203,14 @@ def gather(loaded: LoadedRun, report: ProgressReport | None = None) -> Check:
     config, family = loaded.config, build_family(loaded.config)
     datasets = read_datasets(loaded, family, report)
     require_trainable(loaded, family, datasets)
-    fingerprint = fingerprint_of_vae(family, Path(config.cache_dir))
-    training = hold_out(datasets, config.eval_holdout)
+    fingerprint = fingerprint_of_vae(family, Path(config.data.cache_dir))
+    training = hold_out(datasets, config.evaluation.eval_holdout)
     filter_reports = {dataset.id: dataset.filter_report for dataset in training}
     datasets = [replace(dataset, filter_report=filter_reports[dataset.id]) for dataset in datasets]
     checks = tuple(check_dataset(loaded, family, dataset, fingerprint) for dataset in datasets)
     steps = count_steps(loaded, build_sampler(loaded, [each for each in training if each.kind == "image"]))
-    line = steps.line(config.train_batch_size, config.gradient_accumulation_steps)
-    name = config.tracker_run_name or Path(config.output_dir).name
+    line = steps.line(config.training.train_batch_size, config.training.gradient_accumulation_steps)
+    name = config.reporting.tracker_run_name or Path(config.checkpoint.output_dir).name
     return Check(name, checks, steps, line, loaded.warnings, text_cost(loaded, family, datasets))
 
 
@@ -235,9 +235,9 @@ def check_dataset(loaded: LoadedRun, family: ModelFamily, dataset: Dataset, fing
 def cache_need(loaded: LoadedRun, family: ModelFamily, dataset: Dataset, fingerprint: str) -> CacheNeed:
     """Which latents are there, references included, and how large the others will be, from their shapes."""
     num_all = num_missing = num_bytes = 0
-    folders = [latents_folder(part.entry, Path(loaded.config.cache_dir), family.spec) for part in dataset.parts]
+    folders = [latents_folder(part.entry, Path(loaded.config.data.cache_dir), family.spec) for part in dataset.parts]
     for part, folder in zip(dataset.parts, folders, strict=True):
-        beside = folders_beside(Path(loaded.config.cache_dir) / "vae", folder)
+        beside = folders_beside(Path(loaded.config.data.cache_dir) / "vae", folder)
         with TensorStore(folder) as store, opened(beside) as others:
             need = LatentCache(store, family, fingerprint).need(KeptSamples(dataset, part.id), others)
         num_all, num_missing = num_all + need.num_entries, num_missing + need.num_missing
@@ -247,7 +247,7 @@ def cache_need(loaded: LoadedRun, family: ModelFamily, dataset: Dataset, fingerp
 
 def count_steps(loaded: LoadedRun, sampler: Sampler) -> Steps:
     """Of the first epoch; datasets that come or go later change the others."""
-    batches, accumulation = sampler.batches_in(0), loaded.config.gradient_accumulation_steps
+    batches, accumulation = sampler.batches_in(0), loaded.config.training.gradient_accumulation_steps
     total = total_train_steps(loaded, sampler)
     return Steps(batches, batches / accumulation, total, total * accumulation / max(batches, 1))
 

@@ -115,10 +115,10 @@ def make_plan(loaded: LoadedRun, probe: bool | None = None, other_gpu: int | Non
     config, family = loaded.config, build_family(loaded.config)
     datasets = read_datasets(loaded, family)
     require_trainable(loaded, family, datasets)
-    training = [dataset for dataset in hold_out(datasets, config.eval_holdout) if dataset.kind == "image"]
+    training = [dataset for dataset in hold_out(datasets, config.evaluation.eval_holdout) if dataset.kind == "image"]
     sampler = build_sampler(loaded, training)
     steps = count_steps(loaded, sampler)
-    largest = largest_load(training, config.train_batch_size)
+    largest = largest_load(training, config.training.train_batch_size)
 
     longest = choose_prompts(family, training, largest, longest=True)
     shapes = read_shapes(loaded, family, largest, longest)
@@ -138,11 +138,11 @@ def make_plan(loaded: LoadedRun, probe: bool | None = None, other_gpu: int | Non
     notes = [f"memory is that of the largest batch, {largest.batch_size} of {largest.width}x{largest.height}{beside}"]
     if family.device.type == "cuda":
         notes.append("the CUDA context is not counted; available memory is what it leaves")
-    if not config.validation_disable:
-        decode = decode_bytes(family, *config.validation_sizes[0])
+    if not config.validation.validation_disable:
+        decode = decode_bytes(family, *config.validation.validation_sizes[0])
         notes.append(f"decoding a validation image takes {bytes_text(decode)} beside the weights, between two steps")
     notes += [f"captions: {line}" for line in (captions.lines() if captions else ())]
-    notes += [*assistant_notes(config), *earlier_notes(Path(config.output_dir))]
+    notes += [*assistant_notes(config), *earlier_notes(Path(config.checkpoint.output_dir))]
     if reason:
         notes.append(f"time was not measured: {reason}")
     else:
@@ -151,9 +151,9 @@ def make_plan(loaded: LoadedRun, probe: bool | None = None, other_gpu: int | Non
         with chosen_kernels(loaded.config, family.device):
             times = time_steps(loaded, family, [load for load, _ in loads.most_common(PROBED_LOADS)], typical)
         common = loads.most_common(1)[0][0]
-        encode = time_encoding(family, common.height, common.width, config.vae_batch_size) if missing[0] else 0.0
+        encode = time_encoding(family, common.height, common.width, config.data.vae_batch_size) if missing[0] else 0.0
         depth = build_rollouts(config, family.spec).expected_depth(steps.total)
-        each = seconds_per_step(loads, times, config.gradient_accumulation_steps, depth)
+        each = seconds_per_step(loads, times, config.training.gradient_accumulation_steps, depth)
         seconds = (each * steps.total, encode * missing[0])
         notes.append(f"time was measured on {family.device}, without validation, evaluation and checkpoints")
         if depth:
@@ -162,14 +162,14 @@ def make_plan(loaded: LoadedRun, probe: bool | None = None, other_gpu: int | Non
             notes.append(f"the steps that were timed took {bytes_text(times.peak_bytes)} at most")
     place = family.device if other_gpu is None else f"a GPU with {bytes_text(other_gpu)}"
     return Plan(
-        model=f"{family.spec.title}, {config.model_type}, {_name(family.dtype)} on {place}",
+        model=f"{family.spec.title}, {config.model.model_type}, {_name(family.dtype)} on {place}",
         parameters=shapes.num_parameters,
         trained=sum(parameter.numel() for parameter in shapes.trained.values()),
         memory=tuple(memory),
         other_activations=tuple(other_activations),
         available=available,
         disk=tuple(disk_rows(loaded, shapes, (missing[1], captions.disk_bytes if captions else 0), steps.total)),
-        free_disk=free_disk(Path(config.output_dir)),
+        free_disk=free_disk(Path(config.checkpoint.output_dir)),
         steps=steps.total,
         seconds=seconds,
         notes=tuple(notes),
@@ -181,7 +181,8 @@ def assistant_notes(config: TrainConfig) -> list[str]:
     if not wants_assistant(config):
         return []
     if find_assistant(config, fetches=False) is None:
-        return [f"the assistant LoRA {config.assistant_lora_path} is fetched at the start; its memory is not counted"]
+        name = config.adapter.assistant_lora_path
+        return [f"the assistant LoRA {name} is fetched at the start; its memory is not counted"]
     return ["time is without the assistant LoRA, which adds two small products to each of its layers"]
 
 
@@ -193,16 +194,20 @@ def disk_rows(loaded: LoadedRun, shapes: Shapes, cached: tuple[int, int], total_
     """
     config = loaded.config
     count = sum(parameter.numel() for parameter in shapes.trained.values())
-    ema = 4 * count + shapes.trained_bytes if config.use_ema else 0
+    ema = 4 * count + shapes.trained_bytes if config.training.use_ema else 0
     checkpoint = shapes.trained_bytes + shapes.optimizer + ema
-    written = max(total_steps // config.checkpoint_step_interval, 1) if config.checkpoint_step_interval else 1
-    kept = min(written, (config.checkpoints_total_limit or written) + 1)
+    written = (
+        max(total_steps // config.checkpoint.checkpoint_step_interval, 1)
+        if config.checkpoint.checkpoint_step_interval
+        else 1
+    )
+    kept = min(written, (config.checkpoint.checkpoints_total_limit or written) + 1)
     rows = [
         Row("latents to be cached", cached[0]),
         Row("captions to be cached", cached[1]),
         Row(f"{count_text(kept, 'checkpoint')} of {bytes_text(checkpoint)}", kept * checkpoint),
         Row("the best checkpoint", checkpoint if keeps_best(loaded) else 0),
-        Row("final weights", shapes.trained_bytes * (2 if config.use_ema else 1)),
+        Row("final weights", shapes.trained_bytes * (2 if config.training.use_ema else 1)),
         Row(LOGS, LOG_BYTES),
     ]
     return [row for row in rows if row.num_bytes]
@@ -211,9 +216,12 @@ def disk_rows(loaded: LoadedRun, shapes: Shapes, cached: tuple[int, int], total_
 def keeps_best(loaded: LoadedRun) -> bool:
     """Whether the state with the lowest eval loss is kept beside the numbered checkpoints."""
     config = loaded.config
-    has_interval = bool(config.eval_steps_interval or config.eval_epoch_interval) and not config.eval_loss_disable
-    has_images = bool(config.eval_holdout) or any(entry.dataset_type == "eval" for entry in loaded.datasets)
-    return has_interval and has_images and config.checkpoint_keep_best is not False
+    has_interval = (
+        bool(config.evaluation.eval_steps_interval or config.evaluation.eval_epoch_interval)
+        and not config.evaluation.eval_loss_disable
+    )
+    has_images = bool(config.evaluation.eval_holdout) or any(entry.dataset_type == "eval" for entry in loaded.datasets)
+    return has_interval and has_images and config.evaluation.checkpoint_keep_best is not False
 
 
 def earlier_notes(output_dir: Path) -> list[str]:
@@ -307,7 +315,7 @@ def seconds_per_step(loads: Counter[Load], times: StepTimes, accumulation: int, 
 
 def cache_needs(loaded: LoadedRun, family: ModelFamily, datasets: Sequence[Dataset]) -> tuple[int, int]:
     """(images, bytes) of the latents that are not there yet, over all datasets."""
-    fingerprint = fingerprint_of_vae(family, Path(loaded.config.cache_dir))
+    fingerprint = fingerprint_of_vae(family, Path(loaded.config.data.cache_dir))
     needs = [cache_need(loaded, family, dataset, fingerprint) for dataset in datasets]
     return sum(need.num_missing for need in needs), sum(need.bytes_missing for need in needs)
 

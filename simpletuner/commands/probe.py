@@ -63,14 +63,14 @@ def time_steps(
     denoiser.train()
     if (recomputing := GradientCheckpointing.of(config, family.device)) is not None:
         denoiser.enable_gradient_checkpointing(recomputing)
-    compile_blocks(denoiser, family.spec.block_classes, config.dynamo_backend)
+    compile_blocks(denoiser, family.spec.block_classes, config.precision.dynamo_backend)
     parameters = adapter.trainable_parameters()
-    optimizer = build_optimizer(config, parameters, config.seed)
+    optimizer = build_optimizer(config.optimizer, parameters, config.training.seed)
     if family.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(family.device)
 
     def update() -> None:
-        clip_by_norm(list(parameters.values()), config.max_grad_norm or 1.0)
+        clip_by_norm(list(parameters.values()), config.optimizer.max_grad_norm or 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if recomputing is not None:
@@ -121,7 +121,7 @@ def _losses(
     quantiles = torch.full((len(batch),), 0.5, dtype=torch.float64)
     aim = partial(aim_at_base, family=family, denoiser=denoiser, without_adapter=adapter.disabled)
     changes = [aim] if load.is_regularisation else []
-    with autocast(family.device, loaded.config.mixed_precision):
+    with autocast(family.device, loaded.config.precision.mixed_precision):
         losses = compute_losses(family, denoiser, batch, sample_noise(batch, 0, 0), quantiles, changes=changes)
     return losses.weighted_sum
 

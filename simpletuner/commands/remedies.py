@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 from simpletuner.commands.captions import CaptionCheck
+from simpletuner.config.options import TrainConfig
 from simpletuner.data.dataset import Dataset
 from simpletuner.text import count_text, printable
 
@@ -14,7 +14,9 @@ MANY_ENLARGED = 0.1
 SAY_THEIR_REMEDY = ("HEIF", "JPEG XL", "JPEG 2000", "Photoshop", "camera raw", "floating-point")
 
 
-def remedies_of(dataset: Dataset, config: Any, captions: CaptionCheck, enlarged: Sequence[float]) -> Iterator[str]:
+def remedies_of(
+    dataset: Dataset, config: TrainConfig, captions: CaptionCheck, enlarged: Sequence[float]
+) -> Iterator[str]:
     """One line per finding.
 
     Args:
@@ -22,8 +24,8 @@ def remedies_of(dataset: Dataset, config: Any, captions: CaptionCheck, enlarged:
         enlarged: factors of the images that are enlarged noticeably.
     """
     yield from _losses(dataset)
-    if dataset.kind == "image" and not config.allow_dataset_oversubscription:
-        yield from _small_buckets(dataset, dataset.batch_size or config.train_batch_size)
+    if dataset.kind == "image" and not config.data.allow_dataset_oversubscription:
+        yield from _small_buckets(dataset, dataset.batch_size or config.training.train_batch_size)
     if captions.num_empty:
         yield (
             f"{count_text(captions.num_empty, 'caption')} left empty by caption_filter_list, as if dropped: "

@@ -99,10 +99,10 @@ def verify_resume(loaded: LoadedRun, arguments: Sequence[str], steps: int, say: 
         ConfigError: the configuration trains on several machines.
         DataError: a run failed by itself.
     """
-    if loaded.config.num_machines > 1:
+    if loaded.config.processes.num_machines > 1:
         message = "this command tests runs on one machine"
         raise ConfigError(Problem(message, key="num_machines", fix="add --num_machines=1"))
-    output_dir = Path(loaded.config.output_dir)
+    output_dir = Path(loaded.config.checkpoint.output_dir)
     output_dir.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix="verify-resume-", dir=output_dir.parent))
     try:
@@ -174,8 +174,8 @@ class _Proof:
 
         folder = self.folder / name
         folder.mkdir()
-        source = Path(self.loaded.config.output_dir)
-        newest = Checkpoints(source, None).newest() if self.loaded.config.resumes else None
+        source = Path(self.loaded.config.checkpoint.output_dir)
+        newest = Checkpoints(source, None).newest() if self.loaded.config.checkpoint.resumes else None
         if newest is not None:
             self.start_step = checkpoint_step(newest)
             shutil.copytree(newest, folder / newest.name, copy_function=_link)
@@ -287,9 +287,9 @@ def shortened(loaded: LoadedRun, output_dir: Path, last_step: int) -> LoadedRun:
         "webhook_config": None,
         "early_stopping_patience": None,
     }
-    if config.eval_steps_interval or config.eval_epoch_interval:
+    if config.evaluation.eval_steps_interval or config.evaluation.eval_epoch_interval:
         changes |= {"eval_steps_interval": INTERVAL, "eval_epoch_interval": None}
-    if not config.validation_disable:
+    if not config.validation.validation_disable:
         changes |= {"validation_step_interval": INTERVAL, "validation_epoch_interval": None}
-        changes |= {"validation_num_inference_steps": min(config.validation_num_inference_steps, 2)}
-    return replace(loaded, config=config.model_copy(update=changes), webhooks=Webhooks())
+        changes |= {"validation_num_inference_steps": min(config.validation.validation_num_inference_steps, 2)}
+    return replace(loaded, config=config.with_values(changes), webhooks=Webhooks())

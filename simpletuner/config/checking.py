@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from simpletuner.config.layers import Origin, Setting
-from simpletuner.config.options.declare import OptionInfo
+from simpletuner.config.options import GROUPS, OptionInfo, TrainConfig, all_options, split_by_group
 from simpletuner.errors import Problem
 from simpletuner.spelling import did_you_mean
 
@@ -67,6 +67,16 @@ def check_settings(
         return None, problems
 
 
+def check_options(settings: Mapping[str, Setting], origin: Origin) -> tuple[TrainConfig | None, list[Problem]]:
+    """`check_settings` for a whole configuration, whose options stand in groups."""
+    groups: dict[str, Any] = {}
+    problems: list[Problem] = []
+    for name, found in reversed(split_by_group(settings).items()):
+        groups[name], faults = check_settings(GROUPS[name], all_options(), found, origin)
+        problems += faults
+    return (None if None in groups.values() else TrainConfig(**groups)), problems
+
+
 def _fault_problem(info: OptionInfo, setting: Setting, fault: Mapping[str, Any], path: str) -> Problem:
     kind, shown = fault["type"], "the value" if info.is_secret else show_value(setting.value)
     fix, allowed = None, info.allowed
@@ -100,7 +110,7 @@ def show_value(value: Any) -> str:
 
 
 def refuse_planned(
-    model: BaseModel,
+    values: Mapping[str, Any],
     infos: Mapping[str, OptionInfo],
     place: Callable[[str], Origin],
     path: str = "",
@@ -109,12 +119,13 @@ def refuse_planned(
     """What is declared but not built, and set to something that would have to act.
 
     Args:
+        values: of all options.
         place: option -> where its value comes from.
         skip: options that are answered for elsewhere.
     """
     problems = []
     for name, info in infos.items():
-        value = getattr(model, name)
+        value = values[name]
         if name in skip:
             continue
         if info.planned and value != info.default and not is_neutral(value, info.neutral):

@@ -94,7 +94,7 @@ def _read_entry(
     entry, problems = check_settings(DATASET_CLASSES[kind], infos, written, origin, f"{name}.")
     if entry is not None:
         problems += refuse_planned(
-            entry, infos, lambda key: written[key].origin if key in written else origin, f"{name}."
+            dict(entry), infos, lambda key: written[key].origin if key in written else origin, f"{name}."
         )
     if isinstance(entry, ImageSource):
         for fault in source_faults(entry):

@@ -113,7 +113,7 @@ def some_dataset_takes_part_at_any_time(draft: Draft) -> Iterator[Problem]:
         )
         return
     used = [entry for entry in entries if entry.probability]
-    steps, epochs = draft.config.max_train_steps, draft.config.num_train_epochs
+    steps, epochs = draft.config.training.max_train_steps, draft.config.training.num_train_epochs
     for unit, length in (("step", steps), ("epoch", epochs)):
         ranges = [(entry, getattr(entry, f"start_{unit}"), getattr(entry, f"end_{unit}")) for entry in used]
         gap = _first_gap([(start, end) for _, start, end in ranges], length)
@@ -126,7 +126,7 @@ def some_dataset_takes_part_at_any_time(draft: Draft) -> Iterator[Problem]:
 
 def something_new_is_learned(draft: Draft) -> Iterator[Problem]:
     used = [entry for entry in draft.images if not isinstance(entry, EvalDataset) and entry.probability]
-    starts_as_base = draft.config.model_type == "lora" and not draft.config.init_lora
+    starts_as_base = draft.config.model.model_type == "lora" and not draft.config.adapter.init_lora
     if starts_as_base and used and all(entry.is_regularisation_data for entry in used):
         message = (
             "all datasets are regularization data, whose target is what the base model predicts: the loss would be 0"
@@ -148,7 +148,7 @@ def _first_gap(ranges: Iterable[tuple[int, int | None]], length: float) -> int |
 
 
 def epochs_have_a_length(draft: Draft) -> Iterator[Problem]:
-    if not draft.config.num_train_epochs:
+    if not draft.config.training.num_train_epochs:
         return
     for entry in draft.images:
         for key in ("start_step", "end_step"):
@@ -199,7 +199,7 @@ def references_fit_the_family(draft: Draft) -> Iterator[Problem]:
         if most == 0:
             message = f"{first.id} holds reference images, and {title} takes none"
             yield draft.dataset_problem(place, key, message, fix="remove the entry, or choose a family that edits")
-        elif len(references) > most and draft.config.conditioning_multidataset_sampling == "combined":
+        elif len(references) > most and draft.config.data.conditioning_multidataset_sampling == "combined":
             names = ", ".join(each.id for each in references)
             message = f"{names} give each image {len(references)} references; {title} takes {most}"
             fix = "name fewer, or set conditioning_multidataset_sampling to random"

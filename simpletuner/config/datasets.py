@@ -14,6 +14,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 from simpletuner.config.dataset_values import AspectBuckets, Shuffle, TagShuffle, Words
+from simpletuner.config.options.catalogue import TrainConfig
 from simpletuner.config.options.declare import REQUIRED, OptionInfo, describe_field, option
 from simpletuner.config.sources import TABLE_TYPES, BackendType, ImageSource
 from simpletuner.config.values import Bool, FilePath, Float, Int, Text, TextOrList
@@ -405,7 +406,7 @@ def dataset_types() -> tuple[str, ...]:
     return tuple(DATASET_CLASSES)
 
 
-def with_defaults(entry: Dataset, config: Any) -> Dataset:
+def with_defaults(entry: Dataset, config: TrainConfig) -> Dataset:
     """The entry with what it leaves out taken from `config`; entries without images come back unchanged.
 
     Sizes of an entry and of `config.json` are only comparable in the same unit: an entry that sets its own
@@ -413,10 +414,10 @@ def with_defaults(entry: Dataset, config: Any) -> Dataset:
     """
     if not isinstance(entry, ImageDataset):
         return entry
-    same_unit = entry.resolution_type in (None, config.resolution_type)
+    same_unit = entry.resolution_type in (None, config.data.resolution_type)
     sizes = ("resolution", "minimum_image_size", "maximum_image_size", "target_downsample_size")
     updates = {
-        name: getattr(config, name)
+        name: config.value(name)
         for name in FROM_CONFIG
         if getattr(entry, name) is None and (same_unit or name not in sizes)
     }
@@ -425,7 +426,7 @@ def with_defaults(entry: Dataset, config: Any) -> Dataset:
         updates["caption_strategy"] = entry.caption_strategy or entry.type
     # `false` in an entry is no shuffling, whatever config.json says; an eval loss compares the same captions.
     says = "caption_shuffle" in entry.model_fields_set or isinstance(entry, EvalDataset)
-    if config.caption_shuffle and not says:
+    if config.data.caption_shuffle and not says:
         updates["caption_shuffle"] = TagShuffle()
     return entry.model_copy(update=updates)
 

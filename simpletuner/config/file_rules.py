@@ -73,7 +73,7 @@ def caption_tables_exist(draft: Draft) -> Iterator[Problem]:
 
 
 def output_folder_is_not_among_the_images(draft: Draft) -> Iterator[Problem]:
-    output = draft.config.output_dir
+    output = draft.config.checkpoint.output_dir
     for entry in draft.images:
         if entry.images_folder and output.is_relative_to(entry.images_folder):
             message = f'"{output}" lies in the images of dataset "{entry.id}", which would then train on its own output'
@@ -81,7 +81,7 @@ def output_folder_is_not_among_the_images(draft: Draft) -> Iterator[Problem]:
 
 
 def output_folder_can_be_written(draft: Draft) -> Iterator[Problem]:
-    output = draft.config.output_dir
+    output = draft.config.checkpoint.output_dir
     nearest = next(place for place in (output, *output.parents) if place.exists())
     if not nearest.is_dir():
         yield draft.problem(f'"{nearest}" is a file', "output_dir", "a folder, or a name that is free")
@@ -94,10 +94,12 @@ def output_folder_can_be_written(draft: Draft) -> Iterator[Problem]:
 
 
 def named_checkpoint_exists(draft: Draft) -> Iterator[Problem]:
-    name = draft.config.resume_from_checkpoint.strip()
-    if not draft.config.resumes or name == "latest":
+    name = draft.config.checkpoint.resume_from_checkpoint.strip()
+    if not draft.config.checkpoint.resumes or name == "latest":
         return
-    here = [draft.config.output_dir / name] if Path(name).name == name else []  # a path means exactly that path
+    here = (
+        [draft.config.checkpoint.output_dir / name] if Path(name).name == name else []
+    )  # a path means exactly that path
     places = list(dict.fromkeys([*here, draft.folders.working_dir / name]))
     if not any(exists(place) and place.is_dir() for place in places):
         message = f'"{name}": there is no checkpoint of this name'
@@ -106,13 +108,13 @@ def named_checkpoint_exists(draft: Draft) -> Iterator[Problem]:
 
 
 def adapter_to_start_from_exists(draft: Draft) -> Iterator[Problem]:
-    path = draft.config.init_lora
+    path = draft.config.adapter.init_lora
     if path is not None and not adapter_file_in(path).is_file():
         yield draft.folders.missing(_as_written(path, draft), "init_lora", draft.origin("init_lora"), "file")
 
 
 def assistant_exists(draft: Draft) -> Iterator[Problem]:
-    where, key = draft.config.assistant_lora_path, "assistant_lora_path"
+    where, key = draft.config.adapter.assistant_lora_path, "assistant_lora_path"
     if where is None or adapter_file_in(Path(where)).is_file():
         return
     if Path(where).exists():
@@ -124,9 +126,9 @@ def assistant_exists(draft: Draft) -> Iterator[Problem]:
 
 def previews_have_a_decoder(draft: Draft) -> Iterator[Problem]:
     config, spec = draft.config, draft.spec
-    if not config.validation_preview or spec is None or spec.preview_decoder is not None:
+    if not config.validation.validation_preview or spec is None or spec.preview_decoder is not None:
         return
-    own = Path(config.pretrained_model_name_or_path or "") / PREVIEW_FOLDER
+    own = Path(config.model.pretrained_model_name_or_path or "") / PREVIEW_FOLDER
     if not (own / "config.json").is_file():
         message = f"there is no tiny autoencoder for {spec.title}"
         yield draft.problem(message, "validation_preview", f"a model folder with {PREVIEW_FOLDER}/", "remove the key")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from simpletuner.config.caption_filters import read_filter_file
-from simpletuner.config.checking import check_settings, refuse_planned
+from simpletuner.config.checking import check_options, refuse_planned
 from simpletuner.config.dataset_loading import LoadedDatasets, read_datasets
 from simpletuner.config.datasets import Dataset, TextEmbedsDataset
 from simpletuner.config.discovery import ConfigSource, find_config, no_config_error
@@ -85,7 +85,7 @@ class LoadedRun:
 
     def resolved(self) -> dict[str, Any]:
         """Every option with its value, as JSON holds it; secrets are stars, everything else can be read back."""
-        return self.config.model_dump(mode="json")
+        return self.config.as_json()
 
 
 def load_run(
@@ -160,8 +160,8 @@ def load_source(
         origins=draft.origins,
         warnings=tuple(dict.fromkeys([*reader.merged.warnings, *datasets.warnings, *notices(draft)])),
         config_file=source.path,
-        data_file=config.data_backend_config,
-        lycoris_file=config.lycoris_config if lycoris is not None else None,
+        data_file=config.data.data_backend_config,
+        lycoris_file=config.adapter.lycoris_config if lycoris is not None else None,
         webhooks=webhooks,
     )
 
@@ -235,38 +235,38 @@ class _RunReader:
         """
         infos = all_options()
         place = Origin("file" if self.source.path else "command line", self.shown)
-        config, problems = check_settings(TrainConfig, infos, self.merged.settings, place)
+        config, problems = check_options(self.merged.settings, place)
         self.problems += problems
         if config is None:
             raise ConfigError(self.problems)
         answered_for = self.spec.unusable_options if self.spec else ()
-        self.problems += refuse_planned(config, infos, self.origin, skip=answered_for)
+        self.problems += refuse_planned(config.values(), infos, self.origin, skip=answered_for)
         updates: dict[str, Any] = {}
         for key, reason in (meaningless_options(self.spec) if self.spec else {}).items():
-            if getattr(config, key) not in (infos[key].default, None, 0, ""):
+            if config.value(key) not in (infos[key].default, None, 0, ""):
                 self.merged.warnings.append(f"{self.origin(key)}: {key} has no effect: {reason}")
             updates[key] = infos[key].default
         for key, info in infos.items():
-            path = getattr(config, key)
+            path = config.value(key)
             if info.path and path is not None:
                 found = self.folders.find(path) if info.path == "input" else None
                 updates[key] = found or self.folders.output(path)
-        if config.data_backend_config is None:
+        if config.data.data_backend_config is None:
             folder = self.folders.config_dir or self.folders.working_dir
             updates["data_backend_config"] = folder / DEFAULT_DATA_FILE
         updates["validation_references"] = self.find_references(
-            config.validation_references, "validation_references", self.origin("validation_references")
+            config.validation.validation_references, "validation_references", self.origin("validation_references")
         )
         for key in MODEL_KEYS:
-            updates[key] = self.find_model(key, getattr(config, key))
-        if (assistant := config.assistant_lora_path) is not None:
+            updates[key] = self.find_model(key, config.value(key))
+        if (assistant := config.adapter.assistant_lora_path) is not None:
             updates["assistant_lora_path"] = str(self.folders.find(Path(assistant).expanduser()) or assistant)
         key = "text_encoder_paths"
-        updates[key] = config.text_encoder_paths and tuple(
+        updates[key] = config.model.text_encoder_paths and tuple(
             place if place in ("", WITHOUT) else self.find_model(key, place) or ""
-            for place in config.text_encoder_paths
+            for place in config.model.text_encoder_paths
         )
-        return config.model_copy(update=updates)
+        return config.with_values(updates)
 
     def find_references(self, names: tuple[str, ...] | None, key: str, origin: Origin) -> tuple[str, ...] | None:
         """Image files that a key names, as absolute paths."""
@@ -310,8 +310,8 @@ class _RunReader:
             return None
 
     def read_datasets(self, config: TrainConfig) -> LoadedDatasets:
-        assert config.data_backend_config is not None
-        document = self.read_named_file("data_backend_config", config.data_backend_config)
+        assert config.data.data_backend_config is not None
+        document = self.read_named_file("data_backend_config", config.data.data_backend_config)
         if document is None:
             return LoadedDatasets(is_read=False)
         datasets = read_datasets(document, config)
@@ -358,9 +358,13 @@ class _RunReader:
             return None
 
     def read_lycoris(self, config: TrainConfig) -> Mapping[str, Any] | None:
-        if config.lycoris_config is None or config.model_type != "lora" or config.lora_type != "lycoris":
+        if (
+            config.adapter.lycoris_config is None
+            or config.model.model_type != "lora"
+            or config.adapter.lora_type != "lycoris"
+        ):
             return None
-        document = self.read_named_file("lycoris_config", config.lycoris_config)
+        document = self.read_named_file("lycoris_config", config.adapter.lycoris_config)
         if document is None:
             return None
         if self.spec:
@@ -368,9 +372,9 @@ class _RunReader:
         return document.value
 
     def read_prompts(self, config: TrainConfig) -> Mapping[str, LibraryPrompt] | None:
-        if config.user_prompt_library is None:
+        if config.validation.user_prompt_library is None:
             return None
-        document = self.read_named_file("user_prompt_library", config.user_prompt_library)
+        document = self.read_named_file("user_prompt_library", config.validation.user_prompt_library)
         if document is None:
             return None
         prompts, problems = read_prompt_library(document)
@@ -383,11 +387,13 @@ class _RunReader:
         return found
 
     def read_webhooks(self, config: TrainConfig, environment: Mapping[str, str]) -> Webhooks:
-        written, origin = config.webhook_config, self.origin("webhook_config")
+        written, origin = config.reporting.webhook_config, self.origin("webhook_config")
         targets, problems, warnings = read_webhooks(written, origin, self.folders, environment, self.check_files)
         self.problems += problems
         self.merged.warnings += warnings
-        return Webhooks(targets, environment.get("SIMPLETUNER_JOB_ID") or None, config.webhook_reporting_interval)
+        return Webhooks(
+            targets, environment.get("SIMPLETUNER_JOB_ID") or None, config.reporting.webhook_reporting_interval
+        )
 
 
 def _is_on(setting: Setting | None) -> bool:

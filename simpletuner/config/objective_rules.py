@@ -8,6 +8,7 @@ from typing import Any
 from simpletuner.config.checking import is_neutral
 from simpletuner.config.draft import Draft
 from simpletuner.config.losses import LOSSES
+from simpletuner.config.options import all_options
 from simpletuner.errors import Problem
 from simpletuner.families.spec import FamilySpec
 
@@ -39,7 +40,7 @@ SWITCHES: Mapping[str, str] = {
 
 
 def _is_set(draft: Draft, key: str) -> bool:
-    return not is_neutral(getattr(draft.config, key), FLOW_OPTIONS[key])
+    return not is_neutral(draft.config.value(key), FLOW_OPTIONS[key])
 
 
 def meaningless_options(spec: FamilySpec) -> Mapping[str, str]:
@@ -51,7 +52,7 @@ def meaningless_options(spec: FamilySpec) -> Mapping[str, str]:
 
 def reflexflow_has_a_flow(draft: Draft) -> Iterator[Problem]:
     spec = draft.spec
-    if spec and spec.prediction_type != "flow" and draft.config.scheduled_sampling_reflexflow:
+    if spec and spec.prediction_type != "flow" and draft.config.objective.scheduled_sampling_reflexflow:
         message = f"true cannot be used: it is made for flow models, which {spec.title} is not"
         yield draft.problem(message, "scheduled_sampling_reflexflow", "false", fix="remove the key")
 
@@ -64,7 +65,7 @@ def noise_levels_are_chosen_once(draft: Draft) -> Iterator[Problem]:
         if chosen and _is_set(draft, key):
             message = f"has no use: {chosen[0]} replaces the logit-normal noise levels"
             yield draft.problem(message, key, fix="remove the key")
-    if _is_set(draft, "flow_schedule_shift") and draft.config.flow_schedule_auto_shift:
+    if _is_set(draft, "flow_schedule_shift") and draft.config.objective.flow_schedule_auto_shift:
         message = "flow_schedule_auto_shift chooses the shift already"
         yield draft.problem(message, "flow_schedule_shift", fix="keep one of them")
     for key in ("flow_schedule_shift", "flow_schedule_auto_shift", "flow_schedule_terminal"):
@@ -72,36 +73,35 @@ def noise_levels_are_chosen_once(draft: Draft) -> Iterator[Problem]:
             message = "has no use: flow_custom_timesteps are taken as they are"
             yield draft.problem(message, key, fix="remove the key")
     for key, switch in SWITCHES.items():
-        if _is_set(draft, key) and not getattr(draft.config, switch):
+        if _is_set(draft, key) and not draft.config.value(switch):
             yield draft.problem(f"has no use without {switch}", key, fix="set it, or remove this key")
 
 
 def biased_levels_are_some(draft: Draft) -> Iterator[Problem]:
-    config = draft.config
-    if config.timestep_bias_strategy == "range" and config.timestep_bias_begin >= config.timestep_bias_end:
-        message = (
-            f"{config.timestep_bias_begin:g} is not below timestep_bias_end, which is {config.timestep_bias_end:g}"
-        )
-        yield draft.problem(message, "timestep_bias_begin", f"less than {config.timestep_bias_end:g}")
+    options = draft.config.objective
+    begin, end = options.timestep_bias_begin, options.timestep_bias_end
+    if options.timestep_bias_strategy == "range" and begin >= end:
+        message = f"{begin:g} is not below timestep_bias_end, which is {end:g}"
+        yield draft.problem(message, "timestep_bias_begin", f"less than {end:g}")
     parts = {
-        "earlier": config.timestep_bias_portion,
-        "later": config.timestep_bias_portion,
-        "range": (config.timestep_bias_end - config.timestep_bias_begin) / 1000,
+        "earlier": options.timestep_bias_portion,
+        "later": options.timestep_bias_portion,
+        "range": (end - begin) / 1000,
     }
-    if config.timestep_bias_multiplier == 0 and parts.get(config.timestep_bias_strategy, 0) >= 1:
+    if options.timestep_bias_multiplier == 0 and parts.get(options.timestep_bias_strategy, 0) >= 1:
         message = "0 leaves no noise level to train on"
         yield draft.problem(message, "timestep_bias_multiplier", "above 0, or a smaller part of the levels")
 
 
 def rollouts_happen(draft: Draft) -> Iterator[Problem]:
     config = draft.config
-    share = config.scheduled_sampling_probability
-    if config.scheduled_sampling_ramp_steps:
-        share = max(config.scheduled_sampling_prob_start, config.scheduled_sampling_prob_end)
-    if config.scheduled_sampling_max_step_offset and not share:
+    share = config.objective.scheduled_sampling_probability
+    if config.objective.scheduled_sampling_ramp_steps:
+        share = max(config.objective.scheduled_sampling_prob_start, config.objective.scheduled_sampling_prob_end)
+    if config.objective.scheduled_sampling_max_step_offset and not share:
         message = "is 0, so that nothing is rolled out, and scheduled_sampling_max_step_offset says that something is"
         yield draft.problem(message, "scheduled_sampling_probability", fix="set it, or scheduled_sampling_ramp_steps")
-    if config.scheduled_sampling_reflexflow and not config.scheduled_sampling_max_step_offset:
+    if config.objective.scheduled_sampling_reflexflow and not config.objective.scheduled_sampling_max_step_offset:
         message = "has no use: nothing is rolled out, scheduled_sampling_max_step_offset is 0"
         yield draft.problem(message, "scheduled_sampling_reflexflow", fix="set scheduled_sampling_max_step_offset")
 
@@ -118,21 +118,21 @@ def settings_have_their_switch(draft: Draft) -> Iterator[str]:
     """Files of other trainers write whole groups of keys out; what does nothing is reported and kept."""
     config = draft.config
     groups = {
-        f"loss_type is {config.loss_type}": (True, _options_of_other_losses(config.loss_type)),
-        "offset_noise is false": (not config.offset_noise, ("noise_offset", "noise_offset_probability")),
-        "input_perturbation is 0": (not config.input_perturbation, ("input_perturbation_steps",)),
+        f"loss_type is {config.objective.loss_type}": (True, _options_of_other_losses(config.objective.loss_type)),
+        "offset_noise is false": (not config.objective.offset_noise, ("noise_offset", "noise_offset_probability")),
+        "input_perturbation is 0": (not config.objective.input_perturbation, ("input_perturbation_steps",)),
         "timestep_bias_strategy is none": (
-            config.timestep_bias_strategy == "none",
+            config.objective.timestep_bias_strategy == "none",
             ("timestep_bias_multiplier", "timestep_bias_portion", "timestep_bias_begin", "timestep_bias_end"),
         ),
         "scheduled_sampling_max_step_offset is 0": (
-            not config.scheduled_sampling_max_step_offset,
+            not config.objective.scheduled_sampling_max_step_offset,
             ("scheduled_sampling_probability", "scheduled_sampling_ramp_steps", "scheduled_sampling_start_step"),
         ),
     }
     for reason, (is_off, keys) in groups.items():
         for key in keys if is_off else ():
-            if getattr(config, key) != type(config).model_fields[key].default:
+            if config.value(key) != all_options()[key].default:
                 yield f"{draft.origin(key)}: {key}: has no effect: {reason}"
 
 
@@ -144,8 +144,11 @@ def _options_of_other_losses(loss_type: str) -> tuple[str, ...]:
 
 def strata_have_images(draft: Draft) -> Iterator[str]:
     config = draft.config
-    per_process = config.train_batch_size * config.gradient_accumulation_steps
-    if config.timestep_stratified and per_process * (config.num_processes or 0) * config.num_machines == 1:
+    per_process = config.training.train_batch_size * config.training.gradient_accumulation_steps
+    if (
+        config.objective.timestep_stratified
+        and per_process * (config.processes.num_processes or 0) * config.processes.num_machines == 1
+    ):
         reason = "a step has one image: raise train_batch_size or gradient_accumulation_steps"
         yield f"{draft.origin('timestep_stratified')}: timestep_stratified: has no effect: {reason}"
 

@@ -21,12 +21,12 @@ LIMITS = {"eps": 1.0, "weight_decay": 1000.0}
 
 def row_of(draft: Draft) -> OptimizerRow | None:
     """None where the name was refused."""
-    return OPTIMIZERS.get(draft.config.optimizer)
+    return OPTIMIZERS.get(draft.config.optimizer.optimizer)
 
 
 def optimizer_config_has_arguments_of_the_optimizer(draft: Draft) -> Iterator[Problem]:
-    row, name = row_of(draft), draft.config.optimizer
-    for key, value in (draft.config.optimizer_config or {}).items() if row else ():
+    row, name = row_of(draft), draft.config.optimizer.optimizer
+    for key, value in (draft.config.optimizer.optimizer_config or {}).items() if row else ():
         if key in OWN_OPTIONS:
             message = f"{key} has an option of its own"
             yield draft.problem(message, "optimizer_config", fix=f"use {OWN_OPTIONS[key]}")
@@ -70,9 +70,9 @@ def _is_like(value: Any, default: Any) -> bool:
 
 
 def a_found_rate_is_not_set_too(draft: Draft) -> Iterator[Problem]:
-    row, rate = row_of(draft), draft.config.learning_rate
+    row, rate = row_of(draft), draft.config.optimizer.learning_rate
     if row and row.tunes_lr and rate < LOWEST_FOUND_RATE:
-        message = f"{rate:g} would multiply the rate that {draft.config.optimizer} finds itself"
+        message = f"{rate:g} would multiply the rate that {draft.config.optimizer.optimizer} finds itself"
         yield draft.problem(
             message, "learning_rate", f"{LOWEST_FOUND_RATE:g} to 10, usually 1", "set learning_rate to 1"
         )
@@ -82,24 +82,25 @@ def averaged_weights_are_averaged_once(draft: Draft) -> Iterator[Problem]:
     row, config = row_of(draft), draft.config
     if not row or not row.averages:
         return
-    if config.use_ema:
-        message = f"{config.optimizer} averages the weights itself"
+    if config.training.use_ema:
+        message = f"{config.optimizer.optimizer} averages the weights itself"
         yield draft.problem(message, "use_ema", "false", fix="set use_ema to false, or choose another optimizer")
-    if config.lr_scheduler not in ("constant", "constant_with_warmup"):
-        message = f"{config.optimizer} takes the place of a falling learning rate"
+    if config.optimizer.lr_scheduler not in ("constant", "constant_with_warmup"):
+        message = f"{config.optimizer.optimizer} takes the place of a falling learning rate"
         yield draft.problem(message, "lr_scheduler", "constant, constant_with_warmup")
 
 
 def parts_of_weights_can_be_moved(draft: Draft) -> Iterator[Problem]:
     row, config = row_of(draft), draft.config
-    if row and config.fsdp_enable and config.model_type == "full" and not row.elementwise:
-        message = f"{config.optimizer} looks at whole weights, and with fsdp_enable each process holds a part of each"
+    if row and config.processes.fsdp_enable and config.model.model_type == "full" and not row.elementwise:
+        name = config.optimizer.optimizer
+        message = f"{name} looks at whole weights, and with fsdp_enable each process holds a part of each"
         allowed = ", ".join(name for name, other in OPTIMIZERS.items() if other.elementwise)
         yield draft.problem(message, "optimizer", allowed, fix="use adamw_bf16")
 
 
 def the_root_of_the_scale_has_a_scale(draft: Draft) -> Iterator[Problem]:
-    if draft.config.lr_scale_sqrt and not draft.config.lr_scale:
+    if draft.config.optimizer.lr_scale_sqrt and not draft.config.optimizer.lr_scale:
         message = "has no effect without lr_scale"
         yield draft.problem(message, "lr_scale_sqrt", fix="set lr_scale to true too, or remove the key")
 
@@ -115,7 +116,7 @@ OPTIMIZER_RULES = (
 
 def terms_that_the_optimizer_lacks(draft: Draft) -> Iterator[str]:
     """Harmless where an optimizer is only tried out, so it is reported and no error."""
-    row, name = row_of(draft), draft.config.optimizer
+    row, name = row_of(draft), draft.config.optimizer.optimizer
     if row is None:
         return
     has = {
@@ -125,7 +126,7 @@ def terms_that_the_optimizer_lacks(draft: Draft) -> Iterator[str]:
         "adam_weight_decay": row.has_weight_decay,
     }
     for key, is_there in has.items():
-        if not is_there and getattr(draft.config, key) is not None:
+        if not is_there and draft.config.value(key) is not None:
             yield f"{draft.origin(key)}: {key}: {name} has no such term; it is not used"
 
 

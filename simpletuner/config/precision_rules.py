@@ -12,16 +12,16 @@ ENCODERS = 4
 
 def packed_weights_do_not_train(draft: Draft) -> Iterator[Problem]:
     config = draft.config
-    if config.model_type == "full" and config.base_model_precision != "no_change":
-        message = f"{config.base_model_precision} weights cannot be trained, and model_type is full"
+    if config.model.model_type == "full" and config.precision.base_model_precision != "no_change":
+        message = f"{config.precision.base_model_precision} weights cannot be trained, and model_type is full"
         fix = "set it to no_change, or train an adapter (model_type lora)"
         yield draft.problem(message, "base_model_precision", "no_change", fix)
 
 
 def the_default_dtype_fits_the_products(draft: Draft) -> Iterator[Problem]:
     config = draft.config
-    if config.base_model_default_dtype == "bf16" and config.mixed_precision != "bf16":
-        message = f"bf16 weights do not go with mixed_precision {config.mixed_precision}"
+    if config.precision.base_model_default_dtype == "bf16" and config.precision.mixed_precision != "bf16":
+        message = f"bf16 weights do not go with mixed_precision {config.precision.mixed_precision}"
         yield draft.problem(message, "base_model_default_dtype", "fp32", fix="remove the key")
 
 
@@ -31,27 +31,27 @@ def there_is_a_text_encoder_to_pack(draft: Draft) -> Iterator[Problem]:
     count = sum(component.role == "text_encoder" for component in draft.spec.components)
     for number in range(count + 1, ENCODERS + 1):
         key = f"text_encoder_{number}_precision"
-        if getattr(draft.config, key) != "no_change":
+        if draft.config.value(key) != "no_change":
             has = f"{count} text encoder{'s' * (count != 1)}" if count else "no text encoder"
             yield draft.problem(f"{draft.spec.title} has {has}", key, "no_change", fix="remove the key")
 
 
 def swapped_blocks_are_recomputed(draft: Draft) -> Iterator[Problem]:
     config = draft.config
-    key = "enable_group_offload" if config.enable_group_offload else "musubi_blocks_to_swap"
-    if not getattr(config, key):
+    key = "enable_group_offload" if config.model.enable_group_offload else "musubi_blocks_to_swap"
+    if not config.value(key):
         return
-    if config.model_type == "full":
+    if config.model.model_type == "full":
         message = "only frozen weights can wait in main memory, and model_type is full"
         yield draft.problem(message, key, fix="remove the key, or train an adapter (model_type lora)")
-    elif config.fsdp_enable or config.deepspeed_config:
-        other = "fsdp_enable" if config.fsdp_enable else "deepspeed_config"
+    elif config.processes.fsdp_enable or config.processes.deepspeed_config:
+        other = "fsdp_enable" if config.processes.fsdp_enable else "deepspeed_config"
         message = f"{other} divides the weights among the processes already"
         yield draft.problem(message, key, fix="remove one of the two; fsdp_cpu_offload keeps the parts in main memory")
-    elif config.dynamo_backend != "no":
+    elif config.precision.dynamo_backend != "no":
         message = "blocks that are compiled stay on the device"
         yield draft.problem(message, key, fix="remove the key, or set dynamo_backend to no")
-    elif not config.gradient_checkpointing or config.gradient_checkpointing_interval not in (None, "1"):
+    elif not config.model.gradient_checkpointing or config.model.gradient_checkpointing_interval not in (None, "1"):
         message = "a block that is not recomputed keeps its weights on the device until the backward pass"
         fix = "set gradient_checkpointing to true, and remove gradient_checkpointing_interval"
         yield draft.problem(message, key, fix=fix)
@@ -59,22 +59,24 @@ def swapped_blocks_are_recomputed(draft: Draft) -> Iterator[Problem]:
 
 def what_belongs_to_checkpointing_has_it(draft: Draft) -> Iterator[Problem]:
     config = draft.config
-    if config.gradient_checkpointing:
-        if config.gradient_checkpointing_interval == "auto" and (config.fsdp_enable or config.deepspeed_config):
+    if config.model.gradient_checkpointing:
+        if config.model.gradient_checkpointing_interval == "auto" and (
+            config.processes.fsdp_enable or config.processes.deepspeed_config
+        ):
             message = "each process would measure for itself, and processes that share weights fetch them together"
             yield draft.problem(message, "gradient_checkpointing_interval", "a whole number", fix="remove the key")
         return
-    if config.gradient_checkpointing_interval is not None:
+    if config.model.gradient_checkpointing_interval is not None:
         message = "has no effect without gradient_checkpointing"
         yield draft.problem(message, "gradient_checkpointing_interval", fix="set gradient_checkpointing to true")
-    if config.gradient_checkpointing_backend != "torch":
+    if config.model.gradient_checkpointing_backend != "torch":
         message = "has no effect without gradient_checkpointing"
         yield draft.problem(message, "gradient_checkpointing_backend", fix="set gradient_checkpointing to true")
 
 
 def kernels_chosen_by_timing_are_not_deterministic(draft: Draft) -> Iterator[Problem]:
     config = draft.config
-    if config.deterministic and config.dynamo_backend == "inductor":
+    if config.precision.deterministic and config.precision.dynamo_backend == "inductor":
         message = "inductor chooses its kernels by timing them at each start, so two starts may differ in the last bits"
         yield draft.problem(message, "deterministic", "false", fix="remove it, or set dynamo_backend to no")
 

@@ -12,7 +12,7 @@ from simpletuner.errors import ConfigError, Problem
 
 
 def machine_rank_is_one_of_the_machines(draft: Draft) -> Iterator[Problem]:
-    rank, count = draft.config.machine_rank, draft.config.num_machines
+    rank, count = draft.config.processes.machine_rank, draft.config.processes.num_machines
     if rank >= count:
         yield draft.problem(
             f"{rank} is no machine of {count}",
@@ -24,16 +24,16 @@ def machine_rank_is_one_of_the_machines(draft: Draft) -> Iterator[Problem]:
 
 def several_machines_know_where_to_meet(draft: Draft) -> Iterator[Problem]:
     config = draft.config
-    if config.num_machines == 1:
+    if config.processes.num_machines == 1:
         return
-    if config.main_process_ip in ("127.0.0.1", "localhost"):
+    if config.processes.main_process_ip in ("127.0.0.1", "localhost"):
         yield draft.problem(
             "is this machine's own address, which the other machines cannot reach",
             "main_process_ip",
             "the address of machine 0 (MASTER_ADDR)",
             fix="set it, the same on all machines",
         )
-    if config.main_process_port is None:
+    if config.processes.main_process_port is None:
         yield draft.problem(
             "is not set: a free port would be another one on each machine",
             "main_process_port",
@@ -44,25 +44,27 @@ def several_machines_know_where_to_meet(draft: Draft) -> Iterator[Problem]:
 
 def sharding_has_processes_to_share(draft: Draft) -> Iterator[Problem]:
     config = draft.config
-    if not config.fsdp_enable:
+    if not config.processes.fsdp_enable:
         for key in ("fsdp_shard_size", "fsdp_cpu_offload"):
-            if getattr(config, key):
+            if config.value(key):
                 yield draft.problem("has no use without fsdp_enable", key, fix="set fsdp_enable, or remove the key")
         return
-    if config.num_processes is None:
+    if config.processes.num_processes is None:
         return
-    size = config.num_processes * config.num_machines
+    size = config.processes.num_processes * config.processes.num_machines
     if size == 1:
         yield draft.problem("one process has nobody to share with", "fsdp_enable", fix="set num_processes above 1")
-    elif config.fsdp_shard_size and size % config.fsdp_shard_size:
+    elif config.processes.fsdp_shard_size and size % config.processes.fsdp_shard_size:
         yield draft.problem(
-            f"{config.fsdp_shard_size} does not divide the {size} processes", "fsdp_shard_size", "a divisor of them"
+            f"{config.processes.fsdp_shard_size} does not divide the {size} processes",
+            "fsdp_shard_size",
+            "a divisor of them",
         )
 
 
 def sharding_takes_plain_weights(draft: Draft) -> Iterator[Problem]:
-    precision = draft.config.base_model_precision
-    if draft.config.fsdp_enable and precision not in (None, "no_change"):
+    precision = draft.config.precision.base_model_precision
+    if draft.config.processes.fsdp_enable and precision not in (None, "no_change"):
         yield draft.problem(
             f'cannot spread weights quantized as "{precision}": their packed form has no parts',
             "fsdp_enable",
@@ -71,7 +73,7 @@ def sharding_takes_plain_weights(draft: Draft) -> Iterator[Problem]:
 
 
 def the_deepspeed_file_can_be_used(draft: Draft) -> Iterator[Problem]:
-    config, path = draft.config, draft.config.deepspeed_config
+    config, path = draft.config, draft.config.processes.deepspeed_config
     if path is None:
         return
     try:
@@ -80,26 +82,28 @@ def the_deepspeed_file_can_be_used(draft: Draft) -> Iterator[Problem]:
         yield from error.problems
         return
     is_third = stage_of(settings) == 3
-    row = OPTIMIZERS.get(config.optimizer)
-    if config.fsdp_enable:
+    row = OPTIMIZERS.get(config.optimizer.optimizer)
+    if config.processes.fsdp_enable:
         message = "spreads the model as fsdp_enable does"
         yield draft.problem(message, "deepspeed_config", fix="remove one of the two")
-    if config.num_processes == 1 and config.num_machines == 1:
+    if config.processes.num_processes == 1 and config.processes.num_machines == 1:
         message = "one process has nobody to share with"
         yield draft.problem(message, "deepspeed_config", fix="set num_processes above 1")
-    if config.max_grad_norm and config.grad_clip_method == "value":
+    if config.optimizer.max_grad_norm and config.optimizer.grad_clip_method == "value":
         message = "DeepSpeed clips by norm only"
         yield draft.problem(message, "grad_clip_method", '"norm"', fix="set it to norm")
-    if config.mixed_precision == "fp16":
+    if config.precision.mixed_precision == "fp16":
         message = "scales losses, which DeepSpeed's own step would not know"
         yield draft.problem(message, "mixed_precision", "bf16, no", fix="use bf16")
     if row and (row.averages or not row.elementwise):
-        message = f"{config.optimizer} looks at whole weights, and DeepSpeed moves parts of them laid end to end"
+        message = (
+            f"{config.optimizer.optimizer} looks at whole weights, and DeepSpeed moves parts of them laid end to end"
+        )
         yield draft.problem(message, "optimizer", fix="use adamw_bf16 or lion")
-    if is_third and config.use_ema:
+    if is_third and config.training.use_ema:
         message = "the average needs the weights that stage 3 spreads"
         yield draft.problem(message, "use_ema", "false with ZeRO stage 3", fix="use fsdp_enable, which keeps an EMA")
-    if is_third and config.base_model_precision not in (None, "no_change"):
+    if is_third and config.precision.base_model_precision not in (None, "no_change"):
         message = "stage 3 spreads plain weights only"
         yield draft.problem(message, "base_model_precision", "no_change", fix="use stage 2")
 

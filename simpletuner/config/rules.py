@@ -35,7 +35,7 @@ MAX_MEGAPIXELS = 20
 
 
 def exactly_one_length_is_set(draft: Draft) -> Iterator[Problem]:
-    steps, epochs = draft.config.max_train_steps, draft.config.num_train_epochs
+    steps, epochs = draft.config.training.max_train_steps, draft.config.training.num_train_epochs
     if steps > 0 and epochs > 0:
         message = f"{steps} steps and {epochs:g} epochs (num_train_epochs) are both set"
         yield draft.problem(message, "max_train_steps", fix="set one of them to 0")
@@ -45,7 +45,7 @@ def exactly_one_length_is_set(draft: Draft) -> Iterator[Problem]:
 
 
 def flavour_belongs_to_the_family(draft: Draft) -> Iterator[Problem]:
-    flavour, spec = draft.config.model_flavour, draft.spec
+    flavour, spec = draft.config.model.model_flavour, draft.spec
     if spec and flavour and flavour not in spec.flavours:
         message = f'"{flavour}" is no flavor of {spec.title}'
         fix = did_you_mean(flavour, spec.flavours)
@@ -53,7 +53,10 @@ def flavour_belongs_to_the_family(draft: Draft) -> Iterator[Problem]:
 
 
 def a_single_file_is_named_once(draft: Draft) -> Iterator[Problem]:
-    model, file = draft.config.pretrained_model_name_or_path, draft.config.pretrained_transformer_model_name_or_path
+    model, file = (
+        draft.config.model.pretrained_model_name_or_path,
+        draft.config.model.pretrained_transformer_model_name_or_path,
+    )
     key = "pretrained_transformer_model_name_or_path"
     if file and not file.endswith(SINGLE_FILE):
         yield draft.problem(f'"{file}" is no {SINGLE_FILE} file', key, f"a {SINGLE_FILE} file")
@@ -64,14 +67,14 @@ def a_single_file_is_named_once(draft: Draft) -> Iterator[Problem]:
 
 def text_encoders_are_the_family_s(draft: Draft) -> Iterator[Problem]:
     encoders = [part.name for part in draft.spec.components if part.role == "text_encoder"] if draft.spec else []
-    given = len(draft.config.text_encoder_paths or ())
+    given = len(draft.config.model.text_encoder_paths or ())
     if draft.spec and given > len(encoders):
         message = f"names {given} text encoders, and {draft.spec.title} has {len(encoders)}"
         yield draft.problem(message, "text_encoder_paths", ", ".join(encoders) or "no such key", "remove the others")
 
 
 def prompts_have_a_length_of_the_family(draft: Draft) -> Iterator[Problem]:
-    length, key = draft.config.tokenizer_max_length, "tokenizer_max_length"
+    length, key = draft.config.model.tokenizer_max_length, "tokenizer_max_length"
     if draft.spec is None or length is None:
         return
     if draft.spec.prompt_lengths is None:
@@ -86,10 +89,10 @@ def prompts_have_a_length_of_the_family(draft: Draft) -> Iterator[Problem]:
 
 def family_takes_its_options(draft: Draft) -> Iterator[Problem]:
     for key, (neutral, reason) in (draft.spec.unusable_options if draft.spec else {}).items():
-        value = getattr(draft.config, key, None)
+        value = draft.config.values().get(key)
         if value is not None and not is_neutral(value, neutral):
             allowed = f"only {show_value(next((item for item in neutral if item is not None), None))}"
-            message = f"{show_value(value)} cannot be used with {draft.config.model_family}: {reason}"
+            message = f"{show_value(value)} cannot be used with {draft.config.model.model_family}: {reason}"
             yield draft.problem(message, key, allowed, fix="remove the key")
 
 
@@ -98,7 +101,7 @@ def prompts_are_encoded_as_the_family_can(draft: Draft) -> Iterator[Problem]:
     if spec is None:
         return
     for key in PROMPT_OPTIONS:
-        value = getattr(draft.config, key)
+        value = draft.config.value(key)
         if value != all_options()[key].default and key not in spec.prompt_options:
             message = f"{show_value(value)} has no meaning for {spec.title}"
             reason = spec.other_prompt_options.get(key)
@@ -107,7 +110,7 @@ def prompts_are_encoded_as_the_family_can(draft: Draft) -> Iterator[Problem]:
 
 def regularisation_has_an_adapter(draft: Draft) -> Iterator[Problem]:
     for entry in draft.images:
-        if entry.is_regularisation_data and draft.config.model_type == "full":
+        if entry.is_regularisation_data and draft.config.model.model_type == "full":
             message = "prior preservation compares with the model without its adapter, and model_type is full"
             yield draft.dataset_problem(entry, "is_regularisation_data", message, fix="set it to false")
         if entry.is_regularisation_data and entry.dataset_type == "eval":
@@ -117,21 +120,21 @@ def regularisation_has_an_adapter(draft: Draft) -> Iterator[Problem]:
 
 def a_falling_schedule_falls(draft: Draft) -> Iterator[Problem]:
     config = draft.config
-    falls = config.lr_scheduler not in ("constant", "constant_with_warmup")
-    if falls and config.lr_end > config.learning_rate and not config.lr_scale:
-        message = f"{config.lr_end:g} is not below learning_rate, which is {config.learning_rate:g}"
-        fix = f"set lr_end below it, or lr_scheduler to constant instead of {config.lr_scheduler}"
-        yield draft.problem(message, "lr_end", f"less than {config.learning_rate:g}", fix)
+    falls = config.optimizer.lr_scheduler not in ("constant", "constant_with_warmup")
+    if falls and config.optimizer.lr_end > config.optimizer.learning_rate and not config.optimizer.lr_scale:
+        message = f"{config.optimizer.lr_end:g} is not below learning_rate, which is {config.optimizer.learning_rate:g}"
+        fix = f"set lr_end below it, or lr_scheduler to constant instead of {config.optimizer.lr_scheduler}"
+        yield draft.problem(message, "lr_end", f"less than {config.optimizer.learning_rate:g}", fix)
 
 
 def trackers_are_not_contradictory(draft: Draft) -> Iterator[Problem]:
-    trackers = draft.config.report_to
+    trackers = draft.config.reporting.report_to
     if "none" in trackers and len(trackers) > 1:
         yield draft.problem(f"{', '.join(trackers)}: none and another one", "report_to", "none, or the others")
 
 
 def a_custom_tracker_has_its_class(draft: Draft) -> Iterator[Problem]:
-    name, trackers = draft.config.custom_tracker, draft.config.report_to
+    name, trackers = draft.config.reporting.custom_tracker, draft.config.reporting.report_to
     form = "package.module:Class"
     if "custom-tracker" in trackers and name is None:
         yield draft.problem("is missing: report_to names custom-tracker", "custom_tracker", form, fix="set it")
@@ -143,7 +146,7 @@ def a_custom_tracker_has_its_class(draft: Draft) -> Iterator[Problem]:
 
 
 def alignment_fits_the_family(draft: Draft) -> Iterator[Problem]:
-    alignment = draft.config.aspect_bucket_alignment
+    alignment = draft.config.data.aspect_bucket_alignment
     if draft.spec and alignment and alignment % draft.spec.size_multiple:
         multiple = draft.spec.size_multiple
         message = f"{alignment} is not a multiple of {multiple}, which {draft.spec.title} needs"
@@ -152,7 +155,7 @@ def alignment_fits_the_family(draft: Draft) -> Iterator[Problem]:
 
 def validation_sizes_fit_the_family(draft: Draft) -> Iterator[Problem]:
     spec = draft.spec
-    for size in draft.config.validation_sizes if spec and spec.max_size else ():
+    for size in draft.config.validation.validation_sizes if spec and spec.max_size else ():
         if spec and spec.max_size and max(size) > spec.max_size:
             message = f"{size} is larger than {spec.title} takes"
             yield draft.problem(message, "validation_resolution", f"at most {spec.max_size} pixels a side")
@@ -232,7 +235,7 @@ def dataset_ids_are_names(draft: Draft) -> Iterator[Problem]:
 def names_stand_on_one_line(draft: Draft) -> Iterator[Problem]:
     config = draft.config
     for key in ("tracker_run_name", "tracker_project_name", "output_dir"):
-        if (name := getattr(config, key)) is not None and has_control(str(name)):
+        if (name := config.value(key)) is not None and has_control(str(name)):
             yield draft.problem(f'"{printable(str(name))}" holds a control character', key, "text on one line")
 
 
@@ -243,7 +246,7 @@ def there_are_images_to_train_on(draft: Draft) -> Iterator[Problem]:
         return
     disabled = f" ({', '.join(draft.datasets.disabled)} disabled)" if draft.datasets.disabled else ""
     message = f"names no dataset of dataset_type image{disabled}: there is nothing to train on"
-    file = draft.config.data_backend_config
+    file = draft.config.data.data_backend_config
     shown = draft.folders.shown(file) if file else None
     yield Problem(message, file=shown, line=1, fix="add an entry with id and instance_data_dir")
 
@@ -257,10 +260,10 @@ def one_text_cache_is_the_default(draft: Draft) -> Iterator[Problem]:
 
 def uploads_have_their_place(draft: Draft) -> Iterator[Problem]:
     config = draft.config
-    if config.push_checkpoints_to_hub and not config.push_to_hub:
+    if config.reporting.push_checkpoints_to_hub and not config.reporting.push_to_hub:
         message = "has no effect without push_to_hub"
         yield draft.problem(message, "push_checkpoints_to_hub", fix="set push_to_hub too, or remove the key")
-    name = config.hub_model_id
+    name = config.reporting.hub_model_id
     if name is not None and (not _REPOSITORY.fullmatch(name) or "--" in name or ".." in name or len(name) > 96):
         message = f'"{name}" cannot name a repository on the Hub'
         yield draft.problem(message, "hub_model_id", "name or owner/name, of letters, digits, - _ and .")
@@ -299,16 +302,16 @@ RULES: tuple[Rule, ...] = (
 
 
 def warm_up_is_shorter_than_the_run(draft: Draft) -> Iterator[str]:
-    config = draft.config
-    if 0 < config.max_train_steps <= config.lr_warmup_steps:
+    steps, options = draft.config.training.max_train_steps, draft.config.optimizer
+    if 0 < steps <= options.lr_warmup_steps:
         yield (
-            f"{draft.origin('lr_warmup_steps')}: lr_warmup_steps: {config.lr_warmup_steps} steps of warm-up in a "
-            f"run of {config.max_train_steps}: the learning rate never reaches {config.learning_rate:g}"
+            f"{draft.origin('lr_warmup_steps')}: lr_warmup_steps: {options.lr_warmup_steps} steps of warm-up in a "
+            f"run of {steps}: the learning rate never reaches {options.learning_rate:g}"
         )
 
 
 def dropped_captions_serve_guidance(draft: Draft) -> Iterator[str]:
-    if draft.config.caption_dropout_probability == 0 and "caption_dropout_probability" in draft.origins:
+    if draft.config.training.caption_dropout_probability == 0 and "caption_dropout_probability" in draft.origins:
         yield (
             f"{draft.origin('caption_dropout_probability')}: caption_dropout_probability: 0 never trains the empty "
             "caption that guidance uses; long runs do better with 0.05 to 0.1"
@@ -324,12 +327,12 @@ def text_caches_have_a_use(draft: Draft) -> Iterator[str]:
             reads = f"{draft.spec.title} reads the tokens of captions"
             yield f"{place}: {entry.id}: a text_embeds entry has no use: {reads}, and nothing is kept there"
     for key in ("text_cache_ondemand", "text_cache_disable"):
-        if getattr(draft.config, key):
+        if draft.config.value(key):
             yield f"{draft.origin(key)}: {key} has no use: {draft.spec.title} reads the tokens of captions"
 
 
 def webhook_intervals_have_a_webhook(draft: Draft) -> Iterator[str]:
-    if draft.config.webhook_reporting_interval and draft.config.webhook_config is None:
+    if draft.config.reporting.webhook_reporting_interval and draft.config.reporting.webhook_config is None:
         key = "webhook_reporting_interval"
         yield f"{draft.origin(key)}: {key}: there is no webhook_config, so nothing is reported"
 

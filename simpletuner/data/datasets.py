@@ -114,14 +114,16 @@ def build_datasets(
             for mask in masks_for(entry, entries):
                 dataset = with_masks(dataset, mask, scan(mask), data_file)
                 folder = work_dir / "index"
-                dataset = report_empty_masks(dataset, config.masked_loss_probability, folder, report, data_file)
+                dataset = report_empty_masks(
+                    dataset, config.training.masked_loss_probability, folder, report, data_file
+                )
             datasets.append(dataset)
         except DataError as error:
             problems += error.problems
             filter_reports += error.filter_reports if isinstance(error, UnusableData) else ()
     if problems:
         raise UnusableData(problems, filter_reports)
-    return with_even_shares(datasets) if config.data_backend_sampling == "uniform" else datasets
+    return with_even_shares(datasets) if config.data.data_backend_sampling == "uniform" else datasets
 
 
 class _Scans:
@@ -252,8 +254,8 @@ def build_dataset(
         raise UnusableData([problem], [filter_report])
     partners = [Partners(each, reference_rules(each, entry, sizes, spec), where) for each, where in references]
     paired = select_paired(folder, shaped, partners, skipped)
-    chosen = select_subset(entry.id, config.seed, entry.max_num_samples, catalogue, paired, index)
-    used = select_sizes(entry.id, config.seed, catalogue, chosen, sizes, spec, index, skipped)
+    chosen = select_subset(entry.id, config.training.seed, entry.max_num_samples, catalogue, paired, index)
+    used = select_sizes(entry.id, config.training.seed, catalogue, chosen, sizes, spec, index, skipped)
     buckets = group_by_size(used.heights, used.widths)
     filter_report = _filter_report(entry, folder, len(large_enough), len(shaped), buckets, skipped)
     if not buckets:
@@ -265,8 +267,8 @@ def build_dataset(
     # An eval loss compares the same crops each time.
     resamples = bool(entry.vae_cache_clear_each_epoch) and not isinstance(entry, EvalDataset)
     draws = RoundSampling(crops=resamples and sizes.needs_content, flips=entry.random_flip)
-    edits = CaptionEdits(filters, entry.caption_shuffle, config.seed, entry.caption_openers or ())
-    samples = Samples(entry.id, config.seed, index, ids, texts, sizes, captions, draws, edits, table, seen)
+    edits = CaptionEdits(filters, entry.caption_shuffle, config.training.seed, entry.caption_openers or ())
+    samples = Samples(entry.id, config.training.seed, index, ids, texts, sizes, captions, draws, edits, table, seen)
     if prompt_files is not None:
         content += prompt_files.fingerprint
         prompt_files.require_files(samples)
@@ -275,7 +277,7 @@ def build_dataset(
         samples=samples,
         prompt_files=prompt_files,
         buckets=buckets,
-        fingerprint=dataset_fingerprint(content, sizes, captions, config.seed, draws, edits),
+        fingerprint=dataset_fingerprint(content, sizes, captions, config.training.seed, draws, edits),
         filter_report=filter_report,
         backend=index.backend,
     )
@@ -319,7 +321,7 @@ def _content(
     content = [catalogue.images_digest, *([catalogue.texts_digest] if captions.reads_text_files else [])]
     content += [table.digest] if table else []
     content += [each.fingerprint for each in partners]
-    return content + ([f"{entry.max_num_samples} of {config.seed}"] if entry.max_num_samples else [])
+    return content + ([f"{entry.max_num_samples} of {config.training.seed}"] if entry.max_num_samples else [])
 
 
 def caption_table(entry: ImageDataset, work_dir: Path, data_file: str | None) -> CaptionTable | None:

@@ -37,7 +37,7 @@ def check_entry(entry: ImageDataset, config: TrainConfig, spec: FamilySpec, data
     needs_prompt = entry.caption_strategy == "instanceprompt" or entry.only_instance_prompt
     if (needs_prompt or entry.prepend_instance_prompt) and not entry.instance_prompt:
         problems.append(problem("instance_prompt", "the captions need a prompt", "a text, or a list of texts"))
-    alignment = config.aspect_bucket_alignment
+    alignment = config.data.aspect_bucket_alignment
     if alignment is not None and alignment % spec.size_multiple:
         problems.append(
             Problem(
@@ -66,8 +66,8 @@ def bucket_rules(entry: ImageDataset, config: TrainConfig, spec: FamilySpec) -> 
         minimum_aspect=entry.minimum_aspect_ratio,
         maximum_aspect=entry.maximum_aspect_ratio,
         max_upscale=entry.max_upscale_threshold,
-        alignment=config.aspect_bucket_alignment or spec.size_multiple,
-        aspect_decimals=config.aspect_bucket_rounding,
+        alignment=config.data.aspect_bucket_alignment or spec.size_multiple,
+        aspect_decimals=config.data.aspect_bucket_rounding,
         enlarges=entry.enlarge,
         max_side=entry.maximum_side,
         stretches=spec.stretches and not entry.enlarge,

@@ -88,7 +88,7 @@ def record_parts(
         for count in counts:
             part = parted[count]
             share = _share(source.weight / weights, entry, parted, count)
-            rounds = share if config.data_backend_sampling == "uniform" else share * total / len(part)
+            rounds = share if config.data.data_backend_sampling == "uniform" else share * total / len(part)
             name = names.unused(source.name if len(sources) > 1 else "", str(count) if len(parted) > 1 else "")
             parts.append(_part(entry, name, part, source, entry.probability * rounds, config, spec))
     return parts
@@ -143,7 +143,7 @@ def _require_fewer_references(
     rows: Sequence[Sequence[Record]], config: TrainConfig, spec: FamilySpec, key: str, data_file: str | None
 ) -> None:
     most = spec.max_references
-    if most and config.conditioning_multidataset_sampling == "random":
+    if most and config.data.conditioning_multidataset_sampling == "random":
         return  # the model sees one of them
     found = next((each for own in rows for each in own if len(each.references) > most), None)
     if found is not None:
@@ -186,7 +186,7 @@ def _part(
     spec: FamilySpec,
 ) -> RecordPart:
     count = len(records[0].references)
-    caches = latents_folder(entry, Path(config.cache_dir), spec)
+    caches = latents_folder(entry, Path(config.data.cache_dir), spec)
     updates: dict[str, Any] = {
         "id": name,
         "cache_dir_vae": caches / name,

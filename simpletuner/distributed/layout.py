@@ -12,11 +12,11 @@ from simpletuner.hardware import amd_gpus, nvidia_gpus
 def layout_of(config: TrainConfig) -> Layout:
     """The processes of `num_processes`, or one for each accelerator that is visible."""
     return Layout(
-        num_processes=config.num_processes or max(visible_accelerators(), 1),
-        num_machines=config.num_machines,
-        machine_rank=config.machine_rank,
-        address=config.main_process_ip,
-        port=config.main_process_port,
+        num_processes=config.processes.num_processes or max(visible_accelerators(), 1),
+        num_machines=config.processes.num_machines,
+        machine_rank=config.processes.machine_rank,
+        address=config.processes.main_process_ip,
+        port=config.processes.main_process_port,
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from simpletuner.config.options import TrainConfig
 from simpletuner.errors import ConfigError, Problem
 from simpletuner.hub.client import is_final, make_api, reason_of, upload_failures
 from simpletuner.hub.job import repository_name
@@ -16,7 +17,7 @@ LOGIN = "run: hf auth login, with a token that has write permission; or set HF_T
 WRITING_ROLES = ("write", "admin", "contributor")
 
 
-def check_access(config: Any, environment: Mapping[str, str], api: HfApi | None = None) -> list[str]:
+def check_access(config: TrainConfig, environment: Mapping[str, str], api: HfApi | None = None) -> list[str]:
     """Ask the Hub who we are, and raise where we may not write.
 
     Returns:
@@ -25,7 +26,7 @@ def check_access(config: Any, environment: Mapping[str, str], api: HfApi | None 
     Raises:
         ConfigError: nobody is logged in, or the token or its owner may not write there.
     """
-    if not config.push_to_hub:
+    if not config.reporting.push_to_hub:
         return []
     if environment.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
         raise ConfigError(

@@ -11,6 +11,7 @@ from typing import Any
 from simpletuner import storage
 from simpletuner.config.loading import LoadedRun
 from simpletuner.config.lycoris_algorithms import DEFAULT_ALGORITHM, form_and_kind
+from simpletuner.config.options import TrainConfig
 from simpletuner.errors import DataError
 from simpletuner.families.spec import FamilySpec
 from simpletuner.hub.card import CardFacts, card_text
@@ -116,48 +117,48 @@ class HubJob:
 def make_job(loaded: LoadedRun, spec: FamilySpec) -> HubJob | None:
     """The job of a configuration; None where nothing is to be uploaded."""
     config = loaded.config
-    if not config.push_to_hub:
+    if not config.reporting.push_to_hub:
         return None
-    output_dir = Path(config.output_dir)
-    flavour = spec.flavours[config.model_flavour or spec.default_flavour]
-    model = config.pretrained_model_name_or_path or flavour.hub_id
+    output_dir = Path(config.checkpoint.output_dir)
+    flavour = spec.flavours[config.model.model_flavour or spec.default_flavour]
+    model = config.model.pretrained_model_name_or_path or flavour.hub_id
     prompts = [prompt for entry in loaded.datasets for prompt in getattr(entry, "instance_prompt", None) or ()]
-    form, kind = form_and_kind(config, loaded.lycoris)
+    form, kind = form_and_kind(config.adapter, loaded.lycoris)
     return HubJob(
         output_dir=output_dir,
         name=repository_name(config),
-        is_private=config.model_card_private,
-        each_checkpoint=config.push_checkpoints_to_hub,
-        waits=not config.push_to_hub_background,
+        is_private=config.reporting.model_card_private,
+        each_checkpoint=config.reporting.push_checkpoints_to_hub,
+        waits=not config.reporting.push_to_hub_background,
         spec=spec,
         kind=kind_of(loaded),
         base_model=None if Path(model).is_absolute() else model,
         licence=flavour.licence,
-        title=config.tracker_run_name or output_dir.name,
+        title=config.reporting.tracker_run_name or output_dir.name,
         options=loaded.resolved(),
         form=form,
-        readers="" if config.model_type == "full" else spec.read_by(form, kind),
+        readers="" if config.model.model_type == "full" else spec.read_by(form, kind),
         instance_prompts=tuple(dict.fromkeys(prompts)),
-        is_safe=config.model_card_safe_for_work,
-        note=config.model_card_note,
+        is_safe=config.reporting.model_card_safe_for_work,
+        note=config.reporting.model_card_note,
     )
 
 
 def kind_of(loaded: LoadedRun) -> str:
     """`full`, `lora`, `dora`, or the algorithm of LyCORIS."""
     config = loaded.config
-    if config.model_type == "full":
+    if config.model.model_type == "full":
         return "full"
-    if config.lora_type == "lycoris":
+    if config.adapter.lora_type == "lycoris":
         return str((loaded.lycoris or {}).get("algo", DEFAULT_ALGORITHM))
-    return "dora" if config.use_dora else "lora"
+    return "dora" if config.adapter.use_dora else "lora"
 
 
-def repository_name(config: Any) -> str:
+def repository_name(config: TrainConfig) -> str:
     """`hub_model_id`, or where that is not set one made of the run's name."""
-    if config.hub_model_id:
-        return str(config.hub_model_id)
-    name = str(config.tracker_run_name or Path(config.output_dir).name)
+    if config.reporting.hub_model_id:
+        return str(config.reporting.hub_model_id)
+    name = str(config.reporting.tracker_run_name or Path(config.checkpoint.output_dir).name)
     plain = re.sub(r"[^\w.-]+", "-", name, flags=re.ASCII)
     return re.sub(r"-{2,}|\.{2,}", "-", plain).strip("-.")[:96] or "simpletuner"
 

@@ -20,31 +20,33 @@ def build_family(config: TrainConfig) -> ModelFamily:
     Raises:
         ConfigError: the family is unknown, or this torch cannot use the GPU that is there.
     """
-    spec = get_spec(config.model_family)
-    use_tf32(not config.disable_tf32)
+    spec = get_spec(config.model.model_family)
+    use_tf32(not config.precision.disable_tf32)
     family: ModelFamily = get_family_class(spec)(spec, model_source(config), pick_device(), weight_dtype(config))
     family.number_formats = number_formats(config)
-    family.prompt_length = config.tokenizer_max_length
-    family.clip_skip = config.clip_skip
-    family.force_zeros_for_empty_prompt = config.force_zeros_for_empty_prompt
-    modes = {"slicing": config.vae_enable_slicing, "tiling": config.vae_enable_tiling}
+    family.prompt_length = config.model.tokenizer_max_length
+    family.clip_skip = config.model.clip_skip
+    family.force_zeros_for_empty_prompt = config.model.force_zeros_for_empty_prompt
+    modes = {"slicing": config.model.vae_enable_slicing, "tiling": config.model.vae_enable_tiling}
     family.vae_modes = tuple(mode for mode, is_on in modes.items() if is_on)
     return family
 
 
 def model_source(config: TrainConfig) -> ModelSource:
     """Where the weights are: the configured folder or hub id, else the hub id of the flavor."""
-    spec = get_spec(config.model_family)
-    flavour = spec.flavours[config.model_flavour or spec.default_flavour]
-    model, file = config.pretrained_model_name_or_path, config.pretrained_transformer_model_name_or_path
+    spec = get_spec(config.model.model_family)
+    flavour = spec.flavours[config.model.model_flavour or spec.default_flavour]
+    model, file = config.model.pretrained_model_name_or_path, config.model.pretrained_transformer_model_name_or_path
     if model and model.endswith(SINGLE_FILE):
         model, file = None, model
     encoders = [component.name for component in spec.components if component.role == "text_encoder"]
     return ModelSource(
         model=model or flavour.hub_id,
-        vae=config.pretrained_vae_model_name_or_path,
-        revision=config.revision,
-        variant=config.variant,
+        vae=config.model.pretrained_vae_model_name_or_path,
+        revision=config.model.revision,
+        variant=config.model.variant,
         file=file,
-        encoders={name: place for name, place in zip(encoders, config.text_encoder_paths or (), strict=False) if place},
+        encoders={
+            name: place for name, place in zip(encoders, config.model.text_encoder_paths or (), strict=False) if place
+        },
     )

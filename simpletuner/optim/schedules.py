@@ -78,10 +78,10 @@ SCHEDULES: dict[str, Callable[[float, Decay], float]] = {
 
 def scaled_learning_rate(config: TrainConfig, num_processes: int) -> float:
     """`learning_rate`, times the images of an optimizer step or their root where `lr_scale` asks for it."""
-    if not config.lr_scale:
-        return config.learning_rate
-    images = config.train_batch_size * config.gradient_accumulation_steps * num_processes
-    return config.learning_rate * (math.sqrt(images) if config.lr_scale_sqrt else images)
+    if not config.optimizer.lr_scale:
+        return config.optimizer.learning_rate
+    images = config.training.train_batch_size * config.training.gradient_accumulation_steps * num_processes
+    return config.optimizer.learning_rate * (math.sqrt(images) if config.optimizer.lr_scale_sqrt else images)
 
 
 def build_schedule(

@@ -37,16 +37,16 @@ def attach_adapter(loaded: LoadedRun, family: ModelFamily, denoiser: nn.Module) 
     return build_adapter(
         denoiser,
         family.spec_of_weights,  # its files say so
-        model_type=config.model_type,
-        lora_type=config.lora_type,
+        model_type=config.model.model_type,
+        lora_type=config.adapter.lora_type,
         lycoris=loaded.lycoris,
         dtype=adapter_dtype(config),
-        seed=config.seed,
+        seed=config.training.seed,
         lycoris_file=str(loaded.lycoris_file) if loaded.lycoris_file else None,
         lora=lora_settings(config),
-        init_file=config.init_lora,
-        modules=config.trainable_modules,
-        low_modules=config.trainable_modules_low_learning_rate,
+        init_file=config.adapter.init_lora,
+        modules=config.optimizer.trainable_modules,
+        low_modules=config.optimizer.trainable_modules_low_learning_rate,
     )
 
 
@@ -56,7 +56,7 @@ def require_trained_parts(loaded: LoadedRun, family: ModelFamily) -> None:
     Raises:
         ConfigError: a text that is in no weight's name.
     """
-    if loaded.config.trainable_modules or loaded.config.trainable_modules_low_learning_rate:
+    if loaded.config.optimizer.trainable_modules or loaded.config.optimizer.trainable_modules_low_learning_rate:
         attach_adapter(loaded, family, family.empty_denoiser())
 
 
@@ -67,24 +67,24 @@ def build_sampler(
     config = loaded.config
     return Sampler(
         datasets,
-        config.train_batch_size * process_group.size,
-        config.seed,
+        config.training.train_batch_size * process_group.size,
+        config.training.seed,
         num_ranks=process_group.size,
-        fills_batches=bool(config.allow_dataset_oversubscription),
-        mixes_evenly=config.data_backend_sampling == "uniform",
+        fills_batches=bool(config.data.allow_dataset_oversubscription),
+        mixes_evenly=config.data.data_backend_sampling == "uniform",
     )
 
 
 def build_lr_factor(loaded: LoadedRun, total_steps: int, process_group: ProcessGroup) -> LrFactor:
     config = loaded.config
     return build_schedule(
-        config.lr_scheduler,
+        config.optimizer.lr_scheduler,
         learning_rate=scaled_learning_rate(config, process_group.size),
         num_training_steps=total_steps,
-        num_warmup_steps=config.lr_warmup_steps,
-        lr_end=config.lr_end,
-        lr_power=config.lr_power,
-        lr_num_cycles=config.lr_num_cycles,
+        num_warmup_steps=config.optimizer.lr_warmup_steps,
+        lr_end=config.optimizer.lr_end,
+        lr_power=config.optimizer.lr_power,
+        lr_num_cycles=config.optimizer.lr_num_cycles,
     )
 
 
@@ -102,14 +102,14 @@ def build_batches(
         datasets,
         sources,
         sampler,
-        config.seed,
-        accumulation=config.gradient_accumulation_steps,
-        dropout=config.caption_dropout_probability or 0.0,
-        reference_dropout=config.reference_dropout_probability,
-        masking=config.masked_loss_probability,
+        config.training.seed,
+        accumulation=config.training.gradient_accumulation_steps,
+        dropout=config.training.caption_dropout_probability or 0.0,
+        reference_dropout=config.training.reference_dropout_probability,
+        masking=config.training.masked_loss_probability,
         process_group=process_group,
-        samples_reference=config.conditioning_multidataset_sampling == "random",
-        weighs_by_size=config.loss_balance == "pixels",
+        samples_reference=config.data.conditioning_multidataset_sampling == "random",
+        weighs_by_size=config.objective.loss_balance == "pixels",
     )
 
 
@@ -123,19 +123,21 @@ def build_evaluator(
 ) -> Evaluator | None:
     """None where there is nothing to evaluate; `config/rules.py` reports an interval without an eval dataset."""
     config = loaded.config
-    wanted = config.eval_dataset_id
+    wanted = config.evaluation.eval_dataset_id
     held_out = [dataset for dataset in datasets if dataset.kind == "eval" and wanted in (None, dataset.id)]
-    is_wanted = (config.eval_steps_interval or config.eval_epoch_interval) and not config.eval_loss_disable
+    is_wanted = (
+        config.evaluation.eval_steps_interval or config.evaluation.eval_epoch_interval
+    ) and not config.evaluation.eval_loss_disable
     if not is_wanted or not held_out:
         return None
     return Evaluator(
         family,
         held_out,
         sources,
-        config.num_eval_images,
-        config.eval_timesteps,
-        config.train_batch_size,
-        one_reference=config.conditioning_multidataset_sampling == "random",
+        config.evaluation.num_eval_images,
+        config.evaluation.eval_timesteps,
+        config.training.train_batch_size,
+        one_reference=config.data.conditioning_multidataset_sampling == "random",
         is_stopping=lambda: process_group.any(bool(stop)),
     )
 
@@ -155,21 +157,22 @@ def build_validator(
     """
     config = loaded.config
     generates_together = is_denoiser_spread(config)
-    if config.validation_disable or not (process_group.is_main or generates_together):
+    if config.validation.validation_disable or not (process_group.is_main or generates_together):
         return None
-    if config.validation_method == "external-script":
+    if config.validation.validation_method == "external-script":
         if not process_group.is_main:
             return None
         facts = {
             "output_dir": str(checkpoints.output_dir),
-            "model_family": config.model_family,
-            "tracker_run_name": config.tracker_run_name or checkpoints.output_dir.name,
-            "validation_prompt": config.validation_prompt or "",
+            "model_family": config.model.model_family,
+            "tracker_run_name": config.reporting.tracker_run_name or checkpoints.output_dir.name,
+            "validation_prompt": config.validation.validation_prompt or "",
         }
-        command = config.validation_external_script
+        command = config.validation.validation_external_script
         assert command is not None, "validation_rules.external_script_is_named"
         return ExternalScript(command, facts, checkpoints.newest, checkpoints.output_dir, bus)
-    references = references_of_run(config, datasets, config.conditioning_multidataset_sampling == "random")
+    sees_one = config.data.conditioning_multidataset_sampling == "random"
+    references = references_of_run(config.validation, datasets, sees_one)
     images_dir = checkpoints.output_dir
     if not process_group.is_main:
         images_dir = Path(tempfile.mkdtemp(prefix="simpletuner-"))

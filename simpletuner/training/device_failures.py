@@ -38,7 +38,11 @@ def explain(error: BaseException, config: TrainConfig, device: torch.device, wha
     """
     if is_shortage(error):
         return shortage_error(error, config, device, what)
-    if config.deterministic and isinstance(error, RuntimeError) and "deterministic implementation" in str(error):
+    if (
+        config.precision.deterministic
+        and isinstance(error, RuntimeError)
+        and "deterministic implementation" in str(error)
+    ):
         message = f"{device} has no deterministic kernel for something in this run: {str(error).splitlines()[0]}"
         fix = "remove deterministic: a resumed run is then equal but for the last bits"
         return ConfigError(Problem(message, key="deterministic", allowed="false", fix=fix))
@@ -62,22 +66,22 @@ def shortage_error(error: BaseException, config: TrainConfig, device: torch.devi
 
 def remedies(config: TrainConfig) -> Iterator[tuple[str, str]]:
     """(key, what to do) of all that would take less memory and is not done yet, in the order of what it costs."""
-    is_adapter = config.model_type != "full"
-    if not config.gradient_checkpointing:
+    is_adapter = config.model.model_type != "full"
+    if not config.model.gradient_checkpointing:
         yield "gradient_checkpointing", "set gradient_checkpointing to true"
-    elif config.gradient_checkpointing_interval not in (None, "1"):
+    elif config.model.gradient_checkpointing_interval not in (None, "1"):
         yield "gradient_checkpointing_interval", "remove gradient_checkpointing_interval"
-    if is_adapter and config.base_model_precision == "no_change":
+    if is_adapter and config.precision.base_model_precision == "no_change":
         yield "base_model_precision", "set base_model_precision to int8-quanto"
-    if config.train_batch_size > 1:
+    if config.training.train_batch_size > 1:
         yield (
             "train_batch_size",
-            f"set train_batch_size to {config.train_batch_size // 2} and gradient_accumulation_steps to "
-            f"{2 * config.gradient_accumulation_steps}, which trains the same",
+            f"set train_batch_size to {config.training.train_batch_size // 2} and gradient_accumulation_steps to "
+            f"{2 * config.training.gradient_accumulation_steps}, which trains the same",
         )
-    if config.gradient_checkpointing_backend == "torch":
+    if config.model.gradient_checkpointing_backend == "torch":
         yield "gradient_checkpointing_backend", "set gradient_checkpointing_backend to unsloth"
-    is_spread = config.fsdp_enable or config.deepspeed_config
+    is_spread = config.processes.fsdp_enable or config.processes.deepspeed_config
     if is_adapter and not swaps_blocks(config) and not is_spread:
         yield "enable_group_offload", "set enable_group_offload to true"
     if not is_adapter and not is_spread:

@@ -32,9 +32,9 @@ ROOM_TO_LOAD = 1.5
 
 def is_denoiser_spread(config: TrainConfig) -> bool:
     """Whether a forward pass needs all processes, since each holds a part of the denoiser."""
-    if config.deepspeed_config:
-        return stage_of(read_deepspeed(Path(config.deepspeed_config))) == 3
-    return config.fsdp_enable
+    if config.processes.deepspeed_config:
+        return stage_of(read_deepspeed(Path(config.processes.deepspeed_config))) == 3
+    return config.processes.fsdp_enable
 
 
 def must_take_turns(loaded: LoadedRun, family: ModelFamily, process_group: ProcessGroup) -> bool:
@@ -52,9 +52,9 @@ def must_take_turns(loaded: LoadedRun, family: ModelFamily, process_group: Proce
 
 def mesh_of(config: TrainConfig, family: ModelFamily, process_group: ProcessGroup) -> DeviceMesh | None:
     """The processes that share the weights (FSDP2), for `place_denoiser`; before they load one after the other."""
-    if not config.fsdp_enable or process_group.size == 1:
+    if not config.processes.fsdp_enable or process_group.size == 1:
         return None
-    return make_mesh(process_group, family.device, config.fsdp_shard_size)
+    return make_mesh(process_group, family.device, config.processes.fsdp_shard_size)
 
 
 def place_denoiser(
@@ -75,9 +75,9 @@ def place_denoiser(
     Raises:
         ConfigError: fsdp_enable with a single process, or processes that cannot be divided as asked.
     """
-    if not (config.fsdp_enable or config.deepspeed_config):
-        count = config.musubi_blocks_to_swap
-        if config.enable_group_offload:
+    if not (config.processes.fsdp_enable or config.processes.deepspeed_config):
+        count = config.model.musubi_blocks_to_swap
+        if config.model.enable_group_offload:
             count = len(repeated_blocks(denoiser, family.spec.block_classes))
         move_with_swap(denoiser, family.spec.block_classes, count, family.device)
         return Replicated(adapter.trainable_parameters(), process_group)
@@ -85,19 +85,19 @@ def place_denoiser(
         raise ConfigError(
             Problem(
                 "this run has one process, which has nobody to share the weights with",
-                key="fsdp_enable" if config.fsdp_enable else "deepspeed_config",
+                key="fsdp_enable" if config.processes.fsdp_enable else "deepspeed_config",
                 fix="set num_processes above 1, or remove the key",
             )
         )
-    if config.deepspeed_config:
+    if config.processes.deepspeed_config:
         denoiser.to(family.device)
         return Zero(
             adapter.trainable_parameters(),
             process_group,
             denoiser,
-            read_deepspeed(Path(config.deepspeed_config)),
-            accumulation=config.gradient_accumulation_steps,
-            max_grad_norm=config.max_grad_norm or 0.0,
+            read_deepspeed(Path(config.processes.deepspeed_config)),
+            accumulation=config.training.gradient_accumulation_steps,
+            max_grad_norm=config.optimizer.max_grad_norm or 0.0,
             is_adapter=not isinstance(adapter, FullAdapter),
         )
     whole = set() if isinstance(adapter, FullAdapter) else set(adapter.all_parameters())
@@ -107,10 +107,10 @@ def place_denoiser(
         process_group,
         family.device,
         whole=whole,
-        shard_size=config.fsdp_shard_size,
-        reshards=config.fsdp_reshard_after_forward,
-        offloads=config.fsdp_cpu_offload,
-        computes_in=DTYPES[config.mixed_precision],
+        shard_size=config.processes.fsdp_shard_size,
+        reshards=config.processes.fsdp_reshard_after_forward,
+        offloads=config.processes.fsdp_cpu_offload,
+        computes_in=DTYPES[config.precision.mixed_precision],
         mesh=mesh,
     )
     if not isinstance(adapter, FullAdapter):

@@ -27,12 +27,12 @@ def check_disk_space(loaded: LoadedRun, environment: Mapping[str, str]) -> None:
     Raises:
         DataError: names the folder, what is needed and what is free.
     """
-    spec, source = get_spec(loaded.config.model_family), model_source(loaded.config)
+    spec, source = get_spec(loaded.config.model.model_family), model_source(loaded.config)
     weights = denoiser_bytes(spec, source, loaded)
-    is_full = loaded.config.model_type == "full"
+    is_full = loaded.config.model.model_type == "full"
     # The state of the optimizer comes on top, where it has one.
     what = f"one checkpoint, with {LOGS}," if is_full else f"the output of a run, {LOGS} alone,"
-    require_free_space(loaded.config.output_dir, LOG_BYTES + (weights if is_full else 0), what)
+    require_free_space(loaded.config.checkpoint.output_dir, LOG_BYTES + (weights if is_full else 0), what)
     if not source.is_local and weights:
         cache = hub_cache(environment)
         if not (cache / f"models--{source.model.replace('/', '--')}").is_dir():
@@ -44,7 +44,7 @@ def denoiser_bytes(spec: FamilySpec, source: ModelSource, loaded: LoadedRun) -> 
     if source.is_local:
         folder = Path(source.model) / spec.component("denoiser").name
         return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    flavour = spec.flavours[loaded.config.model_flavour or spec.default_flavour]
+    flavour = spec.flavours[loaded.config.model.model_flavour or spec.default_flavour]
     return flavour.weight_bytes() if source.model == flavour.hub_id else 0
 
 

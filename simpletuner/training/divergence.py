@@ -199,7 +199,7 @@ def _first(reasons: Iterable[Reason]) -> list[str] | None:
 def _reasons(run: Run, window: Window, losses: Sequence[Losses], forward: Forward) -> Iterator[Reason]:
     """What may be the cause, most certain first: (cause, option, fix)."""
     yield from _bad_data(window)
-    yield from _bad_base(run.model, run.config.base_model_precision)
+    yield from _bad_base(run.model, run.config.precision.base_model_precision)
     if run.model.placement.is_spread or run.session.process_group.size > 1:
         return  # a trial would need all processes at the same place
     yield from _overflow(run, window, forward)
@@ -230,7 +230,7 @@ def _bad_base(model: Model, precision: str) -> Iterator[Reason]:
 
 
 def _overflow(run: Run, window: Window, forward: Forward) -> Iterator[Reason]:
-    if run.config.mixed_precision == "fp16" and (loss := _trial(run, window, "bf16", forward)) is not None:
+    if run.config.precision.mixed_precision == "fp16" and (loss := _trial(run, window, "bf16", forward)) is not None:
         yield (
             f"fp16 overflows: the same samples have a loss of {loss:.4g} and finite gradients in bf16",
             "mixed_precision",
@@ -275,7 +275,7 @@ def _unknown(run: Run) -> Reason:
 
 
 def _lower_rate(run: Run) -> str:
-    limit = " or max_grad_norm" if run.config.max_grad_norm else ""
+    limit = " or max_grad_norm" if run.config.optimizer.max_grad_norm else ""
     return f"lower learning_rate ({run.peak_learning_rate:g}){limit}"
 
 

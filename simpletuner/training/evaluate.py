@@ -38,7 +38,7 @@ def evaluate(run: Run) -> None:
     run.session.bus.emit(
         EvalDone(
             step=step,
-            losses={} if run.config.eval_dataset_pooling else dict(result.by_dataset),
+            losses={} if run.config.evaluation.eval_dataset_pooling else dict(result.by_dataset),
             pooled=result.pooled,
             per_quantile=tuple(result.by_quantile),
             seconds=time.monotonic() - started,
@@ -53,7 +53,7 @@ def evaluate(run: Run) -> None:
     if run.session.process_group.is_main:  # after the checkpoint: a best one that is recorded is there
         write_eval_history(run.session, run.progress.eval_losses)
     if run.is_stopped_early:
-        count = run.config.early_stopping_patience
+        count = run.config.evaluation.early_stopping_patience
         text = f"the run ends at step {step}: {count} evaluations in a row brought no eval loss below "
         best = best_step(run.progress.eval_losses)
         run.session.inform(f"{text}{run.progress.eval_losses[best]:.4f} of step {best} (early_stopping_patience)")
@@ -67,7 +67,7 @@ def reference_result(run: Run, result: EvalResult) -> EvalResult | None:
     """
     assert run.evaluator is not None
     if run.eval_reference is None:
-        if run.progress.global_step == 0 and run.config.init_lora is None:
+        if run.progress.global_step == 0 and run.config.adapter.init_lora is None:
             run.eval_reference = result  # an adapter starts as no change at all
         elif run.model.adapter.can_be_disabled:
             with run.model.adapter.disabled():
@@ -113,7 +113,7 @@ def recorded_losses(metrics: Path) -> dict[str, float | None]:
 
 def keeps_best(run: Run) -> bool:
     """Whether the state with the lowest eval loss is kept: unless `checkpoint_keep_best` says no."""
-    return run.evaluator is not None and run.config.checkpoint_keep_best is not False
+    return run.evaluator is not None and run.config.evaluation.checkpoint_keep_best is not False
 
 
 def restore_best(run: Run) -> None:

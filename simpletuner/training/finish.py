@@ -219,10 +219,10 @@ def generate_command(loaded: LoadedRun, family: ModelFamily, outputs: dict[str, 
     """The shell command that generates with what was trained; by the configuration where it says what no flag does."""
     config = loaded.config
     library = [each.prompt for each in (loaded.prompt_library or {}).values()]
-    prompt = config.validation_prompt or next(iter(library), "a photo")
-    height, width = config.validation_sizes[0]
+    prompt = config.validation.validation_prompt or next(iter(library), "a photo")
+    height, width = config.validation.validation_sizes[0]
     model = str(outputs.get("model", family.source.model))
-    words = ["generate", "--model-family", config.model_family, "--model", model]
+    words = ["generate", "--model-family", config.model.model_family, "--model", model]
     is_file, is_whole = bool(family.source.file), "model" in outputs
     needs_configuration = not is_whole if is_file else bool(family.prompt_settings)
     if needs_configuration and loaded.config_file is not None:
@@ -231,9 +231,14 @@ def generate_command(loaded: LoadedRun, family: ModelFamily, outputs: dict[str, 
     if "adapter" in outputs:
         words += ["--adapter", str(outputs["adapter"])]
     words += ["--prompt", prompt, "--width", str(width), "--height", str(height)]
-    words += ["--steps", str(config.validation_num_inference_steps), "--guidance", str(config.validation_guidance)]
-    if config.base_model_precision != "no_change":
-        words += ["--base-precision", config.base_model_precision]
-    if config.validation_negative_prompt is not None:
-        words += ["--negative-prompt", config.validation_negative_prompt]
+    words += [
+        "--steps",
+        str(config.validation.validation_num_inference_steps),
+        "--guidance",
+        str(config.validation.validation_guidance),
+    ]
+    if config.precision.base_model_precision != "no_change":
+        words += ["--base-precision", config.precision.base_model_precision]
+    if config.validation.validation_negative_prompt is not None:
+        words += ["--negative-prompt", config.validation.validation_negative_prompt]
     return f"{program()} {shlex.join(words)}"

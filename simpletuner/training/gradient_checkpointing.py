@@ -55,14 +55,14 @@ class GradientCheckpointing:
     @classmethod
     def of(cls, config: TrainConfig, device: torch.device) -> GradientCheckpointing | None:
         """As the configuration says; None without gradient checkpointing."""
-        if not config.gradient_checkpointing:
+        if not config.model.gradient_checkpointing:
             return None
-        interval = config.gradient_checkpointing_interval or "1"
+        interval = config.model.gradient_checkpointing_interval or "1"
         return cls(
             device,
             1 if interval == "auto" else int(interval),
             is_measured=interval == "auto",
-            offloads_inputs=config.gradient_checkpointing_backend == "unsloth",
+            offloads_inputs=config.model.gradient_checkpointing_backend == "unsloth",
         )
 
     def __call__(self, block: Callable[..., Any], *inputs: Any) -> Any:

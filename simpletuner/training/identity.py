@@ -72,8 +72,8 @@ def run_identity(
 def fixed_settings(loaded: LoadedRun) -> dict[str, Any]:
     """What of the configuration may not change, known before anything is loaded."""
     config = loaded.config
-    names = (*FIXED_OPTIONS, *(LORA_OPTIONS if config.lora_type == "standard" else ()))
-    return {**{key: getattr(config, key) for key in names}, "lycoris_config": loaded.lycoris}
+    names = (*FIXED_OPTIONS, *(LORA_OPTIONS if config.adapter.lora_type == "standard" else ()))
+    return {**{key: config.value(key) for key in names}, "lycoris_config": loaded.lycoris}
 
 
 def compare_identity(saved: Mapping[str, Any], current: Mapping[str, Any], path: Path) -> list[str]:

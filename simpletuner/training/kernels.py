@@ -77,8 +77,11 @@ def chosen_kernels(config: TrainConfig, device: torch.device) -> Iterator[None]:
     Raises:
         ConfigError: the device has no such kernel.
     """
-    products = DTYPES[config.mixed_precision]
-    with deterministic_kernels(config.deterministic), attention_kernel(config.attention_mechanism, device, products):
+    products = DTYPES[config.precision.mixed_precision]
+    with (
+        deterministic_kernels(config.precision.deterministic),
+        attention_kernel(config.model.attention_mechanism, device, products),
+    ):
         yield
 
 

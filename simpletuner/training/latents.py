@@ -158,7 +158,7 @@ def prepare_latents(
         Interrupted: a signal came; what was encoded stays.
     """
     config = loaded.config
-    cache_dir = Path(config.cache_dir)
+    cache_dir = Path(config.data.cache_dir)
     fingerprint = fingerprint_of_vae(family, cache_dir)
     vae = LazyVae(family)
     kept, sources = [], {}
@@ -167,8 +167,10 @@ def prepare_latents(
         for part in dataset.parts:
             if part.id not in sources:
                 store = TensorStore(latents_folder(part.entry, cache_dir, family.spec))
-                cache = LatentCache(store, family, fingerprint, config.write_batch_size)
-                made = DatasetLatents(cache, part.read_pixels, vae.load, config.vae_batch_size, config.seed)
+                cache = LatentCache(store, family, fingerprint, config.data.write_batch_size)
+                made = DatasetLatents(
+                    cache, part.read_pixels, vae.load, config.data.vae_batch_size, config.training.seed
+                )
                 sources[part.id] = made
             sources[part.id].keeps &= dataset.keeps_latents
             sources[part.id].resamples |= dataset.samples.draws.crops

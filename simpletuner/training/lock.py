@@ -54,7 +54,7 @@ def write_lock(
 
 def make_lock(loaded: LoadedRun, family: ModelFamily, datasets: Sequence[Dataset]) -> dict[str, Any]:
     """The lock as JSON holds it."""
-    with DigestMemo(Path(loaded.config.cache_dir) / "digests.sqlite") as memo:
+    with DigestMemo(Path(loaded.config.data.cache_dir) / "digests.sqlite") as memo:
         files = [path for path in config_files(loaded) if path.is_file()]
         return {
             "simpletuner": __version__,
@@ -118,7 +118,7 @@ def installed_versions() -> Iterator[tuple[str, str]]:
 
 def config_files(loaded: LoadedRun) -> list[Path]:
     """The files that the configuration was read from."""
-    named = (loaded.config_file, loaded.data_file, loaded.lycoris_file, loaded.config.user_prompt_library)
+    named = (loaded.config_file, loaded.data_file, loaded.lycoris_file, loaded.config.validation.user_prompt_library)
     return [Path(path) for path in named if path is not None]
 
 

@@ -247,10 +247,12 @@ def clip_gradients(model: Model, config: TrainConfig) -> Tensor:
     """() the joint norm of the gradients (largest absolute value where clipping is by value), before clipping."""
     if (norm := model.placement.norm_before_clipping) is not None:
         return norm
-    if config.max_grad_norm and config.grad_clip_method == "value":
-        return model.placement.largest_of_all(clip_by_value(model.trainable, config.max_grad_norm))
+    if config.optimizer.max_grad_norm and config.optimizer.grad_clip_method == "value":
+        return model.placement.largest_of_all(clip_by_value(model.trainable, config.optimizer.max_grad_norm))
     norm = model.placement.norm_of_all(gradient_norm(model.trainable))
-    return clip_by_norm(model.trainable, config.max_grad_norm, norm) if config.max_grad_norm else norm
+    return (
+        clip_by_norm(model.trainable, config.optimizer.max_grad_norm, norm) if config.optimizer.max_grad_norm else norm
+    )
 
 
 def weighted_sums(window: Window, losses: list[Losses]) -> tuple[float, float, float, float]:
@@ -297,7 +299,7 @@ def report_step(run: Run, window: Window, outcome: StepOutcome, epoch: int, seco
     if run.skips.in_a_row:
         run.session.warn(f"step {run.progress.global_step}: loss or gradients not finite, step skipped")
     zeros = run.zero_watch.add(
-        outcome.loss, outcome.grad_norm, window.batches, run.config.mixed_precision, run.is_finished
+        outcome.loss, outcome.grad_norm, window.batches, run.config.precision.mixed_precision, run.is_finished
     )
     if zeros:
         run.session.warn(f"step {run.progress.global_step}: {zeros}")
@@ -351,7 +353,10 @@ def maybe_checkpoint(run: Run) -> None:
     if not is_skipped and run.session.process_group.is_main:
         for notice in run.session.checkpoints.settle():
             run.session.bus.emit(notice)
-    if is_due(run, config.checkpoint_step_interval, config.checkpoint_epoch_interval) or run.owes_checkpoint:
+    if (
+        is_due(run, config.checkpoint.checkpoint_step_interval, config.checkpoint.checkpoint_epoch_interval)
+        or run.owes_checkpoint
+    ):
         if not is_skipped:
             save_checkpoint(run)
         elif not run.owes_checkpoint:
@@ -366,7 +371,11 @@ def maybe_evaluate(run: Run, always: bool = False) -> None:
     config = run.config
     if run.evaluator is None:
         return
-    if always or is_due(run, config.eval_steps_interval, config.eval_epoch_interval) or run.is_finished:
+    if (
+        always
+        or is_due(run, config.evaluation.eval_steps_interval, config.evaluation.eval_epoch_interval)
+        or run.is_finished
+    ):
         evaluate(run)
         if run.is_stopped_early:
             save_checkpoint(run)
@@ -376,9 +385,10 @@ def maybe_validate(run: Run, always: bool = False) -> None:
     config = run.config
     if run.validator is None:
         return
-    is_wanted = is_due(run, config.validation_step_interval, config.validation_epoch_interval)
-    is_late_enough = run.progress.global_step >= config.validate_after_step and run.epochs_after >= as_written(
-        config.validate_after_epoch
+    is_wanted = is_due(run, config.validation.validation_step_interval, config.validation.validation_epoch_interval)
+    is_late_enough = (
+        run.progress.global_step >= config.validation.validate_after_step
+        and run.epochs_after >= as_written(config.validation.validate_after_epoch)
     )
     if always or (is_wanted and is_late_enough) or run.is_finished:
         with averaged_weights(run.model.optimizer):

@@ -177,45 +177,51 @@ def build_objective(config: TrainConfig) -> Objective:
     """The objective of a configuration."""
     return Objective(
         loss=build_loss(config),
-        snr_gamma=config.snr_gamma or None,
-        noise_offset=config.noise_offset if config.offset_noise else 0.0,
-        noise_offset_probability=config.noise_offset_probability,
-        input_perturbation=config.input_perturbation,
-        input_perturbation_steps=config.input_perturbation_steps,
+        snr_gamma=config.objective.snr_gamma or None,
+        noise_offset=config.objective.noise_offset if config.objective.offset_noise else 0.0,
+        noise_offset_probability=config.objective.noise_offset_probability,
+        input_perturbation=config.objective.input_perturbation,
+        input_perturbation_steps=config.objective.input_perturbation_steps,
         schedule=_schedule(config),
         bias=_bias(config),
-        is_stratified=config.timestep_stratified,
-        weighting=config.flow_loss_weighting,
+        is_stratified=config.objective.timestep_stratified,
+        weighting=config.objective.flow_loss_weighting,
     )
 
 
 def _schedule(config: TrainConfig) -> SigmaSchedule:
-    if config.flow_custom_timesteps is not None:
-        return SigmaSchedule("custom", values=config.flow_custom_timesteps)
+    if config.objective.flow_custom_timesteps is not None:
+        return SigmaSchedule("custom", values=config.objective.flow_custom_timesteps)
     shift = partial(
         SigmaSchedule,
-        shift=config.flow_schedule_shift or None,
-        shifts_by_size=config.flow_schedule_auto_shift,
-        curve=config.flow_schedule_auto_shift_curve,
-        terminal=config.flow_schedule_terminal,
+        shift=config.objective.flow_schedule_shift or None,
+        shifts_by_size=config.objective.flow_schedule_auto_shift,
+        curve=config.objective.flow_schedule_auto_shift_curve,
+        terminal=config.objective.flow_schedule_terminal,
     )
-    if config.flow_use_uniform_schedule:
+    if config.objective.flow_use_uniform_schedule:
         return shift("uniform")
-    if config.flow_use_beta_schedule:
-        return shift("beta", alpha=config.flow_beta_schedule_alpha, beta=config.flow_beta_schedule_beta)
-    if config.flow_use_mode_schedule:
-        return shift("mode", mode_scale=config.flow_mode_scale)
-    mean, scale = config.flow_logit_mean, config.flow_sigmoid_scale
-    is_family = not config.flow_schedule_shift and not config.flow_schedule_auto_shift and (mean, scale) == (0, 1)
+    if config.objective.flow_use_beta_schedule:
+        return shift(
+            "beta", alpha=config.objective.flow_beta_schedule_alpha, beta=config.objective.flow_beta_schedule_beta
+        )
+    if config.objective.flow_use_mode_schedule:
+        return shift("mode", mode_scale=config.objective.flow_mode_scale)
+    mean, scale = config.objective.flow_logit_mean, config.objective.flow_sigmoid_scale
+    is_family = (
+        not config.objective.flow_schedule_shift
+        and not config.objective.flow_schedule_auto_shift
+        and (mean, scale) == (0, 1)
+    )
     return shift("family") if is_family else shift("logit_normal", mean=mean, scale=scale)
 
 
 def _bias(config: TrainConfig) -> TimestepBias | None:
-    if config.timestep_bias_strategy == "none":
+    if config.objective.timestep_bias_strategy == "none":
         return None
     ranges = {
-        "earlier": (0.0, config.timestep_bias_portion),
-        "later": (1 - config.timestep_bias_portion, 1.0),
-        "range": (config.timestep_bias_begin / 1000, config.timestep_bias_end / 1000),
+        "earlier": (0.0, config.objective.timestep_bias_portion),
+        "later": (1 - config.objective.timestep_bias_portion, 1.0),
+        "range": (config.objective.timestep_bias_begin / 1000, config.objective.timestep_bias_end / 1000),
     }
-    return TimestepBias(*ranges[config.timestep_bias_strategy], config.timestep_bias_multiplier)
+    return TimestepBias(*ranges[config.objective.timestep_bias_strategy], config.objective.timestep_bias_multiplier)

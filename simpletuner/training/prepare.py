@@ -41,11 +41,13 @@ def prepare_data(
     with process_group.main_first():  # the others find every index made
         datasets = prepare_datasets(loaded, family, output_dir, bus, stop, process_group)
     prepare_prompts(loaded, family, datasets, bus, stop, process_group)
-    hold_out(datasets, loaded.config.eval_holdout)  # a share that cannot be had is refused before anything is encoded
+    hold_out(
+        datasets, loaded.config.evaluation.eval_holdout
+    )  # a share that cannot be had is refused before anything is encoded
     kept, sources = prepare_latents(loaded, family, datasets, bus, stop, process_group)
     if process_group.is_main and any(new is not old for new, old in zip(kept, datasets, strict=True)):
         write_report(output_dir, [dataset.filter_report for dataset in kept])  # with what the VAE could not encode
-    return with_holdout(kept, sources, loaded.config.eval_holdout, bus)
+    return with_holdout(kept, sources, loaded.config.evaluation.eval_holdout, bus)
 
 
 def with_holdout(
@@ -105,7 +107,7 @@ def read_datasets(loaded: LoadedRun, family: ModelFamily, report: ProgressReport
         ConfigError: as `build_datasets`.
         DataError: likewise.
     """
-    cache_dir = Path(loaded.config.cache_dir)
+    cache_dir = Path(loaded.config.data.cache_dir)
     return build_datasets(loaded.datasets, loaded.config, family.spec, cache_dir, report, _data_file(loaded))
 
 
@@ -163,11 +165,11 @@ def require_full_batches(
     Raises:
         DataError: names each dataset with its buckets and the repeats that would do.
     """
-    if config.allow_dataset_oversubscription is not False:
+    if config.data.allow_dataset_oversubscription is not False:
         return
     problems = []
     for dataset in datasets:
-        batch_size = (dataset.batch_size or config.train_batch_size) * num_processes
+        batch_size = (dataset.batch_size or config.training.train_batch_size) * num_processes
         short = [
             (size, len(members))
             for size, members in sorted(dataset.buckets.items())

@@ -54,14 +54,14 @@ def prepare_prompts(
     if not family.spec.caches_prompt_embeds:
         return
     config = loaded.config
-    on_demand = config.text_cache_ondemand or config.text_cache_disable
+    on_demand = config.data.text_cache_ondemand or config.data.text_cache_disable
     if family.spec.prompts_see_references and not on_demand:
         require_lasting_references(datasets)
     cache = open_prompt_cache(loaded, family)
     family.prompts = CachedPrompts(
         cache,
         keeps_encoders=on_demand,
-        keeps_entries=not config.text_cache_disable,
+        keeps_entries=not config.data.text_cache_disable,
         warn=lambda line: bus.emit(Notice("warning", line)),
     )
     if on_demand:
@@ -103,18 +103,18 @@ def require_lasting_references(datasets: Sequence[Dataset]) -> None:
 
 def open_prompt_cache(loaded: LoadedRun, family: ModelFamily) -> PromptCache:
     """The cache of captions of a configuration."""
-    config, cache_dir = loaded.config, Path(loaded.config.cache_dir)
+    config, cache_dir = loaded.config, Path(loaded.config.data.cache_dir)
     entry = text_cache_entry(loaded.datasets)
     with DigestMemo(cache_dir / "digests.sqlite") as memo:
         fingerprint = prompt_fingerprint(family, memo)
-    per_write = (entry.write_batch_size if entry else None) or config.write_batch_size
+    per_write = (entry.write_batch_size if entry else None) or config.data.write_batch_size
     return PromptCache(TensorStore(prompts_folder(loaded, family.spec)), family, fingerprint, per_write)
 
 
 def prompts_folder(loaded: LoadedRun, spec: FamilySpec) -> Path:
     """Where the embeddings of captions are kept."""
     entry = text_cache_entry(loaded.datasets)
-    return Path((entry.cache_dir if entry else None) or Path(loaded.config.cache_dir) / "text" / spec.name)
+    return Path((entry.cache_dir if entry else None) or Path(loaded.config.data.cache_dir) / "text" / spec.name)
 
 
 def _set_fingerprint(loaded: LoadedRun, cache: PromptCache, datasets: Sequence[Dataset]) -> str:
@@ -162,9 +162,9 @@ def fixed_prompts(loaded: LoadedRun, family: ModelFamily, datasets: Sequence[Dat
     if not has_all_embeddings(loaded, datasets):
         yield from map(PromptRequest, (spec.dropped_caption, "", PROBE_PROMPT))
     references: tuple[ReferenceImage, ...] = ()
-    if spec.prompts_see_references and not config.validation_disable:
-        divided = hold_out(list(datasets), config.eval_holdout)
-        references = references_of_run(config, divided, _sees_one_reference(loaded))
+    if spec.prompts_see_references and not config.validation.validation_disable:
+        divided = hold_out(list(datasets), config.evaluation.eval_holdout)
+        references = references_of_run(config.validation, divided, _sees_one_reference(loaded))
     requests, _ = requests_from_config(
         config,
         loaded.prompt_library,
@@ -181,17 +181,20 @@ def fixed_prompts(loaded: LoadedRun, family: ModelFamily, datasets: Sequence[Dat
 
 def keeps_references_of_dropped(loaded: LoadedRun, spec: FamilySpec) -> bool:
     """Whether a caption may be dropped while the references of its image stay."""
-    share = loaded.config.reference_dropout_probability
-    return bool(loaded.config.caption_dropout_probability) and (spec.drops_references if share is None else share) < 1
+    share = loaded.config.training.reference_dropout_probability
+    return (
+        bool(loaded.config.training.caption_dropout_probability)
+        and (spec.drops_references if share is None else share) < 1
+    )
 
 
 def _sees_one_reference(loaded: LoadedRun) -> bool:
-    return loaded.config.conditioning_multidataset_sampling == "random"
+    return loaded.config.data.conditioning_multidataset_sampling == "random"
 
 
 def has_all_embeddings(loaded: LoadedRun, datasets: Sequence[Dataset]) -> bool:
     """Whether training asks for no text: all embeddings are in files, and there is no adapter file to prove."""
     config = loaded.config
-    drops = bool(config.caption_dropout_probability)
+    drops = bool(config.training.caption_dropout_probability)
     files = [dataset.prompt_files for dataset in datasets]
-    return config.model_type == "full" and all(each and (each.has_dropped or not drops) for each in files)
+    return config.model.model_type == "full" and all(each and (each.has_dropped or not drops) for each in files)

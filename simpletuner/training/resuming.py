@@ -52,11 +52,11 @@ def total_train_steps(loaded: LoadedRun, sampler: Sampler, state: Progress | Non
         state: where the run stands; None at its beginning.
     """
     config, state = loaded.config, state or Progress()
-    if config.max_train_steps:
-        return config.max_train_steps
+    if config.training.max_train_steps:
+        return config.training.max_train_steps
     done = sampler.batches_before(state.epoch) + state.position if state.global_step else Fraction(0)
-    remaining = max(sampler.batches_before(config.num_train_epochs) - done, Fraction(0))
-    return max(state.global_step + math.ceil(remaining / config.gradient_accumulation_steps), 1)
+    remaining = max(sampler.batches_before(config.training.num_train_epochs) - done, Fraction(0))
+    return max(state.global_step + math.ceil(remaining / config.training.gradient_accumulation_steps), 1)
 
 
 def resumed_length(loaded: LoadedRun, sampler: Sampler, saved: Mapping[str, Any], state: Progress) -> Length:
@@ -66,9 +66,9 @@ def resumed_length(loaded: LoadedRun, sampler: Sampler, saved: Mapping[str, Any]
     if before == total:
         return Length(total)
     text = f"the run now ends at step {total}, not {before}: {state.global_step} steps are done"
-    if config.max_train_steps:
+    if config.training.max_train_steps:
         return Length(total, f"{text} (max_train_steps)")
     epochs = sampler.epochs_at(state.epoch, state.position)
-    left = max(config.num_train_epochs - float(epochs), 0.0)
-    remain = f"{left:.3g} of {config.num_train_epochs:g} epochs remain, {total - state.global_step} steps"
+    left = max(config.training.num_train_epochs - float(epochs), 0.0)
+    remain = f"{left:.3g} of {config.training.num_train_epochs:g} epochs remain, {total - state.global_step} steps"
     return Length(total, f"{text}, {remain}")

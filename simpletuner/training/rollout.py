@@ -109,26 +109,26 @@ class Rollouts:
 
 def build_rollouts(config: TrainConfig, spec: FamilySpec) -> Rollouts:
     """The rollouts of a configuration; a step is as long as one of its validation images."""
-    is_reflexive = config.scheduled_sampling_reflexflow
+    is_reflexive = config.objective.scheduled_sampling_reflexflow
     if is_reflexive is None:
         is_reflexive = spec.prediction_type == "flow"
     reflex = ReflexFlow(
-        config.scheduled_sampling_reflexflow_alpha,
-        config.scheduled_sampling_reflexflow_beta1,
-        config.scheduled_sampling_reflexflow_beta2,
+        config.objective.scheduled_sampling_reflexflow_alpha,
+        config.objective.scheduled_sampling_reflexflow_beta1,
+        config.objective.scheduled_sampling_reflexflow_beta2,
     )
     return Rollouts(
-        max_depth=config.scheduled_sampling_max_step_offset,
-        step_length=1 / config.validation_num_inference_steps,
-        probability=config.scheduled_sampling_probability,
-        start_step=config.scheduled_sampling_start_step,
-        ramp_steps=config.scheduled_sampling_ramp_steps,
-        ramp_from=config.scheduled_sampling_prob_start,
-        ramp_to=config.scheduled_sampling_prob_end,
-        ramp_shape=config.scheduled_sampling_ramp_shape,
-        strategy=config.scheduled_sampling_strategy,
-        solver=config.scheduled_sampling_sampler,
-        order=config.scheduled_sampling_order,
+        max_depth=config.objective.scheduled_sampling_max_step_offset,
+        step_length=1 / config.validation.validation_num_inference_steps,
+        probability=config.objective.scheduled_sampling_probability,
+        start_step=config.objective.scheduled_sampling_start_step,
+        ramp_steps=config.objective.scheduled_sampling_ramp_steps,
+        ramp_from=config.objective.scheduled_sampling_prob_start,
+        ramp_to=config.objective.scheduled_sampling_prob_end,
+        ramp_shape=config.objective.scheduled_sampling_ramp_shape,
+        strategy=config.objective.scheduled_sampling_strategy,
+        solver=config.objective.scheduled_sampling_sampler,
+        order=config.objective.scheduled_sampling_order,
         reflex=reflex if is_reflexive else None,
     )
 

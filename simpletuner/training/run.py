@@ -167,7 +167,7 @@ class Run:
     @property
     def is_stopped_early(self) -> bool:
         """Whether `early_stopping_patience` is used up; a function of the eval losses, so a resumed run knows too."""
-        patience = self.config.early_stopping_patience
+        patience = self.config.evaluation.early_stopping_patience
         return patience is not None and evaluations_without_gain(self.progress.eval_losses) >= patience
 
     @cached_property
@@ -182,4 +182,4 @@ class Run:
 
     def autocast(self) -> AbstractContextManager[None]:
         """Matrix products in `mixed_precision`; a no-op where it is `no`."""
-        return autocast(self.model.family.device, self.config.mixed_precision)
+        return autocast(self.model.family.device, self.config.precision.mixed_precision)

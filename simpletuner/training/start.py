@@ -81,8 +81,10 @@ def _plan_here(loaded: LoadedRun, output_dir: Path) -> Start:
     best = output_dir / BEST
     committed = [*numbered_checkpoints(output_dir), *([best] if best.is_dir() else [])]
     history, found = find_run_history(output_dir, committed)
-    checkpoints = Checkpoints(output_dir, config.checkpoints_total_limit, history)
-    path, chosen = checkpoints.choose(config.resume_from_checkpoint.strip() if config.resumes else None)
+    checkpoints = Checkpoints(output_dir, config.checkpoint.checkpoints_total_limit, history)
+    path, chosen = checkpoints.choose(
+        config.checkpoint.resume_from_checkpoint.strip() if config.checkpoint.resumes else None
+    )
     reports = read_data_reports(output_dir)
     if path is None:
         return Start(RunHistory.new(), notices=(*notices, *chosen), reports=reports)
@@ -108,8 +110,12 @@ def _refuse_other_options(loaded: LoadedRun, path: Path) -> None:
     refuse_changes(read_state(path)["identity"]["fixed"], fixed_settings(loaded), path)
     config = loaded.config
     saved = storage.read_json(path / "config.json").get("lora_rank")
-    if config.model_type == "lora" and config.lora_type == "standard" and saved not in (None, config.lora_rank):
-        message = f"{path} was trained with rank {saved}, the configuration says {config.lora_rank}"
+    if (
+        config.model.model_type == "lora"
+        and config.adapter.lora_type == "standard"
+        and saved not in (None, config.adapter.lora_rank)
+    ):
+        message = f"{path} was trained with rank {saved}, the configuration says {config.adapter.lora_rank}"
         fix = "put the old value back, or choose another output_dir for a fresh start"
         raise ConfigError(Problem(message, key="lora_rank", fix=fix))
 

@@ -74,17 +74,22 @@ def train(loaded: LoadedRun) -> None:
     Raises:
         SimpleTunerError: anything that a user can fix; it carries the exit code.
     """
-    output_dir = Path(loaded.config.output_dir)
+    output_dir = Path(loaded.config.checkpoint.output_dir)
     with reported_as_disk_errors(), ExitStack() as stack:
         output_dir.mkdir(parents=True, exist_ok=True)
-        process_group = stack.enter_context(joined(os.environ, loaded.config.distributed_timeout))
+        process_group = stack.enter_context(joined(os.environ, loaded.config.processes.distributed_timeout))
         if process_group.is_main:
             stack.enter_context(storage.exclusive_lock(output_dir / ".lock", f"training into {output_dir}"))
             storage.clean_stale_tree(output_dir, is_locked=True)
         stop = stack.enter_context(StopRequest())
         if process_group.heartbeat is not None:
             process_group.heartbeat.stopping = stop.error_while_waiting
-        sinks = build_sinks(loaded.config, output_dir, webhooks=loaded.webhooks) if process_group.is_main else []
+        is_new = not loaded.config.checkpoint.resumes
+        sinks = (
+            build_sinks(loaded.config.reporting, output_dir, is_new, webhooks=loaded.webhooks)
+            if process_group.is_main
+            else []
+        )
         publisher = build_publisher(loaded) if process_group.is_main else None
         bus = stack.enter_context(EventBus([*sinks, publisher] if publisher else sinks))
         run: Run | None = None
@@ -139,7 +144,7 @@ def stopped_by_signals(stop: StopRequest) -> Iterator[None]:
 
 
 def build_publisher(loaded: LoadedRun) -> Publisher | None:
-    job = make_job(loaded, get_spec(loaded.config.model_family))
+    job = make_job(loaded, get_spec(loaded.config.model.model_family))
     return Publisher(job) if job is not None else None
 
 
@@ -163,12 +168,12 @@ def build_run(
     start = plan_start(loaded, output_dir, process_group)
     for line in start.notices:
         bus.emit(Notice("warning", line))
-    checkpoints = Checkpoints(output_dir, config.checkpoints_total_limit, start.history)
+    checkpoints = Checkpoints(output_dir, config.checkpoint.checkpoints_total_limit, start.history)
 
     family = build_family(loaded.config)
-    require_device(config.base_model_precision, family.device, family.dtype)
-    trained_dtype = weight_dtype(config) if config.model_type == "full" else adapter_dtype(config)
-    require_optimizer(config, family.device, trained_dtype)
+    require_device(config.precision.base_model_precision, family.device, family.dtype)
+    trained_dtype = weight_dtype(config) if config.model.model_type == "full" else adapter_dtype(config)
+    require_optimizer(config.optimizer, family.device, trained_dtype)
     require_trained_parts(loaded, family)
     assistant_file = find_assistant(config)
     datasets, sources = prepare_data(loaded, family, output_dir, bus, stop, process_group)
@@ -186,7 +191,7 @@ def build_run(
         denoiser = family.load_base()
         assistant = None
         if assistant_file is not None:
-            assistant = attach_assistant(denoiser, assistant_file, config.assistant_lora_strength, family.spec)
+            assistant = attach_assistant(denoiser, assistant_file, config.adapter.assistant_lora_strength, family.spec)
             bus.emit(Notice("info", f"assistant LoRA: {assistant}"))
         adapter = attach_adapter(loaded, family, denoiser)
         describe_adapter(adapter, bus)
@@ -194,7 +199,7 @@ def build_run(
         recomputing = GradientCheckpointing.of(config, family.device)
         if recomputing is not None:
             cast(Any, denoiser).enable_gradient_checkpointing(recomputing)
-        compile_blocks(denoiser, family.spec.block_classes, config.dynamo_backend)
+        compile_blocks(denoiser, family.spec.block_classes, config.precision.dynamo_backend)
     choose_kernels(loaded, adapter, family.device, start.resume_from, bus, process_group)
     parameters = adapter.trainable_parameters()
     model = Model(
@@ -202,19 +207,27 @@ def build_run(
         denoiser=denoiser,
         adapter=adapter,
         placement=placement,
-        optimizer=build_optimizer(config, parameters, config.seed),
+        optimizer=build_optimizer(config.optimizer, parameters, config.training.seed),
         lr_factor=build_lr_factor(loaded, total_steps, process_group),
-        ema=EMA(parameters, config.ema_decay, config.ema_update_interval) if config.use_ema else None,
+        ema=EMA(parameters, config.training.ema_decay, config.training.ema_update_interval)
+        if config.training.use_ema
+        else None,
         assistant=assistant,
         gradient_checkpointing=recomputing,
     )
     run = Run(
         loaded=loaded,
-        seed=config.seed,
+        seed=config.training.seed,
         model=model,
-        progress=Progress(loss_scale=LossScale.of(config.mixed_precision)),
+        progress=Progress(loss_scale=LossScale.of(config.precision.mixed_precision)),
         session=Session(
-            output_dir, Path(config.cache_dir), bus, stop, checkpoints, process_group, config.pause_on_full_disk
+            output_dir,
+            Path(config.data.cache_dir),
+            bus,
+            stop,
+            checkpoints,
+            process_group,
+            config.checkpoint.pause_on_full_disk,
         ),
         batches=build_batches(loaded, family, training, sources, sampler, process_group),
         evaluator=build_evaluator(loaded, family, datasets, sources, stop, process_group),
@@ -248,13 +261,15 @@ def choose_kernels(
     Two starts may time them differently, and other kernels give other bits.
     """
     config = loaded.config
-    if config.dynamo_backend != "no" or config.deterministic:
+    if config.precision.dynamo_backend != "no" or config.precision.deterministic:
         return  # a compiler makes its own; the faster ones add up in no fixed order
     known = read_state(resume_from).get("kernels", {}) if resume_from is not None else {}
-    lines = adapter.choose_kernels(device, DTYPES[config.mixed_precision], known) if process_group.is_main else []
+    lines = (
+        adapter.choose_kernels(device, DTYPES[config.precision.mixed_precision], known) if process_group.is_main else []
+    )
     choice = process_group.from_main(dict(adapter.kernel_choice))
     if not process_group.is_main:
-        lines = adapter.choose_kernels(device, DTYPES[config.mixed_precision], choice)
+        lines = adapter.choose_kernels(device, DTYPES[config.precision.mixed_precision], choice)
     for line in lines:
         bus.emit(Notice("info", line))
 
@@ -305,9 +320,9 @@ def describe_adapter(adapter: Adapter, bus: EventBus) -> None:
 def checkpoint_plan(config: TrainConfig) -> str:
     """When checkpoints are saved and how many are kept, for the start of the log."""
     steps, epochs, limit = (
-        config.checkpoint_step_interval,
-        config.checkpoint_epoch_interval,
-        config.checkpoints_total_limit,
+        config.checkpoint.checkpoint_step_interval,
+        config.checkpoint.checkpoint_epoch_interval,
+        config.checkpoint.checkpoints_total_limit,
     )
     intervals = [f"every {steps} steps"] if steps else []
     intervals += [f"every {epochs:g} epochs"] if epochs else []
@@ -319,17 +334,17 @@ def announce(run: Run) -> None:
     config, family, mark = run.config, run.model.family, run.session.checkpoints.history.mark
     details = {
         "model": f"{family.spec.title} ({family.source.model})",
-        "training": f"{config.model_type} {config.lora_type if config.model_type == 'lora' else ''}".strip(),
+        "training": "full" if config.model.model_type == "full" else f"lora {config.adapter.lora_type}",
         "device": f"{family.device} in {str(family.dtype).removeprefix('torch.')}",
         "images": ", ".join(f"{dataset.id}: {dataset.num_images}" for dataset in run.datasets),
     }
     details["checkpoints"] = checkpoint_plan(config)
-    if config.model_type == "lora":
-        form, kind = form_and_kind(config, run.loaded.lycoris)
+    if config.model.model_type == "lora":
+        form, kind = form_and_kind(config.adapter, run.loaded.lycoris)
         details["adapter file"] = f"{form} form, {family.spec.read_by(form, kind)}"
     run.session.bus.emit(
         RunStarted(
-            run_name=config.tracker_run_name or run.session.output_dir.name,
+            run_name=config.reporting.tracker_run_name or run.session.output_dir.name,
             output_dir=run.session.output_dir,
             total_steps=run.max_train_steps,
             start_step=run.progress.global_step,

@@ -143,20 +143,21 @@ def requests_from_config(
         ConfigError: a size that is too large for the family.
         DataError: a reference cannot be read.
     """
-    if config.validation_disable:
+    options = config.validation
+    if options.validation_disable:
         return [], []
-    seed = config.seed if config.validation_seed is None else config.validation_seed
+    seed = config.training.seed if options.validation_seed is None else options.validation_seed
     requests: list[ImageRequest] = []
     notices: list[str] = []
-    for shortname, prompt in all_prompts(config, prompt_library, empty_prompt).items():
+    for shortname, prompt in all_prompts(options, prompt_library, empty_prompt).items():
         sizes, reported = rounded_sizes(
-            parse_sizes(prompt.resolution or config.validation_resolution), size_multiple, max_size
+            parse_sizes(prompt.resolution or options.validation_resolution), size_multiple, max_size
         )
         notices += reported
         seen = references if shortname != UNCONDITIONAL_SHORTNAME else ()
         if prompt.references is not None:
             seen = read_references(prompt.references, f"{shortname}.references")
-        requests += _requests_of(config, seed, shortname, prompt, sizes, seen)
+        requests += _requests_of(options, seed, shortname, prompt, sizes, seen)
     return requests, list(dict.fromkeys(notices))
 
 

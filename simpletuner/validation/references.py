@@ -55,7 +55,7 @@ def read_references(paths: Sequence[str | Path], key: str) -> tuple[ReferenceIma
     return tuple(images)
 
 
-def references_of_run(config: ValidationOptions, datasets: Sequence[Dataset], one: bool) -> tuple[ReferenceImage, ...]:
+def references_of_run(options: ValidationOptions, datasets: Sequence[Dataset], one: bool) -> tuple[ReferenceImage, ...]:
     """The input images of validation prompts that name none of their own.
 
     Args:
@@ -64,8 +64,8 @@ def references_of_run(config: ValidationOptions, datasets: Sequence[Dataset], on
     Raises:
         DataError: one cannot be read.
     """
-    if config.validation_references is not None:
-        return read_references(config.validation_references, "validation_references")
+    if options.validation_references is not None:
+        return read_references(options.validation_references, "validation_references")
     return references_of_data(datasets, one)
 
 

@@ -106,15 +106,15 @@ class Validator:
             **({"text_encoders": dict(family.source.encoders)} if family.source.encoders else {}),
             **family.prompt_settings,
             "revision": family.source.revision,
-            "scheduler": config.validation_noise_scheduler,
-            "seed_source": config.validation_seed_source,
-            "base_model_precision": config.base_model_precision,
+            "scheduler": config.validation.validation_noise_scheduler,
+            "seed_source": config.validation.validation_seed_source,
+            "base_model_precision": config.precision.base_model_precision,
         }
         self.files = ImageFiles(Path(output_dir), self.requests, settings)
         self._vae = LazyVae(family)
         is_shown = bool(self.requests) and together.is_main
-        self._previews = self._make_previews() if is_shown and config.validation_preview else None
-        self._scorer = self._make_scorer() if is_shown and config.evaluation_type == "clip" else None
+        self._previews = self._make_previews() if is_shown and config.validation.validation_preview else None
+        self._scorer = self._make_scorer() if is_shown and config.evaluation.evaluation_type == "clip" else None
         for line in notices:
             bus.emit(Notice("warning", line))
 
@@ -129,7 +129,7 @@ class Validator:
         started, name = time.monotonic(), f"images at step {step}"
         saved: list[SavedImage] = []
         generated: dict[Kind, list[GeneratedImage]] = {}
-        with self._costing_only(name), undisturbed(denoiser, self.family.device, self.config.mixed_precision):
+        with self._costing_only(name), undisturbed(denoiser, self.family.device, self.config.precision.mixed_precision):
             saved, generated = self._generate_all(denoiser, adapter, ema, step, name)
         if saved:
             self.bus.emit(PhaseDone(name, time.monotonic() - started, f"in {saved[-1].path.parent}"))
@@ -211,7 +211,7 @@ class Validator:
         self._stop_together()
         self.bus.emit(PhaseStarted(name, len(kinds) * len(self.requests)))
         with self._failing_together():
-            pipeline = pipeline_for(self.config, self.family, denoiser, self._vae.load())
+            pipeline = pipeline_for(self.config.validation, self.family, denoiser, self._vae.load())
         saved: list[SavedImage] = []
         generated: dict[Kind, list[GeneratedImage]] = {}
         for number, kind in enumerate(kinds):
@@ -237,24 +237,24 @@ class Validator:
 
     def _kinds_due(self, ema: Any | None, step: int) -> list[Kind]:
         """Which weights generate at `step`, in this order."""
-        is_due = step > 0 or self.config.validation_on_startup
+        is_due = step > 0 or self.config.validation.validation_on_startup
         # Full training has its base only before its first step.
-        has_base = step == 0 or self.config.model_type != "full"
+        has_base = step == 0 or self.config.model.model_type != "full"
         kinds: list[Kind] = []
-        if has_base and not (self.config.disable_benchmark or self.files.has_benchmark()):
+        if has_base and not (self.config.validation.disable_benchmark or self.files.has_benchmark()):
             kinds.append("base")
         kinds += self._step_kinds(ema) if is_due else []
         return self.together.from_main(kinds)
 
     def _step_kinds(self, ema: Any | None) -> list[Literal["live", "ema"]]:
         """Which weights in training are shown at each validation."""
-        mode = self.config.ema_validation if ema is not None else "none"
+        mode = self.config.validation.ema_validation if ema is not None else "none"
         kinds: list[Literal["live", "ema"]] = ["live"] if mode != "ema_only" else []
         return kinds if mode == "none" else [*kinds, "ema"]
 
     def _weights(self, kind: Kind, adapter: Any, ema: Any | None) -> AbstractContextManager[Any]:
         """Inside the context the denoiser has the weights of `kind`."""
-        if kind == "base" and self.config.model_type != "full":
+        if kind == "base" and self.config.model.model_type != "full":
             return adapter.disabled()
         if kind == "ema":
             assert ema is not None
@@ -266,7 +266,7 @@ class Validator:
     ) -> list[GeneratedImage]:
         """All requests with the present weights, in their order."""
         requests = self.requests
-        if self.config.validation_randomize and kind != "base":
+        if self.config.validation.validation_randomize and kind != "base":
             requests = reseeded(requests, step)
         generated: dict[int, GeneratedImage] = {}
         order = sorted(range(len(requests)), key=lambda index: requests[index].adapter_strength)
@@ -284,7 +284,7 @@ class Validator:
                     batch_size=batch_size_for(asked),
                     on_progress=report,
                     watch=self._watch(step, kind),
-                    noise_device=noise_device(self.config, self.family),
+                    noise_device=noise_device(self.config.validation, self.family),
                 )
             generated |= dict(zip(indices, images, strict=True))
         return [generated[index] for index in range(len(requests))]
@@ -320,11 +320,13 @@ class Validator:
         self.bus.emit(ImagesScored(step, "clip", by_name, sum(judged) / len(judged)))
 
     def _make_previews(self) -> Previews:
-        if not self.config.webhook_config:
+        if not self.config.reporting.webhook_config:
             self.bus.emit(Notice("info", f"previews are written to {self.files.previews_dir}"))
         decoder = self.family.load_preview_decoder()
-        return Previews(self.family, decoder, self.config.validation_preview_steps, self.files, self.bus.emit)
+        return Previews(
+            self.family, decoder, self.config.validation.validation_preview_steps, self.files, self.bus.emit
+        )
 
     def _make_scorer(self) -> ClipScorer:
-        model = self.config.pretrained_evaluation_model_name_or_path or DEFAULT_MODEL
+        model = self.config.evaluation.pretrained_evaluation_model_name_or_path or DEFAULT_MODEL
         return ClipScorer(model, self.family.device)

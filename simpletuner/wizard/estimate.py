@@ -70,21 +70,25 @@ def estimate_lines(found: Estimate, hardware: Hardware) -> list[tuple[str, bool]
 
 def rough_lines(run: LoadedRun, hardware: Hardware) -> list[tuple[str, bool]]:
     """(line, whether all is well) of a model that is not on this machine: its weights, the arithmetic of a step."""
-    config, spec = run.config, get_spec(run.config.model_family)
-    flavour = spec.flavours[config.model_flavour or spec.default_flavour]
-    if config.pretrained_model_name_or_path or not flavour.parameters:
+    config, spec = run.config, get_spec(run.config.model.model_family)
+    flavour = spec.flavours[config.model.model_flavour or spec.default_flavour]
+    if config.model.pretrained_model_name_or_path or not flavour.parameters:
         return []
-    bits = _bits_of(config.base_model_precision, config.mixed_precision)
+    bits = _bits_of(config.precision.base_model_precision, config.precision.mixed_precision)
     weights, room = flavour.weight_bytes(bits), hardware.device_bytes
     memory = f"memory  at least {bytes_text(weights)} for the weights of {spec.title}, of {bytes_text(room)}"
     disk = f"disk    about {bytes_text(flavour.weight_bytes())} are fetched from the hub at the first start"
     lines = [(memory, weights < room), (disk, True)]
-    if config.max_train_steps:
+    if config.training.max_train_steps:
         rate = ON_A_PROCESSOR if hardware.device == "cpu" else ASSUMED_OPERATIONS
         tokens = run_tokens(run, spec.size_multiple) + PROMPT_TOKENS
         # Forward, and backward through frozen weights; checkpointing runs forward once more.
-        passes = 3 if config.gradient_checkpointing else 2
-        images = config.train_batch_size * config.gradient_accumulation_steps * config.max_train_steps
+        passes = 3 if config.model.gradient_checkpointing else 2
+        images = (
+            config.training.train_batch_size
+            * config.training.gradient_accumulation_steps
+            * config.training.max_train_steps
+        )
         operations = 2.0 * flavour.parameters * tokens * passes * images
         duration = duration_text(operations / rate)
         lines.append((f"time    not measured; about {duration} at {rate / 1e12:g} trillion operations a second", True))
@@ -94,7 +98,7 @@ def rough_lines(run: LoadedRun, hardware: Hardware) -> list[tuple[str, bool]]:
 def run_tokens(run: LoadedRun, multiple: int) -> int:
     """Tokens of an image at the resolution of `config.json`."""
     config = run.config
-    area = config.resolution * 1e6 if config.resolution_type == "area" else config.resolution**2
+    area = config.data.resolution * 1e6 if config.data.resolution_type == "area" else config.data.resolution**2
     return round(area / multiple**2)
 
 

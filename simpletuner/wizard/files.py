@@ -144,7 +144,7 @@ def _caption_notes(answers: Answers) -> Iterator[str]:
 def _tracker_notes(run: LoadedRun, working_dir: Path) -> list[str]:
     """What a start would refuse now and somebody can still fix: a login that is missing."""
     try:
-        check_trackers(run.config, os.environ, working_dir)
+        check_trackers(run.config.reporting, os.environ, working_dir)
     except ConfigError as error:
         return [problem.render() for problem in error.problems]
     return []

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from simpletuner.config.checking import check_settings
+from simpletuner.config.checking import check_options
 from simpletuner.config.datasets import KEY_ALIASES, VALUE_ALIASES
 from simpletuner.config.discovery import ConfigSource
 from simpletuner.config.foreign_keys import RENAMED
@@ -17,7 +17,7 @@ from simpletuner.config.layers import Layer, Origin, Setting, clean_key, read_fi
 from simpletuner.config.loading import DEFAULT_DATA_FILE
 from simpletuner.config.merging import merge_layers, option_names
 from simpletuner.config.nearby import exists
-from simpletuner.config.options import TrainConfig, all_options
+from simpletuner.config.options import all_options
 from simpletuner.config.paths import Folders
 from simpletuner.config.prompt_library import prompt_texts
 from simpletuner.config.values import read_bool, read_path
@@ -128,10 +128,10 @@ def typed_options(settings: Mapping[str, Setting]) -> tuple[dict[str, Any], list
     """Every option with its value as it stands in JSON, and what is wrong with what was written."""
     origin = Origin("file")
     required = {"model_family": Setting("model_family", family_names()[0], origin)}
-    config, problems = check_settings(TrainConfig, all_options(), required | dict(settings), origin)
+    config, problems = check_options(required | dict(settings), origin)
     if config is None:
         raise ConfigError(problems)
-    values = config.model_dump(mode="json")
+    values = config.as_json()
     # What is secret would come out as stars.
     as_written = {name: _plain(setting.value) for name, setting in settings.items() if all_options()[name].is_secret}
     return values | {"report_to": ",".join(values["report_to"])} | as_written, problems

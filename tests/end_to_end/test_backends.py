@@ -134,7 +134,7 @@ def test_an_object_that_goes_away_while_training_is_named(
     from simpletuner.families.registry import get_spec
 
     loaded = load_here(place)
-    (things,) = build_datasets(loaded.datasets, loaded.config, get_spec("omnigen"), Path(loaded.config.cache_dir))
+    (things,) = build_datasets(loaded.datasets, loaded.config, get_spec("omnigen"), Path(loaded.config.data.cache_dir))
     server.client.delete_object(Bucket="images", Key="gone/002.png")
     with pytest.raises(DataError, match=r"s3://images/gone/002\.png") as caught:
         things.read_pixels(things.samples[2])

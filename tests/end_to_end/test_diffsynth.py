@@ -170,7 +170,7 @@ def test_kolors_trains_on_chinese_captions_and_generates_as_diffusers_does(run: 
     ]
     assert run(*words, *FLAGS, *OURS) == 0
     loaded = require_epochs_and_sheet()
-    assert loaded.config.pretrained_model_name_or_path == str(folder)  # the folder around the three
+    assert loaded.config.model.pretrained_model_name_or_path == str(folder)  # the folder around the three
     pipeline = diffusers.KolorsPipeline.from_pretrained(folder)
     require_same_image(loaded, pipeline, lambda latents: latents)
 

@@ -64,7 +64,7 @@ def gradients(folder: Path, model: Path, options: Mapping[str, Any], steps: int 
     place_denoiser(loaded.config, family, denoiser, adapter, SINGLE_PROCESS)
     if (recomputing := GradientCheckpointing.of(loaded.config, family.device)) is not None:
         denoiser.enable_gradient_checkpointing(recomputing)
-    compile_blocks(denoiser, family.spec.block_classes, loaded.config.dynamo_backend)
+    compile_blocks(denoiser, family.spec.block_classes, loaded.config.precision.dynamo_backend)
     denoiser.train()
     found = []
     for step in range(steps):

@@ -87,7 +87,11 @@ def test_from_the_first_screen_to_a_trained_adapter(folder: Path, omnigen_folder
     assert wizard.outcome == "saved"
     run = load_run((), {}, folder)
     assert run.warnings == ()
-    assert (run.config.learning_rate, run.config.max_train_steps, run.config.resolution) == (1e-3, 4, 64)
+    assert (run.config.optimizer.learning_rate, run.config.training.max_train_steps, run.config.data.resolution) == (
+        1e-3,
+        4,
+        64,
+    )
     monkeypatch.chdir(folder)
     output = train_here(folder)
     assert (output / "pytorch_lora_weights.safetensors").is_file()

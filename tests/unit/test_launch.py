@@ -55,7 +55,7 @@ def test_the_example_is_not_trained_where_other_configurations_wait_to_be_chosen
     recipes = tmp_path / "config" / "examples" / "some-recipe"  # as a clone has them
     recipes.mkdir(parents=True)
     (recipes / "config.json").write_text("{}")
-    assert load_arguments([], {}, tmp_path, print, check_files=False).config.model_family == "omnigen"
+    assert load_arguments([], {}, tmp_path, print, check_files=False).config.model.model_family == "omnigen"
 
 
 def test_the_family_of_a_model_folder_is_reported_by_its_pipeline(tmp_path: Path):

@@ -2,7 +2,22 @@
 
 from __future__ import annotations
 
-from simpletuner.config.options.catalogue import GROUPS, TrainConfig, all_options, planned_options
+from simpletuner.config.options.catalogue import (
+    GROUPS,
+    TrainConfig,
+    all_options,
+    group_of_options,
+    planned_options,
+    split_by_group,
+)
 from simpletuner.config.options.declare import OptionInfo
 
-__all__ = ["GROUPS", "OptionInfo", "TrainConfig", "all_options", "planned_options"]
+__all__ = [
+    "GROUPS",
+    "OptionInfo",
+    "TrainConfig",
+    "all_options",
+    "group_of_options",
+    "planned_options",
+    "split_by_group",
+]

@@ -48,3 +48,8 @@ class CheckpointOptions(OptionGroup):
     checkpoints_rolling_total_limit: Int = option(
         1, help="Passing checkpoints that are kept.", planned="use checkpoints_total_limit", ge=1
     )
+
+    @property
+    def resumes(self) -> bool:
+        """Whether a checkpoint is to be continued, if there is one."""
+        return self.resume_from_checkpoint.strip().lower() not in ("", "none")

@@ -23,7 +23,7 @@ REQUIRED: Any = ...
 
 
 class OptionGroup(BaseModel):
-    """Base of the groups that make up `TrainConfig`; a group is what one page of the reference shows."""
+    """Base of the groups of `TrainConfig`; a group is what one page of the reference shows."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), defer_build=True)
 

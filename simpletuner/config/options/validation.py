@@ -5,7 +5,19 @@ from __future__ import annotations
 from typing import Literal
 
 from simpletuner.config.options.declare import OptionGroup, option
-from simpletuner.config.values import Bool, FilePath, Float, Fraction, Int, Layers, Sizes, Text, TextOrList
+from simpletuner.config.values import (
+    Bool,
+    FilePath,
+    Float,
+    Fraction,
+    Int,
+    Layers,
+    Size,
+    Sizes,
+    Text,
+    TextOrList,
+    parse_sizes,
+)
 
 
 class ValidationOptions(OptionGroup):
@@ -151,3 +163,8 @@ class ValidationOptions(OptionGroup):
         "comparison",
         help="With `use_ema`: generate with the averaged weights too (`comparison`), only with them, or not.",
     )
+
+    @property
+    def validation_sizes(self) -> list[Size]:
+        """`validation_resolution` as sizes, height first."""
+        return parse_sizes(self.validation_resolution)

@@ -6,8 +6,9 @@ A sink imports its own packages when it needs them.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
+from simpletuner.config.options.reporting import ReportingOptions
 from simpletuner.config.webhooks import Webhooks
 from simpletuner.reporting.bus import Sink
 from simpletuner.reporting.sinks.csv_table import CsvSink
@@ -20,28 +21,31 @@ from simpletuner.reporting.trackers.readiness import trackers_of
 
 
 def build_sinks(
-    config: Any, output_dir: Path, stream: IO[str] | None = None, webhooks: Webhooks | None = None
+    options: ReportingOptions,
+    output_dir: Path,
+    is_new: bool,
+    stream: IO[str] | None = None,
+    webhooks: Webhooks | None = None,
 ) -> list[Sink]:
     """The sinks of a main process: terminal, `metrics.jsonl` and `metrics.csv` always, trackers as `report_to` asks.
 
     Args:
-        config: read are `report_to`, whose names the configuration has checked, `tracker_project_name`,
-            `tracker_run_name` and `custom_tracker`.
+        is_new: whether the run starts again rather than continues.
         stream: where the terminal's lines go; stdout where not given.
         webhooks: services that get events.
     """
     sinks: list[Sink] = [terminal_sink(stream), JsonlSink(output_dir), CsvSink(output_dir)]
-    trackers, project = trackers_of(config), config.tracker_project_name
+    trackers, project = trackers_of(options), options.tracker_project_name
     if "tensorboard" in trackers:
         sinks.append(TensorBoardSink(output_dir))
     if webhooks is not None and webhooks.targets:
         from simpletuner.reporting.webhooks.sink import WebhookSink
 
-        sinks.append(WebhookSink(webhooks, output_dir, run_name=config.tracker_run_name, is_new=not config.resumes))
+        sinks.append(WebhookSink(webhooks, output_dir, run_name=options.tracker_run_name, is_new=is_new))
     if "wandb" in trackers:
         sinks.append(TrackerSink("W&B", _wandb_tracker, project))
-    if "custom-tracker" in trackers:
-        sinks.append(TrackerSink(config.custom_tracker, lambda: _custom_tracker(config.custom_tracker), project))
+    if "custom-tracker" in trackers and (name := options.custom_tracker):
+        sinks.append(TrackerSink(name, lambda: _custom_tracker(name), project))
     return sinks
 
 

@@ -10,9 +10,9 @@ import netrc
 from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 
+from simpletuner.config.options.reporting import ReportingOptions
 from simpletuner.errors import ConfigError, Problem
 from simpletuner.reporting.trackers.custom import load_custom_tracker
 
@@ -21,25 +21,25 @@ WANDB_HOSTS = ("api.wandb.ai", "api.forge.coreweave.com")
 NO_LOGIN_NEEDED = ("offline", "disabled", "dryrun", "shared")
 
 
-def trackers_of(config: Any) -> frozenset[str]:
+def trackers_of(options: ReportingOptions) -> frozenset[str]:
     """The trackers that `report_to` means, `all` spelled out."""
-    named = set(config.report_to) - {"none", "simpletuner"}
+    named: set[str] = {*options.report_to} - {"none", "simpletuner"}
     if "all" in named:
-        named = (named - {"all"}) | {"tensorboard", "wandb"} | ({"custom-tracker"} if config.custom_tracker else set())
+        named = (named - {"all"}) | {"tensorboard", "wandb"} | ({"custom-tracker"} if options.custom_tracker else set())
     return frozenset(named)
 
 
-def check_trackers(config: Any, environment: Mapping[str, str], working_dir: Path) -> None:
+def check_trackers(options: ReportingOptions, environment: Mapping[str, str], working_dir: Path) -> None:
     """Raise where a tracker cannot work.
 
     Raises:
         ConfigError: W&B is not installed or nobody is logged in, or the custom tracker cannot be loaded.
     """
-    trackers = trackers_of(config)
+    trackers = trackers_of(options)
     problems = list(wandb_problems(environment, working_dir)) if "wandb" in trackers else []
-    if "custom-tracker" in trackers:
+    if "custom-tracker" in trackers and options.custom_tracker:
         try:
-            load_custom_tracker(config.custom_tracker)
+            load_custom_tracker(options.custom_tracker)
         except ConfigError as error:
             problems += error.problems
     if problems:

@@ -39,8 +39,8 @@ class Loss(ABC):
 
 def build_loss(config: TrainConfig) -> Loss:
     """The loss of a configuration."""
-    row = LOSSES[config.loss_type]
-    loss: Loss = load_dotted(row.target)(**{option: getattr(config, option) for option in row.options})
+    row = LOSSES[config.objective.loss_type]
+    loss: Loss = load_dotted(row.target)(**{option: config.value(option) for option in row.options})
     return loss
 
 

@@ -118,9 +118,9 @@ def text_cost(loaded: LoadedRun, family: ModelFamily, datasets: Sequence[Dataset
     images = None
     if family.spec.prompts_see_references:
         images = [[blank_image(*size) for size in largest_references(datasets)]] * len(texts)
-    on_demand = config.text_cache_ondemand or config.text_cache_disable
+    on_demand = config.data.text_cache_ondemand or config.data.text_cache_disable
     cost = encoding_cost(family, texts, images)
-    return TextCost(len(wanted), missing, cost, on_demand, not config.text_cache_disable, folder)
+    return TextCost(len(wanted), missing, cost, on_demand, not config.data.text_cache_disable, folder)
 
 
 def choose_texts(family: ModelFamily, datasets: Sequence[Dataset], count: int, longest: bool) -> list[str]:

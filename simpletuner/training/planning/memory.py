@@ -67,7 +67,7 @@ class Shapes:
 def read_shapes(loaded: LoadedRun, family: ModelFamily, load: Load, embeds: Sequence[PromptEmbeds]) -> Shapes:
     """Build denoiser and adapter on `meta` as training builds them, and run one step's forward pass there."""
     config = loaded.config
-    computes_in = DTYPES[config.mixed_precision]
+    computes_in = DTYPES[config.precision.mixed_precision]
     empty = type(family)(family.spec, family.source, torch.device("meta"), family.dtype)
     denoiser = empty.empty_denoiser()
     count = sum(parameter.numel() for parameter in denoiser.parameters())
@@ -77,12 +77,12 @@ def read_shapes(loaded: LoadedRun, family: ModelFamily, load: Load, embeds: Sequ
     swapped = swapped_bytes(config, family, denoiser)
     with torch.device("meta"):
         trained = attach_adapter(loaded, empty, denoiser).trainable_parameters()
-    is_full = config.model_type == "full"
+    is_full = config.model.model_type == "full"
     untrained = num_bytes(parameter for parameter in denoiser.parameters() if not parameter.requires_grad)
     trained_bytes = num_bytes(trained.values())
 
     def make_optimizer(tried: dict[str, nn.Parameter]) -> torch.optim.Optimizer:
-        return build_optimizer(config, tried, config.seed)
+        return build_optimizer(config.optimizer, tried, config.training.seed)
 
     optimizer, update = optimizer_bytes(trained, make_optimizer), step_bytes(trained, make_optimizer)
     for parameter in denoiser.parameters():
@@ -108,15 +108,17 @@ def memory_rows(
         Row("frozen weights", shapes.frozen_bytes - shapes.swapped_bytes),
         Row("trained weights", shapes.trained_bytes),
         Row("gradients", shapes.trained_bytes),
-        Row(f"state of {config.optimizer}", shapes.optimizer),
-        Row("EMA, float32", 4 * count if config.use_ema else 0),
+        Row(f"state of {config.optimizer.optimizer}", shapes.optimizer),
+        Row("EMA, float32", 4 * count if config.training.use_ema else 0),
     ]
     if (assistant := find_assistant(config, fetches=False)) is not None:
         rows.append(Row("assistant LoRA, frozen", assistant.stat().st_size))
-    if config.mixed_precision != "no":
+    if config.precision.mixed_precision != "no":
         wide = [parameter for parameter in shapes.trained.values() if parameter.dtype == torch.float32]
         rows.append(Row("16-bit copies of trained weights", 2 * sum(parameter.numel() for parameter in wide)))
-    if (matrix := unpacked_bytes(family, computes_in=DTYPES[config.mixed_precision])) and config.model_type != "full":
+    if (
+        matrix := unpacked_bytes(family, computes_in=DTYPES[config.precision.mixed_precision])
+    ) and config.model.model_type != "full":
         rows.append(Row("one unpacked matrix", matrix))
     if stays_vae:
         vae = make_empty_component(family.source, family.spec.component("vae"), torch.float32)
@@ -124,7 +126,9 @@ def memory_rows(
     free = available - sum(row.num_bytes for row in rows)
     chosen, others = activation_rows(config, shapes.activations, free)
     # The activations are gone when the optimizer takes its step, so what it makes has their room.
-    update = Row(f"a step of {config.optimizer}, beyond the activations", max(shapes.update - chosen.num_bytes, 0))
+    update = Row(
+        f"a step of {config.optimizer.optimizer}, beyond the activations", max(shapes.update - chosen.num_bytes, 0)
+    )
     return [row for row in (*rows, chosen, update) if row.num_bytes], others
 
 
@@ -145,14 +149,14 @@ def activation_rows(config: TrainConfig, activations: Activations, free: int) ->
         free: bytes that are left for them.
     """
     num_blocks = len(activations.inside)
-    offloads = config.gradient_checkpointing_backend == "unsloth"
-    interval = config.gradient_checkpointing_interval or "1"
+    offloads = config.model.gradient_checkpointing_backend == "unsloth"
+    interval = config.model.gradient_checkpointing_interval or "1"
     ways = {
         "without gradient_checkpointing": range(0),
         "with gradient_checkpointing_interval auto": mix_that_fits(activations, free, offloads),
         "with gradient_checkpointing": range(0, num_blocks - 1, 1 if interval == "auto" else int(interval)),
     }
-    used = list(ways)[0 if not config.gradient_checkpointing else 1 if interval == "auto" else 2]
+    used = list(ways)[0 if not config.model.gradient_checkpointing else 1 if interval == "auto" else 2]
     recomputed = ways.pop(used)
     is_whole = 0 < len(recomputed) == num_blocks - 1
     how = ", checkpointed" if is_whole else _share(recomputed, num_blocks)
@@ -184,7 +188,7 @@ def swapped_bytes(config: TrainConfig, family: ModelFamily, denoiser: nn.Module)
     """Of the frozen weights, those that the device does not hold: it has two buffers of the largest block's size."""
     spec, precision = family.spec, family.number_formats.base
     blocks = repeated_blocks(denoiser, spec.block_classes)
-    count = len(blocks) if config.enable_group_offload else min(config.musubi_blocks_to_swap, len(blocks))
+    count = len(blocks) if config.model.enable_group_offload else min(config.model.musubi_blocks_to_swap, len(blocks))
     return swapped_out(blocks[len(blocks) - count :], precision, spec.unquantised)
 
 

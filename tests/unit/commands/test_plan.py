@@ -35,6 +35,7 @@ from simpletuner.training.planning.shapes import (
     step_bytes,
 )
 from simpletuner.training.step import compute_losses
+from tests.configs import config_of
 from tests.runs import dataset, load_here, train_here, write_images, write_run
 
 # Of the released OmniGen, whose shapes these are.
@@ -165,7 +166,7 @@ def test_a_plan_has_room_for_the_step_of_the_optimizer_where_the_activations_lea
     with patch.object(memory, "activation_rows", lambda *given: (memory.Row("activations", 300), [])):
         shapes = memory.Shapes(1, 0, {}, 0, 0, MagicMock(), 0, update=1000)
         family = MagicMock(number_formats=MagicMock(base="no_change"))
-        loaded = MagicMock(config=MagicMock(optimizer="came", use_ema=False, mixed_precision="no"))
+        loaded = MagicMock(config=config_of(optimizer="came", mixed_precision="no"))
         rows, _ = memory.memory_rows(loaded, family, shapes, False, 10**6)
     assert [(row.name, row.num_bytes) for row in rows] == [
         ("activations", 300),

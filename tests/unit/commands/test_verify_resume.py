@@ -115,7 +115,7 @@ def test_the_proof_keeps_evaluation_images_and_average_and_nothing_leaves_it(tmp
 
 def test_a_run_of_several_machines_is_refused_by_name(tmp_path: Path, omnigen_folder: Path):
     loaded = load_here(write_run(tmp_path / "run", omnigen_folder))
-    several = loaded.__class__(**{**vars(loaded), "config": loaded.config.model_copy(update={"num_machines": 2})})
+    several = loaded.__class__(**{**vars(loaded), "config": loaded.config.with_values({"num_machines": 2})})
     with pytest.raises(ConfigError, match="num_machines"):
         verify_resume(several, (), 6, print)
 

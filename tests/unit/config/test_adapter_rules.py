@@ -40,7 +40,7 @@ def test_settings_of_standard_lora_that_cannot_be_used(
 @pytest.mark.parametrize("target", ["default", "all-linear", "proj_out, layers.*.self_attn.to_q", ["layers.*"]])
 def test_targets_that_stand_for_layers_are_taken(workspace: Workspace, target: Any) -> None:
     workspace.config |= STANDARD | {"lora_target": target}
-    assert workspace.load_written().config.lora_target
+    assert workspace.load_written().config.adapter.lora_target
 
 
 def test_algorithms_that_read_weights_need_them_unpacked(workspace: Workspace) -> None:
@@ -59,7 +59,7 @@ def test_two_starts_are_refused(workspace: Workspace) -> None:
 
 def test_joined_files_of_weight_decomposed_adapters_need_the_whole_base(workspace: Workspace) -> None:
     workspace.config |= STANDARD | {"model_family": "flux", "lora_format": "kohya", "use_dora": True}
-    assert workspace.load_written().config.use_dora
+    assert workspace.load_written().config.adapter.use_dora
     workspace.config |= {"fsdp_enable": True, "num_processes": 2}
     problem = next(each for each in workspace.fails_written().problems if each.key == "lora_format")
     assert "simpletuner export" in problem.render()
@@ -78,14 +78,14 @@ def test_keys_of_the_other_kind_of_adapter_are_reported(workspace: Workspace) ->
 
 def test_sdxl_files_have_the_form_that_all_programs_read(workspace: Workspace) -> None:
     workspace.config |= STANDARD | {"model_family": "sdxl"}
-    assert workspace.load_written().config.lora_format == "kohya"
+    assert workspace.load_written().config.adapter.lora_format == "kohya"
     workspace.config["use_dora"] = True  # which kohya's form would change
-    assert workspace.load_written().config.lora_format == "diffusers"
+    assert workspace.load_written().config.adapter.lora_format == "diffusers"
     workspace.config |= {"use_dora": False, "lora_format": "diffusers"}
-    assert workspace.load_written().config.lora_format == "diffusers"
+    assert workspace.load_written().config.adapter.lora_format == "diffusers"
     workspace.config |= {"model_family": "flux"}
     del workspace.config["lora_format"]
-    assert workspace.load_written().config.lora_format == "diffusers"
+    assert workspace.load_written().config.adapter.lora_format == "diffusers"
 
 
 def test_whoever_chooses_weight_decomposition_is_reported_who_reads_it(workspace: Workspace) -> None:
@@ -120,7 +120,7 @@ def test_a_multiplier_that_no_file_can_hold_is_refused(workspace: Workspace, set
 def test_a_folder_of_peft_is_a_start(workspace: Workspace) -> None:
     workspace.put("start/adapter_model.safetensors", "x")
     workspace.config |= STANDARD | {"init_lora": "start"}
-    assert workspace.load_written().config.init_lora.name == "start"
+    assert workspace.load_written().config.adapter.init_lora.name == "start"
     workspace.config["init_lora"] = "."
     assert "there is no file of this name" in workspace.fails_written().render()
 
@@ -169,7 +169,7 @@ def test_assistants_that_cannot_be_used(workspace: Workspace, changes: dict[str,
 def test_an_assistant_is_a_file_or_on_the_hub(workspace: Workspace, where: str) -> None:
     workspace.put("here.safetensors", "x")
     workspace.config |= STANDARD | {"assistant_lora_path": where}
-    found = workspace.load_written().config.assistant_lora_path
+    found = workspace.load_written().config.adapter.assistant_lora_path
     assert found is not None
     assert found.endswith(where)
 
@@ -177,7 +177,7 @@ def test_an_assistant_is_a_file_or_on_the_hub(workspace: Workspace, where: str) 
 def test_distilled_flavours_have_an_assistant_which_other_training_leaves_away(workspace: Workspace) -> None:
     workspace.config |= STANDARD | {"model_family": "z_image", "model_flavour": "turbo"}
     config = workspace.load_written().config
-    assert config.assistant_lora_path == (
+    assert config.adapter.assistant_lora_path == (
         "ostris/zimage_turbo_training_adapter/zimage_turbo_training_adapter_v2.safetensors"
     )
     assert wants_assistant(config)
@@ -188,4 +188,4 @@ def test_distilled_flavours_have_an_assistant_which_other_training_leaves_away(w
     workspace.config |= {"model_type": "lora", "model_flavour": "base"}
     assert not wants_assistant(workspace.load_written().config)
     workspace.config |= {"model_family": "flux", "model_flavour": "schnell"}
-    assert workspace.load_written().config.assistant_lora_path == "ostris/FLUX.1-schnell-training-adapter"
+    assert workspace.load_written().config.adapter.assistant_lora_path == "ostris/FLUX.1-schnell-training-adapter"

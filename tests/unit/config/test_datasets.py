@@ -12,7 +12,7 @@ from simpletuner.config.datasets import EvalDataset, ImageDataset, TextEmbedsDat
 from simpletuner.config.json_reader import parse_json
 from simpletuner.config.options import TrainConfig
 
-CONFIG = TrainConfig.model_validate({"model_family": "toy", "resolution": 512, "minimum_image_size": 64})
+CONFIG = TrainConfig.from_values({"model_family": "toy", "resolution": 512, "minimum_image_size": 64})
 
 
 def read(*entries: Any) -> LoadedDatasets:
@@ -49,7 +49,7 @@ def test_what_an_entry_leaves_out_comes_from_the_configuration() -> None:
 
 
 def test_the_prompt_of_the_configuration_is_one_caption() -> None:
-    config = CONFIG.model_validate({**CONFIG.model_dump(), "instance_prompt": "a red cat"})
+    config = TrainConfig.from_values({**CONFIG.values(), "instance_prompt": "a red cat"})
     entries = '[{"id": "a", "instance_data_dir": "x"}, {"id": "b", "instance_data_dir": "x", "instance_prompt": "c"}]'
     first, second = read_datasets(parse_json(entries, "data.json"), config).entries
     assert isinstance(first, ImageDataset)

@@ -46,7 +46,7 @@ def test_variables_that_the_file_does_not_set_come_from_the_environment(folder: 
     (folder / "config/config.env").write_text(text)
     (folder / "data.json").write_text('[{"id": "a", "instance_data_dir": "."}]')
     run = Workspace(folder, environment={"HOME": "/home/ann"}).load(check_files=False)
-    assert run.config.output_dir == Path("/home/ann/runs")
+    assert run.config.checkpoint.output_dir == Path("/home/ann/runs")
 
 
 def test_config_env_may_choose_the_configuration(folder: Path):
@@ -133,7 +133,7 @@ def test_the_command_sets_them_before_it_reads_the_configuration(tmp_path: Path,
 def test_variables_of_launch_scripts_act_or_are_reported(workspace: Workspace):
     workspace.environment = {"MIXED_PRECISION": "no", "ACCELERATE_CONFIG_PATH": "x.yaml"}
     run = workspace.load_written()
-    assert run.config.mixed_precision == "no"
+    assert run.config.precision.mixed_precision == "no"
     assert any("ACCELERATE_CONFIG_PATH: is not read" in line for line in run.warnings)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,15 +11,15 @@ import pytest
 
 import simpletuner
 from simpletuner.config.datasets import FROM_CONFIG, dataset_options, dataset_types
-from simpletuner.config.options import OptionInfo, all_options
+from simpletuner.config.options import OptionInfo, all_options, group_of_options
 
 from .conftest import Workspace
 
 PACKAGE = Path(simpletuner.__file__).parent
 
-# Keys that act without being read as `config.<key>` or `entry.<key>`: where they do, and words that must stand there.
+# Keys that act without being read as `<group>.<key>` or `entry.<key>`: where they do, and words that must stand there.
 ELSEWHERE = {
-    "caption_shuffle": ("config/datasets.py", "config.caption_shuffle and not says"),
+    "caption_shuffle": ("config/datasets.py", "config.data.caption_shuffle and not says"),
     # A loss is built from the options that its fields are named after.
     "huber_c": ("training/losses/huber.py", "self.huber_c"),
     "huber_schedule": ("training/losses/huber.py", "self.huber_schedule"),
@@ -40,14 +41,15 @@ WHILE_READING = {
 }
 
 
-def keys_read_of(holder: str) -> set[str]:
-    """Attributes that any module outside of `config/` reads of something called `holder`."""
+@functools.cache
+def keys_read(package: Path = PACKAGE) -> set[tuple[str, str]]:
+    """Name of a holder, and the attribute that any module outside of `config/` reads of it."""
     return {
-        node.attr
-        for path in PACKAGE.rglob("*.py")
-        if "config" not in path.relative_to(PACKAGE).parts
+        (name, node.attr)
+        for path in package.rglob("*.py")
+        if "config" not in path.relative_to(package).parts
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-        if isinstance(node, ast.Attribute) and _last_name(node.value) == holder
+        if isinstance(node, ast.Attribute) and (name := _last_name(node.value))
     }
 
 
@@ -69,12 +71,12 @@ def stands_in(place: tuple[str, str]) -> bool:
 
 def test_every_built_option_acts() -> None:
     # A function is given the whole configuration, or the group of options that it needs.
-    read, entry_read = keys_read_of("config") | keys_read_of("options"), keys_read_of("entry")
+    read, group = keys_read(), group_of_options()
     forgotten = [
         info.name
         for info in built(iter(all_options().values()))
-        if info.name not in read
-        and not (info.name in FROM_CONFIG and info.name in entry_read)
+        if not {(group[info.name], info.name), ("options", info.name)} & read
+        and not (info.name in FROM_CONFIG and ("entry", info.name) in read)
         and info.name not in ELSEWHERE
     ]
     assert forgotten == []
@@ -82,7 +84,7 @@ def test_every_built_option_acts() -> None:
 
 @pytest.mark.parametrize("kind", sorted(set(dataset_types()) - {"text_embeds"}))
 def test_every_built_dataset_key_acts(kind: str) -> None:
-    read = keys_read_of("entry")
+    read = {key for holder, key in keys_read() if holder == "entry"}
     infos = dataset_options(kind)
     forgotten = [i.name for i in built(iter(infos.values())) if i.name not in read and i.name not in WHILE_READING]
     assert forgotten == []
@@ -100,10 +102,9 @@ def test_a_dataset_key_that_acts_while_reading_does(key: str) -> None:
     assert stands_in(WHILE_READING[key])
 
 
-def test_the_walk_finds_a_forgotten_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "module.py").write_text("def f(run):\n    return run.config.seed\n")
-    monkeypatch.setattr(f"{__name__}.PACKAGE", tmp_path)
-    assert keys_read_of("config") == {"seed"}
+def test_the_walk_finds_what_is_read(tmp_path: Path) -> None:
+    (tmp_path / "module.py").write_text("def f(run):\n    return run.config.training.seed\n")
+    assert keys_read(tmp_path) == {("run", "config"), ("config", "training"), ("training", "seed")}
 
 
 def test_a_text_cache_that_nothing_is_kept_in_is_reported(workspace: Workspace) -> None:

@@ -28,13 +28,21 @@ REPOSITORY = Path(__file__).parents[3]
 def test_the_quickstart_is_read_as_written(quickstart: Callable[[str], Workspace], data_file: str) -> None:
     run = quickstart(data_file).load(check_files=False)
     config = run.config
-    assert (config.validation_num_inference_steps, config.learning_rate, config.gradient_checkpointing) == (
+    assert (
+        config.validation.validation_num_inference_steps,
+        config.optimizer.learning_rate,
+        config.model.gradient_checkpointing,
+    ) == (
         20,
         4e-5,
         True,
     )
-    assert (config.grad_clip_method, config.max_grad_norm, config.optimizer) == ("value", 0.01, "adamw_bf16")
-    assert config.report_to == ("tensorboard",)
+    assert (config.optimizer.grad_clip_method, config.optimizer.max_grad_norm, config.optimizer.optimizer) == (
+        "value",
+        0.01,
+        "adamw_bf16",
+    )
+    assert config.reporting.report_to == ("tensorboard",)
     assert run.lycoris is not None
     assert run.lycoris["linear_dim"] == 10000
     assert any("validation_torch_compile has no effect" in line for line in run.warnings)
@@ -92,14 +100,14 @@ def test_resolved_shows_each_quickstart_key_with_its_line(quickstart: Callable[[
 def test_a_later_layer_wins(workspace: Workspace) -> None:
     workspace.config |= {"seed": 1, "validation_guidance": 4}
     workspace.write()
-    assert workspace.load().config.seed == 1
+    assert workspace.load().config.training.seed == 1
     workspace.environment["SIMPLETUNER_SEED"] = "2"
-    assert workspace.load().config.seed == 2
+    assert workspace.load().config.training.seed == 2
     run = workspace.load("--seed=3")
-    assert run.config.seed == 3
+    assert run.config.training.seed == 3
     assert (run.origin("seed").kind, run.origin("validation_guidance").line) == ("command line", 11)
     # The file's word counts against the family's, the family's against the declaration's.
-    assert (run.config.validation_guidance, run.config.validation_num_inference_steps) == (4, 25)
+    assert (run.config.validation.validation_guidance, run.config.validation.validation_num_inference_steps) == (4, 25)
     assert run.origin("validation_num_inference_steps").kind == "family"
     assert run.origin("train_batch_size").kind == "default"
 
@@ -107,14 +115,23 @@ def test_a_later_layer_wins(workspace: Workspace) -> None:
 def test_unset_values_leave_the_layer_below(workspace: Workspace) -> None:
     workspace.config |= {"seed": None, "validation_guidance": "", "validation_negative_prompt": ""}
     config = workspace.load_written("--train_batch_size=").config
-    assert (config.seed, config.validation_guidance, config.train_batch_size) == (42, 3.5, 4)
-    assert config.validation_negative_prompt == ""
+    assert (config.training.seed, config.validation.validation_guidance, config.training.train_batch_size) == (
+        42,
+        3.5,
+        4,
+    )
+    assert config.validation.validation_negative_prompt == ""
 
 
 def test_arguments_come_in_three_forms(workspace: Workspace) -> None:
     config = workspace.load_written("--use_ema", "--seed", "7", "--learning-rate=1e-3", "--validation_seed", "9").config
-    assert (config.use_ema, config.seed, config.learning_rate, config.validation_seed) == (True, 7, 1e-3, 9)
-    assert workspace.load("--use_ema=true", "--use_ema", "false").config.use_ema is False
+    assert (
+        config.training.use_ema,
+        config.training.seed,
+        config.optimizer.learning_rate,
+        config.validation.validation_seed,
+    ) == (True, 7, 1e-3, 9)
+    assert workspace.load("--use_ema=true", "--use_ema", "false").config.training.use_ema is False
     assert "stray" in workspace.fails("stray").render()
 
 
@@ -122,7 +139,7 @@ def test_variables_that_name_no_option_are_reported(workspace: Workspace) -> Non
     workspace.environment |= {"SIMPLETUNER_QUOTA_SERVER": "1", "SEED": "5", "SIMPLETUNER_DEBUG": "1"}
     workspace.environment |= {LAST_WORDS: "/x", LIFELINE: "3", LISTENER: "4"}  # of our launcher
     run = workspace.load_written()
-    assert run.config.seed == 42
+    assert run.config.training.seed == 42
     assert [line for line in run.warnings if "environment" in line] == [
         "environment variable SIMPLETUNER_QUOTA_SERVER: names no option and is not read"
     ]
@@ -162,7 +179,11 @@ def test_old_names_are_read_with_a_warning(workspace: Workspace) -> None:
     workspace.config |= {"validation_steps": 7, "--save_total_limit": "3", "vae_cache_preprocess": False}
     run = workspace.load_written()
     config = run.config
-    assert (config.validation_step_interval, config.checkpoints_total_limit, config.vae_cache_ondemand) == (7, 3, True)
+    assert (
+        config.validation.validation_step_interval,
+        config.checkpoint.checkpoints_total_limit,
+        config.data.vae_cache_ondemand,
+    ) == (7, 3, True)
     assert any("validation_steps is now called validation_step_interval" in line for line in run.warnings)
     workspace.config["checkpoints_total_limit"] = 4
     assert 'given twice, as "save_total_limit" and as "checkpoints_total_limit"' in workspace.fails_written().render()
@@ -171,7 +192,7 @@ def test_old_names_are_read_with_a_warning(workspace: Workspace) -> None:
 def test_extra_arguments_in_json_are_read_and_reported(workspace: Workspace) -> None:
     workspace.config["TRAINER_EXTRA_ARGS"] = "--seed=5 --validation_prompt='a dog'"
     run = workspace.load_written()
-    assert (run.config.seed, run.config.validation_prompt) == (5, "a dog")
+    assert (run.config.training.seed, run.config.validation.validation_prompt) == (5, "a dog")
     assert any("add each option as a key" in line for line in run.warnings)
 
 
@@ -221,7 +242,7 @@ def test_the_file_is_chosen_by_the_environment(workspace: Workspace) -> None:
     for choice, seed in found.items():
         name, _, value = choice.partition("=")
         workspace.environment = {name: value} if name else {}
-        assert workspace.load().config.seed == seed, choice
+        assert workspace.load().config.training.seed == seed, choice
     for choice in ("ENV=missing", "CONFIG_PATH=missing", "CONFIG_BACKEND=toml", "CONFIG_BACKEND=yaml"):
         name, _, value = choice.partition("=")
         workspace.environment = {name: value}
@@ -232,7 +253,7 @@ def test_the_file_is_chosen_by_the_environment(workspace: Workspace) -> None:
     assert 'did you mean "elsewhere/mine.json"?' in workspace.fails().render()
     workspace.environment = {"CONFIG_BACKEND": "cmd"}
     arguments = [f"--{key}={value}" for key, value in workspace.config.items()]
-    assert workspace.load(*arguments, "--seed=14").config.seed == 14
+    assert workspace.load(*arguments, "--seed=14").config.training.seed == 14
 
 
 def test_without_any_file_the_places_are_listed(tmp_path: Path) -> None:
@@ -252,8 +273,8 @@ def test_paths_lead_to_the_working_folder_then_to_the_files_own(workspace: Works
     run = workspace.load_written()
     assert run.lycoris_file == workspace.root / "config/lycoris_config.json"
     assert run.data_file == workspace.root / "config/multidatabackend.json"
-    assert run.config.pretrained_model_name_or_path == str(workspace.root / "config/model")
-    assert run.config.output_dir == workspace.root / "output/run"
+    assert run.config.model.pretrained_model_name_or_path == str(workspace.root / "config/model")
+    assert run.config.checkpoint.output_dir == workspace.root / "output/run"
     workspace.put("lycoris_config.json", {**workspace.lycoris, "factor": 8})
     nearer = workspace.load()
     assert nearer.lycoris is not None
@@ -262,7 +283,7 @@ def test_paths_lead_to_the_working_folder_then_to_the_files_own(workspace: Works
 
 def test_a_hub_id_stays_as_it_is(workspace: Workspace) -> None:
     workspace.config["pretrained_model_name_or_path"] = "toys/small"
-    assert workspace.load_written().config.pretrained_model_name_or_path == "toys/small"
+    assert workspace.load_written().config.model.pretrained_model_name_or_path == "toys/small"
 
 
 @pytest.mark.parametrize("key", ["lycoris_config", "data_backend_config", "user_prompt_library"])
@@ -311,7 +332,7 @@ def test_the_example_files_load(tmp_path: Path) -> None:
     assert not run.warnings
     assert [entry.id for entry in run.datasets] == ["subject", "regularisation", "subject-eval"]
     assert run.prompt_library
-    assert find_spec("omnigen").name == run.config.model_family
+    assert find_spec("omnigen").name == run.config.model.model_family
 
 
 def test_a_path_that_is_spelt_almost_right_is_suggested(workspace: Workspace) -> None:
@@ -333,5 +354,5 @@ def test_a_flavour_has_defaults_of_its_own_over_the_family_s(workspace: Workspac
     for flavour in (None, "schnell", "kontext"):
         workspace.config |= {"model_flavour": flavour} if flavour else {}
         config = workspace.load_written().config
-        steps[flavour] = (config.validation_num_inference_steps, config.validation_guidance)
+        steps[flavour] = (config.validation.validation_num_inference_steps, config.validation.validation_guidance)
     assert steps == {None: (28, 3.5), "schnell": (4, 3.5), "kontext": (28, 2.5)}

@@ -88,4 +88,4 @@ def test_dropout_that_leaves_nothing_is_refused(workspace) -> None:
 def test_numbers_in_use_are_taken(workspace) -> None:
     workspace.config |= {"optimizer": "adamw", "optimizer_config": "eps=1e-8,weight_decay=0.1", "learning_rate": 1e-6}
     workspace.config |= {"adam_epsilon": 1e-16, "lr_end": 0, "seed": 2**32}
-    assert workspace.load_written().config.optimizer_config == {"eps": 1e-8, "weight_decay": 0.1}
+    assert workspace.load_written().config.optimizer.optimizer_config == {"eps": 1e-8, "weight_decay": 0.1}

@@ -201,8 +201,10 @@ def test_one_text_cache_is_the_default(workspace: Workspace) -> None:
 def test_a_named_checkpoint_may_be_a_name_or_a_path(workspace: Workspace) -> None:
     (workspace.root / "output/run/checkpoint-7").mkdir(parents=True)
     for name in ("checkpoint-7", "output/run/checkpoint-7", "latest", "none", ""):
-        assert workspace.load_written(f"--resume_from_checkpoint={name}").config.resume_from_checkpoint == name
-    assert not workspace.load("--resume_from_checkpoint=none").config.resumes
+        assert (
+            workspace.load_written(f"--resume_from_checkpoint={name}").config.checkpoint.resume_from_checkpoint == name
+        )
+    assert not workspace.load("--resume_from_checkpoint=none").config.checkpoint.resumes
 
 
 def test_notices_are_said_once_and_stop_nothing(workspace: Workspace) -> None:
@@ -312,7 +314,7 @@ def test_images_that_validation_edits_are_there_and_taken(workspace: Workspace) 
     assert problem.key == "validation_references"
     assert '"gone.png": there is no image of this name' in problem.message
     workspace.put("gone.png", "")
-    found = workspace.load_written().config.validation_references
+    found = workspace.load_written().config.validation.validation_references
     assert found == (str(workspace.root / "a.png"), str(workspace.root / "gone.png"))
     workspace.config["model_family"] = "toy"
     (problem,) = workspace.fails_written().problems
@@ -375,14 +377,14 @@ def test_noise_levels_that_a_family_has_no_use_for_are_ignored_with_a_warning(
     (warning,) = [line for line in run.warnings if key in line]
     assert words in warning
     assert "config.json:" in warning
-    assert getattr(run.config, key) == all_options()[key].default
+    assert run.config.value(key) == all_options()[key].default
 
 
 def test_reflexflow_is_for_the_families_that_it_is_made_for(workspace: Workspace) -> None:
     workspace.config |= {"model_family": "sdxl", "lycoris_config": None}
     workspace.config |= {"lora_type": "standard", "scheduled_sampling_max_step_offset": 2}
     workspace.config |= {"scheduled_sampling_probability": 0.5}
-    assert workspace.load_written().config.scheduled_sampling_reflexflow is None
+    assert workspace.load_written().config.objective.scheduled_sampling_reflexflow is None
     workspace.config["scheduled_sampling_reflexflow"] = True
     (problem,) = workspace.fails_written().problems
     assert "made for flow models" in problem.message
@@ -391,7 +393,7 @@ def test_reflexflow_is_for_the_families_that_it_is_made_for(workspace: Workspace
 def test_levels_are_read_in_thousandths_where_any_is_above_one(workspace: Workspace) -> None:
     for written, expected in (("0.9, 0.1", (0.1, 0.9)), ([500, 1], (0.001, 0.5)), ("750", (0.75,))):
         workspace.config["flow_custom_timesteps"] = written
-        assert workspace.load_written().config.flow_custom_timesteps == expected
+        assert workspace.load_written().config.objective.flow_custom_timesteps == expected
 
 
 def test_settings_without_their_switch_are_reported(workspace: Workspace) -> None:
@@ -426,7 +428,7 @@ def test_processes_that_share_weights_recompute_alike(workspace: Workspace) -> N
 )
 def test_skipped_layers_are_refused_where_they_would_do_nothing(workspace: Workspace, changes, key, words) -> None:
     workspace.config |= {"model_family": "sd3", "validation_guidance_skip_layers": "[9, 7, 8]"}
-    assert workspace.load_written().config.validation_guidance_skip_layers == (7, 8, 9)
+    assert workspace.load_written().config.validation.validation_guidance_skip_layers == (7, 8, 9)
     workspace.config |= changes
     error = workspace.fails_written()
     assert key in [problem.key for problem in error.problems]
@@ -442,7 +444,7 @@ def test_names_of_a_run_stand_on_one_line(workspace: Workspace, key: str) -> Non
         assert problem.message.isprintable()
     if key != "output_dir":
         workspace.config[key] = " first line\r\n\tsecond\n"
-        assert getattr(workspace.load_written().config, key) == "first line second"
+        assert workspace.load_written().config.value(key) == "first line second"
 
 
 @pytest.mark.parametrize("name", ["..", ".", "a/../../b", "..\\b", "a\nb", "a\u2028b", "a\x7fb", "C:b", "/etc"])

@@ -16,7 +16,7 @@ from simpletuner.config.sources import SOURCE_RULES, ImageSource, source_faults
 from simpletuner.errors import ConfigError
 from tests.runs import load_here, write_run
 
-CONFIG = TrainConfig.model_validate({"model_family": "toy"})
+CONFIG = TrainConfig.from_values({"model_family": "toy"})
 COMPLETE: dict[str, dict[str, Any]] = {
     "local": {"instance_data_dir": "images", "follow_outside_links": True},
     "aws": {
@@ -134,7 +134,7 @@ def test_every_key_of_a_source_belongs_to_a_type() -> None:
 def test_rows_give_their_own_captions_unless_set_otherwise(
     kind: str, config: str, written: str | None, expected: str
 ) -> None:
-    options = CONFIG.model_copy(update={"caption_strategy": config})
+    options = CONFIG.with_values({"caption_strategy": config})
     keys = {"id": "a", "type": kind, **COMPLETE[kind], "caption_strategy": written}
     (entry,) = read_datasets(parse_json(json.dumps([keys]), "data.json"), options).entries
     assert entry.caption_strategy == expected

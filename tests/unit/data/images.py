@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 from PIL import Image
+
+from simpletuner.config.options import TrainConfig
+from tests.configs import config_of
 
 
 def write_image(path: Path, width: int = 64, height: int = 64, seed: int = 0) -> Path:
@@ -28,7 +30,7 @@ def tree_digest(root: Path) -> str:
     return digest.hexdigest()
 
 
-def options(**changes) -> SimpleNamespace:
+def options(**changes) -> TrainConfig:
     """The options of config.json that datasets read."""
     defaults = {
         "seed": 42,
@@ -49,4 +51,4 @@ def options(**changes) -> SimpleNamespace:
         "vae_cache_clear_each_epoch": False,
         "masked_loss_probability": 1.0,
     }
-    return SimpleNamespace(**(defaults | changes))
+    return config_of(**(defaults | changes))

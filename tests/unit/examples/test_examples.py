@@ -25,13 +25,13 @@ def test_every_example_has_a_configuration_that_is_accepted(name: str, tmp_path:
     loaded = load_arguments([f"example={name}"], {}, tmp_path, print, check_files=False)
     assert loaded.warnings == ()
     assert loaded.datasets
-    assert loaded.config.model_family in example_summary(name)
+    assert loaded.config.model.model_family in example_summary(name)
 
 
 def test_output_of_an_example_goes_to_the_working_folder_and_not_into_the_package(tmp_path: Path):
     loaded = load_arguments([f"example={DEFAULT_EXAMPLE}"], {}, tmp_path, print, check_files=False)
-    assert loaded.config.output_dir.is_relative_to(tmp_path)
-    assert loaded.config.cache_dir.is_relative_to(tmp_path)
+    assert loaded.config.checkpoint.output_dir.is_relative_to(tmp_path)
+    assert loaded.config.data.cache_dir.is_relative_to(tmp_path)
 
 
 def test_a_copy_is_a_run_of_its_own(tmp_path: Path):

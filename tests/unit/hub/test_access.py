@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 from huggingface_hub import HfApi, constants
 
+from simpletuner.config.options import TrainConfig
 from simpletuner.errors import ConfigError
 from simpletuner.hub.access import access_problems, check_access
 from simpletuner.hub.job import repository_name
+from tests.configs import config_of
 
 
-def config(**keys) -> SimpleNamespace:
-    options = {"push_to_hub": True, "hub_model_id": None, "tracker_run_name": None, "output_dir": "out/my run"}
-    return SimpleNamespace(**options | keys)
+def config(**keys) -> TrainConfig:
+    return config_of(**{"push_to_hub": True, "output_dir": "out/my run"} | keys)
 
 
 def test_nothing_is_asked_where_nothing_is_uploaded(hub, api):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +10,7 @@ from diffusers.optimization import get_scheduler
 
 from simpletuner.errors import ConfigError
 from simpletuner.optim.schedules import SCHEDULES, build_schedule, scaled_learning_rate
+from tests.configs import config_of
 
 RATE, STEPS, WARMUP = 2e-4, 50, 10
 
@@ -84,7 +84,7 @@ def test_mistakes_name_their_key(name: str, settings, key: str) -> None:
 @pytest.mark.parametrize(("scale", "root", "factor"), [(False, False, 1), (True, False, 36), (True, True, 6)])
 def test_the_rate_grows_with_the_images_of_a_step_of_all_processes(scale: bool, root: bool, factor: int) -> None:
     """Batches of 3, 4 of them, 3 processes: 36 images."""
-    config = SimpleNamespace(
+    config = config_of(
         learning_rate=0.5, lr_scale=scale, lr_scale_sqrt=root, train_batch_size=3, gradient_accumulation_steps=4
     )
     assert scaled_learning_rate(config, 3) == 0.5 * factor

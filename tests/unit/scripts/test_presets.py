@@ -82,7 +82,7 @@ def test_each_preset_is_a_configuration_that_can_be_read(tmp_path: Path):
         folder = copy_example(name, tmp_path / name)
         (folder / "datasets" / "images").mkdir(parents=True)
         run = load_source(ConfigSource(folder / "config.json", "json"), (), {}, folder, variables={})
-        assert (run.config.model_family, run.config.model_flavour) == (spec.name, flavour.name)
-        assert {key: getattr(run.config, key) for key in preset.options} | {
+        assert (run.config.model.model_family, run.config.model.model_flavour) == (spec.name, flavour.name)
+        assert {key: run.config.value(key) for key in preset.options} | {
             key: value for key, value in preset.options.items() if key.endswith("interval")
         } == dict(preset.options)

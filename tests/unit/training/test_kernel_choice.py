@@ -11,6 +11,7 @@ import torch
 
 from simpletuner.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from simpletuner.training import trainer
+from tests.configs import config_of
 from tests.processes import in_processes
 
 CPU = torch.device("cpu")
@@ -33,7 +34,7 @@ class TimedAdapter:
 
 
 def choose(adapter: Any, process_group: ProcessGroup, resume_from: Path | None = None, **settings: Any) -> None:
-    config = SimpleNamespace(**{"dynamo_backend": "no", "deterministic": False, "mixed_precision": "bf16"} | settings)
+    config = config_of(mixed_precision="bf16", **settings)
     loaded: Any = SimpleNamespace(config=config)
     trainer.choose_kernels(loaded, adapter, CPU, resume_from, trainer.EventBus([]), process_group)
 

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
 from simpletuner.config.datasets import EvalDataset, ImageDataset
+from simpletuner.config.options import TrainConfig
 from simpletuner.data.datasets import build_datasets
 from simpletuner.errors import DataError
 from simpletuner.models.omnigen.spec import OMNIGEN
 from simpletuner.training.prepare import require_full_batches
+from tests.configs import config_of
 from tests.unit.data.images import options, write_image
 
 
-def config(full: bool | None) -> SimpleNamespace:
-    return SimpleNamespace(allow_dataset_oversubscription=full, train_batch_size=4)
+def config(full: bool | None) -> TrainConfig:
+    return config_of(allow_dataset_oversubscription=full, train_batch_size=4)
 
 
 @pytest.fixture

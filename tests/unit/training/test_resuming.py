@@ -17,6 +17,7 @@ from simpletuner.errors import ConfigError
 from simpletuner.training.identity import compare_identity, differences
 from simpletuner.training.progress import Progress
 from simpletuner.training.resuming import length_facts, resumed_length, resumed_progress, total_train_steps
+from tests.configs import config_of
 from tests.runs import dataset, metrics, train_here, write_images, write_run
 from tests.toy import ToyDataset
 
@@ -38,7 +39,7 @@ class Images:
 
 def loaded(epochs: float, accumulation: int = 1, steps: int = 0) -> Any:
     options = {"num_train_epochs": epochs, "gradient_accumulation_steps": accumulation, "max_train_steps": steps}
-    return SimpleNamespace(config=SimpleNamespace(**options))
+    return SimpleNamespace(config=config_of(**options))
 
 
 def saved_after(steps: int, epoch: int, position: int, sampler: Sampler, total: int) -> dict[str, Any]:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 
 from simpletuner.config.builtin_prompts import BUILTIN_PROMPTS
+from simpletuner.config.options import TrainConfig
 from simpletuner.config.prompt_library import LibraryPrompt
 from simpletuner.errors import ConfigError
 from simpletuner.validation.prompts import (
@@ -16,9 +15,10 @@ from simpletuner.validation.prompts import (
     reseeded,
     rounded_sizes,
 )
+from tests.configs import config_of
 
 
-def settings(**changes: object) -> SimpleNamespace:
+def settings(**changes: object) -> TrainConfig:
     values = {
         "validation_disable": False,
         "validation_prompt": "a cat",
@@ -37,7 +37,7 @@ def settings(**changes: object) -> SimpleNamespace:
         "validation_lycoris_strength": 1.0,
         "num_validation_images": 1,
     }
-    return SimpleNamespace(**{**values, **changes})
+    return config_of(**{**values, **changes})
 
 
 def test_every_prompt_is_drawn_at_every_size_height_first():
@@ -70,7 +70,7 @@ def test_without_a_seed_of_its_own_validation_uses_the_run_s_even_if_one_of_them
 
 
 @pytest.mark.parametrize("config", [settings(validation_prompt=None), settings(validation_disable=True)])
-def test_no_prompt_or_disabled_validation_draws_nothing(config: SimpleNamespace):
+def test_no_prompt_or_disabled_validation_draws_nothing(config: TrainConfig):
     assert requests_from_config(config, None, 16) == ([], [])
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -36,6 +35,7 @@ from simpletuner.reporting.events import (
 )
 from simpletuner.validation.sampling import make_images
 from simpletuner.validation.validator import Validator
+from tests.configs import config_of
 from tests.tiny import tiny_clip_folder, tiny_preview_decoder
 
 LOKR = {"algo": "lokr", "linear_dim": 10000, "factor": 4, "apply_preset": {"target_module": ["Attention"]}}
@@ -105,7 +105,7 @@ class Setup:
             "pretrained_evaluation_model_name_or_path": None,
             "webhook_config": None,
         }
-        config = SimpleNamespace(**{**options, **changes})
+        config = config_of(**{**options, **changes})
         return Validator(config, self.family, self.library, self.output_dir, EventBus([self.recorder]))
 
     def run(self, step: int, ema: EMA | None = None, **changes: object) -> list[str]:

@@ -37,8 +37,8 @@ def test_the_written_run_loads_and_says_what_was_answered(folder: Path, omnigen_
     configured(folder, omnigen_folder, "--max_train_steps=4", eval_data="held_out", regularisation_data="others")
     run = load_run((), {}, folder)
     assert run.warnings == ()
-    assert run.config.max_train_steps == 4
-    assert run.config.resolution == 64
+    assert run.config.training.max_train_steps == 4
+    assert run.config.data.resolution == 64
     assert [(entry.id, entry.dataset_type, entry.is_regularisation_data) for entry in run.datasets] == [
         ("images", "image", False),
         ("regularisation", "image", True),
@@ -46,7 +46,7 @@ def test_the_written_run_loads_and_says_what_was_answered(folder: Path, omnigen_
     ]
     assert run.datasets[0].instance_prompt == ("ohwx box",)
     assert run.lycoris is not None
-    assert run.config.validation_prompt == "ohwx box"
+    assert run.config.validation.validation_prompt == "ohwx box"
 
 
 def test_opened_and_saved_without_an_answer_nothing_changes(folder: Path, omnigen_folder: Path):
@@ -110,7 +110,7 @@ def test_from_adapter_to_full_training_and_back_the_run_loads(folder: Path, omni
     assert "lycoris_config" not in json.loads(
         "".join(line for line in contents(folder)["config.json"].splitlines() if "//" not in line)
     )
-    assert load_run((), {}, folder).config.model_type == "full"
+    assert load_run((), {}, folder).config.model.model_type == "full"
     configured(folder, omnigen_folder, goal="subject", yes=True)
     assert load_run((), {}, folder).lycoris is not None
 
@@ -119,12 +119,16 @@ def test_from_lokr_to_dora_and_lora_and_back_the_run_loads(folder: Path, omnigen
     configured(folder, omnigen_folder)
     configured(folder, omnigen_folder, adapter="dora", yes=True)
     run = load_run((), {}, folder)
-    assert (run.config.lora_type, run.config.use_dora, run.config.lora_rank) == ("standard", True, 16)
+    assert (run.config.adapter.lora_type, run.config.adapter.use_dora, run.config.adapter.lora_rank) == (
+        "standard",
+        True,
+        16,
+    )
     (warning,) = run.warnings  # says who reads the file
     assert "PEFT" in warning
     configured(folder, omnigen_folder, "--lora_rank=4", adapter="lora", yes=True)
     run = load_run((), {}, folder)
-    assert (run.config.use_dora, run.config.lora_rank, run.lycoris) == (False, 4, None)
+    assert (run.config.adapter.use_dora, run.config.adapter.lora_rank, run.lycoris) == (False, 4, None)
     project = open_project(CONFIG, folder, CPU)
     assert project.answers.adapter == "lora"
     assert texts_for(project, project.answers) == {}
@@ -140,7 +144,7 @@ def test_folders_are_added_and_prompts_replaced_in_existing_files(folder: Path, 
     run = load_run((), {}, folder)
     assert [entry.dataset_type for entry in run.datasets] == ["image", "eval"]
     assert run.prompt_library == {"a_red_box": LibraryPrompt("a red box")}
-    assert run.config.eval_steps_interval
+    assert run.config.evaluation.eval_steps_interval
     project = open_project(CONFIG, folder, CPU)
     answers = replace(project.answers, eval_images="")
     saved = save(project, texts_for(project, answers), answers)
@@ -219,7 +223,7 @@ def test_a_half_captioned_folder_of_photographs_trains_by_the_answers_alone(fold
     (entry,) = run.datasets
     assert (entry.caption_strategy, entry.caption_fallback) == ("textfile", "instanceprompt")
     train(run)
-    seen = json.loads((Path(run.config.output_dir) / CONTACT_DIR / "pictures.json").read_text())
+    seen = json.loads((Path(run.config.checkpoint.output_dir) / CONTACT_DIR / "pictures.json").read_text())
     assert sorted(image["caption"] for image in seen) == [
         "my cat", "my cat", "my cat picture 0 of set 1", "my cat picture 1 of set 1",
     ]  # fmt: skip

@@ -138,7 +138,7 @@ def test_the_command_line_changes_algorithm_rank_and_layers(tmp_path: Path, omni
     project = open_project(CONFIG, folder, CPU)
     assert texts_for(project, project.answers) == {}
     configured(folder, omnigen_folder, adapter="lora", rank=5, yes=True)
-    assert load_run((), {}, folder).config.lora_rank == 5
+    assert load_run((), {}, folder).config.adapter.lora_rank == 5
     configured(folder, omnigen_folder, adapter="dylora", yes=True)
     assert (written(folder)["algo"], written(folder)["linear_dim"]) == ("dylora", 16)
 

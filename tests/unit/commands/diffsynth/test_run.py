@@ -179,7 +179,11 @@ def test_options_of_this_program_are_written_and_secrets_are_not(folder: Path) -
     assert (found.config["max_train_steps"], found.config["validation_prompt"]) == (7, "a dog")
     assert found.config["checkpoint_step_interval"] == 5
     run = load_run([], {"CONFIG_PATH": str(import_run(found, folder / "config/dog", print))}, folder)
-    assert (run.config.lora_rank, run.config.max_train_steps, run.config.tokenizer_max_length) == (8, 7, 77)
+    assert (
+        run.config.adapter.lora_rank,
+        run.config.training.max_train_steps,
+        run.config.model.tokenizer_max_length,
+    ) == (8, 7, 77)
     with pytest.raises(ConfigError, match="already"):
         import_run(found, folder / "config/dog", print)
 

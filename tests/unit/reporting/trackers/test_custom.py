@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
 
 import simpletuner
+from simpletuner.config.options.reporting import ReportingOptions
 from simpletuner.reporting.bus import EventBus
 from simpletuner.reporting.events import ImagesMade, RunFinished, RunStarted, SavedImage
 from simpletuner.reporting.sinks import build_sinks
@@ -21,10 +21,8 @@ def test_the_tracker_of_the_page_works(tmp_path: Path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     [code] = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
     (tmp_path / "line_tracker.py").write_text(code)
-    named = SimpleNamespace(
-        report_to=("custom-tracker",), custom_tracker="line_tracker:LineTracker", tracker_project_name=None
-    )
-    with EventBus(build_sinks(named, tmp_path)) as bus:
+    named = ReportingOptions(report_to=("custom-tracker",), custom_tracker="line_tracker:LineTracker")
+    with EventBus(build_sinks(named, tmp_path, is_new=True)) as bus:
         bus.emit(RunStarted("trial", tmp_path, 2))
         bus.emit(step_done(1, total_steps=2))
         bus.emit(ImagesMade(1, (SavedImage(tmp_path / "a.png", "cat", "a cat", 8, 8, 1, "live"),)))

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
+from simpletuner.config.options.reporting import ReportingOptions
 from simpletuner.errors import ConfigError
 from simpletuner.reporting.trackers.readiness import check_trackers, trackers_of
 
@@ -21,8 +21,8 @@ class Other:
 """
 
 
-def config(*report_to: str, custom_tracker: str | None = None) -> SimpleNamespace:
-    return SimpleNamespace(report_to=report_to, custom_tracker=custom_tracker)
+def config(*report_to: str, custom_tracker: str | None = None) -> ReportingOptions:
+    return ReportingOptions(report_to=report_to, custom_tracker=custom_tracker)
 
 
 @pytest.fixture
