@@ -123,7 +123,7 @@ def check(mutants: Sequence[Mutant]) -> list[str]:
         path = ROOT / "simpletuner" / mutant.file
         try:
             if not path.is_file():
-                raise StaleError(f"{mutant.title}\n    there is no such file")
+                raise StaleError(f"{mutant.title}\n    there does not exist")
             mutant.apply(path.read_text(encoding="utf-8"))
             test_files(mutant.tests)
         except StaleError as error:

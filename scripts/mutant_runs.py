@@ -200,7 +200,7 @@ def import_package(folder: Path) -> None:
 
 
 def put_in(mutant: Mutant, source: str, dry: bool = False) -> bool:
-    """Give the imported function of a fault the code that it has in `source`; False where it is no function's.
+    """Give the imported function of a fault the code that it has in `source`; False where it is not a function's.
 
     Args:
         dry: only say whether it can be done.
@@ -251,7 +251,7 @@ def forget_package() -> None:
 
 
 def run_group(scratch: Scratch, tests: tuple[str, ...], mutants: Sequence[Mutant], log: Path, deadline: float) -> int:
-    """Start a process that runs the tests with each of the faults; those of one that is no function's come alone.
+    """Start a process that runs the tests with each of the faults; those of one that is not a function's come alone.
 
     Results go to the log's name with `.jsonl`.
     """
@@ -350,7 +350,7 @@ class Group:
 
 
 def groups_of(mutants: Sequence[Mutant]) -> list[Group]:
-    """By their tests; a fault that is no function's is a group by itself."""
+    """By their tests; a fault that is not a function's is a group by itself."""
     groups: dict[tuple[str, ...], Group] = {}
     alone = []
     for mutant in mutants:

@@ -60,7 +60,7 @@ class Sample:
 
 
 def _no_image() -> Image:
-    raise ValueError("of this reference image only the size is known")
+    raise ValueError("only the size of this reference image is known")
 
 
 @dataclass(frozen=True)

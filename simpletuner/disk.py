@@ -20,7 +20,7 @@ from simpletuner.tempnames import parse_name
 
 _FREE_SPACE = "free some space, then start again: what was committed before is untouched"
 _OTHER_FOLDER = "choose another folder, or make this one writable"
-_LOOK = "look at the disk and its mount, then start again: what was committed before is untouched"
+_LOOK = "check the disk and its mount, then start again: what was committed before is untouched"
 _MESSAGES = {
     errno.ENOSPC: ("the disk is full", _FREE_SPACE),
     errno.EDQUOT: ("the disk quota is used up", _FREE_SPACE),
@@ -68,7 +68,7 @@ def disk_error(error: BaseException, place: Path | None = None, what: str = "use
     """
     if isinstance(error, sqlite3.DatabaseError):
         message = f"a database of the cache cannot be used: {error}"
-        fix = "make room on its disk and its folder writable; it may be removed, and is then made again"
+        fix = "free some space on its disk and make its folder writable; it may be removed, and is then made again"
         return DiskError(Problem(message, file=str(place) if place else None, key="cache_dir", fix=fix), None)
     number = errno_of(error)
     if number is None:

@@ -67,7 +67,9 @@ class Hardware:
 
     def __str__(self) -> str:
         if self.device == "cpu":
-            return f"no accelerator; the processor trains, with {self.ram_bytes / GIB:.0f} GiB and {self.cores} cores"
+            return (
+                f"no accelerator; training runs on the CPU, with {self.ram_bytes / GIB:.0f} GiB and {self.cores} cores"
+            )
         machine = f"{self.ram_bytes / GIB:.0f} GiB of main memory, {self.cores} cores"
         count = f"{self.num_devices} x " if self.num_devices > 1 else ""
         return f"{count}{self.name}, {self.device_bytes / GIB:.0f} GiB; {machine}"

@@ -201,7 +201,7 @@ def require_number_format(precision: str) -> None:
 
     choices = all_options()["base_model_precision"].choices
     if precision not in choices:
-        message = f'"{precision}" is no number format'
+        message = f'"{precision}" is not a number format'
         raise ConfigError(Problem(message, key="--base-precision", allowed=", ".join(choices)))
 
 

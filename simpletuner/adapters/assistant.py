@@ -153,13 +153,13 @@ def _add(layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
 def _misfits(weights: AdapterWeights, layers: dict[str, nn.Module], file: Path) -> list[Problem]:
     if not weights.is_plain_lora or any(DORA in module for module in weights.modules.values()):
         message = f"holds {', '.join(weights.algorithms)} ({weights.kind}), and an assistant is a plain LoRA"
-        return [Problem(message, key=KEY, file=str(file), fix="make one of it: simpletuner export --rank")]
+        return [Problem(message, key=KEY, file=str(file), fix="convert it: simpletuner export --rank")]
     problems = []
     for path, layer in layers.items():
         sizes = (weights.modules[path][UP].shape[0], weights.modules[path][DOWN].shape[1])
         own = (getattr(layer, "out_features", 0), getattr(layer, "in_features", 0))
         if not is_linear(layer):
-            problems.append(Problem(f"changes {path}, which is no linear layer", key=KEY, file=str(file)))
+            problems.append(Problem(f"changes {path}, which is not a linear layer", key=KEY, file=str(file)))
         elif sizes != own:
             what = f"changes {path} from {sizes[1]} to {sizes[0]} features, which has {own[1]} and {own[0]}"
             fix = "use the model that it was made for"

@@ -72,7 +72,7 @@ def make_module(layer: nn.Module, tensors: Module, multiplier: float) -> Lycoris
             kind, parts = get_module({f"layer.{name}": tensor for name, tensor in tensors.items()}, "layer")
             module = None if kind is None else make_module(kind, parts, "layer", layer)
     if module is None:
-        raise DataError(Problem(f"LyCORIS knows no module with {', '.join(sorted(tensors))}"))
+        raise DataError(Problem(f"LyCORIS has no module with {', '.join(sorted(tensors))}"))
     module = beside_the_base(module)
     prepare_module(module)
     module.multiplier = multiplier
@@ -81,7 +81,9 @@ def make_module(layer: nn.Module, tensors: Module, multiplier: float) -> Lycoris
 
 def _require_readable(layer: Any) -> None:
     if type(layer.weight) not in (Tensor, nn.Parameter) or getattr(layer, "groups", 1) != 1:
-        raise DataError(Problem(f"the weights of a {type(layer).__name__} cannot be read off: packed, or in groups"))
+        raise DataError(
+            Problem(f"the weights of a {type(layer).__name__} cannot be read: they are packed, or in groups")
+        )
 
 
 def _plain_copy(layer: Any) -> Any:

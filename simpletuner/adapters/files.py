@@ -103,7 +103,7 @@ def check_saved_adapter(
     if not difference <= allowed:
         raise DataError(
             Problem(
-                f"reloaded by {loader}, the adapter gives another output: it differs by {difference:.3g}, "
+                f"reloaded by {loader}, the adapter gives a different output: it differs by {difference:.3g}, "
                 f"allowed is {allowed:.3g}",
                 file=str(path),
             )

@@ -109,7 +109,7 @@ def with_multiplier_in_weights(weights: AdapterWeights) -> AdapterWeights:
         if multiplied is None:
             kind = "weight decomposition" if DORA in module else algorithm_of(module)
             message = f"the multiplier {weights.multiplier:g} cannot be put into the weights of {kind} ({path})"
-            fix = "merge it into the model with --merge, or make a plain LoRA of it with --rank"
+            fix = "merge it into the model with --merge, or convert it to a plain LoRA with --rank"
             raise ConfigError(Problem(message, key="multiplier", allowed="1", fix=fix))
         modules[path] = multiplied
     return replace(weights, modules=modules, lycoris={**weights.lycoris, "multiplier": 1.0})
@@ -141,7 +141,9 @@ def _diffsynth_modules(weights: AdapterWeights, spec: FamilySpec, denoiser: nn.M
         raise ConfigError(Problem(message, key="format", allowed=", ".join(FORMS)))
     if not weights.is_plain_lora or any(DORA in module for module in weights.modules.values()):
         message = "diffsynth files hold plain LoRA without weight decomposition"
-        raise ConfigError(Problem(message, key="format", allowed="lycoris", fix="make a plain LoRA of it with --rank"))
+        raise ConfigError(
+            Problem(message, key="format", allowed="lycoris", fix="convert it to a plain LoRA with --rank")
+        )
     found = original_modules(weights.modules, spec.diffsynth, denoiser, "diffsynth")
     return {name: _peft_module(module) for name, module in found.items()}
 

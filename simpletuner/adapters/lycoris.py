@@ -115,7 +115,7 @@ class LycorisAdapter(Adapter):
             return [f"LoKr: two products, since LyCORIS' kernels cannot be loaded: {failure}"]
         if kernels is None:
             wanted = any(known.values())
-            return ["LoKr: two products, where this run had LyCORIS' kernels before: other last bits"] * wanted
+            return ["LoKr: two products; this run had LyCORIS' kernels before, so the last bits differ"] * wanted
         trials = choose_kernels(modules, kernels, device, dtype, known)
         self.kernel_choice = {trial.name: trial.is_won for trial in trials}
         return [str(trial) for trial in trials]

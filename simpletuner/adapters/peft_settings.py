@@ -32,7 +32,7 @@ def config_beside(weights: Path) -> dict[str, str]:
     """PEFT's configuration of a weight file, as a metadata entry; empty where there is none.
 
     Raises:
-        DataError: the file is no JSON object, or of an adapter that is no LoRA on the base as it is.
+        DataError: the file is no JSON object, or of an adapter that is not a LoRA on the base as it is.
     """
     path = weights.with_name(CONFIG_FILE)
     if not path.is_file():
@@ -53,12 +53,12 @@ def _require_lora(config: Mapping[str, Any], file: str) -> None:
         message = f"it is a {kind} adapter of PEFT, and only LORA can be read from it"
         raise DataError(Problem(message, key="peft_type", file=file, allowed="LORA"))
     if variants := [name for name in _OTHER_FUNCTIONS if config.get(name)]:
-        message = f"{variants[0]} makes another function of its weights than LoRA"
+        message = f"{variants[0]} computes another function of its weights than LoRA"
         raise DataError(Problem(message, key=variants[0], file=file, allowed="unset"))
     start = str(config.get("init_lora_weights", True)).lower()
     if start.startswith(_CHANGE_THE_BASE):
         message = f"its weights belong on a base that {start} has changed, not on the model as it is published"
-        fix = "save it with path_initial_model_for_weight_conversion, which makes a plain LoRA of it"
+        fix = "save it with path_initial_model_for_weight_conversion, which converts it to a plain LoRA"
         raise DataError(Problem(message, key="init_lora_weights", file=file, fix=fix))
 
 
@@ -75,7 +75,7 @@ def settings_in(metadata: Mapping[str, str], component: str, file: str) -> dict[
             entries = json.loads(metadata[PEFT_METADATA])
             return {name.removeprefix(f"{component}."): value for name, value in entries.items()}
     except (ValueError, AttributeError) as error:
-        raise DataError(Problem(f"its settings of PEFT cannot be read: {error}", file=file)) from error
+        raise DataError(Problem(f"its PEFT settings cannot be read: {error}", file=file)) from error
     return None
 
 

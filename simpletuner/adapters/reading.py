@@ -238,7 +238,7 @@ def _unknown_scale(tensors: Mapping[str, Tensor], settings: Mapping[str, Any] | 
     is_of_peft = any(key.startswith(_PEFT_PREFIX) or ".lora_A.default." in key for key in tensors)
     if settings is not None or not is_of_peft or any(key.endswith(f".{ALPHA}") for key in tensors):
         return ()
-    text = f"there is no {CONFIG_FILE} beside these weights of PEFT, so alpha is taken for the rank (scale 1)"
+    text = f"there is no {CONFIG_FILE} beside these PEFT weights, so alpha is taken to be the rank (scale 1)"
     is_of_diffsynth = not any(key.startswith(_PEFT_PREFIX) for key in tensors)
     return (f"{text}; `simpletuner convert FILE --alpha N` writes another one" if is_of_diffsynth else text,)
 

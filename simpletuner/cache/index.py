@@ -61,7 +61,7 @@ def _repaired(
                 Problem(
                     f"the index of the cache cannot be used: {error}",
                     file=str(self.folder / INDEX_NAME),
-                    fix="make room on the disk, or end the program that holds it; what was written stays",
+                    fix="free some disk space, or end the program that holds it; what was written stays",
                 )
             ) from error
 

@@ -145,7 +145,7 @@ def load_entry(descriptor: int, key: str, entry: Entry) -> dict[str, torch.Tenso
         _add_to_digest(digest, place.name, place.dtype, place.shape, data)
         read.append((place, data))
     if digest.hexdigest() != entry.digest:
-        raise DamagedShard("an entry does not fit its sha256")
+        raise DamagedShard("an entry does not match its sha256")
     tensors = {}
     for place, data in read:
         dtype = getattr(torch, _DTYPES[place.dtype])

@@ -20,7 +20,7 @@ _VALUES, _SWITCHES = ("config", "global_batch_size", "data_path"), ("skip_bad_ro
 @app.command("import", context_settings=PASS_ON, short_help="Write the two JSON files from another program's options.")
 def import_run(
     context: typer.Context,
-    program: Annotated[str, typer.Argument(help="Whose it is: omnigen2, diffsynth or firered.", show_default=False)],
+    program: Annotated[str, typer.Argument(help="The program: omnigen2, diffsynth or firered.", show_default=False)],
     source: Annotated[
         Path,
         typer.Argument(
@@ -48,7 +48,9 @@ def import_run(
     from simpletuner.config.yaml_reader import read_yaml
 
     if program not in PROGRAMS:
-        raise ConfigError(Problem(f'"{program}" is no program whose files are read', allowed=", ".join(PROGRAMS)))
+        raise ConfigError(
+            Problem(f'"{program}" is not a program whose files can be imported', allowed=", ".join(PROGRAMS))
+        )
     if program == "diffsynth":
         from simpletuner.commands.diffsynth import run as scripts
 
@@ -115,7 +117,7 @@ def run_of_options(
 
     size = found.get("global_batch_size")
     if size is not None and not size.isdecimal():
-        raise ConfigError(Problem(f'"{size}" is no whole number', key="--global_batch_size"))
+        raise ConfigError(Problem(f'"{size}" is not a whole number', key="--global_batch_size"))
     overrides = Overrides(int(size) if size else None, found.get("data_path"), "skip_bad_rows" in found)
     return rest, import_run(file, working_dir, processes_of(rest, environment), say, overrides)
 

@@ -80,7 +80,7 @@ def _prepare_environment() -> None:
         level = logging.getLevelNamesMapping().get(written.strip().upper())
         if level is None:
             allowed = "debug, info, warning, error, critical"
-            raise ConfigError(Problem(f'"{written}" is no level', key=LOG_LEVEL, allowed=allowed))
+            raise ConfigError(Problem(f'"{written}" is not a log level', key=LOG_LEVEL, allowed=allowed))
         logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s")
 
 

@@ -31,17 +31,17 @@ def convert(source: Path, output: Path | None, alpha: float | None = None) -> Pa
         alpha: of a LoRA that does not say its own; the file then has it beside each layer's weights.
 
     Raises:
-        ConfigError: it is no such file, the output is there already, or `alpha` belongs to nothing in it.
+        ConfigError: it does not exist, the output already exists, or `alpha` belongs to nothing in it.
         DataError: it is damaged, holds more than tensors, or cannot be written.
     """
     from safetensors.torch import save_file
 
     if source.suffix.lower() not in SUFFIXES or not source.is_file():
-        message = f"{source} is no such file"
+        message = f"{source} does not exist"
         raise ConfigError(Problem(message, allowed=f"a file that ends with {', '.join(SUFFIXES)}"))
     output = output or source.with_suffix(".safetensors")
     if output.suffix != ".safetensors" or output.exists():
-        message = "is there already" if output.exists() else "does not end with .safetensors"
+        message = "already exists" if output.exists() else "does not end with .safetensors"
         raise ConfigError(Problem(f"{output} {message}", key="--output", fix="name another file"))
     tensors = read_pickle(source)
     if alpha is not None:
@@ -54,18 +54,20 @@ def convert(source: Path, output: Path | None, alpha: float | None = None) -> Pa
 def convert_folder(folder: Path) -> int:
     """Write the tensors of every pickle in a folder and those below it, each beside it, as `convert` does.
 
-    What was converted before stays, so that a command that was killed goes on.
+    What was converted before stays, so that a command that was killed continues.
 
     Returns:
         files written.
 
     Raises:
-        ConfigError: there is no such file in it.
+        ConfigError: there does not exist in it.
         DataError: as `convert`.
     """
     sources = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
     if not sources:
-        raise ConfigError(Problem(f"{folder} holds no such file", allowed=f"files that end with {', '.join(SUFFIXES)}"))
+        raise ConfigError(
+            Problem(f"{folder} contains no such file", allowed=f"files that end with {', '.join(SUFFIXES)}")
+        )
     left = [path for path in sources if not path.with_suffix(".safetensors").exists()]
     for path in left:
         convert(path, None)
@@ -95,7 +97,7 @@ def read_pickle(source: Path) -> dict[str, Tensor]:
     except pickle.UnpicklingError as error:
         # Of torch's text only what was found: the rest is advice to run the file all the same.
         found = " ".join(str(error).split()).partition("WeightsUnpickler error: ")[2].partition(" by default")[0]
-        reason = printable(found[:300]) or "an object that is no tensor"
+        reason = printable(found[:300]) or "an object that is not a tensor"
         raise _refused(source, f"contains more than tensors, and none of it was run: {reason}") from error
     except (OSError, RuntimeError, ValueError, EOFError, LookupError, TypeError, AttributeError) as error:
         raise _refused(source, f"cannot be read: {printable(' '.join(str(error).split())[:300])}") from error

@@ -174,7 +174,7 @@ def look_at_device(hardware: Hardware, has_gpu_build: bool, has_mps: bool) -> Fi
     if hardware.device in ("cuda", "rocm"):
         hidden, kind = ("CUDA", "CUDA") if hardware.device == "cuda" else ("HIP", "ROCm")
         remedy = (
-            f"update the driver, or look at {hidden}_VISIBLE_DEVICES"
+            f"update the driver, or check {hidden}_VISIBLE_DEVICES"
             if has_gpu_build
             else f"install torch from PyTorch's index for {kind}: INSTALL.md, torch for your hardware"
         )

@@ -143,9 +143,7 @@ def open_export(source: Source, family: ModelFamily, rank: int | None, say: Call
     if lost > 1 - KEPT_SHARE:
         enough = rank_that_keeps(weights, _load(family), KEPT_SHARE)
         whole_file = family.spec.read_by("lycoris", weights.kind, [*weights.modules])
-        say(
-            f"--rank {enough} keeps {KEPT_SHARE:.0%} of it; the file without --rank in the lycoris form is {whole_file}"
-        )
+        say(f"--rank {enough} keeps {KEPT_SHARE:.0%} of it; without --rank, the lycoris file is {whole_file}")
     return export
 
 
@@ -212,7 +210,7 @@ def write_merged(export: Export, output: Path | None) -> Path:
     family = export.family
     path = output or export.source.folder / "exported" / f"{export.source.name}.merged"
     if path.exists():
-        raise DataError(Problem(f"{path} is there already", key="--output", fix="name another folder, or remove it"))
+        raise DataError(Problem(f"{path} already exists", key="--output", fix="name another folder, or remove it"))
     denoiser = family.load_denoiser()
     merge_into(denoiser, export.weights, device=family.device)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -230,7 +228,7 @@ def _require_merged(export: Export, folder: Path) -> None:
     off = float((output - export.reference).abs().max())
     allowed = MERGE_SLACK * export.tolerance * max(1.0, float(export.reference.abs().max()))
     if not off <= allowed:  # NaN fails too
-        message = f"the merged model gives another output: it differs by {off:.3g}, allowed is {allowed:.3g}"
+        message = f"the merged model gives a different output: it differs by {off:.3g}, allowed is {allowed:.3g}"
         raise DataError(Problem(message, file=str(folder)))
     export.say(f"merged: the output differs from the adapter's by {off:.3g}")
 
@@ -274,7 +272,7 @@ def export_command(
     """
     unknown = [name for name in formats if name not in ALL_FORMS]
     if unknown:
-        raise ConfigError(Problem(f'"{unknown[0]}" is no format', key="--format", allowed=", ".join(ALL_FORMS)))
+        raise ConfigError(Problem(f'"{unknown[0]}" is not a format', key="--format", allowed=", ".join(ALL_FORMS)))
     with torch.no_grad():
         export = open_export(source, family, rank, say)
         if not merge:

@@ -102,7 +102,7 @@ def make_server(
     """A server that listens, and whose address has been said."""
     if token is not None and not re.fullmatch(r"[A-Za-z0-9._~-]{1,200}", token):
         raise ConfigError(
-            Problem("holds characters that an address cannot carry", "--token", allowed="A-Z a-z 0-9 . _ ~ -")
+            Problem("contains characters that a URL cannot contain", "--token", allowed="A-Z a-z 0-9 . _ ~ -")
         )
     if output_dir is not None and not output_dir.is_dir():
         raise ConfigError(Problem(f'"{output_dir}": there is no folder of this name', "OUTPUT_DIR"))

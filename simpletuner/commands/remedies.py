@@ -44,7 +44,7 @@ def remedies_of(
     if dataset.filter_report.duplicates:
         yield (
             f"{count_text(dataset.filter_report.duplicates, 'image')} with the bytes of another one count twice: "
-            "remove them, unless that is meant"
+            "remove them, unless that is intended"
         )
 
 
@@ -62,7 +62,7 @@ def _what_to_do(reason: str) -> str:
     if reason.startswith("smaller than"):
         return "lower minimum_image_size, or take larger images"
     if reason.startswith("its aspect"):
-        return "cut it, or set crop with crop_aspect square"
+        return "crop it, or set crop with crop_aspect square"
     if reason.startswith("caption file"):
         return "write the caption again as UTF-8 text"
     if reason.startswith("no reference"):

@@ -16,7 +16,7 @@ def parse_filter(text: str) -> tuple[re.Pattern[str], str]:
     """(expression, replacement) of one edit; the character after `s` separates them, a backslash takes its meaning.
 
     Raises:
-        ValueError: it is no regular expression, or a replacement that is not closed or names a group that is not there.
+        ValueError: it is not a regular expression, or a replacement that is not closed or names a missing group.
     """
     expression, replacement = text, ""
     if len(text) > 1 and text[0] == "s" and not (text[1].isalnum() or text[1].isspace() or text[1] == "\\"):
@@ -31,7 +31,7 @@ def parse_filter(text: str) -> tuple[re.Pattern[str], str]:
         re.sub(pattern, replacement, "")
         _check_groups(pattern, replacement)
     except (re.error, IndexError) as error:
-        raise ValueError(f'"{text}" is no regular expression: {error}') from None
+        raise ValueError(f'"{text}" is not a regular expression: {error}') from None
     return pattern, replacement
 
 

@@ -151,9 +151,9 @@ def _leave_out_image_keys(
     ]
     if spare:
         place = written[spare[0]].origin
-        what = "references have no captions and are cut as their type says"
+        what = "references have no captions and are cropped as their type says"
         if kind in MASK_TYPES:
-            what = "masks are cut exactly as their images are, and have no captions or latents"
+            what = "masks are cropped exactly like their images, and have no captions or latents"
         loaded.warnings.append(f"{place}: {name}: without effect: {', '.join(spare)}; {what}")
     for key in spare:
         del written[key]
@@ -173,7 +173,9 @@ def _dataset_type(settings: Mapping[str, Setting], name: str, problems: list[Pro
         return kind
     assert setting is not None
     reason = PLANNED_DATASET_TYPES.get(str(kind))
-    message = f"{show_value(kind)} cannot be used: {reason}" if reason else f"{show_value(kind)} is no kind of dataset"
+    message = (
+        f"{show_value(kind)} cannot be used: {reason}" if reason else f"{show_value(kind)} is not a kind of dataset"
+    )
     fix = None if reason else did_you_mean(str(kind), DATASET_CLASSES)
     problems.append(
         setting.origin.problem(message, key=f"{name}.dataset_type", allowed=", ".join(DATASET_CLASSES), fix=fix)

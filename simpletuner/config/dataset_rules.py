@@ -121,7 +121,7 @@ def some_dataset_takes_part_at_any_time(draft: Draft) -> Iterator[Problem]:
             entry = next((each for each, start, _ in ranges if start > gap), ranges[0][0])
             key = f"start_{unit}" if getattr(entry, f"start_{unit}") > gap else f"end_{unit}"
             message = f"no dataset takes part in {unit} {gap}"
-            yield draft.dataset_problem(entry, key, message, fix="let the ranges of the datasets meet")
+            yield draft.dataset_problem(entry, key, message, fix="let the ranges of the datasets join without a gap")
 
 
 def something_new_is_learned(draft: Draft) -> Iterator[Problem]:
@@ -167,7 +167,7 @@ def conditioning_belongs_to_images(draft: Draft) -> Iterator[Problem]:
     for entry in draft.images:
         for name in entry.conditioning_data or ():
             if name not in conditioning:
-                message = f'"{name}" is no dataset of dataset_type conditioning'
+                message = f'"{name}" is not a dataset of dataset_type conditioning'
                 allowed = ", ".join(sorted(conditioning)) or "the id of one; there is none"
                 yield draft.dataset_problem(entry, "conditioning_data", message, allowed)
         masks = masks_for(entry, entries)
@@ -181,7 +181,7 @@ def conditioning_belongs_to_images(draft: Draft) -> Iterator[Problem]:
     for each in entries:
         source = each.source_dataset_id if isinstance(each, ConditioningDataset) else None
         if source and source not in images:
-            message = f'"{source}" is no dataset of dataset_type image or eval'
+            message = f'"{source}" is not a dataset of dataset_type image or eval'
             yield draft.dataset_problem(each, "source_dataset_id", message, ", ".join(sorted(images)))
 
 

@@ -90,7 +90,7 @@ def read_tag_shuffle(value: Any) -> Any:
     if separator is not None and not (isinstance(separator, str) and separator.strip()):
         raise ValueError("keep_separator must be a text such as |||")
     if separator is not None and SEPARATORS[split_on].strip() and SEPARATORS[split_on] in separator:
-        raise ValueError(f"keep_separator must not hold what split_on stands for ({SEPARATORS[split_on]})")
+        raise ValueError(f"keep_separator must not contain what split_on means ({SEPARATORS[split_on]})")
     if not 0 <= dropout < 1:
         raise ValueError("dropout must be at least 0 and below 1")
     return TagShuffle(count, None if seed is None else read_int(seed), split_on, start, original, separator, dropout)

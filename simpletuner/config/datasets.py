@@ -84,9 +84,7 @@ class ImageDataset(ImageSource, DatasetEntry):
     crop_style: CropStyle = option(
         "center",
         help="Where the crop lies; `random` is keyed by seed, dataset and image. `centre` is read too.",
-        planned_values={
-            "face": "finding faces needs weights that no library brings along; cut the images, or use center"
-        },
+        planned_values={"face": "finding faces needs weights that no library includes; crop the images, or use center"},
         level="basic",
     )
     crop_aspect_buckets: AspectBuckets | None = option(
@@ -105,7 +103,7 @@ class ImageDataset(ImageSource, DatasetEntry):
     )
     random_flip: Bool = option(
         False,
-        help="Mirror half of the images left to right, resampled in each round by seed and image. Both versions "
+        help="Flip half of the images left to right, resampled in each round by seed and image. Both versions "
         "are cached.",
     )
     caption_strategy: CaptionStrategy | None = option(
@@ -200,7 +198,7 @@ class ImageDataset(ImageSource, DatasetEntry):
     skip_file_discovery: Words = option(
         (),
         takes="vae, aspect, metadata, text: some of them, with commas",
-        help="`aspect` or `metadata`: do not look at the folder; what the last scan found is used, and a file that has "
+        help="`aspect` or `metadata`: do not scan the folder; the result of the last scan is used, and a file that has "
         "changed since is noticed when it is read. A folder that was never scanned is. `vae` and `text` change "
         "nothing: caches are asked by key.",
     )
@@ -292,9 +290,9 @@ class ConditioningDataset(DatasetEntry):
     conditioning_type: ConditioningType = option(
         REQUIRED,
         help="`mask`: the loss counts where it is white, by brightness. `segmentation`: wherever it is not black. "
-        "`reference_strict`: what the model sees beside the caption, cut exactly as its image is. "
+        "`reference_strict`: what the model sees beside the caption, cropped exactly like its image. "
         "`reference_loose`: the same, in its own shape.",
-        planned_values={"controlnet": "no family that is built takes control images"},
+        planned_values={"controlnet": "no supported family takes control images"},
         level="basic",
     )
     follow_outside_links: Bool = option(False, help="Follow links that lead out of `instance_data_dir`.")

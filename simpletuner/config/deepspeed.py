@@ -59,7 +59,7 @@ def _problems(settings: Mapping[str, Any], file: str) -> Iterator[Problem]:
             f"zero_optimization.stage is {stage_of(settings)}",
             key=KEY,
             file=file,
-            allowed="1 (spreads the optimizer's state), 2 (gradients too), 3 (weights too)",
+            allowed="1 (shards the optimizer's state), 2 (gradients too), 3 (weights too)",
             fix='write {"zero_optimization": {"stage": 2}}',
         )
 

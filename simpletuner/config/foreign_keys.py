@@ -40,7 +40,7 @@ VALUE_ALIASES: Mapping[tuple[str, str], str] = {("lr_scheduler", "cosine_with_wa
 
 NOT_NEEDED = "it is not needed any more"
 _VIDEO = "it is made for video models, and all families here make images"
-_OTHER_FAMILY = "it belongs to a family that is not here"
+_OTHER_FAMILY = "it belongs to a family that is not supported here"
 
 # Keys of config.json and of dataset entries.
 NEVER_DELETED: Mapping[str, str] = dict.fromkeys(
@@ -63,12 +63,12 @@ RETIRED: Mapping[str, str] = {
     "override_dataset_config": "cached entries are named by content and settings, and can never be stale",
     "vae_cache_scan_behaviour": "damaged cache entries are found by their digest and made again",
     "vae_cache_scan_behavior": "damaged cache entries are found by their digest and made again",
-    "checkpointing_use_tempdir": "checkpoints are always written aside and then renamed",
-    "delete_invalid_checkpoints": "unfinished checkpoints are never taken for complete ones",
-    "ignore_final_epochs": "max_train_steps or num_train_epochs alone says when a run ends",
-    "strict_epoch_limit": "max_train_steps or num_train_epochs alone says when a run ends",
+    "checkpointing_use_tempdir": "checkpoints are always written under a temporary name and then renamed",
+    "delete_invalid_checkpoints": "unfinished checkpoints are never mistaken for complete ones",
+    "ignore_final_epochs": "only max_train_steps or num_train_epochs sets the length of a run",
+    "strict_epoch_limit": "only max_train_steps or num_train_epochs sets the length of a run",
     "metadata_update_interval": "the index is written as it is read",
-    "i_know_what_i_am_doing": "checks say what is wrong; none of them is a matter of opinion",
+    "i_know_what_i_am_doing": "checks report only what is wrong",
     "print_filenames": NOT_NEEDED,
     "print_sampler_statistics": "the data report shows how many images take part",
     "dataloader_prefetch": "the next batch is always prepared while one is trained",
@@ -83,7 +83,7 @@ RETIRED: Mapping[str, str] = {
     "logging_dir": "logs are kept in output_dir",
     "cache_dir_text": "caches are folders in cache_dir",
     "cache_file_suffix": "cached entries are named by content",
-    "webhook_log_level": "it belongs into webhook_config",
+    "webhook_log_level": "it belongs in webhook_config",
     # Reading data: the way of doing the same here is another.
     **NEVER_DELETED,
     "ignore_missing_files": "missing files are skipped and reported",
@@ -95,7 +95,7 @@ RETIRED: Mapping[str, str] = {
     "debug_aspect_buckets": "`simpletuner check` shows every bucket",
     "debug_dataset_loader": "`simpletuner check` shows what is loaded",
     "disable_segmented_timestep_sampling": "timesteps of a batch are always drawn independently",
-    "data_aesthetic_score": "it is a condition of the SDXL refiner, which is no family here",
+    "data_aesthetic_score": "it is a condition of the SDXL refiner, which is not supported here",
     # Speed and memory: results are the same without them.
     "fuse_qkv_projections": "the same attention is computed without fusing",
     "unet_attention_slice": "torch's own attention needs no slices",
@@ -103,13 +103,13 @@ RETIRED: Mapping[str, str] = {
     "sageattention_usage": "it belongs to an attention kernel that is not built",
     "group_offload_type": "enable_group_offload always moves whole blocks",
     "group_offload_blocks_per_group": "enable_group_offload always moves one block at a time",
-    "group_offload_use_stream": "enable_group_offload always copies beside the computation",
+    "group_offload_use_stream": "enable_group_offload always copies in parallel with the computation",
     "offload_during_save": "weights are written tensor by tensor",
     "dynamo_mode": "the compiler's own mode is used",
     "dynamo_fullgraph": "blocks are compiled one by one, each as a whole",
     "dynamo_dynamic": "sizes that change are found by the compiler",
     "dynamo_use_regional_compilation": "blocks are always compiled one by one",
-    "accelerator_cache_clear_interval": "memory is given back where the run changes its phase",
+    "accelerator_cache_clear_interval": "memory is given back between the phases of a run",
     "optimizer_offload_gradients": "gradients stay on the device",
     "optimizer_release_gradients": "gradients are freed after each step",
     "fuse_optimizer": "the optimizer's fastest kernel is chosen by itself",
@@ -121,7 +121,7 @@ RETIRED: Mapping[str, str] = {
     "sdnq_use_hadamard": "it belongs to another quantization library",
     "sdnq_use_quantized_matmul": "it belongs to another quantization library",
     # Validation and trackers.
-    "validation_stitch_input_location": "references always stand left of the image",
+    "validation_stitch_input_location": "references are always left of the image",
     "validation_adapter_name": "it belongs to validation_adapter_path, which is not built",
     "validation_adapter_strength": "it belongs to validation_adapter_path, which is not built",
     "validation_adapter_mode": "it belongs to validation_adapter_path, which is not built",
@@ -198,15 +198,15 @@ UNBUILT: Mapping[str, Unbuilt] = {
     "control": Unbuilt("models that take a control image as channels are not built"),
     "refiner_training": Unbuilt("mixtures of a base and a refiner are not built"),
     "distillation_method": Unbuilt("distillation is not built"),
-    "diff2flow_enabled": Unbuilt("the objective of a family is never exchanged for another"),
+    "diff2flow_enabled": Unbuilt("the objective of a family is never replaced by another"),
     "use_soft_min_snr": Unbuilt("soft min-SNR weights are not built", fix="use snr_gamma"),
     "snr_weight": Unbuilt("it is not built", ("1", "1.0"), fix="use snr_gamma"),
     "crepa_enabled": Unbuilt(_VIDEO),
     "prediction_type": Unbuilt(
-        "what a model predicts stands in its own scheduler_config.json", fix="remove the key; the model is asked"
+        "what a model predicts is in its own scheduler_config.json", fix="remove the key; it is read from the model"
     ),
     "rescale_betas_zero_snr": Unbuilt(
-        "the noise levels stand in the model's own scheduler_config.json", fix="set it there, and remove the key"
+        "the noise levels are in the model's own scheduler_config.json", fix="set it there, and remove the key"
     ),
     "flux_lora_target": Unbuilt(
         "it is called lora_target here, and has other groups",
@@ -231,7 +231,7 @@ UNBUILT: Mapping[str, Unbuilt] = {
         "the optimizer's state stays beside the weights", fix="use deepspeed_config"
     ),
     "offload_param_path": Unbuilt("deepspeed_config says where weights are offloaded"),
-    "enable_model_cpu_offload": Unbuilt("whole models are not moved to and fro", fix="use enable_group_offload"),
+    "enable_model_cpu_offload": Unbuilt("whole models are not moved back and forth", fix="use enable_group_offload"),
     "group_offload_to_disk_path": Unbuilt("offloaded blocks wait in main memory only"),
     "ramtorch_target_modules": Unbuilt("enable_group_offload does this for all blocks"),
     "ramtorch_text_encoder": Unbuilt("encoders are freed after encoding", fix="use text_encoder_1_precision"),
@@ -254,7 +254,7 @@ UNBUILT: Mapping[str, Unbuilt] = {
     ),
     "prepend_instance_prompt": Unbuilt("it is a key of a dataset here", fix="write it into the entries"),
     "only_instance_prompt": Unbuilt("it is a key of a dataset here", fix="write it into the entries"),
-    "validation_using_datasets": Unbuilt("images of datasets are not validated on", fix="use validation_references"),
+    "validation_using_datasets": Unbuilt("validation does not use images of datasets", fix="use validation_references"),
     "validation_adapter_path": Unbuilt("a second adapter in validation is not built", fix="use simpletuner generate"),
     "validation_adapter_config": Unbuilt("a second adapter in validation is not built", fix="use simpletuner generate"),
     "enable_watermark": Unbuilt("images carry no watermark"),

@@ -27,7 +27,7 @@ from simpletuner.spelling import did_you_mean, nearest
 
 # Settings of LyCORIS that this program refuses, and why.
 UNUSABLE_KEYS = {
-    "train_llm_adapter": "no family that is built has such layers",
+    "train_llm_adapter": "no supported family has such layers",
     "lora_prefix": "files carry the prefix that LyCORIS loads, lycoris",
 }
 
@@ -200,7 +200,7 @@ def _bad_algorithm(document: Document, at: JsonPath, settings: Mapping[str, Any]
     if algo in ALGORITHMS:
         return []
     reason = UNUSABLE_ALGORITHMS.get(str(algo))
-    message = f"{show_value(algo)} cannot be trained: {reason}" if reason else f"{show_value(algo)} is no algorithm"
+    message = f"{show_value(algo)} cannot be trained: {reason}" if reason else f"{show_value(algo)} is not an algorithm"
     fix = None if reason else did_you_mean(str(algo), ALGORITHMS)
     return [_problem(document, at, message, allowed=", ".join(ALGORITHMS), fix=fix)]
 

@@ -142,7 +142,7 @@ def _broken_blocks(place: Place, settings: Mapping[str, Any], lycoris: Mapping[s
         ranks |= {"conv_dim": settings["conv_dim"]} if settings.get("conv_dim") else {}
     for key, rank in ranks.items():
         if rank % block_size:
-            message = f"{rank} is no multiple of block_size, which is {block_size}"
+            message = f"{rank} is not a multiple of block_size, which is {block_size}"
             yield (*place, key), message, "dylora trains whole blocks of ranks"
 
 

@@ -47,7 +47,7 @@ def meaningless_options(spec: FamilySpec) -> Mapping[str, str]:
     """Option -> why it has no meaning for a family: what is written there is ignored with a warning."""
     if spec.prediction_type == "flow":
         return spec.ignored_options
-    return {**dict.fromkeys(FLOW_OPTIONS, f"{spec.title} is no flow model"), **spec.ignored_options}
+    return {**dict.fromkeys(FLOW_OPTIONS, f"{spec.title} is not a flow model"), **spec.ignored_options}
 
 
 def reflexflow_has_a_flow(draft: Draft) -> Iterator[Problem]:

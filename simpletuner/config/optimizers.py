@@ -85,13 +85,13 @@ _TORCH: dict[str, OptimizerRow] = {
     ),
     "torch-sgd": OptimizerRow(
         "torch.optim:SGD",
-        "plain descent; needs a much higher learning rate",
+        "plain gradient descent; needs a much higher learning rate",
         {"momentum": 0, "dampening": 0, "weight_decay": 0, "nesterov": False, **_FUSED},
         "0, or 1 with momentum",
     ),
     "torch-radam": OptimizerRow(
         "torch.optim:RAdam",
-        "Adam that warms itself up",
+        "Adam with built-in warm-up",
         {**_adam(), "decoupled_weight_decay": False, **_FOREACH},
         f"2, {FP32}",
     ),
@@ -212,11 +212,11 @@ _OPTIMI: dict[str, OptimizerRow] = {
         {"betas": _PAIR, "weight_decay": 0}, 1,
     ),
     "optimi-radam": _optimi(
-        "RAdam", "Adam that warms itself up", {**_adam(0, 1e-6, _PAIR), "decouple_wd": False}, 2
+        "RAdam", "Adam with built-in warm-up", {**_adam(0, 1e-6, _PAIR), "decouple_wd": False}, 2
     ),
     "optimi-ranger": _optimi(
         "Ranger",
-        "RAdam that looks back every k steps",
+        "RAdam with Lookahead every k steps",
         {**_adam(0, 1e-6, _PAIR), "k": 6, "alpha": 0.5, "decouple_wd": True},
         3,
     ),
@@ -228,7 +228,7 @@ _OPTIMI: dict[str, OptimizerRow] = {
     ),
     "optimi-sgd": _optimi(
         "SGD",
-        "plain descent; needs a much higher learning rate",
+        "plain gradient descent; needs a much higher learning rate",
         {"momentum": 0, "weight_decay": 0, "dampening": False, "decouple_wd": False, "torch_init": False},
         1,
     ),

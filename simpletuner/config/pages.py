@@ -39,7 +39,7 @@ writes goes into the working folder.
 | `CONFIG_PATH` | The configuration: a file, a file without its ending, or a folder that holds `config.json`. |
 | `ENV`, `SIMPLETUNER_ENV`, `SIMPLETUNER_ENVIRONMENT` | Name of a folder in `config/` (or a path); `default` is `config/` itself. |
 | `CONFIG_BACKEND`, `SIMPLETUNER_CONFIG_BACKEND`, `CONFIG_TYPE` | `json`, `toml` or `env`: which kind of file is looked for; `cmd`: none, all options are on the command line. |
-| `SIMPLETUNER_<OPTION>` | Sets an option. A misspelled one is an error; any other name that is no option is reported and not read. |
+| `SIMPLETUNER_<OPTION>` | Sets an option. A misspelled one is an error; any other name that is not an option is reported and not read. |
 | `TRAINER_EXTRA_ARGS` | Further options as on a command line. In `config.json` add the keys themselves instead. |
 | `TRAINING_NUM_PROCESSES`, `TRAINING_NUM_MACHINES`, `NODE_RANK`, `MASTER_ADDR`, `MASTER_PORT` | Set `num_processes`, `num_machines`, `machine_rank`, `main_process_ip`, `main_process_port`: [DISTRIBUTED.md](DISTRIBUTED.md). |
 | `MIXED_PRECISION`, `TRAINING_DYNAMO_BACKEND` | Set `mixed_precision`, `dynamo_backend`. |
@@ -53,7 +53,7 @@ writes goes into the working folder.
 
 Without any of them, `config/config.json` is read, then `config.json`, then the same names with `.toml` and `.env`.
 A `config.env` file holds `NAME=value` lines with the options' names in capitals. Beside a `config.json` or `config.toml`
-it is no configuration: its variables are set before the run (`config/config.env` first, then `config/NAME/config.env` of
+it is not a configuration: its variables are set before the run (`config/config.env` first, then `config/NAME/config.env` of
 the chosen `ENV`), where the environment does not set them itself. There it may set `SIMPLETUNER_<OPTION>`, the variables
 of launchers, and what CUDA, NCCL, Hugging Face and W&B read for devices, caches, offline work and tokens. What would load
 code or send a token to another place (`PYTHONPATH`, `LD_PRELOAD`, `HF_ENDPOINT`, proxies) is refused by name: set it in

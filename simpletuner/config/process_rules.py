@@ -15,7 +15,7 @@ def machine_rank_is_one_of_the_machines(draft: Draft) -> Iterator[Problem]:
     rank, count = draft.config.processes.machine_rank, draft.config.processes.num_machines
     if rank >= count:
         yield draft.problem(
-            f"{rank} is no machine of {count}",
+            f"{rank} is not a machine of {count}",
             "machine_rank",
             f"0 to {count - 1}",
             fix="count from 0, and give every machine the same num_machines",
@@ -66,9 +66,9 @@ def sharding_takes_plain_weights(draft: Draft) -> Iterator[Problem]:
     precision = draft.config.precision.base_model_precision
     if draft.config.processes.fsdp_enable and precision not in (None, "no_change"):
         yield draft.problem(
-            f'cannot spread weights quantized as "{precision}": their packed form has no parts',
+            f'cannot shard weights quantized as "{precision}": their packed form cannot be split',
             "fsdp_enable",
-            fix="set base_model_precision to no_change: spread over two processes, bf16 takes what int8 takes on one",
+            fix="set base_model_precision to no_change: sharded over two processes, bf16 takes what int8 takes on one",
         )
 
 

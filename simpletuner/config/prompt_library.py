@@ -140,7 +140,7 @@ _FIELDS: Mapping[str, _Field] = {
 def _nickname_fault(nickname: str, folded: Mapping[str, str]) -> str | None:
     """Why a nickname cannot be a file name, or None."""
     if not nickname.strip() or nickname.strip() != nickname or nickname.startswith("."):
-        return "the nickname is empty, or begins with a dot, or has blanks around it, and cannot name a file"
+        return "the nickname is empty, or begins with a dot, or has spaces around it, and cannot name a file"
     if len(nickname) > MAX_NICKNAME:
         return f"the nickname has {len(nickname)} letters and cannot name a file; at most {MAX_NICKNAME}"
     if _UNUSABLE.search(nickname) or has_control(nickname):

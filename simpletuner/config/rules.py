@@ -47,7 +47,7 @@ def exactly_one_length_is_set(draft: Draft) -> Iterator[Problem]:
 def flavour_belongs_to_the_family(draft: Draft) -> Iterator[Problem]:
     flavour, spec = draft.config.model.model_flavour, draft.spec
     if spec and flavour and flavour not in spec.flavours:
-        message = f'"{flavour}" is no flavor of {spec.title}'
+        message = f'"{flavour}" is not a flavor of {spec.title}'
         fix = did_you_mean(flavour, spec.flavours)
         yield draft.problem(message, "model_flavour", ", ".join(spec.flavours), fix)
 
@@ -59,7 +59,7 @@ def a_single_file_is_named_once(draft: Draft) -> Iterator[Problem]:
     )
     key = "pretrained_transformer_model_name_or_path"
     if file and not file.endswith(SINGLE_FILE):
-        yield draft.problem(f'"{file}" is no {SINGLE_FILE} file', key, f"a {SINGLE_FILE} file")
+        yield draft.problem(f'"{file}" is not a {SINGLE_FILE} file', key, f"a {SINGLE_FILE} file")
     if file and model and model.endswith(SINGLE_FILE):
         message = "pretrained_model_name_or_path names a single file already"
         yield draft.problem(message, key, fix="let that name a folder or hub id, or remove one of them")
@@ -170,7 +170,7 @@ def resolution_fits_the_family(draft: Draft) -> Iterator[Problem]:
             continue
         if unit == "area":
             if resolution > MAX_MEGAPIXELS:
-                message = f"{resolution:g} megapixels are no image size"
+                message = f"{resolution:g} megapixels are not an image size"
                 fix = 'for pixels set resolution_type to "pixel_area"'
                 yield draft.dataset_problem(entry, "resolution", message, f"at most {MAX_MEGAPIXELS}", fix)
             continue

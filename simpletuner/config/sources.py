@@ -89,7 +89,7 @@ class ImageSource(BaseModel):
     )
     inverse_instructions: Bool = option(
         False,
-        help="Of `records`: rows with one reference and an `inverse_instruction` are trained the other way round too.",
+        help="Of `records`: train rows with one reference and an `inverse_instruction` in the inverse direction too.",
     )
     tasks: TextOrList | None = option(
         None, takes="text, or list of texts", help="Of `records`: take the rows of these tasks only. Unset: of all."

@@ -160,7 +160,7 @@ def read_numbers_of_layers(value: Any) -> Any:
     items = value if isinstance(value, list | tuple) else [value]
     numbers = sorted({read_int(item.strip() if isinstance(item, str) else item) for item in items})
     if not numbers or numbers[0] < 0:
-        raise ValueError("must be numbers of layers, counted from 0")
+        raise ValueError("must be layer indices, counted from 0")
     return tuple(numbers)
 
 

@@ -180,7 +180,7 @@ def _check_target(target: Webhook, fail: Fail) -> None:
 def _url_fault(url: str) -> str | None:
     """What is wrong with an address, in words that do not show it."""
     if not url.isprintable() or " " in url:
-        return "holds a blank or a character that no URL has"
+        return "contains a space or a character that no URL has"
     try:
         parts = urlsplit(url)
         parts.port  # noqa: B018 - looks whether it is a number

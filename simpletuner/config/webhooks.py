@@ -40,7 +40,7 @@ class Webhook(BaseModel):
         None, help="Of `raw`: a file that holds the token, in place of `auth_token`.", path="input"
     )
     message_prefix: Text | None = option(
-        None, help="Stands in front of Discord messages and in `prefix` of raw events: tells runs apart."
+        None, help="Text before Discord messages and in `prefix` of raw events, to distinguish runs."
     )
     log_level: Severity = option("info", help="Only events of this severity and above are sent.")
     ssl_no_verify: Bool = option(False, help="Accept any certificate: for services of your own that signed theirs.")

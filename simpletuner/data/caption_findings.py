@@ -65,7 +65,7 @@ def with_caption_findings(
         if len(shared):
             warnings.append(
                 f"{entry.id}: {len(shared)} images share their text file with another one of the same name "
-                f"({listed(shared)}): rename them, unless that is meant"
+                f"({listed(shared)}): rename them, unless that is intended"
             )
     if rules.fallback and not all_have_one:
         lacking, _ = without_own_caption(used, catalogue, index, rules, table)

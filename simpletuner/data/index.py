@@ -368,7 +368,7 @@ class Index:
             raise DataError(
                 Problem(
                     f"the index of {self.backend.location} at {self.path} cannot be used: {error}",
-                    fix="make room on the disk and the folder writable; the index may be removed, it is made again",
+                    fix="free some disk space and make the folder writable; the index may be removed, it is made again",
                 )
             ) from error
 

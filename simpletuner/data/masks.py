@@ -1,4 +1,4 @@
-"""Masks of images: where the loss counts. A mask is cut exactly as its image is, then averaged down to latents.
+"""Masks of images: where the loss counts. A mask is cropped exactly like its image, then averaged down to latents.
 
 A mask belongs to the image at the same path relative to its folder (`pairing.py`).
 """
@@ -80,7 +80,7 @@ class Masks:
         try:
             data = checked_bytes(self._index.backend.read(os.fsencode(row.path)), row.digest)
         except (OSError, UnusableImage) as error:
-            fix = "start the run again: the folder is looked at again, and training goes on from the last checkpoint"
+            fix = "start the run again: the folder is scanned again, and training continues from the last checkpoint"
             raise self._unreadable(row, error, fix) from error
         try:
             return load_mask(data, sample.crop, sample.is_flipped, binary=self.kind == "segmentation")
@@ -101,8 +101,8 @@ def average_down(pixels: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     """(1, H, W) -> (1, h, w): the mean over the pixels that each latent stands for."""
     height, width = size
     _, pixel_height, pixel_width = pixels.shape
-    assert pixel_height % height == 0, f"{pixel_height} is no multiple of {height}"
-    assert pixel_width % width == 0, f"{pixel_width} is no multiple of {width}"
+    assert pixel_height % height == 0, f"{pixel_height} is not a multiple of {height}"
+    assert pixel_width % width == 0, f"{pixel_width} is not a multiple of {width}"
     blocks = pixels.reshape(1, height, pixel_height // height, width, pixel_width // width)
     return blocks.mean(dim=(2, 4))
 

@@ -71,7 +71,7 @@ def _ratios(document: YamlDocument, entries: list[Mapping[str, Any]]) -> list[fl
     for number, entry in enumerate(entries):
         ratio = entry.get("ratio")
         if not isinstance(ratio, int | float) or isinstance(ratio, bool) or not 0 <= ratio < math.inf:
-            problems.append(document.problem(f"data[{number}].ratio", f"{ratio} is no ratio", "a number >= 0"))
+            problems.append(document.problem(f"data[{number}].ratio", f"{ratio} is not a ratio", "a number >= 0"))
             ratio = 0.0
         if unknown := entry.keys() - {"path", "type", "ratio"}:
             problems.append(

@@ -57,6 +57,6 @@ def _unreadable(backend: Backend, sample: Sample, key: str, what: str) -> DataEr
         Problem(
             f"the image {printable(path)} {what}",
             key=key,
-            fix="start the run again: the data is looked at again, and training goes on from the last checkpoint",
+            fix="start the run again: the data is scanned again, and training continues from the last checkpoint",
         )
     )

@@ -114,7 +114,7 @@ def _trained_counts(
     counts = list(parted) if weights is None else [count for count in parted if weights.get(count)]
     if not counts:
         held = ", ".join(map(str, sorted(parted)))
-        message = f"the rows of {source.path} have {held} references, which weigh nothing"
+        message = f"the rows of {source.path} have {held} references, which have weight 0"
         raise DataError(Problem(message, f"{entry.id}.reference_weights", data_file))
     return counts
 

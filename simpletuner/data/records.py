@@ -249,10 +249,10 @@ def _reference_names(cells: Mapping[str, Any]) -> list[str]:
         try:
             value = json.loads(value)
         except ValueError:
-            raise ValueError(f'"{key}" is no list of paths') from None
+            raise ValueError(f'"{key}" is not a list of paths') from None
     listed = [value] if isinstance(value, str) else list(value or ()) if isinstance(value, list | None) else None
     if listed is None or not all(isinstance(each, str) and each for each in listed):
-        raise ValueError(f'"{key}" is no list of paths')
+        raise ValueError(f'"{key}" is not a list of paths')
     numbered: list[str] = []
     while (each := cells.get(f"reference_{len(numbered) + 1}")) not in (None, ""):
         numbered.append(_text(each, f"reference_{len(numbered) + 1}", cells))
@@ -279,7 +279,7 @@ def _by_language(cells: Mapping[str, Any], name: str, languages: Collection[str]
                 own = found.setdefault(language, [])
                 for each in texts if isinstance(texts, list | tuple) else [texts]:
                     if each is not None and not isinstance(each, str):
-                        raise ValueError(f'"{column}" is no text')
+                        raise ValueError(f'"{column}" is not text')
                     if each and each.strip():
                         own.append(_checked(without_separators(each).strip(), column))
     return found
@@ -289,7 +289,7 @@ def _text(value: Any, key: str, cells: Mapping[str, Any]) -> str:
     if value is None or (isinstance(value, str) and not value.strip()):
         raise ValueError(f'"{next((name for name in TARGET if name in cells), key)}" is missing')
     if not isinstance(value, str):
-        raise ValueError(f'"{key}" is no text')
+        raise ValueError(f'"{key}" is not text')
     return _checked(value.strip(), key)
 
 

@@ -213,7 +213,7 @@ def _nothing_takes_part(step: int, epoch: int) -> Problem:
     return Problem(
         f"at step {step}, from epoch {epoch} on, no dataset takes part",
         key="start_epoch, end_epoch, start_step, end_step, probability",
-        fix="let one dataset take part at any time, or end the run earlier (max_train_steps)",
+        fix="make one dataset take part at any time, or end the run earlier (max_train_steps)",
     )
 
 

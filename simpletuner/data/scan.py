@@ -129,7 +129,7 @@ def _require_unknown(database: sqlite3.Connection, backend: Backend, folder: Fol
             Problem(
                 f"folder {name} cannot be listed: {folder.error}; it held {num_images} images at the last start",
                 file=backend.location,
-                fix="look at the disk, its mount and the folder's permissions, and start again; if the images are "
+                fix="check the disk, its mount and the folder's permissions, and start again; if the images are "
                 "really gone, remove the folder",
             )
         )

@@ -1,7 +1,7 @@
 """Rows of a table that a user wrote: CSV, JSON lines or Parquet, read one at a time, each with its place in the file.
 
 A row that says less or more than its table can hold is an error that names its line: a caption that is cut, or made of
-something that is no text, would be trained without anybody seeing it.
+something that is not text, would be trained without anybody seeing it.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def check_file(table: Path) -> None:
     """Look at size and kind of a table before all of it is read.
 
     Raises:
-        TableFault: it is no file, a text of an absurd size, or no Parquet file under that name.
+        TableFault: it is not a file, a text of an absurd size, or no Parquet file under that name.
         OSError: it cannot be read.
     """
     status = table.stat()

@@ -95,10 +95,10 @@ class Heartbeat:
         who = ", ".join(map(str, lost))
         where = f" in {self.waits_in}" if self.waits_in else ""
         return Problem(
-            f"process {who} of {self.size} has given no sign for {self.limit / 60:g} minutes; process {self.rank} "
+            f"process {who} of {self.size} has not responded for {self.limit / 60:g} minutes; process {self.rank} "
             f"waited for it{where}",
             key="distributed_timeout",
-            fix="look at its machine and the network between them, then start again: the run goes on from its last "
+            fix="check its machine and the network between them, then start again: the run continues from its last "
             "checkpoint",
         )
 

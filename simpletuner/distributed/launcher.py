@@ -177,7 +177,9 @@ def _wait(processes: Sequence[subprocess.Popen[bytes]], asked: Sequence[int], sa
         if time.monotonic() > deadline:
             _signal_all(processes, signal.SIGKILL)
             if failed is None:
-                say("the processes do not answer: they were killed; the same command goes on from the last checkpoint")
+                say(
+                    "the processes do not answer: they were killed; the same command continues from the last checkpoint"
+                )
             deadline = float("inf")
         time.sleep(POLL_SECONDS)
     return failed if failed is not None else _first_failure(processes)

@@ -176,7 +176,7 @@ def _connected() -> Iterator[None]:
         raise  # says what it is, and of this process
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
-        message = f"another process of this run has ended, and says why itself; from here it looks like: {reason}"
+        message = f"another process of this run has ended, and reports the reason itself; here it looks like: {reason}"
         raise ConnectionLost(message) from error
 
 

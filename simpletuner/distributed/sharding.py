@@ -112,7 +112,7 @@ def _require_spread(
         if parameter in whole:
             continue
         if not isinstance(parameter, DTensor) or not any(place.is_shard() for place in parameter.placements):
-            raise RuntimeError(f"{name} is not spread over the processes")
+            raise RuntimeError(f"{name} is not sharded across the processes")
         part = parameter.to_local().shape[0] if parameter.ndim else 0
         if part > -(-parameter.shape[0] // size):
             raise RuntimeError(f"process {process_group.rank} holds {part} of {parameter.shape[0]} rows of {name}")

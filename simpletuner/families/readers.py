@@ -22,7 +22,7 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 KIND_TITLES = {"lora": "LoRA, LoCon", "dora": "DoRA", "lokr": "LoKr", "loha": "LoHa", "other": "other algorithms"}
 
 # What is computed where a reader leaves the lengths of weight decomposition away, or applies them in its own way.
-NO_LENGTHS = "drops the trained lengths, so that images differ"
+NO_LENGTHS = "drops the trained magnitudes, so that images differ"
 OTHER_DORA = "computes another weight decomposition, so that images differ"
 SILENT = "changes nothing, without an error"
 

@@ -97,7 +97,7 @@ def load_plugin(entry: EntryPoint) -> FamilySpec:
     except Exception as error:
         raise _broken(entry, f"{type(error).__name__}: {error}") from error
     if not isinstance(spec, FamilySpec):
-        raise _broken(entry, f"{entry.value} is no FamilySpec")
+        raise _broken(entry, f"{entry.value} is not a FamilySpec")
     if spec.name != entry.name:
         raise _broken(entry, f'{entry.value} calls itself "{spec.name}"')
     return spec

@@ -136,7 +136,7 @@ class Publisher:
             self._report("warning", text)
 
     def _catch_up(self, start_step: int) -> None:
-        """Upload the checkpoint that the run goes on from, if an earlier process did not come so far."""
+        """Upload the checkpoint that the run continues from, if an earlier process did not come so far."""
         shutil.rmtree(self._job.output_dir / STAGING_DIR, ignore_errors=True)
         checkpoint = self._job.output_dir / f"checkpoint-{start_step}"
         done = self._state().get("step", -1)
@@ -305,7 +305,7 @@ class Publisher:
     def _state(self) -> dict[str, object]:
         """What was uploaded last, by this process or an earlier one of the run.
 
-        A note without a run is that of an earlier version: the run that goes on in its folder is the same.
+        A note without a run is that of an earlier version: the run that continues in its folder is the same.
         """
         try:
             state = storage.read_json(self._job.output_dir / STATE_FILE)

@@ -98,7 +98,7 @@ def check_local_model(source: ModelSource, spec: FamilySpec, file: str | None = 
         return [Problem(f"there is no file {source.file}", key=FILE_KEY, file=file, fix="correct the path")]
     if source.file and (marks := refused_marks(source.file)):
         message = (
-            f"{source.file} says by {', '.join(marks)} that its noise levels are those of EDM, which are not built"
+            f"{source.file} says by {', '.join(marks)} that its noise levels are those of EDM, which are not supported"
         )
         return [Problem(message, key=FILE_KEY, file=file, fix="name another model")]
     problems = [problem for part in spec.components if (problem := _unusable_place(source, part)) is not None]
@@ -323,7 +323,7 @@ def _not_fetched(name: str, repository: str, key: str, error: Exception) -> Data
     reason = " ".join(str(error).split())
     fix = "check the connection and HF_ENDPOINT, or give a model folder; what was fetched before is used without it"
     if isinstance(error, GatedRepoError):
-        reason = "its owner must let you in"
+        reason = "its owner must grant you access"
         fix = f"accept the license on https://huggingface.co/{repository}, then log in: hf auth login"
     elif isinstance(error, RepositoryNotFoundError):
         reason, fix = (

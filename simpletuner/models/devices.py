@@ -52,7 +52,7 @@ def require_no_hidden_gpu(environment: Mapping[str, str]) -> None:
         message = f"the kernel reports {count}{name}, and torch {torch.__version__} sees no GPU"
         fix = "install torch for ROCm (INSTALL.md, torch for your hardware)"
     variable = VISIBLE[device]
-    fix += f"; to train on the processor all the same, set {variable}= (empty)"
+    fix += f"; to train on the CPU anyway, set {variable}= (empty)"
     raise ConfigError(Problem(message, key=variable, fix=fix))
 
 

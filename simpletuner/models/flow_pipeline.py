@@ -58,7 +58,7 @@ class FlowPipeline:
         """(B, C, h, w) float32: the noise to begin with, `latents` where they are given.
 
         Raises:
-            ValueError: a size that is no multiple of the family's.
+            ValueError: a size that is not a multiple of the family's.
         """
         spec, device = self.family.spec, self.family.device
         if height % spec.size_multiple or width % spec.size_multiple:

@@ -69,7 +69,7 @@ def check_folder(folder: Path) -> None:
     """Look at what a folder of weights would make its library load.
 
     Raises:
-        ValueError: a shard that is no safetensors file or lies elsewhere, an adapter, or kernels from the hub.
+        ValueError: a shard that is not a safetensors file or lies elsewhere, an adapter, or kernels from the hub.
     """
     for index in sorted(folder.glob("*.safetensors.index*.json")):
         shard_names(index)
@@ -139,7 +139,7 @@ def without_pickles() -> Iterator[None]:
 
     def refuse(file: Any, *_: Any, **__: Any) -> Any:
         refused.append(str(file))
-        raise ValueError(f"{file} is no safetensors file")
+        raise ValueError(f"{file} is not a safetensors file")
 
     with _closing:
         opened = torch.load

@@ -87,7 +87,9 @@ def get_row(name: str) -> OptimizerRow:
     """The table row of an optimizer; ConfigError that lists all where there is none."""
     if name not in OPTIMIZERS:
         raise ConfigError(
-            Problem(f'"{name}" is no optimizer of this version', key="optimizer", allowed=", ".join(sorted(OPTIMIZERS)))
+            Problem(
+                f'"{name}" is not an optimizer of this version', key="optimizer", allowed=", ".join(sorted(OPTIMIZERS))
+            )
         )
     return OPTIMIZERS[name]
 

@@ -113,7 +113,7 @@ def build_schedule(
     """
     if name not in SCHEDULES:
         raise ConfigError(
-            Problem(f'"{name}" is no learning rate schedule', key="lr_scheduler", allowed=", ".join(SCHEDULES))
+            Problem(f'"{name}" is not a learning rate schedule', key="lr_scheduler", allowed=", ".join(SCHEDULES))
         )
     shape = SCHEDULES[name]
     if shape is not _constant and lr_end > learning_rate:

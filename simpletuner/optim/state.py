@@ -205,7 +205,7 @@ def _packed_class(name: str) -> Any:
 
     modules = {"OptimState8bit": subclass_8bit, "OptimState4bit": subclass_4bit, "OptimStateFp8": subclass_fp8}
     if name not in modules:
-        raise DataError(Problem(f"{name} is no kind of optimizer state that this version knows"))
+        raise DataError(Problem(f"{name} is not a kind of optimizer state that this version knows"))
     return getattr(modules[name], name)
 
 

@@ -143,5 +143,5 @@ def get_format(name: str) -> WeightFormat:
     else:
         FORMATS = {}
     if scheme not in FORMATS:
-        raise ConfigError(Problem(f'"{name}" is no number format', key="base_model_precision"))
+        raise ConfigError(Problem(f'"{name}" is not a number format', key="base_model_precision"))
     return FORMATS[scheme]()

@@ -1,4 +1,4 @@
-"""Carries events from training to the sinks. A sink that breaks is dropped with a warning; training goes on."""
+"""Carries events from training to the sinks. A sink that breaks is dropped with a warning; training continues."""
 
 from __future__ import annotations
 

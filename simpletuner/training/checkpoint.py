@@ -153,7 +153,7 @@ class Checkpoints:
     def save_best(self, run: Run, eval_loss: float) -> Path:
         """Commit the current state as `checkpoint-best`, in place of an earlier one.
 
-        Where the checkpoint of this step is there already, its files are linked and take no further room.
+        Where the checkpoint of this step already exists, its files are linked and take no further room.
 
         Raises:
             DataError: the disk is full or cannot be written; the earlier best stays.

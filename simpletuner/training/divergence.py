@@ -264,14 +264,14 @@ def _grown_weights(run: Run, window: Window, losses: Sequence[Losses], forward: 
     if torch.stack(without).isfinite().all():
         largest = max(float(parameter.detach().abs().max()) for parameter in run.model.trainable)
         yield (
-            f"The trained weights do it, for without them the loss is finite: they are as large as {largest:.3g}",
+            f"The trained weights are the reason: without them the loss is finite: they are as large as {largest:.3g}",
             "learning_rate",
             f"{_lower_rate(run)}{_from_where(run)}",
         )
 
 
 def _unknown(run: Run) -> Reason:
-    return "The reason does not show", "learning_rate", f"{_lower_rate(run)}{_from_where(run)}"
+    return "The reason is not known", "learning_rate", f"{_lower_rate(run)}{_from_where(run)}"
 
 
 def _lower_rate(run: Run) -> str:
@@ -289,5 +289,5 @@ def _from_where(run: Run) -> str:
     if not good:
         return " and start again with resume_from_checkpoint= (empty)"
     if good[-1] is found[-1]:
-        return f" and start again: the run goes on from {good[-1].name}"
+        return f" and start again: the run continues from {good[-1].name}"
     return f" and start again with resume_from_checkpoint={good[-1].name}"

@@ -1,7 +1,7 @@
 """What follows from an eval loss: the best checkpoint, and the end of a run that learns no more.
 
 Both are functions of the eval losses so far. They are kept in `eval_losses.json`, written at each evaluation, since the
-checkpoint of the same step is older than its evaluation: a run that goes on knows what the killed one knew.
+checkpoint of the same step is older than its evaluation: a resumed run knows what the killed one knew.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def evaluate(run: Run) -> None:
 def reference_result(run: Run, result: EvalResult) -> EvalResult | None:
     """The untouched base on the same images: computed once in a process.
 
-    Full training has its base before its first step only; a run that goes on has no reference then, nor has one that is
+    Full training has its base before its first step only; a resumed run has no reference then, nor has one that is
     asked to stop meanwhile.
     """
     assert run.evaluator is not None

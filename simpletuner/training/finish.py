@@ -43,7 +43,7 @@ def finish_run(run: Run, seconds: float) -> None:
     """
     if run.model.family.num_cut_prompts:
         limit = run.model.family.max_prompt_tokens
-        text = f"{run.model.family.num_cut_prompts} prompts were longer than {limit} tokens and were cut"
+        text = f"{run.model.family.num_cut_prompts} prompts were longer than {limit} tokens and were truncated"
         run.session.warn(text)
     if run.session.process_group.is_main:
         run.session.guard.require()

@@ -57,11 +57,11 @@ def write_patiently(session: Session, step: int, what: str, write: Callable[[], 
                 raise
             if not is_reported:
                 text = f"the run is paused at step {step}: {what} {error.problems[0].message}"
-                session.bus.emit(Notice("error", f"{text}. It goes on when there is room ({session.output_dir})"))
+                session.bus.emit(Notice("error", f"{text}. It continues when there is room ({session.output_dir})"))
                 is_reported = True
             wait_for_disk_space(session, what, error)
     if is_reported:
-        session.inform(f"the run goes on: {what} is written")
+        session.inform(f"the run continues: {what} is written")
     return result
 
 
@@ -76,7 +76,7 @@ def wait_for_disk_space(session: Session, what: str, error: DiskError) -> None:
         if session.stop:
             problem = error.problems[0]
             message = f"stopped while it waited for room: {what} {problem.message}"
-            fix = "free some space; the same command goes on from the checkpoint before"
+            fix = "free some space; the same command continues from the checkpoint before"
             raise DiskError(Problem(message, file=problem.file, fix=fix), error.number) from error
         time.sleep(POLL_SECONDS)
 

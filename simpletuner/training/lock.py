@@ -36,7 +36,7 @@ PACKAGES = (
 def write_lock(
     loaded: LoadedRun, family: ModelFamily, datasets: Sequence[Dataset], output_dir: Path, bus: EventBus, resumes: bool
 ) -> None:
-    """Write the lock into the output folder; a run that goes on says what differs from its last start.
+    """Write the lock into the output folder; a resumed run says what differs from its last start.
 
     Called when the weights are loaded: a model from the hub has its files only then.
 

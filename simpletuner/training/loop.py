@@ -88,7 +88,7 @@ def run_training(run: Run) -> None:
             run.session.guard.require()
         maybe_checkpoint(run)
         if outcome.stops:
-            run.session.stop.adopt()  # what is due is made up for by the process that goes on
+            run.session.stop.adopt()  # what is due is made up for by the next process
         else:
             maybe_evaluate(run)
             maybe_validate(run)
@@ -99,7 +99,7 @@ def run_training(run: Run) -> None:
 def begin(run: Run) -> None:
     """Evaluate and generate what is due at the step that this process starts from.
 
-    Of a new run that is the base, of one that goes on what a kill or a signal has cost: the checkpoint of a step is
+    Of a new run that is the base, of a resumed one what a kill or a signal has cost: the checkpoint of a step is
     older than its evaluation and images.
 
     Raises:

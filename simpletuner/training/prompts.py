@@ -96,7 +96,7 @@ def require_lasting_references(datasets: Sequence[Dataset]) -> None:
     """
     for dataset in datasets:
         if dataset.samples.draws.crops and any(each.rules.is_strict for each in dataset.references):
-            message = f"{dataset.id}: its references are cut anew in each round, and prompts are encoded with them"
+            message = f"{dataset.id}: its references are cropped anew in each round, and prompts are encoded with them"
             fix = "remove the key, or set text_cache_ondemand, which keeps the encoders in memory"
             raise ConfigError(Problem(message, key=f"{dataset.id}.vae_cache_clear_each_epoch", fix=fix))
 

@@ -50,7 +50,7 @@ class StopRequest:
     def error(self, saved: str | None) -> Interrupted:
         """The error that ends the run, with the shell's exit code for the signal."""
         assert self.received is not None
-        kept = f"saved {saved}; the same command goes on from there" if saved else "nothing was trained yet"
+        kept = f"saved {saved}; the same command continues from there" if saved else "nothing was trained yet"
         return Interrupted(f"stopped by {self.received.name}: {kept}", EXIT_CODES[self.received])
 
     def error_while_waiting(self) -> Interrupted | None:

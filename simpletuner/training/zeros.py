@@ -49,11 +49,11 @@ class ZeroWatch:
 def probable_reason(loss: float, batches: Sequence[Batch], mixed_precision: str) -> str:
     """Why a step trains nothing, from what it was made of."""
     if all(batch.masks is not None and not bool((batch.masks > 0).any()) for batch in batches):
-        return "the masks of these images leave nothing to train on; look at the masks"
+        return "the masks of these images leave nothing to train on; check the masks"
     if all(batch.is_regularisation for batch in batches):
         return "these images are regularization data, whose target is what the base model predicts; add training images"
     if loss and mixed_precision == "fp16":
         return "the gradients are too small for fp16; use mixed_precision bf16"
     if loss:
-        return "no trained weight changes the prediction; look at the adapter's settings"
-    return "the prediction is the target already; look at the data and at init_lora"
+        return "no trained weight changes the prediction; check the adapter's settings"
+    return "the prediction is the target already; check the data and init_lora"

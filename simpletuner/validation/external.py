@@ -66,7 +66,7 @@ class ExternalScript:
                 self._report(f"step {step}: validation_external_script still works on an earlier step; not started")
                 return []
             if code:
-                self._report(f"validation_external_script left with exit code {code}; see {self.log}")
+                self._report(f"validation_external_script ended with exit code {code}; see {self.log}")
             self._process = None
         checkpoint = self.newest_checkpoint()
         if checkpoint is None and "{local_checkpoint_path}" in self.command:

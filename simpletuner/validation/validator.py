@@ -164,7 +164,7 @@ class Validator:
             raise  # a subclass of RuntimeError that only our own mistakes raise
         except IMAGE_FAILURES as error:
             self._vae.free()
-            self.bus.emit(Notice("error", f"no {what}: {error}; training goes on"))
+            self.bus.emit(Notice("error", f"no {what}: {error}; training continues"))
 
     @contextmanager
     def _failing_together(self) -> Iterator[None]:
@@ -193,7 +193,7 @@ class Validator:
             if self.together.size == 1:
                 raise
             message = f"no {what}: {error}; the other processes wait for a part of this image, so the run ends"
-            fix = "lower validation_resolution or set validation_disable, and start again: it goes on where it was"
+            fix = "lower validation_resolution or set validation_disable, and start again: it continues where it was"
             raise SimpleTunerError(Problem(message, fix=fix)) from error
 
     def _stop_together(self) -> None:

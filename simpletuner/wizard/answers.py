@@ -24,7 +24,7 @@ Name = TypeVar("Name", bound=str)
 ADAPTERS: Mapping[str, str] = {
     "lokr": "LoKr: learns much in a small file",
     "lora": "LoRA: loads in nearly every program",
-    "dora": "DoRA: LoRA, and the length of each row; slower",
+    "dora": "DoRA: LoRA, and the magnitude of each row; slower",
     "loha": "LoHa: two low-rank matrices, multiplied; slower",
     "locon": "LoCon: LoRA in the format of LyCORIS",
     "dylora": "DyLoRA: LoRA that can be cut to any smaller rank",

@@ -27,7 +27,7 @@ Choices = Sequence[tuple[str, str]]
 
 
 class Refused(ValueError):
-    """A text that is no answer; the message says why."""
+    """A text that is not an answer; the message says why."""
 
 
 @dataclass(frozen=True)

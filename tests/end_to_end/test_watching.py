@@ -128,5 +128,5 @@ def test_a_validation_that_fails_is_reported_and_training_goes_on(
     output = train_here(folder)
     reported = [record["text"] for record in metrics(output, "notice") if record["severity"] == "error"]
     assert len(reported) == 2
-    assert all(text.endswith("training goes on") for text in reported)
+    assert all(text.endswith("training continues") for text in reported)
     assert metrics(output, "run_finished")[0]["step"] == 4

@@ -87,7 +87,7 @@ def test_no_message_is_written_to_show_python_or_digests_or_bytes() -> None:
 @pytest.mark.parametrize(
     "source",
     [
-        'Problem(f"{value!r} is no number")',
+        'Problem(f"{value!r} is not a number")',
         'raise DataError(Problem(f"in {sorted(names)}"))',
         'bus.emit(Notice("info", f"{names or list(others)}"))',
         'message = f"shape {tensor.shape}"',

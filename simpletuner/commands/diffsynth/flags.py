@@ -33,7 +33,9 @@ def script_of(name: str) -> Script:
         ConfigError: there is none.
     """
     if name not in SCRIPTS:
-        raise ConfigError(Problem(f'"{name}" is no model of DiffSynth-Studio\'s scripts', allowed=", ".join(SCRIPTS)))
+        raise ConfigError(
+            Problem(f'"{name}" is not a model of DiffSynth-Studio\'s scripts', allowed=", ".join(SCRIPTS))
+        )
     return SCRIPTS[name]
 
 
@@ -65,22 +67,22 @@ def _add_general(parser: argparse.ArgumentParser, script: Script) -> None:
     def switch(name: str, text: str) -> None:
         parser.add_argument(f"--{name}", action="store_true", help=text)
 
-    targets = "Layers with LoRA, by the ends of DiffSynth's names of modules, with commas."
+    targets = "Layers with LoRA: ends of DiffSynth's module names, separated by commas."
     add("lora_target_modules", str, ",".join(script.targets), targets)
     add("dataset_path", str, None, "Folder with train/metadata.csv (file_name,text) and the images.", required=True)
     add("output_path", str, None, f"Folder of the results. Default: output/{script.name}")
     add("steps_per_epoch", _positive, 500, "Batches of an epoch, shared by all GPUs.")
     add("height", _positive, 1024, "Height of training images in pixels.")
     add("width", _positive, 1024, "Width of training images in pixels.")
-    switch("center_crop", "Cut images from their middle; otherwise anywhere.")
-    switch("random_flip", "Mirror half of the images.")
+    switch("center_crop", "Crop images at their center; otherwise at random.")
+    switch("random_flip", "Flip half of the images.")
     add("batch_size", _positive, 1, "Images of a forward pass of one GPU.")
     add("dataloader_num_workers", int, 0, "Without effect: the next batch is always prepared while one is trained.")
     add("precision", str, "16-mixed", "Number format.", choices=PRECISIONS)
     add("learning_rate", float, 1e-4, "Of AdamW, constant.")
     add("lora_rank", _positive, 4, "Rank of the LoRA.")
     add("lora_alpha", float, 4.0, "The LoRA is multiplied with lora_alpha / lora_rank.")
-    add("init_lora_weights", str, "gaussian", "First weights of the LoRA.", choices=("gaussian", "kaiming"))
+    add("init_lora_weights", str, "gaussian", "Initialization of the LoRA.", choices=("gaussian", "kaiming"))
     add("pretrained_lora_path", str, None, "LoRA to start from (.safetensors; simpletuner convert reads a .ckpt).")
     switch("use_gradient_checkpointing", "Recompute activations in the backward pass.")
     add("accumulate_grad_batches", _positive, 1, "Batches of an optimizer step.")

@@ -107,7 +107,7 @@ def import_run(translation: Translation, folder: Path, say: Callable[[str], None
     """Write the files for somebody to edit.
 
     Raises:
-        ConfigError: a file is there already.
+        ConfigError: a file already exists.
     """
     return _write(translation, folder, say, replaces=False)
 
@@ -182,7 +182,7 @@ def _stage(flags: argparse.Namespace, processes: int, notes: list[str]) -> int:
     stage = 0 if flags.training_strategy == "auto" else int(flags.training_strategy[-1])
     if stage and processes == 1:
         notes.append(
-            f"--training_strategy {flags.training_strategy} has no effect: one process has nobody to share with"
+            f"--training_strategy {flags.training_strategy} has no effect: one process has no other to share with"
         )
         return 0
     return stage
@@ -203,7 +203,7 @@ def _refused(flags: argparse.Namespace) -> Iterator[Problem]:
         fix = "use --push_to_hub and --hub_model_id=OWNER/NAME, or upload the output folder with `modelscope upload`"
         yield Problem(message, key=key, fix=fix)
     if flags.use_swanlab or any(getattr(flags, f"swanlab_{name}") for name in ("project", "name", "mode", "logdir")):
-        yield Problem("SwanLab is no tracker that is built", key="--use_swanlab", fix="use --report_to=tensorboard")
+        yield Problem("SwanLab is not a supported tracker", key="--use_swanlab", fix="use --report_to=tensorboard")
     if getattr(flags, "preset_lora_path", None):
         fix = "merge it with `simpletuner export --merge`, and name the merged transformer"
         yield Problem("a LoRA is not merged before training", key="--preset_lora_path", fix=fix)
@@ -212,7 +212,7 @@ def _refused(flags: argparse.Namespace) -> Iterator[Problem]:
 def _misfits(flags: argparse.Namespace, multiple: int, working_dir: Path) -> Iterator[Problem]:
     for side in ("height", "width"):
         if (pixels := getattr(flags, side)) % multiple:
-            yield Problem(f"{pixels} is no multiple of {multiple}", f"--{side}", allowed=f"multiples of {multiple}")
+            yield Problem(f"{pixels} is not a multiple of {multiple}", f"--{side}", allowed=f"multiples of {multiple}")
     table = working_dir / Path(flags.dataset_path).expanduser() / "train" / "metadata.csv"
     if not table.is_file():
         fix = "put the images and metadata.csv (file_name,text) into train/ there"

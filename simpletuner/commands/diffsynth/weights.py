@@ -64,7 +64,7 @@ def _unusable(flag: str, text: str, script: Script, working_dir: Path) -> Iterat
         elif path.is_dir() and flag in ("pretrained_dit_path", "pretrained_unet_path"):
             yield Problem(f"{each} is a folder", key=f"--{flag}", allowed=f"a {SINGLE_FILE} file")
         elif path.is_file() and not each.endswith(SINGLE_FILE):
-            yield Problem(f"{each} is no {SINGLE_FILE} file", key=f"--{flag}", fix=fix)
+            yield Problem(f"{each} is not a {SINGLE_FILE} file", key=f"--{flag}", fix=fix)
 
 
 def _holds_pickles(folder: Path) -> bool:
@@ -123,7 +123,7 @@ def _encoder_files(names: dict[str, set[str]]) -> list[str]:
     clips = [each for each, found in names.items() if any("text_model." in name for name in found)]
     t5 = [each for each, found in names.items() if any(name.startswith("encoder.block.") for name in found)]
     if strangers := [each for each in names if each not in (*clips, *t5)]:
-        message = f"{strangers[0]} is no text encoder of Stable Diffusion 3"
+        message = f"{strangers[0]} is not a text encoder of Stable Diffusion 3"
         raise ConfigError(Problem(message, key="--pretrained_path", allowed="files of CLIP-L, CLIP-G and T5"))
     smaller, *larger = sorted(clips, key=lambda each: len(names[each])) or [""]
     return [smaller, larger[0] if larger else "", t5[0] if t5 else ""]

@@ -62,12 +62,12 @@ class ExtractFlags:
 def extract_parser() -> FlagParser:
     """Every flag with its help."""
     about = (
-        "Encode the instructions of a .jsonl file, with the images that they speak of, by the vision-language model of "
+        "Encode the instructions of a .jsonl file, with the images that they mention, by the vision-language model of "
         "a Qwen-Image model: one file for each, and the rows with the names of these files. Files that are there "
         "already are not made again."
     )
     parser = FlagParser("extract-vlm-embeds", about)
-    parser.add_argument("jsonl_path", type=Path, help="The rows, one object a line.")
+    parser.add_argument("jsonl_path", type=Path, help="The rows, one JSON object per line.")
     flag = parser.flag
     flag(
         "output_jsonl_dir",
@@ -87,10 +87,10 @@ def extract_parser() -> FlagParser:
     flag("target_field", str, None, f"Column of the target image. Default: {' or '.join(TARGETS)}.")
     flag("instruction_field", str, "instruction", "Column of the English instruction.")
     flag("instruction_cn_field", str, "instruction_cn", "Column of the Chinese instruction.")
-    flag("inverse_instruction_field", str, "inverse_instruction", "Column of the English way back.")
-    flag("inverse_instruction_cn_field", str, "inverse_instruction_cn", "Column of the Chinese way back.")
-    flag("format", str, "safetensors", "Of the files: safetensors, or pt, the original's.", choices=FORMATS)
-    flag("allow_urls", bool, False, "Fetch images that rows name by their address (http, https; public ones only).")
+    flag("inverse_instruction_field", str, "inverse_instruction", "Column of the English inverse instruction.")
+    flag("inverse_instruction_cn_field", str, "inverse_instruction_cn", "Column of the Chinese inverse instruction.")
+    flag("format", str, "safetensors", "File format: safetensors, or pt as in the original.", choices=FORMATS)
+    flag("allow_urls", bool, False, "Fetch images that rows name by URL (http, https; public ones only).")
     flag("skip_bad_rows", bool, False, "Leave out rows that cannot be used. Otherwise they are an error.")
     return parser
 

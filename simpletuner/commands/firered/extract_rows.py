@@ -149,10 +149,10 @@ def _listed(value: Any, fields: Fields) -> Sequence[Any]:
 def _image(value: Any, key: str, flags: ExtractFlags, folders: Folders) -> str:
     """The absolute path of an image, or its address."""
     if not isinstance(value, str) or not value.strip():
-        raise ValueError(f'"{key}" holds something that is no path')
+        raise ValueError(f'"{key}" contains something that is not a path')
     if is_url(value):
         if not flags.allow_urls:
-            raise ValueError(f'"{key}" names an address, and addresses are read with --allow_urls alone: {value}')
+            raise ValueError(f'"{key}" is a URL, and URLs are read only with --allow_urls: {value}')
         return value
     path = folders.find(Path(value).expanduser())
     if path is None or not path.is_file():
@@ -169,7 +169,7 @@ def _text(cells: Mapping[str, Any], key: str) -> str:
     if value is None:
         return ""
     if not isinstance(value, str):
-        raise ValueError(f'"{key}" is no text')
+        raise ValueError(f'"{key}" is not text')
     if len(value) > MAX_CELL:
         raise ValueError(f'"{key}" has more than {MAX_CELL:,} characters')
     if fault := fault_in(value):

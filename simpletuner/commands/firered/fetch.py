@@ -53,14 +53,14 @@ def fetch(url: str, path: Path) -> None:
             storage.write_bytes(path, data)
             return
         url = urljoin(url, moved_to)
-    raise FetchError(f"{url}: it leads on more than {MAX_REDIRECTS} times")
+    raise FetchError(f"{url}: it redirects more than {MAX_REDIRECTS} times")
 
 
 def _get(url: str, deadline: float) -> tuple[bytes, str | None]:
     """(content, None), or (nothing, where it is instead)."""
     parts = urlsplit(url)
     if parts.scheme not in SCHEMES or not parts.hostname:
-        raise FetchError(f"{url}: it is no address of http or https")
+        raise FetchError(f"{url}: it is not an http or https URL")
     connection = _connection(parts.scheme, parts.hostname, parts.port, deadline)
     opened = connection.sock
     # A server that sends a byte now and then would otherwise hold this program as long as it likes.
@@ -122,7 +122,7 @@ def public_address(host: str, port: int) -> str:
         address = ipaddress.ip_address(text.partition("%")[0])
         inner = getattr(address, "ipv4_mapped", None) or address
         if not inner.is_global or inner.is_multicast:
-            raise FetchError(f"{host} is {text}, which is no public address")
+            raise FetchError(f"{host} is {text}, which is not a public address")
     if not found:
         raise FetchError(f"{host} has no address")
     return found[0]

@@ -194,16 +194,16 @@ def _sharding(
         return {}
     wrapped = [name.strip() for name in environment.get("FSDP_TRANSFORMER_CLS_TO_WRAP", "").split(",")]
     if wrong := [name for name in wrapped if name and name not in spec.block_classes]:
-        message = f'"{wrong[0]}" is no block of {spec.title}'
+        message = f'"{wrong[0]}" is not a block of {spec.title}'
         allowed = ", ".join(spec.block_classes)
         problems.append(Problem(message, "--fsdp_transformer_layer_cls_to_wrap", allowed=allowed))
     if environment.get("FSDP_IGNORED_MODULES"):
-        problems.append(Problem("all weights are spread", "--fsdp_ignored_modules", fix="leave it out"))
+        problems.append(Problem("all weights are sharded", "--fsdp_ignored_modules", fix="leave it out"))
     strategy = environment.get("FSDP_SHARDING_STRATEGY", "FULL_SHARD").upper()
     strategy = _NUMBERED[int(strategy)] if strategy.isdecimal() and int(strategy) < len(_NUMBERED) else strategy
     if strategy != "NO_SHARD" and strategy not in _STRATEGIES:
         allowed = ", ".join((*_STRATEGIES, "NO_SHARD"))
-        problems.append(Problem(f'"{strategy}" is no way to spread', "--fsdp_sharding_strategy", allowed=allowed))
+        problems.append(Problem(f'"{strategy}" is not a way to shard', "--fsdp_sharding_strategy", allowed=allowed))
     if num_processes == 1 or strategy not in _STRATEGIES:
         return {}
     reshards, keeps_copies = _STRATEGIES[strategy]

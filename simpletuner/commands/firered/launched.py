@@ -68,7 +68,7 @@ def command_of(words: Sequence[str]) -> Command:
     if not before:
         return Command({}, None, 1, tuple(words[place + 1 :]))
     if before[:2] != ["accelerate", "launch"]:
-        raise ConfigError(Problem(f'"{before[0]}" is no launcher that is read', allowed="accelerate launch"))
+        raise ConfigError(Problem(f'"{before[0]}" is not a supported launcher', allowed="accelerate launch"))
     found = vars(_launcher().parse_args(before[2:]))
     variables = {name: found[f"fsdp_{key}"] for key, name in _FSDP.items() if found[f"fsdp_{key}"] is not None}
     if found["use_fsdp"]:
@@ -77,7 +77,7 @@ def command_of(words: Sequence[str]) -> Command:
         variables["ACCELERATE_MIXED_PRECISION"] = found["mixed_precision"]
     machines, total = (_number(found[name], name) for name in ("num_machines", "num_processes"))
     if total and total % (machines or 1):
-        message = f"{total} is no multiple of the {machines} machines"
+        message = f"{total} is not a multiple of the {machines} machines"
         raise ConfigError(Problem(message, "--num_processes", allowed="the processes of all machines together"))
     return Command(variables, total // (machines or 1) if total else None, machines or 1, tuple(words[place + 1 :]))
 
@@ -94,5 +94,5 @@ def _launcher() -> FlagParser:
 
 def _number(text: str | None, name: str) -> int | None:
     if text is not None and not (text.isdecimal() and int(text)):
-        raise ConfigError(Problem(f'"{text}" is no number above 0', f"--{name}"))
+        raise ConfigError(Problem(f'"{text}" is not a number above 0', f"--{name}"))
     return int(text) if text else None

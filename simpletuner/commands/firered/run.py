@@ -112,7 +112,7 @@ def write_configuration(
         processes: what the launcher says of them.
 
     Raises:
-        ConfigError: one is there already.
+        ConfigError: one already exists.
     """
     given, secrets = options_of(translation.rest)
     if secrets:

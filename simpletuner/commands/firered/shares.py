@@ -31,9 +31,9 @@ def read_weights(text: str, key: str) -> dict[str, float]:
         except ValueError:
             weight = math.nan
         if not name or not equals or not 0 <= weight < math.inf:
-            raise ConfigError(Problem(f'"{part}" is no weight', f"--{key}", allowed="name=number,... from 0 on"))
+            raise ConfigError(Problem(f'"{part}" is not a weight', f"--{key}", allowed="name=number,... from 0 on"))
         if name in weights:
-            raise ConfigError(Problem(f'"{name}" is there twice', f"--{key}", fix="keep one of them"))
+            raise ConfigError(Problem(f'"{name}" is given twice', f"--{key}", fix="keep one of them"))
         weights[name] = weight
     return weights
 
@@ -54,7 +54,7 @@ def read_task_weights(text: str | None, tasks: Sequence[str]) -> dict[str, float
     allowed = ", ".join(tasks)
     if missing := [name for name in weights if name not in tasks]:
         raise ConfigError(
-            Problem(f'"{missing[0]}" is no folder of --train_data_meta_dir', f"--{TASKS}", allowed=allowed)
+            Problem(f'"{missing[0]}" is not a folder of --train_data_meta_dir', f"--{TASKS}", allowed=allowed)
         )
     trained = {name: weight for name, weight in weights.items() if weight}
     if not trained:
@@ -70,7 +70,7 @@ def read_count_weights(text: str) -> dict[int, float]:
     """
     weights = read_weights(text, COUNTS)
     if wrong := [name for name in weights if not name.isdecimal()]:
-        message = f'"{wrong[0]}" is no number of source images'
+        message = f'"{wrong[0]}" is not a number of source images'
         raise ConfigError(Problem(message, f"--{COUNTS}", allowed="0=weight,1=weight,..."))
     trained = {int(name): weight for name, weight in weights.items() if weight}
     if not trained:

@@ -140,7 +140,7 @@ def _write_full(tensors: dict[str, Tensor], document: YamlDocument, save_path: P
     try:
         denoiser.load_state_dict(tensors, strict=True, assign=True)
     except RuntimeError as error:
-        message = f"does not fit model.arch_opt: {' '.join(str(error).split())[:400]}"
+        message = f"does not match model.arch_opt: {' '.join(str(error).split())[:400]}"
         raise DataError(Problem(message, file=str(file), fix="name the options file of this run")) from error
     denoiser.save_pretrained(save_path)
     return save_path

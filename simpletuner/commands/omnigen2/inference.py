@@ -112,7 +112,7 @@ def parse(arguments: Sequence[str]) -> dict[str, Any]:
             found[name] = _value(name, FLAGS[name], words.pop(0) if value is None else value)
         else:
             allowed = ", ".join(f"--{flag}" for flag in (*FLAGS, INPUTS, *SWITCHES))
-            raise ConfigError(Problem(f'"{word}" is no flag', allowed=allowed))
+            raise ConfigError(Problem(f'"{word}" is not a flag', allowed=allowed))
     return found
 
 
@@ -120,7 +120,7 @@ def _value(name: str, flag: Flag, text: str) -> Any:
     try:
         value = flag.kind(text)
     except ValueError:
-        raise ConfigError(Problem(f'"{text}" is no number', key=f"--{name}")) from None
+        raise ConfigError(Problem(f'"{text}" is not a number', key=f"--{name}")) from None
     if flag.choices and value not in flag.choices:
         raise ConfigError(Problem(f'"{text}" cannot be used', key=f"--{name}", allowed=", ".join(flag.choices)))
     return value
@@ -178,7 +178,7 @@ def use_flags(family: ModelFamily, flags: Mapping[str, Any], say: Callable[[str]
     if family.device.type != "cpu":
         family.dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[flags["dtype"] or "bf16"]
     elif flags["dtype"] not in (None, "fp32"):
-        say(f"--dtype {flags['dtype']} has no effect on a processor, which computes in float32")
+        say(f"--dtype {flags['dtype']} has no effect on a CPU, which computes in float32")
 
 
 def generate(flags: Mapping[str, Any], family: ModelFamily, say: Callable[[str], None]) -> list[Path]:

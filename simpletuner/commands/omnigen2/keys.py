@@ -203,7 +203,7 @@ def _transport(keys: Keys, config: dict[str, Any], max_output_pixels: int) -> No
         keys.refuse("transport.snr_type", f'"{kind}" cannot be trained with', "lognorm, stratified_uniform")
     version = keys.take("transport.time_shift_version", str, "v1")
     if version not in ("v1", "v2"):
-        keys.refuse("transport.time_shift_version", f'"{version}" is no shift', "v1, v2")
+        keys.refuse("transport.time_shift_version", f'"{version}" is not a shift', "v1, v2")
     is_shifted = keys.take("transport.do_shift", bool, False)
     is_dynamic = keys.take("transport.dynamic_time_shift", bool, False)
     if not is_shifted:
@@ -256,7 +256,7 @@ def _schedule(keys: Keys, config: dict[str, Any]) -> None:
         )
     comes_before = keys.take("train.warmup_prefix", bool, False)
     if keys.take("train.t_in_epochs", bool, False):
-        keys.refuse("train.t_in_epochs", "the schedule goes by optimizer steps", "false")
+        keys.refuse("train.t_in_epochs", "the schedule counts optimizer steps", "false")
     length, lowest = keys.take("train.t_initial", int, None), keys.take("train.lr_min", float, 0.0)
     decay = keys.take("train.cycle_decay", float, 1.0)
     steps, cycles = keys.take("train.lr_warmup_steps", int, 0), keys.take("train.lr_num_cycles", int, 1)
@@ -274,7 +274,7 @@ def _schedule(keys: Keys, config: dict[str, Any]) -> None:
         config |= {"lr_scheduler": name, "lr_warmup_steps": steps, "lr_num_cycles": cycles, "lr_power": power}
     else:
         allowed = ", ".join(("timm_constant_with_warmup", "timm_cosine", *SCHEDULES))
-        keys.refuse("train.lr_scheduler", f'"{name}" is no schedule that is built', allowed)
+        keys.refuse("train.lr_scheduler", f'"{name}" is not a supported schedule', allowed)
 
 
 def _adapter(keys: Keys, config: dict[str, Any]) -> None:
@@ -291,7 +291,7 @@ def _logging(keys: Keys, config: dict[str, Any]) -> None:
     given = keys.document.values.get("logger.log_with")
     names = [keys.take("logger.log_with", str)] if isinstance(given, str) else keys.take("logger.log_with", list, [])
     if unknown := [name for name in names if name not in ("tensorboard", "wandb")]:
-        keys.refuse("logger.log_with", f'"{unknown[0]}" is no tracker that is built', "tensorboard, wandb")
+        keys.refuse("logger.log_with", f'"{unknown[0]}" is not a supported tracker', "tensorboard, wandb")
     config["report_to"] = ",".join(names) or "none"
     config["tracker_project_name"] = "OmniGen2"
     config["checkpoint_step_interval"] = keys.take("logger.checkpointing_steps", int, 0)
@@ -309,7 +309,9 @@ def accumulation(translation: Translation, document: YamlDocument, num_processes
     if total is None or per_pass * asked == total:
         return asked, None
     if total % per_pass:
-        message = f"{total} is no multiple of {per_pass}: {num_processes} processes with train.batch_size images each"
+        message = (
+            f"{total} is not a multiple of {per_pass}: {num_processes} processes with train.batch_size images each"
+        )
         allowed = ", ".join(str(per_pass * count) for count in (total // per_pass, total // per_pass + 1) if count)
         raise ConfigError(
             document.problem("train.global_batch_size", message, allowed, "change it, or train.batch_size")

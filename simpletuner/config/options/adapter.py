@@ -9,7 +9,7 @@ from pydantic import BeforeValidator
 from simpletuner.config.options.declare import OptionGroup, option
 from simpletuner.config.values import Bool, FilePath, Float, Int, Text, read_words
 
-_NEEDS_DATA = "it takes its start from activations or gradients on data, before the run has any"
+_NEEDS_DATA = "it initializes from activations or gradients on data, before the run has any"
 
 
 class AdapterOptions(OptionGroup):
@@ -75,7 +75,7 @@ class AdapterOptions(OptionGroup):
         "which more programs read; with `use_dora` it is `diffusers` for all.",
     )
     use_dora: Bool = option(
-        False, help="Weight-decomposed LoRA (DoRA): also trains the length of each row. Slower, needs the weights."
+        False, help="Weight-decomposed LoRA (DoRA): also trains the magnitude of each row. Slower, needs the weights."
     )
     peft_lora_mode: Literal["standard", "singlora"] = option(
         "standard",

@@ -23,7 +23,7 @@ class CheckpointOptions(OptionGroup):
     checkpoint_epoch_interval: Int | None = option(None, help="Save every n epochs.", unit="epochs", ge=1)
     checkpoints_total_limit: Int | None = option(
         5,
-        help="Checkpoints that are kept; the oldest goes after a new one is complete. 0 or unset keeps all.",
+        help="Number of checkpoints to keep; the oldest is deleted after a new one is complete. 0 or unset keeps all.",
         unit="checkpoints",
         ge=0,
         level="basic",
@@ -43,10 +43,10 @@ class CheckpointOptions(OptionGroup):
         empty_is_value=True,
     )
     checkpointing_rolling_steps: Int = option(
-        0, help="Save a passing checkpoint every n steps.", planned="use checkpoint_step_interval", ge=0
+        0, help="Save a rolling checkpoint every n steps.", planned="use checkpoint_step_interval", ge=0
     )
     checkpoints_rolling_total_limit: Int = option(
-        1, help="Passing checkpoints that are kept.", planned="use checkpoints_total_limit", ge=1
+        1, help="Number of rolling checkpoints to keep.", planned="use checkpoints_total_limit", ge=1
     )
 
     @property

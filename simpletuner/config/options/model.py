@@ -9,7 +9,7 @@ from simpletuner.config.values import Bool, Checkpointing, Int, Interval, Text, 
 
 # How prompts are encoded, where a family has a choice (`FamilySpec.prompt_options`).
 PROMPT_OPTIONS = ("clip_skip", "force_zeros_for_empty_prompt")
-NO_OTHER_FAMILY = "no family that is built uses it"
+NO_OTHER_FAMILY = "no supported family uses it"
 
 
 AttentionKernel = Literal["diffusers", "native-flash", "native-efficient", "native-math", "cudnn"]
@@ -26,7 +26,7 @@ REFUSED_ATTENTION = {
     "xformers": "torch has the same algorithm; use native-efficient",
     "flash-attn-2": _INSTALLED_APART,
     "flash-attn-3": "its package is not part of this one; use cudnn, which is near to it on the same cards",
-    "flex": "it gains where attention is sparse, which no family's is; use native-flash",
+    "flex": "it helps only with sparse attention, which no family has; use native-flash",
     "sageattention": "it rounds queries and keys and has no backward pass; use native-flash",
     "metal-flash-attention": "it has no backward pass; use diffusers",
 }
@@ -38,7 +38,7 @@ class ModelOptions(OptionGroup):
     model_family: Text = option(
         REQUIRED,
         takes="one of those that `simpletuner models` lists",
-        help="Name of the model family; a wrong one is answered with the list of all.",
+        help="Name of the model family; an unknown name is refused with the list of all.",
         level="basic",
     )
     model_flavour: Text | None = option(

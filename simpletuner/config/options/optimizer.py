@@ -16,11 +16,11 @@ REFUSED_OPTIMIZERS = {
     "torch-sparseadam": "it takes sparse gradients, which no layer here makes; use torch-adam",
     "dadaptation": "its package is no longer maintained; use prodigy, which follows from it",
     "deepspeed-adamw": "it is DeepSpeed's own; use adamw_bf16",
-    "sdnq-adamw": "it stands on another quantization library; use ao-adamw8bit",
-    "sdnq-adafactor": "it stands on another quantization library; use adafactor",
-    "sdnq-came": "it stands on another quantization library; use came",
-    "sdnq-lion": "it stands on another quantization library; use bnb-lion8bit",
-    "sdnq-muon": "it stands on another quantization library; use muon",
+    "sdnq-adamw": "it needs another quantization library; use ao-adamw8bit",
+    "sdnq-adafactor": "it needs another quantization library; use adafactor",
+    "sdnq-came": "it needs another quantization library; use came",
+    "sdnq-lion": "it needs another quantization library; use bnb-lion8bit",
+    "sdnq-muon": "it needs another quantization library; use muon",
 }
 
 OptimizerName = Literal[
@@ -94,7 +94,7 @@ class OptimizerOptions(OptionGroup):
     optimizer: OptimizerName | RefusedOptimizer = option(
         "adamw_bf16",
         help="`adamw_bf16` is AdamW that rounds bf16 weights stochastically; `bnb-lion8bit-paged` takes the least "
-        "memory. What each is and takes stands in OPTIMIZERS.md.",
+        "memory. OPTIMIZERS.md says what each is and needs.",
         level="basic",
         planned_values=REFUSED_OPTIMIZERS,
     )

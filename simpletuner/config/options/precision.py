@@ -47,11 +47,11 @@ REFUSED = {
     **dict.fromkeys(("fp8-native", "fp8-transformerengine"), "products in float8 are not built; use fp8-torchao"),
     **dict.fromkeys(
         ("int8-sdnq", "uint8-sdnq", "int16-sdnq", "uint16-sdnq", "fp16-sdnq", "int6-sdnq", "int5-sdnq", "uint5-sdnq"),
-        "it stands on another quantization library; use int8-quanto",
+        "it needs another quantization library; use int8-quanto",
     ),
-    "fp8-sdnq": "it stands on another quantization library; use fp8-quanto",
+    "fp8-sdnq": "it needs another quantization library; use fp8-quanto",
     **dict.fromkeys(
-        ("uint4-sdnq", "uint3-sdnq", "uint2-sdnq"), "it stands on another quantization library; use int4-quanto"
+        ("uint4-sdnq", "uint3-sdnq", "uint2-sdnq"), "it needs another quantization library; use int4-quanto"
     ),
 }
 
@@ -109,7 +109,7 @@ class PrecisionOptions(OptionGroup):
     deterministic: Bool = option(
         False,
         help="Use only kernels that give the same bits each time: on a GPU two runs, and a run that was resumed, are "
-        "then equal bit for bit. Costs speed; on a processor runs are equal without it.",
+        "then equal bit for bit. Costs speed; on a CPU runs are equal without it.",
     )
     dynamo_backend: Literal["no", "inductor", "eager", "aot_eager", "cudagraphs"] = option(
         "no",

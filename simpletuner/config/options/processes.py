@@ -55,11 +55,11 @@ class ProcessOptions(OptionGroup):
     )
     fsdp_cpu_offload: Bool = option(
         False,
-        help="Keep the spread weights in main memory and fetch each block's to the device: slow, least memory.",
+        help="Keep the sharded weights in main memory and fetch each block's to the device: slow, least memory.",
     )
     deepspeed_config: FilePath | None = option(
         None,
-        help="DeepSpeed configuration file: its ZeRO stage decides what is spread over the processes: 1 the "
+        help="DeepSpeed configuration file: its ZeRO stage decides what is sharded across the processes: 1 the "
         "optimizer's state, 2 gradients too, 3 weights too. Needs several processes.",
         path="input",
     )

@@ -49,7 +49,7 @@ class ReportingOptions(OptionGroup):
         False, help="Upload the weights of each checkpoint too, each as a commit with the tag `step-<step>`."
     )
     push_to_hub_background: Bool = option(
-        True, help="Upload checkpoints while training goes on; `false` waits for each upload."
+        True, help="Upload checkpoints while training continues; `false` waits for each upload."
     )
     hub_model_id: Text | None = option(
         None,

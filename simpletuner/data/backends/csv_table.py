@@ -98,7 +98,7 @@ class CsvBackend:
         try:
             path = path_inside(self._root, name)
             if path.lower().endswith(CAPTION_SUFFIX.encode()):
-                raise UnusableFile("is a text file and no image")
+                raise UnusableFile("is a text file, not an image")
         except UnusableFile as error:
             path = name.encode() or b"(empty)"
             self._refused[path] = str(error)

@@ -145,9 +145,9 @@ def _refuse(error: Exception, wanted: HubDataset) -> NoReturn:
 
     kind: type[DataError | ConfigError] = DataError
     key, reason = "dataset_name", " ".join(str(error).split())[:200]
-    fix = "look at the network, then start again: what was fetched is kept"
+    fix = "check the network, then start again: what was fetched is kept"
     if isinstance(error, GatedRepoError):
-        reason, fix = "its owner must let you in", "ask on its page, then log in: hf auth login"
+        reason, fix = "its owner must grant you access", "request access on its page, then log in: hf auth login"
     elif isinstance(error, RevisionNotFoundError):
         kind, key, reason = ConfigError, "revision", f"it has no revision {wanted.revision or CONVERTED_BRANCH}"
         fix = "correct the revision" if wanted.revision else "name a branch that holds Parquet files"
@@ -158,4 +158,4 @@ def _refuse(error: Exception, wanted: HubDataset) -> NoReturn:
         kind, reason, fix = ConfigError, "it is neither a path that exists nor an id such as owner/name", "correct it"
     elif isinstance(error, LocalEntryNotFoundError):
         fix = "fetch it once with the network (without HF_HUB_OFFLINE), or give a folder"
-    raise kind(wanted.problem(key, f"the dataset {wanted.name} cannot be had: {reason}", fix=fix)) from error
+    raise kind(wanted.problem(key, f"the dataset {wanted.name} cannot be fetched: {reason}", fix=fix)) from error

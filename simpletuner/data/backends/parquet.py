@@ -183,7 +183,7 @@ class ParquetBackend:
                 raise self._no_column("caption_column", ", ".join(CAPTION_COLUMNS), "are no columns", schema)
         for column in wanted:
             if column not in schema.names or not _holds_text(schema.field(column).type):
-                raise self._no_column("caption_column", column, f"is no column of text in {name.decode()}", schema)
+                raise self._no_column("caption_column", column, f"is not a text column of {name.decode()}", schema)
         return wanted
 
     def _no_column(self, key: str, column: str, message: str, schema: pa.Schema) -> DataError:
@@ -236,7 +236,7 @@ def _image(rows: pa.Table, offset: int) -> bytes:
     if data:
         return data
     if isinstance(value, dict) and value.get("path"):
-        raise UnusableFile("the row holds a path and no image; write the table with the images in it")
+        raise UnusableFile("the row contains a path and no image; write the table with the images in it")
     raise UnusableFile("the row holds no image")
 
 

@@ -141,7 +141,7 @@ class S3Backend:
         place = f"{self.location}/{folder.decode()}".rstrip("/")
         address = self.bucket.endpoint_url or "the store"
         key, message = "aws_endpoint_url", f"{place} cannot be listed: {error}"
-        fix = "look at the address, the network and the login"
+        fix = "check the address, the network and the login"
         if isinstance(error, FileNotFoundError):
             key, message = "aws_bucket_name", f"there is no bucket {self.bucket.name} at {address}"
             fix = "correct the name"

@@ -67,7 +67,7 @@ class OmniGen2Pipeline(FlowPipeline):
             references: per prompt its reference images.
 
         Raises:
-            ValueError: a size that is no multiple of 16, or no VAE where one is needed.
+            ValueError: a size that is not a multiple of 16, or no VAE where one is needed.
         """
         self.require_vae(output_type, references)
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)

@@ -3,7 +3,7 @@
 The network is given sigma (1 on noise) and answers `noise - data`, which is the project's sign
 (`pipeline_qwenimage.py`, step 6: the scheduler's times divided by 1000). Times are sampled from sigmoid(N(0, 1)) and
 shifted with the size of the image as the model's own scheduler shifts them; that its sampling then ends at sigma 0.02
-(`shift_terminal`) is no part of the training distribution, which has all noise levels.
+(`shift_terminal`) is not a part of the training distribution, which has all noise levels.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 The network is given sigma (1 on noise) and answers `noise - data`, which is the project's sign
 (`pipeline_qwenimage21.py`, step 5). Times are shifted with the size of the image as the model's own scheduler shifts
-them; that its sampling ends at sigma 0.02 (`shift_terminal`) is no part of the training distribution.
+them; that its sampling ends at sigma 0.02 (`shift_terminal`) is not a part of the training distribution.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ _CLIP = "transformers.CLIPText"
 
 _FAIR = "Fair AI Public License 1.0-SD"
 _V: dict[str, Any] = {"validation_guidance": 4.5, "validation_guidance_rescale": 0.7}
-_EDM = "its noise levels are those of EDM, which are not built"
+_EDM = "its noise levels are those of EDM, which are not supported"
 
 
 def _flavour(name: str, hub_id: str, words: str, licence: str, **defaults: Any) -> Flavour:

@@ -1,6 +1,6 @@
 """`metrics.csv`: a row for each optimizer step with all its numbers, for spreadsheets and data frames.
 
-`metrics.jsonl` is the record; this table is made of it. A run that goes on makes the table again from the records that
+`metrics.jsonl` is the record; this table is made of it. A resumed run makes the table again from the records that
 were kept, so it has no step twice and no hole. A column never moves: numbers that come later (an eval loss, a score)
 stand behind the known ones, and the rows before them stay empty there.
 """

@@ -56,7 +56,7 @@ class JsonlSink:
     def close(self) -> None:
         """Write what still waits: a run that failed before it started leaves its reasons in the file.
 
-        Not in that of a run that is there already: a start that was refused is no part of it.
+        Not in that of a run that already exists: a start that was refused is no part of it.
         """
         if self._waiting and (self._file is not None or not has_run(self.path)):
             self._flush(self._file or self._open())
@@ -119,7 +119,7 @@ def has_run(path: Path) -> bool:
 
 
 def start_from(path: Path, start_step: int) -> None:
-    """Leave only what a run that goes on after `start_step` will not write again.
+    """Leave only what a resumed run after `start_step` will not write again.
 
     At step 0 the whole old file is another run's, if one has begun in it: it is renamed to the next free
     `metrics.<n>.jsonl`.

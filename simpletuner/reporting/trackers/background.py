@@ -50,7 +50,7 @@ class TrackerSink:
     def handle(self, event: Event) -> None:
         if isinstance(event, RunStarted):
             if event.is_complete or event.start_step >= event.total_steps:
-                self._exit_code = 0  # nothing is left to do, which is no failure
+                self._exit_code = 0  # nothing is left to do, which is not a failure
             self._start(event)
         elif isinstance(event, RunFailed | RunFinished):
             self._exit_code = event.exit_code if isinstance(event, RunFailed) else 0

@@ -22,7 +22,7 @@ class TrackedRun:
         name: of the run (`tracker_run_name`, else the name of `output_dir`).
         project: `tracker_project_name`, None where not set.
         output_dir: folder of everything that the run writes.
-        start_step: optimizer steps already done; 0 for a new run, more for one that goes on.
+        start_step: optimizer steps already done; 0 for a new run, more for a resumed one.
         total_steps: optimizer steps at which the run ends.
         options: the resolved configuration, secrets left out.
         details: facts worth a line each (model, device, images).

@@ -1,6 +1,6 @@
 """Weights & Biases: numbers, images and the resolved configuration, online or offline (`WANDB_MODE=offline`).
 
-A run that goes on is the same run there: its id is kept in `output_dir/wandb_run.json`. Steps that are taken again
+A resumed run is the same run there: its id is kept in `output_dir/wandb_run.json`. Steps that are taken again
 after a kill are left out, as they have the very numbers that W&B holds already. A run that went back to an earlier
 checkpoint takes steps with other numbers: its new branch is a run of its own there, in the same group.
 """

@@ -138,7 +138,7 @@ def test_its_file_is_converted_read_and_written_with_the_same_change(name: str, 
     deltas = write_pickle(tmp_path / "epoch=0-step=500.ckpt", denoiser, layers)
     weights = read_adapter(convert(tmp_path / "epoch=0-step=500.ckpt", None), spec, denoiser)
     require_deltas(weights, deltas)
-    assert "alpha is taken for the rank" in weights.notices[0]
+    assert "alpha is taken to be the rank" in weights.notices[0]
 
     written = encode(weights, spec, "diffsynth", denoiser)
     assert {key.partition(".lora_")[0] for key in written} == set(layers)

@@ -153,7 +153,7 @@ def test_parts_of_a_model_train_where_they_can(workspace: Workspace, changes: di
         ({"assistant_lora_path": "./helpers/v2"}, "there is no file of this name"),
         ({"assistant_lora_path": "config"}, "holds no adapter file"),
         ({"assistant_lora_path": "owner/name", "model_type": "full"}, "beside an adapter that trains"),
-        ({"assistant_lora_path": "owner/name", "fsdp_enable": True, "num_processes": 2}, "works beside a whole one"),
+        ({"assistant_lora_path": "owner/name", "fsdp_enable": True, "num_processes": 2}, "needs a whole one"),
     ],
 )
 def test_assistants_that_cannot_be_used(workspace: Workspace, changes: dict[str, Any], words: str) -> None:

@@ -57,7 +57,7 @@ def masked(workspace: Workspace) -> Workspace:
         ({"end_step": 50}, "end_step", "no dataset takes part in step 51"),
         ({"start_epoch": 2, "end_epoch": 1}, "end_epoch", "is before start_epoch"),
         ({"probability": 0}, "probability", "nothing to train on"),
-        ({"conditioning_data": "gone"}, "conditioning_data", '"gone" is no dataset of dataset_type conditioning'),
+        ({"conditioning_data": "gone"}, "conditioning_data", '"gone" is not a dataset of dataset_type conditioning'),
         ({"metadata_file": "x.csv"}, "metadata_file", "has no use: caption_strategy is filename"),
         ({"caption_strategy": "csv"}, "metadata_file", "the folder holds none of metadata.csv"),
         ({"caption_strategy": "csv", "metadata_file": "x.csv"}, "metadata_file", "is not there"),
@@ -303,9 +303,9 @@ def test_filters_stand_in_the_entry_or_in_a_file(workspace: Workspace, name: str
 @pytest.mark.parametrize(
     ("filters", "words"),
     [
-        (["("], "is no regular expression"),
+        (["("], "is not a regular expression"),
         (["s/a/b"], "is not of the form s/expression/replacement/"),
-        ([r"s/a/\2/"], "is no regular expression"),
+        ([r"s/a/\2/"], "is not a regular expression"),
         (["gone.txt"], "cannot be read"),
         (["s//b/"], "has no expression"),
     ],

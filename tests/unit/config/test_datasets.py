@@ -105,7 +105,7 @@ def test_a_disabled_entry_takes_no_part_whatever_is_in_it(key: str) -> None:
         ({"caption_shuffle": {"enable": True, "split_on": "tab"}}, "comma, space, period"),
         ({"caption_shuffle": True}, '{"enable": true'),
         ({"caption_shuffle": {"enable": True, "dropout": 1}}, "dropout must be at least 0 and below 1"),
-        ({"caption_shuffle": {"enable": True, "keep_separator": ", "}}, "must not hold what split_on stands for"),
+        ({"caption_shuffle": {"enable": True, "keep_separator": ", "}}, "must not contain what split_on means"),
         ({"caption_shuffle": {"enable": True, "keep_seperator": "|||"}}, "keep_separator"),
         ({"skip_file_discovery": "vea"}, 'did you mean "vae"?'),
         ({"repeets": 3}, 'did you mean "repeats"?'),

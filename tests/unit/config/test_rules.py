@@ -242,7 +242,7 @@ def test_a_value_that_was_refused_is_not_judged_again(workspace: Workspace) -> N
     [
         ('{"a/b": "x"}', "cannot name a file"),
         ('{"": "x"}', "is empty"),
-        ('{" a": "x"}', "blanks around"),
+        ('{" a": "x"}', "spaces around"),
         ('{"a": ""}', "is not a prompt"),
         ('{"a": 3}', "is not a prompt"),
         ('{"Cat": "x", "cat": "y"}', "in capitals only"),

@@ -27,7 +27,7 @@ class Odd:
     """One file.
 
     Args:
-        name: of the file; bytes where it is no text.
+        name: of the file; bytes where it is not text.
         content: its bytes, or what makes it at a path.
         reason: regular expression of why it is not used; empty for one that is odd but sound.
     """

@@ -158,8 +158,8 @@ def test_what_a_mix_cannot_meet_is_refused_at_the_start(folder: Path) -> None:
     assert len(build(folder, mix(folder / "mix.yml", ("rows.jsonl", 1), ("empty.jsonl", 0)))) == 1
     for entry, words in (
         (("none.jsonl", 1), "there is nothing of this name"),
-        (("rows.jsonl", -1), "-1 is no ratio"),
-        (("rows.jsonl", "much"), "much is no ratio"),
+        (("rows.jsonl", -1), "-1 is not a ratio"),
+        (("rows.jsonl", "much"), "much is not a ratio"),
         (("rows.jsonl", 0), "no entry has a ratio above 0"),
         (("mix.yml", 1), "this mix is part of itself"),
         (("images/a.png", 1), "is of another kind"),
@@ -241,5 +241,5 @@ def test_weights_of_numbers_of_references_decide_their_shares(folder: Path) -> N
 
 
 def test_weights_that_leave_no_row_are_refused(folder: Path) -> None:
-    with pytest.raises(DataError, match="have 1 references, which weigh nothing"):
+    with pytest.raises(DataError, match="have 1 references, which have weight 0"):
         build(folder, write_rows(folder / "rows.jsonl", row("b", "a")), reference_weights={0: 1.0, 1: 0.0})

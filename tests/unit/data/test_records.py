@@ -171,11 +171,11 @@ def test_paths_are_looked_for_in_the_root_then_beside_the_file(folder: Path) -> 
     [
         ({"target": "images/none.png"}, 'there is no image "images/none.png"'),
         ({"references": ["images/none.png"]}, 'there is no image "images/none.png"'),
-        ({"references": {"1": "images/b.png"}}, '"references" is no list of paths'),
+        ({"references": {"1": "images/b.png"}}, '"references" is not a list of paths'),
         ({"references": None, "reference_2": "images/b.png"}, '"reference_1" is missing, and a later one is given'),
         ({"reference_1": "images/b.png"}, '"references" and "reference_1" both name references'),
         ({"instruction": " "}, '"instruction" is missing'),
-        ({"instruction": 3}, '"instruction" is no text'),
+        ({"instruction": 3}, '"instruction" is not text'),
         ({"target": None}, '"target" is missing'),
         ({"output_image": "images/b.png"}, '"target" and "output_image" differ'),
         ({"reference": ["images/b.png"]}, 'there is no column "reference" in rows; did you mean "references"?'),

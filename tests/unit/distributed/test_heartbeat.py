@@ -84,7 +84,7 @@ def wait_in_evaluation(process_group):
 def test_a_frozen_process_is_given_up_and_named_with_who_waited_where():
     answer, _ = in_two(wait_in_evaluation, freeze, minutes=1.5 / 60)
     assert answer["code"] == 3
-    assert "process 1 of 2 has given no sign for 0.025 minutes; process 0 waited for it in wait_in" in answer["error"]
+    assert "process 1 of 2 has not responded for 0.025 minutes; process 0 waited for it in wait_in" in answer["error"]
     assert answer["seconds"] > 1.0
 
 

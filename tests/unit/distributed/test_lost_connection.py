@@ -40,7 +40,7 @@ def test_a_connection_that_breaks_is_reported_as_a_process_that_ended():
         )
     reported, _ = main.communicate(timeout=120)
     assert main.returncode == 0
-    assert reported.startswith("another process of this run has ended, and says why itself")
+    assert reported.startswith("another process of this run has ended, and reports the reason itself")
 
 
 def test_who_waits_for_a_process_that_left_on_a_signal_leaves_on_it_too():

@@ -56,7 +56,7 @@ def test_the_code_is_python_that_names_the_files(job, kind):
     ("family", "kind", "form", "loader", "readers"),
     [
         ("sdxl", "lora", "kohya", "load_lora_weights('me/stars'", "read by diffusers, ComfyUI, A1111, Forge and"),
-        ("sdxl", "dora", "kohya", 'load_lora_weights("exported"', "diffusers drops the trained lengths"),
+        ("sdxl", "dora", "kohya", 'load_lora_weights("exported"', "diffusers drops the trained magnitudes"),
         ("sd3", "lora", "kohya", 'load_lora_weights("exported"', "diffusers changes nothing, without an error"),
         ("omnigen", "dora", "kohya", "load_file('exported/", "read by no other program"),
         ("flux", "lora", "comfyui", 'load_lora_weights("exported"', "read by ComfyUI"),

@@ -1,4 +1,4 @@
-"""What is said when a model cannot be had: the reason, and what to do about it."""
+"""What is said when a model cannot be fetched: the reason, and what to do about it."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ def test_a_family_of_another_package_is_found_by_its_entry_point(install):
     [
         ("no_such_package.spec:SPEC", "ModuleNotFoundError"),
         ("tests.families.auraflow.spec:NOTHING", "AttributeError"),
-        ("tests.families.auraflow.spec:BLOCKS", "is no FamilySpec"),
+        ("tests.families.auraflow.spec:BLOCKS", "is not a FamilySpec"),
         ("tests.families.auraflow.spec:AURAFLOW", 'calls itself "auraflow"'),
     ],
 )

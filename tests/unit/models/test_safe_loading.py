@@ -209,7 +209,7 @@ def test_convert_writes_the_tensors_of_a_pickle(tmp_path: Path, wrap: Callable) 
     found = load_file(written)
     assert found.keys() == tensors.keys()
     assert all(torch.equal(found[key], tensors[key]) for key in tensors)
-    with pytest.raises(ConfigError, match="is there already"):
+    with pytest.raises(ConfigError, match="already exists"):
         convert(tmp_path / "weights.ckpt", None)
 
 
@@ -228,7 +228,7 @@ def test_convert_takes_a_folder_of_files_that_are_one_tensor(tmp_path: Path, mar
         convert_folder(tmp_path / "embeddings")
     assert not marker.exists()
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ConfigError, match="holds no such file"):
+    with pytest.raises(ConfigError, match="contains no such file"):
         convert_folder(tmp_path / "empty")
 
 

@@ -81,7 +81,7 @@ def test_with_it_the_run_waits_says_so_once_and_goes_on_to_the_same_bits(tmp_pat
     assert len(tries) == 6 + 4
     [paused] = texts(recorder, "error")
     assert "the run is paused at step 1: checkpoint-1 cannot be written: the disk is full" in paused
-    assert texts(recorder, "info")[-1] == "the run goes on: checkpoint-1 is written"
+    assert texts(recorder, "info")[-1] == "the run continues: checkpoint-1 is written"
     assert weights_of(run) == weights_of(straight)
 
 

@@ -207,7 +207,7 @@ def test_a_failure_costs_the_images_and_not_the_run(setup: Setup, monkeypatch: p
     assert setup.run(20) == []
     [notice] = setup.recorder.of(Notice)
     assert notice.severity == "error"
-    assert "training goes on" in notice.text
+    assert "training continues" in notice.text
     assert setup.denoiser.training
 
 
@@ -336,7 +336,7 @@ def test_scores_name_each_image_and_a_failing_score_keeps_the_images(
 
     monkeypatch.setattr(validator._scorer, "score", no_memory)
     assert len(validator.run(setup.denoiser, setup.adapter, None, 40)) == 3
-    assert "no scores at step 40: out of memory; training goes on" in [n.text for n in setup.recorder.of(Notice)]
+    assert "no scores at step 40: out of memory; training continues" in [n.text for n in setup.recorder.of(Notice)]
 
 
 def test_previews_of_every_kind_of_weights_are_reported_where_no_webhook_is(setup: Setup, omnigen_folder: Path):
@@ -404,7 +404,7 @@ def test_images_that_another_process_cannot_prepare_are_drawn_by_none(setup: Set
     is_asked_to_stop, has_failed = False, True
     validator.together = pair(is_asked_to_stop, has_failed)
     assert validator.run(setup.denoiser, setup.adapter, None, 20) == []
-    assert "another process failed; training goes on" in setup.recorder.of(Notice)[-1].text
+    assert "another process failed; training continues" in setup.recorder.of(Notice)[-1].text
     assert not setup.recorder.of(PhaseProgress)
 
 
@@ -413,7 +413,7 @@ def test_files_that_cannot_be_written_cost_the_images_of_all_processes(setup: Se
     validator = setup.validator()
     validator.together = pair()
     assert validator.run(setup.denoiser, setup.adapter, setup.ema, 20) == []
-    assert "training goes on" in setup.recorder.of(Notice)[-1].text
+    assert "training continues" in setup.recorder.of(Notice)[-1].text
 
 
 def test_a_failure_inside_of_an_image_ends_processes_that_generate_together(setup: Setup, monkeypatch):

@@ -165,7 +165,7 @@ def test_the_stage_of_deepspeed_needs_processes_and_no_float16(folder: Path) -> 
     alone = translated("sd3", *words)
     assert alone.deepspeed == {}
     assert alone.config["mixed_precision"] == "fp16"
-    assert "nobody to share with" in alone.notes[-1]
+    assert "no other to share with" in alone.notes[-1]
     several = translated("sd3", *words, processes=2)
     assert several.config["mixed_precision"] == "bf16"
     written = import_run(several, folder / "config/sd3", print)

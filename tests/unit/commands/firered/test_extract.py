@@ -239,7 +239,7 @@ def test_rows_that_cannot_be_used_are_named_and_can_be_left_out(table: Path, fam
             'there is no image "gone.png"',
             '"target_image" is missing',
             "neither a path",
-            '"instruction" is no text',
+            '"instruction" is not text',
             "--allow_urls",
         ),
         start=4,

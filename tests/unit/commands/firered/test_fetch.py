@@ -23,7 +23,7 @@ from simpletuner.commands.firered.fetch import FetchError, fetch, is_url, public
 def test_addresses_inside_of_a_network_are_refused(host: str) -> None:
     with pytest.raises((FetchError, OSError)) as caught:
         public_address(host, 80)
-    assert isinstance(caught.value, socket.gaierror) or "no public address" in str(caught.value)
+    assert isinstance(caught.value, socket.gaierror) or "not a public address" in str(caught.value)
 
 
 def test_a_public_address_is_taken_and_one_of_several_that_is_not_refuses_all(monkeypatch) -> None:
@@ -111,11 +111,11 @@ def test_a_redirection_is_held_to_the_same_rules(server, tmp_path: Path, monkeyp
     known = {"example.org": "127.0.0.1"}
     monkeypatch.setattr(fetching, "public_address", lambda host, port: known.get(host) or public_address(host, port))
     server.where = where
-    with pytest.raises(FetchError, match=r"no address of http or https|no public address"):
+    with pytest.raises(FetchError, match=r"not an http or https URL|not a public address"):
         fetch(address(server, "/moved"), tmp_path / "a.png")
 
 
 def test_redirections_end(server, tmp_path: Path) -> None:
     server.where = address(server, "/moved")
-    with pytest.raises(FetchError, match="leads on more than 3 times"):
+    with pytest.raises(FetchError, match="redirects more than 3 times"):
         fetch(address(server, "/moved"), tmp_path / "a.png")

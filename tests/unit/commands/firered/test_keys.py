@@ -268,9 +268,9 @@ def test_flags_without_effect_are_reported_where_they_are_given() -> None:
     ("words", "said"),
     [
         (["train", "--x"], "there is no sft in the command"),
-        (["torchrun", "-m", "src.sft"], '"torchrun" is no launcher'),
-        (["accelerate", "launch", "--num_processes=3", "--num_machines=2", "-m", "src.sft"], "no multiple of the 2"),
-        (["accelerate", "launch", "--num_processes=x", "-m", "src.sft"], "no number above 0"),
+        (["torchrun", "-m", "src.sft"], '"torchrun" is not a supported launcher'),
+        (["accelerate", "launch", "--num_processes=3", "--num_machines=2", "-m", "src.sft"], "not a multiple of the 2"),
+        (["accelerate", "launch", "--num_processes=x", "-m", "src.sft"], "not a number above 0"),
         (["accelerate", "launch", "--use_deepspeed", "-m", "src.sft"], "--use_deepspeed"),
     ],
 )

@@ -47,12 +47,12 @@ def test_weights_that_leave_nothing_are_refused() -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("a=1,d=1", '"d" is no folder of --train_data_meta_dir'),
-        ("a", '"a" is no weight'),
-        ("a=-1", '"a=-1" is no weight'),
-        ("a=nan", '"a=nan" is no weight'),
-        ("a=inf", '"a=inf" is no weight'),
-        ("a=1,a=2", '"a" is there twice'),
+        ("a=1,d=1", '"d" is not a folder of --train_data_meta_dir'),
+        ("a", '"a" is not a weight'),
+        ("a=-1", '"a=-1" is not a weight'),
+        ("a=nan", '"a=nan" is not a weight'),
+        ("a=inf", '"a=inf" is not a weight'),
+        ("a=1,a=2", '"a" is given twice'),
         ("a=0,b=0", "no task has a weight above 0"),
     ],
 )

@@ -81,7 +81,7 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
         convert_checkpoint(plain, tmp_path / "none.bin", folder, print)
     state.pop("x_embedder.bias")
     torch.save(state, weights)
-    with pytest.raises(DataError, match=r"does not fit model.arch_opt.*x_embedder.bias"):
+    with pytest.raises(DataError, match=r"does not match model.arch_opt.*x_embedder.bias"):
         convert_checkpoint(plain, weights, folder, print)
     torch.save({"x": Path("/")}, weights)
     with pytest.raises(DataError, match="contains more than tensors, and none of it was run"):

@@ -151,14 +151,14 @@ def test_a_cosine_ends_with_the_run(tmp_path: Path) -> None:
         ),
         ("batch_size: 2", "batch_size: two", ['"two" cannot be used', "a whole number", "options.yml:5"]),
         ("do_shift: true", "snr_type: zero, do_shift: true", ['"zero" cannot be trained with', "stratified_uniform"]),
-        ("do_shift: true", "time_shift_version: v3, do_shift: true", ['"v3" is no shift', "v1, v2"]),
+        ("do_shift: true", "time_shift_version: v3, do_shift: true", ['"v3" is not a shift', "v1, v2"]),
         ("data_path: mix.yml", "data_path: mix.yml, use_chat_template: false", ["chat template"]),
         ("data_path: mix.yml", "data_path: mix.yml, maximum_text_tokens: 512", ["512 cannot be set", "888"]),
         ("1e-18", "1e-5", ["a warm-up begins at 0"]),
         ("name: mine", "", ["name: it is missing"]),
-        ("batch_size: 2", "batch_size: 2, lr_scheduler: piecewise_constant", ["no schedule that is built"]),
+        ("batch_size: 2", "batch_size: 2, lr_scheduler: piecewise_constant", ["not a supported schedule"]),
         ("model: {", "model: {resize_token_embeddings: true, ", ["the language model is used as it is"]),
-        ("name: mine", "name: mine\nlogger: {log_with: [swanlab]}", ['"swanlab" is no tracker']),
+        ("name: mine", "name: mine\nlogger: {log_with: [swanlab]}", ['"swanlab" is not a supported tracker']),
     ],
 )
 def test_what_cannot_be_done_is_refused_by_name(tmp_path: Path, old: str, new: str, words: list[str]) -> None:

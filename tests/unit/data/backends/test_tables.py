@@ -103,7 +103,7 @@ def test_rows_without_an_image_are_skipped_with_the_reason(images: list[bytes], 
     found, _, aside = scan(parquet(tmp_path / "a.parquet", name="a"), tmp_path)
     assert list(found) == ["a/000000000"]
     assert sorted(aside.values()) == [["a/000000001"], ["a/000000002"]]
-    assert any("holds a path and no image" in reason for reason in aside)
+    assert any("contains a path and no image" in reason for reason in aside)
 
 
 def test_without_a_wish_for_captions_no_caption_column_is_needed(images: list[bytes], tmp_path: Path) -> None:
