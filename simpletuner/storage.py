@@ -175,7 +175,7 @@ def read_tensor_metadata(path: str | Path) -> dict[str, str]:
     except OSError as error:
         raise DataError(Problem(f"cannot be read: {error.strerror}", file=str(path))) from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(Problem(f"is no whole safetensors file: {error}", file=str(path))) from error
+        raise DataError(Problem(f"is not a complete safetensors file: {error}", file=str(path))) from error
     return metadata
 
 

@@ -53,7 +53,7 @@ def read_yaml(path: Path) -> YamlDocument:
     """The mapping in a file.
 
     Raises:
-        ConfigError: it cannot be read, is no YAML, holds no mapping, or gives a key twice.
+        ConfigError: it cannot be read, is not YAML, holds no mapping, or gives a key twice.
     """
 
     def refused(message: str, line: int | None = None) -> ConfigError:
@@ -81,9 +81,9 @@ def read_yaml(path: Path) -> YamlDocument:
         raise refused(str(error)) from error
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
-        raise refused(f"is no YAML: {error.problem or error.context}", mark.line + 1 if mark else None) from error
+        raise refused(f"is not YAML: {error.problem or error.context}", mark.line + 1 if mark else None) from error
     except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise refused(f"is no YAML: {' '.join(str(error).split())[:200]}") from error
+        raise refused(f"is not YAML: {' '.join(str(error).split())[:200]}") from error
 
 
 def _entries(

@@ -438,5 +438,5 @@ def test_a_tensor_file_has_exactly_the_length_that_its_header_says(tmp_path):
     whole = path.read_bytes()
     for damaged in (whole[:-1], whole[:-16], whole + b"x"):
         path.write_bytes(damaged)
-        with pytest.raises(DataError, match="is no whole safetensors file"):
+        with pytest.raises(DataError, match="is not a complete safetensors file"):
             storage.read_tensor_metadata(path)

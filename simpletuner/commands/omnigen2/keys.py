@@ -157,7 +157,7 @@ def _data(keys: Keys, config: dict[str, Any]) -> tuple[int, tuple[int, ...], int
     )
     if not each or not all(isinstance(pixels, int) and pixels > 0 for pixels in each):
         keys.refuse(
-            "data.max_input_pixels", "is no list of pixel counts", "[1048576, 589824], one for each number of images"
+            "data.max_input_pixels", "is not a list of pixel counts", "[1048576, 589824], one for each number of images"
         )
         each = [most]
     return most, tuple(each), keys.take("data.max_side_length", int, 2048)

@@ -172,7 +172,7 @@ class ParquetBackend:
         schema = self._open(name).schema_arrow
         kind = schema.field(self._table.image_column).type if self._table.image_column in schema.names else None
         if kind is None or not _holds_images(kind):
-            message = f"holds no images in {name.decode()}" if kind else f"is no column of {name.decode()}"
+            message = f"holds no images in {name.decode()}" if kind else f"is not a column of {name.decode()}"
             raise self._no_column("image_column", self._table.image_column, message, schema)
         if not self._table.has_captions:
             return ()

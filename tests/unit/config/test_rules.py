@@ -361,12 +361,12 @@ def test_a_family_whose_levels_are_fixed_refuses_others_by_name(workspace: Works
     [
         ("omnigen", "flow_schedule_shift", 3.0, "OmniGen is trained on logit-normal times"),
         ("omnigen", "flow_schedule_auto_shift", True, "OmniGen is trained on logit-normal times"),
-        ("sdxl", "flow_schedule_shift", 3.0, "Stable Diffusion XL is no flow model"),
-        ("sdxl", "flow_use_beta_schedule", True, "Stable Diffusion XL is no flow model"),
-        ("sdxl", "flow_beta_schedule_alpha", 4.0, "Stable Diffusion XL is no flow model"),
-        ("sdxl", "flow_custom_timesteps", "0.5,1", "Stable Diffusion XL is no flow model"),
-        ("sdxl", "flow_schedule_terminal", 0.02, "Stable Diffusion XL is no flow model"),
-        ("sdxl", "flow_loss_weighting", "cosmap", "Stable Diffusion XL is no flow model"),
+        ("sdxl", "flow_schedule_shift", 3.0, "Stable Diffusion XL is not a flow model"),
+        ("sdxl", "flow_use_beta_schedule", True, "Stable Diffusion XL is not a flow model"),
+        ("sdxl", "flow_beta_schedule_alpha", 4.0, "Stable Diffusion XL is not a flow model"),
+        ("sdxl", "flow_custom_timesteps", "0.5,1", "Stable Diffusion XL is not a flow model"),
+        ("sdxl", "flow_schedule_terminal", 0.02, "Stable Diffusion XL is not a flow model"),
+        ("sdxl", "flow_loss_weighting", "cosmap", "Stable Diffusion XL is not a flow model"),
     ],
 )
 def test_noise_levels_that_a_family_has_no_use_for_are_ignored_with_a_warning(

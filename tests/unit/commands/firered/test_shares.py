@@ -67,7 +67,7 @@ def test_tasks_that_are_not_listed_are_not_trained() -> None:
     assert read_task_weights(None, ["a", "b"]) == {"a": 1.0, "b": 1.0}
 
 
-@pytest.mark.parametrize(("text", "words"), [("one=1", "no number of source images"), ("0=0,1=0", "above 0")])
+@pytest.mark.parametrize(("text", "words"), [("one=1", "not a number of source images"), ("0=0,1=0", "above 0")])
 def test_weights_of_numbers_that_are_refused(text: str, words: str) -> None:
     assert read_count_weights("0=0,1=10,2=0,3=0") == {1: 10.0}
     with pytest.raises(ConfigError) as caught:

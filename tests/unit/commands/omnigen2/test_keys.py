@@ -183,7 +183,7 @@ def test_the_global_batch_is_met_by_accumulation(tmp_path: Path, processes: int,
     found, line = accumulation(translation, document, processes)
     assert found == count
     assert (line is None) == (count == 1)
-    with pytest.raises(ConfigError, match="no multiple of 6: 3 processes"):
+    with pytest.raises(ConfigError, match="not a multiple of 6: 3 processes"):
         accumulation(translation, document, 3)
 
 

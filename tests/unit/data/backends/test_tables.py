@@ -115,10 +115,10 @@ def test_without_a_wish_for_captions_no_caption_column_is_needed(images: list[by
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"image_column": "photo"}, "things.image_column: photo is no column"),
+        ({"image_column": "photo"}, "things.image_column: photo is not a column"),
         ({"image_column": "text"}, "things.image_column: text holds no images"),
-        ({"caption_columns": ("label",)}, "things.caption_column: label is no column of text"),
-        ({"caption_columns": ("number",)}, "things.caption_column: number is no column of text"),
+        ({"caption_columns": ("label",)}, "things.caption_column: label is not a text column"),
+        ({"caption_columns": ("number",)}, "things.caption_column: number is not a text column"),
     ],
 )
 def test_a_wrong_column_is_an_error_that_lists_the_columns(
