@@ -69,7 +69,7 @@ def parts_of_the_model_are_trained_whole(draft: Draft) -> Iterator[Problem]:
             message = "chooses weights of the model itself, and model_type is lora"
             yield draft.problem(message, key, fix="remove the key (lora_target chooses layers of an adapter)")
         if config.processes.deepspeed_config:
-            message = "chooses some of the weights, and deepspeed_config spreads all"
+            message = "chooses some of the weights, and deepspeed_config shards all"
             yield draft.problem(message, key, fix="use fsdp_enable in place of deepspeed_config, or remove the key")
     row = OPTIMIZERS.get(config.optimizer.optimizer)
     if config.optimizer.trainable_modules_low_learning_rate and row and (row.tunes_lr or row.matrix_only):
@@ -88,7 +88,7 @@ def assistant_serves_an_adapter(draft: Draft) -> Iterator[Problem]:
         return
     for spread in ("fsdp_enable", "deepspeed_config"):
         if config.value(spread):
-            message = f"{spread} spreads the base, and the assistant LoRA works beside a whole one"
+            message = f"{spread} shards the base, and the assistant LoRA needs a whole one"
             yield draft.problem(message, key, fix=f"remove {spread}, or set assistant_lora_strength to 0")
 
 
@@ -99,7 +99,7 @@ def joined_magnitudes_have_their_base(draft: Draft) -> Iterator[Problem]:
         message = (
             f"{config.adapter.lora_format} files join layers, with use_dora by the lengths of the base's rows, and "
         )
-        message += "fsdp_enable spreads those over the processes"
+        message += "fsdp_enable shards those across the processes"
         fix = "train with diffusers; `simpletuner export` makes the other afterwards"
         yield draft.problem(message, "lora_format", "diffusers, lycoris", fix)
 

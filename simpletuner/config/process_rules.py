@@ -53,7 +53,7 @@ def sharding_has_processes_to_share(draft: Draft) -> Iterator[Problem]:
         return
     size = config.processes.num_processes * config.processes.num_machines
     if size == 1:
-        yield draft.problem("one process has nobody to share with", "fsdp_enable", fix="set num_processes above 1")
+        yield draft.problem("one process has no other to share with", "fsdp_enable", fix="set num_processes above 1")
     elif config.processes.fsdp_shard_size and size % config.processes.fsdp_shard_size:
         yield draft.problem(
             f"{config.processes.fsdp_shard_size} does not divide the {size} processes",
@@ -84,10 +84,10 @@ def the_deepspeed_file_can_be_used(draft: Draft) -> Iterator[Problem]:
     is_third = stage_of(settings) == 3
     row = OPTIMIZERS.get(config.optimizer.optimizer)
     if config.processes.fsdp_enable:
-        message = "spreads the model as fsdp_enable does"
+        message = "shards the model as fsdp_enable does"
         yield draft.problem(message, "deepspeed_config", fix="remove one of the two")
     if config.processes.num_processes == 1 and config.processes.num_machines == 1:
-        message = "one process has nobody to share with"
+        message = "one process has no other to share with"
         yield draft.problem(message, "deepspeed_config", fix="set num_processes above 1")
     if config.optimizer.max_grad_norm and config.optimizer.grad_clip_method == "value":
         message = "DeepSpeed clips by norm only"
@@ -101,10 +101,10 @@ def the_deepspeed_file_can_be_used(draft: Draft) -> Iterator[Problem]:
         )
         yield draft.problem(message, "optimizer", fix="use adamw_bf16 or lion")
     if is_third and config.training.use_ema:
-        message = "the average needs the weights that stage 3 spreads"
+        message = "the average needs the weights that stage 3 shards"
         yield draft.problem(message, "use_ema", "false with ZeRO stage 3", fix="use fsdp_enable, which keeps an EMA")
     if is_third and config.precision.base_model_precision not in (None, "no_change"):
-        message = "stage 3 spreads plain weights only"
+        message = "stage 3 shards plain weights only"
         yield draft.problem(message, "base_model_precision", "no_change", fix="use stage 2")
 
 

@@ -192,8 +192,8 @@ def test_the_global_batch_is_met_by_accumulation(tmp_path: Path, processes: int,
     [
         ("a: 1\na: 2", 'gives "a" twice'),
         ("- a\n- b", "no keys with values"),
-        ("a: [1,", "is no YAML"),
-        ("a: !!python/object/apply:os.system ['true']", "is no YAML"),
+        ("a: [1,", "is not YAML"),
+        ("a: !!python/object/apply:os.system ['true']", "is not YAML"),
         ("", "no keys with values"),
     ],
 )
