@@ -234,7 +234,7 @@ UNBUILT: Mapping[str, Unbuilt] = {
     "enable_model_cpu_offload": Unbuilt("whole models are not moved back and forth", fix="use enable_group_offload"),
     "group_offload_to_disk_path": Unbuilt("offloaded blocks wait in main memory only"),
     "ramtorch_target_modules": Unbuilt("enable_group_offload does this for all blocks"),
-    "ramtorch_text_encoder": Unbuilt("encoders are freed after encoding", fix="use text_encoder_1_precision"),
+    "ramtorch_text_encoder": Unbuilt("encoders are freed after encoding", fix="use text_encoder_offload"),
     "ramtorch_vae": Unbuilt("the VAE is freed after encoding"),
     "ramtorch_controlnet": Unbuilt("ControlNets cannot be trained yet"),
     "pretrained_t5_model_name_or_path": Unbuilt(

@@ -326,7 +326,7 @@ def text_caches_have_a_use(draft: Draft) -> Iterator[str]:
             place = draft.datasets.place(entry.id, "dataset_type")
             reads = f"{draft.spec.title} reads the tokens of captions"
             yield f"{place}: {entry.id}: a text_embeds entry has no use: {reads}, and nothing is kept there"
-    for key in ("text_cache_ondemand", "text_cache_disable"):
+    for key in ("text_cache_ondemand", "text_cache_disable", "text_encoder_offload"):
         if draft.config.value(key):
             yield f"{draft.origin(key)}: {key} has no use: {draft.spec.title} reads the tokens of captions"
 

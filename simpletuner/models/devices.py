@@ -106,6 +106,7 @@ def number_formats(config: TrainConfig) -> NumberFormats:
             config.precision.text_encoder_3_precision,
             config.precision.text_encoder_4_precision,
         ),
+        offloads_encoders=config.precision.text_encoder_offload,
     )
 
 

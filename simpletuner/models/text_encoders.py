@@ -19,6 +19,7 @@ from simpletuner.models.components import (
     missing_package,
 )
 from simpletuner.models.hidden_states import hidden_states
+from simpletuner.models.layer_offload import offload_layers
 from simpletuner.models.safe_loading import load_errors, load_tokenizer
 from simpletuner.precision.quantise import NumberFormats, quantise
 
@@ -78,8 +79,12 @@ class TextEncoders:
             encoder = load_component(self.family.source, self._component(name), self.family.dtype)
             formats, device = self.family.number_formats, self.family.device
             encoder = encoder.eval().requires_grad_(False)
-            quantise(encoder, self.precision(name), device=device if formats.packs_on_device else None)
-            self._encoders[name] = encoder.to(device)
+            offloads = formats.offloads_encoders
+            packs_there = formats.packs_on_device and not offloads
+            quantise(encoder, self.precision(name), device=device if packs_there else None)
+            if offloads:
+                offload_layers(encoder, device)
+            self._encoders[name] = encoder if offloads else encoder.to(device)
         return self._encoders[name]
 
     def precision(self, name: str) -> str:

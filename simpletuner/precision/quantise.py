@@ -24,11 +24,13 @@ class NumberFormats:
         base: `base_model_precision`.
         packs_on_device: layers are packed where they will work, one at a time; else in main memory.
         encoders: `text_encoder_N_precision`, in the order of the family's text encoders.
+        offloads_encoders: `text_encoder_offload`: their layers wait in main memory, and are packed there.
     """
 
     base: str = NO_CHANGE
     packs_on_device: bool = True
     encoders: tuple[str, ...] = ()
+    offloads_encoders: bool = False
 
     def of_encoder(self, index: int) -> str:
         return self.encoders[index] if index < len(self.encoders) else NO_CHANGE

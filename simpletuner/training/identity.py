@@ -29,6 +29,7 @@ SILENT_GROUPS = ("Several processes", "Validation images", "Checkpoints", "Repor
 SILENT_OPTIONS = (
     *("data_backend_config", "cache_dir", "vae_batch_size", "vae_cache_ondemand", "vae_cache_disable"),
     *("text_cache_ondemand", "text_cache_disable", "write_batch_size", "lycoris_config", "init_lora", "lora_format"),
+    "text_encoder_offload",
     *("eval_steps_interval", "eval_epoch_interval", "eval_loss_disable", "eval_dataset_pooling"),
     *("max_train_steps", "num_train_epochs"),  # `resuming.py` says where the run ends now
     *("checkpoint_keep_best", "evaluation_type", "pretrained_evaluation_model_name_or_path"),

@@ -96,6 +96,11 @@ class PrecisionOptions(OptionGroup):
     text_encoder_2_precision: Precision = _encoder_precision(2)
     text_encoder_3_precision: Precision = _encoder_precision(3)
     text_encoder_4_precision: Precision = _encoder_precision(4)
+    text_encoder_offload: Bool = option(
+        False,
+        help="Keep the layers of text encoders in main memory; each is on the device only while it computes. Encoding "
+        "then takes the memory of one layer, and the time of moving all of them for each caption.",
+    )
     vae_dtype: Literal["fp32", "bf16", "fp16"] = option(
         "fp32",
         help="Number format of the VAE.",

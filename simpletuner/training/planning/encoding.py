@@ -28,6 +28,7 @@ from simpletuner.errors import bytes_text
 from simpletuner.families.spec import Component
 from simpletuner.models.components import ModelSource, component_config
 from simpletuner.models.family import ModelFamily
+from simpletuner.models.layer_offload import repeated_layers
 from simpletuner.models.text_encoders import TextEncoders
 from simpletuner.precision.quantise import saved_bytes
 from simpletuner.text import count_text
@@ -43,7 +44,7 @@ class EncodingCost:
 
     Args:
         embeds: of each prompt, on `meta`.
-        weight_bytes: of all text encoders, packed as configured.
+        weight_bytes: of all text encoders, packed as configured; of those that are offloaded, one layer and the rest.
         activation_bytes: the most that encoding a batch makes besides.
     """
 
@@ -190,10 +191,16 @@ class EmptyEncoders(TextEncoders):
             for tensor in (*encoder.parameters(), *encoder.buffers()):
                 if tensor.is_floating_point():
                     tensor.data = tensor.data.to(self.family.dtype)
-            self.num_bytes += num_bytes((*encoder.parameters(), *encoder.buffers()))
-            self.num_bytes -= saved_bytes(encoder, self.precision(name))
+            self.num_bytes += self._packed_bytes(encoder, name)
+            if self.family.number_formats.offloads_encoders:
+                layers = [self._packed_bytes(layer, name) for layer in repeated_layers(encoder)]
+                self.num_bytes -= sum(layers) - max(layers, default=0)
             self._encoders[name] = encoder.eval().requires_grad_(False)
         return self._encoders[name]
+
+    def _packed_bytes(self, module: nn.Module, name: str) -> int:
+        """What a part of the encoder in folder `name` takes."""
+        return num_bytes((*module.parameters(), *module.buffers())) - saved_bytes(module, self.precision(name))
 
 
 def _without_values(cls: Any, source: ModelSource, component: Component) -> nn.Module:

@@ -27,6 +27,7 @@ from simpletuner.training.trainer import train
 from tests.runs import dataset, load_here, write_images, write_run
 
 OPTIONS = {
+    "text_encoder_offload": True,
     "vae_enable_slicing": True,
     "vae_enable_tiling": True,
     "base_model_precision": "int8-quanto",
@@ -92,6 +93,7 @@ def test_options_of_the_model_reach_every_command(
     assert family.vae_modes == ("slicing", "tiling")
     assert family.number_formats.base == "int8-quanto"
     assert not family.number_formats.packs_on_device
+    assert family.number_formats.offloads_encoders
     assert (family.source.vae, family.source.variant, family.source.revision) == (str(vae), "fp16", "main")
     assert family.dtype == torch.bfloat16
 
