@@ -36,9 +36,9 @@ from tiny_omnigen.shapes import (  # noqa: E402
 
 EXAMPLE = REPOSITORY / "simpletuner/examples/omnigen-tiny"
 NUM_PROMPTS = 64
-LARGEST_BASE_SHARE = 0.2
-SMALLEST_ADAPTER_SHARE = 0.8
-LARGEST_LOSS_OF_OLD = 0.1
+LARGEST_BASE_SHARE = 0.1
+SMALLEST_ADAPTER_SHARE = 0.95
+LARGEST_LOSS_OF_OLD = 0.05
 BATCH_SIZE = 16
 # What captions are dropped to in training; the model has never seen the words of a usual negative prompt.
 UNCONDITIONAL = "<cfg>"
@@ -156,7 +156,7 @@ def score(base: Generator, adapted: Generator, concept: Path, seed: int, sheet: 
     base_new, adapter_new, base_old, adapter_old = map(share_right, sections.values())
     is_reached = (
         base_new < LARGEST_BASE_SHARE
-        and adapter_new > SMALLEST_ADAPTER_SHARE
+        and adapter_new >= SMALLEST_ADAPTER_SHARE
         and base_old - adapter_old <= LARGEST_LOSS_OF_OLD + 1e-9
     )
     return {
