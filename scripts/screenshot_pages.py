@@ -1,4 +1,4 @@
-"""Take the documentation's pictures of a run of the shipped example that has finished.
+"""Take the documentation's screenshots of a run of the shipped example that has finished.
 
     python scripts/screenshot_pages.py output/omnigen-tiny documentation/images
 
@@ -35,7 +35,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("output_dir", type=Path, help="folder of a finished run of the example")
     parser.add_argument("destination", type=Path)
-    parser.add_argument("--share", type=float, default=0.7, help="part of the run after which the monitor is shown")
+    parser.add_argument("--share", type=float, default=0.8, help="part of the run after which the monitor is shown")
     arguments = parser.parse_args()
     output_dir = arguments.output_dir.resolve()
     records = read_records(output_dir)
@@ -69,7 +69,7 @@ def without_this_machine(text: str, output_dir: Path) -> str:
 
 
 def screenshot_report(browser: Browser, output_dir: Path, destination: Path) -> None:
-    page = browser.new_page(viewport={"width": 1240, "height": 1860})
+    page = browser.new_page(viewport={"width": 1240, "height": 2400})
     page.set_content(without_this_machine((output_dir / REPORT_FILE).read_text(encoding="utf-8"), output_dir))
     page.screenshot(path=destination)
     page.close()
