@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from PIL import Image
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from transformers import Qwen3ForCausalLM
 
 from simpletuner.batch import PromptImage
@@ -83,13 +85,27 @@ def test_lists_within_layers_are_no_layers_of_their_own() -> None:
     assert repeated_layers(model) == list(body.block)
 
 
-def test_only_what_is_in_no_layer_is_moved_to_the_device() -> None:
+class Moved(TorchFunctionMode):
+    """The places of tensors that are asked for on a device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.places: set[int] = set()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.Tensor.to:
+            self.places.add(args[0].data_ptr())
+        return func(*args, **(kwargs or {}))
+
+
+def test_only_what_is_in_no_layer_is_moved_to_the_device_at_once() -> None:
     encoder = tiny_qwen3(Qwen3ForCausalLM)
-    offload_layers(encoder, torch.device("meta"))
-    layers = repeated_layers(encoder)
-    waiting = {id(each) for layer in layers for each in layer.parameters()}
+    with Moved() as moved:
+        offload_layers(encoder, torch.device("cpu"))
+    waiting = {each.data_ptr() for layer in repeated_layers(encoder) for each in layer.parameters()}
+    everything = {each.data_ptr() for each in (*encoder.parameters(), *encoder.buffers())}
     assert len(waiting) > 10
-    assert all(each.is_meta != (id(each) in waiting) for each in encoder.parameters())
+    assert moved.places == everything - waiting
 
 
 @pytest.mark.parametrize("name", ["flux", "z_image"])
