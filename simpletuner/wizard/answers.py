@@ -6,11 +6,12 @@ chose is never changed.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
 from simpletuner.errors import ConfigError, Problem
+from simpletuner.families.readers import FORMS, Form, Kind, readers_of
 from simpletuner.families.registry import get_spec
 from simpletuner.families.spec import FamilySpec
 from simpletuner.hardware import Hardware, gpu_with
@@ -145,6 +146,23 @@ class Answers:
         if self.goal == "edit" and editing and self.spec.default_flavour not in editing:
             return editing[0]
         return self.spec.default_flavour
+
+
+def proposed_adapter(spec: FamilySpec) -> str:
+    """LoKr, but LoRA where programs read one of the family and none reads the LoKr file that training writes."""
+    return "lora" if _programs(spec, FORMS, "lora") and not _programs(spec, ("lycoris",), "lokr") else "lokr"
+
+
+def _programs(spec: FamilySpec, forms: Sequence[Form], kind: Kind) -> set[str]:
+    """Those that generate images with such a file; PEFT and LyCORIS are libraries."""
+    readers = [reader for form in forms for reader in readers_of(spec.readers, form, kind) if not reader.instead]
+    return {reader.program for reader in readers} - {"PEFT", "LyCORIS"}
+
+
+def adapter_after(answers: Answers, family: str) -> str:
+    """The adapter where the family is changed: what is proposed for it, unless another than the proposal was chosen."""
+    was_proposed = answers.adapter == proposed_adapter(answers.spec)
+    return proposed_adapter(get_spec(family)) if was_proposed else answers.adapter
 
 
 def read_adapter(text: str) -> str:

@@ -15,7 +15,7 @@ from simpletuner.errors import ConfigError, Problem
 from simpletuner.families.registry import get_spec
 from simpletuner.hardware import Hardware, detect_hardware
 from simpletuner.launch import chosen_environment, split_arguments
-from simpletuner.wizard.answers import Answers, Goal, read_adapter, read_goal, read_layers
+from simpletuner.wizard.answers import Answers, Goal, adapter_after, read_adapter, read_goal, read_layers
 from simpletuner.wizard.files import diff_lines, judge, save, start_command, texts_for
 from simpletuner.wizard.lycoris import ALGORITHMS
 from simpletuner.wizard.project import ANSWERED, Project, open_project, typed_options
@@ -149,7 +149,7 @@ def apply(project: Project, given: Given) -> Answers:
         dataset["caption_strategy"] = given.captions
     if given.instance_prompt:
         dataset["instance_prompt"] = given.instance_prompt
-    adapter = read_adapter(given.adapter) if given.adapter else answers.adapter
+    adapter = read_adapter(given.adapter) if given.adapter else adapter_after(answers, family)
     options = {**answers.options, **_run_options(given.arguments)}
     if given.rank is not None and adapter not in ALGORITHMS:
         options["lora_rank"] = given.rank

@@ -14,7 +14,7 @@ from simpletuner.families.registry import all_specs
 from simpletuner.families.spec import FamilySpec, Flavour
 from simpletuner.hardware import GIB, USUAL_GPUS
 from simpletuner.text import lines_of
-from simpletuner.wizard.answers import ADAPTERS, GOALS, Answers
+from simpletuner.wizard.answers import ADAPTERS, GOALS, Answers, adapter_after
 from simpletuner.wizard.lycoris import ALGORITHMS, LAYERS, PROPOSED_FACTOR, has_both_kinds_of_layers
 from simpletuner.wizard.plan import Plan
 from simpletuner.wizard.proposals import proposed_fallback, proposed_prompts
@@ -31,7 +31,8 @@ from simpletuner.wizard.question import (
 def _set_family(answers: Answers, name: str) -> Answers:
     if name == answers.family:
         return answers
-    return replace(answers, family=name, flavour=None, model=None)
+    changed = _set_adapter(answers, adapter_after(answers, name))
+    return replace(changed, family=name, flavour=None, model=None)
 
 
 def _family_choices(answers: Answers) -> Choices:

@@ -125,6 +125,18 @@ def test_the_readers_of_an_adapter_are_those_of_the_form_that_training_writes(ad
 
 
 @pytest.mark.parametrize(
+    ("family", "adapter"),
+    [("omnigen", "lokr"), ("sdxl", "lokr"), ("flux2", "lokr"), ("omnigen2", "lora"), ("hunyuan_dit", "lora")],
+)
+def test_lora_is_proposed_where_programs_read_no_lokr_file_of_the_family(family: str, adapter: str):
+    """Of OmniGen no program reads either. What somebody has chosen stays."""
+    assert FAMILY.write(answers(), family).adapter == adapter
+    back = FAMILY.write(FAMILY.write(answers(), family), "sdxl")
+    assert (back.adapter, back.rank) == ("lokr", None)
+    assert FAMILY.write(answers(adapter="loha"), family).adapter == "loha"
+
+
+@pytest.mark.parametrize(
     ("with_text", "without_words", "prompt", "expected"),
     [
         (2, 0, None, "filename"),
