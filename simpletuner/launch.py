@@ -157,7 +157,7 @@ def family_of_model(model: str, family_name: str | None, precision: str | None =
             **options,
         }
     )
-    if problems := check_local_model(model_source(config), spec):
+    if problems := check_local_model(model_source(config.model), spec):
         raise ConfigError(problems)
     return build_family(config)
 

@@ -14,7 +14,7 @@ from simpletuner.adapters.full import FullAdapter
 from simpletuner.adapters.lora import LoraSettings, attach_lora
 from simpletuner.adapters.lycoris import attach_lycoris
 from simpletuner.adapters.reading import read_adapter
-from simpletuner.config.options import TrainConfig
+from simpletuner.config.options.adapter import AdapterOptions
 from simpletuner.errors import ConfigError, Problem
 from simpletuner.families.spec import FamilySpec
 
@@ -76,14 +76,14 @@ def build_adapter(
     return adapter
 
 
-def lora_settings(config: TrainConfig) -> LoraSettings:
+def lora_settings(options: AdapterOptions) -> LoraSettings:
     """Standard LoRA as the configuration describes it."""
     return LoraSettings(
-        rank=config.adapter.lora_rank,
-        alpha=config.adapter.lora_alpha,
-        dropout=config.adapter.lora_dropout,
-        init=config.adapter.lora_init_type,
-        use_dora=config.adapter.use_dora,
-        targets=config.adapter.lora_target,
-        file_format=config.adapter.lora_format,
+        rank=options.lora_rank,
+        alpha=options.lora_alpha,
+        dropout=options.lora_dropout,
+        init=options.lora_init_type,
+        use_dora=options.use_dora,
+        targets=options.lora_target,
+        file_format=options.lora_format,
     )

@@ -5,16 +5,26 @@ from __future__ import annotations
 import os
 import sys
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from simpletuner.cli.shared import PASS_ON, app, load, monitored, print_to_stderr, run_in_processes, say, say_for_all
+from simpletuner.cli.shared import (
+    PASS_ON,
+    app,
+    load,
+    monitored,
+    print_to_stderr,
+    run_in_processes,
+    say,
+    say_for_all,
+    takes,
+)
 from simpletuner.errors import ConfigError, Problem
 from simpletuner.hardware import GIB
-
-_DEVICE_MEMORY_HELP = "GiB of the GPU that will train, if it is in another machine: 8, 12, 16, 24, 48, 80, ..."
+from simpletuner.wizard.given import DEVICE_MEMORY_HELP, Given
 
 
 @app.command(context_settings=PASS_ON, short_help="Train as config.json says.")
@@ -107,7 +117,7 @@ def plan(
             "--probe/--no-probe", help="Time real steps; if not given, where that is cheap.", show_default=False
         ),
     ] = None,
-    device_memory: Annotated[float | None, typer.Option(help=_DEVICE_MEMORY_HELP, min=1, show_default=False)] = None,
+    device_memory: Annotated[float | None, typer.Option(help=DEVICE_MEMORY_HELP, min=1, show_default=False)] = None,
 ) -> None:
     """Say what a run needs: simpletuner plan [example=NAME] [env=NAME] [--key=value ...]
 
@@ -120,32 +130,8 @@ def plan(
 
 
 @app.command(context_settings=PASS_ON, short_help="Write a configuration, with a wizard or from options.")
-def configure(
-    context: typer.Context,
-    goal: Annotated[str | None, typer.Option(help="subject, style, edit or full.")] = None,
-    family: Annotated[str | None, typer.Option(help="Model family.")] = None,
-    flavour: Annotated[str | None, typer.Option(help="Published checkpoint of the family.")] = None,
-    model: Annotated[str | None, typer.Option(help="Model folder or hub id in place of the flavor's.")] = None,
-    data: Annotated[str | None, typer.Option(help="Folder with the images.")] = None,
-    eval_data: Annotated[str | None, typer.Option(help="Folder with images that are never trained on.")] = None,
-    regularisation_data: Annotated[str | None, typer.Option(help="Folder for prior preservation.")] = None,
-    adapter: Annotated[
-        str | None, typer.Option(help="lokr, lora, dora, or another algorithm of LyCORIS; not of goal full.")
-    ] = None,
-    factor: Annotated[int | None, typer.Option(help="Of lokr: the larger, the smaller the adapter.", min=1)] = None,
-    rank: Annotated[int | None, typer.Option(help="For other adapters: the rank.", min=1)] = None,
-    layers: Annotated[str | None, typer.Option(help="For LyCORIS: all, or attention.")] = None,
-    reference_data: Annotated[
-        str | None, typer.Option(help="Of goal edit: the images before the change, each named as the one after.")
-    ] = None,
-    captions: Annotated[str | None, typer.Option(help="filename, textfile or instanceprompt.")] = None,
-    instance_prompt: Annotated[str | None, typer.Option(help="What the subject is called.")] = None,
-    prompt: Annotated[list[str] | None, typer.Option(help="Validation prompt; may be given several times.")] = None,
-    output_dir: Annotated[str | None, typer.Option(help="Folder of the results.")] = None,
-    config: Annotated[Path | None, typer.Option(help="The config.json to make or edit.")] = None,
-    device_memory: Annotated[int | None, typer.Option(help=_DEVICE_MEMORY_HELP, min=1, show_default=False)] = None,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Existing files may be changed.")] = False,
-) -> None:
+@takes(Given)
+def configure(context: typer.Context, given: Given) -> None:
     """Make or edit config.json and multidatabackend.json: simpletuner configure [env=NAME] [--goal ... --data ...]
 
     Without options, screens ask for everything; with them, the same files are written at once. --key=value sets any
@@ -153,28 +139,7 @@ def configure(
     """
     from simpletuner.wizard import command
 
-    given = command.Given(
-        goal=goal,
-        family=family,
-        flavour=flavour,
-        model=model,
-        adapter=adapter,
-        factor=factor,
-        rank=rank,
-        layers=layers,
-        data=data,
-        eval_data=eval_data,
-        device_memory=device_memory,
-        regularisation_data=regularisation_data,
-        reference_data=reference_data,
-        captions=captions,
-        instance_prompt=instance_prompt,
-        prompts=tuple(prompt) if prompt else None,
-        output_dir=output_dir,
-        config=config,
-        yes=yes,
-        arguments=tuple(context.args),
-    )
+    given = replace(given, arguments=tuple(context.args))
     config_file = command.run_configure(given, os.environ, Path.cwd(), say)
     if config_file is not None:
         from simpletuner.launch import load_arguments

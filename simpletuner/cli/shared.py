@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import faulthandler
+import functools
+import inspect
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_origin, get_type_hints
 
 import typer
 
@@ -21,6 +24,8 @@ if TYPE_CHECKING:
 
 # Options of a run are declared in config/, not here: what typer does not know is passed on as it was typed.
 PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": ["-h", "--help"]}
+
+Options = TypeVar("Options")
 
 LOG_LEVEL = "SIMPLETUNER_LOG_LEVEL"
 
@@ -35,6 +40,30 @@ app = typer.Typer(
 )
 
 
+def takes(options: type[Options]) -> Callable[[Callable[[typer.Context, Options], None]], Callable[..., None]]:
+    """Let a verb take the fields of a dataclass as its options; it is called with one object of them.
+
+    A field whose type is `Annotated[..., typer.Option(...)]` is an option of the command line, any other one is not.
+    """
+    hints = get_type_hints(options, include_extras=True)
+    kind = inspect.Parameter.KEYWORD_ONLY
+    parameters = [inspect.Parameter("context", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)]
+    for each in fields(options):
+        if get_origin(hints[each.name]) is Annotated:
+            parameters.append(inspect.Parameter(each.name, kind, default=each.default, annotation=hints[each.name]))
+
+    def decorate(verb: Callable[[typer.Context, Options], None]) -> Callable[..., None]:
+        @functools.wraps(verb)
+        def called(context: typer.Context, **given: Any) -> None:
+            verb(context, options(**given))
+
+        called.__annotations__ = {each.name: each.annotation for each in parameters}
+        called.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        return called
+
+    return decorate
+
+
 def run_in_processes(loaded: LoadedRun, words: list[str]) -> None:
     """Train, in as many processes as the configuration says.
 
@@ -47,7 +76,7 @@ def run_in_processes(loaded: LoadedRun, words: list[str]) -> None:
 
     if not hold_lifeline(os.environ) and is_main(os.environ):  # else the launcher, or another process, looks
         check_surroundings(loaded)
-    layout = layout_of(loaded.config)
+    layout = layout_of(loaded.config.processes)
     if layout.world_size > 1 and not is_started_already(os.environ):
         raise typer.Exit(launch(words, layout, print_to_stderr))
     faulthandler.register(signal.SIGUSR1)  # prints where each thread is; the launcher passes it on

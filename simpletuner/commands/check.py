@@ -20,6 +20,7 @@ from simpletuner.commands.contact_sheet import render_sheet, write_sheet
 from simpletuner.commands.remedies import remedies_of
 from simpletuner.commands.text import columns
 from simpletuner.config.loading import LoadedRun
+from simpletuner.config.options.data import DataOptions
 from simpletuner.data.dataset import Dataset
 from simpletuner.data.datasets import UnusableData
 from simpletuner.data.entry_rules import latents_folder
@@ -225,19 +226,19 @@ def check_dataset(loaded: LoadedRun, family: ModelFamily, dataset: Dataset, fing
     return DatasetCheck(
         dataset=dataset,
         captions=captions,
-        cache=cache_need(loaded, family, dataset, fingerprint),
+        cache=cache_need(loaded.config.data, family, dataset, fingerprint),
         num_enlarged=len(enlarged),
         largest_factor=max(factors, default=1.0),
         remedies=tuple(remedies_of(dataset, loaded.config, captions, enlarged)),
     )
 
 
-def cache_need(loaded: LoadedRun, family: ModelFamily, dataset: Dataset, fingerprint: str) -> CacheNeed:
+def cache_need(options: DataOptions, family: ModelFamily, dataset: Dataset, fingerprint: str) -> CacheNeed:
     """Which latents are there, references included, and how large the others will be, from their shapes."""
     num_all = num_missing = num_bytes = 0
-    folders = [latents_folder(part.entry, Path(loaded.config.data.cache_dir), family.spec) for part in dataset.parts]
+    folders = [latents_folder(part.entry, Path(options.cache_dir), family.spec) for part in dataset.parts]
     for part, folder in zip(dataset.parts, folders, strict=True):
-        beside = folders_beside(Path(loaded.config.data.cache_dir) / "vae", folder)
+        beside = folders_beside(Path(options.cache_dir) / "vae", folder)
         with TensorStore(folder) as store, opened(beside) as others:
             need = LatentCache(store, family, fingerprint).need(KeptSamples(dataset, part.id), others)
         num_all, num_missing = num_all + need.num_entries, num_missing + need.num_missing

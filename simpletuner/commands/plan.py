@@ -316,7 +316,7 @@ def seconds_per_step(loads: Counter[Load], times: StepTimes, accumulation: int, 
 def cache_needs(loaded: LoadedRun, family: ModelFamily, datasets: Sequence[Dataset]) -> tuple[int, int]:
     """(images, bytes) of the latents that are not there yet, over all datasets."""
     fingerprint = fingerprint_of_vae(family, Path(loaded.config.data.cache_dir))
-    needs = [cache_need(loaded, family, dataset, fingerprint) for dataset in datasets]
+    needs = [cache_need(loaded.config.data, family, dataset, fingerprint) for dataset in datasets]
     return sum(need.num_missing for need in needs), sum(need.bytes_missing for need in needs)
 
 

@@ -32,6 +32,8 @@ from simpletuner.config.lycoris import check_lycoris
 from simpletuner.config.merging import Merged, merge_layers, option_names
 from simpletuner.config.objective_rules import meaningless_options
 from simpletuner.config.options import TrainConfig, all_options
+from simpletuner.config.options.reporting import ReportingOptions
+from simpletuner.config.options.validation import ValidationOptions
 from simpletuner.config.paths import SINGLE_FILE, WITHOUT, Folders, looks_like_path
 from simpletuner.config.prompt_library import LibraryPrompt, read_prompt_library
 from simpletuner.config.rules import broken_rules, notices
@@ -136,8 +138,8 @@ def load_source(
     config = reader.make_config()
     datasets = reader.read_datasets(config)
     lycoris = reader.read_lycoris(config)
-    prompts = reader.read_prompts(config)
-    webhooks = reader.read_webhooks(config, environment if variables is None else variables)
+    prompts = reader.read_prompts(config.validation)
+    webhooks = reader.read_webhooks(config.reporting, environment if variables is None else variables)
     draft = Draft(
         config=config,
         spec=reader.spec,
@@ -371,10 +373,10 @@ class _RunReader:
             self.problems += check_lycoris(document, self.spec)
         return document.value
 
-    def read_prompts(self, config: TrainConfig) -> Mapping[str, LibraryPrompt] | None:
-        if config.validation.user_prompt_library is None:
+    def read_prompts(self, options: ValidationOptions) -> Mapping[str, LibraryPrompt] | None:
+        if options.user_prompt_library is None:
             return None
-        document = self.read_named_file("user_prompt_library", config.validation.user_prompt_library)
+        document = self.read_named_file("user_prompt_library", options.user_prompt_library)
         if document is None:
             return None
         prompts, problems = read_prompt_library(document)
@@ -386,14 +388,12 @@ class _RunReader:
             found[nickname] = replace(prompt, references=references)
         return found
 
-    def read_webhooks(self, config: TrainConfig, environment: Mapping[str, str]) -> Webhooks:
-        written, origin = config.reporting.webhook_config, self.origin("webhook_config")
+    def read_webhooks(self, options: ReportingOptions, environment: Mapping[str, str]) -> Webhooks:
+        written, origin = options.webhook_config, self.origin("webhook_config")
         targets, problems, warnings = read_webhooks(written, origin, self.folders, environment, self.check_files)
         self.problems += problems
         self.merged.warnings += warnings
-        return Webhooks(
-            targets, environment.get("SIMPLETUNER_JOB_ID") or None, config.reporting.webhook_reporting_interval
-        )
+        return Webhooks(targets, environment.get("SIMPLETUNER_JOB_ID") or None, options.webhook_reporting_interval)
 
 
 def _is_on(setting: Setting | None) -> bool:

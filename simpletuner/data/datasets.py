@@ -93,7 +93,7 @@ def build_datasets(
         for entry in entries
         if isinstance(entry, ImageDataset) and not entry.disabled
     ]
-    problems = [problem for entry in images for problem in check_entry(entry, config, spec, data_file)]
+    problems = [problem for entry in images for problem in check_entry(entry, config.data, spec, data_file)]
     if problems:
         raise ConfigError(problems)
     scan = _Scans(work_dir, data_file, report)
@@ -174,7 +174,7 @@ def datasets_of_records(
     notes: list[str] = []
     problems: list[Problem] = []
     datasets, filter_reports = [], []
-    for part in record_parts(entry, config, spec, data_file, notes):
+    for part in record_parts(entry, config.data, spec, data_file, notes):
         references = [(each, scan(each, backend)) for each, backend in part.references]
         folder = scan(part.entry, part.backend)
         try:
@@ -241,7 +241,7 @@ def build_dataset(
         DataError: no image is left, or some have no caption.
     """
     index, catalogue = folder.index, folder.catalogue
-    sizes, captions = bucket_rules(entry, config, spec), caption_rules(entry)
+    sizes, captions = bucket_rules(entry, config.data, spec), caption_rules(entry)
     skipped = index.skipped(with_texts=captions.reads_text_files)
     large_enough = select_large_enough(catalogue, sizes, index, skipped)
     shaped = select_shapes(catalogue, large_enough, sizes, index, skipped)

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 from simpletuner.config.datasets import ConditioningDataset, ImageDataset
+from simpletuner.config.options.data import DataOptions
 from simpletuner.data.buckets import BucketRules, CropStyle
 from simpletuner.data.captions import CaptionRules, CaptionStrategy
 from simpletuner.errors import Problem
 from simpletuner.families.spec import FamilySpec
 
-if TYPE_CHECKING:
-    from simpletuner.config.options.catalogue import TrainConfig
 
-
-def check_entry(entry: ImageDataset, config: TrainConfig, spec: FamilySpec, data_file: str | None) -> list[Problem]:
+def check_entry(entry: ImageDataset, options: DataOptions, spec: FamilySpec, data_file: str | None) -> list[Problem]:
     """What makes an entry unusable before any file is read."""
 
     def problem(key: str, message: str, allowed: str | None = None, fix: str | None = None) -> Problem:
@@ -37,7 +35,7 @@ def check_entry(entry: ImageDataset, config: TrainConfig, spec: FamilySpec, data
     needs_prompt = entry.caption_strategy == "instanceprompt" or entry.only_instance_prompt
     if (needs_prompt or entry.prepend_instance_prompt) and not entry.instance_prompt:
         problems.append(problem("instance_prompt", "the captions need a prompt", "a text, or a list of texts"))
-    alignment = config.data.aspect_bucket_alignment
+    alignment = options.aspect_bucket_alignment
     if alignment is not None and alignment % spec.size_multiple:
         problems.append(
             Problem(
@@ -49,7 +47,7 @@ def check_entry(entry: ImageDataset, config: TrainConfig, spec: FamilySpec, data
     return problems
 
 
-def bucket_rules(entry: ImageDataset, config: TrainConfig, spec: FamilySpec) -> BucketRules:
+def bucket_rules(entry: ImageDataset, options: DataOptions, spec: FamilySpec) -> BucketRules:
     """The sizes of a dataset; the entry has passed `check_entry`."""
     assert entry.resolution is not None
     assert entry.resolution_type is not None
@@ -66,8 +64,8 @@ def bucket_rules(entry: ImageDataset, config: TrainConfig, spec: FamilySpec) -> 
         minimum_aspect=entry.minimum_aspect_ratio,
         maximum_aspect=entry.maximum_aspect_ratio,
         max_upscale=entry.max_upscale_threshold,
-        alignment=config.data.aspect_bucket_alignment or spec.size_multiple,
-        aspect_decimals=config.data.aspect_bucket_rounding,
+        alignment=options.aspect_bucket_alignment or spec.size_multiple,
+        aspect_decimals=options.aspect_bucket_rounding,
         enlarges=entry.enlarge,
         max_side=entry.maximum_side,
         stretches=spec.stretches and not entry.enlarge,

@@ -11,9 +11,10 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from simpletuner.config.datasets import ConditioningDataset, ImageDataset
+from simpletuner.config.options.data import DataOptions
 from simpletuner.data.backends.records import RecordFiles, RecordsBackend
 from simpletuner.data.entry_rules import latents_folder
 from simpletuner.data.mixes import Source, read_sources
@@ -22,9 +23,6 @@ from simpletuner.data.records import Record, RecordRules, read_records
 from simpletuner.data.report import SkippedFiles
 from simpletuner.errors import DataError, Problem
 from simpletuner.families.spec import FamilySpec
-
-if TYPE_CHECKING:
-    from simpletuner.config.options.catalogue import TrainConfig
 
 
 @dataclass(frozen=True)
@@ -53,7 +51,7 @@ class RecordPart:
 
 
 def record_parts(
-    entry: ImageDataset, config: TrainConfig, spec: FamilySpec, data_file: str | None, notes: list[str]
+    entry: ImageDataset, options: DataOptions, spec: FamilySpec, data_file: str | None, notes: list[str]
 ) -> list[RecordPart]:
     """The parts of an entry whose keys have been checked and whose defaults are filled in.
 
@@ -78,7 +76,7 @@ def record_parts(
     key = f"{entry.id}.records_file"
     sources = read_sources(entry.records_file, entry.instance_data_dir)
     rows = [_rows_of(source, rules, key, notes) for source in sources]
-    _require_fewer_references(rows, config, spec, key, data_file)
+    _require_fewer_references(rows, options, spec, key, data_file)
     total, weights = sum(map(len, rows)), sum(source.weight for source in sources)
     names = _Names(entry.id)
     parts = []
@@ -88,9 +86,9 @@ def record_parts(
         for count in counts:
             part = parted[count]
             share = _share(source.weight / weights, entry, parted, count)
-            rounds = share if config.data.data_backend_sampling == "uniform" else share * total / len(part)
+            rounds = share if options.data_backend_sampling == "uniform" else share * total / len(part)
             name = names.unused(source.name if len(sources) > 1 else "", str(count) if len(parted) > 1 else "")
-            parts.append(_part(entry, name, part, source, entry.probability * rounds, config, spec))
+            parts.append(_part(entry, name, part, source, entry.probability * rounds, options, spec))
     return parts
 
 
@@ -140,10 +138,10 @@ def _rows_of(source: Source, rules: RecordRules, key: str, notes: list[str]) -> 
 
 
 def _require_fewer_references(
-    rows: Sequence[Sequence[Record]], config: TrainConfig, spec: FamilySpec, key: str, data_file: str | None
+    rows: Sequence[Sequence[Record]], options: DataOptions, spec: FamilySpec, key: str, data_file: str | None
 ) -> None:
     most = spec.max_references
-    if most and config.data.conditioning_multidataset_sampling == "random":
+    if most and options.conditioning_multidataset_sampling == "random":
         return  # the model sees one of them
     found = next((each for own in rows for each in own if len(each.references) > most), None)
     if found is not None:
@@ -182,11 +180,11 @@ def _part(
     records: Sequence[Record],
     source: Source,
     probability: float,
-    config: TrainConfig,
+    options: DataOptions,
     spec: FamilySpec,
 ) -> RecordPart:
     count = len(records[0].references)
-    caches = latents_folder(entry, Path(config.data.cache_dir), spec)
+    caches = latents_folder(entry, Path(options.cache_dir), spec)
     updates: dict[str, Any] = {
         "id": name,
         "cache_dir_vae": caches / name,

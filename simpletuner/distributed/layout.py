@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import os
 
-from simpletuner.config.options import TrainConfig
+from simpletuner.config.options.processes import ProcessOptions
 from simpletuner.distributed.launcher import Layout
 from simpletuner.hardware import amd_gpus, nvidia_gpus
 
 
-def layout_of(config: TrainConfig) -> Layout:
+def layout_of(options: ProcessOptions) -> Layout:
     """The processes of `num_processes`, or one for each accelerator that is visible."""
     return Layout(
-        num_processes=config.processes.num_processes or max(visible_accelerators(), 1),
-        num_machines=config.processes.num_machines,
-        machine_rank=config.processes.machine_rank,
-        address=config.processes.main_process_ip,
-        port=config.processes.main_process_port,
+        num_processes=options.num_processes or max(visible_accelerators(), 1),
+        num_machines=options.num_machines,
+        machine_rank=options.machine_rank,
+        address=options.main_process_ip,
+        port=options.main_process_port,
     )
 
 

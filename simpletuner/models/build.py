@@ -6,6 +6,7 @@ Whoever needs a model builds it here, so that no command forgets an option of it
 from __future__ import annotations
 
 from simpletuner.config.options import TrainConfig
+from simpletuner.config.options.model import ModelOptions
 from simpletuner.config.paths import SINGLE_FILE
 from simpletuner.families.registry import get_family_class, get_spec
 from simpletuner.models.components import ModelSource
@@ -22,7 +23,7 @@ def build_family(config: TrainConfig) -> ModelFamily:
     """
     spec = get_spec(config.model.model_family)
     use_tf32(not config.precision.disable_tf32)
-    family: ModelFamily = get_family_class(spec)(spec, model_source(config), pick_device(), weight_dtype(config))
+    family: ModelFamily = get_family_class(spec)(spec, model_source(config.model), pick_device(), weight_dtype(config))
     family.number_formats = number_formats(config)
     family.prompt_length = config.model.tokenizer_max_length
     family.clip_skip = config.model.clip_skip
@@ -32,21 +33,21 @@ def build_family(config: TrainConfig) -> ModelFamily:
     return family
 
 
-def model_source(config: TrainConfig) -> ModelSource:
+def model_source(options: ModelOptions) -> ModelSource:
     """Where the weights are: the configured folder or hub id, else the hub id of the flavor."""
-    spec = get_spec(config.model.model_family)
-    flavour = spec.flavours[config.model.model_flavour or spec.default_flavour]
-    model, file = config.model.pretrained_model_name_or_path, config.model.pretrained_transformer_model_name_or_path
+    spec = get_spec(options.model_family)
+    flavour = spec.flavours[options.model_flavour or spec.default_flavour]
+    model, file = options.pretrained_model_name_or_path, options.pretrained_transformer_model_name_or_path
     if model and model.endswith(SINGLE_FILE):
         model, file = None, model
     encoders = [component.name for component in spec.components if component.role == "text_encoder"]
     return ModelSource(
         model=model or flavour.hub_id,
-        vae=config.model.pretrained_vae_model_name_or_path,
-        revision=config.model.revision,
-        variant=config.model.variant,
+        vae=options.pretrained_vae_model_name_or_path,
+        revision=options.revision,
+        variant=options.variant,
         file=file,
         encoders={
-            name: place for name, place in zip(encoders, config.model.text_encoder_paths or (), strict=False) if place
+            name: place for name, place in zip(encoders, options.text_encoder_paths or (), strict=False) if place
         },
     )

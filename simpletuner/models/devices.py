@@ -9,6 +9,7 @@ import torch
 
 from simpletuner.config.optimizers import OPTIMIZERS
 from simpletuner.config.options import TrainConfig
+from simpletuner.config.options.model import ModelOptions
 from simpletuner.errors import ConfigError, Problem
 from simpletuner.hardware import VISIBLE, hidden_gpus, least_driver, nvidia_driver
 from simpletuner.precision.mixed import DTYPES
@@ -89,9 +90,9 @@ def weight_dtype(config: TrainConfig) -> torch.dtype:
     return DTYPES[config.precision.mixed_precision]
 
 
-def swaps_blocks(config: TrainConfig) -> bool:
+def swaps_blocks(options: ModelOptions) -> bool:
     """Whether frozen weights of some blocks wait in main memory."""
-    return bool(config.model.enable_group_offload or config.model.musubi_blocks_to_swap)
+    return bool(options.enable_group_offload or options.musubi_blocks_to_swap)
 
 
 def number_formats(config: TrainConfig) -> NumberFormats:
@@ -99,7 +100,7 @@ def number_formats(config: TrainConfig) -> NumberFormats:
     return NumberFormats(
         base=config.precision.base_model_precision,
         # What is swapped out lies in main memory from the start, so the device never holds the whole model.
-        packs_on_device=config.precision.quantize_via != "cpu" and not swaps_blocks(config),
+        packs_on_device=config.precision.quantize_via != "cpu" and not swaps_blocks(config.model),
         encoders=(
             config.precision.text_encoder_1_precision,
             config.precision.text_encoder_2_precision,

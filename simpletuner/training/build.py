@@ -43,7 +43,7 @@ def attach_adapter(loaded: LoadedRun, family: ModelFamily, denoiser: nn.Module) 
         dtype=adapter_dtype(config),
         seed=config.training.seed,
         lycoris_file=str(loaded.lycoris_file) if loaded.lycoris_file else None,
-        lora=lora_settings(config),
+        lora=lora_settings(config.adapter),
         init_file=config.adapter.init_lora,
         modules=config.optimizer.trainable_modules,
         low_modules=config.optimizer.trainable_modules_low_learning_rate,
@@ -156,7 +156,7 @@ def build_validator(
     Processes that share one denoiser generate together, for each has to fetch its part; only the main one keeps images.
     """
     config = loaded.config
-    generates_together = is_denoiser_spread(config)
+    generates_together = is_denoiser_spread(config.processes)
     if config.validation.validation_disable or not (process_group.is_main or generates_together):
         return None
     if config.validation.validation_method == "external-script":

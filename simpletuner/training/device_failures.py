@@ -82,7 +82,7 @@ def remedies(config: TrainConfig) -> Iterator[tuple[str, str]]:
     if config.model.gradient_checkpointing_backend == "torch":
         yield "gradient_checkpointing_backend", "set gradient_checkpointing_backend to unsloth"
     is_spread = config.processes.fsdp_enable or config.processes.deepspeed_config
-    if is_adapter and not swaps_blocks(config) and not is_spread:
+    if is_adapter and not swaps_blocks(config.model) and not is_spread:
         yield "enable_group_offload", "set enable_group_offload to true"
     if not is_adapter and not is_spread:
         yield "optimizer", "choose an optimizer with less state (OPTIMIZERS.md), or set fsdp_enable on several GPUs"

@@ -13,6 +13,7 @@ from simpletuner.adapters.full import FullAdapter
 from simpletuner.config.deepspeed import read_deepspeed, stage_of
 from simpletuner.config.loading import LoadedRun
 from simpletuner.config.options import TrainConfig
+from simpletuner.config.options.processes import ProcessOptions
 from simpletuner.distributed.placement import Placement, Replicated, Sharded
 from simpletuner.distributed.process_group import ProcessGroup
 from simpletuner.distributed.sharding import make_mesh, shard_denoiser, spread_parameters
@@ -30,11 +31,11 @@ if TYPE_CHECKING:
 ROOM_TO_LOAD = 1.5
 
 
-def is_denoiser_spread(config: TrainConfig) -> bool:
+def is_denoiser_spread(options: ProcessOptions) -> bool:
     """Whether a forward pass needs all processes, since each holds a part of the denoiser."""
-    if config.processes.deepspeed_config:
-        return stage_of(read_deepspeed(Path(config.processes.deepspeed_config))) == 3
-    return config.processes.fsdp_enable
+    if options.deepspeed_config:
+        return stage_of(read_deepspeed(Path(options.deepspeed_config))) == 3
+    return options.fsdp_enable
 
 
 def must_take_turns(loaded: LoadedRun, family: ModelFamily, process_group: ProcessGroup) -> bool:
@@ -45,16 +46,16 @@ def must_take_turns(loaded: LoadedRun, family: ModelFamily, process_group: Proce
     """
     if process_group.size == 1:
         return False
-    size = denoiser_bytes(family.spec, family.source, loaded)
+    size = denoiser_bytes(family.spec, family.source, loaded.config.model)
     num_here = max(process_group.gather(process_group.local_rank)) + 1
     return process_group.any(num_here * size * ROOM_TO_LOAD > psutil.virtual_memory().available)
 
 
-def mesh_of(config: TrainConfig, family: ModelFamily, process_group: ProcessGroup) -> DeviceMesh | None:
+def mesh_of(options: ProcessOptions, family: ModelFamily, process_group: ProcessGroup) -> DeviceMesh | None:
     """The processes that share the weights (FSDP2), for `place_denoiser`; before they load one after the other."""
-    if not config.processes.fsdp_enable or process_group.size == 1:
+    if not options.fsdp_enable or process_group.size == 1:
         return None
-    return make_mesh(process_group, family.device, config.processes.fsdp_shard_size)
+    return make_mesh(process_group, family.device, options.fsdp_shard_size)
 
 
 def place_denoiser(

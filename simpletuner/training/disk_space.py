@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from simpletuner.config.loading import LoadedRun
+from simpletuner.config.options.model import ModelOptions
 from simpletuner.families.registry import get_spec
 from simpletuner.families.spec import FamilySpec
 from simpletuner.models.build import model_source
@@ -27,8 +28,8 @@ def check_disk_space(loaded: LoadedRun, environment: Mapping[str, str]) -> None:
     Raises:
         DataError: names the folder, what is needed and what is free.
     """
-    spec, source = get_spec(loaded.config.model.model_family), model_source(loaded.config)
-    weights = denoiser_bytes(spec, source, loaded)
+    spec, source = get_spec(loaded.config.model.model_family), model_source(loaded.config.model)
+    weights = denoiser_bytes(spec, source, loaded.config.model)
     is_full = loaded.config.model.model_type == "full"
     # The state of the optimizer comes on top, where it has one.
     what = f"one checkpoint, with {LOGS}," if is_full else f"the output of a run, {LOGS} alone,"
@@ -39,12 +40,12 @@ def check_disk_space(loaded: LoadedRun, environment: Mapping[str, str]) -> None:
             require_free_space(cache, weights, f"{source.model}, which is fetched from the hub,")
 
 
-def denoiser_bytes(spec: FamilySpec, source: ModelSource, loaded: LoadedRun) -> int:
+def denoiser_bytes(spec: FamilySpec, source: ModelSource, options: ModelOptions) -> int:
     """Bytes of the denoiser's weights as they lie on the disk, or will; 0 where nobody knows."""
     if source.is_local:
         folder = Path(source.model) / spec.component("denoiser").name
         return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    flavour = spec.flavours[loaded.config.model.model_flavour or spec.default_flavour]
+    flavour = spec.flavours[options.model_flavour or spec.default_flavour]
     return flavour.weight_bytes() if source.model == flavour.hub_id else 0
 
 

@@ -23,7 +23,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from simpletuner.config.options import TrainConfig
+from simpletuner.config.options.optimizer import OptimizerOptions
 from simpletuner.errors import DivergedError
 from simpletuner.optim.clipping import clip_by_norm, clip_by_value, gradient_norm
 from simpletuner.optim.optimizers import averaged_weights, set_learning_rate
@@ -223,7 +223,7 @@ def forward_micro_batch(run: Run, window: Window, micro_step: int) -> Losses:
 
 def summarise(run: Run, window: Window, losses: list[Losses]) -> StepOutcome:
     """Clip the gradients and gather the step's numbers: the one place where the host waits for the device."""
-    grad_norm = clip_gradients(run.model, run.config)
+    grad_norm = clip_gradients(run.model, run.config.optimizer)
     *sums, stops, samples = run.session.process_group.sum(
         [*weighted_sums(window, losses), bool(run.session.stop), window.num_samples]
     )
@@ -243,16 +243,14 @@ def learning_rate_at(run: Run, step: int) -> float:
     return run.peak_learning_rate * run.model.lr_factor(step)
 
 
-def clip_gradients(model: Model, config: TrainConfig) -> Tensor:
+def clip_gradients(model: Model, options: OptimizerOptions) -> Tensor:
     """() the joint norm of the gradients (largest absolute value where clipping is by value), before clipping."""
     if (norm := model.placement.norm_before_clipping) is not None:
         return norm
-    if config.optimizer.max_grad_norm and config.optimizer.grad_clip_method == "value":
-        return model.placement.largest_of_all(clip_by_value(model.trainable, config.optimizer.max_grad_norm))
+    if options.max_grad_norm and options.grad_clip_method == "value":
+        return model.placement.largest_of_all(clip_by_value(model.trainable, options.max_grad_norm))
     norm = model.placement.norm_of_all(gradient_norm(model.trainable))
-    return (
-        clip_by_norm(model.trainable, config.optimizer.max_grad_norm, norm) if config.optimizer.max_grad_norm else norm
-    )
+    return clip_by_norm(model.trainable, options.max_grad_norm, norm) if options.max_grad_norm else norm
 
 
 def weighted_sums(window: Window, losses: list[Losses]) -> tuple[float, float, float, float]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
+from simpletuner.config.options.objective import ObjectiveOptions
 from simpletuner.diffusion import timesteps
 from simpletuner.models.family import ModelFamily
 from simpletuner.randomness import keyed_generator, keyed_uniform
@@ -176,52 +177,46 @@ PLAIN = Objective()
 def build_objective(config: TrainConfig) -> Objective:
     """The objective of a configuration."""
     return Objective(
-        loss=build_loss(config),
+        loss=build_loss(config.objective),
         snr_gamma=config.objective.snr_gamma or None,
         noise_offset=config.objective.noise_offset if config.objective.offset_noise else 0.0,
         noise_offset_probability=config.objective.noise_offset_probability,
         input_perturbation=config.objective.input_perturbation,
         input_perturbation_steps=config.objective.input_perturbation_steps,
-        schedule=_schedule(config),
-        bias=_bias(config),
+        schedule=_schedule(config.objective),
+        bias=_bias(config.objective),
         is_stratified=config.objective.timestep_stratified,
         weighting=config.objective.flow_loss_weighting,
     )
 
 
-def _schedule(config: TrainConfig) -> SigmaSchedule:
-    if config.objective.flow_custom_timesteps is not None:
-        return SigmaSchedule("custom", values=config.objective.flow_custom_timesteps)
+def _schedule(options: ObjectiveOptions) -> SigmaSchedule:
+    if options.flow_custom_timesteps is not None:
+        return SigmaSchedule("custom", values=options.flow_custom_timesteps)
     shift = partial(
         SigmaSchedule,
-        shift=config.objective.flow_schedule_shift or None,
-        shifts_by_size=config.objective.flow_schedule_auto_shift,
-        curve=config.objective.flow_schedule_auto_shift_curve,
-        terminal=config.objective.flow_schedule_terminal,
+        shift=options.flow_schedule_shift or None,
+        shifts_by_size=options.flow_schedule_auto_shift,
+        curve=options.flow_schedule_auto_shift_curve,
+        terminal=options.flow_schedule_terminal,
     )
-    if config.objective.flow_use_uniform_schedule:
+    if options.flow_use_uniform_schedule:
         return shift("uniform")
-    if config.objective.flow_use_beta_schedule:
-        return shift(
-            "beta", alpha=config.objective.flow_beta_schedule_alpha, beta=config.objective.flow_beta_schedule_beta
-        )
-    if config.objective.flow_use_mode_schedule:
-        return shift("mode", mode_scale=config.objective.flow_mode_scale)
-    mean, scale = config.objective.flow_logit_mean, config.objective.flow_sigmoid_scale
-    is_family = (
-        not config.objective.flow_schedule_shift
-        and not config.objective.flow_schedule_auto_shift
-        and (mean, scale) == (0, 1)
-    )
+    if options.flow_use_beta_schedule:
+        return shift("beta", alpha=options.flow_beta_schedule_alpha, beta=options.flow_beta_schedule_beta)
+    if options.flow_use_mode_schedule:
+        return shift("mode", mode_scale=options.flow_mode_scale)
+    mean, scale = options.flow_logit_mean, options.flow_sigmoid_scale
+    is_family = not options.flow_schedule_shift and not options.flow_schedule_auto_shift and (mean, scale) == (0, 1)
     return shift("family") if is_family else shift("logit_normal", mean=mean, scale=scale)
 
 
-def _bias(config: TrainConfig) -> TimestepBias | None:
-    if config.objective.timestep_bias_strategy == "none":
+def _bias(options: ObjectiveOptions) -> TimestepBias | None:
+    if options.timestep_bias_strategy == "none":
         return None
     ranges = {
-        "earlier": (0.0, config.objective.timestep_bias_portion),
-        "later": (1 - config.objective.timestep_bias_portion, 1.0),
-        "range": (config.objective.timestep_bias_begin / 1000, config.objective.timestep_bias_end / 1000),
+        "earlier": (0.0, options.timestep_bias_portion),
+        "later": (1 - options.timestep_bias_portion, 1.0),
+        "range": (options.timestep_bias_begin / 1000, options.timestep_bias_end / 1000),
     }
-    return TimestepBias(*ranges[config.objective.timestep_bias_strategy], config.objective.timestep_bias_multiplier)
+    return TimestepBias(*ranges[options.timestep_bias_strategy], options.timestep_bias_multiplier)

@@ -22,7 +22,7 @@ def check_model_folder(loaded: LoadedRun) -> None:
     """
     origin = loaded.origins.get("pretrained_model_name_or_path")
     file = str(origin.file) if origin is not None and origin.file else None
-    problems = check_local_model(model_source(loaded.config), get_spec(loaded.config.model.model_family), file)
+    problems = check_local_model(model_source(loaded.config.model), get_spec(loaded.config.model.model_family), file)
     if problems:
         raise ConfigError(problems)
 

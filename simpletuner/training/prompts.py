@@ -16,6 +16,8 @@ from simpletuner.cache.prompts import CachedPrompts, PromptCache
 from simpletuner.cache.store import TensorStore
 from simpletuner.config.datasets import text_cache_entry
 from simpletuner.config.loading import LoadedRun
+from simpletuner.config.options.data import DataOptions
+from simpletuner.config.options.training import TrainingOptions
 from simpletuner.data.dataset import Dataset
 from simpletuner.data.digests import DigestMemo
 from simpletuner.data.holdout import hold_out
@@ -125,7 +127,7 @@ def _set_fingerprint(loaded: LoadedRun, cache: PromptCache, datasets: Sequence[D
     if not spec.prompts_see_references:
         return cache.set_fingerprint(captions, [request.text for request in fixed])
     texts = [[request.text, [image.content for image in request.images]] for request in fixed]
-    seen = [_sees_one_reference(loaded), keeps_references_of_dropped(loaded, spec)]
+    seen = [_sees_one_reference(loaded.config.data), keeps_references_of_dropped(loaded.config.training, spec)]
     return cache.set_fingerprint(captions, texts, seen)
 
 
@@ -146,10 +148,10 @@ def _prompts_with_references(loaded: LoadedRun, spec: FamilySpec, dataset: Datas
     """The captions of each sample with the references that the model sees with them, and where a caption may be
     dropped alone, the dropped caption with them."""
     files = dataset.prompt_files
-    drops = keeps_references_of_dropped(loaded, spec) and not (files and files.has_dropped)
+    drops = keeps_references_of_dropped(loaded.config.training, spec) and not (files and files.has_dropped)
     dropped = (spec.dropped_caption,) if drops else ()
     for sample in dataset.samples.every_version():
-        one = _sees_one_reference(loaded)
+        one = _sees_one_reference(loaded.config.data)
         rows: list[Sequence[Sample]] = [[each] for each in sample.references] if one else [sample.references]
         for images in dataset.prompt_images(rows):
             for text in (*(() if files else sample.captions), *dropped):
@@ -164,7 +166,7 @@ def fixed_prompts(loaded: LoadedRun, family: ModelFamily, datasets: Sequence[Dat
     references: tuple[ReferenceImage, ...] = ()
     if spec.prompts_see_references and not config.validation.validation_disable:
         divided = hold_out(list(datasets), config.evaluation.eval_holdout)
-        references = references_of_run(config.validation, divided, _sees_one_reference(loaded))
+        references = references_of_run(config.validation, divided, _sees_one_reference(loaded.config.data))
     requests, _ = requests_from_config(
         config,
         loaded.prompt_library,
@@ -179,17 +181,14 @@ def fixed_prompts(loaded: LoadedRun, family: ModelFamily, datasets: Sequence[Dat
         yield PromptRequest(spec.negative_text(request.settings.negative_prompt), images)
 
 
-def keeps_references_of_dropped(loaded: LoadedRun, spec: FamilySpec) -> bool:
+def keeps_references_of_dropped(options: TrainingOptions, spec: FamilySpec) -> bool:
     """Whether a caption may be dropped while the references of its image stay."""
-    share = loaded.config.training.reference_dropout_probability
-    return (
-        bool(loaded.config.training.caption_dropout_probability)
-        and (spec.drops_references if share is None else share) < 1
-    )
+    share = options.reference_dropout_probability
+    return bool(options.caption_dropout_probability) and (spec.drops_references if share is None else share) < 1
 
 
-def _sees_one_reference(loaded: LoadedRun) -> bool:
-    return loaded.config.data.conditioning_multidataset_sampling == "random"
+def _sees_one_reference(options: DataOptions) -> bool:
+    return options.conditioning_multidataset_sampling == "random"
 
 
 def has_all_embeddings(loaded: LoadedRun, datasets: Sequence[Dataset]) -> bool:

@@ -21,7 +21,7 @@ from simpletuner.adapters.assistant import attach_assistant, find_assistant
 from simpletuner.adapters.base import Adapter
 from simpletuner.config.loading import LoadedRun
 from simpletuner.config.lycoris_algorithms import form_and_kind
-from simpletuner.config.options import TrainConfig
+from simpletuner.config.options.checkpoint import CheckpointOptions
 from simpletuner.data.sampler import Sampler
 from simpletuner.disk import disk_error, reported_as_disk_errors
 from simpletuner.distributed.process_group import SINGLE_PROCESS, ConnectionLost, ProcessGroup, joined
@@ -185,7 +185,7 @@ def build_run(
         bus.emit(Notice("info", length.notice))
 
     # Whole weights pass through main memory, in each process: one after the other where it does not hold them all.
-    mesh = mesh_of(config, family, process_group)
+    mesh = mesh_of(config.processes, family, process_group)
     turns = process_group.in_turns() if must_take_turns(loaded, family, process_group) else nullcontext()
     with turns, phase(bus, "loading the denoiser"):
         denoiser = family.load_base()
@@ -317,12 +317,12 @@ def describe_adapter(adapter: Adapter, bus: EventBus) -> None:
         bus.emit(Notice("info", line))
 
 
-def checkpoint_plan(config: TrainConfig) -> str:
+def checkpoint_plan(options: CheckpointOptions) -> str:
     """When checkpoints are saved and how many are kept, for the start of the log."""
     steps, epochs, limit = (
-        config.checkpoint.checkpoint_step_interval,
-        config.checkpoint.checkpoint_epoch_interval,
-        config.checkpoint.checkpoints_total_limit,
+        options.checkpoint_step_interval,
+        options.checkpoint_epoch_interval,
+        options.checkpoints_total_limit,
     )
     intervals = [f"every {steps} steps"] if steps else []
     intervals += [f"every {epochs:g} epochs"] if epochs else []
@@ -338,7 +338,7 @@ def announce(run: Run) -> None:
         "device": f"{family.device} in {str(family.dtype).removeprefix('torch.')}",
         "images": ", ".join(f"{dataset.id}: {dataset.num_images}" for dataset in run.datasets),
     }
-    details["checkpoints"] = checkpoint_plan(config)
+    details["checkpoints"] = checkpoint_plan(config.checkpoint)
     if config.model.model_type == "lora":
         form, kind = form_and_kind(config.adapter, run.loaded.lycoris)
         details["adapter file"] = f"{form} form, {family.spec.read_by(form, kind)}"

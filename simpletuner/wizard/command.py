@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,49 +17,11 @@ from simpletuner.hardware import Hardware, detect_hardware
 from simpletuner.launch import chosen_environment, split_arguments
 from simpletuner.wizard.answers import Answers, Goal, adapter_after, read_adapter, read_goal, read_layers
 from simpletuner.wizard.files import diff_lines, judge, save, start_command, texts_for
+from simpletuner.wizard.given import Given
 from simpletuner.wizard.lycoris import ALGORITHMS
 from simpletuner.wizard.project import ANSWERED, Project, open_project, typed_options
 
 USUAL_PLACE = Path("config/config.json")
-
-
-@dataclass(frozen=True)
-class Given:
-    """What the command line says; None where it says nothing.
-
-    Args:
-        arguments: `env=NAME` and options of the run, `--key=value`.
-        device_memory: GiB of the GPU that trains, where it is not in this machine.
-        yes: existing files may be changed.
-    """
-
-    goal: str | None = None
-    family: str | None = None
-    flavour: str | None = None
-    model: str | None = None
-    data: str | None = None
-    eval_data: str | None = None
-    regularisation_data: str | None = None
-    reference_data: str | None = None
-    adapter: str | None = None
-    factor: int | None = None
-    rank: int | None = None
-    layers: str | None = None
-    captions: str | None = None
-    instance_prompt: str | None = None
-    prompts: tuple[str, ...] | None = None
-    output_dir: str | None = None
-    config: Path | None = None
-    device_memory: int | None = None
-    yes: bool = False
-    arguments: tuple[str, ...] = ()
-
-    @property
-    def has_answers(self) -> bool:
-        """Whether more than the place of the files was said, so that nothing needs to be asked."""
-        _, options = split_arguments(self.arguments)
-        said = [getattr(self, each.name) for each in fields(self) if each.name not in ("config", "arguments")]
-        return bool(options) or any(each not in (None, False) for each in said)
 
 
 def run_configure(
@@ -182,7 +144,7 @@ def apply(project: Project, given: Given) -> Answers:
         rank=given.rank or (answers.rank if adapter == answers.adapter else None),
         layers=read_layers(given.layers) if given.layers else answers.layers,
         dataset=dataset,
-        prompts=given.prompts if given.prompts is not None else answers.prompts,
+        prompts=given.prompt if given.prompt is not None else answers.prompts,
         options=options,
     )
 

@@ -17,6 +17,7 @@ from simpletuner.config.discovery import ConfigSource
 from simpletuner.config.json_reader import read_text_file
 from simpletuner.config.json_writer import INDENT, json_text, remove_value, set_value
 from simpletuner.config.loading import LoadedRun, load_source
+from simpletuner.config.options.reporting import ReportingOptions
 from simpletuner.config.prompt_library import prompt_texts
 from simpletuner.errors import ConfigError, DataError, Problem
 from simpletuner.reporting.trackers.readiness import check_trackers
@@ -128,7 +129,7 @@ def judge(project: Project, texts: Mapping[Path, str], answers: Answers) -> Verd
     except ConfigError as error:
         return Verdict(None, tuple(error.problems), ())
     missing = tuple(_missing_captions(project, answers))
-    notes = (*run.warnings, *_tracker_notes(run, places.working_dir), *_caption_notes(answers))
+    notes = (*run.warnings, *_tracker_notes(run.config.reporting, places.working_dir), *_caption_notes(answers))
     return Verdict(None if missing else run, missing, notes)
 
 
@@ -141,10 +142,10 @@ def _caption_notes(answers: Answers) -> Iterator[str]:
             yield f"{entry['id']}: {why}; put text files beside the images, or use instanceprompt"
 
 
-def _tracker_notes(run: LoadedRun, working_dir: Path) -> list[str]:
+def _tracker_notes(options: ReportingOptions, working_dir: Path) -> list[str]:
     """What a start would refuse now and somebody can still fix: a login that is missing."""
     try:
-        check_trackers(run.config.reporting, os.environ, working_dir)
+        check_trackers(options, os.environ, working_dir)
     except ConfigError as error:
         return [problem.render() for problem in error.problems]
     return []

@@ -11,12 +11,13 @@ from torch import Tensor
 
 from simpletuner.batch import Conditioning
 from simpletuner.config.losses import LOSSES
+from simpletuner.config.options.objective import ObjectiveOptions
 from simpletuner.diffusion.loss import sample_means
 from simpletuner.families.registry import load_dotted
 from simpletuner.models.family import ModelFamily
 
 if TYPE_CHECKING:
-    from simpletuner.config.options import TrainConfig
+    pass
 
 
 class Loss(ABC):
@@ -37,10 +38,10 @@ class Loss(ABC):
         """
 
 
-def build_loss(config: TrainConfig) -> Loss:
+def build_loss(options: ObjectiveOptions) -> Loss:
     """The loss of a configuration."""
-    row = LOSSES[config.objective.loss_type]
-    loss: Loss = load_dotted(row.target)(**{option: config.value(option) for option in row.options})
+    row = LOSSES[options.loss_type]
+    loss: Loss = load_dotted(row.target)(**{option: getattr(options, option) for option in row.options})
     return loss
 
 

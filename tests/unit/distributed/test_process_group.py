@@ -73,7 +73,7 @@ def test_launchers_variables_set_options(tmp_path, omnigen_folder, monkeypatch):
     write_run(tmp_path, omnigen_folder)
     environment = {"TRAINING_NUM_PROCESSES": "2", "TRAINING_NUM_MACHINES": "3", "NODE_RANK": "1"}
     environment |= {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
-    layout = layout_of(load_run((), environment, tmp_path).config)
+    layout = layout_of(load_run((), environment, tmp_path).config.processes)
     assert (layout.world_size, layout.machine_rank, layout.address, layout.port) == (6, 1, "10.0.0.1", 29500)
 
 
@@ -95,7 +95,7 @@ def test_each_accelerator_has_a_process_and_a_machine_without_one_has_one(
     write_run(tmp_path, omnigen_folder)
     config = load_run((), {}, tmp_path).config
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert layout_of(config).num_processes == processes
+    assert layout_of(config.processes).num_processes == processes
 
 
 @pytest.mark.parametrize(("visible", "count"), [("0,2", 2), ("", 0), ("-1", 0), ("1,-1", 1), ("GPU-5d3", 1)])
@@ -200,6 +200,6 @@ def test_node_rank_wins_over_machine_rank(tmp_path, omnigen_folder):
     write_run(tmp_path, omnigen_folder)
     environment = {"TRAINING_NUM_MACHINES": "3", "NODE_RANK": "1", "MACHINE_RANK": "2"}
     environment |= {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
-    assert layout_of(load_run((), environment, tmp_path).config).machine_rank == 1
+    assert layout_of(load_run((), environment, tmp_path).config.processes).machine_rank == 1
     del environment["NODE_RANK"]
-    assert layout_of(load_run((), environment, tmp_path).config).machine_rank == 2
+    assert layout_of(load_run((), environment, tmp_path).config.processes).machine_rank == 2

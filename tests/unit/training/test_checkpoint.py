@@ -60,7 +60,7 @@ def test_the_last_ones_are_kept(tmp_path, limit, kept):
 )
 def test_the_start_of_the_log_says_when_checkpoints_are_saved(tmp_path, options, words):
     written = {"checkpoint_step_interval": 0, "checkpoints_total_limit": 5} | options
-    assert checkpoint_plan(load_toy(tmp_path).config.with_values(written)) == words
+    assert checkpoint_plan(load_toy(tmp_path).config.with_values(written).checkpoint) == words
 
 
 def test_what_is_damaged_or_has_another_name_is_not_counted_and_not_removed(tmp_path):

@@ -149,8 +149,8 @@ def test_the_option_offers_every_loss_and_explains_it() -> None:
 
 def test_a_loss_is_built_with_the_values_that_are_written(tmp_path) -> None:
     written = {"loss_type": "smooth_l1", "huber_c": 0.25, "huber_schedule": "exponential"}
-    assert build_loss(load_toy(tmp_path, **written).config) == SmoothL1("exponential", 0.25)
-    assert build_loss(load_toy(tmp_path).config) == L2()
+    assert build_loss(load_toy(tmp_path, **written).config.objective) == SmoothL1("exponential", 0.25)
+    assert build_loss(load_toy(tmp_path).config.objective) == L2()
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,7 @@ def test_a_new_loss_is_a_class_and_a_row(tmp_path, monkeypatch) -> None:
     """The prediction of the toy is 0, the target its latents (4, 2): halves of the distances 2 and 1, a mean of 1.5."""
     rows = {**LOSSES, "l2": LossRow("is halved", f"{__name__}:Halves", ("snr_gamma",))}
     monkeypatch.setattr(base, "LOSSES", rows)
-    loss = build_loss(load_toy(tmp_path, snr_gamma=3.0).config)
+    loss = build_loss(load_toy(tmp_path, snr_gamma=3.0).config.objective)
     assert loss == Halves(3.0)
     latents = torch.tensor([4.0, 2.0]).reshape(1, 2, 1, 1)
     batch = Batch(latents, [], [0], ["a"], torch.ones(1), "d")

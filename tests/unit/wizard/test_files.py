@@ -307,7 +307,7 @@ def test_a_second_configuration_in_a_folder_has_files_of_its_own(folder: Path, o
     configured(folder, omnigen_folder)
     before = contents(folder)
     project = open_project(Path("config/sketch.json"), folder, CPU)
-    given = Given(goal="style", data="others", model=str(omnigen_folder), prompts=("a", "b"), captions="instanceprompt")
+    given = Given(goal="style", data="others", model=str(omnigen_folder), prompt=["a", "b"], captions="instanceprompt")
     configure_without_screens(project, replace(given, instance_prompt="a sketch"), lambda line: None)
     assert {name: contents(folder)[name] for name in before} == before
     run = load_run((), {"CONFIG_PATH": "config/sketch.json"}, folder)
