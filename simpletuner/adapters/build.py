@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import nn
 
 from simpletuner.adapters.base import Adapter
@@ -14,50 +12,35 @@ from simpletuner.adapters.full import FullAdapter
 from simpletuner.adapters.lora import LoraSettings, attach_lora
 from simpletuner.adapters.lycoris import attach_lycoris
 from simpletuner.adapters.reading import read_adapter
+from simpletuner.config.options import TrainConfig
 from simpletuner.config.options.adapter import AdapterOptions
 from simpletuner.errors import ConfigError, Problem
 from simpletuner.families.spec import FamilySpec
+from simpletuner.models.devices import adapter_dtype
 
 
 def build_adapter(
-    denoiser: nn.Module,
-    spec: FamilySpec,
-    *,
-    model_type: str,
-    lora_type: str,
-    lycoris: Mapping[str, Any] | None,
-    dtype: torch.dtype,
-    seed: int,
-    lycoris_file: str | None = None,
-    lora: LoraSettings | None = None,
-    init_file: Path | None = None,
-    modules: Sequence[str] = (),
-    low_modules: Sequence[str] = (),
+    denoiser: nn.Module, spec: FamilySpec, config: TrainConfig, lycoris: Mapping[str, Any] | None
 ) -> Adapter:
     """Attach what the configuration asks for to a frozen denoiser.
 
     Args:
         lycoris: the parsed `lycoris_config.json`; needed for lora_type lycoris.
-        dtype: of the adapter's weights; full fine-tuning trains in the denoiser's own.
-        lycoris_file: its path, for messages.
-        lora: needed for lora_type standard.
-        init_file: an adapter file to start from.
-        modules: of full fine-tuning: parts of the names of the weights that train.
-        low_modules: likewise, at half the rate.
 
     Raises:
-        ConfigError: a combination that cannot be trained.
+        ConfigError: there is no `lycoris_config.json`, or it cannot be attached.
         DataError: the file to start from does not fit.
     """
-    if model_type == "full":
+    if config.model.model_type == "full":
+        modules, low_modules = config.optimizer.trainable_modules, config.optimizer.trainable_modules_low_learning_rate
         return FullAdapter(denoiser, spec, modules, low_modules)
-    if model_type != "lora":
-        raise ConfigError(Problem(f'"{model_type}" cannot be trained', key="model_type", allowed="lora, full"))
+    options, dtype, seed = config.adapter, adapter_dtype(config), config.training.seed
+    init_file = options.init_lora
     # Read while the layers still have the names and classes that files know.
     start = read_adapter(init_file, spec, denoiser) if init_file else None
     adapter: Adapter
-    if lora_type == "standard":
-        adapter = attach_lora(denoiser, lora or LoraSettings(), spec, dtype, seed)
+    if options.lora_type == "standard":
+        adapter = attach_lora(denoiser, lora_settings(options), spec, dtype, seed)
     elif lycoris is None:
         raise ConfigError(
             Problem(
@@ -67,7 +50,8 @@ def build_adapter(
             )
         )
     else:
-        adapter = attach_lycoris(denoiser, lycoris, spec, dtype, seed, lycoris_file)
+        file = str(options.lycoris_config) if options.lycoris_config else None
+        adapter = attach_lycoris(denoiser, lycoris, spec, dtype, seed, file)
     if start is not None and not next(iter(adapter.trainable_parameters().values())).is_meta:
         untouched = adapter.start_from(start, str(init_file))
         new = f"; it says nothing of {len(untouched)} of the adapted layers" if untouched else ""

@@ -38,7 +38,8 @@ REFERENCE_KEYS: Mapping[str, tuple[str, ...]] = {
 }
 MetadataBackend = Literal["discovery", "json", "parquet", "huggingface", "webshart"]
 CropAspect = Literal["square", "preserve", "closest", "random"]
-CropStyle = Literal["center", "corner", "random", "face"]
+CropStyle = Literal["center", "corner", "random"]
+RefusedCropStyle = Literal["face"]
 ResolutionType = Literal["pixel", "area", "pixel_area"]
 
 
@@ -81,7 +82,7 @@ class ImageDataset(ImageSource, DatasetEntry):
         "`crop_aspect_buckets`.",
         level="basic",
     )
-    crop_style: CropStyle = option(
+    crop_style: CropStyle | RefusedCropStyle = option(
         "center",
         help="Where the crop lies; `random` is keyed by seed, dataset and image. `centre` is read too.",
         planned_values={"face": "finding faces needs weights that no library includes; crop the images, or use center"},

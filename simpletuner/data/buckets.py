@@ -10,15 +10,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from simpletuner.batch import Crop
 from simpletuner.randomness import keyed_uniform
 
 if TYPE_CHECKING:
-    from simpletuner.config.datasets import CropAspect, ResolutionType
+    from simpletuner.config.datasets import CropAspect, CropStyle, ResolutionType
 
-CropStyle = Literal["center", "corner", "random"]
+BucketSize = tuple[int, int]  # height and width of the images that are trained together
 
 
 @dataclass(frozen=True)

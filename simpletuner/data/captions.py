@@ -15,7 +15,7 @@ from typing import Literal
 from simpletuner.text import NotText, decode_lenient, lines_of, without_separators
 
 CaptionFallback = Literal["filename", "instanceprompt"]
-CaptionStrategy = Literal["filename", "textfile", "table", "instanceprompt"]
+CaptionSource = Literal["filename", "textfile", "table", "instanceprompt"]
 
 # Files beside an image that hold its caption; the second is what kohya's scripts write. Of both the first counts.
 CAPTION_SUFFIXES = (".txt", ".caption")
@@ -48,7 +48,7 @@ class CaptionRules:
             a camera gave a file is no caption.
     """
 
-    strategy: CaptionStrategy
+    strategy: CaptionSource
     instance_prompts: tuple[str, ...] = ()
     only_instance_prompt: bool = False
     prepend_instance_prompt: bool = False
@@ -83,7 +83,7 @@ def captions_of(path: str, text: str | None, rules: CaptionRules) -> tuple[str, 
     return tuple(found)
 
 
-def _found(path: str, text: str | None, strategy: CaptionStrategy, rules: CaptionRules) -> Sequence[str]:
+def _found(path: str, text: str | None, strategy: CaptionSource, rules: CaptionRules) -> Sequence[str]:
     if strategy == "filename":
         name = "" if rules.fallback and is_camera_name(path) else caption_from_name(path)
         return [name] if name else []

@@ -20,7 +20,7 @@ from simpletuner.batch import PromptImage, Sample
 from simpletuner.config.datasets import EvalDataset, ImageDataset
 from simpletuner.data.backends.base import Backend
 from simpletuner.data.backends.build import source_key
-from simpletuner.data.buckets import BucketRules, plan_crop, training_size
+from simpletuner.data.buckets import BucketRules, BucketSize, plan_crop, training_size
 from simpletuner.data.caption_edits import CaptionEdits
 from simpletuner.data.caption_table import CaptionTable
 from simpletuner.data.captions import CaptionRules, captions_of
@@ -36,8 +36,6 @@ from simpletuner.randomness import keyed_uniform
 
 if TYPE_CHECKING:
     import torch
-
-Size = tuple[int, int]
 
 _CHUNK = 512
 
@@ -86,7 +84,7 @@ class Samples(Sequence[Sample]):
         self._caption_rules = caption_rules
         self._edits = edits
         self._table = table
-        self._sizes: tuple[int, Mapping[Size, NDArray[np.int64]]] | None = None
+        self._sizes: tuple[int, Mapping[BucketSize, NDArray[np.int64]]] | None = None
         self._chosen: NDArray[np.bool_] | None = None
         self.draws = draws
         self.references = references
@@ -149,7 +147,7 @@ class Samples(Sequence[Sample]):
             if self.draws.flips:
                 yield sample.mirrored()
 
-    def buckets_in(self, round_number: int) -> Mapping[Size, NDArray[np.int64]]:
+    def buckets_in(self, round_number: int) -> Mapping[BucketSize, NDArray[np.int64]]:
         """(height, width) in pixels -> indices, ascending, where aspects are resampled in each round."""
         if self._sizes is not None and self._sizes[0] == round_number:
             return self._sizes[1]
@@ -158,7 +156,7 @@ class Samples(Sequence[Sample]):
             for offset, row in enumerate(self.image_index.images(self.ids[start : start + _CHUNK].tolist())):
                 key = self._crop_key(row.digest, round_number)
                 sizes[start + offset] = training_size(row.height, row.width, self._bucket_rules, *key)
-        buckets: Mapping[Size, NDArray[np.int64]] = group_by_size(sizes[:, 0], sizes[:, 1])
+        buckets: Mapping[BucketSize, NDArray[np.int64]] = group_by_size(sizes[:, 0], sizes[:, 1])
         if self._chosen is not None:
             buckets = only_chosen(buckets, self._chosen)
         self._sizes = round_number, buckets
@@ -201,7 +199,7 @@ class Dataset:
 
     entry: ImageDataset
     samples: Samples
-    buckets: Mapping[Size, NDArray[np.int64]]
+    buckets: Mapping[BucketSize, NDArray[np.int64]]
     fingerprint: str
     filter_report: FilterReport
     backend: Backend
@@ -289,7 +287,7 @@ class Dataset:
         """How many `samples_to_keep` gives."""
         return len(self.samples) * (1 + self.samples.draws.flips) if self.keeps_latents else 0
 
-    def buckets_in(self, round_number: int) -> Mapping[Size, NDArray[np.int64]]:
+    def buckets_in(self, round_number: int) -> Mapping[BucketSize, NDArray[np.int64]]:
         """(height, width) in pixels -> indices into `samples`, in one round; the same object where nothing is drawn."""
         if self.samples.draws.crops and self.entry.crop_aspect == "random":
             return self.samples.buckets_in(round_number)
@@ -314,8 +312,8 @@ class Dataset:
 
 
 def only_chosen(
-    buckets: Mapping[Size, NDArray[np.int64]], chosen: NDArray[np.bool_]
-) -> Mapping[Size, NDArray[np.int64]]:
+    buckets: Mapping[BucketSize, NDArray[np.int64]], chosen: NDArray[np.bool_]
+) -> Mapping[BucketSize, NDArray[np.int64]]:
     """The buckets with the chosen indices alone; buckets that lose all of theirs are gone."""
     kept = {size: members[chosen[members]] for size, members in buckets.items()}
     return {size: members for size, members in kept.items() if len(members)}

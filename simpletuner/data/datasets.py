@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +21,6 @@ from simpletuner.config.datasets import (
     masks_for,
     references_for,
     table_path,
-    with_defaults,
 )
 from simpletuner.data.backends.base import Backend
 from simpletuner.data.backends.build import open_backend, source_key
@@ -79,7 +78,7 @@ def build_datasets(
     """The image and eval datasets of a run, in the order of the data file.
 
     Args:
-        entries: of the data file; disabled ones and those without images are passed over.
+        entries: of the data file, with their defaults; disabled ones and those without images are skipped.
         work_dir: the indexes are kept in its folder `index`.
         report: called with the progress of each scan.
         data_file: named in errors.
@@ -88,11 +87,7 @@ def build_datasets(
         ConfigError: a folder that is not there, or settings that give no training size or caption.
         DataError: a dataset without a usable image, or images without captions.
     """
-    images = [
-        cast(ImageDataset, with_defaults(entry, config))
-        for entry in entries
-        if isinstance(entry, ImageDataset) and not entry.disabled
-    ]
+    images = [entry for entry in entries if isinstance(entry, ImageDataset) and not entry.disabled]
     problems = [problem for entry in images for problem in check_entry(entry, config.data, spec, data_file)]
     if problems:
         raise ConfigError(problems)
@@ -104,12 +99,13 @@ def build_datasets(
             if entry.type == "records":
                 datasets += datasets_of_records(entry, config, spec, scan, data_file, filters_for(entries))
                 continue
-            table = caption_table(entry, work_dir, data_file)
-            references = [(each, scan(each)) for each in references_for(entry, entries)]
-            files = prompt_files(entry, spec, work_dir, data_file)
-            dataset = build_dataset(
-                entry, config, spec, scan(entry), data_file, filters_for(entries), table, references, files
+            files = EntryFiles(
+                table=caption_table(entry, work_dir, data_file),
+                references=[(each, scan(each)) for each in references_for(entry, entries)],
+                prompt_files=prompt_files(entry, spec, work_dir, data_file),
+                folder=scan(entry),
             )
+            dataset = build_dataset(entry, files, config, spec, data_file, filters_for(entries))
             filter_reports.append(dataset.filter_report)
             for mask in masks_for(entry, entries):
                 dataset = with_masks(dataset, mask, scan(mask), data_file)
@@ -176,11 +172,9 @@ def datasets_of_records(
     datasets, filter_reports = [], []
     for part in record_parts(entry, config.data, spec, data_file, notes):
         references = [(each, scan(each, backend)) for each, backend in part.references]
-        folder = scan(part.entry, part.backend)
+        files = EntryFiles(scan(part.entry, part.backend), None, references, part.prompt_files)
         try:
-            dataset = build_dataset(
-                part.entry, config, spec, folder, data_file, filters, None, references, part.prompt_files
-            )
+            dataset = build_dataset(part.entry, files, config, spec, data_file, filters)
             filter_reports.append(dataset.filter_report)
             datasets.append(dataset)
         except UnusableData as error:  # no row of this part is left
@@ -218,28 +212,40 @@ def _scan_progress(dataset_id: str, report: ProgressReport | None) -> Callable[[
     return lambda num_files: report(f"scanning {dataset_id}", num_files, None)
 
 
+@dataclasses.dataclass(frozen=True)
+class EntryFiles:
+    """What an entry's images and their captions are made of.
+
+    Args:
+        folder: with the images.
+        table: where the captions are, for the strategies that have one.
+        references: conditioning entries with the reference images.
+        prompt_files: embeddings of the captions.
+    """
+
+    folder: ScannedFolder
+    table: CaptionTable | None = None
+    references: Sequence[tuple[ConditioningDataset, ScannedFolder]] = ()
+    prompt_files: PromptFiles | None = None
+
+
 def build_dataset(
     entry: ImageDataset,
+    files: EntryFiles,
     config: TrainConfig,
     spec: FamilySpec,
-    folder: ScannedFolder,
-    data_file: str | None = None,
-    filters: tuple[str, ...] = (),
-    table: CaptionTable | None = None,
-    references: Sequence[tuple[ConditioningDataset, ScannedFolder]] = (),
-    prompt_files: PromptFiles | None = None,
+    data_file: str | None,
+    filters: tuple[str, ...],
 ) -> Dataset:
     """One dataset from the images that its folder holds.
 
     Args:
         filters: edits of captions (`caption_filter_list`).
-        table: where the captions are, for the strategies that have one.
-        references: conditioning entries with the reference images.
-        prompt_files: embeddings of the captions.
 
     Raises:
         DataError: no image is left, or some have no caption.
     """
+    seed, folder, table = config.training.seed, files.folder, files.table
     index, catalogue = folder.index, folder.catalogue
     sizes, captions = bucket_rules(entry, config.data, spec), caption_rules(entry)
     skipped = index.skipped(with_texts=captions.reads_text_files)
@@ -252,32 +258,32 @@ def build_dataset(
         problem = refuse_uncaptioned(entry, missing, lacking, len(shaped), catalogue, index, skipped, data_file)
         filter_report = _filter_report(entry, folder, len(large_enough), len(shaped) - len(missing), {}, skipped)
         raise UnusableData([problem], [filter_report])
-    partners = [Partners(each, reference_rules(each, entry, sizes, spec), where) for each, where in references]
+    partners = [Partners(each, reference_rules(each, entry, sizes, spec), where) for each, where in files.references]
     paired = select_paired(folder, shaped, partners, skipped)
-    chosen = select_subset(entry.id, config.training.seed, entry.max_num_samples, catalogue, paired, index)
-    used = select_sizes(entry.id, config.training.seed, catalogue, chosen, sizes, spec, index, skipped)
+    chosen = select_subset(entry.id, seed, entry.max_num_samples, catalogue, paired, index)
+    used = select_sizes(entry.id, seed, catalogue, chosen, sizes, spec, index, skipped)
     buckets = group_by_size(used.heights, used.widths)
     filter_report = _filter_report(entry, folder, len(large_enough), len(shaped), buckets, skipped)
     if not buckets:
         raise UnusableData([_nothing_left(entry, index, skipped, data_file)], [filter_report])
     filter_report = with_caption_findings(filter_report, entry, captions, table, used.positions, catalogue, index)
-    content = _content(entry, config, catalogue, captions, table, partners)
+    content = _content(entry, seed, catalogue, captions, table, partners)
     ids, texts = catalogue.ids[used.positions], catalogue.texts[used.positions]
     seen = tuple(each.of(used.positions) for each in partners)
     # An eval loss compares the same crops each time.
     resamples = bool(entry.vae_cache_clear_each_epoch) and not isinstance(entry, EvalDataset)
     draws = RoundSampling(crops=resamples and sizes.needs_content, flips=entry.random_flip)
-    edits = CaptionEdits(filters, entry.caption_shuffle, config.training.seed, entry.caption_openers or ())
-    samples = Samples(entry.id, config.training.seed, index, ids, texts, sizes, captions, draws, edits, table, seen)
-    if prompt_files is not None:
-        content += prompt_files.fingerprint
-        prompt_files.require_files(samples)
+    edits = CaptionEdits(filters, entry.caption_shuffle, seed, entry.caption_openers or ())
+    samples = Samples(entry.id, seed, index, ids, texts, sizes, captions, draws, edits, table, seen)
+    if files.prompt_files is not None:
+        content += files.prompt_files.fingerprint
+        files.prompt_files.require_files(samples)
     return Dataset(
         entry=entry,
         samples=samples,
-        prompt_files=prompt_files,
+        prompt_files=files.prompt_files,
         buckets=buckets,
-        fingerprint=dataset_fingerprint(content, sizes, captions, config.training.seed, draws, edits),
+        fingerprint=dataset_fingerprint(content, sizes, captions, seed, draws, edits),
         filter_report=filter_report,
         backend=index.backend,
     )
@@ -311,7 +317,7 @@ def _filter_report(
 
 def _content(
     entry: ImageDataset,
-    config: TrainConfig,
+    seed: int,
     catalogue: Catalogue,
     captions: CaptionRules,
     table: CaptionTable | None,
@@ -321,7 +327,7 @@ def _content(
     content = [catalogue.images_digest, *([catalogue.texts_digest] if captions.reads_text_files else [])]
     content += [table.digest] if table else []
     content += [each.fingerprint for each in partners]
-    return content + ([f"{entry.max_num_samples} of {config.training.seed}"] if entry.max_num_samples else [])
+    return content + ([f"{entry.max_num_samples} of {seed}"] if entry.max_num_samples else [])
 
 
 def caption_table(entry: ImageDataset, work_dir: Path, data_file: str | None) -> CaptionTable | None:

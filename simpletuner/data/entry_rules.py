@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import cast
 
-from simpletuner.config.datasets import ConditioningDataset, ImageDataset
+from simpletuner.config.datasets import ConditioningDataset, CropStyle, ImageDataset
 from simpletuner.config.options.data import DataOptions
-from simpletuner.data.buckets import BucketRules, CropStyle
-from simpletuner.data.captions import CaptionRules, CaptionStrategy
+from simpletuner.data.buckets import BucketRules
+from simpletuner.data.captions import CaptionRules, CaptionSource
 from simpletuner.errors import Problem
 from simpletuner.families.spec import FamilySpec
 
@@ -81,7 +81,7 @@ def caption_rules(entry: ImageDataset) -> CaptionRules:
     """The captions of a dataset; the entry has passed `check_entry`."""
     strategy = "table" if entry.has_caption_table or entry.caption_strategy == entry.type else entry.caption_strategy
     return CaptionRules(
-        strategy=cast(CaptionStrategy, strategy),  # the others are refused with the file
+        strategy=cast(CaptionSource, strategy),  # the others are refused with the file
         instance_prompts=tuple(entry.instance_prompt or ()),
         only_instance_prompt=entry.only_instance_prompt,
         prepend_instance_prompt=entry.prepend_instance_prompt,

@@ -15,10 +15,9 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from simpletuner.data.buckets import BucketSize
 from simpletuner.data.interleave import Interleaving, generator, permutation
 from simpletuner.data.schedule import Schedule
-
-Size = tuple[int, int]
 
 
 class SampledDataset(Protocol):
@@ -43,7 +42,7 @@ class SampledDataset(Protocol):
         """Of one process; None takes that of the run."""
         ...
 
-    def buckets_in(self, round_number: int) -> Mapping[Size, NDArray[np.int64]]:
+    def buckets_in(self, round_number: int) -> Mapping[BucketSize, NDArray[np.int64]]:
         """(height, width) -> indices of images, in a round; the same object where nothing differs."""
         ...
 
@@ -52,14 +51,14 @@ class SampledDataset(Protocol):
 class RoundBatch:
     """One batch of a round: its size, its samples, and how many of them count."""
 
-    size: Size
+    size: BucketSize
     sample_indices: tuple[int, ...]
     num_real: int
 
 
 @dataclass(frozen=True)
 class _Stream:
-    size: Size
+    size: BucketSize
     members: NDArray[np.int64]
     num_occurrences: int
     num_batches: int
@@ -68,7 +67,7 @@ class _Stream:
 @dataclass(frozen=True)
 class _Round:
     number: int
-    buckets: Mapping[Size, NDArray[np.int64]]
+    buckets: Mapping[BucketSize, NDArray[np.int64]]
     streams: tuple[_Stream, ...]
     mix: Interleaving
 
@@ -88,7 +87,7 @@ class DatasetOrder:
         self.fills_batches = fills_batches
         self._key = (seed, dataset.id)
         self._rounds: dict[int, _Round] = {}
-        self._permutations: dict[Size, dict[tuple[int, int], NDArray[np.int64]]] = {}
+        self._permutations: dict[BucketSize, dict[tuple[int, int], NDArray[np.int64]]] = {}
 
     def batches_in(self, round_number: int) -> int:
         known = self._rounds.get(round_number)
@@ -125,11 +124,11 @@ class DatasetOrder:
         self._rounds = dict([*list(self._rounds.items())[-1:], (number, made)])
         return made
 
-    def _like(self, buckets: Mapping[Size, NDArray[np.int64]]) -> _Round | None:
+    def _like(self, buckets: Mapping[BucketSize, NDArray[np.int64]]) -> _Round | None:
         """A round over these very buckets: it has the same streams in another order."""
         return next((each for each in list(self._rounds.values()) if each.buckets is buckets), None)
 
-    def _streams(self, buckets: Mapping[Size, NDArray[np.int64]]) -> tuple[_Stream, ...]:
+    def _streams(self, buckets: Mapping[BucketSize, NDArray[np.int64]]) -> tuple[_Stream, ...]:
         streams = []
         for size, members in sorted(buckets.items()):
             occurrences = len(members) * (self.dataset.repeats + 1)

@@ -22,8 +22,9 @@ from itertools import accumulate
 
 import numpy as np
 
+from simpletuner.data.buckets import BucketSize
 from simpletuner.data.interleave import Interleaving
-from simpletuner.data.rounds import DatasetOrder, SampledDataset, Size
+from simpletuner.data.rounds import DatasetOrder, SampledDataset
 from simpletuner.errors import ConfigError, Problem
 
 
@@ -46,7 +47,7 @@ class BatchPlan:
     position: int
     dataset_index: int
     dataset_id: str
-    size: Size
+    size: BucketSize
     sample_indices: tuple[int, ...]
     num_real: int
     round_number: int = 0

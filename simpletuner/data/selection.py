@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from simpletuner.data.buckets import (
     BucketRules,
+    BucketSize,
     aspect_choices,
     has_allowed_aspect,
     is_large_enough,
@@ -25,8 +26,6 @@ from simpletuner.data.report import MAX_EXAMPLES, SkippedFiles
 from simpletuner.data.transforms import MAX_PIXELS
 from simpletuner.families.spec import FamilySpec
 from simpletuner.randomness import keyed_seed
-
-Size = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -124,14 +123,14 @@ def _random_sizes(
     return sizes
 
 
-def _unique_sizes(catalogue: Catalogue, positions: NDArray[np.int64]) -> tuple[list[Size], NDArray[np.int64]]:
+def _unique_sizes(catalogue: Catalogue, positions: NDArray[np.int64]) -> tuple[list[BucketSize], NDArray[np.int64]]:
     """The different (height, width) among images, and which of them each image has: a million images have few."""
     packed = catalogue.heights[positions].astype(np.int64) << 32 | catalogue.widths[positions]
     unique, inverse = np.unique(packed, return_inverse=True)
     return [(int(value) >> 32, int(value) & 0xFFFFFFFF) for value in unique], inverse
 
 
-def group_by_size(heights: NDArray[np.int64], widths: NDArray[np.int64]) -> dict[Size, NDArray[np.int64]]:
+def group_by_size(heights: NDArray[np.int64], widths: NDArray[np.int64]) -> dict[BucketSize, NDArray[np.int64]]:
     """(height, width) -> indices into the used images, ascending."""
     if not len(heights):
         return {}

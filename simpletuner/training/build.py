@@ -11,12 +11,11 @@ from pathlib import Path
 from torch import nn
 
 from simpletuner.adapters.base import Adapter
-from simpletuner.adapters.build import build_adapter, lora_settings
+from simpletuner.adapters.build import build_adapter
 from simpletuner.config.loading import LoadedRun
 from simpletuner.data.dataset import Dataset
 from simpletuner.data.sampler import Sampler
 from simpletuner.distributed.process_group import SINGLE_PROCESS, ProcessGroup
-from simpletuner.models.devices import adapter_dtype
 from simpletuner.models.family import ModelFamily
 from simpletuner.optim.schedules import LrFactor, build_schedule, scaled_learning_rate
 from simpletuner.reporting.bus import EventBus
@@ -33,21 +32,7 @@ from simpletuner.validation.validator import Validator
 
 def attach_adapter(loaded: LoadedRun, family: ModelFamily, denoiser: nn.Module) -> Adapter:
     """What the configuration trains, attached to a denoiser; `simpletuner plan` gives it one without values."""
-    config = loaded.config
-    return build_adapter(
-        denoiser,
-        family.spec_of_weights,  # its files say so
-        model_type=config.model.model_type,
-        lora_type=config.adapter.lora_type,
-        lycoris=loaded.lycoris,
-        dtype=adapter_dtype(config),
-        seed=config.training.seed,
-        lycoris_file=str(loaded.lycoris_file) if loaded.lycoris_file else None,
-        lora=lora_settings(config.adapter),
-        init_file=config.adapter.init_lora,
-        modules=config.optimizer.trainable_modules,
-        low_modules=config.optimizer.trainable_modules_low_learning_rate,
-    )
+    return build_adapter(denoiser, family.spec_of_weights, loaded.config, loaded.lycoris)  # its files say which spec
 
 
 def require_trained_parts(loaded: LoadedRun, family: ModelFamily) -> None:

@@ -76,7 +76,8 @@ def place_denoiser(
     Raises:
         ConfigError: fsdp_enable with a single process, or processes that cannot be divided as asked.
     """
-    if not (config.processes.fsdp_enable or config.processes.deepspeed_config):
+    processes = config.processes
+    if not (processes.fsdp_enable or processes.deepspeed_config):
         count = config.model.musubi_blocks_to_swap
         if config.model.enable_group_offload:
             count = len(repeated_blocks(denoiser, family.spec.block_classes))
@@ -86,21 +87,33 @@ def place_denoiser(
         raise ConfigError(
             Problem(
                 "this run has one process, which has nobody to share the weights with",
-                key="fsdp_enable" if config.processes.fsdp_enable else "deepspeed_config",
+                key="fsdp_enable" if processes.fsdp_enable else "deepspeed_config",
                 fix="set num_processes above 1, or remove the key",
             )
         )
-    if config.processes.deepspeed_config:
+    if processes.deepspeed_config:
         denoiser.to(family.device)
         return Zero(
             adapter.trainable_parameters(),
             process_group,
             denoiser,
-            read_deepspeed(Path(config.processes.deepspeed_config)),
+            read_deepspeed(Path(processes.deepspeed_config)),
             accumulation=config.training.gradient_accumulation_steps,
             max_grad_norm=config.optimizer.max_grad_norm or 0.0,
             is_adapter=not isinstance(adapter, FullAdapter),
         )
+    return _shard(config, family, denoiser, adapter, process_group, mesh)
+
+
+def _shard(
+    config: TrainConfig,
+    family: ModelFamily,
+    denoiser: nn.Module,
+    adapter: Adapter,
+    process_group: ProcessGroup,
+    mesh: DeviceMesh | None,
+) -> Placement:
+    """Spread the denoiser over the processes (FSDP2); an adapter stays whole."""
     whole = set() if isinstance(adapter, FullAdapter) else set(adapter.all_parameters())
     shard_denoiser(
         denoiser,

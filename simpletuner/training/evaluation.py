@@ -41,7 +41,7 @@ class EvalResult:
 
 
 @dataclass(frozen=True)
-class Row:
+class EvalRow:
     """One image at one quantile: what one row of a forward pass judges.
 
     Args:
@@ -115,7 +115,7 @@ class Evaluator:
         positions = usable[: self.num_images]
         samples = dataset.samples.take(positions)
         each = zip(positions, samples, strict=True)
-        rows = [Row(position, sample, index) for position, sample in each for index in range(len(self.quantiles))]
+        rows = [EvalRow(position, sample, index) for position, sample in each for index in range(len(self.quantiles))]
         losses: list[float] = []
         start = 0
         while start < len(rows):
@@ -139,7 +139,7 @@ class Evaluator:
             return self.family.prompts.embeds(captions, dataset.prompt_images(references))
         return [files.read(row.files[0]) for row in files.take(samples)]
 
-    def _chunk_losses(self, denoiser: nn.Module, dataset: Dataset, rows: list[Row]) -> list[float]:
+    def _chunk_losses(self, denoiser: nn.Module, dataset: Dataset, rows: list[EvalRow]) -> list[float]:
         samples = [row.sample for row in rows]
         latents = torch.stack(self.sources[dataset.id].latents(samples))
         generators = [keyed_generator(EVAL_SEED, "eval noise", row.sample.digest, row.quantile) for row in rows]
@@ -160,14 +160,14 @@ class Evaluator:
         return compute_losses(self.family, denoiser, batch, noise, quantiles).per_sample.tolist()
 
 
-def _masks(dataset: Dataset, rows: Sequence[Row], size: tuple[int, int]) -> Tensor | None:
+def _masks(dataset: Dataset, rows: Sequence[EvalRow], size: tuple[int, int]) -> Tensor | None:
     """(B, 1, h, w) where the loss counts, as in training but always; None where the dataset has no masks."""
     if dataset.masks is None:
         return None
     return torch.stack([dataset.masks.weights(row.position, row.sample, size) for row in rows])
 
 
-def _same_size_run(rows: list[Row]) -> list[Row]:
+def _same_size_run(rows: list[EvalRow]) -> list[EvalRow]:
     """The leading rows whose images have one size, since a batch has one."""
     first = rows[0].sample.crop
     size = (first.height, first.width)

@@ -22,7 +22,7 @@ from simpletuner.disk import DiskError, disk_errors
 from simpletuner.reporting.events import SavedImage
 from simpletuner.reporting.progress import number_text
 from simpletuner.storage import write_bytes, write_json
-from simpletuner.validation.grids import Row, comparison_sheet
+from simpletuner.validation.grids import SheetRow, comparison_sheet
 from simpletuner.validation.prompts import ImageRequest
 from simpletuner.validation.sampling import GeneratedImage
 
@@ -151,7 +151,7 @@ class ImageFiles:
         sources += [(f"step {steps[-1]}, EMA", partial(self.path, step=steps[-1], kind="ema"))]
         kept = [(title, find) for title, find in sources if any(find(request).is_file() for request in self.requests)]
         rows = [
-            Row(
+            SheetRow(
                 f"{request.shortname} ({request.size_text}{number_text(request.index)}): {request.prompt}",
                 [_read(find(request)) for _, find in kept],
             )

@@ -22,7 +22,7 @@ from simpletuner.batch import PromptImage, PromptRequest
 from simpletuner.cache.fingerprints import prompt_fingerprint
 from simpletuner.cache.prompts import encode
 from simpletuner.commands.firered.extract_flags import ExtractFlags
-from simpletuner.commands.firered.extract_rows import DROPPED, Row, Variant, rows_of, variants_of, written_row
+from simpletuner.commands.firered.extract_rows import DROPPED, Line, Variant, rows_of, variants_of, written_row
 from simpletuner.commands.firered.fetch import FetchError, fetch, is_url
 from simpletuner.commands.firered.keys import ALIGNMENT
 from simpletuner.data.digests import DigestMemo
@@ -124,7 +124,7 @@ class _Extraction:
         self.journal = Journal(place)
         self.num_made = self.num_there = self.num_bad = 0
 
-    def run(self, rows: Sequence[Row]) -> list[dict[str, Any]]:
+    def run(self, rows: Sequence[Line]) -> list[dict[str, Any]]:
         written: list[dict[str, Any]] = []
         said = time.monotonic()
         for start in range(0, len(rows), self.flags.batch_size):
@@ -139,7 +139,7 @@ class _Extraction:
             raise DataError(Problem("no row could be used", file=str(self.flags.jsonl_path)))
         return written
 
-    def _usable(self, rows: Sequence[Row]) -> Iterator[tuple[Row, dict[str, Path], dict[str, tuple[int, int]]]]:
+    def _usable(self, rows: Sequence[Line]) -> Iterator[tuple[Line, dict[str, Path], dict[str, tuple[int, int]]]]:
         """Rows with their images fetched and measured."""
         names = list(dict.fromkeys(name for row in rows for name in (*row.sources, row.target)))
         looked_at = dict(zip(names, self.readers.map(self._look_at, names), strict=True))
@@ -173,7 +173,9 @@ class _Extraction:
             fetch(url, path)
         return path
 
-    def _encode_row(self, row: Row, images: Mapping[str, Path], sizes: Mapping[str, tuple[int, int]]) -> dict[str, Any]:
+    def _encode_row(
+        self, row: Line, images: Mapping[str, Path], sizes: Mapping[str, tuple[int, int]]
+    ) -> dict[str, Any]:
         variants = variants_of(row, self.flags)
         files = {each.name: self._file(row, each) for each in variants}
         keys = {each.name: self._key(each, images) for each in variants}
@@ -189,7 +191,7 @@ class _Extraction:
             self.num_made += 1
         return written_row(row, images, sizes, files)
 
-    def _file(self, row: Row, variant: Variant) -> Path:
+    def _file(self, row: Line, variant: Variant) -> Path:
         is_null = self.flags.t2i_mode and variant.name == DROPPED
         stem = NULL_FILE if is_null else f"{row.number}_{variant.name}"
         return self.place.folder / f"{stem}.{self.flags.file_format}"

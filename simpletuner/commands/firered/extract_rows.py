@@ -22,7 +22,7 @@ PATH_KEY = "embeddings_tensor_"
 
 
 @dataclass(frozen=True)
-class Row:
+class Line:
     """One line of the table.
 
     Args:
@@ -62,7 +62,7 @@ class Variant:
         return self.text, self.images
 
 
-def variants_of(row: Row, flags: ExtractFlags) -> list[Variant]:
+def variants_of(row: Line, flags: ExtractFlags) -> list[Variant]:
     """What is encoded of a row: as the original does, and the dropped caption for text to image too."""
     sources = () if flags.t2i_mode else row.sources
     texts = (*row.instructions, "")
@@ -74,7 +74,7 @@ def variants_of(row: Row, flags: ExtractFlags) -> list[Variant]:
     return variants
 
 
-def rows_of(flags: ExtractFlags, working_dir: Path, rank: int, size: int, notes: list[str]) -> list[Row]:
+def rows_of(flags: ExtractFlags, working_dir: Path, rank: int, size: int, notes: list[str]) -> list[Line]:
     """The rows of one of `size` processes; every local image of them is there.
 
     Args:
@@ -83,7 +83,7 @@ def rows_of(flags: ExtractFlags, working_dir: Path, rank: int, size: int, notes:
     Raises:
         ConfigError: rows that cannot be used, each by file and line; or there is none in the whole table.
     """
-    rows: list[Row] = []
+    rows: list[Line] = []
     problems: list[Problem] = []
     folders = Folders(working_dir, flags.jsonl_path.absolute().parent)
     num_lines = 0
@@ -115,7 +115,7 @@ def _lines(table: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
         yield int(row.place.rpartition(" ")[2]) - 1, row.cells
 
 
-def _row(number: int, cells: Mapping[str, Any], flags: ExtractFlags, folders: Folders) -> Row:
+def _row(number: int, cells: Mapping[str, Any], flags: ExtractFlags, folders: Folders) -> Line:
     """A row with its images found.
 
     Raises:
@@ -126,7 +126,7 @@ def _row(number: int, cells: Mapping[str, Any], flags: ExtractFlags, folders: Fo
     key = fields.target or next((name for name in TARGETS if cells.get(name)), TARGETS[0])
     if not cells.get(key):
         raise ValueError(f'"{key}" is missing')
-    return Row(
+    return Line(
         number=number,
         cells=cells,
         sources=sources,
@@ -178,7 +178,7 @@ def _text(cells: Mapping[str, Any], key: str) -> str:
 
 
 def written_row(
-    row: Row,
+    row: Line,
     images: Mapping[str, Path],
     sizes: Mapping[str, tuple[int, int]],
     files: Mapping[str, Path],

@@ -38,7 +38,7 @@ DEFAULT_NEGATIVE_PROMPT = (
 # diffusers' default (`max_input_image_size`).
 MAX_REFERENCE_SIDE = 1024
 Generators = torch.Generator | list[torch.Generator] | None
-Row = tuple[str, list[Tensor]]  # a prompt and the latents of its input images
+PromptRow = tuple[str, list[Tensor]]  # a prompt and the latents of its input images
 
 
 class OmniGenPipeline(DiffusersOmniGenPipeline):
@@ -149,7 +149,7 @@ class OmniGenPipeline(DiffusersOmniGenPipeline):
             latents.append(self.family.latents_from_moments(mean, torch.Generator(), self.vae.config))
         return latents
 
-    def _run_text(self, rows: Sequence[Row], num_image_tokens: int) -> TextCache:
+    def _run_text(self, rows: Sequence[PromptRow], num_image_tokens: int) -> TextCache:
         factor = self.vae_scale_factor
         seen = [[PromptImage(x.shape[-2] * factor, x.shape[-1] * factor) for x in images] for _, images in rows]
         embeds = self.family.prompts.embeds([prompt for prompt, _ in rows], seen)
@@ -235,14 +235,14 @@ def _negative_prompts(negative_prompt: str | Sequence[str] | None, count: int) -
     return prompts
 
 
-def _guidance_rows(rows: list[Row], negative: list[str], guidance_scale: float) -> list[Row]:
+def _guidance_rows(rows: list[PromptRow], negative: list[str], guidance_scale: float) -> list[PromptRow]:
     """The rows that guidance compares: the prompts, the negative ones, and with input images these without a prompt.
 
     As diffusers' processor lays them out; a prompt without input images has the negative one in the third place too.
     """
     if guidance_scale == 1:
         return rows
-    without: list[Row] = [(prompt, []) for prompt in negative]
+    without: list[PromptRow] = [(prompt, []) for prompt in negative]
     if not any(images for _, images in rows):
         return rows + without
     alone = [

@@ -23,7 +23,7 @@ FIRST_COLUMNS = (
     *("speed/seconds_per_step", "speed/samples_per_second", "memory/gb", "loss/val/pooled"),
 )
 
-Row = dict[str, float]
+CsvRow = dict[str, float]
 
 
 class CsvSink:
@@ -41,7 +41,7 @@ class CsvSink:
         self.path = Path(output_dir) / CSV_FILE
         self._columns: list[str] = []
         self._file: IO[str] | None = None
-        self._row: Row = {}
+        self._row: CsvRow = {}
         self._row_start = 0
 
     def handle(self, event: Event) -> None:
@@ -61,7 +61,7 @@ class CsvSink:
         self._columns = list(dict.fromkeys([*FIRST_COLUMNS, *(name for row in rows for name in row)]))
         self._rewrite(rows)
 
-    def _add(self, numbers: Row) -> None:
+    def _add(self, numbers: CsvRow) -> None:
         """A new row, or more numbers of the last one's step, which is then written once more over itself."""
         file = self._file
         assert file is not None
@@ -96,9 +96,9 @@ class CsvSink:
         self._file.seek(0, 2)
 
 
-def rows_of(records: Iterable[Mapping[str, Any]]) -> list[Row]:
+def rows_of(records: Iterable[Mapping[str, Any]]) -> list[CsvRow]:
     """The rows of a metrics file, in order of their steps as they were recorded."""
-    rows: dict[int, Row] = {}
+    rows: dict[int, CsvRow] = {}
     for record in records:
         if numbers := record_scalars(record):
             rows.setdefault(int(record["step"]), {"step": int(record["step"])}).update(numbers)

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from simpletuner.config.datasets import Dataset, with_defaults
 from simpletuner.config.options import TrainConfig
+from simpletuner.data import datasets
+from simpletuner.data.dataset import Dataset as BuiltDataset
+from simpletuner.families.spec import FamilySpec
 from tests.configs import config_of
 
 
@@ -52,3 +57,11 @@ def options(**changes) -> TrainConfig:
         "masked_loss_probability": 1.0,
     }
     return config_of(**(defaults | changes))
+
+
+def build_datasets(
+    entries: Sequence[Dataset], config: TrainConfig, spec: FamilySpec, work_dir: Path, data_file: str | None = None
+) -> list[BuiltDataset]:
+    """The datasets of entries that no file was read for: these get what the configuration says of all of them here."""
+    whole = [with_defaults(entry, config) for entry in entries]
+    return datasets.build_datasets(whole, config, spec, work_dir, data_file=data_file)

@@ -10,10 +10,9 @@ import pytest
 from simpletuner.config.datasets import ConditioningDataset, ImageDataset
 from simpletuner.data.captions import is_camera_name
 from simpletuner.data.dataset import Dataset
-from simpletuner.data.datasets import build_datasets
 from simpletuner.errors import DataError
 from simpletuner.models.omnigen.spec import OMNIGEN
-from tests.unit.data.images import options, write_image
+from tests.unit.data.images import build_datasets, options, write_image
 
 NFC, NFD = (unicodedata.normalize(form, "café") for form in ("NFC", "NFD"))
 

@@ -11,11 +11,11 @@ from PIL import Image
 
 from simpletuner.batch import Crop
 from simpletuner.config.datasets import EvalDataset, ImageDataset, TextEmbedsDataset
-from simpletuner.data.datasets import Dataset, UnusableData, build_datasets
+from simpletuner.data.datasets import Dataset, UnusableData
 from simpletuner.data.sampler import Sampler
 from simpletuner.errors import EXIT_CONFIG, EXIT_DATA, ConfigError, DataError
 from simpletuner.models.omnigen.spec import OMNIGEN
-from tests.unit.data.images import options, tree_digest, write_image
+from tests.unit.data.images import build_datasets, options, tree_digest, write_image
 
 
 @pytest.fixture

@@ -9,12 +9,11 @@ import pytest
 
 from simpletuner.config.datasets import ImageDataset
 from simpletuner.data.dataset import Dataset
-from simpletuner.data.datasets import build_datasets
 from simpletuner.data.holdout import hold_out, place_of
 from simpletuner.data.sampler import Sampler
 from simpletuner.errors import DataError
 from simpletuner.models.omnigen.spec import OMNIGEN
-from tests.unit.data.images import options, write_image
+from tests.unit.data.images import build_datasets, options, write_image
 
 
 def build(tmp_path: Path, *entries: ImageDataset) -> list[Dataset]:

@@ -14,12 +14,11 @@ from PIL import Image
 
 from simpletuner.batch import Crop
 from simpletuner.config.datasets import ConditioningDataset, ImageDataset
-from simpletuner.data.datasets import build_datasets
 from simpletuner.data.masks import average_down
 from simpletuner.data.transforms import UnusableImage, load_mask
 from simpletuner.errors import DataError
 from simpletuner.models.omnigen.spec import OMNIGEN
-from tests.unit.data.images import options
+from tests.unit.data.images import build_datasets, options
 
 
 def save(path: Path, values: np.ndarray) -> Path:

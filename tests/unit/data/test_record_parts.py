@@ -10,13 +10,12 @@ import pytest
 
 from simpletuner.config.datasets import ImageDataset
 from simpletuner.data.dataset import Dataset
-from simpletuner.data.datasets import build_datasets
 from simpletuner.data.mixes import read_sources
 from simpletuner.data.sampler import Sampler
 from simpletuner.errors import ConfigError, DataError
 from simpletuner.models.omnigen.spec import OMNIGEN
 from simpletuner.models.omnigen2.spec import OMNIGEN2
-from tests.unit.data.images import options, write_image
+from tests.unit.data.images import build_datasets, options, write_image
 
 
 @pytest.fixture

@@ -11,12 +11,11 @@ import torch
 
 from simpletuner.batch import Crop
 from simpletuner.config.datasets import ConditioningDataset, ImageDataset
-from simpletuner.data.datasets import build_datasets
 from simpletuner.data.references import ReferenceRules, plan_reference
 from simpletuner.data.report import SKIPPED_FILE, write_report
 from simpletuner.errors import DataError
 from simpletuner.models.omnigen.spec import OMNIGEN
-from tests.unit.data.images import options, write_image
+from tests.unit.data.images import build_datasets, options, write_image
 
 
 def build(root: Path, kind: str = "reference_strict", folders: tuple[str, ...] = ("sources",), **changes):

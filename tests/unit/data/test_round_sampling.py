@@ -14,11 +14,11 @@ from simpletuner.batch import Crop, Sample
 from simpletuner.config.dataset_values import TagShuffle
 from simpletuner.config.datasets import EvalDataset, ImageDataset, TextEmbedsDataset
 from simpletuner.data.caption_edits import CaptionEdits
-from simpletuner.data.datasets import Dataset, build_datasets
+from simpletuner.data.datasets import Dataset
 from simpletuner.data.sampler import Sampler
 from simpletuner.errors import DataError
 from simpletuner.models.omnigen.spec import OMNIGEN
-from tests.unit.data.images import options, write_image
+from tests.unit.data.images import build_datasets, options, write_image
 
 
 @pytest.fixture

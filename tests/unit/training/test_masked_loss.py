@@ -14,7 +14,6 @@ from torch import nn
 
 from simpletuner.batch import Batch, Sample
 from simpletuner.config.datasets import ConditioningDataset, ImageDataset
-from simpletuner.data.datasets import build_datasets
 from simpletuner.data.sampler import Sampler
 from simpletuner.families.registry import get_family_class, get_spec
 from simpletuner.models.components import ModelSource
@@ -22,7 +21,7 @@ from simpletuner.models.family import ModelFamily
 from simpletuner.models.omnigen.spec import OMNIGEN
 from simpletuner.training.batches import BatchSource, Window
 from simpletuner.training.step import compute_losses, sample_noise, sample_quantiles
-from tests.unit.data.images import options, write_image
+from tests.unit.data.images import build_datasets, options, write_image
 
 
 class PerElement(nn.Module):

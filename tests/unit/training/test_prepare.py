@@ -8,12 +8,11 @@ import pytest
 
 from simpletuner.config.datasets import EvalDataset, ImageDataset
 from simpletuner.config.options import TrainConfig
-from simpletuner.data.datasets import build_datasets
 from simpletuner.errors import DataError
 from simpletuner.models.omnigen.spec import OMNIGEN
 from simpletuner.training.prepare import require_full_batches
 from tests.configs import config_of
-from tests.unit.data.images import options, write_image
+from tests.unit.data.images import build_datasets, options, write_image
 
 
 def config(full: bool | None) -> TrainConfig:

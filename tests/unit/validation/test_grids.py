@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image, ImageFont
 
-from simpletuner.validation.grids import Row, Tile, comparison_sheet, contact_sheet, elided, fit_cell
+from simpletuner.validation.grids import SheetRow, Tile, comparison_sheet, contact_sheet, elided, fit_cell
 
 
 def checkerboard(side: int) -> Image.Image:
@@ -29,8 +29,10 @@ def test_a_comparison_holds_every_image_and_leaves_missing_places_empty():
     sheet = comparison_sheet(
         ["base", "step 10", "EMA"],
         [
-            Row("first", [Image.new("RGB", (192, 192), (10, 0, 0)), Image.new("RGB", (192, 192), (20, 0, 0)), None]),
-            Row("second", [Image.new("RGB", (192, 192), (30, 0, 0))] * 3),
+            SheetRow(
+                "first", [Image.new("RGB", (192, 192), (10, 0, 0)), Image.new("RGB", (192, 192), (20, 0, 0)), None]
+            ),
+            SheetRow("second", [Image.new("RGB", (192, 192), (30, 0, 0))] * 3),
         ],
         "title",
     )
