@@ -17,7 +17,6 @@ from simpletuner.config.dataset_loading import LoadedDatasets, read_datasets
 from simpletuner.config.datasets import Dataset, TextEmbedsDataset
 from simpletuner.config.discovery import ConfigSource, find_config, no_config_error
 from simpletuner.config.draft import Draft
-from simpletuner.config.file_rules import broken_file_rules
 from simpletuner.config.json_reader import Document, parse_json, read_json_file
 from simpletuner.config.layers import (
     Layer,
@@ -30,13 +29,13 @@ from simpletuner.config.layers import (
 )
 from simpletuner.config.lycoris import check_lycoris
 from simpletuner.config.merging import Merged, merge_layers, option_names
-from simpletuner.config.objective_rules import meaningless_options
 from simpletuner.config.options import TrainConfig, all_options
 from simpletuner.config.options.reporting import ReportingOptions
 from simpletuner.config.options.validation import ValidationOptions
 from simpletuner.config.paths import SINGLE_FILE, WITHOUT, Folders, looks_like_path
 from simpletuner.config.prompt_library import LibraryPrompt, read_prompt_library
 from simpletuner.config.rules import broken_rules, notices
+from simpletuner.config.rules.objective import meaningless_options
 from simpletuner.config.sources import ImageSource
 from simpletuner.config.values import read_bool
 from simpletuner.config.webhook_reading import read_webhooks
@@ -151,7 +150,7 @@ def load_source(
         prompt_library=prompts,
         faulty=frozenset(problem.key for problem in reader.problems if problem.key),
     )
-    problems = [*reader.problems, *broken_rules(draft), *(broken_file_rules(draft) if check_files else [])]
+    problems = [*reader.problems, *broken_rules(draft, check_files)]
     if problems:
         raise ConfigError(list(dict.fromkeys(problems)))
     return LoadedRun(

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from simpletuner.config.optimizer_rules import OWN_OPTIONS
 from simpletuner.config.optimizers import OPTIMIZERS, OptimizerRow
+from simpletuner.config.rules.optimizer import OWN_OPTIONS
 from simpletuner.config.trained_parts import LOW_RATE, rates_of
 from simpletuner.errors import ConfigError, MissingDependency, Problem
 from simpletuner.hardware import missing_compiler

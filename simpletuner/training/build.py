@@ -106,7 +106,7 @@ def build_evaluator(
     stop: StopRequest,
     process_group: ProcessGroup = SINGLE_PROCESS,
 ) -> Evaluator | None:
-    """None where there is nothing to evaluate; `config/rules.py` reports an interval without an eval dataset."""
+    """None where there is nothing to evaluate; a rule reports an interval without an eval dataset."""
     config = loaded.config
     wanted = config.evaluation.eval_dataset_id
     held_out = [dataset for dataset in datasets if dataset.kind == "eval" and wanted in (None, dataset.id)]
@@ -154,7 +154,7 @@ def build_validator(
             "validation_prompt": config.validation.validation_prompt or "",
         }
         command = config.validation.validation_external_script
-        assert command is not None, "validation_rules.external_script_is_named"
+        assert command is not None, "config/rules/validation.py:external_script_is_named"
         return ExternalScript(command, facts, checkpoints.newest, checkpoints.output_dir, bus)
     sees_one = config.data.conditioning_multidataset_sampling == "random"
     references = references_of_run(config.validation, datasets, sees_one)

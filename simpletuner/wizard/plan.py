@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from simpletuner.config.adapter_rules import STANDARD_KEYS
 from simpletuner.config.options import all_options
+from simpletuner.config.rules.adapter import STANDARD_KEYS
 from simpletuner.wizard import proposals
 from simpletuner.wizard.answers import Answers
 from simpletuner.wizard.lycoris import lycoris_settings

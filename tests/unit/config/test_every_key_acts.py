@@ -35,7 +35,7 @@ WHILE_READING = {
     "dataset_type": ("config/dataset_loading.py", "_dataset_type(written"),
     "conditioning_data": ("config/datasets.py", "entry.conditioning_data or ()"),
     "source_dataset_id": ("config/datasets.py", "each.source_dataset_id == entry.id"),
-    "text_embeds": ("config/dataset_rules.py", "entry.text_embeds != cache.id"),
+    "text_embeds": ("config/rules/data.py", "entry.text_embeds != cache.id"),
     "metadata_file": ("config/datasets.py", "return entry.metadata_file"),
     "metadata_backend": ("config/datasets.py", '("metadata_backend", "json"): "discovery"'),
 }

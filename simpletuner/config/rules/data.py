@@ -19,6 +19,7 @@ from simpletuner.config.datasets import (
 from simpletuner.config.draft import Draft
 from simpletuner.config.sources import caption_fault
 from simpletuner.errors import Problem
+from simpletuner.text import printable
 
 # Keys that say how an entry is trained on; an eval dataset never is.
 TRAINING_KEYS = (
@@ -293,7 +294,48 @@ def captions_are_kept_in_the_default_cache(draft: Draft) -> Iterator[Problem]:
             yield draft.dataset_problem(entry, "text_embeds", message, allowed, fix="remove the key")
 
 
+def regularisation_has_an_adapter(draft: Draft) -> Iterator[Problem]:
+    for entry in draft.images:
+        if entry.is_regularisation_data and draft.config.model.model_type == "full":
+            message = "prior preservation compares with the model without its adapter, and model_type is full"
+            yield draft.dataset_problem(entry, "is_regularisation_data", message, fix="set it to false")
+        if entry.is_regularisation_data and entry.dataset_type == "eval":
+            message = "an eval dataset is never trained on"
+            yield draft.dataset_problem(entry, "is_regularisation_data", message, fix="set it to false")
+
+
+def dataset_ids_are_names(draft: Draft) -> Iterator[Problem]:
+    for entry in draft.datasets.entries:
+        is_name = entry.id.strip() == entry.id and not set(entry.id) & set('/\\:*?"<>|') and entry.id.isprintable()
+        if not is_name or entry.id.startswith(".") or len(entry.id) > 100:
+            message = f'"{printable(entry.id)}" cannot name a file'
+            yield draft.dataset_problem(entry, "id", message, 'up to 100 letters, without / \\ : * ? " < > |')
+
+
+def there_are_images_to_train_on(draft: Draft) -> Iterator[Problem]:
+    if draft.datasets.problems or not draft.datasets.is_read:
+        return
+    if any(entry.dataset_type == "image" for entry in draft.datasets.entries):
+        return
+    disabled = f" ({', '.join(draft.datasets.disabled)} disabled)" if draft.datasets.disabled else ""
+    message = f"names no dataset of dataset_type image{disabled}: there is nothing to train on"
+    file = draft.config.data.data_backend_config
+    shown = draft.folders.shown(file) if file else None
+    yield Problem(message, file=shown, line=1, fix="add an entry with id and instance_data_dir")
+
+
+def one_text_cache_is_the_default(draft: Draft) -> Iterator[Problem]:
+    defaults = [entry for entry in draft.datasets.entries if isinstance(entry, TextEmbedsDataset) and entry.default]
+    for entry in defaults[1:]:
+        message = f'"{defaults[0].id}" is the default already'
+        yield draft.dataset_problem(entry, "default", message, "true in one text_embeds entry")
+
+
 DATASET_RULES = (
+    regularisation_has_an_adapter,
+    dataset_ids_are_names,
+    there_are_images_to_train_on,
+    one_text_cache_is_the_default,
     captions_are_kept_in_the_default_cache,
     crops_have_their_shapes,
     own_sizes_are_not_cut,
@@ -339,4 +381,17 @@ def samples_crops(entry: ImageDataset) -> bool:
     return entry.crop and "random" in (entry.crop_style, entry.crop_aspect)
 
 
-DATASET_NOTICES = (conditioning_has_images, new_crops_differ)
+def text_caches_have_a_use(draft: Draft) -> Iterator[str]:
+    if draft.spec is None or draft.spec.caches_prompt_embeds:
+        return
+    for entry in draft.datasets.entries:
+        if isinstance(entry, TextEmbedsDataset) and not entry.caption_filter_list:
+            place = draft.datasets.place(entry.id, "dataset_type")
+            reads = f"{draft.spec.title} reads the tokens of captions"
+            yield f"{place}: {entry.id}: a text_embeds entry has no use: {reads}, and nothing is kept there"
+    for key in ("text_cache_ondemand", "text_cache_disable", "text_encoder_offload"):
+        if draft.config.value(key):
+            yield f"{draft.origin(key)}: {key} has no use: {draft.spec.title} reads the tokens of captions"
+
+
+DATASET_NOTICES = (text_caches_have_a_use, conditioning_has_images, new_crops_differ)

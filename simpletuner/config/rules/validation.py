@@ -204,7 +204,16 @@ def what_follows_the_eval_loss_has_one(draft: Draft) -> Iterator[Problem]:
         yield draft.problem("no eval loss is computed, so nothing can stop falling", "early_stopping_patience", fix=fix)
 
 
+def validation_sizes_fit_the_family(draft: Draft) -> Iterator[Problem]:
+    spec = draft.spec
+    for size in draft.config.validation.validation_sizes if spec and spec.max_size else ():
+        if spec and spec.max_size and max(size) > spec.max_size:
+            message = f"{size} is larger than {spec.title} takes"
+            yield draft.problem(message, "validation_resolution", f"at most {spec.max_size} pixels a side")
+
+
 VALIDATION_RULES = (
+    validation_sizes_fit_the_family,
     pipeline_takes_its_options,
     skipped_layers_lead_somewhere,
     references_are_taken,

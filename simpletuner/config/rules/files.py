@@ -146,9 +146,3 @@ FILE_RULES = (
     assistant_exists,
     previews_have_a_decoder,
 )
-
-
-def broken_file_rules(draft: Draft) -> list[Problem]:
-    """The problems of all rules about files, but for options whose value was refused already."""
-    problems = [problem for rule in FILE_RULES for problem in rule(draft)]
-    return [problem for problem in problems if problem.key not in draft.faulty]

@@ -105,7 +105,28 @@ def the_root_of_the_scale_has_a_scale(draft: Draft) -> Iterator[Problem]:
         yield draft.problem(message, "lr_scale_sqrt", fix="set lr_scale to true too, or remove the key")
 
 
+def exactly_one_length_is_set(draft: Draft) -> Iterator[Problem]:
+    steps, epochs = draft.config.training.max_train_steps, draft.config.training.num_train_epochs
+    if steps > 0 and epochs > 0:
+        message = f"{steps} steps and {epochs:g} epochs (num_train_epochs) are both set"
+        yield draft.problem(message, "max_train_steps", fix="set one of them to 0")
+    if steps == 0 and epochs == 0:
+        allowed = "exactly one of max_train_steps and num_train_epochs above 0"
+        yield draft.problem("the run has no length", "max_train_steps", allowed, fix="set max_train_steps")
+
+
+def a_falling_schedule_falls(draft: Draft) -> Iterator[Problem]:
+    config = draft.config
+    falls = config.optimizer.lr_scheduler not in ("constant", "constant_with_warmup")
+    if falls and config.optimizer.lr_end > config.optimizer.learning_rate and not config.optimizer.lr_scale:
+        message = f"{config.optimizer.lr_end:g} is not below learning_rate, which is {config.optimizer.learning_rate:g}"
+        fix = f"set lr_end below it, or lr_scheduler to constant instead of {config.optimizer.lr_scheduler}"
+        yield draft.problem(message, "lr_end", f"less than {config.optimizer.learning_rate:g}", fix)
+
+
 OPTIMIZER_RULES = (
+    exactly_one_length_is_set,
+    a_falling_schedule_falls,
     optimizer_config_has_arguments_of_the_optimizer,
     a_found_rate_is_not_set_too,
     averaged_weights_are_averaged_once,
@@ -130,4 +151,16 @@ def terms_that_the_optimizer_lacks(draft: Draft) -> Iterator[str]:
             yield f"{draft.origin(key)}: {key}: {name} has no such term; it is not used"
 
 
-OPTIMIZER_NOTICES = (terms_that_the_optimizer_lacks,)
+def warm_up_is_shorter_than_the_run(draft: Draft) -> Iterator[str]:
+    steps, options = draft.config.training.max_train_steps, draft.config.optimizer
+    if 0 < steps <= options.lr_warmup_steps:
+        yield (
+            f"{draft.origin('lr_warmup_steps')}: lr_warmup_steps: {options.lr_warmup_steps} steps of warm-up in a "
+            f"run of {steps}: the learning rate never reaches {options.learning_rate:g}"
+        )
+
+
+OPTIMIZER_NOTICES = (
+    warm_up_is_shorter_than_the_run,
+    terms_that_the_optimizer_lacks,
+)
