@@ -29,7 +29,8 @@ from simpletuner.optim.ema import EMA
 from simpletuner.reporting.bus import EventBus
 from simpletuner.reporting.events import Event
 from simpletuner.storage import save_tensors
-from simpletuner.training.build import build_batches, build_lr_factor, build_sampler
+from simpletuner.training.batches import BatchSource
+from simpletuner.training.build import build_lr_factor, build_sampler
 from simpletuner.training.checkpoint import Checkpoints
 from simpletuner.training.evaluation import EvalResult
 from simpletuner.training.loss_scale import LossScale
@@ -304,7 +305,7 @@ def toy_run(
             process_group,
             config.checkpoint.pause_on_full_disk,
         ),
-        batches=build_batches(loaded, family, datasets, sources, sampler, process_group),  # type: ignore[arg-type]
+        batches=BatchSource(family, datasets, sources, sampler, config, process_group),  # type: ignore[arg-type]
         evaluator=ToyEvaluator(losses) if losses else None,  # type: ignore[arg-type]
         validator=None,
         max_train_steps=total,

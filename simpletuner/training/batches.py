@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from simpletuner.batch import Batch, PromptEmbeds, Sample
+from simpletuner.config.options import TrainConfig
 from simpletuner.data.dataset import Dataset
 from simpletuner.data.sampler import BatchPlan, Sampler, range_for_rank
 from simpletuner.diffusion.loss import sample_weights
@@ -73,13 +74,7 @@ class BatchSource:
 
     Args:
         sources: dataset id -> where its latents come from.
-        accumulation: micro-batches per optimizer step.
-        dropout: probability that a caption becomes `family.spec.dropped_caption`.
-        masking: probability that the mask of an image counts, where it has one.
-        world: this process takes its part of each global batch.
-        samples_reference: one reference of each image is sampled, where it has several.
-        reference_dropout: share of the dropped captions whose references are dropped too; None is the family's own.
-        weighs_by_size: an image counts as much as it has latents.
+        process_group: this process takes its part of each global batch.
     """
 
     def __init__(
@@ -88,27 +83,23 @@ class BatchSource:
         datasets: Sequence[Dataset],
         sources: Mapping[str, LatentSource],
         sampler: Sampler,
-        seed: int,
-        accumulation: int = 1,
-        dropout: float = 0.0,
-        masking: float = 1.0,
+        config: TrainConfig,
         process_group: ProcessGroup = SINGLE_PROCESS,
-        samples_reference: bool = False,
-        reference_dropout: float | None = None,
-        weighs_by_size: bool = False,
     ):
+        options = config.training
         self.family = family
         self.datasets = {dataset.id: dataset for dataset in datasets}
         self.sources = sources
         self.sampler = sampler
-        self.seed = seed
-        self.accumulation = accumulation
-        self.dropout = dropout
-        self.masking = masking
         self.process_group = process_group
-        self.samples_reference = samples_reference
-        self.reference_dropout = float(family.spec.drops_references) if reference_dropout is None else reference_dropout
-        self.weighs_by_size = weighs_by_size
+        self.seed = options.seed
+        self.accumulation = options.gradient_accumulation_steps
+        self.dropout = options.caption_dropout_probability
+        own = options.reference_dropout_probability
+        self.reference_dropout = float(family.spec.drops_references) if own is None else own
+        self.masking = options.masked_loss_probability
+        self.samples_reference = config.data.conditioning_multidataset_sampling == "random"
+        self.weighs_by_size = config.objective.loss_balance == "pixels"
         self._build_seconds = 0.0
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="batches")
         self._ahead: tuple[tuple[int, int, int], Future[Window]] | None = None

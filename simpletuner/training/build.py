@@ -19,7 +19,6 @@ from simpletuner.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from simpletuner.models.family import ModelFamily
 from simpletuner.optim.schedules import LrFactor, build_schedule, scaled_learning_rate
 from simpletuner.reporting.bus import EventBus
-from simpletuner.training.batches import BatchSource
 from simpletuner.training.checkpoint import Checkpoints
 from simpletuner.training.device_placement import is_denoiser_spread
 from simpletuner.training.evaluation import Evaluator
@@ -70,31 +69,6 @@ def build_lr_factor(loaded: LoadedRun, total_steps: int, process_group: ProcessG
         lr_end=config.optimizer.lr_end,
         lr_power=config.optimizer.lr_power,
         lr_num_cycles=config.optimizer.lr_num_cycles,
-    )
-
-
-def build_batches(
-    loaded: LoadedRun,
-    family: ModelFamily,
-    datasets: Sequence[Dataset],
-    sources: LatentSources,
-    sampler: Sampler,
-    process_group: ProcessGroup = SINGLE_PROCESS,
-) -> BatchSource:
-    config = loaded.config
-    return BatchSource(
-        family,
-        datasets,
-        sources,
-        sampler,
-        config.training.seed,
-        accumulation=config.training.gradient_accumulation_steps,
-        dropout=config.training.caption_dropout_probability or 0.0,
-        reference_dropout=config.training.reference_dropout_probability,
-        masking=config.training.masked_loss_probability,
-        process_group=process_group,
-        samples_reference=config.data.conditioning_multidataset_sampling == "random",
-        weighs_by_size=config.objective.loss_balance == "pixels",
     )
 
 

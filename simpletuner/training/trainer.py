@@ -38,9 +38,9 @@ from simpletuner.precision.quantise import require_device
 from simpletuner.reporting.bus import EventBus
 from simpletuner.reporting.events import Notice, RunFailed, RunStarted
 from simpletuner.reporting.sinks import build_sinks
+from simpletuner.training.batches import BatchSource
 from simpletuner.training.build import (
     attach_adapter,
-    build_batches,
     build_evaluator,
     build_lr_factor,
     build_sampler,
@@ -229,7 +229,7 @@ def build_run(
             process_group,
             config.checkpoint.pause_on_full_disk,
         ),
-        batches=build_batches(loaded, family, training, sources, sampler, process_group),
+        batches=BatchSource(family, training, sources, sampler, config, process_group),
         evaluator=build_evaluator(loaded, family, datasets, sources, stop, process_group),
         validator=build_validator(loaded, family, datasets, checkpoints, bus, stop, process_group),
         max_train_steps=total_steps,

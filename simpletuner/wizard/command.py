@@ -144,7 +144,7 @@ def apply(project: Project, given: Given) -> Answers:
         rank=given.rank or (answers.rank if adapter == answers.adapter else None),
         layers=read_layers(given.layers) if given.layers else answers.layers,
         dataset=dataset,
-        prompts=given.prompt if given.prompt is not None else answers.prompts,
+        prompts=tuple(given.prompt) if given.prompt else answers.prompts,
         options=options,
     )
 

@@ -17,20 +17,28 @@ from simpletuner.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from simpletuner.randomness import keyed_seed
 from simpletuner.training import batches
 from simpletuner.training.batches import BatchSource
+from tests.configs import config_of
 from tests.toy import ToyDataset, ToyFamily, ToySource
 
 FIVE = {name: (float(place), 0.0) for place, name in enumerate("abcde")}
 
 
-def source_of(data: ToyDataset, size: int = 2, *, family: ToyFamily | None = None, **options) -> BatchSource:
-    process_group = options.get("process_group", SINGLE_PROCESS)
+def source_of(
+    data: ToyDataset,
+    size: int = 2,
+    *,
+    family: ToyFamily | None = None,
+    process_group: ProcessGroup = SINGLE_PROCESS,
+    **options,
+) -> BatchSource:
     sampler = Sampler([data], size * process_group.size, seed=1, num_ranks=process_group.size)
-    return BatchSource(family or ToyFamily(), [data], {data.id: ToySource(data.images)}, sampler, seed=7, **options)
+    config = config_of(seed=7, **options)
+    return BatchSource(family or ToyFamily(), [data], {data.id: ToySource(data.images)}, sampler, config, process_group)
 
 
 def test_slots_count_through_the_whole_window_and_the_place_moves_on():
     """Five images are three batches; a window takes two of them, across the edge of the epoch too."""
-    source = source_of(ToyDataset(FIVE), accumulation=2)
+    source = source_of(ToyDataset(FIVE), gradient_accumulation_steps=2)
     windows, place = [], (0, 0)
     for step in range(3):
         windows.append(source.build_window(step, *place))
@@ -88,16 +96,16 @@ def test_a_process_without_an_image_of_its_own_weighs_nothing():
 
 
 def test_the_slots_of_a_later_batch_follow_those_of_all_processes():
-    source = source_of(ToyDataset(FIVE), size=1, process_group=ProcessGroup(1, 2), accumulation=2)
+    source = source_of(ToyDataset(FIVE), size=1, process_group=ProcessGroup(1, 2), gradient_accumulation_steps=2)
     window = source.build_window(0, 0, 0)
     assert [list(batch.slots) for batch in window.batches] == [[1], [3]]
 
 
 def test_a_window_knows_how_many_samples_all_processes_have_in_it():
     """Five images in global batches of 4: the second one of an epoch has a single image."""
-    source = source_of(ToyDataset(FIVE), size=2, process_group=ProcessGroup(1, 2), accumulation=2)
+    source = source_of(ToyDataset(FIVE), size=2, process_group=ProcessGroup(1, 2), gradient_accumulation_steps=2)
     assert source.build_window(0, 0, 0).num_slots == 5
-    assert source_of(ToyDataset(FIVE), accumulation=2).build_window(0, 0, 0).num_slots == 4
+    assert source_of(ToyDataset(FIVE), gradient_accumulation_steps=2).build_window(0, 0, 0).num_slots == 4
 
 
 def test_an_image_counts_as_much_as_it_has_latents_where_that_is_asked():
@@ -105,8 +113,8 @@ def test_an_image_counts_as_much_as_it_has_latents_where_that_is_asked():
         def latents(self, samples):
             return [torch.zeros(2, 3, 4) for _ in samples]
 
-    for weighs_by_size, weight in ((True, 12), (False, 1)):
-        source = source_of(ToyDataset(FIVE), weighs_by_size=weighs_by_size)
+    for balance, weight in (("pixels", 12), ("images", 1)):
+        source = source_of(ToyDataset(FIVE), loss_balance=balance)
         source.sources = {"toy": Sizes(FIVE)} | {key: Sizes(FIVE) for key in source.sources}
         window = source.build_window(0, 0, 0)
         assert window.batches[0].loss_weights.tolist() == [weight, weight]
@@ -114,7 +122,7 @@ def test_an_image_counts_as_much_as_it_has_latents_where_that_is_asked():
 
 
 def test_captions_are_dropped_by_step_and_by_slot_as_often_as_asked():
-    source = source_of(ToyDataset(FIVE), dropout=0.3)
+    source = source_of(ToyDataset(FIVE), caption_dropout_probability=0.3)
     by_step = [source.drops_caption(step, 0) for step in range(1000)]
     by_slot = [source.drops_caption(0, slot) for slot in range(1000)]
     for dropped in (by_step, by_slot):
@@ -122,13 +130,15 @@ def test_captions_are_dropped_by_step_and_by_slot_as_often_as_asked():
     assert by_step != by_slot
     assert by_step[5] == (keyed_seed(7, "caption dropout", 5, 0) / 2**63 < 0.3)
     assert not any(source_of(ToyDataset(FIVE)).drops_caption(step, 0) for step in range(100))
-    assert all(source_of(ToyDataset(FIVE), dropout=1.0).drops_caption(step, 0) for step in range(100))
+    assert all(
+        source_of(ToyDataset(FIVE), caption_dropout_probability=1.0).drops_caption(step, 0) for step in range(100)
+    )
 
 
 def test_a_dropped_caption_is_the_family_s_own():
     family = ToyFamily()
     family.spec = replace(family.spec, dropped_caption="nothing")
-    [batch] = source_of(ToyDataset(FIVE), family=family, dropout=1.0).build_window(0, 0, 0).batches
+    [batch] = source_of(ToyDataset(FIVE), family=family, caption_dropout_probability=1.0).build_window(0, 0, 0).batches
     assert batch.captions == ["nothing", "nothing"]
     assert batch.prompt_embeds[0].tensors["length"] == len("nothing")
 
@@ -137,14 +147,14 @@ def test_a_caption_is_chosen_by_seed_step_and_slot():
     keys = []
     data = ToyDataset(FIVE)
     data.caption_for = lambda sample, *key: keys.append(key) or "x"
-    source_of(data, accumulation=2).build_window(9, 0, 0)
+    source_of(data, gradient_accumulation_steps=2).build_window(9, 0, 0)
     assert keys == [(7, 9, 0), (7, 9, 1), (7, 9, 2), (7, 9, 3)]
 
 
 @pytest.mark.parametrize("masking", [0.0, 0.4, 1.0])
 def test_masks_count_as_often_as_asked_by_step_and_slot(masking):
     """The mask of every image is a quarter; where it does not count, all of the image does."""
-    source = source_of(ToyDataset(FIVE, mask_of=dict.fromkeys(FIVE, 0.25)), masking=masking)
+    source = source_of(ToyDataset(FIVE, mask_of=dict.fromkeys(FIVE, 0.25)), masked_loss_probability=masking)
     rows = [source.build_window(step, 0, 0).batches[0].masks[:, 0, 0, 0].tolist() for step in range(500)]
     for slot in (0, 1):
         counts = [row[slot] == 0.25 for row in rows]
@@ -176,7 +186,7 @@ def test_references_come_with_their_image_all_or_one_that_is_drawn(monkeypatch):
     assert [[int(each[0, 0, 0]) for each in row] for row in batch.references] == [[1, 2], [1, 2]]
     first, second = batch.digests
     assert asked == [[tuple(PromptImage(16, 8, f"{name}{number}") for number in (1, 2)) for name in (first, second)]]
-    one = with_references(samples_reference=True)
+    one = with_references(conditioning_multidataset_sampling="random")
     generated = [
         [int(row[0][0, 0, 0]) for row in one.build_window(step, 0, 0).batches[0].references] for step in range(40)
     ]
@@ -188,7 +198,7 @@ def test_references_come_with_their_image_all_or_one_that_is_drawn(monkeypatch):
 def test_a_share_of_dropped_captions_takes_its_references_along_and_no_other():
     """The two draws are keyed apart: among dropped captions half keep their references, among kept ones all."""
     counts = {True: [], False: []}
-    source = with_references(dropout=0.5, reference_dropout=0.5)
+    source = with_references(caption_dropout_probability=0.5, reference_dropout_probability=0.5)
     for step in range(100):
         [batch] = source.build_window(step, 0, 0).batches
         for caption, row in zip(batch.captions, batch.references or [(), ()], strict=True):
@@ -196,7 +206,11 @@ def test_a_share_of_dropped_captions_takes_its_references_along_and_no_other():
     assert set(counts[False]) == {2}
     assert set(counts[True]) == {0, 2}
     assert 0.35 < counts[True].count(0) / len(counts[True]) < 0.65
-    [batch] = with_references(dropout=1.0, reference_dropout=0.0).build_window(0, 0, 0).batches
+    [batch] = (
+        with_references(caption_dropout_probability=1.0, reference_dropout_probability=0.0)
+        .build_window(0, 0, 0)
+        .batches
+    )
     assert [len(row) for row in batch.references] == [2, 2]
 
 
@@ -204,14 +218,14 @@ def test_a_share_of_dropped_captions_takes_its_references_along_and_no_other():
 def test_references_go_with_a_dropped_caption_where_the_family_says_so(drops, count):
     family = ToyFamily()
     family.spec = replace(family.spec, drops_references=drops)
-    [batch] = with_references(family=family, dropout=1.0).build_window(0, 0, 0).batches
+    [batch] = with_references(family=family, caption_dropout_probability=1.0).build_window(0, 0, 0).batches
     assert [len(row) for row in batch.references or [(), ()]] == [count, count]
 
 
 def test_a_window_that_was_begun_ahead_is_the_one_that_is_used(monkeypatch):
     """And only where it is the one asked for: a step that starts elsewhere is built again."""
     monkeypatch.setattr(batches, "WORTH_A_THREAD_SECONDS", 0.0)
-    source = source_of(ToyDataset(FIVE), accumulation=2)
+    source = source_of(ToyDataset(FIVE), gradient_accumulation_steps=2)
     built = []
     build = source.build_window
     monkeypatch.setattr(source, "build_window", lambda *key: built.append(key) or build(*key))
@@ -247,7 +261,9 @@ def test_closing_lets_every_source_write():
 def test_each_batch_is_of_one_dataset_with_its_own_mask_and_kind():
     toys, kept = ToyDataset(FIVE), ToyDataset(FIVE, id="kept", is_regularisation=True, mask_of=dict.fromkeys(FIVE, 0.5))
     sources = {each.id: ToySource(FIVE) for each in (toys, kept)}
-    source = BatchSource(ToyFamily(), [toys, kept], sources, Sampler([toys, kept], 5, seed=1), 7, accumulation=2)
+    source = BatchSource(
+        ToyFamily(), [toys, kept], sources, Sampler([toys, kept], 5, seed=1), config_of(gradient_accumulation_steps=2)
+    )
     by_name = {batch.dataset_id: batch for batch in source.build_window(0, 0, 0).batches}
     assert by_name.keys() == {"toys", "kept"}
     assert (by_name["toys"].is_regularisation, by_name["toys"].masks) == (False, None)
@@ -258,7 +274,9 @@ def test_each_batch_is_of_one_dataset_with_its_own_mask_and_kind():
 def test_a_dataset_takes_part_in_its_steps_alone():
     early, late = ToyDataset(FIVE), ToyDataset(FIVE, id="late", schedule=Schedule(start_step=3))
     sources = {each.id: ToySource(FIVE) for each in (early, late)}
-    source = BatchSource(ToyFamily(), [early, late], sources, Sampler([early, late], 5, seed=1), 7, accumulation=2)
+    source = BatchSource(
+        ToyFamily(), [early, late], sources, Sampler([early, late], 5, seed=1), config_of(gradient_accumulation_steps=2)
+    )
     windows, place = [], (0, 0)
     for step in range(4):
         windows.append(source.build_window(step, *place))

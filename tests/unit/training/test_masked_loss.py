@@ -21,6 +21,7 @@ from simpletuner.models.family import ModelFamily
 from simpletuner.models.omnigen.spec import OMNIGEN
 from simpletuner.training.batches import BatchSource, Window
 from simpletuner.training.step import compute_losses, sample_noise, sample_quantiles
+from tests.configs import config_of
 from tests.unit.data.images import build_datasets, options, write_image
 
 
@@ -128,7 +129,9 @@ def source_of(family: ModelFamily, tmp_path: Path, masking: float, **changes) ->
     ]
     datasets = build_datasets(entries, options(), OMNIGEN, tmp_path / "work")
     sampler = Sampler(datasets, 2, seed=1)
-    return BatchSource(family, datasets, {"things": Latents()}, sampler, seed=1, masking=masking)
+    return BatchSource(
+        family, datasets, {"things": Latents()}, sampler, config_of(seed=1, masked_loss_probability=masking)
+    )
 
 
 def masks_of(source: BatchSource, num_steps: int = 12) -> torch.Tensor:

@@ -140,7 +140,7 @@ def test_from_lokr_to_dora_and_lora_and_back_the_run_loads(folder: Path, omnigen
 
 def test_folders_are_added_and_prompts_replaced_in_existing_files(folder: Path, omnigen_folder: Path):
     configured(folder, omnigen_folder)
-    configured(folder, omnigen_folder, eval_data="held_out", prompts=("ohwx box", "a red box"), yes=True)
+    configured(folder, omnigen_folder, eval_data="held_out", prompt=["ohwx box", "a red box"], yes=True)
     run = load_run((), {}, folder)
     assert [entry.dataset_type for entry in run.datasets] == ["image", "eval"]
     assert run.prompt_library == {"a_red_box": LibraryPrompt("a red box")}
