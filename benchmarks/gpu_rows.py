@@ -148,7 +148,7 @@ class RandomOmniGen(OmniGen):
         )
 
     def load_denoiser(self) -> nn.Module:
-        return install(reduce_activation_memory(self.public()))
+        return install(reduce_activation_memory(self.public(), self.spec.block_classes))
 
 
 def random_module(make: Callable[[], nn.Module], device: torch.device, dtype: torch.dtype) -> nn.Module:

@@ -64,7 +64,7 @@ class RandomFlux(Flux):
         return random_module(lambda: FluxTransformer2DModel(**self.shape), self.device, self.dtype)
 
     def load_denoiser(self) -> nn.Module:
-        return reduce_activation_memory(self.public())
+        return reduce_activation_memory(self.public(), self.spec.block_classes)
 
 
 def family_of(name: str, shape: dict[str, Any] | None, device: torch.device) -> RandomOmniGen | RandomFlux:

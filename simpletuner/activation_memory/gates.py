@@ -1,11 +1,10 @@
-"""Activations of an MLP, which keep the projection that they work on and nothing else.
+"""The gate of an MLP whose gate and values are one projection.
 
 Shazeer, "GLU Variants Improve Transformer" (arXiv 2002.05202).
 """
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -13,34 +12,18 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from simpletuner.activation_memory.recompute import is_worth_it, recomputed, set_recompute_fn
+from simpletuner.activation_memory.recompute import dispatched, is_worth_it
 
 
+@dispatched
 def silu_gated(gate_up: Tensor) -> Tensor:
     """`silu(gate) * up` of a projection (..., 2 * F) whose first half is the gate: (..., F)."""
-    if not is_worth_it(gate_up):
-        return _silu_gated(gate_up)
-    return set_recompute_fn(_SiluGated.apply(gate_up), _silu_gated, gate_up)
+    return _SiluGated.apply(gate_up) if is_worth_it(gate_up) else _silu_gated(gate_up)
 
 
 def _silu_gated(gate_up: Tensor) -> Tensor:
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate) * up
-
-
-def gelu_gated(projection: Tensor) -> Tensor:
-    """`value * gelu(gate)` of a projection (..., 2 * F) whose second half is the gate: (..., F)."""
-    return recomputed(_gelu_gated, projection)
-
-
-def _gelu_gated(projection: Tensor) -> Tensor:
-    value, gate = projection.chunk(2, dim=-1)
-    return value * F.gelu(gate)
-
-
-def gelu(projection: Tensor, approximate: str = "none") -> Tensor:
-    """`F.gelu`, elementwise."""
-    return recomputed(partial(F.gelu, approximate=approximate), projection)
 
 
 class _SiluGated(torch.autograd.Function):

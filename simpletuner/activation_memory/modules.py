@@ -1,38 +1,61 @@
-"""The public modules that every family is made of, computing so that they keep little; parameters and keys stay."""
+"""The blocks and public modules that every family is made of, computing so that they keep little.
+
+Parameters, keys and results stay.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import MethodType
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import _get_current_function_mode_stack
 
-from simpletuner.activation_memory.gates import gelu, gelu_gated
+from simpletuner.activation_memory.convolutions import frozen_conv2d
 from simpletuner.activation_memory.norms import rms_norm
+from simpletuner.activation_memory.recompute import is_worth_it
+from simpletuner.activation_memory.tracing import Trace
 
-if TYPE_CHECKING:
-    from diffusers.models.activations import GEGLU, GELU
 
+def reduce_activation_memory(model: nn.Module, block_classes: Sequence[str]) -> nn.Module:
+    """Let the blocks and the known modules in a model keep little between forward and backward pass; returns the model.
 
-def reduce_activation_memory(model: nn.Module) -> nn.Module:
-    """Let the known modules in a model keep little between forward and backward pass; returns the model.
+    Subclasses of known modules stay as they are, for they may compute something else.
 
-    Subclasses stay as they are, for they may compute something else.
+    Args:
+        block_classes: class names of the repeated blocks.
     """
     forwards = _forwards()
     for module in model.modules():
-        if type(module) in forwards:
+        if type(module).__name__ in block_classes:
+            module.forward = MethodType(_traced, module)
+        elif type(module) in forwards:
             module.forward = MethodType(forwards[type(module)], module)
     return model
 
 
+def _traced(self: nn.Module, *inputs: Any, **options: Any) -> Any:
+    """The block's own forward pass, of which what is cheap is made again."""
+    forward = type(self).forward
+    if torch.compiler.is_compiling():
+        return forward(self, *inputs, **options)
+    tensors = [each for each in (*inputs, *options.values()) if isinstance(each, Tensor)]
+    if not any(map(is_worth_it, tensors)) or _is_inside_another():
+        return forward(self, *inputs, **options)
+    with Trace(tensors[0].device.type):
+        return forward(self, *inputs, **options)
+
+
+def _is_inside_another() -> bool:
+    return any(isinstance(mode, Trace) for mode in _get_current_function_mode_stack())
+
+
 def _forwards() -> Mapping[type[nn.Module], Callable[..., Tensor]]:
-    from diffusers.models.activations import GEGLU, GELU
     from diffusers.models.normalization import RMSNorm
 
-    return {nn.RMSNorm: _rms_norm, RMSNorm: _rms_norm, GELU: _gelu, GEGLU: _geglu}
+    return {nn.RMSNorm: _rms_norm, RMSNorm: _rms_norm, nn.Conv2d: _conv2d}
 
 
 def _rms_norm(self: nn.RMSNorm, x: Tensor) -> Tensor:
@@ -46,9 +69,7 @@ def _rms_norm(self: nn.RMSNorm, x: Tensor) -> Tensor:
     return rms_norm(x, weight, eps)
 
 
-def _gelu(self: GELU, hidden_states: Tensor) -> Tensor:
-    return gelu(self.proj(hidden_states), self.approximate)
-
-
-def _geglu(self: GEGLU, hidden_states: Tensor) -> Tensor:
-    return gelu_gated(self.proj(hidden_states))
+def _conv2d(self: nn.Conv2d, x: Tensor) -> Tensor:
+    if torch.compiler.is_compiling() or self.padding_mode != "zeros" or self.weight.requires_grad:
+        return type(self).forward(self, x)
+    return frozen_conv2d(self, x)

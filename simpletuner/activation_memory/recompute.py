@@ -1,72 +1,50 @@
-"""Tensors that need not be kept, because they are cheap to make again from what is kept anyway.
+"""Functions of which only the inputs are kept, for what torch itself computes in several operations.
 
-A tensor can carry its recipe: a function and the tensors that it was made of. Who would save the tensor for its
-backward pass saves the ingredients instead. A recipe is a plain attribute of the tensor; where it gets lost (a view, a
-hook that wraps the tensor), the tensor itself is saved, as usual.
+Where a block is traced (`tracing.py`), their outputs are made again like those of torch's own functions.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from functools import wraps
+from typing import Any, ParamSpec
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-
-_ATTRIBUTE = "_simpletuner_recipe"
+from torch.overrides import handle_torch_function, has_torch_function
 
 # Bytes of a tensor from which on memory is worth the time of Python: keeping little costs some 50 us per function.
 LARGE = 1 << 20
 
+P = ParamSpec("P")
 
-class RecomputeFn(NamedTuple):
-    """How to make a tensor again.
 
-    Args:
-        make: a pure function of the ingredients.
-        ingredients: tensors that are kept for other reasons.
-        version: of the tensor that was made; one that was changed in place since is another tensor.
-    """
-
-    make: Callable[..., Tensor]
-    ingredients: tuple[Tensor, ...]
-    version: int = 0
+def is_large(tensor: Tensor) -> bool:
+    return tensor.numel() * tensor.element_size() >= LARGE
 
 
 def is_worth_it(x: Tensor) -> bool:
     """Whether a computation on `x` shall keep little: not of a small tensor, for a compiler, or without gradients."""
     is_seen_by_autograd = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    return is_seen_by_autograd and x.numel() * x.element_size() >= LARGE
+    return is_seen_by_autograd and is_large(x)
 
 
-def set_recompute_fn(tensor: Tensor, make: Callable[..., Tensor], *ingredients: Tensor) -> Tensor:
-    """Let `tensor` carry its recipe, where that is worth it; returns it."""
-    if tensor.requires_grad and is_worth_it(tensor):
-        setattr(tensor, _ATTRIBUTE, RecomputeFn(make, ingredients, tensor._version))
-    return tensor
+def dispatched(function: Callable[P, Tensor]) -> Callable[P, Tensor]:
+    """Let a function of tensors be seen by modes of `__torch_function__` as one, as torch's own are."""
+
+    @wraps(function)
+    def seen(*inputs: P.args, **options: P.kwargs) -> Tensor:
+        tensors = tuple(each for each in inputs if isinstance(each, Tensor))
+        if not torch.compiler.is_compiling() and has_torch_function(tensors):
+            return handle_torch_function(seen, tensors, *inputs, **options)
+        return function(*inputs, **options)
+
+    return seen
 
 
-def recompute_fn_of(tensor: Tensor) -> RecomputeFn:
-    """The recipe of a tensor; of one that has none, the tensor itself."""
-    recipe = getattr(tensor, _ATTRIBUTE, None)
-    if recipe is None or recipe.version != tensor._version:
-        return RecomputeFn(_itself, (tensor,))
-    return recipe
-
-
-def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """`tensor.to(dtype)`, made by the same recipe."""
-    if tensor.dtype == dtype:
-        return tensor
-    recipe = recompute_fn_of(tensor)
-    converted = tensor.to(dtype)
-    if recipe.make is _itself:
-        return converted
-    return set_recompute_fn(converted, lambda *ingredients: recipe.make(*ingredients).to(dtype), *recipe.ingredients)
-
-
+@dispatched
 def recomputed(make: Callable[..., Tensor], *ingredients: Tensor) -> Tensor:
     """`make(*ingredients)`, of which only the ingredients are kept: it is made again in the backward pass.
 
@@ -76,7 +54,7 @@ def recomputed(make: Callable[..., Tensor], *ingredients: Tensor) -> Tensor:
     if not is_worth_it(ingredients[0]):
         with exact_dtypes(ingredients[0].device.type):  # as for large ones
             return make(*ingredients)
-    return set_recompute_fn(_Recomputed.apply(make, *ingredients), make, *ingredients)
+    return _Recomputed.apply(make, *ingredients)
 
 
 def computing_dtype(x: Tensor) -> torch.dtype:
@@ -114,7 +92,3 @@ class _Recomputed(torch.autograd.Function):
         wanted = [tensor for tensor in ingredients if tensor.requires_grad]
         gradients = iter(torch.autograd.grad(output, wanted, gradient))
         return None, *(next(gradients) if needs else None for needs in needed)
-
-
-def _itself(tensor: Tensor) -> Tensor:
-    return tensor

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from simpletuner.activation_memory.linears import use_recomputing_linears
+from simpletuner.activation_memory.linears import follow_input_dtype
 from simpletuner.adapters.base import Adapter, MatchCount
 from simpletuner.adapters.metadata import modelspec_metadata
 from simpletuner.config.trained_parts import rates_of, unmatched
@@ -43,7 +43,7 @@ class FullAdapter(Adapter):
         self.rates = rates_of(names, modules, low_modules)
         for name, parameter in denoiser.named_parameters():
             parameter.requires_grad_(name in self.rates)
-        use_recomputing_linears(denoiser.modules())
+        follow_input_dtype(denoiser.modules())
         self.denoiser = denoiser
         self.spec = spec
         self._parts: Mapping[str, nn.Parameter] | None = None

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from simpletuner.activation_memory.recompute import cast, computing_dtype, exact_dtypes, is_worth_it, recompute_fn_of
+from simpletuner.activation_memory.recompute import computing_dtype, dispatched, exact_dtypes, is_large, is_worth_it
 
 if TYPE_CHECKING:
     from lycoris.modules.lokr import LokrModule
@@ -38,6 +38,7 @@ class KronKernels(NamedTuple):
     backward: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 
 
+@dispatched
 def kron_linear(x: Tensor, w1: Tensor, *w2_chain: Tensor, kernels: KronKernels | None = None) -> Tensor:
     """`x @ kron(w1, w2).T` without the Kronecker product.
 
@@ -52,16 +53,16 @@ def kron_linear(x: Tensor, w1: Tensor, *w2_chain: Tensor, kernels: KronKernels |
     Returns:
         (..., a * c).
     """
-    if not is_worth_it(x):
-        return _kron_linear(x, w1, w2_chain)
-    recipe = recompute_fn_of(x)
-    how = _How(recipe.make, len(recipe.ingredients), kernels if len(w2_chain) == 1 else None)
-    return _KronLinear.apply(x, how, w1, *w2_chain, *recipe.ingredients)
+    if len(w2_chain) > 1 or not is_large(x):
+        kernels = None
+    if is_worth_it(x):
+        return _KronLinear.apply(x, kernels, w1, *w2_chain)
+    return _kron_linear(x, w1, w2_chain) if kernels is None else _by_kernels(kernels, x, w1, w2_chain[0])
 
 
 def lokr_delta(module: LokrModule, x: Tensor, scale: float = 1.0) -> Tensor:
     """What a LoKr module on a linear layer adds to that layer's output; replaces `bypass_forward_diff`."""
-    x = cast(x, computing_dtype(x))
+    x = x.to(computing_dtype(x))
     w1 = module.lokr_w1 if module.use_w1 else module.lokr_w1_a @ module.lokr_w1_b
     w2_chain = (module.lokr_w2,) if module.use_w2 else (module.lokr_w2_b, module.lokr_w2_a)
     # Scaled here, because w1 is the smallest tensor.
@@ -115,50 +116,43 @@ def _across(w1: Tensor, blocks: Tensor) -> Tensor:
     return torch.bmm(w1.expand(blocks.shape[0], *w1.shape), blocks)
 
 
-class _How(NamedTuple):
-    """What is no tensor: how the input is made of its ingredients, how many these are, and who multiplies."""
-
-    make: Callable[..., Tensor]
-    num_ingredients: int
-    kernels: KronKernels | None
+def _by_kernels(kernels: KronKernels, x: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
+    return kernels.forward(x.flatten(0, -2), w1, w2).unflatten(0, x.shape[:-1])
 
 
 class _KronLinear(torch.autograd.Function):
-    """Keeps its input, or what that is made of. The backward pass begins with w1, which is far cheaper than w2."""
+    """Keeps its input. The backward pass begins with w1, which is far cheaper than w2."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, how: _How, w1: Tensor, *tensors: Tensor) -> Tensor:
-        ctx.how = how
-        ctx.save_for_backward(w1, *tensors)
-        w2_chain = tensors[: len(tensors) - how.num_ingredients]
+    def forward(ctx: Any, x: Tensor, kernels: KronKernels | None, w1: Tensor, *w2_chain: Tensor) -> Tensor:
+        ctx.kernels = kernels
+        ctx.save_for_backward(x, w1, *w2_chain)
         with exact_dtypes(x.device.type):
-            if how.kernels is not None:
-                return how.kernels.forward(x.flatten(0, -2), w1, w2_chain[0]).unflatten(0, x.shape[:-1])
+            if kernels is not None:
+                return _by_kernels(kernels, x, w1, w2_chain[0])
             return _kron_linear(x, w1, w2_chain)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        how: _How = ctx.how
-        w1, *tensors = ctx.saved_tensors
-        w2_chain = tensors[: len(tensors) - how.num_ingredients]
+        kernels: KronKernels | None = ctx.kernels
+        x, w1, *w2_chain = ctx.saved_tensors
         to_chain: Sequence[Tensor | None]
         to_w1: Tensor | None
         to_x: Tensor | None
-        needs_x, _, needs_w1, *needs_w2 = ctx.needs_input_grad[: 3 + len(w2_chain)]
+        needs_x, _, needs_w1, *needs_w2 = ctx.needs_input_grad
         with exact_dtypes(gradient.device.type):
-            x = how.make(*tensors[len(w2_chain) :])
-            if how.kernels is not None:
+            if kernels is not None:
                 rows, inputs = gradient.flatten(0, -2).contiguous(), x.flatten(0, -2)
-                to_x, to_w1, *to_chain = how.kernels.backward(rows, inputs, w1, w2_chain[0])
-                return to_x.reshape(x.shape), None, to_w1, *to_chain, *[None] * how.num_ingredients
+                to_x, to_w1, *to_chain = kernels.backward(rows, inputs, w1, w2_chain[0])
+                return to_x.reshape(x.shape), None, to_w1, *to_chain
             blocks = _blocks(x, w1)
             outer = gradient.reshape(-1, w2_chain[-1].shape[0])  # (N * a, c)
             to_chain, inner = _chain_gradients(outer, w1, w2_chain, blocks if any(needs_w2) else None)
             inner = inner.view(-1, w1.shape[0], blocks.shape[2])  # (N, a, d)
             to_w1 = torch.bmm(inner, blocks.mT).sum(0) if needs_w1 else None
             to_x = _across(w1.mT, inner).reshape(x.shape) if needs_x else None
-        return to_x, None, to_w1, *to_chain, *[None] * how.num_ingredients
+        return to_x, None, to_w1, *to_chain
 
 
 def _chain_gradients(

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor, nn
 
-from simpletuner.activation_memory.linears import use_recomputing_linears
+from simpletuner.activation_memory.linears import follow_input_dtype
 from simpletuner.adapters.base import Adapter, MatchCount, values_replaced
 from simpletuner.adapters.formats import Format, modules_in_file, named, peft_metadata
 from simpletuner.adapters.lora_init import BASE_STARTS, start_factors
@@ -251,12 +251,9 @@ def _parameter(layer: LoraLayer, kind: str, name: str) -> nn.Parameter:
 
 
 def _compute_in_input_dtype(layer: LoraLayer) -> None:
-    """Let the factors follow the activations, where PEFT turns wide activations to the factors' dtype and back.
-
-    Of the input then only what it is made of is kept.
-    """
+    """Let the factors follow the activations, where PEFT turns wide activations to the factors' dtype and back."""
     layer.cast_input_dtype_enabled = False
-    use_recomputing_linears((*layer.lora_A.values(), *layer.lora_B.values()))
+    follow_input_dtype((*layer.lora_A.values(), *layer.lora_B.values()))
 
 
 def _inject(denoiser: nn.Module, paths: Sequence[str], settings: LoraSettings, name: str) -> None:

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import scaled_dot_product_attention
 
-from simpletuner.activation_memory.recompute import set_recompute_fn
 from simpletuner.models.omnigen.tokens import TokenRows
 
 if TYPE_CHECKING:
@@ -128,8 +127,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, layout: AttentionLayout) -
     if split == num_tokens:
         return join_heads(condition)
     image = attention(generated, key, value, layout.image_mask)
-    # Both are kept for the attention's own backward pass: who needs them joined can join them again.
-    return set_recompute_fn(join_heads(condition, image), join_heads, condition, image)
+    return join_heads(condition, image)
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool = False) -> Tensor:

@@ -9,14 +9,12 @@ Source: VectorSpaceLab/OmniGen2 (Apache-2.0); arXiv 2506.18871.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import MethodType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.loaders.peft import PeftAdapterMixin
-from diffusers.models.attention import LuminaFeedForward
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.normalization import LuminaLayerNormContinuous
 from diffusers.models.transformers.transformer_lumina2 import (
@@ -25,8 +23,6 @@ from diffusers.models.transformers.transformer_lumina2 import (
 )
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-
-from simpletuner.activation_memory.recompute import recomputed
 
 MAX_REFERENCES = 5
 # The base of the rotary frequencies, as in Lumina2.
@@ -48,11 +44,7 @@ class Segment(NamedTuple):
 
 
 class OmniGen2TransformerBlock(Lumina2TransformerBlock):
-    """Lumina2's block under the name by which OmniGen2's own tools wrap it; of the gated layer only its inputs stay."""
-
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        self.feed_forward.forward = MethodType(_feed_forward, self.feed_forward)  # type: ignore[method-assign]
+    """Lumina2's block under the name by which OmniGen2's own tools wrap it."""
 
 
 class OmniGen2Transformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore[misc]
@@ -245,14 +237,6 @@ class OmniGen2Transformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):  # 
         size = self.patch_size
         grid = tokens[: rows * columns].view(rows, columns, size, size, self.out_channels)
         return grid.permute(4, 0, 2, 1, 3).flatten(3).flatten(1, 2)
-
-
-def _feed_forward(self: LuminaFeedForward, x: Tensor) -> Tensor:
-    return self.linear_2(recomputed(_gated, self.linear_1(x), self.linear_3(x)))
-
-
-def _gated(gate: Tensor, up: Tensor) -> Tensor:
-    return F.silu(gate) * up
 
 
 def _text_lengths(text: Tensor, mask: Tensor | None) -> Tensor:

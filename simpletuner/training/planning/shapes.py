@@ -222,7 +222,9 @@ class FusedAttention(TorchFunctionMode):
 class _FusedShapes(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        output = query.new_empty(*query.shape[:-1], value.shape[-1])
+        batch, heads, tokens, _ = query.shape
+        # The kernels write the heads of a token side by side, so that joining them copies nothing.
+        output = query.new_empty(batch, tokens, heads, value.shape[-1]).transpose(1, 2)
         sums = query.new_empty(query.shape[:-1], dtype=torch.float32)
         # A mask of booleans becomes numbers to be added, again in each layer.
         added = None if mask is None else query.new_empty(mask.shape) if mask.dtype == torch.bool else mask

@@ -1,0 +1,46 @@
+"""A frozen convolution that does not keep its input: the gradient to it depends on the weight alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.grad import conv2d_input
+
+from simpletuner.activation_memory.recompute import computing_dtype, exact_dtypes, is_worth_it
+
+
+def frozen_conv2d(layer: nn.Conv2d, x: Tensor) -> Tensor:
+    """What `layer`, whose weight does not train and which pads with zeros, makes of `x`, (B, C, h, w)."""
+    if not is_worth_it(x) or (layer.bias is not None and layer.bias.requires_grad) or isinstance(layer.padding, str):
+        return layer._conv_forward(x, layer.weight, layer.bias)
+    dtype = computing_dtype(x)
+    return _FrozenConv2d.apply(x.to(dtype), layer, layer.weight, layer.bias)
+
+
+class _FrozenConv2d(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: nn.Conv2d, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(weight)
+        ctx.layer, ctx.shape = layer, x.shape
+        with exact_dtypes(x.device.type):
+            return layer._conv_forward(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        (weight,) = ctx.saved_tensors
+        layer = ctx.layer
+        with exact_dtypes(gradient.device.type):
+            to_x = conv2d_input(
+                ctx.shape,
+                weight.to(gradient.dtype),
+                gradient,
+                layer.stride,
+                layer.padding,
+                layer.dilation,
+                layer.groups,
+            )
+        return to_x, None, None, None

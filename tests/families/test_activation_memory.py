@@ -1,0 +1,69 @@
+"""What the blocks of every family keep, and that letting go of the rest changes no bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+from simpletuner.activation_memory import recompute
+from simpletuner.adapters.lora import LoraSettings, attach_lora
+from simpletuner.batch import Batch
+from simpletuner.families.registry import family_names, get_family_class, get_spec
+from simpletuner.models.components import ModelSource
+from tests.tiny_folders import TINY_FOLDERS
+
+# Their blocks have frozen convolutions or a gate whose backward passes are written here.
+OWN_GRADIENTS = ("omnigen", "sdxl", "sd15", "kolors")
+
+
+def step(family: Any, denoiser: Any, batch: Batch) -> tuple[dict[str, Tensor], int]:
+    """The prediction and all gradients, and the bytes that were kept for them."""
+    found: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        found[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with saved_tensors_hooks(keep, lambda tensor: tensor):
+        predicted = family.predict(denoiser, batch.latents, torch.full((2,), 0.3), family.collate(batch))
+    trained = {name: weight for name, weight in denoiser.named_parameters() if weight.requires_grad}
+    gradients = torch.autograd.grad(predicted.square().sum(), [*trained.values()], allow_unused=True)
+    results = {"prediction": predicted, **dict(zip(trained, gradients, strict=True))}
+    for tensor in (*denoiser.parameters(), *denoiser.buffers()):
+        found.pop(tensor.untyped_storage().data_ptr(), None)
+    return results, sum(tensor.untyped_storage().nbytes() for tensor in found.values())
+
+
+@pytest.mark.parametrize("name", family_names())
+def test_blocks_that_keep_little_give_the_bits_of_those_that_keep_all(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = get_spec(name)
+    source = ModelSource(str(TINY_FOLDERS[name](tmp_path)))
+    family: Any = get_family_class(spec)(spec, source, torch.device("cpu"), torch.float32)
+    latents = torch.randn(2, spec.latent_channels, 8, 12, generator=torch.Generator().manual_seed(0))
+    embeds = family.encode_prompts(["a cat", "a cat"])
+    batch = Batch(latents, embeds, [0, 1], ["", ""], torch.ones(2), "test")
+    found = {}
+    for large in (1 << 40, 0):
+        monkeypatch.setattr(recompute, "LARGE", large)
+        denoiser = family.load_denoiser()
+        attach_lora(denoiser, LoraSettings(rank=2, init="gaussian"), spec, torch.float32, seed=0)
+        for parameter in denoiser.parameters():  # `up` begins with zeros, which would hide what is behind it
+            if parameter.requires_grad:
+                torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(parameter.numel()))
+        found[large] = step(family, denoiser.train(), batch)
+    (expected, plain), (actual, little) = found.values()
+    assert little < 0.8 * plain
+    for key, wanted in expected.items():
+        if wanted is None:
+            assert actual[key] is None, key
+        elif key != "prediction" and name in OWN_GRADIENTS:
+            torch.testing.assert_close(actual[key], wanted, rtol=1e-5, atol=1e-6, msg=key)
+        else:
+            assert torch.equal(actual[key], wanted), key

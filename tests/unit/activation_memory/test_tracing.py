@@ -1,0 +1,309 @@
+"""A traced block keeps what it must, and gives the bits of the plain one: values and gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
+
+from simpletuner.activation_memory import recompute
+from simpletuner.activation_memory.modules import reduce_activation_memory
+from simpletuner.activation_memory.tracing import Trace
+
+WIDTH, HEADS, TOKENS = 16, 2, 6
+
+
+@pytest.fixture(autouse=True)
+def seeded(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    monkeypatch.setattr(recompute, "LARGE", 0)
+
+
+class Lora(nn.Module):
+    """A frozen linear layer and a trained one of a low rank beside it."""
+
+    def __init__(self, put_in: int, out: int):
+        super().__init__()
+        self.base = nn.Linear(put_in, out).requires_grad_(False)
+        self.down, self.up = nn.Linear(put_in, 2, bias=False), nn.Linear(2, out, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + self.up(self.down(x)) * 0.5
+
+
+class Block(nn.Module):
+    """What the transformers have in common: modulated norms, rotated queries and keys with norms, an MLP, gates."""
+
+    def __init__(self, adapts_mlp: bool = True):
+        super().__init__()
+        self.to_q, self.to_k, self.to_v, self.to_out = (Lora(WIDTH, WIDTH) for _ in range(4))
+        self.norm_q, self.norm_k = nn.RMSNorm(WIDTH // HEADS), nn.RMSNorm(WIDTH // HEADS)
+        layer = Lora if adapts_mlp else nn.Linear
+        self.up, self.down = layer(WIDTH, 4 * WIDTH), layer(4 * WIDTH, WIDTH)
+        for module in (self.norm_q, self.norm_k, self.up, self.down):
+            if not isinstance(module, Lora):
+                module.requires_grad_(False)
+
+    def forward(self, x: Tensor, shift: Tensor, cos: Tensor, sin: Tensor, text: Tensor) -> Tensor:
+        normed = F.layer_norm(x, x.shape[-1:]) * (1 + shift) + shift
+        query, key, value = (layer(normed).unflatten(-1, (HEADS, -1)) for layer in (self.to_q, self.to_k, self.to_v))
+        query, key = torch.cat([text, self.norm_q(query)], 1), torch.cat([text, self.norm_k(key)], 1)
+        value = torch.cat([text, value], 1)
+        query, key = (self.rotate(each.float(), cos, sin).type_as(x) for each in (query, key))
+        attention = F.scaled_dot_product_attention(*(each.transpose(1, 2) for each in (query, key, value)))
+        attention = attention.transpose(1, 2).flatten(2)[:, text.shape[1] :].contiguous()
+        x = x + shift * self.to_out(attention)
+        normed = F.layer_norm(x, x.shape[-1:]) * (1 + shift) + shift
+        return x + shift * self.down(F.gelu(self.up(normed), approximate="tanh"))
+
+    @staticmethod
+    def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        real, imaginary = states.reshape(*states.shape[:-1], -1, 2).unbind(-1)
+        turned = torch.stack([-imaginary, real], dim=-1).flatten(3)
+        return states * cos + turned * sin
+
+
+def inputs_of(dtype: torch.dtype = torch.float32, device: str = "cpu") -> tuple[Tensor, ...]:
+    angles = torch.randn(1, TOKENS + 2, 1, WIDTH // HEADS, device=device)
+    shift = torch.randn(1, 1, WIDTH, dtype=dtype, device=device)
+    text = torch.randn(2, 2, HEADS, WIDTH // HEADS, dtype=dtype, device=device)
+    x = torch.randn(2, TOKENS, WIDTH, dtype=dtype, device=device, requires_grad=True)
+    return x, shift, angles.cos(), angles.sin(), text
+
+
+def results(block: Any, inputs: tuple[Tensor, ...], wraps: Callable[..., Any] | None = None) -> list[Tensor]:
+    """The output, and gradients to the first input and to all that trains."""
+    output = block(*inputs) if wraps is None else wraps(block, *inputs)
+    trained = [each for each in block.parameters() if each.requires_grad]
+    return [output, *torch.autograd.grad(output.float().square().sum(), [inputs[0], *trained])]
+
+
+def kept_bytes(function: Callable[[], Any], weights: nn.Module) -> int:
+    """What autograd saves meanwhile, without weights."""
+    found: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        found[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with saved_tensors_hooks(keep, lambda tensor: tensor):
+        function()
+    for weight in weights.parameters():
+        found.pop(weight.untyped_storage().data_ptr(), None)
+    return sum(tensor.untyped_storage().nbytes() for tensor in found.values())
+
+
+def again(function: Any, *inputs: Any) -> Any:
+    return checkpoint(function, *inputs, use_reentrant=False)
+
+
+def counted(function: Any, *inputs: Any) -> Any:
+    with saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):
+        return function(*inputs)
+
+
+def moved(function: Any, *inputs: Any) -> Any:
+    with save_on_cpu():
+        return function(*inputs)
+
+
+def by_autocast(function: Any, *inputs: Any) -> Any:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        return function(*inputs)
+
+
+@pytest.mark.parametrize("makes_products", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("wraps", [None, again, counted, moved, by_autocast])
+def test_values_and_gradients_are_those_of_the_plain_block_bit_by_bit(
+    wraps: Any, dtype: torch.dtype, makes_products: bool
+) -> None:
+    block, inputs = Block().to(dtype), inputs_of(dtype)
+    expected = results(block, inputs, wraps)
+    plain = block.forward
+
+    def traced(*inputs: Any) -> Tensor:
+        with Trace("cpu", makes_products):
+            return plain(*inputs)
+
+    block.forward = traced  # type: ignore[method-assign]
+    for actual, wanted in zip(results(block, inputs, wraps), expected, strict=True):
+        assert torch.equal(actual, wanted)
+
+
+@contextmanager
+def plain_bytes(block: nn.Module, inputs: tuple[Tensor, ...]) -> Iterator[tuple[int, int]]:
+    plain = kept_bytes(lambda: block(*inputs), block)
+    reduce_activation_memory(block, ("Block",))
+    yield plain, kept_bytes(lambda: block(*inputs), block)
+
+
+@pytest.mark.parametrize("adapts_mlp", [False, True])
+def test_a_block_keeps_residuals_attention_and_the_projection_into_the_mlp_alone(adapts_mlp: bool) -> None:
+    inputs, block = inputs_of(), Block(adapts_mlp)
+    tokens = inputs[0].numel() * 4
+    joint = (TOKENS + 2) * 2 * WIDTH * 4
+    text = inputs[4].nbytes
+    # Input and middle, queries and keys before their norms, the projection; values and what attention made, joined
+    # with the text; the text; per token and head a sum of attention, per token two numbers of each of two norms.
+    must = (1 + 1 + 2 + 4) * tokens + 2 * joint + text + joint // WIDTH * HEADS + 4 * tokens // WIDTH
+    small = sum(each.nbytes for each in inputs[1:4]) + tokens // WIDTH * 2 * 2 * (2 + 6 if adapts_mlp else 6)
+    with plain_bytes(block, inputs) as (plain, traced):
+        assert must <= traced <= must + small
+        assert traced < 0.75 * plain
+
+
+def test_products_are_computed_again_only_where_that_is_asked_for_and_they_widen_their_input() -> None:
+    inputs, block = inputs_of(), Block(adapts_mlp=False)
+    found = {}
+    for makes_products in (False, True):
+
+        def run(makes_products: bool = makes_products) -> Tensor:
+            with Trace("cpu", makes_products):
+                return block(*inputs)
+
+        found[makes_products] = kept_bytes(run, block)
+    assert found[False] - found[True] == 4 * inputs[0].numel() * 4
+
+
+def traced(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    with Trace("cpu"):
+        return function(*inputs)
+
+
+def written_after_it_was_used(x: Tensor, y: Tensor) -> Tensor:
+    scaled = F.silu(x)
+    used = scaled * y  # keeps what silu made
+    with torch.no_grad():
+        x.mul_(2)
+    return used.sum() + F.silu(y).sum()
+
+
+def written_itself(x: Tensor, y: Tensor) -> Tensor:
+    made = F.silu(x)
+    made.add_(1)
+    return (made * y).sum()
+
+
+def written_by_parts(x: Tensor, y: Tensor) -> Tensor:
+    made = F.silu(x)
+    made[:, 0] = 0.5
+    return (made * y).sum()
+
+
+def written_into(x: Tensor, y: Tensor) -> Tensor:
+    made = (x * 2).detach()
+    torch.mul(x.detach(), 3, out=made)
+    return (made * y).sum() + x.sum()
+
+
+def views_of_one(x: Tensor, y: Tensor) -> Tensor:
+    made = torch.cat([x, y], dim=-1) * 1.5
+    first, second = made.chunk(2, dim=-1)
+    return (first.mT @ second).square().sum()
+
+
+def complex_numbers(x: Tensor, y: Tensor) -> Tensor:
+    turned = torch.view_as_complex(F.silu(x).unflatten(-1, (-1, 2)).contiguous()) * torch.polar(y, y)[..., :2]
+    return (torch.view_as_real(turned).flatten(-2) * x).sum() + turned.abs().square().sum()
+
+
+def lists_and_masks(x: Tensor, y: Tensor) -> Tensor:
+    chosen = torch.where(x > 0, F.silu(x), y)
+    return (torch.stack([chosen, chosen.repeat_interleave(1, 0)]).square() * y).sum()
+
+
+def freed_places(x: Tensor, y: Tensor) -> Tensor:
+    total = x.sum()
+    for number in range(8):
+        made = F.silu(x * number)
+        (made * y).sum()
+        del made
+        total = total + (_Opaque.apply(x, number) * y).sum()
+    return total
+
+
+class _Opaque(torch.autograd.Function):
+    """Not seen by a trace, so its output may lie where a noted tensor lay."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, number: int) -> Tensor:
+        return x + number
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
+
+
+HARD = (written_itself, written_by_parts, written_into, views_of_one, complex_numbers, lists_and_masks, freed_places)
+
+
+@pytest.mark.parametrize("function", HARD)
+def test_what_looks_like_a_noted_tensor_and_is_none_is_kept(function: Callable[..., Tensor]) -> None:
+    found = []
+    for run in (lambda *each: function(*each), lambda *each: traced(function, *each)):
+        torch.manual_seed(1)
+        x, y = (torch.randn(4, 4, requires_grad=True) for _ in range(2))
+        output = run(x * 1, y * 1)
+        found.append([output, *torch.autograd.grad(output, [x, y], allow_unused=True)])
+    for actual, wanted in zip(found[1], found[0], strict=True):
+        assert wanted is not None
+        assert torch.equal(actual, wanted)
+
+
+def test_a_tensor_whose_source_was_written_meanwhile_is_kept() -> None:
+    source, y = torch.randn(4, 4), torch.randn(4, 4, requires_grad=True)
+    expected = F.silu(source).clone()
+    output = traced(written_after_it_was_used, source, y)
+    [gradient] = torch.autograd.grad(output, y)
+    sigmoid = torch.sigmoid(y)
+    torch.testing.assert_close(gradient, expected + sigmoid * (1 + y * (1 - sigmoid)))
+
+
+def test_the_backward_pass_may_run_twice() -> None:
+    block, inputs = Block(), inputs_of()
+    reduce_activation_memory(block, ("Block",))
+    output = block(*inputs).square().sum()
+    first, second = (torch.autograd.grad(output, inputs[0], retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, second)
+
+
+def test_a_compiler_gets_the_plain_block() -> None:
+    block, inputs = Block(), inputs_of()
+    reduce_activation_memory(block, ("Block",))
+    torch._dynamo.reset()
+    compiled = torch.compile(block, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(*inputs), block(*inputs))
+
+
+def test_small_inputs_and_passes_without_gradients_are_not_traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    block, inputs = Block(), inputs_of()
+    reduce_activation_memory(block, ("Block",))
+    entered: list[Any] = []
+    enter = Trace.__enter__
+    monkeypatch.setattr(Trace, "__enter__", lambda self: entered.append(self) or enter(self))
+    with torch.no_grad():
+        block(*inputs)
+    monkeypatch.setattr(recompute, "LARGE", max(each.nbytes for each in inputs) + 1)
+    block(*inputs)
+    assert not entered
+    monkeypatch.setattr(recompute, "LARGE", max(each.nbytes for each in inputs))
+    block(*inputs)
+    assert len(entered) == 1
+
+
+def test_nothing_of_a_block_lives_longer_than_its_graph() -> None:
+    block, inputs = Block(), inputs_of()
+    reduce_activation_memory(block, ("Block",))
+    output = block(*inputs)
+    alive = torch.multiprocessing.reductions.StorageWeakRef(output.untyped_storage())
+    output.sum().backward()
+    del output
+    assert alive.expired()
