@@ -66,7 +66,9 @@ def test_a_run_starts_from_the_file_of_another_program(tmp_path: Path, omnigen_f
     theirs = kohya["lora_unet_llm_layers_1_self_attn_o_proj.lora_up.weight"]
     torch.testing.assert_close(up[:, :4], theirs, rtol=0, atol=1e-6)
     assert up[:, 4:].abs().max() < 1e-6
-    assert any(line["text"].startswith("started from") for line in metrics(second, "notice"))
+    reported = [line["text"] for line in metrics(second, "notice")]
+    assert any(line.startswith("started from") for line in reported)
+    assert f"{ADAPTER}: read by LyCORIS" in reported
 
 
 def test_a_full_run_leaves_a_complete_model_and_its_average(tmp_path: Path, omnigen_folder: Path) -> None:

@@ -130,6 +130,7 @@ def test_a_resume_with_another_file_is_reported(tmp_path: Path, model: Path, ass
     output = train_here(folder)
     notices = [each["text"] for each in metrics(output, "notice")]
     assert "changed since checkpoint-1: the assistant LoRA is another file" in notices
+    assert any(line.startswith(f"{ADAPTER}: read by diffusers and ComfyUI") for line in notices)
 
 
 def first_loss(folder: Path, model: Path, assistant: Path | None, **options: Any) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -288,3 +289,14 @@ def test_flags_that_cannot_be_used(words: list[str], said: str) -> None:
     with pytest.raises(ConfigError) as caught:
         parse_extract(["rows.jsonl", "--output_jsonl_dir=a", "--embeddings_save_dir=b", *words])
     assert said in caught.value.render()
+
+
+def test_every_flag_of_the_original_and_of_its_page_is_known() -> None:
+    """With the defaults of `train/src/extract_vlm_embeds.py`; the columns are what the page promises."""
+    flags = parse_extract(["rows.jsonl", "--output_jsonl_dir=a", "--embeddings_save_dir=b"])
+    assert (flags.model_path, flags.batch_size, flags.image_sample_size) == ("/dev/shm/Qwen-Image", 4, 512)
+    assert (flags.num_workers, flags.disable_inverse, flags.t2i_mode) == (16, False, False)
+    columns = ["source", "target", *(f"{way}instruction{cn}" for way in ("", "inverse_") for cn in ("", "_cn"))]
+    words = [f"--{column}_field=other_{column}" for column in columns]
+    named = parse_extract(["rows.jsonl", "--output_jsonl_dir=a", "--embeddings_save_dir=b", *words]).fields
+    assert dataclasses.asdict(named) == {column: f"other_{column}" for column in columns}

@@ -225,6 +225,32 @@ def test_other_words_are_options_of_this_program() -> None:
     assert flags.rest == ("--validation_prompt=a hat", "--use_ema", "--ema_decay", "0.9")
 
 
+# `train/src/arguments.py` of the original, all of it.
+FLAGS_OF_THE_ORIGINAL = (
+    *("local_rank", "nnodes", "num_processes_per_node", "seed", "use_fsdp", "pretrained_model_name_or_path"),
+    *("transformer_path", "vae_path", "output_dir", "train_data_meta_dir", "train_data_weights"),
+    *("train_src_img_num_weights", "num_train_epochs", "max_train_steps", "train_batch_size"),
+    *("gradient_accumulation_steps", "learning_rate", "scale_lr", "lr_scheduler", "lr_warmup_steps"),
+    *("use_8bit_adam", "use_came", "adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon", "max_grad_norm"),
+    *("gradient_checkpointing", "allow_tf32", "mixed_precision", "trainable_modules"),
+    *("trainable_modules_low_learning_rate", "train_sampling_steps", "uniform_sampling", "weighting_scheme"),
+    *("logit_mean", "logit_std", "mode_scale", "image_sample_size", "dataloader_num_workers", "prefetch_factor"),
+    *("condition_encoder_mode", "enable_inverse", "streaming", "vae_mini_batch", "logging_dir", "report_to"),
+    *("report_model_info", "tracker_project_name", "checkpointing_steps", "checkpoints_total_limit"),
+    *("resume_from_checkpoint", "abnormal_norm_clip_start", "initial_grad_norm_ratio", "use_peft_lora", "lora_r"),
+    *("lora_alpha", "lora_dropout", "lora_target_modules", "lora_path"),
+)
+
+
+def test_every_flag_of_the_original_is_known() -> None:
+    """What each becomes, and which are refused, is tried below."""
+    known = {action.dest: action for action in sft_parser()._actions}
+    assert set(FLAGS_OF_THE_ORIGINAL) <= known.keys()
+    assert len(FLAGS_OF_THE_ORIGINAL) == len(set(FLAGS_OF_THE_ORIGINAL)) == 60
+    assert {"skip_bad_rows", "help"} == known.keys() - set(FLAGS_OF_THE_ORIGINAL)
+    assert all(action.help for action in known.values())
+
+
 def test_every_flag_acts_or_says_why_not() -> None:
     """A flag with another value changes the options, the data, or is in one of the two tables."""
     elsewhere = {"train_data_meta_dir", "train_data_weights", "train_src_img_num_weights", "image_sample_size"}
