@@ -7,7 +7,7 @@ Scale and shift of the last layer are the other way round. Source: black-forest-
 from __future__ import annotations
 
 from simpletuner.families.keys import KeyTable
-from simpletuner.models.flux_blocks import DOUBLE, FUSED, RENAMED, SINGLE
+from simpletuner.models.flux_blocks import DOUBLE, FUSED, RENAMED, SINGLE, renamed_embedders
 
 FLUX_KEYS = KeyTable(
     renamed={
@@ -15,11 +15,7 @@ FLUX_KEYS = KeyTable(
         f"{DOUBLE}.norm1.linear": "double_blocks.*.img_mod.lin",
         f"{DOUBLE}.norm1_context.linear": "double_blocks.*.txt_mod.lin",
         f"{SINGLE}.norm.linear": "single_blocks.*.modulation.lin",
-        **{
-            f"time_text_embed.{ours}_embedder.linear_{number}": f"{theirs}_in.{layer}_layer"
-            for ours, theirs in (("timestep", "time"), ("text", "vector"), ("guidance", "guidance"))
-            for number, layer in ((1, "in"), (2, "out"))
-        },
+        **renamed_embedders("time_text_embed", {"timestep": "time", "text": "vector", "guidance": "guidance"}),
         "norm_out.linear": "final_layer.adaLN_modulation.1",
     },
     fused=FUSED,

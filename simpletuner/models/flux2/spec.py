@@ -8,14 +8,11 @@ from __future__ import annotations
 from simpletuner.families.readers import NO_LENGTHS, Reader, usual_readers
 from simpletuner.families.spec import AdaptableModule, Component, FamilySpec, Flavour
 from simpletuner.models.flux2.keys import FLUX2_KEYS
+from simpletuner.models.flux_blocks import DOUBLE, DOUBLE_ATTENTION, SINGLE
 
-_DOUBLE, _SINGLE = "transformer_blocks.*", "single_transformer_blocks.*"
-_ATTENTION = (  # of the single blocks with half of their feed-forward
-    *(f"{_DOUBLE}.attn.to_{name}" for name in ("q", "k", "v", "out.0", "add_out")),
-    *(f"{_DOUBLE}.attn.add_{name}_proj" for name in "qkv"),
-    *(f"{_SINGLE}.attn.to_{name}" for name in ("qkv_mlp_proj", "out")),
-)
-_FEED_FORWARD = tuple(f"{_DOUBLE}.{part}.linear_{layer}" for part in ("ff", "ff_context") for layer in ("in", "out"))
+# Of the single blocks with half of their feed-forward.
+_ATTENTION = (*DOUBLE_ATTENTION, *(f"{SINGLE}.attn.to_{name}" for name in ("qkv_mlp_proj", "out")))
+_FEED_FORWARD = tuple(f"{DOUBLE}.{part}.linear_{layer}" for part in ("ff", "ff_context") for layer in ("in", "out"))
 _MODULATION = ("double_stream_modulation_*.linear", "single_stream_modulation.linear")
 _OUTSIDE = ("x_embedder", "context_embedder", "time_guidance_embed.*_embedder.linear_*", "norm_out.linear", "proj_out")
 _REFUSED = "its references are read at time 0 into a cache, by another network than klein-9b's"
@@ -63,11 +60,11 @@ FLUX2 = FamilySpec(
     pipeline_aliases=("Flux2Pipeline",),
     refused_models=dict.fromkeys(("Flux2KleinKVPipeline", "black-forest-labs/FLUX.2-klein-9b-kv"), _REFUSED),
     adaptable=(
-        AdaptableModule("Flux2Attention", (f"{_DOUBLE}.attn",)),
-        AdaptableModule("Flux2ParallelSelfAttention", (f"{_SINGLE}.attn",)),
-        AdaptableModule("Flux2FeedForward", (f"{_DOUBLE}.ff", f"{_DOUBLE}.ff_context")),
-        AdaptableModule("Flux2TransformerBlock", (_DOUBLE,)),
-        AdaptableModule("Flux2SingleTransformerBlock", (_SINGLE,)),
+        AdaptableModule("Flux2Attention", (f"{DOUBLE}.attn",)),
+        AdaptableModule("Flux2ParallelSelfAttention", (f"{SINGLE}.attn",)),
+        AdaptableModule("Flux2FeedForward", (f"{DOUBLE}.ff", f"{DOUBLE}.ff_context")),
+        AdaptableModule("Flux2TransformerBlock", (DOUBLE,)),
+        AdaptableModule("Flux2SingleTransformerBlock", (SINGLE,)),
         AdaptableModule("Flux2Modulation", ("double_stream_modulation_*", "single_stream_modulation")),
         AdaptableModule("Linear", (*_ATTENTION, *_FEED_FORWARD, *_MODULATION, *_OUTSIDE)),
     ),
