@@ -89,16 +89,7 @@ def build_evaluator(
     ) and not config.evaluation.eval_loss_disable
     if not is_wanted or not held_out:
         return None
-    return Evaluator(
-        family,
-        held_out,
-        sources,
-        config.evaluation.num_eval_images,
-        config.evaluation.eval_timesteps,
-        config.training.train_batch_size,
-        one_reference=config.data.conditioning_multidataset_sampling == "random",
-        is_stopping=lambda: process_group.any(bool(stop)),
-    )
+    return Evaluator(family, held_out, sources, config, is_stopping=lambda: process_group.any(bool(stop)))
 
 
 def build_validator(

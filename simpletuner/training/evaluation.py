@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from simpletuner.batch import Batch, PromptEmbeds, Sample
+from simpletuner.config.options import TrainConfig
 from simpletuner.data.dataset import Dataset
 from simpletuner.diffusion.timesteps import fixed_quantiles
 from simpletuner.errors import Stopping
@@ -60,10 +61,6 @@ class Evaluator:
     Args:
         datasets: the entries of dataset_type eval.
         sources: dataset id -> latents.
-        num_images: images used of each dataset, in path order.
-        num_timesteps: quantiles per image (`eval_timesteps`).
-        batch_size: rows per forward pass; part of what is fixed, since it may change the last bits.
-        one_reference: the model sees one reference of an image, where it has several: always the first here.
         is_stopping: asked before each forward pass; every process must get the same answer.
     """
 
@@ -72,19 +69,18 @@ class Evaluator:
         family: ModelFamily,
         datasets: Sequence[Dataset],
         sources: Mapping[str, LatentSource],
-        num_images: int,
-        num_timesteps: int,
-        batch_size: int,
-        one_reference: bool = False,
+        config: TrainConfig,
         is_stopping: Callable[[], bool] = lambda: False,
     ):
         self.family = family
         self.datasets = list(datasets)
         self.sources = sources
-        self.num_images = num_images
-        self.quantiles = fixed_quantiles(num_timesteps)
-        self.batch_size = batch_size
-        self.one_reference = one_reference
+        self.num_images = config.evaluation.num_eval_images  # of each dataset, in path order
+        self.quantiles = fixed_quantiles(config.evaluation.eval_timesteps)
+        # Rows per forward pass; part of what is fixed, since it may change the last bits.
+        self.batch_size = config.training.train_batch_size
+        # The model sees one reference of an image, where it has several: always the first here.
+        self.one_reference = config.data.conditioning_multidataset_sampling == "random"
         self.is_stopping = is_stopping
 
     def run(self, denoiser: nn.Module) -> EvalResult | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Callable
 from statistics import NormalDist
 
 import pytest
@@ -26,6 +27,7 @@ from simpletuner.training.evaluation import (
 from simpletuner.training.loss_bins import LossBins
 from simpletuner.training.run_history import RunHistory
 from simpletuner.training.step import Losses
+from tests.configs import config_of
 from tests.toy import Recorder, ToyDataset, ToyFamily, ToySource
 
 
@@ -91,11 +93,11 @@ class Copying(ToyFamily):
 THREE = {"b": (1.0, 2.0), "c": (3.0, -1.0), "d": (0.0, 4.0)}
 
 
-def evaluator_of(data, **options) -> Evaluator:
+def evaluator_of(data, is_stopping: Callable[[], bool] = lambda: False, **options) -> Evaluator:
     data = data if isinstance(data, list) else [ToyDataset(data)]
     sources = {each.id: ToySource(each.images) for each in data}
-    defaults = {"num_images": 10, "num_timesteps": 2, "batch_size": 4}
-    return Evaluator(Copying(), data, sources, **defaults | options)
+    config = config_of(**{"num_eval_images": 10, "eval_timesteps": 2, "train_batch_size": 4} | options)
+    return Evaluator(Copying(), data, sources, config, is_stopping)
 
 
 def loss_by_hand(name: str, values: tuple[float, float], quantile: int, count: int) -> float:
@@ -132,13 +134,13 @@ def test_an_image_that_sorts_first_leaves_the_losses_of_the_others_alone():
 @pytest.mark.parametrize("batch_size", [1, 3, 5])
 def test_the_size_of_a_batch_decides_nothing(batch_size):
     plain = evaluator_of(THREE).run(torch.nn.Identity())
-    other = evaluator_of(THREE, batch_size=batch_size)
+    other = evaluator_of(THREE, train_batch_size=batch_size)
     assert other.run(torch.nn.Identity()).pooled == pytest.approx(plain.pooled, rel=1e-6)
     assert max(len(batch) for batch in other.family.batches) == batch_size
 
 
 def test_the_first_images_in_the_order_of_paths_are_used():
-    evaluator = evaluator_of({"d": (0.0, 4.0), "b": (1.0, 2.0)}, num_images=1)
+    evaluator = evaluator_of({"d": (0.0, 4.0), "b": (1.0, 2.0)}, num_eval_images=1)
     evaluator.run(torch.nn.Identity())
     assert {digest for batch in evaluator.family.batches for digest in batch.digests} == {"d"}
 
@@ -164,7 +166,7 @@ def test_images_of_another_size_are_judged_in_a_batch_of_their_own():
     data = ToyDataset(THREE)
     wide = dataclasses.replace(data.samples.rows[1], crop=Crop(8, 16, 0, 0, 8, 16))
     data.samples.rows[1] = wide
-    evaluator = evaluator_of([data], batch_size=6)
+    evaluator = evaluator_of([data], train_batch_size=6)
     evaluator.run(torch.nn.Identity())
     assert [list(dict.fromkeys(batch.digests)) for batch in evaluator.family.batches] == [["b"], ["c"], ["d"]]
 
@@ -179,7 +181,7 @@ def test_masks_count_always():
 
 def test_the_caption_is_the_first_and_one_reference_is_the_first_too():
     data = ToyDataset(THREE, captions=["one", "three"])
-    evaluator = evaluator_of([data], one_reference=True)
+    evaluator = evaluator_of([data], conditioning_multidataset_sampling="random")
     first, second = (Sample("toys", name, name, 8, 8, (), Crop(8, 8, 0, 0, 8, 8)) for name in "bc")
     data.samples.rows = [dataclasses.replace(row, references=(first, second)) for row in data.samples.rows]
     asked = []
