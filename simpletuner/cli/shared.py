@@ -20,12 +20,14 @@ from simpletuner.program import pasteable
 from simpletuner.text import for_terminal
 
 if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
     from simpletuner.config.loading import LoadedRun
 
 # Options of a run are declared in config/, not here: what typer does not know is passed on as it was typed.
 PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": ["-h", "--help"]}
 
-Options = TypeVar("Options")
+Options = TypeVar("Options", bound="DataclassInstance")
 
 LOG_LEVEL = "SIMPLETUNER_LOG_LEVEL"
 

@@ -23,7 +23,7 @@ NO_LOGIN_NEEDED = ("offline", "disabled", "dryrun", "shared")
 
 def trackers_of(options: ReportingOptions) -> frozenset[str]:
     """The trackers that `report_to` means, `all` spelled out."""
-    named: set[str] = {*options.report_to} - {"none", "simpletuner"}
+    named = {str(name) for name in options.report_to} - {"none", "simpletuner"}
     if "all" in named:
         named = (named - {"all"}) | {"tensorboard", "wandb"} | ({"custom-tracker"} if options.custom_tracker else set())
     return frozenset(named)
