@@ -6,9 +6,7 @@ the same numbers, and win by a margin: two starts of a run on one card should ch
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from types import MappingProxyType
@@ -18,12 +16,12 @@ import torch
 from torch import Tensor
 
 from simpletuner.adapters.lokr import KronKernels, kron_linear
+from simpletuner.precision.timing import median_seconds
 
 if TYPE_CHECKING:
     from lycoris.modules.lokr import LokrModule
 
 NUM_ROWS = 4096  # tokens of an image of 1024 px
-WARM_UPS, ROUNDS = 3, 5  # their first call compiles and tunes
 MARGIN = 1.1
 TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 3e-2, torch.float16: 5e-3}
 
@@ -149,7 +147,8 @@ def try_kernels(
             return Trial(shapes, None, f"an error of {error:.1e}")
         if known:
             return Trial(shapes, None, "", known)
-        return Trial(shapes, _median_seconds((ours, theirs), device))
+        seconds = median_seconds((ours, theirs), device)
+        return Trial(shapes, (seconds[0], seconds[1]))
     except Exception as failure:  # noqa: BLE001 - compilers are missing or fail in ways of their own
         return Trial(shapes, None, (str(failure).strip().splitlines() or [type(failure).__name__])[0])
 
@@ -157,23 +156,3 @@ def try_kernels(
 def _error(found: Tensor, right: Tensor) -> float:
     """Largest difference, relative to the largest value."""
     return float((found.float() - right.float()).abs().max() / right.float().abs().max())
-
-
-def _median_seconds(
-    ways: tuple[Callable[[], object], Callable[[], object]], device: torch.device
-) -> tuple[float, float]:
-    """In turn, so that what slows the device for a while slows both."""
-    seconds: tuple[list[float], list[float]] = ([], [])
-    for turn in range(WARM_UPS + ROUNDS):
-        for way, taken in zip(ways, seconds, strict=True):
-            started = _now(device)
-            way()
-            if turn >= WARM_UPS:
-                taken.append(_now(device) - started)
-    return statistics.median(seconds[0]), statistics.median(seconds[1])
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()

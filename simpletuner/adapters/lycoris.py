@@ -19,7 +19,7 @@ from simpletuner.adapters.formats import LYCORIS_PREFIX, with_multiplier_in_weig
 from simpletuner.adapters.layers import device_of, layer_class
 from simpletuner.adapters.lokr import is_structured
 from simpletuner.adapters.lokr_kernels import choose_kernels, fused_kernels
-from simpletuner.adapters.lycoris_modules import is_usable_norm, prepare_module, unloadable
+from simpletuner.adapters.lycoris_modules import is_usable_norm, merges, prepare_module, unloadable
 from simpletuner.adapters.lycoris_start import start_module
 from simpletuner.adapters.metadata import adapter_metadata
 from simpletuner.adapters.reading import LYCORIS_CONFIG, split_key
@@ -200,7 +200,14 @@ def attach_lycoris(
     _require_loadable(network, paths, file)
     register_network(denoiser, network, dtype)
     smoke_test(((m.org_module[0], m.org_module[0], m) for m in network.loras), LYCORIS_CONFIG, file)
-    return LycorisAdapter(network, lycoris, spec, report, paths)
+    adapter = LycorisAdapter(network, lycoris, spec, report, paths)
+    merged = sum(merges(module) and getattr(module.org_module[0], "is_in_8_bits", False) for module in network.loras)
+    if merged:
+        adapter.notices.append(
+            f"{merged} layers compute with the adapter merged into their unpacked weight, and quantize no activations "
+            "(dora_wd, rank_dropout, bypass_mode false and some algorithms do that)"
+        )
+    return adapter
 
 
 def _require_loadable(network: LycorisNetwork, paths: Mapping[str, str], file: str | None) -> None:

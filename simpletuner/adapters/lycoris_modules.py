@@ -74,6 +74,14 @@ def prefer_bypass(module: LycorisBaseModule) -> None:
             use_structured_forward(module)
 
 
+def merges(module: LycorisBaseModule) -> bool:
+    """Whether it computes with its change merged into the layer's weight, and not with the layer itself."""
+    from lycoris.modules.dylora import DyLoraModule
+    from lycoris.modules.ia3 import IA3Module
+
+    return not module.bypass_mode and not isinstance(module, DyLoraModule | IA3Module)
+
+
 def unloadable(modules: Iterable[LycorisBaseModule]) -> tuple[str, Exception] | None:
     """A layer whose file LyCORIS could not load, and what it says; None where it can load all.
 

@@ -99,6 +99,7 @@ def number_formats(config: TrainConfig) -> NumberFormats:
     """How the frozen weights of denoiser and text encoders are stored."""
     return NumberFormats(
         base=config.precision.base_model_precision,
+        quantizes_activations=config.precision.quantize_activations,
         # What is swapped out lies in main memory from the start, so the device never holds the whole model.
         packs_on_device=config.precision.quantize_via != "cpu" and not swaps_blocks(config.model),
         encoders=(

@@ -256,13 +256,14 @@ class ModelFamily(ABC):
             ConfigError: none of its layers can be packed, or this device cannot compute with them.
         """
         formats = self.number_formats
-        require_device(formats.base, self.device, self.dtype)
+        require_device(formats, self.device, self.dtype)
         return quantise(
             self.load_denoiser(),
             formats.base,
             block_classes=self.spec.block_classes,
             kept=self.spec.unquantised,
             device=self.device if formats.packs_on_device else None,
+            quantizes_activations=formats.quantizes_activations,
         )
 
     def load_vae(self) -> nn.Module:

@@ -17,7 +17,13 @@ Sharded = Mapping[str, Tensor]
 
 
 class WeightFormat(ABC):
-    """One way to store a matrix."""
+    """One way to store a matrix.
+
+    Attributes:
+        quantizes_activations: whether its name asks for products in 8 bits.
+    """
+
+    quantizes_activations = False
 
     @abstractmethod
     def fits(self, rows: int, columns: int) -> bool:

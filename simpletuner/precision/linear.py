@@ -1,15 +1,27 @@
-"""A frozen linear layer whose weight is packed: it computes with the weight unpacked for the moment of the product."""
+"""A frozen linear layer whose weight is packed.
+
+It computes with the weight unpacked for the moment of the product, or quantizes its input too and multiplies in 8 bits.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from simpletuner.precision.formats import Sharded, WeightFormat
+from simpletuner.precision.formats import RowScaled, Sharded, WeightFormat
+from simpletuner.precision.products import (
+    UNPACKED,
+    Ways,
+    has_8_bit_products,
+    input_gradient,
+    output_product,
+    ways_of,
+)
 
 
 class QuantisedLinear(nn.Linear):
@@ -23,9 +35,16 @@ class QuantisedLinear(nn.Linear):
         layer: on the device where it is to be packed; its bias is taken over.
         weight_format: how.
         path: of the layer in its model; an adapter may move it to another one.
+        quantizes_activations: products in 8 bits, where format and shape allow them.
+
+    Attributes:
+        is_in_8_bits: whether products in 8 bits were asked for, and are possible.
+        ways: how output and gradient are computed now.
     """
 
-    def __init__(self, layer: nn.Linear, weight_format: WeightFormat, path: str = ""):
+    def __init__(
+        self, layer: nn.Linear, weight_format: WeightFormat, path: str = "", quantizes_activations: bool = False
+    ):
         nn.Module.__init__(self)
         self.path = path
         self.in_features, self.out_features = layer.in_features, layer.out_features
@@ -36,6 +55,9 @@ class QuantisedLinear(nn.Linear):
         self.part_names = tuple(parts)
         for name, part in parts.items():
             self.register_buffer(f"packed_{name}", part.contiguous())
+        in_8_bits = isinstance(weight_format, RowScaled) and has_8_bit_products(self.out_features, self.in_features)
+        self.is_in_8_bits = in_8_bits and (quantizes_activations or weight_format.quantizes_activations)
+        self.ways = ways_of(parts["data"].dtype) if self.is_in_8_bits else UNPACKED
         self.register_parameter("bias", layer.bias)
         self.requires_grad_(False)
 
@@ -59,26 +81,52 @@ class QuantisedLinear(nn.Linear):
         kind = input.device.type
         if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
             input = input.to(torch.get_autocast_dtype(kind))
-        return _UnpackedProduct.apply(input, self, *self.parts.values())
+        return _FrozenProduct.apply(input, self, *self.parts.values())
+
+    def output(self, x: Tensor, parts: Sharded, ways: Ways) -> Tensor:
+        """(..., in_features) -> (..., out_features), without a graph."""
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        if ways.output == "unpacked":
+            return F.linear(x, self.unpacked(x.dtype, parts), bias)
+        return output_product(x, parts["data"], parts["scale"], bias, ways.output)
+
+    def gradient(self, gradient: Tensor, parts: Sharded, ways: Ways) -> Tensor:
+        """(..., out_features) of the output -> (..., in_features) of the input."""
+        if ways.gradient == "unpacked":
+            return gradient @ self.unpacked(gradient.dtype, parts)
+        return input_gradient(gradient, parts["data"], parts["scale"], ways.gradient)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, format={type(self.weight_format).__name__}"
 
 
-class _UnpackedProduct(torch.autograd.Function):
+@contextmanager
+def exact_activations(module: nn.Module) -> Iterator[None]:
+    """Inside, the packed layers of a module quantize no activations."""
+    layers = [layer for layer in module.modules() if isinstance(layer, QuantisedLinear)]
+    before = [layer.ways for layer in layers]
+    for layer in layers:
+        layer.ways = UNPACKED
+    try:
+        yield
+    finally:
+        for layer, ways in zip(layers, before, strict=True):
+            layer.ways = ways
+
+
+class _FrozenProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, input: Tensor, layer: QuantisedLinear, *parts: Tensor) -> Tensor:
         # Saved, and not taken from the layer again: a block that is swapped out holds other copies by then.
         ctx.save_for_backward(*parts)
         ctx.layer = layer
-        bias = None if layer.bias is None else layer.bias.to(input.dtype)
-        return F.linear(input, _matrix(layer, parts, input.dtype), bias)
+        return layer.output(input, _named(layer, parts), layer.ways)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        parts = ctx.saved_tensors  # may be asked for once only
-        return grad_output @ _matrix(ctx.layer, parts, grad_output.dtype), None, *(None for _ in parts)
+        parts, layer = ctx.saved_tensors, ctx.layer  # the tensors may be asked for once only
+        return layer.gradient(grad_output, _named(layer, parts), layer.ways), None, *(None for _ in parts)
 
 
-def _matrix(layer: QuantisedLinear, parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    return layer.unpacked(dtype, dict(zip(layer.part_names, parts, strict=True)))
+def _named(layer: QuantisedLinear, parts: Sequence[Tensor]) -> Sharded:
+    return dict(zip(layer.part_names, parts, strict=True))

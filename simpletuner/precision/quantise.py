@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from simpletuner.errors import ConfigError, Problem
 from simpletuner.precision.formats import WeightFormat
-from simpletuner.precision.linear import QuantisedLinear
+from simpletuner.precision.linear import QuantisedLinear, exact_activations
 
 NO_CHANGE = "no_change"
 
@@ -22,12 +23,14 @@ class NumberFormats:
 
     Args:
         base: `base_model_precision`.
+        quantizes_activations: of the base too, so that its products are made in 8 bits.
         packs_on_device: layers are packed where they will work, one at a time; else in main memory.
         encoders: `text_encoder_N_precision`, in the order of the family's text encoders.
         offloads_encoders: `text_encoder_offload`: their layers wait in main memory, and are packed there.
     """
 
     base: str = NO_CHANGE
+    quantizes_activations: bool = False
     packs_on_device: bool = True
     encoders: tuple[str, ...] = ()
     offloads_encoders: bool = False
@@ -64,12 +67,14 @@ def quantise(
     block_classes: Sequence[str] = (),
     kept: Sequence[str] = (),
     device: torch.device | None = None,
+    quantizes_activations: bool = False,
 ) -> nn.Module:
     """Pack the linear layers of a frozen module; returns it. Before an adapter is attached, never after.
 
     Args:
         precision: a value of `base_model_precision`.
         device: where layers are packed, and stay; None: where they are.
+        quantizes_activations: see `QuantisedLinear`.
 
     Raises:
         ConfigError: no such format, or nothing in the module can be packed.
@@ -83,7 +88,8 @@ def quantise(
         raise ConfigError(Problem(message, key="base_model_precision", fix="use another format, or no_change"))
     for name, layer in found:
         parent, _, child = name.rpartition(".")
-        setattr(module.get_submodule(parent), child, QuantisedLinear(layer.to(device), weight_format, name))
+        packed = QuantisedLinear(layer.to(device), weight_format, name, quantizes_activations)
+        setattr(module.get_submodule(parent), child, packed)
     return module
 
 
@@ -111,22 +117,40 @@ def saved_bytes(module: nn.Module, precision: str, block_classes: Sequence[str] 
     )
 
 
-def require_device(precision: str, device: torch.device, dtype: torch.dtype) -> None:
+def quantizes_activations(formats: NumberFormats) -> bool:
+    """Whether the base's products are made in 8 bits: an option says so, or the format's name."""
+    return formats.quantizes_activations or (
+        formats.base != NO_CHANGE and get_format(formats.base).quantizes_activations
+    )
+
+
+def require_device(formats: NumberFormats, device: torch.device, dtype: torch.dtype) -> None:
     """Pack, compute and differentiate a small layer on a device, before a large one is loaded for it.
 
     Raises:
-        ConfigError: the device or its libraries cannot do this.
+        ConfigError: the device or its libraries cannot do this, or not in 8 bits where that was asked for.
     """
-    if precision == NO_CHANGE:
+    if formats.base == NO_CHANGE:
         return
+    fix = "use int8-quanto or int8-torchao, which need nothing but torch"
+    _require_step(formats.base, False, device, dtype, "", "base_model_precision", fix)
+    if quantizes_activations(formats):
+        fix = "use int8-torchao, with quantize_activations where its products work"
+        key = "quantize_activations" if formats.quantizes_activations else "base_model_precision"
+        _require_step(formats.base, True, device, dtype, " with quantized activations", key, fix)
+
+
+def _require_step(
+    precision: str, in_8_bits: bool, device: torch.device, dtype: torch.dtype, what: str, key: str, fix: str
+) -> None:
     try:
-        layer = QuantisedLinear(nn.Linear(128, 64).to(device, dtype), get_format(precision))
+        layer = QuantisedLinear(nn.Linear(128, 64).to(device, dtype), get_format(precision), "", in_8_bits)
         x = torch.ones(2, 128, device=device, dtype=dtype, requires_grad=True)
-        layer(x).sum().backward()
+        with nullcontext() if in_8_bits else exact_activations(layer):
+            layer(x).sum().backward()
     except (RuntimeError, NotImplementedError, TypeError, ImportError, AssertionError, OSError) as error:
-        message = f"{precision} does not work on {device} here: {error}"
-        fix = "use int8-quanto or int8-torchao, which need nothing but torch"
-        raise ConfigError(Problem(message, key="base_model_precision", fix=fix)) from error
+        message = f"{precision}{what} does not work on {device} here: {error}"
+        raise ConfigError(Problem(message, key=key, fix=fix)) from error
 
 
 def get_format(name: str) -> WeightFormat:

@@ -23,6 +23,12 @@ class TorchaoInt8(RowScaled):
         return packed.qdata, packed.scale.reshape(-1, 1)
 
 
+class TorchaoInt8Dynamic(TorchaoInt8):
+    """The same weights; activations are quantized as they come."""
+
+    quantizes_activations = True
+
+
 class TorchaoFloat8(RowScaled):
     """float8 (e4m3), a scale per row, stored in float32."""
 
@@ -60,6 +66,7 @@ class TorchaoInt4(GroupScaled):
 
 FORMATS: Mapping[str, Callable[[], WeightFormat]] = {
     "int8": TorchaoInt8,
+    "int8dq": TorchaoInt8Dynamic,
     "fp8": TorchaoFloat8,
     "fp8wo": TorchaoFloat8,
     "int4": TorchaoInt4,

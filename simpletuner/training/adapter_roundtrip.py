@@ -14,6 +14,7 @@ from simpletuner.adapters.assistant import without_assistant
 from simpletuner.adapters.files import check_saved_adapter
 from simpletuner.batch import Batch
 from simpletuner.models.family import ModelFamily
+from simpletuner.precision.linear import exact_activations
 from simpletuner.precision.mixed import exact_float32
 from simpletuner.precision.quantise import copy_unpacked
 from simpletuner.randomness import keyed_generator
@@ -45,7 +46,9 @@ def live_output(run: Run) -> LiveOutput:
     # As in training, for adapters in float32 may sit on a base in half precision; what is float32 throughout is
     # compared in float32, whatever training computes in, and without the TF32 of GPUs.
     products = nullcontext() if probe_dtype(model) == torch.float32 else run.autocast()
-    with exact_float32(), products, without_assistant(model.denoiser):  # which is in no file
+    # A file is proved on plain weights, which quantize no activations; and the assistant is in no file.
+    comparable = exact_activations(model.denoiser)
+    with exact_float32(), products, comparable, without_assistant(model.denoiser):
         adapted = probe_output(model.family, model.denoiser).cpu()
         with model.adapter.disabled():
             base = probe_output(model.family, model.denoiser).cpu()

@@ -26,6 +26,7 @@ from simpletuner.optim.state import (
     load_optimizer_tensors,
     optimizer_tensors,
 )
+from simpletuner.precision.product_trials import chosen_products
 from simpletuner.reporting.events import Notice
 from simpletuner.training.damage import first_whole, why_unreadable
 from simpletuner.training.divergence import require_finite
@@ -390,6 +391,7 @@ def write_checkpoint(run: Run, folder: Path, content: CheckpointContent) -> None
             "optimizer": content.plain,
             "identity": _identity(run),
             "kernels": dict(run.model.adapter.kernel_choice),
+            "products": chosen_products(run.model.denoiser),
             "eval_losses": losses_as_json(run.progress.eval_losses),
         },
     )

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from torch import nn
 
 from simpletuner import storage
 from simpletuner.adapters.assistant import attach_assistant, find_assistant
@@ -34,6 +35,7 @@ from simpletuner.models.devices import adapter_dtype, pick_device, weight_dtype
 from simpletuner.optim.ema import EMA
 from simpletuner.optim.optimizers import build_optimizer, require_optimizer
 from simpletuner.precision.mixed import DTYPES
+from simpletuner.precision.product_trials import choose_products, chosen_products
 from simpletuner.precision.quantise import require_device
 from simpletuner.reporting.bus import EventBus
 from simpletuner.reporting.events import Notice, RunFailed, RunStarted
@@ -171,7 +173,7 @@ def build_run(
     checkpoints = Checkpoints(output_dir, config.checkpoint.checkpoints_total_limit, start.history)
 
     family = build_family(loaded.config)
-    require_device(config.precision.base_model_precision, family.device, family.dtype)
+    require_device(family.number_formats, family.device, family.dtype)
     trained_dtype = weight_dtype(config) if config.model.model_type == "full" else adapter_dtype(config)
     require_optimizer(config.optimizer, family.device, trained_dtype)
     require_trained_parts(loaded, family)
@@ -201,6 +203,7 @@ def build_run(
             cast(Any, denoiser).enable_gradient_checkpointing(recomputing)
         compile_blocks(denoiser, family.spec.block_classes, config.precision.dynamo_backend)
     choose_kernels(loaded, adapter, family.device, start.resume_from, bus, process_group)
+    choose_8_bit_products(loaded, denoiser, family.device, start.resume_from, bus, process_group)
     parameters = adapter.trainable_parameters()
     model = Model(
         family=family,
@@ -270,6 +273,32 @@ def choose_kernels(
     choice = process_group.from_main(dict(adapter.kernel_choice))
     if not process_group.is_main:
         lines = adapter.choose_kernels(device, DTYPES[config.precision.mixed_precision], choice)
+    for line in lines:
+        bus.emit(Notice("info", line))
+
+
+def choose_8_bit_products(
+    loaded: LoadedRun,
+    denoiser: nn.Module,
+    device: torch.device,
+    resume_from: Path | None,
+    bus: EventBus,
+    process_group: ProcessGroup,
+) -> None:
+    """Let products be made in 8 bits where `quantize_activations` asks for them: chosen as the adapter's kernels are.
+
+    Under a compiler, and where bits are promised, none is timed: all are made in 8 bits that can be.
+    """
+    config = loaded.config
+    dtype, is_timed = (
+        DTYPES[config.precision.mixed_precision],
+        not (config.precision.dynamo_backend != "no" or config.precision.deterministic),
+    )
+    known = read_state(resume_from).get("products", {}) if resume_from is not None else {}
+    lines = choose_products(denoiser, device, dtype, known, is_timed) if process_group.is_main else []
+    choice = process_group.from_main(chosen_products(denoiser))
+    if not process_group.is_main:
+        lines = choose_products(denoiser, device, dtype, choice, is_timed)
     for line in lines:
         bus.emit(Notice("info", line))
 

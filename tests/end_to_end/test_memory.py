@@ -42,6 +42,13 @@ WAYS: Mapping[str, dict[str, Any]] = {
     "all blocks swapped, packed": {
         "gradient_checkpointing": True, "enable_group_offload": True, "base_model_precision": "int8-quanto"
     },
+    "all blocks swapped, 8-bit products": {
+        "gradient_checkpointing": True, "enable_group_offload": True, "base_model_precision": "int8dq-torchao"
+    },
+    "float8 products, recomputed, DoRA": {
+        "gradient_checkpointing": True, "base_model_precision": "fp8-quanto", "quantize_activations": True,
+        **LORA, "use_dora": True,
+    },
     "swapped, inputs in main memory, LoRA": {
         "gradient_checkpointing": True, "enable_group_offload": True,
         "gradient_checkpointing_backend": "unsloth", **LORA,
@@ -49,9 +56,13 @@ WAYS: Mapping[str, dict[str, Any]] = {
     "compiled": {"dynamo_backend": "aot_eager"},
     "compiled, recomputed": {"dynamo_backend": "aot_eager", "gradient_checkpointing": True},
     "compiled, packed": {"dynamo_backend": "aot_eager", "base_model_precision": "int8-torchao"},
+    "compiled, 8-bit products": {"dynamo_backend": "aot_eager", "base_model_precision": "int8dq-torchao"},
     "LoRA with dropout, recomputed": {"gradient_checkpointing": True, **LORA, "lora_dropout": 0.5},
 }  # fmt: skip
-PLAIN_OF = ("base_model_precision", "lora_type", "lycoris_config", "lora_rank", "lora_dropout")
+PLAIN_OF = (
+    *("base_model_precision", "quantize_activations"),
+    *("lora_type", "lycoris_config", "lora_rank", "lora_dropout", "use_dora"),
+)
 
 
 def gradients(folder: Path, model: Path, options: Mapping[str, Any], steps: int = 2) -> list[dict[str, Tensor]]:
@@ -93,7 +104,7 @@ def perturb(parameters: Mapping[str, nn.Parameter]) -> None:
 
 
 QUICK = ("little kept", "every second block", "measured", "inputs in main memory", "all blocks swapped, packed")
-LONG = ("compiled, recomputed", "compiled, packed")
+LONG = ("compiled, recomputed", "compiled, packed", "compiled, 8-bit products")
 MARKS = {way: pytest.mark.ci if way in LONG else pytest.mark.slow for way in WAYS if way not in QUICK}
 
 

@@ -65,12 +65,14 @@ def test_an_adapter_trains_on_a_packed_base(precision: str, adapter: str, tmp_pa
             assert torch.equal(layer.weight, before[plain])
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("precision", [*PRECISIONS, "fp8-torchao in 8 bits"])
 @pytest.mark.parametrize("adapter", ADAPTERS)
 def test_gradients_through_a_packed_base_are_as_near_as_its_weights(
     precision: str, adapter: str, tmp_path: Path, omnigen_folder: Path
 ) -> None:
-    loaded = load_here(write_run(tmp_path, omnigen_folder, base_model_precision=precision, **ADAPTERS[adapter]))
+    name, *in_8_bits = precision.split(" in ")
+    options = {"base_model_precision": name, "quantize_activations": bool(in_8_bits), **ADAPTERS[adapter]}
+    loaded = load_here(write_run(tmp_path, omnigen_folder, **options))
     family = build_family(loaded.config)
     plain, packed = family.load_denoiser(), family.load_base()
     pairs = [(layer.weight, plain.get_submodule(path).weight) for path, layer in quantised_layers(packed).items()]
@@ -89,7 +91,8 @@ def test_gradients_through_a_packed_base_are_as_near_as_its_weights(
         compute_losses(family, denoiser, batch, sample_noise(batch, 0, 0), quantiles).weighted_sum.backward()
         gradients.append(torch.cat([parameter.grad.flatten() for parameter in parameters]))
     error = (stored - original).norm() / original.norm()
-    assert 0 < (gradients[1] - gradients[0]).norm() < 2 * error * gradients[0].norm()
+    limit = 3 if in_8_bits or name == "int8dq-torchao" else 2  # of activations too
+    assert 0 < (gradients[1] - gradients[0]).norm() < limit * error * gradients[0].norm()
 
 
 ALGORITHMS: dict[str, dict[str, Any]] = {
@@ -157,15 +160,18 @@ def test_text_encoders_are_packed_and_their_cache_knows(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("adapter", slow_but(ADAPTERS, ("lokr",)))
+@pytest.mark.parametrize("precision", slow_but(["int8-quanto", "int8dq-torchao"], ("int8-quanto",)))
 def test_a_run_on_a_packed_base_resumes_to_the_same_bits_and_proves_its_file(
-    adapter: str, tmp_path: Path, omnigen_folder: Path, monkeypatch: pytest.MonkeyPatch
+    precision: str, adapter: str, tmp_path: Path, omnigen_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = {"base_model_precision": "int8-quanto", "use_ema": True, "quantize_via": "cpu", **ADAPTERS[adapter]}
+    options = {"base_model_precision": precision, "use_ema": True, "quantize_via": "cpu", **ADAPTERS[adapter]}
     straight, resumed = require_same_bits_after_a_stop(
         lambda folder: write_run(folder, omnigen_folder, **options), tmp_path, monkeypatch
     )
     for name in ("pytorch_lora_weights.safetensors", "ema/pytorch_lora_weights.safetensors"):
         assert (straight / name).read_bytes() == (resumed / name).read_bytes()
+    products = json.loads((straight / "checkpoint-8" / "training_state.json").read_text())["products"]
+    assert set(map(tuple, products.values())) == ({("direct", "direct")} if precision == "int8dq-torchao" else set())
     with pytest.raises(ConfigError, match="base_model_precision"):
         train_here(tmp_path / "stopped", "--base_model_precision=nf4-bnb", "--max_train_steps=9")
 

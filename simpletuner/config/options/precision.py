@@ -7,9 +7,10 @@ from typing import Any, Literal
 from simpletuner.config.options.declare import OptionGroup, option
 from simpletuner.config.values import Bool
 
-NO_GRADIENT = "it quantizes activations too, and torchao's layers then give no gradient; use int8-torchao"
+NO_4_BIT_PRODUCTS = "weights in 4 bits are unpacked for their products; use int4-torchao, or int8dq-torchao"
+NOT_IN_ENCODERS = "encoders run once for a caption, and their error would stay in the cache; use int8-torchao"
 PIPELINE = "layers are packed one at a time, on cpu or accelerator; use accelerator"
-UNCALIBRATED = "quantized activations need ranges measured on sample batches, which is not built"
+FLOAT8_PRODUCTS = "use base_model_precision fp8-torchao with quantize_activations"
 
 Precision = Literal[
     "no_change",
@@ -43,8 +44,11 @@ Precision = Literal[
 ]
 # Formats that other trainers know, and why they are refused.
 REFUSED = {
-    **dict.fromkeys(("int8dq-torchao", "int8dq-int4-torchao", "fp8-int4-torchao"), NO_GRADIENT),
-    **dict.fromkeys(("fp8-native", "fp8-transformerengine"), "products in float8 are not built; use fp8-torchao"),
+    **dict.fromkeys(("int8dq-int4-torchao", "fp8-int4-torchao"), NO_4_BIT_PRODUCTS),
+    **dict.fromkeys(
+        ("fp8-native", "fp8-transformerengine"),
+        "its layers are not built; use fp8-torchao, with quantize_activations for products in float8",
+    ),
     **dict.fromkeys(
         ("int8-sdnq", "uint8-sdnq", "int16-sdnq", "uint16-sdnq", "fp16-sdnq", "int6-sdnq", "int5-sdnq", "uint5-sdnq"),
         "it needs another quantization library; use int8-quanto",
@@ -60,7 +64,7 @@ def _encoder_precision(number: int) -> Any:
     return option(
         "no_change",
         help=f"Number format of the linear layers of the family's text encoder {number}.",
-        planned_values=REFUSED,
+        planned_values={**REFUSED, "int8dq-torchao": NOT_IN_ENCODERS},
     )
 
 
@@ -72,7 +76,7 @@ class PrecisionOptions(OptionGroup):
         help="Number format of products and frozen weights: `bf16`; `fp16` for cards without bf16, with a scaled loss; "
         "`no` is float32 (slower, twice the memory). `adamw_bf16` rounds stochastically in bf16.",
         level="basic",
-        planned_values={"fp8": "products in float8 are not built; base_model_precision fp8-torchao stores weights so"},
+        planned_values={"fp8": f"weights that train stay in 16 bits; for the frozen ones {FLOAT8_PRODUCTS}"},
     )
     base_model_precision: Precision = option(
         "no_change",
@@ -86,7 +90,12 @@ class PrecisionOptions(OptionGroup):
         help="Where layers are packed, one at a time: on the `accelerator` (faster, and the default), or on the `cpu`.",
         planned_values={"pipeline": PIPELINE},
     )
-    quantize_activations: Bool = option(False, help="Quantize activations too.", planned=UNCALIBRATED)
+    quantize_activations: Bool = option(
+        False,
+        help="Quantize the inputs of the packed layers too, with one scale per token, and multiply in 8 bits: on a GPU "
+        "where a trial at the start finds it faster, on a processor always. The error is larger. Goes with "
+        "`base_model_precision` in int8 or fp8; `int8dq-torchao` means `int8-torchao` with it.",
+    )
     base_model_default_dtype: Literal["bf16", "fp32"] | None = option(
         None,
         help="Number format of frozen weights that are not packed, and from which packing starts. Unset: that of "

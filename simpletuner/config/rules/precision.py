@@ -8,6 +8,8 @@ from simpletuner.config.draft import Draft
 from simpletuner.errors import Problem
 
 ENCODERS = 4
+# Formats of one byte and one scale for each row of a weight.
+EIGHT_BITS = ("int8-quanto", "int8-torchao", "int8dq-torchao", "fp8-quanto", "fp8uz-quanto", "fp8-torchao")
 
 
 def packed_weights_do_not_train(draft: Draft) -> Iterator[Problem]:
@@ -16,6 +18,20 @@ def packed_weights_do_not_train(draft: Draft) -> Iterator[Problem]:
         message = f"{config.precision.base_model_precision} weights cannot be trained, and model_type is full"
         fix = "set it to no_change, or train an adapter (model_type lora)"
         yield draft.problem(message, "base_model_precision", "no_change", fix)
+
+
+def quantized_activations_have_8_bit_weights(draft: Draft) -> Iterator[Problem]:
+    config = draft.config
+    if not config.precision.quantize_activations or config.precision.base_model_precision in EIGHT_BITS:
+        return
+    message = f"goes with a base in 8 bits, and base_model_precision is {config.precision.base_model_precision}"
+    fix = "set base_model_precision to int8-torchao, or remove the key"
+    if config.precision.base_model_precision == "fp8wo-torchao":
+        message = "fp8wo-torchao is float8 of weights only"
+        fix = "set base_model_precision to fp8-torchao, or remove the key"
+    if config.model.model_type == "full":
+        message, fix = "weights that train are not packed, and model_type is full", "remove the key"
+    yield draft.problem(message, "quantize_activations", f"true with {', '.join(EIGHT_BITS)}", fix)
 
 
 def the_default_dtype_fits_the_products(draft: Draft) -> Iterator[Problem]:
@@ -86,6 +102,7 @@ PRECISION_RULES = (
     swapped_blocks_are_recomputed,
     what_belongs_to_checkpointing_has_it,
     packed_weights_do_not_train,
+    quantized_activations_have_8_bit_weights,
     the_default_dtype_fits_the_products,
     there_is_a_text_encoder_to_pack,
 )

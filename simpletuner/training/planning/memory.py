@@ -18,7 +18,14 @@ from simpletuner.models.components import make_empty_component
 from simpletuner.models.family import ModelFamily
 from simpletuner.optim.optimizers import build_optimizer
 from simpletuner.precision.mixed import DTYPES
-from simpletuner.precision.quantise import NO_CHANGE, get_format, quantisable, saved_bytes
+from simpletuner.precision.products import product_bytes
+from simpletuner.precision.quantise import (
+    NO_CHANGE,
+    get_format,
+    quantisable,
+    quantizes_activations,
+    saved_bytes,
+)
 from simpletuner.training.build import attach_adapter
 from simpletuner.training.gradient_checkpointing import count_fitting
 from simpletuner.training.planning.shapes import (
@@ -116,10 +123,10 @@ def memory_rows(
     if config.precision.mixed_precision != "no":
         wide = [parameter for parameter in shapes.trained.values() if parameter.dtype == torch.float32]
         rows.append(Row("16-bit copies of trained weights", 2 * sum(parameter.numel() for parameter in wide)))
-    if (
-        matrix := unpacked_bytes(family, computes_in=DTYPES[config.precision.mixed_precision])
-    ) and config.model.model_type != "full":
-        rows.append(Row("one unpacked matrix", matrix))
+    matrix = unpacked_bytes(family, DTYPES[config.precision.mixed_precision], shapes.activations.num_tokens)
+    if matrix and config.model.model_type != "full":
+        is_in_8_bits = quantizes_activations(family.number_formats)
+        rows.append(Row("one product in 8 bits" if is_in_8_bits else "one unpacked matrix", matrix))
     if stays_vae:
         vae = make_empty_component(family.source, family.spec.component("vae"), torch.float32)
         rows.append(Row("VAE, kept to encode on demand", num_bytes(vae.parameters())))
@@ -132,14 +139,20 @@ def memory_rows(
     return [row for row in (*rows, chosen, update) if row.num_bytes], others
 
 
-def unpacked_bytes(family: ModelFamily, computes_in: torch.dtype) -> int:
-    """Of the largest packed weight, which is unpacked for the moment of its product."""
-    precision = family.number_formats.base
-    if precision == NO_CHANGE:
+def unpacked_bytes(family: ModelFamily, computes_in: torch.dtype, num_tokens: int) -> int:
+    """What a product with a packed weight makes for its moment: the unpacked matrix, or all that 8 bits need."""
+    formats = family.number_formats
+    if formats.base == NO_CHANGE:
         return 0
+    weight_format = get_format(formats.base)
     empty = type(family)(family.spec, family.source, torch.device("meta"), family.dtype).empty_denoiser()
-    packed = quantisable(empty, get_format(precision), family.spec.block_classes, family.spec.unquantised)
-    return max((layer.weight.numel() * computes_in.itemsize for _, layer in packed), default=0)
+    packed = [
+        layer for _, layer in quantisable(empty, weight_format, family.spec.block_classes, family.spec.unquantised)
+    ]
+    found = [layer.weight.numel() * computes_in.itemsize for layer in packed]
+    if quantizes_activations(formats):
+        found += [product_bytes(num_tokens, layer.out_features, layer.in_features) for layer in packed]
+    return max(found, default=0)
 
 
 def activation_rows(config: TrainConfig, activations: Activations, free: int) -> tuple[Row, list[Row]]:

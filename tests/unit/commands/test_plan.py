@@ -336,6 +336,15 @@ def test_a_plan_counts_the_decoding_of_images_and_unpacked_matrices(tmp_path: Pa
     assert any(note.startswith("decoding a validation image takes") for note in found.notes)
 
 
+def test_a_plan_counts_what_a_product_in_8_bits_makes(tmp_path: Path, omnigen_folder: Path) -> None:
+    folder = write_run(tmp_path, omnigen_folder, base_model_precision="int8dq-torchao")
+    found = planning.make_plan(load_here(folder), probe=False)
+    # Nine bytes for each of the 128 outputs of a token, and perhaps a copy of the matrix, 128 x 32 in int8.
+    made = {row.name: row.num_bytes for row in found.memory}["one product in 8 bits"] - 128 * 32
+    assert made % (9 * 128) == 0
+    assert 16 < made // (9 * 128) < 400
+
+
 def test_the_largest_batch_is_the_one_with_the_most_pixels():
     small = SimpleNamespace(id="a", batch_size=None, buckets={(64, 64): [0], (96, 32): [1]}, is_regularisation=False)
     large = SimpleNamespace(id="b", batch_size=2, buckets={(64, 80): [0]}, is_regularisation=True)

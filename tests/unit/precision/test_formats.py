@@ -10,12 +10,21 @@ from simpletuner.config.options import all_options
 from simpletuner.errors import ConfigError
 from simpletuner.precision.formats import pack_bits, unpack_bits
 from simpletuner.precision.linear import QuantisedLinear
-from simpletuner.precision.quantise import get_format, quantise, quantised_layers, require_device, saved_bytes
+from simpletuner.precision.products import UNPACKED
+from simpletuner.precision.quantise import (
+    NumberFormats,
+    get_format,
+    quantise,
+    quantised_layers,
+    require_device,
+    saved_bytes,
+)
 
 # Bits per weight of a 256 x 512 matrix in bfloat16, scales included, and the relative error of normal weights.
 PROMISED = {
     "int8-quanto": (8.04, 0.009),
     "int8-torchao": (8.07, 0.009),
+    "int8dq-torchao": (8.07, 0.009),
     "fp8-quanto": (8.04, 0.03),
     "fp8uz-quanto": (8.04, 0.03),
     "fp8-torchao": (8.07, 0.03),
@@ -121,6 +130,7 @@ def test_a_row_of_zeros_or_of_the_smallest_numbers_stays_finite(name: str, dtype
 def test_output_and_gradient_are_those_of_the_unpacked_weight(name: str) -> None:
     plain = layer(torch.float32)
     packed = QuantisedLinear(plain, get_format(name))
+    packed.ways = UNPACKED
     x = torch.randn(2, 3, 512)
     ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
     output, expected = packed(ours), nn.functional.linear(theirs, packed.weight, plain.bias)
@@ -191,7 +201,7 @@ def test_what_packing_saves_is_known_from_shapes(name: str) -> None:
 
 @pytest.mark.parametrize("name", PROMISED)
 def test_every_format_works_on_the_processor(name: str) -> None:
-    require_device(name, torch.device("cpu"), torch.bfloat16)
+    require_device(NumberFormats(name), torch.device("cpu"), torch.bfloat16)
 
 
 def test_a_device_that_cannot_is_named_with_a_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,4 +210,4 @@ def test_a_device_that_cannot_is_named_with_a_way_out(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr("simpletuner.precision.quanto.QuantoBytes.pack", cannot)
     with pytest.raises(ConfigError, match=r"(?s)fp8-quanto does not work on cpu.*no float8.*int8-torchao"):
-        require_device("fp8-quanto", torch.device("cpu"), torch.bfloat16)
+        require_device(NumberFormats("fp8-quanto"), torch.device("cpu"), torch.bfloat16)
