@@ -289,11 +289,8 @@ def choose_8_bit_products(
 
     Under a compiler, and where bits are promised, none is timed: all are made in 8 bits that can be.
     """
-    config = loaded.config
-    dtype, is_timed = (
-        DTYPES[config.precision.mixed_precision],
-        not (config.precision.dynamo_backend != "no" or config.precision.deterministic),
-    )
+    options = loaded.config.precision
+    dtype, is_timed = DTYPES[options.mixed_precision], options.dynamo_backend == "no" and not options.deterministic
     known = read_state(resume_from).get("products", {}) if resume_from is not None else {}
     lines = choose_products(denoiser, device, dtype, known, is_timed) if process_group.is_main else []
     choice = process_group.from_main(chosen_products(denoiser))
