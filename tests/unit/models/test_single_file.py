@@ -335,5 +335,5 @@ def test_a_single_file_is_named_once_and_is_one(tmp_path: Path, sdxl: Path):
             "--pretrained_model_name_or_path=a.safetensors",
             "--pretrained_transformer_model_name_or_path=b.safetensors",
         )
-    with pytest.raises(ConfigError, match=r"is no \.safetensors file"):
+    with pytest.raises(ConfigError, match=r"is not a \.safetensors file"):
         load_here(run, "--pretrained_transformer_model_name_or_path=b.ckpt")
