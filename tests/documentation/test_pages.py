@@ -7,7 +7,7 @@ import json
 import re
 import tomllib
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import pytest
@@ -165,6 +165,66 @@ def test_the_architecture_names_every_part_of_the_package():
     packages = [f"{path.name}/" for path in tops if (path / "__init__.py").is_file()]
     assert {"config/", "training/", "storage.py"} <= {*modules, *packages}
     assert [name for name in [*modules, *packages] if f"`{name}" not in text] == []
+
+
+# `training/loop.py`, `adapters/base.py:Adapter`, `config/options/`: from the repository, the package or the tests.
+_PATH = re.compile(r"`((?:\w+/)+(?:\w+\.py)?)(?::(\w+(?:\.\w+)*))?`")
+# `loop.is_due`, `training.trainer.train`, `Checkpoints.has`
+_DOTTED = re.compile(r"`(\w+(?:\.\w+)+)`")
+ABOUT_CODE = [
+    ROOT / "CONTRIBUTING.md",
+    *(PAGES / name for name in ("ARCHITECTURE.md", "ADDING_A_MODEL.md", "DECISIONS.md")),
+]
+
+
+def defines(files: Iterable[Path], name: str) -> bool:
+    """Whether one of the files has a function, class or attribute of this name."""
+    definition = re.compile(rf"^ *(?:(?:def|class) {name}\b|self\.{name}\b.*=)", re.MULTILINE)
+    return any(definition.search(file.read_text("utf-8")) for file in files)
+
+
+def is_code(dotted: str) -> bool:
+    """Whether a module or class of the package has what a dotted name says."""
+    *places, name = dotted.split(".")
+    where = places[-1]
+    files = [*(ROOT / "simpletuner").rglob(f"{where}.py"), *(ROOT / "simpletuner").glob(f"{where}/*.py")]
+    if where[0].isupper():
+        files = [file for file in (ROOT / "simpletuner").rglob("*.py") if defines([file], where)]
+    return defines(files, name)
+
+
+@pytest.mark.parametrize("page", ABOUT_CODE, ids=lambda page: page.name)
+def test_paths_of_code_that_pages_name_exist(page: Path):
+    text = _FENCE.sub("", page.read_text(encoding="utf-8"))
+    roots = (ROOT, ROOT / "simpletuner", ROOT / "tests")
+    missing = []
+    for path, name in _PATH.findall(text):
+        found = [root / path for root in roots if (root / path).exists()]
+        if (path.endswith(".py") and not found) or (name and not defines(found, name.split(".")[-1])):
+            missing.append(path)
+    assert missing == []
+
+
+def test_the_architecture_names_code_that_exists():
+    text = (PAGES / "ARCHITECTURE.md").read_text(encoding="utf-8")
+    names = [name for name in _DOTTED.findall(text) if not name.endswith((".py", ".json", ".jsonl", ".toml"))]
+    assert {"training.trainer.train", "loop.is_due", "Checkpoints.rotate"} <= set(names)
+    assert [name for name in names if not is_code(name)] == []
+    assert not is_code("loop.is_overdue")
+    assert not is_code("Checkpoints.forget")
+    folders = [path for path, _ in _PATH.findall(text) if path.endswith("/")]
+    assert [path for path in folders if not any((root / path).is_dir() for root in (ROOT, ROOT / "simpletuner"))] == []
+
+
+def test_messages_that_explain_a_missing_checkpoint_are_the_program_s():
+    text = (PAGES / "ARCHITECTURE.md").read_text(encoding="utf-8")
+    [section] = re.findall(r"^## Why was no checkpoint written\n(.*?)^## ", text, re.DOTALL | re.MULTILINE)
+    quoted = re.findall(r"^\d\. `([^`]+)`", section, re.MULTILINE)
+    assert len(quoted) > 3
+    texts = [text for path in (ROOT / "simpletuner").rglob("*.py") for text in texts_of(path)]
+    # N and K stand for numbers.
+    parts = [part for message in quoted for part in re.split(r"\b[NK]\b", message) if " " in part.strip()]
+    assert [part for part in parts if not any(part.strip(" :") in text for text in texts)] == []
 
 
 def test_every_verb_stands_in_a_page():
