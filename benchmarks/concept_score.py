@@ -25,7 +25,7 @@ sys.path.insert(0, str(REPOSITORY / "scripts"))
 from tiny_omnigen.judge import Judge, Verdict  # noqa: E402
 from tiny_omnigen.shapes import (  # noqa: E402
     BACKGROUNDS,
-    COLOURS,
+    COLORS,
     NEW_SHAPE,
     OLD_SHAPES,
     POSITIONS,
@@ -80,8 +80,8 @@ def unseen_pairs(concept: Path) -> list[tuple[str, str]]:
     captions = [path.read_text(encoding="utf-8") for path in sorted(concept.glob("*.txt"))]
     if not captions:
         raise SystemExit(f"error: there are no captions (*.txt) in {concept}")
-    seen = {(scene.colour, scene.background) for scene in map(parse_caption, captions)}
-    pairs = [(colour, background) for colour in COLOURS for background in BACKGROUNDS]
+    seen = {(scene.color, scene.background) for scene in map(parse_caption, captions)}
+    pairs = [(color, background) for color in COLORS for background in BACKGROUNDS]
     return [pair for pair in pairs if pair not in seen]
 
 
@@ -132,7 +132,7 @@ def write_sheet(path: Path, sections: dict[str, list[tuple[Image.Image, Scene, V
             frame = "green" if verdict.is_right else "red"
             pen.rectangle((left - 4, top - 4, left + shown + 3, top + shown + 3), fill=frame)
             sheet.paste(image.resize((shown, shown), Image.Resampling.NEAREST), (left, top))
-            words = [scene.size, scene.colour, scene.shape, scene.position]
+            words = [scene.size, scene.color, scene.shape, scene.position]
             asked = " ".join(word for word in words if word)
             lines = f"{asked}\non {scene.background}: {verdict.reason}"
             pen.multiline_text((left - 2, top + shown + 4), lines, fill=frame, font_size=9, spacing=1)
@@ -144,7 +144,7 @@ def write_sheet(path: Path, sections: dict[str, list[tuple[Image.Image, Scene, V
 def score(base: Generator, adapted: Generator, concept: Path, seed: int, sheet: Path) -> dict[str, object]:
     rng = random.Random(seed)
     new = choose_scenes((NEW_SHAPE,), unseen_pairs(concept), NUM_PROMPTS, rng)
-    every_pair = [(colour, background) for colour in COLOURS for background in BACKGROUNDS]
+    every_pair = [(color, background) for color in COLORS for background in BACKGROUNDS]
     old = choose_scenes(OLD_SHAPES, every_pair, NUM_PROMPTS, rng)
     sections = {
         f"base, {NEW_SHAPE}": judge_all(base, new, seed),

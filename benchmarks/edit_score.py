@@ -28,7 +28,7 @@ sys.path.insert(0, str(REPOSITORY / "scripts"))
 
 from tiny_omnigen.shapes import (  # noqa: E402
     BACKGROUNDS,
-    COLOURS,
+    COLORS,
     OLD_SHAPES,
     POSITIONS,
     SIZES,
@@ -46,7 +46,7 @@ NUM_HELD_OUT = 64
 LARGEST_BASE_SHARE = 0.1
 SMALLEST_ADAPTER_SHARE = 0.8
 # Euclidean distances in 8-bit RGB; neighbors in the palette are 68 or more apart.
-COLOUR_DISTANCE, KEPT_DISTANCE = 45.0, 20.0
+COLOR_DISTANCE, KEPT_DISTANCE = 45.0, 20.0
 # Intersection over union of the shape with what it was before.
 SMALLEST_OVERLAP = 0.75
 
@@ -64,44 +64,44 @@ class Edit:
     """One edit: a scene, its jitter, and the color that its shape is to have."""
 
     scene: Scene
-    colour: str
+    color: str
     seed: int
 
     @property
     def instruction(self) -> str:
-        return f"recolor the shape {self.colour}"
+        return f"recolor the shape {self.color}"
 
     def mask(self) -> np.ndarray:
         """(H, W) coverage of the shape, the same before and after."""
-        centre, radius = place(self.scene, SIDE, SIDE, random.Random(self.seed))
-        return write_mask(shape_layers(self.scene.shape), centre, radius, SIDE, SIDE)
+        center, radius = place(self.scene, SIDE, SIDE, random.Random(self.seed))
+        return write_mask(shape_layers(self.scene.shape), center, radius, SIDE, SIDE)
 
-    def image(self, colour: str) -> Image.Image:
-        return Image.fromarray(paint(self.mask(), COLOURS[colour], BACKGROUNDS[self.scene.background]))
+    def image(self, color: str) -> Image.Image:
+        return Image.fromarray(paint(self.mask(), COLORS[color], BACKGROUNDS[self.scene.background]))
 
 
 def sample_edits(seed: int) -> tuple[list[Edit], list[Edit]]:
     """Edits to train on and held-out ones, whose combinations of shape, color and background no trained one has."""
     rng = random.Random(seed)
-    combinations = [(s, c, b) for s in OLD_SHAPES for c in COLOURS for b in BACKGROUNDS]
+    combinations = [(s, c, b) for s in OLD_SHAPES for c in COLORS for b in BACKGROUNDS]
     rng.shuffle(combinations)
     held = combinations[:NUM_HELD_OUT]
     taken = {*held}
     edits: list[Edit] = []
     while len(edits) < NUM_PAIRS:
-        shape, colour, background = rng.choice(combinations[NUM_HELD_OUT:])
-        other = rng.choice([each for each in COLOURS if each != colour])
+        shape, color, background = rng.choice(combinations[NUM_HELD_OUT:])
+        other = rng.choice([each for each in COLORS if each != color])
         if (shape, other, background) not in taken:
-            edits.append(Edit(_scene(shape, colour, background, rng), other, len(edits)))
+            edits.append(Edit(_scene(shape, color, background, rng), other, len(edits)))
     tests = [
-        Edit(_scene(*each, rng), rng.choice([c for c in COLOURS if c != each[1]]), NUM_PAIRS + number)
+        Edit(_scene(*each, rng), rng.choice([c for c in COLORS if c != each[1]]), NUM_PAIRS + number)
         for number, each in enumerate(held)
     ]
     return edits, tests
 
 
-def _scene(shape: str, colour: str, background: str, rng: random.Random) -> Scene:
-    return Scene(shape, colour, background, rng.choice(list(SIZES)), rng.choice(list(POSITIONS)))
+def _scene(shape: str, color: str, background: str, rng: random.Random) -> Scene:
+    return Scene(shape, color, background, rng.choice(list(SIZES)), rng.choice(list(POSITIONS)))
 
 
 def write_pairs(folder: Path, edits: Sequence[Edit]) -> None:
@@ -109,8 +109,8 @@ def write_pairs(folder: Path, edits: Sequence[Edit]) -> None:
     rows = []
     for number, edit in enumerate(edits):
         names = [f"images/{number:04d}-{kind}.png" for kind in ("before", "after")]
-        for name, colour in zip(names, (edit.scene.colour, edit.colour), strict=True):
-            edit.image(colour).save(folder / name)
+        for name, color in zip(names, (edit.scene.color, edit.color), strict=True):
+            edit.image(color).save(folder / name)
         rows.append({"target": names[1], "references": names[:1], "instruction": edit.instruction, "task": "edit"})
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
@@ -180,7 +180,7 @@ def make_generator(adapter: Path | None, steps: int, guidance: float) -> Generat
             images += pipeline(
                 prompt=[each.instruction for each in part],
                 negative_prompt="<cfg>",
-                references=[[each.image(each.scene.colour)] for each in part],
+                references=[[each.image(each.scene.color)] for each in part],
                 generator=[torch.Generator().manual_seed(each.seed) for each in part],
                 height=SIDE,
                 width=SIDE,
@@ -197,10 +197,10 @@ def verdict(image: Image.Image, edit: Edit) -> str:
     pixels = np.asarray(image.convert("RGB"), dtype=np.float32)
     mask = edit.mask()
     inside, outside = mask > 0.9, mask < 0.05
-    asked = np.asarray(COLOURS[edit.colour], dtype=np.float32)
+    asked = np.asarray(COLORS[edit.color], dtype=np.float32)
     ground = np.asarray(BACKGROUNDS[edit.scene.background], dtype=np.float32)
-    if np.linalg.norm(np.median(pixels[inside], axis=0) - asked) > COLOUR_DISTANCE:
-        return "colour"
+    if np.linalg.norm(np.median(pixels[inside], axis=0) - asked) > COLOR_DISTANCE:
+        return "color"
     if np.linalg.norm(pixels[outside] - ground, axis=-1).mean() > KEPT_DISTANCE:
         return "background"
     is_shape = np.linalg.norm(pixels - asked, axis=-1) < np.linalg.norm(pixels - ground, axis=-1)
@@ -219,7 +219,7 @@ def write_sheet(path: Path, edits: Sequence[Edit], columns: Sequence[tuple[str, 
     for number, edit in enumerate(edits):
         left, top = number % per_row * width + 6, number // per_row * height + 6
         pen.text((left, top + shown + 4), edit.instruction, fill="black", font_size=10)
-        images = [("input", edit.image(edit.scene.colour)), *((name, made[number]) for name, made in columns)]
+        images = [("input", edit.image(edit.scene.color)), *((name, made[number]) for name, made in columns)]
         for place_, (name, image) in enumerate(images):
             x, reason = left + place_ * (shown + 8), "" if name == "input" else verdict(image, edit)
             frame = "white" if name == "input" else "red" if reason else "green"
@@ -238,7 +238,7 @@ def score(edits: Sequence[Edit], base: Generator, adapted: Generator, sheet: Pat
         for name, images in made.items()
     }
     copied = sum(
-        not verdict(edit.image(edit.scene.colour), replace(edit, colour=edit.scene.colour)) for edit in edits
+        not verdict(edit.image(edit.scene.color), replace(edit, color=edit.scene.color)) for edit in edits
     ) / len(edits)
     is_reached = shares["base"] < LARGEST_BASE_SHARE and shares["adapter"] >= SMALLEST_ADAPTER_SHARE
     return {**shares, "inputs": len(edits), "judge_on_inputs": copied, "goal_reached": is_reached, "sheet": str(sheet)}

@@ -96,10 +96,10 @@ def images(folder: Path, numbers: range) -> None:
         (folder / f"{number}.txt").write_bytes(mutate(rng.choice(captions), rng))
     backend = LocalBackend(folder)
     index = Index(folder.parent / "index.sqlite", backend)
-    catalogue = index.scan()
+    catalog = index.scan()
     rules = BucketRules(64, "pixel", crop=True, alignment=8)
-    texts = index.texts(catalogue.texts.tolist())
-    for row, text in zip(index.images(catalogue.ids.tolist()), texts, strict=True):
+    texts = index.texts(catalog.texts.tolist())
+    for row, text in zip(index.images(catalog.ids.tolist()), texts, strict=True):
         image = load_image(backend.read(os.fsencode(row.path)))
         assert image.mode == "RGB"
         if image.width * image.height < 4_000_000:

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-Behaviour = str  # ok, refuses, hangs, drips, or a status: 500, 429, 413, 302, ...
+Behavior = str  # ok, refuses, hangs, drips, or a status: 500, 429, 413, 302, ...
 
 
 class Receiver:
@@ -23,8 +23,8 @@ class Receiver:
         accepted: the events (raw) that were answered with 204, in order.
     """
 
-    def __init__(self, behaviour: Behaviour = "ok"):
-        self.behaviour = behaviour
+    def __init__(self, behavior: Behavior = "ok"):
+        self.behavior = behavior
         self.headers: dict[str, str] = {}
         self.max_body = 1 << 40
         self.requests: list[tuple[dict[str, str], bytes]] = []
@@ -54,16 +54,16 @@ class Receiver:
 
     def answer(self, handler: BaseHTTPRequestHandler) -> None:
         self.tries.append(time.monotonic())
-        behaviour = self.behaviour
+        behavior = self.behavior
         body = handler.rfile.read(int(handler.headers["Content-Length"]))
         self.requests.append((dict(handler.headers), body))
-        if behaviour == "hangs":
+        if behavior == "hangs":
             self.is_over.wait(60)
             return
-        if behaviour == "drips":
+        if behavior == "drips":
             self.drip(handler.connection)
             return
-        status = 413 if len(body) > self.max_body else 204 if behaviour == "ok" else int(behaviour)
+        status = 413 if len(body) > self.max_body else 204 if behavior == "ok" else int(behavior)
         if status == 204:
             self.accepted_bodies.append(body)
             if handler.headers["Content-Type"] == "application/json":
@@ -92,9 +92,9 @@ class Receiver:
 
 
 @contextmanager
-def receiver(behaviour: Behaviour = "ok") -> Iterator[Receiver]:
+def receiver(behavior: Behavior = "ok") -> Iterator[Receiver]:
     """A running receiver."""
-    server = Receiver(behaviour)
+    server = Receiver(behavior)
     try:
         yield server
     finally:

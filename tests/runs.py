@@ -38,10 +38,10 @@ def write_images(folder: Path, count: int, seed: int, side: int = 64) -> Path:
     folder.mkdir(parents=True)
     rng = random.Random(seed)
     for index in range(count):
-        colour, ground = (tuple(rng.randrange(256) for _ in range(3)) for _ in range(2))
+        color, ground = (tuple(rng.randrange(256) for _ in range(3)) for _ in range(2))
         image = Image.new("RGB", (side, side), ground)
         left, top = rng.randrange(side // 2), rng.randrange(side // 2)
-        ImageDraw.Draw(image).rectangle((left, top, left + side // 3, top + side // 3), fill=colour)
+        ImageDraw.Draw(image).rectangle((left, top, left + side // 3, top + side // 3), fill=color)
         image.save(folder / f"{index:03d}.png")
         (folder / f"{index:03d}.txt").write_text(f"picture {index} of set {seed}\n")
     return folder

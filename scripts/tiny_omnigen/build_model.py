@@ -52,12 +52,12 @@ def build_transformer(vocab_size: int, pad_token_id: int, seed: int) -> OmniGenT
         time_step_dim=256,
     )
     torch.manual_seed(seed)
-    initialise(transformer)
+    initialize(transformer)
     return transformer
 
 
 @torch.no_grad()
-def initialise(transformer: OmniGenTransformer2DModel) -> None:
+def initialize(transformer: OmniGenTransformer2DModel) -> None:
     """Unit-variance projections, branches scaled down by depth, and an output that starts near nothing.
 
     The default of `nn.Embedding`, a standard deviation of 1, would drown every layer's first outputs.

@@ -15,14 +15,14 @@ from PIL import Image, ImageDraw
 from .shapes import SHAPES, SUPERSAMPLING, draw, sample_scene
 
 
-def _random_colour(rng: random.Random) -> tuple[int, int, int]:
+def _random_color(rng: random.Random) -> tuple[int, int, int]:
     return rng.randrange(256), rng.randrange(256), rng.randrange(256)
 
 
 def render_anything(height: int, width: int, rng: random.Random) -> Image.Image:
     """One to four random polygons, ellipses or strokes on a flat background."""
     scale = SUPERSAMPLING // 2
-    canvas = Image.new("RGB", (width * scale, height * scale), _random_colour(rng))
+    canvas = Image.new("RGB", (width * scale, height * scale), _random_color(rng))
     pen = ImageDraw.Draw(canvas)
     side = min(canvas.size)
     for _ in range(rng.randint(1, 4)):
@@ -31,17 +31,17 @@ def render_anything(height: int, width: int, rng: random.Random) -> Image.Image:
         reach = [(x + rng.uniform(-radius, radius), y + rng.uniform(-radius, radius)) for _ in range(rng.randint(3, 7))]
         kind = rng.choice(("polygon", "ellipse", "outline", "stroke"))
         if kind == "polygon":
-            pen.polygon(reach, fill=_random_colour(rng))
+            pen.polygon(reach, fill=_random_color(rng))
         elif kind == "stroke":
             pen.line(
-                reach, fill=_random_colour(rng), width=max(scale, int(side * rng.uniform(0.03, 0.1))), joint="curve"
+                reach, fill=_random_color(rng), width=max(scale, int(side * rng.uniform(0.03, 0.1))), joint="curve"
             )
         else:
             flat = rng.uniform(0.4, 1.0)
             box = (x - radius, y - radius * flat, x + radius, y + radius * flat)
             outline = int(side * rng.uniform(0.04, 0.12)) if kind == "outline" else 0
-            colour = _random_colour(rng)
-            pen.ellipse(box, fill=None if outline else colour, outline=colour, width=outline or 1)
+            color = _random_color(rng)
+            pen.ellipse(box, fill=None if outline else color, outline=color, width=outline or 1)
     return canvas.reduce(scale)
 
 

@@ -21,7 +21,7 @@ if __name__ == "__main__":
 
 from tiny_omnigen.shapes import (
     BACKGROUNDS,
-    COLOURS,
+    COLORS,
     NEW_SHAPE,
     OLD_SHAPES,
     SHAPES,
@@ -37,7 +37,7 @@ from tiny_omnigen.shapes import (
 # and more, from latents with 30 % noise 0.81 and more, old shapes taken for the new one 0.66 at most.
 OVERLAP_THRESHOLD = 0.75
 # Euclidean distance in 8-bit RGB from the palette's color; neighbors in the palette are 68 or more apart.
-COLOUR_DISTANCE = 45.0
+COLOR_DISTANCE = 45.0
 # Below this distance from the background a pixel is never part of a shape.
 SMALLEST_CONTRAST = 40.0
 # Radii at which the true shapes are laid over an image, as shares of its side.
@@ -51,14 +51,14 @@ class Verdict:
     is_right: bool
     reason: str
     background: str
-    colour: str
+    color: str
     shape: str
     overlap: float
 
 
-def nearest_colour(colour: np.ndarray, palette: dict[str, tuple[int, int, int]]) -> tuple[str, float]:
+def nearest_color(color: np.ndarray, palette: dict[str, tuple[int, int, int]]) -> tuple[str, float]:
     """Name of the nearest color of the palette, and the distance to it."""
-    distances = {name: float(np.linalg.norm(colour - np.array(value))) for name, value in palette.items()}
+    distances = {name: float(np.linalg.norm(color - np.array(value))) for name, value in palette.items()}
     name = min(distances, key=distances.__getitem__)
     return name, distances[name]
 
@@ -126,25 +126,25 @@ class Judge:
         if image.size != (self.width, self.height):
             raise ValueError(f"the image is {image.size}, this judge is for {(self.width, self.height)}")
         pixels = np.asarray(image.convert("RGB"), dtype=np.float32)
-        background_colour, shape_colour, mask = segment(pixels)
-        background, background_error = nearest_colour(background_colour, BACKGROUNDS)
-        colour, colour_error = nearest_colour(shape_colour, COLOURS)
+        background_color, shape_color, mask = segment(pixels)
+        background, background_error = nearest_color(background_color, BACKGROUNDS)
+        color, color_error = nearest_color(shape_color, COLORS)
         overlaps = self.overlaps(mask)
         shape = max(overlaps, key=overlaps.__getitem__)
         overlap = overlaps[scene.shape]
-        if background != scene.background or background_error > COLOUR_DISTANCE:
+        if background != scene.background or background_error > COLOR_DISTANCE:
             reason = f"background {background} ({background_error:.0f} off)"
         elif not mask.any():
             reason = "nothing generated"
-        elif colour != scene.colour or colour_error > COLOUR_DISTANCE:
-            reason = f"color {colour} ({colour_error:.0f} off)"
+        elif color != scene.color or color_error > COLOR_DISTANCE:
+            reason = f"color {color} ({color_error:.0f} off)"
         elif shape != scene.shape:
             reason = f"looks like a {shape} ({overlaps[shape]:.2f})"
         elif overlap < OVERLAP_THRESHOLD:
             reason = f"overlap {overlap:.2f}"
         else:
             reason = f"right ({overlap:.2f})"
-        return Verdict(reason.startswith("right"), reason, background, colour, shape, overlap)
+        return Verdict(reason.startswith("right"), reason, background, color, shape, overlap)
 
 
 def calibrate(num_images: int = 300, seed: int = 0, side: int = 64) -> dict[str, float]:

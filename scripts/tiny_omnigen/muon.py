@@ -17,7 +17,7 @@ QUINTIC = (3.4445, -4.7750, 2.0315)
 NUM_ITERATIONS = 5
 
 
-def orthogonalise(matrix: Tensor) -> Tensor:
+def orthogonalize(matrix: Tensor) -> Tensor:
     """About the nearest (semi-)orthogonal matrix, by Newton-Schulz iteration."""
     a, b, c = QUINTIC
     result = matrix / (matrix.norm() + 1e-7)
@@ -48,4 +48,4 @@ class Muon(torch.optim.Optimizer):
                 update = weight.grad.lerp(average, group["momentum"]).flatten(1)
                 scale = max(1.0, update.shape[0] / update.shape[1]) ** 0.5
                 weight.mul_(1 - group["lr"] * group["weight_decay"])
-                weight.add_(orthogonalise(update).view_as(weight), alpha=-group["lr"] * scale)
+                weight.add_(orthogonalize(update).view_as(weight), alpha=-group["lr"] * scale)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tiny_omnigen.shapes import BACKGROUNDS, COLOURS, NEW_SHAPE, OLD_SHAPES, POSITIONS, SIZES, Scene, draw
+from tiny_omnigen.shapes import BACKGROUNDS, COLORS, NEW_SHAPE, OLD_SHAPES, POSITIONS, SIZES, Scene, draw
 
 DEFAULT_OUTPUT = Path(__file__).resolve().parents[2] / "simpletuner/examples/omnigen-tiny/datasets"
 NUM_CONCEPT = 120  # each of the fifteen layouts eight times
@@ -27,8 +27,8 @@ SIDE = 128
 def seen_pairs() -> list[tuple[str, str]]:
     """Half of the (color, background) pairs; every color meets four backgrounds, every background four colors."""
     return [
-        (colour, background)
-        for i, colour in enumerate(COLOURS)
+        (color, background)
+        for i, color in enumerate(COLORS)
         for j, background in enumerate(BACKGROUNDS)
         if (i + j) % len(BACKGROUNDS) in (0, 1, 3, 6)
     ]
@@ -42,15 +42,15 @@ def concept_scenes(rng: random.Random) -> tuple[list[Scene], list[Scene]]:
     scenes: dict[Scene, None] = {}
     while len(scenes) < NUM_CONCEPT + NUM_EVAL:
         order = order or rng.sample(layouts, len(layouts))
-        colour, background = pairs[len(scenes) % len(pairs)]
-        scenes[Scene(NEW_SHAPE, colour, background, *order.pop())] = None
+        color, background = pairs[len(scenes) % len(pairs)]
+        scenes[Scene(NEW_SHAPE, color, background, *order.pop())] = None
     generated = list(scenes)
     return generated[:NUM_CONCEPT], generated[NUM_CONCEPT:]
 
 
 def regularisation_scenes(rng: random.Random) -> list[Scene]:
     """One scene of an old shape for each (color, background) pair."""
-    pairs = [(colour, background) for colour in COLOURS for background in BACKGROUNDS]
+    pairs = [(color, background) for color in COLORS for background in BACKGROUNDS]
     rng.shuffle(pairs)
     return [
         Scene(OLD_SHAPES[i % len(OLD_SHAPES)], *pair, rng.choice(list(SIZES)), rng.choice(list(POSITIONS)))
@@ -61,7 +61,7 @@ def regularisation_scenes(rng: random.Random) -> list[Scene]:
 def write_dataset(folder: Path, scenes: Sequence[Scene], rng: random.Random) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for index, scene in enumerate(scenes):
-        stem = f"{index:02d}-{scene.colour}-{scene.shape}-on-{scene.background}"
+        stem = f"{index:02d}-{scene.color}-{scene.shape}-on-{scene.background}"
         draw(scene, SIDE, rng=rng).save(folder / f"{stem}.png", optimize=True)
         (folder / f"{stem}.txt").write_text(scene.caption() + "\n", encoding="utf-8")
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from PIL import Image, ImageDraw
 
-COLOURS: dict[str, tuple[int, int, int]] = {
+COLORS: dict[str, tuple[int, int, int]] = {
     "red": (220, 35, 35),
     "green": (50, 175, 50),
     "blue": (45, 90, 235),
@@ -63,13 +63,13 @@ class Scene:
     """What a caption says: the words, and nothing that the words leave open."""
 
     shape: str
-    colour: str
+    color: str
     background: str
     size: str = ""
     position: str = ""
 
     def caption(self) -> str:
-        words = [word for word in (self.size, self.colour, self.shape, self.position) if word]
+        words = [word for word in (self.size, self.color, self.shape, self.position) if word]
         article = "an" if words[0][0] in "aeiou" else "a"
         return f"{article} {' '.join(words)} on a {self.background} background"
 
@@ -82,7 +82,7 @@ def parse_caption(caption: str) -> Scene:
     position = next((p for p in POSITIONS if p and subject.endswith(f" {p}")), "")
     parts = subject.removesuffix(f" {position}").split() if position else subject.split()
     size = parts.pop(0) if parts and parts[0] in SIZES else ""
-    known = separator and len(parts) == 2 and parts[0] in COLOURS and parts[1] in SHAPES and background in BACKGROUNDS
+    known = separator and len(parts) == 2 and parts[0] in COLORS and parts[1] in SHAPES and background in BACKGROUNDS
     if not known:
         raise ValueError(
             f'"{caption}" is not a caption of the tiny world, such as "a red circle on a white background"'
@@ -127,29 +127,29 @@ def shape_layers(shape: str) -> list[tuple[Polygon, bool]]:
 
 
 def write_mask(
-    layers: Sequence[tuple[Polygon, bool]], centre: Point, radius: float, height: int, width: int
+    layers: Sequence[tuple[Polygon, bool]], center: Point, radius: float, height: int, width: int
 ) -> np.ndarray:
-    """Coverage in [0, 1], (H, W). `centre` (x, y) and `radius` are in pixels; the edges are anti-aliased."""
+    """Coverage in [0, 1], (H, W). `center` (x, y) and `radius` are in pixels; the edges are anti-aliased."""
     canvas = Image.new("L", (width * SUPERSAMPLING, height * SUPERSAMPLING), 0)
     pen = ImageDraw.Draw(canvas)
     for polygon, adds in layers:
         corners = [
-            ((centre[0] + radius * x) * SUPERSAMPLING - 0.5, (centre[1] + radius * y) * SUPERSAMPLING - 0.5)
+            ((center[0] + radius * x) * SUPERSAMPLING - 0.5, (center[1] + radius * y) * SUPERSAMPLING - 0.5)
             for x, y in polygon
         ]
         pen.polygon(corners, fill=255 if adds else 0)
     return np.asarray(canvas.reduce(SUPERSAMPLING), dtype=np.float32) / 255
 
 
-def paint(mask: np.ndarray, colour: Sequence[int], background: Sequence[int]) -> np.ndarray:
+def paint(mask: np.ndarray, color: Sequence[int], background: Sequence[int]) -> np.ndarray:
     """Blends two flat colors by coverage: uint8, (H, W, 3)."""
     blend = mask[..., None]
-    image = blend * np.asarray(colour, np.float32) + (1 - blend) * np.asarray(background, np.float32)
+    image = blend * np.asarray(color, np.float32) + (1 - blend) * np.asarray(background, np.float32)
     return np.round(image).astype(np.uint8)
 
 
 def place(scene: Scene, height: int, width: int, rng: random.Random | None = None) -> tuple[Point, float]:
-    """Centre (x, y) and radius in pixels of a scene's shape; with `rng`, jittered a little."""
+    """Center (x, y) and radius in pixels of a scene's shape; with `rng`, jittered a little."""
     side = min(height, width)
     radius = SIZES[scene.size]
     offset = 0.5 - radius - EDGE_MARGIN
@@ -168,16 +168,16 @@ def place(scene: Scene, height: int, width: int, rng: random.Random | None = Non
 def draw(scene: Scene, height: int = 64, width: int | None = None, rng: random.Random | None = None) -> Image.Image:
     """The image of a scene. Without `rng` it is generated without jitter."""
     width = width or height
-    centre, radius = place(scene, height, width, rng)
-    mask = write_mask(shape_layers(scene.shape), centre, radius, height, width)
-    return Image.fromarray(paint(mask, COLOURS[scene.colour], BACKGROUNDS[scene.background]))
+    center, radius = place(scene, height, width, rng)
+    mask = write_mask(shape_layers(scene.shape), center, radius, height, width)
+    return Image.fromarray(paint(mask, COLORS[scene.color], BACKGROUNDS[scene.background]))
 
 
 def sample_scene(rng: random.Random, shapes: Sequence[str] = OLD_SHAPES) -> Scene:
     """A scene generated evenly over shapes, colors, backgrounds, sizes and positions."""
     return Scene(
         rng.choice(shapes),
-        rng.choice(list(COLOURS)),
+        rng.choice(list(COLORS)),
         rng.choice(list(BACKGROUNDS)),
         rng.choice(list(SIZES)),
         rng.choice(list(POSITIONS)),
@@ -187,9 +187,9 @@ def sample_scene(rng: random.Random, shapes: Sequence[str] = OLD_SHAPES) -> Scen
 def balanced_scenes(count: int, rng: random.Random, shapes: Sequence[str] = OLD_SHAPES) -> Iterator[Scene]:
     """`count` scenes in which every combination of words occurs equally often, to within one."""
     everything = [
-        Scene(shape, colour, background, size, position)
+        Scene(shape, color, background, size, position)
         for shape in shapes
-        for colour in COLOURS
+        for color in COLORS
         for background in BACKGROUNDS
         for size in SIZES
         for position in POSITIONS

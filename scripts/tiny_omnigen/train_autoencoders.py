@@ -144,7 +144,7 @@ def build_optimizers(model: torch.nn.Module) -> list[torch.optim.Optimizer]:
     return [Muon(inner.values(), lr=MUON_LEARNING_RATE), adam]
 
 
-def optimise(
+def optimize(
     model: torch.nn.Module,
     optimizers: list[torch.optim.Optimizer],
     num_steps: int,
@@ -182,7 +182,7 @@ def train_vae(vae: AutoencoderKL, num_steps: int, seed: int, output: Path) -> No
         if step % 500 == 0:
             write_sheet(vae, None, output / "sheet.png")
 
-    optimise(vae, build_optimizers(vae), num_steps, step_loss, show)
+    optimize(vae, build_optimizers(vae), num_steps, step_loss, show)
 
 
 @torch.no_grad()
@@ -214,7 +214,7 @@ def train_preview_decoder(preview: AutoencoderTiny, vae: AutoencoderKL, num_step
         pixels = image_loss(generated.float(), pixel_values)
         return pixels + F.mse_loss(encoded.float(), latents), pixels
 
-    optimise(preview, build_optimizers(preview), num_steps, step_loss)
+    optimize(preview, build_optimizers(preview), num_steps, step_loss)
 
 
 def resample(

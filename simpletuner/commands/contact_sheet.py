@@ -85,5 +85,5 @@ def _render_tile(sheet: Image.Image, draw: ImageDraw.ImageDraw, tile: Tile, left
     for line in wrapped(tile.caption, CAPTION_SIZE, CELL, CAPTION_LINES):
         draw.text((left, top), line, INK, font_for(tile.caption, CAPTION_SIZE))
         top += LINE
-    colour = WARNING if tile.is_enlarged else MUTED
-    write(draw, (left, top + 2), tile.note, colour, NOTE_SIZE, CELL)
+    color = WARNING if tile.is_enlarged else MUTED
+    write(draw, (left, top + 2), tile.note, color, NOTE_SIZE, CELL)

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 from simpletuner.config.dataset_values import AspectBuckets, Shuffle, TagShuffle, Words
-from simpletuner.config.options.catalogue import TrainConfig
+from simpletuner.config.options.catalog import TrainConfig
 from simpletuner.config.options.declare import REQUIRED, OptionInfo, describe_field, option
 from simpletuner.config.sources import TABLE_TYPES, BackendType, ImageSource
 from simpletuner.config.values import Bool, FilePath, Float, Int, Text, TextOrList

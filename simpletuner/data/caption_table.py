@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simpletuner.data.captions import VARIANT_SEPARATOR
-from simpletuner.data.index import Catalogue, Index
+from simpletuner.data.index import Catalog, Index
 from simpletuner.data.report import MAX_EXAMPLES, SkippedFiles
 from simpletuner.data.tables import CAPTION_COLUMNS, TableFault, check_file, columns_of, joined, read_rows
 from simpletuner.errors import DataError, Problem
@@ -90,18 +90,18 @@ class CaptionTable:
                     found[path] = f"{found[path]}{VARIANT_SEPARATOR}{text}" if path in found else text
         return [found.get(name, found.get(_stem(name))) for name in names]
 
-    def without_caption(self, positions: NDArray[np.int64], catalogue: Catalogue, index: Index) -> NDArray[np.int64]:
-        """Of the images at `positions` of a catalogue, those that have no row."""
+    def without_caption(self, positions: NDArray[np.int64], catalog: Catalog, index: Index) -> NDArray[np.int64]:
+        """Of the images at `positions` of a catalog, those that have no row."""
         missing: list[int] = []
         for start in range(0, len(positions), _QUERY_ROWS):
             part = positions[start : start + _QUERY_ROWS]
-            paths = [row.path for row in index.images(catalogue.ids[part].tolist())]
+            paths = [row.path for row in index.images(catalog.ids[part].tolist())]
             missing += [int(place) for place, text in zip(part, self.take(paths), strict=True) if text is None]
         return np.array(missing, dtype=np.int64)
 
-    def report_unused(self, catalogue: Catalogue, index: Index, skipped: SkippedFiles) -> None:
+    def report_unused(self, catalog: Catalog, index: Index, skipped: SkippedFiles) -> None:
         """Count the rows that belong to no image of a folder, usable or not. What is found is kept with the table."""
-        key = [f"{catalogue.images_digest} {index.num_images()}"]
+        key = [f"{catalog.images_digest} {index.num_images()}"]
         with self._lock:
             if not self._db.execute("SELECT 1 FROM unused WHERE images = ?", key).fetchone():
                 try:

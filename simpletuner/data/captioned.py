@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from simpletuner.config.datasets import ImageDataset
 from simpletuner.data.caption_table import CaptionTable
 from simpletuner.data.captions import CaptionRules
-from simpletuner.data.index import Catalogue, Index
+from simpletuner.data.index import Catalog, Index
 from simpletuner.data.report import SkippedFiles
 from simpletuner.data.selection import first_paths, skip_positions
 from simpletuner.errors import Problem
@@ -24,30 +24,30 @@ MAX_LISTED = 10
 
 
 def without_caption(
-    positions: NDArray[np.int64], catalogue: Catalogue, index: Index, rules: CaptionRules, table: CaptionTable | None
+    positions: NDArray[np.int64], catalog: Catalog, index: Index, rules: CaptionRules, table: CaptionTable | None
 ) -> tuple[NDArray[np.int64], str]:
-    """Those of the images at `positions` of a catalogue that have no caption, and what they lack."""
-    missing, lacking = without_own_caption(positions, catalogue, index, rules, table)
+    """Those of the images at `positions` of a catalog that have no caption, and what they lack."""
+    missing, lacking = without_own_caption(positions, catalog, index, rules, table)
     if rules.fallback is None or rules.instance_prompts:
         return (missing, lacking) if rules.fallback is None else (missing[:0], lacking)
-    is_named = catalogue.is_named[missing] & ~catalogue.is_camera_name[missing]
+    is_named = catalog.is_named[missing] & ~catalog.is_camera_name[missing]
     return missing[~is_named], f"{lacking}, and no words in the file name but a camera's"
 
 
 def without_own_caption(
-    positions: NDArray[np.int64], catalogue: Catalogue, index: Index, rules: CaptionRules, table: CaptionTable | None
+    positions: NDArray[np.int64], catalog: Catalog, index: Index, rules: CaptionRules, table: CaptionTable | None
 ) -> tuple[NDArray[np.int64], str]:
     """Those that the strategy finds no caption for, whatever stands in for it, and what they lack."""
     if table is not None:
-        return table.without_caption(positions, catalogue, index), f"no caption in {table.table}"
+        return table.without_caption(positions, catalog, index), f"no caption in {table.table}"
     if rules.reads_text_files:
         in_rows = rules.strategy == "table"
         lacking = "no caption in its row" if in_rows else "no text file (same name, .txt or .caption) with text in it"
-        return positions[catalogue.texts[positions] < 0], lacking
+        return positions[catalog.texts[positions] < 0], lacking
     if rules.reads_file_names:
-        is_caption = catalogue.is_named[positions]
+        is_caption = catalog.is_named[positions]
         if rules.fallback:
-            is_caption &= ~catalogue.is_camera_name[positions]
+            is_caption &= ~catalog.is_camera_name[positions]
         return positions[~is_caption], "no words in the file name"
     return positions[:0], ""
 
@@ -65,7 +65,7 @@ def refuse_uncaptioned(
     missing: NDArray[np.int64],
     lacking: str,
     num_images: int,
-    catalogue: Catalogue,
+    catalog: Catalog,
     index: Index,
     skipped: SkippedFiles,
     data_file: str | None,
@@ -77,8 +77,8 @@ def refuse_uncaptioned(
         num_images: with and without a caption.
     """
     faulty = {reason: count for reason, count in skipped.counts.items() if reason.startswith("caption file")}
-    skip_positions(lacking, missing, catalogue, index, skipped)
-    names = ", ".join(printable(path) for path in first_paths(missing[:MAX_LISTED], catalogue, index))
+    skip_positions(lacking, missing, catalog, index, skipped)
+    names = ", ".join(printable(path) for path in first_paths(missing[:MAX_LISTED], catalog, index))
     more = ", ..." if len(missing) > MAX_LISTED else ""
     notes = f" ({SkippedFiles(faulty).summary()})" if faulty else ""
     return Problem(

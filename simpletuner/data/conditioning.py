@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from simpletuner.config.datasets import ConditioningDataset, ImageDataset
 from simpletuner.data.buckets import BucketRules
 from simpletuner.data.dataset import Dataset
-from simpletuner.data.index import Catalogue, Index
+from simpletuner.data.index import Catalog, Index
 from simpletuner.data.masks import MaskKind, Masks, require_masks
 from simpletuner.data.pairing import pair_images
 from simpletuner.data.references import ReferenceRules, References
@@ -31,7 +31,7 @@ class ScannedFolder:
     """A folder's index, and what its scan found."""
 
     index: Index
-    catalogue: Catalogue
+    catalog: Catalog
 
 
 class Partners:
@@ -49,15 +49,15 @@ class Partners:
         self._ids = np.zeros(0, dtype=np.int64)
 
     def pair(self, images: ScannedFolder, positions: NDArray[np.int64], skipped: SkippedFiles) -> NDArray[np.int64]:
-        """Those of the images at `positions` of a catalogue that have a reference; the others are skipped."""
-        index, catalogue = images.index, images.catalogue
-        pairs = pair_images(index, catalogue.ids[positions], self.folder.index, same_shape=self.rules.is_strict)
-        self._ids = np.full(len(catalogue), -1, dtype=np.int64)
+        """Those of the images at `positions` of a catalog that have a reference; the others are skipped."""
+        index, catalog = images.index, images.catalog
+        pairs = pair_images(index, catalog.ids[positions], self.folder.index, same_shape=self.rules.is_strict)
+        self._ids = np.full(len(catalog), -1, dtype=np.int64)
         self._ids[positions] = pairs.ids
         missing = f"no reference image in {self.entry.id} (the same path, or the only one with another extension)"
         misshapen = f"its reference image in {self.entry.id} has another shape (reference_loose takes any)"
-        skip_positions(missing, positions[pairs.missing], catalogue, index, skipped)
-        skip_positions(misshapen, positions[pairs.misshapen], catalogue, index, skipped)
+        skip_positions(missing, positions[pairs.missing], catalog, index, skipped)
+        skip_positions(misshapen, positions[pairs.misshapen], catalog, index, skipped)
         self._report_unusable(skipped)
         return positions[pairs.ids >= 0]
 
@@ -71,7 +71,7 @@ class Partners:
         rules = dataclasses.asdict(self.rules)
         if not self.rules.stretches:  # a fingerprint from before stays
             del rules["stretches"]
-        parts = [self.entry.id, self.folder.catalogue.images_digest, rules]
+        parts = [self.entry.id, self.folder.catalog.images_digest, rules]
         return hashlib.sha256(repr(parts).encode()).hexdigest()
 
     def _report_unusable(self, skipped: SkippedFiles) -> None:
@@ -116,6 +116,6 @@ def with_masks(dataset: Dataset, entry: ConditioningDataset, folder: ScannedFold
     pairs = pair_images(index, ids, folder.index, same_shape=True)
     key = f"{dataset.id}.conditioning_data"
     require_masks(pairs, index, ids, key, str(entry.instance_data_dir), data_file)
-    digest = folder.catalogue.images_digest
+    digest = folder.catalog.images_digest
     fingerprint = hashlib.sha256(f"{dataset.fingerprint} {kind} {digest}".encode()).hexdigest()
     return dataclasses.replace(dataset, masks=Masks(entry.id, kind, folder.index, pairs.ids), fingerprint=fingerprint)

@@ -34,7 +34,7 @@ from simpletuner.data.conditioning import Partners, ScannedFolder, reference_rul
 from simpletuner.data.dataset import Dataset, RoundSampling, Samples, dataset_fingerprint
 from simpletuner.data.empty_masks import report_empty_masks
 from simpletuner.data.entry_rules import bucket_rules, caption_rules, check_entry
-from simpletuner.data.index import Catalogue, Index
+from simpletuner.data.index import Catalog, Index
 from simpletuner.data.prompt_files import PromptFiles
 from simpletuner.data.record_parts import record_parts
 from simpletuner.data.records import bad_rows
@@ -50,7 +50,7 @@ from simpletuner.errors import ConfigError, DataError, Problem
 from simpletuner.families.spec import FamilySpec
 
 if TYPE_CHECKING:
-    from simpletuner.config.options.catalogue import TrainConfig
+    from simpletuner.config.options.catalog import TrainConfig
 
 __all__ = ["Dataset", "build_datasets"]
 
@@ -148,8 +148,8 @@ class _Scans:
         name = backend.identity
         if name not in self._done or (name in self._trusted and not is_trusted):
             index = Index(index_path(self._work_dir, name), backend)
-            catalogue = index.scan(_scan_progress(entry.id, self._report), is_trusted)
-            self._done[name] = ScannedFolder(index, catalogue)
+            catalog = index.scan(_scan_progress(entry.id, self._report), is_trusted)
+            self._done[name] = ScannedFolder(index, catalog)
             self._trusted = self._trusted | {name} if is_trusted else self._trusted - {name}
         return self._done[name]
 
@@ -246,29 +246,29 @@ def build_dataset(
         DataError: no image is left, or some have no caption.
     """
     seed, folder, table = config.training.seed, files.folder, files.table
-    index, catalogue = folder.index, folder.catalogue
+    index, catalog = folder.index, folder.catalog
     sizes, captions = bucket_rules(entry, config.data, spec), caption_rules(entry)
     skipped = index.skipped(with_texts=captions.reads_text_files)
-    large_enough = select_large_enough(catalogue, sizes, index, skipped)
-    shaped = select_shapes(catalogue, large_enough, sizes, index, skipped)
+    large_enough = select_large_enough(catalog, sizes, index, skipped)
+    shaped = select_shapes(catalog, large_enough, sizes, index, skipped)
     if table is not None:
-        table.report_unused(catalogue, index, skipped)
-    missing, lacking = without_caption(shaped, catalogue, index, captions, table)
+        table.report_unused(catalog, index, skipped)
+    missing, lacking = without_caption(shaped, catalog, index, captions, table)
     if len(missing):
-        problem = refuse_uncaptioned(entry, missing, lacking, len(shaped), catalogue, index, skipped, data_file)
+        problem = refuse_uncaptioned(entry, missing, lacking, len(shaped), catalog, index, skipped, data_file)
         filter_report = _filter_report(entry, folder, len(large_enough), len(shaped) - len(missing), {}, skipped)
         raise UnusableData([problem], [filter_report])
     partners = [Partners(each, reference_rules(each, entry, sizes, spec), where) for each, where in files.references]
     paired = select_paired(folder, shaped, partners, skipped)
-    chosen = select_subset(entry.id, seed, entry.max_num_samples, catalogue, paired, index)
-    used = select_sizes(entry.id, seed, catalogue, chosen, sizes, spec, index, skipped)
+    chosen = select_subset(entry.id, seed, entry.max_num_samples, catalog, paired, index)
+    used = select_sizes(entry.id, seed, catalog, chosen, sizes, spec, index, skipped)
     buckets = group_by_size(used.heights, used.widths)
     filter_report = _filter_report(entry, folder, len(large_enough), len(shaped), buckets, skipped)
     if not buckets:
         raise UnusableData([_nothing_left(entry, index, skipped, data_file)], [filter_report])
-    filter_report = with_caption_findings(filter_report, entry, captions, table, used.positions, catalogue, index)
-    content = _content(entry, seed, catalogue, captions, table, partners)
-    ids, texts = catalogue.ids[used.positions], catalogue.texts[used.positions]
+    filter_report = with_caption_findings(filter_report, entry, captions, table, used.positions, catalog, index)
+    content = _content(entry, seed, catalog, captions, table, partners)
+    ids, texts = catalog.ids[used.positions], catalog.texts[used.positions]
     seen = tuple(each.of(used.positions) for each in partners)
     # An eval loss compares the same crops each time.
     resamples = bool(entry.vae_cache_clear_each_epoch) and not isinstance(entry, EvalDataset)
@@ -302,12 +302,12 @@ def _filter_report(
     return FilterReport(
         dataset_id=entry.id,
         found=folder.index.num_images(),
-        readable=len(folder.catalogue),
+        readable=len(folder.catalog),
         large_enough=large_enough,
         captioned=captioned,
         bucketed=used,
         per_epoch=round(used * (entry.repeats + 1) * entry.probability),
-        duplicates=folder.catalogue.num_duplicates,
+        duplicates=folder.catalog.num_duplicates,
         buckets=counts,
         skipped=skipped,
         notes=folder.index.notes(),
@@ -318,13 +318,13 @@ def _filter_report(
 def _content(
     entry: ImageDataset,
     seed: int,
-    catalogue: Catalogue,
+    catalog: Catalog,
     captions: CaptionRules,
     table: CaptionTable | None,
     partners: Sequence[Partners],
 ) -> list[str]:
     """Digests of the files that a dataset is made of."""
-    content = [catalogue.images_digest, *([catalogue.texts_digest] if captions.reads_text_files else [])]
+    content = [catalog.images_digest, *([catalog.texts_digest] if captions.reads_text_files else [])]
     content += [table.digest] if table else []
     content += [each.fingerprint for each in partners]
     return content + ([f"{entry.max_num_samples} of {seed}"] if entry.max_num_samples else [])

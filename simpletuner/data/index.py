@@ -5,7 +5,7 @@ file and are never altered: a file that changes gets a new row and the old one i
 the change keeps resolving its samples while another process scans (`scan.py`). The order of images is that of the
 bytes of their paths, never the order in which the system lists them.
 
-The usable images are also kept as a few arrays (`Catalogue`), from which a start reads a million images at once.
+The usable images are also kept as a few arrays (`Catalog`), from which a start reads a million images at once.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ _DISTINCT_CONTENTS = "SELECT count(DISTINCT digest) FROM files WHERE live AND NO
 
 
 @dataclass(frozen=True)
-class Catalogue:
+class Catalog:
     """The usable images of a folder in the order of their paths, as arrays of N.
 
     Args:
@@ -142,7 +142,7 @@ class Index:
     def close(self) -> None:
         self._db.close()
 
-    def scan(self, progress: Progress | None = None, is_trusted: bool = False) -> Catalogue:
+    def scan(self, progress: Progress | None = None, is_trusted: bool = False) -> Catalog:
         """Look at what is new or changed since the last scan; the usable images after it.
 
         Of several processes that scan one folder, one does the work and the others wait for it.
@@ -172,17 +172,17 @@ class Index:
             self._db = sqlite3.connect(":memory:", check_same_thread=False)
             _make_tables(self._db)
 
-    def _scan(self, progress: Progress | None, is_trusted: bool) -> Catalogue:
+    def _scan(self, progress: Progress | None, is_trusted: bool) -> Catalog:
         select = "SELECT * FROM catalogue"
         if not is_trusted or self._db.execute(select).fetchone() is None:
             update_files(self._db, self.backend, progress)
         stored = self._db.execute(select).fetchone()
         if stored is None:
-            catalogue = self._build_catalogue()
-            self._keep(catalogue)
-            return catalogue
+            catalog = self._build_catalog()
+            self._keep(catalog)
+            return catalog
         _, ids, texts, heights, widths, named, *rest = stored
-        return Catalogue(
+        return Catalog(
             np.frombuffer(ids, dtype="<i8"),
             np.frombuffer(texts, dtype="<i8"),
             np.frombuffer(heights, dtype="<i4"),
@@ -299,7 +299,7 @@ class Index:
                 rows += self._db.execute(f"{query} ({','.join('?' * len(part))})", part).fetchall()
         return rows
 
-    def _build_catalogue(self) -> Catalogue:
+    def _build_catalog(self) -> Catalog:
         ids, texts, heights, widths, named = array("q"), array("q"), array("i"), array("i"), bytearray()
         images, captions = hashlib.sha256(), hashlib.sha256()
         last = None
@@ -315,7 +315,7 @@ class Index:
             named.append(bool(caption_from_name(name)) + _CAMERA * is_camera_name(name))
             images.update(b"%d %d %d %b%b" % (len(path), height, width, digest, path))
             captions.update(text_digest or bytes(32))
-        return Catalogue(
+        return Catalog(
             np.array(ids, dtype="<i8"),
             np.array(texts, dtype="<i8"),
             np.array(heights, dtype="<i4"),
@@ -326,17 +326,17 @@ class Index:
             len(ids) - self._db.execute(_DISTINCT_CONTENTS).fetchone()[0],
         )
 
-    def _keep(self, catalogue: Catalogue) -> None:
-        named = catalogue.is_named + _CAMERA * catalogue.is_camera_name.astype(np.uint8)
-        arrays = (catalogue.ids, catalogue.texts, catalogue.heights, catalogue.widths, named)
+    def _keep(self, catalog: Catalog) -> None:
+        named = catalog.is_named + _CAMERA * catalog.is_camera_name.astype(np.uint8)
+        arrays = (catalog.ids, catalog.texts, catalog.heights, catalog.widths, named)
         with self._db:
             self._db.execute(
                 "INSERT OR REPLACE INTO catalogue VALUES (0, ?, ?, ?, ?, ?, ?, ?, ?)",
                 [
                     *(values.tobytes() for values in arrays),
-                    catalogue.images_digest,
-                    catalogue.texts_digest,
-                    catalogue.num_duplicates,
+                    catalog.images_digest,
+                    catalog.texts_digest,
+                    catalog.num_duplicates,
                 ],
             )
 

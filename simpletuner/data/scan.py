@@ -84,7 +84,7 @@ class Finding:
 
 
 def update_files(database: sqlite3.Connection, backend: Backend, progress: Progress | None = None) -> None:
-    """Bring `folders` and `files` up to date; the catalogue is dropped where anything changed.
+    """Bring `folders` and `files` up to date; the catalog is dropped where anything changed.
 
     Args:
         progress: called with the number of files looked at so far.

@@ -21,7 +21,7 @@ from simpletuner.data.buckets import (
     plan_crop,
     training_size,
 )
-from simpletuner.data.index import Catalogue, Index
+from simpletuner.data.index import Catalog, Index
 from simpletuner.data.report import MAX_EXAMPLES, SkippedFiles
 from simpletuner.data.transforms import MAX_PIXELS
 from simpletuner.families.spec import FamilySpec
@@ -30,27 +30,25 @@ from simpletuner.randomness import keyed_seed
 
 @dataclass(frozen=True)
 class Selection:
-    """Images that are used: positions in the catalogue, and the bucket of each."""
+    """Images that are used: positions in the catalog, and the bucket of each."""
 
     positions: NDArray[np.int64]
     heights: NDArray[np.int64]
     widths: NDArray[np.int64]
 
 
-def select_large_enough(
-    catalogue: Catalogue, rules: BucketRules, index: Index, skipped: SkippedFiles
-) -> NDArray[np.int64]:
-    """Positions in the catalogue of the images that reach `minimum_image_size`."""
-    unique, inverse = _unique_sizes(catalogue, np.arange(len(catalogue)))
+def select_large_enough(catalog: Catalog, rules: BucketRules, index: Index, skipped: SkippedFiles) -> NDArray[np.int64]:
+    """Positions in the catalog of the images that reach `minimum_image_size`."""
+    unique, inverse = _unique_sizes(catalog, np.arange(len(catalog)))
     kept = np.array([is_large_enough(*size, rules) for size in unique], dtype=np.bool_)[inverse]
     unit = {"pixel": "pixels on the shorter side", "area": "megapixels", "pixel_area": "pixels squared"}
     reason = f"smaller than minimum_image_size ({rules.minimum_size:g} {unit[rules.resolution_type]})"
-    skip_positions(reason, np.flatnonzero(~kept), catalogue, index, skipped)
+    skip_positions(reason, np.flatnonzero(~kept), catalog, index, skipped)
     return np.flatnonzero(kept)
 
 
 def select_shapes(
-    catalogue: Catalogue, positions: NDArray[np.int64], rules: BucketRules, index: Index, skipped: SkippedFiles
+    catalog: Catalog, positions: NDArray[np.int64], rules: BucketRules, index: Index, skipped: SkippedFiles
 ) -> NDArray[np.int64]:
     """The images whose aspect is allowed and that need not grow too much."""
     limits = f"{rules.minimum_aspect or 0:g} to {rules.maximum_aspect or math.inf:g}"
@@ -59,22 +57,22 @@ def select_shapes(
         (f"its width / height is outside of minimum_aspect_ratio, maximum_aspect_ratio ({limits})", has_allowed_aspect),
         (growth, aspect_choices),
     ):
-        unique, inverse = _unique_sizes(catalogue, positions)
+        unique, inverse = _unique_sizes(catalog, positions)
         kept = np.array([bool(keeps(*size, rules)) for size in unique], dtype=np.bool_)[inverse]
-        skip_positions(reason, positions[~kept], catalogue, index, skipped)
+        skip_positions(reason, positions[~kept], catalog, index, skipped)
         positions = positions[kept]
     return positions
 
 
 def select_subset(
-    dataset_id: str, seed: int, limit: int | None, catalogue: Catalogue, positions: NDArray[np.int64], index: Index
+    dataset_id: str, seed: int, limit: int | None, catalog: Catalog, positions: NDArray[np.int64], index: Index
 ) -> NDArray[np.int64]:
     """At most `limit` images, chosen by content: an image more or less in the folder exchanges at most one."""
     if limit is None or len(positions) <= limit:
         return positions
     ranks = np.empty(len(positions), dtype=np.int64)
     for start in range(0, len(positions), 512):
-        rows = index.images(catalogue.ids[positions[start : start + 512]].tolist())
+        rows = index.images(catalog.ids[positions[start : start + 512]].tolist())
         ranks[start : start + len(rows)] = [keyed_seed(seed, dataset_id, "subset", row.digest) for row in rows]
     return np.sort(positions[np.argsort(ranks, kind="stable")[:limit]])
 
@@ -82,7 +80,7 @@ def select_subset(
 def select_sizes(
     dataset_id: str,
     seed: int,
-    catalogue: Catalogue,
+    catalog: Catalog,
     positions: NDArray[np.int64],
     rules: BucketRules,
     spec: FamilySpec,
@@ -90,12 +88,12 @@ def select_sizes(
     skipped: SkippedFiles,
 ) -> Selection:
     """The bucket of each image; those whose bucket is too large for the family or for memory are put aside."""
-    unique, inverse = _unique_sizes(catalogue, positions)
+    unique, inverse = _unique_sizes(catalog, positions)
     fits = np.array([_fits(*size, rules, spec) for size in unique], dtype=np.bool_)[inverse]
-    skip_positions("its aspect gives a training size that is too large", positions[~fits], catalogue, index, skipped)
+    skip_positions("its aspect gives a training size that is too large", positions[~fits], catalog, index, skipped)
     positions, inverse = positions[fits], inverse[fits]
     if rules.crop and rules.crop_aspect == "random":
-        chosen = _random_sizes(dataset_id, seed, catalogue, positions, rules, index)
+        chosen = _random_sizes(dataset_id, seed, catalog, positions, rules, index)
     else:
         # No key: only random aspects are drawn by content.
         table = np.array([training_size(*size, rules) for size in unique], dtype=np.int64)
@@ -112,20 +110,20 @@ def _fits(height: int, width: int, rules: BucketRules, spec: FamilySpec) -> bool
 
 
 def _random_sizes(
-    dataset_id: str, seed: int, catalogue: Catalogue, positions: NDArray[np.int64], rules: BucketRules, index: Index
+    dataset_id: str, seed: int, catalog: Catalog, positions: NDArray[np.int64], rules: BucketRules, index: Index
 ) -> NDArray[np.int64]:
     """(N, 2) height and width where the aspect is drawn by content."""
     sizes = np.empty((len(positions), 2), dtype=np.int64)
     for start in range(0, len(positions), 512):
-        ids = catalogue.ids[positions[start : start + 512]].tolist()
+        ids = catalog.ids[positions[start : start + 512]].tolist()
         for offset, row in enumerate(index.images(ids)):
             sizes[start + offset] = training_size(row.height, row.width, rules, seed, dataset_id, row.digest)
     return sizes
 
 
-def _unique_sizes(catalogue: Catalogue, positions: NDArray[np.int64]) -> tuple[list[BucketSize], NDArray[np.int64]]:
+def _unique_sizes(catalog: Catalog, positions: NDArray[np.int64]) -> tuple[list[BucketSize], NDArray[np.int64]]:
     """The different (height, width) among images, and which of them each image has: a million images have few."""
-    packed = catalogue.heights[positions].astype(np.int64) << 32 | catalogue.widths[positions]
+    packed = catalog.heights[positions].astype(np.int64) << 32 | catalog.widths[positions]
     unique, inverse = np.unique(packed, return_inverse=True)
     return [(int(value) >> 32, int(value) & 0xFFFFFFFF) for value in unique], inverse
 
@@ -142,13 +140,13 @@ def group_by_size(heights: NDArray[np.int64], widths: NDArray[np.int64]) -> dict
 
 
 def skip_positions(
-    reason: str, positions: NDArray[np.int64], catalogue: Catalogue, index: Index, skipped: SkippedFiles
+    reason: str, positions: NDArray[np.int64], catalog: Catalog, index: Index, skipped: SkippedFiles
 ) -> None:
-    """Count images of a catalogue as not used."""
-    ids = catalogue.ids[positions]
-    examples = first_paths(positions[:MAX_EXAMPLES], catalogue, index)
+    """Count images of a catalog as not used."""
+    ids = catalog.ids[positions]
+    examples = first_paths(positions[:MAX_EXAMPLES], catalog, index)
     skipped.add_many(reason, len(ids), examples, lambda: ((path, reason) for path in index.paths(ids)))
 
 
-def first_paths(positions: NDArray[np.int64], catalogue: Catalogue, index: Index) -> list[str]:
-    return [row.path for row in index.images(catalogue.ids[positions].tolist())]
+def first_paths(positions: NDArray[np.int64], catalog: Catalog, index: Index) -> list[str]:
+    return [row.path for row in index.images(catalog.ids[positions].tolist())]

@@ -205,12 +205,12 @@ def load_mask(data: bytes, crop: Crop, is_flipped: bool = False, binary: bool = 
         values = (stored > 0).astype(np.float32) if binary else stored / 65535
     else:
         values = _mask_values(image, binary)
-    grey = Image.fromarray(values.astype(np.float32))
+    gray = Image.fromarray(values.astype(np.float32))
     size = (crop.intermediate_width, crop.intermediate_height)
-    if grey.size != size:
-        grey = grey.resize(size, Image.Resampling.BOX)  # the mean over an area; repetition where it grows
-    grey = grey.crop((crop.left, crop.top, crop.left + crop.width, crop.top + crop.height))
-    weights = torch.from_numpy(np.array(grey, dtype=np.float32)[None]).clamp(0, 1)  # (1, H, W)
+    if gray.size != size:
+        gray = gray.resize(size, Image.Resampling.BOX)  # the mean over an area; repetition where it grows
+    gray = gray.crop((crop.left, crop.top, crop.left + crop.width, crop.top + crop.height))
+    weights = torch.from_numpy(np.array(gray, dtype=np.float32)[None]).clamp(0, 1)  # (1, H, W)
     return weights.flip(-1) if is_flipped else weights
 
 

@@ -62,9 +62,9 @@ def access_problems(me: Mapping[str, Any], name: str) -> Iterator[Problem]:
     elif role == "fineGrained" and not _may_write(token.get("fineGrained") or {}, owner):
         fix = f"give it the permission to write to repositories of {owner}, or use another token"
         yield Problem(f"the token of {me['name']} may not write to repositories of {owner}", "push_to_hub", fix=fix)
-    organisations = {each.get("name"): each.get("roleInOrg") for each in me.get("orgs") or ()}
-    if owner != me["name"] and organisations.get(owner) not in WRITING_ROLES:
-        known = ", ".join([me["name"], *(org for org, role in organisations.items() if role in WRITING_ROLES)])
+    organizations = {each.get("name"): each.get("roleInOrg") for each in me.get("orgs") or ()}
+    if owner != me["name"] and organizations.get(owner) not in WRITING_ROLES:
+        known = ", ".join([me["name"], *(org for org, role in organizations.items() if role in WRITING_ROLES)])
         yield Problem(f'{me["name"]} may not write to "{owner}"', key="hub_model_id", allowed=f"NAME, or of: {known}")
 
 

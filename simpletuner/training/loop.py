@@ -126,7 +126,7 @@ def train_window(run: Run, window: Window) -> StepOutcome:
     losses = backward_window(run, window, weight)
     run.model.placement.collect_gradients()
     run.progress.loss_scale.unscale(run.model.placement.parameters.values())
-    outcome = summarise(run, window, losses)
+    outcome = summarize(run, window, losses)
     update_weights(run, step, outcome.is_finite)
     if not outcome.is_finite:
         require_finite(run, "weights", run.model.placement.parameters)  # no later step can be better
@@ -221,7 +221,7 @@ def forward_micro_batch(run: Run, window: Window, micro_step: int) -> Losses:
     return compute_losses(family, denoiser, batch, noise, quantiles, objective, changes)
 
 
-def summarise(run: Run, window: Window, losses: list[Losses]) -> StepOutcome:
+def summarize(run: Run, window: Window, losses: list[Losses]) -> StepOutcome:
     """Clip the gradients and gather the step's numbers: the one place where the host waits for the device."""
     grad_norm = clip_gradients(run.model, run.config.optimizer)
     *sums, stops, samples = run.session.process_group.sum(

@@ -34,11 +34,11 @@ class SheetRow:
 
 @dataclass(frozen=True)
 class Tile:
-    """One image of a contact sheet, with a line under it in `colour`."""
+    """One image of a contact sheet, with a line under it in `color`."""
 
     image: Image.Image
     label: str
-    colour: str = INK
+    color: str = INK
 
 
 def comparison_sheet(
@@ -102,7 +102,7 @@ def contact_sheet(tiles: Sequence[Tile], columns: int = 8, title: str = "", cell
         y = top + (index // columns) * (cell + label_height + GAP)
         image = scaled_to_side(tile.image, cell)
         sheet.paste(image, (left + (cell - image.width) // 2, y + (cell - image.height) // 2))
-        write(draw, (left, y + cell + 4), tile.label, tile.colour, LABEL_SIZE, cell)
+        write(draw, (left, y + cell + 4), tile.label, tile.color, LABEL_SIZE, cell)
     return sheet
 
 
@@ -129,9 +129,9 @@ def scaled_to_side(image: Image.Image, side: int) -> Image.Image:
     return image.convert("RGB").resize(size, filter_)
 
 
-def write(draw: ImageDraw.ImageDraw, at: tuple[float, float], text: str, colour: str, size: int, width: float) -> None:
+def write(draw: ImageDraw.ImageDraw, at: tuple[float, float], text: str, color: str, size: int, width: float) -> None:
     """`text` on one line, cut where it is wider than `width` pixels."""
-    draw.text(at, elided(text, size, width), colour, font_for(text, size))
+    draw.text(at, elided(text, size, width), color, font_for(text, size))
 
 
 def elided(text: str, size: int, width: float) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 from simpletuner.config.datasets import ResolutionType
 from simpletuner.data.buckets import BucketRules
 from simpletuner.data.captions import caption_variants
-from simpletuner.data.index import Catalogue, Index
+from simpletuner.data.index import Catalog, Index
 from simpletuner.data.report import SkippedFiles
 from simpletuner.families.spec import FamilySpec
 from simpletuner.text import printable
@@ -93,10 +93,10 @@ def look_at_folder(
     backend = LocalBackend(root)
     index = Index(index_path(cache_dir, str(root.resolve())), backend)
     try:
-        catalogue = index.scan(progress)
-        report = _report(folder, catalogue, index.skipped(with_texts=True))
-        report = replace(report, facts=replace(report.facts, caption=_first_caption(index, catalogue)))
-        return replace(report, thumbnails=make_thumbnails(index, backend, catalogue)) if with_thumbnails else report
+        catalog = index.scan(progress)
+        report = _report(folder, catalog, index.skipped(with_texts=True))
+        report = replace(report, facts=replace(report.facts, caption=_first_caption(index, catalog)))
+        return replace(report, thumbnails=make_thumbnails(index, backend, catalog)) if with_thumbnails else report
     finally:
         index.close()
 
@@ -124,22 +124,22 @@ def missing_captions(facts: ImageFacts, strategy: str, fallback: str | None = No
     return facts.usable - found.get(strategy, facts.usable)
 
 
-def _report(folder: str, catalogue: Catalogue, skipped: SkippedFiles) -> FolderReport:
+def _report(folder: str, catalog: Catalog, skipped: SkippedFiles) -> FolderReport:
     import numpy as np
 
-    pairs, counts = np.unique(np.stack([catalogue.heights, catalogue.widths], axis=1), axis=0, return_counts=True)
+    pairs, counts = np.unique(np.stack([catalog.heights, catalog.widths], axis=1), axis=0, return_counts=True)
     sizes = sorted(
         ((int(height), int(width), int(count)) for (height, width), count in zip(pairs, counts, strict=True)),
         key=lambda size: size[0] * size[1],
     )
-    areas = catalogue.heights.astype(np.float64) * catalogue.widths
-    has_text = catalogue.texts >= 0
+    areas = catalog.heights.astype(np.float64) * catalog.widths
+    has_text = catalog.texts >= 0
     facts = ImageFacts(
-        usable=len(catalogue),
+        usable=len(catalog),
         with_text=int(has_text.sum()),
-        with_name=int(catalogue.is_named.sum()),
-        without_words=int((~has_text & (~catalogue.is_named | catalogue.is_camera_name)).sum()),
-        are_numbered=bool(len(catalogue) and catalogue.is_camera_name.mean() > MOSTLY),
+        with_name=int(catalog.is_named.sum()),
+        without_words=int((~has_text & (~catalog.is_named | catalog.is_camera_name)).sum()),
+        are_numbered=bool(len(catalog) and catalog.is_camera_name.mean() > MOSTLY),
         side=int(np.sqrt(np.median(areas))) if len(areas) else 0,
         shapes=frozenset((height, width) for height, width, _ in sizes),
     )
@@ -148,12 +148,12 @@ def _report(folder: str, catalogue: Catalogue, skipped: SkippedFiles) -> FolderR
         examples = ", ".join(printable(PurePosixPath(path).name) for path in skipped.examples[reason][:2])
         problems.append(f"{count} not used: {printable(reason)} ({examples})")
     smallest, largest = (sizes[0][:2], sizes[-1][:2]) if sizes else (None, None)
-    return FolderReport(folder, facts, smallest, largest, sizes, catalogue.num_duplicates, problems)
+    return FolderReport(folder, facts, smallest, largest, sizes, catalog.num_duplicates, problems)
 
 
-def _first_caption(index: Index, catalogue: Catalogue) -> str:
+def _first_caption(index: Index, catalog: Catalog) -> str:
     """The first line of the first text file that has one."""
-    texts = index.texts([int(key) for key in catalogue.texts[:NAMES_LOOKED_AT]])
+    texts = index.texts([int(key) for key in catalog.texts[:NAMES_LOOKED_AT]])
     return next((lines[0] for text in texts if (lines := caption_variants(text or "", splits_lines=True))), "")
 
 

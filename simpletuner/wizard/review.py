@@ -21,7 +21,7 @@ from simpletuner.wizard.files import Verdict, diff_lines, judge, start_command, 
 from simpletuner.wizard.pages import page_of
 from simpletuner.wizard.project import Project
 
-_COLOURS = (("+++", "bold"), ("---", "bold"), ("@@", "cyan"), ("+", "green"), ("-", "red"))
+_COLORS = (("+++", "bold"), ("---", "bold"), ("@@", "cyan"), ("+", "green"), ("-", "red"))
 
 
 class Review(Vertical):
@@ -51,7 +51,7 @@ class Review(Vertical):
         texts = texts_for(project, answers)
         self.verdict = judge(project, texts, answers)
         self.query_one("#verdict", Static).update(verdict_text(self.verdict, bool(texts), start_command(project)))
-        diff = Text("\n").join(coloured(line) for line in diff_lines(project, texts))
+        diff = Text("\n").join(colored(line) for line in diff_lines(project, texts))
         self.query_one("#diff", Static).update(diff or Text("(the files on disk are up to date)", "dim"))
         self.query_one("#estimate").display = self.verdict.run is not None
         if self.verdict.run is not None:
@@ -126,17 +126,17 @@ def _asked(problem: Problem) -> list[str]:
 def estimate_text(found: Estimate, verdict: Verdict, hardware: Hardware) -> Text:
     """What the run takes; red where it is more than there is."""
     if not found.error:
-        return _coloured_by_wellness(estimate_lines(found, hardware))
+        return _colored_by_wellness(estimate_lines(found, hardware))
     rough = rough_lines(verdict.run, hardware) if verdict.run else []
     reason = "rough until the model is downloaded; an estimate downloads nothing" if rough else found.error
-    return _coloured_by_wellness(rough).append("\n" if rough else "").append(reason, "dim")
+    return _colored_by_wellness(rough).append("\n" if rough else "").append(reason, "dim")
 
 
-def _coloured_by_wellness(lines: Sequence[tuple[str, bool]]) -> Text:
+def _colored_by_wellness(lines: Sequence[tuple[str, bool]]) -> Text:
     return Text("\n").join(Text(line, "" if is_well else "bold red") for line, is_well in lines)
 
 
-def coloured(line: str) -> Text:
+def colored(line: str) -> Text:
     """One line of a diff."""
-    style = next((colour for start, colour in _COLOURS if line.startswith(start)), "")
+    style = next((color for start, color in _COLORS if line.startswith(start)), "")
     return Text(line, style)

@@ -14,7 +14,7 @@ from rich.style import Style
 from rich.text import Text
 
 from simpletuner.data.backends.base import Backend
-from simpletuner.data.index import Catalogue, Index
+from simpletuner.data.index import Catalog, Index
 
 # Characters; five thumbnails and the gaps between them fit beside each other into 80 columns.
 COLUMNS, ROWS = 14, 6
@@ -37,14 +37,14 @@ class Thumbnail:
     size: tuple[int, int]
 
 
-def make_thumbnails(index: Index, backend: Backend, catalogue: Catalogue) -> list[Thumbnail]:
+def make_thumbnails(index: Index, backend: Backend, catalog: Catalog) -> list[Thumbnail]:
     """A few images, spread over the folder. A file that has just gone or changed is left out."""
     from PIL import Image
 
     from simpletuner.data.transforms import UnusableImage, load_image
 
-    count = min(COUNT, len(catalogue))
-    ids = [int(catalogue.ids[number * len(catalogue) // count]) for number in range(count)]
+    count = min(COUNT, len(catalog))
+    ids = [int(catalog.ids[number * len(catalog) // count]) for number in range(count)]
     found = []
     for row in index.images(ids):
         try:

@@ -17,7 +17,7 @@ import pytest
 
 from simpletuner.config.options import all_options
 from tests.runs import write_run
-from tests.unit.config.test_malformed import CASES, SOUND, misspelt
+from tests.unit.config.test_malformed import CASES, SOUND, misspelled
 
 MAX_SECONDS = 2.0
 BROKEN_TEXTS = [
@@ -42,7 +42,7 @@ def malformed(sound: Mapping[str, object]) -> Iterator[tuple[str, Mapping[str, s
     """(text of config.json, environment, what the message must name)."""
     draw = random.Random(5)
     for key in draw.sample(sorted(all_options()), 80):
-        wrong = misspelt(key, draw)
+        wrong = misspelled(key, draw)
         yield json.dumps({**sound, wrong: "1"}), {}, wrong
     for key, value in draw.sample([case for case in CASES if case[0] != "model_family"], 80):
         yield json.dumps({**sound, key: value}), {}, key

@@ -65,8 +65,8 @@ def test_every_tracker_at_once_changes_no_bit_and_each_has_the_run(tmp_path: Pat
 
 
 def test_a_run_that_diverges_has_its_report(tmp_path: Path, omnigen_folder: Path, monkeypatch: pytest.MonkeyPatch):
-    summarise = loop.summarise
-    monkeypatch.setattr(loop, "summarise", lambda *arguments: replace(summarise(*arguments), loss=math.nan))
+    summarize = loop.summarize
+    monkeypatch.setattr(loop, "summarize", lambda *arguments: replace(summarize(*arguments), loss=math.nan))
     folder = write_run(tmp_path / "run", omnigen_folder)
     with pytest.raises(DivergedError):
         train_here(folder)

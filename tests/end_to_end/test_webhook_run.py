@@ -92,7 +92,7 @@ def test_a_run_that_is_killed_while_its_service_is_down_loses_no_checkpoint(
         first.wait()
         saved = {path.name for path in (folder / "output").glob("checkpoint-*")}
         assert server.accepted == []
-        server.behaviour = "ok"
+        server.behavior = "ok"
         output = train_here(folder)
     checkpoints = of_type(server, "training.checkpoint")
     assert {event["data"]["checkpoint"]["label"] for event in checkpoints} >= saved | {"checkpoint-8"}

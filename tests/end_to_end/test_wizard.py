@@ -298,7 +298,7 @@ def test_without_a_terminal_the_same_files_are_written(folder: Path, omnigen_fol
     assert "Traceback" not in refused.stderr
 
 
-def test_arrows_choose_and_marks_report_it_without_colours(folder: Path):
+def test_arrows_choose_and_marks_report_it_without_colors(folder: Path):
     async def steps(pilot: Pilot) -> None:
         await pilot.press("down")
         await pilot.pause()

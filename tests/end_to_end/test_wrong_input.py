@@ -32,11 +32,11 @@ def a_text_as_only_image(folder: Path) -> None:
     (folder / "images" / "cat.txt").write_text("a cat")
 
 
-def misspelt_key(folder: Path) -> None:
+def misspelled_key(folder: Path) -> None:
     change_json(folder / "config.json", lambda config: config.update(learning_ratee=1e-4))
 
 
-def misspelt_dataset_key(folder: Path) -> None:
+def misspelled_dataset_key(folder: Path) -> None:
     change_json(folder / "multidatabackend.json", lambda data: data[0].update(repeat=3))
 
 
@@ -61,8 +61,8 @@ CASES = {
     missing_folder: (2, ["images.instance_data_dir", "multidatabackend.json"]),
     empty_folder: (3, ["images.instance_data_dir", "multidatabackend.json"]),
     a_text_as_only_image: (3, ["images.instance_data_dir", "multidatabackend.json"]),
-    misspelt_key: (2, ["learning_ratee", "config.json", "learning_rate"]),
-    misspelt_dataset_key: (2, ["repeat", "multidatabackend.json", "repeats"]),
+    misspelled_key: (2, ["learning_ratee", "config.json", "learning_rate"]),
+    misspelled_dataset_key: (2, ["repeat", "multidatabackend.json", "repeats"]),
     unmatched_lycoris_entry: (2, ["CrossAttn", "lycoris_config.json", "Attention"]),
     model_without_vae: (2, ["vae", "pretrained_model_name_or_path", "config.json"]),
     missing_caption: (3, ["003.png", "multidatabackend.json", "caption_strategy"]),

@@ -274,7 +274,7 @@ def test_every_preview_of_an_exact_denoiser_is_the_data(
         torch.testing.assert_close(latents, data, rtol=0, atol=30 * tolerance)
 
 
-def test_latents_are_normalised_as_the_vae_of_the_pipeline_expects(family: ModelFamily):
+def test_latents_are_normalized_as_the_vae_of_the_pipeline_expects(family: ModelFamily):
     """Encode, scale once, decode by diffusers' recipe: the same image.
 
     The recipe is `latents / scaling_factor + shift_factor`, or `latents * latents_std + latents_mean`.

@@ -37,7 +37,7 @@ GUIDANCE = {"qwen_image": {"true_cfg_scale": 3.0, "negative_prompt": " "}}
 TARGETS = {("flux", "kohya"): ("transformer_blocks.*.attn.*to_?", "transformer_blocks.*.ff.net.*", "*.0.proj_out")}
 
 
-def randomised(adapter: LoraAdapter) -> LoraAdapter:
+def randomized(adapter: LoraAdapter) -> LoraAdapter:
     generator = torch.Generator().manual_seed(0)
     for parameter in adapter.trainable_parameters().values():
         parameter.data = 0.3 * torch.randn(parameter.shape, generator=generator)
@@ -60,7 +60,7 @@ def test_the_stock_pipeline_generates_the_trainers_own_image(tmp_path: Path, nam
     before = generated(family.pipeline(denoiser))
     targets = TARGETS.get((name, file_format), ("attention", "feed-forward"))
     settings = LoraSettings(rank=2, alpha=3, targets=targets, file_format=file_format)
-    adapter = randomised(attach_lora(denoiser, settings, spec, torch.float32, seed=0))
+    adapter = randomized(attach_lora(denoiser, settings, spec, torch.float32, seed=0))
     ours = generated(family.pipeline(denoiser))
     assert (ours - before).abs().max() > 1e-2
     path = tmp_path / "lora.safetensors"

@@ -63,13 +63,13 @@ def test_the_version_is_the_package_s(run):
     assert run("--version") == (0, f"simpletuner {__version__}\n", "")
 
 
-def test_a_misspelt_verb_ends_with_a_suggestion(run):
+def test_a_misspelled_verb_ends_with_a_suggestion(run):
     code, _, errors = run("trian")  # codespell:ignore
     assert code == 2
     assert "train" in errors
 
 
-def test_a_misspelt_option_of_a_run_is_a_configuration_error_without_traceback(run):
+def test_a_misspelled_option_of_a_run_is_a_configuration_error_without_traceback(run):
     code, _, errors = run("train", "example=omnigen-tiny", "--learning_rat=1e-4")
     assert code == 2
     assert 'did you mean "learning_rate"?' in errors

@@ -114,7 +114,7 @@ def test_the_search_finds_what_it_is_for(source: str) -> None:
         "KeyError('files')",
     ],
 )
-def test_a_message_for_programs_is_recognised(text: str) -> None:
+def test_a_message_for_programs_is_recognized(text: str) -> None:
     assert faults_of(text)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from simpletuner.config.options.catalogue import (
+from simpletuner.config.options.catalog import (
     GROUPS,
     TrainConfig,
     all_options,

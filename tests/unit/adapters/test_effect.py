@@ -124,7 +124,7 @@ def test_a_layer_of_more_inputs_than_are_read_at_once_is_read_to_its_end() -> No
     torch.testing.assert_close(bias, torch.tensor([0.5, -0.5]), rtol=0, atol=1e-4)
 
 
-def test_a_normalisation_changes_by_its_own_tensors_times_the_multiplier() -> None:
+def test_a_normalization_changes_by_its_own_tensors_times_the_multiplier() -> None:
     module = {"w_norm": torch.tensor([1.0, 2.0]), "b_norm": torch.tensor([3.0, 5.0])}
     change, bias = weight_change(nn.LayerNorm(2), module, 0.5)
     assert (change.tolist(), bias.tolist()) == ([0.5, 1.0], [1.5, 2.5])  # type: ignore[union-attr]

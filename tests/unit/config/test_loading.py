@@ -145,7 +145,7 @@ def test_variables_that_name_no_option_are_reported(workspace: Workspace) -> Non
     ]
 
 
-def test_a_misspelt_variable_is_as_wrong_as_a_misspelt_key(workspace: Workspace) -> None:
+def test_a_misspelled_variable_is_as_wrong_as_a_misspelled_key(workspace: Workspace) -> None:
     workspace.environment |= {"SIMPLETUNER_LEARNING_RTE": "1e-5"}
     text = workspace.fails_written().render()
     assert "environment variable SIMPLETUNER_LEARNING_RTE" in text
@@ -160,7 +160,7 @@ def test_a_misspelt_variable_is_as_wrong_as_a_misspelt_key(workspace: Workspace)
         ("optimizer_bta1", "adam_beta1"),
     ],
 )
-def test_a_misspelt_old_name_suggests_the_present_one(workspace: Workspace, key: str, meant: str) -> None:
+def test_a_misspelled_old_name_suggests_the_present_one(workspace: Workspace, key: str, meant: str) -> None:
     workspace.config[key] = 1
     assert (
         f'{key}: there is no option of this name\n  fix: did you mean "{meant}"?' in workspace.fails_written().render()
@@ -335,7 +335,7 @@ def test_the_example_files_load(tmp_path: Path) -> None:
     assert find_spec("omnigen").name == run.config.model.model_family
 
 
-def test_a_path_that_is_spelt_almost_right_is_suggested(workspace: Workspace) -> None:
+def test_a_path_that_is_spelled_almost_right_is_suggested(workspace: Workspace) -> None:
     workspace.datasets[0]["instance_data_dir"] = "dataset/image"
     assert 'did you mean "datasets/images"?' in workspace.fails_written().render()
     workspace.datasets[0]["instance_data_dir"] = "somewhere/else"

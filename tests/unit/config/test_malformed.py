@@ -21,7 +21,7 @@ KNOWN = {*all_options(), *RENAMED, *RETIRED, *UNBUILT}
 LETTERS = string.ascii_lowercase + "_"
 
 
-def misspelt(word: str, draw: random.Random) -> str:
+def misspelled(word: str, draw: random.Random) -> str:
     """The word with one letter left out, put in, replaced, or exchanged with its neighbor."""
     while True:
         at = draw.randrange(len(word))
@@ -38,8 +38,8 @@ def misspelt(word: str, draw: random.Random) -> str:
 
 
 @pytest.mark.parametrize("key", sorted(all_options()))
-def test_a_misspelt_option_is_named_with_its_file(workspace: Workspace, key: str) -> None:
-    wrong = misspelt(key, random.Random(key))
+def test_a_misspelled_option_is_named_with_its_file(workspace: Workspace, key: str) -> None:
+    wrong = misspelled(key, random.Random(key))
     workspace.config[wrong] = "1"
     error = workspace.fails_written()
     assert error.exit_code == EXIT_CONFIG
@@ -50,11 +50,11 @@ def test_a_misspelt_option_is_named_with_its_file(workspace: Workspace, key: str
 @pytest.mark.slow
 def test_suggestions_are_right() -> None:
     draw = random.Random(7)
-    trials = [(key, misspelt(key, draw)) for key in sorted(all_options()) for _ in range(3)]
+    trials = [(key, misspelled(key, draw)) for key in sorted(all_options()) for _ in range(3)]
     right = sum(nearest(wrong, KNOWN) == key for key, wrong in trials)
     assert right / len(trials) >= 0.95, f"{right} of {len(trials)}"
     dataset_keys = dataset_options("image")
-    trials = [(key, misspelt(key, draw)) for key in sorted(dataset_keys) for _ in range(3)]
+    trials = [(key, misspelled(key, draw)) for key in sorted(dataset_keys) for _ in range(3)]
     right = sum(nearest(wrong, dataset_keys) == key or wrong in dataset_keys for key, wrong in trials)
     assert right / len(trials) >= 0.95, f"{right} of {len(trials)}"
 

@@ -132,7 +132,7 @@ def is_instance(value: Any, schema: dict[str, Any]) -> bool:
     return True
 
 
-def test_the_schema_takes_the_quickstart_and_refuses_misspelt_keys() -> None:
+def test_the_schema_takes_the_quickstart_and_refuses_misspelled_keys() -> None:
     schema = json.loads(run_options_command(json_schema=True))
     assert schema == config_schema()
     assert schema["$schema"] == "https://json-schema.org/draft/2020-12/schema"

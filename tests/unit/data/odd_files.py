@@ -180,11 +180,11 @@ DAMAGED_FILES = (
 MOVING = ("moving.gif", "moving.png", "moving.webp", "pages.tif")
 ODD_BUT_SOUND = (
     Odd("print.jpg", encode(noise().convert("CMYK"), "JPEG")),
-    Odd("grey.jpg", encode(noise().convert("L"), "JPEG")),
+    Odd("gray.jpg", encode(noise().convert("L"), "JPEG")),
     Odd("progressive.jpg", encode(noise(), "JPEG", progressive=True)),
-    Odd("two colours.png", encode(noise().convert("1"))),
+    Odd("two colors.png", encode(noise().convert("1"))),
     Odd("palette.png", encode(noise().convert("P"), transparency=0)),
-    Odd("grey and alpha.png", encode(noise().convert("LA"))),
+    Odd("gray and alpha.png", encode(noise().convert("LA"))),
     Odd("alpha.webp", encode(noise().convert("RGBA"), "WEBP")),
     Odd("16 bits.png", encode(Image.fromarray(np.arange(4096, dtype=np.uint16).reshape(64, 64) * 16))),
     Odd("32 bits.tif", encode(noise().convert("I"), "TIFF")),

@@ -53,7 +53,7 @@ def test_bucket_sizes(resolution, resolution_type, alignment, aspect, expected) 
     assert bucket_size(aspect, rules) == expected
 
 
-def test_an_image_is_resized_to_cover_its_bucket_and_cut_in_the_centre() -> None:
+def test_an_image_is_resized_to_cover_its_bucket_and_cut_in_the_center() -> None:
     # 768 high -> 512: factor 2/3; 1024 wide -> 682.67 -> 683; 683 - 512 = 171 left over, half of it 85.
     assert plan_crop(768, 1024, SQUARE_512) == Crop(512, 683, 0, 85, 512, 512)
     # 300 high must become 512: factor 1.7067; 200 wide would be 341, so the width decides: 512 / 200 = 2.56 -> 768

@@ -123,12 +123,12 @@ def test_rows_without_an_image_are_listed(tmp_path: Path) -> None:
         write_image(tmp_path / "set" / name, seed=number)
     (tmp_path / "set" / "c.png").write_bytes(b"damaged")  # an image that cannot be used still has its row
     index = Index(tmp_path / "index.sqlite", LocalBackend(tmp_path / "set"))
-    catalogue = index.scan()
+    catalog = index.scan()
     names = ("a.png", "sub\\b", "c.png", "gone.png", "a.webp", "../a.png", "")
     made = jsonl(tmp_path, *({"file_name": name, "text": "x"} for name in names))
     for _ in range(2):  # looked for, then from what was kept
         aside = SkippedFiles()
-        made.report_unused(catalogue, index, aside)
+        made.report_unused(catalog, index, aside)
         reason = "a row of metadata.jsonl without an image of its name"
         listed = ["gone.png (line 4)", "a.webp (line 5)", "../a.png (line 6)", "without a name (line 7)"]
         assert (aside.counts, aside.examples) == ({reason: 4}, {reason: listed})

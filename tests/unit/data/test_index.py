@@ -18,7 +18,7 @@ import pytest
 from simpletuner.data.backends.base import FileStat, Folder, UnusableFile
 from simpletuner.data.backends.local import LocalBackend
 from simpletuner.data.captioned import caption_warnings
-from simpletuner.data.index import Catalogue, Index
+from simpletuner.data.index import Catalog, Index
 from simpletuner.errors import DataError
 from tests.unit.data.images import tree_digest, write_image
 from tests.unit.data.odd_files import NO_HEIF
@@ -55,30 +55,30 @@ def folder(tmp_path: Path) -> Path:
     return root
 
 
-def scan(root: Path, tmp_path: Path) -> tuple[Index, Catalogue, list[str]]:
+def scan(root: Path, tmp_path: Path) -> tuple[Index, Catalog, list[str]]:
     """Scan with one index file; also the names of the files that were read."""
     backend = Counting(root)
     index = Index(tmp_path / "index.sqlite", backend)
-    catalogue = index.scan()
-    return index, catalogue, sorted(os.fsdecode(path) for path in backend.opened)
+    catalog = index.scan()
+    return index, catalog, sorted(os.fsdecode(path) for path in backend.opened)
 
 
-def paths(index: Index, catalogue: Catalogue) -> list[str]:
-    return [row.path for row in index.images(catalogue.ids.tolist())]
+def paths(index: Index, catalog: Catalog) -> list[str]:
+    return [row.path for row in index.images(catalog.ids.tolist())]
 
 
 def test_images_come_in_the_order_of_their_paths_bytes(folder: Path, tmp_path: Path) -> None:
     for name in ("Z.png", "ä.png", "a.jpg", "-dash.png", "new\nline.png", "%s 'quote'.png"):
         write_image(folder / name)
-    index, catalogue, _ = scan(folder, tmp_path)
-    found = paths(index, catalogue)
+    index, catalog, _ = scan(folder, tmp_path)
+    found = paths(index, catalog)
     assert len(found) == 12
     assert found == sorted(found, key=os.fsencode)
 
 
 def test_sizes_and_digests_are_those_of_the_files(folder: Path, tmp_path: Path) -> None:
-    index, catalogue, _ = scan(folder, tmp_path)
-    row = index.images([int(catalogue.ids[2])])[0]
+    index, catalog, _ = scan(folder, tmp_path)
+    row = index.images([int(catalog.ids[2])])[0]
     expected = subprocess.run(["sha256sum", folder / "p2.png"], capture_output=True, text=True, check=True).stdout
     assert (row.path, row.height, row.width, row.digest) == ("p2.png", 48, 66, expected.split()[0])
 
@@ -127,18 +127,18 @@ def test_other_bytes_of_equal_size_and_time_are_seen(folder: Path, tmp_path: Pat
 def test_a_removed_folder_leaves_the_order_of_the_rest(folder: Path, tmp_path: Path) -> None:
     scan(folder, tmp_path)
     shutil.rmtree(folder / "sub")
-    index, catalogue, opened = scan(folder, tmp_path)
+    index, catalog, opened = scan(folder, tmp_path)
     assert opened == []
-    assert paths(index, catalogue) == ["p0.png", "p1.png", "p2.png", "p3.png", "p4.png"]
+    assert paths(index, catalog) == ["p0.png", "p1.png", "p2.png", "p3.png", "p4.png"]
 
 
 def test_a_run_that_began_before_a_change_keeps_its_images(folder: Path, tmp_path: Path) -> None:
-    running, catalogue, _ = scan(folder, tmp_path)
-    before = running.images(catalogue.ids.tolist())
+    running, catalog, _ = scan(folder, tmp_path)
+    before = running.images(catalog.ids.tolist())
     write_image(folder / "p1.png", 70, 70, seed=77)
     (folder / "p2.png").unlink()
     scan(folder, tmp_path)
-    assert running.images(catalogue.ids.tolist()) == before
+    assert running.images(catalog.ids.tolist()) == before
 
 
 def test_same_stem_and_other_extension_are_two_images(tmp_path: Path) -> None:
@@ -146,9 +146,9 @@ def test_same_stem_and_other_extension_are_two_images(tmp_path: Path) -> None:
     write_image(root / "a.png", seed=1)
     write_image(root / "a.jpg", seed=2)
     (root / "a.txt").write_text("one caption for both")
-    index, catalogue, _ = scan(root, tmp_path)
-    assert paths(index, catalogue) == ["a.jpg", "a.png"]
-    assert index.texts(catalogue.texts.tolist()) == ["one caption for both"] * 2
+    index, catalog, _ = scan(root, tmp_path)
+    assert paths(index, catalog) == ["a.jpg", "a.png"]
+    assert index.texts(catalog.texts.tolist()) == ["one caption for both"] * 2
 
 
 def test_caption_files_are_found_changed_and_removed(folder: Path, tmp_path: Path) -> None:
@@ -178,8 +178,8 @@ def test_files_that_cannot_be_used_are_skipped_and_never_touched(folder: Path, t
     (folder / "notes.md").write_text("not an image, and not named like one")
     (folder / "._p0.png").write_bytes(b"resource fork")
     before = tree_digest(folder)
-    index, catalogue, _ = scan(folder, tmp_path)
-    assert len(catalogue) == 6
+    index, catalog, _ = scan(folder, tmp_path)
+    assert len(catalog) == 6
     assert index.num_images() == 12
     aside = index.skipped()
     assert sum(aside.counts.values()) == 6
@@ -207,8 +207,8 @@ def test_links_that_lead_out_are_counted_and_followed_only_where_the_dataset_say
     (folder / "up.png").symlink_to("../images/sub/../../elsewhere/q.png")
     backend = Counting(folder)
     index = Index(tmp_path / "index.sqlite", backend)
-    catalogue = index.scan()
-    found = paths(index, catalogue)
+    catalog = index.scan()
+    found = paths(index, catalog)
     assert found == ["inside.png", *(f"p{number}.png" for number in range(5)), "sub/p0.png"]
     assert not [path for path in backend.opened if b"q.png" in path or b".txt" in path]
     aside = index.skipped(with_texts=True)
@@ -246,9 +246,9 @@ def test_files_that_are_too_large_are_not_read(folder: Path, tmp_path: Path) -> 
     with (folder / "huge.txt").open("wb") as file:
         file.truncate(40 << 30)
     started = time.monotonic()
-    index, catalogue, _ = scan(folder, tmp_path)
+    index, catalog, _ = scan(folder, tmp_path)
     assert time.monotonic() - started < 5
-    assert len(catalogue) == 6
+    assert len(catalog) == 6
     assert index.skipped(with_texts=True).examples == {
         "larger than 512 MiB": ["huge.png"],
         "caption file: larger than 976.6 KiB": ["huge.txt"],
@@ -260,15 +260,15 @@ def test_a_name_that_is_not_text_works(tmp_path: Path) -> None:
     data = write_image(root / "p.png").read_bytes()
     name = os.fsencode(root) + b"/caf\xe9.png"
     Path(os.fsdecode(name)).write_bytes(data)
-    index, catalogue, _ = scan(root, tmp_path)
-    assert [os.fsencode(path) for path in paths(index, catalogue)] == [b"caf\xe9.png", b"p.png"]
+    index, catalog, _ = scan(root, tmp_path)
+    assert [os.fsencode(path) for path in paths(index, catalog)] == [b"caf\xe9.png", b"p.png"]
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
 def test_a_file_without_permission_is_tried_again(folder: Path, tmp_path: Path) -> None:
     (folder / "p0.png").chmod(0)
-    index, catalogue, _ = scan(folder, tmp_path)
-    assert len(catalogue) == 5
+    index, catalog, _ = scan(folder, tmp_path)
+    assert len(catalog) == 5
     assert "cannot be read: Permission denied" in index.skipped().counts
     (folder / "p0.png").chmod(0o600)
     assert len(scan(folder, tmp_path)[1]) == 6
@@ -285,9 +285,9 @@ def test_a_passing_fault_is_tried_again_at_the_next_scan(folder: Path, tmp_path:
     assert len(index.scan()) == 5
     assert index.skipped().counts == {"cannot be read: Permission denied": 1}
     index.close()
-    _, catalogue, opened = scan(folder, tmp_path)
+    _, catalog, opened = scan(folder, tmp_path)
     assert opened == ["p1.png"]
-    assert len(catalogue) == 6
+    assert len(catalog) == 6
 
 
 def test_another_decoder_looks_again_at_what_failed(
@@ -320,18 +320,18 @@ def test_a_killed_scan_goes_on_where_it_stopped(tmp_path: Path) -> None:
     )
     killed = subprocess.run([sys.executable, "-c", program, root, tmp_path / "index.sqlite"], check=False)
     assert killed.returncode == -9
-    _, catalogue, opened = scan(root, tmp_path)
-    assert len(catalogue) == 100
+    _, catalog, opened = scan(root, tmp_path)
+    assert len(catalog) == 100
     assert 0 < len(opened) < 70
     whole = Index(tmp_path / "whole.sqlite", LocalBackend(root)).scan()
-    assert catalogue.images_digest == whole.images_digest
+    assert catalog.images_digest == whole.images_digest
 
 
 def test_a_damaged_index_is_made_again(folder: Path, tmp_path: Path) -> None:
     scan(folder, tmp_path)[0].close()
     (tmp_path / "index.sqlite").write_bytes(b"this is no database" * 1000)
-    _, catalogue, opened = scan(folder, tmp_path)
-    assert (len(catalogue), len(opened)) == (6, 6)
+    _, catalog, opened = scan(folder, tmp_path)
+    assert (len(catalog), len(opened)) == (6, 6)
 
 
 def test_an_index_of_another_version_is_made_again(folder: Path, tmp_path: Path) -> None:
@@ -386,8 +386,8 @@ def test_captions_in_other_encodings_are_noted_or_skipped_with_their_place(folde
     (folder / "p2.txt").write_bytes("a dog".encode("utf-16-le"))
     (folder / "p3.txt").write_bytes("a dog".encode("utf-16"))
     (folder / os.fsdecode(b"caf\xe9.png")).write_bytes((folder / "p4.png").read_bytes())
-    index, catalogue, _ = scan(folder, tmp_path)
-    found = [text for text in index.texts(catalogue.texts.tolist()) if text]
+    index, catalog, _ = scan(folder, tmp_path)
+    found = [text for text in index.texts(catalog.texts.tolist()) if text]
     assert found == ["a dog\u2019s nose", "a dog"]
     notes = {text: note.examples for text, note in index.notes().items()}
     assert notes == {"a name that is not UTF-8, read as cp1252": (os.fsdecode(b"caf\xe9.png"),)}
@@ -404,7 +404,7 @@ def test_captions_that_an_earlier_version_read_are_read_again_and_nothing_else(f
     with sqlite3.connect(tmp_path / "index.sqlite") as database:  # as the version before left it
         database.execute("DELETE FROM facts WHERE name = 'texts'")
         database.execute("UPDATE files SET text = 'caf\ufffd', reason = NULL WHERE is_text")
-    index, catalogue, opened = scan(folder, tmp_path)
+    index, catalog, opened = scan(folder, tmp_path)
     assert opened == ["p0.txt"]
-    assert [text for text in index.texts(catalogue.texts.tolist()) if text] == ["café"]
+    assert [text for text in index.texts(catalog.texts.tolist()) if text] == ["café"]
     assert scan(folder, tmp_path)[2] == []

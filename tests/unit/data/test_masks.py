@@ -27,7 +27,7 @@ def save(path: Path, values: np.ndarray) -> Path:
     return path
 
 
-def grey_noise(height: int, width: int, seed: int) -> np.ndarray:
+def gray_noise(height: int, width: int, seed: int) -> np.ndarray:
     """(H, W) noise; as RGB all three channels are equal, so that an image's values are those of the mask."""
     return np.random.default_rng(seed).integers(0, 256, (height, width), np.uint8)
 
@@ -37,7 +37,7 @@ def folders(tmp_path: Path) -> tuple[Path, Path]:
     """Images, and masks that are the same images."""
     images, masks = tmp_path / "images", tmp_path / "masks"
     for number, (height, width) in enumerate([(64, 64), (64, 100), (120, 64), (64, 64)]):
-        values = grey_noise(height, width, number)
+        values = gray_noise(height, width, number)
         save(images / f"sub/a_{number}.png", np.stack([values] * 3, axis=-1))
         save(masks / f"sub/a_{number}.png", values)
     return images, masks
@@ -101,7 +101,7 @@ def test_weights_have_the_size_of_the_latents(folders, tmp_path: Path) -> None:
     dataset = build(folders, tmp_path)
     sample = dataset.samples[0]
     weights = dataset.masks.weights(0, sample, (8, 8))
-    values = grey_noise(64, 64, 0).astype(np.float64) / 255
+    values = gray_noise(64, 64, 0).astype(np.float64) / 255
     assert weights.shape == (1, 8, 8)
     assert np.allclose(weights[0].numpy(), values.reshape(8, 8, 8, 8).mean(axis=(1, 3)), atol=1e-6)
     assert torch.equal(dataset.masks.weights(0, sample, (8, 8)), weights)
@@ -136,7 +136,7 @@ def test_what_is_transparent_is_not_trained_on(tmp_path: Path) -> None:
         assert load_mask(encoded(image, tmp_path), WHOLE, binary=binary)[0].tolist() == [[0, 1], [0, 1]]
 
 
-def test_a_colour_counts_as_a_segment_whatever_its_brightness(tmp_path: Path) -> None:
+def test_a_color_counts_as_a_segment_whatever_its_brightness(tmp_path: Path) -> None:
     image = Image.fromarray(np.array([[[0, 0, 1], [0, 0, 0]]] * 2, np.uint8))
     assert load_mask(encoded(image, tmp_path), WHOLE, binary=True)[0].tolist() == [[1, 0], [1, 0]]
 
@@ -161,8 +161,8 @@ def test_missing_masks_are_listed(folders, tmp_path: Path) -> None:
 
 def test_of_many_missing_masks_the_first_ten_are_listed(tmp_path: Path) -> None:
     for number in range(14):
-        save(tmp_path / f"images/{number:02d}.png", grey_noise(64, 64, number))
-    save(tmp_path / "masks/13.png", grey_noise(64, 64, 1))
+        save(tmp_path / f"images/{number:02d}.png", gray_noise(64, 64, number))
+    save(tmp_path / "masks/13.png", gray_noise(64, 64, 1))
     with pytest.raises(DataError, match=r"13 of 14 images have no mask .*: 00\.png, .*09\.png, \.\.\."):
         build((tmp_path / "images", tmp_path / "masks"), tmp_path)
 
@@ -170,27 +170,27 @@ def test_of_many_missing_masks_the_first_ten_are_listed(tmp_path: Path) -> None:
 def test_two_masks_that_could_be_meant_are_none(folders, tmp_path: Path) -> None:
     (folders[1] / "sub/a_0.png").rename(folders[1] / "sub/a_0.webp.gif.bmp")
     for suffix in (".bmp", ".webp"):
-        save(folders[1] / f"sub/a_0{suffix}", grey_noise(64, 64, 0))
+        save(folders[1] / f"sub/a_0{suffix}", gray_noise(64, 64, 0))
     with pytest.raises(DataError, match=r"1 of 4 images have no mask"):
         build(folders, tmp_path)
 
 
 def test_a_mask_of_another_shape_is_no_mask(folders, tmp_path: Path) -> None:
-    save(folders[1] / "sub/a_0.png", grey_noise(64, 96, 0))
+    save(folders[1] / "sub/a_0.png", gray_noise(64, 96, 0))
     with pytest.raises(DataError, match=r"1 of 4 images have a mask of another shape.*sub/a_0\.png"):
         build(folders, tmp_path)
 
 
 def test_a_changed_mask_changes_the_fingerprint_and_is_not_read_as_the_old_one(folders, tmp_path: Path) -> None:
     before = build(folders, tmp_path)
-    save(folders[1] / "sub/a_0.png", grey_noise(64, 64, 77))
+    save(folders[1] / "sub/a_0.png", gray_noise(64, 64, 77))
     with pytest.raises(DataError, match=r"a_0\.png .*changed since the run began"):
         before.masks.pixels(0, before.samples[0])
     assert build(folders, tmp_path).fingerprint != before.fingerprint
     assert build(folders, tmp_path, "segmentation").fingerprint != build(folders, tmp_path).fingerprint
 
 
-def png_of_16_bit_colours(value: int) -> bytes:
+def png_of_16_bit_colors(value: int) -> bytes:
     """2 x 2 pixels, each channel `value`: Pillow cannot write such a file."""
     pixels = struct.pack(">6H", *[value] * 6)
 
@@ -214,8 +214,8 @@ def test_16_bit_brightness_is_not_rounded_to_8_bits(tmp_path: Path) -> None:
     torch.testing.assert_close(load_mask(path.read_bytes(), WHOLE)[0], expected)
 
 
-@pytest.mark.parametrize("data", [png_of_16_bit_colours(1), b"P6 2 2 65535\n" + b"\0\1" * 12], ids=["png", "ppm"])
-def test_16_bit_colours_that_lose_their_labels_are_refused_as_a_segmentation(data: bytes) -> None:
+@pytest.mark.parametrize("data", [png_of_16_bit_colors(1), b"P6 2 2 65535\n" + b"\0\1" * 12], ids=["png", "ppm"])
+def test_16_bit_colors_that_lose_their_labels_are_refused_as_a_segmentation(data: bytes) -> None:
     with pytest.raises(UnusableImage, match="16-bit colors are read with 8 bits"):
         load_mask(data, WHOLE, binary=True)
 

@@ -143,7 +143,7 @@ def test_of_several_aspects_those_that_need_no_growth_are_chosen_from(folder: Pa
     assert len(dataset.samples) == 12
 
 
-def test_weights_of_aspects_are_honoured(folder: Path, tmp_path: Path) -> None:
+def test_weights_of_aspects_are_honored(folder: Path, tmp_path: Path) -> None:
     buckets = [{"aspect_bucket": 0.5, "weight": 0}, {"aspect_bucket": 1.0, "weight": 1}]
     assert set(build(folder, tmp_path, crop_aspect="random", crop_aspect_buckets=buckets).buckets) == {(64, 64)}
 

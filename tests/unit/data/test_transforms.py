@@ -25,7 +25,7 @@ def encode(image: Image.Image, file_format: str = "PNG", **options) -> bytes:
     return buffer.getvalue()
 
 
-def one_colour(data: bytes) -> tuple[int, ...]:
+def one_color(data: bytes) -> tuple[int, ...]:
     image = load_image(data)
     assert image.mode == "RGB"
     return image.getpixel((0, 0))
@@ -35,12 +35,12 @@ def one_colour(data: bytes) -> tuple[int, ...]:
 def test_each_format_is_read(file_format: str) -> None:
     data = encode(Image.new("RGB", (40, 24), (200, 40, 40)), file_format)
     assert image_size(data) == (24, 40)
-    assert np.allclose(one_colour(data), (200, 40, 40), atol=6)
+    assert np.allclose(one_color(data), (200, 40, 40), atol=6)
 
 
 def test_a_phone_image_with_two_frames_is_read() -> None:
     first, second = Image.new("RGB", (40, 24), (200, 40, 40)), Image.new("RGB", (40, 24), (0, 0, 0))
-    assert np.allclose(one_colour(encode(first, "MPO", save_all=True, append_images=[second])), (200, 40, 40), atol=6)
+    assert np.allclose(one_color(encode(first, "MPO", save_all=True, append_images=[second])), (200, 40, 40), atol=6)
 
 
 def test_the_orientation_of_the_camera_is_applied_before_the_size_is_taken() -> None:
@@ -61,10 +61,10 @@ def test_the_orientation_of_the_camera_is_applied_before_the_size_is_taken() -> 
     [(1, "AB CD"), (2, "BA DC"), (3, "DC BA"), (4, "CD AB"), (5, "AC BD"), (6, "CA DB"), (7, "DB CA"), (8, "BD AC")],
 )
 def test_each_orientation_puts_the_four_corners_where_exif_says(tag: int, upright: str) -> None:
-    colours = {"A": (255, 0, 0), "B": (0, 255, 0), "C": (0, 0, 255), "D": (255, 255, 0)}
+    colors = {"A": (255, 0, 0), "B": (0, 255, 0), "C": (0, 0, 255), "D": (255, 255, 0)}
     image = Image.new("RGB", (4, 2))
     for place, name in zip(((0, 0), (3, 0), (0, 1), (3, 1)), "ABCD", strict=True):
-        image.putpixel(place, colours[name])
+        image.putpixel(place, colors[name])
     exif = Image.Exif()
     exif[0x0112] = tag
     data = encode(image, "PNG", exif=exif)
@@ -73,7 +73,7 @@ def test_each_orientation_puts_the_four_corners_where_exif_says(tag: int, uprigh
     assert (width, height) == ((4, 2) if tag < 5 else (2, 4))
     assert image_size(data) == (height, width)
     places = ((0, 0), (width - 1, 0), (0, height - 1), (width - 1, height - 1))
-    assert [turned.getpixel(place) for place in places] == [colours[name] for name in upright.replace(" ", "")]
+    assert [turned.getpixel(place) for place in places] == [colors[name] for name in upright.replace(" ", "")]
 
 
 def test_a_phone_s_heif_image_stands_upright_and_is_turned_once() -> None:
@@ -99,50 +99,50 @@ def test_malformed_exif_is_ignored() -> None:
 
 
 def test_16_bits_are_scaled_not_clipped() -> None:
-    grey = Image.fromarray(np.full((4, 4), 40000, np.uint16))
-    assert one_colour(encode(grey)) == (156, 156, 156)  # 40000 / 65535 * 255 = 155.6
+    gray = Image.fromarray(np.full((4, 4), 40000, np.uint16))
+    assert one_color(encode(gray)) == (156, 156, 156)  # 40000 / 65535 * 255 = 155.6
 
 
-def test_colours_hidden_under_transparency_stay_hidden() -> None:
+def test_colors_hidden_under_transparency_stay_hidden() -> None:
     hidden = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
     half = Image.new("RGBA", (4, 4), (255, 0, 0, 128))
-    assert one_colour(encode(hidden)) == (255, 255, 255)
-    assert one_colour(encode(half)) == (255, 127, 127)  # 255 * (1 - 128 / 255)
+    assert one_color(encode(hidden)) == (255, 255, 255)
+    assert one_color(encode(half)) == (255, 127, 127)  # 255 * (1 - 128 / 255)
 
 
-def test_a_transparent_palette_colour_shows_the_background() -> None:
+def test_a_transparent_palette_color_shows_the_background() -> None:
     image = Image.new("P", (4, 4), 1)
     image.putpalette([0, 0, 0, 9, 8, 7])
-    assert one_colour(encode(image)) == (9, 8, 7)
-    assert one_colour(encode(image, transparency=1)) == (255, 255, 255)
+    assert one_color(encode(image)) == (9, 8, 7)
+    assert one_color(encode(image, transparency=1)) == (255, 255, 255)
 
 
-def test_grey_with_alpha_is_laid_on_the_background() -> None:
-    assert one_colour(encode(Image.new("LA", (4, 4), (10, 0)))) == (255, 255, 255)
-    assert one_colour(encode(Image.new("LA", (4, 4), (10, 255)))) == (10, 10, 10)
+def test_gray_with_alpha_is_laid_on_the_background() -> None:
+    assert one_color(encode(Image.new("LA", (4, 4), (10, 0)))) == (255, 255, 255)
+    assert one_color(encode(Image.new("LA", (4, 4), (10, 255)))) == (10, 10, 10)
 
 
 def test_cmyk_becomes_rgb() -> None:
-    assert np.allclose(one_colour(encode(Image.new("CMYK", (16, 16), (0, 255, 255, 0)), "JPEG")), (255, 0, 0), atol=3)
+    assert np.allclose(one_color(encode(Image.new("CMYK", (16, 16), (0, 255, 255, 0)), "JPEG")), (255, 0, 0), atol=3)
 
 
 def test_the_first_frame_of_an_animation_counts() -> None:
-    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "lime", "blue")]
+    frames = [Image.new("RGB", (8, 8), color) for color in ("red", "lime", "blue")]
     for file_format in ("GIF", "PNG", "WEBP"):
         data = encode(frames[0], file_format, save_all=True, append_images=frames[1:], duration=100)
-        assert np.allclose(one_colour(data), (255, 0, 0), atol=8), file_format
+        assert np.allclose(one_color(data), (255, 0, 0), atol=8), file_format
 
 
 def test_an_embedded_profile_is_applied() -> None:
     """L* = 50 is 18.4 % luminance, which sRGB encodes as 0.4663 * 255 = 118.9."""
     lab = Image.new("LAB", (4, 4), (128, 128, 128))
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB", 5000)).tobytes()
-    red, green, blue = one_colour(encode(lab, "TIFF", icc_profile=profile))
+    red, green, blue = one_color(encode(lab, "TIFF", icc_profile=profile))
     assert max(abs(red - 119), abs(green - 119), abs(blue - 119)) <= 2
 
 
 def test_a_damaged_profile_is_ignored() -> None:
-    assert one_colour(encode(Image.new("RGB", (4, 4), (1, 2, 3)), icc_profile=b"no profile at all")) == (1, 2, 3)
+    assert one_color(encode(Image.new("RGB", (4, 4), (1, 2, 3)), icc_profile=b"no profile at all")) == (1, 2, 3)
 
 
 def png_header(width: int, height: int) -> bytes:
@@ -218,7 +218,7 @@ def test_pixels_are_resized_cut_and_scaled() -> None:
     assert pixels[0, 0].tolist() == [-1.0, 1.0, 1.0, 1.0]  # columns 3 to 6
 
 
-def test_a_grey_value_by_hand() -> None:
+def test_a_gray_value_by_hand() -> None:
     pixels = to_pixels(Image.new("RGB", (4, 4), (51, 102, 204)), Crop(4, 4, 0, 0, 4, 4))
     assert pixels[:, 0, 0].tolist() == pytest.approx([-0.6, -0.2, 0.6], abs=1e-6)
 

@@ -43,7 +43,7 @@ def test_each_reason_has_its_remedy(monkeypatch: pytest.MonkeyPatch, error: Exce
     assert words in raised.value.render()
 
 
-def test_a_hub_id_that_is_spelt_almost_right_is_suggested() -> None:
+def test_a_hub_id_that_is_spelled_almost_right_is_suggested() -> None:
     assert nearest_hub_id("Shitao/OmniGen-v1-difusers") == "Shitao/OmniGen-v1-diffusers"
     assert nearest_hub_id("Shitao/OmniGen-v1-diffusers") is None
     assert nearest_hub_id("somebody/something-else") is None

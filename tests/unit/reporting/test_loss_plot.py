@@ -29,9 +29,9 @@ def write_metrics(folder: Path, train: list[float], evaluation: dict[int, float]
     return sink.path
 
 
-def colour_columns(image: Image.Image, colour: str, below: int) -> list[int]:
+def color_columns(image: Image.Image, color: str, below: int) -> list[int]:
     """x of the pixels of one color, beneath the legend."""
-    wanted = tuple(int(colour[i : i + 2], 16) for i in (1, 3, 5))
+    wanted = tuple(int(color[i : i + 2], 16) for i in (1, 3, 5))
     pixels = image.load()
     return [x for x in range(image.width) for y in range(below, image.height) if pixels[x, y] == wanted]
 
@@ -41,7 +41,7 @@ def test_the_eval_curve_spans_the_run_and_falls(tmp_path: Path):
     path = plot_loss(metrics, tmp_path / "loss.png")
     assert path is not None
     with Image.open(path) as image:
-        columns = colour_columns(image.convert("RGB"), EVAL, below=60)
+        columns = color_columns(image.convert("RGB"), EVAL, below=60)
         assert (image.width, image.height) == (1200, 720)
         # The first and last dots are centered on the ends of the axis.
         assert min(columns) == pytest.approx(96, abs=6)

@@ -39,7 +39,7 @@ def step(number: int, seconds: float = 2.0) -> StepDone:
     return step_done(number, total_steps=100, grad_norm=1.5, seconds=seconds, memory_gb=3.25)
 
 
-def test_a_pipe_gets_plain_lines_without_colour_codes():
+def test_a_pipe_gets_plain_lines_without_color_codes():
     stream = io.StringIO()
     sink = terminal_sink(stream)
     sink.handle(RunStarted("run", Path("out"), 100, 0, {"model": "tiny"}))

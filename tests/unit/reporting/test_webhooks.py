@@ -102,17 +102,17 @@ def test_a_run_is_reported_in_order(tmp_path: Path) -> None:
     assert sink.take_notices() == []
 
 
-@pytest.mark.parametrize("behaviour", NAMED)
-def test_what_must_arrive_does_once_the_service_recovers(tmp_path: Path, behaviour: str) -> None:
-    with receiver(behaviour) as server:
-        server.headers = {"Retry-After": "0"} if behaviour == "429" else {"Location": "/elsewhere"}
-        timing = HASTY if behaviour in ("hangs", "drips") else QUICK
+@pytest.mark.parametrize("behavior", NAMED)
+def test_what_must_arrive_does_once_the_service_recovers(tmp_path: Path, behavior: str) -> None:
+    with receiver(behavior) as server:
+        server.headers = {"Retry-After": "0"} if behavior == "429" else {"Location": "/elsewhere"}
+        timing = HASTY if behavior in ("hangs", "drips") else QUICK
         sink = make_sink(tmp_path, raw(server.url), timing=timing)
         for event in must_arrive(tmp_path):
             sink.handle(event)
         wait_until(lambda: len(server.tries) >= 4)
         assert server.accepted == []
-        server.behaviour = "ok"
+        server.behavior = "ok"
         wait_until(lambda: len(server.accepted) >= 4)
         sink.close()
     titles = [event["title"] for event in server.accepted]
@@ -156,16 +156,16 @@ def test_a_lost_answer_gives_the_same_event_a_second_time_under_the_same_id(tmp_
         sink = make_sink(tmp_path, raw(server.url), timing=HASTY)
         sink.handle(CheckpointSaved(5, "checkpoint-5"))
         wait_until(lambda: len(server.requests) >= 2)
-        server.behaviour = "ok"
+        server.behavior = "ok"
         wait_until(lambda: server.accepted)
         sink.close()
     assert len({json.loads(body)["id"] for _, body in server.requests}) == 1
     assert {headers["X-Event-Id"] for headers, _ in server.requests} == {server.accepted[0]["id"]}
 
 
-@pytest.mark.parametrize("behaviour", ["hangs", "drips"])
-def test_handling_an_event_takes_no_time_and_the_end_has_a_deadline(tmp_path: Path, behaviour: str) -> None:
-    with receiver(behaviour) as server:
+@pytest.mark.parametrize("behavior", ["hangs", "drips"])
+def test_handling_an_event_takes_no_time_and_the_end_has_a_deadline(tmp_path: Path, behavior: str) -> None:
+    with receiver(behavior) as server:
         patient = replace(QUICK, drain=0.5, deadlines=Deadlines(60.0, 60.0, 60.0))
         sink = make_sink(tmp_path, raw(server.url), timing=patient)
         started = time.thread_time()
@@ -216,7 +216,7 @@ def test_a_service_that_found_everything_too_large_gets_images_whole_when_it_wor
         sink = make_sink(tmp_path, raw(server.url))
         sink.handle(ImagesMade(1, (big,)))
         wait_until(lambda: len(server.tries) > 20)
-        server.behaviour = "ok"
+        server.behavior = "ok"
         wait_until(lambda: server.accepted)
         sink.close()
     sizes = [len(body) for _, body in server.requests]
@@ -231,7 +231,7 @@ def test_an_image_in_a_folder_with_an_odd_name_waits_and_arrives(tmp_path: Path)
         sink = make_sink(tmp_path, raw(server.url))
         sink.handle(ImagesMade(1, (image(folder),)))
         wait_until(lambda: server.tries)
-        server.behaviour = "ok"
+        server.behavior = "ok"
         sink.close()
     assert len(server.accepted[0]["images"]) == 1
 
@@ -254,7 +254,7 @@ def test_retry_after_is_kept(tmp_path: Path) -> None:
         sink.handle(CheckpointSaved(5, "checkpoint-5"))
         wait_until(lambda: len(server.tries) == 2)
         assert server.tries[1] - server.tries[0] >= 0.6
-        server.behaviour = "ok"
+        server.behavior = "ok"
         sink.close()
 
 
@@ -263,7 +263,7 @@ def test_a_message_that_is_never_accepted_lets_the_others_pass(tmp_path: Path) -
         sink = make_sink(tmp_path, raw(server.url))
         sink.handle(CheckpointSaved(5, "checkpoint-5"))
         wait_until(lambda: (tmp_path / "webhooks/1-raw/refused").is_dir())
-        server.behaviour = "ok"
+        server.behavior = "ok"
         sink.handle(CheckpointSaved(6, "checkpoint-6"))
         sink.close()
     assert [event["data"]["step"] for event in server.accepted] == [6]

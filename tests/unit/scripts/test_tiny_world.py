@@ -52,11 +52,11 @@ def test_a_caption_of_another_world_is_refused():
         shapes.parse_caption("a red circle on a red background")
 
 
-def test_colours_of_the_palette_are_far_apart():
-    palette = [*shapes.COLOURS.values(), *shapes.BACKGROUNDS.values()]
+def test_colors_of_the_palette_are_far_apart():
+    palette = [*shapes.COLORS.values(), *shapes.BACKGROUNDS.values()]
     distances = [np.linalg.norm(np.subtract(one, other)) for one, other in itertools.combinations(palette, 2)]
     assert min(distances) > 65
-    assert not shapes.COLOURS.keys() & shapes.BACKGROUNDS.keys()
+    assert not shapes.COLORS.keys() & shapes.BACKGROUNDS.keys()
 
 
 def test_the_same_seed_draws_the_same_image():
@@ -81,7 +81,7 @@ def test_real_drawings_are_right(judge):
     assert [verdict.reason for verdict in verdicts if not verdict.is_right] == []
 
 
-def test_a_wrong_colour_is_wrong(judge):
+def test_a_wrong_color_is_wrong(judge):
     verdict = judge.judge(draw(Scene("star", "orange", "white")), RED_STAR)
     assert not verdict.is_right
     assert verdict.reason.startswith("color orange")
@@ -147,9 +147,9 @@ def test_the_example_holds_out_what_it_does_not_train_on():
     concept, held_out = render_example_data.concept_scenes(random.Random(0))
     assert (len(concept), len(held_out)) == (120, 8)
     assert not set(concept) & set(held_out)
-    pairs = {(scene.colour, scene.background) for scene in concept}
+    pairs = {(scene.color, scene.background) for scene in concept}
     assert len(pairs) == 32
-    assert {colour for colour, _ in pairs} == set(shapes.COLOURS)
+    assert {color for color, _ in pairs} == set(shapes.COLORS)
     assert {background for _, background in pairs} == set(shapes.BACKGROUNDS)
 
 
@@ -172,9 +172,9 @@ def test_the_benchmark_asks_only_for_pairs_that_the_training_set_lacks():
     from concept_score import choose_scenes, unseen_pairs
 
     captions = [path.read_text(encoding="utf-8") for path in (DATASETS / "concept").glob("*.txt")]
-    seen = {(scene.colour, scene.background) for scene in map(shapes.parse_caption, captions)}
+    seen = {(scene.color, scene.background) for scene in map(shapes.parse_caption, captions)}
     scenes = choose_scenes(("star",), unseen_pairs(DATASETS / "concept"), 64, random.Random(0))
-    asked = {(scene.colour, scene.background) for scene in scenes}
+    asked = {(scene.color, scene.background) for scene in scenes}
     assert len(asked) == 32
     assert not asked & seen
     assert len(set(scenes)) == 64
@@ -208,11 +208,11 @@ def test_the_score_counts_what_is_drawn(tmp_path):
     assert not score(render_truth, render_circles, DATASETS / "concept", 0, tmp_path / "sheet.png")["goal_reached"]
 
 
-def test_muon_orthogonalises_its_updates():
+def test_muon_orthogonalizes_its_updates():
     torch = pytest.importorskip("torch")
-    from tiny_omnigen.muon import orthogonalise
+    from tiny_omnigen.muon import orthogonalize
 
     matrix = torch.randn(24, 60, generator=torch.Generator().manual_seed(0))
-    singular_values = torch.linalg.svdvals(orthogonalise(matrix))
+    singular_values = torch.linalg.svdvals(orthogonalize(matrix))
     assert singular_values.min() > 0.6
     assert singular_values.max() < 1.3

@@ -29,8 +29,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_clip_folder(tmp_path_factory.mktemp("clip"))
 
 
-def generated(prompt: str, colour: tuple[int, int, int], size: tuple[int, int] = (SIDE, SIDE)) -> GeneratedImage:
-    image = Image.new("RGB", size, colour)
+def generated(prompt: str, color: tuple[int, int, int], size: tuple[int, int] = (SIDE, SIDE)) -> GeneratedImage:
+    image = Image.new("RGB", size, color)
     image.paste((255, 255, 255), (2, 2, 20, 9))
     width, height = size
     return GeneratedImage(ImageRequest("a", prompt, height, width, 1, GenerationSettings(1, 1.0)), image)
@@ -51,15 +51,15 @@ def score_by_hand(folder: Path, prompt: str, image: Image.Image) -> float:
 
 def test_scores_are_those_of_the_model_fed_by_hand(folder: Path) -> None:
     prompts = ["a cat", "dog", "a red box on it"]
-    colours = [(200, 30, 30), (20, 90, 160), (0, 0, 0)]
-    images = [generated(prompt, colour) for prompt, colour in zip(prompts, colours, strict=True)]
+    colors = [(200, 30, 30), (20, 90, 160), (0, 0, 0)]
+    images = [generated(prompt, color) for prompt, color in zip(prompts, colors, strict=True)]
     expected = [score_by_hand(folder, each.request.prompt, each.image) for each in images]
     assert ClipScorer(str(folder), torch.device("cpu")).score(images) == pytest.approx(expected, abs=1e-4)
     assert len({round(score, 3) for score in expected}) == 3
     assert any(score > 0 for score in expected)
 
 
-def test_a_score_depends_on_image_and_prompt_but_not_on_its_neighbours(folder: Path) -> None:
+def test_a_score_depends_on_image_and_prompt_but_not_on_its_neighbors(folder: Path) -> None:
     scorer = ClipScorer(str(folder), torch.device("cpu"))
     images = [generated("a cat", (200, 30, number)) for number in range(0, 180, 20)]  # more than one batch
     together = scorer.score(images)

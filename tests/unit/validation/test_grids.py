@@ -13,7 +13,7 @@ def checkerboard(side: int) -> Image.Image:
     return Image.fromarray(pixels.astype(np.uint8)).convert("RGB")
 
 
-def test_small_images_are_enlarged_by_a_whole_factor_without_new_colours():
+def test_small_images_are_enlarged_by_a_whole_factor_without_new_colors():
     shown = fit_cell(checkerboard(64))
     assert shown.size == (192, 192)
     assert set(np.unique(np.asarray(shown))) == {0, 255}
@@ -36,7 +36,7 @@ def test_a_comparison_holds_every_image_and_leaves_missing_places_empty():
         ],
         "title",
     )
-    counts = {colour: count for count, colour in sheet.getcolors(maxcolors=100000) or []}
+    counts = {color: count for count, color in sheet.getcolors(maxcolors=100000) or []}
     assert counts[(10, 0, 0)] == counts[(20, 0, 0)] == 192 * 192
     assert counts[(30, 0, 0)] == 3 * 192 * 192
     assert counts[(0xF1, 0xF3, 0xF5)] == 192 * 192

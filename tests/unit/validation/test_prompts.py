@@ -128,7 +128,7 @@ def test_the_empty_caption_is_drawn_on_request():
     assert [(r.shortname, r.prompt) for r in requests] == [("validation", "a cat"), ("unconditional", "<cfg>")]
 
 
-def test_randomised_seeds_differ_by_step_and_are_the_same_when_a_step_is_repeated():
+def test_randomized_seeds_differ_by_step_and_are_the_same_when_a_step_is_repeated():
     requests, _ = requests_from_config(settings(num_validation_images=2), None, 16)
     first, again, later = (reseeded(requests, step) for step in (10, 10, 20))
     assert first == again

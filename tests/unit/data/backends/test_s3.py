@@ -44,8 +44,8 @@ def backend(server: S3, name: str = "images", **changes: object) -> S3Backend:
 
 def scan(server: S3, tmp_path: Path) -> dict[str, str]:
     index = Index(tmp_path / "index.sqlite", backend(server))
-    catalogue = index.scan()
-    rows = index.images(catalogue.ids.tolist())
+    catalog = index.scan()
+    rows = index.images(catalog.ids.tolist())
     return {row.path: row.digest for row in rows}
 
 

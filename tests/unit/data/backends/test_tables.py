@@ -38,9 +38,9 @@ def scan(backend: Backend, tmp_path: Path) -> tuple[dict[str, tuple[str, str | N
     """Path -> digest and caption of the usable images; what was read; what was skipped, by reason."""
     reads = Reads(backend)
     index = Index(tmp_path / "index.sqlite", reads)
-    catalogue = index.scan()
-    rows = index.images(catalogue.ids.tolist())
-    texts = index.texts(catalogue.texts.tolist())
+    catalog = index.scan()
+    rows = index.images(catalog.ids.tolist())
+    texts = index.texts(catalog.texts.tolist())
     found = {row.path: (row.digest, text) for row, text in zip(rows, texts, strict=True)}
     return found, reads.opened, dict(index.skipped(with_texts=True).examples)
 

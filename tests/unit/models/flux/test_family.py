@@ -156,9 +156,9 @@ def test_kontext_draws_an_edit_of_an_image_of_another_size(folders):
     pipeline = family.pipeline(family.load_denoiser(), family.load_vae())
     options = {"height": 64, "width": 48, "num_inference_steps": 2}
 
-    def generated(colour: str) -> Image.Image:
+    def generated(color: str) -> Image.Image:
         generator = torch.Generator().manual_seed(0)
-        return pipeline(PROMPTS[0], references=[[Image.new("RGB", (500, 300), colour)]], generator=generator, **options)
+        return pipeline(PROMPTS[0], references=[[Image.new("RGB", (500, 300), color)]], generator=generator, **options)
 
     red, blue = generated("red").images[0], generated("blue").images[0]
     assert red.size == (48, 64)

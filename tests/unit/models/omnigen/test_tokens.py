@@ -107,7 +107,7 @@ def test_a_llama_tokenizer_gives_the_ids_of_transformers(tmp_path: Path, config:
     assert ids[0] == theirs.bos_token_id
 
 
-def test_the_normaliser_of_the_file_rules_as_when_the_weights_were_trained(tmp_path: Path):
+def test_the_normalizer_of_the_file_rules_as_when_the_weights_were_trained(tmp_path: Path):
     from transformers import PreTrainedTokenizerFast
 
     config = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True}

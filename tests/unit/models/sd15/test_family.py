@@ -63,7 +63,7 @@ def test_predict_is_the_call_that_the_pipeline_makes(version: str) -> None:
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_prompts_are_tokenised_and_encoded_as_the_pipeline_does(version: str) -> None:
+def test_prompts_are_tokenized_and_encoded_as_the_pipeline_does(version: str) -> None:
     family, case, recorded = family_of(version), case_of(version, "guided"), golden(version, "case_guided")
     for layout in json.loads((SD15_GOLDEN / version / "token_layouts.json").read_text()):
         ids, _ = family.encoders.tokenize("tokenizer", [layout["prompt"]], 77)
