@@ -10,8 +10,8 @@ root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 cd "$root"
 VENV="${VENV_PATH:-$root/.venv}"
 
-# Test data, other languages, tables of names of other programs, and what is not text.
-skipped='(^|/)(constraints\.txt|banned_words\.txt|LICENSE)$|^tests/(fixtures/|golden/|unit/scripts/test_checks\.py)|^scripts/mutants/'
+# Test data, other languages, prompts that images and recordings were made with, and what is not text.
+skipped='(^|/)(constraints\.txt|banned_words\.txt|LICENSE)$|^tests/(fixtures/|golden/|unit/scripts/test_checks\.py|unit/models/qwen_image_edit/test_preparation\.py)|^scripts/mutants/|config/builtin_prompts\.py$'
 skipped+='|^documentation/images/|\.zh\.md$|\.(json|png|xz|heic|safetensors|svg)$'
 if (($#)); then files=("$@"); else mapfile -t files < <(git ls-files); fi
 mapfile -t files < <(printf '%s\n' "${files[@]}" | grep -vE "$skipped")

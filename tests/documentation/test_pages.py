@@ -121,6 +121,40 @@ def test_both_languages_of_the_quickstart_name_the_same_keys_files_and_gaps():
     assert keys[0] == keys[1]
 
 
+CHINESE = sorted(PAGES.rglob("*.zh.md"))
+
+
+def shown_blocks(page: Path) -> list[str]:
+    """The blocks of a page without comments, blanks at the ends of lines, and the prompts that are in its language."""
+    found = []
+    for block in _FENCE.findall(page.read_text(encoding="utf-8")):
+        block = re.sub(r"\s+(#|//).*", "", block)
+        found.append(re.sub(r'(--prompt|--instruction) "[^"]*"', r"\1", block).strip())
+    return found
+
+
+@pytest.mark.parametrize("page", CHINESE, ids=lambda page: page.name)
+def test_a_chinese_page_shows_the_commands_and_files_of_the_english_one(page: Path):
+    english = page.with_name(page.name.replace(".zh.md", ".md"))
+    assert shown_blocks(page) == shown_blocks(english)
+
+
+VERB = re.compile(r"(?:^|[\s`/])simpletuner ([a-z][a-z-]*)", re.MULTILINE)
+
+
+def test_commands_that_pages_show_exist():
+    verbs = {command.name or command.callback.__name__ for command in app.registered_commands if command.callback}
+    verbs |= {str(group.name) for group in app.registered_groups}
+    shown = {
+        (page.name, verb)
+        for page in ALL
+        for block in _FENCE.findall(page.read_text("utf-8"))
+        for verb in VERB.findall(block)
+    }
+    assert {verb for _, verb in shown} >= {"train", "check", "plan", "generate", "export"}
+    assert [(page, verb) for page, verb in sorted(shown) if verb not in verbs] == []
+
+
 def texts_of(module: Path) -> list[str]:
     """The texts in a module's code; docstrings are not messages."""
     tree = ast.parse(module.read_text(encoding="utf-8"))
