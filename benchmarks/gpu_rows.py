@@ -31,7 +31,7 @@ from simpletuner.models.omnigen.family import OmniGen
 from simpletuner.optim.clipping import clip_by_value
 from simpletuner.optim.optimizers import build_optimizer
 from simpletuner.precision.mixed import autocast, deterministic_kernels
-from simpletuner.precision.quantise import NumberFormats, saved_bytes
+from simpletuner.precision.quantize import NumberFormats, saved_bytes
 from simpletuner.training.gradient_checkpointing import GradientCheckpointing
 from simpletuner.training.kernels import compile_blocks
 from simpletuner.training.planning.memory import mix_that_fits, swapped_out
@@ -254,9 +254,9 @@ def planned_bytes(row: Row, setting: Setting, step: Step) -> int:
     denoiser = family.load_denoiser()
     spec = family.spec
     frozen = num_bytes((*denoiser.parameters(), *denoiser.buffers()))
-    frozen -= saved_bytes(denoiser, row.precision, spec.block_classes, spec.unquantised)
+    frozen -= saved_bytes(denoiser, row.precision, spec.block_classes, spec.unquantized)
     if row.swaps:
-        frozen -= swapped_out(repeated_blocks(denoiser, spec.block_classes), row.precision, spec.unquantised)
+        frozen -= swapped_out(repeated_blocks(denoiser, spec.block_classes), row.precision, spec.unquantized)
     if row.trains_all:
         trained, frozen = FullAdapter(denoiser.requires_grad_(True), spec).trainable_parameters(), 0
     else:

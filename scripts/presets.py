@@ -29,7 +29,7 @@ from simpletuner.families.spec import FamilySpec
 from simpletuner.hardware import GIB
 from simpletuner.models.build import build_family
 from simpletuner.models.family import ModelFamily
-from simpletuner.precision.quantise import NumberFormats, saved_bytes
+from simpletuner.precision.quantize import NumberFormats, saved_bytes
 from simpletuner.training.planning.memory import Shapes, memory_rows, read_shapes, swapped_bytes
 from simpletuner.training.planning.shapes import Load, num_bytes
 from simpletuner.training.swapping import repeated_blocks
@@ -114,7 +114,7 @@ class Model:
             plain = self.load({"resolution": side})
             self._shapes[side] = read_shapes(plain, self.family(plain), Load(1, side, side), [embeds_of(self.shape)])
         base = NumberFormats(run.config.precision.base_model_precision).base
-        saved = saved_bytes(self.denoiser, base, spec.block_classes, spec.unquantised)
+        saved = saved_bytes(self.denoiser, base, spec.block_classes, spec.unquantized)
         swapped = swapped_bytes(run.config, family, self.denoiser)
         shapes = replace(self._shapes[side], frozen_bytes=self.frozen - saved, swapped_bytes=swapped)
         assistant = ASSISTANT_BYTES if has_assistant(spec, self.flavour) else 0

@@ -1,6 +1,6 @@
 """Layers that an adapter can sit on, seen through quantization.
 
-A quantized layer has a class of its own (`QuantisedLinear`, quanto's `QLinear`) or a packed weight inside of a plain
+A quantized layer has a class of its own (`QuantizedLinear`, quanto's `QLinear`) or a packed weight inside of a plain
 `Linear` (torchao). Presets and targets name the class that the layer had before, so that is what counts here.
 """
 
@@ -36,13 +36,13 @@ def layer_class(module: nn.Module) -> str:
     from a quantization library was something else before.
     """
     cls = type(module)
-    if is_adaptable(module) and cls.__module__.startswith(QUANTISERS):
+    if is_adaptable(module) and cls.__module__.startswith(QUANTIZERS):
         return next(base.__name__ for base in cls.__mro__ if base in ADAPTABLE_LAYERS)
     return cls.__name__
 
 
 # Packages whose layers take the place of torch's.
-QUANTISERS = ("simpletuner.precision.", "optimum.", "bitsandbytes.", "torchao.")
+QUANTIZERS = ("simpletuner.precision.", "optimum.", "bitsandbytes.", "torchao.")
 
 
 def floating_dtype(denoiser: nn.Module) -> torch.dtype:

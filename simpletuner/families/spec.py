@@ -163,7 +163,7 @@ class FamilySpec:
     block_classes: tuple[str, ...]
     default_lora_targets: tuple[str, ...]
     unadaptable: tuple[str, ...] = ()
-    unquantised: tuple[str, ...] = ()
+    unquantized: tuple[str, ...] = ()
     class_aliases: Mapping[str, str] = field(default_factory=dict)
     target_groups: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     keys: KeyTable = field(default_factory=KeyTable)

@@ -13,7 +13,7 @@ from simpletuner.config.options.model import ModelOptions
 from simpletuner.errors import ConfigError, Problem
 from simpletuner.hardware import VISIBLE, hidden_gpus, least_driver, nvidia_driver
 from simpletuner.precision.mixed import DTYPES
-from simpletuner.precision.quantise import NumberFormats
+from simpletuner.precision.quantize import NumberFormats
 
 
 def pick_device() -> torch.device:

@@ -32,7 +32,7 @@ from simpletuner.models.single_file import objective_marks
 from simpletuner.models.text_encoders import TextEncoders
 from simpletuner.models.vae_config import is_video_vae, latent_statistics
 from simpletuner.precision.mixed import exact_float32
-from simpletuner.precision.quantise import NumberFormats, quantise, require_device
+from simpletuner.precision.quantize import NumberFormats, quantize, require_device
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -257,11 +257,11 @@ class ModelFamily(ABC):
         """
         formats = self.number_formats
         require_device(formats, self.device, self.dtype)
-        return quantise(
+        return quantize(
             self.load_denoiser(),
             formats.base,
             block_classes=self.spec.block_classes,
-            kept=self.spec.unquantised,
+            kept=self.spec.unquantized,
             device=self.device if formats.packs_on_device else None,
             quantizes_activations=formats.quantizes_activations,
         )

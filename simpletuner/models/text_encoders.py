@@ -21,7 +21,7 @@ from simpletuner.models.components import (
 from simpletuner.models.hidden_states import hidden_states
 from simpletuner.models.layer_offload import offload_layers
 from simpletuner.models.safe_loading import load_errors, load_tokenizer
-from simpletuner.precision.quantise import NumberFormats, quantise
+from simpletuner.precision.quantize import NumberFormats, quantize
 
 
 class EncoderSettings(Protocol):
@@ -81,7 +81,7 @@ class TextEncoders:
             encoder = encoder.eval().requires_grad_(False)
             offloads = formats.offloads_encoders
             packs_there = formats.packs_on_device and not offloads
-            quantise(encoder, self.precision(name), device=device if packs_there else None)
+            quantize(encoder, self.precision(name), device=device if packs_there else None)
             if offloads:
                 offload_layers(encoder, device)
             self._encoders[name] = encoder if offloads else encoder.to(device)

@@ -24,7 +24,7 @@ from simpletuner.precision.products import (
 )
 
 
-class QuantisedLinear(nn.Linear):
+class QuantizedLinear(nn.Linear):
     """`nn.Linear` with a packed weight that does not train.
 
     The backward pass unpacks again, so that nothing but the packed weight is kept; the gradient to the input is that of
@@ -103,7 +103,7 @@ class QuantisedLinear(nn.Linear):
 @contextmanager
 def exact_activations(module: nn.Module) -> Iterator[None]:
     """Inside, the packed layers of a module quantize no activations."""
-    layers = [layer for layer in module.modules() if isinstance(layer, QuantisedLinear)]
+    layers = [layer for layer in module.modules() if isinstance(layer, QuantizedLinear)]
     before = [layer.ways for layer in layers]
     for layer in layers:
         layer.ways = UNPACKED
@@ -116,7 +116,7 @@ def exact_activations(module: nn.Module) -> Iterator[None]:
 
 class _FrozenProduct(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, input: Tensor, layer: QuantisedLinear, *parts: Tensor) -> Tensor:
+    def forward(ctx: Any, input: Tensor, layer: QuantizedLinear, *parts: Tensor) -> Tensor:
         # Saved, and not taken from the layer again: a block that is swapped out holds other copies by then.
         ctx.save_for_backward(*parts)
         ctx.layer = layer
@@ -128,5 +128,5 @@ class _FrozenProduct(torch.autograd.Function):
         return layer.gradient(grad_output, _named(layer, parts), layer.ways), None, *(None for _ in parts)
 
 
-def _named(layer: QuantisedLinear, parts: Sequence[Tensor]) -> Sharded:
+def _named(layer: QuantizedLinear, parts: Sequence[Tensor]) -> Sharded:
     return dict(zip(layer.part_names, parts, strict=True))

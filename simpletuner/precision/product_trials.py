@@ -15,7 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from simpletuner.precision.linear import QuantisedLinear
+from simpletuner.precision.linear import QuantizedLinear
 from simpletuner.precision.products import Way, Ways
 from simpletuner.precision.timing import median_seconds
 
@@ -73,14 +73,14 @@ def chosen_products(module: nn.Module) -> dict[str, list[str]]:
     return {name_of(layer): list(layer.ways) for layer in _layers(module)}
 
 
-def name_of(layer: QuantisedLinear) -> str:
+def name_of(layer: QuantizedLinear) -> str:
     """`int8 1024x4096`."""
     kind = str(layer.packed_data.dtype).removeprefix("torch.")
     return f"{kind} {layer.out_features}x{layer.in_features}"
 
 
 def try_products(
-    layer: QuantisedLinear, device: torch.device, dtype: torch.dtype, known: Sequence[str] | None, is_timed: bool
+    layer: QuantizedLinear, device: torch.device, dtype: torch.dtype, known: Sequence[str] | None, is_timed: bool
 ) -> tuple[Choice, Choice]:
     """How to compute the layer's output, and the gradient to its input; see `choose_products`."""
     generator = torch.Generator(device).manual_seed(0)
@@ -130,6 +130,6 @@ def _failure_of(compute: Compute, way: Way, right: Tensor) -> str | None:
     return None if error < LARGEST_ERROR else f"an error of {error:.1e} in 8 bits"
 
 
-def _layers(module: nn.Module) -> Iterator[QuantisedLinear]:
+def _layers(module: nn.Module) -> Iterator[QuantizedLinear]:
     layers: Iterator[Any] = module.modules()
-    return (layer for layer in layers if isinstance(layer, QuantisedLinear) and layer.is_in_8_bits)
+    return (layer for layer in layers if isinstance(layer, QuantizedLinear) and layer.is_in_8_bits)

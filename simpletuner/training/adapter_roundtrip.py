@@ -16,7 +16,7 @@ from simpletuner.batch import Batch
 from simpletuner.models.family import ModelFamily
 from simpletuner.precision.linear import exact_activations
 from simpletuner.precision.mixed import exact_float32
-from simpletuner.precision.quantise import copy_unpacked
+from simpletuner.precision.quantize import copy_unpacked
 from simpletuner.randomness import keyed_generator
 from simpletuner.training.divergence import require_finite
 from simpletuner.training.prompts import PROBE_PROMPT

@@ -36,7 +36,7 @@ from simpletuner.optim.ema import EMA
 from simpletuner.optim.optimizers import build_optimizer, require_optimizer
 from simpletuner.precision.mixed import DTYPES
 from simpletuner.precision.product_trials import choose_products, chosen_products
-from simpletuner.precision.quantise import require_device
+from simpletuner.precision.quantize import require_device
 from simpletuner.reporting.bus import EventBus
 from simpletuner.reporting.events import Notice, RunFailed, RunStarted
 from simpletuner.reporting.sinks import build_sinks

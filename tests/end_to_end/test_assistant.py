@@ -17,7 +17,7 @@ from simpletuner.config.options.validation import ValidationOptions
 from simpletuner.families.registry import get_family_class, get_spec
 from simpletuner.models.components import ModelSource
 from simpletuner.models.family import ModelFamily
-from simpletuner.precision.quantise import NumberFormats
+from simpletuner.precision.quantize import NumberFormats
 from simpletuner.training.adapter_roundtrip import probe_output
 from simpletuner.validation.generate import GenerationRequest, generate_images
 from tests.assistants import write_assistant

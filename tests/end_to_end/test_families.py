@@ -37,7 +37,7 @@ Options = dict[str, object]
 RUNS: dict[str, Options] = {
     "lokr": {},
     "lora": {"lora_type": "standard", "lora_rank": 4},
-    "quantised": {
+    "quantized": {
         "lora_type": "standard",
         "lora_rank": 4,
         "base_model_precision": "int8-quanto",
@@ -53,7 +53,7 @@ def test_an_adapter_is_trained_proved_resumed_and_used_to_generate(model, tmp_pa
     name, folder = model
     steps = {"max_train_steps": 4, "eval_steps_interval": 2, "learning_rate": 1e-3}
     options = {"model_family": name, **steps, **IMAGES, **RUNS[kind]}
-    if kind == "quantised":
+    if kind == "quantized":
         encoders = [part for part in get_spec(name).components if part.role == "text_encoder"]
         options[f"text_encoder_{min(len(encoders), 2)}_precision"] = "int8-quanto"
     run = write_run(tmp_path / "run", folder, **options)

@@ -19,8 +19,8 @@ from simpletuner.data.digests import DigestMemo
 from simpletuner.errors import ConfigError
 from simpletuner.models.build import build_family
 from simpletuner.optim.optimizers import build_optimizer
-from simpletuner.precision.linear import QuantisedLinear
-from simpletuner.precision.quantise import copy_unpacked, quantised_layers
+from simpletuner.precision.linear import QuantizedLinear
+from simpletuner.precision.quantize import copy_unpacked, quantized_layers
 from simpletuner.training.build import attach_adapter
 from simpletuner.training.planning.shapes import empty_batch
 from simpletuner.training.step import compute_losses, sample_noise
@@ -42,7 +42,7 @@ def test_an_adapter_trains_on_a_packed_base(precision: str, adapter: str, tmp_pa
     loaded = load_here(write_run(tmp_path, omnigen_folder, base_model_precision=precision, **ADAPTERS[adapter]))
     family = build_family(loaded.config)
     denoiser = family.load_base()
-    before = {path: layer.weight for path, layer in quantised_layers(denoiser).items()}
+    before = {path: layer.weight for path, layer in quantized_layers(denoiser).items()}
     assert len(before) == 2 * 6
     trained = attach_adapter(loaded, family, denoiser)
     parameters = trained.trainable_parameters()
@@ -60,7 +60,7 @@ def test_an_adapter_trains_on_a_packed_base(precision: str, adapter: str, tmp_pa
     learning = {name for name, parameter in denoiser.named_parameters() if parameter.requires_grad}
     assert len(learning) == len(parameters)
     for path, layer in denoiser.named_modules():
-        if isinstance(layer, QuantisedLinear):
+        if isinstance(layer, QuantizedLinear):
             plain = path.replace(".base_layer", "")
             assert torch.equal(layer.weight, before[plain])
 
@@ -75,7 +75,7 @@ def test_gradients_through_a_packed_base_are_as_near_as_its_weights(
     loaded = load_here(write_run(tmp_path, omnigen_folder, **options))
     family = build_family(loaded.config)
     plain, packed = family.load_denoiser(), family.load_base()
-    pairs = [(layer.weight, plain.get_submodule(path).weight) for path, layer in quantised_layers(packed).items()]
+    pairs = [(layer.weight, plain.get_submodule(path).weight) for path, layer in quantized_layers(packed).items()]
     stored, original = (
         torch.cat([weight.detach().flatten() for weight in weights]) for weights in zip(*pairs, strict=True)
     )
@@ -149,8 +149,8 @@ def test_text_encoders_are_packed_and_their_cache_knows(tmp_path: Path) -> None:
         family = build_family(load_here(folder).config)
         [embeds] = family.encode_prompts(["a red star"])
         found.append(embeds.tensors)
-        assert bool(quantised_layers(family.encoders.encoder("text_encoder_2"))) == (precision != "no_change")
-        assert not quantised_layers(family.encoders.encoder("text_encoder"))
+        assert bool(quantized_layers(family.encoders.encoder("text_encoder_2"))) == (precision != "no_change")
+        assert not quantized_layers(family.encoders.encoder("text_encoder"))
         with DigestMemo(tmp_path / "digests.sqlite") as memo:
             keys.append(prompt_fingerprint(family, memo))
     plain, packed = (tensors["prompt_embeds"] for tensors in found)

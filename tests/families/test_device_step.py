@@ -26,7 +26,7 @@ from simpletuner.models.components import ModelSource
 from simpletuner.models.family import ModelFamily
 from simpletuner.optim.clipping import clip_by_norm
 from simpletuner.optim.optimizers import build_optimizer
-from simpletuner.precision.quantise import NumberFormats
+from simpletuner.precision.quantize import NumberFormats
 from simpletuner.training.gradient_checkpointing import GradientCheckpointing
 from simpletuner.training.planning.shapes import empty_batch
 from simpletuner.training.step import compute_losses, sample_noise

@@ -30,7 +30,7 @@ from simpletuner.models.components import ModelSource, component_config
 from simpletuner.models.family import ModelFamily
 from simpletuner.models.layer_offload import repeated_layers
 from simpletuner.models.text_encoders import TextEncoders
-from simpletuner.precision.quantise import saved_bytes
+from simpletuner.precision.quantize import saved_bytes
 from simpletuner.text import count_text
 from simpletuner.training.planning.shapes import FusedAttention, PeakBytes, num_bytes
 from simpletuner.training.prompts import open_prompt_cache, prompts_folder, run_prompts

@@ -19,10 +19,10 @@ from simpletuner.models.family import ModelFamily
 from simpletuner.optim.optimizers import build_optimizer
 from simpletuner.precision.mixed import DTYPES
 from simpletuner.precision.products import product_bytes
-from simpletuner.precision.quantise import (
+from simpletuner.precision.quantize import (
     NO_CHANGE,
     get_format,
-    quantisable,
+    quantizable,
     quantizes_activations,
     saved_bytes,
 )
@@ -80,7 +80,7 @@ def read_shapes(loaded: LoadedRun, family: ModelFamily, load: Load, embeds: Sequ
     count = sum(parameter.numel() for parameter in denoiser.parameters())
     spec, formats = family.spec, family.number_formats
     frozen = num_bytes((*denoiser.parameters(), *denoiser.buffers()))
-    frozen -= saved_bytes(denoiser, formats.base, spec.block_classes, spec.unquantised)
+    frozen -= saved_bytes(denoiser, formats.base, spec.block_classes, spec.unquantized)
     swapped = swapped_bytes(config, family, denoiser)
     with torch.device("meta"):
         trained = attach_adapter(loaded, empty, denoiser).trainable_parameters()
@@ -147,7 +147,7 @@ def unpacked_bytes(family: ModelFamily, computes_in: torch.dtype, num_tokens: in
     weight_format = get_format(formats.base)
     empty = type(family)(family.spec, family.source, torch.device("meta"), family.dtype).empty_denoiser()
     packed = [
-        layer for _, layer in quantisable(empty, weight_format, family.spec.block_classes, family.spec.unquantised)
+        layer for _, layer in quantizable(empty, weight_format, family.spec.block_classes, family.spec.unquantized)
     ]
     found = [layer.weight.numel() * computes_in.itemsize for layer in packed]
     if quantizes_activations(formats):
@@ -202,7 +202,7 @@ def swapped_bytes(config: TrainConfig, family: ModelFamily, denoiser: nn.Module)
     spec, precision = family.spec, family.number_formats.base
     blocks = repeated_blocks(denoiser, spec.block_classes)
     count = len(blocks) if config.model.enable_group_offload else min(config.model.musubi_blocks_to_swap, len(blocks))
-    return swapped_out(blocks[len(blocks) - count :], precision, spec.unquantised)
+    return swapped_out(blocks[len(blocks) - count :], precision, spec.unquantized)
 
 
 def swapped_out(blocks: Sequence[nn.Module], precision: str, kept: Sequence[str]) -> int:

@@ -9,13 +9,13 @@ from torch import Tensor, nn
 from simpletuner.config.options import all_options
 from simpletuner.errors import ConfigError
 from simpletuner.precision.formats import pack_bits, unpack_bits
-from simpletuner.precision.linear import QuantisedLinear
+from simpletuner.precision.linear import QuantizedLinear
 from simpletuner.precision.products import UNPACKED
-from simpletuner.precision.quantise import (
+from simpletuner.precision.quantize import (
     NumberFormats,
     get_format,
-    quantise,
-    quantised_layers,
+    quantize,
+    quantized_layers,
     require_device,
     saved_bytes,
 )
@@ -51,7 +51,7 @@ def test_every_value_of_the_option_is_a_format() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_a_weight_is_as_small_and_as_near_as_promised(name: str, dtype: torch.dtype) -> None:
     plain = layer(dtype)
-    packed = QuantisedLinear(plain, get_format(name))
+    packed = QuantizedLinear(plain, get_format(name))
     size = sum(part.nbytes for part in packed.parts.values())
     bits, error = PROMISED[name]
     assert size == get_format(name).num_bytes(256, 512, dtype.itemsize)
@@ -74,10 +74,10 @@ def by_library(name: str, weight: Tensor) -> Tensor:
     if name == "nf4-bnb":
         from bitsandbytes.nn import Params4bit
 
-        quantised = Params4bit(weight, quant_type="nf4", compress_statistics=False, blocksize=64).to("cpu")
+        quantized = Params4bit(weight, quant_type="nf4", compress_statistics=False, blocksize=64).to("cpu")
         from bitsandbytes.functional import dequantize_4bit
 
-        return dequantize_4bit(quantised.data, quantised.quant_state)
+        return dequantize_4bit(quantized.data, quantized.quant_state)
     from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
 
     made = nn.Linear(weight.shape[1], weight.shape[0], bias=False).to(weight.dtype)
@@ -89,7 +89,7 @@ def by_library(name: str, weight: Tensor) -> Tensor:
 @pytest.mark.parametrize("name", ["int8-quanto", "fp8-quanto", "int8-torchao", "fp8-torchao", "nf4-bnb"])
 def test_the_numbers_are_the_library_s_own(name: str) -> None:
     plain = layer(torch.float32)
-    packed = QuantisedLinear(plain, get_format(name))
+    packed = QuantizedLinear(plain, get_format(name))
     torch.testing.assert_close(packed.weight, by_library(name, plain.weight.detach()), rtol=1e-6, atol=1e-8)
 
 
@@ -101,7 +101,7 @@ def test_four_and_two_bits_are_those_of_quanto(name: str, bits: int) -> None:
     weight = layer(torch.float32).weight.detach()
     scale, shift = MaxOptimizer()(weight, qtype=qtypes[f"qint{bits}"], axis=0, group_size=128)
     rounded = torch.clamp(torch.round((weight.reshape(-1, 128) + shift) / scale), 0, 2**bits - 1)
-    packed = QuantisedLinear(layer(torch.float32), get_format(name))
+    packed = QuantizedLinear(layer(torch.float32), get_format(name))
     torch.testing.assert_close(packed.weight, (rounded * scale - shift).view_as(weight), rtol=1e-5, atol=1e-7)
 
 
@@ -129,7 +129,7 @@ def test_a_row_of_zeros_or_of_the_smallest_numbers_stays_finite(name: str, dtype
 @pytest.mark.parametrize("name", PROMISED)
 def test_output_and_gradient_are_those_of_the_unpacked_weight(name: str) -> None:
     plain = layer(torch.float32)
-    packed = QuantisedLinear(plain, get_format(name))
+    packed = QuantizedLinear(plain, get_format(name))
     packed.ways = UNPACKED
     x = torch.randn(2, 3, 512)
     ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
@@ -145,7 +145,7 @@ def test_output_and_gradient_are_those_of_the_unpacked_weight(name: str) -> None
 
 
 def test_the_backward_pass_keeps_no_copy_of_weight_or_input() -> None:
-    packed = QuantisedLinear(layer(), get_format("int8-quanto"))
+    packed = QuantizedLinear(layer(), get_format("int8-quanto"))
     saved: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
         packed(torch.randn(4, 512, dtype=torch.bfloat16, requires_grad=True))
@@ -153,7 +153,7 @@ def test_the_backward_pass_keeps_no_copy_of_weight_or_input() -> None:
 
 
 def test_products_are_those_of_autocast() -> None:
-    packed = QuantisedLinear(layer(torch.float32), get_format("int8-quanto"))
+    packed = QuantizedLinear(layer(torch.float32), get_format("int8-quanto"))
     x = torch.randn(4, 512, requires_grad=True)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         output = packed(x)
@@ -176,16 +176,16 @@ class Model(nn.Module):
 
 
 def test_only_layers_of_blocks_that_a_format_takes_are_packed() -> None:
-    model = quantise(Model(), "int4-quanto", block_classes=("Block",), kept=("*.gate",))
-    assert list(quantised_layers(model)) == ["blocks.0.query", "blocks.1.query"]
-    assert list(quantised_layers(quantise(Model(), "int8-quanto"))) == [
+    model = quantize(Model(), "int4-quanto", block_classes=("Block",), kept=("*.gate",))
+    assert list(quantized_layers(model)) == ["blocks.0.query", "blocks.1.query"]
+    assert list(quantized_layers(quantize(Model(), "int8-quanto"))) == [
         "embed", *(f"blocks.{index}.{name}" for index in (0, 1) for name in ("query", "gate", "odd"))
     ]  # fmt: skip
 
 
 def test_a_model_without_such_layers_is_refused() -> None:
     with pytest.raises(ConfigError, match="finds no layer"):
-        quantise(Model(), "int8-quanto", block_classes=("Elsewhere",))
+        quantize(Model(), "int8-quanto", block_classes=("Elsewhere",))
 
 
 @pytest.mark.parametrize("name", PROMISED)
@@ -196,7 +196,7 @@ def test_what_packing_saves_is_known_from_shapes(name: str) -> None:
     plain = num_bytes(Model())
     with torch.device("meta"):
         foreseen = saved_bytes(Model(), name, block_classes=("Block",))
-    assert num_bytes(quantise(Model(), name, block_classes=("Block",))) == plain - foreseen
+    assert num_bytes(quantize(Model(), name, block_classes=("Block",))) == plain - foreseen
 
 
 @pytest.mark.parametrize("name", PROMISED)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from simpletuner.errors import ConfigError
 from simpletuner.precision import product_trials, products
-from simpletuner.precision.linear import QuantisedLinear, exact_activations
+from simpletuner.precision.linear import QuantizedLinear, exact_activations
 from simpletuner.precision.product_trials import choose_products, chosen_products
 from simpletuner.precision.products import (
     UNPACKED,
@@ -22,7 +22,7 @@ from simpletuner.precision.products import (
     product_bytes,
     quantize_rows,
 )
-from simpletuner.precision.quantise import NumberFormats, get_format, require_device
+from simpletuner.precision.quantize import NumberFormats, get_format, require_device
 
 CPU = torch.device("cpu")
 FORMATS = {"int8-quanto": 0.012, "int8dq-torchao": 0.012, "fp8-torchao": 0.04, "fp8uz-quanto": 0.04}
@@ -32,7 +32,7 @@ INT8 = ("int8-quanto", "int8dq-torchao")
 def packed(name: str = "int8-quanto", rows: int = 48, columns: int = 64, dtype: torch.dtype = torch.float32) -> Any:
     torch.manual_seed(0)
     plain = nn.Linear(columns, rows).to(dtype)
-    return QuantisedLinear(plain, get_format(name), "", quantizes_activations=True)
+    return QuantizedLinear(plain, get_format(name), "", quantizes_activations=True)
 
 
 def step(layer: nn.Module, x: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
@@ -86,7 +86,7 @@ def test_int8_rows_are_those_of_torchao_s_training() -> None:
 def test_output_and_gradient_are_as_near_to_float64_as_the_format(name: str, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     plain = nn.Linear(512, 256).to(dtype)
-    layer = QuantisedLinear(plain, get_format(name), "", quantizes_activations=True)
+    layer = QuantizedLinear(plain, get_format(name), "", quantizes_activations=True)
     x, gradient = torch.randn(2, 20, 512).to(dtype), torch.randn(2, 20, 256).to(dtype)
     weight, bias = plain.weight.detach().double(), plain.bias.detach().double()
     exact = x.double() @ weight.T + bias, gradient.double() @ weight
@@ -102,7 +102,7 @@ def test_channels_of_very_different_size_keep_their_precision(name: str) -> None
     plain = nn.Linear(256, 128, bias=False)
     sizes = torch.logspace(-3, 3, 128)[:, None]
     plain.weight.data.mul_(sizes)
-    layer = QuantisedLinear(plain, get_format(name), "", quantizes_activations=True)
+    layer = QuantizedLinear(plain, get_format(name), "", quantizes_activations=True)
     x, gradient = torch.randn(32, 256), torch.randn(32, 128) / sizes.T
     output, found = step(layer, x, gradient)
     right = x @ plain.weight.detach().T

@@ -63,7 +63,7 @@ def test_an_adapter_is_proposed_as_it_was_computed_for_the_card():
     assert "base_model_precision" not in make_plan(answers(hardware=SMALL_GPU, goal="full")).config
 
 
-def test_on_a_card_without_a_preset_a_model_that_does_not_fit_is_quantised(monkeypatch: pytest.MonkeyPatch):
+def test_on_a_card_without_a_preset_a_model_that_does_not_fit_is_quantized(monkeypatch: pytest.MonkeyPatch):
     """By hand: 3.76e9 weights are 7.0 GiB in 16 bits and 3.5 in 8; 4 GiB come beside them, of 90 % of the card."""
     monkeypatch.setattr("simpletuner.wizard.proposals._if_built", lambda option, value: value)
     monkeypatch.setattr("simpletuner.wizard.proposals._is_built", lambda option: True)

@@ -26,7 +26,7 @@ def denoiser() -> nn.Module:
     return denoiser
 
 
-def test_a_quantised_layer_is_called_what_it_was(denoiser: nn.Module) -> None:
+def test_a_quantized_layer_is_called_what_it_was(denoiser: nn.Module) -> None:
     layer = denoiser.layers[0].self_attn.to_q
     assert type(layer).__name__ == "QLinear"
     assert layer_class(layer) == "Linear"

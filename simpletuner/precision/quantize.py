@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from simpletuner.errors import ConfigError, Problem
 from simpletuner.precision.formats import WeightFormat
-from simpletuner.precision.linear import QuantisedLinear, exact_activations
+from simpletuner.precision.linear import QuantizedLinear, exact_activations
 
 NO_CHANGE = "no_change"
 
@@ -39,7 +39,7 @@ class NumberFormats:
         return self.encoders[index] if index < len(self.encoders) else NO_CHANGE
 
 
-def quantisable(
+def quantizable(
     module: nn.Module, weight_format: WeightFormat, block_classes: Sequence[str] = (), kept: Sequence[str] = ()
 ) -> Iterator[tuple[str, nn.Linear]]:
     """Paths and layers that a format takes: linear layers inside of the repeated blocks, where nearly all weights are.
@@ -60,7 +60,7 @@ def quantisable(
             yield name, layer
 
 
-def quantise(
+def quantize(
     module: nn.Module,
     precision: str,
     *,
@@ -74,7 +74,7 @@ def quantise(
     Args:
         precision: a value of `base_model_precision`.
         device: where layers are packed, and stay; None: where they are.
-        quantizes_activations: see `QuantisedLinear`.
+        quantizes_activations: see `QuantizedLinear`.
 
     Raises:
         ConfigError: no such format, or nothing in the module can be packed.
@@ -82,25 +82,25 @@ def quantise(
     if precision == NO_CHANGE:
         return module
     weight_format = get_format(precision)
-    found = list(quantisable(module, weight_format, block_classes, kept))
+    found = list(quantizable(module, weight_format, block_classes, kept))
     if not found:
         message = f"{precision} finds no layer of {type(module).__name__} that it can pack"
         raise ConfigError(Problem(message, key="base_model_precision", fix="use another format, or no_change"))
     for name, layer in found:
         parent, _, child = name.rpartition(".")
-        packed = QuantisedLinear(layer.to(device), weight_format, name, quantizes_activations)
+        packed = QuantizedLinear(layer.to(device), weight_format, name, quantizes_activations)
         setattr(module.get_submodule(parent), child, packed)
     return module
 
 
-def quantised_layers(module: nn.Module) -> dict[str, QuantisedLinear]:
+def quantized_layers(module: nn.Module) -> dict[str, QuantizedLinear]:
     """The packed layers by the paths that they had in the plain model."""
-    return {layer.path: layer for layer in module.modules() if isinstance(layer, QuantisedLinear)}
+    return {layer.path: layer for layer in module.modules() if isinstance(layer, QuantizedLinear)}
 
 
-def copy_unpacked(quantised: nn.Module, plain: nn.Module) -> None:
+def copy_unpacked(quantized: nn.Module, plain: nn.Module) -> None:
     """Give a plain copy of a model the weights that a quantized one computes with."""
-    for name, layer in quantised_layers(quantised).items():
+    for name, layer in quantized_layers(quantized).items():
         own: Tensor = plain.get_submodule(name).weight  # type: ignore[assignment]
         own.data.copy_(layer.unpacked(own.dtype))
 
@@ -113,7 +113,7 @@ def saved_bytes(module: nn.Module, precision: str, block_classes: Sequence[str] 
     return sum(
         layer.weight.numel() * layer.weight.element_size()
         - weight_format.num_bytes(layer.out_features, layer.in_features, layer.weight.element_size())
-        for _, layer in quantisable(module, weight_format, block_classes, kept)
+        for _, layer in quantizable(module, weight_format, block_classes, kept)
     )
 
 
@@ -144,7 +144,7 @@ def _require_step(
     precision: str, in_8_bits: bool, device: torch.device, dtype: torch.dtype, what: str, key: str, fix: str
 ) -> None:
     try:
-        layer = QuantisedLinear(nn.Linear(128, 64).to(device, dtype), get_format(precision), "", in_8_bits)
+        layer = QuantizedLinear(nn.Linear(128, 64).to(device, dtype), get_format(precision), "", in_8_bits)
         x = torch.ones(2, 128, device=device, dtype=dtype, requires_grad=True)
         with nullcontext() if in_8_bits else exact_activations(layer):
             layer(x).sum().backward()
