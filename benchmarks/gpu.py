@@ -50,9 +50,10 @@ LEFT = 3
 def parts(setting: Any) -> dict[str, Callable[[Any], dict[str, Any]]]:
     """Name -> what measures it, in order: what answers most comes first."""
     from gpu_measures import MEASURES
-    from gpu_rows import ROWS, measure
+    from gpu_rows import FAMILY_ROWS, ROWS, measure
 
     rows = {f"row: {name}": partial(measure, row) for name, row in ROWS.items()}
+    others = {f"family: {name}": partial(measure, row) for name, row in FAMILY_ROWS.items()}
     pairs = {
         f"published: {family} {adapter}{' recomputed' * recomputes}": partial(
             against_published, family, adapter, recomputes
@@ -60,7 +61,7 @@ def parts(setting: Any) -> dict[str, Callable[[Any], dict[str, Any]]]:
         for family, recomputes in (("omnigen", False), ("omnigen", True), ("flux", True))
         for adapter in ("lora", "lokr")
     }
-    return {**MEASURES, **rows, **pairs}
+    return {**MEASURES, **rows, **pairs, **others}
 
 
 def against_published(family: str, adapter: str, recomputes: bool, setting: Any) -> dict[str, Any]:

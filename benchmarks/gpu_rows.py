@@ -1,7 +1,8 @@
 """Full-size rows of `gpu.py`: what a training step costs in seconds and memory, one way to take it after the other.
 
-OmniGen with 3.8 billion random parameters, LoKr of attention and MLP (`config/lycoris_config.json.example`),
-adamw_bf16. Beside each peak stands what `simpletuner plan` would have said, from shapes alone.
+OmniGen with 3.8 billion random parameters, LoKr of attention and MLP (`config/lycoris_config.json.example`), and other
+families with a LoRA of rank 16 on their usual layers; adamw_bf16. Beside each peak stands what `simpletuner plan` would
+have said, from shapes alone.
 """
 
 from __future__ import annotations
@@ -9,23 +10,27 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from random_families import FULL as FULL_NETWORKS
+from random_families import TINY as TINY_NETWORKS
+from random_families import random_family, random_module
 from torch import nn
 
 from simpletuner.activation_memory.modules import reduce_activation_memory
 from simpletuner.adapters.base import Adapter
 from simpletuner.adapters.full import FullAdapter
+from simpletuner.adapters.lora import LoraSettings, attach_lora
 from simpletuner.adapters.lycoris import LycorisAdapter, attach_lycoris
 from simpletuner.batch import Batch
 from simpletuner.config.options.optimizer import OptimizerOptions
 from simpletuner.examples import example_dir
 from simpletuner.families.registry import get_spec
 from simpletuner.models.components import ModelSource
+from simpletuner.models.family import ModelFamily
 from simpletuner.models.omnigen.denoiser import install
 from simpletuner.models.omnigen.family import OmniGen
 from simpletuner.optim.clipping import clip_by_value
@@ -41,7 +46,7 @@ from simpletuner.training.swapping import move_with_swap, repeated_blocks
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PROMPT = "a red fox with a green scarf sits on a stone wall in the rain, soft light of an early morning in autumn"
-WARM_UP = 3
+WARM_UP, RANK = 3, 16
 
 FULL: dict[str, Any] = {
     "hidden_size": 3072,
@@ -91,6 +96,7 @@ class Row:
     """One way to take a step.
 
     Args:
+        family: OmniGen with the LoKr of the example; all others with a LoRA of rank 16 on their usual layers.
         trains_all: all weights in bf16, in place of an adapter.
         card_gib: of the card's free memory, what may be used; the rest is taken away.
         goal: (seconds, GiB) on an H100, or None.
@@ -106,6 +112,7 @@ class Row:
     trains_all: bool = False
     card_gib: float | None = None
     goal: tuple[float, float] | None = None
+    family: str = "omnigen"
 
 
 ROWS = {
@@ -130,6 +137,22 @@ ROWS = {
 }
 
 
+# Of every other family the same few, those first that most people run.
+WAYS = {
+    "plain": Row(),
+    "recomputed": Row(recomputes=True),
+    "fp8 recomputed": Row(precision="fp8-torchao", recomputes=True),
+    "int8 recomputed": Row(precision="int8-quanto", recomputes=True),
+    "nf4 recomputed": Row(precision="nf4-bnb", recomputes=True),
+    "compiled": Row(backend="inductor"),
+}
+FAMILY_ROWS = {
+    f"{family} {way}": replace(row, family=family)
+    for family in ("flux", "sdxl", "z_image", "qwen_image")
+    for way, row in WAYS.items()
+}
+
+
 class RandomOmniGen(OmniGen):
     """OmniGen of any shape with random weights, made on the device; its tokenizer is the shipped example's."""
 
@@ -151,26 +174,23 @@ class RandomOmniGen(OmniGen):
         return install(reduce_activation_memory(self.public(), self.spec.block_classes))
 
 
-def random_module(make: Callable[[], nn.Module], device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """A frozen module made on its device, all of it in one number format."""
-    torch.manual_seed(0)
-    usual = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device(device):
-            module = make()
-    finally:
-        torch.set_default_dtype(usual)
-    for tensor in (*module.parameters(), *module.buffers()):  # a few buffers are made in float32
-        if tensor.is_floating_point():
-            tensor.data = tensor.data.to(dtype)
-    return module.eval().requires_grad_(False)
-
-
-def lokr_of_the_example(denoiser: nn.Module, family: OmniGen) -> LycorisAdapter:
+def lokr_of_the_example(denoiser: nn.Module, family: ModelFamily) -> LycorisAdapter:
     """Attach what `config/lycoris_config.json.example` says, in bf16."""
     lycoris = json.loads((REPOSITORY / "config" / "lycoris_config.json.example").read_text(encoding="utf-8"))
     return attach_lycoris(denoiser, lycoris, family.spec, torch.bfloat16, seed=0)
+
+
+def family_of(row: Row, setting: Setting, device: torch.device) -> ModelFamily:
+    if row.family == "omnigen":
+        return RandomOmniGen(setting.shape, device)
+    return random_family(row.family, (FULL_NETWORKS if setting.is_full else TINY_NETWORKS)[row.family], device)
+
+
+def adapter_of(row: Row, denoiser: nn.Module, family: ModelFamily) -> Adapter:
+    """A new adapter in bf16, attached."""
+    if row.family == "omnigen":
+        return lokr_of_the_example(denoiser, family)
+    return attach_lora(denoiser, LoraSettings(rank=RANK), family.spec, torch.bfloat16, seed=0)
 
 
 class Step:
@@ -179,13 +199,13 @@ class Step:
     def __init__(self, row: Row, setting: Setting):
         device = setting.device
         self.row, self.setting = row, setting
-        self.family = RandomOmniGen(setting.shape, device)
+        self.family = family_of(row, setting, device)
         self.family.number_formats = NumberFormats(base=row.precision, packs_on_device=not row.swaps)
         self.denoiser: Any = self.family.load_base()
         adapter: Adapter = (
             FullAdapter(self.denoiser.requires_grad_(True), self.family.spec)
             if row.trains_all
-            else lokr_of_the_example(self.denoiser, self.family)
+            else adapter_of(row, self.denoiser, self.family)
         )
         blocks = self.family.spec.block_classes
         move_with_swap(self.denoiser, blocks, len(repeated_blocks(self.denoiser, blocks)) if row.swaps else 0, device)
@@ -250,7 +270,7 @@ def measure(row: Row, setting: Setting) -> dict[str, Any]:
 
 def planned_bytes(row: Row, setting: Setting, step: Step) -> int:
     """What the functions of `simpletuner plan` say, from modules on `meta`."""
-    family = RandomOmniGen(setting.shape, torch.device("meta"))
+    family = family_of(row, setting, torch.device("meta"))
     denoiser = family.load_denoiser()
     spec = family.spec
     frozen = num_bytes((*denoiser.parameters(), *denoiser.buffers()))
@@ -261,7 +281,7 @@ def planned_bytes(row: Row, setting: Setting, step: Step) -> int:
         trained, frozen = FullAdapter(denoiser.requires_grad_(True), spec).trainable_parameters(), 0
     else:
         with torch.device("meta"):
-            trained = lokr_of_the_example(denoiser, family).trainable_parameters()
+            trained = adapter_of(row, denoiser, family).trainable_parameters()
     state = optimizer_bytes(
         trained, lambda tried: build_optimizer(OptimizerOptions(optimizer="adamw_bf16", learning_rate=1e-4), tried)
     )

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_rows import FULL, PROMPT, RandomOmniGen, random_module
+from gpu_rows import FULL, PROMPT, RandomOmniGen
+from random_families import random_module
 from torch import Tensor, nn
 
 from simpletuner.activation_memory.modules import reduce_activation_memory

@@ -1,19 +1,18 @@
 """Families with random weights of any size and random prompt embeddings: no file is read, nothing is downloaded.
 
 `FULL` has the released shapes, `MEDIUM` the same networks in a size that a processor trains in a second a step: blocks
-512 wide, all kinds of blocks, text of usual length.
+512 wide, all kinds of blocks, text of usual length. `TINY` is for tests.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
 
 import diffusers
 import torch
-from gpu_rows import random_module
 from torch import Tensor, nn
 
 from simpletuner.batch import PromptEmbeds
@@ -69,6 +68,37 @@ FULL = {
     "qwen_image": Network({"num_layers": 60}, text(128, 3584)),
 }  # fmt: skip
 
+TINY = {
+    "sdxl": Network(
+        UNET | {
+            "sample_size": 8, "block_out_channels": (8, 16, 16), "transformer_layers_per_block": (1, 1, 2),
+            "attention_head_dim": (1, 2, 2), "norm_num_groups": 4, "cross_attention_dim": 32,
+            "addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 64,
+        },
+        text(77, 32, 16),
+    ),
+    "flux": Network(
+        {
+            "num_layers": 1, "num_single_layers": 1, "attention_head_dim": 16, "num_attention_heads": 2,
+            "joint_attention_dim": 32, "pooled_projection_dim": 8, "guidance_embeds": True, "axes_dims_rope": (4, 6, 6),
+        },
+        text(32, 32, 8),
+    ),
+    "z_image": Network(
+        {
+            "dim": 32, "n_layers": 1, "n_refiner_layers": 1, "n_heads": 2, "n_kv_heads": 2, "cap_feat_dim": 32,
+            "axes_dims": [8, 4, 4], "axes_lens": [1536, 512, 512],
+        },
+        text(32, 32),
+    ),
+    "qwen_image": Network(
+        {
+            "num_layers": 2, "attention_head_dim": 16, "num_attention_heads": 2, "joint_attention_dim": 32,
+            "axes_dims_rope": (4, 6, 6),
+        },
+        text(32, 32),
+    ),
+}  # fmt: skip
 JOINT = {"attention_head_dim": 64, "num_attention_heads": 8, "joint_attention_dim": 512}
 MEDIUM_UNET = UNET | {
     "sample_size": 64, "block_out_channels": (128, 256, 512), "transformer_layers_per_block": (1, 1, 3),
@@ -139,6 +169,22 @@ MEDIUM = {
         },
     ),
 }  # fmt: skip
+
+
+def random_module(make: Callable[[], nn.Module], device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """A frozen module made on its device, all of it in one number format."""
+    torch.manual_seed(0)
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            module = make()
+    finally:
+        torch.set_default_dtype(usual)
+    for tensor in (*module.parameters(), *module.buffers()):  # a few buffers are made in float32
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(dtype)
+    return module.eval().requires_grad_(False)
 
 
 class RandomParts:

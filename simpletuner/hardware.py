@@ -20,13 +20,16 @@ _DRIVER_SECONDS = 10
 def missing_compiler(device_type: str) -> str | None:
     """What torch.compile lacks to make kernels for a kind of device; None where it is there."""
     if device_type in ("cpu", "meta"):
-        is_there = any(map(shutil.which, ("c++", "g++", "clang++", "cl")))
-        return None if is_there else "a C++ compiler (g++ or clang++)"
-    if importlib.util.find_spec("triton") is None:
+        # The one that torch calls: no other is tried.
+        compiler = os.environ.get("CXX") or {"Darwin": "clang++", "Windows": "cl"}.get(platform.system(), "g++")
+        if not shutil.which(compiler.split()[0]):
+            return f"a C++ compiler ({compiler})"
+    elif importlib.util.find_spec("triton") is None:
         return "triton"
-    # triton compiles a stub in C for each kernel, against the headers of Python.
-    if not any(map(shutil.which, (os.environ.get("CC") or "cc", "gcc", "clang"))):
+    # triton compiles a stub in C for each kernel.
+    elif not any(map(shutil.which, (os.environ.get("CC") or "cc", "gcc", "clang"))):
         return "a C compiler (gcc or clang)"
+    # Kernels of both kinds are modules of Python, compiled against its headers.
     return None if has_python_headers() else "the headers of Python (python3-dev)"
 
 

@@ -63,7 +63,8 @@ def time_steps(
     denoiser.train()
     if (recomputing := GradientCheckpointing.of(config, family.device)) is not None:
         denoiser.enable_gradient_checkpointing(recomputing)
-    compile_blocks(denoiser, family.spec.block_classes, config.precision.dynamo_backend)
+    sizes = {(load.height, load.width) for load in loads}
+    compile_blocks(denoiser, family.spec.block_classes, config.precision.dynamo_backend, len(sizes) > 1)
     parameters = adapter.trainable_parameters()
     optimizer = build_optimizer(config.optimizer, parameters, config.training.seed)
     if family.device.type == "cuda":

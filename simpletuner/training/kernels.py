@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,30 +29,45 @@ PREFERRED: Mapping[str, SDPBackend] = {
 }
 # Of each kind of block: sizes become one variant when there are two; batch 1, masks and gradients double them.
 VARIANTS = 64
+# Where inductor keeps its kernels, and the compiled graphs that they belong to.
+KERNEL_FOLDER = "TORCHINDUCTOR_CACHE_DIR"
 OTHERS = (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
 
 
-def compile_blocks(denoiser: nn.Module, block_classes: Sequence[str], backend: str) -> None:
+def require_compiler(backend: str, device: torch.device) -> None:
+    """Raise before anything is loaded where `dynamo_backend` could not make kernels.
+
+    Raises:
+        MissingDependency: names what is missing.
+    """
+    what = missing_compiler(device.type) if backend == "inductor" else None
+    if what is not None:
+        message = f"inductor needs {what} to make kernels"
+        raise MissingDependency(Problem(message, key="dynamo_backend", fix=f"install {what}, or set it to no"))
+
+
+def compile_blocks(denoiser: nn.Module, block_classes: Sequence[str], backend: str, sizes_vary: bool = False) -> None:
     """Let torch.compile make kernels for the repeated blocks: one compilation serves all of a kind.
 
     Args:
         backend: `dynamo_backend`; `no` leaves them.
+        sizes_vary: whether images of several sizes will come: kernels then serve any number of tokens from the start.
+            For a single size they are made for that size alone, which is faster; a second one makes them anew.
 
     Raises:
         MissingDependency: there is nothing to make kernels with.
     """
     if backend == "no":
         return
-    what = missing_compiler(next(denoiser.parameters()).device.type) if backend == "inductor" else None
-    if what is not None:
-        message = f"inductor needs {what} to make kernels"
-        raise MissingDependency(Problem(message, key="dynamo_backend", fix=f"install {what}, or set it to no"))
-    # A kind of block is compiled again for whatever it is called with: batch size 1, other sizes, with a mask, without
-    # gradients. Beyond its usual limit of 8, dynamo would say so in a log and compute without the compiler.
+    require_compiler(backend, next(denoiser.parameters()).device)
+    # A kind of block is compiled again for whatever it is called with: batch size 1, with a mask, without gradients.
+    # Beyond its usual limit of 8, dynamo would say so in a log and compute without the compiler.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, VARIANTS)
+    if sizes_vary:  # otherwise the kernels of a square image would take its height for the width of all others
+        torch.fx.experimental._config.use_duck_shape = False
     blocks = repeated_blocks(denoiser, block_classes)
     for block in blocks:
-        block.compile(backend=backend)
+        block.compile(backend=backend, dynamic=sizes_vary or None)
         if block is blocks[0] and block._compiled_call_impl is not None:
             block._compiled_call_impl = _with_gradients(block._compiled_call_impl)
 
@@ -74,6 +91,8 @@ def _with_gradients(compiled: Callable[..., Any]) -> Callable[..., Any]:
 def chosen_kernels(config: TrainConfig, device: torch.device) -> Iterator[None]:
     """Inside the context torch computes as `deterministic` and `attention_mechanism` say: training, images, timings.
 
+    What it compiles is kept in `cache_dir`.
+
     Raises:
         ConfigError: the device has no such kernel.
     """
@@ -81,8 +100,26 @@ def chosen_kernels(config: TrainConfig, device: torch.device) -> Iterator[None]:
     with (
         deterministic_kernels(config.precision.deterministic),
         attention_kernel(config.model.attention_mechanism, device, products),
+        kept_kernels(Path(config.data.cache_dir)),
     ):
         yield
+
+
+@contextmanager
+def kept_kernels(cache_dir: Path) -> Iterator[None]:
+    """Inside the context torch keeps what it compiles in `cache_dir`: a further start need not compile it again.
+
+    TORCHINDUCTOR_CACHE_DIR of the environment wins. Where nothing can be written, torch has a temporary folder.
+    """
+    there = next(folder for folder in (cache_dir, *cache_dir.absolute().parents) if folder.exists())
+    if KERNEL_FOLDER in os.environ or not os.access(there, os.W_OK):
+        yield
+        return
+    os.environ[KERNEL_FOLDER] = str((cache_dir / "compiled").absolute())
+    try:
+        yield
+    finally:
+        del os.environ[KERNEL_FOLDER]
 
 
 @contextmanager

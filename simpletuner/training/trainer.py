@@ -56,7 +56,7 @@ from simpletuner.training.evaluate import read_eval_history, restore_best
 from simpletuner.training.evaluation import losses_as_json, losses_from_json
 from simpletuner.training.finish import finish_run, was_finished
 from simpletuner.training.gradient_checkpointing import GradientCheckpointing
-from simpletuner.training.kernels import chosen_kernels, compile_blocks
+from simpletuner.training.kernels import chosen_kernels, compile_blocks, require_compiler
 from simpletuner.training.lock import write_lock
 from simpletuner.training.loop import run_training
 from simpletuner.training.loss_scale import LossScale
@@ -174,6 +174,7 @@ def build_run(
 
     family = build_family(loaded.config)
     require_device(family.number_formats, family.device, family.dtype)
+    require_compiler(config.precision.dynamo_backend, family.device)
     trained_dtype = weight_dtype(config) if config.model.model_type == "full" else adapter_dtype(config)
     require_optimizer(config.optimizer, family.device, trained_dtype)
     require_trained_parts(loaded, family)
@@ -201,7 +202,8 @@ def build_run(
         recomputing = GradientCheckpointing.of(config, family.device)
         if recomputing is not None:
             cast(Any, denoiser).enable_gradient_checkpointing(recomputing)
-        compile_blocks(denoiser, family.spec.block_classes, config.precision.dynamo_backend)
+        sizes = {size for dataset in datasets for size in dataset.buckets}
+        compile_blocks(denoiser, family.spec.block_classes, config.precision.dynamo_backend, len(sizes) > 1)
     choose_kernels(loaded, adapter, family.device, start.resume_from, bus, process_group)
     choose_8_bit_products(loaded, denoiser, family.device, start.resume_from, bus, process_group)
     parameters = adapter.trainable_parameters()

@@ -15,6 +15,7 @@ import torch
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+META = torch.device("meta")
 FOLDER = Path(__file__).resolve().parents[3] / "benchmarks"
 
 
@@ -34,7 +35,7 @@ def parts_of(file: Path) -> dict:
 
 
 # The eighth is `verify-resume`, which has its own tests and takes minutes.
-PARTS = ("1 ,2,3,4,5,6,7", "9,10,11,12", "row: ", "published")
+PARTS = ("1 ,2,3,4,5,6,7", "9,10,11,12", "row: ", "published", "family: z_image")
 
 
 @pytest.mark.ci
@@ -45,16 +46,17 @@ def test_every_part_runs_on_a_tiny_shape(only: str, benchmark: ModuleType, tmp_p
 
 
 SOME = ("row: recomputed to fit 15.5 GiB", "row: int8 all blocks swapped", "row: all weights by measure")
+FAMILY_ROWS = ("family: flux plain", "family: sdxl recomputed", "family: qwen_image int8 recomputed")
 OTHERS = ("4 waits", "5 parked inputs with dropout", "11 a padded batch", "published: omnigen lora")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [*SOME, *OTHERS])
+@pytest.mark.parametrize("name", [*SOME, *FAMILY_ROWS, *OTHERS])
 def test_a_part_runs_on_a_tiny_shape(name: str, benchmark: ModuleType, rows: ModuleType) -> None:
     setting = rows.setting_of(is_tiny=True)
     found = benchmark.parts(setting)[name](setting)
     json.dumps(found)
-    if name.startswith("row: "):
+    if name.startswith(("row: ", "family: ")):
         assert found["seconds"] > 0
         assert found["planned_gib"] >= 0
     if name == "5 parked inputs with dropout":
@@ -77,12 +79,22 @@ def test_the_measurements_come_first_and_in_order(benchmark: ModuleType, rows: M
     numbers = [int(name.split()[0]) for name in names if name[0].isdigit()]
     assert numbers == sorted(numbers)
     assert set(numbers) == set(range(1, 13))
-    assert [name.partition(":")[0] for name in names[len(numbers) :]] == ["row"] * len(rows.ROWS) + ["published"] * 6
+    kinds = ["row"] * len(rows.ROWS) + ["published"] * 6 + ["family"] * len(rows.FAMILY_ROWS)
+    assert [name.partition(":")[0] for name in names[len(numbers) :]] == kinds
 
 
 def test_the_full_shape_is_the_released_one(rows: ModuleType) -> None:
     model = rows.RandomOmniGen(rows.FULL, torch.device("meta")).public()
     assert sum(parameter.numel() for parameter in model.parameters()) == 3_762_072_592
+
+
+@pytest.mark.parametrize(
+    ("family", "count"),
+    [("sdxl", 2_567_463_684), ("flux", 11_901_408_320), ("z_image", 6_154_908_736), ("qwen_image", 20_430_401_088)],
+)
+def test_other_families_have_the_released_shape(family: str, count: int, rows: ModuleType) -> None:
+    model = rows.family_of(rows.Row(family=family), rows.Setting(True, META, 1024), META).public()
+    assert sum(parameter.numel() for parameter in model.parameters()) == count
 
 
 def test_a_missed_goal_is_seen(rows: ModuleType) -> None:

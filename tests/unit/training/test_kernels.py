@@ -3,61 +3,156 @@
 from __future__ import annotations
 
 import logging
+import os
+import platform
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch._dynamo.utils import counters
 
+from simpletuner.errors import MissingDependency
+from simpletuner.families.registry import get_spec
 from simpletuner.models.build import build_family
+from simpletuner.training import kernels
 from simpletuner.training.build import attach_adapter
-from simpletuner.training.kernels import compile_blocks
+from simpletuner.training.gradient_checkpointing import GradientCheckpointing
+from simpletuner.training.kernels import compile_blocks, kept_kernels, require_compiler
 from simpletuner.training.planning.shapes import empty_batch
 from simpletuner.training.step import compute_losses, sample_noise
 from tests.runs import load_here, write_run
+from tests.tiny_folders import TINY_FOLDERS
 
 SIZES = ((64, 64), (96, 64), (64, 96), (128, 64), (64, 128), (96, 96))
 PROMPTS = {"of one length": ["a red star", "a red star"], "padded": ["a red star", "a moon that is blue"]}
 
 
-@pytest.mark.slow
-def test_sizes_batches_masks_and_evaluation_never_fall_back_to_eager(
-    tmp_path: Path, omnigen_folder: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[torch.fx.GraphModule]]:
+    """What was compiled by the backend `counting`, which computes it as it stands."""
     torch._dynamo.reset()
     counters.clear()
-    loaded = load_here(write_run(tmp_path, omnigen_folder))
-    family = build_family(loaded.config)
-    denoiser = family.load_base()
-    attach_adapter(loaded, family, denoiser)
-    calls = {"compiled": 0}
+    graphs: list[torch.fx.GraphModule] = []
 
     def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> object:
-        calls["compiled"] += 1
+        graphs.append(graph)
         return graph.forward
 
     monkeypatch.setitem(torch._dynamo.backends.registry._BACKENDS, "counting", None)
     monkeypatch.setitem(torch._dynamo.backends.registry._COMPILER_FNS, "counting", backend)
+    monkeypatch.setattr(torch.fx.experimental._config, "use_duck_shape", True)  # the usual value, back at the end
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        yield graphs
+    torch._dynamo.reset()
+
+
+def loss_of(family: Any, denoiser: Any, prompts: list[str], height: int, width: int) -> torch.Tensor:
+    batch = empty_batch(family, height, width, family.encode_prompts(prompts))
+    quantiles = torch.full((len(prompts),), 0.5, dtype=torch.float64)
+    return compute_losses(family, denoiser, batch, sample_noise(batch, 0, 0), quantiles).weighted_sum
+
+
+@pytest.mark.slow
+def test_sizes_batches_masks_and_evaluation_never_fall_back_to_eager(
+    tmp_path: Path, omnigen_folder: Path, caplog: pytest.LogCaptureFixture, compiled: list[torch.fx.GraphModule]
+) -> None:
+    loaded = load_here(write_run(tmp_path, omnigen_folder))
+    family = build_family(loaded.config)
+    denoiser = family.load_base()
+    attach_adapter(loaded, family, denoiser)
     compile_blocks(denoiser, family.spec.block_classes, "counting")
-    with (
-        caplog.at_level(logging.WARNING, logger="torch._dynamo"),
-        torch._dynamo.config.patch(fail_on_recompile_limit_hit=True),
-    ):
+    with caplog.at_level(logging.WARNING, logger="torch._dynamo"):
         for count, names in ((1, ["of one length"]), (2, list(PROMPTS))):
             for name in names:
-                embeds = family.encode_prompts(PROMPTS[name][:count])
                 for height, width in SIZES:
-                    batch = empty_batch(family, height, width, embeds)
-                    quantiles = torch.full((count,), 0.5, dtype=torch.float64)
-                    for trains in (True, False):
-                        with torch.set_grad_enabled(trains):
-                            loss = compute_losses(family, denoiser, batch, sample_noise(batch, 0, 0), quantiles)
-                        if trains:
-                            loss.weighted_sum.backward()
+                    loss_of(family, denoiser, PROMPTS[name][:count], height, width).backward()
+                    with torch.no_grad():
+                        loss_of(family, denoiser, PROMPTS[name][:count], height, width)
     assert "recompile_limit" not in caplog.text
-    assert 0 < calls["compiled"] <= 24
+    assert 0 < len(compiled) <= 24
     assert not counters["graph_break"]
-    torch._dynamo.reset()
+
+
+WAYS: dict[str, dict[str, Any]] = {
+    "LoRA": {"lora_type": "standard", "lora_rank": 2},
+    "LoRA, recomputed": {"lora_type": "standard", "lora_rank": 2, "gradient_checkpointing": True},
+    "LoKr, recomputed": {"gradient_checkpointing": True},
+    "int8 base, recomputed": {"gradient_checkpointing": True, "base_model_precision": "int8-quanto"},
+}
+FAMILIES = {"omnigen": [*WAYS], "flux": ["LoRA"], "sdxl": ["LoRA"], "z_image": ["LoRA, recomputed"]}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "way"), [(name, way) for name, ways in FAMILIES.items() for way in ways])
+def test_what_one_size_was_compiled_for_serves_all_sizes(
+    name: str, way: str, tmp_path: Path, compiled: list[torch.fx.GraphModule]
+) -> None:
+    model = TINY_FOLDERS[name](tmp_path / "model")
+    loaded = load_here(write_run(tmp_path, model, model_family=name, **WAYS[way]))
+    family = build_family(loaded.config)
+    denoiser: Any = family.load_base()
+    attach_adapter(loaded, family, denoiser)
+    recomputing = GradientCheckpointing.of(loaded.config, family.device)
+    if recomputing is not None:
+        denoiser.enable_gradient_checkpointing(recomputing)
+    denoiser.train()
+    compile_blocks(denoiser, get_spec(name).block_classes, "counting", sizes_vary=True)
+    counts = []
+    for height, width in SIZES:
+        loss_of(family, denoiser, PROMPTS["padded"], height, width).backward()
+        counts.append(len(compiled))
+    assert counts[0] > 0
+    assert counts == [counts[0]] * len(counts)
+    assert not counters["graph_break"]
+
+
+def test_compiled_kernels_are_kept_beside_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(kernels.KERNEL_FOLDER, raising=False)
+    with kept_kernels(tmp_path / "cache"):
+        assert os.environ[kernels.KERNEL_FOLDER] == str(tmp_path / "cache" / "compiled")
+    assert kernels.KERNEL_FOLDER not in os.environ
+
+
+def test_the_users_folder_for_compiled_kernels_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(kernels.KERNEL_FOLDER, "/elsewhere")
+    with kept_kernels(tmp_path):
+        assert os.environ[kernels.KERNEL_FOLDER] == "/elsewhere"
+    assert os.environ[kernels.KERNEL_FOLDER] == "/elsewhere"
+
+
+def test_a_folder_that_cannot_be_written_gets_no_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(kernels.KERNEL_FOLDER, raising=False)
+    monkeypatch.setattr(kernels.os, "access", lambda path, mode: False)
+    with kept_kernels(tmp_path / "cache"):
+        assert kernels.KERNEL_FOLDER not in os.environ
+
+
+@pytest.mark.parametrize(
+    ("there", "headers", "missing"),
+    [((), True, "C++ compiler (g++)"), (("clang++",), True, "C++ compiler (g++)"), (("g++",), False, "python3-dev")],
+)
+def test_what_a_processor_needs_for_kernels_is_named(
+    there: tuple[str, ...], headers: bool, missing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch calls g++ or what CXX says, and includes Python.h."""
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(platform, "system", lambda: "Linux")
+    monkeypatch.setattr("shutil.which", lambda name: name if name in there else None)
+    monkeypatch.setattr("simpletuner.hardware.has_python_headers", lambda: headers)
+    with pytest.raises(MissingDependency) as caught:
+        require_compiler("inductor", torch.device("cpu"))
+    assert missing in caught.value.render()
+    assert caught.value.problems[0].key == "dynamo_backend"
+    require_compiler("aot_eager", torch.device("cpu"))
+
+
+def test_a_compiler_that_cxx_names_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "clang++ -O1")
+    monkeypatch.setattr("shutil.which", lambda name: name if name == "clang++" else None)
+    monkeypatch.setattr("simpletuner.hardware.has_python_headers", lambda: True)
+    require_compiler("inductor", torch.device("cpu"))
 
 
 def test_a_first_block_is_called_like_all_others() -> None:
