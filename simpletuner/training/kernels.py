@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx.experimental import _config as symbolic_config
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from simpletuner.config.options import TrainConfig
@@ -64,7 +65,7 @@ def compile_blocks(denoiser: nn.Module, block_classes: Sequence[str], backend: s
     # Beyond its usual limit of 8, dynamo would say so in a log and compute without the compiler.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, VARIANTS)
     if sizes_vary:  # otherwise the kernels of a square image would take its height for the width of all others
-        torch.fx.experimental._config.use_duck_shape = False
+        symbolic_config.use_duck_shape = False
     blocks = repeated_blocks(denoiser, block_classes)
     for block in blocks:
         block.compile(backend=backend, dynamic=sizes_vary or None)

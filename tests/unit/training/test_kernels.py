@@ -12,17 +12,18 @@ from typing import Any
 import pytest
 import torch
 from torch._dynamo.utils import counters
+from torch.fx.experimental import _config as symbolic_config
 
 from simpletuner.errors import MissingDependency
 from simpletuner.families.registry import get_spec
 from simpletuner.models.build import build_family
-from simpletuner.training import kernels
+from simpletuner.training import kernels, trainer
 from simpletuner.training.build import attach_adapter
 from simpletuner.training.gradient_checkpointing import GradientCheckpointing
 from simpletuner.training.kernels import compile_blocks, kept_kernels, require_compiler
 from simpletuner.training.planning.shapes import empty_batch
 from simpletuner.training.step import compute_losses, sample_noise
-from tests.runs import load_here, write_run
+from tests.runs import dataset, load_here, train_here, write_images, write_run
 from tests.tiny_folders import TINY_FOLDERS
 
 SIZES = ((64, 64), (96, 64), (64, 96), (128, 64), (64, 128), (96, 96))
@@ -42,8 +43,10 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[torch.fx.GraphMod
 
     monkeypatch.setitem(torch._dynamo.backends.registry._BACKENDS, "counting", None)
     monkeypatch.setitem(torch._dynamo.backends.registry._COMPILER_FNS, "counting", backend)
-    monkeypatch.setattr(torch.fx.experimental._config, "use_duck_shape", True)  # the usual value, back at the end
-    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+    with (
+        torch._dynamo.config.patch(fail_on_recompile_limit_hit=True),
+        symbolic_config.patch(use_duck_shape=True),  # what a test sets is taken back
+    ):
         yield graphs
     torch._dynamo.reset()
 
@@ -81,11 +84,12 @@ WAYS: dict[str, dict[str, Any]] = {
     "LoKr, recomputed": {"gradient_checkpointing": True},
     "int8 base, recomputed": {"gradient_checkpointing": True, "base_model_precision": "int8-quanto"},
 }
-FAMILIES = {"omnigen": [*WAYS], "flux": ["LoRA"], "sdxl": ["LoRA"], "z_image": ["LoRA, recomputed"]}
+QUICK = [("omnigen", "LoRA"), ("omnigen", "LoKr, recomputed"), ("omnigen", "int8 base, recomputed")]
+LONG = [("flux", "LoRA"), ("sdxl", "LoRA"), ("z_image", "LoRA, recomputed"), ("omnigen", "LoRA, recomputed")]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "way"), [(name, way) for name, ways in FAMILIES.items() for way in ways])
+@pytest.mark.parametrize(("name", "way"), [*QUICK, *(pytest.param(*each, marks=pytest.mark.ci) for each in LONG)])
 def test_what_one_size_was_compiled_for_serves_all_sizes(
     name: str, way: str, tmp_path: Path, compiled: list[torch.fx.GraphModule]
 ) -> None:
@@ -106,6 +110,36 @@ def test_what_one_size_was_compiled_for_serves_all_sizes(
     assert counts[0] > 0
     assert counts == [counts[0]] * len(counts)
     assert not counters["graph_break"]
+
+
+@pytest.mark.parametrize(("sides", "vary"), [([64, 64], False), ([64, 96], True)])
+def test_kernels_serve_any_size_where_the_run_has_several(
+    sides: list[int], vary: bool, tmp_path: Path, omnigen_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[bool] = []
+    monkeypatch.setattr(trainer, "compile_blocks", lambda *arguments: asked.append(arguments[-1]))
+    data = [dataset(f"part{number}", resolution=side) for number, side in enumerate(sides)]
+    for entry in data:
+        write_images(tmp_path / entry["id"], 2, seed=1, side=96)
+    train_here(write_run(tmp_path, omnigen_folder, data, max_train_steps=1))
+    assert asked == [vary]
+
+
+@pytest.mark.ci
+def test_a_resumed_run_finds_its_kernels(tmp_path: Path, omnigen_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(kernels.KERNEL_FOLDER, raising=False)
+    folder = write_run(tmp_path, omnigen_folder, max_train_steps=1, dynamo_backend="inductor")
+    found = []
+    for steps in (1, 2):
+        torch._dynamo.reset()
+        counters.clear()
+        train_here(folder, "--resume_from_checkpoint=latest", f"--max_train_steps={steps}")
+        found.append((counters["inductor"]["fxgraph_cache_miss"], counters["aot_autograd"]["autograd_cache_hit"]))
+    torch._dynamo.reset()
+    assert any((folder / "cache" / "compiled").iterdir())
+    assert found[0][0] > 0
+    assert found[1][0] == 0
+    assert found[1][1] > 0
 
 
 def test_compiled_kernels_are_kept_beside_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
