@@ -79,10 +79,12 @@ class Side:
     Args:
         losses: () the loss of one forward pass.
         parameters: that train.
+        denoiser: with its adapter.
     """
 
     losses: Callable[[], Tensor]
     parameters: list[nn.Parameter]
+    denoiser: nn.Module
 
 
 def ours(name: str, adapter: str, recomputes: bool, device: torch.device, pixels: int, shape: Any = None) -> Side:
@@ -109,7 +111,7 @@ def ours(name: str, adapter: str, recomputes: bool, device: torch.device, pixels
     if device.type == "meta":
         noise = torch.zeros_like(batch.latents)  # type: ignore[arg-type]
     trained = [parameter for parameter in denoiser.parameters() if parameter.requires_grad]
-    return Side(lambda: compute_losses(family, denoiser, batch, noise, quantiles).weighted_sum, trained)
+    return Side(lambda: compute_losses(family, denoiser, batch, noise, quantiles).weighted_sum, trained, denoiser)
 
 
 def published(name: str, adapter: str, recomputes: bool, device: torch.device, pixels: int, shape: Any = None) -> Side:
@@ -170,4 +172,4 @@ def published(name: str, adapter: str, recomputes: bool, device: torch.device, p
         output = FluxPipeline._unpack_latents(output, 8 * side, 8 * side, 8)
         return (output.float() - (noise - latents).float()).square().mean()
 
-    return Side(loss, trained)
+    return Side(loss, trained, denoiser)

@@ -33,7 +33,7 @@ CHEAP = frozenset((
 ))
 # fmt: on
 # Products, which `makes_products` adds where they widen their input: the first layer of an MLP.
-PRODUCTS = frozenset(("linear", "unpacked_product", "kron_linear"))
+PRODUCTS = frozenset(("linear", "packed_product", "kron_linear"))
 
 
 Made: TypeAlias = dict[int, Tensor]

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from simpletuner.precision.formats import RowScaled, Sharded, WeightFormat
 from simpletuner.precision.products import (
@@ -81,7 +82,7 @@ class QuantizedLinear(nn.Linear):
         kind = input.device.type
         if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
             input = input.to(torch.get_autocast_dtype(kind))
-        return _FrozenProduct.apply(input, self, *self.parts.values())
+        return packed_product(input, self, *self.parts.values())
 
     def output(self, x: Tensor, parts: Sharded, ways: Ways) -> Tensor:
         """(..., in_features) -> (..., out_features), without a graph."""
@@ -112,6 +113,13 @@ def exact_activations(module: nn.Module) -> Iterator[None]:
     finally:
         for layer, ways in zip(layers, before, strict=True):
             layer.ways = ways
+
+
+def packed_product(input: Tensor, layer: QuantizedLinear, *parts: Tensor) -> Tensor:
+    """What a layer makes of its input with these parts; like torch's own product seen by `__torch_function__`."""
+    if not torch.compiler.is_compiling() and has_torch_function_unary(input):
+        return handle_torch_function(packed_product, (input,), input, layer, *parts)
+    return _FrozenProduct.apply(input, layer, *parts)
 
 
 class _FrozenProduct(torch.autograd.Function):

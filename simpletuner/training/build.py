@@ -10,6 +10,7 @@ from pathlib import Path
 
 from torch import nn
 
+from simpletuner.activation_memory.modules import make_products_again
 from simpletuner.adapters.base import Adapter
 from simpletuner.adapters.build import build_adapter
 from simpletuner.config.loading import LoadedRun
@@ -31,6 +32,7 @@ from simpletuner.validation.validator import Validator
 
 def attach_adapter(loaded: LoadedRun, family: ModelFamily, denoiser: nn.Module) -> Adapter:
     """What the configuration trains, attached to a denoiser; `simpletuner plan` gives it one without values."""
+    make_products_again(denoiser, loaded.config.model.activation_memory == "lowest")
     return build_adapter(denoiser, family.spec_of_weights, loaded.config, loaded.lycoris)  # its files say which spec
 
 

@@ -114,6 +114,12 @@ class ModelOptions(OptionGroup):
         help="Where the inputs of checkpointed blocks wait: on the device, or in main memory (`unsloth`), which saves "
         "more and costs copies.",
     )
+    activation_memory: Literal["low", "lowest"] = option(
+        "low",
+        help="What a block keeps for the backward pass. `low`: what is cheap to make is made again. `lowest`: the "
+        "first product of its MLP too, which takes less memory and less time than `gradient_checkpointing`. The "
+        "result is the same. Of compiled blocks the compiler decides.",
+    )
     attention_mechanism: AttentionKernel | RefusedAttention = option(
         "diffusers",
         help="Which of torch's attention kernels is tried first; `diffusers` leaves it to torch.",

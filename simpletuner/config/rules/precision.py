@@ -90,6 +90,13 @@ def what_belongs_to_checkpointing_has_it(draft: Draft) -> Iterator[Problem]:
         yield draft.problem(message, "gradient_checkpointing_backend", fix="set gradient_checkpointing to true")
 
 
+def compiled_blocks_keep_what_the_compiler_says(draft: Draft) -> Iterator[Problem]:
+    config = draft.config
+    if config.model.activation_memory != "low" and config.precision.dynamo_backend != "no":
+        message = "of compiled blocks the compiler decides what is kept"
+        yield draft.problem(message, "activation_memory", "low", fix="remove it, or set dynamo_backend to no")
+
+
 def kernels_chosen_by_timing_are_not_deterministic(draft: Draft) -> Iterator[Problem]:
     config = draft.config
     if config.precision.deterministic and config.precision.dynamo_backend == "inductor":
@@ -98,6 +105,7 @@ def kernels_chosen_by_timing_are_not_deterministic(draft: Draft) -> Iterator[Pro
 
 
 PRECISION_RULES = (
+    compiled_blocks_keep_what_the_compiler_says,
     kernels_chosen_by_timing_are_not_deterministic,
     swapped_blocks_are_recomputed,
     what_belongs_to_checkpointing_has_it,

@@ -14,8 +14,11 @@ from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 from simpletuner.activation_memory import recompute
-from simpletuner.activation_memory.modules import reduce_activation_memory
+from simpletuner.activation_memory.modules import make_products_again, reduce_activation_memory
 from simpletuner.activation_memory.tracing import Trace
+from simpletuner.adapters.lokr import kron_linear
+from simpletuner.precision.linear import QuantizedLinear
+from simpletuner.precision.quantize import get_format
 
 WIDTH, HEADS, TOKENS = 16, 2, 6
 
@@ -171,6 +174,40 @@ def test_products_are_computed_again_only_where_that_is_asked_for_and_they_widen
 
         found[makes_products] = kept_bytes(run, block)
     assert found[False] - found[True] == 4 * inputs[0].numel() * 4
+
+
+def as_lokr(layer: nn.Linear) -> nn.Module:
+    """Two factors beside a frozen layer, as `adapters/lokr.py` computes them."""
+
+    class Lokr(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.base, self.w1 = layer, nn.Parameter(torch.randn(4, 2))
+            self.w2 = nn.Parameter(torch.randn(layer.out_features // 4, layer.in_features // 2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.base(x) + kron_linear(x, self.w1, self.w2)
+
+    return Lokr()
+
+
+def packed(layer: nn.Linear) -> nn.Module:
+    return QuantizedLinear(layer, get_format("int8-quanto"))
+
+
+@pytest.mark.parametrize("change", [packed, as_lokr, lambda layer: as_lokr(packed(layer))])
+def test_packed_weights_and_factors_are_multiplied_again_too(change: Callable[[Any], nn.Module]) -> None:
+    block, inputs = Block(adapts_mlp=False), inputs_of()
+    block.up = change(block.up)
+    expected = results(block, inputs)
+    reduce_activation_memory(block, ("Block",))
+    found = {}
+    for is_on in (False, True):
+        make_products_again(block, is_on)
+        found[is_on] = kept_bytes(lambda: block(*inputs), block)
+        for actual, wanted in zip(results(block, inputs), expected, strict=True):
+            torch.testing.assert_close(actual, wanted)
+    assert found[False] - found[True] >= 4 * inputs[0].numel() * 4
 
 
 def traced(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:

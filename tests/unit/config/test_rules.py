@@ -78,6 +78,7 @@ def test_the_sound_configuration_breaks_no_rule(workspace: Workspace) -> None:
         ({"gradient_checkpointing": False, "musubi_blocks_to_swap": 2}, "musubi_blocks_to_swap", "not recomputed"),
         ({"musubi_blocks_to_swap": 2, "gradient_checkpointing_interval": "auto"}, "musubi_blocks_to_swap", "remove"),
         ({"enable_group_offload": True, "dynamo_backend": "inductor"}, "enable_group_offload", "stay on the device"),
+        ({"activation_memory": "lowest", "dynamo_backend": "eager"}, "activation_memory", "dynamo_backend to no"),
         ({"attention_mechanism": "xformers"}, "attention_mechanism", "use native-efficient"),
         ({"ramtorch": True}, "ramtorch", "enable_group_offload"),
         ({"base_model_precision": "int8dq-int4-torchao"}, "base_model_precision", "or int8dq-torchao"),
