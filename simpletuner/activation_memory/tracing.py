@@ -64,8 +64,8 @@ class Kept:
 
     def __init__(self, tensor: Tensor):
         hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
-        pack, self._unpack = hooks or (None, None)
-        self._tensor = tensor if pack is None else pack(tensor)
+        self._unpack: Callable[[Any], Tensor] | None = hooks[1] if hooks else None
+        self._tensor: Any = hooks[0](tensor) if hooks else tensor
 
     def get(self) -> Tensor:
         if self._unpack is not None:  # gradient checkpointing allows it once
@@ -114,8 +114,11 @@ class Step:
         pending: saved places that will ask for the tensor.
     """
 
-    __slots__ = ("_cached", "arguments", "function", "index", "is_again", "layout", "num_bytes")
-    __slots__ += ("options", "pending", "storage")
+    # fmt: off
+    __slots__ = (
+        "_cached", "arguments", "function", "index", "is_again", "layout", "num_bytes", "options", "pending", "storage",
+    )
+    # fmt: on
 
     def __init__(self, index: int, function: Callable[..., Tensor], arguments: Any, options: Any, made: Tensor):
         self.index, self.function, self.arguments, self.options = index, function, arguments, options
@@ -250,7 +253,7 @@ class Trace(TorchFunctionMode):
             return
         weak = StorageWeakRef(output.untyped_storage())
         # Views of the output hold its base, which shares its version.
-        base = output._base if output._is_view() else output
+        base = output if output._base is None else output._base
         self._made[step.storage] = _Made(step, weak, weakref.ref(base), output._version)
 
     def _inputs(self, value: Any) -> Any:
@@ -298,6 +301,7 @@ class Trace(TorchFunctionMode):
             if saved.step is None or not saved.step.is_again:
                 saved.step, saved.kept = None, keeper.keep(saved.tensor)
             else:
+                assert saved.tensor is not None
                 saved.layout, saved.context = Layout.of(saved.tensor), self.context
                 saved.step.pending += 1
                 keeper.prepare(saved.step)
