@@ -17,7 +17,7 @@ def repeated_layers(encoder: nn.Module) -> list[nn.Module]:
     """The items of all lists of modules that are in no other list: `layers`, T5's `block`, a tower's `blocks`."""
     found: list[nn.Module] = []
     for child in encoder.children():
-        found += child if isinstance(child, nn.ModuleList) else repeated_layers(child)
+        found += list(child) if isinstance(child, nn.ModuleList) else repeated_layers(child)
     return found
 
 
