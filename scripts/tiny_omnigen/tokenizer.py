@@ -10,7 +10,7 @@ from __future__ import annotations
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from .shapes import BACKGROUNDS, COLOURS, POSITIONS, SHAPES, SIZES
+from .shapes import BACKGROUNDS, COLORS, POSITIONS, SHAPES, SIZES
 
 # The order gives the ids. OmniGen's processor pads with 2 and drops a leading 1 from later chunks.
 SPECIAL_TOKENS = (
@@ -38,7 +38,7 @@ TEMPLATE = "<|user|>\n" + INSTRUCTION + "\n{prompt}<|end|>\n<|assistant|>\n<|dif
 
 def process_words() -> list[str]:
     """Every word that a caption can contain, the new shape's included."""
-    phrases = [*SHAPES, *COLOURS, *BACKGROUNDS, *SIZES, *POSITIONS, "a", "background"]
+    phrases = [*SHAPES, *COLORS, *BACKGROUNDS, *SIZES, *POSITIONS, "a", "background"]
     return list(dict.fromkeys(word for phrase in phrases for word in phrase.split()))
 
 
