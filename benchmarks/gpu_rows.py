@@ -36,6 +36,7 @@ from simpletuner.models.omnigen.family import OmniGen
 from simpletuner.optim.clipping import clip_by_value
 from simpletuner.optim.optimizers import build_optimizer
 from simpletuner.precision.mixed import autocast, deterministic_kernels
+from simpletuner.precision.product_trials import choose_products
 from simpletuner.precision.quantize import NumberFormats, saved_bytes
 from simpletuner.training.gradient_checkpointing import GradientCheckpointing
 from simpletuner.training.kernels import compile_blocks
@@ -96,6 +97,7 @@ class Row:
     """One way to take a step.
 
     Args:
+        products: in 8 bits, as `quantize_activations` has them.
         family: OmniGen with the LoKr of the example; all others with a LoRA of rank 16 on their usual layers.
         trains_all: all weights in bf16, in place of an adapter.
         card_gib: of the card's free memory, what may be used; the rest is taken away.
@@ -103,6 +105,7 @@ class Row:
     """
 
     precision: str = "no_change"
+    products: bool = False
     recomputes: bool = False
     measures_memory: bool = False
     offloads_inputs: bool = False
@@ -127,6 +130,8 @@ ROWS = {
     "int8": Row(precision="int8-quanto"),
     "int8 recomputed": Row(precision="int8-quanto", recomputes=True),
     "fp8 recomputed": Row(precision="fp8-torchao", recomputes=True),
+    "int8 products recomputed": Row(precision="int8-torchao", products=True, recomputes=True),
+    "fp8 products recomputed": Row(precision="fp8-torchao", products=True, recomputes=True),
     "nf4 recomputed": Row(precision="nf4-bnb", recomputes=True),
     "int4 recomputed": Row(precision="int4-quanto", recomputes=True),
     "int8 inputs in main memory": Row(precision="int8-quanto", recomputes=True, offloads_inputs=True),
@@ -142,7 +147,9 @@ WAYS = {
     "plain": Row(),
     "recomputed": Row(recomputes=True),
     "fp8 recomputed": Row(precision="fp8-torchao", recomputes=True),
+    "fp8 products recomputed": Row(precision="fp8-torchao", products=True, recomputes=True),
     "int8 recomputed": Row(precision="int8-quanto", recomputes=True),
+    "int8 products recomputed": Row(precision="int8-torchao", products=True, recomputes=True),
     "nf4 recomputed": Row(precision="nf4-bnb", recomputes=True),
     "compiled": Row(backend="inductor"),
 }
@@ -200,7 +207,7 @@ class Step:
         device = setting.device
         self.row, self.setting = row, setting
         self.family = family_of(row, setting, device)
-        self.family.number_formats = NumberFormats(base=row.precision, packs_on_device=not row.swaps)
+        self.family.number_formats = NumberFormats(row.precision, row.products, packs_on_device=not row.swaps)
         self.denoiser: Any = self.family.load_base()
         adapter: Adapter = (
             FullAdapter(self.denoiser.requires_grad_(True), self.family.spec)
@@ -217,6 +224,7 @@ class Step:
         compile_blocks(self.denoiser, blocks, row.backend)
         chooses = row.backend == "no" and not row.deterministic
         self.kernels = adapter.choose_kernels(device, torch.bfloat16, {}) if chooses else []
+        self.kernels += choose_products(self.denoiser, device, torch.bfloat16, {}, chooses)
         self.denoiser.train()
         self.parameters = adapter.trainable_parameters()
         self.optimizer = build_optimizer(OptimizerOptions(optimizer="adamw_bf16", learning_rate=1e-4), self.parameters)
