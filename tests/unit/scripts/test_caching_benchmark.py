@@ -13,6 +13,7 @@ import torch
 FOLDER = Path(__file__).resolve().parents[3] / "benchmarks"
 
 
+@pytest.mark.slow
 def test_the_benchmark_of_caching_runs_on_a_few_images(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
