@@ -35,6 +35,11 @@ FEED_FORWARD = "down_blocks.1.attentions.0.transformer_blocks.0.ff.net.2"
             "read by ComfyUI and kohya's scripts; diffusers refuses it for 1 of 2 layers",
         ),
         ("flux", "lycoris", "lokr", (), "read by ComfyUI and LyCORIS"),
+        ("krea2", "comfyui", "lora", (), "read by ComfyUI and diffusers"),
+        (
+            *("flux2", "comfyui", "lora", ("norm_out.linear", "proj_out")),
+            "read by ComfyUI; diffusers misreads 1 of 2 layers",
+        ),
         ("omnigen", "kohya", "lora", (), "read by no other program that is known"),
     ],
 )
