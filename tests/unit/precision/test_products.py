@@ -35,7 +35,7 @@ def packed(name: str = "int8-quanto", rows: int = 48, columns: int = 64, dtype: 
     return QuantizedLinear(plain, get_format(name), "", quantizes_activations=True)
 
 
-def step(layer: nn.Module, x: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+def step(layer: Any, x: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
     """Output, and gradient to the input."""
     x = x.clone().requires_grad_()
     output = layer(x)
@@ -138,8 +138,13 @@ def test_parts_of_many_tokens_give_the_bits_of_all_at_once(name: str, monkeypatc
     layer, x, gradient = packed(name), torch.randn(3, 50, 64), torch.randn(3, 50, 48)
     expected = step(layer, x, gradient)
     counts: list[int] = []
+
+    def counted(left: Tensor, right: Tensor) -> Tensor:
+        counts.append(len(left))
+        return multiply(left, right)
+
     monkeypatch.setattr(products, "PART", 64 * 40)
-    monkeypatch.setattr(products, "multiply", lambda left, right: counts.append(len(left)) or multiply(left, right))
+    monkeypatch.setattr(products, "multiply", counted)
     for found, right in zip(step(layer, x, gradient), expected, strict=True):
         torch.testing.assert_close(
             found, right, rtol=1e-6 if name not in INT8 else 0, atol=1e-6 if name not in INT8 else 0
@@ -160,7 +165,12 @@ def test_a_copied_matrix_gives_the_same_numbers(name: str) -> None:
 def test_products_of_autocast_are_in_its_dtype_and_no_sum_is(monkeypatch: pytest.MonkeyPatch) -> None:
     layer, x = packed("fp8-torchao"), torch.randn(40, 64)
     sums: list[Tensor] = []
-    monkeypatch.setattr(products, "multiply", lambda left, right: sums.append(multiply(left, right)) or sums[-1])
+
+    def noted(left: Tensor, right: Tensor) -> Tensor:
+        sums.append(multiply(left, right))
+        return sums[-1]
+
+    monkeypatch.setattr(products, "multiply", noted)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert layer(x).dtype == torch.bfloat16
     assert sums[0].dtype == torch.float32
@@ -168,8 +178,14 @@ def test_products_of_autocast_are_in_its_dtype_and_no_sum_is(monkeypatch: pytest
 
 
 def test_the_backward_pass_keeps_nothing_but_the_packed_weight() -> None:
-    layer, saved = packed(), []
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
+    layer = packed()
+    saved: list[Tensor] = []
+
+    def note(tensor: Tensor) -> Tensor:
+        saved.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         layer(torch.randn(40, 64, requires_grad=True))
     assert {id(tensor) for tensor in saved} == {id(part) for part in layer.parts.values()}
 
@@ -221,10 +237,14 @@ def on_processor(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def timed(monkeypatch: pytest.MonkeyPatch, *seconds: float) -> list[int]:
+    """Lets trials take these seconds; returns how many ways were timed each time."""
     counts: list[int] = []
-    monkeypatch.setattr(
-        product_trials, "median_seconds", lambda ways, device: counts.append(len(ways)) or list(seconds[: len(ways)])
-    )
+
+    def median_seconds(ways: list[Any], device: torch.device) -> list[float]:
+        counts.append(len(ways))
+        return list(seconds[: len(ways)])
+
+    monkeypatch.setattr(product_trials, "median_seconds", median_seconds)
     return counts
 
 
@@ -238,14 +258,14 @@ def timed(monkeypatch: pytest.MonkeyPatch, *seconds: float) -> list[int]:
 )
 @pytest.mark.usefixtures("on_processor")
 def test_the_fastest_way_computes_and_is_named(
-    monkeypatch: pytest.MonkeyPatch, seconds: tuple[float, ...], way: str, text: str
+    monkeypatch: pytest.MonkeyPatch, seconds: tuple[float, ...], way: Any, text: str
 ) -> None:
     counts = timed(monkeypatch, *seconds)
-    model = nn.Sequential(packed(), packed(), packed(rows=64))
+    model: Any = nn.Sequential(packed(), packed(), packed(rows=64))
     lines = choose_products(model, ACCELERATOR, torch.float32, {}, is_timed=True)
     assert counts == [3] * 4  # two shapes, each forward and backward
     assert lines[0] == f"products of int8 48x64: output {text}, gradient {text}"
-    assert [tuple(layer.ways) for layer in model] == [(way, way)] * 3
+    assert [layer.ways for layer in model] == [Ways(way, way)] * 3
     assert ("activations are not quantized" in lines[-1]) == (way == "unpacked")
     assert chosen_products(model) == {"int8 48x64": [way, way], "int8 64x64": [way, way]}
 
