@@ -167,7 +167,7 @@ _QWEN_21 = Shape(
 _KLEIN_4B, _KLEIN_9B = _klein(5, 20, 24, 7680, 4_022_468_096), _klein(8, 24, 32, 12288, 8_190_735_360)
 
 
-# (family, flavor) -> shape. A flavor that stands not here has the shape of the first of its family.
+# (family, flavor) -> shape. A flavor that is not listed has the shape of the first of its family.
 SHAPES: Mapping[tuple[str, str], Shape] = {
     ("omnigen", "v1"): Shape(
         {

@@ -1,4 +1,4 @@
-"""What the operating system refuses, in words: any error of a disk becomes one message with exit code 3.
+"""Messages for what the operating system refuses: any error of a disk becomes one message with exit code 3.
 
 Which errors a disk can give is no short list (full, over quota, a stale mount, too many open files, a folder that is
 gone), so every errno is reported; only what a network connection raises is left to its caller.
@@ -92,7 +92,7 @@ def errno_of(error: BaseException) -> int | None:
     if isinstance(error, OSError):
         is_network = isinstance(error, ConnectionError) or type(error).__module__.partition(".")[0] in ("ssl", "socket")
         return None if is_network else error.errno
-    # safetensors tells it in words only: `... (os error 28)`.
+    # safetensors gives it as text only: `... (os error 28)`.
     match = re.search(r"\(os error (\d+)\)", str(error)) if type(error).__name__ == "SafetensorError" else None
     return int(match.group(1)) if match else None
 

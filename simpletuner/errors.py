@@ -37,7 +37,7 @@ def shape_text(shape: Sequence[int]) -> str:
 
 
 def error_text(error: BaseException) -> str:
-    """What an exception of a reader says, in words: a missing key says no more than its name."""
+    """The message of an exception of a reader; a missing key alone gives only its name."""
     if isinstance(error, KeyError):
         return f"it has no {error.args[0] if error.args else 'such key'}"
     return " ".join(str(error).split()) or "it has another form"

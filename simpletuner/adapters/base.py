@@ -103,7 +103,7 @@ class Adapter(ABC):
             file: its path, for messages.
 
         Returns:
-            paths of adapted layers that the file says nothing of.
+            paths of adapted layers that the file does not contain.
 
         Raises:
             DataError: the file is of another algorithm or size, or adapts layers that are not trained here.

@@ -54,7 +54,7 @@ def build_adapter(
         adapter = attach_lycoris(denoiser, lycoris, spec, dtype, seed, file)
     if start is not None and not next(iter(adapter.trainable_parameters().values())).is_meta:
         untouched = adapter.start_from(start, str(init_file))
-        new = f"; it says nothing of {len(untouched)} of the adapted layers" if untouched else ""
+        new = f"; it has no weights for {len(untouched)} of the adapted layers" if untouched else ""
         adapter.notices.append(f"started from {init_file}{new}")
         adapter.notices += [f"{init_file}: {line}" for line in start.notices]
     return adapter

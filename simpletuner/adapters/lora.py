@@ -165,7 +165,7 @@ class LoraAdapter(Adapter):
         """Begin with the weights of a file; a smaller rank is filled up without changing what it does.
 
         Returns:
-            paths of adapted layers that the file says nothing of.
+            paths of adapted layers that the file does not contain.
 
         Raises:
             DataError: the file is no plain LoRA, or adapts layers or has a rank that this adapter has not.

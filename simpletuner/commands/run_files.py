@@ -20,7 +20,7 @@ def write_run_files(folder: Path, texts: Mapping[str, str], replaces: bool) -> N
     """Write each file whose text is another one than before.
 
     Args:
-        replaces: files that are there are written anew.
+        replaces: existing files are overwritten.
 
     Raises:
         ConfigError: one is there, and is not to be replaced.

@@ -98,7 +98,7 @@ def load_run(
     """Read and check a whole configuration.
 
     Args:
-        arguments: options of the command line, `--key=value` and the like.
+        arguments: options of the command line, `--key=value` and similar ones.
         environment: `SIMPLETUNER_<OPTION>` variables count, and those that choose the file.
         working_dir: where relative paths are looked up first.
         check_files: whether images, model and output folder must be there; `options --resolved` needs none of them.

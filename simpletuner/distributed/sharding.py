@@ -41,7 +41,7 @@ def shard_denoiser(
         block_classes: of the repeated blocks; each is fetched by itself, what is left over stays fetched.
         whole: parameters that every process keeps (an adapter's).
         shard_size: processes that share one copy; None for all.
-        reshards: let go of a block between its forward and backward pass.
+        reshards: free a block between its forward and backward pass.
         offloads: keep the parts in main memory.
         computes_in: weights travel in this number format; their gradients are summed in float32, whatever it is.
         mesh: from `make_mesh`, where the processes of a machine load one after the other: with it no process waits for

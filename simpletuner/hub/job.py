@@ -1,4 +1,4 @@
-"""What a run uploads and says of itself: taken from its configuration once, before it starts."""
+"""What a run uploads, and its own description: taken from its configuration once, before it starts."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ def hub_failures() -> tuple[type[Exception], ...]:
 
 
 def why_missing(repository: str, name: str, revision: str | None = None) -> str | None:
-    """Why a file cannot be had now, in words; None where it was fetched before, or the hub answers."""
+    """Why a file is not available now; None where it was fetched before, or the hub answers."""
     from huggingface_hub import try_to_load_from_cache
 
     if isinstance(try_to_load_from_cache(repository, name, revision=revision), str):
@@ -37,7 +37,7 @@ def why_missing(repository: str, name: str, revision: str | None = None) -> str 
 
 
 def why_unreachable() -> str | None:
-    """Why the hub cannot be asked now, in words; None where it can.
+    """Why the hub cannot be reached now; None where it can.
 
     Where a proxy stands between, only the proxy can know, and None is returned.
     """

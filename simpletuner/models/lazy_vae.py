@@ -1,4 +1,4 @@
-"""Models needed for a while: loaded when asked for, let go of when their memory is wanted elsewhere."""
+"""Models needed for a while: loaded when asked for, freed when their memory is needed elsewhere."""
 
 from __future__ import annotations
 

@@ -2,8 +2,8 @@
 
 A checkpoint holds what `Progress` and the configuration cannot give back: trainable weights, optimizer state and EMA.
 Names are matched strictly, so that a stray `checkpoint-1 (copy)` is never taken for one. `checkpoint-best` is one more,
-whole in itself: it is not counted or rotated with the others, and a run may go on from it. Only checkpoints of the run
-itself count (`run_history.py`): another run's beside them are neither taken for its own nor rotated.
+complete by itself: it is not counted or rotated with the others, and a run may continue from it. Only checkpoints of
+the run itself count (`run_history.py`): another run's beside them are neither taken for its own nor rotated.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class Checkpoints:
         self.is_settled = True
 
     def found(self) -> list[Path]:
-        """This run's folders named like checkpoints, oldest step first; says nothing of whether they are valid."""
+        """This run's folders named like checkpoints, oldest step first; does not check whether they are valid."""
         return [path for path in numbered_checkpoints(self.output_dir) if self.owns(path)]
 
     def others(self) -> list[Path]:
@@ -190,7 +190,7 @@ class Checkpoints:
             storage.link_files(self.path_of(step), folder)
 
     def best(self) -> Path | None:
-        """The folder of this run's best checkpoint; says nothing of whether it is valid."""
+        """The folder of this run's best checkpoint; does not check whether it is valid."""
         path = self.output_dir / BEST
         return path if path.is_dir() and self.owns(path) else None
 
@@ -226,7 +226,7 @@ class Checkpoints:
         return notices
 
     def settle(self) -> list[Notice]:
-        """The weights of the last save have given a finite loss since: the one before it may go.
+        """The weights of the last save have given a finite loss since: the one before it may be removed.
 
         Returns:
             As of `rotate`.

@@ -108,7 +108,7 @@ def last_good_state(run: Run) -> Iterator[None]:
 
 @dataclass
 class Skips:
-    """The steps of this process whose loss or gradients were not finite; a resume begins to count anew.
+    """The steps of this process whose loss or gradients were not finite; a resume starts counting again.
 
     Args:
         in_a_row: steps that were skipped since the last good one.

@@ -53,7 +53,7 @@ def compile_blocks(denoiser: nn.Module, block_classes: Sequence[str], backend: s
     Args:
         backend: `dynamo_backend`; `no` leaves them.
         sizes_vary: whether images of several sizes will come: kernels then serve any number of tokens from the start.
-            For a single size they are made for that size alone, which is faster; a second one makes them anew.
+            For a single size they are made for that size alone, which is faster; a second size compiles them again.
 
     Raises:
         MissingDependency: there is nothing to make kernels with.

@@ -168,7 +168,7 @@ def backward_window(run: Run, window: Window, weight: float) -> list[Losses]:
 
 
 def update_weights(run: Run, step: int, is_finite: bool) -> None:
-    """Move weights and their average, and let go of the gradients; a step that is not finite moves nothing."""
+    """Update weights and their average, and free the gradients; a step that is not finite moves nothing."""
     before = replace(run.progress, loss_scale=replace(run.progress.loss_scale))
     is_overflow = run.progress.loss_scale.update(is_finite)
     run.skips.note(before, is_skipped=not is_finite and not is_overflow)

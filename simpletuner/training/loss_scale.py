@@ -44,7 +44,7 @@ class LossScale:
             torch._foreach_div_(grads, self.scale)
 
     def update(self, is_finite: bool) -> bool:
-        """After a step; returns whether the scale took the blame for gradients that are not finite."""
+        """After a step; returns whether the scale was the reason for gradients that are not finite."""
         if not self.is_active:
             return False
         if is_finite:

@@ -43,7 +43,7 @@ def prepare_data(
     prepare_prompts(loaded, family, datasets, bus, stop, process_group)
     hold_out(
         datasets, loaded.config.evaluation.eval_holdout
-    )  # a share that cannot be had is refused before anything is encoded
+    )  # an impossible share is refused before anything is encoded
     kept, sources = prepare_latents(loaded, family, datasets, bus, stop, process_group)
     if process_group.is_main and any(new is not old for new, old in zip(kept, datasets, strict=True)):
         write_report(output_dir, [dataset.filter_report for dataset in kept])  # with what the VAE could not encode

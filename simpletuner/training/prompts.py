@@ -91,7 +91,7 @@ def prepare_prompts(
 
 
 def require_lasting_references(datasets: Sequence[Dataset]) -> None:
-    """Refuse references that are cut anew in each round: what encoders say of them cannot be made beforehand.
+    """Refuse references that are cropped anew in each round: their embeddings cannot be computed in advance.
 
     Raises:
         ConfigError: names the dataset.

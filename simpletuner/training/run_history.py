@@ -162,7 +162,7 @@ class FolderGuard:
 
 
 def history_of(manifest: storage.Manifest) -> RunHistory | None:
-    """The history of the run that committed a folder; None where it says nothing of it."""
+    """The history of the run that committed a folder; None where it does not say."""
     try:
         return RunHistory.from_json(manifest.metadata[HISTORY_KEY])
     except (KeyError, ValueError):

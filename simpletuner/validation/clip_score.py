@@ -29,7 +29,7 @@ BATCH_SIZE = 8
 
 
 class ClipScorer:
-    """Scores images; the model is loaded when there are some, and let go of afterwards where it is large.
+    """Scores images; the model is loaded when there are some, and freed afterwards where it is large.
 
     Args:
         model: folder or hub id of a CLIP model with safetensors weights.

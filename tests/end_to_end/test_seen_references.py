@@ -144,7 +144,7 @@ def test_references_that_are_cut_anew_in_each_round_need_encoders_that_stay(tmp_
     text = (folder / "multidatabackend.json").read_text()
     crops = '"random_flip": true, "vae_cache_clear_each_epoch": true, "crop": true, "crop_style": "random"'
     (folder / "multidatabackend.json").write_text(text.replace('"random_flip": true', crops))
-    with pytest.raises(ConfigError, match="cut anew in each round"):
+    with pytest.raises(ConfigError, match="cropped anew in each round"):
         train_here(folder)
     output = train_here(folder, "--text_cache_ondemand=true", "--max_train_steps=2")
     assert len(metrics(output, "step_done")) == 2

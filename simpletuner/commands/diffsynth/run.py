@@ -99,7 +99,7 @@ def translate(
 
 
 def write_run(translation: Translation, say: Callable[[str], None]) -> Path:
-    """Write the files into the run's own folder, anew where they were there; returns its `config.json`."""
+    """Write the files into the run's own folder, over existing ones; returns its `config.json`."""
     return _write(translation, Path(translation.config["output_dir"]) / "diffsynth", say, replaces=True)
 
 

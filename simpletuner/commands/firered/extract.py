@@ -2,8 +2,8 @@
 
 Each process takes the lines whose number it has modulo the number of processes, and needs to hear nothing of the
 others. A file is written whole or not at all, and noted with a digest of all that decides what is in it: text, images,
-model, sizes. So a command that was killed goes on where it was, and one whose inputs have changed makes anew what they
-changed.
+model, sizes. So a command that was killed continues where it was, and one whose inputs have changed makes again what
+they changed.
 """
 
 from __future__ import annotations

@@ -56,7 +56,7 @@ def import_run(
         num_processes: that will train.
         say: called with what a person should know.
         folder: for the two files, which must not be there yet; None is `experiments/<name>`, the folder of the run,
-            where they are written anew and the options file is copied to.
+            where they are written again and the options file is copied to.
 
     Raises:
         ConfigError: anything in the options, the mix or the rows that cannot be used.

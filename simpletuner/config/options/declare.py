@@ -51,7 +51,7 @@ def option(
     Args:
         default: value where nobody sets it; `REQUIRED` where somebody must.
         help: one or two sentences: what it does, what it interacts with.
-        takes: what is accepted, in words, where the name of the type says too little.
+        takes: what is accepted, for users, where the name of the type is not enough.
         unit: of the number.
         planned: why it cannot be used yet; then only `default` and the `neutral` values are accepted.
         neutral: values of a planned option that change nothing.
@@ -105,7 +105,7 @@ class OptionInfo:
 
     @property
     def allowed(self) -> str:
-        """What would be accepted, in words."""
+        """What would be accepted, as a text for users."""
         if self.takes:
             return self.takes
         if self.choices:
@@ -116,12 +116,12 @@ class OptionInfo:
 
     @property
     def type_name(self) -> str:
-        """The type in words of a user: whole number, number, true or false, text, path, ..."""
+        """The type, named for users: whole number, number, true or false, text, path, ..."""
         return type_words(self.annotation)
 
 
 def type_words(annotation: Any) -> str:
-    """A type in words of a user."""
+    """A type, named for users."""
     names = {
         bool: "true or false",
         int: "whole number",

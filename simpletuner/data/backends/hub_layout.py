@@ -62,7 +62,7 @@ def choose_files(names: Sequence[str], card: str | None, config: str | None, spl
 
 
 def card_configs(card: str) -> dict[str, dict[str, list[str]]]:
-    """Configuration -> split -> patterns, from a dataset card; empty where it says nothing of files.
+    """Configuration -> split -> patterns, from a dataset card; empty where it names no files.
 
     Raises:
         ValueError: the front matter is not YAML, or names files in another form.
