@@ -137,7 +137,7 @@ def _joined(names: Sequence[str]) -> str:
 
 def readers_table(families: Iterable[tuple[str, Sequence[Reader], Sequence[Form]]]) -> str:
     """The table of the documentation: title, readers, and the forms that join layers, of each family."""
-    rows = ["| family | form | holds | read by | not, or not whole |", "|---|---|---|---|---|"]
+    rows = ["| family | format | holds | read by | not, or not whole |", "|---|---|---|---|---|"]
     for title, readers, joining in families:
         for form in FORMS:
             held: dict[tuple[str, str], list[str]] = {}

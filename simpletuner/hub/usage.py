@@ -49,7 +49,9 @@ def usage_code(
         load += f"pipeline.load_lora_weights({repo_id!r}, weight_name={file_name!r})\n"
     else:
         exported = f"{file_name.removesuffix('.safetensors')}.diffusers.safetensors"
-        note = f"# diffusers does not read the {form} form. This makes one that it reads, beside the downloaded file:\n"
+        note = (
+            f"# diffusers does not read the {form} format. This writes one that it reads beside the downloaded file:\n"
+        )
         note += f"# simpletuner export {file_name} --format diffusers --model {base_model or 'PATH'}\n"
         if not pipeline_loads_lora(spec):
             return note + _with_peft(spec, repr(f"exported/{exported}"), base) + draw

@@ -369,7 +369,7 @@ def announce(run: Run) -> None:
     details["checkpoints"] = checkpoint_plan(config.checkpoint)
     if config.model.model_type == "lora":
         form, kind = form_and_kind(config.adapter, run.loaded.lycoris)
-        details["adapter file"] = f"{form} form, {family.spec.read_by(form, kind)}"
+        details["adapter file"] = f"{form} format, {family.spec.read_by(form, kind)}"
     run.session.bus.emit(
         RunStarted(
             run_name=config.reporting.tracker_run_name or run.session.output_dir.name,

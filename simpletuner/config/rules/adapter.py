@@ -150,7 +150,7 @@ def decomposed_files_have_few_readers(draft: Draft) -> Iterator[str]:
         return
     if config.adapter.lora_type == "standard" and config.adapter.use_dora:
         readers = draft.spec.read_by(config.adapter.lora_format, "dora")
-        line = f"{draft.origin('use_dora')}: use_dora: files in the {config.adapter.lora_format} form are {readers}"
+        line = f"{draft.origin('use_dora')}: use_dora: files in the {config.adapter.lora_format} format are {readers}"
         if config.adapter.lora_format != "diffusers":
             line += f"; with lora_format diffusers they are {draft.spec.read_by('diffusers', 'dora')}"
         yield line

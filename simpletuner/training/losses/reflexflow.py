@@ -2,7 +2,7 @@
 
 After Lyu et al., "ReflexFlow" (arXiv 2512.04904): a flow model that is trained on its own rollouts is to learn the way
 back to the data from where it stands, and the low frequencies that it misses early on are to weigh more. What stands
-here is this project's own form of these two parts, with the paper's weights as defaults:
+here is this project's own version of these two parts, with the paper's weights as defaults:
 
 - anti-drift: the squared distance between the directions (unit vectors) of prediction and target, where the target
   points from the drifted latents to the data;

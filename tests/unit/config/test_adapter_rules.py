@@ -91,7 +91,7 @@ def test_sdxl_files_have_the_form_that_all_programs_read(workspace: Workspace) -
 def test_whoever_chooses_weight_decomposition_is_reported_who_reads_it(workspace: Workspace) -> None:
     workspace.config |= STANDARD | {"model_family": "sdxl", "use_dora": True, "lora_format": "kohya"}
     [line] = [line for line in workspace.load_written().warnings if "use_dora" in line]
-    assert "files in the kohya form are read by no other program" in line
+    assert "files in the kohya format are read by no other program" in line
     assert "ComfyUI computes another weight decomposition" in line
     assert line.endswith("with lora_format diffusers they are read by diffusers")
     workspace.config |= {"lora_type": "lycoris", "lycoris_config": "config/lycoris_config.json"}
