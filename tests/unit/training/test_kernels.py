@@ -125,23 +125,6 @@ def test_kernels_serve_any_size_where_the_run_has_several(
     assert asked == [vary]
 
 
-@pytest.mark.ci
-def test_a_resumed_run_finds_its_kernels(tmp_path: Path, omnigen_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(kernels.KERNEL_FOLDER, raising=False)
-    folder = write_run(tmp_path, omnigen_folder, max_train_steps=1, dynamo_backend="inductor")
-    found = []
-    for steps in (1, 2):
-        torch._dynamo.reset()
-        counters.clear()
-        train_here(folder, "--resume_from_checkpoint=latest", f"--max_train_steps={steps}")
-        found.append((counters["inductor"]["fxgraph_cache_miss"], counters["aot_autograd"]["autograd_cache_hit"]))
-    torch._dynamo.reset()
-    assert any((folder / "cache" / "compiled").iterdir())
-    assert found[0][0] > 0
-    assert found[1][0] == 0
-    assert found[1][1] > 0
-
-
 def test_compiled_kernels_are_kept_beside_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(kernels.KERNEL_FOLDER, raising=False)
     with kept_kernels(tmp_path / "cache"):
