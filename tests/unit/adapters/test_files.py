@@ -214,7 +214,7 @@ def change_one(tensors: dict[str, torch.Tensor]) -> None:
         (rename_one, "layers_9"),
         (add_unknown_part, "lokr_w9"),
         (shrink_one, "the model that the adapter was trained on"),
-        (change_one, "another output"),
+        (change_one, "a different output"),
     ],
 )
 def test_a_file_that_does_not_carry_the_adapter_is_refused(quickstart, tmp_path: Path, change, message: str) -> None:
@@ -229,7 +229,7 @@ def test_a_file_that_does_not_carry_the_adapter_is_refused(quickstart, tmp_path:
 def test_an_output_that_is_not_a_number_is_refused(quickstart, tmp_path: Path) -> None:
     adapter, output = trained(quickstart)
     adapter.save(tmp_path / "a.safetensors", {})
-    with pytest.raises(DataError, match="another output"):
+    with pytest.raises(DataError, match="a different output"):
         check_saved_adapter(
             tmp_path / "a.safetensors", tiny_omnigen_transformer(), OMNIGEN, run_stock, output * float("nan")
         )

@@ -87,7 +87,7 @@ def test_settings_that_cannot_be_read_or_mean_another_base_are_refused_by_name(t
     config = json.loads(file.read_text())
     for change, message in (
         ({"init_lora_weights": "pissa_niter_4"}, "a base that pissa_niter_4 has changed"),
-        ({"use_qalora": True}, "use_qalora makes another function"),
+        ({"use_qalora": True}, "use_qalora computes another function"),
         ({"peft_type": "LOHA"}, "it is a LOHA adapter of PEFT"),
     ):
         file.write_text(json.dumps(config | change))
