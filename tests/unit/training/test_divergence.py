@@ -135,7 +135,7 @@ def test_weights_that_make_the_loss_infinite_are_reported_and_a_lower_rate_helps
     run, _ = toy_run(tmp_path, ONE, **options, learning_rate=10)
     run.model.adapter.can_be_disabled = True
     with pytest.raises(
-        DivergedError, match=r"(?s)trained weights do it.*as large as 3.65e\+19.*lower learning_rate \(10\)"
+        DivergedError, match=r"(?s)trained weights are the reason.*as large as 3.65e\+19.*lower learning_rate \(10\)"
     ):
         run_training(run)
     run, _ = toy_run(tmp_path, ONE, **options, learning_rate=0.5)
