@@ -79,7 +79,7 @@ def test_nobody_waits_and_a_second_one_is_not_started_beside_it(scripts: Scripts
     process.kill()
     process.wait()
     assert script.start(30)
-    assert "left with exit code -9" in scripts.reported[1]
+    assert "ended with exit code -9" in scripts.reported[1]
     script._process.kill()
 
 
