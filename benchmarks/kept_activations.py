@@ -143,7 +143,7 @@ def kept_bytes(name: str, adapter: str, is_ours: bool, lowest: bool, norms: Abst
         else:
             attach_published(denoiser, adapter, paths)
         with norms:
-            kept = measure_activations(family, denoiser, 1024, 1024, embeds)
+            kept = measure_activations(family, denoiser, 1024, 1024, embeds, has_backward=False)
     return kept.outside + sum(kept.inside)
 
 
@@ -170,7 +170,7 @@ def products_twice(name: str) -> float:
         family, embeds = family_at(name, Path(folder) / "model")
         denoiser = family.empty_denoiser()
         with Products() as counted:
-            measure_activations(family, denoiser, 1024, 1024, embeds)
+            measure_activations(family, denoiser, 1024, 1024, embeds, has_backward=False)
     return counted.widening / (2 * counted.all)
 
 

@@ -13,7 +13,6 @@ import json
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +28,8 @@ from simpletuner.families.spec import FamilySpec
 from simpletuner.hardware import GIB
 from simpletuner.models.build import build_family
 from simpletuner.models.family import ModelFamily
-from simpletuner.precision.quantize import NumberFormats, saved_bytes
-from simpletuner.training.planning.memory import Shapes, memory_rows, read_shapes, swapped_bytes
-from simpletuner.training.planning.shapes import Load, num_bytes
+from simpletuner.training.planning.memory import Shapes, memory_rows, read_shapes, settled
+from simpletuner.training.planning.shapes import Load
 from simpletuner.training.swapping import repeated_blocks
 
 SIDES = (1024, 768, 512)
@@ -85,7 +83,6 @@ class Model:
         empty = self.family(self.load({})).empty_denoiser()
         self.num_parameters = sum(parameter.numel() for parameter in empty.parameters())
         self.denoiser: nn.Module = empty
-        self.frozen = num_bytes((*empty.parameters(), *empty.buffers()))
 
     def load(self, options: Mapping[str, Any]) -> LoadedRun:
         written = {
@@ -113,13 +110,10 @@ class Model:
         if side not in self._shapes:
             plain = self.load({"resolution": side})
             self._shapes[side] = read_shapes(plain, self.family(plain), Load(1, side, side), [embeds_of(self.shape)])
-        base = NumberFormats(run.config.precision.base_model_precision).base
-        saved = saved_bytes(self.denoiser, base, spec.block_classes, spec.unquantized)
-        swapped = swapped_bytes(run.config, family, self.denoiser)
-        shapes = replace(self._shapes[side], frozen_bytes=self.frozen - saved, swapped_bytes=swapped)
+        shapes = settled(self._shapes[side], run.config, family, self.denoiser)
         assistant = ASSISTANT_BYTES if has_assistant(spec, self.flavour) else 0
         rows, _ = memory_rows(run, family, shapes, False, available - assistant)
-        return sum(row.num_bytes for row in rows) + assistant, swapped
+        return sum(row.num_bytes for row in rows) + assistant, shapes.swapped_bytes
 
     def preset(self, gib: int) -> dict[str, Any] | None:
         """The first way that fits a card, or None."""

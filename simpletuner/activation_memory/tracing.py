@@ -228,10 +228,14 @@ class Trace(TorchFunctionMode):
     def __exit__(self, kind: Any, *exc_info: Any) -> None:
         super().__exit__(kind, *exc_info)
         self._hooks.__exit__(kind, *exc_info)
-        if kind is None:
-            self._settle()
-        self._made.clear()
-        self._saved.clear()
+        try:
+            if kind is None:
+                self._settle()
+        finally:  # gradient checkpointing leaves off in the middle: a graph that holds its own tensors is never freed
+            for saved in self._saved:
+                saved.tensor = None
+            self._made.clear()
+            self._saved.clear()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

@@ -21,10 +21,11 @@ from simpletuner.reporting.bus import EventBus
 from simpletuner.reporting.events import Notice
 from simpletuner.reporting.sinks.terminal import terminal_sink
 from simpletuner.text import count_text
+from simpletuner.training.fitting import fit_into_memory
 from simpletuner.training.kernels import chosen_kernels
 from simpletuner.training.latents import fingerprint_of_vae
 from simpletuner.training.preflight import check_model_folder
-from simpletuner.training.prepare import prepare_data, read_datasets
+from simpletuner.training.prepare import prepare_data, prepare_datasets, read_datasets
 from simpletuner.training.prompts import open_prompt_cache, prompts_folder, run_prompts
 from simpletuner.training.signals import StopRequest
 
@@ -89,7 +90,11 @@ def build(loaded: LoadedRun) -> None:
             bus.emit(Notice("warning", line))
         family = build_family(loaded.config)
         with chosen_kernels(loaded.config, family.device):
-            _, sources = prepare_data(_without_on_demand(loaded), family, output_dir, bus, stop)
+            loaded = _without_on_demand(loaded)
+            datasets = prepare_datasets(loaded, family, output_dir, bus, stop)
+            loaded, _ = fit_into_memory(loaded, family, datasets, bus)
+            family = build_family(loaded.config)
+            _, sources = prepare_data(loaded, family, output_dir, bus, stop, datasets=datasets)
         folders = {source.cache.store.folder: source.cache.store for source in sources.values()}
         if isinstance(family.prompts, CachedPrompts):
             folders[family.prompts.cache.store.folder] = family.prompts.cache.store

@@ -15,7 +15,6 @@ from pathlib import Path
 import torch
 
 from simpletuner.adapters.assistant import find_assistant, wants_assistant
-from simpletuner.batch import PromptEmbeds
 from simpletuner.commands.check import cache_need, count_steps
 from simpletuner.commands.probe import StepTimes, time_encoding, time_steps
 from simpletuner.commands.text import columns, short_count
@@ -35,13 +34,12 @@ from simpletuner.training.earlier_runs import delete_command, earlier_size
 from simpletuner.training.kernels import chosen_kernels
 from simpletuner.training.latents import fingerprint_of_vae
 from simpletuner.training.planning.encoding import (
-    blank_image,
-    choose_texts,
-    encoding_cost,
     largest_references,
     text_cost,
 )
+from simpletuner.training.planning.loads import choose_prompts, largest_load
 from simpletuner.training.planning.memory import Row, Shapes, decode_bytes, device_memory, memory_rows, read_shapes
+from simpletuner.training.planning.settings import Room, choose_settings, with_settings
 from simpletuner.training.planning.shapes import Load
 from simpletuner.training.preflight import check_model_folder
 from simpletuner.training.prepare import read_datasets, require_trainable
@@ -50,7 +48,7 @@ from simpletuner.training.rollout import build_rollouts
 Say = Callable[[str], None]
 
 # Beyond it a probe on a CPU takes minutes; an accelerator is always probed.
-CPU_PROBE_OPERATIONS = 2e12
+CPU_PROBE_OPERATIONS = 4e11
 PROBED_LOADS = 3
 MAX_BATCHES = 5000
 
@@ -115,6 +113,14 @@ def make_plan(loaded: LoadedRun, probe: bool | None = None, other_gpu: int | Non
     config, family = loaded.config, build_family(loaded.config)
     datasets = read_datasets(loaded, family)
     require_trainable(loaded, family, datasets)
+    chosen: tuple[str, ...] = ()
+    if config.model.memory is not None:
+        limit = config.model.memory
+        room = Room.of(limit, family.device) if other_gpu is None else Room.of_other(limit, other_gpu)
+        choice = choose_settings(loaded, family, datasets, room)
+        loaded = with_settings(loaded, choice.settings)
+        config, family = loaded.config, build_family(loaded.config)
+        chosen = (*choice.lines, *(problem.message for problem in choice.lacking))
     training = [dataset for dataset in hold_out(datasets, config.evaluation.eval_holdout) if dataset.kind == "image"]
     sampler = build_sampler(loaded, training)
     steps = count_steps(loaded, sampler)
@@ -136,6 +142,7 @@ def make_plan(loaded: LoadedRun, probe: bool | None = None, other_gpu: int | Non
     seconds = None
     beside = "".join(f" with a reference of {width}x{height}" for height, width in largest.references)
     notes = [f"memory is that of the largest batch, {largest.batch_size} of {largest.width}x{largest.height}{beside}"]
+    notes += [f"memory: {line}" for line in chosen]
     if family.device.type == "cuda":
         notes.append("the CUDA context is not counted; available memory is what it leaves")
     if not config.validation.validation_disable:
@@ -148,11 +155,12 @@ def make_plan(loaded: LoadedRun, probe: bool | None = None, other_gpu: int | Non
     else:
         loads = count_loads(training, sampler)
         typical = choose_prompts(family, training, largest, longest=False)
+        depth = build_rollouts(config, family.spec).expected_depth(steps.total)
         with chosen_kernels(loaded.config, family.device):
-            times = time_steps(loaded, family, [load for load, _ in loads.most_common(PROBED_LOADS)], typical)
+            probed = [load for load, _ in loads.most_common(PROBED_LOADS)]
+            times = time_steps(loaded, family, probed, typical, has_rollouts=depth > 0)
         common = loads.most_common(1)[0][0]
         encode = time_encoding(family, common.height, common.width, config.data.vae_batch_size) if missing[0] else 0.0
-        depth = build_rollouts(config, family.spec).expected_depth(steps.total)
         each = seconds_per_step(loads, times, config.training.gradient_accumulation_steps, depth)
         seconds = (each * steps.total, encode * missing[0])
         notes.append(f"time was measured on {family.device}, without validation, evaluation and checkpoints")
@@ -232,16 +240,6 @@ def earlier_notes(output_dir: Path) -> list[str]:
     return [f"{count_text(count, 'earlier run')} take {bytes_text(num_bytes)}; to delete: {delete_command(output_dir)}"]
 
 
-def largest_load(training: Sequence[Dataset], batch_size: int) -> Load:
-    """The micro-batch with the most pixels."""
-    loads = [
-        Load(dataset.batch_size or batch_size, height, width, dataset.is_regularisation, largest_references(training))
-        for dataset in training
-        for height, width in dataset.buckets
-    ]
-    return max(loads, key=lambda load: load.num_pixels)
-
-
 def count_loads(training: Sequence[Dataset], sampler: Sampler) -> Counter[Load]:
     """Kinds of micro-batch -> how many of them the first epoch has; of a long epoch, a part of it.
 
@@ -255,32 +253,6 @@ def count_loads(training: Sequence[Dataset], sampler: Sampler) -> Counter[Load]:
         batch = sampler.batch(0, index * batches // min(batches, MAX_BATCHES))
         loads[Load(len(batch.sample_indices), *batch.size, batch.dataset_id in regularisation, references)] += 1
     return loads
-
-
-def choose_prompts(family: ModelFamily, training: Sequence[Dataset], load: Load, longest: bool) -> list[PromptEmbeds]:
-    """Prompts of one micro-batch: the longest captions, from shapes where that can be, or the middle ones."""
-    batch_size = load.batch_size
-    if all(dataset.prompt_files for dataset in training):
-        return _prompts_of_files(training, batch_size, longest)
-    texts = choose_texts(family, training, batch_size, longest)
-    images = [[blank_image(*size) for size in load.references]] * batch_size
-    if longest and family.spec.caches_prompt_embeds and (cost := encoding_cost(family, texts, images)) is not None:
-        return list(cost.embeds)
-    embeds = family.encode_prompts(texts, images)
-    family.free_prompt_encoders()
-    return embeds
-
-
-def _prompts_of_files(training: Sequence[Dataset], batch_size: int, longest: bool) -> list[PromptEmbeds]:
-    """As `choose_prompts`, where the embeddings are in files."""
-    found = []
-    for dataset in training:
-        samples = dataset.samples[:batch_size]
-        assert dataset.prompt_files is not None, "choose_prompts asks"
-        found += [dataset.prompt_files.read(row.files[0]) for row in dataset.prompt_files.take(samples)]
-    found.sort(key=lambda each: -max(len(tensor) for tensor in each.tensors.values()))
-    start = 0 if longest else max(0, len(found) // 2 - batch_size // 2)
-    return (found[start:] * batch_size)[:batch_size]
 
 
 def why_no_probe(family: ModelFamily, needed: int, available: int, operations: float, wanted: bool | None) -> str:
@@ -306,7 +278,7 @@ def seconds_per_step(loads: Counter[Load], times: StepTimes, accumulation: int, 
     def seconds(load: Load) -> float:
         nearest = min(times.micro_batch, key=lambda known: (known != load, abs(known.num_pixels - load.num_pixels)))
         rolled_out = 0.0 if load.is_regularisation else rollout_depth
-        timed = times.micro_batch[nearest] + rolled_out * times.passes[nearest]
+        timed = times.micro_batch[nearest] + rolled_out * times.passes.get(nearest, 0.0)
         return timed * load.num_pixels / nearest.num_pixels
 
     mean = sum(seconds(load) * count for load, count in loads.items()) / loads.total()

@@ -29,6 +29,8 @@ from simpletuner.training.planning.shapes import Load, empty_batch
 from simpletuner.training.step import compute_losses, sample_noise
 
 TIMED_BATCHES = 2
+# What is slow needs no second look: after so long no further batch is begun.
+PROBE_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class StepTimes:
 
     Args:
         micro_batch: seconds of forward and backward, by kind of batch.
-        passes: seconds of one pass without gradients, as rollouts take them, by kind of batch.
+        passes: seconds of one pass without gradients, by kind of batch; empty where no rollouts take them.
         update: seconds of clipping and optimizer.
         peak_bytes: of the accelerator's memory; None on the CPU.
     """
@@ -49,12 +51,17 @@ class StepTimes:
 
 
 def time_steps(
-    loaded: LoadedRun, family: ModelFamily, loads: Sequence[Load], embeds: Sequence[PromptEmbeds]
+    loaded: LoadedRun,
+    family: ModelFamily,
+    loads: Sequence[Load],
+    embeds: Sequence[PromptEmbeds],
+    has_rollouts: bool = False,
 ) -> StepTimes:
-    """Take real steps on each kind of batch; the weights are thrown away afterwards.
+    """Take real steps on each kind of batch, or as many as there is time for; the weights are thrown away afterwards.
 
     Args:
         embeds: prompts to draw on, in turn.
+        has_rollouts: passes without gradients are timed too.
     """
     config = loaded.config
     denoiser: Any = family.load_base()
@@ -77,22 +84,29 @@ def time_steps(
         if recomputing is not None:
             recomputing.after_step()
 
-    micro_batch, passes, update_seconds = {}, {}, 0.0
+    micro_batch: dict[Load, float] = {}
+    passes: dict[Load, float] = {}
+    update_seconds = 0.0
+    begun = _now(family)
     for load in loads:
-        seconds = []
+        if micro_batch and _now(family) - begun > PROBE_SECONDS:
+            break
+        seconds: list[float] = []
         for index in range(1 + TIMED_BATCHES):
+            if index and _now(family) - begun > PROBE_SECONDS:
+                break
             started = _now(family)
             _losses(loaded, family, denoiser, adapter, load, embeds).backward()
             middle = _now(family)
             update()
-            if index:  # the first one warms up
-                seconds.append(middle - started)
-                update_seconds = _now(family) - middle
-        micro_batch[load] = min(seconds)
-        started = _now(family)
-        with torch.no_grad():
-            _losses(loaded, family, denoiser, adapter, replace(load, is_regularisation=False), embeds)
-        passes[load] = _now(family) - started
+            seconds.append(middle - started)
+            update_seconds = _now(family) - middle
+        micro_batch[load] = min(seconds)  # the first one warms up
+        if has_rollouts:
+            started = _now(family)
+            with torch.no_grad():
+                _losses(loaded, family, denoiser, adapter, replace(load, is_regularisation=False), embeds)
+            passes[load] = _now(family) - started
     peak = torch.cuda.max_memory_allocated(family.device) if family.device.type == "cuda" else None
     return StepTimes(micro_batch, passes, update_seconds, peak)
 
@@ -101,10 +115,12 @@ def time_encoding(family: ModelFamily, height: int, width: int, batch_size: int)
     """Seconds per image of the VAE alone, in batches of `batch_size`."""
     encoder = BatchEncoder(family, family.load_vae(), batch_size)
     images = [torch.zeros(3, height, width)] * batch_size
-    encoder.encode(images)
-    started = _now(family)
-    encoder.encode(images)
-    return (_now(family) - started) / batch_size
+    seconds: list[float] = []
+    while len(seconds) < 2 and sum(seconds) <= PROBE_SECONDS:  # the first one warms up
+        started = _now(family)
+        encoder.encode(images)
+        seconds.append(_now(family) - started)
+    return min(seconds) / batch_size
 
 
 def _losses(

@@ -20,7 +20,7 @@ from simpletuner.errors import ConfigError, Problem
 from simpletuner.spelling import nearest
 from simpletuner.text import lines_of
 
-OriginKind = Literal["default", "family", "file", "environment", "command line"]
+OriginKind = Literal["default", "family", "file", "environment", "command line", "memory"]
 
 ENVIRONMENT_PREFIX = "SIMPLETUNER_"
 # Between the processes of one run.
@@ -81,6 +81,7 @@ class Origin:
             "environment": f"environment variable {self.file}",
             "command line": "command line",
             "family": "family defaults",
+            "memory": "chosen by memory",
             "default": None,
         }
         return Problem(message, key=key, file=place[self.kind], allowed=allowed, fix=fix)

@@ -272,8 +272,17 @@ def read_checkpointing(value: Any) -> Any:
     return read_bool(value)
 
 
+def read_memory(value: Any) -> Any:
+    """The text of a number of GB above 0, or the word `auto`."""
+    text = str(value).strip().lower()
+    if text != "auto" and read_float(value) <= 0:
+        raise ValueError('must be a number of GB above 0, or "auto"')
+    return text
+
+
 Checkpointing = Annotated[bool, BeforeValidator(read_checkpointing)]
 Interval = Annotated[str, BeforeValidator(read_interval)]
+Memory = Annotated[str, BeforeValidator(read_memory)]
 Bool = Annotated[bool, BeforeValidator(read_bool)]
 Int = Annotated[int, BeforeValidator(read_int)]
 Float = Annotated[float, BeforeValidator(read_float)]

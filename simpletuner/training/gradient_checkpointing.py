@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from simpletuner.config.options import TrainConfig
+from simpletuner.errors import bytes_text
+from simpletuner.training.memory import peak_bytes
 from simpletuner.training.streams import CopyLane, lane_of
 from simpletuner.training.swapping import Swapped
 
@@ -39,21 +41,32 @@ class GradientCheckpointing:
         interval: recompute the first of every n blocks, except the last of all.
         is_measured: recompute only as many blocks as memory demands; `interval` has no effect then.
         offloads_inputs: inputs of recomputed blocks wait in main memory.
+        limit: bytes that the run may take: see `Room.limit`; None: what the device has.
+        may_offload: inputs go to main memory where a step finds too little memory with all blocks recomputed.
     """
 
     def __init__(
-        self, device: torch.device, interval: int = 1, is_measured: bool = False, offloads_inputs: bool = False
+        self,
+        device: torch.device,
+        interval: int = 1,
+        is_measured: bool = False,
+        offloads_inputs: bool = False,
+        limit: int | None = None,
+        may_offload: bool = False,
     ):
         self.device = device
         self.interval = interval
         self.offloading = Offloading(device) if offloads_inputs else None
-        self.room = MeasuredMemory(device) if is_measured else None
+        self.room = MeasuredMemory(device, limit) if is_measured else None
+        self.may_offload = may_offload and device.type == "cuda"
         self._index: dict[Any, int] = {}
         # By the tensors that it is given `checkpoint` finds out whose random state to restore; see `_Parked`.
         self._of_device = torch.empty(0, device=device)
 
     @classmethod
-    def of(cls, config: TrainConfig, device: torch.device) -> GradientCheckpointing | None:
+    def of(
+        cls, config: TrainConfig, device: torch.device, limit: int | None = None, may_offload: bool = False
+    ) -> GradientCheckpointing | None:
         """As the configuration says; None without gradient checkpointing."""
         if not config.model.gradient_checkpointing:
             return None
@@ -63,6 +76,8 @@ class GradientCheckpointing:
             1 if interval == "auto" else int(interval),
             is_measured=interval == "auto",
             offloads_inputs=config.model.gradient_checkpointing_backend == "unsloth",
+            limit=limit,
+            may_offload=may_offload,
         )
 
     def __call__(self, block: Callable[..., Any], *inputs: Any) -> Any:
@@ -86,15 +101,19 @@ class GradientCheckpointing:
             return checkpoint(away, self._of_device, use_reentrant=False)
         return checkpoint(recomputing, *inputs, use_reentrant=False)
 
-    def after_step(self) -> None:
-        """Called when an optimizer step is done: then the peak of its memory is known."""
-        if self.room is not None:
-            self.room.after_step()
+    def after_step(self) -> list[str]:
+        """Called when an optimizer step is done: then the peak of its memory is known. What has changed, in words."""
+        return self.room.after_step() if self.room is not None else []
 
     def recompute_more(self) -> bool:
         """Called when the memory of a step did not suffice; whether the step can be tried again with more blocks
         recomputed."""
-        return self.room is not None and self.room.recompute_more()
+        if self.room is not None and self.room.recompute_more():
+            return True
+        if not self.may_offload or self.offloading is not None:
+            return False
+        self.offloading = Offloading(self.device)
+        return True
 
 
 def _run(block: Callable[..., Any], is_recomputed: bool, *inputs: Any) -> Any:
@@ -221,8 +240,8 @@ class MeasuredMemory:
     its end: only afterwards do activations and state exist together.
     """
 
-    def __init__(self, device: torch.device):
-        self.device = device
+    def __init__(self, device: torch.device, limit: int | None = None):
+        self.device, self.limit = device, limit
         # Place and kind of a block -> whether it is recomputed. The first blocks may see text alone, so that a pass is
         # known by all of its blocks and not by its beginning.
         self.recomputes: dict[tuple[int, Kind], bool] = {}
@@ -254,18 +273,31 @@ class MeasuredMemory:
             self._measuring.append(self._pass)
         return is_recomputed, None if is_recomputed else CountSaved(self._counted, kind, weights_of(block))
 
-    def after_step(self) -> None:
-        """What was free at the peak of a step that has counted says how many blocks of its passes are kept."""
+    def after_step(self) -> list[str]:
+        """What was free at the peak of a step that has counted says how many blocks of its passes are kept.
+
+        Returns:
+            Lines for the log, where the run has a limit.
+        """
+        lines = []
         for blocks in self._measuring if self._has_state else ():
             counts = [self._counted.get(kind, 0) for kind, _ in blocks]
             kept = sum(count for count, (_, is_recomputed) in zip(counts, blocks, strict=True) if not is_recomputed)
-            num_recomputed = len(blocks) - count_fitting(self.free_bytes(), counts, kept)
+            free = self.free_bytes()
+            num_recomputed = len(blocks) - count_fitting(free, counts, kept)
+            if self.limit is not None:
+                spare = f"{bytes_text(free)} were free" if free >= 0 else f"{bytes_text(-free)} were missing"
+                lines.append(
+                    f"memory: {spare} at the peak of the first step of this size; from now on {num_recomputed} of "
+                    f"{len(blocks)} blocks are recomputed"
+                )
             for index, (kind, _) in enumerate(blocks):
                 # Text refiners are alike for images of all sizes: what one of them needs holds for all.
                 place = (index, kind)
                 self.recomputes[place] = self.recomputes.get(place, False) or index < num_recomputed
         self._has_state = True
         self._measuring.clear()
+        return lines
 
     def recompute_more(self) -> bool:
         """Let fewer blocks of the present pass keep what they computed; False where none did."""
@@ -279,10 +311,11 @@ class MeasuredMemory:
     def free_bytes(self) -> int:
         """Bytes that were free at the peak since the count began; of main memory, those that are free now."""
         if self.device.type != "cuda":
-            return psutil.virtual_memory().available
-        free, _ = torch.cuda.mem_get_info(self.device)
-        kept = torch.cuda.memory_reserved(self.device) - torch.cuda.max_memory_allocated(self.device)
-        return free + max(kept, 0)
+            free, taken = psutil.virtual_memory().available, peak_bytes()
+        else:
+            taken = torch.cuda.max_memory_allocated(self.device)
+            free = torch.cuda.mem_get_info(self.device)[0] + max(torch.cuda.memory_reserved(self.device) - taken, 0)
+        return free if self.limit is None else min(free, self.limit - taken)
 
 
 def _rounded(size: int) -> int:

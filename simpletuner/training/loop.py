@@ -135,7 +135,8 @@ def train_window(run: Run, window: Window) -> StepOutcome:
     trained = [each for each, batch in zip(losses, window.batches, strict=True) if not batch.is_regularisation]
     run.loss_bins.add(step + 1, trained)
     if run.model.gradient_checkpointing is not None:
-        run.model.gradient_checkpointing.after_step()
+        for line in run.model.gradient_checkpointing.after_step():
+            run.session.inform(line)
     if run.skips.are_too_many:
         raise diverged(run, window, losses)
     return outcome

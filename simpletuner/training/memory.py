@@ -1,12 +1,35 @@
-"""How much memory a run takes, for the progress line."""
+"""How much memory a run takes, and that what is freed goes back to the system."""
 
 from __future__ import annotations
 
+import ctypes
 import re
 import sys
 from pathlib import Path
 
 import torch
+
+_M_MMAP_THRESHOLD = -3  # of glibc's `mallopt`
+_LARGE = 1 << 20
+
+
+def give_back_at_once() -> None:
+    """Let glibc map each large piece of memory by itself, so that it goes back to the system when it is freed.
+
+    Otherwise it keeps pieces of up to 32 MB, and a step on the processor takes up to four times what its tensors take.
+    Elsewhere nothing is done.
+    """
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(_M_MMAP_THRESHOLD, _LARGE)
+
+
+def keep_within(num_bytes: int, device: torch.device) -> None:
+    """Let torch take no more of a GPU: drivers of Windows (WSL too) else go on in main memory, tens of times slower."""
+    if device.type == "cuda":
+        share = num_bytes / torch.cuda.mem_get_info(device)[1]
+        torch.cuda.set_per_process_memory_fraction(min(share, 1.0), device)
+    elif device.type == "cpu":
+        give_back_at_once()
 
 
 def memory_gb(device: torch.device) -> float:

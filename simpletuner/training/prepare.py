@@ -31,14 +31,18 @@ def prepare_data(
     bus: EventBus,
     stop: StopRequest,
     process_group: ProcessGroup = SINGLE_PROCESS,
+    datasets: list[Dataset] | None = None,
 ) -> tuple[list[Dataset], LatentSources]:
     """All that happens before the denoiser is loaded: `simpletuner cache build` does this and no more.
+
+    Args:
+        datasets: of `prepare_datasets`, where they are read already.
 
     Raises:
         DataError: as `prepare_datasets` and `prepare_latents`.
         Interrupted: a signal came; what was encoded stays.
     """
-    with process_group.main_first():  # the others find every index made
+    if datasets is None:
         datasets = prepare_datasets(loaded, family, output_dir, bus, stop, process_group)
     prepare_prompts(loaded, family, datasets, bus, stop, process_group)
     hold_out(
@@ -80,7 +84,8 @@ def prepare_datasets(
     Raises:
         DataError: a dataset without usable images, or no dataset to train on.
     """
-    with phase(bus, "reading the datasets") as progress:
+    # The others find every index made.
+    with process_group.main_first(), phase(bus, "reading the datasets") as progress:
 
         def show_progress(label: str, done: int, total: int | None) -> None:
             progress.advance(max(done - progress.done, 0))

@@ -18,6 +18,7 @@ from simpletuner.training.checkpoint import Checkpoints, numbered_checkpoints, r
 from simpletuner.training.earlier_runs import finish_move, move_earlier, write_run_history
 from simpletuner.training.evaluate import write_eval_history
 from simpletuner.training.identity import fixed_settings, refuse_changes
+from simpletuner.training.planning.settings import keep_choice
 from simpletuner.training.run import Run
 from simpletuner.training.run_files import BEST, final_step, read_data_reports, step_of
 from simpletuner.training.run_history import RunHistory, find_run_history
@@ -107,7 +108,7 @@ def _refuse_other_options(loaded: LoadedRun, path: Path) -> None:
     Raises:
         ConfigError: a difference that cannot be.
     """
-    refuse_changes(read_state(path)["identity"]["fixed"], fixed_settings(loaded), path)
+    refuse_changes(read_state(path)["identity"]["fixed"], fixed_settings(keep_choice(loaded, path)), path)
     config = loaded.config
     saved = storage.read_json(path / "config.json").get("lora_rank")
     if (

@@ -55,13 +55,15 @@ from simpletuner.training.device_placement import mesh_of, must_take_turns, plac
 from simpletuner.training.evaluate import read_eval_history, restore_best
 from simpletuner.training.evaluation import losses_as_json, losses_from_json
 from simpletuner.training.finish import finish_run, was_finished
+from simpletuner.training.fitting import fit_into_memory
 from simpletuner.training.gradient_checkpointing import GradientCheckpointing
 from simpletuner.training.kernels import chosen_kernels, compile_blocks, require_compiler
 from simpletuner.training.lock import write_lock
 from simpletuner.training.loop import run_training
 from simpletuner.training.loss_scale import LossScale
 from simpletuner.training.phases import phase
-from simpletuner.training.prepare import prepare_data
+from simpletuner.training.planning.settings import is_written, keep_choice
+from simpletuner.training.prepare import prepare_data, prepare_datasets
 from simpletuner.training.progress import Progress
 from simpletuner.training.report import report_run
 from simpletuner.training.resuming import Length, resumed_length, resumed_progress, total_train_steps
@@ -172,6 +174,7 @@ def build_run(
         bus.emit(Notice("warning", line))
     checkpoints = Checkpoints(output_dir, config.checkpoint.checkpoints_total_limit, start.history)
 
+    loaded = keep_choice(loaded, start.resume_from)
     family = build_family(loaded.config)
     require_device(family.number_formats, family.device, family.dtype)
     require_compiler(config.precision.dynamo_backend, family.device)
@@ -179,7 +182,11 @@ def build_run(
     require_optimizer(config.optimizer, family.device, trained_dtype)
     require_trained_parts(loaded, family)
     assistant_file = find_assistant(config)
-    datasets, sources = prepare_data(loaded, family, output_dir, bus, stop, process_group)
+    datasets = prepare_datasets(loaded, family, output_dir, bus, stop, process_group)
+    loaded, memory_limit = fit_into_memory(loaded, family, datasets, bus, process_group)
+    config, family = loaded.config, build_family(loaded.config)
+    require_device(family.number_formats, family.device, family.dtype)
+    datasets, sources = prepare_data(loaded, family, output_dir, bus, stop, process_group, datasets)
     training = [dataset for dataset in datasets if dataset.kind == "image"]
     sampler = build_sampler(loaded, training, process_group)
     length = run_length(loaded, sampler, start.resume_from)
@@ -199,7 +206,8 @@ def build_run(
         adapter = attach_adapter(loaded, family, denoiser)
         describe_adapter(adapter, bus)
         placement = place_denoiser(config, family, denoiser, adapter, process_group, mesh)
-        recomputing = GradientCheckpointing.of(config, family.device)
+        may_offload = config.model.memory is not None and not is_written(loaded, "gradient_checkpointing_backend")
+        recomputing = GradientCheckpointing.of(config, family.device, memory_limit, may_offload)
         if recomputing is not None:
             cast(Any, denoiser).enable_gradient_checkpointing(recomputing)
         sizes = {size for dataset in datasets for size in dataset.buckets}

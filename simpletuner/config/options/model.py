@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from simpletuner.config.options.declare import REQUIRED, OptionGroup, option
-from simpletuner.config.values import Bool, Checkpointing, Int, Interval, Text, TextOrList
+from simpletuner.config.values import Bool, Checkpointing, Int, Interval, Memory, Text, TextOrList
 
 # How prompts are encoded, where a family has a choice (`FamilySpec.prompt_options`).
 PROMPT_OPTIONS = ("clip_skip", "force_zeros_for_empty_prompt")
@@ -97,6 +97,16 @@ class ModelOptions(OptionGroup):
     )
     revision: Text | None = option(None, help="Hub revision (branch, tag or commit) of the model.")
     variant: Text | None = option(None, help="Variant of the weight files, for example `fp16`.")
+    memory: Memory | None = option(
+        None,
+        takes="number of GB above 0, or auto",
+        help="Memory that the run may take of the device; `auto`: what is free at the start. Options that are not "
+        "written are chosen so that it fits, in this order: `activation_memory`, `gradient_checkpointing`, inputs in "
+        "main memory, an 8-bit base, swapped blocks; for encoding packed text encoders, a smaller `vae_batch_size`, "
+        "tiles. A run that cannot fit is refused at the start.",
+        unit="GB",
+        level="basic",
+    )
     gradient_checkpointing: Checkpointing = option(
         True,
         help="Recompute activations in the backward pass: much less memory for about a quarter more time. The result "

@@ -97,6 +97,14 @@ def compiled_blocks_keep_what_the_compiler_says(draft: Draft) -> Iterator[Proble
         yield draft.problem(message, "activation_memory", "low", fix="remove it, or set dynamo_backend to no")
 
 
+def memory_is_planned_for_whole_models(draft: Draft) -> Iterator[Problem]:
+    config = draft.config
+    if config.model.memory is not None and (config.processes.fsdp_enable or config.processes.deepspeed_config):
+        other = "fsdp_enable" if config.processes.fsdp_enable else "deepspeed_config"
+        message = f"{other} divides the weights among the processes, for which nothing is planned"
+        yield draft.problem(message, "memory", fix="remove one of the two")
+
+
 def kernels_chosen_by_timing_are_not_deterministic(draft: Draft) -> Iterator[Problem]:
     config = draft.config
     if config.precision.deterministic and config.precision.dynamo_backend == "inductor":
@@ -107,6 +115,7 @@ def kernels_chosen_by_timing_are_not_deterministic(draft: Draft) -> Iterator[Pro
 PRECISION_RULES = (
     compiled_blocks_keep_what_the_compiler_says,
     kernels_chosen_by_timing_are_not_deterministic,
+    memory_is_planned_for_whole_models,
     swapped_blocks_are_recomputed,
     what_belongs_to_checkpointing_has_it,
     packed_weights_do_not_train,

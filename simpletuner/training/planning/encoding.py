@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import importlib
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -169,11 +170,22 @@ def encoding_cost(
     filled = [texts[index % len(texts)] for index in range(max(BATCH_SIZE, len(texts)))]
     seen = [images[index % len(images)] for index in range(len(filled))] if images else None
     try:
-        with torch.no_grad(), PeakBytes() as made, FusedAttention(), _StaysOnMeta():
+        with torch.no_grad(), PeakBytes() as made, FusedAttention(), StaysOnMeta():
             embeds = empty.encode_prompts(filled, seen)
     except (RuntimeError, NotImplementedError):  # code that reads values, or was compiled by TorchScript
         return None
     return EncodingCost(embeds[: len(texts)], encoders.num_bytes, made.peak)
+
+
+def encoder_bytes(family: ModelFamily, names: Sequence[str]) -> list[int]:
+    """What each text encoder takes, packed as configured."""
+    found = []
+    for name in names:
+        encoders = EmptyEncoders(family)
+        with suppress(RuntimeError, NotImplementedError):  # of such a one nothing is known, and it is not packed
+            encoders.encoder(name)
+        found.append(encoders.num_bytes)
+    return found
 
 
 class EmptyEncoders(TextEncoders):
@@ -218,7 +230,7 @@ def _without_value(leaf: Any) -> Any:
     return leaf.to("meta") if isinstance(leaf, Tensor) and leaf.dim() and not leaf.is_meta else leaf
 
 
-class _StaysOnMeta(TorchFunctionMode):
+class StaysOnMeta(TorchFunctionMode):
     """What is moved to the processor without having values stays where it is, and no shortcut is taken for it: masks
     are asked whether they hide nothing."""
 

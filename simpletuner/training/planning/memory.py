@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import psutil
@@ -28,6 +28,7 @@ from simpletuner.precision.quantize import (
 )
 from simpletuner.training.build import attach_adapter
 from simpletuner.training.gradient_checkpointing import count_fitting
+from simpletuner.training.planning.encoding import StaysOnMeta
 from simpletuner.training.planning.shapes import (
     Activations,
     Load,
@@ -59,6 +60,7 @@ class Shapes:
         activations: at the largest size.
         optimizer: bytes of the optimizer's state.
         update: bytes that a step of the optimizer makes besides.
+        unpacked: bytes of the largest packed weight, which is unpacked for the moment of its product.
     """
 
     num_parameters: int
@@ -69,6 +71,7 @@ class Shapes:
     activations: Activations
     optimizer: int
     update: int
+    unpacked: int = 0
 
 
 def read_shapes(loaded: LoadedRun, family: ModelFamily, load: Load, embeds: Sequence[PromptEmbeds]) -> Shapes:
@@ -78,10 +81,8 @@ def read_shapes(loaded: LoadedRun, family: ModelFamily, load: Load, embeds: Sequ
     empty = type(family)(family.spec, family.source, torch.device("meta"), family.dtype)
     denoiser = empty.empty_denoiser()
     count = sum(parameter.numel() for parameter in denoiser.parameters())
-    spec, formats = family.spec, family.number_formats
-    frozen = num_bytes((*denoiser.parameters(), *denoiser.buffers()))
-    frozen -= saved_bytes(denoiser, formats.base, spec.block_classes, spec.unquantized)
-    swapped = swapped_bytes(config, family, denoiser)
+    frozen, swapped = frozen_bytes(config, family, denoiser)
+    packed = packed_layers(family, denoiser)
     with torch.device("meta"):
         trained = attach_adapter(loaded, empty, denoiser).trainable_parameters()
     is_full = config.model.model_type == "full"
@@ -98,7 +99,31 @@ def read_shapes(loaded: LoadedRun, family: ModelFamily, load: Load, embeds: Sequ
     activations = measure_activations(empty, denoiser, load.height, load.width, embeds, load.references)
     if is_full:
         frozen = untrained
-    return Shapes(count, frozen, dict(trained), trained_bytes, swapped, activations, optimizer, update)
+    unpacked = unpacked_bytes(family, packed, computes_in, activations.num_tokens)
+    return Shapes(count, frozen, dict(trained), trained_bytes, swapped, activations, optimizer, update, unpacked)
+
+
+def frozen_bytes(config: TrainConfig, family: ModelFamily, denoiser: nn.Module) -> tuple[int, int]:
+    """(bytes of the frozen weights; of them, those that wait in main memory).
+
+    Args:
+        family: its number formats are those of `config`.
+        denoiser: on any device, without an adapter.
+    """
+    spec, precision = family.spec, family.number_formats.base
+    frozen = num_bytes((*denoiser.parameters(), *denoiser.buffers()))
+    frozen -= saved_bytes(denoiser, precision, spec.block_classes, spec.unquantized)
+    return frozen, swapped_bytes(config, family, denoiser)
+
+
+def settled(shapes: Shapes, config: TrainConfig, family: ModelFamily, denoiser: nn.Module) -> Shapes:
+    """The shapes with the frozen weights as `config` keeps them; `family` and `denoiser` as in `frozen_bytes`."""
+    if config.model.model_type == "full":
+        return shapes
+    frozen, swapped = frozen_bytes(config, family, denoiser)
+    computes_in, num_tokens = DTYPES[config.precision.mixed_precision], shapes.activations.num_tokens
+    unpacked = unpacked_bytes(family, packed_layers(family, denoiser), computes_in, num_tokens)
+    return replace(shapes, frozen_bytes=frozen, swapped_bytes=swapped, unpacked=unpacked)
 
 
 def memory_rows(
@@ -123,10 +148,8 @@ def memory_rows(
     if config.precision.mixed_precision != "no":
         wide = [parameter for parameter in shapes.trained.values() if parameter.dtype == torch.float32]
         rows.append(Row("16-bit copies of trained weights", 2 * sum(parameter.numel() for parameter in wide)))
-    matrix = unpacked_bytes(family, DTYPES[config.precision.mixed_precision], shapes.activations.num_tokens)
-    if matrix and config.model.model_type != "full":
-        is_in_8_bits = quantizes_activations(family.number_formats)
-        rows.append(Row("one product in 8 bits" if is_in_8_bits else "one unpacked matrix", matrix))
+    is_in_8_bits = quantizes_activations(family.number_formats)
+    rows.append(Row("one product in 8 bits" if is_in_8_bits else "one unpacked matrix", shapes.unpacked))
     if stays_vae:
         vae = make_empty_component(family.source, family.spec.component("vae"), torch.float32)
         rows.append(Row("VAE, kept to encode on demand", num_bytes(vae.parameters())))
@@ -139,18 +162,18 @@ def memory_rows(
     return [row for row in (*rows, chosen, update) if row.num_bytes], others
 
 
-def unpacked_bytes(family: ModelFamily, computes_in: torch.dtype, num_tokens: int) -> int:
+def packed_layers(family: ModelFamily, denoiser: nn.Module) -> list[nn.Linear]:
+    """The layers of a denoiser of any device that `base_model_precision` packs."""
+    precision, spec = family.number_formats.base, family.spec
+    if precision == NO_CHANGE:
+        return []
+    return [layer for _, layer in quantizable(denoiser, get_format(precision), spec.block_classes, spec.unquantized)]
+
+
+def unpacked_bytes(family: ModelFamily, packed: Sequence[nn.Linear], computes_in: torch.dtype, num_tokens: int) -> int:
     """What a product with a packed weight makes for its moment: the unpacked matrix, or all that 8 bits need."""
-    formats = family.number_formats
-    if formats.base == NO_CHANGE:
-        return 0
-    weight_format = get_format(formats.base)
-    empty = type(family)(family.spec, family.source, torch.device("meta"), family.dtype).empty_denoiser()
-    packed = [
-        layer for _, layer in quantizable(empty, weight_format, family.spec.block_classes, family.spec.unquantized)
-    ]
     found = [layer.weight.numel() * computes_in.itemsize for layer in packed]
-    if quantizes_activations(formats):
+    if quantizes_activations(family.number_formats):
         found += [product_bytes(num_tokens, layer.out_features, layer.in_features) for layer in packed]
     return max(found, default=0)
 
@@ -215,6 +238,15 @@ def swapped_out(blocks: Sequence[nn.Module], precision: str, kept: Sequence[str]
         num_bytes((*block.parameters(), *block.buffers())) - saved_bytes(block, precision, (), kept) for block in blocks
     ]
     return max(sum(sizes) - NUM_BUFFERS * max(sizes, default=0), 0)
+
+
+def encode_bytes(family: ModelFamily, height: int, width: int, batch_size: int) -> int:
+    """The VAE in float32 and the most that it makes while it encodes a batch of images, from shapes alone."""
+    vae: Any = family.empty_vae()
+    pixels = torch.empty(batch_size, 3, height, width, device="meta")
+    with torch.no_grad(), PeakBytes() as made, StaysOnMeta():
+        family.encode_images(vae, pixels)
+    return num_bytes(vae.parameters()) + num_bytes([pixels]) + made.peak
 
 
 def decode_bytes(family: ModelFamily, height: int, width: int) -> int:

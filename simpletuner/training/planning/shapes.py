@@ -1,15 +1,18 @@
 """Memory of training from shapes alone: the real modules and the real step, on torch's `meta` device, without values.
 
-A forward pass on `meta` computes shapes only, in a second for a model of billions of parameters. What autograd keeps
-for the backward pass is counted as it is saved, block by block, so that one pass tells the need with and without
-gradient checkpointing.
+A step on `meta` computes shapes only, in seconds for a model of billions of parameters. What autograd keeps for the
+backward pass is counted as it is saved, block by block, and what the backward pass makes besides as it is made: one
+step tells the need with and without gradient checkpointing.
 """
 
 from __future__ import annotations
 
 import weakref
+from collections import Counter
 from collections.abc import Container, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -37,15 +40,21 @@ class Activations:
         inside: per block, in their order.
         inputs: per block, what it is called with.
         num_tokens: rows of the first block's input, all samples together.
+        working: per block, the most that its backward pass makes besides: gradients, and what is made again.
+        working_outside: the same of all that lies outside of the blocks.
+        making: per block, the most that there is of it in its forward pass, which tracing only then sorts.
     """
 
     outside: int
     inside: tuple[int, ...]
     inputs: tuple[int, ...]
     num_tokens: int
+    working: tuple[int, ...] = ()
+    working_outside: int = 0
+    making: tuple[int, ...] = ()
 
     def peak(self, recomputed: Container[int] = (), offloads_inputs: bool = False) -> int:
-        """The most that is kept at a time.
+        """The most that there is at a time.
 
         Args:
             recomputed: blocks that keep their input alone, until the backward pass comes to them.
@@ -57,10 +66,14 @@ class Activations:
         ]
         num_offloaded = sum(index in recomputed for index in range(len(kept))) if offloads_inputs else 0
         on_their_way = min(NUM_LEAVING, num_offloaded) * max(self.inputs, default=0)
-        alive = peak = self.outside + sum(kept) + on_their_way
+        alive = self.outside + sum(kept) + on_their_way
+        peak = alive + self.working_outside
+        none = (0,) * len(kept)
+        working, making = self.working or none, self.making or none
         for index in reversed(range(len(kept))):
-            if index in recomputed:
-                peak = max(peak, alive + self.inside[index])
+            again = self.inside[index] if index in recomputed else 0
+            computed = making[index] - (0 if index in recomputed else kept[index])  # of the others, in the forward pass
+            peak = max(peak, alive + again + working[index], alive + computed)
             alive -= kept[index]
         return peak
 
@@ -120,8 +133,9 @@ def measure_activations(
     embeds: Sequence[PromptEmbeds],
     references: Sizes = (),
     counter: SavedBytes | None = None,
+    has_backward: bool = True,
 ) -> Activations:
-    """Count what a forward pass of the training step saves.
+    """Count what a forward pass of the training step saves, and what the backward pass makes besides.
 
     Args:
         family: on the `meta` device, its dtype that of the computation.
@@ -129,19 +143,38 @@ def measure_activations(
         embeds: the prompts of the micro-batch.
         references: see `empty_batch`.
         counter: of the denoiser; for who wants to know more of what is saved.
+        has_backward: without it only what is saved is counted.
     """
-    batch = empty_batch(family, height, width, embeds, references)
-    noise = torch.zeros_like(batch.latents)
     counter = counter or SavedBytes(denoiser, family.spec.block_classes)
+    peaks = BackwardPeaks(denoiser)
+    if has_backward:
+        counter.peaks = peaks
     denoiser.train()
-    with counter, FusedAttention():
-        compute_losses(family, denoiser, batch, noise, torch.full((len(batch),), 0.5, dtype=torch.float64))
-    return Activations(
+    with FusedAttention(), peaks:
+        batch = empty_batch(family, height, width, embeds, references)
+        noise, quantiles = torch.zeros_like(batch.latents), torch.full((len(batch),), 0.5, dtype=torch.float64)
+        with counter:  # not of the backward pass: what is made again there saves tensors for a moment
+            loss = compute_losses(family, denoiser, batch, noise, quantiles).weighted_sum
+        peaks.begin(None)
+        if has_backward:
+            loss.backward()
+        peaks.begin(None)
+    denoiser.zero_grad(set_to_none=True)
+    saved = Activations(
         outside=counter.saved.get(None, 0),
         inside=tuple(counter.saved.get(block, 0) for block in counter.inputs),
         inputs=tuple(counter.inputs.values()),
         num_tokens=counter.num_tokens,
     )
+    if not has_backward:
+        return saved
+    working = [
+        max(peaks.of.get(block, 0) - saved.outside - kept, 0)
+        for block, kept in zip(counter.inputs, accumulate(saved.inside), strict=True)
+    ]
+    outside = max(peaks.of.get(None, 0) - saved.outside - sum(saved.inside), 0)
+    making = tuple(peaks.made_in.get(block, 0) for block in counter.inputs)
+    return replace(saved, working=tuple(working), working_outside=outside, making=making)
 
 
 class SavedBytes:
@@ -151,6 +184,7 @@ class SavedBytes:
         saved: block -> bytes saved while it ran; None -> outside of all blocks.
         inputs: block -> bytes of the tensors that it was called with.
         num_tokens: rows of the first block's input, over the batch.
+        peaks: is told where the backward pass has come to.
     """
 
     def __init__(self, module: nn.Module, block_classes: Sequence[str]):
@@ -160,8 +194,8 @@ class SavedBytes:
         self._module = module
         self._blocks = [child for child in module.modules() if type(child).__name__ in block_classes]
         self._current: nn.Module | None = None
-        # Storages are held, so that none takes the identity of one that was freed.
-        self._seen: dict[int, Any] = {}
+        self._seen: set[int] = set()  # storages that there are; another one may take the identity of one that was freed
+        self.peaks: BackwardPeaks | None = None
 
     def __enter__(self) -> SavedBytes:
         for tensor in (*self._module.parameters(), *self._module.buffers()):
@@ -180,13 +214,24 @@ class SavedBytes:
 
     def _enter_block(self, block: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
         self._current = block
+        if self.peaks is not None:
+            self.peaks.begin(None)
         tensors = [value for value in (*inputs, *named.values()) if isinstance(value, Tensor)]
         self.inputs[block] = num_bytes(tensors)
         if not self.num_tokens and tensors:
             self.num_tokens = tensors[0].shape[:-1].numel()
 
-    def _leave_block(self, *args: object) -> None:
+    def _leave_block(self, block: nn.Module, inputs: object, output: object) -> None:
         self._current = None
+        if self.peaks is not None:
+            self.peaks.end_forward(block)
+        for tensor in tree_leaves(output) if self.peaks is not None else ():
+            if isinstance(tensor, Tensor) and tensor.requires_grad:
+                tensor.register_hook(partial(self._enter_backward, block))
+
+    def _enter_backward(self, block: nn.Module, gradient: Tensor) -> None:
+        assert self.peaks is not None, "_leave_block asks"
+        self.peaks.begin(block)
 
     def _count(self, tensor: Tensor) -> Tensor:
         if self._is_new(tensor):
@@ -198,7 +243,8 @@ class SavedBytes:
         storage = tensor.untyped_storage()
         if storage._cdata in self._seen:
             return False
-        self._seen[storage._cdata] = storage
+        self._seen.add(storage._cdata)
+        weakref.finalize(storage, self._seen.discard, storage._cdata)
         return True
 
 
@@ -231,6 +277,10 @@ class _FusedShapes(torch.autograd.Function):
         ctx.save_for_backward(query, key, value, output, sums, added)
         return output
 
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        return *(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3]), None
+
 
 def optimizer_bytes(parameters: Mapping[str, nn.Parameter], make_optimizer: Any) -> int:
     """What the optimizer keeps for `parameters`: measured on a few of their shapes and scaled up.
@@ -260,8 +310,29 @@ def optimizer_bytes(parameters: Mapping[str, nn.Parameter], make_optimizer: Any)
 def step_bytes(parameters: Mapping[str, nn.Parameter], make_optimizer: Any) -> int:
     """The most that a step of the optimizer makes besides what it keeps, from shapes alone; 0 where only values tell.
 
-    On a GPU torch's own optimizers move all weights at once, which here they are asked for: that makes more.
+    On a GPU torch's own optimizers move all weights at once, which here they are asked for: that makes more. An adapter
+    has hundreds of weights of a few shapes: one and two of each say what all of them take.
     """
+    some = _some_of_each_shape(parameters, 1)
+    made = _made_by_a_step(some, make_optimizer)
+    if len(some) == len(parameters):
+        return made
+    more = _some_of_each_shape(parameters, 2)
+    growth = (_made_by_a_step(more, make_optimizer) - made) / (num_bytes(more.values()) - num_bytes(some.values()))
+    return made + round(growth * (num_bytes(parameters.values()) - num_bytes(some.values())))
+
+
+def _some_of_each_shape(parameters: Mapping[str, nn.Parameter], count: int) -> dict[str, nn.Parameter]:
+    found: dict[str, nn.Parameter] = {}
+    taken: Counter[tuple[torch.Size, torch.dtype]] = Counter()
+    for name, parameter in parameters.items():
+        taken[parameter.shape, parameter.dtype] += 1
+        if taken[parameter.shape, parameter.dtype] <= count:
+            found[name] = parameter
+    return found
+
+
+def _made_by_a_step(parameters: Mapping[str, nn.Parameter], make_optimizer: Any) -> int:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     made = PeakBytes()
@@ -286,7 +357,7 @@ def step_bytes(parameters: Mapping[str, nn.Parameter], make_optimizer: Any) -> i
 
 
 class PeakBytes(TorchDispatchMode):
-    """Counts what the tensors that are made inside take at most at a time; in passes without gradients."""
+    """Counts what the tensors that are made inside take at most at a time."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -297,13 +368,42 @@ class PeakBytes(TorchDispatchMode):
         output = function(*args, **(kwargs or {}))
         for tensor in tree_leaves(output):
             if isinstance(tensor, Tensor) and _storage_of(tensor) not in given:  # no view, and not written in place
-                self.alive += tensor.nbytes
+                storage = tensor.untyped_storage()
+                self.alive += storage.nbytes()
                 self.peak = max(self.peak, self.alive)
-                weakref.finalize(tensor, self._free, tensor.nbytes)
+                weakref.finalize(storage, self._free, storage.nbytes())  # autograd keeps it without its tensor
         return output
 
     def _free(self, size: int) -> None:
         self.alive -= size
+
+
+class BackwardPeaks(PeakBytes):
+    """As `PeakBytes`, apart for the backward pass of each block; gradients of weights are not counted.
+
+    Attributes:
+        of: block -> the most that there was in its backward pass; None -> outside of the blocks.
+        made_in: block -> the most that its forward pass made.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.of: dict[nn.Module | None, int] = {}
+        self._trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        self.made_in: dict[nn.Module, int] = {}
+        self._current: nn.Module | None = None
+        self._gradients = self._before = 0
+
+    def begin(self, block: nn.Module | None) -> None:
+        """What is made from now on belongs to this block."""
+        self.of[self._current] = max(self.of.get(self._current, 0), self.peak - self._gradients)
+        self._current, self.peak, self._before = block, self.alive, self.alive
+        self._gradients = num_bytes(each.grad for each in self._trained if each.grad is not None)
+
+    def end_forward(self, block: nn.Module) -> None:
+        """What was made since `begin` was of the forward pass of this block."""
+        self.made_in[block] = max(self.made_in.get(block, 0), self.peak - self._before)
+        self.peak = self.alive
 
 
 def _storage_of(tensor: Tensor) -> int:

@@ -1,0 +1,351 @@
+"""What `memory` chooses: against tensors of real steps, in order, and never what somebody wrote."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import psutil
+import pytest
+import torch
+
+from simpletuner.config.loading import LoadedRun
+from simpletuner.distributed.process_group import SINGLE_PROCESS
+from simpletuner.errors import ConfigError
+from simpletuner.hardware import GIB
+from simpletuner.models.build import build_family
+from simpletuner.optim.optimizers import build_optimizer
+from simpletuner.training import fitting
+from simpletuner.training import memory as process_memory
+from simpletuner.training.build import attach_adapter
+from simpletuner.training.device_placement import place_denoiser
+from simpletuner.training.gradient_checkpointing import GradientCheckpointing, MeasuredMemory
+from simpletuner.training.planning import settings as planning
+from simpletuner.training.planning.settings import Choice, Cost, Room, choose_settings, with_settings
+from simpletuner.training.planning.shapes import PeakBytes, empty_batch, num_bytes
+from simpletuner.training.prepare import read_datasets
+from simpletuner.training.step import compute_losses
+from tests.runs import dataset, load_here, metrics, train_here, weights_of, write_images, write_run
+from tests.tiny import tiny_omnigen_folder
+from tests.tiny_z_image import tiny_z_image_folder
+
+LARGE = 10**12
+LORA = {"lora_type": "standard", "lycoris_config": None, "lora_rank": 4}
+
+
+def write(folder: Path, model: Path, written: dict[str, Any] | None = None, **options: Any) -> Path:
+    """A run with `memory` whose options on memory are not written, but for `written`."""
+    write_images(folder / "images", 4, seed=1, side=128)
+    options = {"memory": "auto", "resolution": 128, "max_train_steps": 4, **LORA, **options}
+    write_run(folder, model, [dataset("images", resolution=128)], **options)
+    config = json.loads((folder / "config.json").read_text())
+    del config["gradient_checkpointing"]
+    (folder / "config.json").write_text(json.dumps(config | (written or {}), indent=1))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_omnigen_folder(tmp_path_factory.mktemp("wide") / "model", hidden_size=128, num_layers=6)
+
+
+def choose(loaded: LoadedRun, device: int, main: int | None = None) -> Choice:
+    family = build_family(loaded.config)
+    return choose_settings(loaded, family, read_datasets(loaded, family), Room(device, main, device))
+
+
+def taken(loaded: LoadedRun) -> int:
+    """Bytes of all tensors at the peak of real steps: weights, gradients, optimizer, what is kept and made."""
+    family = build_family(loaded.config)
+    denoiser = family.load_base()
+    adapter = attach_adapter(loaded, family, denoiser)
+    place_denoiser(loaded.config, family, denoiser, adapter, SINGLE_PROCESS)
+    if (recomputing := GradientCheckpointing.of(loaded.config, family.device)) is not None:
+        denoiser.enable_gradient_checkpointing(recomputing)
+        if recomputing.room is not None:  # as a run does that finds so little free
+            recomputing.room.free_bytes = lambda: 0  # type: ignore[method-assign]
+    denoiser.train()
+    held = num_bytes((*denoiser.parameters(), *denoiser.buffers()))
+    optimizer = build_optimizer(loaded.config.optimizer, adapter.trainable_parameters(), 0)
+    embeds = family.encode_prompts(["picture 0 of set 1"] * 2)
+    with PeakBytes() as made:
+        for _ in range(3):
+            batch = empty_batch(family, 128, 128, embeds)
+            noise, middle = torch.zeros_like(batch.latents), torch.full((2,), 0.5, dtype=torch.float64)
+            made.peak = made.alive  # the first steps measure, and make the state of the optimizer
+            compute_losses(family, denoiser, batch, noise, middle).weighted_sum.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            if recomputing is not None:
+                recomputing.after_step()
+    return held + made.peak
+
+
+@pytest.fixture(scope="module")
+def plain_peak(model: Path, tmp_path_factory: pytest.TempPathFactory) -> int:
+    folder = write(tmp_path_factory.mktemp("plain") / "run", model, {"gradient_checkpointing": False})
+    return taken(load_here(folder))
+
+
+@pytest.mark.parametrize("share", [1.05, 0.8, 0.6, pytest.param(0.4, marks=pytest.mark.slow)])
+def test_a_plan_holds_under_each_share_of_the_plain_peak_or_says_what_is_missing(
+    share: float, model: Path, plain_peak: int, tmp_path: Path
+) -> None:
+    loaded = load_here(write(tmp_path / "run", model))
+    limit = int(share * plain_peak)
+    choice = choose(loaded, limit)
+    measured = taken(with_settings(loaded, choice.settings))
+    if choice.lacking:
+        [problem] = choice.lacking
+        assert measured > limit
+        assert "more than the" in problem.message
+    else:
+        assert measured <= limit * 1.05
+    is_plain = choice.settings.get("gradient_checkpointing") is False and "activation_memory" not in choice.settings
+    assert is_plain is (share > 1)
+
+
+def test_the_first_way_that_fits_is_taken_in_the_order_of_what_they_cost(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = load_here(write(tmp_path / "run", model))
+    costs = {  # a GPU with main memory of its own; the keys are what each way adds
+        "plain": 100, "lowest": 95, "auto": 90, "unsloth": 80, "int8 auto": 70, "int8 unsloth": 60,
+        "swap 1": 55, "swap 2": 50, "swap 3": 45, "swap 4": 40, "swap 5": 35, "swap 6": 30,
+    }  # fmt: skip
+
+    def name_of(loaded: LoadedRun) -> str:
+        config = loaded.config
+        if config.model.musubi_blocks_to_swap:
+            assert config.model.gradient_checkpointing_interval is None
+            return f"swap {config.model.musubi_blocks_to_swap}"
+        if not config.model.gradient_checkpointing:
+            return "plain" if config.model.activation_memory == "low" else "lowest"
+        int8 = "int8 " if config.precision.base_model_precision == "int8-quanto" else ""
+        return int8 + ("unsloth" if config.model.gradient_checkpointing_backend == "unsloth" else "auto")
+
+    monkeypatch.setattr(planning._Training, "cost", lambda self, loaded: Cost(costs[name_of(loaded)]))
+    training = stage_of(loaded)
+    for way, size in costs.items():
+        training.room = Room(size, LARGE, size)
+        choice = training.choose()
+        assert name_of(with_settings(loaded, choice.settings)) == way
+        assert not choice.lacking
+    training.room = Room(27, LARGE, 27)
+    short = training.choose()
+    [problem] = short.lacking
+    assert problem.message.endswith("3 bytes more than the 27 bytes planned")
+    reasons = [line for line in short.lines if "does not fit" in line]
+    assert len(reasons) == 6  # of the ways that swap blocks, the last one counts
+    assert reasons[0] == "training: it does not fit with gradient_checkpointing false, which takes 100 bytes"
+
+
+def test_what_somebody_wrote_stays_and_is_named_where_it_is_in_the_way(model: Path, tmp_path: Path) -> None:
+    loaded = load_here(write(tmp_path / "run", model, {"gradient_checkpointing": False}))
+    plain = choose(loaded, LARGE)
+    assert "gradient_checkpointing" not in plain.settings
+    choice = choose(loaded, 10_000_000)
+    assert "gradient_checkpointing" not in choice.settings
+    [problem] = choice.lacking
+    assert problem.key == "memory"
+    assert problem.fix is not None
+    assert problem.fix.startswith("remove gradient_checkpointing (config.json:")
+
+
+@pytest.mark.parametrize(
+    "written", [{"gradient_checkpointing_interval": "2"}, {"enable_group_offload": True}, {"dynamo_backend": "eager"}]
+)
+def test_no_choice_contradicts_what_is_written(written: dict[str, Any], model: Path, tmp_path: Path) -> None:
+    folder = write(tmp_path / "run", model, {"gradient_checkpointing": True, **written})
+    loaded = load_here(folder)
+    training = stage_of(loaded)
+    for device in (LARGE, 0):
+        training.room = Room(device, LARGE, device)
+        chosen = dict(training.choose().settings)
+        assert not chosen.keys() & written.keys()
+        load_here(folder, *(f"--{key}={json.dumps(value).strip(chr(34))}" for key, value in chosen.items()))
+
+
+def test_main_memory_is_counted(model: Path, tmp_path: Path) -> None:
+    loaded = load_here(write(tmp_path / "run", model))
+    training = stage_of(loaded)
+    settings, cost = list(training.try_ways(loaded))[-1]
+    assert settings["musubi_blocks_to_swap"] == 6
+    # The six blocks have 9 squares of 128 x 128 weights each, which are read in float32 before they are packed.
+    assert cost.main > 6 * 9 * 128 * 128 * 4
+    training.room = Room(cost.device, cost.main, 0)
+    assert not training.choose().lacking
+    training.room = Room(cost.device, cost.main - 1024, 0)
+    [problem] = training.choose().lacking
+    assert problem.message.endswith(": 1.0 KiB of main memory more than there is")
+
+
+def stage_of(loaded: LoadedRun) -> planning._Training:
+    """Training alone, on a GPU without any room."""
+    family = build_family(loaded.config)
+    return planning._Training(loaded, family, read_datasets(loaded, family), Room(0, LARGE, 0), None)
+
+
+def test_the_vae_gets_smaller_batches_and_then_tiles(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = load_here(write(tmp_path / "run", model, vae_batch_size=6))
+    tried = []
+
+    def peak(family: Any, height: int, width: int, batch_size: int) -> int:
+        tried.append((height, width, batch_size, family.vae_modes))
+        return 100 * batch_size // (1 + len(family.vae_modes))
+
+    monkeypatch.setattr(planning, "encode_bytes", peak)
+    monkeypatch.setattr(planning._Training, "cost", lambda self, loaded: Cost(0))
+    assert choose(loaded, 350).settings.get("vae_batch_size") is None  # it is written: see below
+    unwritten = planning.without(loaded, ["vae_batch_size"])
+    assert choose(unwritten, 399).settings["vae_batch_size"] == 2
+    tiled = choose(unwritten, 60).settings
+    assert (tiled["vae_batch_size"], tiled["vae_enable_tiling"]) == (1, True)
+    assert (128, 128, 1, ("tiling",)) in tried
+    assert choose(unwritten, 40).lacking[0].message.startswith("the VAE takes 50 bytes at least")
+
+
+@pytest.mark.slow
+def test_text_encoders_are_packed_where_they_do_not_fit(tmp_path: Path) -> None:
+    folder = write(tmp_path / "run", tiny_z_image_folder(tmp_path / "model"), model_family="z_image")
+    loaded = load_here(folder)
+    family = build_family(loaded.config)
+    datasets = read_datasets(loaded, family)
+    whole = planning.text_cost(loaded, family, datasets)
+    assert whole is not None
+    assert whole.cost is not None
+
+    def chosen(device: int) -> Any:
+        return planning._Captions(loaded, family, datasets, Room(device, LARGE, device), whole).choose()
+
+    assert chosen(whole.cost.peak_bytes).settings == {}
+    packed = chosen(whole.cost.peak_bytes - 1)
+    assert packed.settings == {"text_encoder_1_precision": "int8-quanto"}
+    assert not packed.lacking
+    assert chosen(0).lacking[0].message.startswith("encoding captions takes")
+
+
+def rooms(monkeypatch: pytest.MonkeyPatch, room: Room) -> None:
+    monkeypatch.setattr(fitting.Room, "of", classmethod(lambda cls, memory, device: room))
+
+
+def test_a_run_that_cannot_fit_is_refused_before_anything_is_encoded(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write(tmp_path / "run", model)
+    rooms(monkeypatch, Room(1000, None, 1000))
+    with pytest.raises(ConfigError) as caught:
+        train_here(folder)
+    assert {problem.key for problem in caught.value.problems} == {"memory"}
+    assert not list((folder / "cache").rglob("*.safetensors"))
+    assert not list((folder / "output").glob("checkpoint-*"))
+
+
+@pytest.mark.slow
+def test_a_resumed_run_keeps_the_precision_that_was_chosen_and_gives_the_same_bits(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rooms(monkeypatch, Room(6_500_000, None, LARGE))
+    limits: list[int] = []  # of later tests, memory is as it was
+    monkeypatch.setattr(fitting, "keep_within", lambda limit, device: limits.append(limit))
+    straight = train_here(write(tmp_path / "straight", model))
+    saved = json.loads((straight / "checkpoint-4" / "config.json").read_text())
+    assert saved["base_model_precision"] == "int8-quanto"
+    assert limits == [LARGE]
+    folder = write(tmp_path / "resumed", model)
+    train_here(folder, "--max_train_steps=2")
+    rooms(monkeypatch, Room(LARGE, None, LARGE))  # there is more memory now
+    resumed = train_here(folder)
+    assert weights_of(resumed / "checkpoint-4") == weights_of(straight / "checkpoint-4")
+    assert [row["loss"] for row in metrics(resumed, "step_done")] == [
+        row["loss"] for row in metrics(straight, "step_done")
+    ]
+
+
+def test_measured_steps_stay_within_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """1000 bytes may be taken and 700 were at the peak: 300 are free, however many the machine has."""
+    monkeypatch.setattr("simpletuner.training.gradient_checkpointing.peak_bytes", lambda: 700)
+    assert MeasuredMemory(torch.device("cpu"), 1000).free_bytes() == 300
+    assert MeasuredMemory(torch.device("cpu"), 10**15).free_bytes() <= psutil.virtual_memory().total
+    room = MeasuredMemory(torch.device("cpu"), 1000)
+    for _ in range(2):
+        for index in range(3):
+            _, count = room.ask(index, (torch.zeros(10, 5),), torch.nn.Tanh())
+            if count is not None:
+                with count:
+                    torch.zeros(10, 5, requires_grad=True).exp()
+        lines = room.after_step()
+    # 270 of 300 bytes and the 200 that were measured hold two blocks of 200.
+    assert lines == [
+        "memory: 300 bytes were free at the peak of the first step of this size; from now on 1 of 3 blocks are "
+        "recomputed"
+    ]
+
+
+def test_inputs_go_to_main_memory_where_all_blocks_are_recomputed_and_a_step_still_fails() -> None:
+    recomputing = GradientCheckpointing(torch.device("cpu"), may_offload=True)
+    assert not recomputing.recompute_more()  # a processor has no other memory
+    recomputing.may_offload = True
+    assert recomputing.recompute_more()
+    assert recomputing.offloading is not None
+    assert not recomputing.recompute_more()
+
+
+def test_a_number_is_all_that_a_run_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planning, "device_memory", lambda device: 20 * GIB)
+    held = psutil.Process().memory_info().rss
+    cpu = Room.of("8", torch.device("cpu"))
+    assert cpu.main is None
+    assert cpu.limit == pytest.approx(8 * GIB, rel=0.01)
+    assert cpu.device == pytest.approx(0.94 * (8 * GIB - held), rel=0.02)
+    gpu = Room.of("8", torch.device("cuda"))
+    assert gpu.limit == 8 * GIB - round(0.6 * GIB)
+    assert gpu.main is not None
+    assert Room.of("auto", torch.device("cuda")).limit == 20 * GIB
+    assert Room.of("100", torch.device("cuda")).limit == 20 * GIB
+    assert Room.of_other("8", 24 * GIB).device == int(0.94 * (8 * GIB - round(0.6 * GIB)))
+
+
+def test_torch_may_take_no_more_of_a_gpu_than_was_planned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drivers of Windows would go on in main memory."""
+    asked = []
+    cuda = SimpleNamespace(
+        mem_get_info=lambda device: (6 * GIB, 8 * GIB),
+        set_per_process_memory_fraction=lambda share, device: asked.append(share),
+    )
+    monkeypatch.setattr(process_memory.torch, "cuda", cuda)
+    process_memory.keep_within(6 * GIB, torch.device("cuda"))
+    process_memory.keep_within(16 * GIB, torch.device("cuda"))
+    assert asked == [0.75, 1.0]
+
+
+def test_on_the_processor_large_pieces_are_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    libc = SimpleNamespace(mallopt=lambda *given: calls.append(given))
+    monkeypatch.setattr(process_memory.ctypes, "CDLL", lambda name: libc)
+    monkeypatch.setattr(process_memory.sys, "platform", "linux")
+    process_memory.keep_within(1, torch.device("cpu"))
+    assert calls == [(-3, 1 << 20)]  # M_MMAP_THRESHOLD of malloc.h
+    monkeypatch.setattr(process_memory.sys, "platform", "darwin")
+    process_memory.keep_within(1, torch.device("cpu"))
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("value", ["0", "-3", "much", "nan"])
+def test_memory_is_auto_or_a_number_of_gb(value: str, model: Path, tmp_path: Path) -> None:
+    folder = write(tmp_path / "run", model)
+    with pytest.raises(ConfigError) as caught:
+        load_here(folder, f"--memory={value}")
+    assert caught.value.problems[0].key == "memory"
+    assert load_here(folder, "--memory=7.5").config.model.memory == "7.5"
+    assert load_here(folder, "--memory=AUTO").config.model.memory == "auto"
+
+
+def test_processes_that_share_the_weights_are_not_planned_for(model: Path, tmp_path: Path) -> None:
+    folder = write(tmp_path / "run", model, {"gradient_checkpointing": True})
+    with pytest.raises(ConfigError, match="divides the weights among the processes"):
+        load_here(folder, "--fsdp_enable=true", "--num_processes=2")
