@@ -159,8 +159,8 @@ class Trainer:
         from simpletuner.config.loading import load_run
         from simpletuner.reporting.bus import EventBus
         from simpletuner.reporting.events import SavedImage
+        from simpletuner.training.build import build_run
         from simpletuner.training.signals import StopRequest
-        from simpletuner.training.trainer import build_run
 
         self.folder = folder
         arguments = {

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from simpletuner.adapters.base import Adapter
 from simpletuner.batch import Batch, Conditioning, Crop, PromptEmbeds, PromptImage, Sample
 from simpletuner.config.loading import LoadedRun
+from simpletuner.data.sampler import build_sampler
 from simpletuner.data.schedule import Schedule
 from simpletuner.distributed.placement import Replicated
 from simpletuner.distributed.process_group import SINGLE_PROCESS, ProcessGroup
@@ -30,7 +31,7 @@ from simpletuner.reporting.bus import EventBus
 from simpletuner.reporting.events import Event
 from simpletuner.storage import save_tensors
 from simpletuner.training.batches import BatchSource
-from simpletuner.training.build import build_lr_factor, build_sampler
+from simpletuner.training.build import build_lr_factor
 from simpletuner.training.checkpoint import Checkpoints
 from simpletuner.training.evaluation import EvalResult
 from simpletuner.training.loss_scale import LossScale
@@ -277,7 +278,7 @@ def toy_run(
     family, denoiser, recorder = ToyFamily(spoiled), ToyDenoiser(), Recorder()
     adapter = ToyAdapter(denoiser)
     parameters = adapter.trainable_parameters()
-    sampler = build_sampler(loaded, datasets, process_group)  # type: ignore[arg-type]
+    sampler = build_sampler(loaded.config, datasets, process_group.size)  # type: ignore[arg-type]
     sources: Any = {dataset.id: ToySource(dataset.images) for dataset in datasets}
     total = total_train_steps(loaded, sampler)
     config = loaded.config

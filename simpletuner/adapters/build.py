@@ -7,16 +7,25 @@ from typing import Any
 
 from torch import nn
 
+from simpletuner.activation_memory.modules import make_products_again
 from simpletuner.adapters.base import Adapter
 from simpletuner.adapters.full import FullAdapter
 from simpletuner.adapters.lora import LoraSettings, attach_lora
 from simpletuner.adapters.lycoris import attach_lycoris
 from simpletuner.adapters.reading import read_adapter
+from simpletuner.config.loading import LoadedRun
 from simpletuner.config.options import TrainConfig
 from simpletuner.config.options.adapter import AdapterOptions
 from simpletuner.errors import ConfigError, Problem
 from simpletuner.families.spec import FamilySpec
 from simpletuner.models.devices import adapter_dtype
+from simpletuner.models.family import ModelFamily
+
+
+def attach_adapter(loaded: LoadedRun, family: ModelFamily, denoiser: nn.Module) -> Adapter:
+    """What the configuration trains, attached to a denoiser; `simpletuner plan` gives it one without values."""
+    make_products_again(denoiser, loaded.config.model.activation_memory == "lowest")
+    return build_adapter(denoiser, family.spec_of_weights, loaded.config, loaded.lycoris)  # its files say which spec
 
 
 def build_adapter(

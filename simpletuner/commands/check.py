@@ -27,13 +27,12 @@ from simpletuner.data.entry_rules import latents_folder
 from simpletuner.data.holdout import hold_out
 from simpletuner.data.kept import KeptSamples
 from simpletuner.data.report import SKIPPED_FILE, FilterReport, ProgressReport, write_skipped
-from simpletuner.data.sampler import Sampler
+from simpletuner.data.sampler import Sampler, build_sampler
 from simpletuner.data.tiles import NOTICEABLE, choose_images, enlargement
 from simpletuner.errors import bytes_text
 from simpletuner.models.build import build_family
 from simpletuner.models.family import ModelFamily
 from simpletuner.text import count_text, printable
-from simpletuner.training.build import build_sampler
 from simpletuner.training.latents import fingerprint_of_vae
 from simpletuner.training.planning.encoding import TextCost, text_cost
 from simpletuner.training.preflight import check_model_folder
@@ -209,7 +208,7 @@ def gather(loaded: LoadedRun, report: ProgressReport | None = None) -> Check:
     filter_reports = {dataset.id: dataset.filter_report for dataset in training}
     datasets = [replace(dataset, filter_report=filter_reports[dataset.id]) for dataset in datasets]
     checks = tuple(check_dataset(loaded, family, dataset, fingerprint) for dataset in datasets)
-    steps = count_steps(loaded, build_sampler(loaded, [each for each in training if each.kind == "image"]))
+    steps = count_steps(loaded, build_sampler(loaded.config, [each for each in training if each.kind == "image"]))
     line = steps.line(config.training.train_batch_size, config.training.gradient_accumulation_steps)
     name = config.reporting.tracker_run_name or Path(config.checkpoint.output_dir).name
     return Check(name, checks, steps, line, loaded.warnings, text_cost(loaded, family, datasets))

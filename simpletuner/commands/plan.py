@@ -22,13 +22,12 @@ from simpletuner.config.loading import LoadedRun
 from simpletuner.config.options import TrainConfig
 from simpletuner.data.dataset import Dataset
 from simpletuner.data.holdout import hold_out
-from simpletuner.data.sampler import Sampler
+from simpletuner.data.sampler import Sampler, build_sampler
 from simpletuner.errors import bytes_text
 from simpletuner.models.build import build_family
 from simpletuner.models.family import ModelFamily
 from simpletuner.reporting.progress import duration_text
 from simpletuner.text import count_text
-from simpletuner.training.build import build_sampler
 from simpletuner.training.disk_space import LOG_BYTES, LOGS
 from simpletuner.training.earlier_runs import delete_command, earlier_size
 from simpletuner.training.kernels import chosen_kernels
@@ -122,7 +121,7 @@ def make_plan(loaded: LoadedRun, probe: bool | None = None, other_gpu: int | Non
         config, family = loaded.config, build_family(loaded.config)
         chosen = (*choice.lines, *(problem.message for problem in choice.lacking))
     training = [dataset for dataset in hold_out(datasets, config.evaluation.eval_holdout) if dataset.kind == "image"]
-    sampler = build_sampler(loaded, training)
+    sampler = build_sampler(loaded.config, training)
     steps = count_steps(loaded, sampler)
     largest = largest_load(training, config.training.train_batch_size)
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from simpletuner.adapters.base import Adapter
+from simpletuner.adapters.build import attach_adapter
 from simpletuner.batch import PromptEmbeds
 from simpletuner.cache.encoding import BatchEncoder
 from simpletuner.config.loading import LoadedRun
@@ -20,7 +21,6 @@ from simpletuner.models.family import ModelFamily
 from simpletuner.optim.clipping import clip_by_norm
 from simpletuner.optim.optimizers import build_optimizer
 from simpletuner.precision.mixed import autocast
-from simpletuner.training.build import attach_adapter
 from simpletuner.training.device_placement import place_denoiser
 from simpletuner.training.gradient_checkpointing import GradientCheckpointing
 from simpletuner.training.kernels import compile_blocks

@@ -22,6 +22,7 @@ from itertools import accumulate
 
 import numpy as np
 
+from simpletuner.config.options import TrainConfig
 from simpletuner.data.buckets import BucketSize
 from simpletuner.data.interleave import Interleaving
 from simpletuner.data.rounds import DatasetOrder, SampledDataset
@@ -221,3 +222,15 @@ def _nothing_takes_part(step: int, epoch: int) -> Problem:
 def range_for_rank(length: int, rank: int, world_size: int) -> range:
     """The slots of a global batch that belong to `rank`; the ranks together cover each slot once."""
     return range(length * rank // world_size, length * (rank + 1) // world_size)
+
+
+def build_sampler(config: TrainConfig, datasets: Sequence[SampledDataset], num_processes: int = 1) -> Sampler:
+    """The order of the datasets that are trained on; a batch of it is that of all processes together."""
+    return Sampler(
+        datasets,
+        config.training.train_batch_size * num_processes,
+        config.training.seed,
+        num_ranks=num_processes,
+        fills_batches=bool(config.data.allow_dataset_oversubscription),
+        mixes_evenly=config.data.data_backend_sampling == "uniform",
+    )

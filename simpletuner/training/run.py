@@ -1,4 +1,4 @@
-"""The parts of a run, built by `trainer.py` and used by `loop.py`: one place to see what a run consists of."""
+"""The parts of a run, built by `build.py` and used by `loop.py`: one place to see what a run consists of."""
 
 from __future__ import annotations
 

@@ -18,10 +18,10 @@ from simpletuner.commands.firered.extract import extract
 from simpletuner.commands.firered.extract_flags import parse_extract
 from simpletuner.commands.firered.run import load_sft
 from simpletuner.config.loading import LoadedRun, load_run
+from simpletuner.data.sampler import build_sampler
 from simpletuner.errors import DataError, Interrupted
 from simpletuner.launch import family_of_model, spec_of_name
 from simpletuner.models.build import build_family
-from simpletuner.training.build import build_sampler
 from simpletuner.training.objective import build_objective
 from simpletuner.training.prepare import read_datasets
 from simpletuner.training.step import sample_noise, sample_quantiles
@@ -108,7 +108,7 @@ def test_shares_of_tasks_and_of_source_images_hold_over_ten_thousand_batches(mod
     expected |= {("dataset_a", 1): 5 / 17 / 3, ("dataset_b", 1): 12 / 17 / 3}
     loaded = load(words_of(model, meta, tmp_path / "run"), tmp_path)
     datasets = read_datasets(loaded, build_family(loaded.config))
-    sampler = build_sampler(loaded, datasets)
+    sampler = build_sampler(loaded.config, datasets)
     found: dict[tuple[str, int], int] = {}
     place = (0, 0)
     for step in range(10_000):

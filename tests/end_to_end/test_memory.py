@@ -13,11 +13,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from simpletuner.adapters.build import attach_adapter
 from simpletuner.commands import plan as planning
 from simpletuner.distributed.process_group import SINGLE_PROCESS
 from simpletuner.errors import ConfigError
 from simpletuner.models.build import build_family
-from simpletuner.training.build import attach_adapter
 from simpletuner.training.device_placement import place_denoiser
 from simpletuner.training.gradient_checkpointing import GradientCheckpointing, MeasuredMemory
 from simpletuner.training.kernels import attention_kernel, compile_blocks

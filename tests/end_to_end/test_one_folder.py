@@ -128,7 +128,7 @@ def test_a_resume_that_is_refused_changes_nothing(tmp_path: Path, omnigen_folder
     (folder / "other.json").write_text(json.dumps({**lycoris, "factor": 2}))
     output = train_here(folder)
     before = content(output)
-    monkeypatch.setattr("simpletuner.training.trainer.build_family", None)  # nothing is loaded for it
+    monkeypatch.setattr("simpletuner.training.build.build_family", None)  # nothing is loaded for it
     with pytest.raises(ConfigError, match="was trained with another value"):
         train_here(folder, change)
     assert content(output) == before

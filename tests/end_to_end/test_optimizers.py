@@ -8,12 +8,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from simpletuner.adapters.build import attach_adapter
 from simpletuner.config.optimizers import OPTIMIZERS
 from simpletuner.config.options.optimizer import OptimizerOptions
 from simpletuner.errors import ConfigError
 from simpletuner.models.build import build_family
 from simpletuner.optim.optimizers import averaged_weights, build_optimizer
-from simpletuner.training.build import attach_adapter
 from simpletuner.training.planning.shapes import empty_batch
 from simpletuner.training.step import compute_losses, sample_noise
 from tests.runs import load_here, metrics, require_same_bits_after_a_stop, train_here, write_run

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from simpletuner.adapters.build import attach_adapter
 from simpletuner.cache.fingerprints import prompt_fingerprint
 from simpletuner.config.optimizers import OPTIMIZERS
 from simpletuner.config.options import all_options
@@ -21,7 +22,6 @@ from simpletuner.models.build import build_family
 from simpletuner.optim.optimizers import build_optimizer
 from simpletuner.precision.linear import QuantizedLinear
 from simpletuner.precision.quantize import copy_unpacked, quantized_layers
-from simpletuner.training.build import attach_adapter
 from simpletuner.training.planning.shapes import empty_batch
 from simpletuner.training.step import compute_losses, sample_noise
 from tests.runs import load_here, metrics, require_same_bits_after_a_stop, run_cli, train_here, train_in_two, write_run

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from simpletuner.adapters.assistant import find_assistant
+from simpletuner.adapters.build import attach_adapter
 from simpletuner.batch import PromptEmbeds
 from simpletuner.config.loading import LoadedRun
 from simpletuner.config.options import TrainConfig
@@ -26,7 +27,6 @@ from simpletuner.precision.quantize import (
     quantizes_activations,
     saved_bytes,
 )
-from simpletuner.training.build import attach_adapter
 from simpletuner.training.gradient_checkpointing import count_fitting
 from simpletuner.training.planning.encoding import StaysOnMeta
 from simpletuner.training.planning.shapes import (

@@ -15,6 +15,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
+from simpletuner.adapters.build import attach_adapter
 from simpletuner.commands import plan as planning
 from simpletuner.commands import probe
 from simpletuner.commands.probe import StepTimes
@@ -23,7 +24,6 @@ from simpletuner.config.options.optimizer import OptimizerOptions
 from simpletuner.errors import bytes_text
 from simpletuner.models.build import build_family
 from simpletuner.optim.optimizers import build_optimizer
-from simpletuner.training.build import attach_adapter
 from simpletuner.training.disk_space import check_disk_space
 from simpletuner.training.gradient_checkpointing import GradientCheckpointing
 from simpletuner.training.planning import memory

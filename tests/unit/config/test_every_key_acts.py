@@ -24,7 +24,7 @@ ELSEWHERE = {
     "huber_c": ("training/losses/huber.py", "self.huber_c"),
     "huber_schedule": ("training/losses/huber.py", "self.huber_schedule"),
     "data_backend_config": ("training/prepare.py", "loaded.datasets"),
-    "lycoris_config": ("training/build.py", "loaded.config, loaded.lycoris)"),
+    "lycoris_config": ("adapters/build.py", "loaded.config, loaded.lycoris)"),
     "user_prompt_library": ("training/build.py", "loaded.prompt_library"),
     "webhook_config": ("training/trainer.py", "webhooks=loaded.webhooks"),
     "webhook_reporting_interval": ("reporting/webhooks/sink.py", "webhooks.reporting_interval"),

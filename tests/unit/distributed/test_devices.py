@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from simpletuner.adapters.build import attach_adapter
 from simpletuner.distributed import process_group as process_groups
 from simpletuner.distributed import sharding
 from simpletuner.distributed.process_group import ConnectionLost, ProcessGroup, joined
@@ -23,7 +24,6 @@ from simpletuner.distributed.zero import Zero
 from simpletuner.models.build import build_family
 from simpletuner.models.family import send
 from simpletuner.training import device_placement
-from simpletuner.training.build import attach_adapter
 from tests.processes import in_processes
 from tests.runs import load_here, write_run
 

@@ -11,6 +11,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from simpletuner.adapters.build import attach_adapter
 from simpletuner.cache.fingerprints import prompt_fingerprint, vae_fingerprint
 from simpletuner.data.digests import DigestMemo
 from simpletuner.errors import ConfigError, DataError, Problem
@@ -20,7 +21,6 @@ from simpletuner.models.components import ModelSource, check_local_model, save_m
 from simpletuner.models.family import ModelFamily
 from simpletuner.models.single_file import is_in_file
 from simpletuner.models.weight_files import weight_files
-from simpletuner.training.build import attach_adapter
 from tests.runs import dataset, load_here, metrics, train_here, write_images, write_run
 from tests.single_files import original_denoiser, original_vae, write_sd3_file, write_sdxl_file
 from tests.tiny_flux import tiny_flux_folder

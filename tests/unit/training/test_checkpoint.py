@@ -13,11 +13,11 @@ from safetensors.torch import load_file
 from simpletuner import storage
 from simpletuner.errors import ConfigError, DataError
 from simpletuner.reporting.events import CheckpointSaved, Notice
+from simpletuner.training.build import checkpoint_plan
 from simpletuner.training.checkpoint import Checkpoints, load_checkpoint, read_state
 from simpletuner.training.identity import refuse_changes
 from simpletuner.training.loop import run_training
 from simpletuner.training.run_history import RunHistory
-from simpletuner.training.trainer import checkpoint_plan
 from tests.toy import load_toy, toy_run, weights_of
 
 ONE = {"a": (1.0, 3.0)}

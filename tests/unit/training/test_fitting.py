@@ -11,6 +11,7 @@ import psutil
 import pytest
 import torch
 
+from simpletuner.adapters.build import attach_adapter
 from simpletuner.config.loading import LoadedRun
 from simpletuner.distributed.process_group import SINGLE_PROCESS
 from simpletuner.errors import ConfigError
@@ -19,7 +20,6 @@ from simpletuner.models.build import build_family
 from simpletuner.optim.optimizers import build_optimizer
 from simpletuner.training import fitting
 from simpletuner.training import memory as process_memory
-from simpletuner.training.build import attach_adapter
 from simpletuner.training.device_placement import place_denoiser
 from simpletuner.training.gradient_checkpointing import GradientCheckpointing, MeasuredMemory
 from simpletuner.training.planning import settings as planning

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from simpletuner.distributed.process_group import SINGLE_PROCESS, ProcessGroup
-from simpletuner.training import trainer
+from simpletuner.training import build
 from tests.configs import config_of
 from tests.processes import in_processes
 
@@ -36,7 +36,7 @@ class TimedAdapter:
 def choose(adapter: Any, process_group: ProcessGroup, resume_from: Path | None = None, **settings: Any) -> None:
     config = config_of(mixed_precision="bf16", **settings)
     loaded: Any = SimpleNamespace(config=config)
-    trainer.choose_kernels(loaded, adapter, CPU, resume_from, trainer.EventBus([]), process_group)
+    build.choose_kernels(loaded, adapter, CPU, resume_from, build.EventBus([]), process_group)
 
 
 def test_all_processes_take_what_the_main_process_timed() -> None:
@@ -50,7 +50,7 @@ def test_all_processes_take_what_the_main_process_timed() -> None:
 
 
 def test_a_resumed_run_takes_what_its_checkpoint_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trainer, "read_state", lambda path: {"kernels": {"8 x 8": True}})
+    monkeypatch.setattr(build, "read_state", lambda path: {"kernels": {"8 x 8": True}})
     adapter = TimedAdapter(0)
     choose(adapter, SINGLE_PROCESS, Path("checkpoint-4"))
     assert adapter.kernel_choice == {"8 x 8": True, "16 x 8": False}

@@ -14,11 +14,11 @@ import torch
 from torch._dynamo.utils import counters
 from torch.fx.experimental import _config as symbolic_config
 
+from simpletuner.adapters.build import attach_adapter
 from simpletuner.errors import MissingDependency
 from simpletuner.families.registry import get_spec
 from simpletuner.models.build import build_family
 from simpletuner.training import kernels, trainer
-from simpletuner.training.build import attach_adapter
 from simpletuner.training.gradient_checkpointing import GradientCheckpointing
 from simpletuner.training.kernels import compile_blocks, kept_kernels, require_compiler
 from simpletuner.training.planning.shapes import empty_batch

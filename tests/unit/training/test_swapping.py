@@ -181,8 +181,8 @@ def test_weights_that_are_saved_as_views_are_no_activations() -> None:
 
 
 def test_the_weights_of_an_adapter_beside_a_layer_are_no_activations(omnigen_folder, tmp_path) -> None:
+    from simpletuner.adapters.build import attach_adapter
     from simpletuner.models.build import build_family
-    from simpletuner.training.build import attach_adapter
     from simpletuner.training.gradient_checkpointing import weights_of
     from tests.runs import load_here, write_run
 
