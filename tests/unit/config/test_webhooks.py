@@ -45,7 +45,7 @@ def test_each_form_gives_the_same_webhook(workspace: Workspace, form: str) -> No
         ({"callback_url": f"ftp://{CANARY}/x"}, "callback_url", "does not begin with http"),
         ({"callback_url": f"https:///{CANARY}"}, "callback_url", "names no host"),
         ({"callback_url": f"https://h:{CANARY}/"}, "callback_url", "is no URL"),
-        ({"callback_url": f"https://h/{CANARY} x"}, "callback_url", "a blank"),
+        ({"callback_url": f"https://h/{CANARY} x"}, "callback_url", "a space"),
         ({"webhook_url": f"https://h/{CANARY}"}, "webhook_url", 'write "callback_url"'),
         ({"auth_token": "a", "auth_token_file": "token"}, "auth_token_file", "keep one"),
         ({"auth_token_file": "gone"}, "auth_token_file", "no file of this name"),
