@@ -34,7 +34,7 @@ from public_models import RANK, published
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from simpletuner.activation_memory.modules import make_products_again
+from simpletuner.activation_memory.modules import set_activation_memory
 from simpletuner.adapters.lora import LoraSettings, attach_lora
 from simpletuner.adapters.lycoris import attach_lycoris
 from simpletuner.adapters.targets import lora_layers
@@ -138,7 +138,7 @@ def kept_bytes(name: str, adapter: str, is_ours: bool, lowest: bool, norms: Abst
             denoiser = family.empty_denoiser()
         paths, _ = lora_layers(denoiser, ("default",), family.spec)
         if is_ours:
-            make_products_again(denoiser, lowest)
+            set_activation_memory(denoiser, "lowest" if lowest else "low")
             attach_ours(denoiser, family, adapter, paths)
         else:
             attach_published(denoiser, adapter, paths)

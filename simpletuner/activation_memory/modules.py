@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from types import MethodType
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,8 @@ from simpletuner.activation_memory.norms import rms_norm
 from simpletuner.activation_memory.recompute import is_worth_it
 from simpletuner.activation_memory.tracing import Trace
 
-_MAKES_PRODUCTS = "_makes_products_again"
+ActivationMemory: TypeAlias = Literal["high", "low", "lowest"]
+_LEVEL = "_activation_memory"
 
 
 def reduce_activation_memory(model: nn.Module, block_classes: Sequence[str]) -> nn.Module:
@@ -33,20 +34,22 @@ def reduce_activation_memory(model: nn.Module, block_classes: Sequence[str]) -> 
     for module in model.modules():
         if type(module).__name__ in block_classes:
             module.forward = MethodType(_traced, module)
-            setattr(module, _MAKES_PRODUCTS, False)
+            setattr(module, _LEVEL, "low")
         elif type(module) in forwards:
             module.forward = MethodType(forwards[type(module)], module)
     return model
 
 
-def make_products_again(module: nn.Module, is_on: bool) -> None:
-    """Let the blocks in a module, or the block that it is, make the first products of their MLPs again, too.
+def set_activation_memory(module: nn.Module, level: ActivationMemory) -> None:
+    """What the blocks in a module, or the block that it is, keep for the backward pass.
 
-    That takes less memory, and a part of the time that it takes to forget a whole block.
+    Args:
+        level: `high`: what torch saves. `low`: what is cheap to compute is computed again. `lowest`: the first products
+            of their MLPs too, which takes a part of the time that it takes to forget a whole block.
     """
     for block in module.modules():
-        if hasattr(block, _MAKES_PRODUCTS):
-            setattr(block, _MAKES_PRODUCTS, is_on)
+        if hasattr(block, _LEVEL):
+            setattr(block, _LEVEL, level)
 
 
 def _traced(self: nn.Module, *inputs: Any, **options: Any) -> Any:
@@ -54,10 +57,11 @@ def _traced(self: nn.Module, *inputs: Any, **options: Any) -> Any:
     forward = type(self).forward
     if torch.compiler.is_compiling():
         return forward(self, *inputs, **options)
+    level: ActivationMemory = getattr(self, _LEVEL)
     tensors = [each for each in (*inputs, *options.values()) if isinstance(each, Tensor)]
-    if not any(map(is_worth_it, tensors)) or _is_inside_another():
+    if level == "high" or not any(map(is_worth_it, tensors)) or _is_inside_another():
         return forward(self, *inputs, **options)
-    with Trace(tensors[0].device.type, makes_products=bool(getattr(self, _MAKES_PRODUCTS))):
+    with Trace(tensors[0].device.type, makes_products=level == "lowest"):
         return forward(self, *inputs, **options)
 
 

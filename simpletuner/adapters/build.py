@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from simpletuner.activation_memory.modules import make_products_again
+from simpletuner.activation_memory.modules import set_activation_memory
 from simpletuner.adapters.base import Adapter
 from simpletuner.adapters.full import FullAdapter
 from simpletuner.adapters.lora import LoraSettings, attach_lora
@@ -24,7 +24,7 @@ from simpletuner.models.family import ModelFamily
 
 def attach_adapter(loaded: LoadedRun, family: ModelFamily, denoiser: nn.Module) -> Adapter:
     """What the configuration trains, attached to a denoiser; `simpletuner plan` gives it one without values."""
-    make_products_again(denoiser, loaded.config.model.activation_memory == "lowest")
+    set_activation_memory(denoiser, loaded.config.model.activation_memory)
     return build_adapter(denoiser, family.spec_of_weights, loaded.config, loaded.lycoris)  # its files say which spec
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from simpletuner.activation_memory import recompute
-from simpletuner.activation_memory.modules import make_products_again
+from simpletuner.activation_memory.modules import set_activation_memory
 from simpletuner.adapters.lora import LoraSettings, attach_lora
 from simpletuner.batch import Batch
 from simpletuner.families.registry import family_names, get_family_class, get_spec
@@ -53,16 +53,17 @@ def test_blocks_that_keep_little_give_the_bits_of_those_that_keep_all(
     embeds = family.encode_prompts(["a cat", "a cat"])
     batch = Batch(latents, embeds, [0, 1], ["", ""], torch.ones(2), "test")
     found = {}
-    for large, makes_products in ((1 << 40, False), (0, False), (0, True)):
+    for level, large in (("low", 1 << 40), ("high", 0), ("low", 0), ("lowest", 0)):
         monkeypatch.setattr(recompute, "LARGE", large)
         denoiser = family.load_denoiser()
-        make_products_again(denoiser, makes_products)
+        set_activation_memory(denoiser, level)
         attach_lora(denoiser, LoraSettings(rank=2, init="gaussian"), spec, torch.float32, seed=0)
         for parameter in denoiser.parameters():  # `up` begins with zeros, which would hide what is behind it
             if parameter.requires_grad:
                 torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(parameter.numel()))
-        found[large, makes_products] = step(family, denoiser.train(), batch)
-    (expected, plain), (low, num_low), (lowest, num_lowest) = found.values()
+        found[level, large] = step(family, denoiser.train(), batch)
+    (expected, plain), (high, num_high), (low, num_low), (lowest, num_lowest) = found.values()
+    assert num_low < num_high <= plain
     assert num_low < 0.8 * plain
     assert num_lowest <= num_low if name in NARROW_MLPS else num_lowest < 0.9 * num_low
     for key, wanted in expected.items():
@@ -73,4 +74,5 @@ def test_blocks_that_keep_little_give_the_bits_of_those_that_keep_all(
             torch.testing.assert_close(low[key], wanted, rtol=1e-4, atol=1e-5, msg=key)
         else:
             assert torch.equal(low[key], wanted), key
+        assert torch.equal(high[key], low[key]), key
         assert torch.equal(lowest[key], low[key]), key

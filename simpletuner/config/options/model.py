@@ -124,11 +124,12 @@ class ModelOptions(OptionGroup):
         help="Where the inputs of checkpointed blocks wait: on the device, or in main memory (`unsloth`), which saves "
         "more and costs copies.",
     )
-    activation_memory: Literal["low", "lowest"] = option(
+    activation_memory: Literal["high", "low", "lowest"] = option(
         "low",
-        help="What a block keeps for the backward pass. `low`: what is cheap to make is made again. `lowest`: the "
-        "first product of its MLP too, which takes less memory and less time than `gradient_checkpointing`. The "
-        "result is the same. Of compiled blocks the compiler decides.",
+        help="What a block keeps for the backward pass. `high`: what torch saves, which is fastest. `low`: what is "
+        "cheap to compute is computed again, for a few percent more time. `lowest`: the first product of its MLP too, "
+        "which takes less memory and less time than `gradient_checkpointing`. The result is the same. Of compiled "
+        "blocks the compiler decides.",
     )
     attention_mechanism: AttentionKernel | RefusedAttention = option(
         "diffusers",

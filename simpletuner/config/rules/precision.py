@@ -92,7 +92,7 @@ def what_belongs_to_checkpointing_has_it(draft: Draft) -> Iterator[Problem]:
 
 def compiled_blocks_keep_what_the_compiler_says(draft: Draft) -> Iterator[Problem]:
     config = draft.config
-    if config.model.activation_memory != "low" and config.precision.dynamo_backend != "no":
+    if config.model.activation_memory == "lowest" and config.precision.dynamo_backend != "no":
         message = "of compiled blocks the compiler decides what is kept"
         yield draft.problem(message, "activation_memory", "low", fix="remove it, or set dynamo_backend to no")
 

@@ -9,7 +9,7 @@ Source: VectorSpaceLab/OmniGen2 (Apache-2.0); arXiv 2506.18871.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -98,7 +98,8 @@ class OmniGen2Transformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):  # 
         patch_values = patch_size**2 * in_channels
 
         def blocks(count: int, modulation: bool = True) -> nn.ModuleList:
-            shape = (hidden_size, num_attention_heads, num_kv_heads, multiple_of, ffn_dim_multiplier, norm_eps)
+            multiplier = cast(float, ffn_dim_multiplier)  # diffusers' type leaves None out, its code does not
+            shape = (hidden_size, num_attention_heads, num_kv_heads, multiple_of, multiplier, norm_eps)
             return nn.ModuleList(OmniGen2TransformerBlock(*shape, modulation=modulation) for _ in range(count))
 
         self.x_embedder = nn.Linear(patch_values, hidden_size)

@@ -1,9 +1,9 @@
 """`memory`: which settings make a run fit into the memory that it may take, chosen before anything long starts.
 
-Ways are tried from the fastest on: everything kept; products of the MLPs made again; blocks recomputed, as many as
-needed; their inputs in main memory; the base in 8 bits; blocks swapped. Encoding has its own peaks, before the denoiser
-is loaded: text encoders are packed, and the VAE gets smaller batches, then tiles. An option that somebody wrote is
-never changed.
+Ways are tried from the fastest on: everything kept; what is cheap recomputed; products of the MLPs too; blocks, as many
+as needed; their inputs in main memory; the base in 8 bits; blocks swapped. Encoding has its own peaks, before the
+denoiser is loaded: text encoders are packed, and the VAE gets smaller batches, then tiles. An option that somebody
+wrote is never changed.
 """
 
 from __future__ import annotations
@@ -55,6 +55,8 @@ KEPT = (
 )
 
 Settings = Mapping[str, Any]
+HIGH: Settings = {"gradient_checkpointing": False, "activation_memory": "high"}
+LOW: Settings = {"gradient_checkpointing": False}
 LOWEST: Settings = {"gradient_checkpointing": False, "activation_memory": "lowest"}
 RECOMPUTED: Settings = {"gradient_checkpointing": True, "gradient_checkpointing_interval": "auto"}
 OFFLOADED: Settings = {**RECOMPUTED, "gradient_checkpointing_backend": "unsloth"}
@@ -261,8 +263,7 @@ class _Training(_Stage):
         self.rows: list[Row] = []
 
     def ways(self, loaded: LoadedRun) -> Iterator[Settings]:
-        yield {"gradient_checkpointing": False}
-        yield LOWEST
+        yield from (HIGH, LOW, LOWEST)
         # Blocks that are swapped are recomputed, all of them.
         yield {"gradient_checkpointing": True} if swaps_blocks(loaded.config.model) else RECOMPUTED
         if self.room.main is not None:
@@ -374,7 +375,7 @@ class _Vae(_Stage):
 
 def is_sound(config: TrainConfig) -> bool:
     """Whether the settings go together: see `config/rules/precision.py`."""
-    if config.model.activation_memory != "low" and config.precision.dynamo_backend != "no":
+    if config.model.activation_memory == "lowest" and config.precision.dynamo_backend != "no":
         return False
     if not config.model.gradient_checkpointing:
         is_alone = (

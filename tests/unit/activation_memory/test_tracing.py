@@ -14,7 +14,7 @@ from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 from simpletuner.activation_memory import recompute
-from simpletuner.activation_memory.modules import make_products_again, reduce_activation_memory
+from simpletuner.activation_memory.modules import reduce_activation_memory, set_activation_memory
 from simpletuner.activation_memory.tracing import Trace
 from simpletuner.adapters.lokr import kron_linear
 from simpletuner.precision.linear import QuantizedLinear
@@ -203,7 +203,7 @@ def test_packed_weights_and_factors_are_multiplied_again_too(change: Callable[[A
     reduce_activation_memory(block, ("Block",))
     found = {}
     for is_on in (False, True):
-        make_products_again(block, is_on)
+        set_activation_memory(block, "lowest" if is_on else "low")
         found[is_on] = kept_bytes(lambda: block(*inputs), block)
         for actual, wanted in zip(results(block, inputs), expected, strict=True):
             torch.testing.assert_close(actual, wanted)
