@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Iterator, Sequence
 
-from simpletuner.config.lycoris import module_paths
+from simpletuner.config.patterns import may_match
 from simpletuner.families.diffsynth import target_patterns
 from simpletuner.families.spec import FamilySpec
 from simpletuner.spelling import nearest
@@ -23,8 +23,7 @@ def lora_patterns(entry: str, spec: FamilySpec) -> tuple[str, ...]:
         return ("*",)
     if entry in spec.target_groups:
         return spec.target_groups[entry]
-    own = any(fits(path, entry) for path in _layer_paths(spec))
-    return (entry,) if own else target_patterns([entry], spec)[entry] or (entry,)
+    return (entry,) if is_known(entry, spec) else target_patterns([entry], spec)[entry] or (entry,)
 
 
 def fits(path: str, pattern: str) -> bool:
@@ -34,17 +33,20 @@ def fits(path: str, pattern: str) -> bool:
     )
 
 
-def _layer_paths(spec: FamilySpec) -> list[str]:
-    return list(module_paths([each for each in spec.adaptable if each.class_name in LAYER_CLASSES]))
+def is_known(entry: str, spec: FamilySpec) -> bool:
+    """Whether a layer of the family may have a path that the entry names, or the container that is `to_out`."""
+    names = _layer_names(spec)
+    return may_match(entry, [*names, *(name.removesuffix(".0") for name in names if name.endswith("to_out.0"))])
+
+
+def _layer_names(spec: FamilySpec) -> list[str]:
+    return [name for each in spec.adaptable if each.class_name in LAYER_CLASSES for name in each.names]
 
 
 def unknown_targets(targets: Sequence[str], spec: FamilySpec) -> Iterator[tuple[str, str, str | None]]:
     """(entry, what is allowed, the nearest name) of each entry that stands for no layer of the family."""
-    layers = [each for each in spec.adaptable if each.class_name in LAYER_CLASSES]
-    paths = _layer_paths(spec)
     names = [DEFAULT, ALL_LINEAR, *spec.target_groups]
     for entry in targets:
-        if entry in names or target_patterns([entry], spec)[entry] or any(fits(path, entry) for path in paths):
+        if entry in names or target_patterns([entry], spec)[entry] or is_known(entry, spec):
             continue
-        patterns = [pattern for each in layers for pattern in each.names]
-        yield entry, ", ".join([*names, *patterns]), nearest(entry, names)
+        yield entry, ", ".join([*names, *_layer_names(spec)]), nearest(entry, names)

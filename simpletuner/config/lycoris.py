@@ -5,9 +5,8 @@ LyCORIS itself takes any keyword, drops those it does not know, and only logs ta
 
 from __future__ import annotations
 
-import fnmatch
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from simpletuner.config.checking import show_value
@@ -20,6 +19,7 @@ from simpletuner.config.lycoris_algorithms import (
     faults,
 )
 from simpletuner.config.lycoris_presets import preset_targets, usable_presets
+from simpletuner.config.patterns import may_match, sample_paths
 from simpletuner.config.values import read_float
 from simpletuner.errors import Problem
 from simpletuner.families.spec import AdaptableModule, FamilySpec
@@ -56,9 +56,6 @@ ENTRY_NAMES_FOR = {
     "wd_on_output": "wd_on_out",
 }
 
-# A module path such as `layers.*.mlp` stands for as many blocks; patterns are tried on this many of each.
-_TRIED_INDICES = 128
-
 
 def check_lycoris(document: Document, spec: FamilySpec) -> list[Problem]:
     """Everything that is wrong with a `lycoris_config.json`."""
@@ -93,7 +90,7 @@ def check_targets(
     preset = document.value.get("apply_preset", {})
     use_fnmatch = preset.get("use_fnmatch", False) is True
     classes = {module.class_name for module in adaptable} | set(aliases)
-    paths = list(module_paths(adaptable))
+    names = list(dict.fromkeys(name for module in adaptable for name in module.names))
     problems = []
     for key in ("target_module", "module_algo_map"):
         for place, name in _entries(preset, key):
@@ -112,18 +109,8 @@ def check_targets(
     for key in ("target_name", "name_algo_map", "exclude_name"):
         for place, pattern in _entries(preset, key):
             at: JsonPath = ("apply_preset", key, place)
-            problems += _pattern_problems(document, at, pattern, use_fnmatch, paths, adaptable)
+            problems += _pattern_problems(document, at, pattern, use_fnmatch, names)
     return problems
-
-
-def module_paths(adaptable: Sequence[AdaptableModule]) -> Iterable[str]:
-    """Paths that modules of the family may have; each `*` of a pattern stands for a number."""
-    for module in adaptable:
-        for pattern in module.names:
-            if "*" not in pattern:
-                yield pattern
-            else:
-                yield from (pattern.replace("*", str(index)) for index in range(_TRIED_INDICES))
 
 
 def _entries(preset: Mapping[str, Any], key: str) -> list[tuple[str | int, str]]:
@@ -137,23 +124,21 @@ def _pattern_problems(
     at: JsonPath,
     pattern: str,
     use_fnmatch: bool,
-    paths: Sequence[str],
-    adaptable: Sequence[AdaptableModule],
+    names: Sequence[str],
 ) -> list[Problem]:
-    if use_fnmatch:
-        matches = any(fnmatch.fnmatchcase(path, pattern) for path in paths)
-    else:
+    # A path that is written out is one under both rules.
+    matches = (use_fnmatch or "*" not in pattern) and may_match(pattern, names)
+    if not use_fnmatch and not matches:
         try:
             compiled = re.compile(pattern)
         except re.error as error:
             fix = 'correct it, or set "use_fnmatch": true for patterns with * and ?'
             return [_problem(document, at, f'"{pattern}" is not a regular expression: {error}', fix=fix)]
-        matches = any(compiled.match(path) for path in paths)
+        matches = any(compiled.match(path) for name in names for path in sample_paths(name))
     # Leaving out what is not there is harmless; attaching to it is not.
     if matches or "exclude_name" in at:
         return []
-    known = ", ".join(dict.fromkeys(name for module in adaptable for name in module.names))
-    return [_problem(document, at, f'"{pattern}" matches no module', allowed=known)]
+    return [_problem(document, at, f'"{pattern}" matches no module', allowed=", ".join(names))]
 
 
 def _bad_preset(document: Document, lycoris: Mapping[str, Any], spec: FamilySpec) -> list[Problem]:

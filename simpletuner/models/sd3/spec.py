@@ -65,7 +65,13 @@ SD3 = FamilySpec(
         AdaptableModule("Attention", (f"{_BLOCK}.attn", f"{_BLOCK}.attn2")),
         AdaptableModule("FeedForward", (f"{_BLOCK}.ff", f"{_BLOCK}.ff_context")),
         AdaptableModule("JointTransformerBlock", (_BLOCK,)),
-        AdaptableModule("Linear", (*_ATTENTION, *_FEED_FORWARD, "context_embedder", "norm_out.linear", "proj_out")),
+        AdaptableModule(
+            "Linear",
+            (
+                *(*_ATTENTION, *_FEED_FORWARD, f"{_BLOCK}.norm1.linear", f"{_BLOCK}.norm1_context.linear"),
+                *("time_text_embed.*_embedder.linear_*", "context_embedder", "norm_out.linear", "proj_out"),
+            ),
+        ),
     ),
     default_lora_targets=_ATTENTION,
     target_groups={"attention": _ATTENTION, "feed-forward": _FEED_FORWARD},

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from simpletuner.config.json_reader import parse_json
-from simpletuner.config.lycoris import check_lycoris, module_paths
+from simpletuner.config.lycoris import check_lycoris
 from simpletuner.config.lycoris_algorithms import useless_settings
+from simpletuner.config.patterns import sample_paths
 from simpletuner.errors import Problem
 
 from .conftest import FAMILY
@@ -124,6 +125,7 @@ def test_settings_that_nothing_reads_are_reported_with_the_algorithms() -> None:
     assert "which need the merged weight" in line
 
 
-def test_patterns_are_tried_on_many_blocks() -> None:
-    paths = set(module_paths(FAMILY.adaptable))
-    assert {"layers.0.mlp", "layers.99.self_attn.to_q", "proj_out"} <= paths
+def test_regular_expressions_are_tried_on_many_blocks() -> None:
+    assert list(sample_paths("proj_out")) == ["proj_out"]
+    assert {"layers.0.mlp", "layers.99.mlp"} <= set(sample_paths("layers.*.mlp"))
+    assert "down_blocks.2.attentions.1.norm" in set(sample_paths("*attentions.*.norm"))
