@@ -20,6 +20,8 @@ from simpletuner.activation_memory.tracing import Trace
 
 ActivationMemory: TypeAlias = Literal["high", "low", "lowest"]
 _LEVEL = "_activation_memory"
+# The forward pass of a module's class, bound to the module: a compiler cannot follow `type(self).forward`.
+_OWN_FORWARD = "_own_forward"
 
 
 def reduce_activation_memory(model: nn.Module, block_classes: Sequence[str]) -> nn.Module:
@@ -32,11 +34,12 @@ def reduce_activation_memory(model: nn.Module, block_classes: Sequence[str]) -> 
     """
     forwards = _forwards()
     for module in model.modules():
-        if type(module).__name__ in block_classes:
-            module.forward = MethodType(_traced, module)
+        is_block = type(module).__name__ in block_classes
+        if is_block:
             setattr(module, _LEVEL, "low")
-        elif type(module) in forwards:
-            module.forward = MethodType(forwards[type(module)], module)
+        if is_block or type(module) in forwards:
+            setattr(module, _OWN_FORWARD, MethodType(type(module).forward, module))
+            module.forward = MethodType(_traced if is_block else forwards[type(module)], module)
     return model
 
 
@@ -54,19 +57,24 @@ def set_activation_memory(module: nn.Module, level: ActivationMemory) -> None:
 
 def _traced(self: nn.Module, *inputs: Any, **options: Any) -> Any:
     """The block's own forward pass, of which what is cheap is made again."""
-    forward = type(self).forward
+    forward = getattr(self, _OWN_FORWARD)
     if torch.compiler.is_compiling():
-        return forward(self, *inputs, **options)
+        return forward(*inputs, **options)
     level: ActivationMemory = getattr(self, _LEVEL)
     tensors = [each for each in (*inputs, *options.values()) if isinstance(each, Tensor)]
     if level == "high" or not any(map(is_worth_it, tensors)) or _is_inside_another():
-        return forward(self, *inputs, **options)
+        return forward(*inputs, **options)
     with Trace(tensors[0].device.type, makes_products=level == "lowest"):
-        return forward(self, *inputs, **options)
+        return forward(*inputs, **options)
 
 
 def _is_inside_another() -> bool:
     return any(isinstance(mode, Trace) for mode in _get_current_function_mode_stack())
+
+
+def _own_forward(self: nn.Module, x: Tensor) -> Tensor:
+    output: Tensor = getattr(self, _OWN_FORWARD)(x)
+    return output
 
 
 def _forwards() -> Mapping[type[nn.Module], Callable[..., Tensor]]:
@@ -80,7 +88,7 @@ def _rms_norm(self: nn.RMSNorm, x: Tensor) -> Tensor:
     weight = self.weight
     is_plain = weight is None or (weight.dtype == x.dtype and weight.dim() == 1)
     if torch.compiler.is_compiling() or not is_plain or getattr(self, "bias", None) is not None:
-        return type(self).forward(self, x)
+        return _own_forward(self, x)
     # torch's RMSNorm means by None the smallest step of the number format it computes in.
     eps = torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps if self.eps is None else self.eps
     return rms_norm(x, weight, eps)
@@ -88,5 +96,5 @@ def _rms_norm(self: nn.RMSNorm, x: Tensor) -> Tensor:
 
 def _conv2d(self: nn.Conv2d, x: Tensor) -> Tensor:
     if torch.compiler.is_compiling() or self.padding_mode != "zeros" or self.weight.requires_grad:
-        return type(self).forward(self, x)
+        return _own_forward(self, x)
     return frozen_conv2d(self, x)

@@ -18,7 +18,7 @@ from simpletuner.adapters.build import attach_adapter
 from simpletuner.errors import MissingDependency
 from simpletuner.families.registry import get_spec
 from simpletuner.models.build import build_family
-from simpletuner.training import kernels, trainer
+from simpletuner.training import build, kernels
 from simpletuner.training.gradient_checkpointing import GradientCheckpointing
 from simpletuner.training.kernels import compile_blocks, kept_kernels, require_compiler
 from simpletuner.training.planning.shapes import empty_batch
@@ -117,7 +117,7 @@ def test_kernels_serve_any_size_where_the_run_has_several(
     sides: list[int], vary: bool, tmp_path: Path, omnigen_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[bool] = []
-    monkeypatch.setattr(trainer, "compile_blocks", lambda *arguments: asked.append(arguments[-1]))
+    monkeypatch.setattr(build, "compile_blocks", lambda *arguments: asked.append(arguments[-1]))
     data = [dataset(f"part{number}", resolution=side) for number, side in enumerate(sides)]
     for entry in data:
         write_images(tmp_path / entry["id"], 2, seed=1, side=96)
