@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 
 from simpletuner.activation_memory import recompute
@@ -344,3 +346,22 @@ def test_nothing_of_a_block_lives_longer_than_its_graph() -> None:
     output.sum().backward()
     del output
     assert alive.expired()
+
+
+def test_nothing_of_a_block_that_checkpointing_leaves_off_outlives_the_step() -> None:
+    """It recomputes a block up to the last tensor that is asked for, and ends it there by an exception."""
+    weight = torch.randn(8, 8, requires_grad=True)
+    made = []
+
+    def block(x: Tensor) -> Tensor:
+        with Trace("cpu"):
+            hidden = F.silu(x @ weight)
+            hidden = hidden * torch.sigmoid(hidden)
+            probabilities = F.softmax(hidden, -1)
+            made.extend(StorageWeakRef(each.untyped_storage()) for each in (hidden, probabilities))
+            return torch.tanh(probabilities @ weight) + x
+
+    checkpoint(block, torch.randn(8, 8, requires_grad=True), use_reentrant=False).sum().backward()
+    gc.collect()
+    assert len(made) == 4
+    assert all(each.expired() for each in made)

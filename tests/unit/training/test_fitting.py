@@ -159,7 +159,7 @@ def test_what_somebody_wrote_stays_and_is_named_where_it_is_in_the_way(model: Pa
     "written", [{"gradient_checkpointing_interval": "2"}, {"enable_group_offload": True}, {"dynamo_backend": "eager"}]
 )
 def test_no_choice_contradicts_what_is_written(written: dict[str, Any], model: Path, tmp_path: Path) -> None:
-    folder = write(tmp_path / "run", model, {"gradient_checkpointing": True, **written})
+    folder = write(tmp_path / "run", model, written)
     loaded = load_here(folder)
     training = stage_of(loaded)
     for device in (LARGE, 0):
@@ -210,7 +210,6 @@ def test_the_vae_gets_smaller_batches_and_then_tiles(
     assert choose(unwritten, 40).lacking[0].message.startswith("the VAE takes 50 bytes at least")
 
 
-@pytest.mark.slow
 def test_text_encoders_are_packed_where_they_do_not_fit(tmp_path: Path) -> None:
     folder = write(tmp_path / "run", tiny_z_image_folder(tmp_path / "model"), model_family="z_image")
     loaded = load_here(folder)
