@@ -347,3 +347,10 @@ def test_a_device_without_8_bit_products_is_named_before_anything_is_loaded(monk
     ):
         with pytest.raises(ConfigError, match=rf"(?s){key}.*with quantized activations does not work.*needs compute"):
             require_device(formats, CPU, torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_a_row_of_zeros_is_zeros_in_8_bits_with_a_scale_that_divides(dtype: torch.dtype) -> None:
+    rows, scales = quantize_rows(torch.zeros(2, 4), dtype)
+    assert torch.equal(rows.float(), torch.zeros(2, 4))
+    assert (scales > 0).all()
