@@ -39,10 +39,19 @@ def _placed(name: str) -> Iterator[str]:
 @functools.cache
 def _overlap(first: str, second: str) -> bool:
     """Whether some text matches both patterns of `*` and `?`."""
-    if not first or not second:
-        return set(first + second) <= {"*"}
-    if first[0] == "*":
-        return _overlap(first[1:], second) or _overlap(first, second[1:])
-    if second[0] == "*":
-        return _overlap(first, second[1:]) or _overlap(first[1:], second)
-    return (first[0] == second[0] or "?" in (first[0], second[0])) and _overlap(first[1:], second[1:])
+    places, seen = [(0, 0)], {(0, 0)}  # how far each pattern is matched; without recursion, for patterns may be long
+    while places:
+        i, j = places.pop()
+        a, b = first[i : i + 1], second[j : j + 1]
+        if not a and not b:
+            return True
+        further = []
+        if a == "*":
+            further += [(i + 1, j), *([(i, j + 1)] if b else [])]
+        if b == "*":
+            further += [(i, j + 1), *([(i + 1, j)] if a else [])]
+        if a and b and "*" not in (a, b) and (a == b or "?" in (a, b)):
+            further.append((i + 1, j + 1))
+        places += [place for place in further if place not in seen]
+        seen.update(further)
+    return False

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from simpletuner.precision.linear import QuantizedLinear
-from simpletuner.precision.products import Way, Ways
+from simpletuner.precision.products import FAILURES, Way, Ways
 from simpletuner.precision.timing import median_seconds
 
 NUM_ROWS = 4096  # tokens of an image of 1024 px
@@ -125,7 +125,7 @@ def _failure_of(compute: Compute, way: Way, right: Tensor) -> str | None:
     """Why this way cannot be used; None where it can."""
     try:
         error = float((compute(way).float() - right.float()).norm() / right.float().norm())
-    except Exception as failure:  # noqa: BLE001 - kernels are missing or refuse a shape in ways of their own
+    except FAILURES as failure:
         return (str(failure).strip().splitlines() or [type(failure).__name__])[0]
     return None if error < LARGEST_ERROR else f"an error of {error:.1e} in 8 bits"
 

@@ -23,6 +23,8 @@ MULTIPLE = 16  # of both sizes of a matrix, for the 8-bit units of GPUs
 LEAST_ROWS = 32  # their integer kernels take no fewer than 17
 # Rows are multiplied in parts, so that sums in 32 bits take little memory: numbers of the longer side of one part.
 PART = 1 << 23
+# What torch and the libraries of number formats raise where a device or a shape is none of theirs.
+FAILURES = (RuntimeError, NotImplementedError, ValueError, TypeError, ImportError, AssertionError, OSError)
 BYTES_PER_NUMBER = 9  # of a part: the quantized rows, their sums in 32 bits, and those with their scales
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from simpletuner.errors import ConfigError, Problem
 from simpletuner.precision.formats import WeightFormat
 from simpletuner.precision.linear import QuantizedLinear, exact_activations
+from simpletuner.precision.products import FAILURES
 
 NO_CHANGE = "no_change"
 
@@ -148,7 +149,7 @@ def _require_step(
         x = torch.ones(2, 128, device=device, dtype=dtype, requires_grad=True)
         with nullcontext() if in_8_bits else exact_activations(layer):
             layer(x).sum().backward()
-    except (RuntimeError, NotImplementedError, TypeError, ImportError, AssertionError, OSError) as error:
+    except FAILURES as error:
         message = f"{precision}{what} does not work on {device} here: {error}"
         raise ConfigError(Problem(message, key=key, fix=fix)) from error
 

@@ -60,7 +60,7 @@ class GradientCheckpointing:
         self.room = MeasuredMemory(device, limit) if is_measured else None
         self.may_offload = may_offload and device.type == "cuda"
         self._index: dict[Any, int] = {}
-        # By the tensors that it is given `checkpoint` finds out whose random state to restore; see `_Parked`.
+        # By the tensors that it is given `checkpoint` finds out whose random state to restore; see `_OffloadedInputs`.
         self._of_device = torch.empty(0, device=device)
 
     @classmethod

@@ -58,6 +58,12 @@ def test_places_of_a_unet_are_known_and_places_that_it_lacks_are_not() -> None:
         ("layers.*.mlp", "layers.*.attn", False),
         ("layers", "layers.*", False),
         ("*", "x", True),
+        ("", "", True),
+        ("*", "", True),
+        ("a", "", False),
+        ("*x", "y*", True),
+        ("a" * 5000, "*attentions.*.norm", False),
+        ("*" + "a" * 5000 + "*", "layers.*.mlp", True),
     ],
 )
 def test_a_pattern_may_match_where_one_path_fits_both(pattern: str, name: str, fits: bool) -> None:
