@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import getpass
 import os
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,8 +11,6 @@ import pytest
 
 os.environ["OMP_NUM_THREADS"] = "1"  # tests fork, and the threads of OpenMP do not come along
 os.environ["HF_HUB_OFFLINE"] = "1"
-# Where torch itself would keep what it compiles: folders of tests are new, and compiling anew takes minutes.
-os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{tempfile.gettempdir()}/torchinductor_{getpass.getuser()}")
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,8 +28,6 @@ PREFERRED: Mapping[str, SDPBackend] = {
 }
 # Of each kind of block: sizes become one variant when there are two; batch 1, masks and gradients double them.
 VARIANTS = 64
-# Where inductor keeps its kernels, and the compiled graphs that they belong to.
-KERNEL_FOLDER = "TORCHINDUCTOR_CACHE_DIR"
 OTHERS = (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
 
 
@@ -66,11 +62,23 @@ def compile_blocks(denoiser: nn.Module, block_classes: Sequence[str], backend: s
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, VARIANTS)
     if sizes_vary:  # otherwise the kernels of a square image would take its height for the width of all others
         symbolic_config.use_duck_shape = False
+        _forget_graphs_of_earlier_runs()
     blocks = repeated_blocks(denoiser, block_classes)
     for block in blocks:
         block.compile(backend=backend, dynamic=sizes_vary or None)
         if block is blocks[0] and block._compiled_call_impl is not None:
             block._compiled_call_impl = _with_gradients(block._compiled_call_impl)
+
+
+def _forget_graphs_of_earlier_runs() -> None:
+    """Let torch compile graphs anew: those that it keeps on the disk do not know of `use_duck_shape`. A run whose first
+    image had another size than that of the run before would end at once ("expected size ..., stride ...").
+    """
+    import torch._functorch.config
+    import torch._inductor.config
+
+    torch._inductor.config.fx_graph_cache = False
+    torch._functorch.config.enable_autograd_cache = False
 
 
 def _with_gradients(compiled: Callable[..., Any]) -> Callable[..., Any]:
@@ -92,8 +100,6 @@ def _with_gradients(compiled: Callable[..., Any]) -> Callable[..., Any]:
 def chosen_kernels(config: TrainConfig, device: torch.device) -> Iterator[None]:
     """Inside the context torch computes as `deterministic` and `attention_mechanism` say: training, images, timings.
 
-    What it compiles is kept in `cache_dir`.
-
     Raises:
         ConfigError: the device has no such kernel.
     """
@@ -101,26 +107,8 @@ def chosen_kernels(config: TrainConfig, device: torch.device) -> Iterator[None]:
     with (
         deterministic_kernels(config.precision.deterministic),
         attention_kernel(config.model.attention_mechanism, device, products),
-        kept_kernels(Path(config.data.cache_dir)),
     ):
         yield
-
-
-@contextmanager
-def kept_kernels(cache_dir: Path) -> Iterator[None]:
-    """Inside the context torch keeps what it compiles in `cache_dir`: a further start need not compile it again.
-
-    TORCHINDUCTOR_CACHE_DIR of the environment wins. Where nothing can be written, torch has a temporary folder.
-    """
-    there = next(folder for folder in (cache_dir, *cache_dir.absolute().parents) if folder.exists())
-    if KERNEL_FOLDER in os.environ or not os.access(there, os.W_OK):
-        yield
-        return
-    os.environ[KERNEL_FOLDER] = str((cache_dir / "compiled").absolute())
-    try:
-        yield
-    finally:
-        del os.environ[KERNEL_FOLDER]
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import platform
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+import torch._functorch.config
+import torch._inductor.config
 from torch._dynamo.utils import counters
 from torch.fx.experimental import _config as symbolic_config
 
@@ -18,9 +19,9 @@ from simpletuner.adapters.build import attach_adapter
 from simpletuner.errors import MissingDependency
 from simpletuner.families.registry import get_spec
 from simpletuner.models.build import build_family
-from simpletuner.training import build, kernels
+from simpletuner.training import build
 from simpletuner.training.gradient_checkpointing import GradientCheckpointing
-from simpletuner.training.kernels import compile_blocks, kept_kernels, require_compiler
+from simpletuner.training.kernels import compile_blocks, require_compiler
 from simpletuner.training.planning.shapes import empty_batch
 from simpletuner.training.step import compute_losses, sample_noise
 from tests.runs import dataset, load_here, train_here, write_images, write_run
@@ -46,6 +47,8 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[torch.fx.GraphMod
     with (
         torch._dynamo.config.patch(fail_on_recompile_limit_hit=True),
         symbolic_config.patch(use_duck_shape=True),  # what a test sets is taken back
+        torch._inductor.config.patch(fx_graph_cache=True),
+        torch._functorch.config.patch(enable_autograd_cache=True),
     ):
         yield graphs
     torch._dynamo.reset()
@@ -110,6 +113,9 @@ def test_what_one_size_was_compiled_for_serves_all_sizes(
     assert counts[0] > 0
     assert counts == [counts[0]] * len(counts)
     assert not counters["graph_break"]
+    # A graph on the disk is that of the first size of an earlier run, and does not know that others come.
+    assert not torch._inductor.config.fx_graph_cache
+    assert not torch._functorch.config.enable_autograd_cache
 
 
 @pytest.mark.parametrize(("sides", "vary"), [([64, 64], False), ([64, 96], True)])
@@ -123,27 +129,6 @@ def test_kernels_serve_any_size_where_the_run_has_several(
         write_images(tmp_path / entry["id"], 2, seed=1, side=96)
     train_here(write_run(tmp_path, omnigen_folder, data, max_train_steps=1))
     assert asked == [vary]
-
-
-def test_compiled_kernels_are_kept_beside_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(kernels.KERNEL_FOLDER, raising=False)
-    with kept_kernels(tmp_path / "cache"):
-        assert os.environ[kernels.KERNEL_FOLDER] == str(tmp_path / "cache" / "compiled")
-    assert kernels.KERNEL_FOLDER not in os.environ
-
-
-def test_the_users_folder_for_compiled_kernels_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(kernels.KERNEL_FOLDER, "/elsewhere")
-    with kept_kernels(tmp_path):
-        assert os.environ[kernels.KERNEL_FOLDER] == "/elsewhere"
-    assert os.environ[kernels.KERNEL_FOLDER] == "/elsewhere"
-
-
-def test_a_folder_that_cannot_be_written_gets_no_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(kernels.KERNEL_FOLDER, raising=False)
-    monkeypatch.setattr(kernels.os, "access", lambda path, mode: False)
-    with kept_kernels(tmp_path / "cache"):
-        assert kernels.KERNEL_FOLDER not in os.environ
 
 
 @pytest.mark.parametrize(
