@@ -18,18 +18,21 @@ from simpletuner.errors import ConfigError
 from simpletuner.hardware import GIB
 from simpletuner.models.build import build_family
 from simpletuner.optim.optimizers import build_optimizer
+from simpletuner.reporting.bus import EventBus
+from simpletuner.reporting.events import Notice
 from simpletuner.training import fitting
 from simpletuner.training import memory as process_memory
 from simpletuner.training.device_placement import place_denoiser
 from simpletuner.training.gradient_checkpointing import GradientCheckpointing, MeasuredMemory
 from simpletuner.training.planning import settings as planning
 from simpletuner.training.planning.settings import Choice, Cost, Room, choose_settings, with_settings
-from simpletuner.training.planning.shapes import PeakBytes, empty_batch, num_bytes
+from simpletuner.training.planning.shapes import BackwardPeaks, PeakBytes, empty_batch, num_bytes
 from simpletuner.training.prepare import read_datasets
 from simpletuner.training.step import compute_losses
 from tests.runs import dataset, load_here, metrics, train_here, weights_of, write_images, write_run
 from tests.tiny import tiny_omnigen_folder
 from tests.tiny_z_image import tiny_z_image_folder
+from tests.toy import Recorder
 
 LARGE = 10**12
 LORA = {"lora_type": "standard", "lycoris_config": None, "lora_rank": 4}
@@ -243,6 +246,47 @@ def test_a_run_that_cannot_fit_is_refused_before_anything_is_encoded(
     assert {problem.key for problem in caught.value.problems} == {"memory"}
     assert not list((folder / "cache").rglob("*.safetensors"))
     assert not list((folder / "output").glob("checkpoint-*"))
+
+
+def test_a_run_gets_what_was_chosen_and_torch_is_kept_within_the_limit(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = load_here(write(tmp_path / "run", model))
+    rooms(monkeypatch, Room(900, None, 1000))
+    monkeypatch.setattr(fitting, "choose_settings", lambda *given: Choice({"activation_memory": "lowest"}, ("a line",)))
+    limits: list[tuple[int, str]] = []
+    monkeypatch.setattr(fitting, "keep_within", lambda limit, device: limits.append((limit, device.type)))
+    recorder = Recorder()
+    family: Any = SimpleNamespace(device=torch.device("cpu"))
+    fitted, limit = fitting.fit_into_memory(loaded, family, [], EventBus([recorder]))
+    assert limit == 1000
+    assert limits == [(1000, "cpu")]
+    assert fitted.config.model.activation_memory == "lowest"
+    assert fitted.origin("activation_memory").kind == "memory"
+    assert [notice.text for notice in recorder.of(Notice)] == ["memory: a line"]
+
+
+def test_a_resume_keeps_what_its_checkpoint_was_trained_with_where_that_decides_results(
+    model: Path, tmp_path: Path
+) -> None:
+    loaded = load_here(write(tmp_path / "run", model, {"vae_batch_size": 2}))
+    saved = {"base_model_precision": "int8-quanto", "vae_batch_size": 1, "activation_memory": "lowest"}
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    kept = planning.keep_choice(loaded, tmp_path).config
+    assert kept.precision.base_model_precision == "int8-quanto"
+    assert kept.data.vae_batch_size == 2  # somebody wrote it
+    assert kept.model.activation_memory == loaded.config.model.activation_memory  # gives the same bits
+    assert planning.keep_choice(loaded, None) is loaded
+
+
+def test_gradients_of_weights_are_not_counted_among_the_activations() -> None:
+    layer = torch.nn.Linear(4, 8, bias=False)
+    with BackwardPeaks(layer) as peaks:
+        layer.weight.grad = torch.zeros(8, 4)  # 128 bytes, which stay
+        peaks.begin(layer)
+        held = torch.zeros(10)
+        peaks.begin(None)
+    assert peaks.of[layer] == held.nbytes == 40
 
 
 @pytest.mark.slow
