@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+from simpletuner.data.caption_edits import CaptionEdits
 from simpletuner.data.captions import CaptionRules, caption_variants, captions_of, decode_caption, name_note
 
 
@@ -66,3 +67,9 @@ def test_separators_of_other_systems_are_blanks_and_do_not_split_a_caption() -> 
         assert caption_variants(f"a dog{separator}on grass\nsecond", splits_lines=True) == ["a dog on grass", "second"]
         assert caption_variants(f"a dog{separator}on grass", splits_lines=False) == ["a dog on grass"]
         assert captions_of(f"a_dog{separator}runs.png", None, CaptionRules("filename")) == ("a dog runs",)
+
+
+def test_a_caption_that_is_only_its_opener_stays() -> None:
+    edits = CaptionEdits(openers=("a photo of",))
+    assert edits.apply(("a photo of",)) == ("a photo of",)
+    assert edits.apply(("a photo of a cat",)) == ("a photo of a cat", "a cat")

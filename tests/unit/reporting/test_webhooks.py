@@ -30,6 +30,9 @@ from simpletuner.reporting.events import (
     SavedImage,
     StepDone,
 )
+from simpletuner.reporting.webhooks.encoding import Body
+from simpletuner.reporting.webhooks.images import Attachment
+from simpletuner.reporting.webhooks.outbox import Outbox
 from simpletuner.reporting.webhooks.sender import Patience, Timing
 from simpletuner.reporting.webhooks.sink import WebhookSink
 from simpletuner.reporting.webhooks.transport import Deadlines
@@ -354,3 +357,24 @@ def test_addresses_stay_out_of_logs(tmp_path: Path, caplog: pytest.LogCaptureFix
         sink.close()
     assert len(server.accepted) == 1
     assert "s3cret" not in caplog.text
+
+
+def test_a_curve_that_could_not_be_sent_stays_in_the_order_of_its_steps() -> None:
+    outbox = Outbox()
+    for number in (1, 2):
+        outbox.put_progress(step(number))
+    taken = outbox.take_progress()
+    assert taken is not None
+    outbox.put_progress(step(3))
+    outbox.put_back_progress(*taken)
+    again = outbox.take_progress()
+    assert again is not None
+    event, curve = again
+    assert isinstance(event, StepDone)
+    assert event.step == 3  # what is newer counts
+    assert [point.step for point in curve] == [1, 2, 3]
+
+
+def test_a_large_request_gets_a_second_more_for_each_256_kib() -> None:
+    content, image = b"x" * (256 << 10), Attachment("a.png", "image/png", b"x" * (512 << 10))
+    assert Deadlines(total=15.0).of(Body(content, [image])) == 18

@@ -18,6 +18,7 @@ from simpletuner.training.checkpoint import Checkpoints, load_checkpoint, read_s
 from simpletuner.training.identity import refuse_changes
 from simpletuner.training.loop import run_training
 from simpletuner.training.run_history import RunHistory
+from simpletuner.training.start import _has_later
 from tests.toy import load_toy, toy_run, weights_of
 
 ONE = {"a": (1.0, 3.0)}
@@ -241,3 +242,14 @@ def test_a_state_that_lacks_a_part_is_refused(tmp_path):
         file.write_text(json.dumps({name: value for name, value in whole.items() if name != key}))
         with pytest.raises(DataError, match="cannot be read"):
             read_state(file.parent)
+
+
+def test_a_run_goes_back_where_anything_of_it_is_of_a_later_step(tmp_path):
+    for step in (2, 3):
+        folder_of(tmp_path, f"checkpoint-{step}", step)
+    checkpoints = Checkpoints(tmp_path, None)
+    assert [_has_later(checkpoints, step) for step in (1, 2, 3)] == [True, True, False]
+    folder_of(tmp_path, "checkpoint-best", 4)
+    assert _has_later(checkpoints, 3)
+    folder_of(tmp_path, "pipeline", 5)  # the final weights
+    assert [_has_later(checkpoints, step) for step in (4, 5)] == [True, False]

@@ -198,3 +198,11 @@ def test_all_processes_end_where_one_holds_weights_that_are_not_finite(tmp_path)
         return True
 
     assert in_processes(2, work) == [True, True]
+
+
+def test_the_rate_that_is_named_is_that_of_the_update_that_spoiled_the_weights(tmp_path):
+    """Linear from 0.5 to 0 in 10 steps: the fourth takes 0.5 x 7/10."""
+    options = {"max_train_steps": 10, "lr_scheduler": "linear", "lr_end": 0.0}
+    run, _ = toy_run(tmp_path, ONE, optimizer=partial(Poisoned, at=4), **options)
+    with pytest.raises(DivergedError, match=r"(?s)update of step 4.*lower learning_rate \(it was 0.35 at this step\)"):
+        run_training(run)

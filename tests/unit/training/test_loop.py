@@ -451,3 +451,58 @@ def test_a_mask_that_is_not_drawn_does_not_count(tmp_path):
     run, _ = toy_run(tmp_path, data, max_train_steps=1, masked_loss_probability=0.0)
     run_training(run)
     assert weights_of(run) == [0.5, 1.5]
+
+
+class Drawing:
+    """A validator that notes the steps at which it is asked."""
+
+    def __init__(self):
+        self.steps = []
+
+    def run(self, denoiser, adapter, ema, step):
+        self.steps.append(step)
+
+    def has_generated(self, step, ema):
+        return False
+
+
+def test_images_begin_at_the_step_that_ends_the_epoch_they_wait_for(tmp_path):
+    """Two steps are an epoch. The first images are those of the base."""
+    images = {name: (1.0, 3.0) for name in "ab"}
+    run, _ = toy_run(tmp_path, images, max_train_steps=4, validation_step_interval=1, validate_after_epoch=1)
+    run.validator = Drawing()
+    run_training(run)
+    assert run.validator.steps == [0, 2, 3, 4]
+
+
+def test_a_resumed_run_makes_up_for_the_evaluation_of_its_step_with_accumulation_too(tmp_path):
+    """A step is half an epoch: the second one goes from 0.5 to 1 and crosses 0.6."""
+    images = {name: (1.0, 3.0) for name in "abcd"}
+    options = {"gradient_accumulation_steps": 2, "eval_epoch_interval": 0.6, "checkpoint_step_interval": 1}
+    run, recorder = toy_run(tmp_path, images, losses=[9, 8, 7], max_train_steps=2, **options)
+    run_training(run)
+    assert [event.step for event in recorder.of(EvalDone)] == [0, 2]
+    run, recorder = toy_run(tmp_path, images, losses=[7, 7, 6], max_train_steps=3, **options)
+    load_checkpoint(run, tmp_path / "output/checkpoint-2")  # saved before the evaluation
+    run_training(run)
+    assert [event.step for event in recorder.of(EvalDone)] == [2, 3]
+
+
+def test_a_step_that_is_taken_again_keeps_no_gradient_of_the_first_try(tmp_path):
+    """Memory does not suffice for the second of its two micro-batches, once."""
+    images = {"a": (1.0, 3.0), "b": (1.0, 3.0)}
+    run, recorder = toy_run(tmp_path, images, gradient_accumulation_steps=2, max_train_steps=1)
+    run.model.gradient_checkpointing = SimpleNamespace(recompute_more=lambda: True, after_step=lambda: ())
+    predict, calls = run.model.family.predict, []
+
+    def short_once(*given):
+        calls.append(given)
+        if len(calls) == 2:
+            raise MemoryError("not enough")
+        return predict(*given)
+
+    run.model.family.predict = short_once
+    run_training(run)
+    assert len(calls) == 4
+    assert weights_of(run) == [0.5, 1.5]  # half of the way, as in one try
+    assert [step.loss for step in steps_of(recorder)] == [5]

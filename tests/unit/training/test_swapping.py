@@ -103,6 +103,23 @@ def test_a_block_is_one_copy_and_takes_no_more_memory_than_its_weights() -> None
     assert swap.weights[0].num_bytes < wanted + 4 * 256
 
 
+def test_each_weight_begins_where_kernels_want_it() -> None:
+    """At a multiple of 256 bytes, as torch's own allocator has it, whatever lies before it."""
+    swap = SwappedBlocks([nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 7)).requires_grad_(False)], CPU)
+    weights = swap.fetch(0).values()
+    assert [weight.storage_offset() * weight.element_size() for weight in weights] == [0, 256, 512, 768]
+
+
+def test_the_second_block_is_sent_for_beside_the_first_one_in_every_pass() -> None:
+    """After a pass without gradients too, which ends with the last block."""
+    streams = FakeStreams()
+    swap = SwappedBlocks(numbered_blocks(6), CPU, streams)
+    for index in range(6):
+        swap.fetch(index)
+    swap.fetch(0)
+    assert [kind for kind, _ in streams.copies].count("run") == 6 + 2
+
+
 class Toy(nn.Module):
     """Blocks that a recomputing denoiser calls, but for one that is called plainly, as UNets do in the middle."""
 

@@ -25,7 +25,9 @@ from simpletuner.reporting.events import (
     SavedImage,
 )
 from simpletuner.reporting.report import write_report
+from simpletuner.reporting.report.curves import _base_loss
 from simpletuner.reporting.report.images import Embedder
+from simpletuner.reporting.report.record import RunRecord
 from simpletuner.reporting.sinks.jsonl import JsonlSink
 from tests.events import step_done
 
@@ -234,3 +236,12 @@ def test_each_image_of_a_prompt_has_a_row_of_its_own(tmp_path: Path):
     text = Page(write_report(run)).text
     assert "two (8x8)" in text
     assert "two (8x8, no. 2)" in text
+
+
+def test_the_base_is_judged_on_the_images_of_the_last_evaluation(tmp_path: Path):
+    """Files of before the field have the base at step 0."""
+    first, last = {"step": 0, "pooled": 0.9}, {"step": 10, "pooled": 0.5}
+    run = RunRecord(tmp_path, evaluations=[first | {"reference": 0.9}, last | {"reference": 0.7}])
+    assert _base_loss(run) == 0.7
+    assert _base_loss(RunRecord(tmp_path, evaluations=[first, last])) == 0.9
+    assert _base_loss(RunRecord(tmp_path, evaluations=[last])) is None
