@@ -7,6 +7,7 @@ give it, and `clean = latents - sigma * direction`, whatever the guidance or the
     direction = (latents - previous) / (sigma - previous_sigma)
 
 DDIM and PNDM step likewise along the noise that they foresee, on latents scaled by the data's share of the level.
+DPM-Solver++ and UniPC keep the image that they foresee themselves, for the step after.
 
 Sources: Lipman et al., "Flow Matching for Generative Modeling" (arXiv 2210.02747), Karras et al., "Elucidating the
 Design Space of Diffusion-Based Generative Models" (arXiv 2206.00364), algorithm 1 without churn, Song et al. (arXiv
@@ -92,8 +93,9 @@ class Previews:
     ) -> None:
         scheduler, num_steps = pipeline.scheduler, len(pipeline.scheduler.timesteps)
         sigmas = sampler_sigmas(scheduler)
-        shown = latents
-        if previous is not None and sigmas is not None:
+        kept = _kept_by(scheduler)
+        shown = latents if kept is None else kept
+        if kept is None and previous is not None and sigmas is not None:
             shown = _foreseen_by(type(scheduler).__name__, latents, previous, sigmas[index + 1], sigmas[index])
         noise_share = _noise_share(sigmas, index, self.family.spec.prediction_type, num_steps)
         height, width = requests[0].height, requests[0].width
@@ -133,6 +135,12 @@ def _foreseen_by(sampler: str, latents: Tensor, previous: Tensor, sigma: float, 
         )
         return foreseen(unscaled, unscaled_before, sigma, previous_sigma)
     return latents
+
+
+def _kept_by(scheduler: Any) -> Tensor | None:
+    """What DPM-Solver++ (arXiv 2211.01095) or UniPC (arXiv 2302.04867) foresaw in its last step; None of others."""
+    foresees = scheduler.config.get("algorithm_type") in ("dpmsolver++", "sde-dpmsolver++")
+    return scheduler.model_outputs[-1] if foresees or scheduler.config.get("predict_x0") else None
 
 
 def sampler_sigmas(scheduler: Any) -> list[float] | None:
