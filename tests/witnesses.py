@@ -103,7 +103,7 @@ def original_weights(denoiser: nn.Module, keys: KeyTable) -> Weights:
         parent, _, last = module.rpartition(".")
         whole = keys.original(name).name
         if not module:  # a tensor of the network itself
-            original[name] = tensor
+            original[whole] = tensor
         elif not whole.endswith(f".{kind}"):  # a tensor that the table names, not its module
             original[whole] = tensor.flatten() if whole.endswith(_FLAT) else tensor
         elif name == "pos_embed.pos_embed":

@@ -135,6 +135,24 @@ class LivePipeline:
         self.family.free_prompt_encoders()
 
 
+class MaskedLivePipeline(LivePipeline):
+    """For pipelines that take prompts of different length padded, with `prompt_attention_mask`."""
+
+    def prompt_arguments(
+        self, prompts: Sequence[str], negative_prompts: Sequence[str] | None, guidance_scale: float
+    ) -> dict[str, Any]:
+        """Prompts and negative prompts are padded together, since such pipelines join them to one batch."""
+        family = self.family
+        negatives = [family.spec.negative_text(text) for text in negative_prompts or repeat(None, len(prompts))]
+        padded = family.condition_on(family.prompts.embeds([*prompts, *negatives]), ())
+        embeds = padded["prompt_embeds"]
+        mask = padded.tensors.get("prompt_mask", embeds.new_ones(embeds.shape[:2], dtype=torch.bool))
+        arguments: dict[str, Any] = {"guidance_scale": guidance_scale, "negative_prompt": None}
+        for prefix, rows in (("", slice(len(prompts))), ("negative_", slice(len(prompts), None))):
+            arguments |= {f"{prefix}prompt_embeds": embeds[rows], f"{prefix}prompt_attention_mask": mask[rows]}
+        return arguments
+
+
 def fit_image(image: Image.Image, max_area: int, multiple: int) -> Image.Image:
     """An image of at most `max_area` pixels whose sides are multiples of `multiple`, cut from its middle."""
     from PIL import Image

@@ -131,7 +131,7 @@ def _denoiser_tensors(
     keys = keys.of_files.in_model(shapes)
     prefix = next((each for each in DENOISER_PREFIXES if any(key.startswith(each) for key in there)), "")
     unused = tuple(f"{prefix}{name}." for name in keys.unused)
-    left = {key for key in there if key.startswith(prefix) and not key.startswith(unused)}
+    left = {key for key in there if key.startswith(prefix) and not f"{key}.".startswith(unused)}
     for name, shape in shapes.items():
         module, _, kind = name.rpartition(".")
         found = keys.original(module)
