@@ -167,6 +167,16 @@ _QWEN_21 = Shape(
 _KLEIN_4B, _KLEIN_9B = _klein(5, 20, 24, 7680, 4_022_468_096), _klein(8, 24, 32, 12288, 8_190_735_360)
 
 
+def _pixart(num_layers: int) -> Shape:
+    denoiser = {
+        "num_layers": num_layers,
+        "caption_channels": 4096,
+        "interpolation_scale": 2,
+        "use_additional_conditions": False,
+    }
+    return _text(denoiser, 4096, T5_XXL, SD_VAE)
+
+
 # (family, flavor) -> shape. A flavor that is not listed has the shape of the first of its family.
 SHAPES: Mapping[tuple[str, str], Shape] = {
     ("omnigen", "v1"): Shape(
@@ -235,5 +245,7 @@ SHAPES: Mapping[tuple[str, str], Shape] = {
     ("flux2", "dev"): Shape({}, {"prompt_embeds": (512, 15360)}, (23_572_403_200,)),
     ("qwen_image_21", "2.1"): _QWEN_21,
     ("qwen_image_21", "2.1-turbo"): _QWEN_21,
+    ("pixart_sigma", "1024"): _pixart(28),
+    ("pixart_sigma", "900m-0.6"): _pixart(42),
     ("krea2", "raw"): Shape({}, {"prompt_embeds": (TEXT_TOKENS, 12, 2560)}, (4_437_815_808,)),
 }

@@ -13,6 +13,7 @@ from tests.tiny_hunyuan_dit import tiny_hunyuan_dit_folder
 from tests.tiny_kolors import tiny_kolors_folder
 from tests.tiny_krea2 import tiny_krea2_folder
 from tests.tiny_omnigen2 import tiny_omnigen2_folder
+from tests.tiny_pixart_sigma import tiny_pixart_sigma_folder
 from tests.tiny_qwen_image import tiny_qwen_image_edit_folder, tiny_qwen_image_folder
 from tests.tiny_qwen_image_21 import tiny_qwen_image_21_folder
 from tests.tiny_sd3 import tiny_sd3_folder
@@ -30,6 +31,7 @@ TINY_FOLDERS: Mapping[str, Callable[[Path], Path]] = {
     "qwen_image_21": tiny_qwen_image_21_folder,
     "omnigen": tiny_omnigen_folder,
     "omnigen2": tiny_omnigen2_folder,
+    "pixart_sigma": tiny_pixart_sigma_folder,
     "qwen_image": tiny_qwen_image_folder,
     "sd15": tiny_sd15_folder,
     "qwen_image_edit": tiny_qwen_image_edit_folder,

@@ -38,6 +38,7 @@ FAMILIES: dict[str, str] = {
     "flux2": "simpletuner.models.flux2.spec:FLUX2",
     "krea2": "simpletuner.models.krea2.spec:KREA2",
     "qwen_image_21": "simpletuner.models.qwen_image_21.spec:QWEN_IMAGE_21",
+    "pixart_sigma": "simpletuner.models.pixart_sigma.spec:PIXART_SIGMA",
 }
 
 

@@ -19,6 +19,8 @@ from simpletuner.models.components import ModelSource
 from tests.tiny_folders import TINY_FOLDERS
 
 NARROW_MLPS = ("hunyuan_dit", "krea2")  # the tiny ones are not or hardly wider than their input
+# Its blocks have no gates of activations, and norms without weights: next to nothing of what is kept is cheap to make.
+PLAIN_BLOCKS = ("pixart_sigma",)
 # Their blocks have frozen convolutions or a gate whose backward passes are written here, or norms of the residual
 # stream, whose gradient is added to it as one number and not as two.
 OWN_GRADIENTS = ("omnigen", "sdxl", "sd15", "kolors", "omnigen2", "z_image")
@@ -64,7 +66,7 @@ def test_blocks_that_keep_little_give_the_bits_of_those_that_keep_all(
         found[level, large] = step(family, denoiser.train(), batch)
     (expected, plain), (high, num_high), (low, num_low), (lowest, num_lowest) = found.values()
     assert num_low < num_high <= plain
-    assert num_low < 0.8 * plain
+    assert name in PLAIN_BLOCKS or num_low < 0.8 * plain
     assert num_lowest <= num_low if name in NARROW_MLPS else num_lowest < 0.9 * num_low
     for key, wanted in expected.items():
         if wanted is None:
