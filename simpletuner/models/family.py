@@ -207,17 +207,21 @@ class ModelFamily(ABC):
         return torch.cat(rows)
 
     def condition_on(self, prompts: Sequence[PromptEmbeds], references: Sequence[Sequence[Tensor]]) -> Conditioning:
-        """What `collate` returns in families whose denoiser takes a mask.
+        """What a denoiser is told of prompts and references, on `self.device`, numbers in `self.dtype`.
 
-        `prompt_embeds` (B, L, D), and `prompt_mask` (B, L) bool where prompts are padded; references per row.
+        Embeddings are padded and stacked under the names that they have. Where rows of `prompt_embeds` (B, L, D) are
+        padded, `prompt_mask` (B, L) says which of them are text.
         """
-        rows = [embeds.tensors["prompt_embeds"] for embeds in prompts]
-        tensors = {"prompt_embeds": send(nn.utils.rnn.pad_sequence(rows, batch_first=True), self.device, self.dtype)}
-        if len({len(row) for row in rows}) > 1:
-            masks = [torch.ones(len(row), dtype=torch.bool) for row in rows]
+        tensors = {}
+        for name in prompts[0].tensors:
+            padded = nn.utils.rnn.pad_sequence([row.tensors[name] for row in prompts], batch_first=True)
+            tensors[name] = send(padded, self.device, self.dtype if padded.is_floating_point() else None)
+        num_tokens = [len(row.tensors["prompt_embeds"]) for row in prompts]
+        if len(set(num_tokens)) > 1:
+            masks = [torch.ones(length, dtype=torch.bool) for length in num_tokens]
             tensors["prompt_mask"] = send(nn.utils.rnn.pad_sequence(masks, batch_first=True), self.device)
         seen = [[send(each, self.device, self.dtype) for each in row] for row in references]
-        return Conditioning(tensors, seen or [()] * len(rows), [len(row) for row in rows])
+        return Conditioning(tensors, seen or [()] * len(prompts), num_tokens)
 
     # ---- defaults a family may override ----------------------------------------------------------------------------
 
@@ -394,13 +398,8 @@ class ModelFamily(ABC):
         return latents
 
     def collate(self, batch: Batch) -> Conditioning:
-        """Prompt embeddings, padded and stacked under the names that they have, and references; on `self.device`."""
-        tensors = {}
-        for name in batch.prompt_embeds[0].tensors:
-            rows = [embeds.tensors[name] for embeds in batch.prompt_embeds]
-            tensors[name] = send(nn.utils.rnn.pad_sequence(rows, batch_first=True), self.device)
-        references = [[send(each, self.device, self.dtype) for each in row] for row in batch.references]
-        return Conditioning(tensors, references or [()] * len(batch))
+        """What `predict` is given of a batch, on `self.device`."""
+        return self.condition_on(batch.prompt_embeds, batch.references)
 
     def sigmas_at(self, quantiles: Tensor, latents: Tensor) -> Tensor:
         """(B,) quantiles in [0, 1) -> (B,) sigmas: the family's training distribution, by its quantile function.

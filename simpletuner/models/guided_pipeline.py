@@ -18,7 +18,6 @@ from PIL import Image
 from torch import Tensor, nn
 
 from simpletuner.batch import Conditioning, PromptImage
-from simpletuner.diffusion.timesteps import scheduler_shift
 from simpletuner.models.flow_pipeline import Callback, FlowPipeline, Generators
 from simpletuner.models.live_pipeline import fit_image
 
@@ -37,7 +36,7 @@ class GuidedFlowPipeline(FlowPipeline):
 
     def sampling_mu(self, num_patches: int, num_steps: int) -> float:
         """The logarithm of the shift of sampling; the scheduler ignores it where its own shift is fixed."""
-        return math.log(scheduler_shift(self.family.scheduler_config, num_patches))
+        return math.log(self.family.training_shift(num_patches))
 
     def first_sigmas(self, num_steps: int) -> Sequence[float]:
         """The noise levels before each step, before they are shifted."""

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from simpletuner.batch import Batch, Conditioning, PromptEmbeds
+from simpletuner.batch import Conditioning, PromptEmbeds
 from simpletuner.models.family import ModelFamily, PromptReferences, send
 from simpletuner.models.live_pipeline import LivePipeline
 from simpletuner.models.patches import pack, position_ids, unpack
@@ -49,11 +49,6 @@ class Chroma(ModelFamily):
         return [
             PromptEmbeds({"prompt_embeds": row[: count + 1].cpu()}) for row, count in zip(states, counts, strict=True)
         ]
-
-    def collate(self, batch: Batch) -> Conditioning:
-        """Padded as usual; `num_tokens` says what of each row counts."""
-        num_tokens = [len(each.tensors["prompt_embeds"]) for each in batch.prompt_embeds]
-        return Conditioning(super().collate(batch).tensors, [()] * len(batch), num_tokens)
 
     def predict(self, denoiser: nn.Module, noisy_latents: Tensor, sigmas: Tensor, conditioning: Conditioning) -> Tensor:
         if len(set(conditioning.num_tokens)) > 1:

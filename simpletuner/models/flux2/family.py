@@ -18,7 +18,7 @@ from diffusers.pipelines.flux2.system_messages import SYSTEM_MESSAGE
 from torch import Tensor, nn
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
-from simpletuner.batch import Batch, Conditioning, PromptEmbeds, PromptImage
+from simpletuner.batch import Conditioning, PromptEmbeds, PromptImage
 from simpletuner.families.spec import FamilySpec
 from simpletuner.models.components import component_config, model_index
 from simpletuner.models.family import LatentMoments, ModelFamily, PromptReferences, have_one_shape, send
@@ -103,9 +103,6 @@ class Flux2(ModelFamily):
     def decode_latents(self, vae: Any, latents: Tensor) -> Tensor:
         mean, scale = latent_statistics(self.vae_config, latents.device)
         return self.decode_raw(vae, pixel_shuffle(latents / scale + mean, 2))
-
-    def collate(self, batch: Batch) -> Conditioning:
-        return self.condition_on(batch.prompt_embeds, batch.references)
 
     def predict(self, denoiser: nn.Module, noisy_latents: Tensor, sigmas: Tensor, conditioning: Conditioning) -> Tensor:
         if not have_one_shape(conditioning.references):  # the network takes the positions of row 0 for all

@@ -10,22 +10,26 @@ Sizes of images are (width, height), as the weights of 1.1 were trained with (Te
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from diffusers.models.embeddings import get_2d_rotary_pos_embed
+from diffusers.models.transformers import hunyuan_transformer_2d
+from diffusers.pipelines.hunyuandit import pipeline_hunyuandit as published
 from torch import Tensor, nn
 
 from simpletuner.batch import Batch, Conditioning, PromptEmbeds, Sample
 from simpletuner.models.discrete import DiscreteFamily
 from simpletuner.models.family import PromptReferences, send
-from simpletuner.models.hunyuan_dit.blocks import prepare
 from simpletuner.models.live_pipeline import LivePipeline
 from simpletuner.models.size_conditioned_unet import time_ids
 
 BERT_TOKENS = 77
 # Pixels of the side to which the rotary table is scaled (`pipeline_hunyuandit.py`, step 7).
 BASE_SIZE = 512
+# The inputs of a block after the first one, in the order of its forward pass.
+_NAMES = ("encoder_hidden_states", "temb", "image_rotary_emb", "skip")
 
 
 class HunyuanDiT(DiscreteFamily):
@@ -69,9 +73,9 @@ class HunyuanDiT(DiscreteFamily):
         output = denoiser(
             noisy_latents.to(self.dtype),
             self.schedule.timesteps(sigmas).float(),
-            encoder_hidden_states=conditioning["prompt_embeds"].to(self.dtype),
+            encoder_hidden_states=conditioning["prompt_embeds"],
             text_embedding_mask=conditioning["prompt_attention_mask"],
-            encoder_hidden_states_t5=conditioning["prompt_embeds_2"].to(self.dtype),
+            encoder_hidden_states_t5=conditioning["prompt_embeds_2"],
             text_embedding_mask_t5=conditioning["prompt_attention_mask_2"],
             image_meta_size=conditioning["image_meta_size"],
             style=style,
@@ -81,65 +85,67 @@ class HunyuanDiT(DiscreteFamily):
         return output[:, : noisy_latents.shape[1]]
 
     def rotary_table(self, height: int, width: int) -> tuple[Tensor, Tensor]:
-        """Cosines and sines (h/2 * w/2, head size) of an image; the longer side counts from 0 to 32.
-
-        Args:
-            height: of the latents.
-            width: of the latents.
-        """
-        from diffusers.models.embeddings import get_2d_rotary_pos_embed
-        from diffusers.pipelines.hunyuandit.pipeline_hunyuandit import get_resize_crop_region_for_grid
-
+        """Cosines and sines (h/2 * w/2, head size) for h x w latents; the longer side counts from 0 to 32."""
         patch = self.denoiser_config["patch_size"]
         grid = height // patch, width // patch
-        region = get_resize_crop_region_for_grid(grid, BASE_SIZE // self.spec.vae_factor // patch)
+        region = published.get_resize_crop_region_for_grid(grid, BASE_SIZE // self.spec.vae_factor // patch)
         table = get_2d_rotary_pos_embed(
             self.denoiser_config["attention_head_dim"], region, grid, device=torch.device("cpu"), output_type="pt"
         )
         return send(table[0], self.device), send(table[1], self.device)
 
     def pipeline(self, denoiser: nn.Module, vae: nn.Module | None = None) -> Any:
-        from diffusers import HunyuanDiTPipeline
-
         parts: dict[str, Any] = dict.fromkeys(
             ("vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "safety_checker", "feature_extractor")
         )
-        scheduler = self.make_scheduler()
-        pipeline = HunyuanDiTPipeline(**parts, transformer=denoiser, scheduler=scheduler, requires_safety_checker=False)
-        return HunyuanDiTLivePipeline(self, pipeline, vae)
+        parts |= {"transformer": denoiser, "scheduler": self.make_scheduler()}
+        return LivePipeline(self, HunyuanDiTPipeline(**parts, requires_safety_checker=False), vae)
 
 
-class HunyuanDiTLivePipeline(LivePipeline):
-    """Images of the size that is asked for, with latents and times in float32 whatever the denoiser computes in."""
+class HunyuanDiTPipeline(published.HunyuanDiTPipeline):
+    """diffusers' pipeline, under its name: images of the size that is asked for, latents and times in float32."""
 
-    def pack(self, latents: Tensor) -> Tensor:
-        return latents.float()
+    def __call__(self, **options: Any) -> Any:
+        options = {"target_size": (options["width"], options["height"]), **options, "use_resolution_binning": False}
+        return super().__call__(**options)
 
-    def __call__(
-        self,
-        prompt: str | Sequence[str],
-        negative_prompt: str | Sequence[str] | None = None,
-        *,
-        height: int,
-        width: int,
-        latents: Tensor | None = None,
-        generator: Any = None,
-        **options: Any,
-    ) -> Any:
-        from diffusers.utils.torch_utils import randn_tensor
-
-        if latents is None:
-            count = 1 if isinstance(prompt, str) else len(prompt)
-            sides = (side // self.family.spec.vae_factor for side in (height, width))
-            shape = (count, self.family.spec.latent_channels, *sides)
-            latents = randn_tensor(shape, generator=generator, device=self.family.device)
-        options = {"target_size": (width, height), **options, "use_resolution_binning": False}
-        return super().__call__(
-            prompt, negative_prompt, height=height, width=width, latents=latents, generator=generator, **options
-        )
+    def prepare_latents(self, *arguments: Any) -> Tensor:
+        arguments = (*arguments[:4], torch.float32, *arguments[5:])  # the fifth is their dtype
+        return super().prepare_latents(*arguments).float()
 
 
 def meta_size(sample: Sample) -> tuple[int, ...]:
     """Original width and height, width and height of the crop, left and top of the crop in the resized image."""
     height, width, top, left, crop_height, crop_width = time_ids(sample)
     return width, height, crop_width, crop_height, left, top
+
+
+class HunyuanDiTBlock(hunyuan_transformer_2d.HunyuanDiTBlock):
+    """The denoiser calls it by keywords; gradient checkpointing, which then comes between, by position.
+
+    diffusers' `enable_gradient_checkpointing` sets both attributes.
+    """
+
+    gradient_checkpointing: bool = False
+    _gradient_checkpointing_func: Callable[..., Tensor]
+
+    def __call__(self, *inputs: Any, **named: Any) -> Tensor:
+        if named and self.gradient_checkpointing and torch.is_grad_enabled():
+            return self._gradient_checkpointing_func(self, *inputs, *(named.get(name) for name in _NAMES))
+        return super().__call__(*inputs, **named)
+
+
+def prepare(denoiser: Any) -> nn.Module:
+    """Let the denoiser's blocks be recomputed, and its time and sizes come in float32; returns the denoiser."""
+    for block in denoiser.blocks:
+        block.__class__ = HunyuanDiTBlock
+    denoiser._supports_gradient_checkpointing = True
+    denoiser.time_extra_emb.register_forward_pre_hook(_embed_in_the_dtype_of_weights, with_kwargs=True)
+    # Sampling keeps its latents in float32, and its times with them.
+    denoiser.pos_embed.register_forward_pre_hook(lambda embed, inputs: (inputs[0].to(embed.proj.weight.dtype),))
+    return denoiser
+
+
+def _embed_in_the_dtype_of_weights(module: Any, inputs: tuple[Any, ...], named: Mapping[str, Any]) -> Any:
+    """The denoiser takes the dtype of its time for that of the weights, and bfloat16 knows no 999."""
+    return inputs, {**named, "hidden_dtype": module.pooler.positional_embedding.dtype}

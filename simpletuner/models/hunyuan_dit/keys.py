@@ -9,58 +9,49 @@ from __future__ import annotations
 
 from simpletuner.families.keys import KeyTable
 
-_BLOCK = "blocks.*"
-_NORMS = {
-    f"{_BLOCK}.norm1.norm": f"{_BLOCK}.norm1",
-    f"{_BLOCK}.norm2": f"{_BLOCK}.norm3",
-    f"{_BLOCK}.norm3": f"{_BLOCK}.norm2",
-}
-_LAST = {"norm_out.linear": "final_layer.adaLN_modulation.1", "proj_out": "final_layer.linear"}
-_EXTRA = {f"time_extra_emb.extra_embedder.linear_{n}": f"extra_embedder.{2 * n - 2}" for n in (1, 2)}
+# In diffusers, in the original release, in DiffSynth-Studio; first what is inside of a block.
+_IN_BLOCK = (
+    ("norm1.norm", "norm1", "norm1"),
+    ("norm2", "norm3", "norm3"),
+    ("norm3", "norm2", "norm2"),
+    ("norm1.linear", "default_modulation.1", "modulation.1"),
+    ("ff.net.0.proj", "mlp.fc1", "mlp.0"),
+    ("ff.net.2", "mlp.fc2", "mlp.2"),
+    ("attn2.to_q", "attn2.q_proj", "attn2.to_q"),
+    *((f"attn{n}.to_out.0", f"attn{n}.out_proj", f"attn{n}.to_out") for n in (1, 2)),
+    *((f"attn{n}.norm_{x}", f"attn{n}.{x}_norm", f"rota{n}.{x}_norm") for n in (1, 2) for x in "qk"),
+)
+_MLPS = (
+    ("time_extra_emb.extra_embedder", "extra_embedder", "extra_embedder"),
+    ("time_extra_emb.timestep_embedder", "t_embedder.mlp", "timestep_embedder.mlp"),
+    ("text_embedder", "mlp_t5", "t5_embedder"),
+)
+_NAMES = (
+    *(tuple(f"blocks.*.{name}" for name in names) for names in _IN_BLOCK),
+    *(
+        (f"{ours}.linear_{n}", f"{first}.{2 * n - 2}", f"{second}.{2 * n - 2}")
+        for ours, first, second in _MLPS
+        for n in (1, 2)
+    ),
+    ("time_extra_emb.pooler", "pooler", "t5_pooler"),
+    ("time_extra_emb.style_embedder", "style_embedder", "style_embedder"),
+    ("pos_embed.proj", "x_embedder.proj", "patch_embedder.proj"),
+    ("norm_out.linear", "final_layer.adaLN_modulation.1", "final_layer.adaLN_modulation.1"),
+    ("proj_out", "final_layer.linear", "final_layer.linear"),
+)
 
 HUNYUAN_DIT_KEYS = KeyTable(
-    renamed={
-        **_NORMS,
-        **_LAST,
-        **_EXTRA,
-        **{f"{_BLOCK}.attn{n}.to_out.0": f"{_BLOCK}.attn{n}.out_proj" for n in (1, 2)},
-        **{f"{_BLOCK}.attn{n}.norm_{name}": f"{_BLOCK}.attn{n}.{name}_norm" for n in (1, 2) for name in "qk"},
-        f"{_BLOCK}.attn2.to_q": f"{_BLOCK}.attn2.q_proj",
-        f"{_BLOCK}.norm1.linear": f"{_BLOCK}.default_modulation.1",
-        f"{_BLOCK}.ff.net.0.proj": f"{_BLOCK}.mlp.fc1",
-        f"{_BLOCK}.ff.net.2": f"{_BLOCK}.mlp.fc2",
-        "time_extra_emb.pooler": "pooler",
-        "time_extra_emb.style_embedder": "style_embedder",
-        **{f"time_extra_emb.timestep_embedder.linear_{n}": f"t_embedder.mlp.{2 * n - 2}" for n in (1, 2)},
-        **{f"text_embedder.linear_{n}": f"mlp_t5.{2 * n - 2}" for n in (1, 2)},
-        "pos_embed.proj": "x_embedder.proj",
-    },
+    renamed={names[0]: names[1] for names in _NAMES},
     fused={
-        f"{_BLOCK}.attn1.Wqkv": tuple(f"{_BLOCK}.attn1.to_{name}" for name in "qkv"),
-        f"{_BLOCK}.attn2.kv_proj": tuple(f"{_BLOCK}.attn2.to_{name}" for name in "kv"),
+        "blocks.*.attn1.Wqkv": tuple(f"blocks.*.attn1.to_{name}" for name in "qkv"),
+        "blocks.*.attn2.kv_proj": tuple(f"blocks.*.attn2.to_{name}" for name in "kv"),
     },
     swapped=("norm_out.linear",),
     architecture="hunyuan-dit",
     base_model_version="hunyuan-dit",
 )
-
+_AS_IN_DIFFUSERS = ("blocks.*.skip_linear", *(f"blocks.*.attn{n}.to_{x}" for n in (1, 2) for x in "qkv"))
 HUNYUAN_DIT_IN_DIFFSYNTH = KeyTable(
-    renamed={
-        **_NORMS,
-        **_LAST,
-        **_EXTRA,
-        **{f"{_BLOCK}.attn{n}.to_{name}": f"{_BLOCK}.attn{n}.to_{name}" for n in (1, 2) for name in "qkv"},
-        **{f"{_BLOCK}.attn{n}.to_out.0": f"{_BLOCK}.attn{n}.to_out" for n in (1, 2)},
-        **{f"{_BLOCK}.attn{n}.norm_{name}": f"{_BLOCK}.rota{n}.{name}_norm" for n in (1, 2) for name in "qk"},
-        f"{_BLOCK}.norm1.linear": f"{_BLOCK}.modulation.1",
-        f"{_BLOCK}.ff.net.0.proj": f"{_BLOCK}.mlp.0",
-        f"{_BLOCK}.ff.net.2": f"{_BLOCK}.mlp.2",
-        f"{_BLOCK}.skip_linear": f"{_BLOCK}.skip_linear",
-        "time_extra_emb.pooler": "t5_pooler",
-        "time_extra_emb.style_embedder": "style_embedder",
-        **{f"time_extra_emb.timestep_embedder.linear_{n}": f"timestep_embedder.mlp.{2 * n - 2}" for n in (1, 2)},
-        **{f"text_embedder.linear_{n}": f"t5_embedder.{2 * n - 2}" for n in (1, 2)},
-        "pos_embed.proj": "patch_embedder.proj",
-    },
+    renamed={names[0]: names[2] for names in _NAMES} | {name: name for name in _AS_IN_DIFFUSERS},
     swapped=("norm_out.linear",),
 )

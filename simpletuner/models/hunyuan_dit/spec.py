@@ -13,6 +13,11 @@ from simpletuner.models.hunyuan_dit.keys import HUNYUAN_DIT_IN_DIFFSYNTH, HUNYUA
 _BLOCK = "blocks.*"
 _ATTENTION = tuple(f"{_BLOCK}.attn*.to_{name}" for name in ("q", "k", "v", "out.0"))
 _FEED_FORWARD = (f"{_BLOCK}.ff.net.0.proj", f"{_BLOCK}.ff.net.2")
+_OTHERS = (
+    *(f"{_BLOCK}.norm1.linear", f"{_BLOCK}.skip_linear", "text_embedder.linear_*", "norm_out.linear", "proj_out"),
+    *(f"time_extra_emb.{name}_embedder.linear_*" for name in ("timestep", "extra")),
+)
+_TOKENIZER = "tokenizer_config.json"
 _PARAMETERS = {"1.1": 1_516_534_048, "1.2": 1_499_952_032}
 
 
@@ -45,10 +50,8 @@ HUNYUAN_DIT = FamilySpec(
         # Its states are read and never its pooled vector, whose weights some files lack.
         Component("text_encoder", "transformers.BertModel", "text_encoder", load_options={"add_pooling_layer": False}),
         Component("text_encoder_2", "transformers.T5EncoderModel", "text_encoder"),
-        Component("tokenizer", "transformers.BertTokenizer", "tokenizer", "tokenizer_config.json"),
-        Component(
-            "tokenizer_2", "transformers.T5Tokenizer", "tokenizer", "tokenizer_config.json", package="sentencepiece"
-        ),
+        Component("tokenizer", "transformers.BertTokenizer", "tokenizer", _TOKENIZER),
+        Component("tokenizer_2", "transformers.T5Tokenizer", "tokenizer", _TOKENIZER, package="sentencepiece"),
         Component("scheduler", "diffusers.DDPMScheduler", "scheduler", "scheduler_config.json"),
     ),
     prediction_type="v_prediction",
@@ -61,16 +64,7 @@ HUNYUAN_DIT = FamilySpec(
         AdaptableModule("Attention", (f"{_BLOCK}.attn1", f"{_BLOCK}.attn2")),
         AdaptableModule("FeedForward", (f"{_BLOCK}.ff",)),
         AdaptableModule("HunyuanDiTBlock", (_BLOCK,)),
-        AdaptableModule(
-            "Linear",
-            (
-                *_ATTENTION,
-                *_FEED_FORWARD,
-                *(f"{_BLOCK}.norm1.linear", f"{_BLOCK}.skip_linear", "text_embedder.linear_*"),
-                *("time_extra_emb.timestep_embedder.linear_*", "time_extra_emb.extra_embedder.linear_*"),
-                *("norm_out.linear", "proj_out"),
-            ),
-        ),
+        AdaptableModule("Linear", (*_ATTENTION, *_FEED_FORWARD, *_OTHERS)),
     ),
     # It computes with the weights of its layers and never calls them, so an adapter on them would get no gradient.
     unadaptable=("time_extra_emb.pooler.*",),

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from simpletuner.batch import Batch, Conditioning, PromptEmbeds
+from simpletuner.batch import Conditioning, PromptEmbeds
 from simpletuner.models.components import model_index
 from simpletuner.models.family import ModelFamily, PromptReferences, send
 from simpletuner.models.guided_pipeline import GuidedFlowPipeline
@@ -72,9 +72,6 @@ class Krea2(ModelFamily):
             embeds.append(PromptEmbeds({"prompt_embeds": states[PREFIX_TOKENS:].cpu()}))
         return embeds
 
-    def collate(self, batch: Batch) -> Conditioning:
-        return self.condition_on(batch.prompt_embeds, batch.references)
-
     def predict(self, denoiser: nn.Module, noisy_latents: Tensor, sigmas: Tensor, conditioning: Conditioning) -> Tensor:
         latents, prompt_embeds = noisy_latents.to(self.dtype), conditioning["prompt_embeds"]
         places = torch.cat([torch.zeros(prompt_embeds.shape[1], 3), position_ids(latents).float()])
@@ -102,9 +99,6 @@ class Krea2Pipeline(GuidedFlowPipeline):
     """Krea counts guidance from 0, where others count from 1: 4.5 leads as far away as 5.5 does elsewhere."""
 
     pack = staticmethod(pack)
-
-    def sampling_mu(self, num_patches: int, num_steps: int) -> float:
-        return math.log(self.family.training_shift(num_patches))
 
     def is_guided(self, guidance_scale: float) -> bool:
         return guidance_scale > 0

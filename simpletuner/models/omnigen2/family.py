@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from simpletuner.batch import Batch, Conditioning, PromptEmbeds
+from simpletuner.batch import Conditioning, PromptEmbeds
 from simpletuner.diffusion import timesteps
 from simpletuner.models.family import ModelFamily, PromptReferences
 from simpletuner.models.omnigen2.spec import DROPPED_INSTRUCTION
@@ -43,9 +43,6 @@ class OmniGen2(ModelFamily):
         texts = [chat_text(prompt) for prompt in prompts]
         rows = self.encoders.states_of(texts, [-1], self.max_prompt_tokens, name="mllm", tokenizer="processor")
         return [PromptEmbeds({"prompt_embeds": row[:, 0]}) for row in rows]
-
-    def collate(self, batch: Batch) -> Conditioning:
-        return self.condition_on(batch.prompt_embeds, batch.references)
 
     def predict(self, denoiser: nn.Module, noisy_latents: Tensor, sigmas: Tensor, conditioning: Conditioning) -> Tensor:
         latents, mask = noisy_latents.to(self.dtype), conditioning.tensors.get("prompt_mask")

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from simpletuner.batch import Batch, Conditioning, PromptEmbeds
+from simpletuner.batch import Conditioning, PromptEmbeds
 from simpletuner.errors import ConfigError, Problem
 from simpletuner.models.family import ModelFamily, PromptReferences, have_one_shape, send
 from simpletuner.models.patches import pack, unpack
@@ -74,9 +74,6 @@ class QwenImage(ModelFamily):
         texts = [TEMPLATE.format(prompt) for prompt in prompts]
         rows = self.encoders.states_of(texts, [-1], TEMPLATE_TOKENS + self.max_prompt_tokens)
         return [PromptEmbeds({"prompt_embeds": row[TEMPLATE_TOKENS:, 0]}) for row in rows]
-
-    def collate(self, batch: Batch) -> Conditioning:
-        return self.condition_on(batch.prompt_embeds, batch.references)
 
     def predict(self, denoiser: nn.Module, noisy_latents: Tensor, sigmas: Tensor, conditioning: Conditioning) -> Tensor:
         # The network takes the shapes of the first row for those of all.

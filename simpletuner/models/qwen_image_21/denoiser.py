@@ -1,15 +1,13 @@
 """Qwen-Image 2.1's network with the layout of its sequence known on the host.
 
-diffusers' forward pass finds the places of images among the tokens by reading a mask back from the device, several
-times in each pass, and cannot run on torch's `meta` device. Here the same sequence is put together from numbers that
-the host knows. Blocks, embeddings and the output are diffusers' own.
+diffusers' forward pass reads from the device, several times, which tokens are of images, and cannot run on `meta`.
+Here the same layout is made on the CPU. Blocks, embeddings and the output are diffusers' own.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,8 +17,6 @@ from torch import Tensor
 
 from simpletuner.models.family import send
 
-# Latents of an image for which the text has one token: 2 x 2.
-LATENTS_PER_SLOT = 4
 Shapes = tuple[tuple[int, int, int], ...]
 
 
@@ -36,68 +32,46 @@ class QwenImage21Transformer2DModel(published.QwenImage21Transformer2DModel):
         encoder_hidden_states: Tensor,
         timestep: Tensor,
         img_shapes: Shapes,
-        image_starts: Sequence[int] = (),
-        return_dict: bool = False,
+        image_slots: tuple[bool, ...],
         **_: Any,
     ) -> tuple[Tensor]:
-        """(B, n, C): the answer for the n tokens of the image that is generated.
+        """(B, n, C): the answer for the n tokens of the image that is generated; all rows have one layout.
 
         Args:
             hidden_states: (B, tokens, C) those of the references, then those of the image.
-            encoder_hidden_states: (B, L, D), without padding.
-            timestep: (B,) sigmas.
-            img_shapes: (1, h, w) of each image, in the same order; the same for all rows.
-            image_starts: for each reference the place in the text of the first token that stands for it.
-        """
-        device, dtype = hidden_states.device, hidden_states.dtype
-        num_tokens = [math.prod(shape) for shape in img_shapes]
-        *references, target = self.img_in(hidden_states).split(num_tokens, dim=1)
-        text = self.txt_in(encoder_hidden_states)
-        pieces, cursor = [], 0
-        for start, reference in zip(image_starts, references, strict=True):
-            pieces += [text[:, cursor:start], reference]
-            cursor = start + reference.shape[1] // LATENTS_PER_SLOT
-        joint = torch.cat([*pieces, text[:, cursor:], target], dim=1)
+            img_shapes: (1, h, w) of each image, in the same order.
+            image_slots: whether each token of the text, which is not padded, stands for a reference.
 
-        image_ids = _image_ids(text.shape[1], tuple(num_tokens), tuple(image_starts))
-        prefix = len(image_ids) - num_tokens[-1]
-        rotations = send(_rotations(tuple(self.config.axes_dims_rope), img_shapes, image_ids), device)
-        segments = _qwenimage21_prefix_segments(torch.tensor(image_ids), prefix)
-        is_target = None
-        timestep = timestep.to(dtype)
+        Raises:
+            ValueError: the text was encoded with other references, or with references of other sizes.
+        """
+        *layout, segments = _layout(image_slots, img_shapes, tuple(self.config.axes_dims_rope))
+        order, is_target, rotations = (send(each, hidden_states.device) for each in layout)
+        tokens = torch.cat([self.txt_in(encoder_hidden_states), self.img_in(hidden_states)], dim=1)
+        joint, timestep, mask = tokens.index_select(1, order), timestep.to(hidden_states.dtype), None
         if self.config.causal_condition:  # text and references are modulated as at time 0
-            timestep = torch.cat([timestep, timestep.new_zeros(1)])
-            is_target = torch.arange(len(image_ids), device=device) >= prefix
+            timestep, mask = torch.cat([timestep, timestep.new_zeros(1)]), is_target
         temb = self.time_text_embed(timestep, joint)
-        modulation = self.modulation(temb)
+        inputs = (self.modulation(temb), rotations, None, mask, None, None, None, segments, None)
         for block in self.transformer_blocks:
             if torch.is_grad_enabled() and self.gradient_checkpointing:
-                arguments = (modulation, rotations, None, is_target, None, None, None, segments, None)
-                joint = self._gradient_checkpointing_func(block, joint, *arguments)
+                joint = self._gradient_checkpointing_func(block, joint, *inputs)
             else:
-                joint = block(joint, modulation, rotary_emb=rotations, target_token_mask=is_target, segments=segments)
-        return (self.proj_out(self.norm_out(joint, temb, is_target))[:, prefix:],)
-
-
-@functools.lru_cache(maxsize=64)
-def _image_ids(num_text: int, num_tokens: tuple[int, ...], starts: tuple[int, ...]) -> tuple[int, ...]:
-    """For each token of the sequence the number of its image, -1 for text."""
-    ids: list[int] = []
-    cursor = 0
-    for number, (start, count) in enumerate(zip((*starts, num_text), num_tokens, strict=True)):
-        ids += [-1] * (start - cursor) + [number] * count
-        cursor = start + count // LATENTS_PER_SLOT
-    return tuple(ids)
+                joint = block(joint, *inputs)
+        return (self.proj_out(self.norm_out(joint, temb, mask))[:, -math.prod(img_shapes[-1]) :],)
 
 
 @functools.lru_cache(maxsize=16)
-def _rotations(axes: tuple[int, ...], shapes: Shapes, image_ids: tuple[int, ...]) -> Tensor:
-    """(tokens, D) complex, on the CPU, by diffusers' own embedding."""
-    is_image = torch.tensor(image_ids, device="cpu") >= 0
-    return _embedding(axes)(list(shapes), is_image, device=torch.device("cpu"))
-
-
-@functools.lru_cache(maxsize=4)
-def _embedding(axes: tuple[int, ...]) -> QwenImage21Rope:
+def _layout(slots: tuple[bool, ...], shapes: Shapes, axes: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor, list[Any]]:
+    """As diffusers' forward pass works it out, on the CPU: the place of each token in the text with all images behind
+    it, whether it is of the generated image, its rotation; and the runs of one text or image before that image."""
+    num_target = math.prod(shapes[-1])
     with torch.device("cpu"):
-        return QwenImage21Rope(theta=10000, axes_dim=list(axes))
+        is_slot = torch.tensor((*slots, *[True] * (num_target // 4)))  # one token for 2 x 2 latents
+        is_image = is_slot.repeat_interleave(torch.where(is_slot, 4, 1))
+        image_ids, is_target = QwenImage21Transformer2DModel.build_token_metadata(is_image, list(shapes))
+        order = torch.empty_like(image_ids)
+        order[~is_image] = (~is_slot).nonzero()[:, 0]
+        order[is_image] = len(slots) + torch.arange(int(is_image.sum()))
+        rotations = QwenImage21Rope(10000, list(axes))(list(shapes), is_image, torch.device("cpu"))
+    return order, is_target, rotations, _qwenimage21_prefix_segments(image_ids, len(image_ids) - num_target)

@@ -7,7 +7,6 @@ them; that its sampling ends at sigma 0.02 (`shift_terminal`) is not a part of t
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
@@ -15,19 +14,21 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from transformers import Qwen2VLImageProcessorPil
 
-from simpletuner.batch import Batch, Conditioning, PromptEmbeds, PromptImage
+from simpletuner.batch import Conditioning, PromptEmbeds, PromptImage
 from simpletuner.errors import DataError, Problem
 from simpletuner.models.components import component_folder, model_index
 from simpletuner.models.family import LatentMoments, ModelFamily, PromptReferences, have_one_shape, send
 from simpletuner.models.guided_pipeline import GuidedFlowPipeline
 from simpletuner.models.hidden_states import hidden_states
 from simpletuner.models.patches import flatten
+from simpletuner.models.qwen_image_edit.preparation import IMAGE_TAGS, encoder_inputs, fit_to_area
 from simpletuner.models.safe_loading import load_tokenizer
 
 SYSTEM = "<|im_start|>system\nComprehend and analyze the provided prompt.<|im_end|>\n"
 USER = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
-IMAGE, SLOT = "<image{}><|vision_start|>{}<|vision_end|>", "<|image_pad|>"
+IMAGE = f"<image{{}}>{IMAGE_TAGS}"
 
 
 class QwenImage21(ModelFamily):
@@ -39,8 +40,6 @@ class QwenImage21(ModelFamily):
 
     @cached_property
     def image_processor(self) -> Any:
-        from transformers import Qwen2VLImageProcessorPil
-
         # transformers' own processor of this folder asks for torchvision.
         return load_tokenizer(Qwen2VLImageProcessorPil, component_folder(self.source, self.spec.component("tokenizer")))
 
@@ -52,43 +51,35 @@ class QwenImage21(ModelFamily):
         return self.encoders.count("processor", [USER.format(prompt or " ") for prompt in prompts])
 
     def encode_prompts(self, prompts: Sequence[str], references: PromptReferences | None = None) -> list[PromptEmbeds]:
-        """`prompt_embeds` (L, D), the last states before the final norm, and `image_slots` (L,) bool.
-
-        Each prompt is read by itself. `image_slots` marks the tokens that stand for references.
-        """
-        rows = references or [()] * len(prompts)
-        return [self._encode(prompt, images) for prompt, images in zip(prompts, rows, strict=True)]
+        """`prompt_embeds` (L, D), the last states before the final norm; `image_slots` (L,), those of references."""
+        return [self._encode(*row) for row in zip(prompts, references or [()] * len(prompts), strict=True)]
 
     def _encode(self, prompt: str, images: Sequence[PromptImage]) -> PromptEmbeds:
-        tokenizer, shown, counts = self.encoders.tokenizer("processor"), {}, []
-        if images:
-            shown = dict(self.image_processor([each.load() for each in images], return_tensors="pt"))
-            area = self.image_processor.merge_size**2
-            counts = [math.prod(grid) // area for grid in shown["image_grid_thw"].tolist()]
-            for image, count in zip(images, counts, strict=True):
-                if count != image.height * image.width // self.spec.size_multiple**2:
-                    raise wrong_size(image)
-        marks = " ".join(IMAGE.format(number, SLOT * count) for number, count in enumerate(counts, start=1))
-        ids = tokenizer(SYSTEM + USER.format(marks + (prompt or " "))).input_ids
-        dropped, end = len(tokenizer(SYSTEM).input_ids), tokenizer(USER.partition("{}")[2]).input_ids
-        excess = len(ids) - dropped - sum(counts) - self.max_prompt_tokens
+        tokenizer, processor = self.encoders.tokenizer("processor"), self.image_processor if images else None
+        marks = " ".join(IMAGE.format(number) for number in range(1, len(images) + 1))
+        text = SYSTEM + USER.format(marks + (prompt or " "))
+        inputs = encoder_inputs(tokenizer, processor, text, [each.load() for each in images])
+        for image, grid in zip(images, inputs.get("image_grid_thw", ()), strict=True):
+            if int(grid.prod()) * self.spec.vae_factor**2 != image.height * image.width:
+                message = f"the text encoder takes no reference of {image.width} x {image.height} pixels as it is"
+                allowed = "multiples of 32 pixels, at least as many as 256 x 256"
+                fix = "raise the resolution of the dataset of references"
+                raise DataError(Problem(message, key="conditioning_data", allowed=allowed, fix=fix))
+        slots = inputs["mm_token_type_ids"].bool()[0]
+        dropped, end = (len(tokenizer(text).input_ids) for text in (SYSTEM, USER.partition("{}")[2]))
+        excess = int((~slots).sum()) - dropped - self.max_prompt_tokens
         if excess > 0:
             self.num_cut_prompts += 1
-            ids = ids[: -len(end) - excess] + end
-        slots = torch.tensor(ids) == tokenizer.convert_tokens_to_ids(SLOT)
-        inputs = {"input_ids": torch.tensor([ids]), **shown}
-        if images:  # without them the encoder takes the rows and columns of an image for a line of text
-            inputs["mm_token_type_ids"] = slots.long()[None]
+            kept = [*range(len(slots) - end - excess), *range(len(slots) - end, len(slots))]
+            inputs |= {name: inputs[name][:, kept] for name in ("input_ids", "mm_token_type_ids")}
+            slots = slots[kept]
         inputs = {name: send(tensor, self.device) for name, tensor in inputs.items()}
         [states] = hidden_states(self.encoders.encoder(), [-1], final_norm=False, **inputs)
         return PromptEmbeds({"prompt_embeds": states[dropped:, 0].cpu(), "image_slots": slots[dropped:]})
 
     def fit_reference(self, image: Image.Image) -> Image.Image:
         """A reference that is generated with, RGBA, at the size that encoder and VAE see."""
-        ratio, multiple = image.width / image.height, self.spec.size_multiple
-        sides = (math.sqrt(self.reference_area * ratio), math.sqrt(self.reference_area / ratio))
-        width, height = (max(multiple, round(side / multiple) * multiple) for side in sides)
-        return image.convert("RGBA").resize((width, height), Image.Resampling.LANCZOS)
+        return fit_to_area(image.convert("RGBA"), self.reference_area)
 
     def prompt_image(self, image: Image.Image) -> PromptImage:
         """In front of white, where it is transparent."""
@@ -106,13 +97,9 @@ class QwenImage21(ModelFamily):
     def decode_latents(self, vae: Any, latents: Tensor) -> Tensor:
         return super().decode_latents(vae, latents)[:, :3]
 
-    def collate(self, batch: Batch) -> Conditioning:
-        return self.condition_on(batch.prompt_embeds, batch.references)
-
     def condition_on(self, prompts: Sequence[PromptEmbeds], references: Sequence[Sequence[Tensor]]) -> Conditioning:
         """As the contract has it, and `image_slots` (B, L) on the CPU, where the layout of the sequence is made."""
-        slots = [row.tensors["image_slots"] for row in prompts]
-        padded = nn.utils.rnn.pad_sequence(slots, batch_first=True)
+        padded = nn.utils.rnn.pad_sequence([row.tensors["image_slots"] for row in prompts], batch_first=True)
         return super().condition_on(prompts, references).with_tensors(image_slots=padded)
 
     def predict(self, denoiser: nn.Module, noisy_latents: Tensor, sigmas: Tensor, conditioning: Conditioning) -> Tensor:
@@ -120,17 +107,15 @@ class QwenImage21(ModelFamily):
         fits = len(set(conditioning.num_tokens)) == 1 and bool((slots == slots[:1]).all())
         if not fits or not have_one_shape(conditioning.references):
             return self.predict_each(denoiser, noisy_latents, sigmas, conditioning)
-        length = conditioning.num_tokens[0]
-        references = [torch.stack(each) for each in zip(*conditioning.references, strict=True)]
-        images = [*references, noisy_latents.to(self.dtype)]
+        length, references = conditioning.num_tokens[0], zip(*conditioning.references, strict=True)
+        images = [*(torch.stack(each) for each in references), noisy_latents.to(self.dtype)]
         shapes = tuple((1, *image.shape[-2:]) for image in images)
         output = denoiser(
             hidden_states=torch.cat([flatten(each) for each in images], dim=1),
             encoder_hidden_states=conditioning["prompt_embeds"][:, :length],
             timestep=sigmas,
             img_shapes=shapes,
-            image_starts=image_starts(slots[0, :length].tolist(), shapes[:-1]),
-            return_dict=False,
+            image_slots=tuple(slots[0, :length].tolist()),
         )[0]
         return output.mT.unflatten(-1, noisy_latents.shape[-2:])
 
@@ -145,38 +130,11 @@ class QwenImage21(ModelFamily):
         return QwenImage21Pipeline(self, denoiser, vae)
 
 
-def image_starts(is_slot: Sequence[bool], shapes: Sequence[tuple[int, int, int]]) -> tuple[int, ...]:
-    """For each reference the place of the first token that stands for it.
-
-    Raises:
-        ValueError: the text has tokens for other references than there are.
-    """
-    starts, cursor = [], 0
-    for _, height, width in shapes:
-        if True not in is_slot[cursor:]:
-            raise ValueError("the text has no tokens for one of its references: encode it together with them")
-        starts.append(list(is_slot).index(True, cursor))
-        cursor = starts[-1] + height * width // 4
-    if sum(is_slot) != sum(height * width // 4 for _, height, width in shapes):
-        raise ValueError("the text was encoded with references of other sizes")
-    return tuple(starts)
-
-
-def wrong_size(image: PromptImage) -> DataError:
-    message = f"the encoder of Qwen-Image 2.1 takes no reference of {image.width} x {image.height} pixels as it is"
-    allowed = "multiples of 32 pixels, at least as many as 256 x 256"
-    fix = "raise the resolution of the dataset of references"
-    return DataError(Problem(message, key="conditioning_data", allowed=allowed, fix=fix))
-
-
 class QwenImage21Pipeline(GuidedFlowPipeline):
     """Encoder and VAE are shown each reference at one size, that of `QwenImage21.fit_reference`."""
 
     pack = staticmethod(flatten)
     family: QwenImage21
-
-    def sampling_mu(self, num_patches: int, num_steps: int) -> float:
-        return math.log(self.family.training_shift(num_patches))
 
     def first_sigmas(self, num_steps: int) -> Sequence[float]:
         """Distilled weights name their own, for the number of steps that they were distilled for."""

@@ -16,7 +16,7 @@ import torch
 from diffusers.models.transformers.transformer_z_image import RopeEmbedder
 from torch import Tensor, nn
 
-from simpletuner.batch import Batch, Conditioning, PromptEmbeds
+from simpletuner.batch import Conditioning, PromptEmbeds
 from simpletuner.models.family import ModelFamily, PromptReferences, send
 from simpletuner.models.live_pipeline import LivePipeline
 
@@ -50,11 +50,6 @@ class ZImage(ModelFamily):
         texts = [TEMPLATE.format(prompt=prompt) for prompt in prompts]
         rows = self.encoders.states_of(texts, [LAYER], self.max_prompt_tokens)
         return [PromptEmbeds({"prompt_embeds": row[:, 0]}) for row in rows]
-
-    def collate(self, batch: Batch) -> Conditioning:
-        """Padded as usual; `num_tokens` says what of each row counts."""
-        num_tokens = [len(each.tensors["prompt_embeds"]) for each in batch.prompt_embeds]
-        return Conditioning(super().collate(batch).tensors, [()] * len(batch), num_tokens)
 
     def predict(self, denoiser: nn.Module, noisy_latents: Tensor, sigmas: Tensor, conditioning: Conditioning) -> Tensor:
         frames = noisy_latents.to(self.dtype)[:, :, None]  # a list of videos of one frame

@@ -20,8 +20,7 @@ from simpletuner.batch import Batch, Conditioning, Crop, Sample
 from simpletuner.errors import ConfigError
 from simpletuner.families.registry import get_spec
 from simpletuner.models.components import ModelSource
-from simpletuner.models.hunyuan_dit.blocks import prepare
-from simpletuner.models.hunyuan_dit.family import HunyuanDiT, meta_size
+from simpletuner.models.hunyuan_dit.family import HunyuanDiT, meta_size, prepare
 from tests.tiny import GOLDEN
 from tests.tiny_hunyuan_dit import tiny_hunyuan_dit_transformer
 
