@@ -234,8 +234,12 @@ def attach_lora(
     for layer in layers.values():
         for module in (layer.lora_A, layer.lora_B, layer.lora_magnitude_vector):
             module.to(dtype).requires_grad_(False)
-        if not settings.use_dora and isinstance(layer.get_base_layer(), nn.Linear):
+        if isinstance(layer.get_base_layer(), nn.Linear):
             _compute_in_input_dtype(layer)
+            if settings.use_dora:
+                from simpletuner.adapters.dora import use_own_dora  # imports PEFT, which takes seconds
+
+                use_own_dora(layer)
     for parameter in adapter.trainable_parameters().values():
         parameter.requires_grad_(True)
     modules = [(denoiser.get_submodule(path), layer.get_base_layer()) for path, layer in layers.items()]

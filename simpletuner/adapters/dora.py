@@ -1,0 +1,55 @@
+"""DoRA of linear layers that keeps one tensor of the output's width, where PEFT's form keeps several.
+
+Liu et al., "DoRA: Weight-Decomposed Low-Rank Adaptation" (arXiv 2402.09353). The lengths of rows get no gradient
+(section 4.3 there), so nothing of the size of a weight is kept.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.lora.variants import DoraLinearVariant
+from peft.utils.integrations import dequantize_module_weight
+from torch import Tensor, nn
+
+from simpletuner.activation_memory.recompute import exact_dtypes, recomputed
+
+
+class DoraLinear(DoraLinearVariant):
+    """Called by PEFT's linear layer with what its base answered."""
+
+    @staticmethod
+    def forward(module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
+        if module.training and not isinstance(module.lora_dropout[active_adapter], nn.Identity):
+            # The base's part is computed a second time then, from the inputs that dropout leaves.
+            return DoraLinearVariant.forward(module, active_adapter, x, result, **kwargs)
+        down, up = module.lora_A[active_adapter], module.lora_B[active_adapter]
+        answer = result + up(down(x)) * module.scaling[active_adapter]
+        lengthening = (_row_scale(module, active_adapter) - 1).to(answer.dtype)
+        if (bias := module.get_base_layer().bias) is None:
+            return recomputed(_lengthened, answer, lengthening)
+        return recomputed(_lengthened, answer, lengthening, bias.to(answer.dtype))
+
+
+def use_own_dora(layer: LoraLayer) -> None:
+    """Let a linear layer with PEFT's DoRA compute by `DoraLinear`; parameters stay."""
+    for name, variant in layer.lora_variant.items():
+        if type(variant) is DoraLinearVariant:
+            layer.lora_variant[name] = DoraLinear()
+
+
+def _row_scale(module: Any, adapter: str) -> Tensor:
+    """Trained length over length of each row of the adapted weight, (out,)."""
+    down, up, trained = (getattr(module, name)[adapter] for name in ("lora_A", "lora_B", "lora_magnitude_vector"))
+    with torch.no_grad(), exact_dtypes(trained.weight.device.type):
+        weight = dequantize_module_weight(module.get_base_layer()).to(up.weight.dtype)
+        change = up.weight @ down.weight
+        length = trained.get_weight_norm(weight, change, module.scaling[adapter], adapter_name=adapter)
+    return trained.weight / length
+
+
+def _lengthened(x: Tensor, lengthening: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Rows that are `1 + lengthening` times as long, and the same bias: exactly `x` where an adapter begins."""
+    return torch.addcmul(x, x if bias is None else x - bias, lengthening)

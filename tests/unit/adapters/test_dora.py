@@ -1,0 +1,88 @@
+"""DoRA of linear layers computes what PEFT's computes, and keeps less for the backward pass."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora.variants import DoraLinearVariant
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from simpletuner.activation_memory import recompute
+from simpletuner.adapters.dora import use_own_dora
+
+RANK, TOKENS, WIDTH, OUT = 3, 7, 10, 12
+
+
+def dora(bias: bool, dropout: float = 0.0, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
+    """(PEFT's layer, the same one by our form), after some training."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(WIDTH, OUT, bias=bias)).requires_grad_(False)
+    config = LoraConfig(r=RANK, lora_alpha=5, lora_dropout=dropout, use_dora=True, target_modules=["0"])
+    inject_adapter_in_model(config, model)
+    model.to(dtype)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.3 * torch.randn_like(parameter)
+    layer: Any = model[0]
+    ours = copy.deepcopy(layer)
+    use_own_dora(ours)
+    assert type(ours.lora_variant["default"]) is not type(layer.lora_variant["default"]) is DoraLinearVariant
+    return layer.train(), ours.train()
+
+
+def results(layer: Any, x: Tensor) -> list[Tensor]:
+    torch.manual_seed(1)
+    trained = [each for each in layer.parameters() if each.requires_grad]
+    assert len(trained) == 3
+    output = layer(x)
+    return [output, *torch.autograd.grad(output.square().sum(), [x, *trained])]
+
+
+@pytest.mark.parametrize("large", [0, 1 << 20])
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("bias", [False, True])
+def test_output_and_gradients_are_those_of_peft(
+    bias: bool, dropout: float, large: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recompute, "LARGE", large)
+    theirs, ours = dora(bias, dropout)
+    x = torch.randn(2, TOKENS, WIDTH, requires_grad=True)
+    for actual, expected in zip(results(ours, x), results(theirs, x), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_what_is_kept_are_the_input_the_answer_and_what_has_the_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recompute, "LARGE", 0)
+    x = torch.randn(2, TOKENS, WIDTH, requires_grad=True)
+    sizes = []
+    for layer in dora(bias=True):
+        found: dict[int, Tensor] = {each.untyped_storage().data_ptr(): each for each in layer.parameters()}
+        weights = set(found)
+
+        def keep(tensor: Tensor, found: dict[int, Tensor] = found) -> Tensor:
+            found[tensor.untyped_storage().data_ptr()] = tensor
+            return tensor
+
+        with saved_tensors_hooks(keep, lambda tensor: tensor):
+            layer(x)
+        sizes.append(sum(each.numel() for key, each in found.items() if key not in weights))
+    theirs, ours = sizes
+    assert ours == 2 * TOKENS * (WIDTH + RANK + OUT) + 2 * OUT  # and for each row its length, and what it is made by
+    assert theirs > 1.8 * ours
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_new_one_answers_as_its_base_does_bit_by_bit(dtype: torch.dtype) -> None:
+    _, ours = dora(bias=True, dtype=dtype)
+    x = torch.randn(2, TOKENS, WIDTH, dtype=dtype)
+    with torch.no_grad():
+        nn.init.zeros_(ours.lora_B["default"].weight)
+        weight = ours.get_base_layer().weight
+        length = ours.lora_magnitude_vector["default"].get_weight_norm(weight, torch.zeros_like(weight), 1.0)
+        ours.lora_magnitude_vector["default"].weight.copy_(length)
+        assert torch.equal(ours(x), ours.get_base_layer()(x))
