@@ -93,7 +93,7 @@ def read_json(path: str | Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise DataError(Problem(f"is not valid JSON: {error.msg}", file=str(path), line=error.lineno)) from error
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # also a number of too many digits, and deep nesting
         raise DataError(Problem(f"cannot be read: {error}", file=str(path))) from error
 
 
@@ -174,7 +174,7 @@ def read_tensor_metadata(path: str | Path) -> dict[str, str]:
             raise ValueError(f"it has {bytes_text(length)}, not {bytes_text(end)}")
     except OSError as error:
         raise DataError(Problem(f"cannot be read: {error.strerror}", file=str(path))) from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(Problem(f"is not a complete safetensors file: {error}", file=str(path))) from error
     return metadata
 

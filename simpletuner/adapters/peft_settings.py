@@ -39,7 +39,7 @@ def config_beside(weights: Path) -> dict[str, str]:
         return {}
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(Problem(f"is not JSON: {error}", file=str(path))) from error
     if not isinstance(config, dict):
         raise DataError(Problem("is not a JSON object", file=str(path)))
@@ -70,11 +70,11 @@ def settings_in(metadata: Mapping[str, str], component: str, file: str) -> dict[
     """
     try:
         if CONFIG_KEY in metadata:
-            return json.loads(metadata[CONFIG_KEY])
+            return dict(json.loads(metadata[CONFIG_KEY]).items())
         if PEFT_METADATA in metadata:
             entries = json.loads(metadata[PEFT_METADATA])
             return {name.removeprefix(f"{component}."): value for name, value in entries.items()}
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         raise DataError(Problem(f"its PEFT settings cannot be read: {error}", file=file)) from error
     return None
 

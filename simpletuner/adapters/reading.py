@@ -195,9 +195,12 @@ def lycoris_config_in(metadata: Mapping[str, str], file: str) -> dict[str, Any]:
     if LYCORIS_CONFIG not in metadata:
         return {}
     try:
-        return json.loads(metadata[LYCORIS_CONFIG])
-    except json.JSONDecodeError as error:
+        config = json.loads(metadata[LYCORIS_CONFIG])
+    except (ValueError, RecursionError) as error:
         raise DataError(Problem(f"its {LYCORIS_CONFIG} metadata is not JSON: {error}", file=file)) from error
+    if not isinstance(config, dict):
+        raise DataError(Problem(f"its {LYCORIS_CONFIG} metadata is not a JSON object", file=file))
+    return config
 
 
 def _unmatched_problem(unmatched: list[str], count: int, denoiser: nn.Module, file: str) -> Problem:

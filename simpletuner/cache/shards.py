@@ -121,7 +121,7 @@ def read_entries(path: Path) -> dict[str, Entry]:
             if not data_start <= start <= end:
                 raise DamagedShard(f"{path} has a damaged header")
             places[key].append(TensorPlace(name, info["dtype"], tuple(info["shape"]), start, end))
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise DamagedShard(f"{path} has a damaged header: {error_text(error)}") from error
     return {key: Entry(digests[key], tuple(places[key])) for key in digests}
 
@@ -163,7 +163,7 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int]:
             raise DamagedShard(f"{path} is cut short or has a damaged header")
         try:
             header = json.loads(file.read(length))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DamagedShard(f"{path} has a damaged header: {error}") from error
     if not isinstance(header, dict):
         raise DamagedShard(f"{path} has a damaged header")

@@ -190,7 +190,7 @@ def _read_arguments(value: Any) -> Any:
     if value.lstrip().startswith("{"):
         try:
             return json.loads(value)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"is not JSON: {error}") from None
     arguments: dict[str, Any] = {}
     for part in filter(None, (part.strip() for part in value.split(","))):

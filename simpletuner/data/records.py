@@ -248,7 +248,7 @@ def _reference_names(cells: Mapping[str, Any]) -> list[str]:
     if isinstance(value, str) and value.lstrip().startswith("["):  # a list in a cell of a CSV file
         try:
             value = json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise ValueError(f'"{key}" is not a list of paths') from None
     listed = [value] if isinstance(value, str) else list(value or ()) if isinstance(value, list | None) else None
     if listed is None or not all(isinstance(each, str) and each for each in listed):

@@ -226,7 +226,9 @@ class Checkpoints:
         return notices
 
     def settle(self) -> list[Notice]:
-        """The weights of the last save have given a finite loss since: the one before it may be removed.
+        """The weights of the last save or load have given a finite loss since: what is beyond the limit may be removed.
+
+        That is the one before it where one is kept, and what a kill between a commit and its rotation has left.
 
         Returns:
             As of `rotate`.
@@ -234,7 +236,7 @@ class Checkpoints:
         if self.is_settled:
             return []
         self.is_settled = True
-        newest = self.newest() if self.limit == 1 else None
+        newest = self.newest() if self.limit else None
         return self.rotate(keep=newest) if newest else []
 
     def choose(self, wanted: str | None) -> tuple[Path | None, list[str]]:
@@ -469,8 +471,10 @@ def read_state(path: Path) -> dict[str, Any]:
     """`training_state.json` of a checkpoint."""
     try:
         saved = json.loads((path / STATE_FILE).read_text())
+        if not isinstance(saved, dict):
+            raise ValueError("it holds no object")
         saved["state"], saved["loss_scale"], saved["identity"], saved["optimizer"], saved["eval_losses"]
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, RecursionError) as error:
         raise DataError(
             Problem(
                 f"{path / STATE_FILE} cannot be read ({error_text(error)}); this is simpletuner {__version__}",

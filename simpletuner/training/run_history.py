@@ -15,6 +15,7 @@ from typing import Any
 
 from simpletuner import storage
 from simpletuner.errors import DataError, Problem, error_text
+from simpletuner.training.run_files import step_of
 
 HISTORY_FILE = "run_history.json"
 HISTORY_KEY = "run_history"  # in the metadata of manifests
@@ -185,7 +186,7 @@ def find_run_history(output_dir: Path, checkpoints: list[Path]) -> tuple[RunHist
     is a new one, which owns none of them.
 
     Args:
-        checkpoints: committed folders, oldest first.
+        checkpoints: committed folders.
     """
     known = read_run_history(output_dir)
     if known is not None:
@@ -198,7 +199,7 @@ def find_run_history(output_dir: Path, checkpoints: list[Path]) -> tuple[RunHist
             continue
     marked = [(path, history) for path, history in histories if history is not None]
     if marked and len({history.run_id for _, history in marked}) == 1:
-        path, history = marked[-1]
+        path, history = max(marked, key=lambda pair: step_of(pair[0]))  # only that one knows all branches
         return history, [f"{HISTORY_FILE} is missing: run {history.run_id} is continued from what {path.name} says"]
     if histories and not marked:
         history = RunHistory.new(adopts_unmarked=True)

@@ -85,7 +85,7 @@ class ImageFiles:
             return False
         try:
             return json.loads(note.read_text(encoding="utf-8")) == self._note
-        except ValueError:
+        except (ValueError, RecursionError):
             return False
 
     def save_benchmark(self, images: Sequence[GeneratedImage]) -> list[SavedImage]:

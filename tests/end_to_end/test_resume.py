@@ -12,8 +12,10 @@ from typing import Any
 
 import pytest
 
+from simpletuner import storage
 from simpletuner.errors import ConfigError
 from simpletuner.training import loop
+from simpletuner.training.checkpoint import numbered_checkpoints
 from tests.runs import (
     cli,
     metrics,
@@ -146,6 +148,30 @@ def test_a_run_killed_after_its_last_checkpoint_still_gets_its_evaluation_images
     train_here(folder)
     assert len(metrics(output, "run_finished")) == 1
     assert metrics(output, "notice")[-1]["text"].endswith("is complete: step 2 of 2")
+
+
+@pytest.mark.parametrize("killed_at", [3, 4])
+def test_a_kill_between_a_checkpoint_and_its_rotation_leaves_none_beyond_the_limit(
+    tmp_path, omnigen_folder, monkeypatch, killed_at
+):
+    folder = write_run(
+        tmp_path / "run", omnigen_folder, max_train_steps=4, checkpoint_step_interval=1, checkpoints_total_limit=2
+    )
+    remove = storage.remove_dir
+
+    def die(path: Path) -> None:
+        if path.name == f"checkpoint-{killed_at - 2}":
+            raise KeyboardInterrupt
+        remove(path)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(storage, "remove_dir", die)
+        with pytest.raises(KeyboardInterrupt):
+            train_here(folder)
+    left = [path.name for path in numbered_checkpoints(folder / "output")]
+    assert left == [f"checkpoint-{step}" for step in range(killed_at - 2, killed_at + 1)]
+    train_here(folder)
+    assert [path.name for path in numbered_checkpoints(folder / "output")] == ["checkpoint-3", "checkpoint-4"]
 
 
 @pytest.mark.parametrize("change", [{"optimizer": "adamw_bf16"}, {"model_type": "full"}])

@@ -12,6 +12,7 @@ import json
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -164,43 +165,40 @@ class Scene:
         Args:
             error: errno; 0 kills the process.
         """
-        shutil.copytree(self.start, self.run)
-        try:
-            fault = forks.Fault(operation, error, persists)
-            wrong = list(self._meet(fault))
-        finally:
-            shutil.rmtree(self.run)
+        with tempfile.TemporaryDirectory(dir=self.start.parent) as folder:
+            run = shutil.copytree(self.start, Path(folder) / "run")
+            wrong = list(self._meet(run, forks.Fault(operation, error, persists)))
         kind = f"{errno.errorcode[error]}{' from here on' if persists else ''}" if error else "killed"
         where = f"{kind} at {operation.number}, {operation.call} {operation.site[1]} ({', '.join(operation.where[:3])})"
         return [f"{where}: {line}" for line in wrong]
 
-    def _meet(self, fault: forks.Fault) -> Iterator[str]:
-        code = forks.run(self.run, fault)
-        if not forks.was_met(self.run):
+    def _meet(self, run: Path, fault: forks.Fault) -> Iterator[str]:
+        code = forks.run(run, fault)
+        if not forks.was_met(run):
             yield "this operation did not come"
         if fault.error and code not in ENDINGS:
-            yield f"ended with {code}: {last_lines(self.run)}"
-        again = forks.run(self.run)
+            yield f"ended with {code}: {last_lines(run)}"
+        again = forks.run(run)
         if again != 0:
-            yield f"the next start ended with {again}: {last_lines(self.run)}"
+            yield f"the next start ended with {again}: {last_lines(run)}"
             return
         if fault.error:
-            yield from self._after_refusal()
+            yield from self._after_refusal(run)
         else:
-            yield from differences(self.run, self.expected)
+            yield from differences(run, self.expected)
 
-    def _after_refusal(self) -> Iterator[str]:
+    def _after_refusal(self, run: Path) -> Iterator[str]:
         """As `differences`, but for charts, and for an old checkpoint that could not be removed, if it is whole."""
         charts = {name for name in self.expected.names if CHARTS.fullmatch(name)}
-        present = result_of(self.run)
-        kept = {path.name for path in (self.run / "output").glob("checkpoint-*")} - {"checkpoint-best", "checkpoint-2"}
-        for path in (self.run / "output" / name for name in kept):
+        present = result_of(run)
+        kept = {path.name for path in (run / "output").glob("checkpoint-*")} - {"checkpoint-best", "checkpoint-2"}
+        for path in (run / "output" / name for name in kept):
             if not storage.verify_dir(path):
                 shutil.rmtree(path)
         lost = charts - present.names
         bits = {name: value for name, value in self.expected.bits.items() if name not in lost}
         expected = replace(self.expected, bits=bits, names=self.expected.names - lost)
-        yield from differences(self.run, expected, is_record_whole=False)
+        yield from differences(run, expected, is_record_whole=False)
 
 
 def last_lines(place: Path) -> str:

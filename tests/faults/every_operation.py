@@ -1,43 +1,80 @@
-"""Every operation of a short run, with each fault: `python -m tests.faults.every_operation [kill] [EIO] [every=n]`.
+"""Every operation of a short run, with each fault: `python -m tests.faults.every_operation [WORD ...]`.
 
-Words choose faults, `every=n` takes each n-th operation only. One line for everything that is wrong; the exit code is 1
-where something is.
+Round 0 kills at each operation. In each of the rounds 1 to 8 every operation meets one of the eight refusals, in the
+order of its own, so each round covers all operations and all refusals, and the eight together are everything. Words:
+`rounds=0-2` takes these rounds, `every=n` each n-th operation, `jobs=n` tries n at once, and the name of a fault
+(`kill`, `EIO`, `EIO-on`) takes that one only.
+
+One line for everything that is wrong, one for each round and each kind of fault; the exit code is 1 where something is.
 """
 
 from __future__ import annotations
 
 import errno
+import random
 import sys
 import tempfile
 import time
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from tests.faults.cases import ERRORS, Scene, memory_folder
+from tests.faults.forks import Operation
 from tests.tiny import tiny_omnigen_folder
+
+KILL = "kill"
+REFUSALS = {
+    f"{errno.errorcode[error]}{suffix}": (error, persists)
+    for error in ERRORS
+    for suffix, persists in (("", False), ("-on", True))
+}
+FAULTS = {KILL: (0, False)} | REFUSALS
+
+
+def faults_of(round_number: int, operations: Sequence[Operation]) -> list[tuple[Operation, str]]:
+    """What each operation meets in a round."""
+    if round_number == 0:
+        return [(operation, KILL) for operation in operations]
+    order = [random.Random(operation.number).sample(list(REFUSALS), len(REFUSALS)) for operation in operations]
+    return [(operation, names[round_number - 1]) for operation, names in zip(operations, order, strict=True)]
 
 
 def main() -> None:
-    words = [word for word in sys.argv[1:] if "=" not in word]
-    every = next((int(word.partition("=")[2]) for word in sys.argv[1:] if "=" in word), 1)
-    kinds = {"kill": (0, False)}
-    for error in ERRORS:
-        kinds |= {errno.errorcode[error]: (error, False), f"{errno.errorcode[error]}-on": (error, True)}
-    chosen = {name: kinds[name] for name in words or kinds}
+    settings = dict(word.split("=") for word in sys.argv[1:] if "=" in word)
+    names = [word for word in sys.argv[1:] if "=" not in word] or list(FAULTS)
+    first, _, last = settings.get("rounds", f"0-{len(REFUSALS)}").partition("-")
+    tried, wrong = Counter[str](), Counter[str]()
     with tempfile.TemporaryDirectory(dir=memory_folder()) as name:
         folder = Path(name)
         scene = Scene(folder / "scene", tiny_omnigen_folder(folder / "model"), is_cached=False)
-        operations, total = scene.operations[::every], 0
-        for kind, (error, persists) in chosen.items():
-            started, wrong = time.monotonic(), 0
-            for operation in operations:
-                found = scene.check(operation, error, persists)
-                wrong += bool(found)
-                for line in found:
-                    print(line, flush=True)
-            seconds = time.monotonic() - started
-            print(f"{kind}: {len(operations)} operations, {wrong} wrong, {seconds:.0f} s", flush=True)
-            total += wrong
-    sys.exit(total > 0)
+        operations = scene.operations[:: int(settings.get("every", 1))]
+        print(f"{len(scene.operations)} operations, {len({each.site for each in scene.operations})} sites", flush=True)
+
+        def try_one(trial: tuple[Operation, str]) -> None:
+            operation, fault = trial
+            try:
+                found = scene.check(operation, *FAULTS[fault])
+            except (OSError, ValueError, LookupError) as error:  # what is to be compared is not there
+                found = [f"{fault} at {operation}: {error!r}"]
+            tried[fault] += 1
+            wrong[fault] += bool(found)
+            for line in found:
+                print(line, flush=True)
+
+        with ThreadPoolExecutor(int(settings.get("jobs", 1))) as threads:
+            for number in range(int(first), int(last or first) + 1):
+                started = time.monotonic()
+                trials = [trial for trial in faults_of(number, operations) if trial[1] in names]
+                list(threads.map(try_one, trials))
+                seconds = time.monotonic() - started
+                print(
+                    f"round {number}: {len(trials)} trials, {seconds:.0f} s; wrong so far: {wrong.total()}", flush=True
+                )
+    for fault in tried:
+        print(f"{fault}: {tried[fault]} trials, {wrong[fault]} wrong")
+    sys.exit(wrong.total() > 0)
 
 
 if __name__ == "__main__":

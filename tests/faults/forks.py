@@ -25,7 +25,7 @@ from pathlib import Path
 import simpletuner
 
 HERE = Path(__file__).parent
-SECONDS = 120
+SECONDS = 300
 HUNG = -1000
 _LEFT_OVER = re.compile(r"\.(?:tmp|trash|aside)-[\w.-]+?(?=/|$)|\.tmp\w{6}(?=$)")
 

@@ -11,10 +11,12 @@ import json
 import os
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -132,26 +134,30 @@ def train(folder: Path, row: Combination, dies: bool = False) -> list[int]:
     Args:
         dies: the machine dies at the moment of the combination.
     """
-    size = 1 if row.place == "1 process" else 2
     before = _Death(row.moment) if dies else None
-    if size == 1:
-        ranks: list[dict[str, str]] = [{}]
-    else:
-        common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
-        ranks = [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(size)]
-    processes = [
-        forks.start(folder, variables=variables, before=before if number == 0 else None)
-        for number, variables in enumerate(ranks)
-    ]
-    return _wait(processes)
+    if row.place == "1 process":
+        return _wait([forks.start(folder, before=before)])
+    with _reserved_port() as port:
+        common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        ranks = [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
+        return _wait(
+            [
+                forks.start(folder, variables=variables, before=before if number == 0 else None)
+                for number, variables in enumerate(ranks)
+            ]
+        )
 
 
-def _free_port() -> int:
-    """Processes of a fork server inherit no socket, so this one is closed before they are started."""
-    from simpletuner.distributed.launcher import listen
+@contextmanager
+def _reserved_port() -> Iterator[int]:
+    """A port that no other program gets meanwhile: it is bound here, and the main process may bind it as well.
 
-    with listen() as listener:
-        return listener.getsockname()[1]
+    Processes of a fork server inherit no socket, so the main process cannot take over one that listens.
+    """
+    with socket.socket() as holder:
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        holder.bind(("127.0.0.1", 0))
+        yield holder.getsockname()[1]
 
 
 def _wait(processes: Sequence[BaseProcess]) -> list[int]:

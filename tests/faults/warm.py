@@ -28,6 +28,11 @@ for _name in (
         "matplotlib.backends.backend_agg",
         "matplotlib.figure",
         "matplotlib.font_manager",
+        "torch.utils.tensorboard",
+        "pydantic.type_adapter",
+        "xml.dom.minidom",
+        "tests.runs",
+        "tests.tiny",
     ),
 ):
     importlib.import_module(_name)

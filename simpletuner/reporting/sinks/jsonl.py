@@ -9,9 +9,12 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
+from simpletuner import storage
+from simpletuner.errors import DataError
 from simpletuner.reporting.events import Event, Notice, PhaseProgress, RunStarted, is_sound, to_record
 
 METRICS_FILE = "metrics.jsonl"
@@ -34,20 +37,19 @@ class JsonlSink:
         # Where the run starts is known only after its data is looked at: until then lines wait here. So do those that a
         # full disk does not take.
         self._waiting = bytearray()
+        self._start_step: int | None = None
         self._notices: list[Notice] = []
         self._is_refused = False
 
     def handle(self, event: Event) -> None:
         if isinstance(event, PhaseProgress):
             return
-        record = {"time": round(time.time(), 6), **to_record(event)}
-        self._waiting += json.dumps(record, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
+        self._waiting += _line({"time": round(time.time(), 6), **to_record(event)})
         if isinstance(event, RunStarted):
             self._close_file()
-            start_from(self.path, event.start_step)
-            self._open()
-        if self._file is not None:
-            self._try_to_flush(self._file)
+            self._start_step = event.start_step
+        if self._start_step is not None:
+            self._try_to_flush()
 
     def take_notices(self) -> list[Notice]:
         taken, self._notices = self._notices, []
@@ -58,13 +60,17 @@ class JsonlSink:
 
         Not in that of a run that already exists: a start that was refused is no part of it.
         """
-        if self._waiting and (self._file is not None or not has_run(self.path)):
+        if self._waiting and (self._start_step is not None or not has_run(self.path)):
             self._flush(self._file or self._open())
         self._close_file()
 
     def _open(self) -> IO[bytes]:
+        if self._start_step is not None:
+            start_from(self.path, self._start_step)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = self.path.open("ab", buffering=0)
+        if not _ends_with_a_line(self.path):  # a crash cut the last one short
+            self._waiting[:0] = b"\n"
         return self._file
 
     def _flush(self, file: IO[bytes]) -> None:
@@ -72,19 +78,20 @@ class JsonlSink:
         while self._waiting:
             del self._waiting[: file.write(self._waiting)]
 
-    def _try_to_flush(self, file: IO[bytes]) -> None:
+    def _try_to_flush(self) -> None:
         """Write what waits, or keep it for the next event: a disk that is full now may have room later.
 
         Raises:
             OSError: so much waits that memory is no place for it.
         """
         try:
-            self._flush(file)
-        except OSError as error:
+            self._flush(self._file or self._open())
+        except (OSError, DataError) as error:
             if len(self._waiting) > MOST_WAITING_BYTES:
                 raise
             if not self._is_refused:
-                text = f"{self.path} cannot be written ({error.strerror}): its records wait in memory"
+                reason = error.strerror if isinstance(error, OSError) else error.problems[0].message
+                text = f"{self.path} cannot be written ({reason}): its records wait in memory"
                 self._notices.append(Notice("warning", text))
             self._is_refused = True
         else:
@@ -131,12 +138,20 @@ def start_from(path: Path, start_step: int) -> None:
             path.rename(_free_name(path))
         return
     kept = [record for record in read_records(path) if record.get("step", 0) <= start_step]
-    temporary = path.with_suffix(".jsonl.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in kept)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    storage.write_bytes(path, b"".join(map(_line, kept)))
+
+
+def _line(record: Mapping[str, Any]) -> bytes:
+    """Names of files need not be text: what of them is none is escaped."""
+    return json.dumps(record, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
+
+
+def _ends_with_a_line(path: Path) -> bool:
+    with path.open("rb") as file:
+        if file.seek(0, os.SEEK_END) == 0:
+            return True
+        file.seek(-1, os.SEEK_END)
+        return file.read() == b"\n"
 
 
 def _free_name(path: Path) -> Path:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 
 from simpletuner.reporting.events import EvalDone, Notice, PhaseProgress, RunStarted, StepDone
@@ -86,6 +88,45 @@ def test_a_line_that_was_cut_short_is_left_out(tmp_path: Path):
     write_run(tmp_path, 2, 3, 0.5)
     assert [step for step, _ in read_curves(path).train] == [1, 2, 3]
     assert all(json.loads(line) for line in path.read_text().splitlines())
+
+
+def test_a_cut_line_of_a_start_that_failed_costs_no_line_of_the_run_that_follows(tmp_path: Path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"event": "notice", "te')
+    write_run(tmp_path, 0, 1, 1.0)
+    assert [record["event"] for record in read_records(path)] == ["notice", "run_started", "step_done"]
+
+
+def test_a_name_that_is_no_text_is_kept_by_a_run_that_goes_on(tmp_path: Path):
+    """As Python gives a file name that is not UTF-8: with a half surrogate."""
+    sink = JsonlSink(tmp_path)
+    sink.handle(RunStarted("run", tmp_path, 10, 0))
+    sink.handle(Notice("warning", "images/\udcff.png is damaged"))
+    write_run(tmp_path, 2, 3, 1.0)
+    records = read_records(tmp_path / "metrics.jsonl")
+    assert [record["text"] for record in records if record["event"] == "notice"] == [
+        "images/\udcff.png is damaged",
+        "before the start",
+    ]
+
+
+def test_a_disk_that_refuses_the_start_of_a_resumed_run_costs_no_later_line(tmp_path: Path, monkeypatch):
+    write_run(tmp_path, 0, 4, 1.0)
+    path, sink = tmp_path / "metrics.jsonl", JsonlSink(tmp_path)
+    before = path.read_bytes()
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", refuse)
+        sink.handle(RunStarted("run", tmp_path, 10, 2))
+        sink.handle(step(3, 0.5))
+    assert path.read_bytes() == before
+    assert len(sink.take_notices()) == 1
+    sink.handle(step(4, 0.5))
+    assert [loss for _, loss in read_curves(path).train] == [1.0, 1.0, 0.5, 0.5]
+    assert {each.name for each in tmp_path.iterdir()} == {"metrics.jsonl"}
 
 
 def test_progress_of_phases_is_not_kept(tmp_path: Path):

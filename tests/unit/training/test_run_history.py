@@ -9,6 +9,7 @@ import pytest
 
 from simpletuner import storage
 from simpletuner.errors import DataError
+from simpletuner.training.checkpoint import Checkpoints
 from simpletuner.training.earlier_runs import delete_command, earlier_size, finish_move, move_earlier
 from simpletuner.training.run_files import belongings
 from simpletuner.training.run_history import (
@@ -73,6 +74,16 @@ def test_a_copy_of_the_checkpoints_alone_is_the_same_run(tmp_path: Path):
     found, lines = find_run_history(tmp_path, paths)
     assert found == HISTORY
     assert "run run is continued from what checkpoint-6 says" in lines[0]
+
+
+def test_the_checkpoint_of_the_highest_step_says_the_branches_whatever_the_best_one_is_called(tmp_path: Path):
+    """The best was kept before the run went back, so it does not know the branch that came after it."""
+    newest = checkpoint(tmp_path, 6, HISTORY)
+    best = tmp_path / "checkpoint-best"
+    checkpoint(tmp_path, 2, RunHistory("run", (Branch("a", 0),))).rename(best)
+    found, _ = find_run_history(tmp_path, [newest, best])
+    assert found == HISTORY
+    assert Checkpoints(tmp_path, 3, found).choose("latest") == (newest, [])
 
 
 def test_checkpoints_of_an_earlier_version_are_adopted_and_those_of_several_runs_are_not(tmp_path: Path):
