@@ -35,10 +35,11 @@ def test_a_disk_that_refuses_from_then_on_ends_with_0_or_3_and_costs_nothing(sce
     assert wrong == []
 
 
-def test_faults_at_100_sampled_operations_of_a_first_run_cost_nothing(first_scene: Scene) -> None:
+@pytest.mark.parametrize("part", range(PARTS))
+def test_faults_at_100_sampled_operations_of_a_first_run_cost_nothing(first_scene: Scene, part: int) -> None:
     """Scanning and caching are in it."""
     rng = random.Random(7)
     sample = rng.sample(first_scene.operations, 100)
     kinds = [(0, False), *((error, persists) for error in ERRORS for persists in (False, True))]
-    wrong = [line for operation in sample for line in first_scene.check(operation, *rng.choice(kinds))]
-    assert wrong == []
+    cases = [(operation, *rng.choice(kinds)) for operation in sample][part::PARTS]
+    assert [line for case in cases for line in first_scene.check(*case)] == []
