@@ -49,6 +49,11 @@ def test_variables_that_the_file_does_not_set_come_from_the_environment(folder: 
     assert run.config.checkpoint.output_dir == Path("/home/ann/runs")
 
 
+def test_the_second_file_may_use_what_the_first_one_sets(folder: Path):
+    (folder / "config/luna/config.env").write_text("WANDB_NOTES=$HF_HOME/luna\n")
+    assert variables_of_files({}, folder, "luna").variables == {"HF_HOME": "1", "WANDB_NOTES": "1/luna"}
+
+
 def test_config_env_may_choose_the_configuration(folder: Path):
     (folder / "config/config.env").write_text("ENV=luna\n")
     assert variables_of_files({}, folder).variables == {"ENV": "luna", "WANDB_NOTES": "3", "TZ": "3"}

@@ -62,6 +62,8 @@ def test_comments_are_blank() -> None:
         ("{\"a\": 'b'}", 1, 7, "single quotes"),
         ('{"a" 1}', 1, 6, '":"'),
         ('{"a": 1 "b": 2}', 1, 9, '","'),
+        (r'["\ud800"]', 1, 9, "surrogate"),
+        (r'["\udfff"]', 1, 9, "surrogate"),
         ('{"a": tru}', 1, 7, "value"),  # codespell:ignore
         ('{"a": NaN}', 1, 7, "value"),
         ('{"a": 01}', 1, 7, "begins with 0"),
@@ -97,3 +99,10 @@ def test_a_byte_order_mark_and_other_encodings_are_refused(tmp_path: Path) -> No
     assert read_json_file(path).value == {"a": "é"}
     with pytest.raises(ConfigError, match="cannot be read"):
         read_json_file(tmp_path)
+
+
+def test_a_missing_comma_belongs_at_the_end_of_the_line_before() -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_json('{\n"a": 1\n"b": 2}', "file.json")
+    (problem,) = caught.value.problems
+    assert (problem.line, problem.fix) == (3, "put a comma at the end of line 2")

@@ -294,6 +294,8 @@ def test_a_prompt_may_say_how_it_is_drawn() -> None:
         ('"prompt": "x", "resolution": "big"', "a.resolution", "is not a size"),
         ('"prompt": " "', "a.prompt", "outside of what is allowed"),
         ('"seed": 3', "a", "has no prompt"),
+        ('"prompt": "x", "adapter_strength": -10.5', "a.adapter_strength", "outside of what is allowed"),
+        ('"prompt": "x", "guidance_rescale": 1.1', "a.guidance_rescale", "outside of what is allowed"),
     ],
 )
 def test_a_fault_in_a_prompt_names_its_key_and_line(fields: str, key: str, words: str) -> None:

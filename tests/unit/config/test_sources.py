@@ -93,6 +93,8 @@ def test_the_place_must_be_named(kind: str, key: str) -> None:
 def test_half_a_login_is_refused() -> None:
     _, (problem,) = read("aws", aws_bucket_name="b", aws_access_key_id="someone")
     assert "a.aws_secret_access_key: is missing" in problem
+    _, (problem,) = read("aws", aws_bucket_name="b", aws_secret_access_key="very-secret-words")
+    assert "a.aws_access_key_id: is missing" in problem
 
 
 @pytest.mark.parametrize("key", ["csv_url_column", "csv_cache_dir", "huggingface"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,11 @@ from PIL import Image
 
 from simpletuner.batch import Crop
 from simpletuner.config.datasets import EvalDataset, ImageDataset, TextEmbedsDataset
+from simpletuner.data.buckets import BucketRules
 from simpletuner.data.datasets import Dataset, UnusableData
+from simpletuner.data.report import SkippedFiles
 from simpletuner.data.sampler import Sampler
+from simpletuner.data.selection import _fits
 from simpletuner.errors import EXIT_CONFIG, EXIT_DATA, ConfigError, DataError
 from simpletuner.models.omnigen.spec import OMNIGEN
 from tests.unit.data.images import build_datasets, options, tree_digest, write_image
@@ -335,3 +339,33 @@ def test_an_entry_that_trusts_a_folder_hides_nothing_from_another_over_it(folder
     ]
     built = build_datasets([entries[index] for index in order], options(), OMNIGEN, tmp_path / "work")
     assert {each.id: len(each.samples) for each in built}["looking"] == 6
+
+
+def test_a_bucket_as_long_as_the_family_allows_is_used_and_a_longer_one_is_not(folder: Path, tmp_path: Path) -> None:
+    rules = BucketRules(64, "pixel", crop=False, alignment=16)
+    for longest, fits in ((127, False), (128, True)):
+        assert _fits(64, 128, rules, replace(OMNIGEN, max_size=longest)) is fits
+
+
+def test_a_subset_is_chosen_by_the_seed_and_the_dataset(tmp_path: Path) -> None:
+    for number in range(12):
+        write_image(tmp_path / f"things/a_thing_{number}.png", seed=number)
+
+    def chosen(seed: int, name: str) -> set[str]:
+        entry = ImageDataset(id=name, instance_data_dir=tmp_path / "things", max_num_samples=6)
+        (dataset,) = build_datasets([entry], options(seed=seed), OMNIGEN, tmp_path / "work")
+        return {sample.path for sample in dataset.samples}
+
+    first = chosen(1, "a")
+    assert len(first) == 6
+    assert chosen(1, "a") == first
+    assert chosen(2, "a") != first
+    assert chosen(1, "b") != first
+
+
+def test_ten_examples_of_a_reason_are_kept_however_often_it_comes() -> None:
+    skipped = SkippedFiles()
+    for start in (0, 6, 12):
+        skipped.add_many("too small", 6, [f"{number}.png" for number in range(start, start + 6)])
+    assert skipped.counts == {"too small": 18}
+    assert skipped.examples == {"too small": [f"{number}.png" for number in range(10)]}

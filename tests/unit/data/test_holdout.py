@@ -15,6 +15,9 @@ from simpletuner.errors import DataError
 from simpletuner.models.omnigen.spec import OMNIGEN
 from tests.unit.data.images import build_datasets, options, write_image
 
+ASPECTS = [{"aspect_bucket": 1.0}, {"aspect_bucket": 0.5}]
+RESAMPLED = {"crop_aspect": "random", "crop_aspect_buckets": ASPECTS, "vae_cache_clear_each_epoch": True}
+
 
 def build(tmp_path: Path, *entries: ImageDataset) -> list[Dataset]:
     return build_datasets(list(entries), options(), OMNIGEN, tmp_path / "work", data_file="data.json")
@@ -61,10 +64,8 @@ def test_added_images_change_nothing_for_the_others(root: Path, tmp_path: Path) 
 
 
 def test_what_is_held_out_is_in_no_batch_of_any_epoch(root: Path, tmp_path: Path) -> None:
-    aspects = [{"aspect_bucket": 1.0}, {"aspect_bucket": 0.5}]
-    resampled = {"crop_aspect": "random", "crop_aspect_buckets": aspects, "vae_cache_clear_each_epoch": True}
     datasets = build(
-        tmp_path, entry(root), entry(root, "anew", **resampled), entry(root, "prior", is_regularisation_data=True)
+        tmp_path, entry(root), entry(root, "anew", **RESAMPLED), entry(root, "prior", is_regularisation_data=True)
     )
     *trained, held, held_anew = hold_out(datasets, 0.25)
     assert [dataset.id for dataset in trained] == ["things", "anew", "prior"]
@@ -101,3 +102,19 @@ def test_digests_that_differ_in_one_place_only_are_held_out_independently() -> N
     digest = hashlib.sha256(b"an image").hexdigest()
     others = [f"{digest[:at]}{'0' if digest[at] != '0' else '1'}{digest[at + 1 :]}" for at in range(len(digest))]
     assert len({place_of(each) for each in (digest, *others)}) == 1 + len(others)
+
+
+def test_a_round_that_was_looked_at_before_loses_its_held_out_images_too(root: Path, tmp_path: Path) -> None:
+    (dataset,) = build(tmp_path, entry(root, **RESAMPLED))
+    assert sum(map(len, dataset.buckets_in(0).values())) == 40
+    trained, _ = hold_out([dataset], 0.25)
+    assert sum(map(len, trained.buckets_in(0).values())) == trained.num_images < 40
+
+
+def test_the_report_counts_what_an_epoch_still_shows(root: Path, tmp_path: Path) -> None:
+    """Each image twice, half of a round an epoch."""
+    trained, held = hold_out(build(tmp_path, entry(root, repeats=1, probability=0.5)), 0.25)
+    report = trained.filter_report
+    assert (report.bucketed, report.held_out) == (trained.num_images, 40 - trained.num_images)
+    assert report.per_epoch == trained.num_images
+    assert (held.filter_report.bucketed, held.filter_report.per_epoch) == (40 - trained.num_images, 0)

@@ -46,14 +46,16 @@ def folders(tmp_path: Path) -> tuple[Path, Path]:
 ONE_CAPTION = {"caption_strategy": "instanceprompt", "instance_prompt": "a thing"}
 
 
-def build(folders: tuple[Path, Path], tmp_path: Path, kind: str = "mask", **changes):
+def build(folders: tuple[Path, Path], tmp_path: Path, kind: str = "mask", masking: float = 1.0, **changes):
     entries = [
         ImageDataset(
             id="things", instance_data_dir=folders[0], conditioning_data="masks", **{**ONE_CAPTION, **changes}
         ),
         ConditioningDataset(id="masks", instance_data_dir=folders[1], conditioning_type=kind),
     ]
-    (dataset,) = build_datasets(entries, options(), OMNIGEN, tmp_path / "work", data_file="data.json")
+    (dataset,) = build_datasets(
+        entries, options(masked_loss_probability=masking), OMNIGEN, tmp_path / "work", data_file="data.json"
+    )
     return dataset
 
 
@@ -278,3 +280,32 @@ def test_a_mask_follows_its_image_to_another_crop(folders, tmp_path: Path) -> No
     quarter = dataset.masks.weights(0, replace(sample, crop=doubled), (8, 8))
     assert torch.equal(quarter, average_down(dataset.masks.pixels(0, replace(sample, crop=doubled)), (8, 8)))
     assert not torch.equal(quarter, whole)
+
+
+def test_gray_is_not_black(folders, tmp_path: Path) -> None:
+    save(folders[1] / "sub/a_2.png", np.full((120, 64), 1, np.uint8))
+    assert build(folders, tmp_path).filter_report.warnings == ()
+
+
+def test_empty_masks_that_count_half_of_the_time_leave_something_to_train_on(folders, tmp_path: Path) -> None:
+    blacken(folders, *(f"a_{number}.png" for number in range(4)))
+    (warning,) = build(folders, tmp_path, masking=0.5).filter_report.warnings
+    assert "4 of 4 images" in warning
+    assert "are not trained on whenever the mask counts" in warning
+
+
+def test_a_mask_may_be_off_by_a_pixel_of_rounding(folders, tmp_path: Path) -> None:
+    """Of an image of 64 x 100 at a quarter of its size: 16 x 24 for 16 x 25."""
+    save(folders[1] / "sub/a_1.png", gray_noise(16, 24, 1))
+    assert build(folders, tmp_path).num_images == 4
+
+
+def test_masks_that_fill_the_memory_they_may_take_are_read_each_time(folders, tmp_path: Path, monkeypatch) -> None:
+    dataset = build(folders, tmp_path)
+    monkeypatch.setattr("simpletuner.data.masks._MEMO_BYTES", 8 * 8 * 4)  # one mask of float32
+
+    def asked_twice(position: int) -> bool:
+        found = [dataset.masks.weights(position, dataset.samples[position], (8, 8)) for _ in range(2)]
+        return found[0] is found[1]
+
+    assert [asked_twice(position) for position in range(3)] == [True, False, False]

@@ -207,3 +207,18 @@ def test_the_first_and_the_last_step_and_epoch_of_a_schedule_by_hand() -> None:
 
 def test_a_dataset_that_begins_in_epoch_0_or_1_has_been_through_one_round_an_epoch() -> None:
     assert [Schedule(start_epoch=first).rounds_before(3) for first in (0, 1, 2, 4)] == [3, 3, 2, 0]
+
+
+def test_the_next_turn_of_a_rare_dataset_is_found_from_right_behind_its_last() -> None:
+    """One batch, and a quarter of a round an epoch: of the first eight epochs the fourth and the eighth have it."""
+    sampler = Sampler([Fake("often", 4, Schedule(end_step=1)), Fake("rare", 1, Schedule(0.25))], 3, seed=1)
+    [first] = [plan for plan in epoch_of(sampler, 3) if plan.dataset_id == "rare"]
+    epoch, position = sampler.seek(3, first.position + 1, step=9)
+    assert (epoch, sampler.batch(epoch, position).dataset_id) == (7, "rare")
+
+
+def test_half_an_epoch_is_half_of_that_epoch() -> None:
+    """Epochs of 2, 2, 2 and 3 batches."""
+    sampler = Sampler([Fake("often", 4), Fake("rare", 1, Schedule(0.25))], 3, seed=1)
+    assert [sampler.batches_in(epoch) for epoch in range(4)] == [2, 2, 2, 3]
+    assert [sampler.batches_before(epochs) for epochs in (1.5, 3, 3.5, 4)] == [3, 6, 7.5, 9]

@@ -11,6 +11,7 @@ import yaml
 from huggingface_hub import ModelCard
 
 from simpletuner.families.registry import get_spec
+from simpletuner.hub.job import gallery
 from simpletuner.reporting.events import SavedImage
 
 
@@ -98,3 +99,11 @@ def test_a_base_that_is_a_folder_is_not_named(job):
 def test_a_card_that_is_safe_has_no_warning_tag(job):
     text = dataclasses.replace(job, is_safe=True).card("a/b", 1, 1, [], None)
     assert "not-for-all-audiences" not in text
+
+
+def test_the_gallery_shows_what_was_trained_and_no_more_than_twelve(image):
+    kinds = ["base", "live", "grid", "ema"]
+    images = [SavedImage(image, f"{kind}-{number}", "", 8, 8, 1, kind) for number in range(7) for kind in kinds]
+    shown = gallery(images)
+    assert [each.kind for each in shown] == ["live", "ema"] * 6
+    assert shown[0].shortname == "live-0"

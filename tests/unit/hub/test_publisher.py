@@ -221,3 +221,30 @@ def test_averages_of_an_earlier_run_do_not_stay_beside_the_new_weights(hub, api,
     with bus:
         publisher.finish(100)
     assert set(repo.files) == {"README.md", ADAPTER_FILE}
+
+
+def test_an_image_that_is_gone_costs_only_itself(hub, api, job, checkpoint, image):
+    """Somebody tidied up: the card shows what is left."""
+    reported = Reported()
+    publisher, bus = start(job, api, reported)
+    shown = [SavedImage(path, path.stem, "", 8, 8, 1, "live") for path in (image.with_name("gone.png"), image)]
+    with bus:
+        bus.emit(ImagesMade(10, tuple(shown)))
+        publisher.finish(100)
+    assert [name for name in hub.repos["me/stars"].files if name.startswith("images/")] == ["images/00_a_live.png"]
+
+
+def test_the_end_does_not_wait_for_checkpoints_that_wait(hub, api, job, checkpoint, monkeypatch):
+    """While the first one is on its way two more come; then the run ends."""
+    hub.gate.clear()
+    publisher, bus = start(job, api, Reported())
+    with bus:
+        for step in (10, 20, 30):
+            bus.emit(CheckpointSaved(step, checkpoint(step)))
+        enqueue = publisher._enqueue
+        monkeypatch.setattr(publisher, "_enqueue", lambda upload: (hub.gate.set(), enqueue(upload)))
+        publisher.finish(100)
+    summaries = [summary for summary, _ in hub.repos["me/stars"].commits]
+    assert summaries[-1] == "Weights of step 100, the end of the run"
+    assert "Weights of step 20" not in summaries
+    assert "Weights of step 30" not in summaries

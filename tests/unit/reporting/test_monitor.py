@@ -403,3 +403,39 @@ def test_on_a_logarithmic_axis_equal_ratios_are_equal_heights() -> None:
         line = next(each for each in ElementTree.fromstring(body).iter() if "faint" in each.get("class", ""))
         heights = [float(point.split(",")[1]) for point in line.get("points", "").split()]
         assert heights[1] - heights[0] == pytest.approx(heights[2] - heights[1], abs=0.2)
+
+
+def test_an_image_that_comes_again_takes_no_more_room_and_previews_give_way_first() -> None:
+    store = ImageStore(max_bytes=10)
+
+    def add(data: bytes, is_preview: bool) -> str:
+        return store.add(Image("image/png", data), is_preview)
+
+    first, preview = add(b"aaaa", False), add(b"bbbb", True)
+    assert add(b"aaaa", False) == first
+    assert store.get(preview) is not None  # 8 bytes in all
+    third = add(b"cccc", False)
+    assert [store.get(each) is not None for each in (first, preview, third)] == [True, False, True]
+
+
+def test_the_seconds_of_a_run_are_not_those_of_a_step() -> None:
+    history = History()
+    history.add(event("training.status", {"status": "running", "step": 1, "seconds": 2.0}), [])
+    history.add(event("training.status", {"status": "completed", "step": 9, "seconds": 100.0}), [])
+    (snapshot,), _ = history.snapshots()
+    assert (snapshot["status"]["step"], snapshot["status"]["seconds"]) == (9, 2.0)
+
+
+def test_a_page_gets_every_patch_until_it_has_missed_one() -> None:
+    """A thousand patches are kept."""
+    history = History()
+    history.add(progress((1, 1.0)), [])
+    found = history.wait(0, 0)
+    assert found is not None
+    assert (len(found[0]), found[1]) == (1, 1)
+    for step in range(2, 1002):
+        history.add(progress((step, 1.0)), [])
+    assert history.wait(0, 0) is None
+    found = history.wait(1, 0)
+    assert found is not None
+    assert (len(found[0]), found[1]) == (1000, 1001)

@@ -29,7 +29,9 @@ def test_images_of_the_base_are_known_again_until_their_settings_change(tmp_path
     ImageFiles(tmp_path, [request], {"model": "m"}).save_benchmark([GeneratedImage(request, Image.new("RGB", (8, 8)))])
     assert ImageFiles(tmp_path, [request], {"model": "m"}).has_benchmark()
     other = replace(request, settings=replace(request.settings, skipped=SkippedLayers((7, 9))))
-    assert not ImageFiles(tmp_path, [other], {"model": "m"}).has_benchmark()
+    for changed in (other, replace(request, seed=2), replace(request, prompt="a dog")):
+        assert not ImageFiles(tmp_path, [changed], {"model": "m"}).has_benchmark()
+    assert not ImageFiles(tmp_path, [request], {"model": "n"}).has_benchmark()
 
 
 def refuse(monkeypatch: pytest.MonkeyPatch, count: int) -> Callable[[], int]:

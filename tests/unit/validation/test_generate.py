@@ -18,7 +18,7 @@ from simpletuner.errors import DataError
 from simpletuner.models.components import ModelSource
 from simpletuner.models.omnigen.family import OmniGen
 from simpletuner.models.omnigen.spec import OMNIGEN
-from simpletuner.validation.generate import GenerationRequest, generate_images, output_paths
+from simpletuner.validation.generate import GenerationRequest, generate_images, output_paths, requests_of
 from simpletuner.validation.sampling import noise_device
 
 LOKR = {"algo": "lokr", "linear_dim": 10000, "factor": 4, "apply_preset": {"target_module": ["Attention"]}}
@@ -75,6 +75,20 @@ def test_a_missing_adapter_is_named(family: OmniGen, tmp_path: Path):
 def test_a_png_name_is_kept_for_one_image_and_becomes_a_folder_for_several(tmp_path: Path):
     assert output_paths(tmp_path / "cat.png", 1) == [tmp_path / "cat.png"]
     assert output_paths(tmp_path / "cat.png", 2) == [tmp_path / "cat" / "0000.png", tmp_path / "cat" / "0001.png"]
+
+
+def test_new_images_come_behind_the_highest_number_in_the_folder(tmp_path: Path):
+    for name in ("0001.png", "0007.png", "cat.png"):
+        (tmp_path / name).touch()
+    assert [path.name for path in output_paths(tmp_path, 2)] == ["0008.png", "0009.png"]
+
+
+def test_the_images_of_each_prompt_have_the_seeds_that_follow_its_first(family: OmniGen):
+    requests = requests_of(GENERATION, family, list().append)
+    assert [(request.prompt, request.seed, request.index) for request in requests] == [
+        *(("a star", 5, 0), ("a star", 6, 1)),
+        *(("a circle", 5, 0), ("a circle", 6, 1)),
+    ]
 
 
 def test_a_folder_that_cannot_be_made_is_named(family: OmniGen, tmp_path: Path):

@@ -14,6 +14,7 @@ from simpletuner.families.presets import preset_for
 from simpletuner.families.registry import family_names, get_spec
 from simpletuner.hardware import GIB, Hardware
 from simpletuner.wizard.answers import ImageFacts, read_goal
+from simpletuner.wizard.images import missing_captions
 from simpletuner.wizard.lycoris import Lycoris, lycoris_settings
 from simpletuner.wizard.plan import make_plan, nicknames
 from simpletuner.wizard.proposals import proposed_learning_rate, proposed_steps
@@ -177,3 +178,26 @@ def test_a_subject_is_seen_a_hundred_times_within_limits(images: int, batch: int
     facts = SimpleNamespace(usable=images)
     given = replace(answers(goal="subject"), seen={"images": facts})
     assert proposed_steps(given, batch) == steps
+
+
+def test_intervals_of_a_run_of_a_few_steps_are_at_least_one():
+    config = make_plan(answers(options={"max_train_steps": 3}, eval_images="held_out")).config
+    intervals = ("checkpoint_step_interval", "validation_step_interval", "eval_steps_interval")
+    assert [config[name] for name in intervals] == [1, 1, 1]
+    assert config["lr_warmup_steps"] == 0
+
+
+@pytest.mark.parametrize(
+    ("strategy", "fallback", "has_prompt", "missing"),
+    [
+        ("textfile", None, False, 15),
+        ("filename", None, False, 8),
+        ("instanceprompt", None, False, 0),
+        ("textfile", "instanceprompt", True, 0),
+        ("textfile", "filename", False, 3),
+    ],
+)
+def test_images_without_a_caption_are_counted_by_what_each_strategy_finds(strategy, fallback, has_prompt, missing):
+    """Of 20 images 5 have a text and 12 a name with words; 3 have neither."""
+    facts = ImageFacts(usable=20, with_text=5, with_name=12, side=700, without_words=3)
+    assert missing_captions(facts, strategy, fallback, has_prompt) == missing
