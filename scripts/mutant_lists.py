@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import builtins
 import hashlib
 import re
+import symtable
 import tomllib
 from collections import Counter
 from collections.abc import Sequence
@@ -64,6 +66,8 @@ class Mutant:
             raise StaleError(f"{self.title}\n    is no Python with {self.replace!r}: {error}") from error
         if same:
             raise StaleError(f"{self.title}\n    {self.replace!r} changes nothing")
+        if unknown := undefined(mutated) - undefined(source):  # any test would see that, whatever it compares
+            raise StaleError(f"{self.title}\n    there is no {', '.join(sorted(unknown))}")
         return mutated
 
     def key(self) -> str:
@@ -72,6 +76,18 @@ class Mutant:
         for path in sorted({ROOT / "simpletuner" / self.file, *test_files(self.tests)}):
             digest.update(path.read_bytes())
         return digest.hexdigest()[:20]
+
+
+def undefined(source: str) -> set[str]:
+    """Names that the functions of a module take from it, and that it does not have."""
+    used: set[str] = set()
+    tables = [module := symtable.symtable(source, "", "exec")]
+    while tables:
+        table = tables.pop()
+        used.update(name.get_name() for name in table.get_symbols() if name.is_global() and name.is_referenced())
+        tables += table.get_children()
+    own = {name.get_name() for name in module.get_symbols() if name.is_assigned() or name.is_imported()}
+    return used - own - set(dir(builtins))
 
 
 def test_files(tests: Sequence[str]) -> list[Path]:

@@ -161,6 +161,15 @@ def test_autocast_does_not_change_the_dtype_of_a_norm() -> None:
         assert norm(x).dtype == torch.float32
 
 
+def test_without_an_eps_a_norm_adds_that_of_the_format_it_computes_in() -> None:
+    """2^-23 is the step of float32; that of bfloat16 would be larger than the squares of these numbers."""
+    norm, x = nn.RMSNorm(6, dtype=torch.bfloat16), 1e-2 * torch.randn(5, 6).bfloat16()
+    x.requires_grad_()
+    wide = x.detach().float()
+    expected = wide / (wide.square().mean(dim=-1, keepdim=True) + 2**-23).sqrt()
+    torch.testing.assert_close(lean(norm)(x).float(), expected, rtol=0.01, atol=0.01)
+
+
 def test_hooks_of_a_lean_norm_fire_and_a_norm_with_a_bias_stays_as_it_was() -> None:
     norm = lean(RMSNorm(6, eps=1e-5))
     seen: list[str] = []
@@ -174,9 +183,11 @@ def test_hooks_of_a_lean_norm_fire_and_a_norm_with_a_bias_stays_as_it_was() -> N
     assert torch.equal(lean(shifted)(x), expected)
 
 
-@pytest.mark.parametrize("stride", [1, 2])
-def test_a_frozen_convolution_gives_the_gradients_of_the_plain_one_and_keeps_its_weight_alone(stride: int) -> None:
-    layer = nn.Conv2d(4, 6, 3, stride=stride, padding=1).requires_grad_(False)
+@pytest.mark.parametrize(("stride", "dilation", "groups"), [(1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2)])
+def test_a_frozen_convolution_gives_the_gradients_of_the_plain_one_and_keeps_its_weight_alone(
+    stride: int, dilation: int, groups: int
+) -> None:
+    layer = nn.Conv2d(4, 6, 3, stride, 1, dilation, groups).requires_grad_(False)
     x = numbers(2, 4, 7, 5, dtype=torch.float32)
     expected = layer(x)
     [wanted] = torch.autograd.grad(expected.square().sum(), x)

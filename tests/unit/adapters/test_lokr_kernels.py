@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from simpletuner.adapters import lokr_kernels
 from simpletuner.adapters.lokr import KronKernels, use_structured_forward
-from simpletuner.adapters.lokr_kernels import choose_kernels, fused_kernels
+from simpletuner.adapters.lokr_kernels import choose_kernels, fused_kernels, name_of
 
 CPU = torch.device("cpu")
 
@@ -125,3 +125,13 @@ def test_both_are_really_timed() -> None:
 def test_a_low_rank_factor_stays_with_the_products_and_a_processor_has_no_kernels() -> None:
     assert choose_kernels(modules(lora_dim=2), stand_in([]), CPU, torch.float32) == []
     assert fused_kernels(CPU) is None
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_what_an_earlier_start_chose_stays_and_is_not_timed_again(monkeypatch: pytest.MonkeyPatch, known: bool) -> None:
+    monkeypatch.setattr(lokr_kernels, "median_seconds", lambda ways, device: pytest.fail("timed"))
+    [module, _], kernels = modules(), stand_in([])
+    name = name_of((tuple(module.lokr_w1.shape), tuple(module.lokr_w2.shape)))
+    [trial] = choose_kernels([module], kernels, CPU, torch.float32, {name: known})
+    assert trial.is_won is known
+    assert module.kron_kernels is (kernels if known else None)

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,7 @@ from simpletuner.errors import DataError, Interrupted
 from simpletuner.families.registry import get_family_class, get_spec
 from simpletuner.models.components import ModelSource
 from simpletuner.randomness import keyed_generator
+from simpletuner.training.latents import DatasetLatents
 from tests.tiny import tiny_vae
 
 CPU = torch.device("cpu")
@@ -468,3 +470,16 @@ def test_a_latent_that_is_missing_from_a_complete_cache_makes_the_next_start_loo
     with pytest.raises(DataError, match="start again"):
         cache.get(images.samples[0])
     assert cache.store.complete("all") is None
+
+
+def test_two_crops_of_an_image_and_its_mirror_have_latents_of_their_own(cache):
+    images = ImageInput(1)
+    [sample] = images.samples
+    moved = replace(sample, crop=replace(sample.crop, top=0))
+    source = DatasetLatents(cache, images.read_pixels, tiny_vae, 1, seed=1)
+    source.encode_on_demand()
+    found = [source.latents([each])[0] for each in (sample, moved, sample.mirrored(), sample)]
+    assert found[0] is found[3]  # in memory
+    assert len({id(each) for each in found}) == 3
+    assert not torch.equal(found[0], found[1])  # the draws from what the VAE says are keyed apart
+    source.close()

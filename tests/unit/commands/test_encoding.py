@@ -8,13 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from simpletuner.batch import PromptEmbeds
 from simpletuner.commands.check import check
 from simpletuner.commands.plan import make_plan
 from simpletuner.commands.plan import plan as print_plan
 from simpletuner.models.build import build_family
+from simpletuner.models.layer_offload import repeated_layers
 from simpletuner.models.text_encoders import TextEncoders
-from simpletuner.training.planning.encoding import EmptyEncoders, text_cost
+from simpletuner.training.planning.encoding import EmptyEncoders, EncodingCost, TextCost, encoder_bytes, text_cost
 from simpletuner.training.planning.memory import Row
+from simpletuner.training.planning.shapes import num_bytes
 from simpletuner.training.prepare import read_datasets
 from simpletuner.training.prompts import open_prompt_cache, prompts_folder, run_prompts
 from tests.runs import dataset, load_here, train_here, write_images, write_run
@@ -89,3 +92,20 @@ def test_what_cannot_be_known_from_shapes_is_said_and_is_no_error(
     assert found is not None
     assert (found.cost, found.disk_bytes) == (None, 0)
     assert found.lines() == ["5 of 5 texts to encode; what that takes is not known for this model before it is done"]
+
+
+def test_the_disk_gets_what_is_missing_and_kept() -> None:
+    """Two of five texts, 12 bytes each."""
+    cost = EncodingCost([PromptEmbeds({"prompt_embeds": torch.zeros(3)})], 0, 0)
+    assert TextCost(5, 2, cost, stays=False, is_kept=True, folder=Path()).disk_bytes == 2 * 12
+    assert TextCost(5, 2, cost, stays=False, is_kept=False, folder=Path()).disk_bytes == 0
+    assert TextCost(5, 2, None, stays=False, is_kept=True, folder=Path()).disk_bytes == 0
+
+
+def test_of_encoders_that_are_offloaded_one_layer_is_on_the_device(folder: Path) -> None:
+    encoder = build_family(load_here(folder).config).encoders.encoder()
+    layers = [num_bytes((*layer.parameters(), *layer.buffers())) for layer in repeated_layers(encoder)]
+    assert len(layers) > 1
+    [whole] = encoder_bytes(build_family(load_here(folder).config), ["text_encoder"])
+    [offloaded] = encoder_bytes(build_family(load_here(folder, "--text_encoder_offload=true").config), ["text_encoder"])
+    assert whole - offloaded == sum(layers) - max(layers)

@@ -27,7 +27,7 @@ from simpletuner.optim.optimizers import build_optimizer
 from simpletuner.training.disk_space import check_disk_space
 from simpletuner.training.gradient_checkpointing import GradientCheckpointing
 from simpletuner.training.planning import memory
-from simpletuner.training.planning.memory import mix_that_fits
+from simpletuner.training.planning.memory import Row, activation_rows, mix_that_fits, swapped_out
 from simpletuner.training.planning.shapes import (
     Activations,
     Load,
@@ -427,3 +427,26 @@ def test_slow_steps_are_timed_once_and_what_there_is_no_time_for_counts_by_its_p
     assert times.passes == {}
     assert probe.time_encoding(family, 64, 64, batch_size=4) == 0.5
     assert planning.seconds_per_step(Counter({Load(1, 128, 64): 1}), times, 1) == 2 * 2.0 + 2.0
+
+
+def test_swapped_blocks_leave_two_buffers_of_the_largest_on_the_device() -> None:
+    """Blocks of 400 bytes, and one of 600."""
+    blocks = [nn.Linear(10, rows, bias=False) for rows in (10, 10, 15, 10, 10)]
+    assert swapped_out(blocks, "no_change", ()) == 4 * 400 + 600 - 2 * 600
+    assert swapped_out(blocks[:2], "no_change", ()) == 0
+    assert swapped_out([], "no_change", ()) == 0
+
+
+def test_the_last_block_is_never_planned_as_recomputed() -> None:
+    """Its own 100 bytes are needed first in the backward pass. Of four blocks three keep their inputs, of 1 byte."""
+    kept = Activations(outside=0, inside=(100,) * 4, inputs=(1,) * 4, num_tokens=0)
+    chosen, others = activation_rows(config_of(gradient_checkpointing=True), kept, 0)
+    assert chosen == Row("activations, checkpointed", 3 + 100)
+    assert {row.name: row.num_bytes for row in others}["activations without gradient_checkpointing"] == 400
+    third, _ = activation_rows(config_of(gradient_checkpointing=True, gradient_checkpointing_interval="2"), kept, 0)
+    assert third == Row("activations, 2 of 4 blocks checkpointed", 2 + 200)
+
+
+def test_trained_weights_have_copies_in_16_bits_where_products_are(folder) -> None:
+    found = rows(planning.make_plan(load_here(folder, "--mixed_precision=bf16", "--optimizer=adamw"), probe=False))
+    assert 2 * found["16-bit copies of trained weights"] == found["trained weights"]

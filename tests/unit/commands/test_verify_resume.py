@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from simpletuner import storage
-from simpletuner.commands.run_differences import compare_runs
+from simpletuner.commands.run_differences import _unequal, compare_runs
 from simpletuner.commands.verify_resume import Death, shortened, verify_resume
 from simpletuner.errors import ConfigError, DataError
 from tests.runs import load_here, train_here, write_run
@@ -169,3 +169,8 @@ def test_a_run_that_fails_by_itself_is_reported_with_its_reason(tmp_path: Path, 
 def test_a_death_says_where_it_is():
     assert str(Death(4, "before the update")) == "step 5: before the update"
     assert "file operation 7" in str(Death(4, operation=7))
+
+
+def test_nan_equals_nan_and_nothing_else():
+    one, other = torch.tensor([1.0, torch.nan, 2.0, torch.nan]), torch.tensor([1.0, torch.nan, torch.nan, 3.0])
+    assert _unequal(one, other).tolist() == [[2], [3]]

@@ -15,6 +15,7 @@ from simpletuner.data.references import ReferenceRules, plan_reference
 from simpletuner.data.report import SKIPPED_FILE, write_report
 from simpletuner.errors import DataError
 from simpletuner.models.omnigen.spec import OMNIGEN
+from simpletuner.training.latents import without
 from tests.unit.data.images import build_datasets, options, write_image
 
 
@@ -145,3 +146,14 @@ def test_the_fingerprint_knows_the_references(pairs: Path) -> None:
     assert build(pairs, "reference_loose").fingerprint != first
     write_image(pairs / "sources/sub/a_0.png", 64, 64, seed=99)
     assert build(pairs).fingerprint != first
+
+
+def test_an_image_goes_with_a_reference_that_cannot_be_encoded(pairs: Path) -> None:
+    dataset = build(pairs)
+    bad = {("sources", "sub/a_1.bmp"): "its latents are not finite", ("targets", "sub/a_2.png"): "damaged"}
+    left = without(dataset, bad)
+    assert [left.samples[int(place)].path for members in left.buckets.values() for place in members] == ["sub/a_0.png"]
+    assert left.filter_report.bucketed == 1
+    assert {"sources: its latents are not finite", "damaged"} <= left.filter_report.skipped.counts.keys()
+    with pytest.raises(DataError, match="no image of dataset targets can be encoded"):
+        without(dataset, {("sources", f"sub/a_{number}.{'bmp' if number == 1 else 'png'}"): "x" for number in range(3)})

@@ -71,3 +71,13 @@ def test_a_new_run_does_not_mix_with_an_older_one(tmp_path: Path):
     Run(tmp_path).emit(step(1, 1.0), step(2, 1.0))
     Run(tmp_path).emit(step(1, 0.5))
     assert [row["train/loss"] for row in rows(tmp_path)] == ["0.5"]
+
+
+def test_numbers_that_come_later_stand_in_the_row_of_their_step_without_a_new_column(tmp_path: Path):
+    run = Run(tmp_path)
+    for number in (1, 2, 3):
+        run.emit(step(number, 1.0 / number), EvalDone(number, {}, number / 4))
+    read = rows(tmp_path)
+    assert [row["step"] for row in read] == ["1", "2", "3"]
+    assert [float(row["train/loss"]) for row in read] == [1.0, 0.5, 1 / 3]
+    assert [row["loss/val/pooled"] for row in read] == ["0.25", "0.5", "0.75"]

@@ -64,6 +64,7 @@ def test_line_breaks_count_as_spaces():
         ("", "values[0]", "x", "occurs 2 times"),
         ("first", "values[0]", "values[", "is no Python"),
         ("first", "values[0]", "(values[0])", "changes nothing"),
+        ("first", "values[0]", "vales[0]", "there is no vales"),
     ],
 )
 def test_a_fault_that_does_not_fit_is_an_error(function: str, find: str, replace: str, says: str):
