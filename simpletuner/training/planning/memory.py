@@ -84,7 +84,8 @@ def read_shapes(loaded: LoadedRun, family: ModelFamily, load: Load, embeds: Sequ
     frozen, swapped = frozen_bytes(config, family, denoiser)
     packed = packed_layers(family, denoiser)
     with torch.device("meta"):
-        trained = attach_adapter(loaded, empty, denoiser).trainable_parameters()
+        live = attach_adapter(loaded, empty, denoiser).trainable_parameters()
+    trained = {name: nn.Parameter(parameter.data) for name, parameter in live.items()}  # in dtypes of their own
     is_full = config.model.model_type == "full"
     untrained = num_bytes(parameter for parameter in denoiser.parameters() if not parameter.requires_grad)
     trained_bytes = num_bytes(trained.values())
@@ -100,7 +101,7 @@ def read_shapes(loaded: LoadedRun, family: ModelFamily, load: Load, embeds: Sequ
     if is_full:
         frozen = untrained
     unpacked = unpacked_bytes(family, packed, computes_in, activations.num_tokens)
-    return Shapes(count, frozen, dict(trained), trained_bytes, swapped, activations, optimizer, update, unpacked)
+    return Shapes(count, frozen, trained, trained_bytes, swapped, activations, optimizer, update, unpacked)
 
 
 def frozen_bytes(config: TrainConfig, family: ModelFamily, denoiser: nn.Module) -> tuple[int, int]:

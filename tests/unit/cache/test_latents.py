@@ -476,6 +476,7 @@ def test_two_crops_of_an_image_and_its_mirror_have_latents_of_their_own(cache):
     images = ImageInput(1)
     [sample] = images.samples
     moved = replace(sample, crop=replace(sample.crop, top=0))
+    cache.family.vae_config = dict(tiny_vae().config)
     source = DatasetLatents(cache, images.read_pixels, tiny_vae, 1, seed=1)
     source.encode_on_demand()
     found = [source.latents([each])[0] for each in (sample, moved, sample.mirrored(), sample)]

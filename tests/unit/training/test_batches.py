@@ -192,6 +192,7 @@ def test_references_come_with_their_image_all_or_one_that_is_drawn(monkeypatch):
     ]
     assert {value for row in generated for value in row} == {1, 2}
     assert any(row[0] != row[1] for row in generated)
+    assert all({row[slot] for row in generated} == {1, 2} for slot in (0, 1))  # drawn anew at each step
     assert generated[4][1] == 1 + keyed_seed(7, "reference", 4, 1) % 2
 
 
@@ -293,3 +294,16 @@ def test_samples_are_those_of_their_round():
     for epoch in range(3):
         source.build_window(epoch, epoch, 0)
     assert rounds == [0, 1, 2]
+
+
+def test_a_file_of_embeddings_is_drawn_by_seed_step_and_slot_of_the_whole_window():
+    asked = []
+    data = ToyDataset(FIVE)
+    data.prompt_files = SimpleNamespace(
+        take=lambda samples: [SimpleNamespace(dropped=None)] * len(samples),
+        embeds=lambda row, sample, *key: asked.append((sample.digest, key)),
+    )
+    window = source_of(data, gradient_accumulation_steps=2).build_window(3, 0, 0)
+    digests = [digest for batch in window.batches for digest in batch.digests]
+    assert asked == [(digest, (7, 3, slot)) for slot, digest in enumerate(digests)]
+    assert len(asked) > 2

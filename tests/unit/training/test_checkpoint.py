@@ -181,6 +181,18 @@ def test_a_checkpoint_holds_all_that_a_run_stands_on(tmp_path):
     assert storage.read_manifest(saved).metadata["global_step"] == 1
 
 
+def test_eval_losses_come_with_a_checkpoint_of_the_run_itself_and_not_with_another_s(tmp_path):
+    run, _ = toy_run(tmp_path, ONE, max_train_steps=1)
+    run.progress.eval_losses = {0: 5.0}
+    run_training(run)
+    for is_own, known in ((True, {0: 5.0, 1: 3.0}), (False, {1: 3.0})):
+        again, _ = toy_run(tmp_path, ONE, max_train_steps=2)
+        again.progress.eval_losses = {1: 3.0}
+        load_checkpoint(again, tmp_path / "output/checkpoint-1", is_own)
+        assert again.progress.eval_losses == known
+        assert weights_of(again) == [0.5, 1.5]
+
+
 def test_an_average_that_is_new_starts_from_the_weights_of_the_checkpoint(tmp_path):
     run_training(toy_run(tmp_path, ONE, max_train_steps=1)[0])
     run, recorder = toy_run(tmp_path, ONE, max_train_steps=1, use_ema=True, ema_decay=0.75)
