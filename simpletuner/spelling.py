@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections import Counter
 from collections.abc import Iterable
 
 
@@ -19,11 +20,11 @@ def nearest(word: str, known: Iterable[str]) -> str | None:
     difflib's ratio; names that differ in more than a third of their letters are not near.
     """
     folded = word.lower().replace("-", "_")
-    matcher = difflib.SequenceMatcher(b=folded)
+    matcher, letters = difflib.SequenceMatcher(b=folded), Counter(folded)
     best: tuple[int, float, str] | None = None
     for name in known:
         limit = max(1, min(4, len(name) // 3))
-        if abs(len(name) - len(folded)) > limit:
+        if abs(len(name) - len(folded)) > limit or _fewest_edits(letters, Counter(name.lower())) > limit:
             continue
         distance = edit_distance(folded, name.lower())
         if distance > limit or (best and distance > best[0]):
@@ -35,6 +36,11 @@ def nearest(word: str, known: Iterable[str]) -> str | None:
         return best[2]
     close = difflib.get_close_matches(folded, list(known), n=1, cutoff=0.75)
     return close[0] if close else None
+
+
+def _fewest_edits(a: Counter[str], b: Counter[str]) -> int:
+    """No fewer edits make one word of the other: each one adds a letter at most, and removes one at most."""
+    return max((a - b).total(), (b - a).total())
 
 
 def edit_distance(a: str, b: str) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ import pytest
 os.environ["OMP_NUM_THREADS"] = "1"  # tests fork, and the threads of OpenMP do not come along
 os.environ["HF_HUB_OFFLINE"] = "1"
 sys.path.insert(0, str(Path(__file__).parent.parent))
+gc.disable()  # until all tests are imported: each collection would look at all modules again
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -24,6 +26,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if "ci" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="long: runs with --ci"))
+
+
+def pytest_collection_finish() -> None:
+    """Modules and tests stay until the end: the garbage collector looks only at what tests make."""
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(autouse=True)

@@ -52,6 +52,11 @@ class Receiver:
     def url(self) -> str:
         return f"http://127.0.0.1:{self.server.server_port}/hook"
 
+    @property
+    def accepted_once(self) -> list[dict[str, Any]]:
+        """`accepted`, without what came again because its sender no longer waited for the answer."""
+        return list({event["id"]: event for event in self.accepted}.values())
+
     def answer(self, handler: BaseHTTPRequestHandler) -> None:
         self.tries.append(time.monotonic())
         behavior = self.behavior

@@ -64,7 +64,7 @@ async def first_run(pilot: Pilot, model: Path) -> None:
 
 async def help_shown(pilot: Pilot, key: str) -> str:
     """The help on the screen, once it is that of `key`."""
-    for _ in range(50):
+    for _ in range(1500):
         await pilot.pause(0.02)
         shown = " ".join(str(pilot.app.query_one("#help", Static).render()).split())
         if shown.startswith(key):

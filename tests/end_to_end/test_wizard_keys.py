@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,15 @@ def send(app: App, *keys: str) -> None:
     for key in keys:
         letter = key if len(key) == 1 else None
         app.post_message(events.Key("space" if key == " " else key, letter))
+
+
+async def answered(pilot: Pilot, condition: Callable[[], object]) -> None:
+    """Wait until what was sent shows its effect."""
+    for _ in range(3000):
+        if condition():
+            return
+        await pilot.pause(0.02)
+    raise AssertionError("there is no answer")
 
 
 def status(app: Wizard) -> str:
@@ -192,8 +202,7 @@ def test_enter_on_the_last_field_goes_to_the_next_page_and_not_to_the_top(folder
 def test_the_review_shows_no_help_of_the_page_before(folder: Path) -> None:
     async def steps(pilot: Pilot) -> None:
         send(pilot.app, *["ctrl+n"] * 6)
-        await pilot.pause(0.3)
-        assert pilot.app.position == 6
+        await answered(pilot, lambda: pilot.app.position == 6)
         assert not pilot.app.query_one("#help").display
 
     drive(folder, steps)
@@ -202,11 +211,7 @@ def test_the_review_shows_no_help_of_the_page_before(folder: Path) -> None:
 def test_ctrl_c_leaves_as_in_a_shell_and_asks_before_answers_are_lost(folder: Path) -> None:
     async def unchanged(pilot: Pilot) -> None:
         send(pilot.app, "ctrl+c")
-        for _ in range(100):
-            if pilot.app._exit:
-                return
-            await pilot.pause(0.02)
-        raise AssertionError("Ctrl+C was not answered")
+        await answered(pilot, lambda: pilot.app._exit)
 
     async def changed(pilot: Pilot) -> None:
         await pilot.press("down", "ctrl+c")
@@ -222,7 +227,7 @@ def test_a_folder_is_completed_as_it_is_typed(folder: Path) -> None:
     async def steps(pilot: Pilot) -> None:
         await pilot.press("ctrl+n", "ctrl+n")
         await pilot.press(*"imag")
-        await pilot.pause(0.1)
+        await answered(pilot, lambda: pilot.app.focused._suggestion)
         await pilot.press("right")
         await pilot.pause()
         assert pilot.app.answers.images == "images/"

@@ -82,8 +82,13 @@ class Outbox:
                 self.num_bytes -= self._ordinary.popleft()[1]
 
     def take_progress(self) -> Progress | None:
-        """The progress that waits, and the curve since the last one; phases before steps."""
+        """The progress that waits, and the curve since the last one; phases before steps.
+
+        None also while a message waits, which may have come after the sender looked for one: it goes first.
+        """
         with self._lock:
+            if self._ordinary or self._urgent:
+                return None
             if (phase := self._progress.pop(PhaseProgress, None)) is not None:
                 return phase, []
             if (step := self._progress.pop(StepDone, None)) is None:

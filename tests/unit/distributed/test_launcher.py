@@ -38,7 +38,7 @@ def test_a_process_is_reported_to_end_when_its_lifeline_does(tmp_path):
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
         assert process.poll() is None
-    assert process.wait(timeout=20) == -signal.SIGTERM
+    assert process.wait(timeout=50) == -signal.SIGTERM
     assert not words.parent.exists()  # what is said from now on is printed
 
 

@@ -32,6 +32,7 @@ from simpletuner.reporting.events import (
 )
 from simpletuner.reporting.webhooks.encoding import Body
 from simpletuner.reporting.webhooks.images import Attachment
+from simpletuner.reporting.webhooks.messages import words_for
 from simpletuner.reporting.webhooks.outbox import Outbox
 from simpletuner.reporting.webhooks.sender import Patience, Timing
 from simpletuner.reporting.webhooks.sink import WebhookSink
@@ -116,16 +117,16 @@ def test_what_must_arrive_does_once_the_service_recovers(tmp_path: Path, behavio
         wait_until(lambda: len(server.tries) >= 4)
         assert server.accepted == []
         server.behavior = "ok"
-        wait_until(lambda: len(server.accepted) >= 4)
+        wait_until(lambda: len(server.accepted_once) >= 4)
         sink.close()
-    titles = [event["title"] for event in server.accepted]
+    titles = [event["title"] for event in server.accepted_once]
     assert sorted(titles) == [
         "checkpoint at step 5",
         "images at step 5",
         "training failed at step 6",
         "training is done",
     ]
-    assert [len(event["images"]) for event in server.accepted if "images" in event["title"]] == [1]
+    assert [len(event["images"]) for event in server.accepted_once if "images" in event["title"]] == [1]
     assert list((tmp_path / "webhooks" / "1-raw").glob("*.json")) == []
     texts = [notice.text for notice in sink.take_notices()]
     assert sum("does not work" in text for text in texts) == 1
@@ -135,13 +136,12 @@ def test_what_must_arrive_does_once_the_service_recovers(tmp_path: Path, behavio
 
 
 def test_the_next_process_sends_what_the_last_one_could_not(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        refused = f"http://127.0.0.1:{free.getsockname()[1]}/hook"
-    sink = make_sink(tmp_path, raw(refused))
-    for event in must_arrive(tmp_path):
-        sink.handle(event)
-    sink.close()
+    with socket.socket() as deaf:
+        deaf.bind(("127.0.0.1", 0))  # and nobody listens; once closed, its port may be another server's
+        sink = make_sink(tmp_path, raw(f"http://127.0.0.1:{deaf.getsockname()[1]}/hook"))
+        for event in must_arrive(tmp_path):
+            sink.handle(event)
+        sink.close()
     assert "4 kept in" in sink.take_notices()[-1].text
     moved = tmp_path.with_name("moved")
     tmp_path.rename(moved)
@@ -357,6 +357,26 @@ def test_addresses_stay_out_of_logs(tmp_path: Path, caplog: pytest.LogCaptureFix
         sink.close()
     assert len(server.accepted) == 1
     assert "s3cret" not in caplog.text
+
+
+def test_progress_waits_for_the_messages_before_it() -> None:
+    """Also for one that came after the sender had found none."""
+    outbox = Outbox()
+    start, saved = (
+        words_for(event, "stars", "a1b2")[0]
+        for event in (RunStarted("stars", Path("out"), 20), CheckpointSaved(5, Path("checkpoint-5")))
+    )
+    assert (start.must_arrive, saved.must_arrive) == (False, True)
+    outbox.put(start)
+    outbox.put_progress(step(1))
+    assert outbox.take_progress() is None
+    outbox.remove(start)
+    outbox.put(saved)
+    assert outbox.take_progress() is None
+    assert outbox.take_urgent() == [saved]
+    taken = outbox.take_progress()
+    assert taken is not None
+    assert taken[0] == step(1)
 
 
 def test_a_curve_that_could_not_be_sent_stays_in_the_order_of_its_steps() -> None:

@@ -94,7 +94,7 @@ def plain_peak(model: Path, tmp_path_factory: pytest.TempPathFactory) -> int:
     return taken(load_here(folder))
 
 
-@pytest.mark.parametrize("share", [1.05, 0.8, 0.6, pytest.param(0.4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("share", [1.05, *(pytest.param(each, marks=pytest.mark.slow) for each in (0.8, 0.4)), 0.6])
 def test_a_plan_holds_under_each_share_of_the_plain_peak_or_says_what_is_missing(
     share: float, model: Path, plain_peak: int, tmp_path: Path
 ) -> None:
@@ -213,6 +213,7 @@ def test_the_vae_gets_smaller_batches_and_then_tiles(
     assert choose(unwritten, 40).lacking[0].message.startswith("the VAE takes 50 bytes at least")
 
 
+@pytest.mark.slow
 def test_text_encoders_are_packed_where_they_do_not_fit(tmp_path: Path) -> None:
     folder = write(tmp_path / "run", tiny_z_image_folder(tmp_path / "model"), model_family="z_image")
     loaded = load_here(folder)

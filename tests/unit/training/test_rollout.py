@@ -210,8 +210,14 @@ def test_the_expected_depth_is_the_mean_of_what_is_drawn(strategy: str) -> None:
     assert Rollouts(probability=1.0).expected_depth(100) == 0
 
 
-@pytest.mark.parametrize("solver", ["unipc", "euler"])
-@pytest.mark.parametrize("reflexflow", [True, False])
+@pytest.mark.parametrize(
+    ("solver", "reflexflow"),
+    [
+        ("unipc", True),
+        ("euler", False),
+        *(pytest.param(*each, marks=pytest.mark.slow) for each in (("unipc", False), ("euler", True))),
+    ],
+)
 def test_the_tiny_model_trains_on_its_own_steps_and_resumes_to_the_same_bits(
     tmp_path: Path, omnigen_folder: Path, solver: str, reflexflow: bool
 ) -> None:

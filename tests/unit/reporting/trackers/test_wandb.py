@@ -67,7 +67,7 @@ def track(folder: Path, start: int, end: int) -> list[str]:
 
 def read_back(folder: Path) -> list[dict[str, Any]]:
     """As `read_files`, once W&B's process has written the end of each run, which it does behind our back."""
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 120
     runs = read_files(folder)
     while not all("exit" in run for run in runs) and time.monotonic() < deadline:
         time.sleep(0.05)
