@@ -13,6 +13,9 @@ from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
+    Gemma2Config,
+    Gemma2Model,
+    GemmaTokenizer,
     Qwen3Config,
     T5Config,
     T5EncoderModel,
@@ -118,6 +121,32 @@ def tiny_t5(hidden_size: int = 16, seed: int = 0) -> T5EncoderModel:
         initializer_factor=1.0,
     )
     return T5EncoderModel(config).eval()
+
+
+def write_gemma_tokenizer(path: Path) -> Path:
+    """A Gemma tokenizer whose pieces are single letters."""
+    special = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"]
+    pieces = [*special, *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *string.ascii_letters, *string.digits]
+    numbers = {piece: number for number, piece in enumerate(pieces)}
+    GemmaTokenizer(vocab=numbers, merges=[], add_bos_token=True).save_pretrained(path)
+    return path
+
+
+def tiny_gemma2(hidden_size: int = 16, seed: int = 0) -> Gemma2Model:
+    """A stock Gemma 2 over `write_gemma_tokenizer`'s 324 tokens, whose second layer sees a window only."""
+    torch.manual_seed(seed)
+    config = Gemma2Config(
+        vocab_size=324,
+        hidden_size=hidden_size,
+        intermediate_size=2 * hidden_size,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        query_pre_attn_scalar=8,
+        initializer_range=0.5,
+    )
+    return Gemma2Model(config).eval()
 
 
 def tiny_qwen3(cls: type, vocab_size: int = 261, hidden_size: int = 16, num_layers: int = 4) -> torch.nn.Module:

@@ -55,7 +55,7 @@ def scheduler_shift(config: Mapping[str, Any], num_patches: int) -> float:
     `flux/sampling.py`).
     """
     if not config.get("use_dynamic_shifting"):
-        return float(config.get("shift", 1.0))
+        return float(config.get("shift", config.get("flow_shift", 1.0)))  # `flow_shift` is DPM-Solver's name for it
     least, most = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
     low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
     return math.exp(low + (high - low) * (num_patches - least) / (most - least))

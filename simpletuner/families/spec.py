@@ -116,6 +116,8 @@ class FamilySpec:
         dropped_caption: what a dropped caption becomes.
         empty_negative: the text that an empty negative prompt is encoded as; another one than "" where the family
             takes zeros for that, as it does for a dropped caption.
+        negative_mark: stands in front of a negative prompt that `encode_prompts` is given, where the family reads it
+            otherwise than a prompt.
         no_guidance: the guidance scale that is none: 1 where the answers are mixed, 0 where guidance is added.
         default_flavour: used where `model_flavour` is not set.
         adaptable: what adapters can be attached to.
@@ -179,6 +181,7 @@ class FamilySpec:
     prompt_tensors: tuple[str, ...] = ()
     dropped_caption: str = ""
     empty_negative: str = ""
+    negative_mark: str = ""
     no_guidance: float = 1.0
     preview_decoder: str | None = None
     pipeline_options: tuple[str, ...] = ()
@@ -208,7 +211,9 @@ class FamilySpec:
 
     def negative_text(self, negative: str | None) -> str:
         """The text whose embeddings guidance leads away from: a dropped caption's where no negative prompt is given."""
-        return self.dropped_caption if negative is None else negative or self.empty_negative
+        if negative is None:
+            return self.dropped_caption
+        return self.negative_mark + negative if negative else self.empty_negative
 
     def default_form(self, kind: str) -> str:
         """Of the files of standard LoRA; weight decomposition (`dora`) means the same in diffusers' form alone."""

@@ -338,7 +338,10 @@ class ModelFamily(ABC):
         pixel_values = pixel_values.to(weight.device, weight.dtype)
         encodes_videos = is_video_vae(vae.config)
         with torch.no_grad(), exact_float32():
-            posterior = vae.encode(pixel_values[:, :, None] if encodes_videos else pixel_values).latent_dist
+            encoded = vae.encode(pixel_values[:, :, None] if encodes_videos else pixel_values)
+        if not hasattr(encoded, "latent_dist"):  # AutoencoderDC: always the same latents
+            return [LatentMoments(latents) for latents in encoded.latent.float().cpu()]
+        posterior = encoded.latent_dist
         means, stds = posterior.mean.float().cpu(), posterior.std.float().cpu()
         if encodes_videos:
             means, stds = means[:, :, 0], stds[:, :, 0]

@@ -192,13 +192,15 @@ def raw_form(family: ModelFamily, latents: Tensor) -> Tensor:
 def first_latents(family: ModelFamily, data: Tensor, noise: Tensor, num_steps: int) -> Tensor:
     """What a pipeline has to begin with so that exact answers lead to `data`.
 
-    A flow begins with the noise itself. The last level of a discrete schedule still holds some data, by the scheduler's
-    own `add_noise`; the pipeline multiplies what it is given by `init_noise_sigma`.
+    A flow begins with the noise itself, or a little below it. The last level of a discrete schedule still holds some
+    data, by the scheduler's own `add_noise`; the pipeline multiplies what it is given by `init_noise_sigma`.
     """
-    if family.spec.prediction_type == "flow":
-        return noise
     scheduler = family.pipeline(family.load_denoiser()).scheduler
+    if family.spec.prediction_type == "flow" and not scheduler.config.get("use_flow_sigmas"):
+        return noise
     scheduler.set_timesteps(num_steps)
+    if family.spec.prediction_type == "flow":
+        return (1 - scheduler.sigmas[0]) * data + scheduler.sigmas[0] * noise
     return scheduler.add_noise(data, noise, scheduler.timesteps[:1]) / scheduler.init_noise_sigma
 
 
@@ -288,20 +290,21 @@ def test_latents_are_normalized_as_the_vae_of_the_pipeline_expects(family: Model
     if vae.config.get("in_channels") == 4:  # Qwen-Image 2.1: an opaque alpha
         pixel_values = torch.cat([pixel_values, torch.ones_like(pixel_values[:, :1])], dim=1)
     with torch.no_grad():
-        posterior = vae.encode(pixel_values[frames]).latent_dist
-        expected = vae.decode(posterior.mean).sample
+        encoded = vae.encode(pixel_values[frames])
+        mean = encoded.latent_dist.mean if hasattr(encoded, "latent_dist") else encoded.latent
+        expected = vae.decode(mean).sample
         scaled = latents[frames]
         if hasattr(vae, "bn"):  # FLUX.2: patches of latents, scaled by statistics that are weights
             variance = vae.bn.running_var + vae.config.batch_norm_eps
             patches = scaled.movedim(1, -1) * variance.sqrt() + vae.bn.running_mean
             raw = Flux2Pipeline._unpatchify_latents(patches.movedim(-1, 1))
         elif getattr(vae.config, "latents_std", None) is not None:
-            mean, std = (torch.tensor(values) for values in (vae.config.latents_mean, vae.config.latents_std))
-            raw = (scaled.movedim(1, -1) * std + mean).movedim(-1, 1)
+            center, std = (torch.tensor(values) for values in (vae.config.latents_mean, vae.config.latents_std))
+            raw = (scaled.movedim(1, -1) * std + center).movedim(-1, 1)
         else:
             raw = scaled / vae.config.scaling_factor + (getattr(vae.config, "shift_factor", None) or 0.0)
         theirs = vae.decode(raw).sample
-    torch.testing.assert_close(raw, posterior.mean, rtol=0, atol=1e-5)
+    torch.testing.assert_close(raw, mean, rtol=0, atol=1e-5)
     torch.testing.assert_close(theirs, expected, rtol=0, atol=1e-4)
     decoded = family.decode_latents(vae, latents)
     torch.testing.assert_close(decoded[frames], expected[:, :3], rtol=0, atol=1e-4)

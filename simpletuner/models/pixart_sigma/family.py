@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from simpletuner.batch import Batch, Conditioning, PromptEmbeds
+from simpletuner.batch import Conditioning, PromptEmbeds
 from simpletuner.models.discrete import DiscreteFamily
 from simpletuner.models.family import PromptReferences
 from simpletuner.models.live_pipeline import MaskedLivePipeline
@@ -37,9 +37,6 @@ class PixArtSigma(DiscreteFamily):
             states = self.encoders.encoder()(ids, attention_mask=mask)[0].cpu()
         counts = self.encoders.count("tokenizer", texts)
         return [PromptEmbeds({"prompt_embeds": row[:count].clone()}) for row, count in zip(states, counts, strict=True)]
-
-    def collate(self, batch: Batch) -> Conditioning:
-        return self.condition_on(batch.prompt_embeds, batch.references)
 
     def predict(self, denoiser: nn.Module, noisy_latents: Tensor, sigmas: Tensor, conditioning: Conditioning) -> Tensor:
         output = denoiser(
