@@ -177,6 +177,30 @@ def _pixart(num_layers: int) -> Shape:
     return _text(denoiser, 4096, T5_XXL, SD_VAE)
 
 
+_DC_BLOCKS = ["ResBlock"] * 3 + ["EfficientViTBlock"] * 3
+_DC_AUTOENCODER = {
+    "encoder_block_types": _DC_BLOCKS,
+    "decoder_block_types": _DC_BLOCKS,
+    "upsample_block_type": "interpolate",
+    "downsample_block_type": "Conv",
+    "scaling_factor": 0.41407,
+}
+_SANA_NARROW = {
+    "num_attention_heads": 36,
+    "num_cross_attention_heads": 16,
+    "cross_attention_head_dim": 72,
+    "cross_attention_dim": 1152,
+}
+
+
+def _sana(num_layers: int, is_newer: bool = False, **denoiser: int) -> Shape:
+    norm = {"qk_norm": "rms_norm_across_heads"} if is_newer else {}
+    return _text({"num_layers": num_layers, **norm, **denoiser}, 2304, 2_614_341_888, _DC_AUTOENCODER)
+
+
+_SANA_16, _SANA_06 = _sana(20), _sana(28, **_SANA_NARROW)
+
+
 # (family, flavor) -> shape. A flavor that is not listed has the shape of the first of its family.
 SHAPES: Mapping[tuple[str, str], Shape] = {
     ("omnigen", "v1"): Shape(
@@ -247,5 +271,11 @@ SHAPES: Mapping[tuple[str, str], Shape] = {
     ("qwen_image_21", "2.1-turbo"): _QWEN_21,
     ("pixart_sigma", "1024"): _pixart(28),
     ("pixart_sigma", "900m-0.6"): _pixart(42),
+    ("sana", "1.5-1.6b"): _sana(20, is_newer=True),
+    ("sana", "1.5-4.8b"): _sana(60, is_newer=True),
+    ("sana", "1.0-1.6b"): _SANA_16,
+    ("sana", "1.0-1.6b-512"): _SANA_16,
+    ("sana", "1.0-0.6b"): _SANA_06,
+    ("sana", "1.0-0.6b-512"): _SANA_06,
     ("krea2", "raw"): Shape({}, {"prompt_embeds": (TEXT_TOKENS, 12, 2560)}, (4_437_815_808,)),
 }

@@ -16,6 +16,7 @@ from tests.tiny_omnigen2 import tiny_omnigen2_folder
 from tests.tiny_pixart_sigma import tiny_pixart_sigma_folder
 from tests.tiny_qwen_image import tiny_qwen_image_edit_folder, tiny_qwen_image_folder
 from tests.tiny_qwen_image_21 import tiny_qwen_image_21_folder
+from tests.tiny_sana import tiny_sana_folder
 from tests.tiny_sd3 import tiny_sd3_folder
 from tests.tiny_sd15 import tiny_sd15_folder
 from tests.tiny_sdxl import tiny_sdxl_folder
@@ -32,6 +33,7 @@ TINY_FOLDERS: Mapping[str, Callable[[Path], Path]] = {
     "omnigen": tiny_omnigen_folder,
     "omnigen2": tiny_omnigen2_folder,
     "pixart_sigma": tiny_pixart_sigma_folder,
+    "sana": tiny_sana_folder,
     "qwen_image": tiny_qwen_image_folder,
     "sd15": tiny_sd15_folder,
     "qwen_image_edit": tiny_qwen_image_edit_folder,

@@ -21,6 +21,7 @@ from diffusers.loaders.single_file_utils import (
     convert_flux_transformer_checkpoint_to_diffusers,
     convert_krea2_transformer_checkpoint_to_diffusers,
     convert_ldm_unet_checkpoint,
+    convert_sana_transformer_to_diffusers,
     convert_sd3_transformer_checkpoint_to_diffusers,
     convert_z_image_transformer_checkpoint_to_diffusers,
 )
@@ -69,6 +70,9 @@ def converted(spec: FamilySpec, original: Mapping[str, Tensor], denoiser: Any) -
         unet = convert_ldm_unet_checkpoint(prefixed, dict(denoiser.config))
         # Kolors' own layer, which no original release has.
         return unet | {name: tensor for name, tensor in original.items() if name.startswith("encoder_hid_proj")}
+    if spec.name == "sana":  # two tensors of the release that no network has
+        unused = dict.fromkeys(("pos_embed", "y_embedder.y_embedding"), torch.zeros(1))
+        return convert_sana_transformer_to_diffusers({**original, **unused})
     convert: Callable[[Weights], Weights] = {
         "chroma": convert_chroma_transformer_checkpoint_to_diffusers,
         "flux": convert_flux_transformer_checkpoint_to_diffusers,

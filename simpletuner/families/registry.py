@@ -39,6 +39,7 @@ FAMILIES: dict[str, str] = {
     "krea2": "simpletuner.models.krea2.spec:KREA2",
     "qwen_image_21": "simpletuner.models.qwen_image_21.spec:QWEN_IMAGE_21",
     "pixart_sigma": "simpletuner.models.pixart_sigma.spec:PIXART_SIGMA",
+    "sana": "simpletuner.models.sana.spec:SANA",
 }
 
 

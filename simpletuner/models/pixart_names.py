@@ -43,8 +43,8 @@ def pixart_keys(patches: str, times: str, layers: Mapping[str, str], name: str) 
             "blocks.*.attn.qkv": tuple(f"{BLOCK}.attn1.to_{part}" for part in "qkv"),
             "blocks.*.cross_attn.kv_linear": tuple(f"{BLOCK}.attn2.to_{part}" for part in "kv"),
         },
-        # The states of no caption, and a table of places: diffusers encodes the one and computes the other.
-        unused=("y_embedder.y_embedding", "pos_embed"),
+        # The states of no caption, which diffusers encodes, a table of places, which it computes, and a weighting.
+        unused=("y_embedder.y_embedding", "pos_embed", "logvar_linear"),
         architecture=name,
         base_model_version=name,
     )

@@ -18,7 +18,8 @@ from simpletuner.families.registry import family_names, get_family_class, get_sp
 from simpletuner.models.components import ModelSource
 from tests.tiny_folders import TINY_FOLDERS
 
-NARROW_MLPS = ("hunyuan_dit", "krea2")  # the tiny ones are not or hardly wider than their input
+# The tiny ones are not or hardly wider than their input; Sana's are convolutions, which are not made again.
+NARROW_MLPS = ("hunyuan_dit", "krea2", "sana")
 # Its blocks have no gates of activations, and norms without weights: next to nothing of what is kept is cheap to make.
 PLAIN_BLOCKS = ("pixart_sigma",)
 

@@ -31,6 +31,7 @@ from tests.tiny_kolors import tiny_kolors_unet
 from tests.tiny_krea2 import tiny_krea2_transformer
 from tests.tiny_qwen_image import tiny_qwen_image_transformer
 from tests.tiny_qwen_image_21 import tiny_qwen_image_21_transformer
+from tests.tiny_sana import tiny_sana_transformer
 from tests.tiny_sd3 import tiny_sd3_transformer
 from tests.tiny_sd15 import tiny_sd15_unet
 from tests.tiny_sdxl import tiny_unet
@@ -54,6 +55,7 @@ DENOISERS = {
     "krea2": tiny_krea2_transformer,
     "qwen_image_21": tiny_qwen_image_21_transformer,
     "chroma": narrow_chroma,
+    "sana": tiny_sana_transformer,
     "sd3": tiny_sd3_transformer,
     "kolors": tiny_kolors_unet,
     "qwen_image": tiny_qwen_image_transformer,

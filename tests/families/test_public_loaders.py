@@ -26,13 +26,17 @@ READ_BY_DIFFUSERS = {
     "flux2": ("diffusers", "kohya", "comfyui"),
     "sd15": ("diffusers", "kohya"),
     "krea2": ("diffusers", "comfyui"),
+    "sana": ("diffusers",),
     "sd3": ("diffusers",),
     "sdxl": ("diffusers", "kohya"),
     "qwen_image": ("diffusers", "kohya", "comfyui"),
     "z_image": ("diffusers", "kohya", "comfyui"),
 }
-# What a stock pipeline calls the guidance, where it is not `guidance_scale`.
-GUIDANCE = {"qwen_image": {"true_cfg_scale": 3.0, "negative_prompt": " "}}
+# What a stock pipeline is called with, where it is not `guidance_scale` alone.
+GUIDANCE = {
+    "qwen_image": {"true_cfg_scale": 3.0, "negative_prompt": " "},
+    "sana": {"guidance_scale": 3.0, "use_resolution_binning": False},
+}
 # diffusers takes the joined matrix of FLUX.1's single blocks for one of 3072 rows a part; its own tests look at it.
 TARGETS = {("flux", "kohya"): ("transformer_blocks.*.attn.*to_?", "transformer_blocks.*.ff.net.*", "*.0.proj_out")}
 
