@@ -178,6 +178,7 @@ def test_hooks_of_a_lean_norm_fire_and_a_norm_with_a_bias_stays_as_it_was() -> N
     norm(numbers(5, 6, dtype=torch.float32)).sum().backward()
     assert seen == ["forward", "backward"]
     shifted = RMSNorm(6, eps=1e-5, bias=True)
+    nn.init.normal_(shifted.bias)  # it begins as zeros
     x = numbers(5, 6, dtype=torch.float32)
     expected = shifted(x)
     assert torch.equal(lean(shifted)(x), expected)
@@ -204,6 +205,7 @@ def test_a_convolution_that_trains_or_pads_otherwise_stays_as_it_was() -> None:
     x = numbers(2, 4, 7, 5, dtype=torch.float32)
     for layer in (
         nn.Conv2d(4, 6, 3),
+        nn.Conv2d(4, 6, 3, bias=False),
         nn.Conv2d(4, 6, 3, padding=1, padding_mode="reflect"),
         nn.Conv2d(4, 4, 3, 1, "same"),
     ):

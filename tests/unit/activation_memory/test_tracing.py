@@ -306,6 +306,22 @@ def test_a_tensor_whose_source_was_written_meanwhile_is_kept() -> None:
     torch.testing.assert_close(gradient, expected + sigmoid * (1 + y * (1 - sigmoid)))
 
 
+def test_a_source_that_takes_less_and_was_written_meanwhile_makes_nothing_again() -> None:
+    """In 16 bits it would be kept in place of what was made of it, but for its other values."""
+
+    def widened(x: Tensor, y: Tensor) -> Tensor:
+        used = F.silu(x.float()) * y
+        with torch.no_grad():
+            x.mul_(2)
+        return used.sum() + F.silu(y).sum()
+
+    source, y = torch.randn(4, 4).bfloat16(), torch.randn(4, 4, requires_grad=True)
+    sigmoid = torch.sigmoid(y)
+    expected = F.silu(source.float()) + sigmoid * (1 + y * (1 - sigmoid))
+    [gradient] = torch.autograd.grad(traced(widened, source, y), y)
+    torch.testing.assert_close(gradient, expected)
+
+
 def test_the_backward_pass_may_run_twice() -> None:
     block, inputs = Block(), inputs_of()
     reduce_activation_memory(block, ("Block",))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from simpletuner.adapters.files import apply_adapter_file, check_saved_adapter
+from simpletuner.adapters.files import _require_same_weights, apply_adapter_file, check_saved_adapter
 from simpletuner.adapters.lycoris import LycorisAdapter, attach_lycoris
 from simpletuner.adapters.reading import read_adapter
 from simpletuner.errors import DataError
@@ -240,3 +241,15 @@ def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     for name in ("text.safetensors", "missing.safetensors"):
         with pytest.raises(DataError, match=name):
             apply_adapter_file(tiny_omnigen_transformer(), tmp_path / name, OMNIGEN)
+
+
+def test_a_loader_that_changes_a_weight_is_noticed() -> None:
+    """Only alpha and whole differences may come back otherwise."""
+    weight = torch.tensor([1.0, 2.0])
+    network: Any = SimpleNamespace(
+        loras=[SimpleNamespace(lora_name="a", state_dict=lambda: {"lokr_w1": weight, "alpha": weight})]
+    )
+    _require_same_weights(network, {"a.lokr_w1": weight.clone(), "a.alpha": weight + 1}, "file")
+    for other in ({"a.lokr_w1": weight + 1e-6}, {"a.lokr_w2": weight}, {"b.lokr_w1": weight}):
+        with pytest.raises(DataError, match="1 tensors are lost on reloading"):
+            _require_same_weights(network, other, "file")
