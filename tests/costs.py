@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+
+ROOT = Path(__file__).parent.parent
 
 
 def calls_in(work: Callable[[], Any]) -> int:
@@ -22,3 +26,19 @@ def calls_in(work: Callable[[], Any]) -> int:
     finally:
         sys.setprofile(before)
     return count
+
+
+def calls_in_program(code: str, *arguments: str) -> tuple[int, str]:
+    """Calls that a new Python makes for `code`, imports among them, and what it prints."""
+    counting = f"""
+import contextlib, sys
+from tests.costs import calls_in
+def work():
+    with contextlib.suppress(SystemExit):
+        exec({code!r}, {{}})
+count = calls_in(work)
+print(count, file=sys.stderr)
+"""
+    command = [sys.executable, "-c", counting, *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    return int(done.stderr), done.stdout

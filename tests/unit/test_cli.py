@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +13,7 @@ from simpletuner import __version__, cli
 from simpletuner.cli.shared import say_for_all
 from simpletuner.distributed.lifeline import LIFELINE
 from simpletuner.errors import DataError, Interrupted, Problem
+from tests.costs import calls_in_program
 
 PROGRAM = [sys.executable, "-c", "from simpletuner.cli import main; main()"]
 
@@ -38,15 +38,11 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
     return call
 
 
-def test_help_answers_within_a_third_of_a_second():
-    seconds = []
-    for _ in range(3):
-        before = os.times()
-        result = subprocess.run([*PROGRAM, "--help"], capture_output=True, text=True, check=True)
-        after = os.times()
-        seconds.append(after.children_user + after.children_system - before.children_user - before.children_system)
-    assert min(seconds) < 0.35  # of processor time, which a busy machine does not stretch as it does the clock's
-    assert all(verb in result.stdout for verb in ("train", "options", "generate", "examples"))
+def test_help_takes_few_calls():
+    """A seventh of a second of processor time; with torch it would be millions."""
+    calls, reported = calls_in_program("from simpletuner.cli import main; main()", "--help")
+    assert calls < 250_000
+    assert all(verb in reported for verb in ("train", "options", "generate", "examples"))
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["examples", "list"], ["options", "learning_rate"]])
