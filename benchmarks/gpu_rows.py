@@ -20,7 +20,7 @@ from random_families import TINY as TINY_NETWORKS
 from random_families import random_family, random_module
 from torch import nn
 
-from simpletuner.activation_memory.modules import reduce_activation_memory
+from simpletuner.activation_memory.modules import ActivationMemory, reduce_activation_memory, set_activation_memory
 from simpletuner.adapters.base import Adapter
 from simpletuner.adapters.full import FullAdapter
 from simpletuner.adapters.lora import LoraSettings, attach_lora
@@ -100,6 +100,7 @@ class Row:
         products: in 8 bits, as `quantize_activations` has them.
         family: OmniGen with the LoKr of the example; all others with a LoRA of rank 16 on their usual layers.
         trains_all: all weights in bf16, in place of an adapter.
+        level: `activation_memory`.
         card_gib: of the card's free memory, what may be used; the rest is taken away.
         goal: (seconds, GiB) on an H100, or None.
     """
@@ -113,6 +114,7 @@ class Row:
     backend: str = "no"
     deterministic: bool = False
     trains_all: bool = False
+    level: ActivationMemory = "low"
     card_gib: float | None = None
     goal: tuple[float, float] | None = None
     family: str = "omnigen"
@@ -120,6 +122,8 @@ class Row:
 
 ROWS = {
     "plain": Row(),
+    "lowest": Row(level="lowest"),
+    "high": Row(level="high"),
     "recomputed to fit 15.5 GiB": Row(recomputes=True, measures_memory=True, card_gib=15.5, goal=(0.30, 14.0)),
     "recomputed": Row(recomputes=True, goal=(0.40, 10.0)),
     "plain deterministic": Row(deterministic=True),
@@ -145,6 +149,7 @@ ROWS = {
 # Of every other family the same few, those first that most people run.
 WAYS = {
     "plain": Row(),
+    "lowest": Row(level="lowest"),
     "recomputed": Row(recomputes=True),
     "fp8 recomputed": Row(precision="fp8-torchao", recomputes=True),
     "fp8 products recomputed": Row(precision="fp8-torchao", products=True, recomputes=True),
@@ -214,6 +219,7 @@ class Step:
             if row.trains_all
             else adapter_of(row, self.denoiser, self.family)
         )
+        set_activation_memory(self.denoiser, row.level)
         blocks = self.family.spec.block_classes
         move_with_swap(self.denoiser, blocks, len(repeated_blocks(self.denoiser, blocks)) if row.swaps else 0, device)
         self.recomputing = GradientCheckpointing(
@@ -294,6 +300,7 @@ def planned_bytes(row: Row, setting: Setting, step: Step) -> int:
         trained, lambda tried: build_optimizer(OptimizerOptions(optimizer="adamw_bf16", learning_rate=1e-4), tried)
     )
     embeds = step.family.encode_prompts([PROMPT] * setting.batch_size)
+    set_activation_memory(denoiser, row.level)
     activations = measure_activations(family, denoiser, setting.pixels, setting.pixels, embeds)
     count = len(activations.inside)
     others = frozen + 2 * num_bytes(trained.values()) + state

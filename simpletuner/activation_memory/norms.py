@@ -50,5 +50,5 @@ class _RmsNorm(torch.autograd.Function):
                 along = torch.linalg.vecdot(to_normed, x).unsqueeze(-1) / (mean_square * x.shape[-1])
                 to_x = torch.addcmul(to_normed, x, along, value=-1).mul_(scale).to(narrow.dtype)
             if ctx.needs_input_grad[1]:
-                to_weight = (gradient * x * scale).flatten(0, -2).sum(0).to(weight.dtype)
+                to_weight = (gradient * x * scale).reshape(-1, x.shape[-1]).sum(0).to(weight.dtype)
         return to_x, to_weight, None

@@ -24,7 +24,8 @@ from simpletuner.models.family import ModelFamily
 
 def attach_adapter(loaded: LoadedRun, family: ModelFamily, denoiser: nn.Module) -> Adapter:
     """What the configuration trains, attached to a denoiser; `simpletuner plan` gives it one without values."""
-    set_activation_memory(denoiser, loaded.config.model.activation_memory)
+    if (level := loaded.config.model.activation_memory) is not None:
+        set_activation_memory(denoiser, level)
     return build_adapter(denoiser, family.spec_of_weights, loaded.config, loaded.lycoris)  # its files say which spec
 
 

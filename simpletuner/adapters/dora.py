@@ -1,4 +1,4 @@
-"""DoRA of linear layers that keeps one tensor of the output's width, where PEFT's form keeps several.
+"""DoRA of linear layers that keeps one tensor of the output's width, with dropout two, where PEFT's form keeps several.
 
 Liu et al., "DoRA: Weight-Decomposed Low-Rank Adaptation" (arXiv 2402.09353). The lengths of rows get no gradient
 (section 4.3 there), so nothing of the size of a weight is kept.
@@ -22,15 +22,17 @@ class DoraLinear(DoraLinearVariant):
 
     @staticmethod
     def forward(module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
-        if module.training and not isinstance(module.lora_dropout[active_adapter], nn.Identity):
-            # The base's part is computed a second time then, from the inputs that dropout leaves.
-            return DoraLinearVariant.forward(module, active_adapter, x, result, **kwargs)
-        down, up = module.lora_A[active_adapter], module.lora_B[active_adapter]
-        answer = result + up(down(x)) * module.scaling[active_adapter]
+        base, dropout = module.get_base_layer(), module.lora_dropout[active_adapter]
+        drops = module.training and not isinstance(dropout, nn.Identity)
+        put_in = dropout(x) if drops else x
+        change = module.lora_B[active_adapter](module.lora_A[active_adapter](put_in)) * module.scaling[active_adapter]
+        answer = result + change
         lengthening = (_row_scale(module, active_adapter) - 1).to(answer.dtype)
-        if (bias := module.get_base_layer().bias) is None:
-            return recomputed(_lengthened, answer, lengthening)
-        return recomputed(_lengthened, answer, lengthening, bias.to(answer.dtype))
+        bias = () if base.bias is None else (base.bias.to(answer.dtype),)
+        if not drops:
+            return recomputed(_lengthened, answer, lengthening, *bias)
+        # What is lengthened is made of what dropout leaves, the base's part too.
+        return torch.addcmul(answer, _without_bias(base(put_in), *bias) + change, lengthening)
 
 
 def use_own_dora(layer: LoraLayer) -> None:
@@ -52,4 +54,8 @@ def _row_scale(module: Any, adapter: str) -> Tensor:
 
 def _lengthened(x: Tensor, lengthening: Tensor, bias: Tensor | None = None) -> Tensor:
     """Rows that are `1 + lengthening` times as long, and the same bias: exactly `x` where an adapter begins."""
-    return torch.addcmul(x, x if bias is None else x - bias, lengthening)
+    return torch.addcmul(x, _without_bias(x, bias), lengthening)
+
+
+def _without_bias(x: Tensor, bias: Tensor | None = None) -> Tensor:
+    return x if bias is None else x - bias

@@ -38,7 +38,7 @@ from simpletuner.training.planning.encoding import (
 )
 from simpletuner.training.planning.loads import choose_prompts, largest_load
 from simpletuner.training.planning.memory import Row, Shapes, decode_bytes, device_memory, memory_rows, read_shapes
-from simpletuner.training.planning.settings import Room, choose_settings, with_settings
+from simpletuner.training.planning.settings import Room, choose_settings, with_activation_memory, with_settings
 from simpletuner.training.planning.shapes import Load
 from simpletuner.training.preflight import check_model_folder
 from simpletuner.training.prepare import read_datasets, require_trainable
@@ -112,6 +112,7 @@ def make_plan(loaded: LoadedRun, probe: bool | None = None, other_gpu: int | Non
     config, family = loaded.config, build_family(loaded.config)
     datasets = read_datasets(loaded, family)
     require_trainable(loaded, family, datasets)
+    loaded = with_activation_memory(loaded, family.device if other_gpu is None else torch.device("cuda"))
     chosen: tuple[str, ...] = ()
     if config.model.memory is not None:
         limit = config.model.memory

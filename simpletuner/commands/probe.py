@@ -25,6 +25,7 @@ from simpletuner.training.device_placement import place_denoiser
 from simpletuner.training.gradient_checkpointing import GradientCheckpointing
 from simpletuner.training.kernels import compile_blocks
 from simpletuner.training.losses.prior_preservation import aim_at_base
+from simpletuner.training.planning.memory import may_keep_least
 from simpletuner.training.planning.shapes import Load, empty_batch
 from simpletuner.training.step import compute_losses, sample_noise
 
@@ -68,7 +69,9 @@ def time_steps(
     adapter = attach_adapter(loaded, family, denoiser)
     place_denoiser(config, family, denoiser, adapter, SINGLE_PROCESS)
     denoiser.train()
-    if (recomputing := GradientCheckpointing.of(config, family.device)) is not None:
+    if (
+        recomputing := GradientCheckpointing.of(config, family.device, may_keep_least=may_keep_least(loaded))
+    ) is not None:
         denoiser.enable_gradient_checkpointing(recomputing)
     sizes = {(load.height, load.width) for load in loads}
     compile_blocks(denoiser, family.spec.block_classes, config.precision.dynamo_backend, len(sizes) > 1)

@@ -51,6 +51,7 @@ from simpletuner.training.latents import LatentSources
 from simpletuner.training.lock import write_lock
 from simpletuner.training.loss_scale import LossScale
 from simpletuner.training.phases import phase
+from simpletuner.training.planning.memory import may_keep_least
 from simpletuner.training.planning.settings import is_written, keep_choice
 from simpletuner.training.prepare import prepare_data, prepare_datasets
 from simpletuner.training.progress import Progress
@@ -158,7 +159,9 @@ def load_model(
         describe_adapter(adapter, bus)
         placement = place_denoiser(config, family, denoiser, adapter, process_group, mesh)
         may_offload = config.model.memory is not None and not is_written(loaded, "gradient_checkpointing_backend")
-        recomputing = GradientCheckpointing.of(config, family.device, memory_limit, may_offload)
+        if family.device.type == "cpu" and not is_written(loaded, "activation_memory"):
+            session.inform(f"activation_memory: {config.model.activation_memory}, because a processor computes")
+        recomputing = GradientCheckpointing.of(config, family.device, memory_limit, may_offload, may_keep_least(loaded))
         if recomputing is not None:
             cast(Any, denoiser).enable_gradient_checkpointing(recomputing)
         compile_blocks(denoiser, family.spec.block_classes, config.precision.dynamo_backend, has_sizes)

@@ -14,7 +14,7 @@ from simpletuner.reporting.bus import EventBus
 from simpletuner.reporting.events import Notice
 from simpletuner.training.memory import keep_within
 from simpletuner.training.phases import phase
-from simpletuner.training.planning.settings import Choice, Room, choose_settings, with_settings
+from simpletuner.training.planning.settings import Choice, Room, choose_settings, with_activation_memory, with_settings
 
 
 def fit_into_memory(
@@ -24,11 +24,14 @@ def fit_into_memory(
     bus: EventBus,
     process_group: ProcessGroup = SINGLE_PROCESS,
 ) -> tuple[LoadedRun, int | None]:
-    """The run with the settings that `memory` chose, and the bytes that it is kept within; the main process chooses.
+    """The run with the settings that its device and `memory` chose, and the bytes that it is kept within.
+
+    The main process chooses.
 
     Raises:
         ConfigError: it does not fit.
     """
+    loaded = with_activation_memory(loaded, family.device)
     if loaded.config.model.memory is None:
         return loaded, None
     room = Room.of(loaded.config.model.memory, family.device)

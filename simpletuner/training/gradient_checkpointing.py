@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from simpletuner.activation_memory.modules import ActivationMemory, set_activation_memory
 from simpletuner.config.options import TrainConfig
 from simpletuner.errors import bytes_text
 from simpletuner.training.memory import peak_bytes
@@ -43,6 +44,7 @@ class GradientCheckpointing:
         offloads_inputs: inputs of recomputed blocks wait in main memory.
         limit: bytes that the run may take: see `Room.limit`; None: what the device has.
         may_offload: inputs go to main memory where a step finds too little memory with all blocks recomputed.
+        level: what blocks keep, where those that are not recomputed may keep less than that.
     """
 
     def __init__(
@@ -53,11 +55,13 @@ class GradientCheckpointing:
         offloads_inputs: bool = False,
         limit: int | None = None,
         may_offload: bool = False,
+        level: ActivationMemory | None = None,
     ):
         self.device = device
+        self.level = level
         self.interval = interval
         self.offloading = Offloading(device) if offloads_inputs else None
-        self.room = MeasuredMemory(device, limit) if is_measured else None
+        self.room = MeasuredMemory(device, limit, level is not None) if is_measured else None
         self.may_offload = may_offload and device.type == "cuda"
         self._index: dict[Any, int] = {}
         # By the tensors that it is given `checkpoint` finds out whose random state to restore; see `_OffloadedInputs`.
@@ -65,7 +69,12 @@ class GradientCheckpointing:
 
     @classmethod
     def of(
-        cls, config: TrainConfig, device: torch.device, limit: int | None = None, may_offload: bool = False
+        cls,
+        config: TrainConfig,
+        device: torch.device,
+        limit: int | None = None,
+        may_offload: bool = False,
+        may_keep_least: bool = False,
     ) -> GradientCheckpointing | None:
         """As the configuration says; None without gradient checkpointing."""
         if not config.model.gradient_checkpointing:
@@ -78,6 +87,7 @@ class GradientCheckpointing:
             offloads_inputs=config.model.gradient_checkpointing_backend == "unsloth",
             limit=limit,
             may_offload=may_offload,
+            level=(config.model.activation_memory or "low") if may_keep_least else None,
         )
 
     def __call__(self, block: Callable[..., Any], *inputs: Any) -> Any:
@@ -89,17 +99,23 @@ class GradientCheckpointing:
             is_recomputed, count = self.room.ask(index, inputs, block)
             if count is not None:
                 with count:
-                    return block(*inputs)
+                    return _run(block, False, self._level(False), *inputs)
         else:
             is_last = is_known and index == len(self._index) - 1
             is_recomputed = index % self.interval == 0 and not is_last
         if not is_recomputed:
-            return _run(block, False, *inputs)
-        recomputing = partial(_run, block, True)
+            return _run(block, False, self._level(False), *inputs)
+        recomputing = partial(_run, block, True, self._level(True))
         if self.offloading is not None:
             away = _OffloadedInputs(recomputing, inputs, self.offloading)
             return checkpoint(away, self._of_device, use_reentrant=False)
         return checkpoint(recomputing, *inputs, use_reentrant=False)
+
+    def _level(self, is_recomputed: bool) -> ActivationMemory | None:
+        """What a block keeps from now on; None: what it kept before."""
+        if self.room is None or not self.room.keeps_least:
+            return None
+        return self.level if is_recomputed else "lowest"
 
     def after_step(self) -> list[str]:
         """Called when an optimizer step is done: then the peak of its memory is known. What has changed, in words."""
@@ -116,11 +132,13 @@ class GradientCheckpointing:
         return True
 
 
-def _run(block: Callable[..., Any], is_recomputed: bool, *inputs: Any) -> Any:
+def _run(block: Callable[..., Any], is_recomputed: bool, level: ActivationMemory | None, *inputs: Any) -> Any:
     """The block, which knows what becomes of this call: rows that go through it one by one may be treated differently,
     and the backward pass computes an earlier one again after a later one was kept."""
     if isinstance(forward := getattr(block, "forward", None), Swapped):
         forward.is_recomputed = is_recomputed
+    if level is not None and isinstance(block, nn.Module):
+        set_activation_memory(block, level)
     return block(*inputs)
 
 
@@ -238,10 +256,14 @@ class MeasuredMemory:
     then says how many blocks may keep theirs. Those are the last ones: when the backward pass comes to the first, where
     it recomputes, it has freed them. The very first step of a run says nothing, since the optimizer makes its state at
     its end: only afterwards do activations and state exist together.
+
+    Args:
+        may_keep_least: where not all blocks can keep what they do, they keep least, and are measured again.
     """
 
-    def __init__(self, device: torch.device, limit: int | None = None):
+    def __init__(self, device: torch.device, limit: int | None = None, may_keep_least: bool = False):
         self.device, self.limit = device, limit
+        self.may_keep_least, self.keeps_least = may_keep_least, False
         # Place and kind of a block -> whether it is recomputed. The first blocks may see text alone, so that a pass is
         # known by all of its blocks and not by its beginning.
         self.recomputes: dict[tuple[int, Kind], bool] = {}
@@ -277,7 +299,7 @@ class MeasuredMemory:
         """What was free at the peak of a step that has counted says how many blocks of its passes are kept.
 
         Returns:
-            Lines for the log, where the run has a limit.
+            Lines for the log: that blocks keep less, and, where the run has a limit, how many are recomputed.
         """
         lines = []
         for blocks in self._measuring if self._has_state else ():
@@ -285,6 +307,13 @@ class MeasuredMemory:
             kept = sum(count for count, (_, is_recomputed) in zip(counts, blocks, strict=True) if not is_recomputed)
             free = self.free_bytes()
             num_recomputed = len(blocks) - count_fitting(free, counts, kept)
+            if num_recomputed and self.may_keep_least:
+                self.may_keep_least, self.keeps_least = False, True
+                lines.append(
+                    "memory: not all blocks fit with what they keep; with activation_memory lowest they are "
+                    "measured again"
+                )
+                break
             if self.limit is not None:
                 spare = f"{bytes_text(free)} were free" if free >= 0 else f"{bytes_text(-free)} were missing"
                 lines.append(

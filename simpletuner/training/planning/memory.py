@@ -10,6 +10,7 @@ import psutil
 import torch
 from torch import nn
 
+from simpletuner.activation_memory.modules import set_activation_memory
 from simpletuner.adapters.assistant import find_assistant
 from simpletuner.adapters.build import attach_adapter
 from simpletuner.batch import PromptEmbeds
@@ -58,6 +59,7 @@ class Shapes:
         swapped_bytes: of them, those that wait in main memory.
         trained: the parameters that are trained, on `meta`.
         activations: at the largest size.
+        least: the same of blocks that keep least, where they may: see `may_keep_least`.
         optimizer: bytes of the optimizer's state.
         update: bytes that a step of the optimizer makes besides.
         unpacked: bytes of the largest packed weight, which is unpacked for the moment of its product.
@@ -72,6 +74,15 @@ class Shapes:
     optimizer: int
     update: int
     unpacked: int = 0
+    least: Activations | None = None
+
+
+def may_keep_least(loaded: LoadedRun) -> bool:
+    """Whether `auto` lets blocks keep least (`activation_memory` `lowest`) before it forgets whole ones: where nobody
+    wrote what they keep, and no compiler decides it."""
+    config = loaded.config
+    is_free = loaded.origin("activation_memory").kind == "default" and config.precision.dynamo_backend == "no"
+    return is_free and config.model.gradient_checkpointing and config.model.gradient_checkpointing_interval == "auto"
 
 
 def read_shapes(loaded: LoadedRun, family: ModelFamily, load: Load, embeds: Sequence[PromptEmbeds]) -> Shapes:
@@ -98,10 +109,14 @@ def read_shapes(loaded: LoadedRun, family: ModelFamily, load: Load, embeds: Sequ
         parameter.data = parameter.data.to(computes_in)
     empty.dtype = computes_in
     activations = measure_activations(empty, denoiser, load.height, load.width, embeds, load.references)
+    least = None
+    if may_keep_least(loaded):
+        set_activation_memory(denoiser, "lowest")
+        least = measure_activations(empty, denoiser, load.height, load.width, embeds, load.references)
     if is_full:
         frozen = untrained
     unpacked = unpacked_bytes(family, packed, computes_in, activations.num_tokens)
-    return Shapes(count, frozen, trained, trained_bytes, swapped, activations, optimizer, update, unpacked)
+    return Shapes(count, frozen, trained, trained_bytes, swapped, activations, optimizer, update, unpacked, least)
 
 
 def frozen_bytes(config: TrainConfig, family: ModelFamily, denoiser: nn.Module) -> tuple[int, int]:
@@ -155,7 +170,7 @@ def memory_rows(
         vae = make_empty_component(family.source, family.spec.component("vae"), torch.float32)
         rows.append(Row("VAE, kept to encode on demand", num_bytes(vae.parameters())))
     free = available - sum(row.num_bytes for row in rows)
-    chosen, others = activation_rows(config, shapes.activations, free)
+    chosen, others = activation_rows(config, shapes.activations, free, shapes.least)
     # The activations are gone when the optimizer takes its step, so what it makes has their room.
     update = Row(
         f"a step of {config.optimizer.optimizer}, beyond the activations", max(shapes.update - chosen.num_bytes, 0)
@@ -179,14 +194,20 @@ def unpacked_bytes(family: ModelFamily, packed: Sequence[nn.Linear], computes_in
     return max(found, default=0)
 
 
-def activation_rows(config: TrainConfig, activations: Activations, free: int) -> tuple[Row, list[Row]]:
+def activation_rows(
+    config: TrainConfig, activations: Activations, free: int, least: Activations | None = None
+) -> tuple[Row, list[Row]]:
     """(activations as configured, those of the other ways to recompute).
 
     Args:
         free: bytes that are left for them.
+        least: see `Shapes`.
     """
     num_blocks = len(activations.inside)
     offloads = config.model.gradient_checkpointing_backend == "unsloth"
+    keeps_least = least is not None and bool(mix_that_fits(activations, free, offloads))
+    if least is not None and keeps_least:
+        activations = least
     interval = config.model.gradient_checkpointing_interval or "1"
     ways = {
         "without gradient_checkpointing": range(0),
@@ -197,6 +218,7 @@ def activation_rows(config: TrainConfig, activations: Activations, free: int) ->
     recomputed = ways.pop(used)
     is_whole = 0 < len(recomputed) == num_blocks - 1
     how = ", checkpointed" if is_whole else _share(recomputed, num_blocks)
+    how += ", activation_memory lowest" if keeps_least else ""
     others = [
         Row(f"activations {way}{_share(blocks, num_blocks)}", activations.peak(blocks, offloads))
         for way, blocks in ways.items()

@@ -36,6 +36,7 @@ from simpletuner.training.planning.memory import (
     decode_bytes,
     device_memory,
     encode_bytes,
+    may_keep_least,
     memory_rows,
     read_shapes,
     settled,
@@ -56,7 +57,7 @@ KEPT = (
 
 Settings = Mapping[str, Any]
 HIGH: Settings = {"gradient_checkpointing": False, "activation_memory": "high"}
-LOW: Settings = {"gradient_checkpointing": False}
+LOW: Settings = {"gradient_checkpointing": False, "activation_memory": "low"}
 LOWEST: Settings = {"gradient_checkpointing": False, "activation_memory": "lowest"}
 RECOMPUTED: Settings = {"gradient_checkpointing": True, "gradient_checkpointing_interval": "auto"}
 OFFLOADED: Settings = {**RECOMPUTED, "gradient_checkpointing_backend": "unsloth"}
@@ -140,6 +141,14 @@ def with_settings(loaded: LoadedRun, settings: Settings) -> LoadedRun:
     """The run with these options."""
     origins = {**loaded.origins, **dict.fromkeys(settings, Origin("memory"))}
     return replace(loaded, config=loaded.config.with_values(dict(settings)), origins=origins)
+
+
+def with_activation_memory(loaded: LoadedRun, device: torch.device) -> LoadedRun:
+    """The run with what its blocks keep where nobody wrote it: a processor has memory and lacks time."""
+    if is_written(loaded, "activation_memory"):
+        return loaded
+    level = "high" if device.type == "cpu" else "low"
+    return replace(loaded, config=loaded.config.with_values({"activation_memory": level}))
 
 
 def keep_choice(loaded: LoadedRun, checkpoint: Path | None) -> LoadedRun:
@@ -256,7 +265,7 @@ class _Training(_Stage):
         training = [each for each in hold_out(list(datasets), config.evaluation.eval_holdout) if each.kind == "image"]
         self.load = largest_load(training, config.training.train_batch_size)
         self.prompts = choose_prompts(family, training, self.load, longest=True)
-        self._shapes: dict[str, Shapes] = {}
+        self._shapes: dict[tuple[str | None, bool], Shapes] = {}
         self.denoiser = type(family)(family.spec, family.source, torch.device("meta"), family.dtype).empty_denoiser()
         self.encoders = captions.cost.weight_bytes if captions and captions.stays and captions.cost else 0
         self.stays_vae = any(each.encodes_on_demand for each in datasets)
@@ -288,10 +297,10 @@ class _Training(_Stage):
 
     def shapes(self, loaded: LoadedRun) -> Shapes:
         """Measured once for each kind of activations."""
-        level = loaded.config.model.activation_memory
-        if level not in self._shapes:
-            self._shapes[level] = read_shapes(loaded, self.family, self.load, self.prompts)
-        return self._shapes[level]
+        key = loaded.config.model.activation_memory, may_keep_least(loaded)
+        if key not in self._shapes:
+            self._shapes[key] = read_shapes(loaded, self.family, self.load, self.prompts)
+        return self._shapes[key]
 
     def cost(self, loaded: LoadedRun) -> Cost:
         config, family = loaded.config, _configured(self.family, loaded)

@@ -46,7 +46,7 @@ def test_every_part_runs_on_a_tiny_shape(only: str, benchmark: ModuleType, tmp_p
 
 
 SOME = ("row: recomputed to fit 15.5 GiB", "row: int8 all blocks swapped", "row: all weights by measure")
-FAMILY_ROWS = ("family: flux plain", "family: sdxl recomputed", "family: qwen_image int8 products recomputed")
+FAMILY_ROWS = ("family: flux plain", "family: sdxl recomputed", "family: z_image lowest")
 OTHERS = ("4 waits", "5 parked inputs with dropout", "11 a padded batch", "published: omnigen lora")
 
 

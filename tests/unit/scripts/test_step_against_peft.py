@@ -31,7 +31,7 @@ def flops(step: object) -> int:
 
 @pytest.mark.parametrize("name", ["flux", "z_image"])
 def test_both_sides_take_the_same_products(name: str, benchmark: ModuleType) -> None:
-    ours, theirs, again = benchmark.sides(name, importlib.import_module("random_families").TINY[name], 64)
+    ours, theirs, again = benchmark.sides(name, importlib.import_module("random_families").TINY[name], 64, "low")
     assert flops(ours) == flops(theirs) == flops(again) > 0
 
 
@@ -49,6 +49,15 @@ def test_a_missed_goal_ends_with_1(
         row = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]["flux"]
         assert row["spread"] == pytest.approx(0.01)
         assert row["ratio"] == pytest.approx(ours / 1.005, abs=1e-4)
+
+
+def test_lowest_repeats_the_share_of_products_that_its_limit_allows(
+    benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("simpletuner.activation_memory.recompute.LARGE", 0)
+    network = importlib.import_module("random_families").TINY["z_image"]
+    (lowest, low, again), share = benchmark.own_levels("z_image", network, 64)
+    assert flops(low) == flops(again) < flops(lowest) <= (1 + share) * flops(low)
 
 
 def test_every_family_with_a_public_class_is_compared(benchmark: ModuleType) -> None:

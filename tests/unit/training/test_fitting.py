@@ -25,7 +25,15 @@ from simpletuner.training import memory as process_memory
 from simpletuner.training.device_placement import place_denoiser
 from simpletuner.training.gradient_checkpointing import GradientCheckpointing, MeasuredMemory
 from simpletuner.training.planning import settings as planning
-from simpletuner.training.planning.settings import Choice, Cost, Room, choose_settings, with_settings
+from simpletuner.training.planning.memory import may_keep_least
+from simpletuner.training.planning.settings import (
+    Choice,
+    Cost,
+    Room,
+    choose_settings,
+    with_activation_memory,
+    with_settings,
+)
 from simpletuner.training.planning.shapes import BackwardPeaks, PeakBytes, empty_batch, num_bytes
 from simpletuner.training.prepare import read_datasets
 from simpletuner.training.step import compute_losses
@@ -65,7 +73,8 @@ def taken(loaded: LoadedRun) -> int:
     denoiser = family.load_base()
     adapter = attach_adapter(loaded, family, denoiser)
     place_denoiser(loaded.config, family, denoiser, adapter, SINGLE_PROCESS)
-    if (recomputing := GradientCheckpointing.of(loaded.config, family.device)) is not None:
+    may_least = may_keep_least(loaded)
+    if (recomputing := GradientCheckpointing.of(loaded.config, family.device, may_keep_least=may_least)) is not None:
         denoiser.enable_gradient_checkpointing(recomputing)
         if recomputing.room is not None:  # as a run does that finds so little free
             recomputing.room.free_bytes = lambda: 0  # type: ignore[method-assign]
@@ -329,6 +338,80 @@ def test_measured_steps_stay_within_the_limit(monkeypatch: pytest.MonkeyPatch) -
         "memory: 300 bytes were free at the peak of the first step of this size; from now on 1 of 3 blocks are "
         "recomputed"
     ]
+
+
+def test_what_blocks_keep_follows_the_device_where_nobody_wrote_it(model: Path, tmp_path: Path) -> None:
+    loaded = load_here(write(tmp_path / "free", model))
+    for device, level in (("cpu", "high"), ("cuda", "low")):
+        found = with_activation_memory(loaded, torch.device(device))
+        assert found.config.model.activation_memory == level
+        assert not planning.is_written(found, "activation_memory")  # so that `memory` may choose another
+    written = load_here(write(tmp_path / "written", model, {"activation_memory": "low"}))
+    assert with_activation_memory(written, torch.device("cpu")) is written
+
+
+@pytest.mark.parametrize("written", [{}, {"activation_memory": "low"}])
+def test_a_run_logs_what_its_device_decided_and_not_what_somebody_wrote(
+    written: dict[str, Any], model: Path, tmp_path: Path
+) -> None:
+    folder = write(tmp_path / "run", model, written, memory=None, max_train_steps=1)
+    output = train_here(folder)
+    texts = [row["text"] for row in metrics(output, "notice") if row["text"].startswith("activation_memory")]
+    assert texts == ([] if written else ["activation_memory: high, because a processor computes"])
+
+
+@pytest.mark.parametrize(("share", "num_recomputed"), [(5.0, 0), (0.0, 5)])
+def test_auto_lets_blocks_keep_least_before_it_forgets_whole_ones(
+    share: float, num_recomputed: int, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside the block that was measured, room for 4.5 is room for all five that keep least; bits stay the same."""
+    monkeypatch.setattr("simpletuner.activation_memory.recompute.LARGE", 0)
+    auto = {"gradient_checkpointing": True, "gradient_checkpointing_interval": "auto"}
+    loaded = with_activation_memory(load_here(write(tmp_path / "run", model, auto)), torch.device("cuda"))
+    family = build_family(loaded.config)
+    denoiser = family.load_base()
+    adapter = attach_adapter(loaded, family, denoiser)
+    recomputing = GradientCheckpointing.of(loaded.config, family.device, may_keep_least=may_keep_least(loaded))
+    assert recomputing is not None
+    room = recomputing.room
+    assert room is not None
+    counts: list[int] = []
+
+    def free() -> int:
+        counts.append(max(room._counted.values()))
+        return int(share * counts[0])
+
+    monkeypatch.setattr(room, "free_bytes", free)
+    denoiser.enable_gradient_checkpointing(recomputing)
+    denoiser.train()
+    found, lines = [], []
+    for _ in range(4):
+        torch.manual_seed(0)
+        batch = empty_batch(family, 64, 64, family.encode_prompts(["a star"]))
+        middle = torch.full((1,), 0.5, dtype=torch.float64)
+        compute_losses(family, denoiser, batch, torch.ones_like(batch.latents), middle).weighted_sum.backward()
+        parameters = adapter.trainable_parameters().values()
+        found.append([each.grad.clone() for each in parameters if each.grad is not None])
+        denoiser.zero_grad(set_to_none=True)
+        lines += recomputing.after_step()
+    assert lines == [
+        "memory: not all blocks fit with what they keep; with activation_memory lowest they are measured again"
+    ]
+    assert counts[1] < 0.8 * counts[0]
+    assert sum(room.recomputes.values()) == num_recomputed
+    for again in found[1:]:
+        assert all(torch.equal(ours, first) for ours, first in zip(again, found[0], strict=True))
+
+
+@pytest.mark.parametrize(
+    "written", [{"activation_memory": "low"}, {"dynamo_backend": "eager"}, {"gradient_checkpointing_interval": "2"}]
+)
+def test_auto_changes_nothing_of_what_blocks_keep_where_that_is_decided(
+    written: dict[str, Any], model: Path, tmp_path: Path
+) -> None:
+    auto = {"gradient_checkpointing": True, "gradient_checkpointing_interval": "auto"}
+    assert may_keep_least(load_here(write(tmp_path / "free", model, auto)))
+    assert not may_keep_least(load_here(write(tmp_path / "written", model, auto | written)))
 
 
 def test_inputs_go_to_main_memory_where_all_blocks_are_recomputed_and_a_step_still_fails() -> None:
