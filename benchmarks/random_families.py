@@ -168,6 +168,21 @@ MEDIUM = {
             "prompt_embeds_2": (256, 256), "prompt_attention_mask_2": (256,),
         },
     ),
+    "pixart_sigma": Network(
+        {
+            "num_attention_heads": 8, "attention_head_dim": 64, "num_layers": 5, "out_channels": 8, "sample_size": 64,
+            "cross_attention_dim": 512, "caption_channels": 512,
+        },
+        text(128, 512),
+    ),
+    "sana": Network(
+        {
+            "num_attention_heads": 16, "attention_head_dim": 32, "num_layers": 4, "sample_size": 16,
+            "num_cross_attention_heads": 8, "cross_attention_head_dim": 64, "cross_attention_dim": 512,
+            "caption_channels": 512,
+        },
+        text(128, 512),
+    ),
 }  # fmt: skip
 
 
