@@ -280,7 +280,7 @@ def toy_run(
     parameters = adapter.trainable_parameters()
     sampler = build_sampler(loaded.config, datasets, process_group.size)  # type: ignore[arg-type]
     sources: Any = {dataset.id: ToySource(dataset.images) for dataset in datasets}
-    total = total_train_steps(loaded, sampler)
+    total = total_train_steps(loaded.config.training, sampler)
     config = loaded.config
     run = Run(
         loaded=loaded,
@@ -291,7 +291,7 @@ def toy_run(
             adapter=adapter,
             placement=Replicated(parameters, process_group),
             optimizer=(optimizer or torch.optim.SGD)(list(parameters.values()), lr=123.0),  # set again before each step
-            lr_factor=build_lr_factor(loaded, total, process_group),
+            lr_factor=build_lr_factor(config, total, process_group),
             ema=EMA(parameters, config.training.ema_decay, config.training.ema_update_interval)
             if config.training.use_ema
             else None,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,6 +10,7 @@ from pathlib import Path
 from simpletuner.cache.latents import LatentCache
 from simpletuner.cache.prompts import CachedPrompts
 from simpletuner.cache.store import QUARANTINE, StoreStats, TensorStore
+from simpletuner.commands.text import Say
 from simpletuner.config.datasets import ImageDataset, TextEmbedsDataset
 from simpletuner.config.loading import LoadedRun
 from simpletuner.data.entry_rules import latents_folder
@@ -29,7 +30,6 @@ from simpletuner.training.prepare import prepare_data, prepare_datasets, read_da
 from simpletuner.training.prompts import open_prompt_cache, prompts_folder, run_prompts
 from simpletuner.training.signals import StopRequest
 
-Say = Callable[[str], None]
 CAPTIONS = "captions"  # who uses the folder of prompt embeddings, where datasets are named
 
 

@@ -6,7 +6,7 @@ Filter report, sizes, steps, captions and caches as text, and the very crops tha
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,11 @@ from simpletuner.cache.store import TensorStore
 from simpletuner.commands.captions import CaptionCheck, check_captions
 from simpletuner.commands.contact_sheet import render_sheet, write_sheet
 from simpletuner.commands.remedies import remedies_of
-from simpletuner.commands.text import columns
+from simpletuner.commands.text import Say, columns
 from simpletuner.config.loading import LoadedRun
+from simpletuner.config.options import TrainConfig
 from simpletuner.config.options.data import DataOptions
+from simpletuner.config.options.training import TrainingOptions
 from simpletuner.data.dataset import Dataset
 from simpletuner.data.datasets import UnusableData
 from simpletuner.data.entry_rules import latents_folder
@@ -38,8 +40,6 @@ from simpletuner.training.planning.encoding import TextCost, text_cost
 from simpletuner.training.preflight import check_model_folder
 from simpletuner.training.prepare import read_datasets, require_trainable
 from simpletuner.training.resuming import total_train_steps
-
-Say = Callable[[str], None]
 
 BAR_WIDTH = 30
 SCAN_SECONDS = 5.0
@@ -207,14 +207,14 @@ def gather(loaded: LoadedRun, report: ProgressReport | None = None) -> Check:
     training = hold_out(datasets, config.evaluation.eval_holdout)
     filter_reports = {dataset.id: dataset.filter_report for dataset in training}
     datasets = [replace(dataset, filter_report=filter_reports[dataset.id]) for dataset in datasets]
-    checks = tuple(check_dataset(loaded, family, dataset, fingerprint) for dataset in datasets)
-    steps = count_steps(loaded, build_sampler(loaded.config, [each for each in training if each.kind == "image"]))
+    checks = tuple(check_dataset(config, family, dataset, fingerprint) for dataset in datasets)
+    steps = count_steps(config.training, build_sampler(config, [each for each in training if each.kind == "image"]))
     line = steps.line(config.training.train_batch_size, config.training.gradient_accumulation_steps)
     name = config.reporting.tracker_run_name or Path(config.checkpoint.output_dir).name
     return Check(name, checks, steps, line, loaded.warnings, text_cost(loaded, family, datasets))
 
 
-def check_dataset(loaded: LoadedRun, family: ModelFamily, dataset: Dataset, fingerprint: str) -> DatasetCheck:
+def check_dataset(config: TrainConfig, family: ModelFamily, dataset: Dataset, fingerprint: str) -> DatasetCheck:
     captions_seen: list[str] = []
     factors: list[float] = []
     for sample in dataset.samples:
@@ -225,10 +225,10 @@ def check_dataset(loaded: LoadedRun, family: ModelFamily, dataset: Dataset, fing
     return DatasetCheck(
         dataset=dataset,
         captions=captions,
-        cache=cache_need(loaded.config.data, family, dataset, fingerprint),
+        cache=cache_need(config.data, family, dataset, fingerprint),
         num_enlarged=len(enlarged),
         largest_factor=max(factors, default=1.0),
-        remedies=tuple(remedies_of(dataset, loaded.config, captions, enlarged)),
+        remedies=tuple(remedies_of(dataset, config, captions, enlarged)),
     )
 
 
@@ -245,10 +245,10 @@ def cache_need(options: DataOptions, family: ModelFamily, dataset: Dataset, fing
     return CacheNeed(tuple(dict.fromkeys(folders)), num_all - num_missing, num_missing, num_bytes)
 
 
-def count_steps(loaded: LoadedRun, sampler: Sampler) -> Steps:
+def count_steps(options: TrainingOptions, sampler: Sampler) -> Steps:
     """Of the first epoch; datasets that come or go later change the others."""
-    batches, accumulation = sampler.batches_in(0), loaded.config.training.gradient_accumulation_steps
-    total = total_train_steps(loaded, sampler)
+    batches, accumulation = sampler.batches_in(0), options.gradient_accumulation_steps
+    total = total_train_steps(options, sampler)
     return Steps(batches, batches / accumulation, total, total * accumulation / max(batches, 1))
 
 

@@ -7,16 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
 from typing import Any
 
-from simpletuner.commands.text import columns, short_count
+from simpletuner.commands.text import Say, columns, short_count
 from simpletuner.errors import bytes_text
 from simpletuner.families.presets import presets_of, smallest_card
 from simpletuner.families.registry import all_specs, get_spec
 from simpletuner.families.spec import FamilySpec, Flavour
-
-Say = Callable[[str], None]
 
 PREDICTIONS = {"flow": "a velocity (flow matching)", "epsilon": "the noise (epsilon)", "v_prediction": "v"}
 

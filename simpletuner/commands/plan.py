@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +17,7 @@ import torch
 from simpletuner.adapters.assistant import find_assistant, wants_assistant
 from simpletuner.commands.check import cache_need, count_steps
 from simpletuner.commands.probe import StepTimes, time_encoding, time_steps
-from simpletuner.commands.text import columns, short_count
+from simpletuner.commands.text import Say, columns, short_count
 from simpletuner.config.loading import LoadedRun
 from simpletuner.config.options import TrainConfig
 from simpletuner.data.dataset import Dataset
@@ -32,10 +32,7 @@ from simpletuner.training.disk_space import LOG_BYTES, LOGS
 from simpletuner.training.earlier_runs import delete_command, earlier_size
 from simpletuner.training.kernels import chosen_kernels
 from simpletuner.training.latents import fingerprint_of_vae
-from simpletuner.training.planning.encoding import (
-    largest_references,
-    text_cost,
-)
+from simpletuner.training.planning.encoding import largest_references, text_cost
 from simpletuner.training.planning.loads import choose_prompts, largest_load
 from simpletuner.training.planning.memory import Row, Shapes, decode_bytes, device_memory, memory_rows, read_shapes
 from simpletuner.training.planning.settings import Room, choose_settings, with_activation_memory, with_settings
@@ -43,8 +40,6 @@ from simpletuner.training.planning.shapes import Load
 from simpletuner.training.preflight import check_model_folder
 from simpletuner.training.prepare import read_datasets, require_trainable
 from simpletuner.training.rollout import build_rollouts
-
-Say = Callable[[str], None]
 
 # Beyond it a probe on a CPU takes minutes; an accelerator is always probed.
 CPU_PROBE_OPERATIONS = 4e11
@@ -109,65 +104,45 @@ def plan(loaded: LoadedRun, say: Say, probe: bool | None = None, other_gpu: int 
 def make_plan(loaded: LoadedRun, probe: bool | None = None, other_gpu: int | None = None) -> Plan:
     """As `plan`, without printing."""
     check_model_folder(loaded)
-    config, family = loaded.config, build_family(loaded.config)
+    family = build_family(loaded.config)
     datasets = read_datasets(loaded, family)
     require_trainable(loaded, family, datasets)
     loaded = with_activation_memory(loaded, family.device if other_gpu is None else torch.device("cuda"))
-    chosen: tuple[str, ...] = ()
-    if config.model.memory is not None:
-        limit = config.model.memory
+    chosen: list[str] = []
+    if (limit := loaded.config.model.memory) is not None:
         room = Room.of(limit, family.device) if other_gpu is None else Room.of_other(limit, other_gpu)
         choice = choose_settings(loaded, family, datasets, room)
         loaded = with_settings(loaded, choice.settings)
-        config, family = loaded.config, build_family(loaded.config)
-        chosen = (*choice.lines, *(problem.message for problem in choice.lacking))
+        family = build_family(loaded.config)
+        chosen = [f"memory: {line}" for line in (*choice.lines, *(problem.message for problem in choice.lacking))]
+    config = loaded.config
     training = [dataset for dataset in hold_out(datasets, config.evaluation.eval_holdout) if dataset.kind == "image"]
-    sampler = build_sampler(loaded.config, training)
-    steps = count_steps(loaded, sampler)
+    sampler = build_sampler(config, training)
+    steps = count_steps(config.training, sampler)
     largest = largest_load(training, config.training.train_batch_size)
 
-    longest = choose_prompts(family, training, largest, longest=True)
-    shapes = read_shapes(loaded, family, largest, longest)
+    shapes = read_shapes(loaded, family, largest, choose_prompts(family, training, largest, longest=True))
     available = device_memory(family.device) if other_gpu is None else other_gpu
     stays_vae = any(each.encodes_on_demand for each in datasets)
     memory, other_activations = memory_rows(loaded, family, shapes, stays_vae, available)
     captions = text_cost(loaded, family, datasets)
     if captions is not None and captions.stays and captions.cost is not None:
         memory.append(Row("text encoders, kept to encode on demand", captions.cost.weight_bytes))
-    operations = 6 * shapes.num_parameters * shapes.activations.num_tokens
-    reason = "the run trains on another machine"
-    if other_gpu is None:
-        reason = why_no_probe(family, sum(row.num_bytes for row in memory), available, operations, probe)
-    missing = cache_needs(loaded, family, datasets)
-    seconds = None
-    beside = "".join(f" with a reference of {width}x{height}" for height, width in largest.references)
-    notes = [f"memory is that of the largest batch, {largest.batch_size} of {largest.width}x{largest.height}{beside}"]
-    notes += [f"memory: {line}" for line in chosen]
-    if family.device.type == "cuda":
-        notes.append("the CUDA context is not counted; available memory is what it leaves")
-    if not config.validation.validation_disable:
-        decode = decode_bytes(family, *config.validation.validation_sizes[0])
-        notes.append(f"decoding a validation image takes {bytes_text(decode)} beside the weights, between two steps")
+    num_missing, missing_bytes = cache_needs(config, family, datasets)
+    notes = memory_notes(config, family, largest, chosen)
     notes += [f"captions: {line}" for line in (captions.lines() if captions else ())]
     notes += [*assistant_notes(config), *earlier_notes(Path(config.checkpoint.output_dir))]
+
+    operations = 6 * shapes.num_parameters * shapes.activations.num_tokens
+    reason: str | None = "the run trains on another machine"
+    if other_gpu is None:
+        reason = why_no_probe(family, sum(row.num_bytes for row in memory), available, operations, probe)
+    seconds = None
     if reason:
         notes.append(f"time was not measured: {reason}")
     else:
-        loads = count_loads(training, sampler)
-        typical = choose_prompts(family, training, largest, longest=False)
-        depth = build_rollouts(config, family.spec).expected_depth(steps.total)
-        with chosen_kernels(loaded.config, family.device):
-            probed = [load for load, _ in loads.most_common(PROBED_LOADS)]
-            times = time_steps(loaded, family, probed, typical, has_rollouts=depth > 0)
-        common = loads.most_common(1)[0][0]
-        encode = time_encoding(family, common.height, common.width, config.data.vae_batch_size) if missing[0] else 0.0
-        each = seconds_per_step(loads, times, config.training.gradient_accumulation_steps, depth)
-        seconds = (each * steps.total, encode * missing[0])
-        notes.append(f"time was measured on {family.device}, without validation, evaluation and checkpoints")
-        if depth:
-            notes.append(f"scheduled sampling adds {depth:.1f} passes without gradients to a batch, on average")
-        if times.peak_bytes is not None:
-            notes.append(f"the steps that were timed took {bytes_text(times.peak_bytes)} at most")
+        seconds, about_time = measure(loaded, family, training, sampler, steps.total, num_missing)
+        notes += about_time
     place = family.device if other_gpu is None else f"a GPU with {bytes_text(other_gpu)}"
     return Plan(
         model=f"{family.spec.title}, {config.model.model_type}, {_name(family.dtype)} on {place}",
@@ -176,12 +151,52 @@ def make_plan(loaded: LoadedRun, probe: bool | None = None, other_gpu: int | Non
         memory=tuple(memory),
         other_activations=tuple(other_activations),
         available=available,
-        disk=tuple(disk_rows(loaded, shapes, (missing[1], captions.disk_bytes if captions else 0), steps.total)),
+        disk=tuple(disk_rows(loaded, shapes, (missing_bytes, captions.disk_bytes if captions else 0), steps.total)),
         free_disk=free_disk(Path(config.checkpoint.output_dir)),
         steps=steps.total,
         seconds=seconds,
         notes=tuple(notes),
     )
+
+
+def memory_notes(config: TrainConfig, family: ModelFamily, largest: Load, chosen: Sequence[str]) -> list[str]:
+    """What the rows of memory are of, how `memory` chose, and what is left out."""
+    beside = "".join(f" with a reference of {width}x{height}" for height, width in largest.references)
+    notes = [f"memory is that of the largest batch, {largest.batch_size} of {largest.width}x{largest.height}{beside}"]
+    notes += chosen
+    if family.device.type == "cuda":
+        notes.append("the CUDA context is not counted; available memory is what it leaves")
+    if not config.validation.validation_disable:
+        decode = decode_bytes(family, *config.validation.validation_sizes[0])
+        notes.append(f"decoding a validation image takes {bytes_text(decode)} beside the weights, between two steps")
+    return notes
+
+
+def measure(
+    loaded: LoadedRun,
+    family: ModelFamily,
+    training: Sequence[Dataset],
+    sampler: Sampler,
+    total_steps: int,
+    num_missing: int,
+) -> tuple[tuple[float, float], list[str]]:
+    """Seconds of all steps and of encoding `num_missing` images, timed on this device; and what to say of them."""
+    config, loads = loaded.config, count_loads(training, sampler)
+    largest = largest_load(training, config.training.train_batch_size)
+    typical = choose_prompts(family, training, largest, longest=False)
+    depth = build_rollouts(config, family.spec).expected_depth(total_steps)
+    with chosen_kernels(config, family.device):
+        probed = [load for load, _ in loads.most_common(PROBED_LOADS)]
+        times = time_steps(loaded, family, probed, typical, has_rollouts=depth > 0)
+    common = loads.most_common(1)[0][0]
+    encode = time_encoding(family, common.height, common.width, config.data.vae_batch_size) if num_missing else 0.0
+    each = seconds_per_step(loads, times, config.training.gradient_accumulation_steps, depth)
+    notes = [f"time was measured on {family.device}, without validation, evaluation and checkpoints"]
+    if depth:
+        notes.append(f"scheduled sampling adds {depth:.1f} passes without gradients to a batch, on average")
+    if times.peak_bytes is not None:
+        notes.append(f"the steps that were timed took {bytes_text(times.peak_bytes)} at most")
+    return (each * total_steps, encode * num_missing), notes
 
 
 def assistant_notes(config: TrainConfig) -> list[str]:
@@ -223,13 +238,9 @@ def disk_rows(loaded: LoadedRun, shapes: Shapes, cached: tuple[int, int], total_
 
 def keeps_best(loaded: LoadedRun) -> bool:
     """Whether the state with the lowest eval loss is kept beside the numbered checkpoints."""
-    config = loaded.config
-    has_interval = (
-        bool(config.evaluation.eval_steps_interval or config.evaluation.eval_epoch_interval)
-        and not config.evaluation.eval_loss_disable
-    )
-    has_images = bool(config.evaluation.eval_holdout) or any(entry.dataset_type == "eval" for entry in loaded.datasets)
-    return has_interval and has_images and config.evaluation.checkpoint_keep_best is not False
+    options = loaded.config.evaluation
+    has_images = bool(options.eval_holdout) or any(entry.dataset_type == "eval" for entry in loaded.datasets)
+    return options.has_interval and has_images and options.checkpoint_keep_best is not False
 
 
 def earlier_notes(output_dir: Path) -> list[str]:
@@ -285,10 +296,10 @@ def seconds_per_step(loads: Counter[Load], times: StepTimes, accumulation: int, 
     return mean * accumulation + times.update
 
 
-def cache_needs(loaded: LoadedRun, family: ModelFamily, datasets: Sequence[Dataset]) -> tuple[int, int]:
+def cache_needs(config: TrainConfig, family: ModelFamily, datasets: Sequence[Dataset]) -> tuple[int, int]:
     """(images, bytes) of the latents that are not there yet, over all datasets."""
-    fingerprint = fingerprint_of_vae(family, Path(loaded.config.data.cache_dir))
-    needs = [cache_need(loaded.config.data, family, dataset, fingerprint) for dataset in datasets]
+    fingerprint = fingerprint_of_vae(family, Path(config.data.cache_dir))
+    needs = [cache_need(config.data, family, dataset, fingerprint) for dataset in datasets]
     return sum(need.num_missing for need in needs), sum(need.bytes_missing for need in needs)
 
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+
+# Prints one line.
+Say = Callable[[str], None]
 
 _NUMBER = re.compile(r"[\d.,]+(?![\w.-]).*")  # no name that begins with a digit
 

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from simpletuner import storage
 from simpletuner.commands.run_differences import Difference, compare_runs
+from simpletuner.commands.text import Say
 from simpletuner.config.loading import LoadedRun
 from simpletuner.config.webhooks import Webhooks
 from simpletuner.errors import ConfigError, DataError, Problem
@@ -30,10 +31,8 @@ from simpletuner.errors import ConfigError, DataError, Problem
 if TYPE_CHECKING:
     from simpletuner.training.run import Run
 
-Say = Callable[[str], None]
 
-# Checkpoints fall on each second step. Two steps at least follow the last kill.
-FEWEST_STEPS = 6
+# Checkpoints fall on each second step.
 INTERVAL = 2
 LAST_LINES = 12
 # Of the operations on files until a checkpoint has its name: the first, some in between, the last. One more kill comes

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from simpletuner.data.backends.base import Backend
 from simpletuner.data.captions import caption_from_name, is_camera_name
 from simpletuner.data.report import MAX_EXAMPLES, Note, SkippedFiles
-from simpletuner.data.scan import Progress, update_files
+from simpletuner.data.scan import CountFiles, update_files
 from simpletuner.disk import DATABASE_ERRORS, copy_in_memory, is_damage, is_writable
 from simpletuner.errors import DataError, Problem
 from simpletuner.text import forms_of, one_form
@@ -142,7 +142,7 @@ class Index:
     def close(self) -> None:
         self._db.close()
 
-    def scan(self, progress: Progress | None = None, is_trusted: bool = False) -> Catalog:
+    def scan(self, progress: CountFiles | None = None, is_trusted: bool = False) -> Catalog:
         """Look at what is new or changed since the last scan; the usable images after it.
 
         Of several processes that scan one folder, one does the work and the others wait for it.
@@ -172,7 +172,7 @@ class Index:
             self._db = sqlite3.connect(":memory:", check_same_thread=False)
             _make_tables(self._db)
 
-    def _scan(self, progress: Progress | None, is_trusted: bool) -> Catalog:
+    def _scan(self, progress: CountFiles | None, is_trusted: bool) -> Catalog:
         select = "SELECT * FROM catalogue"
         if not is_trusted or self._db.execute(select).fetchone() is None:
             update_files(self._db, self.backend, progress)
@@ -341,7 +341,7 @@ class Index:
             )
 
     @contextlib.contextmanager
-    def _only_scan(self, progress: Progress | None) -> Iterator[None]:
+    def _only_scan(self, progress: CountFiles | None) -> Iterator[None]:
         from filelock import FileLock, Timeout
 
         if not self._is_shared:  # a copy in memory is this process's own

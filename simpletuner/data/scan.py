@@ -28,7 +28,7 @@ from simpletuner.text import NotText, one_form, printable
 # An image that decodes; one that does not, until it or the decoder changes; one to be tried again at each scan.
 OK, BROKEN, UNREADABLE = "ok", "broken", "unreadable"
 
-Progress = Callable[[int], None]
+CountFiles = Callable[[int], None]
 
 # Files per task of the pool: handing over a task costs as much as decoding a small image from a disk.
 _TASK_FILES = 16
@@ -83,7 +83,7 @@ class Finding:
     text: str | None = None
 
 
-def update_files(database: sqlite3.Connection, backend: Backend, progress: Progress | None = None) -> None:
+def update_files(database: sqlite3.Connection, backend: Backend, progress: CountFiles | None = None) -> None:
     """Bring `folders` and `files` up to date; the catalog is dropped where anything changed.
 
     Args:

@@ -10,8 +10,9 @@ from __future__ import annotations
 import atexit
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,7 +24,10 @@ from simpletuner.adapters.base import Adapter
 from simpletuner.adapters.build import attach_adapter
 from simpletuner.config.loading import LoadedRun
 from simpletuner.config.lycoris_algorithms import form_and_kind
+from simpletuner.config.options import TrainConfig
 from simpletuner.config.options.checkpoint import CheckpointOptions
+from simpletuner.config.options.precision import PrecisionOptions
+from simpletuner.config.options.training import TrainingOptions
 from simpletuner.data.dataset import Dataset
 from simpletuner.data.sampler import Sampler, build_sampler
 from simpletuner.distributed.process_group import SINGLE_PROCESS, ProcessGroup
@@ -85,7 +89,7 @@ def build_run(
     datasets, sources = prepare_data(loaded, family, output_dir, bus, stop, process_group, datasets)
     training = [dataset for dataset in datasets if dataset.kind == "image"]
     sampler = build_sampler(config, training, process_group.size)
-    length = run_length(loaded, sampler, start.resume_from)
+    length = run_length(config.training, sampler, start.resume_from)
     if length.notice:
         bus.emit(Notice("info", length.notice))
 
@@ -103,8 +107,8 @@ def build_run(
         progress=Progress(loss_scale=LossScale.of(config.precision.mixed_precision)),
         session=session,
         batches=BatchSource(family, training, sources, sampler, config, process_group),
-        evaluator=build_evaluator(loaded, family, datasets, sources, stop, process_group),
-        validator=build_validator(loaded, family, datasets, checkpoints, bus, stop, process_group),
+        evaluator=build_evaluator(config, family, datasets, sources, session),
+        validator=build_validator(loaded, family, datasets, session),
         max_train_steps=length.total_steps,
         datasets=datasets,
     )
@@ -148,7 +152,7 @@ def load_model(
     config, bus, process_group = loaded.config, session.bus, session.process_group
     # Whole weights pass through main memory, in each process: one after the other where it does not hold them all.
     mesh = mesh_of(config.processes, family, process_group)
-    turns = process_group.in_turns() if must_take_turns(loaded, family, process_group) else nullcontext()
+    turns = process_group.in_turns() if must_take_turns(config, family, process_group) else nullcontext()
     with turns, phase(bus, "loading the denoiser"):
         denoiser = family.load_base()
         assistant = None
@@ -165,8 +169,7 @@ def load_model(
         if recomputing is not None:
             cast(Any, denoiser).enable_gradient_checkpointing(recomputing)
         compile_blocks(denoiser, family.spec.block_classes, config.precision.dynamo_backend, has_sizes)
-    choose_kernels(loaded, adapter, family.device, resume_from, bus, process_group)
-    choose_8_bit_products(loaded, denoiser, family.device, resume_from, bus, process_group)
+    choose_kernels(config.precision, adapter, denoiser, family.device, session, resume_from)
     parameters = adapter.trainable_parameters()
     options = config.training
     return Model(
@@ -175,15 +178,14 @@ def load_model(
         adapter=adapter,
         placement=placement,
         optimizer=build_optimizer(config.optimizer, parameters, options.seed),
-        lr_factor=build_lr_factor(loaded, total_steps, process_group),
+        lr_factor=build_lr_factor(config, total_steps, process_group),
         ema=EMA(parameters, options.ema_decay, options.ema_update_interval) if options.use_ema else None,
         assistant=assistant,
         gradient_checkpointing=recomputing,
     )
 
 
-def build_lr_factor(loaded: LoadedRun, total_steps: int, process_group: ProcessGroup) -> LrFactor:
-    config = loaded.config
+def build_lr_factor(config: TrainConfig, total_steps: int, process_group: ProcessGroup) -> LrFactor:
     return build_schedule(
         config.optimizer.lr_scheduler,
         learning_rate=scaled_learning_rate(config, process_group.size),
@@ -195,12 +197,12 @@ def build_lr_factor(loaded: LoadedRun, total_steps: int, process_group: ProcessG
     )
 
 
-def run_length(loaded: LoadedRun, sampler: Sampler, resume_from: Path | None) -> Length:
+def run_length(options: TrainingOptions, sampler: Sampler, resume_from: Path | None) -> Length:
     """Where the run ends; one that is resumed may have been meant to end elsewhere."""
     if resume_from is None:
-        return Length(total_train_steps(loaded, sampler))
+        return Length(total_train_steps(options, sampler))
     saved = read_state(resume_from)
-    return resumed_length(loaded, sampler, saved, resumed_progress(saved, sampler))
+    return resumed_length(options, sampler, saved, resumed_progress(saved, sampler))
 
 
 def describe_adapter(adapter: Adapter, bus: EventBus) -> None:
@@ -215,88 +217,57 @@ def describe_adapter(adapter: Adapter, bus: EventBus) -> None:
 
 
 def choose_kernels(
-    loaded: LoadedRun,
+    options: PrecisionOptions,
     adapter: Adapter,
-    device: torch.device,
-    resume_from: Path | None,
-    bus: EventBus,
-    process_group: ProcessGroup,
-) -> None:
-    """Let the adapter's kernels be chosen: by the checkpoint, else by the main process, which times them; for all.
-
-    Two starts may time them differently, and other kernels give other bits.
-    """
-    config = loaded.config
-    if config.precision.dynamo_backend != "no" or config.precision.deterministic:
-        return  # a compiler makes its own; the faster ones add up in no fixed order
-    known = read_state(resume_from).get("kernels", {}) if resume_from is not None else {}
-    lines = (
-        adapter.choose_kernels(device, DTYPES[config.precision.mixed_precision], known) if process_group.is_main else []
-    )
-    choice = process_group.from_main(dict(adapter.kernel_choice))
-    if not process_group.is_main:
-        lines = adapter.choose_kernels(device, DTYPES[config.precision.mixed_precision], choice)
-    for line in lines:
-        bus.emit(Notice("info", line))
-
-
-def choose_8_bit_products(
-    loaded: LoadedRun,
     denoiser: nn.Module,
     device: torch.device,
+    session: Session,
     resume_from: Path | None,
-    bus: EventBus,
-    process_group: ProcessGroup,
 ) -> None:
-    """Let products be made in 8 bits where `quantize_activations` asks for them: chosen as the adapter's kernels are.
+    """Choose the adapter's kernels, and those of products in 8 bits: as the checkpoint says, else by timing them.
 
-    Under a compiler, and where bits are promised, none is timed: all are made in 8 bits that can be.
+    The main process times them for all: two processes, or two starts, may find others faster, which give other bits.
+    A compiler makes kernels of its own, and the faster ones add up in no fixed order: there, none is timed.
     """
-    options = loaded.config.precision
-    dtype, is_timed = DTYPES[options.mixed_precision], options.dynamo_backend == "no" and not options.deterministic
-    known = read_state(resume_from).get("products", {}) if resume_from is not None else {}
-    lines = choose_products(denoiser, device, dtype, known, is_timed) if process_group.is_main else []
-    choice = process_group.from_main(chosen_products(denoiser))
-    if not process_group.is_main:
-        lines = choose_products(denoiser, device, dtype, choice, is_timed)
-    for line in lines:
-        bus.emit(Notice("info", line))
+    is_timed = options.dynamo_backend == "no" and not options.deterministic
+    dtype, process_group = DTYPES[options.mixed_precision], session.process_group
+    saved = read_state(resume_from) if resume_from is not None else {}
+
+    def settle(key: str, choose: Callable[[Mapping[str, Any]], list[str]], chosen: Callable[[], Any]) -> None:
+        lines = choose(saved.get(key, {})) if process_group.is_main else []
+        choice = process_group.from_main(chosen())
+        if not process_group.is_main:
+            lines = choose(choice)
+        for line in lines:
+            session.inform(line)
+
+    if is_timed:
+        settle("kernels", partial(adapter.choose_kernels, device, dtype), lambda: dict(adapter.kernel_choice))
+    choose = partial(choose_products, denoiser, device, dtype, is_timed=is_timed)
+    settle("products", choose, partial(chosen_products, denoiser))
 
 
 def build_evaluator(
-    loaded: LoadedRun,
-    family: ModelFamily,
-    datasets: Sequence[Dataset],
-    sources: LatentSources,
-    stop: StopRequest,
-    process_group: ProcessGroup = SINGLE_PROCESS,
+    config: TrainConfig, family: ModelFamily, datasets: Sequence[Dataset], sources: LatentSources, session: Session
 ) -> Evaluator | None:
     """None where there is nothing to evaluate; a rule reports an interval without an eval dataset."""
-    config = loaded.config
     wanted = config.evaluation.eval_dataset_id
     held_out = [dataset for dataset in datasets if dataset.kind == "eval" and wanted in (None, dataset.id)]
-    is_wanted = (
-        config.evaluation.eval_steps_interval or config.evaluation.eval_epoch_interval
-    ) and not config.evaluation.eval_loss_disable
-    if not is_wanted or not held_out:
+    if not config.evaluation.has_interval or not held_out:
         return None
-    return Evaluator(family, held_out, sources, config, is_stopping=lambda: process_group.any(bool(stop)))
+    return Evaluator(
+        family, held_out, sources, config, is_stopping=lambda: session.process_group.any(bool(session.stop))
+    )
 
 
 def build_validator(
-    loaded: LoadedRun,
-    family: ModelFamily,
-    datasets: Sequence[Dataset],
-    checkpoints: Checkpoints,
-    bus: EventBus,
-    stop: StopRequest,
-    process_group: ProcessGroup = SINGLE_PROCESS,
+    loaded: LoadedRun, family: ModelFamily, datasets: Sequence[Dataset], session: Session
 ) -> Validator | ExternalScript | None:
     """None where nothing is generated by this process.
 
     Processes that share one denoiser generate together, for each has to fetch its part; only the main one keeps images.
     """
-    config = loaded.config
+    config, process_group, output_dir = loaded.config, session.process_group, session.output_dir
     generates_together = is_denoiser_spread(config.processes)
     if config.validation.validation_disable or not (process_group.is_main or generates_together):
         return None
@@ -304,17 +275,17 @@ def build_validator(
         if not process_group.is_main:
             return None
         facts = {
-            "output_dir": str(checkpoints.output_dir),
+            "output_dir": str(output_dir),
             "model_family": config.model.model_family,
-            "tracker_run_name": config.reporting.tracker_run_name or checkpoints.output_dir.name,
+            "tracker_run_name": config.reporting.tracker_run_name or output_dir.name,
             "validation_prompt": config.validation.validation_prompt or "",
         }
         command = config.validation.validation_external_script
         assert command is not None, "config/rules/validation.py:external_script_is_named"
-        return ExternalScript(command, facts, checkpoints.newest, checkpoints.output_dir, bus)
+        return ExternalScript(command, facts, session.checkpoints.newest, output_dir, session.bus)
     sees_one = config.data.conditioning_multidataset_sampling == "random"
     references = references_of_run(config.validation, datasets, sees_one)
-    images_dir = checkpoints.output_dir
+    images_dir = output_dir
     if not process_group.is_main:
         images_dir = Path(tempfile.mkdtemp(prefix="simpletuner-"))
         atexit.register(shutil.rmtree, images_dir, ignore_errors=True)
@@ -323,9 +294,9 @@ def build_validator(
         family,
         loaded.prompt_library,
         images_dir,
-        bus,
+        session.bus,
         references,
-        is_stopping=lambda: bool(stop),
+        is_stopping=lambda: bool(session.stop),
         together=process_group if generates_together else SINGLE_PROCESS,
     )
     return validator if validator.requests else None

@@ -11,7 +11,6 @@ from torch import nn
 from simpletuner.adapters.base import Adapter
 from simpletuner.adapters.full import FullAdapter
 from simpletuner.config.deepspeed import read_deepspeed, stage_of
-from simpletuner.config.loading import LoadedRun
 from simpletuner.config.options import TrainConfig
 from simpletuner.config.options.processes import ProcessOptions
 from simpletuner.distributed.placement import Placement, Replicated, Sharded
@@ -38,7 +37,7 @@ def is_denoiser_spread(options: ProcessOptions) -> bool:
     return options.fsdp_enable
 
 
-def must_take_turns(loaded: LoadedRun, family: ModelFamily, process_group: ProcessGroup) -> bool:
+def must_take_turns(config: TrainConfig, family: ModelFamily, process_group: ProcessGroup) -> bool:
     """Whether the processes of a machine load the denoiser one after the other; the same in all processes.
 
     Each of them reads all weights, also where it then keeps a part of them (FSDP2) or moves them to its device and
@@ -46,7 +45,7 @@ def must_take_turns(loaded: LoadedRun, family: ModelFamily, process_group: Proce
     """
     if process_group.size == 1:
         return False
-    size = denoiser_bytes(family.spec, family.source, loaded.config.model)
+    size = denoiser_bytes(family.spec, family.source, config.model)
     num_here = max(process_group.gather(process_group.local_rank)) + 1
     return process_group.any(num_here * size * ROOM_TO_LOAD > psutil.virtual_memory().available)
 

@@ -347,15 +347,11 @@ def save_checkpoint(run: Run) -> str:
 
 def maybe_checkpoint(run: Run) -> None:
     """Save a checkpoint if one is due. One that is due at a skipped step is saved after the next good step."""
-    config = run.config
-    is_skipped = run.skips.in_a_row > 0
+    options, is_skipped = run.config.checkpoint, run.skips.in_a_row > 0
     if not is_skipped and run.session.process_group.is_main:
         for notice in run.session.checkpoints.settle():
             run.session.bus.emit(notice)
-    if (
-        is_due(run, config.checkpoint.checkpoint_step_interval, config.checkpoint.checkpoint_epoch_interval)
-        or run.owes_checkpoint
-    ):
+    if is_due(run, options.checkpoint_step_interval, options.checkpoint_epoch_interval) or run.owes_checkpoint:
         if not is_skipped:
             save_checkpoint(run)
         elif not run.owes_checkpoint:
@@ -367,29 +363,22 @@ def maybe_checkpoint(run: Run) -> None:
 
 
 def maybe_evaluate(run: Run, always: bool = False) -> None:
-    config = run.config
+    options = run.config.evaluation
     if run.evaluator is None:
         return
-    if (
-        always
-        or is_due(run, config.evaluation.eval_steps_interval, config.evaluation.eval_epoch_interval)
-        or run.is_finished
-    ):
+    if always or run.is_finished or is_due(run, options.eval_steps_interval, options.eval_epoch_interval):
         evaluate(run)
         if run.is_stopped_early:
             save_checkpoint(run)
 
 
 def maybe_validate(run: Run, always: bool = False) -> None:
-    config = run.config
+    options, step = run.config.validation, run.progress.global_step
     if run.validator is None:
         return
-    is_wanted = is_due(run, config.validation.validation_step_interval, config.validation.validation_epoch_interval)
-    is_late_enough = (
-        run.progress.global_step >= config.validation.validate_after_step
-        and run.epochs_after >= as_written(config.validation.validate_after_epoch)
-    )
-    if always or (is_wanted and is_late_enough) or run.is_finished:
+    is_wanted = is_due(run, options.validation_step_interval, options.validation_epoch_interval)
+    is_early = step < options.validate_after_step or run.epochs_after < as_written(options.validate_after_epoch)
+    if always or run.is_finished or (is_wanted and not is_early):
         with averaged_weights(run.model.optimizer):
-            run.validator.run(run.model.denoiser, run.model.adapter, run.model.ema, run.progress.global_step)
+            run.validator.run(run.model.denoiser, run.model.adapter, run.model.ema, step)
         run.model.denoiser.train()

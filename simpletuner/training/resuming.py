@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
-from simpletuner.config.loading import LoadedRun
+from simpletuner.config.options.training import TrainingOptions
 from simpletuner.data.sampler import Sampler
 from simpletuner.training.progress import Progress
 
@@ -45,30 +45,30 @@ class Length:
     notice: str | None = None
 
 
-def total_train_steps(loaded: LoadedRun, sampler: Sampler, state: Progress | None = None) -> int:
+def total_train_steps(options: TrainingOptions, sampler: Sampler, state: Progress | None = None) -> int:
     """Optimizer steps at which the run ends: `max_train_steps`, or those taken and those of the epochs that remain.
 
     Args:
         state: where the run stands; None at its beginning.
     """
-    config, state = loaded.config, state or Progress()
-    if config.training.max_train_steps:
-        return config.training.max_train_steps
+    state = state or Progress()
+    if options.max_train_steps:
+        return options.max_train_steps
     done = sampler.batches_before(state.epoch) + state.position if state.global_step else Fraction(0)
-    remaining = max(sampler.batches_before(config.training.num_train_epochs) - done, Fraction(0))
-    return max(state.global_step + math.ceil(remaining / config.training.gradient_accumulation_steps), 1)
+    remaining = max(sampler.batches_before(options.num_train_epochs) - done, Fraction(0))
+    return max(state.global_step + math.ceil(remaining / options.gradient_accumulation_steps), 1)
 
 
-def resumed_length(loaded: LoadedRun, sampler: Sampler, saved: Mapping[str, Any], state: Progress) -> Length:
+def resumed_length(options: TrainingOptions, sampler: Sampler, saved: Mapping[str, Any], state: Progress) -> Length:
     """Where a resumed run ends, and one line where that is not where it would have ended before."""
-    config, total = loaded.config, total_train_steps(loaded, sampler, state)
+    total = total_train_steps(options, sampler, state)
     before = saved.get("length", {}).get("total_steps", total)
     if before == total:
         return Length(total)
     text = f"the run now ends at step {total}, not {before}: {state.global_step} steps are done"
-    if config.training.max_train_steps:
+    if options.max_train_steps:
         return Length(total, f"{text} (max_train_steps)")
     epochs = sampler.epochs_at(state.epoch, state.position)
-    left = max(config.training.num_train_epochs - float(epochs), 0.0)
-    remain = f"{left:.3g} of {config.training.num_train_epochs:g} epochs remain, {total - state.global_step} steps"
+    left = max(options.num_train_epochs - float(epochs), 0.0)
+    remain = f"{left:.3g} of {options.num_train_epochs:g} epochs remain, {total - state.global_step} steps"
     return Length(total, f"{text}, {remain}")

@@ -1,4 +1,4 @@
-"""Sheets that put images side by side: base | step | EMA for each prompt, and contact sheets with a line under each.
+"""Sheets that put images side by side: base | step | EMA for each prompt.
 
 Small images are enlarged by whole factors without smoothing, so that what is seen is what was generated.
 """
@@ -30,15 +30,6 @@ class SheetRow:
 
     label: str
     images: Sequence[Image.Image | None]
-
-
-@dataclass(frozen=True)
-class Tile:
-    """One image of a contact sheet, with a line under it in `color`."""
-
-    image: Image.Image
-    label: str
-    color: str = INK
 
 
 def comparison_sheet(
@@ -79,30 +70,6 @@ def comparison_sheet(
             else:
                 sheet.paste(image, (left, y))
         y += row_height + GAP
-    return sheet
-
-
-def contact_sheet(tiles: Sequence[Tile], columns: int = 8, title: str = "", cell: int = 128) -> Image.Image:
-    """All images in reading order, `columns` abreast, each with its label under it.
-
-    Args:
-        cell: pixels; side of the square that each image is fitted into.
-    """
-    columns = max(1, min(columns, len(tiles)))
-    num_rows = -(-len(tiles) // columns)
-    label_height = LABEL_SIZE + 10
-    top = MARGIN + (TITLE_SIZE + 18 if title else 0)
-    width = 2 * MARGIN + columns * cell + (columns - 1) * GAP
-    sheet = Image.new("RGB", (width, top + num_rows * (cell + label_height + GAP) + MARGIN), PAPER)
-    draw = ImageDraw.Draw(sheet)
-    if title:
-        write(draw, (MARGIN, MARGIN), title, INK, TITLE_SIZE, width - 2 * MARGIN)
-    for index, tile in enumerate(tiles):
-        left = MARGIN + (index % columns) * (cell + GAP)
-        y = top + (index // columns) * (cell + label_height + GAP)
-        image = scaled_to_side(tile.image, cell)
-        sheet.paste(image, (left + (cell - image.width) // 2, y + (cell - image.height) // 2))
-        write(draw, (left, y + cell + 4), tile.label, tile.color, LABEL_SIZE, cell)
     return sheet
 
 

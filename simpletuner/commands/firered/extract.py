@@ -25,6 +25,7 @@ from simpletuner.commands.firered.extract_flags import ExtractFlags
 from simpletuner.commands.firered.extract_rows import DROPPED, Line, Variant, rows_of, variants_of, written_row
 from simpletuner.commands.firered.fetch import FetchError, fetch, is_url
 from simpletuner.commands.firered.keys import ALIGNMENT
+from simpletuner.commands.text import Say
 from simpletuner.data.digests import DigestMemo
 from simpletuner.data.reading import to_image
 from simpletuner.data.references import ReferenceRules, plan_reference
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
 
     from simpletuner.models.family import ModelFamily
 
-Say = Callable[[str], None]
 # Of the embeddings of a text without images in front of which nothing else differs: one file for all rows.
 NULL_FILE = "null_text_embedding"
 _REPORT_SECONDS = 30.0

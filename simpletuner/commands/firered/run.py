@@ -12,6 +12,7 @@ from simpletuner.commands.firered.flags import SftFlags, parse_sft
 from simpletuner.commands.firered.keys import notes_of, translate
 from simpletuner.commands.firered.shares import read_count_weights, read_task_weights, shares
 from simpletuner.commands.run_files import CONFIG, DATA, options_of, write_run_files
+from simpletuner.commands.text import Say
 from simpletuner.config.discovery import ConfigSource
 from simpletuner.config.json_writer import json_text
 from simpletuner.config.loading import LoadedRun, load_source
@@ -21,7 +22,6 @@ from simpletuner.errors import ConfigError, Problem
 from simpletuner.families.spec import FamilySpec
 from simpletuner.models.components import ModelSource, component_config
 
-Say = Callable[[str], None]
 META = "train_data_meta_dir"
 # How the columns of embeddings begin, and that of the dropped caption.
 EMBEDS = "embeddings_tensor"

@@ -17,7 +17,6 @@ from simpletuner.spelling import did_you_mean
 
 REQUIRED: Any = object()
 MAX_TOKENS = 888
-FLUX_VAE = "black-forest-labs/FLUX.1-dev"
 
 # Key -> why nothing follows from it.
 WITHOUT_EFFECT: Mapping[str, str] = {

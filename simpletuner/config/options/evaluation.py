@@ -64,3 +64,8 @@ class EvaluationOptions(OptionGroup):
         help="CLIP model that scores images: a folder or hub id with safetensors weights. Unset: "
         "openai/clip-vit-large-patch14.",
     )
+
+    @property
+    def has_interval(self) -> bool:
+        """Whether an eval loss is asked for, as far as the intervals say."""
+        return bool(self.eval_steps_interval or self.eval_epoch_interval) and not self.eval_loss_disable

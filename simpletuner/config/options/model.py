@@ -9,7 +9,6 @@ from simpletuner.config.values import Bool, Checkpointing, Int, Interval, Memory
 
 # How prompts are encoded, where a family has a choice (`FamilySpec.prompt_options`).
 PROMPT_OPTIONS = ("clip_skip", "force_zeros_for_empty_prompt")
-NO_OTHER_FAMILY = "no supported family uses it"
 
 
 AttentionKernel = Literal["diffusers", "native-flash", "native-efficient", "native-math", "cudnn"]

@@ -171,9 +171,7 @@ def has_eval_images(draft: Draft) -> bool:
 
 def computes_eval_loss(draft: Draft) -> bool:
     """Whether an eval loss will be computed."""
-    config = draft.config
-    has_interval = bool(config.evaluation.eval_steps_interval or config.evaluation.eval_epoch_interval)
-    return has_interval and not config.evaluation.eval_loss_disable and has_eval_images(draft)
+    return draft.config.evaluation.has_interval and has_eval_images(draft)
 
 
 def eval_dataset_exists(draft: Draft) -> Iterator[Problem]:
@@ -230,21 +228,13 @@ VALIDATION_RULES = (
 
 
 def eval_intervals_have_images(draft: Draft) -> Iterator[str]:
-    config = draft.config
-    has_interval = (
-        bool(config.evaluation.eval_steps_interval or config.evaluation.eval_epoch_interval)
-        and not config.evaluation.eval_loss_disable
-    )
-    has_images = has_eval_images(draft)
-    if has_interval and not has_images and draft.datasets.is_read:
-        key = "eval_steps_interval" if config.evaluation.eval_steps_interval else "eval_epoch_interval"
+    options, has_images = draft.config.evaluation, has_eval_images(draft)
+    if options.has_interval and not has_images and draft.datasets.is_read:
+        key = "eval_steps_interval" if options.eval_steps_interval else "eval_epoch_interval"
         yield f"{draft.origin(key)}: {key}: there is no dataset of dataset_type eval, so no eval loss is computed"
-    if has_images and not has_interval and not config.evaluation.eval_loss_disable:
-        what = (
-            f"{draft.origin('eval_holdout')}: eval_holdout"
-            if config.evaluation.eval_holdout
-            else "there is an eval dataset"
-        )
+    if has_images and not options.has_interval and not options.eval_loss_disable:
+        held_out = f"{draft.origin('eval_holdout')}: eval_holdout"
+        what = held_out if options.eval_holdout else "there is an eval dataset"
         yield f"{what}, but no eval_steps_interval or eval_epoch_interval: no eval loss is computed"
 
 

@@ -24,6 +24,7 @@ from simpletuner.batch import PromptImage
 from simpletuner.errors import DataError, Problem
 from simpletuner.models.components import component_file
 from simpletuner.models.family import LatentMoments, ModelFamily
+from simpletuner.models.flow_pipeline import Generators
 from simpletuner.models.omnigen.attention import TextCache
 from simpletuner.models.omnigen.tokens import PIXELS_PER_TOKEN, collate_tokens, image_placeholders
 from simpletuner.models.safe_loading import load_tokenizer, read_object
@@ -37,7 +38,7 @@ DEFAULT_NEGATIVE_PROMPT = (
 )
 # diffusers' default (`max_input_image_size`).
 MAX_REFERENCE_SIDE = 1024
-Generators = torch.Generator | list[torch.Generator] | None
+
 PromptRow = tuple[str, list[Tensor]]  # a prompt and the latents of its input images
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from simpletuner.reporting.charts import Series, chart, legend, loss_series, smoothed
 from simpletuner.reporting.loss_plot import is_regularisation
-from simpletuner.reporting.report.record import Points, Record, RunRecord, numbers
+from simpletuner.reporting.report.record import MetricsLine, Points, RunRecord, numbers
 
 WIDTH, WIDE, HEIGHT = 640, 1240, 260
 
@@ -85,7 +85,7 @@ def _eval_by_quantile(run: RunRecord) -> Figure:
     return _figure("Eval loss by share of noise", series, x_label="quantile of the noise level")
 
 
-def _quantiles(record: Record) -> Points:
+def _quantiles(record: MetricsLine) -> Points:
     pairs = [pair for pair in record.get("per_quantile", ()) if isinstance(pair, list) and len(pair) == 2]
     return numbers((quantile, loss) for quantile, loss in pairs)
 

@@ -15,7 +15,7 @@ from simpletuner.errors import DataError, Problem
 from simpletuner.reporting.progress import number_text
 from simpletuner.reporting.sinks.jsonl import METRICS_FILE, read_records
 
-Record = Mapping[str, Any]
+MetricsLine = Mapping[str, Any]
 Points = list[tuple[float, float]]
 
 CONTACT_DIR = "contact_sheet"
@@ -49,18 +49,18 @@ class RunRecord:
     """
 
     output_dir: Path
-    start: Record = field(default_factory=dict)
-    end: Record = field(default_factory=dict)
-    steps: list[Record] = field(default_factory=list)
-    evaluations: list[Record] = field(default_factory=list)
-    scores: list[Record] = field(default_factory=list)
-    by_sigma: list[Record] = field(default_factory=list)
-    checkpoints: list[Record] = field(default_factory=list)
+    start: MetricsLine = field(default_factory=dict)
+    end: MetricsLine = field(default_factory=dict)
+    steps: list[MetricsLine] = field(default_factory=list)
+    evaluations: list[MetricsLine] = field(default_factory=list)
+    scores: list[MetricsLine] = field(default_factory=list)
+    by_sigma: list[MetricsLine] = field(default_factory=list)
+    checkpoints: list[MetricsLine] = field(default_factory=list)
     phases: dict[str, float] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     images: list[ShownImage] = field(default_factory=list)
-    lock: Record = field(default_factory=dict)
-    datasets: list[Record] = field(default_factory=list)
+    lock: MetricsLine = field(default_factory=dict)
+    datasets: list[MetricsLine] = field(default_factory=list)
     contact: dict[str, list[tuple[Path, str, str]]] = field(default_factory=dict)
     last_time: float | None = None
 
@@ -123,7 +123,7 @@ def read_run(output_dir: Path) -> RunRecord:
     return run
 
 
-def _take(run: RunRecord, record: Record) -> None:
+def _take(run: RunRecord, record: MetricsLine) -> None:
     kind = record.get("event")
     lists = {"eval_done": run.evaluations, "pictures_scored": run.scores, "loss_by_sigma": run.by_sigma}
     if isinstance(record.get("time"), int | float):
@@ -151,7 +151,7 @@ def _take(run: RunRecord, record: Record) -> None:
         run.end = record
 
 
-def _images(run: RunRecord, record: Record) -> list[ShownImage]:
+def _images(run: RunRecord, record: MetricsLine) -> list[ShownImage]:
     """The images of a validation that are still there; sheets of several are left out."""
     found = []
     for each in record.get("pictures", ()):

@@ -13,7 +13,7 @@ from simpletuner.reporting.charts import number_text
 from simpletuner.reporting.progress import duration_text
 from simpletuner.reporting.report.curves import figures_of
 from simpletuner.reporting.report.images import Embedder
-from simpletuner.reporting.report.record import Record, RunRecord, ShownImage
+from simpletuner.reporting.report.record import MetricsLine, RunRecord, ShownImage
 from simpletuner.reporting.report.settings import options_of, versions_of
 
 MAX_COLUMNS, MAX_ROWS = 8, 40
@@ -156,7 +156,7 @@ def _best_of(folder: Path) -> tuple[int | None, float | None]:
         return None, None
 
 
-def dataset_of(run: RunRecord, report: Record, embed: Embedder) -> dict[str, Any]:
+def dataset_of(run: RunRecord, report: MetricsLine, embed: Embedder) -> dict[str, Any]:
     """How many files of a dataset passed each filter, and images as they were trained on."""
     name = str(report.get("id", ""))
     most = max(_count(report.get("found")), 1)

@@ -15,7 +15,7 @@ from simpletuner.reporting.events import PhaseProgress, StepDone
 from simpletuner.reporting.webhooks.messages import CurvePoint, Message
 
 # An event, and the steps since the last report.
-Progress = tuple[StepDone | PhaseProgress, list[CurvePoint]]
+LatestProgress = tuple[StepDone | PhaseProgress, list[CurvePoint]]
 
 MAX_ITEMS = 500
 MAX_BYTES = 4 << 20  # of ordinary messages, as JSON without their images
@@ -81,7 +81,7 @@ class Outbox:
             if self._ordinary and self._ordinary[0][0] is message:
                 self.num_bytes -= self._ordinary.popleft()[1]
 
-    def take_progress(self) -> Progress | None:
+    def take_progress(self) -> LatestProgress | None:
         """The progress that waits, and the curve since the last one; phases before steps.
 
         None also while a message waits, which may have come after the sender looked for one: it goes first.

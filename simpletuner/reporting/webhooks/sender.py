@@ -18,7 +18,7 @@ from simpletuner.reporting.events import Notice
 from simpletuner.reporting.webhooks.encoding import IMAGE_BYTES, encode
 from simpletuner.reporting.webhooks.images import load_images
 from simpletuner.reporting.webhooks.messages import Message, progress_message
-from simpletuner.reporting.webhooks.outbox import Outbox, Progress
+from simpletuner.reporting.webhooks.outbox import LatestProgress, Outbox
 from simpletuner.reporting.webhooks.spool import Spool, created_at, message_id
 from simpletuner.reporting.webhooks.transport import Deadlines, DeliveryFailed, Refused, TooLarge, TooSlow, Transport
 
@@ -66,12 +66,12 @@ class Timing:
 
 
 @dataclass
-class Job:
+class Delivery:
     """A message that is being sent, and where it came from: a file of the spool, progress, or the outbox."""
 
     message: Message
     file: str | None = None
-    progress: Progress | None = None
+    progress: LatestProgress | None = None
 
 
 class Sender:
@@ -138,28 +138,28 @@ class Sender:
         """Send the next message, as soon as there is one; False at the end, when nothing waits."""
         while True:
             self._ready.clear()
-            job = self._next_job()
-            if job is not None:
+            delivery = self._next_delivery()
+            if delivery is not None:
                 break
             if self._closing.is_set():
                 return False
             await _wait_for(self._ready, self._timing.progress)
         try:
-            await self._post(job.message, transport)
+            await self._post(delivery.message, transport)
         except Refused as error:
-            self._refused(job, error)
+            self._refused(delivery, error)
         except DeliveryFailed:
-            self._put_back(job)
+            self._put_back(delivery)
             raise
         else:
-            self._tries.pop(job.message.id, None)
-            if job.file is not None:
-                self.spool.remove(job.file)
-            elif job.progress is None:
-                self.outbox.remove(job.message)
+            self._tries.pop(delivery.message.id, None)
+            if delivery.file is not None:
+                self.spool.remove(delivery.file)
+            elif delivery.progress is None:
+                self.outbox.remove(delivery.message)
         return True
 
-    def _next_job(self) -> Job | None:
+    def _next_delivery(self) -> Delivery | None:
         """The oldest of what waits, what failed often behind the rest; progress when nothing else does."""
         self._spool_urgent()
         ordinary = self.outbox.first()
@@ -171,9 +171,9 @@ class Sender:
                 self._notify(Notice("warning", f"{self.name}: {error}"))
                 continue
             if message is not None:
-                return Job(message, name)
+                return Delivery(message, name)
         if ordinary is not None:
-            return Job(ordinary)
+            return Delivery(ordinary)
         now = asyncio.get_running_loop().time()
         is_due = now - self._last_progress >= self._timing.progress or self._closing.is_set()
         progress = self.outbox.take_progress() if is_due else None
@@ -181,7 +181,7 @@ class Sender:
             return None
         self._last_progress = now
         run_name, run_id = self._names()
-        return Job(progress_message(progress[0], run_name, progress[1], run_id), progress=progress)
+        return Delivery(progress_message(progress[0], run_name, progress[1], run_id), progress=progress)
 
     def _spool_urgent(self) -> None:
         for message in self.outbox.take_urgent():
@@ -214,21 +214,21 @@ class Sender:
                     self._image_bytes = max(self._image_bytes // 4, smallest)
                 raise
 
-    def _refused(self, job: Job, error: Refused) -> None:
-        if job.file is not None:
-            self.spool.reject(job.file)
-            text = f"{self.name}: {job.message.title}: {error}; kept in {self.spool.folder}"
+    def _refused(self, delivery: Delivery, error: Refused) -> None:
+        if delivery.file is not None:
+            self.spool.reject(delivery.file)
+            text = f"{self.name}: {delivery.message.title}: {error}; kept in {self.spool.folder}"
             self._notify(Notice("warning", text))
-        elif job.progress is None:
-            self.outbox.remove(job.message)
+        elif delivery.progress is None:
+            self.outbox.remove(delivery.message)
 
-    def _put_back(self, job: Job) -> None:
+    def _put_back(self, delivery: Delivery) -> None:
         """After a failure. An ordinary message that failed often is dropped."""
-        self._tries[job.message.id] += 1
-        if job.progress is not None:
-            self.outbox.put_back_progress(*job.progress)
-        elif job.file is None and self._tries[job.message.id] >= _MAX_TRIES_IN_FRONT:
-            self.outbox.remove(job.message)
+        self._tries[delivery.message.id] += 1
+        if delivery.progress is not None:
+            self.outbox.put_back_progress(*delivery.progress)
+        elif delivery.file is None and self._tries[delivery.message.id] >= _MAX_TRIES_IN_FRONT:
+            self.outbox.remove(delivery.message)
             self.outbox.dropped += 1
 
     def _failed(self, state: RetryCallState) -> None:

@@ -77,8 +77,8 @@ def test_turns_are_taken_where_main_memory_does_not_hold_all(
     monkeypatch.setattr(ProcessGroup, "gather", lambda self, value: [0, 1])
     monkeypatch.setattr(ProcessGroup, "any", lambda self, flag: flag)
     monkeypatch.setattr(device_placement.psutil, "virtual_memory", lambda: SimpleNamespace(available=available))
-    assert device_placement.must_take_turns(loaded, build_family(loaded.config), ProcessGroup(0, 2, 0)) is waits
-    assert not device_placement.must_take_turns(loaded, build_family(loaded.config), ProcessGroup())
+    assert device_placement.must_take_turns(loaded.config, build_family(loaded.config), ProcessGroup(0, 2, 0)) is waits
+    assert not device_placement.must_take_turns(loaded.config, build_family(loaded.config), ProcessGroup())
 
 
 @pytest.mark.parametrize("options", [{"fsdp_enable": True}, {"deepspeed_config": {"zero_optimization": {"stage": 3}}}])
@@ -92,7 +92,7 @@ def test_processes_that_share_the_weights_take_turns_to_read_them(
     monkeypatch.setattr(ProcessGroup, "gather", lambda self, value: [0, 1])
     monkeypatch.setattr(ProcessGroup, "any", lambda self, flag: flag)
     monkeypatch.setattr(device_placement.psutil, "virtual_memory", lambda: SimpleNamespace(available=1))
-    assert device_placement.must_take_turns(loaded, build_family(loaded.config), ProcessGroup(0, 2, 0))
+    assert device_placement.must_take_turns(loaded.config, build_family(loaded.config), ProcessGroup(0, 2, 0))
 
 
 def of_one_machine(process_group: ProcessGroup) -> ProcessGroup:
@@ -138,7 +138,7 @@ def test_deepspeed_s_processes_load_one_after_the_other_and_wait_for_nobody_mean
         process_group = of_one_machine(joined_group)
         family = build_family(loaded.config)
         device_placement.psutil.virtual_memory = lambda: SimpleNamespace(available=1)  # of this process
-        assert device_placement.must_take_turns(loaded, family, process_group)
+        assert device_placement.must_take_turns(loaded.config, family, process_group)
         with process_group.in_turns():
             began = time.monotonic()
             denoiser = family.load_base()

@@ -34,9 +34,9 @@ class TimedAdapter:
 
 
 def choose(adapter: Any, process_group: ProcessGroup, resume_from: Path | None = None, **settings: Any) -> None:
-    config = config_of(mixed_precision="bf16", **settings)
-    loaded: Any = SimpleNamespace(config=config)
-    build.choose_kernels(loaded, adapter, CPU, resume_from, build.EventBus([]), process_group)
+    options = config_of(mixed_precision="bf16", **settings).precision
+    session: Any = SimpleNamespace(process_group=process_group, inform=print)
+    build.choose_kernels(options, adapter, torch.nn.Identity(), CPU, session, resume_from)
 
 
 def test_all_processes_take_what_the_main_process_timed() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -39,7 +38,7 @@ class Images:
 
 def loaded(epochs: float, accumulation: int = 1, steps: int = 0) -> Any:
     options = {"num_train_epochs": epochs, "gradient_accumulation_steps": accumulation, "max_train_steps": steps}
-    return SimpleNamespace(config=config_of(**options))
+    return config_of(**options).training
 
 
 def saved_after(steps: int, epoch: int, position: int, sampler: Sampler, total: int) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image, ImageFont
 
-from simpletuner.validation.grids import SheetRow, Tile, comparison_sheet, contact_sheet, elided, fit_cell
+from simpletuner.validation.grids import SheetRow, comparison_sheet, elided, fit_cell
 
 
 def checkerboard(side: int) -> Image.Image:
@@ -40,18 +40,6 @@ def test_a_comparison_holds_every_image_and_leaves_missing_places_empty():
     assert counts[(10, 0, 0)] == counts[(20, 0, 0)] == 192 * 192
     assert counts[(30, 0, 0)] == 3 * 192 * 192
     assert counts[(0xF1, 0xF3, 0xF5)] == 192 * 192
-
-
-def test_a_contact_sheet_wraps_and_keeps_the_order():
-    tiles = [Tile(Image.new("RGB", (64, 64), (value, 0, 0)), f"no {value}") for value in (40, 80, 120, 160, 200)]
-    sheet = contact_sheet(tiles, columns=2, cell=128)
-    pixels = np.asarray(sheet)
-    corners = {
-        value: np.argwhere((pixels == (value, 0, 0)).all(axis=2))[0].tolist() for value in (40, 80, 120, 160, 200)
-    }
-    rows = [corners[value][0] for value in (40, 80, 120, 160, 200)]
-    assert rows[0] == rows[1] < rows[2] == rows[3] < rows[4]
-    assert corners[40][1] == corners[120][1] < corners[80][1] == corners[160][1]
 
 
 def test_long_text_is_cut_to_the_width_and_short_text_is_kept():
