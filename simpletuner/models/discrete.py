@@ -6,7 +6,6 @@ The denoiser is given the level t = 0 ... N-1; the project's sigma is (t + 1) / 
 from __future__ import annotations
 
 from functools import cached_property
-from typing import Any
 
 from torch import Tensor
 
@@ -34,12 +33,6 @@ class DiscreteFamily(ModelFamily):
     @property
     def prediction_type(self) -> PredictionType:
         return self.scheduler_config.get("prediction_type", self.spec.prediction_type)
-
-    def make_scheduler(self) -> Any:
-        """The scheduler of diffusers that the model names, for a pipeline."""
-        import diffusers
-
-        return getattr(diffusers, self.scheduler_config["_class_name"]).from_config(self.scheduler_config)
 
     def sigmas_at(self, quantiles: Tensor, latents: Tensor) -> Tensor:
         return self.schedule.sigmas_at(quantiles)

@@ -182,6 +182,12 @@ class ModelFamily(ABC):
         keys = replace(self.spec.keys, architecture=self.architecture)
         return replace(self.spec, prediction_type=self.prediction_type, keys=keys)
 
+    def make_scheduler(self) -> Any:
+        """The scheduler of diffusers that the model names, for a pipeline."""
+        import diffusers
+
+        return getattr(diffusers, self.scheduler_config["_class_name"]).from_config(self.scheduler_config)
+
     def training_shift(self, num_patches: int) -> float:
         """How far training moves sigmas toward noise: as the scheduler of the model says.
 

@@ -6,9 +6,10 @@ generated, and hands latents back, which the family decodes: the same decoding f
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from itertools import repeat
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +33,20 @@ class LivePipeline:
         self.pipeline = pipeline
         self.vae = vae
         pipeline.set_progress_bar_config(disable=True)
+
+    @classmethod
+    def of(
+        cls, family: ModelFamily, pipeline_class: Any, denoiser: nn.Module, vae: nn.Module | None, **options: Any
+    ) -> Self:
+        """Around `pipeline_class` with the denoiser and the model's scheduler, and None for its other parts.
+
+        Args:
+            options: further arguments of the class.
+        """
+        arguments = inspect.signature(pipeline_class).parameters.values()
+        parts = dict.fromkeys(each.name for each in arguments if each.default is each.empty)
+        parts |= {family.spec.component("denoiser").name: denoiser, "scheduler": family.make_scheduler()}
+        return cls(family, pipeline_class(**{**parts, **options}), vae)
 
     @property
     def scheduler(self) -> Any:

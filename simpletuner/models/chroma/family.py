@@ -18,15 +18,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 
 from simpletuner.batch import Conditioning, PromptEmbeds
-from simpletuner.models.family import ModelFamily, PromptReferences, send
+from simpletuner.models.family import PromptReferences, send
+from simpletuner.models.flow import FlowFamily
 from simpletuner.models.live_pipeline import LivePipeline
 from simpletuner.models.patches import pack, position_ids, unpack
 
 
-class Chroma(ModelFamily):
+class Chroma(FlowFamily):
     """No pooled text and no guidance input; a dropped caption is the encoded empty text."""
 
     def load_denoiser(self) -> nn.Module:
@@ -66,18 +66,13 @@ class Chroma(ModelFamily):
         )[0]
         return unpack(output, *latents.shape[-2:])
 
-    def sigmas_at(self, quantiles: Tensor, latents: Tensor) -> Tensor:
-        return self.scheduler_sigmas(quantiles, latents)
-
     def unpack_latents(self, latents: Tensor, height: int, width: int) -> Tensor:
         return unpack(latents, height // self.spec.vae_factor, width // self.spec.vae_factor)
 
     def pipeline(self, denoiser: nn.Module, vae: nn.Module | None = None) -> Any:
-        from diffusers import ChromaPipeline, FlowMatchEulerDiscreteScheduler
+        from diffusers import ChromaPipeline
 
-        scheduler = FlowMatchEulerDiscreteScheduler.from_config(self.scheduler_config)
-        parts = dict.fromkeys(("vae", "text_encoder", "tokenizer"))
-        return ChromaLivePipeline(self, ChromaPipeline(transformer=denoiser, scheduler=scheduler, **parts), vae)
+        return ChromaLivePipeline.of(self, ChromaPipeline, denoiser, vae)
 
 
 def _without_waiting(denoiser: Any) -> Any:
@@ -108,9 +103,8 @@ class ChromaLivePipeline(LivePipeline):
         arguments: dict[str, Any] = {"guidance_scale": guidance_scale}
         negatives = [family.spec.negative_text(text) for text in negative_prompts or repeat(None, len(prompts))]
         for prefix, texts in (("", prompts), ("negative_", negatives)):
-            rows = [row.tensors["prompt_embeds"] for row in family.prompts.embeds(texts)]
-            kept = [torch.ones(len(row), dtype=torch.bool) for row in rows]
-            embeds = pad_sequence(rows, batch_first=True).to(family.device, family.dtype)
-            arguments[f"{prefix}prompt_embeds"] = embeds
-            arguments[f"{prefix}prompt_attention_mask"] = pad_sequence(kept, batch_first=True).to(family.device)
+            padded = family.condition_on(family.prompts.embeds(texts), ())
+            embeds = arguments[f"{prefix}prompt_embeds"] = padded["prompt_embeds"]
+            mask = padded.tensors.get("prompt_mask", embeds.new_ones(embeds.shape[:2], dtype=torch.bool))
+            arguments[f"{prefix}prompt_attention_mask"] = mask
         return arguments

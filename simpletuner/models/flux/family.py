@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from simpletuner.batch import Conditioning, PromptEmbeds
-from simpletuner.models.family import ModelFamily, PromptReferences, have_one_shape, send
+from simpletuner.models.family import PromptReferences, have_one_shape, send
+from simpletuner.models.flow import FlowFamily
 from simpletuner.models.patches import pack, position_ids, unpack
 
 # A distilled model is trained as if its image were generated at this guidance; then 3.5 still means 3.5 afterwards.
@@ -25,7 +26,7 @@ CLIP_TOKENS = 77
 TOKENS_WITHOUT_GUIDANCE = 256
 
 
-class Flux(ModelFamily):
+class Flux(FlowFamily):
     """dev, Krea and Kontext take guidance as an input, schnell takes none: the weights' configuration tells."""
 
     @property
@@ -80,9 +81,6 @@ class Flux(ModelFamily):
             return_dict=False,
         )[0]
         return unpack(output[:, : tokens[0].shape[1]], *latents.shape[-2:])
-
-    def sigmas_at(self, quantiles: Tensor, latents: Tensor) -> Tensor:
-        return self.scheduler_sigmas(quantiles, latents)
 
     def unpack_latents(self, latents: Tensor, height: int, width: int) -> Tensor:
         return unpack(latents, height // self.spec.vae_factor, width // self.spec.vae_factor)

@@ -17,14 +17,11 @@ from simpletuner.models.patches import pack
 
 def build_pipeline(family: ModelFamily, denoiser: nn.Module, vae: nn.Module | None) -> FluxLivePipeline:
     """A pipeline on live weights, of the class that the model names for itself, with the model's own scheduler."""
-    from diffusers import FlowMatchEulerDiscreteScheduler, FluxKontextPipeline, FluxPipeline
+    from diffusers import FluxKontextPipeline, FluxPipeline
 
     is_kontext = model_index(family.source).get("_class_name") == "FluxKontextPipeline"
     pipeline_class: Any = FluxKontextPipeline if is_kontext else FluxPipeline
-    encoders = dict.fromkeys(("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
-    scheduler = FlowMatchEulerDiscreteScheduler.from_config(family.scheduler_config)
-    pipeline = pipeline_class(scheduler=scheduler, vae=None, transformer=denoiser, **encoders)
-    return FluxLivePipeline(family, pipeline, vae)
+    return FluxLivePipeline.of(family, pipeline_class, denoiser, vae)
 
 
 class FluxLivePipeline(LivePipeline):

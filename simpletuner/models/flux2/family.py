@@ -21,7 +21,8 @@ from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 from simpletuner.batch import Conditioning, PromptEmbeds, PromptImage
 from simpletuner.families.spec import FamilySpec
 from simpletuner.models.components import component_config, model_index
-from simpletuner.models.family import LatentMoments, ModelFamily, PromptReferences, have_one_shape, send
+from simpletuner.models.family import LatentMoments, PromptReferences, have_one_shape, send
+from simpletuner.models.flow import FlowFamily
 from simpletuner.models.guided_pipeline import GuidedFlowPipeline
 from simpletuner.models.hidden_states import hidden_states
 from simpletuner.models.patches import flatten
@@ -36,7 +37,7 @@ STATES = {"qwen3": (9, 18, 27), "mistral3": (10, 20, 30)}
 REFERENCE_INDEX = 10
 
 
-class Flux2(ModelFamily):
+class Flux2(FlowFamily):
     """klein reads Qwen3 and is guided by a second prediction, dev reads Mistral 3 and takes guidance as an input."""
 
     @property
@@ -125,9 +126,6 @@ class Flux2(ModelFamily):
             return_dict=False,
         )[0]
         return output[:, :num_tokens].mT.unflatten(-1, noisy_latents.shape[-2:])
-
-    def sigmas_at(self, quantiles: Tensor, latents: Tensor) -> Tensor:
-        return self.scheduler_sigmas(quantiles, latents)
 
     def pipeline(self, denoiser: nn.Module, vae: nn.Module | None = None) -> Any:
         return Flux2Pipeline(self, denoiser, vae)

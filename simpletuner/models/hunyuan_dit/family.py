@@ -95,11 +95,7 @@ class HunyuanDiT(DiscreteFamily):
         return send(table[0], self.device), send(table[1], self.device)
 
     def pipeline(self, denoiser: nn.Module, vae: nn.Module | None = None) -> Any:
-        parts: dict[str, Any] = dict.fromkeys(
-            ("vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "safety_checker", "feature_extractor")
-        )
-        parts |= {"transformer": denoiser, "scheduler": self.make_scheduler()}
-        return LivePipeline(self, HunyuanDiTPipeline(**parts, requires_safety_checker=False), vae)
+        return LivePipeline.of(self, HunyuanDiTPipeline, denoiser, vae, requires_safety_checker=False)
 
 
 class HunyuanDiTPipeline(published.HunyuanDiTPipeline):

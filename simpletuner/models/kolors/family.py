@@ -49,5 +49,4 @@ class Kolors(SizeConditionedUNet):
     def pipeline(self, denoiser: nn.Module, vae: nn.Module | None = None) -> Any:
         from diffusers.pipelines.kolors.pipeline_kolors import KolorsPipeline
 
-        parts: dict[str, Any] = {**dict.fromkeys(("vae", "text_encoder", "tokenizer")), "unet": denoiser}
-        return LivePipeline(self, KolorsPipeline(**parts, scheduler=self.make_scheduler()), vae)
+        return LivePipeline.of(self, KolorsPipeline, denoiser, vae)

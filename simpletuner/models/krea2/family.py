@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from simpletuner.batch import Conditioning, PromptEmbeds
 from simpletuner.models.components import model_index
-from simpletuner.models.family import ModelFamily, PromptReferences, send
+from simpletuner.models.family import PromptReferences, send
+from simpletuner.models.flow import FlowFamily
 from simpletuner.models.guided_pipeline import GuidedFlowPipeline
 from simpletuner.models.hidden_states import hidden_states
 from simpletuner.models.patches import pack, position_ids, unpack
@@ -33,7 +34,7 @@ LAYERS = (2, 5, 8, 11, 14, 17, 20, 23, 26, 29, 32, 35)
 DISTILLED_MU = 1.15
 
 
-class Krea2(ModelFamily):
+class Krea2(FlowFamily):
     """`model_index.json` says whether weights are distilled, and which layers are text."""
 
     reads_prompts_singly = True
@@ -87,9 +88,6 @@ class Krea2(ModelFamily):
 
     def training_shift(self, num_patches: int) -> float:
         return math.exp(DISTILLED_MU) if self.is_distilled else super().training_shift(num_patches)
-
-    def sigmas_at(self, quantiles: Tensor, latents: Tensor) -> Tensor:
-        return self.scheduler_sigmas(quantiles, latents)
 
     def pipeline(self, denoiser: nn.Module, vae: nn.Module | None = None) -> Any:
         return Krea2Pipeline(self, denoiser, vae)

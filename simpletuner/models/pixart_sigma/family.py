@@ -52,9 +52,7 @@ class PixArtSigma(DiscreteFamily):
     def pipeline(self, denoiser: nn.Module, vae: nn.Module | None = None) -> Any:
         from diffusers import PixArtSigmaPipeline
 
-        parts: dict[str, Any] = dict.fromkeys(("vae", "text_encoder", "tokenizer"))
-        pipeline = PixArtSigmaPipeline(**parts, transformer=denoiser, scheduler=self.make_scheduler())
-        return PixArtLivePipeline(self, pipeline, vae)
+        return PixArtLivePipeline.of(self, PixArtSigmaPipeline, denoiser, vae)
 
 
 class PixArtLivePipeline(MaskedLivePipeline):

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from simpletuner.batch import Conditioning, PromptEmbeds
 from simpletuner.errors import ConfigError, Problem
-from simpletuner.models.family import ModelFamily, PromptReferences, have_one_shape, send
+from simpletuner.models.family import PromptReferences, have_one_shape, send
+from simpletuner.models.flow import FlowFamily
 from simpletuner.models.patches import pack, unpack
 
 TEMPLATE = (
@@ -34,7 +35,7 @@ UNKNOWN_PARTS = {
 }
 
 
-class QwenImage(ModelFamily):
+class QwenImage(FlowFamily):
     """References are further patches behind those of the image: text-to-image weights have none."""
 
     def load_denoiser(self) -> nn.Module:
@@ -92,9 +93,6 @@ class QwenImage(ModelFamily):
             return_dict=False,
         )[0]
         return unpack(output[:, : tokens[0].shape[1]], *latents.shape[-2:])
-
-    def sigmas_at(self, quantiles: Tensor, latents: Tensor) -> Tensor:
-        return self.scheduler_sigmas(quantiles, latents)
 
     def pipeline(self, denoiser: nn.Module, vae: nn.Module | None = None) -> Any:
         from simpletuner.models.qwen_image.pipeline import QwenImagePipeline

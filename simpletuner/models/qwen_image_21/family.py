@@ -19,7 +19,8 @@ from transformers import Qwen2VLImageProcessorPil
 from simpletuner.batch import Conditioning, PromptEmbeds, PromptImage
 from simpletuner.errors import DataError, Problem
 from simpletuner.models.components import component_folder, model_index
-from simpletuner.models.family import LatentMoments, ModelFamily, PromptReferences, have_one_shape, send
+from simpletuner.models.family import LatentMoments, PromptReferences, have_one_shape, send
+from simpletuner.models.flow import FlowFamily
 from simpletuner.models.guided_pipeline import GuidedFlowPipeline
 from simpletuner.models.hidden_states import hidden_states
 from simpletuner.models.patches import flatten
@@ -31,7 +32,7 @@ USER = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 IMAGE = f"<image{{}}>{IMAGE_TAGS}"
 
 
-class QwenImage21(ModelFamily):
+class QwenImage21(FlowFamily):
     """What stands for a reference in the text is replaced by its latents; rows of other lengths fit no batch."""
 
     reads_prompts_singly = True
@@ -122,9 +123,6 @@ class QwenImage21(ModelFamily):
     def training_shift(self, num_patches: int) -> float:
         """The network takes each latent by itself, so the scheduler counts four where sizes count one."""
         return super().training_shift(num_patches * self.spec.patch_size**2)
-
-    def sigmas_at(self, quantiles: Tensor, latents: Tensor) -> Tensor:
-        return self.scheduler_sigmas(quantiles, latents)
 
     def pipeline(self, denoiser: nn.Module, vae: nn.Module | None = None) -> Any:
         return QwenImage21Pipeline(self, denoiser, vae)

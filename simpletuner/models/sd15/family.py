@@ -71,8 +71,4 @@ class SD15(DiscreteFamily):
     def pipeline(self, denoiser: nn.Module, vae: nn.Module | None = None) -> Any:
         from diffusers import StableDiffusionPipeline
 
-        parts = dict.fromkeys(("vae", "text_encoder", "tokenizer", "safety_checker", "feature_extractor"))
-        pipeline = StableDiffusionPipeline(
-            unet=denoiser, scheduler=self.make_scheduler(), requires_safety_checker=False, **parts
-        )
-        return LivePipeline(self, pipeline, vae)
+        return LivePipeline.of(self, StableDiffusionPipeline, denoiser, vae, requires_safety_checker=False)

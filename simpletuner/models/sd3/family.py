@@ -14,14 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from simpletuner.batch import Conditioning, PromptEmbeds
-from simpletuner.models.family import ModelFamily, PromptReferences
+from simpletuner.models.family import PromptReferences
+from simpletuner.models.flow import FlowFamily
 from simpletuner.models.live_pipeline import LivePipeline
 
 CLIP_TOKENS = 77
 CLIPS = (("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2"))
 
 
-class SD3(ModelFamily):
+class SD3(FlowFamily):
     """The states of both CLIP encoders side by side, filled up with zeros to T5's width, then those of T5."""
 
     @property
@@ -90,17 +91,7 @@ class SD3(ModelFamily):
             return_dict=False,
         )[0]
 
-    def sigmas_at(self, quantiles: Tensor, latents: Tensor) -> Tensor:
-        return self.scheduler_sigmas(quantiles, latents)
-
     def pipeline(self, denoiser: nn.Module, vae: nn.Module | None = None) -> Any:
-        from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
+        from diffusers import StableDiffusion3Pipeline
 
-        scheduler = FlowMatchEulerDiscreteScheduler.from_config(self.scheduler_config)
-        encoders = dict.fromkeys(
-            part.name for part in self.spec.components if part.role in ("text_encoder", "tokenizer")
-        )
-        pipeline = StableDiffusion3Pipeline(
-            transformer=denoiser, scheduler=scheduler, vae=None, **dict.fromkeys(encoders)
-        )
-        return LivePipeline(self, pipeline, vae)
+        return LivePipeline.of(self, StableDiffusion3Pipeline, denoiser, vae)

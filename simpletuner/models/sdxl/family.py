@@ -61,11 +61,5 @@ class SDXL(SizeConditionedUNet):
     def pipeline(self, denoiser: nn.Module, vae: nn.Module | None = None) -> Any:
         from diffusers import StableDiffusionXLPipeline
 
-        pipeline = StableDiffusionXLPipeline(
-            **dict.fromkeys(("vae", *sum(ENCODERS, ()))),
-            unet=denoiser,
-            scheduler=self.make_scheduler(),
-            force_zeros_for_empty_prompt=self.zeroes_empty_prompts,
-            add_watermarker=False,
-        )
-        return LivePipeline(self, pipeline, vae)
+        options = {"force_zeros_for_empty_prompt": self.zeroes_empty_prompts, "add_watermarker": False}
+        return LivePipeline.of(self, StableDiffusionXLPipeline, denoiser, vae, **options)

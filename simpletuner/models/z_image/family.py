@@ -17,7 +17,8 @@ from diffusers.models.transformers.transformer_z_image import RopeEmbedder
 from torch import Tensor, nn
 
 from simpletuner.batch import Conditioning, PromptEmbeds
-from simpletuner.models.family import ModelFamily, PromptReferences, send
+from simpletuner.models.family import PromptReferences, send
+from simpletuner.models.flow import FlowFamily
 from simpletuner.models.live_pipeline import LivePipeline
 
 # Qwen3's chat template with one message, as `enable_thinking=True` renders it.
@@ -26,7 +27,7 @@ TEMPLATE = "<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n"
 LAYER = -2
 
 
-class ZImage(ModelFamily):
+class ZImage(FlowFamily):
     """The base and Turbo differ in weights and shift alone."""
 
     def largest_side(self) -> int:
@@ -59,15 +60,10 @@ class ZImage(ModelFamily):
         answers = denoiser([*frames], times, captions, return_dict=False)[0]
         return -torch.stack(answers)[:, :, 0]
 
-    def sigmas_at(self, quantiles: Tensor, latents: Tensor) -> Tensor:
-        return self.scheduler_sigmas(quantiles, latents)
-
     def pipeline(self, denoiser: nn.Module, vae: nn.Module | None = None) -> Any:
-        from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline
+        from diffusers import ZImagePipeline
 
-        scheduler = FlowMatchEulerDiscreteScheduler.from_config(self.scheduler_config)
-        parts: dict[str, Any] = dict.fromkeys(("vae", "text_encoder", "tokenizer"))
-        return ZImageLivePipeline(self, ZImagePipeline(scheduler=scheduler, transformer=denoiser, **parts), vae)
+        return ZImageLivePipeline.of(self, ZImagePipeline, denoiser, vae)
 
 
 class ZImageLivePipeline(LivePipeline):
