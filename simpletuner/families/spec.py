@@ -118,7 +118,6 @@ class FamilySpec:
             takes zeros for that, as it does for a dropped caption.
         negative_mark: stands in front of a negative prompt that `encode_prompts` is given, where the family reads it
             otherwise than a prompt.
-        no_guidance: the guidance scale that is none: 1 where the answers are mixed, 0 where guidance is added.
         default_flavour: used where `model_flavour` is not set.
         adaptable: what adapters can be attached to.
         class_aliases: preset class names that mean a class of this family (`FeedForward` -> `OmniGenFeedForward`).
@@ -182,7 +181,6 @@ class FamilySpec:
     dropped_caption: str = ""
     empty_negative: str = ""
     negative_mark: str = ""
-    no_guidance: float = 1.0
     preview_decoder: str | None = None
     pipeline_options: tuple[str, ...] = ()
     prompt_options: tuple[str, ...] = ()

@@ -45,7 +45,6 @@ KREA2 = FamilySpec(
     vae_factor=8,
     patch_size=2,
     max_prompt_tokens=512,
-    no_guidance=0.0,
     pipeline_class="Krea2Pipeline",
     adaptable=(
         AdaptableModule("Krea2Attention", (f"{_BLOCK}.attn", *(f"{block}.attn" for block in _TEXT))),

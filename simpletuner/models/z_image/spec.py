@@ -61,7 +61,6 @@ Z_IMAGE = FamilySpec(
     vae_factor=8,
     patch_size=2,
     max_prompt_tokens=512,
-    no_guidance=0.0,
     pipeline_class="ZImagePipeline",
     adaptable=(
         AdaptableModule("Attention", tuple(f"{block}.attention" for block in _BLOCKS)),

@@ -18,12 +18,17 @@ import psutil
 import torch
 
 from simpletuner import storage
+from simpletuner.config.dataset_loading import LoadedDatasets
+from simpletuner.config.draft import Draft
 from simpletuner.config.layers import Origin
 from simpletuner.config.loading import LoadedRun
-from simpletuner.config.options import TrainConfig, all_options
+from simpletuner.config.options import all_options
+from simpletuner.config.paths import Folders
+from simpletuner.config.rules.precision import PRECISION_RULES
 from simpletuner.data.dataset import Dataset
 from simpletuner.data.holdout import hold_out
 from simpletuner.errors import Problem, bytes_text, plain_value
+from simpletuner.families.spec import FamilySpec
 from simpletuner.hardware import GIB
 from simpletuner.models.build import build_family
 from simpletuner.models.devices import swaps_blocks
@@ -214,7 +219,7 @@ class _Stage:
         for way in self.ways(loaded):
             settings = {key: value for key, value in way.items() if not is_written(loaded, key)}
             tried = with_settings(loaded, settings)
-            if settings in seen or not is_sound(tried.config):
+            if settings in seen or not is_sound(tried, self.family.spec):
                 continue
             seen.append(settings)
             cost = self.cost(tried)
@@ -382,20 +387,10 @@ class _Vae(_Stage):
         return Cost(peak)
 
 
-def is_sound(config: TrainConfig) -> bool:
-    """Whether the settings go together: see `config/rules/precision.py`."""
-    if config.model.activation_memory == "lowest" and config.precision.dynamo_backend != "no":
-        return False
-    if not config.model.gradient_checkpointing:
-        is_alone = (
-            config.model.gradient_checkpointing_interval is None
-            and config.model.gradient_checkpointing_backend == "torch"
-        )
-        return is_alone and not swaps_blocks(config.model)
-    is_whole = config.model.gradient_checkpointing_interval in (None, "1")
-    return not swaps_blocks(config.model) or (
-        is_whole and config.precision.dynamo_backend == "no" and config.model.model_type != "full"
-    )
+def is_sound(tried: LoadedRun, spec: FamilySpec) -> bool:
+    """Whether the settings go together, as the rules of `config/rules/precision.py` say."""
+    draft = Draft(tried.config, spec, LoadedDatasets(), tried.origins, Folders(Path(), None))
+    return not any(list(rule(draft)) for rule in PRECISION_RULES)
 
 
 def without(loaded: LoadedRun, keys: Sequence[str]) -> LoadedRun:
