@@ -48,7 +48,7 @@ class TextEncoders:
         self._encoders: dict[str, nn.Module] = {}
 
     def tokenizer(self, name: str = "tokenizer") -> Any:
-        """The tokenizer in folder `name`.
+        """The tokenizer in folder `name`, or what cuts images into patches for an encoder that sees them.
 
         Raises:
             DataError: it cannot be read.
@@ -57,14 +57,6 @@ class TextEncoders:
         if name not in self._tokenizers:
             self._tokenizers[name] = _load_tokenizer(self.family.source, self._component(name))
         return self._tokenizers[name]
-
-    def image_processor(self, name: str = "processor") -> Any:
-        """What cuts images into patches for an encoder that sees them, from folder `name`.
-
-        Raises:
-            DataError: it cannot be read.
-        """
-        return self.tokenizer(name)
 
     def encoder(self, name: str = "text_encoder") -> Any:
         """The text encoder in folder `name`, in eval mode, without gradients.

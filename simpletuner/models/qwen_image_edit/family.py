@@ -48,7 +48,7 @@ class QwenImageEdit(QwenImage):
     def encode_prompts(self, prompts: Sequence[str], references: PromptReferences | None = None) -> list[PromptEmbeds]:
         """`prompt_embeds` (L, D) per prompt: the last states of its images, the instruction and what follows."""
         rows = references or [()] * len(prompts)
-        tokenizer, processor = self.encoders.tokenizer("tokenizer"), self.encoders.image_processor("processor")
+        tokenizer, processor = self.encoders.tokenizer("tokenizer"), self.encoders.tokenizer("processor")
         encoder = self.encoders.encoder("text_encoder")
         embeds = []
         for prompt, row in zip(prompts, rows, strict=True):
