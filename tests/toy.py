@@ -298,13 +298,13 @@ def toy_run(
         ),
         progress=Progress(loss_scale=LossScale.of(config.precision.mixed_precision)),
         session=Session(
-            folder / "output",
-            Path(config.data.cache_dir),
-            EventBus([recorder]),
-            StopRequest(),
-            Checkpoints(folder / "output", config.checkpoint.checkpoints_total_limit),
-            process_group,
-            config.checkpoint.pause_on_full_disk,
+            output_dir=folder / "output",
+            bus=EventBus([recorder]),
+            stop=StopRequest(),
+            process_group=process_group,
+            cache_dir=Path(config.data.cache_dir),
+            checkpoints=Checkpoints(folder / "output", config.checkpoint.checkpoints_total_limit),
+            pauses_on_full_disk=config.checkpoint.pause_on_full_disk,
         ),
         batches=BatchSource(family, datasets, sources, sampler, config, process_group),  # type: ignore[arg-type]
         evaluator=ToyEvaluator(losses) if losses else None,  # type: ignore[arg-type]

@@ -19,7 +19,6 @@ from simpletuner.errors import bytes_text
 from simpletuner.families.registry import get_spec
 from simpletuner.models.build import build_family
 from simpletuner.reporting.bus import EventBus
-from simpletuner.reporting.events import Notice
 from simpletuner.reporting.sinks.terminal import terminal_sink
 from simpletuner.text import count_text
 from simpletuner.training.fitting import fit_into_memory
@@ -27,6 +26,7 @@ from simpletuner.training.kernels import chosen_kernels
 from simpletuner.training.latents import fingerprint_of_vae
 from simpletuner.training.preflight import check_model_folder
 from simpletuner.training.prepare import prepare_data, prepare_datasets, read_datasets
+from simpletuner.training.process import Process
 from simpletuner.training.prompts import open_prompt_cache, prompts_folder, run_prompts
 from simpletuner.training.signals import StopRequest
 
@@ -86,21 +86,22 @@ def build(loaded: LoadedRun) -> None:
     output_dir = Path(loaded.config.checkpoint.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     with EventBus([terminal_sink()]) as bus, StopRequest() as stop:
+        process = Process(output_dir=output_dir, bus=bus, stop=stop)
         for line in loaded.warnings:
-            bus.emit(Notice("warning", line))
+            process.warn(line)
         family = build_family(loaded.config)
         with chosen_kernels(loaded.config, family.device):
             loaded = _without_on_demand(loaded)
-            datasets = prepare_datasets(loaded, family, output_dir, bus, stop)
-            loaded, _ = fit_into_memory(loaded, family, datasets, bus)
+            datasets = prepare_datasets(loaded, family, process)
+            loaded, _ = fit_into_memory(loaded, family, datasets, process)
             family = build_family(loaded.config)
-            _, sources = prepare_data(loaded, family, output_dir, bus, stop, datasets=datasets)
+            _, sources = prepare_data(loaded, family, process, datasets)
         folders = {source.cache.store.folder: source.cache.store for source in sources.values()}
         if isinstance(family.prompts, CachedPrompts):
             folders[family.prompts.cache.store.folder] = family.prompts.cache.store
         for folder, store in folders.items():
             stats = store.stats()
-            bus.emit(Notice("info", f"{folder}: {stats.num_entries} entries, {bytes_text(stats.num_bytes)}"))
+            process.inform(f"{folder}: {stats.num_entries} entries, {bytes_text(stats.num_bytes)}")
             store.close()
 
 

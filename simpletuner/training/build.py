@@ -40,8 +40,7 @@ from simpletuner.optim.schedules import LrFactor, build_schedule, scaled_learnin
 from simpletuner.precision.mixed import DTYPES
 from simpletuner.precision.product_trials import choose_products, chosen_products
 from simpletuner.precision.quantize import require_device
-from simpletuner.reporting.bus import EventBus
-from simpletuner.reporting.events import Notice, RunStarted
+from simpletuner.reporting.events import RunStarted
 from simpletuner.training.batches import BatchSource
 from simpletuner.training.checkpoint import Checkpoints, load_checkpoint, read_state
 from simpletuner.training.device_placement import is_denoiser_spread, mesh_of, must_take_turns, place_denoiser
@@ -54,48 +53,47 @@ from simpletuner.training.kernels import compile_blocks, require_compiler
 from simpletuner.training.latents import LatentSources
 from simpletuner.training.lock import write_lock
 from simpletuner.training.loss_scale import LossScale
-from simpletuner.training.phases import phase
 from simpletuner.training.planning.memory import may_keep_least
 from simpletuner.training.planning.settings import is_written, keep_choice
 from simpletuner.training.prepare import prepare_data, prepare_datasets
+from simpletuner.training.process import Process
 from simpletuner.training.progress import Progress
 from simpletuner.training.resuming import Length, resumed_length, resumed_progress, total_train_steps
 from simpletuner.training.run import Model, Run, Session
-from simpletuner.training.signals import StopRequest
 from simpletuner.training.start import Start, begin_in_folder, plan_start
 from simpletuner.validation.external import ExternalScript
 from simpletuner.validation.references import references_of_run
 from simpletuner.validation.validator import Validator
 
 
-def build_run(
-    loaded: LoadedRun, output_dir: Path, bus: EventBus, stop: StopRequest, process_group: ProcessGroup = SINGLE_PROCESS
-) -> Run:
+def build_run(loaded: LoadedRun, process: Process) -> Run:
     """All parts of the run, resumed where there is something to resume from."""
-    for line in loaded.warnings:
-        bus.emit(Notice("warning", line))
-    start = plan_start(loaded, output_dir, process_group)
-    for line in start.notices:
-        bus.emit(Notice("warning", line))
+    process_group = process.process_group
+    start = plan_start(loaded, process.output_dir, process_group)
+    for line in (*loaded.warnings, *start.notices):
+        process.warn(line)
     loaded = keep_choice(loaded, start.resume_from)
     family = build_family(loaded.config)
     require_usable(loaded, family)
     assistant_file = find_assistant(loaded.config)
 
-    datasets = prepare_datasets(loaded, family, output_dir, bus, stop, process_group)
-    loaded, memory_limit = fit_into_memory(loaded, family, datasets, bus, process_group)
+    datasets = prepare_datasets(loaded, family, process)
+    loaded, memory_limit = fit_into_memory(loaded, family, datasets, process)
     config, family = loaded.config, build_family(loaded.config)
     require_device(family.number_formats, family.device, family.dtype)
-    datasets, sources = prepare_data(loaded, family, output_dir, bus, stop, process_group, datasets)
+    datasets, sources = prepare_data(loaded, family, process, datasets)
     training = [dataset for dataset in datasets if dataset.kind == "image"]
     sampler = build_sampler(config, training, process_group.size)
     length = run_length(config.training, sampler, start.resume_from)
     if length.notice:
-        bus.emit(Notice("info", length.notice))
+        process.inform(length.notice)
 
-    limit, pauses = config.checkpoint.checkpoints_total_limit, config.checkpoint.pause_on_full_disk
-    checkpoints = Checkpoints(output_dir, limit, start.history)
-    session = Session(output_dir, Path(config.data.cache_dir), bus, stop, checkpoints, process_group, pauses)
+    session = Session(
+        **vars(process),
+        cache_dir=Path(config.data.cache_dir),
+        checkpoints=Checkpoints(process.output_dir, config.checkpoint.checkpoints_total_limit, start.history),
+        pauses_on_full_disk=config.checkpoint.pause_on_full_disk,
+    )
     has_sizes = len({size for dataset in datasets for size in dataset.buckets}) > 1
     model = load_model(
         loaded, family, session, start.resume_from, length.total_steps, assistant_file, memory_limit, has_sizes
@@ -149,18 +147,18 @@ def load_model(
         memory_limit: of `fit_into_memory`, in bytes.
         has_sizes: whether images come in several sizes.
     """
-    config, bus, process_group = loaded.config, session.bus, session.process_group
+    config, process_group = loaded.config, session.process_group
     # Whole weights pass through main memory, in each process: one after the other where it does not hold them all.
     mesh = mesh_of(config.processes, family, process_group)
     turns = process_group.in_turns() if must_take_turns(config, family, process_group) else nullcontext()
-    with turns, phase(bus, "loading the denoiser"):
+    with turns, session.phase("loading the denoiser"):
         denoiser = family.load_base()
         assistant = None
         if assistant_file is not None:
             assistant = attach_assistant(denoiser, assistant_file, config.adapter.assistant_lora_strength, family.spec)
             session.inform(f"assistant LoRA: {assistant}")
         adapter = attach_adapter(loaded, family, denoiser)
-        describe_adapter(adapter, bus)
+        describe_adapter(adapter, session)
         placement = place_denoiser(config, family, denoiser, adapter, process_group, mesh)
         may_offload = config.model.memory is not None and not is_written(loaded, "gradient_checkpointing_backend")
         if family.device.type == "cpu" and not is_written(loaded, "activation_memory"):
@@ -205,15 +203,15 @@ def run_length(options: TrainingOptions, sampler: Sampler, resume_from: Path | N
     return resumed_length(options, sampler, saved, resumed_progress(saved, sampler))
 
 
-def describe_adapter(adapter: Adapter, bus: EventBus) -> None:
+def describe_adapter(adapter: Adapter, session: Session) -> None:
     """Say which layers it is on and how much is trained: an entry that means too little shows here."""
     for match in adapter.report:
         alias = f" ({match.class_name})" if match.class_name != match.entry else ""
-        bus.emit(Notice("info", f"adapter: {match.modules} modules of {match.entry}{alias}"))
+        session.inform(f"adapter: {match.modules} modules of {match.entry}{alias}")
     count = sum(parameter.numel() for parameter in adapter.trainable_parameters().values())
-    bus.emit(Notice("info", f"{count:,} parameters are trained"))
+    session.inform(f"{count:,} parameters are trained")
     for line in adapter.notices:
-        bus.emit(Notice("info", line))
+        session.inform(line)
 
 
 def choose_kernels(

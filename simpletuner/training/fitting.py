@@ -7,22 +7,15 @@ from dataclasses import asdict
 
 from simpletuner.config.loading import LoadedRun
 from simpletuner.data.dataset import Dataset
-from simpletuner.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from simpletuner.errors import ConfigError, Problem
 from simpletuner.models.family import ModelFamily
-from simpletuner.reporting.bus import EventBus
-from simpletuner.reporting.events import Notice
 from simpletuner.training.memory import keep_within
-from simpletuner.training.phases import phase
 from simpletuner.training.planning.settings import Choice, Room, choose_settings, with_activation_memory, with_settings
+from simpletuner.training.process import Process
 
 
 def fit_into_memory(
-    loaded: LoadedRun,
-    family: ModelFamily,
-    datasets: Sequence[Dataset],
-    bus: EventBus,
-    process_group: ProcessGroup = SINGLE_PROCESS,
+    loaded: LoadedRun, family: ModelFamily, datasets: Sequence[Dataset], process: Process
 ) -> tuple[LoadedRun, int | None]:
     """The run with the settings that its device and `memory` chose, and the bytes that it is kept within.
 
@@ -36,12 +29,12 @@ def fit_into_memory(
         return loaded, None
     room = Room.of(loaded.config.model.memory, family.device)
     choice = Choice()
-    if process_group.is_main:
-        with phase(bus, "planning memory"):
+    if process.process_group.is_main:
+        with process.phase("planning memory"):
             choice = choose_settings(loaded, family, datasets, room)
         for line in choice.lines:
-            bus.emit(Notice("info", f"memory: {line}"))
-    chosen = process_group.from_main(
+            process.inform(f"memory: {line}")
+    chosen = process.process_group.from_main(
         {"settings": dict(choice.settings), "lacking": [asdict(problem) for problem in choice.lacking]}
     )
     if chosen["lacking"]:

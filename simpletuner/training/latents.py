@@ -19,20 +19,18 @@ from simpletuner.cache.encoding import ManySamples
 from simpletuner.cache.fingerprints import vae_fingerprint
 from simpletuner.cache.latents import LatentCache, OnDemandLatents
 from simpletuner.cache.store import DamagedEntry, TensorStore
-from simpletuner.config.loading import LoadedRun
+from simpletuner.config.options import TrainConfig
 from simpletuner.data.backends.build import source_key
 from simpletuner.data.dataset import Dataset
 from simpletuner.data.digests import DigestMemo
 from simpletuner.data.entry_rules import latents_folder
 from simpletuner.data.kept import KeptSamples
-from simpletuner.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from simpletuner.errors import DataError, Problem
 from simpletuner.models.family import LatentMoments, ModelFamily
 from simpletuner.models.lazy_vae import LazyVae
 from simpletuner.randomness import keyed_generator
-from simpletuner.reporting.bus import EventBus
-from simpletuner.reporting.events import Notice
-from simpletuner.training.phases import Phase, phase
+from simpletuner.training.phases import Phase
+from simpletuner.training.process import Process
 from simpletuner.training.signals import StopRequest
 
 # Ready latents of small sets stay in memory: reading and drawing them again takes longer than a tiny model's step.
@@ -141,12 +139,7 @@ LatentSources = Mapping[str, DatasetLatents]
 
 
 def prepare_latents(
-    loaded: LoadedRun,
-    family: ModelFamily,
-    datasets: Sequence[Dataset],
-    bus: EventBus,
-    stop: StopRequest,
-    process_group: ProcessGroup = SINGLE_PROCESS,
+    config: TrainConfig, family: ModelFamily, datasets: Sequence[Dataset], process: Process
 ) -> tuple[list[Dataset], LatentSources]:
     """Fill the caches, or get ready to fill them on demand.
 
@@ -157,7 +150,6 @@ def prepare_latents(
         DataError: nothing usable is left of a dataset, no disk space, no memory.
         Interrupted: a signal came; what was encoded stays.
     """
-    config = loaded.config
     cache_dir = Path(config.data.cache_dir)
     fingerprint = fingerprint_of_vae(family, cache_dir)
     vae = LazyVae(family)
@@ -174,16 +166,12 @@ def prepare_latents(
                 sources[part.id] = made
             sources[part.id].keeps &= dataset.keeps_latents
             sources[part.id].resamples |= dataset.samples.draws.crops
-        kept.append(
-            dataset
-            if dataset.encodes_on_demand
-            else fill_caches(dataset, sources, vae, cache_dir, bus, stop, process_group)
-        )
+        kept.append(dataset if dataset.encodes_on_demand else fill_caches(dataset, sources, vae, cache_dir, process))
     for dataset in kept:
         if dataset.encodes_on_demand:
             for part in dataset.parts:
                 cache = sources[part.id].cache
-                if process_group.is_main and dataset.keeps_latents and not cache.store.stats().num_entries:
+                if process.process_group.is_main and dataset.keeps_latents and not cache.store.stats().num_entries:
                     adopt_latents(cache, KeptSamples(dataset, part.id), cache_dir)
                 sources[part.id].encode_on_demand()
     if not any(dataset.encodes_on_demand for dataset in kept):
@@ -210,25 +198,18 @@ def adopt_latents(cache: LatentCache, samples: KeptSamples, cache_dir: Path) -> 
         return cache.adopt(samples, others)
 
 
-def fill_caches(
-    dataset: Dataset,
-    sources: LatentSources,
-    vae: LazyVae,
-    cache_dir: Path,
-    bus: EventBus,
-    stop: StopRequest,
-    process_group: ProcessGroup = SINGLE_PROCESS,
-) -> Dataset:
+def fill_caches(dataset: Dataset, sources: LatentSources, vae: LazyVae, cache_dir: Path, process: Process) -> Dataset:
     """Encode what is missing of one dataset and its references; gives it back without what cannot be encoded.
 
     Each process encodes its share.
     """
     bad: dict[tuple[str, str], str] = {}
+    process_group = process.process_group
     for name in (part.id for part in dataset.parts):
         cache, source = sources[name].cache, sources[name]
         share = KeptSamples(dataset, name, process_group.rank, process_group.size)
         everything = set_fingerprint(dataset, name, cache)
-        with phase(bus, f"caching latents of {name}", len(share)) as progress:
+        with process.phase(f"caching latents of {name}", len(share)) as progress:
             num_cached = process_group.from_main(cache.store.complete(everything))
             if num_cached is not None:
                 progress.summary = f"0 encoded, {num_cached} cached before"
@@ -238,7 +219,7 @@ def fill_caches(
                 if process_group.is_main:
                     adopt_latents(cache, KeptSamples(dataset, name), cache_dir)
             report = cache.fill(
-                images, vae.load, source.batch_size, _progress_reporter(progress, stop), process_group.size
+                images, vae.load, source.batch_size, _progress_reporter(progress, process.stop), process_group.size
             )
             progress.summary = f"{report.num_encoded} encoded, {report.num_cached} cached before"
         unusable = [
@@ -250,7 +231,7 @@ def fill_caches(
         if process_group.is_main and not unusable:
             cache.store.note_complete(everything, round(num_entries))
     for (name, path), reason in bad.items():
-        bus.emit(Notice("warning", f"{name}: {path} is left out: {reason}"))
+        process.warn(f"{name}: {path} is left out: {reason}")
     return without(dataset, bad) if bad else dataset
 
 

@@ -11,27 +11,17 @@ from simpletuner.data.dataset import Dataset
 from simpletuner.data.datasets import UnusableData, build_datasets
 from simpletuner.data.holdout import SUFFIX, hold_out
 from simpletuner.data.report import FilterReport, ProgressReport, write_report
-from simpletuner.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from simpletuner.errors import ConfigError, DataError, Problem
 from simpletuner.models.family import ModelFamily
-from simpletuner.reporting.bus import EventBus
-from simpletuner.reporting.events import Notice
 from simpletuner.training.latents import LatentSources, prepare_latents
-from simpletuner.training.phases import phase
+from simpletuner.training.process import Process
 from simpletuner.training.prompts import prepare_prompts
-from simpletuner.training.signals import StopRequest
 
 MAX_LISTED = 10
 
 
 def prepare_data(
-    loaded: LoadedRun,
-    family: ModelFamily,
-    output_dir: Path,
-    bus: EventBus,
-    stop: StopRequest,
-    process_group: ProcessGroup = SINGLE_PROCESS,
-    datasets: list[Dataset] | None = None,
+    loaded: LoadedRun, family: ModelFamily, process: Process, datasets: list[Dataset] | None = None
 ) -> tuple[list[Dataset], LatentSources]:
     """All that happens before the denoiser is loaded: `simpletuner cache build` does this and no more.
 
@@ -43,19 +33,19 @@ def prepare_data(
         Interrupted: a signal came; what was encoded stays.
     """
     if datasets is None:
-        datasets = prepare_datasets(loaded, family, output_dir, bus, stop, process_group)
-    prepare_prompts(loaded, family, datasets, bus, stop, process_group)
-    hold_out(
-        datasets, loaded.config.evaluation.eval_holdout
-    )  # an impossible share is refused before anything is encoded
-    kept, sources = prepare_latents(loaded, family, datasets, bus, stop, process_group)
-    if process_group.is_main and any(new is not old for new, old in zip(kept, datasets, strict=True)):
-        write_report(output_dir, [dataset.filter_report for dataset in kept])  # with what the VAE could not encode
-    return with_holdout(kept, sources, loaded.config.evaluation.eval_holdout, bus)
+        datasets = prepare_datasets(loaded, family, process)
+    prepare_prompts(loaded, family, datasets, process)
+    share = loaded.config.evaluation.eval_holdout
+    hold_out(datasets, share)  # an impossible share is refused before anything is encoded
+    kept, sources = prepare_latents(loaded.config, family, datasets, process)
+    if process.process_group.is_main and any(new is not old for new, old in zip(kept, datasets, strict=True)):
+        reports = [dataset.filter_report for dataset in kept]
+        write_report(process.output_dir, reports)  # with what the VAE could not encode
+    return with_holdout(kept, sources, share, process)
 
 
 def with_holdout(
-    datasets: list[Dataset], sources: LatentSources, share: float, bus: EventBus
+    datasets: list[Dataset], sources: LatentSources, share: float, process: Process
 ) -> tuple[list[Dataset], LatentSources]:
     """The datasets with `eval_holdout` taken out of training and put into eval datasets, which share the latents."""
     divided = hold_out(datasets, share)
@@ -63,7 +53,7 @@ def with_holdout(
     for dataset in held:
         source = dataset.id.removesuffix(SUFFIX)
         count, whole = dataset.num_images, dataset.num_images + _by_id(divided, source).num_images
-        bus.emit(Notice("info", f"{source}: {count} of {whole} images are held out for the eval loss"))
+        process.inform(f"{source}: {count} of {whole} images are held out for the eval loss")
     return divided, {**sources, **{dataset.id: sources[dataset.id.removesuffix(SUFFIX)] for dataset in held}}
 
 
@@ -71,34 +61,27 @@ def _by_id(datasets: list[Dataset], dataset_id: str) -> Dataset:
     return next(dataset for dataset in datasets if dataset.id == dataset_id)
 
 
-def prepare_datasets(
-    loaded: LoadedRun,
-    family: ModelFamily,
-    output_dir: Path,
-    bus: EventBus,
-    stop: StopRequest,
-    process_group: ProcessGroup = SINGLE_PROCESS,
-) -> list[Dataset]:
+def prepare_datasets(loaded: LoadedRun, family: ModelFamily, process: Process) -> list[Dataset]:
     """Scan the folders, tell what is used of them and why the rest is not, and keep that as a file.
 
     Raises:
         DataError: a dataset without usable images, or no dataset to train on.
     """
     # The others find every index made.
-    with process_group.main_first(), phase(bus, "reading the datasets") as progress:
+    with process.process_group.main_first(), process.phase("reading the datasets") as progress:
 
         def show_progress(label: str, done: int, total: int | None) -> None:
             progress.advance(max(done - progress.done, 0))
-            stop.check()
+            process.stop.check()
 
         try:
             datasets = read_datasets(loaded, family, show_progress)
         except UnusableData as error:
-            _report_filters(error.filter_reports, output_dir, bus, process_group)
+            _report_filters(error.filter_reports, process)
             raise
         progress.summary = f"{sum(dataset.filter_report.bucketed for dataset in datasets)} images"
-    _report_filters([dataset.filter_report for dataset in datasets], output_dir, bus, process_group)
-    require_trainable(loaded, family, datasets, process_group.size)
+    _report_filters([dataset.filter_report for dataset in datasets], process)
+    require_trainable(loaded, family, datasets, process.process_group.size)
     return datasets
 
 
@@ -133,16 +116,14 @@ def _data_file(loaded: LoadedRun) -> str | None:
     return str(loaded.data_file) if loaded.data_file else None
 
 
-def _report_filters(
-    filter_reports: Sequence[FilterReport], output_dir: Path, bus: EventBus, process_group: ProcessGroup
-) -> None:
+def _report_filters(filter_reports: Sequence[FilterReport], process: Process) -> None:
     for filter_report in filter_reports:
         for line in filter_report.lines():
-            bus.emit(Notice("info", line))
+            process.inform(line)
         for line in filter_report.warnings:
-            bus.emit(Notice("warning", line))
-    if process_group.is_main:
-        write_report(output_dir, filter_reports)
+            process.warn(line)
+    if process.process_group.is_main:
+        write_report(process.output_dir, filter_reports)
 
 
 def require_training(datasets: list[Dataset], data_file: str | None) -> None:

@@ -21,15 +21,11 @@ from simpletuner.config.options.training import TrainingOptions
 from simpletuner.data.dataset import Dataset
 from simpletuner.data.digests import DigestMemo
 from simpletuner.data.holdout import hold_out
-from simpletuner.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from simpletuner.errors import ConfigError, Problem
 from simpletuner.families.spec import FamilySpec
 from simpletuner.models.family import ModelFamily
 from simpletuner.models.lazy_vae import give_back_memory
-from simpletuner.reporting.bus import EventBus
-from simpletuner.reporting.events import Notice
-from simpletuner.training.phases import phase
-from simpletuner.training.signals import StopRequest
+from simpletuner.training.process import Process
 from simpletuner.validation.prompts import requests_from_config
 from simpletuner.validation.references import ReferenceImage, references_of_run
 
@@ -37,14 +33,7 @@ from simpletuner.validation.references import ReferenceImage, references_of_run
 PROBE_PROMPT = "a probe of the adapter"
 
 
-def prepare_prompts(
-    loaded: LoadedRun,
-    family: ModelFamily,
-    datasets: Sequence[Dataset],
-    bus: EventBus,
-    stop: StopRequest,
-    process_group: ProcessGroup = SINGLE_PROCESS,
-) -> None:
+def prepare_prompts(loaded: LoadedRun, family: ModelFamily, datasets: Sequence[Dataset], process: Process) -> None:
     """Fill the cache of captions, or get ready to fill it on demand; `family.prompts` gives embeddings from then on.
 
     Each process encodes its share of the texts.
@@ -55,7 +44,7 @@ def prepare_prompts(
     """
     if not family.spec.caches_prompt_embeds:
         return
-    config = loaded.config
+    config, process_group = loaded.config, process.process_group
     on_demand = config.data.text_cache_ondemand or config.data.text_cache_disable
     if family.spec.prompts_see_references and not on_demand:
         require_lasting_references(datasets)
@@ -64,16 +53,16 @@ def prepare_prompts(
         cache,
         keeps_encoders=on_demand,
         keeps_entries=not config.data.text_cache_disable,
-        warn=lambda line: bus.emit(Notice("warning", line)),
+        warn=process.warn,
     )
     if on_demand:
         return
 
-    with phase(bus, "caching captions") as progress:
+    with process.phase("caching captions") as progress:
 
         def show_progress(done: int, total: int) -> None:
             progress.advance(done - progress.done)
-            stop.check()
+            process.stop.check()
 
         everything = _set_fingerprint(loaded, cache, datasets)
         num_cached = process_group.from_main(cache.store.complete(everything))

@@ -18,13 +18,10 @@ from simpletuner.config.loading import LoadedRun
 from simpletuner.config.options import TrainConfig
 from simpletuner.data.dataset import Dataset
 from simpletuner.distributed.placement import Placement
-from simpletuner.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from simpletuner.models.family import ModelFamily
 from simpletuner.optim.ema import EMA
 from simpletuner.optim.schedules import scaled_learning_rate
 from simpletuner.precision.mixed import autocast
-from simpletuner.reporting.bus import EventBus
-from simpletuner.reporting.events import Notice
 from simpletuner.training.batches import BatchSource
 from simpletuner.training.checkpoint import Checkpoints
 from simpletuner.training.divergence import Skips
@@ -32,10 +29,10 @@ from simpletuner.training.evaluation import EvalResult, Evaluator, evaluations_w
 from simpletuner.training.gradient_checkpointing import GradientCheckpointing
 from simpletuner.training.loss_bins import LossBins
 from simpletuner.training.objective import Objective, build_objective
+from simpletuner.training.process import Process
 from simpletuner.training.progress import Progress
 from simpletuner.training.rollout import Rollouts, build_rollouts
 from simpletuner.training.run_history import FolderGuard
-from simpletuner.training.signals import StopRequest
 from simpletuner.training.zeros import ZeroWatch
 from simpletuner.validation.external import ExternalScript
 from simpletuner.validation.validator import Validator
@@ -72,37 +69,24 @@ class Model:
         return list(self.adapter.trainable_parameters().values())
 
 
-@dataclass
-class Session:
-    """This process of a run: where it writes, who listens, and what may stop it.
+@dataclass(kw_only=True)
+class Session(Process):
+    """This process of a run, which may save its state.
 
     Args:
         cache_dir: beside `output_dir` the other folder that it writes to.
         checkpoints: of the run, in `output_dir`.
-        process_group: the processes of the run; `Run` is the same in each but for its part of the batches.
         pauses_on_full_disk: wait for space where a checkpoint finds none.
     """
 
-    output_dir: Path
     cache_dir: Path
-    bus: EventBus
-    stop: StopRequest
     checkpoints: Checkpoints
-    process_group: ProcessGroup = SINGLE_PROCESS
     pauses_on_full_disk: bool = False
 
     @cached_property
     def guard(self) -> FolderGuard:
         """Notices that the output folder was renamed or deleted."""
         return FolderGuard(self.output_dir)
-
-    def inform(self, text: str) -> None:
-        """Log one line."""
-        self.bus.emit(Notice("info", text))
-
-    def warn(self, text: str) -> None:
-        """Log one line that somebody should read."""
-        self.bus.emit(Notice("warning", text))
 
 
 @dataclass

@@ -18,7 +18,7 @@ from simpletuner.hub.job import make_job
 from simpletuner.hub.publisher import Publisher
 from simpletuner.models.devices import pick_device
 from simpletuner.reporting.bus import EventBus
-from simpletuner.reporting.events import Notice, RunFailed
+from simpletuner.reporting.events import RunFailed
 from simpletuner.reporting.sinks import build_sinks
 from simpletuner.training.build import build_run
 from simpletuner.training.device_failures import explain
@@ -26,6 +26,7 @@ from simpletuner.training.finish import finish_run
 from simpletuner.training.kernels import chosen_kernels
 from simpletuner.training.loop import run_training
 from simpletuner.training.phases import phase
+from simpletuner.training.process import Process
 from simpletuner.training.report import report_run
 from simpletuner.training.run import Run, Session
 from simpletuner.training.signals import StopRequest
@@ -55,19 +56,17 @@ def train(loaded: LoadedRun) -> None:
         )
         publisher = build_publisher(loaded) if process_group.is_main else None
         bus = stack.enter_context(EventBus([*sinks, publisher] if publisher else sinks))
+        process = Process(output_dir=output_dir, bus=bus, stop=stop, process_group=process_group)
         run: Run | None = None
         try:
             stack.enter_context(chosen_kernels(loaded.config, pick_device()))
             with stopped_by_signals(stop):
-                run = build_run(loaded, output_dir, bus, stop, process_group)
+                run = build_run(loaded, process)
             stack.callback(run.close)
             started = time.monotonic()
             if run.is_complete:
-                bus.emit(
-                    Notice(
-                        "info", f"{output_dir} is complete: step {run.progress.global_step} of {run.max_train_steps}"
-                    )
-                )
+                step, end = run.progress.global_step, run.max_train_steps
+                process.inform(f"{output_dir} is complete: step {step} of {end}")
             else:
                 run_training(run)
                 finish_run(run, time.monotonic() - started)

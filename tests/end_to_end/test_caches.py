@@ -27,6 +27,7 @@ from simpletuner.data.sampler import Sampler
 from simpletuner.models.build import build_family
 from simpletuner.reporting.bus import EventBus
 from simpletuner.training.prepare import prepare_data
+from simpletuner.training.process import Process
 from simpletuner.training.signals import StopRequest
 from tests.runs import dataset, load_here, run_cli, write_images, write_run
 
@@ -66,7 +67,8 @@ def read(folder: Path, cache_dir: str = "cache") -> tuple[Dataset, dict[str, Ten
     loaded = load_here(folder, f"--cache_dir={cache_dir}")
     family = build_family(loaded.config)
     (folder / "output").mkdir(exist_ok=True)
-    [each], sources = prepare_data(loaded, family, folder / "output", EventBus(), StopRequest())
+    process = Process(output_dir=folder / "output", bus=EventBus(), stop=StopRequest())
+    [each], sources = prepare_data(loaded, family, process)
     samples = list(each.samples)
     latents = sources[each.id].latents(samples)
     prompts = family.encode_prompts([sample.captions[0] for sample in samples])
@@ -188,7 +190,8 @@ def read_references(folder: Path, cache_dir: str = "cache") -> list[Tensor]:
     """The latents of the references of all images, in their order."""
     loaded = load_here(folder, f"--cache_dir={cache_dir}")
     (folder / "output").mkdir(exist_ok=True)
-    [each], sources = prepare_data(loaded, build_family(loaded.config), folder / "output", EventBus(), StopRequest())
+    process = Process(output_dir=folder / "output", bus=EventBus(), stop=StopRequest())
+    [each], sources = prepare_data(loaded, build_family(loaded.config), process)
     return [sources["sources"].latents(sample.references)[0] for sample in each.samples]
 
 

@@ -129,12 +129,15 @@ def test_a_dropped_caption_is_encoded_with_references_only_where_it_may_keep_the
     tmp_path: Path, model: Path, options: dict[str, float], count: int
 ) -> None:
     from simpletuner.reporting.bus import EventBus
+    from simpletuner.training.process import Process
     from simpletuner.training.signals import StopRequest
 
     loaded = load_here(write(tmp_path, model, validation_disable=True, **options))
     family = build_family(loaded.config)
     (tmp_path / "output").mkdir()
-    datasets = prepare_datasets(loaded, family, tmp_path / "output", EventBus(), StopRequest())
+    datasets = prepare_datasets(
+        loaded, family, Process(output_dir=tmp_path / "output", bus=EventBus(), stop=StopRequest())
+    )
     wanted = list(run_prompts(loaded, family, datasets))
     assert len([each for each in wanted if each.images]) == count
 

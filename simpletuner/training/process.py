@@ -1,0 +1,39 @@
+"""One process of a run: where it writes, who listens to it, what may stop it, and who else there is."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+
+from simpletuner.distributed.process_group import SINGLE_PROCESS, ProcessGroup
+from simpletuner.reporting.bus import EventBus
+from simpletuner.reporting.events import Notice
+from simpletuner.training.phases import Phase, phase
+from simpletuner.training.signals import StopRequest
+
+
+@dataclass(kw_only=True)
+class Process:
+    """What the parts of a run share, from the reading of its data on.
+
+    Args:
+        process_group: the processes of the run.
+    """
+
+    output_dir: Path
+    bus: EventBus
+    stop: StopRequest
+    process_group: ProcessGroup = SINGLE_PROCESS
+
+    def inform(self, text: str) -> None:
+        """Log one line."""
+        self.bus.emit(Notice("info", text))
+
+    def warn(self, text: str) -> None:
+        """Log one line that somebody should read."""
+        self.bus.emit(Notice("warning", text))
+
+    def phase(self, name: str, total: int | None = None) -> AbstractContextManager[Phase]:
+        """A stretch of work, reported as it begins and ends."""
+        return phase(self.bus, name, total)
