@@ -16,6 +16,7 @@ from simpletuner.cache.prompts import CachedPrompts, PromptCache
 from simpletuner.cache.store import TensorStore
 from simpletuner.config.datasets import text_cache_entry
 from simpletuner.config.loading import LoadedRun
+from simpletuner.config.options import TrainConfig
 from simpletuner.config.options.data import DataOptions
 from simpletuner.config.options.training import TrainingOptions
 from simpletuner.data.dataset import Dataset
@@ -126,21 +127,21 @@ def run_prompts(loaded: LoadedRun, family: ModelFamily, datasets: Sequence[Datas
     spec = family.spec
     for dataset in datasets:
         if spec.prompts_see_references and dataset.references:
-            yield from _prompts_with_references(loaded, spec, dataset)
+            yield from _prompts_with_references(loaded.config, spec, dataset)
             continue
         for sample in dataset.samples if dataset.prompt_files is None else ():
             for caption in sample.captions:
                 yield PromptRequest(caption)
 
 
-def _prompts_with_references(loaded: LoadedRun, spec: FamilySpec, dataset: Dataset) -> Iterator[PromptRequest]:
+def _prompts_with_references(config: TrainConfig, spec: FamilySpec, dataset: Dataset) -> Iterator[PromptRequest]:
     """The captions of each sample with the references that the model sees with them, and where a caption may be
     dropped alone, the dropped caption with them."""
     files = dataset.prompt_files
-    drops = keeps_references_of_dropped(loaded.config.training, spec) and not (files and files.has_dropped)
+    drops = keeps_references_of_dropped(config.training, spec) and not (files and files.has_dropped)
     dropped = (spec.dropped_caption,) if drops else ()
     for sample in dataset.samples.every_version():
-        one = _sees_one_reference(loaded.config.data)
+        one = _sees_one_reference(config.data)
         rows: list[Sequence[Sample]] = [[each] for each in sample.references] if one else [sample.references]
         for images in dataset.prompt_images(rows):
             for text in (*(() if files else sample.captions), *dropped):
@@ -150,12 +151,12 @@ def _prompts_with_references(loaded: LoadedRun, spec: FamilySpec, dataset: Datas
 def fixed_prompts(loaded: LoadedRun, family: ModelFamily, datasets: Sequence[Dataset]) -> Iterator[PromptRequest]:
     """The texts that stand in no dataset: dropped captions, validation, proof."""
     config, spec = loaded.config, family.spec
-    if not has_all_embeddings(loaded, datasets):
+    if not has_all_embeddings(config, datasets):
         yield from map(PromptRequest, (spec.dropped_caption, "", PROBE_PROMPT))
     references: tuple[ReferenceImage, ...] = ()
     if spec.prompts_see_references and not config.validation.validation_disable:
         divided = hold_out(list(datasets), config.evaluation.eval_holdout)
-        references = references_of_run(config.validation, divided, _sees_one_reference(loaded.config.data))
+        references = references_of_run(config.validation, divided, _sees_one_reference(config.data))
     requests, _ = requests_from_config(
         config,
         loaded.prompt_library,
@@ -180,9 +181,8 @@ def _sees_one_reference(options: DataOptions) -> bool:
     return options.conditioning_multidataset_sampling == "random"
 
 
-def has_all_embeddings(loaded: LoadedRun, datasets: Sequence[Dataset]) -> bool:
+def has_all_embeddings(config: TrainConfig, datasets: Sequence[Dataset]) -> bool:
     """Whether training asks for no text: all embeddings are in files, and there is no adapter file to prove."""
-    config = loaded.config
     drops = bool(config.training.caption_dropout_probability)
     files = [dataset.prompt_files for dataset in datasets]
     return config.model.model_type == "full" and all(each and (each.has_dropped or not drops) for each in files)

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from simpletuner.config.loading import LoadedRun
+from simpletuner.config.options.data import DataOptions
 from simpletuner.errors import SimpleTunerError, bytes_text
 from simpletuner.families.registry import get_spec
 from simpletuner.hardware import Hardware
@@ -81,7 +82,7 @@ def rough_lines(run: LoadedRun, hardware: Hardware) -> list[tuple[str, bool]]:
     lines = [(memory, weights < room), (disk, True)]
     if config.training.max_train_steps:
         rate = ON_A_PROCESSOR if hardware.device == "cpu" else ASSUMED_OPERATIONS
-        tokens = run_tokens(run, spec.size_multiple) + PROMPT_TOKENS
+        tokens = run_tokens(config.data, spec.size_multiple) + PROMPT_TOKENS
         # Forward, and backward through frozen weights; checkpointing runs forward once more.
         passes = 3 if config.model.gradient_checkpointing else 2
         images = (
@@ -95,10 +96,9 @@ def rough_lines(run: LoadedRun, hardware: Hardware) -> list[tuple[str, bool]]:
     return lines
 
 
-def run_tokens(run: LoadedRun, multiple: int) -> int:
+def run_tokens(options: DataOptions, multiple: int) -> int:
     """Tokens of an image at the resolution of `config.json`."""
-    config = run.config
-    area = config.data.resolution * 1e6 if config.data.resolution_type == "area" else config.data.resolution**2
+    area = options.resolution * 1e6 if options.resolution_type == "area" else options.resolution**2
     return round(area / multiple**2)
 
 
