@@ -20,6 +20,7 @@ PACKAGE = Path(simpletuner.__file__).parent
 # Keys that act without being read as `<group>.<key>` or `entry.<key>`: where they do, and words that must stand there.
 ELSEWHERE = {
     "caption_shuffle": ("config/datasets.py", "config.data.caption_shuffle and not says"),
+    "eval_loss_disable": ("training/build.py", "config.evaluation.has_interval"),
     # A loss is built from the options that its fields are named after.
     "huber_c": ("training/losses/huber.py", "self.huber_c"),
     "huber_schedule": ("training/losses/huber.py", "self.huber_schedule"),
