@@ -18,12 +18,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from simpletuner.batch import Conditioning, PromptEmbeds
-from simpletuner.models.family import ModelFamily, PromptReferences
+from simpletuner.models.family import PromptReferences
+from simpletuner.models.flow import FlowFamily
 from simpletuner.models.live_pipeline import MaskedLivePipeline
 from simpletuner.models.sana.spec import PLAIN
 
 
-class Sana(ModelFamily):
+class Sana(FlowFamily):
     """Of 1.5 queries and keys are normed: the weights' configuration tells."""
 
     reads_prompts_singly = True
@@ -71,16 +72,10 @@ class Sana(ModelFamily):
             return_dict=False,
         )[0]
 
-    def sigmas_at(self, quantiles: Tensor, latents: Tensor) -> Tensor:
-        return self.scheduler_sigmas(quantiles, latents)
-
     def pipeline(self, denoiser: nn.Module, vae: nn.Module | None = None) -> Any:
-        import diffusers
+        from diffusers import SanaPipeline
 
-        scheduler = getattr(diffusers, self.scheduler_config["_class_name"]).from_config(self.scheduler_config)
-        parts: dict[str, Any] = dict.fromkeys(("vae", "text_encoder", "tokenizer"))
-        pipeline = diffusers.SanaPipeline(**parts, transformer=denoiser, scheduler=scheduler)
-        return SanaLivePipeline(self, pipeline, vae)
+        return SanaLivePipeline.of(self, SanaPipeline, denoiser, vae)
 
 
 class SanaLivePipeline(MaskedLivePipeline):
