@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.lora.variants import DoraLinearVariant
-from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 
 from simpletuner.activation_memory.recompute import exact_dtypes, recomputed
@@ -46,7 +45,7 @@ def _row_scale(module: Any, adapter: str) -> Tensor:
     """Trained length over length of each row of the adapted weight, (out,)."""
     down, up, trained = (getattr(module, name)[adapter] for name in ("lora_A", "lora_B", "lora_magnitude_vector"))
     with torch.no_grad(), exact_dtypes(trained.weight.device.type):
-        weight = dequantize_module_weight(module.get_base_layer()).to(up.weight.dtype)
+        weight = module.get_base_layer().weight.to(up.weight.dtype)
         change = up.weight @ down.weight
         length = trained.get_weight_norm(weight, change, module.scaling[adapter], adapter_name=adapter)
     return trained.weight / length

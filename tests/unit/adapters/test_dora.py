@@ -91,3 +91,13 @@ def test_a_new_one_answers_as_its_base_does_bit_by_bit(dtype: torch.dtype) -> No
         length = ours.lora_magnitude_vector["default"].get_weight_norm(weight, torch.zeros_like(weight), 1.0)
         ours.lora_magnitude_vector["default"].weight.copy_(length)
         assert torch.equal(ours(x), ours.get_base_layer()(x))
+
+
+def test_a_compiler_can_follow_it_as_a_whole() -> None:
+    """PEFT's own form asks a weight for the name of its module, which no compiler follows."""
+    _, ours = dora(bias=True)
+    x = torch.randn(2, TOKENS, WIDTH, requires_grad=True)
+    torch._dynamo.reset()
+    compiled = torch.compile(ours, backend="eager", fullgraph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(compiled(x), ours(x))
