@@ -12,9 +12,11 @@ import torch
 from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
+    DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     PNDMScheduler,
+    UniPCMultistepScheduler,
 )
 from PIL import Image
 from torch import Tensor
@@ -80,6 +82,28 @@ def test_along_ddim_and_pndm_the_clean_latents_are_foreseen(sampler: Any, tmp_pa
     assert {event.num_sampling_steps for event in recorder.events} == {len(scheduler.timesteps)}
     last = 0.0 if sampler is DDIMScheduler else 0.00085**0.5 / (0.99915**0.5 + 0.00085**0.5)
     assert levels[-1] == pytest.approx(last, abs=1e-5)
+
+
+@pytest.mark.parametrize("sampler", [DPMSolverMultistepScheduler, UniPCMultistepScheduler])
+@pytest.mark.parametrize("is_flow", [False, True])
+def test_dpm_solver_and_unipc_show_what_they_foresee_themselves(sampler: Any, is_flow: bool, tmp_path: Path) -> None:
+    """Not their latents, which are mixed of two steps."""
+    flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0} if is_flow else {}
+    scheduler = sampler(beta_start=0.0001, beta_end=0.02, **flow)
+    scheduler.set_timesteps(6)
+    clean, noise = torch.randn(2, 1, 4, 2, 2, generator=torch.Generator().manual_seed(0))
+    latents = scheduler.add_noise(clean, noise, scheduler.timesteps[:1])
+    recorder = Recorder(tmp_path, 1, "flow" if is_flow else "epsilon")
+    callback = recorder.watch(10, "ema")([ImageRequest("a", "p", 8, 8, 1, GenerationSettings(6, 1.0))])
+    for index, timestep in enumerate(scheduler.timesteps):
+        answer = noise - clean if is_flow else noise
+        latents = scheduler.step(answer, timestep, latents, return_dict=False)[0]
+        callback(SimpleNamespace(scheduler=scheduler), index, timestep, {"latents": latents})
+    for shown in recorder.shown:
+        torch.testing.assert_close(shown, clean, rtol=0, atol=1e-4)
+    levels = [event.sigma for event in recorder.events]
+    assert levels == sorted(levels, reverse=True)
+    assert levels[-1] == pytest.approx(0.0, abs=1e-6)
 
 
 def check_foreseen(scheduler: Any, latents: Tensor, clean: Tensor, predict: Any) -> None:
