@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -90,22 +89,18 @@ def test_listings_of_several_pages_are_whole(server: S3, tmp_path: Path, monkeyp
 def test_objects_are_fetched_side_by_side(
     server: S3, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    together, most, lock = 0, 0, threading.Lock()
+    """All of the larger folder: three images and three captions wait for each other."""
+    all_six, came = threading.Barrier(6, timeout=120), []
     read = S3Backend.read
 
-    def slow_read(self: S3Backend, path: bytes) -> bytes:
-        nonlocal together, most
-        with lock:
-            together += 1
-            most = max(most, together)
-        time.sleep(0.2)
-        with lock:
-            together -= 1
+    def read_with_the_others(self: S3Backend, path: bytes) -> bytes:
+        if b"/" not in path:
+            came.append(all_six.wait())
         return read(self, path)
 
-    monkeypatch.setattr(S3Backend, "read", slow_read)
+    monkeypatch.setattr(S3Backend, "read", read_with_the_others)
     assert len(scan(server, tmp_path)) == 5
-    assert most == 6  # all of the larger folder: three images, three captions
+    assert sorted(came) == list(range(6))
 
 
 @pytest.mark.parametrize(
