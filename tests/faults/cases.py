@@ -1,7 +1,7 @@
 """A short run with everything on, what it must leave behind, and what a fault in it may cost.
 
 The run has two steps. Each saves, evaluates, keeps the best and makes images; the second rotates the first away, and
-the end writes final weights, curves and the report. Its caches are complete when it starts.
+the end writes final weights, curves and the report.
 """
 
 from __future__ import annotations
@@ -133,12 +133,13 @@ class Scene:
     Args:
         folder: everything is in it.
         is_cached: whether the caches are complete at the start.
+        options: of the run, other than `OPTIONS`.
     """
 
-    def __init__(self, folder: Path, model: Path, is_cached: bool):
+    def __init__(self, folder: Path, model: Path, is_cached: bool, **options: Any):
         self.run = folder / "run"
         self.start = folder / "start"
-        write(self.run, model)
+        write(self.run, model, **options)
         if is_cached:
             self._train()
             shutil.rmtree(self.run / "output")
@@ -191,9 +192,9 @@ class Scene:
         """As `differences`, but for charts, and for an old checkpoint that could not be removed, if it is whole."""
         charts = {name for name in self.expected.names if CHARTS.fullmatch(name)}
         present = result_of(run)
-        kept = {path.name for path in (run / "output").glob("checkpoint-*")} - {"checkpoint-best", "checkpoint-2"}
-        for path in (run / "output" / name for name in kept):
-            if not storage.verify_dir(path):
+        for path in (run / "output").glob("checkpoint-*"):
+            is_expected = f"{path.name}/{storage.MANIFEST}" in self.expected.names
+            if not is_expected and not storage.verify_dir(path):
                 shutil.rmtree(path)
         lost = charts - present.names
         bits = {name: value for name, value in self.expected.bits.items() if name not in lost}

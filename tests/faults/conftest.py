@@ -36,3 +36,9 @@ def scene(place: Path, model: Path) -> Scene:
 def first_scene(place: Path, model: Path) -> Scene:
     """Of a run that has nothing yet."""
     return Scene(place / "first", model, is_cached=False)
+
+
+@pytest.fixture(scope="module")
+def rotating_scene(place: Path, model: Path) -> Scene:
+    """Of a run that keeps two checkpoints: the oldest goes once a third is committed, not after its first good step."""
+    return Scene(place / "rotating", model, is_cached=True, max_train_steps=3, checkpoints_total_limit=2)

@@ -10,12 +10,14 @@ import ctypes
 import itertools
 import json
 import multiprocessing
+import multiprocessing.connection
 import multiprocessing.forkserver
 import os
 import re
 import subprocess
 import sys
 import tempfile
+import threading
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +29,8 @@ import simpletuner
 HERE = Path(__file__).parent
 SECONDS = 300
 HUNG = -1000
+# An exit code comes through a pipe and can be read once. A start reads those of all processes that have ended.
+_EXIT_CODES = threading.Lock()
 _LEFT_OVER = re.compile(r"\.(?:tmp|trash|aside)-[\w.-]+?(?=/|$)|\.tmp\w{6}(?=$)")
 
 
@@ -51,8 +55,8 @@ class Operation:
 
     @property
     def site(self) -> tuple[str, ...]:
-        """What is the same for another step, another image, another temporary name."""
-        kind = re.sub(r"\d+", "#", _LEFT_OVER.sub("TMP", self.path))
+        """What is the same for another step, another image, another temporary or drawn name."""
+        kind = re.sub(r"[0-9a-f]{8,}|\d+", "#", _LEFT_OVER.sub("TMP", self.path))
         return (self.call, kind, *self.where)
 
 
@@ -113,21 +117,23 @@ def start(
         before: called in the process first.
     """
     words = (folder, list(arguments), fault, record, dict(variables or {}), before)
-    process = server().Process(target=_command, args=words)
-    process.start()
+    with _EXIT_CODES:
+        process = server().Process(target=_command, args=words)
+        process.start()
     return process
 
 
 def run(folder: Path, fault: Fault | None = None, record: Path | None = None) -> int:
     """Train in `folder` to the end; the exit code, minus the signal, or `HUNG`."""
     process = start(folder, fault=fault, record=record)
-    process.join(SECONDS)
-    if process.is_alive():
-        process.kill()
-        process.join()
-        return HUNG
-    assert process.exitcode is not None
-    return process.exitcode
+    multiprocessing.connection.wait([process.sentinel], SECONDS)
+    with _EXIT_CODES:
+        if process.is_alive():
+            process.kill()
+            process.join()
+            return HUNG
+        assert process.exitcode is not None
+        return process.exitcode
 
 
 def terminal(folder: Path) -> str:
