@@ -480,7 +480,8 @@ def _sort_metadata(path: Path) -> None:
 
 
 def _json_bytes(value: Any) -> bytes:
-    return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+    # A path need not be text: what of it is none is escaped, and read back as it was.
+    return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8", "backslashreplace")
 
 
 def _held_by_another(path: Path, holder: Path, purpose: str) -> Problem:

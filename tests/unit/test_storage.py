@@ -235,6 +235,16 @@ def test_json_without_a_value_for_nan_is_refused(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_path_that_is_no_text_survives_json(tmp_path):
+    """As Python gives a name that is not UTF-8: with a half surrogate."""
+    storage.write_json(tmp_path / "a.json", {"output_dir": "runs/\udcff"})
+    assert storage.read_json(tmp_path / "a.json") == {"output_dir": "runs/\udcff"}
+    with storage.commit_dir(tmp_path / "folder", {"name": "\udcff"}):
+        pass
+    assert storage.verify_dir(tmp_path / "folder") == []
+    assert storage.read_manifest(tmp_path / "folder").metadata == {"name": "\udcff"}
+
+
 def test_broken_json_names_file_and_line(tmp_path):
     (tmp_path / "a.json").write_text('{\n"a": 1,\n}')
     with pytest.raises(DataError, match=r"a\.json:[23]"):
