@@ -16,6 +16,7 @@ from simpletuner.adapters.build import attach_adapter
 from simpletuner.batch import PromptEmbeds
 from simpletuner.cache.encoding import BatchEncoder
 from simpletuner.config.loading import LoadedRun
+from simpletuner.config.options import TrainConfig
 from simpletuner.distributed.process_group import SINGLE_PROCESS
 from simpletuner.models.family import ModelFamily
 from simpletuner.optim.clipping import clip_by_norm
@@ -69,9 +70,8 @@ def time_steps(
     adapter = attach_adapter(loaded, family, denoiser)
     place_denoiser(config, family, denoiser, adapter, SINGLE_PROCESS)
     denoiser.train()
-    if (
-        recomputing := GradientCheckpointing.of(config, family.device, may_keep_least=may_keep_least(loaded))
-    ) is not None:
+    recomputing = GradientCheckpointing.of(config, family.device, may_keep_least=may_keep_least(loaded))
+    if recomputing is not None:
         denoiser.enable_gradient_checkpointing(recomputing)
     sizes = {(load.height, load.width) for load in loads}
     compile_blocks(denoiser, family.spec.block_classes, config.precision.dynamo_backend, len(sizes) > 1)
@@ -99,7 +99,7 @@ def time_steps(
             if index and _now(family) - begun > PROBE_SECONDS:
                 break
             started = _now(family)
-            _losses(loaded, family, denoiser, adapter, load, embeds).backward()
+            _losses(config, family, denoiser, adapter, load, embeds).backward()
             middle = _now(family)
             update()
             seconds.append(middle - started)
@@ -108,7 +108,7 @@ def time_steps(
         if has_rollouts:
             started = _now(family)
             with torch.no_grad():
-                _losses(loaded, family, denoiser, adapter, replace(load, is_regularisation=False), embeds)
+                _losses(config, family, denoiser, adapter, replace(load, is_regularisation=False), embeds)
             passes[load] = _now(family) - started
     peak = torch.cuda.max_memory_allocated(family.device) if family.device.type == "cuda" else None
     return StepTimes(micro_batch, passes, update_seconds, peak)
@@ -127,7 +127,7 @@ def time_encoding(family: ModelFamily, height: int, width: int, batch_size: int)
 
 
 def _losses(
-    loaded: LoadedRun,
+    config: TrainConfig,
     family: ModelFamily,
     denoiser: torch.nn.Module,
     adapter: Adapter,
@@ -141,7 +141,7 @@ def _losses(
     quantiles = torch.full((len(batch),), 0.5, dtype=torch.float64)
     aim = partial(aim_at_base, family=family, denoiser=denoiser, without_adapter=adapter.disabled)
     changes = [aim] if load.is_regularisation else []
-    with autocast(family.device, loaded.config.precision.mixed_precision):
+    with autocast(family.device, config.precision.mixed_precision):
         losses = compute_losses(family, denoiser, batch, sample_noise(batch, 0, 0), quantiles, changes=changes)
     return losses.weighted_sum
 
