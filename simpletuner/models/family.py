@@ -222,7 +222,7 @@ class ModelFamily(ABC):
         for name in prompts[0].tensors:
             padded = nn.utils.rnn.pad_sequence([row.tensors[name] for row in prompts], batch_first=True)
             tensors[name] = send(padded, self.device, self.dtype if padded.is_floating_point() else None)
-        num_tokens = [len(row.tensors["prompt_embeds"]) for row in prompts]
+        num_tokens = [len(row.tensors["prompt_embeds"]) for row in prompts if "prompt_embeds" in row.tensors]
         if len(set(num_tokens)) > 1:
             masks = [torch.ones(length, dtype=torch.bool) for length in num_tokens]
             tensors["prompt_mask"] = send(nn.utils.rnn.pad_sequence(masks, batch_first=True), self.device)
