@@ -11,6 +11,7 @@ from simpletuner.config.paths import looks_like_path
 from simpletuner.errors import ConfigError, Problem
 from simpletuner.examples import DEFAULT_EXAMPLE, example_dir
 from simpletuner.families.registry import all_specs, get_spec
+from simpletuner.importing import collector_off
 
 if TYPE_CHECKING:
     from simpletuner.config.loading import LoadedRun
@@ -118,8 +119,9 @@ def family_of_run(loaded: LoadedRun, precision: str | None = None) -> ModelFamil
     Raises:
         ConfigError: its folder is incomplete.
     """
-    from simpletuner.models.build import build_family
-    from simpletuner.training.preflight import check_model_folder
+    with collector_off():
+        from simpletuner.models.build import build_family
+        from simpletuner.training.preflight import check_model_folder
 
     check_model_folder(loaded)
     replaced = {} if precision is None else {"base_model_precision": precision}

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_origin, get_type_
 
 import typer
 
+from simpletuner.importing import collector_off
 from simpletuner.program import pasteable
 from simpletuner.text import for_terminal
 
@@ -83,7 +84,8 @@ def run_in_processes(loaded: LoadedRun, words: list[str]) -> None:
         raise typer.Exit(launch(words, layout, print_to_stderr))
     faulthandler.register(signal.SIGUSR1)  # prints where each thread is; the launcher passes it on
 
-    from simpletuner.training.trainer import train as run_training
+    with collector_off():
+        from simpletuner.training.trainer import train as run_training
 
     run_training(loaded)
 
@@ -108,7 +110,8 @@ def check_surroundings(loaded: LoadedRun) -> None:
     Raises:
         ConfigError: the run cannot work with what is there.
     """
-    from simpletuner.training.preflight import check_model_folder, check_services
+    with collector_off():
+        from simpletuner.training.preflight import check_model_folder, check_services
 
     check_model_folder(loaded)
     for line in check_services(loaded, os.environ, Path.cwd()):

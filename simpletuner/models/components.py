@@ -5,7 +5,6 @@ A model is a folder in diffusers layout or a hub id. Only safetensors are read, 
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import json
 import shutil
@@ -18,6 +17,7 @@ from simpletuner.config.paths import PREVIEW_FOLDER, SINGLE_FILE, WITHOUT, looks
 from simpletuner.errors import DataError, Problem
 from simpletuner.families.keys import KeyTable
 from simpletuner.families.spec import Component, FamilySpec
+from simpletuner.importing import import_class
 from simpletuner.models.hub_connectivity import hub_failures, why_missing
 from simpletuner.models.safe_loading import CONVERT, PICKLES, load_errors, load_pretrained, read_object
 from simpletuner.models.single_file import as_folder, dtype_in_file, is_in_file, load_from_file, refused_marks
@@ -354,8 +354,7 @@ def make_empty_component(source: ModelSource, component: Component, dtype: torch
     """
     import torch
 
-    module, _, name = component.class_name.rpartition(".")
-    cls = getattr(importlib.import_module(module), name)
+    cls = import_class(component.class_name)
     config = component_config(source, component)
     with torch.device("meta"):
         model = cls.from_config(config)
@@ -376,8 +375,7 @@ def load_component(
     Raises:
         DataError: the weights are missing, damaged, or do not fit the configuration.
     """
-    module, _, name = component.class_name.rpartition(".")
-    cls = getattr(importlib.import_module(module), name)
+    cls = import_class(component.class_name)
     file = source.file_of(component)
     if file is not None and not (component.role == "text_encoder" and source.own_place(component)):
         config_file = component_file(source, component, component.config_file)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 
 from simpletuner.errors import DataError, MissingDependency, Problem
 from simpletuner.families.spec import Component, FamilySpec
+from simpletuner.importing import import_class
 from simpletuner.models.components import (
     ModelSource,
     component_folder,
@@ -143,12 +143,11 @@ class TextEncoders:
 
 
 def _load_tokenizer(source: ModelSource, component: Component) -> Any:
-    module, _, name = component.class_name.rpartition(".")
     folder = component_folder(source, component)
     if lacks_package(component, folder):
         raise MissingDependency(missing_package(component, folder))
     try:
-        return load_tokenizer(getattr(importlib.import_module(module), name), folder)
+        return load_tokenizer(import_class(component.class_name), folder)
     except load_errors() as error:
         raise DataError(
             Problem(

@@ -15,6 +15,7 @@ from simpletuner.config.rules.optimizer import OWN_OPTIONS
 from simpletuner.config.trained_parts import LOW_RATE, rates_of
 from simpletuner.errors import ConfigError, MissingDependency, Problem
 from simpletuner.hardware import missing_compiler
+from simpletuner.importing import collector_off
 from simpletuner.precision.mixed import forget_casts
 
 if TYPE_CHECKING:
@@ -69,7 +70,8 @@ def require_optimizer(options: OptimizerOptions, device: torch.device, dtype: to
         ConfigError: what `build_optimizer` raises, or the step fails: state in float8 needs a card that computes it.
     """
     weight = torch.nn.Parameter(torch.zeros(TRIED_SHAPE, device=device, dtype=dtype))
-    optimizer = build_optimizer(options, {"weight": weight})
+    with collector_off():  # torch imports its compiler for an optimizer's first group
+        optimizer = build_optimizer(options, {"weight": weight})
     weight.grad = torch.ones_like(weight)
     # Compiling a step takes a processor longer than many a run; on a GPU the compiled kernel is what may fail.
     stance = "default" if device.type == "cuda" else "force_eager"
