@@ -282,9 +282,10 @@ def read_manifest(path: str | Path) -> Manifest:
     try:
         files = {name: (int(entry["size"]), str(entry["sha256"])) for name, entry in raw["files"].items()}
         manifest = Manifest(files, raw["metadata"], raw["format_version"])
+        digest = manifest.to_json()["sha256"]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise DataError(Problem(f"is damaged: {error_text(error)}", file=str(file))) from error
-    if manifest.to_json()["sha256"] != raw.get("sha256"):
+    if digest != raw.get("sha256"):
         raise DataError(Problem("is damaged: its own sha256 does not fit", file=str(file)))
     return manifest
 

@@ -181,6 +181,16 @@ def test_a_damaged_manifest_is_found(tmp_path, old, new):
     assert len(storage.verify_dir(tmp_path / "a")) == 1
 
 
+@pytest.mark.parametrize("metadata", [None, 5, [1], "text"])
+def test_a_manifest_whose_metadata_is_no_object_is_damaged(tmp_path, metadata):
+    with storage.commit_dir(tmp_path / "a"):
+        pass
+    manifest = tmp_path / "a" / storage.MANIFEST
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"metadata": metadata}))
+    with pytest.raises(DataError, match="damaged"):
+        storage.read_manifest(tmp_path / "a")
+
+
 def test_a_folder_without_manifest_does_not_count_and_stray_files_do_no_harm(tmp_path):
     (tmp_path / "a").mkdir()
     assert "manifest.json" in storage.verify_dir(tmp_path / "a")[0]
