@@ -148,6 +148,21 @@ MEDIUM = {
         },
         {"prompt_embeds": (128, 12, 256)},
     ),
+    "auraflow": Network(
+        {
+            "sample_size": 64, "num_mmdit_layers": 2, "num_single_dit_layers": 3, "attention_head_dim": 64,
+            "num_attention_heads": 8, "joint_attention_dim": 512, "caption_projection_dim": 512,
+            "pos_embed_max_size": 4096,
+        },
+        text(128, 512),
+    ),
+    "lumina2": Network(
+        {
+            "hidden_size": 576, "num_layers": 4, "num_refiner_layers": 1, "num_attention_heads": 6, "num_kv_heads": 2,
+            "axes_dim_rope": (32, 32, 32), "cap_feat_dim": 512,
+        },
+        text(128, 512),
+    ),
     "kolors": Network(
         MEDIUM_UNET | {
             "encoder_hid_dim": 256, "encoder_hid_dim_type": "text_proj", "projection_class_embeddings_input_dim": 640,

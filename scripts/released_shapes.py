@@ -103,6 +103,10 @@ def _text(denoiser: Mapping[str, Any], width: int, encoder: int, vae: Mapping[st
     return Shape(denoiser, {"prompt_embeds": (TEXT_TOKENS, width)}, (encoder,), vae or {})
 
 
+def _auraflow(rows: int) -> Shape:
+    return Shape({"pos_embed_max_size": rows**2}, {"prompt_embeds": (256, 2048)}, (1_289_349_120,), SD_VAE)
+
+
 _SD21 = Shape(
     {
         "sample_size": 96,
@@ -277,5 +281,9 @@ SHAPES: Mapping[tuple[str, str], Shape] = {
     ("sana", "1.0-1.6b-512"): _SANA_16,
     ("sana", "1.0-0.6b"): _SANA_06,
     ("sana", "1.0-0.6b-512"): _SANA_06,
+    ("auraflow", "v0.3"): _auraflow(96),
+    ("auraflow", "v0.2"): _auraflow(64),
+    ("auraflow", "v0.1"): _auraflow(64),
+    ("lumina2", "2.0"): Shape({"cap_feat_dim": 2304}, {"prompt_embeds": (256, 2304)}, (2_614_341_888,), WIDE_VAE),
     ("krea2", "raw"): Shape({}, {"prompt_embeds": (TEXT_TOKENS, 12, 2560)}, (4_437_815_808,)),
 }

@@ -16,11 +16,13 @@ from typing import Any
 import diffusers
 import torch
 from diffusers.loaders.single_file_utils import (
+    convert_auraflow_transformer_checkpoint_to_diffusers,
     convert_chroma_transformer_checkpoint_to_diffusers,
     convert_flux2_transformer_checkpoint_to_diffusers,
     convert_flux_transformer_checkpoint_to_diffusers,
     convert_krea2_transformer_checkpoint_to_diffusers,
     convert_ldm_unet_checkpoint,
+    convert_lumina2_to_diffusers,
     convert_sana_transformer_to_diffusers,
     convert_sd3_transformer_checkpoint_to_diffusers,
     convert_z_image_transformer_checkpoint_to_diffusers,
@@ -33,6 +35,7 @@ from simpletuner.families.keys import KeyTable
 from simpletuner.families.spec import FamilySpec
 from tests.tiny_chroma import tiny_chroma_transformer
 from tests.tiny_flux import tiny_flux_transformer
+from tests.tiny_lumina2 import tiny_lumina2_transformer
 
 Weights = dict[str, Tensor]
 
@@ -74,6 +77,8 @@ def converted(spec: FamilySpec, original: Mapping[str, Tensor], denoiser: Any) -
         unused = dict.fromkeys(("pos_embed", "y_embedder.y_embedding"), torch.zeros(1))
         return convert_sana_transformer_to_diffusers({**original, **unused})
     convert: Callable[[Weights], Weights] = {
+        "auraflow": convert_auraflow_transformer_checkpoint_to_diffusers,
+        "lumina2": convert_lumina2_to_diffusers,
         "chroma": convert_chroma_transformer_checkpoint_to_diffusers,
         "flux": convert_flux_transformer_checkpoint_to_diffusers,
         "flux2": convert_flux2_transformer_checkpoint_to_diffusers,
@@ -221,6 +226,19 @@ def narrow_flux() -> nn.Module:
 
 def narrow_chroma() -> nn.Module:
     return _narrow(tiny_chroma_transformer())
+
+
+def narrow_lumina2() -> nn.Module:
+    """A tiny Lumina 2 whose queries, keys and values have the real one's rows, by which diffusers' converters take
+    their matrix apart. Its layers can be asked, it cannot run as a whole."""
+    torch.manual_seed(0)
+    denoiser = tiny_lumina2_transformer()
+    for path, layer in list(denoiser.named_modules()):
+        parent, _, name = path.rpartition(".")
+        if name in ("to_q", "to_k", "to_v"):
+            rows = 2304 if name == "to_q" else 768
+            setattr(denoiser.get_submodule(parent), name, nn.Linear(layer.in_features, rows, bias=False))
+    return denoiser
 
 
 def _narrow(denoiser: nn.Module) -> nn.Module:

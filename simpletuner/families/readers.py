@@ -37,6 +37,8 @@ class Reader:
         kinds: of what they hold.
         leaves_out: fnmatch patterns of layers that it does not change, without an error.
         refuses: fnmatch patterns of layers with one of which it takes no file at all.
+        whole_blocks: layers, by paths with a `*` for the number of their block; it takes no file in which a block or
+            one before it lacks one of these, if it has any layer of that block.
         misreads: fnmatch patterns of layers that it changes in another way than they were trained, without an error.
         instead: what it does in place of the right thing; empty where it computes what was trained.
     """
@@ -48,6 +50,7 @@ class Reader:
     instead: str = ""
     refuses: tuple[str, ...] = ()
     misreads: tuple[str, ...] = ()
+    whole_blocks: tuple[str, ...] = ()
 
     def layers_left_out(self, paths: Iterable[str]) -> list[str]:
         """Those of the adapted layers that it does not change."""
@@ -55,7 +58,17 @@ class Reader:
 
     def layers_refused(self, paths: Iterable[str]) -> list[str]:
         """Those of the adapted layers that make it refuse the file."""
-        return [path for path in paths if _fits(path, self.refuses)]
+        there = set(paths)
+        return [path for path in there if _fits(path, self.refuses) or not there.issuperset(self._needed_with(path))]
+
+    def _needed_with(self, path: str) -> list[str]:
+        """The layers of the block of `path`, and of those before it, that must be in a file with it."""
+        stack, _, rest = path.partition(".")
+        number = rest.partition(".")[0]
+        numbers = range(int(number) + 1) if number.isdecimal() else ()
+        return [
+            name.replace("*", str(n)) for name in self.whole_blocks if name.startswith(f"{stack}.") for n in numbers
+        ]
 
     def layers_misread(self, paths: Iterable[str]) -> list[str]:
         """Those of the adapted layers that it changes otherwise than they were trained."""
@@ -161,5 +174,6 @@ def _cells(readers: Sequence[Reader], form: Form, kind: Kind, joins: bool) -> tu
 
 def _limit(reader: Reader) -> str:
     words = {"leaves out": reader.leaves_out, "misreads": reader.misreads, "refuses files with": reader.refuses}
-    named = (f"{verb} {', '.join(f'`{each}`' for each in patterns)}" for verb, patterns in words.items() if patterns)
-    return reader.instead or ", ".join(named)
+    named = [f"{verb} {', '.join(f'`{each}`' for each in patterns)}" for verb, patterns in words.items() if patterns]
+    parts = ["refuses files with parts of blocks"] if reader.whole_blocks else []
+    return reader.instead or ", ".join([*named, *parts])

@@ -40,6 +40,8 @@ FAMILIES: dict[str, str] = {
     "qwen_image_21": "simpletuner.models.qwen_image_21.spec:QWEN_IMAGE_21",
     "pixart_sigma": "simpletuner.models.pixart_sigma.spec:PIXART_SIGMA",
     "sana": "simpletuner.models.sana.spec:SANA",
+    "auraflow": "simpletuner.models.auraflow.spec:AURAFLOW",
+    "lumina2": "simpletuner.models.lumina2.spec:LUMINA2",
 }
 
 

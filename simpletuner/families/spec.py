@@ -75,6 +75,23 @@ class Component:
         return [self.library or module.partition(".")[0], name]
 
 
+def flow_components(denoiser: str, text_encoder: str, tokenizer: str) -> tuple[Component, ...]:
+    """The folders of most models of flow with one text encoder.
+
+    Args:
+        denoiser: a class of diffusers.
+        text_encoder: a class of transformers.
+        tokenizer: likewise.
+    """
+    return (
+        Component("transformer", f"diffusers.{denoiser}", "denoiser"),
+        Component("vae", "diffusers.AutoencoderKL", "vae"),
+        Component("text_encoder", f"transformers.{text_encoder}", "text_encoder"),
+        Component("tokenizer", f"transformers.{tokenizer}", "tokenizer", "tokenizer_config.json"),
+        Component("scheduler", "diffusers.FlowMatchEulerDiscreteScheduler", "scheduler", "scheduler_config.json"),
+    )
+
+
 @dataclass(frozen=True)
 class AdaptableModule:
     """A class of layers inside the denoiser that an adapter can be attached to.

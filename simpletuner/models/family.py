@@ -257,7 +257,12 @@ class ModelFamily(ABC):
     def load_denoiser(self) -> nn.Module:
         """The denoiser in `self.dtype` on the CPU, in eval mode, without gradients."""
         denoiser = load_component(self.source, self.spec.component("denoiser"), self.dtype, self.spec.keys)
-        return reduce_activation_memory(denoiser.eval().requires_grad_(False), self.spec.block_classes)
+        reduced = reduce_activation_memory(denoiser.eval().requires_grad_(False), self.spec.block_classes)
+        return self.adjust_denoiser(reduced)
+
+    def adjust_denoiser(self, denoiser: Any) -> nn.Module:
+        """A denoiser with parts in place of those of diffusers that compute the same in another way."""
+        return denoiser
 
     def load_base(self) -> nn.Module:
         """The denoiser as it trains or generates: its blocks' weights packed as `number_formats` says.
@@ -287,7 +292,7 @@ class ModelFamily(ABC):
         What `load_denoiser` does after loading is done here too.
         """
         denoiser = make_empty_component(self.source, self.spec.component("denoiser"), self.dtype)
-        return reduce_activation_memory(denoiser, self.spec.block_classes)
+        return self.adjust_denoiser(reduce_activation_memory(denoiser, self.spec.block_classes))
 
     def empty_vae(self) -> nn.Module:
         """The VAE as `load_vae` gives it, without values, on torch's `meta` device."""

@@ -174,7 +174,7 @@ def test_messages_that_troubleshooting_quotes_are_the_program_s():
 
 
 def test_the_worked_example_is_short():
-    files = [ROOT / "tests/families/auraflow" / name for name in ("spec.py", "family.py")]
+    files = [ROOT / "simpletuner/models/auraflow" / name for name in ("spec.py", "family.py")]
     assert sum(len(path.read_text().splitlines()) for path in files) < 150
 
 

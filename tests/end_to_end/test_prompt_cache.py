@@ -1,4 +1,4 @@
-"""Captions are encoded before the denoiser is there, once, and never met stale: with the example family's encoder."""
+"""Captions are encoded before the denoiser is there, once, and never met stale: with AuraFlow's encoder."""
 
 from __future__ import annotations
 
@@ -15,15 +15,14 @@ from safetensors.torch import load_file, save_file
 from simpletuner.batch import PromptRequest
 from simpletuner.commands import cache
 from simpletuner.config.options.validation import ValidationOptions
-from simpletuner.families.registry import FAMILIES
+from simpletuner.models.auraflow.family import AuraFlow
 from simpletuner.models.build import build_family
 from simpletuner.reporting.bus import EventBus
 from simpletuner.training.prepare import prepare_data
 from simpletuner.training.process import Process
 from simpletuner.training.signals import StopRequest
-from tests.families.auraflow.family import AuraFlow
-from tests.families.auraflow.tiny import tiny_auraflow_folder
 from tests.runs import dataset, load_here, metrics, train_here, write_images, write_run
+from tests.tiny_auraflow import tiny_auraflow_folder
 
 COUNT = 3
 # The dropped caption (here the empty one) and what the proof of an adapter asks.
@@ -37,7 +36,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def folder(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setitem(FAMILIES, "auraflow", "tests.families.auraflow.spec:AURAFLOW")
     write_images(tmp_path / "run/images", COUNT, seed=1)
     copy = shutil.copytree(model, tmp_path / "model")
     return write_run(tmp_path / "run", copy, [dataset("images", repeats=3)], model_family="auraflow", max_train_steps=3)
@@ -259,9 +257,9 @@ def test_a_prompt_that_nobody_foresaw_is_encoded_reported_and_kept(folder):
 
 
 def test_generation_encodes_its_prompts_before_the_denoiser_is_there(model, tmp_path, monkeypatch):
+    from simpletuner.models.auraflow.spec import AURAFLOW
     from simpletuner.models.components import ModelSource
     from simpletuner.validation.generate import GenerationRequest, generate_images
-    from tests.families.auraflow.spec import AURAFLOW
 
     family = AuraFlow(AURAFLOW, ModelSource(str(model)), torch.device("cpu"), torch.float32)
     encoded = Encoded(monkeypatch)

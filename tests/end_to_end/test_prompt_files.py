@@ -11,7 +11,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from simpletuner.errors import DataError
-from simpletuner.families.registry import FAMILIES
 from simpletuner.models.build import build_family
 from tests.end_to_end.test_prompt_cache import COUNT, Encoded
 from tests.end_to_end.test_prompt_cache import model as model  # a fixture
@@ -63,7 +62,6 @@ def with_files(run: Path, **keys) -> Path:
 
 @pytest.fixture
 def run(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setitem(FAMILIES, "auraflow", "tests.families.auraflow.spec:AURAFLOW")
     return write(tmp_path / "run", model)
 
 

@@ -27,6 +27,8 @@ READ_BY_DIFFUSERS = {
     "sd15": ("diffusers", "kohya"),
     "krea2": ("diffusers", "comfyui"),
     "sana": ("diffusers",),
+    "auraflow": ("diffusers",),
+    "lumina2": ("diffusers",),  # of the release also ComfyUI's form, which diffusers knows by the sizes of its matrices
     "sd3": ("diffusers",),
     "sdxl": ("diffusers", "kohya"),
     "qwen_image": ("diffusers", "kohya", "comfyui"),

@@ -12,7 +12,6 @@ leaves the mask of the single blocks away (0.42.1).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import repeat
 from types import MethodType
 from typing import Any
 
@@ -22,18 +21,18 @@ from torch import Tensor, nn
 from simpletuner.batch import Conditioning, PromptEmbeds
 from simpletuner.models.family import PromptReferences, send
 from simpletuner.models.flow import FlowFamily
-from simpletuner.models.live_pipeline import LivePipeline
+from simpletuner.models.live_pipeline import MaskedLivePipeline
 from simpletuner.models.patches import pack, position_ids, unpack
 
 
 class Chroma(FlowFamily):
     """No pooled text and no guidance input; a dropped caption is the encoded empty text."""
 
-    def load_denoiser(self) -> nn.Module:
-        return _without_waiting(super().load_denoiser())
-
-    def empty_denoiser(self) -> nn.Module:
-        return _without_waiting(super().empty_denoiser())
+    def adjust_denoiser(self, denoiser: Any) -> nn.Module:
+        """diffusers makes a part of the time's embedding on the CPU in each call, so that a GPU waits for its copy."""
+        embedding = denoiser.time_text_embed
+        embedding.forward = MethodType(_embed_time, embedding)
+        return denoiser
 
     def count_prompt_tokens(self, prompts: Sequence[str]) -> list[int]:
         return self.encoders.count("tokenizer", prompts)
@@ -75,13 +74,6 @@ class Chroma(FlowFamily):
         return ChromaLivePipeline.of(self, ChromaPipeline, denoiser, vae)
 
 
-def _without_waiting(denoiser: Any) -> Any:
-    """diffusers makes a part of the time's embedding on the CPU in each call, so that a GPU waits for its copy."""
-    embedding = denoiser.time_text_embed
-    embedding.forward = MethodType(_embed_time, embedding)
-    return denoiser
-
-
 def _embed_time(self: Any, timestep: Tensor) -> Tensor:
     """(B,) times -> (B, M, D): time, a guidance of 0, and the number of each of the M rows of modulation."""
     guidance = self.guidance_proj(torch.zeros_like(timestep))
@@ -91,20 +83,7 @@ def _embed_time(self: Any, timestep: Tensor) -> Tensor:
     return torch.cat([of_call[:, None].expand(shape), of_row.expand(shape)], dim=-1)
 
 
-class ChromaLivePipeline(LivePipeline):
+class ChromaLivePipeline(MaskedLivePipeline):
     """diffusers' pipeline, given masks of booleans: those it does not add to the scores."""
 
     pack = staticmethod(pack)
-
-    def prompt_arguments(
-        self, prompts: Sequence[str], negative_prompts: Sequence[str] | None, guidance_scale: float
-    ) -> dict[str, Any]:
-        family = self.family
-        arguments: dict[str, Any] = {"guidance_scale": guidance_scale}
-        negatives = [family.spec.negative_text(text) for text in negative_prompts or repeat(None, len(prompts))]
-        for prefix, texts in (("", prompts), ("negative_", negatives)):
-            padded = family.condition_on(family.prompts.embeds(texts), ())
-            embeds = arguments[f"{prefix}prompt_embeds"] = padded["prompt_embeds"]
-            mask = padded.tensors.get("prompt_mask", embeds.new_ones(embeds.shape[:2], dtype=torch.bool))
-            arguments[f"{prefix}prompt_attention_mask"] = mask
-        return arguments

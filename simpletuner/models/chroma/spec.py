@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from simpletuner.families.readers import usual_readers
-from simpletuner.families.spec import AdaptableModule, Component, FamilySpec, Flavour
+from simpletuner.families.spec import AdaptableModule, FamilySpec, Flavour, flow_components
 from simpletuner.models.chroma.keys import CHROMA_KEYS
 from simpletuner.models.flux_blocks import ATTENTION, DOUBLE, FEED_FORWARD, SINGLE
 
@@ -34,13 +34,7 @@ CHROMA = FamilySpec(
         )
     },
     default_flavour="hd",
-    components=(
-        Component("transformer", "diffusers.ChromaTransformer2DModel", "denoiser"),
-        Component("vae", "diffusers.AutoencoderKL", "vae"),
-        Component("text_encoder", "transformers.T5EncoderModel", "text_encoder"),
-        Component("tokenizer", "transformers.T5TokenizerFast", "tokenizer", "tokenizer_config.json"),
-        Component("scheduler", "diffusers.FlowMatchEulerDiscreteScheduler", "scheduler", "scheduler_config.json"),
-    ),
+    components=flow_components("ChromaTransformer2DModel", "T5EncoderModel", "T5TokenizerFast"),
     prediction_type="flow",
     latent_channels=16,
     vae_factor=8,

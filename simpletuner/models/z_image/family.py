@@ -8,49 +8,37 @@ from sigmoid(N(0, 1)) and are shifted as the model's own scheduler shifts those 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import repeat
 from typing import Any
 
 import torch
-from diffusers.models.transformers.transformer_z_image import RopeEmbedder
 from torch import Tensor, nn
 
-from simpletuner.batch import Conditioning, PromptEmbeds
-from simpletuner.models.family import PromptReferences, send
-from simpletuner.models.flow import FlowFamily
+from simpletuner.batch import Conditioning
+from simpletuner.models.family import send
+from simpletuner.models.language_model_text import LanguageModelText
 from simpletuner.models.live_pipeline import LivePipeline
+from simpletuner.models.rotary_tables import ZImageTables
 
 # Qwen3's chat template with one message, as `enable_thinking=True` renders it.
 TEMPLATE = "<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n"
-# The state that the last layer reads.
-LAYER = -2
 
 
-class ZImage(FlowFamily):
+class ZImage(LanguageModelText):
     """The base and Turbo differ in weights and shift alone."""
 
     def largest_side(self) -> int:
         """The rotary tables have so many rows and columns of patches."""
         return min(self.denoiser_config["axes_lens"][1:]) * self.spec.size_multiple
 
-    def load_denoiser(self) -> nn.Module:
-        return with_rotary_tables(super().load_denoiser())
+    def adjust_denoiser(self, denoiser: Any) -> nn.Module:
+        own = denoiser.rope_embedder
+        denoiser.rope_embedder = ZImageTables(own.theta, own.axes_dims, own.axes_lens)
+        return denoiser
 
-    def empty_denoiser(self) -> nn.Module:
-        return with_rotary_tables(super().empty_denoiser())
-
-    def count_prompt_tokens(self, prompts: Sequence[str]) -> list[int]:
-        return self.encoders.count("tokenizer", [TEMPLATE.format(prompt=prompt) for prompt in prompts])
-
-    def prompt_facts(self) -> Mapping[str, Any]:
-        return {**super().prompt_facts(), "template": TEMPLATE, "layer": LAYER}
-
-    def encode_prompts(self, prompts: Sequence[str], references: PromptReferences | None = None) -> list[PromptEmbeds]:
-        """`prompt_embeds` (L, D): the whole chat, template included; of one too long the end of the template is cut."""
-        texts = [TEMPLATE.format(prompt=prompt) for prompt in prompts]
-        rows = self.encoders.states_of(texts, [LAYER], self.max_prompt_tokens)
-        return [PromptEmbeds({"prompt_embeds": row[:, 0]}) for row in rows]
+    def encoded_text(self, prompt: str) -> str:
+        return TEMPLATE.format(prompt=prompt)
 
     def predict(self, denoiser: nn.Module, noisy_latents: Tensor, sigmas: Tensor, conditioning: Conditioning) -> Tensor:
         frames = noisy_latents.to(self.dtype)[:, :, None]  # a list of videos of one frame
@@ -80,22 +68,3 @@ class ZImageLivePipeline(LivePipeline):
             ]
             for name, texts in (("prompt_embeds", prompts), ("negative_prompt_embeds", negatives))
         }
-
-
-class RotaryTables(RopeEmbedder):
-    """diffusers' tables, which are no buffers: sent to the device at first use without making the host wait."""
-
-    freqs_cis: list[Tensor] | None  # type: ignore[assignment]  # diffusers' annotation says None alone
-
-    def __call__(self, ids: Tensor) -> Tensor:
-        if self.freqs_cis is None or self.freqs_cis[0].device != ids.device:
-            made = self.freqs_cis or self.precompute_freqs_cis(self.axes_dims, self.axes_lens, theta=self.theta)
-            self.freqs_cis = [send(table, ids.device) for table in made]
-        return super().__call__(ids)
-
-
-def with_rotary_tables(denoiser: Any) -> nn.Module:
-    """The same denoiser, whose tables are `RotaryTables`."""
-    own = denoiser.rope_embedder
-    denoiser.rope_embedder = RotaryTables(own.theta, own.axes_dims, own.axes_lens)
-    return denoiser

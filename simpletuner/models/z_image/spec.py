@@ -7,7 +7,7 @@ Sources: Tongyi-MAI/Z-Image; the released `Tongyi-MAI/Z-Image` and `Tongyi-MAI/Z
 from __future__ import annotations
 
 from simpletuner.families.readers import NO_LENGTHS, OTHER_DORA, Reader
-from simpletuner.families.spec import AdaptableModule, Component, FamilySpec, Flavour
+from simpletuner.families.spec import AdaptableModule, FamilySpec, Flavour, flow_components
 from simpletuner.models.z_image.keys import STACKS, Z_IMAGE_KEYS
 
 _BLOCKS = tuple(f"{stack}.*" for stack in STACKS)
@@ -49,13 +49,7 @@ Z_IMAGE = FamilySpec(
         )
     },
     default_flavour="base",
-    components=(
-        Component("transformer", "diffusers.ZImageTransformer2DModel", "denoiser"),
-        Component("vae", "diffusers.AutoencoderKL", "vae"),
-        Component("text_encoder", "transformers.Qwen3Model", "text_encoder"),
-        Component("tokenizer", "transformers.Qwen2Tokenizer", "tokenizer", "tokenizer_config.json"),
-        Component("scheduler", "diffusers.FlowMatchEulerDiscreteScheduler", "scheduler", "scheduler_config.json"),
-    ),
+    components=flow_components("ZImageTransformer2DModel", "Qwen3Model", "Qwen2Tokenizer"),
     prediction_type="flow",
     latent_channels=16,
     vae_factor=8,

@@ -13,15 +13,34 @@ import pytest
 from simpletuner.errors import ConfigError
 from simpletuner.families import registry
 from simpletuner.families.registry import all_specs, family_names, get_family_class, get_spec
-from tests.families.auraflow.spec import AURAFLOW
+from simpletuner.models.auraflow.family import AuraFlow
 
 ROOT = Path(__file__).parents[3]
 
 
+MODULE = """
+from dataclasses import replace
+
+from simpletuner.models.auraflow.spec import AURAFLOW, JOINT
+
+ELSEWHERE = replace(AURAFLOW, name="elsewhere", title="Elsewhere", family_class="newfamilies:Elsewhere")
+NO_CLASS = replace(ELSEWHERE, name="broken", family_class="no_such_package:Family")
+
+
+def __getattr__(name):
+    if name == "Elsewhere":
+        from simpletuner.models.auraflow.family import AuraFlow
+
+        return type("Elsewhere", (AuraFlow,), {})
+    raise AttributeError(name)
+"""
+
+
 def package(folder: Path, **families: str) -> Path:
-    """An installed package as Python finds it: a folder with metadata that names entry points."""
+    """An installed package as Python finds it: a module, and a folder with metadata that names entry points."""
     info = folder / "newfamilies-1.2.dist-info"
     info.mkdir(parents=True)
+    (folder / "newfamilies.py").write_text(MODULE)
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: newfamilies\nVersion: 1.2\n")
     lines = [f"{name} = {value}" for name, value in families.items()]
     (info / "entry_points.txt").write_text("\n".join(["[simpletuner.families]", *lines]))
@@ -37,15 +56,17 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     yield install
     monkeypatch.undo()
     registry.plugins.cache_clear()
+    sys.modules.pop("newfamilies", None)
 
 
 def test_a_family_of_another_package_is_found_by_its_entry_point(install):
-    install(auraflow="tests.families.auraflow.spec:AURAFLOW")
-    assert family_names()[-1] == "auraflow"
-    assert get_spec("auraflow") is AURAFLOW
-    assert get_family_class(AURAFLOW).__name__ == "AuraFlow"
+    install(elsewhere="newfamilies:ELSEWHERE")
+    assert family_names()[-1] == "elsewhere"
+    spec = get_spec("elsewhere")
+    assert spec.title == "Elsewhere"
+    assert issubclass(get_family_class(spec), AuraFlow)
     specs, failures = all_specs()
-    assert AURAFLOW in specs
+    assert spec in specs
     assert failures == []
 
 
@@ -53,9 +74,9 @@ def test_a_family_of_another_package_is_found_by_its_entry_point(install):
     ("value", "what"),
     [
         ("no_such_package.spec:SPEC", "ModuleNotFoundError"),
-        ("tests.families.auraflow.spec:NOTHING", "AttributeError"),
-        ("tests.families.auraflow.spec:BLOCKS", "is not a FamilySpec"),
-        ("tests.families.auraflow.spec:AURAFLOW", 'calls itself "auraflow"'),
+        ("newfamilies:NOTHING", "AttributeError"),
+        ("newfamilies:JOINT", "is not a FamilySpec"),
+        ("newfamilies:ELSEWHERE", 'calls itself "elsewhere"'),
     ],
 )
 def test_a_broken_package_stops_only_who_asks_for_its_family(install, value: str, what: str):
@@ -74,19 +95,15 @@ def test_a_broken_package_stops_only_who_asks_for_its_family(install, value: str
 
 
 def test_our_own_family_wins_over_another_package_s_and_that_is_reported(install):
-    install(omnigen="tests.families.auraflow.spec:AURAFLOW")
+    install(omnigen="newfamilies:ELSEWHERE")
     assert get_spec("omnigen").title == "OmniGen"
     assert family_names().count("omnigen") == 1
     _, [line] = all_specs()
     assert "newfamilies 1.2 brings a family omnigen too" in line
 
 
-def test_a_class_that_cannot_be_imported_names_its_package(install, monkeypatch):
-    import dataclasses
-
-    broken = dataclasses.replace(AURAFLOW, name="broken", family_class="no_such_package:Family")
-    monkeypatch.setattr("tests.families.auraflow.spec.BROKEN", broken, raising=False)
-    install(broken="tests.families.auraflow.spec:BROKEN")
+def test_a_class_that_cannot_be_imported_names_its_package(install):
+    install(broken="newfamilies:NO_CLASS")
     with pytest.raises(ConfigError, match="newfamilies"):
         get_family_class(get_spec("broken"))
 
@@ -99,10 +116,10 @@ def run_models(*arguments: str, site: Path | None = None) -> subprocess.Complete
 
 
 def test_the_verb_lists_what_there_is_and_names_what_is_broken(tmp_path: Path):
-    site = package(tmp_path, auraflow="tests.families.auraflow.spec:AURAFLOW", broken="no_such_package:SPEC")
+    site = package(tmp_path, elsewhere="newfamilies:ELSEWHERE", broken="no_such_package:SPEC")
     shown = run_models(site=site)
     assert shown.returncode == 0
-    for name in ("omnigen", "sdxl", "flux", "auraflow"):
+    for name in ("omnigen", "sdxl", "flux", "auraflow", "elsewhere"):
         assert f"\n{name}: " in f"\n{shown.stdout}"
     assert "stabilityai/stable-diffusion-xl-base-1.0" in shown.stdout
     assert "newfamilies 1.2" in shown.stderr
