@@ -197,9 +197,11 @@ _SANA_NARROW = {
 }
 
 
-def _sana(num_layers: int, is_newer: bool = False, **denoiser: int) -> Shape:
-    norm = {"qk_norm": "rms_norm_across_heads"} if is_newer else {}
-    return _text({"num_layers": num_layers, **norm, **denoiser}, 2304, 2_614_341_888, _DC_AUTOENCODER)
+_SANA_15 = {"qk_norm": "rms_norm_across_heads"}
+
+
+def _sana(num_layers: int, **denoiser: object) -> Shape:
+    return _text({"num_layers": num_layers, **denoiser}, 2304, 2_614_341_888, _DC_AUTOENCODER)
 
 
 _SANA_16, _SANA_06 = _sana(20), _sana(28, **_SANA_NARROW)
@@ -275,8 +277,8 @@ SHAPES: Mapping[tuple[str, str], Shape] = {
     ("qwen_image_21", "2.1-turbo"): _QWEN_21,
     ("pixart_sigma", "1024"): _pixart(28),
     ("pixart_sigma", "900m-0.6"): _pixart(42),
-    ("sana", "1.5-1.6b"): _sana(20, is_newer=True),
-    ("sana", "1.5-4.8b"): _sana(60, is_newer=True),
+    ("sana", "1.5-1.6b"): _sana(20, **_SANA_15),
+    ("sana", "1.5-4.8b"): _sana(60, **_SANA_15),
     ("sana", "1.0-1.6b"): _SANA_16,
     ("sana", "1.0-1.6b-512"): _SANA_16,
     ("sana", "1.0-0.6b"): _SANA_06,
