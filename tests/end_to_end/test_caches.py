@@ -327,3 +327,16 @@ def test_after_kill_9_a_second_build_encodes_only_what_is_missing(tmp_path, omni
     assert len(first) == 2 * total
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("keeps", [True, False])
+def test_latents_that_are_encoded_on_demand_are_written_where_the_dataset_says_so(folder: Path, keeps: bool) -> None:
+    entry(folder, **({"vae_cache_ondemand": True} if keeps else {"vae_cache_disable": True}))
+    loaded = load_here(folder)
+    family = build_family(loaded.config)
+    (folder / "output").mkdir(exist_ok=True)
+    process = Process(output_dir=folder / "output", bus=EventBus(), stop=StopRequest())
+    [each], sources = prepare_data(loaded, family, process)
+    assert len(sources[each.id].latents(list(each.samples))) == COUNT
+    sources[each.id].close()
+    assert bool(list((folder / "cache/vae").rglob("*.safetensors"))) == keeps

@@ -11,11 +11,13 @@ import torch
 
 from simpletuner.batch import Crop
 from simpletuner.config.datasets import ConditioningDataset, ImageDataset
+from simpletuner.data.holdout import hold_out, place_of
 from simpletuner.data.references import ReferenceRules, plan_reference
 from simpletuner.data.report import SKIPPED_FILE, write_report
 from simpletuner.errors import DataError
 from simpletuner.models.omnigen.spec import OMNIGEN
 from simpletuner.training.latents import without
+from simpletuner.validation.references import references_of_data
 from tests.unit.data.images import build_datasets, options, write_image
 
 
@@ -157,3 +159,15 @@ def test_an_image_goes_with_a_reference_that_cannot_be_encoded(pairs: Path) -> N
     assert {"sources: its latents are not finite", "damaged"} <= left.filter_report.skipped.counts.keys()
     with pytest.raises(DataError, match="no image of dataset targets can be encoded"):
         without(dataset, {("sources", f"sub/a_{number}.{'bmp' if number == 1 else 'png'}"): "x" for number in range(3)})
+
+
+def test_validation_edits_the_first_image_that_is_held_out_else_the_first_of_all(pairs: Path) -> None:
+    dataset = build(pairs)
+    assert [each.name for each in references_of_data([dataset])] == ["sources/sub/a_0.png"]
+    assert references_of_data([]) == ()
+    _, middle, last = sorted(place_of(digest) for _, digest in dataset.used_digests())
+    trained, held = hold_out([dataset], (middle + last) / 2)
+    position = min(int(members[0]) for members in held.buckets.values())
+    expected = f"sources/{dataset.samples[position].references[0].path}"
+    assert [each.name for each in references_of_data([trained, held])] == [expected]
+    assert min(int(members[0]) for members in trained.buckets.values()) != position
