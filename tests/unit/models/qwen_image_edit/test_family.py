@@ -72,6 +72,8 @@ def test_rows_whose_references_differ_are_what_they_are_alone(tmp_path: Path, co
             blind = Conditioning(alone.tensors, [()])
             differs = (together[one] - family.predict(denoiser, latents[one], sigmas[one], blind)).abs().max() > 1e-3
             assert differs == bool(references[row])
+        of_two_sizes = family.condition_on(embeds[:2], references[:2])  # one each
+        assert_near(family.predict(denoiser, latents[:2], sigmas[:2], of_two_sizes), together[:2])
 
 
 @pytest.mark.parametrize(
