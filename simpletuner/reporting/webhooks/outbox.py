@@ -81,13 +81,14 @@ class Outbox:
             if self._ordinary and self._ordinary[0][0] is message:
                 self.num_bytes -= self._ordinary.popleft()[1]
 
-    def take_progress(self) -> LatestProgress | None:
+    def take_progress(self, only_if_first: bool = False) -> LatestProgress | None:
         """The progress that waits, and the curve since the last one; phases before steps.
 
-        None also while a message waits, which may have come after the sender looked for one: it goes first.
+        Args:
+            only_if_first: None while a message waits, which may have come after the sender looked for one.
         """
         with self._lock:
-            if self._ordinary or self._urgent:
+            if only_if_first and (self._ordinary or self._urgent):
                 return None
             if (phase := self._progress.pop(PhaseProgress, None)) is not None:
                 return phase, []

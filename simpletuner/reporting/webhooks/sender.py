@@ -176,7 +176,7 @@ class Sender:
             return Delivery(ordinary)
         now = asyncio.get_running_loop().time()
         is_due = now - self._last_progress >= self._timing.progress or self._closing.is_set()
-        progress = self.outbox.take_progress() if is_due else None
+        progress = self.outbox.take_progress(only_if_first=True) if is_due else None
         if progress is None:
             return None
         self._last_progress = now

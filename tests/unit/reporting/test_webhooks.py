@@ -369,14 +369,23 @@ def test_progress_waits_for_the_messages_before_it() -> None:
     assert (start.must_arrive, saved.must_arrive) == (False, True)
     outbox.put(start)
     outbox.put_progress(step(1))
-    assert outbox.take_progress() is None
+    assert outbox.take_progress(only_if_first=True) is None
     outbox.remove(start)
     outbox.put(saved)
-    assert outbox.take_progress() is None
+    assert outbox.take_progress(only_if_first=True) is None
     assert outbox.take_urgent() == [saved]
-    taken = outbox.take_progress()
+    taken = outbox.take_progress(only_if_first=True)
     assert taken is not None
     assert taken[0] == step(1)
+
+
+def test_the_last_step_goes_before_the_end_though_messages_wait() -> None:
+    outbox = Outbox()
+    outbox.put(words_for(RunStarted("stars", Path("out"), 20), "stars", "a1b2")[0])
+    outbox.put_progress(step(20))
+    taken = outbox.take_progress()
+    assert taken is not None
+    assert taken[0] == step(20)
 
 
 def test_a_curve_that_could_not_be_sent_stays_in_the_order_of_its_steps() -> None:
