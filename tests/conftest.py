@@ -31,6 +31,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_collection_finish() -> None:
     """Modules and tests stay until the end: the garbage collector looks only at what tests make."""
     gc.freeze()
+    gc.set_threshold(20_000)  # Python's 700 is reached by a part of a tiny model
     gc.enable()
 
 
