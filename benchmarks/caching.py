@@ -6,9 +6,9 @@ digests, writing), and by a plain loop that opens, encodes and saves one image a
 Rounds alternate and the best of each counts, since other programs on the machine only slow things down. The last line
 is JSON; the exit code is 1 when `cache build` is below `--goal` of the bare rate.
 
-`thread_share` is the same ratio in processor time of the thread that encodes: what the rate comes to where the threads
+`thread_share` is the same ratio in CPU time of the thread that encodes: what the rate comes to where the threads
 that read and write have a core of their own, which a busy machine does not show in seconds. `process_share` is that of
-all threads: what it comes to where they share one core. `decoding` is the processor time of decoding each file once
+all threads: what it comes to where they share one core. `decoding` is the CPU time of decoding each file once
 and making a tensor of it, over that of the VAE: `cache build` decodes twice, to check a dataset before anything is
 encoded and to encode it, so that `process_share` cannot be above 1 / (1 + 2 decoding), whatever the rest costs.
 
@@ -120,7 +120,7 @@ class Bench:
 
 
 def seconds_of(work: Callable[[], None]) -> tuple[float, float, float]:
-    """(seconds by the clock, processor seconds of this thread, of all threads)."""
+    """(seconds by the clock, CPU seconds of this thread, of all threads)."""
     clocks = (time.perf_counter, time.thread_time, time.process_time)
     started = [clock() for clock in clocks]
     work()

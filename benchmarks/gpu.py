@@ -1,7 +1,7 @@
 """Everything that only a GPU can tell, in one command: measurements, full-size rows, and both beside what is published.
 
     python benchmarks/gpu.py [--file gpu.json] [--minutes 8] [--only NAME,...] [--list]
-    python benchmarks/gpu.py --tiny       # all of it on a tiny shape, on the processor: does it run?
+    python benchmarks/gpu.py --tiny       # all of it on a tiny shape, on the CPU: does it run?
     python benchmarks/gpu.py --wheels     # what a bare machine with torch 2.11 needs, for `pip download`
 
 A call takes at most eight minutes and stops by itself; the same command goes on with what the file lacks, and exits
@@ -153,7 +153,7 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--pixels", type=int, default=1024)
     parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--tiny", action="store_true", help="a tiny shape on the processor")
+    parser.add_argument("--tiny", action="store_true", help="a tiny shape on the CPU")
     parser.add_argument("--list", action="store_true", help="the names of all parts")
     parser.add_argument("--wheels", action="store_true", help="what a bare machine needs, pinned")
     parser.add_argument("--one", help=argparse.SUPPRESS)
@@ -182,7 +182,7 @@ def main(words: Sequence[str] | None = None) -> int:
         print("\n".join(every))
         return 0
     if not arguments.tiny and not torch.cuda.is_available():
-        print("this machine has no CUDA device: there is nothing to measure (--tiny tries every part on the processor)")
+        print("this machine has no CUDA device: there is nothing to measure (--tiny tries every part on the CPU)")
         return 2
     if arguments.one:
         print(json.dumps(every[arguments.one](setting)))

@@ -147,7 +147,7 @@ def determinism(setting: Setting) -> dict[str, Any]:
 
 
 def proofs(setting: Setting) -> dict[str, Any]:
-    """9. Files of adapters in float32 and bf16 read back on the processor."""
+    """9. Files of adapters in float32 and bf16 read back on the CPU."""
     return {precision: example(setting, f"--mixed_precision={precision}") for precision in ("no", "bf16")}
 
 

@@ -73,7 +73,7 @@ TINY: dict[str, Any] = FULL | {
 
 @dataclass(frozen=True)
 class Setting:
-    """Where and how large: full size on a GPU, or a tiny shape on the processor to see that everything runs."""
+    """Where and how large: full size on a GPU, or a tiny shape on the CPU to see that everything runs."""
 
     is_full: bool
     device: torch.device

@@ -12,7 +12,7 @@ The limit of a row is `--limit` (0.70, a UNet 0.75, with --lowest 0.50 for all),
 more: what blocks must keep at least without a product more. That is the inputs of its norms, queries, keys and values
 as they were projected, what attention made of them, and the projection into the MLP. `norms_fused` counts RMSNorm on
 both sides as GPUs have it, as one kernel that keeps its input alone, and is what the limit is for; the other figure
-counts it as torch has it on `meta` and on processors, in pieces. With --lowest, `products` is the share of products
+counts it as torch has it on `meta` and on CPUs, in pieces. With --lowest, `products` is the share of products
 that are made twice. The last line is one JSON object; the exit code is 1 where a goal is missed.
 """
 

@@ -1,7 +1,7 @@
 """What each value of `base_model_precision` costs in precision: errors of weight, output and gradient against float64.
 
 A layer of 1024 x 1024 normally distributed weights (standard deviation 0.02) and 256 tokens of normally distributed
-activations and gradients, in bf16; the root of the mean square error, relative. On a processor, where 8-bit products
+activations and gradients, in bf16; the root of the mean square error, relative. On a CPU, where 8-bit products
 are made by the same arithmetic as on a GPU.
 
     python benchmarks/number_formats.py

@@ -7,7 +7,7 @@ weights from their file, which is mapped, and makes the state of the optimizer; 
 last line is JSON; the exit code is 1 where a peak is off by more than `--limit`.
 
 glibc gives pieces of up to 32 MB that were freed back late, or never where the heap has gaps: with this model 270 MB
-more than all tensors take. With `memory` set a run on the processor asks for pieces of 1 MB and more to be given back
+more than all tensors take. With `memory` set a run on the CPU asks for pieces of 1 MB and more to be given back
 at once (`give_back_at_once`), and so does this measurement.
 
     python benchmarks/peak_against_plan.py [--only WAY] [--limit 0.1]

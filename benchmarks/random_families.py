@@ -1,6 +1,6 @@
 """Families with random weights of any size and random prompt embeddings: no file is read, nothing is downloaded.
 
-`FULL` has the released shapes, `MEDIUM` the same networks in a size that a processor trains in a second a step: blocks
+`FULL` has the released shapes, `MEDIUM` the same networks in a size that a CPU trains in a second a step: blocks
 512 wide, all kinds of blocks, text of usual length. `TINY` is for tests.
 """
 

@@ -1,16 +1,16 @@
-"""A training step of each family against diffusers with PEFT, on the processor: forward and backward pass with a LoRA.
+"""A training step of each family against diffusers with PEFT, on the CPU: forward and backward pass with a LoRA.
 
 Both sides have the same medium-size network with random weights, the same LoRA of rank 16 on the family's usual layers,
 bf16 and one image. Ours is the step of a run, from latents to loss; theirs is the public class as published, PEFT's
 LoRA and a mean squared error, called with the very inputs that ours made. Their noise and targets lie ready, so that
 what surrounds the network counts against us.
 
-The sides take turns, nine rounds in one process, and seconds are those that the processor worked: other programs do
+The sides take turns, nine rounds in one process, and seconds are those that the CPU worked: other programs do
 not count. A second copy of their side tells the spread: the median distance of its ratio from 1.
 
     python benchmarks/step_against_peft.py [sdxl flux ...] [--activation-memory low]
 
-Blocks keep what a run on a processor lets them keep, `activation_memory` `high`, unless another level is named.
+Blocks keep what a run on a CPU lets them keep, `activation_memory` `high`, unless another level is named.
 
 With `--lowest` our own steps are compared, `activation_memory` `lowest` against `low`. The first may take 1.03 times
 what the products ask for that it makes twice: 1.03 * (1 + their share of all products).

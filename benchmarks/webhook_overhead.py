@@ -6,10 +6,10 @@ and of images. The service is a process of its own. What is compared, pair by pa
 
 - seconds per step, median of the block: what a user waits. Valid on a quiet machine only; pairs of two blocks that both
   have no webhook ("nothing") say how far two equal things differ here.
-- processor time of the training thread, mean of the block: what the webhook takes from it.
+- CPU time of the training thread, mean of the block: what the webhook takes from it.
 
 On a machine that is busy with other things both are noise. There, two shares bound what a webhook can cost: processor
-time of `handle`, which the training thread calls, over that of the steps; and processor time of the background thread
+time of `handle`, which the training thread calls, over that of the steps; and CPU time of the background thread
 over the seconds that it ran, since only while it runs can it keep the interpreter or a core from the training thread.
 
     python benchmarks/webhook_overhead.py            some minutes
@@ -51,9 +51,9 @@ class Block:
 
     Args:
         wall: seconds per step, median.
-        thread: processor seconds of the training thread per step, mean.
+        thread: CPU seconds of the training thread per step, mean.
         handle: those of `handle`, per step.
-        background: processor seconds of the background thread per second.
+        background: CPU seconds of the background thread per second.
     """
 
     wall: float
@@ -130,7 +130,7 @@ def measure(folder: Path, services: list[str], pairs: int, steps: int, seconds: 
 
 
 def ratios(pairs: list[tuple[Block, Block]]) -> tuple[float, float]:
-    """Medians of with / without: seconds, processor time of the training thread."""
+    """Medians of with / without: seconds, CPU time of the training thread."""
     return (
         statistics.median(with_.wall / without.wall for with_, without in pairs),
         statistics.median(with_.thread / without.thread for with_, without in pairs),
@@ -218,7 +218,7 @@ class Trainer:
 
 
 class HandleTimer:
-    """A sink in front of another that adds up the processor time of its `handle`."""
+    """A sink in front of another that adds up the CPU time of its `handle`."""
 
     def __init__(self, sink: Any):
         self.name, self.failures, self.close, self.take_notices = (
@@ -236,7 +236,7 @@ class HandleTimer:
 
 
 def background_seconds() -> float:
-    """Processor time that the thread of the webhooks has had."""
+    """CPU time that the thread of the webhooks has had."""
     import psutil
 
     wanted = [thread.native_id for thread in threading.enumerate() if thread.name == "webhooks"]

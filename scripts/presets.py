@@ -50,7 +50,7 @@ OFFLOADED = RECOMPUTED | {"gradient_checkpointing_backend": "unsloth"}
 ASSISTANT_BYTES = 340 * 10**6
 # A block that keeps what it computed keeps its weights too, so every block is recomputed.
 SWAPPED = {"gradient_checkpointing": True, "gradient_checkpointing_backend": "unsloth"}
-# On the processor: before they are packed, the weights may be larger than the card.
+# On the CPU: before they are packed, the weights may be larger than the card.
 INT8 = {"base_model_precision": "int8-quanto", "quantize_via": "cpu"}
 NF4 = {"base_model_precision": "nf4-bnb", "quantize_via": "cpu"}
 SWAPPED_SHARES = (0.25, 0.5, 0.75, 1.0)

@@ -49,10 +49,10 @@ class Hardware:
 
     Args:
         device: what torch would train on.
-        name: of the first accelerator, or of the processor.
+        name: of the first accelerator, or of the CPU.
         device_bytes: memory of the first accelerator; of the machine where there is none.
         ram_bytes: main memory.
-        cores: of the processor.
+        cores: of the CPU.
         num_devices: accelerators of this kind.
     """
 
@@ -66,7 +66,7 @@ class Hardware:
     @property
     def trainer(self) -> str:
         """What trains here, in a few words."""
-        return "its processor" if self.device == "cpu" else f"{self.name}, {self.device_bytes / GIB:.0f} GiB"
+        return "its CPU" if self.device == "cpu" else f"{self.name}, {self.device_bytes / GIB:.0f} GiB"
 
     def __str__(self) -> str:
         if self.device == "cpu":
@@ -88,7 +88,7 @@ def gpu_with(gib: float) -> Hardware:
 
 
 def detect_hardware() -> Hardware:
-    """The accelerator that a driver reports, else the processor."""
+    """The accelerator that a driver reports, else the CPU."""
     import psutil
 
     ram, cores = psutil.virtual_memory().total, psutil.cpu_count() or 1

@@ -1,7 +1,7 @@
 """Imports of large libraries without Python's search for garbage.
 
 Importing torch, diffusers and PEFT makes half a million objects that stay. The collector looked at them again and
-again, for a fifth of the processor time before a first step.
+again, for a fifth of the CPU time before a first step.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ NEEDLESS: Mapping[str, tuple[str, ...]] = {
     "torchao": ("Failed to load",),
     # Enums that torchao registers in a way that torch has grown out of.
     "torch.utils._pytree": ("<enum '",),
-    # A matrix product for processors that would be fetched from the hub; without it the ordinary one serves.
+    # A matrix product for CPUs that would be fetched from the hub; without it the ordinary one serves.
     "bitsandbytes.backends.cpu.ops": ("Failed to load CPU gemm_4bit_forward",),
     # Classes of an older torchao, for checkpoints that were pickled with it; no pickle is read here.
     "diffusers.quantizers.torchao.torchao_quantizer": ("Unable to import `torchao` Tensor objects",),

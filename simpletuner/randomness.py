@@ -35,7 +35,7 @@ def keyed_uniform(*key: int | str) -> float:
 def reseed_global(*key: int | str) -> None:
     """Seed torch's global generators by `key`: what adapter dropout inside the denoiser samples from.
 
-    Those of the processor and of the accelerator in use. `torch.manual_seed` would note for each kind of accelerator
+    Those of the CPU and of the accelerator in use. `torch.manual_seed` would note for each kind of accelerator
     that is not there the stack of its caller, which takes a millisecond at every step.
     """
     import torch

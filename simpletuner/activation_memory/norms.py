@@ -1,7 +1,7 @@
 """RMSNorm that keeps its input alone, where diffusers' keeps copies in float32.
 
 Zhang and Sennrich, "Root Mean Square Layer Normalization" (arXiv 1910.07467). torch's own function rounds once, at the
-end, and is one kernel on a GPU. On a processor it is six, and their gradients twice as many: there the gradient is
+end, and is one kernel on a GPU. On a CPU it is six, and their gradients twice as many: there the gradient is
 computed here, in a third of the time.
 """
 

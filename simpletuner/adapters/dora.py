@@ -1,6 +1,6 @@
 """DoRA of linear layers that keeps one tensor of the output's width, with dropout two, where PEFT's form keeps several.
 
-Liu et al., "DoRA: Weight-Decomposed Low-Rank Adaptation" (arXiv 2402.09353). The lengths of rows get no gradient
+Liu et al., "DoRA: Weight-Decomposed Low-Rank Adaptation" (arXiv 2402.09353). The norms of rows get no gradient
 (section 4.3 there), so nothing of the size of a weight is kept.
 """
 
@@ -17,21 +17,21 @@ from simpletuner.activation_memory.recompute import exact_dtypes, recomputed
 
 
 class DoraLinear(DoraLinearVariant):
-    """Called by PEFT's linear layer with what its base answered."""
+    """Called by PEFT's linear layer with the result of its base layer."""
 
     @staticmethod
     def forward(module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
         base, dropout = module.get_base_layer(), module.lora_dropout[active_adapter]
-        drops = module.training and not isinstance(dropout, nn.Identity)
-        put_in = dropout(x) if drops else x
-        change = module.lora_B[active_adapter](module.lora_A[active_adapter](put_in)) * module.scaling[active_adapter]
-        answer = result + change
-        lengthening = (_row_scale(module, active_adapter) - 1).to(answer.dtype)
-        bias = () if base.bias is None else (base.bias.to(answer.dtype),)
-        if not drops:
-            return recomputed(_lengthened, answer, lengthening, *bias)
-        # What is lengthened is made of what dropout leaves, the base's part too.
-        return torch.addcmul(answer, _without_bias(base(put_in), *bias) + change, lengthening)
+        has_dropout = module.training and not isinstance(dropout, nn.Identity)
+        dropped = dropout(x) if has_dropout else x
+        lora = module.lora_B[active_adapter](module.lora_A[active_adapter](dropped)) * module.scaling[active_adapter]
+        adapted = result + lora
+        scale_less_one = (_magnitude_scale(module, active_adapter) - 1).to(adapted.dtype)
+        bias = () if base.bias is None else (base.bias.to(adapted.dtype),)
+        if not has_dropout:
+            return recomputed(_scaled, adapted, scale_less_one, *bias)
+        # What is scaled is computed from the inputs that dropout leaves, the base's part too.
+        return torch.addcmul(adapted, _without_bias(base(dropped), *bias) + lora, scale_less_one)
 
 
 def use_own_dora(layer: LoraLayer) -> None:
@@ -41,19 +41,20 @@ def use_own_dora(layer: LoraLayer) -> None:
             layer.lora_variant[name] = DoraLinear()
 
 
-def _row_scale(module: Any, adapter: str) -> Tensor:
-    """Trained length over length of each row of the adapted weight, (out,)."""
-    down, up, trained = (getattr(module, name)[adapter] for name in ("lora_A", "lora_B", "lora_magnitude_vector"))
-    with torch.no_grad(), exact_dtypes(trained.weight.device.type):
-        weight = module.get_base_layer().weight.to(up.weight.dtype)
-        change = up.weight @ down.weight
-        length = trained.get_weight_norm(weight, change, module.scaling[adapter], adapter_name=adapter)
-    return trained.weight / length
+def _magnitude_scale(module: Any, adapter: str) -> Tensor:
+    """(out,) trained magnitude over norm of each row of the adapted weight."""
+    lora_a, lora_b = module.lora_A[adapter], module.lora_B[adapter]
+    magnitude = module.lora_magnitude_vector[adapter]
+    with torch.no_grad(), exact_dtypes(magnitude.weight.device.type):
+        weight = module.get_base_layer().weight.to(lora_b.weight.dtype)
+        lora_weight = lora_b.weight @ lora_a.weight
+        norm = magnitude.get_weight_norm(weight, lora_weight, module.scaling[adapter], adapter_name=adapter)
+    return magnitude.weight / norm
 
 
-def _lengthened(x: Tensor, lengthening: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Rows that are `1 + lengthening` times as long, and the same bias: exactly `x` where an adapter begins."""
-    return torch.addcmul(x, _without_bias(x, bias), lengthening)
+def _scaled(x: Tensor, scale_less_one: Tensor, bias: Tensor | None = None) -> Tensor:
+    """All but the bias times `1 + scale_less_one`: exactly `x` for an adapter that has not been trained."""
+    return torch.addcmul(x, _without_bias(x, bias), scale_less_one)
 
 
 def _without_bias(x: Tensor, bias: Tensor | None = None) -> Tensor:

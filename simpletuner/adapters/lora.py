@@ -294,7 +294,7 @@ def _take_start(layers: Mapping[str, LoraLayer], settings: LoraSettings) -> None
         if weight.dim() != 2 or not weight.is_floating_point() or type(weight) not in (Tensor, nn.Parameter):
             message = f"{settings.init} decomposes the weight of {path}, which is packed or no matrix"
             raise ConfigError(Problem(message, key="lora_init_type", fix="use default or gaussian"))
-        # A singular value decomposition of a large matrix takes a processor seconds, hundreds of times.
+        # A singular value decomposition of a large matrix takes a CPU seconds, hundreds of times.
         place = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else weight.device
         down, up = start_factors(weight.to(place), settings.rank, settings.scale, settings.init)
         with torch.no_grad():

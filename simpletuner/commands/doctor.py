@@ -156,7 +156,7 @@ def look_at_torch(hardware: Hardware) -> Iterator[Finding]:
         return
     build = f"CUDA {torch.version.cuda}" if torch.version.cuda else f"ROCm {torch.version.hip}"
     if not torch.version.cuda and not torch.version.hip:
-        build = "for the processor" + (" and Apple GPUs" if torch.backends.mps.is_available() else "")
+        build = "for the CPU" + (" and Apple GPUs" if torch.backends.mps.is_available() else "")
     yield Finding("ok", "torch", f"{torch.__version__}, {build}")
     if torch.cuda.is_available():
         for number in range(torch.cuda.device_count()):

@@ -1,6 +1,6 @@
 """The processes of a run, seen from one of them.
 
-Gradients go over the accelerators' own links (NCCL), everything else over gloo on the processor: the few numbers of a
+Gradients go over the accelerators' own links (NCCL), everything else over gloo on the CPU: the few numbers of a
 step then need no wait for the device, and a process that encodes images for an hour cannot run into NCCL's time
 limit. Messages are JSON and plain numbers, never a pickle. A single process is a group of one, in which nothing is
 sent and torch's distributed package is never started.
@@ -78,7 +78,7 @@ class ProcessGroup:
         return total.tolist()
 
     def _wait(self, work: Any) -> None:
-        """Wait for a collective on the processor, and name in messages which function of the caller does."""
+        """Wait for a collective on the CPU, and name in messages which function of the caller does."""
         if self.heartbeat is None:
             work.wait()
             return

@@ -75,7 +75,7 @@ class Zero(Replicated):
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
         import deepspeed
 
-        # Its communication for processors is compiled at first use, for minutes, and waits forever for the lock of a
+        # Its communication for CPUs is compiled at first use, for minutes, and waits forever for the lock of a
         # compilation that was killed. Gloo does the same work.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)

@@ -29,7 +29,7 @@ def pick_device() -> torch.device:
 
 
 def require_no_hidden_gpu(environment: Mapping[str, str]) -> None:
-    """Raise where a driver reports GPUs that torch cannot use: the processor would train, unnoticed, for weeks.
+    """Raise where a driver reports GPUs that torch cannot use: the CPU would train, unnoticed, for weeks.
 
     Raises:
         ConfigError: says what the driver reports and what this torch needs.

@@ -73,7 +73,7 @@ def require_optimizer(options: OptimizerOptions, device: torch.device, dtype: to
     with collector_off():  # torch imports its compiler for an optimizer's first group
         optimizer = build_optimizer(options, {"weight": weight})
     weight.grad = torch.ones_like(weight)
-    # Compiling a step takes a processor longer than many a run; on a GPU the compiled kernel is what may fail.
+    # Compiling a step takes a CPU longer than many a run; on a GPU the compiled kernel is what may fail.
     stance = "default" if device.type == "cuda" else "force_eager"
     try:
         with torch.compiler.set_stance(stance):

@@ -126,7 +126,7 @@ def load_group_numbers(optimizer: torch.optim.Optimizer, plain: Mapping[str, Any
 
 def _laid_out(tensor: Tensor, strides: list[int] | None) -> Tensor:
     """The tensor with the strides that it was saved with. A file holds rows; a matrix that lies in columns, as a QR
-    decomposition gives it (SOAP), is multiplied by another kernel, whose last bits differ on some processors."""
+    decomposition gives it (SOAP), is multiplied by another kernel, whose last bits differ on some CPUs."""
     if strides is None:
         return tensor
     return torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device).copy_(tensor)

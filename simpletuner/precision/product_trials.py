@@ -43,7 +43,7 @@ def choose_products(
 ) -> list[str]:
     """Let each layer that quantizes activations compute in the best way; returns a line for each shape that was tried.
 
-    A processor always multiplies in 8 bits.
+    A CPU always multiplies in 8 bits.
 
     Args:
         device: where they compute; swapped blocks wait elsewhere.

@@ -162,7 +162,7 @@ def load_model(
         placement = place_denoiser(config, family, denoiser, adapter, process_group, mesh)
         may_offload = config.model.memory is not None and not is_written(loaded, "gradient_checkpointing_backend")
         if family.device.type == "cpu" and not is_written(loaded, "activation_memory"):
-            session.inform(f"activation_memory: {config.model.activation_memory}, because a processor computes")
+            session.inform(f"activation_memory: {config.model.activation_memory}, the default on a CPU")
         recomputing = GradientCheckpointing.of(config, family.device, memory_limit, may_offload, may_keep_least(loaded))
         if recomputing is not None:
             cast(Any, denoiser).enable_gradient_checkpointing(recomputing)

@@ -13,7 +13,7 @@ from simpletuner.config.options import TrainConfig
 from simpletuner.errors import ConfigError, Problem
 from simpletuner.models.devices import swaps_blocks
 
-# How libraries say it without an exception of their own: torch on a processor and on Apple GPUs, cuBLAS, cuDNN, CUDA.
+# How libraries say it without an exception of their own: torch on a CPU and on Apple GPUs, cuBLAS, cuDNN, CUDA.
 _SIGNS = (
     "can't allocate memory",
     "not enough memory",

@@ -16,7 +16,7 @@ _LARGE = 1 << 20
 def give_back_at_once() -> None:
     """Let glibc map each large piece of memory by itself, so that it goes back to the system when it is freed.
 
-    Otherwise it keeps pieces of up to 32 MB, and a step on the processor takes up to four times what its tensors take.
+    Otherwise it keeps pieces of up to 32 MB, and a step on the CPU takes up to four times what its tensors take.
     Elsewhere nothing is done.
     """
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):

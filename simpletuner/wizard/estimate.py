@@ -29,7 +29,7 @@ from simpletuner.text import count_text
 if TYPE_CHECKING:
     from simpletuner.wizard.project import Project
 
-# Of a card of the middle class in bfloat16, well below what makers promise; of a processor of eight cores.
+# Of a card of the middle class in bfloat16, well below what makers promise; of a CPU of eight cores.
 ASSUMED_OPERATIONS, ON_A_PROCESSOR = 50e12, 0.3e12
 PROMPT_TOKENS = 100
 

@@ -67,7 +67,7 @@ def card_preset(answers: Answers) -> Preset | None:
 def base_format(answers: Answers) -> dict[str, Any]:
     """How the frozen weights are kept where they do not fit as they are; empty where they do, or nothing would help.
 
-    Where the weights do not fit even while they are quantized, the processor quantizes them.
+    Where the weights do not fit even while they are quantized, the CPU quantizes them.
     """
     flavour = answers.spec.flavours[answers.flavour_name]
     room = USABLE * answers.target.device_bytes - BESIDE_WEIGHTS

@@ -55,7 +55,7 @@ def malformed(sound: Mapping[str, object]) -> Iterator[tuple[str, Mapping[str, s
 
 
 def processor_seconds(folder: Path, environment: Mapping[str, str]) -> tuple[int, str, float]:
-    """Exit code and messages of `simpletuner train`, and the processor time that it took: others share the machine."""
+    """Exit code and messages of `simpletuner train`, and the CPU time that it took: others share the machine."""
     program = [sys.executable, "-m", "simpletuner", "train"]
     process = subprocess.Popen(
         program, cwd=folder, env={**os.environ, **environment}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
@@ -81,6 +81,6 @@ def test_each_of_them_ends_within_two_seconds_and_names_what_is_wrong(tmp_path: 
         slowest = max(slowest, seconds)
         if code != 2 or "Traceback" in reported or named not in reported:
             faults.append((text[-60:], environment, code, reported[-300:]))
-    print(f"{len(cases)} malformed configurations, the slowest took {slowest:.2f} s of processor time")
+    print(f"{len(cases)} malformed configurations, the slowest took {slowest:.2f} s of CPU time")
     assert faults == []
     assert slowest < MAX_SECONDS

@@ -1,4 +1,4 @@
-"""A step of every family, adapter and number format on a device that is not the processor: torch's `meta`.
+"""A step of every family, adapter and number format on a device that is not the CPU: torch's `meta`.
 
 There is nothing to read on it, so what asks for a value raises. What else a GPU would fail at or wait for is seen in
 the operations: tensors of two devices in one, copies that wait, checks of results on the host.
@@ -97,7 +97,7 @@ def make_family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPat
 
 
 def faults_of_a_step(family: ModelFamily, attach: Callable[[nn.Module, ModelFamily], Adapter]) -> set[str]:
-    """Loaded, packed and adapted on the processor, moved as a run moves it, then one whole step."""
+    """Loaded, packed and adapted on the CPU, moved as a run moves it, then one whole step."""
     embeds = family.encode_prompts(["a red star", "a moon"])
     batch = empty_batch(family, 64, 64, embeds)
     denoiser: Any = family.load_base()

@@ -42,7 +42,7 @@ def test_a_storm_of_kills_through_every_phase_costs_nothing(place: Path, model: 
 def _storm(run: Path, rng: random.Random, seconds: float, phases: Counter[str]) -> None:
     """Start and kill until the run comes to its end; at first soon, so that the caches see it too.
 
-    Instants are drawn in processor time of the run: by the clock, a machine with other work would kill each start
+    Instants are drawn in CPU time of the run: by the clock, a machine with other work would kill each start
     before it comes to its first checkpoint.
     """
     patience = 0.15
@@ -60,7 +60,7 @@ def _storm(run: Path, rng: random.Random, seconds: float, phases: Counter[str]) 
 
 
 def _seconds(run: Path) -> float:
-    """Train to the end; how much processor time it took."""
+    """Train to the end; how much CPU time it took."""
     process = forks.start(run)
     seconds = _wait(process, forks.SECONDS)
     process.kill()
@@ -70,7 +70,7 @@ def _seconds(run: Path) -> float:
 
 
 def _wait(process: BaseProcess, seconds: float) -> float:
-    """Until the process has used so much processor time or has ended; how much it has used."""
+    """Until the process has used so much CPU time or has ended; how much it has used."""
     assert process.pid is not None
     used = 0.0
     with contextlib.suppress(psutil.Error):  # it has ended

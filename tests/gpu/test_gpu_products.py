@@ -1,4 +1,4 @@
-"""On a GPU: products in 8 bits give the numbers of the processor's, and the trial takes only kernels that do."""
+"""On a GPU: products in 8 bits give the numbers of the CPU's, and the trial takes only kernels that do."""
 
 from __future__ import annotations
 

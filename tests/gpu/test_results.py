@@ -1,4 +1,4 @@
-"""On a GPU: images, gradients, files and resumed runs are what they are on a processor."""
+"""On a GPU: images, gradients, files and resumed runs are what they are on a CPU."""
 
 from __future__ import annotations
 

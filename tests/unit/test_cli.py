@@ -39,7 +39,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
 
 
 def test_help_takes_few_calls():
-    """A seventh of a second of processor time; with torch it would be millions."""
+    """A seventh of a second of CPU time; with torch it would be millions."""
     calls, reported = calls_in_program("from simpletuner.cli import main; main()", "--help")
     assert calls < 250_000
     assert all(verb in reported for verb in ("train", "options", "generate", "examples"))

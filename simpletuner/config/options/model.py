@@ -128,7 +128,7 @@ class ModelOptions(OptionGroup):
         help="What a block keeps for the backward pass. `high`: what torch saves, which is fastest. `low`: what is "
         "cheap to compute is computed again, for a few percent more time. `lowest`: the first product of its MLP too, "
         "which takes less memory and less time than `gradient_checkpointing`. The result is the same. Of compiled "
-        "blocks the compiler decides. Unset: `high` on a processor, which has the memory, and `low` elsewhere; with "
+        "blocks the compiler decides. Unset: `high` on a CPU, which has the memory, and `low` elsewhere; with "
         "`gradient_checkpointing_interval` `auto` it is `lowest` where not all blocks can keep that much.",
     )
     attention_mechanism: AttentionKernel | RefusedAttention = option(

@@ -93,7 +93,7 @@ class PrecisionOptions(OptionGroup):
     quantize_activations: Bool = option(
         False,
         help="Quantize the inputs of the packed layers too, with one scale per token, and multiply in 8 bits: on a GPU "
-        "where a trial at the start finds it faster, on a processor always. The error is larger. Goes with "
+        "where a trial at the start finds it faster, on a CPU always. The error is larger. Goes with "
         "`base_model_precision` in int8 or fp8; `int8dq-torchao` means `int8-torchao` with it.",
     )
     base_model_default_dtype: Literal["bf16", "fp32"] | None = option(

@@ -163,7 +163,7 @@ def encoding_cost(
         texts: the longest ones of a run; the batch that is measured is filled with them.
         images: references of each text.
     """
-    # On the processor: ids and masks keep their values, only what comes out of encoders has none.
+    # On the CPU: ids and masks keep their values, only what comes out of encoders has none.
     empty = copy.copy(family)
     empty.device = torch.device("cpu")
     empty.encoders = encoders = EmptyEncoders(empty)
@@ -231,7 +231,7 @@ def _without_value(leaf: Any) -> Any:
 
 
 class StaysOnMeta(TorchFunctionMode):
-    """What is moved to the processor without having values stays where it is, and no shortcut is taken for it: masks
+    """What is moved to the CPU without having values stays where it is, and no shortcut is taken for it: masks
     are asked whether they hide nothing."""
 
     def __torch_function__(

@@ -149,7 +149,7 @@ def with_settings(loaded: LoadedRun, settings: Settings) -> LoadedRun:
 
 
 def with_activation_memory(loaded: LoadedRun, device: torch.device) -> LoadedRun:
-    """The run with what its blocks keep where nobody wrote it: a processor has memory and lacks time."""
+    """The run with what its blocks keep where nobody wrote it: a CPU has memory and lacks time."""
     if is_written(loaded, "activation_memory"):
         return loaded
     level = "high" if device.type == "cpu" else "low"

@@ -312,7 +312,7 @@ def test_reading_a_run_imports_no_torch_and_is_quick(quickstart: Callable[[str],
     )
     calls, reported = calls_in_program(script)
     assert reported.strip() == "[]"
-    assert calls < 800_000  # a third of a second of processor time
+    assert calls < 800_000  # a third of a second of CPU time
 
 
 def test_the_example_files_load(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ from tests.runs import load_here, write_run
 
 
 def test_links_between_gpus_have_a_limit_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """NCCL's; what goes over the processor waits as long as another process encodes a cache."""
+    """NCCL's; what goes over the CPU waits as long as another process encodes a cache."""
     reported: dict[str, Any] = {}
     backend = SimpleNamespace(_set_default_timeout=lambda limit: reported.update(links=limit))
     group = SimpleNamespace(_get_backend=lambda device: reported.update(of=device) or backend)

@@ -225,12 +225,12 @@ def test_a_compiler_sees_one_graph_for_all_sizes(name: str) -> None:
     torch._dynamo.reset()
 
 
-ACCELERATOR = torch.device("meta")  # a name for it: trials are asked about a device that is no processor
+ACCELERATOR = torch.device("meta")  # a name for it: trials are asked about a device that is no CPU
 
 
 @pytest.fixture
 def on_processor(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Trials compute on the processor what they would on an accelerator."""
+    """Trials compute on the CPU what they would on an accelerator."""
     try_products = product_trials.try_products
     monkeypatch.setattr(product_trials, "NUM_ROWS", 48)
     monkeypatch.setattr(product_trials, "try_products", lambda layer, device, *rest: try_products(layer, CPU, *rest))
@@ -310,7 +310,7 @@ def test_an_earlier_choice_stays_where_it_works(monkeypatch: pytest.MonkeyPatch)
     assert layer.ways == Ways("unpacked", "copied")
     assert not counts
     layer = packed()
-    choose_products(layer, CPU, torch.float32, known, is_timed=True)  # also on a processor that goes on with it
+    choose_products(layer, CPU, torch.float32, known, is_timed=True)  # also on a CPU that goes on with it
     assert layer.ways == Ways("unpacked", "copied")
 
 

@@ -1,4 +1,4 @@
-"""The benchmark that needs a GPU runs: on a tiny shape, on the processor, every part of it."""
+"""The benchmark that needs a GPU runs: on a tiny shape, on the CPU, every part of it."""
 
 from __future__ import annotations
 

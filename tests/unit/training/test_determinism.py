@@ -85,7 +85,7 @@ def test_latents_are_encoded_in_exact_float32(
 def test_the_proof_of_a_file_computes_the_live_output_in_exact_float32(
     tmp_path: Path, omnigen_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A GPU would round convolutions to TF32, and the reload on the processor would differ by more than is allowed."""
+    """A GPU would round convolutions to TF32, and the reload on the CPU would differ by more than is allowed."""
     seen = []
     probe = adapter_roundtrip.probe_output
 

@@ -360,7 +360,7 @@ def test_a_run_logs_what_its_device_decided_and_not_what_somebody_wrote(
     folder = write(tmp_path / "run", model, written, memory=None, max_train_steps=1)
     output = train_here(folder)
     texts = [row["text"] for row in metrics(output, "notice") if row["text"].startswith("activation_memory")]
-    assert texts == ([] if written else ["activation_memory: high, because a processor computes"])
+    assert texts == ([] if written else ["activation_memory: high, the default on a CPU"])
 
 
 @pytest.mark.parametrize(("share", "num_recomputed"), [(5.0, 0), (0.0, 5)])
@@ -419,7 +419,7 @@ def test_auto_changes_nothing_of_what_blocks_keep_where_that_is_decided(
 
 def test_inputs_go_to_main_memory_where_all_blocks_are_recomputed_and_a_step_still_fails() -> None:
     recomputing = GradientCheckpointing(torch.device("cpu"), may_offload=True)
-    assert not recomputing.recompute_more()  # a processor has no other memory
+    assert not recomputing.recompute_more()  # a CPU has no other memory
     recomputing.may_offload = True
     assert recomputing.recompute_more()
     assert recomputing.offloading is not None

@@ -70,7 +70,7 @@ def test_guided_sampling_ends_where_the_pipeline_of_diffusers_ends(family: Model
         **options,
     ).images
     assert_near(final, unpack(theirs, height // 8, width // 8), tolerance=1e-6)
-    # Both are 1.0e-5 off the recording, and so is double precision: that was made on another processor.
+    # Both are 1.0e-5 off the recording, and so is double precision: that was made on another CPU.
     assert_near(final, case.tensors["final_latents"], tolerance=2e-5)
 
 
