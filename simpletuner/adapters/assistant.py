@@ -28,7 +28,7 @@ from simpletuner.models.components import fetch
 from simpletuner.storage import file_digest
 
 KEY = "assistant_lora_path"
-# The layer's child that adds to its answer.
+# The layer's child that adds to its output.
 CHILD = "assistant"
 
 
@@ -59,7 +59,7 @@ class Assistant:
 
 
 class AssistantLayer(nn.Module):
-    """`up (down x)`, which a layer's hook adds to what the layer answers.
+    """`up (down x)`, which a layer's hook adds to the layer's output.
 
     Args:
         down: (rank, in).
@@ -111,7 +111,7 @@ def wants_assistant(config: TrainConfig) -> bool:
 
 
 def attach_assistant(denoiser: nn.Module, file: Path, strength: float, spec: FamilySpec) -> Assistant:
-    """Let the layers that a file names add its LoRA to their answers. Before the adapter that trains is attached.
+    """Let the layers that a file names add its LoRA to their outputs. Before the adapter that trains is attached.
 
     Args:
         denoiser: of the family, packed or not.

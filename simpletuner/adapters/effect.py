@@ -1,8 +1,8 @@
 """What an adapter does to the weights of a layer, whatever its algorithm: for merging, and for a LoRA close to it.
 
 A plain LoRA is a product of two matrices. The others are not asked by LyCORIS' own `get_diff_weight`, which applies the
-scale of LoKr and LoHa twice (4.1.3), but by what the adapted layer answers: a linear or convolutional layer is known by
-its answers to single ones.
+scale of LoKr and LoHa twice (4.1.3), but by the outputs of the adapted layer: those for unit vectors are the weight
+of a linear or convolutional layer.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def _require_readable(layer: Any) -> None:
 
 
 def _plain_copy(layer: Any) -> Any:
-    """The layer in float32, a convolution without stride and padding: then one answer shows one place of its kernel."""
+    """The layer in float32, a convolution without stride and padding: then one output shows one place of its kernel."""
     plain = copy.deepcopy(layer).float().eval().requires_grad_(False)
     if not isinstance(plain, nn.Linear):
         dims = len(plain.kernel_size)
@@ -97,11 +97,11 @@ def _plain_copy(layer: Any) -> Any:
 
 
 def _read_off(function: Callable[[Tensor], Tensor], layer: Any) -> tuple[Tensor, Tensor]:
-    """(out, inputs) weight and (out,) bias of a linear function, by what it answers to ones and to nothing."""
+    """(out, inputs) weight and (out,) bias of a linear function, by its outputs for ones and for zeros."""
     shape = layer.weight.shape[1:]
     nothing = function(torch.zeros(1, *shape, device=layer.weight.device)).reshape(-1)
-    answers = [function(ones).flatten(1) for ones in _single_ones(shape, layer.weight.device)]
-    return (torch.cat(answers) - nothing).T, nothing
+    outputs = [function(ones).flatten(1) for ones in _single_ones(shape, layer.weight.device)]
+    return (torch.cat(outputs) - nothing).T, nothing
 
 
 def _single_ones(shape: torch.Size, device: torch.device) -> Iterator[Tensor]:

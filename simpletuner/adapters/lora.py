@@ -120,9 +120,9 @@ class LoraAdapter(Adapter):
 
     @contextmanager
     def scaled(self, strength: float) -> Iterator[None]:
-        """Let each layer answer with that much of the way from the base's answer to its own.
+        """Let the output of each layer be that much of the way from the base's output to its own.
 
-        On the answers, because a weight-decomposed layer is no sum with a part that could be multiplied.
+        On the outputs, because a weight-decomposed layer is no sum with a part that could be multiplied.
         """
         modules = [self.denoiser.get_submodule(path) for path in self.layers]
         hooks = [module.register_forward_hook(partial(_on_the_way, strength)) for module in modules]

@@ -99,7 +99,7 @@ class Export:
     Args:
         family: bound to the model.
         weights: of the adapter, perhaps made smaller.
-        reference: what the model with these weights answers to the probe.
+        reference: the output of the model with these weights for the probe.
         say: prints a line for the user.
     """
 
@@ -115,7 +115,7 @@ class Export:
 
 
 def open_export(source: Source, family: ModelFamily, rank: int | None, say: Callable[[str], None]) -> Export:
-    """Load the model, put the adapter on it, and keep what it then answers.
+    """Load the model, put the adapter on it, and keep its output.
 
     Args:
         rank: make a plain LoRA of this rank of the adapter first.

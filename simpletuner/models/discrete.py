@@ -1,6 +1,6 @@
 """Families with discrete noise levels (`diffusion/ddpm.py`): they predict the noise, or v where the scheduler says so.
 
-The denoiser is given the level t = 0 ... N-1; the project's sigma is (t + 1) / N, and its answer is the target as is.
+The denoiser is given the level t = 0 ... N-1; the project's sigma is (t + 1) / N, and its output is the target as is.
 """
 
 from __future__ import annotations

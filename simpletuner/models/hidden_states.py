@@ -64,5 +64,5 @@ def _reading(module: nn.Module, number: int, keep: Any) -> Any:
 
 
 def _answering(module: nn.Module, number: int, keep: Any) -> Any:
-    """A hook on what `module` answers; a context that removes it."""
+    """A hook on the output of `module`; a context that removes it."""
     return module.register_forward_hook(lambda _, args, output: keep(number, output))

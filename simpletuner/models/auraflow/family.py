@@ -1,6 +1,6 @@
 """AuraFlow for the shared trainer.
 
-The network is given t, 1 on noise and 0 on data, and answers `noise - data` (`pipeline_aura_flow.py`, step 6): t is
+The network is given t, 1 on noise and 0 on data, and predicts `noise - data` (`pipeline_aura_flow.py`, step 6): t is
 sigma, and the sign is the project's.
 """
 

@@ -1,6 +1,6 @@
 """Chroma for the shared trainer: FLUX.1's latents and blocks, T5 alone, and real guidance in place of a distilled one.
 
-The network is given sigma (1 on noise) and answers `noise - data`, which is the project's sign (`pipeline_chroma.py`,
+The network is given sigma (1 on noise) and predicts `noise - data`, which is the project's sign (`pipeline_chroma.py`,
 step 6). Times come from sigmoid(N(0, 1)) and are shifted as the model's own scheduler shifts them.
 
 T5 sees its attention mask, and the network sees the tokens of the prompt and exactly one token of padding

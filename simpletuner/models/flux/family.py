@@ -1,6 +1,6 @@
 """FLUX.1 for the shared trainer: T5 and CLIP, latents as patches, guidance as an input, a reference as further patches.
 
-The network is given sigma (1 on noise) and answers `noise - data`, which is the project's sign
+The network is given sigma (1 on noise) and predicts `noise - data`, which is the project's sign
 (`pipeline_flux.py`, step 6: the scheduler's sigmas times 1000, divided by 1000). Times come from sigmoid(N(0, 1)) and
 are shifted toward noise as the model's own scheduler shifts them, with the number of patches where it is dynamic:
 Esser et al. (arXiv 2403.03206), section 5.3.2, trains and samples with one shift.

@@ -1,7 +1,7 @@
 """FLUX.2 for the shared trainer: three layers of a language model, latents whose statistics are weights of the VAE.
 
-The network is given sigma (1 on noise) and answers `noise - data`, which is the project's sign (`pipeline_flux2.py`:
-the scheduler's timesteps divided by 1000, an Euler step with the answer). Training shifts times as FLUX.1's scheduler
+The network is given sigma (1 on noise) and predicts `noise - data`, which is the project's sign (`pipeline_flux2.py`:
+the scheduler's timesteps divided by 1000, an Euler step with the output). Training shifts times as FLUX.1's scheduler
 does, whose configuration FLUX.2 ships; the pipelines sample with another shift, which depends on the steps too.
 """
 

@@ -1,6 +1,6 @@
 """Hunyuan-DiT for the shared trainer: BERT and mT5 with fixed lengths, and v of a discrete schedule.
 
-The network is given t = 0 ... 999 and answers v in the first four of eight channels; the other four were a variance,
+The network is given t = 0 ... 999 and predicts v in the first four of eight channels; the other four were a variance,
 which nothing here trains or reads (`pipeline_hunyuandit.py`, denoising loop). Its text is always 77 and 256 tokens
 long: a learned padding stands where the masks are 0, but the pooled vector is of all 256 states of mT5.
 

@@ -1,6 +1,6 @@
 """Krea 2 for the shared trainer: twelve layers of Qwen3-VL stacked for each token, the VAE of Qwen-Image.
 
-The network is given sigma (1 on noise) and answers `noise - data`, which is the project's sign (`pipeline_krea2.py`,
+The network is given sigma (1 on noise) and predicts `noise - data`, which is the project's sign (`pipeline_krea2.py`,
 step 6). Times are shifted with the size of the image as the model's own scheduler shifts them; Turbo has one shift for
 all sizes, which its scheduler does not say.
 """

@@ -1,6 +1,6 @@
 """Lumina 2 for the shared trainer: Gemma 2's states of a system prompt with the caption behind it.
 
-Lumina counts time from noise (t = 0) to data (t = 1) and answers `data - noise` (`pipeline_lumina2.py`, step 6): t is
+Lumina counts time from noise (t = 0) to data (t = 1) and predicts `data - noise` (`pipeline_lumina2.py`, step 6): t is
 1 - sigma, and the output changes sign. A caption is encoded behind the system prompt of the release; an empty one and
 negative prompts without it, as the pipeline does.
 """

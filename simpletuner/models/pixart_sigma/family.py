@@ -1,6 +1,6 @@
 """PixArt-Sigma for the shared trainer: T5 with a mask, and the noise of a discrete schedule.
 
-The network is given t = 0 ... 999 and answers the noise in the first four of eight channels; the other four were a
+The network is given t = 0 ... 999 and predicts the noise in the first four of eight channels; the other four were a
 variance, which nothing here trains or reads (`pipeline_pixart_sigma.py`, denoising loop). Prompts are lower-cased, as
 the pipeline has them where the packages that clean captions are not installed.
 """

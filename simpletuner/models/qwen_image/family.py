@@ -1,6 +1,6 @@
 """Qwen-Image for the shared trainer: Qwen2.5-VL's states of a chat, a VAE of videos, latents as patches.
 
-The network is given sigma (1 on noise) and answers `noise - data`, which is the project's sign
+The network is given sigma (1 on noise) and predicts `noise - data`, which is the project's sign
 (`pipeline_qwenimage.py`, step 6: the scheduler's times divided by 1000). Times are sampled from sigmoid(N(0, 1)) and
 shifted with the size of the image as the model's own scheduler shifts them; that its sampling then ends at sigma 0.02
 (`shift_terminal`) is not a part of the training distribution, which has all noise levels.

@@ -35,7 +35,7 @@ class QwenImage21Transformer2DModel(published.QwenImage21Transformer2DModel):
         image_slots: tuple[bool, ...],
         **_: Any,
     ) -> tuple[Tensor]:
-        """(B, n, C): the answer for the n tokens of the image that is generated; all rows have one layout.
+        """(B, n, C): the output for the n tokens of the image that is generated; all rows have one layout.
 
         Args:
             hidden_states: (B, tokens, C) those of the references, then those of the image.

@@ -1,6 +1,6 @@
 """Qwen-Image 2.1 for the shared trainer: Qwen3-VL reads the text and its references, one sequence holds everything.
 
-The network is given sigma (1 on noise) and answers `noise - data`, which is the project's sign
+The network is given sigma (1 on noise) and predicts `noise - data`, which is the project's sign
 (`pipeline_qwenimage21.py`, step 5). Times are shifted with the size of the image as the model's own scheduler shifts
 them; that its sampling ends at sigma 0.02 (`shift_terminal`) is not a part of the training distribution.
 """

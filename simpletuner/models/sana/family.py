@@ -1,7 +1,7 @@
 """Sana for the shared trainer: Gemma 2 behind a long instruction, and latents of 32 pixels a side.
 
-Sana's network is given 1000 sigma and answers `noise - data` (`pipeline_sana.py`, denoising loop, with a scheduler that
-predicts flow): the sign is the project's. Times come from sigmoid(N(0, 1)) and are shifted as the model's own
+The network is given 1000 sigma and predicts `noise - data` (`pipeline_sana.py`, denoising loop, with a scheduler that
+predicts flow), which is the project's sign. Times come from sigmoid(N(0, 1)) and are shifted as the model's own
 scheduler shifts those of its sampling (arXiv 2410.10629, section 3).
 
 Prompts stand behind an instruction that asks for an enhanced prompt. Of its states the network sees the first and the

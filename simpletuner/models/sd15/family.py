@@ -1,6 +1,6 @@
 """Stable Diffusion 1.5 and 2.1 for the shared trainer: one CLIP encoder, and discrete noise levels.
 
-The UNet is given the level t = 0 ... 999 and answers the noise, or v where its scheduler says so
+The UNet is given the level t = 0 ... 999 and predicts the noise, or v where its scheduler says so
 (`models/discrete.py`). An empty prompt is encoded like any other.
 """
 

@@ -1,6 +1,6 @@
 """Stable Diffusion 3 for the shared trainer: two CLIP encoders and T5, and a flow whose times are shifted.
 
-The network is given 1000 sigma (1000 on noise) and answers `noise - data`, which is the project's sign
+The network is given 1000 sigma (1000 on noise) and predicts `noise - data`, which is the project's sign
 (`pipeline_stable_diffusion_3.py`, step 6). Times are sampled from sigmoid(N(0, 1)) and shifted as the model's own
 scheduler shifts them (arXiv 2403.03206, sections 3.1 and 5.3.2).
 """

@@ -1,6 +1,6 @@
 """Z-Image for the shared trainer: Qwen3's states of a chat with one question, and lists of rows in place of batches.
 
-Z-Image counts time from noise (t = 0) to data (t = 1) and answers `data - noise` (diffusers' `pipeline_z_image.py`,
+Z-Image counts time from noise (t = 0) to data (t = 1) and predicts `data - noise` (diffusers' `pipeline_z_image.py`,
 step 6). Here sigma is 0 on data and the velocity is `noise - data`: t = 1 - sigma, and the output changes sign.
 Captions must not be padded: the network fills each up to a multiple of 32 with tokens that it has learned. Times come
 from sigmoid(N(0, 1)) and are shifted as the model's own scheduler shifts those of its sampling, the same at every size.
@@ -45,8 +45,8 @@ class ZImage(LanguageModelText):
         embeds = conditioning["prompt_embeds"].to(self.dtype)
         captions = [row[:length] for row, length in zip(embeds, conditioning.num_tokens, strict=True)]
         times = (1000 - 1000 * sigmas) / 1000  # as the pipeline rounds them
-        answers = denoiser([*frames], times, captions, return_dict=False)[0]
-        return -torch.stack(answers)[:, :, 0]
+        outputs = denoiser([*frames], times, captions, return_dict=False)[0]
+        return -torch.stack(outputs)[:, :, 0]
 
     def pipeline(self, denoiser: nn.Module, vae: nn.Module | None = None) -> Any:
         from diffusers import ZImagePipeline
@@ -55,7 +55,7 @@ class ZImage(LanguageModelText):
 
 
 class ZImageLivePipeline(LivePipeline):
-    """diffusers' pipeline, whose guidance adds to the prompt's answer: 0 is none, and 1 is what others call 2."""
+    """diffusers' pipeline, whose guidance adds to the prompt's prediction: 0 is none, and 1 is what others call 2."""
 
     def prompt_arguments(
         self, prompts: Sequence[str], negative_prompts: Sequence[str] | None, guidance_scale: float

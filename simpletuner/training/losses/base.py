@@ -59,7 +59,7 @@ class Example:
         noise: (B, C, h, w).
         sigmas: (B,) noise levels.
         noisy_latents: (B, C, h, w) what the denoiser sees.
-        target: (B, C, h, w) what it should answer.
+        target: (B, C, h, w) what the denoiser should predict.
         conditioning: of the family.
         mean: (errors, prediction, target, masks) -> (B,) loss of each sample.
     """
