@@ -265,3 +265,89 @@ def test_a_run_goes_back_where_anything_of_it_is_of_a_later_step(tmp_path):
     assert _has_later(checkpoints, 3)
     folder_of(tmp_path, "pipeline", 5)  # the final weights
     assert [_has_later(checkpoints, step) for step in (4, 5)] == [True, False]
+
+
+def test_a_new_average_has_the_interval_that_is_written(tmp_path):
+    run_training(toy_run(tmp_path, ONE, max_train_steps=1)[0])
+    run, _ = toy_run(tmp_path, ONE, use_ema=True, ema_update_interval=3)
+    load_checkpoint(run, tmp_path / "output/checkpoint-1")
+    assert run.model.ema.update_interval == 3
+
+
+class Averaging(torch.optim.SGD):
+    """Its weights are averages outside of training: here twice the trained ones."""
+
+    def __init__(self, parameters, lr):
+        super().__init__(parameters, lr=lr)
+        self.param_groups[0]["train_mode"] = True
+
+    @torch.no_grad()
+    def eval(self):
+        for parameter in self.param_groups[0]["params"]:
+            parameter.mul_(2)
+
+
+def test_a_file_of_averaged_weights_comes_with_the_trained_ones_from_which_a_run_goes_on(tmp_path):
+    run, _ = toy_run(tmp_path, ONE, optimizer=Averaging, max_train_steps=1)
+    run_training(run)
+    saved = tmp_path / "output/checkpoint-1"
+    assert load_file(saved / "toy.safetensors")["weight"].tolist() == [1, 3]
+    assert load_file(saved / "trainable.safetensors")["weight"].tolist() == weights_of(run) == [0.5, 1.5]
+    again, _ = toy_run(tmp_path, ONE, optimizer=Averaging)
+    load_checkpoint(again, saved)
+    assert weights_of(again) == [0.5, 1.5]
+
+
+def test_another_run_s_checkpoints_are_listed_with_their_best_one_and_are_no_choice(tmp_path):
+    for step in (2, 1):
+        folder_of(tmp_path, f"checkpoint-{step}", step)
+    folder_of(tmp_path, "checkpoint-best", 1)
+    checkpoints = Checkpoints(tmp_path, None, RunHistory.new())
+    assert [path.name for path in checkpoints.others()] == ["checkpoint-1", "checkpoint-2", "checkpoint-best"]
+    assert (checkpoints.found(), checkpoints.best(), checkpoints.best_evaluation()) == ([], None, None)
+    with pytest.raises(ConfigError, match="other runs only: checkpoint-1, checkpoint-2, checkpoint-best"):
+        checkpoints.choose("latest")
+    assert checkpoints.choose("") == (None, [])
+
+
+def test_a_name_means_the_output_folder_first_and_a_path_that_path(tmp_path, monkeypatch):
+    for folder in ("output", "here"):
+        (tmp_path / folder).mkdir()
+        folder_of(tmp_path / folder, "checkpoint-1")
+    folder_of(tmp_path / "here", "checkpoint-2")
+    monkeypatch.chdir(tmp_path / "here")
+    checkpoints = Checkpoints(tmp_path / "output", None)
+    assert checkpoints.choose("checkpoint-1")[0] == tmp_path / "output/checkpoint-1"
+    assert checkpoints.choose("checkpoint-2")[0] == Path("checkpoint-2")
+    assert checkpoints.choose("../here/checkpoint-1")[0] == Path("../here/checkpoint-1")
+    with pytest.raises(ConfigError) as caught:
+        checkpoints.choose("checkpoint-9")
+    [problem] = caught.value.problems
+    assert (problem.key, problem.allowed) == ("resume_from_checkpoint", "latest, or one of: checkpoint-1")
+
+
+def test_a_checkpoint_of_another_run_makes_way_for_the_one_of_this_step(tmp_path):
+    """Its best one too."""
+    output = tmp_path / "output"
+    output.mkdir()
+    for name in ("checkpoint-1", "checkpoint-best"):
+        folder_of(output, name, 1)
+    options = {"eval_steps_interval": 1, "losses": [5, 4]}
+    run, _ = toy_run(tmp_path, ONE, max_train_steps=1, **options)
+    run.session.checkpoints = Checkpoints(output, None, RunHistory.new())
+    run_training(run)
+    assert load_file(output / "checkpoint-1/toy.safetensors")["weight"].tolist() == [0.5, 1.5]
+    assert run.session.checkpoints.best_evaluation() == (1, 4.0)
+    aside = sorted(path.parent.name for path in output.glob("earlier-runs/*/*/weights"))
+    assert aside == ["checkpoint-1", "checkpoint-best"]
+
+
+def test_the_oldest_of_what_a_kill_has_left_goes_with_the_first_good_step(tmp_path):
+    for step in (1, 2, 3):
+        folder_of(tmp_path, f"checkpoint-{step}", step)
+    checkpoints = Checkpoints(tmp_path, 1)
+    assert checkpoints.settle() == []
+    checkpoints.is_settled = False
+    assert [notice.text.split()[0] for notice in checkpoints.settle()] == ["checkpoint-1", "checkpoint-2"]
+    assert checkpoints.is_settled
+    assert names(tmp_path) == ["checkpoint-3"]

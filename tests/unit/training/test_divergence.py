@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from functools import partial
 
 import pytest
@@ -11,8 +12,9 @@ from safetensors.torch import load_file
 from simpletuner.errors import DivergedError
 from simpletuner.reporting.events import CheckpointSaved
 from simpletuner.training.checkpoint import load_checkpoint
-from simpletuner.training.divergence import non_finite, require_finite
+from simpletuner.training.divergence import UNTOUCHED, Skips, non_finite, require_finite
 from simpletuner.training.loop import run_training
+from simpletuner.training.progress import Progress
 from tests.processes import in_processes
 from tests.toy import toy_run, weights_of
 
@@ -206,3 +208,95 @@ def test_the_rate_that_is_named_is_that_of_the_update_that_spoiled_the_weights(t
     run, _ = toy_run(tmp_path, ONE, optimizer=partial(Poisoned, at=4), **options)
     with pytest.raises(DivergedError, match=r"(?s)update of step 4.*lower learning_rate \(it was 0.35 at this step\)"):
         run_training(run)
+
+
+def test_skips_are_counted_since_the_last_good_step_and_told_as_such():
+    skips = Skips()
+    first, second = Progress(3), Progress(4)
+    skips.note(first, is_skipped=True)
+    skips.in_a_row = 1
+    skips.note(second, is_skipped=True)
+    assert skips.before is first
+    skips.in_a_row = 5
+    assert (skips.are_too_many, str(skips)) == (True, "5 steps in a row")
+    skips.note(Progress(5), is_skipped=False)
+    skips.in_a_row = 0
+    assert (skips.before, skips.are_too_many, str(skips)) == (None, False, "2 of the last 3 steps")
+    for _ in range(48):
+        skips.note(Progress(), is_skipped=False)
+    assert str(skips) == "1 of the last 50 steps"
+
+
+def test_weights_that_a_run_starts_from_are_named_as_such(tmp_path):
+    run, _ = toy_run(tmp_path, ONE)
+    with pytest.raises(DivergedError) as caught:
+        require_finite(
+            run, "weights", {"a": torch.ones(1), "b": torch.tensor([torch.nan]), "c": torch.tensor(torch.inf)}
+        )
+    [problem] = caught.value.problems
+    share = "2 of 3 tensors, b first"
+    assert problem.message == f"the weights that the run starts from are not finite ({share}); {UNTOUCHED}"
+    assert (problem.key, problem.fix) == ("resume_from_checkpoint", "choose other ones and start again")
+
+
+def test_the_fix_names_the_newest_checkpoint_that_has_shown_a_finite_loss(tmp_path):
+    run, _ = toy_run(tmp_path, ONE, max_train_steps=2, checkpoint_step_interval=1)
+    run_training(run)
+    run.skips.last_update = 2
+
+    def fix() -> str:
+        with pytest.raises(DivergedError) as caught:
+            require_finite(run, "weights", {"w": torch.tensor(torch.nan)})
+        return caught.value.problems[0].fix
+
+    lower = "lower learning_rate (it was 0.5 at this step) and start again"
+    assert fix() == f"{lower} with resume_from_checkpoint=checkpoint-1"
+    run.session.checkpoints.is_settled = True
+    assert fix() == f"{lower}: the run continues from checkpoint-2"
+    run.session.checkpoints.is_settled = False
+    shutil.rmtree(tmp_path / "output/checkpoint-1")
+    assert fix() == f"{lower} with resume_from_checkpoint= (empty)"
+    shutil.rmtree(tmp_path / "output/checkpoint-2")
+    assert fix() == lower
+
+
+def test_where_nothing_shows_the_reason_the_rate_and_the_clipping_are_named(tmp_path):
+    """What is trained cannot be taken off to see whether it is the reason, as with all weights."""
+    run, _ = toy_run(tmp_path, ONE, spoiled=range(5), max_train_steps=9, max_grad_norm=1.0)
+    run.model.adapter.can_be_disabled = False
+    with pytest.raises(DivergedError) as caught:
+        run_training(run)
+    [problem] = caught.value.problems
+    assert problem.message == (
+        f"loss or gradients were not finite for 5 steps in a row, up to step 5; {UNTOUCHED}. The reason is not known. "
+        'Samples of the last one: toys/a "caption of a"'
+    )
+    assert problem.fix == "lower learning_rate (0.5) or max_grad_norm and start again"
+
+
+def test_a_message_names_four_samples_at_most(tmp_path):
+    images = {name: (1.0, 3.0) for name in "abcdef"}
+    run, _ = toy_run(tmp_path, images, spoiled=range(5), train_batch_size=6, max_train_steps=9)
+    with pytest.raises(DivergedError) as caught:
+        run_training(run)
+    assert caught.value.problems[0].message.count("caption of") == 4
+
+
+def test_averages_and_states_that_are_not_finite_are_named_and_not_saved(tmp_path):
+    run, recorder = toy_run(tmp_path, ONE, max_train_steps=1, use_ema=True)
+    run.model.ema.averages["weight"][0] = torch.nan
+    with pytest.raises(DivergedError, match=r"averages of the weights are not finite after the update of step 1 "):
+        run_training(run)
+    assert saved(recorder) == []
+
+
+def test_a_checkpoint_that_was_loaded_is_not_settled_before_a_finite_step(tmp_path):
+    run, _ = toy_run(tmp_path, ONE, max_train_steps=1)
+    run_training(run)
+    again, _ = toy_run(tmp_path, ONE, max_train_steps=3)
+    assert again.session.checkpoints.is_settled
+    load_checkpoint(again, tmp_path / "output/checkpoint-1")
+    assert not again.session.checkpoints.is_settled
+    again.max_train_steps = 2
+    run_training(again)
+    assert not again.session.checkpoints.is_settled  # the one of step 2 is new

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from simpletuner.distributed import launcher
+from simpletuner.errors import Interrupted
 from simpletuner.training.signals import StopRequest
 
 
@@ -50,3 +51,26 @@ def test_the_launcher_passes_a_hang_up_on_and_waits_for_the_save():
         os.kill(os.getpid(), signal.SIGHUP)
     assert received == [signal.SIGHUP]
     assert launcher._patience(129, 0) == launcher._patience(143, 0)
+
+
+def test_a_second_interrupt_ends_the_program_at_once_and_no_other_signal_does():
+    with StopRequest() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.received == signal.SIGTERM
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+
+
+def test_a_stop_says_what_is_kept_before_the_first_step_and_while_another_process_is_silent():
+    stop = StopRequest()
+    stop.check()
+    assert stop.error_while_waiting() is None
+    stop.received = signal.SIGHUP
+    with pytest.raises(Interrupted, match="stopped by SIGHUP: nothing was trained yet"):
+        stop.check()
+    error = stop.error_while_waiting()
+    assert error is not None
+    assert error.exit_code == 129
+    assert "while another process gave no sign: what was trained since the last checkpoint is not saved" in str(error)
