@@ -70,3 +70,24 @@ def test_the_data_that_a_prediction_amounts_to_by_hand() -> None:
     assert velocity.item() == pytest.approx(-2.6)
     assert schedule.estimate_data(noisy, velocity, sigmas, is_velocity=True).item() == pytest.approx(3)
     assert schedule.estimate_data(noisy, noise, sigmas, is_velocity=False).item() == pytest.approx(3)
+
+
+@pytest.mark.parametrize("config", [{}, {"trained_betas": [0.1, 0.5, 0.2]}, {"num_train_timesteps": 10}], ids=str)
+def test_what_a_file_leaves_out_is_as_diffusers_has_it(config):
+    ours, theirs = NoiseSchedule.from_config(config), DDPMScheduler(**config)
+    assert ours.num_levels == len(theirs.alphas_cumprod)
+    torch.testing.assert_close(ours.alphas_cumprod.float(), theirs.alphas_cumprod, rtol=1e-4, atol=1e-6)
+
+
+def test_levels_between_two_go_to_the_nearest():
+    """Of two levels, sigma 0.7 is nearer to the first (0.5) and 0.8 to the second (1)."""
+    assert TWO_LEVELS.timesteps(torch.tensor([0.2, 0.7, 0.8])).tolist() == [0, 0, 1]
+    signal, _ = TWO_LEVELS.signal_and_noise(torch.tensor([0.2, 0.7, 0.8]))
+    torch.testing.assert_close(signal, torch.tensor([1.0, 0.8, 0.6]))
+
+
+def test_of_noise_alone_the_estimate_stays_finite():
+    schedule = NoiseSchedule(torch.tensor([0.0], dtype=torch.float64))
+    one = torch.ones(1, 1)
+    assert schedule.estimate_data(one * 3, one, torch.ones(1), is_velocity=False).item() == pytest.approx(2e4)
+    assert schedule.estimate_data(one * 3, one, torch.ones(1), is_velocity=True).item() == -1

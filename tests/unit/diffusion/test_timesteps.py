@@ -16,6 +16,7 @@ from simpletuner.diffusion.timesteps import (
     logit_normal_quantiles,
     logit_normal_sigmas,
     mode_sigmas,
+    scheduler_shift,
     shift_of_size,
     shifted_sigmas,
     stretched_sigmas,
@@ -148,3 +149,29 @@ def test_levels_of_other_distributions_survive_the_way_through_the_normal(level:
     """A family moves uniform levels as it moves its own: those far out must not all become one."""
     quantiles = logit_normal_quantiles(torch.tensor([level]))
     assert float(logit_normal_sigmas(quantiles)) == pytest.approx(level, rel=1e-3)
+
+
+def test_the_shift_of_a_scheduler_is_the_one_that_its_file_names() -> None:
+    assert [scheduler_shift(config, 999) for config in ({}, {"shift": 3}, {"flow_shift": 2})] == [1, 3, 2]
+    assert scheduler_shift({"shift": 3, "flow_shift": 2, "use_dynamic_shifting": False}, 999) == 3
+    # mu from 0 at 100 patches to 2 at 300: 1 in the middle; 3 at 400, since nothing ends the line.
+    own = {"base_image_seq_len": 100, "max_image_seq_len": 300, "base_shift": 0.0, "max_shift": 2.0}
+    dynamic = own | {"use_dynamic_shifting": True, "shift": 7.0}
+    assert [scheduler_shift(dynamic, n) for n in (100, 200, 400)] == pytest.approx([1, math.e, math.exp(3)])
+
+
+def test_levels_at_the_bounds_of_a_bias_are_inside() -> None:
+    """Of three equally likely levels the middle one comes twice as often: 1, 2, 1 of four."""
+    draws = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
+
+    def three(quantiles):
+        return chosen_sigmas(quantiles, [0.25, 0.5, 0.75])
+
+    biased = three(biased_quantiles(draws, three, 0.5, 0.5, 2.0))
+    assert [(biased == level).double().mean().item() for level in (0.25, 0.5, 0.75)] == pytest.approx(
+        [0.25, 0.5, 0.25], abs=2e-3
+    )
+
+
+def test_quantiles_outside_of_the_unit_interval_take_the_last_chosen_level() -> None:
+    assert chosen_sigmas(torch.tensor([1.0]), [0.2, 0.8]).tolist() == pytest.approx([0.8])

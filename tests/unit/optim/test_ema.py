@@ -100,3 +100,11 @@ def test_the_state_goes_through_a_checkpoint_bit_for_bit() -> None:
     assert all(torch.equal(other.state_dict()[name], saved[name]) for name in saved)
     with pytest.raises(DataError, match="b"):
         other.load_state_dict({"a": saved["a"]})
+
+
+def test_averages_of_another_shape_are_refused_with_their_number_and_names() -> None:
+    ema = EMA(weights(), decay=0.9)
+    with pytest.raises(DataError, match=r"no average for 1 parameters: b\n") as caught:
+        ema.load_state_dict({"a": torch.zeros(2), "b": torch.zeros(4)})
+    assert caught.value.problems[0].key == "use_ema"
+    assert ema.state_dict()["a"].tolist() == [1, 1]  # nothing of it is taken

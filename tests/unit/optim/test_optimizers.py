@@ -18,7 +18,12 @@ from simpletuner.config.options import all_options
 from simpletuner.config.options.optimizer import REFUSED_OPTIMIZERS, OptimizerOptions, RefusedOptimizer
 from simpletuner.errors import ConfigError, DataError, MissingDependency
 from simpletuner.optim.optimizers import averaged_weights, build_optimizer, set_learning_rate
-from simpletuner.optim.state import load_optimizer_tensors, optimizer_tensors
+from simpletuner.optim.state import (
+    group_numbers,
+    load_group_numbers,
+    load_optimizer_tensors,
+    optimizer_tensors,
+)
 
 
 def named_weights(dtype: torch.dtype = torch.float32) -> dict[str, nn.Parameter]:
@@ -307,3 +312,76 @@ def test_what_prodigy_has_found_of_its_rate_is_saved(tmp_path: Path) -> None:
     train_down(optimizer, parameters, 5)
     train_down(resumed, others, 5)
     assert torch.equal(others["w"], parameters["w"])
+
+
+def test_weights_at_half_the_rate_are_a_group_of_their_own() -> None:
+    options = OptimizerOptions(
+        optimizer="adamw", trainable_modules=("a.",), trainable_modules_low_learning_rate=("b.", "large"), **CONFIG
+    )
+    parameters = named_weights()
+    optimizer = build_optimizer(options, parameters)
+    whole, half = optimizer.param_groups
+    assert [id(each) for each in whole["params"]] == [id(parameters["a.weight"])]
+    assert [id(each) for each in half["params"]] == [id(parameters["b.weight"]), id(parameters["large.weight"])]
+    set_learning_rate(optimizer, 0.5)
+    assert [group["lr"] for group in (whole, half)] == [0.5, 0.25]
+
+
+def test_one_decay_that_is_written_leaves_the_other_the_optimizer_s_own() -> None:
+    for written, expected in (
+        ({"adam_beta1": 0.5}, (0.5, 0.999)),
+        ({"adam_beta2": 0.5}, (0.9, 0.5)),
+        ({}, (0.9, 0.999)),
+    ):
+        options = OptimizerOptions(optimizer="adamw", learning_rate=1e-2, **written)
+        assert build_optimizer(options, named_weights()).param_groups[0]["betas"] == expected
+
+
+def test_the_epsilon_of_muon_is_that_of_the_adamw_inside() -> None:
+    options = OptimizerOptions(optimizer="muon", **(CONFIG | {"adam_epsilon": 1e-5}))
+    *_, rest = build_optimizer(options, {"layer.bias": nn.Parameter(torch.zeros(3))}).param_groups
+    assert (rest["eps"], rest["use_muon"]) == (1e-5, False)
+
+
+def test_counters_of_groups_go_to_a_file_by_themselves() -> None:
+    """Settings stay those of the configuration, and tensors are not among them."""
+    first, second = (torch.optim.SGD([nn.Parameter(torch.zeros(2))], lr=rate) for rate in (0.5, 0.25))
+    first.param_groups[0].update(k=3, d=0.125, step=torch.tensor(2.0))
+    saved = json.loads(json.dumps(group_numbers(first)))
+    assert saved == [{"k": 3, "d": 0.125}]
+    load_group_numbers(second, {"groups": saved})
+    assert {key: second.param_groups[0][key] for key in ("k", "d", "lr")} == {"k": 3, "d": 0.125, "lr": 0.25}
+
+
+def test_states_that_share_memory_are_saved_apart() -> None:
+    table = torch.arange(4.0)
+    parameters = {name: nn.Parameter(torch.zeros(4)) for name in "ab"}
+    optimizer = torch.optim.SGD(parameters.values(), lr=1.0)
+    for parameter in parameters.values():
+        optimizer.state[parameter] = {"table": table}
+    tensors, _ = optimizer_tensors(optimizer, parameters)
+    assert [tensor.tolist() for tensor in tensors.values()] == [[0, 1, 2, 3]] * 2
+    assert len({tensor.data_ptr() for tensor in tensors.values()}) == 2
+
+
+def test_a_state_of_eight_bits_comes_back_with_its_kind_and_its_numbers() -> None:
+    parameters = {"w": nn.Parameter(torch.randn(128, 64))}
+    first, second = (
+        build_optimizer(OptimizerOptions(optimizer="ao-adamw8bit", **CONFIG), parameters) for _ in range(2)
+    )
+    train(first, parameters, range(1))
+    tensors, plain = optimizer_tensors(first, parameters)
+    load_optimizer_tensors(second, parameters, tensors, json.loads(json.dumps(plain)))
+    before, after = (optimizer.state[parameters["w"]] for optimizer in (first, second))
+    for key in ("exp_avg", "exp_avg_sq"):
+        assert type(after[key]) is type(before[key])
+        assert type(after[key]).__name__ == "OptimState8bit"
+        assert torch.equal(after[key].dequantize(), before[key].dequantize())
+
+
+def test_a_kind_of_state_that_is_not_known_is_refused() -> None:
+    parameters = {"w": nn.Parameter(torch.zeros(2))}
+    optimizer = torch.optim.SGD(parameters.values(), lr=1.0)
+    state = {"w": {"exp_avg": {"packed": "OptimState2bit", "parts": {}, "context": []}}}
+    with pytest.raises(DataError, match="OptimState2bit is not a kind of optimizer state"):
+        load_optimizer_tensors(optimizer, parameters, {}, {"class": "SGD", "states": state, "groups": [{}]})

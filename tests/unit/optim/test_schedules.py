@@ -8,8 +8,10 @@ import pytest
 import torch
 from diffusers.optimization import get_scheduler
 
+from simpletuner.distributed.process_group import SINGLE_PROCESS
 from simpletuner.errors import ConfigError
 from simpletuner.optim.schedules import SCHEDULES, build_schedule, scaled_learning_rate
+from simpletuner.training.build import build_lr_factor
 from tests.configs import config_of
 
 RATE, STEPS, WARMUP = 2e-4, 50, 10
@@ -88,3 +90,23 @@ def test_the_rate_grows_with_the_images_of_a_step_of_all_processes(scale: bool, 
         learning_rate=0.5, lr_scale=scale, lr_scale_sqrt=root, train_batch_size=3, gradient_accumulation_steps=4
     )
     assert scaled_learning_rate(config, 3) == 0.5 * factor
+
+
+def test_every_setting_of_a_schedule_is_read_from_the_configuration() -> None:
+    """Rate 0.5, 2 steps of warm-up, 10 in all; in the middle of the decay, at step 6, by hand."""
+    options = {"learning_rate": 0.5, "lr_warmup_steps": 2, "lr_end": 0.125}
+    for name, written, middle in (
+        ("linear", {}, 0.625),  # half of the way from 1 to 1/4
+        ("polynomial", {"lr_power": 2.0}, 0.4375),  # 1/4 + 3/4 of 1/4
+        ("sine", {"lr_num_cycles": 3}, 1.0),  # in the middle of the second arch
+        ("cosine_with_restarts", {"lr_num_cycles": 2}, 1.0),  # the second one begins
+    ):
+        config = config_of(lr_scheduler=name, **options, **written)
+        factor = build_lr_factor(config, 10, SINGLE_PROCESS)
+        assert [factor(step) for step in (0, 1, 6)] == pytest.approx([0, 0.5, middle])
+
+
+def test_a_constant_rate_knows_no_end_and_an_equal_one_is_no_rise() -> None:
+    assert factors("constant", num_warmup_steps=0, lr_end=1.0)[0] == 1
+    assert factors("linear", num_warmup_steps=0, lr_end=RATE)[STEPS] == 1
+    assert factors("linear", num_warmup_steps=0, learning_rate=0.0, lr_end=0.0)[0] == 1
