@@ -163,7 +163,6 @@ RETIRED: Mapping[str, str] = {
     "ltx_protect_first_frame": _VIDEO,
     "hidream_use_load_balancing_loss": _OTHER_FAMILY,
     "hidream_load_balancing_loss_weight": _OTHER_FAMILY,
-    "sana_complex_human_instruction": _OTHER_FAMILY,
 }
 
 
@@ -220,6 +219,10 @@ UNBUILT: Mapping[str, Unbuilt] = {
     "flux_guidance_mode": Unbuilt("FLUX.1 trains with guidance 1 only", ("constant",)),
     "flux_guidance_value": Unbuilt("FLUX.1 trains with guidance 1 only", ("1", "1.0")),
     "flux_attention_masked_training": Unbuilt("FLUX.1 attends to the padding of its captions, as it was trained"),
+    "sana_complex_human_instruction": Unbuilt(
+        "the instruction of diffusers' pipeline is put before every caption",
+        where=("model_family", "sana"),
+    ),
     "t5_padding": Unbuilt("captions are padded as the family was trained", ("unmodified",)),
     "sd3_clip_uncond_behaviour": Unbuilt("a dropped caption is the encoded empty text", ("empty_string",)),
     "sd3_t5_uncond_behaviour": Unbuilt("a dropped caption is the encoded empty text", ("empty_string",)),

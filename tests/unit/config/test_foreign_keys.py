@@ -72,6 +72,15 @@ def test_steps_of_prodigy_matter_to_prodigy_alone(workspace: Workspace) -> None:
     assert "prodigy_steps" in {problem.key for problem in workspace.fails_written().problems}
 
 
+def test_an_instruction_for_sana_is_refused_by_sana_alone(workspace: Workspace) -> None:
+    workspace.config["sana_complex_human_instruction"] = "Describe the image."
+    (warning,) = workspace.load_written().warnings
+    assert "sana_complex_human_instruction has no effect: model_family is not sana" in warning
+    workspace.config["model_family"] = "sana"
+    (problem,) = [p for p in workspace.fails_written().problems if p.key == "sana_complex_human_instruction"]
+    assert "is put before every caption" in problem.message
+
+
 @pytest.mark.parametrize("key", ["skip_file_discovery", "fuse_qkv_projections", "delete_problematic_images"])
 def test_what_is_done_otherwise_here_is_a_warning(workspace: Workspace, key: str) -> None:
     workspace.config[key] = "vae" if key == "skip_file_discovery" else True
