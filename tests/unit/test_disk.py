@@ -12,7 +12,15 @@ import pytest
 
 from simpletuner import storage
 from simpletuner.cli.program import main
-from simpletuner.disk import DiskError, disk_error, is_damage, reported_as_disk_errors
+from simpletuner.disk import (
+    DiskError,
+    copy_in_memory,
+    disk_error,
+    errno_of,
+    is_damage,
+    is_writable,
+    reported_as_disk_errors,
+)
 from simpletuner.errors import EXIT_DATA
 from simpletuner.tempnames import new_sibling
 
@@ -112,3 +120,47 @@ def test_a_database_is_damaged_where_its_content_is_at_fault_and_not_where_it_is
     assert not is_damage(raised("CREATE TABLE a (b)", tmp_path / "locked"))
     assert not is_damage(raised("SELECT 1", tmp_path / "none" / "a"))
     holder.close()
+
+
+@pytest.mark.parametrize(
+    ("number", "may_pass"),
+    [
+        *[(number, True) for number in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.ETIMEDOUT)],
+        *[(number, False) for number in (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT, errno.EFBIG)],
+    ],
+)
+def test_what_may_be_over_in_a_while_is_told_from_what_stays(number, may_pass):
+    found = disk_error(OSError(number, "refused"))
+    assert found is not None
+    assert (found.number, found.may_pass) == (number, may_pass)
+
+
+def test_the_number_is_read_from_the_text_of_safetensors_and_of_no_other():
+    kind = type("SafetensorError", (Exception,), {})
+    assert errno_of(kind("I/O error: No space left on device (os error 28)")) == errno.ENOSPC
+    assert errno_of(kind("invalid header")) is None
+    assert errno_of(ValueError("(os error 28)")) is None
+
+
+def test_a_database_in_memory_has_the_content_of_the_file_or_nothing(tmp_path):
+    path = tmp_path / "a ?#.sqlite"
+    with contextlib.closing(sqlite3.connect(path)) as database, database:
+        database.execute("CREATE TABLE a AS SELECT 7 AS b")
+    with contextlib.closing(copy_in_memory(path)) as copied:
+        copied.execute("UPDATE a SET b = b + 1")
+        assert copied.execute("SELECT b FROM a").fetchall() == [(8,)]
+    with contextlib.closing(sqlite3.connect(path)) as database:
+        assert database.execute("SELECT b FROM a").fetchall() == [(7,)]
+    path.write_bytes(b"no database" * 500)
+    for name in (path, tmp_path / "none"):
+        with contextlib.closing(copy_in_memory(name)) as empty:
+            assert empty.execute("SELECT count(*) FROM sqlite_master").fetchone() == (0,)
+
+
+def test_a_file_can_be_made_where_the_nearest_folder_that_is_there_can_be_written(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(os, "access", lambda path, mode: (asked.append((path, mode)), path != tmp_path / "file")[1])
+    assert is_writable(tmp_path / "not" / "there" / "a")
+    assert asked == [(tmp_path, os.W_OK)]
+    (tmp_path / "file").write_text("x")
+    assert not is_writable(tmp_path / "file")

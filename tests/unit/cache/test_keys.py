@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from simpletuner.cache import encoding, latents
+from simpletuner.cache import encoded, encoding, latents
 from simpletuner.cache.encoding import BatchEncoder
 from simpletuner.cache.fingerprints import vae_fingerprint
 from simpletuner.cache.latents import LatentCache, OnDemandLatents
@@ -81,3 +81,57 @@ def test_a_deviation_that_is_infinite_makes_an_image_unusable():
     assert encoding._is_finite(LatentMoments(mean))
     assert not encoding._is_finite(LatentMoments(mean, mean + torch.inf))
     assert not encoding._is_finite(LatentMoments(mean + torch.nan, mean))
+
+
+def test_what_is_complete_is_so_for_one_version_one_encoder_and_one_set(cache, monkeypatch):
+    names = {cache.set_fingerprint("a", 1), cache.set_fingerprint("a", 2)}
+    names.add(LatentCache(cache.store, cache.family, "another VAE").set_fingerprint("a", 1))
+    monkeypatch.setattr(encoded, "__version__", "9.9.9")
+    names.add(cache.set_fingerprint("a", 1))
+    assert len(names) == 4
+
+
+def test_the_order_of_a_content_decides_no_key(cache):
+    assert cache.digest({"a": 1, "b": 2}) == cache.digest({"b": 2, "a": 1}) != cache.digest({"a": 1, "b": 3})
+
+
+def test_what_is_missing_and_its_room_by_hand(cache, tmp_path):
+    """Three images of 32 x 32: latents of 4 x 4 x 4 numbers, mean and deviation, are 512 bytes in float32."""
+    images = ImageInput(3)
+    part = ImageInput(1)
+    cache.fill(part, tiny_vae, batch_size=1)
+    need = cache.need(images.samples)
+    assert (need.num_entries, need.num_missing, need.bytes_missing) == (3, 2, 2 * 512)
+    other = LatentCache(TensorStore(tmp_path / "other"), cache.family, "fingerprint")
+    rest = ImageInput(2)
+    other.fill(rest, tiny_vae, batch_size=1)
+    need = cache.need(images.samples, [other.store])
+    assert (need.num_missing, need.bytes_missing) == (1, 512)
+    assert cache.adopt(images.samples, [other.store]) == 1
+    assert cache.need(images.samples).num_missing == 1
+
+
+def test_images_of_one_height_are_sorted_by_their_width(cache, monkeypatch):
+    shapes, real = [], cache.family.encode_images
+    monkeypatch.setattr(cache.family, "encode_images", lambda vae, x: shapes.append(tuple(x.shape[2:])) or real(vae, x))
+    cache.fill(ImageInput(4, ((32, 48), (32, 32))), tiny_vae, batch_size=2)
+    assert shapes == [(32, 32), (32, 48)]
+
+
+def test_latents_on_demand_come_in_the_order_of_their_samples_each_as_often_as_asked_for(cache):
+    images = ImageInput(2)
+    first, second = images.samples
+    with OnDemandLatents(cache, images, tiny_vae(), batch_size=2) as latents_of:
+        wanted = [second, first, second]
+        found = latents_of.get_many(wanted)
+        assert all(
+            torch.equal(each.mean, latents_of.get(sample).mean) for each, sample in zip(found, wanted, strict=True)
+        )
+    assert len(found) == 3
+
+
+def test_an_image_that_cannot_be_read_is_tried_once_in_a_fill(cache, monkeypatch):
+    monkeypatch.setattr(latents, "_SAMPLES_AT_ONCE", 1)
+    images = ImageInput(2, broken=(0,))
+    report = cache.fill(images, tiny_vae, batch_size=1)
+    assert (report.num_encoded, images.read.count("0.png")) == (1, 1)

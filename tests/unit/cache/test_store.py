@@ -12,6 +12,7 @@ import sqlite3
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -429,3 +430,106 @@ def test_an_index_without_room_is_an_error_that_says_so_and_loses_no_shard(folde
             store.put_many(_entries(400, start=1))
     with TensorStore(folder) as again:
         assert again.stats().num_entries == 401
+
+
+def test_a_shard_that_lost_its_last_byte_has_lost_its_last_entry(folder):
+    with TensorStore(folder) as store:
+        store.put_many({"a": {"x": torch.zeros(2)}, "b": {"x": torch.ones(2)}})
+    [shard] = _shards(folder)
+    os.truncate(shard, shard.stat().st_size - 1)
+    with TensorStore(folder) as store:
+        assert store.missing(["a", "b"]) == ["b"]
+        assert [path.name for path in (folder / QUARANTINE).iterdir()] == [shard.name]
+
+
+def test_a_file_of_another_program_under_a_shard_s_name_is_moved_away_unread(folder):
+    folder.mkdir()
+    shard = folder / f"shard-{'a' * 32}.safetensors"
+    storage.save_tensors(shard, {"k/a": torch.ones(1)}, {"version": "1", "digests": '{"k": ""}'})
+    with TensorStore(folder) as store:
+        assert store.keys() == []
+    assert [path.name for path in (folder / QUARANTINE).iterdir()] == [shard.name]
+
+
+def test_what_another_process_removed_is_missing_and_what_vanishes_meanwhile_is_no_damage(folder):
+    with TensorStore(folder) as reader, TensorStore(folder) as other:
+        other.put_many(_entries(2))
+        other.put_many(_entries(1, start=2))
+        assert reader.missing(_entries(3)) == []
+        other.prune(["key2"])
+        assert reader.missing(_entries(3)) == ["key0", "key1"]
+        assert reader.stats().num_shards == 1
+        assert reader._index.add(f"shard-{'0' * 32}.safetensors")
+
+
+def test_a_key_that_is_nowhere_makes_the_index_again_once(folder, monkeypatch):
+    with TensorStore(folder) as store:
+        store.put_many(_entries(2))
+        read = []
+        monkeypatch.setattr(
+            "simpletuner.cache.index.read_entries", lambda path: (read.append(path), read_entries(path))[1]
+        )
+        for key in ("x", "y", "z"):
+            with pytest.raises(KeyError):
+                store.get(key)
+    assert read == _shards(folder)
+
+
+def test_many_keys_are_looked_for_in_parts(folder, monkeypatch):
+    monkeypatch.setattr("simpletuner.cache.index._KEYS_PER_QUERY", 2)
+    with TensorStore(folder) as store:
+        store.put_many(_entries(5))
+        assert store.missing(_entries(6)) == ["key5"]
+
+
+def test_an_entry_that_two_shards_hold_counts_once_and_their_bytes_twice(folder):
+    with TensorStore(folder) as store:
+        store.put_many(_entries(2))
+        [shard] = _shards(folder)
+        shard.with_name(f"shard-{'0' * 32}.safetensors").write_bytes(shard.read_bytes())
+        stats = store.stats()
+        assert (stats.num_entries, stats.num_shards) == (2, 2)
+        assert stats.num_bytes == 2 * shard.stat().st_size
+        assert store.keys() == ["key0", "key1"]
+
+
+def test_a_full_shard_begins_the_next_one_empty(folder):
+    """An entry has 48 bytes: shards of two of them, and the fifth waits."""
+    with TensorStore(folder) as store:
+        writer = StoreWriter(store, max_bytes=96)
+        for key, tensors in _entries(5).items():
+            writer.put(key, tensors)
+        assert [len(read_entries(shard)) for shard in _shards(folder)] == [2, 2]
+        assert writer.waiting("key4") is not None
+
+
+def test_an_entry_waits_no_longer_than_it_may_counted_from_the_first_that_waits(folder, monkeypatch):
+    clock = SimpleNamespace(now=0.0, monotonic=lambda: clock.now)
+    monkeypatch.setattr("simpletuner.cache.store.time", clock)
+    with TensorStore(folder) as store:
+        writer = StoreWriter(store, max_seconds=30.0)
+        counts = []
+        for key, seconds in (("a", 100.0), ("b", 129.0), ("c", 130.0), ("d", 159.0), ("e", 188.0), ("f", 189.0)):
+            clock.now = seconds
+            writer.put(key, _entry(0))
+            counts.append(store.stats().num_entries)
+    assert counts == [0, 0, 3, 3, 3, 6]
+
+
+def test_few_shards_are_open_at_once_those_that_were_used_last(folder, monkeypatch):
+    monkeypatch.setattr("simpletuner.cache.store._OPEN_SHARDS", 2)
+    opened = []
+    with TensorStore(folder) as store:
+        for number in range(3):
+            store.put_many(_entries(1, start=number))
+        real = os.open
+        monkeypatch.setattr(os, "open", lambda path, *args: (opened.append(path), real(path, *args))[1])
+        for number in (0, 1, 0, 2, 0, 1):
+            assert store.get(f"key{number}")["mean"][0, 0] == number
+        monkeypatch.undo()
+        held = [store._index.find(f"key{number}")[0] for number in range(3)]
+        assert [path.name for path in opened] == [held[0], held[1], held[2], held[1]]
+        descriptor = store._open_shards[held[1]]
+        store.prune(["key0"])
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(descriptor)

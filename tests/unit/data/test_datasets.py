@@ -14,7 +14,7 @@ from simpletuner.batch import Crop
 from simpletuner.config.datasets import EvalDataset, ImageDataset, TextEmbedsDataset
 from simpletuner.data.buckets import BucketRules
 from simpletuner.data.datasets import Dataset, UnusableData
-from simpletuner.data.report import SkippedFiles
+from simpletuner.data.report import FilterReport, Note, SkippedFiles
 from simpletuner.data.sampler import Sampler
 from simpletuner.data.selection import _fits
 from simpletuner.errors import EXIT_CONFIG, EXIT_DATA, ConfigError, DataError
@@ -369,3 +369,53 @@ def test_ten_examples_of_a_reason_are_kept_however_often_it_comes() -> None:
         skipped.add_many("too small", 6, [f"{number}.png" for number in range(start, start + 6)])
     assert skipped.counts == {"too small": 18}
     assert skipped.examples == {"too small": [f"{number}.png" for number in range(10)]}
+
+
+def test_the_report_of_a_dataset_by_hand() -> None:
+    skipped = SkippedFiles()
+    skipped.add_many("too small", 4, [f"{number}.png" for number in range(4)])
+    skipped.add_many("damaged", 3, ["x.png", "y.png", "z.png"])
+    report = FilterReport(
+        *("things", 20, 17, 13, 12, 11, 22, 2),
+        buckets={(48, 96): 4, (64, 64): 7},
+        skipped=skipped,
+        notes={"several frames": Note(1234, ("a.gif", "b.gif", "c.gif", "d.gif")), "one": Note(3, ("a", "b", "c"))},
+    )
+    assert report.lines() == [
+        "things: 20 found, 17 readable, 13 large enough, 12 captioned, 11 used, 22 per epoch",
+        "  sizes (width x height): 96x48: 4, 64x64: 7",
+        "  2 of the same content as another image; all are used",
+        "  1,234 with several frames (a.gif, b.gif, c.gif, ...)",
+        "  3 with one (a, b, c)",
+        "  4 not used: too small (0.png, 1.png, 2.png, ...)",
+        "  3 not used: damaged (x.png, y.png, z.png)",
+    ]
+    found = report.as_json()
+    assert found["sizes"] == {"96x48": 4, "64x64": 7}
+    stages = ("found", "readable", "large_enough", "captioned", "held_out", "bucketed", "per_epoch", "duplicates")
+    assert [found[name] for name in stages] == [20, 17, 13, 12, 0, 11, 22, 2]
+    assert found["notes"][0] == {
+        "note": "several frames",
+        "count": 1234,
+        "examples": ["a.gif", "b.gif", "c.gif", "d.gif"],
+    }
+    assert skipped.summary() == "4 x too small, 3 x damaged"
+
+
+def test_of_many_reasons_the_most_frequent_are_shown_and_the_rest_is_counted() -> None:
+    skipped = SkippedFiles()
+    for number in range(23):
+        skipped.add_many(f"reason {number:02d}", 30 - number, ["a.png"])
+    lines = FilterReport(*("things", 1, 1, 1, 1, 1, 1, 0), buckets={}, skipped=skipped).lines()
+    assert lines[1].startswith("  30 not used: reason 00")
+    assert lines[-2].startswith("  11 not used: reason 19")
+    # 10, 9 and 8 of the last three reasons.
+    assert lines[-1] == "  27 more not used, for other reasons: dataset_set_aside.jsonl lists all"
+
+
+def test_of_eleven_images_without_a_caption_ten_are_named(tmp_path: Path) -> None:
+    for number in range(12):
+        write_image(tmp_path / "images" / f"{number:02d}.png", seed=number)
+    (tmp_path / "images" / "11.txt").write_text("a thing")
+    with pytest.raises(DataError, match=r"11 of 12 images have no text file .*: 00\.png, .*09\.png, \.\.\."):
+        build(tmp_path / "images", tmp_path, caption_strategy="textfile")

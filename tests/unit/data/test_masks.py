@@ -14,7 +14,9 @@ from PIL import Image
 
 from simpletuner.batch import Crop
 from simpletuner.config.datasets import ConditioningDataset, ImageDataset
+from simpletuner.data.index import ImageRow
 from simpletuner.data.masks import average_down
+from simpletuner.data.pairing import _has_shape_of
 from simpletuner.data.transforms import UnusableImage, load_mask
 from simpletuner.errors import DataError
 from simpletuner.models.omnigen.spec import OMNIGEN
@@ -309,3 +311,41 @@ def test_masks_that_fill_the_memory_they_may_take_are_read_each_time(folders, tm
         return found[0] is found[1]
 
     assert [asked_twice(position) for position in range(3)] == [True, False, False]
+
+
+def test_a_mask_may_be_off_by_one_pixel_or_by_a_fiftieth_of_its_height() -> None:
+    """Of an image of 100 x 64: 78 wide is 49.92 high, and 1000 wide is 640, of which a fiftieth is 12.8."""
+    image = ImageRow("a.png", "", 64, 100)
+
+    def fits(height: int, width: int) -> bool:
+        return _has_shape_of(ImageRow("a.png", "", height, width), image)
+
+    assert [fits(height, 78) for height in (48, 49, 50, 51)] == [False, True, True, False]
+    assert [fits(height, 1000) for height in (627, 628, 652, 653)] == [False, True, True, False]
+
+
+def test_masks_of_crops_that_move_are_looked_at_whole(folders, tmp_path: Path) -> None:
+    """Of 64 x 100 only the last column is left, which no turned mask would show."""
+    blacken(folders, "a_1.png", columns=slice(0, 99))
+    moving = {"crop_style": "random", "vae_cache_clear_each_epoch": True}
+    assert build(folders, tmp_path, **moving).filter_report.warnings == ()
+    blacken(folders, "a_1.png")
+    [warning] = build(folders, tmp_path, **moving).filter_report.warnings
+    assert "1 of 4 images have a mask that leaves nothing and are not trained on" in warning
+
+
+def test_ten_of_ten_empty_masks_are_all_of_them(tmp_path: Path) -> None:
+    for number in range(11):
+        save(tmp_path / f"images/{number:02d}.png", np.stack([gray_noise(64, 64, number)] * 3, axis=-1))
+        save(tmp_path / f"masks/{number:02d}.png", np.full((64, 64), 255 * (number == 10), np.uint8))
+    [warning] = build((tmp_path / "images", tmp_path / "masks"), tmp_path).filter_report.warnings
+    assert warning.startswith("things: 10 of 11 images")
+    assert warning.endswith("08.png, 09.png")
+
+
+@pytest.mark.parametrize(("value", "weight"), [(65535, 1.0), (32768, 32768 / 65535), (100_000, 1.0)])
+def test_16_bit_white_counts_whole_and_nothing_counts_more(tmp_path: Path, value: int, weight: float) -> None:
+    image = Image.fromarray(np.full((2, 2), value, np.int32 if value > 65535 else np.uint16))
+    path = tmp_path / "mask.tiff"
+    image.save(path)
+    assert load_mask(path.read_bytes(), WHOLE)[0, 0, 0].item() == pytest.approx(weight, abs=1e-7)

@@ -15,7 +15,9 @@ from simpletuner.config.dataset_values import TagShuffle
 from simpletuner.config.datasets import EvalDataset, ImageDataset, TextEmbedsDataset
 from simpletuner.data.caption_edits import CaptionEdits
 from simpletuner.data.datasets import Dataset
+from simpletuner.data.kept import KeptSamples
 from simpletuner.data.sampler import Sampler
+from simpletuner.data.schedule import Schedule
 from simpletuner.errors import DataError
 from simpletuner.models.omnigen.spec import OMNIGEN
 from tests.unit.data.images import build_datasets, options, write_image
@@ -307,3 +309,73 @@ def test_images_of_one_slot_draw_their_caption_each_for_itself() -> None:
     generated = [Dataset.caption_for(None, sample, 1, 5, 0) for sample in samples]
     assert 10 < generated.count("one") < 30
     assert generated == [Dataset.caption_for(None, sample, 1, 5, 0) for sample in samples]
+
+
+def test_processes_share_the_samples_to_keep_and_each_knows_how_many_are_its_own(folder: Path, tmp_path: Path) -> None:
+    dataset = build(folder, tmp_path, random_flip=True)
+    assert dataset.num_kept == 24
+    parts = [KeptSamples(dataset, "things", rank, 5) for rank in range(5)]
+    assert [len(part) for part in parts] == [5, 5, 5, 5, 4]
+    assert [len(list(part)) for part in parts] == [5, 5, 5, 5, 4]
+    assert len({(sample.path, sample.is_flipped) for part in parts for sample in part}) == 24
+    assert build(folder, tmp_path).num_kept == 12
+    assert build(folder, tmp_path, random_flip=True, vae_cache_disable=True).num_kept == 0
+
+
+def test_a_dataset_takes_part_as_its_entry_says(folder: Path, tmp_path: Path) -> None:
+    keys = {"probability": 0.5, "start_epoch": 2, "end_epoch": 3, "start_step": 40, "end_step": 50}
+    assert build(folder, tmp_path, **keys).schedule == Schedule(0.5, 2, 3, 40, 50)
+    assert build(folder, tmp_path, end_epoch=0, end_step=0).schedule == Schedule(1.0)
+
+
+def test_the_fingerprint_knows_draws_edits_subset_and_the_seed_where_it_draws(folder: Path, tmp_path: Path) -> None:
+    def fingerprint(seed: int = 1, filters: list[str] | None = None, **keys: object) -> str:
+        entries = [
+            ImageDataset(id="things", instance_data_dir=folder, **keys),
+            TextEmbedsDataset(id="text", default=True, caption_filter_list=filters),
+        ]
+        return build_datasets(entries, options(seed=seed), OMNIGEN, tmp_path / "work")[0].fingerprint
+
+    resampled = {"crop_style": "random", "vae_cache_clear_each_epoch": True}
+    drawn = [{"random_flip": True}, {"crop_style": "random"}, resampled, {"max_num_samples": 5}]
+    found = [fingerprint(seed, **keys) for keys in drawn for seed in (1, 2)]
+    found += [fingerprint(), fingerprint(filters=["thing"])]
+    assert len(set(found)) == 10
+    assert fingerprint(seed=2) == fingerprint()
+
+
+def test_each_round_of_random_aspects_has_its_own_buckets_whichever_was_asked_for_before(folder, tmp_path) -> None:
+    keys = {"crop_aspect": "random", "crop_aspect_buckets": [0.5, 1.0, 2.0], "vae_cache_clear_each_epoch": True}
+    dataset = build(folder, tmp_path, **keys)
+    found = [
+        {size: members.tolist() for size, members in dataset.samples.buckets_in(number).items()}
+        for number in (0, 1, 0, 1)
+    ]
+    assert found[0] == found[2] != found[1] == found[3]
+
+
+def test_latents_are_encoded_on_demand_where_that_is_asked_for(folder: Path, tmp_path: Path) -> None:
+    assert build(folder, tmp_path, vae_cache_ondemand=True).encodes_on_demand
+    assert build(folder, tmp_path, vae_cache_disable=True).encodes_on_demand
+
+
+def test_tags_are_shuffled_by_a_seed_of_their_own_or_by_that_of_the_run() -> None:
+    def variants(run: int, own: int | None) -> tuple[str, ...]:
+        shuffle = TagShuffle(count=3, include_original=False, seed=own)
+        return CaptionEdits(shuffle=shuffle, seed=run).apply(["a, b, c, d, e, f"])
+
+    assert variants(1, None) != variants(2, None)
+    assert variants(1, 7) == variants(2, 7) == variants(7, None) != variants(1, 8)
+
+
+def test_one_loose_tag_may_be_dropped_and_without_dropout_has_no_variants() -> None:
+    shuffle = TagShuffle(count=40, include_original=False, position_start=1, dropout=0.5)
+    assert set(CaptionEdits(shuffle=shuffle).apply(["a, b"])) == {"a", "a, b"}
+    assert CaptionEdits(shuffle=TagShuffle(count=40, position_start=1)).apply(["a, b"]) == ("a, b",)
+
+
+def test_openers_double_captions_that_have_one_and_filters_leave_no_blanks() -> None:
+    edits = CaptionEdits(openers=("a photo of",))
+    assert edits.apply(["a cat", "a dog"]) == ("a cat", "a dog")
+    assert edits.apply(["a photo of a cat", "a dog"]) == ("a photo of a cat", "a cat", "a dog", "a dog")
+    assert CaptionEdits(filters=("photo of",)).apply(["photo of a cat"]) == ("a cat",)

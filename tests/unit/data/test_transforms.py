@@ -14,6 +14,7 @@ import pytest
 from PIL import Image, ImageCms
 
 from simpletuner.batch import Crop
+from simpletuner.data import transforms
 from simpletuner.data.transforms import FORMATS, UnusableImage, _Pixels, image_size, load_image, to_pixels
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"
@@ -253,3 +254,31 @@ def test_images_that_are_decoded_at_once_have_a_limit_together() -> None:
     assert running == 0
     assert most == 400  # the one that is too large works, alone
     assert pixels._taken == 0
+
+
+def test_16_bit_white_is_white_and_each_257_a_level() -> None:
+    shades = [Image.fromarray(np.full((4, 4), value, np.uint16)) for value in (65535, 257, 128, 129)]
+    assert [one_color(encode(each))[0] for each in shades] == [255, 1, 0, 1]
+
+
+def test_a_profile_keeps_what_is_transparent() -> None:
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
+    data = profile.tobytes().replace(b"sRGB", b"RGBx")  # another name: it is applied
+    assert one_color(encode(Image.new("RGBA", (4, 4), (255, 0, 0, 0)), icc_profile=data)) == (255, 255, 255)
+
+
+def test_the_version_of_the_decoder_knows_its_libraries_and_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = {transforms.decoder_version()}
+    monkeypatch.setattr(transforms, "TRANSFORM_VERSION", 999)
+    seen.add(transforms.decoder_version())
+    monkeypatch.setattr(transforms.metadata, "version", lambda name: "999")
+    seen.add(transforms.decoder_version())
+    monkeypatch.setattr(transforms, "FORMATS", ("PNG",))
+    seen.add(transforms.decoder_version())
+    assert len(seen) == 4
+
+
+def test_a_reason_is_one_line_of_bounded_length() -> None:
+    assert transforms._one_line(ValueError("a\n  b")) == "a b"
+    assert transforms._one_line(ValueError()) == "ValueError"
+    assert len(transforms._one_line(ValueError("x" * 1000))) == 200

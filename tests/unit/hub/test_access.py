@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 from huggingface_hub import HfApi, constants
 
 from simpletuner.config.options import TrainConfig
 from simpletuner.errors import ConfigError
 from simpletuner.hub.access import access_problems, check_access
-from simpletuner.hub.job import repository_name
+from simpletuner.hub.client import is_final, reason_of, status_of
+from simpletuner.hub.job import kind_of, repository_name
 from tests.configs import config_of
 
 
@@ -79,3 +82,53 @@ def test_a_token_of_single_rights_needs_that_of_writing():
 )
 def test_a_repository_is_called_like_the_run(keys, name):
     assert repository_name(config(**keys)) == name
+
+
+def refusal(status: int | None, text: str = "") -> Exception:
+    error = RuntimeError(text)
+    if status is not None:
+        error.response = SimpleNamespace(status_code=status)
+    return error
+
+
+def test_what_the_hub_refuses_is_final_and_what_fails_for_a_while_is_not() -> None:
+    final = [status for status in (None, *range(400, 600)) if is_final(refusal(status))]
+    assert final == [400, 401, 403, 404, 409, 422]
+    assert [status_of(refusal(status)) for status in (None, 503)] == [None, 503]
+
+
+@pytest.mark.parametrize(
+    ("status", "text", "reason"),
+    [
+        (401, "x", "the token is not accepted"),
+        (403, "x", "the token may not write there"),
+        (500, "\n  the first line \nthe second", "the first line"),
+        (None, "", "RuntimeError"),
+    ],
+)
+def test_an_error_of_the_hub_is_one_line(status: int | None, text: str, reason: str) -> None:
+    assert reason_of(refusal(status, text)) == reason
+
+
+@pytest.mark.parametrize(
+    ("role", "may_write"), [("write", True), ("admin", True), ("contributor", True), ("read", False), (None, False)]
+)
+def test_the_role_in_an_organization_decides(role: str | None, may_write: bool) -> None:
+    me = {"name": "me", "orgs": [{"name": "house", "roleInOrg": role}, {"name": "other", "roleInOrg": "write"}]}
+    assert (not list(access_problems(me, "house/x"))) == may_write
+    assert list(access_problems(me, "x")) == []
+    [problem] = access_problems(me, "strangers/x")
+    assert problem.allowed == f"NAME, or of: me, {'house, ' * may_write}other"
+
+
+@pytest.mark.parametrize(
+    ("keys", "lycoris", "kind"),
+    [
+        ({"model_type": "full"}, None, "full"),
+        ({"lora_type": "lycoris"}, {"algo": "loha"}, "loha"),
+        ({"lora_type": "standard"}, None, "lora"),
+        ({"lora_type": "standard", "use_dora": True}, None, "dora"),
+    ],
+)
+def test_what_was_trained_is_named_on_the_card(keys, lycoris, kind) -> None:
+    assert kind_of(SimpleNamespace(config=config(**keys), lycoris=lycoris)) == kind

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import shutil
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from huggingface_hub import HfApi
@@ -13,6 +15,7 @@ from huggingface_hub import HfApi
 from simpletuner.errors import EXIT_UPLOAD, UploadError
 from simpletuner.hub.job import ADAPTER_FILE, HubJob
 from simpletuner.hub.publisher import MOST_WAITING, Publisher
+from simpletuner.hub.staging import Upload, stage
 from simpletuner.reporting.bus import EventBus
 from simpletuner.reporting.events import CheckpointSaved, EvalDone, ImagesMade, Notice, RunStarted, SavedImage
 from tests.hub_uploads import TOKEN, FakeRepo
@@ -248,3 +251,68 @@ def test_the_end_does_not_wait_for_checkpoints_that_wait(hub, api, job, checkpoi
     assert summaries[-1] == "Weights of step 100, the end of the run"
     assert "Weights of step 20" not in summaries
     assert "Weights of step 30" not in summaries
+
+
+def waiting(job: HubJob, steps: range) -> tuple[Publisher, list[Upload]]:
+    """A publisher whose thread never begins, and uploads that wait in it."""
+    publisher = Publisher(job, HfApi())
+    publisher._worker = threading.Thread()
+    uploads = [Upload(job.output_dir / "hub_upload" / f"step-{step}", step, is_last=False) for step in steps]
+    for upload in uploads:
+        upload.folder.mkdir(parents=True)
+        publisher._enqueue(upload)
+    return publisher, uploads
+
+
+def test_of_too_many_that_wait_the_oldest_behind_the_first_is_skipped_with_its_folder(job):
+    publisher, _ = waiting(job, range(1, 7))
+    assert [upload.step for upload in publisher._waiting] == [1, 4, 5, 6]
+    assert sorted(path.name for path in (job.output_dir / "hub_upload").iterdir()) == [
+        *(f"step-{step}" for step in (1, 4, 5, 6)),
+    ]
+    texts = [notice.text for notice in publisher.take_notices()]
+    assert texts == [f"uploads are slower than checkpoints: step {step} is skipped" for step in (2, 3)]
+    assert publisher.take_notices() == []
+
+
+def test_a_failure_is_reported_once_until_something_succeeds(job):
+    publisher, [upload] = waiting(job, range(5, 6))
+    for _ in range(2):
+        publisher._fail(upload, RuntimeError("no answer"))
+    [notice] = publisher.take_notices()
+    assert notice.text == "the upload of step 5 failed (no answer); it is retried during the run"
+    assert publisher._refusal is None
+    publisher._trouble = None
+    refused = RuntimeError("x")
+    refused.response = SimpleNamespace(status_code=403)
+    publisher._fail(upload, refused)
+    [notice] = publisher.take_notices()
+    assert notice.text.endswith("(the token may not write there); it is retried at the end of the run")
+    assert publisher._refusal == "the token may not write there"
+
+
+def test_a_staged_file_is_linked_else_copied_and_an_older_folder_is_replaced(tmp_path, monkeypatch):
+    source, folder = tmp_path / "a", tmp_path / "staged"
+    source.write_bytes(b"weights")
+    (folder / "old").mkdir(parents=True)
+    upload = stage(folder, {"ema/a": source}, 7, True, (), 0.5)
+    assert (upload.folder, upload.step, upload.is_last, upload.eval_loss) == (folder, 7, True, 0.5)
+    assert [path.name for path in folder.iterdir()] == ["ema"]
+    assert (folder / "ema" / "a").stat().st_ino == source.stat().st_ino
+    monkeypatch.setattr("os.link", lambda *names: (_ for _ in ()).throw(OSError(95, "Operation not supported")))
+    stage(folder, {"a": source}, 7, True, (), None)
+    assert (folder / "a").read_bytes() == b"weights"
+    assert (folder / "a").stat().st_ino != source.stat().st_ino
+
+
+def test_of_a_whole_model_the_denoiser_and_its_average_are_sent_and_at_the_end_the_pipeline(job, tmp_path):
+    whole = replace(job, kind="full")
+    checkpoint, pipeline = tmp_path / "checkpoint-3", tmp_path / "pipeline"
+    for name in ("transformer/a", "ema/b", "optimizer.safetensors", ADAPTER_FILE, "transformer/manifest.json"):
+        (checkpoint / name).parent.mkdir(parents=True, exist_ok=True)
+        (checkpoint / name).write_bytes(b"x")
+    (pipeline / "vae").mkdir(parents=True)
+    (pipeline / "vae" / "c").write_bytes(b"x")
+    assert set(whole.checkpoint_files(checkpoint)) == {"transformer/a", "ema/b"}
+    assert whole.final_files() == {"vae/c": pipeline / "vae" / "c"}
+    assert set(job.checkpoint_files(checkpoint)) == {ADAPTER_FILE, "ema/b"}
