@@ -16,11 +16,13 @@ import torch.distributed as dist
 from torch import nn
 
 from simpletuner.adapters.build import attach_adapter
+from simpletuner.config.options.processes import ProcessOptions
 from simpletuner.distributed import process_group as process_groups
 from simpletuner.distributed import sharding
-from simpletuner.distributed.process_group import ConnectionLost, ProcessGroup, joined
+from simpletuner.distributed.process_group import SINGLE_PROCESS, ConnectionLost, ProcessGroup, joined
 from simpletuner.distributed.sharding import make_mesh, shard_denoiser
 from simpletuner.distributed.zero import Zero
+from simpletuner.errors import ConfigError
 from simpletuner.models.build import build_family
 from simpletuner.models.family import send
 from simpletuner.training import device_placement
@@ -192,3 +194,39 @@ def test_copies_to_a_gpu_come_out_of_pinned_memory(monkeypatch: pytest.MonkeyPat
     send(torch.zeros(2), torch.device("cuda"))
     send(torch.zeros(2), torch.device("cpu"))
     assert calls == ["pin", "to cuda True", "to cpu True"]
+
+
+@pytest.mark.parametrize(("stage", "spread"), [(1, False), (2, False), (3, True)])
+def test_the_third_stage_of_deepspeed_spreads_the_denoiser(stage: int, spread: bool, tmp_path: Path) -> None:
+    (tmp_path / "zero.json").write_text(json.dumps({"zero_optimization": {"stage": stage}}))
+    options = ProcessOptions(deepspeed_config=str(tmp_path / "zero.json"))
+    assert device_placement.is_denoiser_spread(options) is spread
+
+
+def test_fsdp_spreads_the_denoiser_and_a_process_alone_has_nobody_to_share_with() -> None:
+    assert device_placement.is_denoiser_spread(ProcessOptions(fsdp_enable=True))
+    assert not device_placement.is_denoiser_spread(ProcessOptions())
+    for key, value in (("fsdp_enable", True), ("deepspeed_config", "zero.json")):
+        config = SimpleNamespace(processes=ProcessOptions(**{key: value}))
+        with pytest.raises(ConfigError) as caught:
+            device_placement.place_denoiser(config, None, nn.Linear(1, 1), None, SINGLE_PROCESS)
+        [problem] = caught.value.problems
+        assert (problem.key, problem.fix) == (key, "set num_processes above 1, or remove the key")
+
+
+def test_a_process_without_an_accelerator_is_told_how_many_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    environment = {"RANK": "6", "WORLD_SIZE": "8", "LOCAL_RANK": "2"}
+    with pytest.raises(ConfigError) as caught, joined(environment):
+        pass
+    [problem] = caught.value.problems
+    assert problem.message == "process 2 of this machine has no accelerator: 2 are visible"
+    assert (problem.key, problem.allowed) == ("num_processes", "1 to 2")
+
+
+def test_processes_that_divide_by_the_shard_size_alone_make_a_mesh() -> None:
+    with pytest.raises(ConfigError) as caught:
+        make_mesh(ProcessGroup(0, 6, 0), torch.device("cpu"), 4)
+    [problem] = caught.value.problems
+    assert (problem.key, problem.message) == ("fsdp_shard_size", "4 does not divide the 6 processes")

@@ -123,3 +123,22 @@ def test_a_store_that_does_not_answer_is_the_loss_of_its_keeper_who_does_not_los
     beat = heartbeat.Heartbeat(1, 3, limit=60.0)
     beat._answered, beat._seen = now, {0: (b"7", now), 2: (b"7", now - 100)}
     assert beat.quiet(60.0) == [2]
+
+
+def silent_for(seconds: float, **options) -> heartbeat.Heartbeat:
+    """Process 1 of 3, of which process 2 has given no sign for so long."""
+    beat = heartbeat.Heartbeat(1, 3, **{"limit": 60.0} | options)
+    now = time.monotonic()
+    beat._answered, beat._seen = now, {0: (b"7", now), 2: (b"7", now - seconds)}
+    return beat
+
+
+def test_who_is_asked_to_stop_waits_for_a_silent_one_shorter_than_others_do(monkeypatch):
+    monkeypatch.setattr(heartbeat, "QUIET_SECONDS", 10.0)
+    error = Interrupted("stopped", 143)
+    silent_for(30).check()
+    with pytest.raises(heartbeat.PeerLost, match="process 2 of 3 has not responded for 1 minutes; process 1 waited"):
+        silent_for(90).check()
+    silent_for(5, stopping=lambda: error).check()
+    with pytest.raises(Interrupted):
+        silent_for(30, stopping=lambda: error).check()

@@ -189,3 +189,44 @@ def test_a_process_is_known_to_be_stopped_only_where_it_can_be_seen():
     process.kill()
     process.wait()
     assert is_frozen(process.pid)  # gone
+
+
+def test_a_silent_end_is_told_with_who_and_what():
+    assert launcher._silent_end(-signal.SIGKILL, 1, 4) == (
+        "process 1 of 4 was killed (SIGKILL): most often the machine had no memory left; the others were ended"
+    )
+    assert launcher._silent_end(-signal.SIGSEGV, 0, 2) == "process 0 of 2 was ended by SIGSEGV; the others were ended"
+    assert launcher._silent_end(7, 3, 4) == "process 3 of 4 ended with code 7; the others were ended"
+
+
+@pytest.mark.parametrize(
+    ("codes", "speaks", "code", "said"),
+    [
+        ((0, 0), (), 0, []),
+        ((0, 3), (1,), 3, ["words of 1"]),
+        ((1, 1), (0, 1), 1, ["words of 0"]),
+        ((3, 1, 3), (0, 1, 2), 3, ["words of 0"]),
+        (
+            (1, -signal.SIGKILL),
+            (0,),
+            137,
+            ["process 3 of 4 was killed (SIGKILL): most often the machine had no memory"],
+        ),
+    ],
+    ids=str,
+)
+def test_the_process_that_failed_first_speaks_for_the_run(monkeypatch, codes, speaks, code, said):
+    """Of the second of two machines, so that local and global ranks differ."""
+
+    def start(arguments, layout, local_rank, port, folder, end, listener):
+        assert port == 7
+        if local_rank in speaks:
+            (folder / str(local_rank)).write_text(f"words of {local_rank}")
+        return ended(codes[local_rank])[0]
+
+    heard = []
+    monkeypatch.setattr(launcher, "_start", start)
+    layout = launcher.Layout(len(codes), num_machines=2, machine_rank=1, port=7)
+    assert launcher.launch(["train"], layout, heard.append) == code
+    assert len(heard) == len(said)
+    assert all(line.startswith(words) for line, words in zip(heard, said, strict=True))

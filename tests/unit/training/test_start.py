@@ -1,0 +1,110 @@
+"""How a run begins in its folder: what it goes on from, what is moved aside, what is told (`tests/toy.py`)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from simpletuner.distributed.process_group import SINGLE_PROCESS
+from simpletuner.errors import ConfigError
+from simpletuner.training.checkpoint import load_checkpoint
+from simpletuner.training.earlier_runs import write_run_history
+from simpletuner.training.loop import run_training
+from simpletuner.training.start import Start, begin_in_folder, plan_start
+from tests.toy import load_toy, toy_run
+
+ONE = {"a": (1.0, 3.0)}
+EACH = {"max_train_steps": 3, "checkpoint_step_interval": 1, "checkpoints_total_limit": 0}
+
+
+def planned(folder: Path, resume: str | None, output: Path | None = None, **options) -> Start:
+    loaded = load_toy(folder, **EACH | {"resume_from_checkpoint": resume} | options)
+    return plan_start(loaded, output or folder / "output", SINGLE_PROCESS)
+
+
+@pytest.fixture
+def trained(tmp_path):
+    run, _ = toy_run(tmp_path, ONE, **EACH)
+    run_training(run)
+    write_run_history(tmp_path / "output", run.session.checkpoints.history)
+    return run
+
+
+def test_a_run_goes_on_from_its_newest_checkpoint_and_moves_nothing(tmp_path, trained):
+    start = planned(tmp_path, "latest")
+    assert (start.resume_from, start.step, start.is_own, start.moves) == (
+        *(tmp_path / "output/checkpoint-3", 3),
+        *(True, False),
+    )
+    assert start.history.run_id == trained.session.checkpoints.history.run_id
+    assert start.notices == ()
+
+
+def test_going_back_begins_a_branch_and_says_so(tmp_path, trained):
+    start = planned(tmp_path, str(tmp_path / "output/checkpoint-2"))
+    run_id = trained.session.checkpoints.history.run_id
+    assert (start.step, start.is_own, start.moves) == (2, True, True)
+    assert start.history.run_id == run_id
+    assert not start.history.owns(trained.session.checkpoints.history.mark, 3)
+    assert start.notices[-1] == f"goes back to checkpoint-2: a new branch of run {run_id} begins after step 2"
+
+
+def test_the_checkpoint_of_another_folder_begins_a_run_of_its_own_at_its_step(tmp_path, trained):
+    path, other = tmp_path / "output/checkpoint-2", tmp_path / "other"
+    other.mkdir()
+    start = planned(tmp_path, str(path), other)
+    assert (start.resume_from, start.step, start.is_own, start.moves) == (path, 2, False, True)
+    assert start.notices == (f"starts from the checkpoint of another run: {path}",)
+    assert start.history.run_id != trained.session.checkpoints.history.run_id
+    assert planned(tmp_path, "latest", other).step == 0
+
+
+def test_a_fresh_start_is_another_run_that_moves_all_and_keeps_the_reports_of_its_data(tmp_path, trained):
+    (tmp_path / "output/dataset_report.json").write_bytes(b"{}")
+    start = planned(tmp_path, "")
+    assert (start.resume_from, start.step, start.is_own, start.moves) == (None, 0, False, True)
+    assert start.history.run_id != trained.session.checkpoints.history.run_id
+    assert dict(start.reports) == {"dataset_report.json": b"{}"}
+
+
+def test_another_optimizer_is_refused_before_anything_is_loaded(tmp_path, trained):
+    with pytest.raises(ConfigError, match="optimizer adamw → torch-adamw"):
+        planned(tmp_path, "latest", optimizer="torch-adamw")
+
+
+def test_another_rank_is_refused_with_both(tmp_path, trained):
+    rank = json.loads((tmp_path / "output/checkpoint-3/config.json").read_text())["lora_rank"]
+    options = {"lora_type": "standard"}
+    standard, _ = toy_run(tmp_path / "standard", ONE, **EACH, **options)
+    run_training(standard)
+    assert planned(tmp_path / "standard", "latest", **options).step == 3
+    with pytest.raises(ConfigError, match=f"was trained with rank {rank}, the configuration says {rank + 1}") as caught:
+        planned(tmp_path / "standard", "latest", **options, lora_rank=rank + 1)
+    assert caught.value.problems[0].key == "lora_rank"
+
+
+def test_what_lies_after_the_step_is_moved_and_the_record_of_eval_losses_is_cut(tmp_path, trained):
+    output = tmp_path / "output"
+    start = planned(tmp_path, str(tmp_path / "output/checkpoint-2"))
+    run, _ = toy_run(tmp_path, ONE, **EACH)
+    load_checkpoint(run, output / "checkpoint-2")
+    run.progress.eval_losses = {1: 0.5}
+    [line] = begin_in_folder(run, start)
+    assert "earlier-runs" in line
+    assert sorted(path.name for path in output.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-2"]
+    assert [path.name for path in output.glob("earlier-runs/*/checkpoint-*")] == ["checkpoint-3"]
+    assert json.loads((output / "eval_losses.json").read_text())["losses"] == {"1": 0.5}
+
+
+def test_a_start_that_moves_nothing_writes_whose_the_folder_is_and_no_more(tmp_path, trained):
+    output = tmp_path / "output"
+    (output / "run_history.json").unlink()
+    before = {path.name for path in output.iterdir()}
+    start = planned(tmp_path, "latest")
+    [line] = start.notices
+    assert "run_history.json is missing" in line
+    assert begin_in_folder(trained, start) == []
+    assert {path.name for path in output.iterdir()} - before == {"run_history.json"}
+    assert not (output / "earlier-runs").exists()
