@@ -16,7 +16,7 @@ from simpletuner.data.schedule import Schedule
 from simpletuner.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from simpletuner.randomness import keyed_seed
 from simpletuner.training import batches
-from simpletuner.training.batches import BatchSource
+from simpletuner.training.batches import BatchSource, reference_latents
 from tests.configs import config_of
 from tests.toy import ToyDataset, ToyFamily, ToySource
 
@@ -307,3 +307,40 @@ def test_a_file_of_embeddings_is_drawn_by_seed_step_and_slot_of_the_whole_window
     digests = [digest for batch in window.batches for digest in batch.digests]
     assert asked == [(digest, (7, 3, slot)) for slot, digest in enumerate(digests)]
     assert len(asked) > 2
+
+
+def test_where_a_caption_is_dropped_the_file_says_what_stands_for_it_or_the_family_does():
+    """All captions are dropped. Of five images the first has a file for that; the others ask the family, each with its
+    own references."""
+    data, family = ToyDataset(FIVE), ToyFamily()
+    asked = []
+    family.encode_prompts = lambda prompts, references=None: (
+        asked.extend(zip(prompts, references, strict=True)) or [f"of {references[0][0].content}"]
+    )
+    data.prompt_files = SimpleNamespace(
+        take=lambda samples: [SimpleNamespace(dropped="empty.npz" if each.path == "a" else None) for each in samples],
+        read=lambda file: f"read from {file}",
+    )
+    for row in data.samples.rows:
+        guide = Sample("toys", row.path, f"guide of {row.path}", 8, 8, (), Crop(8, 8, 0, 0, 8, 8))
+        data.samples.rows[data.samples.rows.index(row)] = dataclasses.replace(row, references=(guide,))
+    source = source_of(data, 5, family=family, caption_dropout_probability=1.0, reference_dropout_probability=0.0)
+    [batch] = source.build_window(0, 0, 0).batches
+    wanted = [f"of guide of {name}" if name != "a" else "read from empty.npz" for name in batch.digests]
+    assert batch.prompt_embeds == wanted
+    assert {prompt for prompt, _ in asked} == {family.spec.dropped_caption}
+
+
+def test_each_reference_has_the_latents_of_its_own_dataset():
+    crop = Crop(8, 8, 0, 0, 8, 8)
+    row = [Sample(dataset_id, "a", "a", 8, 8, (), crop) for dataset_id in ("one", "two")]
+    sources = {"one": ToySource({"a": (1.0, 1.0)}), "two": ToySource({"a": (2.0, 2.0)})}
+    found = reference_latents(sources, [row, [], row[1:]])
+    assert [[float(each[0, 0, 0]) for each in row] for row in found] == [[1, 2], [], [2]]
+    assert reference_latents(sources, [[], []]) == []
+
+
+def test_an_empty_mask_takes_its_image_out_of_the_weight_of_the_window():
+    data = ToyDataset(FIVE, mask_of={"a": 1.0, "b": 0.0, "c": 0.25, "d": 0.0, "e": 1.0})
+    window = source_of(data, 5).build_window(0, 0, 0)
+    assert (window.weight, window.num_samples) == (3, 5)

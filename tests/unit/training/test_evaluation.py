@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Callable
 from statistics import NormalDist
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -212,3 +213,41 @@ def test_a_damaged_record_of_eval_losses_is_read_from_the_metrics_and_patience_g
     assert evaluations_without_gain(losses) == 2
     [notice] = recorder.of(Notice)
     assert "is damaged: 3 eval losses are read from metrics.jsonl instead" in notice.text
+
+
+def test_an_infinite_loss_is_no_number_of_json():
+    assert losses_as_json({1: math.inf, 2: -math.inf, 3: 0.5}) == {"1": None, "2": None, "3": 0.5}
+
+
+def test_images_are_taken_in_the_order_of_paths_whatever_their_buckets():
+    data = ToyDataset(THREE)
+    data.buckets = {(8, 8): [2, 0], (8, 16): [1]}
+    evaluator = evaluator_of([data], num_eval_images=2)
+    evaluator.run(torch.nn.Identity())
+    assert [list(batch.digests) for batch in evaluator.family.batches] == [["b", "b", "c", "c"]]
+
+
+class Wide(ToySource):
+    """One row of three."""
+
+    def latents(self, samples):
+        return [torch.zeros(2, 1, 3) for _ in samples]
+
+
+def test_a_mask_has_the_height_and_the_width_of_its_latents():
+    data, asked = ToyDataset(THREE, mask_of={}), []
+    data._mask = lambda index, sample, size: asked.append((index, sample.path, size)) or torch.ones(1, *size)
+    evaluator = evaluator_of([data], eval_timesteps=1)
+    evaluator.sources = {"toys": Wide(THREE)}
+    evaluator.run(torch.nn.Identity())
+    assert asked == [(0, "b", (1, 3)), (1, "c", (1, 3)), (2, "d", (1, 3))]
+
+
+def test_files_of_embeddings_give_the_first_of_each_image():
+    data, read = ToyDataset({"a": (1.0, 1.0)}), []
+    data.prompt_files = SimpleNamespace(
+        take=lambda samples: [SimpleNamespace(files=(f"{each.path}.0", f"{each.path}.1")) for each in samples],
+        read=lambda file: read.append(file),
+    )
+    evaluator_of([data], eval_timesteps=2).run(torch.nn.Identity())
+    assert read == ["a.0", "a.0"]

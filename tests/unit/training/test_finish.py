@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from simpletuner.training.finish import generate_command, has_final_weights, note_final_weights
+import pytest
+
+from simpletuner.errors import DataError, Problem
+from simpletuner.reporting.events import Notice, RunFinished
+from simpletuner.training import finish
+from simpletuner.training.finish import (
+    costing_only,
+    final_files,
+    generate_command,
+    has_final_weights,
+    has_outputs,
+    note_final_weights,
+)
+from simpletuner.training.loop import run_training
 from tests.toy import load_toy, toy_run
+
+ONE = {"a": (1.0, 3.0)}
 
 
 def test_the_command_at_the_end_generates_as_validation_does(tmp_path: Path) -> None:
@@ -46,3 +62,94 @@ def test_final_weights_count_where_they_are_whole_and_of_this_step(tmp_path: Pat
     run.progress.global_step = 2
     run.model.adapter.save(path, {"written": "again"})
     assert not has_final_weights(run)
+
+
+def test_the_command_has_what_images_depend_on(tmp_path: Path) -> None:
+    """A file of settings where no flag says it; a whole model has its settings in its folder."""
+    loaded = load_toy(tmp_path, validation_negative_prompt="blurry", base_model_precision="int8-quanto")
+    family: Any = SimpleNamespace(source=SimpleNamespace(model="the/base", file=None), prompt_settings={})
+    words = shlex.split(generate_command(loaded, family, {"adapter": Path("a")}))
+    assert words[words.index("--negative-prompt") + 1] == "blurry"
+    assert words[words.index("--base-precision") + 1] == "int8-quanto"
+    assert words[words.index("--prompt") + 1] == "a cat"
+    assert words[words.index("--model-family") + 1] == loaded.config.model.model_family
+    family.prompt_settings = {"max_sequence_length": 77}
+    words = shlex.split(generate_command(loaded, family, {"model": Path("out/pipeline")}))
+    assert words[1:4] == ["generate", "--config", str(loaded.config_file)]
+    assert "--pretrained_model_name_or_path=out/pipeline" in words
+    family.source.file, family.prompt_settings = "base.safetensors", {}
+    assert "--config" in generate_command(loaded, family, {"adapter": Path("a")})
+    assert "--config" not in generate_command(loaded, family, {"model": Path("out/pipeline")})
+
+
+def test_what_fails_beside_the_weights_costs_a_warning(tmp_path: Path) -> None:
+    run, recorder = toy_run(tmp_path, ONE)
+    for error in (DataError(Problem("no room")), OSError("gone"), ImportError("no", name="matplotlib")):
+        with costing_only(run.session, "loss curve"):
+            raise error
+    with pytest.raises(ZeroDivisionError), costing_only(run.session, "loss curve"):
+        raise ZeroDivisionError
+    told = [notice.text for notice in recorder.of(Notice)]
+    assert told == [
+        "no loss curve: no room",
+        "no loss curve: gone",
+        "no loss curve: the package matplotlib cannot be imported; fix: install it again",
+    ]
+
+
+def test_the_end_is_reported_with_all_that_was_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, recorder = toy_run(tmp_path, ONE, max_train_steps=2, checkpoint_step_interval=1, checkpoints_total_limit=1)
+    run_training(run)
+    output = run.session.output_dir
+    run.session.checkpoints.link_best(2, 0.25)
+    recorder.events.clear()
+    (output / "report.html").write_text("of an earlier end")
+    run.model.adapter.save(output / run.model.adapter.file_name, {})
+    run.model.family.num_cut_prompts = 3
+    monkeypatch.setattr(type(run.model.family), "max_prompt_tokens", 77)
+    reported = []
+    monkeypatch.setattr(finish, "save_weights", lambda run: {"adapter": output / "toy.safetensors"})
+    monkeypatch.setattr(finish, "generate_command", lambda *given: "generate it")
+    monkeypatch.setattr(finish, "report_run", lambda *given: reported.append((output / "report.html").exists()))
+    finish.finish_run(run, 12.5)
+    [end] = recorder.of(RunFinished)
+    assert (end.step, end.seconds, end.commands) == (2, 12.5, ("generate it",))
+    assert list(end.outputs) == ["adapter", "best checkpoint (step 2, eval loss 0.2500)", "report"]
+    told = [notice.text for notice in recorder.of(Notice)]
+    assert told[0] == "3 prompts were longer than 77 tokens and were truncated"
+    assert "checkpoint-1 removed: checkpoints_total_limit is 1" in told
+    assert reported == [False]  # that of an earlier end is gone by then
+    assert has_final_weights(run)
+
+
+def test_an_end_counts_where_all_that_it_made_is_still_there(tmp_path: Path) -> None:
+    """The folder was renamed since: its paths are looked for where it is now, others are not looked for."""
+    run, _ = toy_run(tmp_path, ONE)
+    run.progress.global_step, output = 3, run.session.output_dir
+
+    def end(step: int, *names: str) -> dict[str, Any]:
+        outputs = {name: f"/before/{name}" for name in names} | {"elsewhere": "/somewhere/else"}
+        return {"event": "run_finished", "step": step, "seconds": 1.0, "outputs": outputs, "commands": []}
+
+    def write(*records: dict[str, Any]) -> None:
+        lines = [{"event": "other", "output_dir": "/before"}, *records]
+        (output / "metrics.jsonl").write_text("".join(f"{json.dumps(each)}\n" for each in lines))
+
+    write(end(2, "loss.png"))
+    assert not has_outputs(run)
+    write(end(3, "loss.png"), end(3, "report.html"), end(2, "x"))
+    assert not has_outputs(run)
+    (output / "report.html").touch()
+    assert has_outputs(run)
+    write(end(3, "report.html", "loss.png"))
+    assert not has_outputs(run)
+
+
+def test_an_average_has_final_weights_of_its_own(tmp_path: Path) -> None:
+    run, _ = toy_run(tmp_path, ONE, use_ema=True)
+    output = run.session.output_dir
+    names = [path.relative_to(output).as_posix() for path in final_files(run.model, output)]
+    assert names == ["toy.safetensors", "ema/toy.safetensors"]
+    run.model.ema, run.model.adapter.can_be_disabled = None, False
+    names = [path.relative_to(output).as_posix() for path in final_files(run.model, output)]
+    assert names == ["pipeline/manifest.json"]

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from simpletuner.config.datasets import EvalDataset, ImageDataset
 from simpletuner.config.options import TrainConfig
-from simpletuner.errors import DataError
+from simpletuner.errors import ConfigError, DataError
 from simpletuner.models.omnigen.spec import OMNIGEN
-from simpletuner.training.prepare import require_full_batches
+from simpletuner.reporting.bus import EventBus
+from simpletuner.reporting.events import PhaseProgress, PhaseStarted
+from simpletuner.training.phases import phase
+from simpletuner.training.prepare import check_sizes, require_full_batches, require_training, with_holdout
 from tests.configs import config_of
+from tests.toy import Recorder
 from tests.unit.data.images import build_datasets, options, write_image
 
 
@@ -55,3 +61,56 @@ def test_the_repeats_that_are_reported_do(datasets, processes: int, repeats: int
     entry = image.entry.model_copy(update={"repeats": repeats - 1})
     with pytest.raises(DataError):
         require_full_batches(config(False), [replace(image, entry=entry)], None, processes)
+
+
+def family_up_to(limit: int | None) -> Any:
+    return SimpleNamespace(largest_side=lambda: limit, source=SimpleNamespace(model="the/base"))
+
+
+def test_sizes_that_the_weights_cannot_take_are_refused_by_dataset_and_by_folder_of_references(datasets) -> None:
+    """The longest side is 96 px."""
+    references = SimpleNamespace(id="guides", largest_side=lambda: 160)
+    given: Any = [SimpleNamespace(id="images", buckets=datasets[0].buckets, references=[references])]
+    for limit in (None, 160):
+        check_sizes(family_up_to(limit), given, "data.json")
+    with pytest.raises(ConfigError) as caught:
+        check_sizes(family_up_to(95), given, "data.json")
+    first, second = caught.value.problems
+    assert (first.key, second.key) == ("images.resolution", "guides.resolution")
+    assert first.message == "images would have sides of 96 px, too large for the/base"
+    assert (first.allowed, first.file) == ("sides up to 95 px", "data.json")
+    with pytest.raises(ConfigError) as caught:
+        check_sizes(family_up_to(96), given, None)
+    assert [problem.key for problem in caught.value.problems] == ["guides.resolution"]
+
+
+def test_eval_datasets_alone_are_nothing_to_train_on(datasets) -> None:
+    require_training(datasets, None)
+    with pytest.raises(DataError, match="there is nothing to train on") as caught:
+        require_training(datasets[1:], "data.json")
+    assert (caught.value.problems[0].key, caught.value.problems[0].file) == ("dataset_type", "data.json")
+
+
+def test_what_is_held_out_is_told_and_has_the_latents_of_its_dataset(datasets) -> None:
+    told: list[str] = []
+    process: Any = SimpleNamespace(inform=told.append)
+    divided, sources = with_holdout(datasets[:1], {"ImageDataset": "the source"}, 0.5, process)  # type: ignore[dict-item]
+    assert [dataset.num_images for dataset in divided] == [2, 2]
+    assert told == ["ImageDataset: 2 of 4 images are held out for the eval loss"]
+    assert set(sources) == {dataset.id for dataset in divided}
+    assert set(sources.values()) == {"the source"}
+    assert with_holdout(datasets[:1], {}, 0.0, process)[0] == datasets[:1]
+    assert len(told) == 1
+
+
+def test_a_phase_counts_and_says_what_came_of_it() -> None:
+    recorder = Recorder()
+    with phase(EventBus([recorder]), "encoding", 5) as running:
+        running.advance()
+        running.advance(3)
+        running.summary = "4 images"
+    started, *progress, done = recorder.events
+    assert started == PhaseStarted("encoding", 5)
+    assert progress == [PhaseProgress("encoding", 1), PhaseProgress("encoding", 4)]
+    assert (done.name, done.summary) == ("encoding", "4 images")
+    assert 0 <= done.seconds < 60

@@ -13,12 +13,12 @@ import pytest
 from simpletuner.data.sampler import Sampler
 from simpletuner.data.schedule import Schedule
 from simpletuner.errors import ConfigError
-from simpletuner.training.identity import compare_identity, differences
+from simpletuner.training.identity import compare_identity, differences, fixed_settings, option_changes
 from simpletuner.training.progress import Progress
 from simpletuner.training.resuming import length_facts, resumed_length, resumed_progress, total_train_steps
 from tests.configs import config_of
 from tests.runs import dataset, metrics, train_here, write_images, write_run
-from tests.toy import ToyDataset
+from tests.toy import ToyDataset, load_toy
 
 
 class Images:
@@ -177,3 +177,60 @@ def test_the_length_of_an_epoch_is_that_of_the_epoch_that_the_run_is_in():
     sampler = Sampler(data, 1, seed=1)
     facts = [length_facts(Progress(9, epoch), sampler, 20) for epoch in (0, 1)]
     assert facts == [{"epoch_batches": 5, "total_steps": 20}, {"epoch_batches": 3, "total_steps": 20}]
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "line"),
+    [
+        ({"processes": 1}, {"processes": 2}, "number of processes 1 → 2"),
+        ({"torch": "2.0"}, {"torch": "2.1"}, "version of torch 2.0 → 2.1"),
+        ({"schedules": {"a": {"repeats": 0}}}, {"schedules": {"a": {"repeats": 2}}}, "dataset a: repeats 0 → 2"),
+        ({"assistant": {}}, {"assistant": {"sha256": "f"}}, "an assistant LoRA is on while training now"),
+        ({"assistant": {"sha256": "f"}}, {"assistant": {}}, "an assistant LoRA was on while training"),
+        ({"assistant": {"sha256": "f"}}, {"assistant": {"sha256": "0"}}, "the assistant LoRA is another file"),
+        (
+            {"datasets": data(a=(1000, "f"))},
+            {"datasets": data(a=(2234, "0"))},
+            "dataset a: 1,234 images added (1000 → 2234)",
+        ),
+    ],
+)
+def test_what_may_change_is_told_in_words(before: dict, now: dict, line: str) -> None:
+    lines = compare_identity(identity(**before), identity(**now), Path("checkpoint-4"))
+    assert lines == [f"changed since checkpoint-4: {line}"]
+    same = compare_identity(identity(**before), identity(**before), Path("checkpoint-4"))
+    assert same == []
+
+
+def test_of_two_new_datasets_one_is_the_renamed_one() -> None:
+    before, now = data(a=(3, "f")), data(b=(3, "f"), c=(3, "f"))
+    lines = compare_identity(identity(datasets=before), identity(datasets=now), Path("checkpoint-4"))
+    told = [line.removeprefix("changed since checkpoint-4: ") for line in lines]
+    assert told == ["dataset renamed a → b", "dataset c added with 3 images"]
+
+
+def test_options_that_act_on_the_weights_are_told_and_no_others(tmp_path: Path) -> None:
+    loaded = load_toy(tmp_path)
+    silent = {"checkpoint_step_interval": 7, "validation_step_interval": 7, "cache_dir": "x", "num_train_epochs": 9}
+    saved = loaded.resolved() | silent | {"learning_rate": 0.25, "optimizer": "lion", "no_such_option": 1}
+    assert option_changes(saved, loaded, Path("checkpoint-4")) == [
+        "changed since checkpoint-4: learning_rate 0.25 → 0.5"
+    ]
+    older = {key: value for key, value in saved.items() if key != "learning_rate"}
+    assert option_changes(older, loaded, Path("checkpoint-4")) == []
+
+
+def test_settings_of_lora_are_fixed_where_it_is_lora(tmp_path: Path) -> None:
+    for kind in ("standard", "lycoris"):
+        (tmp_path / kind).mkdir()
+        fixed = fixed_settings(load_toy(tmp_path / kind, lora_type=kind))
+        assert ("lora_alpha" in fixed, "lora_init_type" in fixed) == ((kind == "standard"),) * 2
+        assert fixed["lora_type"] == kind
+
+
+def test_weights_that_have_no_place_are_named() -> None:
+    now = json.loads(json.dumps(identity()))
+    now["fixed"]["parameters"] = {}
+    with pytest.raises(ConfigError, match=r"1 weights have no place, such as a\.w") as caught:
+        compare_identity(identity(), now, Path("checkpoint-4"))
+    assert caught.value.problems[0].key == "resume_from_checkpoint"

@@ -156,3 +156,23 @@ def test_weights_of_levels_and_noise_that_the_target_does_not_know_by_hand():
     assert family.noisy[1].flatten().tolist() == [3, 1]  # half of (1, 1) and half of (5, 1)
     weighed = compute_losses(family, torch.nn.Identity(), batch, noise, half, objective=Objective(snr_gamma=0.5))
     assert weighed.per_sample.tolist() == [pytest.approx(4 * 0.5 / 4)]  # min(1, 0.5) / (1 + 1)^2
+
+
+def test_a_change_of_the_target_and_of_the_mean_is_what_the_loss_is_made_of():
+    """Prediction 0, target 3 in place of 1: the error is 9, and the mean is told of the prediction and the target."""
+    family = ToyFamily()
+    family.predict = lambda denoiser, noisy, *rest: torch.zeros_like(noisy)
+    batch = Batch(
+        latents=torch.ones(2, 2, 1, 1), prompt_embeds=[], slots=[0, 1], digests=["a", "b"],
+        loss_weights=torch.ones(2), dataset_id="d",
+    )  # fmt: skip
+
+    def mean(errors, prediction, target, masks):
+        assert masks is None
+        return (errors + 100 * prediction + 10 * target).flatten(1).mean(dim=1)
+
+    def change(example):
+        return replace(example, target=3 * example.target, mean=mean)
+
+    losses = compute_losses(family, None, batch, torch.zeros(2, 2, 1, 1), torch.tensor([0.5, 0.5]), changes=[change])
+    assert losses.per_sample.tolist() == [39, 39]
