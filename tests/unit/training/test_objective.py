@@ -250,3 +250,17 @@ def test_offset_and_perturbation_are_those_of_their_slot_and_step() -> None:
             shape = (3, 1, 1) if name == "noise offset" else (3, 2, 2)
             amount = 0.5 if name == "noise offset" else 0.25
             torch.testing.assert_close(row, (amount * torch.randn(shape, generator=generator)).expand(3, 2, 2))
+
+
+def test_the_size_decides_the_shift_where_both_are_asked_for() -> None:
+    """80 x 80 latents of patches of 1 are 6400: their root divided by 20 is 4, and the middle becomes 4/5."""
+    schedule = SigmaSchedule("uniform", shift=3.0, shifts_by_size=True, curve="sqrt")
+    patches = 80 // ToyFamily().spec.patch_size
+    found = schedule.sigmas_at(ToyFamily(), torch.tensor([0.5]), torch.zeros(1, 2, 80, 80)).item()
+    assert found == pytest.approx((patches / 20) / (1 + patches / 20))
+
+
+def test_both_weights_of_a_level_count() -> None:
+    """At sigma 0.25: 1 / sigma^2 is 16, and min(9, 5) times sigma^2 is 5/16."""
+    both = Objective(weighting="sigma_sqrt", snr_gamma=5.0)
+    assert both.weighted(ToyFamily(), torch.tensor([2.0]), torch.tensor([0.25])).item() == pytest.approx(10)

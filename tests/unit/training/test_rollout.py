@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,9 @@ from simpletuner.diffusion.ddpm import NoiseSchedule
 from simpletuner.families.spec import FamilySpec
 from simpletuner.models.family import ModelFamily
 from simpletuner.randomness import keyed_seed
-from simpletuner.training.loop import forward_micro_batch
+from simpletuner.reporting.events import StepDone
+from simpletuner.training import rollout
+from simpletuner.training.loop import forward_micro_batch, run_training
 from simpletuner.training.losses.reflexflow import ReflexFlow
 from simpletuner.training.rollout import Rollouts, build_rollouts, implied_noise, roll_out, train_from_rollout
 from simpletuner.training.step import compute_losses
@@ -289,3 +292,34 @@ def test_a_ramp_that_begins_at_nothing_is_a_rollout_all_the_same(tmp_path: Path)
     options = {"max_step_offset": 2, "ramp_steps": 10, "prob_start": 0.0, "prob_end": 0.5}
     config = load_toy(tmp_path, **{f"scheduled_sampling_{name}": value for name, value in options.items()}).config
     assert build_rollouts(config, FAMILY).probability_at(5) == 0.25
+
+
+def test_a_rollout_has_the_order_that_is_written(monkeypatch) -> None:
+    made = []
+
+    class Watched(rollout.Solver):
+        def __init__(self, *given) -> None:
+            made.append(given)
+            super().__init__(*given)
+
+    monkeypatch.setattr(rollout, "Solver", Watched)
+    rollouts = Rollouts(solver="dpm", order=1, step_length=0.1)
+    roll_out(Exact(), lambda x, s: NOISE - DATA, Conditioning({}), DATA, NOISE, SIGMAS, 2, rollouts)
+    assert made == [("dpm", 1)]
+
+
+def test_the_reported_depth_is_the_mean_of_the_micro_batches_of_the_step(tmp_path: Path) -> None:
+    """A micro-batch takes one pass of the denoiser more than its depth."""
+    options = {"scheduled_sampling_max_step_offset": 3, "scheduled_sampling_probability": 1.0}
+    images = {"a": (4.0, 2.0), "b": (4.0, 2.0)}
+    run, recorder = toy_run(tmp_path, images, gradient_accumulation_steps=2, max_train_steps=8, **options)
+    passes = []
+    noisy = run.model.family.noisy
+    recorder.handle = lambda event: (recorder.events.append(event), passes.append(len(noisy)))
+    run_training(run)
+    reported = zip(recorder.events, passes, strict=True)
+    steps = [(event, count) for event, count in reported if isinstance(event, StepDone)]
+    counts = [count for _, count in steps]
+    taken = [after - before for before, after in pairwise([0, *counts])]
+    assert [event.extra["rollout_depth"] for event, _ in steps] == [(count - 2) / 2 for count in taken]
+    assert len(set(taken)) > 1
