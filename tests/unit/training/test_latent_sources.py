@@ -1,0 +1,140 @@
+"""Ready latents of a dataset: how they are drawn, which of them are remembered, and what is encoded meanwhile."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from simpletuner.batch import Crop, Sample
+from simpletuner.cache.store import DamagedEntry
+from simpletuner.families.spec import FamilySpec
+from simpletuner.randomness import keyed_seed
+from simpletuner.training import latents
+from simpletuner.training.latents import DatasetLatents
+from simpletuner.training.prompts import has_all_embeddings, keeps_references_of_dropped
+from tests.configs import config_of
+
+
+def sample(name: str, is_flipped: bool = False) -> Sample:
+    return Sample("toys", name, name, 8, 8, (), Crop(8, 8, 0, 0, 8, 8), is_flipped=is_flipped)
+
+
+class Cache:
+    """Gives the number of a sample's name as its mean; the deviation is 1."""
+
+    def __init__(self, damaged: str = "") -> None:
+        self.damaged, self.read = damaged, []
+        self.family = SimpleNamespace(
+            vae_config={"scaling_factor": 10.0},
+            latents_from_moments=lambda mean, generator, config: (
+                config["scaling_factor"] * (mean + torch.randn(4, generator=generator))
+            ),
+        )
+
+    def get(self, sample: Sample) -> float:
+        if sample.path == self.damaged:
+            raise DamagedEntry(self.damaged, Path("folder"), "cut")
+        self.read.append(sample.path)
+        return float(sample.path)
+
+
+def source_of(cache: Cache, **options: Any) -> DatasetLatents:
+    return DatasetLatents(cache, lambda sample: None, lambda: "the vae", 1, seed=7, **options)  # type: ignore[arg-type]
+
+
+def drawn(name: str, content: str) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(keyed_seed(7, "posterior", content))
+    return 10 * (float(name) + torch.randn(4, generator=generator))
+
+
+def test_latents_are_drawn_by_seed_and_content_and_once() -> None:
+    cache = Cache()
+    source = source_of(cache)
+    crop = str(Crop(8, 8, 0, 0, 8, 8))
+    first = source.latents([sample("2"), sample("3"), sample("2", is_flipped=True)])
+    assert torch.equal(first[0], drawn("2", f"2/{crop}"))
+    assert torch.equal(first[1], drawn("3", f"3/{crop}"))
+    assert torch.equal(first[2], drawn("2", f"2/{crop}/flipped"))
+    again = source.latents([sample("3"), sample("5"), sample("2")])
+    assert torch.equal(again[0], first[1])
+    assert torch.equal(again[2], first[0])
+    assert cache.read == ["2", "3", "2", "5"]
+
+
+@pytest.mark.parametrize(("resamples", "kept"), [(False, ["1", "2"]), (True, ["2", "3"])])
+def test_of_a_full_memory_the_first_stay_or_the_last_where_crops_change(
+    monkeypatch: pytest.MonkeyPatch, resamples: bool, kept: list[str]
+) -> None:
+    """There is room for two of 16 bytes each."""
+    monkeypatch.setattr(latents, "MEMO_BYTES", 32)
+    cache = Cache()
+    source = source_of(cache, resamples=resamples)
+    for name in "123":
+        source.latents([sample(name)])
+    source.latents([sample(name) for name in kept])
+    assert cache.read == ["1", "2", "3"]
+    [gone] = {"1", "2", "3"} - set(kept)
+    source.latents([sample(gone)])
+    assert cache.read == ["1", "2", "3", gone]
+
+
+def test_a_damaged_entry_is_encoded_anew_and_so_is_all_that_follows(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[tuple[Any, ...]] = []
+
+    class OnDemand:
+        def __init__(self, *given: Any) -> None:
+            made.append(given)
+            self.closed = 0
+
+        def get_many(self, samples: Any) -> list[float]:
+            return [100.0] * len(samples)
+
+        def close(self) -> None:
+            self.closed += 1
+
+    monkeypatch.setattr(latents, "OnDemandLatents", OnDemand)
+    cache = Cache(damaged="3")
+    source = source_of(cache, keeps=False)
+    source.close()  # nothing was encoded
+    values = [float(row.mean()) for row in source.latents([sample("2"), sample("3")])]
+    assert all(value > 900 for value in values)
+    source.latents([sample("5")])
+    assert cache.read == ["2"]
+    [(given_cache, images, vae, batch_size, keeps)] = made
+    assert (given_cache, vae, batch_size, keeps) == (cache, "the vae", 1, False)
+    assert images is source.images
+    source.close()
+    assert source.encode_on_demand().closed == 1
+
+
+@pytest.mark.parametrize(
+    ("dropout", "share", "drops", "keeps"),
+    [
+        (0.0, 0.0, False, False),  # no caption is dropped
+        (0.1, None, False, True),
+        (0.1, None, True, False),  # the family drops references with their caption
+        (0.1, 0.5, True, True),
+        (0.1, 1.0, False, False),
+    ],
+)
+def test_references_of_a_dropped_caption_stay_where_not_all_go(dropout, share, drops, keeps) -> None:
+    options = config_of(caption_dropout_probability=dropout, reference_dropout_probability=share).training
+    spec: FamilySpec = SimpleNamespace(drops_references=drops)  # type: ignore[assignment]
+    assert keeps_references_of_dropped(options, spec) is keeps
+
+
+def test_files_hold_all_embeddings_where_every_dataset_has_them_and_nothing_else_asks() -> None:
+    def found(has_dropped: list[bool | None], dropout: float = 0.1, model_type: str = "full") -> bool:
+        files = [None if each is None else SimpleNamespace(has_dropped=each) for each in has_dropped]
+        config = config_of(caption_dropout_probability=dropout, model_type=model_type)
+        return has_all_embeddings(config, [SimpleNamespace(prompt_files=each) for each in files])  # type: ignore[misc]
+
+    assert found([True, True])
+    assert not found([True, False])
+    assert found([True, False], dropout=0.0)
+    assert not found([True, None], dropout=0.0)
+    assert not found([True], model_type="lora")  # the proof of its file asks for an embedding
