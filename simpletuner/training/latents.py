@@ -83,18 +83,14 @@ class DatasetLatents:
     def latents(self, samples: Sequence[Sample]) -> list[Tensor]:
         """(C, h, w) float32 of each sample, scaled and shifted; the posterior's draw is keyed by (seed, content)."""
         names = [_content(sample) for sample in samples]
-        missing = [sample for name, sample in zip(names, samples, strict=True) if name not in self._memo]
-        fresh = dict(zip(map(_content, missing), self._moments(missing), strict=True))
-        rows = []
-        for name in names:
-            if name not in self._memo:
-                generator = keyed_generator(self.seed, "posterior", name)
-                row = self.family.latents_from_moments(fresh[name], generator, self.vae_config)
-                self._remember(name, row)
-            else:
-                row = self._memo[name]
-            rows.append(row)
-        return rows
+        # Taken out first: what is remembered of this batch may push out what another of its samples has there.
+        ready = {name: self._memo[name] for name in names if name in self._memo}
+        missing = {name: sample for name, sample in zip(names, samples, strict=True) if name not in ready}
+        for name, moments in zip(missing, self._moments(list(missing.values())), strict=True):
+            generator = keyed_generator(self.seed, "posterior", name)
+            ready[name] = self.family.latents_from_moments(moments, generator, self.vae_config)
+            self._remember(name, ready[name])
+        return [ready[name] for name in names]
 
     def encode_on_demand(self) -> OnDemandLatents:
         """The encoder for what the cache lacks; loads the VAE on first use and keeps it."""

@@ -82,6 +82,18 @@ def test_of_a_full_memory_the_first_stay_or_the_last_where_crops_change(
     assert cache.read == ["1", "2", "3", gone]
 
 
+def test_a_batch_of_old_and_new_images_is_served_where_the_new_push_out_the_old(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Crops change, but not of every image: one that has its shape already is cut the same in each round."""
+    monkeypatch.setattr(latents, "MEMO_BYTES", 32)
+    source = source_of(Cache(), resamples=True)
+    first, _ = source.latents([sample("1"), sample("2")])
+    new, again, twice = source.latents([sample("3"), sample("1"), sample("3")])
+    assert torch.equal(again, first)
+    assert torch.equal(new, twice)
+
+
 def test_a_damaged_entry_is_encoded_anew_and_so_is_all_that_follows(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[tuple[Any, ...]] = []
 
