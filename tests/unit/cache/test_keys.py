@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from simpletuner.cache import encoded, encoding, latents
+from simpletuner.cache import encoded, encoding, fingerprints, latents
 from simpletuner.cache.encoding import BatchEncoder
 from simpletuner.cache.fingerprints import vae_fingerprint
 from simpletuner.cache.latents import LatentCache, OnDemandLatents
@@ -135,3 +137,38 @@ def test_an_image_that_cannot_be_read_is_tried_once_in_a_fill(cache, monkeypatch
     images = ImageInput(2, broken=(0,))
     report = cache.fill(images, tiny_vae, batch_size=1)
     assert (report.num_encoded, images.read.count("0.png")) == (1, 1)
+
+
+def prompt_digest(tmp_path, monkeypatch, **changes) -> str:
+    """The fingerprint of an encoder, a tokenizer and a processor that are files of a few bytes."""
+    facts = {"weights": "w", "config": {"layers": 2}, "tokenizer": "t", "processor": "p", "limit": 77, "bits": "bf16"}
+    facts |= {"attention": None, "dtype": torch.float32, **changes}
+    parts = [SimpleNamespace(name="text_encoder", role="text_encoder", attention=facts["attention"])]
+    parts += [SimpleNamespace(name=name, role=name) for name in ("tokenizer", "processor")]
+    parts.append(SimpleNamespace(name="vae", role="vae"))  # no part of it
+    for name in ("weights", "tokenizer", "processor"):
+        (tmp_path / name).mkdir(exist_ok=True)
+        (tmp_path / name / "file").write_text(facts[name])
+    family = SimpleNamespace(
+        source=SimpleNamespace(parts=lambda spec: parts),
+        spec=None,
+        prompt_facts=lambda: {"limit": facts["limit"]},
+        encoders=SimpleNamespace(precision=lambda name: facts["bits"]),
+        device=CPU,
+        dtype=facts["dtype"],
+    )
+    monkeypatch.setattr(fingerprints, "component_config", lambda source, part: facts["config"])
+    monkeypatch.setattr(fingerprints, "weight_files", lambda source, part: [tmp_path / "weights" / "file"])
+    monkeypatch.setattr(fingerprints, "component_folder", lambda source, part: tmp_path / part.name)
+    memo = SimpleNamespace(digest=lambda path: path.read_text())
+    return fingerprints.prompt_fingerprint(family, memo)
+
+
+def test_a_prompt_s_encoders_are_told_apart_by_all_that_decides_their_results(tmp_path, monkeypatch):
+    changes = [
+        *({}, {"weights": "x"}, {"config": {"layers": 3}}, {"tokenizer": "x"}, {"processor": "x"}, {"limit": 78}),
+        *({"bits": "int8"}, {"attention": "eager"}, {"dtype": torch.bfloat16}),
+    ]
+    assert len({prompt_digest(tmp_path, monkeypatch, **each) for each in changes}) == len(changes)
+    noted = {"config": {"layers": 2, "_name_or_path": "elsewhere"}}
+    assert prompt_digest(tmp_path, monkeypatch, **noted) == prompt_digest(tmp_path, monkeypatch)

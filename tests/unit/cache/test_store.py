@@ -460,6 +460,8 @@ def test_what_another_process_removed_is_missing_and_what_vanishes_meanwhile_is_
         assert reader.missing(_entries(3)) == ["key0", "key1"]
         assert reader.stats().num_shards == 1
         assert reader._index.add(f"shard-{'0' * 32}.safetensors")
+        _shards(folder)[0].unlink()  # by hand: nobody has told the index
+        assert reader.missing(_entries(3)) == ["key0", "key1", "key2"]
 
 
 def test_a_key_that_is_nowhere_makes_the_index_again_once(folder, monkeypatch):

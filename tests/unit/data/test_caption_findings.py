@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import unicodedata
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from simpletuner.config.datasets import ConditioningDataset, ImageDataset
+from simpletuner.data.captioned import caption_warnings
 from simpletuner.data.captions import is_camera_name
 from simpletuner.data.dataset import Dataset
+from simpletuner.data.report import Note
 from simpletuner.errors import DataError
 from simpletuner.models.omnigen.spec import OMNIGEN
 from tests.unit.data.images import build_datasets, options, write_image
@@ -154,3 +158,20 @@ def test_a_mask_and_a_row_are_found_by_either_way_of_writing(tmp_path: Path) -> 
 )
 def test_the_names_of_cameras(name: str, is_one: bool) -> None:
     assert is_camera_name(name) is is_one
+
+
+def test_of_four_names_three_are_listed(folder: Path) -> None:
+    write_image(folder / "IMG_0004.png", seed=9)
+    warning = build(folder).filter_report.warnings[1]
+    assert "4 of 5 captions" in warning
+    assert "(IMG_0001.png, IMG_0002.png, IMG_0003.png, ...)" in warning
+
+
+def test_some_of_many_caption_files_are_shown_as_some() -> None:
+    notes = {"letters": Note(3, ("a.txt", "b.txt")), "marks": Note(1200, ("c.txt",)), "signs": Note(1, ("d.txt",))}
+    index: Any = SimpleNamespace(notes=lambda of_texts: notes if of_texts else {})
+    assert [line.partition(": save")[0] for line in caption_warnings("things", index)] == [
+        "things: 3 with letters (a.txt, b.txt, ...)",
+        "things: 1,200 with marks (c.txt, ...)",
+        "things: 1 with signs (d.txt)",
+    ]

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +14,8 @@ import torch
 
 from simpletuner.batch import Crop
 from simpletuner.config.datasets import ConditioningDataset, ImageDataset
+from simpletuner.data.buckets import BucketRules
+from simpletuner.data.conditioning import Partners, reference_rules
 from simpletuner.data.holdout import hold_out, place_of
 from simpletuner.data.references import ReferenceRules, plan_reference
 from simpletuner.data.report import SKIPPED_FILE, write_report
@@ -171,3 +176,28 @@ def test_validation_edits_the_first_image_that_is_held_out_else_the_first_of_all
     expected = f"sources/{dataset.samples[position].references[0].path}"
     assert [each.name for each in references_of_data([trained, held])] == [expected]
     assert min(int(members[0]) for members in trained.buckets.values()) != position
+
+
+def sizes_of(limit: int | None = None, **keys: object) -> ReferenceRules:
+    entry = ConditioningDataset(id="sources", instance_data_dir="x", conditioning_type="reference_loose", **keys)
+    rules = BucketRules(0.5, "area", alignment=32)
+    return reference_rules(entry, ImageDataset(id="targets"), rules, replace(OMNIGEN, max_size=limit))
+
+
+def test_sizes_of_references_are_those_of_their_entry_else_of_the_images_and_of_the_family() -> None:
+    assert sizes_of() == ReferenceRules(False, 0.5, "area", 32, None)
+    assert sizes_of(resolution=512, resolution_type="pixel") == ReferenceRules(False, 512, "pixel", 32, None)
+    longest = [sizes_of(limit, **keys).max_side for limit in (None, 900) for keys in ({}, {"maximum_side": 1000})]
+    assert longest == [None, 1000, 900, 900]
+    assert sizes_of(1200, maximum_side=1000).max_side == 1000
+
+
+def test_references_are_told_apart_by_folder_content_and_sizes() -> None:
+    def fingerprint(name: str = "a", content: str = "x", **keys: object) -> str:
+        entry: Any = SimpleNamespace(id=name)
+        folder: Any = SimpleNamespace(catalog=SimpleNamespace(images_digest=content))
+        return Partners(entry, replace(sizes_of(), **keys), folder).fingerprint
+
+    found = [fingerprint(), fingerprint("b"), fingerprint(content="y"), fingerprint(max_side=9)]
+    found += [fingerprint(resolution=1.0), fingerprint(is_strict=True), fingerprint(stretches=True)]
+    assert len(set(found)) == 7

@@ -282,3 +282,11 @@ def test_a_reason_is_one_line_of_bounded_length() -> None:
     assert transforms._one_line(ValueError("a\n  b")) == "a b"
     assert transforms._one_line(ValueError()) == "ValueError"
     assert len(transforms._one_line(ValueError("x" * 1000))) == 200
+
+
+def test_another_exposure_behind_a_phone_s_image_is_no_frame_and_an_animation_has_some() -> None:
+    frames = [Image.new("RGB", (8, 4), color) for color in ("red", "lime")]
+    phone = encode(frames[0], "MPO", save_all=True, append_images=frames[1:])
+    assert transforms.image_facts(phone) == transforms.ImageFacts(4, 8, None)
+    moving = encode(frames[0], "GIF", save_all=True, append_images=frames[1:], duration=100)
+    assert transforms.image_facts(moving) == transforms.ImageFacts(4, 8, transforms.SEVERAL_FRAMES)
