@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from functools import partial
 
@@ -279,7 +280,9 @@ def test_a_message_names_four_samples_at_most(tmp_path):
     run, _ = toy_run(tmp_path, images, spoiled=range(5), train_batch_size=6, max_train_steps=9)
     with pytest.raises(DivergedError) as caught:
         run_training(run)
-    assert caught.value.problems[0].message.count("caption of") == 4
+    named = re.findall(r'toys/(\w) "caption of (\w)"', caught.value.problems[0].message)
+    assert len({path for path, _ in named}) == len(named) == 4
+    assert all(path == caption for path, caption in named)
 
 
 def test_averages_and_states_that_are_not_finite_are_named_and_not_saved(tmp_path):

@@ -1,0 +1,153 @@
+"""What the parts of a run are made of, and what is told as they are put together (`tests/toy.py`)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from simpletuner.distributed.process_group import SINGLE_PROCESS, ProcessGroup
+from simpletuner.reporting.events import Notice, RunStarted
+from simpletuner.training import build
+from simpletuner.training.build import announce, build_evaluator, build_validator, describe_adapter, resume, run_length
+from simpletuner.training.evaluate import write_eval_history
+from simpletuner.training.loop import run_training
+from simpletuner.training.start import Start
+from tests.configs import config_of
+from tests.toy import ToyDataset, toy_run
+
+ONE = {"a": (1.0, 3.0)}
+
+
+def texts(recorder) -> list[str]:
+    return [notice.text for notice in recorder.of(Notice)]
+
+
+def test_a_resumed_run_ends_where_its_epochs_do(tmp_path: Path) -> None:
+    """One image is one step an epoch: after two of two epochs, four are two more."""
+    options = {"max_train_steps": 0, "checkpoint_step_interval": 1}
+    run, _ = toy_run(tmp_path, ONE, num_train_epochs=2, **options)
+    run_training(run)
+    longer, _ = toy_run(tmp_path / "longer", ONE, num_train_epochs=4, **options)
+    training, sampler = longer.config.training, longer.batches.sampler
+    fresh = run_length(training, sampler, None)
+    assert (fresh.total_steps, fresh.notice) == (4, None)
+    resumed = run_length(training, sampler, tmp_path / "output/checkpoint-2")
+    assert resumed.total_steps == 4
+    assert resumed.notice == ("the run now ends at step 4, not 2: 2 steps are done, 2 of 4 epochs remain, 2 steps")
+
+
+def test_an_adapter_says_which_layers_it_is_on_and_how_much_trains(tmp_path: Path) -> None:
+    run, recorder = toy_run(tmp_path, ONE)
+    run.model.adapter.report = [
+        SimpleNamespace(entry="Attention", class_name="Attention", modules=3),
+        SimpleNamespace(entry="FeedForward", class_name="ToyFeedForward", modules=2),
+    ]
+    run.model.adapter.notices = ["something to note"]
+    describe_adapter(run.model.adapter, run.session)
+    assert texts(recorder) == [
+        "adapter: 3 modules of Attention",
+        "adapter: 2 modules of FeedForward (ToyFeedForward)",
+        "2 parameters are trained",
+        "something to note",
+    ]
+
+
+def test_the_eval_loss_is_of_the_dataset_that_is_named_or_of_all(tmp_path: Path) -> None:
+    run, _ = toy_run(tmp_path, ONE)
+    datasets: Any = [
+        SimpleNamespace(id=name, kind=kind) for name, kind in (("a", "eval"), ("b", "eval"), ("c", "image"))
+    ]
+
+    def judged(given: Any = datasets, **options: Any) -> list[str] | None:
+        config = config_of(**{"eval_steps_interval": 5} | options)
+        evaluator = build_evaluator(config, run.model.family, given, {}, run.session)
+        return [dataset.id for dataset in evaluator.datasets] if evaluator else None
+
+    assert judged() == ["a", "b"]
+    assert judged(eval_dataset_id="b") == ["b"]
+    assert judged(eval_dataset_id="c") is None
+    assert judged(datasets[2:]) is None
+    assert judged(eval_steps_interval=None) is None
+    assert judged(eval_steps_interval=None, eval_epoch_interval=0.5) == ["a", "b"]
+    evaluator = build_evaluator(config_of(eval_steps_interval=5), run.model.family, datasets, {}, run.session)
+    assert evaluator is not None
+    assert not evaluator.is_stopping()
+    run.session.stop.adopt()
+    assert evaluator.is_stopping()
+
+
+def test_images_are_generated_by_the_main_process_or_by_all_that_share_the_denoiser(tmp_path, monkeypatch) -> None:
+    run, _ = toy_run(tmp_path, ONE)
+    made: list[tuple[Any, ...]] = []
+
+    def make(*given: Any, **named: Any) -> Any:
+        made.append((given[3], named["together"]))
+        return SimpleNamespace(requests=["one"])
+
+    monkeypatch.setattr(build, "Validator", make)
+    monkeypatch.setattr(build, "references_of_run", lambda *given: ())
+
+    def built(rank: int, spread: bool, **options: Any) -> Any:
+        run.session.process_group = ProcessGroup(rank, 2, rank)
+        monkeypatch.setattr(build, "is_denoiser_spread", lambda options: spread)
+        loaded: Any = SimpleNamespace(config=config_of(**options), prompt_library=None)
+        return build_validator(loaded, run.model.family, [], run.session)
+
+    assert built(0, False) is not None
+    assert made.pop() == (run.session.output_dir, SINGLE_PROCESS)
+    assert built(1, False) is None
+    assert built(0, True, validation_disable=True) is None
+    assert made == []
+    assert built(1, True) is not None
+    [(folder, together)] = made
+    assert folder != run.session.output_dir
+    assert together is run.session.process_group
+    script = {"validation_method": "external-script", "validation_external_script": "echo"}
+    assert built(1, True, **script) is None
+    assert isinstance(built(0, True, **script), build.ExternalScript)
+    monkeypatch.setattr(build, "Validator", lambda *given, **named: SimpleNamespace(requests=[]))
+    assert built(0, False) is None
+
+
+def test_a_start_says_what_is_about_to_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, recorder = toy_run(tmp_path, ONE, max_train_steps=7, tracker_run_name="a name")
+    run.datasets = [ToyDataset(ONE), ToyDataset({"b": (1.0, 1.0), "c": (1.0, 1.0)}, id="others")]
+    run.progress.global_step, run.is_complete = 2, True
+    run.model.family.source = SimpleNamespace(model="the/base")
+    monkeypatch.setattr(build, "form_and_kind", lambda *given: ("peft", "lora"))
+    announce(run)
+    [event] = recorder.of(RunStarted)
+    assert (event.run_name, event.start_step, event.total_steps, event.is_complete) == ("a name", 2, 7, True)
+    assert event.output_dir == run.session.output_dir
+    mark = run.session.checkpoints.history.mark
+    assert (event.run_id, event.branch) == (mark.run_id, mark.branch)
+    assert event.details["images"] == "toys: 1, others: 2"
+    assert event.details["device"] == "cpu in float32"
+    assert event.details["model"] == f"{run.model.family.spec.title} (the/base)"
+    assert event.details["checkpoints"].startswith("at the end")
+    assert event.options["max_train_steps"] == 7
+
+
+def test_a_resume_knows_the_eval_losses_up_to_its_step_and_says_where_it_stands(tmp_path, monkeypatch) -> None:
+    options = {"max_train_steps": 3, "checkpoint_step_interval": 1, "checkpoints_total_limit": 0}
+    run, _ = toy_run(tmp_path, ONE, **options)
+    run_training(run)
+    write_eval_history(run.session, {1: 0.5, 2: 0.25, 3: 0.125})
+    for name in ("announce", "write_lock", "was_finished"):
+        monkeypatch.setattr(build, name, lambda *given, **named: True)
+    history, path = run.session.checkpoints.history, tmp_path / "output/checkpoint-2"
+    again, recorder = toy_run(tmp_path, ONE, **options)
+    resume(again, Start(history, path, is_own=True, moves=False))
+    assert again.progress.eval_losses == {1: 0.5, 2: 0.25}
+    assert not again.is_complete
+    assert texts(recorder)[-1] == "resumed checkpoint-2: step 2 of 3"
+    foreign, recorder = toy_run(tmp_path / "other", ONE, **options)
+    resume(foreign, Start(foreign.session.checkpoints.history, path, is_own=False, moves=False))
+    assert foreign.progress.eval_losses == {}
+    assert texts(recorder)[-1] == f"resumed {path}: step 2 of 3"
+    done, _ = toy_run(tmp_path, ONE, **options)
+    resume(done, Start(history, tmp_path / "output/checkpoint-3", is_own=True, moves=False))
+    assert done.is_complete
