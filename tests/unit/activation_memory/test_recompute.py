@@ -12,14 +12,17 @@ from diffusers.models.normalization import RMSNorm
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from simpletuner.activation_memory import recompute
 from simpletuner.activation_memory.convolutions import frozen_conv2d
 from simpletuner.activation_memory.gates import silu_gated
-from simpletuner.activation_memory.linears import linear
+from simpletuner.activation_memory.linears import follow_input_dtype, linear
 from simpletuner.activation_memory.modules import reduce_activation_memory
 from simpletuner.activation_memory.norms import rms_norm
-from simpletuner.activation_memory.recompute import recomputed
+from simpletuner.activation_memory.recompute import is_large, recomputed
 from simpletuner.adapters.lokr import kron_linear
 from simpletuner.models.omnigen.attention import rotate
+
+LARGE = recompute.LARGE  # of a run; these tests call everything large
 
 
 @pytest.fixture(autouse=True)
@@ -216,6 +219,11 @@ def test_a_convolution_that_trains_or_pads_otherwise_stays_as_it_was() -> None:
             assert torch.equal(actual, wanted)
     frozen = nn.Conv2d(4, 4, 3, 1, "same").requires_grad_(False)
     assert torch.equal(frozen_conv2d(frozen, x), frozen(x))
+    reflecting = nn.Conv2d(4, 6, 3, padding=1, padding_mode="reflect").requires_grad_(False)
+    for layer in (frozen, reflecting):
+        [wanted] = torch.autograd.grad(layer(x).square().sum(), x)
+        output = frozen_conv2d(frozen, x) if layer is frozen else lean(layer)(x)
+        torch.testing.assert_close(torch.autograd.grad(output.square().sum(), x), (wanted,))
 
 
 def test_small_tensors_are_kept_since_making_them_again_would_take_longer(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -224,3 +232,80 @@ def test_small_tensors_are_kept_since_making_them_again_would_take_longer(monkey
         x = numbers(rows, 6) * 1
         kept = kept_storages(lambda x=x: recomputed(torch.exp, x))
         assert (x.untyped_storage().data_ptr() in kept) == is_computed_again
+
+
+@pytest.mark.parametrize(("dtype", "count"), [(torch.float32, 2**18), (torch.bfloat16, 2**19)])
+def test_large_begins_at_a_mebibyte(dtype: torch.dtype, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recompute, "LARGE", LARGE)
+    found = [is_large(torch.empty(size, dtype=dtype, device="meta")) for size in (count, count - 1)]
+    assert found == [True, False]
+
+
+def test_a_gate_and_a_norm_keep_their_inputs_alone() -> None:
+    gate_up, x, weight = numbers(2, 3, 8), numbers(2, 3, 4), numbers(4)
+    assert kept_storages(lambda: silu_gated(gate_up)) == {gate_up.data_ptr()}
+    assert kept_storages(lambda: rms_norm(x, weight, 1e-5)) == {x.data_ptr(), weight.data_ptr()}
+    norm = lean(nn.RMSNorm(4, dtype=torch.float64))
+    assert kept_storages(lambda: norm(x)) == {x.data_ptr(), norm.weight.data_ptr()}
+
+
+def test_a_frozen_convolution_computes_in_the_dtype_of_autocast_in_both_passes() -> None:
+    layer = nn.Conv2d(4, 6, 3, padding=1).requires_grad_(False)
+    x = numbers(2, 4, 7, 5, dtype=torch.float32)
+    found = []
+    for _ in ("plain", "lean"):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            output = layer(x)
+        found.append((output, *torch.autograd.grad(output.float().square().sum(), x)))
+        lean(layer)
+    (expected, wanted), (actual, gradient) = found
+    assert (actual.dtype, gradient.dtype) == (torch.bfloat16, torch.float32)
+    torch.testing.assert_close(actual, expected, rtol=0.01, atol=0.01)
+    torch.testing.assert_close(gradient, wanted, rtol=0.02, atol=0.02)
+
+
+def test_a_bias_that_trains_beside_a_frozen_weight_gets_its_gradient() -> None:
+    layer = nn.Conv2d(4, 6, 3)
+    layer.weight.requires_grad_(False)
+    lean(layer)(numbers(2, 4, 7, 5, dtype=torch.float32)).sum().backward()
+    assert layer.bias is not None
+    assert layer.bias.grad is not None
+    assert layer.bias.grad.tolist() == [2 * 5 * 3] * 6  # each of the outputs adds it once
+
+
+def test_a_layer_that_derives_from_linear_computes_as_it_did() -> None:
+    class Doubled(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    plain, doubled = nn.Linear(3, 2), Doubled(3, 2)
+    follow_input_dtype([plain, doubled])
+    doubled.load_state_dict(plain.state_dict())
+    x = torch.ones(1, 3)
+    assert torch.equal(doubled(x), 2 * plain(x))
+    assert plain(x.bfloat16()).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("norm", "shape", "dtype"),
+    [(RMSNorm(6, eps=1e-5), (5, 6), torch.bfloat16), (nn.RMSNorm((3, 4)), (5, 3, 4), torch.float32)],
+)
+def test_a_norm_of_another_format_or_of_several_axes_computes_as_it_did(
+    norm: nn.Module, shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    for weight in norm.parameters():
+        nn.init.normal_(weight)
+    x = numbers(*shape, dtype=dtype)
+    expected = norm(x)
+    actual = lean(norm)(x)
+    assert actual.dtype == expected.dtype
+    assert torch.equal(actual, expected)
+
+
+def test_a_backward_pass_under_autocast_makes_the_same_numbers_again() -> None:
+    """A product in bfloat16, which has 8 bits, would be 1."""
+    z, x, y = torch.ones(1, 1, requires_grad=True), torch.tensor([[1 + 2**-10]]), torch.ones(1, 1)
+    output = recomputed(lambda z, x, y: z * (x @ y), z, x, y)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        [to_z] = torch.autograd.grad(output, z)
+    assert to_z.item() == 1 + 2**-10

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from simpletuner.activation_memory import recompute
@@ -269,6 +271,24 @@ def freed_places(x: Tensor, y: Tensor) -> Tensor:
     return total
 
 
+def part_of_a_kept_one(x: Tensor, y: Tensor) -> Tensor:
+    """The first product keeps what silu made, which is as large as its source; the second is made of a part of it."""
+    made = F.silu(x.detach())
+    part = F.silu(made[:, 1:3])
+    return (made * y).sum() + (part * y[:, :2]).sum() + x.sum()
+
+
+def views_of_a_transposed_one(x: Tensor, y: Tensor) -> Tensor:
+    made = F.silu(x.mT) * 1.5
+    first, second = made.chunk(2, dim=-1)
+    return (first * second * y[:, :2]).square().sum() + (x * x).sum()
+
+
+def made_of_an_expanded_one(x: Tensor, y: Tensor) -> Tensor:
+    row = (x[:1] * x[:1]).expand(4, 4)
+    return (F.silu(row) * y).sum() + (row * y).square().sum()
+
+
 class _Opaque(torch.autograd.Function):
     """Not seen by a trace, so its output may lie where a noted tensor lay."""
 
@@ -281,13 +301,18 @@ class _Opaque(torch.autograd.Function):
         return gradient, None
 
 
-HARD = (written_itself, written_by_parts, written_into, views_of_one, complex_numbers, lists_and_masks, freed_places)
+HARD = (
+    *(written_itself, written_by_parts, written_into, views_of_one, complex_numbers, lists_and_masks, freed_places),
+    *(part_of_a_kept_one, views_of_a_transposed_one, made_of_an_expanded_one),
+)
 
 
+@pytest.mark.parametrize("wraps", [None, moved])
 @pytest.mark.parametrize("function", HARD)
-def test_what_looks_like_a_noted_tensor_and_is_none_is_kept(function: Callable[..., Tensor]) -> None:
+def test_what_looks_like_a_noted_tensor_and_is_none_is_kept(function: Callable[..., Tensor], wraps: Any) -> None:
     found = []
     for run in (lambda *each: function(*each), lambda *each: traced(function, *each)):
+        run = partial(wraps, run) if wraps else run
         torch.manual_seed(1)
         x, y = (torch.randn(4, 4, requires_grad=True) for _ in range(2))
         output = run(x * 1, y * 1)
@@ -354,6 +379,47 @@ def test_small_inputs_and_passes_without_gradients_are_not_traced(monkeypatch: p
     assert len(entered) == 1
 
 
+@pytest.fixture
+def entered(monkeypatch: pytest.MonkeyPatch) -> list[Trace]:
+    """Every trace that begins."""
+    found: list[Trace] = []
+    enter = Trace.__enter__
+    monkeypatch.setattr(Trace, "__enter__", lambda self: found.append(self) or enter(self))
+    return found
+
+
+def test_the_level_decides_whether_a_block_is_traced_and_its_products_are_made_again(entered: list[Trace]) -> None:
+    block, inputs = Block(), inputs_of()
+    reduce_activation_memory(block, ("Block",))
+    block(*inputs)
+    for level in ("low", "lowest", "high"):
+        set_activation_memory(block, level)
+        block(*inputs)
+    assert [trace.makes_products for trace in entered] == [False, False, True]
+
+
+def test_a_block_that_is_called_by_names_is_traced_too(entered: list[Trace]) -> None:
+    block = Block()
+    reduce_activation_memory(block, ("Block",))
+    block(**dict(zip(("x", "shift", "cos", "sin", "text"), inputs_of(), strict=True)))
+    assert len(entered) == 1
+
+
+def test_a_block_inside_of_a_block_belongs_to_the_outer_trace(entered: list[Trace]) -> None:
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = Block()
+
+        def forward(self, *inputs: Tensor) -> Tensor:
+            return self.inner(*inputs) * 2
+
+    outer = Outer()
+    reduce_activation_memory(outer, ("Outer", "Block"))
+    outer(*inputs_of())
+    assert len(entered) == 1
+
+
 def test_nothing_of_a_block_lives_longer_than_its_graph() -> None:
     block, inputs = Block(), inputs_of()
     reduce_activation_memory(block, ("Block",))
@@ -381,3 +447,88 @@ def test_nothing_of_a_block_that_checkpointing_leaves_off_outlives_the_step() ->
     gc.collect()
     assert len(made) == 4
     assert all(each.expired() for each in made)
+
+
+class Calls(TorchDispatchMode):
+    """Names of torch's operations, and what the last silu gave."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+        self.silu: StorageWeakRef | None = None
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        self.names.append(func.overloadpacket.__name__)
+        if self.names[-1] == "silu":
+            self.silu = StorageWeakRef(output.untyped_storage())
+        return output
+
+
+def test_a_tensor_that_several_places_ask_for_is_made_once_and_let_go_of() -> None:
+    x, y = (torch.randn(4, 4, requires_grad=True) for _ in range(2))
+
+    def function(x: Tensor, y: Tensor) -> Tensor:
+        made = F.silu(x)
+        return (made * y).sum() + (made * y.square()).sum()
+
+    output = traced(function, x, y)
+    with Calls() as calls:
+        torch.autograd.grad(output, y, retain_graph=True)
+    assert calls.names.count("silu") == 1
+    assert calls.silu is not None
+    assert calls.silu.expired()
+
+
+def test_a_small_tensor_is_kept_where_its_source_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recompute, "LARGE", 64)
+    x, y = (torch.randn(4, 4, requires_grad=True) for _ in range(2))
+    for columns, made in ((1, 0), (4, 1)):
+        output = traced(lambda x, y, columns=columns: (F.silu(x[:, :columns]) * y).sum(), x, y)
+        with Calls() as calls:
+            torch.autograd.grad(output, y)
+        assert calls.names.count("silu") == made
+
+
+def is_made_again(source: Tensor, change: Callable[[Tensor], Tensor]) -> bool:
+    """Whether the backward pass makes what `change` makes of a source that nothing else keeps."""
+    y = torch.randn(change(source).shape, requires_grad=True)
+    output = traced(lambda source, y: (change(source) * y).sum(), source, y)
+    with Calls() as calls:
+        torch.autograd.grad(output, y)
+    return bool({"silu", "_to_copy"} & set(calls.names))
+
+
+def test_weights_are_there_anyway_and_other_sources_must_take_less_than_what_is_made_of_them() -> None:
+    weight = nn.Parameter(torch.randn(4, 4), requires_grad=False)
+    assert is_made_again(weight, F.silu)
+    assert not is_made_again(weight.data, F.silu)
+    narrow = torch.randn(4, 8).bfloat16()
+    assert is_made_again(narrow, Tensor.float)
+    assert not is_made_again(narrow[:1], Tensor.float)  # all four rows would be kept for one
+
+
+def test_hooks_around_a_block_are_given_each_tensor_once() -> None:
+    block, inputs = Block(), inputs_of()
+    reduce_activation_memory(block, ("Block",))
+    given: list[tuple[Any, ...]] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        given.append((tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.shape, tensor.stride()))
+        return tensor
+
+    with saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = block(*inputs)
+    assert len(given) == len(set(given))
+    assert output.requires_grad
+
+
+def test_what_was_made_without_autocast_is_made_again_without_it() -> None:
+    """A product in bfloat16 would be 1."""
+    x, weight = torch.full((1, 1), 1 + 2**-10), torch.ones(2, 1)
+    y = torch.ones(1, 2, requires_grad=True)
+    with Trace("cpu", makes_products=True):
+        output = (F.linear(x, weight) * y).sum()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        [gradient] = torch.autograd.grad(output, y)
+    assert gradient.tolist() == [[1 + 2**-10] * 2]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from simpletuner.adapters.lycoris import attach_lycoris
 from simpletuner.adapters.merge import merge_into
 from simpletuner.adapters.reading import read_adapter
 from simpletuner.adapters.weights import ALPHA, DOWN, UP, AdapterWeights, alpha_tensor
-from simpletuner.errors import ConfigError
+from simpletuner.errors import ConfigError, DataError
 from simpletuner.models.omnigen.spec import OMNIGEN
 from tests.tiny import tiny_omnigen_transformer
 from tests.unit.adapters.conftest import perturb, run_stock
@@ -155,3 +156,73 @@ def test_a_merge_is_computed_in_float32_and_rounded_once_with_strength_and_multi
         wide["a"].weight.zero_()
     merge_into(wide, AdapterWeights({"a": lora}, lycoris={"multiplier": 0.5}), strength=0.5)
     assert wide["a"].weight.flatten().tolist() == [2**-8, 2**-8 + 2**-17]
+
+
+def test_a_convolution_with_stride_padding_and_dilation_changes_by_what_is_written() -> None:
+    layer = nn.Conv2d(2, 3, 3, stride=2, padding=1, dilation=2)
+    difference = torch.arange(54.0).reshape(3, 2, 3, 3)
+    change, bias = weight_change(layer, {"diff": difference, "diff_b": torch.tensor([1.0, 2.0, 3.0])}, 0.5)
+    torch.testing.assert_close(change, 0.5 * difference, rtol=0, atol=1e-4)
+    torch.testing.assert_close(bias, torch.tensor([0.5, 1.0, 1.5]), rtol=0, atol=1e-5)
+    with pytest.raises(DataError, match="in groups"):
+        weight_change(nn.Conv2d(2, 2, 3, groups=2), {"diff": torch.ones(2, 1, 3, 3)})
+
+
+@pytest.mark.parametrize("on_input", [False, True])
+def test_scaled_rows_or_inputs_change_the_weight_by_their_share_of_it(on_input: bool) -> None:
+    layer = nn.Linear(2, 2, bias=False)
+    with torch.no_grad():
+        layer.weight.copy_(torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
+    module = {"weight": torch.tensor([[1.0], [10.0]]), "on_input": torch.tensor(on_input)}
+    module["weight"] = module["weight"].reshape(1, 2) if on_input else module["weight"]
+    change, _ = weight_change(layer, module, 0.5)
+    assert change.tolist() == ([[0.5, 10], [1.5, 20]] if on_input else [[0.5, 1], [15, 20]])
+
+
+def test_a_change_in_half_precision_is_multiplied_out_in_float32() -> None:
+    lora = {UP: torch.tensor([[1 + 2**-7]]).bfloat16(), DOWN: torch.tensor([[1 + 2**-7]]).bfloat16()}
+    change, _ = weight_change(nn.Linear(1, 1).to(torch.bfloat16), lora)
+    assert change.tolist() == [[(1 + 2**-7) ** 2]]
+
+
+def diagonal(*values: float) -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    """A layer, and a LoRA whose singular values these are."""
+    size = len(values)
+    module = {UP: torch.diag(torch.tensor(values)), DOWN: torch.eye(size), ALPHA: alpha_tensor(size)}
+    return nn.Linear(size, size), module
+
+
+@pytest.mark.parametrize("side", [1024, 1])
+def test_the_lost_part_is_counted_by_hand(side: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Singular values 6, 3, 2: of rank 1 it leaves 9 + 4 of 49; a LoRA that is kept as it is adds to the whole. A
+    multiplier changes them all.
+    """
+    monkeypatch.setattr("simpletuner.adapters.compress.FULL_SVD_SIDE", side)
+    (layer, module), (kept_layer, kept) = diagonal(6.0, 3.0, 2.0), diagonal(4.0)
+    model = nn.ModuleDict({"a": layer, "b": kept_layer})
+    weights = AdapterWeights({"a": module, "b": kept}, {"ss_network_dim": "3", "modelspec.title": "x", "mine": "y"})
+    small, loss = compress(weights, model, 1)
+    assert loss == pytest.approx((13 / (49 + 16)) ** 0.5, rel=1e-5)
+    assert small.modules["b"] == kept
+    assert small.metadata == {"mine": "y"}
+    product = small.modules["a"][UP] @ small.modules["a"][DOWN]
+    torch.testing.assert_close(product, torch.diag(torch.tensor([6.0, 0, 0])), rtol=0, atol=1e-4)
+    doubled, loss = compress(replace(weights, lycoris={"multiplier": 2.0}), model, 1)
+    assert loss == pytest.approx((13 / (49 + 16)) ** 0.5, rel=1e-5)
+    torch.testing.assert_close(doubled.modules["b"][UP] @ doubled.modules["b"][DOWN], torch.tensor([[8.0]]))
+    assert (doubled.multiplier, doubled.ranks) == (1, {1})
+
+
+def test_a_smaller_lora_has_the_format_of_the_larger_one() -> None:
+    layer, module = diagonal(6.0, 3.0)
+    half = {name: tensor.bfloat16() if name != ALPHA else tensor for name, tensor in module.items()}
+    assert compress(AdapterWeights({"a": half}), nn.ModuleDict({"a": layer}), 1)[0].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(("share", "rank"), [(0.5, 1), (0.6, 2), (0.8, 3), (1.0, 3)])
+def test_ranks_are_counted_in_the_energy_that_they_leave_out(share: float, rank: int) -> None:
+    """Singular values 4, 2, 1: ranks 0 to 3 leave 21, 5, 1 and 0 of 21; a share of 0.6 leaves at most 0.16 * 21."""
+    layer, module = diagonal(4.0, 2.0, 1.0)
+    assert rank_that_keeps(AdapterWeights({"a": module}), nn.ModuleDict({"a": layer}), share) == rank
+    nothing = {**module, UP: torch.zeros(3, 3)}
+    assert rank_that_keeps(AdapterWeights({"a": nothing}), nn.ModuleDict({"a": layer}), share) == 1

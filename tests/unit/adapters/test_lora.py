@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -11,12 +13,15 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from simpletuner.adapters.base import MatchCount
+from simpletuner.adapters.dora import DoraLinear
 from simpletuner.adapters.files import apply_adapter_file, check_saved_adapter
 from simpletuner.adapters.formats import encode
-from simpletuner.adapters.lora import LoraAdapter, LoraSettings, attach_lora
+from simpletuner.adapters.lora import LoraAdapter, LoraSettings, _inject, attach_lora
+from simpletuner.adapters.lora_init import start_factors
 from simpletuner.adapters.reading import read_adapter
-from simpletuner.adapters.weights import DOWN, UP, scale_of
+from simpletuner.adapters.weights import ALPHA, DOWN, UP, AdapterWeights, alpha_tensor, scale_of
 from simpletuner.errors import ConfigError, DataError
+from simpletuner.families.spec import FamilySpec
 from simpletuner.models.omnigen.spec import OMNIGEN
 from simpletuner.storage import save_tensors
 from tests.tiny import tiny_omnigen_transformer
@@ -309,3 +314,115 @@ def test_a_frozen_start_is_not_dropped(init: str) -> None:
     layer = denoiser.layers[0].self_attn.to_q
     assert isinstance(layer.lora_dropout["default"], torch.nn.Dropout)
     assert isinstance(layer.lora_dropout["start"], torch.nn.Identity)
+
+
+def test_an_adapter_comes_back_after_an_error_while_it_was_off_or_weak() -> None:
+    denoiser, adapter = attach()
+    perturb(adapter.trainable_parameters())
+    whole = run_stock(denoiser)
+
+    def fail(inside: AbstractContextManager[None]) -> None:
+        with inside:
+            assert not torch.equal(run_stock(denoiser), whole)
+            raise RuntimeError("inside")
+
+    for inside in (adapter.disabled(), adapter.scaled(0.5)):
+        with pytest.raises(RuntimeError, match="inside"):
+            fail(inside)
+        assert torch.equal(run_stock(denoiser), whole)
+
+
+def test_weights_that_were_taken_do_not_change_with_the_live_ones() -> None:
+    _, adapter = attach(use_dora=True)
+    kept = adapter.weights().modules["layers.0.self_attn.to_q"]
+    before = {name: tensor.clone() for name, tensor in kept.items()}
+    perturb(adapter.trainable_parameters())
+    assert all(torch.equal(kept[name], before[name]) for name in before)
+
+
+def test_magnitudes_belong_to_the_adapter() -> None:
+    _, adapter = attach(use_dora=True)
+    own = {id(parameter) for parameter in adapter.all_parameters()}
+    assert own == {id(parameter) for parameter in adapter.trainable_parameters().values()}
+    assert len(own) == 3 * 8
+
+
+def test_a_dora_computes_by_the_form_that_keeps_little() -> None:
+    _, adapter = attach(use_dora=True, targets=("layers.*.to_q", "patch_embedding.output_image_proj"))
+    kinds = {path: type(layer.lora_variant["default"]) for path, layer in adapter.layers.items()}
+    assert kinds.pop("patch_embedding.output_image_proj") is not DoraLinear
+    assert set(kinds.values()) == {DoraLinear}
+
+
+@pytest.mark.parametrize("file_format", FORMATS)
+def test_settings_of_peft_stand_in_diffusers_files_alone_and_given_metadata_wins(file_format, tmp_path: Path) -> None:
+    _, adapter = attach(file_format=file_format)
+    adapter.save(tmp_path / "a.safetensors", {"modelspec.title": "mine"})
+    with safe_open(tmp_path / "a.safetensors", framework="pt") as file:
+        metadata = file.metadata()
+    assert ("lora_adapter_metadata" in metadata) == (file_format == "diffusers")
+    assert metadata["modelspec.title"] == "mine"
+
+
+def test_a_start_of_a_smaller_rank_leaves_nothing_of_the_first_weights(tmp_path: Path) -> None:
+    """An orthogonal start has an `up` that is not zero."""
+    adapter, output = trained(rank=2)
+    denoiser, other = attach(rank=4, init="orthogonal")
+    assert other.start_from(adapter.weights(), "a.safetensors") == []
+    with torch.no_grad():
+        torch.testing.assert_close(run_stock(denoiser.eval()), output, rtol=0, atol=1e-5)
+
+
+def test_the_largest_rank_of_a_file_is_the_one_that_has_to_fit() -> None:
+    def lora(rank: int) -> dict[str, torch.Tensor]:
+        return {DOWN: torch.ones(rank, 32), UP: torch.ones(32, rank), ALPHA: alpha_tensor(rank)}
+
+    modules = {f"layers.0.self_attn.to_{name}": lora(rank) for name, rank in (("q", 2), ("k", 8), ("v", 3))}
+    with pytest.raises(DataError) as caught:
+        attach()[1].start_from(AdapterWeights(modules), "a.safetensors")
+    assert "has rank 8, and lora_rank is 4" in caught.value.render()
+    assert len(attach(rank=8)[1].start_from(AdapterWeights(modules), "a.safetensors")) == 5
+    with pytest.raises(DataError, match="holds loha, and standard LoRA is trained"):
+        attach()[1].start_from(AdapterWeights({"layers.0": {"hada_w1_a": torch.ones(1)}}), "a.safetensors")
+
+
+def test_an_adapter_whose_layer_ignores_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peft.tuners.lora.layer.Linear, "forward", lambda self, x, *_, **__: self.base_layer(x))
+    with pytest.raises(ConfigError, match="changes nothing"):
+        attach()
+
+
+def test_a_start_from_the_base_needs_a_matrix_that_has_values() -> None:
+    with pytest.raises(ConfigError, match="pissa decomposes the weight of patch_embedding"):
+        attach(init="pissa", targets=("patch_embedding.output_image_proj",))
+    denoiser = tiny_omnigen_transformer().to("meta")
+    counted = attach_lora(denoiser, LoraSettings(rank=4, init="pissa"), OMNIGEN, torch.float32, 1)
+    assert {name: p.shape for name, p in counted.trainable_parameters().items()} == {
+        name: p.shape for name, p in attach(init="pissa")[1].trainable_parameters().items()
+    }
+
+
+def test_other_programs_are_named_by_what_the_file_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FamilySpec, "read_by", lambda self, form, kind, paths: f"{form} {kind} {len(paths)}")
+    told = [attach(use_dora=use_dora, file_format="kohya")[1].read_by() for use_dora in (False, True)]
+    assert told == ["kohya lora 8", "kohya dora 8"]
+
+
+def test_factors_that_start_from_the_base_are_roots_of_singular_values_and_columns_of_q() -> None:
+    """diag(8, 2): with the scale 2 both factors get the root of half of the largest singular value."""
+    weight = torch.diag(torch.tensor([2.0, 8.0]))
+    for init in ("pissa", "pissa_niter_16"):
+        down, up = start_factors(weight, 1, 2.0, init)
+        torch.testing.assert_close(down.abs(), torch.tensor([[0.0, 2.0]]), rtol=0, atol=1e-5)
+        torch.testing.assert_close(2 * up @ down, torch.tensor([[0.0, 0.0], [0.0, 8.0]]), rtol=0, atol=1e-4)
+    down, up = start_factors(weight, 1, 2.0, "olora")
+    assert (down.abs().tolist(), up.abs().tolist()) == ([[2, 0]], [[1], [0]])
+
+
+def test_a_path_is_neither_the_end_of_another_one_nor_a_pattern() -> None:
+    model = torch.nn.Module()
+    model.proj, model.a, model.a_b = torch.nn.Linear(2, 2), torch.nn.Module(), torch.nn.Linear(2, 2)
+    model.a.proj, model.a.b = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    _inject(model, ["proj", "a.b"], LoraSettings(rank=1), "default")
+    assert [type(layer) is torch.nn.Linear for layer in (model.proj, model.a.b)] == [False, False]
+    assert [type(layer) is torch.nn.Linear for layer in (model.a.proj, model.a_b)] == [True, True]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from simpletuner.adapters.lora import LoraSettings, attach_lora
-from simpletuner.adapters.metadata import run_metadata
+from simpletuner.adapters.metadata import adapter_metadata, is_of_first_version, run_metadata
+from simpletuner.adapters.weights import DOWN, UP, AdapterWeights
 from simpletuner.families.registry import get_family_class, get_spec
 from simpletuner.models.components import ModelSource
 from simpletuner.models.family import ModelFamily
@@ -94,3 +97,93 @@ def test_the_resolution_is_width_and_height_in_pixels(config: dict[str, Any], re
 def test_every_adapter_file_says_which_version_of_its_layout_it_has(tmp_path: Path) -> None:
     family = family_in(tiny_sdxl_folder(tmp_path / "model"), "sdxl")
     assert written(family, tmp_path / "a.safetensors")["simpletuner_file_version"] == "2"
+
+
+LOCK: dict[str, Any] = {
+    "simpletuner": "1.2.3",
+    "config": {
+        "model_family": "sdxl",
+        "learning_rate": 1e-4,
+        "lr_warmup_steps": 0,
+        "seed": 42,
+        "train_batch_size": 3,
+        "gradient_accumulation_steps": 2,
+        "caption_dropout_probability": 0.25,
+        "mixed_precision": None,
+    },
+    "base": {"files": {"unet": "ab"}},
+    "data": {"cats": {"fingerprint": "f1", "pictures": 5}, "dogs": {"fingerprint": "f2", "pictures": 7}},
+}
+
+
+def test_a_file_says_by_which_settings_and_images_it_was_made() -> None:
+    found = run_metadata(LOCK, 12)
+    own = json.loads(found.pop("simpletuner"))
+    assert found == {
+        "ss_learning_rate": "0.0001",
+        "ss_lr_warmup_steps": "0",
+        "ss_seed": "42",
+        "ss_batch_size_per_device": "3",
+        "ss_gradient_accumulation_steps": "2",
+        "ss_caption_dropout_rate": "0.25",
+        "ss_num_train_images": "12",
+        "ss_steps": "12",
+        "global_step": "12",
+    }
+    assert (own["version"], own["model_family"], own["step"]) == ("1.2.3", "sdxl", 12)
+    assert own["datasets"] == {"cats": "f1", "dogs": "f2"}
+    assert own["base_model_sha256"] == hashlib.sha256(b'{"unet": "ab"}').hexdigest()
+
+
+def test_where_a_run_was_made_leaves_its_digest_as_it_is_and_how_does_not() -> None:
+    def digest(**options: Any) -> str:
+        changed = {**LOCK, "config": {**LOCK["config"], **options}}
+        return json.loads(run_metadata(changed, 1)["simpletuner"])["config_sha256"]
+
+    plain = digest()
+    assert {digest(pretrained_model_name_or_path="elsewhere"), digest(output_dir="x"), digest(report_to="wandb")} == {
+        plain
+    }
+    assert digest(learning_rate=2e-4) != plain
+
+
+@pytest.mark.parametrize(
+    ("metadata", "is_first"),
+    [
+        ({"simpletuner": "{}"}, True),
+        ({"simpletuner": "{}", "simpletuner_file_version": "2"}, False),
+        (
+            {"modelspec.title": "TITLE lora", "modelspec.implementation": "https://github.com/huggingface/diffusers"},
+            True,
+        ),
+        (
+            {"modelspec.title": "TITLE lora", "modelspec.implementation": "https://github.com/kohya-ss/sd-scripts"},
+            False,
+        ),
+        ({"modelspec.title": "cat", "modelspec.implementation": "https://github.com/huggingface/diffusers"}, False),
+        ({}, False),
+    ],
+    ids=str,
+)
+def test_files_of_the_first_version_are_known_by_what_this_program_wrote(
+    metadata: dict[str, str], is_first: bool
+) -> None:
+    spec = get_spec("sd3")
+    given = {key: value.replace("TITLE", spec.title) for key, value in metadata.items()}
+    assert is_of_first_version(given, spec) is is_first
+
+
+def test_the_header_of_a_lycoris_file_names_its_algorithm_and_settings() -> None:
+    spec = get_spec("sdxl")
+    lycoris = {"algo": "lokr", "linear_dim": 8, "linear_alpha": 4, "factor": 16, "apply_preset": {"target_name": []}}
+    modules = {"a": {"lokr_w1": torch.ones(1, 1)}}
+    found = adapter_metadata(AdapterWeights(modules, lycoris=lycoris), spec)
+    assert found["ss_network_module"] == "lycoris.kohya"
+    assert json.loads(found["ss_network_args"]) == {"algo": "lokr", "linear_dim": 8, "linear_alpha": 4, "factor": 16}
+    assert (found["ss_network_dim"], found["ss_network_alpha"]) == ("8", "4")
+    assert found["modelspec.architecture"] == f"{spec.keys.architecture}/lycoris"
+    assert found["modelspec.title"] == f"{spec.title} lokr"
+    plain = adapter_metadata(AdapterWeights({"a": {UP: torch.ones(1, 1), DOWN: torch.ones(1, 1)}}), spec)
+    assert plain["ss_network_module"] == spec.keys.kohya_network
+    assert plain["ss_base_model_version"] == spec.keys.base_model_version
+    assert "ss_network_args" not in plain

@@ -25,6 +25,7 @@ from simpletuner.adapters.weights import (
     swap_halves,
     with_unit_scale,
 )
+from simpletuner.errors import ConfigError
 from simpletuner.models.omnigen.spec import OMNIGEN
 
 
@@ -161,3 +162,63 @@ def test_only_ranks_that_differ_are_exceptions_for_peft():
     assert (found["transformer.r"], found["transformer.lora_alpha"]) == (4, 4)
     assert found["transformer.rank_pattern"] == found["transformer.alpha_pattern"] == {"^b.q": 2}
     assert found["transformer.target_modules"] == ["a.k", "a.q", "b.q"]
+
+
+PLAIN = {UP: matrix([1.0]), DOWN: matrix([1.0])}
+
+
+@pytest.mark.parametrize(
+    ("modules", "kind"),
+    [
+        ([PLAIN], "lora"),
+        ([PLAIN, PLAIN | {DORA: matrix([1.0])}], "dora"),
+        ([{"lokr_w1": matrix([1.0])}, {"lokr_w1_a": matrix([1.0])}], "lokr"),
+        ([{"lokr_w1": matrix([1.0]), DORA: matrix([1.0])}], "other"),
+        ([{"hada_w1_a": matrix([1.0])}], "loha"),
+        ([{"hada_w1_a": matrix([1.0])}, PLAIN], "other"),
+        ([{"diff": matrix([1.0])}], "other"),
+    ],
+    ids=str,
+)
+def test_readers_are_told_the_one_kind_that_all_layers_have(modules, kind: str):
+    assert AdapterWeights(dict(enumerate(modules))).kind == kind
+
+
+def test_the_format_of_a_file_is_that_of_its_weights_and_not_of_alpha():
+    half = {ALPHA: alpha_tensor(1), "on_input": torch.tensor(True), "weight": matrix([1.0]).bfloat16()}
+    assert AdapterWeights({"a": half}).dtype == torch.bfloat16
+    assert AdapterWeights({"a": half, "b": PLAIN | {DOWN: torch.ones(3, 1)}}).ranks == {3}
+
+
+def test_joined_layers_of_two_formats_keep_the_wider_one_and_their_norms():
+    narrow = {UP: matrix([1.0]).bfloat16(), DOWN: matrix([1.0]).bfloat16(), DORA: matrix([2.0])}
+    wide = {UP: matrix([1 + 2**-12]), DOWN: matrix([1.0]), DORA: matrix([3.0])}
+    fused = fuse_loras([(1, narrow), (1, wide)])
+    assert fused[UP].tolist() == [[1, 0], [0, 1 + 2**-12]]
+    assert fused[DORA].tolist() == [[2], [3]]
+    assert [piece[DORA].tolist() for piece in split_lora(fused, [1, 1])] == [[[2]], [[3]]]
+    with pytest.raises(ConfigError, match="some are weight-decomposed and others are not"):
+        fuse_loras([(1, narrow), (1, PLAIN)])
+
+
+def test_convolutions_are_joined_and_taken_apart_along_their_channels():
+    """`up` of a convolution is (out, rank, 1, 1), `down` has the kernel."""
+    first = {UP: torch.ones(2, 1, 1, 1), DOWN: torch.full((1, 3, 2, 2), 5.0)}
+    second = {UP: torch.full((1, 2, 1, 1), 7.0), DOWN: torch.full((2, 3, 2, 2), 6.0)}
+    fused = fuse_loras([(2, first), (1, second)])
+    assert (fused[UP].shape, fused[DOWN].shape) == ((3, 3, 1, 1), (3, 3, 2, 2))
+    assert fused[UP][:, :, 0, 0].tolist() == [[1, 0, 0], [1, 0, 0], [0, 7, 7]]
+    pieces = split_lora(fused, [2, 1])
+    assert [piece[DOWN][:, 0, 0, 0].tolist() for piece in pieces] == [[5], [6, 6]]
+
+
+def test_a_layer_that_a_joined_lora_does_not_touch_gets_one_rank_of_zeros():
+    fused = fuse_loras([(1, {}), (1, PLAIN | {ALPHA: alpha_tensor(0.5)})])
+    untouched, touched = split_lora(fused, [1, 1])
+    assert (untouched[UP].tolist(), float(untouched[ALPHA])) == ([[0]], 0.5)
+    assert (touched[UP].tolist(), float(touched[ALPHA])) == ([[1]], 0.5)
+
+
+def test_norms_of_half_precision_are_measured_in_float32():
+    """0.1 is 0.10009765625 in bfloat16, whose sum of 300 squares would be rounded to 8 bits."""
+    assert row_norms(torch.full((1, 300), 0.1).bfloat16()).item() == pytest.approx(0.10009765625 * 300**0.5, rel=1e-6)
