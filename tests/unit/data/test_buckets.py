@@ -188,3 +188,37 @@ def test_the_side_that_grows_most_decides_whether_an_image_may_grow() -> None:
 def test_an_aspect_is_chosen_up_to_its_share_and_never_without_a_weight(uniform: float, chosen: float) -> None:
     """Weights of 0, 1 and 3."""
     assert _weighted_choice(((0.5, 0.0), (1.0, 1.0), (2.0, 3.0)), uniform) == chosen
+
+
+def test_aspects_are_rounded_half_up_to_the_decimals_of_the_rules_and_never_to_nothing() -> None:
+    kept = replace(SQUARE_512, crop=False)
+    assert choose_aspect(800, 100, kept) == 0.13  # 0.125; to even it would be 0.12
+    assert choose_aspect(768, 1024, replace(kept, aspect_decimals=1)) == 1.3
+    assert choose_aspect(1000, 1, kept) == 0.01
+    assert choose_aspect(768, 1024, replace(SQUARE_512, crop_aspect="preserve")) == 1.33
+
+
+def test_an_image_of_exactly_the_largest_size_is_not_reduced_to_the_target() -> None:
+    rules = replace(SQUARE_512, maximum_size=1024, target_size=768)
+    assert plan_crop(1024, 1024, rules) == Crop(512, 512, 0, 0, 512, 512)
+    assert plan_crop(2048, 2048, replace(rules, crop=False)) == Crop(512, 512, 0, 0, 512, 512)
+
+
+def test_what_is_not_enlarged_has_no_limit_of_growth() -> None:
+    rules = replace(OWN_SIZE, max_upscale=0.01)
+    assert aspect_choices(10, 20, rules) == ((2.0, 1.0),)
+    assert aspect_choices(10, 20, replace(rules, enlarges=True)) == ()
+
+
+def test_only_aspects_that_need_little_growth_are_chosen_from() -> None:
+    """512 x 512 covers a square of 512; 384 x 704 and 704 x 384 want 704 pixels of it."""
+    buckets = ((0.5, 1.0), (1.0, 2.0), (2.0, 1.0))
+    rules = replace(SQUARE_512, crop_aspect="closest", aspect_buckets=buckets)
+    assert aspect_choices(512, 512, rules) == buckets
+    assert aspect_choices(512, 512, replace(rules, max_upscale=0.3)) == ((1.0, 2.0),)
+    assert aspect_choices(512, 512, replace(rules, max_upscale=0.375)) == buckets
+
+
+def test_content_decides_only_where_something_is_drawn() -> None:
+    drawn = [{"crop_aspect": "random"}, {"crop_style": "random"}, {"crop_style": "random", "crop": False}, {}]
+    assert [replace(SQUARE_512, **keys).needs_content for keys in drawn] == [True, True, False, False]

@@ -220,3 +220,35 @@ def test_a_stream_keeps_its_order_over_many_segments() -> None:
     places = [mix.at(position) for position in range(mix.total)]
     for stream, count in enumerate(counts):
         assert [item for found, item in places if found == stream] == list(range(count))
+
+
+def test_datasets_and_sizes_are_mixed_anew_in_each_epoch_and_each_round() -> None:
+    sampler = Sampler([Fake("a", {(64, 64): 20, (48, 80): 20}), Fake("b", {(64, 64): 40})], 1, seed=1)
+    epochs = [epoch_of(sampler, epoch) for epoch in range(3)]
+    assert len({tuple(plan.dataset_id for plan in plans) for plans in epochs}) == 3
+    assert len({tuple(plan.size for plan in plans if plan.dataset_id == "a") for plans in epochs}) == 3
+
+
+@pytest.mark.parametrize("with_replacement", [False, True])
+def test_each_dataset_and_each_size_has_an_order_of_its_own(with_replacement: bool) -> None:
+    sizes = {(64, 64): 40, (48, 80): 40}
+    datasets = [Fake(name, sizes, with_replacement=with_replacement) for name in ("a", "b")]
+    plans = epoch_of(Sampler(datasets, 40, seed=1))
+    orders = {tuple(index % 40 for index in plan.sample_indices) for plan in plans}
+    assert len(plans) == len(orders) == 4
+
+
+def test_filling_of_drawn_batches_does_not_count() -> None:
+    sampler = Sampler([Fake("a", {(64, 64): 5}, with_replacement=True)], 3, seed=1)
+    for plan in epoch_of(sampler, pad_to=4):
+        assert (len(plan.sample_indices), plan.num_real) == (4, 3)
+    assert sampler.batches_in(0) == 2
+
+
+def test_an_epoch_without_a_batch_is_over_at_once() -> None:
+    sampler = Sampler([Fake("a", {(64, 64): 1}, schedule=Schedule(0.25))], 1, seed=1)
+    assert [sampler.batches_in(epoch) for epoch in range(4)] == [0, 0, 0, 1]
+    assert sampler.epochs_at(1, 0) == 1
+    assert sampler.after(3, 0) == (4, 0)
+    with pytest.raises(ValueError, match="at least 1"):
+        Sampler([], 0, seed=1)
