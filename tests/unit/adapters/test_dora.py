@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from simpletuner.activation_memory import recompute
-from simpletuner.adapters.dora import _row_scale, use_own_dora
+from simpletuner.adapters.dora import _magnitude_scale, use_own_dora
 
 RANK, TOKENS, WIDTH, OUT = 3, 7, 10, 12
 
@@ -105,9 +105,9 @@ def test_a_compiler_can_follow_it_as_a_whole() -> None:
 
 def test_lengths_under_autocast_are_those_of_float32() -> None:
     _, ours = dora(bias=True)
-    expected = _row_scale(ours, "default")
+    expected = _magnitude_scale(ours, "default")
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(_row_scale(ours, "default"), expected)
+        assert torch.equal(_magnitude_scale(ours, "default"), expected)
     weight, down, up = (each.weight for each in (ours.base_layer, ours.lora_A["default"], ours.lora_B["default"]))
     length = (weight + 5 / RANK * up @ down).norm(dim=1)
     torch.testing.assert_close(expected, ours.lora_magnitude_vector["default"].weight / length, rtol=1e-5, atol=0)
