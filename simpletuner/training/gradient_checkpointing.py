@@ -235,7 +235,8 @@ class _OffloadedTensor:
     def __init__(self, tensor: Tensor):
         # What a recomputation saves depends on whether its inputs ask for gradients.
         self.device, self.requires_grad = tensor.device, tensor.requires_grad
-        self.copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.device.type == "cuda")
+        # So it does on their strides: a product of transposed inputs is another kernel, which keeps other tensors.
+        self.copy = torch.empty_like(tensor, device="cpu", requires_grad=False, pin_memory=self.device.type == "cuda")
         self.coming: Tensor | None = None
         self.mark: Any = None
 

@@ -152,7 +152,7 @@ def test_a_block_that_is_not_recomputed_fetches_its_weights_again() -> None:
         torch.testing.assert_close(ours, plain, rtol=0, atol=0)
 
 
-def test_parked_inputs_leave_beside_the_computation_two_at_a_time_and_come_back_in_advance() -> None:
+def test_offloaded_inputs_leave_beside_the_computation_two_at_a_time_and_come_back_in_advance() -> None:
     for seed in range(20):
         streams = FakeStreams()
         offloading = Offloading(CPU, streams)
@@ -168,6 +168,16 @@ def test_parked_inputs_leave_beside_the_computation_two_at_a_time_and_come_back_
             streams.run(partial(note, seen, index, {"weight": back}))
         streams.advance(seed)
         assert seen == [(index, [index]) for index in (4, 3, 2, 1, 0)]
+
+
+def test_inputs_come_back_from_main_memory_with_their_strides() -> None:
+    """The product of a transposed input, as in Sana, keeps other tensors than that of a contiguous one."""
+    torch.manual_seed(0)
+    block, x = nn.Linear(4, 4, bias=False).requires_grad_(False), torch.randn(2, 4, 3, requires_grad=True)
+    recomputing = GradientCheckpointing(CPU, offloads_inputs=True)
+    recomputing(block, x.transpose(1, 2)).square().sum().backward()
+    assert x.grad is not None
+    torch.testing.assert_close(x.grad.mT, 2 * x.detach().mT @ block.weight.T @ block.weight)
 
 
 def test_checkpoint_is_given_a_tensor_by_which_it_knows_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
