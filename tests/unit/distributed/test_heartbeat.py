@@ -8,6 +8,7 @@ import signal
 import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 
 import pytest
 import torch.distributed.fsdp  # noqa: F401 - imported once, and not in each process
@@ -126,15 +127,15 @@ def test_a_store_that_does_not_answer_is_the_loss_of_its_keeper_who_does_not_los
 
 
 def silent_for(seconds: float, **options) -> heartbeat.Heartbeat:
-    """Process 1 of 3, of which process 2 has given no sign for so long."""
+    """Process 1 of 3, of which process 2 has given no sign for so long, where the clock stands at 1000."""
     beat = heartbeat.Heartbeat(1, 3, **{"limit": 60.0} | options)
-    now = time.monotonic()
-    beat._answered, beat._seen = now, {0: (b"7", now), 2: (b"7", now - seconds)}
+    beat._answered, beat._seen = 1000.0, {0: (b"7", 1000.0), 2: (b"7", 1000.0 - seconds)}
     return beat
 
 
 def test_who_is_asked_to_stop_waits_for_a_silent_one_shorter_than_others_do(monkeypatch):
     monkeypatch.setattr(heartbeat, "QUIET_SECONDS", 10.0)
+    monkeypatch.setattr(heartbeat, "time", SimpleNamespace(monotonic=lambda: 1000.0))
     error = Interrupted("stopped", 143)
     silent_for(30).check()
     with pytest.raises(heartbeat.PeerLost, match="process 2 of 3 has not responded for 1 minutes; process 1 waited"):

@@ -55,11 +55,11 @@ def test_the_launcher_passes_a_hang_up_on_and_waits_for_the_save():
 
 def test_a_second_interrupt_ends_the_program_at_once_and_no_other_signal_does():
     with StopRequest() as stop:
-        os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGTERM)
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGTERM)
         assert stop.received == signal.SIGTERM
         with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
         assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
 
 
