@@ -308,6 +308,8 @@ def test_another_run_s_checkpoints_are_listed_with_their_best_one_and_are_no_cho
     with pytest.raises(ConfigError, match="other runs only: checkpoint-1, checkpoint-2, checkpoint-best"):
         checkpoints.choose("latest")
     assert checkpoints.choose("") == (None, [])
+    own = Checkpoints(tmp_path, None)
+    assert (own.others(), own.best()) == ([], tmp_path / "checkpoint-best")
 
 
 def test_a_name_means_the_output_folder_first_and_a_path_that_path(tmp_path, monkeypatch):

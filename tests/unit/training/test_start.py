@@ -58,6 +58,7 @@ def test_the_checkpoint_of_another_folder_begins_a_run_of_its_own_at_its_step(tm
     assert (start.resume_from, start.step, start.is_own, start.moves) == (path, 2, False, True)
     assert start.notices == (f"starts from the checkpoint of another run: {path}",)
     assert start.history.run_id != trained.session.checkpoints.history.run_id
+    assert [branch.after_step for branch in start.history.branches] == [2]
     assert planned(tmp_path, "latest", other).step == 0
 
 
