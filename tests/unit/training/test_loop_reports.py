@@ -325,3 +325,20 @@ def test_perturbation_comes_on_top_of_the_offset_and_both_follow_their_step(tmp_
         assert torch.equal(perturbed, plain) is (number >= 4)
     offsets = {round(float((moved - plain)[0]), 3) for plain, moved in zip(*seen[:2], strict=True)}
     assert len(offsets) == 6  # one for each step and slot
+
+
+def test_a_step_that_is_taken_again_is_named_with_its_reason(tmp_path):
+    run, recorder = toy_run(tmp_path, ONE, max_train_steps=2)
+    run.model.gradient_checkpointing = SimpleNamespace(recompute_more=lambda: True, after_step=lambda: ())
+    predict, calls = run.model.family.predict, []
+
+    def short_in_the_second_step(*given):
+        calls.append(given)
+        if len(calls) == 2:
+            raise MemoryError("not enough\nand more")
+        return predict(*given)
+
+    run.model.family.predict = short_in_the_second_step
+    run_training(run)
+    [notice] = recorder.of(Notice)
+    assert notice.text == "step 2 is taken again with more blocks recomputed: not enough"
