@@ -11,7 +11,7 @@ from PIL import Image
 
 from simpletuner import storage
 from simpletuner.disk import DiskError
-from simpletuner.reporting.charts import nice_ticks, smoothed
+from simpletuner.reporting.charts import Axes, Series, nice_ticks, number_text, smoothed, thinned
 from simpletuner.reporting.events import EvalDone, RunStarted
 from simpletuner.reporting.loss_plot import EVAL, plot_loss, read_curves
 from simpletuner.reporting.sinks.jsonl import JsonlSink
@@ -101,3 +101,44 @@ def test_ticks_are_round_and_inside():
     assert nice_ticks(0.13, 1.04, 6) == [0.2, 0.4, 0.6, 0.8, 1.0]
     assert nice_ticks(0, 400, 8) == [0, 50, 100, 150, 200, 250, 300, 350, 400]
     assert nice_ticks(3, 3, 5) == [3]
+
+
+def test_smoothing_forgets_a_thirtieth_of_the_run_and_begins_with_the_first_value():
+    """Of 60 points each counts half: 8, (4 + 8/4) / 3/4, ..."""
+    points = [(1.0, 8.0), (2.0, 4.0), (3.0, 0.0), *((float(step), 0.0) for step in range(4, 61))]
+    values = [value for _, value in smoothed(points)]
+    assert values[:3] == pytest.approx([8, (0.25 * 8 + 0.5 * 4) / 0.75, (0.125 * 8 + 0.25 * 4) / 0.875])
+    assert smoothed(points[:3]) == points[:3]  # short runs are shown as they are
+
+
+def test_thinned_curves_keep_every_peak_in_its_place():
+    points = [(float(step), 0.0) for step in range(1000)]
+    points[501], points[502] = (501.0, 9.0), (502.0, -9.0)
+    kept = thinned(points, 100)
+    assert {(501.0, 9.0), (502.0, -9.0)} <= set(kept)
+    assert kept == sorted(kept)
+    assert len(kept) <= 100
+    assert thinned(points[:100], 100) == points[:100]
+
+
+def test_a_chart_has_room_around_its_curves_and_outliers_of_noise_touch_the_edge():
+    """Without a 50th of the noisy points at either end; 6 % of the span above, and never below zero."""
+    noise = Series("", [(float(step), 1.0) for step in range(98)] + [(98.0, 50.0), (99.0, 0.5)], style="faint")
+    axes = Axes.around([noise, Series("a", [(10.0, 2.0), (20.0, 3.0)])], (200, 100), False)
+    assert (axes.left, axes.right) == (0, 99)
+    assert (axes.low, axes.high) == pytest.approx((1 - 0.12, 3.12))
+    assert (axes.x(0), axes.x(99)) == (58, 200 - 14)
+    assert (axes.y(axes.low), axes.y(axes.high), axes.y(50.0)) == pytest.approx((100 - 30, 14, 14))
+    flat = Axes.around([Series("a", [(1.0, 0.0), (2.0, 0.02)])], (200, 100), False)
+    assert flat.low == 0
+    decades = Axes.around([Series("a", [(1.0, 1e-4), (2.0, 1e-2)])], (200, 100), True)
+    assert (decades.low, decades.high) == pytest.approx((-4.12, -1.88))
+    assert decades.y(1e-3) == pytest.approx((14 + 70) / 2)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(12000.0, "12,000"), (0.0321, "0.0321"), (4e-5, "4e-05"), (0.0, "0"), (-2.5, "-2.5"), (1e9, "1e+09")],
+)
+def test_numbers_on_axes_are_short(value: float, text: str):
+    assert number_text(value) == text

@@ -17,7 +17,7 @@ from simpletuner.reporting.events import (
     RunStarted,
     StepDone,
 )
-from simpletuner.reporting.progress import Pace, clock_text, duration_text
+from simpletuner.reporting.progress import Pace, clock_text, duration_text, number_text, step_facts
 from simpletuner.reporting.sinks.terminal import LiveSink, PlainSink, describe, terminal_sink
 from tests.events import step_done
 
@@ -214,3 +214,12 @@ def test_control_characters_of_a_user_never_reach_the_terminal() -> None:
     assert shown.count("\n") == 4
     assert not [letter for letter in shown if letter != "\n" and not letter.isprintable()]
     assert "a\\x1b]0;title\\x07" in shown
+
+
+def test_a_short_line_has_the_loss_the_pace_and_the_time_left():
+    pace = Pace()
+    pace.add(2.0, 10.0)
+    event = step_done(3, loss=0.25, grad_norm=1.5, memory_gb=6.25)
+    assert step_facts(event, pace, is_short=True) == "loss 0.2500  2 s/step  14 s left"
+    assert step_facts(event, pace) == "loss 0.2500  lr 1.00e-04  grad 1.5  2 s/step  14 s left  6.2 GB"
+    assert [number_text(index) for index in (0, 1)] == ["", ", no. 2"]
