@@ -106,6 +106,7 @@ def test_what_is_missing_and_its_room_by_hand(cache, tmp_path):
     assert (need.num_entries, need.num_missing, need.bytes_missing) == (3, 2, 2 * 512)
     other = LatentCache(TensorStore(tmp_path / "other"), cache.family, "fingerprint")
     rest = ImageInput(2)
+    del rest.samples[0]
     other.fill(rest, tiny_vae, batch_size=1)
     need = cache.need(images.samples, [other.store])
     assert (need.num_missing, need.bytes_missing) == (1, 512)

@@ -108,7 +108,7 @@ Reader = Callable[[Any], Any]
 def test_what_is_written_means(read: Reader, written: Any, value: Any) -> None:
     found = read(written)
     assert found == value
-    assert type(found) is type(value)
+    assert repr(found) == repr(value)  # 3 is no 3.0
 
 
 @pytest.mark.parametrize(
@@ -171,7 +171,15 @@ def test_a_file_of_edits_has_one_on_each_line_or_is_a_list(tmp_path: Path) -> No
 
 def test_patterns_of_modules_meet_where_one_path_fits_both() -> None:
     names = ["*attn.to_q", "blocks.*.ff"]
-    fitting = ["*to_q", "mid_block.attn.to_q", "up_blocks.1.attn.*", "blocks.12.ff", "blocks.?.ff", "blocks.[0-3].ff"]
+    fitting = [
+        "*to_q",
+        "mid_block.attn.to_q",
+        "mid_block.attn.to_?",
+        "up_blocks.1.attn.*",
+        "blocks.12.ff",
+        "blocks.?.ff",
+        "blocks.[0-3].ff",
+    ]
     assert all(may_match(pattern, names) for pattern in fitting)
     others = ["attn.to_q", "*to_k", "blocks.12.f", "blocks.ff", "side_block.attn.to_q"]
     assert not any(may_match(pattern, names) for pattern in others)

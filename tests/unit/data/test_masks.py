@@ -325,8 +325,10 @@ def test_a_mask_may_be_off_by_one_pixel_or_by_a_fiftieth_of_its_height() -> None
 
 
 def test_masks_of_crops_that_move_are_looked_at_whole(folders, tmp_path: Path) -> None:
-    """Of 64 x 100 only the last column is left, which no turned mask would show."""
-    blacken(folders, "a_1.png", columns=slice(0, 99))
+    """Of 64 x 100 only the last row is left, which no turned mask would show."""
+    last_row = np.zeros((64, 100), np.uint8)
+    last_row[-1] = 255
+    save(folders[1] / "sub/a_1.png", last_row)
     moving = {"crop_style": "random", "vae_cache_clear_each_epoch": True}
     assert build(folders, tmp_path, **moving).filter_report.warnings == ()
     blacken(folders, "a_1.png")
@@ -349,3 +351,9 @@ def test_16_bit_white_counts_whole_and_nothing_counts_more(tmp_path: Path, value
     path = tmp_path / "mask.tiff"
     image.save(path)
     assert load_mask(path.read_bytes(), WHOLE)[0, 0, 0].item() == pytest.approx(weight, abs=1e-7)
+
+
+def test_what_is_brighter_than_white_counts_as_white_beside_black(tmp_path: Path) -> None:
+    path = tmp_path / "mask.tiff"
+    Image.fromarray(np.array([[100_000, 0]], np.int32)).save(path)
+    assert load_mask(path.read_bytes(), Crop(1, 1, 0, 0, 1, 1)).item() == pytest.approx(0.5)

@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from simpletuner.batch import Crop, Sample
 from simpletuner.config.datasets import ImageDataset
-from simpletuner.data.tiles import choose_images, enlargement, mask_image, size_note, spread
+from simpletuner.data.tiles import Tile, choose_images, enlargement, mask_image, size_note, spread
 from simpletuner.models.omnigen.spec import OMNIGEN
 from tests.unit.data.images import build_datasets, options, write_image
 
@@ -32,7 +33,8 @@ def test_the_note_says_width_by_height_what_grew_and_what_was_cut_off() -> None:
     # 640 x 480 at half its size is 320 x 240, of which 320 x 192 are left: a fifth is gone.
     assert size_note(sample(640, 480, Crop(240, 320, 24, 0, 192, 320))) == "640x480 > 320x192, 20 % cut off"
     assert size_note(sample(640, 480, Crop(240, 320, 0, 0, 240, 320))) == "640x480 > 320x240"
-    # One line of 240 is less than a percent.
+    # Twelve lines of 240 are a twentieth, and one is less than a percent.
+    assert size_note(sample(640, 480, Crop(240, 320, 6, 0, 228, 320))) == "640x480 > 320x228, 5 % cut off"
     assert size_note(sample(640, 480, Crop(240, 320, 0, 0, 239, 320))) == "640x480 > 320x239"
     assert size_note(sample(100, 80, Crop(160, 200, 0, 0, 160, 200))) == "100x80 > 200x160, 2.0x larger"
 
@@ -62,3 +64,9 @@ def test_an_image_that_grows_by_more_than_a_twentieth_is_said_to_be_enlarged(tmp
         "a_thing.png",
         (64, 64),
     )
+
+
+def test_references_come_before_their_image_and_its_mask_behind_it() -> None:
+    image, mask, reference = (Image.new("RGB", (side, 8)) for side in (1, 2, 3))
+    assert Tile(image, "a", "a.png", "", False, mask, (reference,)).images == (reference, image, mask)
+    assert Tile(image, "a", "a.png", "", False).images == (image,)

@@ -263,7 +263,7 @@ def test_16_bit_white_is_white_and_each_257_a_level() -> None:
 
 def test_a_profile_keeps_what_is_transparent() -> None:
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
-    data = profile.tobytes().replace(b"sRGB", b"RGBx")  # another name: it is applied
+    data = profile.tobytes().replace(*(name.encode("utf-16-be") for name in ("sRGB", "xRGB")))  # so it is applied
     assert one_color(encode(Image.new("RGBA", (4, 4), (255, 0, 0, 0)), icc_profile=data)) == (255, 255, 255)
 
 
