@@ -7,6 +7,7 @@ from a model folder or the hub.
 
 from __future__ import annotations
 
+import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 # In front of the denoiser's names; a file of the denoiser alone may have none.
 DENOISER_PREFIXES = ("model.diffusion_model.", "diffusion_model.")
+_BLOCK = re.compile(r"(.*?)\.(\d+)\.")  # a list of blocks, and a number in it
 
 
 def is_in_file(path: str, component: Component) -> bool:
@@ -140,7 +142,8 @@ def _denoiser_tensors(
         wanted += [prefix + keys.original(name).name]  # a tensor that a table names, not its module
         key = next((each for each in wanted if each in there), None)
         if key is None:
-            raise _unfit(path, f"it has no {wanted[0]}, which is {name} here")
+            also = "" if wanted[0].lstrip(".") == name else f", which is {name} in diffusers' names"
+            raise _unfit(path, f"it has no {wanted[0].lstrip('.')}{also}")
         left.discard(key)
         if key == wanted[2] or found.parts == (module,):
             tensor = file.get_tensor(key)
@@ -153,10 +156,22 @@ def _denoiser_tensors(
         if key == wanted[3] and tensor.numel() == shape.numel():  # rows of a matrix may stand one after the other there
             tensor = tensor.reshape(shape)
         if tensor.shape != shape:
-            raise _unfit(path, f"{key} has the shape {shape_text(tensor.shape)}, and {name} has {shape_text(shape)}")
+            expected = f"the configuration of the denoiser expects {shape_text(shape)}"
+            raise _unfit(path, f"{key} has the shape {shape_text(tensor.shape)}, and {expected}")
         yield name, tensor.to(dtype)
-    if left and prefix:
+    # Without a prefix, parts that are not the denoiser's may stand beside it: only its own blocks are counted.
+    if not prefix:
+        left = _of_further_blocks(left, there)
+    if left:
         raise _unfit(path, f"{len(left)} tensors belong nowhere, the first is {min(left)}")
+
+
+def _of_further_blocks(left: set[str], there: set[str]) -> set[str]:
+    """Tensors of blocks of which none was taken, in lists of which others were: the file is of a deeper network."""
+    taken = {found.group(1, 2) for key in there - left if (found := _BLOCK.match(key))}
+    lists = {name for name, _ in taken}
+    blocks = {key: found.group(1, 2) for key in left if (found := _BLOCK.match(key))}
+    return {key for key, block in blocks.items() if block[0] in lists and block not in taken}
 
 
 def _load_encoder(path: str, component: Component, cls: Any, dtype: torch.dtype, config_file: Path) -> nn.Module:
@@ -206,7 +221,7 @@ def _opened(path: str) -> Iterator[Any]:
 def _unfit(path: str, what: str) -> DataError:
     return DataError(
         Problem(
-            f"the single file does not serve: {what}",
+            f"the single file cannot be used: {what}",
             key="pretrained_model_name_or_path",
             file=path,
             allowed="a .safetensors file of this family, in the layout of its release or of diffusers",

@@ -91,6 +91,8 @@ def requests_of(wanted: GenerationRequest, family: ModelFamily, say: Callable[[s
     for line in notices:
         say(line)
     if len(wanted.references) > spec.max_references:
+        if not spec.max_references:
+            raise ConfigError(Problem(f"{spec.title} takes no reference images", "--reference", fix="leave it out"))
         message = f"{len(wanted.references)} reference images are too many for {spec.title}"
         raise ConfigError(Problem(message, key="--reference", allowed=f"at most {spec.max_references}"))
     references = read_references(wanted.references, "--reference")

@@ -337,3 +337,30 @@ def test_a_single_file_is_named_once_and_is_one(tmp_path: Path, sdxl: Path):
         )
     with pytest.raises(ConfigError, match=r"is not a \.safetensors file"):
         load_here(run, "--pretrained_transformer_model_name_or_path=b.ckpt")
+
+
+def test_a_file_of_a_deeper_network_is_refused_without_a_prefix_too(tmp_path: Path):
+    """Its first blocks fit: Sana 4.8B in the folder of 1.6B would train a network that nobody made."""
+    folder = TINY_FOLDERS["sana"](tmp_path / "sana")
+    tensors = load_file(folder / "transformer" / "diffusion_pytorch_model.safetensors")
+    last = max(int(name.split(".")[1]) for name in tensors if name.startswith("transformer_blocks."))
+    file = tmp_path / "deeper.safetensors"
+    more = {name.replace(f"s.{last}.", f"s.{last + 1}.", 1): each.clone() for name, each in tensors.items()}
+    beside = {"vae.decoder.0.weight": torch.ones(1), "text_encoders.0.bias": torch.ones(1)}
+    save_file({**tensors, **beside}, file)
+    family_of("sana", ModelSource(str(folder), file=str(file))).load_denoiser()
+    save_file({**tensors, **more, **beside}, file)
+    added = len({*more} - {*tensors})
+    with pytest.raises(DataError) as refusal:
+        family_of("sana", ModelSource(str(folder), file=str(file))).load_denoiser()
+    assert f"{added} tensors belong nowhere, the first is transformer_blocks.{last + 1}." in str(refusal.value)
+
+
+def test_a_tensor_that_a_file_lacks_is_named_once(tmp_path: Path):
+    folder = TINY_FOLDERS["sana"](tmp_path / "sana")
+    file = tmp_path / "less.safetensors"
+    tensors = load_file(folder / "transformer" / "diffusion_pytorch_model.safetensors")
+    save_file({name: each for name, each in tensors.items() if name != "scale_shift_table"}, file)
+    with pytest.raises(DataError) as refusal:
+        family_of("sana", ModelSource(str(folder), file=str(file))).load_denoiser()
+    assert refusal.value.problems[0].message.endswith("it has no scale_shift_table")

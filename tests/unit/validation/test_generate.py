@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +15,7 @@ from PIL import Image
 
 from simpletuner.adapters.lycoris import attach_lycoris
 from simpletuner.config.options.validation import ValidationOptions
-from simpletuner.errors import DataError
+from simpletuner.errors import ConfigError, DataError
 from simpletuner.models.components import ModelSource
 from simpletuner.models.omnigen.family import OmniGen
 from simpletuner.models.omnigen.spec import OMNIGEN
@@ -133,3 +134,11 @@ def test_noise_is_sampled_where_the_options_say(family: OmniGen):
     family.device = torch.device("meta")
     assert noise_device(OPTIONS, family) == "cpu"
     assert noise_device(OPTIONS.model_copy(update={"validation_seed_source": "gpu"}), family) == "meta"
+
+
+def test_a_family_without_references_says_so(omnigen_folder: Path):
+    spec = replace(OMNIGEN, max_references=0)
+    family = OmniGen(spec, ModelSource(str(omnigen_folder)), torch.device("cpu"), torch.float32)
+    with pytest.raises(ConfigError) as refusal:
+        requests_of(replace(GENERATION, references=("cat.png",)), family, print)
+    assert refusal.value.problems[0].message == "OmniGen takes no reference images"
