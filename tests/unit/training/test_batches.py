@@ -344,3 +344,18 @@ def test_an_empty_mask_takes_its_image_out_of_the_weight_of_the_window():
     data = ToyDataset(FIVE, mask_of={"a": 1.0, "b": 0.0, "c": 0.25, "d": 0.0, "e": 1.0})
     window = source_of(data, 5).build_window(0, 0, 0)
     assert (window.weight, window.num_samples) == (3, 5)
+
+
+def test_the_family_is_asked_for_the_dropped_caption_alone_where_files_hold_all_others():
+    """At least one of a hundred windows of five drops some captions and not the first."""
+    data, family, asked = ToyDataset(FIVE), ToyFamily(), []
+    family.encode_prompts = lambda prompts, references=None: asked.append(list(prompts)) or ["dropped"]
+    data.prompt_files = SimpleNamespace(
+        take=lambda samples: [SimpleNamespace(dropped=None)] * len(samples),
+        embeds=lambda row, sample, *key: "of a file",
+    )
+    source = source_of(data, 5, family=family, caption_dropout_probability=0.5)
+    batches = [source.build_window(step, 0, 0).batches[0] for step in range(100)]
+    assert any(each.prompt_embeds[0] == "of a file" and "dropped" in each.prompt_embeds for each in batches)
+    assert asked == [[family.spec.dropped_caption]] * len(asked)
+    assert len(asked) == sum(each.prompt_embeds.count("dropped") for each in batches)
