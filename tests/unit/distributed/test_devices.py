@@ -217,12 +217,16 @@ def test_fsdp_spreads_the_denoiser_and_a_process_alone_has_nobody_to_share_with(
 def test_a_process_without_an_accelerator_is_told_how_many_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    environment = {"RANK": "6", "WORLD_SIZE": "8", "LOCAL_RANK": "2"}
+    environment = {"RANK": "6", "WORLD_SIZE": "8", "LOCAL_RANK": "3"}
     with pytest.raises(ConfigError) as caught, joined(environment):
         pass
     [problem] = caught.value.problems
-    assert problem.message == "process 2 of this machine has no accelerator: 2 are visible"
+    assert problem.message == "process 3 of this machine has no accelerator: 2 are visible"
     assert (problem.key, problem.allowed) == ("num_processes", "1 to 2")
+    monkeypatch.setattr(torch.cuda, "set_device", MagicMock(side_effect=LookupError))
+    with pytest.raises(LookupError), joined(environment | {"LOCAL_RANK": "1"}):  # it takes its own, whatever its rank
+        pass
+    torch.cuda.set_device.assert_called_once_with(1)
 
 
 def test_processes_that_divide_by_the_shard_size_alone_make_a_mesh() -> None:

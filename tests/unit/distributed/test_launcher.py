@@ -199,6 +199,23 @@ def test_a_silent_end_is_told_with_who_and_what():
     assert launcher._silent_end(7, 3, 4) == "process 3 of 4 ended with code 7; the others were ended"
 
 
+@pytest.mark.parametrize(("code", "speaker"), [(143, 0), (1, 1)])
+def test_of_processes_that_leave_alike_the_first_speaks_and_of_lost_connections_the_one_that_was_seen(
+    monkeypatch, code, speaker
+):
+    """The second one was seen to end first."""
+
+    def start(arguments, layout, local_rank, port, folder, end, listener):
+        (folder / str(local_rank)).write_text(f"words of {local_rank}")
+        return ended(code)[0]
+
+    heard = []
+    monkeypatch.setattr(launcher, "_start", start)
+    monkeypatch.setattr(launcher, "_wait", lambda processes, received, say: 1)
+    assert launcher.launch(["train"], launcher.Layout(2, port=7), heard.append) == code
+    assert heard == [f"words of {speaker}"]
+
+
 @pytest.mark.parametrize(
     ("codes", "speaks", "code", "said"),
     [

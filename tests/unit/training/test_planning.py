@@ -62,6 +62,7 @@ def test_captions_are_chosen_by_their_tokens_the_longest_or_the_middle_ones() ->
     data = [dataset("x", "xxx", "long but of one x"), dataset("xxxx", "xx")]
     assert choose_texts(family, data, 2, longest=True) == ["xxxx", "xxx"]
     assert choose_texts(family, data, 1, longest=False) == ["xx"]
+    assert choose_texts(family, data, 2, longest=False) == ["xxx", "xx"]
     assert choose_texts(family, [dataset("x", "xx")], 3, longest=True) == ["xx", "x", "xx"]
     family.count_prompt_tokens = lambda captions: None
     assert choose_texts(family, data, 1, longest=True) == ["long but of one x"]
