@@ -67,7 +67,7 @@ def _layout(slots: tuple[bool, ...], shapes: Shapes, axes: tuple[int, ...]) -> t
     it, whether it is of the generated image, its rotation; and the runs of one text or image before that image."""
     num_target = math.prod(shapes[-1])
     with torch.device("cpu"):
-        is_slot = torch.tensor((*slots, *[True] * (num_target // 4)))  # one token for 2 x 2 latents
+        is_slot = torch.tensor((*slots, *[True] * (num_target // 4)), dtype=torch.bool)  # one token for 2 x 2 latents
         is_image = is_slot.repeat_interleave(torch.where(is_slot, 4, 1))
         image_ids, is_target = QwenImage21Transformer2DModel.build_token_metadata(is_image, list(shapes))
         order = torch.empty_like(image_ids)
