@@ -100,7 +100,7 @@ def test_a_step_that_took_no_time_has_no_pace_and_missing_numbers_no_names():
     }
 
 
-@pytest.mark.parametrize(("index", "name"), [(0, "live/cat_64x32"), (2, "live/cat_64x32_2")])
+@pytest.mark.parametrize(("index", "name"), [(0, "live/cat_64x32"), (1, "live/cat_64x32_1")])
 def test_an_image_is_called_by_weights_prompt_size_and_number(index: int, name: str):
     assert image_name(SavedImage(Path("a.png"), "cat", "a cat", 64, 32, 7, "live", index)) == name
 

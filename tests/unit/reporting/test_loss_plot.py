@@ -138,7 +138,7 @@ def test_a_chart_has_room_around_its_curves_and_outliers_of_noise_touch_the_edge
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(12000.0, "12,000"), (0.0321, "0.0321"), (4e-5, "4e-05"), (0.0, "0"), (-2.5, "-2.5"), (1e9, "1e+09")],
+    [(12000.0, "12,000"), (0.0321, "0.0321"), (0.000123456, "0.00012"), (0.0, "0"), (-2.5, "-2.5"), (1e9, "1e+09")],
 )
 def test_numbers_on_axes_are_short(value: float, text: str):
     assert number_text(value) == text
