@@ -198,9 +198,22 @@ def _missing_folder(source: ModelSource, file: str | None) -> list[Problem]:
     ]
 
 
+class ComponentConfig(dict[str, Any]):
+    """A JSON configuration in which a key that the family needs and that is not there is a fault of the model."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(read_object(path))
+        self._path = path
+
+    def __missing__(self, key: str) -> Any:
+        message = f"{self._path} has no {key}, so it does not belong to a model of this family"
+        fix = "name a model of the family, or correct model_family"
+        raise DataError(Problem(message, key="pretrained_model_name_or_path", fix=fix))
+
+
 def component_config(source: ModelSource, component: Component) -> dict[str, Any]:
     """The JSON configuration of a component, without loading weights."""
-    return read_object(component_file(source, component, component.config_file))
+    return ComponentConfig(component_file(source, component, component.config_file))
 
 
 def model_index(source: ModelSource) -> dict[str, Any]:

@@ -9,7 +9,9 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from safetensors.torch import save_file
 
-from simpletuner.families.registry import get_spec
+from simpletuner.errors import DataError
+from simpletuner.families.registry import get_family_class, get_spec
+from simpletuner.models.components import ModelSource
 from simpletuner.models.lumina2.family import SYSTEM_PROMPT
 from simpletuner.models.lumina2.spec import LUMINA2_KEYS
 from tests.public_calls import (
@@ -22,6 +24,7 @@ from tests.public_calls import (
     require_the_training_step_of_diffusers,
     stock_pipeline,
 )
+from tests.tiny_folders import TINY_FOLDERS
 from tests.tiny_lumina2 import TEXT_SIZE, tiny_lumina2_folder, tiny_lumina2_transformer
 from tests.witnesses import original_weights
 
@@ -152,3 +155,14 @@ def test_diffusers_refuses_a_file_in_comfyuis_form_of_which_a_block_is_not_whole
     outside = spec.read_by("comfyui", "lora", [*layers, "x_embedder"])
     assert outside == "read by ComfyUI; diffusers refuses it for 1 of 33 layers"
     assert spec.default_form("lora") == "comfyui"
+
+
+@pytest.mark.parametrize(("name", "key"), [("lumina2", "axes_lens"), ("auraflow", "pos_embed_max_size")])
+def test_a_folder_of_another_family_is_reported_by_what_its_configuration_lacks(tmp_path, name, key):
+    spec, source = get_spec(name), ModelSource(str(TINY_FOLDERS["sana"](tmp_path / "sana")))
+    family = get_family_class(spec)(spec, source, torch.device("cpu"), torch.float32)
+    with pytest.raises(DataError) as refusal:
+        family.largest_side()
+    [problem] = refusal.value.problems
+    assert f"transformer/config.json has no {key}" in problem.message
+    assert problem.key == "pretrained_model_name_or_path"
