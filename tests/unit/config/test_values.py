@@ -132,7 +132,7 @@ def test_what_is_written_means(read: Reader, written: Any, value: Any) -> None:
         (read_aspect_buckets, [0], "above 0"),
         (read_aspect_buckets, [{"aspect_bucket": 1, "weight": -0.1}], "below 0"),
         (read_aspect_buckets, [{"weight": 1}], "without aspect_bucket"),
-        (read_aspect_buckets, [{"aspect_bucket": 1, "wieght": 1}], 'did you mean "weight"'),
+        (read_aspect_buckets, [{"aspect_bucket": 1, "weigt": 1}], 'did you mean "weight"'),
         (read_skipped, "vea", 'did you mean "vae"'),
         *[(read_pixel_counts, value, "number of pixels") for value in (0, [], [5, 0])],
         *[(read_count_weights, value, "from 0 on") for value in ({"-1": 1}, {"0": -1})],
@@ -212,8 +212,8 @@ def test_relative_paths_lead_to_the_working_folder_first_and_those_of_the_packag
         (folder / "model").mkdir(parents=True)
         assert Folders(work, own).find(Path("model")) == folder / "model"
     near = Folders(work, own)
-    assert near.nearest(Path("modle"), is_folder=True) == Path("model")
-    assert near.nearest(Path("modle"), is_folder=False) is None
+    assert near.nearest(Path("modl"), is_folder=True) == Path("model")
+    assert near.nearest(Path("modl"), is_folder=False) is None
 
 
 @pytest.mark.parametrize(
