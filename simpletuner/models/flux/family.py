@@ -27,7 +27,7 @@ TOKENS_WITHOUT_GUIDANCE = 256
 
 
 class Flux(FlowFamily):
-    """dev, Krea and Kontext take guidance as an input, schnell takes none: the weights' configuration tells."""
+    """dev, Krea and Kontext take guidance as an input, schnell takes none: the weights' configuration says which."""
 
     @property
     def takes_guidance(self) -> bool:

@@ -25,7 +25,7 @@ from simpletuner.models.sana.spec import PLAIN
 
 
 class Sana(FlowFamily):
-    """Of 1.5 queries and keys are normed: the weights' configuration tells."""
+    """Of 1.5 queries and keys are normed: the weights' configuration says so."""
 
     reads_prompts_singly = True
 
@@ -61,7 +61,11 @@ class Sana(FlowFamily):
 
     def _num_left_out(self, prompt: str) -> int:
         """Tokens of the instruction, all but the first and the last."""
-        return 0 if prompt.startswith(PLAIN) else self.encoders.count("tokenizer", [self.instruction])[0] - 2
+        return 0 if prompt.startswith(PLAIN) else self._instruction_tokens - 2
+
+    @cached_property
+    def _instruction_tokens(self) -> int:
+        return self.encoders.count("tokenizer", [self.instruction])[0]
 
     def predict(self, denoiser: nn.Module, noisy_latents: Tensor, sigmas: Tensor, conditioning: Conditioning) -> Tensor:
         return denoiser(
