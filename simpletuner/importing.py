@@ -7,7 +7,7 @@ again, for a fifth of the CPU time before a first step.
 from __future__ import annotations
 
 import gc
-import importlib
+import pkgutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -26,7 +26,6 @@ def collector_off() -> Iterator[None]:
 
 
 def import_class(dotted_name: str) -> Any:
-    """The class of a dotted name, its module imported where it is not."""
-    module, _, name = dotted_name.rpartition(".")
+    """The class of `package.module.Class` or `package.module:Class`, its module imported where it is not."""
     with collector_off():
-        return getattr(importlib.import_module(module), name)
+        return pkgutil.resolve_name(dotted_name)

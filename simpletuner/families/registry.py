@@ -9,11 +9,11 @@ all others.
 from __future__ import annotations
 
 import functools
-import importlib
 from typing import TYPE_CHECKING, Any
 
 from simpletuner.errors import ConfigError, Problem
 from simpletuner.families.spec import FamilySpec
+from simpletuner.importing import import_class
 from simpletuner.spelling import did_you_mean
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def get_spec(name: str) -> FamilySpec:
         ConfigError: unknown name; suggests the nearest and lists all. Or a package's family that cannot be loaded.
     """
     if name in FAMILIES:
-        return load_dotted(FAMILIES[name])
+        return import_class(FAMILIES[name])
     if name in plugins():
         return load_plugin(plugins()[name])
     fix = did_you_mean(name, family_names())
@@ -114,17 +114,11 @@ def get_family_class(spec: FamilySpec) -> Any:
         ConfigError: another package's class cannot be imported.
     """
     if spec.name in FAMILIES or spec.name not in plugins():
-        return load_dotted(spec.family_class)
+        return import_class(spec.family_class)
     try:
-        return load_dotted(spec.family_class)
+        return import_class(spec.family_class)
     except Exception as error:
         raise _broken(plugins()[spec.name], f"{spec.family_class}: {type(error).__name__}: {error}") from error
-
-
-def load_dotted(path: str) -> Any:
-    """The object at `package.module:name`."""
-    module, _, name = path.partition(":")
-    return getattr(importlib.import_module(module), name)
 
 
 def _origin(entry: EntryPoint) -> str:

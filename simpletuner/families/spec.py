@@ -219,6 +219,12 @@ class FamilySpec:
         """Pixels: every side of a training image is a multiple of this."""
         return self.vae_factor * self.patch_size
 
+    @property
+    def networks(self) -> set[tuple[str, str]]:
+        """(Folder, class) of the denoiser and the text encoders; families that share them can share a model."""
+        parts = [part for part in self.components if part.role in ("denoiser", "text_encoder")]
+        return {(part.name, part.class_name) for part in parts}
+
     def defaults_for(self, flavour: str | None) -> dict[str, Any]:
         """Option -> default of a flavor; None is the family's first. An unknown flavor has the family's own."""
         chosen = self.flavours.get(flavour or self.default_flavour)

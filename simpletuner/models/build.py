@@ -9,7 +9,7 @@ from simpletuner.config.options import TrainConfig
 from simpletuner.config.options.model import ModelOptions
 from simpletuner.config.paths import SINGLE_FILE
 from simpletuner.families.registry import get_family_class, get_spec
-from simpletuner.models.components import ModelSource
+from simpletuner.models.components import FILE_KEY, MODEL_KEY, ModelSource
 from simpletuner.models.devices import number_formats, pick_device, weight_dtype
 from simpletuner.models.family import ModelFamily
 from simpletuner.precision.mixed import use_tf32
@@ -38,8 +38,9 @@ def model_source(options: ModelOptions) -> ModelSource:
     spec = get_spec(options.model_family)
     flavour = spec.flavours[options.model_flavour or spec.default_flavour]
     model, file = options.pretrained_model_name_or_path, options.pretrained_transformer_model_name_or_path
+    file_key = FILE_KEY
     if model and model.endswith(SINGLE_FILE):
-        model, file = None, model
+        model, file, file_key = None, model, MODEL_KEY
     encoders = [component.name for component in spec.components if component.role == "text_encoder"]
     return ModelSource(
         model=model or flavour.hub_id,
@@ -47,6 +48,7 @@ def model_source(options: ModelOptions) -> ModelSource:
         revision=options.revision,
         variant=options.variant,
         file=file,
+        file_key=file_key,
         encoders={
             name: place for name, place in zip(encoders, options.text_encoder_paths or (), strict=False) if place
         },

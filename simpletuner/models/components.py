@@ -8,7 +8,8 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -16,11 +17,19 @@ from typing import TYPE_CHECKING, Any, cast
 from simpletuner.config.paths import PREVIEW_FOLDER, SINGLE_FILE, WITHOUT, looks_like_path, windows_path_fix
 from simpletuner.errors import DataError, Problem
 from simpletuner.families.keys import KeyTable
+from simpletuner.families.registry import all_specs
 from simpletuner.families.spec import Component, FamilySpec
 from simpletuner.importing import import_class
 from simpletuner.models.hub_connectivity import hub_failures, why_missing
 from simpletuner.models.safe_loading import CONVERT, PICKLES, load_errors, load_pretrained, read_object
-from simpletuner.models.single_file import as_folder, dtype_in_file, is_in_file, load_from_file, refused_marks
+from simpletuner.models.single_file import (
+    as_folder,
+    dtype_in_file,
+    find_denoiser,
+    is_in_file,
+    load_from_file,
+    refused_marks,
+)
 from simpletuner.spelling import nearest
 
 if TYPE_CHECKING:
@@ -29,7 +38,8 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-FILE_KEY = "pretrained_transformer_model_name_or_path"
+MODEL_KEY, VAE_KEY = "pretrained_model_name_or_path", "pretrained_vae_model_name_or_path"
+FILE_KEY, ENCODERS_KEY = "pretrained_transformer_model_name_or_path", "text_encoder_paths"
 _TEXT = ("text_encoder", "tokenizer")
 # Files that the configuration of their part lies beside.
 _NAMES_IN_FOLDER = ("model.safetensors", "diffusion_pytorch_model.safetensors")
@@ -47,6 +57,7 @@ class ModelSource:
         file: a single `.safetensors` file; what it holds is taken from it, all else from `model`.
         denoiser: folder of another denoiser, with its `config.json`, or None.
         encoders: text encoder -> its own file or folder (`text_encoder_paths`), or `WITHOUT`.
+        file_key: the option that names `file`.
     """
 
     model: str
@@ -56,6 +67,7 @@ class ModelSource:
     file: str | None = None
     denoiser: str | None = None
     encoders: Mapping[str, str] = field(default_factory=dict)
+    file_key: str = FILE_KEY
 
     @property
     def is_local(self) -> bool:
@@ -86,6 +98,21 @@ class ModelSource:
             return own if own.endswith(SINGLE_FILE) else None
         return self.file if self.file and is_in_file(self.file, component) else None
 
+    def key_of(self, component: Component) -> str:
+        """The option that says where a part comes from."""
+        if self.own_place(component) and component.role in ("vae", "text_encoder"):
+            return VAE_KEY if component.role == "vae" else ENCODERS_KEY
+        return self.file_key if self.file_of(component) else MODEL_KEY
+
+
+@contextmanager
+def naming(key: str) -> Iterator[None]:
+    """What is wrong with a file inside is said of this option."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError([replace(problem, key=key) for problem in error.problems]) from error.__cause__
+
 
 def check_local_model(source: ModelSource, spec: FamilySpec, file: str | None = None) -> list[Problem]:
     """What is missing in a local model folder, before anything is loaded, or why the model cannot be of this family."""
@@ -93,14 +120,16 @@ def check_local_model(source: ModelSource, spec: FamilySpec, file: str | None = 
         return [replace(refusal, file=file)]
     if source.file and not spec.reads_single_files:
         message = f"{spec.title} cannot be read from a single file yet"
-        return [Problem(message, key=FILE_KEY, file=file, fix="name a folder in diffusers layout, or a hub id")]
+        return [Problem(message, key=source.file_key, file=file, fix="name a folder in diffusers layout, or a hub id")]
     if source.file and not Path(source.file).is_file():
-        return [Problem(f"there is no file {source.file}", key=FILE_KEY, file=file, fix="correct the path")]
-    if source.file and (marks := refused_marks(source.file)):
+        return [Problem(f"there is no file {source.file}", key=source.file_key, file=file, fix="correct the path")]
+    with naming(source.file_key):
+        marks = refused_marks(source.file) if source.file else []
+    if marks:
         message = (
             f"{source.file} says by {', '.join(marks)} that its noise levels are those of EDM, which are not supported"
         )
-        return [Problem(message, key=FILE_KEY, file=file, fix="name another model")]
+        return [Problem(message, key=source.file_key, file=file, fix="name another model")]
     problems = [problem for part in spec.components if (problem := _unusable_place(source, part)) is not None]
     if not source.is_local:
         return problems + _missing_folder(source, file)
@@ -113,7 +142,7 @@ def check_local_model(source: ModelSource, spec: FamilySpec, file: str | None = 
             problems.append(
                 Problem(
                     f"the model folder {root} has no {component.name}/{component.config_file}",
-                    key="pretrained_model_name_or_path",
+                    key=MODEL_KEY,
                     file=file,
                     allowed=f"a diffusers folder with {', '.join(c.name + '/' for c in spec.components)}",
                     fix="complete the folder, or name another model"
@@ -129,7 +158,7 @@ def _unusable_place(source: ModelSource, component: Component) -> Problem | None
     if not own or component.role == "denoiser":
         return None
     is_encoder = component.role == "text_encoder"
-    key = "text_encoder_paths" if is_encoder else "pretrained_vae_model_name_or_path"
+    key = ENCODERS_KEY if is_encoder else VAE_KEY
     allowed = f"a {SINGLE_FILE} file, a folder with {component.config_file}, or a hub id"
     if source.lacks(component.name):
         if component.is_optional:
@@ -165,7 +194,7 @@ def missing_package(component: Component, folder: Path, file: str | None = None)
     """What is said of it."""
     return Problem(
         f"the tokenizer {folder} needs {component.package}, which is not installed",
-        key="pretrained_model_name_or_path",
+        key=MODEL_KEY,
         file=file,
         fix=f"pip install {component.package}",
     )
@@ -173,13 +202,17 @@ def missing_package(component: Component, folder: Path, file: str | None = None)
 
 def _refusal(source: ModelSource, spec: FamilySpec) -> Problem | None:
     """Of a model that the family refuses by name; a hub id is known without asking the hub."""
-    names = [source.model]
-    if source.is_local and (Path(source.model) / "model_index.json").is_file():
-        names.append(str(model_index(source).get("_class_name")))
+    pipeline = model_index(source).get("_class_name") if source.is_local else None
+    names = [source.model, str(pipeline)]
     for refused, reason in spec.refused_models.items():
         if any(name.lower() == refused.lower() for name in names):
             message = f"{source.model} ({refused}) cannot be trained as {spec.title}: {reason}"
-            return Problem(message, key="pretrained_model_name_or_path", fix="name another model")
+            return Problem(message, key=MODEL_KEY, fix="name another model")
+    for other in all_specs()[0]:
+        if pipeline in (other.pipeline_class, *other.pipeline_aliases) and other.networks != spec.networks:
+            message = f"{source.model} is a model of {other.title} ({pipeline}), and model_family is {spec.name}"
+            fix = f"set model_family to {other.name}, or name a model of {spec.title}"
+            return Problem(message, key=MODEL_KEY, fix=fix)
     return None
 
 
@@ -190,7 +223,7 @@ def _missing_folder(source: ModelSource, file: str | None) -> list[Problem]:
     return [
         Problem(
             f"there is no model folder at {source.model}",
-            key="pretrained_model_name_or_path",
+            key=MODEL_KEY,
             file=file,
             allowed="a folder in diffusers layout, or a hub id (owner/name)",
             fix=windows_path_fix(source.model) or "correct the path",
@@ -208,7 +241,7 @@ class ComponentConfig(dict[str, Any]):
     def __missing__(self, key: str) -> Any:
         message = f"{self._path} has no {key}, so it does not belong to a model of this family"
         fix = "name a model of the family, or correct model_family"
-        raise DataError(Problem(message, key="pretrained_model_name_or_path", fix=fix))
+        raise DataError(Problem(message, key=MODEL_KEY, fix=fix))
 
 
 def component_config(source: ModelSource, component: Component) -> dict[str, Any]:
@@ -224,7 +257,7 @@ def model_index(source: ModelSource) -> dict[str, Any]:
     """
     path = Path(source.model) / "model_index.json"
     if not source.is_local:
-        path = fetch(source.model, path.name, source.revision, "pretrained_model_name_or_path")
+        path = fetch(source.model, path.name, source.revision, MODEL_KEY)
     return read_object(path) if path.is_file() else {}
 
 
@@ -243,10 +276,10 @@ def component_file(source: ModelSource, component: Component, name: str) -> Path
         if component.role == "vae":
             return other_vae_file(own, component, name)
         is_on_hub = component.role == "text_encoder" and not Path(own).is_dir() and not looks_like_path(own)
-        return fetch(own, name, None, "text_encoder_paths") if is_on_hub else Path(own) / name
+        return fetch(own, name, None, ENCODERS_KEY) if is_on_hub else Path(own) / name
     if source.is_local:
         return Path(source.model) / component.name / name
-    return fetch(source.model, f"{component.name}/{name}", source.revision, "pretrained_model_name_or_path")
+    return fetch(source.model, f"{component.name}/{name}", source.revision, MODEL_KEY)
 
 
 def component_folder(source: ModelSource, component: Component) -> Path:
@@ -263,7 +296,7 @@ def component_folder(source: ModelSource, component: Component) -> Path:
         patterns = [f"{component.name}/*"]
         return Path(snapshot_download(source.model, revision=source.revision, allow_patterns=patterns)) / component.name
     except hub_failures() as error:
-        raise _not_fetched(component.name, source.model, "pretrained_model_name_or_path", error) from error
+        raise _not_fetched(component.name, source.model, MODEL_KEY, error) from error
 
 
 def save_model_folder(
@@ -306,7 +339,7 @@ def other_vae_file(vae: str, component: Component, name: str) -> Path:
     if Path(vae).is_dir():
         root = Path(vae)
         return root / name if (root / component.config_file).is_file() else root / component.name / name
-    return fetch(vae, name, None, "pretrained_vae_model_name_or_path")
+    return fetch(vae, name, None, VAE_KEY)
 
 
 def fetch(repository: str, name: str, revision: str | None, key: str) -> Path:
@@ -353,8 +386,6 @@ def _not_fetched(name: str, repository: str, key: str, error: Exception) -> Data
 
 def nearest_hub_id(model: str) -> str | None:
     """The published checkpoint whose hub id is almost `model`; None where it is one, or none is near."""
-    from simpletuner.families.registry import all_specs
-
     known = [flavour.hub_id for spec in all_specs()[0] for flavour in spec.flavours.values()]
     return None if model in known else nearest(model, known)
 
@@ -392,7 +423,8 @@ def load_component(
     file = source.file_of(component)
     if file is not None and not (component.role == "text_encoder" and source.own_place(component)):
         config_file = component_file(source, component, component.config_file)
-        return load_from_file(file, component, cls, dtype, keys, config_file)
+        with naming(source.key_of(component)):
+            return load_from_file(file, component, cls, dtype, keys, config_file)
     where: str | Path = source.model
     options: dict[str, Any] = {"subfolder": component.name, "revision": source.revision, "variant": source.variant}
     if own := source.own_place(component):
@@ -417,10 +449,27 @@ def load_component(
         raise DataError(
             Problem(
                 f"cannot load {component.name} of {where}: {error}",
-                key="pretrained_model_name_or_path",
+                key=source.key_of(component),
                 allowed="a diffusers folder or hub id with safetensors weights",
             )
         ) from error
+
+
+def check_denoiser_file(source: ModelSource, spec: FamilySpec) -> None:
+    """Whether a single file holds this denoiser, by the names and shapes in its header.
+
+    Raises:
+        DataError: a tensor is missing or has another shape, or the file holds some that belong nowhere.
+    """
+    import torch
+
+    if source.file is None:
+        return
+    component = spec.component("denoiser")
+    denoiser = make_empty_component(source, component, torch.float32)
+    shapes = {name: tensor.shape for name, tensor in denoiser.state_dict().items()}
+    with naming(source.file_key):
+        find_denoiser(source.file, shapes, spec.keys)
 
 
 def load_preview_decoder(source: ModelSource, spec: FamilySpec) -> nn.Module:

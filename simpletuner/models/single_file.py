@@ -11,6 +11,8 @@ import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -118,52 +120,83 @@ def _load_denoiser(path: str, cls: Any, keys: KeyTable, dtype: torch.dtype, conf
     with init_empty_weights():
         model = cls.from_config(dict(config))
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    places = find_denoiser(path, shapes, keys)
     with _opened(path) as file:
-        model.load_state_dict(dict(_denoiser_tensors(path, file, shapes, keys, dtype)), assign=True)
+        model.load_state_dict({name: place.read(file).to(dtype) for name, place in places.items()}, assign=True)
     return model.eval().requires_grad_(False)
 
 
-def _denoiser_tensors(
-    path: str, file: Any, shapes: dict[str, torch.Size], keys: KeyTable, dtype: torch.dtype
-) -> Iterator[tuple[str, Tensor]]:
-    """The tensors by the denoiser's names; joined matrices are taken apart, swapped halves put back."""
-    import torch
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor of the denoiser is in a single file.
 
-    there = set(file.keys())
+    Args:
+        key: its name there.
+        shape: of the tensor.
+        rows: those of a joined matrix; None where it stands by itself.
+        swaps_halves: its halves stand there in the other order.
+    """
+
+    key: str
+    shape: torch.Size
+    rows: slice | None
+    swaps_halves: bool
+
+    def read(self, file: Any) -> Tensor:
+        """The tensor as the denoiser has it."""
+        import torch
+
+        tensor = file.get_tensor(self.key) if self.rows is None else file.get_slice(self.key)[self.rows]
+        if self.swaps_halves:
+            tensor = torch.cat(tensor.chunk(2)[::-1])
+        return tensor.reshape(self.shape)
+
+
+def find_denoiser(path: str, shapes: Mapping[str, torch.Size], keys: KeyTable) -> dict[str, Place]:
+    """Where each tensor of a denoiser is in a single file, by its header alone.
+
+    Args:
+        shapes: of the denoiser's tensors by their names.
+
+    Raises:
+        DataError: a tensor is missing or has another shape, or the file holds some that belong nowhere.
+    """
+    with _opened(path) as file:
+        sizes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     keys = keys.of_files.in_model(shapes)
-    prefix = next((each for each in DENOISER_PREFIXES if any(key.startswith(each) for key in there)), "")
+    prefix = next((each for each in DENOISER_PREFIXES if any(name.startswith(each) for name in sizes)), "")
     unused = tuple(f"{prefix}{name}." for name in keys.unused)
-    left = {key for key in there if key.startswith(prefix) and not f"{key}.".startswith(unused)}
+    left = {name for name in sizes if name.startswith(prefix) and not f"{name}.".startswith(unused)}
+    places = {}
     for name, shape in shapes.items():
         module, _, kind = name.rpartition(".")
         found = keys.original(module)
         # Norms of some releases call their weight a scale; a file in diffusers' own names is read too.
         wanted = [f"{prefix}{found.name}.{kind}", f"{prefix}{found.name}.scale", f"{prefix}{name}"]
         wanted += [prefix + keys.original(name).name]  # a tensor that a table names, not its module
-        key = next((each for each in wanted if each in there), None)
+        key = next((each for each in wanted if each in sizes), None)
         if key is None:
             also = "" if wanted[0].lstrip(".") == name else f", which is {name} in diffusers' names"
             raise _unfit(path, f"it has no {wanted[0].lstrip('.')}{also}")
         left.discard(key)
-        if key == wanted[2] or found.parts == (module,):
-            tensor = file.get_tensor(key)
-        else:
-            rows = [shapes[f"{part}.{kind}"][0] for part in found.parts]
-            start = sum(rows[: found.parts.index(module)])
-            tensor = file.get_slice(key)[start : start + shape[0]]
-        if found.swaps_halves and key != wanted[2]:
-            tensor = torch.cat(tensor.chunk(2)[::-1])
-        if key == wanted[3] and tensor.numel() == shape.numel():  # rows of a matrix may stand one after the other there
-            tensor = tensor.reshape(shape)
-        if tensor.shape != shape:
+        size, rows = sizes[key], None
+        if key != wanted[2] and found.parts != (module,):
+            heights = [shapes[f"{part}.{kind}"][0] for part in found.parts]
+            start = sum(heights[: found.parts.index(module)])
+            rows = slice(start, start + shape[0])
+            size = (max(0, min(size[0], rows.stop) - start), *size[1:])
+        # Rows of a matrix that a table names as a tensor may stand one after the other.
+        is_flat = key == wanted[3] and prod(size) == shape.numel()
+        if size != tuple(shape) and not is_flat:
             expected = f"the configuration of the denoiser expects {shape_text(shape)}"
-            raise _unfit(path, f"{key} has the shape {shape_text(tensor.shape)}, and {expected}")
-        yield name, tensor.to(dtype)
+            raise _unfit(path, f"{key} has the shape {shape_text(size)}, and {expected}")
+        places[name] = Place(key, shape, rows, found.swaps_halves and key != wanted[2])
     # Without a prefix, parts that are not the denoiser's may stand beside it: only its own blocks are counted.
     if not prefix:
-        left = _of_further_blocks(left, there)
+        left = _of_further_blocks(left, set(sizes))
     if left:
         raise _unfit(path, f"{len(left)} tensors belong nowhere, the first is {min(left)}")
+    return places
 
 
 def _of_further_blocks(left: set[str], there: set[str]) -> set[str]:

@@ -130,6 +130,19 @@ class TextEncoders:
             rows.append(states.cpu())
         return rows
 
+    def masked_states(self, texts: Sequence[str], length: int, num_padding: int = 0) -> list[Tensor]:
+        """Per text (L, D): the last states of its tokens and of `num_padding` tokens of padding, on the CPU.
+
+        The encoder reads texts that are padded to `length`, and a mask that hides the padding, as T5 is asked by
+        diffusers' pipelines. Texts that are longer are cut and counted.
+        """
+        self.note_cut_prompts("tokenizer", texts, length)
+        ids, mask = self.tokenize("tokenizer", texts, length)
+        with torch.no_grad():
+            states = self.encoder()(ids, attention_mask=mask).last_hidden_state.cpu()
+        counts = mask.sum(dim=1).tolist()
+        return [row[: count + num_padding].clone() for row, count in zip(states, counts, strict=True)]
+
     def note_cut_prompts(self, name: str, prompts: Sequence[str], length: int) -> None:
         """Count the prompts that `length` tokens cut, to be reported at the end of the run."""
         self.family.num_cut_prompts += sum(count > length for count in self.count(name, prompts))

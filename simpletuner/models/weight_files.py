@@ -30,17 +30,17 @@ def read_tensors(source: ModelSource, component: Component, names: Sequence[str]
             with safe_open(path, framework="pt") as file:
                 found |= {name: file.get_tensor(name) for name in names if name in file.keys()}  # noqa: SIM118
         except (OSError, SafetensorError) as error:
-            raise _unfit(path, f"{path.name} cannot be read: {error}") from error
+            raise _unfit(path, f"{path.name} cannot be read: {error}", source.key_of(component)) from error
     if missing := [name for name in names if name not in found]:
-        raise _unfit(paths[0], f"the weights of {component.name} have no {missing[0]}")
+        raise _unfit(paths[0], f"the weights of {component.name} have no {missing[0]}", source.key_of(component))
     return {name: found[name] for name in names}
 
 
-def _unfit(path: Path, message: str) -> DataError:
+def _unfit(path: Path, message: str, key: str) -> DataError:
     return DataError(
         Problem(
             message,
-            key="pretrained_model_name_or_path",
+            key=key,
             file=str(path),
             allowed="the safetensors files that the model was published with",
             fix="fetch this file of the model again",
@@ -69,7 +69,7 @@ def weight_files(source: ModelSource, component: Component) -> list[Path]:
         raise DataError(
             Problem(
                 f"{whole.parent} holds no safetensors weights",
-                key="pretrained_vae_model_name_or_path" if source.vae else "pretrained_model_name_or_path",
+                key=source.key_of(component),
                 allowed="a component folder with *.safetensors",
                 fix="complete the folder, or name another model",
             )

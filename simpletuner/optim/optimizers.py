@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -15,7 +14,7 @@ from simpletuner.config.rules.optimizer import OWN_OPTIONS
 from simpletuner.config.trained_parts import LOW_RATE, rates_of
 from simpletuner.errors import ConfigError, MissingDependency, Problem
 from simpletuner.hardware import missing_compiler
-from simpletuner.importing import collector_off
+from simpletuner.importing import collector_off, import_class
 from simpletuner.precision.mixed import forget_casts
 
 if TYPE_CHECKING:
@@ -48,8 +47,7 @@ def build_optimizer(
     arguments = _arguments(row, options) | ({"seed": seed} if row.has_seed else {})
     if row.compiles:
         _require_compiler(name, next(iter(parameters.values())).device)
-    module, _, class_name = row.target.partition(":")
-    optimizer_class = getattr(importlib.import_module(module), class_name)
+    optimizer_class = import_class(row.target)
     groups: Any = _matrices_apart(parameters) if row.matrix_only else _by_rate(parameters, options)
     try:
         optimizer = optimizer_class(groups, **arguments)

@@ -32,6 +32,7 @@ from simpletuner.data.dataset import Dataset
 from simpletuner.data.sampler import Sampler, build_sampler
 from simpletuner.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from simpletuner.models.build import build_family
+from simpletuner.models.components import check_denoiser_file
 from simpletuner.models.devices import adapter_dtype, weight_dtype
 from simpletuner.models.family import ModelFamily
 from simpletuner.optim.ema import EMA
@@ -120,8 +121,10 @@ def require_usable(loaded: LoadedRun, family: ModelFamily) -> None:
 
     Raises:
         ConfigError: a number format or optimizer that does not work here, or `trainable_modules` that name no weight.
+        DataError: a single file of weights of another network.
     """
     config = loaded.config
+    check_denoiser_file(family.source, family.spec)
     require_device(family.number_formats, family.device, family.dtype)
     require_compiler(config.precision.dynamo_backend, family.device)
     trained_dtype = weight_dtype(config) if config.model.model_type == "full" else adapter_dtype(config)

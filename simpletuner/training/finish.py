@@ -22,6 +22,7 @@ from simpletuner.reporting.events import RunFinished
 from simpletuner.reporting.loss_plot import plot_loss
 from simpletuner.reporting.report import REPORT_FILE
 from simpletuner.reporting.sinks.jsonl import METRICS_FILE, read_records
+from simpletuner.text import count_text
 from simpletuner.training.adapter_roundtrip import live_output, prove_adapter
 from simpletuner.training.earlier_runs import move_aside
 from simpletuner.training.full_disk import write_patiently
@@ -43,8 +44,8 @@ def finish_run(run: Run, seconds: float) -> None:
     """
     if run.model.family.num_cut_prompts:
         limit = run.model.family.max_prompt_tokens
-        text = f"{run.model.family.num_cut_prompts} prompts were longer than {limit} tokens and were truncated"
-        run.session.warn(text)
+        prompts = count_text(run.model.family.num_cut_prompts, "prompt")
+        run.session.warn(f"truncated {prompts} to {limit} tokens")
     if run.session.process_group.is_main:
         run.session.guard.require()
     outputs = save_weights(run)

@@ -124,7 +124,8 @@ def _write_full(tensors: dict[str, Tensor], document: YamlDocument, save_path: P
     """The denoiser as `arch_opt` builds it; every tensor must be there and fit."""
     import torch
 
-    from simpletuner.families.registry import get_spec, load_dotted
+    from simpletuner.families.registry import get_spec
+    from simpletuner.importing import import_class
 
     options: dict[str, Any] = {
         key.removeprefix(_ARCHITECTURE): value
@@ -134,7 +135,7 @@ def _write_full(tensors: dict[str, Tensor], document: YamlDocument, save_path: P
     module, _, name = get_spec("omnigen2").component("denoiser").class_name.rpartition(".")
     try:
         with torch.device("meta"):
-            denoiser = load_dotted(f"{module}:{name}")(**options)
+            denoiser = import_class(f"{module}:{name}")(**options)
     except TypeError as error:
         raise ConfigError(document.problem("model.arch_opt", f"cannot be used: {error}")) from error
     try:

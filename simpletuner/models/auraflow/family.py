@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from math import isqrt
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
@@ -32,11 +31,7 @@ class AuraFlow(FlowFamily):
 
     def encode_prompts(self, prompts: Sequence[str], references: PromptReferences | None = None) -> list[PromptEmbeds]:
         """`prompt_embeds` (L, D) per prompt."""
-        self.encoders.note_cut_prompts("tokenizer", prompts, self.spec.max_prompt_tokens)
-        ids, mask = self.encoders.tokenize("tokenizer", prompts, self.spec.max_prompt_tokens)
-        with torch.no_grad():
-            states = self.encoders.encoder()(ids, attention_mask=mask).last_hidden_state
-        rows = [row[kept.nonzero()[:, 0]].cpu() for row, kept in zip(states, mask, strict=True)]
+        rows = self.encoders.masked_states(prompts, self.spec.max_prompt_tokens)
         return [PromptEmbeds({"prompt_embeds": row}) for row in rows]
 
     def condition_on(self, prompts: Sequence[PromptEmbeds], references: Sequence[Sequence[Tensor]]) -> Conditioning:

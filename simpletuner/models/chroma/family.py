@@ -39,15 +39,8 @@ class Chroma(FlowFamily):
 
     def encode_prompts(self, prompts: Sequence[str], references: PromptReferences | None = None) -> list[PromptEmbeds]:
         """`prompt_embeds` (T, D): the states of a prompt's tokens and of the first token of padding, if any."""
-        length = self.max_prompt_tokens
-        self.encoders.note_cut_prompts("tokenizer", prompts, length)
-        ids, mask = self.encoders.tokenize("tokenizer", prompts, length)
-        with torch.no_grad():
-            states = self.encoders.encoder()(ids, attention_mask=mask)[0]
-        counts = mask.sum(dim=1).tolist()
-        return [
-            PromptEmbeds({"prompt_embeds": row[: count + 1].cpu()}) for row, count in zip(states, counts, strict=True)
-        ]
+        rows = self.encoders.masked_states(prompts, self.max_prompt_tokens, num_padding=1)
+        return [PromptEmbeds({"prompt_embeds": row}) for row in rows]
 
     def predict(self, denoiser: nn.Module, noisy_latents: Tensor, sigmas: Tensor, conditioning: Conditioning) -> Tensor:
         if len(set(conditioning.num_tokens)) > 1:

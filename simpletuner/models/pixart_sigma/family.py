@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from simpletuner.batch import Conditioning, PromptEmbeds
@@ -30,13 +29,8 @@ class PixArtSigma(DiscreteFamily):
 
     def encode_prompts(self, prompts: Sequence[str], references: PromptReferences | None = None) -> list[PromptEmbeds]:
         """`prompt_embeds` (L, D), the end of the text included."""
-        texts, length = cleaned(prompts), self.max_prompt_tokens
-        self.encoders.note_cut_prompts("tokenizer", texts, length)
-        ids, mask = self.encoders.tokenize("tokenizer", texts, length)
-        with torch.no_grad():
-            states = self.encoders.encoder()(ids, attention_mask=mask)[0].cpu()
-        counts = self.encoders.count("tokenizer", texts)
-        return [PromptEmbeds({"prompt_embeds": row[:count].clone()}) for row, count in zip(states, counts, strict=True)]
+        rows = self.encoders.masked_states(cleaned(prompts), self.max_prompt_tokens)
+        return [PromptEmbeds({"prompt_embeds": row}) for row in rows]
 
     def predict(self, denoiser: nn.Module, noisy_latents: Tensor, sigmas: Tensor, conditioning: Conditioning) -> Tensor:
         output = denoiser(

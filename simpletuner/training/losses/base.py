@@ -13,7 +13,7 @@ from simpletuner.batch import Conditioning
 from simpletuner.config.losses import LOSSES
 from simpletuner.config.options.objective import ObjectiveOptions
 from simpletuner.diffusion.loss import sample_means
-from simpletuner.families.registry import load_dotted
+from simpletuner.importing import import_class
 from simpletuner.models.family import ModelFamily
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ class Loss(ABC):
 def build_loss(options: ObjectiveOptions) -> Loss:
     """The loss of a configuration."""
     row = LOSSES[options.loss_type]
-    loss: Loss = load_dotted(row.target)(**{option: getattr(options, option) for option in row.options})
+    loss: Loss = import_class(row.target)(**{option: getattr(options, option) for option in row.options})
     return loss
 
 

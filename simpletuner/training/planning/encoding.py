@@ -7,7 +7,6 @@ and no values: what it returns has the shapes of the real embeddings.
 from __future__ import annotations
 
 import copy
-import importlib
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from simpletuner.config.loading import LoadedRun
 from simpletuner.data.dataset import Dataset
 from simpletuner.errors import bytes_text
 from simpletuner.families.spec import Component
+from simpletuner.importing import import_class
 from simpletuner.models.components import ModelSource, component_config
 from simpletuner.models.family import ModelFamily
 from simpletuner.models.layer_offload import repeated_layers
@@ -196,10 +196,7 @@ class EmptyEncoders(TextEncoders):
     def encoder(self, name: str = "text_encoder") -> Any:
         if name not in self._encoders:
             component = self._component(name)
-            module, _, class_name = component.class_name.rpartition(".")
-            encoder = _without_values(
-                getattr(importlib.import_module(module), class_name), self.family.source, component
-            )
+            encoder = _without_values(import_class(component.class_name), self.family.source, component)
             for tensor in (*encoder.parameters(), *encoder.buffers()):
                 if tensor.is_floating_point():
                     tensor.data = tensor.data.to(self.family.dtype)

@@ -17,7 +17,8 @@ from simpletuner.data.digests import DigestMemo
 from simpletuner.errors import ConfigError, DataError, Problem
 from simpletuner.families.registry import get_family_class, get_spec
 from simpletuner.models import components
-from simpletuner.models.components import ModelSource, check_local_model, save_model_folder
+from simpletuner.models.build import model_source
+from simpletuner.models.components import ModelSource, check_denoiser_file, check_local_model, save_model_folder
 from simpletuner.models.family import ModelFamily
 from simpletuner.models.single_file import is_in_file
 from simpletuner.models.weight_files import weight_files
@@ -300,8 +301,48 @@ def test_a_file_that_does_not_serve_is_reported(tmp_path: Path, sdxl: Path, faul
         [problem] = check_local_model(source, get_spec("sdxl"))
         assert "there is no file" in problem.message
         return
-    with pytest.raises(DataError, match=r"sdxl\.safetensors"):
-        family_of("sdxl", source).load_denoiser()
+    key = "pretrained_transformer_model_name_or_path"
+    for read in (family_of("sdxl", source).load_denoiser, lambda: check_denoiser_file(source, get_spec("sdxl"))):
+        with pytest.raises(DataError, match=r"sdxl\.safetensors") as caught:
+            read()
+        assert [problem.key for problem in caught.value.problems] == [key]
+
+
+def test_a_run_on_the_wrong_file_ends_before_anything_is_encoded(tmp_path: Path, sdxl: Path):
+    """The key is the one that names the file."""
+    flux = tiny_flux_folder(tmp_path / "flux")
+    save_file(original_denoiser(flux / "transformer", get_spec("flux").keys), tmp_path / "flux.safetensors")
+    write_images(tmp_path / "images", 1, seed=1)
+    run = write_run(tmp_path, sdxl, [dataset("images")], model_family="sdxl")
+    with pytest.raises(DataError, match=r"it has no input_blocks\.0\.0\.weight") as caught:
+        train_here(run, f"--pretrained_transformer_model_name_or_path={tmp_path / 'flux.safetensors'}")
+    assert [problem.key for problem in caught.value.problems] == ["pretrained_transformer_model_name_or_path"]
+    assert not list((tmp_path / "cache").rglob("*.safetensors"))
+    source = model_source(
+        load_here(run, f"--pretrained_model_name_or_path={tmp_path / 'flux.safetensors'}").config.model
+    )
+    assert source.file_key == "pretrained_model_name_or_path"
+
+
+def test_the_key_of_an_error_is_the_one_that_names_the_part(sdxl: Path):
+    encoder = next(part for part in get_spec("sdxl").components if part.name == "text_encoder")
+    vae = get_spec("sdxl").component("vae")
+    source = ModelSource(str(sdxl), vae="vae", encoders={"text_encoder": "clip"})
+    assert (source.key_of(encoder), source.key_of(vae)) == ("text_encoder_paths", "pretrained_vae_model_name_or_path")
+    assert (
+        ModelSource(str(sdxl)).key_of(encoder) == ModelSource(str(sdxl)).key_of(vae) == "pretrained_model_name_or_path"
+    )
+
+
+def test_the_folder_of_another_family_is_refused_with_its_name(sdxl: Path, tmp_path: Path):
+    """Families whose networks are the same may share a folder: Qwen-Image trains on an edit model."""
+    [problem] = check_local_model(ModelSource(str(sdxl)), get_spec("sd15"))
+    assert problem.message.endswith(
+        "is a model of Stable Diffusion XL (StableDiffusionXLPipeline), and model_family is sd15"
+    )
+    assert problem.fix == "set model_family to sdxl, or name a model of Stable Diffusion 1.5"
+    edit = TINY_FOLDERS["qwen_image_edit"](tmp_path / "edit")
+    assert check_local_model(ModelSource(str(edit)), get_spec("qwen_image")) == []
 
 
 @pytest.mark.slow

@@ -116,7 +116,7 @@ def test_the_end_is_reported_with_all_that_was_made(tmp_path: Path, monkeypatch:
     assert (end.step, end.seconds, end.commands) == (2, 12.5, ("generate it",))
     assert list(end.outputs) == ["adapter", "best checkpoint (step 2, eval loss 0.2500)", "report"]
     told = [notice.text for notice in recorder.of(Notice)]
-    assert told[0] == "3 prompts were longer than 77 tokens and were truncated"
+    assert told[0] == "truncated 3 prompts to 77 tokens"
     assert "checkpoint-1 removed: checkpoints_total_limit is 1" in told
     assert reported == [False]  # that of an earlier end is gone by then
     assert has_final_weights(run)
