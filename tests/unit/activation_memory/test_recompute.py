@@ -54,8 +54,8 @@ def numbers(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
 
 ANGLES = torch.randn(1, 1, 3, 2, dtype=torch.float64).repeat(1, 1, 1, 2)
 FUNCTIONS: dict[str, tuple[Callable[..., Tensor], tuple[tuple[int, ...], ...]]] = {
-    "norm": (lambda x, weight: rms_norm(x, weight, 1e-5), ((2, 3, 4), (4,))),
-    "norm without weight": (lambda x: rms_norm(x, None, 1e-5), ((2, 3, 4),)),
+    "norm": (lambda x, weight: rms_norm(x, weight, 0.5), ((2, 3, 4), (4,))),  # an eps that counts
+    "norm without weight": (lambda x: rms_norm(x, None, 0.5), ((2, 3, 4),)),
     "gate": (silu_gated, ((2, 3, 8),)),
     "rotation": (lambda x: rotate(x, ANGLES.cos(), ANGLES.sin()), ((2, 2, 3, 4),)),
     "linear": (lambda x, weight, bias: linear(rms_norm(x, None, 1e-5), weight, bias), ((2, 3, 4), (5, 4), (5,))),
@@ -171,6 +171,19 @@ def test_without_an_eps_a_norm_adds_that_of_the_format_it_computes_in() -> None:
     wide = x.detach().float()
     expected = wide / (wide.square().mean(dim=-1, keepdim=True) + 2**-23).sqrt()
     torch.testing.assert_close(lean(norm)(x).float(), expected, rtol=0.01, atol=0.01)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gradients_of_a_norm_are_computed_in_float32_and_rounded_once(dtype: torch.dtype) -> None:
+    """Half of the last bit away from those of float64; each operation in 8 bits would add such an error."""
+    x, weight = (torch.randn(*shape, dtype=dtype, requires_grad=True) for shape in ((64, 48), (48,)))
+    gradient = torch.randn(64, 48, dtype=dtype)
+    found = torch.autograd.grad(rms_norm(x, weight, 1e-3), (x, weight), gradient)
+    wide = [each.detach().double().requires_grad_() for each in (x, weight)]
+    normed = wide[0] / (wide[0].square().mean(-1, keepdim=True) + 1e-3).sqrt() * wide[1]
+    for actual, exact in zip(found, torch.autograd.grad(normed, wide, gradient.double()), strict=True):
+        assert actual.dtype == dtype
+        torch.testing.assert_close(actual.double(), exact, rtol=0.51 * torch.finfo(dtype).eps, atol=2e-6)
 
 
 def test_hooks_of_a_lean_norm_fire_and_a_norm_with_a_bias_stays_as_it_was() -> None:
