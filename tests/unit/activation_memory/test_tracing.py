@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
+from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 
@@ -116,7 +116,8 @@ def counted(function: Any, *inputs: Any) -> Any:
 
 
 def moved(function: Any, *inputs: Any) -> Any:
-    with save_on_cpu():
+    """As `save_on_cpu` does on an accelerator, without the strides; on the CPU itself it moves nothing."""
+    with saved_tensors_hooks(lambda tensor: tensor.clone(memory_format=torch.contiguous_format), lambda tensor: tensor):
         return function(*inputs)
 
 
@@ -288,6 +289,11 @@ def made_of_an_expanded_one(x: Tensor, y: Tensor) -> Tensor:
     return (F.silu(row) * y).sum() + (row * y).square().sum()
 
 
+def made_of_an_expanded_input(x: Tensor, y: Tensor) -> Tensor:
+    """A hook that moves it gives all rows, and no storage with a stride of 0 can be written."""
+    return (F.silu(x[:1].expand(4, 4)) * y).sum() + (x * x).sum()
+
+
 class _Opaque(torch.autograd.Function):
     """Not seen by a trace, so its output may lie where a noted tensor lay."""
 
@@ -302,7 +308,7 @@ class _Opaque(torch.autograd.Function):
 
 HARD = (
     *(written_itself, written_by_parts, written_into, views_of_one, complex_numbers, lists_and_masks, freed_places),
-    *(part_of_a_kept_one, views_of_a_transposed_one, made_of_an_expanded_one),
+    *(part_of_a_kept_one, views_of_a_transposed_one, made_of_an_expanded_one, made_of_an_expanded_input),
 )
 
 
