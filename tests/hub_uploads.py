@@ -50,7 +50,7 @@ def upload_hub() -> Iterator[UploadHub]:
     """Serve an empty hub on 127.0.0.1."""
     server = UploadHub()
     server.daemon_threads = True
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)  # seconds until it sees the end
     thread.start()
     try:
         yield server

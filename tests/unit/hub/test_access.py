@@ -53,12 +53,21 @@ def test_a_token_that_is_not_accepted_is_reported_before_the_run(hub, api):
 def test_a_hub_that_does_not_answer_is_a_warning(monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     [line] = check_access(config(), {}, HfApi(endpoint="http://127.0.0.1:9", token="x"))
-    assert "does not answer now" in line
+    assert line.startswith("the Hub at http://127.0.0.1:9 does not answer now (")
+    assert line.endswith("); uploads are retried during the run")
 
 
-def test_uploads_without_a_network_are_a_contradiction():
-    with pytest.raises(ConfigError, match="HF_HUB_OFFLINE"):
-        check_access(config(), {"HF_HUB_OFFLINE": "1"})
+def test_without_a_token_a_hub_that_does_not_answer_is_an_error(monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    with pytest.raises(ConfigError, match="push_to_hub: nobody is logged in to the Hub\n  fix: run: hf auth login"):
+        check_access(config(), {}, HfApi(endpoint="http://127.0.0.1:9"))
+
+
+@pytest.mark.parametrize("value", ["1", "true", "YES", "on"])
+def test_uploads_without_a_network_are_a_contradiction(value):
+    with pytest.raises(ConfigError, match="push_to_hub: HF_HUB_OFFLINE is set: nothing can be uploaded"):
+        check_access(config(), {"HF_HUB_OFFLINE": value})
 
 
 def test_a_token_of_single_rights_needs_that_of_writing():

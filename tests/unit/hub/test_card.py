@@ -5,14 +5,17 @@ from __future__ import annotations
 import ast
 import dataclasses
 import re
+from types import SimpleNamespace
 
 import pytest
 import yaml
 from huggingface_hub import ModelCard
 
 from simpletuner.families.registry import get_spec
-from simpletuner.hub.job import gallery
+from simpletuner.hub.card import HYPERPARAMETERS, LICENCES
+from simpletuner.hub.job import gallery, make_job
 from simpletuner.reporting.events import SavedImage
+from tests.configs import config_of
 
 
 @pytest.fixture
@@ -107,3 +110,91 @@ def test_the_gallery_shows_what_was_trained_and_no_more_than_twelve(image):
     shown = gallery(images)
     assert [each.kind for each in shown] == ["live", "ema"] * 6
     assert shown[0].shortname == "live-0"
+
+
+def test_a_whole_model_has_a_card_of_its_own(job):
+    """A fine-tune and no adapter: other tags, no file to convert; a prompt that is empty still has an image."""
+    shown = [SavedImage(job.output_dir / "a.webp", "the cat!", "", 8, 8, 1, "ema")]
+    whole = dataclasses.replace(job, kind="full", instance_prompts=("one", "two"), licence="Apache 2.0")
+    card = ModelCard(whole.card("me/stars", 3, 4000, shown, None))
+    data = card.data.to_dict()
+    assert data["tags"] == ["text-to-image", "image-generation", "simpletuner", "not-for-all-audiences"]
+    assert data["license"] == "apache-2.0"
+    assert "license_name" not in data
+    assert data["base_model_relation"] == "finetune"
+    assert data["instance_prompt"] == "one"
+    assert data["widget"] == [{"text": "-", "output": {"url": "images/00_the_cat__ema.webp"}}]
+    assert "A fine-tuned version of [Shitao/OmniGen-v1-diffusers]" in card.text
+    assert "after 3 of 4,000 steps" in card.text
+    assert "trigger words `one`, `two`." in card.text
+    assert "simpletuner export" not in card.text
+    assert "eval loss" not in card.text
+    assert "pipeline('a photo')" in card.text
+    assert ".from_pretrained('me/stars', torch_dtype=torch.bfloat16)" in card.text
+
+
+def test_an_adapter_of_another_kind_has_its_tags_and_settings_and_its_export_command(job):
+    tags = {
+        kind: ModelCard(dataclasses.replace(job, kind=kind).card("a/b", 1, 1, [], None)).data.tags[3:-1]
+        for kind in ("lora", "dora", "loha")
+    }
+    plain = ["lora", "template:sd-lora"]
+    assert tags == {"lora": plain, "dora": plain, "loha": [*plain, "lycoris", "loha"]}
+    options = {name: number for number, name in enumerate(HYPERPARAMETERS)} | {"seed": "", "optimizer": None}
+    text = dataclasses.replace(job, options=options, base_model=None).card("a/b", 1, 1, [], None)
+    rows = re.findall(r"^\| (\w+) \| (\w+) \|$", text, re.MULTILINE)
+    assert dict(rows) == {
+        **{"steps": "1", "learning_rate": "0", "lr_scheduler": "1", "lr_warmup_steps": "2", "train_batch_size": "4"},
+        **{"gradient_accumulation_steps": "5", "mixed_precision": "6", "base_model_precision": "7"},
+        **{"resolution": "8", "resolution_type": "9", "caption_dropout_probability": "10"},
+        **{"max_grad_norm": "11", "use_ema": "12"},
+    }
+    assert "simpletuner export pytorch_lora_weights.safetensors --model PATH\n" in text
+    assert "An adapter (lokr) of OmniGen, after" in text
+
+
+def test_licenses_have_the_names_that_the_hub_knows():
+    assert dict(LICENCES) == {
+        **{"mit": "mit", "apache 2.0": "apache-2.0", "apache-2.0": "apache-2.0"},
+        **{"creativeml open rail++-m": "openrail++", "creativeml open rail-m": "creativeml-openrail-m"},
+    }
+
+
+def test_the_job_of_a_run_is_what_its_configuration_says(tmp_path):
+    options = {
+        **{"push_to_hub": True, "output_dir": str(tmp_path / "out"), "hub_model_id": "house/x"},
+        **{"model_card_private": False, "model_card_safe_for_work": True, "model_card_note": "a note"},
+        **{"push_checkpoints_to_hub": False, "push_to_hub_background": False, "lora_type": "lycoris"},
+        **{"tracker_run_name": "My run"},
+    }
+    entries = [
+        SimpleNamespace(instance_prompt=["xyz", "abc"]),
+        SimpleNamespace(),
+        SimpleNamespace(instance_prompt=["xyz"]),
+    ]
+
+    def made(lycoris=None, **changed):
+        config = config_of(**options | changed)
+        run = SimpleNamespace(config=config, datasets=entries, lycoris=lycoris, resolved=lambda: {"seed": 7})
+        return make_job(run, get_spec(config.model.model_family))
+
+    first = made({"algo": "loha"})
+    facts = {name: value for name, value in vars(first).items() if name != "spec"}
+    assert facts == {
+        **{"output_dir": tmp_path / "out", "name": "house/x", "is_private": False, "each_checkpoint": False},
+        **{"waits": True, "kind": "loha", "base_model": "Shitao/OmniGen-v1-diffusers", "licence": "MIT"},
+        **{
+            "title": "My run",
+            "options": {"seed": 7},
+            "form": "lycoris",
+            "readers": get_spec("omnigen").read_by("lycoris", "loha"),
+        },
+        **{"instance_prompts": ("xyz", "abc"), "is_safe": True, "note": "a note"},
+    }
+    folder = made(pretrained_model_name_or_path="/models/own", tracker_run_name=None, model_type="full")
+    assert (folder.base_model, folder.title, folder.kind, folder.readers) == (None, "out", "full", "")
+    assert made(pretrained_model_name_or_path="a/b", push_to_hub_background=True).base_model == "a/b"
+    assert not made(push_to_hub_background=True).waits
+    assert made(push_checkpoints_to_hub=True, model_card_private=True).each_checkpoint
+    assert made(model_card_private=True).is_private
+    assert made(push_to_hub=False) is None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import shutil
 import threading
 import time
@@ -9,8 +11,10 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import httpx
 import pytest
 from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError
 
 from simpletuner.errors import EXIT_UPLOAD, UploadError
 from simpletuner.hub.job import ADAPTER_FILE, HubJob
@@ -60,6 +64,7 @@ def test_checkpoints_and_the_end_become_commits_with_card_and_images(hub, api, j
         wait_for(lambda: hub.repos and hub.repos["me/stars"].tags == ["step-10"])
         repo = hub.repos["me/stars"]
         assert repo.files[ADAPTER_FILE] == b"weights of 10"
+        assert b"after 10 of 100 steps" in repo.files["README.md"]
         publisher.finish(100)
     assert repo.is_private
     assert [summary for summary, _ in repo.commits] == ["Weights of step 10", "Weights of step 100, the end of the run"]
@@ -70,7 +75,8 @@ def test_checkpoints_and_the_end_become_commits_with_card_and_images(hub, api, j
         "images/00_star_live.png",
     }
     assert repo.files[ADAPTER_FILE] == b"the end"
-    assert b"0.4321" in repo.files["README.md"]
+    assert b"after 100 of 100 steps" in repo.files["README.md"]
+    assert b"| eval loss | 0.4321 |" in repo.files["README.md"]
     assert repo.tags == ["step-10", "step-100"]
     assert not (job.output_dir / "hub_upload").exists()
     assert reported.texts == [f"checkpoints go to {hub.url}/me/stars", f"uploaded to {hub.url}/me/stars"]
@@ -316,3 +322,101 @@ def test_of_a_whole_model_the_denoiser_and_its_average_are_sent_and_at_the_end_t
     assert set(whole.checkpoint_files(checkpoint)) == {"transformer/a", "ema/b"}
     assert whole.final_files() == {"vae/c": pipeline / "vae" / "c"}
     assert set(job.checkpoint_files(checkpoint)) == {ADAPTER_FILE, "ema/b"}
+
+
+def test_a_run_that_was_killed_before_its_end_uploads_its_last_checkpoint(hub, api, job, checkpoint):
+    (job.output_dir / ADAPTER_FILE).unlink()
+    checkpoint(100)
+    publisher, bus = start(replace(job, options={"use_ema": False}), api, Reported())
+    with bus:
+        publisher.finish(100)
+    files = hub.repos["me/stars"].files
+    assert files[ADAPTER_FILE] == b"weights of 100"
+    assert files[f"ema/{ADAPTER_FILE}"] == b"average of 100"
+
+
+def test_what_waits_at_the_end_of_the_process_is_said_and_only_then(job):
+    publisher, _ = waiting(job, range(5, 6))
+    publisher._worker = None
+    publisher.close()
+    [notice] = publisher.take_notices()
+    text = "the newest checkpoint is not on the Hub yet; the next start of this run uploads it"
+    assert (notice.severity, notice.text) == ("warning", text)
+    publisher._waiting.clear()
+    publisher.close()
+    assert publisher.take_notices() == []
+
+
+class Tags:
+    """Answers to requests for tags, in order: a status, or 200."""
+
+    endpoint = "https://huggingface.co"
+
+    def __init__(self, *answers: int):
+        self.answers, self.asked = list(answers), []
+
+    def _answer(self, name: str, repo_id: str, tag: str) -> None:
+        self.asked.append((name, repo_id, tag))
+        if (status := self.answers.pop(0)) != 200:
+            raise HfHubHTTPError("no", response=httpx.Response(status, request=httpx.Request("POST", "http://x")))
+
+    def create_tag(self, repo_id: str, *, tag: str) -> None:
+        self._answer("create", repo_id, tag)
+
+    def delete_tag(self, repo_id: str, *, tag: str) -> None:
+        self._answer("delete", repo_id, tag)
+
+
+@pytest.mark.parametrize(
+    ("answers", "asked", "raises", "texts"),
+    [
+        ((200,), "create", False, []),
+        ((409, 200, 200), "create delete create", False, []),
+        ((503,), "create", True, []),
+        ((403,), "create", True, []),
+        ((409, 503), "create delete", True, []),
+        (
+            (409, 403),
+            "create delete",
+            False,
+            ["the tag step-5 stays at an earlier commit of me/stars: the token may not write there"],
+        ),
+    ],
+)
+def test_a_tag_that_cannot_move_is_a_warning_and_what_may_pass_is_tried_again(job, answers, asked, raises, texts):
+    publisher, api = Publisher(job), Tags(*answers)
+    publisher._repo_id = "me/stars"
+    with pytest.raises(HfHubHTTPError) if raises else contextlib.nullcontext():
+        publisher._tag(api, "step-5")
+    assert api.asked == [(each, "me/stars", "step-5") for each in asked.split()]
+    assert [notice.text for notice in publisher.take_notices()] == texts
+
+
+def test_the_note_of_an_upload_counts_for_its_repository_and_run_alone(job):
+    publisher = Publisher(job)
+    file = job.output_dir / "hub_upload.json"
+    assert publisher._state() == {}
+    publisher._run = {"run": "r1", "branch": "b1"}
+    for note, state in (
+        ({"repo": "stars", "step": 3}, {"run": "r1", "branch": "b1", "repo": "stars", "step": 3}),
+        ({"repo": "stars", "step": 3, "run": "r1", "branch": "b1"}, None),
+        ({"repo": "stars", "step": 3, "run": "r1", "branch": "b2"}, {}),
+        ({"repo": "other", "step": 3, "run": "r1", "branch": "b1"}, {}),
+        ([3], {}),
+    ):
+        file.write_text(json.dumps(note))
+        assert publisher._state() == (note if state is None else state)
+
+
+def test_an_upload_is_given_up_after_its_time_and_says_why(job):
+    publisher, [upload] = waiting(job, range(5, 6))
+    publisher._deadline = time.monotonic() + 1e6
+    publisher._fail(upload, RuntimeError("no answer"))
+    assert (publisher._refusal, publisher._trouble) == (None, "no answer")
+    publisher._deadline = time.monotonic() - 1e-3
+    publisher._fail(upload, RuntimeError("still none"))
+    assert publisher._refusal == "still none"
+    [problem] = publisher._error(upload).problems
+    assert problem.message == "the weights are saved, but not on the Hub: still none"
+    assert problem.key == "push_to_hub"
+    assert problem.fix == f"run: hf upload stars {upload.folder} . --private"
