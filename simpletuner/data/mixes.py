@@ -14,7 +14,7 @@ from typing import Any
 from simpletuner.config.paths import Folders
 from simpletuner.config.yaml_reader import YamlDocument, read_yaml
 from simpletuner.data.records import TABLE_SUFFIXES
-from simpletuner.errors import ConfigError, Problem
+from simpletuner.errors import ConfigError, Problem, plain_value
 
 MIX_SUFFIXES = (".yml", ".yaml")
 
@@ -71,7 +71,8 @@ def _ratios(document: YamlDocument, entries: list[Mapping[str, Any]]) -> list[fl
     for number, entry in enumerate(entries):
         ratio = entry.get("ratio")
         if not isinstance(ratio, int | float) or isinstance(ratio, bool) or not 0 <= ratio < math.inf:
-            problems.append(document.problem(f"data[{number}].ratio", f"{ratio} is not a ratio", "a number >= 0"))
+            message = f"{plain_value(ratio)} is not a ratio"
+            problems.append(document.problem(f"data[{number}].ratio", message, "a number >= 0"))
             ratio = 0.0
         if unknown := entry.keys() - {"path", "type", "ratio"}:
             problems.append(

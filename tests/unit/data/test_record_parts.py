@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from simpletuner.config.datasets import ImageDataset
 from simpletuner.data.dataset import Dataset
 from simpletuner.data.mixes import read_sources
 from simpletuner.data.sampler import Sampler
-from simpletuner.errors import ConfigError, DataError
+from simpletuner.errors import ConfigError, DataError, Problem
 from simpletuner.models.omnigen.spec import OMNIGEN
 from simpletuner.models.omnigen2.spec import OMNIGEN2
 from tests.unit.data.images import build_datasets, options, write_image
@@ -165,6 +166,70 @@ def test_what_a_mix_cannot_meet_is_refused_at_the_start(folder: Path) -> None:
     ):
         with pytest.raises(ConfigError, match=words):
             read_sources(mix(folder / "mix.yml", entry), folder)
+
+
+def test_sources_are_called_by_their_file_or_folder_and_a_number_by_what_it_lies_in(folder: Path) -> None:
+    (folder / "edits").mkdir()
+    (folder / "edits" / "7").mkdir()
+    for name in ("one.jsonl", "edits/12.jsonl", "edits/all.JSONL"):
+        write_rows(folder / name, row("a"))
+    entries = [(name, 1) for name in ("one.jsonl", "edits/12.jsonl", "edits/all.JSONL", "edits/7", "edits")]
+    sources = read_sources(mix(folder / "mix.YAML", *entries), folder)
+    assert [source.name for source in sources] == ["one", "edits-12", "all", "edits-7", "edits"]
+    assert {source.weight for source in sources} == {0.2}
+    assert [(each.place.key, each.place.message) for each in sources[:2]] == [
+        ("data[0].path", '"one.jsonl"'),
+        ("data[1].path", '"edits/12.jsonl"'),
+    ]
+    [alone] = read_sources(folder / "one.jsonl", folder)
+    assert (alone.name, alone.path, alone.weight, alone.place) == ("one", folder / "one.jsonl", 1.0, None)
+    [whole] = read_sources(folder / "edits", folder)
+    assert (whole.name, whole.path) == ("edits", folder / "edits")
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        (
+            "data: 3",
+            Problem("there is no list of entries", "data", line=1, allowed="- path, type and ratio of each file"),
+        ),
+        (
+            "data:\n- one",
+            Problem("there is no list of entries", "data", line=1, allowed="- path, type and ratio of each file"),
+        ),
+        (
+            "data:\n- {path: rows.jsonl, ratio: 1, typ: x, other: 3}",
+            Problem("there is no such key", "data[0].other", allowed="path, type, ratio"),
+        ),
+        (
+            "data:\n- {path: rows.jsonl, ratio: true}",
+            Problem("true is not a ratio", "data[0].ratio", allowed="a number >= 0"),
+        ),
+        (
+            "data:\n- {path: rows.jsonl, ratio: .inf}",
+            Problem("inf is not a ratio", "data[0].ratio", allowed="a number >= 0"),
+        ),
+        (
+            "data:\n- {path: rows.jsonl, ratio: 1}\n- {path: 3, ratio: 1}",
+            Problem(
+                "names no file",
+                "data[1].path",
+                allowed="a file .yml, .jsonl, .json, .csv, .tsv, .parquet, or a folder",
+                fix="correct the path",
+            ),
+        ),
+    ],
+)
+def test_an_entry_of_a_mix_that_says_nothing_usable_is_named(folder: Path, text: str, problem: Problem) -> None:
+    write_rows(folder / "rows.jsonl", row("a"))
+    (folder / "mix.yml").write_text(text)
+    with pytest.raises(ConfigError) as error:
+        read_sources(folder / "mix.yml", folder)
+    [found] = error.value.problems
+    assert found == replace(
+        problem, file=str(folder / "mix.yml"), line=found.line if problem.line is None else problem.line
+    )
 
 
 def test_limits_reduce_targets_and_references_by_their_number(folder: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from simpletuner.data.records import Record, RecordRules, read_records
-from simpletuner.errors import DataError
+from simpletuner.errors import DataError, Problem
 
 
 @pytest.fixture
@@ -192,6 +192,46 @@ def test_a_bad_row_is_named_with_file_and_line(folder: Path, bad: dict[str, Any]
     assert len(records) == 1
     assert "1 rows of" in notes[0]
     assert words in notes[0]
+
+
+def test_of_many_bad_rows_twenty_are_shown_and_the_others_counted(folder: Path) -> None:
+    path = write_rows(folder / "rows.jsonl", *[OWN | {"target": f"{number}.png"} for number in range(23)])
+    with pytest.raises(DataError) as error:
+        read(path, folder)
+    problems = error.value.problems
+    assert [problem.line for problem in problems[:20]] == list(range(1, 21))
+    assert problems[20:] == [
+        Problem("and 3 more rows"),
+        Problem("rows cannot be used", "edits.records_file", fix="correct them, or leave them out with skip_bad_rows"),
+    ]
+    path = write_rows(folder / "rows.jsonl", *[OWN | {"target": f"{number}.png"} for number in range(20)])
+    with pytest.raises(DataError) as error:
+        read(path, folder)
+    assert len(error.value.problems) == 21
+
+
+def test_samples_of_a_plain_folder_are_called_by_their_folders(folder: Path) -> None:
+    """A sample may lie in the folder itself; hidden files and other images are no references."""
+    for place in ("plain", "plain/b/c"):
+        (folder / place).mkdir(parents=True)
+        for name in ("target.png", ".reference_2.png", "reference_1.webp", "reference_1.png", "other.png"):
+            Image.new("RGB", (16, 16)).save(folder / place / name)
+        (folder / place / "b.caption").write_text("second")
+        (folder / place / "a.TXT").write_text("first\nor so\n")
+    found = read(folder / "plain", folder)
+    assert [(each.name, [path.name for path in each.references], each.captions) for each in found] == [
+        ("sample", ["reference_1.png"], ("first", "or so")),
+        ("b-c", ["reference_1.png"], ("first", "or so")),
+    ]
+
+
+def test_the_text_beside_a_target_is_txt_before_caption_and_without_the_extension_before_with_it(folder: Path) -> None:
+    root = folder / "plain"
+    (root / "target").mkdir(parents=True)
+    Image.new("RGB", (16, 16)).save(root / "target" / "a.png")
+    for name in ("a.png.caption", "a.png.txt", "a.caption", "a.txt"):
+        (root / "target" / name).write_text(name)
+        assert read(root, folder)[0].captions == (name,)
 
 
 def test_a_table_that_is_none_is_named(folder: Path) -> None:
