@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from simpletuner.batch import Crop, PromptImage, PromptRequest, Sample
 from simpletuner.cache import encoded, encoding, fingerprints, latents
 from simpletuner.cache.encoding import BatchEncoder
 from simpletuner.cache.fingerprints import vae_fingerprint
 from simpletuner.cache.latents import LatentCache, OnDemandLatents
+from simpletuner.cache.prompts import PromptCache
 from simpletuner.cache.store import TensorStore
 from simpletuner.data.digests import DigestMemo
 from simpletuner.models.components import ModelSource
@@ -173,3 +177,49 @@ def test_a_prompt_s_encoders_are_told_apart_by_all_that_decides_their_results(tm
     assert len({prompt_digest(tmp_path, monkeypatch, **each) for each in changes}) == len(changes)
     noted = {"config": {"layers": 2, "_name_or_path": "elsewhere"}}
     assert prompt_digest(tmp_path, monkeypatch, **noted) == prompt_digest(tmp_path, monkeypatch)
+
+
+def sha256_of(value: object) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def test_the_key_of_an_entry_is_the_digest_of_these_very_facts(cache, monkeypatch):
+    """Word for word: with any other key, or another order, a cache of today would be encoded again tomorrow."""
+    sample = Sample("set", "a.png", "d" * 64, 100, 80, ("a",), Crop(88, 104, 4, 6, 80, 96))
+    facts = {
+        "schema": 1,
+        "transform": 1,
+        "vae": "fingerprint",
+        "picture": "d" * 64,
+        "crop": {"intermediate_height": 88, "intermediate_width": 104, "top": 4, "left": 6, "height": 80, "width": 96},
+    }
+    assert cache.key(sample) == sha256_of(facts)
+    assert cache.key(sample.mirrored()) == sha256_of({**facts, "is_flipped": True})
+    prompts = PromptCache(cache.store, cache.family, "encoders")
+    facts = {"schema": 1, "encoders": "encoders", "prompt": "a dog"}
+    assert prompts.key(PromptRequest("a dog")) == sha256_of(facts)
+    images = (PromptImage(8, 16, "x"), PromptImage(8, 8, "y"))
+    assert prompts.key(PromptRequest("a dog", images)) == sha256_of({**facts, "images": ["x", "y"]})
+    monkeypatch.setattr(encoded, "__version__", "1.2.3")
+    whole = ["1.2.3", {"schema": 1, "transform": 1, "vae": "fingerprint"}, "set", ["a"]]
+    assert cache.set_fingerprint("set", ["a"]) == hashlib.sha256(json.dumps(whole).encode()).hexdigest()
+
+
+def test_the_fingerprint_of_a_vae_is_the_digest_of_weights_settings_and_arithmetic(monkeypatch):
+    config = {"_class_name": "AutoencoderKL", "_diffusers_version": "0.36", "_name_or_path": "x", "layers": 2}
+    config |= {"scaling_factor": 0.13, "shift_factor": 0.1, "latents_mean": [0.0], "latents_std": [1.0]}
+    monkeypatch.setattr(fingerprints, "component_config", lambda source, part: config)
+    monkeypatch.setattr(fingerprints, "weight_files", lambda source, part: [part.role + ".a", part.role + ".b"])
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    memo = SimpleNamespace(digest=lambda path: f"digest of {path}")
+    facts = {
+        "weights": ["digest of vae.a", "digest of vae.b"],
+        "config": {"_class_name": "AutoencoderKL", "layers": 2},
+        "dtype": "torch.bfloat16",
+        "device": "cpu",
+        "threads": 3,
+    }
+    found = vae_fingerprint(None, SPEC, memo, CPU, torch.bfloat16)
+    assert found == sha256_of(facts)
+    found = vae_fingerprint(None, SPEC, memo, torch.device("cuda"), torch.bfloat16, ("tiling",))
+    assert found == sha256_of({**facts, "device": "cuda", "threads": None, "modes": ["tiling"]})

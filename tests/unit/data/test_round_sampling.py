@@ -13,13 +13,16 @@ import torch
 from simpletuner.batch import Crop, Sample
 from simpletuner.config.dataset_values import TagShuffle
 from simpletuner.config.datasets import EvalDataset, ImageDataset, TextEmbedsDataset
+from simpletuner.data.buckets import BucketRules, choose_aspect
 from simpletuner.data.caption_edits import CaptionEdits
 from simpletuner.data.datasets import Dataset
+from simpletuner.data.holdout import place_of
 from simpletuner.data.kept import KeptSamples
 from simpletuner.data.sampler import Sampler
 from simpletuner.data.schedule import Schedule
 from simpletuner.errors import DataError
 from simpletuner.models.omnigen.spec import OMNIGEN
+from simpletuner.randomness import keyed_seed, keyed_uniform
 from tests.unit.data.images import build_datasets, options, write_image
 
 
@@ -379,3 +382,40 @@ def test_openers_double_captions_that_have_one_and_filters_leave_no_blanks() -> 
     assert edits.apply(["a cat", "a dog"]) == ("a cat", "a dog")
     assert edits.apply(["a photo of a cat", "a dog"]) == ("a photo of a cat", "a cat", "a dog", "a dog")
     assert CaptionEdits(filters=("photo of",)).apply(["photo of a cat"]) == ("a cat",)
+
+
+def test_what_is_drawn_of_an_image_is_keyed_by_seed_dataset_content_and_round(folder: Path, tmp_path: Path) -> None:
+    """By `keyed_uniform`, whose numbers are held elsewhere: another key would train a resumed run on other crops."""
+    keys = {"crop_style": "random", "random_flip": True}
+    fixed = build(folder, tmp_path, **keys)
+    fresh = build(folder, tmp_path, **keys, vae_cache_clear_each_epoch=True)
+    for number in (0, 3):
+        for sample in fixed.samples.take(range(12), number):
+            key = (42, "things", sample.digest)
+            assert sample.is_flipped == (keyed_uniform(*key, "flip", number) < 0.5)
+            spare = sample.width - 64
+            assert sample.crop.left == int(keyed_uniform(*key, "left") * (spare + 1))
+        for sample in fresh.samples.take(range(12), number):
+            drawn = keyed_uniform(42, "things", sample.digest, "round", number, "left")
+            assert sample.crop.left == int(drawn * (sample.width - 63))
+    rules = BucketRules(64, "pixel", crop_aspect="random", aspect_buckets=((0.5, 1.0), (2.0, 1.0)))
+    for digest in "abcdef":
+        chosen = 0.5 if keyed_uniform(42, "things", digest, "aspect") < 0.5 else 2.0
+        assert choose_aspect(64, 64, rules, 42, "things", digest) == chosen
+        sample = Sample("d", "a.png", digest, 8, 8, ("one", "two", "three"), Crop(8, 8, 0, 0, 8, 8))
+        chosen = sample.captions[keyed_seed(42, 5, 1, "caption", digest) % 3]
+        assert Dataset.caption_for(None, sample, 42, 5, 1) == chosen
+    assert [place_of(digest) for digest in "ab"] == [keyed_uniform("eval holdout", digest) for digest in "ab"]
+
+
+def test_a_shuffle_is_that_of_numpy_for_the_seed_the_caption_and_the_number_of_the_variant() -> None:
+    shuffle = TagShuffle(count=3, include_original=False, split_on="period", dropout=0.4)
+    tags = [f"t{number}" for number in range(9)]
+    caption = ". ".join(tags)
+    found = CaptionEdits(shuffle=shuffle, seed=4).apply([caption])
+    expected = []
+    for number in range(3):
+        order = np.random.Generator(np.random.PCG64(keyed_seed(4, "tags", caption, number))).permutation(9)
+        chances = np.random.Generator(np.random.PCG64(keyed_seed(4, "dropped tags", caption, number))).random(9)
+        expected.append(". ".join(tags[index] for index in order if chances[index] >= 0.4))
+    assert list(found) == expected
