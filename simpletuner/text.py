@@ -88,8 +88,9 @@ def decode(data: bytes) -> str:
     try:
         text = data.decode(encoding)
     except UnicodeDecodeError as error:
-        line = len(_LINE_END.findall(data[: error.start].decode(encoding, "replace"))) + 1
-        raise _undecodable(encoding, line, error.start, data[error.start]) from None
+        at = len(data) - len(error.object) + error.start  # a codec may have taken the mark away
+        line = len(_LINE_END.findall(data[:at].decode(encoding, "replace"))) + 1
+        raise _undecodable(encoding, line, at, data[at]) from None
     if (at := text.find("\0")) >= 0:
         raise _with_nul(len(_LINE_END.findall(text[:at])) + 1)
     return text
@@ -136,12 +137,11 @@ def check_encoding(path: Path) -> str:
         encoding = encoding_of(chunk)
         decoder = codecs.getincrementaldecoder(encoding)()
         while True:
-            pending = len(decoder.getstate()[0])
             try:
                 text = decoder.decode(chunk, final=not chunk)
             except UnicodeDecodeError as error:
                 line += error.object[: error.start].count(b"\n")
-                at = position - pending + error.start
+                at = position + len(chunk) - len(error.object) + error.start
                 raise _undecodable(encoding, line, at, error.object[error.start]) from None
             if (at := text.find("\0")) >= 0:
                 raise _with_nul(line + text.count("\n", 0, at))

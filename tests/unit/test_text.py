@@ -5,17 +5,26 @@ from __future__ import annotations
 import io
 from pathlib import Path
 
+import jinja2
 import pytest
 
+from simpletuner.templating import cell, environment, inline, to_bytes
 from simpletuner.text import (
     NotText,
     bounded_lines,
     check_encoding,
+    count_text,
     decode,
     decode_lenient,
+    encoding_of,
     fault_in,
+    for_terminal,
+    forms_of,
+    has_control,
     lines_of,
+    one_form,
     printable,
+    read_file,
     without_separators,
 )
 
@@ -109,3 +118,85 @@ def test_texts_with_nul_or_half_a_character_have_a_fault() -> None:
 
 def test_terminal_codes_are_shown_not_sent() -> None:
     assert printable("a\x1b[31m\n\udcff 😀 %s") == "a\\x1b[31m\\n\\udcff 😀 %s"
+
+
+def test_a_name_has_one_form_and_every_form_in_which_systems_write_it() -> None:
+    composed, decomposed, raw = "caf\xe9.png".encode(), "cafe\u0301.png".encode(), b"caf\xe9.png"
+    assert [one_form(name) for name in (b"a.png", composed, decomposed, raw)] == [b"a.png", composed, composed, raw]
+    assert forms_of(b"a.png") == (b"a.png",)
+    assert forms_of(composed) == (composed, decomposed)
+    assert forms_of(decomposed) == (decomposed, composed)
+    assert forms_of(raw) == (raw,)
+
+
+def test_a_file_of_exactly_the_limit_is_read(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"x" * 1_500_000)
+    assert len(read_file(tmp_path / "a", 1_500_000)) == 1_500_000
+    with pytest.raises(ValueError, match=r"^is larger than 1\.5 MB$"):
+        read_file(tmp_path / "a", 1_499_999)
+
+
+def test_of_two_marks_that_begin_alike_the_longer_counts() -> None:
+    marks = [b"\xef\xbb\xbf", b"\xff\xfe\0\0", b"\0\0\xfe\xff", b"\xff\xfe", b"\xfe\xff", b"ab"]
+    found = [encoding_of(mark + b"x") for mark in marks]
+    assert found == ["utf-8-sig", "utf-32", "utf-32", "utf-16", "utf-16", "utf-8"]
+
+
+def test_the_place_in_a_file_with_a_mark_is_counted_from_its_first_byte(tmp_path: Path) -> None:
+    data = b"\xef\xbb\xbfa\nb\xff"
+    with pytest.raises(NotText, match=r"^is not UTF-8 text: line 2, byte 7 \(0xff\)$"):
+        decode(data)
+    (tmp_path / "a").write_bytes(data)
+    with pytest.raises(NotText, match=r"^is not UTF-8 text: line 2, byte 7 \(0xff\)$"):
+        check_encoding(tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    ("data", "text"),
+    [
+        (b"caf\xe9\xe8\xea s", "caf\xe9\xe8\xea s"),  # three accents in a row, three of seven letters
+        (b"caf\xe9\xe8\xea\xeb several", None),  # four
+        (b"a\xe9 b\xe8", "a\xe9 b\xe8"),  # half of the letters
+        (b"a\xe9 \xe8", None),  # two thirds
+        (b"caf\xe9\0", None),
+        (b"caf\xe9 \x81", None),  # no character of Windows-1252
+    ],
+)
+def test_bytes_are_read_as_western_where_accents_stand_between_other_letters(data: bytes, text: str | None) -> None:
+    if text is not None:
+        assert decode_lenient(data) == (text, "cp1252")
+        return
+    with pytest.raises(NotText, match=r"^is not UTF-8 text: line 1, byte "):
+        decode_lenient(data)
+
+
+def test_what_moves_a_cursor_or_turns_the_writing_is_an_escape_and_lines_and_tabs_stay() -> None:
+    assert for_terminal("a\tb\nc\x1b[1m\x07\u202e\u2066\x85\udce9 \xe9") == (
+        "a\tb\nc\\x1b[1m\\x07\\u202e\\u2066\\x85\\udce9 \xe9"
+    )
+    assert [has_control(name) for name in ("a b", "a\n", "a\t", "a\x7f", "a\u2028", "a\xa0")] == [
+        *(False, True, True, True, True, False)
+    ]
+
+
+def test_things_are_counted_in_words() -> None:
+    found = [
+        count_text(1, "file"),
+        count_text(0, "file"),
+        count_text(1234, "entry", "entries"),
+        count_text(1, "a", "b"),
+    ]
+    assert found == ["1 file", "0 files", "1,234 entries", "1 a"]
+
+
+def test_what_a_user_wrote_breaks_no_page() -> None:
+    assert inline("a `b`\n <c>  d") == "a 'b' &lt;c> d"
+    assert [cell(value) for value in (True, 0.0001, 1e-7, 3, "a|b", None)] == [
+        *("true", "0.0001", "1e-07", "3", "a\\|b", "None")
+    ]
+    assert to_bytes("caf\xe9 \udce9") == b"caf\xc3\xa9 \\udce9"
+    page = environment().from_string("{{ a }}\n{% if b %}\n  {{ b }}\n{% endif %}\n")
+    assert page.render(a="<x>", b=1) == "&lt;x&gt;\n  1\n"
+    with pytest.raises(jinja2.UndefinedError):
+        page.render(b=1)
+    assert [environment().autoescape(name) for name in ("a.html", "a.svg", "a.md")] == [True, True, False]
