@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import os
+import re
+import socket
 import sqlite3
 import sys
 
+import psutil
 import pytest
 
 from simpletuner import storage
@@ -16,13 +20,14 @@ from simpletuner.disk import (
     DiskError,
     copy_in_memory,
     disk_error,
+    disk_errors,
     errno_of,
     is_damage,
     is_writable,
     reported_as_disk_errors,
 )
-from simpletuner.errors import EXIT_DATA
-from simpletuner.tempnames import new_sibling
+from simpletuner.errors import EXIT_DATA, Problem
+from simpletuner.tempnames import StaleName, new_sibling, parse_name
 
 NETWORK = {errno.EPIPE, errno.ESHUTDOWN, errno.ECONNABORTED, errno.ECONNREFUSED, errno.ECONNRESET}
 
@@ -164,3 +169,61 @@ def test_a_file_can_be_made_where_the_nearest_folder_that_is_there_can_be_writte
     assert asked == [(tmp_path, os.W_OK)]
     (tmp_path / "file").write_text("x")
     assert not is_writable(tmp_path / "file")
+
+
+@pytest.mark.parametrize(
+    ("number", "message", "fix"),
+    [
+        (errno.ENOSPC, "the disk is full", "free some space, then start again: what was committed before is untouched"),
+        (errno.EDQUOT, "the disk quota is used up", "free some space, then start again: what was committed before is "
+         "untouched"),
+        (errno.EROFS, "the file system is read-only", "choose another folder, or make this one writable"),
+        (errno.EACCES, "permission denied", "choose another folder, or make this one writable"),
+        (errno.EPERM, "the operation is not permitted", "choose another folder, or make this one writable"),
+        (errno.EMFILE, "too many files are open", "raise the limit in this shell: ulimit -n 65536"),
+        (errno.ENFILE, "too many files are open on this machine", "end other programs, or raise fs.file-max"),
+        (errno.ENAMETOOLONG, "the name is too long", "choose a shorter output_dir"),
+        (errno.ESTALE, "stale file handle", "check the disk and its mount, then start again: what was committed before "
+         "is untouched"),
+    ],
+)  # fmt: skip
+def test_what_a_disk_refuses_has_words_and_a_fix_of_its_own(tmp_path, number, message, fix):
+    found = disk_error(OSError(number, "refused", str(tmp_path / "a")))
+    assert found.problems == [Problem(f"cannot be used: {message}", file=str(tmp_path / "a"), fix=fix)]
+    named = disk_error(OSError(number, "refused", str(tmp_path / "a")), tmp_path / "b", "written")
+    assert named.problems == [Problem(f"cannot be written: {message}", file=str(tmp_path / "b"), fix=fix)]
+    assert disk_error(OSError(number, "refused")).problems[0].file is None
+    assert disk_error(OSError(number, "refused", os.fsencode(tmp_path))).problems[0].file == str(tmp_path)
+
+
+def test_a_database_that_cannot_be_used_names_its_file_and_the_key_of_its_folder(tmp_path):
+    fix = "free some space on its disk and make its folder writable; it may be removed, and is then made again"
+    found = disk_error(sqlite3.OperationalError("database is locked"), tmp_path / "a")
+    assert found.problems == [
+        Problem("a database of the cache cannot be used: database is locked", "cache_dir", str(tmp_path / "a"), fix=fix)
+    ]
+    assert (found.number, found.may_pass) == (None, False)
+
+
+def test_only_what_happens_beside_a_file_is_told_as_its_own(tmp_path):
+    """Of another folder the error stays what it is; inside of a folder that is being written its writer tells it."""
+    (tmp_path / "own").mkdir()
+    for place, kind in ((tmp_path / "own" / "b", DiskError), (tmp_path / "other", OSError)):
+        with pytest.raises(kind), disk_errors(tmp_path / "own" / "a"):
+            raise OSError(errno.ENOSPC, "full", str(place))
+    inside = new_sibling(tmp_path / "own" / "folder", "tmp") / "a"
+    with pytest.raises(OSError, match="full"), disk_errors(inside):
+        raise OSError(errno.ENOSPC, "full", str(inside))
+
+
+def test_a_left_over_tells_its_machine_process_kind_and_name(tmp_path):
+    host = hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
+    second = int(psutil.Process().create_time())
+    name = new_sibling(tmp_path / "my run", "aside").name
+    assert re.fullmatch(rf"\.aside-{host}-{os.getpid()}-{second}-[0-9a-f]{{8}}-my run", name)
+    assert parse_name(name) == StaleName(host, os.getpid(), second, "my run")
+    name = new_sibling(tmp_path / "my run", "trash").name
+    assert re.fullmatch(rf"\.trash-{host}-{os.getpid()}-{second}-[0-9a-f]{{8}}", name)
+    assert parse_name(name) == StaleName(host, os.getpid(), second, None)
+    assert parse_name(name + "-") is None
+    assert parse_name("x" + name) is None

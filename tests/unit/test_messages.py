@@ -9,7 +9,21 @@ from pathlib import Path
 import pytest
 
 import simpletuner
-from simpletuner.errors import error_text, plain_value, shape_text
+from simpletuner.errors import (
+    EXITS_OF_SIGNALS,
+    ConfigError,
+    DataError,
+    DivergedError,
+    Interrupted,
+    MissingDependency,
+    Problem,
+    SimpleTunerError,
+    UploadError,
+    bytes_text,
+    error_text,
+    plain_value,
+    shape_text,
+)
 from tests.messages import faults_of
 
 ROOT = Path(simpletuner.__file__).parent
@@ -140,3 +154,36 @@ def test_values_in_words() -> None:
     assert [shape_text(shape) for shape in ((4, 8), ())] == ["4 x 8", "1 number"]
     assert error_text(KeyError("files")) == "it has no files"
     assert error_text(ValueError("a\nb")) == "a b"
+
+
+def test_a_problem_has_its_place_first_and_what_to_do_below() -> None:
+    whole = Problem("is 3", "data.crop", "a.json", 7, "1 or 2", "write 1")
+    assert whole.render() == "a.json:7: data.crop: is 3\n  allowed: 1 or 2\n  fix: write 1"
+    assert Problem("is 3", file="a.json").render() == "a.json: is 3"
+    assert Problem("is 3", line=7, fix="write 1").render() == "is 3\n  fix: write 1"
+    assert Problem("is 3", "crop", "a.json", 0).render() == "a.json:0: crop: is 3"
+    error = DataError([whole, Problem("and this")])
+    assert str(error) == f"{whole.render()}\nand this"
+    assert SimpleTunerError("only a text").problems == [Problem("only a text")]
+    assert SimpleTunerError(whole).problems == [whole]
+
+
+def test_each_kind_of_error_ends_the_program_with_its_code() -> None:
+    kinds = (ConfigError, MissingDependency, DataError, DivergedError, UploadError, Interrupted, SimpleTunerError)
+    assert [kind("x").exit_code for kind in kinds] == [2, 2, 3, 4, 5, 130, 1]
+    assert Interrupted("x", 143).exit_code == 143
+    assert EXITS_OF_SIGNALS == (129, 130, 143)
+
+
+def test_numbers_of_bytes_and_values_have_the_shortest_text_that_says_them() -> None:
+    found = [bytes_text(number) for number in (1024, 1024**2 - 1, 1024**2, 1024**3, 1024**4 * 3, -2048, 1.6)]
+    assert found == ["1.0 KiB", "1024.0 KiB", "1.0 MiB", "1.0 GiB", "3.0 TiB", "-2.0 KiB", "2 bytes"]
+    assert plain_value(1 / 3) == "0.3333333333"
+    assert [plain_value(value) for value in ({}, (), b"x", "", {"a": [1, True]})] == [
+        *("nothing", "nothing", "b'x'", "", "a 1, true")
+    ]
+    assert shape_text((3,)) == "3"
+    assert [error_text(error) for error in (KeyError(), ValueError(" "))] == [
+        "it has no such key",
+        "it has another form",
+    ]

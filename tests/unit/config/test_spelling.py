@@ -7,7 +7,7 @@ import random
 import pytest
 
 from simpletuner.config.options import all_options
-from simpletuner.spelling import edit_distance, nearest
+from simpletuner.spelling import did_you_mean, edit_distance, nearest
 
 KNOWN = sorted(all_options())
 
@@ -40,3 +40,21 @@ def test_no_name_that_edits_reach_is_passed_over_for_its_letters() -> None:
         distances = {each: edit_distance(wrong, each) for each in KNOWN if abs(len(each) - len(wrong)) <= limits[each]}
         fewest = min(count for each, count in distances.items() if count <= limits[each])
         assert distances[nearest(wrong, KNOWN) or ""] == fewest
+
+
+def test_the_nearest_name_is_the_one_of_fewest_edits_then_of_most_letters_in_common() -> None:
+    assert nearest("lerning-RATE", ["learning_rate", "warning_rate"]) == "learning_rate"
+    assert nearest("learning_rat", ["learning_rates", "learning_rate"]) == "learning_rate"
+    assert nearest("cats", ["rats", "cat", "cots"]) == "cat"  # each one edit; 6/7 of the letters, else 3/4
+    assert nearest("ab", ["ax", "bx"]) == "ax"
+    assert nearest("abc", []) is None
+    # Beyond a third of the letters only a text of much the same letters is near: 2 x 9 of 20.
+    assert nearest("validation_prompt_lib", ["validation_prompt_library", "seed"]) == "validation_prompt_library"
+    assert nearest("promptx_validation", ["validation_prompt"]) is None
+    assert did_you_mean("sede", ["seed"]) == 'did you mean "seed"?'
+    assert did_you_mean("zzz", ["seed"]) is None
+
+
+def test_an_exchange_counts_once_between_neighbors_only() -> None:
+    assert [edit_distance("abcd", word) for word in ("bacd", "badc", "cbad", "dbca", "abdc")] == [1, 2, 2, 2, 1]
+    assert edit_distance("ca", "abc") == 3  # no letter is moved twice: optimal string alignment
