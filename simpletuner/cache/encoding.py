@@ -123,7 +123,10 @@ def read_sample(sample: Sample, read_pixels: Callable[[Sample], Tensor]) -> Deco
     try:
         return DecodedSample(sample, read_pixels(sample))
     except UNREADABLE as error:
-        return DecodedSample(sample, None, str(error))
+        # Of an image that cannot be decoded the reason that a scan gives, without the path and what to do.
+        return DecodedSample(
+            sample, None, str(error.__cause__ if isinstance(error.__cause__, UnusableImage) else error)
+        )
 
 
 def batches_of_one_size(images: Iterable[DecodedSample], batch_size: int) -> Iterator[list[DecodedSample]]:

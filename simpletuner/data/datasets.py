@@ -125,13 +125,15 @@ def build_datasets(
 class _Scans:
     """Scans each tree of files once, however many entries are over it.
 
-    Where one of them trusts the last scan (`skip_file_discovery`) and another does not, the other has its look.
+    Where one of them trusts the last scan (`skip_file_discovery`) and another does not, the other has its look; so has
+    one whose images must be decoded.
     """
 
     def __init__(self, work_dir: Path, data_file: str | None, report: ProgressReport | None):
         self._work_dir, self._data_file, self._report = work_dir, data_file, report
         self._done: dict[str, ScannedFolder] = {}
         self._trusted: set[str] = set()
+        self._decoded: set[str] = set()
 
     def __call__(self, entry: ImageDataset | ConditioningDataset, backend: Backend | None = None) -> ScannedFolder:
         """The index of an entry's files.
@@ -139,18 +141,22 @@ class _Scans:
         Args:
             backend: with the files; None opens the one that the entry names.
         """
-        is_trusted = False
+        is_trusted, decodes = False, True
         if isinstance(entry, ConditioningDataset):
             backend = backend or LocalBackend(entry.instance_data_dir, entry.follow_outside_links)
         else:
             backend = backend or open_backend(entry, self._data_file)
             is_trusted = bool(TRUSTING & {*entry.skip_file_discovery})
+            # What is encoded before training is decoded then.
+            decodes = bool(entry.vae_cache_ondemand or entry.vae_cache_disable or entry.vae_cache_clear_each_epoch)
         name = backend.identity
-        if name not in self._done or (name in self._trusted and not is_trusted):
+        looks_again = (name in self._trusted and not is_trusted) or (decodes and name not in self._decoded)
+        if name not in self._done or looks_again:
             index = Index(index_path(self._work_dir, name), backend)
-            catalog = index.scan(_scan_progress(entry.id, self._report), is_trusted)
+            catalog = index.scan(_scan_progress(entry.id, self._report), is_trusted, decodes)
             self._done[name] = ScannedFolder(index, catalog)
             self._trusted = self._trusted | {name} if is_trusted else self._trusted - {name}
+            self._decoded |= {name} if decodes else set()
         return self._done[name]
 
 

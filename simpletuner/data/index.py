@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from simpletuner.data.backends.base import Backend
 from simpletuner.data.captions import caption_from_name, is_camera_name
 from simpletuner.data.report import MAX_EXAMPLES, Note, SkippedFiles
-from simpletuner.data.scan import CountFiles, update_files
+from simpletuner.data.scan import CountFiles, has_undecoded, update_files
 from simpletuner.disk import DATABASE_ERRORS, copy_in_memory, is_damage, is_writable
 from simpletuner.errors import DataError, Problem
 from simpletuner.text import forms_of, one_form
@@ -142,7 +142,7 @@ class Index:
     def close(self) -> None:
         self._db.close()
 
-    def scan(self, progress: CountFiles | None = None, is_trusted: bool = False) -> Catalog:
+    def scan(self, progress: CountFiles | None = None, is_trusted: bool = False, decodes: bool = True) -> Catalog:
         """Look at what is new or changed since the last scan; the usable images after it.
 
         Of several processes that scan one folder, one does the work and the others wait for it.
@@ -151,15 +151,17 @@ class Index:
             progress: called with the number of files looked at so far, also while waiting. What it raises ends the
                 scan.
             is_trusted: where there has been a scan, take what it found and do not look at the folder.
+            decodes: decode each image. False is for images that are all encoded before training, where what cannot be
+                decoded is reported too (`image_facts`).
         """
         with self._lock, self._explained(), self._only_scan(progress):
             try:
-                return self._scan(progress, is_trusted)
+                return self._scan(progress, is_trusted, decodes)
             except (sqlite3.DatabaseError, *_DAMAGE) as error:
                 if isinstance(error, sqlite3.DatabaseError) and not is_damage(error):
                     raise
                 self._start_again()
-                return self._scan(progress, False)
+                return self._scan(progress, False, decodes)
 
     def _start_again(self) -> None:
         """Make a damaged index again; what its files are is found out again."""
@@ -172,10 +174,13 @@ class Index:
             self._db = sqlite3.connect(":memory:", check_same_thread=False)
             _make_tables(self._db)
 
-    def _scan(self, progress: CountFiles | None, is_trusted: bool) -> Catalog:
+    def _scan(self, progress: CountFiles | None, is_trusted: bool, decodes: bool) -> Catalog:
+        # Not with the other tables: an index from before lacks it, and all of its images were decoded.
+        self._db.execute("CREATE TABLE IF NOT EXISTS undecoded (id INTEGER PRIMARY KEY)")
         select = "SELECT * FROM catalogue"
-        if not is_trusted or self._db.execute(select).fetchone() is None:
-            update_files(self._db, self.backend, progress)
+        is_known = is_trusted and self._db.execute(select).fetchone() is not None
+        if not is_known or (decodes and has_undecoded(self._db)):
+            update_files(self._db, self.backend, progress, decodes)
         stored = self._db.execute(select).fetchone()
         if stored is None:
             catalog = self._build_catalog()

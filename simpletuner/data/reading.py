@@ -24,17 +24,20 @@ def read_pixels(backend: Backend, sample: Sample, key: str) -> torch.Tensor:
         key: names the folder in errors: dataset id and key.
 
     Raises:
-        DataError: the file is gone, or is no longer the one that was indexed: what is made of it would be kept under
-            the name of the old content.
+        DataError: the file is gone, cannot be decoded, or is no longer the one that was indexed: what is made of it
+            would be kept under the name of the old content.
     """
+    again = "start the run again: the data is scanned again, and training continues from the last checkpoint"
     try:
-        data = backend.read(os.fsencode(sample.path))
+        data = checked_bytes(backend.read(os.fsencode(sample.path)), sample.digest)
     except OSError as error:
-        raise _unreadable(backend, sample, key, f"cannot be read: {error.strerror or error}") from error
-    try:
-        return to_pixels(load_image(checked_bytes(data, sample.digest)), sample.crop, sample.is_flipped)
+        raise _unreadable(backend, sample, key, f"cannot be read: {error.strerror or error}", again) from error
     except UnusableImage as error:
-        raise _unreadable(backend, sample, key, str(error)) from error
+        raise _unreadable(backend, sample, key, str(error), again) from error
+    try:
+        return to_pixels(load_image(data), sample.crop, sample.is_flipped)
+    except UnusableImage as error:
+        raise _unreadable(backend, sample, key, str(error), "repair the image or take it out of the dataset") from error
 
 
 def to_image(pixels: torch.Tensor) -> Image:
@@ -51,12 +54,6 @@ def shown_content(sample: Sample) -> str:
     return hashlib.sha256(f"{sample.digest} {sample.crop} {sample.is_flipped}".encode()).hexdigest()
 
 
-def _unreadable(backend: Backend, sample: Sample, key: str, what: str) -> DataError:
+def _unreadable(backend: Backend, sample: Sample, key: str, what: str, fix: str) -> DataError:
     path = f"{backend.location.rstrip('/')}/{sample.path}"
-    return DataError(
-        Problem(
-            f"the image {printable(path)} {what}",
-            key=key,
-            fix="start the run again: the data is scanned again, and training continues from the last checkpoint",
-        )
-    )
+    return DataError(Problem(f"the image {printable(path)} {what}", key=key, fix=fix))

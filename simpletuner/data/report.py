@@ -81,7 +81,7 @@ class FilterReport:
 
     Args:
         found: files with an image's extension.
-        readable: decode to the last pixel.
+        readable: pass the scan: all of them decode, or are PNGs with right checksums that the VAE is still to see.
         large_enough: reach `minimum_image_size`.
         captioned: have a caption.
         bucketed: have a training size, and are used.

@@ -4,6 +4,9 @@ The walk yields one digest per folder; files are compared one by one only in fol
 changed files are read once, in a thread pool: hashed, decoded to the last pixel, and measured. Whatever cannot be used
 gets a row with the reason; files are never touched. Work is committed as it goes, so a scan that is killed goes on
 from there.
+
+Where every image is encoded before training, a PNG is not decoded here too: its checksums are compared. The table
+`undecoded` remembers these rows for a scan that must know more.
 """
 
 from __future__ import annotations
@@ -35,6 +38,7 @@ _TASK_FILES = 16
 # A transaction ends with so many files, or after so long with large ones.
 _COMMIT_FILES = 1024
 _COMMIT_SECONDS = 5.0
+_UNDECODED = "FROM undecoded JOIN files USING (id) WHERE live"
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,7 @@ class Finding:
         height: of an image, pixels, upright.
         width: of an image, pixels, upright.
         text: of a caption file.
+        is_decoded: False for an image whose checksums alone were compared.
     """
 
     file: FileState
@@ -81,16 +86,24 @@ class Finding:
     height: int | None = None
     width: int | None = None
     text: str | None = None
+    is_decoded: bool = True
 
 
-def update_files(database: sqlite3.Connection, backend: Backend, progress: CountFiles | None = None) -> None:
+def update_files(
+    database: sqlite3.Connection, backend: Backend, progress: CountFiles | None = None, decodes: bool = True
+) -> None:
     """Bring `folders` and `files` up to date; the catalog is dropped where anything changed.
 
     Args:
         progress: called with the number of files looked at so far.
+        decodes: decode each image; see `image_facts`.
     """
     _forget_old_texts(database)
     _retry_failures(database)
+    looks_again = decodes and has_undecoded(database)
+    if looks_again:
+        with database:
+            database.execute(f"UPDATE folders SET listing = NULL WHERE id IN (SELECT folder {_UNDECODED})")
     known = {path: (key, listing) for key, path, listing in database.execute("SELECT id, path, listing FROM folders")}
     num_done = 0
     # Pillow warns of large images and odd metadata on stderr; the report says what matters.
@@ -103,12 +116,20 @@ def update_files(database: sqlite3.Connection, backend: Backend, progress: Count
                 _require_unknown(database, backend, folder)
             if folder.error is None and listing == folder.listing:
                 continue
-            for num_files in _update_folder(database, backend, pool, key, folder):
+            for num_files in _update_folder(database, backend, pool, key, folder, decodes):
                 num_done += num_files
                 if progress:
                     progress(num_done)
     if known:
         _forget_folders(database, [key for key, _ in known.values()])
+    if looks_again:
+        with database:
+            database.execute("DELETE FROM undecoded")
+
+
+def has_undecoded(database: sqlite3.Connection) -> bool:
+    """Whether the checksums alone of some image were compared."""
+    return database.execute(f"SELECT 1 {_UNDECODED} LIMIT 1").fetchone() is not None
 
 
 def _require_unknown(database: sqlite3.Connection, backend: Backend, folder: Folder) -> None:
@@ -164,7 +185,12 @@ def _retry_failures(database: sqlite3.Connection) -> None:
 
 
 def _update_folder(
-    database: sqlite3.Connection, backend: Backend, pool: ThreadPoolExecutor, key: int | None, folder: Folder
+    database: sqlite3.Connection,
+    backend: Backend,
+    pool: ThreadPoolExecutor,
+    key: int | None,
+    folder: Folder,
+    decodes: bool,
 ) -> Iterator[int]:
     """Bring one folder up to date; yields the number of files looked at since the last time.
 
@@ -178,11 +204,11 @@ def _update_folder(
         if folder.error is not None:
             database.execute("UPDATE files SET live = 0 WHERE live AND folder = ?", [key])
             return
-        _compare(database, backend, key, folder.path)
+        _compare(database, backend, key, folder.path, decodes)
     task_files = 1 if backend.num_readers else _TASK_FILES
     findings: list[Finding] = []
     committed = time.monotonic()
-    for part in _look_at(backend, pool, _changed_files(database, task_files)):
+    for part in _look_at(backend, pool, _changed_files(database, task_files), decodes):
         findings += part
         if len(findings) >= _COMMIT_FILES or time.monotonic() > committed + _COMMIT_SECONDS:
             _store(database, key, findings)
@@ -193,8 +219,9 @@ def _update_folder(
         database.execute("UPDATE folders SET listing = ? WHERE id = ?", [folder.listing, key])
 
 
-def _compare(database: sqlite3.Connection, backend: Backend, key: int | None, folder: bytes) -> None:
-    """Leave the new and changed files of a folder in the table `changed`; retire the rows of files that are gone."""
+def _compare(database: sqlite3.Connection, backend: Backend, key: int | None, folder: bytes, decodes: bool) -> None:
+    """Leave the new and changed files of a folder, and those still to be decoded, in the table `changed`; retire the
+    rows of files that are gone."""
     columns = "path, size, mtime_ns, ctime_ns, inode"
     database.execute(f"CREATE TEMP TABLE IF NOT EXISTS changed (path BLOB PRIMARY KEY, {columns[6:]}) WITHOUT ROWID")
     database.execute("DELETE FROM changed")
@@ -204,7 +231,8 @@ def _compare(database: sqlite3.Connection, backend: Backend, key: int | None, fo
     )
     gone = "live AND folder = ? AND path NOT IN (SELECT path FROM changed)"
     database.execute(f"UPDATE files SET live = 0 WHERE {gone}", [key])
-    same = f"({columns}) IN (SELECT {columns} FROM files WHERE live AND folder = ?)"
+    known = "live AND folder = ?" + (" AND id NOT IN (SELECT id FROM undecoded)" if decodes else "")
+    same = f"({columns}) IN (SELECT {columns} FROM files WHERE {known})"
     database.execute(f"DELETE FROM changed WHERE {same}", [key])
 
 
@@ -220,23 +248,29 @@ def _changed_files(database: sqlite3.Connection, task_files: int) -> Iterator[li
         yield from (page[start : start + task_files] for start in range(0, len(page), task_files))
 
 
-def _look_at(backend: Backend, pool: ThreadPoolExecutor, tasks: Iterator[list[FileState]]) -> Iterator[list[Finding]]:
+def _look_at(
+    backend: Backend, pool: ThreadPoolExecutor, tasks: Iterator[list[FileState]], decodes: bool
+) -> Iterator[list[Finding]]:
     """Findings in the order of the files; a bounded number of tasks waits at any time."""
     pending: deque[Future[list[Finding]]] = deque()
     for files in tasks:
-        pending.append(pool.submit(_look_at_each, backend, files))
+        pending.append(pool.submit(_look_at_each, backend, files, decodes))
         if len(pending) >= 4 * (backend.num_readers or _num_threads()):
             yield pending.popleft().result()
     while pending:
         yield pending.popleft().result()
 
 
-def _look_at_each(backend: Backend, files: list[FileState]) -> list[Finding]:
-    return [look_at(backend, file) for file in files]
+def _look_at_each(backend: Backend, files: list[FileState], decodes: bool) -> list[Finding]:
+    return [look_at(backend, file, decodes) for file in files]
 
 
-def look_at(backend: Backend, file: FileState) -> Finding:
-    """Read one file and say what it is."""
+def look_at(backend: Backend, file: FileState, decodes: bool = True) -> Finding:
+    """Read one file and say what it is.
+
+    Args:
+        decodes: as in `update_files`.
+    """
     if file.size < 0:
         return Finding(file, BROKEN, NOT_READ[file.size])
     if file.suffix in UNREAD_SUFFIXES:
@@ -259,11 +293,11 @@ def look_at(backend: Backend, file: FileState) -> Finding:
             return Finding(file, BROKEN, "holds no text")
         return Finding(file, OK, note, digest, text=text)
     try:
-        facts = image_facts(data)
+        facts = image_facts(data, decodes)
     except UnusableImage as error:
         return Finding(file, BROKEN, str(error))
     note = " and ".join(filter(None, (facts.note, name_note(file.path))))
-    return Finding(file, OK, note or None, digest, facts.height, facts.width)
+    return Finding(file, OK, note or None, digest, facts.height, facts.width, is_decoded=facts.is_decoded)
 
 
 def _store(database: sqlite3.Connection, key: int | None, findings: Sequence[Finding]) -> None:
@@ -273,6 +307,10 @@ def _store(database: sqlite3.Connection, key: int | None, findings: Sequence[Fin
             "INSERT INTO files (live, folder, path, stem, suffix, is_text, size, mtime_ns, ctime_ns, inode, "
             "status, reason, digest, height, width, text) VALUES (1, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
             [_row(key, finding) for finding in findings],
+        )
+        database.executemany(
+            "INSERT INTO undecoded SELECT id FROM files WHERE live AND path = ?",
+            [(finding.file.path,) for finding in findings if not finding.is_decoded],
         )
 
 

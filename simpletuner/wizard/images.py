@@ -93,7 +93,7 @@ def look_at_folder(
     backend = LocalBackend(root)
     index = Index(index_path(cache_dir, str(root.resolve())), backend)
     try:
-        catalog = index.scan(progress)
+        catalog = index.scan(progress, decodes=False)
         report = _report(folder, catalog, index.skipped(with_texts=True))
         report = replace(report, facts=replace(report.facts, caption=_first_caption(index, catalog)))
         return replace(report, thumbnails=make_thumbnails(index, backend, catalog)) if with_thumbnails else report

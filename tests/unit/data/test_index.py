@@ -21,7 +21,7 @@ from simpletuner.data.captioned import caption_warnings
 from simpletuner.data.index import Catalog, Index
 from simpletuner.errors import DataError
 from tests.unit.data.images import tree_digest, write_image
-from tests.unit.data.odd_files import NO_HEIF
+from tests.unit.data.odd_files import NO_HEIF, png
 
 
 class Counting(LocalBackend):
@@ -325,6 +325,37 @@ def test_a_killed_scan_goes_on_where_it_stopped(tmp_path: Path) -> None:
     assert 0 < len(opened) < 70
     whole = Index(tmp_path / "whole.sqlite", LocalBackend(root)).scan()
     assert catalog.images_digest == whole.images_digest
+
+
+def test_a_scan_that_decodes_looks_again_at_what_only_checksums_vouched_for(folder: Path, tmp_path: Path) -> None:
+    (folder / "broken.png").write_bytes(png(64, 64, bytes(1000)))  # its checksums are right, most pixels are missing
+    write_image(folder / "photo.jpg")
+    backend = Counting(folder)
+    index = Index(tmp_path / "index.sqlite", backend)
+    before = index.scan(decodes=False)
+    assert (len(before), len(backend.opened)) == (8, 8)
+    assert index.scan(decodes=False).images_digest == before.images_digest
+    assert len(backend.opened) == 8
+
+    catalog = index.scan(is_trusted=True)
+    assert len(backend.opened) == 8 + 7  # a JPEG was decoded at once
+    assert "broken.png" not in paths(index, catalog)
+    [reason] = index.skipped().counts
+    assert reason.startswith("damaged")
+    assert index.images(before.ids.tolist())[0].path == "broken.png"  # a run that began before finds its rows
+    index.scan()
+    index.scan(decodes=False)
+    assert len(backend.opened) == 15
+    assert catalog.images_digest == scan(folder, tmp_path / "other")[1].images_digest
+
+
+def test_an_index_from_before_holds_decoded_images_only(folder: Path, tmp_path: Path) -> None:
+    index, _, _ = scan(folder, tmp_path)
+    index.close()
+    database = sqlite3.connect(tmp_path / "index.sqlite")
+    database.execute("DROP TABLE undecoded")
+    database.close()
+    assert scan(folder, tmp_path)[2] == []
 
 
 def test_a_damaged_index_is_made_again(folder: Path, tmp_path: Path) -> None:

@@ -82,7 +82,9 @@ def test_a_row_that_comes_later_is_read_and_no_other(folder: Path, monkeypatch: 
     from simpletuner.data import scan
 
     look_at = scan.look_at
-    monkeypatch.setattr(scan, "look_at", lambda backend, file: looked_at.append(file.path) or look_at(backend, file))
+    monkeypatch.setattr(
+        scan, "look_at", lambda backend, file, decodes: looked_at.append(file.path) or look_at(backend, file)
+    )
     write_rows(path, row("a", "c"), row("b", "d"))
     [after] = build(folder, path)
     assert sorted(looked_at) == [b"2-b.png", b"2-b.png", b"2-b.png.txt"]

@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import struct
 import threading
 import time
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image, ImageCms
+from PIL.PngImagePlugin import PngInfo
 
 from simpletuner.batch import Crop
 from simpletuner.data import transforms
-from simpletuner.data.transforms import FORMATS, UnusableImage, _Pixels, image_size, load_image, to_pixels
+from simpletuner.data.transforms import (
+    FORMATS,
+    SEVERAL_FRAMES,
+    ImageFacts,
+    UnusableImage,
+    _Pixels,
+    image_facts,
+    image_size,
+    load_image,
+    to_pixels,
+)
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"
 
@@ -194,20 +207,68 @@ def test_unusable_files_say_why(name: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_single_damaged_bytes_never_crash() -> None:
-    """A thousand random bit flips in each format: an image or a reason, nothing else."""
+def test_a_scan_refuses_a_damaged_file_exactly_where_decoding_all_of_it_fails() -> None:
+    """A thousand random bit flips and cuts: an image or a reason, nothing else, and the same as of the whole decode."""
     rng = np.random.default_rng(1)
-    noise = Image.fromarray(rng.integers(0, 255, (8, 8, 3), np.uint8))
-    for file_format in ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"):
-        original = encode(noise, file_format)
-        for _ in range(170):
+    noise = Image.fromarray(rng.integers(0, 255, (20, 33, 3), np.uint8))
+    kinds = [(each, {}) for each in ("PNG", "WEBP", "GIF", "BMP", "TIFF")]
+    kinds += [
+        ("JPEG", {"progressive": progressive, "subsampling": parts}) for progressive in (0, 1) for parts in (0, 2)
+    ]
+    outcomes = set()
+    for file_format, options in kinds:
+        original = encode(noise, file_format, **options)
+        for number in range(110):
             data = bytearray(original)
             data[rng.integers(len(data))] ^= 1 << rng.integers(8)
-            try:
-                size = image_size(bytes(data))
-            except UnusableImage:
-                continue
-            assert min(size) >= 1
+            if number % 3 == 0:
+                del data[rng.integers(len(data)) :]
+            found = [verdict(bytes(data), look) for look in (image_size, lambda each: load_image(each).size[::-1])]
+            assert found[0] == found[1]
+            outcomes.add((file_format, isinstance(found[0], str)))
+    assert len(outcomes) == 12  # of each format some are sound and some are not
+
+
+def verdict(data: bytes, look: Callable[[bytes], tuple[int, int]]) -> tuple[int, int] | str:
+    try:
+        return look(data)
+    except UnusableImage as error:
+        return str(error)
+
+
+def test_a_png_is_believed_without_decoding_only_where_all_of_its_checksums_are_right() -> None:
+    rng = np.random.default_rng(2)
+    whole = encode(Image.fromarray(rng.integers(0, 255, (8, 12, 3), np.uint8)), pnginfo=text_chunk("prompt", "a fox"))
+    assert image_facts(whole, decodes=False) == ImageFacts(8, 12, is_decoded=False)
+    assert image_facts(whole) == ImageFacts(8, 12)
+    for place in range(8, len(whole)):
+        flipped = bytearray(whole)
+        flipped[place] ^= 1 << rng.integers(8)
+        for damaged in (bytes(flipped), whole[:place]):
+            with contextlib.suppress(UnusableImage):
+                assert image_facts(damaged, decodes=False).is_decoded
+    # Checksums are right, pixels are missing: the only damage that they do not show.
+    assert not image_facts(png_header(64, 64), decodes=False).is_decoded
+
+
+def test_a_png_that_says_more_than_pixels_is_decoded_and_a_turned_one_has_its_upright_size() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned = encode(Image.new("RGB", (64, 48)), exif=exif)
+    assert image_facts(turned, decodes=False) == ImageFacts(64, 48, is_decoded=False)
+    start = turned.index(b"eXIf") - 4
+    chunk = turned[start : start + 12 + int.from_bytes(turned[start : start + 4])]
+    behind = turned.replace(chunk, b"")[:-12] + chunk + turned[-12:]
+    assert image_facts(behind, decodes=False) == ImageFacts(64, 48)
+    frames = [Image.new("RGB", (4, 6), (shade, 0, 0)) for shade in (0, 200)]
+    moving = encode(frames[0], save_all=True, append_images=frames[1:])
+    assert image_facts(moving, decodes=False) == ImageFacts(6, 4, SEVERAL_FRAMES)
+
+
+def text_chunk(name: str, text: str) -> PngInfo:
+    info = PngInfo()
+    info.add_text(name, text)
+    return info
 
 
 def test_pixels_are_resized_cut_and_scaled() -> None:
