@@ -6,6 +6,7 @@ filled up, and an image encoded again, alone or in other company, gives the same
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future
@@ -78,7 +79,8 @@ class BatchEncoder:
         Raises:
             DataError: the device has not enough memory.
         """
-        pixel_values = torch.stack([*images, *[images[-1]] * (self.batch_size - len(images))])  # (B, 3, H, W)
+        filled = [*images, *[images[-1]] * (self.batch_size - len(images))]
+        pixel_values = filled[0][None] if len(filled) == 1 else torch.stack(filled)  # (B, 3, H, W)
         try:
             moments = self._encode_again_if_infinite(pixel_values, len(images))
         except torch.OutOfMemoryError as error:
@@ -158,4 +160,5 @@ def encode_batch(
 
 def _is_finite(moments: LatentMoments) -> bool:
     tensors = [moments.mean] if moments.std is None else [moments.mean, moments.std]
-    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
+    # Two numbers of one pass over each: a NaN is both the smallest and the largest value.
+    return all(math.isfinite(value) for tensor in tensors for value in tensor.aminmax())

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +21,6 @@ from simpletuner.cache.adopting import adopt
 from simpletuner.cache.encoded import EncodedCache
 from simpletuner.cache.encoding import (
     BatchEncoder,
-    DecodedSample,
     ImageSource,
     batches_of_one_size,
     encode_batch,
@@ -37,7 +35,6 @@ from simpletuner.models.family import LatentMoments
 # Raise it when the same inputs would be stored in another way.
 SCHEMA_VERSION = 1
 _BATCHES_AHEAD = 2
-_BATCHES_UNWRITTEN = 4
 # Samples that are made, sorted by size and encoded together: memory does not grow with the dataset.
 _SAMPLES_AT_ONCE = 16384
 
@@ -129,7 +126,9 @@ class LatentCache(EncodedCache):
             DataError: the disk has no room, or the device no memory for a batch.
         """
         started = time.monotonic()
-        need = self.need(dataset.samples)
+        # Of few samples, these and their keys are made once.
+        few = [*self._by_key(dataset.samples)] if len(dataset.samples) <= _SAMPLES_AT_ONCE else None
+        need = self._need(few or self._by_key(dataset.samples))
         num_cached = need.num_entries - need.num_missing
         if not need.num_missing:
             return FillReport(0, num_cached, (), time.monotonic() - started)
@@ -143,7 +142,7 @@ class LatentCache(EncodedCache):
             if report:
                 report(num_done, need.num_entries)
 
-        for samples in self._by_key(dataset.samples):
+        for samples in few or self._by_key(dataset.samples):
             todo = {key: samples[key] for key in self.store.missing(samples) if key not in filling.reasons}
             if todo:
                 filling.run(todo, dataset.read_pixels, num_readers(self.family.device, num_processes), count_done)
@@ -156,8 +155,11 @@ class LatentCache(EncodedCache):
         Args:
             others: stores whose entries count as there too (`adopting.py`).
         """
+        return self._need(self._by_key(samples), others)
+
+    def _need(self, parts: Iterable[Mapping[str, Sample]], others: Sequence[TensorStore] = ()) -> Need:
         num_entries = num_missing = num_bytes = 0
-        for part in self._by_key(samples):
+        for part in parts:
             missing = self.store.missing(part)
             for other in others:
                 missing = other.missing(missing)
@@ -293,35 +295,21 @@ class _Filling:
         # Batches hold one size; within a size the order of the dataset stays.
         samples = sorted(todo.values(), key=lambda sample: (sample.crop.height, sample.crop.width))
         num_ahead = num_threads + _BATCHES_AHEAD * self.encoder.batch_size
-        unwritten: deque[Future[None]] = deque()
+        keys = {id(sample): key for key, sample in todo.items()}
         with (
-            StoreWriter(self.cache.store, max_entries=self.cache.write_batch_size) as writer,
             ThreadPoolExecutor(1, "latents-write") as writing,
+            StoreWriter(self.cache.store, max_entries=self.cache.write_batch_size, executor=writing) as writer,
             ThreadPoolExecutor(num_threads, "pictures-read") as reading,
         ):
             images = read_ahead(samples, read_pixels, reading, num_ahead)
             for batch in batches_of_one_size(images, self.encoder.batch_size):
-                unwritten.append(writing.submit(_put_all, writer, self._encode(batch)))
-                if len(unwritten) > _BATCHES_UNWRITTEN:
-                    unwritten.popleft().result()
+                for image, result in encode_batch(self.encoder, batch):
+                    key = keys[id(image.sample)]
+                    if isinstance(result, str):
+                        self.reasons[key] = result
+                    else:
+                        writer.put(key, _to_tensors(result))
                 progress(len(batch))
-            for each in unwritten:
-                each.result()
-
-    def _encode(self, batch: Sequence[DecodedSample]) -> dict[str, Mapping[str, Tensor]]:
-        entries: dict[str, Mapping[str, Tensor]] = {}
-        for image, result in encode_batch(self.encoder, batch):
-            key = self.cache.key(image.sample)
-            if isinstance(result, str):
-                self.reasons[key] = result
-            else:
-                entries[key] = _to_tensors(result)
-        return entries
-
-
-def _put_all(writer: StoreWriter, entries: Mapping[str, Mapping[str, Tensor]]) -> None:
-    for key, tensors in entries.items():
-        writer.put(key, tensors)
 
 
 def _to_tensors(moments: LatentMoments) -> dict[str, Tensor]:

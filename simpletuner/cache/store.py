@@ -13,6 +13,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -324,15 +325,23 @@ class StoreWriter:
     the block ends by an error: what was encoded stays encoded. Safe to use from several threads.
 
     Args:
+        executor: commits one shard in it while the entries of the next gather; None commits in `put`.
         max_entries: entries in a shard, at most.
         max_bytes: bytes after which a shard is committed.
         max_seconds: what a kill may cost: entries that wait this long are committed with the next one.
     """
 
     def __init__(
-        self, store: TensorStore, max_entries: int = 1024, max_bytes: int = 64 << 20, max_seconds: float = 30.0
+        self,
+        store: TensorStore,
+        max_entries: int = 1024,
+        max_bytes: int = 64 << 20,
+        max_seconds: float = 30.0,
+        executor: Executor | None = None,
     ):
         self.store = store
+        self._executor = executor
+        self._committing: Future[None] | None = None
         self.max_entries = max_entries
         self.max_bytes = max_bytes
         self.max_seconds = max_seconds
@@ -351,7 +360,7 @@ class StoreWriter:
         """Take an entry; commit a shard when enough have gathered.
 
         Raises:
-            DataError: the disk is full, over quota or read-only.
+            DataError: the disk is full, over quota or read-only; with an executor it is said at the next commit.
         """
         with self._lock:
             if not self._waiting:
@@ -368,11 +377,21 @@ class StoreWriter:
             return self._waiting.get(key)
 
     def flush(self) -> None:
-        """Commit what waits."""
+        """Commit what waits, and return when it is on the disk."""
         with self._lock:
             self._commit()
+            self._finish()
 
     def _commit(self) -> None:
         # Taken out first: after a full disk, the end of the block must not try the same again.
         entries, self._waiting, self._num_bytes = self._waiting, {}, 0
-        self.store.put_many(entries)
+        self._finish()
+        if self._executor is None:
+            self.store.put_many(entries)
+        else:
+            self._committing = self._executor.submit(self.store.put_many, entries)
+
+    def _finish(self) -> None:
+        committing, self._committing = self._committing, None
+        if committing is not None:
+            committing.result()

@@ -269,7 +269,9 @@ def to_pixels(image: Image.Image, crop: Crop, is_flipped: bool = False) -> torch
     size = (crop.intermediate_width, crop.intermediate_height)
     if image.size != size:
         image = image.resize(size, Image.Resampling.LANCZOS)
-    image = image.crop((crop.left, crop.top, crop.left + crop.width, crop.top + crop.height))
+    box = (crop.left, crop.top, crop.left + crop.width, crop.top + crop.height)
+    if box != (0, 0, *image.size):
+        image = image.crop(box)
     values = torch.from_numpy(np.array(image)).permute(2, 0, 1)  # (3, H, W)
     # torch's kernels leave the interpreter to the thread that encodes; numpy's hold it.
     pixels = values.to(torch.float32, memory_format=torch.contiguous_format).div_(127.5).sub_(1.0)

@@ -11,7 +11,9 @@ import pickle
 import sqlite3
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import current_thread
 from types import SimpleNamespace
 
 import pytest
@@ -161,6 +163,29 @@ def test_a_full_disk_is_reported_and_what_was_there_stays(folder, monkeypatch):
             writer.flush()  # does not try the same again
         assert store.keys() == ["key0", "key1"]
         assert store.verify() == []
+
+
+def test_a_writer_with_an_executor_commits_there_and_says_at_the_next_commit_that_the_disk_is_full(folder, monkeypatch):
+    def full(name: str) -> None:
+        raise OSError(28, "No space left on device")
+
+    threads = set()
+    with TensorStore(folder) as store, ThreadPoolExecutor(1, "writes") as executor:
+        commit = store.put_many
+        monkeypatch.setattr(store, "put_many", lambda entries: threads.add(current_thread().name) or commit(entries))
+        with StoreWriter(store, max_entries=2, executor=executor) as writer:
+            for key, tensors in _entries(5).items():
+                writer.put(key, tensors)
+        assert threads == {"writes_0"}
+        assert sorted(len(store._index.keys_of(shard.name)) for shard in _shards(folder)) == [1, 2, 2]
+        writer = StoreWriter(store, max_entries=1, executor=executor)
+        with monkeypatch.context() as patch:
+            patch.setattr(storage, "_step", full)
+            writer.put("new", _entry(5))
+            with pytest.raises(DataError, match="disk is full"):
+                writer.put("newer", _entry(6))
+        writer.flush()
+        assert len(store.keys()) == 5
 
 
 def test_a_flipped_bit_is_found_in_get_and_costs_only_its_entry(folder):
